@@ -1,0 +1,51 @@
+"""The fenced code blocks of README.md and docs/, and what their info strings ask for.
+
+    ```bash run             runs in every test session
+    ```bash run slow        takes minutes: `make test-slow`
+    ```bash run network     fetches something: `make test-slow`
+    ```python run           Python instead of a shell
+
+Blocks without `run` are for the reader only.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+FENCE = re.compile(r"^```(?P<info>[^\n`]+)\n(?P<code>.*?)^```[ ]*$", re.MULTILINE | re.DOTALL)
+LANGUAGES = ("bash", "python")
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block: where it stands (page from the repository's root, line of its fence) and what it holds."""
+
+    page: str
+    line: int
+    language: str
+    tags: frozenset[str]
+    code: str
+
+    @property
+    def where(self) -> str:
+        return f"{self.page}:{self.line}"
+
+
+def read_blocks(root: Path) -> list[Block]:
+    """Every bash and python block, page by page, in reading order."""
+    pages = [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
+    return [block for page in pages for block in parse_blocks(page.read_text("utf-8"), str(page.relative_to(root)))]
+
+
+def parse_blocks(text: str, page: str) -> list[Block]:
+    """The bash and python blocks of one page. A misspelt tag would silently run nothing, so it is an error."""
+    blocks = []
+    for match in FENCE.finditer(text):
+        language, *tags = match["info"].split()
+        if language not in LANGUAGES:
+            continue
+        line = text.count("\n", 0, match.start()) + 1
+        if unknown := set(tags) - {"run", "slow", "network", "gpu"}:
+            raise ValueError(f"{page}:{line}: unknown tags {sorted(unknown)}; known are run, slow, network, gpu")
+        blocks.append(Block(page, line, language, frozenset(tags), match["code"]))
+    return blocks

@@ -1,0 +1,82 @@
+"""What the README and the docs tell a reader to type, works: every block tagged `run` is run."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.house.readme_blocks import Block, parse_blocks, read_blocks
+
+ROOT = Path(__file__).parents[2]
+BLOCKS = read_blocks(ROOT)
+LEFT_BEHIND = shutil.ignore_patterns(".git", ".venv", ".*_cache", "__pycache__", "runs", "site", "dist", "build")
+
+
+def as_param(block: Block) -> object:
+    # `slow` beside `network`: `make test-slow` selects by `slow`.
+    names = block.tags - {"run"} | ({"slow"} if "network" in block.tags else set())
+    return pytest.param(block, id=block.where, marks=[getattr(pytest.mark, name) for name in sorted(names)])
+
+
+class BlocksNotRun:
+    """Lists, at the end of the session, the blocks that a reader may type and that this session did not run."""
+
+    def __init__(self, ran: set[str]) -> None:
+        self.ran = ran
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        missed = [block for block in BLOCKS if block.where not in self.ran]
+        if missed:
+            terminalreporter.section("documentation blocks not run")
+        for block in missed:
+            why = "not selected" if "run" in block.tags else "not tagged run"
+            terminalreporter.write_line(f"{block.where} ({' '.join([block.language, *sorted(block.tags)])}): {why}")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def blocks_not_run(request: pytest.FixtureRequest) -> None:
+    params = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    ran = {param["block"].where for param in params if isinstance(param.get("block"), Block)}
+    request.config.pluginmanager.register(BlocksNotRun(ran))
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A copy of the repository, so that what a block leaves behind is seen by later blocks and by nobody else."""
+    copy = tmp_path_factory.mktemp("readme") / "repo"
+    shutil.copytree(ROOT, copy, ignore=LEFT_BEHIND, symlinks=True)
+    yield copy
+    shutil.rmtree(copy)
+
+
+@pytest.mark.parametrize("block", [as_param(block) for block in BLOCKS if "run" in block.tags])
+def test_documented_block_runs(block: Block, checkout: Path) -> None:
+    command = ["bash", "-euo", "pipefail", "-c"] if block.language == "bash" else [sys.executable, "-c"]
+    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    result = subprocess.run(
+        [*command, block.code],
+        cwd=checkout,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=3600 if block.tags & {"slow", "network"} else 120,
+        check=False,
+    )
+    assert result.returncode == 0, f"{block.where}\n{block.code}\n{result.stdout[-4000:]}\n{result.stderr[-4000:]}"
+
+
+def test_info_string_gives_language_and_tags() -> None:
+    page = "text\n\n```bash run slow\nvila doctor\n```\n\n```text\nno\n```\n\n```python\nimport vila\n```\n"
+    first, second = parse_blocks(page, "p.md")
+    assert first == Block("p.md", 3, "bash", frozenset({"run", "slow"}), "vila doctor\n")
+    assert second == Block("p.md", 11, "python", frozenset(), "import vila\n")
+
+
+def test_misspelt_tag_is_named() -> None:
+    with pytest.raises(ValueError, match=r"p\.md:1: unknown tags \['rnu'\]"):
+        parse_blocks("```bash rnu\nvila doctor\n```\n", "p.md")
