@@ -1,0 +1,87 @@
+"""From plain data to a Recipe; every problem in words, with its dotted path, the value, and what is expected."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+from pydantic import ValidationError
+
+from vila.config.fields import describe_fields, expected_at, known_keys
+from vila.config.schema import Recipe
+
+_LONGEST_VALUE = 80
+
+
+def check_recipe(tree: Mapping[str, Any]) -> tuple[Recipe | None, list[str]]:
+    """The recipe that `tree` states and no problems, or None and every problem found.
+
+    A misspelt key is reported and then read as the key it resembles, so that one typing error neither hides
+    the problems behind it nor shows up a second time as a missing field.
+    """
+    problems: list[str] = []
+    while True:
+        try:
+            recipe = Recipe.model_validate(tree)
+        except ValidationError as error:
+            faults = error.errors(include_url=False)
+        else:
+            return (None, problems) if problems else (recipe, [])
+        unknown = [fault["loc"] for fault in faults if fault["type"] == "extra_forbidden"]
+        if not unknown:
+            # To pydantic a list with wrong items is "too short" as well: of problems on one path the deepest counts.
+            inner = {fault["loc"][:depth] for fault in faults for depth in range(len(fault["loc"]))}
+            return None, problems + [_problem(fault) for fault in faults if fault["loc"] not in inner - {()}]
+        for loc in unknown:
+            near = get_close_matches(str(loc[-1]), known_keys(loc[:-1]), n=1)
+            problems.append(f"{dotted(loc)}: unknown key; {_hint(loc, near)}")
+            tree = _renamed(tree, loc, near)
+
+
+def dotted(loc: Sequence[str | int]) -> str:
+    """`data.mixture.0.path`."""
+    return ".".join(map(str, loc))
+
+
+def quoted(value: Any) -> str:
+    """The value as Python writes it, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 3]}..."
+
+
+def _hint(loc: Sequence[str | int], near: list[str]) -> str:
+    """Near key of the same section, else the same key of other sections, else the keys that the section has."""
+    elsewhere = [path for path, *_ in describe_fields() if path.rsplit(".", 1)[-1] == loc[-1]]
+    if near or elsewhere:
+        return f"did you mean {' or '.join(map(repr, near or elsewhere))}?"
+    return f"known here: {', '.join(known_keys(loc[:-1]))}"
+
+
+def _problem(fault: Mapping[str, Any]) -> str:
+    loc, value = fault["loc"], fault["input"]
+    if fault["type"] == "value_error":
+        text = str(fault["ctx"]["error"])
+        return f"{dotted(loc)}: {text}" if loc else text
+    expected = expected_at(loc)
+    if fault["type"] == "missing":
+        return f"{dotted(loc)}: missing; expected {expected}"
+    if expected in ("text", "a path") and isinstance(value, bool | int | float):
+        expected += "; put it in quotes"
+    return f"{dotted(loc)}: got {quoted(value)}, expected {expected}"
+
+
+def _renamed(tree: Any, loc: Sequence[str | int], near: list[str]) -> Any:
+    """A copy of `tree` without the key at `loc`, its value moved to the near key unless that is there already."""
+    key, *rest = loc
+    if rest:
+        return with_item(tree, key, _renamed(tree[key], rest, near))
+    kept = {name: value for name, value in tree.items() if name != key}
+    return {**{name: tree[key] for name in near}, **kept}
+
+
+def with_item(tree: Any, key: str | int, value: Any) -> Any:
+    """A copy of a list or mapping with one item set; copies, because YAML aliases may share a part between places."""
+    if isinstance(tree, list):
+        return [value if index == key else item for index, item in enumerate(tree)]
+    return {**tree, key: value}
