@@ -1,0 +1,58 @@
+"""The shape of a conversation template, and what a rendered conversation is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from vila.core.types import Image, Video
+
+Kind = Literal["template", "content", "special", "media"]
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A rendered piece of a conversation.
+
+    kind:  `template` and `special` may hold special tokens; `content` is what somebody wrote and never does;
+           `media` stands for the picture or clip in `media`, its text is empty.
+    train: whether the tokens of this piece are supervised.
+    """
+
+    text: str
+    kind: Kind
+    train: bool = False
+    media: Image | Video | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Template:
+    """How a conversation is written out. `{bos}` and `{eos}` in any string stand for the tokenizer's own tokens.
+
+    Every string is template text; what the speakers say is inserted between `before` and `after`.
+    """
+
+    name: str
+    system: str | None = None
+    """Default system text; None leaves the whole system block out unless the conversation brings one."""
+    system_before: str = ""
+    system_after: str = ""
+    user_before: str = ""
+    first_user_before: str | None = None
+    """What stands before the first user turn where it differs from `user_before`."""
+    user_after: str = ""
+    assistant_before: str = ""
+    """Ends the prompt at inference; never supervised."""
+    answer_lead: str = ""
+    """White space that opens the answer and is supervised with it."""
+    answer_after: str = ""
+    """Ends the answer; supervised."""
+    answer_tail: str = ""
+    """Follows the end of the answer; not supervised."""
+    document_after: str = ""
+    """Ends the whole text; supervised when `supervise` is `all`."""
+    supervise: Literal["answers", "all"] = "answers"
+    user_text: bool = True
+    """False drops what the user writes and keeps only the media (captions)."""
+    stop: tuple[str, ...] = ()
+    """Strings that end an answer at inference, besides the tokenizer's end of sequence."""

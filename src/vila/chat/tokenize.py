@@ -1,0 +1,227 @@
+"""One tokenizer walk: segments become ids, labels from character spans, and slots for media.
+
+The text between two media is one chunk. A tokenizer with a dummy prefix (LLaMA's SentencePiece) puts it at the start
+of every chunk and nowhere else, as the original does by tokenising the chunks one by one.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from vila.chat.render import render
+from vila.chat.template import Segment, Template
+from vila.core.errors import DataError, TemplateError
+from vila.core.types import Image, Message, Sample, Video
+
+IGNORE = -100
+"""Label of a token that is not supervised."""
+
+Array = np.ndarray[Any, np.dtype[np.int64]]
+CountTokens = Callable[[Image | Video], int]
+
+
+@dataclass(slots=True)
+class Tokens:
+    """One conversation as ids. `ids` and `labels` have equal length; media[k] fills the slots of runs[k]."""
+
+    ids: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    media: list[Image | Video] = field(default_factory=list)
+    runs: list[tuple[int, int]] = field(default_factory=list)
+    """Start and number of the slots of each medium."""
+
+    def media_before(self, place: int) -> int:
+        """How many media lie wholly before `place`."""
+        return sum(start + slots <= place for start, slots in self.runs)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedSample:
+    """A sample with every medium already expanded. All arrays are int64 [S].
+
+    segments: number of the part that a token belongs to, from 0; a sample without branches is all 0.
+    parents:  number of the one part that the token's part also sees, -1 for none.
+    slots:    1 where a media vector belongs.
+    """
+
+    id: str
+    ids: Array
+    labels: Array
+    positions: Array
+    segments: Array
+    parents: Array
+    slots: Array
+    media: tuple[Image | Video, ...]
+
+    def __len__(self) -> int:
+        return int(self.ids.shape[0])
+
+
+class SpanTokenizer:
+    """What the walk needs to know of a tokenizer: plain encoding with offsets, special ids, BOS, dummy prefix."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        """tokenizer: a transformers tokenizer backed by the `tokenizers` library."""
+        spec = json.loads(tokenizer.backend_tokenizer.to_str())
+        self.dummy_prefix = _strip_dummy_prefix(spec)
+        spec["post_processor"] = None
+        self._backend = Tokenizer.from_str(json.dumps(spec))
+        # What a speaker writes is text, also when it spells a special token.
+        self._backend.encode_special_tokens = True
+        self.bos_ids: list[int] = list(tokenizer("", add_special_tokens=True)["input_ids"])
+        self.special_ids = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        self.symbols = {"{bos}": tokenizer.bos_token or "", "{eos}": tokenizer.eos_token or ""}
+        self.eos_id: int | None = tokenizer.eos_token_id
+        self.image_token_id = len(tokenizer)
+        names = sorted(self.special_ids, key=len, reverse=True)
+        self._specials = re.compile("(" + "|".join(map(re.escape, names)) + ")") if names else None
+
+    def encode(self, text: str, first: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids and character offsets of plain text; `first` says that it opens a chunk."""
+        if not (first and self.dummy_prefix):
+            coded = self._backend.encode(text, add_special_tokens=False)
+            return coded.ids, coded.offsets
+        # The prefix stands before the text also when that starts with a space (the original's slow tokenizer).
+        coded = self._backend.encode(" " + text, add_special_tokens=False)
+        return coded.ids, [(max(a - 1, 0), max(b - 1, 1)) for a, b in coded.offsets]
+
+    def pieces(self, segment: Segment) -> list[tuple[str, int | None]]:
+        """A text segment as (text, None) runs and (text, id) special tokens; content holds no special tokens."""
+        text = self.symbols.get(segment.text, segment.text) if segment.kind == "special" else segment.text
+        if segment.kind == "content" or self._specials is None:
+            return [(text, None)]
+        return [(piece, self.special_ids.get(piece)) for piece in self._specials.split(text) if piece]
+
+
+def _strip_dummy_prefix(spec: dict[str, Any]) -> bool:
+    """Take the dummy prefix out of a serialised tokenizer; True when there was one."""
+    found = False
+    pre = spec.get("pre_tokenizer") or {}
+    for part in [pre, *pre.get("pretokenizers", [])]:
+        if part.get("type") == "Metaspace" and part.get("prepend_scheme", "always") != "never":
+            part["prepend_scheme"] = "never"
+            found = True
+    normalizer = spec.get("normalizer") or {}
+    kept = [part for part in normalizer.get("normalizers", []) if part.get("type") != "Prepend"]
+    if len(kept) != len(normalizer.get("normalizers", [])):
+        normalizer["normalizers"] = kept
+        found = True
+    return found
+
+
+def tokenize(segments: Sequence[Segment], tokenizer: SpanTokenizer, count: CountTokens) -> Tokens:
+    """Walk the segments once. `count` gives the number of slots that a medium takes."""
+    out = Tokens(list(tokenizer.bos_ids), [IGNORE] * len(tokenizer.bos_ids))
+    run: list[tuple[str, bool]] = []
+    first = True
+
+    def flush() -> None:
+        nonlocal first
+        text = "".join(piece for piece, _ in run)
+        if not text:
+            return
+        train = np.zeros(len(text), dtype=bool)
+        start = 0
+        for piece, flag in run:
+            train[start : start + len(piece)] = flag
+            start += len(piece)
+        ids, offsets = tokenizer.encode(text, first)
+        out.ids.extend(ids)
+        out.labels.extend(i if train[a:b].any() else IGNORE for i, (a, b) in zip(ids, offsets, strict=True))
+        run.clear()
+        first = False
+
+    for segment in segments:
+        if segment.media is not None:
+            flush()
+            slots = count(segment.media)
+            out.runs.append((len(out.ids), slots))
+            out.ids.extend([tokenizer.image_token_id] * slots)
+            out.labels.extend([IGNORE] * slots)
+            out.media.append(segment.media)
+            first = True
+            continue
+        for text, special in tokenizer.pieces(segment):
+            if special is None:
+                run.append((text, segment.train))
+                continue
+            flush()
+            out.ids.append(special)
+            out.labels.append(special if segment.train else IGNORE)
+            first = False
+    flush()
+    return out
+
+
+def tokenize_prompt(
+    messages: Sequence[Message], template: Template, tokenizer: SpanTokenizer, count: CountTokens
+) -> Tokens:
+    """The prompt that ends where the assistant is to answer."""
+    return tokenize(render(messages, template, prompt=True), tokenizer, count)
+
+
+def tokenize_sample(
+    sample: Sample, template: Template, tokenizer: SpanTokenizer, count: CountTokens
+) -> TokenizedSample:
+    """A training sample. Branches share the longest token prefix that all of them have, so that a row with a shared
+    prefix is its separate conversations token for token.
+
+    Raises DataError naming the sample when it does not fit the template or supervises nothing.
+    """
+    try:
+        parts = [tokenize(render(messages, template), tokenizer, count) for messages in sample.conversations()]
+    except TemplateError as error:
+        raise DataError(f"sample {sample.id!r}: {error} (template {template.name!r})") from error
+    for number, part in enumerate(parts):
+        if all(label == IGNORE for label in part.labels[1:]):
+            where = f" branch {number}" if sample.branches else ""
+            raise DataError(f"sample {sample.id!r}{where}: no token is supervised under template {template.name!r}")
+    return _join(sample.id, parts, tokenizer.image_token_id)
+
+
+def _join(sample_id: str, parts: list[Tokens], image_token_id: int) -> TokenizedSample:
+    shared = shared_prefix(parts) if len(parts) > 1 else 0
+    head = parts[0]
+    pieces = [(head.ids[:shared], head.labels[:shared], 0)] if shared else []
+    media = head.media[: head.media_before(shared)]
+    for part in parts:
+        pieces.append((part.ids[shared:], part.labels[shared:], shared))
+        media = [*media, *part.media[part.media_before(shared) :]]
+    lengths = [len(ids) for ids, _, _ in pieces]
+    ids = np.concatenate([np.asarray(piece, dtype=np.int64) for piece, _, _ in pieces])
+    labels = np.concatenate([np.asarray(piece, dtype=np.int64) for _, piece, _ in pieces])
+    positions = np.concatenate([np.arange(start, start + len(piece)) for piece, _, start in pieces])
+    segments = np.repeat(np.arange(len(pieces)), lengths)
+    parents = np.repeat([-1] + [0 if shared else -1] * (len(pieces) - 1), lengths)
+    # The first token of a part has no predecessor in it that could predict it.
+    labels[np.cumsum([0, *lengths[:-1]])] = IGNORE
+    slots = (ids == image_token_id).astype(np.int64)
+    return TokenizedSample(sample_id, ids, labels, positions, segments, parents, slots, tuple(media))
+
+
+def shared_prefix(parts: Sequence[Tokens]) -> int:
+    """Length of the token prefix that all conversations have in common.
+
+    It never ends inside a medium, leaves every conversation at least one token, and is cut back until each of them
+    goes on with an unsupervised token: a supervised one would have to be predicted across the seam.
+    """
+    head = parts[0]
+    length = min(len(part.ids) for part in parts) - 1
+    for part in parts[1:]:
+        length = next((i for i in range(length) if part.ids[i] != head.ids[i] or part.labels[i] != head.labels[i]), length)
+        for k, (start, _) in enumerate(head.runs):
+            if start < length and part.media[k] != head.media[k]:
+                length = start
+    while length and any(part.labels[length] != IGNORE for part in parts):
+        length -= 1
+    for start, slots in head.runs:
+        if start < length < start + slots:
+            length = start
+    return length
