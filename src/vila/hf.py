@@ -1,0 +1,14 @@
+"""Importing this registers our classes with transformers' Auto classes, so that stock code loads native checkpoints."""
+
+from __future__ import annotations
+
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from vila.model.config import VilaConfig
+from vila.model.processor import VilaProcessor
+from vila.model.vila import VilaForConditionalGeneration
+
+AutoModelForImageTextToText.register(VilaConfig, VilaForConditionalGeneration, exist_ok=True)
+AutoProcessor.register(VilaConfig, VilaProcessor, exist_ok=True)
+
+__all__ = ["VilaConfig", "VilaForConditionalGeneration", "VilaProcessor"]

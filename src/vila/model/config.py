@@ -1,0 +1,64 @@
+"""The configuration of a VILA model, in transformers' form."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+
+from vila.core.vision_spec import VisionSpec
+
+
+class VilaConfig(PretrainedConfig):
+    """Tower, projector and LLM, and all that prompts and pixels depend on.
+
+    vision_config, text_config: configs of the two parts, as dicts or config objects.
+    projector_type: `linear` or `mlpNx_gelu`.
+    select_layer:   which hidden state of the tower, as transformers counts them (0 = embeddings).
+    select_feature: `patch` drops the class token, `cls_patch` keeps all tokens.
+    image_token_id: placeholder id, the first one past the tokenizer; its embedding is never looked up.
+    vision_spec:    a VisionSpec as a dict.
+    template:       name of the conversation template the model was trained with.
+    """
+
+    model_type = "vila"
+    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
+
+    def __init__(
+        self,
+        vision_config: Any = None,
+        text_config: Any = None,
+        projector_type: str = "mlp2x_gelu",
+        select_layer: int = -2,
+        select_feature: str = "patch",
+        image_token_id: int = 32000,
+        vision_spec: dict[str, Any] | None = None,
+        template: str = "",
+        **kwargs: Any,
+    ) -> None:
+        self.vision_config = _as_config(vision_config, "clip_vision_model")
+        self.text_config = _as_config(text_config, "llama")
+        self.projector_type = projector_type
+        self.select_layer = select_layer
+        self.select_feature = select_feature
+        self.image_token_id = image_token_id
+        self.vision_spec = vision_spec or {}
+        self.template = template
+        kwargs.setdefault("tie_word_embeddings", getattr(self.text_config, "tie_word_embeddings", False))
+        super().__init__(**kwargs)
+
+    def get_vision_spec(self) -> VisionSpec:
+        """The vision spec as an object; JSON turned its tuples into lists."""
+        facts = {key: tuple(v) if isinstance(v, list) else v for key, v in self.vision_spec.items()}
+        return VisionSpec(**facts)
+
+
+def _as_config(value: Any, default_type: str) -> PretrainedConfig:
+    if isinstance(value, PretrainedConfig):
+        return value
+    facts = dict(value or {})
+    return AutoConfig.for_model(facts.pop("model_type", default_type), **facts)
+
+
+# transformers looks up `model_type` whenever it reads a config.json, the tokenizer's loader included.
+AutoConfig.register(VilaConfig.model_type, VilaConfig, exist_ok=True)

@@ -1,0 +1,93 @@
+"""Features of a frozen tower, computed once per picture and kept on disk.
+
+The folder is named by a hash of everything that the features depend on (tower weights, layer, pixels); inside, chunks
+of safetensors hold them by content hash of the picture. A chunk is written atomically, so a killed run keeps what it
+has; a damaged chunk is deleted and its pictures are computed again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vila.core.events import SILENT, Events, task
+from vila.core.files import atomic_path, remove_partials
+from vila.core.types import Image
+from vila.model.processor import VilaProcessor
+from vila.model.vila import VilaForConditionalGeneration
+
+_BATCH = 64
+_CHUNK = 512
+
+
+class FeatureCache:
+    """Features [P, C] of pictures, by content."""
+
+    def __init__(self, folder: Path, model: VilaForConditionalGeneration, processor: VilaProcessor, events: Events = SILENT):
+        self._model, self._processor, self._events = model, processor, events
+        self.folder = folder / _fingerprint(model, processor)
+        self._keys: dict[Image, str] = {}
+        self._features: dict[str, Tensor] = {}
+        if self.folder.is_dir():
+            remove_partials(self.folder)
+            for chunk in sorted(self.folder.glob("*.safetensors")):
+                self._read(chunk)
+
+    def __call__(self, images: Sequence[Image]) -> Tensor:
+        """Features [N, P, C] of the pictures, in their order; what is missing is computed and kept."""
+        self.ensure(images)
+        return torch.stack([self._features[self._key(image)] for image in images])
+
+    def ensure(self, images: Sequence[Image]) -> None:
+        """Compute and keep the features of those pictures that are not here yet."""
+        missing = {self._key(image): image for image in images if self._key(image) not in self._features}
+        if not missing:
+            return
+        keys = list(missing)
+        with task(self._events, "vision features", len(keys), "pictures"):
+            for start in range(0, len(keys), _CHUNK):
+                chunk: dict[str, Tensor] = {}
+                for part in range(start, min(start + _CHUNK, len(keys)), _BATCH):
+                    some = keys[part : min(part + _BATCH, start + _CHUNK)]
+                    pixels = self._processor.pixels([missing[key] for key in some])
+                    with torch.inference_mode():
+                        features = self._model.vision_features(pixels.to(self._model.device)).cpu()
+                    chunk.update(zip(some, features.clone().unbind(), strict=True))
+                    self._events.advanced("vision features", len(some))
+                self._write(chunk)
+
+    def _key(self, image: Image) -> str:
+        if image not in self._keys:
+            self._keys[image] = image.key()
+        return self._keys[image]
+
+    def _write(self, chunk: dict[str, Tensor]) -> None:
+        name = hashlib.sha256("".join(sorted(chunk)).encode()).hexdigest()[:16]
+        with atomic_path(self.folder / f"{name}.safetensors") as part:
+            save_file({key: value.contiguous() for key, value in chunk.items()}, part)
+        self._features.update(chunk)
+
+    def _read(self, path: Path) -> None:
+        try:
+            with safe_open(path, framework="pt") as chunk:
+                self._features.update({key: chunk.get_tensor(key) for key in chunk.keys()})  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            path.unlink()
+            self._events.said(f"{path}: damaged ({error}); deleted, its features are computed again")
+
+
+def _fingerprint(model: VilaForConditionalGeneration, processor: VilaProcessor) -> str:
+    digest = hashlib.sha256()
+    facts = [processor.vision_spec, model.config.select_layer, model.config.select_feature]
+    digest.update(json.dumps(facts, sort_keys=True).encode())
+    for name, value in sorted(model.vision_tower.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:20]

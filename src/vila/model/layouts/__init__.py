@@ -1,0 +1,1 @@
+"""Checkpoint layouts that can be read back, one file each."""

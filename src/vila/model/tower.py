@@ -1,0 +1,81 @@
+"""Vision towers: which layer's features are taken from a transformers encoder, exactly as the original selects them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+
+from vila.core.errors import LayoutError
+
+# N media items  T tokens with class token  P patches  C tower width  H, W pixels
+
+TOWER_TYPES = ("clip_vision_model", "siglip_vision_model", "dinov2")
+_WITHOUT_CLS = ("siglip_vision_model",)
+
+
+class _Reached(Exception):
+    """Carries the wanted features out of the tower, so that later blocks do not run."""
+
+    def __init__(self, features: Tensor) -> None:
+        super().__init__()
+        self.features = features
+
+
+def patch_count(config: PretrainedConfig, image_size: int) -> int:
+    """Patches of one square picture of `image_size` pixels. Raises LayoutError when the patch size does not divide it."""
+    patch = int(config.patch_size)
+    if config.model_type == "dinov2" and image_size % patch:
+        raise LayoutError(f"image size {image_size} is not a multiple of the tower's patch size {patch}")
+    return (image_size // patch) ** 2
+
+
+def check_tower(config: PretrainedConfig, select_feature: str) -> None:
+    """Refuse a tower type or a feature selection that would go wrong in silence. Raises LayoutError."""
+    if config.model_type not in TOWER_TYPES:
+        raise LayoutError(f"vision tower type {config.model_type!r} is not known; known are {', '.join(TOWER_TYPES)}")
+    if select_feature not in ("patch", "cls_patch"):
+        raise LayoutError(f"select_feature {select_feature!r} is not known; it is 'patch' or 'cls_patch'")
+    if select_feature == "patch" and config.model_type in _WITHOUT_CLS:
+        raise LayoutError(f"{config.model_type} has no class token: select_feature 'patch' would drop a real patch")
+
+
+def blocks_of(tower: nn.Module, depth: int) -> nn.ModuleList:
+    """The tower's list of encoder blocks."""
+    for module in tower.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return module
+    raise LayoutError(f"{type(tower).__name__} has no list of {depth} encoder blocks")
+
+
+def select_features(
+    tower: nn.Module, config: Any, pixels_N3HW: Tensor, select_layer: int, select_feature: str
+) -> Tensor:
+    """Hidden state `select_layer` of the tower, [N, P, C], before any final norm.
+
+    Hidden states are counted as transformers counts them: 0 is the embeddings, k the output of block k, -1 the last
+    block's output. Blocks past the wanted one do not run.
+    """
+    depth = int(config.num_hidden_layers)
+    index = select_layer if select_layer >= 0 else depth + 1 + select_layer
+    if not 1 <= index <= depth:
+        raise LayoutError(f"select_layer {select_layer} is outside the tower's {depth} blocks")
+
+    def stop(module: nn.Module, args: Any, output: Any) -> None:
+        raise _Reached(output[0] if isinstance(output, tuple) else output)
+
+    handle = blocks_of(tower, depth)[index - 1].register_forward_hook(stop)
+    try:
+        tower(pixels_N3HW)
+    except _Reached as reached:
+        features = reached.features
+    finally:
+        handle.remove()
+    return features[:, 1:] if select_feature == "patch" else features
+
+
+def tower_dtype(tower: nn.Module) -> torch.dtype:
+    """The dtype of the tower's weights."""
+    return next(tower.parameters()).dtype

@@ -1,0 +1,124 @@
+"""The network: a vision tower and an LLM built by transformers' Auto classes, and our projector between them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from vila.model.config import VilaConfig
+from vila.model.fusion import scatter_media
+from vila.model.projector import build_projector
+from vila.model.tower import check_tower, select_features, tower_dtype
+
+# B batch  S sequence  D model width  V vocab  N media items  P patches  C tower width  H, W pixels
+
+
+class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """A visual language model. Sequences arrive with media already expanded to placeholder ids."""
+
+    config_class = VilaConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _skip_keys_device_placement = ["past_key_values"]
+
+    def __init__(self, config: VilaConfig) -> None:
+        super().__init__(config)
+        check_tower(config.vision_config, config.select_feature)
+        self.vision_tower = AutoModel.from_config(config.vision_config)
+        width_in, width_out = config.vision_config.hidden_size, config.text_config.hidden_size
+        self.projector = build_projector(config.projector_type, width_in, width_out)
+        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The LLM's token embeddings."""
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the LLM's token embeddings."""
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The LLM's head."""
+        return self.language_model.get_output_embeddings()
+
+    def get_decoder(self) -> nn.Module:
+        """The LLM without its head."""
+        return self.language_model.get_decoder()
+
+    def vision_features(self, pixels_N3HW: Tensor) -> Tensor:
+        """Features of the tower, [N, P, C], without gradient when the tower is frozen."""
+        tower = self.vision_tower
+        with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in tower.parameters())):
+            pixels_N3HW = pixels_N3HW.to(tower_dtype(tower))
+            return select_features(
+                tower, self.config.vision_config, pixels_N3HW, self.config.select_layer, self.config.select_feature
+            )
+
+    def project(self, features_NPC: Tensor) -> Tensor:
+        """Features in the LLM's embedding space, [N, P', D]."""
+        return self.projector(features_NPC.to(next(self.projector.parameters()).dtype))
+
+    def embed(self, ids_BS: Tensor, media_NPD: Tensor | None) -> Tensor:
+        """Token embeddings [B, S, D] with media vectors in the placeholder slots."""
+        slots_BS = ids_BS == self.config.image_token_id
+        # The placeholder lies past the vocabulary and is masked before the look-up.
+        embeds_BSD = self.get_input_embeddings()(ids_BS.masked_fill(slots_BS, 0))
+        if media_NPD is None:
+            media_NPD = embeds_BSD.new_zeros(0, 0, embeds_BSD.shape[-1])
+        return scatter_media(embeds_BSD, media_NPD, slots_BS)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        features: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits over the expanded sequence.
+
+        input_ids:      [B, S], placeholder ids where media vectors belong.
+        pixel_values:   [N, 3, H, W] of all pictures in reading order; `features` [N, P, C] are the tower's output for
+                        them, when it is known already.
+        attention_mask: bool or float [B, 1, Q, K] as given, or [B, S] padding mask.
+        """
+        if inputs_embeds is None:
+            if input_ids is None:
+                raise ValueError("forward needs input_ids or inputs_embeds")
+            if features is None and pixel_values is not None and pixel_values.shape[0]:
+                features = self.vision_features(pixel_values)
+            inputs_embeds = self.embed(input_ids, None if features is None else self.project(features))
+        return self.language_model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            labels=labels,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, is_first_iteration: bool = False, use_cache: bool = True, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Pictures are given to the first step only; later steps find them in the cache."""
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, is_first_iteration=is_first_iteration, use_cache=use_cache, **kwargs
+        )
+        if use_cache and not is_first_iteration:
+            inputs["pixel_values"] = inputs["features"] = None
+        return inputs
