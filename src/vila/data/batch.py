@@ -1,0 +1,89 @@
+"""The batch: packed rows as tensors, and the three readings of who sees whom."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vila.chat.tokenize import IGNORE, TokenizedSample
+from vila.core.types import Image, Video
+
+# B rows  S tokens of a row  N media items
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows of whole samples. All tensors are int64 [B, S] but for `slots`, bool.
+
+    labels:    supervised ids, -100 elsewhere; the label at place t is predicted from place t - 1 of the same segment.
+    positions: restart at 0 in every sample, and after a shared prefix go on from its end in every branch.
+    segments:  numbers the parts of a row; padding is -1.
+    parents:   the one segment that a token's segment also sees, -1 for none.
+    media:     all pictures in reading order, row by row.
+    """
+
+    ids: Tensor
+    labels: Tensor
+    positions: Tensor
+    segments: Tensor
+    parents: Tensor
+    slots: Tensor
+    media: tuple[Image | Video, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are not padding."""
+        return int((self.segments >= 0).sum())
+
+    @property
+    def num_supervised(self) -> int:
+        """Labels that count in the loss."""
+        return int((self.labels != IGNORE).sum())
+
+
+def collate(rows: Sequence[Sequence[TokenizedSample]], pad_id: int = 0) -> Batch:
+    """Rows of samples as one batch, padded on the right to the longest row."""
+    width = max(sum(map(len, row)) for row in rows)
+    fields = {name: np.zeros((len(rows), width), dtype=np.int64) for name in ("ids", "positions", "slots")}
+    fields["ids"] += pad_id
+    fields["labels"] = np.full((len(rows), width), IGNORE, dtype=np.int64)
+    fields["segments"] = np.full((len(rows), width), -1, dtype=np.int64)
+    fields["parents"] = np.full((len(rows), width), -1, dtype=np.int64)
+    for number, row in enumerate(rows):
+        start = numbered = 0
+        for sample in row:
+            here = slice(start, start + len(sample))
+            for name in ("ids", "labels", "positions", "slots"):
+                fields[name][number, here] = getattr(sample, name)
+            fields["segments"][number, here] = sample.segments + numbered
+            fields["parents"][number, here] = np.where(sample.parents >= 0, sample.parents + numbered, -1)
+            start += len(sample)
+            numbered += int(sample.segments[-1]) + 1
+    tensors = {name: torch.from_numpy(array) for name, array in fields.items()}
+    tensors["slots"] = tensors["slots"].bool()
+    media = tuple(item for row in rows for sample in row for item in sample.media)
+    return Batch(**tensors, media=media)
+
+
+def parts_of(row: Sequence[TokenizedSample]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """The conversations of a row one by one as (ids, places in the row): each branch behind its prefix.
+
+    The reference for "a row equals its parts".
+    """
+    out = []
+    start = 0
+    for sample in row:
+        places = np.arange(start, start + len(sample))
+        prefix = sample.segments == 0
+        branches = [n for n in np.unique(sample.segments) if (sample.parents[sample.segments == n] >= 0).any()]
+        for number in np.unique(sample.segments):
+            if number == 0 and branches:
+                continue
+            own = (sample.segments == number) | (prefix if number in branches else False)
+            out.append((sample.ids[own], places[own]))
+        start += len(sample)
+    return out

@@ -1,0 +1,1 @@
+"""Dataset formats, one file each: a path becomes random-access samples with media left unopened."""
