@@ -1,0 +1,1 @@
+"""The training loop: one readable step, stages as data, exact resume."""

@@ -1,0 +1,66 @@
+"""Which part of the model learns, and at which rate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from vila.core.errors import TrainingError
+from vila.model.vila import VilaForConditionalGeneration
+
+MODULES = {"vision": "vision_tower", "projector": "projector", "llm": "language_model"}
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Parameters that share a peak rate and a weight decay."""
+
+    names: tuple[str, ...]
+    parameters: tuple[nn.Parameter, ...]
+    lr: float
+    weight_decay: float
+
+
+def select_trainable(
+    model: VilaForConditionalGeneration,
+    *,
+    tune: Sequence[str],
+    lr: float,
+    lr_projector: float | None,
+    weight_decay: float,
+    tune_embeddings: bool,
+) -> list[Group]:
+    """Freeze everything but `tune`, put frozen parts in eval mode, and group what learns.
+
+    Norms and biases do not decay. Raises TrainingError when nothing is left to learn.
+    """
+    model.requires_grad_(False).eval()
+    for name in tune:
+        part = getattr(model, MODULES[name])
+        part.requires_grad_(True).train()
+    if "llm" in tune and not tune_embeddings:
+        for head in (model.get_input_embeddings(), model.get_output_embeddings()):
+            head.requires_grad_(False)
+    table: dict[tuple[float, float], list[tuple[str, nn.Parameter]]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            rate = lr_projector if lr_projector is not None and name.startswith("projector.") else lr
+            decay = weight_decay if parameter.ndim >= 2 else 0.0
+            table.setdefault((rate, decay), []).append((name, parameter))
+    if not table:
+        raise TrainingError(f"nothing to train: stage.tune={list(tune)} selects no parameters")
+    return [
+        Group(tuple(n for n, _ in rows), tuple(p for _, p in rows), rate, decay) for (rate, decay), rows in table.items()
+    ]
+
+
+def count_parameters(groups: Sequence[Group]) -> int:
+    """Parameters that learn."""
+    return sum(p.numel() for group in groups for p in group.parameters)
+
+
+def gradients(groups: Sequence[Group]) -> list[Tensor]:
+    """The gradients of all groups."""
+    return [p.grad for group in groups for p in group.parameters if p.grad is not None]
