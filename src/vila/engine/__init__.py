@@ -1,0 +1,1 @@
+"""The only way anything generates or scores text: `generate`, `stream`, `score`."""

@@ -1,0 +1,89 @@
+"""A static key-value cache whose filled part alone is read, and whose rows can be shared by several continuations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+# B rows  H key-value heads  K columns  E head width
+
+
+class FilledLayer(CacheLayerMixin):
+    """One layer's buffers, allocated once for `capacity` columns; `update` appends and returns the filled columns."""
+
+    is_sliding = False
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self.capacity = capacity
+        self.filled = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate for the batch, heads and type of the first keys."""
+        B, H, _, E = key_states.shape
+        self.keys = key_states.new_empty(B, H, self.capacity, E)
+        self.values = value_states.new_empty(B, H, self.capacity, value_states.shape[-1])
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append columns; returns views of all filled ones."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        end = self.filled + key_states.shape[2]
+        self.keys[:, :, self.filled : end] = key_states
+        self.values[:, :, self.filled : end] = value_states
+        self.filled = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def expand(self, rows: Tensor) -> None:
+        """Make row i of the new cache row rows[i] of the old one; only the filled columns are copied."""
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = old.new_empty(len(rows), *old.shape[1:])
+            new[:, :, : self.filled] = old[rows, :, : self.filled]
+            setattr(self, name, new)
+
+    def get_seq_length(self) -> int:
+        """Filled columns."""
+        return self.filled
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Columns a step of `query_length` sees, and the offset of the first."""
+        return self.filled + query_length, 0
+
+    def get_max_length(self) -> int:
+        """Columns in all."""
+        return self.capacity
+
+    get_max_cache_shape = get_max_length
+
+
+class FilledCache(Cache):
+    """The cache of all layers."""
+
+    def __init__(self, num_layers: int, capacity: int) -> None:
+        super().__init__(layers=[FilledLayer(capacity) for _ in range(num_layers)])
+
+    def expand(self, rows: Tensor) -> None:
+        """Duplicate, drop or reorder rows: several questions go on from one picture's prefix."""
+        for layer in self.layers:
+            if layer.is_initialized:
+                layer.expand(rows)
+
+    @property
+    def filled(self) -> int:
+        """Filled columns."""
+        return int(self.layers[0].get_seq_length())
+
+
+def new_cache(text_config: Any, capacity: int) -> FilledCache:
+    """An empty cache for an LLM config."""
+    return FilledCache(int(text_config.num_hidden_layers), capacity)
+
+
+def row_index(counts: list[int]) -> Tensor:
+    """[0, 0, 1] for counts [2, 1]: which prefix row each continuation goes on from."""
+    return torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
