@@ -1,0 +1,1 @@
+"""Benchmarks: samples, predictions that can be resumed, and scores."""
