@@ -1,0 +1,322 @@
+"""The main job: parts, three stages, evaluation, examples and a report, from one call that can be stopped anywhere.
+
+Every step leaves one JSON file below `steps/` when it is done; a second call takes those and goes on with the rest.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from vila.config.load import load_recipe
+from vila.config.schema import Recipe
+from vila.core.errors import ConfigError
+from vila.core.events import SILENT, Events, task
+from vila.core.files import atomic_path, cache_dir, read_json, read_jsonl, remove_partials, sha256_tree, write_json
+from vila.core.machine import machine_facts
+from vila.core.types import Image, Message
+from vila.engine.engine import Engine
+from vila.engine.request import Sampling
+from vila.eval.benchmark import Item
+from vila.eval.benchmarks.easy_vqa import EasyVqa
+from vila.eval.runner import Result, model_hash, run
+from vila.model.load import assemble
+from vila.model.precision import choose_dtype
+from vila.starter import dinov2_onnx, easy_vqa, smollm2_gguf
+from vila.starter.data import is_validation, known_truths, write_stage_data
+from vila.starter.parts import resolve_part
+from vila.starter.probes import SwappedEasyVqa, caption_nll, perplexity
+from vila.starter.report import write_report
+from vila.starter.texts import english_eval, text_sha256
+from vila.train.metrics import read_metrics
+from vila.train.run import build, is_finished, model_dir
+
+STAGES = ("1_align", "2_pretrain", "3_sft")
+TITLES = ("Align: captions", "Pretrain: interleaved pages", "Instruct: questions")
+FULL_MINUTES = 10.0
+"""Training minutes on two cores that the recipes' token budgets are meant for."""
+PERPLEXITY_TOKENS = 4096
+_VALIDATION_PICTURES = 100
+_SWAPPED_QUESTIONS = 2000
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user can choose.
+
+    minutes:   training minutes on two cores; scales the token budgets of the recipes, so the result does not depend on
+               the speed of the machine.
+    questions: size of the test set, about; 0 takes all.
+    llm, vision: `wheel` for the parts from PyPI, else a directory or a hub id.
+    """
+
+    out: Path = Path("runs/starter")
+    minutes: float = FULL_MINUTES
+    questions: int = 0
+    seed: int = 0
+    llm: str = "wheel"
+    vision: str = "wheel"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.minutes <= 1000:
+            raise ConfigError(f"--minutes {self.minutes}: expected more than 0 and at most 1000")
+        if self.questions < 0:
+            raise ConfigError(f"--questions {self.questions}: expected 0 (all) or more")
+
+    def facts(self) -> dict[str, Any]:
+        """What must be equal for a run to go on."""
+        return {name: getattr(self, name) for name in ("minutes", "questions", "seed", "llm", "vision")}
+
+
+class Quickstart:
+    """One run in one directory."""
+
+    def __init__(self, options: Options, events: Events = SILENT) -> None:
+        self.options, self.events = options, events
+        self.out = options.out
+        self.cache = cache_dir()
+
+    def run(self) -> dict[str, Any]:
+        """Do what is not done yet; returns what the report shows. Raises ConfigError when `out` holds another run."""
+        self._claim()
+        self._parts()
+        self._step("data", lambda: write_stage_data(self.easy_vqa, self.out / "data", self.options.seed))
+        for stage, title in zip(STAGES, TITLES, strict=True):
+            self._train(stage, title)
+        self._publish()
+        before = self._step("perplexity before", self._perplexity_before)
+        after = self._step("perplexity after", lambda: self._perplexity(self.engine))
+        self._step("validation", self._validation)
+        test = self._step("test", lambda: self._evaluate("easy_vqa", EasyVqa, self.options.questions))
+        swapped = self._step("swapped", lambda: self._evaluate("easy_vqa_swapped", SwappedEasyVqa, self._swapped()))
+        self._step("examples", self._examples)
+        result = self._result(before, after, test, swapped)
+        write_report(result, self.out)
+        return result
+
+    def _claim(self) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        remove_partials(self.out)
+        remove_partials(self.out / "steps")
+        path = self.out / "quickstart.json"
+        facts = self.options.facts()
+        if path.is_file() and (before := read_json(path)) != facts:
+            changed = [f"{key}: {before.get(key)!r} -> {value!r}" for key, value in facts.items() if before.get(key) != value]
+            raise ConfigError(
+                f"{self.out}: holds a run with other settings ({'; '.join(changed)}); "
+                f"give --out another directory, or delete this one"
+            )
+        write_json(path, facts)
+
+    def _step(self, name: str, work: Callable[[], Any]) -> Any:
+        """The result of `work`, from the file of an earlier run where there is one."""
+        path = self.out / "steps" / f"{name}.json"
+        if path.is_file():
+            return read_json(path)["result"]
+        began = time.monotonic()
+        result = work()
+        write_json(path, {"seconds": round(time.monotonic() - began, 2), "result": result})
+        return result
+
+    def _parts(self) -> None:
+        self.llm = resolve_part(self.options.llm, partial(smollm2_gguf.obtain_llm, self.cache, self.events))
+        self.vision = resolve_part(self.options.vision, partial(dinov2_onnx.obtain_vision, self.cache, self.events))
+        self.easy_vqa = easy_vqa.obtain_easy_vqa(self.cache, self.events)
+        self.images = self.easy_vqa / "train" / "images"
+
+    def recipe(self, stage: str) -> Recipe:
+        """The resolved recipe of a stage: packaged, with this run's paths, seed and budget."""
+        plain = load_recipe(f"starter/{stage}")
+        overrides = [
+            f"seed={self.options.seed}",
+            f"output.dir={self.out / stage}",
+            f"budget.tokens={round(plain.budget.tokens * self.options.minutes / FULL_MINUTES)}",
+        ]
+        for number, entry in enumerate(plain.data.mixture):
+            overrides.append(f"data.mixture.{number}.path={self.out / 'data' / Path(entry.path).name}")
+            overrides.append(f"data.mixture.{number}.image_root={self.images}")
+        place = STAGES.index(stage)
+        if place:
+            overrides.append(f"model.path={self.out / STAGES[place - 1] / 'model'}")
+        else:
+            overrides += [f"model.llm={self.llm}", f"model.vision={self.vision}"]
+        return load_recipe(f"starter/{stage}", overrides)
+
+    def _train(self, stage: str, title: str) -> None:
+        recipe = self.recipe(stage)
+        if not is_finished(recipe):
+            training = build(recipe, events=self.events)
+            self.events.said(f"{title}: {training.trainable:,} parameters learn from {recipe.budget.tokens:,} tokens")
+            training.train()
+        self._step(f"caption {stage}", lambda: self._caption(Engine.load(model_dir(recipe)), stage))
+
+    def _caption(self, engine: Engine, stage: str) -> dict[str, float]:
+        truths = known_truths(easy_vqa.group_by_image(easy_vqa.read_questions(self.easy_vqa, "train")))
+        held_out = [truth for truth in truths if is_validation(truth.image_id)][:_VALIDATION_PICTURES]
+        with task(self.events, f"caption check after {stage}"):
+            return caption_nll(engine, held_out, self.images)
+
+    def _publish(self) -> None:
+        """The last stage's model as `out/model`."""
+        target = self.out / "model"
+        if not target.is_dir():
+            with atomic_path(target) as part:
+                shutil.copytree(self.out / STAGES[-1] / "model", part, copy_function=_link)
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The engine of the finished model, loaded when something is still to be measured."""
+        return Engine.load(self.out / "model")
+
+    def _perplexity(self, engine: Engine) -> dict[str, float]:
+        return perplexity(engine, english_eval(), PERPLEXITY_TOKENS)
+
+    def _perplexity_before(self) -> dict[str, float]:
+        first = self.recipe(STAGES[0])
+        fields = first.model.model_dump(exclude={"path", "projector_init"})
+        model, processor = assemble(**fields, seed=first.seed)
+        with task(self.events, "perplexity of the untouched LLM"):
+            return self._perplexity(Engine(model.to(choose_dtype("auto")), processor))
+
+    def _evaluate(self, name: str, benchmark: type[EasyVqa], questions: int) -> dict[str, Any]:
+        opened = benchmark(self.easy_vqa, questions)
+        result = run(self.engine, opened, self.out / "eval" / name, model=model_hash(self.out / "model"), events=self.events)
+        return _scores(result)
+
+    def _swapped(self) -> int:
+        return min(self.options.questions or _SWAPPED_QUESTIONS, _SWAPPED_QUESTIONS)
+
+    def _validation(self) -> dict[str, Any]:
+        """Accuracy on held-out training pictures: what the recipe was chosen by."""
+        benchmark = EasyVqa(self.easy_vqa, 0, "train")
+        kept = sorted({int(i.group) for i in benchmark.items() if is_validation(int(i.group))})[:_VALIDATION_PICTURES]
+        benchmark.keep({str(group) for group in kept})
+        benchmark.name = "easy_vqa_validation"
+        where = self.out / "eval" / benchmark.name
+        return _scores(run(self.engine, benchmark, where, model=model_hash(self.out / "model"), events=self.events))
+
+    def _examples(self) -> dict[str, Any]:
+        """Three questions about test pictures, and a question after two examples in its prompt."""
+        items = EasyVqa(self.easy_vqa, 0, "test").items()
+        asked = [next(i for i in items[place:] if i.kind == kind) for place, kind in _EXAMPLES]
+        answers = self.engine.generate([i.messages for i in asked], Sampling(max_new_tokens=8))
+        shots, question = _few_shot(items)
+        answer = self.engine.generate([[*shots, *question.messages]], Sampling(max_new_tokens=8))[0]
+        return {
+            "examples": [_shown(item, answer.text) for item, answer in zip(asked, answers, strict=True)],
+            "few_shot": {
+                "images": [str(p.source) for m in (*shots, *question.messages) for p in m.parts if isinstance(p, Image)],
+                "prompt": "\n".join(f"<image> {m.text}" if m.role == "user" else m.text for m in (*shots, *question.messages)),
+                "answer": answer.text,
+                "truth": question.truth,
+            },
+        }
+
+    def _result(self, before: Any, after: Any, test: Any, swapped: Any) -> dict[str, Any]:
+        seconds = {path.stem: read_json(path)["seconds"] for path in sorted((self.out / "steps").glob("*.json"))}
+        stages = [self._stage_facts(stage, title) for stage, title in zip(STAGES, TITLES, strict=True)]
+        for stage in stages:
+            seconds[f"training {stage['name']}"] = stage["seconds"]
+        examples = read_json(self.out / "steps" / "examples.json")["result"]
+        rise = 100 * (after["perplexity"] / before["perplexity"] - 1)
+        return {
+            "accuracy": test["accuracy"],
+            "accuracy_by_type": test["by_type"],
+            "majority_accuracy": test["majority"],
+            "blind_accuracy": test["blind"],
+            "swapped_accuracy": swapped["accuracy"],
+            "validation_accuracy": read_json(self.out / "steps" / "validation.json")["result"]["accuracy"],
+            "questions": test["count"],
+            "seconds": seconds,
+            "tokens_per_second": {s["name"]: round(s["tokens"] / s["seconds"], 1) for s in stages},
+            "machine": _machine(),
+            "stages": stages,
+            "perplexity": {
+                "text_sha256": text_sha256("english_eval.txt"),
+                "tokens": after["tokens"],
+                "before": before["perplexity"],
+                "after": after["perplexity"],
+                "rise_percent": rise,
+            },
+            "examples": [*examples["examples"], *self._gallery()],
+            "few_shot": examples["few_shot"],
+            "seed": self.options.seed,
+            "model_sha256": sha256_tree(self.out / "model", "*.safetensors"),
+            "commands": {
+                "Talk to the model": f"vila chat {self.out / 'model'}",
+                "Score it again": f"vila eval {self.out / 'model'} --benchmarks easy_vqa",
+                "Train a stage with your own settings": "vila train starter/3_sft stage.lr=1e-4 output.dir=runs/mine",
+                "See the 7B recipe": "vila train vila_7b/1_align --dry-run",
+            },
+        }
+
+    def _stage_facts(self, stage: str, title: str) -> dict[str, Any]:
+        rows = read_metrics(self.out / stage / "metrics.jsonl")
+        progress = read_json(self.out / stage / "finished.json")["progress"]
+        return {
+            "name": stage,
+            "title": title,
+            "tune": list(self.recipe(stage).stage.tune),
+            "tokens": progress["tokens"],
+            "steps": progress["step"],
+            "seconds": round(progress["seconds"], 1),
+            "loss": [[row["tokens_seen"], row["loss"]] for row in rows],
+            "caption_nll": read_json(self.out / "steps" / f"caption {stage}.json")["result"],
+        }
+
+    def _gallery(self) -> list[dict[str, Any]]:
+        """Test questions with their answers: the first wrong ones, then right ones of other pictures."""
+        predictions = {row["id"]: row["answer"] for row in _read_rows(self.out / "eval" / "easy_vqa" / "predictions.jsonl")}
+        items = EasyVqa(self.easy_vqa, self.options.questions, "test").items()
+        wrong = [item for item in items if predictions[item.id] != item.truth][:6]
+        right = {item.group: item for item in items if predictions[item.id] == item.truth}
+        return [_shown(item, predictions[item.id]) for item in [*wrong, *list(right.values())[: 12 - len(wrong)]]]
+
+
+_EXAMPLES = ((0, "what shape"), (40, "what color"), (80, "yes/no color"))
+
+
+def _few_shot(items: Sequence[Item]) -> tuple[list[Message], Item]:
+    """Two answered questions about pictures of their own, and a third of the same kind."""
+    chosen: dict[str, Item] = {}
+    for item in items[200:]:
+        if item.kind == "what color" and item.truth not in {other.truth for other in chosen.values()}:
+            chosen.setdefault(item.group, item)
+        if len(chosen) == 3:
+            break
+    first, second, third = chosen.values()
+    return [m for item in (first, second) for m in (*item.messages, Message.of("assistant", item.truth))], third
+
+
+def _shown(item: Item, answer: str) -> dict[str, Any]:
+    picture = item.messages[0].parts[0]
+    assert isinstance(picture, Image)
+    return {"image": str(picture.source), "question": item.messages[-1].text, "answer": answer, "truth": item.truth}
+
+
+def _scores(result: Result) -> dict[str, Any]:
+    return {**result.scores, "seconds": round(result.seconds, 1)}
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    return [row for _, row in read_jsonl(path)]
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _machine() -> dict[str, Any]:
+    import torch
+
+    return {**machine_facts(), "dtype": str(choose_dtype("auto")).removeprefix("torch."), "threads": torch.get_num_threads()}

@@ -1,0 +1,216 @@
+"""From wheel to directory: made once, found again, made anew when damaged, never left half done."""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from safetensors import SafetensorError
+
+from tests.starter.wheels import Listener, make_wheel
+from vila.core.errors import ConfigError, DownloadError, LayoutError, VilaError
+from vila.starter import parts
+from vila.starter.parts import PartRecipe, cache_dir, extract_member, obtain_part, resolve_part
+
+
+class Kitchen:
+    """A recipe whose wheel lies in the cache already, and a count of how often it was cooked."""
+
+    def __init__(self, cache: Path) -> None:
+        self.cache = cache
+        self.builds = 0
+        wheel = make_wheel(cache / "wheels", {"tiny_part/data.txt": "seven"})
+        self.recipe = PartRecipe("tiny", wheel, "A tiny part.", self.build)
+
+    def build(self, wheel: Path, folder: Path) -> None:
+        self.builds += 1
+        (folder / "deep").mkdir()
+        extract_member(wheel, "tiny_part/data.txt", folder / "deep" / "data.txt")
+
+    def obtain(self, listener: Listener | None = None) -> Path:
+        return obtain_part(self.recipe, self.cache, listener or Listener())
+
+    def failing(self, error: Exception) -> PartRecipe:
+        def build(wheel: Path, folder: Path) -> None:
+            (folder / "half.bin").write_bytes(b"123")
+            raise error
+
+        return PartRecipe("tiny", self.recipe.wheel, "", build)
+
+
+@pytest.fixture
+def kitchen(tmp_path: Path) -> Kitchen:
+    return Kitchen(tmp_path / "cache")
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+def test_part_is_made_with_readme_licence_and_stamp_and_only_once(kitchen: Kitchen) -> None:
+    folder = kitchen.obtain()
+    assert folder == kitchen.cache / "parts" / "tiny"
+    assert names_in(folder) == ["LICENSE", "README.md", "deep", "part.json"]
+    assert (folder / "deep" / "data.txt").read_text() == "seven"
+    assert (folder / "LICENSE").read_text() == "Do as you like.\n"
+    assert (folder / "README.md").read_text() == (
+        "# tiny\n\nA tiny part.\n\n"
+        "Made from tiny_part-1.0-py3-none-any.whl of https://pypi.org/project/tiny-part/ (licence: none).\n"
+    )
+    assert kitchen.obtain() == folder
+    assert kitchen.builds == 1
+
+
+def test_whole_part_is_found_in_a_cache_that_cannot_be_written(
+    kitchen: Kitchen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = kitchen.obtain()
+    (kitchen.cache / "wheels" / kitchen.recipe.wheel.filename).unlink()
+
+    def refuse(cache: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(parts, "_alone", refuse)
+    assert kitchen.obtain() == folder
+
+
+def shorten(folder: Path) -> None:
+    (folder / "deep" / "data.txt").write_text("sev")
+
+
+def alter(folder: Path) -> None:
+    (folder / "deep" / "data.txt").write_text("SEVEN")
+    os.utime(folder / "deep" / "data.txt", ns=(1, 1))
+
+
+def remove(folder: Path) -> None:
+    (folder / "deep" / "data.txt").unlink()
+
+
+def break_stamp(folder: Path) -> None:
+    (folder / "part.json").write_text('{"files": ')
+
+
+def empty_stamp(folder: Path) -> None:
+    (folder / "part.json").write_text("[]")
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        (shorten, "deep/data.txt is damaged"),
+        (alter, "deep/data.txt is damaged"),
+        (remove, "deep/data.txt is missing"),
+        (break_stamp, "its part.json is missing or damaged"),
+        (empty_stamp, "its part.json is missing or damaged"),
+    ],
+)
+def test_damaged_part_is_said_and_made_again(kitchen: Kitchen, harm: Callable[[Path], None], told: str) -> None:
+    folder = kitchen.obtain()
+    harm(folder)
+    listener = Listener()
+    assert kitchen.obtain(listener) == folder
+    assert listener.lines == [f"{folder}: {told}; making it again"]
+    assert (folder / "deep" / "data.txt").read_text() == "seven"
+    assert kitchen.builds == 2
+    assert names_in(kitchen.cache / "parts") == ["tiny"]
+
+
+def test_part_of_an_older_conversion_is_made_again(kitchen: Kitchen, monkeypatch: pytest.MonkeyPatch) -> None:
+    kitchen.obtain()
+    monkeypatch.setattr(parts, "REVISION", parts.REVISION + 1)
+    kitchen.obtain()
+    assert kitchen.builds == 2
+
+
+def test_copied_part_with_other_times_is_still_whole(kitchen: Kitchen) -> None:
+    folder = kitchen.obtain()
+    os.utime(folder / "deep" / "data.txt", ns=(1, 1))
+    kitchen.obtain()
+    assert kitchen.builds == 1
+
+
+def test_failed_conversion_leaves_nothing(kitchen: Kitchen) -> None:
+    with pytest.raises(LayoutError, match="odd"):
+        obtain_part(kitchen.failing(LayoutError("odd")), kitchen.cache)
+    assert names_in(kitchen.cache / "parts") == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_disk_full_during_the_conversion_is_told_and_leaves_nothing(kitchen: Kitchen, error: Exception) -> None:
+    with pytest.raises(VilaError, match=r"parts/tiny: no space left on the device \(\d+ MiB free\)"):
+        obtain_part(kitchen.failing(error), kitchen.cache)
+    assert names_in(kitchen.cache / "parts") == []
+
+
+def test_read_only_cache_names_the_variable_to_set(kitchen: Kitchen) -> None:
+    error = OSError(errno.EROFS, "Read-only file system")
+    with pytest.raises(DownloadError, match=r"cannot be written \(.*Read-only file system\); set VILA_CACHE"):
+        obtain_part(kitchen.failing(error), kitchen.cache)
+
+
+def test_cache_below_a_file_names_the_variable_to_set(kitchen: Kitchen, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DownloadError, match="set VILA_CACHE to a folder that can"):
+        obtain_part(kitchen.recipe, tmp_path / "file" / "cache")
+
+
+def test_what_a_killed_process_left_is_removed(kitchen: Kitchen) -> None:
+    for folder in ("wheels", "parts"):
+        left = kitchen.cache / folder / ".tiny.abc.partial"
+        left.mkdir(parents=True)
+        (left / "half.bin").write_bytes(b"123")
+    kitchen.obtain()
+    assert names_in(kitchen.cache / "parts") == ["tiny"]
+    assert names_in(kitchen.cache / "wheels") == [kitchen.recipe.wheel.filename]
+
+
+def test_two_at_once_make_the_part_once(kitchen: Kitchen) -> None:
+    build = kitchen.build
+
+    def slow(wheel: Path, folder: Path) -> None:
+        time.sleep(0.1)
+        build(wheel, folder)
+
+    recipe = PartRecipe("tiny", kitchen.recipe.wheel, "", slow)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: obtain_part(recipe, kitchen.cache), range(2)))
+    assert found[0] == found[1]
+    assert kitchen.builds == 1
+
+
+def test_cache_is_where_the_variable_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("VILA_CACHE", str(tmp_path))
+    assert cache_dir() == tmp_path
+    monkeypatch.setenv("VILA_CACHE", "")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_dir() == tmp_path / ".cache" / "vila"
+
+
+def test_wheel_means_the_default_and_directories_and_hub_ids_are_themselves(tmp_path: Path) -> None:
+    def default() -> Path:
+        return tmp_path / "made"
+
+    def never() -> Path:
+        raise AssertionError("nothing to obtain")
+
+    assert resolve_part("wheel", default) == str(tmp_path / "made")
+    assert resolve_part(str(tmp_path), never) == str(tmp_path)
+    assert resolve_part("HuggingFaceTB/SmolLM2-135M-Instruct", never) == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+@pytest.mark.parametrize("value", ["", "whel", "./missing", "/no/such/dir", "a/b/c", "-x/y"])
+def test_neither_directory_nor_hub_id_is_refused(value: str) -> None:
+    with pytest.raises(ConfigError, match="expected 'wheel', an existing directory, or a hub id"):
+        resolve_part(value, Path)

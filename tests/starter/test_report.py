@@ -1,0 +1,162 @@
+"""The starter's report: whole files, the numbers that were handed in, and no section without its data."""
+
+import math
+import re
+import xml.etree.ElementTree as ET
+
+import pytest
+from PIL import Image
+
+from vila.core.errors import MediaError
+from vila.core.files import read_json
+from vila.starter.report import plain, render_report, write_report
+
+SECTIONS = {
+    "accuracy_by_type": "Accuracy",
+    "examples": "Answers",
+    "few_shot": "In-context prompt",
+    "perplexity": "Language",
+    "commands": "What to do next",
+}
+
+
+@pytest.fixture
+def result(tmp_path):
+    path = tmp_path / "shape.png"
+    Image.new("RGB", (64, 64), "teal").save(path)
+    stage = {"title": None, "tune": ["projector"], "tokens": 4000, "steps": 2, "seconds": 61.0}
+    return {
+        "accuracy": 0.9713,
+        "accuracy_by_type": {"what <b>shape</b>": {"accuracy": 0.9, "majority": 0.3, "blind": 0.4, "count": 1200}},
+        "majority_accuracy": 0.3733,
+        "blind_accuracy": 0.67,
+        "swapped_accuracy": 0.45,
+        "questions": 9673,
+        "seconds": {"parts": 21.0, "stage 1": 61.0},
+        "tokens_per_second": {"align": 652.4, "sft": 312.0},
+        "machine": {"cpu": "Example CPU", "cores": 2, "memory_gib": 23.5, "torch": "2.13", "date": "2026-01-31"},
+        "stages": [
+            {**stage, "name": "align", "title": "1 Align", "loss": [[2000, 8.0], [4000, 2.0]],
+             "caption_nll": {"right": 1.02, "swapped": 1.94}},
+            {**stage, "name": "sft", "loss": [[2000, 1.5], [3000, None], [4000, 0.1]], "caption_nll": None},
+        ],
+        "perplexity": {"text_sha256": "ab" * 32, "tokens": 4096, "before": 14.82, "after": 17.05,
+                       "rise_percent": 15.05},
+        "examples": [
+            {"image": path, "question": "what shape?", "answer": "Circle ", "truth": "circle"},
+            {"image": path, "question": "what <colour>?", "answer": "</s><script>", "truth": "teal"},
+        ],
+        "few_shot": {"images": [path, path], "prompt": "<image>\nred circle\n<image>\n",
+                     "answer": "teal", "truth": "teal"},
+        "validation_accuracy": 0.9742,
+        "seed": 7,
+        "versions": {"vila": "0.1.0"},
+        "commands": {"Ask it": "vila ask runs/starter picture.png"},
+    }  # fmt: skip
+
+
+def headings(html):
+    return re.findall(r"<h2[^>]*>(.*?)</h2>", html)
+
+
+def test_report_shows_every_section_and_the_numbers(result, tmp_path):
+    write_report(result, tmp_path / "out")
+    html = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert headings(html) == [
+        "Accuracy", "Answers", "In-context prompt", "Training", "Does it look?", "Language", "Time and machine",
+        "What to do next",
+    ]  # fmt: skip
+    for shown in (
+        "97.1\xa0%",
+        "67.0\xa0%",
+        "45.0\xa0%",
+        "97.4\xa0%",
+        "1\xa0min 22\xa0s",
+        "9,673",
+        "1.94",
+        "14.82",
+        "+15.1",
+    ):
+        assert shown in html, shown
+    assert "the model is 30.1 points above that" in html
+    assert html.count('class="card good"') == 1 and html.count('class="card bad"') == 1
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["report.html", "report.json"]
+
+
+def test_json_holds_the_same_result(result, tmp_path):
+    write_report(result, tmp_path)
+    back = read_json(tmp_path / "report.json")
+    assert back == plain(result)
+    assert back["accuracy_by_type"] == result["accuracy_by_type"]
+    assert back["examples"][0]["image"] == (tmp_path / "shape.png").as_posix()
+    assert headings(render_report(back).render()) == headings(render_report(result).render())
+
+
+def test_json_leaves_out_the_bytes_of_pictures_and_numbers_that_are_not_finite(result, tmp_path):
+    result["examples"][0]["image"] = (tmp_path / "shape.png").read_bytes()
+    result["few_shot"]["images"] = [Image.new("RGB", (2, 2))]
+    result["stages"][0]["loss"][0][1] = math.nan
+    write_report(result, tmp_path)
+    back = read_json(tmp_path / "report.json")
+    assert "image" not in back["examples"][0] and back["few_shot"]["images"] == []
+    assert back["stages"][0]["loss"][0] == [2000, None]
+
+
+def test_text_of_the_model_is_escaped_and_plots_are_valid_xml(result):
+    html = render_report(result).render()
+    assert "<script" not in html and "&lt;/s&gt;&lt;script&gt;" in html and "what &lt;b&gt;shape" in html
+    plots = re.findall(r"<svg.*?</svg>", html, re.S)
+    assert len(plots) == 2 * 4  # accuracy, losses, captions, times; each for screens and for phones
+    for plot in plots:
+        ET.fromstring(plot)
+
+
+def test_nothing_is_loaded_from_the_network(result):
+    html = render_report(result).render()
+    assert re.findall(r'(?:src|href)="(?!#|data:)|url\(|@import', html) == []
+    assert set(re.findall(r'https?://[^"]*', html)) == {"http://www.w3.org/2000/svg"}
+
+
+@pytest.mark.parametrize("key", SECTIONS)
+@pytest.mark.parametrize("absent", ["deleted", "none"])
+def test_a_missing_key_leaves_its_section_out(result, key, absent):
+    everything = headings(render_report(result).render())
+    if absent == "deleted":
+        del result[key]
+    else:
+        result[key] = None
+    assert headings(render_report(result).render()) == [title for title in everything if title != SECTIONS[key]]
+
+
+def test_any_single_key_may_be_missing_and_an_empty_result_still_renders(result):
+    for key in result:
+        render_report({k: v for k, v in result.items() if k != key}).render()
+        render_report({key: result[key]}).render()
+    assert headings(render_report({}).render()) == []
+
+
+def test_stages_that_count_tokens_from_zero_are_laid_end_to_end(result):
+    html = render_report(result).render()
+    wide = re.findall(r'<svg[^>]*class="wide".*?</svg>', html, re.S)[1]
+    lines = re.findall(r'class="(?:stroke|dot) line(\d) main"[^>]*?(?:points|cx)="([\d.]+)', wide)
+    starts = {number: float(x) for number, x in reversed(lines)}
+    assert starts["1"] > starts["0"] + 300
+
+
+def test_a_report_that_fails_leaves_the_old_one_untouched(result, tmp_path):
+    write_report(result, tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.glob("report.*")}
+    result["examples"][1]["image"] = tmp_path / "gone.png"
+    with pytest.raises(MediaError, match=r"gone\.png: cannot be shown in the report"):
+        write_report(result, tmp_path)
+    assert {p.name: p.read_bytes() for p in tmp_path.glob("report.*")} == before
+    assert list(tmp_path.glob(".*")) == []
+
+
+def test_a_model_below_the_blind_guess_is_called_so(result):
+    html = render_report({**result, "accuracy": 0.6, "swapped_accuracy": 0.61}).render()
+    assert "the model is 7.0 points below that. Shown the wrong picture it reaches 61.0\xa0%." in html
+
+
+def test_commands_may_be_a_plain_list(result):
+    assert "vila serve x" in render_report({"commands": ["vila serve x"]}).render()
