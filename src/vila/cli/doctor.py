@@ -1,0 +1,79 @@
+"""`vila doctor`: what this machine has, and what is missing and optional."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+
+import typer
+
+from vila.core.machine import processor_name, version
+
+_NEEDED = ("torch", "transformers", "tokenizers", "safetensors", "sentencepiece", "pillow", "pydantic", "gguf", "onnx")
+_OPTIONAL = {
+    "av": "video: pip install 'vila-vlm[video]'",
+    "fastapi": "serve: pip install 'vila-vlm[serve]'",
+    "openpyxl": "spreadsheets for benchmark servers: pip install 'vila-vlm[eval]'",
+    "peft": "LoRA",
+    "onnxruntime": "fast CPU decoding",
+}
+
+
+def doctor() -> None:
+    """Versions, devices, threads, number types and disk, in a table; exit status 1 when something needed is missing."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="vila doctor", title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    missing = [name for name in _NEEDED if version(name) is None]
+    for name, value in _rows(missing):
+        table.add_row(name, value)
+    Console(highlight=False).print(table)
+    if missing:
+        typer.echo(f"missing: {', '.join(missing)}; install with: pip install vila-vlm", err=True)
+        raise typer.Exit(1)
+
+
+def _rows(missing: list[str]) -> Iterator[tuple[str, str]]:
+    from vila import __version__
+    from vila.core.files import cache_dir
+
+    yield "vila", __version__
+    yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
+    for name in _NEEDED:
+        yield name, version(name) or "[red]missing[/red]"
+    if "torch" not in missing:
+        yield from _torch_rows()
+    cache = cache_dir()
+    for label, folder in (("disk, here", os.getcwd()), ("disk, cache", str(_existing(str(cache))))):
+        usage = shutil.disk_usage(folder)
+        yield label, f"{usage.free / 2**30:.1f} GiB free of {usage.total / 2**30:.0f}"
+    yield "cache", str(cache)
+    for name, what in _OPTIONAL.items():
+        yield f"{name} (optional)", version(name) or f"[yellow]not installed[/yellow]: {what}"
+
+
+def _torch_rows() -> Iterator[tuple[str, str]]:
+    import torch
+
+    from vila.model.precision import choose_dtype, has_fast_bfloat16
+
+    yield "processor", f"{processor_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used"
+    yield "cpu capability", torch.backends.cpu.get_cpu_capability()
+    yield "bfloat16 on the cpu", "yes, in hardware" if has_fast_bfloat16() else "emulated; float32 is used instead"
+    yield "default number type", str(choose_dtype("auto")).removeprefix("torch.")
+    for index in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(index)
+        yield f"cuda:{index}", f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB"
+    if not torch.cuda.device_count():
+        yield "cuda", "no device"
+
+
+def _existing(folder: str) -> str:
+    while not os.path.isdir(folder):  # noqa: PTH112
+        folder = os.path.dirname(folder)  # noqa: PTH120
+    return folder

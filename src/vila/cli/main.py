@@ -1,0 +1,79 @@
+"""The `vila` command. Building it and printing help imports no torch; each command imports what it needs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import NoReturn
+
+# Read by transformers when it is imported: its own progress bars would tear ours.
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import typer
+
+from vila import __version__
+from vila.cli.chat import chat
+from vila.cli.doctor import doctor
+from vila.cli.evaluate import evaluate
+from vila.cli.quickstart import quickstart
+from vila.cli.run import run
+from vila.cli.train import train
+from vila.core.errors import VilaError
+
+app = typer.Typer(
+    name="vila",
+    help="Train, evaluate and talk to visual language models, in VILA's three stages.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(quickstart)
+app.command()(run)
+app.command()(chat)
+app.command()(train)
+app.command("eval")(evaluate)
+app.command()(doctor)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"vila {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version."),
+) -> None:
+    """Options before the command."""
+
+
+def main() -> NoReturn:
+    """Run the command line. Errors made for the user are printed without a traceback, with their exit status."""
+    try:
+        app()
+    except VilaError as error:
+        _complain(str(error))
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of our output went away (`vila ... | head`); the interpreter must not write to it again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    sys.exit(0)
+
+
+def _complain(text: str) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    Console(stderr=True).print(Text("error: ", style="bold red") + Text(text), soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

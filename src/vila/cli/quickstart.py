@@ -1,0 +1,65 @@
+"""`vila quickstart`: train a small visual language model from its parts, score it, and show it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+def quickstart(
+    parts: Annotated[list[str] | None, typer.Argument(help="Other parts: starter.llm=ID_OR_DIR starter.vision=ID_OR_DIR")] = None,
+    out: Annotated[Path, typer.Option(help="Directory of the run.")] = Path("runs/starter"),
+    minutes: Annotated[float, typer.Option(help="Training minutes on two cores; less is faster and less accurate.")] = 10.0,
+    questions: Annotated[int, typer.Option(help="Size of the test set, about; 0 takes all 9,673 questions.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of initialisation and data order.")] = 0,
+) -> None:
+    """Train, evaluate and ask a small visual language model, from parts that come with pip. Stop and go on as you like."""
+    from rich.console import Console
+
+    from vila.cli.progress import Screen
+    from vila.starter.quickstart import Options, Quickstart
+
+    options = Options(out=out, minutes=minutes, questions=questions, seed=seed, **_parts(parts or []))
+    with Screen() as screen:
+        result = Quickstart(options, screen).run()
+    _show(Console(highlight=False), result, options.out)
+
+
+def _parts(overrides: list[str]) -> dict[str, Any]:
+    from vila.core.errors import ConfigError
+
+    found = {}
+    for item in overrides:
+        key, _, value = item.partition("=")
+        if key not in ("starter.llm", "starter.vision") or not value:
+            raise ConfigError(f"{item!r}: expected starter.llm=ID_OR_DIR or starter.vision=ID_OR_DIR")
+        found[key.removeprefix("starter.")] = value
+    return found
+
+
+def _show(console: Console, result: dict[str, Any], out: Path) -> None:
+    from rich.table import Table
+
+    table = Table(title=f"easy-VQA, {result['questions']:,} test questions", title_justify="left")
+    for column in ("question", "count", "accuracy", "best blind guess"):
+        table.add_column(column, justify="left" if column == "question" else "right")
+    for kind, row in result["accuracy_by_type"].items():
+        table.add_row(kind, f"{row['count']:,}", f"{row['accuracy']:.2%}", f"{row['blind']:.2%}")
+    table.add_row("all", f"{result['questions']:,}", f"{result['accuracy']:.2%}", f"{result['blind_accuracy']:.2%}", style="bold")
+    console.print(table)
+    console.print(f"with the pictures exchanged: {result['swapped_accuracy']:.2%}")
+    for example in result["examples"][:3]:
+        console.print(f"{example['image']}\n  {example['question']} [bold]{example['answer']}[/bold] (truth: {example['truth']})")
+    few = result["few_shot"]
+    console.print("after two examples in the prompt:")
+    for line in few["prompt"].splitlines():
+        console.print(f"  {line}", markup=False)
+    console.print(f"  [bold]{few['answer']}[/bold] (truth: {few['truth']})")
+    console.print(f"\nmodel   {out / 'model'}\nreport  {out / 'report.html'}\nfigures {out / 'report.json'}\n", markup=False)
+    for purpose, command in result["commands"].items():
+        console.print(f"{purpose}:\n  [cyan]{command}[/cyan]")
