@@ -11,8 +11,10 @@ from typing import Any
 from vila.core.files import write_json, write_jsonl
 from vila.starter.easy_vqa import (
     Question,
+    answer_to,
     group_by_image,
     image_truth,
+    is_about_what_is_there,
     question_kind,
     read_questions,
 )
@@ -22,7 +24,7 @@ VALIDATION_EVERY = 10
 """Every tenth training picture is held out for choosing the recipe; the test split is never used for that."""
 
 _CAPTIONS = (
-    "A {colour} {shape}.",
+    "a {colour} {shape}",
     "The image contains a {colour} {shape}.",
     "There is a {shape} in the image. Its color is {colour}.",
     "The shape is a {shape} and its color is {colour}.",
@@ -68,12 +70,12 @@ def write_stage_data(easy_vqa: Path, folder: Path, seed: int) -> dict[str, int]:
     """
     groups = group_by_image(read_questions(easy_vqa, "train"))
     train = {image_id: rows for image_id, rows in groups.items() if not is_validation(image_id)}
-    truths = known_truths(train)
+    truths, forms = known_truths(train), question_forms(train)
     rng = random.Random(seed)
     tables: dict[str, Sequence[Row]] = {
-        "1_align": [caption_row(truth, rng) for truth in truths],
+        "1_align": [caption_row(truth) for truth in truths],
         "2_pretrain": page_rows(truths, rng),
-        "3_sft": [row for image_id, rows in sorted(train.items()) if (row := question_row(image_id, rows, rng))],
+        "3_sft": [question_row(truth, forms, rng) for truth in truths],
         "text": [text_row(*pair) for pair in instruction_pairs()],
     }
     for name, rows in tables.items():
@@ -87,9 +89,9 @@ def _image(image_id: int) -> Row:
     return {"type": "image", "path": f"{image_id}.png"}
 
 
-def caption_row(truth: Truth, rng: random.Random) -> Row:
+def caption_row(truth: Truth) -> Row:
     """Stage 1: a picture and its caption."""
-    text = caption(truth, rng.randrange(len(_CAPTIONS)))
+    text = caption(truth)
     return {
         "id": f"caption-{truth.image_id}",
         "messages": [
@@ -117,36 +119,42 @@ def page_rows(truths: Sequence[Truth], rng: random.Random) -> list[Row]:
     return rows
 
 
-def question_row(image_id: int, questions: Sequence[Question], rng: random.Random) -> Row | None:
-    """Stage 3: a picture and a choice of its questions as branches that share it, balanced over kinds.
+@dataclass(frozen=True, slots=True)
+class Forms:
+    """The wordings of the training questions, by what they ask."""
 
-    At most two `what` questions, and as many yes/no questions about what is there as about what is not: answered by
-    the natural mix, "no" to a plain question and "yes" to a negated one is nearly always right, and the model would
-    learn that instead of looking.
+    what: tuple[str, ...]
+    closed: tuple[str, ...]
+
+
+def question_forms(groups: dict[int, list[Question]]) -> Forms:
+    """Every distinct wording, sorted."""
+    texts = sorted({question.text for questions in groups.values() for question in questions})
+    what = tuple(text for text in texts if question_kind(text).startswith("what"))
+    return Forms(what, tuple(text for text in texts if text not in what))
+
+
+def question_row(truth: Truth, forms: Forms, rng: random.Random) -> Row:
+    """Stage 3: a picture and questions about it as branches that share it, balanced over kinds.
+
+    Two `what` questions, three yes/no questions about what is there and three about what is not. In the natural mix
+    "no" to a plain question and "yes" to a negated one is right seven times out of eight, and a model learns that
+    instead of looking. The wordings are those of the training questions, their answers follow from the truth.
     """
-    what = [q for q in questions if question_kind(q.text).startswith("what")]
-    closed = [q for q in questions if not question_kind(q.text).startswith("what")]
-    present = [q for q in closed if _about_what_is_there(q)]
-    absent = [q for q in closed if not _about_what_is_there(q)]
-    for some in (what, present, absent):
-        rng.shuffle(some)
-    chosen = what[:2] + present[:3] + absent[: max(1, min(3, len(present)))]
-    if not chosen:
-        return None
+    told = (truth.shape, truth.colour)
+    what = [text for text in forms.what if answer_to(text, *told)]
+    present = [text for text in forms.closed if is_about_what_is_there(text, *told)]
+    absent = [text for text in forms.closed if not is_about_what_is_there(text, *told)]
+    chosen = [*rng.sample(what, 2), *rng.sample(present, 3), *rng.sample(absent, 3)]
     rng.shuffle(chosen)
     branches = [
-        [{"role": "user", "content": q.text}, {"role": "assistant", "content": q.answer}] for q in chosen
+        [{"role": "user", "content": text}, {"role": "assistant", "content": answer_to(text, *told)}] for text in chosen
     ]
     return {
-        "id": f"questions-{image_id}",
-        "messages": [{"role": "user", "content": [_image(image_id)]}],
+        "id": f"questions-{truth.image_id}",
+        "messages": [{"role": "user", "content": [_image(truth.image_id)]}],
         "branches": branches,
     }
-
-
-def _about_what_is_there(question: Question) -> bool:
-    negated = question_kind(question.text).endswith("negated")
-    return (question.answer == "yes") != negated
 
 
 def text_row(name: str, instruction: str, response: str) -> Row:

@@ -139,6 +139,26 @@ def question_kind(text: str) -> str:
     return f"yes/no {'shape' if form.shape else 'color'}{', negated' if form.negated else ''}"
 
 
+def answer_to(text: str, shape: str, colour: str) -> str | None:
+    """The answer to a question about a picture of one `shape` in one `colour`; None where it presumes another one.
+
+    "what color is the circle?" has no answer about a triangle.
+    """
+    form = _parse_question(text)
+    if form.asks == "presence":
+        present = (form.shape or shape, form.colour or colour) == (shape, colour)
+        return "yes" if present != form.negated else "no"
+    if form.shape not in (None, shape) or form.colour not in (None, colour):
+        return None
+    return shape if form.asks == "shape" else colour
+
+
+def is_about_what_is_there(text: str, shape: str, colour: str) -> bool:
+    """Whether a yes/no question mentions a shape or colour that the picture has."""
+    form = _parse_question(text)
+    return (form.shape or shape, form.colour or colour) == (shape, colour)
+
+
 def image_truth(questions: Iterable[Question]) -> tuple[str | None, str | None]:
     """Shape and colour of the one object, as far as the questions about its picture tell; None where they do not.
 

@@ -42,7 +42,7 @@ def _nll(engine: Engine, pairs: Sequence[tuple[Truth, int]], images: Path) -> fl
     scores: list[float] = []
     for start in range(0, len(pairs), _BATCH):
         conversations = [
-            [Message.of("user", Image(images / f"{image_id}.png")), Message.of("assistant", caption(truth, form=2))]
+            [Message.of("user", Image(images / f"{image_id}.png")), Message.of("assistant", caption(truth))]
             for truth, image_id in pairs[start : start + _BATCH]
         ]
         for logprobs in engine.score(conversations, template="caption"):

@@ -1,0 +1,74 @@
+"""The order of samples is a pure function of seed, epoch and position."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vila.core.errors import DataError
+from vila.core.types import Message, Sample
+from vila.data.mixture import Mixture, Part
+from vila.data.order import Permutation
+
+
+class Numbers:
+    def __init__(self, size, tag="n"):
+        self.size, self.tag = size, tag
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        return Sample(f"{self.tag}{index}", (Message.of("user", str(index)),))
+
+
+@settings(max_examples=60, deadline=None)
+@given(size=st.integers(1, 500), seed=st.integers(0, 2**32), epoch=st.integers(0, 5))
+def test_every_permutation_is_a_bijection(size, seed, epoch):
+    order = Permutation(size, seed, epoch)
+    assert sorted(order[i] for i in range(size)) == list(range(size))
+
+
+def test_seeds_and_epochs_give_other_orders():
+    orders = {tuple(Permutation(50, s, e)[i] for i in range(50)) for s in range(3) for e in range(3)}
+    assert len(orders) == 9
+
+
+def test_a_position_far_away_is_found_at_once():
+    assert 0 <= Permutation(10**12, 0, 0)[10**11] < 10**12
+
+
+def test_a_position_outside_is_refused():
+    with pytest.raises(IndexError, match=r"position 5 is outside range\(5\)"):
+        Permutation(5, 0, 0)[5]
+
+
+def ids(mixture, start, stop):
+    return [mixture[p][1].id for p in range(start, stop)]
+
+
+def test_an_epoch_shows_every_sample_once():
+    mixture = Mixture([Part("a", Numbers(7, "a")), Part("b", Numbers(5, "b"))], seed=1)
+    assert len(set(ids(mixture, 0, 12))) == 12
+    assert sorted(ids(mixture, 0, 12)) == sorted(ids(mixture, 12, 24))
+    assert ids(mixture, 0, 12) != ids(mixture, 12, 24)
+
+
+def test_repeats_are_exact_and_fractions_rotate_through_the_whole_set():
+    mixture = Mixture([Part("a", Numbers(6, "a"), repeat=2), Part("b", Numbers(10, "b"), repeat=0.5)], seed=1)
+    assert mixture.epoch_length == 17
+    counts = Counter(ids(mixture, 0, 34))
+    assert all(counts[f"a{i}"] == 4 for i in range(6))
+    assert all(counts[f"b{i}"] == 1 for i in range(10))
+
+
+def test_reading_in_another_order_changes_nothing():
+    mixture = Mixture([Part("a", Numbers(9))], seed=3)
+    forward = ids(mixture, 0, 30)
+    assert [mixture[p][1].id for p in reversed(range(30))] == forward[::-1]
+
+
+def test_an_empty_mixture_is_refused():
+    with pytest.raises(DataError, match="the mixture of a has no samples"):
+        Mixture([Part("a", Numbers(0))], seed=0)

@@ -1,0 +1,127 @@
+"""Loading says what is wrong with a directory, and never loads a part."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests import tiny
+from vila.core.errors import LayoutError, MediaError, TemplateError
+from vila.core.types import Image
+from vila.model.feature_cache import FeatureCache
+from vila.model.load import load_model, save_model
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    save_model(*tiny.vila(), folder)
+    return folder
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+    target = tmp_path / "copy"
+    target.mkdir()
+    for file in saved.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    return target
+
+
+def test_a_model_loads_in_the_type_that_is_asked_for(saved):
+    assert load_model(saved)[0].dtype == torch.float32
+    assert load_model(saved, dtype="bfloat16")[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: None, "no such directory"),
+        (lambda path: path.write_text("x"), "a model is a directory, this is a file"),
+        (lambda path: path.mkdir(), r"not a model in a layout known here \(native\); it holds nothing"),
+    ],
+)
+def test_a_path_that_is_not_a_model_is_named(tmp_path, make, message):
+    path = tmp_path / "thing"
+    make(path)
+    with pytest.raises(LayoutError, match=f"{path}: {message}"):
+        load_model(path)
+
+
+def test_missing_and_unclaimed_weights_are_all_listed(copy):
+    weights = load_file(copy / "model.safetensors")
+    weights["projector.9.weight"] = weights.pop("projector.0.weight")
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(LayoutError) as caught:
+        load_model(copy)
+    assert "1 weights missing (projector.0.weight)" in str(caught.value)
+    assert "1 weights unclaimed (projector.9.weight)" in str(caught.value)
+
+
+def test_a_wrong_shape_is_named_with_both_shapes(copy):
+    weights = load_file(copy / "model.safetensors")
+    weights["projector.0.bias"] = torch.zeros(7)
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(LayoutError, match=r"projector.0.bias has shape \(7,\), the config asks for \(32,\)"):
+        load_model(copy)
+
+
+def test_a_truncated_weight_file_is_named(copy):
+    file = copy / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(LayoutError, match=f"{copy}: cannot read the weights"):
+        load_model(copy)
+
+
+def test_a_tokenizer_of_another_model_is_refused(copy):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "image_token_id": 12}))
+    with pytest.raises(LayoutError, match="config.json says image_token_id=12, but the tokenizer has"):
+        load_model(copy)
+
+
+def test_markers_and_pictures_that_do_not_agree_are_counted():
+    _, processor = tiny.vila()
+    with pytest.raises(MediaError, match="the text has 2 <image> markers but 1 pictures were given"):
+        processor(text="<image> and <image>", images=[tiny.picture(1)])
+
+
+def test_a_model_without_a_template_asks_for_one():
+    _, processor = tiny.vila(template="")
+    with pytest.raises(TemplateError, match="give one"):
+        processor.find_template()
+
+
+def test_features_are_computed_once_and_survive_the_process(tmp_path):
+    model, processor = tiny.vila()
+    images = [tiny.picture(n) for n in range(5)]
+    first = FeatureCache(tmp_path, model, processor)(images)
+    assert torch.allclose(first, model.vision_features(processor.pixels(images)), atol=1e-5)
+    model.vision_features = None  # a second reader must not compute
+    again = FeatureCache(tmp_path, model, processor)
+    assert torch.equal(again([images[3], images[0]]), first[[3, 0]])
+
+
+def test_another_tower_never_reads_the_features_of_this_one(tmp_path):
+    one, processor = tiny.vila(seed=0)
+    two, _ = tiny.vila(seed=1)
+    image = [tiny.picture(0)]
+    assert not torch.equal(FeatureCache(tmp_path, one, processor)(image), FeatureCache(tmp_path, two, processor)(image))
+
+
+def test_a_damaged_cache_file_is_deleted_and_computed_again(tmp_path):
+    model, processor = tiny.vila()
+    image = [tiny.picture(0)]
+    cache = FeatureCache(tmp_path, model, processor)
+    first = cache(image)
+    file = next(cache.folder.glob("*.safetensors"))
+    file.write_bytes(b"\0" * 30)
+    assert torch.equal(FeatureCache(tmp_path, model, processor)(image), first)
+    assert file.stat().st_size > 30
+
+
+def test_a_picture_that_is_not_one_stops_before_the_tower_runs(tmp_path):
+    _, processor = tiny.vila()
+    with pytest.raises(MediaError, match="not an image"):
+        processor.pixels([Image(b"<!DOCTYPE html>")])

@@ -1,0 +1,102 @@
+"""The network: features as the original selects them, the Auto classes, generate."""
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor
+
+import vila.hf
+from tests import tiny
+from vila.core.errors import LayoutError
+from vila.core.types import Message
+from vila.model.projector import build_projector, calibrate_projector
+from vila.model.tower import select_features
+
+
+@pytest.mark.parametrize("tower", ["clip", "siglip", "dinov2"])
+@pytest.mark.parametrize("layer", [-2, 1])
+def test_features_are_the_unnormed_hidden_state_that_transformers_counts(tower, layer):
+    config = tiny.vision_config(tower)
+    model = AutoModel.from_config(config).eval()
+    pixels = torch.randn(2, 3, 28, 28)
+    states = model(pixels, output_hidden_states=True).hidden_states
+    assert len(states) == config.num_hidden_layers + 1
+    assert torch.equal(select_features(model, config, pixels, layer, "cls_patch"), states[layer])
+
+
+def test_patch_drops_the_class_token_and_siglip_has_none():
+    config = tiny.vision_config("dinov2")
+    model = AutoModel.from_config(config).eval()
+    pixels = torch.randn(1, 3, 28, 28)
+    both = [select_features(model, config, pixels, -1, kind) for kind in ("cls_patch", "patch")]
+    assert torch.equal(both[0][:, 1:], both[1])
+    with pytest.raises(LayoutError, match="siglip_vision_model has no class token"):
+        vila.model.tower.check_tower(tiny.vision_config("siglip"), "patch")
+
+
+def test_a_layer_outside_the_tower_is_refused():
+    config = tiny.vision_config()
+    with pytest.raises(LayoutError, match="select_layer -4 is outside the tower's 3 blocks"):
+        select_features(AutoModel.from_config(config), config, torch.zeros(1, 3, 28, 28), -4, "patch")
+
+
+def test_projector_kinds_have_the_published_parameter_names():
+    assert list(build_projector("linear", 4, 8).state_dict()) == ["weight", "bias"]
+    assert list(build_projector("mlp2x_gelu", 4, 8).state_dict()) == ["0.weight", "0.bias", "2.weight", "2.bias"]
+    assert list(build_projector("mlp1x_gelu", 4, 8).state_dict()) == ["0.weight", "0.bias"]
+    with pytest.raises(LayoutError, match="projector type 'mlp2x_relu' is not known"):
+        build_projector("mlp2x_relu", 4, 8)
+
+
+def test_a_calibrated_projector_has_the_wanted_scale_whatever_the_features():
+    torch.manual_seed(0)
+    projector = build_projector("mlp2x_gelu", 8, 16)
+    features = torch.randn(32, 4, 8) * torch.logspace(-2, 2, 8) + 5
+    calibrate_projector(projector, features, rms=0.3)
+    assert projector(features).square().mean().sqrt().item() == pytest.approx(0.3, rel=1e-3)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_generate_equals_the_greedy_loop_over_full_forwards(family):
+    model, processor = tiny.vila(family)
+    inputs = processor(text="<image>what?", images=[tiny.picture(1)])
+    made = model.generate(**inputs, max_new_tokens=6, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    ids = inputs["input_ids"]
+    for _ in range(6):
+        logits = model(input_ids=ids, pixel_values=inputs["pixel_values"], use_cache=False).logits
+        ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
+    assert made.tolist() == ids.tolist()
+
+
+def test_exchanging_two_pictures_changes_the_logits():
+    model, processor = tiny.vila()
+    one, two = tiny.picture(1), tiny.picture(2)
+    ahead = processor(text="<image><image>?", images=[one, two])
+    back = processor(text="<image><image>?", images=[two, one])
+    assert (model(**ahead).logits - model(**back).logits).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_a_saved_model_loads_through_the_auto_classes_bit_for_bit(family, tmp_path):
+    from vila.model.load import save_model
+
+    model, processor = tiny.vila(family)
+    save_model(model, processor, tmp_path / "model")
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
+    reader = AutoProcessor.from_pretrained(tmp_path / "model")
+    assert type(again) is type(model)
+    for name, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+    text, images = "<image>what?", [tiny.picture(3)]
+    ours, theirs = processor(text=text, images=images), reader(text=text, images=images)
+    assert ours["input_ids"].tolist() == theirs["input_ids"].tolist()
+    assert torch.equal(model(**ours).logits, again(**theirs).logits)
+
+
+def test_the_processor_keeps_spec_and_template(tmp_path):
+    _, processor = tiny.vila(template="chatml")
+    processor.save_pretrained(tmp_path)
+    again = AutoProcessor.from_pretrained(tmp_path) if (tmp_path / "config.json").exists() else type(processor).from_pretrained(tmp_path)
+    assert again.spec == processor.spec
+    assert again.template == "chatml"
+    prompt = (Message.of("user", tiny.picture(0), "hi"),)
+    assert again.prompt(prompt).ids == processor.prompt(prompt).ids

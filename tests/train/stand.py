@@ -1,0 +1,60 @@
+"""A stand for training tests: a tiny saved model, a few records, and a recipe that trains it in a second."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+from tests import tiny
+from vila.config.load import load_recipe
+from vila.config.schema import Recipe
+from vila.model.load import save_model
+
+
+def write_stand(folder: Path, family: str = "llama", records: int = 24) -> Path:
+    """A model directory and `data.jsonl` with pictures, branches and text-only records."""
+    save_model(*tiny.vila(family), folder / "base")
+    rows = []
+    for number in range(records):
+        question = [{"role": "user", "content": f"q{number}?"}, {"role": "assistant", "content": "ab" * (number % 5 + 1)}]
+        if number % 3 == 2:
+            rows.append({"id": f"text{number}", "messages": question})
+            continue
+        name = f"{number}.png"
+        (folder / name).write_bytes(tiny.picture(number).source)
+        picture = {"role": "user", "content": [{"type": "image", "path": name}]}
+        branches = [question, [{"role": "user", "content": "and?"}, {"role": "assistant", "content": "12"}]]
+        rows.append({"id": f"image{number}", "messages": [picture], "branches": branches})
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def stand_recipe(folder: Path, out: str = "out", *overrides: str) -> Recipe:
+    """The starter's stage 3 on the stand, about twelve steps of two rows."""
+    return load_recipe(
+        "starter/3_sft",
+        [
+            f"model.path={folder / 'base'}",
+            f"data.mixture=[{{format: messages, path: {folder / 'data.jsonl'}}}]",
+            "data.max_length=96",
+            "data.look_ahead=6",
+            "batch.rows=2",
+            "batch.micro=1",
+            "budget.tokens=2000",
+            "compute.feature_cache=false",
+            "compute.dtype=float32",
+            "output.checkpoint_every_s=1000",
+            f"output.dir={folder / out}",
+            *overrides,
+        ],
+    )
+
+
+def jpeg_bytes() -> bytes:
+    """A small JPEG picture."""
+    from PIL import Image
+
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8), (200, 30, 30)).save(stream, "JPEG")
+    return stream.getvalue()

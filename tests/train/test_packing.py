@@ -1,0 +1,146 @@
+"""A packed row equals its parts: logits, loss and gradients, with pictures and with shared prefixes."""
+
+import pytest
+import torch
+
+from tests import tiny
+from vila.chat.templates import find_template
+from vila.chat.tokenize import tokenize_sample
+from vila.core.types import Message, Sample
+from vila.data.batch import collate, parts_of
+from vila.train.loss import hidden_states, summed_loss
+
+QA = find_template("starter_qa")
+
+
+def text(name, question="some text?", answer="yes"):
+    return Sample(name, (Message.of("user", question), Message.of("assistant", answer)))
+
+
+def shown(name, *pictures):
+    parts = [part for n in pictures for part in (tiny.picture(n), f" {n}")]
+    return Sample(name, (Message.of("user", *parts, "?"), Message.of("assistant", "12")))
+
+
+def tree(name, picture, *questions):
+    branches = tuple((Message.of("user", q), Message.of("assistant", q[::-1])) for q in questions)
+    return Sample(name, (Message.of("user", tiny.picture(picture)),), branches)
+
+
+ROWS = {
+    "three texts": [text("a"), text("b", "q", "long answer"), text("c", "other")],
+    "no, one and three pictures": [text("a"), shown("b", 1), shown("c", 2, 3, 4), text("d")],
+    "shared prefixes": [tree("a", 1, "one", "two", "three"), text("b"), tree("c", 2, "four", "five")],
+}
+
+
+def build(family, samples):
+    model, processor = tiny.vila(family)
+    row = [tokenize_sample(s, QA, processor.span_tokenizer, processor.count) for s in samples]
+    return model, processor, row
+
+
+@torch.no_grad()
+def features(model, processor, media):
+    return model.vision_features(processor.pixels(list(media))) if media else None
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("name", ROWS)
+def test_logits_of_a_packed_row_equal_those_of_its_parts(family, name):
+    model, processor, row = build(family, ROWS[name])
+    batch = collate([row])
+    with torch.no_grad():
+        packed = model.get_output_embeddings()(hidden_states(model, batch, features(model, processor, batch.media)))[0]
+        owners = [s for s in row for _ in range(max(1, len(set(s.segments.tolist()) - {0})) if s.parents.max() >= 0 else 1)]
+        parts = parts_of(row)
+        assert len(parts) == len(owners)
+        for (ids, places), owner in zip(parts, owners, strict=True):
+            alone = model(
+                input_ids=torch.from_numpy(ids)[None], features=features(model, processor, owner.media), use_cache=False
+            ).logits[0]
+            # Worst of these cases: 9.5e-7, fp32, torch 2.13.
+            assert (alone - packed[torch.from_numpy(places)]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("name", ROWS)
+def test_loss_and_gradients_of_a_packed_row_equal_those_of_its_parts(family, name):
+    model, processor, row = build(family, ROWS[name])
+    batch = collate([row])
+    packed = summed_loss(model, batch, features(model, processor, batch.media))
+    packed.backward()
+    together = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    whole = torch.zeros(())
+    for sample in ROWS[name]:
+        for number, messages in enumerate(sample.conversations()):
+            alone = tokenize_sample(Sample(f"{sample.id}{number}", messages), QA, processor.span_tokenizer, processor.count)
+            one = collate([[alone]])
+            loss = summed_loss(model, one, features(model, processor, one.media))
+            loss.backward()
+            whole = whole + loss.detach()
+    assert packed.item() == pytest.approx(whole.item(), rel=1e-5)
+    for n, p in model.named_parameters():
+        if p.grad is not None:
+            # Worst of these cases: 1.6e-6 relative, fp32, torch 2.13.
+            assert (together[n] - p.grad).norm() <= 1e-5 * p.grad.norm(), n
+
+
+def test_changing_a_token_leaves_segments_that_may_not_see_it_bit_identical():
+    model, processor, row = build("llama", ROWS["shared prefixes"])
+    batch = collate([row])
+    media = features(model, processor, batch.media)
+    with torch.no_grad():
+        before = hidden_states(model, batch, media)[0]
+        for segment in range(int(batch.segments.max()) + 1):
+            place = int((batch.segments[0] == segment).nonzero()[-1])
+            if batch.slots[0, place]:
+                continue
+            ids = batch.ids.clone()
+            ids[0, place] = (ids[0, place] + 1) % 50 + 3
+            changed = hidden_states(model, collate_with(batch, ids), media)[0]
+            blind = (batch.segments[0] != segment) & (batch.parents[0] != segment)
+            assert torch.equal(before[blind], changed[blind])
+            assert not torch.equal(before[place], changed[place])
+
+
+def collate_with(batch, ids):
+    from dataclasses import replace
+
+    return replace(batch, ids=ids)
+
+
+def test_pictures_of_a_row_go_to_their_own_slots():
+    model, processor, row = build("llama", ROWS["no, one and three pictures"])
+    batch = collate([row])
+    media = features(model, processor, batch.media)
+    with torch.no_grad():
+        ahead = hidden_states(model, batch, media)
+        back = hidden_states(model, batch, media.flip(0))
+    assert (ahead - back).abs().max() > 1e-2
+
+
+def test_splitting_a_batch_does_not_change_the_global_loss():
+    model, processor, row = build("llama", ROWS["three texts"] + ROWS["shared prefixes"])
+    def total(rows):
+        batches = [collate(r) for r in rows]
+        return sum(summed_loss(model, b, features(model, processor, b.media)).item() for b in batches)
+    together = total([[row[:3], row[3:]]])
+    assert total([[row[:3]], [row[3:]]]) == pytest.approx(together, rel=1e-6)
+    assert total([[[s] for s in row]]) == pytest.approx(together, rel=1e-6)
+
+
+def test_the_chunked_loss_equals_the_whole_one(monkeypatch):
+    import vila.train.loss as loss
+
+    model, processor, row = build("llama", ROWS["three texts"])
+    grads = []
+    for chunk in (512, 3):
+        monkeypatch.setattr(loss, "_CHUNK", chunk)
+        model.zero_grad()
+        value = summed_loss(model, collate([row]), None)
+        value.backward()
+        grads.append((value.item(), model.get_input_embeddings().weight.grad.clone()))
+    assert grads[0][0] == pytest.approx(grads[1][0], rel=1e-6)
+    assert (grads[0][1] - grads[1][1]).norm() < 1e-5 * grads[0][1].norm()
