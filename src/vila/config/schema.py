@@ -62,6 +62,8 @@ class Stage(Config):
     """Peak learning rate of the AdamW groups, after warm-up."""
     lr_projector: float | None = Field(default=None, gt=0, lt=1)
     """Peak learning rate of the projector where it differs from `lr`."""
+    llm_parts: tuple[str, ...] = ()
+    """Parts of a decoder block that a tuned LLM learns, such as `self_attn` or `mlp`; empty: the whole LLM."""
     tune_embeddings: bool = True
     """Whether a tuned LLM also learns its token embeddings and output head."""
 

@@ -32,14 +32,19 @@ def atomic_path(target: Path) -> Iterator[Path]:
         if part.is_dir() and target.exists():
             target.rename(holder / "replaced")
         part.replace(target)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
+    except Exception as error:
+        if _disk_is_full(error):
             raise VilaError(
                 f"{target}: no space left on the device ({_free_mib(target.parent)} MiB free); nothing was written"
             ) from error
         raise
     finally:
         shutil.rmtree(holder, ignore_errors=True)
+
+
+def _disk_is_full(error: Exception) -> bool:
+    # Libraries written in other languages report it in words only.
+    return getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)
 
 
 def _sync(path: Path) -> None:

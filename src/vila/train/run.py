@@ -109,6 +109,7 @@ def build(recipe: Recipe, *, listeners: Sequence[StepListener] = (), events: Eve
         lr_projector=recipe.stage.lr_projector,
         weight_decay=recipe.optim.weight_decay,
         tune_embeddings=recipe.stage.tune_embeddings,
+        llm_parts=recipe.stage.llm_parts,
     )
     optimizer = MasterAdamW(
         groups, beta1=recipe.optim.beta1, beta2=recipe.optim.beta2, max_grad_norm=recipe.optim.max_grad_norm, dtype=dtype

@@ -31,15 +31,20 @@ def select_trainable(
     lr_projector: float | None,
     weight_decay: float,
     tune_embeddings: bool,
+    llm_parts: Sequence[str] = (),
 ) -> list[Group]:
     """Freeze everything but `tune`, put frozen parts in eval mode, and group what learns.
 
+    llm_parts: names of submodules; when given, a tuned LLM learns those of its parameters that lie in one of them.
     Norms and biases do not decay. Raises TrainingError when nothing is left to learn.
     """
     model.requires_grad_(False).eval()
     for name in tune:
         part = getattr(model, MODULES[name])
         part.requires_grad_(True).train()
+    if "llm" in tune and llm_parts:
+        for name, parameter in model.language_model.named_parameters():
+            parameter.requires_grad_(bool(set(name.split(".")) & set(llm_parts)))
     if "llm" in tune and not tune_embeddings:
         for head in (model.get_input_embeddings(), model.get_output_embeddings()):
             head.requires_grad_(False)

@@ -1,0 +1,158 @@
+"""Write the generated parts of the documentation: a page that lists things takes the list from the code.
+
+    python scripts/make_docs.py
+
+A part stands between the comments `<!-- generated: NAME -->` and `<!-- end: NAME -->`; everything else on a page is
+written by hand and stays. `tests/house/test_docs.py` fails when a page is stale. Needs no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from importlib import resources
+from pathlib import Path
+
+from vila.chat.render import render
+from vila.chat.template import Segment, Template
+from vila.chat.templates import TEMPLATES
+from vila.config import Recipe, load_recipe, recipe_names
+from vila.config.fields import describe_fields
+from vila.core.registry import Registry
+from vila.core.types import Image, Message
+from vila.data.formats.protocol import FORMATS
+from vila.eval.benchmark import BENCHMARKS
+
+ROOT = Path(__file__).resolve().parents[1]
+PART = re.compile(r"<!-- generated: (?P<name>[\w-]+) -->\n(?P<body>.*?)<!-- end: (?P=name) -->", re.DOTALL)
+
+# The conversation of tests/chat/test_render.py, whose golden strings the page on chat shows.
+TWO_TURNS = (
+    Message.of("user", Image("cat.png"), "\nWhat?"),
+    Message.of("assistant", "A cat."),
+    Message.of("user", "Why?"),
+    Message.of("assistant", "Fur."),
+)
+
+
+def main() -> int:
+    """Rewrite every page that has generated parts; say which ones changed."""
+    for page in pages():
+        text = page.read_text(encoding="utf-8")
+        fresh = regenerated(text)
+        if fresh != text:
+            page.write_text(fresh, encoding="utf-8")
+        print(f"{page.relative_to(ROOT)}: {'written' if fresh != text else 'up to date'}")
+    return 0
+
+
+def pages() -> list[Path]:
+    """The pages that have generated parts."""
+    return [page for page in sorted((ROOT / "docs").rglob("*.md")) if PART.search(page.read_text(encoding="utf-8"))]
+
+
+def part_names(text: str) -> list[str]:
+    """Names of the generated parts of a page, in reading order."""
+    return [match["name"] for match in PART.finditer(text)]
+
+
+def regenerated(text: str) -> str:
+    """The page with its generated parts made anew. Raises ValueError for a part that nothing here makes."""
+    return PART.sub(_regenerated_part, text)
+
+
+def _regenerated_part(match: re.Match[str]) -> str:
+    name = match["name"]
+    if name not in PARTS:
+        raise ValueError(f"generated part {name!r} is not known; known are {', '.join(PARTS)}")
+    return f"<!-- generated: {name} -->\n\n{PARTS[name]()}\n\n<!-- end: {name} -->"
+
+
+def recipe_fields() -> str:
+    """Every field of a recipe: what it accepts, its default, its help."""
+    rows = [
+        (f"`{path}`", accepts, default if default == "required" else f"`{default}`", text)
+        for path, accepts, default, text in describe_fields()
+    ]
+    return table(("Field", "Accepts", "Default", "What it is"), rows)
+
+
+def packaged_recipes() -> str:
+    """Every packaged recipe: its first comment line and the numbers that tell it from others."""
+    folder = Path(str(resources.files("vila.config"))) / "recipes"
+    rows = []
+    for name in recipe_names():
+        about = (folder / f"{name}.yaml").read_text(encoding="utf-8").partition("\n")[0]
+        rows.append((f"`{name}`", about.removeprefix("# "), *_recipe_cells(load_recipe(name))))
+    return table(("Recipe", "What it does", "Learns", "Peak rate", "Batch", "Row", "Budget", "Formats"), rows)
+
+
+def _recipe_cells(recipe: Recipe) -> tuple[str, ...]:
+    stage, data, budget = recipe.stage, recipe.data, recipe.budget
+    rate = f"{stage.lr:g}"
+    if stage.lr_projector not in (None, stage.lr):
+        rate += f", projector {stage.lr_projector:g}"
+    formats = dict.fromkeys(entry.format for entry in data.mixture)
+    return (
+        ", ".join(stage.tune),
+        rate,
+        f"{recipe.batch.rows:,} rows" if data.packing == "rows" else f"{recipe.batch.samples:,} samples",
+        f"{data.max_length:,}",
+        f"{budget.tokens:,} tokens" if budget.tokens else f"{budget.epochs:g} epoch{'s' * (budget.epochs != 1)}",
+        ", ".join(name if name in FORMATS else f"{name} (planned)" for name in formats),
+    )
+
+
+def templates() -> str:
+    """Every template: the two-turn example written out, what of it is learnt, and what ends an answer."""
+    return "\n".join(["```text", *(line for template in TEMPLATES.values() for line in _template_lines(template)), "```"])
+
+
+def _template_lines(template: Template) -> list[str]:
+    segments = render(TWO_TURNS, template)
+    learnt = "".join(_written(segment) for segment in segments if segment.train)
+    return [
+        template.name,
+        f"    written  {json.dumps(''.join(map(_written, segments)))}",
+        f"    learnt   {json.dumps(learnt)}",
+        f"    stops    {', '.join(map(json.dumps, ['{eos}', *template.stop]))}",
+    ]
+
+
+def _written(segment: Segment) -> str:
+    return "<image>" if segment.media else segment.text
+
+
+def registered(registry: Registry[object]) -> str:
+    """Every name of a registry with the first line of its module's docstring."""
+    rows = []
+    for name in registry:
+        entry = registry[name]
+        module = sys.modules[entry.__module__]
+        rows.append((f"`{name}`", (module.__doc__ or "").partition("\n")[0], f"`{_source(module.__name__)}`"))
+    return table(("Name", "What it is", "File"), rows)
+
+
+def _source(module: str) -> str:
+    return f"src/{module.replace('.', '/')}.py"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; a bar inside a cell is escaped."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "recipe-fields": recipe_fields,
+    "packaged-recipes": packaged_recipes,
+    "templates": templates,
+    "dataset-formats": lambda: registered(FORMATS),
+    "benchmarks": lambda: registered(BENCHMARKS),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

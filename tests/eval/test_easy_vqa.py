@@ -1,0 +1,152 @@
+"""easy-VQA: scores by hand, and a runner that resumes by id."""
+
+import json
+
+import pytest
+
+from tests import tiny
+from vila.core.errors import DataError, UnknownNameError
+from vila.engine.engine import Engine
+from vila.engine.request import Generation
+from vila.eval.benchmark import BENCHMARKS
+from vila.eval.benchmarks.easy_vqa import EasyVqa, kind_of
+from vila.eval.runner import batches, run
+
+QUESTIONS = [
+    ["what shape is in the image?", "circle", 0],
+    ["is there a red shape?", "no", 0],
+    ["what color is the shape?", "red", 1],
+    ["is there a red shape?", "yes", 1],
+    ["does the image not contain a circle?", "yes", 1],
+    ["what shape is in the image?", "circle", 2],
+]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "test" / "images").mkdir(parents=True)
+    for number in range(3):
+        (tmp_path / "test" / "images" / f"{number}.png").write_bytes(tiny.picture(number).source)
+    (tmp_path / "test" / "questions.json").write_text(json.dumps(QUESTIONS))
+    return tmp_path
+
+
+class Oracle:
+    """An engine that knows the answers it is given, counts its work, and can break."""
+
+    def __init__(self, answers, break_after=99):
+        self.answers, self.asked, self.left = answers, [], break_after
+
+    def generate(self, conversations, sampling, template=""):
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+        self.asked += [c[-1].text for c in conversations]
+        return [Generation(self.answers[c[-1].text], (), "stop", 1) for c in conversations]
+
+
+ALWAYS = {q: "yes" if q.startswith(("is", "does")) else "circle" for q, _, _ in QUESTIONS}
+
+
+def test_scores_worked_out_by_hand(folder):
+    benchmark = EasyVqa(folder)
+    scores = benchmark.score({i.id: ALWAYS[i.messages[-1].text] for i in benchmark.items()})
+    assert scores["accuracy"] == pytest.approx(4 / 6)  # both circles, yes, yes
+    assert scores["majority"] == pytest.approx(2 / 6)  # circle or yes: two of six
+    assert scores["blind"] == pytest.approx(5 / 6)  # "is there a red shape?" has one of each
+    assert scores["by_type"]["what color"] == {"accuracy": 0.0, "majority": 1.0, "blind": 1.0, "count": 1}
+    assert scores["by_type"]["yes/no color"]["accuracy"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("answer", "right"), [("circle", True), (" circle\n", True), ("Circle", False), ("circle.", False), ("", False)]
+)
+def test_only_the_whole_answer_counts(folder, answer, right):
+    benchmark = EasyVqa(folder)
+    predictions = {i.id: i.truth for i in benchmark.items()}
+    predictions[benchmark.items()[0].id] = answer
+    assert (benchmark.score(predictions)["accuracy"] == 1) == right
+
+
+def test_missing_and_unknown_ids_are_named(folder):
+    benchmark = EasyVqa(folder)
+    predictions = {i.id: "x" for i in benchmark.items()[1:]} | {"9/9": "x"}
+    with pytest.raises(DataError, match=r"1 questions without a prediction \(0/0\); 1 predictions of unknown .*9/9"):
+        benchmark.score(predictions)
+
+
+def test_a_limit_takes_whole_pictures(folder):
+    assert [i.group for i in EasyVqa(folder, limit=3).items()] == ["0", "0", "1", "1", "1"]
+
+
+def test_kinds_of_questions():
+    kinds = ["what shape", "yes/no color", "what color", "yes/no color", "yes/no shape", "what shape"]
+    assert [kind_of(q) for q, _, _ in QUESTIONS] == kinds
+    assert kind_of("what is the teal shape?") == "what shape"
+
+
+@pytest.mark.parametrize("row", [["only two", "fields"], "text", [1, "a", 0]])
+def test_a_row_that_is_no_question_is_named(folder, row):
+    (folder / "test" / "questions.json").write_text(json.dumps([QUESTIONS[0], row]))
+    with pytest.raises(DataError, match=r"questions.json row 2: expected \[question, answer, image_id\]"):
+        EasyVqa(folder)
+
+
+def test_a_folder_that_is_no_easy_vqa_is_named(tmp_path):
+    with pytest.raises(DataError, match="questions.json: missing; expected an easy-VQA folder"):
+        EasyVqa(tmp_path)
+
+
+def test_an_interrupted_run_asks_only_what_is_left(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("vila.eval.runner._BATCH_GROUPS", 1)
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        run(Oracle(ALWAYS, break_after=2), EasyVqa(folder), out)
+    rest = Oracle(ALWAYS)
+    result = run(rest, EasyVqa(folder), out)
+    assert rest.asked == ["what shape is in the image?"]
+    assert result.scores["accuracy"] == pytest.approx(4 / 6)
+    again = Oracle(ALWAYS)
+    assert run(again, EasyVqa(folder), out).predictions == result.predictions
+    assert again.asked == []
+
+
+def test_a_half_written_last_line_is_asked_again(folder, tmp_path):
+    out = tmp_path / "out"
+    run(Oracle(ALWAYS), EasyVqa(folder), out)
+    path = out / "predictions.jsonl"
+    path.write_text(path.read_text()[:-5])
+    oracle = Oracle(ALWAYS)
+    assert len(run(oracle, EasyVqa(folder), out).predictions) == len(QUESTIONS)
+    assert len(path.read_text().splitlines()) == len(QUESTIONS)
+
+
+def test_predictions_of_another_model_are_refused(folder, tmp_path):
+    run(Oracle(ALWAYS), EasyVqa(folder), tmp_path / "out", model="one")
+    with pytest.raises(DataError, match="holds the predictions of another run .model: 'one' -> 'two'.; choose another"):
+        run(Oracle(ALWAYS), EasyVqa(folder), tmp_path / "out", model="two")
+
+
+def test_a_broken_prediction_line_is_named(folder, tmp_path):
+    run(Oracle(ALWAYS), EasyVqa(folder), tmp_path / "out")
+    path = tmp_path / "out" / "predictions.jsonl"
+    path.write_text("{}\n" + path.read_text())
+    with pytest.raises(DataError, match="predictions.jsonl line 1: not a prediction"):
+        run(Oracle(ALWAYS), EasyVqa(folder), tmp_path / "out")
+
+
+def test_a_real_engine_answers_every_question_twice_alike(folder, tmp_path):
+    engine = Engine(*tiny.vila())
+    first = run(engine, EasyVqa(folder), tmp_path / "a").predictions
+    assert run(engine, EasyVqa(folder), tmp_path / "b").predictions == first
+    assert set(first) == {i.id for i in EasyVqa(folder).items()}
+
+
+def test_batches_keep_pictures_whole(folder, monkeypatch):
+    monkeypatch.setattr("vila.eval.runner._BATCH_GROUPS", 2)
+    assert [[i.group for i in batch] for batch in batches(EasyVqa(folder).items())] == [["0", "0", "1", "1", "1"], ["2"]]
+
+
+def test_an_unknown_benchmark_suggests_a_near_one():
+    with pytest.raises(UnknownNameError, match="unknown benchmark 'easy-vqa'; did you mean 'easy_vqa'"):
+        BENCHMARKS["easy-vqa"]

@@ -1,0 +1,125 @@
+"""The main job on tiny parts: every phase, stopped anywhere, ends with the same model, answers and report."""
+
+import json
+
+import pytest
+
+import vila.starter.quickstart as quickstart
+from tests.starter.stand import write_easy_vqa, write_llm, write_vision
+from vila.core.errors import ConfigError
+from vila.core.files import sha256_tree
+from vila.starter.quickstart import Options, Quickstart
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parts")
+    return {
+        "llm": str(write_llm(folder / "llm")),
+        "vision": str(write_vision(folder / "vision")),
+        "easy_vqa": write_easy_vqa(folder / "easy-vqa"),
+    }
+
+
+@pytest.fixture
+def job(parts, tmp_path, monkeypatch):
+    monkeypatch.setenv("VILA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(quickstart.easy_vqa, "obtain_easy_vqa", lambda cache, events: parts["easy_vqa"])
+    monkeypatch.setattr(quickstart, "PERPLEXITY_TOKENS", 500)
+
+    def make(name="run", events=quickstart.SILENT, **changes):
+        facts = {"out": tmp_path / name, "minutes": 0.05, "llm": parts["llm"], "vision": parts["vision"], **changes}
+        return Quickstart(Options(**facts), events)
+
+    return make
+
+
+class Breaks:
+    """Events that stop the job, as Ctrl-C does, when a task starts or advances for the n-th time."""
+
+    def __init__(self, at):
+        self.at, self.count = at, 0
+
+    def _tick(self):
+        self.count += 1
+        if self.count == self.at:
+            raise KeyboardInterrupt
+
+    def started(self, task, total=None, unit=""):
+        self._tick()
+
+    def advanced(self, task, amount=1, **facts):
+        self._tick()
+
+    def said(self, text):
+        pass
+
+    def finished(self, task, summary=""):
+        pass
+
+
+def outcome(job):
+    predictions = (job.out / "eval" / "easy_vqa" / "predictions.jsonl").read_text()
+    report = json.loads((job.out / "report.json").read_text())
+    return sha256_tree(job.out / "model", "*.safetensors"), predictions, report["accuracy"], report["perplexity"]
+
+
+def test_the_job_ends_with_model_predictions_and_report(job):
+    done = job()
+    result = done.run()
+    report = json.loads((done.out / "report.json").read_text())
+    assert {"accuracy", "accuracy_by_type", "swapped_accuracy", "seconds", "tokens_per_second", "machine"} <= set(report)
+    assert [stage["name"] for stage in report["stages"]] == ["1_align", "2_pretrain", "3_sft"]
+    assert all(set(stage["caption_nll"]) == {"right", "swapped"} for stage in report["stages"])
+    assert report["questions"] == 40
+    assert report["accuracy"] == result["accuracy"]
+    assert len(report["few_shot"]["images"]) == 3
+    page = (done.out / "report.html").read_text()
+    assert "http://" not in page.replace("http://www.w3.org/2000/svg", "")
+    assert {p.name for p in done.out.iterdir()} >= {"model", "data", "steps", "eval", "report.html", "report.json"}
+
+
+def test_stopped_at_many_moments_it_ends_as_if_never_stopped(job):
+    whole = job("whole")
+    counter = Breaks(at=-1)
+    whole.events = counter
+    whole.run()
+    moments = sorted({1 + place * (counter.count - 1) // 11 for place in range(12)})
+    stopped = None
+    for at in moments:
+        stopped = job("stopped", events=Breaks(at))
+        try:
+            stopped.run()
+        except KeyboardInterrupt:
+            assert not list(stopped.out.glob("**/*.partial"))
+    job("stopped").run()
+    assert outcome(stopped) == outcome(whole)
+
+
+def test_a_second_run_does_nothing_again(job, monkeypatch):
+    first = job()
+    first.run()
+    monkeypatch.setattr(quickstart, "build", None)
+    monkeypatch.setattr(quickstart, "run", None)
+    assert job().run()["accuracy"] == json.loads((first.out / "report.json").read_text())["accuracy"]
+
+
+def test_other_settings_in_the_same_directory_are_refused(job):
+    job()._claim()
+    with pytest.raises(ConfigError, match=r"holds a run with other settings \(seed: 0 -> 1\); give --out another"):
+        job(seed=1).run()
+
+
+@pytest.mark.parametrize(("facts", "message"), [({"minutes": 0}, "--minutes 0"), ({"questions": -1}, "--questions -1")])
+def test_impossible_options_are_refused(facts, message):
+    with pytest.raises(ConfigError, match=message):
+        Options(**facts)
+
+
+def test_budgets_scale_with_the_minutes(job):
+    full, half = (job(f"m{minutes}", minutes=minutes) for minutes in (10, 5))
+    for maker in (full, half):
+        maker._claim()
+        maker._parts()
+    for stage in quickstart.STAGES:
+        assert full.recipe(stage).budget.tokens == 2 * half.recipe(stage).budget.tokens
