@@ -50,7 +50,9 @@ class PaddedLoop:
         with torch.autocast("cpu", torch.bfloat16, enabled=choose_dtype("auto") is torch.bfloat16):
             pixels = self.processor.pixels(list(batch.media))
             padding = (batch.segments >= 0).long()
-            logits = self.model(input_ids=batch.ids, pixel_values=pixels, attention_mask=padding, use_cache=False).logits
+            logits = self.model(
+                input_ids=batch.ids, pixel_values=pixels, attention_mask=padding, use_cache=False
+            ).logits
         targets = batch.labels[:, 1:]
         loss = torch.nn.functional.cross_entropy(
             logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE
@@ -81,7 +83,10 @@ def main() -> int:
             seconds = time.perf_counter() - began
             if number >= 2:
                 speeds[name].append((questions / seconds, tokens / seconds))
-    out = {name: [round(statistics.median(column), 2) for column in zip(*rows, strict=True)] for name, rows in speeds.items()}
+    out = {
+        name: [round(statistics.median(column), 2) for column in zip(*rows, strict=True)]
+        for name, rows in speeds.items()
+    }
     ratio = [round(a / b, 2) for a, b in zip(out["ours"], out["padded"], strict=True)]
     facts = {"questions_per_second, tokens_per_second": out, "ratio": ratio, "steps": chosen.steps, **machine_facts()}
     sys.stdout.write(json.dumps(facts, indent=1) + "\n")

@@ -72,8 +72,9 @@ def _regenerated_part(match: re.Match[str]) -> str:
 
 def recipe_fields() -> str:
     """Every field of a recipe: what it accepts, its default, its help."""
+    shown = {"required": "required", "()": "`[]`"}
     rows = [
-        (f"`{path}`", accepts, default if default == "required" else f"`{default}`", text)
+        (f"`{path}`", accepts, shown.get(default, f"`{default}`"), text)
         for path, accepts, default, text in describe_fields()
     ]
     return table(("Field", "Accepts", "Default", "What it is"), rows)
@@ -94,20 +95,28 @@ def _recipe_cells(recipe: Recipe) -> tuple[str, ...]:
     rate = f"{stage.lr:g}"
     if stage.lr_projector not in (None, stage.lr):
         rate += f", projector {stage.lr_projector:g}"
+    unit = "row" if data.packing == "rows" else "sample"
     formats = dict.fromkeys(entry.format for entry in data.mixture)
     return (
         ", ".join(stage.tune),
         rate,
-        f"{recipe.batch.rows:,} rows" if data.packing == "rows" else f"{recipe.batch.samples:,} samples",
+        _count(recipe.batch.rows or recipe.batch.samples, unit),
         f"{data.max_length:,}",
-        f"{budget.tokens:,} tokens" if budget.tokens else f"{budget.epochs:g} epoch{'s' * (budget.epochs != 1)}",
+        _count(budget.tokens, "token") if budget.tokens else _count(budget.epochs, "epoch"),
         ", ".join(name if name in FORMATS else f"{name} (planned)" for name in formats),
     )
 
 
+def _count(number: float, unit: str) -> str:
+    written = f"{number:,}" if isinstance(number, int) else f"{number:g}"
+    return f"{written} {unit}{'s' * (number != 1)}"
+
+
 def templates() -> str:
     """Every template: the two-turn example written out, what of it is learnt, and what ends an answer."""
-    return "\n".join(["```text", *(line for template in TEMPLATES.values() for line in _template_lines(template)), "```"])
+    return "\n".join(
+        ["```text", *(line for template in TEMPLATES.values() for line in _template_lines(template)), "```"]
+    )
 
 
 def _template_lines(template: Template) -> list[str]:

@@ -146,7 +146,9 @@ def test_a_sample_without_supervision_is_an_error_that_names_it(bytewise):
 
 
 def test_a_sample_that_does_not_fit_the_template_is_an_error_that_names_it(bytewise):
-    with pytest.raises(DataError, match=r"sample 'odd': the last message must be the assistant's \(template 'chatml'\)"):
+    with pytest.raises(
+        DataError, match=r"sample 'odd': the last message must be the assistant's \(template 'chatml'\)"
+    ):
         tokenize_sample(Sample("odd", (Message.of("user", "x"),)), find_template("chatml"), bytewise, one)
 
 

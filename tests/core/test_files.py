@@ -33,10 +33,10 @@ def test_an_error_while_writing_leaves_the_old_file_and_no_trace(tmp_path, error
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "x"), RuntimeError("I/O error: No space left on device")])
 def test_a_full_disk_names_the_file_and_leaves_nothing(tmp_path, error):
-    with pytest.raises(VilaError, match=r"big: no space left on the device \(\d+ MiB free\); nothing was written"):
-        with atomic_path(tmp_path / "big") as part:
-            part.write_text("half")
-            raise error
+    message = r"big: no space left on the device \(\d+ MiB free\); nothing was written"
+    with pytest.raises(VilaError, match=message), atomic_path(tmp_path / "big") as part:
+        part.write_text("half")
+        raise error
     assert names(tmp_path) == []
 
 

@@ -140,7 +140,9 @@ def test_scores_are_the_log_probabilities_of_a_full_forward(engine):
 
 def test_a_prompt_that_does_not_fit_is_refused_before_any_work(engine, monkeypatch):
     monkeypatch.setattr(engine, "_encode", None)
-    with pytest.raises(ContextOverflowError, match="the prompt has 600 tokens and the answer may have 12, .* holds 512"):
+    with pytest.raises(
+        ContextOverflowError, match="the prompt has 600 tokens and the answer may have 12, .* holds 512"
+    ):
         engine.generate([ask("x" * 600)], NEW)
 
 

@@ -95,7 +95,11 @@ def test_a_saved_model_loads_through_the_auto_classes_bit_for_bit(family, tmp_pa
 def test_the_processor_keeps_spec_and_template(tmp_path):
     _, processor = tiny.vila(template="chatml")
     processor.save_pretrained(tmp_path)
-    again = AutoProcessor.from_pretrained(tmp_path) if (tmp_path / "config.json").exists() else type(processor).from_pretrained(tmp_path)
+    again = (
+        AutoProcessor.from_pretrained(tmp_path)
+        if (tmp_path / "config.json").exists()
+        else type(processor).from_pretrained(tmp_path)
+    )
     assert again.spec == processor.spec
     assert again.template == "chatml"
     prompt = (Message.of("user", tiny.picture(0), "hi"),)

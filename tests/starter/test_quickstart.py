@@ -68,7 +68,9 @@ def test_the_job_ends_with_model_predictions_and_report(job):
     done = job()
     result = done.run()
     report = json.loads((done.out / "report.json").read_text())
-    assert {"accuracy", "accuracy_by_type", "swapped_accuracy", "seconds", "tokens_per_second", "machine"} <= set(report)
+    assert {"accuracy", "accuracy_by_type", "swapped_accuracy", "seconds", "tokens_per_second", "machine"} <= set(
+        report
+    )
     assert [stage["name"] for stage in report["stages"]] == ["1_align", "2_pretrain", "3_sft"]
     assert all(set(stage["caption_nll"]) == {"right", "swapped"} for stage in report["stages"])
     assert report["questions"] == 40

@@ -17,7 +17,10 @@ def write_stand(folder: Path, family: str = "llama", records: int = 24) -> Path:
     save_model(*tiny.vila(family), folder / "base")
     rows = []
     for number in range(records):
-        question = [{"role": "user", "content": f"q{number}?"}, {"role": "assistant", "content": "ab" * (number % 5 + 1)}]
+        question = [
+            {"role": "user", "content": f"q{number}?"},
+            {"role": "assistant", "content": "ab" * (number % 5 + 1)},
+        ]
         if number % 3 == 2:
             rows.append({"id": f"text{number}", "messages": question})
             continue

@@ -52,7 +52,9 @@ def test_logits_of_a_packed_row_equal_those_of_its_parts(family, name):
     batch = collate([row])
     with torch.no_grad():
         packed = model.get_output_embeddings()(hidden_states(model, batch, features(model, processor, batch.media)))[0]
-        owners = [s for s in row for _ in range(max(1, len(set(s.segments.tolist()) - {0})) if s.parents.max() >= 0 else 1)]
+        owners = [
+            s for s in row for _ in range(max(1, len(set(s.segments.tolist()) - {0})) if s.parents.max() >= 0 else 1)
+        ]
         parts = parts_of(row)
         assert len(parts) == len(owners)
         for (ids, places), owner in zip(parts, owners, strict=True):
@@ -75,7 +77,9 @@ def test_loss_and_gradients_of_a_packed_row_equal_those_of_its_parts(family, nam
     whole = torch.zeros(())
     for sample in ROWS[name]:
         for number, messages in enumerate(sample.conversations()):
-            alone = tokenize_sample(Sample(f"{sample.id}{number}", messages), QA, processor.span_tokenizer, processor.count)
+            alone = tokenize_sample(
+                Sample(f"{sample.id}{number}", messages), QA, processor.span_tokenizer, processor.count
+            )
             one = collate([[alone]])
             loss = summed_loss(model, one, features(model, processor, one.media))
             loss.backward()
@@ -123,9 +127,11 @@ def test_pictures_of_a_row_go_to_their_own_slots():
 
 def test_splitting_a_batch_does_not_change_the_global_loss():
     model, processor, row = build("llama", ROWS["three texts"] + ROWS["shared prefixes"])
+
     def total(rows):
         batches = [collate(r) for r in rows]
         return sum(summed_loss(model, b, features(model, processor, b.media)).item() for b in batches)
+
     together = total([[row[:3], row[3:]]])
     assert total([[row[:3]], [row[3:]]]) == pytest.approx(together, rel=1e-6)
     assert total([[[s] for s in row]]) == pytest.approx(together, rel=1e-6)

@@ -80,10 +80,16 @@ def test_the_split_into_micro_batches_does_not_change_the_run(stand, micro):
 
 @pytest.mark.parametrize(
     ("tune", "learns"),
-    [("[projector]", {"projector"}), ("[projector, llm]", {"projector", "language_model"}), ("[vision]", {"vision_tower"})],
+    [
+        ("[projector]", {"projector"}),
+        ("[projector, llm]", {"projector", "language_model"}),
+        ("[vision]", {"vision_tower"}),
+    ],
 )
 def test_each_stage_changes_what_it_tunes_and_nothing_else(stand, tune, learns):
-    recipe = stand_recipe(stand, f"tune-{tune}", f"stage.tune={tune}", "stage.tune_embeddings=true", "budget.tokens=300")
+    recipe = stand_recipe(
+        stand, f"tune-{tune}", f"stage.tune={tune}", "stage.tune_embeddings=true", "stage.llm_parts=[]", "budget.tokens=300"
+    )
     build(recipe).train()
     # The written model is rounded to bfloat16, so the reference is too.
     before, after = load_file(stand / "base" / "model.safetensors"), weights(recipe.output.dir)
@@ -92,11 +98,20 @@ def test_each_stage_changes_what_it_tunes_and_nothing_else(stand, tune, learns):
 
 
 def test_frozen_embeddings_stay(stand):
-    recipe = stand_recipe(stand, "embeddings", "stage.tune=[llm]", "stage.tune_embeddings=false", "budget.tokens=300")
+    changes = ("stage.tune=[llm]", "stage.llm_parts=[]", "stage.tune_embeddings=false", "budget.tokens=300")
+    recipe = stand_recipe(stand, "embeddings", *changes)
     build(recipe).train()
     name = "language_model.model.embed_tokens.weight"
     before = load_file(stand / "base" / "model.safetensors")[name]
     assert torch.equal(weights(recipe.output.dir)[name], before.to(torch.bfloat16))
+
+
+def test_only_the_named_parts_of_the_llm_learn(stand):
+    recipe = stand_recipe(stand, "parts", "stage.tune=[llm]", "stage.llm_parts=[self_attn]", "budget.tokens=300")
+    build(recipe).train()
+    before, after = load_file(stand / "base" / "model.safetensors"), weights(recipe.output.dir)
+    changed = {n for n in after if not torch.equal(after[n], before[n].to(torch.bfloat16))}
+    assert changed == {n for n in after if ".self_attn." in n}
 
 
 def test_cached_features_give_the_same_training(stand, monkeypatch, tmp_path, whole):
@@ -116,7 +131,9 @@ def test_a_changed_recipe_is_refused_with_the_difference(stand):
     recipe = stand_recipe(stand, "changed")
     with pytest.raises(Interrupted):
         build(recipe, listeners=[stop_after(1)]).train()
-    with pytest.raises(CheckpointError, match=r"the recipe changed since this run began \(stage.lr: 0.00025 -> 0.001\)"):
+    with pytest.raises(
+        CheckpointError, match=r"the recipe changed since this run began \(stage.lr: 0.0005 -> 0.001\)"
+    ):
         build(stand_recipe(stand, "changed", "stage.lr=0.001"))
 
 

@@ -215,7 +215,9 @@ def shared_prefix(parts: Sequence[Tokens]) -> int:
     head = parts[0]
     length = min(len(part.ids) for part in parts) - 1
     for part in parts[1:]:
-        length = next((i for i in range(length) if part.ids[i] != head.ids[i] or part.labels[i] != head.labels[i]), length)
+        length = next(
+            (i for i in range(length) if part.ids[i] != head.ids[i] or part.labels[i] != head.labels[i]), length
+        )
         for k, (start, _) in enumerate(head.runs):
             if start < length and part.media[k] != head.media[k]:
                 length = start

@@ -60,7 +60,7 @@ def chat(
             history, pictures = [*asked, Message.of("assistant", answer)], []
 
 
-def _add_picture(console, name: str, pictures: list[Image]) -> None:  # type: ignore[no-untyped-def]
+def _add_picture(console, name: str, pictures: list[Image]) -> None:
     from vila.core.errors import VilaError
     from vila.core.types import Image
     from vila.media.image import open_image
@@ -75,7 +75,7 @@ def _add_picture(console, name: str, pictures: list[Image]) -> None:  # type: ig
     console.print(f"[dim]{image.name} ({picture.width}x{picture.height}) goes with the next question[/dim]")
 
 
-def _answer(console, engine, messages, sampling, template: str) -> str:  # type: ignore[no-untyped-def]
+def _answer(console, engine, messages, sampling, template: str) -> str:
     console.print("[bold green]vila>[/bold green] ", end="")
     text = ""
     for event in engine.stream(messages, sampling, template=template):

@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import typer
 
@@ -49,7 +50,7 @@ def _rows(missing: list[str]) -> Iterator[tuple[str, str]]:
     if "torch" not in missing:
         yield from _torch_rows()
     cache = cache_dir()
-    for label, folder in (("disk, here", os.getcwd()), ("disk, cache", str(_existing(str(cache))))):
+    for label, folder in (("disk, here", Path.cwd()), ("disk, cache", _existing(cache))):
         usage = shutil.disk_usage(folder)
         yield label, f"{usage.free / 2**30:.1f} GiB free of {usage.total / 2**30:.0f}"
     yield "cache", str(cache)
@@ -73,7 +74,7 @@ def _torch_rows() -> Iterator[tuple[str, str]]:
         yield "cuda", "no device"
 
 
-def _existing(folder: str) -> str:
-    while not os.path.isdir(folder):  # noqa: PTH112
-        folder = os.path.dirname(folder)  # noqa: PTH120
+def _existing(folder: Path) -> Path:
+    while not folder.is_dir():
+        folder = folder.parent
     return folder

@@ -11,8 +11,12 @@ import typer
 def evaluate(
     model: Annotated[Path, typer.Argument(help="Model directory.")],
     benchmarks: Annotated[str, typer.Option(help="Names, separated by commas.")] = "easy_vqa",
-    data: Annotated[Path | None, typer.Option(help="Directory of the benchmark's data; easy_vqa is fetched when not given.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Where predictions and scores go; default: eval/ beside the model.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Directory of the benchmark's data; easy_vqa is fetched when not given.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Where predictions and scores go; default: eval/ beside the model.")
+    ] = None,
     questions: Annotated[int, typer.Option(help="Take about this many questions; 0 takes all.")] = 0,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float32.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,

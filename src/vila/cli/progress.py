@@ -11,6 +11,7 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     SpinnerColumn,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -37,7 +38,7 @@ class Screen:
             console=self.console,
         )
         self._live = self.console.is_terminal
-        self._tasks: dict[str, int] = {}
+        self._tasks: dict[str, TaskID] = {}
         self._logs: dict[str, _Log] = {}
 
     def __enter__(self) -> Screen:
@@ -45,7 +46,9 @@ class Screen:
             self._bars.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._live:
             self._bars.stop()
 
@@ -59,7 +62,9 @@ class Screen:
 
     def advanced(self, task: str, amount: int = 1, **facts: float | str) -> None:
         """Move the bar; in a log, a line every few seconds."""
-        text = "  ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in facts.items())
+        text = "  ".join(
+            f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in facts.items()
+        )
         if self._live:
             number = self._tasks[task]
             self._bars.update(number, advance=amount, **({"facts": text} if text else {}))  # type: ignore[arg-type]

@@ -12,13 +12,17 @@ if TYPE_CHECKING:
 
 
 def quickstart(
-    parts: Annotated[list[str] | None, typer.Argument(help="Other parts: starter.llm=ID_OR_DIR starter.vision=ID_OR_DIR")] = None,
+    parts: Annotated[
+        list[str] | None, typer.Argument(help="Other parts: starter.llm=ID_OR_DIR starter.vision=ID_OR_DIR")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Directory of the run.")] = Path("runs/starter"),
-    minutes: Annotated[float, typer.Option(help="Training minutes on two cores; less is faster and less accurate.")] = 10.0,
+    minutes: Annotated[
+        float, typer.Option(help="Training minutes on two cores; less is faster and less accurate.")
+    ] = 10.0,
     questions: Annotated[int, typer.Option(help="Size of the test set, about; 0 takes all 9,673 questions.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of initialisation and data order.")] = 0,
 ) -> None:
-    """Train, evaluate and ask a small visual language model, from parts that come with pip. Stop and go on as you like."""
+    """Train, evaluate and ask a small visual language model, from parts that come with pip. It can be stopped."""
     from rich.console import Console
 
     from vila.cli.progress import Screen
@@ -50,16 +54,22 @@ def _show(console: Console, result: dict[str, Any], out: Path) -> None:
         table.add_column(column, justify="left" if column == "question" else "right")
     for kind, row in result["accuracy_by_type"].items():
         table.add_row(kind, f"{row['count']:,}", f"{row['accuracy']:.2%}", f"{row['blind']:.2%}")
-    table.add_row("all", f"{result['questions']:,}", f"{result['accuracy']:.2%}", f"{result['blind_accuracy']:.2%}", style="bold")
+    table.add_row(
+        "all", f"{result['questions']:,}", f"{result['accuracy']:.2%}", f"{result['blind_accuracy']:.2%}", style="bold"
+    )
     console.print(table)
     console.print(f"with the pictures exchanged: {result['swapped_accuracy']:.2%}")
     for example in result["examples"][:3]:
-        console.print(f"{example['image']}\n  {example['question']} [bold]{example['answer']}[/bold] (truth: {example['truth']})")
+        console.print(
+            f"{example['image']}\n  {example['question']} [bold]{example['answer']}[/bold] (truth: {example['truth']})"
+        )
     few = result["few_shot"]
     console.print("after two examples in the prompt:")
     for line in few["prompt"].splitlines():
         console.print(f"  {line}", markup=False)
     console.print(f"  [bold]{few['answer']}[/bold] (truth: {few['truth']})")
-    console.print(f"\nmodel   {out / 'model'}\nreport  {out / 'report.html'}\nfigures {out / 'report.json'}\n", markup=False)
+    console.print(
+        f"\nmodel   {out / 'model'}\nreport  {out / 'report.html'}\nfigures {out / 'report.json'}\n", markup=False
+    )
     for purpose, command in result["commands"].items():
         console.print(f"{purpose}:\n  [cyan]{command}[/cyan]")

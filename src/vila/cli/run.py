@@ -13,7 +13,9 @@ import typer
 def run(
     model: Annotated[Path, typer.Argument(help="Model directory.")],
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="The question; '-' reads it from standard input.")],
-    image: Annotated[list[str] | None, typer.Option("--image", "-i", help="Picture: a file or URL. May be given several times.")] = None,
+    image: Annotated[
+        list[str] | None, typer.Option("--image", "-i", help="Picture: a file or URL. May be given several times.")
+    ] = None,
     shot: Annotated[
         list[str] | None,
         typer.Option("--shot", help="An example before the question: IMAGE::QUESTION::ANSWER (IMAGE may be empty)."),
@@ -36,7 +38,12 @@ def run(
     engine = Engine.load(model, dtype=dtype)
     if as_json:
         answer = engine.generate([messages], sampling, template=template)[0]
-        facts = {"text": answer.text, "finish": answer.finish, "prompt_tokens": answer.prompt_tokens, "tokens": len(answer.ids)}
+        facts = {
+            "text": answer.text,
+            "finish": answer.finish,
+            "prompt_tokens": answer.prompt_tokens,
+            "tokens": len(answer.ids),
+        }
         typer.echo(json.dumps(facts, ensure_ascii=False))
         return
     written = ""
@@ -49,13 +56,13 @@ def run(
     sys.stdout.write("\n")
 
 
-def _picture(source: str):  # type: ignore[no-untyped-def]
+def _picture(source: str):
     from vila.core.types import Image
 
     return Image(source if "://" in source or source.startswith("data:") else Path(source))
 
 
-def _shots(examples: list[str]):  # type: ignore[no-untyped-def]
+def _shots(examples: list[str]):
     from vila.core.errors import ConfigError
     from vila.core.types import Message
 

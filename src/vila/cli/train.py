@@ -8,8 +8,12 @@ import typer
 
 
 def train(
-    recipe: Annotated[str, typer.Argument(help="Packaged recipe (starter/3_sft, vila_7b/1_align, ...) or a .yaml file.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="Fields to change: optim.warmup_ratio=0.1 output.dir=runs/x ...")] = None,
+    recipe: Annotated[
+        str, typer.Argument(help="Packaged recipe (starter/3_sft, vila_7b/1_align, ...) or a .yaml file.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Fields to change: optim.warmup_ratio=0.1 output.dir=runs/x ...")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop.")] = False,
 ) -> None:
     """Train the stage that [bold]RECIPE[/bold] describes; run it again after a stop and it goes on."""
@@ -27,5 +31,7 @@ def train(
             screen.said(f"{resolved.name}: already trained, the model is in {model_dir(resolved)}")
             return
         run = build(resolved, events=screen)
-        screen.said(f"{resolved.name}: {run.trainable:,} parameters learn, {run.mixture.epoch_length:,} samples an epoch")
+        screen.said(
+            f"{resolved.name}: {run.trainable:,} parameters learn, {run.mixture.epoch_length:,} samples an epoch"
+        )
         screen.said(f"{resolved.name}: the model is in {run.train()}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -24,6 +25,12 @@ class VisionSpec:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     image_mode: ImageMode = "pad"
+
+    @staticmethod
+    def from_dict(facts: Mapping[str, Any]) -> VisionSpec:
+        """Undo `to_dict`, also after JSON has turned tuples into lists."""
+        plain: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in facts.items()}
+        return VisionSpec(**plain)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for config.json."""

@@ -74,7 +74,9 @@ class BatchRun:
         self.length = torch.zeros(len(groups), dtype=torch.long)
         if any(group.shared for group in groups):
             heads = [prompts[group.members[0]] for group in groups]
-            self._extend([h.ids[: g.shared] for h, g in zip(heads, groups, strict=True)], self._media(heads, groups, head=True))
+            self._extend(
+                [h.ids[: g.shared] for h, g in zip(heads, groups, strict=True)], self._media(heads, groups, head=True)
+            )
         rows = row_index([len(group.members) for group in groups])
         self.cache.expand(rows)
         self.valid, self.length = self.valid[rows], self.length[rows]

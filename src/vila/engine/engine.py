@@ -36,7 +36,7 @@ class Engine:
 
     @staticmethod
     def load(path: str | Path, dtype: str = "auto", device: str = "cpu") -> Engine:
-        """The engine of a checkpoint directory. `dtype="auto"`: bfloat16 where the hardware computes it, else float32."""
+        """The engine of a checkpoint directory. dtype: `auto` is bfloat16 where the hardware computes it."""
         return Engine(*load_model(path, dtype=choose_dtype(dtype, device), device=device))
 
     def generate(
@@ -86,10 +86,8 @@ class Engine:
         yield TokenEvent(self._raw_text(ids)[len(shown) :], "length")
 
     @torch.inference_mode()
-    def score(
-        self, conversations: Sequence[Conversation], *, template: str = ""
-    ) -> list[list[float]]:
-        """Log-probabilities of the supervised tokens of whole conversations (the answers and their ends), one list each."""
+    def score(self, conversations: Sequence[Conversation], *, template: str = "") -> list[list[float]]:
+        """Log-probabilities of the supervised tokens (answers and their ends) of whole conversations, one list each."""
         from vila.chat.render import render
         from vila.chat.tokenize import IGNORE, tokenize
 

@@ -35,15 +35,14 @@ class Benchmark(Protocol):
         """All questions, in a fixed order; items of one group stand together."""
 
     def score(self, predictions: Mapping[str, str]) -> dict[str, Any]:
-        """Scores of answers by item id; `accuracy` is the headline, 0..1. Raises DataError for missing or unknown ids."""
+        """Scores of answers by item id; `accuracy` is the headline, 0..1. DataError for missing or unknown ids."""
 
 
 class OpenBenchmark(Protocol):
     """Opens a benchmark whose data lie in a directory."""
 
-    def __call__(self, folder: Path, limit: int) -> Benchmark: ...
+    def __call__(self, folder: Path, limit: int) -> Benchmark:
+        """limit: about how many questions; 0 for all."""
 
 
-BENCHMARKS: Registry[OpenBenchmark] = Registry(
-    "benchmark", {"easy_vqa": "vila.eval.benchmarks.easy_vqa:EasyVqa"}
-)
+BENCHMARKS: Registry[OpenBenchmark] = Registry("benchmark", {"easy_vqa": "vila.eval.benchmarks.easy_vqa:EasyVqa"})

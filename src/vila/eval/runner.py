@@ -24,7 +24,7 @@ _BATCH_GROUPS = 16
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """Scores of one benchmark, the predictions they were made from, and the time it took to make those that were new."""
+    """Scores of one benchmark, the predictions behind them, and the time that the new ones took."""
 
     benchmark: str
     scores: dict[str, Any]
@@ -89,7 +89,9 @@ def _same_run(out: Path, facts: dict[str, Any]) -> None:
     path = out / "run.json"
     if path.is_file():
         before = read_json(path)
-        changed = [f"{key}: {before.get(key)!r} -> {value!r}" for key, value in facts.items() if before.get(key) != value]
+        changed = [
+            f"{key}: {before.get(key)!r} -> {value!r}" for key, value in facts.items() if before.get(key) != value
+        ]
         if changed:
             raise DataError(f"{out}: holds the predictions of another run ({'; '.join(changed)}); choose another --out")
     else:
@@ -110,7 +112,9 @@ def _read_predictions(path: Path) -> dict[str, str]:
             row = json.loads(line)
             out[row["id"]] = row["answer"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise DataError(f"{path} line {number}: not a prediction ({error}); delete the file to start over") from error
+            raise DataError(
+                f"{path} line {number}: not a prediction ({error}); delete the file to start over"
+            ) from error
     return out
 
 

@@ -6,8 +6,6 @@ from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
 
-from vila.core.vision_spec import VisionSpec
-
 
 class VilaConfig(PretrainedConfig):
     """Tower, projector and LLM, and all that prompts and pixels depend on.
@@ -46,11 +44,6 @@ class VilaConfig(PretrainedConfig):
         self.template = template
         kwargs.setdefault("tie_word_embeddings", getattr(self.text_config, "tie_word_embeddings", False))
         super().__init__(**kwargs)
-
-    def get_vision_spec(self) -> VisionSpec:
-        """The vision spec as an object; JSON turned its tuples into lists."""
-        facts = {key: tuple(v) if isinstance(v, list) else v for key, v in self.vision_spec.items()}
-        return VisionSpec(**facts)
 
 
 def _as_config(value: Any, default_type: str) -> PretrainedConfig:

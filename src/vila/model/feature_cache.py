@@ -30,7 +30,9 @@ _CHUNK = 512
 class FeatureCache:
     """Features [P, C] of pictures, by content."""
 
-    def __init__(self, folder: Path, model: VilaForConditionalGeneration, processor: VilaProcessor, events: Events = SILENT):
+    def __init__(
+        self, folder: Path, model: VilaForConditionalGeneration, processor: VilaProcessor, events: Events = SILENT
+    ):
         self._model, self._processor, self._events = model, processor, events
         self.folder = folder / _fingerprint(model, processor)
         self._keys: dict[Image, str] = {}

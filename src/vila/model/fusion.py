@@ -36,7 +36,9 @@ def segment_mask(segments_BS: Tensor, parents_BS: Tensor) -> Tensor:
     """
     keys = segments_BS[:, None, :]
     seen = (segments_BS[:, :, None] == keys) | (parents_BS[:, :, None] == keys)
-    seen &= (keys >= 0) & torch.ones(segments_BS.shape[1], segments_BS.shape[1], dtype=torch.bool, device=keys.device).tril()
+    seen &= (keys >= 0) & torch.ones(
+        segments_BS.shape[1], segments_BS.shape[1], dtype=torch.bool, device=keys.device
+    ).tril()
     seen |= torch.eye(segments_BS.shape[1], dtype=torch.bool, device=keys.device)
     return seen[:, None]
 

@@ -57,7 +57,7 @@ def assemble(
     template: str,
     seed: int,
 ) -> tuple[VilaForConditionalGeneration, VilaProcessor]:
-    """A new model, float32, from the directories or hub ids of an LLM and a tower; the projector is random from `seed`."""
+    """A new float32 model from the directories or hub ids of an LLM and a tower; `seed` draws the projector."""
     vision_config = AutoConfig.from_pretrained(vision)
     vision_config = getattr(vision_config, "vision_config", vision_config)
     text_config = AutoConfig.from_pretrained(llm)

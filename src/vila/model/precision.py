@@ -10,7 +10,9 @@ def has_fast_bfloat16(device: torch.device | str = "cpu") -> bool:
     if torch.device(device).type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return any(
-        probe() for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported") if (probe := getattr(torch.cpu, name, None))
+        probe()
+        for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        if (probe := getattr(torch.cpu, name, None))
     )
 
 

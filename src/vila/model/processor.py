@@ -39,7 +39,7 @@ class VilaProcessor(ProcessorMixin):
     @cached_property
     def spec(self) -> VisionSpec:
         """How pictures become pixels and how many tokens each takes."""
-        return VisionSpec(**{key: tuple(v) if isinstance(v, list) else v for key, v in self.vision_spec.items()})
+        return VisionSpec.from_dict(self.vision_spec)
 
     @cached_property
     def span_tokenizer(self) -> SpanTokenizer:
@@ -54,13 +54,15 @@ class VilaProcessor(ProcessorMixin):
     def find_template(self, name: str = "") -> Template:
         """The template called `name`, or the model's own. Raises TemplateError when the model names none."""
         if not (name or self.template):
-            raise TemplateError("this model does not say which conversation template it was trained with; give one (--template)")
+            raise TemplateError(
+                "this model does not say which conversation template it was trained with; give one (--template)"
+            )
         return find_template(name or self.template)
 
     def count(self, media: Image | Video) -> int:
         """Slots that a medium takes."""
         if isinstance(media, Video):
-            raise MediaError(f"{media.source}: this model's processor reads pictures only")
+            raise MediaError(f"{media.source!r}: this model's processor reads pictures only")
         return self.spec.tokens_per_image
 
     def prompt(self, messages: Sequence[Message], template: str = "") -> Tokens:

@@ -15,7 +15,7 @@ _MLP = re.compile(r"mlp(\d+)x_gelu")
 
 
 def build_projector(kind: str, width_in: int, width_out: int) -> nn.Module:
-    """A projector of the published kinds: `linear`, or `mlpNx_gelu` = Linear, then (N-1) x (GELU, Linear), all with bias.
+    """A projector of the published kinds: `linear`, or `mlpNx_gelu` = Linear, (N-1) x (GELU, Linear), all with bias.
 
     Maps [N, P, C] to [N, P, D]. Raises LayoutError for another kind.
     """

@@ -25,7 +25,7 @@ class _Reached(Exception):
 
 
 def patch_count(config: PretrainedConfig, image_size: int) -> int:
-    """Patches of one square picture of `image_size` pixels. Raises LayoutError when the patch size does not divide it."""
+    """Patches of a square picture of `image_size` pixels. Raises LayoutError when the patch size does not divide it."""
     patch = int(config.patch_size)
     if config.model_type == "dinov2" and image_size % patch:
         raise LayoutError(f"image size {image_size} is not a multiple of the tower's patch size {patch}")

@@ -1,4 +1,4 @@
-"""The starter's three data sets, made from easy-VQA's training questions and packaged text, in the `messages` format."""
+"""The starter's data sets in the `messages` format, made from easy-VQA's training questions and packaged text."""
 
 from __future__ import annotations
 

@@ -6,7 +6,6 @@ Every step leaves one JSON file below `steps/` when it is done; a second call ta
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -108,7 +107,9 @@ class Quickstart:
         path = self.out / "quickstart.json"
         facts = self.options.facts()
         if path.is_file() and (before := read_json(path)) != facts:
-            changed = [f"{key}: {before.get(key)!r} -> {value!r}" for key, value in facts.items() if before.get(key) != value]
+            changed = [
+                f"{key}: {before.get(key)!r} -> {value!r}" for key, value in facts.items() if before.get(key) != value
+            ]
             raise ConfigError(
                 f"{self.out}: holds a run with other settings ({'; '.join(changed)}); "
                 f"give --out another directory, or delete this one"
@@ -187,7 +188,9 @@ class Quickstart:
 
     def _evaluate(self, name: str, benchmark: type[EasyVqa], questions: int) -> dict[str, Any]:
         opened = benchmark(self.easy_vqa, questions)
-        result = run(self.engine, opened, self.out / "eval" / name, model=model_hash(self.out / "model"), events=self.events)
+        result = run(
+            self.engine, opened, self.out / "eval" / name, model=model_hash(self.out / "model"), events=self.events
+        )
         return _scores(result)
 
     def _swapped(self) -> int:
@@ -212,8 +215,12 @@ class Quickstart:
         return {
             "examples": [_shown(item, answer.text) for item, answer in zip(asked, answers, strict=True)],
             "few_shot": {
-                "images": [str(p.source) for m in (*shots, *question.messages) for p in m.parts if isinstance(p, Image)],
-                "prompt": "\n".join(f"<image> {m.text}" if m.role == "user" else m.text for m in (*shots, *question.messages)),
+                "images": [
+                    str(p.source) for m in (*shots, *question.messages) for p in m.parts if isinstance(p, Image)
+                ],
+                "prompt": "\n".join(
+                    f"<image> {m.text}" if m.role == "user" else m.text for m in (*shots, *question.messages)
+                ),
                 "answer": answer.text,
                 "truth": question.truth,
             },
@@ -273,7 +280,9 @@ class Quickstart:
 
     def _gallery(self) -> list[dict[str, Any]]:
         """Test questions with their answers: the first wrong ones, then right ones of other pictures."""
-        predictions = {row["id"]: row["answer"] for row in _read_rows(self.out / "eval" / "easy_vqa" / "predictions.jsonl")}
+        predictions = {
+            row["id"]: row["answer"] for row in _read_rows(self.out / "eval" / "easy_vqa" / "predictions.jsonl")
+        }
         items = EasyVqa(self.easy_vqa, self.options.questions, "test").items()
         wrong = [item for item in items if predictions[item.id] != item.truth][:6]
         right = {item.group: item for item in items if predictions[item.id] == item.truth}
@@ -319,4 +328,8 @@ def _link(source: str, target: str) -> None:
 def _machine() -> dict[str, Any]:
     import torch
 
-    return {**machine_facts(), "dtype": str(choose_dtype("auto")).removeprefix("torch."), "threads": torch.get_num_threads()}
+    return {
+        **machine_facts(),
+        "dtype": str(choose_dtype("auto")).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+    }

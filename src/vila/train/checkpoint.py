@@ -73,7 +73,9 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
         lanes = [LaneState(position, tuple(waiting)) for position, waiting in state["lanes"]]
         return Checkpoint(tensors, Progress(**state["progress"]), lanes, state["recipe"], state["versions"])
     except (OSError, SafetensorError, DataError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{newest}: cannot resume from it ({error}); delete that directory to start over") from error
+        raise CheckpointError(
+            f"{newest}: cannot resume from it ({error}); delete that directory to start over"
+        ) from error
 
 
 def clear_checkpoints(folder: Path) -> None:
@@ -85,4 +87,8 @@ def versions() -> dict[str, str]:
     """Versions that a resumed run is compared with in its log."""
     import transformers
 
-    return {"torch": torch.__version__, "transformers": transformers.__version__, "threads": str(torch.get_num_threads())}
+    return {
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": str(torch.get_num_threads()),
+    }

@@ -28,7 +28,8 @@ Features = Callable[[Sequence[Image]], Tensor]
 class StepListener(Protocol):
     """Called after every step; evaluation and sample generations during training are listeners."""
 
-    def __call__(self, trainer: Trainer, facts: dict[str, Any]) -> None: ...
+    def __call__(self, trainer: Trainer, facts: dict[str, Any]) -> None:
+        """facts: what `metrics.jsonl` holds for the step."""
 
 
 @dataclass
@@ -51,7 +52,7 @@ class Trainer:
     save: Callable[[Trainer], None]
     save_every_s: float
     save_every_steps: int
-    progress: Progress = Progress()
+    progress: Progress = field(default_factory=Progress)
     listeners: list[StepListener] = field(default_factory=list)
     events: Events = SILENT
     name: str = "training"

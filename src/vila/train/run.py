@@ -61,7 +61,11 @@ class Run:
         """Train to the end of the budget, write the model, and return its directory."""
         self.trainer.run()
         save_model(self.model.to(torch.bfloat16), self.processor, model_dir(self.recipe))
-        facts = {"progress": vars_of(self.trainer.progress), "dropped": self.trainer.lanes.dropped, "versions": versions()}
+        facts = {
+            "progress": vars_of(self.trainer.progress),
+            "dropped": self.trainer.lanes.dropped,
+            "versions": versions(),
+        }
         write_json(self.folder / "finished.json", facts)
         clear_checkpoints(self.folder / "checkpoint")
         return model_dir(self.recipe)
@@ -100,7 +104,7 @@ def build(recipe: Recipe, *, listeners: Sequence[StepListener] = (), events: Eve
     features = _features(recipe, model, processor, mixture, events)
     if recipe.model.projector_init == "calibrated" and not recipe.model.path:
         some = images_of(mixture)[:_CALIBRATION_PICTURES]
-        rms = model.get_input_embeddings().weight.float().square().mean().sqrt().item()
+        rms = next(model.get_input_embeddings().parameters()).float().square().mean().sqrt().item()
         calibrate_projector(model.projector, features(some).float(), rms)
     groups = select_trainable(
         model,
@@ -112,13 +116,19 @@ def build(recipe: Recipe, *, listeners: Sequence[StepListener] = (), events: Eve
         llm_parts=recipe.stage.llm_parts,
     )
     optimizer = MasterAdamW(
-        groups, beta1=recipe.optim.beta1, beta2=recipe.optim.beta2, max_grad_norm=recipe.optim.max_grad_norm, dtype=dtype
+        groups,
+        beta1=recipe.optim.beta1,
+        beta2=recipe.optim.beta2,
+        max_grad_norm=recipe.optim.max_grad_norm,
+        dtype=dtype,
     )
     model.to(dtype)
     if recipe.compute.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     lanes = LaneSet(
-        tokenising_fetch(mixture, recipe.data.template or recipe.model.template, processor.span_tokenizer, processor.count),
+        tokenising_fetch(
+            mixture, recipe.data.template or recipe.model.template, processor.span_tokenizer, processor.count
+        ),
         recipe.batch.rows or recipe.batch.samples,
         states=resumed.lanes if resumed else None,
         max_length=recipe.data.max_length,

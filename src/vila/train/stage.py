@@ -57,7 +57,8 @@ def select_trainable(
     if not table:
         raise TrainingError(f"nothing to train: stage.tune={list(tune)} selects no parameters")
     return [
-        Group(tuple(n for n, _ in rows), tuple(p for _, p in rows), rate, decay) for (rate, decay), rows in table.items()
+        Group(tuple(n for n, _ in rows), tuple(p for _, p in rows), rate, decay)
+        for (rate, decay), rows in table.items()
     ]
 
 

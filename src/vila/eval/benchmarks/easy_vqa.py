@@ -30,7 +30,9 @@ class EasyVqa:
         """limit: take about this many questions, whole pictures at a time; 0 takes all."""
         path = folder / split / "questions.json"
         if not path.is_file():
-            raise DataError(f"{path}: missing; expected an easy-VQA folder with {split}/questions.json and {split}/images/")
+            raise DataError(
+                f"{path}: missing; expected an easy-VQA folder with {split}/questions.json and {split}/images/"
+            )
         self._items = _items(path, read_json(path))
         if limit:
             self.keep(_first_groups(self._items, limit))
