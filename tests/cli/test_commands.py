@@ -36,6 +36,8 @@ def vila(monkeypatch, capsys):
         out, err = capsys.readouterr()
         return ended.value.code, out, " ".join(err.split())
 
+    monkeypatch.setenv("COLUMNS", "400")
+
     return call
 
 

@@ -88,7 +88,12 @@ def test_the_split_into_micro_batches_does_not_change_the_run(stand, micro):
 )
 def test_each_stage_changes_what_it_tunes_and_nothing_else(stand, tune, learns):
     recipe = stand_recipe(
-        stand, f"tune-{tune}", f"stage.tune={tune}", "stage.tune_embeddings=true", "stage.llm_parts=[]", "budget.tokens=300"
+        stand,
+        f"tune-{tune}",
+        f"stage.tune={tune}",
+        "stage.tune_embeddings=true",
+        "stage.llm_parts=[]",
+        "budget.tokens=300",
     )
     build(recipe).train()
     # The written model is rounded to bfloat16, so the reference is too.
@@ -131,9 +136,7 @@ def test_a_changed_recipe_is_refused_with_the_difference(stand):
     recipe = stand_recipe(stand, "changed")
     with pytest.raises(Interrupted):
         build(recipe, listeners=[stop_after(1)]).train()
-    with pytest.raises(
-        CheckpointError, match=r"the recipe changed since this run began \(stage.lr: 0.0005 -> 0.001\)"
-    ):
+    with pytest.raises(CheckpointError, match=r"the recipe changed since this run began \(stage.lr: 0.0005 -> 0.001\)"):
         build(stand_recipe(stand, "changed", "stage.lr=0.001"))
 
 

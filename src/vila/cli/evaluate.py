@@ -31,7 +31,7 @@ def evaluate(
     from vila.core.files import cache_dir
     from vila.engine.engine import Engine
     from vila.eval.benchmark import BENCHMARKS
-    from vila.eval.runner import model_hash, run
+    from vila.eval.runner import model_hash, result_dir, run
     from vila.starter.easy_vqa import obtain_easy_vqa
 
     names = [name.strip() for name in benchmarks.split(",") if name.strip()]
@@ -43,8 +43,9 @@ def evaluate(
         for name, open_benchmark in opened.items():
             folder = data or obtain_easy_vqa(cache_dir(), screen)
             benchmark = open_benchmark(folder, questions)
-            where = root / (f"{name}-{questions}" if questions else name)
-            results.append(run(engine, benchmark, where, model=model_hash(model), events=screen))
+            results.append(
+                run(engine, benchmark, result_dir(root, name, questions), model=model_hash(model), events=screen)
+            )
     for result in results:
         if as_json:
             typer.echo(json.dumps({"benchmark": result.benchmark, **result.scores}))

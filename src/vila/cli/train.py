@@ -24,10 +24,11 @@ def train(
         typer.echo(recipe_to_yaml(resolved), nl=False)
         return
     from vila.cli.progress import Screen
-    from vila.train.run import build, is_finished, model_dir
+    from vila.train.run import build, is_finished, model_dir, refuse_changes
 
     with Screen() as screen:
         if is_finished(resolved):
+            refuse_changes(load_recipe(str(resolved.output.dir / "recipe.yaml")), resolved, resolved.output.dir)
             screen.said(f"{resolved.name}: already trained, the model is in {model_dir(resolved)}")
             return
         run = build(resolved, events=screen)

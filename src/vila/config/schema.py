@@ -23,7 +23,7 @@ class ModelSource(Config):
     """Where a stage's model comes from: a whole checkpoint (`path`), or an LLM and a vision tower (`llm`, `vision`)."""
 
     path: str = ""
-    """Directory or hub id of a whole model, usually the output of the stage before. Excludes `llm` and `vision`."""
+    """Directory of a whole model, usually the output of the stage before. Excludes `llm` and `vision`."""
     llm: str = ""
     """Directory or hub id of the language model and its tokenizer."""
     vision: str = ""
@@ -72,7 +72,7 @@ class MixtureEntry(Config):
     """One data set of the mixture."""
 
     format: str
-    """Name of a dataset format (`vila data formats` lists them)."""
+    """Name of a dataset format: `messages` or `llava_json`."""
     path: str
     """File or directory that the format reads."""
     image_root: str = ""

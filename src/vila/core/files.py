@@ -112,7 +112,7 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
 
 def cache_dir() -> Path:
     """Where parts and features are kept between runs: `$VILA_CACHE`, or `~/.cache/vila`."""
-    return Path(os.environ.get("VILA_CACHE") or Path.home() / ".cache" / "vila")
+    return Path(os.environ.get("VILA_CACHE") or "~/.cache/vila").expanduser()
 
 
 def sha256_file(path: Path) -> str:

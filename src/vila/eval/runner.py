@@ -66,6 +66,11 @@ def run(
     return Result(benchmark.name, scores, done, time.monotonic() - began, answered)
 
 
+def result_dir(root: Path, name: str, questions: int) -> Path:
+    """Where the predictions of a benchmark, or of about `questions` of its questions, lie below `root`."""
+    return root / (f"{name}-{questions}" if questions else name)
+
+
 def model_hash(folder: Path) -> str:
     """What tells one model directory from another: a hash of its weights and configs."""
     return sha256_tree(folder)[:32]

@@ -52,11 +52,6 @@ class PartRecipe:
     build: Callable[[Path, Path], None]
 
 
-def cache_dir() -> Path:
-    """Where wheels and parts are kept: `$VILA_CACHE`, or `~/.cache/vila`."""
-    return Path(os.environ.get("VILA_CACHE") or "~/.cache/vila").expanduser()
-
-
 def resolve_part(value: str, default: Callable[[], Path]) -> str:
     """What a user named: `wheel` is `default()`, a directory or a hub id (`owner/name`) is itself.
 

@@ -25,7 +25,7 @@ from vila.engine.engine import Engine
 from vila.engine.request import Sampling
 from vila.eval.benchmark import Item
 from vila.eval.benchmarks.easy_vqa import EasyVqa
-from vila.eval.runner import Result, model_hash, run
+from vila.eval.runner import Result, model_hash, result_dir, run
 from vila.model.load import assemble
 from vila.model.precision import choose_dtype
 from vila.starter import dinov2_onnx, easy_vqa, smollm2_gguf
@@ -86,7 +86,7 @@ class Quickstart:
         """Do what is not done yet; returns what the report shows. Raises ConfigError when `out` holds another run."""
         self._claim()
         self._parts()
-        self._step("data", lambda: write_stage_data(self.easy_vqa, self.out / "data", self.options.seed))
+        self._step("data", self._data)
         for stage, title in zip(STAGES, TITLES, strict=True):
             self._train(stage, title)
         self._publish()
@@ -132,6 +132,14 @@ class Quickstart:
         self.easy_vqa = easy_vqa.obtain_easy_vqa(self.cache, self.events)
         self.images = self.easy_vqa / "train" / "images"
 
+    def _data(self) -> dict[str, int]:
+        link = self.out / "data" / "images"
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.unlink(missing_ok=True)
+        # The recipes name pictures below this link, so that `vila train starter/3_sft` finds them too.
+        link.symlink_to(self.images.resolve(), target_is_directory=True)
+        return write_stage_data(self.easy_vqa, self.out / "data", self.options.seed)
+
     def recipe(self, stage: str) -> Recipe:
         """The resolved recipe of a stage: packaged, with this run's paths, seed and budget."""
         plain = load_recipe(f"starter/{stage}")
@@ -142,7 +150,7 @@ class Quickstart:
         ]
         for number, entry in enumerate(plain.data.mixture):
             overrides.append(f"data.mixture.{number}.path={self.out / 'data' / Path(entry.path).name}")
-            overrides.append(f"data.mixture.{number}.image_root={self.images}")
+            overrides.append(f"data.mixture.{number}.image_root={self.out / 'data' / 'images'}")
         place = STAGES.index(stage)
         if place:
             overrides.append(f"model.path={self.out / STAGES[place - 1] / 'model'}")
@@ -189,7 +197,11 @@ class Quickstart:
     def _evaluate(self, name: str, benchmark: type[EasyVqa], questions: int) -> dict[str, Any]:
         opened = benchmark(self.easy_vqa, questions)
         result = run(
-            self.engine, opened, self.out / "eval" / name, model=model_hash(self.out / "model"), events=self.events
+            self.engine,
+            opened,
+            result_dir(self.out / "eval", name, questions),
+            model=model_hash(self.out / "model"),
+            events=self.events,
         )
         return _scores(result)
 
@@ -259,7 +271,7 @@ class Quickstart:
             "commands": {
                 "Talk to the model": f"vila chat {self.out / 'model'}",
                 "Score it again": f"vila eval {self.out / 'model'} --benchmarks easy_vqa",
-                "Train a stage with your own settings": "vila train starter/3_sft stage.lr=1e-4 output.dir=runs/mine",
+                "Train a stage with your own settings": f"vila train {self.out / STAGES[-1] / 'recipe.yaml'} stage.lr=1e-4 output.dir=runs/mine",
                 "See the 7B recipe": "vila train vila_7b/1_align --dry-run",
             },
         }
@@ -280,9 +292,8 @@ class Quickstart:
 
     def _gallery(self) -> list[dict[str, Any]]:
         """Test questions with their answers: the first wrong ones, then right ones of other pictures."""
-        predictions = {
-            row["id"]: row["answer"] for row in _read_rows(self.out / "eval" / "easy_vqa" / "predictions.jsonl")
-        }
+        where = result_dir(self.out / "eval", "easy_vqa", self.options.questions)
+        predictions = {row["id"]: row["answer"] for row in _read_rows(where / "predictions.jsonl")}
         items = EasyVqa(self.easy_vqa, self.options.questions, "test").items()
         wrong = [item for item in items if predictions[item.id] != item.truth][:6]
         right = {item.group: item for item in items if predictions[item.id] == item.truth}

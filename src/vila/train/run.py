@@ -95,7 +95,8 @@ def build(recipe: Recipe, *, listeners: Sequence[StepListener] = (), events: Eve
     remove_partials(folder)
     resumed = load_checkpoint(folder / "checkpoint")
     if resumed:
-        _same_recipe(recipe, resumed, folder)
+        refuse_changes(Recipe.model_validate(resumed.recipe), recipe, folder)
+        _say_versions(resumed, events)
     dtype = choose_dtype(recipe.compute.dtype)
     model, processor = _build_model(recipe)
     entries = [(e.format, e.path, e.image_root, e.repeat, e.template) for e in recipe.data.mixture]
@@ -218,10 +219,16 @@ def _save(recipe: Recipe, trainer: Trainer) -> None:
     save_checkpoint(recipe.output.dir / "checkpoint", state)
 
 
-def _same_recipe(recipe: Recipe, resumed: Checkpoint, folder: Path) -> None:
-    changed = recipe_differences(Recipe.model_validate(resumed.recipe), recipe)
-    if changed:
+def refuse_changes(before: Recipe, recipe: Recipe, folder: Path) -> None:
+    """Raise CheckpointError, naming each difference, when a run in `folder` was begun with another recipe."""
+    if changed := recipe_differences(before, recipe):
         raise CheckpointError(
-            f"{folder / 'checkpoint'}: the recipe changed since this run began ({'; '.join(changed)}); "
-            "undo the change, choose another output.dir, or delete the checkpoint directory to start over"
+            f"{folder}: the recipe changed since this run began ({'; '.join(changed)}); "
+            "undo the change, choose another output.dir, or delete the directory to start over"
         )
+
+
+def _say_versions(resumed: Checkpoint, events: Events) -> None:
+    changed = [f"{k} {v} -> {versions().get(k)}" for k, v in resumed.versions.items() if versions().get(k) != v]
+    if changed:
+        events.said(f"resumed with other versions ({', '.join(changed)}): the numbers may differ in the last bits")
