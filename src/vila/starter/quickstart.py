@@ -102,8 +102,8 @@ class Quickstart:
 
     def _claim(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)
-        remove_partials(self.out)
-        remove_partials(self.out / "steps")
+        for folder in (self.out, *(self.out / name for name in ("steps", "data", *STAGES)), *self.out.glob("eval/*")):
+            remove_partials(folder)
         path = self.out / "quickstart.json"
         facts = self.options.facts()
         if path.is_file() and (before := read_json(path)) != facts:
@@ -196,14 +196,8 @@ class Quickstart:
 
     def _evaluate(self, name: str, benchmark: type[EasyVqa], questions: int) -> dict[str, Any]:
         opened = benchmark(self.easy_vqa, questions)
-        result = run(
-            self.engine,
-            opened,
-            result_dir(self.out / "eval", name, questions),
-            model=model_hash(self.out / "model"),
-            events=self.events,
-        )
-        return _scores(result)
+        where = result_dir(self.out / "eval", name, questions)
+        return _scores(run(self.engine, opened, where, model=model_hash(self.out / "model"), events=self.events))
 
     def _swapped(self) -> int:
         return min(self.options.questions or _SWAPPED_QUESTIONS, _SWAPPED_QUESTIONS)
@@ -244,6 +238,7 @@ class Quickstart:
         for stage in stages:
             seconds[f"training {stage['name']}"] = stage["seconds"]
         examples = read_json(self.out / "steps" / "examples.json")["result"]
+        saved = self.out / STAGES[-1] / "recipe.yaml"
         rise = 100 * (after["perplexity"] / before["perplexity"] - 1)
         return {
             "accuracy": test["accuracy"],
@@ -271,7 +266,7 @@ class Quickstart:
             "commands": {
                 "Talk to the model": f"vila chat {self.out / 'model'}",
                 "Score it again": f"vila eval {self.out / 'model'} --benchmarks easy_vqa",
-                "Train a stage with your own settings": f"vila train {self.out / STAGES[-1] / 'recipe.yaml'} stage.lr=1e-4 output.dir=runs/mine",
+                "Train a stage with your own settings": f"vila train {saved} stage.lr=1e-4 output.dir=runs/mine",
                 "See the 7B recipe": "vila train vila_7b/1_align --dry-run",
             },
         }
