@@ -63,8 +63,8 @@ def text_config(family: str, **changes: Any) -> Any:
 
 
 def vision_config(tower: str = "dinov2") -> Any:
-    """A 3-layer, 16-wide tower over 28 x 28 pixels: 2 x 2 patches."""
-    facts = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    """A 4-layer, 16-wide tower over 28 x 28 pixels: 2 x 2 patches."""
+    facts = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
     if tower == "dinov2":
         return Dinov2Config(**facts, initializer_range=0.2)
     kind = {"clip": CLIPVisionConfig, "siglip": SiglipVisionConfig}[tower]

@@ -35,8 +35,8 @@ def test_patch_drops_the_class_token_and_siglip_has_none():
 
 def test_a_layer_outside_the_tower_is_refused():
     config = tiny.vision_config()
-    with pytest.raises(LayoutError, match="select_layer -4 is outside the tower's 3 blocks"):
-        select_features(AutoModel.from_config(config), config, torch.zeros(1, 3, 28, 28), -4, "patch")
+    with pytest.raises(LayoutError, match="select_layer -5 is outside the tower's 4 blocks"):
+        select_features(AutoModel.from_config(config), config, torch.zeros(1, 3, 28, 28), -5, "patch")
 
 
 def test_projector_kinds_have_the_published_parameter_names():

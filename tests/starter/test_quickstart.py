@@ -119,7 +119,7 @@ def test_impossible_options_are_refused(facts, message):
 
 
 def test_budgets_scale_with_the_minutes(job):
-    full, half = (job(f"m{minutes}", minutes=minutes) for minutes in (10, 5))
+    full, half = (job(f"m{minutes}", minutes=minutes) for minutes in (7, 3.5))
     for maker in (full, half):
         maker._claim()
         maker._parts()

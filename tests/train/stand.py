@@ -45,6 +45,7 @@ def stand_recipe(folder: Path, out: str = "out", *overrides: str) -> Recipe:
             "batch.rows=2",
             "batch.micro=1",
             "budget.tokens=2000",
+            "stage.lr=5e-4",
             "compute.feature_cache=false",
             "compute.dtype=float32",
             "output.checkpoint_every_s=1000",

@@ -18,7 +18,7 @@ def quickstart(
     out: Annotated[Path, typer.Option(help="Directory of the run.")] = Path("runs/starter"),
     minutes: Annotated[
         float, typer.Option(help="Training minutes on two cores; less is faster and less accurate.")
-    ] = 10.0,
+    ] = 7.0,
     questions: Annotated[int, typer.Option(help="Size of the test set, about; 0 takes all 9,673 questions.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of initialisation and data order.")] = 0,
 ) -> None:

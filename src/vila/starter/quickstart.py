@@ -39,7 +39,7 @@ from vila.train.run import build, is_finished, model_dir
 
 STAGES = ("1_align", "2_pretrain", "3_sft")
 TITLES = ("Align: captions", "Pretrain: interleaved pages", "Instruct: questions")
-FULL_MINUTES = 10.0
+FULL_MINUTES = 7.0
 """Training minutes on two cores that the recipes' token budgets are meant for."""
 PERPLEXITY_TOKENS = 4096
 _VALIDATION_PICTURES = 100
