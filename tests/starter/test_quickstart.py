@@ -11,6 +11,14 @@ from vila.core.files import sha256_tree
 from vila.starter.quickstart import Options, Quickstart
 
 
+class TinyJob(Quickstart):
+    """The job with rows long enough for a tokenizer that takes one token a byte."""
+
+    def recipe(self, stage):
+        recipe = super().recipe(stage)
+        return recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_length": 1024, "look_ahead": 8})})
+
+
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("parts")
@@ -29,7 +37,7 @@ def job(parts, tmp_path, monkeypatch):
 
     def make(name="run", events=quickstart.SILENT, **changes):
         facts = {"out": tmp_path / name, "minutes": 0.05, "llm": parts["llm"], "vision": parts["vision"], **changes}
-        return Quickstart(Options(**facts), events)
+        return TinyJob(Options(**facts), events)
 
     return make
 

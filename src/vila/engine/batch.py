@@ -66,12 +66,16 @@ class BatchRun:
     order: list[int] = field(default_factory=list)
     """Index of the prompt that stands in each row."""
 
+    def begin(self, rows: int) -> None:
+        """An empty cache for `rows` rows."""
+        self.cache = new_cache(self.model.config.text_config, self.capacity)
+        self.valid = torch.zeros(rows, 0, dtype=torch.bool)
+        self.length = torch.zeros(rows, dtype=torch.long)
+
     def prefill(self, prompts: Sequence[Tokens], groups: Sequence[Group]) -> Tensor:
         """Logits [B, V] after each prompt, rows in `order`."""
-        self.cache = new_cache(self.model.config.text_config, self.capacity)
+        self.begin(len(groups))
         self.order = [index for group in groups for index in group.members]
-        self.valid = torch.zeros(len(groups), 0, dtype=torch.bool)
-        self.length = torch.zeros(len(groups), dtype=torch.long)
         if any(group.shared for group in groups):
             heads = [prompts[group.members[0]] for group in groups]
             self._extend(

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from vila.chat.tokenize import Tokens
+from vila.chat.render import render
+from vila.chat.tokenize import IGNORE, Tokens, tokenize
 from vila.core.errors import ContextOverflowError
 from vila.core.types import Image, Message
+from vila.engine.answer import Answer
 from vila.engine.batch import BatchRun, Group, group_prompts
 from vila.engine.request import Generation, Sampling, TokenEvent
 from vila.families.card import find_family
@@ -47,50 +48,31 @@ class Engine:
         Conversations about the same pictures share the computation of their common prefix.
         Raises ContextOverflowError before any work when a prompt and its answer do not fit.
         """
-        sampling = sampling or Sampling()
         prompts = [self.processor.prompt(messages, template) for messages in conversations]
-        new: list[list[int]] = [[] for _ in prompts]
-        ended = [False] * len(prompts)
-        for order, ids in self._decode(prompts, sampling):
-            for row, index in enumerate(order):
-                token = int(ids[row])
-                if token in self._stop_ids:
-                    ended[index] = True
-                else:
-                    new[index].append(token)
-        return [
-            Generation(self._text(ids), tuple(ids), "stop" if done else "length", len(prompt.ids))
-            for ids, done, prompt in zip(new, ended, prompts, strict=True)
-        ]
+        answers = [self._answer(template) for _ in prompts]
+        for _ in self._decode(prompts, answers, sampling or Sampling()):
+            pass
+        return [answer.generation(len(prompt.ids)) for answer, prompt in zip(answers, prompts, strict=True)]
 
     def stream(
         self, conversation: Conversation, sampling: Sampling | None = None, *, template: str = ""
     ) -> Iterator[TokenEvent]:
         """The answer piece by piece; the pieces joined and stripped are the text that `generate` gives.
 
-        A character whose bytes are not complete yet waits for the next token.
+        A character whose bytes are not complete yet, and what may become a stop string, wait for the next token.
         """
-        prompt = self.processor.prompt(conversation, template)
-        ids: list[int] = []
-        shown = ""
-        for _, chosen in self._decode([prompt], sampling or Sampling()):
-            token = int(chosen[0])
-            if token in self._stop_ids:
-                yield TokenEvent(self._raw_text(ids)[len(shown) :], "stop")
-                return
-            ids.append(token)
-            text = self._raw_text(ids)
-            if not text.endswith("\N{REPLACEMENT CHARACTER}") and len(text) > len(shown):
-                yield TokenEvent(text[len(shown) :])
-                shown = text
-        yield TokenEvent(self._raw_text(ids)[len(shown) :], "length")
+        answer = self._answer(template)
+        shown = 0
+        for _ in self._decode([self.processor.prompt(conversation, template)], [answer], sampling or Sampling()):
+            text = answer.certain_text
+            if answer.finish is None and len(text) > shown:
+                yield TokenEvent(text[shown:])
+                shown = len(text)
+        yield TokenEvent(answer.text[shown:], answer.finish or "length")
 
     @torch.inference_mode()
     def score(self, conversations: Sequence[Conversation], *, template: str = "") -> list[list[float]]:
         """Log-probabilities of the supervised tokens (answers and their ends) of whole conversations, one list each."""
-        from vila.chat.render import render
-        from vila.chat.tokenize import IGNORE, tokenize
-
         chosen = self.processor.find_template(template)
         rows = [
             tokenize(render(messages, chosen), self.processor.span_tokenizer, self.processor.count)
@@ -98,7 +80,7 @@ class Engine:
         ]
         self._check_context(rows, 0)
         run = BatchRun(self.model, self._encode, max(len(row.ids) for row in rows))
-        run.cache, run.valid, run.length = self._fresh(run, len(rows))
+        run.begin(len(rows))
         images = [item for row in rows for item in row.media if isinstance(item, Image)]
         states, _ = run.hidden([row.ids for row in rows], images)
         head = self.model.get_output_embeddings()
@@ -109,15 +91,9 @@ class Engine:
             out.append(logits[range(len(places)), [row.labels[i] for i in places]].tolist())
         return out
 
-    def _fresh(self, run: BatchRun, rows: int) -> tuple[Any, Tensor, Tensor]:
-        from vila.engine.cache import new_cache
-
-        cache = new_cache(self.model.config.text_config, run.capacity)
-        return cache, torch.zeros(rows, 0, dtype=torch.bool), torch.zeros(rows, dtype=torch.long)
-
     @torch.inference_mode()
-    def _decode(self, prompts: Sequence[Tokens], sampling: Sampling) -> Iterator[tuple[list[int], Tensor]]:
-        """Yields (prompt index of each row, its next token); rows leave when they end."""
+    def _decode(self, prompts: Sequence[Tokens], answers: Sequence[Answer], sampling: Sampling) -> Iterator[None]:
+        """Grow the answers, a token in each at every turn; rows leave when their answer has ended."""
         self._check_context(prompts, sampling.max_new_tokens)
         groups = group_prompts(prompts)
         run = BatchRun(self.model, self._encode, _capacity(prompts, groups) + sampling.max_new_tokens)
@@ -125,13 +101,20 @@ class Engine:
         logits = run.prefill(prompts, groups)
         for count in range(sampling.max_new_tokens):
             ids = _choose(logits, sampling, generator)
-            yield list(run.order), ids
-            going = torch.tensor([row for row, token in enumerate(ids.tolist()) if token not in self._stop_ids])
-            if not len(going) or count == sampling.max_new_tokens - 1:
+            going = [row for row, index in enumerate(run.order) if answers[index].take(int(ids[row]))]
+            yield
+            if not going or count == sampling.max_new_tokens - 1:
                 return
             if len(going) < len(ids):
-                run.keep(going)
+                run.keep(torch.tensor(going))
             logits = run.step(ids[going])
+
+    def _answer(self, template: str) -> Answer:
+        special = self.processor.span_tokenizer.special_ids
+        named = template or self.processor.template
+        stops = self.processor.find_template(named).stop if named else ()
+        ids = self._stop_ids | {special[stop] for stop in stops if stop in special}
+        return Answer(self._text, ids, tuple(stop for stop in stops if stop not in special))
 
     def _check_context(self, prompts: Sequence[Tokens], new: int) -> None:
         limit = int(self.model.config.text_config.max_position_embeddings)
@@ -155,11 +138,8 @@ class Engine:
             self._features.popitem(last=False)
         return out
 
-    def _raw_text(self, ids: Sequence[int]) -> str:
-        return str(self.processor.tokenizer.decode(ids, skip_special_tokens=True))
-
     def _text(self, ids: Sequence[int]) -> str:
-        return self._raw_text(ids).strip()
+        return str(self.processor.tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def _capacity(prompts: Sequence[Tokens], groups: Sequence[Group]) -> int:
@@ -180,6 +160,4 @@ def _stop_ids(model: VilaForConditionalGeneration, processor: VilaProcessor) -> 
     ids = {span.eos_id} if span.eos_id is not None else set()
     family = find_family(model.config.text_config.model_type)
     ids |= {span.special_ids[token] for token in family.stop_tokens if token in span.special_ids}
-    if processor.template:
-        ids |= {span.special_ids[s] for s in processor.find_template().stop if s in span.special_ids}
     return frozenset(ids)

@@ -214,7 +214,7 @@ class Quickstart:
     def _examples(self) -> dict[str, Any]:
         """Three questions about test pictures, and a question after two examples in its prompt."""
         items = EasyVqa(self.easy_vqa, 0, "test").items()
-        asked = [next(i for i in items[place:] if i.kind == kind) for place, kind in _EXAMPLES]
+        asked = _three_kinds(items)
         answers = self.engine.generate([i.messages for i in asked], Sampling(max_new_tokens=8))
         shots, question = _few_shot(items)
         answer = self.engine.generate([[*shots, *question.messages]], Sampling(max_new_tokens=8))[0]
@@ -249,7 +249,7 @@ class Quickstart:
             "validation_accuracy": read_json(self.out / "steps" / "validation.json")["result"]["accuracy"],
             "questions": test["count"],
             "seconds": seconds,
-            "tokens_per_second": {s["name"]: round(s["tokens"] / s["seconds"], 1) for s in stages},
+            "tokens_per_second": {s["name"]: round(s["tokens"] / max(s["seconds"], 1e-3), 1) for s in stages},
             "machine": _machine(),
             "stages": stages,
             "perplexity": {
@@ -280,7 +280,7 @@ class Quickstart:
             "tune": list(self.recipe(stage).stage.tune),
             "tokens": progress["tokens"],
             "steps": progress["step"],
-            "seconds": round(progress["seconds"], 1),
+            "seconds": round(progress["seconds"], 3),
             "loss": [[row["tokens_seen"], row["loss"]] for row in rows],
             "caption_nll": read_json(self.out / "steps" / f"caption {stage}.json")["result"],
         }
@@ -295,18 +295,22 @@ class Quickstart:
         return [_shown(item, predictions[item.id]) for item in [*wrong, *list(right.values())[: 12 - len(wrong)]]]
 
 
-_EXAMPLES = ((0, "what shape"), (40, "what color"), (80, "yes/no color"))
+def _three_kinds(items: Sequence[Item]) -> list[Item]:
+    """One question of each kind, about three pictures."""
+    chosen: dict[str, Item] = {}
+    for kind in ("what shape", "what color", "yes/no color"):
+        item = next(item for item in items if item.kind == kind and item.group not in chosen)
+        chosen[item.group] = item
+    return list(chosen.values())
 
 
 def _few_shot(items: Sequence[Item]) -> tuple[list[Message], Item]:
-    """Two answered questions about pictures of their own, and a third of the same kind."""
+    """Two answered questions about pictures of their own, and a third of the same kind with another answer."""
     chosen: dict[str, Item] = {}
-    for item in items[200:]:
-        if item.kind == "what color" and item.truth not in {other.truth for other in chosen.values()}:
-            chosen.setdefault(item.group, item)
-        if len(chosen) == 3:
-            break
-    first, second, third = chosen.values()
+    for item in items:
+        if item.kind == "what color" and item.truth not in chosen:
+            chosen[item.truth] = item
+    first, second, third = list(chosen.values())[:3]
     return [m for item in (first, second) for m in (*item.messages, Message.of("assistant", item.truth))], third
 
 
