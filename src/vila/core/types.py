@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from PIL import Image as PilImage
@@ -114,24 +114,3 @@ def join_messages(head: tuple[Message, ...], tail: tuple[Message, ...]) -> tuple
     if head and tail and head[-1].role == tail[0].role:
         return (*head[:-1], Message(head[-1].role, head[-1].parts + tail[0].parts), *tail[1:])
     return head + tail
-
-
-def sample_to_dict(sample: Sample) -> dict[str, Any]:
-    """Plain data for JSON; media must be given by path or URL."""
-
-    def part(item: Part) -> dict[str, Any]:
-        if isinstance(item, Text):
-            return {"type": "text", "text": item.text}
-        if isinstance(item.source, (str, Path)):
-            return {"type": type(item).__name__.lower(), "path": str(item.source)}
-        raise TypeError(f"sample {sample.id!r}: {type(item).__name__} without a path cannot be written as JSON")
-
-    def messages(items: tuple[Message, ...]) -> list[dict[str, Any]]:
-        return [{"role": item.role, "content": [part(p) for p in item.parts]} for item in items]
-
-    out: dict[str, Any] = {"id": sample.id, "messages": messages(sample.messages)}
-    if sample.branches:
-        out["branches"] = [messages(branch) for branch in sample.branches]
-    if sample.template:
-        out["template"] = sample.template
-    return out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from vila.chat.templates import find_template
@@ -51,8 +51,3 @@ def images_of(mixture: Mixture) -> list[Image]:
                 if isinstance(item, Image):
                     seen.setdefault(item)
     return list(seen)
-
-
-def row_lengths(rows: Sequence[Sequence[TokenizedSample]]) -> list[int]:
-    """Tokens of each row."""
-    return [sum(map(len, row)) for row in rows]

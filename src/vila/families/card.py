@@ -48,8 +48,3 @@ _FAMILIES: Registry[FamilyCard] = Registry(
 def find_family(model_type: str) -> FamilyCard:
     """The card of a transformers `model_type`. Raises UnknownNameError naming the cards that exist."""
     return _FAMILIES[model_type]
-
-
-def family_names() -> list[str]:
-    """The model types that have a card."""
-    return list(_FAMILIES)

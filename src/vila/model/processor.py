@@ -15,7 +15,7 @@ from vila.chat.template import Segment, Template
 from vila.chat.templates import find_template
 from vila.chat.tokenize import SpanTokenizer, Tokens, tokenize, tokenize_prompt
 from vila.core.errors import MediaError, TemplateError
-from vila.core.types import Image, Message, Text, Video
+from vila.core.types import Image, Message, Video
 from vila.core.vision_spec import VisionSpec
 from vila.media.image import open_image
 from vila.media.transform import pixels
@@ -125,24 +125,3 @@ def _flatten(images: Any) -> list[Any]:
 
 def _as_image(image: Any) -> Image:
     return image if isinstance(image, Image) else Image(image)
-
-
-def message_from_dict(value: dict[str, Any]) -> Message:
-    """A content-part message of plain data: `{"role": ..., "content": text or parts}`.
-
-    Parts are `{"type": "text", "text"}` and `{"type": "image", "path" | "url" | "image"}`. Raises TemplateError.
-    """
-    content = value.get("content", "")
-    if isinstance(content, str):
-        return Message(value["role"], (Text(content),))
-    parts: list[Any] = []
-    for part in content:
-        kind = part.get("type")
-        source = next((part[key] for key in ("path", "url", "image") if key in part), None)
-        if kind == "text":
-            parts.append(Text(part["text"]))
-        elif kind == "image" and source is not None:
-            parts.append(Image(source))
-        else:
-            raise TemplateError(f"content part {part!r}: expected text, or an image with path, url or image")
-    return Message(value["role"], tuple(parts))

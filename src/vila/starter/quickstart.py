@@ -126,11 +126,19 @@ class Quickstart:
         write_json(path, {"seconds": round(time.monotonic() - began, 2), "result": result})
         return result
 
+    def _note(self, name: str, seconds: float) -> None:
+        """Add to the time of a step that has no result of its own."""
+        path = self.out / "steps" / f"{name}.json"
+        before = read_json(path)["seconds"] if path.is_file() else 0.0
+        write_json(path, {"seconds": round(before + seconds, 2)})
+
     def _parts(self) -> None:
+        began = time.monotonic()
         self.llm = resolve_part(self.options.llm, partial(smollm2_gguf.obtain_llm, self.cache, self.events))
         self.vision = resolve_part(self.options.vision, partial(dinov2_onnx.obtain_vision, self.cache, self.events))
         self.easy_vqa = easy_vqa.obtain_easy_vqa(self.cache, self.events)
         self.images = self.easy_vqa / "train" / "images"
+        self._note("parts", time.monotonic() - began)
 
     def _data(self) -> dict[str, int]:
         link = self.out / "data" / "images"
@@ -161,7 +169,9 @@ class Quickstart:
     def _train(self, stage: str, title: str) -> None:
         recipe = self.recipe(stage)
         if not is_finished(recipe):
+            began = time.monotonic()
             training = build(recipe, events=self.events)
+            self._note(f"set-up {stage}", time.monotonic() - began)
             self.events.said(f"{title}: {training.trainable:,} parameters learn from {recipe.budget.tokens:,} tokens")
             training.train()
         self._step(f"caption {stage}", lambda: self._caption(Engine.load(model_dir(recipe)), stage))

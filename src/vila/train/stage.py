@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import nn
 
 from vila.core.errors import TrainingError
 from vila.model.vila import VilaForConditionalGeneration
@@ -65,8 +65,3 @@ def select_trainable(
 def count_parameters(groups: Sequence[Group]) -> int:
     """Parameters that learn."""
     return sum(p.numel() for group in groups for p in group.parameters)
-
-
-def gradients(groups: Sequence[Group]) -> list[Tensor]:
-    """The gradients of all groups."""
-    return [p.grad for group in groups for p in group.parameters if p.grad is not None]
