@@ -17,7 +17,7 @@ def quickstart(
     ] = None,
     out: Annotated[Path, typer.Option(help="Directory of the run.")] = Path("runs/starter"),
     minutes: Annotated[
-        float, typer.Option(help="Training minutes on two cores; less is faster and less accurate.")
+        float, typer.Option(help="Training minutes on two cores, about; less is faster and less accurate.")
     ] = 7.0,
     questions: Annotated[int, typer.Option(help="Size of the test set, about; 0 takes all 9,673 questions.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of initialisation and data order.")] = 0,

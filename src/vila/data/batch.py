@@ -78,12 +78,10 @@ def parts_of(row: Sequence[TokenizedSample]) -> list[tuple[np.ndarray, np.ndarra
     start = 0
     for sample in row:
         places = np.arange(start, start + len(sample))
-        prefix = sample.segments == 0
-        branches = [n for n in np.unique(sample.segments) if (sample.parents[sample.segments == n] >= 0).any()]
-        for number in np.unique(sample.segments):
-            if number == 0 and branches:
-                continue
-            own = (sample.segments == number) | (prefix if number in branches else False)
+        parent_of = dict(zip(sample.segments.tolist(), sample.parents.tolist(), strict=True))
+        # A segment that others see is their beginning, not a conversation of its own.
+        for number in sorted(parent_of.keys() - set(parent_of.values())):
+            own = (sample.segments == number) | (sample.segments == parent_of[number])
             out.append((sample.ids[own], places[own]))
         start += len(sample)
     return out

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,7 @@ class Run:
         self.trainer.run()
         save_model(self.model.to(torch.bfloat16), self.processor, model_dir(self.recipe))
         facts = {
-            "progress": vars_of(self.trainer.progress),
+            "progress": asdict(self.trainer.progress),
             "dropped": self.trainer.lanes.dropped,
             "versions": versions(),
         }
@@ -79,11 +79,6 @@ def model_dir(recipe: Recipe) -> Path:
 def is_finished(recipe: Recipe) -> bool:
     """Whether the run has been trained to its end."""
     return (recipe.output.dir / "finished.json").is_file()
-
-
-def vars_of(progress: Progress) -> dict[str, Any]:
-    """A progress as plain data."""
-    return {name: getattr(progress, name) for name in progress.__dataclass_fields__}
 
 
 def build(recipe: Recipe, *, listeners: Sequence[StepListener] = (), events: Events = SILENT) -> Run:
