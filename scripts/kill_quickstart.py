@@ -99,7 +99,7 @@ def outcome(folder: Path) -> dict[str, object]:
         "accuracy": report["accuracy"],
         "swapped accuracy": report["swapped_accuracy"],
         "perplexity": report["perplexity"]["after"],
-        "answers": (folder / "eval" / "easy_vqa" / "predictions.jsonl").read_text(encoding="utf-8"),
+        "answers": [path.read_text(encoding="utf-8") for path in sorted(folder.glob("eval/*/predictions.jsonl"))],
         "losses": [stage["loss"] for stage in report["stages"]],
     }
 

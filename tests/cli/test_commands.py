@@ -145,6 +145,7 @@ def test_doctor_prints_versions_and_threads(vila):
     assert code == 0
     assert "torch" in out
     assert "threads used" in out
+    assert "[video]" in out or "av (optional)" in out
 
 
 def test_a_version_is_printed(vila):

@@ -40,6 +40,8 @@ def doctor() -> None:
 
 
 def _rows(missing: list[str]) -> Iterator[tuple[str, str]]:
+    from rich.markup import escape
+
     from vila import __version__
     from vila.core.files import cache_dir
 
@@ -55,7 +57,7 @@ def _rows(missing: list[str]) -> Iterator[tuple[str, str]]:
         yield label, f"{usage.free / 2**30:.1f} GiB free of {usage.total / 2**30:.0f}"
     yield "cache", str(cache)
     for name, what in _OPTIONAL.items():
-        yield f"{name} (optional)", version(name) or f"[yellow]not installed[/yellow]: {what}"
+        yield f"{name} (optional)", version(name) or f"[yellow]not installed[/yellow]: {escape(what)}"
 
 
 def _torch_rows() -> Iterator[tuple[str, str]]:
