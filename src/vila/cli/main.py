@@ -58,9 +58,11 @@ def main() -> NoReturn:
     except VilaError as error:
         _complain(str(error))
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        _complain("interrupted")
-        sys.exit(130)
+    except SystemExit as ended:
+        # The command-line library turns Ctrl-C into this status and says nothing.
+        if ended.code == 130:
+            _complain("interrupted; what was finished is kept, and the same command goes on from there")
+        raise
     except BrokenPipeError:
         # The reader of our output went away (`vila ... | head`); the interpreter must not write to it again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
