@@ -13,11 +13,13 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from importlib import resources
+from itertools import groupby
 from pathlib import Path
 
+from vila.chat import systems
 from vila.chat.render import render
 from vila.chat.template import Segment, Template
-from vila.chat.templates import TEMPLATES
+from vila.chat.templates import ALIASES, TEMPLATES
 from vila.config import Recipe, load_recipe, recipe_names
 from vila.config.fields import describe_fields
 from vila.core.registry import Registry
@@ -113,25 +115,33 @@ def _count(number: float, unit: str) -> str:
 
 
 def templates() -> str:
-    """Every template: the two-turn example written out, what of it is learnt, and what ends an answer."""
+    """Every template: its names, what ends an answer, and the two-turn example written out."""
     return "\n".join(
         ["```text", *(line for template in TEMPLATES.values() for line in _template_lines(template)), "```"]
     )
 
 
 def _template_lines(template: Template) -> list[str]:
-    segments = render(TWO_TURNS, template)
-    learnt = "".join(_written(segment) for segment in segments if segment.train)
-    return [
-        template.name,
-        f"    written  {json.dumps(''.join(map(_written, segments)))}",
-        f"    learnt   {json.dumps(learnt)}",
-        f"    stops    {', '.join(map(json.dumps, ['{eos}', *template.stop]))}",
-    ]
+    names = [template.name, *(alias for alias, name in ALIASES.items() if name == template.name)]
+    stops = ", ".join(map(json.dumps, ["{eos}", *template.stop]))
+    text = _marked(render(TWO_TURNS, template))
+    for name, long in (("{system}", template.system), ("{example}", _EXAMPLE)):
+        text = text.replace(long, name) if long else text
+    return [f"{', '.join(names):<40} ends at {stops}", f"    {json.dumps(text)}"]
+
+
+def _marked(segments: Sequence[Segment]) -> str:
+    """The text with a "~" wherever something to learn begins or ends."""
+    groups = groupby(segments, key=lambda segment: segment.train)
+    texts = [(train, "".join(map(_written, group))) for train, group in groups]
+    return "".join(f"~{text}~" if train else text for train, text in texts)
 
 
 def _written(segment: Segment) -> str:
     return "<image>" if segment.media else segment.text
+
+
+_EXAMPLE = f"Human: {systems.V0_QUESTION}###Assistant: {systems.V0_ANSWER}"
 
 
 def registered(registry: Registry[object]) -> str:

@@ -1,7 +1,11 @@
 """Templates give the published strings; what people write stays text."""
 
+import hashlib
+from itertools import groupby
+
 import pytest
 
+from vila.chat import systems
 from vila.chat.render import render
 from vila.chat.templates import TEMPLATES, find_template
 from vila.core.errors import TemplateError, UnknownNameError
@@ -14,18 +18,54 @@ TWO_TURNS = (
     Message.of("user", "Why?"),
     Message.of("assistant", "Fur."),
 )
-SYSTEM = (
+USER = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
+HUMAN = (
+    "A chat between a curious human and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the human's questions."
+)
+TAGS = (
+    "A chat between a curious user and an artificial intelligence assistant. The assistant is able to understand the "
+    "visual content that the user provides, and assist the user with a variety of tasks using natural language.The "
+    "visual content will be provided with the following format: <Image>visual content</Image>."
+)
+LLAVA = (
+    "You are a helpful language and vision assistant. You are able to understand the visual content that the user "
+    "provides, and assist the user with a variety of tasks using natural language."
+)
+VICUNA = " USER: <image>\nWhat? ASSISTANT:~ A cat.</s>~USER: Why? ASSISTANT:~ Fur.</s>~"
+VERSION_0 = "###Human: <image>\nWhat?###Assistant:~ A cat.###~Human: Why?###Assistant:~ Fur.###~"
+LLAMA_2 = "\n<</SYS>>\n\n<image>\nWhat? [/INST]~ A cat. </s>~<s>[INST] Why? [/INST]~ Fur. </s>~"
+MPT = (
+    "<|im_end|><|im_start|>user\n<image>\nWhat?<|im_end|><|im_start|>assistant\n~A cat.<|im_end|>~"
+    "<|im_start|>user\nWhy?<|im_end|><|im_start|>assistant\n~Fur.<|im_end|>~"
+)
+AS_SYSTEM, AS_USER = (f"<|start_header_id|>{role}<|end_header_id|>\n\n" for role in ("system", "user"))
+# What stands between two "~" is supervised.
 EXPECTED = {
-    "vicuna_v1": f"{SYSTEM} USER: <image>\nWhat? ASSISTANT: A cat.</s>USER: Why? ASSISTANT: Fur.</s>",
-    "vicuna_v1_nosys": " USER: <image>\nWhat? ASSISTANT: A cat.</s>USER: Why? ASSISTANT: Fur.</s>",
-    "caption": "<image>A cat.\nFur.\n",
-    "page": "<image>\nWhat?A cat.Why?Fur.{eos}",
-    "chatml": "<|im_start|>user\n<image>\nWhat?<|im_end|>\n<|im_start|>assistant\nA cat.<|im_end|>\n"
-    "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\nFur.<|im_end|>\n",
-    "starter_qa": "<image>\nWhat? A cat.{eos}Why? Fur.{eos}",
+    "vicuna_v1": USER + VICUNA,
+    "vicuna_v1_nosys": VICUNA,
+    "llava_v1": HUMAN + VICUNA,
+    "v1_mmtag": TAGS + VICUNA.replace("<image>", "<Image><image></Image>"),
+    "llava_v0": HUMAN + VERSION_0,
+    "v0_mmtag": TAGS + VERSION_0.replace("<image>", "<Image><image></Image>"),
+    "v0": f"{HUMAN}###Human: {systems.V0_QUESTION}###Assistant: {systems.V0_ANSWER}{VERSION_0}",
+    "llama_2": f"[INST] <<SYS>>\n{systems.LLAMA_2}{LLAMA_2}",
+    "llava_llama_2": f"[INST] <<SYS>>\n{LLAVA}{LLAMA_2}",
+    "mistral": "<s>[INST] <image>\nWhat? [/INST]~A cat.</s>~[INST] Why? [/INST]~Fur.</s>~",
+    "mpt": "<|im_start|>system\nA conversation between a user and an LLM-based AI assistant. "
+    f"The assistant gives helpful and honest answers.{MPT}",
+    "hermes-2": f"<|im_start|>system\nAnswer the questions.{MPT}",
+    "llama_3": f"<|begin_of_text|>{AS_SYSTEM}{LLAVA}<|end_of_text|>"
+    f"{AS_USER}<image>\nWhat?<|end_of_text|>{AS_SYSTEM}~A cat.<|end_of_text|>~"
+    f"{AS_USER}Why?<|end_of_text|>{AS_SYSTEM}~Fur.<|end_of_text|>~",
+    "chatml": "<|im_start|>user\n<image>\nWhat?<|im_end|>\n<|im_start|>assistant\n~A cat.<|im_end|>~\n"
+    "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n~Fur.<|im_end|>~\n",
+    "caption": "<image>~A cat.\nFur.\n~",
+    "page": "<image>~\nWhat?A cat.Why?Fur.{eos}~",
+    "starter_qa": "<image>\nWhat?~ A cat.{eos}~Why?~ Fur.{eos}~",
 }
 
 
@@ -33,22 +73,56 @@ def written(messages, template, **kwargs):
     return "".join("<image>" if s.media else s.text for s in render(messages, template, **kwargs))
 
 
+def marked(messages, template):
+    """The text with a "~" wherever supervision begins or ends."""
+    groups = groupby(render(messages, template), key=lambda segment: segment.train)
+    texts = [(train, "".join("<image>" if s.media else s.text for s in group)) for train, group in groups]
+    return "".join(f"~{text}~" if train else text for train, text in texts)
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_every_template_writes_its_golden_string(name):
-    assert written(TWO_TURNS, find_template(name)) == EXPECTED[name]
+def test_every_template_writes_and_supervises_its_golden_string(name):
+    assert marked(TWO_TURNS, find_template(name)) == EXPECTED[name]
+
+
+@pytest.mark.parametrize(
+    ("text", "start"),
+    [
+        (systems.LLAMA_2, "d52c188a3c969c4e"),
+        (systems.V0_QUESTION + systems.V0_ANSWER, "ebcff27c10465f99"),
+    ],
+)
+def test_the_long_published_texts_are_letter_for_letter(text, start):
+    assert hashlib.sha256(text.encode()).hexdigest().startswith(start)
+
+
+@pytest.mark.parametrize(
+    ("alias", "name"),
+    [("v1", "vicuna_v1"), ("default", "v0"), ("plain", "caption"), ("v0_plain", "caption"), ("hermes_2", "hermes-2")],
+)
+def test_further_names_find_the_same_template(alias, name):
+    assert find_template(alias) is find_template(name)
+
+
+def test_only_compact_templates_write_nothing_after_a_picture_in_front():
+    assert [name for name, template in TEMPLATES.items() if not template.media_gap] == ["caption", "page", "starter_qa"]
 
 
 @pytest.mark.parametrize(
     ("name", "end"),
-    [("vicuna_v1", "Why? ASSISTANT:"), ("chatml", "Why?<|im_end|>\n<|im_start|>assistant\n"), ("starter_qa", "Why?")],
+    [
+        ("vicuna_v1", "Why? ASSISTANT:"),
+        ("v0", "Why?###Assistant:"),
+        ("llama_2", "</s><s>[INST] Why? [/INST]"),
+        ("mistral", "</s>[INST] Why? [/INST]"),
+        ("hermes-2", "Why?<|im_end|><|im_start|>assistant\n"),
+        ("llama_3", f"Why?<|end_of_text|>{AS_SYSTEM}"),
+        ("chatml", "Why?<|im_end|>\n<|im_start|>assistant\n"),
+        ("starter_qa", "Why?"),
+    ],
 )
 def test_a_prompt_ends_where_the_assistant_answers(name, end):
     assert written(TWO_TURNS[:3], find_template(name), prompt=True).endswith(end)
-
-
-def test_only_answers_and_their_ends_are_supervised():
-    segments = render(TWO_TURNS, find_template("vicuna_v1"))
-    assert "".join(s.text for s in segments if s.train) == " A cat.</s> Fur.</s>"
 
 
 def test_a_page_supervises_all_text_and_the_end():
@@ -60,6 +134,25 @@ def test_a_system_message_replaces_the_default_one():
     messages = (Message.of("system", "Be brief."), *TWO_TURNS)
     assert written(messages, find_template("vicuna_v1")).startswith("Be brief. USER: ")
     assert written(messages, find_template("chatml")).startswith("<|im_start|>system\nBe brief.<|im_end|>\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "start"),
+    [
+        ("llama_2", "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\n<image>"),
+        ("mistral", "<s>[INST] Be brief.\n\n<image>"),
+        ("llama_3", f"<|begin_of_text|>{AS_SYSTEM}Be brief.<|end_of_text|>{AS_USER}<image>"),
+    ],
+)
+def test_a_system_message_stands_where_the_template_puts_it(name, start):
+    messages = (Message.of("system", "Be brief."), *TWO_TURNS)
+    assert written(messages, find_template(name)).startswith(start)
+
+
+def test_an_empty_system_message_takes_the_folded_block_away():
+    messages = (Message.of("system", ""), *TWO_TURNS)
+    assert written(messages, find_template("llama_2")).startswith("[INST] <image>\nWhat? [/INST] A cat.")
+    assert written(messages, find_template("vicuna_v1")) == written(TWO_TURNS, find_template("vicuna_v1_nosys"))
 
 
 def test_what_a_user_writes_is_content_even_when_it_looks_like_a_marker():
@@ -74,6 +167,8 @@ def test_what_a_user_writes_is_content_even_when_it_looks_like_a_marker():
         ((Message.of("assistant", "hi"),), "message 1: expected a turn of the user, got 'assistant'"),
         ((Message.of("user", "a"), Message.of("user", "b")), "message 2: expected a turn of the assistant, got 'user'"),
         ((Message.of("user", "a"), Message.of("assistant", " ")), "message 2: the assistant's answer is empty"),
+        ((Message.of("system", "s"), Message.of("user", "a"), Message.of("user", "b")), "message 3: expected a turn"),
+        ((Message.of("system", PICTURE), Message.of("user", "a")), "message 1: a system message holds text only"),
         ((Message.of("user", "a"),), "the last message must be the assistant's"),
     ],
 )

@@ -27,13 +27,17 @@ def _check(messages: Sequence[Message], template: Template, prompt: bool) -> Seq
         raise TemplateError("the conversation is empty")
     if template.supervise == "all":
         return messages
-    body = messages[1:] if messages[0].role == "system" else messages
+    first = int(messages[0].role == "system")
+    if first and any(not isinstance(part, Text) for part in messages[0].parts):
+        raise TemplateError("message 1: a system message holds text only; put the picture into the user's turn")
+    body = messages[first:]
     for place, message in enumerate(body):
+        where = f"message {first + place + 1}"
         expected = ("user", "assistant")[place % 2]
         if message.role != expected:
-            raise TemplateError(f"message {place + 1}: expected a turn of the {expected}, got {message.role!r}")
+            raise TemplateError(f"{where}: expected a turn of the {expected}, got {message.role!r}")
         if message.role == "assistant" and not message.text.strip():
-            raise TemplateError(f"message {place + 1}: the assistant's answer is empty")
+            raise TemplateError(f"{where}: the assistant's answer is empty")
     if not body or prompt != (body[-1].role == "user"):
         wanted = "the user's" if prompt else "the assistant's"
         raise TemplateError(f"the last message must be {wanted}")
@@ -41,35 +45,42 @@ def _check(messages: Sequence[Message], template: Template, prompt: bool) -> Seq
 
 
 def _segments(messages: Sequence[Message], template: Template, prompt: bool) -> Iterator[Segment]:
-    every = template.supervise == "all"
+    yield from _fixed(template.document_before)
+    if template.supervise == "all":
+        for message in messages:
+            yield from _said(message, template, train=True)
+        if not prompt:
+            yield from _fixed(template.document_after, train=True)
+        return
     system = template.system
-    if messages[0].role == "system" and not every:
+    if messages[0].role == "system":
         system, messages = messages[0].text, messages[1:]
-    if system is not None and not every:
-        yield from _fixed(template.system_before)
-        # The default system text is ours; one that the caller brought is content like any other.
-        yield Segment(system, "template" if system == template.system else "content")
-        yield from _fixed(template.system_after)
-    first = True
-    for message in messages:
-        if every:
-            yield from _said(message, train=True)
-        elif message.role == "user":
-            before = template.first_user_before if first else None
-            yield from _fixed(template.user_before if before is None else before)
-            yield from _said(message, train=False, text=template.user_text)
-            yield from _fixed(template.user_after)
-            first = False
-        else:
+    if not template.system_in_user:
+        yield from _system(system, template)
+    for place, message in enumerate(messages):
+        if message.role == "assistant":
             yield from _fixed(template.assistant_before)
             yield from _fixed(template.answer_lead, train=True)
-            yield from _said(message, train=True)
+            yield from _said(message, template, train=True)
             yield from _fixed(template.answer_after, train=True)
             yield from _fixed(template.answer_tail)
-    if prompt and not every:
-        yield from _fixed(template.assistant_before)
-    if not prompt:
-        yield from _fixed(template.document_after, train=every)
+            continue
+        before = None if place else template.first_user_before
+        yield from _fixed(template.user_before if before is None else before)
+        if template.system_in_user and not place and system:
+            yield from _system(system, template)
+        yield from _said(message, template, train=False)
+        yield from _fixed(template.user_after)
+    yield from _fixed(template.assistant_before if prompt else template.document_after)
+
+
+def _system(text: str | None, template: Template) -> Iterator[Segment]:
+    if text is None:
+        return
+    yield from _fixed(template.system_before)
+    # The default system text is ours; one that the caller brought is content like any other.
+    yield Segment(text, "template" if text == template.system else "content")
+    yield from _fixed(template.system_after)
 
 
 def _fixed(text: str, train: bool = False) -> Iterator[Segment]:
@@ -77,10 +88,11 @@ def _fixed(text: str, train: bool = False) -> Iterator[Segment]:
         yield Segment(piece, "special" if _SYMBOLS.fullmatch(piece) else "template", train)
 
 
-def _said(message: Message, train: bool, text: bool = True) -> Iterator[Segment]:
+def _said(message: Message, template: Template, *, train: bool) -> Iterator[Segment]:
     for part in message.parts:
-        if isinstance(part, Text):
-            if text:
-                yield Segment(part.text, "content", train)
-        else:
+        if not isinstance(part, Text):
+            yield from _fixed(template.media_before)
             yield Segment("", "media", media=part)
+            yield from _fixed(template.media_after)
+        elif message.role == "assistant" or template.user_text or template.supervise == "all":
+            yield Segment(part.text, "content", train)

@@ -33,10 +33,14 @@ class Template:
     """
 
     name: str
+    document_before: str = ""
+    """Opens the whole text, before the system block."""
     system: str | None = None
     """Default system text; None leaves the whole system block out unless the conversation brings one."""
     system_before: str = ""
     system_after: str = ""
+    system_in_user: bool = False
+    """The system block stands inside the first user turn, after what opens that; an empty system text leaves it out."""
     user_before: str = ""
     first_user_before: str | None = None
     """What stands before the first user turn where it differs from `user_before`."""
@@ -51,6 +55,15 @@ class Template:
     """Follows the end of the answer; not supervised."""
     document_after: str = ""
     """Ends the whole text; supervised when `supervise` is `all`."""
+    media_before: str = ""
+    """Stands before every medium; never supervised."""
+    media_after: str = ""
+    """Stands after every medium; never supervised."""
+    media_gap: str = "\n"
+    """What a front end writes after each picture that it puts before a question, and after each frame of a clip.
+
+    The renderer writes messages part after part and never adds it.
+    """
     supervise: Literal["answers", "all"] = "answers"
     user_text: bool = True
     """False drops what the user writes and keeps only the media (captions)."""

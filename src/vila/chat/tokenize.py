@@ -75,7 +75,8 @@ class SpanTokenizer:
         self._backend = Tokenizer.from_str(json.dumps(spec))
         # What a speaker writes is text, also when it spells a special token.
         self._backend.encode_special_tokens = True
-        self.bos_ids: list[int] = list(tokenizer("", add_special_tokens=True)["input_ids"])
+        self.bos_ids: list[int] = _ids_before_text(tokenizer)
+        self.bos_id: int | None = tokenizer.bos_token_id
         self.special_ids = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         self.symbols = {"{bos}": tokenizer.bos_token or "", "{eos}": tokenizer.eos_token or ""}
         self.eos_id: int | None = tokenizer.eos_token_id
@@ -92,12 +93,27 @@ class SpanTokenizer:
         coded = self._backend.encode(" " + text, add_special_tokens=False)
         return coded.ids, [(max(a - 1, 0), max(b - 1, 1)) for a, b in coded.offsets]
 
+    def lost_after_media(self, ids: Sequence[int]) -> int:
+        """How many tokens each chunk after a medium loses, given the ids before the first medium.
+
+        The original takes the BOS off those chunks whenever the text opens with one. Where the template wrote it and
+        the tokenizer adds none (llama_3), the chunk's own first token goes instead, and models were trained so.
+        """
+        return int(not self.bos_ids and list(ids[:1]) == [self.bos_id])
+
     def pieces(self, segment: Segment) -> list[tuple[str, int | None]]:
         """A text segment as (text, None) runs and (text, id) special tokens; content holds no special tokens."""
         text = self.symbols.get(segment.text, segment.text) if segment.kind == "special" else segment.text
         if segment.kind == "content" or self._specials is None:
             return [(text, None)]
         return [(piece, self.special_ids.get(piece)) for piece in self._specials.split(text) if piece]
+
+
+def _ids_before_text(tokenizer: Any) -> list[int]:
+    """What the tokenizer itself puts before a text: BOS, or nothing. An end of sequence that it adds is left out."""
+    whole: list[int] = tokenizer("a", add_special_tokens=True)["input_ids"]
+    bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+    return whole[: next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)]
 
 
 def _strip_dummy_prefix(spec: dict[str, Any]) -> bool:
@@ -120,27 +136,27 @@ def tokenize(segments: Sequence[Segment], tokenizer: SpanTokenizer, count: Count
     """Walk the segments once. `count` gives the number of slots that a medium takes."""
     out = Tokens(list(tokenizer.bos_ids), [IGNORE] * len(tokenizer.bos_ids))
     run: list[tuple[str, bool]] = []
-    first = True
+    first, lost = True, 0
+
+    def put(ids: list[int], labels: list[int]) -> None:
+        nonlocal first, lost
+        out.ids.extend(ids[lost:])
+        out.labels.extend(labels[lost:])
+        first, lost = False, 0
 
     def flush() -> None:
-        nonlocal first
         text = "".join(piece for piece, _ in run)
         if not text:
             return
-        train = np.zeros(len(text), dtype=bool)
-        start = 0
-        for piece, flag in run:
-            train[start : start + len(piece)] = flag
-            start += len(piece)
+        train = np.repeat([flag for _, flag in run], [len(piece) for piece, _ in run])
         ids, offsets = tokenizer.encode(text, first)
-        out.ids.extend(ids)
-        out.labels.extend(i if train[a:b].any() else IGNORE for i, (a, b) in zip(ids, offsets, strict=True))
+        put(ids, [i if train[a:b].any() else IGNORE for i, (a, b) in zip(ids, offsets, strict=True)])
         run.clear()
-        first = False
 
     for segment in segments:
         if segment.media is not None:
             flush()
+            lost = tokenizer.lost_after_media(out.ids)
             slots = count(segment.media)
             out.runs.append((len(out.ids), slots))
             out.ids.extend([tokenizer.image_token_id] * slots)
@@ -153,9 +169,7 @@ def tokenize(segments: Sequence[Segment], tokenizer: SpanTokenizer, count: Count
                 run.append((text, segment.train))
                 continue
             flush()
-            out.ids.append(special)
-            out.labels.append(special if segment.train else IGNORE)
-            first = False
+            put([special], [special if segment.train else IGNORE])
     flush()
     return out
 

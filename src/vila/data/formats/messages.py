@@ -10,13 +10,15 @@ and do not see each other; `template`, the name of this sample's own template.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vila.chat.content import messages_of
 from vila.core.errors import DataError
-from vila.core.types import ROLES, Image, Message, Part, Sample, Text
+from vila.core.types import Image, Sample
 from vila.data.formats.protocol import safe_path
 
 
@@ -52,31 +54,13 @@ class MessagesSource:
             raise DataError(f"{where}: not JSON ({error})") from error
         if not isinstance(record, dict) or not isinstance(record.get("messages"), list):
             raise DataError(f"{where}: expected an object with a list 'messages'")
-        messages = self._messages(record["messages"], where)
-        branches = tuple(self._messages(branch, where) for branch in record.get("branches", ()))
+        messages = messages_of(record["messages"], where=where, read=self._image)
+        branches = tuple(messages_of(branch, where=where, read=self._image) for branch in record.get("branches", ()))
         return Sample(str(record.get("id", index)), messages, branches, record.get("template") or None)
 
-    def _messages(self, rows: Any, where: str) -> tuple[Message, ...]:
-        out = []
-        for number, row in enumerate(rows, start=1):
-            here = f"{where} message {number}"
-            if not isinstance(row, dict) or row.get("role") not in ROLES:
-                role = row.get("role") if isinstance(row, dict) else row
-                raise DataError(f"{here}: role {role!r} is not one of {', '.join(ROLES)}")
-            content = row.get("content", "")
-            parts = [content] if isinstance(content, str) else content
-            if not isinstance(parts, list):
-                raise DataError(f"{here}: content is neither text nor a list of parts")
-            out.append(Message(row["role"], tuple(self._part(part, here) for part in parts)))
-        return tuple(out)
-
-    def _part(self, part: Any, where: str) -> Part:
-        if isinstance(part, str):
-            return Text(part)
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "text" and isinstance(part.get("text"), str):
-            return Text(part["text"])
-        if kind == "image" and "path" in part:
+    def _image(self, part: Mapping[str, Any], where: str) -> Image:
+        """A data file names pictures below its image root and nothing else."""
+        if part["type"] == "image" and "path" in part:
             return Image(safe_path(self.image_root, part["path"], where))
         raise DataError(f"{where}: content part {part!r} is neither a text nor an image with a path")
 
