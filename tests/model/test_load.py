@@ -1,13 +1,15 @@
 """Loading says what is wrong with a directory, and never loads a part."""
 
+import gc
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from tests import tiny
-from vila.core.errors import LayoutError, MediaError, TemplateError
+from vila.core.errors import ConfigError, LayoutError, MediaError, TemplateError
 from vila.core.types import Image
 from vila.model.feature_cache import FeatureCache
 from vila.model.load import load_model, save_model
@@ -39,7 +41,7 @@ def test_a_model_loads_in_the_type_that_is_asked_for(saved):
     [
         (lambda path: None, "no such directory"),
         (lambda path: path.write_text("x"), "a model is a directory, this is a file"),
-        (lambda path: path.mkdir(), r"not a model in a layout known here \(native\); it holds nothing"),
+        (lambda path: path.mkdir(), r"not a model in a layout known here \(native, llava-hf, .*\); it holds nothing"),
     ],
 )
 def test_a_path_that_is_not_a_model_is_named(tmp_path, make, message):
@@ -47,6 +49,46 @@ def test_a_path_that_is_not_a_model_is_named(tmp_path, make, message):
     make(path)
     with pytest.raises(LayoutError, match=f"{path}: {message}"):
         load_model(path)
+
+
+def mapped(path):
+    return str(path) in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+def test_weights_are_the_mapped_file_unless_they_are_cast(copy):
+    file = copy / "model.safetensors"
+    model, _ = load_model(copy)
+    assert mapped(file)
+    before = load_file(file)
+    with torch.no_grad():
+        model.projector[0].bias.add_(1)
+    after = load_file(file)
+    assert all(torch.equal(before[name], after[name]) for name in before)  # a private mapping: the file never changes
+    del model, before, after
+    gc.collect()
+    assert not mapped(file)
+    cast, _ = load_model(copy, dtype="bfloat16")
+    assert not mapped(file)
+    assert cast.dtype == torch.bfloat16
+
+
+def test_a_tied_head_is_one_tensor(copy):
+    model, _ = load_model(copy)
+    assert model.language_model.lm_head.weight is model.get_input_embeddings().weight
+    assert not [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+
+
+def test_an_unknown_type_is_refused(saved):
+    with pytest.raises(ConfigError, match="dtype='int8': it is auto, float32, bfloat16 or float16"):
+        load_model(saved, dtype="int8")
+
+
+def test_a_device_map_spreads_the_model_with_accelerate(saved):
+    model, processor = load_model(saved, device_map="auto")
+    plain, _ = load_model(saved)
+    inputs = processor(text="<image>What?", images=[tiny.picture(0)], return_tensors="pt")
+    assert torch.equal(model(**inputs).logits, plain(**inputs).logits)
 
 
 def test_missing_and_unclaimed_weights_are_all_listed(copy):
@@ -63,27 +105,27 @@ def test_a_wrong_shape_is_named_with_both_shapes(copy):
     weights = load_file(copy / "model.safetensors")
     weights["projector.0.bias"] = torch.zeros(7)
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(LayoutError, match=r"projector.0.bias has shape \(7,\), the config asks for \(32,\)"):
+    with pytest.raises(LayoutError, match=r"bias has shape \(7,\) in model.safetensors, the config asks for \(32,\)"):
         load_model(copy)
 
 
 def test_a_truncated_weight_file_is_named(copy):
     file = copy / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(LayoutError, match=f"{copy}: cannot read the weights"):
+    with pytest.raises(LayoutError, match=f"{file}: cannot be read as safetensors"):
         load_model(copy)
 
 
 def test_a_tokenizer_of_another_model_is_refused(copy):
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "image_token_id": 12}))
-    with pytest.raises(LayoutError, match="config.json says image_token_id=12, but the tokenizer has"):
+    with pytest.raises(LayoutError, match="config.json says image_token_id=12, but the processor's is"):
         load_model(copy)
 
 
 def test_markers_and_pictures_that_do_not_agree_are_counted():
     _, processor = tiny.vila()
-    with pytest.raises(MediaError, match="the text has 2 <image> markers but 1 pictures were given"):
+    with pytest.raises(MediaError, match="the text has 2 <image> markers but 1 picture was given"):
         processor(text="<image> and <image>", images=[tiny.picture(1)])
 
 

@@ -17,7 +17,9 @@ class VisionSpec:
     image_size:       side of the square tensor, in pixels.
     tokens_per_image: slots that one picture occupies in the sequence.
     mean, std:        per-channel statistics on the 0..1 scale, RGB.
-    image_mode:       `pad` to a square with the mean colour, `resize` ignoring the aspect, or `square` centre crop.
+    image_mode:       `pad` to a square with the mean colour, `resize` ignoring the aspect, or `square`: what the
+                      tower's own processor does, which is a centre crop, or with `center_crop` off a resize.
+    num_video_frames: frames taken from a clip that does not say otherwise; each is a picture.
     """
 
     image_size: int
@@ -25,6 +27,8 @@ class VisionSpec:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     image_mode: ImageMode = "pad"
+    center_crop: bool = True
+    num_video_frames: int = 8
 
     @staticmethod
     def from_dict(facts: Mapping[str, Any]) -> VisionSpec:

@@ -30,7 +30,7 @@ def pixels(image: PilImage.Image, spec: VisionSpec) -> Pixels:
 
     image: RGB; `vila.media.image.open_image` makes one.
     `pad` centres the picture on a square of the mean colour and resizes it, `resize` ignores the aspect, `square`
-    resizes the short edge and crops the centre. All are bicubic and antialiased, and round to bytes as Pillow does.
+    resizes the short edge and crops the centre, or is `resize` for a tower whose processor crops nothing. All are bicubic and antialiased, and round to bytes as Pillow does.
     """
     if image.mode != "RGB":
         raise ValueError(f"expected an RGB picture, not {image.mode!r}; open it with vila.media.image.open_image")
@@ -38,7 +38,7 @@ def pixels(image: PilImage.Image, spec: VisionSpec) -> Pixels:
         # "pad" fills with the tower's mean colour, cut to a byte: (122, 116, 104) for CLIP.
         background = tuple(int(value * 255) for value in spec.mean)
         square = _pad(image, spec.image_size, background)
-    elif spec.image_mode == "resize":
+    elif spec.image_mode == "resize" or (spec.image_mode == "square" and not spec.center_crop):
         square = _resize(image, spec.image_size, spec.image_size)
     elif spec.image_mode == "square":
         square = _center_crop(image, spec.image_size)

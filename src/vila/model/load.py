@@ -1,4 +1,4 @@
-"""From directories to models: a whole checkpoint, or a new model from an LLM and a vision tower."""
+"""From directories and hub ids to models: a whole checkpoint, or a new model from an LLM and a vision tower."""
 
 from __future__ import annotations
 
@@ -8,41 +8,75 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from vila.core.errors import LayoutError
-from vila.core.vision_spec import ImageMode, VisionSpec
-from vila.model.config import VilaConfig
-from vila.model.layouts.protocol import detect_layout
+from vila.chat.templates import find_template
+from vila.core.errors import ConfigError
+from vila.core.vision_spec import ImageMode
+from vila.model.build import Device, DeviceMap, build_model
+from vila.model.hub import local_folder
+from vila.model.layouts.protocol import LAYOUTS, Checkpoint, detect_layout
+from vila.model.layouts.published import compose
+from vila.model.layouts.towers import tower_facts
 from vila.model.processor import VilaProcessor
 from vila.model.projector import build_projector
-from vila.model.tower import TOWER_TYPES, patch_count
 from vila.model.vila import VilaForConditionalGeneration
 
-_STATISTICS = {
-    "clip_vision_model": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
-    "siglip_vision_model": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
-    "dinov2": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-}
-"""Mean and standard deviation, RGB, that each tower was trained with."""
+
+def open_checkpoint(
+    path: str | Path, *, template: str | None = None, base: str | Path | None = None, revision: str | None = None
+) -> Checkpoint:
+    """Understand a checkpoint without reading its weights.
+
+    path:     a directory in any layout known here, or a hub id `owner/name`, of which the needed files are fetched.
+    template: conversation template, where the checkpoint does not say which or should use another.
+    base:     directory or hub id of the LLM that a stage-1 or LoRA directory belongs to.
+    revision: branch, tag or commit of the hub repository.
+    Raises LayoutError, DownloadError or UnknownNameError.
+    """
+    folder = local_folder(path, revision)
+    checkpoint = detect_layout(folder).open(folder, None if base is None else local_folder(base))
+    if template:
+        find_template(template)
+        checkpoint.config.template = checkpoint.processor.template = template
+    return checkpoint
 
 
 def load_model(
-    path: str | Path, dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu"
+    path: str | Path,
+    dtype: str | torch.dtype = "auto",
+    device: Device = "cpu",
+    *,
+    template: str | None = None,
+    base: str | Path | None = None,
+    revision: str | None = None,
+    device_map: DeviceMap | None = None,
 ) -> tuple[VilaForConditionalGeneration, VilaProcessor]:
-    """Model (eval mode) and processor of a checkpoint directory. `dtype="auto"` keeps that of the file.
+    """Model (eval mode) and processor of a checkpoint; see `open_checkpoint` for where it may lie.
 
+    dtype:      of the weights in memory; `auto` keeps that of the files, whose pages are then mapped, not copied.
+    device_map: `auto` or a mapping of module names to devices spreads the model with accelerate instead of `device`.
     Raises LayoutError when the path is not a checkpoint or its weights do not match its config.
     """
-    folder = Path(path)
-    kind = dtype if dtype == "auto" or isinstance(dtype, torch.dtype) else getattr(torch, str(dtype))
-    model, processor = detect_layout(folder).read(folder, kind)
-    return model.to(device), processor
+    checkpoint = open_checkpoint(path, template=template, base=base, revision=revision)
+    return build_model(checkpoint, _dtype(dtype), device, device_map), checkpoint.processor
 
 
-def save_model(model: VilaForConditionalGeneration, processor: VilaProcessor, folder: Path) -> None:
-    """Write a native checkpoint directory atomically."""
-    from vila.model.layouts.native import LAYOUT
+def save_model(
+    model: VilaForConditionalGeneration, processor: VilaProcessor, folder: str | Path, layout: str = "native"
+) -> None:
+    """Write a checkpoint directory atomically in the layout called `layout`; an existing one is replaced.
 
-    LAYOUT.write(model, processor, folder)
+    Raises LayoutError saying why, when the layout cannot express the model.
+    """
+    LAYOUTS[layout].write(model, processor, Path(folder))
+
+
+def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    if dtype == "auto":
+        return None
+    kind = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), None)
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
+        raise ConfigError(f"dtype={dtype!r}: it is auto, float32, bfloat16 or float16")
+    return kind
 
 
 def assemble(
@@ -60,31 +94,23 @@ def assemble(
     """A new float32 model from the directories or hub ids of an LLM and a tower; `seed` draws the projector."""
     vision_config = AutoConfig.from_pretrained(vision)
     vision_config = getattr(vision_config, "vision_config", vision_config)
-    text_config = AutoConfig.from_pretrained(llm)
-    if vision_config.model_type not in TOWER_TYPES:
-        raise LayoutError(f"{vision}: {vision_config.model_type!r} is not a known tower ({', '.join(TOWER_TYPES)})")
     tokenizer = AutoTokenizer.from_pretrained(llm)
-    mean, std = _STATISTICS[vision_config.model_type]
-    tokens = patch_count(vision_config, image_size)
-    if select_feature == "cls_patch" and vision_config.model_type != "siglip_vision_model":
-        tokens += 1
-    spec = VisionSpec(image_size, tokens, mean, std, image_mode)
-    config = VilaConfig(
-        vision_config=vision_config,
-        text_config=text_config,
-        projector_type=projector,
+    config, processor = compose(
+        llm=AutoConfig.from_pretrained(llm),
+        tower=tower_facts(vision_config, {}, image_size),
+        tokenizer=tokenizer,
+        projector=projector,
         select_layer=select_layer,
         select_feature=select_feature,
-        image_token_id=len(tokenizer),
-        vision_spec=spec.to_dict(),
+        image_mode=image_mode,
         template=template,
     )
     with torch.device("meta"):
         model = VilaForConditionalGeneration(config)
     model.language_model = AutoModelForCausalLM.from_pretrained(llm, dtype=torch.float32)
     model.vision_tower = AutoModel.from_pretrained(vision, config=vision_config, dtype=torch.float32)
-    model.projector = _seeded_projector(projector, vision_config.hidden_size, text_config.hidden_size, seed)
-    return model.eval(), VilaProcessor(tokenizer, vision_spec=spec.to_dict(), template=template)
+    model.projector = _seeded_projector(projector, config.vision_width, config.text_config.hidden_size, seed)
+    return model.eval(), processor
 
 
 def _seeded_projector(kind: str, width_in: int, width_out: int, seed: int) -> Any:

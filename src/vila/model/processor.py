@@ -1,8 +1,10 @@
-"""Text and pictures to model inputs, in the Hugging Face convention; also the bundle that every other path uses."""
+"""Text, pictures and clips to model inputs, in the Hugging Face convention; the bundle that every other path uses."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -11,16 +13,20 @@ import torch
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
+from vila.chat.content import messages_of
+from vila.chat.render import render
 from vila.chat.template import Segment, Template
 from vila.chat.templates import find_template
-from vila.chat.tokenize import SpanTokenizer, Tokens, tokenize, tokenize_prompt
+from vila.chat.tokenize import SpanTokenizer, Tokens, tokenize
 from vila.core.errors import MediaError, TemplateError
-from vila.core.types import Image, Message, Video
-from vila.core.vision_spec import VisionSpec
+from vila.core.types import Image, Message, Part, Text, Video
+from vila.core.vision_spec import ImageMode, VisionSpec
 from vila.media.image import open_image
 from vila.media.transform import pixels
+from vila.media.video import open_frames
 
-IMAGE_MARKER = "<image>"
+IMAGE_MARKER, VIDEO_MARKER = "<image>", "<video>"
+_MARKERS = re.compile(f"({IMAGE_MARKER}|{VIDEO_MARKER})")
 
 
 class VilaProcessor(ProcessorMixin):
@@ -30,10 +36,17 @@ class VilaProcessor(ProcessorMixin):
     tokenizer_class = "AutoTokenizer"
 
     def __init__(
-        self, tokenizer: Any = None, vision_spec: dict[str, Any] | None = None, template: str = "", **kwargs: Any
+        self,
+        tokenizer: Any = None,
+        vision_spec: dict[str, Any] | None = None,
+        template: str = "",
+        image_token_id: int | None = None,
+        **kwargs: Any,
     ) -> None:
+        """image_token_id: the placeholder's id; None stands for the first one past the tokenizer."""
         self.vision_spec = vision_spec or {}
         self.template = template
+        self.image_token_id = len(tokenizer) if image_token_id is None else image_token_id
         super().__init__(tokenizer, **kwargs)
 
     @cached_property
@@ -44,84 +57,206 @@ class VilaProcessor(ProcessorMixin):
     @cached_property
     def span_tokenizer(self) -> SpanTokenizer:
         """The tokenizer as the walk needs it."""
-        return SpanTokenizer(self.tokenizer)
-
-    @property
-    def image_token_id(self) -> int:
-        """The placeholder id, the first one past the tokenizer."""
-        return self.span_tokenizer.image_token_id
+        span = SpanTokenizer(self.tokenizer)
+        span.image_token_id = self.image_token_id
+        return span
 
     def find_template(self, name: str = "") -> Template:
         """The template called `name`, or the model's own. Raises TemplateError when the model names none."""
         if not (name or self.template):
             raise TemplateError(
-                "this model does not say which conversation template it was trained with; give one (--template)"
+                "this checkpoint does not say which conversation template it was trained with; "
+                "give one: --template vicuna_v1, or template= in Python (docs/chat.md lists them)"
             )
         return find_template(name or self.template)
 
     def count(self, media: Image | Video) -> int:
-        """Slots that a medium takes."""
+        """Slots that a medium takes. Clips have none of their own: they are read as pictures first."""
         if isinstance(media, Video):
-            raise MediaError(f"{media.source!r}: this model's processor reads pictures only")
+            raise MediaError(f"{media.source!r}: a clip becomes frames before it is counted; see expand_videos")
         return self.spec.tokens_per_image
+
+    def expand_videos(self, messages: Sequence[Message], gap: str) -> tuple[Message, ...]:
+        """Messages with each clip replaced by its frames, `gap` after each, as the original writes `<image>\\n`."""
+        return tuple(
+            message
+            if not any(isinstance(part, Video) for part in message.parts)
+            else replace(message, parts=tuple(self._expanded(message.parts, gap)))
+            for message in messages
+        )
+
+    def _expanded(self, parts: Sequence[Part], gap: str) -> Iterator[Part]:
+        for place, part in enumerate(parts):
+            if not isinstance(part, Video):
+                yield part
+                continue
+            after = parts[place + 1] if place + 1 < len(parts) else None
+            frames = self.frames(part)
+            for number, frame in enumerate(frames, start=1):
+                yield frame
+                # The gap after the last frame may be there already: "<video>\nWhat happens?".
+                there = number == len(frames) and isinstance(after, Text) and after.text.startswith(gap)
+                if gap and not there:
+                    yield Text(gap)
+
+    def frames(self, video: Video) -> list[Image]:
+        """The frames that stand for a clip, in order."""
+        number = video.num_frames or self.spec.num_video_frames
+        return [Image(frame) for frame in open_frames(video, number)]
+
+    def tokens(self, messages: Sequence[Message], template: str = "", *, prompt: bool = True) -> Tokens:
+        """A conversation as expanded ids; with `prompt` it ends where the assistant is to answer."""
+        chosen = self.find_template(template)
+        messages = self.expand_videos(messages, chosen.media_gap)
+        return tokenize(render(messages, chosen, prompt=prompt), self.span_tokenizer, self.count)
 
     def prompt(self, messages: Sequence[Message], template: str = "") -> Tokens:
         """The expanded prompt of a conversation that ends with the user's turn."""
-        return tokenize_prompt(messages, self.find_template(template), self.span_tokenizer, self.count)
+        return self.tokens(messages, template)
 
-    def pixels(self, images: Sequence[Image]) -> Tensor:
-        """Pictures as float32 [N, 3, S, S]."""
-        size = self.spec.image_size
+    def pixels(self, images: Sequence[Image], image_aspect_ratio: ImageMode | None = None) -> Tensor:
+        """Pictures as float32 [N, 3, S, S]. image_aspect_ratio: `pad`, `resize` or `square` for this call only."""
+        spec = replace(self.spec, image_mode=image_aspect_ratio) if image_aspect_ratio else self.spec
         if not images:
-            return torch.zeros(0, 3, size, size)
-        return torch.from_numpy(np.stack([pixels(open_image(image), self.spec) for image in images]))
+            return torch.zeros(0, 3, spec.image_size, spec.image_size)
+        return torch.from_numpy(np.stack([pixels(open_image(image), spec) for image in images]))
 
     def __call__(
         self,
         text: str | Sequence[str] | None = None,
         images: Any = None,
+        videos: Any = None,
         return_tensors: str | None = "pt",
+        *,
+        image_aspect_ratio: ImageMode | None = None,
+        padding_side: str = "right",
         **kwargs: Any,
     ) -> BatchFeature:
-        """Raw text with `<image>` markers, and the pictures for them in reading order.
+        """Raw text with `<image>` and `<video>` markers, and the media for them in reading order.
 
-        Returns input_ids and attention_mask [B, S] (padded on the right) and pixel_values [N, 3, H, W].
-        Raises MediaError when the number of markers and pictures differ.
+        text:   one string or several; it is used as it is, with no template around it.
+        images: paths, URLs, bytes or PIL pictures. videos: paths, URLs or bytes; or lists of PIL frames.
+        Returns input_ids and attention_mask [B, S] and, where there are pictures, pixel_values [N, 3, H, W].
+        Raises MediaError when the numbers of markers and media differ.
         """
         texts = [text] if isinstance(text, str) else list(text or [])
-        pictures = [_as_image(image) for image in _flatten(images)]
-        markers = sum(item.count(IMAGE_MARKER) for item in texts)
-        if markers != len(pictures):
-            raise MediaError(f"the text has {markers} {IMAGE_MARKER} markers but {len(pictures)} pictures were given")
-        queue = iter(pictures)
-        rows = [tokenize(_raw_segments(item, queue), self.span_tokenizer, self.count).ids for item in texts]
-        width = max(map(len, rows), default=0)
+        queues: dict[str, list[Any]] = {IMAGE_MARKER: _images(images), VIDEO_MARKER: _videos(videos)}
+        for marker, given in queues.items():
+            markers = sum(item.count(marker) for item in texts)
+            if markers != len(given):
+                what = {IMAGE_MARKER: "picture", VIDEO_MARKER: "video"}[marker]
+                raise MediaError(
+                    f"the text has {_count(markers, f'{marker} marker')} but {_count(len(given), what)} "
+                    f"{'was' if len(given) == 1 else 'were'} given"
+                )
+        waiting = {marker: iter(given) for marker, given in queues.items()}
+        gap = find_template(self.template).media_gap if self.template else "\n"
+        rows = [tokenize(self._raw(item, waiting, gap), self.span_tokenizer, self.count) for item in texts]
+        return self._inputs(rows, image_aspect_ratio, padding_side, return_tensors)
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Any],
+        chat_template: str | None = None,
+        *,
+        add_generation_prompt: bool | None = None,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        return_tensors: str | None = None,
+        template: str = "",
+        image_aspect_ratio: ImageMode | None = None,
+        padding_side: str = "right",
+        **kwargs: Any,
+    ) -> Any:
+        """Messages of content parts as the model's prompt, in reading order, with nothing put between the parts:
+        `{"type": "image", "path" | "url" | "image" | "base64": ..}`, `{"type": "video", ..}`, `{"type": "text", ..}`.
+
+        A list of conversations gives a batch. Without `tokenize` the text with `<image>` markers is returned, with it
+        the ids, or with `return_dict` all inputs of the model. The prompt ends where the assistant is to answer when
+        the last message is the user's (`add_generation_prompt` may insist).
+        Raises TemplateError for roles out of order or unknown parts, MediaError for unreadable media.
+        """
+        if chat_template is not None:
+            raise TemplateError("a Jinja chat_template cannot be given here; name one of our templates as template=")
+        single = not conversation or isinstance(conversation[0], (Mapping, Message))
+        chosen = self.find_template(template)
+        rows = []
+        for one in [conversation] if single else conversation:
+            messages = messages_of(one)
+            ends_open = bool(messages) and messages[-1].role == "user"
+            if add_generation_prompt is not None and add_generation_prompt != ends_open:
+                raise TemplateError(
+                    "add_generation_prompt=True needs the user's message last"
+                    if add_generation_prompt
+                    else "add_generation_prompt=False needs the assistant's message last: a prompt always ends open"
+                )
+            rows.append(render(self.expand_videos(messages, chosen.media_gap), chosen, prompt=ends_open))
+        if not tokenize:
+            symbols = self.span_tokenizer.symbols
+            texts = ["".join(symbols.get(s.text, s.text) if not s.media else IMAGE_MARKER for s in row) for row in rows]
+            return texts[0] if single else texts
+        tokens = [_walk(row, self.span_tokenizer, self.count) for row in rows]
+        inputs = self._inputs(tokens, image_aspect_ratio, padding_side, return_tensors)
+        if return_dict:
+            return inputs
+        return inputs["input_ids"] if not single or return_tensors else inputs["input_ids"][0]
+
+    def _inputs(
+        self,
+        rows: Sequence[Tokens],
+        image_aspect_ratio: ImageMode | None,
+        padding_side: str,
+        return_tensors: str | None,
+    ) -> BatchFeature:
+        width = max((len(row.ids) for row in rows), default=0)
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
-        data: dict[str, Any] = {
-            "input_ids": torch.tensor([row + [pad] * (width - len(row)) for row in rows]),
-            "attention_mask": torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows]),
-        }
+        ids, mask = [], []
+        for row in rows:
+            gap = width - len(row.ids)
+            left, right = (gap, 0) if padding_side == "left" else (0, gap)
+            ids.append([pad] * left + row.ids + [pad] * right)
+            mask.append([0] * left + [1] * len(row.ids) + [0] * right)
+        data: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
+        pictures = [item for row in rows for item in row.media if isinstance(item, Image)]
         if pictures:
-            data["pixel_values"] = self.pixels(pictures)
-        return BatchFeature(data, tensor_type=None if return_tensors == "pt" else return_tensors)
+            data["pixel_values"] = self.pixels(pictures, image_aspect_ratio)
+        return BatchFeature(data, tensor_type=return_tensors)
+
+    def _raw(self, text: str, waiting: Mapping[str, Iterator[Any]], gap: str) -> list[Segment]:
+        segments = []
+        for piece in _MARKERS.split(text):
+            if piece == IMAGE_MARKER:
+                segments.append(Segment("", "media", media=next(waiting[piece])))
+            elif piece == VIDEO_MARKER:
+                video = next(waiting[piece])
+                for frame in self.frames(video) if isinstance(video, Video) else video:
+                    segments += [Segment("", "media", media=frame), Segment(gap, "template")]
+            elif segments and segments[-1].text == gap and segments[-1].media is None and piece.startswith(gap):
+                segments[-1] = Segment(piece, "template")
+            else:
+                segments.append(Segment(piece, "template"))
+        return [segment for segment in segments if segment.text or segment.media]
 
 
-def _raw_segments(text: str, pictures: Any) -> list[Segment]:
-    segments = []
-    for place, chunk in enumerate(text.split(IMAGE_MARKER)):
-        if place:
-            segments.append(Segment("", "media", media=next(pictures)))
-        segments.append(Segment(chunk, "template"))
-    return segments
+# Its own name is taken by an argument that transformers prescribes.
+_walk = tokenize
 
 
-def _flatten(images: Any) -> list[Any]:
-    if images is None:
+def _images(given: Any) -> list[Image]:
+    if given is None:
         return []
-    if not isinstance(images, (list, tuple)):
-        return [images]
-    return [item for image in images for item in _flatten(image)]
+    if not isinstance(given, (list, tuple)):
+        return [given if isinstance(given, Image) else Image(given)]
+    return [image for item in given for image in _images(item)]
 
 
-def _as_image(image: Any) -> Image:
-    return image if isinstance(image, Image) else Image(image)
+def _videos(given: Any) -> list[Video | list[Image]]:
+    if given is None:
+        return []
+    if not isinstance(given, (list, tuple)):
+        return [given if isinstance(given, Video) else Video(given)]
+    return [_images(item) if isinstance(item, (list, tuple)) else _videos(item)[0] for item in given]
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,8 +13,10 @@ from vila.core.errors import LayoutError
 
 # N media items  T tokens with class token  P patches  C tower width  H, W pixels
 
-TOWER_TYPES = ("clip_vision_model", "siglip_vision_model", "dinov2")
+TOWER_TYPES = ("clip_vision_model", "siglip_vision_model", "dinov2", "internvl_vision")
 _WITHOUT_CLS = ("siglip_vision_model",)
+_ANY_SIZE = ("dinov2",)
+"""Towers that were made to interpolate their position embeddings on the way; in the others it would be an accident."""
 
 
 class _Reached(Exception):
@@ -25,9 +28,13 @@ class _Reached(Exception):
 
 
 def patch_count(config: PretrainedConfig, image_size: int) -> int:
-    """Patches of a square picture of `image_size` pixels. Raises LayoutError when the patch size does not divide it."""
-    patch = int(config.patch_size)
-    if config.model_type == "dinov2" and image_size % patch:
+    """Patches of a square picture of `image_size` pixels; a patch size may be a number or a pair.
+
+    CLIP and SigLIP ignore a rest at the border (384 pixels are 27 patches of 14). Raises LayoutError when patches are
+    not square, or leave a rest where the tower cannot ignore it.
+    """
+    patch = _side(config.patch_size, "patch_size")
+    if config.model_type in _ANY_SIZE and image_size % patch:
         raise LayoutError(f"image size {image_size} is not a multiple of the tower's patch size {patch}")
     return (image_size // patch) ** 2
 
@@ -56,8 +63,10 @@ def select_features(
     """Hidden state `select_layer` of the tower, [N, P, C], before any final norm.
 
     Hidden states are counted as transformers counts them: 0 is the embeddings, k the output of block k, -1 the last
-    block's output. Blocks past the wanted one do not run.
+    block's output. Blocks past the wanted one do not run. Raises LayoutError for a layer that is no block's output,
+    and for pictures of another size than the tower's unless it is one that takes any.
     """
+    _check_size(config, pixels_N3HW)
     depth = int(config.num_hidden_layers)
     index = select_layer if select_layer >= 0 else depth + 1 + select_layer
     if not 1 <= index <= depth:
@@ -74,6 +83,25 @@ def select_features(
     finally:
         handle.remove()
     return features[:, 1:] if select_feature == "patch" else features
+
+
+def _check_size(config: Any, pixels_N3HW: Tensor) -> None:
+    if config.model_type in _ANY_SIZE:
+        return
+    side = _side(config.image_size, "image_size")
+    height, width = pixels_N3HW.shape[-2:]
+    if (height, width) != (side, side):
+        raise LayoutError(
+            f"pictures of {height} x {width} pixels, but the {config.model_type} tower takes {side} x {side}: the "
+            "image size of the vision spec must be the tower's, or be cut into tiles of it (s2_scales)"
+        )
+
+
+def _side(size: int | Sequence[int], name: str) -> int:
+    sides = {size} if isinstance(size, int) else set(size)
+    if len(sides) != 1:
+        raise LayoutError(f"the tower's {name} {size!r} is not square")
+    return int(sides.pop())
 
 
 def tower_dtype(tower: nn.Module) -> torch.dtype:

@@ -11,6 +11,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from vila.model.config import VilaConfig
 from vila.model.fusion import scatter_media
+from vila.model.multiscale import multiscale_features
 from vila.model.projector import build_projector
 from vila.model.tower import check_tower, select_features, tower_dtype
 
@@ -33,8 +34,7 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         check_tower(config.vision_config, config.select_feature)
         self.vision_tower = AutoModel.from_config(config.vision_config)
-        width_in, width_out = config.vision_config.hidden_size, config.text_config.hidden_size
-        self.projector = build_projector(config.projector_type, width_in, width_out)
+        self.projector = build_projector(config.projector_type, config.vision_width, config.text_config.hidden_size)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         self.post_init()
 
@@ -59,13 +59,21 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         tower = self.vision_tower
         with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in tower.parameters())):
             pixels_N3HW = pixels_N3HW.to(tower_dtype(tower))
-            return select_features(
-                tower, self.config.vision_config, pixels_N3HW, self.config.select_layer, self.config.select_feature
-            )
+            if self.config.s2_scales:
+                scales, tile = self.config.s2_scales, self.config.s2_max_split
+                return multiscale_features(self._see, pixels_N3HW, scales, tile)
+            return self._see(pixels_N3HW)
+
+    def _see(self, pixels_N3HW: Tensor) -> Tensor:
+        config = self.config
+        return select_features(
+            self.vision_tower, config.vision_config, pixels_N3HW, config.select_layer, config.select_feature
+        )
 
     def project(self, features_NPC: Tensor) -> Tensor:
         """Features in the LLM's embedding space, [N, P', D]."""
-        return self.projector(features_NPC.to(next(self.projector.parameters()).dtype))
+        weight = next(self.projector.parameters(), None)
+        return self.projector(features_NPC if weight is None else features_NPC.to(weight.dtype))
 
     def embed(self, ids_BS: Tensor, media_NPD: Tensor | None) -> Tensor:
         """Token embeddings [B, S, D] with media vectors in the placeholder slots."""
@@ -111,6 +119,13 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
             logits_to_keep=logits_to_keep,
             **kwargs,
         )
+
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers. Raises ValueError for a batch padded on the right, which would be answered wrongly."""
+        mask = kwargs.get("attention_mask")
+        if mask is not None and mask.dim() == 2 and not mask[:, -1].all():
+            raise ValueError("the batch is padded on the right; give padding_side='left' to the processor to generate")
+        return super().generate(inputs, *args, **kwargs)
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, is_first_iteration: bool = False, use_cache: bool = True, **kwargs: Any

@@ -2,27 +2,62 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from vila.core.errors import LayoutError
 from vila.core.registry import Registry
+from vila.model.config import VilaConfig
+from vila.model.processor import VilaProcessor
+from vila.model.weights import Piece
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that is understood but not read yet.
+
+    pieces:     where each weight of ours lies, by our names.
+    unclaimed:  tensors of its files that mean nothing to us; loading refuses them by name.
+    generation: what generation_config.json says, for `model.generate`.
+    """
+
+    folder: Path
+    config: VilaConfig
+    processor: VilaProcessor
+    pieces: Mapping[str, Piece]
+    unclaimed: Sequence[str] = ()
+    generation: Mapping[str, Any] = field(default_factory=dict)
 
 
 class ModelLayout(Protocol):
-    """Recognises a directory, reads it into our model, and writes our model in its form."""
+    """Recognises a directory, understands it as a checkpoint of ours, and writes our model in its form."""
+
+    name: str
 
     def recognises(self, folder: Path) -> bool:
         """Whether the directory is in this layout; looks at names and config only."""
 
-    def read(self, folder: Path, dtype: Any) -> tuple[Any, Any]:
-        """Model and processor. Raises LayoutError listing every weight that is missing or unclaimed."""
+    def open(self, folder: Path, base: Path | None = None) -> Checkpoint:
+        """Understand the directory without reading tensors. `base` holds the LLM where the directory does not.
 
-    def write(self, model: Any, processor: Any, folder: Path) -> None:
-        """Write atomically."""
+        Raises LayoutError naming what is missing, unknown or contradictory.
+        """
+
+    def write(self, model: Any, processor: VilaProcessor, folder: Path) -> None:
+        """Write atomically, replacing a directory. Raises LayoutError for what the layout cannot express."""
 
 
-LAYOUTS: Registry[ModelLayout] = Registry("checkpoint layout", {"native": "vila.model.layouts.native:LAYOUT"})
+LAYOUTS: Registry[ModelLayout] = Registry(
+    "checkpoint layout",
+    {
+        "native": "vila.model.layouts.native:LAYOUT",
+        "llava-hf": "vila.model.layouts.llava_hf:LAYOUT",
+        "vila-v15": "vila.model.layouts.vila_v15:LAYOUT",
+        "llava-v1": "vila.model.layouts.llava_v1:LAYOUT",
+    },
+)
 
 
 def detect_layout(folder: Path) -> ModelLayout:

@@ -1,0 +1,107 @@
+"""From a checkpoint to a model in memory: built without memory, filled weight by weight, every weight accounted for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate import dispatch_model, infer_auto_device_map, init_empty_weights
+from torch import nn
+from transformers import GenerationConfig
+
+from vila.core.errors import LayoutError
+from vila.families.card import find_family
+from vila.model.layouts.protocol import Checkpoint
+from vila.model.vila import VilaForConditionalGeneration
+from vila.model.weights import read_pieces
+
+Device = str | torch.device
+DeviceMap = str | Mapping[str, Any]
+
+
+def build_model(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype | None = None,
+    device: Device = "cpu",
+    device_map: DeviceMap | None = None,
+) -> VilaForConditionalGeneration:
+    """The model in eval mode. `dtype=None` keeps the type that most of the checkpoint's weights have.
+
+    Raises LayoutError listing every weight that is missing, unclaimed or of another shape.
+    """
+    with init_empty_weights(include_buffers=False):
+        model = VilaForConditionalGeneration(checkpoint.config)
+    expected = dict(model.named_parameters())
+    _account_for(checkpoint, expected)
+    dtype = dtype or _main_dtype(checkpoint)
+    placed = _device_map(model, dtype, device_map) if device_map else {"": torch.device(device)}
+    pieces = {name: piece for name, piece in checkpoint.pieces.items() if name in expected}
+    targets = {name: (dtype, _place(name, placed)) for name in pieces}
+    for name, tensor in read_pieces(pieces, targets):
+        _set(model, name, tensor)
+    model.tie_weights()
+    model.config.dtype = dtype
+    if checkpoint.generation:
+        model.generation_config = GenerationConfig.from_dict(dict(checkpoint.generation))
+    for name, buffer in model.named_buffers():
+        buffer.data = buffer.data.to(_place(name, placed))
+    if device_map:
+        model = dispatch_model(model, placed)
+    return model.eval()
+
+
+def _account_for(checkpoint: Checkpoint, expected: Mapping[str, nn.Parameter]) -> None:
+    problems = []
+    # A tied head has one name among the parameters and may have two in the file.
+    also = {"language_model.lm_head.weight"} if checkpoint.config.text_config.tie_word_embeddings else set()
+    missing = sorted(expected.keys() - checkpoint.pieces.keys() - also)
+    unclaimed = sorted([*checkpoint.unclaimed, *(checkpoint.pieces.keys() - expected.keys() - also)])
+    for names, what in ((missing, "missing"), (unclaimed, "unclaimed")):
+        if names:
+            problems.append(f"{len(names)} weights {what} ({', '.join(names)})")
+    for name, parameter in expected.items():
+        piece = checkpoint.pieces.get(name)
+        if piece is not None and piece.shape != tuple(parameter.shape):
+            problems.append(
+                f"{piece.name} has shape {piece.shape} in {piece.file.path.name}, "
+                f"the config asks for {tuple(parameter.shape)}"
+            )
+    if problems:
+        raise LayoutError(f"{checkpoint.folder}: {'; '.join(problems)}; refusing a partial load")
+
+
+def _main_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    sizes: Counter[torch.dtype] = Counter()
+    for piece in checkpoint.pieces.values():
+        if piece.dtype.is_floating_point:
+            sizes[piece.dtype] += piece.bytes
+    return sizes.most_common(1)[0][0]
+
+
+def _device_map(model: VilaForConditionalGeneration, dtype: torch.dtype, device_map: DeviceMap) -> dict[str, Any]:
+    if not isinstance(device_map, str):
+        return dict(device_map)
+    if device_map != "auto":
+        raise LayoutError(f"device_map={device_map!r}: it is 'auto' or a mapping of module names to devices")
+    block = find_family(model.config.text_config.model_type).decoder_block
+    placed = dict(infer_auto_device_map(model, dtype=dtype, no_split_module_classes=[block]))
+    if "disk" in placed.values():
+        raise LayoutError("device_map='auto': the model does not fit the memory of all devices and the CPU together")
+    return placed
+
+
+def _place(name: str, placed: Mapping[str, Any]) -> torch.device:
+    parts = name.split(".")
+    for length in range(len(parts), -1, -1):
+        where = placed.get(".".join(parts[:length]))
+        if where is not None:
+            return torch.device("cuda", where) if isinstance(where, int) else torch.device(where)
+    raise LayoutError(f"the device map says nothing of {name}")
+
+
+def _set(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    setattr(module, leaf, nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))

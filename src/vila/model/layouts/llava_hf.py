@@ -1,0 +1,287 @@
+"""transformers' own LLaVA directory, which stock transformers, vLLM, SGLang and llama.cpp's converter read.
+
+Three things make it exact. A `linear` projector becomes two layers with no activation between, the second the identity.
+`<image>` needs an id below the vocabulary's size, so rows are appended to the embeddings and the head where there is
+none; the mean row, which can never be the likeliest. And stock tokenisation leaves out the lone `▁` that the original
+puts at the start of the text after a picture, so the chat template writes a space there.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import AddedToken, AutoConfig
+
+from vila.chat.templates import find_template
+from vila.core.errors import LayoutError
+from vila.core.files import atomic_path, read_json, write_json
+from vila.model.layouts.names import Prefixes, claim, keep_rows, to_theirs
+from vila.model.layouts.protocol import Checkpoint
+from vila.model.layouts.published import (
+    compose,
+    generation_facts,
+    read_config,
+    read_tokenizer,
+    template_of,
+    text_config,
+    write_tokenizer,
+)
+from vila.model.layouts.towers import tower_facts
+from vila.model.weights import Piece, find_files, pieces_of, write_weights
+
+IMAGE = "<image>"
+_CLASSIC: Prefixes = (
+    ("language_model.", "language_model."),
+    ("vision_tower.vision_model.", "vision_tower."),
+    ("vision_tower.", "vision_tower."),
+    ("multi_modal_projector.linear_1.", "projector.0."),
+    ("multi_modal_projector.linear_2.", "projector.2."),
+)
+# As the modules are called since transformers 4.52.
+_NEW: Prefixes = (
+    ("lm_head.", "language_model.lm_head."),
+    ("model.language_model.", "language_model.model."),
+    ("model.vision_tower.vision_model.", "vision_tower."),
+    ("model.vision_tower.", "vision_tower."),
+    ("model.multi_modal_projector.linear_1.", "projector.0."),
+    ("model.multi_modal_projector.linear_2.", "projector.2."),
+)
+_VOCABULARY = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
+_PREFIXED_TOWERS = ("clip_vision_model", "siglip_vision_model")
+_TOWERS = (*_PREFIXED_TOWERS, "dinov2")
+
+
+class LlavaHfLayout:
+    """config.json with `model_type: llava` and a `text_config`."""
+
+    name = "llava-hf"
+
+    def recognises(self, folder: Path) -> bool:
+        """Whether config.json is transformers' LlavaConfig."""
+        config = read_config(folder)
+        return config.get("model_type") == "llava" and "text_config" in config
+
+    def open(self, folder: Path, base: Path | None = None) -> Checkpoint:
+        """Understand the directory. Raises LayoutError for what only some LLaVA variants have."""
+        facts = read_config(folder)
+        # Only what differs from the defaults of the classes is written in old configs.
+        config = AutoConfig.for_model("llava", **{k: v for k, v in facts.items() if k != "model_type"})
+        ours = facts.get("vila") or {}
+        _refuse(folder, config)
+        pieces, unclaimed = claim(pieces_of(find_files(folder)), (*_CLASSIC, *_NEW))
+        projector = _projector(folder, config, pieces)
+        llm = text_config(config.text_config.model_type, config.text_config.to_dict(), folder)
+        tokenizer = read_tokenizer(folder)
+        placeholder = config.image_token_index
+        if rows := ours.get("vocab_size"):
+            llm.vocab_size = rows
+            placeholder = None
+            pieces.update({name: keep_rows(pieces[name], rows) for name in _VOCABULARY if name in pieces})
+            _remove_image_token(tokenizer)
+        image_facts = _image_facts(folder)
+        vila_config, processor = compose(
+            llm=llm,
+            tower=tower_facts(config.vision_config, image_facts),
+            tokenizer=tokenizer,
+            projector=projector,
+            select_layer=config.vision_feature_layer,
+            select_feature="patch" if config.vision_feature_select_strategy == "default" else "cls_patch",
+            image_mode=ours.get("image_mode") or ("pad" if image_facts.get("do_pad") else "square"),
+            template=ours.get("template") or template_of(folder),
+            image_token_id=placeholder,
+            num_video_frames=ours.get("num_video_frames", 8),
+            vision_source=ours.get("vision_source", ""),
+        )
+        return Checkpoint(folder, vila_config, processor, pieces, unclaimed, _generation(folder))
+
+    def write(self, model: Any, processor: Any, folder: Path) -> None:
+        """Write model, processor, tokenizer with `<image>`, chat template and generation config."""
+        config = model.config
+        _refuse_to_write(config, processor)
+        tokenizer = copy.deepcopy(processor.tokenizer)
+        tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)
+        image_id = tokenizer.convert_tokens_to_ids(IMAGE)
+        rows = max(config.text_config.vocab_size, image_id + 1)
+        weights = _weights(model, rows)
+        with atomic_path(folder) as part:
+            part.mkdir()
+            write_weights(weights, part)
+            write_json(part / "config.json", _config(config, processor, image_id, rows), indent=2)
+            _write_processor(processor, tokenizer, config, part)
+            _write_generation(model, processor, image_id, part)
+
+
+def _refuse(folder: Path, config: Any) -> None:
+    if not isinstance(config.vision_feature_layer, int):
+        raise LayoutError(f"{folder}: features of several layers ({config.vision_feature_layer}) are not supported")
+    if not config.multimodal_projector_bias:
+        raise LayoutError(f"{folder}: a projector without biases is not supported")
+
+
+def _projector(folder: Path, config: Any, pieces: dict[str, Piece]) -> str:
+    """The projector's type. A linear one written by us loses its second layer, after a look that it does nothing."""
+    if config.projector_hidden_act == "gelu":
+        return "mlp2x_gelu"
+    if config.projector_hidden_act != "linear":
+        raise LayoutError(f"{folder}: projector_hidden_act {config.projector_hidden_act!r} is neither gelu nor linear")
+    second = {leaf: pieces.pop(f"projector.2.{leaf}", None) for leaf in ("weight", "bias")}
+    for leaf, piece in second.items():
+        if piece is None:
+            raise LayoutError(f"{folder}: multi_modal_projector.linear_2.{leaf} is missing")
+        with piece.file.mapped() as get:
+            tensor = get(piece.name)
+            expected = torch.eye(tensor.shape[0]) if leaf == "weight" else torch.zeros(tensor.shape[0])
+            if not torch.equal(tensor.float(), expected):
+                raise LayoutError(f"{folder}: two linear projector layers without an activation are not supported")
+    for leaf in ("weight", "bias"):
+        pieces[f"projector.{leaf}"] = pieces.pop(f"projector.0.{leaf}")
+    return "linear"
+
+
+def _image_facts(folder: Path) -> dict[str, Any]:
+    for name, key in (("processor_config.json", "image_processor"), ("preprocessor_config.json", "")):
+        if (folder / name).is_file():
+            facts = read_json(folder / name)
+            facts = facts.get(key) if key else facts
+            if facts:
+                return dict(facts)
+    return {}
+
+
+def _generation(folder: Path) -> dict[str, Any]:
+    # Suppressed was the id of <image>, which our model does not have.
+    return {key: value for key, value in generation_facts(folder).items() if key != "suppress_tokens"}
+
+
+def _remove_image_token(tokenizer: Any) -> None:
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["content"] != IMAGE]
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(spec))
+
+
+def _refuse_to_write(config: Any, processor: Any) -> None:
+    kind = config.vision_config.model_type
+    if config.s2_scales or config.projector_type not in ("linear", "mlp2x_gelu"):
+        what = "S2 features" if config.s2_scales else f"the projector {config.projector_type}"
+        raise LayoutError(
+            f"{what} cannot be written as llava-hf: stock LLaVA has two Linear layers behind one tower; "
+            "use vila-v15 or native"
+        )
+    if kind not in _TOWERS:
+        raise LayoutError(f"a {kind} tower cannot be written as llava-hf; towers tried there are {', '.join(_TOWERS)}")
+    if config.select_layer == -1 and kind != "clip_vision_model":
+        raise LayoutError(
+            f"the last hidden state of {kind} cannot be written as llava-hf: stock transformers may normalise it"
+        )
+    if processor.spec.image_mode == "resize" and kind == "clip_vision_model":
+        raise LayoutError(
+            "image mode 'resize' of a CLIP tower cannot be written as llava-hf: its processor crops or pads"
+        )
+
+
+def _weights(model: Any, rows: int) -> dict[str, Tensor]:
+    """Weights by LLaVA's classic names, with `rows` rows of embeddings and head."""
+    config = model.config
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    if config.text_config.tie_word_embeddings:
+        state.pop("language_model.lm_head.weight", None)
+    for name in _VOCABULARY:
+        if name in state and rows > state[name].shape[0]:
+            mean = state[name].float().mean(0, keepdim=True).to(state[name].dtype)
+            state[name] = torch.cat([state[name], mean.expand(rows - state[name].shape[0], -1)])
+    if config.projector_type == "linear":
+        for leaf in ("weight", "bias"):
+            state[f"projector.0.{leaf}"] = state.pop(f"projector.{leaf}")
+        first = state["projector.0.weight"]
+        state["projector.2.weight"] = torch.eye(first.shape[0], dtype=first.dtype)
+        state["projector.2.bias"] = torch.zeros_like(state["projector.0.bias"])
+    plain = config.vision_config.model_type not in _PREFIXED_TOWERS
+    prefixes = [pair for pair in _CLASSIC if not (plain and pair[0] == "vision_tower.vision_model.")]
+    return {to_theirs(name, prefixes): tensor for name, tensor in state.items()}
+
+
+def _config(config: Any, processor: Any, image_id: int, rows: int) -> dict[str, Any]:
+    llm, tower = config.text_config.to_dict(), config.vision_config.to_dict()
+    llm["vocab_size"] = rows
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "text_config": llm,
+        "vision_config": tower,
+        "image_token_index": image_id,
+        "image_seq_length": processor.spec.tokens_per_image,
+        "projector_hidden_act": "linear" if config.projector_type == "linear" else "gelu",
+        "multimodal_projector_bias": True,
+        "vision_feature_layer": config.select_layer,
+        "vision_feature_select_strategy": "default" if config.select_feature == "patch" else "full",
+        "tie_word_embeddings": config.text_config.tie_word_embeddings,
+        "dtype": str(config.dtype).removeprefix("torch."),
+        "torch_dtype": str(config.dtype).removeprefix("torch."),
+        "vila": {
+            "vocab_size": config.text_config.vocab_size,
+            "template": config.template,
+            "image_mode": processor.spec.image_mode,
+            "num_video_frames": processor.spec.num_video_frames,
+            "vision_source": config.vision_source,
+        },
+    }
+
+
+def _write_processor(processor: Any, tokenizer: Any, config: Any, part: Path) -> None:
+    spec, kind = processor.spec, config.vision_config.model_type
+    square = {"height": spec.image_size, "width": spec.image_size}
+    image = {
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": list(spec.mean),
+        "image_std": list(spec.std),
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+    }
+    if spec.image_mode == "pad":
+        image |= {"image_processor_type": "LlavaImageProcessor", "do_pad": True, "do_center_crop": True}
+        image |= {"size": {"shortest_edge": spec.image_size}, "crop_size": square}
+    elif spec.image_mode == "square" and spec.center_crop:
+        image |= {"image_processor_type": "CLIPImageProcessor", "do_center_crop": True}
+        image |= {"size": {"shortest_edge": spec.image_size}, "crop_size": square}
+    else:
+        image |= {"image_processor_type": "SiglipImageProcessor", "size": square}
+    write_json(part / "preprocessor_config.json", {**image, "processor_class": "LlavaProcessor"}, indent=2)
+    facts = {
+        "processor_class": "LlavaProcessor",
+        "image_token": IMAGE,
+        "num_additional_image_tokens": 0 if kind == "siglip_vision_model" else 1,
+        "patch_size": config.vision_config.patch_size,
+        "vision_feature_select_strategy": "default" if config.select_feature == "patch" else "full",
+    }
+    write_json(part / "processor_config.json", facts, indent=2)
+    write_tokenizer(tokenizer, part, config.template, after_image_space=True)
+
+
+def _write_generation(model: Any, processor: Any, image_id: int, part: Path) -> None:
+    config = copy.deepcopy(model.generation_config)
+    special = processor.span_tokenizer.special_ids
+    ends = {special[stop] for stop in _stops(processor) if stop in special}
+    ends |= {processor.tokenizer.eos_token_id} - {None}
+    facts: Mapping[str, Any] = config.to_diff_dict()
+    write_json(
+        part / "generation_config.json",
+        {**facts, "eos_token_id": sorted(ends), "suppress_tokens": [image_id]},
+        indent=2,
+    )
+
+
+def _stops(processor: Any) -> tuple[str, ...]:
+    return find_template(processor.template).stop if processor.template else ()
+
+
+LAYOUT = LlavaHfLayout()

@@ -1,0 +1,221 @@
+"""The LLaVA-1.5 layout, as VILA-7B, 13B and 2.7B were published: one directory, the projector among the LLM's weights.
+
+Besides whole checkpoints it covers a stage-1 directory (`mm_projector.bin`) and a LoRA directory (`adapter_model` and
+`non_lora_trainables.bin`), which both need the directory of their base LLM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vila.core.errors import LayoutError
+from vila.core.files import atomic_path, write_json
+from vila.model.hub import local_folder
+from vila.model.layouts.lora import read_adapter
+from vila.model.layouts.names import Prefixes, claim, to_theirs
+from vila.model.layouts.protocol import Checkpoint
+from vila.model.layouts.published import (
+    compose,
+    generation_facts,
+    read_config,
+    read_tokenizer,
+    template_of,
+    text_config,
+    write_tokenizer,
+)
+from vila.model.layouts.towers import OTHER_HALF, TowerFacts, image_mode_of, known_tower, read_tower
+from vila.model.layouts.vision_folder import write_tower
+from vila.model.weights import Piece, find_files, pieces_of, weight_file, write_weights
+
+LLM_TYPES = {
+    "llava": "llama",
+    "llava_llama": "llama",
+    "llava_mistral": "mistral",
+    "llava_qwen": "qwen2",
+    "llava_qwen2": "qwen2",
+}
+"""`model_type` of the original's configs, and the LLM behind it."""
+_ARCHITECTURES = {
+    "llama": ("llava_llama", "LlavaLlamaForCausalLM"),
+    "mistral": ("llava_mistral", "LlavaMistralForCausalLM"),
+    "qwen2": ("llava_qwen", "LlavaQwenForCausalLM"),
+}
+PREFIXES: Prefixes = (
+    ("model.vision_tower.vision_tower.vision_model.", "vision_tower."),
+    ("model.mm_projector.", "projector."),
+    ("lm_head.", "language_model.lm_head."),
+    ("model.", "language_model.model."),
+)
+_TOWER = "vision_tower"
+
+
+class LlavaV1Layout:
+    """config.json with `mm_*` keys, weights named as in LLaVA-1.5, the tokenizer."""
+
+    name = "llava-v1"
+
+    def recognises(self, folder: Path) -> bool:
+        """Whether config.json names a vision tower the way LLaVA-1.5 does."""
+        config = read_config(folder)
+        return "mm_vision_tower" in config and "llm_cfg" not in config and "text_config" not in config
+
+    def open(self, folder: Path, base: Path | None = None) -> Checkpoint:
+        """Understand the directory. `base` is the LLM of a stage-1 or LoRA directory."""
+        facts = read_config(folder)
+        kind = LLM_TYPES.get(facts.get("model_type", ""))
+        if kind is None:
+            raise LayoutError(f"{folder}: model_type {facts.get('model_type')!r} is none of {', '.join(LLM_TYPES)}")
+        pieces, home = _llm_and_projector(folder, base, facts)
+        ours, unclaimed = claim(pieces, PREFIXES)
+        tower = self._tower(folder, facts, ours)
+        llm = text_config(kind, {k: v for k, v in facts.items() if not k.startswith("mm_")}, folder)
+        config, processor = compose(
+            llm=llm,
+            tower=tower,
+            tokenizer=_with_image_tokens(read_tokenizer(home), facts),
+            projector=facts.get("mm_projector_type") or "linear",
+            select_layer=facts.get("mm_vision_select_layer", -2),
+            select_feature=facts.get("mm_vision_select_feature") or "patch",
+            image_mode=image_mode_of(facts.get("image_aspect_ratio")),
+            template=facts.get("conversation_template") or template_of(folder),
+            vision_source=facts["mm_vision_tower"] if known_tower(facts["mm_vision_tower"]) else "",
+        )
+        return Checkpoint(folder, config, processor, ours, unclaimed, generation_facts(home))
+
+    def _tower(self, folder: Path, facts: Mapping[str, Any], ours: dict[str, Piece]) -> TowerFacts:
+        """The tower's facts; its weights are added to `ours` unless the checkpoint holds them itself."""
+        source = facts["mm_vision_tower"]
+        inside = any(name.startswith("vision_tower.") for name in ours)
+        if inside and (known := known_tower(source)):
+            return known
+        tower_folder = _find_tower(folder, source)
+        tower = read_tower(tower_folder)
+        if not inside:
+            found, unclaimed = claim(pieces_of(find_files(tower_folder)), tower.prefixes, ignore=OTHER_HALF)
+            if unclaimed:
+                raise LayoutError(f"{tower_folder}: unclaimed weights {', '.join(unclaimed)}")
+            ours.update({f"vision_tower.{name}": piece for name, piece in found.items()})
+        return tower
+
+    def write(self, model: Any, processor: Any, folder: Path) -> None:
+        """Write in this layout. A published tower is named and kept in the file, another one gets a folder beside."""
+        config = model.config
+        llm = config.text_config
+        if config.projector_type == "mlp_downsample" or config.s2_scales:
+            what = "S2 features" if config.s2_scales else "the projector mlp_downsample"
+            raise LayoutError(f"{what} cannot be written as llava-v1: its code has none; use vila-v15 or native")
+        if config.vision_config.model_type != "clip_vision_model":
+            raise LayoutError(
+                f"a {config.vision_config.model_type} tower cannot be written as llava-v1: its code builds CLIP only"
+            )
+        if llm.model_type not in _ARCHITECTURES:
+            raise LayoutError(f"an LLM of type {llm.model_type!r} cannot be written as llava-v1")
+        state = _state(model)
+        with atomic_path(folder) as part:
+            part.mkdir()
+            source = config.vision_source
+            if not source:
+                source = _TOWER
+                write_tower(model, processor.spec, part / _TOWER)
+                state = {name: t for name, t in state.items() if not name.startswith("vision_tower.")}
+            write_weights({to_theirs(name, PREFIXES): tensor for name, tensor in state.items()}, part)
+            write_json(part / "config.json", _config(config, processor, source), indent=2)
+            if model.generation_config is not None:
+                model.generation_config.save_pretrained(part)
+            write_tokenizer(processor.tokenizer, part, processor.template)
+
+
+def _state(model: Any) -> dict[str, Any]:
+    """Weights of ours; a tied head once more under its own name, because LLaVA-1.5's code expects it."""
+    return {name: tensor.detach() for name, tensor in model.state_dict().items()}
+
+
+def _llm_and_projector(folder: Path, base: Path | None, facts: Mapping[str, Any]) -> tuple[dict[str, Piece], Path]:
+    """Weights by the original's names, and the folder that holds the tokenizer."""
+    adapter = (folder / "adapter_config.json").is_file()
+    projector = folder / "mm_projector.bin"
+    if not (adapter or (projector.is_file() and not _has_weights(folder))):
+        return pieces_of(find_files(folder)), folder
+    if base is None:
+        named = facts.get("_name_or_path") or ""
+        hint = f" (the config names {named!r})" if named else ""
+        kind = "a LoRA directory" if adapter else "a stage-1 directory: a projector without its LLM"
+        raise LayoutError(f"{folder}: {kind}; give the directory of the base LLM as base= or --model-base{hint}")
+    pieces = pieces_of(find_files(base))
+    extra = folder / "non_lora_trainables.bin" if adapter else projector
+    if extra.is_file():
+        pieces.update({_strip(name): piece for name, piece in pieces_of([weight_file(extra)]).items()})
+    if adapter:
+        pieces = read_adapter(folder, pieces)
+    return pieces, folder if _has_tokenizer(folder) else base
+
+
+def _strip(name: str) -> str:
+    """`base_model.model.model.mm_projector.0.weight` as it is called in a whole checkpoint."""
+    name = name.removeprefix("base_model.")
+    return name.removeprefix("model.") if name.startswith("model.model.") else name
+
+
+def _has_weights(folder: Path) -> bool:
+    return any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin"))
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
+
+
+def _find_tower(folder: Path, source: str) -> Path:
+    """`mm_vision_tower` as a path (absolute, in the checkpoint, beside it, or from here), else as a hub id."""
+    for place in (folder / source, folder.parent / source, Path(source)):
+        if (place / "config.json").is_file():
+            return place
+    try:
+        return local_folder(source)
+    except LayoutError as error:
+        raise LayoutError(
+            f"{folder}: its vision tower {source!r} is neither a directory (in the checkpoint, beside it, or below "
+            f"{Path.cwd()}) nor to be had from the hub ({error}); put it there, or change mm_vision_tower in its config"
+        ) from error
+
+
+def _with_image_tokens(tokenizer: Any, facts: Mapping[str, Any]) -> Any:
+    if facts.get("mm_use_im_start_end"):
+        wanted = ["<im_patch>"] if facts.get("mm_use_im_patch_token", True) else []
+        tokenizer.add_tokens([*wanted, "<im_start>", "<im_end>"], special_tokens=True)
+    return tokenizer
+
+
+def _config(config: Any, processor: Any, source: str) -> dict[str, Any]:
+    kind, architecture = _ARCHITECTURES[config.text_config.model_type]
+    llm = config.text_config.to_dict()
+    rope = llm.pop("rope_parameters", None) or {}
+    facts = {
+        **llm,
+        "architectures": [architecture],
+        "model_type": kind,
+        "rope_theta": rope.get("rope_theta", 10000.0),
+        "rope_scaling": None if rope.get("rope_type", "default") == "default" else _old_rope(rope),
+        "torch_dtype": str(config.dtype).removeprefix("torch."),
+        "mm_vision_tower": source,
+        "mm_projector_type": config.projector_type,
+        "mm_hidden_size": config.vision_width,
+        "mm_vision_select_layer": config.select_layer,
+        "mm_vision_select_feature": config.select_feature,
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "use_mm_proj": True,
+        "image_aspect_ratio": processor.spec.image_mode,
+        "tokenizer_model_max_length": config.context_length,
+        "tokenizer_padding_side": "right",
+    }
+    facts.pop("dtype", None)
+    return {**facts, "conversation_template": config.template} if config.template else facts
+
+
+def _old_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
+    return {"type": rope["rope_type"], **{k: v for k, v in rope.items() if k not in ("rope_type", "rope_theta")}}
+
+
+LAYOUT = LlavaV1Layout()

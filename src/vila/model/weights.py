@@ -1,0 +1,241 @@
+"""Tensors in files: listed without being read, mapped in place where they stay as they are, copied one by one if not.
+
+A tensor that keeps its type and stays on the CPU is a view of the mapped file, so loading costs no second copy. When it
+is converted or moved, the mapping is given back as it goes, so memory holds the result and one tensor more.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vila.core.errors import LayoutError
+from vila.core.files import write_json
+
+Shape = tuple[int, ...]
+Get = Callable[[str], Tensor]
+Change = Callable[[Tensor], Tensor]
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+class WeightFile(Protocol):
+    """A file of named tensors."""
+
+    @property
+    def path(self) -> Path:
+        """Where it lies."""
+
+    @property
+    def facts(self) -> Mapping[str, tuple[Shape, torch.dtype]]:
+        """Shape and type of every tensor, without reading any."""
+
+    def mapped(self) -> Any:
+        """A context in which tensors can be had by name; what is mapped stays only as long as somebody holds it."""
+
+
+@dataclass(frozen=True)
+class SafetensorsFile:
+    """A .safetensors file."""
+
+    path: Path
+
+    @cached_property
+    def facts(self) -> Mapping[str, tuple[Shape, torch.dtype]]:
+        """Shape and type of every tensor. Raises LayoutError when the file is cut short or is something else."""
+        out = {}
+        with self._open() as file:
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                part = file.get_slice(name)
+                kind = part.get_dtype()
+                if kind not in _DTYPES:
+                    raise LayoutError(f"{self.path}: {name} has type {kind}; known are {', '.join(_DTYPES)}")
+                out[name] = (tuple(part.get_shape()), _DTYPES[kind])
+        return out
+
+    @contextmanager
+    def mapped(self) -> Iterator[Get]:
+        """Tensors as views of the file."""
+        with self._open() as file:
+            yield file.get_tensor
+
+    def _open(self) -> Any:
+        try:
+            return safe_open(self.path, framework="pt")
+        except (OSError, SafetensorError) as error:
+            raise LayoutError(
+                f"{self.path}: cannot be read as safetensors ({error}); it may be cut short, copy it again"
+            ) from error
+
+
+@dataclass(frozen=True)
+class TorchFile:
+    """A file of torch.save: only plain tensors are accepted, nothing else in the pickle is ever run."""
+
+    path: Path
+
+    @cached_property
+    def facts(self) -> Mapping[str, tuple[Shape, torch.dtype]]:
+        """Shape and type of every tensor."""
+        return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in self._load().items()}
+
+    @contextmanager
+    def mapped(self) -> Iterator[Get]:
+        """Tensors as views of the file; of files older than PyTorch 1.6, copies."""
+        yield self._load().__getitem__
+
+    def _load(self) -> dict[str, Tensor]:
+        try:
+            with self.path.open("rb") as stream:
+                zipped = stream.read(4) == b"PK\x03\x04"
+            held = torch.load(self.path, map_location="cpu", weights_only=True, mmap=zipped or None)
+        except pickle.UnpicklingError as error:
+            raise LayoutError(
+                f"{self.path}: holds more than plain tensors and is not opened, because unpickling runs code "
+                f"({str(error).splitlines()[0][:200]})"
+            ) from error
+        except (OSError, RuntimeError, EOFError, ValueError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise LayoutError(f"{self.path}: cannot be read ({reason}); it may be cut short, copy it again") from error
+        if not isinstance(held, dict):
+            raise LayoutError(f"{self.path}: holds a {type(held).__name__}, not weights by name")
+        wrong = [str(name) for name, value in held.items() if not isinstance(value, Tensor)]
+        if wrong:
+            raise LayoutError(f"{self.path}: not weights: {', '.join(wrong[:5])} is no tensor")
+        return held
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One weight of ours, as it lies in a file. `change` turns the file's tensor into it, without copying if it can."""
+
+    file: WeightFile
+    name: str
+    shape: Shape
+    dtype: torch.dtype
+    change: Change | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Size of the tensor in the file."""
+        return int(torch.Size(self.file.facts[self.name][0]).numel()) * self.dtype.itemsize
+
+
+def pieces_of(files: Sequence[WeightFile]) -> dict[str, Piece]:
+    """Every tensor of the files under its own name. Raises LayoutError when two files hold the same one."""
+    out: dict[str, Piece] = {}
+    for file in files:
+        for name, (shape, dtype) in file.facts.items():
+            if name in out:
+                raise LayoutError(f"{name} is in both {out[name].file.path} and {file.path}; remove one of them")
+            out[name] = Piece(file, name, shape, dtype)
+    return out
+
+
+def read_pieces(
+    pieces: Mapping[str, Piece], targets: Mapping[str, tuple[torch.dtype, torch.device]]
+) -> Iterator[tuple[str, Tensor]]:
+    """Each piece in its wanted type and place, file by file."""
+    by_file: dict[WeightFile, list[str]] = {}
+    for name, piece in pieces.items():
+        by_file.setdefault(piece.file, []).append(name)
+    budget = max((piece.bytes for piece in pieces.values()), default=0)
+    for file, names in by_file.items():
+        waiting = list(reversed(names))
+        while waiting:
+            # Pages of the file that were copied from count as memory until it is closed: open it anew now and then.
+            copied = 0
+            with file.mapped() as get:
+                while waiting and (not copied or copied + pieces[waiting[-1]].bytes <= budget):
+                    name = waiting.pop()
+                    tensor, moved = _one(pieces[name], get, *targets[name])
+                    copied += pieces[name].bytes if moved else 0
+                    yield name, tensor
+                    del tensor
+
+
+def _one(piece: Piece, get: Get, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, bool]:
+    source = get(piece.name)
+    changed = source if piece.change is None else piece.change(source)
+    tensor = changed.to(device=device, dtype=dtype if changed.is_floating_point() else changed.dtype)
+    return tensor, tensor.untyped_storage().data_ptr() != source.untyped_storage().data_ptr()
+
+
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+SINGLES = ("model.safetensors", "pytorch_model.bin")
+
+
+def find_files(folder: Path) -> list[WeightFile]:
+    """The weight files of a directory, safetensors first. Raises LayoutError naming missing shards, or that none is."""
+    from vila.core.files import read_json
+
+    for index, single in zip(INDEXES, SINGLES, strict=True):
+        if (folder / index).is_file():
+            named = read_json(folder / index).get("weight_map", {})
+            shards = sorted(set(named.values()))
+            missing = [name for name in shards if not (folder / name).is_file()]
+            if missing:
+                raise LayoutError(
+                    f"{folder}: {index} names {len(shards)} shards, of which {', '.join(missing)} "
+                    f"{'is' if len(missing) == 1 else 'are'} missing; fetch the checkpoint again"
+                )
+            return [weight_file(folder / name) for name in shards]
+        if (folder / single).is_file():
+            return [weight_file(folder / single)]
+    loose = sorted(folder.glob("*.safetensors"))
+    if len(loose) == 1:
+        return [weight_file(loose[0])]
+    raise LayoutError(f"{folder}: no weights (looked for {', '.join([*SINGLES, *INDEXES])})")
+
+
+def weight_file(path: Path) -> WeightFile:
+    """A file of tensors by its suffix."""
+    return SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
+
+
+def write_weights(tensors: Mapping[str, Tensor], folder: Path, shard_size: int = 5 * 10**9) -> None:
+    """Write model.safetensors, or shards of at most `shard_size` bytes and their index, into an existing directory."""
+    shards: list[dict[str, Tensor]] = [{}]
+    filled = 0
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        if shards[-1] and filled + size > shard_size:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = tensor
+        filled += size
+    if len(shards) == 1:
+        _save(shards[0], folder / SINGLES[0])
+        return
+    where = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        _save(shard, folder / name)
+        where.update(dict.fromkeys(shard, name))
+    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    write_json(folder / INDEXES[0], {"metadata": {"total_size": total}, "weight_map": where})
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})

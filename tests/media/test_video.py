@@ -1,0 +1,408 @@
+"""A few frames of a clip are exactly the ones that decoding all of it gives; a bad clip is an error that names it."""
+
+import base64
+import io
+import re
+import struct
+import subprocess
+import sys
+from fractions import Fraction
+from functools import lru_cache
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from itertools import pairwise
+from threading import Thread
+
+import av
+import numpy as np
+import pytest
+from PIL import Image as PilImage
+
+from vila.core.errors import MediaError
+from vila.core.types import Video
+from vila.media import video
+from vila.media.video import frame_indices, open_frames
+
+WIDTH, HEIGHT, BITS = 64, 48, 12
+ONE = 1 << 16
+
+
+def barcode(number: int) -> np.ndarray:
+    """A grey picture [48,64] of 3 x 4 blocks that spell `number` in binary."""
+    bits = np.array([number >> bit & 1 for bit in range(BITS)], np.uint8).reshape(3, 4)
+    return np.kron(bits * 255, np.ones((16, 16), np.uint8))
+
+
+def number_of(picture: PilImage.Image | np.ndarray) -> int:
+    blocks = np.asarray(picture)[..., 0].reshape(3, 16, 4, 16).mean((1, 3)) > 127
+    return int(blocks.ravel() @ (1 << np.arange(BITS)))
+
+
+def numbers(source: object, num_frames: int, **options: object) -> list[int]:
+    return [number_of(picture) for picture in open_frames(Video(source), num_frames, **options)]
+
+
+@lru_cache
+def clip(
+    kind: str, codec: str, frames: int = 30, *, gop: int = 8, b_frames: int = 0, pixels: str = "yuv420p", **more: object
+) -> bytes:
+    """`frames` barcodes; `more` may hold `options` of the encoder and the `container`, and `times` of frames in ms."""
+    stream = io.BytesIO()
+    with av.open(stream, "w", format=kind, options=dict(more.get("container", ()))) as container:
+        track = container.add_stream(codec, rate=1000 if "times" in more else 25)
+        track.width, track.height, track.pix_fmt = WIDTH, HEIGHT, pixels
+        track.options = dict(more.get("options", ()))
+        track.codec_context.gop_size = gop
+        track.codec_context.max_b_frames = b_frames
+        if "times" in more:
+            track.codec_context.time_base = Fraction(1, 1000)
+        for number in range(frames):
+            frame = av.VideoFrame.from_ndarray(barcode(number), format="gray").reformat(format=pixels)
+            frame.pts = more["times"][number] if "times" in more else number
+            container.mux(track.encode(frame))
+        container.mux(track.encode(None))
+    return stream.getvalue()
+
+
+def remuxed(
+    data: bytes, kind: str, start: int = 0, *, audio: bool = False, cover: bool = False, only: str = "", keys: int = 0
+) -> bytes:
+    """The clip in another container, from packet `start` on, every `keys`-th packet marked as a key.
+
+    Before it, a cover picture or sound where asked for; it is left out where `only` these are wanted.
+    """
+    stream = io.BytesIO()
+    with av.open(io.BytesIO(data)) as source, av.open(stream, "w", format=kind) as target:
+        if cover:
+            picture = target.add_stream("mjpeg", rate=1)
+            picture.width, picture.height, picture.pix_fmt = WIDTH, HEIGHT, "yuvj420p"
+            picture.disposition = av.stream.Disposition.attached_pic
+        tone = target.add_stream("aac", rate=8000, layout="mono") if audio else None
+        track = target.add_stream_from_template(source.streams.video[0]) if not only else None
+        if cover:
+            target.mux(
+                picture.encode(av.VideoFrame.from_ndarray(barcode(4095), format="gray").reformat(format="yuvj420p"))
+            )
+            target.mux(picture.encode(None))
+        if tone is not None:
+            sound = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+            sound.rate, sound.pts = 8000, 0
+            target.mux(tone.encode(sound))
+            target.mux(tone.encode(None))
+        for place, packet in enumerate(source.demux(video=0)):
+            if track is not None and packet.size and place >= start:
+                packet.stream = track
+                packet.is_keyframe = packet.is_keyframe or (keys > 0 and place % keys == 0)
+                target.mux(packet)
+    return stream.getvalue()
+
+
+def all_frames(data: bytes) -> list[np.ndarray]:
+    with av.open(io.BytesIO(data)) as container:
+        return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+
+
+def patched(data: bytes, box: bytes, offset: int, content: bytes) -> bytes:
+    """The clip with `content` written `offset` bytes after the name of `box`."""
+    place = data.index(box) + 4 + offset
+    return data[:place] + content + data[place + len(content) :]
+
+
+def refused(source: object, message: str, num_frames: int = 4, **options: object) -> None:
+    with pytest.raises(MediaError, match=message):
+        open_frames(Video(source), num_frames, **options)
+
+
+UNEVEN = tuple(np.cumsum(np.random.default_rng(0).integers(1, 90, 30)).tolist())
+OPEN_GOP = (("x264-params", "open-gop=1:scenecut=0:keyint=8:bframes=3:b-adapt=0"),)
+OPEN_GOP_HEVC = (("x265-params", "log-level=none:open-gop=1:scenecut=0:keyint=8:min-keyint=8:bframes=3:b-adapt=0"),)
+CLIPS = {
+    "h264 mp4": lambda: clip("mp4", "libx264", b_frames=3),
+    "h264 mkv": lambda: clip("matroska", "libx264", b_frames=3),
+    "h264 ts": lambda: clip("mpegts", "libx264", b_frames=3),
+    "h264 mp4, open GOP": lambda: clip("mp4", "libx264", b_frames=3, options=OPEN_GOP),
+    "h264 mp4, uneven times": lambda: clip("mp4", "libx264", b_frames=3, times=UNEVEN),
+    "h264 avi, times of decoding": lambda: clip("avi", "libx264", b_frames=3),
+    "h264 raw, no times": lambda: clip("h264", "libx264", b_frames=3),
+    "h264 mkv, one key frame": lambda: clip("matroska", "libx264", gop=300, b_frames=3),
+    "hevc mp4, open GOP": lambda: clip("mp4", "libx265", options=OPEN_GOP_HEVC),
+    "mpeg4 mp4": lambda: clip("mp4", "mpeg4", b_frames=2),
+    "mpeg4 mp4, false key frames": lambda: remuxed(clip("mp4", "mpeg4", gop=15), "mp4", keys=4),
+    "mpeg4 avi": lambda: clip("avi", "mpeg4"),
+    "mpeg2 ts": lambda: clip("mpegts", "mpeg2video", b_frames=2),
+    "vp9 webm, uneven times": lambda: clip("webm", "libvpx-vp9", times=UNEVEN, options=(("deadline", "realtime"),)),
+    "vp8 webm": lambda: clip("webm", "libvpx"),
+    "mjpeg avi": lambda: clip("avi", "mjpeg", pixels="yuvj420p"),
+    "prores mov, 10 bits": lambda: clip("mov", "prores", pixels="yuv422p10le"),
+    "flv": lambda: clip("flv", "libx264", b_frames=2),
+    "starts before time zero": lambda: patched(
+        clip("mp4", "libx264", b_frames=3), b"elst", 8, struct.pack(">Ii", 800, 1024 + 5 * 512)
+    ),
+}
+
+
+NOT_BY_SEEKING = ("h264 avi, times of decoding", "h264 raw, no times", "mpeg4 mp4, false key frames")
+
+
+@pytest.mark.parametrize("kind", CLIPS)
+def test_frames_are_those_of_decoding_everything(kind, monkeypatch):
+    data = CLIPS[kind]()
+    if kind not in NOT_BY_SEEKING:
+        monkeypatch.delattr(video._Clip, "_decode_all")
+    whole = all_frames(data)
+    assert len(whole) >= 20
+    assert {after - before for before, after in pairwise(map(number_of, whole))} == {1}
+    for num_frames in (1, 2, 5, 8, 17, len(whole) - 1, len(whole), len(whole) + 1, 50):
+        pictures = open_frames(Video(data), num_frames)
+        assert len(pictures) == num_frames
+        for picture, index in zip(pictures, frame_indices(len(whole), num_frames), strict=True):
+            assert picture.mode == "RGB"
+            np.testing.assert_array_equal(np.asarray(picture), whole[index])
+
+
+def test_frames_that_no_key_frame_precedes_do_not_count(monkeypatch):
+    monkeypatch.delattr(video._Clip, "_decode_all")
+    assert numbers(remuxed(clip("matroska", "mpeg4"), "matroska", 2), 4) == [
+        8 + index for index in frame_indices(22, 4)
+    ]
+    for kind in ("mpegts", "matroska", "mp4"):
+        whole = clip(kind, "libx264", b_frames=3, options=OPEN_GOP)
+        for start in (2, 5):  # packet 5 is the second key frame, number 8, and numbers 5 to 7 follow it
+            late = remuxed(whole, kind, start)
+            for num_frames in (1, 4, 22, 40):
+                assert numbers(late, num_frames) == [8 + index for index in frame_indices(22, num_frames)]
+
+
+def test_indices_follow_the_original_where_frames_suffice_and_repeat_where_not():
+    assert frame_indices(60, 4) == [0, 19, 38, 58]
+    assert frame_indices(9, 8) == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert frame_indices(8, 8) == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert frame_indices(3, 8) == [0, 0, 0, 0, 1, 1, 1, 2]
+    assert frame_indices(1, 3) == [0, 0, 0]
+    assert frame_indices(60, 1) == [0]
+    for total in range(10, 200, 7):
+        assert frame_indices(total, 9) == np.linspace(0, total - 2, 9, dtype=int).tolist()
+
+
+def test_a_short_clip_repeats_frames():
+    assert numbers(clip("mp4", "libx264", frames=3), 8) == [0, 0, 0, 0, 1, 1, 1, 2]
+    assert numbers(clip("mp4", "libx264", frames=1), 3) == [0, 0, 0]
+
+
+def test_a_long_clip_is_not_decoded_whole(monkeypatch):
+    data = clip("matroska", "mpeg4", frames=1200, gop=10)
+    decoded, decode = [], video._decode
+    monkeypatch.setattr(video, "_decode", lambda packet: decoded.extend(frames := decode(packet)) or frames)
+    assert numbers(data, 8) == frame_indices(1200, 8)
+    assert len(decoded) <= 8 * 10
+    decoded.clear()
+    numbers(data, 400)
+    assert len(decoded) <= 1200  # each group of pictures once, not once a frame
+    decoded.clear()
+    assert numbers(data, 1) == [0]
+    assert len(decoded) == 1
+
+
+@pytest.mark.parametrize(
+    "matrix, turn",
+    (
+        ((1, 0, 0, 1), lambda a: a),
+        ((0, 1, -1, 0), lambda a: np.rot90(a, -1)),
+        ((-1, 0, 0, -1), lambda a: np.rot90(a, 2)),
+        ((0, -1, 1, 0), lambda a: np.rot90(a, 1)),
+        ((-1, 0, 0, 1), lambda a: a[:, ::-1]),
+        ((1, 0, 0, -1), lambda a: a[::-1]),
+        ((0, 1, 1, 0), lambda a: a.swapaxes(0, 1)),
+        ((0, -1, -1, 0), lambda a: np.rot90(a, 2).swapaxes(0, 1)),
+    ),
+)
+def test_frames_are_turned_upright(matrix, turn):
+    plain = clip("mp4", "libx264")
+    a, b, c, d = (value * ONE for value in matrix)
+    data = patched(plain, b"tkhd", 40, struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30))
+    assert data != plain or matrix == (1, 0, 0, 1)
+    whole = all_frames(plain)
+    for picture, index in zip(open_frames(Video(data), 3), frame_indices(30, 3), strict=True):
+        np.testing.assert_array_equal(np.asarray(picture), turn(whole[index]))
+
+
+def test_odd_sizes_and_wide_pixels_keep_their_stored_size():
+    stream = io.BytesIO()
+    with av.open(stream, "w", format="matroska") as container:
+        track = container.add_stream("ffv1", rate=25)
+        track.width, track.height, track.pix_fmt = 37, 21, "yuv444p"
+        track.codec_context.sample_aspect_ratio = Fraction(2)
+        container.mux(track.encode(av.VideoFrame.from_ndarray(np.full((21, 37, 3), 90, np.uint8), format="rgb24")))
+        container.mux(track.encode(None))
+    (picture,) = open_frames(Video(stream.getvalue()), 1)
+    assert picture.size == (37, 21)
+    assert np.abs(np.asarray(picture).astype(int) - 90).max() <= 2
+
+
+def test_a_cover_picture_is_not_the_clip():
+    data = remuxed(clip("mp4", "libx264"), "mp4", cover=True, audio=True)
+    with av.open(io.BytesIO(data)) as container:
+        assert len(container.streams.video) == 2
+    assert numbers(data, 4) == frame_indices(30, 4)
+    sound = clip("mp4", "libx264")
+    refused(remuxed(sound, "mp4", audio=True, only="extras"), "bytes>: holds no video, only audio; check the file")
+    refused(remuxed(sound, "mp4", audio=True, cover=True, only="extras"), "bytes>: holds no video, only audio")
+
+
+@pytest.mark.parametrize("kind", ("GIF", "PNG", "WEBP"))
+def test_animations_of_pillow(kind):
+    frames = [PilImage.fromarray(barcode(number)).convert("RGB") for number in range(1, 11)]
+    stream = io.BytesIO()
+    frames[0].save(
+        stream,
+        kind,
+        save_all=True,
+        append_images=frames[1:],
+        duration=40,
+        **({"lossless": True} if kind == "WEBP" else {}),
+    )
+    data = stream.getvalue()
+    for num_frames in (1, 4, 9, 10, 25):
+        pictures = open_frames(Video(data), num_frames)
+        assert {picture.mode for picture in pictures} == {"RGB"}
+        assert [number_of(picture) for picture in pictures] == [1 + index for index in frame_indices(10, num_frames)]
+    refused(data[: len(data) * 2 // 3], "bytes>: .*(cannot be decoded|damaged or not a clip)")
+
+
+def test_the_fallback_picture_of_an_apng_is_no_frame():
+    frames = [PilImage.fromarray(barcode(number)) for number in range(5)]
+    stream = io.BytesIO()
+    frames[0].save(stream, "PNG", save_all=True, append_images=frames[1:], default_image=True)
+    assert numbers(stream.getvalue(), 4) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("kind", ("JPEG", "PNG", "BMP", "TIFF"))
+def test_a_still_picture_is_refused_but_a_gif_is_a_clip_of_one_frame(kind):
+    still, single = io.BytesIO(), io.BytesIO()
+    PilImage.fromarray(barcode(7)).save(still, kind)
+    refused(still.getvalue(), rf"bytes>: a still picture \({kind}\), not a clip; give it as an Image")
+    PilImage.fromarray(barcode(7)).save(single, "GIF")
+    assert numbers(single.getvalue(), 3) == [7, 7, 7]
+
+
+def test_one_clip_is_equal_from_every_source(tmp_path):
+    data = clip("mp4", "libx264")
+    (tmp_path / "a.mp4").write_bytes(data)
+    url = f"data:video/mp4;base64,{base64.b64encode(data).decode()}"
+    for source in (tmp_path / "a.mp4", str(tmp_path / "a.mp4"), data, url):
+        assert numbers(source, 4) == [0, 9, 18, 28]
+    assert numbers("a.mp4", 4, base=tmp_path) == [0, 9, 18, 28]
+
+
+def test_a_url_is_fetched():
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(
+                clip("mp4", "libx264") if self.path == "/a.mp4" else b"<!DOCTYPE html><title>Log in</title>"
+            )
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    try:
+        home = f"http://127.0.0.1:{server.server_port}"
+        assert numbers(f"{home}/a.mp4", 2, allow_private=True) == [0, 28]
+        refused(f"{home}/a.mp4", "not a public address")
+        refused(f"{home}/b.mp4", r"b.mp4: not a clip \(a web page\); give the address of", allow_private=True)
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_paths_that_are_no_files_are_refused(tmp_path):
+    refused(tmp_path / "no.mp4", "no.mp4: no such file; check the path")
+    refused("no.mp4", f"{re.escape(str(tmp_path))}/no.mp4: no such file", base=tmp_path)
+    refused(tmp_path, "a directory, not a clip")
+    refused("a\0b.mp4", r"'a\\x00b.mp4': cannot be opened")
+    refused("s3://bucket/a.mp4", "only http and https addresses")
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    (
+        (b"", r"not a clip \(the file is empty\); download or copy it again"),
+        (b"hello, this is text\n" * 40, "damaged or not a clip .starts with b'hello, this '.; expected MP4, MOV"),
+        (b"\0\xff\x13" * 500, "damaged or not a clip"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer.; run `git lfs pull`"),
+        (b"ffconcat version 1.0\nfile 'other.mp4'\n", "damaged or not a clip .starts with b'ffconcat"),
+        (b"#EXTM3U\n#EXTINF:10,\nother.ts\n#EXT-X-ENDLIST\n", "damaged or not a clip .starts with b'#EXTM3U"),
+        (b"v=0\nc=IN IP4 127.0.0.1\nm=video 5004 RTP/AVP 96\na=rtpmap:96 H264/90000\n", "damaged or not a clip"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", r"a still picture \(HEIC\)"),
+    ),
+)
+def test_a_file_that_is_no_clip_is_refused_and_opens_no_other(tmp_path, content, message):
+    for name, kind in (("other.mp4", "mp4"), ("other.ts", "mpegts")):
+        (tmp_path / name).write_bytes(clip(kind, "libx264", b_frames=3))
+    (tmp_path / "clip").write_bytes(content)
+    refused(tmp_path / "clip", re.escape(str(tmp_path / "clip")) + ": .*" + message)
+    refused(content, f"<{len(content)} bytes>: .*{message}")
+
+
+FRAGMENTS = (("movflags", "frag_keyframe+empty_moov"),)
+TO_CUT = {
+    "index at the end": lambda: clip("mp4", "libx264"),
+    "fragments": lambda: clip("mp4", "libx264", container=FRAGMENTS).partition(b"mfra")[0],
+    "mkv": lambda: clip("matroska", "libx264"),
+    "avi": lambda: clip("avi", "mjpeg", pixels="yuvj420p").partition(b"idx1")[0],
+}
+
+
+@pytest.mark.parametrize("share", (0.3, 0.7, 0.95))
+@pytest.mark.parametrize("kind", TO_CUT)
+def test_a_clip_cut_short_is_refused(tmp_path, kind, share):
+    data = TO_CUT[kind]()
+    (tmp_path / "cut").write_bytes(data[: int(len(data) * share)])
+    message = (
+        r"cut: cut short( after frame \d+| before its first frame)? \([\d,]+ of [\d,]+ bytes are there\); download or"
+    )
+    refused(tmp_path / "cut", message)
+
+
+@pytest.mark.parametrize(
+    "kind, codec", (("mp4", "libx264"), ("mp4", "libx265"), ("mp4", "mpeg4"), ("webm", "libvpx-vp9"), ("avi", "mjpeg"))
+)
+def test_damage_is_refused_where_a_wanted_frame_needs_it(kind, codec):
+    options = (("x265-params", "log-level=none"),) if codec == "libx265" else ()
+    data = clip(kind, codec, pixels="yuvj420p" if codec == "mjpeg" else "yuv420p", options=options)
+    with av.open(io.BytesIO(data)) as container:
+        packet = [packet for packet in container.demux(video=0) if packet.size][14]
+    broken = bytearray(data)
+    broken[packet.pos + 8 : packet.pos + packet.size] = b"\xff" * (packet.size - 8)
+    assert numbers(bytes(broken), 2) == [0, 28]
+    refused(bytes(broken), r"bytes>: frame 1\d cannot be decoded \(.*\); download or copy it again", 29)
+
+
+def test_limits_are_refused_before_decoding():
+    data = clip("mp4", "libx264")
+    refused(data, "num_frames is 0, expected 1 to 4096", 0)
+    refused(data, "num_frames is 4097, expected 1 to 4096", 4097)
+    for size in ("W20000 H10000", "W70000 H2"):
+        refused(
+            f"YUV4MPEG2 {size} F25:1 Ip C420\nFRAME\n".encode().ljust(99999, b"\0"),
+            "over the limit of .*; shrink it first",
+        )
+
+
+def test_pyav_is_imported_late_and_named_when_missing(monkeypatch):
+    code = "import sys, vila.media.video; sys.exit('av' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    data = clip("mp4", "libx264")
+    monkeypatch.setitem(sys.modules, "av", None)
+    refused(data, "bytes>: reading clips needs PyAV; pip install av")
+
+
+def test_reading_is_silent_and_leaves_the_logging_of_pyav_alone(capfd):
+    level = av.logging.get_level()
+    data = clip("mp4", "libx264", b_frames=3)
+    numbers(data, 3)
+    refused(data[:-200], "cut short")
+    assert capfd.readouterr() == ("", "")
+    assert av.logging.get_level() == level
