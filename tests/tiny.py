@@ -13,6 +13,7 @@ from transformers import (
     CLIPVisionConfig,
     Dinov2Config,
     LlamaConfig,
+    MistralConfig,
     PreTrainedTokenizerFast,
     Qwen2Config,
     SiglipVisionConfig,
@@ -24,7 +25,7 @@ from vila.model.config import VilaConfig
 from vila.model.processor import VilaProcessor
 from vila.model.vila import VilaForConditionalGeneration
 
-FAMILIES = ("llama", "qwen2")
+FAMILIES = ("llama", "mistral", "qwen2")
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 WIDTH = 32
 
@@ -59,7 +60,10 @@ def text_config(family: str, **changes: Any) -> Any:
         # Wide enough that random weights give clearly different logits for different inputs.
         "initializer_range": 0.2,
     }
-    return {"llama": LlamaConfig, "qwen2": Qwen2Config}[family](**{**facts, **changes})
+    if family == "mistral":
+        facts["sliding_window"] = None
+    kind = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}[family]
+    return kind(**{**facts, **changes})
 
 
 def vision_config(tower: str = "dinov2") -> Any:
@@ -72,13 +76,13 @@ def vision_config(tower: str = "dinov2") -> Any:
 
 
 def vila(
-    family: str = "llama", *, tower: str = "dinov2", template: str = "starter_qa", seed: int = 0
+    family: str = "llama", *, tower: str = "dinov2", template: str = "starter_qa", seed: int = 0, **text: Any
 ) -> tuple[VilaForConditionalGeneration, VilaProcessor]:
-    """A random model in float32 and its processor; a picture takes four tokens."""
+    """A random model in float32 and its processor; a picture takes four tokens. `text` changes the LLM's config."""
     spec = VisionSpec(28, 4, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), "pad")
     config = VilaConfig(
         vision_config=vision_config(tower),
-        text_config=text_config(family),
+        text_config=text_config(family, **text),
         select_layer=-1,
         select_feature="cls_patch" if tower == "siglip" else "patch",
         image_token_id=len(tokenizer()),

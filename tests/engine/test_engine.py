@@ -1,174 +1,157 @@
-"""Generation: cached equals uncached, batched equals single, streamed equals whole, shared prefixes change nothing."""
+"""What a caller of the engine sees: text, pieces, scores, and errors before any work."""
+
+import io
 
 import pytest
 import torch
+from PIL import Image as PilImage
 
 from tests import tiny
+from tests.engine.stand import QUESTIONS, ask, endless
 from vila.core.errors import ConfigError, ContextOverflowError
-from vila.core.types import Message
-from vila.engine.answer import Answer
-from vila.engine.batch import group_prompts
+from vila.core.types import Image, Message
 from vila.engine.engine import Engine
 from vila.engine.request import Sampling
 
 NEW = Sampling(max_new_tokens=12)
 
 
-@pytest.fixture(scope="module", params=tiny.FAMILIES)
-def engine(request):
-    engine = Engine(*tiny.vila(request.param))
-    engine._stop_ids = frozenset()  # random models end at once or never: look at every token
-    return engine
+@pytest.fixture(scope="module")
+def engine():
+    return endless()
 
 
-def ask(text, *pictures):
-    return [Message.of("user", *(tiny.picture(n) for n in pictures), text)]
+def test_the_forms_of_asking_give_the_same_text(engine):
+    whole = engine.complete(QUESTIONS, NEW)
+    assert engine.generate_batch(QUESTIONS, max_new_tokens=12) == [answer.text for answer in whole]
+    assert engine.generate(QUESTIONS[1], NEW) == whole[1].text
+    assert whole[1].prompt_tokens == len(engine.processor.prompt(QUESTIONS[1]).ids)
 
 
-QUESTIONS = [
-    ask("text only"),
-    ask("one?", 1),
-    ask("a longer question about the same picture?", 1),
-    ask("again?", 1),
-    ask("two pictures", 1, 2),
-    ask("two pictures, exchanged", 2, 1),
-    ask("x"),
-]
+def test_nothing_asked_is_nothing_answered(engine):
+    assert engine.complete([]) == engine.generate_batch([]) == engine.score([]) == []
 
 
-def uncached(engine, messages, count):
-    """Greedy ids from full forwards, no cache and no batch."""
-    prompt = engine.processor.prompt(messages)
-    pixels = engine.processor.pixels(prompt.media)
-    ids = list(prompt.ids)
-    for _ in range(count):
-        logits = engine.model(input_ids=torch.tensor([ids]), pixel_values=pixels, use_cache=False).logits
-        ids.append(int(logits[0, -1].argmax()))
-    return tuple(ids[len(prompt.ids) :])
-
-
-@torch.no_grad()
-def test_cached_and_batched_decoding_equals_full_forwards(engine):
-    answers = engine.generate(QUESTIONS, NEW)
-    assert [answer.ids for answer in answers] == [uncached(engine, messages, 12) for messages in QUESTIONS]
-
-
-def test_batched_equals_single(engine):
-    together = [answer.ids for answer in engine.generate(QUESTIONS, NEW)]
-    assert together == [engine.generate([messages], NEW)[0].ids for messages in QUESTIONS]
-
-
-def test_permuting_a_batch_permutes_its_answers(engine):
-    ahead = [a.ids for a in engine.generate(QUESTIONS, NEW)]
-    assert [a.ids for a in engine.generate(QUESTIONS[::-1], NEW)] == ahead[::-1]
-
-
-def test_exchanged_pictures_give_another_answer(engine):
-    one, two = engine.generate([ask("same words", 1, 2), ask("same words", 2, 1)], NEW)
-    assert one.ids != two.ids
-
-
-def test_questions_about_one_picture_share_its_prefix(engine):
-    prompts = [engine.processor.prompt(messages) for messages in QUESTIONS]
-    groups = {group.members: group.shared for group in group_prompts(prompts)}
-    assert groups[(1, 2, 3)] == 4
-    assert groups[(4,)] == groups[(5,)] == groups[(0,)] == 0
+def test_messages_of_the_hugging_face_form_are_the_same_conversation(engine):
+    parts = [{"type": "image", "image": tiny.picture(1).source}, {"type": "text", "text": "one?"}]
+    assert engine.generate([{"role": "user", "content": parts}], NEW) == engine.generate(ask("one?", 1), NEW)
 
 
 def test_streamed_pieces_joined_are_the_whole_answer(engine):
-    for messages in QUESTIONS:
-        whole = engine.generate([messages], NEW)[0]
-        events = list(engine.stream(messages, NEW))
-        assert "".join(event.text for event in events).strip() == whole.text
-        assert [event.finish for event in events if event.finish] == ["length"]
-
-
-def grown(text, stops=(), stop_ids=frozenset()):
-    """What is certain after each token of `text` (one a byte), and the answer."""
-    tokenizer = tiny.tokenizer()
-    answer = Answer(lambda ids: tokenizer.decode(ids, skip_special_tokens=True), stop_ids, tuple(stops))
-    seen = []
-    for token in tokenizer(text, add_special_tokens=False)["input_ids"]:
-        going = answer.take(token)
-        seen.append(answer.certain_text)
-        if not going:
-            break
-    return seen, answer
-
-
-def test_half_a_character_waits_for_its_other_bytes():
-    # e-acute takes two tokens of one byte each.
-    assert grown("a\u00e9b")[0] == ["a", "a", "a\u00e9", "a\u00e9b"]
-
-
-def test_a_stop_string_ends_the_answer_across_token_borders_and_is_never_shown():
-    seen, answer = grown("ab###c", stops=["###"])
-    assert seen == ["a", "ab", "ab", "ab", "ab"]
-    assert (answer.text, answer.finish) == ("ab", "stop")
-
-
-def test_what_only_looked_like_a_stop_string_is_shown_after_all():
-    assert grown("a##b", stops=["###"])[0] == ["a", "a", "a", "a##b"]
-
-
-def test_captions_end_at_the_newline_of_their_template(engine):
-    assert engine._answer("caption").stop_texts == ("\n",)
-    assert engine._answer("starter_qa").stop_texts == ()
+    for sampling in (Sampling(max_new_tokens=40), Sampling(max_new_tokens=40, temperature=2.0, stop=("e", "\n"))):
+        for messages in QUESTIONS:
+            events = list(engine.stream(messages, sampling))
+            whole = engine.complete([messages], sampling)[0]
+            assert "".join(event.text for event in events).strip() == whole.text
+            assert [event.finish for event in events] == [None] * (len(events) - 1) + [whole.finish]
 
 
 def test_a_stop_token_ends_the_answer_and_is_left_out():
-    engine = Engine(*tiny.vila())
-    engine._stop_ids = frozenset()
-    first = engine.generate([ask("one?", 1)], NEW)[0]
+    engine = endless()
+    first = engine.complete([ask("one?", 1)], NEW)[0]
     engine._stop_ids = frozenset({first.ids[4]})
-    again = engine.generate([ask("one?", 1)], NEW)[0]
+    again = engine.complete([ask("one?", 1)], NEW)[0]
     assert again.finish == "stop"
     assert again.ids == first.ids[: first.ids.index(first.ids[4])]
 
 
-def test_rows_that_end_early_do_not_disturb_the_others(engine):
-    free = engine.generate(QUESTIONS, NEW)
-    engine._stop_ids = frozenset({free[1].ids[2]})
-    try:
-        stopped = engine.generate(QUESTIONS, NEW)
-        for before, after in zip(free, stopped, strict=True):
-            assert before.ids[: len(after.ids)] == after.ids
-        assert stopped[1].finish == "stop"
-    finally:
-        engine._stop_ids = frozenset()
+def test_a_stop_string_of_the_caller_ends_the_answer(engine):
+    whole = engine.complete([ask("x")], max_new_tokens=60)[0]
+    stop = whole.text[3:6]
+    cut = engine.complete([ask("x")], max_new_tokens=60, stop=stop)[0]
+    assert (cut.text, cut.finish) == (whole.text[: whole.text.index(stop)].strip(), "stop")
+    assert len(cut.ids) < len(whole.ids)
 
 
-def test_temperature_draws_are_fixed_by_the_seed(engine):
-    def drawn(seed):
-        return engine.generate([ask("x")], Sampling(max_new_tokens=20, temperature=1.5, seed=seed))[0].ids
-
-    assert drawn(1) == drawn(1)
-    assert len({drawn(seed) for seed in range(4)}) > 1
+def test_a_stop_string_that_is_a_special_token_stops_at_that_token():
+    engine = endless()
+    assert engine._answer("", ("<|im_start|>",)).stop_ids == {tiny.tokenizer().convert_tokens_to_ids("<|im_start|>")}
 
 
-def test_scores_are_the_log_probabilities_of_a_full_forward(engine):
-    talk = [*ask("one?", 1), Message.of("assistant", "ab")]
-    others = [[*ask("text"), Message.of("assistant", "longer answer")], talk]
-    alone = engine.score([talk])[0]
-    assert engine.score(others)[1] == pytest.approx(alone, abs=1e-5)
-    assert len(alone) == len(" ab") + 1
-    prompt = engine.processor.prompt(talk[:1])
-    ids = [*prompt.ids, *engine.processor.tokenizer(" ab")["input_ids"], engine.processor.span_tokenizer.eos_id]
-    with torch.no_grad():
-        logits = engine.model(input_ids=torch.tensor([ids]), pixel_values=engine.processor.pixels(prompt.media)).logits
-    reference = logits[0].log_softmax(-1)[range(len(prompt.ids) - 1, len(ids) - 1), ids[len(prompt.ids) :]]
-    assert alone == pytest.approx(reference.tolist(), abs=1e-5)
+def test_the_templates_stop_strings_are_the_engines(engine):
+    assert engine._answer("caption", ("x",)).stop_texts == ("\n", "x")
+    assert engine._answer("starter_qa").stop_texts == ()
 
 
-def test_a_prompt_that_does_not_fit_is_refused_before_any_work(engine, monkeypatch):
-    monkeypatch.setattr(engine, "_encode", None)
-    with pytest.raises(
-        ContextOverflowError, match="the prompt has 600 tokens and the answer may have 12, .* holds 512"
-    ):
-        engine.generate([ask("x" * 600)], NEW)
+@pytest.fixture
+def seen(monkeypatch):
+    """An engine, and how many pictures its tower looked at."""
+    engine = endless()
+    counted = []
+    look = engine.model.vision_features
+    monkeypatch.setattr(engine.model, "vision_features", lambda pixels: counted.append(len(pixels)) or look(pixels))
+    return engine, counted
 
 
-@pytest.mark.parametrize("facts", [{"max_new_tokens": 0}, {"temperature": -1.0}])
-def test_impossible_settings_are_refused(facts):
-    with pytest.raises(ConfigError, match=next(iter(facts))):
-        Sampling(**facts)
+def test_the_tower_sees_each_distinct_picture_once(seen):
+    engine, counted = seen
+    engine.complete(QUESTIONS, NEW)
+    assert sum(counted) == 3
+    engine.generate(ask("later", 1, 2, 3), NEW)
+    assert sum(counted) == 3
+    engine.generate(ask("later", 4), NEW)
+    assert sum(counted) == 4
+
+
+def test_a_picture_is_known_by_its_content_not_by_where_it_comes_from(seen, tmp_path):
+    engine, counted = seen
+    source = tiny.picture(1).source
+    (tmp_path / "a.png").write_bytes(source)
+    pil = PilImage.open(io.BytesIO(source))
+    texts = [
+        engine.generate([Message.of("user", image, "what?")], NEW)
+        for image in (Image(source), Image(tmp_path / "a.png"), Image(pil), Image(pil.copy()))
+    ]
+    assert len(set(texts)) == 1
+    assert sum(counted) == 2  # the file's bytes, and the pixels
+
+
+def test_scores_are_the_log_probabilities_of_a_full_forward():
+    for name in ("llama", "mistral, sliding window"):
+        engine = endless(name)
+        talk = [*ask("one?", 1), Message.of("assistant", "ab")]
+        others = [[*ask("text"), Message.of("assistant", "longer answer")], talk]
+        alone = engine.score([talk])[0]
+        assert engine.score(others)[1] == pytest.approx(alone, abs=1e-5)
+        assert len(alone) == len(" ab") + 1
+        prompt = engine.processor.prompt(talk[:1])
+        ids = [*prompt.ids, *engine.processor.tokenizer(" ab")["input_ids"], engine.processor.span_tokenizer.eos_id]
+        pixels = engine.processor.pixels(prompt.media)
+        with torch.no_grad():
+            logits = engine.model(input_ids=torch.tensor([ids]), pixel_values=pixels).logits
+        reference = logits[0].log_softmax(-1)[range(len(prompt.ids) - 1, len(ids) - 1), ids[len(prompt.ids) :]]
+        assert alone == pytest.approx(reference.tolist(), abs=1e-5)
+
+
+def test_what_does_not_fit_is_refused_before_any_work(engine, monkeypatch):
+    monkeypatch.setattr(engine, "model", None, raising=False)
+    monkeypatch.setattr(type(engine), "_context", 512)
+    message = "the prompt has 600 tokens and the answer may have 12, .* holds 512; shorten it, .* lower max_new_tokens"
+    for refused in (lambda: engine.complete([ask("x" * 600)], NEW), lambda: engine.stream(ask("x" * 600), NEW)):
+        with pytest.raises(ContextOverflowError, match=message):
+            refused()
+    with pytest.raises(ContextOverflowError, match="a conversation to score has 602 tokens, .* holds 512"):
+        engine.score([[*ask("x" * 599), Message.of("assistant", "y")]])
+
+
+def test_truncation_answers_what_is_left_and_says_what_is_not(engine):
+    history = [*ask("first " * 80, 1), Message.of("assistant", "so " * 40), *ask("then?", 2)]
+    answer = engine.complete([history], max_new_tokens=12, overlong="truncate")[0]
+    assert answer.dropped_messages == 2
+    assert answer.ids == engine.complete([ask("then?", 2)], NEW)[0].ids
+    assert engine.complete([ask("then?", 2)], max_new_tokens=12, overlong="truncate")[0].dropped_messages == 0
+
+
+def test_settings_are_one_sampling_or_options_not_both(engine):
+    for refused in (engine.generate, engine.stream):
+        with pytest.raises(ConfigError, match="both sampling and temperature"):
+            refused(ask("x"), NEW, temperature=1.0)
+    with pytest.raises(ConfigError, match="no option 'max_tokens'"):
+        engine.generate(ask("x"), max_tokens=3)
+
+
+def test_attention_that_the_masks_do_not_describe_is_refused():
+    model, processor = tiny.vila()
+    model.set_attn_implementation("eager")
+    with pytest.raises(ConfigError, match="attention 'eager': masks are made for 'sdpa'"):
+        Engine(model, processor)

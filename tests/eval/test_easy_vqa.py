@@ -7,7 +7,6 @@ import pytest
 from tests import tiny
 from vila.core.errors import DataError, UnknownNameError
 from vila.engine.engine import Engine
-from vila.engine.request import Generation
 from vila.eval.benchmark import BENCHMARKS
 from vila.eval.benchmarks.easy_vqa import EasyVqa, kind_of
 from vila.eval.runner import batches, run
@@ -37,12 +36,12 @@ class Oracle:
     def __init__(self, answers, break_after=99):
         self.answers, self.asked, self.left = answers, [], break_after
 
-    def generate(self, conversations, sampling, template=""):
+    def generate_batch(self, conversations, sampling, template=""):
         self.left -= 1
         if self.left < 0:
             raise KeyboardInterrupt
         self.asked += [c[-1].text for c in conversations]
-        return [Generation(self.answers[c[-1].text], (), "stop", 1) for c in conversations]
+        return [self.answers[c[-1].text] for c in conversations]
 
 
 ALWAYS = {q: "yes" if q.startswith(("is", "does")) else "circle" for q, _, _ in QUESTIONS}

@@ -1,1 +1,1 @@
-"""The only way anything generates or scores text: `generate`, `stream`, `score`."""
+"""The only way anything generates or scores text: `generate`, `stream`, `generate_batch`, `complete`, `score`."""

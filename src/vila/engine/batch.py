@@ -1,8 +1,4 @@
-"""Running a batch of prompts through the model: shared prefixes once, then all remainders together, then single steps.
-
-Rows are padded on the right inside each phase; padded columns are masked for ever, and positions count real tokens
-only, so a row's numbers do not depend on its neighbours.
-"""
+"""Running a batch of prompts: shared prefixes once, then all remainders together, then single steps."""
 
 from __future__ import annotations
 
@@ -12,15 +8,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from vila.chat.tokenize import Tokens
-from vila.core.types import Image
 from vila.engine.cache import new_cache, row_index
-from vila.model.fusion import cached_mask
+from vila.engine.columns import Columns
+from vila.engine.pictures import Picture, Prompt
 from vila.model.vila import VilaForConditionalGeneration
 
-# B rows  S tokens of a phase  K columns of the cache  D model width  V vocab
+# B rows  S tokens of a phase  D model width  V vocab
 
-Encode = Callable[[Sequence[Image]], Tensor]
+Encode = Callable[[Sequence[Picture]], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,34 +26,40 @@ class Group:
     members: tuple[int, ...]
 
 
-def group_prompts(prompts: Sequence[Tokens]) -> list[Group]:
+def group_prompts(prompts: Sequence[Prompt]) -> list[Group]:
     """Prompts with equal pictures share the prefix up to their last picture, and further as far as the ids agree."""
-    by_media: dict[tuple[object, ...], list[int]] = {}
+    by_pictures: dict[tuple[object, ...], list[int]] = {}
     for index, prompt in enumerate(prompts):
-        key = (*prompt.media, tuple(prompt.runs)) if prompt.media else (index,)
-        by_media.setdefault(key, []).append(index)
+        key = (prompt.pictures, prompt.runs) if prompt.pictures else (index,)
+        by_pictures.setdefault(key, []).append(index)
     groups = []
-    for members in by_media.values():
+    for members in by_pictures.values():
         rows = [prompts[index] for index in members]
         shared = _common_length(rows) if len(rows) > 1 else 0
-        after_media = max((start + slots for start, slots in rows[0].runs), default=0)
-        if shared < after_media or shared == 0:
+        after_pictures = max((start + slots for start, slots in rows[0].runs), default=0)
+        if shared < after_pictures or shared == 0:
             groups += [Group(0, (index,)) for index in members]
         else:
             groups.append(Group(shared, tuple(members)))
     return groups
 
 
-def _common_length(rows: Sequence[Tokens]) -> int:
+def _common_length(rows: Sequence[Prompt]) -> int:
     length = min(len(row.ids) for row in rows) - 1
     for row in rows[1:]:
         length = next((i for i in range(length) if row.ids[i] != rows[0].ids[i]), length)
     return max(length, 0)
 
 
+def columns_needed(prompts: Sequence[Prompt], groups: Sequence[Group]) -> int:
+    """Columns that the prompts take: the longest shared prefix and the longest remainder."""
+    tails = max(len(prompts[index].ids) - group.shared for group in groups for index in group.members)
+    return max(group.shared for group in groups) + tails
+
+
 @dataclass
 class BatchRun:
-    """The state of a batch on its way: cache, valid columns, real length of each row."""
+    """The state of a batch on its way: the cache, what stands in its columns, and whose row is whose."""
 
     model: VilaForConditionalGeneration
     encode: Encode
@@ -66,68 +67,69 @@ class BatchRun:
     order: list[int] = field(default_factory=list)
     """Index of the prompt that stands in each row."""
 
-    def begin(self, rows: int) -> None:
-        """An empty cache for `rows` rows."""
-        self.cache = new_cache(self.model.config.text_config, self.capacity)
-        self.valid = torch.zeros(rows, 0, dtype=torch.bool)
-        self.length = torch.zeros(rows, dtype=torch.long)
-
-    def prefill(self, prompts: Sequence[Tokens], groups: Sequence[Group]) -> Tensor:
+    def prefill(self, prompts: Sequence[Prompt], groups: Sequence[Group]) -> Tensor:
         """Logits [B, V] after each prompt, rows in `order`."""
-        self.begin(len(groups))
+        self._begin(len(groups))
         self.order = [index for group in groups for index in group.members]
         if any(group.shared for group in groups):
             heads = [prompts[group.members[0]] for group in groups]
-            self._extend(
-                [h.ids[: g.shared] for h, g in zip(heads, groups, strict=True)], self._media(heads, groups, head=True)
+            self._append(
+                [head.ids[: group.shared] for head, group in zip(heads, groups, strict=True)],
+                [p for head, group in zip(heads, groups, strict=True) if group.shared for p in head.pictures],
             )
-        rows = row_index([len(group.members) for group in groups])
-        self.cache.expand(rows)
-        self.valid, self.length = self.valid[rows], self.length[rows]
+            self._select(row_index([len(group.members) for group in groups]))
         shared = [group.shared for group in groups for _ in group.members]
-        tails = [prompts[index].ids[start:] for index, start in zip(self.order, shared, strict=True)]
-        return self._extend(tails, self._media(prompts, groups, head=False))
+        rows = [prompts[index] for index in self.order]
+        tails = [row.ids[start:] for row, start in zip(rows, shared, strict=True)]
+        unseen = [p for row, start in zip(rows, shared, strict=True) if not start for p in row.pictures]
+        states_BSD = self._append(tails, unseen)
+        last_B = torch.tensor([len(tail) - 1 for tail in tails], device=states_BSD.device)
+        return self._logits(states_BSD[torch.arange(len(tails), device=states_BSD.device), last_B])
 
-    def _media(self, prompts: Sequence[Tokens], groups: Sequence[Group], *, head: bool) -> list[Image]:
-        if head:
-            rows = [p for p, group in zip(prompts, groups, strict=True) if group.shared]
-        else:
-            rows = [prompts[index] for group in groups if not group.shared for index in group.members]
-        return [item for row in rows for item in row.media if isinstance(item, Image)]
+    def hidden(self, prompts: Sequence[Prompt]) -> Tensor:
+        """Last hidden states [B, S, D] of whole prompts; rows shorter than S end in states without meaning."""
+        self._begin(len(prompts))
+        return self._append([prompt.ids for prompt in prompts], [p for prompt in prompts for p in prompt.pictures])
 
     def step(self, ids_B: Tensor) -> Tensor:
         """Logits [B, V] after one more token in each row."""
-        return self._extend([[int(i)] for i in ids_B], [])
+        positions_B1 = self.columns.append([1] * len(ids_B))
+        embeds_B1D = self.model.get_input_embeddings()(ids_B[:, None])
+        return self._logits(self._decoder(embeds_B1D, positions_B1)[:, -1])
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows only."""
-        self.cache.expand(rows)
-        self.valid, self.length = self.valid[rows], self.length[rows]
-        self.order = [self.order[int(row)] for row in rows]
+        self._select(rows)
+        self.order = [self.order[row] for row in rows.tolist()]
 
-    def hidden(self, rows: Sequence[Sequence[int]], images: Sequence[Image]) -> tuple[Tensor, Tensor]:
-        """Append tokens to each row. Returns last hidden states [B, S, D] and the real lengths [B] of this phase."""
-        lengths = torch.tensor([len(row) for row in rows])
-        width = int(lengths.max())
-        ids = torch.zeros(len(rows), width, dtype=torch.long)
-        for number, row in enumerate(rows):
-            ids[number, : len(row)] = torch.tensor(row, dtype=torch.long)
-        columns = torch.arange(width)
-        self.valid = torch.cat([self.valid, columns < lengths[:, None]], dim=1)
-        device = self.model.device
-        media = self.model.project(self.encode(images)) if images else None
-        states = self.model.get_decoder()(
-            inputs_embeds=self.model.embed(ids.to(device), media),
-            attention_mask=cached_mask(self.valid.to(device), width),
-            position_ids=(self.length[:, None] + columns).to(device),
+    def _begin(self, rows: int) -> None:
+        self.cache = new_cache(self.model.config.text_config, self.capacity)
+        self.columns = Columns(rows, self.capacity, self.model.device)
+
+    def _select(self, rows: Tensor) -> None:
+        rows = rows.to(self.model.device)
+        self.cache.expand(rows)
+        self.columns.select(rows)
+
+    def _append(self, rows: Sequence[Sequence[int]], pictures: Sequence[Picture]) -> Tensor:
+        """Append tokens to each row; last hidden states [B, S, D] of this phase."""
+        counts = [len(row) for row in rows]
+        width = max(counts)
+        ids_BS = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=self.model.device)
+        media_NPD = self.model.project(self.encode(pictures)) if pictures else None
+        positions_BS = self.columns.append(counts)
+        return self._decoder(self.model.embed(ids_BS, media_NPD), positions_BS)
+
+    def _decoder(self, embeds_BSD: Tensor, positions_BS: Tensor) -> Tensor:
+        states: Tensor = self.model.get_decoder()(
+            inputs_embeds=embeds_BSD,
+            attention_mask=self.columns.masks(embeds_BSD.shape[1], self.model.config.text_config),
+            position_ids=positions_BS,
             past_key_values=self.cache,
             use_cache=True,
         ).last_hidden_state
-        self.length = self.length + lengths
-        return states, lengths
+        return states
 
-    def _extend(self, rows: Sequence[Sequence[int]], images: Sequence[Image]) -> Tensor:
-        states, lengths = self.hidden(rows, images)
-        last = (lengths - 1).clamp_min(0).to(states.device)
-        picked = states[torch.arange(len(rows), device=states.device), last]
-        return self.model.get_output_embeddings()(picked).float()
+    def _logits(self, states_BD: Tensor) -> Tensor:
+        logits: Tensor = self.model.get_output_embeddings()(states_BD)
+        return logits.float()

@@ -43,7 +43,7 @@ class FilledLayer(CacheLayerMixin):
         for name in ("keys", "values"):
             old = getattr(self, name)
             new = old.new_empty(len(rows), *old.shape[1:])
-            new[:, :, : self.filled] = old[rows, :, : self.filled]
+            new[:, :, : self.filled] = old[rows.to(old.device), :, : self.filled]
             setattr(self, name, new)
 
     def get_seq_length(self) -> int:
@@ -72,11 +72,6 @@ class FilledCache(Cache):
         for layer in self.layers:
             if layer.is_initialized:
                 layer.expand(rows)
-
-    @property
-    def filled(self) -> int:
-        """Filled columns."""
-        return int(self.layers[0].get_seq_length())
 
 
 def new_cache(text_config: Any, capacity: int) -> FilledCache:

@@ -2,68 +2,118 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vila.chat.render import render
-from vila.chat.tokenize import IGNORE, Tokens, tokenize
+from vila.chat.content import messages_of
+from vila.chat.tokenize import IGNORE
 from vila.core.errors import ContextOverflowError
 from vila.core.types import Image, Message
 from vila.engine.answer import Answer
-from vila.engine.batch import BatchRun, Group, group_prompts
-from vila.engine.request import Generation, Sampling, TokenEvent
+from vila.engine.batch import BatchRun
+from vila.engine.columns import check_attention
+from vila.engine.context import fit_prompt
+from vila.engine.decode import decode
+from vila.engine.detokenize import detokenizer_of
+from vila.engine.pictures import PictureFeatures, Prompt, prompt_of
+from vila.engine.request import Generation, Sampling, TokenEvent, choose_sampling
 from vila.families.card import find_family
 from vila.model.load import load_model
 from vila.model.precision import choose_dtype
 from vila.model.processor import VilaProcessor
 from vila.model.vila import VilaForConditionalGeneration
 
-Conversation = Sequence[Message]
+Conversation = Sequence[Message | Mapping[str, Any]]
+"""Messages of ours, or of the Hugging Face form: role and content, a string or a list of parts."""
 
-_KEPT_PICTURES = 256
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    prompt: Prompt
+    answer: Answer
+    dropped: int
 
 
 class Engine:
-    """Generates and scores text with one model. `generate`, `stream` and `score` take conversations as messages."""
+    """Generates and scores text with one model.
+
+    Every method takes `template`, to use another one than the model's own, and those that generate take a Sampling
+    or its fields by name: `generate(messages, max_new_tokens=32, temperature=0.2)`. They raise before any work:
+    ConfigError for impossible settings, DataError for what is no message, TemplateError for a conversation that does
+    not fit the template, ContextOverflowError for one that does not fit the model's context.
+    """
 
     def __init__(self, model: VilaForConditionalGeneration, processor: VilaProcessor) -> None:
+        check_attention(model.config.text_config)
         self.model, self.processor = model.eval(), processor
+        self._detokenizer = detokenizer_of(processor.tokenizer)
         self._stop_ids = _stop_ids(model, processor)
-        self._features: OrderedDict[str, Tensor] = OrderedDict()
+        self._features = PictureFeatures(self._encode)
 
     @staticmethod
-    def load(path: str | Path, dtype: str = "auto", device: str = "cpu") -> Engine:
-        """The engine of a checkpoint directory. dtype: `auto` is bfloat16 where the hardware computes it."""
-        return Engine(*load_model(path, dtype=choose_dtype(dtype, device), device=device))
+    def load(path: str | Path, dtype: str = "auto", device: str = "cpu", **loading: Any) -> Engine:
+        """The engine of a checkpoint. dtype: `auto` is bfloat16 where the hardware computes it.
+
+        loading: further arguments of `load_model`.
+        """
+        kind = choose_dtype(dtype, device) if dtype == "auto" else dtype
+        return Engine(*load_model(path, dtype=kind, device=device, **loading))
 
     def generate(
-        self, conversations: Sequence[Conversation], sampling: Sampling | None = None, *, template: str = ""
+        self, messages: Conversation, sampling: Sampling | None = None, *, template: str = "", **options: Any
+    ) -> str:
+        """The answer to a conversation that ends with the user's turn."""
+        return self.complete([messages], sampling, template=template, **options)[0].text
+
+    def generate_batch(
+        self,
+        conversations: Sequence[Conversation],
+        sampling: Sampling | None = None,
+        *,
+        template: str = "",
+        **options: Any,
+    ) -> list[str]:
+        """The answers to conversations that end with the user's turn, run as one batch."""
+        return [answer.text for answer in self.complete(conversations, sampling, template=template, **options)]
+
+    def complete(
+        self,
+        conversations: Sequence[Conversation],
+        sampling: Sampling | None = None,
+        *,
+        template: str = "",
+        **options: Any,
     ) -> list[Generation]:
-        """Answers to conversations that end with the user's turn, run as one batch.
+        """Answers with their tokens and how they ended, run as one batch.
 
         Conversations about the same pictures share the computation of their common prefix.
-        Raises ContextOverflowError before any work when a prompt and its answer do not fit.
         """
-        prompts = [self.processor.prompt(messages, template) for messages in conversations]
-        answers = [self._answer(template) for _ in prompts]
-        for _ in self._decode(prompts, answers, sampling or Sampling()):
-            pass
-        return [answer.generation(len(prompt.ids)) for answer, prompt in zip(answers, prompts, strict=True)]
+        chosen = choose_sampling(sampling, options)
+        jobs = [self._job(messages, chosen, template) for messages in conversations]
+        if jobs:
+            for _ in self._decode(jobs, chosen):
+                pass
+        return [job.answer.generation(len(job.prompt.ids), job.dropped) for job in jobs]
 
     def stream(
-        self, conversation: Conversation, sampling: Sampling | None = None, *, template: str = ""
+        self, messages: Conversation, sampling: Sampling | None = None, *, template: str = "", **options: Any
     ) -> Iterator[TokenEvent]:
         """The answer piece by piece; the pieces joined and stripped are the text that `generate` gives.
 
         A character whose bytes are not complete yet, and what may become a stop string, wait for the next token.
         """
-        answer = self._answer(template)
+        chosen = choose_sampling(sampling, options)
+        return self._events(self._job(messages, chosen, template), chosen)
+
+    def _events(self, job: _Job, sampling: Sampling) -> Iterator[TokenEvent]:
+        answer = job.answer
         shown = 0
-        for _ in self._decode([self.processor.prompt(conversation, template)], [answer], sampling or Sampling()):
+        for _ in self._decode([job], sampling):
             text = answer.certain_text
             if answer.finish is None and len(text) > shown:
                 yield TokenEvent(text[shown:])
@@ -73,85 +123,51 @@ class Engine:
     @torch.inference_mode()
     def score(self, conversations: Sequence[Conversation], *, template: str = "") -> list[list[float]]:
         """Log-probabilities of the supervised tokens (answers and their ends) of whole conversations, one list each."""
-        chosen = self.processor.find_template(template)
-        rows = [
-            tokenize(render(messages, chosen), self.processor.span_tokenizer, self.processor.count)
-            for messages in conversations
-        ]
-        self._check_context(rows, 0)
-        run = BatchRun(self.model, self._encode, max(len(row.ids) for row in rows))
-        run.begin(len(rows))
-        images = [item for row in rows for item in row.media if isinstance(item, Image)]
-        states, _ = run.hidden([row.ids for row in rows], images)
+        if not conversations:
+            return []
+        rows = [self.processor.tokens(messages_of(messages), template, prompt=False) for messages in conversations]
+        longest = max(len(row.ids) for row in rows)
+        if longest > self._context:
+            raise ContextOverflowError(
+                f"a conversation to score has {longest} tokens, but the model's context holds {self._context}"
+            )
+        states_BSD = BatchRun(self.model, self._features, longest).hidden([prompt_of(row) for row in rows])
         head = self.model.get_output_embeddings()
         out = []
-        for state, row in zip(states, rows, strict=True):
-            places = [i for i, label in enumerate(row.labels) if i and label != IGNORE]
-            logits = head(state[torch.tensor(places) - 1]).float().log_softmax(-1)
-            out.append(logits[range(len(places)), [row.labels[i] for i in places]].tolist())
+        for state_SD, row in zip(states_BSD, rows, strict=True):
+            places = [place for place, label in enumerate(row.labels) if place and label != IGNORE]
+            logprobs = head(state_SD[torch.tensor(places, dtype=torch.long) - 1]).float().log_softmax(-1)
+            out.append(logprobs[range(len(places)), [row.labels[place] for place in places]].tolist())
         return out
 
-    @torch.inference_mode()
-    def _decode(self, prompts: Sequence[Tokens], answers: Sequence[Answer], sampling: Sampling) -> Iterator[None]:
-        """Grow the answers, a token in each at every turn; rows leave when their answer has ended."""
-        self._check_context(prompts, sampling.max_new_tokens)
-        groups = group_prompts(prompts)
-        run = BatchRun(self.model, self._encode, _capacity(prompts, groups) + sampling.max_new_tokens)
-        generator = torch.Generator().manual_seed(sampling.seed)
-        logits = run.prefill(prompts, groups)
-        for count in range(sampling.max_new_tokens):
-            ids = _choose(logits, sampling, generator)
-            going = [row for row, index in enumerate(run.order) if answers[index].take(int(ids[row]))]
-            yield
-            if not going or count == sampling.max_new_tokens - 1:
-                return
-            if len(going) < len(ids):
-                run.keep(torch.tensor(going))
-            logits = run.step(ids[going])
+    def _decode(self, jobs: Sequence[_Job], sampling: Sampling) -> Iterator[None]:
+        return decode(self.model, self._features, [j.prompt for j in jobs], [j.answer for j in jobs], sampling)
 
-    def _answer(self, template: str) -> Answer:
+    def _job(self, messages: Conversation, sampling: Sampling, template: str) -> _Job:
+        # Clips are decoded once, however many turns are left out.
+        gap = self.processor.find_template(template).media_gap
+        tokens, dropped = fit_prompt(
+            self.processor.expand_videos(messages_of(messages), gap),
+            lambda some: self.processor.prompt(some, template),
+            context=self._context,
+            answer=sampling.max_new_tokens,
+            overlong=sampling.overlong,
+        )
+        return _Job(prompt_of(tokens), self._answer(template, sampling.stop), dropped)
+
+    def _answer(self, template: str, stop: Sequence[str] = ()) -> Answer:
         special = self.processor.span_tokenizer.special_ids
-        named = template or self.processor.template
-        stops = self.processor.find_template(named).stop if named else ()
-        ids = self._stop_ids | {special[stop] for stop in stops if stop in special}
-        return Answer(self._text, ids, tuple(stop for stop in stops if stop not in special))
+        stops = (*self.processor.find_template(template).stop, *stop)
+        ids = self._stop_ids | {special[text] for text in stops if text in special}
+        return Answer(self._detokenizer, ids, tuple(text for text in stops if text not in special))
 
-    def _check_context(self, prompts: Sequence[Tokens], new: int) -> None:
-        limit = int(self.model.config.text_config.max_position_embeddings)
-        for prompt in prompts:
-            if len(prompt.ids) + new > limit:
-                raise ContextOverflowError(
-                    f"the prompt has {len(prompt.ids)} tokens and the answer may have {new}, "
-                    f"but the model's context holds {limit}; shorten the prompt or lower max_new_tokens"
-                )
+    @property
+    def _context(self) -> int:
+        return self.model.config.context_length
 
     def _encode(self, images: Sequence[Image]) -> Tensor:
-        """Tower features of pictures [N, P, C]; each distinct picture is computed once and kept for a while."""
-        keys = [image.key() for image in images]
-        missing = {key: image for key, image in zip(keys, images, strict=True) if key not in self._features}
-        if missing:
-            pixels = self.processor.pixels(list(missing.values())).to(self.model.device)
-            for key, features in zip(missing, self.model.vision_features(pixels), strict=True):
-                self._features[key] = features
-        out = torch.stack([self._features[key] for key in keys])
-        while len(self._features) > _KEPT_PICTURES:
-            self._features.popitem(last=False)
-        return out
-
-    def _text(self, ids: Sequence[int]) -> str:
-        return str(self.processor.tokenizer.decode(ids, skip_special_tokens=True))
-
-
-def _capacity(prompts: Sequence[Tokens], groups: Sequence[Group]) -> int:
-    tails = max(len(prompts[index].ids) - group.shared for group in groups for index in group.members)
-    return max(group.shared for group in groups) + tails
-
-
-def _choose(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    if sampling.temperature == 0:
-        return logits_BV.argmax(-1).cpu()
-    probabilities = (logits_BV / sampling.temperature).softmax(-1).cpu()
-    return torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+        """Tower features [N, P, C]."""
+        return self.model.vision_features(self.processor.pixels(images).to(self.model.device))
 
 
 def _stop_ids(model: VilaForConditionalGeneration, processor: VilaProcessor) -> frozenset[int]:

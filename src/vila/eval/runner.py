@@ -53,8 +53,8 @@ def run(
         for batch in batches(items):
             if any(item.id not in done for item in batch):
                 sampling = Sampling(max_new_tokens=benchmark.max_new_tokens)
-                answers = engine.generate([item.messages for item in batch], sampling, template=template)
-                rows = {item.id: answer.text for item, answer in zip(batch, answers, strict=True)}
+                answers = engine.generate_batch([item.messages for item in batch], sampling, template=template)
+                rows = {item.id: answer for item, answer in zip(batch, answers, strict=True)}
                 _append(path, [(item, rows[item.id]) for item in batch if item.id not in done])
                 done.update(rows)
                 answered += len(batch)

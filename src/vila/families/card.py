@@ -41,7 +41,11 @@ class FamilyCard:
 
 _FAMILIES: Registry[FamilyCard] = Registry(
     "LLM family",
-    {"llama": "vila.families.llama:CARD", "qwen2": "vila.families.qwen2:CARD"},
+    {
+        "llama": "vila.families.llama:CARD",
+        "mistral": "vila.families.mistral:CARD",
+        "qwen2": "vila.families.qwen2:CARD",
+    },
 )
 
 

@@ -22,7 +22,6 @@ from vila.core.files import atomic_path, cache_dir, read_json, read_jsonl, remov
 from vila.core.machine import machine_facts
 from vila.core.types import Image, Message
 from vila.engine.engine import Engine
-from vila.engine.request import Sampling
 from vila.eval.benchmark import Item
 from vila.eval.benchmarks.easy_vqa import EasyVqa
 from vila.eval.runner import Result, model_hash, result_dir, run
@@ -225,11 +224,11 @@ class Quickstart:
         """Three questions about test pictures, and a question after two examples in its prompt."""
         items = EasyVqa(self.easy_vqa, 0, "test").items()
         asked = _three_kinds(items)
-        answers = self.engine.generate([i.messages for i in asked], Sampling(max_new_tokens=8))
+        answers = self.engine.generate_batch([i.messages for i in asked], max_new_tokens=8)
         shots, question = _few_shot(items)
-        answer = self.engine.generate([[*shots, *question.messages]], Sampling(max_new_tokens=8))[0]
+        answer = self.engine.generate([*shots, *question.messages], max_new_tokens=8)
         return {
-            "examples": [_shown(item, answer.text) for item, answer in zip(asked, answers, strict=True)],
+            "examples": [_shown(item, answer) for item, answer in zip(asked, answers, strict=True)],
             "few_shot": {
                 "images": [
                     str(p.source) for m in (*shots, *question.messages) for p in m.parts if isinstance(p, Image)
@@ -237,7 +236,7 @@ class Quickstart:
                 "prompt": "\n".join(
                     f"<image> {m.text}" if m.role == "user" else m.text for m in (*shots, *question.messages)
                 ),
-                "answer": answer.text,
+                "answer": answer,
                 "truth": question.truth,
             },
         }
