@@ -15,7 +15,7 @@ from vila.core.errors import LayoutError
 from vila.families.card import find_family
 from vila.model.layouts.protocol import Checkpoint
 from vila.model.vila import VilaForConditionalGeneration
-from vila.model.weights import read_pieces
+from vila.model.weights import Piece, published_names, read_pieces
 
 Device = str | torch.device
 DeviceMap = str | Mapping[str, Any]
@@ -34,10 +34,12 @@ def build_model(
     with init_empty_weights(include_buffers=False):
         model = VilaForConditionalGeneration(checkpoint.config)
     expected = dict(model.named_parameters())
-    _account_for(checkpoint, expected)
+    here = published_names(model)
+    found = {here.get(name, name): piece for name, piece in checkpoint.pieces.items()}
+    _account_for(checkpoint, found, expected)
     dtype = dtype or _main_dtype(checkpoint)
     placed = _device_map(model, dtype, device_map) if device_map else {"": torch.device(device)}
-    pieces = {name: piece for name, piece in checkpoint.pieces.items() if name in expected}
+    pieces = {name: piece for name, piece in found.items() if name in expected}
     targets = {name: (dtype, _place(name, placed)) for name in pieces}
     for name, tensor in read_pieces(pieces, targets):
         _set(model, name, tensor)
@@ -52,17 +54,17 @@ def build_model(
     return model.eval()
 
 
-def _account_for(checkpoint: Checkpoint, expected: Mapping[str, nn.Parameter]) -> None:
+def _account_for(checkpoint: Checkpoint, found: Mapping[str, Piece], expected: Mapping[str, nn.Parameter]) -> None:
     problems = []
     # A tied head has one name among the parameters and may have two in the file.
     also = {"language_model.lm_head.weight"} if checkpoint.config.text_config.tie_word_embeddings else set()
-    missing = sorted(expected.keys() - checkpoint.pieces.keys() - also)
-    unclaimed = sorted([*checkpoint.unclaimed, *(checkpoint.pieces.keys() - expected.keys() - also)])
+    missing = sorted(expected.keys() - found.keys() - also)
+    unclaimed = sorted([*checkpoint.unclaimed, *(found.keys() - expected.keys() - also)])
     for names, what in ((missing, "missing"), (unclaimed, "unclaimed")):
         if names:
             problems.append(f"{len(names)} weights {what} ({', '.join(names)})")
     for name, parameter in expected.items():
-        piece = checkpoint.pieces.get(name)
+        piece = found.get(name)
         if piece is not None and piece.shape != tuple(parameter.shape):
             problems.append(
                 f"{piece.name} has shape {piece.shape} in {piece.file.path.name}, "

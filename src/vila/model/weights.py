@@ -18,6 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from vila.core.errors import LayoutError
 from vila.core.files import write_json
@@ -184,6 +186,24 @@ def _one(piece: Piece, get: Get, dtype: torch.dtype, device: torch.device) -> tu
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLES = ("model.safetensors", "pytorch_model.bin")
+
+
+def state_of(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The weights by the names under which transformers publishes them, a tied head left out.
+
+    Its modules are renamed from version to version (DINOv2's `query` became `q_proj`), what is in files is not.
+    """
+    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    if getattr(model.config, "tie_word_embeddings", False):
+        state = {name: tensor for name, tensor in state.items() if not name.endswith("lm_head.weight")}
+    return dict(revert_weight_conversion(model, state))
+
+
+def published_names(model: PreTrainedModel) -> dict[str, str]:
+    """Published names of a model's weights, and what its modules call them here."""
+    state = dict(model.state_dict())
+    names = {id(tensor): name for name, tensor in state.items()}
+    return {public: names[id(tensor)] for public, tensor in revert_weight_conversion(model, state).items()}
 
 
 def find_files(folder: Path) -> list[WeightFile]:

@@ -34,7 +34,7 @@ from vila.model.layouts.published import (
     write_tokenizer,
 )
 from vila.model.layouts.towers import tower_facts
-from vila.model.weights import Piece, find_files, pieces_of, write_weights
+from vila.model.weights import Piece, find_files, pieces_of, state_of, write_weights
 
 IMAGE = "<image>"
 _CLASSIC: Prefixes = (
@@ -189,9 +189,7 @@ def _refuse_to_write(config: Any, processor: Any) -> None:
 def _weights(model: Any, rows: int) -> dict[str, Tensor]:
     """Weights by LLaVA's classic names, with `rows` rows of embeddings and head."""
     config = model.config
-    state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-    if config.text_config.tie_word_embeddings:
-        state.pop("language_model.lm_head.weight", None)
+    state = state_of(model)
     for name in _VOCABULARY:
         if name in state and rows > state[name].shape[0]:
             mean = state[name].float().mean(0, keepdim=True).to(state[name].dtype)

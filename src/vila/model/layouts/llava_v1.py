@@ -27,7 +27,7 @@ from vila.model.layouts.published import (
 )
 from vila.model.layouts.towers import OTHER_HALF, TowerFacts, image_mode_of, known_tower, read_tower
 from vila.model.layouts.vision_folder import write_tower
-from vila.model.weights import Piece, find_files, pieces_of, weight_file, write_weights
+from vila.model.weights import Piece, find_files, pieces_of, state_of, weight_file, write_weights
 
 LLM_TYPES = {
     "llava": "llama",
@@ -112,7 +112,9 @@ class LlavaV1Layout:
             )
         if llm.model_type not in _ARCHITECTURES:
             raise LayoutError(f"an LLM of type {llm.model_type!r} cannot be written as llava-v1")
-        state = _state(model)
+        state = state_of(model)
+        # LLaVA-1.5's code knows no tied head.
+        state["language_model.lm_head.weight"] = model.get_output_embeddings().weight.detach()
         with atomic_path(folder) as part:
             part.mkdir()
             source = config.vision_source
@@ -125,11 +127,6 @@ class LlavaV1Layout:
             if model.generation_config is not None:
                 model.generation_config.save_pretrained(part)
             write_tokenizer(processor.tokenizer, part, processor.template)
-
-
-def _state(model: Any) -> dict[str, Any]:
-    """Weights of ours; a tied head once more under its own name, because LLaVA-1.5's code expects it."""
-    return {name: tensor.detach() for name, tensor in model.state_dict().items()}
 
 
 def _llm_and_projector(folder: Path, base: Path | None, facts: Mapping[str, Any]) -> tuple[dict[str, Piece], Path]:

@@ -11,7 +11,7 @@ from vila.model.layouts.protocol import Checkpoint
 from vila.model.layouts.published import generation_facts, read_config, write_tokenizer
 from vila.model.processor import VilaProcessor
 from vila.model.vila import VilaForConditionalGeneration
-from vila.model.weights import find_files, pieces_of, write_weights
+from vila.model.weights import find_files, pieces_of, state_of, write_weights
 
 
 class NativeLayout:
@@ -39,12 +39,9 @@ class NativeLayout:
 
     def write(self, model: VilaForConditionalGeneration, processor: VilaProcessor, folder: Path) -> None:
         """Write model and processor; an existing directory is replaced."""
-        weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
-        if model.config.text_config.tie_word_embeddings:
-            weights.pop("language_model.lm_head.weight", None)
         with atomic_path(folder) as part:
             part.mkdir()
-            write_weights(weights, part)
+            write_weights(state_of(model), part)
             model.config.architectures = [type(model).__name__]
             model.config.save_pretrained(part)
             if model.generation_config is not None:

@@ -22,7 +22,7 @@ from vila.model.layouts.published import (
 )
 from vila.model.layouts.towers import OTHER_HALF, TowerFacts, image_mode_of, intern_vit_pieces, read_tower
 from vila.model.layouts.vision_folder import write_tower
-from vila.model.weights import Piece, find_files, pieces_of, write_weights
+from vila.model.weights import Piece, find_files, pieces_of, state_of, write_weights
 
 _PARTS = {"llm": "llm_cfg", "vision_tower": "vision_tower_cfg", "mm_projector": "mm_projector_cfg"}
 _TOWERS = ("clip_vision_model", "siglip_vision_model", "internvl_vision")
@@ -113,9 +113,6 @@ def _tower_pieces(folder: Path, tower: TowerFacts) -> tuple[dict[str, Piece], li
 def _write_llm(model: Any, processor: Any, folder: Path) -> None:
     folder.mkdir()
     llm = model.config.text_config
-    weights = {name: tensor.detach() for name, tensor in model.language_model.state_dict().items()}
-    if llm.tie_word_embeddings:
-        weights.pop("lm_head.weight", None)
     facts = llm.to_dict()
     facts.pop("dtype", None)
     facts["torch_dtype"] = str(model.config.dtype).removeprefix("torch.")
@@ -125,7 +122,7 @@ def _write_llm(model: Any, processor: Any, folder: Path) -> None:
     write_json(folder / "config.json", facts, indent=2)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
-    write_weights(weights, folder)
+    write_weights(state_of(model.language_model), folder)
     write_tokenizer(processor.tokenizer, folder, processor.template)
 
 

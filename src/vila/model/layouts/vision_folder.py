@@ -9,7 +9,7 @@ from vila.core.errors import LayoutError
 from vila.core.files import write_json
 from vila.core.vision_spec import VisionSpec
 from vila.model.layouts.towers import to_intern_vit, to_intern_vit_weights
-from vila.model.weights import write_weights
+from vila.model.weights import state_of, write_weights
 
 _ARCHITECTURES = {"clip_vision_model": "CLIPVisionModel", "siglip_vision_model": "SiglipVisionModel"}
 
@@ -17,7 +17,7 @@ _ARCHITECTURES = {"clip_vision_model": "CLIPVisionModel", "siglip_vision_model":
 def write_tower(model: Any, spec: VisionSpec, folder: Path) -> None:
     """config.json, preprocessor_config.json and weights of the model's tower, into a new directory `folder`."""
     config = model.config.vision_config
-    weights = {name: tensor.detach() for name, tensor in model.vision_tower.state_dict().items()}
+    weights = state_of(model.vision_tower)
     dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     if config.model_type == "internvl_vision":
         facts, weights = to_intern_vit(config), to_intern_vit_weights(weights)
