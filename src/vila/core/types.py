@@ -6,13 +6,25 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from PIL import Image as PilImage
 
 Role = Literal["system", "user", "assistant"]
 ROLES: tuple[Role, ...] = ("system", "user", "assistant")
+
+
+@runtime_checkable
+class Stored(Protocol):
+    """Encoded media inside a larger file (a tar, a table, a line of JSON), read when they are needed. Hashable."""
+
+    @property
+    def name(self) -> str:
+        """File and place, for messages to the user."""
+
+    def read(self) -> bytes:
+        """The encoded bytes. Raises DataError naming file and place when they are not there any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +36,9 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """One picture: a path, an http(s) or data URL, encoded bytes, or a PIL image."""
+    """One picture: a path, an http(s) or data URL, encoded bytes, bytes stored in a larger file, or a PIL image."""
 
-    source: Path | str | bytes | PilImage.Image
+    source: Path | str | bytes | Stored | PilImage.Image
 
     @property
     def name(self) -> str:
@@ -36,6 +48,8 @@ class Image:
             return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"
         if isinstance(self.source, bytes):
             return f"<{len(self.source)} bytes>"
+        if isinstance(self.source, Stored):
+            return self.source.name
         return f"<picture {self.source.width}x{self.source.height}>"
 
     def key(self) -> str:
@@ -43,6 +57,8 @@ class Image:
         digest = hashlib.sha256()
         if isinstance(self.source, bytes):
             digest.update(self.source)
+        elif isinstance(self.source, Stored):
+            digest.update(self.source.read())
         elif isinstance(self.source, (str, Path)):
             path = Path(self.source)
             digest.update(path.read_bytes() if path.is_file() else str(self.source).encode())
@@ -56,7 +72,7 @@ class Image:
 class Video:
     """One clip, from which `num_frames` frames are taken evenly; `None` leaves the number to the model."""
 
-    source: Path | str | bytes
+    source: Path | str | bytes | Stored
     num_frames: int | None = None
 
 

@@ -14,7 +14,7 @@ from PIL import Image as PilImage
 from PIL import UnidentifiedImageError
 
 from vila.core.errors import MediaError
-from vila.core.types import Image
+from vila.core.types import Image, Stored
 from vila.media.fetch import data_url_bytes, fetch, shown
 
 MAX_PIXELS = 178_956_970
@@ -48,6 +48,8 @@ def open_image(
         return _decoded(source, image.name, max_pixels)
     if isinstance(source, bytes):
         return _read(io.BytesIO(source), image.name, max_pixels)
+    if isinstance(source, Stored):
+        return _read(io.BytesIO(source.read()), source.name, max_pixels)
     if isinstance(source, str) and source[:5].lower() == "data:":
         return _read(io.BytesIO(data_url_bytes(source)), shown(source), max_pixels)
     if isinstance(source, str) and _URL.match(source):
