@@ -6,6 +6,7 @@ import re
 import struct
 import subprocess
 import sys
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -75,7 +76,7 @@ def remuxed(
         if cover:
             picture = target.add_stream("mjpeg", rate=1)
             picture.width, picture.height, picture.pix_fmt = WIDTH, HEIGHT, "yuvj420p"
-            picture.disposition = av.stream.Disposition.attached_pic
+            picture.disposition = av.stream.Disposition.attached_pic.value
         tone = target.add_stream("aac", rate=8000, layout="mono") if audio else None
         track = target.add_stream_from_template(source.streams.video[0]) if not only else None
         if cover:
@@ -284,11 +285,21 @@ def test_a_still_picture_is_refused_but_a_gif_is_a_clip_of_one_frame(kind):
     assert numbers(single.getvalue(), 3) == [7, 7, 7]
 
 
+@dataclass(frozen=True)
+class Member:
+    """A clip inside a larger file."""
+
+    name: str
+
+    def read(self) -> bytes:
+        return clip("mp4", "libx264")
+
+
 def test_one_clip_is_equal_from_every_source(tmp_path):
     data = clip("mp4", "libx264")
     (tmp_path / "a.mp4").write_bytes(data)
     url = f"data:video/mp4;base64,{base64.b64encode(data).decode()}"
-    for source in (tmp_path / "a.mp4", str(tmp_path / "a.mp4"), data, url):
+    for source in (tmp_path / "a.mp4", str(tmp_path / "a.mp4"), data, url, Member("a.tar, member 3")):
         assert numbers(source, 4) == [0, 9, 18, 28]
     assert numbers("a.mp4", 4, base=tmp_path) == [0, 9, 18, 28]
 
@@ -378,6 +389,14 @@ def test_damage_is_refused_where_a_wanted_frame_needs_it(kind, codec):
     broken[packet.pos + 8 : packet.pos + packet.size] = b"\xff" * (packet.size - 8)
     assert numbers(bytes(broken), 2) == [0, 28]
     refused(bytes(broken), r"bytes>: frame 1\d cannot be decoded \(.*\); download or copy it again", 29)
+
+
+def test_a_clip_of_which_nothing_is_shown_is_refused():
+    data = clip("mp4", "libx264", b_frames=3)
+    refused(
+        patched(data, b"elst", 8, struct.pack(">Ii", 0, 1 << 30)),
+        "bytes>: none of its frames can be decoded; it may",
+    )
 
 
 def test_limits_are_refused_before_decoding():

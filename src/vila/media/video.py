@@ -22,7 +22,7 @@ from PIL import Image as PilImage
 from PIL.Image import Transpose
 
 from vila.core.errors import MediaError
-from vila.core.types import Video
+from vila.core.types import Stored, Video
 from vila.media.animation import Animation
 from vila.media.fetch import data_url_bytes, fetch, shown
 from vila.media.image import MAX_PIXELS, MAX_SIDE
@@ -87,10 +87,12 @@ def frame_indices(total: int, num_frames: int) -> list[int]:
     return [int(index) for index in np.floor(np.linspace(0, last, num_frames))]
 
 
-def _open_source(source: Path | str | bytes, base: Path | None, allow_private: bool) -> tuple[IO[bytes], str]:
+def _open_source(source: Path | str | bytes | Stored, base: Path | None, allow_private: bool) -> tuple[IO[bytes], str]:
     """The clip as a stream, and what to call it."""
     if isinstance(source, bytes):
         return io.BytesIO(source), f"<{len(source)} bytes>"
+    if isinstance(source, Stored):
+        return io.BytesIO(source.read()), source.name
     if isinstance(source, str) and source[:5].lower() == "data:":
         return io.BytesIO(data_url_bytes(source, max_bytes=MAX_BYTES)), shown(source)
     if isinstance(source, str) and _URL.match(source):
@@ -129,7 +131,7 @@ class _Timeline(NamedTuple):
 
 
 def _build_timeline(entries: list[_Entry]) -> _Timeline | None:
-    """From packets in the order of decoding; None where times or key frames are missing, or times double."""
+    """From packets in the order of decoding; None where times are missing or double, or no frame is a key, or shown."""
     first = next((place for place, entry in enumerate(entries) if entry.is_key), len(entries))
     usable = {entry.shown_at: entry for entry in entries[first:] if entry.shown_at is not None}
     if not usable or len(usable) < len(entries) - first:
@@ -137,8 +139,8 @@ def _build_timeline(entries: list[_Entry]) -> _Timeline | None:
     begin = next(iter(usable))  # frames shown before the first key frame lean on frames that are not there
     shown = sorted(time for time, entry in usable.items() if entry.is_shown and time >= begin)
     keys = sorted(time for time, entry in usable.items() if entry.is_key)
-    starts = [usable[time].decoded_at for time in keys]
-    return _Timeline(shown, keys, [key if start is None else start for key, start in zip(keys, starts, strict=True)])
+    starts = [time if (start := usable[time].decoded_at) is None else start for time in keys]
+    return _Timeline(shown, keys, starts) if shown else None
 
 
 class _Unreliable(Exception):
@@ -183,7 +185,7 @@ class _Clip:
             raise MediaError(f"{self.name}: reading clips needs PyAV; pip install av") from error
         self.stream.seek(0)
         try:
-            container = av.open(self.stream, mode="r", options=_OPTIONS, metadata_errors="replace")
+            container = av.open(self.stream, mode="r", container_options=_OPTIONS, metadata_errors="replace")
         except (av.FFmpegError, OSError) as error:
             raise _unreadable(self.stream, self.name) from error
         covers = Disposition.attached_pic | Disposition.timed_thumbnails
@@ -199,8 +201,9 @@ class _Clip:
             self._check_size(track.codec_context.width, track.codec_context.height)
             try:
                 yield container, track
-            except av.FFmpegError as error:
-                raise MediaError(f"{self.name}: cannot be read ({error.strerror}); {_COPY_AGAIN}") from error
+            except (av.FFmpegError, IndexError) as error:  # IndexError: PyAV, where damage pretends another stream
+                reason = getattr(error, "strerror", error)
+                raise MediaError(f"{self.name}: cannot be read ({reason}); {_COPY_AGAIN}") from error
 
     def _check_size(self, width: int, height: int) -> None:
         if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
@@ -238,7 +241,7 @@ class _Clip:
                 decoder = _decode_from(container, track, timeline.keys[key], timeline.starts[key])
             for frame in decoder:
                 is_false_key = frame.pts == timeline.keys[key] and not frame.key_frame
-                if frame.pts != timeline.shown[place] or frame.is_corrupt or is_false_key:
+                if [frame.pts] != timeline.shown[place : place + 1] or frame.is_corrupt or is_false_key:
                     raise _Unreliable(index)
                 place += 1
                 if place > index:
@@ -300,10 +303,7 @@ _UPRIGHT = {
 
 
 def _decode_from(container: InputContainer, track: VideoStream, key: int, start: int) -> Iterator[VideoFrame]:
-    """Frames from the one shown at `key` on, whose packet is decoded at `start`; none where seeking goes wrong.
-
-    Decoders leave out what is shown before the key frame, for it leans on frames that were not decoded.
-    """
+    """Frames from the one shown at `key` on, whose packet is decoded at `start`; none where seeking goes wrong."""
     from av import FFmpegError
 
     for offset in (start, key):  # MPEG-TS, AVI and FLV seek by the one; a MOV that starts without a key by the other
