@@ -27,45 +27,84 @@ SIZES = {
 TOWER = "openai/clip-vit-large-patch14-336"
 
 
-def write_checkpoints(work: Path, size: str, layouts: list[str]) -> None:
-    """The same random bfloat16 weights in each layout; `llava-v1-bin` holds them as torch.save writes them."""
-    import torch
+def parts(size: str) -> tuple:
+    """Config and processor of the random model."""
     from transformers import AutoTokenizer, LlamaConfig
 
     from vila.model.layouts.published import compose
     from vila.model.layouts.towers import known_tower
+
+    tokenizers = Path(__file__).parents[1] / "tests/golden/tokenizers"
+    return compose(
+        llm=LlamaConfig(**SIZES[size], vocab_size=32000, max_position_embeddings=4096), tower=known_tower(TOWER),
+        tokenizer=AutoTokenizer.from_pretrained(tokenizers / "vicuna_v15_legacy_false"), projector="mlp2x_gelu",
+        select_layer=-2, select_feature="patch", image_mode="pad", template="vicuna_v1", vision_source=TOWER,
+    )  # fmt: skip
+
+
+def write_checkpoints(work: Path, size: str, layouts: list[str]) -> None:
+    """The same random bfloat16 weights in each layout; `llava-v1-bin` holds them as torch.save writes them."""
+    import torch
+
+    from vila.model.layouts.llava_v1 import PREFIXES
+    from vila.model.layouts.names import to_theirs
     from vila.model.load import save_model
     from vila.model.vila import VilaForConditionalGeneration
 
     missing = [layout for layout in layouts if not (work / size / layout).exists()]
     if not missing:
         return
-    tokenizer = AutoTokenizer.from_pretrained(Path(__file__).parents[1] / "tests/golden/tokenizers/vicuna_v15_legacy_false")
-    config, processor = compose(
-        llm=LlamaConfig(**SIZES[size], vocab_size=32000, max_position_embeddings=4096), tower=known_tower(TOWER),
-        tokenizer=tokenizer, projector="mlp2x_gelu", select_layer=-2, select_feature="patch", image_mode="pad",
-        template="vicuna_v1", vision_source=TOWER,
-    )  # fmt: skip
+    config, processor = parts(size)
     torch.set_default_dtype(torch.bfloat16)
     with torch.device("meta"):
         model = VilaForConditionalGeneration(config)
+    model.config.dtype = torch.bfloat16
+    if size == "7b":
+        write_in_shards(model, processor, work / size / "llava-v1")
+        return
     model = model.to_empty(device="cpu")
     torch.manual_seed(0)
     for parameter in model.parameters():
         parameter.data.uniform_(-0.02, 0.02)
-    model.config.dtype = torch.bfloat16
     for layout in missing:
         print(f"writing {work / size / layout}", file=sys.stderr)
         if layout == "llava-v1-bin":
-            from vila.model.layouts.llava_v1 import PREFIXES
-            from vila.model.layouts.names import to_theirs
-
             save_model(model, processor, work / size / layout, "llava-v1")
             (work / size / layout / "model.safetensors").unlink()
             state = {to_theirs(name, PREFIXES): tensor for name, tensor in model.state_dict().items()}
             torch.save(state, work / size / layout / "pytorch_model.bin")
         else:
             save_model(model, processor, work / size / layout, layout)
+
+
+def write_in_shards(model, processor, folder: Path, shard_size: int = 2 * 10**9) -> None:
+    """A llava-v1 checkpoint too large to hold twice, a shard at a time."""
+    import torch
+    from safetensors.torch import save_file
+
+    from vila.model.layouts import llava_v1
+    from vila.model.layouts.names import to_theirs
+    from vila.model.layouts.published import write_tokenizer
+
+    folder.mkdir(parents=True)
+    shards, filled = [[]], 0
+    for name, tensor in model.state_dict().items():
+        if filled + tensor.nbytes > shard_size:
+            shards.append([])
+            filled = 0
+        shards[-1].append((to_theirs(name, llava_v1.PREFIXES), tensor.shape))
+        filled += tensor.nbytes
+    where = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        print(f"writing {folder / file}", file=sys.stderr)
+        tensors = {name: torch.empty(shape).uniform_(-0.02, 0.02) for name, shape in shard}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        where.update(dict.fromkeys(tensors, file))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    facts = llava_v1._config(model.config, processor, TOWER)
+    (folder / "config.json").write_text(json.dumps(facts))
+    write_tokenizer(processor.tokenizer, folder, "vicuna_v1")
 
 
 MEASURE = """
@@ -137,7 +176,9 @@ def main() -> int:
                     broken.append(f"{layout} as {dtype}: peak {peak / 1e9:.2f} GB, bound {bound / 1e9:.2f} GB")
                 if seconds > TIME * peer:
                     broken.append(f"{layout} as {dtype}: {seconds:.2f} s, transformers {peer:.2f} s")
-    print("| loader | layout | dtype | weights GB | peak / weights | seconds | / transformers |\n|---|---|---|---|---|---|---|")
+    print(
+        "| loader | layout | dtype | weights GB | peak / weights | seconds | / transformers |\n|---|---|---|---|---|---|---|"
+    )
     for who, layout, dtype, gb, ratio, seconds, relative in rows:
         print(f"| {who} | {layout} | {dtype} | {gb:.2f} | {ratio:.3f} | {seconds:.2f} | {relative:.2f} |")
     for line in broken:

@@ -12,9 +12,8 @@ import typer
 
 from vila.core.machine import processor_name, version
 
-_NEEDED = ("torch", "transformers", "tokenizers", "safetensors", "sentencepiece", "pillow", "pydantic", "gguf", "onnx")
+_NEEDED = ("torch", "transformers", "tokenizers", "safetensors", "sentencepiece", "pillow", "av", "pydantic", "gguf", "onnx")
 _OPTIONAL = {
-    "av": "video: pip install 'vila-vlm[video]'",
     "fastapi": "serve: pip install 'vila-vlm[serve]'",
     "openpyxl": "spreadsheets for benchmark servers: pip install 'vila-vlm[eval]'",
     "peft": "LoRA",
