@@ -2,85 +2,55 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import typer
-
-if TYPE_CHECKING:
-    from vila.core.types import Image, Message
-
-_HELP = "/image PATH adds a picture to the next question, /reset forgets everything, /quit leaves."
+from vila.cli import options
 
 
 def chat(
-    model: Annotated[Path, typer.Argument(help="Model directory.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 is greedy; higher is more varied.")] = 0.0,
-    template: Annotated[str, typer.Option(help="Conversation template, where it is not the model's own.")] = "",
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float32.")] = "auto",
+    model: options.RequiredModel,
+    system: options.System = None,
+    num_video_frames: options.NumVideoFrames = None,
+    template: options.Template = "",
+    base: options.Base = "",
+    revision: options.Revision = "",
+    dtype: options.DtypeFlag = options.Dtype.AUTO,
+    device: options.DeviceFlag = options.Device.AUTO,
+    max_new_tokens: options.MaxNewTokens = 512,
+    temperature: options.Temperature = 0.0,
+    top_k: options.TopK = 0,
+    top_p: options.TopP = 1.0,
+    min_p: options.MinP = 0.0,
+    repetition_penalty: options.RepetitionPenalty = 1.0,
+    stop: options.Stop = None,
+    seed: options.Seed = 0,
+    truncate: options.Truncate = False,
 ) -> None:
-    """Talk to [bold]MODEL[/bold]; pictures are added with /image PATH."""
+    """Talk to [bold]MODEL[/bold]; /image PATH adds a picture to the next question, /help lists the rest."""
     from rich.console import Console
 
-    from vila.core.errors import VilaError
-    from vila.core.types import Message
-    from vila.engine.engine import Engine
+    from vila.cli.line_editor import LineEditor
+    from vila.cli.loading import Loading, load_engine, open_model
+    from vila.cli.session import COMMANDS, Session
+    from vila.cli.talk import Talk
+    from vila.core.files import cache_dir
     from vila.engine.request import Sampling
 
+    sampling = Sampling(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        stop=tuple(stop or ()),
+        seed=seed,
+        overlong="truncate" if truncate else "error",
+    )
+    loading = Loading(model, template, base, revision, dtype.value, device.value)
     console = Console(highlight=False)
-    engine = Engine.load(model, dtype=dtype)
-    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature)
-    history: list[Message] = []
-    pictures: list[Image] = []
-    console.print(f"[dim]{model}. {_HELP}[/dim]")
-    while True:
-        try:
-            line = console.input("[bold cyan]you>[/bold cyan] ").strip()
-        except EOFError:
-            return
-        if not line:
-            continue
-        if line in ("/quit", "/exit"):
-            return
-        if line == "/reset":
-            history, pictures = [], []
-            console.print("[dim]forgotten[/dim]")
-        elif line.startswith("/image"):
-            _add_picture(console, line.removeprefix("/image").strip(), pictures)
-        elif line.startswith("/"):
-            console.print(f"[dim]unknown command {line.split()[0]}. {_HELP}[/dim]", markup=True)
-        else:
-            asked = [*history, Message.of("user", *pictures, line)]
-            try:
-                answer = _answer(console, engine, asked, sampling, template)
-            except VilaError as error:
-                console.print(f"error: {error}", style="red", markup=False)
-                continue
-            history, pictures = [*asked, Message.of("assistant", answer)], []
-
-
-def _add_picture(console, name: str, pictures: list[Image]) -> None:
-    from vila.core.errors import VilaError
-    from vila.core.types import Image
-    from vila.media.image import open_image
-
-    image = Image(name if "://" in name else Path(name).expanduser())
-    try:
-        picture = open_image(image)
-    except VilaError as error:
-        console.print(f"error: {error}", style="red", markup=False)
-        return
-    pictures.append(image)
-    console.print(f"[dim]{image.name} ({picture.width}x{picture.height}) goes with the next question[/dim]")
-
-
-def _answer(console, engine, messages, sampling, template: str) -> str:
-    console.print("[bold green]vila>[/bold green] ", end="")
-    text = ""
-    for event in engine.stream(messages, sampling, template=template):
-        piece = event.text if text else event.text.lstrip()
-        text += piece
-        console.print(piece, end="", markup=False, soft_wrap=True)
-    console.print()
-    return text.strip() or "."
+    with console.status(f"loading {model}"):
+        checkpoint = open_model(loading)
+        engine = load_engine(checkpoint, loading)
+    talk = Talk(checkpoint.processor, system, num_video_frames)
+    console.print(f"{model}: /help lists the commands, Ctrl-C stops an answer.", style="dim", markup=False)
+    with LineEditor("you> ", cache_dir() / "chat_history", list(COMMANDS)) as editor:
+        Session(console, engine, sampling, talk).run(editor.read)

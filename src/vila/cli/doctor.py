@@ -12,7 +12,18 @@ import typer
 
 from vila.core.machine import processor_name, version
 
-_NEEDED = ("torch", "transformers", "tokenizers", "safetensors", "sentencepiece", "pillow", "av", "pydantic", "gguf", "onnx")
+_NEEDED = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "sentencepiece",
+    "pillow",
+    "av",
+    "pydantic",
+    "gguf",
+    "onnx",
+)
 _OPTIONAL = {
     "fastapi": "serve: pip install 'vila-vlm[serve]'",
     "openpyxl": "spreadsheets for benchmark servers: pip install 'vila-vlm[eval]'",

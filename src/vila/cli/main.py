@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
+from collections.abc import Sequence
 from typing import NoReturn
 
 # Read by transformers when it is imported: its own progress bars would tear ours.
@@ -15,12 +17,18 @@ import typer
 
 from vila import __version__
 from vila.cli.chat import chat
+from vila.cli.convert import convert
 from vila.cli.doctor import doctor
 from vila.cli.evaluate import evaluate
+from vila.cli.info import info
 from vila.cli.quickstart import quickstart
 from vila.cli.run import run
+from vila.cli.shots import ShotCommand
 from vila.cli.train import train
 from vila.core.errors import VilaError
+
+_RESUMABLE = ("quickstart", "train", "eval")
+_RESUMED = "interrupted; what was finished is kept, and the same command goes on from there"
 
 app = typer.Typer(
     name="vila",
@@ -31,10 +39,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(quickstart)
-app.command()(run)
+# The original writes --num_video_frames and --top_p.
+app.command(cls=ShotCommand, context_settings={"token_normalize_func": lambda name: name.replace("_", "-")})(run)
 app.command()(chat)
 app.command()(train)
 app.command("eval")(evaluate)
+app.command()(info)
+app.command()(convert)
 app.command()(doctor)
 
 
@@ -51,22 +62,33 @@ def _root(
     """Options before the command."""
 
 
-def main() -> NoReturn:
-    """Run the command line. Errors made for the user are printed without a traceback, with their exit status."""
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line, of this process or as given. Errors are printed in one line, with their exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot show a character shows another one.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
-        app()
+        app(arguments, prog_name="vila")
     except VilaError as error:
         _complain(str(error))
         sys.exit(error.exit_code)
     except SystemExit as ended:
         # The command-line library turns Ctrl-C into this status and says nothing.
         if ended.code == 130:
-            _complain("interrupted; what was finished is kept, and the same command goes on from there")
+            words = sys.argv[1:] if arguments is None else arguments
+            _complain(_RESUMED if words and words[0] in _RESUMABLE else "stopped")
         raise
     except BrokenPipeError:
         # The reader of our output went away (`vila ... | head`); the interpreter must not write to it again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:
+        # The disk or its permissions; anything else is a fault of ours and keeps its traceback.
+        if error.filename is None:
+            raise
+        _complain(f"{error.filename}: {error.strerror}")
+        sys.exit(1)
     sys.exit(0)
 
 

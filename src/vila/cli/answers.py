@@ -1,0 +1,51 @@
+"""Answers on their way out: streamed text, and the facts of one as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vila.engine.request import Generation, Sampling, TokenEvent, TokenLogprob
+
+
+def trimmed(events: Iterable[TokenEvent], ends: list[str] | None = None) -> Iterator[str]:
+    """The pieces of a streamed answer without white space around the whole: joined they are what `generate` gives.
+
+    ends: takes the reason why the answer ended.
+    """
+    held, begun = "", False
+    for event in events:
+        if event.finish is not None and ends is not None:
+            ends.append(event.finish)
+        text = held + event.text
+        text = text if begun else text.lstrip()
+        piece = text.rstrip()
+        held = text[len(piece) :]
+        if piece:
+            begun = True
+            yield piece
+
+
+def answer_facts(answer: Generation, sampling: Sampling, tokenizer: Any) -> dict[str, Any]:
+    """An answer as plain data: text, finish, prompt_tokens, tokens, and what the sampling asked for besides."""
+    facts: dict[str, Any] = {
+        "text": answer.text,
+        "finish": answer.finish,
+        "prompt_tokens": answer.prompt_tokens,
+        "tokens": len(answer.ids),
+    }
+    if sampling.overlong == "truncate":
+        facts["dropped_messages"] = answer.dropped_messages
+    if sampling.logprobs:
+        facts["logprobs"] = [_logprob(report, tokenizer) for report in answer.logprobs]
+    return facts
+
+
+def _logprob(report: TokenLogprob, tokenizer: Any) -> dict[str, Any]:
+    top = [_token(token, logprob, tokenizer) for token, logprob in report.top]
+    return {**_token(report.id, report.logprob, tokenizer), "top": top}
+
+
+def _token(token: int, logprob: float, tokenizer: Any) -> dict[str, Any]:
+    return {"id": token, "token": tokenizer.decode([token]), "logprob": round(logprob, 6)}

@@ -1,0 +1,87 @@
+"""`vila convert`: the same model in another layout, for another program."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vila.cli import options
+
+
+class Layout(StrEnum):
+    """Layouts that can be written."""
+
+    NATIVE = "native"
+    LLAVA_HF = "llava-hf"
+    LLAVA_V1 = "llava-v1"
+    VILA_V15 = "vila-v15"
+
+
+READERS = {
+    Layout.NATIVE: "vila itself, and transformers after `import vila.hf`",
+    Layout.LLAVA_HF: "stock transformers, vLLM, SGLang, and llama.cpp's converter",
+    Layout.LLAVA_V1: "the original code of LLaVA-1.5 and VILA-1.0",
+    Layout.VILA_V15: "the original code of VILA-1.5",
+}
+"""The programs that each layout is meant for."""
+
+
+def convert(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Model: a directory, or a hub id OWNER/NAME.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="Directory to write.")],
+    layout: Annotated[Layout, typer.Option(help="Layout to write.")],
+    dtype: options.DtypeKept = options.Dtype.AUTO,
+    template: options.Template = "",
+    base: options.Base = "",
+    revision: options.Revision = "",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model in DST.")] = False,
+) -> None:
+    """Write the model [bold]SRC[/bold] to the directory [bold]DST[/bold] in another layout."""
+    from vila.cli.info import human_bytes
+    from vila.model.hub import local_folder
+    from vila.model.load import load_model, save_model
+
+    target = target.expanduser()
+    if target.exists():
+        check_replaceable(target, overwrite)
+    folder = local_folder(source, revision or None)
+    check_apart(folder, target)
+    model, processor = load_model(folder, dtype=dtype.value, template=template or None, base=base or None)
+    save_model(model, processor, target, layout=layout.value)
+    files = sorted(path for path in target.rglob("*") if path.is_file())
+    typer.echo(f"{target}: layout {layout.value}, {str(model.dtype).removeprefix('torch.')}")
+    for path in files:
+        typer.echo(f"  {path.relative_to(target).as_posix():<40} {human_bytes(path.stat().st_size):>9}")
+    total = sum(path.stat().st_size for path in files)
+    typer.echo(f"{len(files)} files, {human_bytes(total)}; for {READERS[layout]}")
+    if not processor.template:
+        typer.echo("note: no conversation template is known, so none was written; give --template", err=True)
+
+
+def check_replaceable(target: Path, overwrite: bool) -> None:
+    """Raises ConfigError unless what is there may be replaced: with `--overwrite` a model or an empty directory."""
+    from vila.core.errors import ConfigError, LayoutError
+    from vila.model.layouts.protocol import detect_layout
+
+    if not overwrite:
+        raise ConfigError(f"{target}: exists already; give another name, or --overwrite to replace it")
+    if target.is_dir() and not any(target.iterdir()):
+        return
+    try:
+        detect_layout(target)
+    except LayoutError as error:
+        raise ConfigError(
+            f"{target}: not a model, so --overwrite does not touch it; remove it yourself, or give another name"
+        ) from error
+
+
+def check_apart(source: Path, target: Path) -> None:
+    """Raises ConfigError when writing `target` would replace `source` while it is being read."""
+    from vila.core.errors import ConfigError
+
+    here, there = source.resolve(), target.resolve()
+    if there == here or there in here.parents:
+        raise ConfigError(f"{target}: holds the model that is converted; give another DST")

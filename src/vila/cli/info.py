@@ -1,0 +1,155 @@
+"""`vila info`: what a checkpoint is and the memory it will need, without reading its weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vila.cli import options
+from vila.cli.facts import BYTES, MEMORY_NOTE
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_NO_TEMPLATE = "not known: give --template"
+_SHAPE = {
+    "layers": "layers",
+    "width": "width",
+    "heads": "heads",
+    "kv_heads": "key-value heads",
+    "mlp_width": "MLP width",
+    "vocabulary": "vocabulary",
+    "patch_size": "patch",
+    "image_size": "image",
+}
+_KEPT = {
+    "weights": "weights",
+    "kv_cache_per_1000_tokens": "KV cache, 1,000 tokens",
+    "kv_cache_full_context": "KV cache, full context",
+}
+
+
+def info(
+    model: options.RequiredModel,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, sizes in bytes.")] = False,
+    template: options.Template = "",
+    base: options.Base = "",
+    revision: options.Revision = "",
+) -> None:
+    """Say what [bold]MODEL[/bold] is, in any layout known here, and the memory it needs; no weights are read."""
+    import sys
+
+    from vila.cli.facts import checkpoint_facts
+    from vila.model.load import open_checkpoint
+
+    checkpoint = open_checkpoint(model, template=template or None, base=base or None, revision=revision or None)
+    facts = {"model": model, **checkpoint_facts(checkpoint)}
+    if as_json:
+        typer.echo(json.dumps(facts, ensure_ascii=False))
+    elif sys.stdout.isatty():
+        _show(facts)
+    else:
+        for name, value in _rows(facts):
+            typer.echo(f"{name:<24}{value}")
+
+
+def _rows(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Every line of the report, parts and memory included."""
+    yield from _head(facts)
+    for name, part in facts["parts"].items():
+        yield name, f"{part['type']}: {_shape(part)}; {_amount(part)}"
+    for key, label in _KEPT.items():
+        sizes = (f"{human_bytes(facts['memory'][kind][key])} in {kind}" for kind in BYTES)
+        yield label, ", ".join(sizes)
+    yield "memory", MEMORY_NOTE
+
+
+def _head(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    storage = facts["storage"]
+    yield "model", facts["model"]
+    yield "layout", facts["layout"]
+    yield "storage", f"{storage['format']}, {_files(storage['files'])}, {human_bytes(storage['bytes'])}"
+    yield "parameters", f"{facts['parameters']:,}, mostly {facts['dtype']}"
+    yield "template", facts["template"] or _NO_TEMPLATE
+    yield (
+        "picture",
+        (
+            f"{facts['image_size']} x {facts['image_size']} pixels, mode {facts['image_mode']}, "
+            f"{facts['tokens_per_image']} tokens"
+        ),
+    )
+    yield "video", f"{facts['frames_per_video']} frames, {facts['frames_per_video'] * facts['tokens_per_image']} tokens"
+    yield "context", f"{facts['context_length']:,} tokens"
+
+
+def _show(facts: dict[str, Any]) -> None:
+    from rich.console import Console, Group
+    from rich.text import Text
+
+    console = Console(highlight=False)
+    console.print(Group(_head_table(facts), _parts_table(facts), _memory_table(facts), Text(MEMORY_NOTE, style="dim")))
+
+
+def _head_table(facts: dict[str, Any]) -> Table:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in _head(facts):
+        table.add_row(name, Text(value, style="yellow" if value == _NO_TEMPLATE else ""))
+    return table
+
+
+def _parts_table(facts: dict[str, Any]) -> Table:
+    from rich.table import Table
+
+    table = Table(expand=False)
+    for column in ("part", "what"):
+        table.add_column(column)
+    for column in ("parameters", "size"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, part in facts["parts"].items():
+        what = f"[bold]{part['type']}[/bold], {part['dtype'] or 'no weights'}\n{_shape(part)}"
+        table.add_row(name, what, f"{part['parameters']:,}", human_bytes(part["bytes"]))
+    return table
+
+
+def _memory_table(facts: dict[str, Any]) -> Table:
+    from rich.table import Table
+
+    table = Table()
+    table.add_column("memory for")
+    for kind in BYTES:
+        table.add_column(kind, justify="right")
+    for key, label in _KEPT.items():
+        table.add_row(label, *(human_bytes(facts["memory"][kind][key]) for kind in BYTES))
+    return table
+
+
+def _shape(part: dict[str, Any]) -> str:
+    if "width_in" in part:
+        return f"width {part['width_in']} to {part['width_out']}"
+    return ", ".join(f"{label} {part[key]:,}" for key, label in _SHAPE.items() if key in part)
+
+
+def _amount(part: dict[str, Any]) -> str:
+    return f"{part['parameters']:,} parameters, {human_bytes(part['bytes'])}, {part['dtype'] or 'no weights'}"
+
+
+def _files(count: int) -> str:
+    return f"{count} file" if count == 1 else f"{count} files"
+
+
+def human_bytes(size: int) -> str:
+    """A size with three digits or so, in binary units."""
+    value, unit = float(size), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1000 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{int(value)} B" if unit == "B" else f"{value:.3g} {unit}"

@@ -1,0 +1,93 @@
+"""Flags that several commands share, each described once; the commands set the defaults."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+_LOADING = "Loading"
+_SAMPLING = "Sampling"
+
+
+class Dtype(StrEnum):
+    """Number types of weights in memory."""
+
+    AUTO = "auto"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+
+
+class Device(StrEnum):
+    """Where a model runs."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+_MODEL = "Model: a directory, or a hub id OWNER/NAME."
+RequiredModel = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL)]
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL, show_default=False)]
+Template = Annotated[
+    str,
+    typer.Option(
+        help="Conversation template, where it is not the model's own.", show_default=False, rich_help_panel=_LOADING
+    ),
+]
+Base = Annotated[
+    str,
+    typer.Option(
+        help="The LLM that a LoRA or stage-1 directory belongs to.", show_default=False, rich_help_panel=_LOADING
+    ),
+]
+Revision = Annotated[
+    str,
+    typer.Option(help="Branch, tag or commit of a hub repository.", show_default=False, rich_help_panel=_LOADING),
+]
+DtypeFlag = Annotated[
+    Dtype, typer.Option("--dtype", help="auto: bfloat16 where the hardware computes it.", rich_help_panel=_LOADING)
+]
+DtypeKept = Annotated[Dtype, typer.Option("--dtype", help="auto: as it is in the files.", rich_help_panel=_LOADING)]
+DeviceFlag = Annotated[
+    Device, typer.Option("--device", help="auto: the GPU if there is one.", rich_help_panel=_LOADING)
+]
+
+System = Annotated[str | None, typer.Option(help="System text in place of the template's own.", show_default=False)]
+NumVideoFrames = Annotated[
+    int | None,
+    typer.Option(help="Frames taken from each video; default: what the model says.", min=1, show_default=False),
+]
+
+MaxNewTokens = Annotated[int, typer.Option(help="Most tokens of an answer.", rich_help_panel=_SAMPLING)]
+Temperature = Annotated[
+    float, typer.Option(help="0 takes the likeliest token; higher is more varied.", rich_help_panel=_SAMPLING)
+]
+TopK = Annotated[int, typer.Option(help="Draw from this many likeliest tokens; 0 is off.", rich_help_panel=_SAMPLING)]
+TopP = Annotated[
+    float,
+    typer.Option(help="Draw from the likeliest tokens of this probability together.", rich_help_panel=_SAMPLING),
+]
+MinP = Annotated[
+    float,
+    typer.Option(help="Draw from tokens this fraction as likely as the likeliest.", rich_help_panel=_SAMPLING),
+]
+RepetitionPenalty = Annotated[
+    float, typer.Option(help="Above 1 makes tokens seen before less likely.", rich_help_panel=_SAMPLING)
+]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="TEXT",
+        help="Text that ends an answer. May be given several times.",
+        show_default=False,
+        rich_help_panel=_SAMPLING,
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Seed of the draws above temperature 0.", rich_help_panel=_SAMPLING)]
+Truncate = Annotated[
+    bool,
+    typer.Option("--truncate", help="Drop the oldest turns of a prompt that is too long.", rich_help_panel=_SAMPLING),
+]

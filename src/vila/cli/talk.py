@@ -1,0 +1,106 @@
+"""The state of a conversation in the terminal: what was said, and the media that wait for the next question."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vila.cli.conversation import Question, check_text, place_media
+from vila.cli.media import check_clip, image_of, video_of
+from vila.core.types import Image, Message, Video
+
+if TYPE_CHECKING:
+    from vila.model.processor import VilaProcessor
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """A question, the names of its media, and its answer; `asked` is the user's turn with every clip expanded."""
+
+    question: str
+    media: Sequence[str]
+    asked: Message
+    answer: str
+
+
+@dataclass
+class Talk:
+    """A conversation that grows, and shrinks again by `undo`."""
+
+    processor: VilaProcessor
+    system: str | None = None
+    num_frames: int | None = None
+    exchanges: list[Exchange] = field(default_factory=list)
+    waiting: list[str] = field(default_factory=list)
+    """Names of the media that go with the next question."""
+    _images: list[Image] = field(default_factory=list)
+    _videos: list[Video] = field(default_factory=list)
+
+    def add_picture(self, name: str) -> str:
+        """Open a picture for the next question; says what it is. Raises MediaError."""
+        from vila.media.image import open_image
+
+        picture = open_image(image_of(name))
+        self._images.append(Image(picture))
+        return self._wait(name, f"{picture.width}x{picture.height}")
+
+    def add_clip(self, name: str) -> str:
+        """Read a clip for the next question; says what it is. Raises MediaError."""
+        video = video_of(name, self.num_frames)
+        check_clip(video)
+        frames = self.processor.frames(video)
+        self._videos.append(video)
+        return self._wait(name, f"{len(frames)} frames")
+
+    def _wait(self, name: str, what: str) -> str:
+        short = name if len(name) <= 80 else f"{name[:60]}..."
+        self.waiting.append(short)
+        return f"{short} ({what}) goes with the next question"
+
+    def messages(self, text: str) -> tuple[Message, ...]:
+        """The conversation so far and this question with the media that wait. Raises MediaError and ConfigError.
+
+        `<image>` and `<video>` in the text say where these go; without any they go before it.
+        """
+        gap = self.processor.find_template().media_gap
+        question = Question(check_text(text, "the question"), self._images, self._videos, where="the question")
+        asked = Message("user", place_media(question, gap))
+        said = [turn for one in self.exchanges for turn in (one.asked, Message.of("assistant", one.answer))]
+        head = [] if self.system is None else [Message.of("system", self.system)]
+        return (*head, *said, *self.processor.expand_videos([asked], gap))
+
+    def keep(self, text: str, asked: Message, answer: str) -> None:
+        """Add an exchange; its media no longer wait."""
+        self.exchanges.append(Exchange(text, tuple(self.waiting), asked, answer))
+        self.drop_media()
+
+    def drop_media(self) -> None:
+        """Forget the media that wait."""
+        self.waiting, self._images, self._videos = [], [], []
+
+    def undo(self) -> str | None:
+        """Take back the media that wait, or else the last exchange; says which, or None when there is neither."""
+        if self.waiting:
+            taken = ", ".join(self.waiting)
+            self.drop_media()
+            return taken
+        return self.exchanges.pop().question if self.exchanges else None
+
+    def reset(self) -> None:
+        """Forget everything but the system text."""
+        self.exchanges = []
+        self.drop_media()
+
+
+def split_names(text: str, exists: Callable[[str], bool] = lambda name: Path(name).expanduser().exists()) -> list[str]:
+    """The files or URLs that follow a command: one with spaces if there is such a file, else as a shell reads them."""
+    import shlex
+
+    if "://" in text or exists(text):
+        return [text]
+    try:
+        return shlex.split(text)
+    except ValueError:
+        return [text]

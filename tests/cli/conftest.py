@@ -1,0 +1,39 @@
+"""A tiny model on disk, a picture, and the command line called in this process."""
+
+import io
+import sys
+
+import pytest
+
+from tests import tiny
+from vila.cli.main import main
+from vila.model.load import save_model
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "model"
+    save_model(*tiny.vila(), folder)
+    return folder
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "p.png"
+    path.write_bytes(tiny.picture(1).source)
+    return path
+
+
+@pytest.fixture
+def vila(monkeypatch, capsys):
+    """Calls the command: exit status, standard output, standard error on one line."""
+
+    def call(*arguments, stdin=b""):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin), encoding="utf-8"))
+        with pytest.raises(SystemExit) as ended:
+            main(list(map(str, arguments)))
+        out, err = capsys.readouterr()
+        return ended.value.code, out, " ".join(err.split())
+
+    monkeypatch.setenv("COLUMNS", "400")
+    return call

@@ -1,0 +1,30 @@
+"""A streamed answer is the stripped text, whatever its pieces are."""
+
+import pytest
+
+from vila.cli.answers import trimmed
+from vila.engine.request import TokenEvent
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [" ", "\n", " a", " ", "b ", "\n"],
+        ["a b"],
+        [" a", "", "  b", " c\n\n", "d "],
+        ["", " "],
+    ],
+)
+def test_pieces_without_the_space_around_them_join_to_the_stripped_text(pieces):
+    ends = []
+    events = [TokenEvent(piece) for piece in pieces] + [TokenEvent("", "length")]
+    shown = list(trimmed(events, ends))
+    assert "".join(shown) == "".join(pieces).strip()
+    assert all(shown)
+    assert ends == ["length"]
+
+
+def test_pieces_come_as_soon_as_they_are_certain():
+    pieces = iter(["a ", "b", "c"])
+    shown = trimmed(TokenEvent(piece) for piece in pieces)
+    assert [next(shown), next(pieces)] == ["a", "b"]

@@ -1,0 +1,167 @@
+"""`vila run --batch`: answers in the order of the rows, and a bad row stops everything before it begins."""
+
+import json
+
+import pytest
+
+from vila.cli import asking
+from vila.core.errors import MediaError
+from vila.core.types import Image, Message
+from vila.engine.engine import Engine
+
+NEW = ("--max-new-tokens", 5, "--dtype", "float32")
+TURNS = [
+    {"role": "user", "content": [{"type": "image", "path": "p.png"}, {"type": "text", "text": "one?"}]},
+    {"role": "assistant", "content": "1"},
+    {"role": "user", "content": "two?"},
+]
+ROWS = [
+    {"id": "a", "prompt": "what?", "image": "p.png"},
+    {"id": 7, "messages": TURNS},
+    {"prompt": "no picture"},
+    {"id": "b", "prompt": "<image> and <image>", "images": ["p.png", "p.png"]},
+]
+
+
+@pytest.fixture
+def rows(tmp_path, picture):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n\n".join(json.dumps(row) for row in ROWS) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_answers_come_in_the_order_of_the_rows(vila, model, picture, rows, monkeypatch, size):
+    monkeypatch.chdir("/")
+    code, out, err = vila("run", model, "--batch", rows, "--batch-size", size, *NEW)
+    assert code == 0, err
+    answers = [json.loads(line) for line in out.splitlines()]
+    p = Image(picture)
+    conversations = [
+        [Message.of("user", p, "what?")],
+        [Message.of("user", p, "one?"), Message.of("assistant", "1"), Message.of("user", "two?")],
+        [Message.of("user", "no picture")],
+        [Message.of("user", p, " and ", p)],
+    ]
+    expected = Engine.load(model, dtype="float32").complete(conversations, max_new_tokens=5)
+    assert [list(row) for row in answers] == [["id", "text", "finish", "prompt_tokens", "tokens"]] * 4
+    assert [row["id"] for row in answers] == ["a", 7, 5, "b"]
+    assert [row["text"] for row in answers] == [answer.text for answer in expected]
+    assert [row["prompt_tokens"] for row in answers] == [answer.prompt_tokens for answer in expected]
+
+
+def test_out_holds_what_standard_output_would(vila, model, rows, tmp_path):
+    _, printed, _ = vila("run", model, "--batch", rows, *NEW)
+    code, out, err = vila("run", model, "--batch", rows, "--out", tmp_path / "new" / "out.jsonl", *NEW)
+    assert (code, out) == (0, "")
+    assert "answers: done" in err
+    assert (tmp_path / "new" / "out.jsonl").read_text() == printed
+
+
+def test_out_stays_as_it_was_when_a_later_batch_fails(vila, model, rows, tmp_path, monkeypatch):
+    target = tmp_path / "out.jsonl"
+    target.write_text("older\n")
+    complete, calls = Engine.complete, []
+
+    def second_fails(engine, conversations, sampling):
+        calls.append(len(conversations))
+        if len(calls) == 2:
+            raise MediaError("http://x/y.png: gone")
+        return complete(engine, conversations, sampling)
+
+    monkeypatch.setattr(Engine, "complete", second_fails)
+    code, _, err = vila("run", model, "--batch", rows, "--batch-size", 2, "--out", target, *NEW)
+    assert code == 1
+    assert f"{rows} line 5 to 7: http://x/y.png: gone" in err
+    assert target.read_text() == "older\n"
+    assert calls == [2, 2]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "p.png", "rows.jsonl"]
+
+
+def test_shots_and_system_text_go_before_every_row(vila, model, tmp_path):
+    path = tmp_path / "two.jsonl"
+    path.write_text('{"prompt": "a?"}\n{"prompt": "bb?"}\n')
+    code, out, _ = vila("run", model, "--batch", path, "--shot", "text=no", "question=yes?", "--system", "s", *NEW)
+    assert code == 0
+    shared = len("syes? no") + 1
+    assert [json.loads(line)["prompt_tokens"] - shared for line in out.splitlines()] == [2, 3]
+
+
+def test_truncation_is_counted_in_each_row(vila, model, tmp_path):
+    path = tmp_path / "long.jsonl"
+    said = [{"role": "user", "content": "q" * 510}, {"role": "assistant", "content": "1"}]
+    path.write_text(json.dumps({"messages": [*said, {"role": "user", "content": "x"}]}) + '\n{"prompt": "y"}\n')
+    assert vila("run", model, "--batch", path, *NEW)[0] == 1
+    code, out, _ = vila("run", model, "--batch", path, "--truncate", *NEW)
+    assert code == 0
+    assert [json.loads(line)["dropped_messages"] for line in out.splitlines()] == [2, 0]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("{oops", "line 2: not JSON (Expecting property name enclosed in double quotes at column 2)"),
+        ("[1]", "line 2: expected an object, got list"),
+        ('{"prompt": "\xff"}', "line 2: not UTF-8 text (byte 13 is 0xff)"),
+        ('{"prompt": "x", "imgae": "p.png"}', "line 2: unknown key 'imgae'; did you mean 'image'?"),
+        ('{"id": "x"}', "line 2: expected either 'messages' or 'prompt'"),
+        ('{"prompt": "x", "messages": []}', "line 2: expected either 'messages' or 'prompt'"),
+        ('{"messages": [], "image": "p.png"}', "line 2: 'image' goes with 'prompt'; put media into the messages"),
+        ('{"prompt": 3}', "line 2: prompt 3 is not a string"),
+        ('{"prompt": "x", "id": [1]}', "line 2: id [1] is neither a string nor a whole number"),
+        ('{"prompt": "x", "images": ["p.png", 3]}', "line 2: image 3 is not the name of a file"),
+        ('{"prompt": "x", "image": "p.png", "images": ["p.png"]}', "line 2: both 'image' and 'images'"),
+        ('{"prompt": "x", "image": "none.png"}', "none.png: no such file"),
+        ('{"prompt": "x", "image": "page.png"}', "page.png: not an image"),
+        ('{"prompt": "x", "video": "none.mp4"}', "none.mp4: no such file"),
+        ('{"prompt": "<image> <image>", "image": "p.png"}', "line 2: 2 <image> markers but 1 picture given"),
+        ('{"messages": []}', "line 2: the conversation is empty"),
+        ('{"messages": [{"role": "assistant", "content": "x"}]}', "line 2: message 1: expected a turn of the user"),
+        ('{"messages": [{"role": "bot", "content": "x"}]}', "line 2 message 1: role 'bot' is not one of"),
+        ('{"prompt": "' + "x" * 600 + '"}', "line 2: the prompt has 600 tokens"),
+    ],
+)
+def test_a_bad_row_is_named_before_any_weight_is_read(vila, model, picture, tmp_path, monkeypatch, row, message):
+    (tmp_path / "page.png").write_text("<!DOCTYPE html>")
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"prompt": "good"}\n' + row.encode("latin-1") + b"\n")
+
+    def read_weights(*_):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(asking, "load_engine", read_weights)
+    code, out, err = vila("run", model, "--batch", path)
+    assert f"{path} line 2" in err
+    assert message in err
+    assert (code, out) == (1, "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("--batch", "{tmp}/none.jsonl"), 1, "none.jsonl: cannot be read (No such file or directory)"),
+        (("--batch", "{tmp}/empty.jsonl"), 1, "empty.jsonl: holds no lines"),
+        (("--batch", "{tmp}/rows.jsonl", "--out", "{tmp}/rows.jsonl"), 2, "that is the file of --batch"),
+        (("--batch", "{tmp}/rows.jsonl", "--out", "{tmp}"), 2, "a directory; give the name of a file"),
+        (("--batch", "{tmp}/rows.jsonl", "-i", "p.png"), 2, "--image does not go with --batch"),
+        (("--batch", "{tmp}/rows.jsonl", "--shot", "text=a"), 1, "line 3: a row with 'messages' brings its own"),
+    ],
+)
+def test_flags_that_do_not_fit_a_batch_are_refused(vila, model, rows, tmp_path, arguments, code, message):
+    (tmp_path / "empty.jsonl").write_text("\n")
+    ended, out, err = vila("run", model, *(argument.format(tmp=tmp_path) for argument in arguments))
+    assert message in err
+    assert (ended, out) == (code, "")
+    assert len(rows.read_text().split("\n\n")) == len(ROWS)
+
+
+def test_ctrl_c_says_that_nothing_was_written(vila, model, rows, tmp_path, monkeypatch):
+    def press(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Engine, "complete", press)
+    target = tmp_path / "out.jsonl"
+    code, _, err = vila("run", model, "--batch", rows, "--out", target, *NEW)
+    assert code == 130
+    assert f"stopped; {target} was not written" in err
+    assert not target.exists()

@@ -1,0 +1,58 @@
+"""Where media go in a turn, and what happens when their numbers and the markers' differ."""
+
+import pytest
+
+from vila.cli.conversation import Question, build_conversation, place_media, with_system
+from vila.core.errors import ConfigError, MediaError
+from vila.core.types import Image, Message, Text, Video
+
+A, B, C = Image(b"a"), Image(b"b"), Video(b"c")
+
+
+@pytest.mark.parametrize("gap", ["", "\n"])
+def test_media_go_before_a_text_without_markers(gap):
+    first, *_, last = place_media(Question("what?", [A, B], [C]), gap)
+    assert first == A
+    assert last == Text("what?")
+    parts = place_media(Question("what?", [A]), gap)
+    assert parts == (A, Text(f"{gap}what?"))
+
+
+def test_a_clip_brings_its_own_gaps():
+    assert place_media(Question("what?", [], [C]), "\n") == (C, Text("what?"))
+
+
+def test_markers_take_media_in_their_order():
+    parts = place_media(Question("<image>1<video><image>", [A, B], [C]), "\n")
+    assert parts == (A, Text("1"), C, B)
+
+
+def test_a_gap_of_the_question_wins_over_the_templates():
+    assert build_conversation(Question("q", [A], gap="\n"), "") == (Message.of("user", A, "\nq"),)
+
+
+@pytest.mark.parametrize(
+    ("question", "message"),
+    [
+        (Question("<image>", [A, B]), "--prompt: 1 <image> marker but 2 pictures given; write a marker for each"),
+        (Question("<image>", [], [C]), "1 <image> marker but 0 pictures, and 0 <video> markers but 1 video given"),
+        (Question("<video><video>", [], [C], where="row"), "row: 2 <video> markers but 1 video given"),
+        (Question("<image>", marked=True), "1 <image> marker but 0 pictures given"),
+    ],
+)
+def test_numbers_that_differ_are_both_told(question, message):
+    with pytest.raises(MediaError) as told:
+        place_media(question, "\n")
+    assert message in str(told.value)
+
+
+def test_without_media_markers_are_text():
+    assert place_media(Question("<image> <video>"), "\n") == (Text("<image> <video>"),)
+
+
+def test_a_second_system_text_is_refused():
+    said = [Message.of("user", "q")]
+    assert with_system(said, None) == tuple(said)
+    assert with_system(said, "s")[0] == Message.of("system", "s")
+    with pytest.raises(ConfigError, match="--system was given, but the messages begin with a system message"):
+        with_system(with_system(said, "s"), "t")

@@ -1,0 +1,103 @@
+"""`vila convert`: the same answers from another layout, and nothing overwritten by accident."""
+
+import json
+
+import pytest
+import torch
+
+from tests import tiny
+from tests.model.layouts.published import FIXTURES
+from vila.cli.convert import READERS
+from vila.model.layouts.protocol import LAYOUTS, detect_layout
+from vila.model.load import load_model, save_model
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    return FIXTURES["v1-mlp2x"](tmp_path_factory.mktemp("published")).folder
+
+
+def test_every_layout_has_its_readers():
+    assert {str(layout) for layout in READERS} == set(LAYOUTS)
+
+
+@pytest.mark.parametrize("layout", list(READERS))
+def test_the_model_is_the_same_in_another_layout(vila, published, tmp_path, layout):
+    target = tmp_path / "out"
+    code, out, err = vila("convert", published, target, "--layout", layout, "--template", "vicuna_v1")
+    assert code == 0, err
+    assert detect_layout(target).name == layout
+    assert out.splitlines()[0] == f"{target}: layout {layout}, float32"
+    assert READERS[layout] in out
+    files = [path for path in target.rglob("*") if path.is_file()]
+    assert f"{len(files)} files" in out
+    assert all(path.relative_to(target).as_posix() in out for path in files)
+    before, _ = load_model(published)
+    after, _ = load_model(target, template="vicuna_v1")
+    ids = torch.tensor([[1, 5, 9, 11]])
+    assert torch.equal(before(input_ids=ids).logits[..., :1200], after(input_ids=ids).logits[..., :1200])
+
+
+def test_number_type_and_template_are_written(vila, published, tmp_path):
+    flags = ("--layout", "native", "--dtype", "float16", "--template", "llama_2")
+    assert vila("convert", published, tmp_path / "out", *flags)[0] == 0
+    facts = json.loads(vila("info", tmp_path / "out", "--json")[1])
+    assert (facts["dtype"], facts["template"]) == ("float16", "llama_2")
+
+
+def test_an_unknown_template_is_noted(vila, published, tmp_path):
+    code, _, err = vila("convert", published, tmp_path / "out", "--layout", "native")
+    assert code == 0
+    assert "no conversation template is known, so none was written; give --template" in err
+
+
+def test_a_model_in_the_way_is_replaced_only_when_asked(vila, published, tmp_path):
+    target = tmp_path / "out"
+    save_model(*tiny.vila(), target)
+    code, out, err = vila("convert", published, target, "--layout", "vila-v15")
+    assert (code, out) == (2, "")
+    assert "exists already; give another name, or --overwrite" in err
+    assert detect_layout(target).name == "native"
+    assert vila("convert", published, target, "--layout", "vila-v15", "--overwrite")[0] == 0
+    assert detect_layout(target).name == "vila-v15"
+
+
+def test_overwrite_never_takes_what_is_no_model(vila, published, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.png").write_text("x")
+    (tmp_path / "file").write_text("x")
+    for name in ("photos", "file"):
+        code, _, err = vila("convert", published, tmp_path / name, "--layout", "native", "--overwrite")
+        assert code == 2
+        assert f"{name}: not a model, so --overwrite does not touch it" in err
+    assert (tmp_path / "photos" / "cat.png").exists()
+    (tmp_path / "empty").mkdir()
+    assert vila("convert", published, tmp_path / "empty", "--layout", "native", "--overwrite")[0] == 0
+
+
+def test_the_source_is_never_overwritten(vila, tmp_path):
+    outer = FIXTURES["v15-odd-grid"](tmp_path).folder
+    inner = outer / "inner"
+    save_model(*tiny.vila(), inner)
+    for source, target in ((inner, inner), (inner, outer), (inner, inner / ".." / "inner")):
+        code, _, err = vila("convert", source, target, "--layout", "native", "--overwrite")
+        assert code == 2
+        assert "holds the model that is converted; give another DST" in err
+    assert detect_layout(inner).name == "native"
+    assert detect_layout(outer).name == "vila-v15"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("{tmp}/none", "{tmp}/out", "--layout", "native"), 1, "none: no such directory"),
+        (("{model}", "{tmp}/out", "--layout", "gguf"), 2, "'gguf' is not one of 'native', 'llava-hf'"),
+        (("{model}", "{tmp}/out"), 2, "Missing option '--layout'"),
+        (("{model}", "{tmp}/out", "--layout", "llava-v1"), 1, "dinov2 tower cannot be written as llava-v1"),
+    ],
+)
+def test_refusals_pass_through_and_leave_nothing(vila, model, tmp_path, arguments, code, message):
+    ended, out, err = vila("convert", *(a.format(tmp=tmp_path, model=model) for a in arguments))
+    assert message in err
+    assert (ended, out) == (code, "")
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,136 @@
+"""`vila info` counts what is there without reading it."""
+
+import json
+import re
+import sys
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from tests import tiny
+from tests.model.layouts.published import FIXTURES
+from vila.cli.facts import kv_numbers_per_token
+from vila.cli.info import human_bytes
+from vila.engine.engine import Engine
+from vila.model import weights
+from vila.model.load import load_model, save_model
+
+
+def told(vila, *arguments):
+    code, out, err = vila("info", *arguments, "--json")
+    assert code == 0, err
+    return json.loads(out)
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "storage"),
+    [
+        ("v1-float16", "llava-v1", ("bin, safetensors", 2)),
+        ("v1-sharded-safetensors", "llava-v1", ("bin, safetensors", 4)),
+        ("v15-s2", "vila-v15", ("safetensors", 3)),
+        ("v15-intern-vit", "vila-v15", ("safetensors", 3)),
+        ("v1-lora", "llava-v1", ("bin, safetensors", 5)),
+    ],
+)
+def test_parts_have_the_parameters_and_bytes_of_the_loaded_model(vila, tmp_path, name, layout, storage):
+    written = FIXTURES[name](tmp_path)
+    base = ("--base", written.base) if written.base else ()
+    facts = told(vila, written.folder, *base)
+    model, processor = load_model(written.folder, base=written.base)
+    half = "float16" if name == "v1-float16" else "float32"
+    for part, module, kind in (
+        ("vision tower", model.vision_tower, "float32"),
+        ("projector", model.projector, half),
+        ("LLM", model.language_model, half),
+    ):
+        numbers = sum(p.numel() for p in module.parameters())
+        # InternViT's joined query, key and value are counted once.
+        assert (facts["parts"][part]["parameters"], facts["parts"][part]["dtype"]) == (numbers, kind)
+        assert facts["parts"][part]["bytes"] == numbers * getattr(torch, kind).itemsize
+    assert facts["parameters"] == sum(p.numel() for p in model.parameters())
+    assert facts["layout"] == layout
+    assert (facts["storage"]["format"], facts["storage"]["files"]) == storage
+    assert facts["tokens_per_image"] == processor.spec.tokens_per_image
+    assert facts["memory"]["float32"]["weights"] == 4 * facts["parameters"]
+    llm = facts["parts"]["LLM"]
+    assert (llm["type"], llm["layers"], llm["width"], llm["vocabulary"]) == ("llama", 2, 64, 1200)
+    assert facts["template"] is None
+
+
+def test_a_tied_head_is_counted_once(vila, model):
+    facts = told(vila, model)
+    loaded, _ = load_model(model)
+    assert facts["parameters"] == sum(p.numel() for p in loaded.parameters())
+    assert (facts["template"], facts["context_length"], facts["dtype"]) == ("starter_qa", 512, "float32")
+
+
+def test_the_kv_cache_is_as_large_as_the_engines(vila, model):
+    engine = Engine.load(model, dtype="float32")
+    ids = engine.processor.tokenizer("x" * 100, return_tensors="pt")["input_ids"]
+    cache = engine.model.language_model(input_ids=ids, use_cache=True).past_key_values
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    memory = told(vila, model)["memory"]["float32"]
+    assert memory["kv_cache_per_1000_tokens"] == 10 * held
+    assert memory["kv_cache_full_context"] == 5.12 * held
+
+
+def test_llama_7b_takes_half_a_megabyte_a_token():
+    llm = LlamaConfig(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32)
+    assert 2 * kv_numbers_per_token(llm) == 2**19
+
+
+def test_no_weight_is_read(vila, tmp_path, monkeypatch):
+    folder = FIXTURES["v15-odd-grid"](tmp_path).folder
+
+    def read(*_):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(weights.SafetensorsFile, "mapped", read)
+    assert told(vila, folder)["layout"] == "vila-v15"
+
+
+def test_a_pipe_gets_plain_lines_and_a_terminal_tables_of_80_columns(vila, model, monkeypatch):
+    code, plain, _ = vila("info", model)
+    assert code == 0
+    assert plain.isascii()
+    assert "context                 512 tokens" in plain.splitlines()
+    assert "KV cache is 2 x layers x key-value heads x head width" in plain
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(type(sys.stdout), "isatty", lambda self: True)
+    code, coloured, _ = vila("info", model)
+    shown = re.sub(r"\x1b\[[\d;]*m", "", coloured)
+    assert code == 0
+    assert shown != coloured
+    assert max(map(len, shown.splitlines())) <= 80
+    for word in ("dinov2", "mlp2x_gelu", "llama", "starter_qa", "vocabulary", "KV cache, full context"):
+        assert word in shown
+        assert word in plain
+
+
+def test_an_unknown_template_says_how_to_name_it(vila, tmp_path):
+    save_model(*tiny.vila(template=""), tmp_path / "bare")
+    assert "not known: give --template" in vila("info", tmp_path / "bare")[1]
+    assert told(vila, tmp_path / "bare", "--template", "v1")["template"] == "v1"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("{tmp}/none",), 1, "none: no such directory"),
+        (("{tmp}",), 1, "not a model in a layout known here"),
+        (("{model}", "--template", "v2"), 2, "unknown template 'v2'"),
+        ((), 2, "Missing argument 'MODEL'"),
+    ],
+)
+def test_bad_input_is_named(vila, model, tmp_path, arguments, code, message):
+    ended, out, err = vila("info", *(a.format(tmp=tmp_path, model=model) for a in arguments))
+    assert message in err
+    assert (ended, out) == (code, "")
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(0, "0 B"), (999, "999 B"), (1024, "1 KiB"), (524288, "512 KiB"), (14126854144, "13.2 GiB")]
+)
+def test_sizes_are_short(size, text):
+    assert human_bytes(size) == text

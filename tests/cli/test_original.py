@@ -1,0 +1,128 @@
+"""Commands of the original's README run unchanged, and `--query` means what it meant there, id for id."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.model.layouts.published import FIXTURES
+from vila.chat.systems import VICUNA
+from vila.cli import asking
+from vila.model.load import open_checkpoint
+
+ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "tests" / "golden"
+CHECKPOINTS = {"v1": "llava-vicuna-tiny-mlp2x", "v15": "vila15-llama-tiny-siglip70-downsample"}
+QUERIES = {
+    ("v1", "c02_one_middle"): "Look at <image> and tell me the color of the car.",
+    ("v1", "c04_two_first"): "Compare the first image with the second image.",
+    ("v15", "c01_one_first"): "<image>\\nDescribe the image in detail.",
+    ("v15", "c04_two_first"): "<image-placeholder>\\n<image>\\nCompare the first image with the second image.",
+}
+
+
+@pytest.mark.parametrize(("layout", "name"), QUERIES)
+def test_the_answer_is_the_one_that_the_original_computed(vila, layout, name):
+    case = json.loads((GOLDEN / layout / "cases" / name / "case.json").read_text())
+    files = ",".join(str(GOLDEN / "pixels" / image) for image in case["images"])
+    code, out, err = vila(
+        *("run", "--model-path", GOLDEN / layout / "checkpoints" / CHECKPOINTS[layout], "--conv-mode", "vicuna_v1"),
+        *("--query", QUERIES[layout, name], "--image-file", files),
+        *("--max_new_tokens", 24, "--num_beams", 1, "--dtype", "float32", "--json", "--logprobs", 1),
+    )
+    assert code == 0, err
+    facts = json.loads(out)
+    assert facts["prompt_tokens"] == case["spliced_length"]
+    # Ids: decoders differ over bytes that are no text.
+    assert [token["id"] for token in facts["logprobs"]] == case["greedy_new_ids"]
+
+
+@pytest.mark.parametrize(
+    ("query", "files", "turn"),
+    [
+        ("<image>\\n What is it?", ["p.png"], "<image>\n What is it?"),
+        ("What is it?", ["p.png"], "<image>\nWhat is it?"),
+        ("Compare.", ["p.png", "p.png"], "<image>\n<image>\nCompare."),
+        ("A <image-placeholder> or a <image>?", ["p.png", "p.png"], "A <image> or a <image>?"),
+    ],
+)
+def test_a_query_gives_the_ids_of_the_rendered_vicuna_prompt(vila, tmp_path, picture, monkeypatch, query, files, turn):
+    folder = FIXTURES["v1-mlp2x"](tmp_path / "model").folder
+    prompts = []
+
+    def fit(config, processor, messages, sampling):
+        prompts.append(processor.prompt(messages).ids)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(asking, "check_fit", fit)
+    names = ";".join(str(tmp_path / name) for name in files)
+    flags = ("--model-name", folder, "--conv-mode", "vicuna_v1", "--image-file", names, "--sep", ";")
+    assert vila("run", *flags, "--query", query)[0] == 130
+    processor = open_checkpoint(folder).processor
+    rendered = f"{VICUNA} USER: {turn} ASSISTANT:"
+    expected = processor(text=rendered, images=[picture] * len(files), return_tensors=None)["input_ids"][0]
+    assert prompts == [expected]
+
+
+def test_the_command_of_the_readme_runs_unchanged(tmp_path, picture):
+    folder = FIXTURES["v1-mlp2x"](tmp_path / "model").folder
+    result = subprocess.run(
+        [
+            *(sys.executable, ROOT / "scripts" / "run_llava.py", "--model-path", folder, "--conv-mode", "vicuna_v1"),
+            *("--query", "<image>\\n Please describe the traffic condition.", "--image-file", "p.png"),
+            *("--max_new_tokens", "4"),
+        ],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.endswith("\n")
+
+
+def test_a_base_goes_by_either_name(vila, tmp_path, picture):
+    written = FIXTURES["v1-lora"](tmp_path / "model")
+    arguments = ("run", written.folder, "--template", "vicuna_v1", "-p", "x", "--max-new-tokens", 2)
+    ours, theirs = (vila(*arguments, flag, written.base) for flag in ("--base", "--model-base"))
+    assert ours == theirs
+    assert ours[0] == 0
+    assert vila(*arguments)[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--num_beams", "3"), "--num-beams 3: beam search is not supported"),
+        (("--load-4bit",), "--load-4bit: loading in 4 bits (bitsandbytes) is not supported"),
+        (("--load_8bit",), "--load-8bit: loading in 8 bits"),
+        (("other",), "MODEL is 'other' but --model-path is 'm'; give one of them"),
+        (("--template", "v0", "--conv-mode", "v1"), "--template is 'v0' but --conv-mode is 'v1'"),
+        (("-p", "x"), "--prompt and --query were given, and each is the question"),
+        (("--image-file", "a.png,,b.png"), "--image-file 'a.png,,b.png': a name between ',' is empty"),
+        (("--image-file", "a.png", "--sep", ""), "--sep is empty"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_with_the_reason(vila, arguments, message):
+    code, out, err = vila("run", "--model-path", "m", "--query", "x", *arguments)
+    assert message in err
+    assert (code, out) == (2, "")
+
+
+def test_the_line_break_after_a_picture_does_not_depend_on_the_template(vila, model, picture):
+    code, out, _ = vila("run", model, "--query", "what?", "--image-file", picture, "--max_new_tokens", 1, "--json")
+    assert code == 0
+    assert json.loads(out)["prompt_tokens"] == 4 + len("\nwhat?")
+
+
+def test_a_marker_without_a_picture_is_refused(vila, model):
+    code, _, err = vila("run", model, "--query", "<image> x")
+    assert code == 1
+    assert "--query: 1 <image> marker but 0 pictures given" in err
+
+
+def test_the_same_model_may_be_named_twice(vila, model):
+    assert vila("run", model, "--model-path", model, "--query", "x", "--max_new_tokens", 1)[0] == 0

@@ -1,0 +1,259 @@
+"""`vila run`: what is asked is what was typed, and what is wrong is one clear line before weights are read."""
+
+import io
+import json
+import sys
+
+import pytest
+from PIL import Image as PilImage
+
+from tests import tiny
+from vila.cli import asking
+from vila.core.types import Image, Message
+from vila.engine.engine import Engine
+from vila.model.load import save_model
+
+
+def asked(vila, *arguments, **more):
+    """The one JSON object of a run."""
+    code, out, err = vila("run", *arguments, "--json", "--dtype", "float32", **more)
+    assert code == 0, err
+    return json.loads(out)
+
+
+def direct(model, messages, **options):
+    """What the engine answers to messages built by hand."""
+    return Engine.load(model, dtype="float32").complete([messages], **options)[0]
+
+
+def test_run_streams_the_text_that_json_holds(vila, model, picture):
+    arguments = ("run", model, "-i", picture, "-p", "what?", "--max-new-tokens", 8, "--dtype", "float32")
+    code, streamed, err = vila(*arguments)
+    assert (code, err) == (0, "")
+    facts = json.loads(vila(*arguments, "--json")[1])
+    expected = direct(model, [Message.of("user", Image(picture), "what?")], max_new_tokens=8)
+    assert streamed == facts["text"] + "\n"
+    assert facts == {
+        "text": expected.text,
+        "finish": expected.finish,
+        "prompt_tokens": 4 + len("what?"),
+        "tokens": len(expected.ids),
+    }
+
+
+def test_a_picture_is_followed_by_the_gap_of_the_template(vila, tmp_path, picture):
+    folder = tmp_path / "vicuna"
+    save_model(*tiny.vila(template="vicuna_v1"), folder)
+    got = asked(vila, folder, "-i", picture, "-p", "what?", "--max-new-tokens", 4)
+    expected = direct(folder, [Message.of("user", Image(picture), "\nwhat?")], max_new_tokens=4)
+    assert (got["text"], got["prompt_tokens"]) == (expected.text, expected.prompt_tokens)
+
+
+def test_markers_in_the_prompt_say_where_media_go(vila, model, picture, tmp_path):
+    other = tmp_path / "q.png"
+    other.write_bytes(tiny.picture(2).source)
+    got = asked(vila, model, "-i", picture, "-i", other, "-p", "a <image> b <image> c", "--max-new-tokens", 6)
+    parts = ("a ", Image(picture), " b ", Image(other), " c")
+    assert got["text"] == direct(model, [Message.of("user", *parts)], max_new_tokens=6).text
+
+
+def test_without_media_a_marker_is_plain_text(vila, model):
+    assert asked(vila, model, "-p", "<image>?", "--max-new-tokens", 1)["prompt_tokens"] == len("<image>?")
+
+
+@pytest.mark.parametrize("frames", [(), ("--num-video-frames", 3)])
+def test_a_clip_becomes_its_frames(vila, model, tmp_path, frames):
+    clip = tmp_path / "c.gif"
+    pictures = [PilImage.new("RGB", (28, 28), (20 * n, 0, 0)) for n in range(12)]
+    pictures[0].save(clip, save_all=True, append_images=pictures[1:])
+    turn = {"role": "user", "content": [{"type": "video", "path": "c.gif"}, {"type": "text", "text": "what?"}]}
+    (tmp_path / "turn.json").write_text(json.dumps([turn]))
+    for question in (("--video", clip, "-p", "<video>what?"), ("--messages", tmp_path / "turn.json")):
+        got = asked(vila, model, *question, "--max-new-tokens", 1, *frames)
+        assert got["prompt_tokens"] == 4 * (3 if frames else 8) + len("what?")
+
+
+@pytest.mark.parametrize("arguments", [("-p", "-"), ()])
+def test_the_question_comes_through_a_pipe(vila, model, arguments):
+    got = asked(vila, model, *arguments, "--max-new-tokens", 1, stdin="\ufeffgrün?\n".encode())
+    assert got["prompt_tokens"] == len("grün?".encode())
+
+
+def test_a_pipe_that_is_not_utf8_names_the_byte(vila, model):
+    code, _, err = vila("run", model, stdin=b"gr\xfcn?")
+    assert code == 1
+    assert "standard input: not UTF-8 text (byte 3 is 0xfc)" in err
+
+
+def test_messages_of_a_file_start_their_paths_at_its_folder(vila, model, picture, tmp_path, monkeypatch):
+    turns = [
+        {"role": "user", "content": [{"type": "image", "path": "p.png"}, {"type": "text", "text": "one?"}]},
+        {"role": "assistant", "content": "1"},
+        {"role": "user", "content": [{"type": "text", "text": "two?"}, {"type": "image", "image": "p.png"}]},
+    ]
+    (tmp_path / "plain.json").write_text(json.dumps(turns))
+    (tmp_path / "object.json").write_text(json.dumps({"messages": turns}))
+    monkeypatch.chdir("/")
+    expected = [
+        Message.of("system", "be kind"),
+        Message.of("user", Image(picture), "one?"),
+        Message.of("assistant", "1"),
+        Message.of("user", "two?", Image(picture)),
+    ]
+    wanted = direct(model, expected, max_new_tokens=5)
+    for name in ("plain.json", "object.json"):
+        got = asked(vila, model, "--messages", tmp_path / name, "--system", "be kind", "--max-new-tokens", 5)
+        assert (got["text"], got["prompt_tokens"]) == (wanted.text, wanted.prompt_tokens)
+
+
+def test_sampling_flags_reach_the_engine(vila, model):
+    seen = []
+
+    def complete(engine, conversations, sampling):
+        seen.append(sampling)
+        raise KeyboardInterrupt
+
+    flags = (
+        "--max-new-tokens 7 --temperature 0.5 --top-k 4 --top-p 0.9 --min-p 0.1 --repetition-penalty 1.2 "
+        "--stop a --stop b --seed 3 --logprobs 2 --truncate"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Engine, "complete", complete)
+        code, _, err = vila("run", model, "-p", "x", "--json", *flags.split())
+    assert (code, err) == (130, "error: stopped")
+    assert seen == [asking.Sampling(7, 0.5, 4, 0.9, 0.1, 1.2, ("a", "b"), 2, 3, "truncate")]
+
+
+def test_logprobs_name_their_tokens(vila, model):
+    got = asked(vila, model, "-p", "x", "--max-new-tokens", 2, "--logprobs", 3)
+    first = got["logprobs"][0]
+    assert len(got["logprobs"]) == got["tokens"] == 2
+    assert len(first["top"]) == 3
+    assert first["top"][0] == {key: first[key] for key in ("id", "token", "logprob")}
+
+
+def test_truncate_drops_the_oldest_turns_and_says_so(vila, model, tmp_path):
+    turns = []
+    for number in range(4):
+        turns += [{"role": "user", "content": "q" * 150}, {"role": "assistant", "content": str(number)}]
+    turns.append({"role": "user", "content": "last?"})
+    (tmp_path / "long.json").write_text(json.dumps(turns))
+    arguments = ("run", model, "--messages", tmp_path / "long.json", "--max-new-tokens", 4)
+    code, _, err = vila(*arguments)
+    assert code == 1
+    assert "holds 512; shorten it, let --truncate drop its oldest turns, or lower --max-new-tokens" in err
+    code, out, err = vila(*arguments, "--truncate")
+    assert code == 0
+    assert err == "note: the 2 oldest messages are left out, to fit the context"
+    assert json.loads(vila(*arguments, "--truncate", "--json")[1])["dropped_messages"] == 2
+
+
+PAGE = b"<!DOCTYPE html><html></html>"
+FILES = {
+    "page.png": PAGE,
+    "broken.json": b'{"messages": [}',
+    "roles.json": b'[{"role": "assistant", "content": "x"}]',
+    "latin.json": b'[{"role": "user", "content": "caf\xe9"}]',
+    "nopic.json": b'[{"role": "user", "content": [{"type": "image", "path": "none.png"}]}]',
+    "system.json": b'[{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]',
+    "half.json": b'[{"role": "user", "content": "\\ud800"}]',
+}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("-p", "x"), 2, "no model; give its directory or hub id"),
+        (("{tmp}/none", "-p", "x"), 1, "none: no such directory, and not a hub id"),
+        (("{tmp}", "-p", "x"), 1, "not a model in a layout known here (native, llava-hf, "),
+        (("{tmp}/page.png", "-p", "x"), 1, "a model is a directory, this is a file"),
+        (("{model}",), 2, "the question is empty; give --prompt TEXT"),
+        (("{model}", "-p", "x", "-i", "{tmp}/none.png"), 1, "none.png: no such file; check the path"),
+        (("{model}", "-p", "x", "-i", "{tmp}/page.png"), 1, "page.png: not an image (starts with '<!DOCTYPE'"),
+        (("{model}", "-p", "x", "--video", "{tmp}/none.mp4"), 1, "none.mp4: no such file; check the path"),
+        (("{model}", "-p", "x", "--video", "{tmp}"), 1, "a directory, not a clip"),
+        (("{model}", "-p", "x", "--template", "vicuna"), 2, "unknown template 'vicuna'; did you mean 'vicuna_v1'?"),
+        (("{model}", "-p", "x", "--temperature", "-1", "--top_p", "2"), 2, "sampling: 2 problems - temperature=-1.0"),
+        (("{model}", "-p", "x" * 600), 1, "the prompt has 600 tokens and the answer may have 128"),
+        (("{model}", "-p", "\udcff"), 2, "--prompt: not UTF-8 text (character 1 is '\\udcff')"),
+        (("{model}", "-p", "x", "--dtype", "float8"), 2, "'float8' is not one of 'auto', 'bfloat16'"),
+        (("{model}", "-p", "x", "--device", "tpu"), 2, "'tpu' is not one of 'auto', 'cpu', 'cuda'"),
+        (("{model}", "-p", "x", "--logprobs", "2"), 2, "--logprobs goes with --json or --batch"),
+        (("{model}", "-p", "x", "--out", "{tmp}/a"), 2, "--out goes with --batch"),
+        (("{model}", "-p", "x", "--messages", "{tmp}/roles.json"), 2, "--prompt and --messages were given"),
+        (("{model}", "-i", "a", "--messages", "{tmp}/roles.json"), 2, "--image does not go with --messages"),
+        (("{model}", "--shot", "text=a", "--messages", "{tmp}/roles.json"), 2, "--shot does not go with --messages"),
+        (("{model}", "--messages", "{tmp}/none.json"), 1, "none.json: cannot be read (No such file or directory)"),
+        (("{model}", "--messages", "{tmp}/broken.json"), 1, "broken.json: not JSON (Expecting value at column 15)"),
+        (("{model}", "--messages", "{tmp}/latin.json"), 1, "latin.json: not UTF-8 text (byte 34 is 0xe9)"),
+        (("{model}", "--messages", "{tmp}/half.json"), 1, "half.json: holds '\\ud800', which is half a character"),
+        (("{model}", "--messages", "{tmp}/roles.json"), 1, "roles.json message 1: expected a turn of the user"),
+        (("{model}", "--messages", "{tmp}/nopic.json"), 1, "nopic.json: "),
+        (("{model}", "--system", "x", "--messages", "{tmp}/system.json"), 2, "begin with a system message"),
+        (("{model}", "-p", "<image>a<image>", "-i", "{tmp}/p.png"), 1, "2 <image> markers but 1 picture given"),
+        (("{model}", "-p", "<video>", "-i", "{tmp}/p.png"), 1, "0 <image> markers but 1 picture, and 1 <video> marker"),
+        (("{model}", "-p", "x", "--shot", "image={tmp}/none.png", "text=a"), 1, "none.png: no such file"),
+    ],
+)
+def test_bad_input_is_one_line_before_any_weight_is_read(
+    vila, model, picture, tmp_path, monkeypatch, arguments, code, message
+):
+    for name, content in FILES.items():
+        (tmp_path / name).write_bytes(content)
+
+    def read_weights(*_):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(asking, "load_engine", read_weights)
+    ended, out, err = vila("run", *(a.format(tmp=tmp_path, model=model) for a in arguments))
+    assert message in err
+    assert (ended, out) == (code, "")
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("-p", "x", "-i", "none.png"), "none.png: no such file"),
+        (("-p", "x", "--video", "none.mp4"), "none.mp4: no such file"),
+        (("-p", "<image>", "-i", "p.png", "-i", "p.png"), "1 <image> marker but 2 pictures given"),
+        (("--messages", "turns.json"), "turns.json: none.mp4: no such file"),
+    ],
+)
+def test_what_needs_no_model_is_told_before_one_is_opened(
+    vila, model, picture, tmp_path, monkeypatch, arguments, message
+):
+    turn = {"role": "user", "content": [{"type": "video", "path": "none.mp4"}]}
+    (tmp_path / "turns.json").write_text(json.dumps([turn]))
+
+    def open_model(*_):
+        raise AssertionError("a model was opened")
+
+    monkeypatch.setattr(asking, "open_model", open_model)
+    monkeypatch.chdir(tmp_path)
+    code, _, err = vila("run", model, *arguments)
+    assert code == 1
+    assert message in err.replace(f"{tmp_path}/", "")
+
+
+def test_a_gpu_that_is_not_there_is_an_error(vila, model, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    code, _, err = vila("run", model, "-p", "x", "--device", "cuda")
+    assert code == 2
+    assert "--device cuda: PyTorch finds no CUDA device here" in err
+
+
+def test_a_model_without_a_template_asks_for_one(vila, tmp_path):
+    save_model(*tiny.vila(template=""), tmp_path / "bare")
+    code, _, err = vila("run", tmp_path / "bare", "-p", "x")
+    assert code == 1
+    assert "give one: --template vicuna_v1" in err
+    assert vila("run", tmp_path / "bare", "-p", "x", "--template", "starter_qa", "--max-new-tokens", 1)[0] == 0
+
+
+def test_an_answer_that_the_terminal_cannot_show_is_shown_all_the_same(vila, model, monkeypatch):
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
+    monkeypatch.setattr(sys, "stdout", screen)
+    monkeypatch.setattr(asking, "trimmed", lambda events: ["gr\u00fcn"])
+    assert vila("run", model, "-p", "x")[0] == 0
+    assert screen.buffer.getvalue() == b"gr?n\n"

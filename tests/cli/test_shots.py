@@ -1,0 +1,102 @@
+"""Examples on the command line: several words or one, and turns before the question."""
+
+import json
+
+import pytest
+
+from tests import tiny
+from vila.cli.conversation import Question, build_conversation
+from vila.cli.shots import Shot, fold_words, parse_shot
+from vila.core.errors import ConfigError, MediaError
+from vila.core.types import Image, Message, Text
+from vila.engine.engine import Engine
+
+A, B = Image(b"a"), Image(b"b")
+
+
+def parsed(*words):
+    """The shots of a command line."""
+    return [parse_shot(word.removeprefix("--shot=")) for word in fold_words(words) if word.startswith("--shot=")]
+
+
+def test_words_given_one_by_one_and_one_quoted_word_are_the_same_shot():
+    several = ["m", "--shot", "image=a.png", "question=Which one?", "text=a = b", "-p", "x"]
+    quoted = ["m", "--shot", "image=a.png question=Which one? text=a = b", "-p", "x"]
+    with_equals = ["m", "--shot=image=a.png", "question=Which one?", "text=a = b", "-p", "x"]
+    (shot,) = parsed(*several)
+    assert (str(shot.image.source), shot.question, shot.text) == ("a.png", "Which one?", "a = b")
+    assert parsed(*quoted) == parsed(*with_equals) == [shot]
+    assert [word for word in fold_words(several) if not word.startswith("--shot")] == ["m", "-p", "x"]
+
+
+def test_a_word_of_its_own_may_hold_anything():
+    assert parsed("--shot", "text=text=1 image=2", "question= q ") == [Shot("text=1 image=2", None, " q ")]
+
+
+def test_folding_stops_at_other_words_and_at_the_end_of_options():
+    assert len(parsed("--shot", "text=a", "--shot", "text=b", "model", "text=c")) == 2
+    assert fold_words(["--shot", "text=a", "m", "k=v"])[1:] == ["m", "k=v"]
+    assert fold_words(["--", "--shot", "text=a"]) == ["--", "--shot", "text=a"]
+    assert fold_words(["--shot"]) == ["--shot"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("image=a.png",), "no text, which is the answer to learn from; write --shot image=a.png text="),
+        (("image=a.png", "text= "), "no text"),
+        (("image=a.png", "txt=a"), "unknown key 'txt' (known: image, question, text)"),
+        (("image=a.png txt=a circle",), "unknown key 'txt'"),
+        (("answer=a",), "unknown key 'answer'"),
+        (("a.png::what?::a",), "'a.png::what?::a' is not of the form key=value"),
+        (("text=a", "text=b"), "text= is given twice"),
+        (("image=", "text=a"), "image= names no file"),
+    ],
+)
+def test_a_bad_shot_is_told_with_the_words_that_were_given(words, message):
+    with pytest.raises(ConfigError) as told:
+        parsed("--shot", *words)
+    assert str(told.value).startswith(f"--shot {' '.join(words)}: ")
+    assert message in str(told.value)
+
+
+def test_shots_become_turns_before_the_question():
+    shots = [Shot("1", A), Shot("2", None, "two?"), Shot("3", B, "a <image> three?")]
+    got = build_conversation(Question("q?", [A, B]), "\n", shots=shots, system="s")
+    assert got == (
+        Message.of("system", "s"),
+        Message.of("user", A, "\nq?"),
+        Message.of("assistant", "1"),
+        Message.of("user", "two?"),
+        Message.of("assistant", "2"),
+        Message.of("user", "a ", B, " three?"),
+        Message.of("assistant", "3"),
+        Message("user", (A, Text("\n"), B, Text("\nq?"))),
+    )
+
+
+def test_a_shot_that_repeats_the_prompt_puts_its_picture_at_the_prompts_marker():
+    question = Question("look: <image> what?", [B])
+    first, _, _ = build_conversation(question, "\n", shots=[Shot("1", A)])
+    assert first == Message.of("user", "look: ", A, " what?")
+    with pytest.raises(MediaError, match="--shot 1: 1 <image> marker but 0 pictures given"):
+        build_conversation(question, "\n", shots=[Shot("1")])
+
+
+def test_the_command_shows_the_model_its_shots(vila, model, picture, tmp_path):
+    other = tmp_path / "q.png"
+    other.write_bytes(tiny.picture(2).source)
+    shots = ("--shot", f"image={other}", "text=a circle", "--shot", f"image={picture} question=one? text=1")
+    arguments = ("-i", picture, "-p", "what?", "--json", "--max-new-tokens", 6, "--dtype", "float32")
+    code, out, err = vila("run", *shots, model, *arguments)
+    assert code == 0, err
+    turns = [
+        Message.of("user", Image(other), "what?"),
+        Message.of("assistant", "a circle"),
+        Message.of("user", Image(picture), "one?"),
+        Message.of("assistant", "1"),
+        Message.of("user", Image(picture), "what?"),
+    ]
+    expected = Engine.load(model, dtype="float32").complete([turns], max_new_tokens=6)[0]
+    facts = json.loads(out)
+    assert (facts["text"], facts["prompt_tokens"]) == (expected.text, expected.prompt_tokens)
