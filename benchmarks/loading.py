@@ -177,7 +177,8 @@ def main() -> int:
                 if seconds > TIME * peer:
                     broken.append(f"{layout} as {dtype}: {seconds:.2f} s, transformers {peer:.2f} s")
     print(
-        "| loader | layout | dtype | weights GB | peak / weights | seconds | / transformers |\n|---|---|---|---|---|---|---|"
+        "| loader | layout | dtype | weights GB | peak / weights | seconds | / transformers |\n"
+        "|---|---|---|---|---|---|---|"
     )
     for who, layout, dtype, gb, ratio, seconds, relative in rows:
         print(f"| {who} | {layout} | {dtype} | {gb:.2f} | {ratio:.3f} | {seconds:.2f} | {relative:.2f} |")

@@ -164,6 +164,11 @@ def test_what_goes_wrong_is_shown_and_the_conversation_goes_on(stage, line, mess
     assert stage.engine.asked[-1][0].text == "before"
 
 
+def test_a_bad_system_text_is_told_and_can_be_changed(stage):
+    assert "the system text: not UTF-8 text" in stage("/system \udcff", "one", "/system", "two")
+    assert stage.engine.asked == [(Message.of("user", "two"),)]
+
+
 def test_oldest_turns_are_left_out_when_asked_and_told(stage):
     stage.engine.model.config.text_config.max_position_embeddings = 60
     assert "the prompt has" in stage("a" * 20, "b" * 20)

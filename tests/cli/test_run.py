@@ -75,8 +75,8 @@ def test_a_clip_becomes_its_frames(vila, model, tmp_path, frames):
 
 @pytest.mark.parametrize("arguments", [("-p", "-"), ()])
 def test_the_question_comes_through_a_pipe(vila, model, arguments):
-    got = asked(vila, model, *arguments, "--max-new-tokens", 1, stdin="\ufeffgrün?\n".encode())
-    assert got["prompt_tokens"] == len("grün?".encode())
+    got = asked(vila, model, *arguments, "--max-new-tokens", 1, stdin="\ufeffgr\u00fcn?\n".encode())
+    assert got["prompt_tokens"] == len("gr\u00fcn?".encode())
 
 
 def test_a_pipe_that_is_not_utf8_names_the_byte(vila, model):
@@ -153,7 +153,7 @@ FILES = {
     "page.png": PAGE,
     "broken.json": b'{"messages": [}',
     "roles.json": b'[{"role": "assistant", "content": "x"}]',
-    "latin.json": b'[{"role": "user", "content": "caf\xe9"}]',
+    "latin.json": b'[{"role": "user", "content": "gr\xfcn"}]',
     "nopic.json": b'[{"role": "user", "content": [{"type": "image", "path": "none.png"}]}]',
     "system.json": b'[{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]',
     "half.json": b'[{"role": "user", "content": "\\ud800"}]',
@@ -176,6 +176,9 @@ FILES = {
         (("{model}", "-p", "x", "--temperature", "-1", "--top_p", "2"), 2, "sampling: 2 problems - temperature=-1.0"),
         (("{model}", "-p", "x" * 600), 1, "the prompt has 600 tokens and the answer may have 128"),
         (("{model}", "-p", "\udcff"), 2, "--prompt: not UTF-8 text (character 1 is '\\udcff')"),
+        (("{model}", "-p", "x", "--system", "\udcff"), 2, "the system text: not UTF-8 text"),
+        (("{model}", "-p", "x", "--shot", "text=\udcff"), 2, "--shot 1: not UTF-8 text"),
+        (("{model}", "-p", "x", "--shot", "text=a", "question=\udcff"), 2, "--shot 1: not UTF-8 text"),
         (("{model}", "-p", "x", "--dtype", "float8"), 2, "'float8' is not one of 'auto', 'bfloat16'"),
         (("{model}", "-p", "x", "--device", "tpu"), 2, "'tpu' is not one of 'auto', 'cpu', 'cuda'"),
         (("{model}", "-p", "x", "--logprobs", "2"), 2, "--logprobs goes with --json or --batch"),
@@ -185,7 +188,7 @@ FILES = {
         (("{model}", "--shot", "text=a", "--messages", "{tmp}/roles.json"), 2, "--shot does not go with --messages"),
         (("{model}", "--messages", "{tmp}/none.json"), 1, "none.json: cannot be read (No such file or directory)"),
         (("{model}", "--messages", "{tmp}/broken.json"), 1, "broken.json: not JSON (Expecting value at column 15)"),
-        (("{model}", "--messages", "{tmp}/latin.json"), 1, "latin.json: not UTF-8 text (byte 34 is 0xe9)"),
+        (("{model}", "--messages", "{tmp}/latin.json"), 1, "latin.json: not UTF-8 text (byte 33 is 0xfc)"),
         (("{model}", "--messages", "{tmp}/half.json"), 1, "half.json: holds '\\ud800', which is half a character"),
         (("{model}", "--messages", "{tmp}/roles.json"), 1, "roles.json message 1: expected a turn of the user"),
         (("{model}", "--messages", "{tmp}/nopic.json"), 1, "nopic.json: "),

@@ -47,7 +47,8 @@ def build_conversation(
     messages: list[Message] = []
     for number, shot in enumerate(shots, start=1):
         example = _example(shot, question, f"--shot {number}")
-        messages += [Message("user", place_media(example, gap)), Message.of("assistant", shot.text)]
+        answer = check_text(shot.text, example.where)
+        messages += [Message("user", place_media(example, gap)), Message.of("assistant", answer)]
     return with_system([*messages, Message("user", place_media(question, gap))], system)
 
 
@@ -55,7 +56,7 @@ def _example(shot: Shot, question: Question, where: str) -> Question:
     images = () if shot.image is None else (shot.image,)
     if shot.question is None:
         return replace(question, images=images, videos=(), where=where, marked=question.reads_markers)
-    return Question(shot.question, images, where=where)
+    return Question(check_text(shot.question, where), images, where=where)
 
 
 def place_media(question: Question, gap: str) -> tuple[Part, ...]:
@@ -101,7 +102,7 @@ def with_system(messages: Sequence[Message], system: str | None) -> tuple[Messag
         return tuple(messages)
     if messages and messages[0].role == "system":
         raise ConfigError("--system was given, but the messages begin with a system message; leave one of them out")
-    return (Message.of("system", system), *messages)
+    return (Message.of("system", check_text(system, "the system text")), *messages)
 
 
 def check_text(text: str, where: str) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vila.cli.conversation import Question, check_text, place_media
+from vila.cli.conversation import Question, check_text, place_media, with_system
 from vila.cli.media import check_clip, image_of, video_of
 from vila.core.types import Image, Message, Video
 
@@ -68,8 +68,7 @@ class Talk:
         question = Question(check_text(text, "the question"), self._images, self._videos, where="the question")
         asked = Message("user", place_media(question, gap))
         said = [turn for one in self.exchanges for turn in (one.asked, Message.of("assistant", one.answer))]
-        head = [] if self.system is None else [Message.of("system", self.system)]
-        return (*head, *said, *self.processor.expand_videos([asked], gap))
+        return with_system([*said, *self.processor.expand_videos([asked], gap)], self.system)
 
     def keep(self, text: str, asked: Message, answer: str) -> None:
         """Add an exchange; its media no longer wait."""

@@ -30,7 +30,8 @@ def pixels(image: PilImage.Image, spec: VisionSpec) -> Pixels:
 
     image: RGB; `vila.media.image.open_image` makes one.
     `pad` centres the picture on a square of the mean colour and resizes it, `resize` ignores the aspect, `square`
-    resizes the short edge and crops the centre, or is `resize` for a tower whose processor crops nothing. All are bicubic and antialiased, and round to bytes as Pillow does.
+    resizes the short edge and crops the centre, or is `resize` for a tower whose processor crops nothing. All are
+    bicubic and antialiased, and round to bytes as Pillow does.
     """
     if image.mode != "RGB":
         raise ValueError(f"expected an RGB picture, not {image.mode!r}; open it with vila.media.image.open_image")
