@@ -11,9 +11,9 @@ from pathlib import Path
 import typer
 
 from vila.cli.conversation import Question, build_conversation, check_text, with_system
-from vila.cli.media import check_clip, image_of, open_pictures, opened, video_of, with_opened
+from vila.cli.media import check_clip, image_of, open_pictures, opened, video_of
 from vila.cli.original import read_query
-from vila.cli.shots import Shot
+from vila.cli.shots import Shot, with_opened
 from vila.core.errors import ConfigError, MediaError
 from vila.core.types import Message
 

@@ -14,7 +14,7 @@ import typer
 from vila.cli.answers import answer_facts, trimmed
 from vila.cli.asked import Asked
 from vila.cli.loading import Loading, check_fit, load_engine, open_model
-from vila.cli.media import with_opened
+from vila.cli.shots import with_opened
 from vila.core.errors import ConfigError, TemplateError
 from vila.engine.request import Sampling
 

@@ -5,13 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from vila.core.errors import MediaError
 from vila.core.types import Image, Message, Part, Video
-
-if TYPE_CHECKING:
-    from vila.cli.shots import Shot
 
 
 def media_path(name: str) -> Path | str:
@@ -48,11 +44,6 @@ def _opened(part: Part) -> Part:
     if isinstance(part, Video):
         check_clip(part)
     return opened(part) if isinstance(part, Image) else part
-
-
-def with_opened(shots: Sequence[Shot]) -> list[Shot]:
-    """The examples with their pictures decoded. Raises MediaError for one that cannot be."""
-    return [shot if shot.image is None else replace(shot, image=opened(shot.image)) for shot in shots]
 
 
 def check_clip(video: Video) -> None:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import typer
 from typer.core import TyperCommand
 
-from vila.cli.media import image_of
+from vila.cli.media import image_of, opened
 from vila.core.errors import ConfigError
 from vila.core.types import Image
 
@@ -80,6 +80,11 @@ def parse_shot(option: str) -> Shot:
         raise ConfigError(f"{where}: image= names no file; leave it out for an example without a picture")
     image = image_of(fields["image"]) if "image" in fields else None
     return Shot(fields["text"], image, fields.get("question"))
+
+
+def with_opened(shots: Sequence[Shot]) -> list[Shot]:
+    """The examples with their pictures decoded. Raises MediaError for one that cannot be."""
+    return [shot if shot.image is None else replace(shot, image=opened(shot.image)) for shot in shots]
 
 
 def _fields(where: str, words: Sequence[str]) -> Mapping[str, str]:

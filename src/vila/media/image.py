@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import re
-import stat
 from functools import lru_cache
 from pathlib import Path
 from typing import IO
@@ -14,8 +11,8 @@ from PIL import Image as PilImage
 from PIL import UnidentifiedImageError
 
 from vila.core.errors import MediaError
-from vila.core.types import Image, Stored
-from vila.media.fetch import data_url_bytes, fetch, shown
+from vila.core.types import Image
+from vila.media.source import open_source
 
 MAX_PIXELS = 178_956_970
 """Where Pillow itself speaks of a bomb; it warns from half of this on."""
@@ -25,7 +22,6 @@ MAX_SIDE = 65_535
 # Others run a program (EPS), or accept nearly any file (TGA).
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO")
 _READABLE = "JPEG, PNG, WebP, GIF, BMP, TIFF, PPM, JPEG 2000 or AVIF"
-_URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
 def open_image(
@@ -46,31 +42,9 @@ def open_image(
     source = image.source
     if isinstance(source, PilImage.Image):
         return _decoded(source, image.name, max_pixels)
-    if isinstance(source, bytes):
-        return _read(io.BytesIO(source), image.name, max_pixels)
-    if isinstance(source, Stored):
-        return _read(io.BytesIO(source.read()), source.name, max_pixels)
-    if isinstance(source, str) and source[:5].lower() == "data:":
-        return _read(io.BytesIO(data_url_bytes(source)), shown(source), max_pixels)
-    if isinstance(source, str) and _URL.match(source):
-        return _read(io.BytesIO(fetch(source, allow_private=allow_private)), shown(source), max_pixels)
-    with _open_path(Path(source) if base is None else base / source) as stream:
-        return _read(stream, stream.name, max_pixels)
-
-
-def _open_path(path: Path) -> IO[bytes]:
-    try:
-        mode = path.stat().st_mode
-        if stat.S_ISREG(mode):
-            return path.open("rb")
-    except FileNotFoundError as error:
-        where = "" if path.is_absolute() else f" below {Path.cwd()}"
-        raise MediaError(f"{path}: no such file{where}; check the path") from error
-    except (OSError, ValueError) as error:  # ValueError: a null byte
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise MediaError(f"{str(path)[:200]!r}: cannot be opened ({reason})") from error
-    kind = "a directory" if stat.S_ISDIR(mode) else "a special file"
-    raise MediaError(f"{path}: {kind}, not an image; give the path of one file")
+    stream, name = open_source(source, "an image", base=base, allow_private=allow_private)
+    with stream:
+        return _read(stream, name, max_pixels)
 
 
 def _read(stream: IO[bytes], name: str, max_pixels: int) -> PilImage.Image:

@@ -5,10 +5,7 @@ PyAV decodes; it is imported only when a clip is read. What Pillow reads (GIF an
 
 from __future__ import annotations
 
-import io
 import os
-import re
-import stat
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,10 +19,10 @@ from PIL import Image as PilImage
 from PIL.Image import Transpose
 
 from vila.core.errors import MediaError
-from vila.core.types import Stored, Video
+from vila.core.types import Video
 from vila.media.animation import Animation
-from vila.media.fetch import data_url_bytes, fetch, shown
 from vila.media.image import MAX_PIXELS, MAX_SIDE
+from vila.media.source import open_source
 
 if TYPE_CHECKING:
     from av import Packet, VideoFrame, VideoStream
@@ -41,7 +38,6 @@ TIMEOUT_S = 300
 # are there to say that a file holds audio.
 _DEMUXERS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,h264,hevc,m4v,obu,ivf,flv,asf,ogg,nut,mxf,yuv4mpegpipe,rm,dv,wtv"
 _OPTIONS = {"format_whitelist": f"{_DEMUXERS},mp3,wav,flac,aac", "protocol_whitelist": "none"}
-_URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _COPY_AGAIN = "download or copy it again"
 
 
@@ -63,7 +59,9 @@ def open_frames(
     """
     if not 1 <= num_frames <= MAX_FRAMES:
         raise MediaError(f"num_frames is {num_frames}, expected 1 to {MAX_FRAMES}")
-    stream, name = _open_source(video.source, base, allow_private)
+    stream, name = open_source(
+        video.source, "a clip", base=base, allow_private=allow_private, max_bytes=MAX_BYTES, timeout_s=TIMEOUT_S
+    )
     with stream:
         if not stream.read(1):
             raise MediaError(f"{name}: not a clip (the file is empty); {_COPY_AGAIN}")
@@ -85,32 +83,6 @@ def frame_indices(total: int, num_frames: int) -> list[int]:
     """
     last = total - 2 if total > num_frames else total - 1
     return [int(index) for index in np.floor(np.linspace(0, last, num_frames))]
-
-
-def _open_source(source: Path | str | bytes | Stored, base: Path | None, allow_private: bool) -> tuple[IO[bytes], str]:
-    """The clip as a stream, and what to call it."""
-    if isinstance(source, bytes):
-        return io.BytesIO(source), f"<{len(source)} bytes>"
-    if isinstance(source, Stored):
-        return io.BytesIO(source.read()), source.name
-    if isinstance(source, str) and source[:5].lower() == "data:":
-        return io.BytesIO(data_url_bytes(source, max_bytes=MAX_BYTES)), shown(source)
-    if isinstance(source, str) and _URL.match(source):
-        content = fetch(source, max_bytes=MAX_BYTES, timeout_s=TIMEOUT_S, allow_private=allow_private)
-        return io.BytesIO(content), shown(source)
-    path = Path(source) if base is None else base / source
-    try:
-        mode = path.stat().st_mode
-        if stat.S_ISREG(mode):
-            return path.open("rb"), str(path)
-    except FileNotFoundError as error:
-        where = "" if path.is_absolute() else f" below {Path.cwd()}"
-        raise MediaError(f"{path}: no such file{where}; check the path") from error
-    except (OSError, ValueError) as error:  # ValueError: a null byte
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise MediaError(f"{str(path)[:200]!r}: cannot be opened ({reason})") from error
-    kind = "a directory" if stat.S_ISDIR(mode) else "a special file"
-    raise MediaError(f"{path}: {kind}, not a clip; give the path of one file")
 
 
 class _Entry(NamedTuple):

@@ -1,0 +1,59 @@
+"""Where media come from: a path, bytes, bytes stored in a larger file, a `data:` URL or one of the web, as a stream."""
+
+from __future__ import annotations
+
+import io
+import re
+import stat
+from pathlib import Path
+from typing import IO
+
+from vila.core.errors import MediaError
+from vila.core.types import Stored
+from vila.media.fetch import MAX_BYTES, data_url_bytes, fetch, shown
+
+_URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+
+
+def open_source(
+    source: Path | str | bytes | Stored,
+    what: str,
+    *,
+    base: Path | None = None,
+    allow_private: bool = False,
+    max_bytes: int = MAX_BYTES,
+    timeout_s: float = 20,
+) -> tuple[IO[bytes], str]:
+    """The encoded bytes as a stream, and what messages call them.
+
+    what:      what it ought to be, with its article: `an image`.
+    base:      the folder that a relative path starts from.
+    max_bytes, timeout_s: limits of what comes from a URL; a file may be of any size.
+    Raises MediaError naming the source and the reason.
+    """
+    if isinstance(source, bytes):
+        return io.BytesIO(source), f"<{len(source)} bytes>"
+    if isinstance(source, Stored):
+        return io.BytesIO(source.read()), source.name
+    if isinstance(source, str) and source[:5].lower() == "data:":
+        return io.BytesIO(data_url_bytes(source, max_bytes=max_bytes)), shown(source)
+    if isinstance(source, str) and _URL.match(source):
+        content = fetch(source, max_bytes=max_bytes, timeout_s=timeout_s, allow_private=allow_private)
+        return io.BytesIO(content), shown(source)
+    path = Path(source) if base is None else base / source
+    return _open_path(path, what), str(path)
+
+
+def _open_path(path: Path, what: str) -> IO[bytes]:
+    try:
+        mode = path.stat().st_mode
+        if stat.S_ISREG(mode):
+            return path.open("rb")
+    except FileNotFoundError as error:
+        where = "" if path.is_absolute() else f" below {Path.cwd()}"
+        raise MediaError(f"{path}: no such file{where}; check the path") from error
+    except (OSError, ValueError) as error:  # ValueError: a null byte
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise MediaError(f"{str(path)[:200]!r}: cannot be opened ({reason})") from error
+    kind = "a directory" if stat.S_ISDIR(mode) else "a special file"
+    raise MediaError(f"{path}: {kind}, not {what}; give the path of one file")
