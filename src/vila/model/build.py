@@ -10,6 +10,7 @@ import torch
 from accelerate import dispatch_model, infer_auto_device_map, init_empty_weights
 from torch import nn
 from transformers import GenerationConfig
+from transformers.initialization import no_init_weights
 
 from vila.core.errors import LayoutError
 from vila.families.card import find_family
@@ -31,7 +32,8 @@ def build_model(
 
     Raises LayoutError listing every weight that is missing, unclaimed or of another shape.
     """
-    with init_empty_weights(include_buffers=False):
+    # Nothing is drawn that a file will overwrite; buffers are computed for real.
+    with init_empty_weights(include_buffers=False), no_init_weights():
         model = VilaForConditionalGeneration(checkpoint.config)
     expected = dict(model.named_parameters())
     here = published_names(model)

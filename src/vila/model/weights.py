@@ -100,12 +100,16 @@ class TorchFile:
     @cached_property
     def facts(self) -> Mapping[str, tuple[Shape, torch.dtype]]:
         """Shape and type of every tensor."""
-        return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in self._load().items()}
+        held = self._load()
+        # The mapping costs nothing until it is touched: the first reader takes it over.
+        self.__dict__["_opened"] = held
+        return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in held.items()}
 
     @contextmanager
     def mapped(self) -> Iterator[Get]:
         """Tensors as views of the file; of files older than PyTorch 1.6, copies."""
-        yield self._load().__getitem__
+        held = self.__dict__.pop("_opened", None)
+        yield (self._load() if held is None else held).__getitem__
 
     def _load(self) -> dict[str, Tensor]:
         try:
