@@ -182,8 +182,9 @@ def main() -> int:
         "| loader | layout | dtype | weights GB | peak / weights | seconds, least | median | least / transformers |\n"
         "|---|---|---|---|---|---|---|---|"
     )
-    for who, layout, dtype, gb, ratio, seconds, middle, relative in rows:
-        print(f"| {who} | {layout} | {dtype} | {gb:.2f} | {ratio:.3f} | {seconds:.2f} | {middle:.2f} | {relative:.2f} |")
+    for who, layout, dtype, gb, ratio, *times in rows:
+        least, middle, relative = (f"{value:.2f}" for value in times)
+        print(f"| {who} | {layout} | {dtype} | {gb:.2f} | {ratio:.3f} | {least} | {middle} | {relative} |")
     for line in broken:
         print(f"bound broken: {line}", file=sys.stderr)
     return 1 if broken else 0
