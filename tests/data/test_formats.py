@@ -1,126 +1,324 @@
-"""Every format gives samples, and a record that cannot become one is named by file and row."""
+"""The contract of every format, over all of them and every container that they read."""
 
+import copy
 import json
+import multiprocessing
+import pickle
 
 import pytest
 
-from vila.core.errors import DataError, UnknownNameError
-from vila.core.types import Image, Message, Text
+from tests.data.good import GOOD, RECORDS
+from tests.data.shards import PIXELS, write_lines, write_parquet, write_tar
+from vila.core.errors import ConfigError, DataError, UnknownNameError
+from vila.core.types import Image, Stored, Text
+from vila.data.formats import parquet
 from vila.data.formats.protocol import FORMATS
+from vila.data.formats.source import files_of
+
+CASES = pytest.mark.parametrize("case", GOOD, ids="-".join)
+JSON_FORMATS = pytest.mark.parametrize("kind", RECORDS)
 
 
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
+def opened(case, folder, **options):
+    return FORMATS[case[0]].open(GOOD[case](folder), folder, **options)
 
 
-GOOD = {
-    "messages": [
-        {
-            "id": "a",
-            "messages": [
-                {"role": "user", "content": [{"type": "image", "path": "p.png"}, {"type": "text", "text": "What?"}]},
-                {"role": "assistant", "content": "A cat."},
-            ],
-        },
-        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}], "template": "chatml"},
-    ],
-    "llava_json": [
-        {
-            "id": "a",
-            "image": "p.png",
-            "conversations": [{"from": "human", "value": "What?\n<image>"}, {"from": "gpt", "value": "A cat."}],
-        },
-        {"id": 2, "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]},
-    ],
-}
+def opened_lines(kind, rows, folder, **options):
+    return FORMATS[kind].open(write_lines(folder / "d.jsonl", rows), folder, **options)
 
 
-def opened(kind, rows, folder):
-    path = folder / "data.json"
-    if kind == "llava_json":
-        path.write_text(json.dumps(rows), encoding="utf-8")
-    else:
-        write(path, rows)
-    return FORMATS[kind].open(path, folder)
+def test_every_format_has_good_data_here():
+    assert {kind for kind, _ in GOOD} == set(FORMATS)
 
 
+@CASES
+def test_access_by_index_in_any_order_equals_going_through(case, tmp_path):
+    source = opened(case, tmp_path)
+    samples = list(source)
+    assert len(samples) == len(source) >= 3
+    assert [source[number] for number in reversed(range(len(source)))] == samples[::-1]
+    assert len({sample.id for sample in samples}) == len(samples)
+    assert all(sample.messages for sample in samples)
+    for number in (-1, len(source)):
+        with pytest.raises(IndexError, match="outside range"):
+            source[number]
+
+
+@CASES
+def test_a_source_travels_to_another_process(case, tmp_path):
+    source = opened(case, tmp_path)
+    packed = pickle.dumps(source)
+    assert len(packed) < 5000
+    assert list(pickle.loads(packed)) == list(source)
+    assert pickle.loads(pickle.dumps(source[0])) == source[0]
+    assert hash(source[0]) == hash(pickle.loads(packed)[0])
+
+
+def _samples(source):
+    return list(source)
+
+
+def test_a_source_works_in_a_process_that_knows_nothing(tmp_path):
+    source = opened(("coyo", "tar"), tmp_path)
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        assert pool.map(list, [source]) == [list(source)]
+
+
+def test_sources_work_in_processes_that_fork_while_files_are_open(tmp_path):
+    sources = []
+    for case in GOOD:
+        folder = tmp_path / "-".join(case)
+        folder.mkdir()
+        sources.append(opened(case, folder))
+    expected = [list(source) for source in sources]
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        assert pool.map(_samples, sources) == expected
+
+
+@CASES
+def test_media_are_named_and_not_opened(case, tmp_path):
+    # None of the files that records name exists.
+    for sample in opened(case, tmp_path):
+        for item in sample.media:
+            if isinstance(item.source, Stored):
+                assert str(tmp_path) in item.source.name
+                assert item.source.read() in (PIXELS, b"clip")
+            else:
+                assert tmp_path in item.source.parents
+
+
+@CASES
+def test_files_of_a_directory_are_one_source_in_the_order_of_their_names(case, tmp_path):
+    path = GOOD[case](tmp_path)
+    alone = list(FORMATS[case[0]].open(path, tmp_path))
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for name in ("b", "a"):
+        (folder / f"{name}{path.suffix}").write_bytes(path.read_bytes())
+    (folder / ".hidden.json").write_text("x")
+    (folder / "notes.txt").write_text("x")
+    both = FORMATS[case[0]].open(folder, tmp_path)
+    assert [sample.messages for sample in map(_without_media, both)] == [
+        sample.messages for sample in map(_without_media, alone * 2)
+    ]
+    assert both[0].media[:1] == () or "b" not in str(both[0].media[0].source).rpartition("/")[2].partition(".")[0]
+    assert list(FORMATS[case[0]].open(folder / f"[ab]{path.suffix}", tmp_path)) == list(both)
+
+
+def _without_media(sample):
+    messages = tuple(
+        type(message)(message.role, tuple(part for part in message.parts if isinstance(part, Text)))
+        for message in sample.messages
+    )
+    return type(sample)("", messages)
+
+
+class Told:
+    def __init__(self):
+        self.tasks = []
+
+    def started(self, task, total=None, unit=""):
+        self.tasks.append((task, unit))
+
+    def advanced(self, task, amount=1, **facts): ...
+    def said(self, text): ...
+    def finished(self, task, summary=""): ...
+
+
+@CASES
+def test_indexing_is_told_once(case, tmp_path):
+    path, told = GOOD[case](tmp_path), Told()
+    for _ in range(2):
+        FORMATS[case[0]].open(path, tmp_path, told)
+    assert told.tasks == [(f"index {path.name}", "bytes")]
+
+
+@CASES
+def test_unknown_and_wrong_options_are_named(case, tmp_path):
+    with pytest.raises(ConfigError, match=rf"format '{case[0]}': unknown option 'max_imges'.*\(known: "):
+        opened(case, tmp_path, max_imges=3)
+
+
+def test_options_of_another_type_or_choice_are_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"2 problems(?s:.*)'max_images' is '6', expected int(?s:.*)'place' is 'top'"):
+        opened(("mmc4", "jsonl"), tmp_path, max_images="6", place="top")
+
+
+@CASES
+def test_a_missing_file_is_named(case, tmp_path):
+    name = f"none{GOOD[case](tmp_path).suffix}"
+    with pytest.raises(DataError, match=f"{name}: no such file"):
+        FORMATS[case[0]].open(tmp_path / name, tmp_path)
+    with pytest.raises(DataError, match="no file matches the pattern"):
+        FORMATS[case[0]].open(tmp_path / "none-*.x", tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="the directory holds no "):
+        FORMATS[case[0]].open(tmp_path / "empty", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["d.tar.gz", "d.tgz", "d.tar.zst", "d.jsonl.gz", "d.pkl", "d.csv"])
 @pytest.mark.parametrize("kind", FORMATS)
-def test_every_format_gives_samples_by_index_with_media_unopened(kind, tmp_path):
-    source = opened(kind, GOOD[kind], tmp_path)
-    assert len(source) == 2
-    assert source[0].id == "a"
-    assert source[0].media == (Image(tmp_path / "p.png"),)
-    assert source[0].messages[-1] == Message.of("assistant", "A cat.")
-    assert source[1].messages == (Message.of("user", "Hi"), Message.of("assistant", "Ho"))
-    assert source[1] == source[1]
+def test_other_files_are_refused_with_a_reason(kind, name, tmp_path):
+    (tmp_path / name).write_bytes(b"x")
+    reason = "pickles can run code" if name == "d.pkl" else "cannot be read by" if name == "d.csv" else "compressed"
+    with pytest.raises(DataError, match=f"{name}: {reason}"):
+        FORMATS[kind].open(tmp_path / name, tmp_path)
 
 
-@pytest.mark.parametrize("kind", FORMATS)
-def test_every_format_names_a_file_that_is_missing(kind, tmp_path):
-    with pytest.raises(DataError, match="none.json: no such file"):
-        FORMATS[kind].open(tmp_path / "none.json", tmp_path)
+@CASES
+def test_a_file_that_changes_while_it_is_read_is_named(case, tmp_path):
+    source = opened(case, tmp_path)
+    path = GOOD[case](tmp_path)
+    path.write_bytes(path.read_bytes() + b" ")
+    parquet._start_anew()  # a decoded column may stay in use
+    with pytest.raises(DataError, match=r"d\.\w+: the file has changed"):
+        source[0]
 
 
-@pytest.mark.parametrize("kind", FORMATS)
-@pytest.mark.parametrize("name", ["../secret.png", "/etc/passwd"])
-def test_a_picture_outside_the_image_root_is_refused(kind, name, tmp_path):
-    text = json.dumps(GOOD[kind][:1]).replace("p.png", name)
-    with pytest.raises(DataError, match="leaves the image root"):
-        opened(kind, json.loads(text), tmp_path)[0]
+@CASES
+def test_a_file_cut_in_the_middle_is_named(case, tmp_path):
+    path = GOOD[case](tmp_path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
+    with pytest.raises(DataError, match=rf"{path.name}.*(breaks off|cut or damaged|not JSON|not a whole parquet)"):
+        list(FORMATS[case[0]].open(path, tmp_path))
 
 
-def test_a_symbolic_link_out_of_the_image_root_is_refused(tmp_path):
+def _damaged(record):
+    """The record with each value inside it replaced by something else, one at a time."""
+    places = [()]
+    while places:
+        place = places.pop()
+        value = record
+        for key in place:
+            value = value[key]
+        if isinstance(value, (dict, list)):
+            places += [(*place, key) for key in (value if isinstance(value, dict) else range(len(value)))]
+        if not place:
+            continue
+        for other in (None, 3, -1.5, True, "x", "", [], {}, [None], [[]], {"a": 1}, ["x", 2]):
+            copied = copy.deepcopy(record)
+            holder = copied
+            for key in place[:-1]:
+                holder = holder[key]
+            holder[place[-1]] = other
+            yield copied
+        copied = copy.deepcopy(record)
+        holder = copied
+        for key in place[:-1]:
+            holder = holder[key]
+        del holder[place[-1]]
+        yield copied
+
+
+@JSON_FORMATS
+def test_whatever_is_wrong_in_a_record_is_a_data_error_that_names_its_row(kind, tmp_path):
+    rows = [row for record in RECORDS[kind] for row in _damaged(record)]
+    source = opened_lines(kind, rows, tmp_path)
+    refused = 0
+    for number in range(len(source)):
+        try:
+            source[number]
+        except DataError as error:
+            refused += 1
+            assert f"d.jsonl row {number + 1}" in str(error), rows[number]
+    assert refused > len(rows) / 4
+
+
+def _renamed(kind, name):
+    text = json.dumps(RECORDS[kind])
+    return json.loads(text.replace('"p.png"', json.dumps(name)).replace('"v.mp4"', json.dumps(name)))
+
+
+@JSON_FORMATS
+@pytest.mark.parametrize("name", ["../secret.png", "/etc/passwd", "a/../../x.png", "link/x.png"])
+def test_a_file_outside_the_image_root_is_refused(kind, name, tmp_path):
     root = tmp_path / "root"
     root.mkdir()
-    (root / "p.png").symlink_to(tmp_path / "secret.png")
-    with pytest.raises(DataError, match="leaves the image root"):
-        opened("messages", GOOD["messages"], root)[0]
+    (root / "link").symlink_to(tmp_path)
+    rows = [row for row in _renamed(kind, name) if name in json.dumps(row)]
+    path = write_lines(tmp_path / "d.jsonl", rows)
+    assert rows or kind == "flan"
+    for number in range(len(rows)):
+        if kind == "vflan" and name == "/etc/passwd":
+            continue  # not the name of a picture, so base64
+        with pytest.raises(DataError, match=rf"d.jsonl row {number + 1}.*leaves the image root"):
+            FORMATS[kind].open(path, root)[number]
 
 
-def test_the_old_placeholder_rule_puts_one_picture_in_front(tmp_path):
-    first = opened("llava_json", GOOD["llava_json"], tmp_path)[0].messages[0]
-    assert first.parts == (Image(tmp_path / "p.png"), Text("\nWhat?"))
+@JSON_FORMATS
+def test_an_absolute_path_inside_the_image_root_is_accepted(kind, tmp_path):
+    name = str(tmp_path / "p.png")
+    for sample in opened_lines(kind, _renamed(kind, name), tmp_path):
+        assert all(isinstance(item.source, Stored) or item.source.is_absolute() for item in sample.media)
 
 
-def test_branches_and_template_travel(tmp_path):
-    row = {**GOOD["messages"][0], "branches": [[{"role": "user", "content": "q"}]], "template": "page"}
-    sample = opened("messages", [row], tmp_path)[0]
-    assert sample.branches == ((Message.of("user", "q"),),)
-    assert sample.template == "page"
+@JSON_FORMATS
+def test_urls_are_not_read_for_training(kind, tmp_path):
+    rows = [row for row in _renamed(kind, "http://example.org/p.png") if "http://" in json.dumps(row)]
+    for number in range(len(rows)):
+        with pytest.raises(DataError, match="is a URL; training reads local files only"):
+            opened_lines(kind, rows, tmp_path)[number]
 
 
-@pytest.mark.parametrize(
-    ("kind", "row", "message"),
-    [
-        ("messages", [], r"row 1: expected an object with a list 'messages'"),
-        ("messages", {"messages": [{"role": "bot", "content": ""}]}, "row 1 message 1: role 'bot' is not one of"),
-        ("messages", {"messages": [{"role": "user", "content": 3}]}, "content is neither text nor a list of parts"),
-        ("messages", {"messages": [{"role": "user", "content": [{"type": "sound"}]}]}, "neither a text nor an image"),
-        ("llava_json", {"id": 1}, "record 1: expected an object with a list 'conversations'"),
-        ("llava_json", {"conversations": [{"from": "bot", "value": "x"}]}, "record 1 turn 1: from='bot'"),
-        ("llava_json", {"conversations": [{"from": "human", "value": "<image>"}]}, "but the record has no image"),
-        (
-            "llava_json",
-            {"image": "a.png", "conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "y"}]},
-            "record 1: one image but 0 turns with <image>",
-        ),
-        (
-            "llava_json",
-            {"image": "a.png", "conversations": [{"from": "human", "value": "x"}, {"from": "gpt", "value": "<image>"}]},
-            "record 1 turn 2: <image> inside an answer",
-        ),
-    ],
-)
-def test_a_record_that_cannot_become_a_sample_is_named(kind, row, message, tmp_path):
-    with pytest.raises(DataError, match=message):
-        opened(kind, [row], tmp_path)[0]
+@JSON_FORMATS
+def test_a_text_of_100_000_characters_with_separators_travels_as_it_is(kind, tmp_path):
+    long = ("</s> USER: ### <|im_end|> [INST] \\n \u4e2d " * 3000)[:100_000].rstrip()
+    text = json.dumps(RECORDS[kind][0])
+    for short in ("A cat.", "A cat.\n", "s0"):
+        text = text.replace(json.dumps(short), json.dumps(long))
+    record = json.loads(text)
+    if kind == "flan":
+        record["answer"] = long
+    sample = opened_lines(kind, [record], tmp_path)[0]
+    assert any(long in message.text for message in sample.messages)
 
 
-def test_a_line_that_is_not_json_is_named(tmp_path):
-    (tmp_path / "data.json").write_text('{"messages": [\n')
-    with pytest.raises(DataError, match=r"data.json row 1: not JSON"):
-        FORMATS["messages"].open(tmp_path / "data.json", tmp_path)[0]
+def test_a_key_that_stands_twice_is_named(tmp_path):
+    (tmp_path / "d.jsonl").write_text(
+        '{"question": "a", "answer": "b"}\n{"question": "a", "question": "c", "answer": "b"}\n'
+    )
+    source = FORMATS["flan"].open(tmp_path / "d.jsonl", tmp_path)
+    assert source[0].messages[0].text == "a"
+    with pytest.raises(DataError, match=r"d.jsonl row 2: key 'question' stands twice"):
+        source[1]
+
+
+def test_a_directory_gives_its_shards_not_the_lists_beside_them(tmp_path):
+    write_tar(tmp_path / "s-0.tar", [("a.txt", "x")])
+    write_lines(tmp_path / "index.json", [{}])
+    assert files_of(tmp_path, (".tar", ".parquet", ".jsonl", ".json")) == [tmp_path / "s-0.tar"]
+    write_lines(tmp_path / "t-0.jsonl", [{}])
+    assert files_of(tmp_path, (".parquet", ".jsonl", ".json")) == [tmp_path / "t-0.jsonl"]
+
+
+def test_a_parquet_source_keeps_few_decoded_columns_and_reads_only_those_it_needs(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet, "CACHE_BYTES", 1)
+    rows = [{"image": PIXELS * 100, "text": f"t{n}", "other": "x" * 1000} for n in range(40)]
+    source = FORMATS["coyo"].open(write_parquet(tmp_path / "d.parquet", rows, group=4), tmp_path)
+    parquet._start_anew()
+    assert [source[n].messages[0].text for n in (39, 0, 17)] == ["t39", "t0", "t17"]
+    assert source[5].media[0].source.read() == PIXELS * 100
+    assert {key[3] for key in parquet._STATE._columns} <= {"image", "text"}
+    assert len(parquet._STATE._columns) == 2
+
+
+def test_missing_pyarrow_is_an_error_that_says_what_to_do(tmp_path, monkeypatch):
+    import sys
+
+    path = write_parquet(tmp_path / "d.parquet", [{"inputs": "a", "targets": "b"}])
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(Exception, match="reading parquet needs pyarrow; run: pip install pyarrow"):
+        FORMATS["flan"].open(path, tmp_path)
+
+
+def test_pictures_of_shards_know_where_they_lie(tmp_path):
+    image = opened(("coyo", "tar"), tmp_path)[1].media[0]
+    assert image == Image(image.source)
+    assert image.name == f"{tmp_path / 'd.tar'} b.jpg"
+    row = opened(("coyo", "parquet"), tmp_path)[1].media[0]
+    assert row.name == f"{tmp_path / 'd.parquet'} row 2 image"
+    inline = opened(("mmc4", "jsonl"), tmp_path)[0].media[0]
+    assert inline.name == f"{tmp_path / 'd.jsonl'} row 1 image_info[0].image_base64"
 
 
 def test_an_unknown_format_suggests_a_near_one():

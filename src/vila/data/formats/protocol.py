@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from vila.core.errors import DataError
+from vila.core.events import SILENT, Events
 from vila.core.registry import Registry
 from vila.data.mixture import Source
 
@@ -14,25 +13,31 @@ from vila.data.mixture import Source
 class DatasetFormat(Protocol):
     """Opens files of one kind."""
 
-    def open(self, path: Path, image_root: Path) -> Source:
-        """Random access to samples. Raises DataError naming file, row and reason for what cannot become one."""
+    def open(self, path: Path, image_root: Path, events: Events = SILENT, **options: Any) -> Source:
+        """Random access to samples of a file, a directory of shards or a pattern (`shards/*.tar`).
+
+        events: told how files are indexed, which is done once for each.
+        options: what the recipe's entry says; one that the format does not know is a ConfigError listing those it does.
+        Raises DataError naming file, row and reason for what cannot become a sample.
+        """
 
 
 FORMATS: Registry[DatasetFormat] = Registry(
     "dataset format",
     {
-        "messages": "vila.data.formats.messages:FORMAT",
-        "llava_json": "vila.data.formats.llava_json:FORMAT",
+        name: f"vila.data.formats.{name}:FORMAT"
+        for name in (
+            "messages",
+            "llava_json",
+            "llava_json_v15",
+            "mmc4",
+            "coyo",
+            "webdataset",
+            "vflan",
+            "flan",
+            "interleaved",
+            "cauldron",
+            "video_json",
+        )
     },
 )
-
-
-def safe_path(root: Path, name: object, where: str) -> Path:
-    """`root / name`, refused when it leaves `root` by `..`, an absolute path or a symbolic link. Raises DataError."""
-    if not isinstance(name, str) or not name:
-        raise DataError(f"{where}: picture path {name!r} is not a file name")
-    path = root / name
-    real, base = os.path.realpath(path), os.path.realpath(root)
-    if os.path.commonpath([real, base]) != base:
-        raise DataError(f"{where}: picture path {name!r} leaves the image root {root}")
-    return path

@@ -1,0 +1,58 @@
+"""Pictures with their texts, as COYO: one page each, the picture and then the text.
+
+Read from tar shards (KEY.jpg and KEY.txt, perhaps KEY.json) or parquet (a column of pictures and one of texts).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from vila.core.errors import DataError
+from vila.core.events import SILENT, Events
+from vila.core.types import Message, Sample, Text
+from vila.data.formats.media import image_of, member_image
+from vila.data.formats.rows import Row
+from vila.data.formats.source import RecordSource, read_options
+from vila.data.formats.turns import id_of, text_at
+
+
+@dataclass(frozen=True, slots=True)
+class CoyoOptions:
+    """image, text: the columns of parquet files, or the keys of KEY.json; an empty `text` takes `text` or `caption`."""
+
+    image: str = "image"
+    text: str = ""
+
+
+class CoyoFormat:
+    """Picture and text pairs."""
+
+    def open(self, path: Path, image_root: Path, events: Events = SILENT, **options: object) -> RecordSource:
+        """Random access to the pairs of a file, or of all shards of a directory. Options: see `CoyoOptions`."""
+        chosen = read_options(CoyoOptions, options, "coyo")
+        columns = ("id", chosen.image, *_texts(chosen))
+        convert = partial(sample_of, root=image_root, options=chosen)
+        return RecordSource(path, convert, kinds=(".tar", ".parquet"), columns=columns, events=events)
+
+
+def sample_of(row: Row, root: Path, options: CoyoOptions) -> Sample:
+    """The pair as one message of the user. Raises DataError naming file, row or key, and reason."""
+    if row.in_shard:
+        image = member_image(row)
+        if image is None:
+            raise DataError(f"{row.where}: no picture among its members {', '.join(sorted(row.members)) or 'none'}")
+    else:
+        image = image_of(row, (options.image,), root)
+    text = row.read_text("txt") if "txt" in row.members else text_at(row.value, _texts(options), row.where)
+    if not text.strip():
+        raise DataError(f"{row.where}: the text is empty")
+    return Sample(id_of(row.value, row.name), (Message("user", (image, Text(text))),), template="page")
+
+
+def _texts(options: CoyoOptions) -> tuple[str, ...]:
+    return (options.text,) if options.text else ("text", "caption")
+
+
+FORMAT = CoyoFormat()

@@ -1,0 +1,159 @@
+"""MMC4 documents: `text_list`, `image_info` with `matched_text_index`, `similarity_matrix`; one page each.
+
+A picture is named by `image_base64`, by `file` ("0.jpg" for member KEY.0.jpg of a tar shard) or by `image_name`. As the
+original builds its pages: the first 6 pictures in file order, put immediately before their sentences; sentences joined
+with one space, none beside a picture. A sentence that spells `<image>` is text. Read from tar, JSON lines or a list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from vila.core.errors import DataError
+from vila.core.events import SILENT, Events
+from vila.core.types import Image, Message, Part, Sample, Text
+from vila.data.formats.media import source_of
+from vila.data.formats.rows import Row
+from vila.data.formats.source import JSON, RecordSource, read_options
+from vila.data.formats.stored import Keys
+from vila.data.formats.turns import id_of, joined
+
+
+@dataclass(frozen=True, slots=True)
+class Mmc4Options:
+    """min_similarity: leave out pictures less similar to their sentence. max_images: keep the first so many.
+
+    place: a picture stands at its `matched_text_index`, or at the sentence that is most similar to it.
+    without_images: a document without pictures is a page of text, or left out.
+    """
+
+    min_similarity: float = 0.0
+    max_images: int = 6
+    place: str = field(default="matched", metadata={"choices": ("matched", "similarity")})
+    without_images: str = field(default="keep", metadata={"choices": ("keep", "drop")})
+
+
+class Mmc4Format:
+    """Interleaved documents of MMC4."""
+
+    def open(self, path: Path, image_root: Path, events: Events = SILENT, **options: object) -> RecordSource:
+        """Random access to the pages of a file, or of all shards of a directory. Options: see `Mmc4Options`."""
+        chosen = read_options(Mmc4Options, options, "mmc4")
+        keep = None
+        if chosen.without_images == "drop":
+            keep = (f"with pictures {chosen}", partial(_has_images, options=chosen))
+        convert = partial(sample_of, root=image_root, options=chosen)
+        return RecordSource(path, convert, kinds=(".tar", *JSON), keep=keep, events=events)
+
+
+def sample_of(row: Row, root: Path, options: Mmc4Options) -> Sample:
+    """The page of a document: one message of the user. Raises DataError naming file, row or key, and reason."""
+    sentences = _sentences(row)
+    placed = _placed(row, len(sentences), options)
+    images = [(sentence, _image(row, number, root)) for number, sentence in placed]
+    parts = page_of(sentences, images)
+    if not any(isinstance(part, Text) for part in parts):
+        raise DataError(f"{row.where}: the document has no text")
+    return Sample(id_of(row.value, row.name), (Message("user", parts),), template="page")
+
+
+def page_of(sentences: Sequence[str], images: Sequence[tuple[int, Image]]) -> tuple[Part, ...]:
+    """Sentences with pictures before them; images are (number of the sentence, picture), in the order of the file.
+
+    s0 s1 s2 with a at 2, b at 0, c at 2 gives b, "s0 s1", a, c, "s2".
+    """
+    pieces: list[Part | str] = []
+    for number, sentence in enumerate(sentences):
+        pieces += [" "] * bool(number) + [image for place, image in images if place == number] + [sentence]
+    parts = list(joined(pieces))
+    for number, part in enumerate(parts):
+        if isinstance(part, Text):
+            # One space on either side of a picture goes; more than one is the document's own.
+            text = part.text
+            if number + 1 < len(parts):
+                text = text.removesuffix(" ")
+            parts[number] = Text(text.removeprefix(" ") if number else text)
+    parts = list(joined(parts))
+    while parts and not isinstance(parts[-1], Text):
+        parts.pop()
+    return tuple(parts)
+
+
+def _sentences(row: Row) -> list[str]:
+    sentences = row.value.get("text_list")
+    if not isinstance(sentences, list) or not all(isinstance(sentence, str) for sentence in sentences):
+        raise DataError(f"{row.where}: expected a document with a list of texts 'text_list'")
+    return sentences
+
+
+def _placed(row: Row, sentences: int, options: Mmc4Options) -> list[tuple[int, int]]:
+    """(number in image_info, sentence) of the pictures that are shown."""
+    placed: list[tuple[int, int]] = []
+    infos = _infos(row)
+    for number, info in enumerate(infos):
+        if len(placed) == options.max_images:
+            break
+        sentence = _sentence_of(row, number, info, sentences, options)
+        if options.min_similarity <= 0 or _similarity(row, number, info, sentence) >= options.min_similarity:
+            placed.append((number, sentence))
+    return placed
+
+
+def _infos(row: Row) -> list[Any]:
+    infos = row.value.get("image_info") or []
+    if not isinstance(infos, list):
+        raise DataError(f"{row.where}: 'image_info' is not a list")
+    return infos
+
+
+def _sentence_of(row: Row, number: int, info: Any, sentences: int, options: Mmc4Options) -> int:
+    if not isinstance(info, Mapping):
+        raise DataError(f"{row.where} image_info[{number}]: not an object")
+    if options.place == "similarity":
+        similar = _similarities(row, number)
+        return max(range(len(similar)), key=similar.__getitem__)
+    sentence = info.get("matched_text_index")
+    if not isinstance(sentence, int) or not 0 <= sentence < sentences:
+        raise DataError(
+            f"{row.where} image_info[{number}]: matched_text_index is {sentence!r}, the document has {sentences} texts"
+        )
+    return sentence
+
+
+def _similarity(row: Row, number: int, info: Mapping[str, Any], sentence: int) -> float:
+    stated = info.get("matched_sim")
+    if isinstance(stated, (int, float)) and sentence == info.get("matched_text_index"):
+        return float(stated)
+    return _similarities(row, number)[sentence]
+
+
+def _similarities(row: Row, number: int) -> list[float]:
+    """Similarity of a picture to every sentence."""
+    matrix = row.value.get("similarity_matrix")
+    similar = matrix[number] if isinstance(matrix, list) and number < len(matrix) else None
+    if not isinstance(similar, list) or len(similar) != len(_sentences(row)) or not similar:
+        raise DataError(f"{row.where}: similarity_matrix has no row of {len(_sentences(row))} for picture {number}")
+    return similar
+
+
+def _image(row: Row, number: int, root: Path) -> Image:
+    info = row.value["image_info"][number]
+    here: Keys = ("image_info", number)
+    for key in ("image_base64", "file", "image_name"):
+        if info.get(key) is None:
+            continue
+        if key == "image_base64":
+            return Image(row.stored((*here, key)))
+        return Image(source_of(row, (*here, key), root))
+    raise DataError(f"{row.where} image_info[{number}]: has none of image_base64, file, image_name")
+
+
+def _has_images(row: Row, options: Mmc4Options) -> bool:
+    return bool(_placed(row, len(_sentences(row)), options))
+
+
+FORMAT = Mmc4Format()

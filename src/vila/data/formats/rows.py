@@ -1,0 +1,144 @@
+"""Records of data files by number, whatever holds them: JSON, tar or parquet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from vila.core.errors import DataError
+from vila.core.events import SILENT, Events
+from vila.core.types import Stored
+from vila.data.formats.parquet import column_names, read_row, scan_parquet
+from vila.data.formats.scan_json import parse_record, scan_json
+from vila.data.formats.scan_tar import read_members, scan_tar
+from vila.data.formats.stored import Base64Field, FileSlice, Keys, ParquetCell
+from vila.data.handles import Stamp, read_span
+from vila.data.index import Index, open_index
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One record.
+
+    value:   its content; empty for a tar sample without JSON.
+    where:   file and row (from 1) or key, for messages.
+    name:    what to call the sample when the record has no id of its own.
+    members: the other files of a tar sample by extension ("0.jpg" for KEY.0.jpg); `in_shard`: it is one.
+    stored:  where the bytes, or the base64 text, at the end of keys lie.
+    """
+
+    value: Mapping[str, Any]
+    where: str
+    name: str
+    stored: Callable[[Keys], Stored]
+    members: Mapping[str, FileSlice] = field(default_factory=dict)
+    in_shard: bool = False
+
+    def read_text(self, extension: str) -> str:
+        """The text of a member. Raises DataError when it is missing or not UTF-8."""
+        if extension not in self.members:
+            raise missing_member(self, extension)
+        try:
+            return self.members[extension].read().decode()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{self.where}: member {extension!r} is not UTF-8 text (byte {error.start})") from error
+
+
+def missing_member(row: Row, extension: str) -> DataError:
+    """The error for a member that a record names and the shard does not hold."""
+    return DataError(
+        f"{row.where}: member {extension!r} is missing; the sample has {', '.join(sorted(row.members)) or 'none'}"
+    )
+
+
+class Rows(Protocol):
+    """The records of one file."""
+
+    path: Path
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int) -> Row: ...
+
+
+class JsonRows:
+    """Records of a JSON list or of JSON lines."""
+
+    def __init__(self, path: Path, events: Events = SILENT) -> None:
+        self.path = path
+        self._index = open_index(path, "json", scan_json, events)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, number: int) -> Row:
+        """Row `number`. Raises DataError naming file and row."""
+        offset, size = self._index[number]
+        where = f"{self.path} row {number + 1}"
+        raw = read_span(self.path, offset, size, self._index.stamp)
+        stored = partial(_base64, FileSlice(self.path, offset, size, where, self._index.stamp))
+        return Row(parse_record(raw, where), where, f"{self.path.stem}/{number}", stored)
+
+
+class TarRows:
+    """Samples of a tar shard."""
+
+    def __init__(self, path: Path, events: Events = SILENT) -> None:
+        self.path = path
+        self._index = open_index(path, "tar", scan_tar, events)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, number: int) -> Row:
+        """Row `number`; `value` is the member `json` where there is one. Raises DataError naming shard and key."""
+        stamp = self._index.stamp
+        key, found = read_members(self.path, *self._index[number], stamp)
+        where = f"{self.path} sample {key!r}"
+        members = {m.extension: FileSlice(self.path, m.offset, m.size, f"{self.path} {m.name}", stamp) for m in found}
+        text = members.pop("json", None)
+        value = {} if text is None else parse_record(text.read(), where)
+        stored = partial(_base64, text or FileSlice(self.path, 0, 0, where, stamp))
+        return Row(value, where, f"{self.path.stem}/{key}", stored, members, in_shard=True)
+
+
+class ParquetRows:
+    """Rows of a parquet file; columns that are not asked for are not read."""
+
+    def __init__(self, path: Path, columns: tuple[str, ...] = (), events: Events = SILENT) -> None:
+        """columns: those of interest, all when empty; ones that the file lacks are left out."""
+        self.path = path
+        self._index: Index = open_index(path, "parquet", scan_parquet, events)
+        table = self._index.table()
+        self._length = int(table[:, 1].sum()) if len(table) else 0
+        known = column_names(path)
+        self._columns = tuple(name for name in known if not columns or name in columns)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, number: int) -> Row:
+        """Row `number`; bytes in it are `ParquetCell`s. Raises DataError naming file and row."""
+        where = f"{self.path} row {number + 1}"
+        value = read_row(self.path, number, self._columns, self._index.stamp)
+        return Row(value, where, f"{self.path.stem}/{number}", partial(_cell, self.path, number, self._index.stamp))
+
+
+def _base64(record: FileSlice, keys: Keys) -> Stored:
+    return Base64Field(record.path, record.offset, record.size, keys, record.name, record.stamp)
+
+
+def _cell(path: Path, row: int, stamp: Stamp, keys: Keys) -> Stored:
+    return ParquetCell(path, row, str(keys[0]), keys[1:], stamp)
+
+
+def open_rows(path: Path, columns: tuple[str, ...] = (), events: Events = SILENT) -> Rows:
+    """The records of a file, told by the end of its name. Raises DataError."""
+    if path.suffix == ".tar":
+        return TarRows(path, events)
+    if path.suffix == ".parquet":
+        return ParquetRows(path, columns, events)
+    return JsonRows(path, events)

@@ -1,0 +1,73 @@
+"""WebDataset tar shards: a picture or clip with KEY.txt, or KEY.json with a conversation.
+
+KEY.json holds `messages`, whose image parts name members ({"type": "image", "file": "0.jpg"} is KEY.0.jpg), or
+`question`, `answer` and `image` as `vflan` reads them, or beside one picture or clip `text` or `caption`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+from vila.chat.templates import find_template
+from vila.core.errors import DataError
+from vila.core.events import SILENT, Events
+from vila.core.types import Image, Message, Sample, Text, Video
+from vila.data.formats import messages, vflan
+from vila.data.formats.media import member_image, member_video
+from vila.data.formats.rows import Row
+from vila.data.formats.source import RecordSource, read_options
+from vila.data.formats.turns import id_of, media_first, text_at
+
+
+@dataclass(frozen=True, slots=True)
+class WebDatasetOptions:
+    """template: of every sample without its own; "page" makes a pair one page, any other (or none) question and answer.
+
+    num_frames: frames of each clip; 0 leaves the number to the model.
+    """
+
+    template: str = field(default="")
+    num_frames: int = 0
+
+
+class WebDatasetFormat:
+    """Tar shards of captions and conversations."""
+
+    def open(self, path: Path, image_root: Path, events: Events = SILENT, **options: object) -> RecordSource:
+        """Random access to the samples of a shard, or of all shards of a directory. Options: `WebDatasetOptions`.
+
+        Raises UnknownNameError for a template that does not exist.
+        """
+        chosen = read_options(WebDatasetOptions, options, "webdataset")
+        if chosen.template:
+            find_template(chosen.template)
+        return RecordSource(path, partial(sample_of, root=image_root, options=chosen), kinds=(".tar",), events=events)
+
+
+def sample_of(row: Row, root: Path, options: WebDatasetOptions) -> Sample:
+    """The sample of a shard. Raises DataError naming shard, key and reason."""
+    if "messages" in row.value:
+        sample = messages.sample_of(row, root)
+    elif "question" in row.value:
+        sample = vflan.sample_of(row, root)
+    else:
+        sample = _caption(row, options)
+    return sample if sample.template or not options.template else replace(sample, template=options.template)
+
+
+def _caption(row: Row, options: WebDatasetOptions) -> Sample:
+    medium: Image | Video | None = member_image(row) or member_video(row, options.num_frames or None)
+    if medium is None:
+        raise DataError(f"{row.where}: no picture or clip among its members {', '.join(sorted(row.members)) or 'none'}")
+    text = row.read_text("txt") if "txt" in row.members else text_at(row.value, ("text", "caption"), row.where)
+    if not text.strip():
+        raise DataError(f"{row.where}: the text is empty")
+    if options.template == "page":
+        return Sample(id_of(row.value, row.name), (Message("user", (medium, Text(text))),))
+    turns = (Message("user", media_first([medium], "")), Message.of("assistant", text))
+    return Sample(id_of(row.value, row.name), turns)
+
+
+FORMAT = WebDatasetFormat()

@@ -1,0 +1,344 @@
+"""An index finds every record of a file, notices when the file changes, and names the place where one is damaged."""
+
+import json
+import multiprocessing
+import os
+import pickle
+import random
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.data.shards import write_lines, write_list, write_tar
+from vila.core.errors import DataError
+from vila.data import handles
+from vila.data.formats import scan_json as scanner
+from vila.data.formats.scan_json import parse_record, scan_json
+from vila.data.formats.scan_tar import read_members, scan_tar
+from vila.data.handles import MAX_OPEN, read_span, stamp_of
+from vila.data.index import open_index
+
+
+class Told:
+    """Counts what is reported."""
+
+    def __init__(self):
+        self.builds, self.bytes = 0, 0
+
+    def started(self, task, total=None, unit=""):
+        self.builds += 1
+
+    def advanced(self, task, amount=1, **facts):
+        self.bytes += amount
+
+    def said(self, text): ...
+    def finished(self, task, summary=""): ...
+
+
+def spans(path):
+    return [(int(a), int(b)) for rows in scan_json(path, lambda amount: None) for a, b in rows]
+
+
+def records(path):
+    content = path.read_bytes()
+    return [json.loads(content[a : a + b]) for a, b in spans(path)]
+
+
+AWKWARD = [
+    {"text": 'a "quoted" \\ back\\\\slash \\" ], [ } { ,', "n": {"deep": [[1, 2], {"x": "]}"}]}},
+    {},
+    {"text": "\\" * 7 + '"', "id": "\u00e9\u4e2d\U0001f600"},
+    {"a": [], "b": "", "c": "\n\t"},
+]
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 7, 64, 1 << 20])
+@pytest.mark.parametrize("how", [{}, {"indent": 2}, {"ensure_ascii": False}])
+def test_a_list_is_cut_into_its_records_whatever_the_blocks_are(block, how, tmp_path, monkeypatch):
+    monkeypatch.setattr(scanner, "BLOCK", block)
+    assert records(write_list(tmp_path / "a.json", AWKWARD, **how)) == AWKWARD
+
+
+@pytest.mark.parametrize("block", [1, 5, 1 << 20])
+def test_lines_are_cut_whatever_the_blocks_are_and_blank_ones_left_out(block, tmp_path, monkeypatch):
+    monkeypatch.setattr(scanner, "BLOCK", block)
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n  \n".join(map(json.dumps, AWKWARD)) + "\r\n\r\n", encoding="utf-8")
+    assert records(path) == AWKWARD
+    path.write_text("\ufeff" + json.dumps({"a": 1}), encoding="utf-8")
+    assert records(path) == [{"a": 1}]
+
+
+_VALUES = st.recursive(
+    st.none() | st.integers() | st.text(alphabet='"\\[]{},: \u00e9a', max_size=6),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(alphabet='"\\]a', max_size=3), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(rows=st.lists(st.dictionaries(st.text(max_size=3), _VALUES, max_size=3), max_size=5), block=st.integers(1, 40))
+def test_any_list_is_cut_as_the_parser_reads_it(rows, block, tmp_path_factory):
+    path = write_list(tmp_path_factory.mktemp("any") / "a.json", rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scanner, "BLOCK", block)
+        assert records(path) == rows
+
+
+@pytest.mark.parametrize("text", ["[]", " [ ] \n", "", "\n\n"])
+def test_a_file_without_records_has_none(text, tmp_path):
+    (tmp_path / "a.json").write_text(text)
+    assert spans(tmp_path / "a.json") == []
+
+
+@pytest.mark.parametrize("at", range(1, 60, 7))
+def test_a_list_cut_in_the_middle_names_the_byte(at, tmp_path):
+    path = write_list(tmp_path / "a.json", AWKWARD)
+    path.write_bytes(path.read_bytes()[:at])
+    with pytest.raises(
+        DataError, match=rf"a.json: the JSON list breaks off at byte {at}, after \d whole records; copy"
+    ):
+        spans(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[{"a": 1}, 3]', "1 objects but 1 commas"),
+        ('[{"a": 1} {"a": 2}]', "2 objects but 0 commas"),
+        ('[{"a": 1}] {"b": 2}', "text follows the JSON list"),
+        ('[{"a": 1}]]', "text follows the JSON list"),
+    ],
+)
+def test_a_list_of_other_things_than_objects_is_refused(text, message, tmp_path):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(DataError, match=message):
+        spans(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b'{"a": 1, "b": 2, "a": 3}', "row 7: key 'a' stands twice in one object"),
+        (b'{"x": {"a": 1, "a": 1}}', "row 7: key 'a' stands twice"),
+        (b'{"a": ', "row 7: not JSON"),
+        (b'{"a": "\xff"}', "row 7: not UTF-8"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "row 7: not JSON"),
+        (b"[1]", "row 7: expected an object, got a list"),
+        (b"[" * 100_000, "row 7: nested too deeply"),
+    ],
+)
+def test_a_record_that_is_no_object_is_named(raw, message):
+    with pytest.raises(DataError, match=message):
+        parse_record(raw, "row 7")
+
+
+def test_an_index_is_built_once_and_again_when_the_file_changes(tmp_path):
+    path, told = write_lines(tmp_path / "a.jsonl", [{"n": n} for n in range(10)]), Told()
+    first = open_index(path, "json", scan_json, told)
+    assert len(first) == 10 and told.builds == 1 and told.bytes == path.stat().st_size
+    assert len(open_index(path, "json", scan_json, told)) == 10 and told.builds == 1
+    write_lines(path, [{"n": n} for n in range(100, 112)])
+    again = open_index(path, "json", scan_json, told)
+    assert len(again) == 12 and told.builds == 2
+    assert parse_record(read_span(path, *again[11]), "") == {"n": 111}
+    assert np.array_equal(again.table(), [again[number] for number in range(12)])
+
+
+def test_a_file_of_the_same_size_but_another_time_is_indexed_again(tmp_path):
+    path, told = write_lines(tmp_path / "a.jsonl", [{"n": 1}, {"n": 22}]), Told()
+    open_index(path, "json", scan_json, told)
+    write_lines(path, [{"n": 11}, {"n": 2}])
+    os.utime(path, ns=(1, 1))
+    index = open_index(path, "json", scan_json, told)
+    assert told.builds == 2
+    assert parse_record(read_span(path, *index[0]), "") == {"n": 11}
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda raw: raw[:-3], lambda raw: raw[:100], lambda raw: b"x" + raw[1:], lambda raw: b""]
+)
+def test_a_damaged_index_is_built_again(damage, tmp_path, own_cache):
+    path = write_lines(tmp_path / "a.jsonl", [{"n": n} for n in range(3)])
+    expected = open_index(path, "json", scan_json).table()
+    (file,) = (own_cache / "index").iterdir()
+    file.write_bytes(damage(file.read_bytes()))
+    assert np.array_equal(open_index(path, "json", scan_json).table(), expected)
+
+
+def test_a_scan_that_fails_leaves_no_index(tmp_path, own_cache):
+    path = write_list(tmp_path / "a.json", AWKWARD)
+    path.write_bytes(path.read_bytes()[:-1])
+    for _ in range(2):
+        with pytest.raises(DataError, match="breaks off"):
+            open_index(path, "json", scan_json)
+    assert list((own_cache / "index").iterdir()) == []
+
+
+def _opened(path):
+    index = open_index(path, "json", scan_json)
+    return [index[number] for number in range(len(index))]
+
+
+def test_processes_that_build_at_once_agree(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [{"n": n} for n in range(500)])
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        results = pool.map(_opened, [path] * 8, chunksize=1)
+    assert all(result == results[0] for result in results) and len(results[0]) == 500
+
+
+def test_a_position_outside_is_an_index_error(tmp_path):
+    index = open_index(write_lines(tmp_path / "a.jsonl", [{}]), "json", scan_json)
+    for number in (-1, 1):
+        with pytest.raises(IndexError, match=r"outside range\(1\)"):
+            index[number]
+
+
+def test_an_index_travels_as_a_few_bytes(tmp_path):
+    index = open_index(write_lines(tmp_path / "a.jsonl", [{"n": n} for n in range(5000)]), "json", scan_json)
+    packed = pickle.dumps(index)
+    assert len(packed) < 2000
+    assert pickle.loads(packed)[4999] == index[4999]
+
+
+def test_a_file_that_changes_while_it_is_read_is_named(tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", [{"n": n} for n in range(3)])
+    index = open_index(path, "json", scan_json)
+    read_span(path, *index[0], index.stamp)
+    with path.open("a") as stream:
+        stream.write('{"n": 3}\n')
+    with pytest.raises(DataError, match=r"a.jsonl: the file has changed since it was opened"):
+        read_span(path, *index[0], index.stamp)
+
+
+def test_a_file_that_is_cut_or_removed_is_named(tmp_path):
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"0123456789")
+    with pytest.raises(DataError, match=r"a.bin: ends 5 bytes before"):
+        read_span(path, 5, 10)
+    path.unlink()
+    handles.forget(path)
+    with pytest.raises(DataError, match=r"a.bin: no such file"):
+        read_span(path, 0, 1)
+    with pytest.raises(DataError, match="a directory, expected a file"):
+        stamp_of(tmp_path)
+
+
+def test_only_a_few_files_are_open_at_once_and_all_are_read(tmp_path):
+    folder = Path("/proc/self/fd")
+    if not folder.is_dir():
+        pytest.skip("needs /proc")
+    before = len(list(folder.iterdir()))
+    for number in range(3 * MAX_OPEN):
+        (tmp_path / f"{number}").write_bytes(b"%06d" % number)
+    for number in (n for _ in range(2) for n in range(3 * MAX_OPEN)):
+        assert read_span(tmp_path / f"{number}", 0, 6) == b"%06d" % number
+    assert len(list(folder.iterdir())) <= before + MAX_OPEN
+
+
+def test_threads_that_read_more_files_than_stay_open_get_what_they_asked_for(tmp_path):
+    for number in range(2 * MAX_OPEN):
+        (tmp_path / f"{number}").write_bytes(b"%06d" % number * 100)
+
+    def read_all(seed):
+        order = random.Random(seed).sample(range(2 * MAX_OPEN), 2 * MAX_OPEN)
+        return all(read_span(tmp_path / f"{number}", 60, 60) == b"%06d" % number * 10 for number in order)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(read_all, range(16)))
+
+
+def test_a_long_name_of_any_characters_fits_the_header(tmp_path):
+    folder = tmp_path
+    for _ in range(6):
+        folder = folder / ("\U0001f600" * 60)
+    folder.mkdir(parents=True)
+    path = write_lines(folder / "a.jsonl", [{"n": n} for n in range(5)])
+    index = open_index(path, "json", scan_json)
+    assert parse_record(read_span(path, *index[0]), "") == {"n": 0}
+
+
+GOOD = [
+    ("a/x.0.jpg", b"1"),
+    ("a/x.json", {"n": 1}),
+    ("a/y.jpg", b"2" * 600),
+    ("b/x.tar.txt", "t"),
+    ("b/long" + "l" * 200 + ".txt", "u"),
+]
+
+
+def tar_spans(path):
+    return [tuple(map(int, row)) for rows in scan_tar(path, lambda amount: None) for row in rows]
+
+
+def test_a_shard_gives_its_samples_in_order(tmp_path):
+    path = write_tar(tmp_path / "s.tar", GOOD)
+    stamp = stamp_of(path)
+    samples = [read_members(path, *span, stamp) for span in tar_spans(path)]
+    assert [key for key, _ in samples] == ["a/x", "a/y", "b/x", "b/long" + "l" * 200]
+    assert [[member.extension for member in members] for _, members in samples] == [
+        ["0.jpg", "json"],
+        ["jpg"],
+        ["tar.txt"],
+        ["txt"],
+    ]
+    contents = [read_span(path, member.offset, member.size) for _, members in samples for member in members]
+    assert contents == [b"1", b'{"n": 1}', b"2" * 600, b"t", b"u"]
+
+
+def test_files_of_no_sample_are_left_out(tmp_path):
+    path = write_tar(tmp_path / "s.tar", [("README", "r"), ("x.txt", "1"), (".x.txt", "h"), ("./y.txt", "2")])
+    assert [read_members(path, *span, stamp_of(path))[0] for span in tar_spans(path)] == ["x", "y"]
+
+
+def test_a_shard_cut_at_any_place_is_named(tmp_path):
+    path = write_tar(tmp_path / "s.tar", GOOD)
+    whole = path.read_bytes()
+    last = max(
+        member.offset + member.size
+        for span in tar_spans(path)
+        for member in read_members(path, *span, stamp_of(path))[1]
+    )
+    for end in random.Random(0).sample(range(1, last), 25):
+        path.write_bytes(whole[:end])
+        with pytest.raises(DataError, match=r"s.tar: the shard is cut or damaged .*copy or download it again"):
+            tar_spans(path)
+    path.write_bytes(whole[: 512 * 2 + 512 * 2 + 100])
+    with pytest.raises(DataError, match=r"after member 'a/x.json'"):
+        tar_spans(path)
+
+
+def test_a_shard_cut_inside_a_member_names_it(tmp_path):
+    path = write_tar(tmp_path / "s.tar", GOOD[:3])
+    path.write_bytes(path.read_bytes()[: 5 * 512 + 10])
+    with pytest.raises(DataError, match=r"inside member 'a/y.jpg'"):
+        tar_spans(path)
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        ([("x.jpg", b""), ("y.jpg", b""), ("x.txt", "")], "member 'x.txt' stands apart from the others of sample 'x'"),
+        ([("x.jpg", b"1"), ("x.jpg", b"2")], "member 'x.jpg' stands twice"),
+    ],
+)
+def test_members_that_do_not_make_samples_are_named(members, message, tmp_path):
+    with pytest.raises(DataError, match=message):
+        tar_spans(write_tar(tmp_path / "s.tar", members))
+
+
+def test_a_link_in_a_shard_is_refused(tmp_path):
+    import tarfile
+
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        info = tarfile.TarInfo("x.jpg")
+        info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(info)
+    with pytest.raises(DataError, match=r"member 'x.jpg' is a link or a device"):
+        tar_spans(tmp_path / "s.tar")
