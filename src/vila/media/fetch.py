@@ -42,7 +42,7 @@ def fetch(
     Raises MediaError naming the URL (its query left out, for it may hold a key), the reason and what to do.
     """
     until = time.monotonic() + timeout_s
-    target = _parse(url)
+    target = parse_url(url)
     seen = {url}
     while True:
         try:
@@ -68,7 +68,7 @@ def fetch(
         if len(seen) > max_redirects:
             raise MediaError(f"{shown(url)}: more than {max_redirects} redirects; give the address that they end at")
         seen.add(answer)
-        following = _parse(answer)
+        following = parse_url(answer)
         if target.scheme == "https" and following.scheme == "http":
             raise MediaError(f"{target.shown}: redirects from https to http ({following.shown}); give an https address")
         target = following
@@ -109,7 +109,7 @@ def shown(url: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class _Target:
+class Target:
     """One URL, taken apart and checked; `path` is ready to be sent."""
 
     scheme: str
@@ -120,10 +120,12 @@ class _Target:
 
     @property
     def shown(self) -> str:
+        """The address as messages name it."""
         return shown(self.url)
 
 
-def _parse(url: str) -> _Target:
+def parse_url(url: str) -> Target:
+    """The parts of an http or https address. Raises MediaError for any other, and for one with credentials."""
     try:
         parts = urlsplit(url)
         host = (parts.hostname or "").encode("idna").decode("ascii")
@@ -137,10 +139,10 @@ def _parse(url: str) -> _Target:
     if parts.username is not None or parts.password is not None:
         raise MediaError(f"{shown(url)}: holds a user name or password, which is not supported; {_BY_PATH}")
     path = quote((parts.path or "/") + (f"?{parts.query}" if parts.query else ""), safe=string.punctuation)
-    return _Target(parts.scheme, host, port or (443 if parts.scheme == "https" else 80), path, url)
+    return Target(parts.scheme, host, port or (443 if parts.scheme == "https" else 80), path, url)
 
 
-def _ask(target: _Target, until: float, max_bytes: int, allow_private: bool) -> bytes | str:
+def _ask(target: Target, until: float, max_bytes: int, allow_private: bool) -> bytes | str:
     """One request. Returns the body, or the absolute URL that the server redirects to."""
     addresses = resolve(target.host, target.port, until)
     for *_, address in addresses:
@@ -171,7 +173,7 @@ def _ask(target: _Target, until: float, max_bytes: int, allow_private: bool) -> 
         connection.close()
 
 
-def _read(response: http.client.HTTPResponse, target: _Target, max_bytes: int) -> bytes:
+def _read(response: http.client.HTTPResponse, target: Target, max_bytes: int) -> bytes:
     promised = response.length
     if promised is not None and promised > max_bytes:
         raise _too_large(target.shown, max_bytes)

@@ -1,0 +1,155 @@
+"""COYO-700M: pairs of alt-text and image URL with CLIP similarities, of which stage 2 of VILA takes the best.
+
+Two steps. `select_coyo` turns each parquet file into lists of chosen rows; `prepare_coyo` downloads those lists.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from vila.core.errors import ConfigError, DataError
+from vila.core.events import SILENT, Events, task
+from vila.core.files import read_json, write_json, write_jsonl
+from vila.media.fetch_many import DEFAULT_RULES, FetchRules
+from vila.prepare.counts import Counts
+from vila.prepare.download import Download, Page, Results, download_units
+from vila.prepare.gather import gather
+from vila.prepare.parts import inputs_hash, mine, same_settings, unit_names
+from vila.prepare.records import read_parquet, read_rows
+from vila.prepare.resize import SHORT_SIDE_336, ResizeRule
+from vila.prepare.shards import TarSample, json_member, safe_key
+from vila.prepare.spool import Failure
+
+ROWS_PER_UNIT = 12_440
+"""Rows of one list, and so of one work unit; the original's parts hold as many."""
+_SCORES = ("clip_similarity_vitb32", "clip_similarity_vitl14")
+
+
+def select_coyo(
+    sources: Sequence[Path],
+    out: Path,
+    *,
+    share: float | None = 0.2,
+    threshold: float | None = 0.6,
+    rows_per_unit: int = ROWS_PER_UNIT,
+    shard: tuple[int, int] = (0, 1),
+    events: Events = SILENT,
+) -> list[Path]:
+    """Write `OUT/FILE-0000.jsonl` and so on: the chosen rows of each parquet file, best first: id, url, text, clip_sim.
+
+    clip_sim is the sum of both published similarities. Both rules hold where both are given: a row must be over
+    `threshold` and among the best `share` of all rows of its file. The original takes 20 % and stops when 0.6 leaves
+    fewer; ours takes what is left and counts the rest.
+    With `shard` = (k, n) worker k selects from every n-th file. Returns the lists of this worker, also on a second
+    call, which does nothing else. `OUT/FILE.selected.json` holds the counts.
+    """
+    if share is None and threshold is None:
+        raise ConfigError("share and threshold are both none; give at least one, or download the files as they are")
+    if share is not None and not 0 < share <= 1:
+        raise ConfigError(f"share: {share}; expected a number over 0, at most 1")
+    units = unit_names(sources)
+    rule = {"share": share, "threshold": threshold, "rows_per_unit": rows_per_unit}
+    same_settings(out, {"step": "coyo selection", **rule, "inputs": inputs_hash(units)})
+    lists: list[Path] = []
+    own = mine(units, shard)
+    with task(events, "coyo: selection", len(own), "files"):
+        for name in own:
+            record = out / f"{name}.selected.json"
+            if not record.is_file():
+                write_json(record, _select(name, units[name], out, share, threshold, rows_per_unit))
+            facts = read_json(record)
+            lists += [out / file for file in facts["files"]]
+            events.advanced("coyo: selection")
+    return lists
+
+
+def best_rows(scores: Sequence[float], share: float | None, threshold: float | None) -> list[int]:
+    """Indices of the chosen scores, best first; equal scores in their own order, NaN never chosen.
+
+    >>> best_rows([0.5, 0.9, 0.7, 0.9], share=0.5, threshold=0.6)
+    [1, 3]
+    """
+    enough = [index for index, score in enumerate(scores) if score > (-math.inf if threshold is None else threshold)]
+    enough.sort(key=lambda index: -scores[index])
+    return enough if share is None else enough[: int(len(scores) * share + 1e-9)]
+
+
+def prepare_coyo(
+    lists: Sequence[Path],
+    out: Path,
+    *,
+    rules: FetchRules = DEFAULT_RULES,
+    resize: ResizeRule = SHORT_SIDE_336,
+    per_shard: int = 10_000,
+    shard: tuple[int, int] = (0, 1),
+    keep_parts: bool = True,
+    events: Events = SILENT,
+) -> dict[str, Any] | None:
+    """Download selected pairs to `OUT/coyo-000000.tar` and so on: `KEY.jpg`, `KEY.txt`, `KEY.json` (id, url, clip_sim).
+
+    lists: those of all workers, the same on every worker; worker `shard` = (k, n) downloads every n-th.
+    Returns the index, or None while other workers are not finished. Call again to go on after a kill.
+    """
+    units = unit_names(lists)
+    settings = {"step": "coyo", "per_shard": per_shard, **resize.facts, "inputs": inputs_hash(units)}
+    same_settings(out, settings)
+    if not (out / "index.json").is_file():
+        job = Download(out, "pairs", coyo_pages, pair_sample, rules, resize)
+        download_units({name: units[name] for name in mine(units, shard)}, job, events)
+    return gather(
+        out, "coyo", "pairs", list(units), per_shard=per_shard, shard=shard, keep_parts=keep_parts, events=events
+    )
+
+
+def coyo_pages(path: Path) -> Iterator[Page | str]:
+    """The pairs of one list: records with `url` and `text`; whatever else they hold travels along."""
+    unit = safe_key(path.name.partition(".")[0])
+    for row, record in read_rows(path):
+        url, text = record.get("url"), record.get("text")
+        if not isinstance(url, str) or not url:
+            yield "no url"
+        elif not isinstance(text, str) or not text.strip():
+            yield "no text"
+        else:
+            yield Page(f"{unit}-{row:06d}", record, (url,))
+
+
+def pair_sample(page: Page, results: Results, counts: Counts) -> TarSample | str:
+    """One pair: the picture, the caption as plain text, and the record without it."""
+    picture = results[0]
+    if isinstance(picture, Failure):
+        return picture.kind
+    facts = {key: value for key, value in page.record.items() if key != "text"}
+    text = page.record["text"].encode()
+    return TarSample(page.key, ((picture.extension, picture.content), ("txt", text), json_member(facts)))
+
+
+def _select(
+    name: str, path: Path, out: Path, share: float | None, threshold: float | None, rows_per_unit: int
+) -> dict[str, Any]:
+    scores = [_score(record) for _, record in read_parquet(path, _SCORES)]
+    chosen = best_rows(scores, share, threshold)
+    if not all(math.isfinite(scores[index]) for index in chosen):
+        raise DataError(f"{path}: an infinite similarity; download it again")
+    rank = {row: position for position, row in enumerate(chosen)}
+    found: list[dict[str, Any]] = [{}] * len(chosen)
+    for number, record in read_parquet(path, ("id", "url", "text")):
+        position = rank.get(number - 1)
+        if position is not None:
+            found[position] = record | {"clip_sim": scores[number - 1]}
+    files = []
+    for index in range(0, len(found), rows_per_unit):
+        files.append(f"{name}-{index // rows_per_unit:04d}.jsonl")
+        write_jsonl(out / files[-1], found[index : index + rows_per_unit])
+    passed = len(best_rows(scores, None, threshold))
+    counts = Counts(len(scores), len(chosen))
+    counts.dropped.update({"below the threshold": len(scores) - passed, "outside the share": passed - len(chosen)})
+    return {"files": files, "counts": counts.as_json()}
+
+
+def _score(record: dict[str, Any]) -> float:
+    values = [record[key] for key in _SCORES]
+    return math.nan if None in values else float(sum(values))

@@ -1,0 +1,76 @@
+"""LLaVA-CC3M-Pretrain-595K (arXiv 2304.08485): the captions that stage 1 aligns the projector with."""
+
+from __future__ import annotations
+
+import shutil
+import zipfile
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from vila.core.errors import DataError
+from vila.core.events import SILENT, Events, task
+from vila.core.files import atomic_path
+from vila.prepare.json_list import conversation_fault, image_check, image_paths, rewrite_json
+
+MAX_MEMBER_BYTES = 64 * 2**20
+MAX_TOTAL_BYTES = 64 * 2**30
+
+
+def prepare_llava_align(
+    source: Path, images: Path, out: Path, *, decode: bool = False, events: Events = SILENT
+) -> dict[str, Any]:
+    """Write `OUT/LLaVA-CC3M-Pretrain-595K.json` from `chat.json` with every record that is whole.
+
+    images: the folder of pictures, or the published `images.zip`, which is unpacked to `OUT/images`.
+    decode: also decode every picture, which takes about an hour for 595,375 of them on one core.
+    Returns the index; records that were left out are in `OUT/log/failures.jsonl` with the reason.
+    """
+    folder = unpack_images(images, out / "images", events) if images.suffix.lower() == ".zip" else images
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; give the folder of pictures, or images.zip")
+    checks = (_has_image, conversation_fault, image_check(folder, decode=decode))
+    settings = {"step": "llava_align", "decode": decode, "images": folder.name}
+    return rewrite_json(source, out, "LLaVA-CC3M-Pretrain-595K", checks, settings, events)
+
+
+def unpack_images(archive: Path, folder: Path, events: Events = SILENT) -> Path:
+    """Unpack a zip of pictures to `folder`, which appears when it is whole; returns it. No member may leave it.
+
+    Raises DataError for damage, for members with other places in their names, and for more than the limits above.
+    """
+    if folder.is_dir():
+        return folder
+    try:
+        with zipfile.ZipFile(archive) as opened, atomic_path(folder) as part:
+            members = [one for one in opened.infolist() if not one.is_dir()]
+            _check_members(archive, members)
+            part.mkdir()
+            with task(events, f"unpacking {archive.name}", len(members), "files"):
+                for member in members:
+                    target = part / member.filename
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    with opened.open(member) as stream, target.open("wb") as file:
+                        shutil.copyfileobj(stream, file)
+                    events.advanced(f"unpacking {archive.name}")
+    except (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError) as error:
+        raise DataError(f"{archive}: cannot be unpacked ({error}); download it again") from error
+    return folder
+
+
+def _check_members(archive: Path, members: list[zipfile.ZipInfo]) -> None:
+    # zipfile never reads more of a member than its entry announces, so checking what is announced is enough.
+    total = 0
+    for member in members:
+        path = PurePosixPath(member.filename)
+        if path.is_absolute() or ".." in path.parts or "\\" in member.filename:
+            raise DataError(f"{archive}: member {member.filename!r} points outside; refused")
+        total += member.file_size
+        if member.file_size > MAX_MEMBER_BYTES or total > MAX_TOTAL_BYTES:
+            raise DataError(
+                f"{archive}: member {member.filename!r} brings it to {total:,} bytes; refused over "
+                f"{MAX_MEMBER_BYTES:,} bytes a file and {MAX_TOTAL_BYTES:,} in all"
+            )
+
+
+def _has_image(record: dict[str, Any]) -> str:
+    return "" if len(image_paths(record)) == 1 else "not exactly one image"

@@ -1,0 +1,110 @@
+"""MMC4 (arXiv 2304.06939): documents of sentences, and images by URL with the sentence that each belongs to.
+
+Stage 2 of VILA trains on MMC4-core, "fewer faces": about 300 documents in each of its 23,098 `.jsonl.zip` files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from vila.core.events import SILENT, Events
+from vila.media.fetch_many import DEFAULT_RULES, FetchRules
+from vila.prepare.counts import Counts
+from vila.prepare.download import Download, Page, Results, download_units
+from vila.prepare.gather import gather
+from vila.prepare.parts import inputs_hash, mine, same_settings, unit_names
+from vila.prepare.records import read_rows
+from vila.prepare.resize import SHORT_SIDE_336, ResizeRule
+from vila.prepare.shards import TarSample, json_member, safe_key
+from vila.prepare.spool import Failure
+
+
+def prepare_mmc4(
+    sources: Sequence[Path],
+    out: Path,
+    *,
+    drop_incomplete: bool = False,
+    rules: FetchRules = DEFAULT_RULES,
+    resize: ResizeRule = SHORT_SIDE_336,
+    per_shard: int = 1000,
+    shard: tuple[int, int] = (0, 1),
+    keep_parts: bool = True,
+    events: Events = SILENT,
+) -> dict[str, Any] | None:
+    """Documents with their images in `OUT/mmc4-000000.tar` and so on: `KEY.json`, `KEY.0.jpg`, `KEY.1.png`, ...
+
+    sources:         the published files, all of them on every worker; worker `shard` = (k, n) does every n-th.
+    drop_incomplete: as in the original, a document goes when any of its images cannot be had. Ours loses that image
+                     alone (its row of the similarity matrix too), and the document only when no image is left.
+    `KEY.json` is the document as published; each entry of `image_info` gains `file`, the suffix of its member.
+    Returns the index, or None while other workers are not finished. Call again to go on after a kill.
+    """
+    units = unit_names(sources)
+    settings = {"step": "mmc4", "drop_incomplete": drop_incomplete, "per_shard": per_shard}
+    same_settings(out, settings | resize.facts | {"inputs": inputs_hash(units)})
+    if not (out / "index.json").is_file():
+        assemble = partial(mmc4_sample, drop_incomplete=drop_incomplete)
+        job = Download(out, "mmc4", mmc4_pages, assemble, rules, resize)
+        download_units({name: units[name] for name in mine(units, shard)}, job, events)
+    return gather(
+        out, "mmc4", "mmc4", list(units), per_shard=per_shard, shard=shard, keep_parts=keep_parts, events=events
+    )
+
+
+def mmc4_pages(path: Path) -> Iterator[Page | str]:
+    """The documents of one published file."""
+    unit = safe_key(path.name.partition(".")[0])
+    for row, document in read_rows(path):
+        fault = mmc4_fault(document)
+        if fault:
+            yield fault
+        else:
+            urls = tuple(info["raw_url"] for info in document["image_info"])
+            yield Page(f"{unit}-{row:06d}", document, urls)
+
+
+def mmc4_fault(document: dict[str, Any]) -> str:
+    """Why a record is no MMC4 document, or nothing when it is one. Asks for no URL: images may be there already."""
+    texts, infos, matrix = (document.get(key) for key in ("text_list", "image_info", "similarity_matrix"))
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        return "text_list is not a list of sentences"
+    if not isinstance(infos, list) or not all(isinstance(info, dict) for info in infos):
+        return "image_info is not a list of objects"
+    for info in infos:
+        index = info.get("matched_text_index")
+        if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < len(texts):
+            return "matched_text_index names no sentence"
+        if "raw_url" in info and not isinstance(info["raw_url"], str):
+            return "raw_url is not text"
+        if "raw_url" not in info and "image_base64" not in info:
+            return "an image without raw_url"
+    if matrix is not None and (not isinstance(matrix, list) or len(matrix) != len(infos)):
+        return "similarity_matrix and image_info differ in length"
+    return ""
+
+
+def mmc4_sample(page: Page, results: Results, counts: Counts, *, drop_incomplete: bool) -> TarSample | str:
+    """One document with the pictures that could be had, in their order."""
+    failed = sum(isinstance(result, Failure) for result in results)
+    if failed and drop_incomplete:
+        return "an image failed"
+    if failed == len(results):
+        return "no image left" if failed else "no image"
+    if failed:
+        counts.noted["documents without some image"] += 1
+    kept = [index for index, result in enumerate(results) if not isinstance(result, Failure)]
+    infos: list[dict[str, Any]] = []
+    members: list[tuple[str, bytes]] = []
+    for number, index in enumerate(kept):
+        picture = results[index]
+        assert not isinstance(picture, Failure)
+        file = f"{number}.{picture.extension}"
+        infos.append(page.record["image_info"][index] | {"file": file})
+        members.append((file, picture.content))
+    document = page.record | {"image_info": infos}
+    if document.get("similarity_matrix") is not None:
+        document["similarity_matrix"] = [document["similarity_matrix"][index] for index in kept]
+    return TarSample(page.key, (json_member(document), *members))

@@ -1,0 +1,127 @@
+"""Parts: what one work unit gives, in `OUT/parts/`. A part is finished when its record, written last, is there.
+
+UNIT.tar or UNIT.jsonl   the samples
+UNIT.failures.jsonl      what could not be had, a line each: {"url" or "row", "reason", ...}
+UNIT.part.json           the record: samples, bytes, sha256, counts
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from vila.core.errors import ConfigError, DataError
+from vila.core.files import atomic_path, read_json, sha256_file, write_json, write_jsonl
+from vila.prepare.counts import Counts
+from vila.prepare.shards import TarSample, safe_key, write_tar
+
+Kind = Literal["mmc4", "pairs", "vflan", "text"]
+"""`mmc4`: documents; `pairs`: image and text; `vflan`: question, answer, images; `text`: JSON lines without images."""
+
+
+def suffix_of(kind: Kind) -> str:
+    """The kind of file that samples of `kind` lie in."""
+    return ".jsonl" if kind == "text" else ".tar"
+
+
+def unit_names(paths: Sequence[Path]) -> dict[str, Path]:
+    """Input files by the name of their work unit, in alphabetical order. Raises ConfigError when two names collide."""
+    units: dict[str, Path] = {}
+    for path in sorted(paths, key=lambda path: (path.name, str(path))):
+        name = safe_key(path.name.partition(".")[0])
+        if name in units:
+            raise ConfigError(f"{path} and {units[name]} would both become unit {name!r}; rename one")
+        units[name] = path
+    if not units:
+        raise ConfigError("no input files; name at least one")
+    return units
+
+
+def inputs_hash(units: Mapping[str, Path]) -> str:
+    """One hash over the names and sizes of the inputs: workers must see the same ones. All must be there."""
+    missing = [str(path) for path in units.values() if not path.is_file()]
+    if missing:
+        raise ConfigError.collect("missing inputs", missing)
+    lines = (f"{name} {path.stat().st_size}\n" for name, path in units.items())
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
+
+
+def mine(names: Iterable[str], shard: tuple[int, int]) -> list[str]:
+    """The units of worker `shard` = (k, n), k from 0: every n-th. The workers' shares are disjoint and whole."""
+    index, workers = shard
+    if not 0 <= index < workers:
+        raise ConfigError(f"shard {index} of {workers}: expected a number from 0 to {workers - 1}")
+    return [name for position, name in enumerate(names) if position % workers == index]
+
+
+def record_path(out: Path, unit: str) -> Path:
+    """Where the record of `unit` lies."""
+    return out / "parts" / f"{unit}.part.json"
+
+
+def part_path(out: Path, unit: str, kind: Kind) -> Path:
+    """Where the samples of `unit` lie."""
+    return out / "parts" / f"{unit}{suffix_of(kind)}"
+
+
+def is_finished(out: Path, unit: str) -> bool:
+    """Whether `unit` needs no more work."""
+    return record_path(out, unit).is_file()
+
+
+def write_part(
+    out: Path, unit: str, kind: Kind, samples: Iterable[Any], counts: Counts, failures: Iterable[dict[str, Any]] = ()
+) -> None:
+    """Write one part whole, its record last. `samples` may fill `counts` and what `failures` holds as it is consumed.
+
+    samples: `TarSample`s, or plain values for kind `text`.
+    """
+    path = part_path(out, unit, kind)
+    with atomic_path(path) as part:
+        if kind == "text":
+            write_jsonl(part, samples)
+        else:
+            write_tar(part, _tar_samples(samples))
+        size, digest = part.stat().st_size, sha256_file(part)
+    write_jsonl(path.with_name(f"{unit}.failures.jsonl"), failures)
+    write_json(
+        record_path(out, unit),
+        {"unit": unit, "samples": counts.written, "bytes": size, "sha256": digest, "counts": counts.as_json()},
+    )
+
+
+def read_record(out: Path, unit: str) -> dict[str, Any]:
+    """The record of a finished part. Raises DataError when the unit is not finished."""
+    path = record_path(out, unit)
+    if not path.is_file():
+        raise DataError(f"{path}: missing; unit {unit!r} is not finished, run its worker first")
+    record: dict[str, Any] = read_json(path)
+    return record
+
+
+def same_settings(out: Path, settings: dict[str, Any]) -> None:
+    """Store what `out` is prepared with, or compare it: parts of two minds may not be mixed.
+
+    Raises ConfigError naming every difference.
+    """
+    path = out / "settings.json"
+    if not path.is_file():
+        write_json(path, settings)
+        return
+    before: dict[str, Any] = read_json(path)
+    keys = sorted(before.keys() | settings.keys())
+    changed = [f"{key}: {before.get(key)!r} -> {settings.get(key)!r}" for key in keys if _differ(before, settings, key)]
+    if changed:
+        raise ConfigError.collect(f"{out}: begun with other settings; keep to them or choose another folder", changed)
+
+
+def _differ(before: dict[str, Any], now: dict[str, Any], key: str) -> bool:
+    return key not in before or key not in now or before[key] != now[key]
+
+
+def _tar_samples(samples: Iterable[Any]) -> Iterable[TarSample]:
+    for sample in samples:
+        assert isinstance(sample, TarSample)
+        yield sample

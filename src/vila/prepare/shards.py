@@ -1,0 +1,92 @@
+"""WebDataset shards: plain tar files of samples, written the same way every time, read one sample at a time."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import tarfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vila.core.errors import DataError
+
+_KEY = re.compile(r"[A-Za-z0-9_-]+")
+
+
+@dataclass(frozen=True, slots=True)
+class TarSample:
+    """One sample. `members` are pairs of a suffix (`json`, `0.jpg`) and content; a file is called `KEY.SUFFIX`."""
+
+    key: str
+    members: tuple[tuple[str, bytes], ...]
+
+
+def json_member(value: Any) -> tuple[str, bytes]:
+    """The member `json` of a sample."""
+    return "json", json.dumps(value, ensure_ascii=False).encode()
+
+
+def safe_key(text: str) -> str:
+    """`text` as a key: letters, digits, `_` and `-` stay. Dots would end a key, slashes would make folders."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "_", text) or "_"
+
+
+def write_tar(path: Path, samples: Iterable[TarSample]) -> int:
+    """Write samples in their order and return their number. Equal samples give equal bytes."""
+    written = 0
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
+        for sample in samples:
+            if not _KEY.fullmatch(sample.key):
+                raise DataError(f"{path}: the key {sample.key!r} is not made of letters, digits, '_' and '-'")
+            for suffix, content in sample.members:
+                member = tarfile.TarInfo(f"{sample.key}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+            written += 1
+    return written
+
+
+def read_tar(path: Path) -> Iterator[TarSample]:
+    """Samples in their order. Raises DataError naming the shard when it is cut short or no plain tar file."""
+    key = ""
+    members: list[tuple[str, bytes]] = []
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                stream = tar.extractfile(member)
+                if stream is None:
+                    raise DataError(f"{path}: {member.name!r} is not a plain file; write the shard again")
+                name, _, suffix = member.name.partition(".")
+                if name != key and members:
+                    yield TarSample(key, tuple(members))
+                    members = []
+                key = name
+                members.append((suffix, stream.read()))
+            _check_end(path, tar.offset)
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise DataError(f"{path}: not a whole tar file ({error}); delete it and prepare it again") from error
+    if members:
+        yield TarSample(key, tuple(members))
+
+
+def _check_end(path: Path, end: int) -> None:
+    # tarfile takes a file that stops inside or before a header for one that ends there.
+    with path.open("rb") as stream:
+        stream.seek(end)
+        if stream.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+            raise EOFError(f"no end mark at byte {end}")
+
+
+def even_ranges(total: int, per_shard: int) -> list[tuple[int, int]]:
+    """`total` samples as consecutive ranges [begin, end) of at most `per_shard`, whose sizes differ by one at most.
+
+    >>> even_ranges(10, 4)
+    [(0, 3), (3, 6), (6, 10)]
+    """
+    if per_shard < 1:
+        raise DataError(f"{per_shard} samples in a shard; expected at least 1")
+    count = -(-total // per_shard)
+    return [(total * index // count, total * (index + 1) // count) for index in range(count)]

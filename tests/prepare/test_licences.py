@@ -1,0 +1,22 @@
+"""The licences of the data sets, and the file that is made from them."""
+
+from pathlib import Path
+
+from vila.prepare.licences import data_licences, licence_text
+from vila.prepare.m3it import SETS
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_file_in_the_repository_is_what_the_data_say():
+    assert (ROOT / "data" / "LICENSE").read_text(encoding="utf-8") == licence_text()
+
+
+def test_every_set_that_a_step_prepares_is_listed_once_with_a_source():
+    names = [entry.name for entry in data_licences()]
+    assert len(names) == len(set(names))
+    assert all(entry.source.startswith("https://") for entry in data_licences())
+    for wanted in [name for group in SETS.values() for name in group]:
+        assert any(name.startswith(f"M3IT: {wanted}") for name in names), wanted
+    for wanted in ("LLaVA-CC3M", "MMC4", "COYO", "FLAN", "ShareGPT4V", "OBELICS", "The Cauldron", "FineVision", "easy"):
+        assert any(name.startswith(wanted) for name in names), wanted
