@@ -48,6 +48,7 @@ def stand_recipe(folder: Path, out: str = "out", *overrides: str) -> Recipe:
             "stage.lr=5e-3",
             "compute.feature_cache=false",
             "compute.dtype=float32",
+            "compute.workers=0",
             "output.checkpoint_every_s=1000",
             f"output.dir={folder / out}",
             *overrides,

@@ -148,9 +148,11 @@ def tokenize(segments: Sequence[Segment], tokenizer: SpanTokenizer, count: Count
         text = "".join(piece for piece, _ in run)
         if not text:
             return
-        train = np.repeat([flag for _, flag in run], [len(piece) for piece, _ in run])
         ids, offsets = tokenizer.encode(text, first)
-        put(ids, [i if train[a:b].any() else IGNORE for i, (a, b) in zip(ids, offsets, strict=True)])
+        # Supervised characters before each place: a token is supervised when its span holds one.
+        train = np.repeat([flag for _, flag in run], [len(piece) for piece, _ in run])
+        before = [0, *np.cumsum(train).tolist()]
+        put(ids, [i if before[b] > before[a] else IGNORE for i, (a, b) in zip(ids, offsets, strict=True)])
         run.clear()
 
     for segment in segments:

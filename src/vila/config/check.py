@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from vila.config.fields import describe_fields, expected_at, known_keys
+from vila.config.mixtures import Loc, expand_mixtures
 from vila.config.schema import Recipe
 
 _LONGEST_VALUE = 80
@@ -20,22 +21,25 @@ def check_recipe(tree: Mapping[str, Any]) -> tuple[Recipe | None, list[str]]:
     A misspelt key is reported and then read as the key it resembles, so that one typing error neither hides
     the problems behind it nor shows up a second time as a missing field.
     """
-    problems: list[str] = []
+    tree, origins, problems = expand_mixtures(tree)
+    if problems:
+        return None, problems
     while True:
         try:
             recipe = Recipe.model_validate(tree)
         except ValidationError as error:
             faults = error.errors(include_url=False)
         else:
-            return (None, problems) if problems else (recipe, [])
+            return (None, problems) if problems else (_without_mixtures(recipe), [])
         unknown = [fault["loc"] for fault in faults if fault["type"] == "extra_forbidden"]
         if not unknown:
             # To pydantic a list with wrong items is "too short" as well: of problems on one path the deepest counts.
             inner = {fault["loc"][:depth] for fault in faults for depth in range(len(fault["loc"]))}
-            return None, problems + [_problem(fault) for fault in faults if fault["loc"] not in inner - {()}]
+            problems += [_problem(fault, origins) for fault in faults if fault["loc"] not in inner - {()}]
+            return None, list(dict.fromkeys(problems))
         for loc in unknown:
             near = get_close_matches(str(loc[-1]), known_keys(loc[:-1]), n=1)
-            problems.append(f"{dotted(loc)}: unknown key; {_hint(loc, near)}")
+            problems.append(f"{dotted(_written(loc, origins))}: unknown key; {_hint(loc, near)}")
             tree = _renamed(tree, loc, near)
 
 
@@ -58,17 +62,31 @@ def _hint(loc: Sequence[str | int], near: list[str]) -> str:
     return f"known here: {', '.join(known_keys(loc[:-1]))}"
 
 
-def _problem(fault: Mapping[str, Any]) -> str:
+def _written(loc: Loc, origins: Mapping[Loc, Loc]) -> Loc:
+    """Where the user wrote what stands at `loc` after mixtures were put in their places."""
+    for length in (3, 4):
+        if loc[:length] in origins:
+            return (*origins[loc[:length]], *loc[length:])
+    return loc
+
+
+def _without_mixtures(recipe: Recipe) -> Recipe:
+    """The recipe without the named mixtures: those in use are part of `data.mixture` by now."""
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"mixtures": {}})})
+
+
+def _problem(fault: Mapping[str, Any], origins: Mapping[Loc, Loc]) -> str:
     loc, value = fault["loc"], fault["input"]
+    shown = dotted(_written(loc, origins))
     if fault["type"] == "value_error":
         text = str(fault["ctx"]["error"])
-        return f"{dotted(loc)}: {text}" if loc else text
+        return f"{shown}: {text}" if loc else text
     expected = expected_at(loc)
     if fault["type"] == "missing":
-        return f"{dotted(loc)}: missing; expected {expected}"
+        return f"{shown}: missing; expected {expected}"
     if expected in ("text", "a path") and isinstance(value, bool | int | float):
         expected += "; put it in quotes"
-    return f"{dotted(loc)}: got {quoted(value)}, expected {expected}"
+    return f"{shown}: got {quoted(value)}, expected {expected}"
 
 
 def _renamed(tree: Any, loc: Sequence[str | int], near: list[str]) -> Any:

@@ -28,8 +28,8 @@ def expected_at(loc: Sequence[str | int], model: type[Config] = Recipe) -> str:
     annotation: Any = model
     words = "a mapping"
     for key in loc:
-        if isinstance(key, int):
-            annotation = get_args(annotation)[0]
+        if not _is_section(annotation):
+            annotation = _item(annotation)
             words = _type_words(annotation)
         else:
             field = annotation.model_fields[key]
@@ -41,7 +41,7 @@ def known_keys(loc: Sequence[str | int], model: type[Config] = Recipe) -> list[s
     """The keys that the section at `loc` has."""
     section: Any = model
     for key in loc:
-        section = get_args(section)[0] if isinstance(key, int) else section.model_fields[key].annotation
+        section = section.model_fields[key].annotation if _is_section(section) else _item(section)
     return list(section.model_fields)
 
 
@@ -62,6 +62,11 @@ def _rows(model: type[Config], prefix: str, given: Config | None) -> Iterator[tu
         items = get_args(field.annotation)
         if items and _is_section(items[0]):
             yield from _rows(items[0], f"{path}.N.", None)
+
+
+def _item(annotation: Any) -> Any:
+    """What a list or a mapping of sections holds."""
+    return get_args(annotation)[1 if get_origin(annotation) is dict else 0]
 
 
 def _is_section(annotation: Any) -> bool:
@@ -87,7 +92,7 @@ def _field_words(field: FieldInfo) -> str:
 
 def _type_words(annotation: Any) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
-    if _is_section(annotation):
+    if _is_section(annotation) or origin is dict:
         return "a mapping"
     if origin is tuple:
         return f"a list of {'mappings' if _is_section(arguments[0]) else _type_words(arguments[0])}"

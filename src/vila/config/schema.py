@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -72,32 +72,69 @@ class MixtureEntry(Config):
     """One data set of the mixture."""
 
     format: str
-    """Name of a dataset format: `messages` or `llava_json`."""
+    """Name of a dataset format, such as `messages` or `llava_json`."""
     path: str
     """File or directory that the format reads."""
     image_root: str = ""
     """Directory that relative image paths start from; empty: the directory of `path`."""
     repeat: float = Field(default=1.0, gt=0)
     """How often one epoch shows the data set; 0.5 takes half of it, 2 shows it twice."""
+    weight: float | None = Field(default=None, gt=0)
+    """Share of an epoch's samples relative to the other weights, instead of `repeat`; all data sets have one or none.
+    The epoch is then as long as all data sets together."""
+    max_samples: int | None = Field(default=None, gt=0)
+    """Take a fixed pseudo-random subset of this size; null: all."""
+    split: Literal["train", "val"] = "train"
+    """Which share to take where `val_fraction` holds some back."""
+    val_fraction: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the data set that is held back as `val`, chosen by the number of the sample alone."""
     template: str = ""
     """Template of this data set where it differs from the stage's."""
+    image_mode: ImageMode | None = None
+    """How pictures of this data set become square where it differs from the stage's."""
+    options: dict[str, Any] = {}
+    """Options of the format; `docs/data.md` lists them."""
+
+    @model_validator(mode="after")
+    def _one_share(self) -> MixtureEntry:
+        if self.weight is not None and self.repeat != 1:
+            raise ValueError("give repeat or weight, not both")
+        if self.split == "val" and not self.val_fraction:
+            raise ValueError("split is val, but val_fraction is 0: nothing is held back")
+        return self
 
 
 class Data(Config):
     """What the stage is trained on."""
 
     mixture: tuple[MixtureEntry, ...] = Field(min_length=1)
-    """The data sets; one epoch is their union, each `repeat` times."""
+    """The data sets; one epoch is their union, each `repeat` times or by `weight`. An entry `{mixture: name}` stands
+    for a list of `data.mixtures`, and so does the text `a+b*2`."""
+    mixtures: dict[str, tuple[MixtureEntry, ...]] = {}
+    """Lists of data sets by name, for use in `data.mixture`. Put in their places when the recipe is loaded."""
     template: str = ""
     """Template of the stage; empty: the model's own."""
     max_length: int = Field(gt=8)
     """Tokens in a packed row, image tokens included."""
-    packing: Literal["rows", "none"] = "rows"
-    """`rows` fills rows of `max_length` with whole samples that never see each other; `none` pads each sample alone."""
+    max_images: int = Field(default=0, ge=0)
+    """Pictures that a row may hold, which bounds the memory of a step; 0: no limit."""
+    packing: Literal["rows", "grouped", "none"] = "rows"
+    """`rows` fills rows of `max_length` with whole samples that never see each other; `none` pads each sample alone;
+    `grouped` does so too, but chooses samples of similar length for a step."""
     look_ahead: int = Field(default=64, ge=1)
     """Samples that each lane may choose from when it fills a row."""
-    overlong: Literal["error", "drop"] = "error"
-    """What to do with a sample longer than `max_length`; drops are counted."""
+    overlong: Literal["error", "drop", "truncate"] = "error"
+    """What to do with a sample longer than `max_length`: stop, leave it out, or cut whole exchanges from its end.
+    Drops and cuts are counted."""
+    max_faults: int = Field(default=0, ge=0)
+    """Samples that may be unreadable: they are skipped and listed in `faults.jsonl`; one more stops the run."""
+
+    @model_validator(mode="after")
+    def _weights(self) -> Data:
+        weighted = [entry.weight is not None for entry in self.mixture]
+        if any(weighted) and not all(weighted):
+            raise ValueError(f"mixture.{weighted.index(False)} has no weight, others have; give all or none one")
+        return self
 
 
 class Batch(Config):
@@ -106,7 +143,7 @@ class Batch(Config):
     rows: int = Field(default=0, ge=0)
     """Global batch in packed rows, summed over ranks and accumulation (`packing: rows`)."""
     samples: int = Field(default=0, ge=0)
-    """Global batch in samples, summed over ranks and accumulation (`packing: none`)."""
+    """Global batch in samples, summed over ranks and accumulation (`packing: none` or `grouped`)."""
     micro: int = Field(default=1, ge=1)
     """Rows that one forward pass holds on one rank."""
 
@@ -151,6 +188,9 @@ class Compute(Config):
     """Compute each picture's features once and keep them on disk; needs a frozen vision tower."""
     gradient_checkpointing: bool = False
     """Recompute decoder blocks in the backward pass instead of keeping their activations."""
+    workers: int = Field(default=-1, ge=-1)
+    """Processes that read and decode ahead; 0: none. -1: as many as there are processors, at most 4, and none with
+    `feature_cache`. Batches do not depend on it."""
 
 
 class Output(Config):

@@ -11,19 +11,21 @@ from torch import Tensor
 
 from vila.chat.tokenize import IGNORE, TokenizedSample
 from vila.core.types import Image, Video
+from vila.data.pack import Row
 
-# B rows  S tokens of a row  N media items
+# B rows  S tokens of a row  N media items  H,W pixels
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows of whole samples. All tensors are int64 [B, S] but for `slots`, bool.
+    """Rows of whole samples. All tensors are int64 [B, S] but for `slots`, bool, and `pixels`, float32 [N, 3, H, W].
 
     labels:    supervised ids, -100 elsewhere; the label at place t is predicted from place t - 1 of the same segment.
     positions: restart at 0 in every sample, and after a shared prefix go on from its end in every branch.
     segments:  numbers the parts of a row; padding is -1.
     parents:   the one segment that a token's segment also sees, -1 for none.
     media:     all pictures in reading order, row by row.
+    pixels:    the same pictures decoded; None when there are none, or when they were not decoded with the rows.
     """
 
     ids: Tensor
@@ -33,6 +35,7 @@ class Batch:
     parents: Tensor
     slots: Tensor
     media: tuple[Image | Video, ...]
+    pixels: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -45,8 +48,11 @@ class Batch:
         return int((self.labels != IGNORE).sum())
 
 
-def collate(rows: Sequence[Sequence[TokenizedSample]], pad_id: int = 0) -> Batch:
-    """Rows of samples as one batch, padded on the right to the longest row."""
+def collate(rows: Sequence[Sequence[TokenizedSample]], pad_id: int = 0, *, pin: bool = False) -> Batch:
+    """Rows of samples as one batch, padded on the right to the longest row.
+
+    pin: put all tensors into page-locked memory, from which a GPU copies while the processor goes on.
+    """
     width = max(sum(map(len, row)) for row in rows)
     fields = {name: np.zeros((len(rows), width), dtype=np.int64) for name in ("ids", "positions", "slots")}
     fields["ids"] += pad_id
@@ -66,7 +72,22 @@ def collate(rows: Sequence[Sequence[TokenizedSample]], pad_id: int = 0) -> Batch
     tensors = {name: torch.from_numpy(array) for name, array in fields.items()}
     tensors["slots"] = tensors["slots"].bool()
     media = tuple(item for row in rows for sample in row for item in sample.media)
+    pixels = pixels_of(rows)
+    if pixels is not None:
+        tensors["pixels"] = pixels
+    if pin:
+        tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
     return Batch(**tensors, media=media)
+
+
+def pixels_of(rows: Sequence[Sequence[TokenizedSample]]) -> Tensor | None:
+    """The decoded pictures of rows, float32 [N, 3, H, W]; None without any. One row from a worker is not copied."""
+    blocks = [row.pixels for row in rows if isinstance(row, Row) and row.pixels is not None and len(row.pixels)]
+    if not blocks:
+        return None
+    if len(blocks) == 1 and isinstance(blocks[0], np.ndarray):
+        return torch.from_numpy(blocks[0])
+    return torch.from_numpy(np.stack([one for block in blocks for one in block]))
 
 
 def parts_of(row: Sequence[TokenizedSample]) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -1,45 +1,130 @@
-"""From a mixture to steps of packed rows: fetch, render, tokenise."""
+"""From a mixture to tokenised samples and pixels: open, fetch, render, tokenise, decode. Picklable, for workers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, Literal
 
 from vila.chat.templates import find_template
-from vila.chat.tokenize import CountTokens, SpanTokenizer, TokenizedSample, tokenize_sample
-from vila.core.errors import DataError
-from vila.core.types import Image
+from vila.chat.tokenize import SpanTokenizer, TokenizedSample, tokenize_sample
+from vila.core.errors import DataError, MediaError, TemplateError, VilaError
+from vila.core.types import Image, Sample, Video
+from vila.core.vision_spec import ImageMode, VisionSpec
+from vila.data.compact import CompactSample
 from vila.data.formats.protocol import FORMATS
-from vila.data.mixture import Mixture, Part
+from vila.data.mixture import Mixture, Part, Source
+from vila.data.pack import Pixels
+from vila.data.shorten import shorten_sample
+from vila.data.view import Split, Subset
+from vila.media.image import open_image
+from vila.media.transform import pixels
 
 
-def open_mixture(entries: Iterable[tuple[str, str, str, float, str]], seed: int) -> Mixture:
-    """The mixture of entries (format, path, image_root, repeat, template)."""
-    parts = []
-    for kind, path, image_root, repeat, template in entries:
-        file = Path(path)
-        root = Path(image_root) if image_root else (file if file.is_dir() else file.parent)
-        if template:
-            find_template(template)
-        parts.append(Part(file.stem, FORMATS[kind].open(file, root), repeat, template))
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A data set of a mixture as a recipe states it; the fields are those of `data.mixture`."""
+
+    format: str
+    path: str
+    image_root: str = ""
+    repeat: float = 1.0
+    weight: float | None = None
+    max_samples: int | None = None
+    split: Literal["train", "val"] = "train"
+    val_fraction: float = 0.0
+    template: str = ""
+    image_mode: ImageMode | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+def open_mixture(entries: Iterable[Entry], seed: int) -> Mixture:
+    """The mixture of a recipe's entries. A data set is called after its file; a second one of that name gets `#2`."""
+    parts: list[Part] = []
+    for entry in entries:
+        if entry.template:
+            find_template(entry.template)
+        name = Path(entry.path).stem
+        same = sum(part.name.split("#")[0] == name for part in parts)
+        parts.append(
+            Part(
+                name=f"{name}#{same + 1}" if same else name,
+                source=open_entry(entry),
+                repeat=entry.repeat,
+                weight=entry.weight,
+                template=entry.template,
+                image_mode=entry.image_mode,
+            )
+        )
     return Mixture(parts, seed)
 
 
-def tokenising_fetch(
-    mixture: Mixture, template: str, tokenizer: SpanTokenizer, count: CountTokens
-) -> Callable[[int], TokenizedSample]:
-    """A function from global position to tokenised sample. A sample's own template wins over its data set's, that over
-    the stage's."""
+def open_entry(entry: Entry) -> Source:
+    """The samples of one data set: first its training or validation share, then `max_samples` of that."""
+    file = Path(entry.path)
+    root = Path(entry.image_root) if entry.image_root else (file if file.is_dir() else file.parent)
+    source: Source = FORMATS[entry.format].open(file, root, **entry.options)
+    if entry.val_fraction:
+        source = Split(source, entry.val_fraction, entry.split == "val")
+    return source if entry.max_samples is None else Subset(source, entry.max_samples)
 
-    def fetch(position: int) -> TokenizedSample:
-        part, sample = mixture[position]
-        chosen = find_template(sample.template or part.template or template)
+
+@dataclass(frozen=True)
+class SampleReader:
+    """Reads what stands at a global position. A sample's own template wins over its data set's, that over the stage's.
+
+    All methods raise VilaErrors that name data set and sample.
+    """
+
+    mixture: Mixture
+    template: str
+    tokenizer: SpanTokenizer
+    spec: VisionSpec
+
+    def __call__(self, position: int) -> TokenizedSample:
+        """The tokenised sample at a global position."""
+        part, sample = self._read(position)
+        return self.tokenise(part, sample)
+
+    def tokenise(self, part: Part, sample: Sample) -> TokenizedSample:
+        """A sample of a part under its template."""
+        chosen = find_template(sample.template or part.template or self.template)
         try:
-            return tokenize_sample(sample, chosen, tokenizer, count)
-        except DataError as error:
-            raise DataError(f"data set {part.name!r}: {error}") from error
+            return tokenize_sample(sample, chosen, self.tokenizer, self.count)
+        except (DataError, MediaError, TemplateError) as error:
+            raise type(error)(f"data set {part.name!r}: {error}") from error
 
-    return fetch
+    def shorten(self, position: int, max_length: int) -> TokenizedSample | None:
+        """The sample at a position cut to `max_length` tokens at the end of an exchange; None when its first exchange
+        is longer already."""
+        part, sample = self._read(position)
+        return shorten_sample(sample, lambda shorter: self.tokenise(part, shorter), max_length)
+
+    def pixels(self, position: int, sample: CompactSample) -> list[Pixels]:
+        """The pictures of the sample at `position`, float32 [3, S, S] each, made square as its data set says."""
+        part = self.mixture.parts[self.mixture.locate(position)[0]]
+        spec = replace(self.spec, image_mode=part.image_mode) if part.image_mode else self.spec
+        try:
+            return [pixels(open_image(item), spec) for item in sample.media if isinstance(item, Image)]
+        except VilaError as error:
+            raise MediaError(f"data set {part.name!r}: sample {sample.id!r}: {error}") from error
+
+    def data_set(self, position: int) -> str:
+        """Name of the data set that a position belongs to."""
+        return self.mixture.parts[self.mixture.locate(position)[0]].name
+
+    def count(self, media: Image | Video) -> int:
+        """Slots that a medium takes."""
+        if isinstance(media, Video):
+            raise MediaError(f"{media.source!r}: training reads pictures, not clips; store the frames as images")
+        return self.spec.tokens_per_image
+
+    def _read(self, position: int) -> tuple[Part, Sample]:
+        try:
+            return self.mixture[position]
+        except VilaError as error:
+            raise DataError(f"{self.mixture.describe(position)}: {error}") from error
 
 
 def images_of(mixture: Mixture) -> list[Image]:

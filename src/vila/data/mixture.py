@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 from vila.core.errors import DataError
 from vila.core.types import Sample
+from vila.core.vision_spec import ImageMode
 from vila.data.order import Permutation
 
 
 class Source(Protocol):
-    """What a dataset format opens: random access to samples, no tensors."""
+    """What a dataset format opens: random access to samples, no tensors. Pickles, so that workers can have it."""
 
     def __len__(self) -> int: ...
 
@@ -23,50 +25,79 @@ class Source(Protocol):
 class Part:
     """One data set of a mixture.
 
-    repeat:   how often one epoch shows it; a fraction takes another random share in every epoch.
-    template: name of its template, or "" for the stage's.
+    repeat:     how often one epoch shows it; a fraction takes another random share in every epoch.
+    weight:     its share of an epoch, relative to the other weights; then `repeat` is 1. See `Mixture`.
+    template:   name of its template, or "" for the stage's.
+    image_mode: how its pictures become square, None for the stage's way.
     """
 
     name: str
     source: Source
     repeat: float = 1.0
+    weight: float | None = None
     template: str = ""
-
-    @property
-    def per_epoch(self) -> int:
-        """Samples that one epoch takes."""
-        return round(len(self.source) * self.repeat)
+    image_mode: ImageMode | None = None
 
 
 class Mixture:
-    """The union of its parts; position p of the global sequence is sample p modulo the epoch, in the epoch's order."""
+    """The union of its parts; position p of the global sequence is sample p modulo the epoch, in the epoch's order.
+
+    An epoch holds each part `repeat` times. With weights it is as long as all parts together and is divided among
+    them by weight, so a small part with a large weight is shown more than once and a large part not whole; every
+    pass over a part ends before the next begins, through all epochs.
+    """
 
     def __init__(self, parts: Sequence[Part], seed: int) -> None:
-        """Raises DataError when nothing is left to show."""
+        """Raises DataError when nothing is left to show, when a data set with a weight is empty, or when only some
+        parts have weights."""
         self.parts = tuple(parts)
         self.seed = seed
-        self.epoch_length = sum(part.per_epoch for part in self.parts)
+        self.per_epoch = _samples_per_epoch(self.parts)
+        self.epoch_length = sum(self.per_epoch)
         if not self.epoch_length:
             raise DataError(f"the mixture of {', '.join(part.name for part in parts)} has no samples")
-        self._epoch = -1
-        self._order = Permutation(self.epoch_length, seed, 0)
 
-    def locate(self, position: int) -> tuple[Part, int]:
-        """Part and index in its source of global position `position`; a pure function of the seed and the position."""
+    def locate(self, position: int) -> tuple[int, int]:
+        """Number of the part and index in its source of global position `position`; a pure function of the seed."""
         epoch, place = divmod(position, self.epoch_length)
-        if epoch != self._epoch:
-            self._epoch, self._order = epoch, Permutation(self.epoch_length, self.seed, epoch)
-        place = self._order[place]
-        for number, part in enumerate(self.parts):
-            if place < part.per_epoch:
-                size = len(part.source)
+        place = _order(self.epoch_length, self.seed, epoch)[place]
+        for number, count in enumerate(self.per_epoch):
+            if place < count:
+                size = len(self.parts[number].source)
                 # Passes over the part go on from where the epoch before stopped; each pass is its own permutation.
-                turn, index = divmod(epoch * part.per_epoch + place, size)
-                return part, Permutation(size, self.seed + 7919 * (number + 1), turn)[index]
-            place -= part.per_epoch
+                turn, index = divmod(epoch * count + place, size)
+                return number, _order(size, self.seed + 7919 * (number + 1), turn)[index]
+            place -= count
         raise AssertionError("the permutation stays inside the epoch")
 
     def __getitem__(self, position: int) -> tuple[Part, Sample]:
         """Part and sample at a global position."""
-        part, index = self.locate(position)
-        return part, part.source[index]
+        number, index = self.locate(position)
+        return self.parts[number], self.parts[number].source[index]
+
+    def describe(self, position: int) -> str:
+        """`data set 'pages' sample 17 (position 123)`: for messages, without reading the sample."""
+        number, index = self.locate(position)
+        return f"data set {self.parts[number].name!r} sample {index + 1} (position {position})"
+
+
+_order = lru_cache(maxsize=256)(Permutation)
+
+
+def _samples_per_epoch(parts: Sequence[Part]) -> tuple[int, ...]:
+    weights = [part.weight for part in parts]
+    if all(weight is None for weight in weights):
+        return tuple(round(len(part.source) * part.repeat) for part in parts)
+    without = [part.name for part in parts if part.weight is None]
+    if without:
+        raise DataError(f"data sets {', '.join(map(repr, without))} have no weight, others have; give all or none one")
+    empty = [part.name for part in parts if not len(part.source)]
+    if empty:
+        raise DataError(f"data sets {', '.join(map(repr, empty))} are empty and cannot have a weight; remove them")
+    length, total = sum(len(part.source) for part in parts), sum(weight or 0 for weight in weights)
+    exact = [length * (weight or 0) / total for weight in weights]
+    counts = [int(share) for share in exact]
+    # The largest remainders are rounded up, so that the counts add up to the epoch.
+    for number in sorted(range(len(parts)), key=lambda n: counts[n] - exact[n])[: length - sum(counts)]:
+        counts[number] += 1
+    return tuple(counts)

@@ -6,14 +6,28 @@ state is the next position and the positions in the buffer, so it resumes anywhe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal, overload
+
+import numpy as np
 
 from vila.chat.tokenize import TokenizedSample
-from vila.core.errors import DataError
+from vila.core.errors import DataError, VilaError
+from vila.data.compact import CompactSample, compact
+from vila.data.deal import lanes_of
+from vila.data.faults import Fault, FaultLog
+from vila.data.fill import best_fill, longest_first
 
+Packing = Literal["rows", "none", "grouped"]
+Overlong = Literal["error", "drop", "truncate"]
 Fetch = Callable[[int], TokenizedSample]
+Shorten = Callable[[int, int], TokenizedSample | None]
+Pixels = np.ndarray[Any, np.dtype[np.float32]]
+Decode = Callable[[int, CompactSample], Sequence[Pixels]]
+
+_MAX_REFUSED = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +38,73 @@ class LaneState:
     waiting: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Row(Sequence[TokenizedSample]):
+    """The samples of one row, and what became of its lane.
+
+    positions:          global position of each sample.
+    state:              of the lane after this row; a checkpoint taken now resumes with the row after it.
+    dropped, truncated: over-long samples left out, and cut, since the row before.
+    faults:             samples that could not be read since the row before.
+    pixels:             float32 [3, H, W] of every picture in reading order; None when pictures are not decoded here.
+    """
+
+    packed: tuple[CompactSample, ...]
+    positions: tuple[int, ...]
+    state: LaneState
+    dropped: int = 0
+    truncated: int = 0
+    faults: tuple[Fault, ...] = ()
+    pixels: Sequence[Pixels] | None = None
+
+    @cached_property
+    def samples(self) -> tuple[TokenizedSample, ...]:
+        """The samples as arrays."""
+        return tuple(sample.expanded() for sample in self.packed)
+
+    def __len__(self) -> int:
+        return len(self.packed)
+
+    @overload
+    def __getitem__(self, index: int) -> TokenizedSample: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[TokenizedSample]: ...
+
+    def __getitem__(self, index: int | slice) -> TokenizedSample | Sequence[TokenizedSample]:
+        return self.samples[index]
+
+    def __iter__(self) -> Iterator[TokenizedSample]:
+        return iter(self.samples)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """How rows are made; the same for all lanes.
+
+    look_ahead: samples that a lane chooses from.
+    packing:    `rows` fills rows with whole samples; `none` puts one sample in each row, in order; `grouped` one sample
+                in each row, so chosen that the rows of a step are of similar length.
+    max_images: pictures that a row may hold, 0 for no limit.
+    overlong:   of samples longer than a row: `error`, `drop`, or `truncate` at the end of an exchange; counted.
+    max_faults: samples that may fail to be read; with 0 the failure itself is raised, at once.
+    """
+
+    max_length: int
+    look_ahead: int
+    packing: Packing = "rows"
+    max_images: int = 0
+    overlong: Overlong = "error"
+    max_faults: int = 0
+
+
+@dataclass
+class _Count:
+    dropped: int = 0
+    truncated: int = 0
+    faults: list[Fault] = field(default_factory=list)
+
+
 class Lane:
     """Fills rows of at most `max_length` tokens. The oldest waiting sample opens each row, so none waits for ever."""
 
@@ -32,88 +113,211 @@ class Lane:
         number: int,
         lanes: int,
         fetch: Fetch,
+        policy: Policy,
         *,
-        max_length: int,
-        look_ahead: int,
-        overlong: str = "error",
-        packed: bool = True,
+        shorten: Shorten | None = None,
+        decode: Decode | None = None,
         state: LaneState | None = None,
     ) -> None:
-        """fetch: gives the tokenised sample at a global position. overlong: `error`, or `drop` with a count.
+        """Reads nothing before the first row.
 
-        packed: False puts one sample in each row, in order.
+        fetch:   gives the tokenised sample at a global position.
+        shorten: gives it cut to a length, None when that cannot be done; needed for `truncate`.
+        decode:  gives the pixels of a sample's pictures; without it rows carry none.
         """
-        self.packed = packed
-        self.lanes = lanes
-        self.max_length = max_length
-        self.look_ahead = look_ahead
-        self.overlong = overlong
-        self.dropped = 0
-        self._fetch = fetch
+        self.lanes, self.policy = lanes, policy
+        self._fetch, self._shorten, self._decode = fetch, shorten, decode
         self._next = state.next_position if state else number
-        self._buffer: list[tuple[int, TokenizedSample]] = [(p, fetch(p)) for p in state.waiting] if state else []
+        self._resumed = state.waiting if state else ()
+        self._buffer: list[tuple[int, CompactSample]] = []
+        self._since = _Count()
 
     @property
     def state(self) -> LaneState:
         """What a lane of the same data needs to go on from here."""
-        return LaneState(self._next, tuple(position for position, _ in self._buffer))
+        return LaneState(self._next, self._resumed or tuple(position for position, _ in self._buffer))
 
-    def row(self) -> list[TokenizedSample]:
-        """The next row: the oldest waiting sample, then always the longest one that still fits."""
-        self._fill()
-        room = self.max_length
-        chosen: list[TokenizedSample] = []
-        index: int | None = 0
-        while index is not None:
-            _, sample = self._buffer.pop(index)
-            chosen.append(sample)
-            room -= len(sample)
-            if not self.packed:
-                break
-            self._fill()
-            fitting = [i for i, (_, waiting) in enumerate(self._buffer) if len(waiting) <= room]
-            index = max(fitting, key=lambda i: (len(self._buffer[i][1]), -i), default=None)
+    def row(self) -> Row:
+        """The next row. Raises DataError for a sample that may not be skipped, naming it."""
+        while True:
+            chosen = self._choose()
+            pixels = [self._pixels(*item) for item in chosen] if self._decode else None
+            if pixels is not None:
+                # A picture that cannot be read takes its sample out of the row; the rest of the row stays as it was.
+                chosen = [item for item, found in zip(chosen, pixels, strict=True) if found is not None]
+            if not chosen:
+                self._check_refused(len(self._since.faults))
+                continue
+            count, self._since = self._since, _Count()
+            return Row(
+                packed=tuple(sample for _, sample in chosen),
+                positions=tuple(position for position, _ in chosen),
+                state=self.state,
+                dropped=count.dropped,
+                truncated=count.truncated,
+                faults=tuple(count.faults),
+                pixels=None if pixels is None else [one for found in pixels if found is not None for one in found],
+            )
+
+    def _choose(self) -> list[tuple[int, CompactSample]]:
+        """Take the samples of the next row out of the buffer."""
+        policy = self.policy
+        self._restore()
+        if policy.packing == "grouped":
+            return [self._take_grouped()]
+        if policy.packing == "none":
+            self._fill(1)
+            return [self._buffer.pop(0)]
+        self._fill(policy.look_ahead)
+        first = self._buffer.pop(0)
+        self._fill(policy.look_ahead)
+        lengths = [len(sample) for _, sample in self._buffer]
+        room = policy.max_length - len(first[1])
+        picked = best_fill(lengths, room)
+        if policy.max_images:
+            images = [len(sample.media) for _, sample in self._buffer]
+            left = policy.max_images - len(first[1].media)
+            if sum(images[i] for i in picked) > left:
+                picked = longest_first(lengths, images, room, left)
+        chosen = [first, *(self._buffer[i] for i in picked)]
+        gone = set(picked)
+        self._buffer = [item for i, item in enumerate(self._buffer) if i not in gone]
         return chosen
 
-    def _fill(self) -> None:
+    def _take_grouped(self) -> tuple[int, CompactSample]:
+        """One sample of the current window. All lanes have as many left, and take the same rank by length."""
+        if not self._buffer:
+            self._fill(self.policy.look_ahead)
+        left = len(self._buffer)
+        order = sorted(self._buffer, key=lambda item: (len(item[1]), item[0]))
+        # A stride through the ranks that no length is favoured by; any fixed function of `left` would do.
+        chosen = order[left * 2654435761 % 2**32 * left >> 32]
+        self._buffer.remove(chosen)
+        return chosen
+
+    def _restore(self) -> None:
+        """Read the samples again that waited when the state was taken."""
+        waiting, self._resumed = self._resumed, ()
+        for position in waiting:
+            self._read(position)
+        if waiting:
+            self._since.truncated = 0  # they were counted when they were first read
+
+    def _fill(self, size: int) -> None:
         refused = 0
-        while len(self._buffer) < self.look_ahead:
+        while len(self._buffer) < size:
             position = self._next
-            sample = self._fetch(position)
             self._next += self.lanes
-            if len(sample) <= self.max_length:
-                self._buffer.append((position, sample))
-                continue
-            if self.overlong == "error":
-                raise DataError(
-                    f"sample {sample.id!r} has {len(sample)} tokens, rows hold {self.max_length}; "
-                    "raise data.max_length or set data.overlong=drop"
-                )
-            self.dropped += 1
-            refused += 1
-            if refused > 10_000:
-                raise DataError(f"10000 samples in a row are longer than data.max_length={self.max_length}")
+            refused = 0 if self._read(position) else refused + 1
+            self._check_refused(refused)
+
+    def _read(self, position: int) -> bool:
+        """Put the sample at `position` into the buffer; False when it was refused and counted."""
+        try:
+            sample = self._fetch(position)
+        except MemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 - counted, or raised again
+            self._fault(position, error)
+            return False
+        if len(sample) > self.policy.max_length or self._shows_too_much(sample):
+            fitting = self._fitted(position, sample)
+            if fitting is None:
+                return False
+            sample = fitting
+        self._buffer.append((position, compact(sample)))
+        return True
+
+    def _fitted(self, position: int, sample: TokenizedSample) -> TokenizedSample | None:
+        policy = self.policy
+        if policy.overlong == "error":
+            raise DataError(self._too_long(sample))
+        shorter = (
+            self._shorten(position, policy.max_length) if policy.overlong == "truncate" and self._shorten else None
+        )
+        if shorter is None or self._shows_too_much(shorter):
+            self._since.dropped += 1
+            return None
+        self._since.truncated += 1
+        return shorter
+
+    def _shows_too_much(self, sample: TokenizedSample) -> bool:
+        return 0 < self.policy.max_images < len(sample.media)
+
+    def _too_long(self, sample: TokenizedSample) -> str:
+        policy = self.policy
+        if self._shows_too_much(sample):
+            fact = f"{len(sample.media)} images, rows hold {policy.max_images}; raise data.max_images"
+        else:
+            fact = f"{len(sample)} tokens, rows hold {policy.max_length}; raise data.max_length"
+        return f"sample {sample.id!r} has {fact} or set data.overlong=drop"
+
+    def _pixels(self, position: int, sample: CompactSample) -> Sequence[Pixels] | None:
+        assert self._decode
+        try:
+            return self._decode(position, sample)
+        except MemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 - counted, or raised again
+            self._fault(position, error)
+            return None
+
+    def _fault(self, position: int, error: Exception) -> None:
+        """Count a sample that cannot be read, or raise `error` again when there may be none or too many."""
+        if not self.policy.max_faults:
+            raise error
+        known = isinstance(error, VilaError)
+        reason = str(error) if known else f"position {position}: {type(error).__name__}: {error}"
+        self._since.faults.append(Fault(position, reason))
+        if len(self._since.faults) > self.policy.max_faults:
+            raise DataError(f"more than data.max_faults={self.policy.max_faults} samples failed; the last: {error}")
+
+    def _check_refused(self, refused: int) -> None:
+        if refused > _MAX_REFUSED:
+            raise DataError(
+                f"{_MAX_REFUSED} samples in a row are longer than data.max_length={self.policy.max_length} "
+                "or cannot be read"
+            )
 
 
 class LaneSet:
-    """All lanes of a run; one step takes one row from each."""
+    """The lanes of one rank, read in this process; one step takes one row from each."""
 
-    def __init__(self, fetch: Fetch, count: int, *, states: Sequence[LaneState] | None = None, **options: Any) -> None:
-        """options: max_length, look_ahead, overlong and packed of `Lane`."""
+    def __init__(
+        self,
+        fetch: Fetch,
+        count: int,
+        *,
+        policy: Policy,
+        rank: int = 0,
+        world: int = 1,
+        states: Sequence[LaneState] | None = None,
+        shorten: Shorten | None = None,
+        decode: Decode | None = None,
+        faults: FaultLog | None = None,
+    ) -> None:
+        """count: lanes of all ranks. states: of all lanes, by number. The other arguments are those of `Lane`."""
+        self.numbers = lanes_of(rank, world, count)
+        self._log = faults
+        self.dropped = self.truncated = 0
         self.lanes = [
-            Lane(number, count, fetch, state=states[number] if states else None, **options) for number in range(count)
+            Lane(number, count, fetch, policy, shorten=shorten, decode=decode, state=states[number] if states else None)
+            for number in self.numbers
         ]
 
-    def step(self) -> list[list[TokenizedSample]]:
+    def step(self) -> list[Row]:
         """One row from each lane."""
-        return [lane.row() for lane in self.lanes]
+        rows = [lane.row() for lane in self.lanes]
+        self.dropped += sum(row.dropped for row in rows)
+        self.truncated += sum(row.truncated for row in rows)
+        if self._log:
+            self._log.add([fault for row in rows for fault in row.faults])
+        return rows
 
     @property
     def states(self) -> list[LaneState]:
-        """The state of every lane."""
+        """The state of every lane of this rank, as of the last step."""
         return [lane.state for lane in self.lanes]
 
-    @property
-    def dropped(self) -> int:
-        """Over-long samples left out since this process started."""
-        return sum(lane.dropped for lane in self.lanes)
+    def close(self) -> None:
+        """Nothing to let go of; readers with workers have."""

@@ -13,16 +13,32 @@ from torch import Tensor
 from vila.chat.tokenize import TokenizedSample
 from vila.core.errors import Interrupted, TrainingError
 from vila.core.events import SILENT, Events, task
-from vila.core.types import Image
 from vila.data.batch import Batch, collate
-from vila.data.pack import LaneSet
+from vila.data.pack import LaneState, Row
 from vila.model.vila import VilaForConditionalGeneration
 from vila.train.checkpoint import Progress
 from vila.train.interrupt import stop_on_signal
 from vila.train.loss import summed_loss
 from vila.train.optim import MasterAdamW, rate_factor
 
-Features = Callable[[Sequence[Image]], Tensor]
+Features = Callable[[Batch], Tensor]
+
+
+class Rows(Protocol):
+    """What a step takes its rows from: one row of every lane, read in this process or by workers."""
+
+    dropped: int
+    truncated: int
+
+    @property
+    def states(self) -> list[LaneState]:
+        """The state of every lane, as of the last step."""
+
+    def step(self) -> list[Row]:
+        """One row of every lane."""
+
+    def close(self) -> None:
+        """Let go of workers."""
 
 
 class StepListener(Protocol):
@@ -36,7 +52,10 @@ class StepListener(Protocol):
 class Trainer:
     """One stage, ready to run.
 
-    features:     pictures to tower features [N, P, C].
+    lanes:        the rows of a step.
+    data_set:     the name of the data set that a global position belongs to.
+    features:     tower features [N, P, C] of the pictures of a batch that has some.
+    pin:          put batches into page-locked memory.
     spent:        share of the budget that a progress has used up, 0..1 and beyond.
     save:         writes a checkpoint of this trainer.
     save_every_s: seconds between checkpoints; `save_every_steps` adds to it, 0 for none.
@@ -44,7 +63,8 @@ class Trainer:
 
     model: VilaForConditionalGeneration
     optimizer: MasterAdamW
-    lanes: LaneSet
+    lanes: Rows
+    data_set: Callable[[int], str]
     features: Features
     micro: int
     warmup_ratio: float
@@ -56,9 +76,16 @@ class Trainer:
     listeners: list[StepListener] = field(default_factory=list)
     events: Events = SILENT
     name: str = "training"
+    pin: bool = False
 
     def run(self) -> None:
         """Step until the budget is spent. Raises Interrupted, checkpoint written, when asked to stop."""
+        try:
+            self._run()
+        finally:
+            self.lanes.close()
+
+    def _run(self) -> None:
         began = saved = time.monotonic()
         before = self.progress.seconds
         with stop_on_signal() as stop, task(self.events, self.name, 100, "%"):
@@ -83,7 +110,7 @@ class Trainer:
     def step(self) -> dict[str, Any]:
         """One optimizer step over one row of every lane. Returns the facts of the step."""
         rows = self.lanes.step()
-        batches = [collate(rows[i : i + self.micro]) for i in range(0, len(rows), self.micro)]
+        batches = [collate(rows[i : i + self.micro], pin=self.pin) for i in range(0, len(rows), self.micro)]
         supervised = sum(batch.num_supervised for batch in batches)
         tokens = sum(batch.num_tokens for batch in batches)
         loss = sum(self._backward(batch, supervised) for batch in batches)
@@ -109,11 +136,22 @@ class Trainer:
             "tokens": tokens,
             "supervised": supervised,
             "fill": tokens / sum(batch.ids.numel() for batch in batches),
+            "tokens_by_data_set": self._tokens_by_data_set(rows),
+            "dropped": sum(row.dropped for row in rows),
+            "truncated": sum(row.truncated for row in rows),
+            "faults": sum(len(row.faults) for row in rows),
         }
 
+    def _tokens_by_data_set(self, rows: Sequence[Row]) -> dict[str, int]:
+        tokens: dict[str, int] = {}
+        for row in rows:
+            for position, sample in zip(row.positions, row.packed, strict=True):
+                name = self.data_set(position)
+                tokens[name] = tokens.get(name, 0) + len(sample)
+        return dict(sorted(tokens.items()))
+
     def _backward(self, batch: Batch, supervised: int) -> float:
-        images = [item for item in batch.media if isinstance(item, Image)]
-        loss = summed_loss(self.model, batch, self.features(images) if images else None) / supervised
+        loss = summed_loss(self.model, batch, self.features(batch) if batch.media else None) / supervised
         loss.backward()
         self.optimizer.accumulate()
         return loss.item()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ from vila.core.errors import CheckpointError
 from vila.core.events import SILENT, Events
 from vila.core.files import cache_dir, remove_partials, write_json
 from vila.core.types import Image
-from vila.data.loader import images_of, open_mixture, tokenising_fetch
+from vila.data.batch import Batch
+from vila.data.loader import images_of
 from vila.data.mixture import Mixture
-from vila.data.pack import LaneSet
 from vila.model.feature_cache import FeatureCache
 from vila.model.load import assemble, load_model, save_model
 from vila.model.precision import choose_dtype
@@ -33,9 +33,10 @@ from vila.train.checkpoint import (
     save_checkpoint,
     versions,
 )
-from vila.train.loop import Features, StepListener, Trainer
+from vila.train.loop import StepListener, Trainer
 from vila.train.metrics import MetricsLog
 from vila.train.optim import MasterAdamW
+from vila.train.rows import build_mixture, build_reader, build_rows
 from vila.train.stage import count_parameters, select_trainable
 
 _CALIBRATION_PICTURES = 256
@@ -64,6 +65,7 @@ class Run:
         facts = {
             "progress": asdict(self.trainer.progress),
             "dropped": self.trainer.lanes.dropped,
+            "truncated": self.trainer.lanes.truncated,
             "versions": versions(),
         }
         write_json(self.folder / "finished.json", facts)
@@ -94,8 +96,7 @@ def build(recipe: Recipe, *, listeners: Sequence[StepListener] = (), events: Eve
         _say_versions(resumed, events)
     dtype = choose_dtype(recipe.compute.dtype)
     model, processor = _build_model(recipe)
-    entries = [(e.format, e.path, e.image_root, e.repeat, e.template) for e in recipe.data.mixture]
-    mixture = open_mixture(entries, recipe.seed)
+    mixture = build_mixture(recipe)
     model.vision_tower.to(dtype)
     features = _features(recipe, model, processor, mixture, events)
     if recipe.model.projector_init == "calibrated" and not recipe.model.path:
@@ -121,17 +122,7 @@ def build(recipe: Recipe, *, listeners: Sequence[StepListener] = (), events: Eve
     model.to(dtype)
     if recipe.compute.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    lanes = LaneSet(
-        tokenising_fetch(
-            mixture, recipe.data.template or recipe.model.template, processor.span_tokenizer, processor.count
-        ),
-        recipe.batch.rows or recipe.batch.samples,
-        states=resumed.lanes if resumed else None,
-        max_length=recipe.data.max_length,
-        look_ahead=recipe.data.look_ahead,
-        overlong=recipe.data.overlong,
-        packed=recipe.data.packing == "rows",
-    )
+    lanes = build_rows(recipe, processor, mixture, resumed.lanes if resumed else None)
     if resumed:
         optimizer.load_state_tensors(resumed.tensors)
         events.said(f"{recipe.name}: going on after step {resumed.progress.step}")
@@ -147,7 +138,9 @@ def build(recipe: Recipe, *, listeners: Sequence[StepListener] = (), events: Eve
         model=model,
         optimizer=optimizer,
         lanes=lanes,
-        features=features,
+        data_set=build_reader(recipe, processor, mixture).data_set,
+        features=lambda batch: _features_of_batch(model, features, batch),
+        pin=torch.cuda.is_available(),
         micro=recipe.batch.micro,
         warmup_ratio=recipe.optim.warmup_ratio,
         spent=_budget(recipe, mixture),
@@ -185,7 +178,7 @@ def _build_model(recipe: Recipe) -> tuple[VilaForConditionalGeneration, VilaProc
 
 def _features(
     recipe: Recipe, model: VilaForConditionalGeneration, processor: VilaProcessor, mixture: Mixture, events: Events
-) -> Features:
+) -> Callable[[Sequence[Image]], Tensor]:
     if recipe.compute.feature_cache:
         cache = FeatureCache(cache_dir() / "features", model, processor, events)
         cache.ensure(images_of(mixture))
@@ -195,6 +188,14 @@ def _features(
         return model.vision_features(processor.pixels(images).to(model.device))
 
     return compute
+
+
+def _features_of_batch(
+    model: VilaForConditionalGeneration, features: Callable[[Sequence[Image]], Tensor], batch: Batch
+) -> Tensor:
+    if batch.pixels is not None:
+        return model.vision_features(batch.pixels.to(model.device, non_blocking=True))
+    return features([item for item in batch.media if isinstance(item, Image)])
 
 
 def _budget(recipe: Recipe, mixture: Mixture) -> Any:
@@ -215,8 +216,12 @@ def _save(recipe: Recipe, trainer: Trainer) -> None:
 
 
 def refuse_changes(before: Recipe, recipe: Recipe, folder: Path) -> None:
-    """Raise CheckpointError, naming each difference, when a run in `folder` was begun with another recipe."""
-    if changed := recipe_differences(before, recipe):
+    """Raise CheckpointError, naming each difference, when a run in `folder` was begun with another recipe.
+
+    What does not change the data, or only how many faults are put up with, may differ.
+    """
+    free = ("compute.workers:", "data.max_faults:")
+    if changed := [line for line in recipe_differences(before, recipe) if not line.startswith(free)]:
         raise CheckpointError(
             f"{folder}: the recipe changed since this run began ({'; '.join(changed)}); "
             "undo the change, choose another output.dir, or delete the directory to start over"

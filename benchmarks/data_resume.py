@@ -1,0 +1,72 @@
+"""Time to go on from far inside the data: positions 1e5, 1e7 and 1e8 beside a start at 0.
+
+    python benchmarks/data_resume.py
+
+The source is synthetic (a billion samples, made when asked for), so that what is measured is finding the place and
+filling the look-ahead buffers again. Exits with status 1 when any resume takes more than a second to its first step.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+
+import numpy as np
+
+from vila.chat.tokenize import TokenizedSample
+from vila.core.machine import machine_facts
+from vila.core.types import Message, Sample
+from vila.data.mixture import Mixture, Part
+from vila.data.pack import LaneSet, LaneState, Policy
+
+LANES, LOOK_AHEAD, LIMIT_S = 16, 64, 1.0
+POSITIONS = (0, 100_000, 10_000_000, 100_000_000)
+
+
+class Billion:
+    """A source of short conversations."""
+
+    def __len__(self) -> int:
+        return 1_000_000_000
+
+    def __getitem__(self, index: int) -> Sample:
+        return Sample(str(index), (Message.of("user", "q"), Message.of("assistant", "a" * (index % 900 + 1))))
+
+
+def first_step(position: int) -> float:
+    """Seconds from nothing to the first step after `position`."""
+    began = time.perf_counter()
+    mixture = Mixture([Part("a", Billion()), Part("b", Billion(), repeat=0.5)], seed=0)
+
+    def fetch(place: int) -> TokenizedSample:
+        _, sample = mixture[place]
+        length = 30 + len(sample.messages[-1].text)
+        zeros = np.zeros(length, dtype=np.int64)
+        return TokenizedSample(sample.id, zeros, zeros, np.arange(length), zeros, zeros - 1, zeros, ())
+
+    start = position // LANES * LANES
+    states = [
+        LaneState(start + lane, tuple(range(max(lane, start + lane - LANES * (LOOK_AHEAD - 1)), start + lane, LANES)))
+        for lane in range(LANES)
+    ]
+    LaneSet(fetch, LANES, policy=Policy(max_length=4096, look_ahead=LOOK_AHEAD), states=states).step()
+    return time.perf_counter() - began
+
+
+def main() -> int:
+    """Print the seconds; return the exit status."""
+    seconds = {f"{position:,}": statistics.median(first_step(position) for _ in range(5)) for position in POSITIONS}
+    facts = {
+        "seconds to the first step": {name: round(value, 4) for name, value in seconds.items()},
+        "lanes": LANES,
+        "look_ahead": LOOK_AHEAD,
+        **machine_facts(),
+    }
+    sys.stdout.write(json.dumps(facts, indent=1) + "\n")
+    return int(max(seconds.values()) > LIMIT_S)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

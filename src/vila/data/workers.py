@@ -1,0 +1,193 @@
+"""Processes that read, tokenise and decode ahead of training. Each owns whole lanes, so rows are those of one process.
+
+A worker makes a row of a lane whenever it is asked to, and is asked for a few more than have been used. With every row
+comes the state of its lane; the state to save is that of the rows that were used, whatever has been read ahead.
+"""
+
+from __future__ import annotations
+
+import atexit
+import multiprocessing
+import os
+import pickle
+import signal
+import traceback
+from collections.abc import Sequence
+from contextlib import suppress
+from ctypes import c_longlong
+from dataclasses import dataclass
+from itertools import cycle
+from multiprocessing.connection import Connection
+from typing import Any
+
+from vila.core.errors import DataError, MediaError, TemplateError, VilaError
+from vila.data.deal import lanes_of
+from vila.data.faults import FaultLog
+from vila.data.loader import SampleReader
+from vila.data.pack import Lane, LaneState, Policy, Row
+from vila.data.shared import receive_row, send_row
+
+START_METHODS = ("forkserver", "spawn", "fork")
+
+
+@dataclass(frozen=True)
+class LaneJob:
+    """What a worker needs to know: how to read, and from where each of its lanes goes on."""
+
+    reader: SampleReader
+    policy: Policy
+    lanes: int
+    decode: bool
+    states: dict[int, LaneState | None]
+
+
+class WorkerLanes:
+    """The lanes of one rank, read by worker processes; the same rows as `LaneSet` gives, step by step."""
+
+    def __init__(
+        self,
+        reader: SampleReader,
+        count: int,
+        *,
+        policy: Policy,
+        workers: int,
+        rank: int = 0,
+        world: int = 1,
+        states: Sequence[LaneState] | None = None,
+        decode: bool = True,
+        prefetch: int = 4,
+        faults: FaultLog | None = None,
+        start_method: str = "forkserver",
+    ) -> None:
+        """Starts no process before the first step.
+
+        prefetch: rows that each worker may read ahead.
+        """
+        self.numbers = lanes_of(rank, world, count)
+        self.dropped = self.truncated = 0
+        self._reader, self._policy, self._count, self._decode = reader, policy, count, decode
+        self._states = {number: states[number] if states else LaneState(number, ()) for number in self.numbers}
+        self._owner = {number: place % min(workers, len(self.numbers)) for place, number in enumerate(self.numbers)}
+        self._prefetch, self._log, self._start_method = prefetch, faults, start_method
+        self._workers: list[_Worker] = []
+
+    def step(self) -> list[Row]:
+        """One row from each lane. Raises the error of a worker, or DataError naming the sample that it died of."""
+        if not self._workers:
+            self._start()
+        rows = []
+        for number in self.numbers:
+            row = self._workers[self._owner[number]].row()
+            self._states[number] = row.state
+            rows.append(row)
+        self.dropped += sum(row.dropped for row in rows)
+        self.truncated += sum(row.truncated for row in rows)
+        if self._log:
+            self._log.add([fault for row in rows for fault in row.faults])
+        return rows
+
+    @property
+    def states(self) -> list[LaneState]:
+        """The state of every lane of this rank, as of the last step; what was read ahead does not count."""
+        return [self._states[number] for number in self.numbers]
+
+    def close(self) -> None:
+        """End the workers. They hold nothing that a kill could spoil; the next step starts new ones."""
+        atexit.unregister(self.close)
+        for worker in self._workers:
+            worker.close()
+        self._workers = []
+
+    def _start(self) -> None:
+        # Starting a worker imports this module and no torch: a fifth of a second.
+        context = multiprocessing.get_context(self._start_method)
+        atexit.register(self.close)
+        for place in range(max(self._owner.values()) + 1):
+            own = {number: self._states[number] for number in self.numbers if self._owner[number] == place}
+            job = LaneJob(self._reader, self._policy, self._count, self._decode, dict(own))
+            earlier = [worker.connection for worker in self._workers]
+            self._workers.append(_Worker(context, place, job, self._prefetch, earlier))
+
+
+class _Worker:
+    """The parent's end of one worker."""
+
+    def __init__(self, context: Any, place: int, job: LaneJob, prefetch: int, earlier: Sequence[Connection]) -> None:
+        self._job, self._name = job, f"data worker {place}"
+        self._at = context.RawValue(c_longlong, -1)
+        self.connection, theirs = context.Pipe(duplex=True)
+        # A forked process has copies of these; while it keeps them open, it cannot see that the parent is gone.
+        inherited = [*earlier, self.connection] if context.get_start_method() == "fork" else []
+        arguments = (theirs, job, self._at, inherited)
+        self._process = context.Process(target=_serve, args=arguments, name=self._name, daemon=True)
+        self._process.start()
+        theirs.close()
+        self._orders = cycle(job.states)
+        for _ in range(prefetch):
+            self.connection.send(next(self._orders))
+
+    def row(self) -> Row:
+        """The next row; the lanes of the job take turns. Asks for one more."""
+        try:
+            row = receive_row(self.connection)
+        except (EOFError, ConnectionError) as error:
+            raise DataError(self._death()) from error
+        with suppress(ConnectionError):  # a worker that died since is noticed when its next row is wanted
+            self.connection.send(next(self._orders))
+        return row
+
+    def close(self) -> None:
+        self.connection.close()
+        self._process.kill()
+        self._process.join()
+
+    def _death(self) -> str:
+        self._process.join(timeout=5)
+        code = self._process.exitcode
+        how = f"exit code {code}" if code is None or code >= 0 else f"signal {signal.Signals(-code).name}"
+        if code == -signal.SIGKILL:
+            how += "; out of memory?"
+        position = self._at.value
+        where = self._job.reader.mixture.describe(position) if position >= 0 else "its start"
+        return (
+            f"{self._name} ended ({how}) at {where}; run again to go on from the last checkpoint, with fewer "
+            "compute.workers if memory ran out"
+        )
+
+
+def _serve(connection: Connection, job: LaneJob, at: Any, inherited: Sequence[Connection]) -> None:
+    """A worker's whole life: a lane's number comes in, its next row goes out, until the parent is gone."""
+    for other in inherited:
+        other.close()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # These reach the whole process group; it is the parent that answers them, after the step.
+        signal.signal(number, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    reader = job.reader
+
+    def fetch(position: int) -> Any:
+        at.value = position
+        return reader(position)
+
+    def decode(position: int, sample: Any) -> Any:
+        at.value = position
+        return reader.pixels(position, sample)
+
+    options = {"shorten": reader.shorten, "decode": decode if job.decode else None}
+    lanes = {n: Lane(n, job.lanes, fetch, job.policy, state=state, **options) for n, state in job.states.items()}  # type: ignore[arg-type]
+    try:
+        while True:
+            send_row(connection, lanes[connection.recv()].row())
+    except (EOFError, ConnectionError):
+        return
+    except Exception as error:  # noqa: BLE001 - raised again in the parent
+        _report(connection, error, reader.mixture.describe(at.value))
+
+
+def _report(connection: Connection, error: Exception, where: str) -> None:
+    told: VilaError
+    if isinstance(error, (DataError, MediaError, TemplateError)):
+        told = type(error)(str(error))
+    else:
+        told = DataError(f"{where}: {type(error).__name__}: {error}\n{traceback.format_exc()}")
+    connection.send_bytes(pickle.dumps(told))

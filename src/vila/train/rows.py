@@ -1,0 +1,90 @@
+"""Building the data of a run from its recipe: the mixture, and the rows that steps are made of."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+
+from vila.config.schema import Recipe
+from vila.core.errors import ConfigError
+from vila.data.deal import lanes_of
+from vila.data.faults import FaultLog
+from vila.data.loader import Entry, SampleReader, open_mixture
+from vila.data.mixture import Mixture
+from vila.data.pack import LaneSet, LaneState, Policy
+from vila.data.workers import WorkerLanes
+from vila.model.processor import VilaProcessor
+
+MAX_WORKERS = 4
+
+
+def build_mixture(recipe: Recipe) -> Mixture:
+    """The data sets of a recipe, opened."""
+    return open_mixture([Entry(**entry.model_dump()) for entry in recipe.data.mixture], recipe.seed)
+
+
+def build_reader(recipe: Recipe, processor: VilaProcessor, mixture: Mixture) -> SampleReader:
+    """What reads the samples of a mixture for a model."""
+    template = recipe.data.template or recipe.model.template
+    return SampleReader(mixture, template, processor.span_tokenizer, processor.spec)
+
+
+def build_rows(
+    recipe: Recipe,
+    processor: VilaProcessor,
+    mixture: Mixture,
+    states: Sequence[LaneState] | None,
+    *,
+    rank: int = 0,
+    world: int = 1,
+) -> LaneSet | WorkerLanes:
+    """The rows of a run from `states` on; read by `compute.workers` processes.
+
+    Raises ConfigError when the global batch cannot be dealt to the ranks, or when a data set has an image mode of its
+    own and features are cached, since the cache is made with the stage's.
+    """
+    data, count = recipe.data, recipe.batch.rows or recipe.batch.samples
+    lanes_of(rank, world, count, recipe.batch.micro)
+    own = [entry.path for entry in data.mixture if entry.image_mode not in (None, recipe.model.image_mode)]
+    if own and recipe.compute.feature_cache:
+        raise ConfigError(f"compute.feature_cache knows one image_mode, but {own[0]} has its own; turn the cache off")
+    policy = Policy(
+        max_length=data.max_length,
+        look_ahead=data.look_ahead,
+        packing=data.packing,
+        max_images=data.max_images,
+        overlong=data.overlong,
+        max_faults=data.max_faults,
+    )
+    reader = build_reader(recipe, processor, mixture)
+    log = FaultLog(recipe.output.dir / "faults.jsonl", data.max_faults, seen=_seen_by(states, count))
+    workers, decode = worker_count(recipe), not recipe.compute.feature_cache
+    if workers:
+        return WorkerLanes(
+            reader, count, policy=policy, workers=workers, rank=rank, world=world, states=states, decode=decode,
+            faults=log,
+        )  # fmt: skip
+    return LaneSet(
+        reader, count, policy=policy, rank=rank, world=world, states=states, shorten=reader.shorten,
+        decode=reader.pixels if decode else None, faults=log,
+    )  # fmt: skip
+
+
+def worker_count(recipe: Recipe) -> int:
+    """Processes that read ahead; with cached features there are no pixels to decode, so none by default."""
+    if recipe.compute.workers >= 0:
+        return recipe.compute.workers
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 0 if recipe.compute.feature_cache else min(MAX_WORKERS, processors)
+
+
+def _seen_by(states: Sequence[LaneState] | None, count: int) -> Callable[[int], bool]:
+    """Whether the lanes have left a position behind them."""
+
+    def seen(position: int) -> bool:
+        if states is None:
+            return False
+        state = states[position % count]
+        return position < state.next_position and position not in state.waiting
+
+    return seen

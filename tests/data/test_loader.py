@@ -1,0 +1,202 @@
+"""From files to rows with pixels: templates, image modes, cutting, and samples that cannot be read."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from tests.data.reading import SPEC, reader_of, write_records
+from vila.core.errors import DataError, MediaError
+from vila.core.types import Image, Message, Sample
+from vila.data.batch import collate
+from vila.data.faults import Fault, FaultLog
+from vila.data.loader import Entry
+from vila.data.pack import LaneSet, LaneState, Policy
+from vila.data.shorten import shorten_sample
+from vila.media.image import open_image
+from vila.media.transform import pixels
+
+
+@pytest.fixture
+def file(tmp_path):
+    return write_records(tmp_path)
+
+
+def lanes_of(reader, count=2, **changes):
+    policy = Policy(**{"max_length": 96, "look_ahead": 6, **changes})
+    return LaneSet(reader, count, policy=policy, shorten=reader.shorten, decode=reader.pixels)
+
+
+# Pixels
+
+
+def test_pixels_of_a_batch_are_those_of_its_media_in_order(file):
+    rows = lanes_of(reader_of(file)).step()
+    batch = collate(rows)
+    assert len(batch.media) > 2
+    expected = np.stack([pixels(open_image(image), SPEC) for image in batch.media])
+    assert torch.equal(batch.pixels, torch.from_numpy(expected))
+
+
+def test_a_data_set_may_have_an_image_mode_of_its_own(file):
+    reader = reader_of(Entry("messages", str(file)), Entry("messages", str(file), image_mode="resize"))
+    modes = set()
+    for position in range(48):
+        sample = reader(position)
+        if not sample.media:
+            continue
+        mode = "resize" if reader.data_set(position) == "data#2" else "pad"
+        expected = pixels(open_image(sample.media[0]), replace(SPEC, image_mode=mode))
+        assert np.array_equal(reader.pixels(position, sample)[0], expected)
+        modes.add(mode)
+    assert modes == {"pad", "resize"}
+    assert not np.array_equal(
+        *(pixels(open_image(Image(file.parent / "0.png")), replace(SPEC, image_mode=m)) for m in modes)
+    )
+
+
+def test_a_batch_of_text_has_no_pixels(tmp_path):
+    path = tmp_path / "text.jsonl"
+    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    path.write_text(json.dumps(row) + "\n")
+    assert collate(lanes_of(reader_of(path)).step()).pixels is None
+
+
+# Cutting
+
+
+def turns(number):
+    return tuple(
+        message for n in range(number) for message in (Message.of("user", f"q{n}"), Message.of("assistant", "a" * 10))
+    )
+
+
+def tokeniser(tmp_path):
+    reader = reader_of(write_records(tmp_path, 1))
+    return lambda sample: reader.tokenise(reader.mixture.parts[0], sample)
+
+
+def test_cutting_keeps_as_many_whole_exchanges_as_fit(tmp_path):
+    tokenise = tokeniser(tmp_path)
+    whole = Sample("a", turns(9))
+    for kept in range(1, 9):
+        expected = tokenise(Sample("a", turns(kept)))
+        for room in (len(expected), len(tokenise(Sample("a", turns(kept + 1)))) - 1):
+            cut = shorten_sample(whole, tokenise, room)
+            assert np.array_equal(cut.ids, expected.ids)
+    assert shorten_sample(whole, tokenise, len(tokenise(Sample("a", turns(1)))) - 1) is None
+
+
+def test_cutting_leaves_out_branches_from_the_end(tmp_path):
+    tokenise = tokeniser(tmp_path)
+    branches = tuple((Message.of("user", f"q{n}"), Message.of("assistant", "yes")) for n in range(5))
+    head = (Message.of("user", "some text"),)
+    expected = tokenise(Sample("a", head, branches[:3]))
+    assert np.array_equal(shorten_sample(Sample("a", head, branches), tokenise, len(expected)).ids, expected.ids)
+    assert shorten_sample(Sample("a", head, branches[:1]), tokenise, 5) is None
+
+
+def test_cutting_drops_a_picture_with_its_exchange_and_never_a_part_of_it(file):
+    reader = reader_of(file)
+    shown = Image(file.parent / "0.png")
+    later = (Message.of("user", shown, "and?"), Message.of("assistant", "no"))
+    whole = Sample("a", (*turns(1), *later, *turns(1)))
+    part = reader.mixture.parts[0]
+
+    def tokenise(sample):
+        return reader.tokenise(part, sample)
+
+    full = len(tokenise(whole))
+    cuts = [shorten_sample(whole, tokenise, room) for room in range(full)]
+    assert {len(cut.media) for cut in cuts if cut} == {0, 1}
+    assert all(int(cut.slots.sum()) == 4 * len(cut.media) for cut in cuts if cut)
+
+
+def test_too_long_samples_are_cut_on_the_way_to_rows_and_counted(tmp_path):
+    path = tmp_path / "long.jsonl"
+    turns = [{"role": role, "content": "word " * 4} for _ in range(6) for role in ("user", "assistant")]
+    path.write_text("".join(json.dumps({"id": str(n), "messages": turns[: 2 * n + 2]}) + "\n" for n in range(6)))
+    rows = lanes_of(reader_of(path), 1, max_length=150, overlong="truncate")
+    step = [rows.step()[0] for _ in range(6)]
+    assert all(len(sample) <= 150 for row in step for sample in row)
+    assert rows.truncated > 0 == rows.dropped
+    shown = [sample.id.split("/")[-1] for row in step for sample in row]
+    assert set(shown) == set("012345")
+
+
+# Faults
+
+
+def damage(file, number):
+    (file.parent / f"{number}.png").write_bytes(b"\x89PNG broken")
+
+
+def test_a_picture_that_cannot_be_read_is_an_error_that_names_data_set_sample_and_file(file):
+    for number in range(24):
+        damage(file, number)
+    with pytest.raises(MediaError, match=r"data set 'data': sample 'r\d+': .*\d+\.png: not an image"):
+        lanes_of(reader_of(file)).step()
+
+
+def test_faults_within_the_budget_are_skipped_alone_and_listed(file, tmp_path):
+    reader = reader_of(file)
+    whole = lanes_of(reader_of(file))
+    before = [[[s.id for s in row] for row in whole.step()] for _ in range(6)]
+    damage(file, 4)
+    log = FaultLog(tmp_path / "run" / "faults.jsonl", 5)
+    lanes = LaneSet(
+        reader, 2, policy=Policy(max_length=96, look_ahead=6, max_faults=5), decode=reader.pixels, faults=log
+    )
+    after = [[[s.id for s in row] for row in lanes.step()] for _ in range(6)]
+    bad = next(name for step in before for row in step for name in row if name.split("/")[-1] == "r4")
+    assert after == [[[name for name in row if name != bad] for row in step] for step in before]
+    assert lanes.states == whole.states
+    lines = [json.loads(line) for line in log.path.read_text().splitlines()]
+    assert len(lines) == log.count > 0
+    assert all("4.png: not an image" in line["reason"] for line in lines)
+    assert all(reader(line["position"]).id == bad for line in lines)
+
+
+def test_more_faults_than_allowed_stop_the_run_and_name_the_list(file, tmp_path):
+    log = FaultLog(tmp_path / "faults.jsonl", 1)
+    log.add(
+        [
+            Fault(3, "a"),
+        ]
+    )
+    with pytest.raises(
+        DataError, match=r"2 samples could not be read, data.max_faults allows 1; .*faults.jsonl. The last: b"
+    ):
+        log.add([Fault(4, "b")])
+
+
+def test_a_resumed_run_forgets_the_faults_that_it_will_meet_again(tmp_path):
+    log = FaultLog(tmp_path / "faults.jsonl", 9)
+    log.add([Fault(n, "x") for n in range(4)])
+    log.path.write_text(log.path.read_text() + '{"position": 9, "rea')
+    states = [LaneState(4, ()), LaneState(5, (3,))]
+    from vila.train.rows import _seen_by
+
+    again = FaultLog(log.path, 9, seen=_seen_by(states, 2))
+    assert [json.loads(line)["position"] for line in log.path.read_text().splitlines()] == [0, 1, 2]
+    assert again.count == 3
+
+
+def test_a_record_that_no_format_can_read_counts_as_a_fault_too(file):
+    lines = file.read_text().splitlines()
+    lines[7] = "x" * len(lines[7])
+    file.write_text("\n".join(lines) + "\n")
+    fresh = reader_of(file)
+    lanes = LaneSet(fresh, 1, policy=Policy(max_length=96, look_ahead=40, max_faults=9))
+    row = lanes.step()[0]
+    assert row.faults
+    assert "data set 'data' sample 8 (position" in row.faults[0].reason
+
+
+def test_a_clip_is_refused_in_words(file):
+    from vila.core.types import Video
+
+    with pytest.raises(MediaError, match=r"a.mp4'?\)?: training reads pictures, not clips"):
+        reader_of(file).count(Video("a.mp4"))

@@ -1,0 +1,160 @@
+"""Mixtures: exact shares, splits that never overlap, and what a data set may say for itself."""
+
+import json
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.data.test_order import Numbers
+from vila.core.errors import DataError, UnknownNameError
+from vila.data.loader import Entry, open_mixture
+from vila.data.mixture import Mixture, Part
+from vila.data.survey import survey
+from vila.data.view import Split, Subset
+
+
+def shares(mixture, start, stop):
+    return Counter(mixture.parts[mixture.locate(p)[0]].name for p in range(start, stop))
+
+
+# Shares
+
+
+def test_weights_divide_an_epoch_as_long_as_all_data_sets():
+    parts = [Part("a", Numbers(900, "a"), weight=1), Part("b", Numbers(100, "b"), weight=1)]
+    mixture = Mixture(parts, seed=4)
+    assert mixture.epoch_length == 1000
+    assert shares(mixture, 0, 1000) == {"a": 500, "b": 500}
+    counts = Counter(mixture[p][1].id for p in range(2000))
+    # 1000 of each in two epochs: every sample of b ten times, of a once or, the first hundred of the next pass, twice.
+    assert {counts[f"b{i}"] for i in range(100)} == {10}
+    assert Counter(counts[f"a{i}"] for i in range(900)) == {1: 800, 2: 100}
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(st.integers(1, 50), st.floats(0.01, 10)), min_size=1, max_size=6))
+def test_weighted_counts_add_up_and_are_within_one_of_the_exact_share(sets):
+    mixture = Mixture([Part(str(n), Numbers(size), weight=w) for n, (size, w) in enumerate(sets)], seed=0)
+    length, total = sum(size for size, _ in sets), sum(w for _, w in sets)
+    assert mixture.epoch_length == sum(mixture.per_epoch) == length
+    assert all(abs(count - length * w / total) < 1 for count, (_, w) in zip(mixture.per_epoch, sets, strict=True))
+
+
+def test_a_fraction_of_an_epoch_has_about_the_same_shares():
+    mixture = Mixture([Part("a", Numbers(6000, "a")), Part("b", Numbers(2000, "b"), repeat=2)], seed=9)
+    for start in range(0, 10_000, 1000):
+        # 400 +- 15.5 by chance; five deviations.
+        assert abs(shares(mixture, start, start + 1000)["b"] - 400) < 78
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        (
+            [Part("a", Numbers(3), weight=1), Part("b", Numbers(3))],
+            "data sets 'b' have no weight, others have; give all",
+        ),
+        ([Part("a", Numbers(3), weight=1), Part("b", Numbers(0), weight=1)], "data sets 'b' are empty and cannot have"),
+    ],
+)
+def test_weights_that_cannot_be_kept_are_refused(parts, message):
+    with pytest.raises(DataError, match=message):
+        Mixture(parts, seed=0)
+
+
+# Views
+
+
+@settings(max_examples=40, deadline=None)
+@given(size=st.integers(0, 4200), fraction=st.floats(0.001, 0.999))
+def test_training_and_validation_share_out_the_data_set(size, fraction):
+    source = Numbers(size)
+    train, val = Split(source, fraction, val=False), Split(source, fraction, val=True)
+    left, right = ([view.locate(i) for i in range(len(view))] for view in (train, val))
+    assert sorted(left + right) == list(range(size))
+    whole = size // 1000 * 1000
+    assert abs(sum(i < whole for i in right) - whole * fraction) <= 1
+
+
+def test_samples_that_are_appended_move_no_other_between_the_shares():
+    def val(size):
+        view = Split(Numbers(size), 0.1, val=True)
+        return {view.locate(i) for i in range(len(view))}
+
+    assert val(2345) == {i for i in val(9000) if i < 2345}
+
+
+def test_a_subset_is_fixed_and_without_repeats():
+    subset = Subset(Numbers(1000), 30)
+    chosen = [subset.locate(i) for i in range(30)]
+    assert len(set(chosen)) == 30
+    assert chosen != sorted(chosen)
+    assert chosen == [Subset(Numbers(1000), 30).locate(i) for i in range(30)]
+    assert len(Subset(Numbers(5), 30)) == 5
+    with pytest.raises(IndexError, match="index 30 is outside a subset of 30"):
+        subset[30]
+    with pytest.raises(IndexError, match="index 90 is outside a share of 90"):
+        Split(Numbers(100), 0.1, val=False)[90]
+
+
+# Entries
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "qa.jsonl"
+    rows = [
+        {"id": str(n), "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+        for n in range(40)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_entries_take_shares_subsets_and_names(file):
+    mixture = open_mixture(
+        [
+            Entry("messages", file, val_fraction=0.25, max_samples=7),
+            Entry("messages", file, val_fraction=0.25, split="val", image_mode="resize", template="caption"),
+        ],
+        seed=0,
+    )
+    assert [part.name for part in mixture.parts] == ["qa", "qa#2"]
+    assert [part.image_mode for part in mixture.parts] == [None, "resize"]
+    first, second = ({part.source[i].id for i in range(len(part.source))} for part in mixture.parts)
+    assert len(first) == 7
+    assert not first & second
+
+
+def test_an_unknown_template_of_an_entry_is_refused_at_once(file):
+    with pytest.raises(UnknownNameError, match="vicuna"):
+        open_mixture([Entry("messages", file, template="vicunna_v1")], seed=0)
+
+
+# What is in it
+
+
+def test_a_survey_counts_samples_and_estimates_tokens_and_pictures():
+    from tests.data.test_pack import sample
+
+    parts = [Part("long", Numbers(100)), Part("short", Numbers(50), repeat=2), Part("none", Numbers(0))]
+    rows = survey(
+        Mixture(parts, seed=0), lambda part, s: sample(0, 30, images=2) if part.name == "long" else sample(0, 10), 8
+    )
+    assert [(row.name, row.samples, row.tokens, row.images) for row in rows] == [
+        ("long", 100, 3000, 200),
+        ("short", 100, 1000, 0),
+        ("none", 0, 0, 0),
+    ]
+    assert [row.token_share for row in rows] == [0.75, 0.25, 0.0]
+    assert [row.surveyed for row in rows] == [8, 8, 0]
+
+
+def test_a_survey_of_everything_is_exact():
+    from tests.data.test_pack import sample
+
+    mixture = Mixture([Part("a", Numbers(20))], seed=0)
+    (row,) = survey(mixture, lambda part, s: sample(0, int(s.id[1:]) + 1), 100)
+    assert (row.tokens, row.surveyed) == (210, 20)

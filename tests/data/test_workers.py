@@ -1,0 +1,224 @@
+"""Workers change nothing but the time: the same rows, states, errors; and none outlives its parent."""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.data.reading import reader_of, write_records
+from vila.core.errors import DataError, MediaError
+from vila.data.batch import collate
+from vila.data.faults import FaultLog
+from vila.data.pack import LaneSet, Policy
+from vila.data.workers import START_METHODS, WorkerLanes
+
+POLICY = Policy(max_length=96, look_ahead=6)
+
+
+@pytest.fixture
+def file(tmp_path):
+    return write_records(tmp_path)
+
+
+@pytest.fixture
+def start():
+    """Worker lanes that are closed after the test."""
+    made = []
+
+    def make(reader, count=4, policy=POLICY, workers=2, start_method="fork", **options):
+        made.append(WorkerLanes(reader, count, policy=policy, workers=workers, start_method=start_method, **options))
+        return made[-1]
+
+    yield make
+    for lanes in made:
+        lanes.close()
+
+
+def alone(reader, count=4, policy=POLICY, **options):
+    return LaneSet(reader, count, policy=policy, shorten=reader.shorten, decode=reader.pixels, **options)
+
+
+def assert_same_step(ours, theirs):
+    for row, other in zip(ours, theirs, strict=True):
+        assert row.positions == other.positions
+        assert row.state == other.state
+        for sample, reference in zip(row, other, strict=True):
+            assert sample.id == reference.id
+            assert np.array_equal(sample.ids, reference.ids)
+        assert np.array_equal(np.array(row.pixels), np.array(other.pixels))
+
+
+@pytest.mark.parametrize("method", START_METHODS)
+def test_rows_pixels_and_states_are_those_of_one_process(file, start, method):
+    reader = reader_of(file)
+    lanes, reference = start(reader, start_method=method), alone(reader)
+    for _ in range(4):
+        assert_same_step(lanes.step(), reference.step())
+        assert lanes.states == reference.states
+
+
+@pytest.mark.parametrize("workers", [1, 3, 9])
+def test_any_number_of_workers_gives_the_same(file, start, workers):
+    reader = reader_of(file)
+    lanes, reference = start(reader, workers=workers), alone(reader)
+    for _ in range(3):
+        assert_same_step(lanes.step(), reference.step())
+
+
+def test_a_checkpoint_taken_with_rows_read_ahead_resumes_exactly(file, start):
+    reader = reader_of(file)
+    lanes, reference = start(reader, prefetch=8), alone(reader)
+    for _ in range(3):
+        lanes.step()
+        reference.step()
+    states = lanes.states
+    lanes.close()
+    again = start(reader, workers=3, states=states)
+    for _ in range(3):
+        assert_same_step(again.step(), reference.step())
+
+
+def test_pixels_come_without_a_copy_and_outlive_the_workers(file, start):
+    lanes = start(reader_of(file), count=1, workers=1)
+    rows = lanes.step()
+    batch = collate(rows)
+    lanes.close()
+    assert batch.pixels.data_ptr() == rows[0].pixels.ctypes.data
+    assert np.array_equal(batch.pixels.numpy(), np.array(alone(reader_of(file), count=1).step()[0].pixels))
+
+
+def test_faults_are_counted_and_listed_as_in_one_process(file, start, tmp_path):
+    for number in (1, 4):
+        (file.parent / f"{number}.png").write_bytes(b"broken")
+    policy = Policy(max_length=96, look_ahead=6, max_faults=20)
+    reader = reader_of(file)
+    logs = [FaultLog(tmp_path / name, 20) for name in ("a.jsonl", "b.jsonl")]
+    lanes, reference = start(reader, policy=policy, faults=logs[0]), alone(reader, policy=policy, faults=logs[1])
+    for _ in range(6):
+        assert_same_step(lanes.step(), reference.step())
+    assert logs[0].path.read_text() == logs[1].path.read_text()
+    assert logs[0].count > 0
+
+
+def test_an_error_in_a_worker_is_raised_here_with_data_set_and_sample(file, start):
+    for picture in file.parent.glob("*.png"):
+        picture.write_bytes(b"broken")
+    with pytest.raises(MediaError, match=r"data set 'data': sample '.*r\d+': .*png: not an image"):
+        start(reader_of(file)).step()
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A source with a programming error in it, or one that takes its process down."""
+
+    kill: bool
+
+    def __len__(self):
+        return 50
+
+    def __getitem__(self, index):
+        if self.kill:
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise KeyError("oops")
+
+
+def broken(file, kill):
+    reader = reader_of(file)
+    part = reader.mixture.parts[0]
+    from dataclasses import replace
+
+    from vila.data.mixture import Mixture
+
+    return replace(reader, mixture=Mixture([replace(part, source=Broken(kill))], 0))
+
+
+def test_an_unforeseen_error_in_a_worker_names_the_sample_and_the_place_in_the_code(file, start):
+    with pytest.raises(
+        DataError, match=r"(?s)data set 'data' sample \d+ \(position 0\): KeyError: 'oops'.*__getitem__"
+    ):
+        start(broken(file, kill=False), count=1, workers=1).step()
+
+
+def test_a_worker_that_dies_is_an_error_with_signal_sample_and_remedy(file, start):
+    lanes = start(broken(file, kill=True), count=1, workers=1)
+    with pytest.raises(
+        DataError, match=r"data worker 0 ended \(signal SIGKILL; out of memory\?\) at data set 'data' sa"
+    ):
+        lanes.step()
+
+
+def test_a_worker_that_was_killed_is_noticed_within_the_rows_read_ahead(file, start):
+    lanes = start(reader_of(file), prefetch=2)
+    lanes.step()
+    lanes._workers[1]._process.kill()
+    with pytest.raises(DataError, match=r"data worker 1 ended \(signal SIGKILL"):
+        for _ in range(4):
+            lanes.step()
+
+
+def test_ctrl_c_and_sigterm_leave_the_workers_to_their_parent(file, start):
+    reader = reader_of(file)
+    lanes, reference = start(reader), alone(reader)
+    assert_same_step(lanes.step(), reference.step())
+    for worker in lanes._workers:
+        os.kill(worker._process.pid, signal.SIGINT)
+        os.kill(worker._process.pid, signal.SIGTERM)
+    for _ in range(3):
+        assert_same_step(lanes.step(), reference.step())
+
+
+def gone(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+SCRIPT = """
+import os, pickle, signal, sys
+from pathlib import Path
+from vila.data.workers import WorkerLanes
+
+if __name__ == "__main__":
+    reader, policy = pickle.loads(Path(sys.argv[1]).read_bytes())
+    lanes = WorkerLanes(reader, 4, policy=policy, workers=2, start_method=sys.argv[3])
+    lanes.step()
+    print(*(worker._process.pid for worker in lanes._workers), flush=True)
+    if sys.argv[2] == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if sys.argv[2] == "interrupt":
+        os.kill(os.getpid(), signal.SIGINT)
+        signal.pause()
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "method"), [("return", "forkserver"), ("interrupt", "forkserver"), ("kill", "forkserver"), ("kill", "fork")]
+)
+def test_no_worker_outlives_its_parent(file, end, method, tmp_path):
+    (tmp_path / "job").write_bytes(pickle.dumps((reader_of(file), POLICY)))
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(tmp_path / "job"), end, method], capture_output=True, text=True, timeout=20,
+        env={**os.environ, "PYTHONPATH": str(Path.cwd() / "src")},
+    )  # fmt: skip
+    pids = [int(word) for word in done.stdout.split()]
+    assert len(pids) == 2, done.stderr
+    deadline = time.monotonic() + 10
+    while not all(map(gone, pids)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert all(map(gone, pids))
+
+
+def test_closed_lanes_go_on_where_they_were(file, start):
+    reader = reader_of(file)
+    lanes, reference = start(reader), alone(reader)
+    for _ in range(3):
+        assert_same_step(lanes.step(), reference.step())
+        lanes.close()
