@@ -6,7 +6,10 @@ is converted or moved, the mapping is given back as it goes, so memory holds the
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import pickle
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,6 +53,10 @@ class WeightFile(Protocol):
         """Where it lies."""
 
     @property
+    def is_mapped(self) -> bool:
+        """Whether its tensors are certain to be views of the file, whose pages may then be given back."""
+
+    @property
     def facts(self) -> Mapping[str, tuple[Shape, torch.dtype]]:
         """Shape and type of every tensor, without reading any."""
 
@@ -62,6 +69,8 @@ class SafetensorsFile:
     """A .safetensors file."""
 
     path: Path
+    # Its reader does not promise views of the file, and opening it anew is cheap.
+    is_mapped = False
 
     @cached_property
     def facts(self) -> Mapping[str, tuple[Shape, torch.dtype]]:
@@ -98,6 +107,12 @@ class TorchFile:
     path: Path
 
     @cached_property
+    def is_mapped(self) -> bool:
+        """Files older than PyTorch 1.6 are no zip archives, and are read whole."""
+        with self.path.open("rb") as stream:
+            return stream.read(4) == b"PK\x03\x04"
+
+    @cached_property
     def facts(self) -> Mapping[str, tuple[Shape, torch.dtype]]:
         """Shape and type of every tensor."""
         held = self._load()
@@ -113,9 +128,7 @@ class TorchFile:
 
     def _load(self) -> dict[str, Tensor]:
         try:
-            with self.path.open("rb") as stream:
-                zipped = stream.read(4) == b"PK\x03\x04"
-            held = torch.load(self.path, map_location="cpu", weights_only=True, mmap=zipped or None)
+            held = torch.load(self.path, map_location="cpu", weights_only=True, mmap=self.is_mapped or None)
         except pickle.UnpicklingError as error:
             raise LayoutError(
                 f"{self.path}: holds more than plain tensors and is not opened, because unpickling runs code "
@@ -175,17 +188,34 @@ def read_pieces(
             with file.mapped() as get:
                 while waiting and (not copied or copied + pieces[waiting[-1]].bytes <= budget):
                     name = waiting.pop()
-                    tensor, moved = _one(pieces[name], get, *targets[name])
-                    copied += pieces[name].bytes if moved else 0
+                    tensor, source = _one(pieces[name], get, *targets[name])
+                    if source is not None and not (file.is_mapped and _give_back(source)):
+                        copied += pieces[name].bytes
+                    del source
                     yield name, tensor
                     del tensor
 
 
-def _one(piece: Piece, get: Get, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, bool]:
+def _one(piece: Piece, get: Get, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """The tensor as it is wanted, and the file's own where that is another one."""
     source = get(piece.name)
     changed = source if piece.change is None else piece.change(source)
     tensor = changed.to(device=device, dtype=dtype if changed.is_floating_point() else changed.dtype)
-    return tensor, tensor.untyped_storage().data_ptr() != source.untyped_storage().data_ptr()
+    same = tensor.untyped_storage().data_ptr() == source.untyped_storage().data_ptr()
+    return tensor, None if same else source
+
+
+def _give_back(source: Tensor) -> bool:
+    """Let go of the pages of a mapped file that a tensor was copied from; they would be read again if need be.
+
+    False where the system has no such call: opening the file anew does the same.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    end = source.data_ptr() + source.nbytes
+    start = source.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    pages = ctypes.c_void_p(start), ctypes.c_size_t(end - start)
+    return bool(ctypes.CDLL(None).madvise(*pages, mmap.MADV_DONTNEED) == 0)
 
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
