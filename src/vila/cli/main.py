@@ -18,6 +18,7 @@ import typer
 from vila import __version__
 from vila.cli.chat import chat
 from vila.cli.convert import convert
+from vila.cli.data import app as data_app
 from vila.cli.doctor import doctor
 from vila.cli.evaluate import evaluate
 from vila.cli.info import info
@@ -46,6 +47,7 @@ app.command()(train)
 app.command("eval")(evaluate)
 app.command()(info)
 app.command()(convert)
+app.add_typer(data_app, name="data")
 app.command()(doctor)
 
 

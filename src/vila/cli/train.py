@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from vila.core.errors import VilaError
+
+if TYPE_CHECKING:
+    from vila.train.run import Run
+
+_SURVEYED = 16
 
 
 def train(
@@ -35,4 +42,24 @@ def train(
         screen.said(
             f"{resolved.name}: {run.trainable:,} parameters learn, {run.mixture.epoch_length:,} samples an epoch"
         )
+        for line in share_lines(run):
+            screen.said(line)
         screen.said(f"{resolved.name}: the model is in {run.train()}")
+
+
+def share_lines(run: Run) -> list[str]:
+    """What each data set brings to an epoch, estimated from a few of its samples; a line each."""
+    from vila.data.survey import survey
+    from vila.train.rows import build_reader
+
+    reader = build_reader(run.recipe, run.processor, run.mixture)
+    try:
+        shares = survey(run.mixture, reader.tokenise, _SURVEYED)
+    except VilaError as error:
+        # Whether a fault stops the run is for its own budget of faults to say.
+        return [f"  shares are not known: {error}"]
+    return [
+        f"  {one.name}: {one.samples:,} samples, about {one.tokens:,} tokens ({one.token_share:.1%}) "
+        f"and {one.images:,} images an epoch"
+        for one in shares
+    ]

@@ -1,0 +1,166 @@
+"""From a table to a trained model through `vila data`, as docs/own_data.md tells it, and what is said of bad data."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.house.readme_blocks import parse_blocks
+from tests.train.stand import stand_recipe, write_stand
+from vila.cli.data_check import histogram, spread
+from vila.config.load import save_recipe
+
+PAGE = Path(__file__).parents[2] / "docs" / "own_data.md"
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch, model):
+    """What the page's Python makes, with a tiny model where the quickstart leaves one."""
+    monkeypatch.chdir(tmp_path)
+    blocks = parse_blocks(PAGE.read_text(), "own_data.md")
+    exec(next(block.code for block in blocks if block.language == "python"), {})
+    (tmp_path / "runs" / "starter").mkdir()
+    (tmp_path / "runs" / "starter" / "model").symlink_to(model)
+    return [block.code for block in blocks if block.language == "bash"]
+
+
+def commands(text):
+    import shlex
+
+    return [shlex.split(line)[1:] for line in text.splitlines() if line.startswith("vila ")]
+
+
+def test_the_page_leads_from_a_table_to_an_answer(vila, mine):
+    convert, recipe, train = mine
+    recipe_text = recipe.split("<<'END'\n")[1].split("END\n")[0]
+    Path("runs/mine/recipe.yaml").write_text(
+        recipe_text + "compute: {dtype: float32, feature_cache: false, workers: 0}\n"
+    )
+    told = ""
+    for command in [*commands(convert), *commands(recipe), *commands(train)]:
+        code, out, err = vila(*command)
+        assert code == 0, (command, err)
+        told += out + err
+    assert "data: 20 samples, no faults, 20 distinct images" in told
+    assert "tokens: " in told
+    assert "data: 20 samples, about" in told
+    assert Path("runs/mine/run/model/model.safetensors").is_file()
+
+
+def test_check_names_every_kind_of_fault_and_counts_past_what_it_shows(vila, tmp_path):
+    answer = {"role": "assistant", "content": "yes"}
+
+    def row(name, *content, reply=answer):
+        return {"id": name, "messages": [{"role": "user", "content": list(content)}, reply]}
+
+    (tmp_path / "bad.png").write_bytes(b"\x89PNG broken")
+    rows = [
+        row("fine", "why?"),
+        row("fine", "why?"),
+        row("gone", {"type": "image", "path": "none.png"}),
+        row("bad", {"type": "image", "path": "bad.png"}),
+        row("empty", "why?", reply={"role": "assistant", "content": ""}),
+        {"id": "odd"},
+    ]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    code, out, _ = vila("data", "check", tmp_path / "d.jsonl", "--max-shown", 3)
+    assert code == 1
+    assert "6 samples, 4 with faults" in out
+    assert "none.png" in out
+    assert "bad.png" in out
+    assert "answer is empty" in out
+    assert "and 1 more faults" in out
+    assert "1 ids come more than once: 'fine'" in out
+    code, out, _ = vila("data", "check", tmp_path / "d.jsonl", "--json", "--sample", 6)
+    facts = json.loads(out)["data_sets"][0]
+    assert (code, facts["faults"], facts["duplicate_ids"], facts["histogram"]) == (1, 4, 1, {"256": 2})
+    assert any("d.jsonl row 6" in fault for fault in facts["first_faults"])
+
+
+def test_check_of_a_recipe_counts_tokens_and_finds_what_rows_cannot_hold(vila, tmp_path):
+    recipe = stand_recipe(write_stand(tmp_path), "out", "data.max_length=24")
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    code, out, _ = vila("data", "check", tmp_path / "recipe.yaml")
+    assert code == 1
+    assert "tokens, rows hold 24" in out
+    code, _, err = vila("data", "check", tmp_path / "recipe.yaml", "--format", "messages")
+    assert code == 2
+    assert "is a recipe" in err
+
+
+def test_from_csv_names_file_and_line_and_writes_nothing(vila, tmp_path, picture):
+    table, out = tmp_path / "t.csv", tmp_path / "t.jsonl"
+    table.write_text("image,question,answer\np.png,why?,so\nq.png,why?,so\np.png,,so\n../p.png,a,\np.png,a,b,c\n")
+    code, _, err = vila("data", "from-csv", table, "--images", tmp_path, "--out", out)
+    assert code == 1
+    assert f"{table} line 3: picture 'q.png' is not in" in err
+    assert f"{table} line 4: the column 'question' is empty" in err
+    assert f"{table} line 5: the column 'answer' is empty" in err
+    assert f"{table} line 6: more cells" in err
+    assert not out.exists()
+    table.write_text("picture,text\na,b\n")
+    code, _, err = vila("data", "from-csv", table, "--images", tmp_path, "--out", out)
+    assert code == 2
+    assert "the header is picture, text" in err
+
+
+def test_from_csv_takes_captions_and_refuses_pictures_outside(vila, tmp_path, picture):
+    table, out, inside = tmp_path / "t.csv", tmp_path / "t.jsonl", tmp_path / "in"
+    inside.mkdir()
+    table.write_text("file,caption\np.png,a dot\n")
+    assert vila("data", "from-csv", table, "--images", tmp_path, "--out", out)[0] == 0
+    user, answer = json.loads(out.read_text())["messages"]
+    assert user["content"] == [{"type": "image", "path": "p.png"}]
+    assert answer["content"] == "a dot"
+    table.write_text("file,caption\n../p.png,a dot\n")
+    assert vila("data", "from-csv", table, "--images", inside, "--out", out)[0] == 1
+
+
+def test_index_counts_records(vila, tmp_path):
+    (tmp_path / "d.jsonl").write_text("{}\n{}\n")
+    code, out, err = vila("data", "index", tmp_path / "d.jsonl")
+    assert (code, out.split(": ")[1]) == (0, "2 records\n")
+
+
+def test_stats_without_a_model_say_what_to_give(vila, tmp_path):
+    (tmp_path / "d.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
+    code, _, err = vila("data", "stats", tmp_path / "d.jsonl")
+    assert code == 2
+    assert "--model" in err
+
+
+def test_lengths_are_summed_up():
+    assert histogram([10, 40, 64, 9000]) == {"32": 1, "64": 2, "more": 1}
+    assert spread([5, 1, 9, 3]) == [1, 3, 9]
+    assert spread([]) == []
+
+
+def test_inspect_tells_what_is_learnt_and_writes_one_page(vila, tmp_path):
+    recipe = stand_recipe(write_stand(tmp_path))
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    code, out, err = vila("data", "inspect", tmp_path / "recipe.yaml", "--index", 1, "--html", tmp_path / "o.html")
+    assert code == 0, err
+    assert "<image x 4>" in out
+    assert "\u00ab" in out
+    learnt = [piece.split("\u00bb")[0].strip() for piece in out.split("\u00ab")[1:]]
+    assert any("abab" in piece for piece in learnt)
+    assert not any("q1?" in piece for piece in learnt)
+    page = (tmp_path / "o.html").read_text()
+    assert "data:image/png;base64," in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    code, _, err = vila("data", "inspect", tmp_path / "recipe.yaml", "--index", 99)
+    assert code == 2
+    assert "24 samples" in err
+
+
+def test_prepare_prints_what_came_in_and_why_not_all_went_out(vila, tmp_path):
+    turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "a cat"}]
+    rows = [{"id": name, "image": f"{name}.jpg", "conversations": turns} for name in ("1", "sa_2")]
+    (tmp_path / "s.json").write_text(json.dumps(rows))
+    code, out, err = vila("data", "prepare", "sharegpt4v", tmp_path / "s.json", "--out", tmp_path / "o")
+    assert code == 0, err
+    assert "an SA-1B picture" in out
+    assert len(json.loads((tmp_path / "o" / "s.json").read_text())) == 1
+    code, _, err = vila("data", "prepare", "flan", tmp_path / "s.json", "--out", tmp_path / "p", "--shard", "2/2")
+    assert code == 2
+    assert "--shard '2/2'" in err
