@@ -53,6 +53,21 @@ class ModelSource(Config):
         return self
 
 
+class Lora(Config):
+    """Low-rank adapters in the LLM (arXiv 2106.09685), learnt in its place; the projector learns beside them."""
+
+    rank: int = Field(default=0, ge=0)
+    """Rank of the adapters, 0 for none; the original trains 64."""
+    alpha: float = Field(default=16.0, gt=0)
+    """The product of an adapter is scaled by alpha / rank."""
+    dropout: float = Field(default=0.05, ge=0, lt=1)
+    """Share of an adapter's input that is dropped while it learns."""
+    targets: tuple[str, ...] = ()
+    """Names of the Linears that get one, such as `q_proj`; empty: all of the LLM but its head."""
+    bits: Literal[4, 8, 16] = 16
+    """Bits of the frozen LLM: 4 (NF4) and 8 need bitsandbytes and a CUDA device (QLoRA, arXiv 2305.14314)."""
+
+
 class Stage(Config):
     """Which parts learn, and how fast."""
 
@@ -66,6 +81,16 @@ class Stage(Config):
     """Parts of a decoder block that a tuned LLM learns, such as `self_attn` or `mlp`; empty: the whole LLM."""
     tune_embeddings: bool = True
     """Whether a tuned LLM also learns its token embeddings and output head."""
+    lora: Lora = Lora()
+    """Adapters that learn instead of the LLM's own weights; needs `llm` in `tune`."""
+
+    @model_validator(mode="after")
+    def _adapters(self) -> Stage:
+        if self.lora.rank and "llm" not in self.tune:
+            raise ValueError("lora puts adapters into the LLM, but tune does not name llm")
+        if self.lora.rank and self.llm_parts:
+            raise ValueError("give lora.targets or llm_parts, not both")
+        return self
 
 
 class MixtureEntry(Config):
@@ -170,6 +195,9 @@ class Budget(Config):
     """Passes over the mixture."""
     tokens: int = Field(default=0, ge=0)
     """Tokens seen, image tokens included; rounded up to whole steps."""
+    max_bad_steps: int = Field(default=0, ge=0)
+    """Steps whose loss or gradient is not finite that may be left out, their samples listed in `bad_steps.jsonl`; one
+    more stops the run."""
 
     @model_validator(mode="after")
     def _one_unit(self) -> Budget:
@@ -188,6 +216,18 @@ class Compute(Config):
     """Compute each picture's features once and keep them on disk; needs a frozen vision tower."""
     gradient_checkpointing: bool = False
     """Recompute decoder blocks in the backward pass instead of keeping their activations."""
+    checkpoint_every: int = Field(default=1, ge=1)
+    """With `gradient_checkpointing`: recompute every nth block only, and keep what the others need."""
+    sharding: Literal["full", "hybrid", "replicate"] = "full"
+    """On several ranks: `full` deals weights, gradients and optimizer to all of them (FSDP2), `hybrid` to the ranks of
+    one node, each node holding all, `replicate` gives every rank the whole model and shares gradients alone."""
+    reshard: bool = True
+    """With sharding: let go of a block's gathered weights after its forward pass and gather them again for the
+    backward pass; false keeps them, for less traffic and more memory."""
+    compile: bool = False
+    """Compile the decoder blocks with `torch.compile`."""
+    timeout_s: float = Field(default=600.0, gt=0)
+    """Seconds that a rank waits for the others before the run ends with an error."""
     workers: int = Field(default=-1, ge=-1)
     """Processes that read and decode ahead; 0: none. -1: as many as there are processors, at most 4, and none with
     `feature_cache`. Batches do not depend on it."""
@@ -202,6 +242,47 @@ class Output(Config):
     """Seconds between checkpoints; one is also written when the run is asked to stop."""
     checkpoint_every_steps: int = Field(default=0, ge=0)
     """Steps between checkpoints, in addition; 0: by time alone."""
+    keep_last: int = Field(default=1, ge=1)
+    """Checkpoints that are kept, the newest ones."""
+    keep_best: bool = False
+    """Also keep the checkpoint after the best evaluation; needs `monitor.eval_every_steps`."""
+    async_save: bool = True
+    """Write checkpoints while training goes on."""
+    layout: str = "native"
+    """Layout of the trained model."""
+
+
+class Prompt(Config):
+    """A question asked again and again while the model learns."""
+
+    text: str
+    """The question."""
+    image: str = ""
+    """Path of the picture that it is about; empty: none."""
+
+
+class Monitor(Config):
+    """What is looked at while the run goes on. `metrics.jsonl` and `report.html` are always written."""
+
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Services that the metrics are also sent to; each is a package of its own."""
+    project: str = "vila"
+    """Project that wandb and trackio file the run under."""
+    prompts: tuple[Prompt, ...] = ()
+    """Questions whose answers go into the report."""
+    prompt_every_steps: int = Field(default=0, ge=0)
+    """Steps between answers to `prompts`; 0: at the end alone."""
+    eval_every_steps: int = Field(default=0, ge=0)
+    """Steps between evaluations; 0: none."""
+    eval_data: str = ""
+    """Directory that `eval_benchmark` reads."""
+    eval_benchmark: str = "easy_vqa"
+    """Benchmark that an evaluation runs."""
+    eval_items: int = Field(default=200, ge=1)
+    """Questions of an evaluation, a fixed choice."""
+    peak_tflops: float = Field(default=0.0, ge=0)
+    """Peak of one device in 1e12 operations a second, which utilisation (MFU) is measured against; 0: known from the
+    device's name, or not shown."""
 
 
 class Recipe(Config):
@@ -225,6 +306,8 @@ class Recipe(Config):
     """AdamW and its schedule."""
     compute: Compute = Compute()
     """Numerics and memory."""
+    monitor: Monitor = Monitor()
+    """What is looked at meanwhile."""
     output: Output
     """Where results go."""
 
@@ -241,6 +324,8 @@ class Recipe(Config):
             problems.append(f"batch.{wanted}={size} is not a multiple of batch.micro={self.batch.micro}")
         if self.compute.feature_cache and "vision" in self.stage.tune:
             problems.append("compute.feature_cache needs a frozen tower, but stage.tune names vision")
+        if self.output.keep_best and not self.monitor.eval_every_steps:
+            problems.append("output.keep_best needs evaluations; set monitor.eval_every_steps")
         if problems:
             raise ValueError("; ".join(problems))
         return self
