@@ -38,6 +38,9 @@ batch:
   samples: 8
 budget:
   epochs: 1
+monitor:
+  prompts:
+    - text: What is this?
 output:
   dir: runs/tiny
 """
