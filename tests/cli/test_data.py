@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.house.readme_blocks import parse_blocks
 from tests.train.stand import stand_recipe, write_stand
-from vila.cli.data_check import histogram, spread
 from vila.config.load import save_recipe
 
 PAGE = Path(__file__).parents[2] / "docs" / "own_data.md"
@@ -77,6 +77,14 @@ def test_check_names_every_kind_of_fault_and_counts_past_what_it_shows(vila, tmp
     assert any("d.jsonl row 6" in fault for fault in facts["first_faults"])
 
 
+def test_a_recipe_and_a_file_show_how_they_are_indexed(vila, tmp_path, monkeypatch):
+    save_recipe(stand_recipe(write_stand(tmp_path)), tmp_path / "recipe.yaml")
+    for number, data in enumerate(("recipe.yaml", "data.jsonl")):
+        monkeypatch.setenv("VILA_CACHE", str(tmp_path / f"cache{number}"))
+        assert "index data.jsonl ..." in vila("data", "stats", tmp_path / data)[2]
+        assert "index data.jsonl" not in vila("data", "stats", tmp_path / data)[2]
+
+
 def test_check_of_a_recipe_counts_tokens_and_finds_what_rows_cannot_hold(vila, tmp_path):
     recipe = stand_recipe(write_stand(tmp_path), "out", "data.max_length=24")
     save_recipe(recipe, tmp_path / "recipe.yaml")
@@ -116,23 +124,70 @@ def test_from_csv_takes_captions_and_refuses_pictures_outside(vila, tmp_path, pi
     assert vila("data", "from-csv", table, "--images", inside, "--out", out)[0] == 1
 
 
-def test_index_counts_records(vila, tmp_path):
-    (tmp_path / "d.jsonl").write_text("{}\n{}\n")
-    code, out, err = vila("data", "index", tmp_path / "d.jsonl")
-    assert (code, out.split(": ")[1]) == (0, "2 records\n")
+def test_check_names_missing_pictures_once_and_faults_with_every_sample(vila, tmp_path, picture):
+    def row(name, *pictures):
+        parts = [{"type": "image", "path": one} for one in pictures]
+        return {"id": name, "messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "a"}]}
+
+    rows = [row("1", "p.png", "x.png", "y.png"), row("2", "x.png"), row("3", "p.png", "p.png")]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    code, out, _ = vila("data", "check", tmp_path / "d.jsonl")
+    assert code == 1
+    assert "3 samples, 2 with faults, 3 distinct images" in out
+    assert out.count("fault: sample '1': ") == out.count("fault: sample '2': ") == 1
+    listed = out.split("missing files: 2\n")[1].splitlines()[:2]
+    assert [Path(line.strip()).name for line in listed] == ["x.png", "y.png"]
+    code, out, _ = vila("data", "check", tmp_path / "d.jsonl", "--json", "--max-shown", 1)
+    facts = json.loads(out)["data_sets"][0]
+    assert (facts["missing_files"], len(facts["first_missing_files"])) == (2, 1)
+    assert (facts["faults"], facts["images"], facts["width"]) == (2, 3, [28, 28, 28])
 
 
-def test_stats_without_a_model_say_what_to_give(vila, tmp_path):
-    (tmp_path / "d.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}\n')
-    code, _, err = vila("data", "stats", tmp_path / "d.jsonl")
-    assert code == 2
-    assert "--model" in err
+def test_check_opens_clips_and_names_those_that_are_not_there(vila, tmp_path):
+    def row(name):
+        parts = [{"type": "video", "path": name}]
+        return {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "a"}]}
+
+    frames = [Image.new("RGB", (8, 8), (shade, 0, 0)) for shade in (0, 90, 200)]
+    frames[0].save(tmp_path / "good.gif", save_all=True, append_images=frames[1:])
+    (tmp_path / "bad.mp4").write_bytes(b"no clip")
+    rows = [row(name) for name in ("good.gif", "bad.mp4", "gone.mp4")]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    code, out, _ = vila("data", "check", tmp_path / "d.jsonl")
+    assert code == 1
+    assert "2 with faults, 0 distinct images, 3 distinct clips" in out
+    assert "bad.mp4: " in out
+    assert "missing files: 1\n" in out
 
 
-def test_lengths_are_summed_up():
-    assert histogram([10, 40, 64, 9000]) == {"32": 1, "64": 2, "more": 1}
-    assert spread([5, 1, 9, 3]) == [1, 3, 9]
-    assert spread([]) == []
+def test_index_says_where_it_is_kept_and_whether_it_was_there(vila, tmp_path, monkeypatch):
+    monkeypatch.setenv("VILA_CACHE", str(tmp_path / "cache"))
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for name in "ab":
+        (shards / f"{name}.jsonl").write_text("{}\n{}\n")
+    code, out, err = vila("data", "index", shards / "a.jsonl")
+    (file,) = (tmp_path / "cache" / "index").iterdir()
+    assert (code, out) == (0, f"{shards / 'a.jsonl'}: 2 records; indexes: 1 built, 0 found\n  built: {file}\n"), err
+    assert "index a.jsonl ..." in err
+    assert "1 built, 1 found" in vila("data", "index", shards)[1]
+    assert "4 records; indexes: 0 built, 2 found" in vila("data", "index", f"{shards}/*.jsonl")[1]
+    (shards / "a.jsonl").write_text("{}\n")
+    assert "1 records; indexes: 1 built, 0 found" in vila("data", "index", shards / "a.jsonl")[1]
+
+
+def test_options_reach_the_format_and_wrong_ones_are_named(vila, tmp_path):
+    document = {"text_list": ["A."], "image_info": [], "similarity_matrix": []}
+    (tmp_path / "d.jsonl").write_text(json.dumps(document) + "\n")
+    command = ("data", "index", tmp_path / "d.jsonl", "--format", "mmc4")
+    assert ": 1 records" in vila(*command)[1]
+    assert ": 0 records" in vila(*command, "--option", "without_images=drop")[1]
+    code, _, err = vila(*command, "--option", "max_image=4")
+    assert (code, "did you mean 'max_images'" in err) == (2, True)
+    code, _, err = vila(*command, "--option", "max_images")
+    assert (code, "expected NAME=VALUE" in err) == (2, True)
+    code, _, err = vila("data", "check", "starter/1_align", "--option", "a=1")
+    assert (code, "is a recipe" in err) == (2, True)
 
 
 def test_inspect_tells_what_is_learnt_and_writes_one_page(vila, tmp_path):
@@ -151,16 +206,3 @@ def test_inspect_tells_what_is_learnt_and_writes_one_page(vila, tmp_path):
     code, _, err = vila("data", "inspect", tmp_path / "recipe.yaml", "--index", 99)
     assert code == 2
     assert "24 samples" in err
-
-
-def test_prepare_prints_what_came_in_and_why_not_all_went_out(vila, tmp_path):
-    turns = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "a cat"}]
-    rows = [{"id": name, "image": f"{name}.jpg", "conversations": turns} for name in ("1", "sa_2")]
-    (tmp_path / "s.json").write_text(json.dumps(rows))
-    code, out, err = vila("data", "prepare", "sharegpt4v", tmp_path / "s.json", "--out", tmp_path / "o")
-    assert code == 0, err
-    assert "an SA-1B picture" in out
-    assert len(json.loads((tmp_path / "o" / "s.json").read_text())) == 1
-    code, _, err = vila("data", "prepare", "flan", tmp_path / "s.json", "--out", tmp_path / "p", "--shard", "2/2")
-    assert code == 2
-    assert "--shard '2/2'" in err

@@ -193,10 +193,3 @@ def test_a_record_that_no_format_can_read_counts_as_a_fault_too(file):
     row = lanes.step()[0]
     assert row.faults
     assert "data set 'data' sample 8 (position" in row.faults[0].reason
-
-
-def test_a_clip_is_refused_in_words(file):
-    from vila.core.types import Video
-
-    with pytest.raises(MediaError, match=r"a.mp4'?\)?: training reads pictures, not clips"):
-        reader_of(file).count(Video("a.mp4"))

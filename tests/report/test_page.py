@@ -135,6 +135,16 @@ def test_gallery_embeds_pictures_and_marks_right_and_wrong(tmp_path):
     ]  # fmt: skip
 
 
+def test_a_card_shows_all_its_pictures_in_order():
+    colours = ["red", "green", "blue"]
+    first, *more = (picture(colour=colour) for colour in colours)
+    cards = [Card(first, [("", "q")], more=more), Card(None, [], more=more), Card(first, [])]
+    page = Page("t").gallery(cards).render()
+    shown = [a["src"] for tag, a in Reader(page).elements if tag == "img"]
+    uris = [embed(picture(colour=colour)).uri for colour in colours]
+    assert shown == [*uris, *uris[1:], uris[0]]
+
+
 def test_an_embedded_picture_keeps_its_pixels():
     source = picture((5, 3), (1, 2, 3))
     with Image.open(io.BytesIO(base64.b64decode(embed(source).uri.split(",")[1]))) as back:

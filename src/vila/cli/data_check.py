@@ -1,59 +1,70 @@
-"""`vila data check`: every sample of some data sets read once, and what was found."""
+"""`vila data check`: every sample of some data sets read once, and what was found, in memory that does not grow."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from statistics import median_low
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vila.cli.data_sets import DataSets
+from vila.cli.data_tally import Seen, histogram, spread
 from vila.core.errors import DataError, MediaError, VilaError
 from vila.core.events import SILENT, Events, task
-from vila.core.types import Image, Sample
+from vila.core.types import Image, Sample, Stored, Video
 
 if TYPE_CHECKING:
     from vila.data.mixture import Part
 
-_BINS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-
 
 @dataclass
 class Findings:
-    """What one data set holds.
+    """What one data set holds. Names and messages are kept up to a limit, numbers count all.
 
-    lengths:    of the samples that are whole, in `DataSets.unit`; `supervised`: how much of them in all.
-    sizes:      (width, height) of every distinct picture.
-    faults:     the first messages; `fault_count` counts all.
-    duplicates: ids that came before, each with how often.
+    lengths:          of the samples that are whole, in `DataSets.unit`, counted by value.
+    supervised:       how much of them in all.
+    widths, heights:  of the distinct pictures that can be read, in pixels, counted by value.
+    fault_count:      samples with a fault; `faults`: the first messages.
+    images, clips:    distinct ones, readable or not.
+    missing_count:    distinct picture and clip files that are not there; `missing`: the first ones.
+    duplicate_count:  ids that come more than once; `duplicates`: the first ones.
     """
 
     name: str
     samples: int = 0
-    lengths: list[int] = field(default_factory=list)
+    images: int = 0
+    clips: int = 0
+    lengths: Counter[int] = field(default_factory=Counter)
     supervised: int = 0
-    sizes: list[tuple[int, int]] = field(default_factory=list)
+    widths: Counter[int] = field(default_factory=Counter)
+    heights: Counter[int] = field(default_factory=Counter)
     faults: list[str] = field(default_factory=list)
     fault_count: int = 0
-    duplicates: Counter[str] = field(default_factory=Counter)
+    missing: list[str] = field(default_factory=list)
+    missing_count: int = 0
+    duplicates: list[str] = field(default_factory=list)
+    duplicate_count: int = 0
 
     @property
     def supervised_share(self) -> float:
         """0..1 of the lengths."""
-        return self.supervised / (sum(self.lengths) or 1)
+        return self.supervised / (sum(length * count for length, count in self.lengths.items()) or 1)
 
     def as_json(self) -> dict[str, Any]:
-        """Plain data, without the single lengths and sizes."""
+        """Plain data."""
         return {
             "name": self.name,
             "samples": self.samples,
             "faults": self.fault_count,
             "first_faults": self.faults,
-            "duplicate_ids": len(self.duplicates),
-            "images": len(self.sizes),
-            "width": spread([width for width, _ in self.sizes]),
-            "height": spread([height for _, height in self.sizes]),
+            "duplicate_ids": self.duplicate_count,
+            "first_duplicate_ids": self.duplicates,
+            "images": self.images,
+            "clips": self.clips,
+            "missing_files": self.missing_count,
+            "first_missing_files": self.missing,
+            "width": spread(self.widths),
+            "height": spread(self.heights),
             "length": spread(self.lengths),
             "histogram": histogram(self.lengths),
             "supervised_share": round(self.supervised_share, 4),
@@ -63,70 +74,90 @@ class Findings:
 def check_data(data: DataSets, *, sample: int, max_shown: int, events: Events = SILENT) -> list[Findings]:
     """The findings of each data set, from all of its samples or a fixed `sample` of them (0: all).
 
-    Every distinct picture is decoded. A fault is a record that cannot become a sample, a sample that does not fit its
-    template or the recipe's rows, or a picture that cannot be read.
+    Every distinct picture is decoded, and the first frame of every clip. A fault is a record that cannot become a
+    sample, a sample that does not fit its template or the recipe's rows, or a medium that is missing or cannot be read.
+    max_shown: messages, missing files and ids that are kept of each data set.
     """
-    return [_check_part(data, part, sample, max_shown, events) for part in data.mixture.parts]
+    return [_Check(data, part, max_shown).run(sample, events) for part in data.mixture.parts]
 
 
-def _check_part(data: DataSets, part: Part, sample: int, max_shown: int, events: Events) -> Findings:
-    from vila.data.view import Subset
+class _Check:
+    """One data set being checked."""
 
-    found = Findings(part.name)
-    source = Subset(part.source, sample) if sample else part.source
-    ids: set[str] = set()
-    pictures: set[Image] = set()
-    name = f"check {part.name}"
-    with task(events, name, len(source), "samples"):
-        for index in range(len(source)):
-            found.samples += 1
-            try:
-                one = source[index]
-                if one.id in ids:
-                    found.duplicates[one.id] += 1
-                ids.add(one.id)
-                found.sizes += _new_sizes(one, pictures)
-                length, supervised = data.measure(part, one)
-                if data.reader and data.max_length and length > data.max_length:
-                    raise DataError(
-                        f"sample {one.id!r} has {length} tokens, rows hold {data.max_length}; raise data.max_length "
-                        "or set data.overlong=drop"
-                    )
-                found.lengths.append(length)
-                found.supervised += supervised
-            except VilaError as error:
-                found.fault_count += 1
-                if len(found.faults) < max_shown:
-                    found.faults.append(str(error))
-            events.advanced(name)
-    return found
+    def __init__(self, data: DataSets, part: Part, max_shown: int) -> None:
+        self.data, self.part, self.max_shown = data, part, max_shown
+        self.found = Findings(part.name)
+        self._ids, self._repeated, self._media, self._bad = Seen(), Seen(), Seen(), Seen()
+
+    def run(self, sample: int, events: Events) -> Findings:
+        from vila.data.view import Subset
+
+        source = Subset(self.part.source, sample) if sample else self.part.source
+        name = f"check {self.part.name}"
+        with task(events, name, len(source), "samples"):
+            for index in range(len(source)):
+                self.found.samples += 1
+                try:
+                    self._sample(source[index])
+                except VilaError as error:
+                    self.found.fault_count += 1
+                    self._keep(self.found.faults, str(error))
+                events.advanced(name)
+        return self.found
+
+    def _sample(self, sample: Sample) -> None:
+        if not self._ids.add(sample.id) and self._repeated.add(sample.id):
+            self.found.duplicate_count += 1
+            self._keep(self.found.duplicates, sample.id)
+        problems = [problem for item in sample.media if (problem := self._medium(item))]
+        if problems:
+            raise MediaError(f"sample {sample.id!r}: {'; '.join(problems)}")
+        length, supervised = self.data.measure(self.part, sample)
+        limit = self.data.max_length
+        if self.data.reader and limit and length > limit:
+            raise DataError(
+                f"sample {sample.id!r} has {length} tokens, rows hold {limit}; raise data.max_length "
+                "or set data.overlong=drop"
+            )
+        self.found.lengths[length] += 1
+        self.found.supervised += supervised
+
+    def _medium(self, item: Image | Video) -> str:
+        """Why a picture or clip cannot be read. A good one is opened once, a bad one is told of with every sample."""
+        place = _place(item)
+        is_new = self._media.add(place)
+        if not is_new and place not in self._bad:
+            return ""
+        self.found.images += is_new and isinstance(item, Image)
+        self.found.clips += is_new and isinstance(item, Video)
+        try:
+            width, height = _opened_size(item)
+        except VilaError as error:
+            if self._bad.add(place) and isinstance(item.source, Path) and not item.source.exists():
+                self.found.missing_count += 1
+                self._keep(self.found.missing, place)
+            return str(error)
+        if isinstance(item, Image):
+            self.found.widths[width] += 1
+            self.found.heights[height] += 1
+        return ""
+
+    def _keep(self, shown: list[str], text: str) -> None:
+        if len(shown) < self.max_shown:
+            shown.append(text)
 
 
-def _new_sizes(sample: Sample, known: set[Image]) -> list[tuple[int, int]]:
-    """Sizes of the pictures that were not seen before. Raises VilaError naming sample and picture."""
+def _opened_size(item: Image | Video) -> tuple[int, int]:
+    """Width and height of a picture, which is decoded, or of a clip, whose first frame is."""
     from vila.media.image import open_image
+    from vila.media.video import open_frames
 
-    sizes = []
-    for item in sample.media:
-        if isinstance(item, Image) and item not in known:
-            known.add(item)
-            try:
-                sizes.append(open_image(item).size)
-            except VilaError as error:
-                raise MediaError(f"sample {sample.id!r}: {error}") from error
-    return sizes
+    return open_image(item).size if isinstance(item, Image) else open_frames(item, 1)[0].size
 
 
-def spread(values: Sequence[int]) -> list[int]:
-    """Smallest, median and largest; nothing of nothing."""
-    return [min(values), median_low(values), max(values)] if values else []
-
-
-def histogram(lengths: Sequence[int]) -> dict[str, int]:
-    """How many lengths are at most each bound and over the bound before; bounds double from 32.
-
-    >>> histogram([10, 40, 64, 9000])
-    {'32': 1, '64': 2, 'more': 1}
-    """
-    counts = Counter(next((str(bound) for bound in _BINS if length <= bound), "more") for length in lengths)
-    return {name: counts[name] for name in (*map(str, _BINS), "more") if counts[name]}
+def _place(item: Image | Video) -> str:
+    """What tells a medium of a data file from the others: its path, or its place in a larger file."""
+    source = item.source
+    if isinstance(source, (str, Path)):
+        return str(source)
+    return source.name if isinstance(source, Stored) else Image(source).key()

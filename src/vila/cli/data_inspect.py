@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -10,15 +10,19 @@ from typing import TYPE_CHECKING, Any
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from PIL import Image as PilImage
+
     from vila.chat.tokenize import TokenizedSample
+    from vila.core.types import Image
     from vila.report.page import Card
 
 _STYLES = {"learnt": "bold green", "given": "dim", "image": "magenta"}
+_HALF_CHARACTER = "\ufffd"
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Consecutive tokens of one kind (`learnt`, `given`, `image`) in one segment, written out."""
+    """Consecutive tokens of one kind (`learnt`, `given`, or `image` for one picture) in one segment, written out."""
 
     segment: int
     kind: str
@@ -26,25 +30,67 @@ class Run:
     tokens: int
 
 
-def runs_of(sample: TokenizedSample, tokenizer: Any) -> list[Run]:
-    """The runs of a sample in order. Placeholders of neighbouring pictures are one run each.
+def runs_of(sample: TokenizedSample, tokenizer: Any, slots_per_image: int) -> list[Run]:
+    """The runs of a sample in order, a picture of its own each.
 
-    tokenizer: a transformers tokenizer; it decodes each run on its own.
+    tokenizer: a transformers tokenizer.
+    slots_per_image: placeholder tokens that a picture takes.
+    Text is decoded with what stands before it, so that characters of several tokens are whole and spaces stay. One that
+    is cut where a run ends is shown in the next run; where branches begin inside a character, in each of them.
     """
+    slots = sample.slots.cumsum().tolist()
+    keys = [
+        (segment, kind, (slots[place] - 1) // slots_per_image if kind == "image" else -1)
+        for place, (segment, kind) in enumerate(zip(sample.segments.tolist(), _kinds(sample), strict=True))
+    ]
+    parent_of = dict(zip(sample.segments.tolist(), sample.parents.tolist(), strict=True))
+    groups = [(key, list(places)) for key, places in groupby(range(len(keys)), key=keys.__getitem__)]
+    streams: dict[int, _Stream] = {}
+    runs = []
+    for number, ((segment, kind, _), places) in enumerate(groups):
+        if segment not in streams:
+            streams[segment] = _Stream.after(streams.get(parent_of[segment]))
+        if kind == "image":
+            streams[segment] = _Stream()
+            runs.append(Run(segment, kind, f"<image x {len(places)}>", len(places)))
+            continue
+        later = [key for key, _ in groups[number + 1 :]]
+        goes_on = any(key[0] == segment or parent_of[key[0]] == segment for key in later[:1])
+        whole = not goes_on or later[0][1] == "image"
+        text = streams[segment].add([int(sample.ids[place]) for place in places], tokenizer, whole)
+        runs.append(Run(segment, kind, text, len(places)))
+    return runs
+
+
+def _kinds(sample: TokenizedSample) -> list[str]:
     from vila.chat.tokenize import IGNORE
 
-    kinds = [
+    return [
         "image" if slot else "given" if label == IGNORE else "learnt"
         for slot, label in zip(sample.slots.tolist(), sample.labels.tolist(), strict=True)
     ]
-    return list(_runs(sample.ids.tolist(), sample.segments.tolist(), kinds, tokenizer))
 
 
-def _runs(ids: Sequence[int], segments: Sequence[int], kinds: Sequence[str], tokenizer: Any) -> Iterator[Run]:
-    for (segment, kind), places in groupby(range(len(ids)), key=lambda place: (segments[place], kinds[place])):
-        some = [ids[place] for place in places]
-        text = f"<image x {len(some)}>" if kind == "image" else tokenizer.decode(some, skip_special_tokens=False)
-        yield Run(segment, kind, text, len(some))
+class _Stream:
+    """Text since the last picture: the ids so far, and how many characters of them were shown."""
+
+    def __init__(self, ids: Sequence[int] = (), shown: int = 0) -> None:
+        self.ids, self.shown = list(ids), shown
+
+    @staticmethod
+    def after(parent: _Stream | None) -> _Stream:
+        """A stream that goes on where `parent` stands, which stays as it is."""
+        return _Stream(parent.ids, parent.shown) if parent else _Stream()
+
+    def add(self, ids: Sequence[int], tokenizer: Any, whole: bool) -> str:
+        """What these ids add; half a character at the end waits for more unless `whole`."""
+        self.ids += ids
+        text: str = tokenizer.decode(self.ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if not whole:
+            text = text.rstrip(_HALF_CHARACTER)
+        new = text[self.shown :]
+        self.shown = max(self.shown, len(text))
+        return new
 
 
 def as_terminal_text(runs: Sequence[Run]) -> Text:
@@ -62,10 +108,20 @@ def as_terminal_text(runs: Sequence[Run]) -> Text:
 
 
 def as_card(sample: TokenizedSample, runs: Sequence[Run]) -> Card:
-    """A card of a gallery: the first picture, and the runs below it."""
+    """A card of a gallery: the pictures in the order in which the model meets them, and the runs below them."""
     from vila.core.types import Image
-    from vila.media.image import open_image
     from vila.report.page import Card
 
-    picture = next((open_image(item) for item in sample.media if isinstance(item, Image)), None)
-    return Card(picture, [("", sample.id), *((run.kind, run.text) for run in runs)])
+    pictures = [_thumbnail(item) for item in sample.media if isinstance(item, Image)]
+    lines = [("", sample.id), *((run.kind, run.text) for run in runs)]
+    return Card(pictures[0] if pictures else None, lines, more=pictures[1:])
+
+
+def _thumbnail(image: Image) -> PilImage.Image:
+    from vila.media.image import open_image
+    from vila.report.picture import MAX_SIDE
+
+    picture = open_image(image)
+    # Many cards wait for their page, and full pictures would fill the memory.
+    picture.thumbnail((MAX_SIDE, MAX_SIDE))
+    return picture

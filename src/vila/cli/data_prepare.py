@@ -2,84 +2,124 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from vila.cli.data_prepare_flags import Decode, KeepParts, Out, PerShard, Shard, Sources, parse_shard, print_counts
+from vila.cli.data_prepare_web import coyo, mmc4
+
 app = typer.Typer(help="Turn public releases into shards; run again to go on after a stop.", no_args_is_help=True)
-
-_Out = Annotated[Path, typer.Option(help="Folder of the result.")]
-_Shard = Annotated[str, typer.Option(help="This worker and their number, k/n with k from 0.")]
-_Sources = Annotated[list[Path], typer.Argument(help="The published files, all of them on every worker.")]
+app.command()(mmc4)
+app.command()(coyo)
 
 
-@app.command()
-def mmc4(
-    sources: _Sources,
-    out: _Out,
-    shard: _Shard = "0/1",
-    drop_incomplete: Annotated[bool, typer.Option("--drop-incomplete", help="As in the original.")] = False,
-    allow_private: Annotated[bool, typer.Option("--allow-private", help="Also fetch from this network.")] = False,
+class _Kind(StrEnum):
+    MMC4 = "mmc4"
+    COYO = "coyo"
+    VFLAN = "vflan"
+
+
+@app.command("llava-align")
+def llava_align(
+    source: Annotated[Path, typer.Argument(help="The published chat.json.")],
+    images: Annotated[Path, typer.Option(help="Folder of pictures, or images.zip, which is unpacked to OUT/images.")],
+    out: Out,
+    decode: Decode = False,
 ) -> None:
-    """Download the pictures of MMC4's documents."""
+    """Take the whole records of LLaVA-CC3M-Pretrain-595K."""
     from vila.cli.progress import Screen
-    from vila.media.fetch_many import FetchRules
-    from vila.prepare.mmc4 import prepare_mmc4
+    from vila.prepare.llava_align import prepare_llava_align
 
-    rules, own = FetchRules(allow_private=allow_private), parse_shard(shard)
     with Screen() as screen:
-        index = prepare_mmc4(sources, out, drop_incomplete=drop_incomplete, rules=rules, shard=own, events=screen)
-    _print_counts(index, out)
+        index = prepare_llava_align(source, images, out, decode=decode, events=screen)
+    print_counts(index, out)
 
 
 @app.command()
-def flan(sources: _Sources, out: _Out, shard: _Shard = "0/1", rows: int = 1_000_000) -> None:
+def sharegpt4v(
+    source: Annotated[Path, typer.Argument(help="The published JSON list.")],
+    out: Out,
+    images: Annotated[
+        Path | None, typer.Option(help="Folder that the records' paths start from; none: no picture is checked.")
+    ] = None,
+    keep_sam: Annotated[bool, typer.Option("--keep-sam", help="Keep records with SA-1B pictures.")] = False,
+    decode: Decode = False,
+) -> None:
+    """Leave out SA-1B pictures and repetitive answers of ShareGPT4V."""
+    from vila.cli.progress import Screen
+    from vila.core.errors import ConfigError
+    from vila.prepare.sharegpt4v import prepare_sharegpt4v
+
+    if decode and images is None:
+        raise ConfigError("--decode needs --images, the folder of the pictures")
+    with Screen() as screen:
+        index = prepare_sharegpt4v(source, out, images=images, keep_sam=keep_sam, decode=decode, events=screen)
+    print_counts(index, out)
+
+
+@app.command()
+def m3it(
+    folder: Annotated[Path, typer.Argument(help="The release: each set is a folder of its name, at any depth.")],
+    out: Out,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Take this set, and others so named; default: the 14 of the recipe."),
+    ] = None,
+    shard: Shard = "0/1",
+    per_shard: PerShard = 5000,
+    keep_parts: KeepParts = True,
+) -> None:
+    """Turn the training files of M3IT's sets into questions with their pictures."""
+    from vila.cli.data_m3it import training_files
+    from vila.cli.progress import Screen
+    from vila.prepare.m3it import prepare_m3it
+
+    own, sources = parse_shard(shard), training_files(folder, sets or ())
+    with Screen() as screen:
+        index = prepare_m3it(sources, out, per_shard=per_shard, shard=own, keep_parts=keep_parts, events=screen)
+    print_counts(index, out)
+
+
+@app.command()
+def flan(
+    sources: Sources,
+    out: Out,
+    rows: Annotated[int, typer.Option(help="Rows to take, of all files together.", min=1)] = 1_000_000,
+    shard: Shard = "0/1",
+    per_shard: PerShard = 50_000,
+    keep_parts: KeepParts = True,
+) -> None:
     """Take evenly spaced rows of FLAN's parquet files."""
     from vila.cli.progress import Screen
     from vila.prepare.flan import prepare_flan
 
     own = parse_shard(shard)
     with Screen() as screen:
-        index = prepare_flan(sources, out, rows=rows, shard=own, events=screen)
-    _print_counts(index, out)
+        index = prepare_flan(
+            sources, out, rows=rows, per_shard=per_shard, shard=own, keep_parts=keep_parts, events=screen
+        )
+    print_counts(index, out)
 
 
 @app.command()
-def sharegpt4v(
-    source: Path,
-    out: _Out,
-    images: Annotated[Path | None, typer.Option(help="Root of the pictures; none: not checked.")] = None,
-    keep_sam: Annotated[bool, typer.Option("--keep-sam", help="Keep records with SA-1B pictures.")] = False,
+def pkl(
+    folder: Annotated[Path, typer.Argument(help="Folder of the original's .pkl and .count files, at any depth.")],
+    kind: Annotated[_Kind, typer.Option(help="What they hold: documents, pairs, or questions.")],
+    out: Out,
+    shard: Shard = "0/1",
+    per_shard: PerShard = 1000,
+    keep_parts: KeepParts = True,
 ) -> None:
-    """Leave out SA-1B pictures and repetitive answers of ShareGPT4V."""
+    """Convert the original's pickled shards; nothing in a pickle runs."""
     from vila.cli.progress import Screen
-    from vila.prepare.sharegpt4v import prepare_sharegpt4v
+    from vila.prepare.pkl import convert_pickles
 
+    own = parse_shard(shard)
     with Screen() as screen:
-        index = prepare_sharegpt4v(source, out, images=images, keep_sam=keep_sam, events=screen)
-    _print_counts(index, out)
-
-
-def parse_shard(text: str) -> tuple[int, int]:
-    """`2/8` as (2, 8). Raises ConfigError."""
-    from vila.core.errors import ConfigError
-
-    index, _, workers = text.partition("/")
-    if not (index.isdecimal() and workers.isdecimal() and int(index) < int(workers)):
-        raise ConfigError(f"--shard {text!r}: expected k/n with k from 0 to n - 1, such as 0/4")
-    return int(index), int(workers)
-
-
-def _print_counts(index: dict[str, Any] | None, out: Path) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    if index is None:
-        typer.echo(f"{out}: this worker is done; run again when the others are")
-        return
-    counts = index["counts"]
-    table = Table("records", "number")
-    for name, number in (("in", counts["in"]), ("out", counts["out"]), *counts["dropped"].items()):
-        table.add_row(name, f"{number:,}")
-    Console().print(table)
+        index = convert_pickles(
+            folder, out, kind.value, per_shard=per_shard, shard=own, keep_parts=keep_parts, events=screen
+        )
+    print_counts(index, out)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vila.core.errors import ConfigError
+from vila.core.events import SILENT, Events
 
 if TYPE_CHECKING:
     from vila.chat.tokenize import TokenizedSample
@@ -24,12 +25,14 @@ TEMPLATE = "vicuna_v1"
 class DataSets:
     """The data sets and how their samples are read.
 
+    paths:      where each of them lies.
     reader:     None without a model: samples are then measured in characters.
     max_length: tokens that a row of the recipe holds; 0 where nothing says, or where longer samples are allowed.
     tokenizer:  the model's, of transformers; None without a model.
     """
 
     mixture: Mixture
+    paths: tuple[Path, ...]
     template: str
     reader: SampleReader | None
     max_length: int
@@ -39,6 +42,11 @@ class DataSets:
     def unit(self) -> str:
         """What lengths are counted in."""
         return "tokens" if self.reader else "characters"
+
+    @property
+    def slots_per_image(self) -> int:
+        """Tokens that a picture takes. Raises ConfigError without a model."""
+        return self._reader_or_raise().spec.tokens_per_image
 
     def measure(self, part: Part, sample: Sample) -> tuple[int, int]:
         """Length of a sample and how much of it is supervised, in `unit`.
@@ -55,15 +63,29 @@ class DataSets:
     @property
     def tokenise(self) -> Callable[[Part, Sample], TokenizedSample]:
         """Samples as tokens. Raises ConfigError without a model."""
+        return self._reader_or_raise().tokenise
+
+    def _reader_or_raise(self) -> SampleReader:
         if self.reader is None:
             raise ConfigError("no model to take the tokenizer from; name one with --model")
-        return self.reader.tokenise
+        return self.reader
 
 
-def open_data(what: str, *, form: str, image_root: str, template: str, model: str) -> DataSets:
-    """The data sets of a recipe, or of one file or directory.
+def open_data(
+    what: str,
+    *,
+    form: str = "",
+    image_root: str = "",
+    options: Sequence[str] = (),
+    template: str = "",
+    model: str = "",
+    events: Events = SILENT,
+) -> DataSets:
+    """The data sets of a recipe, or of one file, directory or pattern.
 
-    model: "" takes the recipe's where it lies on this machine.
+    options: of the format, as `parse_options` reads them.
+    model:   "" takes the recipe's where it lies on this machine.
+    events:  told how files are indexed.
     """
     from vila.config.load import load_recipe, recipe_names
     from vila.data.loader import Entry, open_mixture
@@ -71,22 +93,43 @@ def open_data(what: str, *, form: str, image_root: str, template: str, model: st
 
     recipe: Recipe | None = None
     if what.endswith((".yaml", ".yml")) or (what in recipe_names() and not Path(what).exists()):
-        if form or image_root:
-            raise ConfigError(f"{what} is a recipe, which says its formats itself; leave out --format and --image-root")
+        if form or image_root or options:
+            raise ConfigError(
+                f"{what} is a recipe, which says its formats itself; leave out --format, --image-root and --option"
+            )
         recipe = load_recipe(what)
-        mixture = build_mixture(recipe)
+        mixture = build_mixture(recipe, events)
         here = recipe.model.path
         model = model or (here if here and Path(here).is_dir() else "")
         template = template or recipe.data.template or recipe.model.template
     else:
-        mixture = open_mixture([Entry(format=form or "messages", path=what, image_root=image_root)], seed=0)
+        chosen = form or "messages"
+        entry = Entry(format=chosen, path=what, image_root=image_root, options=parse_options(options))
+        mixture = open_mixture([entry], 0, events)
     if model:
         reader, tokenizer = _reader(mixture, template, model)
         template = reader.template
     else:
         reader, tokenizer = None, None
     limit = recipe.data.max_length if recipe and recipe.data.overlong == "error" else 0
-    return DataSets(mixture, template or TEMPLATE, reader, limit, tokenizer)
+    paths = tuple(Path(entry.path) for entry in recipe.data.mixture) if recipe else (Path(what),)
+    return DataSets(mixture, paths, template or TEMPLATE, reader, limit, tokenizer)
+
+
+def parse_options(words: Sequence[str]) -> dict[str, Any]:
+    """`max_images=4` and the like, values as YAML reads them. Raises ConfigError for a word without a name."""
+    import yaml
+
+    options = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"--option {word!r}: expected NAME=VALUE, such as max_images=4")
+        try:
+            options[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--option {word!r}: {value!r} is no value ({error})") from error
+    return options
 
 
 def _reader(mixture: Mixture, template: str, model: str) -> tuple[SampleReader, Any]:

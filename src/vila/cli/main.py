@@ -28,7 +28,7 @@ from vila.cli.shots import ShotCommand
 from vila.cli.train import train
 from vila.core.errors import VilaError
 
-_RESUMABLE = ("quickstart", "train", "eval")
+_RESUMABLE = (("quickstart",), ("train",), ("eval",), ("data", "prepare"))
 _RESUMED = "interrupted; what was finished is kept, and the same command goes on from there"
 
 app = typer.Typer(
@@ -79,7 +79,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         # The command-line library turns Ctrl-C into this status and says nothing.
         if ended.code == 130:
             words = sys.argv[1:] if arguments is None else arguments
-            _complain(_RESUMED if words and words[0] in _RESUMABLE else "stopped")
+            resumable = any(tuple(words[: len(one)]) == one for one in _RESUMABLE)
+            _complain(_RESUMED if resumable else "stopped")
         raise
     except BrokenPipeError:
         # The reader of our output went away (`vila ... | head`); the interpreter must not write to it again.

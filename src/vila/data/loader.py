@@ -7,18 +7,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from vila.chat.clips import expand_sample
 from vila.chat.templates import find_template
 from vila.chat.tokenize import SpanTokenizer, TokenizedSample, tokenize_sample
 from vila.core.errors import DataError, MediaError, TemplateError, VilaError
+from vila.core.events import SILENT, Events
 from vila.core.types import Image, Sample, Video
 from vila.core.vision_spec import ImageMode, VisionSpec
+from vila.data.clips import frames_of, open_pictures
 from vila.data.compact import CompactSample
 from vila.data.formats.protocol import FORMATS
 from vila.data.mixture import Mixture, Part, Source
 from vila.data.pack import Pixels
 from vila.data.shorten import shorten_sample
 from vila.data.view import Split, Subset
-from vila.media.image import open_image
 from vila.media.transform import pixels
 
 
@@ -39,8 +41,11 @@ class Entry:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-def open_mixture(entries: Iterable[Entry], seed: int) -> Mixture:
-    """The mixture of a recipe's entries. A data set is called after its file; a second one of that name gets `#2`."""
+def open_mixture(entries: Iterable[Entry], seed: int, events: Events = SILENT) -> Mixture:
+    """The mixture of a recipe's entries. A data set is called after its file; a second one of that name gets `#2`.
+
+    events: told how files are indexed.
+    """
     parts: list[Part] = []
     for entry in entries:
         if entry.template:
@@ -50,7 +55,7 @@ def open_mixture(entries: Iterable[Entry], seed: int) -> Mixture:
         parts.append(
             Part(
                 name=f"{name}#{same + 1}" if same else name,
-                source=open_entry(entry),
+                source=open_entry(entry, events),
                 repeat=entry.repeat,
                 weight=entry.weight,
                 template=entry.template,
@@ -60,11 +65,11 @@ def open_mixture(entries: Iterable[Entry], seed: int) -> Mixture:
     return Mixture(parts, seed)
 
 
-def open_entry(entry: Entry) -> Source:
+def open_entry(entry: Entry, events: Events = SILENT) -> Source:
     """The samples of one data set: first its training or validation share, then `max_samples` of that."""
     file = Path(entry.path)
     root = Path(entry.image_root) if entry.image_root else (file if file.is_dir() else file.parent)
-    source: Source = FORMATS[entry.format].open(file, root, **entry.options)
+    source: Source = FORMATS[entry.format].open(file, root, events, **entry.options)
     if entry.val_fraction:
         source = Split(source, entry.val_fraction, entry.split == "val")
     return source if entry.max_samples is None else Subset(source, entry.max_samples)
@@ -88,11 +93,14 @@ class SampleReader:
         return self.tokenise(part, sample)
 
     def tokenise(self, part: Part, sample: Sample) -> TokenizedSample:
-        """A sample of a part under its template."""
+        """A sample of a part under its template; a clip is the pictures of `frames`. No medium is opened."""
         chosen = find_template(sample.template or part.template or self.template)
         try:
-            return tokenize_sample(sample, chosen, self.tokenizer, self.count)
-        except (DataError, MediaError, TemplateError) as error:
+            shown = expand_sample(sample, chosen.media_gap, self.frames)
+            return tokenize_sample(shown, chosen, self.tokenizer, self.count)
+        except MediaError as error:
+            raise MediaError(f"data set {part.name!r}: sample {sample.id!r}: {error}") from error
+        except (DataError, TemplateError) as error:
             raise type(error)(f"data set {part.name!r}: {error}") from error
 
     def shorten(self, position: int, max_length: int) -> TokenizedSample | None:
@@ -102,11 +110,15 @@ class SampleReader:
         return shorten_sample(sample, lambda shorter: self.tokenise(part, shorter), max_length)
 
     def pixels(self, position: int, sample: CompactSample) -> list[Pixels]:
-        """The pictures of the sample at `position`, float32 [3, S, S] each, made square as its data set says."""
+        """The pictures of the sample at `position`, float32 [3, S, S] each, made square as its data set says.
+
+        The frames of a clip are pictures; a clip is decoded once.
+        """
         part = self.mixture.parts[self.mixture.locate(position)[0]]
         spec = replace(self.spec, image_mode=part.image_mode) if part.image_mode else self.spec
         try:
-            return [pixels(open_image(item), spec) for item in sample.media if isinstance(item, Image)]
+            images = [item for item in sample.media if isinstance(item, Image)]
+            return [pixels(picture, spec) for picture in open_pictures(images)]
         except VilaError as error:
             raise MediaError(f"data set {part.name!r}: sample {sample.id!r}: {error}") from error
 
@@ -115,10 +127,14 @@ class SampleReader:
         return self.mixture.parts[self.mixture.locate(position)[0]].name
 
     def count(self, media: Image | Video) -> int:
-        """Slots that a medium takes."""
+        """Slots that a medium takes. Clips have none of their own: they are read as pictures first."""
         if isinstance(media, Video):
-            raise MediaError(f"{media.source!r}: training reads pictures, not clips; store the frames as images")
+            raise MediaError(f"{media.source!r}: a clip becomes frames before it is counted; see `frames`")
         return self.spec.tokens_per_image
+
+    def frames(self, video: Video) -> list[Image]:
+        """The pictures that stand for a clip, unopened; the model's number of them unless the clip has its own."""
+        return frames_of(video, self.spec.num_video_frames)
 
     def _read(self, position: int) -> tuple[Part, Sample]:
         try:
@@ -127,12 +143,12 @@ class SampleReader:
             raise DataError(f"{self.mixture.describe(position)}: {error}") from error
 
 
-def images_of(mixture: Mixture) -> list[Image]:
-    """Every distinct picture of the mixture, in the order of its data sets."""
+def images_of(mixture: Mixture, num_video_frames: int) -> list[Image]:
+    """Every distinct picture of the mixture, in the order of its data sets; a clip is its frames, unopened."""
     seen: dict[Image, None] = {}
     for part in mixture.parts:
         for index in range(len(part.source)):
             for item in part.source[index].media:
-                if isinstance(item, Image):
-                    seen.setdefault(item)
+                for image in frames_of(item, num_video_frames) if isinstance(item, Video) else [item]:
+                    seen.setdefault(image)
     return list(seen)

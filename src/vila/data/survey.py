@@ -48,6 +48,10 @@ def survey(mixture: Mixture, tokenise: Callable[[Part, Sample], TokenizedSample]
 def _means(part: Part, tokenise: Callable[[Part, Sample], TokenizedSample], sample: int) -> tuple[float, float, int]:
     """Mean tokens and pictures of a sample, and from how many."""
     some = Subset(part.source, sample)
-    read = [tokenise(part, some[index]) for index in range(len(some))]
-    number = len(read) or 1
-    return sum(map(len, read)) / number, sum(len(one.media) for one in read) / number, len(read)
+    tokens = images = 0
+    for index in range(len(some)):
+        one = tokenise(part, some[index])
+        tokens += len(one)
+        images += len(one.media)
+    number = len(some) or 1
+    return tokens / number, images / number, len(some)

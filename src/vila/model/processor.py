@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
+from vila.chat.clips import expand_clips
 from vila.chat.content import messages_of
 from vila.chat.render import render
 from vila.chat.template import Segment, Template
 from vila.chat.templates import find_template
 from vila.chat.tokenize import SpanTokenizer, Tokens, tokenize
 from vila.core.errors import MediaError, TemplateError
-from vila.core.types import Image, Message, Part, Text, Video
+from vila.core.types import Image, Message, Video
 from vila.core.vision_spec import ImageMode, VisionSpec
 from vila.media.image import open_image
 from vila.media.transform import pixels
@@ -78,26 +79,7 @@ class VilaProcessor(ProcessorMixin):
 
     def expand_videos(self, messages: Sequence[Message], gap: str) -> tuple[Message, ...]:
         """Messages with each clip replaced by its frames, `gap` after each, as the original writes `<image>\\n`."""
-        return tuple(
-            message
-            if not any(isinstance(part, Video) for part in message.parts)
-            else replace(message, parts=tuple(self._expanded(message.parts, gap)))
-            for message in messages
-        )
-
-    def _expanded(self, parts: Sequence[Part], gap: str) -> Iterator[Part]:
-        for place, part in enumerate(parts):
-            if not isinstance(part, Video):
-                yield part
-                continue
-            after = parts[place + 1] if place + 1 < len(parts) else None
-            frames = self.frames(part)
-            for number, frame in enumerate(frames, start=1):
-                yield frame
-                # The gap after the last frame may be there already: "<video>\nWhat happens?".
-                there = number == len(frames) and isinstance(after, Text) and after.text.startswith(gap)
-                if gap and not there:
-                    yield Text(gap)
+        return expand_clips(messages, gap, self.frames)
 
     def frames(self, video: Video) -> list[Image]:
         """The frames that stand for a clip, in order."""

@@ -19,6 +19,7 @@ from vila.report.scale import MISSING, write_number
 from vila.report.svg import printable
 
 Cell = str | int | float | None
+Picture = Image.Image | Path | str | bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +34,18 @@ class Figure:
 class Card:
     """A picture of a gallery and lines of (label, text) below it; a line without a label stands out as the card's own.
 
-    `good` marks the card as right or wrong, None leaves it unmarked.
+    `good` marks the card as right or wrong, None leaves it unmarked. `more`: further pictures, below the first.
     """
 
-    image: Image.Image | Path | str | bytes | None
+    image: Picture | None
     lines: Sequence[tuple[str, str]]
     good: bool | None = None
+    more: Sequence[Picture] = ()
+
+    @property
+    def pictures(self) -> list[Picture]:
+        """All pictures, the first one first."""
+        return [*(() if self.image is None else (self.image,)), *self.more]
 
 
 class Flow:
@@ -76,8 +83,7 @@ class Flow:
 
     def gallery(self, cards: Sequence[Card], caption: str = "") -> Self:
         """Pictures with labelled lines. Raises MediaError naming a picture that cannot be read."""
-        thumbnails = [None if card.image is None else embed(card.image) for card in cards]
-        shown = [{"image": i, "lines": list(c.lines), "good": c.good} for i, c in zip(thumbnails, cards, strict=True)]
+        shown = [{"images": [*map(embed, c.pictures)], "lines": list(c.lines), "good": c.good} for c in cards]
         return self._add("gallery", cards=shown, caption=caption)
 
     def code(self, text: str, caption: str = "") -> Self:

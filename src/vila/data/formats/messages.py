@@ -20,7 +20,7 @@ from typing import Any
 from vila.chat.content import messages_of
 from vila.core.errors import DataError
 from vila.core.events import SILENT, Events
-from vila.core.types import Image, Message, Part, Sample, Video
+from vila.core.types import Image, Message, Part, Sample, Stored, Video
 from vila.data.formats.media import images_at, source_of
 from vila.data.formats.rows import Row
 from vila.data.formats.source import JSON, RecordSource, read_options
@@ -95,13 +95,15 @@ def _part(row: Row, part: Any, keys: Keys, root: Path, pending: Iterator[Image],
             raise DataError(f"{where}: pictures of training data are local files; give an image part with a path")
         return part
     if part.get("url") is not None:
-        raise DataError(f"{where}: {part['url']!r} is a URL; training reads local files only, download it first")
+        raise DataError(f"{where}: {_shown(part['url'])} is a URL; training reads local files only, download it first")
     # Columns of parquet give every part the keys of all.
     given = [key for key in (*_SOURCES, kind) if part.get(key) is not None]
     if len(given) > 1 or (kind == "video" and not given):
         raise DataError(
             f"{where}: {kind} part with {' and '.join(given) or 'no source'}; give one of {', '.join(_SOURCES)}"
         )
+    if given == ["base64"] and not isinstance(part["base64"], (str, Stored)):
+        raise DataError(f"{where}: base64 is {_shown(part['base64'])}, expected text; encode the file or give its path")
     if not given:
         image = next(pending, None)
         if image is None:
@@ -115,6 +117,11 @@ def _part(row: Row, part: Any, keys: Keys, root: Path, pending: Iterator[Image],
     if frames is not None and (not isinstance(frames, int) or isinstance(frames, bool) or frames < 1):
         raise DataError(f"{where}: num_frames {frames!r} is not a positive whole number")
     return Video(source, frames)
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"
 
 
 def _before_first_question(messages: tuple[Message, ...], images: tuple[Image, ...]) -> tuple[Message, ...]:

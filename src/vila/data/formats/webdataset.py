@@ -25,7 +25,7 @@ from vila.data.formats.turns import id_of, media_first, text_at
 class WebDatasetOptions:
     """template: of every sample without its own; "page" makes a pair one page, any other (or none) question and answer.
 
-    num_frames: frames of each clip; 0 leaves the number to the model.
+    num_frames: frames of each clip beside a text, a clip in `messages` has its own; 0 leaves the number to the model.
     """
 
     template: str = field(default="")

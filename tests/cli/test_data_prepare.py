@@ -1,0 +1,211 @@
+"""`vila data prepare`: every command on little releases, stopped and gone on with, and its flags against its step."""
+
+import inspect
+import io
+import json
+import zipfile
+from dataclasses import fields
+
+import pytest
+from PIL import Image
+
+from tests.prepare.image_server import jpeg, serving
+from tests.prepare.test_coyo import write_table
+from tests.prepare.test_download import document, write_shard
+from tests.prepare.test_json_list import record
+from tests.prepare.test_m3it_flan import row, write_lines, write_tables
+from tests.prepare.test_pkl import write as write_pickle
+from vila.cli.data_fetch_flags import FLAGS
+from vila.media.fetch_many import FetchRules
+from vila.prepare import coyo, flan, llava_align, m3it, mmc4, pkl, sharegpt4v
+from vila.prepare.resize import ResizeRule
+from vila.prepare.shards import read_tar
+
+FETCH = ("--allow-private", "--host-delay-s", 0, "--attempts", 1)
+
+
+@pytest.fixture(scope="module")
+def server():
+    with serving() as server:
+        yield server
+
+
+@pytest.fixture
+def prepare(vila):
+    """Calls a step: exit status, the counts of the table it prints last, standard output, standard error."""
+
+    def call(*arguments):
+        code, out, err = vila("data", "prepare", *arguments)
+        cells = [line.strip("\u2502").split("\u2502") for line in out.splitlines() if line.startswith("\u2502")]
+        return code, {name.strip(): int(number.replace(",", "")) for name, number in cells}, out, err
+
+    return call
+
+
+def samples(folder):
+    return {one.key: dict(one.members) for file in sorted(folder.glob("*.tar")) for one in read_tar(file)}
+
+
+def test_mmc4_is_downloaded_shrunk_and_sharded_as_asked(prepare, server, tmp_path):
+    pages = [document(server.home, "/good/1", "/missing"), document(server.home, "/large/2"), {"text_list": 1}]
+    shard = write_shard(tmp_path / "a.jsonl", pages)
+    flags = ("--per-shard", 1, "--short-side", 100, "--quality", 50, "--delete-parts", *FETCH)
+    code, counts, out, err = prepare("mmc4", shard, "--out", tmp_path / "o", *flags)
+    assert code == 0, err
+    assert (counts["in"], counts["out"], counts["noted: http_404"]) == (3, 2, 1)
+    assert counts["dropped: text_list is not a list of sentences"] == 1
+    assert f"{tmp_path / 'o'}: 2 samples in 2 files" in out
+    with Image.open(io.BytesIO(samples(tmp_path / "o")["a-000002"]["0.jpg"])) as shrunk:
+        assert shrunk.size == (200, 100)
+    assert not (tmp_path / "o" / "parts").exists()
+    code, counts, _, _ = prepare("mmc4", shard, "--out", tmp_path / "p", "--drop-incomplete", *FETCH)
+    assert (code, counts["out"], counts["dropped: an image failed"]) == (0, 1, 1)
+    code, _, _, err = prepare("mmc4", shard, "--out", tmp_path / "p", "--short-side", 0, "--drop-incomplete", *FETCH)
+    assert (code, "short_side: 336 -> None" in err) == (2, True)
+
+
+def test_coyo_is_chosen_and_downloaded_by_two_workers(prepare, server, tmp_path):
+    paths = [write_table(tmp_path / f"p{n}.parquet", server.home, [0.9, 0.8, 0.7, 0.1]) for n in range(2)]
+    flags = ("--out", tmp_path / "o", "--keep", 0.5, "--rows-per-list", 1, *FETCH)
+    code, counts, out, err = prepare("coyo", *paths, "--shard", "0/2", *flags)
+    assert (code, counts) == (0, {}), err
+    assert "run the same command again when the others are" in out
+    assert "worker is done" in prepare("coyo", *paths, "--shard", "1/2", *flags)[2]
+    # Each worker downloads, and then each writes its shards; whoever comes last writes the index.
+    for worker in ("0/2", "1/2", "0/2"):
+        code, counts, out, err = prepare("coyo", *paths, "--shard", worker, *flags)
+    assert (code, counts["in"], counts["out"]) == (0, 4, 4), err
+    assert "rows of the tables" in out
+    assert "dropped: outside the share" in out
+    assert [members["txt"] for members in samples(tmp_path / "o").values()] == [b"caption 0", b"caption 1"] * 2
+    code, _, _, err = prepare("coyo", *paths, "--out", tmp_path / "o", "--keep", 0.1, *FETCH)
+    assert (code, "share: 0.5 -> 0.1" in err) == (2, True)
+    code, _, _, err = prepare("coyo", *paths, "--out", tmp_path / "q", "--threshold", 1.5, *FETCH)
+    assert (code, "lower --threshold" in err) == (1, True)
+
+
+def test_m3it_takes_the_training_files_of_its_sets(prepare, tmp_path):
+    write_lines(tmp_path / "gqa" / "train.jsonl", [row(), row(outputs="")])
+    write_lines(tmp_path / "gqa" / "val.jsonl", [row()] * 3)
+    write_lines(tmp_path / "clevr" / "train.jsonl", [row()])
+    code, _, _, err = prepare("m3it", tmp_path, "--out", tmp_path / "o")
+    assert code == 2
+    assert "12 of 14 sets are missing: image-paragraph-captioning, textcap, " in err
+    assert "--set" in err
+    code, counts, _, err = prepare("m3it", tmp_path, "--out", tmp_path / "o", "--set", "gqa", "--set", "clevr")
+    assert code == 0, err
+    assert counts == {"in": 3, "out": 2, "dropped: no answer": 1}
+    assert sorted(samples(tmp_path / "o")) == ["clevr-0000-0000001", "gqa-0000-0000001"]
+    code, _, _, err = prepare("m3it", tmp_path, "--out", tmp_path / "p", "--set", "gpa")
+    assert (code, "did you mean 'gqa'" in err) == (2, True)
+
+
+def test_flan_rows_are_taken_and_a_bad_worker_is_named(prepare, tmp_path):
+    paths = write_tables(tmp_path / "in", (5, 4))
+    code, counts, out, err = prepare("flan", *paths, "--out", tmp_path / "o", "--rows", 9, "--per-shard", 4)
+    assert code == 0, err
+    assert counts == {"in": 9, "out": 8, "dropped: no question or no answer": 1}
+    assert "8 samples in 2 files" in out
+    assert len((tmp_path / "o" / "flan-000000.jsonl").read_text().splitlines()) == 4
+    assert f"left out: {tmp_path / 'o' / 'log' / 'failures.jsonl'}" in out
+    code, _, _, err = prepare("flan", *paths, "--out", tmp_path / "p", "--shard", "2/2")
+    assert (code, "--shard '2/2'" in err) == (2, True)
+
+
+def test_llava_align_unpacks_and_keeps_whole_records(prepare, tmp_path):
+    (tmp_path / "chat.json").write_text(json.dumps([record("a"), record("b"), record("c"), record("a", answer="")]))
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        archive.writestr("a.jpg", jpeg(1))
+        archive.writestr("b.jpg", jpeg(1)[:100])
+    command = ("llava-align", tmp_path / "chat.json", "--images", tmp_path / "images.zip")
+    code, counts, _, err = prepare(*command, "--out", tmp_path / "o", "--decode")
+    assert code == 0, err
+    reasons = {"dropped: an empty answer": 1, "dropped: an image is missing": 1, "dropped: not an image": 1}
+    assert counts == {"in": 4, "out": 1, **reasons}
+    assert (tmp_path / "o" / "images" / "a.jpg").is_file()
+    assert prepare(*command, "--out", tmp_path / "p")[1]["out"] == 2
+
+
+def test_sharegpt4v_leaves_out_sam_unless_it_is_kept(prepare, tmp_path):
+    (tmp_path / "s.json").write_text(json.dumps([record("1"), record("sa_2")]))
+    (tmp_path / "1.jpg").write_bytes(jpeg(1))
+    code, counts, _, err = prepare("sharegpt4v", tmp_path / "s.json", "--out", tmp_path / "o")
+    assert code == 0, err
+    assert counts == {"in": 2, "out": 1, "dropped: an SA-1B picture": 1}
+    assert len(json.loads((tmp_path / "o" / "s.json").read_text())) == 1
+    kept = ("sharegpt4v", tmp_path / "s.json", "--keep-sam")
+    assert prepare(*kept, "--out", tmp_path / "p")[1] == {"in": 2, "out": 2}
+    checked = prepare(*kept, "--out", tmp_path / "q", "--images", tmp_path, "--decode")[1]
+    assert checked == {"in": 2, "out": 1, "dropped: an image is missing": 1}
+    code, _, _, err = prepare(*kept, "--out", tmp_path / "r", "--decode")
+    assert (code, "--decode needs --images" in err) == (2, True)
+
+
+def test_pickles_become_shards_of_their_kind(prepare, tmp_path):
+    write_pickle(tmp_path / "in", "part", [{"text": "one", "image": jpeg(1)}, {"text": "two"}])
+    command = ("pkl", tmp_path / "in", "--out", tmp_path / "o", "--kind")
+    code, counts, out, err = prepare(*command, "coyo")
+    assert code == 0, err
+    assert counts == {"in": 2, "out": 1, "dropped: no image": 1}
+    assert samples(tmp_path / "o")["part-000001"]["txt"] == b"one"
+    code, _, _, err = prepare(*command, "laion")
+    assert (code, "'laion'" in err) == (2, True)
+
+
+def test_ctrl_c_says_that_it_goes_on_and_the_same_command_does(prepare, tmp_path, monkeypatch):
+    paths = write_tables(tmp_path / "in", (3, 3, 3))
+    command = ("flan", *paths, "--rows", 5, "--out")
+    real, parts = flan.write_part, []
+
+    def press(out, unit, *rest):
+        if parts:
+            raise KeyboardInterrupt
+        parts.append(unit)
+        real(out, unit, *rest)
+
+    monkeypatch.setattr(flan, "write_part", press)
+    code, _, _, err = prepare(*command, tmp_path / "o")
+    assert code == 130
+    assert "interrupted; what was finished is kept, and the same command goes on from there" in err
+    monkeypatch.setattr(flan, "write_part", lambda out, unit, *rest: (parts.append(unit), real(out, unit, *rest)))
+    code, counts, _, _ = prepare(*command, tmp_path / "o")
+    assert (code, counts["in"], parts) == (0, 5, ["flan-00000", "flan-00001", "flan-00002"])
+    prepare(*command, tmp_path / "whole")
+    name = "flan-000000.jsonl"
+    assert (tmp_path / "o" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_flags_of_fetching_are_the_rules_with_their_defaults():
+    assert {one.name: one.default for one in fields(FetchRules)} == {name: value for name, (value, _) in FLAGS.items()}
+
+
+STEPS = {
+    "mmc4": [mmc4.prepare_mmc4],
+    "coyo": [coyo.select_coyo, coyo.prepare_coyo],
+    "m3it": [m3it.prepare_m3it],
+    "flan": [flan.prepare_flan],
+    "llava-align": [llava_align.prepare_llava_align],
+    "sharegpt4v": [sharegpt4v.prepare_sharegpt4v],
+    "pkl": [pkl.convert_pickles],
+}
+OTHER_NAMES = {"share": "keep", "rows_per_unit": "rows_per_list"}
+
+
+@pytest.mark.parametrize("command", STEPS)
+def test_every_option_of_a_step_is_a_flag_with_help_and_its_default(command):
+    from typer.main import get_command
+
+    from vila.cli.data_prepare import app
+
+    flags = {one.name: one for one in get_command(app).commands[command].params}
+    assert all(one.help for one in flags.values())
+    for step in STEPS[command]:
+        for name, option in inspect.signature(step).parameters.items():
+            if option.default is inspect.Parameter.empty or name in ("events", "shard"):
+                continue
+            if name == "rules":
+                assert FLAGS.keys() <= flags.keys()
+            elif name == "resize":
+                assert {one.name: flags[one.name].default for one in fields(ResizeRule)} == option.default.facts
+            else:
+                assert flags[OTHER_NAMES.get(name, name)].default == option.default

@@ -1,0 +1,69 @@
+"""A shard that ends too early is an error that names it, wherever it was cut."""
+
+import tarfile
+
+import pytest
+
+from tests.data.shards import PIXELS, write_tar
+from vila.core.errors import DataError
+from vila.data.formats.protocol import FORMATS
+
+BLOCK = tarfile.BLOCKSIZE
+MEMBERS = [
+    ("a.jpg", PIXELS),
+    ("a.txt", "A cat."),
+    ("b.jpg", PIXELS * 100),
+    ("b.txt", "B" * BLOCK),
+    ("folder/" + "c" * 120 + ".jpg", PIXELS),  # a name that takes headers of its own
+    ("folder/" + "c" * 120 + ".txt", "A dog."),
+]
+
+
+def written(folder):
+    """The shard, where its headers begin and where its last member ends, in bytes."""
+    path = write_tar(folder / "d.tar", MEMBERS)
+    with tarfile.open(path) as tar:
+        members = tar.getmembers()
+    ends = [member.offset_data + -(-member.size // BLOCK) * BLOCK for member in members]
+    return path, [0, *ends[:-1]], ends[-1]
+
+
+def samples(path):
+    return list(FORMATS["webdataset"].open(path, path.parent))
+
+
+def test_a_shard_cut_exactly_at_a_header_is_an_error_that_names_it(tmp_path):
+    path, headers, end = written(tmp_path)
+    whole = path.read_bytes()
+    for place in headers:
+        path.write_bytes(whole[:place])
+        with pytest.raises(DataError, match=rf"{path}: the shard is cut or damaged .*copy or download it again"):
+            samples(path)
+    path.write_bytes(whole[: headers[2]])
+    with pytest.raises(DataError, match=rf"after member 'a.txt' \(byte {headers[2]}: no end-of-archive mark\)"):
+        samples(path)
+
+
+@pytest.mark.parametrize("zeros", [0, 1, BLOCK - 1])
+def test_a_shard_without_its_closing_zero_blocks_is_an_error_that_names_it(zeros, tmp_path):
+    path, _, end = written(tmp_path)
+    path.write_bytes(path.read_bytes()[: end + zeros])
+    with pytest.raises(DataError, match=rf"{path}: the shard is cut or damaged after member 'folder/c+.txt'"):
+        samples(path)
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+def test_a_shard_needs_no_padding_behind_its_end_mark(blocks, tmp_path):
+    path, _, end = written(tmp_path)
+    expected = [sample.messages[1:] for sample in samples(path)]
+    path.write_bytes(path.read_bytes()[: end + blocks * BLOCK])
+    assert [sample.messages[1:] for sample in samples(path)] == expected
+    assert len(expected) == 3
+
+
+@pytest.mark.parametrize("place", [BLOCK, 2 * BLOCK])
+def test_a_shard_cut_between_a_long_name_and_its_header_is_an_error_that_names_it(place, tmp_path):
+    path, headers, _ = written(tmp_path)
+    path.write_bytes(path.read_bytes()[: headers[4] + place])
+    with pytest.raises(DataError, match=rf"{path}: the shard is cut or damaged after member 'b.txt'"):
+        samples(path)
