@@ -144,7 +144,7 @@ def test_a_damaged_checkpoint_is_named_with_the_remedy(stand):
     recipe = stand_recipe(stand, "damaged")
     with pytest.raises(Interrupted):
         build(recipe, listeners=[stop_after(1)]).train()
-    file = next((recipe.output.dir / "checkpoint").glob("*/state.safetensors"))
+    file = next((recipe.output.dir / "checkpoint").glob("*/*.distcp"))
     file.write_bytes(file.read_bytes()[:200])
     with pytest.raises(CheckpointError, match="step-00000001: cannot resume from it .* delete that directory"):
         build(recipe)
@@ -153,7 +153,7 @@ def test_a_damaged_checkpoint_is_named_with_the_remedy(stand):
 def test_a_kill_during_a_save_leaves_the_checkpoint_before_it(stand, monkeypatch):
     import vila.train.checkpoint as checkpoint
 
-    recipe = stand_recipe(stand, "killed", "output.checkpoint_every_steps=2")
+    recipe = stand_recipe(stand, "killed", "output.checkpoint_every_steps=2", "output.async_save=false")
     real = checkpoint.write_json
 
     def die(path, value):
@@ -178,9 +178,9 @@ def test_a_loss_that_is_not_finite_stops_with_the_ids(stand):
 
 
 def test_a_sample_that_cannot_be_read_names_data_set_file_and_row(stand, tmp_path):
-    (tmp_path / "bad.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "?"}]}) + "\n")
+    (tmp_path / "bad.jsonl").write_text(2 * (json.dumps({"messages": [{"role": "user", "content": "?"}]}) + "\n"))
     recipe = stand_recipe(stand, "bad", f"data.mixture=[{{format: messages, path: {tmp_path / 'bad.jsonl'}}}]")
-    with pytest.raises(DataError, match="data set 'bad': sample 'bad/0': the last message must be the assistant's"):
+    with pytest.raises(DataError, match="data set 'bad': sample 'bad/[01]': the last message must be the assistant's"):
         build(recipe).train()
 
 

@@ -74,3 +74,9 @@ class Interrupted(VilaError):
     """The user stopped long work; what was finished is kept and the same command goes on from there."""
 
     exit_code = 130
+
+
+class Preempted(Interrupted):
+    """A batch system or `kill` stopped long work; it is saved, so this is no failure."""
+
+    exit_code = 0

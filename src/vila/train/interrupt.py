@@ -1,4 +1,4 @@
-"""Turning Ctrl-C and SIGTERM into a request that the loop answers between two steps."""
+"""Turning signals into a request that the loop answers between two steps."""
 
 from __future__ import annotations
 
@@ -8,28 +8,31 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
+"""Ctrl-C, what `kill` and batch systems send, and what they send some time before they do (Slurm: `--signal`)."""
+
 
 class StopRequest:
-    """Set when the process was asked to stop; a second Ctrl-C stops at once."""
+    """number: the signal that asked the process to stop, 0 for none. A second Ctrl-C stops at once."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.number = 0
 
 
 @contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
-    """Listen to SIGINT and SIGTERM while the body runs. Outside the main thread nothing is installed."""
+    """Listen to SIGNALS while the body runs. Outside the main thread nothing is installed."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
 
     def ask(number: int, frame: FrameType | None) -> None:
-        if request.asked and number == signal.SIGINT:
+        if request.number and number == signal.SIGINT:
             raise KeyboardInterrupt
-        request.asked = True
+        request.number = request.number or number
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, ask) for number in SIGNALS}
     try:
         yield request
     finally:

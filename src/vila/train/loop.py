@@ -1,31 +1,38 @@
-"""The loop: take rows, sum the loss over micro-batches, update, tell, and save when it is time."""
+"""The loop: take rows, sum the loss over micro-batches and processes, update, tell, and save when it is time."""
 
 from __future__ import annotations
 
 import math
+import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from vila.chat.tokenize import TokenizedSample
-from vila.core.errors import Interrupted, TrainingError
+from vila.core.errors import Interrupted, Preempted, TrainingError, VilaError
 from vila.core.events import SILENT, Events, task
 from vila.data.batch import Batch, collate
+from vila.data.faults import FaultLog
 from vila.data.pack import LaneState, Row
 from vila.model.vila import VilaForConditionalGeneration
 from vila.train.checkpoint import Progress
-from vila.train.interrupt import stop_on_signal
-from vila.train.loss import summed_loss
+from vila.train.interrupt import StopRequest, stop_on_signal
+from vila.train.loss import Objective
 from vila.train.optim import MasterAdamW, rate_factor
+from vila.train.parallel import World, told_of_the_lost
+from vila.train.share import Share, share_of
 
-Features = Callable[[Batch], Tensor]
+# K data sets
 
 
 class Rows(Protocol):
-    """What a step takes its rows from: one row of every lane, read in this process or by workers."""
+    """What a step takes its rows from: one row of every lane of this process, read here or by workers."""
 
     dropped: int
     truncated: int
@@ -42,128 +49,258 @@ class Rows(Protocol):
 
 
 class StepListener(Protocol):
-    """Called after every step; evaluation and sample generations during training are listeners."""
+    """Called by every process after every step; evaluation and answers during training are listeners.
+
+    One that has a method `finish(trainer)` is also told of the end.
+    """
 
     def __call__(self, trainer: Trainer, facts: dict[str, Any]) -> None:
-        """facts: what `metrics.jsonl` holds for the step."""
+        """facts: what `metrics.jsonl` holds for the step, over all processes."""
 
 
 @dataclass
 class Trainer:
     """One stage, ready to run.
 
-    lanes:        the rows of a step.
+    objective:    the model's loss; what is dealt to processes, when there are some.
     data_set:     the name of the data set that a global position belongs to.
-    features:     tower features [N, P, C] of the pictures of a batch that has some.
+    data_sets:    all their names.
+    seen:         what the objective is given of a batch's pictures, or of a stand-in when the batch has none.
+    micro:        rows of a forward pass.
     pin:          put batches into page-locked memory.
     spent:        share of the budget that a progress has used up, 0..1 and beyond.
-    save:         writes a checkpoint of this trainer.
+    save:         writes a checkpoint of this trainer; told whether to wait until it is on the disk.
     save_every_s: seconds between checkpoints; `save_every_steps` adds to it, 0 for none.
+    faults:       the list of samples that could not be read, and its budget.
+    bad_steps:    steps that may be left out because their loss or gradient is not finite; `bad_step` is told of each.
+    utilisation:  MFU of a step, from its facts; None where the peak of the device is not known.
     """
 
     model: VilaForConditionalGeneration
+    objective: Objective
     optimizer: MasterAdamW
     lanes: Rows
     data_set: Callable[[int], str]
-    features: Features
+    data_sets: Sequence[str]
+    seen: Callable[[Batch], dict[str, Tensor]]
     micro: int
     warmup_ratio: float
     spent: Callable[[Progress], float]
-    save: Callable[[Trainer], None]
+    save: Callable[[Trainer, bool], None]
     save_every_s: float
     save_every_steps: int
+    world: World
+    faults: FaultLog
+    bad_steps: int = 0
+    bad_step: Callable[[dict[str, Any]], None] = lambda facts: None
+    utilisation: Callable[[dict[str, Any]], float | None] = lambda facts: None
     progress: Progress = field(default_factory=Progress)
     listeners: list[StepListener] = field(default_factory=list)
     events: Events = SILENT
     name: str = "training"
     pin: bool = False
 
+    @property
+    def main(self) -> bool:
+        """Whether this process writes files."""
+        return self.world.main
+
     def run(self) -> None:
         """Step until the budget is spent. Raises Interrupted, checkpoint written, when asked to stop."""
         try:
-            self._run()
+            with told_of_the_lost():
+                self._run()
         finally:
             self.lanes.close()
 
     def _run(self) -> None:
-        began = saved = time.monotonic()
-        before = self.progress.seconds
+        saved = time.monotonic()
         with stop_on_signal() as stop, task(self.events, self.name, 100, "%"):
             self.events.advanced(self.name, self._percent())
             while self.spent(self.progress) < 1:
-                shown = self._percent()
-                started = time.monotonic()
-                facts = self.step()
-                now = time.monotonic()
-                self.progress = replace(self.progress, seconds=before + now - began)
-                facts |= {"tokens_per_second": facts["tokens"] / (now - started), "seconds": self.progress.seconds}
+                shown, began = self._percent(), time.monotonic()
+                facts, shares = self.step(stop, late=began - saved >= self.save_every_s)
+                seconds = time.monotonic() - began
+                self.progress = replace(self.progress, seconds=self.progress.seconds + seconds)
+                facts |= {"tokens_per_second": facts["tokens"] / seconds, "seconds": self.progress.seconds}
+                facts |= self._usage(facts, seconds)
                 for listener in self.listeners:
                     listener(self, facts)
                 self.events.advanced(self.name, self._percent() - shown, **_shown(facts))
+                asked = stop.number if self.world.alone else next((share.stop for share in shares if share.stop), 0)
                 due = self.save_every_steps and self.progress.step % self.save_every_steps == 0
-                if stop.asked or due or now - saved >= self.save_every_s:
-                    self.save(self)
+                if asked or due or shares[0].late:
+                    self.save(self, bool(asked))
                     saved = time.monotonic()
-                if stop.asked:
-                    raise Interrupted(f"{self.name}: stopped after step {self.progress.step}; run it again to go on")
+                if asked:
+                    kind = Interrupted if asked == signal.SIGINT else Preempted
+                    raise kind(f"{self.name}: stopped after step {self.progress.step}; run it again to go on")
+            for listener in self.listeners:
+                if finish := getattr(listener, "finish", None):
+                    finish(self)
 
-    def step(self) -> dict[str, Any]:
-        """One optimizer step over one row of every lane. Returns the facts of the step."""
-        rows = self.lanes.step()
-        batches = [collate(rows[i : i + self.micro], pin=self.pin) for i in range(0, len(rows), self.micro)]
-        supervised = sum(batch.num_supervised for batch in batches)
-        tokens = sum(batch.num_tokens for batch in batches)
-        loss = sum(self._backward(batch, supervised) for batch in batches)
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"{self.name}: the loss of step {self.progress.step + 1} is {loss}; its samples are {_ids(rows)}"
+    def step(self, stop: StopRequest | None = None, *, late: bool = False) -> tuple[dict[str, Any], list[Share]]:
+        """One optimizer step over one row of every lane of all processes.
+
+        late: the last checkpoint was long ago. Returns the facts of the step, and what each process told of it.
+        """
+        rows, batches, shares = self._read(stop, late)
+        self.faults.add([fault for share in shares for fault in share.faults])
+        supervised = sum(share.supervised for share in shares)
+        places = {name: number for number, name in enumerate(self.data_sets)}
+        sums = torch.zeros(1 + len(places), dtype=torch.float64, device=self.world.device)
+        for number, (batch, own) in enumerate(zip(batches, self._micro(rows), strict=True)):
+            # A process without pictures still takes part where the weights that see them are dealt out.
+            idle = not batch.media and self._dealt and any(share.shows[number] for share in shares)
+            loss, by_data_set = self.objective(
+                batch,
+                **(self.seen(batch) if batch.media or idle else {}),
+                idle=idle,
+                sources=self._sources(own, batch, places),
+                num_sources=len(places),
             )
+            if loss.requires_grad:  # text teaches nothing to a projector that learns alone
+                (loss / supervised).backward()
+                self.optimizer.accumulate()
+            sums[0] += loss.detach()
+            sums[1:] += by_data_set
+        self.world.add(sums)
+        if not self._dealt:
+            self.world.add_all(self.optimizer.gradients())
+        loss, *by_name = sums.tolist()
+        facts = self._facts(shares, loss / supervised, by_name)
+        self._update(facts, rows, shares)
+        return facts, shares
+
+    def _read(self, stop: StopRequest | None, late: bool) -> tuple[list[Row], list[Batch], list[Share]]:
+        """The rows and batches of this process, and what all processes tell of theirs.
+
+        Raises the error of whichever process could not read its rows: none goes on alone.
+        """
+        rows: list[Row] = []
+        batches: list[Batch] = []
+        problem: VilaError | None = None
+        try:
+            rows = self.lanes.step()
+            batches = [collate(own, pin=self.pin) for own in self._micro(rows)]
+        except VilaError as error:
+            problem = error
+        mine = share_of(rows, batches, self.data_set)
+        mine = replace(mine, stop=stop.number if stop else 0, late=late, problem=problem)
+        shares = self.world.gather(mine)
+        if problem:
+            raise problem
+        for rank, share in enumerate(shares):
+            if share.problem:
+                raise type(share.problem)(f"rank {rank}: {share.problem}")
+        return rows, batches, shares
+
+    def _micro(self, rows: Sequence[Row]) -> list[Sequence[Row]]:
+        return [rows[start : start + self.micro] for start in range(0, len(rows), self.micro)]
+
+    @property
+    def _dealt(self) -> bool:
+        return self.world.mesh is not None
+
+    def _sources(self, rows: Sequence[Row], batch: Batch, places: dict[str, int]) -> Tensor:
+        """The number of the data set of every token, [B, S]; 0 at padding."""
+        out = torch.zeros_like(batch.ids)
+        for number, row in enumerate(rows):
+            start = 0
+            for position, sample in zip(row.positions, row.packed, strict=True):
+                out[number, start : start + len(sample)] = places[self.data_set(position)]
+                start += len(sample)
+        return out
+
+    def _facts(self, shares: Sequence[Share], loss: float, by_data_set: Sequence[float]) -> dict[str, Any]:
         factor = rate_factor(self.spent(self.progress), self.warmup_ratio)
-        norm = self.optimizer.step(factor)
-        self.progress = replace(
-            self.progress,
-            step=self.progress.step + 1,
-            tokens=self.progress.tokens + tokens,
-            samples=self.progress.samples + sum(map(len, rows)),
-            supervised=self.progress.supervised + supervised,
-        )
+        supervised: dict[str, int] = {}
+        tokens: dict[str, int] = {}
+        for share in shares:
+            for name, (seen, learnt) in share.by_data_set.items():
+                tokens[name] = tokens.get(name, 0) + seen
+                supervised[name] = supervised.get(name, 0) + learnt
+        total = sum(share.tokens for share in shares)
         return {
-            "step": self.progress.step,
-            "tokens_seen": self.progress.tokens,
+            "step": self.progress.step + 1,
+            "tokens_seen": self.progress.tokens + total,
             "loss": loss,
+            "loss_by_data_set": {
+                name: value / supervised[name]
+                for name, value in zip(self.data_sets, by_data_set, strict=True)
+                if supervised.get(name)
+            },
             "lr": self.optimizer.groups[0].lr * factor,
-            "grad_norm": norm,
-            "tokens": tokens,
-            "supervised": supervised,
-            "fill": tokens / sum(batch.ids.numel() for batch in batches),
-            "tokens_by_data_set": self._tokens_by_data_set(rows),
-            "dropped": sum(row.dropped for row in rows),
-            "truncated": sum(row.truncated for row in rows),
-            "faults": sum(len(row.faults) for row in rows),
+            "grad_norm": self.optimizer.norm(),
+            "tokens": total,
+            "supervised": sum(share.supervised for share in shares),
+            "fill": total / sum(share.places for share in shares),
+            "images": sum(share.images for share in shares),
+            "tokens_by_data_set": dict(sorted(tokens.items())),
+            "dropped": sum(share.dropped for share in shares),
+            "truncated": sum(share.truncated for share in shares),
+            "faults": sum(len(share.faults) for share in shares),
         }
 
-    def _tokens_by_data_set(self, rows: Sequence[Row]) -> dict[str, int]:
-        tokens: dict[str, int] = {}
-        for row in rows:
-            for position, sample in zip(row.positions, row.packed, strict=True):
-                name = self.data_set(position)
-                tokens[name] = tokens.get(name, 0) + len(sample)
-        return dict(sorted(tokens.items()))
+    def _update(self, facts: dict[str, Any], rows: Sequence[Row], shares: Sequence[Share]) -> None:
+        """Change the weights, or leave the step out when its loss or gradient is not finite."""
+        bad = not (math.isfinite(facts["loss"]) and math.isfinite(facts["grad_norm"]))
+        if bad:
+            self.optimizer.discard()
+            ids = [one for share in self.world.gather(_ids(rows)) for one in share]
+            told = {"step": facts["step"], "loss": str(facts["loss"]), "grad_norm": str(facts["grad_norm"]), "ids": ids}
+            self.bad_step(told)
+            if self.progress.bad_steps >= self.bad_steps:
+                what = "loss" if not math.isfinite(facts["loss"]) else "gradient"
+                value = facts["loss"] if what == "loss" else facts["grad_norm"]
+                raise TrainingError(
+                    f"{self.name}: the {what} of step {facts['step']} is {value}; its samples are {_listed(ids)}"
+                )
+        else:
+            factor = rate_factor(self.spent(self.progress), self.warmup_ratio)
+            self.optimizer.step(factor, facts["grad_norm"])
+        self.progress = replace(
+            self.progress,
+            step=facts["step"],
+            tokens=facts["tokens_seen"],
+            samples=self.progress.samples + sum(share.samples for share in shares),
+            supervised=self.progress.supervised + facts["supervised"],
+            bad_steps=self.progress.bad_steps + bad,
+        )
 
-    def _backward(self, batch: Batch, supervised: int) -> float:
-        loss = summed_loss(self.model, batch, self.features(batch) if batch.media else None) / supervised
-        loss.backward()
-        self.optimizer.accumulate()
-        return loss.item()
+    def _usage(self, facts: dict[str, Any], seconds: float) -> dict[str, float]:
+        out = {}
+        if self.world.device.type == "cuda":
+            out["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        if (share := self.utilisation(facts)) is not None:
+            out["mfu"] = share
+        return out
+
+    @contextmanager
+    def whole_model(self) -> Iterator[None]:
+        """Inside, the model answers as it does without other processes; all of them enter, and ask the same."""
+        root = self.objective
+        if isinstance(root, FSDPModule):
+            root.unshard()
+        try:
+            yield
+        finally:
+            if isinstance(root, FSDPModule):
+                root.reshard()
 
     def _percent(self) -> int:
         return min(100, int(100 * self.spent(self.progress)))
 
 
 def _shown(facts: dict[str, Any]) -> dict[str, float]:
-    return {"loss": facts["loss"], "tokens/s": facts["tokens_per_second"]}
+    names = {"step": "step", "loss": "loss", "lr": "lr", "tokens/s": "tokens_per_second", "MFU": "mfu"}
+    names["GiB"] = "memory_gib"
+    return {label: facts[name] for label, name in names.items() if name in facts}
 
 
-def _ids(rows: Sequence[Sequence[TokenizedSample]]) -> str:
-    ids = [sample.id for row in rows for sample in row]
+def _ids(rows: Sequence[Sequence[TokenizedSample]]) -> list[str]:
+    return [sample.id for row in rows for sample in row]
+
+
+def _listed(ids: Sequence[str]) -> str:
     return ", ".join(map(repr, ids[:20])) + (f" and {len(ids) - 20} more" if len(ids) > 20 else "")

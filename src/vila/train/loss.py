@@ -52,3 +52,33 @@ def summed_loss(model: VilaForConditionalGeneration, batch: Batch, features_NPC:
         else:
             total = total + cross_entropy(hidden, target)
     return total
+
+
+class Objective(torch.nn.Module):
+    """The loss of a batch."""
+
+    def __init__(self, model: VilaForConditionalGeneration) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch, *, pixels=None, features=None, idle=False, sources=None, num_sources=0):  # type: ignore[no-untyped-def]
+        """Temporary."""
+        model = self.model
+        if features is None and pixels is not None:
+            features = model.vision_features(pixels)
+        media = None if features is None else model.project(features)
+        embeds = model.embed(batch.ids, None if idle else media)
+        if idle:
+            embeds = embeds + 0 * media.sum().to(embeds.dtype)
+        hidden_BSD = model.get_decoder()(
+            inputs_embeds=embeds,
+            attention_mask=segment_mask(batch.segments, batch.parents),
+            position_ids=batch.positions,
+            use_cache=False,
+        ).last_hidden_state
+        targets = batch.labels[:, 1:]
+        wanted = targets != IGNORE
+        hidden, target = hidden_BSD[:, :-1][wanted], targets[wanted]
+        each = F.cross_entropy(model.get_output_embeddings()(hidden).float(), target, reduction="none")
+        by = torch.zeros(num_sources).index_add_(0, sources[:, 1:][wanted], each.detach())
+        return each.sum(), by

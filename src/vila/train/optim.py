@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vila.train.parallel import whole
 from vila.train.stage import Group
 
 
@@ -58,37 +59,52 @@ class MasterAdamW:
             live.grad = None
 
     @torch.no_grad()
-    def step(self, factor: float) -> float:
-        """One update at `factor` times the peak rates. Returns the gradient norm before clipping."""
-        grads = [m.grad for m in self._masters if m.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
-        if float(norm) > self.max_grad_norm:
-            torch._foreach_mul_(grads, self.max_grad_norm / (float(norm) + 1e-6))
+    def gradients(self) -> list[Tensor]:
+        """The summed gradients of all masters; zero for what the step did not reach, on all processes alike."""
+        for master in self._masters:
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+        return [master.grad for master in self._masters if master.grad is not None]
+
+    @torch.no_grad()
+    def norm(self) -> float:
+        """The norm of all gradients together."""
+        return float(whole(torch.nn.utils.get_total_norm(self.gradients())))
+
+    @torch.no_grad()
+    def step(self, factor: float, norm: float) -> None:
+        """One update at `factor` times the peak rates, gradients of a greater `norm` scaled down to the greatest."""
+        if norm > self.max_grad_norm:
+            torch._foreach_mul_(self.gradients(), self.max_grad_norm / (norm + 1e-6))
         for group, settings in zip(self.groups, self._adam.param_groups, strict=True):
             settings["lr"] = group.lr * factor
         self._adam.step()
-        self._adam.zero_grad(set_to_none=True)
+        self.discard()
         pairs = [(live, master) for live, master in zip(self._live, self._masters, strict=True) if live is not master]
         if pairs:
             torch._foreach_copy_([live for live, _ in pairs], [master for _, master in pairs])
-        return float(norm)
 
+    def discard(self) -> None:
+        """Forget the gradients."""
+        self._adam.zero_grad(set_to_none=True)
+
+    @torch.no_grad()
     def state_tensors(self) -> dict[str, Tensor]:
-        """Masters and moments by parameter name, float32, and the update count."""
+        """Masters, moments and update counts by parameter name, float32: the optimizer's own tensors, not copies."""
         out: dict[str, Tensor] = {}
         for name, master in zip(self._names, self._masters, strict=True):
+            state = self._adam.state[master]
+            if not state:
+                # As the optimizer makes them at its first step.
+                state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(master), torch.zeros_like(master)
             out[f"master/{name}"] = master.detach()
-            for key, value in self._adam.state.get(master, {}).items():
-                out[f"{key}/{name}"] = value
+            out |= {f"{key}/{name}": state[key] for key in ("step", "exp_avg", "exp_avg_sq")}
         return out
 
     @torch.no_grad()
-    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Undo `state_tensors`, and round the masters into the model. Raises KeyError for a parameter not there."""
-        for name, live, master in zip(self._names, self._live, self._masters, strict=True):
-            master.copy_(tensors[f"master/{name}"])
+    def state_was_loaded(self) -> None:
+        """Round the masters into the model, after `state_tensors` were filled from a checkpoint."""
+        for live, master in zip(self._live, self._masters, strict=True):
             if live is not master:
                 live.copy_(master)
-            keys = ("step", "exp_avg", "exp_avg_sq")
-            if f"step/{name}" in tensors:
-                self._adam.state[master] = {key: tensors[f"{key}/{name}"].clone() for key in keys}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from vila.config.schema import Recipe
 from vila.core.errors import ConfigError
+from vila.core.events import SILENT, Events
 from vila.data.deal import lanes_of
 from vila.data.faults import FaultLog
 from vila.data.loader import Entry, SampleReader, open_mixture
@@ -18,9 +19,9 @@ from vila.model.processor import VilaProcessor
 MAX_WORKERS = 4
 
 
-def build_mixture(recipe: Recipe) -> Mixture:
-    """The data sets of a recipe, opened."""
-    return open_mixture([Entry(**entry.model_dump()) for entry in recipe.data.mixture], recipe.seed)
+def build_mixture(recipe: Recipe, events: Events = SILENT) -> Mixture:
+    """The data sets of a recipe, opened; `events` are told how files are indexed."""
+    return open_mixture([Entry(**entry.model_dump()) for entry in recipe.data.mixture], recipe.seed, events)
 
 
 def build_reader(recipe: Recipe, processor: VilaProcessor, mixture: Mixture) -> SampleReader:
@@ -57,17 +58,22 @@ def build_rows(
         max_faults=data.max_faults,
     )
     reader = build_reader(recipe, processor, mixture)
-    log = FaultLog(recipe.output.dir / "faults.jsonl", data.max_faults, seen=_seen_by(states, count))
     workers, decode = worker_count(recipe), not recipe.compute.feature_cache
     if workers:
         return WorkerLanes(
-            reader, count, policy=policy, workers=workers, rank=rank, world=world, states=states, decode=decode,
-            faults=log,
-        )  # fmt: skip
+            reader, count, policy=policy, workers=workers, rank=rank, world=world, states=states, decode=decode
+        )
     return LaneSet(
         reader, count, policy=policy, rank=rank, world=world, states=states, shorten=reader.shorten,
-        decode=reader.pixels if decode else None, faults=log,
+        decode=reader.pixels if decode else None,
     )  # fmt: skip
+
+
+def fault_log(recipe: Recipe, states: Sequence[LaneState] | None, *, write: bool) -> FaultLog:
+    """The list of samples that could not be read up to `states`. write: whether this process is the one that writes."""
+    count = recipe.batch.rows or recipe.batch.samples
+    path = recipe.output.dir / "faults.jsonl"
+    return FaultLog(path, recipe.data.max_faults, seen=_seen_by(states, count), write=write)
 
 
 def worker_count(recipe: Recipe) -> int:

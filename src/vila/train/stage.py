@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -25,37 +25,43 @@ class Group:
 
 def select_trainable(
     model: VilaForConditionalGeneration,
-    *,
     tune: Sequence[str],
-    lr: float,
-    lr_projector: float | None,
-    weight_decay: float,
-    tune_embeddings: bool,
+    *,
+    tune_embeddings: bool = True,
     llm_parts: Sequence[str] = (),
-) -> list[Group]:
-    """Freeze everything but `tune`, put frozen parts in eval mode, and group what learns.
+    adapters: Collection[str] | None = None,
+) -> None:
+    """Freeze everything but `tune`, and put frozen parts in eval mode.
 
     llm_parts: names of submodules; when given, a tuned LLM learns those of its parameters that lie in one of them.
-    Norms and biases do not decay. Raises TrainingError when nothing is left to learn.
+    adapters:  names of parameters; when given, a tuned LLM learns those alone.
+    Raises TrainingError when nothing is left to learn.
     """
     model.requires_grad_(False).eval()
     for name in tune:
         part = getattr(model, MODULES[name])
         part.requires_grad_(True).train()
-    if "llm" in tune and llm_parts:
-        for name, parameter in model.language_model.named_parameters():
-            parameter.requires_grad_(bool(set(name.split(".")) & set(llm_parts)))
+    if "llm" in tune and (llm_parts or adapters is not None):
+        for name, parameter in model.language_model.named_parameters(prefix="language_model"):
+            learns = bool(set(name.split(".")) & set(llm_parts)) if adapters is None else name in adapters
+            parameter.requires_grad_(learns)
     if "llm" in tune and not tune_embeddings:
         for head in (model.get_input_embeddings(), model.get_output_embeddings()):
             head.requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise TrainingError(f"nothing to train: stage.tune={list(tune)} selects no parameters")
+
+
+def group_parameters(
+    model: VilaForConditionalGeneration, *, lr: float, lr_projector: float | None, weight_decay: float
+) -> list[Group]:
+    """What learns, grouped by rate and decay. Norms and biases do not decay."""
     table: dict[tuple[float, float], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             rate = lr_projector if lr_projector is not None and name.startswith("projector.") else lr
             decay = weight_decay if parameter.ndim >= 2 else 0.0
             table.setdefault((rate, decay), []).append((name, parameter))
-    if not table:
-        raise TrainingError(f"nothing to train: stage.tune={list(tune)} selects no parameters")
     return [
         Group(tuple(n for n, _ in rows), tuple(p for _, p in rows), rate, decay)
         for (rate, decay), rows in table.items()

@@ -1,0 +1,197 @@
+"""From a recipe to a model that is ready to learn: loaded, its projector drawn, frozen in parts, and dealt out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vila.config.schema import Recipe
+from vila.core.errors import ConfigError
+from vila.core.events import SILENT, Events
+from vila.core.files import cache_dir
+from vila.core.types import Image
+from vila.data.batch import Batch
+from vila.data.loader import images_of
+from vila.data.mixture import Mixture
+from vila.model.feature_cache import FeatureCache
+from vila.model.load import assemble, load_model
+from vila.model.precision import choose_dtype
+from vila.model.processor import VilaProcessor
+from vila.model.projector import calibrate_projector
+from vila.model.vila import VilaForConditionalGeneration
+from vila.train.loss import Objective
+from vila.train.optim import MasterAdamW
+from vila.train.parallel import World, decoder_blocks, shard, tower_blocks, whole
+from vila.train.stage import Group, group_parameters, select_trainable
+
+_CALIBRATION_PICTURES = 256
+
+Seen = Callable[[Batch], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Learner:
+    """A model on its device, with what makes it learn.
+
+    objective: its loss, dealt over the processes of the run where there are some.
+    seen:      what `objective` is given of a batch's pictures; of a stand-in, when the batch has none.
+    """
+
+    model: VilaForConditionalGeneration
+    objective: Objective
+    optimizer: MasterAdamW
+    groups: Sequence[Group]
+    seen: Seen
+
+
+def load_start(recipe: Recipe) -> tuple[VilaForConditionalGeneration, VilaProcessor]:
+    """The model that a stage starts from, on the processor, its weights as the files hold them."""
+    source = recipe.model
+    if source.path:
+        model, processor = load_model(source.path)
+        # A stage may show pictures and conversations in another way than the one before it did.
+        model.config.template = processor.template = source.template
+        model.config.vision_spec = processor.vision_spec = {**processor.vision_spec, "image_mode": source.image_mode}
+        return model, processor
+    return assemble(
+        llm=source.llm,
+        vision=source.vision,
+        projector=source.projector,
+        select_layer=source.select_layer,
+        select_feature=source.select_feature,
+        image_size=source.image_size,
+        image_mode=source.image_mode,
+        template=source.template,
+        seed=recipe.seed,
+    )
+
+
+def make_learner(
+    recipe: Recipe,
+    model: VilaForConditionalGeneration,
+    processor: VilaProcessor,
+    mixture: Mixture,
+    world: World,
+    events: Events = SILENT,
+) -> Learner:
+    """Make the model of `load_start` ready to learn what the recipe's stage says, in the type that it says.
+
+    Raises ConfigError or TrainingError when the stage cannot be trained so.
+    """
+    dtype = choose_dtype(recipe.compute.dtype, world.device)
+    model.vision_tower.to(world.device, dtype)
+    images, seen = _pictures(recipe, model, processor, mixture, world, events)
+    if recipe.model.projector_init == "calibrated" and not recipe.model.path:
+        some = images_of(mixture, processor.spec.num_video_frames)[:_CALIBRATION_PICTURES]
+        rms = next(model.get_input_embeddings().parameters()).float().square().mean().sqrt().item()
+        calibrate_projector(model.projector, images(some).float().to(model.device), rms)
+    stage = recipe.stage
+    adapters = None
+    if stage.lora.rank:
+        from vila.train.lora import adapter_parameters, add_adapters
+
+        if stage.lora.bits < 16 and world.mesh is not None:
+            raise ConfigError(f"stage.lora.bits={stage.lora.bits} cannot be dealt out; set compute.sharding=replicate")
+        add_adapters(model, stage.lora, recipe.seed)
+        adapters = set(adapter_parameters(model))
+    parts = {"tune_embeddings": stage.tune_embeddings, "llm_parts": stage.llm_parts}
+    select_trainable(model, stage.tune, adapters=adapters, **parts)  # type: ignore[arg-type]
+    if recipe.compute.gradient_checkpointing:
+        recompute(model, recipe.compute.checkpoint_every)
+    if recipe.compute.compile:
+        for block in decoder_blocks(model):
+            block.compile(dynamic=True)
+    objective = Objective(model)
+    if world.mesh is not None:
+        shard(objective, model, world, dtype, reshard=recipe.compute.reshard)
+    else:
+        _place(model, world.device, dtype)
+    rates = {"lr": stage.lr, "lr_projector": stage.lr_projector, "weight_decay": recipe.optim.weight_decay}
+    groups = group_parameters(model, **rates)  # type: ignore[arg-type]
+    optimizer = MasterAdamW(
+        groups,
+        beta1=recipe.optim.beta1,
+        beta2=recipe.optim.beta2,
+        max_grad_norm=recipe.optim.max_grad_norm,
+        dtype=torch.float32 if world.mesh is not None else dtype,
+    )
+    if world.mesh is None:
+        model.to(dtype)
+    return Learner(model, objective, optimizer, groups, seen)
+
+
+def recompute(model: VilaForConditionalGeneration, every: int = 1) -> None:
+    """Recompute every nth block in the backward pass instead of keeping its activations."""
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    learns = any(parameter.requires_grad for parameter in model.vision_tower.parameters())
+    for blocks in (decoder_blocks(model), tower_blocks(model) if learns else []):
+        for number, block in enumerate(blocks):
+            block.gradient_checkpointing = number % every == 0  # type: ignore[assignment]
+            # Blocks are recomputed in train mode alone, and frozen ones keep activations for what learns below them.
+            # The mode is set on the block itself, not on what is inside, where dropout would answer to it.
+            block.training = True
+
+
+def _place(model: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """Move to the device. Weights that learn are no longer pages of a file, and float32 if they are to stay it."""
+    model.to(device)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            kind = torch.float32 if dtype == torch.float32 else parameter.dtype
+            parameter.data = parameter.data.to(kind, copy=True)
+
+
+def _pictures(
+    recipe: Recipe,
+    model: VilaForConditionalGeneration,
+    processor: VilaProcessor,
+    mixture: Mixture,
+    world: World,
+    events: Events,
+) -> tuple[Callable[[Sequence[Image]], Tensor], Seen]:
+    """Features [N, P, C] of pictures, and what the objective is given of a batch."""
+    size = processor.spec.image_size
+    if recipe.compute.feature_cache:
+        with world.main_first():
+            cache = FeatureCache(cache_dir() / "features", model, processor, events)
+            cache.ensure(images_of(mixture, processor.spec.num_video_frames))
+        with torch.no_grad():
+            black = model.vision_features(torch.zeros(1, 3, size, size, device=world.device)).cpu()
+
+        def cached(batch: Batch) -> dict[str, Tensor]:
+            some = [item for item in batch.media if isinstance(item, Image)]
+            return {"features": cache(some) if some else black}
+
+        return cache, cached
+
+    def compute(images: Sequence[Image]) -> Tensor:
+        with torch.no_grad():
+            return model.vision_features(processor.pixels(images).to(world.device))
+
+    def decoded(batch: Batch) -> dict[str, Tensor]:
+        return {"pixels": torch.zeros(1, 3, size, size) if batch.pixels is None else batch.pixels}
+
+    return compute, decoded
+
+
+def whole_tensors(model: VilaForConditionalGeneration, dtype: torch.dtype, world: World) -> dict[str, Tensor] | None:
+    """All weights by name, put together, in the memory of the main process; None elsewhere. Every process calls it."""
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        value = whole(tensor.detach())
+        if world.main:
+            tensors[name] = value.to("cpu", dtype if value.is_floating_point() else value.dtype)
+    return tensors if world.main else None
+
+
+def with_tensors(model: VilaForConditionalGeneration, tensors: Mapping[str, Tensor]) -> VilaForConditionalGeneration:
+    """A model like `model` whose weights are `tensors`, not copied."""
+    with torch.device("meta"):
+        copy = VilaForConditionalGeneration(model.config)
+    copy.load_state_dict(tensors, assign=True)
+    copy.tie_weights()
+    copy.generation_config = model.generation_config
+    return copy.eval()

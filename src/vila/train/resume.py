@@ -1,0 +1,102 @@
+"""Going on where a run stopped: what may have changed meanwhile, and what a checkpoint holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vila.config.load import recipe_differences
+from vila.config.schema import Recipe
+from vila.core.errors import CheckpointError
+from vila.core.events import Events
+from vila.train.checkpoint import Checkpoint, Checkpoints, states_in_order, versions
+from vila.train.loop import Trainer
+from vila.train.optim import MasterAdamW
+from vila.train.parallel import World
+from vila.train.randomness import random_state, seed_everything, set_random_state
+
+FREE = (
+    "batch.micro",
+    "budget.max_bad_steps",
+    "compute.checkpoint_every",
+    "compute.compile",
+    "compute.gradient_checkpointing",
+    "compute.reshard",
+    "compute.sharding",
+    "compute.timeout_s",
+    "compute.workers",
+    "data.max_faults",
+    "monitor",
+    "output.async_save",
+    "output.checkpoint_every_s",
+    "output.checkpoint_every_steps",
+    "output.keep_best",
+    "output.keep_last",
+    "output.layout",
+)
+"""Fields that neither the samples nor the mathematics of a step depend on."""
+
+
+def refuse_changes(before: Recipe, recipe: Recipe, folder: Path, allow: Sequence[str] = ()) -> None:
+    """Raise CheckpointError, naming each difference, when a run in `folder` was begun with another recipe.
+
+    allow: fields, or sections, that may differ besides FREE.
+    """
+    free = (*FREE, *allow)
+    changed = [line for line in recipe_differences(before, recipe) if not _within(line.partition(":")[0], free)]
+    if changed:
+        raise CheckpointError(
+            f"{folder}: the recipe changed since this run began ({'; '.join(changed)}); "
+            "undo the change, allow it by name (--allow-changes FIELD), choose another output.dir, or delete the "
+            "directory to start over"
+        )
+
+
+def _within(field: str, sections: Sequence[str]) -> bool:
+    return any(field == section or field.startswith(f"{section}.") for section in sections)
+
+
+def restore(resumed: Checkpoint | None, optimizer: MasterAdamW, recipe: Recipe, world: World) -> None:
+    """Put the tensors of a checkpoint where they belong, and the random number generators where they were.
+
+    Another number of processes draws other numbers: its generators begin anew from seed, step and rank.
+    Raises CheckpointError when it is of another model.
+    """
+    rank, step = world.place.rank, resumed.progress.step if resumed else 0
+    if resumed is None or resumed.world != world.place.world:
+        seed_everything(recipe.seed, step, rank)
+    if resumed is None:
+        return
+    generators = {}
+    if resumed.world == world.place.world:
+        here = resumed.tensor_names
+        generators = {k: v for k, v in random_state().items() if _generator(rank, k) in here}
+    resumed.load_tensors(optimizer.state_tensors() | {_generator(rank, k): v for k, v in generators.items()}, world)
+    optimizer.state_was_loaded()
+    if generators:
+        set_random_state(generators)
+
+
+def save(checkpoints: Checkpoints, recipe: Recipe, trainer: Trainer, *, best: int | None) -> None:
+    """Write a checkpoint of a trainer. Every process calls it."""
+    world = trainer.world
+    tensors = trainer.optimizer.state_tensors()
+    tensors |= {_generator(world.place.rank, name): value for name, value in random_state().items()}
+    lanes = states_in_order(world.gather(trainer.lanes.states))
+    plain: dict[str, Any] = recipe.model_dump(mode="json")
+    state = Checkpoint(trainer.progress, lanes, plain, versions(), world.place.world)
+    checkpoints.save(tensors, state, best=best)
+
+
+def _generator(rank: int, name: str) -> str:
+    return f"random/{rank}/{name}"
+
+
+def say_what_differs(resumed: Checkpoint, world: World, events: Events) -> None:
+    """Tell where the run goes on, and what may change its numbers in the last bits."""
+    changed = [f"{k} {v} -> {versions().get(k)}" for k, v in resumed.versions.items() if versions().get(k) != v]
+    if resumed.world != world.place.world:
+        changed.append(f"ranks {resumed.world} -> {world.place.world}")
+    if changed:
+        events.said(f"resumed with other versions ({', '.join(changed)}): the numbers may differ in the last bits")

@@ -1,0 +1,61 @@
+"""What one process tells the others of its part of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from vila.chat.tokenize import IGNORE
+from vila.core.errors import VilaError
+from vila.data.batch import Batch
+from vila.data.faults import Fault
+from vila.data.pack import Row
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Counts over the rows of one process.
+
+    places:      tokens with padding.
+    shows:       for each micro-batch, whether it holds a picture.
+    by_data_set: tokens and supervised tokens of each data set.
+    stop:        the signal that asked this process to stop, 0 for none.
+    late:        the last checkpoint was long ago; what the main process says counts.
+    problem:     why the rows could not be read.
+    """
+
+    tokens: int = 0
+    places: int = 0
+    samples: int = 0
+    supervised: int = 0
+    images: int = 0
+    dropped: int = 0
+    truncated: int = 0
+    shows: tuple[bool, ...] = ()
+    by_data_set: dict[str, tuple[int, int]] = field(default_factory=dict)
+    faults: tuple[Fault, ...] = ()
+    stop: int = 0
+    late: bool = False
+    problem: VilaError | None = None
+
+
+def share_of(rows: Sequence[Row], batches: Sequence[Batch], data_set: Callable[[int], str]) -> Share:
+    """The share of a process with these rows, collated to these batches."""
+    by_data_set: dict[str, tuple[int, int]] = {}
+    for row in rows:
+        for position, sample in zip(row.positions, row, strict=True):
+            tokens, supervised = by_data_set.get(name := data_set(position), (0, 0))
+            learnt = int((sample.labels != IGNORE).sum())
+            by_data_set[name] = tokens + len(sample), supervised + learnt
+    return Share(
+        tokens=sum(tokens for tokens, _ in by_data_set.values()),
+        places=sum(batch.ids.numel() for batch in batches),
+        samples=sum(map(len, rows)),
+        supervised=sum(supervised for _, supervised in by_data_set.values()),
+        images=sum(len(batch.media) for batch in batches),
+        dropped=sum(row.dropped for row in rows),
+        truncated=sum(row.truncated for row in rows),
+        shows=tuple(bool(batch.media) for batch in batches),
+        by_data_set=by_data_set,
+        faults=tuple(fault for row in rows for fault in row.faults),
+    )

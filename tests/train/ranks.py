@@ -1,0 +1,68 @@
+"""Running a function as the ranks of one run: processes on this machine, joined as `torchrun` joins them."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+_PRELOAD = [
+    "torch",
+    "torch.distributed.fsdp",
+    "torch.distributed.checkpoint",
+    "transformers",
+    "vila.train.run",
+    "tests.tiny",
+]
+
+
+def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, limit_s: float = 120.0) -> list[Any]:
+    """What `function(*arguments)` returned in each rank, or the exception it raised, or the exit code it died with."""
+    # Forked from a server that has imported everything: a rank starts in a tenth of a second.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    port = _free_port()
+    pipes = [context.Pipe(duplex=False) for _ in range(world)]
+    processes = []
+    for rank, (_, sender) in enumerate(pipes):
+        process = context.Process(target=_rank, args=(rank, world, port, sender, function, arguments), daemon=False)
+        process.start()
+        sender.close()
+        processes.append(process)
+    results = []
+    for process, (receiver, _) in zip(processes, pipes, strict=True):
+        try:
+            results.append(receiver.recv() if receiver.poll(limit_s) else TimeoutError(f"{limit_s} s"))
+        except EOFError:
+            process.join(5)
+            results.append(process.exitcode)
+    for process in processes:
+        process.join(10)
+        process.kill()
+    return results
+
+
+def _rank(
+    rank: int, world: int, port: int, sender: Any, function: Callable[..., Any], arguments: tuple[Any, ...]
+) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    try:
+        sender.send(function(*arguments))
+    except Exception as error:  # noqa: BLE001 - the caller looks at it
+        traceback.print_exc()
+        sender.send(error)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])

@@ -1,0 +1,178 @@
+"""Several processes train the same model as one does: same losses, same weights, wherever the rows are dealt."""
+
+import os
+import time
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from tests.train.ranks import run_ranks
+from tests.train.stand import stand_recipe, write_stand
+from vila.core.errors import ConfigError, Interrupted, TrainingError, VilaError
+from vila.train.metrics import read_metrics
+from vila.train.model import whole_tensors
+from vila.train.run import build, model_dir
+
+ROWS = ("batch.rows=4", "budget.tokens=1600")
+# One sample a row: ranks with no picture in a step, and with unequal numbers of supervised tokens.
+SAMPLES = ("data.packing=none", "batch.rows=0", "batch.samples=4", "budget.tokens=900")
+
+
+@pytest.fixture(scope="module")
+def stand(tmp_path_factory):
+    return write_stand(tmp_path_factory.mktemp("stand"))
+
+
+def train(stand, out, *overrides):
+    """Train to the end; the losses, the float32 weights, and facts of this rank."""
+    run = build(stand_recipe(stand, out, *overrides))
+    dealt = [p for p in run.model.parameters() if isinstance(p, DTensor)]
+    facts = {
+        "dealt": len(dealt),
+        "all": len(list(run.model.parameters())),
+        "bytes": sum((p.to_local() if isinstance(p, DTensor) else p).nbytes for p in run.model.parameters()),
+        "tower_blocks": sum(p.numel() for p in run.model.vision_tower.parameters()),
+    }
+    run.trainer.run()
+    run.checkpoints.wait()
+    weights = whole_tensors(run.model, torch.float32, run.world)
+    rows = read_metrics(run.folder / "metrics.jsonl") if run.world.main else []
+    run.world.gather(None)
+    return rows, {name: value.numpy() for name, value in (weights or {}).items()}, facts
+
+
+@pytest.fixture(scope="module")
+def alone(stand):
+    """The runs of one process that others are compared with, by name."""
+    return {
+        "rows": train(stand, "alone-rows", *ROWS),
+        "samples": train(stand, "alone-samples", *SAMPLES, "stage.tune=[vision, projector, llm]"),
+    }
+
+
+def assert_same(ours, theirs):
+    rows, weights, _ = ours
+    others, reference, _ = theirs
+    assert len(rows) == len(others) > 3
+    for row, other in zip(rows, others, strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], rel=1e-6)
+        assert {k: row[k] for k in ("step", "tokens", "supervised", "images", "tokens_by_data_set")} == {
+            k: other[k] for k in ("step", "tokens", "supervised", "images", "tokens_by_data_set")
+        }
+    assert weights.keys() == reference.keys()
+    apart = {name: float(abs(weights[name] - reference[name]).max()) for name in weights}
+    # A bias of the keys moves all scores of a query alike: its gradient is rounding noise, which Adam scales up.
+    assert {name: value for name, value in apart.items() if value > 1e-5 and not name.endswith("k_proj.bias")} == {}
+
+
+@pytest.mark.parametrize("micro", [2, 4])
+def test_accumulation_does_not_change_the_run(stand, alone, micro):
+    assert_same(train(stand, f"micro-{micro}", *ROWS, f"batch.micro={micro}"), alone["rows"])
+
+
+@pytest.mark.parametrize(("world", "micro", "sharding"), [(2, 1, "full"), (2, 2, "replicate"), (4, 1, "full")])
+def test_ranks_train_what_one_process_trains(stand, alone, world, micro, sharding):
+    out = f"world-{world}-{sharding}"
+    options = (*ROWS, f"batch.micro={micro}", f"compute.sharding={sharding}")
+    results = run_ranks(world, train, stand, out, *options)
+    assert_same(results[0], alone["rows"])
+    if sharding == "full":
+        shares = [facts["bytes"] for _, _, facts in results]
+        assert all(facts["dealt"] == facts["all"] for _, _, facts in results)
+        # Dealt by the first dimension, which ranks cannot always share evenly.
+        assert max(shares) < 1.15 * alone["rows"][2]["bytes"] / world
+
+
+def test_ranks_without_pictures_take_part_and_change_nothing(stand, alone):
+    options = (*SAMPLES, "stage.tune=[vision, projector, llm]", "compute.gradient_checkpointing=true")
+    results = run_ranks(2, train, stand, "idle", *options)
+    assert_same(results[0], alone["samples"])
+    assert any(0 < row["images"] < 4 for row in results[0][0])
+
+
+@pytest.mark.parametrize("tune", ["[projector]", "[projector, llm]"])
+def test_ranks_without_pictures_take_part_in_every_stage(stand, tune):
+    options = (*SAMPLES, f"stage.tune={tune}", "stage.llm_parts=[]", "stage.tune_embeddings=true")
+    results = run_ranks(2, train, stand, f"idle-{tune}", *options)
+    assert_same(results[0], train(stand, f"idle-alone-{tune}", *options))
+
+
+def stopped_after(stand, step, out, *overrides):
+    """Train, and stop every rank after a step as a batch system does."""
+
+    def stop(trainer, facts):
+        if facts["step"] == step and trainer.main:
+            os.kill(os.getpid(), 15)
+
+    try:
+        build(stand_recipe(stand, out, *overrides), listeners=[stop]).train()
+    except Interrupted as error:
+        return error.exit_code
+    return None
+
+
+def test_another_number_of_ranks_goes_on_with_the_same_samples(stand, alone):
+    codes = run_ranks(2, stopped_after, stand, 2, "resharded", *ROWS)
+    assert codes == [0, 0]
+    halted = read_metrics(stand / "resharded" / "metrics.jsonl")
+    assert len(halted) in (2, 3)
+    assert run_ranks(4, stopped_after, stand, len(halted) + 1, "resharded", *ROWS) == [0, 0, 0, 0]
+    assert_same(train(stand, "resharded", *ROWS), alone["rows"])
+
+
+def test_ranks_that_stop_go_on_bit_for_bit(stand):
+    through = run_ranks(2, train, stand, "through", *ROWS)[0]
+    assert run_ranks(2, stopped_after, stand, 2, "stopped", *ROWS) == [0, 0]
+    rows, weights, _ = run_ranks(2, train, stand, "stopped", *ROWS)[0]
+    assert [row["loss"] for row in rows] == [row["loss"] for row in through[0]]
+    assert all((weights[name] == through[1][name]).all() for name in weights)
+
+
+def bfloat16_losses(stand, out):
+    recipe = stand_recipe(stand, out, *ROWS, "compute.dtype=bfloat16")
+    run = build(recipe)
+    types = {(p.dtype, p.requires_grad) for p in run.model.parameters()}
+    run.train()
+    return types, read_metrics(recipe.output.dir / "metrics.jsonl"), model_dir(recipe).is_dir()
+
+
+def test_ranks_compute_in_bfloat16_on_float32_masters(stand, alone):
+    types, rows, written = run_ranks(2, bfloat16_losses, stand, "bf16")[0]
+    assert types == {(torch.float32, True), (torch.bfloat16, False)}
+    assert written
+    for row, other in zip(rows, alone["rows"][0], strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], rel=0.02)
+
+
+def dies(stand, out, step):
+    def die(trainer, facts):
+        if facts["step"] == step and not trainer.main:
+            os._exit(9)
+
+    build(stand_recipe(stand, out, *ROWS), listeners=[die]).train()
+
+
+def test_when_a_rank_dies_the_others_stop_and_say_so(stand):
+    began = time.monotonic()
+    error, code = run_ranks(2, dies, stand, "dead", 2)
+    assert isinstance(error, TrainingError)
+    assert "another process of the run ended" in str(error)
+    assert code == 9
+    assert time.monotonic() - began < 60
+
+
+def test_a_sample_that_one_rank_cannot_read_stops_all_with_its_name(stand, tmp_path):
+    good = (stand / "data.jsonl").read_text().splitlines()[2]
+    bad = '{"id": "broken", "messages": [{"role": "user", "content": "?"}]}'
+    (tmp_path / "data.jsonl").write_text("\n".join([good] * 7 + [bad]) + "\n")
+    options = (*SAMPLES, f"data.mixture=[{{format: messages, path: {tmp_path / 'data.jsonl'}}}]", "budget.tokens=9000")
+    errors = run_ranks(2, train, stand, "unreadable", *options)
+    assert all(isinstance(error, VilaError) and "'broken'" in str(error) for error in errors)
+    assert sum("rank " in str(error) for error in errors) == 1
+
+
+def test_a_batch_that_does_not_divide_is_refused_with_what_would(stand):
+    error, _ = run_ranks(2, train, stand, "uneven", "batch.rows=3")
+    assert isinstance(error, ConfigError)
+    assert "3 is not a multiple of 2 ranks x micro-batch 1; make it 2 or 4" in str(error)
