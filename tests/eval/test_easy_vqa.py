@@ -7,7 +7,7 @@ import pytest
 from tests import tiny
 from vila.core.errors import DataError, UnknownNameError
 from vila.engine.engine import Engine
-from vila.eval.benchmark import BENCHMARKS
+from vila.eval.benchmark import BENCHMARKS, Answer
 from vila.eval.benchmarks.easy_vqa import EasyVqa, kind_of
 from vila.eval.runner import batches, run
 
@@ -47,9 +47,16 @@ class Oracle:
 ALWAYS = {q: "yes" if q.startswith(("is", "does")) else "circle" for q, _, _ in QUESTIONS}
 
 
+def answers(predictions):
+    return [Answer(name, text) for name, text in predictions.items()]
+
+
 def test_scores_worked_out_by_hand(folder):
     benchmark = EasyVqa(folder)
-    scores = benchmark.score({i.id: ALWAYS[i.messages[-1].text] for i in benchmark.items()})
+    scored = benchmark.score(answers({i.id: ALWAYS[i.messages[-1].text] for i in benchmark.items()}))
+    scores = scored.figures
+    assert scored.score == pytest.approx(100 * 4 / 6)
+    assert [mark.value for mark in scored.marks].count(1.0) == 4
     assert scores["accuracy"] == pytest.approx(4 / 6)  # both circles, yes, yes
     assert scores["majority"] == pytest.approx(2 / 6)  # circle or yes: two of six
     assert scores["blind"] == pytest.approx(5 / 6)  # "is there a red shape?" has one of each
@@ -64,14 +71,21 @@ def test_only_the_whole_answer_counts(folder, answer, right):
     benchmark = EasyVqa(folder)
     predictions = {i.id: i.truth for i in benchmark.items()}
     predictions[benchmark.items()[0].id] = answer
-    assert (benchmark.score(predictions)["accuracy"] == 1) == right
+    assert (benchmark.score(answers(predictions)).score == 100) == right
 
 
 def test_missing_and_unknown_ids_are_named(folder):
     benchmark = EasyVqa(folder)
     predictions = {i.id: "x" for i in benchmark.items()[1:]} | {"9/9": "x"}
     with pytest.raises(DataError, match=r"1 questions without a prediction \(0/0\); 1 predictions of unknown .*9/9"):
-        benchmark.score(predictions)
+        benchmark.score(answers(predictions))
+
+
+def test_a_second_answer_is_named(folder):
+    benchmark = EasyVqa(folder)
+    twice = [Answer(i.id, "x") for i in (*benchmark.items(), benchmark.items()[0])]
+    with pytest.raises(DataError, match="easy_vqa: answers: a second answer to question 0/0"):
+        benchmark.score(twice)
 
 
 def test_a_limit_takes_whole_pictures(folder):

@@ -1,21 +1,34 @@
-"""What a benchmark is, and the table of those that exist."""
+"""What a benchmark is: questions, how answers are scored, and the file that its server wants.
+
+Scoring knows nothing of models: it reads answers, ours or those of anybody who writes the original's files.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from vila.core.registry import Registry
 from vila.core.types import Message
+
+Rules = Literal["upstream", "lmms-eval"]
+"""Whose rules count: those that the published table was made with, or lmms-eval's where they differ."""
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
     """One question: its id, the conversation that asks it, the true answer, and what it is about.
 
-    group: items of equal group share a picture and are asked together.
+    id:          unique in the benchmark, as text.
+    truth:       the answer, or the most frequent of several; "" where only the benchmark's server knows it.
+    group:       items of equal group share a picture and are asked together.
+    kind:        category that scores are also given by.
+    question_id: as the benchmark's files name it; need not be unique. None: `id`.
+    prompt:      what the original's answer files repeat of the question; "" for the text of the last message.
+    template:    conversation template where the benchmark asks for one of its own; "" for the model's.
+    facts:       what the original writes into the answer's row besides, such as options.
     """
 
     id: str
@@ -23,6 +36,69 @@ class Item:
     truth: str
     group: str
     kind: str = ""
+    question_id: str | int | None = None
+    prompt: str = ""
+    template: str = ""
+    facts: dict[str, Any] = field(default_factory=dict, compare=False, hash=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One row of a file of answers.
+
+    question_id: as the row has it.
+    prompt:      the question as the row repeats it; some benchmarks read facts from it.
+    where:       file and line, for messages.
+    id:          of our own items where the row names it; "" in the original's files.
+    """
+
+    question_id: str | int
+    text: str
+    prompt: str = ""
+    where: str = ""
+    id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """What one question got: value 0..1 of the points that it can give, and why."""
+
+    id: str
+    value: float
+    group: str = ""
+    kind: str = ""
+    answer: str = ""
+    truth: str = ""
+    rule: str = ""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The score of a file of answers.
+
+    score:   the headline figure as it is published: percent, or points.
+    unit:    `%` or `points`.
+    figures: everything else that is reported, as plain data.
+    marks:   question by question, for intervals, comparisons and galleries; their weighted mean is not always `score`.
+    notes:   what was noticed and scored as the rules say: rows that are missing, given twice, or not read.
+    """
+
+    score: float
+    unit: str
+    figures: dict[str, Any]
+    marks: tuple[Mark, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Submission:
+    """A file for a benchmark's server. kind: `json`, `jsonl` or `xlsx`; rows: a list of mappings, columns in order."""
+
+    name: str
+    kind: str
+    rows: list[dict[str, Any]]
+    server: str
+    checks: tuple[str, ...] = ()
 
 
 class Benchmark(Protocol):
@@ -34,15 +110,30 @@ class Benchmark(Protocol):
     def items(self) -> Sequence[Item]:
         """All questions, in a fixed order; items of one group stand together."""
 
-    def score(self, predictions: Mapping[str, str]) -> dict[str, Any]:
-        """Scores of answers by item id; `accuracy` is the headline, 0..1. DataError for missing or unknown ids."""
+    def score(self, answers: Sequence[Answer], rules: Rules = "upstream") -> Scored:
+        """Score answers, in the order of their file. DataError for what the rules cannot score, naming ids."""
+
+
+class Submits(Protocol):
+    """A benchmark whose answers are sent to a server."""
+
+    def submission(self, answers: Sequence[Answer]) -> Submission:
+        """The server's file. DataError for what the server would refuse, naming ids."""
 
 
 class OpenBenchmark(Protocol):
     """Opens a benchmark whose data lie in a directory."""
 
     def __call__(self, folder: Path, limit: int) -> Benchmark:
-        """limit: about how many questions; 0 for all."""
+        """folder: `playground/data/eval`, or the benchmark's own folder in it. limit: about how many questions; 0: all.
+
+        Raises DataError saying which file is missing and where it is obtained.
+        """
 
 
-BENCHMARKS: Registry[OpenBenchmark] = Registry("benchmark", {"easy_vqa": "vila.eval.benchmarks.easy_vqa:EasyVqa"})
+BENCHMARKS: Registry[OpenBenchmark] = Registry(
+    "benchmark",
+    {
+        "easy_vqa": "vila.eval.benchmarks.easy_vqa:EasyVqa",
+    },
+)

@@ -15,7 +15,7 @@ from vila.core.events import SILENT, Events, task
 from vila.core.files import read_json, sha256_tree, write_json, write_text
 from vila.engine.engine import Engine
 from vila.engine.request import Sampling
-from vila.eval.benchmark import Benchmark, Item
+from vila.eval.benchmark import Answer, Benchmark, Item
 from vila.eval.scoring import exact_match
 
 _BATCH_GROUPS = 16
@@ -61,7 +61,9 @@ def run(
             seen += len(batch)
             right += sum(exact_match(done[item.id], item.truth) for item in batch)
             events.advanced(name, len(batch), exact=f"{right / seen:.1%}")
-    scores = benchmark.score({item.id: done[item.id] for item in items})
+    answers = [Answer(item.id, done[item.id], id=item.id) for item in items]
+    scored = benchmark.score(answers)
+    scores = {**scored.figures, "score": scored.score}
     write_json(out / "scores.json", {"benchmark": benchmark.name, "model": model, **scores})
     return Result(benchmark.name, scores, done, time.monotonic() - began, answered)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from vila.core.errors import DataError
+from vila.eval.benchmark import Answer, Item
 
 
 def exact_match(prediction: str, truth: str) -> bool:
@@ -23,3 +24,16 @@ def check_ids(name: str, predictions: Mapping[str, str], wanted: Iterable[str]) 
     ]
     if problems:
         raise DataError(f"{name}: {'; '.join(problems)}")
+
+
+def by_item(name: str, answers: Sequence[Answer], items: Sequence[Item]) -> dict[str, str]:
+    """Answers by item id, exactly one for each. Raises DataError naming ids that are missing, unknown or given twice."""
+    known = {str(item.id if item.question_id is None else item.question_id): item.id for item in items}
+    out: dict[str, str] = {}
+    for answer in answers:
+        key = answer.id or known.get(str(answer.question_id), str(answer.question_id))
+        if key in out:
+            raise DataError(f"{name}: {answer.where or 'answers'}: a second answer to question {key}")
+        out[key] = answer.text
+    check_ids(name, out, (item.id for item in items))
+    return out

@@ -16,8 +16,8 @@ from typing import Any
 from vila.core.errors import DataError
 from vila.core.files import read_json
 from vila.core.types import Image, Message
-from vila.eval.benchmark import Item
-from vila.eval.scoring import check_ids, exact_match
+from vila.eval.benchmark import Answer, Item, Mark, Rules, Scored
+from vila.eval.scoring import by_item, exact_match
 
 
 class EasyVqa:
@@ -45,16 +45,22 @@ class EasyVqa:
         """Keep only the questions about these pictures."""
         self._items = [item for item in self._items if item.group in groups]
 
-    def score(self, predictions: Mapping[str, str]) -> dict[str, Any]:
-        """Accuracy in all and by kind, with the majority's and the best blind guess beside."""
-        check_ids(self.name, predictions, (item.id for item in self._items))
+    def score(self, answers: Sequence[Answer], rules: Rules = "upstream") -> Scored:
+        """Accuracy in all and by kind, 0..1 in the figures, with the majority's and the best blind guess beside."""
+        predictions = by_item(self.name, answers, self._items)
         by_kind: dict[str, list[Item]] = defaultdict(list)
         for item in self._items:
             by_kind[item.kind].append(item)
-        return {
+        figures = {
             **self._row(self._items, predictions),
             "by_type": {kind: self._row(items, predictions) for kind, items in sorted(by_kind.items())},
         }
+        marks = [
+            Mark(item.id, value, item.group, item.kind, predictions[item.id], item.truth)
+            for item in self._items
+            for value in [float(exact_match(predictions[item.id], item.truth))]
+        ]
+        return Scored(100 * figures["accuracy"], "%", figures, tuple(marks))
 
     def _row(self, items: Sequence[Item], predictions: Mapping[str, str]) -> dict[str, float]:
         right = sum(exact_match(predictions[item.id], item.truth) for item in items)
