@@ -27,7 +27,7 @@ def check_ids(name: str, predictions: Mapping[str, str], wanted: Iterable[str]) 
 
 
 def by_item(name: str, answers: Sequence[Answer], items: Sequence[Item]) -> dict[str, str]:
-    """Answers by item id, exactly one for each. Raises DataError naming ids that are missing, unknown or given twice."""
+    """Answers by item id, exactly one for each. Raises DataError for ids that are missing, unknown or given twice."""
     known = {str(item.id if item.question_id is None else item.question_id): item.id for item in items}
     out: dict[str, str] = {}
     for answer in answers:
