@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from tests.data.reading import reader_of, write_records
 from vila.core.errors import DataError, MediaError
@@ -85,13 +86,29 @@ def test_a_checkpoint_taken_with_rows_read_ahead_resumes_exactly(file, start):
         assert_same_step(again.step(), reference.step())
 
 
-def test_pixels_come_without_a_copy_and_outlive_the_workers(file, start):
+def test_pictures_cross_as_bytes_and_outlive_the_workers(file, start):
     lanes = start(reader_of(file), count=1, workers=1)
-    rows = lanes.step()
-    batch = collate(rows)
+    (row,) = lanes.step()
     lanes.close()
-    assert batch.pixels.data_ptr() == rows[0].pixels.ctypes.data
-    assert np.array_equal(batch.pixels.numpy(), np.array(alone(reader_of(file), count=1).step()[0].pixels))
+    (reference,) = alone(reader_of(file), count=1).step()
+    assert row.pixels.squares.dtype == np.uint8
+    assert row.pixels.squares.shape == np.array(reference.pixels).shape
+    assert len(row.pixels) > 1
+    for ours, theirs in zip(row.pixels, reference.pixels, strict=True):
+        assert ours.dtype == np.float32
+        assert np.array_equal(ours, theirs)
+    assert np.array_equal(np.array(row.pixels[1:]), np.array(reference.pixels[1:]))
+
+
+def test_batches_of_worker_rows_are_those_of_one_process(file, start):
+    lanes, reference = start(reader_of(file)), alone(reader_of(file))
+    for _ in range(2):
+        rows, others = lanes.step(), reference.step()
+        expected = torch.from_numpy(np.stack([one for row in others for one in row.pixels]))
+        for mixed in (rows, others, [rows[0], *others[1:]], [others[0], *rows[1:]]):
+            pixels = collate(mixed).pixels
+            assert pixels.dtype == torch.float32
+            assert torch.equal(pixels, expected)
 
 
 def test_faults_are_counted_and_listed_as_in_one_process(file, start, tmp_path):

@@ -14,7 +14,7 @@ from vila.core.vision_spec import IMAGE_MODES, VisionSpec
 from vila.media import transform
 from vila.media.image import open_image
 from vila.media.resample import resample_lines
-from vila.media.transform import pixels, stack_pixels
+from vila.media.transform import normalise, pixels, square_bytes, stack_pixels
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "pixels"
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -124,6 +124,19 @@ def test_every_byte_is_normalised_as_the_processors_do(mean, std):
     array = pixels(every_byte, spec)
     assert array.dtype == np.float32
     np.testing.assert_array_equal(array, reference(every_byte, spec))
+
+
+def test_squares_of_a_row_normalise_to_the_pixels_of_each_picture():
+    spec = clip_spec("pad")
+    pictures = [noise(20, 20 + i) for i in range(3)]
+    squares = np.stack([square_bytes(picture, spec) for picture in pictures])
+    assert squares.dtype == np.uint8
+    expected = stack_pixels([pixels(picture, spec) for picture in pictures])
+    room = np.zeros((5, 3, 56, 56), np.float32)
+    assert np.shares_memory(normalise(squares, spec, room[1:4]), room)
+    np.testing.assert_array_equal(room[1:4], expected)
+    np.testing.assert_array_equal(normalise(squares, spec), expected)
+    assert not room[[0, 4]].any()
 
 
 def unusual_pictures() -> dict[str, PilImage.Image]:

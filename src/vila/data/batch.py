@@ -12,6 +12,7 @@ from torch import Tensor
 from vila.chat.tokenize import IGNORE, TokenizedSample
 from vila.core.types import Image, Video
 from vila.data.pack import Row
+from vila.data.shared import SharedPixels
 
 # B rows  S tokens of a row  N media items  H,W pixels
 
@@ -81,13 +82,21 @@ def collate(rows: Sequence[Sequence[TokenizedSample]], pad_id: int = 0, *, pin: 
 
 
 def pixels_of(rows: Sequence[Sequence[TokenizedSample]]) -> Tensor | None:
-    """The decoded pictures of rows, float32 [N, 3, H, W]; None without any. One row from a worker is not copied."""
+    """The decoded pictures of rows, float32 [N, 3, H, W]; None without any. Those of workers are normalised into it."""
     blocks = [row.pixels for row in rows if isinstance(row, Row) and row.pixels is not None and len(row.pixels)]
     if not blocks:
         return None
-    if len(blocks) == 1 and isinstance(blocks[0], np.ndarray):
-        return torch.from_numpy(blocks[0])
-    return torch.from_numpy(np.stack([one for block in blocks for one in block]))
+    first = blocks[0].squares[0] if isinstance(blocks[0], SharedPixels) else blocks[0][0]
+    out = np.empty((sum(map(len, blocks)), *first.shape), np.float32)
+    start = 0
+    for block in blocks:
+        here = out[start : start + len(block)]
+        if isinstance(block, SharedPixels):
+            block.write(here)
+        else:
+            np.stack(block, out=here)
+        start += len(block)
+    return torch.from_numpy(out)
 
 
 def parts_of(row: Sequence[TokenizedSample]) -> list[tuple[np.ndarray, np.ndarray]]:

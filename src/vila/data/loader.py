@@ -21,7 +21,7 @@ from vila.data.mixture import Mixture, Part, Source
 from vila.data.pack import Pixels
 from vila.data.shorten import shorten_sample
 from vila.data.view import Split, Subset
-from vila.media.transform import pixels
+from vila.media.transform import Bytes, normalise, square_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,11 @@ class SampleReader:
         return shorten_sample(sample, lambda shorter: self.tokenise(part, shorter), max_length)
 
     def pixels(self, position: int, sample: CompactSample) -> list[Pixels]:
-        """The pictures of the sample at `position`, float32 [3, S, S] each, made square as its data set says.
+        """The pictures of the sample at `position` as the tower reads them, float32 [3, S, S] each."""
+        return [normalise(square, self.spec) for square in self.squares(position, sample)]
+
+    def squares(self, position: int, sample: CompactSample) -> list[Bytes]:
+        """The same before normalising, uint8 [3, S, S] each, made square as the data set says.
 
         The frames of a clip are pictures; a clip is decoded once.
         """
@@ -118,7 +122,7 @@ class SampleReader:
         spec = replace(self.spec, image_mode=part.image_mode) if part.image_mode else self.spec
         try:
             images = [item for item in sample.media if isinstance(item, Image)]
-            return [pixels(picture, spec) for picture in open_pictures(images)]
+            return [square_bytes(picture, spec) for picture in open_pictures(images)]
         except VilaError as error:
             raise MediaError(f"data set {part.name!r}: sample {sample.id!r}: {error}") from error
 

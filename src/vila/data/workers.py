@@ -129,7 +129,7 @@ class _Worker:
     def row(self) -> Row:
         """The next row; the lanes of the job take turns. Asks for one more."""
         try:
-            row = receive_row(self.connection)
+            row = receive_row(self.connection, self._job.reader.spec)
         except (EOFError, ConnectionError) as error:
             raise DataError(self._death()) from error
         with suppress(ConnectionError):  # a worker that died since is noticed when its next row is wanted
@@ -171,7 +171,7 @@ def _serve(connection: Connection, job: LaneJob, at: Any, inherited: Sequence[Co
 
     def decode(position: int, sample: Any) -> Any:
         at.value = position
-        return reader.pixels(position, sample)
+        return reader.squares(position, sample)
 
     options = {"shorten": reader.shorten, "decode": decode if job.decode else None}
     lanes = {n: Lane(n, job.lanes, fetch, job.policy, state=state, **options) for n, state in job.states.items()}  # type: ignore[arg-type]
