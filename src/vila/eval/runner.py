@@ -1,71 +1,165 @@
-"""Running a benchmark: batches through the engine, predictions appended as they come, resumed by id."""
+"""Running benchmarks: batches through an engine, predictions appended as they come, resumed by id, then scored."""
 
 from __future__ import annotations
 
-import json
-import os
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+from vila.core.dist import Place
 from vila.core.errors import DataError
 from vila.core.events import SILENT, Events, task
-from vila.core.files import read_json, sha256_tree, write_json, write_text
-from vila.engine.engine import Engine
+from vila.core.files import read_json, remove_partials, sha256_tree, write_json
+from vila.core.types import Image, Message, Text
 from vila.engine.request import Sampling
-from vila.eval.benchmark import Answer, Benchmark, Item
+from vila.eval.benchmark import Benchmark, Item, Mark, Rules, Scored
+from vila.eval.predictions import Predictions, answers_of, read_predictions
 from vila.eval.scoring import exact_match
+from vila.eval.statistics import interval
 
 _BATCH_GROUPS = 16
 """Pictures that one batch holds, with all their questions."""
+_BATCH_ROWS = 96
+_BATCH_CHARACTERS = 200_000
+_PICTURE_CHARACTERS = 2_000
+"""What a picture counts in the size of a batch."""
+
+
+class Answers(Protocol):
+    """Whatever answers conversations: our engine, or a server."""
+
+    def generate_batch(
+        self, conversations: Sequence[Sequence[Message]], sampling: Sampling, *, template: str = ""
+    ) -> list[str]:
+        """The answers, in the order of the conversations."""
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """Scores of one benchmark, the predictions behind them, and the time that the new ones took."""
+    """What came of one benchmark.
+
+    scored:      None when the answers cannot be scored here; `problem` says why.
+    predictions: answers by item id. failed: why others have none.
+    seconds:     that asking took, of `answered` questions that were new.
+    """
 
     benchmark: str
-    scores: dict[str, Any]
+    scored: Scored | None
     predictions: dict[str, str]
     seconds: float
     answered: int
+    failed: dict[str, str] = field(default_factory=dict)
+    problem: str = ""
+
+    @property
+    def scores(self) -> dict[str, Any]:
+        """The figures with the headline, as plain data. Raises DataError when there is none."""
+        if self.scored is None:
+            raise DataError(f"{self.benchmark}: {self.problem}")
+        return {**self.scored.figures, "score": self.scored.score}
 
 
 def run(
-    engine: Engine, benchmark: Benchmark, out: Path, *, model: str = "", template: str = "", events: Events = SILENT
-) -> Result:
-    """Answer what `out/predictions.jsonl` does not answer yet, score everything, write `out/scores.json`.
+    engine: Answers,
+    benchmark: Benchmark,
+    out: Path,
+    *,
+    model: str = "",
+    template: str = "",
+    rules: Rules = "upstream",
+    place: Place = Place(),  # noqa: B008 - frozen
+    meet: Callable[[], None] = lambda: None,
+    events: Events = SILENT,
+) -> Result | None:
+    """Answer what `out` does not answer yet, score everything, write `out/scores.json`.
 
     model: what made the predictions; answers of another model in `out` are refused.
-    A batch is always made of the same questions, so that an interrupted run ends with the same answers.
+    place: of this process among those that share the questions; the first one scores, the others return None.
+    meet:  waits for the other processes.
+    A batch is always made of the same questions, so that an interrupted run, or one of several processes, ends with the
+    same answers. A batch that fails is asked question by question; a question that fails is recorded with its error.
     Raises DataError when `out` holds predictions of another model or benchmark.
     """
     items = benchmark.items()
-    _same_run(out, {"benchmark": benchmark.name, "model": model, "questions": len(items), "template": template})
-    path = out / "predictions.jsonl"
-    done = _read_predictions(path)
+    if place.main:
+        remove_partials(out)
+        _same_run(out, {"benchmark": benchmark.name, "model": model, "questions": len(items), "template": template})
+    meet()
+    done = read_predictions(out, (item.id for item in items))
+    sampling = Sampling(max_new_tokens=benchmark.max_new_tokens)
     name = f"{benchmark.name}: {len(items)} questions"
     began = time.monotonic()
     answered = seen = right = 0
     with task(events, name, len(items), "questions"):
-        for batch in batches(items):
-            if any(item.id not in done for item in batch):
-                sampling = Sampling(max_new_tokens=benchmark.max_new_tokens)
-                answers = engine.generate_batch([item.messages for item in batch], sampling, template=template)
-                rows = {item.id: answer for item, answer in zip(batch, answers, strict=True)}
-                _append(path, [(item, rows[item.id]) for item in batch if item.id not in done])
-                done.update(rows)
-                answered += len(batch)
+        for number, batch in enumerate(batches(items)):
+            if number % place.world == place.rank and any(item.id not in done.texts for item in batch):
+                results = _ask(engine, batch, sampling, template)
+                missing = [(i, r) for i, r in zip(batch, results, strict=True) if i.id not in done.texts]
+                done.add(place.rank, [item for item, _ in missing], [result for _, result in missing])
+                answered += len(missing)
             seen += len(batch)
-            right += sum(exact_match(done[item.id], item.truth) for item in batch)
+            right += sum(bool(i.truth) and exact_match(done.texts.get(i.id, ""), i.truth) for i in batch)
             events.advanced(name, len(batch), exact=f"{right / seen:.1%}")
-    answers = [Answer(item.id, done[item.id], id=item.id) for item in items]
-    scored = benchmark.score(answers)
-    scores = {**scored.figures, "score": scored.score}
-    write_json(out / "scores.json", {"benchmark": benchmark.name, "model": model, **scores})
-    return Result(benchmark.name, scores, done, time.monotonic() - began, answered)
+    meet()
+    if not place.main:
+        return None
+    done = read_predictions(out, (item.id for item in items))
+    done.merge(items)
+    result = _scored(benchmark, items, done, rules)
+    seconds = time.monotonic() - began
+    write_json(out / "scores.json", {"benchmark": benchmark.name, "model": model, "rules": rules, **_facts(result)})
+    return Result(benchmark.name, result[0], done.texts, seconds, answered, done.errors, result[1])
+
+
+def _ask(engine: Answers, batch: Sequence[Item], sampling: Sampling, template: str) -> list[str | Exception]:
+    """The answers of a batch; an exception for each question that cannot be answered even alone."""
+    own = batch[0].template or template
+    try:
+        return list(engine.generate_batch([item.messages for item in batch], sampling, template=own))
+    except Exception as error:  # noqa: BLE001 - recorded with the question that it belongs to
+        if len(batch) == 1:
+            return [error]
+    return [result for item in batch for result in _ask(engine, [item], sampling, template)]
+
+
+def _scored(benchmark: Benchmark, items: Sequence[Item], done: Predictions, rules: Rules) -> tuple[Scored | None, str]:
+    try:
+        return benchmark.score(answers_of(items, done.texts), rules), ""
+    except DataError as error:
+        failed = f" ({len(done.errors)} questions could not be asked)" if done.errors else ""
+        return None, f"not scored here: {error}{failed}"
+
+
+def _facts(result: tuple[Scored | None, str]) -> dict[str, Any]:
+    scored, problem = result
+    if scored is None:
+        return {"score": None, "problem": problem}
+    sure = interval(scored.marks)
+    return {
+        "score": scored.score,
+        "unit": scored.unit,
+        "interval": None if sure is None else sure.as_json(),
+        "notes": list(scored.notes),
+        **scored.figures,
+    }
+
+
+def marks_rows(marks: Sequence[Mark]) -> list[dict[str, Any]]:
+    """Marks as plain rows, for files and reports."""
+    return [
+        {
+            "id": m.id,
+            "value": m.value,
+            "group": m.group,
+            "kind": m.kind,
+            "answer": m.answer,
+            "truth": m.truth,
+            "rule": m.rule,
+        }
+        for m in marks
+    ]
 
 
 def result_dir(root: Path, name: str, questions: int) -> Path:
@@ -79,17 +173,45 @@ def model_hash(folder: Path) -> str:
 
 
 def batches(items: Sequence[Item]) -> Iterator[list[Item]]:
-    """Consecutive groups, at most `_BATCH_GROUPS` of them at a time."""
-    batch: list[Item] = []
-    groups: set[str] = set()
+    """All items in batches of bounded size, groups whole, groups of like size together, the largest first.
+
+    What a batch holds depends on the items alone. Items of another template are never in one batch.
+    """
+    groups: dict[tuple[str, str], list[Item]] = {}
     for item in items:
-        if item.group not in groups and len(groups) == _BATCH_GROUPS:
+        groups.setdefault((item.template, item.group or item.id), []).append(item)
+    sized = [(_size(group), group) for group in groups.values()]
+    # Python's sort keeps the order of equals: pictures of one size stay in the benchmark's order.
+    sized.sort(key=lambda pair: (pair[1][0].template, -pair[0]))
+    batch: list[Item] = []
+    count = size = 0
+    for own, group in sized:
+        full = count == _BATCH_GROUPS or len(batch) + len(group) > _BATCH_ROWS or size + own > _BATCH_CHARACTERS
+        if batch and (full or group[0].template != batch[0].template):
             yield batch
-            batch, groups = [], set()
-        groups.add(item.group)
-        batch.append(item)
+            batch, count, size = [], 0, 0
+        batch.extend(group)
+        count, size = count + 1, size + own
     if batch:
         yield batch
+
+
+def _size(group: Sequence[Item]) -> int:
+    """About how much there is to read: the pictures once, and every question."""
+    pictures = sum(not isinstance(part, Text) for message in group[0].messages for part in message.parts)
+    return pictures * _PICTURE_CHARACTERS + sum(len(message.text) for item in group for message in item.messages)
+
+
+def missing_images(items: Sequence[Item]) -> list[str]:
+    """Paths of pictures that are not there, each once, in the order of the questions."""
+    paths = {
+        str(part.source): None
+        for item in items
+        for message in item.messages
+        for part in message.parts
+        if isinstance(part, Image) and isinstance(part.source, str | Path) and "://" not in str(part.source)
+    }
+    return [path for path in paths if not Path(path).is_file()]
 
 
 def _same_run(out: Path, facts: dict[str, Any]) -> None:
@@ -103,33 +225,3 @@ def _same_run(out: Path, facts: dict[str, Any]) -> None:
             raise DataError(f"{out}: holds the predictions of another run ({'; '.join(changed)}); choose another --out")
     else:
         write_json(path, facts)
-
-
-def _read_predictions(path: Path) -> dict[str, str]:
-    """Answers by id; a last line that a kill cut short is dropped from the file."""
-    if not path.is_file():
-        return {}
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        write_text(path, "".join(lines[:-1]))
-        lines.pop()
-    out: dict[str, str] = {}
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            out[row["id"]] = row["answer"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{path} line {number}: not a prediction ({error}); delete the file to start over"
-            ) from error
-    return out
-
-
-def _append(path: Path, rows: Sequence[tuple[Item, str]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as stream:
-        for item, answer in rows:
-            row = {"id": item.id, "question": item.messages[-1].text, "answer": answer, "truth": item.truth}
-            stream.write(json.dumps(row, ensure_ascii=False) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())

@@ -297,7 +297,7 @@ class Quickstart:
     def _gallery(self) -> list[dict[str, Any]]:
         """Test questions with their answers: the first wrong ones, then right ones of other pictures."""
         where = result_dir(self.out / "eval", "easy_vqa", self.options.questions)
-        predictions = {row["id"]: row["answer"] for row in _read_rows(where / "predictions.jsonl")}
+        predictions = {row["id"]: row["text"] for row in _read_rows(where / "predictions.jsonl")}
         items = EasyVqa(self.easy_vqa, self.options.questions, "test").items()
         wrong = [item for item in items if predictions[item.id] != item.truth][:6]
         right = {item.group: item for item in items if predictions[item.id] == item.truth}
@@ -329,7 +329,8 @@ def _shown(item: Item, answer: str) -> dict[str, Any]:
     return {"image": str(picture.source), "question": item.messages[-1].text, "answer": answer, "truth": item.truth}
 
 
-def _scores(result: Result) -> dict[str, Any]:
+def _scores(result: Result | None) -> dict[str, Any]:
+    assert result  # only processes that share the questions with others have none
     return {**result.scores, "seconds": round(result.seconds, 1)}
 
 

@@ -1,0 +1,88 @@
+"""Reading files of answers, whoever made them: our predictions, or the original's answer files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vila.core.errors import DataError
+from vila.eval.benchmark import Answer
+
+_TEXT = ("text", "answer", "prediction", "pred")
+_ID = ("question_id", "questionId", "id", "index", "image")
+
+
+@dataclass(frozen=True)
+class AnswerFile:
+    """Rows in the order of the file.
+
+    bad:    lines that could not be read, as `FILE line N: reason`.
+    failed: ids of questions that could not be asked.
+    """
+
+    rows: tuple[Answer, ...]
+    bad: tuple[str, ...] = ()
+    failed: tuple[str, ...] = ()
+
+
+def read_answers(path: Path) -> AnswerFile:
+    """The answers in a JSON-lines file, a JSON list, or a folder of chunk files, which are read in the order of names.
+
+    A row needs an id (`question_id`) and a text (`text`); `prompt` is kept. Raises DataError when nothing is there.
+    """
+    files = [path] if path.is_file() else sorted(path.glob("*.jsonl")) if path.is_dir() else []
+    if not files:
+        raise DataError(f"{path}: no such file of answers")
+    rows: list[Answer] = []
+    bad: list[str] = []
+    failed: list[str] = []
+    for file in files:
+        for where, row in _rows(file):
+            if isinstance(row, dict) and "error" in row and "text" not in row:
+                failed.append(str(row.get("id", where)))
+                continue
+            answer = _answer(row, where)
+            if isinstance(answer, str):
+                bad.append(answer)
+            else:
+                rows.append(answer)
+    if not rows and not failed:
+        raise DataError(f"{path}: holds no answer" + (f"; {bad[0]}" if bad else ""))
+    return AnswerFile(tuple(rows), tuple(bad), tuple(failed))
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """Where each row stands, and its value; an exception in place of one that is not JSON."""
+    with path.open(encoding="utf-8", errors="replace") as stream:
+        first = stream.read(1)
+        stream.seek(0)
+        if first == "[":
+            try:
+                values = json.load(stream)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path} line {error.lineno}: not JSON ({error.msg})") from error
+            yield from ((f"{path} row {number}", value) for number, value in enumerate(values, start=1))
+            return
+        for number, line in enumerate(stream, start=1):
+            if line.strip():
+                try:
+                    yield f"{path} line {number}", json.loads(line)
+                except json.JSONDecodeError as error:
+                    yield f"{path} line {number}", error
+
+
+def _answer(row: Any, where: str) -> Answer | str:
+    if not isinstance(row, dict):
+        return f"{where}: not JSON ({row})" if isinstance(row, Exception) else f"{where}: not a mapping"
+    name = next((row[key] for key in _ID if key in row), None)
+    text = next((row[key] for key in _TEXT if key in row), None)
+    if not isinstance(name, str | int) or isinstance(name, bool):
+        return f"{where}: no question_id"
+    if not isinstance(text, str):
+        return f"{where}: no text"
+    prompt = row.get("prompt", "")
+    own = str(row["id"]) if "id" in row and "question_id" in row else ""
+    return Answer(name, text, prompt if isinstance(prompt, str) else "", where, own)

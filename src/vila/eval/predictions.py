@@ -1,0 +1,127 @@
+"""The predictions of a run: lines appended as answers come, read back after a kill, merged when several wrote.
+
+{"id": ..., "question_id": ..., "prompt": ..., "text": ..., "truth": ...}      an answer; the original's keys and ours
+{"id": ..., "error": ...}                                                       a question that could not be asked
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vila.core.errors import DataError
+from vila.core.files import write_jsonl, write_text
+from vila.eval.benchmark import Answer, Item
+
+MERGED = "predictions.jsonl"
+
+
+@dataclass
+class Predictions:
+    """What has been answered so far in a directory. texts: by item id; errors: of items that have no answer."""
+
+    folder: Path
+    texts: dict[str, str] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
+
+    def add(self, rank: int, items: Sequence[Item], results: Sequence[str | Exception]) -> None:
+        """Append results to this process's file and put them on the disk."""
+        rows = []
+        for item, result in zip(items, results, strict=True):
+            if isinstance(result, str):
+                rows.append(row_of(item, result))
+                self.texts[item.id] = result
+                self.errors.pop(item.id, None)
+            else:
+                rows.append({"id": item.id, "error": f"{type(result).__name__}: {result}"})
+                self.errors[item.id] = rows[-1]["error"]
+        path = self.folder / f"part-{rank}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as stream:
+            for row in rows:
+                stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def merge(self, items: Sequence[Item]) -> None:
+        """Write `predictions.jsonl`, a row for each item in their order, and delete the parts."""
+        rows = [
+            row_of(item, self.texts[item.id])
+            if item.id in self.texts
+            else {"id": item.id, "error": self.errors.get(item.id, "not asked")}
+            for item in items
+        ]
+        write_jsonl(self.folder / MERGED, rows)
+        for part in self.folder.glob("part-*.jsonl"):
+            part.unlink()
+
+
+def row_of(item: Item, text: str) -> dict[str, Any]:
+    """A line of a predictions file, with the keys that the original's scorers read."""
+    return {
+        "id": item.id,
+        "question_id": item.id if item.question_id is None else item.question_id,
+        "prompt": item.prompt or item.messages[-1].text,
+        "text": text,
+        "truth": item.truth,
+        **item.facts,
+    }
+
+
+def answers_of(items: Iterable[Item], texts: Mapping[str, str]) -> list[Answer]:
+    """The answers of items that have one, in the order of the items, as scoring reads them."""
+    return [
+        Answer(
+            question_id=item.id if item.question_id is None else item.question_id,
+            text=texts[item.id],
+            prompt=item.prompt or item.messages[-1].text,
+            id=item.id,
+        )
+        for item in items
+        if item.id in texts
+    ]
+
+
+def read_predictions(folder: Path, known: Iterable[str]) -> Predictions:
+    """What `folder` holds of a run; lines that a kill cut short are dropped from their files.
+
+    Raises DataError for lines that are no predictions, and for answers to questions that the run does not ask.
+    """
+    out = Predictions(folder)
+    wanted = set(known)
+    for path in [folder / MERGED, *sorted(folder.glob("part-*.jsonl"))]:
+        for number, line in enumerate(_whole_lines(path), start=1):
+            try:
+                row = json.loads(line)
+                name = row["id"]
+                if "error" in row:
+                    out.errors[name] = row["error"]
+                    continue
+                out.texts[name] = row["text"]
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise DataError(
+                    f"{path} line {number}: not a prediction ({error}); delete the file to start over"
+                ) from error
+            out.errors.pop(name, None)
+    for name in out.texts:
+        out.errors.pop(name, None)
+    if unknown := sorted(out.texts.keys() - wanted):
+        raise DataError(
+            f"{folder}: holds answers to {len(unknown)} questions that this run does not ask "
+            f"({', '.join(unknown[:5])}); choose another --out"
+        )
+    return out
+
+
+def _whole_lines(path: Path) -> list[str]:
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+        write_text(path, "".join(lines))
+    return lines

@@ -1,0 +1,160 @@
+"""The runner: resumed, shared among processes, and never taken down by one question."""
+
+import json
+import threading
+
+import pytest
+
+from vila.core.dist import Place
+from vila.core.errors import DataError, MediaError
+from vila.core.types import Image, Message
+from vila.eval.benchmark import Answer, Item, Mark, Scored
+from vila.eval.predictions import read_predictions
+from vila.eval.runner import batches, missing_images, run
+
+
+class Numbers:
+    """Questions that are numbers; right answers double them. Three about each picture."""
+
+    name = "numbers"
+    max_new_tokens = 4
+
+    def __init__(self, count=40):
+        self._items = [
+            Item(f"q{n}", (Message.of("user", Image(f"{n // 3}.png"), str(n)),), str(2 * n), group=str(n // 3))
+            for n in range(count)
+        ]
+
+    def items(self):
+        return self._items
+
+    def score(self, answers, rules="upstream"):
+        by_id = {answer.id: answer.text for answer in answers}
+        if len(by_id) < len(self._items):
+            raise DataError(f"{len(self._items) - len(by_id)} answers are missing")
+        marks = tuple(Mark(i.id, float(by_id[i.id] == i.truth), i.group) for i in self._items)
+        return Scored(100 * sum(m.value for m in marks) / len(marks), "%", {}, marks)
+
+
+class Doubler:
+    """Doubles; dies or fails when asked about some numbers."""
+
+    def __init__(self, fails=(), dies_after=None):
+        self.fails, self.dies_after, self.asked = set(fails), dies_after, []
+
+    def generate_batch(self, conversations, sampling, template=""):
+        numbers = [int(c[-1].text) for c in conversations]
+        if self.dies_after is not None and len(self.asked) >= self.dies_after:
+            raise KeyboardInterrupt
+        if bad := self.fails & set(numbers):
+            raise MediaError(f"picture of {sorted(bad)[0]}: not a picture")
+        self.asked += numbers
+        return [str(2 * n) for n in numbers]
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch):
+    monkeypatch.setattr("vila.eval.runner._BATCH_GROUPS", 4)
+
+
+def rows(out):
+    return [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
+
+
+def test_predictions_stand_in_the_order_of_the_questions_with_the_originals_keys(tmp_path):
+    result = run(Doubler(), Numbers(), tmp_path)
+    assert result.scored.score == 100
+    assert [row["id"] for row in rows(tmp_path)] == [f"q{n}" for n in range(40)]
+    assert rows(tmp_path)[3] == {"id": "q3", "question_id": "q3", "prompt": "3", "text": "6", "truth": "6"}
+    assert json.loads((tmp_path / "scores.json").read_text())["interval"]["groups"] == 14
+    assert not list(tmp_path.glob("part-*"))
+
+
+def test_a_killed_run_asks_only_what_is_left(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run(Doubler(dies_after=12), Numbers(), tmp_path)
+    rest = Doubler()
+    assert run(rest, Numbers(), tmp_path).answered == 40 - 12
+    assert len(rest.asked) == 40 - 12
+    whole = tmp_path / "whole"
+    run(Doubler(), Numbers(), whole)
+    assert rows(whole) == rows(tmp_path)
+
+
+def test_one_bad_picture_costs_one_answer_and_is_asked_again_by_the_next_run(tmp_path):
+    result = run(Doubler(fails=[7]), Numbers(), tmp_path)
+    assert result.scored is None
+    assert result.problem == "not scored here: 1 answers are missing (1 questions could not be asked)"
+    assert result.failed == {"q7": "MediaError: picture of 7: not a picture"}
+    assert rows(tmp_path)[7] == {"id": "q7", "error": "MediaError: picture of 7: not a picture"}
+    with pytest.raises(DataError, match="numbers: not scored here"):
+        _ = result.scores
+    again = Doubler()
+    assert run(again, Numbers(), tmp_path).scored.score == 100
+    assert set(again.asked) >= {7}
+
+
+def test_two_processes_give_the_report_of_one(tmp_path):
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    run(Doubler(), Numbers(), alone)
+    barrier = threading.Barrier(2)
+    engines = [Doubler(), Doubler()]
+
+    def other():
+        assert run(engines[1], Numbers(), shared, place=Place(1, 2, 1, 2), meet=barrier.wait) is None
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    result = run(engines[0], Numbers(), shared, place=Place(0, 2, 0, 2), meet=barrier.wait)
+    thread.join()
+    assert result.scored.score == 100
+    assert rows(shared) == rows(alone)
+    assert (shared / "scores.json").read_text() == (alone / "scores.json").read_text()
+    assert not set(engines[0].asked) & set(engines[1].asked)
+    assert min(len(engine.asked) for engine in engines) >= 12
+
+
+def test_a_line_cut_short_is_dropped_and_a_strange_one_is_named(tmp_path):
+    run(Doubler(), Numbers(4), tmp_path)
+    path = tmp_path / "predictions.jsonl"
+    path.write_text(path.read_text() + '{"id": "q9", "te')
+    assert len(read_predictions(tmp_path, [f"q{n}" for n in range(4)]).texts) == 4
+    path.write_text(path.read_text() + '{"id": "q9", "text": "x"}\n')
+    with pytest.raises(DataError, match=r"holds answers to 1 questions that this run does not ask \(q9\)"):
+        run(Doubler(), Numbers(4), tmp_path)
+
+
+def test_batches_are_of_like_size_and_keep_pictures_whole():
+    items = [
+        Item(f"{n}/{k}", (Message.of("user", Image(f"{n}.png"), "x" * (10 * n + k)),), "", str(n))
+        for n in range(9)
+        for k in range(2)
+    ]
+    found = list(batches(items))
+    assert [len(batch) for batch in found] == [8, 8, 2]
+    assert [batch[0].group for batch in found] == ["8", "4", "0"]
+    assert all(a.group == b.group for batch in found for a, b in zip(batch[::2], batch[1::2], strict=True))
+
+
+def test_a_template_of_its_own_is_a_batch_of_its_own():
+    items = [Item(str(n), (Message.of("user", "x"),), "", str(n), template=("a", "b")[n % 2]) for n in range(6)]
+    assert [{item.template for item in batch} for batch in batches(items)] == [{"a"}, {"b"}]
+
+
+def test_pictures_that_are_not_there_are_listed_once(tmp_path):
+    (tmp_path / "here.png").write_bytes(b"x")
+    names = [tmp_path / "here.png", tmp_path / "gone.png", tmp_path / "gone.png"]
+    items = [Item(str(n), (Message.of("user", Image(name), "x"),), "", "") for n, name in enumerate(names)]
+    assert missing_images(items) == [str(tmp_path / "gone.png")]
+
+
+def test_answers_carry_what_scorers_read(tmp_path):
+    seen = []
+
+    class Asks(Numbers):
+        def score(self, answers, rules="upstream"):
+            seen.extend(answers)
+            return super().score(answers, rules)
+
+    run(Doubler(), Asks(2), tmp_path)
+    assert seen == [Answer("q0", "0", "0", "", "q0"), Answer("q1", "2", "1", "", "q1")]
