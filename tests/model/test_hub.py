@@ -99,3 +99,11 @@ def test_one_storage_form_and_the_index_that_goes_with_it():
     assert needed_files([*names, *shards, *safe]) == ["config.json", "tokenizer.model", *safe]
     stage_1 = ["config.json", "mm_projector.bin", "checkpoint-100/mm_projector.bin"]
     assert needed_files(stage_1) == stage_1[:2]
+
+
+def test_the_directory_of_a_run_stands_for_its_model(tmp_path):
+    run = tmp_path / "checkpoints" / "mine"
+    FIXTURES["v15-even-grid"](run / "model")
+    assert local_folder(run) == run
+    (run / "recipe.yaml").write_text("name: mine\n")
+    assert local_folder(run) == run / "model"

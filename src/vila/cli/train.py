@@ -6,9 +6,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from vila.core.dist import current_place
 from vila.core.errors import VilaError
+from vila.core.events import SILENT
 
 if TYPE_CHECKING:
+    from vila.config.schema import Recipe
     from vila.train.run import Run
 
 _SURVEYED = 16
@@ -21,12 +24,36 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Fields to change: optim.warmup_ratio=0.1 output.dir=runs/x ...")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the resolved recipe, or with --slurm the script, and stop.")
+    ] = False,
+    slurm: Annotated[
+        str,
+        typer.Option(
+            metavar="nodes=N,...",
+            help="Submit to Slurm instead: nodes, gpus (a node, 8), cpus, partition, account, qos, constraint, "
+            "reservation, time, grace (300 s), port.",
+            show_default=False,
+        ),
+    ] = "",
+    allow_changes: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FIELD",
+            help="Field or section that may differ from the run that goes on. May be given several times.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Train the stage that [bold]RECIPE[/bold] describes; run it again after a stop and it goes on."""
     from vila.config.load import load_recipe, recipe_to_yaml
 
     resolved = load_recipe(recipe, overrides or [])
+    allowed = tuple(allow_changes or ())
+    if slurm:
+        allowing = [word for field in allowed for word in ("--allow-changes", field)]
+        typer.echo(_batch(resolved, ["train", recipe, *(overrides or []), *allowing], slurm, dry_run), nl=False)
+        return
     if dry_run:
         typer.echo(recipe_to_yaml(resolved), nl=False)
         return
@@ -34,17 +61,36 @@ def train(
     from vila.train.run import build, is_finished, model_dir, refuse_changes
 
     with Screen() as screen:
+        # All processes of a run come through here; one of them speaks.
+        events = screen if current_place().main else SILENT
         if is_finished(resolved):
-            refuse_changes(load_recipe(str(resolved.output.dir / "recipe.yaml")), resolved, resolved.output.dir)
-            screen.said(f"{resolved.name}: already trained, the model is in {model_dir(resolved)}")
+            before = load_recipe(str(resolved.output.dir / "recipe.yaml"))
+            refuse_changes(before, resolved, resolved.output.dir, allowed)
+            events.said(f"{resolved.name}: already trained, the model is in {model_dir(resolved)}")
             return
-        run = build(resolved, events=screen)
-        screen.said(
+        run = build(resolved, events=events, allow_changes=allowed)
+        events.said(
             f"{resolved.name}: {run.trainable:,} parameters learn, {run.mixture.epoch_length:,} samples an epoch"
         )
-        for line in share_lines(run):
-            screen.said(line)
-        screen.said(f"{resolved.name}: the model is in {run.train()}")
+        for line in share_lines(run) if run.world.main else ():
+            events.said(line)
+        events.said(f"{resolved.name}: the model is in {run.train()}")
+
+
+def _batch(recipe: Recipe, arguments: list[str], slurm: str, dry_run: bool) -> str:
+    """The batch script, or what Slurm says to it. Raises ConfigError when the processes cannot share the batch."""
+    from vila.cli.slurm import parse_job, render_script, submit
+    from vila.data.deal import lanes_of
+
+    job = parse_job(slurm)
+    lanes_of(0, job.world, recipe.batch.rows or recipe.batch.samples, recipe.batch.micro)
+    folder = recipe.output.dir
+    script = render_script(job, name=recipe.name, folder=folder, arguments=arguments)
+    if dry_run:
+        return script
+    if (folder / "finished.json").is_file():
+        return f"{recipe.name}: already trained, the model is in {folder / 'model'}\n"
+    return f"{submit(script, folder)}: {folder / 'train.sbatch'}\n"
 
 
 def share_lines(run: Run) -> list[str]:

@@ -29,7 +29,7 @@ class ModelSource(Config):
     vision: str = ""
     """Directory or hub id of the vision tower."""
     projector: str = "mlp2x_gelu"
-    """Projector between tower and LLM: `linear` or `mlpNx_gelu`."""
+    """Projector between tower and LLM: `linear`, `mlpNx_gelu`, or `mlp_downsample`, which makes one token of 2 x 2."""
     projector_init: Literal["random", "calibrated"] = "random"
     """`calibrated` standardises each input channel over the first pictures of the data and scales the output to the
     LLM's embeddings."""

@@ -34,11 +34,13 @@ _BIN = re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin(\.index\.json)?")
 def local_folder(source: str | Path, revision: str | None = None) -> Path:
     """The directory of a checkpoint given as a local path or a hub id `owner/name`, fetched if it is not there yet.
 
+    The directory of a training run stands for the model that it left.
     Raises LayoutError when it is neither, DownloadError when the hub does not give it.
     """
     path = Path(source).expanduser()
     if path.exists():
-        return path
+        of_a_run = (path / "recipe.yaml").is_file() and (path / "model").is_dir()
+        return path / "model" if of_a_run else path
     name = str(source)
     if not _REPOSITORY.fullmatch(name):
         raise LayoutError(f"{name}: no such directory, and not a hub id of the form owner/name")

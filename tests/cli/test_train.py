@@ -1,0 +1,47 @@
+"""`vila train` on a run that is there already."""
+
+import pytest
+
+from tests.train.stand import stand_recipe, write_stand
+from vila.config.load import save_recipe
+from vila.train.run import build
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    recipe = stand_recipe(write_stand(folder), "out", "budget.tokens=200")
+    build(recipe).train()
+    save_recipe(recipe, folder / "recipe.yaml")
+    return folder / "recipe.yaml"
+
+
+def test_a_changed_field_is_refused_with_the_flag_that_allows_it(vila, trained):
+    code, _, err = vila("train", trained, "stage.lr=1e-4")
+    assert code == 1
+    assert "stage.lr: 0.005 -> 0.0001" in err
+    assert "--allow-changes" in err
+
+
+@pytest.mark.parametrize("allowed", [("stage.lr", "seed"), ("stage", "seed")])
+def test_fields_and_sections_that_are_allowed_may_differ(vila, trained, allowed):
+    flags = [word for field in allowed for word in ("--allow-changes", field)]
+    code, _, err = vila("train", trained, "stage.lr=1e-4", "seed=9", *flags)
+    assert code == 0
+    assert "already trained" in err
+
+
+def test_what_was_not_allowed_is_still_refused(vila, trained):
+    code, _, err = vila("train", trained, "stage.lr=1e-4", "seed=9", "--allow-changes", "stage.lr")
+    assert code == 1
+    assert "seed: 0 -> 9" in err
+    assert "stage.lr: " not in err
+
+
+def test_of_several_processes_one_speaks(vila, trained, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, said in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        code, _, err = vila("train", trained)
+        assert code == 0
+        assert ("already trained" in err) == said
