@@ -88,6 +88,8 @@ class Stage(Config):
     def _adapters(self) -> Stage:
         if self.lora.rank and "llm" not in self.tune:
             raise ValueError("lora puts adapters into the LLM, but tune does not name llm")
+        if self.lora.rank and "vision" in self.tune:
+            raise ValueError("lora leaves the tower as it is; take vision out of tune")
         if self.lora.rank and self.llm_parts:
             raise ValueError("give lora.targets or llm_parts, not both")
         return self
@@ -324,6 +326,8 @@ class Recipe(Config):
             problems.append(f"batch.{wanted}={size} is not a multiple of batch.micro={self.batch.micro}")
         if self.compute.feature_cache and "vision" in self.stage.tune:
             problems.append("compute.feature_cache needs a frozen tower, but stage.tune names vision")
+        if self.stage.lora.rank and not self.model.path:
+            problems.append("stage.lora adapts a whole model; give model.path, so that the adapter can name its base")
         if self.output.keep_best and not self.monitor.eval_every_steps:
             problems.append("output.keep_best needs evaluations; set monitor.eval_every_steps")
         if problems:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -177,10 +177,17 @@ def _pictures(
     return compute, decoded
 
 
-def whole_tensors(model: VilaForConditionalGeneration, dtype: torch.dtype, world: World) -> dict[str, Tensor] | None:
-    """All weights by name, put together, in the memory of the main process; None elsewhere. Every process calls it."""
+def whole_tensors(
+    model: VilaForConditionalGeneration, dtype: torch.dtype, world: World, only: Collection[str] | None = None
+) -> dict[str, Tensor] | None:
+    """Weights by name, put together, in the memory of the main process; None elsewhere. Every process calls it.
+
+    only: names of those that are wanted; None: all.
+    """
     tensors: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
+        if only is not None and name not in only:
+            continue
         value = whole(tensor.detach())
         if world.main:
             tensors[name] = value.to("cpu", dtype if value.is_floating_point() else value.dtype)

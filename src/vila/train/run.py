@@ -75,14 +75,17 @@ class Run:
 
     def _write_model(self) -> None:
         target, layout = model_dir(self.recipe), self.recipe.output.layout
-        tensors = whole_tensors(self.model, torch.bfloat16, self.world)
-        if tensors is None:
-            return
         if self.recipe.stage.lora.rank:
             from vila.train.lora import save_adapter
 
-            save_adapter(self.model, self.processor, target, self.recipe.model.path, tensors=tensors)
-        else:
+            learnt = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+            learnt |= {name for name, _ in self.model.named_parameters() if name.startswith("projector.")}
+            tensors = whole_tensors(self.model, torch.float32, self.world, only=learnt)
+            if tensors is not None:
+                save_adapter(self.model, self.processor, target, self.recipe.model.path, tensors=tensors)
+            return
+        tensors = whole_tensors(self.model, torch.bfloat16, self.world)
+        if tensors is not None:
             save_model(with_tensors(self.model, tensors), self.processor, target, layout)
 
 

@@ -39,17 +39,23 @@ def select_trainable(
     """
     model.requires_grad_(False).eval()
     for name in tune:
-        part = getattr(model, MODULES[name])
-        part.requires_grad_(True).train()
-    if "llm" in tune and (llm_parts or adapters is not None):
-        for name, parameter in model.language_model.named_parameters(prefix="language_model"):
-            learns = bool(set(name.split(".")) & set(llm_parts)) if adapters is None else name in adapters
-            parameter.requires_grad_(learns)
+        part = getattr(model, MODULES[name]).train()
+        for parameter_name, parameter in part.named_parameters(prefix=MODULES[name]):
+            # Weights of 4 and 8 bits cannot learn, nor be asked to.
+            if parameter.is_floating_point():
+                parameter.requires_grad_(name != "llm" or _learns(parameter_name, llm_parts, adapters))
     if "llm" in tune and not tune_embeddings:
         for head in (model.get_input_embeddings(), model.get_output_embeddings()):
             head.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise TrainingError(f"nothing to train: stage.tune={list(tune)} selects no parameters")
+
+
+def _learns(name: str, llm_parts: Sequence[str], adapters: Collection[str] | None) -> bool:
+    """Whether a parameter of a tuned LLM is among those that are named."""
+    if adapters is not None:
+        return name in adapters
+    return not llm_parts or bool(set(name.split(".")) & set(llm_parts))
 
 
 def group_parameters(

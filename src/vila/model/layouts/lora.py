@@ -1,4 +1,4 @@
-"""LoRA directories, merged while they load: W + (alpha / r) B A (arXiv 2106.09685)."""
+"""LoRA weights as PEFT writes them, merged while they load: W + (alpha / r) B A (arXiv 2106.09685)."""
 
 from __future__ import annotations
 
@@ -19,13 +19,24 @@ _PREFIX = "base_model.model."
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 
 
+def adapter_facts(folder: Path) -> dict[str, Any]:
+    """adapter_config.json of a LoRA directory. Raises LayoutError when it is that of another kind of adapter."""
+    path = folder / "adapter_config.json"
+    facts = read_json(path)
+    kind = facts.get("peft_type") if isinstance(facts, dict) else None
+    if kind != "LORA" or not isinstance(facts.get("r"), int) or "lora_alpha" not in facts:
+        raise LayoutError(f"{path}: peft_type is {kind!r}; only LORA, with its r and lora_alpha, is read here")
+    return facts
+
+
 def read_adapter(folder: Path, pieces: Mapping[str, Piece]) -> dict[str, Piece]:
-    """The base's pieces with the adapter of `folder` added to those that it changes.
+    """The base's pieces, changed by the adapter of `folder`, and replaced by what it holds whole (`modules_to_save`).
 
     Raises LayoutError for adapters that are more than LoRA, and for adapter weights that fit nothing.
     """
-    facts = read_json(folder / "adapter_config.json")
+    facts = adapter_facts(folder)
     scale = _scale(folder, facts)
+    parts = set(facts.get("modules_to_save") or ())
     adapter = pieces_of([weight_file(_file(folder))])
     out = dict(pieces)
     problems = []
@@ -38,7 +49,12 @@ def read_adapter(folder: Path, pieces: Mapping[str, Piece]) -> dict[str, Piece]:
             if name.replace("lora_B", "lora_A") not in adapter:
                 problems.append(f"{name} has no lora_A")
         elif not plain.endswith(_A):
-            problems.append(f"{name} is no LoRA weight")
+            if parts.isdisjoint(plain.split(".")):
+                problems.append(f"{name} is no LoRA weight")
+            elif plain not in pieces or pieces[plain].shape != adapter[name].shape:
+                problems.append(f"{name} {adapter[name].shape} replaces {plain}, which the base does not have so")
+            else:
+                out[plain] = adapter[name]
         elif partner not in adapter:
             problems.append(f"{name} has no lora_B")
         elif target not in pieces:
@@ -46,8 +62,13 @@ def read_adapter(folder: Path, pieces: Mapping[str, Piece]) -> dict[str, Piece]:
         else:
             out[target] = _merged(pieces[target], adapter[name], adapter[partner], scale)
     if problems:
-        raise LayoutError(f"{folder}: {'; '.join(problems)}; is the base the LLM that the adapter was trained on?")
+        raise LayoutError(f"{folder}: {'; '.join(problems)}; is the base the model that the adapter was trained on?")
     return out
+
+
+def fold(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+    """`weight` [out, in] + scale x `up` [out, r] x `down` [r, in], summed in float32, in the type of `weight`."""
+    return (weight.float() + scale * (up.float() @ down.float())).to(weight.dtype)
 
 
 def _scale(folder: Path, facts: Mapping[str, Any]) -> float:
@@ -83,7 +104,6 @@ def _merged(base: Piece, down: Piece, up: Piece, scale: float) -> Piece:
 
     def add(weight: Tensor) -> Tensor:
         with up.file.mapped() as get, torch.no_grad():
-            delta = get(up.name).float() @ get(down.name).float()
-        return (weight.float() + scale * delta).to(weight.dtype)
+            return fold(weight if base.change is None else base.change(weight), get(down.name), get(up.name), scale)
 
     return replace(base, change=add)

@@ -31,8 +31,8 @@ class Checkpoint:
     generation: Mapping[str, Any] = field(default_factory=dict)
 
 
-class ModelLayout(Protocol):
-    """Recognises a directory, understands it as a checkpoint of ours, and writes our model in its form."""
+class ReadLayout(Protocol):
+    """Recognises a directory and understands it as a checkpoint of ours."""
 
     name: str
 
@@ -44,6 +44,10 @@ class ModelLayout(Protocol):
 
         Raises LayoutError naming what is missing, unknown or contradictory.
         """
+
+
+class ModelLayout(ReadLayout, Protocol):
+    """A layout in which any model of ours can also be written."""
 
     def write(self, model: Any, processor: VilaProcessor, folder: Path) -> None:
         """Write atomically, replacing a directory. Raises LayoutError for what the layout cannot express."""
@@ -59,16 +63,21 @@ LAYOUTS: Registry[ModelLayout] = Registry(
     },
 )
 
+READ_ONLY: Registry[ReadLayout] = Registry("layout of adapters", {"adapter": "vila.model.layouts.adapter:LAYOUT"})
+"""Layouts of directories that need another one; training writes them, and what is read from them can be converted."""
 
-def detect_layout(folder: Path) -> ModelLayout:
+
+def detect_layout(folder: Path) -> ReadLayout:
     """The layout of a directory. Raises LayoutError saying what the path is instead."""
     if not folder.exists():
         raise LayoutError(f"{folder}: no such directory")
     if not folder.is_dir():
         raise LayoutError(f"{folder}: a model is a directory, this is a file")
-    for name in LAYOUTS:
-        layout = LAYOUTS[name]
-        if layout.recognises(folder):
-            return layout
+    # An adapter's directory also has the config of the whole model: it is asked first.
+    for table in (READ_ONLY, LAYOUTS):
+        for name in table:
+            layout: ReadLayout = table[name]
+            if layout.recognises(folder):
+                return layout
     found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
     raise LayoutError(f"{folder}: not a model in a layout known here ({', '.join(LAYOUTS)}); it holds {found}")

@@ -1,0 +1,144 @@
+"""Adapter directories: what PEFT reads, and beside it config, processor and tokenizer of the whole model.
+
+The weights of the base stay where they are; adapters are merged into them while they load.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from accelerate import init_empty_weights
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.initialization import no_init_weights
+
+from vila.core.errors import DownloadError, LayoutError
+from vila.core.files import atomic_path
+from vila.model.config import VilaConfig
+from vila.model.hub import local_folder
+from vila.model.layouts.lora import adapter_facts, read_adapter
+from vila.model.layouts.protocol import Checkpoint, detect_layout
+from vila.model.layouts.published import read_config, write_tokenizer
+from vila.model.processor import VilaProcessor
+from vila.model.vila import VilaForConditionalGeneration
+from vila.model.weights import Piece, published_names
+
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_SIZES = ("model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+
+
+class AdapterLayout:
+    """adapter_config.json and adapter_model.safetensors, with or without config, processor and tokenizer.
+
+    Without them, as PEFT's own `save_pretrained` leaves it, they are the base's.
+    """
+
+    name = "adapter"
+
+    def recognises(self, folder: Path) -> bool:
+        """Whether there is an adapter and no config.json of another layout."""
+        if not (folder / _CONFIG).is_file():
+            return False
+        return not (folder / "config.json").exists() or read_config(folder).get("model_type") == VilaConfig.model_type
+
+    def open(self, folder: Path, base: Path | None = None) -> Checkpoint:
+        """Understand the directory and its base: `base`, or the one that adapter_config.json names.
+
+        Raises LayoutError when the base is not there, or is another model than the adapter was trained on.
+        """
+        home = base or find_base(folder)
+        under = detect_layout(home).open(home)
+        config, processor = under.config, under.processor
+        if (folder / "config.json").is_file():
+            config = VilaConfig.from_pretrained(folder, local_files_only=True)
+            _refuse_another_base(folder, home, config, under.config)
+        if (folder / "processor_config.json").is_file():
+            try:
+                processor = VilaProcessor.from_pretrained(folder, local_files_only=True)
+            except (OSError, ValueError) as error:
+                raise LayoutError(f"{folder}: no processor that can be read ({error})") from error
+        pieces = read_adapter(folder, _by_module(under))
+        return Checkpoint(folder, config, processor, pieces, under.unclaimed, under.generation)
+
+
+def find_base(folder: Path) -> Path:
+    """The directory of the base that an adapter names, which may be a path or a hub id.
+
+    A relative path starts from here, or from any directory above the adapter.
+    Raises LayoutError saying where it was looked for.
+    """
+    named = adapter_facts(folder).get("base_model_name_or_path") or ""
+    if not named:
+        raise LayoutError(f"{folder}: the adapter does not say which model it belongs to; give it as base= or --base")
+    path = Path(named).expanduser()
+    for place in (path, *(above / path for above in folder.resolve().parents)):
+        if place.is_dir() and place.resolve() != folder.resolve():
+            return place
+    try:
+        return local_folder(named)
+    except (LayoutError, DownloadError) as error:
+        raise LayoutError(
+            f"{folder}: its base {named!r} is neither a directory (from {Path.cwd()}, or from one above the adapter) "
+            f"nor to be had from the hub ({error}); give the directory where it is now as base= or --base"
+        ) from error
+
+
+def write_adapter(
+    model: VilaForConditionalGeneration,
+    processor: VilaProcessor,
+    tensors: Mapping[str, Tensor],
+    folder: Path,
+    *,
+    base: str,
+    parts: list[str],
+) -> None:
+    """Write an adapter directory atomically; an existing one is replaced.
+
+    model:   has adapters that PEFT injected; its config and theirs are written.
+    tensors: adapters and whole parts, by the names of the model's parameters.
+    base:    path or hub id of the model that the adapters belong to, empty where it lies nowhere.
+    parts:   modules whose tensors are whole, PEFT's `modules_to_save`.
+    """
+    facts = copy.copy(model.peft_config["default"])
+    facts.base_model_name_or_path = base or None
+    facts.modules_to_save = parts
+    facts.inference_mode = True
+    # What AutoPeftModel builds the base with.
+    facts.auto_mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+    named = {_PREFIX + name.replace(".default.", "."): tensor.contiguous() for name, tensor in tensors.items()}
+    with atomic_path(folder) as part:
+        part.mkdir()
+        save_file(named, part / _WEIGHTS, metadata={"format": "pt"})
+        facts.save_pretrained(part)
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(part)
+        processor.save_pretrained(part)
+        write_tokenizer(processor.tokenizer, part, processor.template)
+
+
+def _by_module(base: Checkpoint) -> dict[str, Piece]:
+    """The base's pieces by the names of modules and their parameters, which adapters go by."""
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        here = published_names(VilaForConditionalGeneration(base.config))
+    return {here.get(name, name): piece for name, piece in base.pieces.items()}
+
+
+def _refuse_another_base(folder: Path, home: Path, adapted: VilaConfig, base: VilaConfig) -> None:
+    pairs: dict[str, tuple[Any, Any]] = {}
+    for part in ("text_config", "vision_config"):
+        mine, its = getattr(adapted, part), getattr(base, part)
+        pairs |= {f"{part}.{key}": (getattr(mine, key, None), getattr(its, key, None)) for key in _SIZES}
+    for key in ("projector_type", "select_layer", "select_feature"):
+        pairs[key] = (getattr(adapted, key), getattr(base, key))
+    problems = [f"{key} is {its!r}, the adapter's {mine!r}" for key, (mine, its) in pairs.items() if mine != its]
+    if problems:
+        raise LayoutError(
+            f"{home}: not the base of {folder}: {'; '.join(problems)}; give the right one as base= or --base"
+        )
+
+
+LAYOUT = AdapterLayout()

@@ -1,0 +1,79 @@
+"""Training adapters: stopped and gone on bit for bit, dealt to ranks, and left as a directory that loads."""
+
+import os
+import signal
+
+import pytest
+import torch
+
+from tests.train.ranks import run_ranks
+from tests.train.stand import stand_recipe, write_stand
+from vila.core.errors import Interrupted
+from vila.core.files import sha256_tree
+from vila.model.load import load_model
+from vila.train.metrics import read_metrics
+from vila.train.run import build, model_dir
+
+LORA = ("stage.lora.rank=4", "stage.lora.dropout=0.1", "stage.llm_parts=[]", "batch.rows=4", "budget.tokens=3000")
+
+
+@pytest.fixture(scope="module")
+def stand(tmp_path_factory):
+    return write_stand(tmp_path_factory.mktemp("stand"))
+
+
+def killed_after(stand, step, out):
+    """Train, and die after a step without a word, as a node that is switched off does."""
+
+    def die(trainer, facts):
+        if facts["step"] == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    build(stand_recipe(stand, out, *LORA, "output.checkpoint_every_steps=1"), listeners=[die]).train()
+
+
+def test_adapters_with_dropout_go_on_bit_for_bit_after_a_kill(stand):
+    through, stopped = (stand_recipe(stand, out, *LORA) for out in ("through", "stopped"))
+    build(through).train()
+    assert run_ranks(1, killed_after, stand, 4, "stopped") == [-9]
+    build(stand_recipe(stand, "stopped", *LORA, "output.checkpoint_every_steps=1")).train()
+    losses = [[row["loss"] for row in read_metrics(r.output.dir / "metrics.jsonl")] for r in (through, stopped)]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) > 5
+    assert sha256_tree(model_dir(through), "*.safetensors") == sha256_tree(model_dir(stopped), "*.safetensors")
+
+
+def trained(stand, out):
+    recipe = stand_recipe(stand, out, *LORA, "stage.lora.dropout=0")
+    build(recipe).train()
+    return [row["loss"] for row in read_metrics(recipe.output.dir / "metrics.jsonl")]
+
+
+def test_two_ranks_train_the_adapters_of_one(stand):
+    assert run_ranks(2, trained, stand, "two")[0] == pytest.approx(trained(stand, "one"), rel=1e-6)
+    ours, theirs = (load_model(stand / out / "model", dtype="float32")[0] for out in ("two", "one"))
+    for name, weight in ours.state_dict().items():
+        assert torch.allclose(weight, theirs.state_dict()[name], atol=1e-5), name
+
+
+def test_only_adapters_and_projector_learn(stand):
+    recipe = stand_recipe(stand, "learns", *LORA, "budget.tokens=600")
+    run = build(recipe)
+    before = {name: value.clone() for name, value in run.model.state_dict().items()}
+    run.train()
+    changed = {n for n, value in run.model.state_dict().items() if not torch.equal(value, before[n].to(value.dtype))}
+    assert all(".lora_" in name or name.startswith("projector.") for name in changed)
+    assert any(".lora_B." in name for name in changed) and any(name.startswith("projector.") for name in changed)
+
+
+def test_a_stop_leaves_nothing_but_a_checkpoint(stand):
+    def stop(trainer, facts):
+        if facts["step"] == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    recipe = stand_recipe(stand, "stop", *LORA)
+    with pytest.raises(Interrupted):
+        build(recipe, listeners=[stop]).train()
+    assert not model_dir(recipe).exists()
+    tensors = build(recipe).checkpoints.folder / "step-00000002"
+    assert tensors.is_dir()
