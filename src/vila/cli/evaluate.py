@@ -1,53 +1,176 @@
-"""`vila eval`: benchmarks on a model directory."""
+"""`vila eval`: benchmarks on a model, or on whatever a server answers with."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+if TYPE_CHECKING:
+    from vila.eval.benchmark import Benchmark
+    from vila.eval.runner import Answers, Result
+
+TEN = ("vqav2", "gqa", "vizwiz", "scienceqa", "textvqa", "pope", "mme", "mmbench", "mmbench_cn", "seed")
+"""The benchmarks of the published table, in its order."""
+
 
 def evaluate(
-    model: Annotated[Path, typer.Argument(help="Model directory.")],
-    benchmarks: Annotated[str, typer.Option(help="Names, separated by commas.")] = "easy_vqa",
+    model: Annotated[str, typer.Argument(help="Model directory or hub id; with --api any name for the run.")] = "",
+    benchmarks: Annotated[
+        str, typer.Option(help="Names, separated by commas; `all`: the ten of the table.")
+    ] = "easy_vqa",
     data: Annotated[
-        Path | None, typer.Option(help="Directory of the benchmark's data; easy_vqa is fetched when not given.")
+        Path | None,
+        typer.Option(help="playground/data/eval, or a benchmark's own folder; easy_vqa is fetched when not given."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Where predictions and scores go; default: eval/ beside the model.")
+        Path | None, typer.Option(help="Where predictions, scores and the report go; default: eval/ beside the model.")
     ] = None,
-    questions: Annotated[int, typer.Option(help="Take about this many questions; 0 takes all.")] = 0,
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float32.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON.")] = False,
+    questions: Annotated[int, typer.Option(help="Take about this many questions; 0 takes all.", min=0)] = 0,
+    protocol: Annotated[
+        str, typer.Option(help="Rules of scoring: upstream, or lmms-eval where it differs.")
+    ] = "upstream",
+    template: Annotated[str, typer.Option(help="Conversation template; default: the model's.")] = "",
+    shots: Annotated[str, typer.Option(help="Examples before each question, such as 0,2,4.", metavar="K,...")] = "0",
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    device: Annotated[str, typer.Option(help="cpu or cuda; default: a GPU where there is one.")] = "",
+    api: Annotated[str, typer.Option(help="URL of an OpenAI-compatible server to ask instead.")] = "",
+    served_model: Annotated[str, typer.Option("--model", help="With --api: the model to ask for.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON, a line each.")] = False,
 ) -> None:
-    """Score [bold]MODEL[/bold] on benchmarks; an interrupted evaluation goes on where it was."""
+    """Ask benchmarks of [bold]MODEL[/bold] and score the answers; an interrupted evaluation goes on where it was."""
     import json
 
     from rich.console import Console
 
     from vila.cli.progress import Screen
-    from vila.cli.tables import score_table
-    from vila.core.files import cache_dir
-    from vila.engine.engine import Engine
-    from vila.eval.benchmark import BENCHMARKS
-    from vila.eval.runner import model_hash, result_dir, run
-    from vila.starter.easy_vqa import obtain_easy_vqa
+    from vila.cli.tables import result_table
+    from vila.core.errors import ConfigError
+    from vila.core.events import SILENT
+    from vila.core.files import write_json
+    from vila.eval.report import write_report
+    from vila.eval.runner import result_dir, run
+    from vila.train.parallel import open_world
 
-    names = [name.strip() for name in benchmarks.split(",") if name.strip()]
-    opened = {name: BENCHMARKS[name] for name in names}
-    root = out or model.parent / "eval"
+    rules = _rules(protocol)
+    names = _names(benchmarks)
+    if not model and not api:
+        raise ConfigError("no model; name a directory or a hub id, or a server with --api")
+    world = open_world("replicate")
+    engine, facts = _engine(model, api, served_model, dtype, device or str(world.device))
+    root = out or (Path(model).parent / "eval" if Path(model).is_dir() else Path("runs/eval"))
+    results: list[Result] = []
     with Screen() as screen:
-        engine = Engine.load(model, dtype=dtype)
-        results = []
-        for name, open_benchmark in opened.items():
-            folder = data or obtain_easy_vqa(cache_dir(), screen)
-            benchmark = open_benchmark(folder, questions)
-            results.append(
-                run(engine, benchmark, result_dir(root, name, questions), model=model_hash(model), events=screen)
-            )
+        events = screen if world.main else SILENT
+        for benchmark in _opened(names, data, questions, _counts(shots), events):
+            meet = lambda: world.gather(None) and None  # noqa: E731
+            where = result_dir(root, benchmark.name, questions)
+            result = run(
+                engine, benchmark, where, model=facts["hash"], template=template, rules=rules, place=world.place,
+                meet=meet, events=events,
+            )  # fmt: skip
+            if result:
+                results.append(result)
+        if world.main:
+            seen = {"model": model or served_model, "data": str(data or ""), "rules": rules, "template": template}
+            folders = {result.benchmark: result_dir(root, result.benchmark, questions).name for result in results}
+            write_json(root / "eval.json", {**seen, **facts, "benchmarks": folders})
+            for path in write_report(root):
+                events.said(str(path))
+    world.close()
     for result in results:
         if as_json:
-            typer.echo(json.dumps({"benchmark": result.benchmark, **result.scores}))
-        else:
-            Console(highlight=False).print(score_table(result))
+            row: dict[str, Any] = {"benchmark": result.benchmark, "problem": result.problem}
+            typer.echo(json.dumps(row if result.scored is None else {"benchmark": result.benchmark, **result.scores}))
+    if results and not as_json:
+        Console(highlight=False).print(result_table(results))
+    if any(result.failed for result in results):
+        raise typer.Exit(1)
+
+
+def _rules(protocol: str) -> Any:
+    from vila.core.errors import ConfigError
+
+    if protocol not in ("upstream", "lmms-eval"):
+        raise ConfigError(f"--protocol {protocol}: it is upstream or lmms-eval")
+    return protocol
+
+
+def _names(text: str) -> list[str]:
+    """Benchmarks by name. Raises UnknownNameError for others."""
+    from vila.eval.benchmark import BENCHMARKS
+
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    names = [one for name in names for one in (TEN if name == "all" else (name,))]
+    for name in names:
+        BENCHMARKS[name]
+    return list(dict.fromkeys(names))
+
+
+def _counts(text: str) -> list[int]:
+    from vila.core.errors import ConfigError
+
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise ConfigError(f"--shots {text!r}: expected numbers with commas between, such as 0,2,4")
+    return list(dict.fromkeys(map(int, parts)))
+
+
+def _engine(model: str, api: str, served: str, dtype: str, device: str) -> tuple[Answers, dict[str, Any]]:
+    """What answers, and facts on it; `hash` tells it from others."""
+    from vila.core.errors import ConfigError
+
+    if api:
+        from vila.eval.remote import RemoteEngine
+
+        if not served:
+            raise ConfigError("--api needs --model: the name that the server knows the model by")
+        return RemoteEngine(api, served), {"hash": f"{api} {served}", "api": api, "served": served}
+    from vila.engine.engine import Engine
+    from vila.eval.runner import model_hash
+    from vila.model.hub import local_folder
+
+    folder = local_folder(model)
+    engine = Engine.load(folder, dtype=dtype, device=device)
+    kind = str(engine.model.dtype).removeprefix("torch.")
+    return engine, {"hash": model_hash(folder), "dtype": kind, "device": device}
+
+
+def _opened(names: list[str], data: Path | None, questions: int, shots: list[int], events: Any) -> list[Benchmark]:
+    """The benchmarks whose data are there; of the others it is said what is missing.
+
+    Raises DataError when there is none, or when the only one asked for is missing.
+    """
+    from vila.core.errors import DataError
+    from vila.core.files import cache_dir
+    from vila.eval.benchmark import BENCHMARKS
+    from vila.eval.runner import missing_images
+    from vila.eval.shots import shot_variants
+    from vila.starter.easy_vqa import obtain_easy_vqa
+
+    found: list[Benchmark] = []
+    for name in names:
+        try:
+            folder = data
+            if folder is None or (name == "easy_vqa" and not _has_easy_vqa(folder)):
+                if name != "easy_vqa":
+                    raise DataError(f"{name}: no data; give --data playground/data/eval")
+                folder = obtain_easy_vqa(cache_dir(), events)
+            benchmark = BENCHMARKS[name](folder, questions)
+            items = benchmark.items()
+        except DataError as error:
+            if len(names) == 1:
+                raise
+            events.said(f"{name}: left out: {error}")
+            continue
+        if gone := missing_images(items):
+            events.said(f"{name}: {len(gone):,} pictures are missing, the first {gone[0]}; their questions will fail")
+        found += shot_variants(benchmark, name, folder, shots)
+    if not found:
+        raise DataError("none of the benchmarks has its data there; `docs/evaluation.md` says where they come from")
+    return found
+
+
+def _has_easy_vqa(folder: Path) -> bool:
+    return (folder / "test" / "questions.json").is_file()

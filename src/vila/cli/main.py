@@ -22,9 +22,12 @@ from vila.cli.data import app as data_app
 from vila.cli.doctor import doctor
 from vila.cli.evaluate import evaluate
 from vila.cli.info import info
+from vila.cli.plan import plan
 from vila.cli.quickstart import quickstart
 from vila.cli.run import run
+from vila.cli.score import score
 from vila.cli.shots import ShotCommand
+from vila.cli.submit import submit
 from vila.cli.train import train
 from vila.core.errors import VilaError
 
@@ -44,7 +47,10 @@ app.command()(quickstart)
 app.command(cls=ShotCommand, context_settings={"token_normalize_func": lambda name: name.replace("_", "-")})(run)
 app.command()(chat)
 app.command()(train)
+app.command()(plan)
 app.command("eval")(evaluate)
+app.command()(score)
+app.command()(submit)
 app.command()(info)
 app.command()(convert)
 app.add_typer(data_app, name="data")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from rich.console import Group, RenderableType
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -20,3 +22,26 @@ def score_table(result: Result) -> Table:
         cells = (f"{row[key]:.2%}" for key in ("accuracy", "majority", "blind"))
         table.add_row(kind, str(row["count"]), *cells, style=style)
     return table
+
+
+def result_table(results: Sequence[Result]) -> RenderableType:
+    """One benchmark by kind of question where it can be, several a line each."""
+    if len(results) == 1 and results[0].scored and "blind" in results[0].scored.figures:
+        return score_table(results[0])
+    from vila.eval.statistics import interval
+
+    table = Table(title="Scores", title_justify="left")
+    for name in ("benchmark", "questions", "score", "95 %", "failed"):
+        table.add_column(name, justify="left" if name == "benchmark" else "right")
+    reasons = []
+    for one in results:
+        failed = f"{len(one.failed):,}" if one.failed else ""
+        if one.scored is None:
+            table.add_row(one.benchmark, f"{len(one.predictions):,}", "-", "", failed)
+            reasons.append(f"{one.benchmark}: {one.problem}")
+            continue
+        sure = interval(one.scored.marks)
+        bounds = f"{sure.low:.1f} to {sure.high:.1f}" if sure and one.scored.unit == "%" else ""
+        score = f"{one.scored.score:.2f} {one.scored.unit}"
+        table.add_row(one.benchmark, f"{len(one.predictions):,}", score, bounds, failed)
+    return Group(table, *reasons)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from vila.core.dist import Place
 from vila.core.errors import DataError
 from vila.core.events import SILENT, Events, task
-from vila.core.files import read_json, remove_partials, sha256_tree, write_json
+from vila.core.files import read_json, remove_partials, sha256_tree, write_json, write_jsonl
 from vila.core.types import Image, Message, Text
 from vila.engine.request import Sampling
-from vila.eval.benchmark import Benchmark, Item, Mark, Rules, Scored
+from vila.eval.benchmark import Benchmark, Item, Rules, Scored
 from vila.eval.predictions import Predictions, answers_of, read_predictions
 from vila.eval.scoring import exact_match
 from vila.eval.statistics import interval
@@ -110,6 +110,8 @@ def run(
     result = _scored(benchmark, items, done, rules)
     seconds = time.monotonic() - began
     write_json(out / "scores.json", {"benchmark": benchmark.name, "model": model, "rules": rules, **_facts(result)})
+    write_jsonl(out / "marks.jsonl", map(asdict, result[0].marks if result[0] else ()))
+    _note_speed(out, seconds, answered)
     return Result(benchmark.name, result[0], done.texts, seconds, answered, done.errors, result[1])
 
 
@@ -146,20 +148,12 @@ def _facts(result: tuple[Scored | None, str]) -> dict[str, Any]:
     }
 
 
-def marks_rows(marks: Sequence[Mark]) -> list[dict[str, Any]]:
-    """Marks as plain rows, for files and reports."""
-    return [
-        {
-            "id": m.id,
-            "value": m.value,
-            "group": m.group,
-            "kind": m.kind,
-            "answer": m.answer,
-            "truth": m.truth,
-            "rule": m.rule,
-        }
-        for m in marks
-    ]
+def _note_speed(out: Path, seconds: float, answered: int) -> None:
+    """Add to the time that asking took in earlier sessions."""
+    path = out / "speed.json"
+    before = read_json(path) if path.is_file() else {"seconds": 0.0, "answered": 0}
+    if answered:
+        write_json(path, {"seconds": before["seconds"] + seconds, "answered": before["answered"] + answered})
 
 
 def result_dir(root: Path, name: str, questions: int) -> Path:

@@ -155,8 +155,8 @@ class Checkpoints:
             write()
         except (CheckpointException, VilaError, OSError, RuntimeError, ValueError) as error:
             self._error = CheckpointError(
-                f"{target}: the checkpoint was not written ({_reason(error)}); the one before it is whole. Make room, then run "
-                "again to go on from there"
+                f"{target}: the checkpoint was not written ({_reason(error)}); the one before it is whole. Make room, "
+                "then run again to go on from there"
             )
 
     def _copied(self, tensor: Tensor) -> Tensor:
@@ -232,7 +232,8 @@ def _unreadable(folder: Path, error: Exception) -> CheckpointError:
 def _reason(error: Exception) -> str:
     """What went wrong, in a line; of errors that several processes had, each once."""
     if isinstance(error, CheckpointException):
-        return "; ".join(dict.fromkeys(_reason(cause) for cause, _ in error.failures.values()))  # type: ignore[arg-type]
+        causes: list[Any] = [cause for cause, _ in error.failures.values()]
+        return "; ".join(dict.fromkeys(map(_reason, causes)))
     return str(error).partition("\n")[0] or type(error).__name__
 
 

@@ -73,7 +73,7 @@ class Trainer:
     save_every_s: seconds between checkpoints; `save_every_steps` adds to it, 0 for none.
     faults:       the list of samples that could not be read, and its budget.
     bad_steps:    steps that may be left out because their loss or gradient is not finite; `bad_step` is told of each.
-    utilisation:  MFU of a step, from its facts; None where the peak of the device is not known.
+    utilisation:  MFU of a step, from its facts and seconds; None where the peak of the device is not known.
     """
 
     model: VilaForConditionalGeneration
@@ -93,7 +93,7 @@ class Trainer:
     faults: FaultLog
     bad_steps: int = 0
     bad_step: Callable[[dict[str, Any]], None] = lambda facts: None
-    utilisation: Callable[[dict[str, Any]], float | None] = lambda facts: None
+    utilisation: Callable[[dict[str, Any], float], float | None] = lambda facts, seconds: None
     progress: Progress = field(default_factory=Progress)
     listeners: list[StepListener] = field(default_factory=list)
     events: Events = SILENT
@@ -236,6 +236,7 @@ class Trainer:
             "supervised": sum(share.supervised for share in shares),
             "fill": total / sum(share.places for share in shares),
             "images": sum(share.images for share in shares),
+            "pairs": sum(share.pairs for share in shares),
             "tokens_by_data_set": dict(sorted(tokens.items())),
             "dropped": sum(share.dropped for share in shares),
             "truncated": sum(share.truncated for share in shares),
@@ -272,7 +273,7 @@ class Trainer:
         out = {}
         if self.world.device.type == "cuda":
             out["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        if (share := self.utilisation(facts)) is not None:
+        if (share := self.utilisation(facts, seconds)) is not None:
             out["mfu"] = share
         return out
 

@@ -27,6 +27,7 @@ from vila.train.parallel import World, open_world
 from vila.train.resume import refuse_changes, restore, save, say_what_differs
 from vila.train.rows import build_mixture, build_reader, build_rows, fault_log
 from vila.train.stage import count_parameters
+from vila.train.utilisation import utilisation_of
 
 __all__ = ["Run", "build", "is_finished", "model_dir", "refuse_changes"]
 
@@ -158,6 +159,7 @@ def build(
         faults=fault_log(recipe, states, write=world.main),
         bad_steps=recipe.budget.max_bad_steps,
         bad_step=_bad_steps(folder, world),
+        utilisation=utilisation_of(recipe, model.config, world),
         progress=progress,
         listeners=[*_metrics(folder, progress, world), *listeners],
         events=events,

@@ -17,6 +17,7 @@ class Share:
     """Counts over the rows of one process.
 
     places:      tokens with padding.
+    pairs:       positions of the LLM that see each other, or themselves.
     shows:       for each micro-batch, whether it holds a picture.
     by_data_set: tokens and supervised tokens of each data set.
     stop:        the signal that asked this process to stop, 0 for none.
@@ -26,6 +27,7 @@ class Share:
 
     tokens: int = 0
     places: int = 0
+    pairs: int = 0
     samples: int = 0
     supervised: int = 0
     images: int = 0
@@ -50,6 +52,7 @@ def share_of(rows: Sequence[Row], batches: Sequence[Batch], data_set: Callable[[
     return Share(
         tokens=sum(tokens for tokens, _ in by_data_set.values()),
         places=sum(batch.ids.numel() for batch in batches),
+        pairs=sum(int(sample.positions.sum()) + len(sample) for row in rows for sample in row),
         samples=sum(map(len, rows)),
         supervised=sum(supervised for _, supervised in by_data_set.values()),
         images=sum(len(batch.media) for batch in batches),

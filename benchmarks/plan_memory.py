@@ -1,0 +1,230 @@
+"""`vila plan`'s prediction of memory beside what real steps of small models hold, on the CPU.
+
+    python benchmarks/plan_memory.py
+    torchrun --nproc-per-node 2 benchmarks/plan_memory.py     # dealt by FSDP2
+
+Measured is the greatest sum of the storages that tensors hold during the second step: seen at every operation
+that PyTorch dispatches, so that it is exact and the same on every machine. Prints the table of benchmarks/plan.md and
+ends with status 1 when a prediction is off by a tenth or more.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from transformers import CLIPVisionConfig, LlamaConfig, MistralConfig, Qwen2Config, SiglipVisionConfig
+
+from vila.config.schema import Lora
+from vila.data.batch import Batch
+from vila.model.config import VilaConfig
+from vila.model.vila import VilaForConditionalGeneration
+from vila.plan.learning import Learning
+from vila.plan.memory import Holding, Memory, Micro, peak_memory
+from vila.plan.shape import shape_of
+from vila.train.loss import Objective
+from vila.train.model import recompute
+from vila.train.optim import MasterAdamW
+from vila.train.parallel import World, open_world, shard
+from vila.train.stage import group_parameters, select_trainable
+
+BOUND = 0.1
+MASKED = False  # the objective attends to packed rows without a mask
+TYPES = {2: torch.bfloat16, 4: torch.float32}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration: what learns, how the model is held, the rows of a micro-batch, and changes to the model."""
+
+    name: str
+    learning: Learning
+    holding: Holding
+    rows: int = 2
+    length: int = 384
+    images: int = 2
+    family: str = "llama"
+    tower: str = "clip"
+    projector: str = "mlp2x_gelu"
+    text: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def micro(self) -> Micro:
+        return Micro(self.rows, self.length, self.images, self.rows * self.length // 2)
+
+    def config(self) -> VilaConfig:
+        facts = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 4}
+        facts |= {"num_key_value_heads": 4, "vocab_size": 2048, "tie_word_embeddings": False, **self.text}
+        if self.family == "mistral":
+            facts["sliding_window"] = None
+        text = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}[self.family](**facts)
+        kind = {"clip": CLIPVisionConfig, "siglip": SiglipVisionConfig}[self.tower]
+        small = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
+        return VilaConfig(
+            vision_config=kind(**small, image_size=112, patch_size=14),
+            text_config=text,
+            select_feature="cls_patch" if self.tower == "siglip" else "patch",
+            image_token_id=text.vocab_size,
+            projector_type=self.projector,
+        )
+
+
+def _cases() -> Iterator[Case]:
+    align, tune = Learning(projector=True), Learning(projector=True, llm=True)
+    everything = Learning(vision=True, projector=True, llm=True)
+    adapters = Learning(projector=True, llm=True, rank=16, dropout=0.05)
+    half, whole = Holding(size=2, masked=MASKED), Holding(size=4, masked=MASKED)
+    again = Holding(size=2, masked=MASKED, recompute=1)
+    yield Case("frozen LLM, bf16", align, half)
+    yield Case("frozen LLM, fp32", align, whole)
+    yield Case("frozen LLM, bf16, recomputed", align, again)
+    yield Case("LLM and projector, bf16", tune, half)
+    yield Case("LLM and projector, fp32", tune, whole)
+    yield Case("LLM and projector, bf16, recomputed", tune, again, rows=4)
+    yield Case("LLM and projector, every second block recomputed", tune, Holding(2, masked=MASKED, recompute=2), rows=4)
+    yield Case("LLM and projector, accumulated", tune, Holding(2, masked=MASKED, accumulated=True))
+    yield Case("adapters, bf16", adapters, half)
+    yield Case("adapters, bf16, recomputed", adapters, again, rows=4)
+    many = {"images": 40, "projector": "mlp_downsample"}
+    yield Case("everything, many pictures, bf16", everything, half, **many)
+    yield Case("everything, many pictures, bf16, recomputed", everything, again, **many)
+    yield Case("everything, SigLIP, fp32", everything, whole, images=10, tower="siglip")
+    yield Case("frozen LLM and tower, many pictures, recomputed", align, again, **many)
+    yield Case("LLM and projector, bf16, gathered weights kept", tune, replace(half, reshard=False))
+    big = {"vocab_size": 30000, "tie_word_embeddings": True, "num_key_value_heads": 2}
+    yield Case("tied head, large vocabulary, bf16", tune, half, family="qwen2", text=big)
+    yield Case(
+        "grouped heads, long rows", tune, half, rows=1, length=1024, family="mistral", text={"num_key_value_heads": 2}
+    )
+
+
+CASES = {case.name: case for case in _cases()}
+
+
+class LiveBytes(TorchDispatchMode):
+    """Adds up the bytes of all storages that live: those it is shown, and all that operations read and write.
+
+    Sizes are looked at anew each time, because FSDP2 empties and fills the storages of gathered weights.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+        self._storages: dict[int, weakref.ref[Any]] = {}
+
+    def see(self, values: Any) -> None:
+        for value in tree_iter(values):
+            tensor = value.to_local() if isinstance(value, DTensor) else value
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                self._storages.setdefault(storage._cdata, weakref.ref(storage, self._forget(storage._cdata)))
+        living = (reference() for reference in list(self._storages.values()))
+        self.peak = max(self.peak, sum(storage.nbytes() for storage in living if storage is not None))
+
+    def _forget(self, key: int) -> Callable[[Any], None]:
+        def forget(_: Any) -> None:
+            self._storages.pop(key, None)
+
+        return forget
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.see([args, out])
+        return out
+
+
+def measure(case: Case, world: World | None = None) -> int:
+    """Greatest number of bytes that tensors held in the second step of a case, dealt to the ranks of `world`."""
+    torch.manual_seed(0)
+    learning, dtype = case.learning, TYPES[case.holding.size]
+    model = VilaForConditionalGeneration(case.config())
+    tune = [name for name in ("vision", "projector", "llm") if getattr(learning, name)]
+    adapters = _add_adapters(model, learning) if learning.rank else None
+    select_trainable(model, tune, adapters=adapters)
+    if case.holding.recompute:
+        recompute(model, case.holding.recompute)
+    objective = Objective(model)
+    if world is not None:
+        shard(objective, model, world, dtype, reshard=case.holding.reshard)
+    groups = group_parameters(model, lr=1e-3, lr_projector=None, weight_decay=0.0)
+    held = dtype if world is None else torch.float32
+    optimizer = MasterAdamW(groups, beta1=0.9, beta2=0.999, max_grad_norm=1.0, dtype=held)
+    if world is None:
+        model.to(dtype)
+    batch = _batch(case, model.config.image_token_id)
+    live = LiveBytes()
+    live.see([list(model.parameters()), list(model.buffers()), optimizer._masters, batch.pixels])
+    with live:
+        for _ in range(2):
+            live.peak = 0
+            for _ in range(1 + case.holding.accumulated):
+                loss, _ = objective(batch, pixels=batch.pixels, sources=torch.zeros_like(batch.ids), num_sources=1)
+                loss.backward()
+                del loss
+                optimizer.accumulate()
+            optimizer.step(1.0, optimizer.norm())
+    return live.peak
+
+
+def predict(case: Case) -> Memory:
+    """What the planner says of a case."""
+    return peak_memory(shape_of(case.config()), case.learning, case.holding, case.micro)
+
+
+def _add_adapters(model: VilaForConditionalGeneration, learning: Learning) -> set[str]:
+    from vila.train.lora import adapter_parameters, add_adapters
+
+    add_adapters(model, Lora(rank=learning.rank, dropout=learning.dropout), 0)
+    return set(adapter_parameters(model))
+
+
+def _batch(case: Case, placeholder: int) -> Batch:
+    shape = shape_of(case.config())
+    ids = torch.randint(3, shape.vocabulary, (case.rows, case.length))
+    each, left = divmod(case.images, case.rows)
+    for row in range(case.rows):
+        ids[row, : (each + (row < left)) * shape.media_tokens] = placeholder
+    labels = torch.full_like(ids, -100)
+    labels[:, case.length // 2 :] = 3
+    return Batch(
+        ids=ids,
+        labels=labels,
+        positions=torch.arange(case.length).expand_as(ids),
+        segments=torch.zeros_like(ids),
+        parents=torch.full_like(ids, -1),
+        slots=ids == placeholder,
+        media=(),
+        pixels=torch.randn(case.images, 3, 112, 112),
+    )
+
+
+def dealt(case: Case, ranks: int) -> Case:
+    """The case with its weights dealt to so many ranks."""
+    return replace(case, holding=replace(case.holding, dealt=ranks))
+
+
+def main() -> int:
+    world = open_world()
+    ranks, worst = world.place.world, 0.0
+    if world.main:
+        print(f"Dealt to {ranks}\n\n| Configuration | Measured MB | Predicted MB | Error |\n|---|---|---|---|")
+    for name, one in CASES.items():
+        case = dealt(one, ranks)
+        measured, predicted = measure(case, None if world.alone else world), predict(case).total
+        error = predicted / measured - 1
+        worst = max(worst, abs(error))
+        if world.main:
+            print(f"| {name} | {measured / 1e6:.1f} | {predicted / 1e6:.1f} | {error:+.1%} |", flush=True)
+    world.close()
+    return int(worst >= BOUND)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""The tables of docs/scaling.md: arithmetic and traffic of VILA-7B's stages on 8 to 1,024 GPUs, on paper.
+
+PYTHONPATH=. python benchmarks/scaling.py
+"""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+
+from benchmarks.data_packing import draw, stage_3
+from vila.config.load import load_recipe
+from vila.plan.devices import NODE, parse_machine
+from vila.plan.fit import usable_bytes
+from vila.plan.scaling import Point, scaling
+from vila.plan.traffic import Network, Sharding
+
+GPUS = (8, 32, 128, 256, 1024)
+SHARES = (1, 4, 16)
+STAGES = {
+    "Stage 1, 256 samples a step": ("vila_7b/1_align", []),
+    "Stage 2, 1,024 samples a step": ("vila_7b/2_pretrain", []),
+    "Stage 3, 128 samples a step": ("vila_7b/3_sft", []),
+    "Stage 3, packed, 128 rows of 4,096 tokens": (
+        "vila_7b/3_sft",
+        ["data.packing=rows", "batch.rows=128", "batch.samples=0", "batch.micro=4"],
+    ),
+}
+WAYS: tuple[Sharding, ...] = ("full", "hybrid", "replicate")
+HEADER = ("GPUs", "Dealt", "Micro-batches", "Arithmetic s", "Node GB", "Network GB", "Traffic s", "of it hops s")
+HEADER += ("Efficiency", "Waits for", "Peak GiB")
+
+
+def table(title: str) -> str:
+    """The table of a stage on A100-80G, in Markdown: what fits, and one way where two are the same."""
+    name, overrides = STAGES[title]
+    machine = parse_machine("8xA100-80G")
+    points = scaling(load_recipe(name, overrides), machine, GPUS, WAYS)
+    shown = [
+        point
+        for point in points
+        if point.memory <= usable_bytes(machine) and not (point.sharding == "hybrid" and point.gpus <= NODE)
+    ]
+    rows = [HEADER, ("---",) * len(HEADER), *(_cells(point) for point in shown)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _cells(point: Point) -> tuple[str, ...]:
+    traffic, (least, most) = point.traffic, point.efficiency
+    return (
+        f"{point.gpus:,}",
+        point.sharding,
+        f"{point.micro_batches} of {point.rows // point.micro_batches}",
+        f"{point.compute_s:.2f}",
+        f"{traffic.inside / 1e9:.1f}",
+        f"{traffic.outside / 1e9:.1f}",
+        f"{traffic.total_seconds:.2f}",
+        f"{traffic.waiting:.2f}",
+        f"{least:.0%} to {most:.0%}",
+        point.limit,
+        f"{point.memory / 2**30:.0f}",
+    )
+
+
+def break_even() -> str:
+    """Tokens that a GPU needs in a micro-batch of stage 2 for its arithmetic to last as long as its traffic."""
+    machine = parse_machine("8xA100-80G")
+    recipe = load_recipe("vila_7b/2_pretrain")
+    rows = [("GPUs", *(f"{gpus:,}" for gpus in GPUS)), ("---",) * (len(GPUS) + 1)]
+    for way in WAYS[:2]:
+        points = scaling(recipe, machine, GPUS, [way])
+        rows.append((way, *(f"{point.break_even / point.micro_batches:,.0f}" for point in points)))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def evenness() -> str:
+    """How much of a step the ranks work, when each waits for the one with most tokens; lengths of stage 3 are drawn."""
+    lengths = np.array(draw(stage_3, 576, 128 * 200))
+    rows = [("Samples a GPU", *(f"{each}" for each in SHARES)), ("---",) * (len(SHARES) + 1)]
+    cells = []
+    for each in SHARES:
+        steps = lengths.reshape(-1, 128 // each, each).sum(axis=2)
+        cells.append(f"{steps.mean() / steps.max(axis=1).mean():.0%}")
+    return "\n".join(f"| {' | '.join(row)} |" for row in [*rows, ("Work / time", *cells)])
+
+
+def main() -> int:
+    print(Network())
+    for title in STAGES:
+        print(f"\n## {title}\n\n{table(title)}")
+    print(f"\n## Break-even\n\n{break_even()}")
+    print(f"\n## Evenness\n\n{evenness()}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

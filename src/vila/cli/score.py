@@ -1,0 +1,97 @@
+"""`vila score`: a file of answers made by anybody."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from vila.eval.benchmark import Scored
+
+
+def score(
+    benchmark: Annotated[str, typer.Argument(help="Name of the benchmark.")],
+    data: Annotated[Path, typer.Option(help="playground/data/eval, or the benchmark's own folder in it.")],
+    predictions: Annotated[
+        Path, typer.Option(help="Our predictions.jsonl, or the original's answers; a folder of chunks too.")
+    ],
+    protocol: Annotated[str, typer.Option(help="Rules: upstream, or lmms-eval where it differs.")] = "upstream",
+    compare: Annotated[
+        Path | None, typer.Option(help="Another file of answers, to test the difference against.", show_default=False)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Score answers; the headline is the published figure: percent, or points for MME."""
+    import json
+
+    from vila.cli.evaluate import _names, _rules
+    from vila.core.errors import ConfigError
+    from vila.eval.benchmark import BENCHMARKS
+    from vila.eval.statistics import compare as compared
+    from vila.eval.statistics import interval
+
+    names = _names(benchmark)
+    if len(names) != 1:
+        raise ConfigError(f"{benchmark}: name one benchmark, whose answers the file holds")
+    opened = BENCHMARKS[names[0]](data, 0)
+    rules = _rules(protocol)
+    scored = score_file(opened, predictions, rules)
+    sure = interval(scored.marks)
+    facts: dict[str, Any] = {
+        "benchmark": names[0],
+        "protocol": rules,
+        "score": scored.score,
+        "unit": scored.unit,
+        "interval": sure.as_json() if sure else None,
+        "notes": list(scored.notes),
+        **scored.figures,
+    }
+    if compare:
+        other = score_file(opened, compare, rules)
+        facts["compared"] = {"score": other.score, **compared(other.marks, scored.marks).as_json()}
+    if as_json:
+        typer.echo(json.dumps(facts, ensure_ascii=False))
+        return
+    typer.echo(f"{names[0]}: {scored.score:.2f} {scored.unit}  ({rules} rules)")
+    for name, value in _lines(scored.figures):
+        typer.echo(f"  {name}: {value}")
+    for note in scored.notes:
+        typer.echo(f"  note: {note}")
+    if compare:
+        found = facts["compared"]
+        typer.echo(
+            f"  against {compare}: {found['difference']:+.2f} points, 95 % from {found['low']:+.2f} to "
+            f"{found['high']:+.2f}, p = {found['p']:.3f}; {found['better']} better, {found['worse']} worse"
+        )
+
+
+def score_file(benchmark: Any, path: Path, rules: Any) -> Scored:
+    """The score of a file. Raises DataError for lines that cannot be read, unless the rules leave them out."""
+    from dataclasses import replace
+
+    from vila.core.errors import DataError
+    from vila.eval.answers import read_answers
+
+    answers = read_answers(path)
+    notes = []
+    if answers.bad:
+        if not getattr(benchmark, "skips_bad_lines", False):
+            more = f" and {len(answers.bad) - 1} more" if len(answers.bad) > 1 else ""
+            raise DataError(f"{answers.bad[0]}{more}; correct or delete the line")
+        notes.append(f"{len(answers.bad)} lines could not be read and are left out, as upstream does: {answers.bad[0]}")
+    if answers.failed:
+        notes.append(f"{len(answers.failed)} questions could not be asked, the first {answers.failed[0]}")
+    scored: Scored = benchmark.score(answers.rows, rules)
+    return replace(scored, notes=(*notes, *scored.notes))
+
+
+def _lines(figures: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            rows += _lines(value, f"{prefix}{name}.")
+        else:
+            rows.append((f"{prefix}{name}", f"{value:.4g}" if isinstance(value, float) else value))
+    return rows

@@ -1,0 +1,35 @@
+"""`vila submit`: the files of a run for the benchmarks' servers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def submit(
+    run: Annotated[Path, typer.Argument(help="Directory that `vila eval` wrote.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Default: playground/data/predictions_upload/NAME.", show_default=False)
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="playground/data/eval; default: what the run was given.", show_default=False)
+    ] = None,
+) -> None:
+    """Write what VQAv2's, VizWiz's and MMBench's servers want, checked, and say where to upload it."""
+    from vila.core.errors import DataError
+    from vila.core.files import read_json
+    from vila.eval.submit import describe, submit_run
+
+    facts = run / "eval.json"
+    if not facts.is_file():
+        raise DataError(f"{run}: no eval.json; give the directory that `vila eval --out` wrote")
+    seen = read_json(facts)
+    where = data or Path(seen["data"] or "playground/data/eval")
+    target = out or Path("playground/data/predictions_upload") / run.name
+    written, left_out = submit_run(run, target, where, seen["benchmarks"])
+    for line in describe(written, left_out):
+        typer.echo(line)
+    if not written:
+        raise DataError(f"{run}: nothing to submit")

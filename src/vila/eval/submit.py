@@ -1,0 +1,89 @@
+"""Files for the benchmarks' servers, in the formats and the folder that the original's copying script uses."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vila.core.errors import DataError
+from vila.core.files import atomic_path
+from vila.eval.benchmark import BENCHMARKS, Submission
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A file to upload: where it lies, where it goes, and what was checked."""
+
+    benchmark: str
+    path: Path
+    server: str
+    checks: tuple[str, ...]
+
+
+def submit_run(run: Path, out: Path, data: Path, folders: dict[str, str]) -> tuple[list[Written], list[str]]:
+    """Write `out/BENCHMARK/RUN-HASH.EXT` for every benchmark of a run that has a server; and why others have no file.
+
+    folders: of the benchmarks below `run`, by name.
+    """
+    written: list[Written] = []
+    left_out: list[str] = []
+    for name, folder in folders.items():
+        predictions = run / folder / "predictions.jsonl"
+        if not predictions.is_file():
+            left_out.append(f"{name}: not run; no {predictions}")
+            continue
+        try:
+            benchmark: Any = BENCHMARKS[name](data, 0)
+            if not hasattr(benchmark, "submission"):
+                continue
+            written.append(submit_file(name, benchmark, predictions, out, run.name))
+        except DataError as error:
+            left_out.append(f"{name}: {error}")
+    return written, left_out
+
+
+def submit_file(name: str, benchmark: Any, predictions: Path, out: Path, run: str) -> Written:
+    """Write the server's file of one file of answers. Raises DataError for what the server would refuse."""
+    from vila.eval.answers import read_answers
+
+    answers = read_answers(predictions)
+    submission: Submission = benchmark.submission(answers.rows)
+    content = _encoded(submission)
+    # The MMBench server knows files by name and gives the old result for a new file of the same name.
+    short = hashlib.sha256(_canonical(submission)).hexdigest()[:8]
+    path = out / name / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', run)}-{short}.{submission.kind}"
+    with atomic_path(path) as part:
+        part.write_bytes(content)
+    for old in path.parent.glob(f"*.{submission.kind}"):
+        if old != path and old.name.startswith(f"{path.stem[:-9]}-") and len(old.stem) == len(path.stem):
+            old.unlink()
+    return Written(name, path, submission.server, submission.checks)
+
+
+def _canonical(submission: Submission) -> bytes:
+    return json.dumps(submission.rows, ensure_ascii=False).encode()
+
+
+def _encoded(submission: Submission) -> bytes:
+    if submission.kind == "json":
+        return _canonical(submission)
+    if submission.kind == "jsonl":
+        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in submission.rows).encode()
+    from vila.eval.spreadsheet import workbook_bytes
+
+    return workbook_bytes(submission.rows)
+
+
+def describe(written: Sequence[Written], left_out: Sequence[str]) -> list[str]:
+    """Lines for the reader: each file, its checks, where it is uploaded, and what was left out."""
+    lines = []
+    for one in written:
+        lines.append(f"{one.path}")
+        lines += [f"  {check}" for check in one.checks]
+        lines.append(f"  upload: {one.server}")
+    return [*lines, *(f"left out: {reason}" for reason in left_out)]

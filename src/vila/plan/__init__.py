@@ -1,0 +1,1 @@
+"""What a recipe takes on a machine, before it is run: parameters, memory, operations, traffic, time."""

@@ -1,0 +1,73 @@
+"""`vila plan` tells what a recipe takes, and refuses what cannot fit."""
+
+import json
+import re
+
+import pytest
+
+
+def test_a_recipe_that_fits_is_told_in_lines(vila):
+    code, out, err = vila("plan", "vila_7b/3_sft", "--gpus", "8xA100-80G")
+    assert (code, err) == (0, "")
+    told = dict(line.split(maxsplit=1) for line in out.splitlines() if line and not line.startswith(" "))
+    assert told["recipe"] == "vila_7b_3_sft on 8xA100-80G, 312 TFLOPS each"
+    assert told["parameters"] == "7,062,902,784, of which 6,759,395,328 learn"
+    assert told["step"] == "128 samples = 8 GPUs x 16 x 1 accumulated"
+    assert re.search(r"about 128 samples and [\d,]+ tokens; published: 128 samples", out)
+    assert re.fullmatch(r"[\d.]+ of [\d.]+ GiB that can be filled: weights .*", told["peak"])
+    assert "GPU-hours at 26% MFU" in told["time"]
+    assert "sharegpt4v_mix738k_remove_sa.json: 738 K conversations" in out
+
+
+def test_the_object_for_programs_holds_the_same_numbers(vila):
+    code, out, err = vila("plan", "vila_7b/1_align", "--gpus", "8xA100-80G", "--mfu", "0.5", "--json")
+    assert code == 0, err
+    facts = json.loads(out)
+    assert facts["fits"]
+    assert facts["machine"]["text"] == "8xA100-80G"
+    assert facts["learning"]["projector"] == facts["parameters"]["projector"] == 20_979_712
+    assert sum(facts["learning"].values()) == 20_979_712
+    parts = ("weights", "gradients", "optimizer", "gathered", "activations", "working")
+    assert facts["memory"]["total"] == sum(facts["memory"][name] for name in parts)
+    assert facts["duration"]["mfu"] == 0.5
+    assert facts["batch"]["samples"] == 256
+
+
+def test_what_cannot_fit_is_refused_with_what_would(vila):
+    code, out, err = vila("plan", "vila_7b/3_sft", "--gpus", "4xRTX-4090")
+    assert code == 2
+    assert "peak" in out  # the numbers are shown all the same
+    assert "vila_7b_3_sft needs" in err
+    assert "what would fit: --gpus 8xRTX-4090-24G" in err
+    assert "stage.lora.rank=64" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["vila_7b/3_sft", "--gpus", "8xT4"], "known devices are"),
+        (["vila_7b/3_sft", "--gpus", "24xA100"], "a global batch of 128 is not a multiple of 24 ranks"),
+        (["vila_7b/4_sft"], "unknown recipe 'vila_7b/4_sft'"),
+        (["vila_7b/3_sft", "batch.micron=1"], "micron"),
+        (["vila_7b/3_sft", "model.path=nowhere"], "model.path='nowhere': no such directory"),
+        (["vila_7b/3_sft", "--mfu", "1.5"], "mfu"),
+    ],
+)
+def test_what_is_wrong_is_named(vila, arguments, reason):
+    code, _, err = vila("plan", *arguments)
+    assert code == 2
+    assert reason in err
+
+
+def test_unknown_data_are_named_and_can_be_described(vila):
+    mixture = "data.mixture=[{format: messages, path: mine.jsonl}]"
+    code, out, _ = vila("plan", "vila_7b/3_sft", mixture)
+    assert code == 0
+    assert "nothing is known of mine.jsonl; give --samples, --text and --images" in out
+    code, out, _ = vila(
+        "plan", "vila_7b/3_sft", mixture, "--samples", "1280", "--text", "100", "--images", "2", "--json"
+    )
+    assert code == 0
+    duration = json.loads(out)["duration"]
+    assert duration["steps"] == 10
+    assert duration["tokens"] == 1280 * (100 + 2 * 576)

@@ -1,0 +1,46 @@
+"""MFU of a step, from what the step says of itself."""
+
+import pytest
+
+from tests.train.stand import stand_recipe, write_stand
+from vila.plan.flops import causal_pairs, step_flops
+from vila.plan.learning import Learning
+from vila.plan.shape import shape_of
+from vila.train.metrics import read_metrics
+from vila.train.run import build
+
+
+@pytest.fixture(scope="module")
+def stand(tmp_path_factory):
+    return write_stand(tmp_path_factory.mktemp("stand"))
+
+
+def test_the_share_is_that_of_the_facts_of_the_step(stand):
+    run = build(stand_recipe(stand, "mfu", "monitor.peak_tflops=0.5", "budget.tokens=600"))
+    run.train()
+    shape, learning = shape_of(run.model.config), Learning.of(run.recipe.stage)
+    for row in read_metrics(run.folder / "metrics.jsonl"):
+        needed = step_flops(shape, learning, **{k: row[k] for k in ("tokens", "pairs", "supervised", "images")}).total
+        assert row["mfu"] == pytest.approx(needed / (row["tokens"] / row["tokens_per_second"] * 0.5e12), rel=1e-6)
+
+
+def test_pairs_are_those_of_the_samples(stand):
+    run = build(
+        stand_recipe(stand, "pairs", "data.packing=none", "batch.rows=0", "batch.samples=2", "budget.tokens=300")
+    )
+    seen = []
+    lanes = run.trainer.lanes
+    step = lanes.step
+    lanes.step = lambda: seen.append(step()) or seen[-1]
+    run.train()
+    text = [len(row[0]) for rows in seen for row in rows if row[0].id.startswith("text")]
+    assert text
+    first = read_metrics(run.folder / "metrics.jsonl")[0]
+    alone = [row for row in seen[0] if row[0].id.startswith("text")]
+    assert first["pairs"] >= causal_pairs(len(row[0]) for row in alone)
+
+
+def test_without_a_known_peak_there_is_no_share(stand):
+    run = build(stand_recipe(stand, "unknown", "budget.tokens=100"))
+    run.train()
+    assert all("mfu" not in row for row in read_metrics(run.folder / "metrics.jsonl"))
