@@ -8,9 +8,17 @@ from vila.chat.templates import find_template
 from vila.chat.tokenize import tokenize_sample
 from vila.core.types import Message, Sample
 from vila.data.batch import collate, parts_of
-from vila.train.loss import hidden_states, summed_loss
+from vila.train.loss import Objective
 
 QA = find_template("starter_qa")
+
+
+def hidden_states(model, batch, media):
+    return Objective(model).hidden_states(batch, features=media)
+
+
+def summed_loss(model, batch, media):
+    return Objective(model)(batch, features=media)[0]
 
 
 def text(name, question="some text?", answer="yes"):
@@ -34,8 +42,8 @@ ROWS = {
 }
 
 
-def build(family, samples):
-    model, processor = tiny.vila(family)
+def build(family, samples, **text):
+    model, processor = tiny.vila(family, **text)
     row = [tokenize_sample(s, QA, processor.span_tokenizer, processor.count) for s in samples]
     return model, processor, row
 
@@ -45,13 +53,26 @@ def features(model, processor, media):
     return model.vision_features(processor.pixels(list(media))) if media else None
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+# Shorter than any sample; Qwen2's first layer sees everything.
+WINDOWS = {
+    "mistral": {"sliding_window": 7},
+    "qwen2": {
+        "use_sliding_window": True,
+        "sliding_window": 7,
+        "layer_types": ["full_attention", "sliding_attention"],
+    },
+}
+
+
+@pytest.mark.parametrize(("family", "text"), [*((family, {}) for family in tiny.FAMILIES), *WINDOWS.items()])
 @pytest.mark.parametrize("name", ROWS)
-def test_logits_of_a_packed_row_equal_those_of_its_parts(family, name):
-    model, processor, row = build(family, ROWS[name])
-    batch = collate([row])
+def test_logits_of_a_packed_row_equal_those_of_its_parts(family, text, name):
+    model, processor, row = build(family, ROWS[name], **text)
+    # The second row is longer, so the first is padded.
+    batch = collate([row, [*row, row[0]]])
     with torch.no_grad():
-        packed = model.get_output_embeddings()(hidden_states(model, batch, features(model, processor, batch.media)))[0]
+        packed = model.get_output_embeddings()(hidden_states(model, batch, features(model, processor, batch.media)))
+        assert packed.isfinite().all() and (batch.segments[0] < 0).any()
         owners = [
             s for s in row for _ in range(max(1, len(set(s.segments.tolist()) - {0})) if s.parents.max() >= 0 else 1)
         ]
@@ -61,14 +82,27 @@ def test_logits_of_a_packed_row_equal_those_of_its_parts(family, name):
             alone = model(
                 input_ids=torch.from_numpy(ids)[None], features=features(model, processor, owner.media), use_cache=False
             ).logits[0]
-            # Worst of these cases: 9.5e-7, fp32, torch 2.13.
-            assert (alone - packed[torch.from_numpy(places)]).abs().max() < 1e-5
+            for one in packed:
+                # Worst of these cases: 9.5e-7, fp32, torch 2.13.
+                assert (alone - one[torch.from_numpy(places)]).abs().max() < 1e-5
+
+
+def test_a_window_changes_what_is_seen():
+    model, processor, row = build("mistral", ROWS["three texts"], **WINDOWS["mistral"])
+    wide, _, _ = build("mistral", ROWS["three texts"])
+    wide.load_state_dict(model.state_dict())
+    batch = collate([row])
+    with torch.no_grad():
+        near, far = hidden_states(model, batch, None)[0], hidden_states(wide, batch, None)[0]
+    early = batch.positions[0] < WINDOWS["mistral"]["sliding_window"]
+    assert torch.allclose(near[early], far[early], atol=1e-5)
+    assert (near[~early] - far[~early]).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("name", ROWS)
 def test_loss_and_gradients_of_a_packed_row_equal_those_of_its_parts(family, name):
-    model, processor, row = build(family, ROWS[name])
+    model, processor, row = build(family, ROWS[name], **WINDOWS.get(family, {}))
     batch = collate([row])
     packed = summed_loss(model, batch, features(model, processor, batch.media))
     packed.backward()
@@ -135,18 +169,3 @@ def test_splitting_a_batch_does_not_change_the_global_loss():
     together = total([[row[:3], row[3:]]])
     assert total([[row[:3]], [row[3:]]]) == pytest.approx(together, rel=1e-6)
     assert total([[[s] for s in row]]) == pytest.approx(together, rel=1e-6)
-
-
-def test_the_chunked_loss_equals_the_whole_one(monkeypatch):
-    import vila.train.loss as loss
-
-    model, processor, row = build("llama", ROWS["three texts"])
-    grads = []
-    for chunk in (512, 3):
-        monkeypatch.setattr(loss, "_CHUNK", chunk)
-        model.zero_grad()
-        value = summed_loss(model, collate([row]), None)
-        value.backward()
-        grads.append((value.item(), model.get_input_embeddings().weight.grad.clone()))
-    assert grads[0][0] == pytest.approx(grads[1][0], rel=1e-6)
-    assert (grads[0][1] - grads[1][1]).norm() < 1e-5 * grads[0][1].norm()

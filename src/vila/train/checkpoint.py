@@ -225,11 +225,11 @@ def versions() -> dict[str, str]:
     }
 
 
-def _unreadable(folder: Path, error: Exception) -> CheckpointError:
+def _unreadable(folder: Path, error: BaseException) -> CheckpointError:
     return CheckpointError(f"{folder}: cannot resume from it ({_reason(error)}); delete that directory to start over")
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """What went wrong, in a line; of errors that several processes had, each once."""
     if isinstance(error, CheckpointException):
         causes: list[Any] = [cause for cause, _ in error.failures.values()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -125,7 +126,9 @@ def make_learner(
 
 def recompute(model: VilaForConditionalGeneration, every: int = 1) -> None:
     """Recompute every nth block in the backward pass instead of keeping its activations."""
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    # transformers 5.23 gave it another name.
+    enable: Any = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
     learns = any(parameter.requires_grad for parameter in model.vision_tower.parameters())
     for blocks in (decoder_blocks(model), tower_blocks(model) if learns else []):
         for number, block in enumerate(blocks):

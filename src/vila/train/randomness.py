@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 def random_state() -> dict[str, Tensor]:
     """The states of torch, its CUDA device, Python and NumPy."""
     version, words, gauss = random.getstate()
-    _, key, place, has_gauss, cached = np.random.get_state()
+    numpy: Any = np.random.get_state()
+    _, key, place, has_gauss, cached = numpy
     out = {
         "torch": torch.get_rng_state(),
         "python": torch.tensor([version, *words], dtype=torch.int64),
