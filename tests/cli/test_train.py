@@ -40,8 +40,10 @@ def test_what_was_not_allowed_is_still_refused(vila, trained):
 
 def test_of_several_processes_one_speaks(vila, trained, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     for rank, said in (("0", True), ("1", False)):
         monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
         code, _, err = vila("train", trained)
         assert code == 0
         assert ("already trained" in err) == said

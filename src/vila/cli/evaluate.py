@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vila.cli.judging import DEFAULT_JUDGE, JudgeModelOption, JudgeOption
+
 if TYPE_CHECKING:
     from vila.eval.benchmark import Benchmark
     from vila.eval.runner import Answers, Result
@@ -37,6 +39,8 @@ def evaluate(
     device: Annotated[str, typer.Option(help="cpu or cuda; default: a GPU where there is one.")] = "",
     api: Annotated[str, typer.Option(help="URL of an OpenAI-compatible server to ask instead.")] = "",
     served_model: Annotated[str, typer.Option("--model", help="With --api: the model to ask for.")] = "",
+    judge: JudgeOption = "",
+    judge_model: JudgeModelOption = DEFAULT_JUDGE,
     as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON, a line each.")] = False,
 ) -> None:
     """Ask benchmarks of [bold]MODEL[/bold] and score the answers; an interrupted evaluation goes on where it was."""
@@ -44,11 +48,11 @@ def evaluate(
 
     from rich.console import Console
 
+    from vila.cli.judging import give_judge
     from vila.cli.progress import Screen
     from vila.cli.tables import result_table
     from vila.core.errors import ConfigError
     from vila.core.events import SILENT
-    from vila.core.files import write_json
     from vila.eval.report import write_report
     from vila.eval.runner import result_dir, run
     from vila.train.parallel import open_world
@@ -63,20 +67,21 @@ def evaluate(
     results: list[Result] = []
     with Screen() as screen:
         events = screen if world.main else SILENT
-        for benchmark in _opened(names, data, questions, _counts(shots), events):
-            meet = lambda: world.gather(None) and None  # noqa: E731
+        opened, left_out = _opened(names, data, questions, _counts(shots), events)
+        for benchmark in opened:
             where = result_dir(root, benchmark.name, questions)
+            give_judge(benchmark, judge, judge_model, where, events)
             result = run(
                 engine, benchmark, where, model=facts["hash"], template=template, rules=rules, place=world.place,
-                meet=meet, events=events,
+                meet=world.meet, events=events,
             )  # fmt: skip
             if result:
                 results.append(result)
         if world.main:
             seen = {"model": model or served_model, "data": str(data or ""), "rules": rules, "template": template}
             folders = {result.benchmark: result_dir(root, result.benchmark, questions).name for result in results}
-            write_json(root / "eval.json", {**seen, **facts, "benchmarks": folders})
-            for path in write_report(root):
+            _note_run(root, {**seen, **facts, "benchmarks": folders, "left_out": left_out})
+            for path in write_report(root, {benchmark.name: benchmark for benchmark in opened}):
                 events.said(str(path))
     world.close()
     for result in results:
@@ -126,7 +131,9 @@ def _engine(model: str, api: str, served: str, dtype: str, device: str) -> tuple
 
         if not served:
             raise ConfigError("--api needs --model: the name that the server knows the model by")
-        return RemoteEngine(api, served), {"hash": f"{api} {served}", "api": api, "served": served}
+        remote = RemoteEngine(api, served)
+        remote.check()
+        return remote, {"hash": f"{api} {served}", "api": api, "served": served}
     from vila.engine.engine import Engine
     from vila.eval.runner import model_hash
     from vila.model.hub import local_folder
@@ -137,8 +144,23 @@ def _engine(model: str, api: str, served: str, dtype: str, device: str) -> tuple
     return engine, {"hash": model_hash(folder), "dtype": kind, "device": device}
 
 
-def _opened(names: list[str], data: Path | None, questions: int, shots: list[int], events: Any) -> list[Benchmark]:
-    """The benchmarks whose data are there; of the others it is said what is missing.
+def _note_run(root: Path, facts: dict[str, Any]) -> None:
+    """Write `eval.json`, with the benchmarks that earlier commands ran on the same model."""
+    from vila.core.files import read_json, write_json
+
+    path = root / "eval.json"
+    before = read_json(path) if path.is_file() else {}
+    if before.get("hash") == facts["hash"]:
+        facts["benchmarks"] = {**before["benchmarks"], **facts["benchmarks"]}
+        earlier = {k: v for k, v in before.get("left_out", {}).items() if k not in facts["benchmarks"]}
+        facts["left_out"] = {**earlier, **facts["left_out"]}
+    write_json(path, facts)
+
+
+def _opened(
+    names: list[str], data: Path | None, questions: int, shots: list[int], events: Any
+) -> tuple[list[Benchmark], dict[str, str]]:
+    """The benchmarks whose data are there, and of the others what is missing.
 
     Raises DataError when there is none, or when the only one asked for is missing.
     """
@@ -150,10 +172,11 @@ def _opened(names: list[str], data: Path | None, questions: int, shots: list[int
     from vila.starter.easy_vqa import obtain_easy_vqa
 
     found: list[Benchmark] = []
+    left_out: dict[str, str] = {}
     for name in names:
         try:
             folder = data
-            if folder is None or (name == "easy_vqa" and not _has_easy_vqa(folder)):
+            if folder is None or (name == "easy_vqa" and len(names) > 1 and not _has_easy_vqa(folder)):
                 if name != "easy_vqa":
                     raise DataError(f"{name}: no data; give --data playground/data/eval")
                 folder = obtain_easy_vqa(cache_dir(), events)
@@ -163,13 +186,15 @@ def _opened(names: list[str], data: Path | None, questions: int, shots: list[int
             if len(names) == 1:
                 raise
             events.said(f"{name}: left out: {error}")
+            left_out[name] = str(error)
             continue
-        if gone := missing_images(items):
-            events.said(f"{name}: {len(gone):,} pictures are missing, the first {gone[0]}; their questions will fail")
+        gone = missing_images(items) + (benchmark.missing_videos() if hasattr(benchmark, "missing_videos") else [])
+        if gone:
+            events.said(f"{name}: {len(gone):,} files are missing, the first {gone[0]}; their questions will fail")
         found += shot_variants(benchmark, name, folder, shots)
     if not found:
         raise DataError("none of the benchmarks has its data there; `docs/evaluation.md` says where they come from")
-    return found
+    return found, left_out
 
 
 def _has_easy_vqa(folder: Path) -> bool:

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from types import TracebackType
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
+from rich.table import Column
+from rich.text import Text
+
+from vila.cli.pace import Pace
+from vila.report.scale import write_seconds
 
 _LOG_EVERY_S = 15.0
+_LOG_LATER_S = 60.0
+"""Seconds between lines of a log, in the first ten minutes of a task and after them."""
+_BEHIND = ("tokens/s", "GiB")
+"""Facts that are written as a number and its unit."""
 
 
 class Screen:
@@ -25,16 +35,13 @@ class Screen:
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True, highlight=False)
-        self._bars = Progress(
+        self._bars = _Bars(
             SpinnerColumn(finished_text="[green]done"),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[unit]}"),
-            TextColumn("[cyan]{task.fields[facts]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
+            BarColumn(bar_width=24 if self.console.width >= 100 else 10),
+            _Count(Column(no_wrap=True)),
+            TimeElapsedColumn(Column(no_wrap=True)),
+            _Left(Column(no_wrap=True)),
             console=self.console,
         )
         self._live = self.console.is_terminal
@@ -55,44 +62,120 @@ class Screen:
     def started(self, task: str, total: int | None = None, unit: str = "") -> None:
         """A new bar, or a line in a log."""
         if self._live:
-            self._tasks[task] = self._bars.add_task(task, total=total, unit=unit, facts="")
+            self._tasks[task] = self._bars.add_task(task, total=total, unit=unit, facts="", pace=Pace(total))
         else:
             self._logs[task] = _Log(total, unit)
             self.console.print(f"{task} ...", markup=False)
 
     def advanced(self, task: str, amount: int = 1, **facts: float | str) -> None:
         """Move the bar; in a log, a line every few seconds."""
-        text = "  ".join(
-            f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in facts.items()
-        )
+        text = write_facts(facts)
         if self._live:
             number = self._tasks[task]
+            self._bars.tasks[self._bars.task_ids.index(number)].fields["pace"].add(amount)
             self._bars.update(number, advance=amount, **({"facts": text} if text else {}))  # type: ignore[arg-type]
             return
         log = self._logs[task]
-        log.done += amount
-        if time.monotonic() - log.shown >= _LOG_EVERY_S:
-            log.shown = time.monotonic()
-            whole = f"/{log.total}" if log.total is not None else ""
-            self.console.print(f"{task}: {log.done}{whole} {log.unit}  {text}".rstrip(), markup=False, soft_wrap=True)
+        log.pace.add(amount)
+        if log.is_due():
+            words = [f"{task}: {write_count(log.pace.done, log.total, log.unit)}", text, log.left()]
+            self.console.print("  ".join(filter(None, words)), markup=False, soft_wrap=True)
 
     def said(self, text: str) -> None:
         """A line above the bars."""
         self.console.print(text, markup=False, soft_wrap=True)
 
     def finished(self, task: str, summary: str = "") -> None:
-        """Stop the bar where it is."""
+        """Stop the bar where it is; one inside other work, which may come again and again, goes away."""
         if self._live:
-            self._bars.stop_task(self._tasks.pop(task))
+            number = self._tasks.pop(task)
+            self._bars.stop_task(number)
+            if self._tasks:
+                self._bars.remove_task(number)
         else:
             log = self._logs.pop(task)
             seconds = time.monotonic() - log.began
             self.console.print(f"{task}: done in {seconds:.0f} s {summary}".rstrip(), markup=False)
 
 
+def write_facts(facts: dict[str, float | str]) -> str:
+    """`step 1,200  loss 2.314  lr 1.87e-5  8,120 tokens/s  MFU 41.2 %`: figures as a line shows them."""
+    return "  ".join(_fact(name, value) for name, value in facts.items())
+
+
+def _fact(name: str, value: float | str) -> str:
+    if isinstance(value, str):
+        return f"{name} {value}"
+    if name == "MFU":
+        return f"{name} {100 * value:.1f} %"
+    return f"{_number(value)} {name}" if name in _BEHIND else f"{name} {_number(value)}"
+
+
+def _number(value: float) -> str:
+    if isinstance(value, int) or abs(value) >= 1000:
+        return f"{value:,.0f}"
+    if value and abs(value) < 1e-3:
+        mantissa, _, power = f"{value:.2e}".partition("e")
+        return f"{mantissa}e{int(power)}"
+    return f"{value:.4g}"
+
+
+def write_count(done: int, total: int | None, unit: str) -> str:
+    """`45 %`, `1,200/9,673 questions`, or `1,200 files` where the total is not known."""
+    if unit == "%" and total:
+        return f"{100 * done / total:.{0 if total <= 100 else 1}f} %"
+    return f"{done:,}{f'/{total:,}' if total is not None else ''} {unit}".rstrip()
+
+
+class _Bars(Progress):
+    """Bars, and below each one its facts in a line of their own: both fit 80 columns."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        waiting: list[Task] = []
+        for task in self.tasks:
+            waiting.append(task)
+            if task.fields["facts"]:
+                yield self.make_tasks_table(waiting)
+                yield Text(f"  {task.fields['facts']}", style="cyan", no_wrap=True, overflow="ellipsis")
+                waiting = []
+        if waiting:
+            yield self.make_tasks_table(waiting)
+
+
+class _Count(ProgressColumn):
+    """How much is done."""
+
+    def render(self, task: Task) -> Text:
+        total = None if task.total is None else int(task.total)
+        return Text(write_count(int(task.completed), total, task.fields["unit"]), style="progress.download")
+
+
+class _Left(ProgressColumn):
+    """How long it will still take."""
+
+    max_refresh = 0.5
+
+    def render(self, task: Task) -> Text:
+        seconds = None if task.finished else task.fields["pace"].left()
+        return Text("" if seconds is None else f"{write_seconds(seconds)} left", style="progress.remaining")
+
+
 class _Log:
     """What a log line needs to know of a task."""
 
     def __init__(self, total: int | None, unit: str) -> None:
-        self.total, self.unit, self.done = total, unit, 0
+        self.total, self.unit = total, unit
+        self.pace = Pace(total)
         self.began = self.shown = time.monotonic()
+
+    def is_due(self) -> bool:
+        """Whether it is time for a line; if so, the time until the next one begins."""
+        now = time.monotonic()
+        due = now - self.shown >= (_LOG_EVERY_S if now - self.began < 600 else _LOG_LATER_S)
+        if due:
+            self.shown = now
+        return due
+
+    def left(self) -> str:
+        seconds = self.pace.left()
+        return "" if seconds is None else f"{write_seconds(seconds)} left"

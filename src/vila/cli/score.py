@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vila.cli.judging import DEFAULT_JUDGE, JudgeModelOption, JudgeOption
+
 if TYPE_CHECKING:
     from vila.eval.benchmark import Scored
 
@@ -21,12 +23,16 @@ def score(
     compare: Annotated[
         Path | None, typer.Option(help="Another file of answers, to test the difference against.", show_default=False)
     ] = None,
+    judge: JudgeOption = "",
+    judge_model: JudgeModelOption = DEFAULT_JUDGE,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Score answers; the headline is the published figure: percent, or points for MME."""
     import json
 
     from vila.cli.evaluate import _names, _rules
+    from vila.cli.judging import give_judge
+    from vila.cli.progress import Screen
     from vila.core.errors import ConfigError
     from vila.eval.benchmark import BENCHMARKS
     from vila.eval.statistics import compare as compared
@@ -37,7 +43,10 @@ def score(
         raise ConfigError(f"{benchmark}: name one benchmark, whose answers the file holds")
     opened = BENCHMARKS[names[0]](data, 0)
     rules = _rules(protocol)
-    scored = score_file(opened, predictions, rules)
+    with Screen() as screen:
+        give_judge(opened, judge, judge_model, predictions.parent, screen)
+        scored = score_file(opened, predictions, rules)
+        other = score_file(opened, compare, rules) if compare else None
     sure = interval(scored.marks)
     facts: dict[str, Any] = {
         "benchmark": names[0],
@@ -48,8 +57,7 @@ def score(
         "notes": list(scored.notes),
         **scored.figures,
     }
-    if compare:
-        other = score_file(opened, compare, rules)
+    if other:
         facts["compared"] = {"score": other.score, **compared(other.marks, scored.marks).as_json()}
     if as_json:
         typer.echo(json.dumps(facts, ensure_ascii=False))
@@ -93,5 +101,5 @@ def _lines(figures: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
         if isinstance(value, dict):
             rows += _lines(value, f"{prefix}{name}.")
         else:
-            rows.append((f"{prefix}{name}", f"{value:.4g}" if isinstance(value, float) else value))
+            rows.append((f"{prefix}{name}", f"{value:.6g}" if isinstance(value, float) else value))
     return rows

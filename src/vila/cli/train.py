@@ -57,7 +57,11 @@ def train(
     if dry_run:
         typer.echo(recipe_to_yaml(resolved), nl=False)
         return
+    from vila.cli.model_card import write_model_card
     from vila.cli.progress import Screen
+    from vila.cli.watch import listeners_of
+    from vila.core.files import write_json
+    from vila.train.report import write_report
     from vila.train.run import build, is_finished, model_dir, refuse_changes
 
     with Screen() as screen:
@@ -69,12 +73,21 @@ def train(
             events.said(f"{resolved.name}: already trained, the model is in {model_dir(resolved)}")
             return
         run = build(resolved, events=events, allow_changes=allowed)
+        run.trainer.listeners += listeners_of(resolved, run.processor, events)
         events.said(
             f"{resolved.name}: {run.trainable:,} parameters learn, {run.mixture.epoch_length:,} samples an epoch"
         )
-        for line in share_lines(run) if run.world.main else ():
-            events.said(line)
-        events.said(f"{resolved.name}: the model is in {run.train()}")
+        if run.world.main:
+            lines, shares = shares_of(run)
+            for line in lines:
+                events.said(line)
+            write_json(run.folder / "shares.json", shares)
+        where = run.train()
+        if run.world.main:
+            write_model_card(resolved)
+            events.said(f"{resolved.name}: the report is {write_report(run.folder)}")
+        events.said(f"{resolved.name}: the model is in {where}")
+        run.world.close()
 
 
 def _batch(recipe: Recipe, arguments: list[str], slurm: str, dry_run: bool) -> str:
@@ -93,8 +106,8 @@ def _batch(recipe: Recipe, arguments: list[str], slurm: str, dry_run: bool) -> s
     return f"{submit(script, folder)}: {folder / 'train.sbatch'}\n"
 
 
-def share_lines(run: Run) -> list[str]:
-    """What each data set brings to an epoch, estimated from a few of its samples; a line each."""
+def shares_of(run: Run) -> tuple[list[str], dict[str, int]]:
+    """What each data set brings to an epoch, estimated from a few of its samples: a line each, and tokens by name."""
     from vila.data.survey import survey
     from vila.train.rows import build_reader
 
@@ -103,9 +116,10 @@ def share_lines(run: Run) -> list[str]:
         shares = survey(run.mixture, reader.tokenise, _SURVEYED)
     except VilaError as error:
         # Whether a fault stops the run is for its own budget of faults to say.
-        return [f"  shares are not known: {error}"]
-    return [
+        return [f"  shares are not known: {error}"], {}
+    lines = [
         f"  {one.name}: {one.samples:,} samples, about {one.tokens:,} tokens ({one.token_share:.1%}) "
         f"and {one.images:,} images an epoch"
         for one in shares
     ]
+    return lines, {one.name: one.tokens for one in shares}

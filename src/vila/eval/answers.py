@@ -11,7 +11,8 @@ from typing import Any
 from vila.core.errors import DataError
 from vila.eval.benchmark import Answer
 
-_TEXT = ("text", "answer", "prediction", "pred")
+# Rows of video questions have the true answer beside the predicted one.
+_TEXT = ("text", "pred", "prediction", "answer")
 _ID = ("question_id", "questionId", "id", "index", "image")
 
 

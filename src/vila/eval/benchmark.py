@@ -61,7 +61,10 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """What one question got: value 0..1 of the points that it can give, and why."""
+    """What one question got: value 0..1 of the points that it can give, and why.
+
+    item: id of the item that `answer` is to, where several items make one question; "" for `id`.
+    """
 
     id: str
     value: float
@@ -70,6 +73,7 @@ class Mark:
     answer: str = ""
     truth: str = ""
     rule: str = ""
+    item: str = ""
 
 
 @dataclass(frozen=True)
@@ -135,5 +139,20 @@ BENCHMARKS: Registry[OpenBenchmark] = Registry(
     "benchmark",
     {
         "easy_vqa": "vila.eval.benchmarks.easy_vqa:EasyVqa",
+        "vqav2": "vila.eval.benchmarks.vqav2:Vqav2",
+        "gqa": "vila.eval.benchmarks.gqa:Gqa",
+        "vizwiz": "vila.eval.benchmarks.vizwiz:VizWiz",
+        "textvqa": "vila.eval.benchmarks.textvqa:TextVqa",
+        "pope": "vila.eval.benchmarks.pope:Pope",
+        "scienceqa": "vila.eval.benchmarks.scienceqa:ScienceQa",
+        "mme": "vila.eval.benchmarks.mme:Mme",
+        "mmbench": "vila.eval.benchmarks.mmbench:MmBench",
+        "mmbench_cn": "vila.eval.benchmarks.mmbench_cn:MmBenchCn",
+        "seed": "vila.eval.benchmarks.seed:Seed",
+        "videoqa": "vila.eval.benchmarks.videoqa:VideoQa",
+        "videoqa_msvd": "vila.eval.benchmarks.videoqa:msvd",
+        "videoqa_msrvtt": "vila.eval.benchmarks.videoqa:msrvtt",
+        "videoqa_tgif": "vila.eval.benchmarks.videoqa:tgif",
+        "videoqa_activitynet": "vila.eval.benchmarks.videoqa:activitynet",
     },
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,7 +12,7 @@ from typing import Any, Protocol
 from vila.core.dist import Place
 from vila.core.errors import DataError
 from vila.core.events import SILENT, Events, task
-from vila.core.files import read_json, remove_partials, sha256_tree, write_json, write_jsonl
+from vila.core.files import read_json, remove_partials, sha256_file, write_json, write_jsonl
 from vila.core.types import Image, Message, Text
 from vila.engine.request import Sampling
 from vila.eval.benchmark import Benchmark, Item, Rules, Scored
@@ -88,7 +89,7 @@ def run(
         _same_run(out, {"benchmark": benchmark.name, "model": model, "questions": len(items), "template": template})
     meet()
     done = read_predictions(out, (item.id for item in items))
-    sampling = Sampling(max_new_tokens=benchmark.max_new_tokens)
+    sampling = getattr(benchmark, "sampling", None) or Sampling(max_new_tokens=benchmark.max_new_tokens)
     name = f"{benchmark.name}: {len(items)} questions"
     began = time.monotonic()
     answered = seen = right = 0
@@ -162,8 +163,11 @@ def result_dir(root: Path, name: str, questions: int) -> Path:
 
 
 def model_hash(folder: Path) -> str:
-    """What tells one model directory from another: a hash of its weights and configs."""
-    return sha256_tree(folder)[:32]
+    """What tells one model directory from another: a hash of its weights and configs; its card may change."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".md"):
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{sha256_file(path)}\n".encode())
+    return digest.hexdigest()[:32]
 
 
 def batches(items: Sequence[Item]) -> Iterator[list[Item]]:

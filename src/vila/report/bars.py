@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from markupsafe import Markup
 
@@ -20,16 +20,21 @@ from vila.report.svg import (
     svg,
     text_element,
     text_width,
+    whisker,
     wrap,
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The bars of one category, by name; None and values that are not finite are shown as missing."""
+    """The bars of one category, by name; None and values that are not finite are shown as missing.
+
+    intervals: low and high ends of a thin line over a bar, by the bar's name.
+    """
 
     name: str
     values: Mapping[str, float | None]
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def bar_plot(
@@ -60,7 +65,8 @@ def _bars(
 ) -> Markup:
     font, thick, pitch = sheet.font, 14, 19
     values = [v for group in groups for v in group.values.values() if can_place(v)]
-    low, high = min([0.0, *values]), max([0.0, *values] if full is None else [full, *values])
+    ends = [*values, *(end for group in groups for pair in group.intervals.values() for end in pair if can_place(end))]
+    low, high = min([0.0, *ends]), max([0.0, *ends] if full is None else [full, *ends])
     # Names stand beside the bars where there is room, above them where there is not.
     aside = min(215.0, max((text_width(g.name, font + 1) for g in groups), default=0.0)) + 16 if sheet is WIDE else 0.0
     room = max((text_width(write(v), font) for v in values), default=0.0) + 10
@@ -80,8 +86,10 @@ def _bars(
             if key.name in group.values:
                 value = group.values[key.name]
                 shown = write(value) if can_place(value) else MISSING
-                story.append(f"{group.name}, {key.name}: {shown}")
-                shapes += _bar(key, value, shown, axis, y, thick, font, full is not None)
+                sure = _interval(group, key.name)
+                between = f" ({write(sure[0])} to {write(sure[1])})" if sure else ""
+                story.append(f"{group.name}, {key.name}: {shown}{between}")
+                shapes += _bar(key, value, shown, axis, y, thick, font, full is not None, sure)
                 y += pitch
         y = max(y, head + 16 * len(words)) + (14 if sheet is WIDE else 12)
     if not groups:
@@ -89,8 +97,21 @@ def _bars(
     return svg(sheet, y - 8, title or "bars", "; ".join(story) or "no data", shapes)
 
 
+def _interval(group: Group, name: str) -> tuple[float, float] | None:
+    ends = group.intervals.get(name)
+    return ends if ends and can_place(group.values[name]) and all(map(can_place, ends)) else None
+
+
 def _bar(
-    key: Key, value: float | None, shown: str, axis: Axis, y: float, thick: float, font: float, track: bool
+    key: Key,
+    value: float | None,
+    shown: str,
+    axis: Axis,
+    y: float,
+    thick: float,
+    font: float,
+    track: bool,
+    sure: tuple[float, float] | None,
 ) -> list[Markup]:
     shapes: list[Markup] = []
     zero = tip = axis.place(0)
@@ -102,7 +123,12 @@ def _bar(
         # A zero is still a bar: a sliver says "measured, and nothing", a bare dash says "not measured".
         size = {"x": min(zero, tip), "y": y, "width": max(abs(tip - zero), 1.5), "height": thick, "rx": 2.0}
         shapes.append(element("rect", class_=f"bar {key.style}", fill=key.colour, **size))
-    left, base, strong = tip < zero, y + thick / 2 + 0.36 * font, key.style == "bar0"
+    left = tip < zero
+    if sure and (ends := sorted(map(axis.place, sure)))[1] - ends[0] >= 1:
+        first, last = ends
+        shapes += whisker((first, y + thick / 2), (last, y + thick / 2))
+        tip = min(tip, first) if left else max(tip, last)
+    base, strong = y + thick / 2 + 0.36 * font, key.style == "bar0"
     anchor = "end" if left else "start"
     shapes.append(text_element(shown, tip - 6 if left else tip + 6, base, size=font, strong=strong, anchor=anchor))
     return shapes

@@ -17,10 +17,14 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True, slots=True)
 class Series:
-    """A named line through `points`; one that is not finite breaks the line."""
+    """A named line through `points`; one that is not finite breaks the line.
+
+    raw: what the faint line goes through where it is not `points`, such as the extremes around means.
+    """
 
     name: str
     points: Sequence[Point]
+    raw: Sequence[Point] = ()
 
 
 def line_plot(
@@ -31,16 +35,18 @@ def line_plot(
     y_label: str = "",
     log_y: bool = False,
     smoothing: float = 0.0,
+    faint: bool = True,
 ) -> Markup:
     """Lines over a common axis, drawn once for screens and once for phones.
 
     smoothing: 0..1, the weight that a moving average gives each neighbour relative to the next nearer one; above 0
-        the average is drawn over the faint raw line.
+        the average is drawn over the faint raw line, which is also drawn where a series brings its own.
+    faint: whether raw lines are drawn at all; many of them hide the averages.
     Points that no axis can show (not finite, not positive on a logarithmic one) are left out, and a note counts them.
     """
     if not 0 <= smoothing < 1:
         raise ValueError(f"smoothing is {smoothing!r}; expected 0 <= smoothing < 1")
-    lines = [_line(s, log_y, smoothing) for s in series]
+    lines = [_line(s, log_y, smoothing, faint) for s in series]
     lost = sum(line.lost for line in lines)
     keys = [Key(_style(i), LINE_COLOURS[i % len(LINE_COLOURS)], line.name, line.remark) for i, line in enumerate(lines)]
     story = "; ".join(f"{line.name}: {line.story}" for line in lines) or "no data"
@@ -51,7 +57,7 @@ def line_plot(
         for sheet in (WIDE, NARROW)
     ]
     note = f"{lost} point{'s' * (lost != 1)} without a {'positive ' * log_y}finite value left out." if lost else ""
-    return frame(title, keys if len(keys) > 1 or smoothing else [], drawn, note)
+    return frame(title, keys if len(keys) > 1 or smoothing or any(line.raw for line in lines) else [], drawn, note)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,17 +80,23 @@ class _Line:
         return f"from {write_number(self.smooth[0][0][1])} to {write_number(self.smooth[-1][-1][1])}"
 
 
-def _line(series: Series, log_y: bool, smoothing: float) -> _Line:
+def _line(series: Series, log_y: bool, smoothing: float, faint: bool) -> _Line:
+    runs, lost = _runs(series.points, log_y)
+    raw = _runs(series.raw, log_y)[0] if series.raw else runs if smoothing else []
+    return _Line(series.name, raw if faint else [], [_smooth(run, smoothing) for run in runs], lost)
+
+
+def _runs(points: Sequence[Point], log_y: bool) -> tuple[list[list[Point]], int]:
+    """The unbroken parts of a line, and how many points no axis can show."""
     runs: list[list[Point]] = [[]]
     lost = 0
-    for x, y in series.points:
+    for x, y in points:
         if can_place(x) and can_place(y, log_y):
             runs[-1].append((x, y))
         else:
             lost += 1
             runs.append([])
-    runs = [run for run in runs if run]
-    return _Line(series.name, runs if smoothing else [], [_smooth(run, smoothing) for run in runs], lost)
+    return [run for run in runs if run], lost
 
 
 def _smooth(run: Sequence[Point], weight: float) -> list[Point]:

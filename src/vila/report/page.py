@@ -35,12 +35,14 @@ class Card:
     """A picture of a gallery and lines of (label, text) below it; a line without a label stands out as the card's own.
 
     `good` marks the card as right or wrong, None leaves it unmarked. `more`: further pictures, below the first.
+    `verdict`: a word in place of "right" or "wrong".
     """
 
     image: Picture | None
     lines: Sequence[tuple[str, str]]
     good: bool | None = None
     more: Sequence[Picture] = ()
+    verdict: str = ""
 
     @property
     def pictures(self) -> list[Picture]:
@@ -81,9 +83,17 @@ class Flow:
         written = [[write_cell(cell) for cell in row] for row in rows]
         return self._add("table", header=list(header), rows=written, numeric=numeric, caption=caption)
 
-    def gallery(self, cards: Sequence[Card], caption: str = "") -> Self:
-        """Pictures with labelled lines. Raises MediaError naming a picture that cannot be read."""
-        shown = [{"images": [*map(embed, c.pictures)], "lines": list(c.lines), "good": c.good} for c in cards]
+    def gallery(self, cards: Sequence[Card], caption: str = "", photos: bool = False) -> Self:
+        """Pictures with labelled lines; photos: as JPEG. Raises MediaError naming a picture that cannot be read."""
+        shown = [
+            {
+                "images": [embed(each, photos) for each in c.pictures],
+                "lines": list(c.lines),
+                "good": c.good,
+                "verdict": c.verdict or ("right" if c.good else "wrong"),
+            }
+            for c in cards
+        ]
         return self._add("gallery", cards=shown, caption=caption)
 
     def code(self, text: str, caption: str = "") -> Self:

@@ -13,7 +13,7 @@ from markupsafe import Markup, escape
 # inside a page the sheet's classes override them and follow the reader's light or dark preference.
 LINE_COLOURS = ("#1d5fbf", "#c2610c", "#11806a", "#8a4bb5", "#b82f55", "#69707a")
 BAR_COLOURS = ("#1d5fbf", "#8b929c", "#c6cbd1", "#c2610c", "#11806a", "#8a4bb5")
-INK, MUTED, GRID, TRACK = "#16191d", "#59606a", "#e4e7ea", "#f0f2f4"
+INK, MUTED, GRID, TRACK, PAPER = "#16191d", "#59606a", "#e4e7ea", "#f0f2f4", "#fdfdfd"
 
 # XML knows no other control characters, and half of a surrogate pair has no encoding.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
@@ -68,6 +68,19 @@ def text_element(words: str, x: float, y: float, *, size: float, strong: bool = 
         text_anchor=anchor,
         fill=INK if strong else MUTED,
     )
+
+
+def whisker(start: tuple[float, float], end: tuple[float, float]) -> list[Markup]:
+    """An interval: a thin line between two places, level or upright, with a short bar across each end."""
+    (x1, y1), (x2, y2) = start, end
+    across = (0.0, 3.5) if y1 == y2 else (3.5, 0.0)
+    lines = [(x1, y1, x2, y2)]
+    lines += [(x - across[0], y - across[1], x + across[0], y + across[1]) for x, y in (start, end)]
+    return [
+        element("line", class_=f"whisker {layer}", x1=a, y1=b, x2=c, y2=d, stroke=colour, stroke_width=width)
+        for layer, colour, width in (("halo", PAPER, 3.5), ("core", INK, 1.5))
+        for a, b, c, d in lines
+    ]
 
 
 def svg(sheet: Sheet, height: float, label: str, description: str, shapes: Sequence[Markup]) -> Markup:

@@ -51,8 +51,9 @@ class EasyVqa:
         by_kind: dict[str, list[Item]] = defaultdict(list)
         for item in self._items:
             by_kind[item.kind].append(item)
+        whole = self._row(self._items, predictions)
         figures = {
-            **self._row(self._items, predictions),
+            **whole,
             "by_type": {kind: self._row(items, predictions) for kind, items in sorted(by_kind.items())},
         }
         marks = [
@@ -60,7 +61,7 @@ class EasyVqa:
             for item in self._items
             for value in [float(exact_match(predictions[item.id], item.truth))]
         ]
-        return Scored(100 * figures["accuracy"], "%", figures, tuple(marks))
+        return Scored(100 * whole["accuracy"], "%", figures, tuple(marks))
 
     def _row(self, items: Sequence[Item], predictions: Mapping[str, str]) -> dict[str, float]:
         right = sum(exact_match(predictions[item.id], item.truth) for item in items)

@@ -1,0 +1,188 @@
+"""MME: two yes-or-no questions about every picture, in fourteen categories (Fu et al., arXiv 2306.13394).
+
+    llava_mme.jsonl                                     what is asked; question_id OCR/0001.jpg, or
+                                                        artwork/images/0001.jpg where the category has folders
+    MME_Benchmark_release_version/OCR/0001.txt          question, tab, Yes or No; two lines. In five categories
+    .../artwork/questions_answers_YN/0001.txt           texts and pictures have folders of their own
+
+A category gives acc + acc+: percent of questions, and of pictures with both questions, that are right. The published
+figure is the sum over the ten categories of perception, 2000 at most.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from vila.core.errors import DataError
+from vila.eval.benchmark import Answer, Item, Mark, Rules, Scored
+from vila.eval.folders import find
+from vila.eval.ids import size_note
+from vila.eval.joining import naming
+from vila.eval.mme_rows import Key, Row, key_of, misplaced, pair_up, picture_of, read_lmms, read_truths, read_upstream
+from vila.eval.question_file import ask, read_questions, together
+
+PERCEPTION = (
+    "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
+)  # fmt: skip
+COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+
+_ASKED = "llava_mme.jsonl"
+_RELEASE = "MME_Benchmark_release_version"
+_MME = "github.com/BradyFU/Awesome-Multimodal-Large-Language-Models, branch Evaluation (by application)"
+_PUBLISHED = 2374
+
+
+class Mme:
+    """Both questions of all pictures."""
+
+    name = "mme"
+    max_new_tokens = 128
+
+    def __init__(self, folder: Path, limit: int = 0) -> None:
+        self._folder, self._limit = folder, limit
+        self._release = find(folder, "MME", _RELEASE, obtain=_MME)
+
+    def items(self) -> Sequence[Item]:
+        """The questions, picture by picture; ids are the original's with the question's place, from 1, behind `#`."""
+        return self._items
+
+    @cached_property
+    def _items(self) -> list[Item]:
+        questions = read_questions(find(self._folder, "MME", _ASKED))
+        items = []
+        for question in questions:
+            if not isinstance(question.question_id, str) or "/" not in question.question_id:
+                raise DataError(f"{question.where}: question_id {question.question_id!r} is not CATEGORY/FILE")
+            key = key_of(question.question_id, question.text, self._truths)
+            name, group = self._mark_id(question.question_id, key), picture_of(key)
+            messages = ask(self._release / question.image, question.text)
+            truth = self._truths.get(key, "")
+            items.append(Item(name, messages, truth, group, key[0], question.question_id, question.text))
+        if twice := [name for name, count in Counter(item.id for item in items).items() if count > 1]:
+            raise DataError(f"{_ASKED}: questions that are asked twice: {naming(twice)}")
+        return together(items, self._limit)
+
+    @cached_property
+    def _truths(self) -> dict[Key, str]:
+        """Yes or No by question. Raises DataError naming file and line."""
+        out: dict[Key, str] = {}
+        for category in sorted(path for path in self._release.iterdir() if path.is_dir()):
+            own = category / "questions_answers_YN"
+            for path in sorted((own if (category / "images").is_dir() or own.is_dir() else category).glob("*.txt")):
+                out.update({(category.name, path.name, question): truth for question, truth in read_truths(path)})
+        if not out:
+            raise DataError(f"{self._release}: holds no questions with answers; it comes from {_MME}")
+        return out
+
+    @cached_property
+    def _places(self) -> dict[Key, int]:
+        """Where a question stands in its file, from 1."""
+        counts: Counter[str] = Counter()
+        places = {}
+        for key in self._truths:
+            counts[picture_of(key)] += 1
+            places[key] = counts[picture_of(key)]
+        return places
+
+    def _mark_id(self, question_id: str, key: Key) -> str:
+        return f"{question_id}#{self._places.get(key, key[2])}"
+
+    def score(self, answers: Sequence[Answer], rules: Rules = "upstream") -> Scored:
+        """Points of perception; of cognition and each category in the figures. Marks are by question, of all.
+
+        upstream:  yes or no within the first four characters, as they are; a pair given twice counts twice.
+        lmms-eval: ends and full stops stripped first, a lone y or n counts; a pair given twice is refused.
+        The two answers about a picture belong together wherever they stand. Categories without answers give no points.
+        Raises DataError naming ids: questions that MME does not have, pictures whose two questions are not answered
+        equally often. The original stops there too, or pairs answers about different pictures.
+        """
+        rows, notes = self._rows(answers)
+        pairs = pair_up(self.name, rows, once=rules == "lmms-eval")
+        notes += self._gaps(pairs) + misplaced(rows)
+        read = read_lmms if rules == "lmms-eval" else read_upstream
+        figures: dict[str, Any] = {"by_category": {}}
+        marks: list[Mark] = []
+        for category, own in pairs.items():
+            row, of_category = self._category(category, own, read)
+            figures["by_category"][category] = row
+            marks += of_category
+            if row["other"] == row["questions"]:
+                notes.append(f"{category}: no answer says yes or no; 0 points, where the original stops")
+        for part, categories in (("perception", PERCEPTION), ("cognition", COGNITION)):
+            figures[part] = sum(figures["by_category"][name]["score"] for name in categories if name in pairs)
+        absent = [name for name in (*PERCEPTION, *COGNITION) if name not in pairs]
+        if absent:
+            notes.append(
+                f"categories without an answer, which give no points (the original stops): {', '.join(absent)}"
+            )
+        ordered = {key: figures[key] for key in ("perception", "cognition")}
+        ordered.update(questions=len(marks), missing_categories=absent, by_category=figures["by_category"])
+        return Scored(ordered["perception"], "points", ordered, tuple(marks), tuple(notes))
+
+    def _rows(self, answers: Sequence[Answer]) -> tuple[list[Row], list[str]]:
+        """Answers with their questions, lines and tabs made spaces; and notes."""
+        rows, unknown, broken, unscored = [], [], [], []
+        for answer in answers:
+            name = answer.question_id
+            key = key_of(name, answer.prompt, self._truths) if isinstance(name, str) and answer.prompt else None
+            if key is None or key not in self._truths:
+                unknown.append(f"{name} ({answer.prompt[:60]!r})")
+                continue
+            if key[0] not in (*PERCEPTION, *COGNITION):
+                unscored.append(str(name))
+                continue
+            text = answer.text
+            if any(mark in text for mark in "\t\n\r"):
+                text = " ".join(text.split())
+                broken.append(str(name))
+            rows.append(Row(key, str(name), text))
+        if unknown:
+            raise DataError(
+                f"{self.name}: {len(unknown)} answers are to questions that {self._release} does not have, "
+                f"or repeat no prompt: {naming(unknown)}"
+            )
+        if not rows:
+            raise DataError(f"{self.name}: none of {len(answers)} answers is to a question of one of its categories")
+        cases = [
+            (broken, "answers with tabs or line breaks, which are made spaces (the original stops)"),
+            (unscored, "answers in categories that do not count, left out"),
+        ]
+        return rows, [f"{len(ids)} {what}: {naming(ids)}" for ids, what in cases if ids]
+
+    def _gaps(self, pairs: Mapping[str, Mapping[str, Sequence[tuple[Row, Row]]]]) -> list[str]:
+        """What is missing, given twice or out of order, in words."""
+        notes = [] if self._limit else size_note(f"{self._release.name}", len(self._truths), _PUBLISHED)
+        known = {picture_of(key) for key in self._truths if key[0] in pairs}
+        if self._limit:
+            known &= {item.group for item in self._items}
+        given = {group for own in pairs.values() for group in own}
+        if gone := sorted(known - given):
+            notes.append(f"{len(gone)} pictures without answers, not counted: {naming(gone)}")
+        if twice := [group for own in pairs.values() for group, turns in own.items() if len(turns) > 1]:
+            notes.append(f"{len(twice)} pictures are answered more than once and count as often: {naming(twice)}")
+        return notes
+
+    def _category(
+        self, category: str, own: Mapping[str, Sequence[tuple[Row, Row]]], read: Any
+    ) -> tuple[dict[str, Any], list[Mark]]:
+        """The figures of a category and its marks."""
+        marks: list[Mark] = []
+        both = count = other = 0
+        for group, turns in own.items():
+            for turn, pair in enumerate(turns):
+                rights = []
+                for row in pair:
+                    said, truth = read(row.text), self._truths[row.key]
+                    rights.append(said == truth.lower())
+                    other += said == "other"
+                    name = self._mark_id(row.question_id, row.key) + (f" ({turn + 1})" if turn else "")
+                    marks.append(Mark(name, float(rights[-1]), group, category, row.text, truth, f"read as {said}"))
+                both += all(rights)
+                count += 1
+        acc, acc_plus = 100 * sum(mark.value for mark in marks) / len(marks), 100 * both / count
+        figures = {"score": acc + acc_plus, "acc": acc, "acc_plus": acc_plus}
+        return {**figures, "questions": len(marks), "images": count, "other": other}, marks

@@ -1,0 +1,165 @@
+"""SEED-Bench: four options, twelve kinds of questions about pictures and clips (Li et al., CVPR 2024).
+
+    llava-seed-bench.jsonl   what is asked: question_id (a number; text such as "v12" for clips), image, text
+    SEED-Bench.json          {"question_type": {"Scene Understanding": 1, ...}, "questions": [{"question_id": "101669",
+                              "answer": "C", "question_type_id": 1, "data_type": "image", "data_id": ...}, ...]}
+
+A clip is shown as its middle frame. VILA's "SEED" is the accuracy over all 19,242 questions, "SEED-I" over pictures.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from vila.core.errors import DataError
+from vila.core.files import read_json
+from vila.eval.benchmark import Answer, Item, Mark, Rules, Scored, Submission
+from vila.eval.folders import find
+from vila.eval.ids import as_typed, prompt_note, size_note
+from vila.eval.joining import join, refuse_missing
+from vila.eval.letters import read_exactly, read_first
+from vila.eval.question_file import items_of, read_questions
+
+_ASKED = "llava-seed-bench.jsonl"
+_TRUTH = "SEED-Bench.json"
+_SEED = "huggingface.co/datasets/AILab-CVC/SEED-Bench"
+_SERVER = "huggingface.co/spaces/AILab-CVC/SEED-Bench_Leaderboard"
+_FIELDS = ("question_id", "answer", "question_type_id", "data_type")
+_PUBLISHED = 19_242
+
+
+class Seed:
+    """Questions about pictures and about middle frames of clips."""
+
+    name = "seed"
+    max_new_tokens = 128
+
+    def __init__(self, folder: Path, limit: int = 0) -> None:
+        self._folder, self._limit = folder, limit
+        self._path = find(folder, "seed_bench", _TRUTH, obtain=_SEED)
+
+    def items(self) -> Sequence[Item]:
+        """The questions, picture by picture."""
+        return self._items
+
+    @cached_property
+    def _items(self) -> list[Item]:
+        path = find(self._folder, "seed_bench", _ASKED)
+        truths = {key: str(row["answer"]) for key, row in self._truths.items()}
+        items = items_of(read_questions(path), path.parent, truths=truths, limit=self._limit)
+        return [
+            replace(item, kind=self._kinds[self._truths[item.id]["question_type_id"]])
+            if item.id in self._truths
+            else item
+            for item in items
+        ]
+
+    @cached_property
+    def _annotation(self) -> dict[str, Any]:
+        whole = read_json(self._path)
+        if not isinstance(whole, dict) or not isinstance(whole.get("question_type"), dict):
+            raise DataError(f"{self._path}: has no question_type; is it another release? It comes from {_SEED}")
+        if not isinstance(whole.get("questions"), list) or not whole["questions"]:
+            raise DataError(f"{self._path}: has no questions; it comes from {_SEED}")
+        return whole
+
+    @cached_property
+    def _kinds(self) -> dict[Any, str]:
+        """Names of the kinds by number, in the order of numbers."""
+        return {number: kind for kind, number in sorted(self._annotation["question_type"].items(), key=lambda p: p[1])}
+
+    @cached_property
+    def _truths(self) -> dict[str, dict[str, Any]]:
+        """The annotation's questions by id, as text."""
+        out: dict[str, dict[str, Any]] = {}
+        for number, row in enumerate(self._annotation["questions"], start=1):
+            where = f"{self._path} question {number}"
+            lacking = [key for key in _FIELDS if not isinstance(row, dict) or key not in row]
+            if lacking:
+                name = row.get("question_id", "without an id") if isinstance(row, dict) else str(row)[:40]
+                raise DataError(f"{where} ({name}): lacks {', '.join(lacking)}; it comes from {_SEED}")
+            if row["question_type_id"] not in self._kinds:
+                raise DataError(
+                    f"{where} ({row['question_id']}): question_type_id {row['question_type_id']!r} has no name"
+                )
+            key = str(_key(row))
+            if key in out:
+                raise DataError(f"{where}: question_id {key} is given a second time")
+            out[key] = row
+        return out
+
+    def score(self, answers: Sequence[Answer], rules: Rules = "upstream") -> Scored:
+        """Accuracy in percent over all questions; over pictures, clips and each kind in the figures.
+
+        upstream:  the whole answer is the letter, nothing forgiven. lmms-eval: its first character is, in any case.
+        The last of several answers counts; a question without one is wrong.
+        Raises DataError when no answer is to a question of the benchmark.
+        """
+        truths = self._truths
+        if self._limit:
+            truths = {item.id: truths[item.id] for item in self._items if item.id in truths}
+        kept, notes = as_typed(self.name, answers, [_key(row) for row in truths.values()])
+        joined = join(self.name, kept, truths)
+        notes += joined.notes("wrong, as upstream counts them")
+        notes += [] if self._limit else size_note(self._path.name, len(truths), _PUBLISHED)
+        notes += prompt_note(self.name, kept, {key: str(row.get("question", "")) for key, row in truths.items()})
+        marks, media, kinds = [], defaultdict(list), defaultdict(list)
+        for key, row in truths.items():
+            mark = self._mark(key, row, joined.texts.get(key), rules)
+            marks.append(mark)
+            media[row["data_type"]].append(mark)
+            kinds[mark.kind].append(mark)
+        for medium in ("image", "video"):
+            if not media[medium]:
+                notes.append(f"no question is about {medium}s: the accuracy over those is not defined, given as 0")
+        ordered = [kind for kind in self._kinds.values() if kind in kinds]
+        for kind in ordered:
+            if not any(mark.value for mark in kinds[kind]):
+                notes.append(f"no answer of the kind {kind} is right: 0 %, where the original stops")
+        figures: dict[str, Any] = {
+            "total": _percent(marks),
+            "image": _percent(media["image"]),
+            "video": _percent(media["video"]),
+            "questions": len(marks),
+            "missing": len(joined.missing),
+            "by_type": {kind: _percent(kinds[kind]) for kind in ordered},
+        }
+        return Scored(figures["total"], "%", figures, tuple(marks), tuple(notes))
+
+    def _mark(self, key: str, row: dict[str, Any], text: str | None, rules: Rules) -> Mark:
+        kind, truth, group = self._kinds[row["question_type_id"]], str(row["answer"]), str(row.get("data_id", ""))
+        if text is None:
+            return Mark(key, 0.0, group, kind, "", truth, "no answer")
+        if rules == "lmms-eval":
+            letter, rule = read_first(text)
+            return Mark(key, float(letter == truth.strip().upper()), group, kind, text, truth, rule)
+        letter, rule = read_exactly(text)
+        return Mark(key, float(letter == truth), group, kind, text, truth, rule)
+
+    def submission(self, answers: Sequence[Answer]) -> Submission:
+        """Every question in the annotation's order with its answer as it is. DataError naming those without one."""
+        kept, notes = as_typed(self.name, answers, [_key(row) for row in self._truths.values()])
+        joined = join(self.name, kept, self._truths)
+        refuse_missing(self.name, joined, "the server wants all of them, and the original stops here")
+        rows = [
+            {"question_id": row["question_id"], "prediction": joined.texts[key]} for key, row in self._truths.items()
+        ]
+        checks = (f"{len(rows):,} questions in the annotation's order, all answered", *notes, *joined.notes())
+        return Submission("seed_bench_upload", "jsonl", rows, _SERVER, checks)
+
+
+def _key(row: dict[str, Any]) -> str | int:
+    """The id as the original's question file has it: a number where it is one."""
+    try:
+        return int(row["question_id"])
+    except (TypeError, ValueError):
+        return str(row["question_id"])
+
+
+def _percent(marks: Sequence[Mark]) -> float:
+    return 100 * sum(mark.value for mark in marks) / len(marks) if marks else 0.0

@@ -1,0 +1,236 @@
+"""Video QA without training for it: questions about clips, free answers, judged by a language model.
+
+    GPT_Zero_Shot_QA/MSVD_Zero_Shot_QA/test_q.json    [{"video_name": ..., "question": ..., "question_id": ...}, ...]
+                                       test_a.json    [{"answer": ...}, ...], paired with the questions by place
+                                       videos/        NAME.mp4, .avi, .mov or .mkv
+
+The four sets of Video-ChatGPT's evaluation (arXiv 2306.05424): MSVD, MSRVTT, TGIF and ActivityNet.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from vila.core.errors import DataError
+from vila.core.types import Message, Video
+from vila.engine.request import Sampling
+from vila.eval.benchmark import Answer, Item, Mark, Rules, Scored
+from vila.eval.endpoint import ServerError
+from vila.eval.joining import naming
+from vila.eval.judge import Case, Judging, Tally, Verdict, says_yes, score_of, tally
+from vila.eval.video_sets import ENDINGS, SETS, VideoSet, questions_file, read_rows, refuse_absent
+
+_MAX_NEW_TOKENS = 1024
+
+GREEDY = Sampling(max_new_tokens=_MAX_NEW_TOKENS)
+ORIGINAL = Sampling(max_new_tokens=_MAX_NEW_TOKENS, temperature=0.2)
+"""The original draws its answers, whatever temperature it is given, without a seed; this has one."""
+
+
+class VideoQa:
+    """The questions of one set, or of all that are there.
+
+    sampling: greedy, so that a run can be repeated; set it to `ORIGINAL` to draw as the original does.
+    judge:    whoever gives verdicts; there is no score without.
+    """
+
+    max_new_tokens = _MAX_NEW_TOKENS
+
+    def __init__(self, folder: Path, limit: int = 0, sets: Sequence[str] = tuple(SETS), name: str = "videoqa") -> None:
+        """limit: about how many questions in all, whole clips at a time; 0: all."""
+        self.name, self.sampling, self.judge = name, GREEDY, None
+        alone = len(sets) == 1
+        places = {each: questions_file(folder, SETS[each], alone=alone) for each in sets}
+        self._paths = {each: path for each, path in places.items() if path is not None}
+        self._absent = [each for each in sets if each not in self._paths]
+        if not self._paths:
+            refuse_absent(folder, SETS[sets[0]])
+        self._prefixed = not alone
+        self._limit = -(-limit // len(self._paths))
+        self.notes: list[str] = []
+
+    sampling: Sampling
+    judge: Judging | None
+
+    def items(self) -> Sequence[Item]:
+        """The questions, clip by clip. A clip that is not there has the path of its .mp4."""
+        return self._items
+
+    @cached_property
+    def _items(self) -> list[Item]:
+        return [item for name, path in self._paths.items() for item in self._set_items(SETS[name], path)]
+
+    def _set_items(self, each: VideoSet, path: Path) -> list[Item]:
+        items: list[Item] = []
+        folder = path.parent / each.videos
+        there = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
+        seen: Counter[str] = Counter()
+        for row in read_rows(path, each, self.notes):
+            seen[str(row.id)] += 1
+            own = str(row.id) if seen[str(row.id)] == 1 else f"{row.id}#{seen[str(row.id)]}"
+            clip = next((f"{row.video}{end}" for end in ENDINGS if f"{row.video}{end}" in there), f"{row.video}.mp4")
+            messages = (Message.of("user", Video(folder / clip), row.question),)
+            items.append(Item(own, messages, row.answer, row.video, each.name, row.id))
+        if self._prefixed:
+            items = [replace(i, id=f"{each.name}/{i.id}", group=f"{each.name}/{i.group}") for i in items]
+        return _clip_by_clip(items, self._limit)
+
+    def missing_videos(self) -> list[str]:
+        """Paths of clips that are not there, each once, in the order of the questions."""
+        clips = {
+            str(part.source): None
+            for item in self._items
+            for part in item.messages[0].parts[:1]
+            if isinstance(part, Video)
+        }
+        return [clip for clip in clips if not Path(clip).is_file()]
+
+    def score(self, answers: Sequence[Answer], rules: Rules = "upstream") -> Scored:
+        """Percent of answers judged yes, among those judged yes or no; of several sets the mean.
+
+        Every row is judged, one that answers a question again too; questions without an answer are left out, as the
+        original leaves out those whose clip it does not find; a set without any yes or no gets 0, with a note. Raises
+        DataError without a judge, when it does not answer, and for answers to other questions.
+        """
+        if self.judge is None:
+            raise DataError(f"{self.name}: scored by a judge; name one, or have the requests written to a file")
+        judged = self._cases(answers)
+        try:
+            verdicts = self.judge.verdicts("video_qa", [case for case, _ in judged])
+        except ServerError as error:
+            raise DataError(f"{self.name}: the judge does not answer: {error}") from error
+        by_set: dict[str, list[Verdict]] = defaultdict(list)
+        for (_, item), verdict in zip(judged, verdicts, strict=True):
+            by_set[item.kind].append(verdict)
+        tallies = {name: tally(found) for name, found in by_set.items()}
+        score = sum(each.accuracy for each in tallies.values()) / len(tallies)
+        average = sum(each.average_score for each in tallies.values()) / len(tallies)
+        figures = {
+            "accuracy": score,
+            "average_score": average,
+            "judge": self.judge.model,
+            "by_set": {name: _figures(each, len(by_set[name])) for name, each in tallies.items()},
+        }
+        marks = tuple(
+            Mark(case.id, float(yes), item.group, item.kind, case.fields["pred"], item.truth, _rule(verdict))
+            for (case, item), verdict in zip(judged, verdicts, strict=True)
+            for yes in [says_yes(verdict.value)]
+            if yes is not None
+        )
+        return Scored(score, "%", figures, marks, tuple(self._score_notes(answers, judged, verdicts, rules)))
+
+    def _cases(self, answers: Sequence[Answer]) -> list[tuple[Case, Item]]:
+        by_id = {item.id: item for item in self._items}
+        named = Counter(str(item.question_id) for item in self._items)
+        by_question = {str(i.question_id): i for i in self._items if named[str(i.question_id)] == 1}
+        judged: list[tuple[Case, Item]] = []
+        seen: Counter[str] = Counter()
+        unknown: list[str] = []
+        for answer in answers:
+            item = (
+                by_id.get(answer.id) or by_question.get(str(answer.question_id)) or by_id.get(str(answer.question_id))
+            )
+            if item is None:
+                unknown.append(answer.id or str(answer.question_id))
+                continue
+            seen[item.id] += 1
+            own = item.id if seen[item.id] == 1 else f"{item.id} again ({seen[item.id]})"
+            fields = {"question": item.messages[0].text, "answer": item.truth, "pred": answer.text}
+            judged.append((Case(own, fields), item))
+        if unknown or not judged:
+            raise DataError(
+                f"{self.name}: {len(unknown)} of {len(answers)} answers are to questions that are not here "
+                f"({naming(unknown)}); are they another benchmark's, or another set's?"
+            )
+        return judged
+
+    def _score_notes(
+        self,
+        answers: Sequence[Answer],
+        judged: Sequence[tuple[Case, Item]],
+        verdicts: Sequence[Verdict],
+        rules: Rules,
+    ) -> Iterator[str]:
+        yield from self.notes
+        if self._absent:
+            yield f"sets that are not there: {', '.join(self._absent)}; the score is the mean of the others"
+        if self.sampling == GREEDY:
+            yield "asked greedily; the original draws answers at temperature 0.2, so its figures differ from run to run"
+        if rules == "lmms-eval":
+            yield "lmms-eval asks and judges ActivityNet otherwise and has no other set; scored by the original's rules"
+        answered = {item.id for _, item in judged}
+        if empty := sorted({item.kind for item in self._items} - {item.kind for _, item in judged}):
+            yield f"sets without any answer: {', '.join(empty)}; the score is the mean of the others"
+        missing = [item.id for item in self._items if item.id not in answered]
+        if missing:
+            yield f"{len(missing)} questions without an answer, left out: {naming(missing)}"
+        if missing and (clips := self.missing_videos()):
+            yield f"{len(clips)} clips are missing: {naming(clips)}"
+        if again := [case.id for case, item in judged if case.id != item.id]:
+            yield f"{len(again)} rows answer a question again, judged like the others: {naming(again)}"
+        decided = {item.kind for (_, item), v in zip(judged, verdicts, strict=True) if says_yes(v.value) is not None}
+        if silent := sorted({item.kind for _, item in judged} - decided):
+            yield f"no yes or no to any answer of {', '.join(silent)}: 0, where the original divides by zero"
+        counts = tally(verdicts)
+        cases = [
+            ([v.id for v in verdicts if not v.readable], "replies could not be read, left out"),
+            (
+                counts.no_score,
+                "replies without a whole number as score, counted in the average as 0 and not as yes or no",
+            ),
+            (counts.undecided, "replies with neither yes nor no, counted in the average alone"),
+        ]
+        yield from (f"{len(ids)} {what}: {naming(ids)}" for ids, what in cases if ids)
+
+
+def msvd(folder: Path, limit: int = 0) -> VideoQa:
+    """MSVD's questions alone."""
+    return VideoQa(folder, limit, ("msvd",), "videoqa_msvd")
+
+
+def msrvtt(folder: Path, limit: int = 0) -> VideoQa:
+    """MSRVTT's questions alone."""
+    return VideoQa(folder, limit, ("msrvtt",), "videoqa_msrvtt")
+
+
+def tgif(folder: Path, limit: int = 0) -> VideoQa:
+    """TGIF's questions alone."""
+    return VideoQa(folder, limit, ("tgif",), "videoqa_tgif")
+
+
+def activitynet(folder: Path, limit: int = 0) -> VideoQa:
+    """ActivityNet's questions alone."""
+    return VideoQa(folder, limit, ("activitynet",), "videoqa_activitynet")
+
+
+def _clip_by_clip(items: Sequence[Item], limit: int) -> list[Item]:
+    order = {group: place for place, group in enumerate(dict.fromkeys(item.group for item in items))}
+    sizes = Counter(item.group for item in items)
+    kept, count = set(), 0
+    for group in order:
+        if limit and count >= limit:
+            break
+        kept.add(group)
+        count += sizes[group]
+    return sorted((item for item in items if item.group in kept), key=lambda item: order[item.group])
+
+
+def _figures(counts: Tally, asked: int) -> dict[str, Any]:
+    return {
+        "accuracy": counts.accuracy,
+        "average_score": counts.average_score,
+        "yes": counts.yes,
+        "no": counts.no,
+        "judged": counts.count,
+        "unreadable": asked - counts.count,
+        "no_score": len(counts.no_score),
+    }
+
+
+def _rule(verdict: Verdict) -> str:
+    return f"judge: {'yes' if says_yes(verdict.value) else 'no'}, score {score_of(verdict.value)}"

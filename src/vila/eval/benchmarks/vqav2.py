@@ -1,0 +1,183 @@
+"""VQAv2: short questions about COCO pictures, ten human answers each (Goyal et al., CVPR 2017).
+
+    llava_vqav2_mscoco_test-dev2015.jsonl       what is asked; 107,394 questions
+    llava_vqav2_mscoco_test2015.jsonl           what the server wants an answer to; 447,793 questions
+    v2_mscoco_val2014_annotations.json          answers of the validation split, which is scored here
+    v2_OpenEnded_mscoco_val2014_questions.json  its questions, asked when there is no test-dev file
+
+Only the server knows the answers of the test splits.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from vila.core.errors import DataError
+from vila.core.files import read_jsonl
+from vila.eval.benchmark import Answer, Item, Mark, Rules, Scored, Submission
+from vila.eval.folders import find, image_folder, look
+from vila.eval.joining import Joined, join, naming, refuse_missing, refuse_other_questions
+from vila.eval.json_array import iter_array
+from vila.eval.question_file import SHORT_ANSWER, Question, items_of, read_questions
+from vila.eval.vqa_text import lmms_accuracy, most_frequent, normalise, official_accuracy
+
+_TEST_DEV = "llava_vqav2_mscoco_test-dev2015.jsonl"
+_TEST = "llava_vqav2_mscoco_test2015.jsonl"
+_VAL = "v2_mscoco_val2014_annotations.json"
+_VAL_QUESTIONS = "v2_OpenEnded_mscoco_val2014_questions.json"
+_SERVER = "EvalAI challenge 830, https://eval.ai/web/challenges/challenge-page/830"
+_VISUALQA = "https://visualqa.org/download.html"
+
+
+class Vqav2:
+    """Asks test-dev, or the validation split where only that is there; scores the validation split."""
+
+    name = "vqav2"
+    max_new_tokens = 128
+    skips_bad_lines = True  # as the original's converter does
+
+    def __init__(self, folder: Path, limit: int = 0) -> None:
+        self._folder, self._limit = folder, limit
+        self._annotations = look(folder, self.name, _VAL)
+        self._questions = look(folder, self.name, _TEST_DEV, _VAL_QUESTIONS)
+        if not (self._annotations or self._questions or look(folder, self.name, _TEST)):
+            find(folder, self.name, _TEST_DEV)
+
+    def items(self) -> Sequence[Item]:
+        """The questions, picture by picture."""
+        return self._items
+
+    @cached_property
+    def _items(self) -> list[Item]:
+        path = self._questions or find(self._folder, self.name, _TEST_DEV)
+        if path.name == _TEST_DEV:
+            questions, pictures = read_questions(path), "test2015"
+        else:
+            questions, pictures = list(_val_questions(path)), "val2014"
+        return items_of(questions, image_folder(self._folder, self.name, pictures), limit=self._limit)
+
+    def score(self, answers: Sequence[Answer], rules: Rules = "upstream") -> Scored:
+        """Soft accuracy in percent over the validation split, by type of question and of answer.
+
+        upstream:  the official score of what the original would upload, normalised answers; without an answer is "".
+        lmms-eval: both sides always normalised, every question answered.
+        Raises DataError when the answers are to the test splits.
+        """
+        if self._annotations is None:
+            raise DataError(self._server_decides(f"{_VAL} ({_VISUALQA}) is not there"))
+        known = self._asked()
+        if not any(str(answer.question_id) in known for answer in answers):
+            raise DataError(self._server_decides(f"none of {len(answers)} answers is to the validation split"))
+        joined = join(self.name, answers, known)
+        if rules == "lmms-eval":
+            refuse_missing(self.name, joined, "lmms-eval scores every question")
+        if self._questions is not None and self._questions.name == _VAL_QUESTIONS:
+            refuse_other_questions(self.name, answers, {item.id: item.prompt for item in self._items})
+        return self._scored(joined, rules)
+
+    def submission(self, answers: Sequence[Answer]) -> Submission:
+        """Every question of test2015 in the order of its file, answers normalised, "" where there is none."""
+        ids = list(_ids(find(self._folder, self.name, _TEST)))
+        joined = join(self.name, answers, dict.fromkeys(map(str, ids)))
+        rows = [{"question_id": key, "answer": normalise(joined.texts.get(str(key), ""))} for key in ids]
+        checks = [f"{len(rows)} questions of test2015: {len(joined.texts)} answered, {len(joined.missing)} left empty"]
+        test_dev = look(self._folder, self.name, _TEST_DEV)
+        if test_dev:
+            wanted = [str(key) for key in _ids(test_dev)]
+            without = [key for key in wanted if key not in joined.texts]
+            checks.append(
+                f"{len(wanted)} questions of test-dev2015: {len(without)} without an answer"
+                + (f" ({naming(without)}), which the server counts as wrong" if without else "")
+            )
+        return Submission(self.name, "json", rows, _SERVER, (*checks, *joined.notes()))
+
+    def _server_decides(self, why: str) -> str:
+        return (
+            f"{self.name}: {why}; the server alone knows the answers of the test splits: write the file with "
+            f"`vila submit` and upload it to {_SERVER}"
+        )
+
+    def _asked(self) -> dict[str, None]:
+        if self._limit:
+            return dict.fromkeys(item.id for item in self._items)
+        assert self._annotations is not None
+        return dict.fromkeys(str(_checked(row, self._annotations)["question_id"]) for row in self._rows())
+
+    def _rows(self) -> Iterable[Any]:
+        assert self._annotations is not None
+        return iter_array(self._annotations, "annotations")
+
+    def _scored(self, joined: Joined, rules: Rules) -> Scored:
+        assert self._annotations is not None
+        without = set(joined.missing)
+        marks, raw = [], []
+        kinds: dict[str, dict[str, list[float]]] = {
+            "question_type": defaultdict(list),
+            "answer_type": defaultdict(list),
+        }
+        for row in self._rows():
+            key = str(_checked(row, self._annotations)["question_id"])
+            text = joined.texts.get(key, "")
+            if key not in joined.texts and key not in without:
+                continue
+            if rules == "lmms-eval":
+                value, answer = lmms_accuracy(text, row["answers"]), text
+            else:
+                answer = normalise(text)
+                value = official_accuracy(answer, row["answers"])
+                raw.append(official_accuracy(text, row["answers"]))
+            for kind, points in kinds.items():
+                points[row[kind]].append(value)
+            truth = most_frequent([human["answer"] for human in row["answers"]])
+            rule = "no answer" if key in without else ""
+            marks.append(Mark(key, value, str(row["image_id"]), row["answer_type"], answer, truth, rule))
+        if not marks:
+            raise DataError(f"{self._annotations}: holds none of the questions that were asked")
+        figures: dict[str, Any] = {
+            "questions": len(marks),
+            "missing": len(joined.missing),
+            "by_question_type": {kind: _percent(points) for kind, points in sorted(kinds["question_type"].items())},
+            "by_answer_type": {kind: _percent(points) for kind, points in sorted(kinds["answer_type"].items())},
+        }
+        if rules == "upstream":
+            figures["not_normalised"] = _percent(raw)
+        notes = joined.notes("scored as an empty answer" if rules == "upstream" else "")
+        return Scored(_percent([mark.value for mark in marks]), "%", figures, tuple(marks), tuple(notes))
+
+
+def _percent(points: Sequence[float]) -> float:
+    return 100 * sum(points) / len(points)
+
+
+def _ids(path: Path) -> Iterable[str | int]:
+    for number, row in read_jsonl(path):
+        if not isinstance(row, dict) or not isinstance(row.get("question_id"), str | int):
+            raise DataError(f"{path} line {number}: no question_id")
+        yield row["question_id"]
+
+
+def _val_questions(path: Path) -> Iterable[Question]:
+    for number, row in enumerate(iter_array(path, "questions"), start=1):
+        where = f"{path} question {number}"
+        try:
+            image = f"COCO_val2014_{row['image_id']:012d}.jpg"
+            yield Question(row["question_id"], image, f"{row['question']}\n{SHORT_ANSWER}", where=where)
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{where}: expected question_id, image_id and question ({error!r})") from error
+
+
+def _checked(row: Any, path: Path) -> Any:
+    name = row.get("question_id") if isinstance(row, dict) else None
+    lacking = [
+        key for key in ("question_id", "image_id", "question_type", "answer_type", "answers") if key not in (row or ())
+    ]
+    humans = row.get("answers") if isinstance(row, dict) else None
+    if lacking:
+        raise DataError(f"{path}: question {name} has no {', '.join(lacking)}; is it the file of another release?")
+    if not humans or not all(isinstance(human, dict) and isinstance(human.get("answer"), str) for human in humans):
+        raise DataError(f"{path}: question {name} has no readable answers: {str(humans)[:80]!r}")
+    return row

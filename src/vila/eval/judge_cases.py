@@ -1,0 +1,67 @@
+"""Files of predictions about clips, as the original's programs write them, made into cases for a judge.
+
+{"id": ..., "question": ..., "answer": ..., "pred": ...}                         video QA
+{"video_name": ..., "Q": ..., "A": ..., "pred": ...}                             Video-ChatGPT's dimensions
+{"video_name": ..., "Q1": ..., "Q2": ..., "A": ..., "pred1": ..., "pred2": ...}  its consistency
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from vila.core.errors import DataError, UnknownNameError
+from vila.core.files import read_json
+from vila.eval.judge import Case, fields_of, prompts
+
+_OTHER = {"question": "Q", "answer": "A", "question1": "Q1", "question2": "Q2"}
+_IDS = ("id", "question_id", "video_name")
+
+
+def read_cases(path: Path, kind: str) -> list[Case]:
+    """The cases of a JSON list or of JSON lines. A second row of one id is a case of its own.
+
+    Raises DataError naming file and row for one that cannot be read or lacks what judges of this kind are shown.
+    """
+    if kind not in prompts():
+        raise UnknownNameError("kind of judge", kind, prompts())
+    seen: Counter[str] = Counter()
+    cases = []
+    for where, row in _rows(path):
+        fields = {name: _field(row, name, where) for name in fields_of(kind)}
+        own = next((str(row[key]) for key in _IDS if key in row), None)
+        if own is None:
+            raise DataError(f"{where}: no id; expected {' or '.join(_IDS)}")
+        seen[own] += 1
+        cases.append(Case(own if seen[own] == 1 else f"{own} again ({seen[own]})", fields))
+    if not cases:
+        raise DataError(f"{path}: holds no prediction")
+    return cases
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Any]]:
+    if not path.is_file():
+        raise DataError(f"{path}: no such file of predictions")
+    text = path.read_text(encoding="utf-8")
+    if text.lstrip().startswith("["):
+        yield from ((f"{path} row {number}", row) for number, row in enumerate(read_json(path), start=1))
+        return
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            try:
+                yield f"{path} line {number}", json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path} line {number}: not JSON ({error.msg}); correct or delete the line") from error
+
+
+def _field(row: Any, name: str, where: str) -> str:
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: expected a mapping, got {str(row)[:60]!r}")
+    found = row.get(name, row.get(_OTHER.get(name, name)))
+    if not isinstance(found, str | int | float):
+        other = f" or {_OTHER[name]!r}" if name in _OTHER else ""
+        raise DataError(f"{where}: no {name!r}{other}")
+    return str(found)

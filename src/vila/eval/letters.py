@@ -1,0 +1,148 @@
+"""Which option an answer to a multiple-choice question names, by each scorer's own reading.
+
+Every reading gives the letter and the rule that found it; the letter is "" when none did, and the answer is wrong then.
+White space and casing are forgiven only where a reading says so.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+
+class Reading(NamedTuple):
+    """A letter, or "", and the rule that decided."""
+
+    letter: str
+    rule: str
+
+
+NOTHING = Reading("", "names no option")
+_SCIENCEQA = "ABCDE"
+_SENTENCE = re.compile("The answer is ([A-Z]).")
+
+
+def read_llava_scienceqa(text: str) -> Reading:
+    """LLaVA's reading for ScienceQA: `B`, `B. text`, or one `The answer is B.` whose last dot is any character."""
+    if _is_letter(text):
+        return Reading(text, "the letter alone")
+    if len(text) >= 3 and _is_letter(text[0]) and text[1:3] == ". ":
+        return Reading(text[0], "letter, full stop, space")
+    return _sentence(text)
+
+
+def read_vila_scienceqa(text: str) -> Reading:
+    """VILA's reading for ScienceQA: LLaVA's, and the letter also counts when anything or nothing follows its dot."""
+    if len(text) >= 2 and _is_letter(text[0]) and text[1] == ".":
+        return Reading(text[0], "letter and full stop")
+    return read_llava_scienceqa(text)
+
+
+def read_lmms_scienceqa(text: str) -> Reading:
+    """lmms-eval's reading for ScienceQA: the letter in any case, or a capital before a full stop; ends are stripped."""
+    text = text.strip()
+    if len(text) == 1:
+        return Reading(text.upper(), "the letter alone, in any case")
+    if len(text) >= 2 and text[0].isupper() and text[1] == ".":
+        return Reading(text[0], "capital and full stop")
+    return NOTHING
+
+
+def read_first(text: str) -> Reading:
+    """lmms-eval's reading for SEED-Bench: the first character in any case, after white space."""
+    first = text.strip()[:1].upper()
+    return Reading(first, "first character, in any case") if first else NOTHING
+
+
+def read_exactly(text: str) -> Reading:
+    """The original's reading for SEED-Bench: the whole answer, as it is."""
+    return Reading(text, "the whole answer")
+
+
+def read_static(text: str, options: Mapping[str, str]) -> Reading:
+    """What stands in for MMBench's server: its rules, and a search for letters where the server would ask ChatGPT.
+
+    options: the texts of the options that there are, by letter.
+    As lmms-eval's key-free scoring of MMBench does, step by step: `read_by_rules`, then `_likeliest`.
+    """
+    found = read_by_rules(text, options)
+    if found.letter:
+        return found
+    letter = _likeliest(text, sorted(options) or list("ABCDEFGH"))
+    return Reading(letter, "likeliest place of a letter") if letter else NOTHING
+
+
+_AROUND = (
+    ("", "."), ("", ","), ("", ":"), ("", ")"), ("", ")."), ("(", ")"), ("(", ")."),
+    (":", ""), (":", ","), (":", "."), (":", ")"), (":", ")."),
+)  # fmt: skip
+
+
+def read_by_rules(text: str, options: Mapping[str, str]) -> Reading:
+    """MMBench's own rules (Liu et al., ECCV 2024): one letter among the words, or one option's text in the answer."""
+    words = text.split()
+    alone = [letter for letter in _SCIENCEQA if letter in words]
+    # In more than three words an A is taken for the article.
+    if len(alone) == 1 and not ("A" in words and len(words) > 3):
+        return Reading(alone[0], "one letter among the words")
+    for before, after in _AROUND:
+        marked = [letter for letter in _SCIENCEQA if f"{before}{letter}{after}" in words]
+        if len(marked) == 1:
+            return Reading(marked[0], f"one letter as {before}X{after}")
+    lowered = text.lower()
+    named = [letter for letter, option in options.items() if option.lower() in lowered]
+    return Reading(named[0], "one option's text in the answer") if len(named) == 1 else NOTHING
+
+
+def _is_letter(text: str) -> bool:
+    return len(text) == 1 and text in _SCIENCEQA
+
+
+def _sentence(text: str) -> Reading:
+    found = _SENTENCE.findall(text)
+    return Reading(found[0], "'The answer is X' once") if len(found) == 1 else NOTHING
+
+
+_PHRASES = (
+    *(f"{lead}answer is" for lead in ("", "the ", "correct ", "the correct ", "best ", "the best ", "my ")),
+    *(f"{lead}option is" for lead in ("correct ", "the correct ", "best ", "the best ")),
+    *(f"{lead}choice is" for lead in ("", "the ", "correct ", "the correct ", "my ")),
+    *(f"i {verb}" for verb in ("choose", "select", "pick")),
+    *("옵션", "정답은", "답은", "답:", "答案是", "答案为", "选", "答えは"),
+)
+
+
+def _likeliest(text: str, letters: Sequence[str]) -> str:
+    """The letter in the most telling place, the last of equals; "" where no letter stands anywhere."""
+    text = text.strip()
+    for mark in ",.!?;:'\"":
+        text = text.strip(mark)
+    if not text.strip():
+        return ""
+    text = f" {text} "
+    places = list(_places(text, letters)) or [(0, text.rfind(x), x) for x in letters if x in text]
+    return max(places, key=lambda place: place[:2])[2] if places else ""
+
+
+def _places(text: str, letters: Sequence[str]) -> Iterator[tuple[int, int, str]]:
+    """How telling a place is, where it stands, and its letter."""
+    inner, lowered = text.strip(), text.lower()
+    for letter in letters:
+        for weight, shape in (
+            (6, f"({letter})"),
+            (5, f"{letter}."),
+            (4, f"{letter}:"),
+            (3, f"{letter})"),
+            (2, f"{letter} "),
+        ):
+            if shape in text:
+                yield weight, text.rfind(shape), letter
+        for phrase in _PHRASES:
+            start = lowered.find(phrase)
+            if start >= 0 and (place := text.find(letter, start + len(phrase))) >= 0:
+                yield 7, place, letter
+        if inner.startswith(letter) and not inner[1:2].isalpha():
+            yield 10, 0, letter
+        if inner.endswith(letter) and not inner[-2:-1].isalpha():
+            yield 9, len(text) - 1, letter

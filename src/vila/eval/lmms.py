@@ -1,0 +1,168 @@
+"""Our models inside lmms-eval, as its model `vila_native`: found through an entry point, with nothing patched.
+
+    lmms-eval eval --model vila_native --model_args pretrained=runs/starter/model --tasks pope
+
+lmms-eval is imported only when it asks for the class; `import vila.eval.lmms` works without it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from PIL import Image as PilImage
+
+from vila.core.dist import current_place
+from vila.core.errors import ConfigError, DataError
+from vila.core.types import Image, Message, Part, Text, Video
+from vila.engine.request import Sampling
+
+MODEL_ID = "vila_native"
+"""lmms-eval has a model `vila` of its own, which needs the original's code."""
+_MAX_NEW_TOKENS = 128
+_BATCH = 16
+_MARKER = "<image>"
+_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+_INERT = ("until", "image_aspect_ratio", "use_cache", "num_beams", "do_sample", "max_length")
+
+
+class Adapter:
+    """What lmms-eval asks of a model, as far as it generates text.
+
+    model_args: pretrained (a model directory), dtype (auto, bfloat16, float32), template, num_frames of clips.
+    Raises ConfigError for other ones.
+    """
+
+    is_simple = True
+
+    def __init__(
+        self,
+        pretrained: str = "",
+        dtype: str = "auto",
+        template: str = "",
+        num_frames: int | str | None = None,
+        batch_size: int | str | None = None,
+        max_batch_size: int | str | None = None,
+        device: str | None = None,
+        **unknown: Any,
+    ) -> None:
+        super().__init__()
+        from vila.engine.engine import Engine
+
+        if unknown or not pretrained:
+            problems = [f"unknown argument {name!r}" for name in unknown]
+            problems += [] if pretrained else ["pretrained=DIRECTORY is missing"]
+            raise ConfigError(f"{MODEL_ID}: {'; '.join(problems)}; known: pretrained, dtype, template, num_frames")
+        place = current_place()
+        self._rank, self._world_size = place.rank, place.world
+        self.device = f"cuda:{place.local_rank}" if device == "cuda" and place.world > 1 else device or "cpu"
+        self.batch_size = int(str(batch_size)) if str(batch_size).isdigit() else _BATCH
+        self._template, self._num_frames = template, int(num_frames) if num_frames else None
+        self.engine = Engine.load(Path(pretrained), dtype=dtype, device=self.device)
+        self._gap = self.engine.processor.find_template(template).media_gap
+
+    def generate_until(self, requests: Sequence[Any]) -> list[str]:
+        """An answer for each request, in their order. Raises the error of a request with its task and number."""
+        answers: list[str] = []
+        for batch, sampling in _batches(requests, self.batch_size):
+            conversations = [(self._message(request.args),) for request in batch]
+            texts = self.engine.generate_batch(conversations, sampling, template=self._template)
+            for request, text in zip(batch, texts, strict=True):
+                self.cache_hook.add_partial("generate_until", request.args[:2], text)  # type: ignore[attr-defined]
+            answers += texts
+        return answers
+
+    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+        """Not done: none of the published figures needs it."""
+        raise NotImplementedError(f"{MODEL_ID} generates answers; choose tasks whose output_type is generate_until")
+
+    def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
+        """Not done: none of the published figures needs it."""
+        raise NotImplementedError(f"{MODEL_ID} answers one question at a time; choose tasks of one round")
+
+    def _message(self, arguments: Sequence[Any]) -> Message:
+        context, _, doc_to_visual, number, task, split = arguments
+        visuals = doc_to_visual(self.task_dict[task][split][number])  # type: ignore[attr-defined]
+        visuals = visuals if isinstance(visuals, list | tuple) else [visuals]
+        media = [medium_of(each, f"{task} {split} {number}", self._num_frames) for each in visuals if each is not None]
+        return Message("user", parts_of(context, media, self._gap))
+
+
+def manifest() -> Any:
+    """What the entry point `lmms_eval.models` hands over: where the class is."""
+    from lmms_eval.models.registry_v2 import ModelManifest
+
+    return ModelManifest(MODEL_ID, simple_class_path=f"{__name__}.VilaNative")
+
+
+def __getattr__(name: str) -> Any:
+    if name == "VilaNative":
+        return _native()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+@cache
+def _native() -> type:
+    from lmms_eval.api.model import lmms
+
+    return type("VilaNative", (Adapter, lmms), {"__module__": __name__, "__doc__": Adapter.__doc__})
+
+
+def sampling_of(arguments: Mapping[str, Any]) -> Sampling:
+    """A task's generation settings; greedy and 128 tokens where it says nothing.
+
+    `until` is left out, as the original has no stop strings, and so is `image_aspect_ratio`, which belongs to the
+    checkpoint. Raises ConfigError for beam search and for settings that are not known.
+    """
+    beams = arguments.get("num_beams")
+    if beams not in (None, 1):
+        raise ConfigError(f"num_beams={beams!r}: beam search is not done; the published figures are greedy")
+    settings = {name: value for name, value in arguments.items() if name not in _INERT and value is not None}
+    unknown = settings.keys() - {"max_new_tokens", "temperature", "top_p", "top_k", "max_gen_toks"}
+    if unknown:
+        raise ConfigError(f"generation_kwargs: {', '.join(sorted(unknown))} not known here; leave them out of the task")
+    limit = int(settings.get("max_new_tokens", settings.get("max_gen_toks", _MAX_NEW_TOKENS)))
+    temperature = float(settings.get("temperature", 0))
+    if not temperature or arguments.get("do_sample") is False:
+        return Sampling(max_new_tokens=limit)
+    chosen = {"top_p": float(settings.get("top_p") or 1), "top_k": int(settings.get("top_k") or 0)}
+    return Sampling(max_new_tokens=limit, temperature=temperature, **chosen)  # type: ignore[arg-type]
+
+
+def medium_of(visual: Any, where: str, num_frames: int | None = None) -> Image | Video:
+    """A picture or a clip of what a task shows: a PIL picture, or the path of either. Raises DataError for others."""
+    if isinstance(visual, PilImage.Image):
+        return Image(visual)
+    if isinstance(visual, str | Path):
+        if str(visual).lower().endswith(_PICTURES):
+            return Image(visual)
+        return Video(visual, num_frames)
+    raise DataError(f"{where}: shows a {type(visual).__name__}; expected pictures or paths of pictures or clips")
+
+
+def parts_of(context: str, media: Sequence[Image | Video], gap: str) -> tuple[Part, ...]:
+    """Media where the text has as many markers `<image>`, else before the text, `gap` after each picture."""
+    pieces = re.split(_MARKER, context)
+    if media and len(pieces) == len(media) + 1:
+        woven = [part for text, medium in zip(pieces, media, strict=False) for part in (Text(text), medium)]
+        return tuple(part for part in (*woven, Text(pieces[-1])) if part != Text(""))
+    before = [part for medium in media for part in ((medium, Text(gap)) if isinstance(medium, Image) else (medium,))]
+    return (*before[:-1], Text(gap + context)) if before and before[-1] == Text(gap) else (*before, Text(context))
+
+
+def _batches(requests: Sequence[Any], size: int) -> Iterator[tuple[list[Any], Sampling]]:
+    """Neighbours with equal settings, `size` at most."""
+    batch: list[Any] = []
+    chosen = Sampling()
+    for request in requests:
+        own = sampling_of(request.args[1])
+        if batch and (own != chosen or len(batch) == size):
+            yield batch, chosen
+            batch = []
+        batch.append(request)
+        chosen = own
+    if batch:
+        yield batch, chosen

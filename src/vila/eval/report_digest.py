@@ -1,0 +1,211 @@
+"""What a report tells of one benchmark, read from the runner's folder: bounded, whatever the benchmark's size.
+
+RUN/eval.json                       model, data, rules, template, and the benchmarks' folders by name
+RUN/BENCHMARK/scores.json           headline, unit, interval, notes, figures; or no score and why
+RUN/BENCHMARK/marks.jsonl           question by question
+RUN/BENCHMARK/predictions.jsonl     answers, and questions that could not be asked
+RUN/BENCHMARK/speed.json            seconds and questions answered in them; tokens where they were counted
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from vila.core.errors import DataError
+from vila.core.files import read_json, read_jsonl
+from vila.eval.benchmark import Item, Mark
+from vila.eval.predictions import MERGED
+from vila.eval.published import published_table, title_of
+from vila.eval.report_sample import Shown, show, spread
+from vila.eval.statistics import interval
+
+_KINDS_SHOWN = 30
+_FAILURES_SHOWN = 5
+_WRONG_SHOWN = 8
+_HEADLINE = ("benchmark", "model", "rules", "score", "unit", "interval", "notes", "problem")
+_WRONG_BELOW = 0.5
+"""Marks from here on are not called wrong: half of the points and more."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run. folders: of its benchmarks, in the order of the published table and then of the run.
+
+    left_out: why a benchmark that was asked for has no folder, by name. facts: all that eval.json holds.
+    """
+
+    path: Path
+    model: str
+    data: str
+    folders: Mapping[str, Path]
+    left_out: Mapping[str, str]
+    facts: Mapping[str, Any]
+
+    @property
+    def short_model(self) -> str:
+        """The model without the folders above its own and the one that holds it: names like `model` say little."""
+        return "/".join(Path(self.model).parts[-2:]).lstrip("/") or self.model
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """Mean mark of one kind of question in percent, with its 95 % interval."""
+
+    name: str
+    mean: float
+    low: float
+    high: float
+    questions: int
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """How long asking took, over all sessions. tokens: of the answers; None where nobody counted."""
+
+    seconds: float
+    answered: int
+    tokens: int | None
+
+
+@dataclass(frozen=True)
+class Digest:
+    """One benchmark of a run.
+
+    score:     None when it was not scored; `problem` says why.
+    interval:  of the mean mark in percent, with `mean`, `low` and `high`.
+    asked:     questions of the run; marks: questions that were scored; wrong: those below half of their points.
+    failed:    questions that could not be asked; failures: the first of them with their errors.
+    sample:    some of the wrong answers, the same ones in every report.
+    """
+
+    name: str
+    title: str
+    score: float | None
+    unit: str
+    interval: Mapping[str, float] | None
+    problem: str
+    rules: str
+    asked: int
+    marks: int
+    wrong: int
+    kinds: tuple[Kind, ...]
+    figures: Mapping[str, Any]
+    notes: tuple[str, ...]
+    failed: int
+    failures: tuple[tuple[str, str], ...]
+    speed: Speed | None
+    sample: tuple[Shown, ...]
+
+    @property
+    def interval_is_of_score(self) -> bool:
+        """Whether the headline is the mean mark, so that the interval is its own."""
+        return self.score is not None and bool(self.interval) and abs(self._mean - self.score) < 0.01
+
+    @property
+    def _mean(self) -> float:
+        return self.interval["mean"] if self.interval else 0.0
+
+
+def read_run(folder: Path) -> RunFolder:
+    """A run's folder. Raises DataError when it is none."""
+    path = folder / "eval.json"
+    if not path.is_file():
+        raise DataError(f"{folder}: no eval.json; give the directory that `vila eval --out` wrote")
+    facts = read_json(path)
+    named = facts.get("benchmarks") if isinstance(facts, dict) else None
+    if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
+        raise DataError(f"{path}: expected folders by benchmark under 'benchmarks', got {named!r}")
+    table = list(published_table().benchmarks)
+    names = sorted(named, key=lambda name: table.index(name) if name in table else len(table))
+    return RunFolder(
+        folder,
+        str(facts.get("model") or folder.name),
+        str(facts.get("data") or ""),
+        {name: folder / named[name] for name in names},
+        dict(facts.get("left_out") or {}),
+        facts,
+    )
+
+
+def digest(name: str, folder: Path, items: Callable[[], Sequence[Item]]) -> Digest:
+    """One benchmark's folder in brief. items: gives its questions, for their pictures; asked only if one is shown."""
+    scores = _scores(folder / "scores.json")
+    marks = read_marks(folder / "marks.jsonl")
+    failed, failures = _failed(folder / MERGED)
+    wrong = [mark for mark in marks if mark.value < _WRONG_BELOW]
+    run = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
+    return Digest(
+        name=name,
+        title=title_of(name),
+        score=scores.get("score"),
+        unit=scores.get("unit", ""),
+        interval=scores.get("interval"),
+        problem=scores.get("problem", ""),
+        rules=scores.get("rules", ""),
+        asked=run.get("questions", 0),
+        marks=len(marks),
+        wrong=len(wrong),
+        kinds=tuple(_kinds(marks)),
+        figures={key: value for key, value in scores.items() if key not in _HEADLINE},
+        notes=tuple(scores.get("notes") or ()),
+        failed=failed,
+        failures=failures,
+        speed=_speed(folder / "speed.json"),
+        sample=show(spread(wrong, name, _WRONG_SHOWN), folder / MERGED, items),
+    )
+
+
+def read_marks(path: Path) -> list[Mark]:
+    """Marks of a run; none when there is no file. Raises DataError naming file and line of a row that is none."""
+    known = {field.name for field in fields(Mark)}
+    marks = []
+    for number, row in read_jsonl(path) if path.is_file() else ():
+        try:
+            mark = Mark(**{key: value for key, value in row.items() if key in known})
+            _ = mark.value < _WRONG_BELOW
+        except (AttributeError, TypeError) as error:
+            raise DataError(f"{path} line {number}: not a mark ({error}); score the run again") from error
+        marks.append(mark)
+    return marks
+
+
+def _scores(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {"problem": "not finished: no scores.json; the same `vila eval` goes on where it was"}
+    scores = read_json(path)
+    if not isinstance(scores, dict):
+        raise DataError(f"{path}: expected scores by name; score the run again")
+    return scores
+
+
+def _kinds(marks: Sequence[Mark]) -> Iterable[Kind]:
+    by_kind: dict[str, list[Mark]] = defaultdict(list)
+    for mark in marks:
+        by_kind[mark.kind or "no kind"].append(mark)
+    if len(by_kind) < 2:
+        return
+    kept = {kind for kind, _ in Counter({kind: len(own) for kind, own in by_kind.items()}).most_common(_KINDS_SHOWN)}
+    for kind in sorted(kept):
+        sure = interval(by_kind[kind])
+        assert sure is not None
+        yield Kind(kind, sure.mean, sure.low, sure.high, sure.questions)
+
+
+def _failed(path: Path) -> tuple[int, tuple[tuple[str, str], ...]]:
+    failures = [
+        (str(row.get("id")), str(row["error"]))
+        for _, row in (read_jsonl(path) if path.is_file() else ())
+        if "error" in row and "text" not in row
+    ]
+    return len(failures), tuple(failures[:_FAILURES_SHOWN])
+
+
+def _speed(path: Path) -> Speed | None:
+    if not path.is_file():
+        return None
+    row = read_json(path)
+    return Speed(float(row["seconds"]), int(row["answered"]), row.get("tokens"))

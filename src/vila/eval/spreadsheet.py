@@ -1,0 +1,54 @@
+"""Spreadsheets for servers: one sheet, a header, text as text."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vila.core.errors import ConfigError, DataError
+
+SHEET = "Sheet1"
+_LONGEST = 32_767
+"""Characters that a cell of a spreadsheet can hold."""
+_FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f]")
+
+
+def cell_text(text: str) -> str:
+    """Text as a cell can hold it: without control characters, and cut where it is longer than a cell."""
+    return _FORBIDDEN.sub("", text)[:_LONGEST]
+
+
+def workbook_bytes(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """An xlsx file: the columns of the first row as header, then all rows; None leaves a cell empty.
+
+    Raises ConfigError without openpyxl, DataError naming the row for text that no cell can hold.
+    """
+    try:
+        from openpyxl import Workbook
+        from openpyxl.cell import WriteOnlyCell
+    except ImportError as error:
+        raise ConfigError("writing xlsx files needs openpyxl: pip install 'vila-vlm[eval]'") from error
+    if not rows:
+        raise DataError("a spreadsheet without rows; there is nothing to submit")
+    columns = list(rows[0])
+    book = Workbook(write_only=True)
+    sheet = book.create_sheet(SHEET)
+
+    def cell(value: Any, number: int, column: str) -> Any:
+        if not isinstance(value, str):
+            return value
+        if value != cell_text(value):
+            raise DataError(f"row {number} column {column}: a cell cannot hold {value[:40]!r}; see `cell_text`")
+        made = WriteOnlyCell(sheet, value=value)
+        # A text that opens with "=" would become a formula.
+        made.data_type = "s"
+        return made
+
+    sheet.append(columns)
+    for number, row in enumerate(rows, start=1):
+        sheet.append([cell(row[column], number, column) for column in columns])
+    stream = io.BytesIO()
+    book.save(stream)
+    return stream.getvalue()

@@ -1,0 +1,109 @@
+"""`vila eval`, `vila score`, `vila submit`: a model to scores, anybody's answers to scores, files for servers."""
+
+import json
+
+import pytest
+
+from tests import tiny
+
+QUESTIONS = [
+    ["what shape is in the image?", "circle", 0],
+    ["is there a red shape?", "yes", 0],
+    ["what color is the shape?", "teal", 1],
+    ["is there a red shape?", "no", 1],
+]
+
+
+@pytest.fixture
+def easy(tmp_path):
+    for split in ("test", "train"):
+        (tmp_path / "easy" / split / "images").mkdir(parents=True)
+        for number in range(2):
+            (tmp_path / "easy" / split / "images" / f"{number}.png").write_bytes(tiny.picture(number).source)
+        (tmp_path / "easy" / split / "questions.json").write_text(json.dumps(QUESTIONS))
+    return tmp_path / "easy"
+
+
+def answers(path, texts):
+    ids = [f"{image}/{number}" for number, (_, _, image) in enumerate(QUESTIONS)]
+    rows = [{"question_id": name, "text": text} for name, text in zip(ids, texts, strict=True)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_a_model_is_asked_scored_and_reported(vila, model, easy, tmp_path):
+    out = tmp_path / "run"
+    code, text, _ = vila("eval", model, "--data", easy, "--out", out, "--json")
+    assert code == 0
+    row = json.loads(text)
+    assert row["benchmark"] == "easy_vqa" and row["count"] == 4
+    assert {p.name for p in (out / "easy_vqa").iterdir()} >= {"predictions.jsonl", "scores.json", "marks.jsonl"}
+    assert json.loads((out / "eval.json").read_text())["benchmarks"] == {"easy_vqa": "easy_vqa"}
+    assert (out / "report.html").is_file()
+    code, text, _ = vila(
+        "score", "easy_vqa", "--data", easy, "--predictions", out / "easy_vqa" / "predictions.jsonl", "--json"
+    )
+    assert code == 0
+    assert json.loads(text)["score"] == pytest.approx(row["score"])
+
+
+def test_answers_of_anybody_are_scored(vila, easy, tmp_path):
+    path = answers(tmp_path / "theirs.jsonl", ["circle", "yes", "teal", "yes"])
+    code, text, _ = vila("score", "easy_vqa", "--data", easy, "--predictions", path, "--json")
+    found = json.loads(text)
+    assert (code, found["score"], found["unit"], found["protocol"]) == (0, 75.0, "%", "upstream")
+    assert found["interval"]["questions"] == 4
+
+
+def test_two_files_are_compared(vila, easy, tmp_path):
+    ours = answers(tmp_path / "ours.jsonl", ["circle", "yes", "teal", "no"])
+    theirs = answers(tmp_path / "theirs.jsonl", ["circle", "no", "teal", "yes"])
+    code, text, _ = vila("score", "easy_vqa", "--data", easy, "--predictions", ours, "--compare", theirs)
+    assert code == 0
+    assert "easy_vqa: 100.00 %" in text
+    assert "+50.00 points" in text and "2 better, 0 worse" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "holds no answer"),
+        ('{"question_id": "0/0", "text": "x"}\n{"question_id": "0/1", "te', "line 2: not JSON"),
+        ('{"question_id": "0/0"}\n', "line 1: no text"),
+        ('{"text": "x"}\n', "line 1: no question_id"),
+        ('{"question_id": "9/9", "text": "x"}\n', "4 questions without a prediction"),
+        (
+            '{"question_id": "0/0", "text": "x"}\n{"question_id": "0/0", "text": "y"}\n',
+            "line 2: a second answer to question 0/0",
+        ),
+    ],
+)
+def test_a_bad_file_of_answers_is_named(vila, easy, tmp_path, content, message):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(content)
+    code, _, error = vila("score", "easy_vqa", "--data", easy, "--predictions", path)
+    assert code == 1
+    assert message in error
+
+
+def test_unknown_rules_and_missing_files_are_named(vila, easy, tmp_path):
+    path = tmp_path / "none.jsonl"
+    assert "no such file of answers" in vila("score", "easy_vqa", "--data", easy, "--predictions", path)[2]
+    path = answers(tmp_path / "a.jsonl", ["x"] * 4)
+    error = vila("score", "easy_vqa", "--data", easy, "--predictions", path, "--protocol", "mine")[2]
+    assert "--protocol mine: it is upstream or lmms-eval" in error
+
+
+def test_nothing_to_submit_is_said(vila, model, easy, tmp_path):
+    out = tmp_path / "run"
+    assert vila("submit", tmp_path)[2].endswith("no eval.json; give the directory that `vila eval --out` wrote")
+    vila("eval", model, "--data", easy, "--out", out)
+    code, _, error = vila("submit", out, "--out", tmp_path / "upload")
+    assert code == 1 and "nothing to submit" in error
+
+
+def test_what_is_missing_is_said_and_the_rest_goes_on(vila, model, easy, tmp_path):
+    code, text, error = vila("eval", model, "--benchmarks", "pope,easy_vqa", "--data", easy, "--out", tmp_path / "run")
+    assert code == 0
+    assert "pope: left out:" in error
+    assert "accuracy" in text

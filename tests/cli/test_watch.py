@@ -1,0 +1,215 @@
+"""Prompts and evaluations during training: what they write, and that training does not notice them."""
+
+import json
+import os
+import random
+import shutil
+import signal
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from tests import tiny
+from tests.train.ranks import run_ranks
+from tests.train.stand import stand_recipe, write_stand
+from vila.cli.watch import asked, listeners_of
+from vila.core.errors import ConfigError, DataError, Interrupted, UnknownNameError
+from vila.core.files import read_json, sha256_tree
+from vila.engine.engine import Engine
+from vila.train.metrics import read_metrics
+from vila.train.run import build, model_dir
+
+
+@pytest.fixture(scope="module")
+def stand(tmp_path_factory):
+    folder = write_stand(tmp_path_factory.mktemp("stand"))
+    images = folder / "easy" / "test" / "images"
+    images.mkdir(parents=True)
+    questions = []
+    for number in range(3):
+        (images / f"{number}.png").write_bytes(tiny.picture(number).source)
+        questions += [["what color is the shape?", "teal", number], ["is there a circle?", "yes", number]]
+    (images.parent / "questions.json").write_text(json.dumps(questions))
+    return folder
+
+
+def watched(stand, out, *overrides):
+    return stand_recipe(
+        stand,
+        out,
+        f"monitor.prompts=[{{text: 'what?', image: {stand / '0.png'}}}, {{text: 'who?'}}]",
+        "monitor.prompt_every_steps=4",
+        "monitor.eval_every_steps=3",
+        f"monitor.eval_data={stand / 'easy'}",
+        "monitor.eval_items=4",
+        "budget.tokens=1300",
+        *overrides,
+    )
+
+
+def train(recipe, *listeners, watch=True):
+    run = build(recipe)
+    run.trainer.listeners += [*(listeners_of(recipe, run.processor) if watch else []), *listeners]
+    run.train()
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(stand):
+    recipe = watched(stand, "whole")
+    train(recipe)
+    return recipe.output.dir
+
+
+def rows(folder, name):
+    return read_metrics(folder / f"{name}.jsonl")
+
+
+def test_prompts_are_answered_at_their_steps_and_at_the_end(whole):
+    last = rows(whole, "metrics")[-1]["step"]
+    assert last % 4  # so that the end is a step of its own
+    answers = rows(whole, "answers")
+    assert [row["step"] for row in answers] == [s for s in [*range(4, last, 4), last] for _ in range(2)]
+    assert {(row["prompt"], bool(row["image"])) for row in answers} == {("what?", True), ("who?", False)}
+    assert answers[-1]["answer"] != answers[1]["answer"]  # the model has learnt meanwhile
+
+
+def test_the_last_answers_are_those_of_the_trained_model(stand, whole):
+    recipe = watched(stand, "again")
+    run = build(recipe)
+    run.trainer.run()
+    answer = Engine(run.model, run.processor).generate([{"role": "user", "content": "who?"}])
+    assert rows(whole, "answers")[-1]["answer"] == answer
+
+
+def test_evaluations_are_scored_and_the_best_is_named(whole):
+    found = rows(whole, "evaluations")
+    last = rows(whole, "metrics")[-1]["step"]
+    assert [row["step"] for row in found] == sorted({*range(3, last + 1, 3), last})
+    assert all(row["benchmark"] == "easy_vqa" and row["items"] == 4 and 0 <= row["score"] <= 100 for row in found)
+    best = read_json(whole / "best.json")
+    assert best["score"] == max(row["score"] for row in found)
+    assert best["step"] == next(row["step"] for row in found if row["score"] == best["score"])
+    predictions = whole / "evaluations" / "step-00000003" / "predictions.jsonl"
+    assert len(predictions.read_text().splitlines()) == 4
+
+
+@pytest.mark.parametrize("options", [(), ("compute.gradient_checkpointing=true", "compute.dtype=bfloat16")])
+def test_training_does_not_notice_that_it_is_watched(stand, options):
+    folders = {}
+    for watch in (True, False):
+        recipe = watched(stand, f"noticed-{watch}-{len(options)}", *options)
+        train(recipe, watch=watch)
+        folders[watch] = recipe
+    keys = ("step", "loss", "grad_norm", "tokens_seen")
+    ours, theirs = (
+        [[row[key] for key in keys] for row in rows(folders[watch].output.dir, "metrics")] for watch in (True, False)
+    )
+    assert ours == theirs
+    ours, theirs = (sha256_tree(model_dir(folders[watch]), "*.safetensors") for watch in (True, False))
+    assert ours == theirs
+    assert rows(folders[True].output.dir, "answers")
+    assert not (folders[False].output.dir / "answers.jsonl").exists()
+
+
+def test_modes_and_random_numbers_are_as_before(stand):
+    trainer = build(stand_recipe(stand, "modes", "compute.gradient_checkpointing=true")).trainer
+    modes = {name: module.training for name, module in trainer.model.named_modules()}
+    assert len(set(modes.values())) == 2
+    drawn = {}
+    for look in (True, False):
+        torch.manual_seed(1), random.seed(1), np.random.seed(1)
+        if look:
+            with pytest.raises(ZeroDivisionError), asked(trainer):
+                assert not any(module.training for module in trainer.model.modules())
+                torch.rand(3), random.random(), np.random.rand()
+                1 / 0  # noqa: B018 - also when asking fails
+        drawn[look] = (torch.rand(1).item(), random.random(), np.random.rand())
+    assert drawn[True] == drawn[False]
+    assert {name: module.training for name, module in trainer.model.named_modules()} == modes
+
+
+def test_a_run_that_goes_on_repeats_no_line(stand, whole):
+    recipe = watched(stand, "resumed")
+
+    def stop(trainer, facts):
+        if facts["step"] == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        train(recipe, stop)
+    folder = recipe.output.dir
+    # As a kill after later steps than the checkpoint's leaves them.
+    for name, extra in (("answers", {"prompt": "what?", "answer": "x"}), ("evaluations", {"score": 101.0})):
+        with (folder / f"{name}.jsonl").open("a") as stream:
+            stream.write(json.dumps({"step": 6, **extra}) + "\n" + '{"step": 7, "cut')
+    (folder / "best.json").write_text('{"step": 6}')
+    train(recipe)
+    for name in ("answers", "evaluations"):
+        plain = [{k: v for k, v in row.items() if k != "seconds"} for row in rows(folder, name)]
+        assert plain == [{k: v for k, v in row.items() if k != "seconds"} for row in rows(whole, name)]
+    assert read_json(folder / "best.json") == read_json(whole / "best.json")
+
+
+def test_the_best_is_the_first_of_the_highest_scores_that_are_left(stand):
+    recipe = watched(stand, "best", "monitor.prompts=[]")
+    folder = recipe.output.dir
+    folder.mkdir()
+    scores = {1: None, 2: 70.0, 3: 80.0, 4: 80.0, 5: 90.0}
+    lines = [{"step": step, "benchmark": "easy_vqa", "score": score} for step, score in scores.items()]
+    (folder / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (listener,) = listeners_of(recipe, tiny.vila()[1])
+    listener(SimpleNamespace(main=True), {"step": 5})
+    assert read_json(folder / "best.json") == {"step": 3, "benchmark": "easy_vqa", "score": 80.0}
+
+
+def test_a_prompt_that_cannot_be_answered_does_not_stop_the_run(stand):
+    recipe = watched(stand, "long", f"monitor.prompts=[{{text: {'x' * 600}}}]", "monitor.eval_every_steps=0")
+    train(recipe)
+    assert all(row["answer"] == "" and "context" in row["error"] for row in rows(recipe.output.dir, "answers"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "message"),
+    [
+        (["monitor.prompts=[{text: a}, {text: b, image: no.png}]"], ConfigError, "1.image: 'no.png' is not a file"),
+        (["monitor.eval_benchmark=easy_vga"], UnknownNameError, "did you mean 'easy_vqa'"),
+        (["monitor.eval_data=/nowhere"], DataError, "/nowhere/test/questions.json: missing"),
+    ],
+)
+def test_what_cannot_be_watched_is_said_before_training(stand, overrides, error, message):
+    with pytest.raises(error, match=message):
+        listeners_of(watched(stand, "refused", *overrides), tiny.vila()[1])
+
+
+def test_missing_pictures_of_a_benchmark_are_said_before_training(stand, tmp_path):
+    shutil.copytree(stand / "easy", tmp_path / "easy")
+    (tmp_path / "easy" / "test" / "images" / "1.png").unlink()
+    with pytest.raises(ConfigError, match=r"1 pictures of easy_vqa are missing, the first .*1\.png"):
+        listeners_of(watched(stand, "gone", f"monitor.eval_data={tmp_path / 'easy'}"), tiny.vila()[1])
+
+
+def test_nothing_is_asked_by_default(stand):
+    assert listeners_of(stand_recipe(stand, "plain"), tiny.vila()[1]) == []
+
+
+def ranks_train(stand, watch):
+    recipe = watched(stand, f"ranks-{watch}", "compute.sharding=full", "batch.micro=1")
+    train(recipe, watch=watch)
+    return sha256_tree(model_dir(recipe), "*.safetensors")
+
+
+def ranks_train_both(stand):
+    return ranks_train(stand, True), ranks_train(stand, False)
+
+
+def test_dealt_weights_answer_like_whole_ones_and_do_not_notice(stand, whole):
+    results = run_ranks(2, ranks_train_both, stand)
+    assert len({digest for pair in results for digest in pair}) == 1
+    ranks = stand / "ranks-True"
+    ours, theirs = rows(ranks, "answers"), rows(whole, "answers")
+    assert [(row["step"], row["answer"]) for row in ours] == [(row["step"], row["answer"]) for row in theirs]
+    ours, theirs = ([(row["step"], row["score"]) for row in rows(folder, "evaluations")] for folder in (ranks, whole))
+    assert ours == theirs

@@ -1,0 +1,296 @@
+"""MMBench: circular scores by hand, options that end early, the server's spreadsheet, and tables that do not fit."""
+
+import base64
+import io
+import sys
+
+import pytest
+
+from tests.eval.benchmarks.written import VICUNA, whole_prompt
+from vila.core.errors import ConfigError, DataError
+from vila.eval.benchmark import BENCHMARKS, Answer
+from vila.eval.benchmarks.mmbench import MmBench
+from vila.eval.spreadsheet import workbook_bytes
+
+COLUMNS = [
+    "index", "question", "hint", "A", "B", "C", "D",
+    "answer", "category", "image", "source", "l2-category", "comment", "split",
+]  # fmt: skip
+LETTER = "Answer with the option's letter from the given choices directly."
+PETS = ["cat", "dog"]
+# Options, place of the true one, answers to the rotations (None: no row), whether all and the first are right, why.
+ROWS = [
+    (["red", "green", "blue"], 0, ["A", "C", "B"], 1, 1, "letters alone; rotated truths"),
+    (PETS, 0, ["A. cat", "B"], 1, 1, "a letter with a full stop"),
+    (PETS, 0, ["A", "A"], 0, 1, "one wrong rotation"),
+    (PETS, 0, ["It is a cat", "(B)"], 1, 1, "one option's text; a letter in brackets"),
+    (PETS, 0, ["A cat is here", "b"], 0, 1, "an article, then the text; a small letter is none"),
+    (PETS, 0, ["cat or dog", "B"], 0, 0, "two options' texts"),
+    (
+        ["1 apple", "2 apples"],
+        1,
+        ["The answer is B", "\u7b54\u6848\u662fA"],
+        1,
+        1,
+        "by rules alone the second is not read",
+    ),
+    (PETS, 1, ["", None], 0, 0, "an empty answer, and none"),
+    (PETS, 0, ["B\nbecause", "B"], 0, 0, "a letter before a second line"),
+    (["a", "b", "c", "d"], 3, ["D", "C", "B", "A"], 1, 1, "four options"),
+    (["a", "b", "c", "d"], 3, ["E", "C", "B", "A"], 0, 0, "E is never right"),
+]
+# All rotations right: the 1st, 2nd, 4th, 7th, 10th of 11; by rules alone not the 7th; the first right: 7 of 11.
+
+
+def table(rows) -> str:
+    return "".join("\t".join(map(str, cells)) + "\n" for cells in rows)
+
+
+def turns(number: int, options: list[str], true: int) -> list[list]:
+    image = base64.b64encode(f"picture {number}".encode()).decode()
+    out = []
+    for turn in range(len(options)):
+        rotated = options[turn:] + options[:turn] + [""] * (4 - len(options))
+        letter = "ABCD"[(true - turn) % len(options)]
+        index = 7 * number + 1_000_000 * turn
+        kinds = [f"kind {number % 2}", image, "web", f"group {number % 3}", "", "dev"]
+        out.append([index, f"What is it, {number}?", "", *rotated, letter, *kinds])
+    return out
+
+
+@pytest.fixture
+def cells():
+    return [row for n, (options, true, *_) in enumerate(ROWS) for row in turns(n, options, true)]
+
+
+@pytest.fixture
+def folder(tmp_path, cells):
+    path = tmp_path / "mmbench" / "mmbench_dev_20230712.tsv"
+    path.parent.mkdir()
+    path.write_text(table([COLUMNS, *cells]), encoding="utf-8")
+    return tmp_path
+
+
+def answers() -> list[Answer]:
+    return [
+        Answer(7 * n + 1_000_000 * turn, text, f"What is it, {n}?")
+        for n, row in enumerate(ROWS)
+        for turn, text in enumerate(row[2])
+        if text is not None
+    ]
+
+
+def one(tmp_path, *rows, columns=COLUMNS):
+    """A table of these rows, given as changes to an ordinary one."""
+    usual = dict(zip(COLUMNS, turns(0, ["cat", "dog"], 0)[0], strict=True))
+    path = tmp_path / "mmbench_dev_20230712.tsv"
+    path.write_text(table([columns, *([{**usual, **row}[name] for name in columns] for row in rows)]), encoding="utf-8")
+    return MmBench(tmp_path)
+
+
+@pytest.mark.parametrize("rules", ["upstream", "lmms-eval"])
+def test_a_question_is_right_when_all_rotations_are(folder, rules):
+    scored = BENCHMARKS["mmbench"](folder, 0).score(answers(), rules)
+    assert scored.score == pytest.approx(100 * 5 / 11)
+    assert scored.figures["circular_by_rules_alone"] == pytest.approx(100 * 4 / 11)
+    assert scored.figures["first_round"] == pytest.approx(100 * 7 / 11)
+    assert [row[-1] for row, mark in zip(ROWS, scored.marks, strict=True) if mark.value != row[3]] == []
+    assert scored.notes[0] == "static matcher: a local stand-in, the server decides"
+
+
+def test_scores_by_category(folder):
+    figures = MmBench(folder).score(answers()).figures
+    assert figures["by_category"] == pytest.approx({"kind 0": 100 * 2 / 6, "kind 1": 100 * 3 / 5})
+    # Groups hold the 1st, 4th, 7th, 10th; the 2nd, 5th, 8th, 11th; the 3rd, 6th, 9th.
+    assert figures["by_l2_category"] == pytest.approx({"group 0": 100, "group 1": 25, "group 2": 0})
+    assert (figures["questions"], figures["rows"], figures["missing"]) == (11, 27, 1)
+
+
+def test_marks_show_the_first_wrong_rotation(folder):
+    mark = MmBench(folder).score(answers()).marks[2]
+    assert (mark.id, mark.answer, mark.truth, mark.rule) == ("14", "A", "B", "1 of 2 rotations right")
+
+
+def test_order_repetition_and_gaps(folder):
+    rows = [Answer(0, "D"), *reversed(answers()), Answer(5, "A")]
+    scored = MmBench(folder).score(rows)
+    assert scored.score == pytest.approx(100 * 5 / 11)
+    assert any("wrong; their cells stay empty in the server's file: 1000049" in note for note in scored.notes)
+    assert any("more than once, the last answer counts: 0" in note for note in scored.notes)
+    assert any("not asked, left out: 5" in note for note in scored.notes)
+    assert any(
+        note.startswith("mmbench_dev_20230712.tsv holds 27 rows, the published one 4,377") for note in scored.notes
+    )
+
+
+def test_answers_of_another_benchmark_are_refused(folder):
+    with pytest.raises(DataError, match="mmbench: none of 1 answers is to one of its questions"):
+        MmBench(folder).score([Answer("v16", "A")])
+    with pytest.raises(DataError, match="mmbench: all 1 rows whose question_id is not of the questions' type"):
+        MmBench(folder).score([Answer("7", "A")])
+
+
+def test_whole_prompts(tmp_path):
+    rows = [
+        {"index": 1, "hint": "Look at the map.", "C": "bird"},
+        {"index": 2, "hint": "nan"},
+        {"index": 3, "B": "None", "C": "bird"},
+        {"index": 4, "C": "N/A", "D": "bird"},
+        {"index": 5, "A": "nOnE", "B": "bird"},
+        {"index": 6, "question": '"Which, ""this""\nor that?"', "D": "no C before"},
+    ]
+    prompts = [whole_prompt(item) for item in one(tmp_path, *rows).items()]
+    end = f"\n{LETTER} ASSISTANT:"
+    assert prompts[0] == f"{VICUNA}Look at the map.\nWhat is it, 0?\nA. cat\nB. dog\nC. bird{end}"
+    assert prompts[1] == f"{VICUNA}What is it, 0?\nA. cat\nB. dog{end}"
+    # The original stops at the first option that pandas takes for empty.
+    assert prompts[2] == f"{VICUNA}What is it, 0?\nA. cat{end}"
+    assert prompts[3] == f"{VICUNA}What is it, 0?\nA. cat\nB. dog{end}"
+    assert prompts[4] == f"{VICUNA}What is it, 0?{end}"
+    assert prompts[5] == f'{VICUNA}Which, "this"\nor that?\nA. cat\nB. dog{end}'
+
+
+def test_whole_prompts_in_chinese(tmp_path, cells):
+    for place in ("mmbench", "mmbench_cn", ""):
+        home = tmp_path / f"at {place}"
+        path = home / place / "mmbench_dev_cn_20231003.tsv"
+        path.parent.mkdir(parents=True)
+        cells[0][2] = "\u770b\u56fe"
+        path.write_text(table([COLUMNS, *cells]), encoding="utf-8")
+        item = BENCHMARKS["mmbench_cn"](home, 0).items()[0]
+        assert whole_prompt(item) == (
+            f"{VICUNA}\u770b\u56fe\nWhat is it, 0?\nA. red\nB. green\nC. blue\n"
+            "\u8bf7\u76f4\u63a5\u56de\u7b54\u9009\u9879\u5b57\u6bcd\u3002 ASSISTANT:"
+        )
+
+
+def test_items_say_what_the_originals_rows_say(folder):
+    items = MmBench(folder).items()
+    assert items[1].question_id == 1_000_000
+    assert items[1].prompt == "What is it, 0?\nA. green\nB. blue\nC. red"
+    assert items[1].facts == {"round_id": 0, "options": ["green", "blue", "red"], "option_char": ["A", "B", "C"]}
+    assert [(item.id, item.group, item.truth) for item in items[:4]] == [
+        ("0", "0", "A"),
+        ("1000000", "0", "C"),
+        ("2000000", "0", "B"),
+        ("7", "7", "A"),
+    ]
+
+
+def test_pictures_stay_in_the_table_until_they_are_read(folder):
+    items = MmBench(folder).items()
+    pictures = [item.messages[0].parts[0].source for item in items]
+    assert pictures[3].read() == b"picture 1"
+    assert pictures[0] == pictures[1] != pictures[3]  # rotations share theirs
+    path = folder / "mmbench" / "mmbench_dev_20230712.tsv"
+    path.write_text(path.read_text() + "\n")
+    with pytest.raises(DataError, match="the file has changed"):
+        pictures[0].read()
+
+
+def test_a_limited_benchmark_takes_whole_questions(folder):
+    benchmark = MmBench(folder, limit=4)
+    assert [item.group for item in benchmark.items()] == ["0", "0", "0", "7", "7"]
+    assert benchmark.score(answers()[:5]).score == 100
+
+
+def test_the_servers_columns_and_order(folder):
+    upload = MmBench(folder).submission(list(reversed(answers())))
+    assert list(upload.rows[0]) == ["index", "question", "A", "B", "C", "D", "prediction", "answer", "split"]
+    assert [row["index"] for row in upload.rows[:4]] == [0, 1_000_000, 2_000_000, 7]
+    assert list(upload.rows[3].values()) == [7, "What is it, 1?", "cat", "dog", None, None, "A. cat", "A", "dev"]
+    gap = next(row for row in upload.rows if row["index"] == 1_000_049)
+    assert gap["prediction"] is None
+    assert any("their cells are empty: 1000049" in check for check in upload.checks)
+    assert upload.kind == "xlsx"
+
+
+def test_the_workbook_opens_with_text_as_text(tmp_path):
+    openpyxl = pytest.importorskip("openpyxl")
+    benchmark = one(tmp_path, {"index": 3, "question": "=1+1?", "B": "N/A"}, {"index": 4})
+    upload = benchmark.submission([Answer(3, "=A\x00\n\u00e9"), Answer(4, "")])
+    assert any("answers hold what no cell can, which is left out: 3" in check for check in upload.checks)
+    book = openpyxl.load_workbook(io.BytesIO(workbook_bytes(upload.rows)))
+    assert book.sheetnames == ["Sheet1"]
+    rows = list(book["Sheet1"].iter_rows())
+    assert [cell.value for cell in rows[0]] == [
+        "index", "question", "A", "B", "C", "D", "prediction", "answer", "split",
+    ]  # fmt: skip
+    assert [cell.value for cell in rows[1]] == [3, "=1+1?", "cat", None, None, None, "=A\n\u00e9", "A", "dev"]
+    assert {rows[1][place].data_type for place in (1, 6)} == {"s"}
+    assert rows[2][6].value in (None, "")
+
+
+def test_without_openpyxl_the_command_that_installs_it_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openpyxl", None)
+    with pytest.raises(ConfigError, match=r"needs openpyxl: pip install 'vila-vlm\[eval\]'"):
+        workbook_bytes([{"a": 1}])
+
+
+def test_a_split_without_answers_is_the_servers(tmp_path):
+    benchmark = one(tmp_path, {"index": 3}, columns=[name for name in COLUMNS if name != "answer"])
+    with pytest.raises(DataError, match="has no answers, the server alone knows them: .*vila submit"):
+        benchmark.score([Answer(3, "A")])
+    assert "answer" not in benchmark.submission([Answer(3, "A")]).rows[0]
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([{"index": 3, "answer": ""}], r"1 rows have no letter for an answer: 3 \(''\)"),
+        ([{"index": "x"}], "row 1: index is 'x'; expected a number"),
+        ([{"index": 3}, {"index": 3}], "row 2: index 3 is given a second time"),
+        ([{"index": 1_000_003}], "holds rotations only"),
+        ([], "holds no rows"),
+    ],
+    ids=["no answer", "no number", "twice", "rotations only", "empty"],
+)
+def test_rows_that_do_not_fit_are_named(tmp_path, rows, said):
+    with pytest.raises(DataError, match=said):
+        one(tmp_path, *rows).score([Answer(3, "A"), Answer(1_000_003, "A")])
+
+
+def test_another_release_is_named_by_its_columns(tmp_path):
+    benchmark = one(tmp_path, {"index": 3}, columns=[name for name in COLUMNS if name not in ("hint", "comment")])
+    with pytest.raises(DataError, match="has no column hint .it has index, question.*is it another release"):
+        benchmark.items()
+    with pytest.raises(DataError, match="has no column hint, comment"):
+        benchmark.submission([Answer(3, "A")])
+    assert benchmark.score([Answer(3, "A")]).score == 100
+
+
+def test_a_table_cut_short_is_named(folder):
+    path = folder / "mmbench" / "mmbench_dev_20230712.tsv"
+    path.write_text(path.read_text()[:-60])
+    with pytest.raises(
+        DataError, match=r"mmbench_dev_20230712.tsv line 28: \d+ cells where the header has 14; was the"
+    ):
+        MmBench(folder).score(answers())
+
+
+def test_what_is_no_table_is_named(tmp_path):
+    path = tmp_path / "mmbench_dev_20230712.tsv"
+    path.write_text("index,question\n1,What?\n")
+    with pytest.raises(DataError, match="expected a table with tabs between its columns"):
+        MmBench(tmp_path).items()
+    path.write_bytes(b"index\tquestion\n1\t\xff\n")
+    with pytest.raises(DataError, match="line 2: not UTF-8 text"):
+        MmBench(tmp_path).items()
+    with pytest.raises(DataError, match=r"mmbench: mmbench_dev_20230712.tsv is missing; .*openmmlab"):
+        MmBench(tmp_path / "nowhere")
+
+
+def test_the_published_size_scores_and_converts(tmp_path):
+    lines = [COLUMNS]
+    for number in range(1094):
+        lines += turns(number, ["a cat", "a dog", "a cow", "a pig"], 0)
+    lines.append(turns(1094, ["a cat"], 0)[0])
+    assert len(lines) == 4378
+    (tmp_path / "mmbench_dev_20230712.tsv").write_text(table(lines))
+    benchmark = MmBench(tmp_path)
+    rows = [Answer(row[0], row[7] if row[0] % 2 else "A") for row in lines[1:]]
+    scored = benchmark.score(rows)
+    assert scored.score == pytest.approx(100 * 548 / 1095)  # odd questions, and the last, which has one rotation
+    assert len(scored.notes) == 1
+    assert len(benchmark.submission(rows).rows) == 4377
+    assert len(benchmark.items()) == 4377

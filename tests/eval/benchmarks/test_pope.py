@@ -1,0 +1,229 @@
+"""POPE: figures by hand, answers joined by question, and label files of another release."""
+
+import random
+
+import pytest
+
+from tests.eval.benchmarks.written import SHORT, VICUNA, answers, jsonl, whole_prompt
+from vila.core.errors import DataError
+from vila.eval.benchmark import BENCHMARKS, Answer
+from vila.eval.benchmarks.pope import Pope
+
+# Answer, label, whether the original reads yes, whether lmms-eval calls it right.
+ROWS = {
+    "adversarial": [
+        ("Yes", "yes", True, True, "no word No, no or not"),
+        ("no", "no", False, True, "the word no"),
+        ("NO", "no", True, True, "NO is none of the three words; lmms-eval makes letters small"),
+        ("Nope", "no", True, False, "nor is Nope"),
+        ("No!", "no", True, False, "nor is No with a mark"),
+        ("Not sure", "no", True, False, "nor is Not"),
+        ("", "yes", True, False, "nothing is yes"),
+        ("no", "yes", False, False, "wrong"),
+    ],
+    "popular": [
+        ("yes, no doubt", "yes", False, False, "commas go, then the word no is there"),
+        ("No, there is not.", "no", False, False, "the word No"),
+        ("Yes. There is no cat", "yes", True, False, "only the first sentence counts"),
+        ("There is no cat.", "no", False, False, "no anywhere in it"),
+        ("no\n", "no", True, True, "a line break is not a space; lmms-eval strips it"),
+        ("I do not know", "yes", False, False, "the word not"),
+        ("yes", "yes", True, True, "yes"),
+        ("yes", "no", True, False, "wrong"),
+    ],
+    "random": [
+        ("yes", "yes", True, True, "yes"),
+        ("Yes", "yes", True, True, "yes"),
+        ("YES", "yes", True, True, "yes"),
+        ("no.", "no", False, False, "before the full stop; lmms-eval keeps it"),
+        ("No", "no", False, True, "the word No"),
+        ("nothing", "no", True, False, "no is only the beginning of a word"),
+        (".no", "no", True, False, "nothing stands before the first full stop"),
+        ("No", "yes", False, False, "wrong"),
+    ],
+}
+FIRST = {"adversarial": 1, "random": 10000001, "popular": 20000001}
+THINGS = ["dog", "cat", "car", "tree", "cup", "boat", "chair", "person"]
+
+
+def picture(number: int) -> str:
+    return f"COCO_val2014_{number // 4:012d}.jpg"
+
+
+def question(category: str, number: int) -> dict:
+    return {
+        "question_id": FIRST[category] + number,
+        "image": picture(number),
+        "text": f"Is there a {THINGS[number]} in the image?\n{SHORT}",
+        "category": category,
+    }
+
+
+@pytest.fixture
+def folder(tmp_path):
+    jsonl(tmp_path / "pope" / "llava_pope_test.jsonl", [question(name, n) for name in ROWS for n in range(8)])
+    for name, rows in ROWS.items():
+        labels = [
+            {
+                "question_id": n + 1,
+                "image": picture(n),
+                "text": f"Is there a {THINGS[n]} in the image?",
+                "label": row[1],
+            }
+            for n, row in enumerate(rows)
+        ]
+        jsonl(tmp_path / "pope" / "coco" / f"coco_pope_{name}.json", labels)
+    return tmp_path
+
+
+def given() -> list[Answer]:
+    return answers({FIRST[name] + n: row[0] for name, rows in ROWS.items() for n, row in enumerate(rows)})
+
+
+def test_each_row_is_read_as_its_rule_says(folder):
+    scored = Pope(folder).score(given())
+    expected = [said == (label == "yes") for rows in ROWS.values() for _, label, said, _, _ in rows]
+    assert [mark.value for mark in scored.marks] == expected
+    assert [mark.rule == "read as yes" for mark in scored.marks] == [row[2] for rows in ROWS.values() for row in rows]
+
+
+def test_the_headline_is_the_mean_of_three_f1(folder):
+    scored = Pope(folder).score(given())
+    adversarial, popular, other = (scored.figures["by_category"][name] for name in ROWS)
+    assert adversarial == pytest.approx(
+        {
+            "tp": 2,
+            "fp": 4,
+            "tn": 1,
+            "fn": 1,
+            "accuracy": 3 / 8,
+            "precision": 1 / 3,
+            "recall": 2 / 3,
+            "f1": 4 / 9,
+            "yes_ratio": 6 / 8,
+        }
+    )
+    assert (popular["f1"], popular["accuracy"], popular["yes_ratio"]) == (0.5, 0.5, 0.5)
+    assert other == pytest.approx(
+        {
+            "tp": 3,
+            "fp": 2,
+            "tn": 2,
+            "fn": 1,
+            "accuracy": 5 / 8,
+            "precision": 3 / 5,
+            "recall": 3 / 4,
+            "f1": 2 / 3,
+            "yes_ratio": 5 / 8,
+        }
+    )
+    assert scored.score == pytest.approx(100 * (4 / 9 + 1 / 2 + 2 / 3) / 3)
+    assert (scored.unit, scored.notes) == ("%", ())
+    assert [scored.figures["pooled"][key] for key in ("tp", "fp", "tn", "fn")] == [7, 8, 5, 4]
+
+
+def test_lmms_eval_pools_and_reads_whole_answers(folder):
+    scored = Pope(folder).score(given(), "lmms-eval")
+    assert [mark.value for mark in scored.marks] == [row[3] for rows in ROWS.values() for row in rows]
+    # yes and true: 5; yes and false: 1; no and true: 2; other answers are no part of them.
+    assert scored.score == pytest.approx(100 * 10 / 13)
+    assert scored.figures["precision"] == pytest.approx(5 / 6)
+    assert scored.figures["recall"] == pytest.approx(5 / 7)
+    assert scored.figures["accuracy"] == pytest.approx(9 / 24)
+    assert scored.figures["yes_ratio"] == pytest.approx(11 / 24)  # of the labels
+
+
+def test_shuffled_answers_score_the_same_and_it_is_told(folder):
+    rows = given()
+    random.Random(0).shuffle(rows)
+    scored = Pope(folder / "pope").score(rows)
+    assert scored.score == Pope(folder).score(given()).score
+    assert len(scored.notes) == 1
+    assert "in another order than the questions: the original, which pairs them with labels by place" in scored.notes[0]
+
+
+def test_missing_answers_do_not_count_and_are_named(folder):
+    rows = [row for row in given() if row.question_id != FIRST["random"] + 7]
+    scored = Pope(folder).score(rows)
+    assert scored.figures["by_category"]["random"]["f1"] == pytest.approx(2 * 0.6 / 1.6)  # precision 3/5, recall 1
+    assert scored.notes[0] == "1 questions without an answer, not counted: 10000008"
+    assert len(scored.notes) == 1  # the last of its file: none after it moved up
+    assert len(Pope(folder).score(given()[1:]).notes) == 2
+
+
+def test_a_category_without_answers_is_told(folder):
+    scored = Pope(folder).score(given()[:16])
+    assert scored.score == pytest.approx(100 * (4 / 9 + 1 / 2) / 2)
+    assert "no answers in the category random: it is not part of the mean" in scored.notes
+
+
+def test_the_last_of_several_answers_counts(folder):
+    scored = Pope(folder).score([*given(), Answer(8, "Yes")])
+    assert scored.figures["by_category"]["adversarial"]["tp"] == 3
+    assert scored.notes[0] == "1 questions answered more than once, the last answer counts: 8"
+
+
+def test_never_yes_gives_nought_and_a_note(folder):
+    scored = Pope(folder).score([Answer(row.question_id, "no") for row in given()])
+    assert scored.score == 0
+    assert scored.notes[0] == "adversarial: no true yes was found, so that F1 is not defined; it counts as 0"
+
+
+def test_answers_of_another_benchmark_are_refused(folder):
+    with pytest.raises(DataError, match=r"1 answers are to questions that llava_pope_test.jsonl does not have: 9"):
+        Pope(folder).score([*given(), Answer(9, "yes")])
+    vizwiz = [Answer(number, "yes", f"What is this?\n{SHORT}", f"v.jsonl line {number}") for number in range(1, 9)]
+    with pytest.raises(
+        DataError, match=r"v.jsonl line 1 with question_id 1 has 'What is this\?.* here it is 'Is there a dog"
+    ):
+        Pope(folder).score(vizwiz)
+
+
+def test_label_files_of_another_release_are_refused(folder):
+    path = folder / "pope" / "coco" / "coco_pope_random.json"
+    whole = path.read_text()
+    more = whole + whole.splitlines()[0] + "\n"
+    path.write_text(more)
+    with pytest.raises(DataError, match=r"random.json: 9 labels for the 8 random questions .*another release.*e3e3926"):
+        Pope(folder).score(given())
+    path.write_text(whole.replace("a dog", "a horse"))
+    with pytest.raises(DataError, match="no label for question 10000001, 'Is there a dog in the image"):
+        Pope(folder).score(given())
+    path.write_text(whole.replace('"label"', '"answer"'))
+    with pytest.raises(DataError, match=r"random.json line 1: lacks label"):
+        Pope(folder).score(given())
+    path.write_text(whole[:-10])
+    with pytest.raises(DataError, match=r"random.json line 8: not JSON"):
+        Pope(folder).score(given())
+    path.unlink()
+    with pytest.raises(DataError, match=r"coco_pope_random.json is missing; looked for .*e3e3926"):
+        Pope(folder).score(given())
+
+
+def test_a_question_asked_twice_about_a_picture_keeps_its_label(tmp_path):
+    jsonl(tmp_path / "llava_pope_test.jsonl", [question("random", 0), {**question("random", 0), "question_id": 5}])
+    label = {"image": picture(0), "text": "Is there a dog in the image?"}
+    jsonl(tmp_path / "coco" / "coco_pope_random.json", [{**label, "label": "yes"}, {**label, "label": "no"}])
+    assert [item.truth for item in Pope(tmp_path).items()] == ["yes", "no"]
+
+
+def test_the_whole_prompt_and_pictures_together(folder):
+    items = BENCHMARKS["pope"](folder, 0).items()
+    assert whole_prompt(items[0]) == f"{VICUNA}Is there a dog in the image?\n{SHORT} ASSISTANT:"
+    assert [item.group for item in items] == [picture(0)] * 12 + [picture(4)] * 12
+    assert (items[0].question_id, items[0].kind, items[0].truth) == (1, "adversarial", "yes")
+    assert items[0].messages[0].parts[0].source == folder / "pope" / "val2014" / picture(0)
+
+
+def test_a_few_pictures_are_scored_alone(folder):
+    benchmark = Pope(folder, 5)
+    kept = {item.question_id for item in benchmark.items()}
+    scored = benchmark.score([row for row in given() if row.question_id in kept])
+    assert (scored.figures["questions"], scored.notes) == (12, ())
+
+
+def test_questions_are_asked_without_labels(tmp_path):
+    jsonl(tmp_path / "llava_pope_test.jsonl", [question("random", 0)])
+    assert [item.truth for item in Pope(tmp_path).items()] == [""]
+    with pytest.raises(DataError, match=r"llava_pope_test.jsonl is missing"):
+        Pope(tmp_path / "pope")

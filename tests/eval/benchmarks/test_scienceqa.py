@@ -1,0 +1,258 @@
+"""ScienceQA: both figures by hand under three readings, whole prompts, and files that do not fit."""
+
+import pytest
+
+from tests.eval.benchmarks.written import VICUNA, jsonl, plain, whole_prompt
+from vila.core.errors import DataError
+from vila.eval.answers import read_answers
+from vila.eval.benchmark import BENCHMARKS, Answer
+from vila.eval.benchmarks.scienceqa import ScienceQa
+
+LETTER = "Answer with the option's letter from the given choices directly."
+# Answer, number of choices, true letter, then right by VILA's, LLaVA's and lmms-eval's reading.
+ROWS = [
+    ("B", 4, "B", 1, 1, 1, "the letter alone"),
+    ("b", 4, "B", 0, 0, 1, "casing counts, but not for lmms-eval"),
+    ("B. blue", 4, "B", 1, 1, 1, "letter, full stop, space"),
+    ("B.blue", 4, "B", 1, 0, 1, "VILA needs no space"),
+    ("B.", 4, "B", 1, 0, 1, "nor anything else"),
+    ("B", 4, "C", 0, 0, 0, "another letter"),
+    (" B", 4, "B", 0, 0, 1, "nothing is stripped, but by lmms-eval"),
+    ("B\n", 4, "B", 0, 0, 1, "nor a line break"),
+    ("B) blue", 4, "B", 0, 0, 0, "a bracket is no full stop"),
+    ("The answer is B.", 4, "B", 1, 1, 0, "the sentence"),
+    ("The answer is B", 4, "B", 0, 0, 0, "a character must follow"),
+    ("The answer is B!", 4, "B", 1, 1, 0, "any character"),
+    ("The answer is A. No, The answer is B.", 4, "B", 0, 0, 0, "exactly once"),
+    ("the answer is B.", 4, "B", 0, 0, 0, "with a capital T"),
+    ("I think so. The answer is B, blue.", 4, "B", 1, 1, 0, "anywhere"),
+    ("E", 2, "B", 0, 0, 0, "a letter beyond the choices is wrong"),
+    ("", 4, "A", 0, 0, 0, "nothing"),
+    ("\n", 4, "A", 0, 0, 0, "nothing but white space"),
+    ("D. The answer is B.", 4, "D", 1, 1, 1, "the first letter goes before the sentence"),
+    ("The answer is Z.", 3, "A", 0, 0, 0, "no such choice"),
+    ("\u201cB\u201d", 4, "B", 0, 0, 0, "other quotation marks are part of the answer"),
+    ("choice 1", 4, "B", 0, 0, 0, "texts of choices are not read"),
+    ("E. x", 5, "E", 1, 1, 1, "the fifth letter, where there are five"),
+    ("F. x", 5, "A", 0, 0, 0, "letters end at E"),
+    ("B.\nThe answer is C.", 4, "B", 1, 0, 1, "a line break instead of the space"),
+    ("The answer is B\n.", 4, "B", 0, 0, 0, "a line break is no character of the pattern"),
+]
+# Rows with a picture are those of even number (the 1st, 3rd, ...): 13 of them. VILA: the 1st, 3rd, 5th, 15th, 19th,
+# 23rd, 25th. LLaVA: without the 5th and 25th. lmms-eval: the 1st, 3rd, 5th, 7th, 19th, 23rd, 25th.
+# Of the others VILA reads the 4th, 10th and 12th, LLaVA the 10th and 12th. One question more has no answer.
+
+
+def asked(number: int, choices: int) -> str:
+    options = "\n".join(f"{'ABCDE'[k]}. choice {k}" for k in range(choices))
+    return f"Context: Number {number}.\nWhich is right?\n{options}"
+
+
+def row_of(number: int) -> dict:
+    text, choices = ROWS[number][:2]
+    picture = "" if number % 2 else "<image>\n"
+    return {"question_id": str(number), "prompt": f"{picture}{asked(number, choices)}\n{LETTER}", "text": text}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    problems = {
+        str(n): {
+            "question": "Which is right?",
+            "choices": [f"choice {k}" for k in range(row[1])],
+            "answer": "ABCDE".index(row[2]),
+            "image": None if n % 2 else "image.png",
+            "subject": "natural science" if n < 4 else "social science",
+        }
+        for n, row in enumerate(ROWS)
+    }
+    problems["missing"] = {"question": "?", "choices": ["a", "b"], "answer": 0, "image": "image.png"}
+    problems["training"] = {"question": "?", "choices": ["a", "b"], "answer": 0}
+    plain(tmp_path / "scienceqa" / "problems.json", problems)
+    plain(tmp_path / "scienceqa" / "pid_splits.json", {"test": [*map(str, range(len(ROWS))), "missing"]})
+    return tmp_path
+
+
+@pytest.fixture
+def rows():
+    return [row_of(n) for n in range(len(ROWS))]
+
+
+def answers(rows) -> list[Answer]:
+    return [Answer(row["question_id"], row["text"], row.get("prompt", "")) for row in rows]
+
+
+def test_the_published_figure_is_vilas_over_questions_with_a_picture(folder, rows):
+    scored = BENCHMARKS["scienceqa"](folder, 0).score(answers(rows))
+    assert scored.score == pytest.approx(100 * 7 / 13)
+    assert scored.figures["image_accuracy"] == scored.score
+    assert scored.figures["accuracy"] == pytest.approx(100 * 10 / 27)
+    assert scored.figures["llava_image_accuracy"] == pytest.approx(100 * 5 / 13)
+    assert scored.figures["llava_accuracy"] == pytest.approx(100 * 7 / 27)
+    assert scored.figures["by_subject"] == pytest.approx({"natural science": 100, "social science": 100 * 5 / 11})
+    assert (scored.figures["questions"], scored.figures["image_questions"]) == (27, 13)
+
+
+def test_lmms_eval_reads_otherwise(folder, rows):
+    scored = ScienceQa(folder).score(answers(rows), "lmms-eval")
+    assert scored.score == pytest.approx(100 * 7 / 13)
+    assert [mark.id for mark in scored.marks if mark.value] == ["0", "2", "4", "6", "18", "22", "24"]
+
+
+@pytest.mark.parametrize(("place", "name"), [(3, "upstream"), (5, "lmms-eval")])
+def test_each_row_is_marked_as_its_rule_says(folder, rows, place, name):
+    for row in rows:
+        row["prompt"] = "<image>\n" + row["prompt"].removeprefix("<image>\n")
+    marks = {mark.id: mark for mark in ScienceQa(folder).score(answers(rows), name).marks}
+    wrong = [row[-1] for n, row in enumerate(ROWS) if marks[str(n)].value != row[place]]
+    assert wrong == []
+    assert marks["15"].rule == "the letter alone, but there is no option E" or name == "lmms-eval"
+
+
+def test_a_question_without_an_answer_is_wrong_but_has_no_picture(folder, rows):
+    scored = ScienceQa(folder).score(answers(rows))
+    assert (
+        "1 questions without an answer, wrong, and counted as questions without a picture, as upstream does: missing"
+        in (scored.notes)
+    )
+    assert scored.figures["image_questions"] == 13  # although its problem has one
+
+
+def test_order_does_not_matter_and_the_last_answer_counts(folder, rows):
+    before = ScienceQa(folder).score(answers(rows)).score
+    again = [{**rows[0], "text": "A"}, *reversed(rows)]
+    scored = ScienceQa(folder).score(answers(again))
+    assert scored.score == before
+    assert any("answered more than once, the last answer counts: 0" in note for note in scored.notes)
+
+
+def test_answers_to_other_splits_are_left_out_with_a_note(folder, rows):
+    scored = ScienceQa(folder).score(answers([*rows, {"question_id": "training", "text": "A"}]))
+    assert scored.figures["questions"] == 27
+    assert any("answers to questions that are not asked, left out: training" in note for note in scored.notes)
+
+
+def test_numbers_for_ids_are_not_found_as_in_the_original(folder, rows):
+    rows[0]["question_id"] = 0
+    scored = ScienceQa(folder).score(answers(rows))
+    assert scored.score == pytest.approx(100 * 6 / 12)
+    assert any("1 rows whose question_id is not of the questions' type, which are text: 0" in n for n in scored.notes)
+    with pytest.raises(DataError, match="scienceqa: all 26 rows whose question_id is not of the questions' type"):
+        ScienceQa(folder).score([Answer(n, "A") for n in range(26)])
+
+
+def test_answers_of_another_benchmark_are_refused_or_noted(folder, rows):
+    with pytest.raises(DataError, match=r"scienceqa: none of 1 answers is to one of its questions .theirs: v1"):
+        ScienceQa(folder).score([Answer("v1", "A")])
+    rows = [{**row, "prompt": "<image>\nWhat colour?"} for row in rows]
+    scored = ScienceQa(folder).score(answers(rows))
+    assert any("the rows repeat other questions than this benchmark's" in note for note in scored.notes)
+
+
+def test_rows_without_a_prompt_take_the_picture_from_the_problems(folder, rows):
+    for row in rows:
+        del row["prompt"]
+    scored = ScienceQa(folder).score(answers(rows))
+    assert scored.figures["image_questions"] == 13
+    assert any(note.startswith("26 answers repeat no prompt, the first to question 0") for note in scored.notes)
+
+
+def test_without_questions_about_pictures_the_figure_is_zero_and_said(folder, rows):
+    scored = ScienceQa(folder).score(answers(rows[1:2]))
+    assert scored.score == 0
+    assert any("not defined, given as 0" in note for note in scored.notes)
+
+
+def test_an_original_file_is_read_and_one_cut_short_says_so(folder, rows, tmp_path):
+    path = jsonl(tmp_path / "a.jsonl", rows)
+    assert ScienceQa(folder).score(read_answers(path).rows).score == pytest.approx(100 * 7 / 13)
+    path.write_text(path.read_text()[:-9])
+    cut = read_answers(path)
+    assert len(cut.rows) == 25
+    assert "a.jsonl line 26" in cut.bad[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"choices": None}, "question 3: choices is None; expected a list of texts"),
+        ({"answer": "B"}, "question 3: answer is 'B'; expected the number of a choice"),
+        ({"answer": 9}, "question 3: answer is 9; expected the number of a choice"),
+    ],
+)
+def test_a_problem_without_its_fields_is_named(folder, rows, change, said):
+    from vila.core.files import read_json
+
+    path = folder / "scienceqa" / "problems.json"
+    problems = read_json(path)
+    problems["3"].update(change)
+    plain(path, problems)
+    with pytest.raises(DataError, match=said):
+        ScienceQa(folder).score(answers(rows))
+
+
+def test_another_release_of_the_problems_is_named(folder, rows):
+    plain(folder / "scienceqa" / "pid_splits.json", {"test": ["0", "77777"]})
+    with pytest.raises(
+        DataError, match="question 77777: the split names it, but it is not there; is it another release"
+    ):
+        ScienceQa(folder).score(answers(rows))
+
+
+def test_missing_files_are_named_with_their_source(tmp_path, folder):
+    with pytest.raises(DataError, match=r"scienceqa: problems.json is missing; looked for .*ScienceQA"):
+        ScienceQa(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"scienceqa: llava_test_CQM-A.json is missing; .*eval.zip"):
+        ScienceQa(folder).items()
+
+
+@pytest.fixture
+def asking(folder):
+    rows = [
+        {
+            "id": str(n),
+            "conversations": [
+                {"from": "human", "value": ("" if n % 2 else "<image>\n") + asked(n, ROWS[n][1])},
+                {"from": "gpt", "value": "The answer is A."},
+            ],
+            **({} if n % 2 else {"image": f"{n}/image.png"}),
+        }
+        for n in range(4)
+    ]
+    rows[2]["conversations"][0]["value"] = asked(2, 4) + "\n<image>"
+    plain(folder / "scienceqa" / "llava_test_CQM-A.json", rows)
+    return folder
+
+
+def test_whole_prompts(asking):
+    items = ScienceQa(asking).items()
+    body = "Context: Number 0.\nWhich is right?\nA. choice 0\nB. choice 1\nC. choice 2\nD. choice 3"
+    suffix = "Answer with the option's letter from the given choices directly."
+    assert whole_prompt(items[0]) == f"{VICUNA}{body}\n{suffix} ASSISTANT:"
+    text_only = VICUNA.removesuffix("<image>\n")
+    assert whole_prompt(items[1]) == f"{text_only}{body.replace('0.', '1.', 1)}\n{suffix} ASSISTANT:"
+    # The picture goes in front wherever the file has it, and white space around it goes.
+    assert whole_prompt(items[2]) == f"{VICUNA}{body.replace('0.', '2.', 1)}\n{suffix} ASSISTANT:"
+    assert items[0].prompt == f"<image>\n{body}\n{suffix}"
+    assert items[1].prompt == f"{body.replace('0.', '1.', 1)}\n{suffix}"
+
+
+def test_items_know_truth_picture_and_how_the_original_cuts_it(asking):
+    items = ScienceQa(asking / "scienceqa").items()
+    assert [item.truth for item in items] == ["B", "B", "B", "B"]
+    assert [item.question_id for item in items] == ["0", "1", "2", "3"]
+    assert str(items[0].messages[0].parts[0].source).endswith("scienceqa/images/test/0/image.png")
+    assert (items[0].facts, items[1].facts) == ({"image_mode": "square"}, {})
+    assert len(ScienceQa(asking, limit=2).items()) == 2
+
+
+def test_a_limited_benchmark_scores_what_it_asks(asking, rows):
+    scored = ScienceQa(asking, limit=3).score(answers(rows[:3]))
+    assert scored.figures["questions"] == 3
+    assert scored.score == 100
+
+
+def test_a_question_that_is_none_is_named(asking):
+    plain(asking / "scienceqa" / "llava_test_CQM-A.json", [{"id": "0", "conversations": []}])
+    with pytest.raises(DataError, match=r"llava_test_CQM-A.json row 1: no id or question"):
+        ScienceQa(asking).items()

@@ -1,0 +1,187 @@
+"""TextVQA: soft accuracy by hand over all forms of the prompt, and rows that are missing or repeated."""
+
+import pytest
+
+from tests.eval.benchmarks.written import SHORT, VICUNA, jsonl, plain, whole_prompt
+from vila.core.errors import DataError
+from vila.eval.benchmark import BENCHMARKS, Answer
+from vila.eval.benchmarks.textvqa import TextVqa, question_of
+
+ROWS = [
+    ("nokia", {"nokia": 10}, 1, "equal"),
+    ("Nokia.", {"nokia": 10}, 1, "small letters, no full stop"),
+    ("NOKIA", {"nokia": 3, "phone": 7}, 0.9, "3 humans agree"),
+    ("nokia", {"Nokia": 1, "nokia!": 1, "phone": 8}, 0.6, "2 humans agree once they are normalised"),
+    ("nokia", {"nokia": 1, "phone": 9}, 0.3, "1 human agrees"),
+    ("samsung", {"nokia": 10}, 0, "none agrees"),
+    ("", {"the": 2, "nokia": 8}, 0.6, "an article alone is normalised to nothing"),
+    ("the nokia", {"nokia": 10}, 1, "articles go"),
+    ("two", {"2": 4, "3": 6}, 1, "number words become digits"),
+    ("hello,world", {"hello world": 10}, 0, "words are joined at a comma"),
+    ("hello world", {"hello, world": 10}, 1, "a comma beside a space goes"),
+    ("joe's", {"joe's": 10}, 1, "'s is parted on both sides"),
+    ("5.99.", {"5.99": 10}, 1, "a period before a digit stays"),
+    ("$5", {"5": 10}, 0, "a currency sign stays"),
+    ("12:30", {"12 30": 10}, 0, "a colon stays"),
+    ("12-30", {"12 30": 10}, 1, "a hyphen becomes a space"),
+    ("line\ntwo", {"line 2": 10}, 1, "a line break is a space"),
+    ("\u00fcber", {"uber": 10}, 0, "accents stay"),
+    ("dont walk", {"don't walk": 10}, 1, "contractions get their apostrophe"),
+    ("Im", {"I'm": 10}, 0, "but not this one, whose entry has a capital"),
+    ("none", {"0": 5, "none": 5}, 1, "none is zero"),
+    ("stop!", {"stop": 4, "go": 6}, 1, "4 humans agree"),
+]
+POINTS = 14.4  # 12 rows give 1, one 0.9, two 0.6, one 0.3, six 0
+
+
+def words(number: int) -> str:
+    return f"What does sign {number} say?"
+
+
+def picture(number: int) -> str:
+    return f"{number:016x}"
+
+
+def prompt(number: int) -> str:
+    """Row by row another of the forms that answer files have."""
+    ask = words(number)
+    return [
+        f"{ask}\nReference OCR token: STOP, 5\n{SHORT}",
+        f"{ask}\nReference OCR token: \n{SHORT}",
+        f"Reference OCR token: STOP\n{ask.upper()}\n{SHORT}",
+        f"{ask}\n{SHORT}",
+        f"OCR tokens: STOP, 5. Question: {ask} Short answer:",
+    ][number % 5]
+
+
+def annotation(number: int, counts: dict[str, int]) -> dict:
+    said = [text for text, count in counts.items() for _ in range(count)]
+    return {"question_id": 34602 + number, "image_id": picture(number), "question": words(number), "answers": said}
+
+
+def given() -> list[Answer]:
+    return [Answer(picture(n), row[0], prompt(n), f"a.jsonl line {n + 1}") for n, row in enumerate(ROWS)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    rows = [annotation(number, row[1]) for number, row in enumerate(ROWS)]
+    plain(tmp_path / "textvqa" / "TextVQA_0.5.1_val.json", {"dataset_type": "val", "data": rows})
+    return tmp_path
+
+
+def test_each_row_gets_what_its_rule_says_whatever_the_form_of_its_prompt(folder):
+    scored = TextVqa(folder).score(given())
+    assert [mark.value for mark in scored.marks] == pytest.approx([row[2] for row in ROWS])
+    assert scored.score == pytest.approx(100 * POINTS / 22)
+    assert (scored.figures["samples"], scored.notes) == (22, ())
+
+
+def test_lmms_eval_scores_the_same(folder):
+    assert TextVqa(folder).score(given()[::-1], "lmms-eval").score == pytest.approx(100 * POINTS / 22)
+
+
+def test_a_repeated_row_counts_again_and_a_missing_one_not_at_all(folder):
+    rows = [*given()[1:], given()[5], given()[5]]
+    scored = TextVqa(folder / "textvqa").score(rows)
+    assert scored.score == pytest.approx(100 * (POINTS - 1) / 23)
+    assert [note.split(":")[0] for note in scored.notes] == [
+        "1 questions without an answer, not counted, as in the original",
+        "1 questions answered more than once, each answer counts",
+    ]
+    assert len({mark.id for mark in scored.marks}) == 23
+    with pytest.raises(DataError, match=r"1 have none \(0000000000000000/what does sign 0 say\?\), 1 have several"):
+        TextVqa(folder).score(rows, "lmms-eval")
+
+
+@pytest.mark.parametrize(
+    ("text", "question"),
+    [
+        (f"What Is It?\nReference OCR token: A, b\n{SHORT}", "what is it?"),
+        (f"Reference OCR token: A\nWhat Is It?\n{SHORT}", "what is it?"),
+        (f"What Is It?\n{SHORT}", "what is it?"),
+        ("What? \nReference OCR token: ", "what? "),
+        ("OCR tokens: a. Question: What\nis it? Short answer:", "what\nis it?"),
+    ],
+)
+def test_the_question_is_read_from_every_form_of_the_prompt(text, question):
+    assert question_of(text, "here") == question
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "What is it?",
+        "one\ntwo\nthree",
+        "a\nReference OCR token: b\nc\nd",
+        "OCR tokens: a. What is it?\nShort answer:",
+    ],
+)
+def test_another_prompt_is_refused(folder, text):
+    with pytest.raises(DataError, match="a.jsonl line 1: no question can be read from the prompt"):
+        TextVqa(folder).score([Answer(picture(0), "x", text, "a.jsonl line 1")])
+
+
+def test_unknown_questions_are_refused_by_name(folder):
+    with pytest.raises(DataError, match=r"line 9: no question 'who\?' about picture 0+1 in TextVQA_0.5.1_val.json"):
+        TextVqa(folder).score([*given(), Answer(picture(1), "x", f"Who?\n{SHORT}", "line 9")])
+    with pytest.raises(DataError, match="another benchmark or split, or is the annotation file of another release"):
+        TextVqa(folder).score([Answer(77, "x", f"{words(1)}\n{SHORT}")])
+    with pytest.raises(DataError, match="no answers were given"):
+        TextVqa(folder).score([])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda row: row.pop("answers"),
+            r"row 1: lacks answers; is it the file of another release, or of the test split",
+        ),
+        (lambda row: row.update(answers=[]), r"row 1: question 'What does sign 0 say\?' has no readable answers"),
+        (lambda row: row["answers"].pop(), "9 answers to 0000000000000000/what does sign 0 say.*defined for 10"),
+    ],
+)
+def test_annotations_that_lack_something_are_refused(tmp_path, change, message):
+    row = annotation(0, {"x": 10})
+    change(row)
+    plain(tmp_path / "TextVQA_0.5.1_val.json", {"data": [row]})
+    with pytest.raises(DataError, match=message):
+        TextVqa(tmp_path).score(given()[:1])
+
+
+def test_the_last_of_two_annotations_of_one_question_counts(tmp_path):
+    rows = [annotation(0, {"old": 10}), annotation(0, {"new": 10})]
+    plain(tmp_path / "TextVQA_0.5.1_val.json", {"data": rows})
+    answers = [Answer(picture(0), "new", prompt(0)), Answer(picture(0), "old", prompt(0))]
+    scored = TextVqa(tmp_path).score(answers)
+    assert (scored.score, scored.notes) == (50, ())
+
+
+def test_items_are_known_by_picture_and_question(folder):
+    asked = [(0, 0), (1, 1), (0, 2), (0, 0)]
+    rows = [
+        {"question_id": picture(n), "image": f"{picture(n)}.jpg", "text": f"{words(q)}\nReference OCR token: \n{SHORT}"}
+        for n, q in asked
+    ]
+    jsonl(folder / "textvqa" / "llava_textvqa_val_v051_ocr.jsonl", rows)
+    items = BENCHMARKS["textvqa"](folder, 0).items()
+    first = f"{picture(0)}/what does sign 0 say?"
+    assert [item.id for item in items[:3]] == [first, f"{picture(0)}/what does sign 2 say?", f"{first}#2"]
+    assert whole_prompt(items[0]) == f"{VICUNA}{words(0)}\nReference OCR token: \n{SHORT} ASSISTANT:"
+    assert (items[0].question_id, items[0].truth, items[1].truth) == (picture(0), "nokia", "")
+    assert items[0].messages[0].parts[0].source == folder / "textvqa" / "train_images" / f"{picture(0)}.jpg"
+    assert [item.group for item in TextVqa(folder, 2).items()] == [picture(0)] * 3
+    some = TextVqa(folder, 2).score([Answer(picture(0), "nokia", items[0].prompt)])
+    assert (some.score, some.figures["questions"]) == (100, 1)
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(DataError, match=r"llava_textvqa_val_v051_ocr.jsonl is missing; looked for .*eval.zip"):
+        TextVqa(tmp_path)
+    jsonl(
+        tmp_path / "llava_textvqa_val_v051_ocr.jsonl", [{"question_id": "a", "image": "a.jpg", "text": f"Q\n{SHORT}"}]
+    )
+    with pytest.raises(DataError, match=r"TextVQA_0.5.1_val.json is missing; .*dl.fbaipublicfiles.com"):
+        TextVqa(tmp_path).score([Answer("a", "x", f"Q\n{SHORT}")])

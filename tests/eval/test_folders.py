@@ -1,0 +1,40 @@
+"""Where a benchmark's files are looked for."""
+
+import pytest
+
+from vila.core.errors import DataError
+from vila.eval.folders import find, image_folder, look
+
+
+@pytest.fixture
+def home(tmp_path):
+    home = tmp_path / "eval" / "gqa"
+    (home / "data" / "images").mkdir(parents=True)
+    (home / "data" / "q.json").write_text("{}")
+    return home
+
+
+def test_a_file_is_found_from_both_folders_and_in_every_place(home):
+    for folder in (home.parent, home, home / "data"):
+        assert find(folder, "gqa", "q.json", "data/q.json") == home / "data" / "q.json"
+
+
+def test_earlier_places_come_first(home):
+    (home / "q.json").write_text("{}")
+    assert look(home.parent, "gqa", "q.json", "data/q.json") == home / "q.json"
+
+
+def test_what_is_missing_is_told_with_every_place_and_its_source(home):
+    assert look(home, "gqa", "p.json") is None
+    with pytest.raises(DataError) as raised:
+        find(home.parent, "gqa", "p.json", "data/p.json", obtain="https://example.org")
+    places = [home / "p.json", home.parent / "p.json", home / "data" / "p.json", home.parent / "data" / "p.json"]
+    assert str(raised.value) == (
+        f"gqa: p.json is missing; looked for {', '.join(map(str, places))}; it comes from https://example.org"
+    )
+
+
+def test_pictures_need_not_be_there(home):
+    assert image_folder(home.parent, "gqa", "images", "data/images") == home / "data" / "images"
+    assert image_folder(home.parent, "gqa", "test2015") == home / "test2015"
+    assert image_folder(home, "gqa", "test2015") == home / "test2015"

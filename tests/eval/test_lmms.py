@@ -1,0 +1,143 @@
+"""The adapter for lmms-eval, without lmms-eval: its requests, settings and prompts."""
+
+import subprocess
+import sys
+from importlib.metadata import EntryPoint
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image as PilImage
+
+from tests import tiny
+from vila.core.errors import ConfigError, DataError
+from vila.core.types import Image, Message, Text, Video
+from vila.engine.engine import Engine
+from vila.engine.request import Sampling
+from vila.eval import lmms
+from vila.eval.lmms import Adapter, medium_of, parts_of, sampling_of
+from vila.media.image import open_image
+from vila.model.load import save_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("lmms") / "model"
+    save_model(*tiny.vila(template="vicuna_v1", seed=1), path)
+    return path
+
+
+class Hook:
+    def __init__(self):
+        self.rows = []
+
+    def add_partial(self, kind, request, text):
+        self.rows.append((kind, request, text))
+
+
+def loaded(folder, **arguments):
+    adapter = Adapter(str(folder), dtype="float32", **arguments)
+    adapter.cache_hook = Hook()
+    adapter.task_dict = {"shapes": {"test": [{"image": open_image(tiny.picture(n))} for n in range(5)]}}
+    return adapter
+
+
+def request(number, settings, text="what?"):
+    arguments = (f"{text} {number}", settings, lambda doc: [doc["image"]], number, "shapes", "test")
+    return SimpleNamespace(args=arguments)
+
+
+def test_answers_are_the_engines_in_the_order_of_the_requests(folder):
+    adapter = loaded(folder, batch_size="2")
+    settings = [{"max_new_tokens": 4}, {"max_new_tokens": 4}, {"max_new_tokens": 4}, {"max_new_tokens": 2}, {}]
+    requests = [request(number, each) for number, each in enumerate(settings)]
+    engine = Engine.load(folder, dtype="float32")
+    wanted = [
+        engine.generate(
+            [Message.of("user", tiny.picture(number), f"\nwhat? {number}")],
+            max_new_tokens=each.get("max_new_tokens", 128),
+        )
+        for number, each in enumerate(settings)
+    ]
+    assert len(set(wanted)) > 1  # the pictures matter
+    assert adapter.generate_until(requests) == wanted
+    assert [row[2] for row in adapter.cache_hook.rows] == wanted
+    assert (adapter._rank, adapter._world_size, adapter.device) == (0, 1, "cpu")
+
+
+def test_the_image_is_a_line_before_the_text():
+    pictures = [Image("a.png"), Image("b.png")]
+    assert parts_of("q", pictures[:1], "\n") == (pictures[0], Text("\nq"))
+    assert parts_of("q", pictures, "\n") == (pictures[0], Text("\n"), pictures[1], Text("\nq"))
+    assert parts_of("q", pictures[:1], "") == (pictures[0], Text("q"))
+    assert parts_of("q", [], "\n") == (Text("q"),)
+    assert parts_of("q", [Video("a.mp4")], "\n") == (Video("a.mp4"), Text("q"))
+
+
+def test_markers_in_the_text_place_the_images():
+    pictures = [Image("a.png"), Image("b.png")]
+    assert parts_of("1: <image> 2: <image>?", pictures, "\n") == (
+        Text("1: "),
+        pictures[0],
+        Text(" 2: "),
+        pictures[1],
+        Text("?"),
+    )
+    assert parts_of("<image>\nq", pictures[:1], "\n") == (pictures[0], Text("\nq"))
+    assert parts_of("<image>", pictures, "\n")[-1] == Text("\n<image>")  # too few markers: text like any other
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted", "rule"),
+    [
+        ({}, Sampling(max_new_tokens=128), "greedy, 128 tokens"),
+        ({"until": ["\n\n"], "max_new_tokens": 16}, Sampling(max_new_tokens=16), "until is left out"),
+        ({"temperature": 0, "top_p": 1.0, "num_beams": 1, "do_sample": False}, Sampling(), "greedy spelt out"),
+        ({"temperature": 0.7, "do_sample": False}, Sampling(), "do_sample false is greedy"),
+        ({"temperature": 0.7, "top_p": 0.5}, Sampling(temperature=0.7, top_p=0.5), "drawn"),
+        ({"max_gen_toks": 32, "top_p": None}, Sampling(max_new_tokens=32), "the older name of the limit"),
+        ({"image_aspect_ratio": "original"}, Sampling(), "belongs to the checkpoint"),
+    ],
+)
+def test_settings_of_tasks(given, wanted, rule):
+    assert sampling_of(given) == wanted
+
+
+def test_settings_that_cannot_be_kept_are_refused():
+    with pytest.raises(ConfigError, match="num_beams=5: beam search is not done"):
+        sampling_of({"num_beams": 5})
+    with pytest.raises(ConfigError, match="generation_kwargs: length_penalty, typical_p not known here"):
+        sampling_of({"typical_p": 1, "length_penalty": 2})
+
+
+def test_what_a_task_shows():
+    picture = PilImage.new("RGB", (2, 2))
+    assert medium_of(picture, "t") == Image(picture)
+    assert medium_of("a.JPG", "t") == Image("a.JPG")
+    assert medium_of("a.mp4", "t", 4) == Video("a.mp4", 4)
+    with pytest.raises(DataError, match="mme test 3: shows a dict; expected pictures"):
+        medium_of({"array": []}, "mme test 3")
+
+
+def test_arguments_are_checked():
+    with pytest.raises(ConfigError, match="vila_native: unknown argument 'pretraned'; pretrained=DIRECTORY is missing"):
+        Adapter(pretraned="x")
+
+
+def test_what_is_not_done_says_so(folder):
+    adapter = loaded(folder)
+    with pytest.raises(NotImplementedError, match="output_type is generate_until"):
+        adapter.loglikelihood([])
+    with pytest.raises(NotImplementedError, match="tasks of one round"):
+        adapter.generate_until_multi_round([])
+
+
+def test_the_entry_point_is_there_and_the_module_needs_no_lmms_eval():
+    import tomllib
+    from pathlib import Path
+
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    ((name, value),) = project["entry-points"]["lmms_eval.models"].items()
+    assert name == lmms.MODEL_ID
+    assert EntryPoint(name, value, "lmms_eval.models").load() is lmms.manifest
+    code = "import sys, vila.eval.lmms; assert 'lmms_eval' not in sys.modules and 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,216 @@
+"""Asking a chat server: bodies as they are sent, order, failures, and the runner on top."""
+
+import base64
+import io
+import json
+import threading
+
+import pytest
+from PIL import Image as PilImage
+
+from tests import tiny
+from tests.eval.chat_server import chat_server, completion
+from vila.core.errors import ConfigError, MediaError
+from vila.core.types import Image, Message, Video
+from vila.engine.request import Sampling
+from vila.eval.benchmark import Item, Mark, Scored
+from vila.eval.endpoint import Patience, ServerError
+from vila.eval.remote import RemoteEngine, data_url, request_body
+from vila.eval.runner import run
+
+QUICK = Patience(attempts=2, backoff_s=0.01, longest_wait_s=1)
+GREEDY = Sampling(max_new_tokens=16)
+
+
+def encoded(kind, colour=(200, 10, 10), size=(8, 6), **options):
+    stream = io.BytesIO()
+    PilImage.new("RGB", size, colour).save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def decoded(url):
+    head, _, content = url.partition(",")
+    return head, base64.b64decode(content)
+
+
+def engine(served, **options):
+    return RemoteEngine(served.url, "m", **{"key": "", "patience": QUICK, **options})
+
+
+def asked(text):
+    return (Message.of("user", text),)
+
+
+def test_the_body_of_a_question_about_two_pictures(tmp_path):
+    jpeg, png = encoded("JPEG"), encoded("PNG")
+    (tmp_path / "a.jpg").write_bytes(jpeg)
+    conversation = [
+        Message.of("system", "Be brief."),
+        Message.of("user", Image(tmp_path / "a.jpg"), "\nWhat?"),
+        Message.of("assistant", "red"),
+        Message.of("user", "And ", Image(png), "\n\nhere?\n"),
+    ]
+    with chat_server(lambda body, number: " red\n") as served:
+        assert engine(served).generate_batch([conversation], GREEDY, template="vicuna_v1") == ["red"]
+    assert served.bodies == [
+        {
+            "model": "m",
+            "messages": [
+                {"role": "system", "content": "Be brief."},
+                {
+                    "role": "user",
+                    "content": [
+                        {
+                            "type": "image_url",
+                            "image_url": {"url": f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}"},
+                        },
+                        {"type": "text", "text": "What?"},
+                    ],
+                },
+                {"role": "assistant", "content": "red"},
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "text", "text": "And "},
+                        {
+                            "type": "image_url",
+                            "image_url": {"url": f"data:image/png;base64,{base64.b64encode(png).decode()}"},
+                        },
+                        {"type": "text", "text": "\nhere?\n"},
+                    ],
+                },
+            ],
+            "temperature": 0.0,
+            "max_tokens": 16,
+        }
+    ]
+    assert "authorization" not in served.headers[0]
+
+
+@pytest.mark.parametrize("kind", ["WEBP", "BMP", "GIF"])
+def test_other_pictures_are_sent_as_png(kind):
+    head, content = decoded(data_url(Image(encoded(kind, lossless=True))))
+    assert head == "data:image/png;base64"
+    with PilImage.open(io.BytesIO(content)) as picture:
+        assert (picture.format, picture.size) == ("PNG", (8, 6))
+
+
+def test_a_picture_in_memory_is_sent_as_png():
+    picture = PilImage.new("RGB", (3, 2), (1, 2, 3))
+    head, content = decoded(data_url(Image(picture)))
+    with PilImage.open(io.BytesIO(content)) as sent:
+        assert (head, sent.getpixel((0, 0))) == ("data:image/png;base64", (1, 2, 3))
+
+
+def test_a_clip_is_sent_as_its_frames():
+    pictures = [PilImage.new("RGB", (8, 8), (40 * n, 0, 0)) for n in range(6)]
+    stream = io.BytesIO()
+    pictures[0].save(stream, "GIF", save_all=True, append_images=pictures[1:])
+    for video, frames in ((Video(stream.getvalue()), 3), (Video(stream.getvalue(), num_frames=2), 2)):
+        (message,) = request_body([Message.of("user", video, "what?")], "m", num_frames=3)["messages"]
+        assert [part["type"] for part in message["content"]] == ["image_url"] * frames + ["text"]
+        with PilImage.open(io.BytesIO(decoded(message["content"][0]["image_url"]["url"])[1])) as first:
+            assert first.size == (8, 8)
+
+
+def test_sampling_is_sent_by_the_names_that_servers_use():
+    sampling = Sampling(max_new_tokens=9, temperature=0.2, top_p=0.9, top_k=5, seed=3, stop=("###",))
+    body = request_body(asked("q"), "m", sampling, limit_key="max_completion_tokens")
+    assert {name: value for name, value in body.items() if name not in ("model", "messages")} == {
+        "temperature": 0.2,
+        "max_completion_tokens": 9,
+        "seed": 3,
+        "stop": ["###"],
+        "top_p": 0.9,
+        "top_k": 5,
+    }
+
+
+def test_answers_come_in_the_order_of_the_questions_and_several_are_under_way_at_once():
+    gate = threading.Barrier(4, timeout=10)
+
+    def answer(body, number):
+        gate.wait()  # opens only when four requests are here together
+        return body["messages"][0]["content"].upper()
+
+    with chat_server(answer) as served:
+        remote = engine(served, concurrency=4)
+        texts = remote.generate_batch([asked(f"q{n}") for n in range(8)], GREEDY)
+        assert texts == [f"Q{n}" for n in range(8)]
+        assert served.most_at_once == 4
+        assert (remote.prompt_tokens, remote.reply_tokens) == (800, 80)
+
+
+def test_one_bad_question_does_not_ask_the_others_twice():
+    def answer(body, number):
+        text = body["messages"][0]["content"]
+        return (400, {}, {"error": {"message": "too long"}}) if text == "q2" else text
+
+    questions = [asked(f"q{n}") for n in range(5)]
+    with chat_server(answer) as served:
+        remote = engine(served)
+        with pytest.raises(ServerError, match=r"400 \(too long\)"):
+            remote.generate_batch(questions, GREEDY)
+        for number, question in enumerate(questions):
+            if number == 2:
+                with pytest.raises(ServerError, match="too long"):
+                    remote.generate_batch([question], GREEDY)
+            else:
+                assert remote.generate_batch([question], GREEDY) == [f"q{number}"]
+        assert len(served.bodies) == 5
+        assert remote.generate_batch([questions[0]], GREEDY) == ["q0"]
+        assert len(served.bodies) == 6  # what was kept is used once
+
+
+def test_a_picture_that_cannot_be_read_is_named(tmp_path):
+    with chat_server(lambda body, number: "x") as served:
+        remote = engine(served)
+        with pytest.raises(MediaError, match="none.png: no such file"):
+            remote.generate_batch([(Message.of("user", Image(tmp_path / "none.png"), "q"),)], GREEDY)
+    assert not served.bodies
+
+
+def test_a_wrong_model_is_found_before_anything_long_begins():
+    with chat_server(lambda body, number: (404, {}, {"error": {"message": "no model m"}})) as served:
+        remote = engine(served)
+        with pytest.raises(ServerError, match=r"404 \(no model m\)"):
+            remote.check()
+        with pytest.raises(ServerError, match="no model m"):
+            remote.generate_batch([asked("q")] * 10, GREEDY)
+        assert len(served.bodies) == 1
+    with pytest.raises(ConfigError, match="no model is named"):
+        RemoteEngine("http://localhost:1/v1", "")
+
+
+def test_busy_servers_are_asked_again():
+    with chat_server(lambda body, number: (503, {}, b"") if number == 0 else "fine") as served:
+        assert engine(served).generate_batch([asked("q")], GREEDY) == ["fine"]
+        assert len(served.bodies) == 2
+
+
+class Shapes:
+    name = "shapes"
+    max_new_tokens = 4
+
+    def items(self):
+        return [
+            Item(f"q{n}", (Message.of("user", tiny.picture(n), f"\n{n}?"),), str(n), group=str(n)) for n in range(6)
+        ]
+
+    def score(self, answers, rules="upstream"):
+        truths = {item.id: item.truth for item in self.items()}
+        return Scored(0, "%", {}, tuple(Mark(a.id, float(a.text == truths[a.id])) for a in answers))
+
+
+def test_the_runner_records_what_a_server_would_not_answer(tmp_path):
+    def answer(body, number):
+        text = body["messages"][0]["content"][1]["text"].rstrip("?")
+        return (200, {}, completion("", "content_filter")) if text == "3" else text
+
+    with chat_server(answer) as served:
+        result = run(engine(served), Shapes(), tmp_path)
+    assert len(served.bodies) == 6
+    assert result.predictions == {f"q{n}": str(n) for n in range(6) if n != 3}
+    assert "withheld its answer (content_filter)" in result.failed["q3"]
+    rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert "text" not in rows[3]

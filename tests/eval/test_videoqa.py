@@ -1,0 +1,297 @@
+"""Video QA: the published layout, prompts, pairing by place, and figures from verdicts by hand."""
+
+import json
+
+import pytest
+
+from tests.eval.chat_server import chat_server
+from vila.chat.render import render
+from vila.chat.templates import find_template
+from vila.core.errors import DataError
+from vila.core.types import Image, Message, Text, Video
+from vila.eval.benchmark import BENCHMARKS, Answer
+from vila.eval.benchmarks.videoqa import GREEDY, ORIGINAL, VideoQa, activitynet, msvd
+from vila.eval.endpoint import Endpoint, Patience
+from vila.eval.judge import RequestFile, read_reply
+from vila.eval.judge_run import Judge
+
+MSVD = [
+    {"video_name": "vid1", "question": "what is a man doing?", "question_id": 10},
+    {"video_name": "vid2", "question": "who runs?", "question_id": 11},
+    {"video_name": "vid1", "question": "what does he ride?", "question_id": 12},
+    {"video_name": "gone", "question": "où est-il?", "question_id": 13},
+]
+MSVD_ANSWERS = [{"answer": "ride"}, {"answer": "dog"}, {"answer": "horse"}, {"answer": "forêt"}]
+ACTIVITY = [
+    {"video_name": "1Q_x", "question": "is he tall", "question_id": "v_1Q_x_3"},
+    {"video_name": "1Q_x", "question": "is it day", "question_id": "v_1Q_x_4"},
+]
+ACTIVITY_ANSWERS = [
+    {"answer": "yes", "question_id": "v_1Q_x_3", "type": 3},
+    {"answer": "no", "question_id": "v_1Q_x_4", "type": 3},
+]
+
+
+@pytest.fixture
+def root(tmp_path):
+    write(tmp_path / "GPT_Zero_Shot_QA" / "MSVD_Zero_Shot_QA", MSVD, MSVD_ANSWERS, "videos", ["vid1.avi", "vid2.mkv"])
+    folder = tmp_path / "GPT_Zero_Shot_QA" / "Activitynet_Zero_Shot_QA"
+    write(folder, ACTIVITY, ACTIVITY_ANSWERS, "all_test", ["v_1Q_x.mp4", "v_1Q_x.mkv"])
+    return tmp_path
+
+
+def write(folder, questions, answers, videos, names):
+    (folder / videos).mkdir(parents=True)
+    (folder / "test_q.json").write_text(json.dumps(questions))
+    (folder / "test_a.json").write_text(json.dumps(answers))
+    for name in names:
+        (folder / videos / name).write_bytes(b"not read by any test here")
+
+
+class Says:
+    """A judge with fixed replies by case."""
+
+    model = "fixed"
+
+    def __init__(self, replies):
+        self.replies, self.kinds, self.cases = replies, [], []
+
+    def verdicts(self, kind, cases):
+        self.kinds.append(kind)
+        self.cases += cases
+        return [read_reply(case.id, self.replies[case.id]) for case in cases]
+
+
+YES, NO = "{'pred': 'yes', 'score': 4}", "{'pred': 'no', 'score': 1}"
+
+
+def answers(**texts):
+    return [Answer(int(name[1:]), text) for name, text in texts.items()]
+
+
+def test_questions_stand_clip_by_clip_with_the_answer_of_their_place(root):
+    items = msvd(root).items()
+    assert [(i.id, i.question_id, i.truth, i.group) for i in items] == [
+        ("10", 10, "ride", "vid1"),
+        ("12", 12, "horse", "vid1"),
+        ("11", 11, "dog", "vid2"),
+        ("13", 13, "forêt", "gone"),
+    ]
+    folder = root / "GPT_Zero_Shot_QA" / "MSVD_Zero_Shot_QA" / "videos"
+    clips = [item.messages[0].parts[0].source for item in items]
+    assert clips == [folder / "vid1.avi", folder / "vid1.avi", folder / "vid2.mkv", folder / "gone.mp4"]
+    assert msvd(root).missing_videos() == [str(folder / "gone.mp4")]
+
+
+def test_activitynets_clips_are_called_like_the_id_without_its_last_part(root):
+    folder = root / "GPT_Zero_Shot_QA" / "Activitynet_Zero_Shot_QA"
+    sources = {item.messages[0].parts[0].source for item in activitynet(root).items()}
+    assert sources == {folder / "all_test" / "v_1Q_x.mp4"}  # .mp4 is looked for before .mkv
+
+
+def test_the_prompt_is_a_picture_line_for_each_frame_and_the_bare_question(root):
+    from vila.chat.clips import expand_clips
+
+    (item, *_) = msvd(root).items()
+    frames = [Image(f"{number}.png") for number in range(8)]
+    template = find_template("vicuna_v1")
+    messages = expand_clips(item.messages, template.media_gap, lambda video: frames)
+    text = "".join(
+        "<image>" if s.media else s.text for s in render(messages, template, prompt=True) if s.text != "{bos}"
+    )
+    assert text == (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the user's questions. USER: <image>\n<image>\n<image>\n<image>\n<image>\n"
+        "<image>\n<image>\n<image>\nwhat is a man doing? ASSISTANT:"
+    )
+    assert item.messages == (Message("user", (Video(item.messages[0].parts[0].source), Text("what is a man doing?"))),)
+
+
+def test_decoding(root):
+    assert (GREEDY.temperature, GREEDY.max_new_tokens) == (0, 1024)
+    assert (ORIGINAL.temperature, ORIGINAL.max_new_tokens) == (0.2, 1024)
+    assert msvd(root).sampling == GREEDY
+
+
+def test_the_judge_is_shown_question_truth_and_answer(root):
+    benchmark = msvd(root)
+    benchmark.judge = judge = Says(dict.fromkeys(("10", "11", "12", "13"), YES))
+    scored = benchmark.score(answers(q13="la forêt\nsombre", q10="", q12="Horse", q11="a dog"))
+    assert scored.score == 100
+    assert judge.kinds == ["video_qa"]
+    assert [dict(case.fields) for case in judge.cases][:2] == [
+        {"question": "où est-il?", "answer": "forêt", "pred": "la forêt\nsombre"},
+        {"question": "what is a man doing?", "answer": "ride", "pred": ""},
+    ]
+
+
+# What was answered to 10, 11, 12, 13; what the judge replies; accuracy, average score, yes, no, judged; rule.
+SCORES = [
+    ([YES, YES, NO, NO], 50, 2.5, 2, 2, 4, "yes among yes and no; mean score"),
+    ([YES, "sorry", NO, NO], 100 / 3, 2, 1, 2, 3, "a reply that cannot be read leaves both denominators"),
+    ([YES, "{'pred': 'yes'}", NO, NO], 100 / 3, 1.5, 1, 2, 4, "no score: in the average's denominator alone"),
+    ([YES, "{'pred': 'so-so', 'score': 3}", NO, NO], 100 / 3, 9 / 4, 1, 2, 4, "neither: in the average alone"),
+    ([YES, None, None, None], 100, 4, 1, 0, 1, "questions without an answer are left out"),
+    (["{'pred': 'so-so', 'score': 3}", None, None, None], 0, 3, 0, 0, 1, "no yes or no at all is 0, with a note"),
+    (["?", "?", "?", "?"], 0, 0, 0, 0, 0, "nothing readable is 0, with a note"),
+]
+
+
+@pytest.mark.parametrize(
+    ("replies", "score", "average", "yes", "no", "judged", "rule"), SCORES, ids=[s[-1] for s in SCORES]
+)
+def test_figures_by_hand(root, replies, score, average, yes, no, judged, rule):
+    benchmark = msvd(root)
+    ids = ["10", "11", "12", "13"]
+    benchmark.judge = Says({id: reply for id, reply in zip(ids, replies, strict=True) if reply})
+    scored = benchmark.score([Answer(int(id), "x") for id in benchmark.judge.replies])
+    figures = scored.figures["by_set"]["msvd"]
+    assert scored.score == pytest.approx(score)
+    assert scored.figures["average_score"] == pytest.approx(average)
+    assert (figures["yes"], figures["no"], figures["judged"]) == (yes, no, judged)
+    assert figures["judged"] + figures["unreadable"] == len(benchmark.judge.replies)
+    assert len(scored.marks) == yes + no
+    assert ("no yes or no to any answer of msvd: 0" in " ".join(scored.notes)) == (not yes + no)
+
+
+def test_what_is_left_out_is_named(root):
+    benchmark = msvd(root)
+    benchmark.judge = Says({"10": "?", "11": "{'pred': 'no'}", "11 again (2)": NO})
+    notes = "\n".join(benchmark.score([Answer(10, "x"), Answer("11", "y"), Answer(11, "z")]).notes)
+    assert "2 questions without an answer, left out: 12, 13" in notes
+    assert "1 clips are missing: " in notes
+    assert "gone.mp4" in notes
+    assert "1 rows answer a question again, judged like the others: 11 again (2)" in notes
+    assert "1 replies could not be read, left out: 10" in notes
+    assert "1 replies without a whole number as score, counted in the average as 0 and not as yes or no: 11" in notes
+    assert "asked greedily; the original draws answers at temperature 0.2" in notes
+
+
+def test_several_sets_give_the_mean_of_their_accuracies(root):
+    benchmark = BENCHMARKS["videoqa"](root, 0)
+    assert [item.id for item in benchmark.items()][:2] == ["msvd/10", "msvd/12"]
+    replies = dict.fromkeys((item.id for item in benchmark.items()), NO) | {"activitynet/v_1Q_x_3": YES}
+    benchmark.judge = Says(replies)
+    scored = benchmark.score([Answer(item.question_id, "x", id=item.id) for item in benchmark.items()])
+    assert scored.score == pytest.approx((0 + 50) / 2)
+    assert {name: row["accuracy"] for name, row in scored.figures["by_set"].items()} == {"msvd": 0, "activitynet": 50}
+    assert "sets that are not there: msrvtt, tgif; the score is the mean of the others" in scored.notes
+
+
+def test_each_set_is_a_benchmark_of_its_own(root):
+    for name in ("msvd", "activitynet"):
+        assert BENCHMARKS[f"videoqa_{name}"](root, 0).name == f"videoqa_{name}"
+    for name, place in (("msrvtt", "MSRVTT_Zero_Shot_QA"), ("tgif", "TGIF_Zero_Shot_QA")):
+        with pytest.raises(
+            DataError, match=f"test_q.json is missing; looked for .*{place}/test_q.json.* Video-ChatGPT"
+        ):
+            BENCHMARKS[f"videoqa_{name}"](root, 0)
+
+
+def test_a_sets_own_folder_will_do(root):
+    assert len(msvd(root / "GPT_Zero_Shot_QA" / "MSVD_Zero_Shot_QA").items()) == 4
+    assert len(msvd(root / "GPT_Zero_Shot_QA").items()) == 4
+    with pytest.raises(DataError, match="test_q.json is missing"):
+        VideoQa(root / "GPT_Zero_Shot_QA" / "MSVD_Zero_Shot_QA")  # it would be taken for all four
+
+
+def test_a_limit_takes_whole_clips_of_every_set(root):
+    assert [item.id for item in msvd(root, 1).items()] == ["10", "12"]
+    ids = [item.id for item in VideoQa(root, 2).items()]
+    assert ids == ["msvd/10", "msvd/12", "activitynet/v_1Q_x_3", "activitynet/v_1Q_x_4"]
+
+
+def test_without_a_judge_there_is_no_score(root, tmp_path):
+    benchmark = msvd(root)
+    with pytest.raises(DataError, match="videoqa_msvd: scored by a judge; name one, or have the requests written"):
+        benchmark.score(answers(q10="x"))
+    benchmark.judge = RequestFile(tmp_path / "r.jsonl")
+    with pytest.raises(DataError, match="its requests are in .*r.jsonl"):
+        benchmark.score(answers(q10="x"))
+    row = json.loads((tmp_path / "r.jsonl").read_text())
+    assert row["custom_id"] == "10"
+    assert "Correct Answer: ride\nPredicted Answer: x\n" in row["body"]["messages"][1]["content"]
+
+
+def test_a_real_judge_end_to_end(root, tmp_path):
+    def answer(body, number):
+        return YES if "Predicted Answer: right" in body["messages"][1]["content"] else NO
+
+    benchmark = msvd(root)
+    with chat_server(answer) as served:
+        benchmark.judge = Judge(Endpoint(served.url, key=""), tmp_path / "cache", model="m")
+        scored = benchmark.score(answers(q10="right", q11="wrong", q12="right", q13="wrong"))
+    assert (scored.score, scored.figures["judge"]) == (50, "m")
+    assert {mark.id: (mark.value, mark.rule) for mark in scored.marks}["11"] == (0, "judge: no, score 1")
+
+
+def test_a_judge_that_does_not_answer_leaves_the_answers_unscored(root, tmp_path):
+    benchmark = msvd(root)
+    with chat_server(lambda body, number: (403, {}, b"go away")) as served:
+        benchmark.judge = Judge(Endpoint(served.url, key="", patience=Patience(attempts=1)), tmp_path)
+        with pytest.raises(DataError, match=r"videoqa_msvd: the judge does not answer: .*403 \(go away\)"):
+            benchmark.score(answers(q10="x"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([Answer(99, "x"), Answer(10, "y")], r"1 of 2 answers are to questions that are not here \(99\)"),
+        ([Answer("v_1Q_x_3", "x")], "another set's"),
+        ([], "0 of 0 answers"),
+    ],
+)
+def test_answers_to_other_questions_are_refused(root, rows, message):
+    benchmark = msvd(root)
+    benchmark.judge = Says({"10": YES})
+    with pytest.raises(DataError, match=message):
+        benchmark.score(rows)
+
+
+@pytest.mark.parametrize(
+    ("questions", "given", "message"),
+    [
+        (MSVD, MSVD_ANSWERS[:3], "msvd: 4 questions in .* but 3 answers in test_a.json; .* different releases"),
+        ([*MSVD[:3], {"video_name": "v", "question": "q"}], MSVD_ANSWERS, "test_q.json row 4: no 'question_id'"),
+        ([{"question_id": 1, "question": "q"}], MSVD_ANSWERS, "test_q.json row 1: no 'video_name'"),
+        (MSVD, [{"answer": "a"}, {}, {"answer": "a"}, {"answer": "a"}], "test_a.json row 2: no 'answer'"),
+        ({"rows": MSVD}, MSVD_ANSWERS, "expected a list each"),
+    ],
+)
+def test_files_of_another_release_are_named(tmp_path, questions, given, message):
+    write(tmp_path / "MSVD_Zero_Shot_QA", questions, given, "videos", [])
+    with pytest.raises(DataError, match=message):
+        msvd(tmp_path).items()
+
+
+def test_a_file_of_answers_that_is_missing_is_named(root):
+    (root / "GPT_Zero_Shot_QA" / "MSVD_Zero_Shot_QA" / "test_a.json").unlink()
+    with pytest.raises(DataError, match="msvd: .*test_a.json is missing; it comes with test_q.json from"):
+        msvd(root).items()
+
+
+def test_answers_are_paired_by_place_and_other_ids_are_noted(tmp_path):
+    given = [{"answer": "a", "question_id": 11}, {"answer": "b", "question_id": 10}, {"answer": "c"}, {"answer": "d"}]
+    write(tmp_path / "MSVD_Zero_Shot_QA", MSVD, [*given, {"answer": "e"}], "videos", [])
+    benchmark = msvd(tmp_path)
+    assert {item.id: item.truth for item in benchmark.items()} == {"10": "a", "11": "b", "12": "c", "13": "d"}
+    benchmark.judge = Says({"10": YES})
+    notes = benchmark.score(answers(q10="x")).notes
+    assert "msvd: 1 answers behind the last question, not used" in notes
+    assert any(note.startswith("msvd: 2 answers name another question than stands in their place") for note in notes)
+
+
+def test_equal_question_ids_stay_apart(tmp_path):
+    rows = [
+        {"video_name": "a", "question": "q", "question_id": 1},
+        {"video_name": "b", "question": "r", "question_id": 1},
+    ]
+    write(tmp_path / "MSVD_Zero_Shot_QA", rows, MSVD_ANSWERS[:2], "videos", [])
+    assert [item.id for item in msvd(tmp_path).items()] == ["1", "1#2"]
+
+
+def test_lmms_evals_rules_are_not_pretended(root):
+    benchmark = msvd(root)
+    benchmark.judge = Says({"10": YES})
+    notes = benchmark.score(answers(q10="x"), "lmms-eval").notes
+    assert any("scored by the original's rules" in note for note in notes)
