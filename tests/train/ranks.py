@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -19,8 +20,19 @@ _PRELOAD = [
 ]
 
 
-def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, limit_s: float = 120.0) -> list[Any]:
-    """What `function(*arguments)` returned in each rank, or the exception it raised, or the exit code it died with."""
+def run_ranks(
+    world: int,
+    function: Callable[..., Any],
+    *arguments: Any,
+    nodes: int = 1,
+    kill_after_s: float | None = None,
+    limit_s: float = 120.0,
+) -> list[Any]:
+    """What `function(*arguments)` returned in each rank, or the exception it raised, or the exit code it died with.
+
+    nodes:        machines that the ranks believe to be on, neighbours together.
+    kill_after_s: when all ranks are killed, as by a power cut; None: they are left alone.
+    """
     # Forked from a server that has imported everything: a rank starts in a tenth of a second.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
@@ -28,10 +40,14 @@ def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, limit_s
     pipes = [context.Pipe(duplex=False) for _ in range(world)]
     processes = []
     for rank, (_, sender) in enumerate(pipes):
-        process = context.Process(target=_rank, args=(rank, world, port, sender, function, arguments), daemon=False)
+        process = context.Process(target=_rank, args=(_place(rank, world, nodes), port, sender, function, arguments))
         process.start()
         sender.close()
         processes.append(process)
+    if kill_after_s is not None:
+        time.sleep(kill_after_s)
+        for process in processes:
+            process.kill()
     results = []
     for process, (receiver, _) in zip(processes, pipes, strict=True):
         try:
@@ -45,14 +61,19 @@ def run_ranks(world: int, function: Callable[..., Any], *arguments: Any, limit_s
     return results
 
 
+def _place(rank: int, world: int, nodes: int) -> dict[str, str]:
+    local = world // nodes
+    place = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank % local, "LOCAL_WORLD_SIZE": local}
+    return {name: str(value) for name, value in place.items()}
+
+
 def _rank(
-    rank: int, world: int, port: int, sender: Any, function: Callable[..., Any], arguments: tuple[Any, ...]
+    place: dict[str, str], port: int, sender: Any, function: Callable[..., Any], arguments: tuple[Any, ...]
 ) -> None:
     import torch
 
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(world)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     try:
         sender.send(function(*arguments))
     except Exception as error:  # noqa: BLE001 - the caller looks at it

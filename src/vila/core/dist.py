@@ -27,19 +27,21 @@ class Place:
 def current_place(environment: Mapping[str, str] = os.environ) -> Place:
     """The place of this process; alone when nothing says otherwise.
 
-    Raises ConfigError for variables that are not numbers or do not go together.
+    Raises ConfigError for variables that are not numbers, do not go together, or are set in part.
     """
-    names = {"rank": "RANK", "world": "WORLD_SIZE", "local_rank": "LOCAL_RANK", "local_world": "LOCAL_WORLD_SIZE"}
-    if names["world"] not in environment:
-        return Place()
     try:
-        place = Place(
-            **{field: int(environment.get(name, 1 if "world" in field else 0)) for field, name in names.items()}
-        )
+        given = {field: int(environment[name]) for field, name in _NAMES.items() if name in environment}
     except ValueError as error:
-        raise ConfigError(
-            f"{', '.join(names.values())}: {error}; start the run with torchrun, which sets them"
-        ) from None
+        raise ConfigError(f"{', '.join(_NAMES.values())}: {error}; {_REMEDY}") from None
+    place = Place(**given)
+    told = ", ".join(f"{name}={environment[name]}" for name in _NAMES.values() if name in environment)
+    for field in ("rank", "world"):
+        if field not in given and (place.world > 1 or place.rank > 0):
+            raise ConfigError(f"{told}, but {_NAMES[field]} is not set; {_REMEDY}")
     if not (0 <= place.rank < place.world and 0 <= place.local_rank < place.local_world <= place.world):
-        raise ConfigError(f"RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE do not go together: {place}")
+        raise ConfigError(f"{told} do not go together; {_REMEDY}")
     return place
+
+
+_NAMES = {"rank": "RANK", "world": "WORLD_SIZE", "local_rank": "LOCAL_RANK", "local_world": "LOCAL_WORLD_SIZE"}
+_REMEDY = "start the run with torchrun, which sets them, or unset them to train in one process"

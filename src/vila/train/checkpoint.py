@@ -9,9 +9,10 @@ from __future__ import annotations
 import shutil
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from vila.core.errors import CheckpointError, DataError, VilaError
 from vila.core.files import atomic_path, read_json, remove_partials, write_json
 from vila.data.pack import LaneState
 from vila.train.metadata import TensorReader
-from vila.train.parallel import World
+from vila.train.parallel import World, told_of_the_lost
 
 # It says so of every process that is alone.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -69,18 +70,25 @@ class Checkpoint:
         """
         reader = TensorReader(self.folder)
         try:
-            known = reader.read_metadata().state_dict_metadata
-            for name, tensor in into.items():
-                size = getattr(known.get(name), "size", None)
-                if size is None or tuple(size) != tuple(tensor.shape):
-                    found = (
-                        "not in it" if size is None else f"of shape {tuple(size)}, the model's {tuple(tensor.shape)}"
-                    )
-                    raise CheckpointError(f"{self.folder}: {name} is {found}; it is of another model or stage")
+            self._refuse_others(reader, into)
             group = {"no_dist": True} if world.alone else {"process_group": world.control}
-            dcp.load(dict(into), storage_reader=reader, **group)
+            with told_of_the_lost():
+                dcp.load(dict(into), storage_reader=reader, **group)
+        except VilaError:
+            raise
         except (OSError, CheckpointException, RuntimeError, ValueError, EOFError) as error:
             raise _unreadable(self.folder, error) from error
+
+    def _refuse_others(self, reader: TensorReader, into: Mapping[str, Tensor]) -> None:
+        known = reader.read_metadata().state_dict_metadata
+        for name, tensor in into.items():
+            size = getattr(known.get(name), "size", None)
+            if size is None or tuple(size) != tuple(tensor.shape):
+                found = "not in it" if size is None else f"of shape {tuple(size)}, the model's {tuple(tensor.shape)}"
+                raise CheckpointError(
+                    f"{self.folder}: {name} is {found}; it is of another model or stage. Choose another output.dir, or "
+                    "delete that directory to start over"
+                )
 
     @property
     def tensor_names(self) -> set[str]:
@@ -98,7 +106,7 @@ class Checkpoints:
         """background: write while training goes on; `wait` before the process ends."""
         self.folder, self.world, self.keep_last, self.background = folder, world, keep_last, background
         self._thread: threading.Thread | None = None
-        self._error: Exception | None = None
+        self._error: VilaError | None = None
         self._mesh: DeviceMesh | None = None
 
     def save(self, tensors: Mapping[str, Tensor], state: Checkpoint, *, best: int | None = None) -> None:
@@ -110,30 +118,11 @@ class Checkpoints:
         """
         self.wait()
         target = self.folder / f"step-{state.progress.step:08d}"
-        stack = ExitStack()
-        failed = ""
-        part = target
-        if self.world.main:
-            try:
-                part = stack.enter_context(atomic_path(target))
-                part.mkdir()
-            except (OSError, VilaError) as error:
-                failed = str(error)
-        part, failed = self.world.gather((part, failed))[0]
-        if failed:
-            raise CheckpointError(f"{target}: cannot be written ({failed})")
-        # From here on training may change the tensors.
-        staged = {name: self._copied(tensor) for name, tensor in tensors.items()}
-
-        def write() -> None:
-            with stack:
-                group = {"no_dist": True} if self.world.alone else {"process_group": self.world.saving}
-                dcp.save(staged, storage_writer=dcp.FileSystemWriter(part), **group)
-                if self.world.main:
-                    write_json(part / "state.json", _as_json(state))
-            if self.world.main:
-                self._prune(best)
-
+        with ExitStack() as stack:
+            part = self._open(target, stack)
+            # From here on training may change the tensors.
+            staged = {name: self._copied(tensor) for name, tensor in tensors.items()}
+            write = partial(self._write, part, staged, state, stack.pop_all(), best)
         if not self.background:
             self._run(target, write)
             self.wait()
@@ -146,18 +135,54 @@ class Checkpoints:
         if self._thread:
             self._thread.join()
             self._thread = None
+        self.check()
+
+    def check(self) -> None:
+        """Raise CheckpointError when a checkpoint could not be written, as far as is known now."""
         if self._error:
             error, self._error = self._error, None
             raise error
 
-    def _run(self, target: Path, write: Any) -> None:
+    def _open(self, target: Path, stack: ExitStack) -> Path:
+        """The folder that all processes write into; at the end of `stack` it becomes `target`."""
+        part, failed = target, ""
+        if self.world.main:
+            try:
+                part = stack.enter_context(atomic_path(target))
+                part.mkdir()
+            except (OSError, VilaError) as error:
+                failed = _reason(error)
+        part, failed = self.world.gather((part, failed))[0]
+        if failed:
+            raise _unwritten(target, failed)
+        return part
+
+    def _write(
+        self, part: Path, tensors: Mapping[str, Tensor], state: Checkpoint, named: ExitStack, best: int | None
+    ) -> None:
+        """Write this process's part. What fails in one process fails in all: none goes on as if it were saved."""
+        failed = ""
         try:
-            write()
-        except (CheckpointException, VilaError, OSError, RuntimeError, ValueError) as error:
-            self._error = CheckpointError(
-                f"{target}: the checkpoint was not written ({_reason(error)}); the one before it is whole. Make room, "
-                "then run again to go on from there"
-            )
+            with named:
+                group = {"no_dist": True} if self.world.alone else {"process_group": self.world.saving}
+                dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(part), **group)
+                if self.world.main:
+                    write_json(part / "state.json", _as_json(state))
+            if self.world.main:
+                self._prune(best)
+        except (OSError, VilaError) as error:
+            failed = _reason(error)
+        if failed := self.world.gather(failed, self.world.saving)[0]:
+            raise _unwritten(self.folder / part.name, failed)
+
+    def _run(self, target: Path, write: Callable[[], None]) -> None:
+        try:
+            with told_of_the_lost():
+                write()
+        except VilaError as error:
+            self._error = error
+        except (Exception, CheckpointException) as error:  # noqa: BLE001 - raised by the thread that trains
+            self._error = _unwritten(target, _reason(error))
 
     def _copied(self, tensor: Tensor) -> Tensor:
         if isinstance(tensor, DTensor):
@@ -223,6 +248,13 @@ def versions() -> dict[str, str]:
         "transformers": transformers.__version__,
         "threads": str(torch.get_num_threads()),
     }
+
+
+def _unwritten(target: Path, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{target}: the checkpoint was not written ({reason}); the one before it is whole. Make room, then run again "
+        "to go on from there"
+    )
 
 
 def _unreadable(folder: Path, error: BaseException) -> CheckpointError:

@@ -71,6 +71,7 @@ class Trainer:
     spent:        share of the budget that a progress has used up, 0..1 and beyond.
     save:         writes a checkpoint of this trainer; told whether to wait until it is on the disk.
     save_every_s: seconds between checkpoints; `save_every_steps` adds to it, 0 for none.
+    check_saves:  raises CheckpointError when a checkpoint that was begun could not be written.
     faults:       the list of samples that could not be read, and its budget.
     bad_steps:    steps that may be left out because their loss or gradient is not finite; `bad_step` is told of each.
     utilisation:  MFU of a step, from its facts and seconds; None where the peak of the device is not known.
@@ -93,6 +94,7 @@ class Trainer:
     faults: FaultLog
     bad_steps: int = 0
     bad_step: Callable[[dict[str, Any]], None] = lambda facts: None
+    check_saves: Callable[[], None] = lambda: None
     utilisation: Callable[[dict[str, Any], float], float | None] = lambda facts, seconds: None
     progress: Progress = field(default_factory=Progress)
     listeners: list[StepListener] = field(default_factory=list)
@@ -115,10 +117,10 @@ class Trainer:
 
     def _run(self) -> None:
         saved = time.monotonic()
-        with stop_on_signal() as stop, task(self.events, self.name, 100, "%"):
-            self.events.advanced(self.name, self._percent())
+        with stop_on_signal() as stop, task(self.events, self.name, 10_000, "%"):
+            self.events.advanced(self.name, self._done())
             while self.spent(self.progress) < 1:
-                shown, began = self._percent(), time.monotonic()
+                shown, began = self._done(), time.monotonic()
                 facts, shares = self.step(stop, late=began - saved >= self.save_every_s)
                 seconds = time.monotonic() - began
                 self.progress = replace(self.progress, seconds=self.progress.seconds + seconds)
@@ -126,7 +128,7 @@ class Trainer:
                 facts |= self._usage(facts, seconds)
                 for listener in self.listeners:
                     listener(self, facts)
-                self.events.advanced(self.name, self._percent() - shown, **_shown(facts))
+                self.events.advanced(self.name, self._done() - shown, **_shown(facts))
                 asked = stop.number if self.world.alone else next((share.stop for share in shares if share.stop), 0)
                 due = self.save_every_steps and self.progress.step % self.save_every_steps == 0
                 if asked or due or shares[0].late:
@@ -175,12 +177,13 @@ class Trainer:
     def _read(self, stop: StopRequest | None, late: bool) -> tuple[list[Row], list[Batch], list[Share]]:
         """The rows and batches of this process, and what all processes tell of theirs.
 
-        Raises the error of whichever process could not read its rows: none goes on alone.
+        Raises the error of whichever process could not read its rows, or not save: none goes on alone.
         """
         rows: list[Row] = []
         batches: list[Batch] = []
         problem: VilaError | None = None
         try:
+            self.check_saves()
             rows = self.lanes.step()
             batches = [collate(own, pin=self.pin) for own in self._micro(rows)]
         except VilaError as error:
@@ -255,7 +258,8 @@ class Trainer:
                 what = "loss" if not math.isfinite(facts["loss"]) else "gradient"
                 value = facts["loss"] if what == "loss" else facts["grad_norm"]
                 raise TrainingError(
-                    f"{self.name}: the {what} of step {facts['step']} is {value}; its samples are {_listed(ids)}"
+                    f"{self.name}: the {what} of step {facts['step']} is {value}; its samples are {_listed(ids)}. "
+                    f"budget.max_bad_steps={self.bad_steps} such steps may be left out; all are in bad_steps.jsonl"
                 )
         else:
             factor = rate_factor(self.spent(self.progress), self.warmup_ratio)
@@ -289,8 +293,8 @@ class Trainer:
             if isinstance(root, FSDPModule):
                 root.reshard()
 
-    def _percent(self) -> int:
-        return min(100, int(100 * self.spent(self.progress)))
+    def _done(self) -> int:
+        return min(10_000, int(10_000 * self.spent(self.progress)))
 
 
 def _shown(facts: dict[str, Any]) -> dict[str, float]:

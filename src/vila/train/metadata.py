@@ -8,18 +8,34 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from torch.distributed.checkpoint import FileSystemReader
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, StorageMeta
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from vila.core.errors import CheckpointError
 
-_INDEX = "torch.distributed.checkpoint.metadata"
+_RECORDS = (
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    ChunkStorageMetadata,
+    TensorStorageMetadata,
+    TensorProperties,
+    _StorageInfo,
+)
 _ALLOWED = {
-    *((_INDEX, name) for name in ("Metadata", "MetadataIndex", "StorageMeta", "ChunkStorageMetadata")),
-    *((_INDEX, name) for name in ("TensorStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING")),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    *((record.__module__, record.__name__) for record in _RECORDS),
+    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"),
     ("torch", "Size"),
     *(("torch", name) for name in ("float32", "float64", "bfloat16", "float16", "uint8", "int64", "int32", "bool")),
     ("torch.serialization", "_get_layout"),
@@ -29,7 +45,13 @@ _ALLOWED = {
 }
 
 
-class _IndexReader(pickle.Unpickler):
+# The one written in Python: only there can the filling of objects be restricted too.
+_Unpickler: Any = pickle._Unpickler
+
+
+class _IndexReader(_Unpickler):
+    dispatch: ClassVar = dict(_Unpickler.dispatch)
+
     def find_class(self, module: str, name: str) -> Any:
         # Names with dots would reach through an allowed class to anything.
         if (module.replace("pathlib._local", "pathlib"), name) not in _ALLOWED:
@@ -39,29 +61,57 @@ class _IndexReader(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> Any:
         raise pickle.UnpicklingError("it asks for a persistent object, which no index needs")
 
+    def load_build(self) -> None:
+        # Otherwise it could set attributes of classes and functions, which all of this process share.
+        if (kind := type(self.stack[-2])) not in _RECORDS:
+            raise pickle.UnpicklingError(f"it changes a {kind.__name__}, which is no record of an index")
+        super().load_build()
+
+    dispatch[pickle.BUILD[0]] = load_build
+
 
 class TensorReader(FileSystemReader):
     """Reads tensors, and only those."""
 
+    _index: Metadata | None = None
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """The index. Raises CheckpointError for one that asks for code, or lists anything but tensors."""
-        file = Path(self.path) / ".metadata"
-        try:
-            with file.open("rb") as stream:
-                index = _IndexReader(stream).load()
-        except OSError:
-            raise
-        except Exception as error:  # a program that is broken on purpose may fail in any way
-            raise CheckpointError(f"{file}: not an index of tensors ({error})") from error
-        if not isinstance(index, Metadata):
-            raise CheckpointError(f"{file}: not an index of tensors but a {type(index).__name__}")
-        others = [name for name, one in index.state_dict_metadata.items() if isinstance(one, BytesStorageMetadata)]
-        if others:
-            raise CheckpointError(f"{file}: {others[0]!r} is not a tensor; such entries are not read")
-        folder = Path(self.path).resolve()
-        for info in (index.storage_data or {}).values():
-            if not (folder / info.relative_path).resolve().is_relative_to(folder):
-                raise CheckpointError(f"{file}: {info.relative_path!r} lies outside of the checkpoint; refused")
-        index.storage_meta = index.storage_meta or StorageMeta()
-        index.storage_meta.load_id = self.load_id
-        return index
+        """The index. Raises CheckpointError for one that asks for code, or lists anything but tensors, and OSError."""
+        if self._index is None:
+            file = Path(self.path) / ".metadata"
+            try:
+                with file.open("rb") as stream:
+                    index = _IndexReader(stream).load()
+                problem = _problem(index, Path(self.path).resolve())
+            except OSError:
+                raise
+            except Exception as error:  # a program that is broken on purpose may fail in any way
+                kind = "" if isinstance(error, pickle.UnpicklingError) else f"{type(error).__name__}: "
+                reason = f"{kind}{error}"[:200]
+                raise CheckpointError(f"{file}: not an index of tensors ({reason}); {_REMEDY}") from error
+            if problem:
+                raise CheckpointError(f"{file}: {problem}; {_REMEDY}")
+            index.storage_meta = StorageMeta(load_id=self.load_id)
+            self._index = index
+        return self._index
+
+
+_REMEDY = "delete that checkpoint to go on without it"
+
+
+def _problem(index: Any, folder: Path) -> str:
+    """Why an index is not one of tensors in files of its own folder; empty when it is."""
+    if type(index) is not Metadata:
+        return f"not an index of tensors but a {type(index).__name__}"
+    for name, one in index.state_dict_metadata.items():
+        if type(name) is not str or type(one) is not TensorStorageMetadata or type(one.size) is not torch.Size:
+            # Anything else would be unpickled without restriction.
+            return f"{name!r} is not a tensor; such entries are not read"
+    for place, info in index.storage_data.items():
+        if type(place) is not MetadataIndex or type(info) is not _StorageInfo or type(info.relative_path) is not str:
+            return f"{place!r} does not lie in a file"
+        if info.transform_descriptors:
+            return f"{info.relative_path!r} is compressed; such files are not read"
+        if not (folder / info.relative_path).resolve().is_relative_to(folder):
+            return f"{info.relative_path!r} lies outside of the checkpoint; refused"
+    return ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,14 +55,21 @@ class World:
         """Whether there are no others."""
         return self.place.world == 1
 
-    def gather(self, value: T) -> list[T]:
-        """The values of all processes, by rank. Raises TrainingError when one of them is gone."""
+    def gather(self, value: T, group: Any = None) -> list[T]:
+        """The values of all processes, by rank. Raises TrainingError when one of them is gone.
+
+        group: `saving` in the thread that saves; None is `control`.
+        """
         if self.alone:
             return [value]
         values: list[Any] = [None] * self.place.world
         with told_of_the_lost():
-            dist.all_gather_object(values, value, group=self.control)
+            dist.all_gather_object(values, value, group=group or self.control)
         return values
+
+    def meet(self) -> None:
+        """Wait for all processes."""
+        self.gather(None)
 
     def add(self, tensor: Tensor) -> None:
         """Sum a tensor over all processes, in place."""
@@ -125,7 +133,7 @@ def open_world(sharding: Sharding = "full", timeout_s: float = 600.0) -> World:
     """Join the other processes of the run, if there are any.
 
     timeout_s: how long one waits for the others.
-    Raises ConfigError when there are more processes on a machine than devices.
+    Raises ConfigError when there are more processes on a machine than devices, or torchrun's variables are missing.
     """
     place = current_place()
     cuda = torch.cuda.is_available()
@@ -139,10 +147,13 @@ def open_world(sharding: Sharding = "full", timeout_s: float = 600.0) -> World:
     if place.world == 1:
         return World(place, device, sharding)
     limit = timedelta(seconds=timeout_s)
-    if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=limit)
-    control, saving = (dist.new_group(backend="gloo", timeout=limit) for _ in range(2))
-    return World(place, device, sharding, _mesh(place, device.type, sharding), control, saving)
+    if absent := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise ConfigError(f"{', '.join(absent)} not set; start the run with torchrun, which sets them")
+    with told_of_the_lost():
+        if not dist.is_initialized():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=limit)
+        control, saving = (dist.new_group(backend="gloo", timeout=limit) for _ in range(2))
+        return World(place, device, sharding, _mesh(place, device.type, sharding), control, saving)
 
 
 def _mesh(place: Place, device: str, sharding: Sharding) -> DeviceMesh | None:

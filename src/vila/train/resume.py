@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from vila.config.load import recipe_differences
 from vila.config.schema import Recipe
 from vila.core.errors import CheckpointError
@@ -31,6 +33,7 @@ FREE = (
     "output.async_save",
     "output.checkpoint_every_s",
     "output.checkpoint_every_steps",
+    "output.dir",
     "output.keep_best",
     "output.keep_last",
     "output.layout",
@@ -50,6 +53,29 @@ def refuse_changes(before: Recipe, recipe: Recipe, folder: Path, allow: Sequence
             f"{folder}: the recipe changed since this run began ({'; '.join(changed)}); "
             "undo the change, allow it by name (--allow-changes FIELD), choose another output.dir, or delete the "
             "directory to start over"
+        )
+
+
+def recipe_of(checkpoint: Checkpoint) -> Recipe:
+    """The recipe that a checkpoint was written under. Raises CheckpointError when this version does not know it."""
+    try:
+        return Recipe.model_validate(checkpoint.recipe)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise CheckpointError(
+            f"{checkpoint.folder / 'state.json'}: its recipe cannot be read ({field}: {first['msg']}); go on with the "
+            "version of vila that wrote it, or delete that directory to start over"
+        ) from error
+
+
+def refuse_other_lanes(checkpoint: Checkpoint, count: int) -> None:
+    """Raise CheckpointError when the rows of a global batch are not as many as the lanes of the checkpoint."""
+    if len(checkpoint.lanes) != count:
+        raise CheckpointError(
+            f"{checkpoint.folder}: its data stands in {len(checkpoint.lanes)} lanes, and a batch of {count} cannot go "
+            "on from there; the global batch cannot change within a run. Choose another output.dir, and model.path to "
+            "begin from the weights of this run"
         )
 
 

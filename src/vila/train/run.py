@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
@@ -24,7 +24,8 @@ from vila.train.loop import StepListener, Trainer
 from vila.train.metrics import MetricsLog
 from vila.train.model import load_start, make_learner, whole_tensors, with_tensors
 from vila.train.parallel import World, open_world
-from vila.train.resume import refuse_changes, restore, save, say_what_differs
+from vila.train.report import RunReport
+from vila.train.resume import recipe_of, refuse_changes, refuse_other_lanes, restore, save, say_what_differs
 from vila.train.rows import build_mixture, build_reader, build_rows, fault_log
 from vila.train.stage import count_parameters
 from vila.train.utilisation import utilisation_of
@@ -116,12 +117,11 @@ def build(
     world = world or open_world(recipe.compute.sharding, recipe.compute.timeout_s)
     events = events if world.main else SILENT
     folder = recipe.output.dir
-    if world.main:
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_partials(folder)
+    _open_folder(folder, world)
     resumed = load_checkpoint(folder / "checkpoint", world)
     if resumed:
-        refuse_changes(Recipe.model_validate(resumed.recipe), recipe, folder, allow_changes)
+        refuse_changes(recipe_of(resumed), recipe, folder, allow_changes)
+        refuse_other_lanes(resumed, recipe.batch.rows or recipe.batch.samples)
         say_what_differs(resumed, world, events)
     with world.main_first():
         model, processor = load_start(recipe)
@@ -158,7 +158,8 @@ def build(
         world=world,
         faults=fault_log(recipe, states, write=world.main),
         bad_steps=recipe.budget.max_bad_steps,
-        bad_step=_bad_steps(folder, world),
+        bad_step=_bad_steps(folder, progress.step, world),
+        check_saves=checkpoints.check,
         utilisation=utilisation_of(recipe, model.config, world),
         progress=progress,
         listeners=[*_metrics(folder, progress, world), *listeners],
@@ -166,6 +167,20 @@ def build(
         name=recipe.name,
     )
     return Run(recipe, model, processor, mixture, trainer, count_parameters(learner.groups), checkpoints)
+
+
+def _open_folder(folder: Path, world: World) -> None:
+    """Make the directory of a run. Every process raises ConfigError when it cannot be written."""
+    problem = ""
+    if world.main:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            remove_partials(folder)
+            TemporaryFile(dir=folder).close()
+        except OSError as error:
+            problem = f"output.dir={folder}: cannot be written ({error.strerror}); choose another one"
+    if problem := world.gather(problem)[0]:
+        raise ConfigError(problem)
 
 
 def _metrics(folder: Path, progress: Progress, world: World) -> list[StepListener]:
@@ -202,20 +217,27 @@ def _save_every(recipe: Recipe) -> int:
 
 def _saver(recipe: Recipe, checkpoints: Checkpoints) -> Callable[[Trainer, bool], None]:
     best_file = recipe.output.dir / "best.json"
+    report = RunReport(recipe.output.dir)
 
     def save_now(trainer: Trainer, wait: bool) -> None:
         best = read_json(best_file)["step"] if recipe.output.keep_best and best_file.is_file() else None
         save(checkpoints, recipe, trainer, best=best)
+        if trainer.main:
+            report.write()
         if wait:
             checkpoints.wait()
 
     return save_now
 
 
-def _bad_steps(folder: Path, world: World) -> Callable[[dict[str, Any]], None]:
+def _bad_steps(folder: Path, step: int, world: World) -> Callable[[dict[str, Any]], None]:
+    """Writes a line of `bad_steps.jsonl`; those after `step`, which the run comes by again, are dropped."""
+    path = folder / "bad_steps.jsonl"
+    if world.main and path.is_file():
+        MetricsLog(path, step)
+
     def note(facts: dict[str, Any]) -> None:
         if world.main:
-            with (folder / "bad_steps.jsonl").open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(facts) + "\n")
+            MetricsLog(path, facts["step"] - 1).write(**facts)
 
     return note

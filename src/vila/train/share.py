@@ -22,7 +22,7 @@ class Share:
     by_data_set: tokens and supervised tokens of each data set.
     stop:        the signal that asked this process to stop, 0 for none.
     late:        the last checkpoint was long ago; what the main process says counts.
-    problem:     why the rows could not be read.
+    problem:     why the rows could not be read, or the last checkpoint not be written.
     """
 
     tokens: int = 0

@@ -1,6 +1,6 @@
 """Sending the metrics of a run to TensorBoard, Weights & Biases or Trackio, each a package that is imported when named.
 
-A run that goes on is the same run there: its id lies in `trackers.json` in the run's folder, and no step is sent twice.
+A run that goes on is the same run there: its id lies in `trackers/` in the run's folder, and no step is sent twice.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from vila.train.record import Lines
 
 
 class Service(Protocol):
-    """One open run of a tracker."""
+    """One open run of a tracker. rewinds: it takes steps again that an earlier session sent, and forgets those."""
+
+    rewinds: bool
 
     def send(self, values: dict[str, float], step: int) -> None:
         """Values by name, of a step."""
@@ -51,11 +53,13 @@ class Tracker:
     """Sends each step to one service, and each evaluation with the step after which it was made."""
 
     def __init__(self, name: str, recipe: Recipe, folder: Path) -> None:
-        self.name, self.folder = name, folder
-        self._state = folder / "trackers.json"
+        self._state = folder / "trackers" / f"{name}.json"
         self._scores = Lines(folder / "evaluations.jsonl")
-        self._sent = self._read().get("step", 0)
-        self._id = self._read().get("id") or uuid.uuid4().hex[:8]
+        # Without a checkpoint a run begins anew, there too.
+        goes_on = self._state.is_file() and any((folder / "checkpoint").glob("step-*"))
+        before: dict[str, Any] = read_json(self._state) if goes_on else {}
+        self._id: str = before.get("id") or uuid.uuid4().hex[:8]
+        self._sent: int = before.get("step", 0)
         try:
             self._service = _SERVICES[name](recipe, folder, self._id)
         except Exception as error:
@@ -63,17 +67,23 @@ class Tracker:
                 f"monitor.trackers: {name} cannot be opened ({type(error).__name__}: {error}); "
                 "take it out of the list, or make it work by itself first"
             ) from error
-        self._note(self._sent)
+        if self._service.rewinds:
+            self._sent = 0
         # A run that is stopped ends by an exception; what the service still holds is sent then.
         atexit.register(self.close)
 
     def __call__(self, trainer: Trainer, facts: dict[str, Any]) -> None:
         """Send a step, unless an earlier session sent it before it was killed."""
-        self._send(facts["step"], {f"train/{name}": value for name, value in flat(facts).items()})
+        step = facts["step"]
+        values = {f"train/{name}": value for name, value in flat(facts).items()} | self._new_scores(step)
+        if step > self._sent:
+            self._send(step, values)
 
     def finish(self, trainer: Trainer) -> None:
-        """Send scores of evaluations at the end, and close."""
-        self._send(trainer.progress.step, {})
+        """Send the scores of an evaluation at the end, and close."""
+        step = trainer.progress.step
+        if (scores := self._new_scores(step)) and step >= self._sent:
+            self._send(step, scores)
         self.close()
 
     def close(self) -> None:
@@ -83,11 +93,13 @@ class Tracker:
         atexit.unregister(self.close)
 
     def _send(self, step: int, values: dict[str, float]) -> None:
-        values |= self._new_scores(step)
-        fresh = step > self._sent or not values.keys() & {"train/loss"}
-        if values and fresh:
-            self._service.send(values, step)
-            self._note(step)
+        self._service.send(values, step)
+        self._sent = step
+        self._state.parent.mkdir(parents=True, exist_ok=True)
+        part = self._state.with_suffix(".part")
+        # Not brought onto the disk at every step, which would take longer than the sending.
+        part.write_text(json.dumps({"id": self._id, "step": step}), encoding="utf-8")
+        part.replace(self._state)
 
     def _new_scores(self, step: int) -> dict[str, float]:
         """Scores of this step that were written since the step before."""
@@ -95,18 +107,6 @@ class Tracker:
             self._scores = Lines(self._scores.path)
         rows = [row for row in self._scores if row["step"] == step]
         return {f"eval/{row['benchmark']}": row["score"] for row in rows if row.get("score") is not None}
-
-    def _read(self) -> dict[str, Any]:
-        known: dict[str, dict[str, Any]] = read_json(self._state) if self._state.is_file() else {}
-        return known.get(self.name, {})
-
-    def _note(self, step: int) -> None:
-        """Remember id and step. Not brought onto the disk at every step, which would take longer than the sending."""
-        self._sent = max(self._sent, step)
-        known = read_json(self._state) if self._state.is_file() else {}
-        part = self._state.with_suffix(".part")
-        part.write_text(json.dumps({**known, self.name: {"id": self._id, "step": self._sent}}), encoding="utf-8")
-        part.replace(self._state)
 
 
 def flat(facts: Mapping[str, Any]) -> dict[str, float]:
@@ -127,6 +127,8 @@ def flat(facts: Mapping[str, Any]) -> dict[str, float]:
 class _TensorBoard:
     """Event files in `tensorboard/`. It forgets itself what an earlier session wrote past the step that comes next."""
 
+    rewinds = True
+
     def __init__(self, recipe: Recipe, folder: Path, run_id: str) -> None:
         self._writer: Any = None
         self._folder = folder / "tensorboard"
@@ -146,6 +148,8 @@ class _TensorBoard:
 class _Run:
     """A run of wandb or Trackio, which share their calls."""
 
+    rewinds = False
+
     def __init__(self, run: Any) -> None:
         self._run = run
 
@@ -158,6 +162,8 @@ class _Run:
 
 class _Closed:
     """What a tracker holds after its end."""
+
+    rewinds = False
 
     def send(self, values: dict[str, float], step: int) -> None:
         """Nothing."""

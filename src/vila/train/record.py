@@ -1,0 +1,169 @@
+"""What a run's folder tells, read line by line into bounded memory: the curves and counts of its report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vila.core.errors import DataError
+from vila.report.curve import Curve
+
+_ROWS_KEPT = 40
+_REASONS_KEPT = 10
+
+Row = dict[str, Any]
+
+
+@dataclass
+class Tokens:
+    """What one data set brought so far: its loss, and tokens."""
+
+    loss: Curve = field(default_factory=Curve)
+    seen: int = 0
+
+
+@dataclass
+class Sampled:
+    """Rows of a list of any length: the first, the newest, and evenly chosen ones between.
+
+    best: the first of those with the highest `score`.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    count: int = 0
+    best: Row | None = None
+    _every: int = 1
+    _newest: Row | None = None
+
+    def add(self, row: Row) -> None:
+        """The next row."""
+        if self.count % self._every == 0:
+            self.rows.append(row)
+            if len(self.rows) > _ROWS_KEPT:
+                self.rows = self.rows[::2]
+                self._every *= 2
+        self.count += 1
+        self._newest = row
+        score = row.get("score")
+        if score is not None and (self.best is None or score > self.best["score"]):
+            self.best = row
+
+    @property
+    def shown(self) -> list[Row]:
+        """The rows that were kept, the newest one last."""
+        newest = [] if self._newest is None or self.rows[-1] is self._newest else [self._newest]
+        return [*self.rows, *newest]
+
+
+class Steps:
+    """The steps of `metrics.jsonl`; `read` takes in the lines that came since it was last called."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._clear()
+
+    def _clear(self) -> None:
+        self._lines = Lines(self.path)
+        self.curves: dict[str, Curve] = {}
+        self.data_sets: dict[str, Tokens] = {}
+        self.totals = {"tokens": 0, "supervised": 0, "images": 0, "dropped": 0, "truncated": 0, "faults": 0}
+        self.last: Row = {}
+
+    def read(self) -> None:
+        """Take in new whole lines. A file that was cut back, as a run that goes on does, is read from its start."""
+        if self._lines.was_cut():
+            self._clear()
+        for row in self._lines:
+            self._add(row)
+
+    def _add(self, row: Row) -> None:
+        step = row["step"]
+        for name, value in _drawn(row).items():
+            self.curves.setdefault(name, Curve()).add(step, value)
+        for name, value in row.get("loss_by_data_set", {}).items():
+            self.data_sets.setdefault(name, Tokens()).loss.add(step, value)
+        for name, value in row.get("tokens_by_data_set", {}).items():
+            self.data_sets.setdefault(name, Tokens()).seen += value
+        for name in self.totals:
+            self.totals[name] += row.get(name, 0)
+        self.last = row
+
+
+_PLAIN = ("loss", "lr", "grad_norm", "tokens_per_second", "memory_gib")
+
+
+def _drawn(row: Row) -> dict[str, float]:
+    """The values of a step that are drawn over time; shares in percent."""
+    out = {name: row[name] for name in _PLAIN if row.get(name) is not None}
+    if row.get("mfu") is not None:
+        out["mfu"] = 100 * row["mfu"]
+    if row.get("fill") is not None:
+        out["padding"] = 100 * (1 - row["fill"])
+    if row.get("tokens"):
+        out["supervised"] = 100 * row.get("supervised", 0) / row["tokens"]
+    return out
+
+
+class Lines:
+    """The whole lines of a JSON lines file, each once however often it is walked through; a half-written one waits."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._place = 0
+        self._number = 0
+        self._tail = b""
+
+    def was_cut(self) -> bool:
+        """Whether the file is no longer the one that was read: shorter, or with another end of what was read."""
+        if not self._place:
+            return False
+        if not self.path.is_file() or self.path.stat().st_size < self._place:
+            return True
+        with self.path.open("rb") as stream:
+            stream.seek(self._place - len(self._tail))
+            return stream.read(len(self._tail)) != self._tail
+
+    def __iter__(self) -> Iterator[Row]:
+        if not self.path.is_file():
+            return
+        with self.path.open("rb") as stream:
+            stream.seek(self._place)
+            for line in stream:
+                if not line.endswith(b"\n"):
+                    return
+                self._place += len(line)
+                self._number += 1
+                self._tail = line
+                try:
+                    yield json.loads(line)
+                except ValueError as error:
+                    raise DataError(f"{self.path} line {self._number}: not JSON ({error})") from error
+
+
+def read_answers(path: Path) -> dict[tuple[str, str], Sampled]:
+    """Answers by prompt and picture, in the order in which they were first asked."""
+    out: dict[tuple[str, str], Sampled] = {}
+    for row in Lines(path):
+        out.setdefault((row["prompt"], row.get("image", "")), Sampled()).add(row)
+    return out
+
+
+def read_evaluations(path: Path) -> dict[str, Sampled]:
+    """Evaluations by benchmark."""
+    out: dict[str, Sampled] = {}
+    for row in Lines(path):
+        out.setdefault(row["benchmark"], Sampled()).add(row)
+    return out
+
+
+def read_first(path: Path) -> tuple[list[Row], int]:
+    """The first few rows of a file, and how many it has."""
+    rows: list[Row] = []
+    count = 0
+    for count, row in enumerate(Lines(path), start=1):
+        if count <= _REASONS_KEPT:
+            rows.append(row)
+    return rows, count

@@ -1,0 +1,230 @@
+"""`report.html` of a run: what it has learnt, how fast, from what, and what went wrong; one file that loads nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from markupsafe import Markup
+
+from vila.core.files import read_json
+from vila.report.bars import Group, bar_plot
+from vila.report.curve import Curve
+from vila.report.lines import Series, line_plot
+from vila.report.page import Cell, Figure, Page
+from vila.report.scale import write_percent, write_seconds
+from vila.train.record import Sampled, Steps, read_answers, read_evaluations
+from vila.train.report_samples import add_answers, add_scores, add_trouble, write_score
+
+_LINES_DRAWN = 12
+
+
+def write_report(folder: Path) -> Path:
+    """Write `report.html` into a run's folder, from the files that the run has left there so far; returns its path.
+
+    Bounded in size and memory: longer runs are thinned, extremes kept. Files that are missing leave their section out.
+    Raises DataError naming file and line where one holds what is no JSON.
+    """
+    return RunReport(folder).write()
+
+
+class RunReport:
+    """The report of a run that goes on: each `write` reads only the steps that came since the one before."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._steps = Steps(folder / "metrics.jsonl")
+
+    def write(self) -> Path:
+        """As `write_report`."""
+        self._steps.read()
+        path = self.folder / "report.html"
+        _page(self.folder, self._steps).save(path)
+        return path
+
+
+def _page(folder: Path, steps: Steps) -> Page:
+    recipe_file, finished_file = folder / "recipe.yaml", folder / "finished.json"
+    recipe = recipe_file.read_text(encoding="utf-8") if recipe_file.is_file() else ""
+    tree: Mapping[str, Any] = yaml.safe_load(recipe) or {}
+    finished: Mapping[str, Any] = read_json(finished_file) if finished_file.is_file() else {}
+    evaluations = read_evaluations(folder / "evaluations.jsonl")
+    page = Page(str(tree.get("name") or folder.name), _subtitle(tree, steps, bool(finished)), _footer(folder))
+    _headline(page, steps, evaluations)
+    _losses(page, steps)
+    add_scores(page, evaluations)
+    add_answers(page, read_answers(folder / "answers.jsonl"))
+    _optimizer(page, steps)
+    _speed(page, steps)
+    _rows(page, steps)
+    _data(page, steps, _planned(folder))
+    add_trouble(page, folder)
+    _origin(page, recipe, _versions(folder, finished))
+    return page
+
+
+def _subtitle(tree: Mapping[str, Any], steps: Steps, finished: bool) -> str:
+    parts = ", ".join((tree.get("stage") or {}).get("tune", ()))
+    learns = f"Learns: {parts}. " if parts else ""
+    if not steps.last:
+        return f"{learns}No step is done yet."
+    count = f"{steps.last['step']:,} step{'s' * (steps.last['step'] != 1)}"
+    return f"{learns}{'Finished after' if finished else 'Under way: this is the state after'} {count}."
+
+
+def _footer(folder: Path) -> str:
+    return f"Every step is in {folder.name}/metrics.jsonl. This file is complete in itself and loads nothing."
+
+
+def _headline(page: Page, steps: Steps, evaluations: Mapping[str, Sampled]) -> None:
+    last = steps.last
+    if not last:
+        return
+    tiles: dict[str, Figure] = {}
+    if loss := steps.curves.get("loss"):
+        newest = loss.means[-max(1, min(10, len(loss.means) // 10)) :]
+        mean = sum(y for _, y in newest) / len(newest)
+        tiles["loss"] = Figure(f"{mean:.3f}", f"nats per token, from step {newest[0][0]:,.0f} on")
+    for name, rows in evaluations.items():
+        if rows.best is not None:
+            tiles[name] = Figure(write_score(rows.best), f"best of {rows.count}, at step {rows.best['step']:,}")
+    seen, seconds = last.get("tokens_seen"), last.get("seconds")
+    tiles["tokens"] = Figure(_rounded(seen), f"{steps.totals['images']:,} pictures among them")
+    if seen and seconds:
+        tiles["tokens a second"] = Figure(round(seen / seconds), f"over {write_seconds(seconds)} of training")
+    if mfu := steps.curves.get("mfu"):
+        means = mfu.means
+        tiles["MFU"] = Figure(
+            write_percent(sum(y for _, y in means) / len(means) / 100), "model FLOPs used, on average"
+        )
+    page.figures(tiles)
+
+
+def _losses(page: Page, steps: Steps) -> None:
+    loss = steps.curves.get("loss")
+    if loss is None:
+        return
+    page.section("Loss", "Nats per supervised token, over the whole batch of a step. Faint: steps; strong: smoothed.")
+    page.plot(_drawing({"loss": loss}, "All data", log_y=True))
+    named = sorted(steps.data_sets.items(), key=lambda item: -item[1].seen)
+    if len(named) > 1:
+        drawn = {name: one.loss for name, one in named[:_LINES_DRAWN]}
+        rest = len(named) - len(drawn)
+        caption = f"The {len(drawn)} data sets with most tokens; {rest} more are in metrics.jsonl." if rest else ""
+        page.plot(_drawing(drawn, "By data set", log_y=True, faint=False), caption)
+
+
+def _optimizer(page: Page, steps: Steps) -> None:
+    rate, norm = steps.curves.get("lr"), steps.curves.get("grad_norm")
+    if rate is None and norm is None:
+        return
+    page.section("Optimizer")
+    if rate is not None:
+        page.plot(line_plot([Series("lr", rate.means)], title="Learning rate", x_label="step"))
+    if norm is not None:
+        page.plot(_drawing({"norm": norm}, "Norm of the gradients, before clipping", log_y=True))
+
+
+def _speed(page: Page, steps: Steps) -> None:
+    speed, mfu, memory = (steps.curves.get(name) for name in ("tokens_per_second", "mfu", "memory_gib"))
+    if speed is None:
+        return
+    page.section("Speed", "Of all processes together; padding is not counted, and neither are checkpoints.")
+    page.plot(_drawing({"tokens a second": speed}, "Tokens a second"))
+    if mfu is not None:
+        page.plot(_drawing({"MFU": mfu}, "Model FLOPs used, percent of the devices' peak"))
+    if memory is not None:
+        title = "Most memory held on one device so far, GiB"
+        page.plot(line_plot([Series("memory", memory.means)], title=title, x_label="step"))
+
+
+def _rows(page: Page, steps: Steps) -> None:
+    drawn = {name: curve for name, curve in steps.curves.items() if name in ("padding", "supervised")}
+    if not drawn:
+        return
+    page.section("Rows", "Padding: share of a step's places that hold nothing. Supervised: share of its tokens learnt.")
+    page.plot(_drawing(drawn, "Percent of a step"))
+
+
+def _data(page: Page, steps: Steps, planned: Mapping[str, float]) -> None:
+    seen = {name: one.seen for name, one in steps.data_sets.items() if one.seen}
+    total = sum(seen.values())
+    if not total:
+        return
+    page.section(
+        "Data", "Where the tokens came from" + (", beside what an epoch holds by estimate." if planned else ".")
+    )
+    rows: list[list[Cell]] = []
+    groups = []
+    for name, count in sorted(seen.items(), key=lambda item: -item[1]):
+        losses = steps.data_sets[name].loss.means
+        shares: dict[str, float | None] = {"seen": count / total}
+        if planned:
+            shares["planned"] = planned.get(name)
+        groups.append(Group(name, shares))
+        want = [] if not planned else [_percent(planned.get(name))]
+        rows.append([name, count, write_percent(count / total), *want, losses[-1][1] if losses else None])
+    if len(groups) > 1:
+        page.plot(bar_plot(groups[:_LINES_DRAWN], title="Share of tokens", write=write_percent, full=1.0))
+    page.table(["data set", "tokens", "share", *(["planned"] if planned else []), "loss, last"], rows)
+    totals = steps.totals
+    page.table(
+        (),
+        [
+            ("supervised tokens", f"{totals['supervised']:,} ({write_percent(totals['supervised'] / total)})"),
+            ("pictures", f"{totals['images']:,}"),
+            ("left out as too long", f"{totals['dropped']:,}"),
+            ("cut as too long", f"{totals['truncated']:,}"),
+            ("not readable", f"{totals['faults']:,}"),
+        ],
+    )
+
+
+def _origin(page: Page, recipe: str, versions: Mapping[str, Any]) -> None:
+    if not (recipe or versions):
+        return
+    page.section("Recipe", "Everything that this run was told, defaults included.")
+    if recipe:
+        page.details("recipe.yaml").code(recipe)
+    if versions:
+        page.table((), [(name, str(value)) for name, value in versions.items()], "Versions")
+
+
+def _drawing(curves: Mapping[str, Curve], title: str, *, log_y: bool = False, faint: bool = True) -> Markup:
+    """Curves over steps, smoothed where there are many points. faint: with the steps behind them."""
+    points = max(len(curve.means) for curve in curves.values())
+    # Smoothing that spans a good part of a short run would draw what never was.
+    smoothing = 0.9 if points > 100 else 0.7 if points > 30 else 0.0
+    series = [Series(name, curve.means, curve.extremes if smoothing else ()) for name, curve in curves.items()]
+    return line_plot(series, title=title, x_label="step", log_y=log_y, smoothing=smoothing, faint=faint)
+
+
+def _planned(folder: Path) -> dict[str, float]:
+    """Share of an epoch's tokens that each data set was estimated to bring, from `shares.json`; empty without it."""
+    path = folder / "shares.json"
+    tokens: dict[str, float] = read_json(path) if path.is_file() else {}
+    total = sum(tokens.values())
+    return {name: count / total for name, count in tokens.items()} if total else {}
+
+
+def _versions(folder: Path, finished: Mapping[str, Any]) -> Mapping[str, Any]:
+    if finished:
+        return {**finished.get("versions", {}), "processes": finished.get("ranks", 1)}
+    states = sorted((folder / "checkpoint").glob("step-*/state.json"))
+    facts = read_json(states[-1]) if states else {}
+    return {**facts.get("versions", {}), "processes": facts.get("world", 1)} if facts else {}
+
+
+def _rounded(count: int | None) -> str | None:
+    """A count that fits a tile: 12,345, 307 M, 3.07 G."""
+    if count is None or count < 10**6:
+        return None if count is None else f"{count:,}"
+    scale, unit = (10**9, "G") if count >= 10**9 else (10**6, "M")
+    value = count / scale
+    return f"{value:.{max(0, 2 - len(str(int(value))) + 1)}f}\N{NO-BREAK SPACE}{unit}"
+
+
+def _percent(share: float | None) -> str | None:
+    return None if share is None else write_percent(share)

@@ -1,0 +1,64 @@
+"""Training to the end, and what two runs are compared by: every loss, and every weight in float32."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.train.stand import stand_recipe
+from vila.core.errors import Interrupted
+from vila.train.metrics import read_metrics
+from vila.train.model import whole_tensors
+from vila.train.run import Run, build
+
+FACTS = ("step", "tokens_seen", "loss", "loss_by_data_set", "lr", "grad_norm", "supervised", "images")
+
+
+def finish(folder: Path, out: str, overrides: Sequence[str], change: Callable[[Run], None] | None = None) -> Any:
+    """Begin or go on, to the end: facts of all steps, and weights; nothing in ranks other than the first.
+
+    change: what is done to the run before it trains.
+    """
+    run = build(stand_recipe(folder, out, *overrides))
+    if change:
+        change(run)
+    run.trainer.run()
+    run.checkpoints.wait()
+    weights = whole_tensors(run.model, torch.float32, run.world)
+    run.world.gather(None)
+    if weights is None:
+        return None
+    rows = [{name: row[name] for name in FACTS} for row in read_metrics(run.folder / "metrics.jsonl")]
+    return rows, {name: value.numpy() for name, value in weights.items()}
+
+
+def assert_identical(ours: Any, theirs: Any) -> None:
+    """All facts of all steps, and all weights, to the last bit."""
+    assert ours[0] == theirs[0]
+    assert len(ours[0]) > 5
+    assert ours[1].keys() == theirs[1].keys()
+    assert all((value == theirs[1][name]).all() for name, value in ours[1].items())
+
+
+def stop_after(step: int, number: int = signal.SIGINT, rank: int = 0) -> Callable[..., None]:
+    """A listener that sends a signal to its own process after a step."""
+
+    def listen(trainer: Any, facts: dict[str, Any]) -> None:
+        if facts["step"] == step and trainer.world.place.rank == rank:
+            os.kill(os.getpid(), number)
+
+    return listen
+
+
+def stopped(folder: Path, out: str, overrides: Sequence[str], step: int, number: int, rank: int = 0) -> tuple[int, str]:
+    """Train until a signal stops the run: the exit code of the command, and what it says."""
+    try:
+        build(stand_recipe(folder, out, *overrides), listeners=[stop_after(step, number, rank)]).train()
+    except Interrupted as error:
+        return error.exit_code, str(error)
+    return -1, ""

@@ -1,0 +1,132 @@
+"""What a run refuses, leaves out, or stops at: steps that are not finite, data that is too short, places to write."""
+
+import math
+
+import pytest
+import torch
+
+from tests.train.finish import stop_after
+from tests.train.ranks import run_ranks
+from tests.train.stand import stand_recipe, write_stand
+from vila.core.errors import ConfigError, Interrupted, TrainingError
+from vila.train.metrics import read_metrics
+from vila.train.run import build
+
+BUDGET = ("batch.rows=4", "budget.tokens=3000", "budget.max_bad_steps=2")
+
+
+@pytest.fixture(scope="module")
+def stand(tmp_path_factory):
+    return write_stand(tmp_path_factory.mktemp("stand"))
+
+
+def poison(run, steps, kind="loss", rank=0):
+    """Spoil the loss, or the gradient alone, of some steps in one rank."""
+    forward = run.trainer.objective.forward
+
+    def spoilt(*batch, **options):
+        loss, by_data_set = forward(*batch, **options)
+        if run.trainer.progress.step + 1 in steps and run.world.place.rank == rank:
+            if kind == "loss":
+                loss = loss * math.nan
+            else:
+                loss.register_hook(lambda gradient: gradient * math.inf)
+        return loss, by_data_set
+
+    run.trainer.objective.forward = spoilt
+
+
+def state_of(run):
+    return {name: tensor.clone() for name, tensor in run.trainer.optimizer.state_tensors().items()}
+
+
+@pytest.mark.parametrize(("kind", "value"), [("loss", "nan"), ("gradient", "(nan|inf)")])
+def test_steps_that_are_not_finite_are_left_out_up_to_the_budget(stand, kind, value):
+    run = build(stand_recipe(stand, f"bad-{kind}", *BUDGET))
+    poison(run, {2, 4, 5}, kind)
+    states = [state_of(run)]
+    run.trainer.listeners.append(lambda trainer, facts: states.append(state_of(run)))
+    with pytest.raises(TrainingError) as caught:
+        run.train()
+    assert caught.match(rf"starter/3_sft: the {kind} of step 5 is {value}; its samples are '(image|text)\d+'")
+    assert caught.match(r"budget.max_bad_steps=2 such steps may be left out; all are in bad_steps.jsonl$")
+    changed = [any(not torch.equal(old[name], new[name]) for name in old) for old, new in zip(states, states[1:])]
+    assert changed == [True, False, True, False]
+    assert run.trainer.progress.step == 4
+    assert run.trainer.progress.bad_steps == 2
+    bad = read_metrics(run.folder / "bad_steps.jsonl")
+    assert [row["step"] for row in bad] == [2, 4, 5]
+    assert all(row["ids"] and set(row) == {"step", "loss", "grad_norm", "ids"} for row in bad)
+    if kind == "loss":
+        assert {row["loss"] for row in bad} == {"nan"}
+    else:
+        assert all(math.isfinite(float(row["loss"])) for row in bad)
+
+
+def test_a_resumed_run_keeps_count_of_the_steps_that_it_left_out(stand):
+    run = build(stand_recipe(stand, "counted", *BUDGET))
+    poison(run, {2})
+    run.trainer.listeners.append(stop_after(3))
+    with pytest.raises(Interrupted):
+        run.train()
+    path = run.folder / "bad_steps.jsonl"
+    first = read_metrics(path)[0]
+    # A run that was killed wrote of steps that the one which goes on comes by again, and half a line.
+    path.write_text(path.read_text() + '{"step": 4, "ids": []}\n{"step": 5, "id')
+    run = build(stand_recipe(stand, "counted", *BUDGET))
+    assert read_metrics(path) == [first]
+    assert run.trainer.progress.bad_steps == 1
+    poison(run, {5, 6})
+    with pytest.raises(TrainingError, match="the loss of step 6 is nan"):
+        run.train()
+    assert [row["step"] for row in read_metrics(path)] == [2, 5, 6]
+
+
+def poisoned_rank(folder, out, steps):
+    """Train with a second rank whose loss is spoilt; what the run says, its count, and a weight."""
+    run = build(stand_recipe(folder, out, *BUDGET))
+    poison(run, steps, rank=1)
+    error = ""
+    try:
+        run.trainer.run()
+    except TrainingError as told:
+        error = str(told)
+    weight = next(iter(run.trainer.optimizer.state_tensors().values()))
+    return error, run.trainer.progress, weight.full_tensor().isfinite().all().item()
+
+
+def test_ranks_agree_on_the_steps_that_they_leave_out(stand):
+    ours, theirs = run_ranks(2, poisoned_rank, stand, "agreed", {2, 3, 5})
+    assert ours[0] == theirs[0]
+    assert "the loss of step 5 is nan" in ours[0]
+    assert ours[1].bad_steps == theirs[1].bad_steps == 2
+    assert ours[2] and theirs[2]
+    rows = read_metrics(stand / "agreed" / "bad_steps.jsonl")
+    assert [row["step"] for row in rows] == [2, 3, 5]
+    assert all(len(row["ids"]) >= 4 for row in rows)  # of both ranks, four rows
+
+
+def test_data_that_is_shorter_than_a_batch_is_refused_with_both_numbers(stand):
+    with pytest.raises(ConfigError, match="the data has 24 samples an epoch, fewer than batch.rows=26; make the batch"):
+        build(stand_recipe(stand, "short", "batch.rows=26"))
+
+
+def told_when_built(folder, out):
+    try:
+        build(stand_recipe(folder, out))
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_directory_that_cannot_be_written_is_named(stand, world):
+    out = "data.jsonl/run"
+    told = [told_when_built(stand, out)] if world == 1 else run_ranks(world, told_when_built, stand, out)
+    says = f"output.dir={stand / out}: cannot be written (Not a directory); choose another one"
+    assert told == [says] * world
+
+
+def test_a_file_in_place_of_the_directory_is_named(stand):
+    (stand / "taken").write_text("")
+    assert told_when_built(stand, "taken") == f"output.dir={stand / 'taken'}: cannot be written (File exists); choose another one"

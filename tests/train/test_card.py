@@ -1,0 +1,143 @@
+"""The model card: what it says is what was given, and what is not known is said to be unknown."""
+
+import json
+from importlib import resources
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.train.stand import stand_recipe, write_stand
+from vila.cli.model_card import write_model_card
+from vila.config.load import load_recipe, recipe_names, save_recipe
+from vila.train.card import write_card
+from vila.train.licences import base_models, read_front_matter
+from vila.train.run import build
+
+
+def card(folder, recipe, **facts):
+    write_card(folder, recipe, facts)
+    text = (folder / "README.md").read_text()
+    return text, read_front_matter(text)
+
+
+def test_front_matter_is_what_the_hub_reads(tmp_path):
+    source = "https://huggingface.co/datasets/liuhaotian/LLaVA-CC3M-Pretrain-595K"
+    recipe = load_recipe("vila_7b/1_align")
+    row = {"name": "CC3M", "source": source, "licence": "other", "forbids": "all | but research"}
+    text, front = card(tmp_path, recipe, data_licences={recipe.data.mixture[0].path: [row]})
+    assert front["base_model"] == ["lmsys/vicuna-7b-v1.5", "openai/clip-vit-large-patch14-336"]
+    assert front["pipeline_tag"] == "image-text-to-text"
+    assert front["datasets"] == ["liuhaotian/LLaVA-CC3M-Pretrain-595K"]
+    assert (front["license"], front["library_name"]) == ("other", "vila")
+    assert "Llama 2 Community License" in text
+    assert f"[CC3M]({source}) | other | all \\| but research |" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "library"),
+    [
+        ("vila_7b/3_sft_lora", (), "peft"),
+        ("vila_7b/3_sft", ("output.layout=llava-hf",), "transformers"),
+        ("vila_7b/3_sft", (), "vila"),
+    ],
+)
+def test_the_library_is_the_one_that_loads_the_model(tmp_path, name, overrides, library):
+    assert card(tmp_path, load_recipe(name, overrides))[1]["library_name"] == library
+
+
+def test_what_is_not_known_is_not_invented(tmp_path):
+    recipe = load_recipe("vila_7b/1_align", ["model.llm=someone/unheard-of", "model.vision=/nowhere/tower"])
+    text, front = card(tmp_path, recipe)
+    assert front["base_model"] == ["someone/unheard-of"]
+    assert "| `someone/unheard-of` | not known |" in text
+    assert "| `/nowhere/tower` | not known |" in text
+    assert "LLaVA-CC3M-Pretrain-595K.json` | times 1 |  | not known | ask its owner |" in text
+    assert "None were measured in this run" in text
+    assert not {"steps", "tokens", "time", "torch"} & {
+        line.split("|")[1].strip() for line in text.splitlines() if "|" in line
+    }
+
+
+def test_scores_and_progress_are_those_given(tmp_path):
+    progress = {"step": 7, "tokens": 12345, "samples": 99, "supervised": 678, "seconds": 90.0, "bad_steps": 2}
+    scores = [{"benchmark": "pope", "score": 85.5, "unit": "%", "items": 200}, {"benchmark": "mme", "score": None}]
+    text, _ = card(
+        tmp_path,
+        load_recipe("vila_7b/3_sft"),
+        progress=progress,
+        scores=scores,
+        ranks=8,
+        versions={"torch": "2.13"},
+        dropped=3,
+    )
+    for line in (
+        "| pope | 85.5 % | 200 |",
+        "| steps | 7 |",
+        "| supervised tokens | 678 |",
+        "| time | 1 min 30 s on 8 processes |",
+        "| steps left out | 2 |",
+        "| samples left out as too long | 3 |",
+        "| torch | 2.13 |",
+        "torchrun --nproc-per-node 8 -m vila train recipe.yaml output.dir=runs/again",
+    ):
+        assert line in text
+    assert "| mme |" not in text
+
+
+def test_the_recipe_in_the_card_is_the_recipe(tmp_path):
+    recipe = load_recipe("vila_1_5_3b/3_sft")
+    text, _ = card(tmp_path, recipe)
+    (tmp_path / "recipe.yaml").write_text(text.split("```yaml\n")[1].split("```")[0])
+    assert load_recipe(str(tmp_path / "recipe.yaml")) == recipe
+
+
+def test_base_models_are_followed_through_the_stages_before(tmp_path):
+    first = load_recipe("vila_7b/1_align", [f"output.dir={tmp_path / 'one'}"])
+    second = load_recipe(
+        "vila_7b/2_pretrain", [f"model.path={tmp_path / 'one' / 'model'}", f"output.dir={tmp_path / 'two'}"]
+    )
+    third = load_recipe("vila_7b/3_sft", [f"model.path={tmp_path / 'two' / 'model'}"])
+    for recipe in (first, second):
+        recipe.output.dir.mkdir()
+        save_recipe(recipe, recipe.output.dir / "recipe.yaml")
+    assert [base.name for base in base_models(third)] == ["lmsys/vicuna-7b-v1.5", "openai/clip-vit-large-patch14-336"]
+    (tmp_path / "one" / "recipe.yaml").unlink()
+    assert [base.name for base in base_models(third)] == [str(tmp_path / "one" / "model")]
+
+
+def test_copies_on_disk_are_known_by_their_readme_or_their_name(tmp_path):
+    named, told = tmp_path / "vicuna-7b-v1.5", tmp_path / "tower"
+    named.mkdir(), told.mkdir()
+    (told / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n# A tower\n")
+    llm, vision = base_models(load_recipe("vila_7b/1_align", [f"model.llm={named}", f"model.vision={told}"]))
+    assert (llm.hub, llm.licence) == ("lmsys/vicuna-7b-v1.5", "Llama 2 Community License")
+    assert (vision.hub, vision.licence) == ("", "cc-by-4.0")
+
+
+@pytest.mark.parametrize("text", ["# no front matter", "---\n: [\n---\n", "---\njust text\n---\n", ""])
+def test_a_readme_that_says_nothing_is_no_error(text):
+    assert read_front_matter(text) == {}
+
+
+def test_every_part_of_a_packaged_recipe_has_a_known_licence():
+    recipes = [load_recipe(name).model for name in recipe_names() if not name.startswith("starter/")]
+    named = {name for model in recipes for name in (model.llm, model.vision) if name}
+    table = json.loads((resources.files("vila.train") / "model_licences.json").read_text())
+    assert named <= table.keys()
+    assert all(set(facts) == {"licence", "note"} for facts in table.values())
+
+
+def test_the_card_of_a_run_holds_what_the_run_left(tmp_path):
+    recipe = stand_recipe(write_stand(tmp_path), "out", "budget.tokens=300")
+    build(recipe).train()
+    rows = [{"step": 1, "benchmark": "old", "score": 1.0}, {"step": 2, "benchmark": "easy_vqa", "score": 50.0}]
+    finished = json.loads((recipe.output.dir / "finished.json").read_text())
+    rows[1]["step"] = finished["progress"]["step"]
+    (recipe.output.dir / "evaluations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = write_model_card(recipe)
+    assert path == recipe.output.dir / "model" / "README.md"
+    text = path.read_text()
+    assert f"| tokens | {finished['progress']['tokens']:,} |" in text
+    assert "| easy_vqa | 50 |" in text and "| old |" not in text
+    assert isinstance(yaml.safe_load(text.split("---\n")[1]), dict) and Path(path).is_file()

@@ -1,0 +1,104 @@
+"""The gradient of a step is that of a plain computation: one conversation at a time, nothing packed or recomputed."""
+
+import json
+
+import pytest
+import torch
+from torch.nn import functional
+
+from tests.train.ranks import run_ranks
+from tests.train.stand import stand_recipe, write_stand
+from vila.chat.template import find_template
+from vila.chat.tokenize import tokenize_sample
+from vila.core.types import Image, Message, Sample, Text
+from vila.model.load import load_model
+from vila.train.parallel import whole
+from vila.train.run import build
+
+STEP = ("batch.rows=4", "batch.micro=1", "stage.tune=[vision, projector, llm]", "stage.llm_parts=[]")
+RECOMPUTED = ("compute.gradient_checkpointing=true", "stage.tune_embeddings=true")
+
+
+@pytest.fixture(scope="module")
+def stand(tmp_path_factory):
+    return write_stand(tmp_path_factory.mktemp("stand"))
+
+
+def gradients_of_a_step(folder, out, overrides):
+    """The loss of the first step, the samples that it saw, and its gradient by parameter, before clipping."""
+    run = build(stand_recipe(folder, out, *STEP, *overrides))
+    seen, kept = [], {}
+    read, update = run.trainer.lanes.step, run.trainer.optimizer.step
+
+    def keep_rows():
+        rows = read()
+        seen.extend(sample.id for row in rows for sample in row)
+        return rows
+
+    def keep_gradients(factor, norm):
+        names = [name for group in run.trainer.optimizer.groups for name in group.names]
+        gradients = run.trainer.optimizer.gradients()
+        kept.update({name: whole(value).numpy().copy() for name, value in zip(names, gradients, strict=True)})
+        update(factor, norm)
+
+    run.trainer.lanes.step, run.trainer.optimizer.step = keep_rows, keep_gradients
+    facts, shares = run.trainer.step()
+    return facts["loss"], [one for share in run.world.gather(seen) for one in share], kept, len(shares)
+
+
+def conversations(folder, ids):
+    """Each as messages of its own: what branches share is repeated in all of them."""
+    rows = {row["id"]: row for row in map(json.loads, (folder / "data.jsonl").read_text().splitlines())}
+    for sample in ids:
+        trunk = [message(folder, one) for one in rows[sample]["messages"]]
+        for branch in rows[sample].get("branches", [[]]):
+            yield Sample(sample, (*trunk, *(message(folder, one) for one in branch)))
+
+
+def message(folder, row):
+    content = row["content"]
+    parts = (
+        [Text(content)] if isinstance(content, str) else [Image((folder / one["path"]).read_bytes()) for one in content]
+    )
+    return Message(row["role"], tuple(parts))
+
+
+def plain_gradients(folder, ids):
+    """Loss and gradient of the mean cross entropy over all supervised tokens of these samples."""
+    model, processor = load_model(folder / "base", dtype="float32")
+    model.requires_grad_(True).eval()
+    template, spec = find_template("starter_qa"), processor.spec
+    total, supervised = 0.0, 0
+    for one in conversations(folder, ids):
+        tokens = tokenize_sample(one, template, processor.span_tokenizer, lambda medium: spec.tokens_per_image)
+        text = torch.from_numpy(tokens.ids.copy())
+        slots = torch.from_numpy(tokens.slots.copy()).bool()
+        embeds = torch.zeros(len(text), model.config.text_config.hidden_size)
+        embeds[~slots] = model.get_input_embeddings()(text[~slots])
+        if tokens.media:
+            pixels = processor.pixels([item for item in tokens.media if isinstance(item, Image)])
+            embeds[slots] = model.projector(model.vision_features(pixels)).flatten(0, 1)
+        logits = model.language_model(inputs_embeds=embeds[None], use_cache=False).logits[0]
+        labels = torch.from_numpy(tokens.labels.copy())[1:]
+        total = total + functional.cross_entropy(logits[:-1], labels, reduction="sum")
+        supervised += int((labels != -100).sum())
+    (total / supervised).backward()
+    return (total / supervised).item(), {name: value.grad for name, value in model.named_parameters()}
+
+
+@pytest.mark.parametrize("sharding", ["full", "replicate"])
+def test_gradients_equal_a_plain_reference(stand, sharding):
+    results = run_ranks(2, gradients_of_a_step, stand, sharding, (*RECOMPUTED, f"compute.sharding={sharding}"))
+    loss, ids, ours, ranks = results[0]
+    assert ranks == 2
+    assert len(ids) > 4  # several samples a row, two rows a rank
+    assert any(one.startswith("text") for one in ids)
+    reference, plain = plain_gradients(stand, ids)
+    assert loss == pytest.approx(reference, rel=1e-6)
+    learnt = {name for name, value in plain.items() if value is not None}
+    assert learnt <= ours.keys()
+    assert not any(value.any() for name, value in ours.items() if name not in learnt)
+    largest = max(float(value.abs().max()) for value in plain.values() if value is not None)
+    for name in learnt:
+        apart = float((torch.from_numpy(ours[name]) - plain[name]).abs().max())
+        assert apart < 1e-5 * max(float(plain[name].abs().max()), 1e-3 * largest), name

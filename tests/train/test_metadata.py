@@ -1,0 +1,202 @@
+"""Indexes and tensor files that were planted: refused with the file's name, and nothing of them is run."""
+
+import os
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from vila.core.dist import Place
+from vila.core.errors import CheckpointError
+from vila.train.checkpoint import Checkpoint, Checkpoints, Progress, load_checkpoint
+from vila.train.parallel import World
+
+WORLD = World(Place(), torch.device("cpu"))
+INDEX = "torch.distributed.checkpoint.metadata"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A checkpoint of one tensor, `weight`, that counts from 0 to 5."""
+    state = Checkpoint(Progress(step=1), [], {}, {})
+    Checkpoints(tmp_path / "checkpoint", WORLD).save({"weight": torch.arange(6.0)}, state)
+    return tmp_path / "checkpoint" / "step-00000001"
+
+
+def load(folder):
+    into = {"weight": torch.zeros(6)}
+    load_checkpoint(folder.parent, WORLD).load_tensors(into, WORLD)
+    return into["weight"].tolist()
+
+
+def text(word):
+    return pickle.SHORT_BINUNICODE + bytes([len(word)]) + word.encode()
+
+
+def name(module, attribute):
+    return text(module) + text(attribute) + pickle.STACK_GLOBAL
+
+
+def program(*codes):
+    return pickle.PROTO + b"\x04" + b"".join(codes) + pickle.STOP
+
+
+def call(module, attribute, argument):
+    return program(name(module, attribute), text(argument), pickle.TUPLE1, pickle.REDUCE)
+
+
+class Call:
+    """Pickled as a call."""
+
+    def __init__(self, function, *arguments):
+        self.made = function, arguments
+
+    def __reduce__(self):
+        return self.made
+
+
+def test_a_whole_index_is_read(folder):
+    assert load(folder) == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize(
+    ("module", "attribute"),
+    [
+        (os.system.__module__, "system"),
+        ("builtins", "eval"),
+        ("builtins", "getattr"),
+        (INDEX, "os.system"),  # a name with dots, through a module that is allowed
+        (INDEX, "Metadata.__init__.__globals__"),
+        (INDEX, "BytesStorageMetadata"),
+        ("torch.serialization", "load"),
+        ("torch.serialization", "os.system"),
+        ("torch.storage", "_load_from_bytes"),
+        ("torch._utils", "_rebuild_tensor_v2"),
+        ("pathlib", "Path.touch"),
+        ("pathlib", "os.system"),
+    ],
+)
+def test_an_index_that_asks_for_anything_else_is_refused(folder, tmp_path, module, attribute):
+    mark = tmp_path / "ran"
+    planted = call(module, attribute, f"touch {mark}" if "eval" not in attribute else f"open({str(mark)!r}, 'w')")
+    if attribute.endswith(("system", "eval")):
+        pickle.loads(planted)
+        assert mark.exists()  # it would run
+        mark.unlink()
+    (folder / ".metadata").write_bytes(planted)
+    with pytest.raises(CheckpointError) as caught:
+        load(folder)
+    assert not mark.exists()
+    assert str(caught.value) == (
+        f"{folder / '.metadata'}: not an index of tensors (it asks for {module}.{attribute}, which no index needs; "
+        "nothing of it was run); delete that checkpoint to go on without it"
+    )
+
+
+def test_a_call_that_is_hidden_in_a_good_index_is_refused(folder, tmp_path):
+    index = dcp.FileSystemReader(folder).read_metadata()
+    planted = replace(index, planner_data=[Call(os.system, f"touch {tmp_path / 'ran'}")])
+    (folder / ".metadata").write_bytes(pickle.dumps(planted))
+    with pytest.raises(CheckpointError, match=r"\.metadata: not an index of tensors \(it asks for posix.system"):
+        load(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("planted", "reason"),
+    [
+        (b"", "EOFError"),
+        (b"\xff" * 64, "255"),
+        (pickle.dumps({"weight": 1}), "not an index of tensors but a dict"),
+        (call("pathlib", "PosixPath", "/etc/passwd"), "not an index of tensors but a PosixPath"),
+        (call(INDEX, "Metadata", "weight"), "no attribute 'items'"),
+        (call(INDEX, "_MEM_FORMAT_ENCODING", "weight"), "not a valid _MEM_FORMAT_ENCODING"),
+        (call("torch.serialization", "_get_layout", "posix.system"), "'posix.system'"),
+        (program(text("weight"), pickle.BINPERSID), "it asks for a persistent object, which no index needs"),
+        (program(pickle.EMPTY_LIST * 100_000 + pickle.APPEND * 99_999), "not an index of tensors but a list"),
+    ],
+)
+def test_hostile_arguments_and_garbage_are_refused(folder, planted, reason):
+    (folder / ".metadata").write_bytes(planted)
+    with pytest.raises(CheckpointError, match=rf"{folder}/\.metadata: (?s:.*){reason}(?s:.*)delete that checkpoint"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "target", [(INDEX, "Metadata"), ("torch.serialization", "_get_layout"), ("pathlib", "PosixPath")], ids=str
+)
+def test_an_index_that_changes_what_the_process_shares_is_refused(folder, target):
+    attributes = pickle.EMPTY_DICT + text("planted") + text("1") + pickle.SETITEM
+    planted = program(name(*target), pickle.NONE + attributes + pickle.TUPLE2, pickle.BUILD)
+    changed = pickle.loads(planted)
+    assert changed.planted == "1"  # it would change it
+    del changed.planted
+    (folder / ".metadata").write_bytes(planted)
+    with pytest.raises(CheckpointError, match="it changes a (type|function), which is no record of an index"):
+        load(folder)
+    assert not hasattr(changed, "planted")
+
+
+def test_a_value_that_is_not_a_tensor_is_refused(folder, tmp_path):
+    # Read by torch itself such a value is unpickled without restriction.
+    value = Call(os.system, f"touch {tmp_path / 'ran'}")
+    dcp.save({"weight": value}, checkpoint_id=folder, no_dist=True)
+    with pytest.raises(CheckpointError, match=r"\.metadata: .*it asks for .*BytesStorageMetadata"):
+        load(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("path", ["../../secret", "/etc/passwd", "link"])
+def test_files_outside_of_the_checkpoint_are_not_read(folder, tmp_path, path):
+    (tmp_path / "secret").write_bytes(next(folder.glob("*.distcp")).read_bytes())
+    (folder / "link").symlink_to(tmp_path / "secret")
+    change_storage(folder, relative_path=path)
+    with pytest.raises(CheckpointError, match=rf"\.metadata: '{path}' lies outside of the checkpoint; refused; delete"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"transform_descriptors": ["zstd"]}, "'__0_0.distcp' is compressed; such files are not read"),
+        ({"relative_path": 3}, "does not lie in a file"),
+    ],
+)
+def test_other_kinds_of_storage_are_refused(folder, change, reason):
+    change_storage(folder, **change)
+    with pytest.raises(CheckpointError, match=rf"\.metadata: .*{reason}"):
+        load(folder)
+
+
+@pytest.mark.parametrize("change", [{"offset": 10**9}, {"length": 3}, {"offset": -5}])
+def test_places_that_hold_no_tensor_are_refused(folder, change):
+    change_storage(folder, **change)
+    with pytest.raises(CheckpointError, match="step-00000001: cannot resume from it .*delete that directory"):
+        load(folder)
+
+
+def change_storage(folder, **changes):
+    index = dcp.FileSystemReader(folder).read_metadata()
+    index.storage_data = {place: replace(info, **changes) for place, info in index.storage_data.items()}
+    (folder / ".metadata").write_bytes(pickle.dumps(index))
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_a_program_in_place_of_tensors_is_not_run(folder, tmp_path, protocol):
+    planted = pickle.dumps(Call(os.system, f"touch {tmp_path / 'ran'}"), protocol)
+    file = next(folder.glob("*.distcp"))
+    file.write_bytes(planted.ljust(file.stat().st_size, b"\0"))
+    with pytest.raises(CheckpointError, match="step-00000001: cannot resume from it .*delete that directory"):
+        load(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_saved_object_in_place_of_tensors_is_not_run(folder, tmp_path):
+    file = next(folder.glob("*.distcp"))
+    torch.save(Call(os.system, f"touch {tmp_path / 'ran'}"), file)
+    change_storage(folder, length=file.stat().st_size)
+    with pytest.raises(CheckpointError, match="step-00000001: cannot resume from it .*delete that directory"):
+        load(folder)
+    assert not (tmp_path / "ran").exists()

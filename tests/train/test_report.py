@@ -1,0 +1,228 @@
+"""The report of a run: what is in its files is on the page, in bounded size, whatever the run's length."""
+
+import json
+import math
+import random
+import re
+from itertools import pairwise
+
+import pytest
+
+from tests import tiny
+from tests.train.stand import stand_recipe, write_stand
+from vila.config.load import load_recipe, save_recipe
+from vila.core.errors import DataError
+from vila.report.curve import Curve
+from vila.train.record import Sampled, Steps
+from vila.train.report import RunReport, write_report
+from vila.train.run import build
+
+
+def step(number, **facts):
+    return {
+        "step": number,
+        "tokens_seen": 100 * number,
+        "loss": 1 + math.exp(-number / 50),
+        "loss_by_data_set": {"pages": 2.0, "pairs": 1.0},
+        "lr": 1e-4,
+        "grad_norm": 1.0,
+        "tokens": 100,
+        "supervised": 40,
+        "fill": 0.9,
+        "images": 2,
+        "tokens_by_data_set": {"pages": 75, "pairs": 25},
+        "dropped": 0,
+        "truncated": 0,
+        "faults": 0,
+        "tokens_per_second": 50.0,
+        "seconds": 2.0 * number,
+        **facts,
+    }
+
+
+def write_rows(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def words(path):
+    """The text of a page, without drawings."""
+    text = re.sub(r"<style>.*?</style>|<svg.*?</svg>", " ", path.read_text(), flags=re.S)
+    return " ".join(re.sub(r"<[^>]+>", " ", text).split()).replace("\N{NO-BREAK SPACE}", " ")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A run of a hundred steps with everything that a run can leave."""
+    write_rows(tmp_path / "metrics.jsonl", [step(n, dropped=n == 5, faults=n == 6) for n in range(1, 101)])
+    picture = tmp_path / "p.png"
+    picture.write_bytes(tiny.picture(1).source)
+    asked = [("what <b>is</b> it?", str(picture)), ("who?", ""), ("gone?", str(tmp_path / "no.png"))]
+    write_rows(
+        tmp_path / "answers.jsonl",
+        [{"step": s, "prompt": p, "image": i, "answer": f"answer {s}"} for s in (50, 100) for p, i in asked],
+    )
+    scores = [(50, 40.0), (75, 60.0), (100, 55.0)]
+    write_rows(
+        tmp_path / "evaluations.jsonl",
+        [{"step": s, "benchmark": "pope", "score": v, "unit": "%", "items": 9, "seconds": 3.0} for s, v in scores],
+    )
+    write_rows(tmp_path / "faults.jsonl", [{"position": n, "reason": f"row {n}: broken"} for n in range(30)])
+    write_rows(
+        tmp_path / "bad_steps.jsonl",
+        [{"step": 7, "loss": "nan", "grad_norm": "inf", "ids": [f"id{n}" for n in range(8)]}],
+    )
+    (tmp_path / "shares.json").write_text('{"pages": 60, "pairs": 40}')
+    (tmp_path / "finished.json").write_text('{"versions": {"torch": "2.13"}, "ranks": 4}')
+    save_recipe(load_recipe("vila_7b/3_sft"), tmp_path / "recipe.yaml")
+    return tmp_path
+
+
+def test_everything_that_a_run_leaves_is_on_the_page(folder):
+    text = words(write_report(folder))
+    for part in (
+        "vila_7b_3_sft",
+        "Finished after 100 steps",
+        "tokens 10,000 200 pictures among them",
+        "tokens a second 50 over 3 min 20 s of training",
+        "pope 60.0 % best of 3, at step 75",
+        "pages 7,500 75.0 % 60.0 % 2",
+        "left out as too long 1",
+        "not readable 1",
+        "supervised tokens 4,000 (40.0 %)",
+        "answer 50",
+        "answer 100",
+        "what &lt;b&gt;is&lt;/b&gt; it?",
+        "no.png: cannot be shown",
+        "The first 10 of 30 that could not be read.",
+        "row 9: broken",
+        "id0, id1, id2, id3, id4 and 3 more",
+        "torch 2.13 processes 4",
+        "max_length: 4096",
+    ):
+        assert part in text, part
+    assert "row 10: broken" not in text
+    html = (folder / "report.html").read_text()
+    assert html.count("data:image/png") == 1
+    assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)", re.sub(r"<pre>.*?</pre>", "", html, flags=re.S))
+
+
+@pytest.mark.parametrize("name", ["answers", "evaluations", "faults", "bad_steps"])
+def test_what_is_not_there_leaves_its_part_out(folder, name):
+    (folder / f"{name}.jsonl").unlink()
+    write_report(folder)
+
+
+def test_a_folder_without_a_step_has_a_page_that_says_so(tmp_path):
+    assert "No step is done yet." in words(write_report(tmp_path))
+
+
+def test_utilisation_and_memory_are_shown_where_they_are_known(folder):
+    assert "Model FLOPs used" not in words(write_report(folder))
+    write_rows(folder / "metrics.jsonl", [step(n, mfu=0.42, memory_gib=3.0) for n in range(1, 4)])
+    text = words(write_report(folder))
+    assert "MFU 42.0 %" in text and "Most memory held" in text
+
+
+def test_a_long_run_is_a_small_page_that_keeps_the_spike(tmp_path):
+    rng = random.Random(0)
+    names = [f"data set {number}" for number in range(20)]
+    rows = (
+        step(
+            n,
+            loss=99.0 if n == 6543 else 1 + rng.random(),
+            loss_by_data_set={name: rng.random() for name in names},
+            tokens_by_data_set=dict.fromkeys(names, 5),
+        )
+        for n in range(1, 8001)
+    )
+    write_rows(tmp_path / "metrics.jsonl", rows)
+    path = write_report(tmp_path)
+    assert path.stat().st_size < 2_000_000  # 1.0 MB, which longer runs do not change
+    steps = Steps(tmp_path / "metrics.jsonl")
+    steps.read()
+    assert (6543, 99.0) in steps.curves["loss"].extremes
+    assert len(steps.curves["loss"].means) <= 500
+    assert "8 more are in metrics.jsonl" in words(path)
+
+
+def test_a_report_that_is_written_again_reads_only_what_is_new(folder):
+    report = RunReport(folder)
+    report.write()
+    metrics = folder / "metrics.jsonl"
+    with metrics.open("a") as stream:
+        stream.write(json.dumps(step(101)) + "\n" + '{"step": 102, "lo')
+    report.write()
+    with metrics.open("a") as stream:
+        stream.write('ss": 5.0}\n')
+    report.write()
+    assert report._steps.last == {"step": 102, "loss": 5.0}
+    fresh = Steps(metrics)
+    fresh.read()
+    assert fresh.curves["loss"].means == report._steps.curves["loss"].means
+    assert fresh.totals == report._steps.totals
+
+
+def test_a_report_of_a_run_that_went_back_begins_anew(folder):
+    report = RunReport(folder)
+    report.write()
+    write_rows(folder / "metrics.jsonl", [step(n, loss=3.0) for n in range(1, 200)])
+    report.write()
+    assert {y for _, y in report._steps.curves["loss"].means} == {3.0}
+    assert report._steps.totals["tokens"] == 199 * 100
+
+
+def test_a_line_that_is_no_json_is_named(folder):
+    with (folder / "metrics.jsonl").open("a") as stream:
+        stream.write("{oops}\n")
+    with pytest.raises(DataError, match="metrics.jsonl line 101: not JSON"):
+        write_report(folder)
+
+
+def test_losses_that_are_not_finite_do_not_break_the_page(folder):
+    write_rows(folder / "metrics.jsonl", [step(n, loss=float("nan"), grad_norm=float("inf")) for n in range(1, 5)])
+    write_report(folder)
+
+
+def test_a_curve_keeps_means_and_extremes():
+    rng = random.Random(1)
+    points = [(float(x), rng.random()) for x in range(10_001)]
+    points[777] = (777.0, 50.0)
+    points[4000] = (4000.0, -50.0)
+    curve = Curve(limit=101)
+    for x, y in points:
+        curve.add(x, y)
+    curve.add(10_001, float("nan"))
+    assert len(curve.means) <= 101 and len(curve) == 10_001 and curve.lost == 1
+    assert {(777.0, 50.0), (4000.0, -50.0)} <= set(curve.extremes)
+    assert curve.extremes == sorted(curve.extremes)
+    # All stretches but the last are of one size, so their means make the mean of all they hold.
+    size = round(10_001 / len(curve.means) + 0.5)
+    assert size & (size - 1) == 0 or len(curve.means) > 10_001 // (2 * size)
+    first = sum(y for _, y in points[:128]) / 128
+    assert curve.means[0] == pytest.approx((63.5, first))
+
+
+def test_a_short_curve_is_its_points():
+    curve = Curve()
+    points = [(float(x), float(x * x)) for x in range(500)]
+    for x, y in points:
+        curve.add(x, y)
+    assert curve.means == curve.extremes == points
+
+
+def test_sampled_rows_hold_the_first_the_newest_and_an_even_choice():
+    sampled = Sampled()
+    for number in range(1000):
+        sampled.add({"step": number} | ({"score": 9} if number in (501, 700) else {"score": None}))
+    steps = [row["step"] for row in sampled.shown]
+    assert sampled.best == {"step": 501, "score": 9}
+    assert steps[0] == 0 and steps[-1] == 999 and 20 <= len(steps) <= 42
+    assert len({later - earlier for earlier, later in pairwise(steps[:-1])}) == 1
+
+
+def test_a_real_run_has_a_report(tmp_path):
+    recipe = stand_recipe(write_stand(tmp_path), "out", "budget.tokens=600")
+    build(recipe).train()
+    text = words(write_report(recipe.output.dir))
+    assert "Finished after" in text and "supervised tokens" in text and "torch" in text

@@ -1,0 +1,262 @@
+"""Runs that are killed or asked to stop go on to the same losses and weights, bit for bit."""
+
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tests.train.finish import assert_identical, finish, stop_after, stopped
+from tests.train.ranks import run_ranks
+from tests.train.stand import stand_recipe, write_stand
+from vila.config.load import save_recipe
+from vila.core.errors import CheckpointError, Interrupted
+from vila.core.files import read_json, write_json
+from vila.train.metrics import read_metrics
+from vila.train.randomness import random_state, seed_everything, set_random_state
+from vila.train.run import build
+
+SAVES = ("batch.rows=4", "budget.tokens=3000", "output.checkpoint_every_steps=2")
+KILLED = -signal.SIGKILL
+
+
+@pytest.fixture(scope="module")
+def stand(tmp_path_factory):
+    return write_stand(tmp_path_factory.mktemp("stand"))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As in the ranks: numbers depend on how many threads share a sum."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def steps_of(folder):
+    return sorted(path.name for path in (folder / "checkpoint").iterdir() if not path.name.startswith("."))
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed(folder, out, point):
+    """Train, saving in the background after every second step, and die at `point` of step 5 or of the save of step 4."""
+    import vila.train.checkpoint as checkpoint
+
+    run = build(stand_recipe(folder, out, *SAVES))
+    if point == "in the middle of a step":
+        update = run.trainer.optimizer.step
+
+        def half_a_step(*arguments):
+            if run.trainer.progress.step == 4:
+                die()
+            update(*arguments)
+
+        run.trainer.optimizer.step = half_a_step
+    elif point == "while tensors are written":
+
+        class Dying(checkpoint.dcp.FileSystemWriter):
+            def write_data(self, plan, planner):
+                done = super().write_data(plan, planner)
+                if "step-00000004" in str(self.path):
+                    for file in self.path.glob("*.distcp"):
+                        os.truncate(file, file.stat().st_size // 2)
+                    die()
+                return done
+
+        checkpoint.dcp.FileSystemWriter = Dying
+    else:
+        write = checkpoint.write_json
+
+        def all_but_the_name(path, value):
+            write(path, value)
+            if value["progress"]["step"] == 4:
+                die()
+
+        checkpoint.write_json = all_but_the_name
+    run.trainer.run()
+    run.checkpoints.wait()
+
+
+# Saving goes on beside training: when a step is cut short, the save before it may be done or not.
+POINTS = {
+    "in the middle of a step": {"step-00000002", "step-00000004"},
+    "while tensors are written": {"step-00000002"},
+    "before the folder has its name": {"step-00000002"},
+}
+
+
+@pytest.fixture(scope="module")
+def through(stand):
+    """The run that nothing happens to."""
+    return run_ranks(1, finish, stand, "through", SAVES)[0]
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_killed_run_goes_on_bit_for_bit(stand, through, point):
+    out = point.replace(" ", "-")
+    assert run_ranks(1, killed, stand, out, point) == [KILLED]
+    assert steps_of(stand / out)
+    assert set(steps_of(stand / out)) <= POINTS[point]
+    assert_identical(finish(stand, out, SAVES), through)
+    assert not list((stand / out).rglob("*.partial"))
+
+
+def test_two_killed_ranks_go_on_bit_for_bit(stand):
+    through = run_ranks(2, finish, stand, "two-through", SAVES)[0]
+    assert run_ranks(2, killed, stand, "two-killed", "while tensors are written") == [KILLED, KILLED]
+    assert steps_of(stand / "two-killed") == ["step-00000002"]
+    assert_identical(run_ranks(2, finish, stand, "two-killed", SAVES)[0], through)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 0), (signal.SIGINT, 130)])
+def test_a_run_that_is_asked_to_stop_saves_and_goes_on_bit_for_bit(stand, through, number, code):
+    out = f"asked-{number}"
+    told = stopped(stand, out, SAVES, 3, number)
+    assert told == (code, "starter/3_sft: stopped after step 3; run it again to go on")
+    assert steps_of(stand / out) == ["step-00000003"]
+    assert_identical(finish(stand, out, SAVES), through)
+
+
+def test_a_signal_to_one_of_two_ranks_stops_both_after_the_same_step(stand):
+    told = run_ranks(2, stopped, stand, "one-asked", SAVES, 3, signal.SIGTERM, 1)
+    assert told[0] == told[1]
+    assert told[0][0] == 0
+    assert re.fullmatch(r"starter/3_sft: stopped after step [34]; run it again to go on", told[0][1])
+    assert len(steps_of(stand / "one-asked")) == 1
+
+
+def test_the_command_that_a_batch_system_warns_exits_with_0(stand):
+    recipe = stand_recipe(stand, "warned", "budget.tokens=1000000")
+    save_recipe(recipe, stand / "warned.yaml")
+    command = [sys.executable, "-m", "vila", "train", str(stand / "warned.yaml")]
+    metrics = stand / "warned" / "metrics.jsonl"
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            while process.poll() is None and not (metrics.is_file() and metrics.stat().st_size):
+                time.sleep(0.05)
+            process.send_signal(signal.SIGUSR1)
+            said, _ = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 0, said
+    step = read_metrics(metrics)[-1]["step"]
+    assert f"stopped after step {step}; run it again to go on" in said
+    assert steps_of(stand / "warned") == [f"step-{step:08d}"]
+
+
+def test_random_states_come_back_exactly():
+    for spare in (False, True):
+        seed_everything(3, 1, 0)
+        if spare:  # Python and NumPy make normal numbers in pairs, and keep the second one
+            random.gauss(0, 1)
+            np.random.standard_normal()
+        kept = {name: value.clone() for name, value in random_state().items()}
+        drawn = [draw() for _ in range(2)]
+        set_random_state(kept)
+        assert [draw() for _ in range(2)] == drawn
+        set_random_state(kept)
+        assert all(torch.equal(value, kept[name]) for name, value in random_state().items())
+
+
+def draw():
+    return torch.rand(3).tolist(), random.gauss(0, 1), random.random(), np.random.standard_normal(), np.random.rand()
+
+
+def test_ranks_and_steps_draw_different_numbers():
+    drawn = set()
+    for numbers in [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0)]:
+        seed_everything(*numbers)
+        drawn.add(str(draw()))
+    assert len(drawn) == 4
+
+
+def drop_out(run):
+    """Put dropout behind the projector, where no tensor of a checkpoint knows of it."""
+    run.model.projector.register_forward_hook(lambda module, inputs, output: nn.functional.dropout(output, 0.3))
+
+
+def drop_out_and_stop(run):
+    drop_out(run)
+    run.trainer.listeners.append(stop_after(4))
+
+
+def test_a_run_with_dropout_goes_on_bit_for_bit(stand, through):
+    dropped = finish(stand, "dropout", SAVES, drop_out)
+    assert dropped[0] != through[0]
+    with pytest.raises(Interrupted):
+        finish(stand, "dropout-stopped", SAVES, drop_out_and_stop)
+    assert_identical(finish(stand, "dropout-stopped", SAVES, drop_out), dropped)
+
+
+def numbers_in_training(folder, out):
+    drawn = []
+    run = build(stand_recipe(folder, out, *SAVES, "budget.tokens=400"))
+    run.trainer.listeners.append(lambda trainer, facts: drawn.append(str(draw())))
+    run.trainer.run()
+    run.checkpoints.wait()
+    return drawn
+
+
+def test_ranks_of_a_run_draw_different_numbers(stand):
+    ours, theirs = run_ranks(2, numbers_in_training, stand, "drawn")
+    assert ours
+    assert not set(ours) & set(theirs)
+
+
+@pytest.fixture(scope="module")
+def begun(stand):
+    """A run that stands at step 2."""
+    with pytest.raises(Interrupted):
+        build(stand_recipe(stand, "begun", *SAVES), listeners=[stop_after(2)]).train()
+    return stand
+
+
+@pytest.mark.parametrize(
+    ("change", "allow"),
+    [
+        ("batch.micro=2", ()),
+        ("output.keep_last=3", ()),
+        ("compute.gradient_checkpointing=true", ()),
+        ("monitor.eval_items=7", ()),
+        ("stage.lr=1e-3", ("stage.lr",)),
+        ("stage.lr=1e-3", ("stage",)),
+    ],
+)
+def test_changes_that_are_free_or_allowed_by_field_or_section_go_on(begun, change, allow):
+    assert build(stand_recipe(begun, "begun", *SAVES, change), allow_changes=allow).trainer.progress.step == 2
+
+
+def test_other_changes_are_refused_with_every_difference(begun):
+    recipe = stand_recipe(begun, "begun", *SAVES, "seed=5", "stage.lr=1e-3", "optim.beta2=0.9")
+    with pytest.raises(CheckpointError) as caught:
+        build(recipe, allow_changes=("optim", "stage.lr_projector"))
+    said = str(caught.value)
+    assert f"{begun / 'begun'}: the recipe changed since this run began (seed: 0 -> 5; stage.lr: 0.005 -> 0.001)" in said
+    assert "allow it by name (--allow-changes FIELD)" in said
+
+
+def test_another_global_batch_is_refused_even_when_allowed(begun):
+    with pytest.raises(CheckpointError, match=r"step-00000002: its data stands in 4 lanes, and a batch of 6 cannot"):
+        build(stand_recipe(begun, "begun", *SAVES, "batch.rows=6"), allow_changes=("batch.rows",))
+
+
+def test_a_checkpoint_of_another_version_is_refused_with_the_field(begun):
+    file = begun / "begun" / "checkpoint" / "step-00000002" / "state.json"
+    state = read_json(file)
+    write_json(file, state | {"recipe": state["recipe"] | {"warp": 9}})
+    try:
+        with pytest.raises(CheckpointError, match=r"state.json: its recipe cannot be read \(warp: .*version of vila"):
+            build(stand_recipe(begun, "begun", *SAVES))
+    finally:
+        write_json(file, state)

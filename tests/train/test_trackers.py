@@ -1,0 +1,167 @@
+"""Trackers get every step once, in one run of theirs, however often ours is stopped.
+
+The packages are not installed here: stand-ins with their calls take their places and write down what they are told.
+"""
+
+import json
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from tests.train.stand import stand_recipe
+from vila.core.errors import ConfigError
+from vila.train.trackers import flat, trackers_of
+
+
+class FakeRun:
+    def __init__(self, told):
+        self.told = told
+
+    def log(self, values, step):
+        self.told.append(("log", step, values))
+
+    def finish(self):
+        self.told.append(("finish",))
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """What the stand-ins of all three packages were told."""
+    told = []
+    wandb, trackio, board = ModuleType("wandb"), ModuleType("trackio"), ModuleType("torch.utils.tensorboard")
+
+    def init(*args, **kwargs):
+        told.append(("init", args, kwargs))
+        return FakeRun(told)
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step, flush_secs):
+            told.append(("init", (folder,), {"purge_step": purge_step}))
+
+        def add_scalar(self, name, value, step):
+            told.append(("log", step, {name: value}))
+
+        def close(self):
+            told.append(("finish",))
+
+    wandb.init = trackio.init = init
+    board.SummaryWriter = SummaryWriter
+    for module in (wandb, trackio, board):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    return told
+
+
+def recipe_of(folder, *names):
+    return stand_recipe(folder, "out", f"monitor.trackers=[{', '.join(names)}]", "monitor.project=mine")
+
+
+def step(number, **facts):
+    return {"step": number, "loss": 1 / number, **facts}
+
+
+def trainer(number):
+    return SimpleNamespace(progress=SimpleNamespace(step=number))
+
+
+def checkpoint(folder, number):
+    (folder / "out" / "checkpoint" / f"step-{number:08d}").mkdir(parents=True)
+
+
+def logged(told):
+    return [entry[1:] for entry in told if entry[0] == "log"]
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_resumed_run_is_the_same_run_there_and_repeats_no_step(tmp_path, told, name):
+    recipe = recipe_of(tmp_path, name)
+    (first,) = trackers_of(recipe, recipe.output.dir)
+    for number in (1, 2, 3):
+        first(trainer(number), step(number))
+    checkpoint(tmp_path, 2)
+    told.append(("kill",))
+    (second,) = trackers_of(recipe, recipe.output.dir)
+    for number in (3, 4):
+        second(trainer(number), step(number))
+    second.finish(trainer(4))
+    second.close()
+    assert [number for number, _ in logged(told)] == [1, 2, 3, 4]
+    assert told[-1] == ("finish",) and told.count(("finish",)) == 1
+    inits = [entry[1:] for entry in told if entry[0] == "init"]
+    assert inits[0] == inits[1]
+    positional, named = inits[0]
+    assert named["resume"] == "allow" and named["config"]["stage"]["lr"] == recipe.stage.lr
+    assert "mine" in (*positional, named.get("project"))
+    first.close()
+
+
+def test_a_run_without_a_checkpoint_begins_anew_there_too(tmp_path, told):
+    recipe = recipe_of(tmp_path, "wandb")
+    for _ in range(2):
+        (tracker,) = trackers_of(recipe, recipe.output.dir)
+        tracker(trainer(1), step(1))
+        tracker.close()
+    ids = [entry[2]["id"] for entry in told if entry[0] == "init"]
+    assert ids[0] != ids[1]
+    assert [number for number, _ in logged(told)] == [1, 1]
+
+
+def test_tensorboard_forgets_what_the_resumed_run_will_write_again(tmp_path, told):
+    recipe = recipe_of(tmp_path, "tensorboard")
+    (first,) = trackers_of(recipe, recipe.output.dir)
+    for number in (1, 2, 3):
+        first(trainer(number), step(number))
+    checkpoint(tmp_path, 1)
+    (second,) = trackers_of(recipe, recipe.output.dir)
+    second(trainer(2), step(2))
+    inits = [entry[1:] for entry in told if entry[0] == "init"]
+    assert [named["purge_step"] for _, named in inits] == [1, 2]
+    assert inits[0][0] == (str(recipe.output.dir / "tensorboard"),)
+    assert [number for number, _ in logged(told)] == [1, 2, 3, 2]
+    first.close(), second.close()
+
+
+def test_scores_go_along_with_their_step(tmp_path, told):
+    recipe = recipe_of(tmp_path, "trackio")
+    (tracker,) = trackers_of(recipe, recipe.output.dir)
+    path = recipe.output.dir / "evaluations.jsonl"
+    tracker(trainer(1), step(1))
+    for number, score in ((2, 50.0), (3, None)):
+        with path.open("a") as stream:
+            stream.write(json.dumps({"step": number, "benchmark": "pope", "score": score}) + "\n")
+        tracker(trainer(number), step(number))
+    with path.open("a") as stream:
+        stream.write(json.dumps({"step": 3, "benchmark": "pope", "score": 60.0}) + "\n")
+    tracker.finish(trainer(3))
+    scores = [(number, values["eval/pope"]) for number, values in logged(told) if "eval/pope" in values]
+    assert scores == [(2, 50.0), (3, 60.0)]
+
+
+def test_facts_become_flat_names_and_numbers():
+    facts = step(2, loss_by_data_set={"a/b": 1.5}, tokens_by_data_set={"c": 7}, lr=1e-5, mfu=float("nan"), note="x")
+    assert flat(facts) == {"loss": 0.5, "loss/a/b": 1.5, "tokens/c": 7, "lr": 1e-5}
+
+
+def test_missing_packages_are_named_with_the_command(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "trackio", None)
+    recipe = recipe_of(tmp_path, "wandb", "trackio")
+    with pytest.raises(ConfigError, match=r"(?s)2 problems.*pip install wandb.*pip install trackio"):
+        trackers_of(recipe, recipe.output.dir)
+
+
+def test_a_tracker_that_cannot_be_opened_is_said_before_training(tmp_path, told, monkeypatch):
+    def refuse(**kwargs):
+        raise RuntimeError("no API key")
+
+    monkeypatch.setattr(sys.modules["wandb"], "init", refuse)
+    recipe = recipe_of(tmp_path, "wandb")
+    with pytest.raises(ConfigError, match=r"wandb cannot be opened \(RuntimeError: no API key\)"):
+        trackers_of(recipe, recipe.output.dir)
+
+
+def test_only_one_process_sends(tmp_path, told, monkeypatch):
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1"), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    assert trackers_of(recipe_of(tmp_path, "wandb"), tmp_path) == []
+    assert told == []
