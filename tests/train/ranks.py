@@ -52,7 +52,7 @@ def run_ranks(
     for process, (receiver, _) in zip(processes, pipes, strict=True):
         try:
             results.append(receiver.recv() if receiver.poll(limit_s) else TimeoutError(f"{limit_s} s"))
-        except EOFError:
+        except (EOFError, OSError):  # it ended before it answered, or while it did
             process.join(5)
             results.append(process.exitcode)
     for process in processes:

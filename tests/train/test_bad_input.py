@@ -129,4 +129,7 @@ def test_a_directory_that_cannot_be_written_is_named(stand, world):
 
 def test_a_file_in_place_of_the_directory_is_named(stand):
     (stand / "taken").write_text("")
-    assert told_when_built(stand, "taken") == f"output.dir={stand / 'taken'}: cannot be written (File exists); choose another one"
+    assert (
+        told_when_built(stand, "taken")
+        == f"output.dir={stand / 'taken'}: cannot be written (File exists); choose another one"
+    )

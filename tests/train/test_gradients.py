@@ -8,7 +8,7 @@ from torch.nn import functional
 
 from tests.train.ranks import run_ranks
 from tests.train.stand import stand_recipe, write_stand
-from vila.chat.template import find_template
+from vila.chat.templates import find_template
 from vila.chat.tokenize import tokenize_sample
 from vila.core.types import Image, Message, Sample, Text
 from vila.model.load import load_model
@@ -50,9 +50,12 @@ def conversations(folder, ids):
     """Each as messages of its own: what branches share is repeated in all of them."""
     rows = {row["id"]: row for row in map(json.loads, (folder / "data.jsonl").read_text().splitlines())}
     for sample in ids:
-        trunk = [message(folder, one) for one in rows[sample]["messages"]]
-        for branch in rows[sample].get("branches", [[]]):
-            yield Sample(sample, (*trunk, *(message(folder, one) for one in branch)))
+        trunk, *branches = (
+            tuple(message(folder, one) for one in messages)
+            for messages in [rows[sample]["messages"], *rows[sample].get("branches", [])]
+        )
+        for messages in Sample(sample, trunk, tuple(branches)).conversations():
+            yield Sample(sample, messages)
 
 
 def message(folder, row):

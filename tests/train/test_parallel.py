@@ -9,9 +9,11 @@ from torch.distributed.tensor import DTensor
 
 from tests.train.ranks import run_ranks
 from tests.train.stand import stand_recipe, write_stand
+from vila.core.dist import Place
 from vila.core.errors import ConfigError, Interrupted, TrainingError, VilaError
 from vila.train.metrics import read_metrics
 from vila.train.model import whole_tensors
+from vila.train.parallel import _mesh, open_world
 from vila.train.run import build, model_dir
 
 ROWS = ("batch.rows=4", "budget.tokens=1600")
@@ -82,6 +84,39 @@ def test_ranks_train_what_one_process_trains(stand, alone, world, micro, shardin
         assert all(facts["dealt"] == facts["all"] for _, _, facts in results)
         # Dealt by the first dimension, which ranks cannot always share evenly.
         assert max(shares) < 1.15 * alone["rows"][2]["bytes"] / world
+
+
+def test_two_nodes_that_hold_the_weights_each_train_what_one_process_trains(stand, alone):
+    results = run_ranks(4, train, stand, "hybrid", *ROWS, "compute.sharding=hybrid", nodes=2)
+    assert_same(results[0], alone["rows"])
+    shares = [facts["bytes"] for _, _, facts in results]
+    # Dealt among the two of a node, not among all four.
+    assert shares[0] + shares[1] == shares[2] + shares[3] == pytest.approx(alone["rows"][2]["bytes"], rel=0.01)
+
+
+def test_nodes_that_stop_go_on_in_another_layout(stand, alone):
+    options = (*ROWS, "compute.sharding=hybrid")
+    assert run_ranks(4, stopped_after, stand, 2, "hybrid-stopped", *options, nodes=2) == [0] * 4
+    assert_same(train(stand, "hybrid-stopped", *ROWS), alone["rows"])
+
+
+def test_weights_that_stay_gathered_give_the_same(stand, alone):
+    options = (*ROWS, "compute.reshard=false", "compute.gradient_checkpointing=true", "compute.checkpoint_every=2")
+    assert_same(run_ranks(2, train, stand, "gathered", *options)[0], alone["rows"])
+
+
+def test_ranks_that_do_not_fill_nodes_are_refused():
+    with pytest.raises(ConfigError, match="compute.sharding=hybrid: 6 ranks do not fill nodes of 4"):
+        _mesh(Place(0, 6, 0, 4), "cpu", "hybrid")
+
+
+def test_a_rank_that_is_not_told_where_the_others_are_is_refused(monkeypatch):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    monkeypatch.setenv("MASTER_PORT", "1")
+    with pytest.raises(ConfigError, match="MASTER_ADDR not set; start the run with torchrun, which sets them"):
+        open_world()
 
 
 def test_ranks_without_pictures_take_part_and_change_nothing(stand, alone):

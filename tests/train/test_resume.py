@@ -242,7 +242,9 @@ def test_other_changes_are_refused_with_every_difference(begun):
     with pytest.raises(CheckpointError) as caught:
         build(recipe, allow_changes=("optim", "stage.lr_projector"))
     said = str(caught.value)
-    assert f"{begun / 'begun'}: the recipe changed since this run began (seed: 0 -> 5; stage.lr: 0.005 -> 0.001)" in said
+    assert (
+        f"{begun / 'begun'}: the recipe changed since this run began (seed: 0 -> 5; stage.lr: 0.005 -> 0.001)" in said
+    )
     assert "allow it by name (--allow-changes FIELD)" in said
 
 
