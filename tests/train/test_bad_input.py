@@ -1,6 +1,7 @@
 """What a run refuses, leaves out, or stops at: steps that are not finite, data that is too short, places to write."""
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ def test_steps_that_are_not_finite_are_left_out_up_to_the_budget(stand, kind, va
         run.train()
     assert caught.match(rf"starter/3_sft: the {kind} of step 5 is {value}; its samples are '(image|text)\d+'")
     assert caught.match(r"budget.max_bad_steps=2 such steps may be left out; all are in bad_steps.jsonl$")
-    changed = [any(not torch.equal(old[name], new[name]) for name in old) for old, new in zip(states, states[1:])]
+    changed = [any(not torch.equal(old[name], new[name]) for name in old) for old, new in pairwise(states)]
     assert changed == [True, False, True, False]
     assert run.trainer.progress.step == 4
     assert run.trainer.progress.bad_steps == 2
@@ -129,7 +130,5 @@ def test_a_directory_that_cannot_be_written_is_named(stand, world):
 
 def test_a_file_in_place_of_the_directory_is_named(stand):
     (stand / "taken").write_text("")
-    assert (
-        told_when_built(stand, "taken")
-        == f"output.dir={stand / 'taken'}: cannot be written (File exists); choose another one"
-    )
+    says = f"output.dir={stand / 'taken'}: cannot be written (File exists); choose another one"
+    assert told_when_built(stand, "taken") == says

@@ -115,9 +115,7 @@ def on_a_full_disk(folder, out, rank, how):
     return "", run.trainer.progress.step
 
 
-@pytest.mark.parametrize(
-    ("world", "rank", "how"), [(1, 0, "tensors"), (2, 1, "tensors"), (2, 0, "tensors"), (2, 0, "state")]
-)
+@pytest.mark.parametrize(("world", "rank", "how"), [(1, 0, "tensors"), (2, 1, "tensors"), (2, 0, "state")])
 def test_a_full_disk_stops_all_ranks_and_leaves_the_checkpoint_before_it(stand, world, rank, how):
     out = f"full-{world}-{rank}-{how}"
     told = run_ranks(world, on_a_full_disk, stand, out, rank, how)

@@ -36,6 +36,8 @@ def assert_same(ours, theirs, rel):
         assert row["loss"] == pytest.approx(other["loss"], rel=rel)
         assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=10 * rel)
     for name, value in weights.items():
+        if name.endswith("k_proj.bias"):
+            continue  # A softmax does not see it: its gradient is rounding noise, which Adam scales up.
         assert abs(value - reference[name]).max() < 1e-5, name
 
 

@@ -156,14 +156,6 @@ def test_another_number_of_ranks_goes_on_with_the_same_samples(stand, alone):
     assert_same(train(stand, "resharded", *ROWS), alone["rows"])
 
 
-def test_ranks_that_stop_go_on_bit_for_bit(stand):
-    through = run_ranks(2, train, stand, "through", *ROWS)[0]
-    assert run_ranks(2, stopped_after, stand, 2, "stopped", *ROWS) == [0, 0]
-    rows, weights, _ = run_ranks(2, train, stand, "stopped", *ROWS)[0]
-    assert [row["loss"] for row in rows] == [row["loss"] for row in through[0]]
-    assert all((weights[name] == through[1][name]).all() for name in weights)
-
-
 def bfloat16_losses(stand, out):
     recipe = stand_recipe(stand, out, *ROWS, "compute.dtype=bfloat16")
     run = build(recipe)
@@ -192,7 +184,7 @@ def test_when_a_rank_dies_the_others_stop_and_say_so(stand):
     began = time.monotonic()
     error, code = run_ranks(2, dies, stand, "dead", 2)
     assert isinstance(error, TrainingError)
-    assert "another process of the run ended" in str(error)
+    assert str(error).count("another process of the run ended or cannot be reached; its own output says why") == 1
     assert code == 9
     assert time.monotonic() - began < 60
 

@@ -36,6 +36,11 @@ class UnknownNameError(VilaError, LookupError):
         near = get_close_matches(name, names, n=3)
         hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
         super().__init__(f"unknown {kind} {name!r}{hint} (known: {', '.join(names) or 'none'})")
+        self._made_of = (kind, name, names)
+
+    def __reduce__(self) -> tuple[type[UnknownNameError], tuple[str, str, list[str]]]:
+        # It travels between processes, and is made there from what it was made of here.
+        return type(self), self._made_of
 
 
 class MediaError(VilaError, ValueError):

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from vila.core.dist import Place, current_place
-from vila.core.errors import ConfigError, TrainingError
+from vila.core.errors import ConfigError, TrainingError, VilaError
 from vila.families.card import find_family
 from vila.model.vila import VilaForConditionalGeneration
 
@@ -119,6 +119,8 @@ def told_of_the_lost() -> Iterator[None]:
     """Turn what the network libraries say of a process that is gone into a TrainingError."""
     try:
         yield
+    except VilaError:
+        raise
     except RuntimeError as error:
         text = str(error)
         if isinstance(error, dist.DistError) or "gloo" in text or "Connection" in text or "NCCL" in text:

@@ -1,0 +1,54 @@
+"""Random numbers: their state comes back exactly, and no two ranks, steps or seeds draw the same."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from tests.train.ranks import run_ranks
+from tests.train.stand import stand_recipe, write_stand
+from vila.train.randomness import random_state, seed_everything, set_random_state
+from vila.train.run import build
+
+
+@pytest.mark.parametrize("spare", [False, True])
+def test_random_states_come_back_exactly(spare):
+    seed_everything(3, 1, 0)
+    if spare:  # Python and NumPy make normal numbers in pairs, and keep the second one.
+        random.gauss(0, 1)
+        np.random.standard_normal()
+    kept = {name: value.clone() for name, value in random_state().items()}
+    drawn = [draw() for _ in range(2)]
+    set_random_state(kept)
+    assert [draw() for _ in range(2)] == drawn
+    set_random_state(kept)
+    assert all(torch.equal(value, kept[name]) for name, value in random_state().items())
+
+
+def draw():
+    return torch.rand(3).tolist(), random.gauss(0, 1), random.random(), np.random.standard_normal(), np.random.rand()
+
+
+def test_ranks_and_steps_draw_different_numbers():
+    drawn = set()
+    for numbers in [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0)]:
+        seed_everything(*numbers)
+        drawn.add(str(draw()))
+    assert len(drawn) == 4
+
+
+def numbers_in_training(folder, out):
+    drawn = []
+    run = build(stand_recipe(folder, out, "budget.tokens=400"))
+    run.trainer.listeners.append(lambda trainer, facts: drawn.append(str(draw())))
+    run.trainer.run()
+    run.checkpoints.wait()
+    return drawn
+
+
+def test_ranks_of_a_run_draw_different_numbers(tmp_path):
+    stand = write_stand(tmp_path)
+    ours, theirs = run_ranks(2, numbers_in_training, stand, "drawn")
+    assert ours
+    assert not set(ours) & set(theirs)
