@@ -1,0 +1,148 @@
+"""Using what a search found: folding scales into norms and Linears, clamping weights, rounding to INT4.
+
+A folded model computes what it computed before, up to rounding, and is an ordinary model of its family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from vila.core.errors import ConfigError, LayoutError
+from vila.kernels.int4_layout import Int4Weight, quantize
+from vila.quant.blocks import block_name, blocks_of, check_model, linears_of, module_prefix
+from vila.quant.result import Clip, Scale, Search
+
+# O output channels  I input channels  G groups of a row
+
+
+def fold_scale(fold: nn.Module, linears: Sequence[nn.Module], scale_I: Tensor) -> None:
+    """Divide the outputs of `fold`, a norm or a Linear, by the scale and multiply the Linears' columns by it.
+
+    Of a Linear that makes more outputs than the scale has channels, the last ones are meant, as in the original.
+    New parameters are set: the old ones may be views of a file.
+    """
+    one = fold.weight
+    divisor = scale_I[:, None] if one.dim() == 2 else scale_I  # type: ignore[operator]
+    _set(fold, "weight", _tail_divided(one, divisor))  # type: ignore[arg-type]
+    if getattr(fold, "bias", None) is not None:
+        _set(fold, "bias", _tail_divided(fold.bias, scale_I))  # type: ignore[arg-type]
+    for linear in linears:
+        _set(linear, "weight", _wide(linear.weight) * _wide(scale_I).to(linear.weight.device))  # type: ignore[arg-type]
+
+
+def clamp_weight(linear: nn.Module, limit_OG: Tensor) -> None:
+    """Clamp each group of a row to plus and minus its limit."""
+    weight: Tensor = linear.weight  # type: ignore[assignment]
+    limit = limit_OG.to(weight)[..., None]
+    groups = weight.unflatten(-1, (limit_OG.shape[1], -1))
+    _set(linear, "weight", torch.maximum(torch.minimum(groups, limit), -limit).flatten(-2))
+
+
+@torch.no_grad()
+def apply_search(model: nn.Module, search: Search) -> None:
+    """Fold all scales into the model and clamp its weights, in place; nothing is rounded to INT4.
+
+    Raises LayoutError, before anything is changed, naming what does not fit the model.
+    """
+    modules = {name: module for index, block in enumerate(blocks_of(model)) for name, module in _named(index, block)}
+    problems = [problem for scale in search.scales for problem in _scale_problems(scale, modules)]
+    problems += [problem for clip in search.clips for problem in _clip_problems(clip, modules)]
+    if problems:
+        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+        raise LayoutError(f"the search does not fit this model: {'; '.join(problems[:5])}{more}; make it again for it")
+    for scale in search.scales:
+        fold_scale(modules[scale.fold], [modules[name] for name in scale.linears], scale.scale_I)
+    for clip in search.clips:
+        clamp_weight(modules[clip.linear], clip.limit_OG)
+
+
+def quantize_model(
+    model: nn.Module,
+    search: Search | None,
+    group_size: int,
+    symmetric: bool = False,
+    *,
+    scale_dtype: torch.dtype = torch.float16,
+    release: bool = False,
+) -> dict[str, Int4Weight]:
+    """The Linears of the decoder's blocks in INT4, by their names in the model; the head and all else stay as they are.
+
+    search:  is applied to the model first, in place; None rounds the weights as they are (round to nearest, RTN).
+    release: let go of each weight once it is rounded (it moves to the meta device), so memory does not hold both.
+    Raises as `check_model` and `apply_search`; ConfigError when the search was made for another kind of rounding.
+    """
+    check_model(model, group_size)
+    if search is not None:
+        check_same_rounding(search, group_size, symmetric)
+        apply_search(model, search)
+    return dict(_rounded(model, group_size, symmetric, scale_dtype, release))
+
+
+def check_same_rounding(search: Search, group_size: int, symmetric: bool) -> None:
+    """Raises ConfigError when the search was made for another group size or mode; foreign searches do not say."""
+    for name, asked in (("group_size", group_size), ("symmetric", symmetric)):
+        made = search.facts.get(name, asked)
+        if made != asked:
+            raise ConfigError(f"the search was made with {name} {made}, not {asked}; ask for {made}, or search again")
+
+
+@torch.no_grad()
+def _rounded(
+    model: nn.Module, group_size: int, symmetric: bool, scale_dtype: torch.dtype, release: bool
+) -> Iterator[tuple[str, Int4Weight]]:
+    prefix = module_prefix(model)
+    for index, block in enumerate(blocks_of(model)):
+        for name, linear in linears_of(block).items():
+            rounded = quantize(_wide(linear.weight), group_size, symmetric=symmetric, dtype=scale_dtype)
+            yield f"{prefix}{block_name(index)}.{name}", rounded
+            if release:
+                linear.weight = nn.Parameter(linear.weight.detach().to("meta"), requires_grad=False)
+
+
+def _named(index: int, block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in block.named_modules():
+        if isinstance(getattr(module, "weight", None), Tensor):
+            yield f"{block_name(index)}.{name}", module
+
+
+def _scale_problems(scale: Scale, modules: dict[str, nn.Module]) -> Iterator[str]:
+    width = scale.scale_I.numel()
+    if scale.fold not in modules:
+        yield f"{scale.fold} is no norm or Linear of it"
+    elif modules[scale.fold].weight.shape[0] < width:  # type: ignore[index]
+        yield f"{scale.fold} has fewer outputs than the scale's {width} channels"
+    for name in scale.linears:
+        linear = modules.get(name)
+        if not isinstance(linear, nn.Linear):
+            yield f"{name} is no Linear of it"
+        elif linear.in_features != width:
+            yield f"{name} has {linear.in_features} inputs, its scale {width} channels"
+    if not (torch.isfinite(scale.scale_I).all() and (scale.scale_I > 0).all()):
+        yield f"the scale of {scale.fold} is not finite and positive"
+
+
+def _clip_problems(clip: Clip, modules: dict[str, nn.Module]) -> Iterator[str]:
+    linear = modules.get(clip.linear)
+    if not isinstance(linear, nn.Linear):
+        yield f"{clip.linear} is no Linear of it"
+    elif clip.limit_OG.shape[0] != linear.out_features or linear.in_features % max(1, clip.limit_OG.shape[1]):
+        shape = "x".join(map(str, linear.weight.shape))
+        yield f"{clip.linear} is {shape}, its limits are {'x'.join(map(str, clip.limit_OG.shape))}"
+
+
+def _tail_divided(values: Tensor, divisor: Tensor) -> Tensor:
+    new = _wide(values).clone()
+    new[-divisor.shape[0] :] /= _wide(divisor).to(new.device)
+    return new
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.detach().to(torch.promote_types(values.dtype, torch.float32))
+
+
+def _set(module: nn.Module, name: str, value: Tensor) -> None:
+    old: nn.Parameter = getattr(module, name)
+    setattr(module, name, nn.Parameter(value.to(old.dtype), requires_grad=old.requires_grad))

@@ -1,0 +1,84 @@
+"""Reading the search files of the original release of AWQ (`awq_cache/*.pt`), without running what is in them."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vila.core.errors import LayoutError
+from vila.quant.result import Clip, Scale, Search
+
+# Files of LLaVA-like models name the LLM's place: `language_model.model.layers.0`, `llm.model.layers.0`.
+_PREFIX = re.compile(r"^.*?(?=layers\.\d+\.)")
+
+
+def read_awq_cache(path: Path) -> Search:
+    """The scales and limits of such a file, by the names that our searches use.
+
+    It holds `{"scale": [(norm or Linear, (Linear, ...), scale [I]), ...], "clip": [(Linear, limit [O, G, 1]), ...]}`.
+    Raises LayoutError naming the file when it is cut short, holds anything but that, or a value that is not finite.
+    """
+    held = _load(path)
+    if not isinstance(held, dict) or not {"scale", "clip"} <= held.keys():
+        raise LayoutError(f"{path}: no AWQ search (expected the keys 'scale' and 'clip'); give an awq_cache file")
+    try:
+        scales = tuple(_scale(*entry) for entry in held["scale"])
+        clips = tuple(_clip(*entry) for entry in held["clip"])
+    except (TypeError, ValueError) as error:
+        raise LayoutError(f"{path}: not as the original writes its searches ({error})") from error
+    if not scales and not clips:
+        raise LayoutError(f"{path}: holds neither scales nor limits")
+    return Search(scales, clips, _facts(path, clips, scales))
+
+
+def _load(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise LayoutError(
+            f"{path}: holds more than tensors and plain values and is not opened, because unpickling runs code "
+            f"({str(error).splitlines()[0][:200]})"
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AssertionError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise LayoutError(f"{path}: cannot be read ({reason}); it may be cut short, copy it again") from error
+
+
+def _scale(fold: Any, linears: Any, scale_I: Any) -> Scale:
+    if isinstance(linears, str) or not linears:
+        raise ValueError(f"the Linears of {fold!r} are {linears!r}")
+    return Scale(_name(fold), tuple(_name(one) for one in linears), _values(scale_I, fold, 1))
+
+
+def _clip(linear: Any, limit_OG1: Any) -> Clip:
+    limit = _values(limit_OG1, linear, 3)
+    if limit.shape[-1] != 1:
+        raise ValueError(f"the limits of {linear!r} have shape {tuple(limit.shape)}")
+    return Clip(_name(linear), limit.squeeze(-1))
+
+
+def _name(name: Any) -> str:
+    if not isinstance(name, str) or not _PREFIX.match(name):
+        raise ValueError(f"{name!r} names nothing in a decoder block")
+    return _PREFIX.sub("model.", name)
+
+
+def _values(value: Any, name: Any, dims: int) -> Tensor:
+    if not isinstance(value, Tensor) or value.dim() != dims or not value.is_floating_point():
+        raise ValueError(f"the values of {name!r} are no floating-point tensor of {dims} dimensions")
+    if not torch.isfinite(value).all():
+        raise ValueError(f"the values of {name!r} are not finite")
+    return value.float()
+
+
+def _facts(path: Path, clips: tuple[Clip, ...], scales: tuple[Scale, ...]) -> dict[str, Any]:
+    """The group size where it can be told: a limited Linear's inputs, known from its scale, over its groups."""
+    width = {name: scale.scale_I.numel() for scale in scales for name in scale.linears}
+    sizes = {width[clip.linear] // clip.limit_OG.shape[1] for clip in clips if clip.linear in width}
+    known = {"group_size": sizes.pop()} if len(sizes) == 1 else {}
+    return {"source": path.name, **known}

@@ -1,0 +1,123 @@
+"""The decoder blocks of a model as a search needs them: found by the family's card, and checked before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from vila.core.errors import ConfigError, LayoutError, UnknownNameError
+from vila.families.card import FamilyCard, ScaleGroup, find_family
+
+GROUP_SIZES = (32, 64, 128)
+"""Group sizes that the published formats know."""
+
+
+def block_name(index: int) -> str:
+    """What searches call a block, whatever the model around it calls its LLM."""
+    return f"model.layers.{index}"
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The LLM without its head, of a visual language model or of an LLM alone."""
+    decoder: nn.Module = model.get_decoder()  # type: ignore[operator]
+    return decoder
+
+
+def blocks_of(model: nn.Module) -> list[nn.Module]:
+    """The decoder's blocks, in order."""
+    return list(decoder_of(model).layers)  # type: ignore[arg-type]
+
+
+def module_prefix(model: nn.Module) -> str:
+    """What stands before `model.layers` in the names of the model's own modules: `language_model.` or nothing."""
+    layers = decoder_of(model).layers
+    name = next(name for name, module in model.named_modules() if module is layers)
+    return name.removesuffix("layers").removesuffix("model.")
+
+
+def card_of(model: nn.Module) -> FamilyCard:
+    """The card of the model's LLM. Raises LayoutError saying which there are and how to write one."""
+    model_type: str = decoder_of(model).config.model_type  # type: ignore[union-attr, assignment]
+    try:
+        return find_family(model_type)
+    except UnknownNameError as error:
+        raise LayoutError(
+            f"{error}; a family is one card in vila/families, like llama.py, whose scale_groups name the Linears of a "
+            "decoder block that share an input, and what absorbs their scale"
+        ) from error
+
+
+def linears_of(block: nn.Module) -> dict[str, nn.Linear]:
+    """The Linears of a block by their names in it, in order."""
+    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+
+
+def can_scale(group: ScaleGroup, block: nn.Module) -> bool:
+    """Whether the group's scale can be folded: into a norm always, into a Linear when it makes just these inputs.
+
+    With grouped key-value heads an output of v_proj feeds several inputs of o_proj, which is then left as it is.
+    """
+    fold, first = block.get_submodule(group.fold), block.get_submodule(group.linears[0])
+    return not isinstance(fold, nn.Linear) or fold.weight.shape == first.weight.T.shape
+
+
+def check_model(model: nn.Module, group_size: int) -> FamilyCard:
+    """The model's card, after making sure that it can be quantized.
+
+    Raises LayoutError for a family without a card, for blocks whose Linears are not plain ones (quantized already, or
+    with an adapter around them) or not those of the card, and for weights that are absent or not finite; ConfigError
+    for a group size that does not divide the inputs, with those that would.
+    """
+    card = card_of(model)
+    check_group_size(model, card, group_size)
+    for index, block in enumerate(blocks_of(model)):
+        for name, linear in linears_of(block).items():
+            if linear.weight.is_meta:
+                raise LayoutError(f"{block_name(index)}.{name}: its weight is not in memory; load the model again")
+            if not torch.isfinite(linear.weight).all():
+                raise LayoutError(
+                    f"{block_name(index)}.{name}: the weight holds NaN or infinity, which no rounding can keep; "
+                    "the checkpoint is damaged, or its training diverged"
+                )
+    return card
+
+
+def check_group_size(model: nn.Module, card: FamilyCard, group_size: int) -> None:
+    """Raises ConfigError unless `group_size` divides the inputs of every Linear; LayoutError for unknown Linears."""
+    wrong: dict[int, list[str]] = {}
+    widths: set[int] = set()
+    for name, linear in _listed(model, card):
+        widths.add(linear.in_features)
+        if group_size < 1 or linear.in_features % group_size:
+            wrong.setdefault(linear.in_features, []).append(name)
+    if not wrong:
+        return
+    fitting = [str(size) for size in GROUP_SIZES if not any(width % size for width in widths)]
+    where = "; ".join(f"{width} inputs of {_some(names)}" for width, names in sorted(wrong.items()))
+    remedy = f"group sizes that fit this model: {', '.join(fitting)}" if fitting else "no usual group size fits"
+    raise ConfigError(f"group size {group_size} does not divide {where}; {remedy}")
+
+
+def _listed(model: nn.Module, card: FamilyCard) -> Iterator[tuple[str, nn.Linear]]:
+    known = [name for group in card.scale_groups for name in group.linears]
+    for index, block in enumerate(blocks_of(model)):
+        modules = dict(block.named_modules())
+        for name in known:
+            module = modules.get(name)
+            if not isinstance(module, nn.Linear):
+                what = "missing" if module is None else f"a {type(module).__name__}"
+                raise LayoutError(
+                    f"{block_name(index)}.{name} is {what}, not a Linear: the model is quantized already, or holds an "
+                    "adapter; start from its 16-bit weights, with adapters merged"
+                )
+            yield f"{block_name(index)}.{name}", module
+        if other := [name for name in linears_of(block) if name not in known]:
+            raise LayoutError(
+                f"{block_name(index)}: {', '.join(other)} stand in no scale group of the {card.model_type} card"
+            )
+
+
+def _some(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

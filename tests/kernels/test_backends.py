@@ -1,0 +1,124 @@
+"""Every backend against the product of the stored values in float64."""
+
+import pytest
+import torch
+from torch import nn
+
+from vila.core.errors import ConfigError, UnknownNameError
+from vila.kernels.backends import BACKENDS, missing, use_backend
+from vila.kernels.int4_layout import dequantize
+from vila.kernels.int4_linear import Int4Linear
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+# Norm of the error over norm of the exact product, by the type of the activations. Worst measured over the shapes below
+# on a CPU, torch 2.13, Triton 3.6: float32 7.4e-7 (aten; 1.1e-6 at 4096 x 4096), float16 3.3e-4 (aten), bfloat16 2.7e-3
+# (torch, aten) and 6.1e-3 (triton, whose interpreter cuts bits off where a GPU rounds).
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+
+# rows, outputs, inputs, group size, bias: tiles that are not full, one row and many, single outputs, odd groups.
+SHAPES = [
+    (1, 40, 256, 64, False),
+    (1, 1, 128, 128, False),
+    (3, 7, 96, 32, True),
+    (8, 24, 128, 128, False),
+    (2, 33, 384, 128, True),
+    (5, 24, 2048, 64, False),
+    (9, 33, 256, 128, True),
+    (17, 70, 96, 32, False),
+    (70, 130, 64, 32, True),
+]
+
+
+def error_of(name, dtype, shape, make_weight):
+    rows, outputs, inputs, group_size, has_bias = shape
+    generator = torch.Generator().manual_seed(5)
+    bias = torch.randn(outputs, generator=generator).half() if has_bias else None
+    layer = Int4Linear.from_weight(make_weight(outputs, inputs, group_size), bias).to(DEVICE)
+    x = torch.randn(rows, inputs, generator=generator).to(DEVICE, dtype)
+    if has_bias:
+        x[:, 3] *= 50
+    if why := missing(name, DEVICE, dtype):
+        pytest.skip(why)
+    layer.use(BACKENDS[name], dtype)
+    got = layer(x)
+    assert got.dtype == dtype and got.shape == (rows, outputs)
+    exact = x.double() @ dequantize(layer.weight, torch.float64).T
+    if layer.bias is not None:
+        exact += layer.bias.double()
+    return float((got.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("name", BACKENDS)
+def test_backends_agree_with_the_exact_product(name, dtype, shape, make_weight):
+    assert error_of(name, dtype, shape, make_weight) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_no_rows_give_no_rows(name, make_weight):
+    if why := missing(name, DEVICE, torch.bfloat16):
+        pytest.skip(why)
+    layer = Int4Linear.from_weight(make_weight(8, 64, 32)).to(DEVICE)
+    layer.use(BACKENDS[name], torch.bfloat16)
+    assert layer(torch.zeros(0, 64, dtype=torch.bfloat16, device=DEVICE)).shape == (0, 8)
+
+
+class Said:
+    """Keeps what was said."""
+
+    def __init__(self):
+        self.lines = []
+
+    def said(self, text):
+        self.lines.append(text)
+
+
+def model_of(make_weight, *group_sizes):
+    return nn.ModuleDict({f"g{size}": Int4Linear.from_weight(make_weight(8, 96 * size, size)) for size in group_sizes})
+
+
+def test_auto_takes_aten_on_a_cpu_and_says_so(make_weight):
+    model, events = model_of(make_weight, 32, 64), Said()
+    choice = use_backend(model, dtype=torch.float32, events=events)
+    assert choice.name == "aten" and {layer.backend for layer in model.values()} == {"aten"}
+    assert events.lines == ["int4: aten on cpu, float32 activations, 2 layers"]
+
+
+def test_auto_leaves_a_layer_that_does_not_fit_to_the_reference_and_names_it(make_weight):
+    model = model_of(make_weight, 32, 48)
+    choice = use_backend(model, dtype=torch.float32)
+    assert (model["g32"].backend, model["g48"].backend) == ("aten", "torch")
+    assert choice.describe().splitlines()[1].startswith("int4: g48 by the reference: groups of 48")
+
+
+def test_auto_says_which_backend_it_passed_over_and_why(make_weight):
+    choice = use_backend(model_of(make_weight, 32), dtype=torch.float64)
+    assert choice.name == "torch"
+    assert "int4: not aten: PyTorch's 4-bit product on cpu takes" in choice.describe()
+
+
+def test_a_backend_that_was_asked_for_is_never_replaced(make_weight):
+    model = model_of(make_weight, 32, 48)
+    with pytest.raises(ConfigError, match="int4 backend 'aten': g48: groups of 48"):
+        use_backend(model, "aten", dtype=torch.float32)
+    with pytest.raises(ConfigError, match="takes .*, not torch.float64; choose another backend, or 'auto'"):
+        use_backend(model, "aten", dtype=torch.float64)
+    assert {layer.backend for layer in model.values()} == {"torch"}
+
+
+def test_an_unknown_backend_is_refused_with_the_known_ones(make_weight):
+    with pytest.raises(UnknownNameError, match=r"did you mean 'triton'.*known: aten, auto, torch, triton"):
+        use_backend(model_of(make_weight, 32), "tritn", dtype=torch.float32)
+
+
+def test_a_model_without_int4_layers_has_no_choice():
+    assert use_backend(nn.Linear(4, 4), dtype=torch.float32) is None
+
+
+def test_layers_on_several_kinds_of_device_are_refused(make_weight):
+    model = model_of(make_weight, 32)
+    model["meta"] = Int4Linear(64, 8, group_size=32, device="meta")
+    with pytest.raises(ConfigError, match="int4 layers lie on cpu and meta"):
+        use_backend(model, dtype=torch.float32)

@@ -1,0 +1,171 @@
+"""Folding, clamping and rounding a model; what does not fit is refused before anything is changed."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from tests.quant.models import logits, loud, random_rows
+from vila.core.errors import ConfigError, LayoutError
+from vila.kernels.int4_layout import dequantize
+from vila.quant.apply import apply_search, clamp_weight, fold_scale, quantize_model
+from vila.quant.block_search import SearchOptions
+from vila.quant.result import Clip, Scale, Search
+from vila.quant.rounding import fake_quantize
+from vila.quant.search import search_model
+
+
+def test_a_norm_gives_up_what_its_linears_take():
+    norm, linear = nn.LayerNorm(4), nn.Linear(4, 3)
+    nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    inputs = torch.randn(5, 4)
+    before = linear(norm(inputs))
+    fold_scale(norm, [linear], torch.tensor([0.5, 1.0, 2.0, 4.0]))
+    torch.testing.assert_close(linear(norm(inputs)), before)
+
+
+def test_of_a_longer_linear_the_last_outputs_are_divided():
+    first, second = nn.Linear(3, 6), nn.Linear(4, 2)
+    inputs = torch.randn(5, 3)
+    before = second(first(inputs)[:, -4:])
+    head = first(inputs)[:, :2]
+    fold_scale(first, [second], torch.tensor([0.5, 1.0, 2.0, 4.0]))
+    torch.testing.assert_close(second(first(inputs)[:, -4:]), before)
+    torch.testing.assert_close(first(inputs)[:, :2], head)
+
+
+def test_weights_that_are_views_of_a_file_are_replaced_not_written():
+    linear, norm = nn.Linear(4, 4), nn.LayerNorm(4)
+    mapped = linear.weight.detach()
+    before = mapped.clone()
+    fold_scale(norm, [linear], torch.full((4,), 2.0))
+    assert torch.equal(mapped, before)
+    assert not torch.equal(linear.weight, before)
+
+
+def test_limits_clamp_both_sides_of_each_group():
+    linear = nn.Linear(4, 1, bias=False)
+    linear.weight.data = torch.tensor([[3.0, -3.0, 3.0, -3.0]])
+    clamp_weight(linear, torch.tensor([[1.0, 2.0]]))
+    assert linear.weight.tolist() == [[1.0, -1.0, 2.0, -2.0]]
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_rounding_takes_all_linears_of_the_decoder_and_nothing_else(symmetric):
+    model, _ = loud(layers=2)
+    before = copy.deepcopy(model.state_dict())
+    rounded = quantize_model(model, None, 16, symmetric)
+    expected = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and ".layers." in name and name.startswith("language_model.")
+    }
+    assert rounded.keys() == expected and len(expected) == 14
+    for name, weight in rounded.items():
+        # The scales are stored in float16: a step moves by 5e-4 of itself at most, and a code at a boundary by one.
+        step = weight.scales.float().repeat_interleave(16, 1)
+        plain = fake_quantize(before[f"{name}.weight"], 16, symmetric)
+        assert ((dequantize(weight) - plain).abs() <= step * 1.01).all()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_search_beats_plain_rounding():
+    """On the calibration rows themselves, over all logits."""
+    rows, options = random_rows(4), SearchOptions(group_size=32)
+    model, _ = loud(layers=2)
+    exact = logits(model, rows)
+    errors = {}
+    for name, search in (("plain", None), ("awq", search_model(model, rows, options))):
+        tried = copy.deepcopy(model)
+        rounded = quantize_model(tried, search, 32)
+        for module, weight in rounded.items():
+            tried.get_submodule(module).weight.data = dequantize(weight)
+        errors[name] = (logits(tried, rows) - exact).square().mean().item()
+    assert errors["awq"] < 0.8 * errors["plain"]
+
+
+def test_released_weights_hold_no_memory():
+    model, _ = loud()
+    rounded = quantize_model(model, None, 16, release=True)
+    for name in rounded:
+        assert model.get_submodule(name).weight.is_meta
+    assert not model.get_output_embeddings().weight.is_meta
+    with pytest.raises(LayoutError, match="q_proj: its weight is not in memory"):
+        quantize_model(model, None, 16)
+
+
+def test_an_llm_alone_is_quantized_too():
+    model, _ = loud()
+    whole = quantize_model(model, None, 16)
+    alone = quantize_model(model.language_model, None, 16)
+    assert [f"language_model.{name}" for name in alone] == list(whole)
+
+
+def test_a_search_that_does_not_fit_changes_nothing():
+    model, _ = loud()
+    before = copy.deepcopy(model.state_dict())
+    good = search_model(model, random_rows(), SearchOptions(group_size=16))
+    layer = "model.layers.0"
+    wrong = {
+        "no norm or Linear": Scale(f"{layer}.norm9", (f"{layer}.mlp.up_proj",), torch.ones(32)),
+        "no Linear of it": Scale(f"{layer}.input_layernorm", (f"{layer}.mlp.out",), torch.ones(32)),
+        "has 32 inputs, its scale 16 channels": Scale(
+            f"{layer}.input_layernorm", (f"{layer}.mlp.up_proj",), torch.ones(16)
+        ),
+        "not finite and positive": Scale(f"{layer}.input_layernorm", (f"{layer}.mlp.up_proj",), torch.zeros(32)),
+    }
+    for message, scale in wrong.items():
+        with pytest.raises(LayoutError, match=message):
+            apply_search(model, Search((*good.scales, scale), good.clips))
+    with pytest.raises(LayoutError, match="is 64x32, its limits are 32x2"):
+        apply_search(model, Search(good.scales, (Clip(f"{layer}.mlp.up_proj", torch.ones(32, 2)),)))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_search_for_another_rounding_is_refused():
+    model, _ = loud()
+    found = search_model(model, random_rows(), SearchOptions(group_size=16))
+    with pytest.raises(ConfigError, match="made with group_size 16, not 32"):
+        quantize_model(model, found, 32)
+    with pytest.raises(ConfigError, match="made with symmetric False, not True"):
+        quantize_model(model, found, 16, True)
+
+
+def test_sizes_that_a_group_does_not_divide_are_named_with_those_that_fit():
+    model, _ = loud(hidden_size=96, intermediate_size=192, num_attention_heads=4, layers=2)
+    with pytest.raises(ConfigError) as caught:
+        quantize_model(model, None, 128)
+    said = str(caught.value)
+    assert "group size 128 does not divide 96 inputs of model.layers.0.self_attn.q_proj and 11 more" in said
+    assert "192 inputs of model.layers.0.mlp.down_proj and 1 more; group sizes that fit this model: 32" in said
+
+
+def test_damaged_weights_are_named():
+    model, _ = loud(layers=2)
+    with torch.no_grad():
+        model.get_decoder().layers[1].mlp.gate_proj.weight[3, 5] = float("nan")
+    for work in (
+        lambda: quantize_model(model, None, 16),
+        lambda: search_model(model, random_rows(), SearchOptions(16)),
+    ):
+        with pytest.raises(LayoutError, match="model.layers.1.mlp.gate_proj: the weight holds NaN or infinity"):
+            work()
+
+
+def test_a_quantized_model_is_refused():
+    model, _ = loud()
+
+    class Packed(nn.Module):
+        pass
+
+    model.get_decoder().layers[0].self_attn.o_proj = Packed()
+    with pytest.raises(LayoutError, match="self_attn.o_proj is a Packed, not a Linear: the model is quantized already"):
+        quantize_model(model, None, 16)
+
+
+def test_a_family_without_a_card_is_refused_with_those_that_have_one():
+    model, _ = loud()
+    model.get_decoder().config.model_type = "gemma"
+    with pytest.raises(LayoutError, match=r"(?s)'gemma'.*known: llama, mistral, qwen2.*scale_groups"):
+        quantize_model(model, None, 16)
