@@ -6,18 +6,45 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vila.core.errors import DataError, VilaError
-from vila.data.formats.stored import Keys, ParquetCell, written
+from vila.data.formats.stored import Keys, decode_base64, written
 from vila.data.handles import Stamp, changed, stamp_of
 
 CACHE_BYTES = 256 << 20
 """Decoded columns that one process keeps. At least two stay, however large."""
 MAX_FILES = 16
+
+
+@dataclass(frozen=True, slots=True)
+class ParquetCell:
+    """Bytes, or base64 text, in a parquet file.
+
+    row: counted from 0 over the whole file. place: the way from the column's value to the bytes.
+    """
+
+    path: Path
+    row: int
+    column: str
+    place: Keys = ()
+    stamp: Stamp | None = field(default=None, repr=False)
+
+    @property
+    def name(self) -> str:
+        """File, row (from 1), column and place."""
+        return f"{self.path} row {self.row + 1} {written((self.column, *self.place))}"
+
+    def read(self) -> bytes:
+        """The bytes. Raises DataError when the file has changed or the cell holds nothing."""
+        value = read_cell(self.path, self.row, self.column, self.place, self.stamp)
+        if isinstance(value, bytes):
+            return value
+        return decode_base64(value, self.name)
 
 
 def scan_parquet(path: Path, advanced: Callable[[int], None]) -> Iterator[np.ndarray]:

@@ -11,10 +11,10 @@ from typing import Any, Protocol
 from vila.core.errors import DataError
 from vila.core.events import SILENT, Events
 from vila.core.types import Stored
-from vila.data.formats.parquet import column_names, read_row, scan_parquet
+from vila.data.formats.parquet import ParquetCell, column_names, read_row, scan_parquet
 from vila.data.formats.scan_json import parse_record, scan_json
 from vila.data.formats.scan_tar import read_members, scan_tar
-from vila.data.formats.stored import Base64Field, FileSlice, Keys, ParquetCell
+from vila.data.formats.stored import Base64Field, FileSlice, Keys
 from vila.data.handles import Stamp, read_span
 from vila.data.index import Index, open_index
 

@@ -59,34 +59,6 @@ class Base64Field:
         return decode_base64(value_at(record, self.keys), self.name)
 
 
-@dataclass(frozen=True, slots=True)
-class ParquetCell:
-    """Bytes, or base64 text, in a parquet file.
-
-    row: counted from 0 over the whole file. place: the way from the column's value to the bytes.
-    """
-
-    path: Path
-    row: int
-    column: str
-    place: Keys = ()
-    stamp: Stamp | None = field(default=None, repr=False)
-
-    @property
-    def name(self) -> str:
-        """File, row (from 1), column and place."""
-        return f"{self.path} row {self.row + 1} {written((self.column, *self.place))}"
-
-    def read(self) -> bytes:
-        """The bytes. Raises DataError when the file has changed or the cell holds nothing."""
-        from vila.data.formats.parquet import read_cell
-
-        value = read_cell(self.path, self.row, self.column, self.place, self.stamp)
-        if isinstance(value, bytes):
-            return value
-        return decode_base64(value, self.name)
-
-
 def value_at(value: Any, keys: Keys) -> Any:
     """What stands at the end of `keys`, or None where the way ends before."""
     for key in keys:
