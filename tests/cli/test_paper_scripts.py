@@ -1,5 +1,6 @@
 """The original's three training scripts, by their names and positional arguments, over `vila train`."""
 
+import json
 import os
 import subprocess
 import sys
@@ -8,10 +9,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from scripts.make_eval_data import make_eval_data
 from tests.config.small_parts import write_data, write_parts
 from vila.model.load import load_model
 
-SCRIPTS = Path(__file__).parents[2] / "scripts" / "v1_5" / "paper"
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ROOT / "scripts" / "v1_5" / "paper"
 NEVER = ("SLURM_JOB_NUM_NODES", "SLURM_PROCID", "SLURM_JOB_NODELIST", "BATCH_SIZE", "ACC_STEP", "CUDA_VISIBLE_DEVICES")
 PRINT = '#!/bin/bash\nprintf "%s\\n" "$(basename "$0")" "$@"\n'
 
@@ -152,3 +155,19 @@ def test_the_three_scripts_train_one_model_after_the_other(call, tmp_path):
     code, _, errors = call("3_sft.sh", "pre", "sft", *sets("llava_json", "vflan"), PYTHONPATH=os.pathsep.join(sys.path))
     assert code == 0
     assert "already trained" in errors
+    # What was trained is evaluated on all ten benchmarks, and the servers' files are collected.
+    make_eval_data(call.work / "playground" / "data" / "eval")
+    scripts = ROOT / "scripts" / "v1_5" / "eval"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PATH": f"{call.bin}:{os.environ['PATH']}"}
+    for command in (
+        ["bash", scripts / "eval_all.sh", "checkpoints/sft", "mine"],
+        [sys.executable, scripts / "copy_predictions.py", "mine"],
+    ):
+        done = subprocess.run(command, cwd=call.work, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    out = call.work / "eval_output" / "mine"
+    assert (out / "report.html").is_file()
+    scored = json.loads((out / "eval.json").read_text())
+    assert len(scored["benchmarks"]) == 10 and not scored["left_out"]
+    upload = call.work / "playground" / "data" / "predictions_upload" / "mine"
+    assert {path.parent.name for path in upload.glob("*/mine-*")} >= {"vqav2", "vizwiz", "mmbench", "mmbench_cn"}

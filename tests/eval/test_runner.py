@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from vila.core.dist import Place
-from vila.core.errors import DataError, MediaError
+from vila.core.errors import ContextOverflowError, DataError, MediaError
 from vila.core.types import Image, Message
 from vila.eval.benchmark import Answer, Item, Mark, Scored
 from vila.eval.predictions import read_predictions
@@ -92,6 +92,18 @@ def test_one_bad_picture_costs_one_answer_and_is_asked_again_by_the_next_run(tmp
     again = Doubler()
     assert run(again, Numbers(), tmp_path).scored.score == 100
     assert set(again.asked) >= {7}
+
+
+def test_an_answer_gets_the_room_that_a_small_context_has(tmp_path):
+    class Small(Doubler):
+        def generate_batch(self, conversations, sampling, template=""):
+            if sampling.max_new_tokens > 100:
+                raise ContextOverflowError("the prompt has 400 tokens")
+            return super().generate_batch(conversations, sampling, template)
+
+    questions = Numbers(6)
+    questions.max_new_tokens = 1024
+    assert run(Small(), questions, tmp_path).scored.score == 100
 
 
 def test_two_processes_give_the_report_of_one(tmp_path):

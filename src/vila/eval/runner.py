@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from vila.core.dist import Place
-from vila.core.errors import DataError
+from vila.core.errors import ContextOverflowError, DataError
 from vila.core.events import SILENT, Events, task
 from vila.core.files import read_json, remove_partials, sha256_file, write_json, write_jsonl
 from vila.core.types import Image, Message, Text
@@ -24,6 +24,7 @@ _BATCH_GROUPS = 16
 """Pictures that one batch holds, with all their questions."""
 _BATCH_ROWS = 96
 _BATCH_CHARACTERS = 200_000
+_LEAST_NEW_TOKENS = 32
 _PICTURE_CHARACTERS = 2_000
 """What a picture counts in the size of a batch."""
 
@@ -121,6 +122,12 @@ def _ask(engine: Answers, batch: Sequence[Item], sampling: Sampling, template: s
     own = batch[0].template or template
     try:
         return list(engine.generate_batch([item.messages for item in batch], sampling, template=own))
+    except ContextOverflowError as error:
+        # The benchmark's room for an answer is far more than answers take; a small context holds less of it.
+        if len(batch) == 1 and sampling.max_new_tokens > _LEAST_NEW_TOKENS:
+            return _ask(engine, batch, replace(sampling, max_new_tokens=sampling.max_new_tokens // 2), template)
+        if len(batch) == 1:
+            return [error]
     except Exception as error:  # noqa: BLE001 - recorded with the question that it belongs to
         if len(batch) == 1:
             return [error]
