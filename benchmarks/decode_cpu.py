@@ -4,7 +4,7 @@
 
 Weights are random. Every contestant reads the same prompt and makes the same number of tokens, all of them counted and
 the prompt's time with them; the contestants take turns, round after round, in one process. `step` is the median time of
-a token after the prompt. `of memory` is bytes of the weights times steps a second, over the bandwidth of reading, measured
+a token after the prompt. `of memory` is bytes of weights times steps a second, over the bandwidth of reading, measured
 at the start of every round. `--check N` compares the likeliest token with that of float32 activations on N
 tokens that both are given.
 """

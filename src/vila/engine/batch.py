@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -57,6 +58,24 @@ def columns_needed(prompts: Sequence[Prompt], groups: Sequence[Group]) -> int:
     return max(group.shared for group in groups) + tails
 
 
+class Run(Protocol):
+    """A batch on its way through the LLM, by one backend. Its numbers are float32, whatever it computes in."""
+
+    order: list[int]
+
+    def prefill(self, prompts: Sequence[Prompt], groups: Sequence[Group]) -> Tensor:
+        """Logits [B, V] after each prompt, rows in `order`."""
+
+    def step(self, ids_B: Tensor) -> Tensor:
+        """Logits [B, V] after one more token in each row."""
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these rows only."""
+
+    def logits_at(self, prompts: Sequence[Prompt], places: Sequence[Sequence[int]]) -> Iterator[Tensor]:
+        """Logits [N, V] after the wanted places of each of whole prompts."""
+
+
 @dataclass
 class BatchRun:
     """The state of a batch on its way: the cache, what stands in its columns, and whose row is whose."""
@@ -86,10 +105,14 @@ class BatchRun:
         last_B = torch.tensor([len(tail) - 1 for tail in tails], device=states_BSD.device)
         return self._logits(states_BSD[torch.arange(len(tails), device=states_BSD.device), last_B])
 
-    def hidden(self, prompts: Sequence[Prompt]) -> Tensor:
-        """Last hidden states [B, S, D] of whole prompts; rows shorter than S end in states without meaning."""
+    def logits_at(self, prompts: Sequence[Prompt], places: Sequence[Sequence[int]]) -> Iterator[Tensor]:
+        """Logits [N, V] after the wanted places of each of whole prompts."""
         self._begin(len(prompts))
-        return self._append([prompt.ids for prompt in prompts], [p for prompt in prompts for p in prompt.pictures])
+        states_BSD = self._append(
+            [prompt.ids for prompt in prompts], [p for prompt in prompts for p in prompt.pictures]
+        )
+        for states_SD, wanted in zip(states_BSD, places, strict=True):
+            yield self._logits(states_SD[torch.tensor(wanted, dtype=torch.long, device=states_SD.device)])
 
     def step(self, ids_B: Tensor) -> Tensor:
         """Logits [B, V] after one more token in each row."""

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from vila.engine.answer import Answer
-from vila.engine.batch import BatchRun, Encode, columns_needed, group_prompts
+from vila.engine.batch import Run, columns_needed, group_prompts
 from vila.engine.pictures import Prompt
 from vila.engine.request import Sampling, TokenLogprob
 from vila.engine.sampling import draw, report_logprobs, row_generator, shape_logits
-from vila.model.vila import VilaForConditionalGeneration
 
 # B rows  V vocab
 
@@ -59,15 +58,17 @@ def _text_ids(prompt: Prompt) -> list[int]:
 
 @torch.inference_mode()
 def decode(
-    model: VilaForConditionalGeneration,
-    encode: Encode,
+    new_run: Callable[[int], Run],
     prompts: Sequence[Prompt],
     answers: Sequence[Answer],
     sampling: Sampling,
 ) -> Iterator[None]:
-    """Grow the answers, a token in each at every turn; rows leave when their answer has ended."""
+    """Grow the answers, a token in each at every turn; rows leave when their answer has ended.
+
+    new_run: makes the run of this batch, for so many columns.
+    """
     groups = group_prompts(prompts)
-    run = BatchRun(model, encode, columns_needed(prompts, groups) + sampling.max_new_tokens)
+    run = new_run(columns_needed(prompts, groups) + sampling.max_new_tokens)
     logits_BV = run.prefill(prompts, groups)
     chooser = Chooser(sampling, prompts, run.order, logits_BV)
     for count in range(sampling.max_new_tokens):

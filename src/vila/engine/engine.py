@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
 from vila.chat.content import messages_of
 from vila.chat.tokenize import IGNORE
-from vila.core.errors import ContextOverflowError
+from vila.core.errors import ConfigError, ContextOverflowError
 from vila.core.types import Image, Message
 from vila.engine.answer import Answer
-from vila.engine.batch import BatchRun
+from vila.engine.batch import BatchRun, Run
 from vila.engine.columns import check_attention
 from vila.engine.context import fit_prompt
 from vila.engine.decode import decode
@@ -27,6 +27,10 @@ from vila.model.load import load_model
 from vila.model.precision import choose_dtype
 from vila.model.processor import VilaProcessor
 from vila.model.vila import VilaForConditionalGeneration
+
+if TYPE_CHECKING:
+    from vila.engine.onnx_step import OnnxDecoder
+    from vila.engine.onnx_weights import HeadBits
 
 Conversation = Sequence[Message | Mapping[str, Any]]
 """Messages of ours, or of the Hugging Face form: role and content, a string or a list of parts."""
@@ -48,21 +52,51 @@ class Engine:
     not fit the template, ContextOverflowError for one that does not fit the model's context.
     """
 
-    def __init__(self, model: VilaForConditionalGeneration, processor: VilaProcessor) -> None:
+    def __init__(
+        self, model: VilaForConditionalGeneration, processor: VilaProcessor, decoder: OnnxDecoder | None = None
+    ) -> None:
+        """decoder: computes what the LLM computes, by onnxruntime; None leaves it to torch."""
         check_attention(model.config.text_config)
         self.model, self.processor = model.eval(), processor
+        self._decoder = decoder
         self._detokenizer = detokenizer_of(processor.tokenizer)
         self._stop_ids = _stop_ids(model, processor)
         self._features = PictureFeatures(self._encode)
 
     @staticmethod
-    def load(path: str | Path, dtype: str = "auto", device: str = "cpu", **loading: Any) -> Engine:
+    def load(
+        path: str | Path,
+        dtype: str = "auto",
+        device: str = "cpu",
+        *,
+        backend: Literal["torch", "onnx"] = "torch",
+        head_bits: HeadBits = 32,
+        threads: int = 0,
+        **loading: Any,
+    ) -> Engine:
         """The engine of a checkpoint. dtype: `auto` is bfloat16 where the hardware computes it.
 
-        loading: further arguments of `load_model`.
+        backend:   `onnx` computes the LLM by onnxruntime, on a CPU alone: float32 where weights are not 4-bit, and
+                   one row of a batch after the other.
+        head_bits: of the onnx backend; 8 and 4 round the head, which is faster and less exact.
+        threads:   of the onnx backend; 0 for as many as torch uses.
+        loading:   further arguments of `load_model`.
+
+        Raises ConfigError when onnxruntime is missing, or cannot compute this model or run on this device.
         """
+        if backend not in ("torch", "onnx"):
+            raise ConfigError(f"backend={backend!r}: 'torch' or 'onnx'")
+        if backend == "torch" and (head_bits != 32 or threads):
+            raise ConfigError("head_bits and threads are options of backend='onnx'; leave them out, or ask for it")
+        if backend == "onnx" and device != "cpu":
+            raise ConfigError(f"backend='onnx' runs on the CPU alone, not on {device!r}; leave the device out")
         kind = choose_dtype(dtype, device) if dtype == "auto" else dtype
-        return Engine(*load_model(path, dtype=kind, device=device, **loading))
+        model, processor = load_model(path, dtype=kind, device=device, **loading)
+        if backend == "torch":
+            return Engine(model, processor)
+        from vila.engine.onnx_step import OnnxDecoder
+
+        return Engine(model, processor, OnnxDecoder(model, head_bits=head_bits, threads=threads))
 
     def generate(
         self, messages: Conversation, sampling: Sampling | None = None, *, template: str = "", **options: Any
@@ -131,17 +165,24 @@ class Engine:
             raise ContextOverflowError(
                 f"a conversation to score has {longest} tokens, but the model's context holds {self._context}"
             )
-        states_BSD = BatchRun(self.model, self._features, longest).hidden([prompt_of(row) for row in rows])
-        head = self.model.get_output_embeddings()
+        places = [[place for place, label in enumerate(row.labels) if place and label != IGNORE] for row in rows]
+        before = [[place - 1 for place in wanted] for wanted in places]
         out = []
-        for state_SD, row in zip(states_BSD, rows, strict=True):
-            places = [place for place, label in enumerate(row.labels) if place and label != IGNORE]
-            logprobs = head(state_SD[torch.tensor(places, dtype=torch.long) - 1]).float().log_softmax(-1)
-            out.append(logprobs[range(len(places)), [row.labels[place] for place in places]].tolist())
+        logits_of_rows = self._new_run(longest).logits_at([prompt_of(row) for row in rows], before)
+        for row, wanted, logits_NV in zip(rows, places, logits_of_rows, strict=True):
+            logprobs_NV = logits_NV.log_softmax(-1)
+            out.append(logprobs_NV[range(len(wanted)), [row.labels[place] for place in wanted]].tolist())
         return out
 
     def _decode(self, jobs: Sequence[_Job], sampling: Sampling) -> Iterator[None]:
-        return decode(self.model, self._features, [j.prompt for j in jobs], [j.answer for j in jobs], sampling)
+        return decode(self._new_run, [j.prompt for j in jobs], [j.answer for j in jobs], sampling)
+
+    def _new_run(self, capacity: int) -> Run:
+        if self._decoder is None:
+            return BatchRun(self.model, self._features, capacity)
+        from vila.engine.onnx_run import OnnxRun
+
+        return OnnxRun(self.model, self._features, self._decoder)
 
     def _job(self, messages: Conversation, sampling: Sampling, template: str) -> _Job:
         # Clips are decoded once, however many turns are left out.

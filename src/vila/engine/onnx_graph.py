@@ -1,0 +1,168 @@
+"""The step of a decoder as one ONNX graph of fused operators, without its weights: they are handed over by name.
+
+Of onnxruntime's own operators it uses MatMulNBits, GroupQueryAttention (with rotary embedding and a cache that it
+writes in place), SkipSimplifiedLayerNormalization (RMSNorm after adding) and QuickGelu (SiLU, with alpha 1).
+
+    embeds [1,S,D]  past_key_i, past_value_i [1,H,C,E]  last_key [1]  length [1]  places [N]  ->  logits [1,N,V]
+
+`last_key` is the index of the last filled column, `length` their number, both after this step; `places` are those of
+the S tokens whose logits are wanted. The present caches are outputs, to be bound to the same buffers as the past ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+
+from vila.engine.onnx_weights import Block, DecoderWeights, Matrix
+
+# S tokens of a step  D model width  H key-value heads  C capacity  E head width  N wanted places  V vocab
+
+_OPSET, _IR_VERSION = 21, 10
+_FUSED = "com.microsoft"
+# What MatMulNBits multiplies in: 4 rounds activations to int8 in blocks of the weight's groups, 1 keeps float32.
+_INT8, _FLOAT32 = 4, 1
+
+
+@dataclass
+class _Graph:
+    """Nodes so far, and the arrays that they name."""
+
+    int8_activations: bool
+    nodes: list[Any] = field(default_factory=list)
+    arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
+
+    def array(self, name: str, values: NDArray[Any]) -> str:
+        self.arrays[name] = values
+        return name
+
+    def add(self, kind: str, inputs: list[str], outputs: list[str], domain: str = _FUSED, **attributes: Any) -> None:
+        # An operator has one name in the graph, that of its first output.
+        self.nodes.append(helper.make_node(kind, inputs, outputs, name=outputs[0], domain=domain, **attributes))
+
+    def product(self, x: str, matrix: Matrix, name: str) -> str:
+        """`x @ matrix.T + bias`, named `name`."""
+        bias = [] if matrix.bias_O is None else [self.array(f"{name}.bias", matrix.bias_O)]
+        values = self.array(f"{name}.values", matrix.values)
+        if matrix.bits == 32:
+            self.add("FusedMatMul", [x, values], [f"{name}.product" if bias else name], transB=1)
+            if bias:
+                self.add("Add", [f"{name}.product", *bias], [name], domain="")
+            return name
+        assert matrix.scales is not None and matrix.zeros is not None
+        inputs = [x, values, self.array(f"{name}.scales", matrix.scales), self.array(f"{name}.zeros", matrix.zeros)]
+        self.add(
+            "MatMulNBits",
+            [*inputs, *(["", *bias] if bias else [])],
+            [name],
+            K=matrix.num_inputs,
+            N=matrix.num_outputs,
+            bits=matrix.bits,
+            block_size=matrix.group_size,
+            accuracy_level=_INT8 if self.int8_activations else _FLOAT32,
+        )
+        return name
+
+    def add_and_norm(self, states: str, change: str, gamma: NDArray[Any], name: str, eps: float) -> tuple[str, str]:
+        """RMSNorm of `states + change`, and that sum."""
+        weight = self.array(f"{name}.weight", gamma)
+        outputs = [name, "", "", f"{name}.sum"]
+        self.add("SkipSimplifiedLayerNormalization", [states, change, weight], outputs, epsilon=eps)
+        return name, f"{name}.sum"
+
+
+def cache_names(num_layers: int) -> list[tuple[str, str]]:
+    """Input and output of every cache, keys and values of a layer in turn."""
+    kinds = ("key", "value")
+    return [(f"past_{kind}_{layer}", f"present_{kind}_{layer}") for layer in range(num_layers) for kind in kinds]
+
+
+def decoder_graph(
+    weights: DecoderWeights, *, int8_activations: bool
+) -> tuple[onnx.ModelProto, dict[str, NDArray[Any]]]:
+    """The graph, and the arrays of its initializers, which it holds by name and shape only.
+
+    int8_activations: multiply matrices of few bits by activations rounded to int8, which is what makes them fast.
+    """
+    graph = _Graph(int8_activations)
+    graph.array("cos", weights.cos)
+    graph.array("sin", weights.sin)
+    first = weights.blocks[0]
+    states = "embeds"
+    inputs = [states, graph.array("block_0.attention_norm.weight", first.attention_norm_D)]
+    graph.add("SimplifiedLayerNormalization", inputs, ["normed"], domain="", axis=-1, epsilon=weights.eps)
+    normed = "normed"
+    for index, block in enumerate(weights.blocks):
+        name = f"block_{index}"
+        attended = _attention(graph, normed, weights, index)
+        normed, states = graph.add_and_norm(states, attended, block.mlp_norm_D, f"{name}.mlp_norm", weights.eps)
+        change = _mlp(graph, normed, block, name)
+        last = index + 1 == len(weights.blocks)
+        gamma = weights.norm_D if last else weights.blocks[index + 1].attention_norm_D
+        following = "norm" if last else f"block_{index + 1}.attention_norm"
+        normed, states = graph.add_and_norm(states, change, gamma, following, weights.eps)
+    graph.add("Gather", [normed, "places"], ["wanted"], domain="", axis=1)
+    graph.product("wanted", weights.head, "logits")
+    return _model(graph, weights), graph.arrays
+
+
+def _attention(graph: _Graph, normed: str, weights: DecoderWeights, index: int) -> str:
+    block, name = weights.blocks[index], f"block_{index}"
+    # Joined, queries, keys and values are one input of the operator and the two others stay empty.
+    qkv = [graph.product(normed, part, f"{name}.qkv_{i}") for i, part in enumerate(block.qkv)]
+    (past_key, present_key), (past_value, present_value) = cache_names(index + 1)[-2:]
+    graph.add(
+        "GroupQueryAttention",
+        [*(qkv if len(qkv) > 1 else [*qkv, "", ""]), past_key, past_value, "last_key", "length", "cos", "sin"],
+        [f"{name}.attended", present_key, present_value],
+        num_heads=weights.num_heads,
+        kv_num_heads=weights.num_kv_heads,
+        scale=weights.head_width**-0.5,
+        do_rotary=1,
+        local_window_size=-1 if block.window is None else block.window,
+    )
+    return graph.product(f"{name}.attended", block.out, f"{name}.out")
+
+
+def _mlp(graph: _Graph, normed: str, block: Block, name: str) -> str:
+    parts = [graph.product(normed, part, f"{name}.gate_up_{i}") for i, part in enumerate(block.gate_up)]
+    if len(parts) == 1:
+        graph.add("Split", parts, [f"{name}.gate", f"{name}.up"], domain="", axis=-1, num_outputs=2)
+        parts = [f"{name}.gate", f"{name}.up"]
+    graph.add("QuickGelu", [parts[0]], [f"{name}.silu"], alpha=1.0)
+    graph.add("Mul", [f"{name}.silu", parts[1]], [f"{name}.gated"], domain="")
+    return graph.product(f"{name}.gated", block.down, f"{name}.down")
+
+
+def _model(graph: _Graph, weights: DecoderWeights) -> onnx.ModelProto:
+    cache: list[str | int | None] = [1, weights.num_kv_heads, "C", weights.head_width]
+    names = cache_names(len(weights.blocks))
+    info = helper.make_tensor_value_info
+    inputs: list[Any] = [
+        info("embeds", TensorProto.FLOAT, [1, "S", weights.width]),
+        info("last_key", TensorProto.INT32, [1]),
+        info("length", TensorProto.INT32, [1]),
+        info("places", TensorProto.INT64, ["N"]),
+        *(info(past, TensorProto.FLOAT, cache) for past, _ in names),
+    ]
+    outputs: list[Any] = [
+        info("logits", TensorProto.FLOAT, [1, "N", weights.head.num_outputs]),
+        *(info(present, TensorProto.FLOAT, cache) for _, present in names),
+    ]
+    initializers = [_described(name, values) for name, values in graph.arrays.items()]
+    whole = helper.make_graph(graph.nodes, "decoder step", inputs, outputs, initializers)
+    opsets = [helper.make_opsetid("", _OPSET), helper.make_opsetid(_FUSED, 1)]
+    return helper.make_model(whole, opset_imports=opsets, ir_version=_IR_VERSION)
+
+
+def _described(name: str, values: NDArray[Any]) -> TensorProto:
+    """An initializer without its data: a graph with data could not be larger than 2 GB."""
+    kind = helper.np_dtype_to_tensor_dtype(values.dtype)
+    tensor = TensorProto(name=name, dims=values.shape, data_type=kind, data_location=TensorProto.EXTERNAL)
+    for key, value in (("location", "memory"), ("offset", "0"), ("length", str(values.nbytes))):
+        tensor.external_data.add(key=key, value=value)
+    return tensor

@@ -1,0 +1,252 @@
+"""A decoder's weights as arrays for the graph of its step: dense, or in blocks of 8 or 4 bits.
+
+The facts that the graph needs beside them are read here too, and what it cannot compute is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from vila.core.errors import ConfigError
+from vila.kernels.int4_layout import Int4Weight, concatenate, pack, quantize
+from vila.kernels.int4_linear import Int4Linear
+from vila.model.vila import VilaForConditionalGeneration
+
+# O outputs  I inputs  G inputs of a group  D model width  E head width  C positions
+
+HeadBits = Literal[4, 8, 32]
+HEAD_BITS = (4, 8, 32)
+FAMILIES = ("llama", "mistral", "qwen2")
+_GROUP_SIZES = (128, 64, 32, 16)
+# Rotary embeddings whose angles do not depend on how long the sequence is.
+_FIXED_ROPE = ("default", "linear", "llama3", "yarn")
+_BLOCK = {
+    "input_layernorm",
+    "post_attention_layernorm",
+    *(f"self_attn.{name}_proj" for name in "qkvo"),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """A product's weight. `bits` 32: `values` float32 [O, I]. 8 or 4: value = (code - zero) * scale, where
+
+    values: uint8 [O, I/G, G * bits/8]; of two codes in a byte the even input has the low nibble.
+    scales: float32 [O, I/G].
+    zeros:  uint8 [O, I/G], or [O, ceil(I/G / 2)] of nibbles for 4 bits.
+    """
+
+    bits: int
+    num_inputs: int
+    num_outputs: int
+    values: NDArray[Any]
+    bias_O: NDArray[np.float32] | None = None
+    group_size: int = 0
+    scales: NDArray[np.float32] | None = None
+    zeros: NDArray[np.uint8] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """One decoder block. `qkv` and `gate_up` are one joined matrix, or several that cannot be joined.
+
+    window: how many tokens a token sees, itself among them; None for all.
+    """
+
+    attention_norm_D: NDArray[np.float32]
+    qkv: tuple[Matrix, ...]
+    out: Matrix
+    mlp_norm_D: NDArray[np.float32]
+    gate_up: tuple[Matrix, ...]
+    down: Matrix
+    window: int | None
+
+
+@dataclass(frozen=True, eq=False)
+class DecoderWeights:
+    """All that the step of a decoder needs. `cos` and `sin` [C, E/2] are the rotary tables."""
+
+    blocks: tuple[Block, ...]
+    norm_D: NDArray[np.float32]
+    head: Matrix
+    cos: NDArray[np.float32]
+    sin: NDArray[np.float32]
+    width: int
+    num_heads: int
+    num_kv_heads: int
+    head_width: int
+    eps: float
+
+
+@torch.no_grad()
+def decoder_weights(
+    model: VilaForConditionalGeneration, weights: Mapping[str, Int4Weight], *, head_bits: HeadBits, capacity: int
+) -> DecoderWeights:
+    """The weights of a model's LLM; `weights` replace those of Linears, named as in the model.
+
+    Raises ConfigError, naming everything, for a model whose step the graph cannot compute, for names or shapes that
+    the model does not have and for other head_bits than 4, 8 and 32.
+    """
+    config, decoder = model.config.text_config, _decoder(model)
+    names = {module: name for name, module in model.named_modules()}
+    linears = {
+        names[m]: m for block in decoder.layers for m in block.modules() if isinstance(m, (nn.Linear, Int4Linear))
+    }
+    given: dict[nn.Module, Int4Weight] = {module: weights[name] for name, module in linears.items() if name in weights}
+    problems = [*_problems(config, decoder.layers), *_misfits(weights, linears)]
+    # Linears that are replaced may have let go of their values.
+    kept = [module for module in decoder.modules() if module not in given]
+    if any(value.device.type != "cpu" for module in kept for value in module.parameters(recurse=False)):
+        problems.append("the model is not on a CPU; load it with device='cpu', or use the torch backend")
+    if head_bits not in HEAD_BITS:
+        problems.append(f"head_bits={head_bits!r}: 4, 8 or 32")
+    if problems:
+        raise ConfigError.collect("onnx backend", problems)
+    half = _head_width(config) // 2
+    cos, sin = decoder.rotary_emb(torch.zeros(1), torch.arange(capacity)[None])
+    return DecoderWeights(
+        blocks=tuple(_block(b, given, window) for b, window in zip(decoder.layers, windows_of(config), strict=True)),
+        norm_D=_floats(decoder.norm.weight),
+        head=_head(model.get_output_embeddings(), head_bits),
+        cos=_floats(cos[0, :, :half]),
+        sin=_floats(sin[0, :, :half]),
+        width=int(config.hidden_size),
+        num_heads=int(config.num_attention_heads),
+        num_kv_heads=int(config.num_key_value_heads),
+        head_width=2 * half,
+        eps=float(config.rms_norm_eps),
+    )
+
+
+def _decoder(model: VilaForConditionalGeneration) -> Any:
+    return model.get_decoder()
+
+
+def _head_width(text_config: Any) -> int:
+    return int(getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads)
+
+
+def _block(block: Any, given: Mapping[nn.Module, Int4Weight], window: int | None) -> Block:
+    attention, mlp = block.self_attn, block.mlp
+    return Block(
+        attention_norm_D=_floats(block.input_layernorm.weight),
+        qkv=_joined([attention.q_proj, attention.k_proj, attention.v_proj], given),
+        out=_joined([attention.o_proj], given)[0],
+        mlp_norm_D=_floats(block.post_attention_layernorm.weight),
+        gate_up=_joined([mlp.gate_proj, mlp.up_proj], given),
+        down=_joined([mlp.down_proj], given)[0],
+        window=window,
+    )
+
+
+def windows_of(text_config: Any) -> list[int | None]:
+    """How many tokens a token of each layer sees, itself among them; None for all."""
+    window = getattr(text_config, "sliding_window", None)
+    kinds = getattr(text_config, "layer_types", None) or ["sliding_attention"] * text_config.num_hidden_layers
+    return [window if kind == "sliding_attention" else None for kind in kinds]
+
+
+def round_to_bytes(weight_OI: Tensor, group_size: int) -> Matrix:
+    """A weight in 8 bits, each group by its own range, which is widened to contain 0; halves go to the even code."""
+    groups = weight_OI.float().unflatten(-1, (-1, group_size))
+    low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+    scales = ((high - low) / 255).clamp(min=torch.finfo(torch.float32).tiny)
+    zeros = (-low / scales).round_().clamp_(0, 255)
+    codes = (groups / scales.unsqueeze(-1)).round_().add_(zeros.unsqueeze(-1)).clamp_(0, 255)
+    values, zero_bytes = codes.to(torch.uint8).numpy(), zeros.to(torch.uint8).numpy()
+    O, I = weight_OI.shape  # noqa: E741
+    return Matrix(8, I, O, values, None, group_size, scales.numpy(), zero_bytes)
+
+
+def matrix_of(weight: Int4Weight, bias_O: Tensor | None = None) -> Matrix:
+    """A 4-bit weight in the graph's arrays; the codes are shared, not copied."""
+    codes = weight.codes.unflatten(-1, (-1, weight.group_size // 2)).contiguous()
+    zeros = pack(F.pad(weight.zeros, (0, weight.zeros.shape[1] % 2)))
+    bias = None if bias_O is None else _floats(bias_O)
+    scales = _floats(weight.scales)
+    return Matrix(
+        4, weight.num_inputs, weight.num_outputs, codes.numpy(), bias, weight.group_size, scales, zeros.numpy()
+    )
+
+
+def _head(head: nn.Module, bits: HeadBits) -> Matrix:
+    if isinstance(head, Int4Linear):
+        return matrix_of(head.weight, head.bias)
+    weight: Tensor = head.weight  # type: ignore[assignment]
+    if bits == 32:
+        return _dense(weight, None)
+    fitting = [size for size in _GROUP_SIZES if weight.shape[1] % size == 0]
+    if not fitting:
+        raise ConfigError(f"onnx backend: a head of {weight.shape[1]} inputs has no groups of 16; use head_bits=32")
+    if bits == 8:
+        return round_to_bytes(weight, fitting[0])
+    # Fine groups: the head is what 4 bits hurt most, and a small part of what a step reads.
+    return matrix_of(quantize(weight.float(), min(fitting[0], 32), dtype=torch.float32))
+
+
+def _joined(parts: Sequence[Any], given: Mapping[nn.Module, Int4Weight]) -> tuple[Matrix, ...]:
+    """One matrix for Linears that share their input, or one each where their weights are of different kinds."""
+    stored = [given.get(part, part.weight) for part in parts]
+    ints = [weight for weight in stored if isinstance(weight, Int4Weight)]
+    kinds = {(weight.group_size, weight.scales.dtype) for weight in ints}
+    if len(kinds) > 1 or 0 < len(ints) < len(parts):
+        return tuple(_matrix(weight, part.bias) for weight, part in zip(stored, parts, strict=True))
+    bias = _joined_bias(parts)
+    if ints:
+        return (_matrix(concatenate(ints) if len(ints) > 1 else ints[0], bias),)
+    return (_matrix(torch.cat(stored) if len(stored) > 1 else stored[0], bias),)
+
+
+def _matrix(weight: Int4Weight | Tensor, bias_O: Tensor | None) -> Matrix:
+    return matrix_of(weight, bias_O) if isinstance(weight, Int4Weight) else _dense(weight, bias_O)
+
+
+def _joined_bias(parts: Sequence[Any]) -> Tensor | None:
+    if all(part.bias is None for part in parts):
+        return None
+    return torch.cat([torch.zeros(p.out_features) if p.bias is None else p.bias.float() for p in parts])
+
+
+def _dense(weight_OI: Tensor, bias_O: Tensor | None) -> Matrix:
+    bias = None if bias_O is None else _floats(bias_O)
+    return Matrix(32, weight_OI.shape[1], weight_OI.shape[0], _floats(weight_OI), bias)
+
+
+def _floats(values: Tensor) -> NDArray[np.float32]:
+    return np.ascontiguousarray(values.detach().float().numpy())
+
+
+def _problems(config: Any, layers: Any) -> Iterator[str]:
+    if config.model_type not in FAMILIES:
+        yield f"model_type={config.model_type!r}: it has graphs for {', '.join(FAMILIES)}; use the torch backend"
+        return
+    if config.hidden_act not in ("silu", "swish"):
+        yield f"hidden_act={config.hidden_act!r}: only 'silu'; use the torch backend"
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope not in _FIXED_ROPE:
+        yield f"rope_type={rope!r}: only {', '.join(_FIXED_ROPE)}; use the torch backend"
+    if (width := _head_width(config)) % 16:
+        yield f"heads {width} wide: the attention operator takes multiples of 16; use the torch backend"
+    holders = {name for name, module in layers[0].named_modules() if hasattr(module, "weight")}
+    if holders != _BLOCK:
+        yield f"a decoder block with {', '.join(sorted(holders ^ _BLOCK))} changed; use the torch backend"
+
+
+def _misfits(weights: Mapping[str, Int4Weight], linears: Mapping[str, Any]) -> Iterator[str]:
+    for name, weight in weights.items():
+        if name not in linears:
+            yield f"weights[{name!r}]: no Linear of the decoder's blocks"
+        elif (weight.num_outputs, weight.num_inputs) != (linears[name].out_features, linears[name].in_features):
+            shape = (linears[name].out_features, linears[name].in_features)
+            yield f"weights[{name!r}] is {weight.num_outputs} x {weight.num_inputs}, the Linear {shape[0]} x {shape[1]}"
+        elif weight.group_size not in _GROUP_SIZES:
+            yield f"weights[{name!r}] has groups of {weight.group_size}; MatMulNBits takes {_GROUP_SIZES}"

@@ -1,0 +1,65 @@
+"""Models whose heads are wide enough for onnxruntime's attention, with biases that matter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.engine.stand import endless
+from vila.engine.engine import Engine
+from vila.engine.onnx_step import OnnxDecoder
+from vila.kernels.int4_layout import Int4Weight, dequantize, quantize
+
+pytest.importorskip("onnxruntime")
+
+IDS = torch.randint(0, 259, (1, 48), generator=torch.Generator().manual_seed(5))
+
+
+def torch_engine(name: str = "llama", **changes: Any) -> Engine:
+    """An endless engine, 64 wide, whose attention has random biases where its family has biases."""
+    engine = endless(name, **{"hidden_size": 64, **changes})
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter_name, parameter in engine.model.language_model.named_parameters():
+            if parameter_name.endswith("proj.bias"):
+                parameter.normal_(0, 0.5, generator=generator)
+    return engine
+
+
+def onnx_engine(name: str = "llama", **changes: Any) -> Engine:
+    """The same model, its LLM computed by onnxruntime."""
+    engine = torch_engine(name, **changes)
+    twin = Engine(engine.model, engine.processor, OnnxDecoder(engine.model, threads=1))
+    twin._stop_ids = frozenset()
+    return twin
+
+
+def rounded(engine: Engine, group_size: int = 32) -> dict[str, Int4Weight]:
+    """The Linears of the blocks in 4 bits, by name."""
+    layers = engine.model.language_model.model.layers
+    linears = {name: module for name, module in engine.model.named_modules() if isinstance(module, torch.nn.Linear)}
+    inside = {module for module in layers.modules()}
+    return {name: quantize(m.weight, group_size) for name, m in linears.items() if m in inside}
+
+
+def put_back(engine: Engine, weights: dict[str, Int4Weight]) -> None:
+    """Give the model the rounded values."""
+    modules = dict(engine.model.named_modules())
+    with torch.no_grad():
+        for name, weight in weights.items():
+            modules[name].weight.copy_(dequantize(weight))
+
+
+def full(engine: Engine, ids: Tensor = IDS) -> Tensor:
+    """Logits [S, V] by torch, without a cache."""
+    with torch.no_grad():
+        return engine.model(input_ids=ids, use_cache=False).logits[0].float()
+
+
+def embeds(engine: Engine, ids: Tensor = IDS) -> Tensor:
+    """Embeddings [1, S, D] of ids."""
+    with torch.no_grad():
+        return engine.model.embed(ids, None)
