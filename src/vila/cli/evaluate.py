@@ -57,8 +57,8 @@ def evaluate(
     from vila.eval.runner import result_dir, run
     from vila.train.parallel import open_world
 
-    rules = _rules(protocol)
-    names = _names(benchmarks)
+    rules = rules_of(protocol)
+    names = names_of(benchmarks)
     if not model and not api:
         raise ConfigError("no model; name a directory or a hub id, or a server with --api")
     world = open_world("replicate")
@@ -94,7 +94,8 @@ def evaluate(
         raise typer.Exit(1)
 
 
-def _rules(protocol: str) -> Any:
+def rules_of(protocol: str) -> Any:
+    """The rules that `--protocol` names. Raises ConfigError for others."""
     from vila.core.errors import ConfigError
 
     if protocol not in ("upstream", "lmms-eval"):
@@ -102,7 +103,7 @@ def _rules(protocol: str) -> Any:
     return protocol
 
 
-def _names(text: str) -> list[str]:
+def names_of(text: str) -> list[str]:
     """Benchmarks by name. Raises UnknownNameError for others."""
     from vila.eval.benchmark import BENCHMARKS
 

@@ -30,7 +30,7 @@ def score(
     """Score answers; the headline is the published figure: percent, or points for MME."""
     import json
 
-    from vila.cli.evaluate import _names, _rules
+    from vila.cli.evaluate import names_of, rules_of
     from vila.cli.judging import give_judge
     from vila.cli.progress import Screen
     from vila.core.errors import ConfigError
@@ -38,11 +38,11 @@ def score(
     from vila.eval.statistics import compare as compared
     from vila.eval.statistics import interval
 
-    names = _names(benchmark)
+    names = names_of(benchmark)
     if len(names) != 1:
         raise ConfigError(f"{benchmark}: name one benchmark, whose answers the file holds")
     opened = BENCHMARKS[names[0]](data, 0)
-    rules = _rules(protocol)
+    rules = rules_of(protocol)
     with Screen() as screen:
         give_judge(opened, judge, judge_model, predictions.parent, screen)
         scored = score_file(opened, predictions, rules)
