@@ -11,6 +11,7 @@ from tests.train.ranks import run_ranks
 from tests.train.stand import stand_recipe, write_stand
 from vila.core.dist import Place
 from vila.core.errors import ConfigError, Interrupted, TrainingError, VilaError
+from vila.core.files import read_json
 from vila.train.metrics import read_metrics
 from vila.train.model import whole_tensors
 from vila.train.parallel import _mesh, open_world
@@ -203,3 +204,16 @@ def test_a_batch_that_does_not_divide_is_refused_with_what_would(stand):
     error, _ = run_ranks(2, train, stand, "uneven", "batch.rows=3")
     assert isinstance(error, ConfigError)
     assert "3 is not a multiple of 2 ranks x micro-batch 1; make it 2 or 4" in str(error)
+
+
+def finished(stand, out, *overrides):
+    """Train to the end; what the run says of itself."""
+    recipe = stand_recipe(stand, out, *overrides)
+    build(recipe).train()
+    return read_json(recipe.output.dir / "finished.json")
+
+
+def test_what_was_dropped_is_counted_over_all_ranks(stand):
+    options = (*SAMPLES, "data.max_length=22", "data.overlong=drop")
+    alone, two = finished(stand, "drop-1", *options), run_ranks(2, finished, stand, "drop-2", *options)[0]
+    assert alone["dropped"] == two["dropped"] > 0

@@ -61,7 +61,6 @@ def train(
     from vila.cli.progress import Screen
     from vila.cli.watch import listeners_of
     from vila.core.files import write_json
-    from vila.train.report import write_report
     from vila.train.run import build, is_finished, model_dir, refuse_changes
 
     with Screen() as screen:
@@ -85,7 +84,7 @@ def train(
         where = run.train()
         if run.world.main:
             write_model_card(resolved)
-            events.said(f"{resolved.name}: the report is {write_report(run.folder)}")
+            events.said(f"{resolved.name}: the report is {run.folder / 'report.html'}")
         events.said(f"{resolved.name}: the model is in {where}")
         run.world.close()
 

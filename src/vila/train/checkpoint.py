@@ -38,6 +38,7 @@ class Progress:
     """How far a run is, over all processes. `tokens` and `samples` count what was seen, padding left out.
 
     bad_steps: steps that were left out because their loss or gradient was not finite.
+    dropped, truncated: over-long samples that were left out, and cut.
     """
 
     step: int = 0
@@ -46,6 +47,8 @@ class Progress:
     supervised: int = 0
     seconds: float = 0.0
     bad_steps: int = 0
+    dropped: int = 0
+    truncated: int = 0
 
 
 @dataclass(frozen=True, slots=True)

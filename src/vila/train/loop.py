@@ -34,9 +34,6 @@ from vila.train.share import Share, share_of
 class Rows(Protocol):
     """What a step takes its rows from: one row of every lane of this process, read here or by workers."""
 
-    dropped: int
-    truncated: int
-
     @property
     def states(self) -> list[LaneState]:
         """The state of every lane, as of the last step."""
@@ -271,6 +268,8 @@ class Trainer:
             samples=self.progress.samples + sum(share.samples for share in shares),
             supervised=self.progress.supervised + facts["supervised"],
             bad_steps=self.progress.bad_steps + bad,
+            dropped=self.progress.dropped + facts["dropped"],
+            truncated=self.progress.truncated + facts["truncated"],
         )
 
     def _usage(self, facts: dict[str, Any], seconds: float) -> dict[str, float]:

@@ -24,7 +24,7 @@ from vila.train.loop import StepListener, Trainer
 from vila.train.metrics import MetricsLog
 from vila.train.model import load_start, make_learner, whole_tensors, with_tensors
 from vila.train.parallel import World, open_world
-from vila.train.report import RunReport
+from vila.train.report import RunReport, write_report
 from vila.train.resume import recipe_of, refuse_changes, refuse_other_lanes, restore, save, say_what_differs
 from vila.train.rows import build_mixture, build_reader, build_rows, fault_log
 from vila.train.stage import count_parameters
@@ -56,21 +56,23 @@ class Run:
         return self.trainer.world
 
     def train(self) -> Path:
-        """Train to the end of the budget, write the model, and return its directory. Every process calls it."""
+        """Train to the end of the budget, write model and report; the model's directory. All processes call it."""
         try:
             self.trainer.run()
         finally:
             self.checkpoints.wait()
         self._write_model()
         if self.world.main:
+            progress = self.trainer.progress
             facts = {
-                "progress": asdict(self.trainer.progress),
-                "dropped": self.trainer.lanes.dropped,
-                "truncated": self.trainer.lanes.truncated,
+                "progress": asdict(progress),
+                "dropped": progress.dropped,
+                "truncated": progress.truncated,
                 "ranks": self.world.place.world,
                 "versions": versions(),
             }
             write_json(self.folder / "finished.json", facts)
+            write_report(self.folder)
             clear_checkpoints(self.folder / "checkpoint")
         self.world.gather(None)
         return model_dir(self.recipe)
