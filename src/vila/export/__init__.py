@@ -1,0 +1,1 @@
+"""Targets that are written and never read back: files for other runtimes."""
