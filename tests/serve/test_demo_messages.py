@@ -1,0 +1,175 @@
+"""What the demo sends, and what stands in its chats: no browser, no server."""
+
+import base64
+import threading
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from vila.core.errors import MediaError
+from vila.serve.demo_client import Settings, Told
+from vila.serve.demo_gallery import SCENES, SHAPES, gallery_for, hang, worked_examples
+from vila.serve.demo_messages import MOST_BYTES, Shot, conversation, data_url, user_message
+from vila.serve.demo_talk import (
+    NONE,
+    add_picture,
+    cells_of,
+    last_question,
+    run_side_by_side,
+    shots_of,
+    take_back,
+    with_answer,
+)
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> str:
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
+    return str(tmp_path / "a.png")
+
+
+def said(text, role="user"):
+    return {"role": role, "content": text}
+
+
+def file_of(path):
+    return {"role": "user", "content": [{"type": "file", "file": {"path": path}}]}
+
+
+def test_a_file_travels_as_its_own_bytes(picture):
+    url = data_url(picture)
+    assert url.startswith("data:image/png;base64,")
+    assert base64.b64decode(url.partition(",")[2]) == Path(picture).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.pdf", b"%PDF", "neither a picture nor a clip"),
+        ("a.png", b"", "is empty"),
+        ("a.png", bytes(MOST_BYTES + 1), "upload at most 20 MiB"),
+    ],
+)
+def test_an_upload_that_cannot_be_sent_is_refused_by_its_name(tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(MediaError, match=words) as caught:
+        data_url(tmp_path / name)
+    assert name in str(caught.value)
+
+
+def test_pictures_and_clips_stand_before_the_text_in_their_order(picture, tmp_path):
+    clip = tmp_path / "b.mp4"
+    clip.write_bytes(b"clip")
+    kinds = [part["type"] for part in user_message("what?", [picture, clip, picture])["content"]]
+    assert kinds == ["image_url", "video_url", "image_url", "text"]
+
+
+def test_turns_of_one_question_are_one_message(picture):
+    messages = conversation([file_of(picture), file_of(picture), said("two of what?")])
+    assert [message["role"] for message in messages] == ["user"]
+    assert [part["type"] for part in messages[0]["content"]] == ["image_url", "image_url", "text"]
+
+
+def test_earlier_turns_keep_their_pictures_and_notices_are_not_sent(picture):
+    notice = {"role": "assistant", "content": "too large", "metadata": {"title": "The server refused"}}
+    chat = [file_of(picture), said("one?"), said("a dot", "assistant"), said("two?"), notice, said("and now?")]
+    messages = conversation(chat, system="Be brief.")
+    assert [message["role"] for message in messages] == ["system", "user", "assistant", "user"]
+    assert messages[1]["content"][0]["type"] == "image_url"
+    assert messages[3]["content"] == [{"type": "text", "text": "two?\nand now?"}]
+
+
+def test_a_notice_without_metadata_of_the_page_is_an_answer():
+    plain = {"role": "assistant", "content": "yes", "metadata": None}
+    assert conversation([said("a?"), plain, said("b?")])[1] == {"role": "assistant", "content": "yes"}
+
+
+def test_examples_are_earlier_turns_and_answer_the_question_unless_they_have_their_own(picture):
+    shots = [Shot(picture, "red"), Shot("", "no", "is it round?")]
+    messages = conversation([said("what color?")], shots)
+    assert [message["role"] for message in messages] == ["user", "assistant", "user", "assistant", "user"]
+    assert messages[0]["content"][-1]["text"] == "what color?"
+    assert messages[2]["content"] == [{"type": "text", "text": "is it round?"}]
+    assert messages[3]["content"] == "no"
+
+
+def test_the_builder_and_its_examples_are_the_same(picture):
+    shots = [Shot(picture, "red"), Shot("", "no", "round?")]
+    cells = cells_of(shots, 4)
+    assert len(cells) == 12
+    assert shots_of(cells) == shots
+    assert shots_of([picture, "  ", "a question without an answer"]) == []
+
+
+def test_only_what_was_chosen_is_sent():
+    assert Settings().request() == {"max_tokens": 256, "temperature": 0.0}
+    assert Settings(5, 0.7, 0.9, 3).request() == {"max_tokens": 5, "temperature": 0.7, "top_p": 0.9, "seed": 3}
+
+
+def test_a_refusal_is_shown_and_never_becomes_part_of_the_conversation():
+    shown = with_answer([said("a?")], Told("half", problem="queue full", done=True))
+    assert [turn["content"] for turn in shown] == ["a?", "half", "queue full"]
+    assert [message["role"] for message in conversation([*shown, said("b?")])] == ["user", "assistant", "user"]
+
+
+def test_the_pace_counts_the_tokens_after_the_first():
+    told = Told("x", tokens=11, first=0.5, last=2.5, done=True)
+    assert told.pace() == "first token 0.50 s · 5.0 tokens/s · 11 tokens"
+    assert Told().pace() == ""
+
+
+def test_two_answers_grow_beside_each_other_and_one_that_fails_ends_alone():
+    meet = threading.Barrier(2, timeout=10)
+
+    def growing(text):
+        for end in range(1, len(text) + 1):
+            if end == 1:
+                meet.wait()  # both must be under way at once
+            yield Told(text[:end], done=end == len(text))
+
+    def failing():
+        meet.wait()
+        yield Told("so")
+        raise RuntimeError("gone")
+
+    last = list(run_side_by_side({"one": growing("answer"), "two": failing()}))[-1]
+    assert last["one"] == Told("answer", done=True)
+    assert last["two"].problem == "gone"
+
+
+def test_asking_again_takes_the_question_with_its_pictures_out_of_both_chats(picture):
+    one = [said("first?"), said("1", "assistant"), file_of(picture), said("second?"), said("2", "assistant")]
+    two = [file_of(picture), said("second?"), said("zwei", "assistant")]
+    question, one, two = take_back(one, two)
+    assert question == {"text": "second?", "files": [picture]}
+    assert [turn["content"] for turn in one] == ["first?", "1"]
+    assert two == []
+    assert last_question([]) == 0
+    assert take_back([], [])[0] == {"text": "", "files": []}
+
+
+def test_a_picture_of_the_camera_joins_the_question(picture):
+    assert add_picture({"text": "what?", "files": ["b.png"]}, picture)["files"] == ["b.png", picture]
+    assert add_picture(None, None) == {"text": "", "files": []}
+
+
+def test_the_gallery_is_chosen_by_what_the_model_learnt(tmp_path):
+    assert gallery_for("runs/starter/model") is SHAPES
+    assert gallery_for("my-model\ndatasets:\n- easy_vqa") is SHAPES
+    assert gallery_for("VILA-7B") is SCENES
+    for exhibits in (SHAPES, SCENES):
+        for path, question in hang(exhibits, tmp_path):
+            with Image.open(path) as drawn:
+                assert drawn.convert("RGB").getcolors(1 << 20) is not None
+            assert question.endswith(("?", "."))
+
+
+def test_every_set_of_examples_has_pictures_that_are_there(tmp_path):
+    for words in ("starter", "VILA-7B"):
+        for shots in worked_examples(words, tmp_path / words).values():
+            assert all(Path(shot.picture).is_file() and shot.answer for shot in shots)
+
+
+def test_no_second_model_is_no_name_of_a_model():
+    assert " " in NONE  # names of models have no spaces on a command line's default
