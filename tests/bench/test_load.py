@@ -1,0 +1,187 @@
+"""The load generator against a server whose answers, refusals and pace are known."""
+
+import asyncio
+import json
+import math
+import threading
+import time
+
+import pytest
+
+fastapi = pytest.importorskip("fastapi", reason="needs pip install 'vila-vlm[serve]'")
+uvicorn = pytest.importorskip("uvicorn", reason="needs pip install 'vila-vlm[serve]'")
+
+from fastapi import FastAPI, Request  # noqa: E402
+from fastapi.responses import JSONResponse, StreamingResponse  # noqa: E402
+
+from vila.bench.load import Question, Server, Timing, closed_loop, open_loop, problems  # noqa: E402
+from vila.bench.load_questions import questions  # noqa: E402
+from vila.bench.load_summary import percentiles, summarise  # noqa: E402
+from vila.bench.serve import measure, save, served_model, table  # noqa: E402
+from vila.core.errors import ConfigError  # noqa: E402
+
+WORDS = 5
+PAUSE = 0.02
+
+
+class Known:
+    """Streams WORDS words, PAUSE apart; refuses, breaks off or fails where the question says so."""
+
+    def __init__(self):
+        self.app = FastAPI()
+        self.open = self.most_open = self.asked = 0
+        self.refuse = 0
+        self.app.post("/v1/chat/completions")(self.answer)
+        self.app.get("/v1/models")(lambda: {"data": [{"id": "known"}]})
+
+    async def answer(self, request: Request):
+        self.asked += 1
+        body = await request.json()
+        if self.refuse > 0:
+            self.refuse -= 1
+            return JSONResponse({"error": {"message": "queue full"}}, 429, {"Retry-After": "0.05"})
+        text = body["messages"][-1]["content"]
+        if text == "fail":
+            return JSONResponse({"error": {"message": "no such thing"}}, 400)
+        return StreamingResponse(self.words(text), media_type="text/event-stream")
+
+    async def words(self, text):
+        self.open += 1
+        self.most_open = max(self.most_open, self.open)
+        try:
+            for word in range(WORDS):
+                await asyncio.sleep(PAUSE)
+                yield event({"choices": [{"delta": {"content": f"{word} "}}], "usage": None})
+                if text == "break":
+                    return
+            yield event({"choices": [], "usage": {"completion_tokens": WORDS, "prompt_tokens": 3}})
+            yield "data: [DONE]\n\n"
+        finally:
+            self.open -= 1
+
+
+def event(data):
+    return f"data: {json.dumps(data)}\n\n"
+
+
+@pytest.fixture(scope="module")
+def running():
+    known = Known()
+    server = uvicorn.Server(uvicorn.Config(known.app, port=0, log_level="error"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    yield known, Server(f"http://127.0.0.1:{port}/v1", "known")
+    server.should_exit = True
+    thread.join(10)
+
+
+@pytest.fixture
+def known(running):
+    running[0].most_open = running[0].asked = running[0].refuse = 0
+    return running
+
+
+def ask(text="hello", count=1):
+    return [Question([{"role": "user", "content": text}], 8)] * count
+
+
+def test_clients_ask_one_after_another_and_never_more_at_once(known):
+    state, server = known
+    timings = asyncio.run(closed_loop(server, ask(count=9), 3))
+    assert state.most_open == 3
+    assert len(timings) == 9 and all(timing.answered for timing in timings)
+    assert {timing.tokens for timing in timings} == {WORDS}
+    assert {len(timing.gaps) for timing in timings} == {WORDS - 1}
+    for timing in timings:
+        assert timing.first - timing.start >= PAUSE
+        assert timing.end - timing.start >= WORDS * PAUSE
+        assert sum(timing.gaps) == pytest.approx(timing.end - timing.first, abs=PAUSE)
+
+
+def test_arrivals_wait_for_nobody(known):
+    state, server = known
+    timings = asyncio.run(open_loop(server, ask(count=10), 200.0, seed=3))
+    assert len(timings) == 10 and all(timing.answered for timing in timings)
+    assert state.most_open > 4  # ten arrive in about 50 ms, an answer takes 100
+
+
+def test_arrivals_above_the_bound_wait_and_their_clock_runs(known):
+    state, server = known
+    timings = asyncio.run(open_loop(server, ask(count=6), 1000.0, most_open=1))
+    assert state.most_open == 1
+    waits = sorted(timing.end - timing.start for timing in timings)
+    assert waits[-1] > 4 * WORDS * PAUSE
+
+
+def test_a_refused_client_waits_as_told_and_asks_again(known):
+    state, server = known
+    state.refuse = 2
+    (timing,) = asyncio.run(closed_loop(server, ask(), 1))
+    assert timing.answered and timing.retries == 2
+    assert timing.end - timing.start >= 2 * 0.05 + WORDS * PAUSE
+    state.refuse = 1
+    (timing,) = asyncio.run(open_loop(server, ask(), 100.0))
+    assert (timing.status, timing.answered, timing.problem) == (429, False, "queue full")
+
+
+def test_what_fails_is_counted_and_nothing_is_raised(known):
+    _, server = known
+    timings = asyncio.run(closed_loop(server, [*ask("fail", 2), *ask("break"), *ask()], 2))
+    timings += asyncio.run(closed_loop(Server("http://127.0.0.1:9/v1", "known"), ask(), 1))
+    found = dict(problems(timings))
+    assert found["400: no such thing"] == 2
+    assert found["200: the stream broke off before [DONE]"] == 1
+    assert any(words.startswith("no connection") for words in found)
+    summary = summarise("4 clients", timings)
+    assert (summary.asked, summary.answered) == (5, 1)
+
+
+def test_percentiles_are_of_the_nearest_rank():
+    assert percentiles([float(n) for n in range(1, 101)]) == (50.0, 95.0, 99.0)
+    assert percentiles([7.0]) == (7.0, 7.0, 7.0)
+    assert all(math.isnan(value) for value in percentiles([]))
+
+
+def test_throughput_is_over_the_whole_run():
+    timings = [
+        Timing(start=0.0, first=1.0, end=2.0, tokens=10, prompt=4, status=200),
+        Timing(start=1.0, first=1.5, end=4.0, tokens=30, prompt=4, status=200),
+        Timing(start=1.0, end=2.0, status=500, problem="broken"),
+    ]
+    summary = summarise("2 clients", timings)
+    assert (summary.seconds, summary.new_tokens, summary.requests, summary.prompt_tokens) == (4.0, 10.0, 0.5, 2.0)
+    assert summary.lengths == (10, 20.0, 30)
+    assert summary.statuses == {"200": 2, "500": 1}
+
+
+def test_a_measurement_writes_its_table_and_report(known, tmp_path):
+    _, server = known
+    assert served_model(server.base) == "known"
+    done = measure(server, ask(count=4), clients=[1, 2], rates=[100.0])
+    assert [summary.load for summary in done] == ["1 client", "2 clients", "100 a second"]
+    assert done[1].new_tokens > 1.3 * done[0].new_tokens
+    header, rows = table(done)
+    assert all(len(row) == len(header) for row in rows)
+    paths = save(done, {"model": "known"}, tmp_path)
+    assert json.loads(paths[0].read_text())["loads"][0]["first_token"].keys() == {"p50", "p95", "p99"}
+    assert "new tokens a second" in paths[1].read_text()
+
+
+def test_a_place_without_a_server_is_named():
+    with pytest.raises(ConfigError, match="127.0.0.1:9"):
+        served_model("http://127.0.0.1:9/v1")
+
+
+def test_no_two_questions_begin_alike_and_a_seed_repeats_them():
+    asked = questions(20, prompt_tokens=64, max_tokens=8, seed=1)
+    texts = [question.messages[0]["content"] for question in asked]
+    assert len({" ".join(text.split()[:8]) for text in texts}) == 20
+    assert asked == questions(20, prompt_tokens=64, max_tokens=8, seed=1)
+    with_pictures = questions(2, prompt_tokens=8, max_tokens=8, images=2, seed=1)
+    kinds = [part["type"] for part in with_pictures[0].messages[0]["content"]]
+    assert kinds == ["image_url", "image_url", "text"]
+    with pytest.raises(ConfigError):
+        questions(0, prompt_tokens=8, max_tokens=8)
