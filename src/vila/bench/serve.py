@@ -3,70 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import httpx
 
 from vila.bench.load import Question, Server, Timing, closed_loop, open_loop
 from vila.bench.load_summary import PERCENTS, LoadSummary, summarise
-from vila.core.errors import ConfigError, VilaError
+from vila.core.errors import ConfigError
 from vila.core.events import SILENT, Events, task
 from vila.core.files import write_json
 from vila.core.machine import machine_facts
 from vila.report.lines import Series, line_plot
 from vila.report.page import Cell, Page
-
-_LOADING = 900.0
-
-
-@contextmanager
-def running_server(model: Path, options: Sequence[str] = ()) -> Iterator[str]:
-    """A server of a checkpoint in a process of its own, on a free port; gives its base URL once the model is read.
-
-    options: further words of `vila serve`. Raises VilaError with its last words when it ends before it is ready.
-    """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "vila", "serve", str(model), "--port", str(port), *options]
-    # A file, not a pipe: nobody reads what the server says while it runs.
-    with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said, start_new_session=True)
-        try:
-            _await_ready(process, port, said)
-            yield f"http://127.0.0.1:{port}/v1"
-        finally:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(timeout=60)
-            except subprocess.TimeoutExpired:
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-
-
-def _await_ready(process: subprocess.Popen[bytes], port: int, stderr: IO[bytes]) -> None:
-    limit = time.monotonic() + _LOADING
-    while time.monotonic() < limit:
-        if process.poll() is not None:
-            stderr.seek(0)
-            said = stderr.read().decode(errors="replace").strip().splitlines()
-            raise VilaError(f"the server ended before it was ready: {' '.join(said[-3:]) or process.returncode}")
-        with suppress(httpx.HTTPError):
-            if httpx.get(f"http://127.0.0.1:{port}/ready", timeout=5, trust_env=False).status_code == 200:
-                return
-        time.sleep(0.2)
-    raise VilaError(f"the server was not ready after {_LOADING:.0f} s")
 
 
 def served_model(base: str, key: str = "") -> str:

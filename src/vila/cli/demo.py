@@ -1,0 +1,45 @@
+"""`vila demo`: a page in the browser that talks to one or two models."""
+
+from __future__ import annotations
+
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def demo(
+    models: Annotated[
+        list[str] | None, typer.Argument(metavar="[MODEL]...", help="One model, or two to compare side by side.")
+    ] = None,
+    api: Annotated[
+        str, typer.Option(metavar="URL", help="A server that runs already, instead of models.", show_default=False)
+    ] = "",
+    key: Annotated[str, typer.Option("--key-env", help="Environment variable with its key.")] = "VILA_API_KEY",
+    host: Annotated[str, typer.Option(help="Address to listen on; others can reach 0.0.0.0.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port of the page; 0 takes a free one.", min=0, max=65535)] = 7860,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page.")] = False,
+) -> None:
+    """Serve MODEL and open a page that talks to it: pictures, clips, examples, two models side by side."""
+    import os
+
+    from vila.core.errors import ConfigError
+    from vila.serve.demo_client import ApiClient
+    from vila.serve.demo_run import card_words, run_page
+    from vila.serve.process import server_process
+
+    if bool(models) == bool(api):
+        raise ConfigError("vila demo takes models, or --api with the address of a server; one of the two")
+    if models and len(models) > 2:
+        raise ConfigError(f"{len(models)} models: the page shows one, or two side by side")
+    with ExitStack() as stack:
+        check = None
+        if models:
+            server = stack.enter_context(server_process(models))
+            api, check = server.base, server.check
+        client = ApiClient(api, os.environ.get(key, ""))
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vila-demo-")))
+        words = card_words(models) if models else " ".join(client.models())
+        run_page(client, words, folder, host=host, port=port, browser=browser, check=check, say=typer.echo)
