@@ -7,9 +7,11 @@ import torch
 
 from tests import tiny
 from tests.model.layouts.published import FIXTURES
-from vila.cli.convert import READERS
+from vila.cli.convert import IN_4_BITS, READERS
+from vila.model.int4 import int4_weights, use_int4
 from vila.model.layouts.protocol import LAYOUTS, detect_layout
 from vila.model.load import load_model, save_model
+from vila.quant.apply import quantize_model
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +23,7 @@ def test_every_layout_has_its_readers():
     assert {str(layout) for layout in READERS} == set(LAYOUTS)
 
 
-@pytest.mark.parametrize("layout", list(READERS))
+@pytest.mark.parametrize("layout", [layout for layout in READERS if layout not in IN_4_BITS])
 def test_the_model_is_the_same_in_another_layout(vila, published, tmp_path, layout):
     target = tmp_path / "out"
     code, out, err = vila("convert", published, target, "--layout", layout, "--template", "vicuna_v1")
@@ -101,3 +103,44 @@ def test_refusals_pass_through_and_leave_nothing(vila, model, tmp_path, argument
     assert message in err
     assert (ended, out) == (code, "")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def in_4_bits(tmp_path):
+    model, processor = tiny.vila(tower="clip", hidden_size=64, intermediate_size=128)
+    use_int4(model, quantize_model(model, None, 32))
+    save_model(model, processor, tmp_path / "int4", "awq-hf")
+    return tmp_path / "int4"
+
+
+def test_a_model_in_4_bits_stays_so_where_it_can(vila, in_4_bits, tmp_path):
+    code, out, err = vila("convert", in_4_bits, tmp_path / "chat", "--layout", "tinychat")
+    assert code == 0, err
+    assert out.splitlines()[0] == f"{tmp_path / 'chat'}: layout tinychat, INT4 in groups of 32, float16"
+    before, after = load_model(in_4_bits)[0], load_model(tmp_path / "chat")[0]
+    codes = int4_weights(after)
+    assert all(torch.equal(weight.codes, codes[name].codes) for name, weight in int4_weights(before).items())
+
+
+def test_a_model_in_4_bits_becomes_an_ordinary_one_when_asked(vila, in_4_bits, tmp_path):
+    target = tmp_path / "out"
+    code, out, err = vila("convert", in_4_bits, target, "--layout", "native")
+    assert (code, out) == (1, "")
+    assert "in 4 bits, which this layout does not hold" in err
+    assert "vila convert --dequantize" in err
+    assert not target.exists()
+    code, out, err = vila("convert", in_4_bits, target, "--layout", "native", "--dequantize", "--dtype", "float32")
+    assert code == 0, err
+    assert out.splitlines()[0] == f"{target}: layout native, float32"
+    ids = torch.tensor([[5, 9, 11]])
+    plain, packed = load_model(target)[0], load_model(in_4_bits, dtype="float32")[0]
+    torch.testing.assert_close(plain(input_ids=ids).logits, packed(input_ids=ids).logits, rtol=0, atol=1e-5)
+
+
+def test_layouts_of_4_bits_take_nothing_else(vila, published, in_4_bits, tmp_path):
+    code, _, err = vila("convert", published, tmp_path / "out", "--layout", "awq-hf")
+    assert code == 1
+    assert "awq-hf holds models in 4 bits, and this one is in full precision; vila quantize makes them" in err
+    code, _, err = vila("convert", in_4_bits, tmp_path / "out", "--layout", "tinychat", "--dequantize")
+    assert code == 2
+    assert "--dequantize: tinychat holds models in 4 bits" in err

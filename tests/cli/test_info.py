@@ -14,7 +14,9 @@ from vila.cli.facts import kv_numbers_per_token
 from vila.cli.info import human_bytes
 from vila.engine.engine import Engine
 from vila.model import weights
+from vila.model.int4 import use_int4
 from vila.model.load import load_model, save_model
+from vila.quant.apply import quantize_model
 
 
 def told(vila, *arguments):
@@ -134,3 +136,33 @@ def test_bad_input_is_named(vila, model, tmp_path, arguments, code, message):
 )
 def test_sizes_are_short(size, text):
     assert human_bytes(size) == text
+
+
+@pytest.mark.parametrize(("layout", "packing"), [("awq-hf", "gemm"), ("tinychat", "tinychat")])
+def test_weights_in_4_bits_are_told(vila, tmp_path, layout, packing):
+    model, processor = tiny.vila(tower="clip", hidden_size=64, intermediate_size=128)
+    numbers = sum(p.numel() for p in model.parameters())
+    linears = quantize_model(model, None, 32)
+    use_int4(model, linears)
+    save_model(model, processor, tmp_path / "int4", layout)
+    facts = told(vila, tmp_path / "int4")
+    int4 = facts["int4"]
+    assert (facts["layout"], facts["dtype"], int4["packing"], int4["group_size"]) == (layout, "int4", packing, 32)
+    assert int4["linears"] == 14
+    assert int4["parameters"] == sum(weight.num_inputs * weight.num_outputs for weight in linears.values())
+    assert int4["memory"] == sum(weight.num_bytes for weight in linears.values())
+    if packing == "gemm":
+        groups = int4["parameters"] // 32
+        assert int4["bytes"] == int4["parameters"] // 2 + 2 * groups + groups // 2
+    # LLaVA's layouts have rows for <image>, and a head of their own.
+    assert facts["parameters"] >= numbers
+    assert facts["parts"]["LLM"]["dtype"] == "float16, int4"
+    rest = facts["parameters"] - int4["parameters"]
+    assert facts["memory"]["bfloat16"]["weights"] == 2 * rest + int4["memory"]
+    code, out, _ = vila("info", tmp_path / "int4")
+    assert code == 0
+    assert f"14 Linears in groups of 32 ({packing}), 73,728 parameters, {human_bytes(int4['bytes'])}" in out
+
+
+def test_a_model_in_full_precision_has_no_weights_in_4_bits(vila, model):
+    assert told(vila, model)["int4"] is None

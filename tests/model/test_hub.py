@@ -101,6 +101,12 @@ def test_one_storage_form_and_the_index_that_goes_with_it():
     assert needed_files(stage_1) == stage_1[:2]
 
 
+def test_tinychats_file_is_fetched_where_it_is_all_there_is():
+    names = ["config.json", "llm/config.json", "llm/x-w4-g128-awq-v2.pt", "llm/optimizer.pt", "quant_config.json"]
+    assert sorted(needed_files(names)) == sorted(set(names) - {"llm/optimizer.pt"})
+    assert needed_files(["llm/model.safetensors", "llm/x-w4-g128-awq-v2.pt"]) == ["llm/model.safetensors"]
+
+
 def test_the_directory_of_a_run_stands_for_its_model(tmp_path):
     run = tmp_path / "checkpoints" / "mine"
     FIXTURES["v15-even-grid"](run / "model")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,6 +18,8 @@ class Layout(StrEnum):
     LLAVA_HF = "llava-hf"
     LLAVA_V1 = "llava-v1"
     VILA_V15 = "vila-v15"
+    AWQ_HF = "awq-hf"
+    TINYCHAT = "tinychat"
 
 
 READERS = {
@@ -25,8 +27,11 @@ READERS = {
     Layout.LLAVA_HF: "stock transformers, vLLM, SGLang, and llama.cpp's converter",
     Layout.LLAVA_V1: "the original code of LLaVA-1.5 and VILA-1.0",
     Layout.VILA_V15: "the original code of VILA-1.5",
+    Layout.AWQ_HF: "vLLM, SGLang, and transformers with gptqmodel",
+    Layout.TINYCHAT: "TinyChat of llm-awq",
 }
 """The programs that each layout is meant for."""
+IN_4_BITS = (Layout.AWQ_HF, Layout.TINYCHAT)
 
 
 def convert(
@@ -38,27 +43,42 @@ def convert(
     base: options.Base = "",
     revision: options.Revision = "",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model in DST.")] = False,
+    dequantize: Annotated[
+        bool, typer.Option("--dequantize", help="Turn weights in 4 bits into ordinary ones with the same values.")
+    ] = False,
 ) -> None:
     """Write the model [bold]SRC[/bold] to the directory [bold]DST[/bold] in another layout."""
     from vila.cli.info import human_bytes
+    from vila.core.errors import ConfigError
     from vila.model.hub import local_folder
     from vila.model.load import load_model, save_model
 
+    if dequantize and layout in IN_4_BITS:
+        raise ConfigError(f"--dequantize: {layout} holds models in 4 bits; leave it out, or choose another layout")
     target = target.expanduser()
     if target.exists():
         check_replaceable(target, overwrite)
     folder = local_folder(source, revision or None)
     check_apart(folder, target)
-    model, processor = load_model(folder, dtype=dtype.value, template=template or None, base=base or None)
+    model, processor = load_model(
+        folder, dtype=dtype.value, template=template or None, base=base or None, int4=not dequantize
+    )
     save_model(model, processor, target, layout=layout.value)
     files = sorted(path for path in target.rglob("*") if path.is_file())
-    typer.echo(f"{target}: layout {layout.value}, {str(model.dtype).removeprefix('torch.')}")
+    typer.echo(f"{target}: layout {layout.value}, {_numbers(model)}")
     for path in files:
         typer.echo(f"  {path.relative_to(target).as_posix():<40} {human_bytes(path.stat().st_size):>9}")
     total = sum(path.stat().st_size for path in files)
     typer.echo(f"{len(files)} files, {human_bytes(total)}; for {READERS[layout]}")
     if not processor.template:
         typer.echo("note: no conversation template is known, so none was written; give --template", err=True)
+
+
+def _numbers(model: Any) -> str:
+    from vila.model.int4 import group_size_of
+
+    size = group_size_of(model)
+    return f"INT4 in groups of {size}, float16" if size else str(model.dtype).removeprefix("torch.")
 
 
 def check_replaceable(target: Path, overwrite: bool) -> None:

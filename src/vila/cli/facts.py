@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +13,12 @@ if TYPE_CHECKING:
 BYTES = {"bfloat16": 2, "float32": 4}
 """Number types that memory is told for, and the bytes of a number."""
 MEMORY_NOTE = (
-    "Weights are parameters x bytes of a number; the KV cache is 2 x layers x key-value heads x head width x bytes of "
-    "a number for each token; what is computed on the way comes on top."
+    "Weights are parameters x bytes of a number, but for those in 4 bits; the KV cache is 2 x layers x key-value "
+    "heads x head width x bytes of a number for each token; what is computed on the way comes on top."
 )
 _PARTS = {"vision_tower": "vision tower", "projector": "projector", "language_model": "LLM"}
 _TIED = "language_model.lm_head.weight"
+_INT4 = "int4"
 
 
 def checkpoint_facts(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -29,14 +29,17 @@ def checkpoint_facts(checkpoint: Checkpoint) -> dict[str, Any]:
     config = checkpoint.config
     spec = VisionSpec.from_dict(config.vision_spec)
     weights = [_weight_facts(prefix, checkpoint) for prefix in _PARTS]
+    int4 = _int4_facts(checkpoint)
     shapes = [tower_shape(config.vision_config), _projector_shape(config), llm_shape(config.text_config)]
     parameters = sum(part["parameters"] for part in weights)
+    packed, unpacked = (int4["memory"], parameters - int4["parameters"]) if int4 else (0, parameters)
     per_token = kv_numbers_per_token(config.text_config)
     return {
         "folder": str(checkpoint.folder),
         "layout": detect_layout(checkpoint.folder).name,
-        "storage": _storage(checkpoint.pieces),
-        "dtype": _main_dtype(checkpoint.pieces),
+        "storage": _storage(checkpoint),
+        "dtype": _main_dtype(checkpoint),
+        "int4": int4,
         "parameters": parameters,
         "bytes": sum(part["bytes"] for part in weights),
         "parts": {name: {**part, **shape} for name, part, shape in zip(_PARTS.values(), weights, shapes, strict=True)},
@@ -48,7 +51,7 @@ def checkpoint_facts(checkpoint: Checkpoint) -> dict[str, Any]:
         "context_length": config.context_length,
         "memory": {
             kind: {
-                "weights": parameters * size,
+                "weights": unpacked * size + packed,
                 "kv_cache_per_1000_tokens": 1000 * per_token * size,
                 "kv_cache_full_context": config.context_length * per_token * size,
             }
@@ -103,10 +106,30 @@ def _weight_facts(prefix: str, checkpoint: Checkpoint) -> dict[str, Any]:
     pieces = [
         piece for name, piece in checkpoint.pieces.items() if name.startswith(f"{prefix}.") and name not in skipped
     ]
+    packed = [weight for name, weight in checkpoint.int4.items() if name.startswith(f"{prefix}.")]
+    kinds = {_name(piece.dtype) for piece in pieces} | ({_INT4} if packed else set())
     return {
-        "parameters": sum(prod(piece.shape) for piece in pieces),
-        "bytes": sum(map(_bytes, pieces)),
-        "dtype": ", ".join(sorted({_name(piece.dtype) for piece in pieces})),
+        "parameters": sum(prod(piece.shape) for piece in pieces) + sum(prod(weight.shape) for weight in packed),
+        "bytes": sum(map(_bytes, pieces)) + sum(weight.bytes for weight in packed),
+        "dtype": ", ".join(sorted(kinds)),
+    }
+
+
+def _int4_facts(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """The weights in 4 bits: packing, group size, Linears, bytes in the files and in memory; None without any."""
+    weights = list(checkpoint.int4.values())
+    if not weights:
+        return None
+    parameters = sum(prod(weight.shape) for weight in weights)
+    groups = sum(prod(weight.shape) // weight.group_size for weight in weights)
+    return {
+        "packing": weights[0].packing,
+        "group_size": weights[0].group_size,
+        "linears": len(weights),
+        "parameters": parameters,
+        "bytes": sum(weight.bytes for weight in weights),
+        # A code is half a byte, the scale of a group two and its zero one.
+        "memory": parameters // 2 + 3 * groups,
     }
 
 
@@ -115,15 +138,17 @@ def _bytes(piece: Piece) -> int:
     return prod(piece.shape) * piece.dtype.itemsize
 
 
-def _main_dtype(pieces: Mapping[str, Piece]) -> str:
+def _main_dtype(checkpoint: Checkpoint) -> str:
     sizes: Counter[str] = Counter()
-    for piece in pieces.values():
-        sizes[_name(piece.dtype)] += _bytes(piece)
+    for piece in checkpoint.pieces.values():
+        sizes[_name(piece.dtype)] += prod(piece.shape)
+    sizes[_INT4] += sum(prod(weight.shape) for weight in checkpoint.int4.values())
     return sizes.most_common(1)[0][0]
 
 
-def _storage(pieces: Mapping[str, Piece]) -> dict[str, Any]:
-    files = sorted({piece.file.path for piece in pieces.values()})
+def _storage(checkpoint: Checkpoint) -> dict[str, Any]:
+    packed = [piece for weight in checkpoint.int4.values() for piece in weight.parts.values()]
+    files = sorted({piece.file.path for piece in [*checkpoint.pieces.values(), *packed]})
     kinds = sorted({path.suffix.removeprefix(".") for path in files})
     return {"format": ", ".join(kinds), "files": len(files), "bytes": sum(path.stat().st_size for path in files)}
 

@@ -73,6 +73,14 @@ def _head(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "layout", facts["layout"]
     yield "storage", f"{storage['format']}, {_files(storage['files'])}, {human_bytes(storage['bytes'])}"
     yield "parameters", f"{facts['parameters']:,}, mostly {facts['dtype']}"
+    if int4 := facts["int4"]:
+        yield (
+            "INT4",
+            (
+                f"{int4['linears']} Linears in groups of {int4['group_size']} ({int4['packing']}), "
+                f"{int4['parameters']:,} parameters, {human_bytes(int4['bytes'])}"
+            ),
+        )
     yield "template", facts["template"] or _NO_TEMPLATE
     yield (
         "picture",

@@ -48,6 +48,10 @@ class AtenProduct:
             return f"groups of {group_size}; PyTorch's 4-bit product takes {', '.join(map(str, _GROUP_SIZES))}"
         return ""
 
+    def most_rows(self, device: torch.device) -> int | None:
+        """A few on a CPU, where every row reads the weight anew."""
+        return 4 if device.type == "cpu" else None
+
     def prepare(self, weight: Int4Weight, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """The codes in the kernels' order, and scales and offsets [I/G, O, 2] in `dtype`."""
         spare = -weight.num_outputs % _OUTPUT_TILE

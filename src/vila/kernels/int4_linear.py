@@ -31,6 +31,9 @@ class Int4Product(Protocol):
     def refusal(self, num_inputs: int, num_outputs: int, group_size: int) -> str:
         """Why it cannot take a weight of that shape; empty when it can."""
 
+    def most_rows(self, device: torch.device) -> int | None:
+        """Above so many rows the reference is faster there; None for never."""
+
     def prepare(self, weight: Int4Weight, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """What `multiply` reads, made once; empty when it reads codes, scales and zeros themselves."""
 
@@ -140,8 +143,11 @@ class Int4Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] to [..., O]."""
-        operands = tuple(getattr(self, name) for name in self._operands)
-        y_MO = self._product.multiply(x.reshape(-1, self.in_features), operands, self.group_size, self.bias)
+        x_MI = x.reshape(-1, self.in_features)
+        most = self._product.most_rows(x.device)
+        product, names = (self._product, self._operands) if most is None or len(x_MI) <= most else (REFERENCE, _STORED)
+        operands = tuple(getattr(self, name) for name in names)
+        y_MO = product.multiply(x_MI, operands, self.group_size, self.bias)
         return y_MO[:, : self.out_features].reshape(*x.shape[:-1], self.out_features)
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:

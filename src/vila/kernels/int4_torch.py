@@ -27,6 +27,10 @@ class TorchProduct:
         """Nothing: it takes every shape."""
         return ""
 
+    def most_rows(self, device: torch.device) -> int | None:
+        """None: this is the reference."""
+        return None
+
     def prepare(self, weight: Int4Weight, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Nothing: it reads the storage itself."""
         return ()

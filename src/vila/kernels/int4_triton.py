@@ -229,6 +229,10 @@ class TritonProduct:
             return f"groups of {group_size}; our Triton kernels take powers of two from 16"
         return ""
 
+    def most_rows(self, device: torch.device) -> int | None:
+        """None: it has a kernel for many rows."""
+        return None
+
     def prepare(self, weight: Int4Weight, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Nothing: the kernels read the storage itself."""
         return ()

@@ -14,7 +14,10 @@ from transformers.initialization import no_init_weights
 
 from vila.core.errors import LayoutError
 from vila.families.card import find_family
+from vila.kernels.int4_layout import Int4Weight, dequantize
+from vila.kernels.int4_linear import Int4Linear
 from vila.model.layouts.protocol import Checkpoint
+from vila.model.packed import PackedWeight, read_packed
 from vila.model.vila import VilaForConditionalGeneration
 from vila.model.weights import Piece, published_names, read_pieces
 
@@ -27,9 +30,12 @@ def build_model(
     dtype: torch.dtype | None = None,
     device: Device = "cpu",
     device_map: DeviceMap | None = None,
+    *,
+    int4: bool = True,
 ) -> VilaForConditionalGeneration:
     """The model in eval mode. `dtype=None` keeps the type that most of the checkpoint's weights have.
 
+    int4: keep weights that the checkpoint has in 4 bits as they are; False turns them into ordinary ones of `dtype`.
     Raises LayoutError listing every weight that is missing, unclaimed or of another shape.
     """
     # Nothing is drawn that a file will overwrite; buffers are computed for real.
@@ -40,11 +46,15 @@ def build_model(
     found = {here.get(name, name): piece for name, piece in checkpoint.pieces.items()}
     _account_for(checkpoint, found, expected)
     dtype = dtype or _main_dtype(checkpoint)
+    if int4:
+        _make_room(model, checkpoint.int4)
     placed = _device_map(model, dtype, device_map) if device_map else {"": torch.device(device)}
     pieces = {name: piece for name, piece in found.items() if name in expected}
     targets = {name: (dtype, _place(name, placed)) for name in pieces}
     for name, tensor in read_pieces(pieces, targets):
         _set(model, name, tensor)
+    for name, weight in read_packed(checkpoint.int4):
+        _set_packed(model, name, weight.to(_place(name, placed)), dtype)
     model.tie_weights()
     model.config.dtype = dtype
     if checkpoint.generation:
@@ -60,8 +70,10 @@ def _account_for(checkpoint: Checkpoint, found: Mapping[str, Piece], expected: M
     problems = []
     # A tied head has one name among the parameters and may have two in the file.
     also = {"language_model.lm_head.weight"} if checkpoint.config.text_config.tie_word_embeddings else set()
-    missing = sorted(expected.keys() - found.keys() - also)
-    unclaimed = sorted([*checkpoint.unclaimed, *(found.keys() - expected.keys() - also)])
+    packed = {f"{name}.weight": weight for name, weight in checkpoint.int4.items()}
+    missing = sorted(expected.keys() - found.keys() - packed.keys() - also)
+    surplus = (found.keys() | packed.keys()) - expected.keys() - also
+    unclaimed = sorted([*checkpoint.unclaimed, *surplus, *(found.keys() & packed.keys())])
     for names, what in ((missing, "missing"), (unclaimed, "unclaimed")):
         if names:
             problems.append(f"{len(names)} weights {what} ({', '.join(names)})")
@@ -70,6 +82,12 @@ def _account_for(checkpoint: Checkpoint, found: Mapping[str, Piece], expected: M
         if piece is not None and piece.shape != tuple(parameter.shape):
             problems.append(
                 f"{piece.name} has shape {piece.shape} in {piece.file.path.name}, "
+                f"the config asks for {tuple(parameter.shape)}"
+            )
+        if name in packed and packed[name].shape != tuple(parameter.shape):
+            codes = packed[name].parts["qweight"]
+            problems.append(
+                f"{codes.name} {codes.shape} holds a weight {packed[name].shape} in {codes.file.path.name}, "
                 f"the config asks for {tuple(parameter.shape)}"
             )
     if problems:
@@ -108,4 +126,31 @@ def _place(name: str, placed: Mapping[str, Any]) -> torch.device:
 def _set(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
-    setattr(module, leaf, nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))
+    if isinstance(module, Int4Linear):
+        # Its bias is no parameter: it is not trained either.
+        setattr(module, leaf, tensor)
+    else:
+        setattr(module, leaf, nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))
+
+
+def _make_room(model: nn.Module, packed: Mapping[str, PackedWeight]) -> None:
+    """Put empty 4-bit layers where weights are in 4 bits, so that sizes are known before any is read."""
+    for name, weight in packed.items():
+        linear: nn.Linear = model.get_submodule(name)  # type: ignore[assignment]
+        layer = Int4Linear(
+            linear.in_features,
+            linear.out_features,
+            group_size=weight.group_size,
+            bias=linear.bias is not None,
+            scale_dtype=weight.scale_dtype,
+            device="meta",
+        )
+        model.set_submodule(name, layer)
+
+
+def _set_packed(model: nn.Module, name: str, weight: Int4Weight, dtype: torch.dtype) -> None:
+    module = model.get_submodule(name)
+    if isinstance(module, Int4Linear):
+        module.codes, module.scales, module.zeros = weight.codes, weight.scales, weight.zeros
+    else:
+        _set(model, f"{name}.weight", dequantize(weight, dtype))

@@ -23,12 +23,14 @@ _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FOLDERS = ("", "llm", "vision_tower", "mm_projector")
 _TEXTS = re.compile(
     r"(config|generation_config|preprocessor_config|processor_config|video_preprocessor_config|adapter_config|"
+    r"quant_config|quantize_config|"
     r"tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template|.*\.index)\.json"
     r"|tokenizer\.model|merges\.txt|chat_template\.jinja"
 )
 _OTHER_WEIGHTS = ("mm_projector.bin", "non_lora_trainables.bin", "adapter_model.bin", "adapter_model.safetensors")
 _SAFETENSORS = re.compile(r"model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 _BIN = re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin(\.index\.json)?")
+_TINYCHAT = re.compile(r".*v2\.pt")
 
 
 def local_folder(source: str | Path, revision: str | None = None) -> Path:
@@ -88,8 +90,8 @@ def needed_files(names: Sequence[str]) -> list[str]:
     for folder in _FOLDERS:
         inside = [name for name in names if _parent(name) == folder]
         bases = {name: PurePosixPath(name).name for name in inside}
-        safe = any(_SAFETENSORS.fullmatch(base) for base in bases.values())
-        weights = _SAFETENSORS if safe else _BIN
+        forms = (_SAFETENSORS, _BIN, _TINYCHAT)
+        weights = next((form for form in forms if any(map(form.fullmatch, bases.values()))), _SAFETENSORS)
         for name, base in bases.items():
             index = base.endswith(".index.json")
             if weights.fullmatch(base) or base in _OTHER_WEIGHTS or (not index and _TEXTS.fullmatch(base)):

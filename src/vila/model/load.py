@@ -26,9 +26,11 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Understand a checkpoint without reading its weights.
 
-    path:     a directory in any layout known here, or a hub id `owner/name`, of which the needed files are fetched.
+    path:     a directory in any layout known here, TinyChat's `.pt` file, or a hub id `owner/name`, of which the needed
+              files are fetched.
     template: conversation template, where the checkpoint does not say which or should use another.
-    base:     directory or hub id of the LLM that a stage-1 or LoRA directory belongs to.
+    base:     directory or hub id of the LLM that a stage-1 or LoRA directory belongs to, or of the 16-bit model that a
+              `.pt` file was made from.
     revision: branch, tag or commit of the hub repository.
     Raises LayoutError, DownloadError or UnknownNameError.
     """
@@ -49,15 +51,18 @@ def load_model(
     base: str | Path | None = None,
     revision: str | None = None,
     device_map: DeviceMap | None = None,
+    int4: bool = True,
 ) -> tuple[VilaForConditionalGeneration, VilaProcessor]:
     """Model (eval mode) and processor of a checkpoint; see `open_checkpoint` for where it may lie.
 
     dtype:      of the weights in memory; `auto` keeps that of the files, whose pages are then mapped, not copied.
     device_map: `auto` or a mapping of module names to devices spreads the model with accelerate instead of `device`.
+    int4:       keep weights that the checkpoint has in 4 bits so; False gives an ordinary model with the same values.
     Raises LayoutError when the path is not a checkpoint or its weights do not match its config.
     """
     checkpoint = open_checkpoint(path, template=template, base=base, revision=revision)
-    return build_model(checkpoint, _dtype(dtype), device, device_map), checkpoint.processor
+    model = build_model(checkpoint, _dtype(dtype), device, device_map, int4=int4)
+    return model, checkpoint.processor
 
 
 def save_model(

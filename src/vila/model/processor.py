@@ -55,6 +55,12 @@ class VilaProcessor(ProcessorMixin):
         """How pictures become pixels and how many tokens each takes."""
         return VisionSpec.from_dict(self.vision_spec)
 
+    def with_image_mode(self, mode: ImageMode) -> VilaProcessor:
+        """This processor, making pictures square in another way."""
+        return VilaProcessor(
+            self.tokenizer, {**self.vision_spec, "image_mode": mode}, self.template, self.image_token_id
+        )
+
     @cached_property
     def span_tokenizer(self) -> SpanTokenizer:
         """The tokenizer as the walk needs it."""

@@ -19,19 +19,18 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from vila.core.errors import LayoutError
-from vila.core.files import write_json
+from vila.core.files import read_json
 
 Shape = tuple[int, ...]
 Get = Callable[[str], Tensor]
 Change = Callable[[Tensor], Tensor]
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -43,6 +42,7 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+"""Types of numbers as .safetensors files name them."""
 
 
 class WeightFile(Protocol):
@@ -80,9 +80,9 @@ class SafetensorsFile:
             for name in file.keys():  # noqa: SIM118 - not a dict
                 part = file.get_slice(name)
                 kind = part.get_dtype()
-                if kind not in _DTYPES:
-                    raise LayoutError(f"{self.path}: {name} has type {kind}; known are {', '.join(_DTYPES)}")
-                out[name] = (tuple(part.get_shape()), _DTYPES[kind])
+                if kind not in DTYPES:
+                    raise LayoutError(f"{self.path}: {name} has type {kind}; known are {', '.join(DTYPES)}")
+                out[name] = (tuple(part.get_shape()), DTYPES[kind])
         return out
 
     @contextmanager
@@ -139,6 +139,11 @@ class TorchFile:
             raise LayoutError(f"{self.path}: cannot be read ({reason}); it may be cut short, copy it again") from error
         if not isinstance(held, dict):
             raise LayoutError(f"{self.path}: holds a {type(held).__name__}, not weights by name")
+        if held and held.keys() <= {"scale", "clip"}:
+            raise LayoutError(
+                f"{self.path}: the result of an AWQ search, not weights; give it to vila quantize --reuse, with the "
+                "16-bit model"
+            )
         wrong = [str(name) for name, value in held.items() if not isinstance(value, Tensor)]
         if wrong:
             raise LayoutError(f"{self.path}: not weights: {', '.join(wrong[:5])} is no tensor")
@@ -242,8 +247,6 @@ def published_names(model: PreTrainedModel) -> dict[str, str]:
 
 def find_files(folder: Path) -> list[WeightFile]:
     """The weight files of a directory, safetensors first. Raises LayoutError naming missing shards, or that none is."""
-    from vila.core.files import read_json
-
     for index, single in zip(INDEXES, SINGLES, strict=True):
         if (folder / index).is_file():
             named = read_json(folder / index).get("weight_map", {})
@@ -260,36 +263,28 @@ def find_files(folder: Path) -> list[WeightFile]:
     loose = sorted(folder.glob("*.safetensors"))
     if len(loose) == 1:
         return [weight_file(loose[0])]
+    if pickled := pickled_files(folder):
+        return list(map(weight_file, pickled))
     raise LayoutError(f"{folder}: no weights (looked for {', '.join([*SINGLES, *INDEXES])})")
+
+
+def pickled_files(folder: Path) -> list[Path]:
+    """The files of torch.save that a directory's weights are: one for each tensor, the only one, or the newest form.
+
+    TinyChat calls its second form `...v2.pt`. Raises LayoutError when several could be meant; [] for none.
+    """
+    paths = sorted(folder.glob("*.pt"))
+    if len(paths) < 2 or any(path.name.endswith(".qweight.pt") for path in paths):
+        return paths
+    second = [path for path in paths if path.name.endswith("v2.pt")]
+    if len(second) == 1:
+        return second
+    raise LayoutError(
+        f"{folder}: {len(paths)} .pt files, and nothing says which holds the weights "
+        f"({', '.join(path.name for path in paths[:5])}); give the path of that file"
+    )
 
 
 def weight_file(path: Path) -> WeightFile:
     """A file of tensors by its suffix."""
     return SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)
-
-
-def write_weights(tensors: Mapping[str, Tensor], folder: Path, shard_size: int = 5 * 10**9) -> None:
-    """Write model.safetensors, or shards of at most `shard_size` bytes and their index, into an existing directory."""
-    shards: list[dict[str, Tensor]] = [{}]
-    filled = 0
-    for name, tensor in tensors.items():
-        size = tensor.numel() * tensor.element_size()
-        if shards[-1] and filled + size > shard_size:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = tensor
-        filled += size
-    if len(shards) == 1:
-        _save(shards[0], folder / SINGLES[0])
-        return
-    where = {}
-    for number, shard in enumerate(shards, start=1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _save(shard, folder / name)
-        where.update(dict.fromkeys(shard, name))
-    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    write_json(folder / INDEXES[0], {"metadata": {"total_size": total}, "weight_map": where})
-
-
-def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,11 +18,13 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from tests import tiny
 from tests.model.layouts.published import FIXTURES, LLM, TOKENIZER, TOWER, llava_v1
 from tests.model.layouts.test_published import PICTURES, picture
 from vila.core.errors import LayoutError
 from vila.core.types import Message
 from vila.model.load import load_model, save_model
+from vila.model.processor import VilaProcessor
 
 THIRD = picture(2, (56, 56))
 
@@ -186,3 +189,18 @@ def test_conversation_renders_alike_with_the_stock_chat_template(tmp_path):
     ours = processor.tokens([Message.of(m["role"], m["content"][0]["text"]) for m in messages])
     ids = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"]
     assert list(ids[0] if isinstance(ids[0], list) else ids) == ours.ids
+
+
+def test_pictures_larger_than_the_towers_own_stay_so(tmp_path):
+    model, small = tiny.vila()
+    model.config.select_layer = -2
+    spec = replace(small.spec, image_size=56, tokens_per_image=16)
+    model.config.vision_spec = spec.to_dict()
+    processor = VilaProcessor(tiny.tokenizer(), vision_spec=spec.to_dict(), template="starter_qa")
+    save_model(model, processor, tmp_path / "model", "llava-hf")
+    again, its = load_model(tmp_path / "model")
+    assert its.spec == spec
+    inputs = its(text="<image>What?", images=[tiny.picture(0, (56, 56))], return_tensors="pt")
+    expected = processor(text="<image>What?", images=[tiny.picture(0, (56, 56))], return_tensors="pt")
+    assert torch.equal(inputs["pixel_values"], expected["pixel_values"])
+    assert torch.equal(again(**inputs).logits, model(**expected).logits)

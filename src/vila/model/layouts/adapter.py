@@ -52,6 +52,11 @@ class AdapterLayout:
         """
         home = base or find_base(folder)
         under = detect_layout(home).open(home)
+        if under.int4:
+            raise LayoutError(
+                f"{home}: its weights are in 4 bits, which no adapter can be merged into; give the 16-bit model that "
+                "they were made from as base= or --base, and quantize what comes out"
+            )
         config, processor = under.config, under.processor
         if (folder / "config.json").is_file():
             config = VilaConfig.from_pretrained(folder, local_files_only=True)

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
-from torch import Tensor
 from transformers import AddedToken, AutoConfig
 
 from vila.chat.templates import find_template
@@ -33,8 +32,9 @@ from vila.model.layouts.published import (
     text_config,
     write_tokenizer,
 )
+from vila.model.layouts.storage import FULL, Storage
 from vila.model.layouts.towers import tower_facts
-from vila.model.weights import Piece, find_files, pieces_of, state_of, write_weights
+from vila.model.weights import Piece, find_files, pieces_of
 
 IMAGE = "<image>"
 _CLASSIC: Prefixes = (
@@ -88,7 +88,7 @@ class LlavaHfLayout:
         image_facts = _image_facts(folder)
         vila_config, processor = compose(
             llm=llm,
-            tower=tower_facts(config.vision_config, image_facts),
+            tower=tower_facts(config.vision_config, image_facts, _picture_side(image_facts)),
             tokenizer=tokenizer,
             projector=projector,
             select_layer=config.vision_feature_layer,
@@ -103,19 +103,36 @@ class LlavaHfLayout:
 
     def write(self, model: Any, processor: Any, folder: Path) -> None:
         """Write model, processor, tokenizer with `<image>`, chat template and generation config."""
-        config = model.config
-        _refuse_to_write(config, processor)
-        tokenizer = copy.deepcopy(processor.tokenizer)
-        tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)
-        image_id = tokenizer.convert_tokens_to_ids(IMAGE)
-        rows = max(config.text_config.vocab_size, image_id + 1)
-        weights = _weights(model, rows)
-        with atomic_path(folder) as part:
-            part.mkdir()
-            write_weights(weights, part)
-            write_json(part / "config.json", _config(config, processor, image_id, rows), indent=2)
-            _write_processor(processor, tokenizer, config, part)
-            _write_generation(model, processor, image_id, part)
+        write_llava(model, processor, folder, FULL)
+
+
+def _picture_side(image_facts: Mapping[str, Any]) -> int | None:
+    """Side of the pictures that the processor makes: a tower may read others than its config's, as DINOv2 does."""
+    for key, side in (("crop_size", "height"), ("size", "height"), ("size", "shortest_edge")):
+        given = image_facts.get(key)
+        if isinstance(given, int) or (isinstance(given, Mapping) and side in given):
+            return int(given if isinstance(given, int) else given[side])
+    return None
+
+
+def write_llava(model: Any, processor: Any, folder: Path, storage: Storage) -> None:
+    """Write everything that stock code reads, the weights in `storage`. Raises LayoutError as `refuse_to_write`."""
+    refuse_to_write(model.config, processor)
+    config = storage.config(model)
+    tokenizer = copy.deepcopy(processor.tokenizer)
+    tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE)
+    rows = max(config.text_config.vocab_size, image_id + 1)
+    weights = storage.stored(_weights(storage.state(model), config, rows))
+    facts = _config(config, processor, image_id, rows)
+    if storage.facts:
+        facts["quantization_config"] = dict(storage.facts)
+    with atomic_path(folder) as part:
+        part.mkdir()
+        storage.save(weights, part)
+        write_json(part / "config.json", facts, indent=2)
+        _write_processor(processor, tokenizer, config, part)
+        _write_generation(model, processor, image_id, part)
 
 
 def _refuse(folder: Path, config: Any) -> None:
@@ -166,7 +183,8 @@ def _remove_image_token(tokenizer: Any) -> None:
     tokenizer._tokenizer = Tokenizer.from_str(json.dumps(spec))
 
 
-def _refuse_to_write(config: Any, processor: Any) -> None:
+def refuse_to_write(config: Any, processor: Any) -> None:
+    """Raises LayoutError for what stock LLaVA cannot express."""
     kind = config.vision_config.model_type
     if config.s2_scales or config.projector_type not in ("linear", "mlp2x_gelu"):
         what = "S2 features" if config.s2_scales else f"the projector {config.projector_type}"
@@ -186,13 +204,12 @@ def _refuse_to_write(config: Any, processor: Any) -> None:
         )
 
 
-def _weights(model: Any, rows: int) -> dict[str, Tensor]:
+def _weights(state: dict[str, Any], config: Any, rows: int) -> dict[str, Any]:
     """Weights by LLaVA's classic names, with `rows` rows of embeddings and head."""
-    config = model.config
-    state = state_of(model)
     for name in _VOCABULARY:
         if name in state and rows > state[name].shape[0]:
-            mean = state[name].float().mean(0, keepdim=True).to(state[name].dtype)
+            # Of the numbers as they are stored, so that a model that is written again gets the same row.
+            mean = state[name].to(config.dtype).float().mean(0, keepdim=True).to(state[name].dtype)
             state[name] = torch.cat([state[name], mean.expand(rows - state[name].shape[0], -1)])
     if config.projector_type == "linear":
         for leaf in ("weight", "bias"):

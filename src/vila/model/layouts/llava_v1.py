@@ -25,9 +25,10 @@ from vila.model.layouts.published import (
     text_config,
     write_tokenizer,
 )
+from vila.model.layouts.storage import FULL, Storage
 from vila.model.layouts.towers import OTHER_HALF, TowerFacts, image_mode_of, known_tower, read_tower
 from vila.model.layouts.vision_folder import write_tower
-from vila.model.weights import Piece, find_files, pieces_of, state_of, weight_file, write_weights
+from vila.model.weights import Piece, find_files, pieces_of, weight_file
 
 LLM_TYPES = {
     "llava": "llama",
@@ -101,32 +102,42 @@ class LlavaV1Layout:
 
     def write(self, model: Any, processor: Any, folder: Path) -> None:
         """Write in this layout. A published tower is named and kept in the file, another one gets a folder beside."""
-        config = model.config
-        llm = config.text_config
-        if config.projector_type == "mlp_downsample" or config.s2_scales:
-            what = "S2 features" if config.s2_scales else "the projector mlp_downsample"
-            raise LayoutError(f"{what} cannot be written as llava-v1: its code has none; use vila-v15 or native")
-        if config.vision_config.model_type != "clip_vision_model":
-            raise LayoutError(
-                f"a {config.vision_config.model_type} tower cannot be written as llava-v1: its code builds CLIP only"
-            )
-        if llm.model_type not in _ARCHITECTURES:
-            raise LayoutError(f"an LLM of type {llm.model_type!r} cannot be written as llava-v1")
-        state = state_of(model)
-        # LLaVA-1.5's code knows no tied head.
-        state["language_model.lm_head.weight"] = model.get_output_embeddings().weight.detach()
-        with atomic_path(folder) as part:
-            part.mkdir()
-            source = config.vision_source
-            if not source:
-                source = _TOWER
-                write_tower(model, processor.spec, part / _TOWER)
-                state = {name: t for name, t in state.items() if not name.startswith("vision_tower.")}
-            write_weights({to_theirs(name, PREFIXES): tensor for name, tensor in state.items()}, part)
-            write_json(part / "config.json", _config(config, processor, source), indent=2)
-            if model.generation_config is not None:
-                model.generation_config.save_pretrained(part)
-            write_tokenizer(processor.tokenizer, part, processor.template)
+        write_llava_v1(model, processor, folder, FULL)
+
+
+def refuse_to_write(config: Any) -> None:
+    """Raises LayoutError for what LLaVA-1.5's code cannot express."""
+    if config.projector_type == "mlp_downsample" or config.s2_scales:
+        what = "S2 features" if config.s2_scales else "the projector mlp_downsample"
+        raise LayoutError(f"{what} cannot be written as llava-v1: its code has none; use vila-v15 or native")
+    if config.vision_config.model_type != "clip_vision_model":
+        raise LayoutError(
+            f"a {config.vision_config.model_type} tower cannot be written as llava-v1: its code builds CLIP only"
+        )
+    if config.text_config.model_type not in _ARCHITECTURES:
+        raise LayoutError(f"an LLM of type {config.text_config.model_type!r} cannot be written as llava-v1")
+
+
+def write_llava_v1(model: Any, processor: Any, folder: Path, storage: Storage) -> None:
+    """Write the directory, its weights in `storage`. Raises LayoutError as `refuse_to_write`."""
+    refuse_to_write(model.config)
+    config = storage.config(model)
+    state = storage.state(model)
+    # LLaVA-1.5's code knows no tied head.
+    state["language_model.lm_head.weight"] = model.get_output_embeddings().weight.detach()
+    state = storage.stored(state)
+    with atomic_path(folder) as part:
+        part.mkdir()
+        source = config.vision_source
+        if not source:
+            source = _TOWER
+            write_tower(model, processor.spec, part / _TOWER, storage)
+            state = {name: t for name, t in state.items() if not name.startswith("vision_tower.")}
+        storage.save({to_theirs(name, PREFIXES): tensor for name, tensor in state.items()}, part)
+        write_json(part / "config.json", _config(config, processor, source), indent=2)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(part)
+        write_tokenizer(processor.tokenizer, part, processor.template)
 
 
 def _llm_and_projector(folder: Path, base: Path | None, facts: Mapping[str, Any]) -> tuple[dict[str, Piece], Path]:

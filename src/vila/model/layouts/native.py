@@ -9,9 +9,10 @@ from vila.core.files import atomic_path
 from vila.model.config import VilaConfig
 from vila.model.layouts.protocol import Checkpoint
 from vila.model.layouts.published import generation_facts, read_config, write_tokenizer
+from vila.model.layouts.storage import FULL, Storage
 from vila.model.processor import VilaProcessor
 from vila.model.vila import VilaForConditionalGeneration
-from vila.model.weights import find_files, pieces_of, state_of, write_weights
+from vila.model.weights import find_files, pieces_of
 
 
 class NativeLayout:
@@ -38,16 +39,25 @@ class NativeLayout:
         return Checkpoint(folder, config, processor, pieces_of(find_files(folder)), (), generation_facts(folder))
 
     def write(self, model: VilaForConditionalGeneration, processor: VilaProcessor, folder: Path) -> None:
-        """Write model and processor; an existing directory is replaced."""
-        with atomic_path(folder) as part:
-            part.mkdir()
-            write_weights(state_of(model), part)
-            model.config.architectures = [type(model).__name__]
-            model.config.save_pretrained(part)
-            if model.generation_config is not None:
-                model.generation_config.save_pretrained(part)
-            processor.save_pretrained(part)
-            write_tokenizer(processor.tokenizer, part, processor.template)
+        """Write model and processor; an existing directory is replaced. Raises LayoutError for a model in 4 bits."""
+        write_native(model, processor, folder, FULL)
+
+
+def write_native(model: VilaForConditionalGeneration, processor: VilaProcessor, folder: Path, storage: Storage) -> None:
+    """Write model and processor, the weights in `storage`."""
+    weights = storage.stored(storage.state(model))
+    config = storage.config(model)
+    config.architectures = [type(model).__name__]
+    if storage.facts:
+        config.quantization_config = dict(storage.facts)
+    with atomic_path(folder) as part:
+        part.mkdir()
+        storage.save(weights, part)
+        config.save_pretrained(part)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(part)
+        processor.save_pretrained(part)
+        write_tokenizer(processor.tokenizer, part, processor.template)
 
 
 LAYOUT = NativeLayout()

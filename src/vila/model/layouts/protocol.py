@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from vila.core.errors import LayoutError
 from vila.core.registry import Registry
 from vila.model.config import VilaConfig
+from vila.model.packed import PackedWeight
 from vila.model.processor import VilaProcessor
 from vila.model.weights import Piece
 
@@ -21,6 +22,7 @@ class Checkpoint:
     pieces:     where each weight of ours lies, by our names.
     unclaimed:  tensors of its files that mean nothing to us; loading refuses them by name.
     generation: what generation_config.json says, for `model.generate`.
+    int4:       weights of Linears that are in 4 bits, by our names of the Linears; they are not among the pieces.
     """
 
     folder: Path
@@ -29,6 +31,7 @@ class Checkpoint:
     pieces: Mapping[str, Piece]
     unclaimed: Sequence[str] = ()
     generation: Mapping[str, Any] = field(default_factory=dict)
+    int4: Mapping[str, PackedWeight] = field(default_factory=dict)
 
 
 class ReadLayout(Protocol):
@@ -47,7 +50,7 @@ class ReadLayout(Protocol):
 
 
 class ModelLayout(ReadLayout, Protocol):
-    """A layout in which any model of ours can also be written."""
+    """A layout in which models of ours can also be written."""
 
     def write(self, model: Any, processor: VilaProcessor, folder: Path) -> None:
         """Write atomically, replacing a directory. Raises LayoutError for what the layout cannot express."""
@@ -60,24 +63,43 @@ LAYOUTS: Registry[ModelLayout] = Registry(
         "llava-hf": "vila.model.layouts.llava_hf:LAYOUT",
         "vila-v15": "vila.model.layouts.vila_v15:LAYOUT",
         "llava-v1": "vila.model.layouts.llava_v1:LAYOUT",
+        "awq-hf": "vila.model.layouts.awq_hf:LAYOUT",
+        "tinychat": "vila.model.layouts.tinychat:LAYOUT",
     },
 )
+
+QUANTIZED = ("tinychat", "awq-hf")
+"""Layouts of models in 4 bits. A directory may be in the first and have what the second is known by."""
 
 READ_ONLY: Registry[ReadLayout] = Registry("layout of adapters", {"adapter": "vila.model.layouts.adapter:LAYOUT"})
 """Layouts of directories that need another one; training writes them, and what is read from them can be converted."""
 
 
+PICKLED = ".pt"
+"""Suffix of the one kind of file that is a model's weights by itself; what else belongs to it lies around it."""
+
+
 def detect_layout(folder: Path) -> ReadLayout:
-    """The layout of a directory. Raises LayoutError saying what the path is instead."""
+    """The layout of a directory, or of a `.pt` file. Raises LayoutError saying what the path is instead."""
     if not folder.exists():
         raise LayoutError(f"{folder}: no such directory")
-    if not folder.is_dir():
+    if folder.is_file() and folder.suffix != PICKLED:
         raise LayoutError(f"{folder}: a model is a directory, this is a file")
-    # An adapter's directory also has the config of the whole model: it is asked first.
-    for table in (READ_ONLY, LAYOUTS):
-        for name in table:
-            layout: ReadLayout = table[name]
-            if layout.recognises(folder):
-                return layout
+    # The directory of an adapter also has the config of the whole model, and that of a 4-bit model looks like another
+    # one but for what it holds: they are asked first.
+    for name in READ_ONLY:
+        if READ_ONLY[name].recognises(folder):
+            return READ_ONLY[name]
+    for name in (*QUANTIZED, *(name for name in LAYOUTS if name not in QUANTIZED)):
+        if LAYOUTS[name].recognises(folder):
+            return LAYOUTS[name]
     found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
     raise LayoutError(f"{folder}: not a model in a layout known here ({', '.join(LAYOUTS)}); it holds {found}")
+
+
+def detect_full_precision(folder: Path) -> ReadLayout | None:
+    """The layout that a directory would have if its weights were in full precision; None when it has none."""
+    for name in LAYOUTS:
+        if name not in QUANTIZED and LAYOUTS[name].recognises(folder):
+            return LAYOUTS[name]
+    return None

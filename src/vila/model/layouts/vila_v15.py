@@ -20,9 +20,11 @@ from vila.model.layouts.published import (
     text_config,
     write_tokenizer,
 )
+from vila.model.layouts.storage import FULL, Storage
 from vila.model.layouts.towers import OTHER_HALF, TowerFacts, image_mode_of, intern_vit_pieces, read_tower
 from vila.model.layouts.vision_folder import write_tower
-from vila.model.weights import Piece, find_files, pieces_of, state_of, write_weights
+from vila.model.weights import Piece, find_files, pieces_of
+from vila.model.written import write_weights
 
 _PARTS = {"llm": "llm_cfg", "vision_tower": "vision_tower_cfg", "mm_projector": "mm_projector_cfg"}
 _TOWERS = ("clip_vision_model", "siglip_vision_model", "internvl_vision")
@@ -70,16 +72,24 @@ class VilaV15Layout:
 
     def write(self, model: Any, processor: Any, folder: Path) -> None:
         """Write the three folders."""
-        kind = model.config.vision_config.model_type
-        if kind not in _TOWERS:
-            raise LayoutError(f"a {kind} tower cannot be written as vila-v15: its code builds CLIP, SigLIP, InternViT")
-        with atomic_path(folder) as part:
-            part.mkdir()
-            write_tower(model, processor.spec, part / "vision_tower")
-            _write_llm(model, processor, part / "llm")
-            _write_projector(model, part / "mm_projector")
-            configs = {key: read_config(part / name) for name, key in _PARTS.items()}
-            write_json(part / "config.json", {**_config(model.config, processor), **configs}, indent=2)
+        write_folders(model, processor, folder, FULL)
+
+
+def write_folders(model: Any, processor: Any, folder: Path, storage: Storage) -> None:
+    """Write the three folders, the LLM's weights in `storage`. Raises LayoutError for a tower of another kind."""
+    kind = model.config.vision_config.model_type
+    if kind not in _TOWERS:
+        raise LayoutError(f"a {kind} tower cannot be written as vila-v15: its code builds CLIP, SigLIP, InternViT")
+    config = storage.config(model)
+    weights = storage.stored(storage.state(model.language_model))
+    with atomic_path(folder) as part:
+        part.mkdir()
+        write_tower(model, processor.spec, part / "vision_tower", storage)
+        _write_llm(model, processor, part / "llm", config)
+        storage.save(weights, part / "llm")
+        _write_projector(model, part / "mm_projector", storage)
+        configs = {key: read_config(part / name) for name, key in _PARTS.items()}
+        write_json(part / "config.json", {**_config(config, processor), **configs}, indent=2)
 
 
 def _part(folder: Path, facts: Mapping[str, Any], part: str, key: str) -> Path:
@@ -110,19 +120,17 @@ def _tower_pieces(folder: Path, tower: TowerFacts) -> tuple[dict[str, Piece], li
     return claim(pieces, tower.prefixes, ignore=OTHER_HALF)
 
 
-def _write_llm(model: Any, processor: Any, folder: Path) -> None:
+def _write_llm(model: Any, processor: Any, folder: Path, config: Any) -> None:
     folder.mkdir()
-    llm = model.config.text_config
-    facts = llm.to_dict()
+    facts = config.text_config.to_dict()
     facts.pop("dtype", None)
-    facts["torch_dtype"] = str(model.config.dtype).removeprefix("torch.")
+    facts["torch_dtype"] = str(config.dtype).removeprefix("torch.")
     facts["architectures"] = [type(model.language_model).__name__]
     rope = facts.get("rope_parameters") or {}
     facts.update(_old_rope(rope))
     write_json(folder / "config.json", facts, indent=2)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
-    write_weights(state_of(model.language_model), folder)
     write_tokenizer(processor.tokenizer, folder, processor.template)
 
 
@@ -133,7 +141,7 @@ def _old_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
     return {"rope_theta": rope.get("rope_theta", 10000.0), "rope_scaling": None if kind == "default" else stretched}
 
 
-def _write_projector(model: Any, folder: Path) -> None:
+def _write_projector(model: Any, folder: Path, storage: Storage) -> None:
     folder.mkdir()
     facts = {
         "architectures": ["MultimodalProjector"],
@@ -142,7 +150,7 @@ def _write_projector(model: Any, folder: Path) -> None:
     }
     write_json(folder / "config.json", facts, indent=2)
     weights = {f"layers.{name}": tensor.detach() for name, tensor in model.projector.state_dict().items()}
-    write_weights(weights, folder)
+    write_weights(storage.stored(weights), folder)
 
 
 def _config(config: Any, processor: Any) -> dict[str, Any]:

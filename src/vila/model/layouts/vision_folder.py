@@ -8,17 +8,21 @@ from typing import Any
 from vila.core.errors import LayoutError
 from vila.core.files import write_json
 from vila.core.vision_spec import VisionSpec
+from vila.model.layouts.storage import FULL, Storage
 from vila.model.layouts.towers import to_intern_vit, to_intern_vit_weights
-from vila.model.weights import state_of, write_weights
+from vila.model.weights import state_of
+from vila.model.written import write_weights
 
 _ARCHITECTURES = {"clip_vision_model": "CLIPVisionModel", "siglip_vision_model": "SiglipVisionModel"}
 
 
-def write_tower(model: Any, spec: VisionSpec, folder: Path) -> None:
-    """config.json, preprocessor_config.json and weights of the model's tower, into a new directory `folder`."""
+def write_tower(model: Any, spec: VisionSpec, folder: Path, storage: Storage = FULL) -> None:
+    """config.json, preprocessor_config.json and weights of the model's tower, into a new directory `folder`.
+
+    They are safetensors whatever `storage` says, which gives the type of the numbers.
+    """
     config = model.config.vision_config
     weights = state_of(model.vision_tower)
-    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     if config.model_type == "internvl_vision":
         facts, weights = to_intern_vit(config), to_intern_vit_weights(weights)
     elif config.model_type in _ARCHITECTURES:
@@ -27,10 +31,12 @@ def write_tower(model: Any, spec: VisionSpec, folder: Path) -> None:
         weights = {f"vision_model.{name}": tensor for name, tensor in weights.items()}
     else:
         raise LayoutError(f"a {config.model_type} tower has no published folder form; use the native layout")
+    stored = storage.stored(weights)
+    dtype = str(next(iter(stored.values())).dtype).removeprefix("torch.")
     folder.mkdir()
     write_json(folder / "config.json", {**facts, "torch_dtype": dtype}, indent=2)
     write_json(folder / "preprocessor_config.json", _preprocessor(config.model_type, spec), indent=2)
-    write_weights(weights, folder)
+    write_weights(stored, folder)
 
 
 def _preprocessor(kind: str, spec: VisionSpec) -> dict[str, Any]:
