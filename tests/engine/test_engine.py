@@ -8,7 +8,7 @@ from PIL import Image as PilImage
 
 from tests import tiny
 from tests.engine.stand import QUESTIONS, ask, endless
-from vila.core.errors import ConfigError, ContextOverflowError
+from vila.core.errors import ConfigError, ContextOverflowError, DataError
 from vila.core.types import Image, Message
 from vila.engine.engine import Engine
 from vila.engine.request import Sampling
@@ -155,3 +155,9 @@ def test_attention_that_the_masks_do_not_describe_is_refused():
     model.set_attn_implementation("eager")
     with pytest.raises(ConfigError, match="attention 'eager': masks are made for 'sdpa'"):
         Engine(model, processor)
+
+
+def test_a_prompt_without_a_token_is_refused(engine):
+    """With the template that adds nothing; a batcher's neighbours would all end with it."""
+    with pytest.raises(DataError, match="no token"):
+        engine.generate([Message.of("user", "")], template="page", max_new_tokens=2)

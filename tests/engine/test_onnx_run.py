@@ -72,9 +72,10 @@ def test_a_checkpoint_loads_with_the_onnx_backend(saved):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"backend": "tensorflow"}, "backend='tensorflow': 'torch' or 'onnx'"),
+        ({"backend": "tensorflow"}, "backend='tensorflow': 'auto', 'torch' or 'onnx'"),
         ({"backend": "onnx", "device": "cuda"}, "not on 'cuda'"),
-        ({"head_bits": 8}, "backend='onnx'"),
+        ({"head_bits": 8}, "head_bits=8 is an option of backend='onnx'"),
+        ({"backend": "torch", "threads": 2}, "threads=2 is an option of backend='onnx'"),
         ({"backend": "onnx", "head_bits": 7}, "head_bits=7"),
     ],
 )

@@ -37,6 +37,8 @@ def answer_facts(answer: Generation, sampling: Sampling, tokenizer: Any) -> dict
     }
     if sampling.overlong == "truncate":
         facts["dropped_messages"] = answer.dropped_messages
+    if sampling.lookup:
+        facts["tried"], facts["accepted"] = answer.tried, answer.accepted
     if sampling.logprobs:
         facts["logprobs"] = [_logprob(report, tokenizer) for report in answer.logprobs]
     return facts

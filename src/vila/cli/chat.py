@@ -14,6 +14,9 @@ def chat(
     revision: options.Revision = "",
     dtype: options.DtypeFlag = options.Dtype.AUTO,
     device: options.DeviceFlag = options.Device.AUTO,
+    backend: options.BackendFlag = options.Backend.AUTO,
+    head_bits: options.HeadBits = None,
+    threads: options.Threads = None,
     max_new_tokens: options.MaxNewTokens = 512,
     temperature: options.Temperature = 0.0,
     top_k: options.TopK = 0,
@@ -22,6 +25,7 @@ def chat(
     repetition_penalty: options.RepetitionPenalty = 1.0,
     stop: options.Stop = None,
     seed: options.Seed = 0,
+    lookup: options.Lookup = 0,
     truncate: options.Truncate = False,
 ) -> None:
     """Talk to [bold]MODEL[/bold]; /image PATH adds a picture to the next question, /help lists the rest."""
@@ -44,8 +48,11 @@ def chat(
         stop=tuple(stop or ()),
         seed=seed,
         overlong="truncate" if truncate else "error",
+        lookup=lookup,
     )
-    loading = Loading(model, template, base, revision, dtype.value, device.value)
+    loading = Loading(
+        model, template, base, revision, dtype.value, device.value, backend.value, head_bits or 0, threads or 0
+    )
     console = Console(highlight=False)
     with console.status(f"loading {model}"):
         checkpoint = open_model(loading)

@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import typer
+
 from vila.core.errors import ConfigError, ContextOverflowError
+from vila.core.events import Silent
 from vila.core.types import Message
 
 if TYPE_CHECKING:
@@ -19,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Loading:
-    """Which model, and how. Empty strings stand for flags that were not given."""
+    """Which model, and how. Empty strings and zeros stand for flags that were not given."""
 
     model: str
     template: str = ""
@@ -27,6 +30,9 @@ class Loading:
     revision: str = ""
     dtype: str = "auto"
     device: str = "auto"
+    backend: str = "auto"
+    head_bits: int = 0
+    threads: int = 0
 
 
 def open_model(loading: Loading) -> Checkpoint:
@@ -36,7 +42,7 @@ def open_model(loading: Loading) -> Checkpoint:
     """
     from vila.model.load import open_checkpoint
 
-    choose_device(loading.device)
+    check_backend_flags(loading, choose_device(loading.device))
     checkpoint = open_checkpoint(
         loading.model,
         template=loading.template or None,
@@ -48,14 +54,46 @@ def open_model(loading: Loading) -> Checkpoint:
 
 
 def load_engine(checkpoint: Checkpoint, loading: Loading) -> Engine:
-    """The engine of an open checkpoint, its weights read now."""
+    """The engine of an open checkpoint, its weights read now. Which backend was chosen is said on standard error."""
+    from vila.engine.backend import choose_captured, choose_decoder
     from vila.engine.engine import Engine
+    from vila.engine.prefix import DEFAULT_BYTES
     from vila.model.build import build_model
     from vila.model.precision import choose_dtype
 
     device = choose_device(loading.device)
+    take_threads(loading.threads)
     model = build_model(checkpoint, choose_dtype(loading.dtype, device), device)
-    return Engine(model, checkpoint.processor)
+    aloud = Aloud()
+    decoder = choose_decoder(model, loading.backend, head_bits=loading.head_bits, events=aloud)
+    captured = decoder is None and choose_captured(model, aloud)
+    return Engine(model, checkpoint.processor, decoder, kept_bytes=DEFAULT_BYTES, captured=captured)
+
+
+def check_backend_flags(loading: Loading, device: str) -> None:
+    """Raises ConfigError for a backend that is unknown, missing, or cannot run on the device or with these flags."""
+    from vila.engine.backend import check_backend
+
+    try:
+        check_backend(loading.backend, loading.head_bits, 0, device)
+    except ConfigError as error:
+        raise ConfigError(_as_backend_flags(str(error))) from error
+
+
+def take_threads(count: int) -> None:
+    """Let PyTorch, and with it every backend, use so many threads; 0 leaves them as they are."""
+    import torch
+
+    if count:
+        torch.set_num_threads(count)
+
+
+class Aloud(Silent):
+    """Says lines on standard error."""
+
+    def said(self, text: str) -> None:
+        """A line for the reader."""
+        typer.echo(text, err=True)
 
 
 def choose_device(name: str) -> str:
@@ -85,6 +123,13 @@ def check_fit(config: VilaConfig, processor: VilaProcessor, messages: Sequence[M
     except ContextOverflowError as error:
         raise ContextOverflowError(_as_flags(str(error))) from error
     return dropped
+
+
+def _as_backend_flags(text: str) -> str:
+    flags = {"backend='onnx'": "--backend onnx", "head_bits=": "--head-bits ", "device='cpu'": "--device cpu"}
+    for argument, flag in flags.items():
+        text = text.replace(argument, flag)
+    return text
 
 
 def _as_flags(text: str) -> str:

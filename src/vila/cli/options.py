@@ -28,6 +28,14 @@ class Device(StrEnum):
     CUDA = "cuda"
 
 
+class Backend(StrEnum):
+    """What computes the LLM."""
+
+    AUTO = "auto"
+    TORCH = "torch"
+    ONNX = "onnx"
+
+
 _MODEL = "Model: a directory, or a hub id OWNER/NAME."
 RequiredModel = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL)]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL, show_default=False)]
@@ -53,6 +61,33 @@ DtypeFlag = Annotated[
 DtypeKept = Annotated[Dtype, typer.Option("--dtype", help="auto: as it is in the files.", rich_help_panel=_LOADING)]
 DeviceFlag = Annotated[
     Device, typer.Option("--device", help="auto: the GPU if there is one.", rich_help_panel=_LOADING)
+]
+BackendFlag = Annotated[
+    Backend,
+    typer.Option(
+        "--backend",
+        help="What computes the LLM. auto: onnx for 4-bit models on a CPU, else torch.",
+        rich_help_panel=_LOADING,
+    ),
+]
+HeadBits = Annotated[
+    int | None,
+    typer.Option(
+        "--head-bits",
+        metavar="4|8|32",
+        help="Bits of the head with --backend onnx; default: 8 for 4-bit models, else 32.",
+        show_default=False,
+        rich_help_panel=_LOADING,
+    ),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        help="Threads of a CPU; default: as many as PyTorch takes.",
+        min=1,
+        show_default=False,
+        rich_help_panel=_LOADING,
+    ),
 ]
 
 System = Annotated[str | None, typer.Option(help="System text in place of the template's own.", show_default=False)]
@@ -87,6 +122,13 @@ Stop = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the draws above temperature 0.", rich_help_panel=_SAMPLING)]
+Lookup = Annotated[
+    int,
+    typer.Option(
+        help="Try so many tokens ahead where the text repeats itself; answers stay the same. 0 is off.",
+        rich_help_panel=_SAMPLING,
+    ),
+]
 Truncate = Annotated[
     bool,
     typer.Option("--truncate", help="Drop the oldest turns of a prompt that is too long.", rich_help_panel=_SAMPLING),

@@ -63,6 +63,9 @@ def run(
     revision: options.Revision = "",
     dtype: options.DtypeFlag = options.Dtype.AUTO,
     device: options.DeviceFlag = options.Device.AUTO,
+    backend: options.BackendFlag = options.Backend.AUTO,
+    head_bits: options.HeadBits = None,
+    threads: options.Threads = None,
     max_new_tokens: options.MaxNewTokens = 128,
     temperature: options.Temperature = 0.0,
     top_k: options.TopK = 0,
@@ -75,6 +78,7 @@ def run(
         int,
         typer.Option(help="With --json: likeliest tokens to report beside each.", rich_help_panel="Sampling"),
     ] = 0,
+    lookup: options.Lookup = 0,
     truncate: options.Truncate = False,
     model_path: original.ModelPath = "",
     model_base: original.ModelBase = "",
@@ -98,6 +102,9 @@ def run(
         revision=revision,
         dtype=dtype.value,
         device=device.value,
+        backend=backend.value,
+        head_bits=head_bits or 0,
+        threads=threads or 0,
     )
     if not loading.model:
         raise ConfigError("no model; give its directory or hub id: vila run MODEL --prompt TEXT")
@@ -112,6 +119,7 @@ def run(
         logprobs=logprobs,
         seed=seed,
         overlong="truncate" if truncate else "error",
+        lookup=lookup,
     )
     asked = Asked(
         prompt=prompt,

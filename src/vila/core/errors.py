@@ -85,3 +85,27 @@ class Preempted(Interrupted):
     """A batch system or `kill` stopped long work; it is saved, so this is no failure."""
 
     exit_code = 0
+
+
+class QueueFullError(VilaError):
+    """More requests wait than the batcher holds; `retry_after` is when to ask again, in seconds."""
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class ClosedError(VilaError, RuntimeError):
+    """The batcher takes no more requests, or ended this one because it was closed."""
+
+
+class CancelledError(VilaError):
+    """Whoever asked did not want the answer any more."""
+
+
+class DeadlineError(VilaError, TimeoutError):
+    """A request was not answered within the time that it was given."""
+
+
+class NumericsError(VilaError, ArithmeticError):
+    """The model's numbers for a request are not finite."""

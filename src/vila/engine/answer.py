@@ -14,6 +14,7 @@ class Answer:
 
     stop_ids:   tokens that end the answer and are not part of it.
     stop_texts: strings that end it wherever they appear, also across token borders.
+    tried, accepted: tokens that were tried ahead, and how many of them it took.
     """
 
     detokenizer: Detokenizer
@@ -22,6 +23,8 @@ class Answer:
     ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish: FinishReason | None = None
+    tried: int = 0
+    accepted: int = 0
     _cut: int | None = None
     _read: int = 0
 
@@ -79,6 +82,8 @@ class Answer:
             prompt_tokens,
             tuple(self.logprobs),
             dropped_messages,
+            self.tried,
+            self.accepted,
         )
 
 

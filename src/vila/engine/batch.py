@@ -9,14 +9,19 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from vila.engine.cache import new_cache, row_index
+from vila.engine.cache import FilledCache, new_cache, row_index
 from vila.engine.columns import Columns
 from vila.engine.pictures import Picture, Prompt
+from vila.engine.prefix import Prefixes
+from vila.engine.slots import content_keys
 from vila.model.vila import VilaForConditionalGeneration
 
 # B rows  S tokens of a phase  D model width  V vocab
 
 Encode = Callable[[Sequence[Picture]], Tensor]
+
+_CHUNK = 2048
+"""Tokens of a row that go through the LLM at a time, which bounds the memory of a long prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +66,9 @@ def columns_needed(prompts: Sequence[Prompt], groups: Sequence[Group]) -> int:
 class Run(Protocol):
     """A batch on its way through the LLM, by one backend. Its numbers are float32, whatever it computes in."""
 
-    order: list[int]
+    @property
+    def order(self) -> list[int]:
+        """Index of the prompt that stands in each row."""
 
     def prefill(self, prompts: Sequence[Prompt], groups: Sequence[Group]) -> Tensor:
         """Logits [B, V] after each prompt, rows in `order`."""
@@ -71,6 +78,15 @@ class Run(Protocol):
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows only."""
+
+    def verify(self, ids: Sequence[int]) -> Tensor:
+        """Logits [N, V] after each of N more tokens in the only row."""
+
+    def rewind(self, count: int) -> None:
+        """Take back the last `count` tokens of the only row."""
+
+    def close(self, fed: Sequence[int]) -> None:
+        """The run is over; `fed` is what its only row has seen after the prompt."""
 
     def logits_at(self, prompts: Sequence[Prompt], places: Sequence[Sequence[int]]) -> Iterator[Tensor]:
         """Logits [N, V] after the wanted places of each of whole prompts."""
@@ -83,13 +99,18 @@ class BatchRun:
     model: VilaForConditionalGeneration
     encode: Encode
     capacity: int
+    prefixes: Prefixes | None = None
+    """Where a run of one row finds the beginning of its prompt, and leaves what it computed."""
     order: list[int] = field(default_factory=list)
     """Index of the prompt that stands in each row."""
+    _alone: Prompt | None = None
 
     def prefill(self, prompts: Sequence[Prompt], groups: Sequence[Group]) -> Tensor:
         """Logits [B, V] after each prompt, rows in `order`."""
-        self._begin(len(groups))
         self.order = [index for group in groups for index in group.members]
+        if len(prompts) == 1 and self.prefixes is not None:
+            return self._prefill_alone(prompts[0], self.prefixes)
+        self._begin(len(groups))
         if any(group.shared for group in groups):
             heads = [prompts[group.members[0]] for group in groups]
             self._append(
@@ -125,8 +146,39 @@ class BatchRun:
         self._select(rows)
         self.order = [self.order[row] for row in rows.tolist()]
 
-    def _begin(self, rows: int) -> None:
-        self.cache = new_cache(self.model.config.text_config, self.capacity)
+    def verify(self, ids: Sequence[int]) -> Tensor:
+        """Logits [N, V] after each of N more tokens in the only row."""
+        return self._logits(self._append([ids], [])[0])
+
+    def rewind(self, count: int) -> None:
+        """Take back the last `count` tokens of the only row."""
+        if count:
+            self.columns.drop(count)
+            self.cache.reset(self.columns.filled)
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether what was computed stays for later runs."""
+        return self._alone is not None
+
+    def close(self, fed: Sequence[int]) -> None:
+        """Leave the cache of a row that was alone to conversations that begin alike."""
+        if self._alone is not None and self.prefixes is not None:
+            self.prefixes.put([*content_keys(self._alone), *fed], self.cache)
+
+    def _prefill_alone(self, prompt: Prompt, prefixes: Prefixes) -> Tensor:
+        known, length = prefixes.take(prompt)
+        self._begin(1, known)
+        if length:
+            self.columns.append([length])
+        unseen = [p for (start, _), p in zip(prompt.runs, prompt.pictures, strict=True) if start >= length]
+        logits_BV = self._logits(self._append([prompt.ids[length:]], unseen)[:, -1])
+        self._alone = prompt
+        return logits_BV
+
+    def _begin(self, rows: int, cache: FilledCache | None = None) -> None:
+        self.cache = cache or new_cache(self.model.config.text_config, self.capacity)
+        self.cache.reserve(self.capacity)
         self.columns = Columns(rows, self.capacity, self.model.device)
 
     def _select(self, rows: Tensor) -> None:
@@ -140,8 +192,13 @@ class BatchRun:
         width = max(counts)
         ids_BS = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=self.model.device)
         media_NPD = self.model.project(self.encode(pictures)) if pictures else None
-        positions_BS = self.columns.append(counts)
-        return self._decoder(self.model.embed(ids_BS, media_NPD), positions_BS)
+        embeds_BSD = self.model.embed(ids_BS, media_NPD)
+        states = []
+        for start in range(0, width, _CHUNK):
+            chunk = embeds_BSD[:, start : start + _CHUNK]
+            positions_BS = self.columns.append([min(max(count - start, 0), chunk.shape[1]) for count in counts])
+            states.append(self._decoder(chunk, positions_BS))
+        return states[0] if len(states) == 1 else torch.cat(states, 1)
 
     def _decoder(self, embeds_BSD: Tensor, positions_BS: Tensor) -> Tensor:
         states: Tensor = self.model.get_decoder()(

@@ -46,6 +46,22 @@ class FilledLayer(CacheLayerMixin):
             new[:, :, : self.filled] = old[rows.to(old.device), :, : self.filled]
             setattr(self, name, new)
 
+    def reserve(self, capacity: int) -> None:
+        """Make room for at least so many columns; what is filled is copied when there was less."""
+        if self.is_initialized and capacity > self.capacity:
+            for name in ("keys", "values"):
+                old = getattr(self, name)
+                new = old.new_empty(*old.shape[:2], capacity, old.shape[3])
+                new[:, :, : self.filled] = old[:, :, : self.filled]
+                setattr(self, name, new)
+        self.capacity = max(capacity, self.capacity)
+
+    def fork(self, length: int) -> FilledLayer:
+        """A copy of the first `length` columns."""
+        other = FilledLayer(length)
+        other.update(self.keys[:, :, :length], self.values[:, :, :length])
+        return other
+
     def get_seq_length(self) -> int:
         """Filled columns."""
         return self.filled
@@ -72,6 +88,32 @@ class FilledCache(Cache):
         for layer in self.layers:
             if layer.is_initialized:
                 layer.expand(rows)
+
+    @property
+    def length(self) -> int:
+        """Columns that every layer has filled."""
+        return min(layer.filled for layer in self.layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers."""
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.layers if layer.is_initialized)
+
+    def reset(self, length: int = 0) -> None:
+        """Go back to the first `length` columns."""
+        for layer in self.layers:
+            layer.filled = length
+
+    def reserve(self, capacity: int) -> None:
+        """Make room for at least so many columns."""
+        for layer in self.layers:
+            layer.reserve(capacity)
+
+    def fork(self, length: int | None = None) -> FilledCache:
+        """A copy of the first columns, of all filled ones when `length` is None."""
+        other = FilledCache(0, 0)
+        other.layers = [layer.fork(self.length if length is None else length) for layer in self.layers]
+        return other
 
 
 def new_cache(text_config: Any, capacity: int) -> FilledCache:

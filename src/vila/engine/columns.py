@@ -17,14 +17,15 @@ from vila.model.fusion import cached_mask
 
 # B rows  Q columns of a step  K filled columns  C capacity
 
-_PADDING = -1
+PADDING = -1
+"""In place of a token's position."""
 
 
 class Columns:
     """The columns of a batch: `places_BC` has the position of each column's token in its row, -1 for padding."""
 
     def __init__(self, rows: int, capacity: int, device: torch.device) -> None:
-        self.places_BC = torch.full((rows, capacity), _PADDING, dtype=torch.long, device=device)
+        self.places_BC = torch.full((rows, capacity), PADDING, dtype=torch.long, device=device)
         self.lengths_B = torch.zeros(rows, dtype=torch.long, device=device)
         self.filled = 0
         self.padded = False
@@ -43,16 +44,22 @@ class Columns:
             self.lengths_B = self.lengths_B + width
         else:
             counts_B = torch.tensor(counts, device=self.places_BC.device)
-            new.copy_(positions_BQ.masked_fill(steps_Q >= counts_B[:, None], _PADDING))
+            new.copy_(positions_BQ.masked_fill(steps_Q >= counts_B[:, None], PADDING))
             self.lengths_B = self.lengths_B + counts_B
             self.padded = True
         self.filled += width
         return positions_BQ
 
+    def drop(self, count: int) -> None:
+        """Take back the last `count` columns, in which every row has a token."""
+        self.filled -= count
+        self.places_BC[:, self.filled : self.filled + count] = PADDING
+        self.lengths_B = self.lengths_B - count
+
     def select(self, rows: Tensor) -> None:
         """Make row i the old row rows[i]."""
         self.places_BC, self.lengths_B = self.places_BC[rows], self.lengths_B[rows]
-        self.padded = self.padded and bool((self.places_BC[:, : self.filled] == _PADDING).any())
+        self.padded = self.padded and bool((self.places_BC[:, : self.filled] == PADDING).any())
 
     def mask(self, width: int, window: int | None = None) -> Tensor | None:
         """Mask of the last `width` columns as queries: bool [B, 1, Q, K], True = may attend.
@@ -63,7 +70,7 @@ class Columns:
         if not self.padded:
             return None
         keys_BK = self.places_BC[:, : self.filled]
-        real_BK = keys_BK != _PADDING
+        real_BK = keys_BK != PADDING
         alone = width == 1 and self._last_whole
         seen = real_BK[:, None, None] if alone else cached_mask(real_BK, width)
         if window is not None:

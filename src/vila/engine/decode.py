@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 
 from vila.engine.answer import Answer
-from vila.engine.batch import Run, columns_needed, group_prompts
+from vila.engine.batch import Group, Run, columns_needed, group_prompts
+from vila.engine.lookup import Lookup
 from vila.engine.pictures import Prompt
 from vila.engine.request import Sampling, TokenLogprob
 from vila.engine.sampling import draw, report_logprobs, row_generator, shape_logits
 
-# B rows  V vocab
+# B rows  N places  V vocab
+
+_NO_TOKEN = -1
 
 
 class Chooser:
@@ -27,7 +30,7 @@ class Chooser:
         if sampling.repetition_penalty != 1:
             self._seen_BV = torch.zeros_like(logits_BV, dtype=torch.bool)
             for row, index in zip(self._seen_BV, order, strict=True):
-                row[_text_ids(prompts[index])] = True
+                row[[token for token in text_of(prompts[index]) if token != _NO_TOKEN]] = True
 
     def choose(self, logits_BV: Tensor) -> tuple[Tensor, Sequence[TokenLogprob | None]]:
         """Token ids [B], and what is to be reported of each."""
@@ -50,10 +53,12 @@ class Chooser:
         return torch.stack(numbers).to(device)
 
 
-def _text_ids(prompt: Prompt) -> list[int]:
-    """The ids of a prompt without the placeholders of its pictures."""
-    slots = {place for start, count in prompt.runs for place in range(start, start + count)}
-    return [token for place, token in enumerate(prompt.ids) if place not in slots]
+def text_of(prompt: Prompt) -> list[int]:
+    """The ids of a prompt; -1 where a picture stands."""
+    ids = list(prompt.ids)
+    for start, count in prompt.runs:
+        ids[start : start + count] = [_NO_TOKEN] * count
+    return ids
 
 
 @torch.inference_mode()
@@ -63,17 +68,38 @@ def decode(
     answers: Sequence[Answer],
     sampling: Sampling,
 ) -> Iterator[None]:
-    """Grow the answers, a token in each at every turn; rows leave when their answer has ended.
+    """Grow the answers, at every turn by a token each, until all have ended; a turn of a lookup may give several.
 
     new_run: makes the run of this batch, for so many columns.
     """
     groups = group_prompts(prompts)
     run = new_run(columns_needed(prompts, groups) + sampling.max_new_tokens)
+    # What the only row of a run has seen after its prompt.
+    fed: list[int] = []
+    try:
+        if sampling.lookup and len(prompts) == 1:
+            yield from _try_ahead(run, prompts[0], answers[0], sampling, fed)
+        else:
+            yield from _step(run, prompts, groups, answers, sampling, fed)
+    finally:
+        run.close(fed)
+
+
+def _step(
+    run: Run,
+    prompts: Sequence[Prompt],
+    groups: Sequence[Group],
+    answers: Sequence[Answer],
+    sampling: Sampling,
+    fed: list[int],
+) -> Iterator[None]:
+    """A token in each answer at every turn; rows leave when their answer has ended."""
     logits_BV = run.prefill(prompts, groups)
     chooser = Chooser(sampling, prompts, run.order, logits_BV)
     for count in range(sampling.max_new_tokens):
         ids_B, reports = chooser.choose(logits_BV)
-        tokens = zip(run.order, ids_B.tolist(), reports, strict=True)
+        ids = ids_B.tolist()
+        tokens = zip(run.order, ids, reports, strict=True)
         going = [row for row, (index, token, report) in enumerate(tokens) if answers[index].take(token, report)]
         yield
         if not going or count == sampling.max_new_tokens - 1:
@@ -84,3 +110,37 @@ def decode(
             chooser.keep(going)
             ids_B = ids_B[rows.to(ids_B.device)]
         logits_BV = run.step(ids_B)
+        fed.append(ids[0])
+
+
+def _try_ahead(run: Run, prompt: Prompt, answer: Answer, sampling: Sampling, fed: list[int]) -> Iterator[None]:
+    """One answer, several tokens of which are computed at once where the text so far suggests them.
+
+    Every token is chosen from the model's own logits, one after the other, so the answer is the one of single steps.
+    """
+    logits_NV = run.prefill([prompt], [Group(0, (0,))])
+    chooser = Chooser(sampling, [prompt], run.order, logits_NV)
+    lookup = Lookup(text_of(prompt), sampling.lookup)
+    draft: list[int] = []
+    while True:
+        for place in range(len(draft) + 1):
+            ids_1, reports = chooser.choose(logits_NV[place : place + 1])
+            token = int(ids_1)
+            going = answer.take(token, reports[0])
+            lookup.take(token)
+            right = place < len(draft) and draft[place] == token
+            answer.accepted += right
+            if not going or len(answer.ids) == sampling.max_new_tokens:
+                yield
+                return
+            if not right:
+                break
+        run.rewind(len(draft) - place)
+        fed += draft[:place]
+        lookup.learn(len(draft), place)
+        yield
+        # The last token of an answer needs no logits after it.
+        draft = lookup.draft(sampling.max_new_tokens - len(answer.ids) - 1)
+        answer.tried += len(draft)
+        logits_NV = run.verify([token, *draft])
+        fed.append(token)

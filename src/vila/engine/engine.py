@@ -12,16 +12,22 @@ from torch import Tensor
 
 from vila.chat.content import messages_of
 from vila.chat.tokenize import IGNORE
-from vila.core.errors import ConfigError, ContextOverflowError
+from vila.core.errors import ContextOverflowError, DataError
+from vila.core.events import SILENT, Events
 from vila.core.types import Image, Message
+from vila.core.vision_spec import ImageMode
 from vila.engine.answer import Answer
+from vila.engine.backend import Backend, check_backend, choose_captured, choose_decoder
 from vila.engine.batch import BatchRun, Run
 from vila.engine.columns import check_attention
 from vila.engine.context import fit_prompt
 from vila.engine.decode import decode
 from vila.engine.detokenize import detokenizer_of
 from vila.engine.pictures import PictureFeatures, Prompt, prompt_of
+from vila.engine.prefix import DEFAULT_BYTES, Prefixes
 from vila.engine.request import Generation, Sampling, TokenEvent, choose_sampling
+from vila.engine.static_run import StaticRun
+from vila.engine.static_step import StaticSteps
 from vila.families.card import find_family
 from vila.model.load import load_model
 from vila.model.precision import choose_dtype
@@ -29,6 +35,7 @@ from vila.model.processor import VilaProcessor
 from vila.model.vila import VilaForConditionalGeneration
 
 if TYPE_CHECKING:
+    from vila.engine.onnx_graph import ActivationBits
     from vila.engine.onnx_step import OnnxDecoder
     from vila.engine.onnx_weights import HeadBits
 
@@ -53,12 +60,24 @@ class Engine:
     """
 
     def __init__(
-        self, model: VilaForConditionalGeneration, processor: VilaProcessor, decoder: OnnxDecoder | None = None
+        self,
+        model: VilaForConditionalGeneration,
+        processor: VilaProcessor,
+        decoder: OnnxDecoder | None = None,
+        *,
+        kept_bytes: int = 0,
+        captured: bool = False,
     ) -> None:
-        """decoder: computes what the LLM computes, by onnxruntime; None leaves it to torch."""
+        """decoder:    computes what the LLM computes, by onnxruntime; None leaves it to torch.
+        kept_bytes: memory for keys and values of the conversations asked alone, which later ones that begin alike go
+                    on from. With any, the weights must not change.
+        captured:   take torch's steps at fixed addresses, on CUDA as one captured graph; the weights must not move.
+        """
         check_attention(model.config.text_config)
         self.model, self.processor = model.eval(), processor
+        self.prefixes = Prefixes(kept_bytes) if kept_bytes else None
         self._decoder = decoder
+        self._steps = StaticSteps(model) if captured else None
         self._detokenizer = detokenizer_of(processor.tokenizer)
         self._stop_ids = _stop_ids(model, processor)
         self._features = PictureFeatures(self._encode)
@@ -69,34 +88,45 @@ class Engine:
         dtype: str = "auto",
         device: str = "cpu",
         *,
-        backend: Literal["torch", "onnx"] = "torch",
-        head_bits: HeadBits = 32,
+        backend: Backend = "auto",
+        head_bits: HeadBits | Literal[0] = 0,
+        activation_bits: ActivationBits = 8,
         threads: int = 0,
+        kept_bytes: int = DEFAULT_BYTES,
+        events: Events = SILENT,
         **loading: Any,
     ) -> Engine:
         """The engine of a checkpoint. dtype: `auto` is bfloat16 where the hardware computes it.
 
-        backend:   `onnx` computes the LLM by onnxruntime, on a CPU alone: float32 where weights are not 4-bit, and
-                   one row of a batch after the other.
-        head_bits: of the onnx backend; 8 and 4 round the head, which is faster and less exact.
-        threads:   of the onnx backend; 0 for as many as torch uses.
-        loading:   further arguments of `load_model`.
+        backend:    `onnx` computes the LLM by onnxruntime, on a CPU alone: float32 where weights are not 4-bit, and
+                    one row of a batch after the other. `auto` takes it for 4-bit models, where it is installed.
+        head_bits:  of the onnx backend; 8 and 4 round the head, which is faster and less exact. 0 is 8 for a 4-bit
+                    model, else 32.
+        activation_bits: of the onnx backend with 4-bit weights: 8 rounds to int8, 16 to two of them, 32 to float32.
+        threads:    of the onnx backend; 0 for as many as torch uses.
+        kept_bytes: see the constructor.
+        events:     is told which backend was chosen.
+        loading:    further arguments of `load_model`.
 
         Raises ConfigError when onnxruntime is missing, or cannot compute this model or run on this device.
         """
-        if backend not in ("torch", "onnx"):
-            raise ConfigError(f"backend={backend!r}: 'torch' or 'onnx'")
-        if backend == "torch" and (head_bits != 32 or threads):
-            raise ConfigError("head_bits and threads are options of backend='onnx'; leave them out, or ask for it")
-        if backend == "onnx" and device != "cpu":
-            raise ConfigError(f"backend='onnx' runs on the CPU alone, not on {device!r}; leave the device out")
+        check_backend(backend, head_bits, threads, str(device))
         kind = choose_dtype(dtype, device) if dtype == "auto" else dtype
         model, processor = load_model(path, dtype=kind, device=device, **loading)
-        if backend == "torch":
-            return Engine(model, processor)
-        from vila.engine.onnx_step import OnnxDecoder
+        decoder = choose_decoder(
+            model, backend, head_bits=head_bits, activation_bits=activation_bits, threads=threads, events=events
+        )
+        captured = decoder is None and choose_captured(model, events)
+        return Engine(model, processor, decoder, kept_bytes=kept_bytes, captured=captured)
 
-        return Engine(model, processor, OnnxDecoder(model, head_bits=head_bits, threads=threads))
+    @property
+    def backend(self) -> str:
+        """What computes the LLM: `torch`, or `onnx` with the bits of its head."""
+        return "torch" if self._decoder is None else f"onnx, head of {self._decoder.head_bits} bits"
+
+    def with_image_mode(self, mode: ImageMode) -> Engine:
+        """An engine on the same weights that makes pictures square in another way; it shares nothing it remembers."""
+        return Engine(self.model, self.processor.with_image_mode(mode), self._decoder)
 
     def generate(
         self, messages: Conversation, sampling: Sampling | None = None, *, template: str = "", **options: Any
@@ -179,10 +209,11 @@ class Engine:
 
     def _new_run(self, capacity: int) -> Run:
         if self._decoder is None:
-            return BatchRun(self.model, self._features, capacity)
+            run = BatchRun(self.model, self._features, capacity, self.prefixes)
+            return run if self._steps is None else StaticRun(run, self._steps)
         from vila.engine.onnx_run import OnnxRun
 
-        return OnnxRun(self.model, self._features, self._decoder)
+        return OnnxRun(self.model, self._features, self._decoder, self.prefixes)
 
     def _job(self, messages: Conversation, sampling: Sampling, template: str) -> _Job:
         # Clips are decoded once, however many turns are left out.
@@ -194,6 +225,8 @@ class Engine:
             answer=sampling.max_new_tokens,
             overlong=sampling.overlong,
         )
+        if not tokens.ids:
+            raise DataError("the prompt has no token: neither text nor a picture, and a template without a beginning")
         return _Job(prompt_of(tokens), self._answer(template, sampling.stop), dropped)
 
     def _answer(self, template: str, stop: Sequence[str] = ()) -> Answer:

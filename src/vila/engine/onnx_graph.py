@@ -12,11 +12,12 @@ the S tokens whose logits are wanted. The present caches are outputs, to be boun
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from vila.engine.onnx_weights import Block, DecoderWeights, Matrix
 
@@ -26,18 +27,26 @@ _OPSET, _IR_VERSION = 21, 10
 _FUSED = "com.microsoft"
 # What MatMulNBits multiplies in: 4 rounds activations to int8 in blocks of the weight's groups, 1 keeps float32.
 _INT8, _FLOAT32 = 4, 1
+ActivationBits = Literal[8, 16, 32]
+ACTIVATION_BITS = (8, 16, 32)
 
 
 @dataclass
 class _Graph:
     """Nodes so far, and the arrays that they name."""
 
-    int8_activations: bool
+    activation_bits: ActivationBits
     nodes: list[Any] = field(default_factory=list)
     arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
+    constants: dict[str, NDArray[Any]] = field(default_factory=dict)
+    """Small ones that shapes depend on, which travel inside the graph."""
 
     def array(self, name: str, values: NDArray[Any]) -> str:
         self.arrays[name] = values
+        return name
+
+    def constant(self, name: str, values: list[Any], kind: Any = np.int64) -> str:
+        self.constants[name] = np.array(values, kind)
         return name
 
     def add(self, kind: str, inputs: list[str], outputs: list[str], domain: str = _FUSED, **attributes: Any) -> None:
@@ -53,19 +62,48 @@ class _Graph:
             if bias:
                 self.add("Add", [f"{name}.product", *bias], [name], domain="")
             return name
+        if self.activation_bits == 16:
+            # The bias would be added to both halves.
+            parts = self.halves(x, matrix.group_size, name)
+            both = self._few_bits(parts, matrix, f"{name}.both", [values], [])
+            self.add("Split", [both], [f"{name}.high", f"{name}.low"], domain="", axis=1, num_outputs=2)
+            self.add("Add", [f"{name}.high", f"{name}.low"], [f"{name}.product" if bias else name], domain="")
+            if bias:
+                self.add("Add", [f"{name}.product", *bias], [name], domain="")
+            return name
+        return self._few_bits(x, matrix, name, [values], bias)
+
+    def _few_bits(self, x: str, matrix: Matrix, name: str, values: list[str], bias: list[str]) -> str:
         assert matrix.scales is not None and matrix.zeros is not None
-        inputs = [x, values, self.array(f"{name}.scales", matrix.scales), self.array(f"{name}.zeros", matrix.zeros)]
+        scales, zeros = self.array(f"{name}.scales", matrix.scales), self.array(f"{name}.zeros", matrix.zeros)
         self.add(
             "MatMulNBits",
-            [*inputs, *(["", *bias] if bias else [])],
+            [x, *values, scales, zeros, *(["", *bias] if bias else [])],
             [name],
             K=matrix.num_inputs,
             N=matrix.num_outputs,
             bits=matrix.bits,
             block_size=matrix.group_size,
-            accuracy_level=_INT8 if self.int8_activations else _FLOAT32,
+            accuracy_level=_FLOAT32 if self.activation_bits == 32 else _INT8,
         )
         return name
+
+    def halves(self, x: str, group_size: int, name: str) -> str:
+        """[1,2S,I] for x [1,S,I]: what int8 holds of it exactly, group by group, then what is left."""
+
+        def step(kind: str, inputs: list[str], what: str, **attributes: Any) -> str:
+            self.add(kind, inputs, [f"{name}.{what}"], domain="", **attributes)
+            return f"{name}.{what}"
+
+        groups = self.constant(f"groups_of_{group_size}", [0, 0, -1, group_size])
+        whole, last = self.constant("whole_rows", [0, 0, -1]), self.constant("last_axis", [-1])
+        least, most = self.constant("least", [1e-30], np.float32), self.constant("most", [127], np.float32)
+        grouped = step("Reshape", [x, groups], "grouped")
+        top = step("ReduceMax", [step("Abs", [grouped], "sizes"), last], "top", keepdims=1)
+        scale = step("Div", [step("Max", [top, least], "range"), most], "scale")
+        codes = step("Round", [step("Div", [grouped, scale], "scaled")], "codes")
+        high = step("Reshape", [step("Mul", [codes, scale], "rounded"), whole], "x_high")
+        return step("Concat", [high, step("Sub", [x, high], "x_low")], "halves", axis=1)
 
     def add_and_norm(self, states: str, change: str, gamma: NDArray[Any], name: str, eps: float) -> tuple[str, str]:
         """RMSNorm of `states + change`, and that sum."""
@@ -82,13 +120,14 @@ def cache_names(num_layers: int) -> list[tuple[str, str]]:
 
 
 def decoder_graph(
-    weights: DecoderWeights, *, int8_activations: bool
+    weights: DecoderWeights, *, activation_bits: ActivationBits
 ) -> tuple[onnx.ModelProto, dict[str, NDArray[Any]]]:
     """The graph, and the arrays of its initializers, which it holds by name and shape only.
 
-    int8_activations: multiply matrices of few bits by activations rounded to int8, which is what makes them fast.
+    activation_bits: what matrices of few bits are multiplied by: activations rounded to int8, which is what makes them
+                     fast (8), two such numbers for each, the second for what the first has left (16), or float32 (32).
     """
-    graph = _Graph(int8_activations)
+    graph = _Graph(activation_bits)
     graph.array("cos", weights.cos)
     graph.array("sin", weights.sin)
     first = weights.blocks[0]
@@ -154,6 +193,7 @@ def _model(graph: _Graph, weights: DecoderWeights) -> onnx.ModelProto:
         *(info(present, TensorProto.FLOAT, cache) for _, present in names),
     ]
     initializers = [_described(name, values) for name, values in graph.arrays.items()]
+    initializers += [numpy_helper.from_array(values, name) for name, values in graph.constants.items()]
     whole = helper.make_graph(graph.nodes, "decoder step", inputs, outputs, initializers)
     opsets = [helper.make_opsetid("", _OPSET), helper.make_opsetid(_FUSED, 1)]
     return helper.make_model(whole, opset_imports=opsets, ir_version=_IR_VERSION)

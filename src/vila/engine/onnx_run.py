@@ -10,6 +10,8 @@ from torch import Tensor
 from vila.engine.batch import Encode, Group
 from vila.engine.onnx_step import OnnxDecoder
 from vila.engine.pictures import Picture, Prompt
+from vila.engine.prefix import Prefixes
+from vila.engine.slots import content_keys
 from vila.model.vila import VilaForConditionalGeneration
 
 # B rows  S tokens  D model width  V vocab  N wanted places
@@ -18,15 +20,26 @@ from vila.model.vila import VilaForConditionalGeneration
 class OnnxRun:
     """The state of a batch on its way. Rows do not share their products: a batch of two takes twice the time of one."""
 
-    def __init__(self, model: VilaForConditionalGeneration, encode: Encode, decoder: OnnxDecoder) -> None:
-        """decoder: is left as it is; rows begin as forks of it, so it should be empty."""
-        self.model, self.encode, self.decoder = model, encode, decoder
+    def __init__(
+        self,
+        model: VilaForConditionalGeneration,
+        encode: Encode,
+        decoder: OnnxDecoder,
+        prefixes: Prefixes | None = None,
+    ) -> None:
+        """decoder:  is left as it is; rows begin as forks of it, so it should be empty.
+        prefixes: where a run of one row finds the beginning of its prompt, and leaves what it computed.
+        """
+        self.model, self.encode, self.decoder, self.prefixes = model, encode, decoder, prefixes
+        self._alone: Prompt | None = None
         self.order: list[int] = []
         self._rows: list[OnnxDecoder] = []
 
     def prefill(self, prompts: Sequence[Prompt], groups: Sequence[Group]) -> Tensor:
         """Logits [B, V] after each prompt, rows in `order`."""
         self.order = [index for group in groups for index in group.members]
+        if len(prompts) == 1 and self.prefixes is not None:
+            return self._prefill_alone(prompts[0], self.prefixes)
         logits = []
         for group in groups:
             first = self.decoder.fork()
@@ -49,6 +62,30 @@ class OnnxRun:
         kept = rows.tolist()
         self._rows = [self._rows[row] for row in kept]
         self.order = [self.order[row] for row in kept]
+
+    def verify(self, ids: Sequence[int]) -> Tensor:
+        """Logits [N, V] after each of N more tokens in the only row."""
+        if len(ids) == 1:
+            return self._rows[0].step(ids[0])[None]
+        return self._rows[0].logits_at(self._embed(ids, ()), range(len(ids)))
+
+    def rewind(self, count: int) -> None:
+        """Take back the last `count` tokens of the only row."""
+        row = self._rows[0]
+        row.reset(row.length - count)
+
+    def close(self, fed: Sequence[int]) -> None:
+        """Leave the cache of a row that was alone to conversations that begin alike."""
+        if self._alone is not None and self.prefixes is not None:
+            self.prefixes.put([*content_keys(self._alone), *fed], self._rows[0])
+
+    def _prefill_alone(self, prompt: Prompt, prefixes: Prefixes) -> Tensor:
+        known, length = prefixes.take(prompt)
+        self._rows = [known or self.decoder.fork()]
+        unseen = [p for (start, _), p in zip(prompt.runs, prompt.pictures, strict=True) if start >= length]
+        logits_V = self._rows[0].prefill(self._embed(prompt.ids[length:], unseen))
+        self._alone = prompt
+        return logits_V[None]
 
     def logits_at(self, prompts: Sequence[Prompt], places: Sequence[Sequence[int]]) -> Iterator[Tensor]:
         """Logits [N, V] after the wanted places of each of whole prompts."""

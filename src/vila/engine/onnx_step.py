@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vila.core.errors import ConfigError, ContextOverflowError
-from vila.engine.onnx_graph import cache_names, decoder_graph
+from vila.engine.onnx_graph import ACTIVATION_BITS, ActivationBits, cache_names, decoder_graph
 from vila.engine.onnx_weights import HeadBits, decoder_weights
 from vila.kernels.int4_layout import Int4Weight
 from vila.model.vila import VilaForConditionalGeneration
@@ -37,6 +37,7 @@ class _Program:
     vocab: int
     threads: int
     weight_bytes: int
+    head_bits: int
 
 
 class OnnxDecoder:
@@ -47,7 +48,8 @@ class OnnxDecoder:
     head_bits:        32 keeps the head as it is; 8 and 4 round it, which costs accuracy. A 4-bit head stays one.
     threads:          of the products; 0 for as many as torch uses.
     capacity:         most tokens of a sequence; 0 for the model's context.
-    int8_activations: round activations to int8 in products with few bits: several times as fast, and less exact.
+    activation_bits:  in products with few bits: 8 rounds to int8; 16 takes two such numbers for each, which is nearly
+                      float32 and costs some small operators more; 32 keeps float32, which is several times as slow.
 
     Everything that is not 4-bit is computed in float32. Memory of the cache is taken as it fills.
     Raises ConfigError when onnxruntime is missing or cannot compute this model, naming what it cannot.
@@ -61,21 +63,26 @@ class OnnxDecoder:
         head_bits: HeadBits = 32,
         threads: int = 0,
         capacity: int = 0,
-        int8_activations: bool = True,
+        activation_bits: ActivationBits = 8,
     ) -> None:
-        runtime = _runtime()
+        runtime = find_runtime()
         if threads < 0 or capacity < 0:
             raise ConfigError(f"onnx backend: threads={threads}, capacity={capacity}: from 1, or 0 to be chosen")
+        if activation_bits not in ACTIVATION_BITS:
+            raise ConfigError(f"onnx backend: activation_bits={activation_bits!r}: 8, 16 or 32")
         threads = threads or torch.get_num_threads()
         capacity = capacity or model.config.context_length
         arrays = decoder_weights(model, weights or {}, head_bits=head_bits, capacity=capacity)
-        graph, values = decoder_graph(arrays, int8_activations=int8_activations)
+        graph, values = decoder_graph(arrays, activation_bits=activation_bits)
         session, held = _session(runtime, graph.SerializeToString(), values, threads)
         cache_shape = (1, arrays.num_kv_heads, capacity, arrays.head_width)
         embeddings_VD: Tensor = model.get_input_embeddings().weight.detach()  # type: ignore[operator]
         vocab, num_layers = arrays.head.num_outputs, len(arrays.blocks)
         read = sum(array.nbytes for name, array in values.items() if name not in ("cos", "sin"))
-        self._begin(_Program(runtime, session, held, embeddings_VD, num_layers, cache_shape, vocab, threads, read))
+        bits = arrays.head.bits
+        self._begin(
+            _Program(runtime, session, held, embeddings_VD, num_layers, cache_shape, vocab, threads, read, bits)
+        )
 
     def _begin(self, program: _Program) -> None:
         self._program = program
@@ -99,6 +106,11 @@ class OnnxDecoder:
         return self._program.threads
 
     @property
+    def head_bits(self) -> int:
+        """Bits of the head's weights."""
+        return self._program.head_bits
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of the weights, as they are given to onnxruntime: what every step reads."""
         return self._program.weight_bytes
@@ -107,6 +119,15 @@ class OnnxDecoder:
     def capacity(self) -> int:
         """Most tokens of a sequence."""
         return self._program.cache_shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the cache that are filled, which is what it takes of the memory."""
+        return sum(cache.nbytes for cache in self._caches) // self.capacity * self.length
+
+    def reserve(self, capacity: int) -> None:
+        """Room for so many tokens; there is always all of it. Raises ContextOverflowError."""
+        self._check_room(max(0, capacity - self.length))
 
     def prefill(self, embeds_1SD: Tensor) -> Tensor:
         """Append S tokens, given by their embeddings; logits [V] after the last one.
@@ -142,13 +163,13 @@ class OnnxDecoder:
             raise ConfigError(f"onnx backend: cannot go back to {length} of {self.length} tokens")
         self.length = length
 
-    def fork(self) -> OnnxDecoder:
-        """A second sequence that begins with the same tokens; the filled part of the cache is copied."""
+    def fork(self, length: int | None = None) -> OnnxDecoder:
+        """A second sequence that begins with the same tokens, or the first `length` of them; they are copied."""
         other = OnnxDecoder.__new__(OnnxDecoder)
         other._begin(self._program)
-        other.length = self.length
+        other.length = self.length if length is None else length
         for new, old in zip(other._caches, self._caches, strict=True):
-            new[:, :, : self.length] = old[:, :, : self.length]
+            new[:, :, : other.length] = old[:, :, : other.length]
         return other
 
     def _append(self, embeds: NDArray[np.float32], places: Sequence[int]) -> Tensor:
@@ -203,9 +224,12 @@ def _session(runtime: Any, graph: bytes, arrays: Mapping[str, NDArray[Any]], thr
     return session, [values, arrays]
 
 
-def _runtime() -> Any:
+def find_runtime() -> Any:
+    """The onnxruntime package. Raises ConfigError when it cannot be imported."""
     try:
         import onnxruntime
     except ImportError as error:
-        raise ConfigError(f"onnx backend: onnxruntime cannot be imported ({error}); pip install onnxruntime") from error
+        raise ConfigError(
+            f"onnx backend: onnxruntime cannot be imported ({error}); pip install 'vila-vlm[onnx]'"
+        ) from error
     return onnxruntime

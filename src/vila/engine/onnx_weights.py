@@ -27,7 +27,7 @@ HEAD_BITS = (4, 8, 32)
 FAMILIES = ("llama", "mistral", "qwen2")
 _GROUP_SIZES = (128, 64, 32, 16)
 # Rotary embeddings whose angles do not depend on how long the sequence is.
-_FIXED_ROPE = ("default", "linear", "llama3", "yarn")
+FIXED_ROPE = ("default", "linear", "llama3", "yarn")
 _BLOCK = {
     "input_layernorm",
     "post_attention_layernorm",
@@ -232,8 +232,8 @@ def _problems(config: Any, layers: Any) -> Iterator[str]:
     if config.hidden_act not in ("silu", "swish"):
         yield f"hidden_act={config.hidden_act!r}: only 'silu'; use the torch backend"
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope not in _FIXED_ROPE:
-        yield f"rope_type={rope!r}: only {', '.join(_FIXED_ROPE)}; use the torch backend"
+    if rope not in FIXED_ROPE:
+        yield f"rope_type={rope!r}: only {', '.join(FIXED_ROPE)}; use the torch backend"
     if (width := _head_width(config)) % 16:
         yield f"heads {width} wide: the attention operator takes multiples of 16; use the torch backend"
     holders = {name for name, module in layers[0].named_modules() if hasattr(module, "weight")}

@@ -68,3 +68,11 @@ class PictureFeatures:
         while len(self._features) > self.kept:
             self._features.popitem(last=False)
         return out
+
+    def missing(self, pictures: Sequence[Picture]) -> list[Picture]:
+        """Those whose features would have to be computed, equal ones once."""
+        return list({picture.key: picture for picture in pictures if picture.key not in self._features}.values())
+
+    def add(self, pictures: Sequence[Picture], features_NPC: Tensor) -> None:
+        """Features that were computed elsewhere; none are forgotten before the next ones are asked for."""
+        self._features.update((picture.key, row.clone()) for picture, row in zip(pictures, features_NPC, strict=True))

@@ -41,6 +41,9 @@ class Sampling:
     """Of the random draws. A conversation's draws depend on the seed and its place in the batch alone."""
     overlong: Literal["error", "truncate"] = "error"
     """What to do with a prompt that leaves no room for the answer: refuse it, or drop its oldest exchanges."""
+    lookup: int = 0
+    """Most tokens that a step tries ahead, taken from what followed the last few where they stood before; 0 is off.
+    It changes the speed of an answer that is made alone, and nothing else."""
 
     def __post_init__(self) -> None:
         given: Any = self.stop
@@ -67,6 +70,8 @@ class Sampling:
             yield f"logprobs={self.logprobs!r}: a whole number from 1, or 0 for none"
         if not (_is_int(self.seed) and 0 <= self.seed < 2**63):
             yield f"seed={self.seed!r}: a whole number from 0 to 2**63 - 1"
+        if not (_is_int(self.lookup) and self.lookup >= 0):
+            yield f"lookup={self.lookup!r}: a whole number from 1, or 0 for off"
         if self.overlong not in ("error", "truncate"):
             yield f"overlong={self.overlong!r}: 'error' or 'truncate'"
 
@@ -119,6 +124,7 @@ class Generation:
     prompt_tokens:    tokens of the prompt, slots of pictures included.
     logprobs:         one for each of `ids` when `Sampling.logprobs` asked for them, else none.
     dropped_messages: how many of the oldest messages `overlong="truncate"` left out.
+    tried, accepted:  tokens that `lookup` tried ahead, and how many of them were the model's own.
     """
 
     text: str
@@ -127,6 +133,8 @@ class Generation:
     prompt_tokens: int
     logprobs: tuple[TokenLogprob, ...] = ()
     dropped_messages: int = 0
+    tried: int = 0
+    accepted: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,179 @@
+"""Requests that run together beside the same requests one after another, on one engine in one process.
+
+    python benchmarks/serving_engine.py MODEL --images FOLDER --threads 2 --rounds 5 --out serving_engine.json
+
+Both sides make the same number of tokens from the same prompts, greedily, and take turns round after round, each round
+with prompts that were never seen before; who begins changes from round to round. `text` has prompts of `--prompt`
+tokens and answers of `--tokens` that no token ends; `image` one picture with a question and a short answer. `single` is
+`Engine.generate` one after another; `batcher, 1 at a time` has the batcher do that, which shows what it costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vila.core.machine import machine_facts
+from vila.core.types import Image, Message
+from vila.engine.batcher import Batcher
+from vila.engine.engine import Engine
+from vila.engine.request import Sampling
+
+WORDS = (
+    "the",
+    "red",
+    "blue",
+    "small",
+    "round",
+    "shape",
+    "stands",
+    "near",
+    "a",
+    "table",
+    "and",
+    "three",
+    "birds",
+    "look",
+)
+Requests = Sequence[Sequence[Message]]
+
+
+def text_requests(engine: Engine, count: int, tokens: int, draw: random.Random) -> Requests:
+    """Prompts of about `tokens` tokens that begin differently."""
+
+    def one() -> list[Message]:
+        words: list[str] = []
+        while True:
+            words.append(draw.choice(WORDS))
+            message = [Message.of("user", " ".join(words))]
+            if len(engine.processor.prompt(message).ids) >= tokens:
+                return message
+
+    return [one() for _ in range(count)]
+
+
+def image_requests(paths: Sequence[Path], count: int, draw: random.Random) -> Requests:
+    """Pictures with a question; no two begin alike."""
+    return [[Message.of("user", Image(path), "what shape is in the image?")] for path in draw.sample(paths, count)]
+
+
+def single(engine: Engine, requests: Requests, sampling: Sampling) -> list[tuple[int, ...]]:
+    """One after another, without the batcher."""
+    return [engine.complete([messages], sampling)[0].ids for messages in requests]
+
+
+def together(batcher: Batcher, requests: Requests, sampling: Sampling) -> list[tuple[int, ...]]:
+    """All at once."""
+    tickets = [batcher.submit(messages, sampling) for messages in requests]
+    return [ticket.generation().ids for ticket in tickets]
+
+
+def in_turn(batcher: Batcher, requests: Requests, sampling: Sampling) -> list[tuple[int, ...]]:
+    """One after another, by the batcher."""
+    return [batcher.submit(messages, sampling).generation().ids for messages in requests]
+
+
+def measure(
+    engine: Engine,
+    batcher: Batcher,
+    make: Callable[[], Requests],
+    sampling: Sampling,
+    rounds: int,
+) -> Iterator[dict[str, Any]]:
+    """A record for each contestant."""
+    contestants: dict[str, Callable[[Requests], list[tuple[int, ...]]]] = {
+        "single": lambda some: single(engine, some, sampling),
+        "batcher, 1 at a time": lambda some: in_turn(batcher, some, sampling),
+        "batcher, together": lambda some: together(batcher, some, sampling),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    tokens, same, answers = 0, 0, 0
+    for number in range(rounds + 1):
+        requests = make()
+        order = list(contestants)
+        order = order[number % 3 :] + order[: number % 3]
+        found = {}
+        for name in order:
+            forget(engine, batcher)
+            begin = time.perf_counter()
+            found[name] = contestants[name](requests)
+            seconds[name].append(time.perf_counter() - begin)
+        tokens = sum(map(len, found["single"]))
+        same += sum(a == b for a, b in zip(found["single"], found["batcher, together"], strict=True))
+        answers += len(requests)
+    for name, times in seconds.items():
+        # The first round warms up.
+        pairs = zip(seconds["single"][1:], times[1:], strict=True)
+        yield {
+            "contestant": name,
+            "requests_per_s": len(requests) / statistics.median(times[1:]),
+            "tokens_per_s": tokens / statistics.median(times[1:]),
+            "times_single": statistics.median(alone / own for alone, own in pairs),
+            "same_answers": same / answers,
+        }
+
+
+def forget(engine: Engine, batcher: Batcher) -> None:
+    """Nothing that an earlier contestant computed helps the next one."""
+    engine._features._features.clear()
+    batcher._slots.forget_all()
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--images", type=Path, help="a folder of pictures; without it only text is measured")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--requests", type=int, default=8)
+    parser.add_argument("--prompt", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Path)
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    torch.set_num_threads(options.threads)
+    draw = random.Random(0)
+    rows = []
+    engine = Engine.load(options.model, options.dtype, options.device, backend="torch", kept_bytes=0)
+    endless = Engine(engine.model, engine.processor)
+    endless._stop_ids = frozenset()
+    with Batcher(endless, slots=options.requests) as batcher:
+        make = lambda: text_requests(endless, options.requests, options.prompt, draw)  # noqa: E731
+        sampling = Sampling(max_new_tokens=options.tokens)
+        for row in measure(endless, batcher, make, sampling, options.rounds):
+            rows.append({"load": "text", **row})
+    if options.images:
+        paths = sorted(path for path in options.images.rglob("*") if path.suffix.lower() in (".png", ".jpg", ".jpeg"))
+        with Batcher(engine, slots=options.requests) as batcher:
+            many = 4 * options.requests
+            for row in measure(
+                engine, batcher, lambda: image_requests(paths, many, draw), Sampling(max_new_tokens=16), options.rounds
+            ):
+                rows.append({"load": "image", **row})
+    facts = {**machine_facts(), "dtype": str(engine.model.dtype), "threads": options.threads}
+    print(json.dumps(facts))
+    print("| load | contestant | requests/s | tokens/s | times single | same answers |\n|---|---|---|---|---|---|")
+    for row in rows:
+        print(
+            f"| {row['load']} | {row['contestant']} | {row['requests_per_s']:.2f} | {row['tokens_per_s']:.1f} "
+            f"| {row['times_single']:.2f} | {row['same_answers']:.1%} |"
+        )
+    if options.out:
+        options.out.write_text(json.dumps({"machine": facts, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

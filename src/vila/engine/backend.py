@@ -1,0 +1,115 @@
+"""Which backend computes an engine's LLM: torch or onnxruntime, chosen once and said aloud."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from vila.core.errors import ConfigError
+from vila.core.events import SILENT, Events
+from vila.engine.onnx_weights import FIXED_ROPE
+from vila.kernels.backends import use_backend
+from vila.model.int4 import int4_weights
+from vila.model.vila import VilaForConditionalGeneration
+
+if TYPE_CHECKING:
+    from vila.engine.onnx_graph import ActivationBits
+    from vila.engine.onnx_step import OnnxDecoder
+    from vila.engine.onnx_weights import HeadBits
+
+Backend = Literal["auto", "torch", "onnx"]
+BACKENDS = ("auto", "torch", "onnx")
+
+
+def check_backend(backend: str, head_bits: int, threads: int, device: str) -> None:
+    """Refuse what cannot be, before any weight is read. head_bits: 0 leaves the choice to the backend.
+
+    Raises ConfigError for an unknown backend, for onnxruntime that is missing or asked to run elsewhere than on a CPU,
+    and for its options without it.
+    """
+    if backend not in BACKENDS:
+        raise ConfigError(f"backend={backend!r}: 'auto', 'torch' or 'onnx'")
+    if head_bits not in (0, 4, 8, 32):
+        raise ConfigError(f"head_bits={head_bits!r}: 4, 8 or 32")
+    if head_bits in (4, 8) and backend != "onnx":
+        raise ConfigError(f"head_bits={head_bits} is an option of backend='onnx'; leave it out, or ask for that")
+    if threads and backend == "torch":
+        raise ConfigError(f"threads={threads} is an option of backend='onnx'; torch.set_num_threads is torch's own")
+    if backend == "onnx" and device != "cpu":
+        raise ConfigError(f"backend='onnx' runs on the CPU alone, not on {device!r}; ask for device='cpu'")
+    if backend == "onnx":
+        from vila.engine.onnx_step import find_runtime
+
+        find_runtime()
+
+
+def choose_decoder(
+    model: VilaForConditionalGeneration,
+    backend: str = "auto",
+    *,
+    head_bits: int = 0,
+    activation_bits: ActivationBits = 8,
+    threads: int = 0,
+    events: Events = SILENT,
+) -> OnnxDecoder | None:
+    """What computes the LLM of a model; None leaves it to torch, whose 4-bit product is chosen here too.
+
+    backend:         `auto` takes onnxruntime for a 4-bit model on a CPU where it is installed, else torch.
+    head_bits:       of the onnx backend; 0 is 8 for a 4-bit model, else 32.
+    activation_bits: of the onnx backend, see OnnxDecoder.
+    threads:         of the onnx backend; 0 for as many as torch uses.
+
+    The choice is said to `events` when there was one to make. Raises ConfigError as `check_backend` does, and when
+    onnxruntime cannot compute this model.
+    """
+    device = model.device.type
+    check_backend(backend, head_bits, threads, device)
+    four_bit = bool(int4_weights(model))
+    why = "" if backend != "auto" else _why_not_onnx(four_bit, device)
+    if backend == "torch" or why:
+        if four_bit:
+            if why:
+                events.said(f"backend: torch; not onnx: {why}")
+            use_backend(model, "auto", dtype=model.get_input_embeddings().weight.dtype, events=events)  # type: ignore[arg-type]
+        elif backend == "torch":
+            events.said(f"backend: torch on {device}, {_short(model.dtype)}")
+        return None
+    from vila.engine.onnx_step import OnnxDecoder
+
+    bits: HeadBits = head_bits or (8 if four_bit else 32)  # type: ignore[assignment]
+    decoder = OnnxDecoder(model, head_bits=bits, activation_bits=activation_bits, threads=threads)
+    kind = f"4-bit weights, activations of {activation_bits} bits" if four_bit else "float32"
+    events.said(f"backend: onnx on cpu, {decoder.threads} threads, {kind}, head of {bits} bits")
+    return decoder
+
+
+def choose_captured(model: VilaForConditionalGeneration, events: Events = SILENT) -> bool:
+    """Whether torch's steps are captured: on one CUDA device, with rotary angles that do not depend on the length."""
+    if model.device.type != "cuda":
+        return False
+    why = ""
+    rope = (getattr(model.config.text_config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope not in FIXED_ROPE:
+        why = f"rope_type={rope!r} asks the host how long the sequence is"
+    if len({parameter.device for parameter in model.parameters()}) > 1:
+        why = "the model lies on several devices"
+    events.said(f"decoding: steps are {'not captured: ' + why if why else 'captured as graphs'}")
+    return not why
+
+
+def _why_not_onnx(four_bit: bool, device: str) -> str:
+    """Why `auto` leaves a model to torch; empty when it does not."""
+    if not four_bit:
+        return "the weights are not 4-bit"
+    if device != "cpu":
+        return f"the model is on {device}"
+    from vila.engine.onnx_step import find_runtime
+
+    try:
+        find_runtime()
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def _short(dtype: object) -> str:
+    return str(dtype).removeprefix("torch.")

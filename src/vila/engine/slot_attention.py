@@ -1,0 +1,188 @@
+"""One pass over the next tokens of many requests in one line: pieces of prompts beside single steps of answers.
+
+All products of the network see one long row of tokens; attention alone knows whose they are. Each token is written
+into its request's row of the pool, and sees that row up to itself.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from vila.core.errors import ConfigError
+from vila.engine.slot_pool import SlotPool, aligned
+
+# T tokens of a pass  B answers that grow  R rows of the pool  H query heads  G key-value heads  E head width  K columns
+
+NAME = "vila_slots"
+"""By which transformers knows `slot_attention`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Tokens of one request: `count` of them, the first at column `start` of the pool's row."""
+
+    row: int
+    start: int
+    count: int
+
+
+class Pass:
+    """What one forward pass computes: a token for each of `steps`, in the order of rows, then the prompts' pieces.
+
+    positions_1T: the place of each token in its request.
+    """
+
+    def __init__(self, pool: SlotPool, steps: Sequence[Stretch], pieces: Sequence[Stretch]) -> None:
+        self.pool, self.steps, self.pieces = pool, steps, pieces
+        device = pool.keys[0].device
+        stretches = (*steps, *pieces)
+        rows = [one.row for one in stretches for _ in range(one.count)]
+        columns = [one.start + i for one in stretches for i in range(one.count)]
+        self.rows_T, self.columns_T = torch.tensor([rows, columns], device=device)
+        self.positions_1T = self.columns_T[None]
+        self.layers_seen = 0
+        self._masks: dict[Any, Tensor] = {}
+        if steps:
+            self._first = steps[0].row
+            self._span = steps[-1].row - self._first + 1
+            self._index_B = None if self._span == len(steps) else self.rows_T[: len(steps)] - self._first
+            longest = max(one.start for one in steps) + 1
+            # One answer alone sees all of its columns and needs no mask.
+            self._columns = longest if len(steps) == 1 else min(aligned(longest), pool.columns)
+
+    def attend(
+        self, layer: int, query_HTE: Tensor, key_GTE: Tensor, value_GTE: Tensor, scale: float | None, window: int | None
+    ) -> Tensor:
+        """Attention of all tokens in one layer, [T, H, E]."""
+        self.layers_seen += 1
+        self._write(layer, key_GTE, value_GTE)
+        out, done = [], len(self.steps)
+        if self.steps:
+            out.append(self._attend_steps(layer, query_HTE[:, :done], scale, window))
+        for number, piece in enumerate(self.pieces):
+            query = query_HTE[:, done : done + piece.count]
+            out.append(self._attend_piece(layer, number, query, scale, window))
+            done += piece.count
+        return torch.cat(out) if len(out) > 1 else out[0]
+
+    def _write(self, layer: int, key_GTE: Tensor, value_GTE: Tensor) -> None:
+        done = len(self.steps) if len(self.steps) > 1 else 0
+        if done:
+            places = self.rows_T[:done], self.columns_T[:done]
+            self.pool.scatter(layer, *places, key_GTE[:, :done], value_GTE[:, :done])
+        for one in self.pieces if done else (*self.steps, *self.pieces):
+            tokens = slice(done, done + one.count)
+            self.pool.write(layer, one.row, one.start, key_GTE[:, tokens], value_GTE[:, tokens])
+            done += one.count
+
+    def _attend_steps(self, layer: int, query_HBE: Tensor, scale: float | None, window: int | None) -> Tensor:
+        keys, values = (
+            one[layer][self._first : self._first + self._span, :, : self._columns]
+            for one in (self.pool.keys, self.pool.values)
+        )
+        # Heads that share keys stand where a prompt's tokens would: no key is read or copied twice.
+        query_BGgE = query_HBE.transpose(0, 1).unflatten(1, (keys.shape[1], -1))
+        if self._index_B is not None:
+            query_BGgE = query_BGgE.new_zeros(self._span, *query_BGgE.shape[1:]).index_copy_(
+                0, self._index_B, query_BGgE
+            )
+        whole = len(self.steps) == 1 and (window is None or self._columns <= window)
+        mask = None if whole else self._mask(("steps", window), lambda: self._steps_see(window), query_HBE)
+        out = F.scaled_dot_product_attention(query_BGgE, keys, values, attn_mask=mask, scale=scale)
+        return (out if self._index_B is None else out[self._index_B]).flatten(1, 2)
+
+    def _steps_see(self, window: int | None) -> Tensor:
+        lengths = torch.zeros(self._span, dtype=torch.long)
+        lengths[[one.row - self._first for one in self.steps]] = torch.tensor([one.start for one in self.steps])
+        return _within(lengths, torch.arange(self._columns), window)[:, None, None]
+
+    def _attend_piece(
+        self, layer: int, number: int, query_HTE: Tensor, scale: float | None, window: int | None
+    ) -> Tensor:
+        piece = self.pieces[number]
+        end = piece.start + piece.count
+        first = 0 if window is None else max(0, piece.start - window + 1)
+        whole = piece.start == 0 and (window is None or end <= window)
+        query, key, value = (
+            query_HTE[None],
+            self.pool.keys[layer][piece.row, None, :, first:end],
+            self.pool.values[layer][piece.row, None, :, first:end],
+        )
+        mask = None if whole else self._mask((number, window), lambda: _piece_sees(piece, first, window), query)
+        groups = query.shape[1] // key.shape[1]
+        if groups > 1 and mask is not None and query.is_cuda:
+            # There a mask and grouped heads together leave only the plain products, with all scores in memory.
+            key, value, groups = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1), 1
+        out = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=whole, scale=scale, enable_gqa=groups > 1
+        )
+        return out[0].transpose(0, 1)
+
+    def _mask(self, key: Any, seen: Callable[[], Tensor], like: Tensor) -> Tensor:
+        if key not in self._masks:
+            hidden = ~seen()
+            added = torch.zeros(hidden.shape, dtype=like.dtype).masked_fill_(hidden, -torch.inf)
+            self._masks[key] = added.to(like.device)
+        return self._masks[key]
+
+
+def _piece_sees(piece: Stretch, first: int, window: int | None) -> Tensor:
+    """Whom the tokens of a piece see among the columns from `first` to its end."""
+    end = piece.start + piece.count
+    return _within(torch.arange(piece.start, end), torch.arange(first, end), window)
+
+
+def _within(query_positions: Tensor, key_positions: Tensor, window: int | None) -> Tensor:
+    """Keys that are not later than the query, and in its window: bool [Q, K]."""
+    age = query_positions[:, None] - key_positions
+    return age >= 0 if window is None else (age >= 0) & (age < window)
+
+
+def slot_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    slots: Pass | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers' blocks call it; without `slots` it is the attention that the model had before."""
+    facts: Any = module
+    if slots is None:
+        attend = ALL_ATTENTION_FUNCTIONS.get(facts.config.attends_else_by, sdpa_attention_forward)
+        options = {"scaling": scaling, "sliding_window": sliding_window, **kwargs}
+        return attend(module, query, key, value, attention_mask, **options)
+    return slots.attend(facts.layer_idx, query[0], key[0], value[0], scaling, sliding_window)[None], None
+
+
+AttentionInterface.register(NAME, slot_attention)
+
+
+def attend_in_slots(decoder: nn.Module) -> None:
+    """Make the blocks of a transformers decoder heed a `slots=` that its forward is given, from now on.
+
+    Everything else that runs the decoder finds it as it was. Raises ConfigError when its attention is another one.
+    """
+    config: Any = decoder.config
+    changed = copy.copy(config)
+    changed._attn_implementation_internal, changed.attends_else_by = NAME, config._attn_implementation
+    for name, module in decoder.named_modules():
+        if not hasattr(module, "layer_idx") or not hasattr(module, "config"):
+            continue
+        if module.config is config:
+            module.config = changed
+        elif module.config._attn_implementation != NAME:
+            raise ConfigError(f"{name} attends by {module.config._attn_implementation!r}; load the model with 'sdpa'")

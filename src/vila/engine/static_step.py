@@ -1,0 +1,188 @@
+"""A decoding step at fixed addresses: nothing in it asks the host, so a GPU can replay it as one captured graph.
+
+On a CPU the same code runs uncaptured. Rows and columns are rounded up, so that few graphs serve all runs.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from vila.engine.columns import PADDING
+from vila.engine.onnx_weights import windows_of
+from vila.engine.slot_attention import attend_in_slots
+from vila.model.vila import VilaForConditionalGeneration
+
+# B rows  H query heads  G key-value heads  E head width  C columns  K columns that a step reads  V vocab
+
+_BUCKET = 256
+"""A step reads this many columns, or twice, three times as many: whatever is filled, rounded up."""
+_WARM_UPS = 2
+"""Steps before a capture, in which kernels are chosen and memory is found."""
+
+
+class StaticStep:
+    """Buffers for `rows` sequences of `columns` tokens, and the step that grows each by one token.
+
+    Rows that nobody uses are computed and thrown away. Logits are overwritten by the next step.
+    """
+
+    def __init__(self, model: VilaForConditionalGeneration, like: Tensor, rows: int, columns: int) -> None:
+        """like: keys of one layer, [.., G, .., E], for their shape, type and device."""
+        self.model, self.rows, self.columns = model, rows, columns
+        device, layers = like.device, int(model.config.text_config.num_hidden_layers)
+        shape = (rows, like.shape[1], columns, like.shape[3])
+        # What a mask hides is still multiplied, by zero, so it must be finite.
+        self.keys = [like.new_zeros(shape) for _ in range(layers)]
+        self.values = [like.new_zeros(shape) for _ in range(layers)]
+        self.places_BC = torch.full((rows, columns), PADDING, dtype=torch.long, device=device)
+        self.lengths_B = torch.zeros(rows, dtype=torch.long, device=device)
+        self.column_1 = torch.zeros(1, dtype=torch.long, device=device)
+        self.ids_B = torch.zeros(rows, dtype=torch.long, device=device)
+        self.filled = 0
+        self.steps = 0
+        """Steps taken so far, by all runs."""
+        self.captures = 0
+        self._windows = set(windows_of(model.config.text_config))
+        self._logits_BV: Tensor | None = None
+        # A mask of four dimensions is handed on untouched, so none is made; attention does not look at it.
+        self._no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+        self._graphs: dict[int, Any] = {}
+
+    def load(self, keys: Sequence[Tensor], values: Sequence[Tensor], places_BC: Tensor, lengths_B: Tensor) -> None:
+        """Begin with rows that were computed elsewhere: filled columns only, at most `rows` and `columns` of them."""
+        count, self.filled = places_BC.shape
+        for new, old in zip((*self.keys, *self.values), (*keys, *values), strict=True):
+            new[:count, :, : self.filled] = old
+        self.places_BC.fill_(PADDING)
+        self.places_BC[:count, : self.filled] = places_BC
+        self.lengths_B.zero_()
+        self.lengths_B[:count] = lengths_B
+        self.column_1.fill_(self.filled)
+
+    def run(self, ids_B: Tensor, rows: Tensor) -> Tensor:
+        """Append a token to each of some rows; logits [B, V], float32, of all rows."""
+        self.ids_B.index_copy_(0, rows, ids_B)
+        reads = min(round_up(self.filled + 1, _BUCKET), self.columns)
+        if self.ids_B.is_cuda:
+            if reads not in self._graphs:
+                self._graphs[reads] = self._capture(reads)
+            self._graphs[reads].replay()
+        else:
+            self._forward(reads)
+        self.filled += 1
+        self.steps += 1
+        assert self._logits_BV is not None
+        return self._logits_BV
+
+    def _forward(self, reads: int) -> None:
+        """The step itself: every tensor that outlives it is written in place."""
+        self.places_BC.index_copy_(1, self.column_1, self.lengths_B[:, None])
+        embeds_BD = self.model.get_input_embeddings()(self.ids_B)
+        masks = {window: self._seen(reads, window, embeds_BD.dtype) for window in self._windows}
+        states: Tensor = self.model.get_decoder()(
+            inputs_embeds=embeds_BD[None],
+            attention_mask=self._no_mask,
+            position_ids=self.lengths_B[None],
+            use_cache=False,
+            slots=_Attention(self, reads, masks),
+        ).last_hidden_state[0]
+        logits_BV = self.model.get_output_embeddings()(states)
+        if self._logits_BV is None:
+            self._logits_BV = torch.empty_like(logits_BV, dtype=torch.float32)
+        self._logits_BV.copy_(logits_BV)
+        self.lengths_B.add_(1)
+        self.column_1.add_(1)
+
+    def _seen(self, reads: int, window: int | None, dtype: torch.dtype) -> Tensor:
+        """What to add to scores, [B, 1, 1, K]: 0 for real tokens in the window, -inf for others."""
+        places_BK = self.places_BC[:, :reads]
+        hidden_BK = places_BK == PADDING
+        if window is not None:
+            hidden_BK = hidden_BK | (places_BK <= self.lengths_B[:, None] - window)
+        return torch.zeros_like(places_BK, dtype=dtype).masked_fill_(hidden_BK, -torch.inf)[:, None, None]
+
+    def _capture(self, reads: int) -> Any:
+        # The steps before a capture count tokens as real ones do; what they wrote is written again.
+        before = self.lengths_B.clone(), self.column_1.clone()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(_WARM_UPS):
+                self._forward(reads)
+                self.lengths_B.copy_(before[0])
+                self.column_1.copy_(before[1])
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._forward(reads)
+        self.captures += 1
+        return graph
+
+
+class _Attention:
+    """What the blocks of the decoder attend by: one query a row, over the columns that the step reads."""
+
+    def __init__(self, step: StaticStep, reads: int, masks: dict[int | None, Tensor]) -> None:
+        self.step, self.reads, self.masks = step, reads, masks
+
+    def attend(
+        self, layer: int, query_HBE: Tensor, key_GBE: Tensor, value_GBE: Tensor, scale: float | None, window: int | None
+    ) -> Tensor:
+        """[B, H, E]."""
+        keys, values = self.step.keys[layer], self.step.values[layer]
+        keys.index_copy_(2, self.step.column_1, key_GBE.transpose(0, 1)[:, :, None])
+        values.index_copy_(2, self.step.column_1, value_GBE.transpose(0, 1)[:, :, None])
+        # Heads that share keys stand where a prompt's tokens would: no key is read or copied twice.
+        query_BGgE = query_HBE.transpose(0, 1).unflatten(1, (keys.shape[1], -1))
+        out = F.scaled_dot_product_attention(
+            query_BGgE,
+            keys[:, :, : self.reads],
+            values[:, :, : self.reads],
+            attn_mask=self.masks[window],
+            scale=scale,
+        )
+        return out.flatten(1, 2)
+
+
+class StaticSteps:
+    """The steps of a model that no run uses just now, for the next one; a run has its step alone."""
+
+    def __init__(self, model: VilaForConditionalGeneration, kept: int = 4) -> None:
+        """kept: steps that may wait for a run; those used longest ago are dropped."""
+        attend_in_slots(model.get_decoder())
+        self.model, self.kept = model, kept
+        self._free: list[StaticStep] = []
+        self._lock = threading.Lock()
+
+    def take(self, like: Tensor, rows: int, columns: int) -> StaticStep:
+        """A step for at least so many rows and columns; one that is too short for them is dropped first."""
+        rows, columns = row_count(rows), round_up(columns, _BUCKET)
+        with self._lock:
+            same = [step for step in self._free if step.rows == rows]
+            for step in same:
+                self._free.remove(step)
+                if step.columns >= columns:
+                    return step
+        return StaticStep(self.model, like, rows, columns)
+
+    def give(self, step: StaticStep) -> None:
+        """A run is over."""
+        with self._lock:
+            self._free.append(step)
+            del self._free[: -self.kept]
+
+
+def row_count(rows: int) -> int:
+    """1, 2, 4, 8 ...: the number of rows that is computed for so many."""
+    return 1 << (rows - 1).bit_length()
+
+
+def round_up(count: int, unit: int) -> int:
+    """The next multiple of a unit."""
+    return -(-count // unit) * unit

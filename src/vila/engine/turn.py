@@ -1,0 +1,207 @@
+"""One step of a running batch: pieces of prompts and a token for every answer, in one pass of the model."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vila.core.errors import CancelledError, DeadlineError, NumericsError
+from vila.core.types import Image
+from vila.engine.decode import Chooser
+from vila.engine.pictures import Picture
+from vila.engine.request import TokenEvent, TokenLogprob
+from vila.engine.slot_attention import Stretch
+from vila.engine.slot_run import SlotRun
+from vila.engine.slots import Slot, Slots
+from vila.engine.ticket import Request
+
+_log = logging.getLogger(__name__)
+
+_TOWER_BATCH = 32
+"""Pictures that go through the tower at a time while no answer waits for them."""
+
+_LATELY = 16
+"""Answers over which their time is averaged."""
+
+
+@dataclass
+class Counts:
+    """What has been done so far."""
+
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    steps: int = 0
+    finished: int = 0
+    cancelled: int = 0
+    failed: int = 0
+
+
+class Turn:
+    """The running requests, in the order in which they joined, and the steps that they take together."""
+
+    def __init__(self, run: SlotRun, slots: Slots, chunk: int, to_pixels: Callable[[Sequence[Image]], Tensor]) -> None:
+        """chunk: tokens of prompts, slots of pictures included, that a step computes at most."""
+        self.run, self.slots, self.chunk, self.to_pixels = run, slots, chunk, to_pixels
+        self.running: list[Request] = []
+        self.counts = Counts()
+        self.seconds = 0.0
+        """How long an answer took lately, from its submission to its end."""
+
+    def join(self, request: Request, slot: Slot) -> None:
+        """Take up a request that was given a row."""
+        request.slot, request.done = slot, len(slot.content)
+        request.ticket.cached_tokens = request.done
+        self.counts.prompt_tokens += len(request.keys)
+        self.counts.cached_prompt_tokens += request.done
+        self.running.append(request)
+
+    def take(self) -> None:
+        """One step: end what is unwanted, look at pictures, run the model once, and tell the owners."""
+        now = time.monotonic()
+        for request in list(self.running):
+            if error := request.verdict(now):
+                self.end(request, error)
+        grants = self._look()
+        reading = [(request, count) for request, count in grants if self._embed(request)]
+        growing = sorted((r for r in self.running if r.growing), key=lambda r: r.own_slot.row)
+        if not reading and not growing:
+            return
+        ready = [number for number, (r, count) in enumerate(reading) if r.done + count == len(r.keys)]
+        logits_NV = self.run.forward(
+            [(Stretch(r.own_slot.row, r.done, 1), r.token) for r in growing],
+            [self._piece(request, count) for request, count in reading],
+            ready,
+        )
+        self.counts.steps += 1
+        for request in growing:
+            request.own_slot.content.append(request.token)
+            request.done += 1
+        for request, count in reading:
+            request.own_slot.content += request.keys[request.done : request.done + count]
+            request.done += count
+        self._grow([*growing, *(reading[number][0] for number in ready)], logits_NV)
+
+    def end(self, request: Request, outcome: TokenEvent | BaseException) -> None:
+        """Let a request go and tell its owner how it ended."""
+        if request in self.running:
+            self.running.remove(request)
+            if isinstance(outcome, NumericsError):
+                self.slots.forget(request.own_slot)
+            else:
+                self.slots.release(request.own_slot)
+        if isinstance(outcome, TokenEvent):
+            self.counts.finished += 1
+            self.seconds += (time.monotonic() - request.begun - self.seconds) / min(self.counts.finished, _LATELY)
+        elif isinstance(outcome, (CancelledError, DeadlineError)):
+            self.counts.cancelled += 1
+        else:
+            self.counts.failed += 1
+        self._tell(request, outcome)
+
+    def fail(self, error: BaseException) -> None:
+        """End all running requests with what a step died of. Nothing that is in memory is trusted any more."""
+        failed = list(self.running)
+        for request in failed:
+            self.end(request, error)
+        self.slots.forget_all()
+
+    def _look(self) -> list[tuple[Request, int]]:
+        """Send new pictures through the tower; how many tokens of which prompts may be computed in this step.
+
+        A picture counts as many tokens as it has slots, because answers wait for the tower as well; while there are
+        none it is free. What does not fit is left to the next step, except for a picture larger than any step.
+        """
+        left, free = self.chunk, not any(request.growing for request in self.running)
+        seen: dict[str, tuple[Picture, Request]] = {}
+        grants = []
+        for request in self.running:
+            if request.growing:
+                continue
+            for picture, cost in self._unseen(request):
+                if picture.key in seen:
+                    continue
+                if len(seen) >= _TOWER_BATCH or (not free and cost > left < self.chunk):
+                    break
+                seen[picture.key] = (picture, request)
+                left -= 0 if free else cost
+            if left <= 0:
+                break
+            count = min(left, len(request.keys) - request.done)
+            grants.append((request, count))
+            left -= count
+            if left <= 0:
+                break
+        if seen:
+            pixels = [self._pixels(picture, request) for picture, request in seen.values()]
+            self.run.see([picture for picture, _ in seen.values()], torch.stack(pixels))
+        return grants
+
+    def _unseen(self, request: Request) -> list[tuple[Picture, int]]:
+        if request.embeds_SD is not None:
+            return []
+        placed = zip(request.prompt.runs, request.prompt.pictures, strict=True)
+        wanted = {picture: count for (start, count), picture in placed if start + count > request.done}
+        return [(picture, wanted[picture]) for picture in self.run.features.missing(list(wanted))]
+
+    def _pixels(self, picture: Picture, request: Request) -> Tensor:
+        # A picture that was known when it was handed in may have been forgotten since.
+        pixels = request.pixels.get(picture.key)
+        return self.to_pixels([picture.image])[0] if pixels is None else pixels
+
+    def _embed(self, request: Request) -> bool:
+        """Whether the embeddings of a prompt are there; they are made once all of its pictures were seen."""
+        if request.embeds_SD is None and not self._unseen(request):
+            request.embeds_SD, request.embedded_from = self.run.embed(request.prompt, request.done)
+        return request.embeds_SD is not None
+
+    def _piece(self, request: Request, count: int) -> tuple[Stretch, Tensor]:
+        assert request.embeds_SD is not None
+        first = request.done - request.embedded_from
+        return Stretch(request.own_slot.row, request.done, count), request.embeds_SD[first : first + count]
+
+    def _grow(self, requests: Sequence[Request], logits_NV: Tensor) -> None:
+        """A token for each request, in the order of the rows of logits."""
+        likeliest_N = logits_NV.argmax(-1)
+        heights = logits_NV.gather(1, likeliest_N[:, None])[:, 0].isfinite().tolist()
+        for index, (request, token, sound) in enumerate(zip(requests, likeliest_N.tolist(), heights, strict=True)):
+            request.embeds_SD = None
+            request.own_slot.expected = ()
+            if not sound:
+                message = (
+                    f"the model's logits are not finite after {request.done} tokens; see the weights and the dtype"
+                )
+                self.end(request, NumericsError(message))
+                continue
+            try:
+                event = request.take(*self._choose(request, token, logits_NV[index : index + 1]))
+            except Exception as error:  # noqa: BLE001 - what one request dies of must not end its neighbours
+                _log.exception("a request failed")
+                self.end(request, error)
+                continue
+            self.counts.new_tokens += 1
+            if event is not None and event.finish:
+                self.end(request, event)
+            elif event is not None:
+                self._tell(request, event)
+
+    def _choose(self, request: Request, likeliest: int, logits_1V: Tensor) -> tuple[int, TokenLogprob | None]:
+        sampling = request.sampling
+        if sampling.temperature == 0 and sampling.repetition_penalty == 1 and not sampling.logprobs:
+            return likeliest, None
+        if request.chooser is None:
+            request.chooser = Chooser(sampling, [request.prompt], [0], logits_1V)
+        ids_1, reports = request.chooser.choose(logits_1V)
+        return int(ids_1), reports[0]
+
+    def _tell(self, request: Request, event: TokenEvent | BaseException) -> None:
+        try:
+            request.ticket.tell(event)
+        except Exception:  # noqa: BLE001 - the owner's own fault, which must not stop the others
+            _log.exception("on_event failed; the request is given up")
+            request.ticket.cancelled = True

@@ -1,0 +1,90 @@
+"""`--backend`, `--head-bits`, `--threads` and `--lookup` of the commands that answer."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from tests import tiny
+from tests.engine.onnx_stand import torch_engine
+from vila.model.load import save_model
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A model whose heads the onnx backend takes."""
+    folder = tmp_path_factory.mktemp("wide") / "model"
+    engine = torch_engine()
+    save_model(engine.model, engine.processor, folder)
+    return folder
+
+
+def answer(vila, *arguments):
+    code, out, err = vila("run", *arguments, "--json", "--dtype", "float32", "--max-new-tokens", 12)
+    assert code == 0, err
+    return json.loads(out), err
+
+
+def test_both_backends_give_one_answer_and_say_who_they_are(vila, wide, picture):
+    by_torch, said = answer(vila, wide, "-i", picture, "-p", "what?", "--backend", "torch")
+    assert said == "backend: torch on cpu, float32"
+    by_onnx, said = answer(vila, wide, "-i", picture, "-p", "what?", "--backend", "onnx", "--head-bits", 32)
+    assert said.startswith("backend: onnx on cpu, ")
+    assert "float32, head of 32 bits" in said
+    assert by_onnx == by_torch
+    assert answer(vila, wide, "-i", picture, "-p", "what?") == (by_torch, "")
+
+
+def test_threads_are_those_of_every_backend(vila, wide):
+    before = torch.get_num_threads()
+    try:
+        _, said = answer(vila, wide, "-p", "what?", "--backend", "onnx", "--threads", 1)
+        assert ", 1 threads, " in said
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_lookup_tells_what_it_tried_and_changes_no_answer(vila, wide):
+    plain, _ = answer(vila, wide, "-p", "one one one one")
+    ahead, _ = answer(vila, wide, "-p", "one one one one", "--lookup", 4)
+    assert ahead == {**plain, "tried": ahead["tried"], "accepted": ahead["accepted"]}
+    assert 0 <= ahead["accepted"] <= ahead["tried"]
+
+
+def test_chat_takes_the_flags(vila, wide):
+    code, out, err = vila("chat", wide, "--backend", "onnx", "--lookup", 3, "--max-new-tokens", 4, stdin=b"hello\n")
+    assert code == 0
+    assert "backend: onnx" in err
+    assert "vila>" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--head-bits", "7", "--backend", "onnx"), "--head-bits 7: 4, 8 or 32"),
+        (("--head-bits", "8"), "--head-bits 8 is an option of --backend onnx"),
+        (("--lookup", "-1"), "lookup=-1"),
+        (("--backend", "tensorrt"), "'tensorrt' is not one of"),
+    ],
+)
+def test_impossible_flags_are_refused_before_anything_is_read(vila, flags, message, monkeypatch):
+    monkeypatch.setattr("vila.model.load.open_checkpoint", None)
+    code, _, err = vila("run", "no-such-model", "-p", "x", *flags)
+    assert code == 2
+    assert message in err
+
+
+def test_without_onnxruntime_the_remedy_is_named(vila, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    save_model(*tiny.vila(), tmp_path / "model")
+    code, _, err = vila("run", tmp_path / "model", "-p", "x", "--backend", "onnx")
+    assert code != 0
+    assert "pip install 'vila-vlm[onnx]'" in err
+
+
+def test_eval_refuses_a_backend_that_cannot_be(vila, wide, tmp_path):
+    code, _, err = vila("eval", wide, "--data", tmp_path, "--head-bits", 8)
+    assert code == 2
+    assert "head_bits=8 is an option of backend='onnx'" in err

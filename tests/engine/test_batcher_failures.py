@@ -1,0 +1,257 @@
+"""What goes wrong with one request stays with it: refusals, cancellations, time limits, failures, and the end."""
+
+import threading
+import time
+
+import pytest
+import torch
+
+from tests import tiny
+from tests.engine.stand import QUESTIONS, ask, endless
+from tests.engine.test_batcher import NEW, by_hand
+from vila.core.errors import (
+    CancelledError,
+    ClosedError,
+    ConfigError,
+    ContextOverflowError,
+    DataError,
+    DeadlineError,
+    MediaError,
+    NumericsError,
+    QueueFullError,
+    TemplateError,
+)
+from vila.core.types import Image, Message
+from vila.engine.batcher import Batcher
+from vila.engine.request import Sampling
+
+LONG = Sampling(max_new_tokens=300)
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return endless()
+
+
+@pytest.fixture
+def batcher(engine):
+    with Batcher(engine, slots=3) as batcher:
+        yield batcher
+
+
+def is_well(engine, batcher):
+    """Every question is answered right, twice."""
+    for _ in range(2):
+        tickets = [batcher.submit(messages, NEW) for messages in QUESTIONS]
+        for ticket, messages in zip(tickets, QUESTIONS, strict=True):
+            assert ticket.generation(30) == engine.complete([messages], NEW)[0]
+    return True
+
+
+def test_impossible_settings_are_refused(engine):
+    with pytest.raises(ConfigError, match=r"4 problems\n.*slots=0.*\n.*queue=0.*\n.*prefill_chunk=0.*\n.*kv_tokens=5"):
+        Batcher(engine, slots=0, queue=0, prefill_chunk=0, kv_tokens=5)
+
+
+def test_what_cannot_be_answered_is_refused_at_once(engine, batcher):
+    with pytest.raises(ContextOverflowError, match="the model's context holds 512"):
+        batcher.submit(ask("x" * 600), NEW)
+    with pytest.raises(DataError):
+        batcher.submit([{"role": "nobody", "content": "x"}], NEW)
+    with pytest.raises(TemplateError):
+        batcher.submit([Message.of("assistant", "hello")], NEW)
+    with pytest.raises(MediaError):
+        batcher.submit([Message.of("user", Image(b"<html>"), "?")], NEW)
+    assert batcher.stats().waiting == 0
+    assert is_well(engine, batcher)
+
+
+def test_what_never_fits_the_memory_is_refused_and_what_just_fits_is_answered(engine):
+    with Batcher(engine, slots=2, kv_tokens=64) as batcher:
+        assert batcher.submit(ask("x" * 48), Sampling(max_new_tokens=17)).generation(30).prompt_tokens == 48
+        message = "the prompt has 48 tokens and the answer may have 18, but the memory .* holds 64; .* raise kv_tokens"
+        with pytest.raises(ContextOverflowError, match=message):
+            batcher.submit(ask("x" * 48), Sampling(max_new_tokens=18))
+
+
+def test_a_full_queue_says_when_to_come_back(engine):
+    batcher = Batcher(engine, slots=1, queue=2)
+    tickets = [batcher.submit(ask("x"), NEW) for _ in range(2)]
+    with pytest.raises(QueueFullError, match="2 requests wait already") as caught:
+        batcher.submit(ask("x"), NEW)
+    assert 1 <= caught.value.retry_after <= 60
+    by_hand(batcher)
+    tickets.append(batcher.submit(ask("x"), NEW))
+    by_hand(batcher, 40)
+    assert [ticket.done for ticket in tickets] == [True] * 3
+
+
+def test_a_cancelled_request_ends_at_the_next_step_and_its_row_is_free(engine):
+    batcher = Batcher(engine, slots=2)
+    heard = []
+    running = batcher.submit(ask("x"), LONG, on_event=heard.append)
+    other = batcher.submit(ask("y", 1), NEW)
+    waiting = batcher.submit(ask("z"), NEW)
+    late = batcher.submit(ask("later"), NEW)
+    by_hand(batcher, 3)
+    running.cancel()
+    late.cancel()
+    by_hand(batcher)
+    assert isinstance(heard[-1], CancelledError)
+    assert running.done and late.done
+    with pytest.raises(CancelledError):
+        late.generation(0)
+    by_hand(batcher, 20)
+    assert other.generation(0) == engine.complete([ask("y", 1)], NEW)[0]
+    assert waiting.generation(0) == engine.complete([ask("z")], NEW)[0]
+    stats = batcher.stats()
+    assert (stats.finished, stats.cancelled, stats.failed, stats.kv_tokens_used) == (2, 2, 0, 0)
+
+
+def test_a_request_cancelled_while_its_prompt_is_read_leaves_only_what_was_computed(engine):
+    batcher = Batcher(engine, slots=2, prefill_chunk=16)
+    ticket = batcher.submit(ask("w" * 100, 1), NEW)
+    by_hand(batcher, 2)
+    ticket.cancel()
+    again = batcher.submit(ask("w" * 100, 1), NEW)
+    by_hand(batcher, 30)
+    assert ticket.done
+    assert again.cached_tokens == 32
+    assert again.generation(0) == engine.complete([ask("w" * 100, 1)], NEW)[0]
+
+
+def test_a_request_cancelled_in_the_middle_of_a_picture_is_gone_on_from_there(engine):
+    messages = [Message.of("user", "what do you see here", tiny.picture(5), "?")]
+    batcher = Batcher(engine, slots=2, prefill_chunk=22)
+    ticket = batcher.submit(messages, NEW)
+    by_hand(batcher)
+    ticket.cancel()
+    again = batcher.submit(messages, NEW)
+    by_hand(batcher, 20)
+    (start, count) = engine.processor.prompt(messages).runs[0]
+    assert start < again.cached_tokens < start + count
+    assert again.generation(0) == engine.complete([messages], NEW)[0]
+
+
+def test_a_request_that_runs_out_of_time_says_so_whether_it_runs_or_waits(engine):
+    batcher = Batcher(engine, slots=1)
+    tickets = [batcher.submit(ask("x"), LONG, timeout=0.02) for _ in range(2)]
+    by_hand(batcher, 2)
+    time.sleep(0.03)
+    by_hand(batcher)
+    for ticket in tickets:
+        with pytest.raises(DeadlineError, match=r"no complete answer within 0\.02 s"):
+            ticket.generation(0)
+    assert is_well_by_hand(engine, batcher)
+
+
+def is_well_by_hand(engine, batcher):
+    tickets = [batcher.submit(messages, NEW) for messages in QUESTIONS]
+    by_hand(batcher, 200)
+    assert [ticket.generation(0) for ticket in tickets] == [engine.complete([m], NEW)[0] for m in QUESTIONS]
+    return True
+
+
+def test_numbers_that_are_not_finite_end_their_own_request_and_do_not_stay_in_memory():
+    engine = endless()
+    poison = engine.processor.tokenizer("\x01")["input_ids"]
+    with torch.no_grad():
+        engine.model.get_input_embeddings().weight[poison] = torch.nan
+        # The tied head would say nan for every text.
+        engine.model.language_model.lm_head.weight = torch.nn.Parameter(
+            engine.model.get_input_embeddings().weight.nan_to_num(0)
+        )
+    with Batcher(engine, slots=2) as batcher:
+        for _ in range(3):
+            bad = [batcher.submit(ask("poison \x01 in the middle"), NEW) for _ in range(2)]
+            good = batcher.submit(ask("clean"), NEW)
+            for ticket in bad:
+                with pytest.raises(NumericsError, match="logits are not finite after 22 tokens"):
+                    ticket.generation(30)
+            assert good.generation(30) == engine.complete([ask("clean")], NEW)[0]
+        assert is_well(engine, batcher)
+        assert batcher.stats().failed == 6
+
+
+def test_an_owner_that_fails_to_listen_ends_its_own_request_alone(engine, batcher, caplog):
+    def deaf(event):
+        raise RuntimeError("nobody is there")
+
+    ticket = batcher.submit(ask("x"), LONG, on_event=deaf)
+    assert is_well(engine, batcher)
+    with pytest.raises(CancelledError):
+        ticket.generation(30)
+    assert "on_event failed" in caplog.text
+
+
+def test_a_choice_that_fails_ends_its_own_request_alone(engine, batcher, monkeypatch, caplog):
+    choose = batcher._turn._choose
+
+    def broken(request, likeliest, logits):
+        if request.sampling.seed == 13:
+            raise ValueError("no such token")
+        return choose(request, likeliest, logits)
+
+    monkeypatch.setattr(batcher._turn, "_choose", broken)
+    ticket = batcher.submit(ask("x"), Sampling(seed=13))
+    assert is_well(engine, batcher)
+    with pytest.raises(ValueError, match="no such token"):
+        ticket.generation(30)
+
+
+def test_a_step_that_fails_ends_those_that_run_and_the_batcher_goes_on(engine, batcher, monkeypatch, caplog):
+    forward, calls = batcher._run.forward, []
+
+    def broken(*arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            batcher._run.pool.keys[0].fill_(torch.nan)
+            raise RuntimeError("out of memory, say")
+        return forward(*arguments)
+
+    monkeypatch.setattr(batcher._run, "forward", broken)
+    tickets = [batcher.submit(ask(str(number)), LONG) for number in range(3)]
+    waiting = batcher.submit(ask("z"), NEW)
+    for ticket in tickets:
+        with pytest.raises(RuntimeError, match="out of memory, say"):
+            ticket.generation(30)
+    assert waiting.generation(30) == engine.complete([ask("z")], NEW)[0]
+    assert is_well(engine, batcher)
+    assert batcher.stats().failed == 3
+
+
+def test_draining_finishes_what_is_there_and_takes_nothing_new(engine):
+    with Batcher(engine, slots=2) as batcher:
+        tickets = [batcher.submit(messages, NEW) for messages in QUESTIONS]
+        assert batcher.drain(30)
+        assert [ticket.done for ticket in tickets] == [True] * len(QUESTIONS)
+        with pytest.raises(ClosedError):
+            batcher.submit(ask("x"), NEW)
+
+
+def test_draining_gives_up_after_its_time_and_closing_ends_what_is_left(engine):
+    batcher = Batcher(engine, slots=1)
+    tickets = [batcher.submit(ask("x"), NEW) for _ in range(2)]
+    assert not batcher.drain(0.01)
+    batcher.close()
+    for ticket in tickets:
+        with pytest.raises(ClosedError, match="closed before the answer was complete"):
+            ticket.generation(0)
+    batcher.close()
+
+
+def test_closing_in_the_middle_ends_running_requests(engine):
+    heard = threading.Event()
+    with Batcher(engine, slots=2) as batcher:
+        ticket = batcher.submit(ask("x"), LONG, on_event=lambda event: heard.set())
+        assert heard.wait(30)
+    assert ticket.done
+    assert batcher._thread is not None and not batcher._thread.is_alive()
+
+
+def test_a_model_that_attends_otherwise_is_refused():
+    engine = endless()
+    for block in engine.model.get_decoder().layers:
+        block.self_attn.config = tiny.text_config("llama", attn_implementation="eager")
+    with pytest.raises(ConfigError, match="self_attn attends by 'eager'; load the model with 'sdpa'"):
+        Batcher(engine)
