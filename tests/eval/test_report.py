@@ -85,11 +85,20 @@ def test_the_table_has_ours_with_its_interval_beside_the_published_rows(whole):
     assert "stand-in for the server" in markdown
 
 
-def test_an_interval_that_is_not_of_the_headline_says_what_it_is_of(whole):
-    _, page, markdown, text = whole
-    assert re.search(r"\| MME \(points\) \| [\d,]+\.\d\d \| [\d.]+ to [\d.]+ \(mean mark [\d.]+\s%\) \|", markdown)
-    assert json.loads(text)["benchmarks"]["mme"]["interval_is_of_score"] is False
+def test_an_interval_that_is_not_of_the_headline_says_what_it_is_of(tmp_path):
+    sure = {"mean": 80.0, "low": 70.0, "high": 90.0, "questions": 1, "groups": 1}
+    fake_run(tmp_path, [mark(1, 1.0)], "gqa", scores={"score": 60.0, "interval": sure})
+    page, markdown, text = (path.read_text() for path in write_report(tmp_path))
+    assert row_of(markdown, "GQA")[2] == "70.0 to 90.0 (mean mark 80.0 %)"
+    assert json.loads(text)["benchmarks"]["gqa"]["interval_is_of_score"] is False
     assert "The interval is that of the mean mark, which the score is not." in page
+
+
+@pytest.mark.parametrize("name", ["mme", "pope"])
+def test_points_and_f1_have_intervals_of_their_own(whole, name):
+    found = json.loads(whole[3])["benchmarks"][name]
+    assert found["interval_is_of_score"] is True
+    assert found["interval"]["low"] <= found["score"] <= found["interval"]["high"]
 
 
 def test_a_benchmark_that_was_not_run_is_named_and_has_no_figure(data, tmp_path):
@@ -237,6 +246,11 @@ def test_scores_by_number_of_examples_are_a_curve_from_none_on(data, tmp_path):
     assert re.sub(r" \(.*?\)", "", told) == (
         "examples with true answers: 0 at 0, 66.67 at 1; examples with wrong answers: 0 at 0, 33.33 at 1"
     )
+    markdown = (tmp_path / "report.md").read_text()
+    markdown = markdown[markdown.index("## In context: GQA") :]
+    assert row_of(markdown, "0") == ["0", "0.00", "0.0 to 0.0", *[MISSING] * 4]
+    # Of three pictures with three questions each, two are right after true examples and one after wrong ones.
+    assert row_of(markdown, "1")[1:6:2] == ["66.67", "33.33", "+33.33 (0.00 to +100.00)"]
 
 
 def test_an_interval_has_its_lower_end_first_and_a_curve_only_its_own(tmp_path):
@@ -249,14 +263,15 @@ def test_an_interval_has_its_lower_end_first_and_a_curve_only_its_own(tmp_path):
 
 
 def test_speed_is_in_questions_and_where_they_were_counted_in_tokens(tmp_path):
-    counted, not_counted = {"seconds": 4.0, "answered": 10, "tokens": 30}, {"seconds": 6.0, "answered": 5}
+    counted = {"seconds": 4.0, "answered": 10, "tokens": 30, "prompt_tokens": 500}
+    not_counted = {"seconds": 6.0, "answered": 5}
     for name, speed in (("easy_vqa", counted), ("other", not_counted)):
         fake_run(tmp_path, [mark(1, 1.0)], name)
         write_json(tmp_path / name / "speed.json", speed)
     markdown = write_report(tmp_path)[1].read_text()
-    assert "| easy\\_vqa | 10 | 4 | 2.5 | 7.5 |" in markdown
-    assert f"| other | 5 | 6 | 0.8333 | {MISSING} |" in markdown
-    assert "| all | 15 | 10 | 1.5 | 7.5 |" in markdown
+    assert "| easy\\_vqa | 10 | 4 | 2.5 | 3 | 7.5 | 125 |" in markdown
+    assert f"| other | 5 | 6 | 0.8333 | {MISSING} | {MISSING} | {MISSING} |" in markdown
+    assert "| all | 15 | 10 | 1.5 | 3 | 7.5 | 125 |" in markdown
 
 
 def test_what_an_answer_holds_cannot_break_a_page(tmp_path):

@@ -3,8 +3,8 @@
 import pytest
 
 from vila.core.errors import DataError
-from vila.eval.benchmark import Mark
-from vila.eval.statistics import compare, interval
+from vila.eval.benchmark import Headline, Mark, Scored
+from vila.eval.statistics import compare, interval, score_interval
 
 
 def marks(values, per_group=1):
@@ -52,3 +52,36 @@ def test_only_common_questions_are_compared():
     assert found.questions == 2
     with pytest.raises(DataError, match="no question in common"):
         compare(marks([1]), [Mark("other", 1.0)])
+
+
+def scored(found, parts, figure, **facts):
+    return Scored(figure([sum(column) for column in zip(*parts, strict=True)]), "%", {}, tuple(found), (),
+                  Headline(tuple(parts), figure, **facts))  # fmt: skip
+
+
+def test_a_score_that_is_the_mean_mark_has_the_interval_of_the_mean():
+    found = marks([n % 2 for n in range(40)])
+    assert score_interval(Scored(50.0, "%", {}, tuple(found))) == interval(found)
+
+
+def test_an_interval_of_sums_is_that_of_the_mean_where_the_figure_is_the_mean():
+    found = marks([n % 3 == 0 for n in range(300)], per_group=3)
+    ours = score_interval(scored(found, [(mark.value, 1.0) for mark in found], lambda sums: 100 * sums[0] / sums[1]))
+    theirs = interval(found)
+    assert (ours.mean, ours.questions, ours.groups) == (theirs.mean, 300, 100)
+    assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.5)
+
+
+def test_an_interval_of_a_sum_over_kinds_has_the_width_that_theory_gives():
+    # Two kinds of 100 questions, half of them right: each has a standard error of 5 points, their sum one of 7.07.
+    found = [Mark(str(n), float(n % 2), kind="ab"[n < 100]) for n in range(200)]
+    parts = [(m.value, 0.0) if m.kind == "a" else (0.0, m.value) for m in found]
+    ours = score_interval(scored(found, parts, lambda sums: sums[0] + sums[1], by_kind=True))
+    assert ours.mean == 100
+    assert (ours.low, ours.high) == pytest.approx((100 - 13.9, 100 + 13.9), abs=1.5)
+
+
+def test_drawing_by_kind_never_loses_a_kind():
+    found = [Mark("a", 1.0, kind="a"), Mark("b", 0.0, kind="b")]
+    ours = score_interval(scored(found, [(1.0, 0.0), (0.0, 1.0)], lambda sums: sums[0] + sums[1], by_kind=True))
+    assert (ours.low, ours.mean, ours.high) == (2, 2, 2)

@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vila.cli import options
 from vila.cli.judging import DEFAULT_JUDGE, JudgeModelOption, JudgeOption
+from vila.cli.loading import Aloud, take_threads
 
 if TYPE_CHECKING:
+    from vila.eval.asking import Answers
     from vila.eval.benchmark import Benchmark
-    from vila.eval.runner import Answers, Result
+    from vila.eval.runner import Result
 
 TEN = ("vqav2", "gqa", "vizwiz", "scienceqa", "textvqa", "pope", "mme", "mmbench", "mmbench_cn", "seed")
 """The benchmarks of the published table, in its order."""
@@ -37,6 +40,9 @@ def evaluate(
     shots: Annotated[str, typer.Option(help="Examples before each question, such as 0,2,4.", metavar="K,...")] = "0",
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu or cuda; default: a GPU where there is one.")] = "",
+    backend: options.BackendFlag = options.Backend.AUTO,
+    head_bits: options.HeadBits = None,
+    threads: options.Threads = None,
     api: Annotated[str, typer.Option(help="URL of an OpenAI-compatible server to ask instead.")] = "",
     served_model: Annotated[str, typer.Option("--model", help="With --api: the model to ask for.")] = "",
     judge: JudgeOption = "",
@@ -50,7 +56,7 @@ def evaluate(
 
     from vila.cli.judging import give_judge
     from vila.cli.progress import Screen
-    from vila.cli.tables import result_table
+    from vila.cli.score_tables import result_table
     from vila.core.errors import ConfigError
     from vila.core.events import SILENT
     from vila.eval.report import write_report
@@ -62,7 +68,8 @@ def evaluate(
     if not model and not api:
         raise ConfigError("no model; name a directory or a hub id, or a server with --api")
     world = open_world("replicate")
-    engine, facts = _engine(model, api, served_model, dtype, device or str(world.device))
+    take_threads(threads or 0)
+    engine, facts = _engine(model, api, served_model, dtype, device or str(world.device), backend.value, head_bits or 0)
     root = out or (Path(model).parent / "eval" if Path(model).is_dir() else Path("runs/eval"))
     results: list[Result] = []
     with Screen() as screen:
@@ -123,7 +130,9 @@ def _counts(text: str) -> list[int]:
     return list(dict.fromkeys(map(int, parts)))
 
 
-def _engine(model: str, api: str, served: str, dtype: str, device: str) -> tuple[Answers, dict[str, Any]]:
+def _engine(
+    model: str, api: str, served: str, dtype: str, device: str, backend: Any, head_bits: Any
+) -> tuple[Answers, dict[str, Any]]:
     """What answers, and facts on it; `hash` tells it from others."""
     from vila.core.errors import ConfigError
 
@@ -140,9 +149,15 @@ def _engine(model: str, api: str, served: str, dtype: str, device: str) -> tuple
     from vila.model.hub import local_folder
 
     folder = local_folder(model)
-    engine = Engine.load(folder, dtype=dtype, device=device)
+    engine = Engine.load(
+        folder, dtype=dtype, device=device, backend=backend, head_bits=head_bits, kept_bytes=0, events=Aloud()
+    )
     kind = str(engine.model.dtype).removeprefix("torch.")
-    return engine, {"hash": model_hash(folder), "dtype": kind, "device": device}
+    facts = {"hash": model_hash(folder), "dtype": kind, "device": device}
+    if engine.backend != "torch":
+        # Its numbers are others, so are some answers: they are no continuation of torch's.
+        facts |= {"hash": f"{facts['hash']} {engine.backend}", "backend": engine.backend}
+    return engine, facts
 
 
 def _note_run(root: Path, facts: dict[str, Any]) -> None:

@@ -16,22 +16,28 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import typer
 
 from vila import __version__
+from vila.cli.bench import app as bench_app
 from vila.cli.chat import chat
+from vila.cli.compare import compare
 from vila.cli.convert import convert
 from vila.cli.data import app as data_app
+from vila.cli.demo import demo
 from vila.cli.doctor import doctor
 from vila.cli.evaluate import evaluate
+from vila.cli.export import export
 from vila.cli.info import info
 from vila.cli.plan import plan
+from vila.cli.quantize import quantize
 from vila.cli.quickstart import quickstart
 from vila.cli.run import run
 from vila.cli.score import score
+from vila.cli.serve import serve
 from vila.cli.shots import ShotCommand
 from vila.cli.submit import submit
 from vila.cli.train import train
 from vila.core.errors import VilaError
 
-_RESUMABLE = (("quickstart",), ("train",), ("eval",), ("data", "prepare"))
+_RESUMABLE = (("quickstart",), ("train",), ("eval",), ("data", "prepare"), ("quantize",))
 _RESUMED = "interrupted; what was finished is kept, and the same command goes on from there"
 
 app = typer.Typer(
@@ -51,9 +57,15 @@ app.command()(plan)
 app.command("eval")(evaluate)
 app.command()(score)
 app.command()(submit)
+app.command()(compare)
 app.command()(info)
 app.command()(convert)
+app.command()(quantize)
+app.command()(export)
+app.command()(serve)
+app.command()(demo)
 app.add_typer(data_app, name="data")
+app.add_typer(bench_app, name="bench")
 app.command()(doctor)
 
 

@@ -36,7 +36,7 @@ def score(
     from vila.core.errors import ConfigError
     from vila.eval.benchmark import BENCHMARKS
     from vila.eval.statistics import compare as compared
-    from vila.eval.statistics import interval
+    from vila.eval.statistics import score_interval
 
     names = names_of(benchmark)
     if len(names) != 1:
@@ -47,7 +47,7 @@ def score(
         give_judge(opened, judge, judge_model, predictions.parent, screen)
         scored = score_file(opened, predictions, rules)
         other = score_file(opened, compare, rules) if compare else None
-    sure = interval(scored.marks)
+    sure = score_interval(scored)
     facts: dict[str, Any] = {
         "benchmark": names[0],
         "protocol": rules,

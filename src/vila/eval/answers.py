@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vila.core.errors import DataError
+from vila.core.files import read_json
 from vila.eval.benchmark import Answer
+from vila.eval.predictions import MERGED
 
 # Rows of video questions have the true answer beside the predicted one.
 _TEXT = ("text", "pred", "prediction", "answer")
+_CHUNK = re.compile(r"(\d+)_(\d+)\.jsonl?").fullmatch
+_HALVES = re.compile("[\ud800-\udfff]")
 _ID = ("question_id", "questionId", "id", "index", "image")
 
 
@@ -30,11 +35,11 @@ class AnswerFile:
 
 
 def read_answers(path: Path) -> AnswerFile:
-    """The answers in a JSON-lines file, a JSON list, or a folder of chunk files, which are read in the order of names.
+    """The answers in a JSON-lines file, a JSON list, or a folder: of a run of ours, or of the original's chunk files.
 
     A row needs an id (`question_id`) and a text (`text`); `prompt` is kept. Raises DataError when nothing is there.
     """
-    files = [path] if path.is_file() else sorted(path.glob("*.jsonl")) if path.is_dir() else []
+    files = [path] if path.is_file() else _files_in(path) if path.is_dir() else []
     if not files:
         raise DataError(f"{path}: no such file of answers")
     rows: list[Answer] = []
@@ -55,23 +60,33 @@ def read_answers(path: Path) -> AnswerFile:
     return AnswerFile(tuple(rows), tuple(bad), tuple(failed))
 
 
+def _files_in(folder: Path) -> list[Path]:
+    """The files of a folder that hold answers, each answer once, in the order of the questions.
+
+    The original leaves `merge.jsonl` beside the chunks `8_0.jsonl` to `8_7.jsonl`; we leave marks beside predictions.
+    """
+    if (folder / MERGED).is_file():
+        return [folder / MERGED, *sorted(folder.glob("part-*.jsonl"))]
+    chunks = {tuple(map(int, found.groups())): file for file in folder.iterdir() if (found := _CHUNK(file.name))}
+    if len({count for count, _ in chunks}) > 1:
+        names = ", ".join(file.name for _, file in sorted(chunks.items()))
+        raise DataError(f"{folder}: holds chunks of several runs ({names}); give one file, or delete the others")
+    return [file for _, file in sorted(chunks.items())] or sorted(folder.glob("*.jsonl"))
+
+
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:
     """Where each row stands, and its value; an exception in place of one that is not JSON."""
-    with path.open(encoding="utf-8", errors="replace") as stream:
+    with path.open("rb") as stream:
         first = stream.read(1)
         stream.seek(0)
-        if first == "[":
-            try:
-                values = json.load(stream)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path} line {error.lineno}: not JSON ({error.msg})") from error
-            yield from ((f"{path} row {number}", value) for number, value in enumerate(values, start=1))
+        if first == b"[":
+            yield from ((f"{path} row {number}", row) for number, row in enumerate(read_json(path), start=1))
             return
         for number, line in enumerate(stream, start=1):
             if line.strip():
                 try:
-                    yield f"{path} line {number}", json.loads(line)
-                except json.JSONDecodeError as error:
+                    yield f"{path} line {number}", json.loads(line.decode("utf-8"))
+                except (json.JSONDecodeError, UnicodeDecodeError) as error:
                     yield f"{path} line {number}", error
 
 
@@ -84,6 +99,8 @@ def _answer(row: Any, where: str) -> Answer | str:
         return f"{where}: no question_id"
     if not isinstance(text, str):
         return f"{where}: no text"
+    if _HALVES.search(text):
+        return f"{where}: the text {text[:40]!r} holds half of a surrogate pair, which no file can hold"
     prompt = row.get("prompt", "")
     own = str(row["id"]) if "id" in row and "question_id" in row else ""
     return Answer(name, text, prompt if isinstance(prompt, str) else "", where, own)

@@ -5,13 +5,14 @@ Scoring knows nothing of models: it reads answers, ours or those of anybody who 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from vila.core.registry import Registry
 from vila.core.types import Message
+from vila.core.vision_spec import ImageMode
 
 Rules = Literal["upstream", "lmms-eval"]
 """Whose rules count: those that the published table was made with, or lmms-eval's where they differ."""
@@ -28,6 +29,7 @@ class Item:
     question_id: as the benchmark's files name it; need not be unique. None: `id`.
     prompt:      what the original's answer files repeat of the question; "" for the text of the last message.
     template:    conversation template where the benchmark asks for one of its own; "" for the model's.
+    image_mode:  how its pictures become square where the benchmark has a way of its own; None for the model's.
     facts:       what the original writes into the answer's row besides, such as options.
     """
 
@@ -39,6 +41,7 @@ class Item:
     question_id: str | int | None = None
     prompt: str = ""
     template: str = ""
+    image_mode: ImageMode | None = None
     facts: dict[str, Any] = field(default_factory=dict, compare=False, hash=False)
 
 
@@ -77,14 +80,30 @@ class Mark:
 
 
 @dataclass(frozen=True)
+class Headline:
+    """How a score that is not the mean mark follows from sums over questions.
+
+    parts:   of each mark, in the order of the marks, K numbers that are summed.
+    figure:  the score from K sums.
+    by_kind: whether each kind of question is a sample of its own, which keeps its number of pictures when pictures are
+             drawn.
+    """
+
+    parts: tuple[tuple[float, ...], ...]
+    figure: Callable[[Sequence[float]], float]
+    by_kind: bool = False
+
+
+@dataclass(frozen=True)
 class Scored:
     """The score of a file of answers.
 
-    score:   the headline figure as it is published: percent, or points.
-    unit:    `%` or `points`.
-    figures: everything else that is reported, as plain data.
-    marks:   question by question, for intervals, comparisons and galleries; their weighted mean is not always `score`.
-    notes:   what was noticed and scored as the rules say: rows that are missing, given twice, or not read.
+    score:    the headline figure as it is published: percent, or points.
+    unit:     `%` or `points`.
+    figures:  everything else that is reported, as plain data.
+    marks:    question by question, for intervals, comparisons and galleries; their weighted mean is not always `score`.
+    notes:    what was noticed and scored as the rules say: rows that are missing, given twice, or not read.
+    headline: how the score follows from the marks; None when it is their mean in percent.
     """
 
     score: float
@@ -92,6 +111,7 @@ class Scored:
     figures: dict[str, Any]
     marks: tuple[Mark, ...]
     notes: tuple[str, ...] = ()
+    headline: Headline | None = None
 
 
 @dataclass(frozen=True)

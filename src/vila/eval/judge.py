@@ -204,7 +204,9 @@ def read_verdicts(path: Path) -> list[Verdict]:
             raise DataError(f"{path}: expected verdicts by id, {{ID: [reply, question and answers]}}")
         return [_kept(id, row, path) for id, row in merged.items()]
     verdicts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
             choice = ((row["response"] or {}).get("body") or {}).get("choices", [{}])[0]

@@ -49,7 +49,7 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
     if text.lstrip().startswith("["):
         yield from ((f"{path} row {number}", row) for number, row in enumerate(read_json(path), start=1))
         return
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
                 yield f"{path} line {number}", json.loads(line)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vila.core.errors import DataError
-from vila.core.files import write_jsonl, write_text
+from vila.core.files import atomic_path, write_jsonl
 from vila.eval.benchmark import Answer, Item
 
 MERGED = "predictions.jsonl"
@@ -118,10 +118,13 @@ def read_predictions(folder: Path, known: Iterable[str]) -> Predictions:
 
 
 def _whole_lines(path: Path) -> list[str]:
+    """The lines that end as lines; what a kill left of another one is cut off the file, be it half a character."""
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
-        write_text(path, "".join(lines))
-    return lines
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if whole != content:
+        with atomic_path(path) as part:
+            part.write_bytes(whole)
+    # Answers may hold characters that `splitlines` takes for the end of a line.
+    return whole.decode("utf-8").split("\n")[:-1]

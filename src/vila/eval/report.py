@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ from vila.eval.published import published_table
 from vila.eval.report_compare import compare_runs
 from vila.eval.report_digest import Digest, RunFolder, digest, read_run
 from vila.eval.report_sample import Shown, questions_from, shorten
+from vila.eval.report_shots import add_shots
 from vila.eval.report_tables import (
     Table,
     before_comparing,
@@ -30,13 +30,11 @@ from vila.eval.report_tables import (
 )
 from vila.eval.report_text import as_json, as_markdown
 from vila.report.bars import Group, bar_plot
-from vila.report.dots import Dots, dot_plot
-from vila.report.page import Card, Cell, Figure, Page
+from vila.report.page import Card, Figure, Page
 from vila.report.scale import write_seconds
 
 __all__ = ["compare_runs", "write_report"]
 
-_SHOT = re.compile(r"(?P<base>.+)_(?P<shots>\d+)shot(?P<shuffled>_shuffled)?")
 _RULES = {
     "upstream": "Scored by the rules that the published table was made with.",
     "lmms-eval": "Scored by lmms-eval's rules.",
@@ -77,7 +75,7 @@ def _page(run: RunFolder, digests: Sequence[Digest]) -> Page:
     _headline(page, digests)
     _published(page, run, digests)
     _others(page, run, digests)
-    _shots(page, digests)
+    add_shots(page, run, digests)
     for each in digests:
         _benchmark(page, each)
     _speed(page, digests)
@@ -121,46 +119,6 @@ def _others(page: Page, run: RunFolder, digests: Sequence[Digest]) -> None:
     _add(page, rows)
     if published_rows(run, digests) is None:
         _pairs(page, "Without a score", without_score(run, digests))
-
-
-def _shots(page: Page, digests: Sequence[Digest]) -> None:
-    """Scores against the number of examples, where a benchmark was asked after several numbers of them."""
-    by_name = {each.name: each for each in digests}
-    curves: dict[str, dict[str, dict[int, Digest]]] = {}
-    for each in digests:
-        if match := _SHOT.fullmatch(each.name):
-            answers = "wrong answers" if match["shuffled"] else "true answers"
-            base = curves.setdefault(match["base"], {"true answers": {}, "wrong answers": {}})
-            base[answers][int(match["shots"])] = each
-    for name, base in curves.items():
-        if name in by_name:
-            # Nothing is shown before the question, so both lines begin there.
-            base = {answers: {0: by_name[name], **found} if found else {} for answers, found in base.items()}
-        series = [
-            Dots(
-                f"examples with {answers}",
-                [(shots, each.score) for shots, each in found.items() if each.score is not None],
-                {
-                    shots: (each.interval["low"], each.interval["high"])
-                    for shots, each in found.items()
-                    if each.interval and each.interval_is_of_score
-                },
-            )
-            for answers, found in base.items()
-            if found
-        ]
-        page.section(
-            f"In context: {name}",
-            "Questions after worked examples, picture, question and answer. Where wrong answers in the examples do as "
-            "well as true ones, examples teach the form of an answer and not the task.",
-        )
-        page.plot(dot_plot(series, title="Score, with 95 % intervals", x_label="examples before the question"))
-        lines: list[list[Cell]] = [
-            [shots, answers, write_score(each), write_interval(each)]
-            for answers, found in base.items()
-            for shots, each in sorted(found.items())
-        ]
-        page.table(["examples", "their answers", "score", "95 % interval"], lines)
 
 
 def _benchmark(page: Page, each: Digest) -> None:

@@ -14,7 +14,7 @@ from vila.eval.predictions import MERGED
 from vila.eval.published import title_of
 from vila.eval.report_digest import RunFolder, read_marks, read_run
 from vila.eval.report_sample import Shown, questions_from, shorten, show, spread
-from vila.eval.report_tables import Table
+from vila.eval.report_tables import Table, write_chance, write_signed
 from vila.eval.report_text import bullets, cell, markdown_table, plain
 from vila.eval.statistics import Comparison, compare
 from vila.report.bars import Group, bar_plot
@@ -22,7 +22,8 @@ from vila.report.page import Card, Cell, Figure, Page
 
 _CHANGES_SHOWN = 6
 """Of each kind: answers that became better, and answers that became worse."""
-_SURE = 0.05
+SURE = 0.05
+"""Largest p of a difference that is counted as one."""
 
 
 @dataclass(frozen=True)
@@ -127,12 +128,12 @@ def _page(
         "Paired by question. Above zero the second run is the better one.",
         f"First run: {runs[0].path}. Second run: {runs[1].path}. This file is complete in itself and loads nothing.",
     )
-    sure = [pair for pair in pairs if pair.found.p <= _SURE]
+    sure = [pair for pair in pairs if pair.found.p <= SURE]
     up = sum(pair.found.difference > 0 for pair in sure)
     page.figures(
         {
-            "benchmarks better": Figure(up, f"of {len(pairs)}, with p at most {_SURE}"),
-            "benchmarks worse": Figure(len(sure) - up, f"of {len(pairs)}, with p at most {_SURE}"),
+            "benchmarks better": Figure(up, f"of {len(pairs)}, with p at most {SURE}"),
+            "benchmarks worse": Figure(len(sure) - up, f"of {len(pairs)}, with p at most {SURE}"),
             "questions": Figure(sum(pair.found.questions for pair in pairs), "asked of both"),
         }
     )
@@ -149,7 +150,7 @@ def _page(
         )
         for pair in pairs
     ]
-    page.plot(bar_plot(groups, title="Second run minus first, in points of a hundred", write=_signed))
+    page.plot(bar_plot(groups, title="Second run minus first, in points of a hundred", write=write_signed))
     table = _table(names, pairs)
     page.table(table.header, table.rows)
     if remarks := _remarks(pairs, left_out):
@@ -186,9 +187,9 @@ def _table(names: tuple[str, str], pairs: Sequence[Pair]) -> Table:
         [
             f"{title_of(pair.name)} ({pair.unit})",
             *(None if score is None else f"{score:,.2f}" for score in pair.scores),
-            _signed(pair.found.difference),
-            f"{_signed(pair.found.low)} to {_signed(pair.found.high)}",
-            _chance(pair.found.p),
+            write_signed(pair.found.difference),
+            f"{write_signed(pair.found.low)} to {write_signed(pair.found.high)}",
+            write_chance(pair.found.p),
             pair.found.better,
             pair.found.worse,
             pair.found.questions,
@@ -243,12 +244,3 @@ def _change(change: Change) -> dict[str, Any]:
         "truth": mark.truth,
         "values": [change.before.value, mark.value],
     }
-
-
-def _signed(value: float) -> str:
-    text = f"{value:+.2f}".replace("-", "\N{MINUS SIGN}")
-    return "0.00" if float(f"{value:.2f}") == 0 else text
-
-
-def _chance(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"

@@ -4,7 +4,7 @@ RUN/eval.json                       model, data, rules, template, and the benchm
 RUN/BENCHMARK/scores.json           headline, unit, interval, notes, figures; or no score and why
 RUN/BENCHMARK/marks.jsonl           question by question
 RUN/BENCHMARK/predictions.jsonl     answers, and questions that could not be asked
-RUN/BENCHMARK/speed.json            seconds and questions answered in them; tokens where they were counted
+RUN/BENCHMARK/speed.json            seconds and questions answered in them; tokens where all were counted
 """
 
 from __future__ import annotations
@@ -64,11 +64,12 @@ class Kind:
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """How long asking took, over all sessions. tokens: of the answers; None where nobody counted."""
+    """How long asking took, over all sessions. tokens: of the answers; None where nobody counted, as prompt_tokens."""
 
     seconds: float
     answered: int
     tokens: int | None
+    prompt_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -208,4 +209,4 @@ def _speed(path: Path) -> Speed | None:
     if not path.is_file():
         return None
     row = read_json(path)
-    return Speed(float(row["seconds"]), int(row["answered"]), row.get("tokens"))
+    return Speed(float(row["seconds"]), int(row["answered"]), row.get("tokens"), row.get("prompt_tokens"))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vila.eval.published import PublishedBenchmark, published_table, title_of
-from vila.eval.report_digest import Digest, RunFolder
+from vila.eval.report_digest import Digest, RunFolder, Speed
 from vila.report.page import Cell
 from vila.report.scale import write_number
 
@@ -90,19 +90,31 @@ def speed_table(digests: Sequence[Digest]) -> Table | None:
     if not timed:
         return None
     counted = any(speed.tokens is not None for _, speed in timed)
-    rows: list[list[Cell]] = []
-    for title, speed in timed:
-        row: list[Cell] = [title, speed.answered, round(speed.seconds, 1), _rate(speed.answered, speed.seconds)]
-        rows.append([*row, *([_rate(speed.tokens, speed.seconds)] if counted else [])])
+    rows = [_speed_row(title, [speed], counted) for title, speed in timed]
     if len(timed) > 1:
-        seconds = sum(speed.seconds for _, speed in timed)
-        answered = sum(speed.answered for _, speed in timed)
-        with_tokens = [speed for _, speed in timed if speed.tokens is not None]
-        tokens = sum(speed.tokens or 0 for speed in with_tokens)
-        total: list[Cell] = ["all", answered, round(seconds, 1), _rate(answered, seconds)]
-        rows.append([*total, *([_rate(tokens, sum(speed.seconds for speed in with_tokens))] if counted else [])])
-    header = ["benchmark", "questions", "seconds", "questions a second", *(["tokens a second"] if counted else [])]
-    return Table(header, rows, "Tokens are those of the answers." if counted else "")
+        rows.append(_speed_row("all", [speed for _, speed in timed], counted))
+    header = ["benchmark", "questions", "seconds", "questions a second"]
+    if not counted:
+        return Table(header, rows)
+    return Table(
+        [*header, "tokens a question", "tokens a second", "prompt tokens a second"],
+        rows,
+        "Tokens are those of the answers. Prompt tokens count the places of pictures, and what several questions share "
+        "as often as they are asked, computed or not.",
+    )
+
+
+def _speed_row(title: str, speeds: Sequence[Speed], counted: bool) -> list[Cell]:
+    seconds, answered = sum(speed.seconds for speed in speeds), sum(speed.answered for speed in speeds)
+    row: list[Cell] = [title, answered, round(seconds, 1), _rate(answered, seconds)]
+    if not counted:
+        return row
+    known = [speed for speed in speeds if speed.tokens is not None]
+    if not known:
+        return [*row, None, None, None]
+    seconds, answered = sum(speed.seconds for speed in known), sum(speed.answered for speed in known)
+    tokens, prompt = sum(speed.tokens or 0 for speed in known), sum(speed.prompt_tokens or 0 for speed in known)
+    return [*row, _rate(tokens, answered), _rate(tokens, seconds), _rate(prompt, seconds) if prompt else None]
 
 
 def run_facts(run: RunFolder) -> list[tuple[str, str]]:
@@ -149,9 +161,20 @@ def write_interval(each: Digest) -> str:
         return "no marks"
     low, high, mean = (each.interval[key] for key in ("low", "high", "mean"))
     if each.interval_is_of_score:
-        return f"{low:.1f} to {high:.1f}"
+        return f"{low:,.1f} to {high:,.1f}"
     return f"{low:.1f} to {high:.1f} (mean mark {mean:.1f}\N{NO-BREAK SPACE}%)"
 
 
-def _rate(count: int | None, seconds: float) -> float | None:
-    return None if count is None or seconds <= 0 else count / seconds
+def write_signed(value: float) -> str:
+    """A difference with its sign and two decimals."""
+    text = f"{value:+.2f}".replace("-", "\N{MINUS SIGN}")
+    return "0.00" if float(f"{value:.2f}") == 0 else text
+
+
+def write_chance(p: float) -> str:
+    """A p-value."""
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _rate(count: int, of: float) -> float | None:
+    return count / of if of > 0 else None

@@ -11,6 +11,7 @@ from typing import Any
 from vila.eval.published import published_table
 from vila.eval.report_digest import Digest, RunFolder
 from vila.eval.report_sample import Shown
+from vila.eval.report_shots import SENSE, curves_of, shots_table
 from vila.eval.report_tables import (
     Table,
     before_comparing,
@@ -34,6 +35,8 @@ def as_markdown(run: RunFolder, digests: Sequence[Digest]) -> str:
     if table := other_table(digests):
         parts += ["## Other benchmarks", markdown_table(table)]
     parts += bullets("Without a score:", without_score(run, digests))
+    for curves in curves_of(digests):
+        parts += [f"## {cell(curves.title)}", SENSE, markdown_table(shots_table(run, curves))]
     for each in digests:
         parts += _benchmark(each)
     if table := speed_table(digests):

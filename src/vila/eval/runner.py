@@ -5,37 +5,29 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from vila.core.dist import Place
-from vila.core.errors import ContextOverflowError, DataError
+from vila.core.errors import DataError
 from vila.core.events import SILENT, Events, task
 from vila.core.files import read_json, remove_partials, sha256_file, write_json, write_jsonl
-from vila.core.types import Image, Message, Text
+from vila.core.types import Image, Text
 from vila.engine.request import Sampling
+from vila.eval.asking import Answers, Asking
 from vila.eval.benchmark import Benchmark, Item, Rules, Scored
 from vila.eval.predictions import Predictions, answers_of, read_predictions
 from vila.eval.scoring import exact_match
-from vila.eval.statistics import interval
+from vila.eval.speed import forget_parts, note_part, note_speed
+from vila.eval.statistics import score_interval
 
 _BATCH_GROUPS = 16
 """Pictures that one batch holds, with all their questions."""
 _BATCH_ROWS = 96
 _BATCH_CHARACTERS = 200_000
-_LEAST_NEW_TOKENS = 32
 _PICTURE_CHARACTERS = 2_000
 """What a picture counts in the size of a batch."""
-
-
-class Answers(Protocol):
-    """Whatever answers conversations: our engine, or a server."""
-
-    def generate_batch(
-        self, conversations: Sequence[Sequence[Message]], sampling: Sampling, *, template: str = ""
-    ) -> list[str]:
-        """The answers, in the order of the conversations."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,51 +79,37 @@ def run(
     items = benchmark.items()
     if place.main:
         remove_partials(out)
+        forget_parts(out)
         _same_run(out, {"benchmark": benchmark.name, "model": model, "questions": len(items), "template": template})
     meet()
     done = read_predictions(out, (item.id for item in items))
     sampling = getattr(benchmark, "sampling", None) or Sampling(max_new_tokens=benchmark.max_new_tokens)
     name = f"{benchmark.name}: {len(items)} questions"
     began = time.monotonic()
+    asking = Asking(engine)
     answered = seen = right = 0
     with task(events, name, len(items), "questions"):
         for number, batch in enumerate(batches(items)):
             if number % place.world == place.rank and any(item.id not in done.texts for item in batch):
-                results = _ask(engine, batch, sampling, template)
+                results = asking(batch, sampling, template)
                 missing = [(i, r) for i, r in zip(batch, results, strict=True) if i.id not in done.texts]
                 done.add(place.rank, [item for item, _ in missing], [result for _, result in missing])
                 answered += len(missing)
             seen += len(batch)
             right += sum(bool(i.truth) and exact_match(done.texts.get(i.id, ""), i.truth) for i in batch)
             events.advanced(name, len(batch), exact=f"{right / seen:.1%}")
+    note_part(out, place.rank, answered, asking.tokens)
     meet()
     if not place.main:
         return None
+    seconds = time.monotonic() - began
     done = read_predictions(out, (item.id for item in items))
     done.merge(items)
     result = _scored(benchmark, items, done, rules)
-    seconds = time.monotonic() - began
     write_json(out / "scores.json", {"benchmark": benchmark.name, "model": model, "rules": rules, **_facts(result)})
     write_jsonl(out / "marks.jsonl", map(asdict, result[0].marks if result[0] else ()))
-    _note_speed(out, seconds, answered)
+    answered = note_speed(out, seconds)
     return Result(benchmark.name, result[0], done.texts, seconds, answered, done.errors, result[1])
-
-
-def _ask(engine: Answers, batch: Sequence[Item], sampling: Sampling, template: str) -> list[str | Exception]:
-    """The answers of a batch; an exception for each question that cannot be answered even alone."""
-    own = batch[0].template or template
-    try:
-        return list(engine.generate_batch([item.messages for item in batch], sampling, template=own))
-    except ContextOverflowError as error:
-        # The benchmark's room for an answer is far more than answers take; a small context holds less of it.
-        if len(batch) == 1 and sampling.max_new_tokens > _LEAST_NEW_TOKENS:
-            return _ask(engine, batch, replace(sampling, max_new_tokens=sampling.max_new_tokens // 2), template)
-        if len(batch) == 1:
-            return [error]
-    except Exception as error:  # noqa: BLE001 - recorded with the question that it belongs to
-        if len(batch) == 1:
-            return [error]
-    return [result for item in batch for result in _ask(engine, [item], sampling, template)]
 
 
 def _scored(benchmark: Benchmark, items: Sequence[Item], done: Predictions, rules: Rules) -> tuple[Scored | None, str]:
@@ -146,7 +124,7 @@ def _facts(result: tuple[Scored | None, str]) -> dict[str, Any]:
     scored, problem = result
     if scored is None:
         return {"score": None, "problem": problem}
-    sure = interval(scored.marks)
+    sure = score_interval(scored)
     return {
         "score": scored.score,
         "unit": scored.unit,
@@ -154,14 +132,6 @@ def _facts(result: tuple[Scored | None, str]) -> dict[str, Any]:
         "notes": list(scored.notes),
         **scored.figures,
     }
-
-
-def _note_speed(out: Path, seconds: float, answered: int) -> None:
-    """Add to the time that asking took in earlier sessions."""
-    path = out / "speed.json"
-    before = read_json(path) if path.is_file() else {"seconds": 0.0, "answered": 0}
-    if answered:
-        write_json(path, {"seconds": before["seconds"] + seconds, "answered": before["answered"] + answered})
 
 
 def result_dir(root: Path, name: str, questions: int) -> Path:
@@ -180,25 +150,30 @@ def model_hash(folder: Path) -> str:
 def batches(items: Sequence[Item]) -> Iterator[list[Item]]:
     """All items in batches of bounded size, groups whole, groups of like size together, the largest first.
 
-    What a batch holds depends on the items alone. Items of another template are never in one batch.
+    What a batch holds depends on the items alone. Items of another template or image mode are never in one batch.
     """
-    groups: dict[tuple[str, str], list[Item]] = {}
+    groups: dict[tuple[str, str, str], list[Item]] = {}
     for item in items:
-        groups.setdefault((item.template, item.group or item.id), []).append(item)
+        groups.setdefault((*_way(item), item.group or item.id), []).append(item)
     sized = [(_size(group), group) for group in groups.values()]
     # Python's sort keeps the order of equals: pictures of one size stay in the benchmark's order.
-    sized.sort(key=lambda pair: (pair[1][0].template, -pair[0]))
+    sized.sort(key=lambda pair: (*_way(pair[1][0]), -pair[0]))
     batch: list[Item] = []
     count = size = 0
     for own, group in sized:
         full = count == _BATCH_GROUPS or len(batch) + len(group) > _BATCH_ROWS or size + own > _BATCH_CHARACTERS
-        if batch and (full or group[0].template != batch[0].template):
+        if batch and (full or _way(group[0]) != _way(batch[0])):
             yield batch
             batch, count, size = [], 0, 0
         batch.extend(group)
         count, size = count + 1, size + own
     if batch:
         yield batch
+
+
+def _way(item: Item) -> tuple[str, str]:
+    """How an item is asked; only equals are asked together."""
+    return item.template, item.image_mode or ""
 
 
 def _size(group: Sequence[Item]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,9 @@ from vila.core.errors import ConfigError, DataError
 SHEET = "Sheet1"
 _LONGEST = 32_767
 """Characters that a cell of a spreadsheet can hold."""
-_FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f]")
+_FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
+_MADE = re.compile(rb"(<dcterms:(?:created|modified)[^>]*>)[^<]*")
+_NO_TIME = (1980, 1, 1, 0, 0, 0)
 
 
 def cell_text(text: str) -> str:
@@ -23,7 +26,8 @@ def cell_text(text: str) -> str:
 def workbook_bytes(rows: Sequence[Mapping[str, Any]]) -> bytes:
     """An xlsx file: the columns of the first row as header, then all rows; None leaves a cell empty.
 
-    Raises ConfigError without openpyxl, DataError naming the row for text that no cell can hold.
+    Equal rows give equal bytes. Raises ConfigError without openpyxl, DataError naming the row for text that no cell
+    can hold.
     """
     try:
         from openpyxl import Workbook
@@ -51,4 +55,16 @@ def workbook_bytes(rows: Sequence[Mapping[str, Any]]) -> bytes:
         sheet.append([cell(row[column], number, column) for column in columns])
     stream = io.BytesIO()
     book.save(stream)
-    return stream.getvalue()
+    return _timeless(stream.getvalue())
+
+
+def _timeless(book: bytes) -> bytes:
+    """The file without the time it was made at, which stands in its properties and beside every part."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(book)) as parts, zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as kept:
+        for part in parts.infolist():
+            content = parts.read(part)
+            if part.filename == "docProps/core.xml":
+                content = _MADE.sub(rb"\g<1>1980-01-01T00:00:00Z", content)
+            kept.writestr(zipfile.ZipInfo(part.filename, _NO_TIME), content, zipfile.ZIP_DEFLATED)
+    return out.getvalue()

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 
 from vila.core.errors import DataError
-from vila.eval.benchmark import Mark
+from vila.eval.benchmark import Mark, Scored
+
+# G pictures  K parts of a headline
 
 _DRAWS = 2000
 _SEED = 0
@@ -20,7 +22,7 @@ _SEED = 0
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A mean of marks in percent with the bounds that 95 of 100 bootstrap draws lie between."""
+    """A mean of marks in percent, or a score, with the bounds that 95 of 100 bootstrap draws lie between."""
 
     mean: float
     low: float
@@ -65,6 +67,28 @@ def interval(marks: Sequence[Mark]) -> Interval | None:
     return Interval(float(100 * sums.sum() / counts.sum()), float(100 * low), float(100 * high), len(marks), len(sums))
 
 
+def score_interval(scored: Scored) -> Interval | None:
+    """The interval of the score itself, whatever figure it is; None without marks."""
+    headline, marks = scored.headline, scored.marks
+    if headline is None or not marks:
+        return interval(marks)
+    names, places = np.unique(_group_names(marks), return_inverse=True)
+    parts = np.array(headline.parts)
+    sums_GK = np.zeros((len(names), parts.shape[1]))
+    np.add.at(sums_GK, places, parts)
+    kinds = np.zeros(len(names), int)
+    if headline.by_kind:
+        kinds[places] = np.unique([mark.kind for mark in marks], return_inverse=True)[1]
+    own = [np.flatnonzero(kinds == kind) for kind in np.unique(kinds)]
+    rng = np.random.default_rng(_SEED)
+    draws = []
+    for _ in range(_DRAWS):
+        chosen = np.concatenate([rows[rng.integers(0, len(rows), len(rows))] for rows in own])
+        draws.append(headline.figure(sums_GK[chosen].sum(0).tolist()))
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return Interval(headline.figure(sums_GK.sum(0).tolist()), float(low), float(high), len(marks), len(names))
+
+
 def compare(first: Sequence[Mark], second: Sequence[Mark]) -> Comparison:
     """Two runs over the same questions. Raises DataError when they have none in common."""
     before = {mark.id: mark for mark in first}
@@ -93,9 +117,12 @@ def compare(first: Sequence[Mark], second: Sequence[Mark]) -> Comparison:
 
 def _by_group(marks: Sequence[Mark], values: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """Sum of values and number of questions of each group; a mark without group is one of its own."""
-    names = [mark.group or f"\0{mark.id}" for mark in marks]
-    _, places = np.unique(names, return_inverse=True)
+    _, places = np.unique(_group_names(marks), return_inverse=True)
     return np.bincount(places, weights=values), np.bincount(places).astype(float)
+
+
+def _group_names(marks: Sequence[Mark]) -> list[str]:
+    return [mark.group or f"\0{mark.id}" for mark in marks]
 
 
 def _drawn_means(sums: np.ndarray[Any, Any], counts: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from vila.core.errors import DataError
-from vila.eval.benchmark import Answer, Item, Mark, Rules, Scored
+from vila.eval.benchmark import Answer, Headline, Item, Mark, Rules, Scored
 from vila.eval.folders import find
 from vila.eval.ids import size_note
 from vila.eval.joining import naming
@@ -106,6 +106,7 @@ class Mme:
         read = read_lmms if rules == "lmms-eval" else read_upstream
         figures: dict[str, Any] = {"by_category": {}}
         marks: list[Mark] = []
+        counted = [name for name in PERCEPTION if name in pairs]
         for category, own in pairs.items():
             row, of_category = self._category(category, own, read)
             figures["by_category"][category] = row
@@ -121,7 +122,8 @@ class Mme:
             )
         ordered = {key: figures[key] for key in ("perception", "cognition")}
         ordered.update(questions=len(marks), missing_categories=absent, by_category=figures["by_category"])
-        return Scored(ordered["perception"], "points", ordered, tuple(marks), tuple(notes))
+        headline = Headline(_parts(marks, counted), _points, by_kind=True)
+        return Scored(ordered["perception"], "points", ordered, tuple(marks), tuple(notes), headline)
 
     def _rows(self, answers: Sequence[Answer]) -> tuple[list[Row], list[str]]:
         """Answers with their questions, lines and tabs made spaces; and notes."""
@@ -186,3 +188,25 @@ class Mme:
         acc, acc_plus = 100 * sum(mark.value for mark in marks) / len(marks), 100 * both / count
         figures = {"score": acc + acc_plus, "acc": acc, "acc_plus": acc_plus}
         return {**figures, "questions": len(marks), "images": count, "other": other}, marks
+
+
+def _parts(marks: Sequence[Mark], categories: Sequence[str]) -> tuple[tuple[float, ...], ...]:
+    """Of each mark, for each category in turn: questions, right ones, pictures, pictures with both right.
+
+    Marks of a picture stand side by side, two by two; the second has what is the picture's.
+    """
+    places = {category: 4 * place for place, category in enumerate(categories)}
+    out = []
+    for number, mark in enumerate(marks):
+        row = [0.0] * (4 * len(places))
+        if mark.kind in places:
+            start, both = places[mark.kind], number % 2
+            row[start : start + 4] = [1, mark.value, both, both * mark.value * marks[number - 1].value]
+        out.append(tuple(row))
+    return tuple(out)
+
+
+def _points(sums: Sequence[float]) -> float:
+    """The sum of the categories' points, from the sums of `_parts`."""
+    rows = [sums[start : start + 4] for start in range(0, len(sums), 4)]
+    return sum(100 * right / questions + 100 * both / pictures for questions, right, pictures, both in rows)

@@ -17,7 +17,7 @@ from typing import Any
 
 from vila.core.errors import DataError
 from vila.core.files import read_jsonl
-from vila.eval.benchmark import Answer, Item, Mark, Rules, Scored
+from vila.eval.benchmark import Answer, Headline, Item, Mark, Rules, Scored
 from vila.eval.folders import find, image_folder, look
 from vila.eval.joining import join, naming, refuse_other_questions
 from vila.eval.question_file import Question, items_of, read_questions
@@ -86,6 +86,7 @@ class Pope:
             )
         refuse_other_questions(self.name, answers, {key: question.text for key, question in questions.items()})
         marks = []
+        judged: list[tuple[str, Pair]] = []
         pairs: dict[str, list[Pair]] = {category: [] for category in categories}
         for key, question in questions.items():
             if key not in joined.texts:
@@ -95,12 +96,14 @@ class Pope:
             right = _lmms_right(pair) if rules == "lmms-eval" else pair[0] == pair[1]
             rule = "read as yes" if pair[0] else "read as no"
             text = joined.texts[key]
+            judged.append((question.category, pair))
             marks.append(Mark(key, float(right), question.image, question.category, text, labels[key], rule))
         notes = joined.notes("not counted") + self._misplaced(answers, questions)
         figures: dict[str, Any] = {"questions": len(marks), "missing": len(joined.missing)}
         if rules == "lmms-eval":
             figures.update(_lmms_figures([pair for rows in pairs.values() for pair in rows]))
-            return Scored(100 * figures["f1"], "%", figures, tuple(marks), tuple(notes))
+            headline = Headline(tuple(_lmms_counts(pair) for _, pair in judged), _mean_f1)
+            return Scored(100 * figures["f1"], "%", figures, tuple(marks), tuple(notes), headline)
         for category in [name for name, rows in pairs.items() if not rows]:
             notes.append(f"no answers in the category {category}: it is not part of the mean")
         answered = {category: rows for category, rows in pairs.items() if rows}
@@ -110,7 +113,7 @@ class Pope:
             if not row["tp"]:
                 notes.append(f"{category}: no true yes was found, so that F1 is not defined; it counts as 0")
         score = 100 * sum(row["f1"] for row in figures["by_category"].values()) / len(answered)
-        return Scored(score, "%", figures, tuple(marks), tuple(notes))
+        return Scored(score, "%", figures, tuple(marks), tuple(notes), _headline(judged))
 
     def _misplaced(self, answers: Sequence[Answer], questions: Mapping[str, Question]) -> list[str]:
         """Whether the original would have given answers the labels of other questions."""
@@ -163,6 +166,24 @@ def _join_labels(path: Path, questions: Sequence[Question]) -> dict[str, str]:
     return labels
 
 
+def _headline(judged: Sequence[tuple[str, Pair]]) -> Headline:
+    """The mean of the F1 of the categories that were answered, from counts of true and false yes and false no."""
+    places = {category: 3 * place for place, category in enumerate(dict.fromkeys(name for name, _ in judged))}
+    parts = []
+    for category, (said, true, _) in judged:
+        row = [0.0] * (3 * len(places))
+        if said or true:
+            row[places[category] + (0 if said and true else 1 if said else 2)] = 1.0
+        parts.append(tuple(row))
+    return Headline(tuple(parts), _mean_f1)
+
+
+def _mean_f1(sums: Sequence[float]) -> float:
+    """In percent, from tp, fp and fn of one category after the other."""
+    counts = [sums[start : start + 3] for start in range(0, len(sums), 3)]
+    return 100 * sum(_f1(*own)["f1"] for own in counts) / len(counts)
+
+
 def _figures(pairs: Iterable[Pair]) -> dict[str, float]:
     counts = Counter((said, true) for said, true, _ in pairs)
     tp, fp, tn, fn = (counts[key] for key in ((True, True), (True, False), (False, False), (False, True)))
@@ -182,10 +203,14 @@ def _lmms_right(pair: Pair) -> bool:
     return pair[2] == ("yes" if pair[1] else "no")
 
 
+def _lmms_counts(pair: Pair) -> tuple[int, int, int]:
+    """Whether an answer is a true yes, a false yes, a false no."""
+    _, true, text = pair
+    return int(text == "yes" and true), int(text == "yes" and not true), int(text == "no" and true)
+
+
 def _lmms_figures(pairs: Sequence[Pair]) -> dict[str, float]:
-    tp = sum(text == "yes" and true for _, true, text in pairs)
-    fp = sum(text == "yes" and not true for _, true, text in pairs)
-    fn = sum(text == "no" and true for _, true, text in pairs)
+    tp, fp, fn = (sum(column) for column in zip(*map(_lmms_counts, pairs), strict=True)) if pairs else (0, 0, 0)
     return {
         "accuracy": _ratio(sum(map(_lmms_right, pairs)), len(pairs)),
         **_f1(tp, fp, fn),
@@ -194,7 +219,7 @@ def _lmms_figures(pairs: Sequence[Pair]) -> dict[str, float]:
     }
 
 
-def _f1(tp: int, fp: int, fn: int) -> dict[str, float]:
+def _f1(tp: float, fp: float, fn: float) -> dict[str, float]:
     precision, recall = _ratio(tp, tp + fp), _ratio(tp, tp + fn)
     return {"precision": precision, "recall": recall, "f1": _ratio(2 * precision * recall, precision + recall)}
 

@@ -53,8 +53,8 @@ class ScienceQa:
     def items(self) -> Sequence[Item]:
         """The questions in the order of their file.
 
-        The original gives these pictures to the tower's own processor whatever the model's image mode is, which
-        `facts["image_mode"]` says: a centre crop where the other benchmarks pad.
+        The original gives these pictures to the tower's own processor whatever the model's image mode is: a
+        centre crop where the other benchmarks pad.
         """
         return self._items
 
@@ -149,8 +149,7 @@ def _item(where: str, row: Any, pictures: Path, problems: Mapping[str, Any]) -> 
     if "image" not in row:
         return Item(str(key), (Message.of("user", asked),), truth, str(key), kind, key, asked)
     message = Message.of("user", Image(pictures / row["image"]), f"\n{asked}")
-    facts = {"image_mode": "square"}
-    return Item(str(key), (message,), truth, str(key), kind, key, f"<image>\n{asked}", facts=facts)
+    return Item(str(key), (message,), truth, str(key), kind, key, f"<image>\n{asked}", image_mode="square")
 
 
 def _check(where: str, problem: Any) -> None:

@@ -1,0 +1,71 @@
+"""`vila compare`: one run of `vila eval` against another, question by question."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def compare(
+    first: Annotated[Path, typer.Argument(help="Directory that `vila eval --out` wrote: the run to compare against.")],
+    second: Annotated[Path, typer.Argument(help="Another one: the run in question.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Where the page goes; default: compare/ in the second run's folder.", show_default=False),
+    ] = None,
+    fail_if_worse: Annotated[
+        bool, typer.Option("--fail-if-worse", help="End with status 1 when a benchmark is worse with p at most 0.05.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what compare.json holds.")] = False,
+) -> None:
+    """Test whether [bold]SECOND[/bold] answers better than [bold]FIRST[/bold], on the questions of both."""
+    import json
+
+    from rich.console import Console
+
+    from vila.core.files import read_json
+    from vila.eval.report_compare import SURE, compare_runs
+
+    paths = compare_runs(first, second, out or second / "compare")
+    found: dict[str, Any] = read_json(next(path for path in paths if path.suffix == ".json"))
+    if as_json:
+        typer.echo(json.dumps(found, ensure_ascii=False))
+    else:
+        console = Console(highlight=False)
+        console.print(_table(found["benchmarks"]))
+        console.print("Changes are of mean marks, in points of a hundred; better and worse are questions.")
+        for name, why in found["not_compared"].items():
+            console.print(f"{name}: not compared: {why}", markup=False)
+        console.print(str(paths[0]), markup=False, soft_wrap=True)
+    worse = [name for name, row in found["benchmarks"].items() if row["difference"] < 0 and row["p"] <= SURE]
+    if fail_if_worse and worse:
+        typer.echo(f"worse: {', '.join(worse)}", err=True)
+        raise typer.Exit(1)
+
+
+def _table(rows: dict[str, Any]) -> Any:
+    """A line for each benchmark; differences that chance would hardly give stand out."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    from vila.eval.report_compare import SURE
+    from vila.eval.report_tables import write_chance, write_signed
+
+    # With lines between the columns it would not fit 80 characters.
+    table = Table(title="Second run against the first", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("benchmark", overflow="fold")
+    for name in ("first", "second", "change", "95 %", "p", "better", "worse"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, row in rows.items():
+        table.add_row(
+            name,
+            *("-" if score is None else f"{score:,.2f}" for score in row["scores"]),
+            write_signed(row["difference"]),
+            f"{write_signed(row['low'])} to {write_signed(row['high'])}",
+            write_chance(row["p"]),
+            *(f"{row[key]:,.0f}" for key in ("better", "worse")),
+            style="bold" if row["p"] <= SURE else "",
+        )
+    return table

@@ -1,0 +1,18 @@
+"""What tests of killed and shared runs start from, made once."""
+
+import pytest
+
+from tests import tiny
+from tests.eval.evaluating import evaluated, left_behind
+from tests.eval.mini import mini_data
+from vila.model.load import save_model
+
+
+@pytest.fixture(scope="session")
+def stand(tmp_path_factory):
+    """A model, miniature data, and what an undisturbed run of one process leaves."""
+    home = tmp_path_factory.mktemp("stand")
+    model, data = home / "model", mini_data(home / "data")
+    save_model(*tiny.vila(), model)
+    assert evaluated(model, data, home / "run") == [0]
+    return model, data, left_behind(home / "run", data, home / "submitted" / "run")

@@ -1,0 +1,149 @@
+"""What the runner asks with: another way of making pictures square, counted tokens, texts that files can hold."""
+
+import io
+import json
+
+import pytest
+import torch
+from PIL import Image as PilImage
+
+from tests import tiny
+from vila.core.types import Image, Message
+from vila.engine.engine import Engine
+from vila.engine.request import Sampling
+from vila.eval.asking import Asking, Tokens
+from vila.eval.benchmark import Item, Scored
+from vila.eval.runner import batches, run
+from vila.eval.speed import forget_parts, note_part, note_speed
+
+SHORT = Sampling(max_new_tokens=6)
+
+
+def wide(seed=1):
+    """A picture of which a centre crop leaves a third."""
+    return tiny.picture(seed, (84, 28))
+
+
+def item(number, image, mode=None, **facts):
+    return Item(f"q{number}", (Message.of("user", image, "\nwhat?"),), "", str(number), image_mode=mode, **facts)
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return Engine(*tiny.vila())
+
+
+def test_an_engine_of_another_image_mode_sees_the_picture_that_is_left_of_it(engine):
+    whole = PilImage.open(io.BytesIO(wide().source)).convert("RGB")
+    cropped = Image(whole.crop((28, 0, 56, 28)))
+    question = [[Message.of("user", wide(), "what?")]]
+    expected = engine.complete([[Message.of("user", cropped, "what?")]], SHORT)[0].ids
+    padded = engine.complete(question, SHORT)[0].ids
+    assert engine.with_image_mode("square").complete(question, SHORT)[0].ids == expected != padded
+    # What was computed for the crop is not taken for the padded picture.
+    assert engine.complete(question, SHORT)[0].ids == padded
+    assert engine.processor.spec.image_mode == "pad"
+
+
+def test_features_of_one_mode_are_not_those_of_another(engine):
+    square = engine.with_image_mode("square")
+    pixels = [one.processor.pixels([wide()]) for one in (engine, square)]
+    assert not torch.equal(*pixels)
+    assert torch.equal(pixels[1], engine.processor.pixels([wide()], "square"))
+    assert square.model is engine.model
+
+
+def test_items_are_asked_in_their_own_mode_and_never_with_others(engine):
+    items = [item(0, wide()), item(1, wide(), "square"), item(2, wide(2)), item(3, wide(2), "square")]
+    found = list(batches(items))
+    assert [{one.image_mode for one in batch} for batch in found] == [{None}, {"square"}]
+    asking = Asking(engine)
+    texts = {one.id: text for batch in found for one, text in zip(batch, asking(batch, SHORT), strict=True)}
+    square = engine.with_image_mode("square")
+    assert texts == {
+        one.id: (square if one.image_mode else engine).generate_batch([one.messages], SHORT)[0] for one in items
+    }
+
+
+def test_tokens_are_those_of_the_engine(engine):
+    items = [item(n, wide(n)) for n in range(3)]
+    asking = Asking(engine)
+    asking(items, SHORT)
+    answers = engine.complete([one.messages for one in items], SHORT)
+    assert asking.tokens == Tokens(sum(a.prompt_tokens for a in answers), sum(len(a.ids) for a in answers))
+    assert asking.tokens.new > 0
+
+
+class Server:
+    """Counts as a server does; answers with half of a surrogate pair."""
+
+    prompt_tokens = reply_tokens = 0
+
+    def generate_batch(self, conversations, sampling, *, template=""):
+        self.prompt_tokens, self.reply_tokens = self.prompt_tokens + 10, self.reply_tokens + 2
+        return ["a\ud800" for _ in conversations]
+
+
+class Plain:
+    """Counts nothing."""
+
+    def generate_batch(self, conversations, sampling, *, template=""):
+        return ["a" for _ in conversations]
+
+
+def test_a_server_counts_its_tokens_and_whoever_does_not_count_has_none():
+    for engine, expected in ((Server(), Tokens(10, 2)), (Plain(), None)):
+        asking = Asking(engine)
+        asking([item(0, wide(), "square")], SHORT)
+        assert asking.tokens == expected
+
+
+class One:
+    """One question."""
+
+    name = "one"
+    max_new_tokens = 4
+
+    def items(self):
+        return [item(0, wide())]
+
+    def score(self, answers, rules="upstream"):
+        return Scored(0.0, "%", {}, ())
+
+
+def test_an_answer_that_no_file_can_hold_is_kept_as_far_as_it_can_be(tmp_path):
+    assert run(Server(), One(), tmp_path).predictions == {"q0": "a?"}
+    assert json.loads((tmp_path / "predictions.jsonl").read_text())["text"] == "a?"
+    assert json.loads((tmp_path / "speed.json").read_text()).items() >= {"prompt_tokens": 10, "tokens": 2}.items()
+
+
+def test_an_answer_with_other_ends_of_lines_in_it_is_one_line(tmp_path):
+    class Odd(Plain):
+        def generate_batch(self, conversations, sampling, *, template=""):
+            return ["a\x1e\x85\u2028b\r\nc" for _ in conversations]
+
+    for _ in range(2):
+        assert run(Odd(), One(), tmp_path).predictions == {"q0": "a\x1e\x85\u2028b\r\nc"}
+
+
+def test_speed_is_summed_over_processes_and_sessions_as_long_as_all_count(tmp_path):
+    note_part(tmp_path, 0, 3, Tokens(30, 6))
+    note_part(tmp_path, 1, 2, Tokens(20, 4))
+    assert note_speed(tmp_path, 5.0) == 5
+    note_part(tmp_path, 0, 0, None)
+    assert note_speed(tmp_path, 1.0) == 0  # a session that answered nothing takes no time
+    note_part(tmp_path, 0, 1, Tokens(10, 2))
+    note_speed(tmp_path, 1.0)
+    row = json.loads((tmp_path / "speed.json").read_text())
+    assert row == {"seconds": 6.0, "answered": 6, "prompt_tokens": 60, "tokens": 12}
+    note_part(tmp_path, 0, 1, None)
+    note_speed(tmp_path, 1.0)
+    row = json.loads((tmp_path / "speed.json").read_text())
+    assert row == {"seconds": 7.0, "answered": 7, "prompt_tokens": None, "tokens": None}
+
+
+def test_what_a_killed_session_counted_is_forgotten(tmp_path):
+    note_part(tmp_path, 1, 2, Tokens(20, 4))
+    forget_parts(tmp_path)
+    note_part(tmp_path, 0, 1, Tokens(10, 2))
+    assert note_speed(tmp_path, 1.0) == 1

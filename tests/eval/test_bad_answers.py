@@ -1,0 +1,182 @@
+"""What can be wrong with a file of answers, for all ten benchmarks: scored as the rules say, or refused by name."""
+
+import json
+import random
+
+import pytest
+
+from tests.eval.mini import TEN, mini_data, truly
+from vila.cli.score import score_file
+from vila.core.errors import DataError
+from vila.eval.answers import read_answers
+from vila.eval.benchmark import BENCHMARKS
+from vila.eval.predictions import row_of
+
+SCORED = tuple(name for name in TEN if name not in ("vqav2", "vizwiz"))
+"""The two others have answers to their test splits in the miniature data, which only a server scores."""
+ALL_WANTED = ("gqa", "mme", "vizwiz")
+"""Those whose original stops when an answer is missing."""
+ODD = (
+    "",
+    "\n",
+    "a\nb\r\nc\td",
+    "\u65b9\u5f62 \u00c4\u00df \U0001f600",
+    "\u2028\x85\x1e",
+    "YES",
+    "b",
+    "{}",
+    "null",
+    "x" * 9999,
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return mini_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def opened(data):
+    def open_(name):
+        benchmark = BENCHMARKS[name](data, 0)
+        return benchmark, [row_of(item, truly(0, item)) for item in benchmark.items()]
+
+    return open_
+
+
+def written(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def called(row):
+    """How a message names a row's question: by its id, or by its picture where the two about one share an id."""
+    return str(row["question_id"]).split(".")[0].replace("/images/", "/")
+
+
+def judged(benchmark, path):
+    """Score and notes of a file; where a server scores, what would be sent to it and what was checked."""
+    if benchmark.name in SCORED:
+        scored = score_file(benchmark, path, "upstream")
+        return scored.score, " ".join(scored.notes)
+    sent = benchmark.submission(read_answers(path).rows)
+    return sent.rows, " ".join(sent.checks)
+
+
+@pytest.mark.parametrize("name", TEN)
+def test_the_order_of_rows_does_not_matter(opened, name, tmp_path):
+    benchmark, rows = opened(name)
+    straight = judged(benchmark, written(tmp_path / "a.jsonl", rows))[0]
+    random.Random(0).shuffle(rows)
+    mixed = judged(benchmark, written(tmp_path / "b.jsonl", rows))[0]
+    assert mixed == (straight if name not in SCORED else pytest.approx(straight))
+
+
+@pytest.mark.parametrize("name", TEN)
+def test_a_missing_answer_is_named(opened, name, tmp_path):
+    benchmark, rows = opened(name)
+    gone = rows.pop(1)
+    path = written(tmp_path / "a.jsonl", rows)
+    if name in ALL_WANTED:
+        with pytest.raises(DataError) as told:
+            judged(benchmark, path)
+        said = str(told.value)
+    else:
+        said = judged(benchmark, path)[1]
+    if name == "vqav2":  # the server's list is longer than what is asked, so there they are counted
+        assert "4 left empty" in said and "1 without an answer (1001)" in said
+    else:
+        assert called(gone) in said
+
+
+@pytest.mark.parametrize("name", TEN)
+def test_a_second_answer_is_named_and_never_joins_the_first_in_silence(opened, name, tmp_path):
+    benchmark, rows = opened(name)
+    again = {**rows[0], "text": "a second answer"}
+    path = written(tmp_path / "a.jsonl", [*rows, again])
+    try:
+        said = judged(benchmark, path)[1]
+    except DataError as error:
+        said = str(error)
+    assert called(again) in said
+
+
+@pytest.mark.parametrize("name", TEN)
+def test_an_answer_to_a_question_that_there_is_not_is_named(opened, name, tmp_path):
+    benchmark, rows = opened(name)
+    other = "art/9999.jpg" if name == "mme" else 424242 if isinstance(rows[0]["question_id"], int) else "424242"
+    path = written(tmp_path / "a.jsonl", [*rows, {**rows[0], "question_id": other, "id": ""}])
+    try:
+        said = judged(benchmark, path)[1]
+    except DataError as error:
+        said = str(error)
+    assert str(other) in said
+
+
+@pytest.mark.parametrize("name", SCORED)
+def test_odd_answers_win_nothing_and_stop_nothing(opened, name, tmp_path):
+    benchmark, rows = opened(name)
+    for number, row in enumerate(rows):
+        row["text"] = ODD[number % len(ODD)]
+    scored = score_file(benchmark, written(tmp_path / "a.jsonl", rows), "upstream")
+    # POPE takes everything for yes that has no "no" in it; YES or a letter may be right where they are asked for.
+    easy = {"YES", "b"} | (set(ODD) if name == "pope" else set())
+    assert [mark.answer for mark in scored.marks if mark.value and mark.answer not in easy] == []
+    assert len(scored.marks) > 1
+
+
+@pytest.mark.parametrize("name", TEN)
+def test_a_line_that_was_cut_off_is_named(opened, name, tmp_path):
+    benchmark, rows = opened(name)
+    path = written(tmp_path / "a.jsonl", rows)
+    path.write_bytes(path.read_bytes()[:-20])
+    assert [f"a.jsonl line {len(rows)}: not JSON" in line for line in read_answers(path).bad] == [True]
+    if name in SCORED:
+        with pytest.raises(DataError, match=rf"a\.jsonl line {len(rows)}: not JSON"):
+            score_file(benchmark, path, "upstream")
+
+
+@pytest.mark.parametrize("name", TEN)
+def test_answers_to_another_benchmark_are_refused_or_told(opened, name, tmp_path):
+    benchmark, _ = opened(name)
+    other = "textvqa" if name != "textvqa" else "gqa"
+    with pytest.raises(DataError, match=name):
+        judged(benchmark, written(tmp_path / "a.jsonl", opened(other)[1]))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"question_id": "a", "text": "\xff"}', "line 2: not JSON .*utf-8"),
+        (b'{"question_id": "a", "text": "\\ud800"}', "line 2: the text .* holds half of a surrogate pair"),
+        (b'{"question_id": 1.5, "text": "x"}', "line 2: no question_id"),
+        (b'{"question_id": true, "text": "x"}', "line 2: no question_id"),
+        (b'{"question_id": "a", "text": null}', "line 2: no text"),
+        (b"[1, 2]", "line 2: not a mapping"),
+    ],
+)
+def test_a_line_that_is_no_answer_is_named(tmp_path, line, message):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"question_id": "b", "text": "y"}\n' + line + b"\n")
+    found = read_answers(path)
+    assert [row.text for row in found.rows] == ["y"]
+    with pytest.raises(AssertionError, match=message):
+        raise AssertionError(found.bad[0])
+
+
+def test_chunks_are_read_once_and_in_order_beside_their_merged_file(opened, tmp_path):
+    _, rows = opened("gqa")
+    for number in range(9):
+        written(tmp_path / f"12_{number + 2}.jsonl", rows[number : number + 1])
+    written(tmp_path / "merge.jsonl", rows)
+    assert [row.question_id for row in read_answers(tmp_path).rows] == [row["question_id"] for row in rows]
+    written(tmp_path / "8_0.jsonl", rows)
+    with pytest.raises(DataError, match=r"chunks of several runs \(8_0.jsonl, 12_2.jsonl"):
+        read_answers(tmp_path)
+
+
+def test_a_folder_of_our_own_gives_its_predictions_and_not_its_marks(opened, tmp_path):
+    _, rows = opened("gqa")
+    written(tmp_path / "predictions.jsonl", rows)
+    written(tmp_path / "marks.jsonl", [{"id": row["id"], "value": 1.0, "answer": "z"} for row in rows])
+    assert [row.text for row in read_answers(tmp_path).rows] == [row["text"] for row in rows]

@@ -1,0 +1,37 @@
+"""`vila eval` in two processes: the files of one, nothing half done when one dies, and either number goes on."""
+
+import signal
+
+from tests.eval.evaluating import QUESTIONS, Death, asked, assert_same, evaluated, left_behind, on_the_disk
+from vila.core.files import read_json
+
+
+def test_two_processes_leave_what_one_leaves(stand, tmp_path):
+    model, data, whole = stand
+    out = tmp_path / "run"
+    assert evaluated(model, data, out, world=2) == [0, 0]
+    assert_same(left_behind(out, data, tmp_path / "submitted"), whole)
+    assert asked(out) == QUESTIONS
+    assert read_json(out / "gqa" / "speed.json")["tokens"] > 9
+
+
+def test_a_process_that_dies_leaves_no_report_and_one_process_goes_on(stand, tmp_path):
+    model, data, whole = stand
+    out = tmp_path / "run"
+    told, died = evaluated(model, data, out, Death(groups=2, rank=1), world=2)
+    assert died == -signal.SIGKILL
+    assert "error: " in told and "another process" in told
+    assert sorted(path.parent.name for path in out.glob("*/scores.json")) == ["gqa", "vqav2"]
+    assert not list(out.glob("report.*")) and not (out / "eval.json").exists()
+    answered, timed = on_the_disk(out), asked(out)
+    assert evaluated(model, data, out) == [0]
+    assert_same(left_behind(out, data, tmp_path / "submitted"), whole)
+    assert asked(out) - timed == QUESTIONS - answered
+
+
+def test_two_processes_go_on_with_what_one_began(stand, tmp_path):
+    model, data, whole = stand
+    out = tmp_path / "run"
+    assert evaluated(model, data, out, Death(groups=9, torn=True)) == [-signal.SIGKILL]
+    assert evaluated(model, data, out, world=2) == [0, 0]
+    assert_same(left_behind(out, data, tmp_path / "submitted"), whole)
