@@ -1,0 +1,90 @@
+"""`vila export`: a model in the format of another program, which only that program reads."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from vila.cli import options
+
+
+def export(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="Model: a directory, or a hub id OWNER/NAME.", show_default=False)
+    ] = "",
+    format_name: Annotated[
+        str, typer.Option("--format", metavar="NAME", help="Format; see --list.", show_default=False)
+    ] = "",
+    out: Annotated[Path | None, typer.Option(help="Directory to write.", show_default=False)] = None,
+    precision: Annotated[
+        str, typer.Option(help="Number format of the weights; default: the first of --list.", show_default=False)
+    ] = "",
+    group_size: Annotated[
+        int, typer.Option(help="Inputs that share an INT4 scale; 0: an INT4 model's own, or 128.", min=0)
+    ] = 0,
+    search: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="AWQ scales and limits to fold into the weights.", show_default=False),
+    ] = None,
+    ranks: Annotated[int, typer.Option(help="Processes of tensor parallelism to cut the files for.", min=1)] = 1,
+    template: options.Template = "",
+    base: options.Base = "",
+    revision: options.Revision = "",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an export in --out.")] = False,
+    list_formats: Annotated[bool, typer.Option("--list", help="Name the formats, and stop.")] = False,
+) -> None:
+    """Write [bold]MODEL[/bold] in a format that other programs read, with a README on how to run it.
+
+    What is also read here goes through [bold]vila convert[/bold].
+    """
+    if list_formats:
+        _list()
+        return
+    from vila.core.errors import ConfigError
+
+    missing = [name for name, value in (("MODEL", model), ("--format", format_name), ("--out", out)) if not value]
+    if missing or out is None:
+        raise ConfigError(f"vila export: {', '.join(missing)} missing; --list names the formats")
+    from vila.export.target import EXPORTS, ExportOptions, settled
+
+    asked = settled(EXPORTS[format_name], ExportOptions(precision, group_size, ranks))
+
+    from vila.cli.info import human_bytes
+    from vila.cli.progress import Screen
+    from vila.export.source import open_source
+    from vila.export.write import write_export
+
+    target = out.expanduser()
+    signal.signal(signal.SIGTERM, _stop)
+    with Screen() as events:
+        source = open_source(
+            model,
+            template=template or None,
+            base=base or None,
+            revision=revision or None,
+            search=None if search is None else search.expanduser(),
+            events=events,
+        )
+        write_export(source, format_name, target, asked, overwrite=overwrite)
+    files = [path for path in target.rglob("*") if path.is_file()]
+    total = sum(path.stat().st_size for path in files)
+    typer.echo(f"{target}: {format_name} {asked.precision}, {len(files)} files, {human_bytes(total)}")
+    typer.echo(f"how to run it: {target / 'README.md'}")
+
+
+def _stop(number: int, frame: object) -> NoReturn:
+    # As Ctrl-C does: what is half-written is removed on the way out.
+    raise KeyboardInterrupt
+
+
+def _list() -> None:
+    from vila.export.target import EXPORTS
+
+    for name in EXPORTS:
+        target = EXPORTS[name]
+        typer.echo(f"{name:<22}{target.summary}")
+        for precision, about in target.precisions.items():
+            typer.echo(f"{'':<22}  {precision:<16}{about}")

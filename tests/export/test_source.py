@@ -1,0 +1,80 @@
+"""Weights read in runs of rows, with a search applied on the way, are those of the model in memory."""
+
+import pytest
+import torch
+
+from tests.export.models import random_search, write_model, write_search
+from vila.core.errors import LayoutError
+from vila.export.source import Source, open_source
+from vila.model.load import load_model, open_checkpoint
+from vila.model.weights import state_of
+from vila.quant.apply import apply_search
+from vila.quant.result import Scale, Search
+
+
+def all_weights(source, **options):
+    return {name: torch.cat(list(source.rows(name, **options))) for name in source.pieces}
+
+
+@pytest.mark.parametrize("run_bytes", [1, 1 << 24])
+def test_runs_of_rows_make_up_every_weight(tmp_path, run_bytes):
+    model, _ = write_model(tmp_path / "m")
+    found = all_weights(open_source(tmp_path / "m"), run_bytes=run_bytes)
+    expected = state_of(model)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_search_applied_row_by_row_is_that_of_the_model_in_memory_bit_by_bit(tmp_path, family, dtype):
+    heads = {"num_key_value_heads": 4} if family == "llama" else {}
+    model, _ = write_model(tmp_path / "m", family, dtype=dtype, **heads)
+    search = write_search(tmp_path, model)
+    found = all_weights(open_source(tmp_path / "m", search=search), run_bytes=1)
+    plain = state_of(model)
+    apply_search(model, random_search(model))
+    expected = state_of(model)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    changed = {name.split(".")[-2] for name, tensor in expected.items() if not torch.equal(plain[name], tensor)}
+    assert {"input_layernorm", "q_proj", "up_proj", "down_proj"} <= changed
+
+
+def test_of_a_longer_weight_the_last_rows_are_divided_in_every_run():
+    from vila.export.fold import Fold
+
+    fold, weight = Fold("outputs", torch.tensor([2.0, 4.0, 8.0])), torch.ones(5, 2)
+    parts = [fold(weight[start : start + 2], start, 5) for start in (0, 2, 4)]
+    assert torch.cat(parts)[:, 0].tolist() == [1, 1, 0.5, 0.25, 0.125]
+
+
+def test_a_search_of_another_model_is_refused_with_what_does_not_fit(tmp_path):
+    model, _ = write_model(tmp_path / "m")
+    search = write_search(tmp_path, write_model(tmp_path / "other", hidden_size=96)[0])
+    with pytest.raises(LayoutError, match="scale's 96 channels.*make it again for it"):
+        open_source(tmp_path / "m", search=search)
+    bad = Search((Scale("model.layers.0.input_layernorm", (), torch.full((64,), float("nan"))),), ())
+    with pytest.raises(LayoutError, match="not finite and positive"):
+        all_weights(Source(open_checkpoint(tmp_path / "m"), bad))
+
+
+def test_a_value_that_float16_cannot_hold_is_named_not_written_as_infinity(tmp_path):
+    model, processor = write_model(tmp_path / "m")
+    with torch.no_grad():
+        model.language_model.model.norm.weight[3] = 1e5
+    from vila.model.load import save_model
+
+    save_model(model, processor, tmp_path / "m")
+    source = open_source(tmp_path / "m")
+    with pytest.raises(LayoutError, match=r"language_model.model.norm.weight: a value is not finite in float16"):
+        source.read("language_model.model.norm.weight", torch.float16)
+
+
+def test_other_layouts_are_read_too(tmp_path):
+    from vila.model.load import save_model
+
+    model, processor = write_model(tmp_path / "m")
+    save_model(model, processor, tmp_path / "hf", layout="llava-hf")
+    again, _ = load_model(tmp_path / "hf")
+    found = all_weights(open_source(tmp_path / "hf"))
+    assert all(torch.equal(found[name], tensor) for name, tensor in state_of(again).items())

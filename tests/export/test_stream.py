@@ -1,0 +1,66 @@
+"""Safetensors files that are written row by row are those that everybody reads."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.export.readers.safetensors_file import read_file, read_folder
+from vila.core.files import read_json
+from vila.export.stream import SafetensorsWriter
+
+TENSORS = {
+    "odd": torch.arange(3, dtype=torch.uint8),
+    "rows": torch.randn(10, 3, generator=torch.Generator().manual_seed(0)),
+    "half": torch.randn(2, 2, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16),
+    "shape": torch.tensor([7, 9]),
+    "one": torch.tensor(2.5),
+}
+DECLARED = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in TENSORS.items()}
+
+
+def write(folder, **options):
+    with SafetensorsWriter(folder, DECLARED, **options) as writer:
+        writer.append("rows", TENSORS["rows"][:4])
+        for name in ("one", "shape", "half", "odd"):
+            writer.append(name, TENSORS[name])
+        writer.append("rows", TENSORS["rows"][4:])
+
+
+def test_rows_in_any_order_of_tensors_make_the_file(tmp_path):
+    write(tmp_path)
+    found = load_file(tmp_path / "model.safetensors")
+    assert found.keys() == TENSORS.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
+    assert read_file(tmp_path / "model.safetensors")["rows"].tolist() == TENSORS["rows"].tolist()
+
+
+def test_shards_have_an_index_and_hold_every_tensor_once(tmp_path):
+    write(tmp_path, shard_bytes=130)
+    index = read_json(tmp_path / "model.safetensors.index.json")
+    assert set(index["weight_map"].values()) == {f"model-0000{n}-of-00002.safetensors" for n in (1, 2)}
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in TENSORS.values())
+    assert read_folder(tmp_path).keys() == TENSORS.keys()
+
+
+def test_a_tensor_that_is_not_whole_is_an_error(tmp_path):
+    with (
+        pytest.raises(RuntimeError, match="1 tensors are not whole: rows"),
+        SafetensorsWriter(tmp_path, {"rows": ((10, 3), torch.float32)}) as writer,
+    ):
+        writer.append("rows", TENSORS["rows"][:9])
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (torch.zeros(2, 3, dtype=torch.float16), "rows are torch.float16"),
+        (torch.zeros(2, 4), r"rows are torch.float32 \[2, 4\]"),
+        (torch.zeros(11, 3), "more rows than the 10"),
+    ],
+)
+def test_rows_that_were_not_declared_are_refused(tmp_path, rows, message):
+    with (
+        pytest.raises(ValueError, match=message),
+        SafetensorsWriter(tmp_path, {"rows": ((10, 3), torch.float32)}) as writer,
+    ):
+        writer.append("rows", rows)

@@ -1,0 +1,165 @@
+"""An export appears whole or not at all, never over something else, and says how it is run."""
+
+import errno
+import os
+import signal
+
+import pytest
+import torch
+
+from tests.export.models import write_model
+from vila.core.errors import ConfigError, LayoutError, UnknownNameError, VilaError
+from vila.core.files import read_json
+from vila.export import stream
+from vila.export.source import open_source
+from vila.export.target import EXPORTS, OPTIONS, ExportOptions
+from vila.export.write import FACTS, write_export
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "m"
+    write_model(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", list(EXPORTS))
+def test_every_target_says_what_it_is_and_how_it_was_checked(model, name):
+    target = EXPORTS[name]
+    assert target.name == name
+    assert target.precisions
+    assert target.takes <= set(OPTIONS)
+    assert target.verified
+    assert (target.summary + target.verified).isascii()
+    options = ExportOptions(next(iter(target.precisions)), group_size=32 if "group_size" in target.takes else 0)
+    guide = target.guide(open_source(model), options)
+    assert guide.commands
+    assert guide.versions
+    assert all("{out}" in lines or "engines" in lines or "make" in lines for _, lines in guide.commands)
+
+
+def test_the_readme_names_model_commands_versions_and_defects(model, tmp_path):
+    write_export(open_source(model), "compressed-tensors", tmp_path / "out", ExportOptions(group_size=32))
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "vllm serve out\n" in text
+    assert "`starter_qa`" in text
+    for title in ("How to run it", "Versions", "Known defects"):
+        assert f"## {title}" in text
+    facts = read_json(tmp_path / "out" / FACTS)
+    assert (facts["format"], facts["precision"], facts["group_size"]) == ("compressed-tensors", "int4", 32)
+
+
+def test_what_lies_there_is_replaced_only_when_asked_and_only_an_export(model, tmp_path):
+    source, out = open_source(model), tmp_path / "out"
+    out.mkdir()
+    write_export(source, "safetensors", out)
+    with pytest.raises(ConfigError, match="is not empty; give another directory, or --overwrite"):
+        write_export(source, "safetensors", out)
+    (out / "stale").touch()
+    write_export(source, "safetensors", out, overwrite=True)
+    assert not (out / "stale").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    with pytest.raises(ConfigError, match="not an export, so --overwrite does not touch it"):
+        write_export(source, "safetensors", tmp_path / "mine", overwrite=True)
+    with pytest.raises(ConfigError, match="is a file"):
+        write_export(source, "safetensors", tmp_path / "mine" / "thesis.tex", overwrite=True)
+    with pytest.raises(ConfigError, match="holds the model that is exported"):
+        write_export(source, "safetensors", model, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [(KeyboardInterrupt(), KeyboardInterrupt), (OSError(errno.ENOSPC, "No space left on device"), VilaError)],
+)
+def test_an_interrupt_or_a_full_disk_leaves_nothing_and_keeps_what_was_there(
+    model, tmp_path, monkeypatch, error, raised
+):
+    source, out = open_source(model), tmp_path / "out"
+    write_export(source, "safetensors", out)
+    before = (out / "model.safetensors").read_bytes()
+    appended, append = [], stream.SafetensorsWriter.append
+
+    def fail_later(self, name, rows):
+        appended.append(name)
+        if len(appended) > 20:
+            raise error
+        append(self, name, rows)
+
+    monkeypatch.setattr(stream.SafetensorsWriter, "append", fail_later)
+    with pytest.raises(raised):
+        write_export(source, "safetensors", out, ExportOptions("float16"), overwrite=True)
+    assert len(appended) > 20
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (out / "model.safetensors").read_bytes() == before
+
+
+def test_unknown_names_are_answered_with_known_ones(model, tmp_path):
+    source = open_source(model)
+    with pytest.raises(UnknownNameError, match="unknown export format 'compressed'; did you mean 'compressed-tensors'"):
+        write_export(source, "compressed", tmp_path / "out")
+    with pytest.raises(UnknownNameError, match="unknown precision of compressed-tensors 'int8'"):
+        write_export(source, "compressed-tensors", tmp_path / "out", ExportOptions("int8"))
+    with pytest.raises(LayoutError, match="--ranks means nothing here; it is for tensorrt-llm-legacy"):
+        write_export(source, "safetensors", tmp_path / "out", ExportOptions(ranks=2))
+    assert not list(tmp_path.iterdir())
+
+
+def test_all_reasons_come_at_once_with_what_would_work(tmp_path):
+    write_model(tmp_path / "m", tower="siglip", hidden_size=80)
+    source = open_source(tmp_path / "m")
+    with pytest.raises(LayoutError) as refused:
+        write_export(source, "compressed-tensors", tmp_path / "out", ExportOptions(ranks=2))
+    text = str(refused.value)
+    assert "for 3 reasons" in text
+    assert "groups of 128 do not divide 80 inputs; no group size of this format does" in text
+    assert "siglip_vision_model" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_are_read_a_run_at_a_time(model, monkeypatch):
+    seen = []
+    source = open_source(model)
+    monkeypatch.setattr(torch, "cat", lambda *_: pytest.fail("a whole weight was put together"))
+    for name in source.pieces:
+        seen += [len(run) for run in source.rows(name, torch.float16, run_bytes=1) if run.dim() == 2]
+    assert max(seen) == 64
+
+
+@pytest.fixture
+def vila(capsys):
+    """Calls the command: exit status, standard output, standard error on one line."""
+    from vila.cli.main import main
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as ended:
+            main(list(map(str, arguments)))
+        out, err = capsys.readouterr()
+        return ended.value.code, out, " ".join(err.split())
+
+    before = signal.getsignal(signal.SIGTERM)
+    yield call
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_a_command_that_is_terminated_leaves_nothing(vila, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(stream.SafetensorsWriter, "append", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    code, _, err = vila("export", model, "--format", "safetensors", "--out", tmp_path / "out")
+    assert (code, err.endswith("error: stopped")) == (130, True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_lists_writes_and_refuses(vila, model, tmp_path):
+    code, out, _ = vila("export", "--list")
+    assert code == 0
+    assert all(name in out for name in EXPORTS)
+    code, out, _ = vila("export", model, "--format", "safetensors", "--out", tmp_path / "out")
+    assert code == 0
+    assert "how to run it" in out
+    assert (tmp_path / "out" / "README.md").is_file()
+    code, _, err = vila("export", model, "--format", "safetensors")
+    assert (code, "--out missing" in err) == (2, True)
+    code, _, err = vila("export", model, "--format", "compressed-tensors", "--out", tmp_path / "b")
+    assert code == 1
+    assert "--group-size 32 or 64 would" in err
+    assert not (tmp_path / "b").exists()
