@@ -11,12 +11,15 @@ from vila.serve.demo_talk import NONE, Page, Turns, add_picture, cells_of, shots
 
 _ROWS = 4
 STYLE = """
-.gradio-container { max-width: 1240px !important; margin: auto; }
+.gradio-container { width: 100% !important; max-width: 1240px !important; margin: auto; }
 #title h1 { margin: 0; font-size: 1.5rem; }
 #title p { margin: 0; opacity: .75; }
 #status { min-height: 1.4em; }
 .pace { min-height: 1.3em; opacity: .8; font-size: .85rem; }
 .shot-row { align-items: stretch; }
+.message img, .message video { max-height: 180px; width: auto; }
+#one button[title=Share], #two button[title=Share], button[aria-label=Share] { display: none; }
+#gallery .caption-label { max-width: 94%; }
 footer { display: none !important; }
 @media (max-width: 640px) { .gradio-container { padding: 8px !important; } #title p { display: none; } }
 """
@@ -61,7 +64,7 @@ def build(page: Page) -> Any:
             again = gr.Button("Ask again", size="sm", min_width=120)
         with gr.Accordion("Try one of these", open=True):
             gallery = gr.Gallery(
-                page.gallery, columns=6, height=190, show_label=False, allow_preview=False, object_fit="contain",
+                page.gallery, columns=6, height="auto", show_label=False, allow_preview=False, object_fit="contain",
                 interactive=False, buttons=[], elem_id="gallery",
             )  # fmt: skip
         with gr.Accordion("Camera", open=False):
@@ -113,10 +116,12 @@ def build(page: Page) -> Any:
         clear.click(lambda: ([], [], "", ""), None, [one, two, pace_one, pace_two], cancels=[sent])
         again.click(take_back, [one, two], [box, one, two])
 
-        def pick(event: gr.SelectData) -> dict[str, Any]:
+        def pick(event: Any) -> dict[str, Any]:
             path, question = page.gallery[event.index]
             return {"text": question, "files": [path]}
 
+        # Gradio finds out by the annotation what to hand over, and cannot read one that is text.
+        pick.__annotations__["event"] = gr.SelectData
         gallery.select(pick, None, box)
         take.click(add_picture, [box, camera], box)
         for button, shots in zip(buttons, page.examples.values(), strict=True):

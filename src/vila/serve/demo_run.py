@@ -19,11 +19,11 @@ _CARD_BYTES = 1 << 20
 
 
 def card_words(models: Sequence[str]) -> str:
-    """Names of models and their cards where they lie beside them: what the gallery is chosen by."""
+    """Names of models, their configs and cards where they lie beside them: what the gallery is chosen by."""
     words = []
     for model in models:
         words.append(model)
-        for card in (Path(model) / "README.md", Path(model).parent / "README.md"):
+        for card in (Path(model) / "README.md", Path(model) / "config.json", Path(model).parent / "README.md"):
             if card.is_file():
                 words.append(card.read_bytes()[:_CARD_BYTES].decode(errors="replace"))
     return "\n".join(words)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import queue
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -55,7 +56,8 @@ def with_answer(turns: Turns, told: Told) -> Turns:
     if told.text:
         out.append({"role": "assistant", "content": told.text})
     if told.problem:
-        out.append({"role": "assistant", "content": told.problem, "metadata": {"title": "The server refused"}})
+        words = html.escape(told.problem, quote=False)
+        out.append({"role": "assistant", "content": words, "metadata": {"title": "The server refused"}})
     return out
 
 

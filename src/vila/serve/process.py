@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -61,7 +62,7 @@ def server_process(models: Sequence[str], options: Sequence[str] = ()) -> Iterat
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "vila", "serve", *models, "--port", str(port), *options]
     # A file, not a pipe: nobody reads what the server says while it runs.
-    with tempfile.TemporaryFile() as said:
+    with _sigterm_ends_the_block(), tempfile.TemporaryFile() as said:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said, start_new_session=True)
         try:
             yield ServerProcess(f"http://127.0.0.1:{port}/v1", process, said)
@@ -73,3 +74,20 @@ def server_process(models: Sequence[str], options: Sequence[str] = ()) -> Iterat
                 with suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
+
+
+@contextmanager
+def _sigterm_ends_the_block() -> Iterator[None]:
+    """Let SIGTERM run what stands behind: without it the server would outlive whoever started it."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

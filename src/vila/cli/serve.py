@@ -1,0 +1,171 @@
+"""`vila serve`: models behind OpenAI's chat protocol."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from vila.cli import options
+from vila.cli.loading import Loading
+from vila.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vila.engine.engine import Engine
+    from vila.serve.models import ServedModel
+
+KEYS_VARIABLE = "VILA_API_KEY"
+_BATCH, _LIMITS, _WEB = "Batching", "Limits of a request", "Access"
+
+
+def serve(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Directories, or hub ids OWNER/NAME.")],
+    name: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME,ALIAS",
+            help="What a model is called, in the order of the models; default: its directory's name or its id.",
+            show_default=False,
+        ),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; others can reach 0.0.0.0.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.", min=0, max=65535)] = 8000,
+    template: options.Template = "",
+    base: options.Base = "",
+    revision: options.Revision = "",
+    dtype: options.DtypeFlag = options.Dtype.AUTO,
+    device: options.DeviceFlag = options.Device.AUTO,
+    threads: options.Threads = None,
+    slots: Annotated[
+        int, typer.Option(help="Requests that run at a time, per model.", min=1, rich_help_panel=_BATCH)
+    ] = 8,
+    queue: Annotated[
+        int, typer.Option(help="Requests that may wait besides; others get 429.", min=1, rich_help_panel=_BATCH)
+    ] = 64,
+    kv_tokens: Annotated[
+        int,
+        typer.Option(help="Tokens kept in memory; 0: every slot's context, as memory goes.", rich_help_panel=_BATCH),
+    ] = 0,
+    prefill_chunk: Annotated[
+        int, typer.Option(help="Tokens of prompts that a step computes at most.", min=1, rich_help_panel=_BATCH)
+    ] = 256,
+    max_images: Annotated[int, typer.Option(help="Pictures and clips.", min=0, rich_help_panel=_LIMITS)] = 16,
+    max_body: Annotated[float, typer.Option(help="Megabytes.", min=0.001, rich_help_panel=_LIMITS)] = 32.0,
+    max_pixels: Annotated[float, typer.Option(help="Megapixels of a picture.", min=0.001, rich_help_panel=_LIMITS)] = (
+        50.0
+    ),
+    fetch_timeout: Annotated[
+        float, typer.Option(help="Seconds for all of its addresses.", min=0.1, rich_help_panel=_LIMITS)
+    ] = 20.0,
+    request_timeout: Annotated[
+        float, typer.Option(help="Seconds to the last token.", min=0.1, rich_help_panel=_LIMITS)
+    ] = 600.0,
+    allow_private_urls: Annotated[
+        bool,
+        typer.Option(
+            "--allow-private-urls", help="Fetch from this machine and its network too.", rich_help_panel=_LIMITS
+        ),
+    ] = False,
+    api_key: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"Key that clients must send; better in {KEYS_VARIABLE}, which others cannot see.",
+            show_default=False,
+            rich_help_panel=_WEB,
+        ),
+    ] = None,
+    cors: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ORIGIN",
+            help="Web page that may ask from a browser; '*' for all.",
+            show_default=False,
+            rich_help_panel=_WEB,
+        ),
+    ] = None,
+    root_path: Annotated[
+        str, typer.Option(help="Path under which a proxy shows the server.", show_default=False, rich_help_panel=_WEB)
+    ] = "",
+    tls_cert: Annotated[
+        str, typer.Option(metavar="FILE", help="Certificate, for HTTPS.", show_default=False, rich_help_panel=_WEB)
+    ] = "",
+    tls_key: Annotated[
+        str, typer.Option(metavar="FILE", help="Its private key.", show_default=False, rich_help_panel=_WEB)
+    ] = "",
+    drain_timeout: Annotated[
+        float, typer.Option(help="Seconds that running answers have once it is told to stop.", min=0)
+    ] = 60.0,
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Log what is asked; off for a reason.")] = False,
+) -> None:
+    """Answer [bold]OpenAI's chat protocol[/bold] for one or several models: vila serve runs/starter/model"""
+    _check(models, name, tls_cert, tls_key)
+    try:
+        from vila.serve.chat import Service
+        from vila.serve.models import Batching, Models
+        from vila.serve.received import Limits
+        from vila.serve.server import Door
+        from vila.serve.server import serve as run
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"the server needs {error.name}: pip install 'vila-vlm[serve]'") from error
+    loadings = [
+        Loading(one, template, base, revision, dtype.value, device.value, "torch", threads=threads or 0)
+        for one in models
+    ]
+    limits = Limits(
+        body=int(max_body * 1e6),
+        images=max_images,
+        pixels=int(max_pixels * 1e6),
+        fetch_s=fetch_timeout,
+        request_s=request_timeout,
+        allow_private=allow_private_urls,
+    )
+    served = Models(
+        [_served(loading, given) for loading, given in zip(loadings, name or [""] * len(models), strict=True)],
+        Batching(slots, kv_tokens, queue, prefill_chunk),
+    )
+    keys = [*(api_key or ()), *filter(None, [os.environ.get(KEYS_VARIABLE, "")])]
+    door = Door(host, port, _rooted(root_path), keys, cors or (), tls_cert, tls_key, drain_timeout)
+    _log_to_stderr()
+    run(Service(served, limits, log_prompts), door, lambda line: typer.echo(line, err=True))
+
+
+def _check(models: list[str], names: list[str] | None, certificate: str, key: str) -> None:
+    if names and len(names) != len(models):
+        raise ConfigError(f"{len(names)} --name for {len(models)} models; give one for each, or none")
+    if bool(certificate) != bool(key):
+        raise ConfigError("--tls-cert and --tls-key go together; give both, or none")
+    for model in models:
+        looks_local = model.startswith((".", "/", "~")) or model.count("/") != 1
+        if looks_local and not Path(model).exists():
+            raise ConfigError(f"{model}: no such directory, and no hub id OWNER/NAME; check the path")
+
+
+def _served(loading: Loading, given: str) -> ServedModel:
+    from vila.serve.models import ServedModel, name_of
+
+    names = [name for name in given.split(",") if name] or [name_of(loading.model)]
+    return ServedModel(names[0], _loader(loading), (*names[1:], loading.model))
+
+
+def _loader(loading: Loading) -> Callable[[], Engine]:
+    def load() -> Engine:
+        from vila.cli.loading import load_engine, open_model
+
+        return load_engine(open_model(loading), loading)
+
+    return load
+
+
+def _rooted(path: str) -> str:
+    path = path.strip("/")
+    return f"/{path}" if path else ""
+
+
+def _log_to_stderr() -> None:
+    import logging
+
+    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
+    logging.getLogger("vila.serve").setLevel(logging.INFO)

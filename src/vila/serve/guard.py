@@ -1,0 +1,139 @@
+"""What every request passes before anything looks into it: an id, the key, room, the body; and what is logged of it."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import re
+import secrets
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from fastapi.responses import JSONResponse
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from vila.serve.body import BodyReader, replay
+from vila.serve.chat import Service
+from vila.serve.errors import ApiError, as_api_error, busy, internal, unavailable
+
+_log = logging.getLogger("vila.serve")
+_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_KNOWN_PATHS = ("/v1/chat/completions", "/v1/models", "/health", "/ready", "/metrics", "/openapi.json")
+
+
+class Guard:
+    """ASGI middleware around the whole application.
+
+    keys:      that open `/v1`; none leaves it open.
+    root_path: under which a proxy shows the server, whether or not it takes the path away.
+    body_s:    seconds that the body of a request may take.
+    """
+
+    def __init__(
+        self, app: ASGIApp, service: Service, keys: Sequence[str] = (), root_path: str = "", body_s: float = 60
+    ) -> None:
+        self.app, self.service, self.root_path = app, service, root_path
+        self.keys = [key.encode() for key in keys]
+        most = service.limits.body
+        self.bodies = BodyReader(most, 8 * most, body_s)
+        self.open = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request through, or answer in its place."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        if self.root_path:
+            path = scope["path"].removeprefix(self.root_path)
+            scope = {**scope, "root_path": self.root_path, "path": self.root_path + path}
+        seen = _Seen(scope, receive, send)
+        scope.setdefault("state", {}).update(request_id=seen.id, begun=seen.begun)
+        body = b""
+        self.service.metrics.open.inc()
+        self.open += 1
+        try:
+            self._check_key(scope)
+            self._check_room(scope)
+            body = await self.bodies.read(scope, seen.receive)
+            await self.app(scope, replay(body, seen.receive), seen.send)
+        except Exception as error:  # noqa: BLE001 - the border: a client gets words, the log gets the rest
+            known = as_api_error(error)
+            if known is None:
+                _log.exception("%s failed", seen.id)
+            if not seen.status:
+                await respond(known or internal(seen.id))(scope, receive, seen.send)
+        finally:
+            self.bodies.release(len(body))
+            self.open -= 1
+            self.service.metrics.open.dec()
+            self._note(scope, seen)
+
+    def _check_key(self, scope: Scope) -> None:
+        if not self.keys or not _path(scope).startswith("/v1") or scope["method"] == "OPTIONS":
+            return
+        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        scheme, _, key = given.partition(b" ")
+        # All keys are compared, so that the time says nothing about which one was near.
+        matches = [hmac.compare_digest(key.strip(), own) for own in self.keys]
+        if scheme.lower() != b"bearer" or not any(matches):
+            message = "no valid key; send the header 'Authorization: Bearer KEY'"
+            raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+
+    def _check_room(self, scope: Scope) -> None:
+        if scope["method"] != "POST":
+            return
+        if self.service.models.draining:
+            raise unavailable("the server is stopping and takes no new requests")
+        if self.open > self.service.models.capacity:
+            raise busy(f"{self.open - 1} requests are open already; ask again in a moment", 1)
+
+    def _note(self, scope: Scope, seen: _Seen) -> None:
+        path = _path(scope)
+        known = path if path in _KNOWN_PATHS else "/v1/models" if path.startswith("/v1/models/") else "other"
+        status = 499 if seen.gone else seen.status
+        self.service.metrics.requests.labels(known, str(status)).inc()
+        usage: dict[str, Any] = scope["state"].get("tokens", {})
+        tokens = f" {usage['prompt_tokens']}+{usage['completion_tokens']} tokens" if usage else ""
+        quiet = path in ("/health", "/ready", "/metrics")
+        _log.log(
+            logging.DEBUG if quiet else logging.INFO,
+            "%s %s %s %d %.3f s%s", seen.id, scope["method"][:20], ascii(path[:200])[1:-1], status,
+            time.monotonic() - seen.begun, tokens,
+        )  # fmt: skip
+
+
+class _Seen:
+    """A request's own `receive` and `send`, which notice how it ends and give the answer its id."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        given = next((value for name, value in scope["headers"] if name == b"x-request-id"), b"").decode("latin-1")
+        self.id = given if _ID.fullmatch(given) else secrets.token_hex(8)
+        self.begun = time.monotonic()
+        self.status, self.gone, self._complete = 0, False, False
+        self._receive, self._send = receive, send
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        if message["type"] == "http.disconnect" and not self._complete:
+            self.gone = True
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            MutableHeaders(scope=message)["X-Request-Id"] = self.id
+        elif message["type"] == "http.response.body" and not message.get("more_body", False):
+            self._complete = True
+        await self._send(message)
+
+
+def respond(error: ApiError) -> JSONResponse:
+    """The response that tells an error."""
+    return JSONResponse(error.body, error.status, dict(error.headers))
+
+
+def _path(scope: Scope) -> str:
+    path, root = str(scope["path"]), str(scope.get("root_path", ""))
+    return path[len(root) :] if root and path.startswith(root) else path

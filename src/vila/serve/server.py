@@ -1,0 +1,132 @@
+"""The server as a process: its socket, its signals, and its end."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import ssl
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+import uvicorn
+
+from vila.core.errors import ConfigError, VilaError
+from vila.serve.app import create_app
+from vila.serve.chat import Service
+from vila.serve.connections import TimedProtocol
+from vila.serve.models import ServedModel
+
+_log = logging.getLogger("vila.serve")
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@dataclass(frozen=True, slots=True)
+class Door:
+    """Where a server listens and whom it lets in.
+
+    port:      0 takes a free one.
+    root_path: under which a proxy shows it.
+    keys:      that open it; origins: web pages that may ask from a browser.
+    certificate, private_key: files; with them it speaks HTTPS.
+    drain_s:   how long running answers have to finish once it is told to stop.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    root_path: str = ""
+    keys: Sequence[str] = ()
+    origins: Sequence[str] = ()
+    certificate: str = ""
+    private_key: str = ""
+    drain_s: float = 60.0
+
+
+def serve(service: Service, door: Door, say: Callable[[str], None]) -> None:
+    """Answer requests until SIGTERM or Ctrl-C; running answers are finished then, and a second signal ends at once.
+
+    The port is open before the models are read. Raises ConfigError for an address that cannot be had and for bad
+    certificates, and what a model could not be loaded for.
+    """
+    app = create_app(service, keys=door.keys, origins=door.origins, root_path=door.root_path)
+    config = uvicorn.Config(
+        app, http=TimedProtocol, ws="none", lifespan="off", access_log=False, log_level="warning", backlog=2048,
+        server_header=False, h11_max_incomplete_event_size=32 * 1024, timeout_graceful_shutdown=5,
+        ssl_certfile=door.certificate or None, ssl_keyfile=door.private_key or None,
+    )  # fmt: skip
+    try:
+        config.load()
+    except (OSError, ssl.SSLError) as error:
+        named = f"{door.certificate}, {door.private_key}"
+        raise ConfigError(f"{named}: cannot be used as certificate and key ({error})") from error
+    listening = _listen(door)
+    scheme = "https" if door.certificate else "http"
+    host, port = listening.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    say(f"{scheme}://{shown}:{port}{door.root_path}/v1 will answer for {', '.join(service.models.names)} when loaded")
+    server = _Server(config, service, door.drain_s)
+    service.models.start(server.fail)
+    try:
+        server.run(sockets=[listening])
+    finally:
+        service.models.close()
+        service.threads.close()
+    if server.failed is not None:
+        reason = server.failed.failure
+        if isinstance(reason, VilaError):
+            raise reason
+        raise VilaError(f"{server.failed.name}: cannot be loaded ({type(reason).__name__}: {reason})") from reason
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, but that it goes on listening while it drains, so that those who come are told."""
+
+    def __init__(self, config: uvicorn.Config, service: Service, drain_s: float) -> None:
+        super().__init__(config)
+        self.service, self.drain_s = service, drain_s
+        self.failed: ServedModel | None = None
+
+    def fail(self, model: ServedModel) -> None:
+        """End because a model cannot be loaded; called from any thread."""
+        self.failed = model
+        self.should_exit = True
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Handle the signals that end a process; afterwards they are handled as before."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._stop) for number in _SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        if self.service.models.draining:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        self.service.models.draining = True
+        _log.info("stopping: running answers are finished first; once more ends at once")
+        threading.Thread(target=self._drain, name="vila-drain", daemon=True).start()
+
+    def _drain(self) -> None:
+        if not self.service.models.drain(self.drain_s):
+            _log.warning("some answers were not complete after %g s and end here", self.drain_s)
+            self.service.models.close()
+        self.should_exit = True
+
+
+def _listen(door: Door) -> socket.socket:
+    family = socket.AF_INET6 if ":" in door.host else socket.AF_INET
+    try:
+        return socket.create_server((door.host, door.port), family=family, backlog=2048)
+    except (OSError, OverflowError) as error:
+        raise ConfigError(f"{door.host} port {door.port} cannot be opened ({error}); give another by --port") from error

@@ -1,0 +1,72 @@
+"""Parameters of the chat protocol that this server does not have: which may be ignored, and which are refused.
+
+What would change the answer is refused, unless it has the value that changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
+from typing import Any
+
+IGNORED = frozenset(
+    {
+        "user",
+        "metadata",
+        "store",
+        "safety_identifier",
+        "service_tier",
+        "prediction",
+        "parallel_tool_calls",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+    }
+)
+"""They are for the bookkeeping of whoever serves, or make an answer faster at most."""
+
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "frequency_penalty": (0,),
+    "presence_penalty": (0,),
+    "logit_bias": ({},),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "audio": (),
+    "reasoning_effort": ("none",),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+    "best_of": (1,),
+    "echo": (False,),
+    "length_penalty": (1,),
+    "use_beam_search": (False,),
+    "ignore_eos": (False,),
+    "add_generation_prompt": (True,),
+}
+"""Values, besides null, with which a parameter says what is done anyway."""
+
+
+def problems(extra: Mapping[str, Any], known: list[str]) -> Iterator[str]:
+    """What is wrong with the parameters of a request that its schema does not have; `known` are those it has."""
+    for name, value in extra.items():
+        if name in IGNORED or (name in NEUTRAL and (value is None or value in NEUTRAL[name])):
+            continue
+        if name in NEUTRAL:
+            yield f"{name}: is not supported here, and would change the answer; leave it out"
+            continue
+        near = get_close_matches(name, known, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        yield f"{_short(name)}: unknown parameter{hint}"
+
+
+def message_problems(extra: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with the further fields of a message. Those of an earlier answer, sent back, are empty."""
+    for name, value in extra.items():
+        if value is not None and value not in ([], "", {}):
+            yield f"{_short(name)}: is not supported in a message; leave it out"
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 60 else f"{name[:57]}..."

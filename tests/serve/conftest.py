@@ -1,0 +1,33 @@
+"""One server for all tests that need a real process, and one application for those that do not."""
+
+import pytest
+
+from tests.serve import stand
+from vila.model.load import save_model
+from vila.serve.app import create_app
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("serve") / "tiny"
+    save_model(*stand.model(), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(model_folder):
+    with stand.Process(model_folder, "--dtype", "float32", "--allow-private-urls", "--queue", "16") as process:
+        process.await_ready()
+        yield process
+
+
+@pytest.fixture(scope="session")
+def service():
+    service = stand.ready()
+    yield service
+    service.models.close()
+
+
+@pytest.fixture(scope="session")
+def app(service):
+    return create_app(service)

@@ -1,0 +1,178 @@
+"""A tiny model that answers in letters and never ends, its server in this process and in one of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import http.server
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+import torch
+import uvicorn
+
+from tests import tiny
+from vila.engine.engine import Engine
+from vila.serve.chat import Service
+from vila.serve.connections import TimedProtocol
+from vila.serve.models import Batching, Models, ServedModel
+from vila.serve.received import Limits
+
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+def model() -> Any:
+    """A model and its processor whose likeliest token is always a letter."""
+    made, processor = tiny.vila(max_position_embeddings=2048)
+    letters = [tiny.tokenizer().convert_tokens_to_ids(letter) for letter in "abcdefghijklmnopqrstuvwxyz "]
+    table = made.get_input_embeddings().weight
+    with torch.no_grad():
+        others = torch.ones(len(table), dtype=torch.bool)
+        others[[one for one in letters if one is not None]] = False
+        # The head is tied to this table. A little is left, so that what was asked still matters.
+        table[others] *= 0.05
+    return made, processor
+
+
+def ready(name: str = "tiny", *, load: Any = None, limits: Limits | None = None, **batching: Any) -> Service:
+    """A service whose model is loaded."""
+    served = ServedModel(name, load or (lambda: Engine(*model())), ("other-name",))
+    service = Service(Models([served], Batching(**{"slots": 4, **batching})), limits or Limits())
+    service.models._load(lambda failed: None)
+    assert served.failure is None, served.failure
+    return service
+
+
+def body(**changes: Any) -> dict[str, Any]:
+    """A good request, changed."""
+    return {"model": "tiny", "messages": HELLO, "max_tokens": 4, **changes}
+
+
+def ask(app: Any, **changes: Any) -> httpx.Response:
+    """The response of an application in this process to a request."""
+    return send(app, json=body(**changes))
+
+
+def send(app: Any, method: str = "POST", path: str = "/v1/chat/completions", **what: Any) -> httpx.Response:
+    """The response to anything."""
+
+    async def once() -> httpx.Response:
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            return await client.request(method, path, **what)
+
+    return asyncio.run(once())
+
+
+def data_url(seed: int = 1) -> str:
+    """A picture that travels in its own address."""
+    return f"data:image/png;base64,{base64.b64encode(tiny.picture(seed).source).decode()}"
+
+
+def picture_part(url: str) -> dict[str, Any]:
+    """A part with a picture."""
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def text_part(text: str) -> dict[str, Any]:
+    """A part with text."""
+    return {"type": "text", "text": text}
+
+
+@contextmanager
+def on_a_port(app: Any, **timings: float):
+    """The application behind a real port of this machine, in a thread; `timings` of its connections."""
+    protocol = type("Timed", (TimedProtocol,), timings)
+    config = uvicorn.Config(app, http=protocol, ws="none", lifespan="off", log_level="critical")
+    server = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0), backlog=512) as listening:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+        thread.start()
+        try:
+            yield listening.getsockname()[1]
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+class Process:
+    """`vila serve` in a process of its own."""
+
+    def __init__(self, *arguments: Any, **environment: str) -> None:
+        command = [sys.executable, "-m", "vila", "serve", *map(str, arguments), "--port", "0"]
+        settings = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+        self.popen = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=settings)
+        self.said: list[str] = []
+        assert self.popen.stderr is not None
+        first = self.popen.stderr.readline()
+        self.url = first.split()[0] if "will answer" in first else ""
+        self.said.append(first)
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        self.said.extend(self.popen.stderr)
+
+    @property
+    def root(self) -> str:
+        """The address without `/v1`."""
+        return self.url.removesuffix("/v1")
+
+    def await_ready(self, **options: Any) -> None:
+        """Until its models are loaded."""
+        for _ in range(600):
+            if httpx.get(f"{self.root}/ready", **options).status_code == 200:
+                return
+            assert self.popen.poll() is None, self.said
+            time.sleep(0.1)
+        raise AssertionError(self.said)
+
+    def stop(self) -> int:
+        """Its exit status after SIGTERM."""
+        self.popen.send_signal(signal.SIGTERM)
+        return self.popen.wait(30)
+
+    def __enter__(self) -> Process:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.popen.poll() is None:
+            self.popen.kill()
+        self.popen.wait()
+
+
+@contextmanager
+def pages(answers: dict[str, bytes | str]):
+    """A web server on this machine: pictures by path, or where a path leads to."""
+
+    class Page(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            found = answers.get(self.path)
+            if isinstance(found, str):
+                self.send_response(302)
+                self.send_header("Location", found)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+                return
+            self.send_response(404 if found is None else 200)
+            self.send_header("Content-Length", str(len(found or b"")))
+            self.end_headers()
+            self.wfile.write(found or b"")
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Page)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()

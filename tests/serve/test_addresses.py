@@ -1,0 +1,91 @@
+"""Addresses of pictures: nothing private is fetched, in whatever way it is written."""
+
+import pytest
+
+from tests import tiny
+from tests.serve.stand import ask, pages, picture_part
+from vila.media import fetch
+
+V4 = (
+    "127.0.0.1 localhost 127.1 2130706433 0x7f000001 0x7f.1 0177.0.0.1 017700000001 0 0.0.0.0 10.0.0.1 172.16.0.1 "
+    "192.168.1.1 169.254.169.254 100.64.0.1 198.18.0.1 224.0.0.1 "
+    "255.255.255.255 \u2460\u2461\u2466.\u24ea.\u24ea.\u2460"
+)
+V6 = (
+    "::1 :: ::ffff:127.0.0.1 ::ffff:7f00:1 0:0:0:0:0:ffff:a9fe:a9fe ::127.0.0.1 64:ff9b::7f00:1 2002:7f00:1:: "
+    "2001:0:0:0:0:0:80ff:fffe fe80::1 fc00::1 fec0::1 ff02::1"
+)
+PRIVATE = [*V4.split(), *(f"[{address}]" for address in V6.split())]
+
+
+def asked(app, url):
+    return ask(app, messages=[{"role": "user", "content": [picture_part(url)]}])
+
+
+@pytest.fixture
+def dialled(monkeypatch):
+    """Addresses that a connection was tried to."""
+    tried = []
+
+    def connect(self):
+        tried.extend(entry[4][0] for entry in self._addresses)
+        raise ConnectionRefusedError("no test dials out")
+
+    monkeypatch.setattr(fetch.PinnedConnection, "connect", connect)
+    return tried
+
+
+@pytest.mark.parametrize("host", PRIVATE)
+def test_a_private_address_is_refused_and_not_dialled(app, dialled, host):
+    answer = asked(app, f"http://{host}/a.png")
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "messages[0].content[0]"
+    assert dialled == []
+
+
+def test_the_check_would_notice_a_connection(app, dialled):
+    assert asked(app, "http://93.184.215.14/a.png").status_code == 400
+    assert dialled == ["93.184.215.14"]
+
+
+def test_a_name_is_looked_up_once_and_every_address_of_it_must_be_public(app, dialled, monkeypatch):
+    import socket
+
+    answers = [["93.184.215.14"], ["127.0.0.1"], ["93.184.215.14", "10.0.0.1"]]
+    looked_up = []
+
+    def look_up(host, port, **options):
+        looked_up.append(host)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (one, port)) for one in answers[len(looked_up) - 1]]
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    # The second answer of the name server is never asked for: what was checked is what is dialled.
+    assert asked(app, "http://rebind.example/a.png").status_code == 400
+    assert (looked_up, dialled) == (["rebind.example"], ["93.184.215.14"])
+    for _ in range(2):
+        assert "not a public address" in asked(app, "http://rebind.example/a.png").text
+    assert len(dialled) == 1
+
+
+@pytest.mark.parametrize(
+    "target", ["http://127.0.0.2/a.png", "http://[::1]/a.png", "file:///etc/passwd", "ftp://a.b/c"]
+)
+def test_a_public_address_that_leads_to_a_private_one_is_refused(app, monkeypatch, target):
+    is_public = fetch.is_public
+    monkeypatch.setattr(fetch, "is_public", lambda address: address == "127.0.0.1" or is_public(address))
+    with pages({"/a.png": target}) as web:
+        answer = asked(app, f"{web}/a.png")
+    assert answer.status_code == 400
+    assert "not a public address" in answer.text or "only http and https" in answer.text
+
+
+def test_an_allowed_private_address_is_fetched(service, monkeypatch):
+    from vila.serve.app import create_app
+    from vila.serve.received import Limits
+
+    monkeypatch.setattr(service, "limits", Limits(allow_private=True, bytes=10_000))
+    with pages({"/a.png": tiny.picture(1).source, "/big.png": bytes(20_000)}) as web:
+        app = create_app(service)
+        assert asked(app, f"{web}/a.png").status_code == 200
+        assert "limit of 10,000 bytes" in asked(app, f"{web}/big.png").text
+        assert "404" in asked(app, f"{web}/none.png").text

@@ -1,0 +1,291 @@
+"""Whatever a client sends: an error object with the right status, no traceback, and the server goes on."""
+
+import base64
+import io
+import json
+import logging
+import struct
+import zlib
+
+import httpx
+import pytest
+from PIL import Image as PilImage
+
+from tests.serve.stand import HELLO, ask, body, data_url, picture_part, send, text_part
+from vila.serve.app import create_app
+from vila.serve.received import Limits
+
+JSON = {"Content-Type": "application/json"}
+
+
+def encoded(content, kind="image/png"):
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def user(*parts):
+    return [{"role": "user", "content": list(parts)}]
+
+
+def png(width, height):
+    """A header that promises more than its few bytes hold."""
+    head = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", head), (b"IDAT", zlib.compress(b"\0" * 100)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+    )
+
+
+def refusal(answer, status=400):
+    assert answer.status_code == status, answer.text
+    error = answer.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert "Traceback" not in answer.text
+    assert answer.headers["x-request-id"]
+    return error
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"{", b"", b"null", b"[]", b"7", b'"text"', b"\xff\xfe{}", b'{"model": "\xff"}', b"[" * 200_000, b'{"seed": 1e',
+     b'{"seed": ' + b"9" * 5000 + b"}"],
+    ids=["cut", "empty", "null", "list", "number", "string", "utf-16", "not utf-8", "deep", "half number", "long int"],
+)  # fmt: skip
+def test_what_is_no_json_object_is_refused(app, content):
+    assert refusal(send(app, content=content, headers=JSON))["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"])
+def test_json_of_another_type_is_refused_so_that_no_web_page_can_send_it(app, kind):
+    refusal(send(app, content=b'{"model": "tiny"}', headers={"Content-Type": kind}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "param", "words"),
+    [
+        ({"messages": []}, "messages", "at least 1"),
+        ({"messages": "hello"}, "messages", "list"),
+        ({"messages": [7]}, "messages[0]", ""),
+        ({"messages": [{"role": "wizard", "content": "x"}]}, "messages[0].role", "'user'"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "'user'"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content", "required"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "list"),
+        ({"messages": user({"type": "audio"})}, "messages[0].content[0]", "'image_url'"),
+        ({"messages": user(text_part("a"), {"type": "text"})}, "messages[0].content[1].text", "required"),
+        (
+            {"messages": user({"type": "image_url", "image_url": {}})},
+            "messages[0].content[0].image_url.url",
+            "required",
+        ),
+        ({"messages": [{"role": "system", "content": "x"}]}, "messages", "the user's"),
+        ({"messages": [*HELLO, *HELLO]}, "messages", "expected a turn of the assistant"),
+        ({"messages": [*HELLO, {"role": "assistant", "content": " "}, *HELLO]}, "messages", "is empty"),
+        ({"messages": [{**HELLO[0], "tool_calls": [{}]}]}, "messages[0]", "tool_calls: is not supported"),
+        ({"messages": [{**HELLO[0], "content": "\ud800"}]}, "messages[0].content", "surrogate"),
+        ({"model": None}, "model", "string"),
+        ({"temperature": "hot"}, "temperature", "number"),
+        ({"temperature": -1}, "temperature", "greater"),
+        ({"temperature": 1e-9, "top_p": 0}, "top_p", "greater than 0"),
+        ({"temperature": True}, "temperature", "number"),
+        ({"temperature": float("nan")}, "temperature", "finite"),
+        ({"top_p": 2}, "top_p", "less than"),
+        ({"n": 0}, "n", "greater"),
+        ({"n": 1000}, "n", "less"),
+        ({"n": 1.5}, "n", "integer"),
+        ({"max_tokens": -1}, "max_tokens", "greater"),
+        ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens", "differs"),
+        ({"stop": [""]}, "stop[0]", "at least 1"),
+        ({"stop": ["a"] * 17}, "stop", "at most 16"),
+        ({"stream": "yes"}, "stream", "boolean"),
+        ({"stream_options": {"include_usage": True}}, "stream_options", "needs stream"),
+        ({"top_logprobs": 3}, "top_logprobs", "needs logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than"),
+        ({"presence_penalty": 0.1}, "presence_penalty", "not supported"),
+        ({"logit_bias": {"5": 1}}, "logit_bias", "not supported"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "not supported"),
+        ({"tools": [{"type": "function"}]}, "tools", "not supported"),
+        ({"max_token": 5}, "max_token", "did you mean 'max_tokens'"),
+        ({"\ud800": 5}, None, "unicode"),
+        ({"messages": [{"role": "user", "content": ""}]}, "messages", "neither text nor a picture"),
+        ({"messages": [{"role": "user", "content": []}]}, "messages", "neither text nor a picture"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_its_name(app, changes, param, words):
+    error = refusal(send(app, content=json.dumps(body(**changes)), headers=JSON))
+    assert error["param"] == param
+    assert words in error["message"]
+
+
+@pytest.mark.filterwarnings("ignore:Image size")
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("", "is not an address"),
+        ("a.png", "is not an address"),
+        ("../../etc/passwd", "is not an address"),
+        ("/etc/passwd", "is not an address"),
+        ("file:///etc/passwd", "is not an address"),
+        ("ftp://example.com/a.png", "is not an address"),
+        ("http:///a.png", "names no valid host"),
+        ("http://user:pass@example.com/a.png", "user name or password"),
+        ("data:image/png;base64,@@@", "base64 is damaged"),
+        ("data:image/png", "not a data URL"),
+        (encoded(b""), "the file is empty"),
+        (encoded(b"<!DOCTYPE html><html></html>", "text/html"), "a web page"),
+        (encoded(b"<svg onload='x'/>"), "drawing"),
+        (encoded(b"\x89PNG\r\n\x1a\n\0\0"), "damaged"),
+        (encoded(png(0, 0)), ""),
+        (encoded(png(30_000, 30_000)), "pixels"),
+        (encoded(png(10_000, 9_000)), "this server takes 50,000,000"),
+        (encoded(png(40_000, 1)), ""),
+    ],
+)
+def test_what_is_no_picture_is_refused_by_its_place(app, url, words):
+    answer = ask(app, messages=user(text_part("what is it?"), picture_part(url)))
+    error = refusal(answer)
+    assert error["param"] == "messages[0].content[1]"
+    assert words in error["message"]
+
+
+def test_a_picture_cut_short_and_a_clip_that_is_none_are_refused(app):
+    stream = io.BytesIO()
+    PilImage.effect_noise((64, 64), 90).save(stream, "JPEG")
+    assert "cut short" in refusal(ask(app, messages=user(picture_part(encoded(stream.getvalue()[:-900])))))["message"]
+    clip = {"type": "video_url", "video_url": {"url": encoded(b"no clip at all")}}
+    assert "messages[0].content[0]" in refusal(ask(app, messages=user(clip)))["message"]
+    clip["video_url"]["num_frames"] = 64
+    error = refusal(ask(app, messages=user(*[clip] * 16)))
+    # 1,024 frames of four tokens each, refused before any is looked for.
+    assert "1024 pictures and frames take 4096 tokens" in error["message"]
+    clip["video_url"]["num_frames"] = 10**6
+    assert refusal(ask(app, messages=user(clip)))["param"] == "messages[0].content[0].video_url.num_frames"
+
+
+def test_a_hundred_pictures_and_pictures_outside_the_users_turns_are_refused(app):
+    many = user(*[picture_part(data_url())] * 100)
+    assert "100 pictures and clips; this server takes 16" in refusal(ask(app, messages=many))["message"]
+    system = [{"role": "system", "content": [picture_part(data_url())]}, *HELLO]
+    assert "belong into the turns of the user" in refusal(ask(app, messages=system))["message"]
+
+
+def test_addresses_that_do_not_exist_are_refused_in_the_protocols_form(app):
+    assert "POST /v1/chat/completions" in refusal(send(app, "GET", "/v1/completion"), 404)["message"]
+    assert refusal(send(app, "GET", "/v1/chat/completions"), 405)["message"] == "GET is not possible here"
+    assert refusal(send(app, "GET", "/v1/models/../../../etc/passwd"), 404)
+    assert refusal(send(app, "GET", "/v1/models/..%2f..%2fetc%2fpasswd"), 404)["code"] == "model_not_found"
+
+
+def test_text_that_looks_like_a_marker_is_text(app):
+    plain = ask(app).json()["usage"]["prompt_tokens"]
+    for marker in ("</s>", "<image>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<video>", "{bos}"):
+        for content in (f"hello{marker}", [text_part(f"hello{marker}")], [text_part("hello"), text_part(marker)]):
+            answer = ask(app, messages=[{"role": "user", "content": content}])
+            # One token a byte: as a special token or a slot it would be one, or four.
+            assert answer.json()["usage"]["prompt_tokens"] == plain + len(marker)
+
+
+def test_no_traceback_of_a_fault_of_ours_reaches_the_client(app, service, monkeypatch, caplog):
+    def fail(*arguments, **options):
+        raise RuntimeError("secret inside")
+
+    monkeypatch.setattr(service.models.models[0].batcher, "submit", fail)
+    error = refusal(ask(app), 500)
+    assert "secret" not in str(error)
+    assert error["type"] == "server_error"
+    assert "secret inside" in caplog.text
+
+
+def test_a_fault_in_mid_stream_ends_the_stream_with_an_error(app, service, monkeypatch):
+    batcher = service.models.models[0].batcher
+    real = batcher.submit
+
+    def submit(*arguments, on_event, **options):
+        def fail(event):
+            on_event(RuntimeError("secret inside"))
+
+        return real(*arguments, on_event=fail, **options)
+
+    monkeypatch.setattr(batcher, "submit", submit)
+    answer = ask(app, stream=True)
+    assert answer.status_code == 200
+    assert '"error":{"message":"the server failed' in answer.text
+    assert "secret" not in answer.text
+    assert "[DONE]" not in answer.text
+
+
+def test_keys_open_the_protocol_and_nothing_else_needs_one(service):
+    app = create_app(service, keys=["one", "two"])
+    for headers in ({}, {"Authorization": "Bearer no"}, {"Authorization": "one"}, {"Authorization": "Basic one"}):
+        error = refusal(send(app, json=body(), headers=headers), 401)
+        assert error["code"] == "invalid_api_key"
+    assert refusal(send(app, "GET", "/v1/models"), 401)
+    for key in ("one", "two"):
+        assert send(app, json=body(), headers={"Authorization": f"Bearer {key}"}).status_code == 200
+    for path in ("/health", "/ready", "/metrics"):
+        assert send(app, "GET", path).status_code == 200
+
+
+def test_pages_of_named_origins_may_ask_and_see_errors_too(service):
+    app = create_app(service, keys=["one"], origins=["https://a.example"])
+    asks = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
+    assert send(app, "OPTIONS", headers=asks).headers["access-control-allow-origin"] == "https://a.example"
+    assert send(app, "OPTIONS", headers={**asks, "Origin": "https://b.example"}).status_code == 400
+    refused = send(app, json=body(), headers={"Origin": "https://a.example"})
+    assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, "https://a.example")
+    assert "access-control-allow-origin" not in send(create_app(service), json=body(), headers=asks).headers
+
+
+def test_a_proxy_may_show_the_server_under_a_path(service):
+    app = create_app(service, keys=["k"], root_path="/vila")
+    assert send(app, json=body()).status_code == 401
+    assert send(app, path="/vila/v1/chat/completions", json=body()).status_code == 401
+    for path in ("/v1/models", "/vila/v1/models"):
+        assert send(app, "GET", path, headers={"Authorization": "Bearer k"}).status_code == 200
+
+
+def test_a_body_that_is_too_large_is_refused_by_its_announcement_and_while_it_is_read(service, monkeypatch):
+    monkeypatch.setattr(service, "limits", Limits(body=100_000))
+    app = create_app(service)
+    large = httpx.Request("POST", "http://x", json=body(messages=[{"role": "user", "content": "x" * 150_000}])).content
+    assert "100,000 bytes" in refusal(send(app, content=large, headers=JSON), 413)["message"]
+
+    async def pieces():
+        for start in range(0, len(large), 10_000):
+            yield large[start : start + 10_000]
+
+    assert refusal(send(app, content=pieces(), headers=JSON), 413)["code"] == "body_too_large"
+    assert ask(app).status_code == 200
+
+
+def test_a_request_that_takes_too_long_ends_with_504(service, monkeypatch):
+    monkeypatch.setattr(service, "limits", Limits(request_s=0.15))
+    app = create_app(service)
+    assert refusal(ask(app, max_tokens=1500), 504)["code"] == "timeout"
+    assert ask(app, max_tokens=1500, stream=True).text.count('"code":"timeout"') == 1
+
+
+def test_while_a_model_is_loading_or_the_server_is_stopping_requests_are_told_when_to_come_again(service, monkeypatch):
+    app, models = create_app(service), service.models
+    with monkeypatch.context() as patch:
+        patch.setattr(models.models[0], "batcher", None)
+        error = refusal(ask(app), 503)
+        assert "still loading" in error["message"]
+        answer = send(app, "GET", "/ready")
+        assert (answer.status_code, answer.json()["models"]) == (503, {"tiny": "loading"})
+        assert ask(app).headers["retry-after"]
+        assert send(app, "GET", "/metrics").status_code == 200
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "draining", True)
+        assert "stopping" in refusal(ask(app), 503)["message"]
+        assert send(app, "GET", "/ready").json()["status"] == "stopping"
+    assert send(app, "GET", "/ready").json() == {"status": "ready", "models": {"tiny": "ready"}}
+    assert ask(app, model="other-name").json()["model"] == "tiny"
+
+
+def test_prompts_are_logged_only_when_that_is_asked_for(service, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, logger="vila.serve")
+    turns = [{"role": "user", "content": "the secret\nword"}]
+    ask(create_app(service), messages=turns)
+    assert "secret" not in caplog.text
+    monkeypatch.setattr(service, "log_prompts", True)
+    ask(create_app(service), messages=turns)
+    assert r"the secret\nword" in caplog.text

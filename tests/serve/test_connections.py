@@ -1,0 +1,189 @@
+"""Connections as they are between machines: half-open, slow to write, slow to read, and two hundred at once."""
+
+import asyncio
+import json
+import socket
+import threading
+import time
+
+import httpx
+import pytest
+
+from tests.serve import stand
+from tests.serve.stand import body, on_a_port
+from vila.serve import received
+from vila.serve.app import create_app
+from vila.serve.received import Limits
+
+CUT_S = 5.0
+"""How long a test waits for what should come at once."""
+
+
+def connect(port):
+    connection = socket.create_connection(("127.0.0.1", port))
+    connection.settimeout(CUT_S)
+    return connection
+
+
+def ended(connection):
+    """What a server still said before it closed the connection."""
+    said = b""
+    try:
+        while piece := connection.recv(65536):
+            said += piece
+    except ConnectionResetError:
+        pass
+    return said
+
+
+def head(length, *more):
+    lines = ["POST /v1/chat/completions HTTP/1.1", "Host: x", "Content-Type: application/json", *more]
+    return "\r\n".join([*lines, f"Content-Length: {length}", "", ""]).encode()
+
+
+@pytest.mark.parametrize("begun", [b"", b"POST /v1/chat/comp", b"GET /health HTTP/1.1\r\nHost: x\r\nX-A: "])
+def test_a_connection_that_does_not_ask_is_cut(app, begun):
+    with on_a_port(app, head_s=0.2) as port, connect(port) as connection:
+        connection.sendall(begun)
+        assert ended(connection) == b""
+        assert httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
+
+
+def test_headers_that_drip_do_not_begin_the_clock_again(app):
+    with on_a_port(app, head_s=0.3) as port, connect(port) as connection:
+        until = time.monotonic() + CUT_S
+        with pytest.raises(OSError, match="reset|pipe"):
+            while time.monotonic() < until:
+                connection.sendall(b"X")
+                time.sleep(0.05)
+
+
+def test_a_second_request_that_is_begun_and_not_finished_is_cut_too(app):
+    with on_a_port(app, head_s=0.2) as port, connect(port) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+        said = b""
+        while not said.endswith(b"}"):
+            said += connection.recv(65536)
+        connection.sendall(b"GET /hea")
+        assert ended(connection) == b""
+
+
+def test_a_body_that_does_not_come_is_refused(service):
+    app = create_app(service, body_s=0.2)
+    with on_a_port(app) as port, connect(port) as connection:
+        connection.sendall(head(1000) + b'{"model": ')
+        said = ended(connection)
+    assert said.startswith(b"HTTP/1.1 408 ")
+    assert b"not complete within 0.2 s" in said
+
+
+def test_a_client_that_does_not_read_is_cut_and_its_answer_given_up(service):
+    cancelled = service.models.models[0].batcher.stats().cancelled
+    with on_a_port(create_app(service), stall_s=0.2) as port:
+        connection = socket.socket()
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        connection.connect(("127.0.0.1", port))
+        asked = json.dumps(body(max_tokens=1900, stream=True, logprobs=True, top_logprobs=20, n=4)).encode()
+        connection.sendall(head(len(asked)) + asked)
+        until = time.monotonic() + 20
+        while service.models.models[0].batcher.stats().cancelled == cancelled and time.monotonic() < until:
+            time.sleep(0.05)
+        connection.close()
+    assert service.models.models[0].batcher.stats().cancelled > cancelled
+    assert service.models.models[0].batcher.stats().running == 0
+
+
+@pytest.mark.parametrize("announced", [True, False], ids=["announced", "in chunks"])
+def test_fifty_megabytes_are_refused_and_the_sender_sees_why(service, announced):
+    piece = b" " * 500_000
+
+    def pieces():
+        for _ in range(100):
+            yield piece
+
+    headers = {"Content-Type": "application/json", **({"Content-Length": "50000000"} if announced else {})}
+    app = create_app(service)
+    with on_a_port(app) as port:
+        answer = httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", content=pieces(), headers=headers)
+        assert answer.status_code == 413
+        assert answer.json()["error"]["code"] == "body_too_large"
+        assert httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=body()).status_code == 200
+
+
+def test_large_bodies_at_once_do_not_fill_the_memory(service, monkeypatch):
+    monkeypatch.setattr(service, "limits", Limits(body=10_000))
+    with on_a_port(create_app(service)) as port:
+        waiting = [connect(port) for _ in range(9)]
+        for connection in waiting:
+            connection.sendall(head(9_900) + b" " * 9_800)
+        for _ in range(100):
+            refused = httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=body(user="x" * 5000))
+            if refused.status_code == 429:
+                break
+        assert refused.status_code == 429
+        assert refused.headers["retry-after"]
+        for connection in waiting:
+            connection.close()
+
+
+def test_two_hundred_at_once_are_answered_or_told_to_come_again():
+    service = stand.ready(slots=4, queue=20)
+
+    async def burst(port):
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", limits=limits, timeout=60) as client:
+            asked = [client.post("/v1/chat/completions", json=body(max_tokens=24)) for _ in range(200)]
+            return await asyncio.gather(*asked)
+
+    with on_a_port(create_app(service)) as port:
+        answers = asyncio.run(burst(port))
+        assert {answer.status_code for answer in answers} == {200, 429}
+        good = [answer.json()["choices"][0]["message"]["content"] for answer in answers if answer.status_code == 200]
+        assert len(good) >= 20
+        assert len(set(good)) == 1
+        assert all(answer.headers["retry-after"] for answer in answers if answer.status_code == 429)
+        assert httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=body()).status_code == 200
+    stats = service.models.models[0].batcher.stats()
+    assert (stats.running, stats.waiting) == (0, 0)
+    service.models.close()
+
+
+def test_a_client_that_leaves_while_it_waits_is_given_up(service):
+    cancelled = service.models.models[0].batcher.stats().cancelled
+    asked = json.dumps(body(max_tokens=1900)).encode()
+    with on_a_port(create_app(service)) as port:
+        connection = connect(port)
+        connection.sendall(head(len(asked)) + asked)
+        until = time.monotonic() + CUT_S
+        while service.models.models[0].batcher.stats().running == 0 and time.monotonic() < until:
+            time.sleep(0.01)
+        connection.close()
+        while service.models.models[0].batcher.stats().running and time.monotonic() < until:
+            time.sleep(0.01)
+    assert service.models.models[0].batcher.stats().cancelled == cancelled + 1
+
+
+def test_a_slow_address_does_not_keep_others_waiting(service, monkeypatch):
+    held = threading.Event()
+    opened = received.open_source
+
+    def slow(url, *arguments, **options):
+        if url.startswith("http"):
+            held.wait(CUT_S)
+        return opened(url, *arguments, **options)
+
+    monkeypatch.setattr(received, "open_source", slow)
+    fetched = body(messages=[{"role": "user", "content": [stand.picture_part("http://127.0.0.1/a.png")]}])
+    inline = body(messages=[{"role": "user", "content": [stand.picture_part(stand.data_url())]}])
+
+    async def both(port):
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            waiting = [asyncio.ensure_future(client.post("/v1/chat/completions", json=fetched)) for _ in range(8)]
+            await asyncio.sleep(0.05)
+            answer = await client.post("/v1/chat/completions", json=inline)
+            early = not any(one.done() for one in waiting)
+            held.set()
+            return answer.status_code, early, {one.status_code for one in await asyncio.gather(*waiting)}
+
+    with on_a_port(create_app(service)) as port:
+        assert asyncio.run(both(port)) == (200, True, {400})

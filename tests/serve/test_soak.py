@@ -1,0 +1,80 @@
+"""Mixed requests, bad ones and given-up ones among them: all good ones answered, no place lost, memory flat."""
+
+import asyncio
+import random
+import re
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.serve.stand import body, data_url, picture_part, text_part
+
+KINDS = ("text", "picture", "stream", "left", "cut", "several", "no json", "no picture", "no model", "too long")
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(2000, marks=pytest.mark.slow)])
+def test_a_mixture_of_requests_leaves_nothing_behind(server, count):
+    draw = random.Random(7)
+    order = [draw.choice(KINDS) for _ in range(count)]
+    asyncio.run(_all(server.url, order[: count // 4]))
+    before = _resident(server.popen.pid)
+    found = asyncio.run(_all(server.url, order[count // 4 :]))
+    wanted = {"no json": 400, "no picture": 400, "no model": 404, "too long": 400, "left": None, "cut": None}
+    assert [(kind, status) for kind, status in found if status != wanted.get(kind, 200)] == []
+    metrics = httpx.get(f"{server.root}/metrics").text
+    for name in ("running", "waiting", "kv_tokens_used"):
+        assert f'vila_{name}{{model="tiny"}} 0.0' in metrics
+    assert 'status="500"' not in metrics
+    if count >= 2000:
+        assert _resident(server.popen.pid) < before * 1.05
+
+
+async def _all(url, order):
+    """The kind of each request and its status, None where the client left; eight are open at a time."""
+    room = asyncio.Semaphore(8)
+    async with httpx.AsyncClient(base_url=url, timeout=120) as client:
+
+        async def one(number, kind):
+            async with room:
+                return kind, await _ask(client, number, kind)
+
+        return await asyncio.gather(*(one(number, kind) for number, kind in enumerate(order)))
+
+
+async def _ask(client, number, kind):
+    words = f"question {number} {'x' * (number % 90)}"
+    parts = [text_part(words)]
+    changes = {"max_tokens": 1 + number % 30}
+    if kind in ("picture", "cut"):
+        parts.insert(0, picture_part(data_url(number % 40)))
+    if kind == "no picture":
+        parts.insert(0, picture_part("data:image/png;base64,aGVsbG8="))
+    if kind == "several":
+        changes |= {"n": 3, "temperature": 1.0}
+    if kind == "no model":
+        changes["model"] = "none"
+    if kind == "too long":
+        parts = [text_part("x" * 5000)]
+    if kind in ("left", "cut"):
+        changes |= {"max_tokens": 1000, "stream": True}
+    asked = body(messages=[{"role": "user", "content": parts}], **changes)
+    if kind == "no json":
+        answer = await client.post("/chat/completions", content=b"{", headers={"Content-Type": "application/json"})
+        return answer.status_code
+    if kind == "stream":
+        answer = await client.post("/chat/completions", json={**asked, "stream": True})
+        assert answer.text.endswith("data: [DONE]\n\n")
+        return answer.status_code
+    if kind in ("left", "cut"):
+        async with client.stream("POST", "/chat/completions", json=asked) as answer:
+            assert answer.status_code == 200
+            async for _ in answer.aiter_lines():
+                return None
+    return (await client.post("/chat/completions", json=asked)).status_code
+
+
+def _resident(pid):
+    """Kilobytes of memory that a process holds."""
+    found = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+    return int(found[1])
