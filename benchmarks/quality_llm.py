@@ -1,0 +1,48 @@
+"""What 4 bits cost the starter's language model alone, before any training on pictures.
+
+    python benchmarks/quality_llm.py LLM_DIR OUT [rtn-feedback,...]
+
+LLM_DIR is the converted part, `~/.cache/vila/parts/smollm2-135m-instruct`. Ways: full, rtn, awq with 1,024 tokens, best
+with 8,192; rtn-feedback is feedback without AWQ's search.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from vila.bench.quality import Way, measure_quality, quality_task
+from vila.bench.quality_report import markdown_table, write_quality_report
+from vila.core.machine import machine_facts
+from vila.quant.calibrate import packaged_documents, text_calibration
+from vila.quant.checkpoint import BEST, Request, with_group
+
+GROUP = 64
+
+
+def main(folder: Path, out: Path, names: list[str]) -> None:
+    """Measure and print the table."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    def load() -> tuple[Any, Any]:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), None
+
+    few, many = (text_calibration(packaged_documents(), tokenizer, max_rows=rows) for rows in (2, 16))
+    ways = {
+        "full": Way("full"),
+        "rtn": Way("rtn", with_group(Request("rtn"), GROUP)),
+        "awq": Way("awq", with_group(Request(), GROUP), few),
+        "rtn-feedback": Way("rtn-feedback", with_group(Request("rtn", rounding="feedback"), GROUP), many),
+        "best": Way("best", with_group(BEST, GROUP), many),
+    }
+    result = measure_quality(load, [ways[name] for name in names], quality_task(tokenizer), out)
+    write_quality_report(result, {"model": str(folder), **machine_facts()}, out / "quality.html")
+    sys.stdout.write(markdown_table(result["ways"]))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), (sys.argv[3] if len(sys.argv) > 3 else "full,rtn,awq,best").split(","))

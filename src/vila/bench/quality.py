@@ -1,0 +1,218 @@
+"""What 4 bits cost: perplexity and answers of a model in full precision and quantized in several ways.
+
+Each way starts from the same weights. Figures are of the rounded values, computed in float32. The text is never one
+that was calibrated with. A way that is measured is kept, so an interrupted run goes on with the next.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import torch
+
+from vila.core.errors import ConfigError, DataError
+from vila.core.events import SILENT, Events, task
+from vila.core.files import read_json, write_json
+from vila.engine.engine import Engine
+from vila.eval.benchmarks.easy_vqa import EasyVqa
+from vila.eval.runner import run
+from vila.model.int4 import drop_int4, use_int4
+from vila.quant.calibrate import BLOCK, Calibration
+from vila.quant.checkpoint import Request, check_request, make_search
+from vila.quant.result import Search, load_search, save_search
+from vila.quant.round_model import round_model
+
+TEXT = "starter/text/english_eval.txt"
+"""The packaged text, in `vila`, that perplexity is of; it shares no run of 8 words with the calibration text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One way of keeping the model. No request is full precision."""
+
+    name: str
+    request: Request | None = None
+    calibration: Calibration | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """What decides its figures."""
+        if self.request is None:
+            return {"name": self.name}
+        return {
+            "name": self.name,
+            "method": self.request.method,
+            "rounding": self.request.rounding,
+            "search_rows": self.request.search_rows,
+            **self.request.search.facts(),
+            "calibration": None if self.calibration is None else self.calibration.facts(),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """What is measured: blocks of text [N, S] of token ids, and easy-VQA questions where a folder of them is given."""
+
+    blocks: tuple[tuple[int, ...], ...]
+    text_sha256: str
+    easy_vqa: Path | None = None
+    questions: int = 0
+
+    def facts(self) -> dict[str, Any]:
+        """What decides the figures."""
+        return {
+            "text_sha256": self.text_sha256,
+            "blocks": len(self.blocks),
+            "tokens_a_block": len(self.blocks[0]),
+            "questions": None if self.easy_vqa is None else self.questions,
+        }
+
+
+def quality_task(
+    tokenizer: Any, *, max_blocks: int = 0, easy_vqa: Path | None = None, questions: int = 0, block: int = BLOCK
+) -> Task:
+    """The packaged text in blocks, the tail dropped; 0 takes all of them. Raises DataError when it makes no block."""
+    raw = files("vila").joinpath(TEXT).read_bytes()
+    ids = tokenizer(raw.decode("utf-8"))["input_ids"]
+    cut = tuple(tuple(ids[at : at + block]) for at in range(0, len(ids) - block + 1, block))
+    if not cut:
+        raise DataError(f"{TEXT}: {len(ids)} tokens are no block of {block}; ask for shorter blocks")
+    return Task(cut[: max_blocks or None], hashlib.sha256(raw).hexdigest(), easy_vqa, questions)
+
+
+@torch.no_grad()
+def block_losses(model: Any, blocks: Sequence[Sequence[int]]) -> list[float]:
+    """Mean negative log-likelihood per token of each block, by the model or LLM, in nats."""
+    out = []
+    for block in blocks:
+        ids_S = torch.tensor(block, device=model.get_input_embeddings().weight.device)
+        logits_SV = model(input_ids=ids_S[None]).logits[0].float()
+        out.append(float(torch.nn.functional.cross_entropy(logits_SV[:-1], ids_S[1:])))
+    return out
+
+
+def measure_quality(
+    load: Callable[[], tuple[Any, Any]], ways: Sequence[Way], what: Task, out: Path, *, events: Events = SILENT
+) -> dict[str, Any]:
+    """Measure every way, writing one file each below `out/ways`, and compare them with the first, full precision.
+
+    load: a fresh model in memory, in float32, and its processor.
+    Raises ConfigError when the first way is not full precision, or `out` holds figures of another model or task.
+    """
+    if not ways or ways[0].request is not None:
+        raise ConfigError("the first way that is measured is full precision: the others are compared with it")
+    (out / "ways").mkdir(parents=True, exist_ok=True)
+    rows = [_measured(load, way, what, out, events) for way in ways]
+    result = {"task": what.facts(), "ways": compare(rows)}
+    write_json(out / "quality.json", result)
+    return result
+
+
+def _measured(load: Callable[[], tuple[Any, Any]], way: Way, what: Task, out: Path, events: Events) -> dict[str, Any]:
+    path = out / "ways" / f"{way.name}.json"
+    asked = {**way.facts(), "task": what.facts()}
+    if path.is_file():
+        row: dict[str, Any] = read_json(path)
+        if row["asked"] != asked:
+            raise ConfigError(f"{path}: measured with other settings; give another directory, or delete this file")
+        return row
+    model, processor = load()
+    began = time.monotonic()
+    with task(events, way.name):
+        bytes_before = sum(parameter.numel() for parameter in model.parameters()) * 2
+        bytes_after = bytes_before if way.request is None else _quantize(model, processor, way, out, events)
+        seconds = time.monotonic() - began
+        row = {
+            "asked": asked,
+            "seconds": round(seconds, 1),
+            "bytes": bytes_after,
+            "losses": block_losses(model, what.blocks),
+            **_answers(model, processor, way, what, out, events),
+        }
+    write_json(path, row)
+    return row
+
+
+def _search(model: Any, processor: Any, way: Way, folder: Path, events: Events) -> Search | None:
+    """The way's search; ways that search with the same settings on the same rows share one."""
+    request, calibration = way.request, way.calibration
+    if request is None or calibration is None:
+        return None
+    looked_at = [
+        [row.ids, [image.key() for image in row.media]] for row in calibration.rows[: request.search_rows or None]
+    ]
+    asked = json.dumps([request.method, request.search.facts(), looked_at])
+    path = folder / f"{hashlib.sha256(asked.encode()).hexdigest()[:16]}.safetensors"
+    if path.is_file():
+        return load_search(path)
+    search = make_search(model, processor, request, calibration, events=events)
+    if search is not None:
+        save_search(search, path)
+    return search
+
+
+def _quantize(model: Any, processor: Any, way: Way, out: Path, events: Events) -> int:
+    """Round the model in place; the bytes of its weights when all else is kept in 16 bits."""
+    request = way.request
+    assert request is not None
+    check_request(model, request, way.calibration, None)
+    search = _search(model, processor, way, out / "searches", events)
+    weights = round_model(
+        model, search, request.round_options(), way.calibration, processor=processor, release=True, events=events
+    ).weights
+    use_int4(model, weights)
+    rest = sum(parameter.numel() for parameter in model.parameters()) * 2
+    drop_int4(model, torch.float32)
+    return rest + sum(weight.num_bytes for weight in weights.values())
+
+
+def _answers(model: Any, processor: Any, way: Way, what: Task, out: Path, events: Events) -> dict[str, Any]:
+    if what.easy_vqa is None:
+        return {}
+    benchmark = EasyVqa(what.easy_vqa, what.questions)
+    result = run(Engine(model, processor), benchmark, out / "answers" / way.name, model=way.name, events=events)
+    assert result is not None
+    assert result.scored is not None
+    marks = result.scored.marks
+    return {"accuracy": result.scores["accuracy"], "right": {mark.id: mark.value for mark in marks}}
+
+
+def compare(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Each row beside the first: differences of the loss with their standard error over blocks, and of the accuracy.
+
+    `removed` is the share of plain rounding's damage that a way does not do, where a way called `rtn` is there.
+    """
+    whole = rows[0]["losses"]
+    damage = {row["asked"]["name"]: fmean(row["losses"]) - fmean(whole) for row in rows}
+    out = []
+    for row in rows:
+        losses = row["losses"]
+        differences = [own - full for own, full in zip(losses, whole, strict=True)]
+        name = row["asked"]["name"]
+        shown = {
+            **row["asked"],
+            "seconds": row["seconds"],
+            "bytes": row["bytes"],
+            "nll": fmean(losses),
+            "perplexity": math.exp(fmean(losses)),
+            "difference": damage[name],
+            "standard_error": stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else None,
+            "removed": 1 - damage[name] / damage["rtn"] if damage.get("rtn") and row is not rows[0] else None,
+        }
+        shown.pop("task")
+        if "accuracy" in row:
+            pairs = [(row["right"][key], value) for key, value in rows[0]["right"].items() if key in row["right"]]
+            shown["accuracy"] = row["accuracy"]
+            shown["accuracy_drop"] = 100 * (rows[0]["accuracy"] - row["accuracy"])
+            shown["answers_lost"] = sum(own < full for own, full in pairs)
+            shown["answers_won"] = sum(own > full for own, full in pairs)
+        out.append(shown)
+    return out
