@@ -26,6 +26,7 @@ from vila.core.registry import Registry
 from vila.core.types import Image, Message
 from vila.data.formats.protocol import FORMATS
 from vila.eval.benchmark import BENCHMARKS
+from vila.export.target import EXPORTS, OPTIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 PART = re.compile(r"<!-- generated: (?P<name>[\w-]+) -->\n(?P<body>.*?)<!-- end: (?P=name) -->", re.DOTALL)
@@ -164,12 +165,24 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
 
+def export_formats() -> str:
+    """Every export format: what it is, its precisions, the options it takes, how it was checked."""
+    rows = []
+    for name in EXPORTS:
+        target = EXPORTS[name]
+        options = [f"`--{option.replace('_', '-')}`" for option in OPTIONS if option in target.takes]
+        precisions = ", ".join(f"`{precision}`" for precision in target.precisions)
+        rows.append((f"`{name}`", precisions, target.summary, ", ".join(options), target.verified))
+    return table(("Format", "Precisions", "What it is", "Options", "Checked"), rows)
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "recipe-fields": recipe_fields,
     "packaged-recipes": packaged_recipes,
     "templates": templates,
     "dataset-formats": lambda: registered(FORMATS),
     "benchmarks": lambda: registered(BENCHMARKS),
+    "export-formats": export_formats,
 }
 
 

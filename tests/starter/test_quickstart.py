@@ -69,7 +69,8 @@ class Breaks:
 def outcome(job):
     predictions = (job.out / "eval" / "easy_vqa" / "predictions.jsonl").read_text()
     report = json.loads((job.out / "report.json").read_text())
-    return sha256_tree(job.out / "model", "*.safetensors"), predictions, report["accuracy"], report["perplexity"]
+    models = [sha256_tree(job.out / name, "*.safetensors") for name in ("model", "model-int4")]
+    return models, predictions, report["accuracy"], report["perplexity"], report["int4"]
 
 
 def test_the_job_ends_with_model_predictions_and_report(job):
@@ -84,7 +85,10 @@ def test_the_job_ends_with_model_predictions_and_report(job):
     assert report["questions"] == 40
     assert report["accuracy"] == result["accuracy"]
     assert len(report["few_shot"]["images"]) == 3
+    assert report["int4"]["bytes_after"] < report["int4"]["bytes_before"]
+    assert report["int4"]["questions"] == 40
     page = (done.out / "report.html").read_text()
+    assert "The same model in 4 bits" in page
     assert "http://" not in page.replace("http://www.w3.org/2000/svg", "")
     assert {p.name for p in done.out.iterdir()} >= {"model", "data", "steps", "eval", "report.html", "report.json"}
 

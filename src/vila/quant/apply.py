@@ -45,7 +45,19 @@ def clamp_weight(linear: nn.Module, limit_OG: Tensor) -> None:
 def apply_search(model: nn.Module, search: Search) -> None:
     """Fold all scales into the model and clamp its weights, in place; nothing is rounded to INT4.
 
-    Raises LayoutError, before anything is changed, naming what does not fit the model.
+    Raises as `check_search`, before anything is changed.
+    """
+    modules = check_search(model, search)
+    for scale in search.scales:
+        fold_scale(modules[scale.fold], [modules[name] for name in scale.linears], scale.scale_I)
+    for clip in search.clips:
+        clamp_weight(modules[clip.linear], clip.limit_OG)
+
+
+def check_search(model: nn.Module, search: Search) -> dict[str, nn.Module]:
+    """The modules with weights of the model's blocks, by the names that searches use.
+
+    Raises LayoutError naming what of the search does not fit the model.
     """
     modules = {name: module for index, block in enumerate(blocks_of(model)) for name, module in _named(index, block)}
     problems = [problem for scale in search.scales for problem in _scale_problems(scale, modules)]
@@ -53,10 +65,7 @@ def apply_search(model: nn.Module, search: Search) -> None:
     if problems:
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
         raise LayoutError(f"the search does not fit this model: {'; '.join(problems[:5])}{more}; make it again for it")
-    for scale in search.scales:
-        fold_scale(modules[scale.fold], [modules[name] for name in scale.linears], scale.scale_I)
-    for clip in search.clips:
-        clamp_weight(modules[clip.linear], clip.limit_OG)
+    return modules
 
 
 def quantize_model(

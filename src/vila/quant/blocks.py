@@ -94,10 +94,19 @@ def check_group_size(model: nn.Module, card: FamilyCard, group_size: int) -> Non
             wrong.setdefault(linear.in_features, []).append(name)
     if not wrong:
         return
-    fitting = [str(size) for size in GROUP_SIZES if not any(width % size for width in widths)]
+    fitting = [str(size) for size in _dividing(widths)]
     where = "; ".join(f"{width} inputs of {_some(names)}" for width, names in sorted(wrong.items()))
     remedy = f"group sizes that fit this model: {', '.join(fitting)}" if fitting else "no usual group size fits"
     raise ConfigError(f"group size {group_size} does not divide {where}; {remedy}")
+
+
+def fitting_sizes(model: nn.Module) -> list[int]:
+    """The usual group sizes that divide the inputs of every Linear, ascending. Raises as `check_model` for others."""
+    return _dividing({linear.in_features for _, linear in _listed(model, card_of(model))})
+
+
+def _dividing(widths: set[int]) -> list[int]:
+    return [size for size in GROUP_SIZES if not any(width % size for width in widths)]
 
 
 def _listed(model: nn.Module, card: FamilyCard) -> Iterator[tuple[str, nn.Linear]]:

@@ -18,7 +18,7 @@ from vila.quant.block_search import SearchedBlock, SearchOptions, pass_block, se
 from vila.quant.blocks import block_name, blocks_of, check_model
 from vila.quant.calibrate import Calibration
 from vila.quant.inputs import block_arguments, embed_rows
-from vila.quant.kept import KeptBlocks
+from vila.quant.kept import KeptBlocks, read_block, write_block
 from vila.quant.result import Search, join_searches, save_search
 
 VERSION = 1
@@ -71,7 +71,7 @@ def _searched(
     processor: Any,
     keep: Path | None,
     events: Events,
-) -> tuple[Search, KeptBlocks | None]:
+) -> tuple[Search, KeptBlocks[Search] | None]:
     card = check_model(model, options.group_size)
     if not calibration.rows:
         raise DataError(f"calibration {calibration.name!r} holds no rows; give it text or conversations")
@@ -86,7 +86,7 @@ def _searched(
         "calibration": calibration.facts(),
         **options.facts(),
     }
-    kept = None if keep is None else KeptBlocks(keep, facts, states_NSD)
+    kept = None if keep is None else KeptBlocks(keep, facts, states_NSD, read_block, write_block)
     parts = []
     with task(events, "search", len(blocks), "blocks"):
         for index, (block, call) in enumerate(zip(blocks, arguments, strict=True)):

@@ -32,6 +32,7 @@ from vila.starter.data import is_validation, known_truths, write_stage_data
 from vila.starter.parts import resolve_part
 from vila.starter.probes import SwappedEasyVqa, caption_nll, perplexity
 from vila.starter.report import write_report
+from vila.starter.shrink import compare_answers, shrink
 from vila.starter.texts import english_eval, text_sha256
 from vila.train.metrics import read_metrics
 from vila.train.run import build, is_finished, model_dir
@@ -95,7 +96,8 @@ class Quickstart:
         test = self._step("test", lambda: self._evaluate("easy_vqa", EasyVqa, self.options.questions))
         swapped = self._step("swapped", lambda: self._evaluate("easy_vqa_swapped", SwappedEasyVqa, self._swapped()))
         self._step("examples", self._examples)
-        result = self._result(before, after, test, swapped)
+        small = self._step("int4", self._shrink)
+        result = self._result(before, after, test, swapped, small)
         write_report(result, self.out)
         return result
 
@@ -241,7 +243,17 @@ class Quickstart:
             },
         }
 
-    def _result(self, before: Any, after: Any, test: Any, swapped: Any) -> dict[str, Any]:
+    def _shrink(self) -> dict[str, Any] | None:
+        """The model in 4 bits, beside the whole one; None when it cannot be quantized."""
+        self.__dict__.pop("engine", None)
+        whole, small = self.out / "model", self.out / "model-int4"
+        if not shrink(whole, small, self.events):
+            return None
+        answered = result_dir(self.out / "eval", "easy_vqa", self.options.questions) / "predictions.jsonl"
+        where = self.out / "eval" / "easy_vqa_int4"
+        return compare_answers(whole, small, self.easy_vqa, answered, where, self.options.questions, self.events)
+
+    def _result(self, before: Any, after: Any, test: Any, swapped: Any, small: Any) -> dict[str, Any]:
         seconds = {path.stem: read_json(path)["seconds"] for path in sorted((self.out / "steps").glob("*.json"))}
         stages = [self._stage_facts(stage, title) for stage, title in zip(STAGES, TITLES, strict=True)]
         for stage in stages:
@@ -270,10 +282,12 @@ class Quickstart:
             },
             "examples": [*examples["examples"], *self._gallery()],
             "few_shot": examples["few_shot"],
+            "int4": small,
             "seed": self.options.seed,
             "model_sha256": sha256_tree(self.out / "model", "*.safetensors"),
             "commands": {
                 "Talk to the model": f"vila chat {self.out / 'model'}",
+                **({"Talk to it in 4 bits": f"vila chat {self.out / 'model-int4'}"} if small else {}),
                 "Score it again": f"vila eval {self.out / 'model'} --benchmarks easy_vqa",
                 "Train a stage with your own settings": f"vila train {saved} stage.lr=1e-4 output.dir=runs/mine",
                 "See the 7B recipe": "vila train vila_7b/1_align --dry-run",

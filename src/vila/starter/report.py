@@ -38,6 +38,7 @@ def render_report(result: Result) -> Page:
     _losses(page, result)
     _captions(page, result)
     _perplexity(page, result)
+    _int4(page, result)
     _cost(page, result)
     _next_steps(page, result)
     return page
@@ -238,6 +239,30 @@ def _cost(page: Page, result: Result) -> None:
         page.table((), [(name.replace("memory_gib", "memory, GiB"), _join(value)) for name, value in machine.items()])
     if versions:
         page.details("Versions").table((), [(name, _join(value)) for name, value in versions.items()])
+
+
+def _int4(page: Page, result: Result) -> None:
+    small = result.get("int4")
+    if not small:
+        return
+    before, after = small["bytes_before"] / 2**20, small["bytes_after"] / 2**20
+    page.section("The same model in 4 bits")
+    page.figures(
+        {
+            "size": Figure(f"{after:.0f} MiB", f"{before:.0f} MiB before"),
+            "right answers": Figure(
+                write_percent(small["accuracy_after"]),
+                f"{write_percent(small['accuracy_before'])} before, on the same {small['questions']:,} questions",
+            ),
+        }
+    )
+    example = small["example"]
+    lines = [
+        (example["question"], example["answer"]),
+        ("before", example["answer_before"]),
+        ("truth", example["truth"]),
+    ]
+    page.gallery([Card(example["image"], lines, _same(example["answer"], example["truth"]))])
 
 
 def _next_steps(page: Page, result: Result) -> None:

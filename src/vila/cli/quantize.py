@@ -1,0 +1,243 @@
+"""`vila quantize`: a model in 4 bits, by AWQ."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from vila.cli import options
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from vila.quant.calibrate import Calibration
+    from vila.quant.checkpoint import Request
+    from vila.quant.result import Search
+
+_SEARCH = "Search"
+_CALIBRATION = "Calibration"
+
+
+class Method(StrEnum):
+    """How weights become 4 bits."""
+
+    AWQ = "awq"
+    RTN = "rtn"
+    BEST = "best"
+
+
+class Scaling(StrEnum):
+    """Scales that are tried."""
+
+    ACTIVATION = "activation"
+    DUO = "duo"
+    BOTH = "both"
+
+
+class Clipping(StrEnum):
+    """Linears whose weights get limits."""
+
+    PUBLISHED = "published"
+    ALL = "all"
+    NONE = "none"
+
+
+class Rounding(StrEnum):
+    """How codes are chosen."""
+
+    NEAREST = "nearest"
+    FEEDBACK = "feedback"
+
+
+def quantize(
+    model: options.RequiredModel,
+    out: Annotated[Path, typer.Option(help="Directory to write.")],
+    calib: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Text (.txt, .jsonl) or a recipe (.yaml, or its name), whose mixture shows pictures too; may be given "
+            "several times. Without it: English prose of the package.",
+            show_default=False,
+            rich_help_panel=_CALIBRATION,
+        ),
+    ] = None,
+    rows: Annotated[
+        int, typer.Option(help="Rows of 512 tokens taken of a text, at most.", min=1, rich_help_panel=_CALIBRATION)
+    ] = 16,
+    samples: Annotated[
+        int, typer.Option(help="Conversations taken of a recipe.", min=1, rich_help_panel=_CALIBRATION)
+    ] = 64,
+    image_weight: Annotated[
+        float, typer.Option(help="What a token of a picture counts beside one of text.", rich_help_panel=_CALIBRATION)
+    ] = 1.0,
+    group_size: Annotated[int, typer.Option(help="Inputs that share a scale: 128, 64 or 32.")] = 128,
+    method: Annotated[
+        Method, typer.Option(help="awq: as published; rtn: round only; best: AWQ with all that was found to help.")
+    ] = Method.AWQ,
+    symmetric: Annotated[bool, typer.Option("--symmetric", help="No zero points, as TensorRT-LLM wants it.")] = False,
+    scaling: Annotated[
+        Scaling | None, typer.Option(help="Scales to try; default: as published.", rich_help_panel=_SEARCH)
+    ] = None,
+    clipping: Annotated[
+        Clipping | None, typer.Option(help="Linears to limit; default: as published.", rich_help_panel=_SEARCH)
+    ] = None,
+    rounding: Annotated[
+        Rounding | None, typer.Option(help="How to choose codes; default: nearest.", rich_help_panel=_SEARCH)
+    ] = None,
+    reuse: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="A search made before: our search.safetensors, or an awq_cache .pt of the original.",
+            show_default=False,
+            rich_help_panel=_SEARCH,
+        ),
+    ] = None,
+    device: options.DeviceFlag = options.Device.AUTO,
+    template: options.Template = "",
+    base: options.Base = "",
+    revision: options.Revision = "",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model in --out.")] = False,
+) -> None:
+    """Write [bold]MODEL[/bold] with the LLM's weights in 4 bits; the same command after a kill goes on where it was."""
+    from rich.console import Console
+
+    from vila.cli.convert import check_apart, check_replaceable
+    from vila.cli.progress import Screen
+    from vila.model.hub import local_folder
+    from vila.model.load import load_model
+    from vila.quant.checkpoint import check_request, quantize_checkpoint
+
+    request = _request(method, group_size, symmetric, scaling, clipping, rounding, image_weight, device.value)
+    target = out.expanduser()
+    if target.exists():
+        check_replaceable(target, overwrite)
+    found = None if reuse is None else _read_search(reuse.expanduser())
+    folder = local_folder(model, revision or None)
+    check_apart(folder, target)
+    network, processor = load_model(folder, template=template or None, base=base or None)
+    with Screen() as screen:
+        calibration = None
+        if request.rounding == "feedback" or (request.method == "awq" and found is None):
+            calibration = calibration_of(calib or ["packaged"], processor, rows, samples, screen)
+            screen.said(
+                f"calibration: {calibration.name}, {len(calibration.rows)} rows, {calibration.num_tokens:,} tokens, "
+                f"sha256 {calibration.sha256[:16]}"
+            )
+        check_request(network, request, calibration, found)
+        summary = quantize_checkpoint(network, processor, target, request, calibration, found, events=screen)
+    _show(Console(highlight=False, soft_wrap=True), target, summary)
+
+
+def _request(
+    method: Method,
+    group_size: int,
+    symmetric: bool,
+    scaling: Scaling | None,
+    clipping: Clipping | None,
+    rounding: Rounding | None,
+    image_weight: float,
+    device: str,
+) -> Request:
+    """The defaults of the method, and what was asked for in their place."""
+    from dataclasses import replace
+
+    import torch
+
+    from vila.cli.loading import choose_device
+    from vila.quant.checkpoint import BEST, Request
+
+    start = BEST if method is Method.BEST else Request("rtn" if method is Method.RTN else "awq")
+    place = torch.device(choose_device(device))
+    changes: dict[str, Any] = {
+        "group_size": group_size,
+        "symmetric": symmetric,
+        "image_weight": image_weight,
+        "device": place,
+    }
+    changes |= {} if scaling is None else {"scaling": scaling.value}
+    changes |= {} if clipping is None else {"clipping": clipping.value}
+    return replace(
+        start,
+        search=replace(start.search, **changes),
+        rounding=start.rounding if rounding is None else rounding.value,
+    )
+
+
+def _read_search(path: Path) -> Search:
+    """A search of ours, or of the original. Raises LayoutError for what is neither."""
+    from vila.core.errors import LayoutError
+    from vila.quant.awq_cache import read_awq_cache
+    from vila.quant.result import load_search
+
+    if not path.is_file():
+        raise LayoutError(f"{path}: no such file; give a search.safetensors or an awq_cache .pt")
+    return load_search(path) if path.suffix == ".safetensors" else read_awq_cache(path)
+
+
+def calibration_of(names: list[str], processor: Any, rows: int, samples: int, screen: Any) -> Calibration:
+    """What `--calib` names, joined: the packaged text, files of text, and recipes."""
+    from vila.quant.calibrate import join_calibrations, packaged_documents, read_documents, text_calibration
+
+    parts = []
+    for name in names:
+        path = Path(name).expanduser()
+        if name == "packaged":
+            parts.append(text_calibration(packaged_documents(), processor.tokenizer, max_rows=rows))
+        elif path.suffix in (".txt", ".jsonl"):
+            documents = read_documents(path)
+            parts.append(text_calibration(documents, processor.tokenizer, name=path.name, max_rows=rows))
+        else:
+            parts.append(_of_recipe(name, processor, samples, screen))
+    return parts[0] if len(parts) == 1 else join_calibrations(*parts)
+
+
+def _of_recipe(name: str, processor: Any, samples: int, screen: Any) -> Calibration:
+    from vila.config.load import load_recipe
+    from vila.data.loader import Entry, open_mixture
+    from vila.quant.mixture_calibration import mixture_calibration
+
+    recipe = load_recipe(name)
+    mixture = open_mixture([Entry(**entry.model_dump()) for entry in recipe.data.mixture], recipe.seed, screen)
+    return mixture_calibration(mixture, processor, samples=samples, name=Path(name).name)
+
+
+def _show(console: Console, target: Path, summary: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    from vila.cli.info import human_bytes
+
+    table = Table(title="errors per block", title_justify="left")
+    for column in ("block", "weights off", "error left by scales"):
+        table.add_column(column, justify="right")
+    for index, block in enumerate(summary["blocks"]):
+        left = block.get("error_left")
+        table.add_row(str(index), f"{block['weights_off']:.2%}", "" if left is None else f"{left:.0%} of rounding's")
+    console.print(table)
+    shrunk = summary["bytes_before"] / max(1, summary["bytes_after"])
+    console.print(
+        f"{target}: {summary['linears']} Linears of {len(summary['blocks'])} blocks in INT4, groups of "
+        f"{summary['group_size']}, {summary['method']}; {human_bytes(summary['bytes_before'])} in memory before, "
+        f"{human_bytes(summary['bytes_after'])} in files now ({shrunk:.2f} times smaller)",
+        markup=False,
+    )
+    if (calibration := summary["calibration"]) is not None:
+        console.print(
+            f"calibrated with {calibration['name']}, {calibration['tokens']:,} tokens, sha256 {calibration['sha256']}",
+            markup=False,
+        )
+    console.print(f"peak memory of this run: {_peak()}")
+
+
+def _peak() -> str:
+    import resource
+    import sys
+
+    from vila.cli.info import human_bytes
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return human_bytes(peak if sys.platform == "darwin" else peak * 1024)

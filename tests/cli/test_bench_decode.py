@@ -1,0 +1,56 @@
+"""`vila bench decode`: what it prints and what it refuses."""
+
+import json
+
+import pytest
+
+SHORT = ("--tokens", 4, "--runs", 1, "--check", 8)
+
+
+@pytest.fixture(autouse=True)
+def no_bandwidth(monkeypatch):
+    monkeypatch.setattr("vila.bench.decode.read_bandwidth", lambda device: 1e9)
+
+
+def test_a_shape_is_measured_under_every_load_and_written(vila, tmp_path):
+    loads = ("--context", 5, "--context", 9, "--batch", 1, "--batch", 2)
+    code, out, err = vila("bench", "decode", "--shape", "tiny", *loads, *SHORT, "--out", tmp_path / "d.json")
+    assert code == 0, err
+    assert "backend: onnx on cpu" in err
+    assert out.count("| tiny | int4 |") == 4
+    assert "published" not in out
+    results = json.loads((tmp_path / "d.json").read_text())["results"]
+    assert [(r["load"]["context"], r["load"]["batch"]) for r in results] == [(5, 1), (5, 2), (9, 1), (9, 2)]
+    assert results[0]["agreement"]["tokens"] == 8
+    assert results[1]["agreement"] is None
+
+
+def test_precisions_are_measured_one_after_the_other(vila):
+    kinds = ("--precision", "int4", "--precision", "bfloat16", "--backend", "torch", "--json")
+    code, out, err = vila("bench", "decode", "--shape", "tiny", *kinds, *SHORT)
+    assert code == 0, err
+    found = json.loads(out)
+    assert [r["precision"] for r in found["results"]] == ["int4", "bfloat16"]
+    assert found["machine"]["threads"] >= 1
+
+
+def test_a_checkpoint_is_measured_as_it_is(vila, model):
+    code, out, err = vila("bench", "decode", model, *SHORT)
+    assert code == 0, err
+    assert "| model | float32 | torch |" in out or "| model | bfloat16 | torch |" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((), "Give a MODEL, or one or several --shape"),
+        (("m", "--shape", "tiny"), "Give a MODEL, or one or several --shape"),
+        (("m", "--precision", "int4"), "a checkpoint has its own"),
+        (("--shape", "vila-3b"), "'vila-3b' is not one of"),
+        (("--shape", "tiny", "--group-size", "96"), "groups of 96 do not fill 128 and 256 inputs"),
+    ],
+)
+def test_bad_flags_are_named(vila, flags, message):
+    code, _, err = vila("bench", "decode", *flags)
+    assert code == 2
+    assert message in err

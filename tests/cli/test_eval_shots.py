@@ -1,0 +1,58 @@
+"""`vila eval --shots`: questions after worked examples, true ones and wrong ones, in one command and one report."""
+
+import json
+
+import pytest
+
+from tests import tiny
+
+QUESTIONS = [
+    ["what shape is in the image?", "circle", 0],
+    ["is there a red shape?", "yes", 0],
+    ["what shape is in the image?", "square", 1],
+    ["is there a red shape?", "no", 1],
+]
+
+
+@pytest.fixture
+def easy(tmp_path):
+    for number, split in enumerate(("test", "train")):
+        (tmp_path / "easy" / split / "images").mkdir(parents=True)
+        for image in range(2):
+            picture = tiny.picture(10 * number + image)
+            (tmp_path / "easy" / split / "images" / f"{image}.png").write_bytes(picture.source)
+        (tmp_path / "easy" / split / "questions.json").write_text(json.dumps(QUESTIONS))
+    return tmp_path / "easy"
+
+
+def test_numbers_of_examples_are_asked_in_turn_with_true_and_with_wrong_answers(vila, model, easy, tmp_path):
+    out = tmp_path / "run"
+    code, text, _ = vila("eval", model, "--data", easy, "--shots", "0,1,2", "--out", out, "--json")
+    assert code == 0
+    rows = {row["benchmark"]: row for row in map(json.loads, text.splitlines())}
+    assert list(rows) == ["easy_vqa", *(f"easy_vqa_{k}shot{wrong}" for k in (1, 2) for wrong in ("", "_shuffled"))]
+    assert [rows[f"easy_vqa_2shot{wrong}"]["shot_answers"] for wrong in ("", "_shuffled")] == ["true", "wrong"]
+    assert rows["easy_vqa_1shot"]["shots"] == 1 and rows["easy_vqa_1shot"]["count"] == 4
+    markdown = (out / "report.md").read_text()
+    table = markdown[markdown.index("## In context: easy\\_vqa") :]
+    lines = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")]
+    assert lines[:5] == ["examples", "---", "0", "1", "2"]
+    assert 'id="in-context-easy-vqa"' in (out / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("shots", "status", "message"),
+    [
+        ("two", 2, "--shots 'two': expected numbers with commas between"),
+        ("0,,2", 2, "--shots '0,,2': expected numbers"),
+        ("-1", 2, "--shots '-1': expected numbers"),
+        ("3", 1, "the pool has only 2 pictures besides those of"),
+    ],
+)
+def test_impossible_numbers_of_examples_are_refused_before_anything_is_asked(
+    vila, model, easy, tmp_path, shots, status, message
+):
+    code, _, error = vila("eval", model, "--data", easy, f"--shots={shots}", "--out", tmp_path / "run")
+    assert code == status
+    assert message in error
+    assert not list(tmp_path.glob("run/**/predictions.jsonl"))

@@ -1,0 +1,200 @@
+"""`vila quantize`: what it writes and prints, what it refuses, and that a kill costs nothing but time."""
+
+import json
+import os
+import pickle
+import random
+import subprocess
+import sys
+
+import pytest
+
+from tests.quant.models import loud
+from vila.model.layouts.protocol import detect_layout
+from vila.model.load import save_model
+
+TEXT = "\n\n".join(
+    f"Paragraph {number} tells of {'rain and wind, ' * (number % 7 + 3)}and of nothing else." for number in range(40)
+)
+FLAGS = ("--group-size", "32", "--rows", "3")
+
+
+@pytest.fixture(scope="module")
+def loud_model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quantize") / "model"
+    # Heads 16 wide: the CPU's decoder takes no narrower ones.
+    save_model(*loud(layers=3, num_attention_heads=2, num_key_value_heads=1), folder)
+    return folder
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.mark.parametrize("method", ["rtn", "awq", "best"])
+def test_the_model_is_written_and_answers(vila, loud_model, text, picture, tmp_path, method):
+    out = tmp_path / "out"
+    code, shown, err = vila("quantize", loud_model, "--out", out, "--calib", text, "--method", method, *FLAGS)
+    assert code == 0, err
+    assert detect_layout(out).name == "awq-hf"
+    assert "21 Linears of 3 blocks in INT4, groups of 32" in shown
+    assert "peak memory of this run" in shown
+    assert ("sha256" in shown) == (method != "rtn")
+    assert (out / "search.safetensors").is_file() == (method != "rtn")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "text.txt", "p.png"}
+    code, _, err = vila("run", out, "--image", picture, "--prompt", "what?", "--max-new-tokens", 2)
+    assert code == 0, err
+
+
+def test_the_packaged_text_is_the_default_and_a_search_is_used_again(vila, loud_model, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert vila("quantize", loud_model, "--out", first, *FLAGS)[0] == 0
+    assert json.loads((first / "quantization.json").read_text())["calibration"]["name"] == "packaged"
+    code, _, err = vila("quantize", loud_model, "--out", second, *FLAGS, "--reuse", first / "search.safetensors")
+    assert code == 0, err
+    assert "calibration:" not in err
+    assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
+
+
+def test_a_recipe_calibrates_with_pictures(vila, loud_model, text, picture, tmp_path):
+    rows = [
+        {"id": str(n), "image": "p.png", "conversations": [
+            {"from": "human", "value": f"<image>\nwhat is number {n}?"}, {"from": "gpt", "value": "a shape"}]}
+        for n in range(3)
+    ]  # fmt: skip
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    recipe = tmp_path / "mine.yaml"
+    entry = f"{{format: llava_json, path: {tmp_path / 'data.json'}, image_root: {tmp_path}}}"
+    recipe.write_text(f"extends: starter/3_sft\ndata:\n  mixture:\n    - {entry}\n")
+    flags = ("--calib", text, "--calib", recipe, "--samples", 3, "--image-weight", 2)
+    code, _, err = vila("quantize", loud_model, "--out", tmp_path / "out", *FLAGS, *flags)
+    assert code == 0, err
+    summary = json.loads((tmp_path / "out" / "quantization.json").read_text())
+    assert summary["calibration"]["name"] == "text.txt+mine.yaml"
+    assert summary["image_weight"] == 2
+
+
+def bad_files(folder):
+    """Files that are no calibration, and files that are no search."""
+    (folder / "empty.txt").write_text("")
+    (folder / "short.txt").write_text("Too short.")
+    (folder / "latin.txt").write_bytes("caf\xe9".encode("latin-1") * 400)
+    (folder / "ids.jsonl").write_text('{"ids": [' + ", ".join(["99999"] * 512) + "]}\n")
+    (folder / "other.pt").write_bytes(b"not a weight file")
+    with (folder / "code.pt").open("wb") as stream:
+        pickle.dump({"scale": os.system}, stream, protocol=2)
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        (("--calib", "{tmp}/empty.txt"), 1, "empty.txt: holds no text to calibrate with"),
+        (("--calib", "{tmp}/short.txt"), 1, "give 10 tokens, and a row takes 512"),
+        (("--calib", "{tmp}/latin.txt"), 1, "latin.txt: not UTF-8 text (byte 3)"),
+        (("--calib", "{tmp}/ids.jsonl"), 1, "ids.jsonl row 0: token id 99999 is outside the model's"),
+        (("--calib", "{tmp}/none.txt"), 1, "none.txt: cannot be read"),
+        (("--calib", "starter/9_none"), 2, "unknown recipe 'starter/9_none'"),
+        (("--reuse", "{tmp}/other.pt"), 1, "other.pt: "),
+        (("--reuse", "{tmp}/code.pt"), 1, "because unpickling runs code"),
+        (("--reuse", "{tmp}/none.pt"), 1, "none.pt: no such file"),
+        (("--group-size", "128"), 2, "group size 128 does not divide 32 inputs"),
+        (("--method", "gptq"), 2, "'gptq' is not one of"),
+        (("--image-weight", "0"), 2, "image_weight 0.0 must be above 0"),
+        (("--overwrite", "--out", "{model}"), 2, "holds the model that is converted"),
+    ],
+)
+def test_bad_input_is_named_and_leaves_nothing(vila, loud_model, tmp_path, flags, code, message):
+    bad_files(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    filled = [flag.format(tmp=tmp_path, model=loud_model) for flag in flags]
+    where = () if "--out" in flags else ("--out", tmp_path / "out")
+    group = () if "--group-size" in flags else ("--group-size", "32")
+    ended, out, err = vila("quantize", loud_model, *where, *group, *filled)
+    assert message in err
+    assert "Traceback" not in err
+    assert (ended, out) == (code, "")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_what_is_in_the_way_stays_and_a_quantized_model_is_no_source(vila, loud_model, tmp_path):
+    out = tmp_path / "out"
+    assert vila("quantize", loud_model, "--out", out, "--method", "rtn", *FLAGS)[0] == 0
+    code, _, err = vila("quantize", loud_model, "--out", out, "--method", "rtn", *FLAGS)
+    assert code == 2
+    assert "exists already" in err
+    assert vila("quantize", loud_model, "--out", out, "--method", "rtn", *FLAGS, "--overwrite")[0] == 0
+    code, _, err = vila("quantize", out, "--out", tmp_path / "again", "--method", "rtn", *FLAGS)
+    assert code == 1
+    assert "quantized already" in err
+
+
+CODE = """
+import json, os, signal, sys, threading, time
+import torch
+torch.set_num_threads(1)
+import vila.cli.quantize, vila.model.load, vila.quant.mixture_calibration
+from vila.cli.main import main
+from vila.quant import checkpoint, kept
+
+def die(*args, **options):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def arm(point):
+    if isinstance(point, float):
+        threading.Thread(target=lambda: (time.sleep(point), die()), daemon=True).start()
+    elif point == "write":
+        checkpoint.save_search = die
+    else:
+        save, left = kept.KeptBlocks.save, [point]
+        def counted(self, index, found):
+            left[0] -= 1
+            save(self, index, found) if left[0] else die()
+        kept.KeptBlocks.save = counted
+
+words, points = json.loads(sys.argv[1])
+for number, point in enumerate(points):
+    child = os.fork()
+    if not child:
+        arm(point)
+        try:
+            main([*words, "--out", f"out{number}"])
+        finally:
+            os._exit(0)
+    print(os.waitpid(child, 0)[1])
+"""
+
+
+def killed_and_resumed(vila, loud_model, text, folder, monkeypatch, points):
+    """The same command until a SIGKILL at each point, and once more; how many were killed."""
+    monkeypatch.chdir(folder)
+    words = ["quantize", str(loud_model), "--calib", str(text), "--method", "best", *FLAGS]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, json.dumps([words, points])], env=env, check=True, capture_output=True, text=True
+    )
+    statuses = [int(line) for line in done.stdout.splitlines() if line.isdigit()]
+    assert vila(*words, "--out", "whole")[0] == 0
+    whole = {path.name: path.read_bytes() for path in (folder / "whole").iterdir()}
+    for number, status in enumerate(statuses):
+        out = folder / f"out{number}"
+        if status == 9:
+            assert not out.exists()
+            assert vila(*words, "--out", out)[0] == 0
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == whole
+    assert not list(folder.glob(".*"))
+    return statuses.count(9)
+
+
+def test_killed_at_three_points_the_command_ends_with_the_same_bytes(vila, loud_model, text, tmp_path, monkeypatch):
+    """In the search, in the rounding, and while the directory is written."""
+    assert killed_and_resumed(vila, loud_model, text, tmp_path, monkeypatch, [2, 5, "write"]) == 3
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_the_command_ends_with_the_same_bytes(vila, loud_model, text, tmp_path, monkeypatch):
+    generator = random.Random(0)
+    moments = [generator.uniform(0.05, 2.0) for _ in range(10)]
+    assert killed_and_resumed(vila, loud_model, text, tmp_path, monkeypatch, moments) >= 1

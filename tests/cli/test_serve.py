@@ -1,0 +1,36 @@
+"""`vila serve` as far as it goes without being asked anything; tests/serve has the rest."""
+
+import sys
+
+import pytest
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("{tmp}/none",), 2, "no such directory"),
+        (("none",), 2, "no such directory"),
+        (("{model}", "--name", "a", "--name", "b"), 2, "2 --name for 1 models"),
+        (("{model}", "{model}"), 2, "two models are called"),
+        (("{model}", "--tls-cert", "a.pem"), 2, "go together"),
+        (("{model}", "--tls-cert", "{tmp}/a.pem", "--tls-key", "{tmp}/a.pem"), 2, "cannot be used as certificate"),
+        (("{model}", "--host", "256.0.0.1"), 2, "cannot be opened"),
+        (("{model}", "--port", "70000"), 2, "--port"),
+        (("{model}", "--slots", "0"), 2, "slots"),
+        (("{tmp}", "--port", "0"), 1, "{tmp}"),
+    ],
+)
+def test_what_cannot_be_served_is_said_and_the_command_ends(vila, model, tmp_path, arguments, code, message):
+    ended, out, err = vila("serve", *(one.format(model=model, tmp=tmp_path) for one in arguments))
+    assert ended == code, err
+    assert message.format(tmp=tmp_path) in err
+    assert "Traceback" not in err
+    assert out == ""
+
+
+def test_without_its_packages_the_extra_is_named(vila, model, monkeypatch):
+    for name in list(sys.modules):
+        if name.startswith("vila.serve."):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    assert vila("serve", model)[2] == "error: the server needs fastapi: pip install 'vila-vlm[serve]'"

@@ -1,0 +1,119 @@
+"""A quantized model in a directory: what lies in it, what is refused, and that nothing half-made is left."""
+
+import errno
+import json
+
+import pytest
+import torch
+
+from tests.quant.models import logits, loud, random_rows
+from vila.core.errors import ConfigError, LayoutError, VilaError
+from vila.model.int4 import drop_int4, int4_weights
+from vila.model.load import load_model
+from vila.quant import checkpoint
+from vila.quant.block_search import SearchOptions
+from vila.quant.checkpoint import BEST, Request, quantize_checkpoint, with_group, work_folder
+from vila.quant.result import load_search
+from vila.quant.search import search_model
+
+ROWS = random_rows(3)
+AWQ = with_group(Request(), 32)
+
+
+def made(out, request=AWQ, rows=ROWS, found=None, **options):
+    return quantize_checkpoint(*loud(layers=2), out, request, rows, found, **options)
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "request_", [with_group(Request("rtn"), 32), AWQ, with_group(BEST, 32)], ids=["rtn", "awq", "best"]
+)
+def test_what_is_written_loads_and_computes_what_was_rounded(tmp_path, request_):
+    model, processor = loud(layers=2)
+    summary = quantize_checkpoint(model, processor, tmp_path / "out", request_, ROWS)
+    again, _ = load_model(tmp_path / "out", dtype="float32")
+    assert len(int4_weights(again)) == summary["linears"] == 14
+    drop_int4(model, torch.float32)
+    drop_int4(again, torch.float32)
+    # Norms are kept in 16 bits. Worst of three: 4e-3 of logits up to 20.
+    torch.testing.assert_close(logits(again, ROWS), logits(model, ROWS), atol=0.02, rtol=0)
+    assert summary == json.loads((tmp_path / "out" / "quantization.json").read_text())
+    assert (tmp_path / "out" / "search.safetensors").is_file() == (request_.method == "awq")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_search_of_before_gives_the_same_model_without_calibration(tmp_path):
+    made(tmp_path / "first")
+    found = load_search(tmp_path / "first" / "search.safetensors")
+    made(tmp_path / "second", rows=None, found=found)
+    first, second = files_of(tmp_path / "first"), files_of(tmp_path / "second")
+    assert first.pop("quantization.json") != second.pop("quantization.json")
+    assert first == second
+
+
+def test_the_summary_tells_method_calibration_sizes_and_errors(tmp_path):
+    summary = made(tmp_path / "out", with_group(BEST, 32))
+    assert summary["calibration"] == ROWS.facts()
+    assert (summary["method"], summary["rounding"], summary["group_size"]) == ("awq", "feedback", 32)
+    assert summary["bytes_after"] < summary["bytes_before"]
+    assert len(summary["blocks"]) == 2
+    assert all(0 < block["weights_off"] < 0.5 and 0 < block["error_left"] <= 1 for block in summary["blocks"])
+
+
+@pytest.mark.parametrize(
+    ("request_", "rows", "error", "message"),
+    [
+        (
+            with_group(Request(), 128),
+            ROWS,
+            ConfigError,
+            "group size 128 does not divide 32 inputs .* fit this model: 32",
+        ),
+        (AWQ, None, ConfigError, "no calibration is given"),
+        (with_group(Request("rtn", rounding="feedback"), 32), None, ConfigError, "no calibration is given"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_and_leaves_nothing(tmp_path, request_, rows, error, message):
+    with pytest.raises(error, match=message):
+        made(tmp_path / "out", request_, rows)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_search_that_does_not_belong_is_refused(tmp_path):
+    found = search_model(loud(layers=2)[0], ROWS, SearchOptions(group_size=16))
+    with pytest.raises(ConfigError, match="group_size 16, not 32"):
+        made(tmp_path / "out", found=found)
+    with pytest.raises(ConfigError, match="method rtn uses no search"):
+        made(tmp_path / "out", with_group(Request("rtn"), 16), found=found)
+    deeper = search_model(loud(layers=3)[0], ROWS, SearchOptions(group_size=32))
+    with pytest.raises(LayoutError, match="does not fit this model"):
+        made(tmp_path / "out", found=deeper)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_quantized_model_and_one_with_nan_are_refused(tmp_path):
+    made(tmp_path / "out")
+    with pytest.raises(LayoutError, match="quantized already"):
+        quantize_checkpoint(*load_model(tmp_path / "out"), tmp_path / "again", AWQ, ROWS)
+    model, processor = loud(layers=2)
+    model.language_model.model.layers[1].mlp.up_proj.weight.data[3, 5] = float("nan")
+    with pytest.raises(LayoutError, match=r"layers.1.mlp.up_proj: the weight holds NaN"):
+        quantize_checkpoint(model, processor, tmp_path / "nan", AWQ, ROWS)
+
+
+def test_a_full_disk_is_told_and_finished_blocks_are_kept(tmp_path, monkeypatch):
+    def full(*args, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_model", full)
+    with pytest.raises(VilaError, match=r"out: no space left on the device .* nothing was written"):
+        made(tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == [work_folder(tmp_path / "out").name]
+    monkeypatch.undo()
+    made(tmp_path / "out")
+    made(tmp_path / "whole")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "whole"}

@@ -1,0 +1,103 @@
+"""A whole model rounded block by block: as `quantize_model` gives it, better with feedback, and resumable."""
+
+import pytest
+import torch
+
+from tests.quant.models import logits, loud, random_rows
+from vila.core.errors import CheckpointError, ConfigError, LayoutError
+from vila.kernels.int4_layout import dequantize
+from vila.model.int4 import int4_weights, use_int4
+from vila.quant.apply import quantize_model
+from vila.quant.block_search import SearchOptions
+from vila.quant.blocks import blocks_of, linears_of
+from vila.quant.round_model import RoundOptions, round_model
+from vila.quant.search import search_model
+
+ROWS = random_rows(4)
+NEAREST = RoundOptions(group_size=16)
+FEEDBACK = RoundOptions(group_size=16, rounding="feedback")
+
+
+def same(first, second):
+    return first.keys() == second.keys() and all(
+        torch.equal(getattr(first[name], part), getattr(second[name], part))
+        for name in first
+        for part in ("codes", "scales", "zeros")
+    )
+
+
+def damage(model, search, options):
+    """Mean squared change of the logits, on rows that were not calibrated with."""
+    rows = random_rows(4, seed=9)
+    before = logits(model, rows)
+    use_int4(model, round_model(model, search, options, ROWS).weights)
+    return float((logits(model, rows) - before).square().mean())
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+def test_nearest_is_what_quantize_model_gives_and_leaves_a_model_that_fits(family):
+    search = search_model(loud(family, layers=2)[0], ROWS, SearchOptions(group_size=16))
+    model, other = loud(family, layers=2)[0], loud(family, layers=2)[0]
+    rounded = round_model(model, search, NEAREST, release=True)
+    assert same(rounded.weights, quantize_model(other, search, 16))
+    assert all(one.weight.is_meta for block in blocks_of(model) for one in linears_of(block).values())
+    use_int4(model, rounded.weights)
+    assert same(int4_weights(model), rounded.weights)
+    for name, weight in rounded.weights.items():
+        other.get_submodule(name).weight.data = dequantize(weight)
+    torch.testing.assert_close(logits(model, ROWS), logits(other, ROWS))
+
+
+def test_a_16_bit_model_is_folded_and_rounded_in_float32():
+    model, wide = loud(layers=1)[0].to(torch.bfloat16), loud(layers=1)[0].to(torch.bfloat16).float()
+    search = search_model(wide, ROWS, SearchOptions(group_size=16))
+    rounded = round_model(model, search, NEAREST)
+    assert same(rounded.weights, round_model(wide, search, NEAREST).weights)
+    assert blocks_of(model)[0].input_layernorm.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_feedback_does_less_damage_than_nearest(family, symmetric):
+    searched = SearchOptions(group_size=16, symmetric=symmetric)
+    search = search_model(loud(family, layers=2)[0], ROWS, searched)
+    left = [
+        damage(loud(family, layers=2)[0], search, RoundOptions(16, symmetric, rounding))
+        for rounding in ("nearest", "feedback")
+    ]
+    assert left[1] < left[0]
+
+
+def test_feedback_goes_on_from_its_finished_blocks_to_the_same_codes(tmp_path):
+    whole = round_model(loud(layers=3)[0], None, FEEDBACK, ROWS, keep=tmp_path / "whole")
+    again = round_model(loud(layers=3)[0], None, FEEDBACK, ROWS, keep=tmp_path / "whole")
+    assert same(whole.weights, again.weights)
+    assert whole.errors == again.errors
+    (tmp_path / "whole" / "00002.safetensors").unlink()
+    assert same(whole.weights, round_model(loud(layers=3)[0], None, FEEDBACK, ROWS, keep=tmp_path / "whole").weights)
+    with pytest.raises(CheckpointError, match="block 0 was made from another model"):
+        round_model(loud(layers=3, seed=1)[0], None, FEEDBACK, ROWS, keep=tmp_path / "whole")
+    with pytest.raises(CheckpointError, match="block 0"):
+        round_model(loud(layers=3)[0], None, FEEDBACK, random_rows(4, seed=1), keep=tmp_path / "whole")
+    (tmp_path / "whole" / "00001.safetensors").write_bytes(b"x")
+    with pytest.raises(LayoutError, match=r"00001.safetensors: no block that was rounded before"):
+        round_model(loud(layers=3)[0], None, FEEDBACK, ROWS, keep=tmp_path / "whole")
+
+
+def test_what_cannot_be_rounded_is_refused_before_anything_changes():
+    model, _ = loud(layers=1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    search = search_model(model, ROWS, SearchOptions(group_size=16))
+    for options, found, rows, message in (
+        (RoundOptions(24), None, None, "group size 24 does not divide"),
+        (RoundOptions(32), search, None, "the search was made with group_size 16, not 32"),
+        (FEEDBACK, search, None, "rounding with feedback needs calibration"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            round_model(model, found, options, rows)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    with pytest.raises(ConfigError, match="rounding 'up' is neither nearest nor feedback"):
+        RoundOptions(rounding="up")
+    use_int4(model, round_model(model, search, NEAREST).weights)
+    with pytest.raises(LayoutError, match="quantized already"):
+        round_model(model, None, NEAREST)
