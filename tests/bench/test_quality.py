@@ -8,7 +8,7 @@ import torch
 
 from tests.quant.models import loud, random_rows
 from tests.starter.stand import write_easy_vqa
-from vila.bench.quality import TEXT, Task, Way, block_losses, compare, measure_quality, quality_task
+from vila.bench.quality import TEXT, Task, Way, block_divergences, block_losses, compare, measure_quality, quality_task
 from vila.bench.quality_report import markdown_table, write_quality_report
 from vila.cli.main import main
 from vila.core.errors import ConfigError
@@ -35,14 +35,25 @@ def test_the_loss_of_a_block_is_the_mean_over_its_predicted_tokens():
     assert block_losses(model, [ids]) == [pytest.approx(by_hand, rel=1e-5)]
 
 
+def test_the_divergence_is_zero_from_itself_and_as_by_hand_from_another():
+    model, other = loud(layers=1)[0], loud(layers=1, seed=1)[0]
+    ids = random_rows(1, 9).rows[0].ids
+    assert block_divergences(model, model, [ids]) == [0]
+    own, whole = (
+        torch.softmax(one(input_ids=torch.tensor([ids])).logits[0].detach().double(), -1) for one in (model, other)
+    )
+    by_hand = float((whole * (whole / own).log()).nan_to_num(0).sum(-1).mean())
+    assert block_divergences(model, other, [ids]) == [pytest.approx(by_hand, rel=1e-4)]
+
+
 def row(name, losses, **more):
-    return {"asked": {"name": name, "task": {}}, "seconds": 1, "bytes": 10, "losses": losses, **more}
+    return {"asked": {"name": name, "task": {}}, "seconds": 1, "bytes": 10, "losses": losses, "divergences": [], **more}
 
 
 def test_ways_are_compared_block_by_block_and_question_by_question():
     full = row("full", [1.0, 3.0, 2.0], accuracy=0.75, right={"a": 1, "b": 1, "c": 1, "d": 0})
-    rtn = row("rtn", [1.4, 3.4, 2.4], accuracy=0.5, right={"a": 0, "b": 0, "c": 1, "d": 1})
-    best = row("best", [1.1, 3.2, 2.0], accuracy=0.75, right={"a": 1, "b": 1, "c": 1, "d": 0})
+    rtn = row("rtn", [1.4, 3.4, 2.4], accuracy=0.5, right={"a": 0, "b": 0, "c": 1, "d": 1}, divergences=[0.3, 0.5])
+    best = row("best", [1.1, 3.2, 2.0], accuracy=0.75, right={"a": 1, "b": 1, "c": 1, "d": 0}, divergences=[0.1, 0.1])
     first, second, third = compare([full, rtn, best])
     assert (first["difference"], first["removed"]) == (0, None)
     assert first["perplexity"] == pytest.approx(math.exp(2))
@@ -51,6 +62,7 @@ def test_ways_are_compared_block_by_block_and_question_by_question():
     assert third["difference"] == pytest.approx(0.1)
     assert third["standard_error"] == pytest.approx(0.1 / math.sqrt(3))
     assert third["removed"] == pytest.approx(0.75)
+    assert third["divergence_removed"] == pytest.approx(0.75)
     assert (second["accuracy_drop"], second["answers_lost"], second["answers_won"]) == (25, 2, 1)
 
 

@@ -99,6 +99,23 @@ def block_losses(model: Any, blocks: Sequence[Sequence[int]]) -> list[float]:
     return out
 
 
+@torch.no_grad()
+def block_divergences(model: Any, whole: Any, blocks: Sequence[Sequence[int]]) -> list[float]:
+    """Mean over each block's tokens of the Kullback-Leibler divergence of the model from the whole one, in nats.
+
+    The loss alone can mislead: rounding a trained model back to what it was before may well please the text.
+    """
+    out = []
+    for block in blocks:
+        ids_1S = torch.tensor([block], device=model.get_input_embeddings().weight.device)
+        own_SV = torch.log_softmax(model(input_ids=ids_1S).logits[0].float(), -1)
+        whole_SV = torch.log_softmax(whole(input_ids=ids_1S).logits[0].float(), -1)
+        # Ids that are masked in both are infinitely unlikely in both.
+        apart_SV = torch.where(whole_SV.isfinite(), whole_SV.exp() * (whole_SV - own_SV), 0)
+        out.append(float(apart_SV.sum(-1).mean()))
+    return out
+
+
 def measure_quality(
     load: Callable[[], tuple[Any, Any]], ways: Sequence[Way], what: Task, out: Path, *, events: Events = SILENT
 ) -> dict[str, Any]:
@@ -135,6 +152,7 @@ def _measured(load: Callable[[], tuple[Any, Any]], way: Way, what: Task, out: Pa
             "seconds": round(seconds, 1),
             "bytes": bytes_after,
             "losses": block_losses(model, what.blocks),
+            "divergences": [] if way.request is None else block_divergences(model, load()[0], what.blocks),
             **_answers(model, processor, way, what, out, events),
         }
     write_json(path, row)
@@ -188,10 +206,12 @@ def _answers(model: Any, processor: Any, way: Way, what: Task, out: Path, events
 def compare(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Each row beside the first: differences of the loss with their standard error over blocks, and of the accuracy.
 
-    `removed` is the share of plain rounding's damage that a way does not do, where a way called `rtn` is there.
+    `removed` and `divergence_removed` are the shares of plain rounding's damage, by the loss and by the divergence,
+    that a way does not do, where a way called `rtn` is there.
     """
     whole = rows[0]["losses"]
     damage = {row["asked"]["name"]: fmean(row["losses"]) - fmean(whole) for row in rows}
+    apart = {row["asked"]["name"]: fmean(row["divergences"] or [0.0]) for row in rows}
     out = []
     for row in rows:
         losses = row["losses"]
@@ -205,6 +225,8 @@ def compare(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             "perplexity": math.exp(fmean(losses)),
             "difference": damage[name],
             "standard_error": stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else None,
+            "divergence": apart[name],
+            "divergence_removed": 1 - apart[name] / apart["rtn"] if apart.get("rtn") and row is not rows[0] else None,
             "removed": 1 - damage[name] / damage["rtn"] if damage.get("rtn") and row is not rows[0] else None,
         }
         shown.pop("task")

@@ -9,7 +9,10 @@ from typing import Any
 from vila.report.bars import Group, bar_plot
 from vila.report.page import Figure, Page
 
-_HEADER = ("way", "NLL", "perplexity", "NLL above full", "s.e.", "damage removed", "accuracy", "MiB", "seconds")
+_HEADER = (
+    "way", "perplexity", "NLL above full", "s.e.", "NLL removed", "KL from full", "KL removed", "accuracy", "MiB",
+    "seconds",
+)  # fmt: skip
 
 
 def quality_rows(ways: Sequence[Mapping[str, Any]]) -> list[list[str]]:
@@ -17,11 +20,12 @@ def quality_rows(ways: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     return [
         [
             str(way["name"]),
-            f"{way['nll']:.4f}",
             f"{way['perplexity']:.3f}",
             "" if way is ways[0] else f"{way['difference']:+.4f}",
             "" if way is ways[0] or way["standard_error"] is None else f"{way['standard_error']:.4f}",
             "" if way.get("removed") is None else f"{way['removed']:.1%}",
+            "" if way is ways[0] else f"{way['divergence']:.4f}",
+            "" if way.get("divergence_removed") is None else f"{way['divergence_removed']:.1%}",
             f"{way['accuracy']:.2%}" if "accuracy" in way else "",
             f"{way['bytes'] / 2**20:.1f}",
             "" if way is ways[0] else f"{way['seconds']:.0f}",
@@ -42,14 +46,26 @@ def write_quality_report(result: Mapping[str, Any], facts: Mapping[str, Any], pa
     quantized = ways[1:]
     page = Page("What 4 bits cost", str(facts.get("model", "")))
     if quantized:
-        best = min(quantized, key=lambda way: way["difference"])
-        page.figures({f"NLL above full precision, {best['name']}": Figure(f"{best['difference']:+.4f}", "best")})
+        best = min(quantized, key=lambda way: way["divergence"])
+        page.figures(
+            {
+                f"divergence from full precision, {best['name']}": Figure(f"{best['divergence']:.4f}", "nats a token"),
+                "NLL above full precision": Figure(f"{best['difference']:+.4f}", "of the same"),
+            }
+        )
     page.section("Every way")
     page.table(_HEADER, quality_rows(ways))
     page.section("Damage to the language model")
     page.plot(
         bar_plot([_damage(way) for way in quantized], title="NLL above full precision, nats a token"),
         "lines are one standard error each way, over blocks of text, each compared with itself",
+    )
+    page.plot(
+        bar_plot(
+            [Group(way["name"], {"divergence": way["divergence"]}) for way in quantized],
+            title="Divergence from full precision, nats a token",
+        ),
+        "the loss alone can fall where rounding undoes what training changed; this cannot",
     )
     if "accuracy" in ways[0]:
         page.section("Answers about pictures")
