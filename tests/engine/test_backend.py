@@ -4,11 +4,13 @@ import sys
 
 import pytest
 
+from tests import tiny
 from tests.engine.onnx_stand import rounded, torch_engine
 from vila.core.errors import ConfigError
 from vila.engine.backend import check_backend, choose_decoder
 from vila.kernels.int4_linear import Int4Linear
 from vila.model.int4 import int4_layers, use_int4
+from vila.quant.apply import quantize_model
 
 
 class Heard:
@@ -67,3 +69,13 @@ def test_without_onnxruntime_a_four_bit_model_goes_to_torch_and_the_reason_is_sa
     assert any(isinstance(module, Int4Linear) for module in model.modules())
     with pytest.raises(ConfigError, match=r"pip install 'vila-vlm\[onnx\]'"):
         check_backend("onnx", 0, 0, "cpu")
+
+
+def test_a_four_bit_model_that_onnxruntime_cannot_compute_goes_to_torch_and_the_reason_is_said():
+    heard = Heard()
+    model, _ = tiny.vila(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
+    use_int4(model, quantize_model(model, None, 16))
+    assert choose_decoder(model, events=heard) is None
+    assert heard.lines[0].startswith("backend: torch; not onnx:") and "heads 8 wide" in heard.lines[0]
+    with pytest.raises(ConfigError, match="heads 8 wide"):
+        choose_decoder(model, "onnx")

@@ -65,21 +65,27 @@ def choose_decoder(
     check_backend(backend, head_bits, threads, device)
     four_bit = bool(int4_weights(model))
     why = "" if backend != "auto" else _why_not_onnx(four_bit, device)
-    if backend == "torch" or why:
-        if four_bit:
-            if why:
-                events.said(f"backend: torch; not onnx: {why}")
-            use_backend(model, "auto", dtype=model.get_input_embeddings().weight.dtype, events=events)  # type: ignore[arg-type]
-        elif backend == "torch":
-            events.said(f"backend: torch on {device}, {_short(model.dtype)}")
-        return None
-    from vila.engine.onnx_step import OnnxDecoder
+    if backend != "torch" and not why:
+        from vila.engine.onnx_step import OnnxDecoder
 
-    bits: HeadBits = head_bits or (8 if four_bit else 32)  # type: ignore[assignment]
-    decoder = OnnxDecoder(model, head_bits=bits, activation_bits=activation_bits, threads=threads)
-    kind = f"4-bit weights, activations of {activation_bits} bits" if four_bit else "float32"
-    events.said(f"backend: onnx on cpu, {decoder.threads} threads, {kind}, head of {bits} bits")
-    return decoder
+        bits: HeadBits = head_bits or (8 if four_bit else 32)  # type: ignore[assignment]
+        try:
+            decoder = OnnxDecoder(model, head_bits=bits, activation_bits=activation_bits, threads=threads)
+        except ConfigError as error:
+            if backend != "auto":
+                raise
+            why = str(error)
+        else:
+            kind = f"4-bit weights, activations of {activation_bits} bits" if four_bit else "float32"
+            events.said(f"backend: onnx on cpu, {decoder.threads} threads, {kind}, head of {bits} bits")
+            return decoder
+    if four_bit:
+        if why:
+            events.said(f"backend: torch; not onnx: {why}")
+        use_backend(model, "auto", dtype=model.get_input_embeddings().weight.dtype, events=events)  # type: ignore[arg-type]
+    elif backend == "torch":
+        events.said(f"backend: torch on {device}, {_short(model.dtype)}")
+    return None
 
 
 def choose_captured(model: VilaForConditionalGeneration, events: Events = SILENT) -> bool:
