@@ -23,6 +23,7 @@ import torch
 
 from vila.core.machine import machine_facts
 from vila.core.types import Image, Message
+from vila.engine.backend import BACKENDS
 from vila.engine.batcher import Batcher
 from vila.engine.engine import Engine
 from vila.engine.request import Sampling
@@ -133,6 +134,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--images", type=Path, help="a folder of pictures; without it only text is measured")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--backend", default="auto", choices=BACKENDS)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--requests", type=int, default=8)
     parser.add_argument("--prompt", type=int, default=64)
@@ -147,8 +149,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     draw = random.Random(0)
     rows = []
-    engine = Engine.load(options.model, options.dtype, options.device, backend="torch", kept_bytes=0)
-    endless = Engine(engine.model, engine.processor)
+    engine = Engine.load(options.model, options.dtype, options.device, backend=options.backend, kept_bytes=0)
+    endless = Engine(engine.model, engine.processor, engine._program)
     endless._stop_ids = frozenset()
     with Batcher(endless, slots=options.requests) as batcher:
         make = lambda: text_requests(endless, options.requests, options.prompt, draw)  # noqa: E731
@@ -163,7 +165,7 @@ def main() -> None:
                 engine, batcher, lambda: image_requests(paths, many, draw), Sampling(max_new_tokens=16), options.rounds
             ):
                 rows.append({"load": "image", **row})
-    facts = {**machine_facts(), "dtype": str(engine.model.dtype), "threads": options.threads}
+    facts = {**machine_facts(), "dtype": str(engine.model.dtype), "backend": engine.backend, "threads": options.threads}
     print(json.dumps(facts))
     print("| load | contestant | requests/s | tokens/s | times single | same answers |\n|---|---|---|---|---|---|")
     for row in rows:

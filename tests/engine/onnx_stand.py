@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.engine.stand import endless
 from vila.engine.engine import Engine
-from vila.engine.onnx_step import OnnxDecoder
+from vila.engine.onnx_program import OnnxProgram
 from vila.kernels.int4_layout import Int4Weight, dequantize, quantize
 
 pytest.importorskip("onnxruntime")
@@ -32,7 +32,7 @@ def torch_engine(name: str = "llama", **changes: Any) -> Engine:
 def onnx_engine(name: str = "llama", **changes: Any) -> Engine:
     """The same model, its LLM computed by onnxruntime."""
     engine = torch_engine(name, **changes)
-    twin = Engine(engine.model, engine.processor, OnnxDecoder(engine.model, threads=1))
+    twin = Engine(engine.model, engine.processor, OnnxProgram(engine.model, threads=1))
     twin._stop_ids = frozenset()
     return twin
 

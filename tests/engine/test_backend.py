@@ -7,7 +7,7 @@ import pytest
 from tests import tiny
 from tests.engine.onnx_stand import rounded, torch_engine
 from vila.core.errors import ConfigError
-from vila.engine.backend import check_backend, choose_decoder
+from vila.engine.backend import check_backend, choose_program
 from vila.kernels.int4_linear import Int4Linear
 from vila.model.int4 import int4_layers, use_int4
 from vila.quant.apply import quantize_model
@@ -38,22 +38,22 @@ def four_bit():
 
 def test_a_full_model_stays_with_torch_and_nothing_is_said():
     heard = Heard()
-    assert choose_decoder(torch_engine().model, events=heard) is None
+    assert choose_program(torch_engine().model, events=heard) is None
     assert heard.lines == []
 
 
 def test_a_four_bit_model_on_a_cpu_decodes_by_onnxruntime_with_a_head_of_8_bits():
     heard = Heard()
     model = four_bit()
-    decoder = choose_decoder(model, threads=1, events=heard)
+    program = choose_program(model, threads=1, events=heard)
     assert heard.lines == ["backend: onnx on cpu, 1 threads, 4-bit weights, activations of 8 bits, head of 8 bits"]
-    assert decoder.weight_bytes < choose_decoder(model, "onnx", head_bits=32, threads=1).weight_bytes
+    assert program.weight_bytes < choose_program(model, "onnx", head_bits=32, threads=1).weight_bytes
 
 
 def test_torch_multiplies_four_bits_by_a_backend_that_is_named():
     heard = Heard()
     model = four_bit()
-    assert choose_decoder(model, "torch", events=heard) is None
+    assert choose_program(model, "torch", events=heard) is None
     chosen = {layer.backend for _, layer in int4_layers(model)}
     assert len(chosen) == 1
     assert heard.lines[0].startswith(f"int4: {chosen.pop()} on cpu, float32 activations, 14 layers")
@@ -63,7 +63,7 @@ def test_without_onnxruntime_a_four_bit_model_goes_to_torch_and_the_reason_is_sa
     model = four_bit()
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     heard = Heard()
-    assert choose_decoder(model, events=heard) is None
+    assert choose_program(model, events=heard) is None
     assert heard.lines[0].startswith("backend: torch; not onnx: ")
     assert "pip install 'vila-vlm[onnx]'" in heard.lines[0]
     assert any(isinstance(module, Int4Linear) for module in model.modules())
@@ -75,7 +75,7 @@ def test_a_four_bit_model_that_onnxruntime_cannot_compute_goes_to_torch_and_the_
     heard = Heard()
     model, _ = tiny.vila(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
     use_int4(model, quantize_model(model, None, 16))
-    assert choose_decoder(model, events=heard) is None
+    assert choose_program(model, events=heard) is None
     assert heard.lines[0].startswith("backend: torch; not onnx:") and "heads 8 wide" in heard.lines[0]
     with pytest.raises(ConfigError, match="heads 8 wide"):
-        choose_decoder(model, "onnx")
+        choose_program(model, "onnx")

@@ -15,9 +15,15 @@ from vila.engine.request import Sampling
 NEW = Sampling(max_new_tokens=12)
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=[*MODELS, *(f"{name}, onnx" for name in MODELS)])
 def model_engine(request):
-    return endless(request.param)
+    name, _, backend = request.param.partition(", ")
+    if not backend:
+        return endless(name)
+    pytest.importorskip("onnxruntime")
+    from tests.engine.onnx_stand import onnx_engine
+
+    return onnx_engine(name)
 
 
 @pytest.fixture(scope="module")

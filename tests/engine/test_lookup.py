@@ -76,7 +76,7 @@ def test_steps_are_saved(monkeypatch):
 
 
 def test_a_chat_with_lookup_goes_on_from_what_was_kept(engine):
-    kept = Engine(engine.model, engine.processor, engine._decoder, kept_bytes=DEFAULT_BYTES)
+    kept = Engine(engine.model, engine.processor, engine._program, kept_bytes=DEFAULT_BYTES)
     kept._stop_ids = frozenset()
     talk = [*ask("one?", 1)]
     for _ in range(3):

@@ -85,5 +85,5 @@ def test_impossible_backends_are_refused(saved, options, message):
 
 
 def test_the_threads_are_those_asked_for_or_those_of_torch(saved):
-    assert Engine.load(saved, backend="onnx", threads=1)._decoder.threads == 1
-    assert Engine.load(saved, backend="onnx")._decoder.threads == torch.get_num_threads()
+    assert Engine.load(saved, backend="onnx", threads=1)._program.threads == 1
+    assert Engine.load(saved, backend="onnx")._program.threads == torch.get_num_threads()

@@ -21,7 +21,7 @@ def engine(request):
 
 def keeping(engine, kept_bytes=DEFAULT_BYTES):
     """The same engine, keeping what it computed."""
-    other = Engine(engine.model, engine.processor, engine._decoder, kept_bytes=kept_bytes)
+    other = Engine(engine.model, engine.processor, engine._program, kept_bytes=kept_bytes)
     other._stop_ids = frozenset()
     return other
 

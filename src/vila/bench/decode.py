@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -14,9 +14,9 @@ from vila.bench.agreement import Agreement, agreement
 from vila.bench.memory import forget_peak, peak_bytes, read_bandwidth, wait
 from vila.core.errors import ConfigError
 from vila.core.events import SILENT, Events, task
-from vila.engine.backend import choose_captured, choose_decoder
+from vila.engine.backend import choose_captured, choose_lean, choose_program
 from vila.engine.batch import BatchRun, Run, group_prompts
-from vila.engine.pictures import Prompt
+from vila.engine.pictures import PictureFeatures, Prompt
 from vila.engine.static_run import StaticRun
 from vila.engine.static_step import StaticSteps
 from vila.kernels.int4_linear import Int4Linear
@@ -24,7 +24,7 @@ from vila.model.int4 import int4_weights
 from vila.model.vila import VilaForConditionalGeneration
 
 if TYPE_CHECKING:
-    from vila.engine.onnx_graph import ActivationBits
+    from vila.engine.onnx_weights import ActivationBits
 
 # B rows  V vocab
 
@@ -118,31 +118,32 @@ def subject_of(
     *,
     backend: str = "auto",
     head_bits: int = 0,
-    activation_bits: ActivationBits = 8,
+    activation_bits: ActivationBits | Literal[0] = 0,
     captured: bool | None = None,
     events: Events = SILENT,
 ) -> Subject:
     """A model with the backend that the engine would take. captured: None is what the engine would do."""
     device = model.device.type
-    decoder = choose_decoder(model, backend, head_bits=head_bits, activation_bits=activation_bits, events=events)
+    program = choose_program(model, backend, head_bits=head_bits, activation_bits=activation_bits, events=events)
     precision = "int4" if int4_weights(model) else str(model.dtype).removeprefix("torch.")
     config = model.config.text_config
     width = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     keys = 2 * int(config.num_hidden_layers) * int(config.num_key_value_heads) * width
-    if decoder is not None:
+    if program is not None:
         from vila.engine.onnx_run import OnnxRun
 
-        name = f"onnx, head {decoder.head_bits} bit, activations {activation_bits} bit, {decoder.threads} threads"
-        if precision != "int4":
-            name = f"onnx, head {decoder.head_bits} bit, {decoder.threads} threads"
-        new_run: Callable[[int], Run] = lambda capacity: OnnxRun(model, _no_pictures, decoder)  # noqa: E731
+        rounded = f", activations {program.activation_bits} bit" if precision == "int4" else ""
+        name = f"onnx, head {program.head_bits} bit{rounded}, {program.threads} threads"
+        unseen = PictureFeatures(_no_pictures)
+        new_run: Callable[[int], Run] = lambda capacity: OnnxRun(model, unseen, program, capacity)  # noqa: E731
         kind = precision if precision == "int4" else "float32"
-        return Subject(title, kind, name, device, new_run, model, decoder.weight_bytes, 4 * keys)
+        return Subject(title, kind, name, device, new_run, model, program.weight_bytes, 4 * keys)
     fixed = choose_captured(model, events) if captured is None else captured
     steps = StaticSteps(model) if fixed else None
+    lean = choose_lean(model)
 
     def torch_run(capacity: int) -> Run:
-        run = BatchRun(model, _no_pictures, capacity)
+        run = BatchRun(model, _no_pictures, capacity, lean)
         return run if steps is None else StaticRun(run, steps)
 
     products = {layer.backend for layer in model.modules() if isinstance(layer, Int4Linear)}

@@ -51,9 +51,7 @@ def decode(
     ] = 0,
     backend: options.BackendFlag = options.Backend.AUTO,
     head_bits: options.HeadBits = None,
-    activation_bits: Annotated[
-        int, typer.Option(help="With --backend onnx and 4-bit weights: 8 is int8, 16 two of them.", metavar="8|16|32")
-    ] = 8,
+    activation_bits: options.ActivationBits = None,
     threads: options.Threads = None,
     device: options.DeviceFlag = options.Device.AUTO,
     context: Annotated[
@@ -90,7 +88,7 @@ def decode(
     results: list[Result] = []
     with Screen() as screen:
         for opened in _models(model, shape or [], precision or [Precision.INT4], group_size, where, loads):
-            chosen = {"backend": backend.value, "head_bits": head_bits or 0, "activation_bits": activation_bits}
+            chosen = {"backend": backend.value, "head_bits": head_bits or 0, "activation_bits": activation_bits or 0}
             results += _measured(opened, chosen, loads, screen)
     facts = {
         **machine_facts(),

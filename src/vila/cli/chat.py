@@ -16,6 +16,7 @@ def chat(
     device: options.DeviceFlag = options.Device.AUTO,
     backend: options.BackendFlag = options.Backend.AUTO,
     head_bits: options.HeadBits = None,
+    activation_bits: options.ActivationBits = None,
     threads: options.Threads = None,
     max_new_tokens: options.MaxNewTokens = 512,
     temperature: options.Temperature = 0.0,
@@ -51,7 +52,16 @@ def chat(
         lookup=lookup,
     )
     loading = Loading(
-        model, template, base, revision, dtype.value, device.value, backend.value, head_bits or 0, threads or 0
+        model,
+        template,
+        base,
+        revision,
+        dtype.value,
+        device.value,
+        backend.value,
+        head_bits or 0,
+        activation_bits or 0,
+        threads or 0,
     )
     console = Console(highlight=False)
     with console.status(f"loading {model}"):

@@ -42,6 +42,7 @@ def evaluate(
     device: Annotated[str, typer.Option(help="cpu or cuda; default: a GPU where there is one.")] = "",
     backend: options.BackendFlag = options.Backend.AUTO,
     head_bits: options.HeadBits = None,
+    activation_bits: options.ActivationBits = None,
     threads: options.Threads = None,
     api: Annotated[str, typer.Option(help="URL of an OpenAI-compatible server to ask instead.")] = "",
     served_model: Annotated[str, typer.Option("--model", help="With --api: the model to ask for.")] = "",
@@ -69,7 +70,8 @@ def evaluate(
         raise ConfigError("no model; name a directory or a hub id, or a server with --api")
     world = open_world("replicate")
     take_threads(threads or 0)
-    engine, facts = _engine(model, api, served_model, dtype, device or str(world.device), backend.value, head_bits or 0)
+    numbers = {"backend": backend.value, "head_bits": head_bits or 0, "activation_bits": activation_bits or 0}
+    engine, facts = _engine(model, api, served_model, dtype, device or str(world.device), numbers)
     root = out or (Path(model).parent / "eval" if Path(model).is_dir() else Path("runs/eval"))
     results: list[Result] = []
     with Screen() as screen:
@@ -131,7 +133,7 @@ def _counts(text: str) -> list[int]:
 
 
 def _engine(
-    model: str, api: str, served: str, dtype: str, device: str, backend: Any, head_bits: Any
+    model: str, api: str, served: str, dtype: str, device: str, numbers: dict[str, Any]
 ) -> tuple[Answers, dict[str, Any]]:
     """What answers, and facts on it; `hash` tells it from others."""
     from vila.core.errors import ConfigError
@@ -149,9 +151,7 @@ def _engine(
     from vila.model.hub import local_folder
 
     folder = local_folder(model)
-    engine = Engine.load(
-        folder, dtype=dtype, device=device, backend=backend, head_bits=head_bits, kept_bytes=0, events=Aloud()
-    )
+    engine = Engine.load(folder, dtype=dtype, device=device, **numbers, kept_bytes=0, events=Aloud())
     kind = str(engine.model.dtype).removeprefix("torch.")
     facts = {"hash": model_hash(folder), "dtype": kind, "device": device}
     if engine.backend != "torch":

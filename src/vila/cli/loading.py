@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import typer
 
@@ -14,6 +14,7 @@ from vila.core.types import Message
 
 if TYPE_CHECKING:
     from vila.engine.engine import Engine
+    from vila.engine.onnx_weights import ActivationBits
     from vila.engine.request import Sampling
     from vila.model.config import VilaConfig
     from vila.model.layouts.protocol import Checkpoint
@@ -32,6 +33,7 @@ class Loading:
     device: str = "auto"
     backend: str = "auto"
     head_bits: int = 0
+    activation_bits: int = 0
     threads: int = 0
 
 
@@ -55,7 +57,7 @@ def open_model(loading: Loading) -> Checkpoint:
 
 def load_engine(checkpoint: Checkpoint, loading: Loading) -> Engine:
     """The engine of an open checkpoint, its weights read now. Which backend was chosen is said on standard error."""
-    from vila.engine.backend import choose_captured, choose_decoder
+    from vila.engine.backend import choose_captured, choose_lean, choose_program
     from vila.engine.engine import Engine
     from vila.engine.prefix import DEFAULT_BYTES
     from vila.model.build import build_model
@@ -65,9 +67,11 @@ def load_engine(checkpoint: Checkpoint, loading: Loading) -> Engine:
     take_threads(loading.threads)
     model = build_model(checkpoint, choose_dtype(loading.dtype, device), device)
     aloud = Aloud()
-    decoder = choose_decoder(model, loading.backend, head_bits=loading.head_bits, events=aloud)
-    captured = decoder is None and choose_captured(model, aloud)
-    return Engine(model, checkpoint.processor, decoder, kept_bytes=DEFAULT_BYTES, captured=captured)
+    bits: ActivationBits | Literal[0] = loading.activation_bits  # type: ignore[assignment]
+    program = choose_program(model, loading.backend, head_bits=loading.head_bits, activation_bits=bits, events=aloud)
+    captured = program is None and choose_captured(model, aloud)
+    lean = choose_lean(model) if program is None else None
+    return Engine(model, checkpoint.processor, program, kept_bytes=DEFAULT_BYTES, captured=captured, lean=lean)
 
 
 def check_backend_flags(loading: Loading, device: str) -> None:
@@ -75,7 +79,7 @@ def check_backend_flags(loading: Loading, device: str) -> None:
     from vila.engine.backend import check_backend
 
     try:
-        check_backend(loading.backend, loading.head_bits, 0, device)
+        check_backend(loading.backend, loading.head_bits, 0, device, loading.activation_bits)
     except ConfigError as error:
         raise ConfigError(_as_backend_flags(str(error))) from error
 
@@ -126,7 +130,12 @@ def check_fit(config: VilaConfig, processor: VilaProcessor, messages: Sequence[M
 
 
 def _as_backend_flags(text: str) -> str:
-    flags = {"backend='onnx'": "--backend onnx", "head_bits=": "--head-bits ", "device='cpu'": "--device cpu"}
+    flags = {
+        "backend='onnx'": "--backend onnx",
+        "head_bits=": "--head-bits ",
+        "activation_bits=": "--activation-bits ",
+        "device='cpu'": "--device cpu",
+    }
     for argument, flag in flags.items():
         text = text.replace(argument, flag)
     return text

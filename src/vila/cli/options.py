@@ -80,6 +80,16 @@ HeadBits = Annotated[
         rich_help_panel=_LOADING,
     ),
 ]
+ActivationBits = Annotated[
+    int | None,
+    typer.Option(
+        "--activation-bits",
+        metavar="8|16|32",
+        help="With --backend onnx and 4-bit weights: 8 is int8, 16 two of them, nearly exact; default: 8.",
+        show_default=False,
+        rich_help_panel=_LOADING,
+    ),
+]
 Threads = Annotated[
     int | None,
     typer.Option(

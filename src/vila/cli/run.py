@@ -65,6 +65,7 @@ def run(
     device: options.DeviceFlag = options.Device.AUTO,
     backend: options.BackendFlag = options.Backend.AUTO,
     head_bits: options.HeadBits = None,
+    activation_bits: options.ActivationBits = None,
     threads: options.Threads = None,
     max_new_tokens: options.MaxNewTokens = 128,
     temperature: options.Temperature = 0.0,
@@ -104,6 +105,7 @@ def run(
         device=device.value,
         backend=backend.value,
         head_bits=head_bits or 0,
+        activation_bits=activation_bits or 0,
         threads=threads or 0,
     )
     if not loading.model:

@@ -38,6 +38,9 @@ def serve(
     revision: options.Revision = "",
     dtype: options.DtypeFlag = options.Dtype.AUTO,
     device: options.DeviceFlag = options.Device.AUTO,
+    backend: options.BackendFlag = options.Backend.AUTO,
+    head_bits: options.HeadBits = None,
+    activation_bits: options.ActivationBits = None,
     threads: options.Threads = None,
     slots: Annotated[
         int, typer.Option(help="Requests that run at a time, per model.", min=1, rich_help_panel=_BATCH)
@@ -111,7 +114,18 @@ def serve(
     except ModuleNotFoundError as error:
         raise ConfigError(f"the server needs {error.name}: pip install 'vila-vlm[serve]'") from error
     loadings = [
-        Loading(one, template, base, revision, dtype.value, device.value, "torch", threads=threads or 0)
+        Loading(
+            one,
+            template,
+            base,
+            revision,
+            dtype.value,
+            device.value,
+            backend.value,
+            head_bits or 0,
+            activation_bits or 0,
+            threads or 0,
+        )
         for one in models
     ]
     limits = Limits(

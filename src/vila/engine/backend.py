@@ -6,22 +6,24 @@ from typing import TYPE_CHECKING, Literal
 
 from vila.core.errors import ConfigError
 from vila.core.events import SILENT, Events
-from vila.engine.onnx_weights import FIXED_ROPE
+from vila.engine.lean_decoder import LeanDecoder, why_not_lean
+from vila.engine.onnx_weights import ACTIVATION_BITS, FIXED_ROPE
 from vila.kernels.backends import use_backend
 from vila.model.int4 import int4_weights
 from vila.model.vila import VilaForConditionalGeneration
 
 if TYPE_CHECKING:
+    from vila.engine.lean_decoder import LeanDecoder, why_not_lean
     from vila.engine.onnx_graph import ActivationBits
-    from vila.engine.onnx_step import OnnxDecoder
-    from vila.engine.onnx_weights import HeadBits
+    from vila.engine.onnx_program import OnnxProgram
+from vila.engine.onnx_weights import HeadBits
 
 Backend = Literal["auto", "torch", "onnx"]
 BACKENDS = ("auto", "torch", "onnx")
 
 
-def check_backend(backend: str, head_bits: int, threads: int, device: str) -> None:
-    """Refuse what cannot be, before any weight is read. head_bits: 0 leaves the choice to the backend.
+def check_backend(backend: str, head_bits: int, threads: int, device: str, activation_bits: int = 0) -> None:
+    """Refuse what cannot be, before any weight is read. Bits of 0 leave the choice to the backend.
 
     Raises ConfigError for an unknown backend, for onnxruntime that is missing or asked to run elsewhere than on a CPU,
     and for its options without it.
@@ -32,53 +34,57 @@ def check_backend(backend: str, head_bits: int, threads: int, device: str) -> No
         raise ConfigError(f"head_bits={head_bits!r}: 4, 8 or 32")
     if head_bits in (4, 8) and backend != "onnx":
         raise ConfigError(f"head_bits={head_bits} is an option of backend='onnx'; leave it out, or ask for that")
+    if activation_bits not in (0, *ACTIVATION_BITS):
+        raise ConfigError(f"activation_bits={activation_bits!r}: 8, 16 or 32")
+    if activation_bits and backend == "torch":
+        raise ConfigError(f"activation_bits={activation_bits} is an option of backend='onnx'; torch rounds none")
     if threads and backend == "torch":
         raise ConfigError(f"threads={threads} is an option of backend='onnx'; torch.set_num_threads is torch's own")
     if backend == "onnx" and device != "cpu":
         raise ConfigError(f"backend='onnx' runs on the CPU alone, not on {device!r}; ask for device='cpu'")
     if backend == "onnx":
-        from vila.engine.onnx_step import find_runtime
+        from vila.engine.onnx_program import find_runtime
 
         find_runtime()
 
 
-def choose_decoder(
+def choose_program(
     model: VilaForConditionalGeneration,
     backend: str = "auto",
     *,
     head_bits: int = 0,
-    activation_bits: ActivationBits = 8,
+    activation_bits: ActivationBits | Literal[0] = 0,
     threads: int = 0,
     events: Events = SILENT,
-) -> OnnxDecoder | None:
+) -> OnnxProgram | None:
     """What computes the LLM of a model; None leaves it to torch, whose 4-bit product is chosen here too.
 
     backend:         `auto` takes onnxruntime for a 4-bit model on a CPU where it is installed, else torch.
     head_bits:       of the onnx backend; 0 is 8 for a 4-bit model, else 32.
-    activation_bits: of the onnx backend, see OnnxDecoder.
+    activation_bits: of the onnx backend, see OnnxProgram; 0 is 8.
     threads:         of the onnx backend; 0 for as many as torch uses.
 
     The choice is said to `events` when there was one to make. Raises ConfigError as `check_backend` does, and when
     onnxruntime cannot compute this model.
     """
     device = model.device.type
-    check_backend(backend, head_bits, threads, device)
+    check_backend(backend, head_bits, threads, device, activation_bits)
     four_bit = bool(int4_weights(model))
     why = "" if backend != "auto" else _why_not_onnx(four_bit, device)
     if backend != "torch" and not why:
-        from vila.engine.onnx_step import OnnxDecoder
+        from vila.engine.onnx_program import OnnxProgram
 
         bits: HeadBits = head_bits or (8 if four_bit else 32)  # type: ignore[assignment]
         try:
-            decoder = OnnxDecoder(model, head_bits=bits, activation_bits=activation_bits, threads=threads)
+            program = OnnxProgram(model, head_bits=bits, activation_bits=activation_bits or 8, threads=threads)
         except ConfigError as error:
             if backend != "auto":
                 raise
             why = str(error)
         else:
-            kind = f"4-bit weights, activations of {activation_bits} bits" if four_bit else "float32"
-            events.said(f"backend: onnx on cpu, {decoder.threads} threads, {kind}, head of {bits} bits")
-            return decoder
+            kind = f"4-bit weights, activations of {program.activation_bits} bits" if four_bit else "float32"
+            events.said(f"backend: onnx on cpu, {program.threads} threads, {kind}, head of {bits} bits")
+            return program
     if four_bit:
         if why:
             events.said(f"backend: torch; not onnx: {why}")
@@ -102,13 +108,18 @@ def choose_captured(model: VilaForConditionalGeneration, events: Events = SILENT
     return not why
 
 
+def choose_lean(model: VilaForConditionalGeneration) -> LeanDecoder | None:
+    """What takes torch's steps in place of the model's own decoder: on a CPU, for blocks that are known."""
+    return None if why_not_lean(model) else LeanDecoder(model)
+
+
 def _why_not_onnx(four_bit: bool, device: str) -> str:
     """Why `auto` leaves a model to torch; empty when it does not."""
     if not four_bit:
         return "the weights are not 4-bit"
     if device != "cpu":
         return f"the model is on {device}"
-    from vila.engine.onnx_step import find_runtime
+    from vila.engine.onnx_program import find_runtime
 
     try:
         find_runtime()

@@ -8,9 +8,11 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from vila.engine.cache import FilledCache, new_cache, row_index
 from vila.engine.columns import Columns
+from vila.engine.lean_decoder import LeanDecoder
 from vila.engine.pictures import Picture, Prompt
 from vila.engine.prefix import Prefixes
 from vila.engine.slots import content_keys
@@ -92,6 +94,29 @@ class Run(Protocol):
         """Logits [N, V] after the wanted places of each of whole prompts."""
 
 
+class _OneToken:
+    """A token for each row of a cache, over its filled columns."""
+
+    def __init__(self, cache: FilledCache, columns: Columns) -> None:
+        self.cache, self.columns = cache, columns
+        self._masks: dict[int | None, Tensor | None] = {}
+
+    def attend(
+        self, layer: int, query_HBE: Tensor, key_GBE: Tensor, value_GBE: Tensor, scale: float | None, window: int | None
+    ) -> Tensor:
+        """[B, H, E]."""
+        new = (one.transpose(0, 1)[:, :, None] for one in (key_GBE, value_GBE))
+        keys, values = self.cache.layers[layer].update(*new)
+        if window not in self._masks:
+            self._masks[window] = self.columns.mask(1, window)
+        mask = self._masks[window]
+        if mask is None and window is not None:
+            keys, values = keys[:, :, -window:], values[:, :, -window:]
+        # Heads that share keys stand where a prompt's tokens would: no key is read or copied twice.
+        query_BGgE = query_HBE.transpose(0, 1).unflatten(1, (keys.shape[1], -1))
+        return F.scaled_dot_product_attention(query_BGgE, keys, values, attn_mask=mask, scale=scale).flatten(1, 2)
+
+
 @dataclass
 class BatchRun:
     """The state of a batch on its way: the cache, what stands in its columns, and whose row is whose."""
@@ -99,6 +124,8 @@ class BatchRun:
     model: VilaForConditionalGeneration
     encode: Encode
     capacity: int
+    lean: LeanDecoder | None = None
+    """Takes the steps, where there is one; prompts are left to the model's own decoder."""
     prefixes: Prefixes | None = None
     """Where a run of one row finds the beginning of its prompt, and leaves what it computed."""
     order: list[int] = field(default_factory=list)
@@ -139,7 +166,10 @@ class BatchRun:
         """Logits [B, V] after one more token in each row."""
         positions_B1 = self.columns.append([1] * len(ids_B))
         embeds_B1D = self.model.get_input_embeddings()(ids_B[:, None])
-        return self._logits(self._decoder(embeds_B1D, positions_B1)[:, -1])
+        if self.lean is None:
+            return self._logits(self._decoder(embeds_B1D, positions_B1)[:, -1])
+        attention = _OneToken(self.cache, self.columns)
+        return self.lean.logits(self.lean.states(embeds_B1D[:, 0], positions_B1[:, 0], attention))
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows only."""

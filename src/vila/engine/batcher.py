@@ -14,7 +14,6 @@ import torch
 from vila.core.errors import ClosedError, ConfigError, ContextOverflowError, QueueFullError
 from vila.engine.engine import Conversation, Engine
 from vila.engine.request import Sampling
-from vila.engine.slot_run import SlotRun, default_tokens
 from vila.engine.slots import Slots, content_keys
 from vila.engine.ticket import OnEvent, Request, Ticket
 from vila.engine.turn import Turn
@@ -59,18 +58,16 @@ class Batcher:
         kv_tokens:     tokens whose keys and values are kept in memory; 0 is the context of every slot, as far as the
                        memory goes: 2 GiB on a CPU, half of what is free on CUDA.
         prefill_chunk: tokens of prompts that a step computes at most, which bounds how long running answers wait.
-        Raises ConfigError for impossible numbers and for an engine that does not run on torch.
+        Raises ConfigError for impossible numbers, and for a model whose attention cannot be batched so.
         """
         given = {"slots": slots, "queue": queue, "prefill_chunk": prefill_chunk}
         problems = [f"{name}={value!r}: a whole number from 1" for name, value in given.items() if value < 1]
         if kv_tokens < 0 or 0 < kv_tokens < 16:
             problems.append(f"kv_tokens={kv_tokens!r}: at least 16, or 0 for what the memory allows")
-        if engine._decoder is not None:
-            problems.append("the engine runs on onnxruntime, row after row; load it with backend='torch'")
         if problems:
             raise ConfigError.collect("batcher", problems)
         self.engine, self.queue = engine, queue
-        self._run = SlotRun(engine.model, engine._features, kv_tokens or default_tokens(engine.model, slots))
+        self._run = engine._slot_run(slots, kv_tokens)
         self._slots = Slots(self._run.pool, slots)
         self._turn = Turn(self._run, self._slots, prefill_chunk, engine.processor.pixels)
         self._waiting: deque[Request] = deque()

@@ -17,15 +17,17 @@ from vila.core.events import SILENT, Events
 from vila.core.types import Image, Message
 from vila.core.vision_spec import ImageMode
 from vila.engine.answer import Answer
-from vila.engine.backend import Backend, check_backend, choose_captured, choose_decoder
+from vila.engine.backend import Backend, check_backend, choose_captured, choose_lean, choose_program
 from vila.engine.batch import BatchRun, Run
 from vila.engine.columns import check_attention
 from vila.engine.context import fit_prompt
 from vila.engine.decode import decode
 from vila.engine.detokenize import detokenizer_of
+from vila.engine.lean_decoder import LeanDecoder
 from vila.engine.pictures import PictureFeatures, Prompt, prompt_of
 from vila.engine.prefix import DEFAULT_BYTES, Prefixes
 from vila.engine.request import Generation, Sampling, TokenEvent, choose_sampling
+from vila.engine.slot_run import SlotRun, TorchSlotRun, default_tokens, kept_dtype
 from vila.engine.static_run import StaticRun
 from vila.engine.static_step import StaticSteps
 from vila.families.card import find_family
@@ -35,9 +37,8 @@ from vila.model.processor import VilaProcessor
 from vila.model.vila import VilaForConditionalGeneration
 
 if TYPE_CHECKING:
-    from vila.engine.onnx_graph import ActivationBits
-    from vila.engine.onnx_step import OnnxDecoder
-    from vila.engine.onnx_weights import HeadBits
+    from vila.engine.onnx_program import OnnxProgram
+    from vila.engine.onnx_weights import ActivationBits, HeadBits
 
 Conversation = Sequence[Message | Mapping[str, Any]]
 """Messages of ours, or of the Hugging Face form: role and content, a string or a list of parts."""
@@ -63,20 +64,22 @@ class Engine:
         self,
         model: VilaForConditionalGeneration,
         processor: VilaProcessor,
-        decoder: OnnxDecoder | None = None,
+        program: OnnxProgram | None = None,
         *,
         kept_bytes: int = 0,
         captured: bool = False,
+        lean: LeanDecoder | None = None,
     ) -> None:
-        """decoder:    computes what the LLM computes, by onnxruntime; None leaves it to torch.
+        """program:    computes what the LLM computes, by onnxruntime; None leaves it to torch.
         kept_bytes: memory for keys and values of the conversations asked alone, which later ones that begin alike go
                     on from. With any, the weights must not change.
         captured:   take torch's steps at fixed addresses, on CUDA as one captured graph; the weights must not move.
+        lean:       takes torch's steps on a CPU.
         """
         check_attention(model.config.text_config)
         self.model, self.processor = model.eval(), processor
         self.prefixes = Prefixes(kept_bytes) if kept_bytes else None
-        self._decoder = decoder
+        self._program, self._lean = program, lean
         self._steps = StaticSteps(model) if captured else None
         self._detokenizer = detokenizer_of(processor.tokenizer)
         self._stop_ids = _stop_ids(model, processor)
@@ -90,7 +93,7 @@ class Engine:
         *,
         backend: Backend = "auto",
         head_bits: HeadBits | Literal[0] = 0,
-        activation_bits: ActivationBits = 8,
+        activation_bits: ActivationBits | Literal[0] = 0,
         threads: int = 0,
         kept_bytes: int = DEFAULT_BYTES,
         events: Events = SILENT,
@@ -98,11 +101,12 @@ class Engine:
     ) -> Engine:
         """The engine of a checkpoint. dtype: `auto` is bfloat16 where the hardware computes it.
 
-        backend:    `onnx` computes the LLM by onnxruntime, on a CPU alone: float32 where weights are not 4-bit, and
-                    one row of a batch after the other. `auto` takes it for 4-bit models, where it is installed.
+        backend:    `onnx` computes the LLM by onnxruntime, on a CPU alone: float32 where weights are not 4-bit.
+                    `auto` takes it for 4-bit models, where it is installed.
         head_bits:  of the onnx backend; 8 and 4 round the head, which is faster and less exact. 0 is 8 for a 4-bit
                     model, else 32.
-        activation_bits: of the onnx backend with 4-bit weights: 8 rounds to int8, 16 to two of them, 32 to float32.
+        activation_bits: of the onnx backend with 4-bit weights: 8 rounds to int8, 16 to two of them, 32 to float32;
+                    0 is 8.
         threads:    of the onnx backend; 0 for as many as torch uses.
         kept_bytes: see the constructor.
         events:     is told which backend was chosen.
@@ -110,23 +114,28 @@ class Engine:
 
         Raises ConfigError when onnxruntime is missing, or cannot compute this model or run on this device.
         """
-        check_backend(backend, head_bits, threads, str(device))
+        check_backend(backend, head_bits, threads, str(device), activation_bits)
         kind = choose_dtype(dtype, device) if dtype == "auto" else dtype
         model, processor = load_model(path, dtype=kind, device=device, **loading)
-        decoder = choose_decoder(
+        program = choose_program(
             model, backend, head_bits=head_bits, activation_bits=activation_bits, threads=threads, events=events
         )
-        captured = decoder is None and choose_captured(model, events)
-        return Engine(model, processor, decoder, kept_bytes=kept_bytes, captured=captured)
+        captured = program is None and choose_captured(model, events)
+        lean = choose_lean(model) if program is None else None
+        return Engine(model, processor, program, kept_bytes=kept_bytes, captured=captured, lean=lean)
 
     @property
     def backend(self) -> str:
-        """What computes the LLM: `torch`, or `onnx` with the bits of its head."""
-        return "torch" if self._decoder is None else f"onnx, head of {self._decoder.head_bits} bits"
+        """What computes the LLM: `torch`, or `onnx` with the bits of its head, and of activations where not int8."""
+        if self._program is None:
+            return "torch"
+        activations = self._program.activation_bits
+        rounded = "" if activations == 8 else f", activations of {activations} bits"
+        return f"onnx, head of {self._program.head_bits} bits{rounded}"
 
     def with_image_mode(self, mode: ImageMode) -> Engine:
         """An engine on the same weights that makes pictures square in another way; it shares nothing it remembers."""
-        return Engine(self.model, self.processor.with_image_mode(mode), self._decoder)
+        return Engine(self.model, self.processor.with_image_mode(mode), self._program, lean=self._lean)
 
     def generate(
         self, messages: Conversation, sampling: Sampling | None = None, *, template: str = "", **options: Any
@@ -208,12 +217,22 @@ class Engine:
         return decode(self._new_run, [j.prompt for j in jobs], [j.answer for j in jobs], sampling)
 
     def _new_run(self, capacity: int) -> Run:
-        if self._decoder is None:
-            run = BatchRun(self.model, self._features, capacity, self.prefixes)
+        if self._program is None:
+            run = BatchRun(self.model, self._features, capacity, self._lean, self.prefixes)
             return run if self._steps is None else StaticRun(run, self._steps)
         from vila.engine.onnx_run import OnnxRun
 
-        return OnnxRun(self.model, self._features, self._decoder, self.prefixes)
+        return OnnxRun(self.model, self._features, self._program, capacity, self.prefixes)
+
+    def _slot_run(self, rows: int, tokens: int) -> SlotRun:
+        """What a batch runs on that requests join and leave; tokens: of its memory, 0 for the default."""
+        dtype = kept_dtype(self.model) if self._program is None else torch.float32
+        tokens = tokens or default_tokens(self.model, rows, dtype)
+        if self._program is None:
+            return TorchSlotRun(self.model, self._features, tokens, self._lean)
+        from vila.engine.onnx_slots import OnnxSlotRun
+
+        return OnnxSlotRun(self.model, self._features, tokens, self._program)
 
     def _job(self, messages: Conversation, sampling: Sampling, template: str) -> _Job:
         # Clips are decoded once, however many turns are left out.

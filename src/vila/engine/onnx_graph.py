@@ -3,32 +3,31 @@
 Of onnxruntime's own operators it uses MatMulNBits, GroupQueryAttention (with rotary embedding and a cache that it
 writes in place), SkipSimplifiedLayerNormalization (RMSNorm after adding) and QuickGelu (SiLU, with alpha 1).
 
-    embeds [1,S,D]  past_key_i, past_value_i [1,H,C,E]  last_key [1]  length [1]  places [N]  ->  logits [1,N,V]
+    embeds [B,S,D]  past_key_i, past_value_i [B,H,C,E]  last_key [B]  length [1]  places [N]  ->  logits [B,N,V]
 
-`last_key` is the index of the last filled column, `length` their number, both after this step; `places` are those of
-the S tokens whose logits are wanted. The present caches are outputs, to be bound to the same buffers as the past ones.
+`last_key` is the index of each row's last filled column, `length` the number of those of the longest row, both after
+this step; `places` are those of the S tokens whose logits are wanted. Several rows go one token at a time: S is 1 then.
+The present caches are outputs, to be bound to the same buffers as the past ones.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from vila.engine.onnx_weights import Block, DecoderWeights, Matrix
+from vila.engine.onnx_weights import ActivationBits, Block, DecoderWeights, Matrix
 
-# S tokens of a step  D model width  H key-value heads  C capacity  E head width  N wanted places  V vocab
+# B rows  S tokens of a step  D model width  H key-value heads  C capacity  E head width  N wanted places  V vocab
 
 _OPSET, _IR_VERSION = 21, 10
 _FUSED = "com.microsoft"
 # What MatMulNBits multiplies in: 4 rounds activations to int8 in blocks of the weight's groups, 1 keeps float32.
 _INT8, _FLOAT32 = 4, 1
-ActivationBits = Literal[8, 16, 32]
-ACTIVATION_BITS = (8, 16, 32)
 
 
 @dataclass
@@ -89,7 +88,7 @@ class _Graph:
         return name
 
     def halves(self, x: str, group_size: int, name: str) -> str:
-        """[1,2S,I] for x [1,S,I]: what int8 holds of it exactly, group by group, then what is left."""
+        """[B,2S,I] for x [B,S,I]: what int8 holds of it exactly, group by group, then what is left."""
 
         def step(kind: str, inputs: list[str], what: str, **attributes: Any) -> str:
             self.add(kind, inputs, [f"{name}.{what}"], domain="", **attributes)
@@ -178,18 +177,18 @@ def _mlp(graph: _Graph, normed: str, block: Block, name: str) -> str:
 
 
 def _model(graph: _Graph, weights: DecoderWeights) -> onnx.ModelProto:
-    cache: list[str | int | None] = [1, weights.num_kv_heads, "C", weights.head_width]
+    cache: list[str | int | None] = ["B", weights.num_kv_heads, "C", weights.head_width]
     names = cache_names(len(weights.blocks))
     info = helper.make_tensor_value_info
     inputs: list[Any] = [
-        info("embeds", TensorProto.FLOAT, [1, "S", weights.width]),
-        info("last_key", TensorProto.INT32, [1]),
+        info("embeds", TensorProto.FLOAT, ["B", "S", weights.width]),
+        info("last_key", TensorProto.INT32, ["B"]),
         info("length", TensorProto.INT32, [1]),
         info("places", TensorProto.INT64, ["N"]),
         *(info(past, TensorProto.FLOAT, cache) for past, _ in names),
     ]
     outputs: list[Any] = [
-        info("logits", TensorProto.FLOAT, [1, "N", weights.head.num_outputs]),
+        info("logits", TensorProto.FLOAT, ["B", "N", weights.head.num_outputs]),
         *(info(present, TensorProto.FLOAT, cache) for _, present in names),
     ]
     initializers = [_described(name, values) for name, values in graph.arrays.items()]

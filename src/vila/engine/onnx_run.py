@@ -1,4 +1,4 @@
-"""A batch of prompts by onnxruntime: row after row, each on a cache of its own; shared prefixes are computed once."""
+"""A batch of prompts by onnxruntime: their steps are taken together, and shared prefixes are computed once."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from vila.engine.batch import Encode, Group
+from vila.engine.batch import Group
+from vila.engine.onnx_program import OnnxProgram
+from vila.engine.onnx_slots import OnnxSlotRun
 from vila.engine.onnx_step import OnnxDecoder
-from vila.engine.pictures import Picture, Prompt
+from vila.engine.pictures import Picture, PictureFeatures, Prompt
 from vila.engine.prefix import Prefixes
+from vila.engine.slot_attention import Stretch
+from vila.engine.slot_pool import aligned
 from vila.engine.slots import content_keys
 from vila.model.vila import VilaForConditionalGeneration
 
@@ -18,82 +22,135 @@ from vila.model.vila import VilaForConditionalGeneration
 
 
 class OnnxRun:
-    """The state of a batch on its way. Rows do not share their products: a batch of two takes twice the time of one."""
+    """The state of a batch on its way. A prompt alone has a sequence of its own, which others may go on from."""
 
     def __init__(
         self,
         model: VilaForConditionalGeneration,
-        encode: Encode,
-        decoder: OnnxDecoder,
+        features: PictureFeatures,
+        program: OnnxProgram,
+        capacity: int,
         prefixes: Prefixes | None = None,
     ) -> None:
-        """decoder:  is left as it is; rows begin as forks of it, so it should be empty.
+        """capacity: tokens that a row may come to have.
         prefixes: where a run of one row finds the beginning of its prompt, and leaves what it computed.
         """
-        self.model, self.encode, self.decoder, self.prefixes = model, encode, decoder, prefixes
-        self._alone: Prompt | None = None
+        self.model, self.features, self.program = model, features, program
+        self.capacity, self.prefixes = capacity, prefixes
         self.order: list[int] = []
-        self._rows: list[OnnxDecoder] = []
+        self._prompt: Prompt | None = None
+        self._alone: OnnxDecoder | None = None
+        self._rows: _Rows | None = None
 
     def prefill(self, prompts: Sequence[Prompt], groups: Sequence[Group]) -> Tensor:
         """Logits [B, V] after each prompt, rows in `order`."""
         self.order = [index for group in groups for index in group.members]
-        if len(prompts) == 1 and self.prefixes is not None:
-            return self._prefill_alone(prompts[0], self.prefixes)
-        logits = []
+        if len(prompts) == 1:
+            return self._prefill_alone(prompts[0])
+        tokens = len(prompts) * aligned(self.capacity)
+        self._rows = rows = _Rows(OnnxSlotRun(self.model, self.features, tokens, self.program), len(prompts))
+        logits: list[Tensor] = []
         for group in groups:
-            first = self.decoder.fork()
-            head = prompts[group.members[0]]
+            first = len(logits)
             if group.shared:
-                first.prefill(self._embed(head.ids[: group.shared], head.pictures))
-            others = [first.fork() for _ in group.members[1:]]
-            for index, row in zip(group.members, [first, *others], strict=True):
+                head = prompts[group.members[0]]
+                rows.read(first, self._embed(head.ids[: group.shared], head.pictures)[0])
+                for row in range(first + 1, first + len(group.members)):
+                    rows.copy(first, row)
+            for row, index in enumerate(group.members, first):
                 pictures = () if group.shared else prompts[index].pictures
-                logits.append(row.prefill(self._embed(prompts[index].ids[group.shared :], pictures)))
-                self._rows.append(row)
-        return torch.stack(logits)
+                logits.append(rows.read(row, self._embed(prompts[index].ids[group.shared :], pictures)[0]))
+        return torch.cat(logits)
 
     def step(self, ids_B: Tensor) -> Tensor:
         """Logits [B, V] after one more token in each row."""
-        logits = [row.step(token) for row, token in zip(self._rows, ids_B.tolist(), strict=True)]
+        if self._rows is not None:
+            return self._rows.step(ids_B.tolist())
         # A copy wakes torch's threads while onnxruntime's still turn: it costs a third of a small model's step.
-        return logits[0][None] if len(logits) == 1 else torch.stack(logits)
+        return self._single.step(int(ids_B))[None]
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows only."""
         kept = rows.tolist()
-        self._rows = [self._rows[row] for row in kept]
         self.order = [self.order[row] for row in kept]
+        if self._rows is not None:
+            self._rows.keep(kept)
 
     def verify(self, ids: Sequence[int]) -> Tensor:
         """Logits [N, V] after each of N more tokens in the only row."""
         if len(ids) == 1:
-            return self._rows[0].step(ids[0])[None]
-        return self._rows[0].logits_at(self._embed(ids, ()), range(len(ids)))
+            return self._single.step(ids[0])[None]
+        return self._single.logits_at(self._embed(ids, ()), range(len(ids)))
 
     def rewind(self, count: int) -> None:
         """Take back the last `count` tokens of the only row."""
-        row = self._rows[0]
-        row.reset(row.length - count)
+        self._single.reset(self._single.length - count)
 
     def close(self, fed: Sequence[int]) -> None:
         """Leave the cache of a row that was alone to conversations that begin alike."""
-        if self._alone is not None and self.prefixes is not None:
-            self.prefixes.put([*content_keys(self._alone), *fed], self._rows[0])
-
-    def _prefill_alone(self, prompt: Prompt, prefixes: Prefixes) -> Tensor:
-        known, length = prefixes.take(prompt)
-        self._rows = [known or self.decoder.fork()]
-        unseen = [p for (start, _), p in zip(prompt.runs, prompt.pictures, strict=True) if start >= length]
-        logits_V = self._rows[0].prefill(self._embed(prompt.ids[length:], unseen))
-        self._alone = prompt
-        return logits_V[None]
+        if self._prompt is not None and self.prefixes is not None:
+            self.prefixes.put([*content_keys(self._prompt), *fed], self._single)
 
     def logits_at(self, prompts: Sequence[Prompt], places: Sequence[Sequence[int]]) -> Iterator[Tensor]:
         """Logits [N, V] after the wanted places of each of whole prompts."""
         for prompt, wanted in zip(prompts, places, strict=True):
-            yield self.decoder.fork().logits_at(self._embed(prompt.ids, prompt.pictures), wanted)
+            yield OnnxDecoder(self.program).logits_at(self._embed(prompt.ids, prompt.pictures), wanted)
+
+    @property
+    def _single(self) -> OnnxDecoder:
+        assert self._alone is not None
+        return self._alone
+
+    def _prefill_alone(self, prompt: Prompt) -> Tensor:
+        known, length = self.prefixes.take(prompt) if self.prefixes is not None else (None, 0)
+        self._alone = known or OnnxDecoder(self.program)
+        unseen = [p for (start, _), p in zip(prompt.runs, prompt.pictures, strict=True) if start >= length]
+        logits_V = self._single.prefill(self._embed(prompt.ids[length:], unseen))
+        self._prompt = prompt
+        return logits_V[None]
 
     def _embed(self, ids: Sequence[int], pictures: Sequence[Picture]) -> Tensor:
-        media_NPD = self.model.project(self.encode(pictures)) if pictures else None
+        media_NPD = self.model.project(self.features(pictures)) if pictures else None
         return self.model.embed(torch.tensor([list(ids)]), media_NPD)
+
+
+class _Rows:
+    """Rows of a pool of their own, the first ones; those that go on close ranks when others have ended."""
+
+    def __init__(self, run: OnnxSlotRun, count: int) -> None:
+        self.run = run
+        run.pool.divide(count)
+        self.rows = list(range(count))
+        """Of the pool, for each row of the batch."""
+        self.lengths = [0] * count
+        """Tokens in each row of the pool."""
+
+    def read(self, row: int, embeds_SD: Tensor) -> Tensor:
+        """Append a piece of a prompt; logits [1, V] after it."""
+        start, count = self.lengths[row], len(embeds_SD)
+        self.lengths[row] += count
+        return self.run.forward([], [(Stretch(row, start, count), embeds_SD)], [0])
+
+    def copy(self, source: int, target: int) -> None:
+        """Make a row of the pool begin as another one."""
+        self.run.pool.copy(source, target, self.lengths[source])
+        self.lengths[target] = self.lengths[source]
+
+    def step(self, ids: Sequence[int]) -> Tensor:
+        """Append a token to each row of the batch; logits [B, V]."""
+        # In the order of the pool, and back.
+        by_row = sorted(zip(self.rows, ids, range(len(ids)), strict=True))
+        logits_BV = self.run.forward([(Stretch(row, self.lengths[row], 1), id_) for row, id_, _ in by_row], [], [])
+        for row in self.rows:
+            self.lengths[row] += 1
+        places = [place for _, _, place in by_row]
+        return logits_BV if places == sorted(places) else logits_BV[torch.tensor(places).argsort()]
+
+    def keep(self, kept: Sequence[int]) -> None:
+        """Go on with these rows of the batch."""
+        self.rows = [self.rows[place] for place in kept]
+        free = sorted(set(range(len(kept))) - set(self.rows))
+        for place, row in enumerate(self.rows):
+            if row >= len(kept):
+                self.rows[place] = free.pop()
+                self.copy(row, self.rows[place])

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vila.core.errors import ConfigError
+from vila.engine.known_blocks import unknown_in, windows_of
 from vila.kernels.int4_layout import Int4Weight, concatenate, pack, quantize
 from vila.kernels.int4_linear import Int4Linear
 from vila.model.vila import VilaForConditionalGeneration
@@ -24,16 +25,11 @@ from vila.model.vila import VilaForConditionalGeneration
 
 HeadBits = Literal[4, 8, 32]
 HEAD_BITS = (4, 8, 32)
-FAMILIES = ("llama", "mistral", "qwen2")
+ActivationBits = Literal[8, 16, 32]
+ACTIVATION_BITS = (8, 16, 32)
 _GROUP_SIZES = (128, 64, 32, 16)
 # Rotary embeddings whose angles do not depend on how long the sequence is.
 FIXED_ROPE = ("default", "linear", "llama3", "yarn")
-_BLOCK = {
-    "input_layernorm",
-    "post_attention_layernorm",
-    *(f"self_attn.{name}_proj" for name in "qkvo"),
-    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
-}
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,13 +144,6 @@ def _block(block: Any, given: Mapping[nn.Module, Int4Weight], window: int | None
     )
 
 
-def windows_of(text_config: Any) -> list[int | None]:
-    """How many tokens a token of each layer sees, itself among them; None for all."""
-    window = getattr(text_config, "sliding_window", None)
-    kinds = getattr(text_config, "layer_types", None) or ["sliding_attention"] * text_config.num_hidden_layers
-    return [window if kind == "sliding_attention" else None for kind in kinds]
-
-
 def round_to_bytes(weight_OI: Tensor, group_size: int) -> Matrix:
     """A weight in 8 bits, each group by its own range, which is widened to contain 0; halves go to the even code."""
     groups = weight_OI.float().unflatten(-1, (-1, group_size))
@@ -226,19 +215,13 @@ def _floats(values: Tensor) -> NDArray[np.float32]:
 
 
 def _problems(config: Any, layers: Any) -> Iterator[str]:
-    if config.model_type not in FAMILIES:
-        yield f"model_type={config.model_type!r}: it has graphs for {', '.join(FAMILIES)}; use the torch backend"
-        return
-    if config.hidden_act not in ("silu", "swish"):
-        yield f"hidden_act={config.hidden_act!r}: only 'silu'; use the torch backend"
+    for unknown in unknown_in(config, layers):
+        yield f"{unknown}; use the torch backend"
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope not in FIXED_ROPE:
         yield f"rope_type={rope!r}: only {', '.join(FIXED_ROPE)}; use the torch backend"
     if (width := _head_width(config)) % 16:
         yield f"heads {width} wide: the attention operator takes multiples of 16; use the torch backend"
-    holders = {name for name, module in layers[0].named_modules() if hasattr(module, "weight")}
-    if holders != _BLOCK:
-        yield f"a decoder block with {', '.join(sorted(holders ^ _BLOCK))} changed; use the torch backend"
 
 
 def _misfits(weights: Mapping[str, Int4Weight], linears: Mapping[str, Any]) -> Iterator[str]:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-# R rows  C columns of a row  H key-value heads  E head width  T tokens of a pass
+# L layers  R rows  C columns of a row  H key-value heads  E head width  T tokens of a pass
 
 _ALIGNED = 16
 """Columns come in multiples of this, which kernels for attention like."""
 
 
 class SlotPool:
-    """The keys and values of all layers: `keys[layer]` and `values[layer]` are [R, H, C, E].
+    """The keys and values of all layers: `keys[layer]` and `values[layer]` are [R, H, C, E]; `buffers` is
+    all of them, [L, 2, R, H, C, E].
 
     The memory is allocated once, for `tokens` tokens, and divided among rows anew when `divide` says so. All of it is
     finite at all times, because what a mask hides is still multiplied, by zero: `clear` rows with other numbers.
@@ -24,10 +26,10 @@ class SlotPool:
         self, layers: int, heads: int, width: int, tokens: int, *, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.tokens, self.heads, self.width = tokens, heads, width
-        # Zeros come from the system untouched, so a CPU pays for what is used.
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
-        self._memory = [torch.zeros(2, tokens * heads * width, dtype=dtype, device=device) for _ in range(layers)]
+        # Zeros come from the system untouched, so a CPU pays for what is used.
+        self._memory = torch.zeros(layers, 2, tokens * heads * width, dtype=dtype, device=device)
         self.divide(1)
 
     @property
@@ -49,9 +51,8 @@ class SlotPool:
         old = list(zip(self.keys, self.values, strict=True)) if moved else []
         self.rows = rows
         shape = (rows, self.heads, self.columns, self.width)
-        size = rows * self.heads * self.columns * self.width
-        self.keys = [memory[0, :size].view(shape) for memory in self._memory]
-        self.values = [memory[1, :size].view(shape) for memory in self._memory]
+        self.buffers = self._memory[..., : math.prod(shape)].unflatten(-1, shape)
+        self.keys, self.values = list(self.buffers[:, 0]), list(self.buffers[:, 1])
         for (old_keys, old_values), keys, values in zip(old, self.keys, self.values, strict=False):
             for before, after in ((old_keys, keys), (old_values, values)):
                 # The new rows overlap the old ones: everything is read before anything is written.
@@ -67,8 +68,7 @@ class SlotPool:
     def clear(self, rows: Sequence[int] | None = None) -> None:
         """Make rows zero, all memory without a list of them."""
         if rows is None:
-            for memory in self._memory:
-                memory.zero_()
+            self._memory.zero_()
             return
         for buffers in (*self.keys, *self.values):
             for row in rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vila.core.errors import ConfigError
+from vila.engine.lean_decoder import LeanDecoder
 from vila.engine.pictures import Picture, PictureFeatures, Prompt
 from vila.engine.slot_attention import Pass, Stretch, attend_in_slots
 from vila.engine.slot_pool import SlotPool
@@ -20,25 +22,23 @@ CPU_BYTES = 2 * 2**30
 """Memory for keys and values on a CPU when nobody says how many tokens; on CUDA it is half of what is free."""
 
 
-def default_tokens(model: VilaForConditionalGeneration, rows: int) -> int:
+def default_tokens(model: VilaForConditionalGeneration, rows: int, dtype: torch.dtype) -> int:
     """Tokens of key-value memory: as many rows as asked for, each of the model's whole context, within the budget."""
-    config = model.config.text_config
-    layers, heads, width, dtype = _cache_facts(model, config)
+    layers, heads, width = _cache_facts(model.config.text_config)
     budget = torch.cuda.mem_get_info(model.device)[0] // 2 if model.device.type == "cuda" else CPU_BYTES
     return min(rows * int(model.config.context_length), budget // (2 * layers * heads * width * dtype.itemsize))
 
 
-class SlotRun:
-    """A model and its pool of keys and values."""
+class SlotRun(ABC):
+    """A model and its pool of keys and values, whoever computes the passes."""
 
-    def __init__(self, model: VilaForConditionalGeneration, features: PictureFeatures, tokens: int) -> None:
-        """tokens: that the pool holds."""
+    def __init__(
+        self, model: VilaForConditionalGeneration, features: PictureFeatures, tokens: int, dtype: torch.dtype
+    ) -> None:
+        """tokens: that the pool holds; dtype: in which."""
         self.model, self.features = model, features
-        attend_in_slots(model.get_decoder())
-        layers, heads, width, dtype = _cache_facts(model, model.config.text_config)
+        layers, heads, width = _cache_facts(model.config.text_config)
         self.pool = SlotPool(layers, heads, width, tokens, dtype=dtype, device=model.device)
-        # A mask of four dimensions is handed on untouched, so none is made; attention does not look at it.
-        self._no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=model.device)
 
     def see(self, pictures: Sequence[Picture], pixels_N3HW: Tensor) -> None:
         """Compute the tower's features of pictures and keep them."""
@@ -56,6 +56,7 @@ class SlotRun:
         ids_1S = torch.tensor([prompt.ids[start:]], device=self.model.device)
         return self.model.embed(ids_1S, media_NPD)[0], start
 
+    @abstractmethod
     def forward(
         self,
         steps: Sequence[tuple[Stretch, int]],
@@ -67,17 +68,47 @@ class SlotRun:
         steps:  for each growing answer its place and its last token, in the order of rows.
         pieces: for each piece of a prompt its place and its embeddings [S, D].
         """
+
+
+class TorchSlotRun(SlotRun):
+    """Passes by torch: one line of all tokens, of prompts and of answers."""
+
+    def __init__(
+        self,
+        model: VilaForConditionalGeneration,
+        features: PictureFeatures,
+        tokens: int,
+        lean: LeanDecoder | None = None,
+    ) -> None:
+        """lean: computes all passes, where there is one, in place of the model's own decoder."""
+        super().__init__(model, features, tokens, kept_dtype(model))
+        self.lean = lean
+        attend_in_slots(model.get_decoder())
+        # A mask of four dimensions is handed on untouched, so none is made; attention does not look at it.
+        self._no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=model.device)
+
+    def forward(
+        self,
+        steps: Sequence[tuple[Stretch, int]],
+        pieces: Sequence[tuple[Stretch, Tensor]],
+        ends: Sequence[int],
+    ) -> Tensor:
+        """Logits [N, V], float32, of one pass over everything."""
         embeds = [piece for _, piece in pieces]
         if steps:
             ids_B = torch.tensor([token for _, token in steps], device=self.model.device)
             embeds.insert(0, self.model.get_input_embeddings()(ids_B))
         turn = Pass(self.pool, [place for place, _ in steps], [place for place, _ in pieces])
-        states_TD = self._decoder(torch.cat(embeds), turn)
+        embeds_TD = torch.cat(embeds)
+        lean = self.lean
+        states_TD = lean.states(embeds_TD, turn.positions_1T[0], turn) if lean else self._decoder(embeds_TD, turn)
         last, wanted = len(steps), list(range(len(steps)))
         for number, (place, _) in enumerate(pieces):
             last += place.count
             if number in ends:
                 wanted.append(last - 1)
+        if lean is not None:
+            return lean.logits(states_TD[wanted])
         logits: Tensor = self.model.get_output_embeddings()(states_TD[wanted])
         return logits.float()
 
@@ -97,8 +128,12 @@ class SlotRun:
         return states
 
 
-def _cache_facts(model: VilaForConditionalGeneration, config: Any) -> tuple[int, int, int, torch.dtype]:
+def kept_dtype(model: VilaForConditionalGeneration) -> torch.dtype:
+    """Of the keys and values that torch computes."""
+    return next(model.get_input_embeddings().parameters()).dtype
+
+
+def _cache_facts(config: Any) -> tuple[int, int, int]:
     heads = int(config.num_attention_heads)
     width = int(getattr(config, "head_dim", None) or config.hidden_size // heads)
-    dtype = next(model.get_input_embeddings().parameters()).dtype
-    return int(config.num_hidden_layers), int(getattr(config, "num_key_value_heads", None) or heads), width, dtype
+    return int(config.num_hidden_layers), int(getattr(config, "num_key_value_heads", None) or heads), width

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vila.engine.columns import PADDING
-from vila.engine.onnx_weights import windows_of
+from vila.engine.known_blocks import windows_of
 from vila.engine.slot_attention import attend_in_slots
 from vila.model.vila import VilaForConditionalGeneration
 

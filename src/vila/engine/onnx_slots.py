@@ -1,0 +1,73 @@
+"""The passes of a running batch by onnxruntime: growing answers in one run, each piece of a prompt in its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vila.engine.onnx_program import Binding, OnnxProgram, append
+from vila.engine.pictures import PictureFeatures
+from vila.engine.slot_attention import Stretch
+from vila.engine.slot_run import SlotRun
+from vila.model.vila import VilaForConditionalGeneration
+
+# B rows of a run  S tokens of a piece  D model width  V vocab  N wanted places
+
+_BINDINGS = 32
+"""Groups of neighbouring rows that stay bound; binding all caches takes about as long as a small model's step."""
+
+
+class OnnxSlotRun(SlotRun):
+    """Rows of the pool that stand side by side are one run, over their own columns each; those between them rest."""
+
+    def __init__(
+        self, model: VilaForConditionalGeneration, features: PictureFeatures, tokens: int, program: OnnxProgram
+    ) -> None:
+        super().__init__(model, features, tokens, torch.float32)
+        self.program = program
+        self._bindings: dict[tuple[int, int, int], Binding] = {}
+
+    def forward(
+        self,
+        steps: Sequence[tuple[Stretch, int]],
+        pieces: Sequence[tuple[Stretch, Tensor]],
+        ends: Sequence[int],
+    ) -> Tensor:
+        """Logits [N, V], float32; `steps` are a run together, and every piece of a prompt is one of its own."""
+        logits = [self._grow(steps)] if steps else []
+        for number, (place, embeds_SD) in enumerate(pieces):
+            wanted = [place.count - 1] if number in ends else []
+            logits += append(self._bind(place.row, 1), embeds_SD[None], wanted, place.start)
+        return torch.cat(logits)
+
+    def _grow(self, steps: Sequence[tuple[Stretch, int]]) -> Tensor:
+        first, last = steps[0][0].row, steps[-1][0].row
+        binding = self._bound(first, last + 1 - first)
+        rows = [place.row - first for place, _ in steps]
+        ids = torch.tensor([token for _, token in steps])
+        torch.from_numpy(binding.embeds_BSD)[rows, 0] = self.program.embeddings_VD[ids].float()
+        # A row that rests is given a token for its first column, which is put back: nothing is shorter.
+        lengths = [1] * (last + 1 - first)
+        for row, (place, _) in zip(rows, steps, strict=True):
+            lengths[row] = place.start + 1
+        resting = sorted(set(range(first, last + 1)) - {place.row for place, _ in steps})
+        kept = self.pool.buffers[:, :, resting, :, 0].clone() if resting else None
+        binding.run(lengths)
+        if kept is not None:
+            self.pool.buffers[:, :, resting, :, 0] = kept
+        return torch.from_numpy(binding.logits_BNV)[rows, 0]
+
+    def _bound(self, first: int, count: int) -> Binding:
+        """Neighbouring rows, one token each, as often as they go on together."""
+        key = (self.pool.rows, first, count)
+        if key not in self._bindings:
+            if len(self._bindings) >= _BINDINGS:
+                del self._bindings[next(iter(self._bindings))]
+            self._bindings[key] = self._bind(first, count)
+        return self._bindings[key]
+
+    def _bind(self, first: int, count: int) -> Binding:
+        layers = zip(self.pool.keys, self.pool.values, strict=True)
+        return Binding(self.program, [one[first : first + count].numpy() for layer in layers for one in layer])
