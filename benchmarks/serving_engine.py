@@ -5,12 +5,14 @@
 Both sides make the same number of tokens from the same prompts, greedily, and take turns round after round, each round
 with prompts that were never seen before; who begins changes from round to round. `text` has prompts of `--prompt`
 tokens and answers of `--tokens` that no token ends; `image` one picture with a question and a short answer. `single` is
-`Engine.generate` one after another; `batcher, 1 at a time` has the batcher do that, which shows what it costs.
+`Engine.generate` one after another; `batcher, 1 at a time` has the batcher do that, which shows what it costs. Last
+comes how long a running stream waits while a prompt of four chunks is read, beside two of its steps and a chunk alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import statistics
@@ -122,6 +124,32 @@ def measure(
         }
 
 
+def prefill_delay(engine: Engine, batcher: Batcher, draw: random.Random, rounds: int) -> dict[str, float]:
+    """How long a running stream waits for its next token, in ms, while a prompt of four chunks is read beside it."""
+    chunk = batcher._turn.chunk
+    steps, waits, chunks = [], [], []
+    for _ in range(rounds):
+        forget(engine, batcher)
+        begin = time.perf_counter()
+        batcher.submit(text_requests(engine, 1, chunk, draw)[0], Sampling(max_new_tokens=1)).generation()
+        chunks.append(time.perf_counter() - begin)
+        times: list[float] = []
+        (running,), (late,) = text_requests(engine, 1, 64, draw), text_requests(engine, 1, 4 * chunk, draw)
+        stream = batcher.submit(
+            running, Sampling(max_new_tokens=200), on_event=lambda event, times=times: times.append(time.perf_counter())
+        )
+        while len(times) < 60:
+            time.sleep(0.001)
+        asked = time.perf_counter()
+        batcher.submit(late, Sampling(max_new_tokens=1)).generation()
+        stream.cancel()
+        gaps = [(later, later - sooner) for sooner, later in itertools.pairwise(times)]
+        steps.append(statistics.median(gap for at, gap in gaps if at < asked))
+        waits.append(max(gap for at, gap in gaps if at >= asked))
+    step, wait, one = (1000 * statistics.median(some) for some in (steps, waits, chunks))
+    return {"step": step, "chunk": one, "longest_wait": wait, "bound": 2 * step + one}
+
+
 def forget(engine: Engine, batcher: Batcher) -> None:
     """Nothing that an earlier contestant computed helps the next one."""
     engine._features._features.clear()
@@ -150,13 +178,15 @@ def main() -> None:
     draw = random.Random(0)
     rows = []
     engine = Engine.load(options.model, options.dtype, options.device, backend=options.backend, kept_bytes=0)
-    endless = Engine(engine.model, engine.processor, engine._program)
+    endless = Engine(engine.model, engine.processor, engine._program, lean=engine._lean)
     endless._stop_ids = frozenset()
     with Batcher(endless, slots=options.requests) as batcher:
         make = lambda: text_requests(endless, options.requests, options.prompt, draw)  # noqa: E731
         sampling = Sampling(max_new_tokens=options.tokens)
         for row in measure(endless, batcher, make, sampling, options.rounds):
             rows.append({"load": "text", **row})
+    with Batcher(endless, slots=options.requests) as batcher:
+        delay = prefill_delay(endless, batcher, draw, options.rounds)
     if options.images:
         paths = sorted(path for path in options.images.rglob("*") if path.suffix.lower() in (".png", ".jpg", ".jpeg"))
         with Batcher(engine, slots=options.requests) as batcher:
@@ -173,8 +203,10 @@ def main() -> None:
             f"| {row['load']} | {row['contestant']} | {row['requests_per_s']:.2f} | {row['tokens_per_s']:.1f} "
             f"| {row['times_single']:.2f} | {row['same_answers']:.1%} |"
         )
+    print("prefill delay, ms: " + ", ".join(f"{name} {value:.1f}" for name, value in delay.items()))
     if options.out:
-        options.out.write_text(json.dumps({"machine": facts, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+        found = {"machine": facts, "rows": rows, "prefill_delay_ms": delay}
+        options.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -65,6 +65,8 @@ def test_chat_takes_the_flags(vila, wide):
     [
         (("--head-bits", "7", "--backend", "onnx"), "--head-bits 7: 4, 8 or 32"),
         (("--head-bits", "8"), "--head-bits 8 is an option of --backend onnx"),
+        (("--activation-bits", "4", "--backend", "onnx"), "--activation-bits 4: 8, 16 or 32"),
+        (("--activation-bits", "16", "--backend", "torch"), "--activation-bits 16 is an option of --backend onnx"),
         (("--lookup", "-1"), "lookup=-1"),
         (("--backend", "tensorrt"), "'tensorrt' is not one of"),
     ],

@@ -10,20 +10,27 @@ from tests import tiny
 from tests.engine.stand import MODELS, QUESTIONS, ask, endless
 from vila.core.types import Image
 from vila.engine.batcher import Batcher
+from vila.engine.engine import Engine
+from vila.engine.lean_decoder import LeanDecoder
 from vila.engine.request import Sampling
 
 NEW = Sampling(max_new_tokens=12)
 
 
-@pytest.fixture(scope="module", params=[*MODELS, *(f"{name}, onnx" for name in MODELS)])
+@pytest.fixture(scope="module", params=[(name, kind) for name in MODELS for kind in ("torch", "lean", "onnx")], ids=str)
 def model_engine(request):
-    name, _, backend = request.param.partition(", ")
-    if not backend:
-        return endless(name)
-    pytest.importorskip("onnxruntime")
-    from tests.engine.onnx_stand import onnx_engine
+    name, kind = request.param
+    if kind == "onnx":
+        pytest.importorskip("onnxruntime")
+        from tests.engine.onnx_stand import onnx_engine
 
-    return onnx_engine(name)
+        return onnx_engine(name)
+    engine = endless(name)
+    if kind == "torch":
+        return engine
+    lean = Engine(engine.model, engine.processor, lean=LeanDecoder(engine.model))
+    lean._stop_ids = frozenset()
+    return lean
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,7 @@ class _Product:
         return _Product(linear.weight, linear.bias)
 
     def __call__(self, x_TI: Tensor) -> Tensor:
-        if len(x_TI) > 1:
+        if len(x_TI) != 1:
             return F.linear(x_TI, self.weight_OI, self.bias_O)
         x_I = x_TI.view(-1)
         product_O = (
@@ -164,4 +164,4 @@ _OWN = _OwnProducts()
 
 def _products(rows: int, dtype: torch.dtype) -> AbstractContextManager[None]:
     """Whose products are fast for so many rows."""
-    return nullcontext() if rows > 1 or dtype == torch.float32 else _OWN
+    return nullcontext() if rows != 1 or dtype == torch.float32 else _OWN

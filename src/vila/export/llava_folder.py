@@ -75,11 +75,11 @@ def write_hub_files(source: Source, part: Path, dtype: torch.dtype, extra: Mappi
     config = copy.deepcopy(source.config)
     config.dtype = dtype
     tokenizer, image_id = _tokenizer(source)
-    facts = llava_hf._config(config, source.processor, image_id, _rows(source, image_id))
+    facts = llava_hf.config_facts(config, source.processor, image_id, _rows(source, image_id))
     write_json(part / "config.json", {**facts, **extra}, indent=2)
-    llava_hf._write_processor(source.processor, tokenizer, config, part)
+    llava_hf.write_processor(source.processor, tokenizer, config, part)
     generation = SimpleNamespace(generation_config=GenerationConfig.from_dict(dict(source.checkpoint.generation)))
-    llava_hf._write_generation(generation, source.processor, image_id, part)
+    llava_hf.write_generation(generation, source.processor, image_id, part)
 
 
 def copy_tensor(writer: SafetensorsWriter, name: str, tensor: HubTensor, dtype: torch.dtype) -> None:

@@ -9,8 +9,9 @@ import torch
 
 from vila import __version__
 from vila.export.source import Source
-from vila.export.stream import Declared, SafetensorsWriter
+from vila.export.stream import SafetensorsWriter
 from vila.kernels.int4_targets import pack_modelopt
+from vila.model.safetensors_file import Declared
 
 # N outputs  K inputs  G inputs of a group
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -13,25 +11,8 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
-from vila.core.files import write_json
-from vila.model.weights import INDEXES, SINGLES
-
-Declared = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
-"""Shape and type of every tensor that will be written, by name."""
-
-SHARD_BYTES = 5 * 10**9
-_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
+from vila.model.safetensors_file import SHARD_BYTES, Declared, num_bytes, plan_file, plan_shards
+from vila.model.weights import SINGLES
 
 
 @dataclass
@@ -61,15 +42,11 @@ class SafetensorsWriter:
     _streams: list[BinaryIO] = field(default_factory=list, init=False)
 
     def __enter__(self) -> SafetensorsWriter:
-        shards = _shards(self.declared, self.shard_bytes if self.single == SINGLES[0] else None)
-        names = [self.single]
-        if len(shards) > 1:
-            names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-            weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-            total = sum(map(self._size, self.declared))
-            write_json(self.folder / INDEXES[0], {"metadata": {"total_size": total}, "weight_map": weight_map})
-        for name, shard in zip(names, shards, strict=True):
-            self._open(self.folder / name, shard)
+        files: Mapping[str, Sequence[str]] = {self.single: list(self.declared)}
+        if self.single == SINGLES[0]:
+            files = plan_shards(self.declared, self.folder, self.shard_bytes)
+        for file, names in files.items():
+            self._open(self.folder / file, names)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -93,42 +70,12 @@ class SafetensorsWriter:
         slot.stream.write(flat.numpy().data)
         slot.done += rows.nbytes
 
-    def _size(self, name: str) -> int:
-        shape, dtype = self.declared[name]
-        return torch.Size(shape).numel() * dtype.itemsize
-
-    def _open(self, path: Path, names: list[str]) -> None:
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        # Wide types first: every tensor is then aligned, whatever the sizes of those before it.
-        ordered = sorted(names, key=lambda name: -self.declared[name][1].itemsize)
-        starts = {}
-        for name in ordered:
-            shape, dtype = self.declared[name]
-            starts[name] = offset
-            end = offset + self._size(name)
-            header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
-            offset = end
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
+    def _open(self, path: Path, names: Sequence[str]) -> None:
+        plan = plan_file({name: self.declared[name] for name in names}, path)
         # Closed when the writer is left.
         stream = path.open("wb")
         self._streams.append(stream)
-        stream.write(struct.pack("<Q", len(text)) + text)
-        begin = stream.tell()
-        stream.truncate(begin + offset)
-        for name in ordered:
-            self._slots[name] = _Slot(stream, begin + starts[name], *self.declared[name], self._size(name))
-
-
-def _shards(declared: Declared, limit: int | None) -> list[list[str]]:
-    shards: list[list[str]] = [[]]
-    filled = 0
-    for name, (shape, dtype) in declared.items():
-        size = torch.Size(shape).numel() * dtype.itemsize
-        if limit is not None and shards[-1] and filled + size > limit:
-            shards.append([])
-            filled = 0
-        shards[-1].append(name)
-        filled += size
-    return shards
+        stream.write(plan.head)
+        stream.truncate(plan.size)
+        for name, start in plan.starts.items():
+            self._slots[name] = _Slot(stream, start, *self.declared[name], num_bytes(*self.declared[name]))

@@ -14,9 +14,10 @@ from vila import __version__
 from vila.core.files import read_json, write_json
 from vila.export.modelopt import QUANT_CONFIG, declare_linear, hub_quantization, quant_config, write_linear
 from vila.export.source import LLM, Source
-from vila.export.stream import Declared, SafetensorsWriter
+from vila.export.stream import SafetensorsWriter
 from vila.model.layouts import vila_v15, vision_folder
 from vila.model.layouts.published import write_tokenizer
+from vila.model.safetensors_file import Declared
 
 _ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 _UNFUSED = ("o_proj", "down_proj")
@@ -30,7 +31,7 @@ def write_folders(source: Source, part: Path, group_size: int | None) -> None:
     _write_projector(source, part / "mm_projector")
     config = copy.deepcopy(source.config)
     config.dtype = source.half
-    facts = vila_v15._config(config, source.processor)
+    facts = vila_v15.config_facts(config, source.processor)
     for name, key in vila_v15._PARTS.items():
         # The program takes the folder's name from here.
         facts[key] = {**read_json(part / name / "config.json"), "_name_or_path": name}
@@ -47,7 +48,7 @@ def _write_llm(source: Source, folder: Path, group_size: int | None) -> None:
     llm = source.config.text_config
     facts = llm.to_dict()
     facts.pop("dtype", None)
-    facts |= vila_v15._old_rope(facts.get("rope_parameters") or {})
+    facts |= vila_v15.old_rope(facts.get("rope_parameters") or {})
     facts |= {"torch_dtype": _name(source.half), "architectures": [_ARCHITECTURES[llm.model_type]]}
     facts["model_max_length"] = source.config.context_length
     if group_size is not None:
@@ -94,7 +95,7 @@ def _write_tower(source: Source, folder: Path) -> None:
     facts = {**config.to_dict(), "architectures": [vision_folder._ARCHITECTURES[config.model_type]]}
     facts.pop("dtype", None)
     write_json(folder / "config.json", {**facts, "torch_dtype": _name(source.half)}, indent=2)
-    preprocessor = vision_folder._preprocessor(config.model_type, source.processor.spec)
+    preprocessor = vision_folder.preprocessor_facts(config.model_type, source.processor.spec)
     write_json(folder / "preprocessor_config.json", preprocessor, indent=2)
     names = dict(_renamed(source, "vision_tower.", "vision_model."))
     with SafetensorsWriter(folder, _plain(source, names)) as writer:

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from vila.model.written import Writable, finished, num_bytes
+from vila.model.safetensors_file import num_bytes
+from vila.model.written import Writable, finished
 
 _ALIGNMENT = 64
 _HEADER_BYTES = 30
@@ -45,7 +46,7 @@ def write_torch_file(tensors: Mapping[str, Writable], path: Path) -> None:
         _add(archive, "byteorder", b"little")
         for number, tensor in enumerate(tensors.values()):
             info = _member(archive, f"data/{number}")
-            info.file_size = num_bytes(tensor)
+            info.file_size = num_bytes(tensor.shape, tensor.dtype)
             with archive.open(info, "w") as member:
                 made = finished(tensor).cpu().contiguous()
                 member.write(made.flatten().view(torch.uint8).numpy().data)

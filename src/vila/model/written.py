@@ -1,12 +1,7 @@
-"""Weights into .safetensors files, one tensor at a time: memory holds no more than the one that is being written.
-
-The bytes are those that safetensors' own writer gives.
-"""
+"""Weights into .safetensors files, one tensor at a time: memory holds no more than the one that is being written."""
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +10,8 @@ import torch
 from torch import Tensor
 
 from vila.core.errors import LayoutError
-from vila.core.files import write_json
-from vila.model.weights import DTYPES, INDEXES, SINGLES, Shape
-
-SHARD_BYTES = 5 * 10**9
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+from vila.model.safetensors_file import SHARD_BYTES, Declared, plan_file, plan_shards
+from vila.model.weights import Shape
 
 
 @dataclass(frozen=True)
@@ -36,43 +28,16 @@ Writable = Tensor | Made
 
 def write_weights(tensors: Mapping[str, Writable], folder: Path, shard_size: int = SHARD_BYTES) -> None:
     """Write model.safetensors, or shards of at most `shard_size` bytes and their index, into an existing directory."""
-    shards: list[dict[str, Writable]] = [{}]
-    filled = 0
-    for name, tensor in tensors.items():
-        size = num_bytes(tensor)
-        if shards[-1] and filled + size > shard_size:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = tensor
-        filled += size
-    if len(shards) == 1:
-        write_file(shards[0], folder / SINGLES[0])
-        return
-    where = {}
-    for number, shard in enumerate(shards, start=1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_file(shard, folder / name)
-        where.update(dict.fromkeys(shard, name))
-    total = sum(map(num_bytes, tensors.values()))
-    write_json(folder / INDEXES[0], {"metadata": {"total_size": total}, "weight_map": where})
+    for file, names in plan_shards(_declared(tensors), folder, shard_size).items():
+        write_file({name: tensors[name] for name in names}, folder / file)
 
 
 def write_file(tensors: Mapping[str, Writable], path: Path) -> None:
     """Write one .safetensors file. Raises LayoutError for a type of number that such files do not know."""
-    # Wide types first: every tensor is then aligned, whatever the sizes of those before it.
-    names = sorted(tensors, key=lambda name: (-_type_order(tensors[name].dtype, name, path), name))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name in names:
-        end = offset + num_bytes(tensors[name])
-        kind = _NAMES[tensors[name].dtype]
-        header[name] = {"dtype": kind, "shape": list(tensors[name].shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    plan = plan_file(_declared(tensors), path)
     with path.open("wb") as stream:
-        stream.write(struct.pack("<Q", len(text)) + text)
-        for name in names:
+        stream.write(plan.head)
+        for name in plan.starts:
             made = finished(tensors[name])
             stream.write(made.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
             del made
@@ -87,11 +52,6 @@ def finished(tensor: Writable) -> Tensor:
         found, wanted = f"{made.dtype} {list(made.shape)}", f"{tensor.dtype} {list(tensor.shape)}"
         raise RuntimeError(f"{found} was made where {wanted} was announced")
     return made
-
-
-def num_bytes(tensor: Writable) -> int:
-    """Size of a tensor in the file."""
-    return torch.Size(tensor.shape).numel() * tensor.dtype.itemsize
 
 
 def in_half(tensors: Mapping[str, Writable]) -> dict[str, Writable]:
@@ -118,11 +78,5 @@ def _half(name: str, tensor: Writable) -> Writable:
     return Made(tuple(tensor.shape), torch.float16, make)
 
 
-def _type_order(dtype: torch.dtype, name: str, path: Path) -> int:
-    if dtype not in _NAMES:
-        raise LayoutError(f"{path}: {name} has type {dtype}; .safetensors files hold {', '.join(_NAMES.values())}")
-    return _ORDER.index(_NAMES[dtype])
-
-
-# The order in which safetensors' own writer puts types, the first last.
-_ORDER = ("BOOL", "U8", "I8", "I16", "F16", "BF16", "I32", "F32", "F64", "I64")
+def _declared(tensors: Mapping[str, Writable]) -> Declared:
+    return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}

@@ -124,15 +124,15 @@ def write_llava(model: Any, processor: Any, folder: Path, storage: Storage) -> N
     image_id = tokenizer.convert_tokens_to_ids(IMAGE)
     rows = max(config.text_config.vocab_size, image_id + 1)
     weights = storage.stored(_weights(storage.state(model), config, rows))
-    facts = _config(config, processor, image_id, rows)
+    facts = config_facts(config, processor, image_id, rows)
     if storage.facts:
         facts["quantization_config"] = dict(storage.facts)
     with atomic_path(folder) as part:
         part.mkdir()
         storage.save(weights, part)
         write_json(part / "config.json", facts, indent=2)
-        _write_processor(processor, tokenizer, config, part)
-        _write_generation(model, processor, image_id, part)
+        write_processor(processor, tokenizer, config, part)
+        write_generation(model, processor, image_id, part)
 
 
 def _refuse(folder: Path, config: Any) -> None:
@@ -222,7 +222,8 @@ def _weights(state: dict[str, Any], config: Any, rows: int) -> dict[str, Any]:
     return {to_theirs(name, prefixes): tensor for name, tensor in state.items()}
 
 
-def _config(config: Any, processor: Any, image_id: int, rows: int) -> dict[str, Any]:
+def config_facts(config: Any, processor: Any, image_id: int, rows: int) -> dict[str, Any]:
+    """What config.json holds. rows: of the embeddings, which the image's own token may have made more."""
     llm, tower = config.text_config.to_dict(), config.vision_config.to_dict()
     llm["vocab_size"] = rows
     return {
@@ -249,7 +250,8 @@ def _config(config: Any, processor: Any, image_id: int, rows: int) -> dict[str, 
     }
 
 
-def _write_processor(processor: Any, tokenizer: Any, config: Any, part: Path) -> None:
+def write_processor(processor: Any, tokenizer: Any, config: Any, part: Path) -> None:
+    """Write what stock transformers reads pictures and conversations by."""
     spec, kind = processor.spec, config.vision_config.model_type
     square = {"height": spec.image_size, "width": spec.image_size}
     image = {
@@ -282,7 +284,8 @@ def _write_processor(processor: Any, tokenizer: Any, config: Any, part: Path) ->
     write_tokenizer(tokenizer, part, config.template, after_image_space=True)
 
 
-def _write_generation(model: Any, processor: Any, image_id: int, part: Path) -> None:
+def write_generation(model: Any, processor: Any, image_id: int, part: Path) -> None:
+    """Write generation_config.json: that of the model, ended by the template's stop tokens as well."""
     config = copy.deepcopy(model.generation_config)
     special = processor.span_tokenizer.special_ids
     ends = {special[stop] for stop in _stops(processor) if stop in special}

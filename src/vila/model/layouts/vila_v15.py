@@ -89,7 +89,7 @@ def write_folders(model: Any, processor: Any, folder: Path, storage: Storage) ->
         storage.save(weights, part / "llm")
         _write_projector(model, part / "mm_projector", storage)
         configs = {key: read_config(part / name) for name, key in _PARTS.items()}
-        write_json(part / "config.json", {**_config(config, processor), **configs}, indent=2)
+        write_json(part / "config.json", {**config_facts(config, processor), **configs}, indent=2)
 
 
 def _part(folder: Path, facts: Mapping[str, Any], part: str, key: str) -> Path:
@@ -127,14 +127,14 @@ def _write_llm(model: Any, processor: Any, folder: Path, config: Any) -> None:
     facts["torch_dtype"] = str(config.dtype).removeprefix("torch.")
     facts["architectures"] = [type(model.language_model).__name__]
     rope = facts.get("rope_parameters") or {}
-    facts.update(_old_rope(rope))
+    facts.update(old_rope(rope))
     write_json(folder / "config.json", facts, indent=2)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
     write_tokenizer(processor.tokenizer, folder, processor.template)
 
 
-def _old_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
+def old_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
     """The keys by which transformers 4 knew rotary positions, beside the new one."""
     kind = rope.get("rope_type", "default")
     stretched = {"type": kind, **{k: v for k, v in rope.items() if k not in ("rope_type", "rope_theta")}}
@@ -153,7 +153,8 @@ def _write_projector(model: Any, folder: Path, storage: Storage) -> None:
     write_weights(storage.stored(weights), folder)
 
 
-def _config(config: Any, processor: Any) -> dict[str, Any]:
+def config_facts(config: Any, processor: Any) -> dict[str, Any]:
+    """What the config.json of the whole model holds, without those of its parts."""
     facts = {
         "architectures": ["LlavaLlamaModel"],
         "model_type": "llava_llama",

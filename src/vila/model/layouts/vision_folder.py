@@ -35,11 +35,12 @@ def write_tower(model: Any, spec: VisionSpec, folder: Path, storage: Storage = F
     dtype = str(next(iter(stored.values())).dtype).removeprefix("torch.")
     folder.mkdir()
     write_json(folder / "config.json", {**facts, "torch_dtype": dtype}, indent=2)
-    write_json(folder / "preprocessor_config.json", _preprocessor(config.model_type, spec), indent=2)
+    write_json(folder / "preprocessor_config.json", preprocessor_facts(config.model_type, spec), indent=2)
     write_weights(stored, folder)
 
 
-def _preprocessor(kind: str, spec: VisionSpec) -> dict[str, Any]:
+def preprocessor_facts(kind: str, spec: VisionSpec) -> dict[str, Any]:
+    """What preprocessor_config.json holds for a kind of tower."""
     size = spec.image_size
     square = {"height": size, "width": size}
     shared = {
