@@ -125,16 +125,27 @@ def measure(
 
 
 def prefill_delay(engine: Engine, batcher: Batcher, draw: random.Random, rounds: int) -> dict[str, float]:
-    """How long a running stream waits for its next token, in ms, while a prompt of four chunks is read beside it."""
-    chunk = batcher._turn.chunk
+    """How long a running stream waits for its next token, in ms, while a prompt of four chunks is read beside it.
+
+    `chunk` is the longest of the four when that prompt is read alone.
+    """
+    chunk, take, took = batcher._turn.chunk, batcher._turn.take, [0.0]
+
+    def timed() -> None:
+        begin = time.perf_counter()
+        take()
+        took.append(time.perf_counter() - begin)
+
+    batcher._turn.take = timed  # type: ignore[method-assign]
     steps, waits, chunks = [], [], []
     for _ in range(rounds):
         forget(engine, batcher)
-        begin = time.perf_counter()
-        batcher.submit(text_requests(engine, 1, chunk, draw)[0], Sampling(max_new_tokens=1)).generation()
-        chunks.append(time.perf_counter() - begin)
-        times: list[float] = []
         (running,), (late,) = text_requests(engine, 1, 64, draw), text_requests(engine, 1, 4 * chunk, draw)
+        took.clear()
+        batcher.submit(late, Sampling(max_new_tokens=1)).generation()
+        chunks.append(max(took))
+        forget(engine, batcher)
+        times: list[float] = []
         stream = batcher.submit(
             running, Sampling(max_new_tokens=200), on_event=lambda event, times=times: times.append(time.perf_counter())
         )
@@ -168,6 +179,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--delay", action="store_true", help="only how long a stream waits for a prompt")
     parser.add_argument("--out", type=Path)
     return parser.parse_args()
 
@@ -183,11 +195,11 @@ def main() -> None:
     with Batcher(endless, slots=options.requests) as batcher:
         make = lambda: text_requests(endless, options.requests, options.prompt, draw)  # noqa: E731
         sampling = Sampling(max_new_tokens=options.tokens)
-        for row in measure(endless, batcher, make, sampling, options.rounds):
+        for row in measure(endless, batcher, make, sampling, options.rounds) if not options.delay else ():
             rows.append({"load": "text", **row})
     with Batcher(endless, slots=options.requests) as batcher:
         delay = prefill_delay(endless, batcher, draw, options.rounds)
-    if options.images:
+    if options.images and not options.delay:
         paths = sorted(path for path in options.images.rglob("*") if path.suffix.lower() in (".png", ".jpg", ".jpeg"))
         with Batcher(engine, slots=options.requests) as batcher:
             many = 4 * options.requests
