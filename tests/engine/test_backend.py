@@ -79,3 +79,12 @@ def test_a_four_bit_model_that_onnxruntime_cannot_compute_goes_to_torch_and_the_
     assert heard.lines[0].startswith("backend: torch; not onnx:") and "heads 8 wide" in heard.lines[0]
     with pytest.raises(ConfigError, match="heads 8 wide"):
         choose_program(model, "onnx")
+
+
+def test_bits_of_activations_are_not_left_out_in_silence():
+    with pytest.raises(
+        ConfigError, match=r"activation_bits=16 .* torch computes this model: the weights are not 4-bit"
+    ):
+        choose_program(torch_engine().model, activation_bits=16)
+    with pytest.raises(ConfigError, match="torch rounds none"):
+        check_backend("torch", 0, 0, "cpu", 16)

@@ -64,8 +64,8 @@ def choose_program(
     activation_bits: of the onnx backend, see OnnxProgram; 0 is 8.
     threads:         of the onnx backend; 0 for as many as torch uses.
 
-    The choice is said to `events` when there was one to make. Raises ConfigError as `check_backend` does, and when
-    onnxruntime cannot compute this model.
+    The choice is said to `events` when there was one to make. Raises ConfigError as `check_backend` does, when
+    onnxruntime was asked for and cannot compute this model, and for bits of activations that torch would not heed.
     """
     device = model.device.type
     check_backend(backend, head_bits, threads, device, activation_bits)
@@ -85,6 +85,11 @@ def choose_program(
             kind = f"4-bit weights, activations of {program.activation_bits} bits" if four_bit else "float32"
             events.said(f"backend: onnx on cpu, {program.threads} threads, {kind}, head of {bits} bits")
             return program
+    if activation_bits:
+        raise ConfigError(
+            f"activation_bits={activation_bits} is an option of backend='onnx', and torch computes this model: {why}; "
+            "leave it out, or ask for that backend"
+        )
     if four_bit:
         if why:
             events.said(f"backend: torch; not onnx: {why}")
