@@ -53,10 +53,10 @@ class OnnxSlotRun(SlotRun):
         for row, (place, _) in zip(rows, steps, strict=True):
             lengths[row] = place.start + 1
         resting = sorted(set(range(first, last + 1)) - {place.row for place, _ in steps})
-        kept = self.pool.buffers[:, :, resting, :, 0].clone() if resting else None
+        kept = [both[:, resting, :, 0] for both in self.pool.buffers] if resting else []
         binding.run(lengths)
-        if kept is not None:
-            self.pool.buffers[:, :, resting, :, 0] = kept
+        for both, before in zip(self.pool.buffers, kept, strict=False):
+            both[:, resting, :, 0] = before
         return torch.from_numpy(binding.logits_BNV)[rows, 0]
 
     def _bound(self, first: int, count: int) -> Binding:

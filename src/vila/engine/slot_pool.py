@@ -8,15 +8,15 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-# L layers  R rows  C columns of a row  H key-value heads  E head width  T tokens of a pass
+# R rows  C columns of a row  H key-value heads  E head width  T tokens of a pass
 
 _ALIGNED = 16
 """Columns come in multiples of this, which kernels for attention like."""
 
 
 class SlotPool:
-    """The keys and values of all layers: `keys[layer]` and `values[layer]` are [R, H, C, E]; `buffers` is
-    all of them, [L, 2, R, H, C, E].
+    """The keys and values of all layers: `keys[layer]` and `values[layer]` are [R, H, C, E]; `buffers` has
+    both, [2, R, H, C, E].
 
     The memory is allocated once, for `tokens` tokens, and divided among rows anew when `divide` says so. All of it is
     finite at all times, because what a mask hides is still multiplied, by zero: `clear` rows with other numbers.
@@ -29,7 +29,8 @@ class SlotPool:
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         # Zeros come from the system untouched, so a CPU pays for what is used.
-        self._memory = torch.zeros(layers, 2, tokens * heads * width, dtype=dtype, device=device)
+        # One piece a layer: a system may refuse all of it at once where it gives it bit by bit.
+        self._memory = [torch.zeros(2, tokens * heads * width, dtype=dtype, device=device) for _ in range(layers)]
         self.divide(1)
 
     @property
@@ -51,8 +52,8 @@ class SlotPool:
         old = list(zip(self.keys, self.values, strict=True)) if moved else []
         self.rows = rows
         shape = (rows, self.heads, self.columns, self.width)
-        self.buffers = self._memory[..., : math.prod(shape)].unflatten(-1, shape)
-        self.keys, self.values = list(self.buffers[:, 0]), list(self.buffers[:, 1])
+        self.buffers = [memory[:, : math.prod(shape)].unflatten(-1, shape) for memory in self._memory]
+        self.keys, self.values = [both[0] for both in self.buffers], [both[1] for both in self.buffers]
         for (old_keys, old_values), keys, values in zip(old, self.keys, self.values, strict=False):
             for before, after in ((old_keys, keys), (old_values, values)):
                 # The new rows overlap the old ones: everything is read before anything is written.
@@ -68,7 +69,8 @@ class SlotPool:
     def clear(self, rows: Sequence[int] | None = None) -> None:
         """Make rows zero, all memory without a list of them."""
         if rows is None:
-            self._memory.zero_()
+            for memory in self._memory:
+                memory.zero_()
             return
         for buffers in (*self.keys, *self.values):
             for row in rows:
