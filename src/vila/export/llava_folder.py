@@ -20,7 +20,8 @@ from vila.core.errors import LayoutError
 from vila.core.files import write_json
 from vila.export.source import LLM, Source
 from vila.export.stream import SafetensorsWriter
-from vila.model.layouts import llava_hf
+from vila.model.layouts import llava_hf_files as files
+from vila.model.layouts.llava_hf import refuse_to_write
 from vila.model.layouts.names import to_theirs
 
 _HEAD = f"{LLM}lm_head.weight"
@@ -46,7 +47,7 @@ class HubTensor:
 def hub_refusals(source: Source) -> list[str]:
     """Why stock LLaVA cannot hold the model."""
     try:
-        llava_hf.refuse_to_write(source.config, source.processor)
+        refuse_to_write(source.config, source.processor)
     except LayoutError as error:
         return [str(error)]
     return []
@@ -55,15 +56,14 @@ def hub_refusals(source: Source) -> list[str]:
 def hub_tensors(source: Source) -> dict[str, HubTensor]:
     """Every tensor of the directory by its name there, in the order of the source."""
     rows, linear = _rows(source, _tokenizer(source)[1]), source.config.projector_type == "linear"
-    plain = source.config.vision_config.model_type not in llava_hf._PREFIXED_TOWERS
-    prefixes = [one for one in llava_hf._CLASSIC if not (plain and one[0] == "vision_tower.vision_model.")]
+    prefixes = files.their_prefixes(source.config)
     out = {}
     for name in source.names:
         if name == _HEAD and source.is_tied:
             continue
         # A linear projector becomes the first of two layers, without an activation between.
         written = name.replace("projector.", "projector.0.") if linear and name.startswith("projector.") else name
-        wanted = rows if name in llava_hf._VOCABULARY else None
+        wanted = rows if name in files.VOCABULARY else None
         out[to_theirs(written, prefixes)] = _one(source, name, wanted)
     if linear:
         out |= {to_theirs(f"projector.2.{leaf}", prefixes): made for leaf, made in _identity(source).items()}
@@ -75,11 +75,11 @@ def write_hub_files(source: Source, part: Path, dtype: torch.dtype, extra: Mappi
     config = copy.deepcopy(source.config)
     config.dtype = dtype
     tokenizer, image_id = _tokenizer(source)
-    facts = llava_hf.config_facts(config, source.processor, image_id, _rows(source, image_id))
+    facts = files.config_facts(config, source.processor, image_id, _rows(source, image_id))
     write_json(part / "config.json", {**facts, **extra}, indent=2)
-    llava_hf.write_processor(source.processor, tokenizer, config, part)
+    files.write_processor(source.processor, tokenizer, config, part)
     generation = SimpleNamespace(generation_config=GenerationConfig.from_dict(dict(source.checkpoint.generation)))
-    llava_hf.write_generation(generation, source.processor, image_id, part)
+    files.write_generation(generation, source.processor, image_id, part)
 
 
 def copy_tensor(writer: SafetensorsWriter, name: str, tensor: HubTensor, dtype: torch.dtype) -> None:
@@ -95,9 +95,9 @@ def module_name(name: str) -> str:
 
 def _tokenizer(source: Source) -> tuple[Any, int]:
     tokenizer = copy.deepcopy(source.processor.tokenizer)
-    token = AddedToken(llava_hf.IMAGE, special=True, normalized=False)
+    token = AddedToken(files.IMAGE, special=True, normalized=False)
     tokenizer.add_tokens([token], special_tokens=True)
-    return tokenizer, int(tokenizer.convert_tokens_to_ids(llava_hf.IMAGE))
+    return tokenizer, int(tokenizer.convert_tokens_to_ids(files.IMAGE))
 
 
 def _rows(source: Source, image_id: int) -> int:

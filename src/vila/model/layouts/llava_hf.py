@@ -18,9 +18,18 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AddedToken, AutoConfig
 
-from vila.chat.templates import find_template
 from vila.core.errors import LayoutError
 from vila.core.files import atomic_path, read_json, write_json
+from vila.model.layouts.llava_hf_files import (
+    CLASSIC,
+    IMAGE,
+    PREFIXED_TOWERS,
+    VOCABULARY,
+    config_facts,
+    their_prefixes,
+    write_generation,
+    write_processor,
+)
 from vila.model.layouts.names import Prefixes, claim, keep_rows, to_theirs
 from vila.model.layouts.protocol import Checkpoint
 from vila.model.layouts.published import (
@@ -30,20 +39,11 @@ from vila.model.layouts.published import (
     read_tokenizer,
     template_of,
     text_config,
-    write_tokenizer,
 )
 from vila.model.layouts.storage import FULL, Storage
 from vila.model.layouts.towers import tower_facts
 from vila.model.weights import Piece, find_files, pieces_of
 
-IMAGE = "<image>"
-_CLASSIC: Prefixes = (
-    ("language_model.", "language_model."),
-    ("vision_tower.vision_model.", "vision_tower."),
-    ("vision_tower.", "vision_tower."),
-    ("multi_modal_projector.linear_1.", "projector.0."),
-    ("multi_modal_projector.linear_2.", "projector.2."),
-)
 # As the modules are called since transformers 4.52.
 _NEW: Prefixes = (
     ("lm_head.", "language_model.lm_head."),
@@ -53,9 +53,7 @@ _NEW: Prefixes = (
     ("model.multi_modal_projector.linear_1.", "projector.0."),
     ("model.multi_modal_projector.linear_2.", "projector.2."),
 )
-_VOCABULARY = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
-_PREFIXED_TOWERS = ("clip_vision_model", "siglip_vision_model")
-_TOWERS = (*_PREFIXED_TOWERS, "dinov2")
+_TOWERS = (*PREFIXED_TOWERS, "dinov2")
 
 
 class LlavaHfLayout:
@@ -75,7 +73,7 @@ class LlavaHfLayout:
         config = AutoConfig.for_model("llava", **{k: v for k, v in facts.items() if k != "model_type"})
         ours = facts.get("vila") or {}
         _refuse(folder, config)
-        pieces, unclaimed = claim(pieces_of(find_files(folder)), (*_CLASSIC, *_NEW))
+        pieces, unclaimed = claim(pieces_of(find_files(folder)), (*CLASSIC, *_NEW))
         projector = _projector(folder, config, pieces)
         llm = text_config(config.text_config.model_type, config.text_config.to_dict(), folder)
         tokenizer = read_tokenizer(folder)
@@ -83,7 +81,7 @@ class LlavaHfLayout:
         if rows := ours.get("vocab_size"):
             llm.vocab_size = rows
             placeholder = None
-            pieces.update({name: keep_rows(pieces[name], rows) for name in _VOCABULARY if name in pieces})
+            pieces.update({name: keep_rows(pieces[name], rows) for name in VOCABULARY if name in pieces})
             _remove_image_token(tokenizer)
         image_facts = _image_facts(folder)
         vila_config, processor = compose(
@@ -206,7 +204,7 @@ def refuse_to_write(config: Any, processor: Any) -> None:
 
 def _weights(state: dict[str, Any], config: Any, rows: int) -> dict[str, Any]:
     """Weights by LLaVA's classic names, with `rows` rows of embeddings and head."""
-    for name in _VOCABULARY:
+    for name in VOCABULARY:
         if name in state and rows > state[name].shape[0]:
             # Of the numbers as they are stored, so that a model that is written again gets the same row.
             mean = state[name].to(config.dtype).float().mean(0, keepdim=True).to(state[name].dtype)
@@ -217,89 +215,8 @@ def _weights(state: dict[str, Any], config: Any, rows: int) -> dict[str, Any]:
         first = state["projector.0.weight"]
         state["projector.2.weight"] = torch.eye(first.shape[0], dtype=first.dtype)
         state["projector.2.bias"] = torch.zeros_like(state["projector.0.bias"])
-    plain = config.vision_config.model_type not in _PREFIXED_TOWERS
-    prefixes = [pair for pair in _CLASSIC if not (plain and pair[0] == "vision_tower.vision_model.")]
+    prefixes = their_prefixes(config)
     return {to_theirs(name, prefixes): tensor for name, tensor in state.items()}
-
-
-def config_facts(config: Any, processor: Any, image_id: int, rows: int) -> dict[str, Any]:
-    """What config.json holds. rows: of the embeddings, which the image's own token may have made more."""
-    llm, tower = config.text_config.to_dict(), config.vision_config.to_dict()
-    llm["vocab_size"] = rows
-    return {
-        "architectures": ["LlavaForConditionalGeneration"],
-        "model_type": "llava",
-        "text_config": llm,
-        "vision_config": tower,
-        "image_token_index": image_id,
-        "image_seq_length": processor.spec.tokens_per_image,
-        "projector_hidden_act": "linear" if config.projector_type == "linear" else "gelu",
-        "multimodal_projector_bias": True,
-        "vision_feature_layer": config.select_layer,
-        "vision_feature_select_strategy": "default" if config.select_feature == "patch" else "full",
-        "tie_word_embeddings": config.text_config.tie_word_embeddings,
-        "dtype": str(config.dtype).removeprefix("torch."),
-        "torch_dtype": str(config.dtype).removeprefix("torch."),
-        "vila": {
-            "vocab_size": config.text_config.vocab_size,
-            "template": config.template,
-            "image_mode": processor.spec.image_mode,
-            "num_video_frames": processor.spec.num_video_frames,
-            "vision_source": config.vision_source,
-        },
-    }
-
-
-def write_processor(processor: Any, tokenizer: Any, config: Any, part: Path) -> None:
-    """Write what stock transformers reads pictures and conversations by."""
-    spec, kind = processor.spec, config.vision_config.model_type
-    square = {"height": spec.image_size, "width": spec.image_size}
-    image = {
-        "do_convert_rgb": True,
-        "do_normalize": True,
-        "do_rescale": True,
-        "do_resize": True,
-        "image_mean": list(spec.mean),
-        "image_std": list(spec.std),
-        "resample": 3,
-        "rescale_factor": 1 / 255,
-    }
-    if spec.image_mode == "pad":
-        image |= {"image_processor_type": "LlavaImageProcessor", "do_pad": True, "do_center_crop": True}
-        image |= {"size": {"shortest_edge": spec.image_size}, "crop_size": square}
-    elif spec.image_mode == "square" and spec.center_crop:
-        image |= {"image_processor_type": "CLIPImageProcessor", "do_center_crop": True}
-        image |= {"size": {"shortest_edge": spec.image_size}, "crop_size": square}
-    else:
-        image |= {"image_processor_type": "SiglipImageProcessor", "size": square}
-    write_json(part / "preprocessor_config.json", {**image, "processor_class": "LlavaProcessor"}, indent=2)
-    facts = {
-        "processor_class": "LlavaProcessor",
-        "image_token": IMAGE,
-        "num_additional_image_tokens": 0 if kind == "siglip_vision_model" else 1,
-        "patch_size": config.vision_config.patch_size,
-        "vision_feature_select_strategy": "default" if config.select_feature == "patch" else "full",
-    }
-    write_json(part / "processor_config.json", facts, indent=2)
-    write_tokenizer(tokenizer, part, config.template, after_image_space=True)
-
-
-def write_generation(model: Any, processor: Any, image_id: int, part: Path) -> None:
-    """Write generation_config.json: that of the model, ended by the template's stop tokens as well."""
-    config = copy.deepcopy(model.generation_config)
-    special = processor.span_tokenizer.special_ids
-    ends = {special[stop] for stop in _stops(processor) if stop in special}
-    ends |= {processor.tokenizer.eos_token_id} - {None}
-    facts: Mapping[str, Any] = config.to_diff_dict()
-    write_json(
-        part / "generation_config.json",
-        {**facts, "eos_token_id": sorted(ends), "suppress_tokens": [image_id]},
-        indent=2,
-    )
-
-
-def _stops(processor: Any) -> tuple[str, ...]:
-    return find_template(processor.template).stop if processor.template else ()
 
 
 LAYOUT = LlavaHfLayout()
