@@ -1,6 +1,7 @@
 """Mixed requests, bad ones and given-up ones among them: all good ones answered, no place lost, memory flat."""
 
 import asyncio
+import os
 import random
 import re
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.serve import stand
 from tests.serve.stand import body, data_url, picture_part, text_part
 
 KINDS = ("text", "picture", "stream", "left", "cut", "several", "no json", "no picture", "no model", "too long")
@@ -15,11 +17,26 @@ KINDS = ("text", "picture", "stream", "left", "cut", "several", "no json", "no p
 
 @pytest.mark.parametrize("count", [60, pytest.param(2000, marks=pytest.mark.slow)])
 def test_a_mixture_of_requests_leaves_nothing_behind(server, count):
+    _soak(server, count)
+
+
+@pytest.mark.slow
+def test_a_mixture_of_requests_to_the_starter_leaves_nothing_behind():
+    """The trained starter, or its 4-bit form, as VILA_STARTER_MODEL names it (`vila quickstart` makes both)."""
+    folder = os.environ.get("VILA_STARTER_MODEL", "")
+    if not folder:
+        pytest.skip("VILA_STARTER_MODEL names no trained starter (vila quickstart makes one: RUN/model)")
+    with stand.Process(Path(folder), "--name", "tiny", "--queue", "16") as process:
+        process.await_ready()
+        _soak(process, 2000, too_long=50_000)
+
+
+def _soak(server, count, too_long=5000):
     draw = random.Random(7)
     order = [draw.choice(KINDS) for _ in range(count)]
-    asyncio.run(_all(server.url, order[: count // 4]))
+    asyncio.run(_all(server.url, order[: count // 4], too_long))
     before = _resident(server.popen.pid)
-    found = asyncio.run(_all(server.url, order[count // 4 :]))
+    found = asyncio.run(_all(server.url, order[count // 4 :], too_long))
     wanted = {"no json": 400, "no picture": 400, "no model": 404, "too long": 400, "left": None, "cut": None}
     assert [(kind, status) for kind, status in found if status != wanted.get(kind, 200)] == []
     metrics = httpx.get(f"{server.root}/metrics").text
@@ -30,19 +47,19 @@ def test_a_mixture_of_requests_leaves_nothing_behind(server, count):
         assert _resident(server.popen.pid) < before * 1.05
 
 
-async def _all(url, order):
+async def _all(url, order, too_long):
     """The kind of each request and its status, None where the client left; eight are open at a time."""
     room = asyncio.Semaphore(8)
     async with httpx.AsyncClient(base_url=url, timeout=120) as client:
 
         async def one(number, kind):
             async with room:
-                return kind, await _ask(client, number, kind)
+                return kind, await _ask(client, number, kind, too_long)
 
         return await asyncio.gather(*(one(number, kind) for number, kind in enumerate(order)))
 
 
-async def _ask(client, number, kind):
+async def _ask(client, number, kind, too_long):
     words = f"question {number} {'x' * (number % 90)}"
     parts = [text_part(words)]
     changes = {"max_tokens": 1 + number % 30}
@@ -55,7 +72,7 @@ async def _ask(client, number, kind):
     if kind == "no model":
         changes["model"] = "none"
     if kind == "too long":
-        parts = [text_part("x" * 5000)]
+        parts = [text_part("x " * too_long)]
     if kind in ("left", "cut"):
         changes |= {"max_tokens": 1000, "stream": True}
     asked = body(messages=[{"role": "user", "content": parts}], **changes)
