@@ -178,14 +178,16 @@ def killed_and_resumed(vila, loud_model, text, folder, monkeypatch, points):
     statuses = [int(line) for line in done.stdout.splitlines() if line.isdigit()]
     assert vila(*words, "--out", "whole")[0] == 0
     whole = {path.name: path.read_bytes() for path in (folder / "whole").iterdir()}
+    resumed = 0
     for number, status in enumerate(statuses):
         out = folder / f"out{number}"
-        if status == 9:
-            assert not out.exists()
+        # One that is killed when all is written has nothing left to do.
+        if status == 9 and not out.exists():
+            resumed += 1
             assert vila(*words, "--out", out)[0] == 0
         assert {path.name: path.read_bytes() for path in out.iterdir()} == whole
     assert not list(folder.glob(".*"))
-    return statuses.count(9)
+    return resumed
 
 
 def test_killed_at_three_points_the_command_ends_with_the_same_bytes(vila, loud_model, text, tmp_path, monkeypatch):
