@@ -397,6 +397,12 @@ def test_replies_from_a_batch_service(tmp_path):
         read_verdicts(path)
 
 
+def test_replies_on_other_answers_are_no_verdicts(tmp_path):
+    (tmp_path / "7.json").write_text('[{"pred": "yes", "score": 5}, {}]')
+    with pytest.raises(DataError, match=r"holds 1 replies and none on these answers \(theirs: 7; ours: 8\)"):
+        ReplyFile(tmp_path).verdicts("video_qa", [case(8)])
+
+
 def test_what_the_originals_judge_leaves_behind_is_read(tmp_path):
     kept = [{"pred": "yes", "score": 4.8}, {"q": "q", "a": "a", "pred": "p"}]
     (tmp_path / "v_1_3.json").write_text(json.dumps(kept))

@@ -156,15 +156,23 @@ def test_figures_by_hand(root, replies, score, average, yes, no, judged, rule):
 
 def test_what_is_left_out_is_named(root):
     benchmark = msvd(root)
-    benchmark.judge = Says({"10": "?", "11": "{'pred': 'no'}", "11 again (2)": NO})
-    notes = "\n".join(benchmark.score([Answer(10, "x"), Answer("11", "y"), Answer(11, "z")]).notes)
+    benchmark.judge = Says({"10": "?", "11": "{'pred': 'no'}"})
+    notes = "\n".join(benchmark.score([Answer(10, "x"), Answer("11", "y")]).notes)
     assert "2 questions without an answer, left out: 12, 13" in notes
     assert "1 clips are missing: " in notes
     assert "gone.mp4" in notes
-    assert "1 rows answer a question again, judged like the others: 11 again (2)" in notes
     assert "1 replies could not be read, left out: 10" in notes
     assert "1 replies without a whole number as score, counted in the average as 0 and not as yes or no: 11" in notes
     assert "asked greedily; the original draws answers at temperature 0.2" in notes
+
+
+def test_the_last_of_several_answers_is_judged_as_verdicts_are_kept_by_id(root):
+    benchmark = msvd(root)
+    benchmark.judge = Says({"10": YES, "11": NO})
+    scored = benchmark.score([Answer(11, "early"), Answer(10, "x"), Answer("11", "late")])
+    assert [(case.id, case.fields["pred"]) for case in benchmark.judge.cases] == [("11", "late"), ("10", "x")]
+    assert (scored.score, scored.figures["by_set"]["msvd"]["judged"]) == (50, 2)
+    assert "1 questions answered more than once, the last answer counts: 11" in scored.notes
 
 
 def test_several_sets_give_the_mean_of_their_accuracies(root):

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from vila.core.errors import DataError, UnknownNameError
 from vila.core.files import read_json, write_jsonl
+from vila.eval.joining import naming
 from vila.eval.judge_cost import Estimate, Prices, estimate_cost
 
 DEFAULT_MODEL = "gpt-3.5-turbo"
@@ -184,8 +185,16 @@ class ReplyFile:
     model: str = "from file"
 
     def verdicts(self, kind: str, cases: Sequence[Case]) -> list[Verdict]:
-        """Those of the cases; a case without one is as one whose reply cannot be read."""
+        """Those of the cases; a case without one is as one whose reply cannot be read.
+
+        Raises DataError when no case has one: the file holds the replies on other answers.
+        """
         found = {verdict.id: verdict for verdict in read_verdicts(self.path)}
+        if cases and not any(case.id in found for case in cases):
+            raise DataError(
+                f"{self.path}: holds {len(found)} replies and none on these answers (theirs: {naming(found)}; ours: "
+                f"{naming(case.id for case in cases)}); name the replies on this set"
+            )
         return [found.get(case.id, Verdict(case.id, "")) for case in cases]
 
 

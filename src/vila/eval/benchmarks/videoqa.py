@@ -93,13 +93,13 @@ class VideoQa:
     def score(self, answers: Sequence[Answer], rules: Rules = "upstream") -> Scored:
         """Percent of answers judged yes, among those judged yes or no; of several sets the mean.
 
-        Every row is judged, one that answers a question again too; questions without an answer are left out, as the
-        original leaves out those whose clip it does not find; a set without any yes or no gets 0, with a note. Raises
-        DataError without a judge, when it does not answer, and for answers to other questions.
+        The last of several answers to a question is judged; questions without an answer are left out, as the original
+        leaves out those whose clip it does not find; a set without any yes or no gets 0, with a note. Raises DataError
+        without a judge, when it does not answer, and for answers to other questions.
         """
         if self.judge is None:
             raise DataError(f"{self.name}: scored by a judge; name one, or have the requests written to a file")
-        judged = self._cases(answers)
+        judged, repeated = self._cases(answers)
         try:
             verdicts = self.judge.verdicts("video_qa", [case for case, _ in judged])
         except ServerError as error:
@@ -122,14 +122,18 @@ class VideoQa:
             for yes in [says_yes(verdict.value)]
             if yes is not None
         )
-        return Scored(score, "%", figures, marks, tuple(self._score_notes(answers, judged, verdicts, rules)))
+        return Scored(score, "%", figures, marks, tuple(self._score_notes(repeated, judged, verdicts, rules)))
 
-    def _cases(self, answers: Sequence[Answer]) -> list[tuple[Case, Item]]:
+    def _cases(self, answers: Sequence[Answer]) -> tuple[list[tuple[Case, Item]], list[str]]:
+        """A case for each question with an answer; and the questions that have several.
+
+        The original keeps predictions and verdicts by id, so that of several answers it judges the last.
+        """
         by_id = {item.id: item for item in self._items}
         named = Counter(str(item.question_id) for item in self._items)
         by_question = {str(i.question_id): i for i in self._items if named[str(i.question_id)] == 1}
-        judged: list[tuple[Case, Item]] = []
-        seen: Counter[str] = Counter()
+        judged: dict[str, tuple[Case, Item]] = {}
+        repeated: dict[str, None] = {}
         unknown: list[str] = []
         for answer in answers:
             item = (
@@ -138,20 +142,20 @@ class VideoQa:
             if item is None:
                 unknown.append(answer.id or str(answer.question_id))
                 continue
-            seen[item.id] += 1
-            own = item.id if seen[item.id] == 1 else f"{item.id} again ({seen[item.id]})"
+            if item.id in judged:
+                repeated[item.id] = None
             fields = {"question": item.messages[0].text, "answer": item.truth, "pred": answer.text}
-            judged.append((Case(own, fields), item))
+            judged[item.id] = Case(item.id, fields), item
         if unknown or not judged:
             raise DataError(
                 f"{self.name}: {len(unknown)} of {len(answers)} answers are to questions that are not here "
                 f"({naming(unknown)}); are they another benchmark's, or another set's?"
             )
-        return judged
+        return list(judged.values()), list(repeated)
 
     def _score_notes(
         self,
-        answers: Sequence[Answer],
+        repeated: Sequence[str],
         judged: Sequence[tuple[Case, Item]],
         verdicts: Sequence[Verdict],
         rules: Rules,
@@ -171,8 +175,8 @@ class VideoQa:
             yield f"{len(missing)} questions without an answer, left out: {naming(missing)}"
         if missing and (clips := self.missing_videos()):
             yield f"{len(clips)} clips are missing: {naming(clips)}"
-        if again := [case.id for case, item in judged if case.id != item.id]:
-            yield f"{len(again)} rows answer a question again, judged like the others: {naming(again)}"
+        if repeated:
+            yield f"{len(repeated)} questions answered more than once, the last answer counts: {naming(repeated)}"
         decided = {item.kind for (_, item), v in zip(judged, verdicts, strict=True) if says_yes(v.value) is not None}
         if silent := sorted({item.kind for _, item in judged} - decided):
             yield f"no yes or no to any answer of {', '.join(silent)}: 0, where the original divides by zero"
