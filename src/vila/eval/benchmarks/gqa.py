@@ -19,6 +19,7 @@ from typing import Any
 from vila.core.errors import DataError
 from vila.core.files import read_json
 from vila.eval.benchmark import Answer, Item, Mark, Rules, Scored
+from vila.eval.fields import odd_field
 from vila.eval.folders import find, image_folder, look
 from vila.eval.joining import join, refuse_missing, refuse_other_questions
 from vila.eval.question_file import items_of, read_questions
@@ -195,9 +196,12 @@ def _check(path: Path, key: str, row: Any) -> None:
         complete = isinstance(row["isBalanced"], bool) and isinstance(row["answer"], str)
         complete = complete and isinstance(row["question"], str) and bool(row["types"]["structural"])
         _ = row["types"]["semantic"], row["types"]["detailed"], row["groups"]["global"], _steps(row)
+        odd = odd_field(row["types"], structural=str, semantic=str, detailed=str)
+        odd = odd or odd_field(row["groups"], **{"global": (str, type(None))})
     except (KeyError, TypeError) as error:
         raise DataError(
             f"{path}: question {key} lacks {error}; is it the file of another release? It comes from {_GQA}"
         ) from error
-    if not complete:
-        raise DataError(f"{path}: question {key} has no question, answer or isBalanced that can be read")
+    if not complete or odd:
+        wrong = odd or "no question, answer or isBalanced that can be read"
+        raise DataError(f"{path}: question {key}: {wrong}; is it the file of another release? It comes from {_GQA}")

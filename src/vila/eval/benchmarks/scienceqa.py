@@ -20,6 +20,7 @@ from vila.core.errors import DataError
 from vila.core.files import read_json
 from vila.core.types import Image, Message
 from vila.eval.benchmark import Answer, Item, Mark, Rules, Scored
+from vila.eval.fields import odd_field
 from vila.eval.folders import find, image_folder
 from vila.eval.ids import as_typed, prompt_note, size_note
 from vila.eval.joining import join
@@ -81,7 +82,9 @@ class ScienceQa:
         splits, problems = read_json(self._splits_path), read_json(self._problems_path)
         if not isinstance(splits, dict) or not isinstance(splits.get("test"), list) or not isinstance(problems, dict):
             raise DataError(f"{self._splits_path}: holds no split `test`, or {self._problems_path} no problems")
-        for key in splits["test"]:
+        for number, key in enumerate(splits["test"], start=1):
+            if not isinstance(key, str):
+                raise DataError(f"{self._splits_path} test {number}: id is {str(key)[:60]!r}; expected text")
             _check(f"{self._problems_path} question {key}", problems.get(key))
         return {key: problems[key] for key in splits["test"]}
 
@@ -100,7 +103,9 @@ class ScienceQa:
         prompts = {str(answer.question_id): answer.prompt for answer in kept}
         notes += joined.notes("wrong, and counted as questions without a picture, as upstream does")
         notes += [] if self._limit else size_note(self._splits_path.name, len(problems), _PUBLISHED)
-        notes += prompt_note(self.name, kept, {key: problem.get("question", "") for key, problem in problems.items()})
+        notes += prompt_note(
+            self.name, kept, {key: str(problem.get("question", "")) for key, problem in problems.items()}
+        )
         if bare := [key for key in joined.texts if not prompts[key]]:
             notes.append(
                 f"{len(bare)} answers repeat no prompt, the first to question {bare[0]}; whether they are about a "
@@ -142,6 +147,8 @@ def _item(where: str, row: Any, pictures: Path, problems: Mapping[str, Any]) -> 
         key, text = row["id"], row["conversations"][0]["value"].replace("<image>", "").strip()
     except (AttributeError, LookupError, TypeError) as error:
         raise DataError(f"{where}: no id or question ({error}); expected id and conversations[0].value") from error
+    if odd := odd_field(row, id=(str, int), image=str):
+        raise DataError(f"{where}: {odd}")
     asked = f"{text}\n{LETTER}"
     problem = problems.get(key)
     truth = _LETTERS[problem["answer"]] if problem else ""

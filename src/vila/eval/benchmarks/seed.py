@@ -19,6 +19,7 @@ from typing import Any
 from vila.core.errors import DataError
 from vila.core.files import read_json
 from vila.eval.benchmark import Answer, Item, Mark, Rules, Scored, Submission
+from vila.eval.fields import odd_field
 from vila.eval.folders import find
 from vila.eval.ids import as_typed, prompt_note, size_note
 from vila.eval.joining import join, refuse_missing
@@ -64,6 +65,8 @@ class Seed:
         whole = read_json(self._path)
         if not isinstance(whole, dict) or not isinstance(whole.get("question_type"), dict):
             raise DataError(f"{self._path}: has no question_type; is it another release? It comes from {_SEED}")
+        if odd := odd_field(whole["question_type"], **dict.fromkeys(whole["question_type"], (str, int))):
+            raise DataError(f"{self._path}: question_type: {odd}; it comes from {_SEED}")
         if not isinstance(whole.get("questions"), list) or not whole["questions"]:
             raise DataError(f"{self._path}: has no questions; it comes from {_SEED}")
         return whole
@@ -71,7 +74,8 @@ class Seed:
     @cached_property
     def _kinds(self) -> dict[Any, str]:
         """Names of the kinds by number, in the order of numbers."""
-        return {number: kind for kind, number in sorted(self._annotation["question_type"].items(), key=lambda p: p[1])}
+        pairs = self._annotation["question_type"].items()
+        return {number: kind for kind, number in sorted(pairs, key=lambda pair: (isinstance(pair[1], str), pair[1]))}
 
     @cached_property
     def _truths(self) -> dict[str, dict[str, Any]]:
@@ -83,6 +87,8 @@ class Seed:
             if lacking:
                 name = row.get("question_id", "without an id") if isinstance(row, dict) else str(row)[:40]
                 raise DataError(f"{where} ({name}): lacks {', '.join(lacking)}; it comes from {_SEED}")
+            if odd := odd_field(row, question_id=(str, int), question_type_id=(str, int), data_type=str):
+                raise DataError(f"{where}: {odd}; it comes from {_SEED}")
             if row["question_type_id"] not in self._kinds:
                 raise DataError(
                     f"{where} ({row['question_id']}): question_type_id {row['question_type_id']!r} has no name"

@@ -170,6 +170,7 @@ def _check(where: str, row: Any) -> None:
         )
     if (
         not isinstance(row["question"], str)
+        or not isinstance(row["answers"], list)
         or not row["answers"]
         or not all(isinstance(a, str) for a in row["answers"])
     ):

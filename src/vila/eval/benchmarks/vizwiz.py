@@ -18,6 +18,7 @@ from typing import Any
 from vila.core.errors import DataError
 from vila.core.files import read_json
 from vila.eval.benchmark import Answer, Item, Mark, Rules, Scored, Submission
+from vila.eval.fields import odd_field, readable_humans
 from vila.eval.folders import find, image_folder, look
 from vila.eval.joining import join, refuse_missing, refuse_other_questions
 from vila.eval.question_file import SHORT_ANSWER, Question, items_of, read_questions
@@ -155,6 +156,7 @@ def _check(where: str, row: Any) -> None:
     lacking = [key for key in ("image", "question", "answers") if not isinstance(row, dict) or key not in row]
     if lacking:
         raise DataError(f"{where}: lacks {', '.join(lacking)}; is it the test split, whose answers are not published?")
-    humans = row["answers"]
-    if not humans or not all(isinstance(human, dict) and isinstance(human.get("answer"), str) for human in humans):
-        raise DataError(f"{where}: {row['image']} has no readable answers: {str(humans)[:80]!r}")
+    if odd := odd_field(row, image=str, question=str, answer_type=str):
+        raise DataError(f"{where}: {odd}; it comes from {_VIZWIZ}")
+    if not readable_humans(row["answers"]):
+        raise DataError(f"{where}: {row['image']} has no readable answers: {str(row['answers'])[:80]!r}")

@@ -19,6 +19,7 @@ from typing import Any
 from vila.core.errors import DataError
 from vila.core.files import read_jsonl
 from vila.eval.benchmark import Answer, Item, Mark, Rules, Scored, Submission
+from vila.eval.fields import odd_field, readable_humans
 from vila.eval.folders import find, image_folder, look
 from vila.eval.joining import Joined, join, naming, refuse_missing, refuse_other_questions
 from vila.eval.json_array import iter_array
@@ -171,13 +172,13 @@ def _val_questions(path: Path) -> Iterable[Question]:
 
 
 def _checked(row: Any, path: Path) -> Any:
-    name = row.get("question_id") if isinstance(row, dict) else None
-    lacking = [
-        key for key in ("question_id", "image_id", "question_type", "answer_type", "answers") if key not in (row or ())
-    ]
-    humans = row.get("answers") if isinstance(row, dict) else None
-    if lacking:
+    fields = row if isinstance(row, dict) else {}
+    name, humans = fields.get("question_id"), fields.get("answers")
+    wanted = ("question_id", "image_id", "question_type", "answer_type", "answers")
+    if lacking := [key for key in wanted if key not in fields]:
         raise DataError(f"{path}: question {name} has no {', '.join(lacking)}; is it the file of another release?")
-    if not humans or not all(isinstance(human, dict) and isinstance(human.get("answer"), str) for human in humans):
+    if odd := odd_field(fields, question_id=(str, int), image_id=(str, int), question_type=str, answer_type=str):
+        raise DataError(f"{path}: question {name}: {odd}; is it the file of another release?")
+    if not readable_humans(humans):
         raise DataError(f"{path}: question {name} has no readable answers: {str(humans)[:80]!r}")
     return row
