@@ -12,6 +12,7 @@ from vila.engine import onnx_program
 from vila.engine.onnx_step import OnnxDecoder
 from vila.kernels.int4_layout import dequantize, quantize
 from vila.kernels.int4_linear import Int4Linear
+from vila.model.int4 import use_int4
 
 EXACT = 1e-4  # worst of these models and four seeds: 1.6e-5, logits up to 8.3; onnxruntime 1.32
 SIZE = IDS.shape[1]
@@ -229,3 +230,15 @@ def test_weights_that_do_not_fit_are_named_all_at_once():
 def test_impossible_options_are_refused(options):
     with pytest.raises(ConfigError, match=f"{next(iter(options))}={next(iter(options.values()))}"):
         OnnxDecoder.of(torch_engine().model, **options)
+
+
+def test_joined_weights_are_in_memory_once():
+    engine = torch_engine()
+    use_int4(engine.model, rounded(engine))
+    attention = engine.model.get_decoder().layers[0].self_attn
+    before = [layer.weight for layer in (attention.q_proj, attention.k_proj, attention.v_proj)]
+    OnnxDecoder.of(engine.model, threads=1)
+    after = [layer.weight for layer in (attention.q_proj, attention.k_proj, attention.v_proj)]
+    assert all(torch.equal(one.codes, other.codes) for one, other in zip(before, after, strict=True))
+    assert all(torch.equal(dequantize(one), dequantize(other)) for one, other in zip(before, after, strict=True))
+    assert len({weight.codes.untyped_storage().data_ptr() for weight in after}) == 1

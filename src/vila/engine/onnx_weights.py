@@ -191,7 +191,13 @@ def _joined(parts: Sequence[Any], given: Mapping[nn.Module, Int4Weight]) -> tupl
         return tuple(_matrix(weight, part.bias) for weight, part in zip(stored, parts, strict=True))
     bias = _joined_bias(parts)
     if ints:
-        return (_matrix(concatenate(ints) if len(ints) > 1 else ints[0], bias),)
+        whole = concatenate(ints) if len(ints) > 1 else ints[0]
+        start = 0
+        for part, weight in zip(parts, ints, strict=True):
+            if part not in given and isinstance(part, Int4Linear):
+                part.hold(whole.rows(start, start + weight.num_outputs))
+            start += weight.num_outputs
+        return (_matrix(whole, bias),)
     return (_matrix(torch.cat(stored) if len(stored) > 1 else stored[0], bias),)
 
 

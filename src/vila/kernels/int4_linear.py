@@ -117,6 +117,10 @@ class Int4Linear(nn.Module):
         """The stored weight, sharing its tensors."""
         return Int4Weight(self.codes, self.scales, self.zeros, self.group_size)
 
+    def hold(self, weight: Int4Weight) -> None:
+        """Keep the same weight in other tensors, such as a part of a joined one, so that memory has it once."""
+        self.codes, self.scales, self.zeros = weight.codes, weight.scales, weight.zeros
+
     @property
     def backend(self) -> str:
         """Name of the product in use; "torch" until `use` says otherwise."""
