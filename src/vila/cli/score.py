@@ -79,16 +79,10 @@ def score_file(benchmark: Any, path: Path, rules: Any) -> Scored:
     """The score of a file. Raises DataError for lines that cannot be read, unless the rules leave them out."""
     from dataclasses import replace
 
-    from vila.core.errors import DataError
-    from vila.eval.answers import read_answers
+    from vila.eval.answers import bad_lines, read_answers
 
     answers = read_answers(path)
-    notes = []
-    if answers.bad:
-        if not getattr(benchmark, "skips_bad_lines", False):
-            more = f" and {len(answers.bad) - 1} more" if len(answers.bad) > 1 else ""
-            raise DataError(f"{answers.bad[0]}{more}; correct or delete the line")
-        notes.append(f"{len(answers.bad)} lines could not be read and are left out, as upstream does: {answers.bad[0]}")
+    notes = bad_lines(answers.bad, skipped=getattr(benchmark, "skips_bad_lines", False))
     if answers.failed:
         notes.append(f"{len(answers.failed)} questions could not be asked, the first {answers.failed[0]}")
     scored: Scored = benchmark.score(answers.rows, rules)

@@ -19,16 +19,15 @@ def submit(
 ) -> None:
     """Write what VQAv2's, VizWiz's and MMBench's servers want, checked, and say where to upload it."""
     from vila.core.errors import DataError
-    from vila.core.files import read_json
+    from vila.eval.report_digest import read_run
     from vila.eval.submit import describe, submit_run
 
-    facts = run / "eval.json"
-    if not facts.is_file():
-        raise DataError(f"{run}: no eval.json; give the directory that `vila eval --out` wrote")
-    seen = read_json(facts)
-    where = data or Path(seen["data"] or "playground/data/eval")
+    seen = read_run(run)
+    run = run.resolve()
+    where = data or Path(seen.data or "playground/data/eval")
     target = out or Path("playground/data/predictions_upload") / run.name
-    written, left_out = submit_run(run, target, where, seen["benchmarks"])
+    folders = {name: folder.name for name, folder in seen.folders.items()}
+    written, left_out = submit_run(run, target, where, folders, seen.left_out)
     for line in describe(written, left_out):
         typer.echo(line)
     if not written:

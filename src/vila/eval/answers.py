@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,16 @@ def read_answers(path: Path) -> AnswerFile:
     if not rows and not failed:
         raise DataError(f"{path}: holds no answer" + (f"; {bad[0]}" if bad else ""))
     return AnswerFile(tuple(rows), tuple(bad), tuple(failed))
+
+
+def bad_lines(bad: Sequence[str], *, skipped: bool) -> list[str]:
+    """A note on lines that could not be read where the original skips them. Raises DataError where it does not."""
+    if not bad:
+        return []
+    if not skipped:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise DataError(f"{bad[0]}{more}; correct or delete the line")
+    return [f"{len(bad)} lines could not be read and are left out, as upstream does: {bad[0]}"]
 
 
 def _files_in(folder: Path) -> list[Path]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,11 @@ from typing import Any
 from vila.core.errors import DataError
 from vila.core.files import atomic_path
 from vila.eval.benchmark import BENCHMARKS, Submission
+from vila.eval.joining import naming
+from vila.eval.predictions import MERGED
+
+SERVERS = ("vqav2", "vizwiz", "mmbench", "mmbench_cn", "seed")
+"""The benchmarks whose answers are sent somewhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,17 +30,21 @@ class Written:
     checks: tuple[str, ...]
 
 
-def submit_run(run: Path, out: Path, data: Path, folders: dict[str, str]) -> tuple[list[Written], list[str]]:
+def submit_run(
+    run: Path, out: Path, data: Path, folders: Mapping[str, str], reasons: Mapping[str, str] | None = None
+) -> tuple[list[Written], list[str]]:
     """Write `out/BENCHMARK/RUN-HASH.EXT` for every benchmark of a run that has a server; and why others have no file.
 
-    folders: of the benchmarks below `run`, by name.
+    folders: of the benchmarks below `run`, by name. reasons: why the run left others out.
     """
     written: list[Written] = []
-    left_out: list[str] = []
+    left_out = [f"{name}: not run" + _because(reasons, name) for name in SERVERS if name not in folders]
     for name, folder in folders.items():
-        predictions = run / folder / "predictions.jsonl"
+        predictions = run / folder / MERGED
         if not predictions.is_file():
-            left_out.append(f"{name}: not run; no {predictions}")
+            begun = any((run / folder).glob("part-*.jsonl"))
+            what = "not finished; the same `vila eval` goes on where it was" if begun else f"not run; no {predictions}"
+            left_out.append(f"{name}: {what}")
             continue
         try:
             benchmark: Any = BENCHMARKS[name](data, 0)
@@ -47,11 +56,20 @@ def submit_run(run: Path, out: Path, data: Path, folders: dict[str, str]) -> tup
     return written, left_out
 
 
+def _because(reasons: Mapping[str, str] | None, name: str) -> str:
+    return f" ({reasons[name]})" if reasons and name in reasons else ""
+
+
 def submit_file(name: str, benchmark: Any, predictions: Path, out: Path, run: str) -> Written:
-    """Write the server's file of one file of answers. Raises DataError for what the server would refuse."""
-    from vila.eval.answers import read_answers
+    """Write the server's file of one file of answers. Raises DataError for what the server would refuse.
+
+    And for lines that cannot be read, unless the original's converter skips them too.
+    """
+    from vila.eval.answers import bad_lines, read_answers
 
     answers = read_answers(predictions)
+    bad = bad_lines(answers.bad, skipped=getattr(benchmark, "skips_bad_lines", False))
+    failed = [f"{len(answers.failed)} questions could not be asked: {naming(answers.failed)}"] if answers.failed else []
     submission: Submission = benchmark.submission(answers.rows)
     content = _encoded(submission)
     # The MMBench server knows files by name and gives the old result for a new file of the same name.
@@ -62,7 +80,7 @@ def submit_file(name: str, benchmark: Any, predictions: Path, out: Path, run: st
     for old in path.parent.glob(f"*.{submission.kind}"):
         if old != path and old.name.startswith(f"{path.stem[:-9]}-") and len(old.stem) == len(path.stem):
             old.unlink()
-    return Written(name, path, submission.server, submission.checks)
+    return Written(name, path, submission.server, (*bad, *failed, *submission.checks))
 
 
 def _canonical(submission: Submission) -> bytes:
