@@ -175,6 +175,13 @@ def test_chunks_are_read_once_and_in_order_beside_their_merged_file(opened, tmp_
         read_answers(tmp_path)
 
 
+def test_a_merged_file_is_read_alone_beside_chunks_of_other_names(opened, tmp_path):
+    _, rows = opened("gqa")
+    for name in ("chunk_0", "merge"):
+        written(tmp_path / f"{name}.jsonl", rows)
+    assert [row.question_id for row in read_answers(tmp_path).rows] == [row["question_id"] for row in rows]
+
+
 def test_a_folder_of_our_own_gives_its_predictions_and_not_its_marks(opened, tmp_path):
     _, rows = opened("gqa")
     written(tmp_path / "predictions.jsonl", rows)

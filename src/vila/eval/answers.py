@@ -17,6 +17,7 @@ from vila.eval.predictions import MERGED
 # Rows of video questions have the true answer beside the predicted one.
 _TEXT = ("text", "pred", "prediction", "answer")
 _CHUNK = re.compile(r"(\d+)_(\d+)\.jsonl?").fullmatch
+_MERGED_CHUNKS = "merge.jsonl"
 _HALVES = re.compile("[\ud800-\udfff]")
 _ID = ("question_id", "questionId", "id", "index", "image")
 
@@ -74,6 +75,7 @@ def _files_in(folder: Path) -> list[Path]:
     """The files of a folder that hold answers, each answer once, in the order of the questions.
 
     The original leaves `merge.jsonl` beside the chunks `8_0.jsonl` to `8_7.jsonl`; we leave marks beside predictions.
+    Chunks of other names than the original's are in its merged file too.
     """
     if (folder / MERGED).is_file():
         return [folder / MERGED, *sorted(folder.glob("part-*.jsonl"))]
@@ -81,6 +83,8 @@ def _files_in(folder: Path) -> list[Path]:
     if len({count for count, _ in chunks}) > 1:
         names = ", ".join(file.name for _, file in sorted(chunks.items()))
         raise DataError(f"{folder}: holds chunks of several runs ({names}); give one file, or delete the others")
+    if not chunks and (folder / _MERGED_CHUNKS).is_file():
+        return [folder / _MERGED_CHUNKS]
     return [file for _, file in sorted(chunks.items())] or sorted(folder.glob("*.jsonl"))
 
 
