@@ -71,7 +71,7 @@ def refuse_other_questions(benchmark: str, answers: Sequence[Answer], texts: dic
         text = texts.get(str(answer.question_id))
         if text is None or not answer.prompt:
             continue
-        if _first_line(text) in answer.prompt.lower():
+        if repeats(answer, text):
             return
         first = first or (answer, text)
     if first:
@@ -82,11 +82,12 @@ def refuse_other_questions(benchmark: str, answers: Sequence[Answer], texts: dic
         )
 
 
+def repeats(answer: Answer, text: str) -> bool:
+    """Whether a row repeats the question `text`, in any case; only the first line counts."""
+    return bool(answer.prompt) and text.strip().split("\n")[0].strip().lower() in answer.prompt.lower()
+
+
 def naming(ids: Iterable[str], most: int = 5) -> str:
     """The first few of many ids."""
     names = list(ids)
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def _first_line(text: str) -> str:
-    return text.strip().split("\n")[0].strip().lower()

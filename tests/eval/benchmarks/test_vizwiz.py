@@ -75,6 +75,17 @@ def test_each_row_gets_what_its_rule_says(folder):
     assert scored.figures == {"questions": 22, "by_answer_type": {"other": scored.score}}
 
 
+def test_numbers_are_the_validation_splits_beside_the_test_split_when_every_row_repeats_its_question(folder, asked):
+    (asked / "llava_test.jsonl").rename(folder / "vizwiz" / "llava_test.jsonl")
+    numbered = {number: row[0] for number, row in enumerate(ROWS)}
+    prompts = {number: f"What is {number}?\n{SUFFIX}" for number in numbered}
+    assert VizWiz(folder).score(answers(numbered, prompts)).score == pytest.approx(100 * POINTS / 22)
+    with pytest.raises(DataError, match="none of 22 answers is to the validation split"):
+        VizWiz(folder).score(answers(numbered, {**prompts, 3: "Who is this?"}))
+    with pytest.raises(DataError, match="none of 22 answers is to the validation split"):
+        VizWiz(folder).score(answers(numbered))
+
+
 def test_lmms_eval_normalises_humans_too(folder):
     scored = VizWiz(folder / "vizwiz").score(answers(TEXTS), "lmms-eval")
     assert [mark.value for mark in scored.marks] == pytest.approx([row[3] for row in ROWS])

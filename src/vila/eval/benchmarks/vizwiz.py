@@ -20,7 +20,7 @@ from vila.core.files import read_json
 from vila.eval.benchmark import Answer, Item, Mark, Rules, Scored, Submission
 from vila.eval.fields import odd_field, readable_humans
 from vila.eval.folders import find, image_folder, look
-from vila.eval.joining import join, refuse_missing, refuse_other_questions
+from vila.eval.joining import join, refuse_missing, refuse_other_questions, repeats
 from vila.eval.question_file import SHORT_ANSWER, Question, items_of, read_questions
 from vila.eval.vqa_text import most_frequent, normalise, normalise_officially, one_line, soft_accuracy
 
@@ -133,15 +133,22 @@ class VizWiz:
         )
 
     def _by_picture(self, answers: Sequence[Answer]) -> list[Answer]:
-        """Answers with a picture's name for an id, where it is known."""
+        """Answers with a picture's name for an id, where it is known.
+
+        A number is the test split's where that is there too, unless all rows repeat the validation split's questions.
+        """
         pictures = {str(question.question_id): question.image for question in self._questions} if self._asked else {}
         known, numbered = set(self._truths), {_number(image): image for image in self._truths}
+        told = [(answer, numbered[key]) for answer in answers if (key := str(answer.question_id)) in numbered]
+        validation = not self._asked or (
+            bool(told) and all(repeats(answer, self._truths[image]["question"]) for answer, image in told)
+        )
         out = []
         for answer in answers:
             key = str(answer.question_id)
             image = next((name for name in (key, f"{key}.jpg", Path(key).name) if name in known), pictures.get(key))
-            if image is None and not self._asked:
-                image = numbered.get(key)
+            if image not in known and validation:
+                image = numbered.get(key, image)
             out.append(Answer(image or key, answer.text, answer.prompt, answer.where, answer.id))
         return out
 
