@@ -124,6 +124,13 @@ def test_answers_with_tabs_or_line_breaks_are_noted(folder, rows):
     )
 
 
+def test_lmms_eval_reads_answers_with_line_breaks_as_they_are(folder, rows):
+    rows[1]["text"] = "a\n\nno"  # "a no" would be read as no
+    marks = {rules: Mme(folder).score(answers(rows), rules).marks[1] for rules in ("upstream", "lmms-eval")}
+    assert [marks[rules].value for rules in ("upstream", "lmms-eval")] == [1, 0]
+    assert marks["lmms-eval"].rule == "read as other"
+
+
 def test_pairs_belong_to_pictures_wherever_they_stand(folder, rows):
     shuffled = rows[::2] + rows[1::2]
     scored = Mme(folder).score(answers(shuffled))

@@ -100,7 +100,7 @@ class Mme:
         Raises DataError naming ids: questions that MME does not have, pictures whose two questions are not answered
         equally often. The original stops there too, or pairs answers about different pictures.
         """
-        rows, notes = self._rows(answers)
+        rows, notes = self._rows(answers, in_lines=rules == "upstream")
         pairs = pair_up(self.name, rows, once=rules == "lmms-eval")
         notes += self._gaps(pairs) + misplaced(rows)
         read = read_lmms if rules == "lmms-eval" else read_upstream
@@ -125,8 +125,8 @@ class Mme:
         headline = Headline(_parts(marks, counted), _points, by_kind=True)
         return Scored(ordered["perception"], "points", ordered, tuple(marks), tuple(notes), headline)
 
-    def _rows(self, answers: Sequence[Answer]) -> tuple[list[Row], list[str]]:
-        """Answers with their questions, lines and tabs made spaces; and notes."""
+    def _rows(self, answers: Sequence[Answer], *, in_lines: bool) -> tuple[list[Row], list[str]]:
+        """Answers with their questions; and notes. in_lines: line breaks and tabs are made spaces."""
         rows, unknown, broken, unscored = [], [], [], []
         for answer in answers:
             name = answer.question_id
@@ -138,7 +138,7 @@ class Mme:
                 unscored.append(str(name))
                 continue
             text = answer.text
-            if any(mark in text for mark in "\t\n\r"):
+            if in_lines and any(mark in text for mark in "\t\n\r"):
                 text = " ".join(text.split())
                 broken.append(str(name))
             rows.append(Row(key, str(name), text))
