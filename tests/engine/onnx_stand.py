@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.engine.stand import endless
 from vila.engine.engine import Engine
-from vila.engine.onnx_program import OnnxProgram
+from vila.engine.onnx.program import OnnxProgram
 from vila.kernels.int4_layout import Int4Weight, dequantize, quantize
 
 pytest.importorskip("onnxruntime")

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tests.engine.onnx_stand import IDS, embeds, full, torch_engine
-from vila.engine.onnx_program import OnnxProgram
-from vila.engine.onnx_slots import OnnxSlotRun
+from vila.engine.onnx.program import OnnxProgram
+from vila.engine.onnx.slots import OnnxSlotRun
 from vila.engine.slot_attention import Stretch
 
 ROWS = {0: 20, 1: 32, 3: 7}
@@ -49,7 +49,7 @@ def test_a_prompt_goes_on_piece_by_piece_beside_steps(run):
 
 
 def test_no_more_rows_stay_bound_than_are_worth_it(run, monkeypatch):
-    monkeypatch.setattr("vila.engine.onnx_slots._BINDINGS", 2)
+    monkeypatch.setattr("vila.engine.onnx.slots._BINDINGS", 2)
     run, wanted = run
     for rows in ((0,), (1,), (3,), (0, 1), (0,)):
         assert torch.allclose(grow(run, *rows)[0], wanted[ROWS[rows[0]]], atol=1e-4)

@@ -8,8 +8,8 @@ import torch
 from tests.engine.onnx_stand import IDS, embeds, full, put_back, rounded, torch_engine
 from tests.engine.stand import MODELS
 from vila.core.errors import ConfigError, ContextOverflowError
-from vila.engine import onnx_program
-from vila.engine.onnx_step import OnnxDecoder
+from vila.engine.onnx import program as onnx_program
+from vila.engine.onnx.step import OnnxDecoder
 from vila.kernels.int4_layout import dequantize, quantize
 from vila.kernels.int4_linear import Int4Linear
 from vila.model.int4 import use_int4

@@ -24,7 +24,7 @@ from vila.model.int4 import int4_weights
 from vila.model.vila import VilaForConditionalGeneration
 
 if TYPE_CHECKING:
-    from vila.engine.onnx_weights import ActivationBits
+    from vila.engine.onnx.weights import ActivationBits
 
 # B rows  V vocab
 
@@ -130,7 +130,7 @@ def subject_of(
     width = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     keys = 2 * int(config.num_hidden_layers) * int(config.num_key_value_heads) * width
     if program is not None:
-        from vila.engine.onnx_run import OnnxRun
+        from vila.engine.onnx.run import OnnxRun
 
         rounded = f", activations {program.activation_bits} bit" if precision == "int4" else ""
         name = f"onnx, head {program.head_bits} bit{rounded}, {program.threads} threads"

@@ -14,7 +14,7 @@ from vila.core.types import Message
 
 if TYPE_CHECKING:
     from vila.engine.engine import Engine
-    from vila.engine.onnx_weights import ActivationBits
+    from vila.engine.onnx.weights import ActivationBits
     from vila.engine.request import Sampling
     from vila.model.config import VilaConfig
     from vila.model.layouts.protocol import Checkpoint

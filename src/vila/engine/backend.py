@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Literal
 from vila.core.errors import ConfigError
 from vila.core.events import SILENT, Events
 from vila.engine.lean_decoder import LeanDecoder, why_not_lean
-from vila.engine.onnx_weights import ACTIVATION_BITS, FIXED_ROPE
+from vila.engine.onnx.weights import ACTIVATION_BITS, FIXED_ROPE
 from vila.kernels.backends import use_backend
 from vila.model.int4 import int4_weights
 from vila.model.vila import VilaForConditionalGeneration
 
 if TYPE_CHECKING:
     from vila.engine.lean_decoder import LeanDecoder, why_not_lean
-    from vila.engine.onnx_graph import ActivationBits
-    from vila.engine.onnx_program import OnnxProgram
-from vila.engine.onnx_weights import HeadBits
+    from vila.engine.onnx.graph import ActivationBits
+    from vila.engine.onnx.program import OnnxProgram
+from vila.engine.onnx.weights import HeadBits
 
 Backend = Literal["auto", "torch", "onnx"]
 BACKENDS = ("auto", "torch", "onnx")
@@ -43,7 +43,7 @@ def check_backend(backend: str, head_bits: int, threads: int, device: str, activ
     if backend == "onnx" and device != "cpu":
         raise ConfigError(f"backend='onnx' runs on the CPU alone, not on {device!r}; ask for device='cpu'")
     if backend == "onnx":
-        from vila.engine.onnx_program import find_runtime
+        from vila.engine.onnx.program import find_runtime
 
         find_runtime()
 
@@ -72,7 +72,7 @@ def choose_program(
     four_bit = bool(int4_weights(model))
     why = "" if backend != "auto" else _why_not_onnx(four_bit, device)
     if backend != "torch" and not why:
-        from vila.engine.onnx_program import OnnxProgram
+        from vila.engine.onnx.program import OnnxProgram
 
         bits: HeadBits = head_bits or (8 if four_bit else 32)  # type: ignore[assignment]
         try:
@@ -124,7 +124,7 @@ def _why_not_onnx(four_bit: bool, device: str) -> str:
         return "the weights are not 4-bit"
     if device != "cpu":
         return f"the model is on {device}"
-    from vila.engine.onnx_program import find_runtime
+    from vila.engine.onnx.program import find_runtime
 
     try:
         find_runtime()

@@ -37,8 +37,8 @@ from vila.model.processor import VilaProcessor
 from vila.model.vila import VilaForConditionalGeneration
 
 if TYPE_CHECKING:
-    from vila.engine.onnx_program import OnnxProgram
-    from vila.engine.onnx_weights import ActivationBits, HeadBits
+    from vila.engine.onnx.program import OnnxProgram
+    from vila.engine.onnx.weights import ActivationBits, HeadBits
 
 Conversation = Sequence[Message | Mapping[str, Any]]
 """Messages of ours, or of the Hugging Face form: role and content, a string or a list of parts."""
@@ -220,7 +220,7 @@ class Engine:
         if self._program is None:
             run = BatchRun(self.model, self._features, capacity, self._lean, self.prefixes)
             return run if self._steps is None else StaticRun(run, self._steps)
-        from vila.engine.onnx_run import OnnxRun
+        from vila.engine.onnx.run import OnnxRun
 
         return OnnxRun(self.model, self._features, self._program, capacity, self.prefixes)
 
@@ -230,7 +230,7 @@ class Engine:
         tokens = tokens or default_tokens(self.model, rows, dtype)
         if self._program is None:
             return TorchSlotRun(self.model, self._features, tokens, self._lean)
-        from vila.engine.onnx_slots import OnnxSlotRun
+        from vila.engine.onnx.slots import OnnxSlotRun
 
         return OnnxSlotRun(self.model, self._features, tokens, self._program)
 

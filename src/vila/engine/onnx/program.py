@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vila.core.errors import ConfigError
-from vila.engine.onnx_graph import cache_names, decoder_graph
-from vila.engine.onnx_weights import ACTIVATION_BITS, ActivationBits, HeadBits, decoder_weights
+from vila.engine.onnx.graph import cache_names, decoder_graph
+from vila.engine.onnx.weights import ACTIVATION_BITS, ActivationBits, HeadBits, decoder_weights
 from vila.kernels.int4_layout import Int4Weight
 from vila.model.vila import VilaForConditionalGeneration
 

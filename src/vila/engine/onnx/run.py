@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from vila.engine.batch import Group
-from vila.engine.onnx_program import OnnxProgram
-from vila.engine.onnx_slots import OnnxSlotRun
-from vila.engine.onnx_step import OnnxDecoder
+from vila.engine.onnx.program import OnnxProgram
+from vila.engine.onnx.slots import OnnxSlotRun
+from vila.engine.onnx.step import OnnxDecoder
 from vila.engine.pictures import Picture, PictureFeatures, Prompt
 from vila.engine.prefix import Prefixes
 from vila.engine.slot_attention import Stretch

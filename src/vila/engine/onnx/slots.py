@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vila.engine.onnx_program import Binding, OnnxProgram, append
+from vila.engine.onnx.program import Binding, OnnxProgram, append
 from vila.engine.pictures import PictureFeatures
 from vila.engine.slot_attention import Stretch
 from vila.engine.slot_run import SlotRun

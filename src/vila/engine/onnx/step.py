@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from vila.core.errors import ConfigError, ContextOverflowError
-from vila.engine.onnx_graph import cache_names
-from vila.engine.onnx_program import Binding, OnnxProgram, append
+from vila.engine.onnx.graph import cache_names
+from vila.engine.onnx.program import Binding, OnnxProgram, append
 from vila.kernels.int4_layout import Int4Weight
 from vila.model.vila import VilaForConditionalGeneration
 

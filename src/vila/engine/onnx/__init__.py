@@ -1,0 +1,1 @@
+"""The LLM by onnxruntime, on a CPU."""
