@@ -152,6 +152,16 @@ def test_validity_and_plausibility_come_from_the_choices(tmp_path):
         Gqa(tmp_path).score(said)
 
 
+def test_the_detailed_type_is_wanted_with_the_choices_alone(tmp_path):
+    row = annotation("red")
+    del row["types"]["detailed"]
+    plain(tmp_path / "testdev_balanced_questions.json", {"1": row})
+    assert Gqa(tmp_path).score(answers({"1": "red"})).score == 100
+    plain(tmp_path / "testdev_balanced_choices.json", {"1": {"valid": ["red"], "plausible": ["red"]}})
+    with pytest.raises(DataError, match="questions.json: question 1 lacks types.detailed, which valid answers go by"):
+        Gqa(tmp_path).score(answers({"1": "red"}))
+
+
 @pytest.mark.parametrize(
     ("steps", "count", "rule"),
     [

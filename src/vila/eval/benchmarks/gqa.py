@@ -173,6 +173,8 @@ def _belongs(prediction: str, choices: Any, key: str, kind: str, row: Mapping[st
         group = choices[key][kind]
     except (KeyError, TypeError) as error:
         raise DataError(f"gqa: {Path(_CHOICES[0]).name} has no {kind!r} answers for question {key}") from error
+    if "detailed" not in row["types"]:
+        raise DataError(f"gqa: {_TRUTHS[0]}: question {key} lacks types.detailed, which {kind} answers go by")
     return prediction in (("color", "material", "shape") if "Common" in row["types"]["detailed"] else group)
 
 
@@ -195,7 +197,7 @@ def _check(path: Path, key: str, row: Any) -> None:
     try:
         complete = isinstance(row["isBalanced"], bool) and isinstance(row["answer"], str)
         complete = complete and isinstance(row["question"], str) and bool(row["types"]["structural"])
-        _ = row["types"]["semantic"], row["types"]["detailed"], row["groups"]["global"], _steps(row)
+        _ = row["types"]["semantic"], row["groups"]["global"], _steps(row)
         odd = odd_field(row["types"], structural=str, semantic=str, detailed=str)
         odd = odd or odd_field(row["groups"], **{"global": (str, type(None))})
     except (KeyError, TypeError) as error:
