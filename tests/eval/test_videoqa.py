@@ -9,6 +9,7 @@ from vila.chat.render import render
 from vila.chat.templates import find_template
 from vila.core.errors import DataError
 from vila.core.types import Image, Message, Text, Video
+from vila.eval.answers import read_answers
 from vila.eval.benchmark import BENCHMARKS, Answer
 from vila.eval.benchmarks.videoqa import GREEDY, ORIGINAL, VideoQa, activitynet, msvd
 from vila.eval.endpoint import Endpoint, Patience
@@ -254,6 +255,17 @@ def test_answers_to_other_questions_are_refused(root, rows, message):
     benchmark.judge = Says({"10": YES})
     with pytest.raises(DataError, match=message):
         benchmark.score(rows)
+
+
+def test_answers_to_another_set_with_the_same_ids_are_refused(root, tmp_path):
+    benchmark = msvd(root)
+    benchmark.judge = Says({"10": YES})
+    path = tmp_path / "merge.jsonl"
+    path.write_text(json.dumps({"id": 10, "question": "what is on the table?", "answer": "a cup", "pred": "x"}) + "\n")
+    with pytest.raises(DataError, match="merge.jsonl line 1 with question_id 10 has 'what is on the table"):
+        benchmark.score(read_answers(path).rows)
+    path.write_text(json.dumps({"id": 10, "question": "what is a man doing?", "answer": "ride", "pred": "x"}) + "\n")
+    assert benchmark.score(read_answers(path).rows).score == 100
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ def score(
     from vila.cli.progress import Screen
     from vila.core.errors import ConfigError
     from vila.eval.benchmark import BENCHMARKS
+    from vila.eval.judge import NotJudgedError
     from vila.eval.statistics import compare as compared
     from vila.eval.statistics import score_interval
 
@@ -45,8 +46,13 @@ def score(
     rules = rules_of(protocol)
     with Screen() as screen:
         give_judge(opened, judge, judge_model, predictions.parent, screen)
-        scored = score_file(opened, predictions, rules)
-        other = score_file(opened, compare, rules) if compare else None
+        try:
+            scored = score_file(opened, predictions, rules)
+            other = score_file(opened, compare, rules) if compare else None
+        except NotJudgedError as waiting:
+            row = {"benchmark": names[0], "protocol": rules, "score": None, "problem": str(waiting)}
+            typer.echo(json.dumps(row, ensure_ascii=False) if as_json else f"{names[0]}: {waiting}")
+            return
     sure = score_interval(scored)
     facts: dict[str, Any] = {
         "benchmark": names[0],

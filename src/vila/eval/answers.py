@@ -115,6 +115,7 @@ def _answer(row: Any, where: str) -> Answer | str:
         return f"{where}: no text"
     if _HALVES.search(text):
         return f"{where}: the text {text[:40]!r} holds half of a surrogate pair, which no file can hold"
-    prompt = row.get("prompt", "")
+    # Rows of video questions have the question itself where others have the prompt.
+    prompt = row.get("prompt", row.get("question", "") if "pred" in row else "")
     own = str(row["id"]) if "id" in row and "question_id" in row else ""
     return Answer(name, text, prompt if isinstance(prompt, str) else "", where, own)

@@ -67,6 +67,10 @@ class Tally:
     undecided: tuple[str, ...]
 
 
+class NotJudgedError(DataError):
+    """The requests to a judge were written to a file, as was asked for; there are no verdicts yet."""
+
+
 class Judging(Protocol):
     """Whoever gives verdicts: a server, a file of replies, or nobody yet."""
 
@@ -162,7 +166,7 @@ class RequestFile:
     prices: Prices | None = None
 
     def verdicts(self, kind: str, cases: Sequence[Case]) -> list[Verdict]:
-        """Writes `path`. Raises DataError, always: there is no verdict yet."""
+        """Writes `path`. Raises NotJudgedError, always: there is no verdict yet."""
         rows: list[dict[str, Any]] = [
             {
                 "custom_id": case.id,
@@ -174,7 +178,7 @@ class RequestFile:
         ]
         write_jsonl(self.path, rows)
         cost: Estimate = estimate_cost([row["body"] for row in rows], self.model, self.prices)
-        raise DataError(f"no judge was asked; its requests are in {self.path} ({cost.text})")
+        raise NotJudgedError(f"no judge was asked; its requests are in {self.path} ({cost.text})")
 
 
 @dataclass(frozen=True)

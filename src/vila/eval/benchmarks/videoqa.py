@@ -21,7 +21,7 @@ from vila.core.types import Message, Video
 from vila.engine.request import Sampling
 from vila.eval.benchmark import Answer, Item, Mark, Rules, Scored
 from vila.eval.endpoint import ServerError
-from vila.eval.joining import naming
+from vila.eval.joining import naming, refuse_other_questions
 from vila.eval.judge import Case, Judging, Tally, Verdict, says_yes, score_of, tally
 from vila.eval.video_sets import ENDINGS, SETS, VideoSet, questions_file, read_rows, refuse_absent
 
@@ -151,6 +151,7 @@ class VideoQa:
                 f"{self.name}: {len(unknown)} of {len(answers)} answers are to questions that are not here "
                 f"({naming(unknown)}); are they another benchmark's, or another set's?"
             )
+        refuse_other_questions(self.name, answers, {name: item.messages[0].text for name, item in by_question.items()})
         return list(judged.values()), list(repeated)
 
     def _score_notes(
