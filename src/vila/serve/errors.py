@@ -80,7 +80,9 @@ def internal(request_id: str) -> ApiError:
 
 def as_refusal(problems: Sequence[Mapping[str, Any]]) -> ApiError:
     """The problems of a body that the schema refuses, the first one's parameter named."""
-    told = [(_path(problem["loc"]), _words(problem)) for problem in problems]
+    told = [
+        ("" if problem["type"] == "json_invalid" else _path(problem["loc"]), _words(problem)) for problem in problems
+    ]
     if not told:
         return ApiError(400, "the body is not a request", code="invalid_value")
     lines = [f"{path}: {words}" if path else words for path, words in told[:10]]
@@ -92,9 +94,12 @@ def as_refusal(problems: Sequence[Mapping[str, Any]]) -> ApiError:
 
 def _words(problem: Mapping[str, Any]) -> str:
     if problem["type"] == "json_invalid":
-        return f"the body is not valid JSON ({problem.get('ctx', {}).get('error', 'unreadable')})"
+        why = problem.get("ctx", {}).get("error", "unreadable")
+        return f"the body is not valid JSON ({why}, byte {problem['loc'][-1]})"
     if problem["type"] == "missing" and tuple(problem["loc"]) == ("body",):
         return "the body is empty; send a JSON object"
+    if problem["type"] == "list_type" and "content" in problem["loc"]:
+        return "expected a string, or a list of parts"
     if problem["type"] == "model_attributes_type":
         return "expected a JSON object, sent as application/json"
     return str(problem["msg"]).removeprefix("Value error, ")
