@@ -164,6 +164,14 @@ def test_a_line_that_is_no_answer_is_named(tmp_path, line, message):
         raise AssertionError(found.bad[0])
 
 
+def test_the_mark_that_some_editors_put_in_front_is_no_part_of_an_answer(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(
+        b'\xef\xbb\xbf{"question_id": 1, "text": "x"}\r\n\r\n{"question_id": 2, "text": "y"}'
+    )
+    found = read_answers(tmp_path / "a.jsonl")
+    assert ([row.text for row in found.rows], found.bad) == (["x", "y"], ())
+
+
 def test_chunks_are_read_once_and_in_order_beside_their_merged_file(opened, tmp_path):
     _, rows = opened("gqa")
     for number in range(9):

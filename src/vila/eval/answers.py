@@ -99,7 +99,7 @@ def _rows(path: Path) -> Iterator[tuple[str, Any]]:
         for number, line in enumerate(stream, start=1):
             if line.strip():
                 try:
-                    yield f"{path} line {number}", json.loads(line.decode("utf-8"))
+                    yield f"{path} line {number}", json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
                 except (json.JSONDecodeError, UnicodeDecodeError) as error:
                     yield f"{path} line {number}", error
 
