@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from scripts.make_eval_data import make_eval_data
 from tests import tiny
 
 QUESTIONS = [
@@ -62,6 +63,18 @@ def test_two_files_are_compared(vila, easy, tmp_path):
     assert code == 0
     assert "easy_vqa: 100.00 %" in text
     assert "+50.00 points" in text and "2 better, 0 worse" in text
+
+
+def test_questions_of_one_file_alone_are_counted_in_a_comparison(vila, tmp_path):
+    make_eval_data(tmp_path / "eval")
+    asked = [json.loads(line) for line in (tmp_path / "eval/pope/llava_pope_test.jsonl").read_text().splitlines()]
+    for name, kept in (("all", asked), ("some", asked[:-3])):
+        rows = [{"question_id": row["question_id"], "text": "yes"} for row in kept]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    call = ("score", "pope", "--data", tmp_path / "eval", "--predictions", tmp_path / "all.jsonl")
+    code, text, _ = vila(*call, "--compare", tmp_path / "some.jsonl")
+    assert code == 0
+    assert "note: 3 questions were scored in one of the files only and are not compared" in text
 
 
 @pytest.mark.parametrize(

@@ -65,13 +65,16 @@ def score(
     }
     if other:
         facts["compared"] = {"score": other.score, **compared(other.marks, scored.marks).as_json()}
+        alone = len(other.marks) + len(scored.marks) - 2 * facts["compared"]["questions"]
+        if alone:
+            facts["notes"].append(f"{alone} questions were scored in one of the files only and are not compared")
     if as_json:
         typer.echo(json.dumps(facts, ensure_ascii=False))
         return
     typer.echo(f"{names[0]}: {scored.score:.2f} {scored.unit}  ({rules} rules)")
     for name, value in _lines(scored.figures):
         typer.echo(f"  {name}: {value}")
-    for note in scored.notes:
+    for note in facts["notes"]:
         typer.echo(f"  note: {note}")
     if compare:
         found = facts["compared"]
