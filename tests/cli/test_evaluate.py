@@ -6,6 +6,8 @@ import pytest
 
 from scripts.make_eval_data import make_eval_data
 from tests import tiny
+from vila.cli.evaluate import names_of
+from vila.core.errors import UnknownNameError
 
 QUESTIONS = [
     ["what shape is in the image?", "circle", 0],
@@ -105,6 +107,14 @@ def test_unknown_rules_and_missing_files_are_named(vila, easy, tmp_path):
     path = answers(tmp_path / "a.jsonl", ["x"] * 4)
     error = vila("score", "easy_vqa", "--data", easy, "--predictions", path, "--protocol", "mine")[2]
     assert "--protocol mine: it is upstream or lmms-eval" in error
+
+
+def test_benchmarks_go_by_the_names_they_are_published_with_too():
+    assert names_of("SQA-I, MMBench-CN, seed_bench, VQA-T, MME, sqa") == [
+        "scienceqa", "mmbench_cn", "seed", "textvqa", "mme",
+    ]  # fmt: skip
+    with pytest.raises(UnknownNameError, match="unknown benchmark 'MMBench-DE'"):
+        names_of("MMBench-DE")
 
 
 def test_nothing_to_submit_is_said(vila, model, easy, tmp_path):

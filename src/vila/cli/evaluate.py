@@ -20,6 +20,13 @@ TEN = ("vqav2", "gqa", "vizwiz", "scienceqa", "textvqa", "pope", "mme", "mmbench
 """The benchmarks of the published table, in its order."""
 
 
+_PUBLISHED = {
+    "sqa": "scienceqa", "sqa_i": "scienceqa", "vqa_v2": "vqav2", "vqa_t": "textvqa", "mmb": "mmbench",
+    "mmb_cn": "mmbench_cn", "seed_bench": "seed",
+}  # fmt: skip
+"""What the published table, folders and scripts call benchmarks besides: in small letters, dashes as underscores."""
+
+
 def evaluate(
     model: Annotated[str, typer.Argument(help="Model directory or hub id; with --api any name for the run.")] = "",
     benchmarks: Annotated[
@@ -113,14 +120,22 @@ def rules_of(protocol: str) -> Any:
 
 
 def names_of(text: str) -> list[str]:
-    """Benchmarks by name. Raises UnknownNameError for others."""
+    """Benchmarks by name, or by what they are published as, in any case. Raises UnknownNameError for others."""
     from vila.eval.benchmark import BENCHMARKS
 
     names = [name.strip() for name in text.split(",") if name.strip()]
-    names = [one for name in names for one in (TEN if name == "all" else (name,))]
+    names = [one for name in names for one in (TEN if name == "all" else (_own_name(name),))]
     for name in names:
         BENCHMARKS[name]
     return list(dict.fromkeys(names))
+
+
+def _own_name(name: str) -> str:
+    from vila.eval.benchmark import BENCHMARKS
+
+    plain = name.lower().replace("-", "_")
+    own = _PUBLISHED.get(plain, plain)
+    return own if own in BENCHMARKS else name
 
 
 def _counts(text: str) -> list[int]:

@@ -42,7 +42,7 @@ def read_answers(path: Path) -> AnswerFile:
     """
     files = [path] if path.is_file() else _files_in(path) if path.is_dir() else []
     if not files:
-        raise DataError(f"{path}: no such file of answers")
+        raise DataError(f"{path}: {'no answers in this folder' if path.is_dir() else 'no such file of answers'}")
     rows: list[Answer] = []
     bad: list[str] = []
     failed: list[str] = []
