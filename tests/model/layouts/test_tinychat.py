@@ -115,6 +115,17 @@ def test_the_file_holds_what_the_format_says(tmp_path):
 
 
 @pytest.mark.parametrize("tower", ["clip", "siglip"])
+def test_a_head_that_is_the_embeddings_is_in_the_file_too(tmp_path, tower):
+    """TinyChat ties nothing, and loads the LLM's file with every key of its model."""
+    model, processor = quantized("llama", tower)
+    assert model.config.text_config.tie_word_embeddings
+    save_model(model, processor, tmp_path / "model", "tinychat")
+    (path,) = (tmp_path / "model").rglob("*.pt")
+    held = torch.load(path, weights_only=True)
+    assert torch.equal(held["lm_head.weight"], held["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
 def test_saving_again_gives_the_same_bytes(tmp_path, tower):
     folders = [tmp_path / str(n) / "model" for n in range(3)]
     save_model(*quantized("llama", tower), folders[0], "tinychat")

@@ -30,10 +30,11 @@ from vila.model.layouts.vila_v15 import write_folders
 from vila.model.packed import PackedWeight, check_whole, fitting, packed_facts, split
 from vila.model.torch_written import write_torch_file
 from vila.model.weights import INDEXES, SINGLES, Piece, pickled_files, pieces_of, weight_file
-from vila.model.written import Made
+from vila.model.written import Made, Writable
 
 _LLM = "llm"
 _PREFIXES = llava_v1.PREFIXES
+_EMBEDDINGS, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class TinychatLayout:
@@ -79,13 +80,20 @@ class TinychatLayout:
             check_divides(f"inputs of {name} in TinyChat's words", layer.in_features, 64)
         # TinyChat asks for the ending.
         file = f"{folder.name}-w4-g{size}-awq-v2{PICKLED}"
-        storage = Storage(_pack, save=lambda tensors, where: write_torch_file(tensors, where / file))
+        storage = Storage(_pack, save=lambda tensors, where: write_torch_file(_with_head(tensors), where / file))
         try:
             llava_v1.refuse_to_write(model.config)
         except LayoutError:
             write_folders(model, processor, folder, storage)
         else:
             llava_v1.write_llava_v1(model, processor, folder, storage)
+
+
+def _with_head(tensors: Mapping[str, Writable]) -> Mapping[str, Writable]:
+    """The LLM's tensors with its head, also one that is the embeddings: TinyChat ties nothing and misses no key."""
+    if _EMBEDDINGS not in tensors:
+        return tensors
+    return {**tensors, _HEAD: tensors.get(_HEAD, tensors[_EMBEDDINGS])}
 
 
 def _is_tinychat(name: str) -> bool:
