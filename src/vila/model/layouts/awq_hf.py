@@ -36,7 +36,8 @@ _SKIPPED = (
     "model.multi_modal_projector",
 )
 """Patterns for both namings of LLaVA: transformers matches from the start of a module's name, vLLM anywhere in it."""
-_SKIPPED_NATIVE = ("lm_head", "language_model.lm_head", "vision_tower", "projector")
+_SKIPPED_NATIVE = (*_SKIPPED, "language_model.lm_head", "projector")
+"""Our own names beside those, which programs and tools know."""
 
 
 class AwqHfLayout:
