@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from tests.quant.models import loud
 from vila.model.layouts.protocol import detect_layout
@@ -57,6 +58,27 @@ def test_the_packaged_text_is_the_default_and_a_search_is_used_again(vila, loud_
     assert code == 0, err
     assert "calibration:" not in err
     assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
+
+
+def test_the_search_is_dumped_as_the_original_does_and_used_again(vila, loud_model, text, tmp_path):
+    out, cache = tmp_path / "out", tmp_path / "awq_cache" / "loud-w4-g32.pt"
+    flags = (*FLAGS, "--calib", text)
+    assert vila("quantize", loud_model, "--out", out, *flags, "--dump-awq", cache)[0] == 0
+    assert [len(entry) for entry in torch.load(cache, weights_only=True)["scale"]] == [3] * 9
+    assert vila("quantize", loud_model, "--out", tmp_path / "again", *flags, "--reuse", cache)[0] == 0
+    code, _, err = vila("export", loud_model, "--format", "gguf-text", "--out", tmp_path / "gguf", "--search", cache)
+    assert code == 0, err
+    refused = [
+        ((cache, "--method", "rtn"), "method rtn makes no search"),
+        ((tmp_path / "x.safetensors",), "end in .pt"),
+        ((cache,), "exists already"),
+        ((tmp_path / "other" / "x.pt",), "lies in --out"),
+    ]
+    for given, message in refused:
+        code, _, err = vila("quantize", loud_model, "--out", tmp_path / "other", *flags, "--dump-awq", *given)
+        assert code == 2
+        assert message in err
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_recipe_calibrates_with_pictures(vila, loud_model, text, picture, tmp_path):

@@ -1,5 +1,7 @@
 """Search files: ours, and those of the original release; damaged and foreign ones are refused by name."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -7,9 +9,9 @@ from safetensors.torch import save_file
 from tests.quant.models import loud, random_rows
 from vila.core.errors import LayoutError
 from vila.quant.apply import apply_search
-from vila.quant.awq_cache import read_awq_cache
+from vila.quant.awq_cache import read_awq_cache, read_search, write_awq_cache
 from vila.quant.block_search import SearchOptions
-from vila.quant.result import load_search, save_search
+from vila.quant.result import Search, load_search, save_search
 from vila.quant.search import search_model
 
 
@@ -66,6 +68,30 @@ def test_search_files_of_the_original_do_what_ours_do(found, prefix, tmp_path):
     apply_search(ours, found)
     apply_search(theirs, read)
     assert all(torch.equal(value, ours.state_dict()[name]) for name, value in theirs.state_dict().items())
+
+
+def test_a_search_is_written_as_the_original_writes_it(found, tmp_path):
+    path = tmp_path / "tiny-w4-g16.pt"
+    write_awq_cache(found, path)
+    held = torch.load(path, weights_only=True)
+    wanted = as_original(found)
+    assert list(held) == ["scale", "clip"]
+    for mine, theirs in zip(held["scale"] + held["clip"], wanted["scale"] + wanted["clip"], strict=True):
+        assert mine[:-1] == theirs[:-1]
+        assert torch.equal(mine[-1], theirs[-1].half())
+    write_awq_cache(found, tmp_path / "again.pt")
+    assert (tmp_path / "again.pt").read_bytes() == path.read_bytes()
+    read = read_search(path)
+    assert [one.linears for one in read.scales] == [one.linears for one in found.scales]
+    write_awq_cache(read, tmp_path / "again.pt")
+    assert (tmp_path / "again.pt").read_bytes() == path.read_bytes()
+
+
+def test_a_value_that_float16_cannot_hold_is_named_and_nothing_is_written(found, tmp_path):
+    large = Search((replace(found.scales[0], scale_I=found.scales[0].scale_I * 1e6),), ())
+    with pytest.raises(LayoutError, match=r"model.layers.0.input_layernorm: .* does not fit float16"):
+        write_awq_cache(large, tmp_path / "x.pt")
+    assert not list(tmp_path.iterdir())
 
 
 class Payload:

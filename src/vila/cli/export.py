@@ -27,7 +27,11 @@ def export(
     ] = 0,
     search: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="AWQ scales and limits to fold into the weights.", show_default=False),
+        typer.Option(
+            metavar="FILE",
+            help="AWQ scales and limits to fold into the weights: a search.safetensors, or an awq_cache .pt.",
+            show_default=False,
+        ),
     ] = None,
     ranks: Annotated[int, typer.Option(help="Processes of tensor parallelism to cut the files for.", min=1)] = 1,
     template: options.Template = "",

@@ -11,11 +11,8 @@ import typer
 from vila.cli import options
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from vila.quant.calibrate import Calibration
     from vila.quant.checkpoint import Request
-    from vila.quant.result import Search
 
 _SEARCH = "Search"
 _CALIBRATION = "Calibration"
@@ -97,6 +94,15 @@ def quantize(
             rich_help_panel=_SEARCH,
         ),
     ] = None,
+    dump_awq: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write the search also as the original does: an awq_cache .pt, for its --load_awq.",
+            show_default=False,
+            rich_help_panel=_SEARCH,
+        ),
+    ] = None,
     device: options.DeviceFlag = options.Device.AUTO,
     template: options.Template = "",
     base: options.Base = "",
@@ -108,15 +114,21 @@ def quantize(
 
     from vila.cli.convert import check_apart, check_replaceable
     from vila.cli.progress import Screen
+    from vila.cli.quantize_summary import show_summary
     from vila.model.hub import local_folder
     from vila.model.load import load_model
-    from vila.quant.checkpoint import check_request, quantize_checkpoint
+    from vila.quant.awq_cache import read_search, write_awq_cache
+    from vila.quant.checkpoint import SEARCH_FILE, check_request, quantize_checkpoint
+    from vila.quant.result import load_search
 
     request = _request(method, group_size, symmetric, scaling, clipping, rounding, image_weight, device.value)
     target = out.expanduser()
     if target.exists():
         check_replaceable(target, overwrite)
-    found = None if reuse is None else _read_search(reuse.expanduser())
+    dump = None if dump_awq is None else dump_awq.expanduser()
+    if dump is not None:
+        _check_dump(dump, target, method, overwrite)
+    found = None if reuse is None else read_search(reuse.expanduser())
     folder = local_folder(model, revision or None)
     check_apart(folder, target)
     network, processor = load_model(folder, template=template or None, base=base or None)
@@ -130,7 +142,9 @@ def quantize(
             )
         check_request(network, request, calibration, found)
         summary = quantize_checkpoint(network, processor, target, request, calibration, found, events=screen)
-    _show(Console(highlight=False, soft_wrap=True), target, summary)
+    if dump is not None:
+        write_awq_cache(load_search(target / SEARCH_FILE), dump)
+    show_summary(Console(highlight=False, soft_wrap=True), target, summary)
 
 
 def _request(
@@ -168,15 +182,18 @@ def _request(
     )
 
 
-def _read_search(path: Path) -> Search:
-    """A search of ours, or of the original. Raises LayoutError for what is neither."""
-    from vila.core.errors import LayoutError
-    from vila.quant.awq_cache import read_awq_cache
-    from vila.quant.result import load_search
+def _check_dump(path: Path, target: Path, method: Method, overwrite: bool) -> None:
+    """Raises ConfigError for an awq_cache file that could not be written at the end."""
+    from vila.core.errors import ConfigError
 
-    if not path.is_file():
-        raise LayoutError(f"{path}: no such file; give a search.safetensors or an awq_cache .pt")
-    return load_search(path) if path.suffix == ".safetensors" else read_awq_cache(path)
+    if method is Method.RTN:
+        raise ConfigError("--dump-awq: method rtn makes no search; leave it out, or use --method awq")
+    if path.suffix != ".pt":
+        raise ConfigError(f"--dump-awq {path}: the original's search files end in .pt; give such a name")
+    if target.resolve() in path.resolve().parents:
+        raise ConfigError(f"--dump-awq {path}: lies in --out, which holds the model alone; give a place beside it")
+    if path.is_dir() or (path.exists() and not overwrite):
+        raise ConfigError(f"--dump-awq {path}: exists already; give another name, or --overwrite to replace a file")
 
 
 def calibration_of(names: list[str], processor: Any, rows: int, samples: int, screen: Any) -> Calibration:
@@ -204,40 +221,3 @@ def _of_recipe(name: str, processor: Any, samples: int, screen: Any) -> Calibrat
     recipe = load_recipe(name)
     mixture = open_mixture([Entry(**entry.model_dump()) for entry in recipe.data.mixture], recipe.seed, screen)
     return mixture_calibration(mixture, processor, samples=samples, name=Path(name).name)
-
-
-def _show(console: Console, target: Path, summary: dict[str, Any]) -> None:
-    from rich.table import Table
-
-    from vila.cli.info import human_bytes
-
-    table = Table(title="errors per block", title_justify="left")
-    for column in ("block", "weights off", "error left by scales"):
-        table.add_column(column, justify="right")
-    for index, block in enumerate(summary["blocks"]):
-        left = block.get("error_left")
-        table.add_row(str(index), f"{block['weights_off']:.2%}", "" if left is None else f"{left:.0%} of rounding's")
-    console.print(table)
-    shrunk = summary["bytes_before"] / max(1, summary["bytes_after"])
-    console.print(
-        f"{target}: {summary['linears']} Linears of {len(summary['blocks'])} blocks in INT4, groups of "
-        f"{summary['group_size']}, {summary['method']}; {human_bytes(summary['bytes_before'])} in memory before, "
-        f"{human_bytes(summary['bytes_after'])} in files now ({shrunk:.2f} times smaller)",
-        markup=False,
-    )
-    if (calibration := summary["calibration"]) is not None:
-        console.print(
-            f"calibrated with {calibration['name']}, {calibration['tokens']:,} tokens, sha256 {calibration['sha256']}",
-            markup=False,
-        )
-    console.print(f"peak memory of this run: {_peak()}")
-
-
-def _peak() -> str:
-    import resource
-    import sys
-
-    from vila.cli.info import human_bytes
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return human_bytes(peak if sys.platform == "darwin" else peak * 1024)

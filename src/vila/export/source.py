@@ -26,7 +26,8 @@ from vila.model.load import open_checkpoint
 from vila.model.packed import PackedWeight, read_packed
 from vila.model.processor import VilaProcessor
 from vila.model.weights import Get, Piece, TorchFile
-from vila.quant.result import Search, load_search
+from vila.quant.awq_cache import read_search
+from vila.quant.result import Search
 
 LLM = "language_model."
 RUN_BYTES = 8 << 20
@@ -221,7 +222,7 @@ def open_source(
             f"{checkpoint.folder}: its weights are rounded to INT4 already and take no scales; leave --search out, or "
             "export the model that was quantized"
         )
-    source = Source(checkpoint, None if search is None else load_search(search), events)
+    source = Source(checkpoint, None if search is None else read_search(search), events)
     _ = source._folds
     return source
 

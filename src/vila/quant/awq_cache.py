@@ -1,7 +1,8 @@
-"""Reading the search files of the original release of AWQ (`awq_cache/*.pt`), without running what is in them."""
+"""The search files of the original release of AWQ (`awq_cache/*.pt`): read without running what is in them, written."""
 
 from __future__ import annotations
 
+import io
 import pickle
 import re
 from pathlib import Path
@@ -11,10 +12,18 @@ import torch
 from torch import Tensor
 
 from vila.core.errors import LayoutError
-from vila.quant.result import Clip, Scale, Search
+from vila.core.files import atomic_path
+from vila.quant.result import Clip, Scale, Search, load_search
 
 # Files of LLaVA-like models name the LLM's place: `language_model.model.layers.0`, `llm.model.layers.0`.
 _PREFIX = re.compile(r"^.*?(?=layers\.\d+\.)")
+
+
+def read_search(path: Path) -> Search:
+    """A search of ours, or of the original by the ending `.pt`. Raises LayoutError for what is neither."""
+    if not path.is_file():
+        raise LayoutError(f"{path}: no such file; give a search.safetensors or an awq_cache .pt")
+    return load_search(path) if path.suffix == ".safetensors" else read_awq_cache(path)
 
 
 def read_awq_cache(path: Path) -> Search:
@@ -34,6 +43,30 @@ def read_awq_cache(path: Path) -> Search:
     if not scales and not clips:
         raise LayoutError(f"{path}: holds neither scales nor limits")
     return Search(scales, clips, _facts(path, clips, scales))
+
+
+def write_awq_cache(search: Search, path: Path) -> None:
+    """Write the file that the original's `--load_awq` reads: atomically, and the same bytes for the same search.
+
+    Values become float16, the type of the original's models: wider limits would make its clamped weights wider too.
+    Raises LayoutError, before anything is written, for a value that float16 cannot hold.
+    """
+    held = {
+        "scale": [(one.fold, tuple(one.linears), _half(one.scale_I, one.fold)) for one in search.scales],
+        "clip": [(one.linear, _half(one.limit_OG, one.linear).unsqueeze(-1)) for one in search.clips],
+    }
+    # Saved to a path, the bytes would depend on its name.
+    made = io.BytesIO()
+    torch.save(held, made)
+    with atomic_path(path) as part:
+        part.write_bytes(made.getbuffer())
+
+
+def _half(values: Tensor, name: str) -> Tensor:
+    half = values.detach().cpu().to(torch.float16)
+    if not torch.isfinite(half).all():
+        raise LayoutError(f"{name}: a scale or limit does not fit float16, which awq_cache files hold")
+    return half.contiguous()
 
 
 def _load(path: Path) -> Any:
