@@ -152,6 +152,7 @@ def test_answers_to_another_benchmark_are_refused_or_told(opened, name, tmp_path
         (b'{"question_id": 1.5, "text": "x"}', "line 2: no question_id"),
         (b'{"question_id": true, "text": "x"}', "line 2: no question_id"),
         (b'{"question_id": "a", "text": null}', "line 2: no text"),
+        (b'{"question_id": "a", "text": ["x"]}', r"line 2: no text, but \"\['x'\]\""),
         (b"[1, 2]", "line 2: not a mapping"),
     ],
 )

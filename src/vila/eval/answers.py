@@ -110,12 +110,16 @@ def _answer(row: Any, where: str) -> Answer | str:
     name = next((row[key] for key in _ID if key in row), None)
     text = next((row[key] for key in _TEXT if key in row), None)
     if not isinstance(name, str | int) or isinstance(name, bool):
-        return f"{where}: no question_id"
+        return f"{where}: no question_id" + _instead(name)
     if not isinstance(text, str):
-        return f"{where}: no text"
+        return f"{where}: no text" + _instead(text)
     if _HALVES.search(text):
         return f"{where}: the text {text[:40]!r} holds half of a surrogate pair, which no file can hold"
     # Rows of video questions have the question itself where others have the prompt.
     prompt = row.get("prompt", row.get("question", "") if "pred" in row else "")
     own = str(row["id"]) if "id" in row and "question_id" in row else ""
     return Answer(name, text, prompt if isinstance(prompt, str) else "", where, own)
+
+
+def _instead(value: Any) -> str:
+    return "" if value is None else f", but {str(value)[:40]!r}"

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from vila.core.errors import DataError
-from vila.core.files import read_json, write_json, write_text
+from vila.core.files import write_json, write_text
 from vila.eval.benchmark import Mark
 from vila.eval.predictions import MERGED
 from vila.eval.published import title_of
-from vila.eval.report_digest import RunFolder, read_marks, read_run
+from vila.eval.report_digest import RunFolder, read_marks, read_run, read_scores
 from vila.eval.report_sample import Shown, questions_from, shorten, show, spread
 from vila.eval.report_tables import Table, write_chance, write_signed
 from vila.eval.report_text import bullets, cell, markdown_table, plain
@@ -105,7 +105,7 @@ def _changes(name: str, known: dict[str, Mark], common: Sequence[Mark], folder: 
 def _scores(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise DataError(f"{path.parent}: not finished: no scores.json")
-    scores: dict[str, Any] = read_json(path)
+    scores = read_scores(path)
     if scores.get("score") is None:
         raise DataError(f"{path.parent}: {scores.get('problem') or 'no score'}")
     return scores

@@ -138,7 +138,7 @@ def digest(name: str, folder: Path, items: Callable[[], Sequence[Item]]) -> Dige
     marks = read_marks(folder / "marks.jsonl")
     failed, failures = _failed(folder / MERGED)
     wrong = [mark for mark in marks if mark.value < _WRONG_BELOW]
-    run = read_json(folder / "run.json") if (folder / "run.json").is_file() else {}
+    run = _mapping(folder / "run.json") if (folder / "run.json").is_file() else {}
     return Digest(
         name=name,
         title=title_of(name),
@@ -147,7 +147,7 @@ def digest(name: str, folder: Path, items: Callable[[], Sequence[Item]]) -> Dige
         interval=scores.get("interval"),
         problem=scores.get("problem", ""),
         rules=scores.get("rules", ""),
-        asked=run.get("questions", 0),
+        asked=count if isinstance(count := run.get("questions"), int) else 0,
         marks=len(marks),
         wrong=len(wrong),
         kinds=tuple(_kinds(marks)),
@@ -167,7 +167,7 @@ def read_marks(path: Path) -> list[Mark]:
     for number, row in read_jsonl(path) if path.is_file() else ():
         try:
             mark = Mark(**{key: value for key, value in row.items() if key in known})
-            _ = mark.value < _WRONG_BELOW
+            _ = mark.value < _WRONG_BELOW, "".join((mark.id, mark.group, mark.kind))
         except (AttributeError, TypeError) as error:
             raise DataError(f"{path} line {number}: not a mark ({error}); score the run again") from error
         marks.append(mark)
@@ -177,10 +177,22 @@ def read_marks(path: Path) -> list[Mark]:
 def _scores(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {"problem": "not finished: no scores.json; the same `vila eval` goes on where it was"}
-    scores = read_json(path)
-    if not isinstance(scores, dict):
-        raise DataError(f"{path}: expected scores by name; score the run again")
+    return read_scores(path)
+
+
+def read_scores(path: Path) -> dict[str, Any]:
+    """The figures of a benchmark. Raises DataError for a file that holds none."""
+    scores = _mapping(path)
+    if not isinstance(scores.get("score"), int | float | None):
+        raise DataError(f"{path}: score is {scores['score']!r}; expected a number; the same `vila eval` scores again")
     return scores
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    row = read_json(path)
+    if not isinstance(row, dict):
+        raise DataError(f"{path}: expected values by name, got {str(row)[:60]!r}; the same `vila eval` writes it anew")
+    return row
 
 
 def _kinds(marks: Sequence[Mark]) -> Iterable[Kind]:
@@ -200,7 +212,7 @@ def _failed(path: Path) -> tuple[int, tuple[tuple[str, str], ...]]:
     failures = [
         (str(row.get("id")), str(row["error"]))
         for _, row in (read_jsonl(path) if path.is_file() else ())
-        if "error" in row and "text" not in row
+        if isinstance(row, dict) and "error" in row and "text" not in row
     ]
     return len(failures), tuple(failures[:_FAILURES_SHOWN])
 
@@ -208,5 +220,8 @@ def _failed(path: Path) -> tuple[int, tuple[tuple[str, str], ...]]:
 def _speed(path: Path) -> Speed | None:
     if not path.is_file():
         return None
-    row = read_json(path)
-    return Speed(float(row["seconds"]), int(row["answered"]), row.get("tokens"), row.get("prompt_tokens"))
+    row = _mapping(path)
+    try:
+        return Speed(float(row["seconds"]), int(row["answered"]), row.get("tokens"), row.get("prompt_tokens"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path}: no seconds and answered as numbers ({error}); delete the file") from error
