@@ -44,6 +44,7 @@ def test_the_model_is_written_and_answers(vila, loud_model, text, picture, tmp_p
     assert "21 Linears of 3 blocks in INT4, groups of 32" in shown
     assert "peak memory of this run" in shown
     assert ("sha256" in shown) == (method != "rtn")
+    assert ("--calib is not read, since --method rtn needs no calibration" in err) == (method == "rtn")
     assert (out / "search.safetensors").is_file() == (method != "rtn")
     assert {path.name for path in tmp_path.iterdir()} == {"out", "text.txt", "p.png"}
     code, _, err = vila("run", out, "--image", picture, "--prompt", "what?", "--max-new-tokens", 2)
@@ -125,6 +126,13 @@ def bad_files(folder):
         (("--group-size", "128"), 2, "group size 128 does not divide 32 inputs"),
         (("--method", "gptq"), 2, "'gptq' is not one of"),
         (("--image-weight", "0"), 2, "image_weight 0.0 must be above 0"),
+        (("--image-weight", "nan"), 2, "image_weight nan must be above 0"),
+        (("--method", "rtn", "--scaling", "duo"), 2, "--scaling say how to search, and --method rtn does not search"),
+        (
+            ("--reuse", "{tmp}/none.pt", "--clipping", "all"),
+            2,
+            "--clipping say how to search, and --reuse",
+        ),
         (("--overwrite", "--out", "{model}"), 2, "holds the model that is converted"),
     ],
 )

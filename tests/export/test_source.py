@@ -1,5 +1,7 @@
 """Weights read in runs of rows, with a search applied on the way, are those of the model in memory."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from vila.export.source import Source, open_source
 from vila.model.load import load_model, open_checkpoint
 from vila.model.weights import state_of
 from vila.quant.apply import apply_search
-from vila.quant.result import Scale, Search
+from vila.quant.result import Scale, Search, save_search
 
 
 def all_weights(source, **options):
@@ -78,3 +80,12 @@ def test_other_layouts_are_read_too(tmp_path):
     again, _ = load_model(tmp_path / "hf")
     found = all_weights(open_source(tmp_path / "hf"))
     assert all(torch.equal(found[name], tensor) for name, tensor in state_of(again).items())
+
+
+def test_a_search_with_limits_below_zero_is_refused(tmp_path):
+    model, _ = write_model(tmp_path / "m")
+    found = random_search(model)
+    first = found.clips[0]
+    save_search(replace(found, clips=(replace(first, limit_OG=-first.limit_OG),)), tmp_path / "search.safetensors")
+    with pytest.raises(LayoutError, match=f"the limits of {first.linear} are not all 0 and more"):
+        open_source(tmp_path / "m", search=tmp_path / "search.safetensors")

@@ -15,6 +15,8 @@ from vila.quant.result import Clip, Scale, Search
 from vila.quant.rounding import fake_quantize
 from vila.quant.search import search_model
 
+UP = "language_model.model.layers.0.mlp.up_proj"
+
 
 def test_a_norm_gives_up_what_its_linears_take():
     norm, linear = nn.LayerNorm(4), nn.Linear(4, 3)
@@ -151,6 +153,26 @@ def test_damaged_weights_are_named():
     ):
         with pytest.raises(LayoutError, match="model.layers.1.mlp.gate_proj: the weight holds NaN or infinity"):
             work()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.layers.0.input_layernorm", "language_model.model.norm.weight", "language_model.model.embed_tokens.weight"],
+)
+def test_damaged_norms_and_embeddings_are_named_too(name):
+    model, _ = loud()
+    inside = name if name.startswith("language_model") else f"language_model.{name}.weight"
+    with torch.no_grad():
+        model.get_parameter(inside).view(-1)[3] = float("inf")
+    with pytest.raises(LayoutError, match=f"^{name}: the weight holds NaN or infinity"):
+        quantize_model(model, None, 16)
+
+
+def test_limits_below_zero_are_refused():
+    model, _ = loud()
+    clip = Clip("model.layers.0.mlp.up_proj", torch.full((model.get_submodule(UP).out_features, 2), -0.1))
+    with pytest.raises(LayoutError, match=r"the limits of model.layers.0.mlp.up_proj are not all 0 and more"):
+        apply_search(model, Search((), (clip,)))
 
 
 def test_a_quantized_model_is_refused():

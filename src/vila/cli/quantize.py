@@ -128,6 +128,7 @@ def quantize(
     dump = None if dump_awq is None else dump_awq.expanduser()
     if dump is not None:
         _check_dump(dump, target, method, overwrite)
+    unused = _unused(method, reuse is not None, scaling, clipping)
     found = None if reuse is None else read_search(reuse.expanduser())
     folder = local_folder(model, revision or None)
     check_apart(folder, target)
@@ -140,6 +141,8 @@ def quantize(
                 f"calibration: {calibration.name}, {len(calibration.rows)} rows, {calibration.num_tokens:,} tokens, "
                 f"sha256 {calibration.sha256[:16]}"
             )
+        elif calib:
+            screen.said(f"note: --calib is not read, since {unused} needs no calibration")
         check_request(network, request, calibration, found)
         summary = quantize_checkpoint(network, processor, target, request, calibration, found, events=screen)
     if dump is not None:
@@ -180,6 +183,17 @@ def _request(
         search=replace(start.search, **changes),
         rounding=start.rounding if rounding is None else rounding.value,
     )
+
+
+def _unused(method: Method, is_reused: bool, scaling: Scaling | None, clipping: Clipping | None) -> str:
+    """What makes a search needless, empty where one is made. Raises ConfigError for options of a search that is not."""
+    from vila.core.errors import ConfigError
+
+    why = "--method rtn" if method is Method.RTN else "--reuse" if is_reused else ""
+    given = [name for name, value in (("--scaling", scaling), ("--clipping", clipping)) if value is not None]
+    if why and given:
+        raise ConfigError(f"{' and '.join(given)} say how to search, and {why} does not search; leave one of them out")
+    return why
 
 
 def _check_dump(path: Path, target: Path, method: Method, overwrite: bool) -> None:

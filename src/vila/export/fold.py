@@ -92,3 +92,5 @@ def _problems(search: Search, shapes: Mapping[str, tuple[int, ...]]) -> Iterator
         outputs, groups = clip.limit_OG.shape[:2]
         if len(shape) != 2 or shape[0] != outputs or shape[1] % max(1, groups):
             yield f"{clip.linear} is {'x'.join(map(str, shape)) or 'missing'}, its limits are {outputs}x{groups}"
+        elif not (clip.limit_OG >= 0).all():
+            yield f"the limits of {clip.linear} are not all 0 and more"

@@ -140,6 +140,8 @@ def _clip_problems(clip: Clip, modules: dict[str, nn.Module]) -> Iterator[str]:
     elif clip.limit_OG.shape[0] != linear.out_features or linear.in_features % max(1, clip.limit_OG.shape[1]):
         shape = "x".join(map(str, linear.weight.shape))
         yield f"{clip.linear} is {shape}, its limits are {'x'.join(map(str, clip.limit_OG.shape))}"
+    elif not (clip.limit_OG >= 0).all():
+        yield f"the limits of {clip.linear} are not all 0 and more"
 
 
 def _tail_divided(values: Tensor, divisor: Tensor) -> Tensor:

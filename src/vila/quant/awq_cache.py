@@ -23,7 +23,7 @@ def read_search(path: Path) -> Search:
     """A search of ours, or of the original by the ending `.pt`. Raises LayoutError for what is neither."""
     if not path.is_file():
         raise LayoutError(f"{path}: no such file; give a search.safetensors or an awq_cache .pt")
-    return load_search(path) if path.suffix == ".safetensors" else read_awq_cache(path)
+    return read_awq_cache(path) if path.suffix == ".pt" else load_search(path)
 
 
 def read_awq_cache(path: Path) -> Search:

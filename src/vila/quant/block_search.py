@@ -7,6 +7,7 @@ full-precision weights, as in the original: no block sees another one's rounding
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -64,8 +65,8 @@ class SearchOptions:
         for name, known in (("scaling", ("activation", "duo", "both")), ("clipping", ("none", "published", "all"))):
             if getattr(self, name) not in known:
                 problems.append(f"{name} {getattr(self, name)!r} is none of {', '.join(known)}")
-        if self.image_weight <= 0:
-            problems.append(f"image_weight {self.image_weight} must be above 0")
+        if not (self.image_weight > 0 and math.isfinite(self.image_weight)):
+            problems.append(f"image_weight {self.image_weight} must be above 0 and finite")
         if problems:
             raise ConfigError.collect("search", problems)
 

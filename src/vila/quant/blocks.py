@@ -72,16 +72,25 @@ def check_model(model: nn.Module, group_size: int) -> FamilyCard:
     """
     card = card_of(model)
     check_group_size(model, card, group_size)
-    for index, block in enumerate(blocks_of(model)):
-        for name, linear in linears_of(block).items():
-            if linear.weight.is_meta:
-                raise LayoutError(f"{block_name(index)}.{name}: its weight is not in memory; load the model again")
-            if not torch.isfinite(linear.weight).all():
-                raise LayoutError(
-                    f"{block_name(index)}.{name}: the weight holds NaN or infinity, which no rounding can keep; "
-                    "the checkpoint is damaged, or its training diverged"
-                )
+    for name, parameter in _named_weights(model):
+        if parameter.is_meta:
+            raise LayoutError(f"{name}: its weight is not in memory; load the model again")
+        if not torch.isfinite(parameter).all():
+            raise LayoutError(
+                f"{name}: the weight holds NaN or infinity, which no rounding can keep; the checkpoint is damaged, or "
+                "its training diverged"
+            )
     return card
+
+
+def _named_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The weights of the blocks by the names that searches use, a Linear's by its module; then all others."""
+    seen = set()
+    for index, block in enumerate(blocks_of(model)):
+        for name, parameter in block.named_parameters():
+            seen.add(id(parameter))
+            yield f"{block_name(index)}.{name.removesuffix('.weight')}", parameter
+    yield from ((name, parameter) for name, parameter in model.named_parameters() if id(parameter) not in seen)
 
 
 def check_group_size(model: nn.Module, card: FamilyCard, group_size: int) -> None:
