@@ -132,6 +132,8 @@ def test_the_engine_commands_hold_the_tokens_of_a_picture_and_the_ranks(tmp_path
             "3 ranks do not divide .*--ranks 1 or 2 would",
         ),
         ("tensorrt-llm-legacy", ExportOptions(group_size=128, ranks=2), WIDE, "2 ranks .*--ranks 1 would"),
+        ("tensorrt-llm", ExportOptions("16-bit", group_size=64), {}, "--group-size is for --precision int4"),
+        ("tensorrt-llm-legacy", ExportOptions("float16", group_size=64), {}, "--group-size is for --precision int4"),
         ("tensorrt-llm-legacy", ExportOptions(group_size=64), {}, "--precision float16 has no such rule"),
         (
             "tensorrt-llm-legacy",

@@ -22,6 +22,11 @@ def group_of(source: Source, options: ExportOptions) -> int:
     return options.group_size or made or DEFAULT_GROUP
 
 
+def no_group_refusals(options: ExportOptions) -> list[str]:
+    """Why a precision without groups of weights takes no group size."""
+    return ["--group-size is for --precision int4; leave one of them out"] if options.group_size else []
+
+
 def int4_refusals(
     source: Source,
     options: ExportOptions,

@@ -34,7 +34,7 @@ class TensorRtLlmTarget:
 
     def refusals(self, source: Source, options: ExportOptions) -> list[str]:
         """Towers and projectors that its VILA does not have, and groups that do not fit."""
-        from vila.export.int4_choice import int4_refusals
+        from vila.export.int4_choice import int4_refusals, no_group_refusals
 
         config, out = source.config, []
         if config.vision_config.model_type not in TOWERS:
@@ -49,6 +49,8 @@ class TensorRtLlmTarget:
             )
         if options.precision == "int4":
             out += int4_refusals(source, options, symmetric=True, outputs=2, groups=GROUPS)
+        else:
+            out += no_group_refusals(options)
         return out
 
     def write(self, source: Source, part: Path, options: ExportOptions) -> None:

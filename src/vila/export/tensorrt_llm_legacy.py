@@ -29,11 +29,13 @@ class TensorRtLlmLegacyTarget:
 
     def refusals(self, source: Source, options: ExportOptions) -> list[str]:
         """Families, positions and sizes that the checkpoint cannot express, with those that would."""
-        from vila.export.int4_choice import int4_refusals
+        from vila.export.int4_choice import int4_refusals, no_group_refusals
         from vila.export.legacy_ranks import rank_refusals
 
         out = list(_family_reasons(source))
-        if not out and options.precision == "int4":
+        if options.precision != "int4":
+            out += no_group_refusals(options)
+        elif not out:
             out += int4_refusals(source, options, symmetric=True, outputs=2, groups=GROUPS)
         return out or rank_refusals(source, options)
 
