@@ -168,7 +168,7 @@ class TestWhatIsRefused:
         with pytest.raises(LayoutError, match=message):
             open_checkpoint(tmp_path / "x-v2.pt", base=base)
 
-    @pytest.mark.parametrize("content", [b"", b"not a file of torch", b"PK\x03\x04 cut"])
+    @pytest.mark.parametrize("content", [b"", b"hello", b"not a file of torch", b"PK\x03\x04 cut"])
     def test_no_file_of_torch(self, tmp_path, content):
         base = model_folder(tmp_path / "base", "llava-v1")
         (tmp_path / "x-v2.pt").write_bytes(content)
