@@ -1,6 +1,8 @@
 """`vila convert`: the same answers from another layout, and nothing overwritten by accident."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -17,6 +19,23 @@ from vila.quant.apply import quantize_model
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
     return FIXTURES["v1-mlp2x"](tmp_path_factory.mktemp("published")).folder
+
+
+@pytest.mark.parametrize("command", ["convert", "quantize"])
+def test_a_command_that_is_terminated_leaves_nothing_half_written(vila, published, tmp_path, monkeypatch, command):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr("vila.core.files._sync", lambda part: os.kill(os.getpid(), signal.SIGTERM))
+    given = {
+        "convert": (published, tmp_path / "out", "--layout", "native"),
+        "quantize": (published, "--out", tmp_path / "out", "--method", "rtn", "--group-size", 32),
+    }
+    try:
+        code, _, err = vila(command, *given[command], "--template", "vicuna_v1")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert code == 130
+    assert ("error: stopped" if command == "convert" else "error: interrupted; what was finished is kept") in err
+    assert not list(tmp_path.iterdir())
 
 
 def test_every_layout_has_its_readers():

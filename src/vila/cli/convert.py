@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -58,6 +59,7 @@ def convert(
     target = target.expanduser()
     if target.exists():
         check_replaceable(target, overwrite)
+    stop_cleanly()
     folder = local_folder(source, revision or None)
     check_apart(folder, target)
     model, processor = load_model(
@@ -79,6 +81,15 @@ def _numbers(model: Any) -> str:
 
     size = group_size_of(model)
     return f"INT4 in groups of {size}, float16" if size else str(model.dtype).removeprefix("torch.")
+
+
+def stop_cleanly() -> None:
+    """Let SIGTERM end the command as Ctrl-C does: what is half-written is removed on the way out."""
+    signal.signal(signal.SIGTERM, _stop)
+
+
+def _stop(number: int, frame: object) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 def check_replaceable(target: Path, overwrite: bool) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import signal
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
@@ -56,13 +55,14 @@ def export(
 
     asked = settled(EXPORTS[format_name], ExportOptions(precision, group_size, ranks))
 
+    from vila.cli.convert import stop_cleanly
     from vila.cli.info import human_bytes
     from vila.cli.progress import Screen
     from vila.export.source import open_source
     from vila.export.write import write_export
 
     target = out.expanduser()
-    signal.signal(signal.SIGTERM, _stop)
+    stop_cleanly()
     with Screen() as events:
         source = open_source(
             model,
@@ -77,11 +77,6 @@ def export(
     total = sum(path.stat().st_size for path in files)
     typer.echo(f"{target}: {format_name} {asked.precision}, {len(files)} files, {human_bytes(total)}")
     typer.echo(f"how to run it: {target / 'README.md'}")
-
-
-def _stop(number: int, frame: object) -> NoReturn:
-    # As Ctrl-C does: what is half-written is removed on the way out.
-    raise KeyboardInterrupt
 
 
 def _list() -> None:

@@ -112,7 +112,7 @@ def quantize(
     """Write [bold]MODEL[/bold] with the LLM's weights in 4 bits; the same command after a kill goes on where it was."""
     from rich.console import Console
 
-    from vila.cli.convert import check_apart, check_replaceable
+    from vila.cli.convert import check_apart, check_replaceable, stop_cleanly
     from vila.cli.progress import Screen
     from vila.cli.quantize_summary import show_summary
     from vila.model.hub import local_folder
@@ -130,6 +130,7 @@ def quantize(
         _check_dump(dump, target, method, overwrite)
     unused = _unused(method, reuse is not None, scaling, clipping)
     found = None if reuse is None else read_search(reuse.expanduser())
+    stop_cleanly()
     folder = local_folder(model, revision or None)
     check_apart(folder, target)
     network, processor = load_model(folder, template=template or None, base=base or None)
