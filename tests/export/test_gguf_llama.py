@@ -1,7 +1,6 @@
 """llama.cpp itself reads the files; needs an environment with llama-cpp-python (docs/export.md says how)."""
 
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +14,7 @@ from vila.export.source import open_source
 from vila.export.target import ExportOptions
 from vila.export.write import write_export
 from vila.model.load import load_model
+from vila.starter.texts import english_eval
 
 pytestmark = pytest.mark.slow
 TEXTS = (
@@ -93,13 +93,14 @@ def test_the_starter_in_half_says_the_engines_tokens(starter, starter_in_torch, 
 
 @pytest.mark.parametrize(("precision", "least"), [("f16", 0.995), ("q8_0", 0.95), ("q4_1", 0.7)])
 def test_the_starters_likeliest_tokens_agree(starter, starter_in_torch, tmp_path, precision, least):
-    """llama-cpp-python 0.3.36, 400 tokens of prose: F16 1.0, Q8_0 0.9575, Q4_1 0.79, Q4_0 0.67."""
+    """2,000 tokens of held-out English; llama-cpp-python 0.3.36, two trainings: F16 1.0, Q8_0 0.963 and 0.954."""
     model, processor = starter_in_torch
-    ids = processor.tokenizer(Path(__file__).read_text() + Path(tiny.__file__).read_text())["input_ids"][:500]
+    ids = processor.tokenizer(english_eval())["input_ids"]
+    rows = [ids[start : start + 500] for start in range(0, 2000, 500)]
     with torch.no_grad():
-        wanted = model.language_model(torch.tensor([ids])).logits[0].argmax(-1).numpy()
-    (found,) = ask_llama(model=exported(starter, tmp_path, precision), forced=[ids])["forced"]
-    assert (wanted == np.array(found)).mean() > least
+        wanted = [model.language_model(torch.tensor([row])).logits[0].argmax(-1).numpy() for row in rows]
+    found = ask_llama(model=exported(starter, tmp_path, precision), forced=rows)["forced"]
+    assert np.mean([(one == np.array(other)).mean() for one, other in zip(wanted, found, strict=True)]) > least
 
 
 def look(tmp_path, tower, projector="mlp2x_gelu", select_layer=-2):
