@@ -10,6 +10,7 @@ import torch
 from tests import tiny
 from tests.model.layouts.published import FIXTURES
 from vila.cli.convert import IN_4_BITS, READERS
+from vila.cli.layout_readme import layout_readme
 from vila.model.int4 import int4_weights, use_int4
 from vila.model.layouts.protocol import LAYOUTS, detect_layout
 from vila.model.load import load_model, save_model
@@ -57,6 +58,33 @@ def test_the_model_is_the_same_in_another_layout(vila, published, tmp_path, layo
     after, _ = load_model(target, template="vicuna_v1")
     ids = torch.tensor([[1, 5, 9, 11]])
     assert torch.equal(before(input_ids=ids).logits[..., :1200], after(input_ids=ids).logits[..., :1200])
+
+
+COMMANDS = {
+    "llava-hf": ("vllm serve .", "sglang.launch_server --model-path .", "AutoModelForImageTextToText"),
+    "awq-hf": ("vllm serve .", "vila run .", "gptqmodel"),
+    "tinychat": ("tinychat/vila10_demo.py", "--quant-path *-v2.pt", "--precision W4A16"),
+}
+
+
+@pytest.mark.parametrize("layout", COMMANDS)
+def test_a_readme_says_how_other_programs_run_it(vila, tmp_path, layout):
+    model, processor = tiny.vila(tower="clip", hidden_size=64, intermediate_size=128)
+    if layout in IN_4_BITS:
+        use_int4(model, quantize_model(model, None, 64))
+    save_model(model, processor, tmp_path / "model", "awq-hf" if layout in IN_4_BITS else "native")
+    code, _, err = vila("convert", tmp_path / "model", tmp_path / "out", "--layout", layout)
+    assert code == 0, err
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert all(command in text for command in (*COMMANDS[layout], "## Versions", "## Known defects"))
+    assert text.isascii()
+
+
+def test_a_readme_names_no_program_that_cannot_run_the_model():
+    siglip, clip = tiny.vila(tower="siglip"), tiny.vila(tower="clip")
+    assert "vllm serve" not in layout_readme("awq-hf", *siglip)
+    assert "vila15_demo.py --model-path MODEL_16_BIT --quant-path llm/*-v2.pt" in layout_readme("tinychat", *siglip)
+    assert layout_readme("native", *clip) == ""
 
 
 def test_number_type_and_template_are_written(vila, published, tmp_path):

@@ -46,6 +46,7 @@ def test_the_model_is_written_and_answers(vila, loud_model, text, picture, tmp_p
     assert ("sha256" in shown) == (method != "rtn")
     assert ("--calib is not read, since --method rtn needs no calibration" in err) == (method == "rtn")
     assert (out / "search.safetensors").is_file() == (method != "rtn")
+    assert "vila run ." in (out / "README.md").read_text()
     assert {path.name for path in tmp_path.iterdir()} == {"out", "text.txt", "p.png"}
     code, _, err = vila("run", out, "--image", picture, "--prompt", "what?", "--max-new-tokens", 2)
     assert code == 0, err

@@ -50,7 +50,9 @@ def convert(
 ) -> None:
     """Write the model [bold]SRC[/bold] to the directory [bold]DST[/bold] in another layout."""
     from vila.cli.info import human_bytes
+    from vila.cli.layout_readme import README, layout_readme
     from vila.core.errors import ConfigError
+    from vila.core.files import write_text
     from vila.model.hub import local_folder
     from vila.model.load import load_model, save_model
 
@@ -66,6 +68,8 @@ def convert(
         folder, dtype=dtype.value, template=template or None, base=base or None, int4=not dequantize
     )
     save_model(model, processor, target, layout=layout.value)
+    if text := layout_readme(layout.value, model, processor):
+        write_text(target / README, text)
     files = sorted(path for path in target.rglob("*") if path.is_file())
     typer.echo(f"{target}: layout {layout.value}, {_numbers(model)}")
     for path in files:

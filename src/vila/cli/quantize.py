@@ -113,6 +113,7 @@ def quantize(
     from rich.console import Console
 
     from vila.cli.convert import check_apart, check_replaceable, stop_cleanly
+    from vila.cli.layout_readme import README, layout_readme
     from vila.cli.progress import Screen
     from vila.cli.quantize_summary import show_summary
     from vila.model.hub import local_folder
@@ -145,7 +146,10 @@ def quantize(
         elif calib:
             screen.said(f"note: --calib is not read, since {unused} needs no calibration")
         check_request(network, request, calibration, found)
-        summary = quantize_checkpoint(network, processor, target, request, calibration, found, events=screen)
+        texts = {README: layout_readme("awq-hf", network, processor)}
+        summary = quantize_checkpoint(
+            network, processor, target, request, calibration, found, texts=texts, events=screen
+        )
     if dump is not None:
         write_awq_cache(load_search(target / SEARCH_FILE), dump)
     show_summary(Console(highlight=False, soft_wrap=True), target, summary)

@@ -6,6 +6,7 @@ Until the directory is whole, finished blocks lie in a hidden folder beside it.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +16,7 @@ from torch import nn
 
 from vila.core.errors import ConfigError
 from vila.core.events import SILENT, Events
-from vila.core.files import atomic_path, write_json
+from vila.core.files import atomic_path, write_json, write_text
 from vila.model.int4 import use_int4
 from vila.model.load import save_model
 from vila.quant.apply import check_same_rounding, check_search
@@ -118,11 +119,13 @@ def quantize_checkpoint(
     found: Search | None = None,
     *,
     layout: str = LAYOUT,
+    texts: Mapping[str, str] | None = None,
     events: Events = SILENT,
 ) -> dict[str, Any]:
     """Quantize the model, in place, and write it to `out` with the search and a summary, which is returned.
 
-    found: a search to use instead of making one. The same call after a kill goes on from the last finished block.
+    found: a search to use instead of making one. texts: of further files, by their names.
+    The same call after a kill goes on from the last finished block.
     Raises as `check_request`; CheckpointError when the folder of finished blocks is of another run.
     """
     check_request(model, request, calibration, found)
@@ -144,6 +147,8 @@ def quantize_checkpoint(
             save_search(search, part / SEARCH_FILE)
         summary = _summary(request, calibration, search, rounded, before, after)
         write_json(part / SUMMARY_FILE, summary)
+        for name, text in (texts or {}).items():
+            write_text(part / name, text)
     shutil.rmtree(work, ignore_errors=True)
     return summary
 
