@@ -28,9 +28,7 @@ _HUB = _Guide(
         ("Serve it with SGLang", "python -m sglang.launch_server --model-path ."),
     ),
     ("transformers 5.23: run on a CPU", "vLLM, SGLang: made for them, not run"),
-    (
-        "With torchvision installed transformers resizes pictures a little otherwise; `backend='pil'` is what VILA does.",
-    ),
+    ("With torchvision installed transformers resizes a little otherwise; `backend='pil'` does as VILA.",),
 )
 _AWQ = _Guide(
     "A model in 4 bits as AutoAWQ stores it (gemm).",
