@@ -80,7 +80,7 @@ def cell(name, source):
     """The precisions in which the format holds the model, with the first group size that fits; or a dash."""
     target, out = EXPORTS[name], []
     for precision in target.precisions:
-        groups = (128, 64, 32) if "group_size" in target.takes else (0,)
+        groups = (128, 64, 32, 0) if "group_size" in target.takes else (0,)
         for group in groups:
             if not target.refusals(source, settled(target, ExportOptions(precision, group_size=group))):
                 out.append(precision)

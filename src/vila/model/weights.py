@@ -137,6 +137,11 @@ class TorchFile:
         except (OSError, RuntimeError, EOFError, ValueError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise LayoutError(f"{self.path}: cannot be read ({reason}); it may be cut short, copy it again") from error
+        except (LookupError, TypeError, AttributeError, AssertionError) as error:
+            # Bytes that are no pickle are taken for one until some instruction of it fails.
+            raise LayoutError(
+                f"{self.path}: cannot be read ({type(error).__name__}); it is no file of torch.save, fetch it again"
+            ) from error
         if not isinstance(held, dict):
             raise LayoutError(f"{self.path}: holds a {type(held).__name__}, not weights by name")
         if held and held.keys() <= {"scale", "clip"}:

@@ -181,6 +181,13 @@ class TestRefusals:
         with pytest.raises(LayoutError, match=f"{file}: cannot be read"):
             load_model(where.folder)
 
+    def test_text_in_the_place_of_weights_is_named(self, tmp_path):
+        where = llava_v1(tmp_path, form="bin")
+        file = next(where.folder.glob("*.bin"))
+        file.write_text("hello")
+        with pytest.raises(LayoutError, match=f"{file}: cannot be read .*no file of torch.save"):
+            load_model(where.folder)
+
     def test_a_lora_directory_without_its_base_says_what_to_give(self, tmp_path):
         with pytest.raises(LayoutError, match="a LoRA directory; give the directory of the base LLM"):
             load_model(lora(tmp_path).folder)

@@ -59,7 +59,7 @@ class TinychatLayout:
         layout = detect_full_precision(home)
         if layout is None:
             raise LayoutError(f"{home}: not a 16-bit model, which {folder} needs beside it")
-        mine, unclaimed = claim(_pieces(_files(folder)), _PREFIXES)
+        mine, unclaimed = claim(pieces_of([weight_file(path) for path in _files(folder)]), _PREFIXES)
         under = layout.open(home)
         # Of the LLM nothing is taken from the 16-bit model: its norms belong to other weights.
         others = {name: piece for name, piece in under.pieces.items() if not name.startswith("language_model.")}
@@ -108,19 +108,6 @@ def _files(folder: Path) -> list[Path]:
     if folder.is_file():
         return [folder]
     return pickled_files(folder) or pickled_files(folder / _LLM)
-
-
-def _pieces(paths: list[Path]) -> dict[str, Piece]:
-    files = [weight_file(path) for path in paths]
-    for file in files:
-        try:
-            _ = file.facts
-        except (LookupError, TypeError, AttributeError, AssertionError) as error:
-            # Bytes that are no pickle are taken for one until some instruction of it fails.
-            raise LayoutError(
-                f"{file.path}: cannot be read ({type(error).__name__}); it is no file of torch.save, fetch it again"
-            ) from error
-    return pieces_of(files)
 
 
 def _home(folder: Path) -> Path:
