@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -14,7 +14,6 @@ from vila.core.types import Message
 
 if TYPE_CHECKING:
     from vila.engine.engine import Engine
-    from vila.engine.onnx.weights import ActivationBits
     from vila.engine.request import Sampling
     from vila.model.config import VilaConfig
     from vila.model.layouts.protocol import Checkpoint
@@ -57,21 +56,15 @@ def open_model(loading: Loading) -> Checkpoint:
 
 def load_engine(checkpoint: Checkpoint, loading: Loading) -> Engine:
     """The engine of an open checkpoint, its weights read now. Which backend was chosen is said on standard error."""
-    from vila.engine.backend import choose_captured, choose_lean, choose_program
     from vila.engine.engine import Engine
-    from vila.engine.prefix import DEFAULT_BYTES
     from vila.model.build import build_model
     from vila.model.precision import choose_dtype
 
     device = choose_device(loading.device)
     take_threads(loading.threads)
     model = build_model(checkpoint, choose_dtype(loading.dtype, device), device)
-    aloud = Aloud()
-    bits: ActivationBits | Literal[0] = loading.activation_bits  # type: ignore[assignment]
-    program = choose_program(model, loading.backend, head_bits=loading.head_bits, activation_bits=bits, events=aloud)
-    captured = program is None and choose_captured(model, aloud)
-    lean = choose_lean(model) if program is None else None
-    return Engine(model, checkpoint.processor, program, kept_bytes=DEFAULT_BYTES, captured=captured, lean=lean)
+    bits = {"head_bits": loading.head_bits, "activation_bits": loading.activation_bits}
+    return Engine.on_backend(model, checkpoint.processor, loading.backend, **bits, events=Aloud())
 
 
 def check_backend_flags(loading: Loading, device: str) -> None:

@@ -117,9 +117,26 @@ class Engine:
         check_backend(backend, head_bits, threads, str(device), activation_bits)
         kind = choose_dtype(dtype, device) if dtype == "auto" else dtype
         model, processor = load_model(path, dtype=kind, device=device, **loading)
-        program = choose_program(
-            model, backend, head_bits=head_bits, activation_bits=activation_bits, threads=threads, events=events
+        bits = {"head_bits": head_bits, "activation_bits": activation_bits}
+        return Engine.on_backend(
+            model, processor, backend, **bits, threads=threads, kept_bytes=kept_bytes, events=events
         )
+
+    @staticmethod
+    def on_backend(
+        model: VilaForConditionalGeneration,
+        processor: VilaProcessor,
+        backend: str = "auto",
+        *,
+        kept_bytes: int = DEFAULT_BYTES,
+        events: Events = SILENT,
+        **options: Any,
+    ) -> Engine:
+        """The engine of a model that is there already, computed by the fastest that a backend has for it.
+
+        options: of `choose_program`, which says what is refused.
+        """
+        program = choose_program(model, backend, **options, events=events)
         captured = program is None and choose_captured(model, events)
         lean = choose_lean(model) if program is None else None
         return Engine(model, processor, program, kept_bytes=kept_bytes, captured=captured, lean=lean)

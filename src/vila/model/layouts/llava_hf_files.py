@@ -11,6 +11,7 @@ from vila.chat.templates import find_template
 from vila.core.files import write_json
 from vila.model.layouts.names import Prefixes
 from vila.model.layouts.published import write_tokenizer
+from vila.model.layouts.vision_folder import pixel_facts
 
 IMAGE = "<image>"
 CLASSIC: Prefixes = (
@@ -65,16 +66,7 @@ def write_processor(processor: Any, tokenizer: Any, config: Any, part: Path) -> 
     """Write what stock transformers reads pictures and conversations by."""
     spec, kind = processor.spec, config.vision_config.model_type
     square = {"height": spec.image_size, "width": spec.image_size}
-    image = {
-        "do_convert_rgb": True,
-        "do_normalize": True,
-        "do_rescale": True,
-        "do_resize": True,
-        "image_mean": list(spec.mean),
-        "image_std": list(spec.std),
-        "resample": 3,
-        "rescale_factor": 1 / 255,
-    }
+    image = pixel_facts(spec)
     if spec.image_mode == "pad":
         image |= {"image_processor_type": "LlavaImageProcessor", "do_pad": True, "do_center_crop": True}
         image |= {"size": {"shortest_edge": spec.image_size}, "crop_size": square}

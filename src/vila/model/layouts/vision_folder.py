@@ -43,16 +43,7 @@ def preprocessor_facts(kind: str, spec: VisionSpec) -> dict[str, Any]:
     """What preprocessor_config.json holds for a kind of tower."""
     size = spec.image_size
     square = {"height": size, "width": size}
-    shared = {
-        "do_convert_rgb": True,
-        "do_normalize": True,
-        "do_rescale": True,
-        "do_resize": True,
-        "image_mean": list(spec.mean),
-        "image_std": list(spec.std),
-        "resample": 3,
-        "rescale_factor": 1 / 255,
-    }
+    shared = pixel_facts(spec)
     if kind == "siglip_vision_model":
         return {**shared, "image_processor_type": "SiglipImageProcessor", "size": square}
     return {
@@ -61,4 +52,18 @@ def preprocessor_facts(kind: str, spec: VisionSpec) -> dict[str, Any]:
         "do_center_crop": True,
         "crop_size": square,
         "size": {"shortest_edge": size},
+    }
+
+
+def pixel_facts(spec: VisionSpec) -> dict[str, Any]:
+    """What every image processor says of values and resampling."""
+    return {
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": list(spec.mean),
+        "image_std": list(spec.std),
+        "resample": 3,
+        "rescale_factor": 1 / 255,
     }
