@@ -4,8 +4,9 @@ import errno
 
 import pytest
 
-from vila.core.errors import DataError, VilaError
-from vila.core.files import atomic_path, read_json, read_jsonl, remove_partials, sha256_tree, write_json, write_jsonl
+from vila.core.errors import VilaError
+from vila.core.files import atomic_path, remove_partials, sha256_tree, write_json
+from vila.core.reading import read_json
 
 
 def names(folder):
@@ -55,20 +56,6 @@ def test_a_directory_lost_in_the_middle_of_its_replacement_comes_back(tmp_path):
     remove_partials(tmp_path)
     assert names(tmp_path) == ["d"]
     assert (tmp_path / "d" / "old").read_text() == "old"
-
-
-def test_json_faults_name_file_and_place(tmp_path):
-    (tmp_path / "a.json").write_text('{"a": \n x}')
-    with pytest.raises(DataError, match="a.json line 2 column 2: not JSON"):
-        read_json(tmp_path / "a.json")
-    (tmp_path / "b.json").write_bytes(b'"\xff"')
-    with pytest.raises(DataError, match="b.json: not UTF-8 text"):
-        read_json(tmp_path / "b.json")
-    write_jsonl(tmp_path / "c.jsonl", [1, {"a": 2}])
-    assert list(read_jsonl(tmp_path / "c.jsonl")) == [(1, 1), (2, {"a": 2})]
-    (tmp_path / "c.jsonl").write_text("1\n\n{\n")
-    with pytest.raises(DataError, match="c.jsonl line 3: not JSON"):
-        list(read_jsonl(tmp_path / "c.jsonl"))
 
 
 def test_the_hash_of_a_tree_sees_names_and_contents(tmp_path):

@@ -91,7 +91,7 @@ def _arm(death: Death) -> None:
 
 def left_behind(out: Path, data: Path, submissions: Path) -> dict[str, Any]:
     """All that a finished run leaves, and the files for the servers made of it; without times and rates."""
-    from vila.core.files import read_json
+    from vila.core.reading import read_json
     from vila.eval.submit import submit_run
 
     found: dict[str, Any] = {
@@ -126,7 +126,7 @@ def assert_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
 
 def asked(out: Path) -> int:
     """Questions that were answered in the sessions that came to an end, over all benchmarks."""
-    from vila.core.files import read_json
+    from vila.core.reading import read_json
 
     return sum(read_json(path)["answered"] for path in out.glob("*/speed.json"))
 

@@ -3,7 +3,7 @@
 import signal
 
 from tests.eval.evaluating import QUESTIONS, Death, asked, assert_same, evaluated, left_behind, on_the_disk
-from vila.core.files import read_json
+from vila.core.reading import read_json
 
 
 def test_two_processes_leave_what_one_leaves(stand, tmp_path):

@@ -11,7 +11,8 @@ from PIL import Image
 
 from tests.eval.mini import Answers, mini_data, mini_run, truly
 from vila.core.errors import DataError
-from vila.core.files import read_json, write_json, write_jsonl
+from vila.core.files import write_json, write_jsonl
+from vila.core.reading import read_json
 from vila.core.types import Image as CoreImage
 from vila.core.types import Message
 from vila.eval.benchmark import BENCHMARKS, Item, Mark
@@ -306,7 +307,7 @@ def test_a_run_that_was_cut_off_is_reported_as_far_as_it_came(tmp_path):
     [
         (lambda run: (run / "eval.json").unlink(), "no eval.json; give the directory that `vila eval --out` wrote"),
         (lambda run: write_json(run / "eval.json", {"benchmarks": ["a"]}), r"expected folders by benchmark .*\['a'\]"),
-        (lambda run: (run / "easy_vqa/marks.jsonl").write_text('{"id": "q1", "val'), "marks.jsonl line 1: not JSON"),
+        (lambda run: (run / "easy_vqa/marks.jsonl").write_text('{"id": "q1", "val'), "marks.jsonl, line 1: not JSON"),
         (lambda run: (run / "easy_vqa/marks.jsonl").write_text('{"id": "q1"}\n'), "marks.jsonl line 1: not a mark"),
         (lambda run: (run / "easy_vqa/marks.jsonl").write_text('{"id": "q", "value": "x"}\n'), "line 1: not a mark"),
         (lambda run: (run / "easy_vqa/marks.jsonl").write_text('{"id": 5, "value": 1}\n'), "line 1: not a mark"),

@@ -7,7 +7,7 @@ from transformers import AutoModelForImageTextToText, CompressedTensorsConfig
 from tests.export.models import random_search, rounded, write_model, write_search
 from tests.export.readers.pack_quantized import read_weights
 from vila.core.errors import LayoutError
-from vila.core.files import read_json
+from vila.core.reading import read_json
 from vila.export.source import open_source
 from vila.export.target import ExportOptions
 from vila.export.write import write_export

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.export.readers.safetensors_file import read_file, read_folder
-from vila.core.files import read_json
+from vila.core.reading import read_json
 from vila.export.stream import SafetensorsWriter
 
 TENSORS = {

@@ -7,7 +7,7 @@ from tests.export.models import WIDE, random_search, rounded, write_model, write
 from tests.export.readers.modelopt import read_hub_folder, read_ranks
 from tests.export.readers.safetensors_file import read_file, read_folder
 from vila.core.errors import LayoutError
-from vila.core.files import read_json
+from vila.core.reading import read_json
 from vila.export.source import open_source
 from vila.export.target import ExportOptions
 from vila.export.write import write_export

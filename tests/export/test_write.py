@@ -9,7 +9,7 @@ import torch
 
 from tests.export.models import write_model
 from vila.core.errors import ConfigError, LayoutError, UnknownNameError, VilaError
-from vila.core.files import read_json
+from vila.core.reading import read_json
 from vila.export import stream
 from vila.export.source import open_source
 from vila.export.target import EXPORTS, OPTIONS, ExportOptions

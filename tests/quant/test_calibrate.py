@@ -72,10 +72,10 @@ def test_files_of_both_kinds(tmp_path):
         ("a.txt", b"", "a.txt: holds no text to calibrate with"),
         ("a.txt", b"\n\n \n", "a.txt: holds no text to calibrate with"),
         ("a.txt", b"\xe9t\xe9", r"a.txt: not UTF-8 text \(byte 0\)"),
-        ("a.jsonl", b'{"text": "\xe9t\xe9"}', r"a.jsonl: not UTF-8 text"),
+        ("a.jsonl", b'{"text": "\xe9t\xe9"}', r"a.jsonl, line 1: not UTF-8 text"),
         ("a.jsonl", b'{"text": "x"}\n{"txt": "y"}', "a.jsonl line 2: expected"),
         ("a.jsonl", b'{"ids": [1, true]}', "a.jsonl line 1: expected"),
-        ("a.jsonl", b'{"text": ', "a.jsonl line 1: not JSON"),
+        ("a.jsonl", b'{"text": ', "a.jsonl, line 1: not JSON"),
         ("a.jsonl", b"", "a.jsonl: holds no text"),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from vila.core.errors import MediaError
-from vila.core.files import read_json
+from vila.core.reading import read_json
 from vila.starter.report import plain, render_report, write_report
 
 SECTIONS = {

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from tests.starter.wheels import make_wheel
 from vila.core.errors import LayoutError
-from vila.core.files import read_json
+from vila.core.reading import read_json
 from vila.starter import smollm2_gguf
 from vila.starter.smollm2_gguf import convert_smollm2, halves_apart, obtain_llm
 

@@ -11,7 +11,7 @@ from tests.train.ranks import run_ranks
 from tests.train.stand import stand_recipe, write_stand
 from vila.core.dist import Place
 from vila.core.errors import ConfigError, Interrupted, TrainingError, VilaError
-from vila.core.files import read_json
+from vila.core.reading import read_json
 from vila.train.metrics import read_metrics
 from vila.train.model import whole_tensors
 from vila.train.parallel import _mesh, open_world

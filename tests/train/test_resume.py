@@ -16,7 +16,8 @@ from tests.train.ranks import run_ranks
 from tests.train.stand import stand_recipe, write_stand
 from vila.config.load import save_recipe
 from vila.core.errors import CheckpointError, Interrupted
-from vila.core.files import read_json, write_json
+from vila.core.files import write_json
+from vila.core.reading import read_json
 from vila.train.metrics import read_metrics
 from vila.train.run import build
 

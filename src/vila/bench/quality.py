@@ -21,7 +21,8 @@ import torch
 
 from vila.core.errors import ConfigError, DataError
 from vila.core.events import SILENT, Events, task
-from vila.core.files import read_json, write_json
+from vila.core.files import write_json
+from vila.core.reading import read_json
 from vila.engine.engine import Engine
 from vila.eval.benchmarks.easy_vqa import EasyVqa
 from vila.eval.runner import run

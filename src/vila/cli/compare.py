@@ -25,7 +25,7 @@ def compare(
 
     from rich.console import Console
 
-    from vila.core.files import read_json
+    from vila.core.reading import read_json
     from vila.eval.report_compare import SURE, compare_runs
 
     paths = compare_runs(first, second, out or second / "compare")

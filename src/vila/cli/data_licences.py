@@ -40,7 +40,7 @@ def licences_of(path: Path) -> tuple[DataLicence, ...]:
 
 
 def _names(path: Path) -> list[str]:
-    from vila.core.files import read_json
+    from vila.core.reading import read_json
 
     prepared = []
     for folder in (path, path.parent):

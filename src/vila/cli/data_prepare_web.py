@@ -101,7 +101,7 @@ def coyo(
 def _selected(sources: Sequence[Path], lists: Path) -> tuple[list[Path], Counts] | None:
     """The lists of all workers and what their selection left out; None while some have not selected."""
     from vila.core.errors import DataError
-    from vila.core.files import read_json
+    from vila.core.reading import read_json
     from vila.prepare.counts import Counts
     from vila.prepare.parts import unit_names
 

@@ -177,7 +177,8 @@ def _engine(
 
 def _note_run(root: Path, facts: dict[str, Any]) -> None:
     """Write `eval.json`, with the benchmarks that earlier commands ran on the same model."""
-    from vila.core.files import read_json, write_json
+    from vila.core.files import write_json
+    from vila.core.reading import read_json
 
     path = root / "eval.json"
     before = read_json(path) if path.is_file() else {}

@@ -16,7 +16,7 @@ def write_model_card(recipe: Recipe, command: str = "") -> Path:
     command: the command line that trained it, where it is to be repeated word for word.
     """
     from vila.cli.data_licences import licences_of
-    from vila.core.files import read_json
+    from vila.core.reading import read_json
     from vila.train.card import write_card
     from vila.train.metrics import read_metrics
 

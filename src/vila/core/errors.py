@@ -1,15 +1,92 @@
-"""Every error that `vila` raises on purpose. A message says what was wrong, where, and what to do."""
+"""All exceptions that `vila` raises on purpose. They carry the location and the value as fields; see `VilaError`."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from os import PathLike
+from typing import Any, Final
+
+MAX_SHOWN_VALUE: Final = 120
+"""Characters of a value that a message shows."""
+
+
+class _Missing:
+    """Type of `MISSING`."""
+
+    def __repr__(self) -> str:
+        return "MISSING"
+
+    def __reduce__(self) -> str:
+        return "MISSING"
+
+
+MISSING: Final = _Missing()
+"""Default of `VilaError.value`: the error has no value (None is a value)."""
 
 
 class VilaError(Exception):
-    """Base of all errors whose message is meant for the user; the command line prints it without a traceback."""
+    """Base class of all errors with a message for the user. The command line prints the message without a traceback.
+
+    problem:  reason, without location and remedy. May be empty when `value` and `expected` say it.
+    file:     file, directory or URL with the problem.
+    record:   number of the record in `file` (from 0), or text such as "line 3" or "key 0001".
+    field:    dotted name of the key, option, tensor or argument.
+    value:    the offending value; `MISSING` if there is none.
+    expected: the accepted values.
+    hint:     remedy: command, option or near match.
+
+    `str(error)` is `FILE, record RECORD: FIELD: PROBLEM, got VALUE, expected EXPECTED; HINT`, without the absent parts.
+    """
 
     exit_code = 1
+
+    def __init__(
+        self,
+        problem: str = "",
+        *,
+        file: str | PathLike[str] | None = None,
+        record: int | str | None = None,
+        field: str | None = None,
+        value: Any = MISSING,
+        expected: str | None = None,
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(problem)
+        self.problem = problem
+        self.file = None if file is None else str(file)
+        self.record = record
+        self.field = field
+        self.value = value
+        self.expected = expected
+        self.hint = hint
+
+    def __str__(self) -> str:
+        record = f"record {self.record}" if isinstance(self.record, int) else self.record
+        location = [part for part in (self.file, record) if part]
+        reasons = [self.problem] if self.problem else []
+        if self.value is not MISSING:
+            reasons.append(f"got {_shown(self.value)}")
+        if self.expected:
+            reasons.append(f"expected {self.expected}")
+        text = ": ".join(part for part in (", ".join(location), self.field or "", ", ".join(reasons)) if part)
+        return f"{text}; {self.hint}" if self.hint else text
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exception's own pickling passes `args` only.
+        return _rebuild, (type(self), self.args, dict(self.__dict__))
+
+
+def _rebuild(kind: type[VilaError], args: tuple[Any, ...], fields: dict[str, Any]) -> VilaError:
+    error = kind.__new__(kind, *args)
+    error.args = args
+    error.__dict__.update(fields)
+    return error
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= MAX_SHOWN_VALUE else f"{text[:MAX_SHOWN_VALUE]}..."
 
 
 class ConfigError(VilaError, ValueError):
@@ -36,11 +113,7 @@ class UnknownNameError(VilaError, LookupError):
         near = get_close_matches(name, names, n=3)
         hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
         super().__init__(f"unknown {kind} {name!r}{hint} (known: {', '.join(names) or 'none'})")
-        self._made_of = (kind, name, names)
-
-    def __reduce__(self) -> tuple[type[UnknownNameError], tuple[str, str, list[str]]]:
-        # It travels between processes, and is made there from what it was made of here.
-        return type(self), self._made_of
+        self.kind, self.name, self.near = kind, name, near
 
 
 class MediaError(VilaError, ValueError):

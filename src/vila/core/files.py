@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vila.core.errors import DataError, VilaError
+from vila.core.errors import VilaError
 
 
 @contextmanager
@@ -79,28 +79,6 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
     """Write JSON atomically, keys in their own order."""
     write_text(path, json.dumps(value, ensure_ascii=False, indent=indent) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """Read JSON. Raises DataError naming the file, line and column of the fault."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} line {error.lineno} column {error.colno}: not JSON ({error.msg})") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text (byte {error.start})") from error
-
-
-def read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
-    """Line numbers (from 1) and values; empty lines are skipped. Raises DataError naming file and line."""
-    with path.open(encoding="utf-8") as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            try:
-                yield number, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path} line {number}: not JSON ({error.msg})") from error
 
 
 def write_jsonl(path: Path, rows: Iterable[Any]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vila.core.errors import DataError
-from vila.core.files import read_json
+from vila.core.reading import read_json
 from vila.eval.benchmark import Answer
 from vila.eval.predictions import MERGED
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vila.core.errors import DataError, UnknownNameError
-from vila.core.files import read_json, write_jsonl
+from vila.core.files import write_jsonl
+from vila.core.reading import read_json
 from vila.eval.joining import naming
 from vila.eval.judge_cost import Estimate, Prices, estimate_cost
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vila.core.errors import DataError, UnknownNameError
-from vila.core.files import read_json
+from vila.core.reading import read_json
 from vila.eval.judge import Case, fields_of, prompts
 
 _OTHER = {"question": "Q", "answer": "A", "question1": "Q1", "question2": "Q2"}

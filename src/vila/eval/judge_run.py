@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from vila.core.events import SILENT, Events, task
-from vila.core.files import read_json, write_json
+from vila.core.files import write_json
+from vila.core.reading import read_json
 from vila.eval.endpoint import Endpoint, Reply, ServerError
 from vila.eval.judge import DEFAULT_MODEL, Case, Verdict, body_hash, read_reply, request_body
 from vila.eval.judge_cost import Estimate, Prices, estimate_cost

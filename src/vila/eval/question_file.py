@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vila.core.errors import DataError
-from vila.core.files import read_jsonl
+from vila.core.reading import read_jsonl
 from vila.core.types import Image, Message
 from vila.eval.benchmark import Item
 

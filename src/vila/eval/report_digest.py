@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vila.core.errors import DataError
-from vila.core.files import read_json, read_jsonl
+from vila.core.reading import read_json, read_jsonl
 from vila.eval.benchmark import Item, Mark
 from vila.eval.predictions import MERGED
 from vila.eval.published import published_table, title_of

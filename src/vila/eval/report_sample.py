@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image as PilImage
 
 from vila.core.errors import DataError, MediaError
-from vila.core.files import read_jsonl
+from vila.core.reading import read_jsonl
 from vila.core.types import Image, Video
 from vila.eval.benchmark import BENCHMARKS, Item, Mark
 from vila.eval.benchmarks.scienceqa import LETTER

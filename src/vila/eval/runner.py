@@ -12,7 +12,8 @@ from typing import Any
 from vila.core.dist import Place
 from vila.core.errors import DataError
 from vila.core.events import SILENT, Events, task
-from vila.core.files import read_json, remove_partials, sha256_file, write_json, write_jsonl
+from vila.core.files import remove_partials, sha256_file, write_json, write_jsonl
+from vila.core.reading import read_json
 from vila.core.types import Image, Text
 from vila.engine.request import Sampling
 from vila.eval.asking import Answers, Asking

@@ -9,7 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from vila.core.files import read_json, write_json
+from vila.core.files import write_json
+from vila.core.reading import read_json
 from vila.eval.asking import Tokens
 
 _PARTS = "speed-*.json"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vila.core.errors import DataError
-from vila.core.files import read_json
+from vila.core.reading import read_json
 from vila.eval.folders import find, look
 from vila.eval.joining import naming
 

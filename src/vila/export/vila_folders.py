@@ -11,7 +11,8 @@ import torch
 from transformers import GenerationConfig
 
 from vila import __version__
-from vila.core.files import read_json, write_json
+from vila.core.files import write_json
+from vila.core.reading import read_json
 from vila.export.modelopt import QUANT_CONFIG, declare_linear, hub_quantization, quant_config, write_linear
 from vila.export.source import LLM, Source
 from vila.export.stream import SafetensorsWriter

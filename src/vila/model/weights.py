@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from vila.core.errors import LayoutError
-from vila.core.files import read_json
+from vila.core.reading import read_json
 
 Shape = tuple[int, ...]
 Get = Callable[[str], Tensor]

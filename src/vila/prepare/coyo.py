@@ -12,7 +12,8 @@ from typing import Any
 
 from vila.core.errors import ConfigError, DataError
 from vila.core.events import SILENT, Events, task
-from vila.core.files import read_json, write_json, write_jsonl
+from vila.core.files import write_json, write_jsonl
+from vila.core.reading import read_json
 from vila.media.fetch_many import DEFAULT_RULES, FetchRules
 from vila.prepare.counts import Counts
 from vila.prepare.download import Download, Page, Results, download_units

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from vila.core.events import SILENT, Events, task
-from vila.core.files import atomic_path, read_json, remove_partials, sha256_file, write_json, write_jsonl
+from vila.core.files import atomic_path, remove_partials, sha256_file, write_json, write_jsonl
+from vila.core.reading import read_json
 from vila.prepare.counts import Counts
 from vila.prepare.parts import Kind, is_finished, mine, part_path, read_record, suffix_of
 from vila.prepare.shards import even_ranges, read_tar, write_tar

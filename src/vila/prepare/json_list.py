@@ -8,7 +8,8 @@ from typing import Any
 
 from vila.core.errors import DataError, MediaError
 from vila.core.events import SILENT, Events, task
-from vila.core.files import read_json, remove_partials, sha256_file, write_json, write_jsonl
+from vila.core.files import remove_partials, sha256_file, write_json, write_jsonl
+from vila.core.reading import read_json
 from vila.core.types import Image
 from vila.media.image import open_image
 from vila.prepare.counts import Counts

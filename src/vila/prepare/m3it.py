@@ -9,7 +9,7 @@ from typing import Any
 
 from vila.core.errors import DataError, UnknownNameError
 from vila.core.events import SILENT, Events, task
-from vila.core.files import read_json
+from vila.core.reading import read_json
 from vila.prepare.counts import Counts
 from vila.prepare.gather import gather
 from vila.prepare.parts import inputs_hash, is_finished, mine, same_settings, write_part

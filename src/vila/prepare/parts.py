@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vila.core.errors import ConfigError, DataError
-from vila.core.files import atomic_path, read_json, sha256_file, write_json, write_jsonl
+from vila.core.files import atomic_path, sha256_file, write_json, write_jsonl
+from vila.core.reading import read_json
 from vila.prepare.counts import Counts
 from vila.prepare.shards import TarSample, safe_key, write_tar
 

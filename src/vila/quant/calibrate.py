@@ -17,7 +17,7 @@ from typing import Any
 
 from vila.chat.content import messages_of
 from vila.core.errors import DataError
-from vila.core.files import read_jsonl
+from vila.core.reading import read_jsonl
 from vila.core.types import Image
 
 BLOCK = 512

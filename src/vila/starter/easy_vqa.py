@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from vila.core.errors import DataError
 from vila.core.events import SILENT, Events
-from vila.core.files import read_json
+from vila.core.reading import read_json
 from vila.starter.parts import PartRecipe, WheelPart, obtain_part
 
 Split = Literal["train", "test"]

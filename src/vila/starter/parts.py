@@ -20,7 +20,8 @@ from pathlib import Path
 
 from vila.core.errors import ConfigError, DataError, DownloadError, LayoutError, VilaError
 from vila.core.events import SILENT, Events, task
-from vila.core.files import atomic_path, read_json, remove_partials, sha256_file, write_json, write_text
+from vila.core.files import atomic_path, remove_partials, sha256_file, write_json, write_text
+from vila.core.reading import read_json
 
 REVISION = 1
 """Raised when a conversion changes what it writes: parts of another revision are made again."""

@@ -18,8 +18,9 @@ from vila.config.load import load_recipe
 from vila.config.schema import Recipe
 from vila.core.errors import ConfigError
 from vila.core.events import SILENT, Events, task
-from vila.core.files import atomic_path, cache_dir, read_json, read_jsonl, remove_partials, sha256_tree, write_json
+from vila.core.files import atomic_path, cache_dir, remove_partials, sha256_tree, write_json
 from vila.core.machine import machine_facts
+from vila.core.reading import read_json, read_jsonl
 from vila.core.types import Image, Message
 from vila.engine.engine import Engine
 from vila.eval.benchmark import Item

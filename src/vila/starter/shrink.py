@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vila.core.events import Events
-from vila.core.files import read_jsonl
+from vila.core.reading import read_jsonl
 from vila.engine.engine import Engine
 from vila.eval.benchmarks.easy_vqa import EasyVqa
 from vila.eval.runner import model_hash, run

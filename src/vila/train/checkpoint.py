@@ -24,7 +24,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from vila.core.errors import CheckpointError, DataError, VilaError
-from vila.core.files import atomic_path, read_json, remove_partials, write_json
+from vila.core.files import atomic_path, remove_partials, write_json
+from vila.core.reading import read_json
 from vila.data.pack import LaneState
 from vila.train.metadata import TensorReader
 from vila.train.parallel import World, told_of_the_lost

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from markupsafe import Markup
 
-from vila.core.files import read_json
+from vila.core.reading import read_json
 from vila.report.bars import Group, bar_plot
 from vila.report.curve import Curve
 from vila.report.lines import Series, line_plot

@@ -14,7 +14,8 @@ from vila.config.load import save_recipe
 from vila.config.schema import Recipe
 from vila.core.errors import ConfigError
 from vila.core.events import SILENT, Events
-from vila.core.files import read_json, remove_partials, write_json
+from vila.core.files import remove_partials, write_json
+from vila.core.reading import read_json
 from vila.data.mixture import Mixture
 from vila.model.load import save_model
 from vila.model.processor import VilaProcessor

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from vila.config.schema import Recipe
 from vila.core.dist import current_place
 from vila.core.errors import ConfigError
-from vila.core.files import read_json
+from vila.core.reading import read_json
 from vila.train.loop import StepListener, Trainer
 from vila.train.record import Lines
 

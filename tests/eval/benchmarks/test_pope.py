@@ -193,7 +193,7 @@ def test_label_files_of_another_release_are_refused(folder):
     with pytest.raises(DataError, match=r"random.json line 1: lacks label"):
         Pope(folder).score(given())
     path.write_text(whole[:-10])
-    with pytest.raises(DataError, match=r"random.json line 8: not JSON"):
+    with pytest.raises(DataError, match=r"random.json, line 8: not JSON"):
         Pope(folder).score(given())
     path.unlink()
     with pytest.raises(DataError, match=r"coco_pope_random.json is missing; looked for .*e3e3926"):

@@ -181,7 +181,7 @@ def test_an_original_file_is_read_and_one_cut_short_says_so(folder, rows, tmp_pa
     ],
 )
 def test_a_problem_without_its_fields_is_named(folder, rows, change, said):
-    from vila.core.files import read_json
+    from vila.core.reading import read_json
 
     path = folder / "scienceqa" / "problems.json"
     problems = read_json(path)

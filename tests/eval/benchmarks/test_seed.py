@@ -4,7 +4,7 @@ import pytest
 
 from tests.eval.benchmarks.written import VICUNA, jsonl, plain, whole_prompt
 from vila.core.errors import DataError
-from vila.core.files import read_json
+from vila.core.reading import read_json
 from vila.eval.benchmark import BENCHMARKS, Answer
 from vila.eval.benchmarks.seed import Seed
 

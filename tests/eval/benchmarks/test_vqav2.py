@@ -212,7 +212,7 @@ def test_question_files_cut_short_or_without_a_field_are_refused(asked):
     path = asked / "llava_vqav2_mscoco_test-dev2015.jsonl"
     whole = path.read_text()
     path.write_text(whole[:-20])
-    with pytest.raises(DataError, match=r"test-dev2015.jsonl line 3: not JSON"):
+    with pytest.raises(DataError, match=r"test-dev2015.jsonl, line 3: not JSON"):
         Vqav2(asked).items()
     path.write_text(whole.replace('"image"', '"picture"'))
     with pytest.raises(DataError, match=r"line 1: image is None; expected str"):

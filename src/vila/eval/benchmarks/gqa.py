@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vila.core.errors import DataError
-from vila.core.files import read_json
+from vila.core.reading import read_json
 from vila.eval.benchmark import Answer, Item, Mark, Rules, Scored
 from vila.eval.fields import odd_field
 from vila.eval.folders import find, image_folder, look

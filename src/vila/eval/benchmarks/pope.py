@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vila.core.errors import DataError
-from vila.core.files import read_jsonl
+from vila.core.reading import read_jsonl
 from vila.eval.benchmark import Answer, Headline, Item, Mark, Rules, Scored
 from vila.eval.folders import find, image_folder, look
 from vila.eval.joining import join, naming, refuse_other_questions

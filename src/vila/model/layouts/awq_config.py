@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vila.core.errors import LayoutError
-from vila.core.files import read_json
+from vila.core.reading import read_json
 from vila.model.layouts.published import read_config
 
 _KEY = "quantization_config"

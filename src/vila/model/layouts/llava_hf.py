@@ -19,7 +19,8 @@ from tokenizers import Tokenizer
 from transformers import AddedToken, AutoConfig
 
 from vila.core.errors import LayoutError
-from vila.core.files import atomic_path, read_json, write_json
+from vila.core.files import atomic_path, write_json
+from vila.core.reading import read_json
 from vila.model.layouts.llava_hf_files import (
     CLASSIC,
     IMAGE,

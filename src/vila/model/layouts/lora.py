@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vila.core.errors import LayoutError
-from vila.core.files import read_json
+from vila.core.reading import read_json
 from vila.model.weights import Piece, pieces_of, weight_file
 
 _PREFIX = "base_model.model."

@@ -14,7 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from vila.chat.jinja import chat_template
 from vila.chat.templates import find_template
 from vila.core.errors import LayoutError
-from vila.core.files import read_json
+from vila.core.reading import read_json
 from vila.core.vision_spec import ImageMode, VisionSpec
 from vila.model.config import VilaConfig
 from vila.model.layouts.towers import TowerFacts

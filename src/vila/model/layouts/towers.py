@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from vila.core.errors import LayoutError
-from vila.core.files import read_json
+from vila.core.reading import read_json
 from vila.core.vision_spec import ImageMode
 from vila.model.layouts.names import Prefixes, take_third
 from vila.model.weights import Piece
