@@ -3,48 +3,59 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Final
 
 from vila.core.errors import DataError, VilaError
 
+MAX_RECORD_BYTES: Final = 256 * 2**20
+"""Longest record (line of JSON lines, element of a JSON list, JSON member of a tar) that is read."""
+
 _MAX_REASON = 200
+_HALF_ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")
 
-# First bytes of files that often lie in the place of another, and the reason and remedy to report.
+# Content that often lies in the place of other content: kind, first bytes, problem and hint.
 _SIGNATURES = (
-    (b"version https://git-lfs", "is a Git LFS pointer, not the file", "run `git lfs pull`"),
-    (b"\x1f\x8b", "is gzip", "unpack it with gunzip"),
-    (b"\x28\xb5\x2f\xfd", "is zstd", "unpack it with unzstd"),
-    (b"BZh", "is bzip2", "unpack it with bunzip2"),
-    (b"\xfd7zXZ\x00", "is xz", "unpack it with unxz"),
-    (b"PK\x03\x04", "is a zip archive", "unpack it with unzip"),
-    (b"<!DOCTYPE html", "is a web page", "download the file itself"),
-    (b"<html", "is a web page", "download the file itself"),
-    (b"\xff\xfe\x00\x00", "is UTF-32 text", "save it as UTF-8"),
-    (b"\xff\xfe", "is UTF-16 text", "save it as UTF-8"),
-    (b"\xfe\xff", "is UTF-16 text", "save it as UTF-8"),
+    ("lfs", b"version https://git-lfs", "is a Git LFS pointer, not the file", "run `git lfs pull`"),
+    ("gzip", b"\x1f\x8b", "is gzip", "unpack it with gunzip"),
+    ("zstd", b"\x28\xb5\x2f\xfd", "is zstd", "unpack it with unzstd"),
+    ("bzip2", b"BZh", "is bzip2", "unpack it with bunzip2"),
+    ("xz", b"\xfd7zXZ\x00", "is xz", "unpack it with unxz"),
+    ("zip", b"PK\x03\x04", "is a zip archive", "unpack it with unzip"),
+    ("parquet", b"PAR1", "is parquet", "rename it to .parquet, where parquet is read"),
+    ("html", b"<!DOCTYPE html", "is a web page", "download the file itself"),
+    ("html", b"<!doctype html", "is a web page", "download the file itself"),
+    ("html", b"<html", "is a web page", "download the file itself"),
+    ("utf-32", b"\xff\xfe\x00\x00", "is UTF-32 text", "save it as UTF-8"),
+    ("utf-16", b"\xff\xfe", "is UTF-16 text", "save it as UTF-8"),
+    ("utf-16", b"\xfe\xff", "is UTF-16 text", "save it as UTF-8"),
 )
+_TAR_MAGIC = slice(257, 262)
 
 
-def foreign_content(head: bytes) -> tuple[str, str] | None:
+def foreign_content(head: bytes, kind: str = "") -> tuple[str, str] | None:
     """Return (problem, hint) if the first bytes of a file are those of a Git LFS pointer, an archive, a web page, ...
 
-    head: the first bytes of the file; 64 suffice. None: no known signature, or the file is of a kind that may have it.
+    head: the first bytes of the file; 64 suffice, 512 also find tar.
+    kind: expected content, one of "zip", "gzip", "parquet", "tar"; it is not foreign. None: no known signature.
     """
     if not head:
         return "is empty", "copy or download it again"
-    for signature, problem, hint in _SIGNATURES:
-        if head.startswith(signature):
+    for name, signature, problem, hint in _SIGNATURES:
+        if head.startswith(signature) and name != kind:
             return problem, hint
+    if head[_TAR_MAGIC] == b"ustar" and kind != "tar":
+        return "is a tar archive", "rename it to .tar, where tar is read"
     if not head.strip(b"\0"):
         return "begins with zero bytes", "copy or download it again"
     return None
 
 
-def read_head(file: Path, size: int = 64) -> bytes:
+def read_head(file: Path, size: int = 512) -> bytes:
     """Return the first `size` bytes of a file."""
     with file.open("rb") as stream:
         return stream.read(size)
@@ -57,12 +68,13 @@ def file_errors(
     *,
     record: int | str | None = None,
     hint: str | None = None,
+    kind: str = "",
 ) -> Iterator[None]:
     """Raise `error` with the file's name in place of whatever a library raises while it reads `file`.
 
     Wrap the call into the library and nothing else, so that faults of our own code keep their traceback. A file whose
-    first bytes show another kind of content (see `foreign_content`) is named as such. VilaError passes through.
-    The original exception is the cause.
+    first bytes show another kind of content than `kind` (see `foreign_content`) is named as such. VilaError passes
+    through. The original exception is the cause.
     """
     try:
         yield
@@ -71,17 +83,19 @@ def file_errors(
     except FileNotFoundError as cause:
         raise error("no such file", file=cause.filename or file, record=record, hint=hint) from cause
     except Exception as cause:
-        problem, remedy = _diagnosis(Path(file), cause)
+        problem, remedy = _diagnosis(Path(file), cause, kind)
         raise error(problem, file=file, record=record, hint=remedy or hint) from cause
 
 
-def _diagnosis(file: Path, cause: Exception) -> tuple[str, str | None]:
+def _diagnosis(file: Path, cause: Exception, kind: str) -> tuple[str, str | None]:
     try:
-        known = foreign_content(read_head(file)) if file.is_file() else None
+        known = foreign_content(read_head(file), kind) if file.is_file() else None
     except OSError:
         known = None
     if known:
         return known
+    if isinstance(cause, UnicodeDecodeError):
+        return f"not UTF-8 text (byte {cause.start})", "save it as UTF-8"
     text = " ".join(str(cause).split())
     if len(text) > _MAX_REASON:
         text = f"{text[:_MAX_REASON]}..."
@@ -126,6 +140,8 @@ def parse_json(
     if isinstance(raw, bytes):
         if raw and (known := foreign_content(raw[:64])):
             raise refuse(*known)
+        if b"\0" in raw[:64]:
+            raise refuse("holds zero bytes; it may be UTF-16 text, or a damaged file", "save it as UTF-8")
         try:
             raw = raw.decode("utf-8-sig")
         except UnicodeDecodeError as cause:
@@ -134,22 +150,27 @@ def parse_json(
         value = json.loads(raw, object_pairs_hook=unique if unique_keys else None)
     except json.JSONDecodeError as cause:
         line = f"line {cause.lineno} column {cause.colno}" if record is None else f"character {cause.pos}"
-        raise refuse(f"not JSON ({cause.msg} at {line})", cause=cause) from cause
+        unfinished = cause.pos >= len(raw.rstrip()) or cause.msg.startswith("Unterminated")
+        hint = "it ends inside a value: the file was cut, or a record spans several lines" if unfinished else None
+        raise refuse(f"not JSON ({cause.msg} at {line})", hint, cause) from cause
     except RecursionError as cause:
         raise refuse("not JSON that can be read (nested too deeply)", cause=cause) from cause
     except VilaError:
         raise
     except ValueError as cause:  # an integer of more than 4,300 digits
         raise refuse(f"not JSON that can be read ({cause})", cause=cause) from cause
-    if not surrogates and "\\u" in raw and (text := _half_pair(value)) is not None:
+    if not surrogates and _HALF_ESCAPED.search(raw) and (text := lone_surrogate(value)) is not None:
         raise refuse(
             f"half a surrogate pair in the text {text!r}", "the text was cut inside a character; remove the rest"
         )
     return value
 
 
-def _half_pair(value: Any) -> str | None:
-    """Return a string (keys included) with a lone surrogate, cut to 40 characters around it, or None."""
+def lone_surrogate(value: Any) -> str | None:
+    """Return the first string of a JSON value (keys included) with half a surrogate pair, or None.
+
+    The string is cut to 40 characters around it. No file can hold such text, and no tokenizer takes it.
+    """
     stack = [value]
     while stack:
         item = stack.pop()
@@ -166,11 +187,20 @@ def _half_pair(value: Any) -> str | None:
     return None
 
 
-def read_json(path: Path, error: type[VilaError] = DataError) -> Any:
+def read_text(path: Path, error: type[VilaError] = DataError) -> str:
+    """Read UTF-8 text, without its byte order mark. Raises `error` with the file's name for anything else."""
+    with file_errors(path, error):
+        raw = path.read_bytes()
+        if raw and (known := foreign_content(raw[:512])):
+            raise error(known[0], file=path, hint=known[1])
+        return raw.decode("utf-8-sig")
+
+
+def read_json(path: Path, error: type[VilaError] = DataError, *, surrogates: bool = False) -> Any:
     """Read a JSON file. Raises `error` with the file's name if it is absent or `parse_json` refuses it."""
     with file_errors(path, error):
         raw = path.read_bytes()
-    return parse_json(raw, file=path, error=error)
+    return parse_json(raw, file=path, error=error, surrogates=surrogates)
 
 
 def read_json_object(path: Path, error: type[VilaError] = DataError) -> dict[str, Any]:
@@ -181,11 +211,45 @@ def read_json_object(path: Path, error: type[VilaError] = DataError) -> dict[str
     return value
 
 
-def read_jsonl(path: Path, error: type[VilaError] = DataError) -> Iterator[tuple[int, Any]]:
-    """Yield line numbers (from 1) and values; empty lines are skipped. Raises `error` with file and line."""
+def read_jsonl(
+    path: Path, error: type[VilaError] = DataError, *, appended: bool = False, surrogates: bool = False
+) -> Iterator[tuple[int, Any]]:
+    """Yield line numbers (from 1) and values; empty lines are skipped. Raises `error` with file and line.
+
+    appended: the file is a log of ours; a last line without its newline was cut by a kill and is left out.
+    """
     with file_errors(path, error):
         stream = path.open("rb")
     with stream:
-        for number, line in enumerate(stream, start=1):
-            if line.strip():
-                yield number, parse_json(line, file=path, record=f"line {number}", error=error)
+        for number, line in bounded_lines(stream, path, error):
+            if appended and not line.endswith(b"\n"):
+                return
+            if line.strip(b" \t\r\n"):
+                record = f"line {number}"
+                yield number, parse_json(line, file=path, record=record, error=error, surrogates=surrogates)
+
+
+def bounded_lines(
+    stream: BinaryIO, file: str | PathLike[str], error: type[VilaError] = DataError, **reading: Any
+) -> Iterator[tuple[int, bytes]]:
+    """Yield line numbers (from 1) and lines. Raises `error` for a line over `MAX_RECORD_BYTES`.
+
+    reading: `kind` and `hint` for the errors of the stream itself, see `file_errors`.
+    """
+    number = 0
+    while True:
+        number += 1
+        record = f"line {number}"
+        with file_errors(file, error, record=record, **reading):
+            line = stream.readline(MAX_RECORD_BYTES + 1)
+        if len(line) > MAX_RECORD_BYTES:
+            raise error(
+                "the line is longer than a record may be",
+                file=file,
+                record=record,
+                expected=f"at most {MAX_RECORD_BYTES:,} bytes",
+                hint="write one record per line",
+            )
+        if not line:
+            return
+        yield number, line
