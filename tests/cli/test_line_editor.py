@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from vila.cli.line_editor import LineEditor, completions
+from vila.core.errors import ConfigError
 
 
 def test_lines_of_a_pipe_are_shown_and_end(monkeypatch, capsys, tmp_path):
@@ -16,6 +17,13 @@ def test_lines_of_a_pipe_are_shown_and_end(monkeypatch, capsys, tmp_path):
             editor.read()
     assert capsys.readouterr().out == "you>   one\nyou> \nyou> two\n"
     assert not (tmp_path / "history").exists()
+
+
+def test_an_input_without_any_line_is_an_error(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    with LineEditor("you> ", tmp_path / "history") as editor, pytest.raises(ConfigError) as caught:
+        editor.read()
+    assert caught.value.file == "standard input"
 
 
 def test_the_first_word_completes_to_a_command_and_later_ones_to_files(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from PIL import Image as PilImage
 
 from tests import tiny
 from vila.cli import asking
+from vila.core.errors import ConfigError
 from vila.core.types import Image, Message
 from vila.engine.engine import Engine
 from vila.model.load import save_model
@@ -83,6 +84,49 @@ def test_a_pipe_that_is_not_utf8_names_the_byte(vila, model):
     code, _, err = vila("run", model, stdin=b"gr\xfcn?")
     assert code == 1
     assert "standard input: not UTF-8 text (byte 3 is 0xfc)" in err
+
+
+@pytest.mark.parametrize("arguments", [(), ("-p", "-")])
+@pytest.mark.parametrize("stdin", [b"", b" \n"])
+def test_an_empty_standard_input_is_no_question(vila_error, model, picture, monkeypatch, arguments, stdin):
+    for media in ((), ("-i", picture)):
+        error = vila_error("run", model, *media, *arguments, stdin=stdin)
+        assert (type(error), error.field) == (ConfigError, "standard input")
+
+
+@pytest.mark.parametrize("flag", ["--prompt", "--query"])
+def test_an_empty_question_without_media_is_refused(vila_error, model, flag):
+    assert vila_error("run", model, flag, " ").field == flag
+
+
+def test_an_empty_prompt_asks_about_the_image_alone(vila, model, picture):
+    got = asked(vila, model, "-i", picture, "-p", "", "--max-new-tokens", 1)
+    assert got["prompt_tokens"] == 4
+
+
+def test_a_closed_standard_input_is_an_empty_one(vila, model, picture):
+    code, out, err = vila("run", model, "-i", picture, stdin=None)
+    assert (code, out) == (2, "")
+    assert "standard input" in err
+
+
+def test_a_terminal_is_not_read_for_a_question(vila_error, model, picture):
+    class Terminal(io.BytesIO):
+        def isatty(self):
+            return True
+
+    assert vila_error("run", model, "-i", picture, stdin=Terminal(b"x")).field == "--prompt"
+
+
+def test_a_directory_in_place_of_standard_input_is_named(vila_error, model):
+    class Folder(io.RawIOBase):
+        def readable(self):
+            return True
+
+        def readinto(self, buffer):
+            raise IsADirectoryError(21, "Is a directory")
+
+    assert vila_error("run", model, stdin=Folder()).file == "standard input"
 
 
 def test_messages_of_a_file_start_their_paths_at_its_folder(vila, model, picture, tmp_path, monkeypatch):
@@ -167,7 +211,7 @@ FILES = {
         (("{tmp}/none", "-p", "x"), 1, "none: no such directory, and not a hub id"),
         (("{tmp}", "-p", "x"), 1, "not a model in a layout known here (native, llava-hf, "),
         (("{tmp}/page.png", "-p", "x"), 1, "a model is a directory, this is a file"),
-        (("{model}",), 2, "the question is empty; give --prompt TEXT"),
+        (("{model}",), 2, "standard input: the question is empty; give --prompt TEXT"),
         (("{model}", "-p", "x", "-i", "{tmp}/none.png"), 1, "none.png: no such file; check the path"),
         (("{model}", "-p", "x", "-i", "{tmp}/page.png"), 1, "page.png: not an image (starts with '<!DOCTYPE'"),
         (("{model}", "-p", "x", "--video", "{tmp}/none.mp4"), 1, "none.mp4: no such file; check the path"),
@@ -186,11 +230,11 @@ FILES = {
         (("{model}", "-p", "x", "--messages", "{tmp}/roles.json"), 2, "--prompt and --messages were given"),
         (("{model}", "-i", "a", "--messages", "{tmp}/roles.json"), 2, "--image does not go with --messages"),
         (("{model}", "--shot", "text=a", "--messages", "{tmp}/roles.json"), 2, "--shot does not go with --messages"),
-        (("{model}", "--messages", "{tmp}/none.json"), 1, "none.json: cannot be read (No such file or directory)"),
-        (("{model}", "--messages", "{tmp}/broken.json"), 1, "broken.json: not JSON (Expecting value at column 15)"),
-        (("{model}", "--messages", "{tmp}/latin.json"), 1, "latin.json: not UTF-8 text (byte 33 is 0xfc)"),
-        (("{model}", "--messages", "{tmp}/half.json"), 1, "half.json: holds '\\ud800', which is half a character"),
-        (("{model}", "--messages", "{tmp}/roles.json"), 1, "roles.json message 1: expected a turn of the user"),
+        (("{model}", "--messages", "{tmp}/none.json"), 1, "none.json: no such file"),
+        (("{model}", "--messages", "{tmp}/broken.json"), 1, "broken.json: not JSON (Expecting value at line 1 column"),
+        (("{model}", "--messages", "{tmp}/latin.json"), 1, "latin.json: not UTF-8 text (byte 32)"),
+        (("{model}", "--messages", "{tmp}/half.json"), 1, "half.json: half a surrogate pair in the text '\\ud800'"),
+        (("{model}", "--messages", "{tmp}/roles.json"), 1, "roles.json: message 1: expected a turn of the user"),
         (("{model}", "--messages", "{tmp}/nopic.json"), 1, "nopic.json: "),
         (("{model}", "--system", "x", "--messages", "{tmp}/system.json"), 2, "begin with a system message"),
         (("{model}", "-p", "<image>a<image>", "-i", "{tmp}/p.png"), 1, "2 <image> markers but 1 picture given"),

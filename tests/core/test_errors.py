@@ -4,7 +4,17 @@ import pickle
 
 import pytest
 
-from vila.core.errors import MISSING, DataError, DownloadError, Interrupted, Preempted, QueueFullError, UnknownNameError
+from vila.core.errors import (
+    MISSING,
+    DataError,
+    DownloadError,
+    Interrupted,
+    MediaError,
+    Preempted,
+    QueueFullError,
+    UnknownNameError,
+    near_names,
+)
 
 
 @pytest.mark.parametrize(
@@ -47,3 +57,33 @@ def test_one_renderer_writes_the_message(error, text):
 
 def test_being_preempted_is_no_failure():
     assert (Interrupted.exit_code, Preempted.exit_code) == (130, 0)
+
+
+def test_an_error_takes_the_file_and_record_that_hold_the_text():
+    error = DataError("no text", field="prompt").within("a.jsonl", "line 2")
+    assert (error.file, error.record, error.field) == ("a.jsonl", "line 2", "prompt")
+    assert DataError("x", file="a.jsonl", record=3).within("a.jsonl", 9).record == 3
+
+
+def test_an_error_about_another_file_keeps_its_text_as_the_problem():
+    error = MediaError("no such file", file="a.png", hint="check the path").within("a.jsonl", "line 2")
+    assert (error.file, error.record, error.hint) == ("a.jsonl", "line 2", None)
+    assert str(error) == "a.jsonl, line 2: a.png: no such file; check the path"
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("vicuna_v2", ["vicuna_v1"]),
+        ("VICUNA-V1", ["vicuna_v1"]),
+        ("vicuna", ["vicuna_v1"]),
+        ("llava", ["llava_json"]),
+        ("parquet", ["flan_parquet", "llava_parquet"]),
+        ("gguf", []),
+        ("ll", []),
+    ],
+)
+def test_near_names_forgive_case_dashes_and_missing_parts(name, near):
+    known = ["vicuna_v1", "llava_json", "llava_parquet", "flan_parquet", "messages"]
+    assert sorted(near_names(name, known)) == near
+    assert sorted(UnknownNameError("thing", name, known).near) == near

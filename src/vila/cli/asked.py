@@ -66,17 +66,26 @@ class Asked:
         if self.query is not None:
             question = read_query(check_text(self.query, "--query"), images, clips)
         else:
-            text = self._text()
-            if not text.strip() and not images and not clips:
-                raise ConfigError("the question is empty; give --prompt TEXT, or send it through a pipe")
-            question = Question(text, images, clips)
+            question = Question(self._text(), images, clips)
+        # An image without a word is a question only where the empty text was written down: captions, few-shot prompts.
+        if not question.text.strip() and (self._is_piped or not (images or clips)):
+            raise ConfigError(
+                "the question is empty",
+                field="standard input" if self._is_piped else "--prompt" if self.query is None else "--query",
+                hint="give --prompt TEXT, or pipe the question in; --prompt '' asks about an image without a word",
+            )
         return partial(build_conversation, question, shots=shots, system=self.system)
+
+    @property
+    def _is_piped(self) -> bool:
+        """Whether the question comes from standard input."""
+        return self.query is None and self.prompt in (None, "-")
 
     def _text(self) -> str:
         if self.prompt is not None and self.prompt != "-":
             return check_text(self.prompt, "--prompt")
         if self.prompt is None and sys.stdin.isatty():
-            raise ConfigError("no question; give --prompt TEXT, or send it through a pipe")
+            raise ConfigError("no question", field="--prompt", hint="give --prompt TEXT, or pipe the question in")
         from vila.cli.question_files import read_question
 
         return read_question(typer.get_binary_stream("stdin"))

@@ -30,7 +30,9 @@ def answer_one(asked: Asked, loading: Loading, sampling: Sampling, *, as_json: b
     try:
         dropped = check_fit(checkpoint.config, processor, messages, sampling)
     except TemplateError as error:
-        raise TemplateError(f"{asked.messages} {error}" if asked.messages else str(error)) from error
+        if asked.messages:
+            error.within(asked.messages)
+        raise
     engine = load_engine(checkpoint, loading)
     if as_json:
         answer = engine.complete([messages], sampling)[0]

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 def prepare_rows(
     rows: Sequence[Row], checkpoint: Checkpoint, sampling: Sampling, *, shots: Sequence[Shot], system: str | None
 ) -> list[Row]:
-    """The rows with their conversations, each picture opened once to see that it can be.
+    """Return the rows with their conversations, after opening each image once.
 
-    What is only known later is the content of URLs and clips. Raises DataError naming file, line and reason.
+    Not checked here: the content of URLs and videos. Raises VilaError naming file, line and reason.
     """
     gap = checkpoint.processor.find_template().media_gap
     seen: set[str] = set()
@@ -42,8 +42,8 @@ def prepare_rows(
             if not any(isinstance(part, Video) for message in messages for part in message.parts):
                 check_fit(checkpoint.config, checkpoint.processor, messages, sampling)
         except VilaError as error:
-            text = str(error)
-            raise DataError(text if text.startswith(row.where) else f"{row.where}: {text}") from error
+            error.within(row.file, row.record)
+            raise
         out.append(replace(row, messages=messages))
     return out
 
@@ -71,16 +71,18 @@ def _check_medium(part: object, seen: set[str]) -> None:
 
 
 def answer_rows(rows: Sequence[Row], engine: Engine, sampling: Sampling, batch_size: int) -> Iterator[dict[str, Any]]:
-    """One object a row, in order: its id and the facts of its answer.
+    """Yield one object per row, in order: its id and the facts of its answer.
 
-    Raises DataError naming the lines of a batch that failed.
+    Raises VilaError naming the lines of a batch that failed.
     """
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
         try:
             answers = engine.complete([row.messages for row in batch], sampling)
         except VilaError as error:
-            last = batch[-1].where.rpartition(" ")[2]
-            raise DataError(f"{batch[0].where}{f' to {last}' if len(batch) > 1 else ''}: {error}") from error
+            last = batch[-1].record.rpartition(" ")[2]
+            lines = batch[0].record if len(batch) == 1 else f"{batch[0].record} to {last}"
+            error.within(batch[0].file, lines)
+            raise
         for row, answer in zip(batch, answers, strict=True):
             yield {"id": row.id, **answer_facts(answer, sampling, engine.processor.tokenizer)}

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType, TracebackType
 
+from vila.core.errors import ConfigError
+
 _KEPT_LINES = 1000
 
 
@@ -21,6 +23,7 @@ class LineEditor:
 
     def __init__(self, prompt: str, history: Path, commands: Sequence[str] = ()) -> None:
         self.prompt, self.history, self.commands = prompt, history, commands
+        self._num_lines = 0
         self._interactive = sys.stdin.isatty() and sys.stdout.isatty()
         self._readline = _readline() if self._interactive else None
         if isinstance(sys.stdin, io.TextIOWrapper):
@@ -47,9 +50,9 @@ class LineEditor:
                 self._readline.write_history_file(self.history)
 
     def read(self) -> str:
-        """The next line, stripped. Raises EOFError at the end and KeyboardInterrupt at Ctrl-C.
+        """Return the next line, stripped. Lines that come through a pipe are shown as if they had been typed.
 
-        Lines that come through a pipe are shown as if they had been typed.
+        Raises EOFError at the end, KeyboardInterrupt at Ctrl-C, and ConfigError for a pipe or file without any line.
         """
         if self._interactive:
             try:
@@ -58,8 +61,13 @@ class LineEditor:
                 sys.stdout.write("\n")
                 raise
         line = sys.stdin.readline()
+        if not line and not self._num_lines:
+            raise ConfigError(
+                "holds no line", file="standard input", hint="start it in a terminal, or pipe one question per line"
+            )
         if not line:
             raise EOFError
+        self._num_lines += 1
         sys.stdout.write(f"{self.prompt}{line.rstrip()}\n")
         sys.stdout.flush()
         return line.strip()

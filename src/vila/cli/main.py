@@ -6,6 +6,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 # Read by transformers when it is imported: its own progress bars would tear ours.
@@ -84,6 +85,7 @@ def _root(
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run the command line, of this process or as given. Errors are printed in one line, with their exit status."""
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         # A terminal that cannot show a character shows another one.
         if isinstance(stream, io.TextIOWrapper):
@@ -111,6 +113,16 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         _complain(f"{error.filename}: {error.strerror}")
         sys.exit(1)
     sys.exit(0)
+
+
+def _open_closed_streams() -> None:
+    """Open the null device in place of standard streams that the caller closed, as `<&-` does.
+
+    Python leaves None in their place, and the next file that is opened would take their descriptor.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115 open to the end
 
 
 def _complain(text: str) -> None:

@@ -2,100 +2,127 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from pathlib import Path
 from typing import IO, Any
 
 from vila.chat.content import messages_of, read_media
 from vila.cli.conversation import Question
 from vila.cli.media import media_path
-from vila.core.errors import DataError
-from vila.core.types import Image, Message, Video
+from vila.core.errors import DataError, near_names
+from vila.core.reading import file_errors, read_json, read_jsonl
+from vila.core.types import Image, Message, Part, Text, Video
 
 _KEYS = ("id", "messages", "prompt", "image", "images", "video", "videos")
+_STDIN = "standard input"
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One line of a batch file: a question, or a whole conversation in `messages`."""
+    """One line of a batch file: a question, or a whole conversation in `messages`. record: "line N" of `file`."""
 
-    where: str
+    file: Path
+    record: str
     id: str | int
     question: Question | None = None
     messages: tuple[Message, ...] = ()
 
 
 def read_question(stream: IO[bytes]) -> str:
-    """All of standard input as text, stripped. Raises DataError naming the first byte that is not UTF-8."""
-    content = stream.read()
+    """Return all of standard input as text, stripped. Raises DataError naming the first byte that is not UTF-8."""
+    with file_errors(_STDIN):
+        content = stream.read()
     try:
         return content.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         raise DataError(
-            f"standard input: not UTF-8 text (byte {error.start + 1} is 0x{content[error.start]:02x}); "
-            "convert it, for example with iconv -t utf-8"
+            f"not UTF-8 text (byte {error.start + 1} is 0x{content[error.start]:02x})",
+            file=_STDIN,
+            hint="convert it, for example with iconv -t utf-8",
         ) from error
 
 
 def read_messages(path: Path, num_frames: int | None = None) -> tuple[Message, ...]:
-    """The conversation in a JSON file, a list of messages or an object with one; paths start at the file's folder.
+    """Read a conversation from a JSON file: a list of messages, or an object that holds one under `messages`.
 
-    Raises DataError naming file, message, part and value.
+    Relative paths start at the file's folder. Raises DataError naming file, message, part and value.
     """
-    facts = _parsed(_content(path), str(path))
+    facts = read_json(path.expanduser())
     rows = facts.get("messages") if isinstance(facts, dict) else facts
     if not isinstance(rows, list) or not rows:
-        raise DataError(f"{path}: holds no messages; expected [{{...}}, ...] or {{'messages': [{{...}}, ...]}}")
-    return messages_of(rows, where=str(path), read=_reader(path.parent, num_frames))
+        raise DataError("holds no messages", file=path, expected="[{...}, ...] or {'messages': [{...}, ...]}")
+    try:
+        return _conversation(rows, path.parent, num_frames)
+    except DataError as error:
+        error.within(path)
+        raise
 
 
 def read_rows(path: Path, num_frames: int | None = None) -> list[Row]:
-    """Every line of a batch file; empty ones are skipped. Raises DataError naming the file and the line."""
-    lines = enumerate(_content(path).splitlines(), start=1)
-    rows = [_row(line, number, path, num_frames) for number, line in lines if line.strip()]
+    """Read every line of a batch file; empty ones are skipped. Raises DataError naming file, line and field."""
+    rows = []
+    for number, facts in read_jsonl(path.expanduser()):
+        record = f"line {number}"
+        try:
+            rows.append(_row(facts, number, path, num_frames))
+        except DataError as error:
+            error.within(path, record)
+            raise
     if not rows:
-        raise DataError(f"{path}: holds no lines; expected one JSON object a line")
+        raise DataError("holds no lines", file=path, expected="one JSON object per line")
     return rows
 
 
-def _row(line: bytes, number: int, path: Path, num_frames: int | None) -> Row:
-    where = f"{path} line {number}"
-    facts = _parsed(line, where)
+def _row(facts: Any, number: int, path: Path, num_frames: int | None) -> Row:
     if not isinstance(facts, dict):
-        raise DataError(f"{where}: expected an object, got {type(facts).__name__}")
+        raise DataError(value=facts, expected="an object")
     for key in facts:
         if key not in _KEYS:
-            near = get_close_matches(key, _KEYS, n=1)
+            near = near_names(key, _KEYS, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(_KEYS)}"
-            raise DataError(f"{where}: unknown key {key!r}; {hint}")
+            raise DataError(f"unknown key {key!r}", field=key, hint=hint)
     identity = facts.get("id", number)
-    if not isinstance(identity, (str, int)):
-        raise DataError(f"{where}: id {identity!r} is neither a string nor a whole number")
+    if not isinstance(identity, (str, int)) or isinstance(identity, bool):
+        raise DataError(field="id", value=identity, expected="a string or a whole number")
     if ("messages" in facts) == ("prompt" in facts):
-        raise DataError(f"{where}: expected either 'messages' or 'prompt'")
+        raise DataError("expected either 'messages' or 'prompt'")
+    record, folder = f"line {number}", path.parent
     if "messages" in facts:
         if extra := sorted(facts.keys() - {"id", "messages"}):
-            raise DataError(f"{where}: {extra[0]!r} goes with 'prompt'; put media into the messages")
-        read = _reader(path.parent, num_frames)
-        return Row(where, identity, messages=messages_of(facts["messages"], where=where, read=read))
-    if not isinstance(facts["prompt"], str):
-        raise DataError(f"{where}: prompt {facts['prompt']!r} is not a string")
-    images = [Image(below(path.parent, name)) for name in _names(facts, "image", "images", where)]
-    videos = [Video(below(path.parent, name), num_frames) for name in _names(facts, "video", "videos", where)]
-    return Row(where, identity, Question(facts["prompt"], images, videos, where=where))
+            raise DataError(f"{extra[0]!r} goes with 'prompt'", field=extra[0], hint="put media into the messages")
+        return Row(path, record, identity, messages=_conversation(facts["messages"], folder, num_frames))
+    prompt = facts["prompt"]
+    if not isinstance(prompt, str):
+        raise DataError(field="prompt", value=prompt, expected="a string")
+    images = [Image(below(folder, name)) for name in _names(facts, "image", "images")]
+    videos = [Video(below(folder, name), num_frames) for name in _names(facts, "video", "videos")]
+    if not (prompt.strip() or images or videos):
+        raise DataError("the question is empty", field="prompt", value=prompt)
+    return Row(path, record, identity, Question(prompt, images, videos, where="prompt"))
 
 
-def _names(facts: Mapping[str, Any], one: str, several: str, where: str) -> Iterator[str]:
+def _conversation(rows: Any, folder: Path, num_frames: int | None) -> tuple[Message, ...]:
+    """Build the messages of a file. Raises DataError when the last one asks nothing: no text and no media."""
+    messages = messages_of(rows, read=_reader(folder, num_frames))
+    if messages and messages[-1].role == "user" and all(_is_blank(part) for part in messages[-1].parts):
+        raise DataError("the question is empty", field="messages", hint=f"write it into message {len(messages)}")
+    return messages
+
+
+def _is_blank(part: Part) -> bool:
+    return isinstance(part, Text) and not part.text.strip()
+
+
+def _names(facts: Mapping[str, Any], one: str, several: str) -> Iterator[str]:
     if one in facts and several in facts:
-        raise DataError(f"{where}: both {one!r} and {several!r}; put all into {several!r}")
-    value = facts.get(several, facts.get(one))
+        raise DataError(f"both {one!r} and {several!r}", field=one, hint=f"put all into {several!r}")
+    key = several if several in facts else one
+    value = facts.get(key)
     names: Sequence[Any] = [] if value is None else value if isinstance(value, list) else [value]
     for name in names:
         if not isinstance(name, str) or not name:
-            raise DataError(f"{where}: {one} {name!r} is not the name of a file")
+            raise DataError(field=key, value=name, expected="the name of a file")
         yield name
 
 
@@ -117,28 +144,3 @@ def _reader(folder: Path, num_frames: int | None) -> Callable[[Mapping[str, Any]
         return medium
 
     return read
-
-
-def _content(path: Path) -> bytes:
-    try:
-        return path.expanduser().read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path") from error
-
-
-def _parsed(content: bytes, where: str) -> Any:
-    try:
-        facts = json.loads(content.decode("utf-8-sig"))
-        # A lone half of a surrogate pair is JSON, but no text.
-        json.dumps(facts, ensure_ascii=False).encode()
-    except UnicodeDecodeError as error:
-        wrong = content[error.start]
-        raise DataError(f"{where}: not UTF-8 text (byte {error.start + 1} is 0x{wrong:02x})") from error
-    except UnicodeEncodeError as error:
-        raise DataError(f"{where}: holds {error.object[error.start]!r}, which is half a character") from error
-    except json.JSONDecodeError as error:
-        place = f"line {error.lineno} column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
-        raise DataError(f"{where}: not JSON ({error.msg} at {place})") from error
-    except RecursionError as error:
-        raise DataError(f"{where}: nested too deep") from error
-    return facts

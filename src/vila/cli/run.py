@@ -19,7 +19,10 @@ def run(
     prompt: Annotated[
         str | None,
         typer.Option(
-            "--prompt", "-p", help="The question; '-', or none with a pipe: standard input.", show_default=False
+            "--prompt",
+            "-p",
+            help="The question; '-', or none with a pipe: standard input. '' asks about an image without a word.",
+            show_default=False,
         ),
     ] = None,
     image: Annotated[

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from os import PathLike
-from typing import Any, Final
+from typing import Any, Final, Self
 
 MAX_SHOWN_VALUE: Final = 120
 """Characters of a value that a message shows."""
+_SHORTEST_PART: Final = 3
 
 
 class _Missing:
@@ -72,6 +74,19 @@ class VilaError(Exception):
         text = ": ".join(part for part in (", ".join(location), self.field or "", ", ".join(reasons)) if part)
         return f"{text}; {self.hint}" if self.hint else text
 
+    def within(self, file: str | PathLike[str], record: int | str | None = None) -> Self:
+        """Add the file and record that hold the reported text, in place, and return the error itself.
+
+        An error that names another file (an image of a record, for example) keeps its text as the problem. To pass an
+        error on: `except VilaError as error: error.within(file, record); raise`.
+        """
+        if self.file not in (None, str(file)):
+            self.problem, self.field, self.value, self.expected, self.hint = str(self), None, MISSING, None, None
+            self.record = None
+        self.file = str(file)
+        self.record = record if self.record is None else self.record
+        return self
+
     def __reduce__(self) -> tuple[Any, ...]:
         # Exception's own pickling passes `args` only.
         return _rebuild, (type(self), self.args, dict(self.__dict__))
@@ -104,16 +119,37 @@ class ConfigError(VilaError, ValueError):
 
 
 class UnknownNameError(VilaError, LookupError):
-    """A name that no registry holds; the message lists near matches and the known names."""
+    """A name that no registry holds. `near` has up to three similar names, the hint lists them and the known names."""
 
     exit_code = 2
 
-    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+    def __init__(self, kind: str, name: str, known: Iterable[str], *, field: str | None = None) -> None:
         names = sorted(known)
-        near = get_close_matches(name, names, n=3)
-        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
-        super().__init__(f"unknown {kind} {name!r}{hint} (known: {', '.join(names) or 'none'})")
-        self.kind, self.name, self.near = kind, name, near
+        self.kind, self.name, self.near = kind, name, near_names(name, names)
+        suggestion = f"did you mean {' or '.join(map(repr, self.near))}? " if self.near else ""
+        super().__init__(
+            f"unknown {kind} {name!r}", field=field, hint=f"{suggestion}(known: {', '.join(names) or 'none'})"
+        )
+
+
+def near_names(name: str, known: Iterable[str], count: int = 3) -> list[str]:
+    """Return up to `count` of the `known` names that `name` is probably a misspelling or an abbreviation of.
+
+    Case and the difference between `-`, `_`, `.` and spaces do not matter. Without a misspelling that is close, names
+    that contain `name` count as near.
+    """
+    by_folded: dict[str, list[str]] = {}
+    for one in known:
+        by_folded.setdefault(_folded(one), []).append(one)
+    wanted = _folded(name)
+    near = get_close_matches(wanted, by_folded, n=count)
+    if not near and len(wanted) >= _SHORTEST_PART:
+        near = [one for one in by_folded if wanted in one]
+    return [one for folded in near[:count] for one in by_folded[folded]][:count]
+
+
+def _folded(name: str) -> str:
+    return re.sub(r"[-_. ]+", "_", name.casefold())
 
 
 class MediaError(VilaError, ValueError):
