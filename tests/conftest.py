@@ -1,4 +1,4 @@
-"""What every test starts from: a cache of its own."""
+"""Fixtures of every test: a cache of its own, and exceptions that are none of ours show their traceback."""
 
 import pytest
 
@@ -9,3 +9,9 @@ def own_cache(tmp_path_factory, monkeypatch):
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("VILA_CACHE", str(folder))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def tracebacks(monkeypatch):
+    """The command line raises unexpected exceptions, here and in processes that a test starts."""
+    monkeypatch.setenv("VILA_TRACEBACK", "1")

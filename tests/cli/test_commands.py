@@ -8,7 +8,7 @@ import pytest
 from typer.main import get_command
 
 from tests.train.stand import stand_recipe, write_stand
-from vila.cli.main import app
+from vila.cli.main import app, main
 from vila.config.load import save_recipe
 
 
@@ -69,6 +69,40 @@ def test_ctrl_c_is_told_with_its_exit_status(vila, monkeypatch):
     code, _, err = vila("train", "starter/1_align")
     assert code == 130
     assert "interrupted; what was finished is kept" in err
+
+
+def raising(error):
+    def fail(*arguments):
+        raise error
+
+    return fail
+
+
+def test_an_exception_of_the_program_exits_with_70_and_names_a_file_with_the_traceback(vila, monkeypatch, tmp_path):
+    monkeypatch.delenv("VILA_TRACEBACK")
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("vila.config.load.load_recipe", raising(TypeError("wrong\nsecond line")))
+    code, out, err = vila("train", "starter/1_align")
+    (report,) = tmp_path.iterdir()
+    assert (code, out) == (70, "")
+    assert "TypeError: wrong;" in err
+    assert str(report) in err
+    assert "Traceback" not in err
+    assert "second line" in report.read_text()
+    monkeypatch.setenv("VILA_TRACEBACK", "1")
+    with pytest.raises(TypeError):
+        main(["train", "starter/1_align"])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [PermissionError(13, "Permission denied", "/x/y"), OSError(28, "No space left on device"), MemoryError()],
+)
+def test_a_failure_of_the_system_is_no_fault_of_the_program(vila, monkeypatch, error):
+    monkeypatch.setattr("vila.config.load.load_recipe", raising(error))
+    code, _, err = vila("train", "starter/1_align")
+    assert code == 1
+    assert (error.strerror if isinstance(error, OSError) else "memory") in err
 
 
 def test_dry_run_prints_a_recipe_that_loads_again(vila, tmp_path):

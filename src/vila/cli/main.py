@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
+import tempfile
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -38,6 +41,9 @@ from vila.cli.submit import submit
 from vila.cli.train import train
 from vila.core.errors import VilaError
 
+_SHOW_TRACEBACK = "VILA_TRACEBACK"
+_SOFTWARE_ERROR = 70  # EX_SOFTWARE of sysexits.h
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _RESUMABLE = (("quickstart",), ("train",), ("eval",), ("data", "prepare"), ("quantize",))
 _RESUMED = "interrupted; what was finished is kept, and the same command goes on from there"
 
@@ -84,7 +90,10 @@ def _root(
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line, of this process or as given. Errors are printed in one line, with their exit status."""
+    """Run the command line, of this process or as given. Every error is printed in one line, with its exit status.
+
+    An exception that is none of ours exits with 70 and names a file with the traceback; VILA_TRACEBACK=1 raises it.
+    """
     _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         # A terminal that cannot show a character shows another one.
@@ -106,13 +115,50 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         # The reader of our output went away (`vila ... | head`); the interpreter must not write to it again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    except OSError as error:
-        # The disk or its permissions; anything else is a fault of ours and keeps its traceback.
-        if error.filename is None:
+    except Exception as error:
+        # The outermost boundary: whatever gets here would end as a traceback, and a user cannot act on one.
+        text, code = _system_error(error) or _own_fault(error)
+        if code == _SOFTWARE_ERROR and os.environ.get(_SHOW_TRACEBACK):
             raise
-        _complain(f"{error.filename}: {error.strerror}")
-        sys.exit(1)
+        _complain(text)
+        sys.exit(code)
     sys.exit(0)
+
+
+def _system_error(error: Exception) -> tuple[str, int] | None:
+    """Return message and exit status where files, disk or memory failed; None for everything else."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}", 1
+    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+        return f"a file or standard output cannot be written: {error.strerror}", 1
+    # PyTorch's class is named, not imported: importing it takes seconds.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return f"not enough memory{_reason(error)}", 1
+    return None
+
+
+def _own_fault(error: Exception) -> tuple[str, int]:
+    found = f"this is a fault of vila {__version__}: {type(error).__name__}{_reason(error)}"
+    if os.environ.get(_SHOW_TRACEBACK):
+        return found, _SOFTWARE_ERROR
+    return f"{found}; please report it with {_write_traceback(error)}", _SOFTWARE_ERROR
+
+
+def _reason(error: Exception) -> str:
+    text = next(iter(str(error).splitlines()), "")
+    return f": {text}" if text else ""
+
+
+def _write_traceback(error: Exception) -> str:
+    """Write the traceback to a temporary file and return its name, or how to see the traceback where that fails."""
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="vila-traceback-", suffix=".txt", delete=False, encoding="utf-8", errors="replace"
+        ) as stream:
+            traceback.print_exception(error, file=stream)
+    except OSError:
+        return f"what the same command prints with {_SHOW_TRACEBACK}=1"
+    return f"{stream.name} (or run it again with {_SHOW_TRACEBACK}=1)"
 
 
 def _open_closed_streams() -> None:
