@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.held import killed_writer
 from tests.model.layouts.published import FIXTURES
 from vila.cli.convert import IN_4_BITS, READERS
 from vila.cli.layout_readme import layout_readme
@@ -191,3 +192,15 @@ def test_layouts_of_4_bits_take_nothing_else(vila, published, in_4_bits, tmp_pat
     code, _, err = vila("convert", in_4_bits, tmp_path / "out", "--layout", "tinychat", "--dequantize")
     assert code == 2
     assert "--dequantize: tinychat holds models in 4 bits" in err
+
+
+@pytest.mark.parametrize("command", ["convert", "quantize"])
+def test_a_command_that_was_killed_while_replacing_a_model_puts_it_back(vila, published, tmp_path, command):
+    out = tmp_path / "out"
+    save_model(*tiny.vila(), out)
+    killed_writer(out, replaced=True)
+    given = {"convert": (published, out, "--layout", "native"), "quantize": (published, "--out", out)}
+    code, _, _ = vila(command, *given[command])
+    assert code == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert detect_layout(out).name == "native"

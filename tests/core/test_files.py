@@ -1,11 +1,15 @@
 """Files are whole or absent."""
 
 import errno
+import json
+import os
+from pathlib import Path
 
 import pytest
 
-from vila.core.errors import VilaError
-from vila.core.files import atomic_path, remove_partials, sha256_tree, write_json
+from tests.held import killed_writer
+from vila.core.errors import ConfigError, VilaError
+from vila.core.files import atomic_path, check_writable, remove_partials, sha256_tree, write_json
 from vila.core.reading import read_json
 
 
@@ -34,10 +38,10 @@ def test_an_error_while_writing_leaves_the_old_file_and_no_trace(tmp_path, error
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "x"), RuntimeError("I/O error: No space left on device")])
 def test_a_full_disk_names_the_file_and_leaves_nothing(tmp_path, error):
-    message = r"big: no space left on the device \(\d+ MiB free\); nothing was written"
-    with pytest.raises(VilaError, match=message), atomic_path(tmp_path / "big") as part:
+    with pytest.raises(VilaError) as caught, atomic_path(tmp_path / "big") as part:
         part.write_text("half")
         raise error
+    assert caught.value.file == str(tmp_path / "big")
     assert names(tmp_path) == []
 
 
@@ -49,13 +53,104 @@ def test_a_directory_is_replaced_whole(tmp_path):
     assert names(tmp_path / "d") == ["two"]
 
 
-def test_a_directory_lost_in_the_middle_of_its_replacement_comes_back(tmp_path):
+def test_the_next_writer_removes_what_a_killed_one_left(tmp_path):
+    killed_writer(tmp_path / "d")
+    with atomic_path(tmp_path / "d") as part:
+        part.mkdir()
+    assert names(tmp_path) == ["d"]
+    assert names(tmp_path / "d") == []
+
+
+def test_a_directory_that_was_being_replaced_when_its_writer_died_is_put_back(tmp_path):
+    (tmp_path / "a.d").mkdir()
+    (tmp_path / "a.d" / "old").write_text("old")
+    killed_writer(tmp_path / "a.d", replaced=True)
+    assert not (tmp_path / "a.d").exists()
+    remove_partials(tmp_path, "a.d")
+    assert names(tmp_path) == ["a.d"]
+    assert names(tmp_path / "a.d") == ["old"]
+
+
+def test_a_live_writer_is_left_alone_by_a_second_one_and_by_cleaning(tmp_path):
+    with atomic_path(tmp_path / "a") as first:
+        first.write_text("first")
+        with atomic_path(tmp_path / "a") as second:
+            second.write_text("second")
+            remove_partials(tmp_path)
+            assert first.exists()
+            assert second.exists()
+        assert (tmp_path / "a").read_text() == "second"
+    assert (tmp_path / "a").read_text() == "first"
+    assert names(tmp_path) == ["a"]
+
+
+def test_a_writer_that_has_not_locked_yet_is_left_alone_for_an_hour(tmp_path):
     holder = tmp_path / ".d.x1y2z3.partial"
     (holder / "replaced").mkdir(parents=True)
     (holder / "replaced" / "old").write_text("old")
     remove_partials(tmp_path)
+    assert holder.exists()
+    os.utime(holder, (0, 0))
+    remove_partials(tmp_path)
     assert names(tmp_path) == ["d"]
     assert (tmp_path / "d" / "old").read_text() == "old"
+
+
+def test_without_locks_a_writer_is_dead_when_its_process_on_this_host_is(tmp_path, monkeypatch):
+    dead = killed_writer(tmp_path / "dead")
+    elsewhere = killed_writer(tmp_path / "elsewhere")
+    owner = json.loads((elsewhere / "writer.lock").read_text())
+    (elsewhere / "writer.lock").write_text(json.dumps({**owner, "host": "another-host"}))
+    monkeypatch.setattr("vila.core.files.try_lock", lambda *_, **__: None)
+    remove_partials(tmp_path)
+    assert not dead.exists()
+    assert elsewhere.exists()
+
+
+@pytest.mark.parametrize("name", ["replaced", "writer.lock"])
+def test_a_target_may_have_the_name_of_a_file_that_the_writer_uses(tmp_path, name):
+    for word in ("one", "two"):
+        with atomic_path(tmp_path / name) as part:
+            part.mkdir()
+            (part / word).touch()
+    assert names(tmp_path) == [name]
+    assert names(tmp_path / name) == ["two"]
+
+
+def test_every_file_and_every_changed_directory_is_synced(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(str(Path(f"/proc/self/fd/{handle}").readlink())))
+    with atomic_path(tmp_path / "new" / "d") as part:
+        (part / "below").mkdir(parents=True)
+        (part / "below" / "file").write_text("1")
+    written = {Path(path).name for path in synced}
+    assert {"file", "below", "d", "new", tmp_path.name} <= written
+    # The rename is durable only when the directory it happened in is.
+    assert synced[-1] == str(tmp_path / "new")
+
+
+@pytest.mark.parametrize("name", ["new", "new/below", "."])
+def test_a_directory_that_can_be_written_is_not_made_by_the_check(tmp_path, name):
+    check_writable(tmp_path / name)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", ["file", "file/below", "file/below/it"])
+def test_a_directory_below_a_file_cannot_be_written(tmp_path, name):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError) as caught:
+        check_writable(tmp_path / name, field="--out")
+    assert (caught.value.field, caught.value.value) == ("--out", str(tmp_path / name))
+
+
+def test_a_full_or_read_only_file_system_cannot_be_written(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    with pytest.raises(ConfigError) as caught:
+        check_writable(tmp_path, field="output.dir")
+    assert (caught.value.field, caught.value.value) == ("output.dir", str(tmp_path))
 
 
 def test_the_hash_of_a_tree_sees_names_and_contents(tmp_path):

@@ -5,8 +5,9 @@ import threading
 
 import pytest
 
+from tests.held import HOST, PID, held
 from vila.core.dist import Place
-from vila.core.errors import ContextOverflowError, DataError, MediaError
+from vila.core.errors import ContextOverflowError, DataError, DirectoryInUseError, MediaError
 from vila.core.types import Image, Message
 from vila.eval.benchmark import Answer, Item, Mark, Scored
 from vila.eval.predictions import read_predictions
@@ -79,6 +80,14 @@ def test_a_killed_run_asks_only_what_is_left(tmp_path):
     whole = tmp_path / "whole"
     run(Doubler(), Numbers(), whole)
     assert rows(whole) == rows(tmp_path)
+
+
+def test_a_directory_that_another_process_fills_is_refused_with_host_and_pid(tmp_path):
+    with held(tmp_path / "out"), pytest.raises(DirectoryInUseError) as caught:
+        run(Doubler(), Numbers(), tmp_path / "out")
+    assert (caught.value.file, caught.value.host, caught.value.pid) == (str(tmp_path / "out"), HOST, PID)
+    assert run(Doubler(), Numbers(), tmp_path / "out").scored.score == 100
+    assert not (tmp_path / "out" / ".lock").exists()
 
 
 def test_one_bad_picture_costs_one_answer_and_is_asked_again_by_the_next_run(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.export.models import write_model
+from tests.held import killed_writer
 from vila.core.errors import ConfigError, LayoutError, UnknownNameError, VilaError
 from vila.core.reading import read_json
 from vila.export import stream
@@ -163,3 +164,16 @@ def test_the_command_lists_writes_and_refuses(vila, model, tmp_path):
     assert code == 1
     assert "--group-size 32 or 64 would" in err
     assert not (tmp_path / "b").exists()
+
+
+def test_an_export_that_was_killed_while_replacing_another_leaves_nothing_and_the_other_comes_back(model, tmp_path):
+    source, out = open_source(model), tmp_path / "out"
+    write_export(source, "safetensors", out)
+    (out / "mine").touch()
+    killed_writer(out, replaced=True)
+    # What was there before the kill is not replaced without being asked for either.
+    with pytest.raises(ConfigError):
+        write_export(source, "safetensors", out)
+    assert (out / "mine").exists()
+    write_export(source, "safetensors", out, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]

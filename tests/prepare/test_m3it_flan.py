@@ -8,8 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.held import HOST, PID, held, killed_writer
 from tests.prepare.image_server import jpeg
-from vila.core.errors import ConfigError, UnknownNameError
+from vila.core.errors import ConfigError, DirectoryInUseError, UnknownNameError
 from vila.prepare.flan import first_index, prepare_flan, spaced_row
 from vila.prepare.m3it import prepare_m3it
 from vila.prepare.shards import read_tar
@@ -53,6 +54,35 @@ def test_a_missing_instruction_is_drawn_from_the_list_of_its_set_always_the_same
     questions = [record["question"] for _, record, _ in samples(tmp_path / "one")]
     assert questions == [record["question"] for _, record, _ in samples(tmp_path / "two")]
     assert {question[0] for question in questions} == {"A", "B"}
+
+
+@pytest.mark.parametrize(
+    ("lock", "shard", "refused"),
+    [
+        (".lock", (0, 1), True),
+        (".lock", (0, 2), True),
+        (".lock-0-of-2", (0, 2), True),
+        (".lock-1-of-2", (0, 2), False),
+    ],
+)
+def test_a_directory_is_for_one_process_or_for_each_worker_once(tmp_path, lock, shard, refused):
+    file = write_lines(tmp_path / "gqa" / "train.jsonl", [row()])
+    with held(tmp_path / "out", lock):
+        if refused:
+            with pytest.raises(DirectoryInUseError) as caught:
+                prepare_m3it({"gqa": [file]}, tmp_path / "out", shard=shard)
+            assert (caught.value.host, caught.value.pid) == (HOST, PID)
+        else:
+            prepare_m3it({"gqa": [file]}, tmp_path / "out", shard=shard)
+
+
+def test_what_killed_writers_left_is_removed(tmp_path):
+    file = write_lines(tmp_path / "gqa" / "train.jsonl", [row()])
+    for name in ("x.tar", "parts/x.tar"):
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        killed_writer(tmp_path / "out" / name)
+    prepare_m3it({"gqa": [file]}, tmp_path / "out")
+    assert not list((tmp_path / "out").rglob(".*"))
 
 
 def test_rows_that_are_no_sample_are_counted_with_their_reason(tmp_path):

@@ -6,8 +6,9 @@ import json
 import pytest
 import torch
 
+from tests.held import HOST, PID, held
 from tests.quant.models import logits, loud, random_rows
-from vila.core.errors import ConfigError, LayoutError, VilaError
+from vila.core.errors import ConfigError, DirectoryInUseError, LayoutError, VilaError
 from vila.model.int4 import drop_int4, int4_weights
 from vila.model.load import load_model
 from vila.quant import checkpoint
@@ -117,3 +118,9 @@ def test_a_full_disk_is_told_and_finished_blocks_are_kept(tmp_path, monkeypatch)
     made(tmp_path / "whole")
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
     assert {path.name for path in tmp_path.iterdir()} == {"out", "whole"}
+
+
+def test_a_directory_that_another_process_quantizes_into_is_refused_with_host_and_pid(tmp_path):
+    with held(work_folder(tmp_path / "out")), pytest.raises(DirectoryInUseError) as caught:
+        made(tmp_path / "out", with_group(Request("rtn"), 32))
+    assert (caught.value.host, caught.value.pid) == (HOST, PID)

@@ -43,6 +43,7 @@ def test_a_killed_search_goes_on_to_the_same_bytes(tmp_path):
     broken = kept / ".00001.safetensors.x.partial"
     broken.mkdir()
     (broken / "00001.safetensors").write_bytes(first[:100])
+    os.utime(broken, (0, 0))
     model, _ = loud(layers=3)
     options = SearchOptions(group_size=16)
     search_to_file(model, random_rows(), target, options)

@@ -172,6 +172,7 @@ def test_what_a_killed_process_left_is_removed(kitchen: Kitchen) -> None:
         left = kitchen.cache / folder / ".tiny.abc.partial"
         left.mkdir(parents=True)
         (left / "half.bin").write_bytes(b"123")
+        os.utime(left, (0, 0))
     kitchen.obtain()
     assert names_in(kitchen.cache / "parts") == ["tiny"]
     assert names_in(kitchen.cache / "wheels") == [kitchen.recipe.wheel.filename]

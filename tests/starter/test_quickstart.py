@@ -5,8 +5,9 @@ import json
 import pytest
 
 import vila.starter.quickstart as quickstart
+from tests.held import HOST, PID, held
 from tests.starter.stand import write_easy_vqa, write_llm, write_vision
-from vila.core.errors import ConfigError
+from vila.core.errors import ConfigError, DirectoryInUseError
 from vila.core.files import sha256_tree
 from vila.starter.quickstart import Options, Quickstart
 
@@ -137,3 +138,9 @@ def test_budgets_scale_with_the_minutes(job):
         maker._parts()
     for stage in quickstart.STAGES:
         assert full.recipe(stage).budget.tokens == 2 * half.recipe(stage).budget.tokens
+
+
+def test_a_directory_that_another_process_works_on_is_refused_with_host_and_pid(job, tmp_path):
+    with held(tmp_path / "run"), pytest.raises(DirectoryInUseError) as caught:
+        job().run()
+    assert (caught.value.file, caught.value.host, caught.value.pid) == (str(tmp_path / "run"), HOST, PID)

@@ -6,10 +6,11 @@ from itertools import pairwise
 import pytest
 import torch
 
+from tests.held import HOST, PID, held
 from tests.train.finish import stop_after
 from tests.train.ranks import run_ranks
 from tests.train.stand import stand_recipe, write_stand
-from vila.core.errors import ConfigError, Interrupted, TrainingError
+from vila.core.errors import ConfigError, DirectoryInUseError, Interrupted, TrainingError, VilaError
 from vila.train.metrics import read_metrics
 from vila.train.run import build
 
@@ -112,23 +113,45 @@ def test_data_that_is_shorter_than_a_batch_is_refused_with_both_numbers(stand):
         build(stand_recipe(stand, "short", "batch.rows=26"))
 
 
-def told_when_built(folder, out):
+def refused_when_built(folder, out):
     try:
         build(stand_recipe(folder, out))
-    except ConfigError as error:
-        return str(error)
-    return ""
+    except VilaError as error:
+        return error
+    return None
 
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_directory_that_cannot_be_written_is_named(stand, world):
     out = "data.jsonl/run"
-    told = [told_when_built(stand, out)] if world == 1 else run_ranks(world, told_when_built, stand, out)
-    says = f"output.dir={stand / out}: cannot be written (Not a directory); choose another one"
-    assert told == [says] * world
+    errors = [refused_when_built(stand, out)] if world == 1 else run_ranks(world, refused_when_built, stand, out)
+    assert len(errors) == world
+    for error in errors:
+        assert isinstance(error, ConfigError)
+        assert (error.field, error.value) == ("output.dir", str(stand / out))
 
 
 def test_a_file_in_place_of_the_directory_is_named(stand):
     (stand / "taken").write_text("")
-    says = f"output.dir={stand / 'taken'}: cannot be written (File exists); choose another one"
-    assert told_when_built(stand, "taken") == says
+    error = refused_when_built(stand, "taken")
+    assert isinstance(error, ConfigError)
+    assert (error.field, error.value) == ("output.dir", str(stand / "taken"))
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_directory_that_another_run_trains_into_is_refused_with_host_and_pid(stand, world):
+    with held(stand / "busy"):
+        args = (stand, "busy")
+        errors = [refused_when_built(*args)] if world == 1 else run_ranks(world, refused_when_built, *args)
+    for error in errors:
+        assert isinstance(error, DirectoryInUseError)
+        assert (error.file, error.host, error.pid) == (str(stand / "busy"), HOST, PID)
+
+
+def test_a_run_holds_its_directory_until_it_ends(stand):
+    run = build(stand_recipe(stand, "held", *BUDGET))
+    seen = []
+    run.trainer.listeners.append(lambda trainer, facts: seen.append((run.folder / ".lock").is_file()))
+    run.train()
+    assert all(seen)
+    assert not (run.folder / ".lock").exists()

@@ -52,13 +52,14 @@ def convert(
     from vila.cli.info import human_bytes
     from vila.cli.layout_readme import README, layout_readme
     from vila.core.errors import ConfigError
-    from vila.core.files import write_text
+    from vila.core.files import remove_partials, write_text
     from vila.model.hub import local_folder
     from vila.model.load import load_model, save_model
 
     if dequantize and layout in IN_4_BITS:
         raise ConfigError(f"--dequantize: {layout} holds models in 4 bits; leave it out, or choose another layout")
     target = target.expanduser()
+    remove_partials(target.parent, target.name)
     if target.exists():
         check_replaceable(target, overwrite)
     stop_cleanly()

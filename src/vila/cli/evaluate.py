@@ -67,6 +67,8 @@ def evaluate(
     from vila.cli.score_tables import result_table
     from vila.core.errors import ConfigError
     from vila.core.events import SILENT
+    from vila.core.files import remove_partials
+    from vila.core.locks import DirectoryLock
     from vila.eval.report import write_report
     from vila.eval.runner import result_dir, run
     from vila.train.parallel import open_world
@@ -94,11 +96,14 @@ def evaluate(
             if result:
                 results.append(result)
         if world.main:
+            remove_partials(root)
             seen = {"model": model or served_model, "data": str(data or ""), "rules": rules, "template": template}
             folders = {result.benchmark: result_dir(root, result.benchmark, questions).name for result in results}
-            _note_run(root, {**seen, **facts, "benchmarks": folders, "left_out": left_out})
-            for path in write_report(root, {benchmark.name: benchmark for benchmark in opened}):
-                events.said(str(path))
+            # Other commands may add benchmarks to the same directory at this moment.
+            with DirectoryLock(root).acquire(wait=True):
+                _note_run(root, {**seen, **facts, "benchmarks": folders, "left_out": left_out})
+                for path in write_report(root, {benchmark.name: benchmark for benchmark in opened}):
+                    events.said(str(path))
     world.close()
     for result in results:
         if as_json:

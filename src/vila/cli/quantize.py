@@ -116,6 +116,7 @@ def quantize(
     from vila.cli.layout_readme import README, layout_readme
     from vila.cli.progress import Screen
     from vila.cli.quantize_summary import show_summary
+    from vila.core.files import remove_partials
     from vila.model.hub import local_folder
     from vila.model.load import load_model
     from vila.quant.awq_cache import read_search, write_awq_cache
@@ -124,6 +125,7 @@ def quantize(
 
     request = _request(method, group_size, symmetric, scaling, clipping, rounding, image_weight, device.value)
     target = out.expanduser()
+    remove_partials(target.parent, target.name)
     if target.exists():
         check_replaceable(target, overwrite)
     dump = None if dump_awq is None else dump_awq.expanduser()

@@ -184,6 +184,21 @@ class TrainingError(VilaError, RuntimeError):
     """Training cannot go on: the loss is not finite, or nothing is left to learn from."""
 
 
+class DirectoryInUseError(VilaError):
+    """Another process writes the directory that a command is about to write."""
+
+    def __init__(
+        self, folder: str | PathLike[str], host: str | None = None, pid: int | None = None, since: str | None = None
+    ) -> None:
+        owner = f"process {pid} on {host}" if pid else "another process"
+        super().__init__(
+            f"in use by {owner}{f' since {since}' if since else ''}",
+            file=folder,
+            hint="wait until it ends or stop it, or choose another directory",
+        )
+        self.host, self.pid = host, pid
+
+
 class Interrupted(VilaError):
     """The user stopped long work; what was finished is kept and the same command goes on from there."""
 

@@ -7,39 +7,125 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from vila.core.errors import VilaError
+from vila.core.errors import ConfigError, VilaError
+from vila.core.locks import is_same_file, read_owner, runs_here, try_lock, write_owner
+
+_WRITER = "writer.lock"
+_REPLACED = "replaced"
+_OLD_S = 3600.0
 
 
 @contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
-    """A temporary path beside `target` that becomes `target` when the body ends well, and vanishes when it does not.
+    """Yield a temporary path beside `target` that becomes `target` if the body succeeds, and is deleted if it fails.
 
     The body writes a file, or makes a directory, at the path it is given. A directory replaces an existing one.
-    Raises VilaError naming the target when the disk is full.
+    Files and directory entries are fsynced, so after the call `target` survives a loss of power. What a killed writer
+    of the same target left is removed first. Raises VilaError naming the target when the disk is full.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    holder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-    part = holder / target.name
+    make_directory(target.parent)
+    with _holder(target) as holder:
+        # The holder has two names of its own.
+        part = holder / (f"new-{target.name}" if target.name in (_WRITER, _REPLACED) else target.name)
+        try:
+            yield part
+            _sync(part)
+            if part.is_dir() and target.exists():
+                target.rename(holder / _REPLACED)
+                _sync_entries(holder)
+            part.replace(target)
+            _sync_entries(target.parent)
+        except Exception as error:
+            if _disk_is_full(error):
+                raise VilaError(
+                    f"no space left on the device ({_free_mib(target.parent)} MiB free); nothing was written",
+                    file=target,
+                ) from error
+            raise
+
+
+@contextmanager
+def _holder(target: Path) -> Iterator[Path]:
+    """Make the directory that holds what is being written; its lock tells others that the writer is alive."""
+    holder = target.with_name(f".{target.name}.partial")
+    if holder.exists():
+        _remove_if_abandoned(holder)
     try:
-        yield part
-        _sync(part)
-        if part.is_dir() and target.exists():
-            target.rename(holder / "replaced")
-        part.replace(target)
-    except Exception as error:
-        if _disk_is_full(error):
-            raise VilaError(
-                f"{target}: no space left on the device ({_free_mib(target.parent)} MiB free); nothing was written"
-            ) from error
-        raise
+        holder.mkdir(mode=0o700)
+    except FileExistsError:  # another writer of the same target is alive
+        holder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    try:
+        with (holder / _WRITER).open("w+", encoding="utf-8") as lock:
+            # It waits for a process that looks whether the writer is alive, and finds no owner yet.
+            try_lock(lock, wait=True)
+            write_owner(lock, target=target.name)
+            try:
+                yield holder
+            finally:
+                for entry in [entry for entry in holder.iterdir() if entry.name != _WRITER]:
+                    shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
+                (holder / _WRITER).unlink(missing_ok=True)
     finally:
-        shutil.rmtree(holder, ignore_errors=True)
+        # An open file on NFS keeps its directory, hence after the lock was closed.
+        with suppress(OSError):
+            holder.rmdir()
+
+
+def remove_partials(folder: Path, name: str = "") -> None:
+    """Delete what killed writers left in `folder` (`.NAME.partial`, `.NAME.*.partial`); live writers are left alone.
+
+    A directory that was being replaced when its writer died is put back first.
+    name: of one target; empty: all.
+    """
+    start = f".{name}." if name else "."
+    if folder.is_dir():
+        for holder in sorted(folder.iterdir()):
+            if holder.name.startswith(start) and holder.name.endswith(".partial"):
+                _remove_if_abandoned(holder)
+
+
+def _remove_if_abandoned(holder: Path) -> None:
+    """Delete the holder of a killed writer; leave it if its writer may be alive."""
+    try:
+        lock = (holder / _WRITER).open("r+", encoding="utf-8")
+    except OSError:
+        # The writer is about to make the file, died before it did, or was an older version, which made none.
+        if _is_old(holder):
+            _put_back_and_delete(holder, holder.name[1:].rsplit(".", 2)[0])
+        return
+    with lock:
+        granted, owner = try_lock(lock), read_owner(lock)
+        if granted is None:
+            granted = owner.get("host") == socket.gethostname() and not runs_here(owner)
+        # A file without an owner is one that was made a moment ago; one that is gone was released.
+        if granted and is_same_file(lock, holder / _WRITER) and (owner or _is_old(holder)):
+            _put_back_and_delete(holder, str(owner.get("target", "")))
+
+
+def _put_back_and_delete(holder: Path, name: str) -> None:
+    replaced = holder / _REPLACED
+    if replaced.exists():
+        if not name:
+            return
+        if not (target := holder.with_name(name)).exists():
+            replaced.rename(target)
+            _sync_entries(target.parent)
+    shutil.rmtree(holder, ignore_errors=True)
+
+
+def _is_old(holder: Path) -> bool:
+    try:
+        return time.time() - holder.stat().st_mtime > _OLD_S
+    except OSError:
+        return False
 
 
 def _disk_is_full(error: Exception) -> bool:
@@ -47,27 +133,63 @@ def _disk_is_full(error: Exception) -> bool:
     return getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)
 
 
+def make_directory(folder: Path) -> None:
+    """Make a directory and its parents, and fsync the directories that hold the new entries."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        _sync_entries(path.parent)
+
+
+def check_writable(folder: Path, *, field: str | None = None) -> None:
+    """Raise ConfigError unless a directory can be made at `folder`, or written if it is there; leaves nothing behind.
+
+    field: name of the option or recipe field that names the directory.
+    """
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        if not existing.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(existing))
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise ConfigError(
+            f"cannot be written ({existing}: {error.strerror})",
+            field=field,
+            value=str(folder),
+            hint="choose another directory",
+        ) from error
+
+
 def _sync(path: Path) -> None:
-    for file in [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]:
-        with file.open("rb") as stream:
-            os.fsync(stream.fileno())
+    """Fsync a file, or a directory with all that is in it."""
+    below = sorted(path.rglob("*"), reverse=True) if path.is_dir() else []
+    for entry in [*below, path]:
+        if entry.is_dir():
+            _sync_entries(entry)
+        elif entry.is_file():
+            with entry.open("rb") as stream:
+                os.fsync(stream.fileno())
+
+
+def _sync_entries(folder: Path) -> None:
+    """Fsync the entries of a directory, where the system has that."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except PermissionError:  # it may be written, but not read
+        return
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # some network file systems
+            raise
+    finally:
+        os.close(handle)
 
 
 def _free_mib(folder: Path) -> int:
     return shutil.disk_usage(folder).free // 2**20
-
-
-def remove_partials(folder: Path) -> None:
-    """Delete what writers that were killed left in `folder`: `.NAME.*.partial` directories.
-
-    A directory that was being replaced when its writer died is put back first.
-    """
-    for holder in folder.glob(".*.partial") if folder.is_dir() else ():
-        replaced = holder / "replaced"
-        target = folder / holder.name[1:].rsplit(".", 2)[0]
-        if replaced.exists() and not target.exists():
-            replaced.rename(target)
-        shutil.rmtree(holder, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

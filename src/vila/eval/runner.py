@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from vila.core.dist import Place
 from vila.core.errors import DataError
 from vila.core.events import SILENT, Events, task
 from vila.core.files import remove_partials, sha256_file, write_json, write_jsonl
+from vila.core.locks import DirectoryLock
 from vila.core.reading import read_json
 from vila.core.types import Image, Text
 from vila.engine.request import Sampling
@@ -75,14 +77,40 @@ def run(
     meet:  waits for the other processes.
     A batch is always made of the same questions, so that an interrupted run, or one of several processes, ends with the
     same answers. A batch that fails is asked question by question; a question that fails is recorded with its error.
-    Raises DataError when `out` holds predictions of another model or benchmark.
+    Raises DataError when `out` holds predictions of another model or benchmark, DirectoryInUseError when another
+    process writes there.
     """
     items = benchmark.items()
-    if place.main:
-        remove_partials(out)
-        forget_parts(out)
-        _same_run(out, {"benchmark": benchmark.name, "model": model, "questions": len(items), "template": template})
-    meet()
+    with ExitStack() as stack:
+        if place.main:
+            stack.enter_context(DirectoryLock(out).acquire(events=events))
+            remove_partials(out)
+            forget_parts(out)
+            _same_run(out, {"benchmark": benchmark.name, "model": model, "questions": len(items), "template": template})
+        meet()
+        seconds = _ask(engine, benchmark, items, out, template, place, events)
+        meet()
+        if not place.main:
+            return None
+        done = read_predictions(out, (item.id for item in items))
+        done.merge(items)
+        result = _scored(benchmark, items, done, rules)
+        write_json(out / "scores.json", {"benchmark": benchmark.name, "model": model, "rules": rules, **_facts(result)})
+        write_jsonl(out / "marks.jsonl", map(asdict, result[0].marks if result[0] else ()))
+        answered = note_speed(out, seconds)
+    return Result(benchmark.name, result[0], done.texts, seconds, answered, done.errors, result[1])
+
+
+def _ask(
+    engine: Answers,
+    benchmark: Benchmark,
+    items: Sequence[Item],
+    out: Path,
+    template: str,
+    place: Place,
+    events: Events,
+) -> float:
+    """Answer this process's share of the questions that have no answer yet; returns the seconds that took."""
     done = read_predictions(out, (item.id for item in items))
     sampling = getattr(benchmark, "sampling", None) or Sampling(max_new_tokens=benchmark.max_new_tokens)
     name = f"{benchmark.name}: {len(items)} questions"
@@ -100,17 +128,7 @@ def run(
             right += sum(bool(i.truth) and exact_match(done.texts.get(i.id, ""), i.truth) for i in batch)
             events.advanced(name, len(batch), exact=f"{right / seen:.1%}")
     note_part(out, place.rank, answered, asking.tokens)
-    meet()
-    if not place.main:
-        return None
-    seconds = time.monotonic() - began
-    done = read_predictions(out, (item.id for item in items))
-    done.merge(items)
-    result = _scored(benchmark, items, done, rules)
-    write_json(out / "scores.json", {"benchmark": benchmark.name, "model": model, "rules": rules, **_facts(result)})
-    write_jsonl(out / "marks.jsonl", map(asdict, result[0].marks if result[0] else ()))
-    answered = note_speed(out, seconds)
-    return Result(benchmark.name, result[0], done.texts, seconds, answered, done.errors, result[1])
+    return time.monotonic() - began
 
 
 def _scored(benchmark: Benchmark, items: Sequence[Item], done: Predictions, rules: Rules) -> tuple[Scored | None, str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from vila import __version__
 from vila.core.errors import ConfigError
 from vila.core.events import task
-from vila.core.files import atomic_path, write_json
+from vila.core.files import atomic_path, remove_partials, write_json
 from vila.export.readme import render_readme
 from vila.export.source import Source
 from vila.export.target import EXPORTS, ExportOptions, check_source, settled
@@ -45,7 +45,11 @@ def write_export(
 
 
 def check_out(out: Path, source: Path, overwrite: bool) -> None:
-    """Raises ConfigError unless `out` is free (absent, empty, or an export to overwrite) and apart from the model."""
+    """Raise ConfigError unless `out` is free (absent, empty, or an export to overwrite) and apart from the model.
+
+    What a killed writer of `out` left is removed first, and a directory that it was replacing is put back.
+    """
+    remove_partials(out.parent, out.name)
     here, there = source.resolve(), out.resolve()
     if here == there or there in here.parents:
         raise ConfigError(f"{out}: holds the model that is exported; give another directory")

@@ -18,7 +18,7 @@ from vila.media.fetch_many import DEFAULT_RULES, FetchRules
 from vila.prepare.counts import Counts
 from vila.prepare.download import Download, Page, Results, download_units
 from vila.prepare.gather import gather
-from vila.prepare.parts import inputs_hash, mine, same_settings, unit_names
+from vila.prepare.parts import inputs_hash, locks_output, mine, same_settings, unit_names
 from vila.prepare.records import read_parquet, read_rows
 from vila.prepare.resize import SHORT_SIDE_336, ResizeRule
 from vila.prepare.shards import TarSample, json_member, safe_key
@@ -29,6 +29,7 @@ ROWS_PER_UNIT = 12_440
 _SCORES = ("clip_similarity_vitb32", "clip_similarity_vitl14")
 
 
+@locks_output
 def select_coyo(
     sources: Sequence[Path],
     out: Path,
@@ -78,6 +79,7 @@ def best_rows(scores: Sequence[float], share: float | None, threshold: float | N
     return enough if share is None else enough[: int(len(scores) * share + 1e-9)]
 
 
+@locks_output
 def prepare_coyo(
     lists: Sequence[Path],
     out: Path,

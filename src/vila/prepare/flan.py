@@ -10,13 +10,14 @@ from vila.core.errors import ConfigError
 from vila.core.events import SILENT, Events, task
 from vila.prepare.counts import Counts
 from vila.prepare.gather import gather
-from vila.prepare.parts import inputs_hash, is_finished, mine, same_settings, write_part
+from vila.prepare.parts import inputs_hash, is_finished, locks_output, mine, same_settings, write_part
 from vila.prepare.records import parquet_rows, read_parquet
 
 ROWS = 1_000_000
 """As many rows as the original takes, of about 378 million."""
 
 
+@locks_output
 def prepare_flan(
     sources: Sequence[Path],
     out: Path,

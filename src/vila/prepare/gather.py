@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vila.core.events import SILENT, Events, task
-from vila.core.files import atomic_path, remove_partials, sha256_file, write_json, write_jsonl
+from vila.core.files import atomic_path, sha256_file, write_json, write_jsonl
 from vila.core.reading import read_json
 from vila.prepare.counts import Counts
 from vila.prepare.parts import Kind, is_finished, mine, part_path, read_record, suffix_of
@@ -60,9 +60,7 @@ def gather(
     }
     write_jsonl(out / "log" / "failures.jsonl", _failures(out, units))
     write_json(out / "index.json", index)
-    remove_partials(out)
     if keep_parts:
-        remove_partials(out / "parts")
         for spool in (out / "parts").glob("*.spool"):  # of workers that died after their part was whole
             spool.unlink()
     else:

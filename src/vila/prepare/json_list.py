@@ -8,18 +8,19 @@ from typing import Any
 
 from vila.core.errors import DataError, MediaError
 from vila.core.events import SILENT, Events, task
-from vila.core.files import remove_partials, sha256_file, write_json, write_jsonl
+from vila.core.files import sha256_file, write_json, write_jsonl
 from vila.core.reading import read_json
 from vila.core.types import Image
 from vila.media.image import open_image
 from vila.prepare.counts import Counts
-from vila.prepare.parts import same_settings
+from vila.prepare.parts import locks_output, same_settings
 
 MARKER = "<image>"
 Check = Callable[[dict[str, Any]], str]
 """A record -> why it is left out, or nothing. A colon separates the reason to count by from details."""
 
 
+@locks_output
 def rewrite_json(
     source: Path, out: Path, name: str, checks: Sequence[Check], settings: dict[str, Any], events: Events = SILENT
 ) -> dict[str, Any]:
@@ -55,7 +56,6 @@ def rewrite_json(
     index = {"name": name, "kind": "llava_json", "shards": [facts], "counts": counts.as_json()}
     write_jsonl(out / "log" / "failures.jsonl", failures)
     write_json(out / "index.json", index)
-    remove_partials(out)
     events.said(f"{name}: {counts}")
     return index
 

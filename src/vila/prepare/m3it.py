@@ -12,7 +12,7 @@ from vila.core.events import SILENT, Events, task
 from vila.core.reading import read_json
 from vila.prepare.counts import Counts
 from vila.prepare.gather import gather
-from vila.prepare.parts import inputs_hash, is_finished, mine, same_settings, write_part
+from vila.prepare.parts import inputs_hash, is_finished, locks_output, mine, same_settings, write_part
 from vila.prepare.pkl import question_sample
 from vila.prepare.records import read_rows
 from vila.prepare.shards import TarSample, safe_key
@@ -26,6 +26,7 @@ SETS: dict[str, tuple[str, ...]] = {
 """The sets that the original uses, by task."""
 
 
+@locks_output
 def prepare_m3it(
     sources: Mapping[str, Sequence[Path]],
     out: Path,

@@ -15,13 +15,14 @@ from vila.media.fetch_many import DEFAULT_RULES, FetchRules
 from vila.prepare.counts import Counts
 from vila.prepare.download import Download, Page, Results, download_units
 from vila.prepare.gather import gather
-from vila.prepare.parts import inputs_hash, mine, same_settings, unit_names
+from vila.prepare.parts import inputs_hash, locks_output, mine, same_settings, unit_names
 from vila.prepare.records import read_rows
 from vila.prepare.resize import SHORT_SIDE_336, ResizeRule
 from vila.prepare.shards import TarSample, json_member, safe_key
 from vila.prepare.spool import Failure
 
 
+@locks_output
 def prepare_mmc4(
     sources: Sequence[Path],
     out: Path,

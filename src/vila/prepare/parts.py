@@ -7,19 +7,52 @@ UNIT.part.json           the record: samples, bytes, sha256, counts
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec, TypeVar
 
 from vila.core.errors import ConfigError, DataError
-from vila.core.files import atomic_path, sha256_file, write_json, write_jsonl
+from vila.core.events import SILENT
+from vila.core.files import atomic_path, remove_partials, sha256_file, write_json, write_jsonl
+from vila.core.locks import DirectoryLock
 from vila.core.reading import read_json
 from vila.prepare.counts import Counts
 from vila.prepare.shards import TarSample, safe_key, write_tar
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 Kind = Literal["mmc4", "pairs", "vflan", "text"]
 """`mmc4`: documents; `pairs`: image and text; `vflan`: question, answer, images; `text`: JSON lines without images."""
+
+
+def locks_output(prepare: Callable[P, T]) -> Callable[P, T]:
+    """Decorate a function with the arguments `out`, and perhaps `shard` and `events`: lock `out` while it runs.
+
+    Workers k of n share the directory, each k once; a worker alone (0 of 1) has it to itself. What killed writers left
+    in the directory is removed first. The function then raises DirectoryInUseError too.
+    """
+    signature = inspect.signature(prepare)
+
+    @functools.wraps(prepare)
+    def locked(*args: P.args, **kwargs: P.kwargs) -> T:
+        given = signature.bind(*args, **kwargs)
+        given.apply_defaults()
+        out, events = given.arguments["out"], given.arguments.get("events", SILENT)
+        worker, workers = given.arguments.get("shard", (0, 1))
+        with ExitStack() as stack:
+            stack.enter_context(DirectoryLock(out).acquire(shared=workers > 1, events=events))
+            if workers > 1:
+                stack.enter_context(DirectoryLock(out, f".lock-{worker}-of-{workers}").acquire(events=events))
+            for folder in (out, out / "parts", out / "log"):
+                remove_partials(folder)
+            return prepare(*args, **kwargs)
+
+    return locked
 
 
 def suffix_of(kind: Kind) -> str:

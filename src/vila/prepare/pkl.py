@@ -13,7 +13,7 @@ from vila.core.events import SILENT, Events, task
 from vila.prepare.counts import Counts
 from vila.prepare.gather import gather
 from vila.prepare.mmc4 import mmc4_fault
-from vila.prepare.parts import inputs_hash, is_finished, mine, same_settings, unit_names, write_part
+from vila.prepare.parts import inputs_hash, is_finished, locks_output, mine, same_settings, unit_names, write_part
 from vila.prepare.resize import KEEP, stored_picture
 from vila.prepare.shards import TarSample, json_member
 from vila.prepare.spool import Picture
@@ -22,6 +22,7 @@ from vila.prepare.unpickle import read_plain_pickle
 PickleKind = Literal["mmc4", "coyo", "vflan"]
 
 
+@locks_output
 def convert_pickles(
     source: Path,
     out: Path,

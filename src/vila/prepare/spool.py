@@ -6,7 +6,6 @@ is dropped when the file is opened again; all before it were synced.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -17,6 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from vila.core.errors import DataError
+from vila.core.locks import try_lock
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +47,9 @@ class Spool:
     def __enter__(self) -> Spool:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._stream = self._path.open("a+b")
-        try:
-            fcntl.flock(self._stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if try_lock(self._stream) is False:
             self._stream.close()
-            raise DataError(f"{self._path}: another process works on this unit; give each its own shard") from error
+            raise DataError("another process works on this unit", file=self._path, hint="give each its own shard")
         end = self._scan()
         self._stream.truncate(end)
         return self

@@ -16,7 +16,8 @@ from torch import nn
 
 from vila.core.errors import ConfigError
 from vila.core.events import SILENT, Events
-from vila.core.files import atomic_path, write_json, write_text
+from vila.core.files import atomic_path, remove_partials, write_json, write_text
+from vila.core.locks import DirectoryLock
 from vila.model.int4 import use_int4
 from vila.model.load import save_model
 from vila.quant.apply import check_same_rounding, check_search
@@ -126,42 +127,38 @@ def quantize_checkpoint(
 
     found: a search to use instead of making one. texts: of further files, by their names.
     The same call after a kill goes on from the last finished block.
-    Raises as `check_request`; CheckpointError when the folder of finished blocks is of another run.
+    Raises as `check_request`; CheckpointError when the folder of finished blocks is of another run, and
+    DirectoryInUseError when another process is writing `out`.
     """
     check_request(model, request, calibration, found)
     before = sum(parameter.nbytes for parameter in model.parameters())
     work = work_folder(out)
-    _remove_partials(out)
-    search = found
-    if search is None and calibration is not None:
-        search = make_search(model, processor, request, calibration, keep=work / "search", events=events)
-    rounded = round_model(
-        model, search, request.round_options(), calibration,
-        processor=processor, keep=work / "rounded", release=True, events=events,
-    )  # fmt: skip
-    use_int4(model, rounded.weights)
-    with atomic_path(out) as part:
-        save_model(model, processor, part, layout=layout)
-        after = sum(path.stat().st_size for path in part.rglob("*.safetensors"))
-        if search is not None:
-            save_search(search, part / SEARCH_FILE)
-        summary = _summary(request, calibration, search, rounded, before, after)
-        write_json(part / SUMMARY_FILE, summary)
-        for name, text in (texts or {}).items():
-            write_text(part / name, text)
-    shutil.rmtree(work, ignore_errors=True)
+    with DirectoryLock(work).acquire(events=events):
+        remove_partials(out.parent, out.name)
+        search = found
+        if search is None and calibration is not None:
+            search = make_search(model, processor, request, calibration, keep=work / "search", events=events)
+        rounded = round_model(
+            model, search, request.round_options(), calibration,
+            processor=processor, keep=work / "rounded", release=True, events=events,
+        )  # fmt: skip
+        use_int4(model, rounded.weights)
+        with atomic_path(out) as part:
+            save_model(model, processor, part, layout=layout)
+            after = sum(path.stat().st_size for path in part.rglob("*.safetensors"))
+            if search is not None:
+                save_search(search, part / SEARCH_FILE)
+            summary = _summary(request, calibration, search, rounded, before, after)
+            write_json(part / SUMMARY_FILE, summary)
+            for name, text in (texts or {}).items():
+                write_text(part / name, text)
+        shutil.rmtree(work, ignore_errors=True)
     return summary
 
 
 def work_folder(out: Path) -> Path:
     """Where finished blocks lie until the directory is whole."""
     return out.with_name(f".{out.name}.unfinished")
-
-
-def _remove_partials(out: Path) -> None:
-    """What a writer of this very directory left when it was killed; others may be at work beside it."""
-    for holder in out.parent.glob(f".{out.name}.*.partial"):
-        shutil.rmtree(holder, ignore_errors=True)
 
 
 def _summary(

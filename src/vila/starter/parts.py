@@ -21,6 +21,7 @@ from pathlib import Path
 from vila.core.errors import ConfigError, DataError, DownloadError, LayoutError, VilaError
 from vila.core.events import SILENT, Events, task
 from vila.core.files import atomic_path, remove_partials, sha256_file, write_json, write_text
+from vila.core.locks import DirectoryLock
 from vila.core.reading import read_json
 
 REVISION = 1
@@ -224,17 +225,9 @@ def _alone(cache: Path) -> Iterator[None]:
     Raises DownloadError when the cache cannot be written.
     """
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with (cache / ".lock").open("w") as lock:
-            try:
-                import fcntl
-
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            except (ImportError, OSError):  # no locks on this system or this file system: leave others' files alone
-                pass
-            else:
-                for folder in ("wheels", "parts"):
-                    remove_partials(cache / folder)
+        with DirectoryLock(cache).acquire(wait=True):
+            for folder in ("wheels", "parts"):
+                remove_partials(cache / folder)
             yield
     except OSError as error:
         if isinstance(error, VilaError) or error.errno is None:

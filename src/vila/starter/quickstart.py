@@ -19,6 +19,7 @@ from vila.config.schema import Recipe
 from vila.core.errors import ConfigError
 from vila.core.events import SILENT, Events, task
 from vila.core.files import atomic_path, cache_dir, remove_partials, sha256_tree, write_json
+from vila.core.locks import DirectoryLock
 from vila.core.machine import machine_facts
 from vila.core.reading import read_json, read_jsonl
 from vila.core.types import Image, Message
@@ -84,7 +85,14 @@ class Quickstart:
         self.cache = cache_dir()
 
     def run(self) -> dict[str, Any]:
-        """Do what is not done yet; returns what the report shows. Raises ConfigError when `out` holds another run."""
+        """Do what is not done yet; returns what the report shows.
+
+        Raises ConfigError when `out` holds another run, DirectoryInUseError when another process works on it.
+        """
+        with DirectoryLock(self.out).acquire(events=self.events):
+            return self._run()
+
+    def _run(self) -> dict[str, Any]:
         self._claim()
         self._parts()
         self._step("data", self._data)
@@ -103,7 +111,6 @@ class Quickstart:
         return result
 
     def _claim(self) -> None:
-        self.out.mkdir(parents=True, exist_ok=True)
         for folder in (self.out, *(self.out / name for name in ("steps", "data", *STAGES)), *self.out.glob("eval/*")):
             remove_partials(folder)
         path = self.out / "quickstart.json"

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
 import torch
 
 from vila.config.load import save_recipe
 from vila.config.schema import Recipe
-from vila.core.errors import ConfigError
+from vila.core.errors import ConfigError, VilaError
 from vila.core.events import SILENT, Events
 from vila.core.files import remove_partials, write_json
+from vila.core.locks import DirectoryLock
 from vila.core.reading import read_json
 from vila.data.mixture import Mixture
 from vila.model.load import save_model
@@ -45,6 +46,8 @@ class Run:
     trainer: Trainer
     trainable: int
     checkpoints: Checkpoints
+    lock: DirectoryLock | None = None
+    """Lock on the directory of the run; held by the main process from `build` to the end of `train`."""
 
     @property
     def folder(self) -> Path:
@@ -58,6 +61,10 @@ class Run:
 
     def train(self) -> Path:
         """Train to the end of the budget, write model and report; the model's directory. All processes call it."""
+        with self.lock or nullcontext():
+            return self._train()
+
+    def _train(self) -> Path:
         try:
             self.trainer.run()
         finally:
@@ -115,12 +122,29 @@ def build(
     """Build the run of a recipe, resuming from its newest checkpoint. Every process of the run calls it.
 
     world: the processes of the run; None joins those that `torchrun` started.
-    Raises CheckpointError when the recipe differs from that of the checkpoint, naming each difference.
+    Raises CheckpointError when the recipe differs from that of the checkpoint, naming each difference, and
+    DirectoryInUseError when another process trains into the same directory.
     """
     world = world or open_world(recipe.compute.sharding, recipe.compute.timeout_s)
     events = events if world.main else SILENT
+    lock = _open_folder(recipe.output.dir, world, events)
+    try:
+        return _build(recipe, world, lock, listeners, events, allow_changes)
+    except BaseException:
+        if lock:
+            lock.release()
+        raise
+
+
+def _build(
+    recipe: Recipe,
+    world: World,
+    lock: DirectoryLock | None,
+    listeners: Sequence[StepListener],
+    events: Events,
+    allow_changes: Sequence[str],
+) -> Run:
     folder = recipe.output.dir
-    _open_folder(folder, world)
     resumed = load_checkpoint(folder / "checkpoint", world)
     if resumed:
         refuse_changes(recipe_of(resumed), recipe, folder, allow_changes)
@@ -169,21 +193,30 @@ def build(
         events=events,
         name=recipe.name,
     )
-    return Run(recipe, model, processor, mixture, trainer, count_parameters(learner.groups), checkpoints)
+    return Run(recipe, model, processor, mixture, trainer, count_parameters(learner.groups), checkpoints, lock)
 
 
-def _open_folder(folder: Path, world: World) -> None:
-    """Make the directory of a run. Every process raises ConfigError when it cannot be written."""
-    problem = ""
-    if world.main:
+def _open_folder(folder: Path, world: World, events: Events) -> DirectoryLock | None:
+    """Make and lock the directory of a run; the lock is the main process's.
+
+    Every process raises ConfigError when it cannot be written, DirectoryInUseError when another process trains there.
+    """
+    problem: VilaError | None = None
+    lock = DirectoryLock(folder) if world.main else None
+    if lock:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire(events=events)
             remove_partials(folder)
-            TemporaryFile(dir=folder).close()
         except OSError as error:
-            problem = f"output.dir={folder}: cannot be written ({error.strerror}); choose another one"
+            problem = ConfigError(
+                f"cannot be written ({error.strerror})",
+                field="output.dir", value=str(folder), hint="choose another directory",
+            )  # fmt: skip
+        except VilaError as error:
+            problem = error
     if problem := world.gather(problem)[0]:
-        raise ConfigError(problem)
+        raise problem
+    return lock
 
 
 def _metrics(folder: Path, progress: Progress, world: World) -> list[StepListener]:
