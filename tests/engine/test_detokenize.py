@@ -5,12 +5,13 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from tests import tiny
 from tests.engine.stand import sentencepiece
-from vila.engine.detokenize import Detokenizer, TextStream, detokenizer_of
+from vila.engine.detokenize import Detokenizer, TextStream, decoder_of, detokenizer_of
 
 TOKENIZERS = {"byte-level": tiny.tokenizer, "sentencepiece": sentencepiece}
 
@@ -60,19 +61,48 @@ def test_real_text_comes_out_as_it_went_in_and_without_half_characters(name, tex
     assert all(text.startswith(part) for part in settled)
 
 
-def test_an_emoji_of_several_byte_tokens_appears_whole_with_what_follows_it():
+def test_an_emoji_of_several_byte_tokens_appears_whole_with_its_last_byte():
     tokenizer = sentencepiece()
     ids = tokenizer("hello \U0001f600 world", add_special_tokens=False)["input_ids"]
     assert tokenizer.convert_ids_to_tokens(ids[4:8]) == ["<0xF0>", "<0x9F>", "<0x98>", "<0x80>"]
     settled = grow(detokenizer_of(tokenizer), ids)
-    assert settled[2:9] == ["hello", *["hello "] * 5, "hello \U0001f600 w"]
+    assert settled[2:9] == ["hello", *["hello "] * 4, "hello \U0001f600", "hello \U0001f600 w"]
 
 
-def test_bytes_are_not_settled_because_later_ones_can_spoil_them():
+def test_bytes_that_are_no_character_do_not_spoil_those_before_and_after():
     tokenizer = sentencepiece()
-    ids = tokenizer.convert_tokens_to_ids(["<0x61>", "<0xF0>", "\u2581he"])
-    assert detokenizer_of(tokenizer).decode(ids[:1]) == "a"
-    assert grow(detokenizer_of(tokenizer), ids) == ["", "", "\ufffd\ufffd he"]
+    ids = tokenizer.convert_tokens_to_ids(["<0x61>", "<0xF0>", "<0xC3>", "<0xA9>", "\u2581he"])
+    assert detokenizer_of(tokenizer).decode(ids) == "a\ufffd\u00e9 he"
+    assert grow(detokenizer_of(tokenizer), ids) == ["a", "a", "a", "a\ufffd\u00e9", "a\ufffd\u00e9 he"]
+
+
+def test_byte_runs_decode_as_sentencepiece_decodes_them():
+    tokenizer = sentencepiece()
+    original = SentencePieceProcessor(model_file=tokenizer.vocab_file)
+    draw = random.Random(0)
+    # Bytes of characters of every length, of surrogates and of overlong forms, and other tokens between them.
+    common = [byte + 3 for byte in b"\xe2\x96\x81\xf0\x9f\x98\x80\xc3\xa9\xed\xa0\xc0\xffa\n"]
+    for _ in range(1000):
+        ids = [draw.choice([*common, draw.randrange(3, 259), draw.randrange(259, 1200)]) for _ in range(8)]
+        if ids[0] != ord(" ") + 3:  # the decoder strips that one as the dummy prefix
+            assert decoder_of(tokenizer)(ids) == original.decode(ids)
+            grow(detokenizer_of(tokenizer), ids)
+
+
+def test_byte_runs_that_are_valid_decode_as_the_tokenizer_decodes_them():
+    tokenizer = sentencepiece()
+    draw = random.Random(1)
+    for _ in range(200):
+        text = "".join(draw.choice("a \u00e9\u2581\u4f60\U0001f600\ufffd\n") for _ in range(6))
+        ids = [byte + 3 for byte in text.encode()] + tokenizer.convert_tokens_to_ids(["\u2581he"])
+        assert decoder_of(tokenizer)(ids) == tokenizer.decode(ids)
+
+
+def test_special_tokens_are_kept_where_they_are_asked_for():
+    tokenizer = sentencepiece()
+    ids = tokenizer.convert_tokens_to_ids(["<0xF0>", "</s>", "<0x61>"])
+    assert decoder_of(tokenizer)(ids) == "\ufffda"
+    assert decoder_of(tokenizer, skip_special_tokens=False)(ids) == "\ufffd</s>a"
 
 
 def test_the_space_of_the_first_token_is_lost_and_that_of_later_ones_is_not():

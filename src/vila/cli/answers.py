@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from vila.engine.detokenize import Decode
     from vila.engine.request import Generation, Sampling, TokenEvent, TokenLogprob
 
 
@@ -40,14 +41,17 @@ def answer_facts(answer: Generation, sampling: Sampling, tokenizer: Any) -> dict
     if sampling.lookup:
         facts["tried"], facts["accepted"] = answer.tried, answer.accepted
     if sampling.logprobs:
-        facts["logprobs"] = [_logprob(report, tokenizer) for report in answer.logprobs]
+        from vila.engine.detokenize import decoder_of
+
+        decode = decoder_of(tokenizer, skip_special_tokens=False)
+        facts["logprobs"] = [_logprob(report, decode) for report in answer.logprobs]
     return facts
 
 
-def _logprob(report: TokenLogprob, tokenizer: Any) -> dict[str, Any]:
-    top = [_token(token, logprob, tokenizer) for token, logprob in report.top]
-    return {**_token(report.id, report.logprob, tokenizer), "top": top}
+def _logprob(report: TokenLogprob, decode: Decode) -> dict[str, Any]:
+    top = [_token(token, logprob, decode) for token, logprob in report.top]
+    return {**_token(report.id, report.logprob, decode), "top": top}
 
 
-def _token(token: int, logprob: float, tokenizer: Any) -> dict[str, Any]:
-    return {"id": token, "token": tokenizer.decode([token]), "logprob": round(logprob, 6)}
+def _token(token: int, logprob: float, decode: Decode) -> dict[str, Any]:
+    return {"id": token, "token": decode([token]), "logprob": round(logprob, 6)}

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from vila.chat.tokenize import TokenizedSample
     from vila.core.types import Image
+    from vila.engine.detokenize import Decode
     from vila.report.page import Card
 
 _STYLES = {"learnt": "bold green", "given": "dim", "image": "magenta"}
@@ -38,6 +39,9 @@ def runs_of(sample: TokenizedSample, tokenizer: Any, slots_per_image: int) -> li
     Text is decoded with what stands before it, so that characters of several tokens are whole and spaces stay. One that
     is cut where a run ends is shown in the next run; where branches begin inside a character, in each of them.
     """
+    from vila.engine.detokenize import decoder_of
+
+    decode = decoder_of(tokenizer, skip_special_tokens=False)
     slots = sample.slots.cumsum().tolist()
     keys = [
         (segment, kind, (slots[place] - 1) // slots_per_image if kind == "image" else -1)
@@ -57,7 +61,7 @@ def runs_of(sample: TokenizedSample, tokenizer: Any, slots_per_image: int) -> li
         later = [key for key, _ in groups[number + 1 :]]
         goes_on = any(key[0] == segment or parent_of[key[0]] == segment for key in later[:1])
         whole = not goes_on or later[0][1] == "image"
-        text = streams[segment].add([int(sample.ids[place]) for place in places], tokenizer, whole)
+        text = streams[segment].add([int(sample.ids[place]) for place in places], decode, whole)
         runs.append(Run(segment, kind, text, len(places)))
     return runs
 
@@ -82,10 +86,10 @@ class _Stream:
         """A stream that goes on where `parent` stands, which stays as it is."""
         return _Stream(parent.ids, parent.shown) if parent else _Stream()
 
-    def add(self, ids: Sequence[int], tokenizer: Any, whole: bool) -> str:
+    def add(self, ids: Sequence[int], decode: Decode, whole: bool) -> str:
         """What these ids add; half a character at the end waits for more unless `whole`."""
         self.ids += ids
-        text: str = tokenizer.decode(self.ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text = decode(self.ids)
         if not whole:
             text = text.rstrip(_HALF_CHARACTER)
         new = text[self.shown :]

@@ -15,6 +15,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from vila.core.errors import CancelledError, DeadlineError
+from vila.engine.detokenize import decoder_of
 from vila.serve.answers import Completion, TokenReports, Trim, choice_of, usage_of
 from vila.serve.asked import Asked
 from vila.serve.errors import as_api_error, internal
@@ -165,8 +166,7 @@ def _event(data: Mapping[str, Any]) -> bytes:
 def _reports(asked: Asked) -> TokenReports | None:
     if not asked.request.logprobs:
         return None
-    tokenizer = asked.tokenizer
-    return TokenReports(lambda ids: tokenizer.decode(list(ids)), asked.request.top_logprobs or 0)
+    return TokenReports(decoder_of(asked.tokenizer, skip_special_tokens=False), asked.request.top_logprobs or 0)
 
 
 async def _unless_gone(work: Awaitable[T], http: Request) -> T:
