@@ -145,7 +145,15 @@ def test_pictures_without_answers_are_not_counted_but_said(folder, rows):
     scored = Mme(folder).score(answers(rows[2:]))
     # Without the first picture: 13 of 22 and 5 of 11; artwork's 50 besides.
     assert scored.score == pytest.approx(100 * 13 / 22 + 100 * 5 / 11 + 50)
-    assert "1 pictures without answers, not counted: existence/0000" in scored.notes
+    assert "1 images without answers, not counted: existence/0000" in scored.notes
+
+
+def test_lmms_eval_counts_an_image_without_answers_as_wrong(folder, rows):
+    empty = [{**row, "text": ""} for row in rows[:2]]
+    wanted = Mme(folder).score(answers([*empty, *rows[2:]]), "lmms-eval")
+    scored = Mme(folder).score(answers(rows[2:]), "lmms-eval")
+    assert scored.figures["by_category"] == wanted.figures["by_category"]
+    assert (scored.score, scored.figures["questions"]) == (wanted.score, wanted.figures["questions"])
 
 
 def test_half_a_pair_is_refused(folder, rows):

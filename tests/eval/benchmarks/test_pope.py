@@ -133,6 +133,18 @@ def test_lmms_eval_pools_and_reads_whole_answers(folder):
     assert scored.figures["yes_ratio"] == pytest.approx(11 / 24)  # of the labels
 
 
+def test_lmms_eval_counts_a_question_without_an_answer_as_wrong(folder):
+    rows = given()
+    scored = Pope(folder).score(rows[1:], "lmms-eval")  # the first is right: yes to yes
+    assert (scored.figures["questions"], scored.figures["missing"]) == (24, 1)
+    assert scored.figures["accuracy"] == pytest.approx(8 / 24)
+    assert scored.figures["recall"] == pytest.approx(4 / 6)  # an answer that is neither yes nor no is no part of it
+    assert (scored.marks[0].value, scored.marks[0].rule) == (0, "no answer")
+    empty = [Answer(rows[0].question_id, "", rows[0].prompt), *rows[1:]]
+    assert Pope(folder).score(empty, "lmms-eval").score == scored.score
+    assert Pope(folder).score(rows[1:]).figures["questions"] == 23
+
+
 def test_shuffled_answers_score_the_same_and_it_is_told(folder):
     rows = given()
     random.Random(0).shuffle(rows)

@@ -95,7 +95,8 @@ def test_the_published_figure_is_vilas_over_questions_with_a_picture(folder, row
 
 def test_lmms_eval_reads_otherwise(folder, rows):
     scored = ScienceQa(folder).score(answers(rows), "lmms-eval")
-    assert scored.score == pytest.approx(100 * 7 / 13)
+    # 13 answered questions with an image, and the one without an answer, which has an image too.
+    assert scored.score == pytest.approx(100 * 7 / 14)
     assert [mark.id for mark in scored.marks if mark.value] == ["0", "2", "4", "6", "18", "22", "24"]
 
 
@@ -116,6 +117,18 @@ def test_a_question_without_an_answer_is_wrong_but_has_no_picture(folder, rows):
         in (scored.notes)
     )
     assert scored.figures["image_questions"] == 13  # although its problem has one
+
+
+def test_lmms_eval_counts_image_questions_without_an_answer(folder, rows):
+    whole = ScienceQa(folder).score(answers(rows), "lmms-eval")
+    assert whole.figures["image_questions"] == 14
+    for given in (rows[1:], [{**rows[0], "text": ""}, *rows[1:]]):  # absent, or empty: the first is right otherwise
+        scored = ScienceQa(folder).score(answers(given), "lmms-eval")
+        assert scored.score == pytest.approx(100 * 6 / 14)
+        assert [mark.value for mark in scored.marks if mark.id in ("0", "missing")] == [0, 0]
+    # Upstream takes an absent answer for one to a question without an image, an empty one for wrong.
+    assert ScienceQa(folder).score(answers(rows[1:])).score == pytest.approx(100 * 6 / 12)
+    assert ScienceQa(folder).score(answers([{**rows[0], "text": ""}, *rows[1:]])).score == pytest.approx(100 * 6 / 13)
 
 
 def test_order_does_not_matter_and_the_last_answer_counts(folder, rows):

@@ -35,6 +35,9 @@ _RELEASE = "MME_Benchmark_release_version"
 _MME = "github.com/BradyFU/Awesome-Multimodal-Large-Language-Models, branch Evaluation (by application)"
 _PUBLISHED = 2374
 
+Pairs = Mapping[str, Mapping[str, Sequence[tuple[Row, Row]]]]
+"""Answers to the two questions about an image, as often as they were given, by category and image."""
+
 
 class Mme:
     """Both questions of all pictures."""
@@ -92,17 +95,22 @@ class Mme:
         return f"{question_id}#{self._places.get(key, key[2])}"
 
     def score(self, answers: Sequence[Answer], rules: Rules = "upstream") -> Scored:
-        """Points of perception; of cognition and each category in the figures. Marks are by question, of all.
+        """Return the points of perception; of cognition and each category in the figures. Marks are by question.
 
-        upstream:  yes or no within the first four characters, as they are; a pair given twice counts twice.
-        lmms-eval: ends and full stops stripped first, a lone y or n counts; a pair given twice is refused.
-        The two answers about a picture belong together wherever they stand. Categories without answers give no points.
+        upstream:  yes or no within the first four characters, as they are; a pair given twice counts twice, an image
+                   without answers does not count.
+        lmms-eval: ends and full stops stripped first, a lone y or n counts; a pair given twice is refused, an image
+                   without answers counts as two empty ones.
+        The two answers about an image belong together wherever they stand. Categories without answers give no points.
         Raises DataError naming ids: questions that MME does not have, pictures whose two questions are not answered
         equally often. The original stops there too, or pairs answers about different pictures.
         """
         rows, notes = self._rows(answers, in_lines=rules == "upstream")
         pairs = pair_up(self.name, rows, once=rules == "lmms-eval")
-        notes += self._gaps(pairs) + misplaced(rows)
+        notes += self._gaps(pairs, "wrong" if rules == "lmms-eval" else "not counted") + misplaced(rows)
+        absent = [name for name in (*PERCEPTION, *COGNITION) if name not in pairs]
+        if rules == "lmms-eval":
+            self._add_unanswered(pairs)
         read = read_lmms if rules == "lmms-eval" else read_upstream
         figures: dict[str, Any] = {"by_category": {}}
         marks: list[Mark] = []
@@ -115,7 +123,6 @@ class Mme:
                 notes.append(f"{category}: no answer says yes or no; 0 points, where the original stops")
         for part, categories in (("perception", PERCEPTION), ("cognition", COGNITION)):
             figures[part] = sum(figures["by_category"][name]["score"] for name in categories if name in pairs)
-        absent = [name for name in (*PERCEPTION, *COGNITION) if name not in pairs]
         if absent:
             notes.append(
                 f"categories without an answer, which give no points (the original stops): {', '.join(absent)}"
@@ -155,18 +162,32 @@ class Mme:
         ]
         return rows, [f"{len(ids)} {what}: {naming(ids)}" for ids, what in cases if ids]
 
-    def _gaps(self, pairs: Mapping[str, Mapping[str, Sequence[tuple[Row, Row]]]]) -> list[str]:
-        """What is missing, given twice or out of order, in words."""
+    def _gaps(self, pairs: Pairs, what: str) -> list[str]:
+        """Return notes on images without answers, which are `what`, and images with several."""
         notes = [] if self._limit else size_note(f"{self._release.name}", len(self._truths), _PUBLISHED)
-        known = {picture_of(key) for key in self._truths if key[0] in pairs}
-        if self._limit:
-            known &= {item.group for item in self._items}
-        given = {group for own in pairs.values() for group in own}
-        if gone := sorted(known - given):
-            notes.append(f"{len(gone)} pictures without answers, not counted: {naming(gone)}")
+        if gone := [group for group in self._unanswered(pairs) if group.split("/")[0] in pairs]:
+            notes.append(f"{len(gone)} images without answers, {what}: {naming(gone)}")
         if twice := [group for own in pairs.values() for group, turns in own.items() if len(turns) > 1]:
             notes.append(f"{len(twice)} pictures are answered more than once and count as often: {naming(twice)}")
         return notes
+
+    def _unanswered(self, pairs: Pairs) -> list[str]:
+        """Return the images of scored categories without answers."""
+        known = {picture_of(key) for key in self._truths if key[0] in (*PERCEPTION, *COGNITION)}
+        if self._limit:
+            known &= {item.group for item in self._items}
+        return sorted(known - {group for own in pairs.values() for group in own})
+
+    def _add_unanswered(self, pairs: dict[str, dict[str, list[tuple[Row, Row]]]]) -> None:
+        """Add two empty answers for each image that has none, as the model's answer would be empty in lmms-eval."""
+        keys: dict[str, list[Key]] = {group: [] for group in self._unanswered(pairs)}
+        for key in self._truths:
+            if picture_of(key) in keys:
+                keys[picture_of(key)].append(key)
+        for group, own in keys.items():
+            if len(own) == 2:
+                first, second = (Row(key, group, "") for key in own)
+                pairs.setdefault(group.split("/")[0], {})[group] = [(first, second)]
 
     def _category(
         self, category: str, own: Mapping[str, Sequence[tuple[Row, Row]]], read: Any

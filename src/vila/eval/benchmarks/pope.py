@@ -67,11 +67,12 @@ class Pope:
         return labels
 
     def score(self, answers: Sequence[Answer], rules: Rules = "upstream") -> Scored:
-        """The mean of the categories' F1 in percent, or lmms-eval's F1 over all questions together.
+        """Return the mean of the categories' F1 in percent, or lmms-eval's F1 over all questions together.
 
         upstream:  "no" is an answer with the word No, no or not before its first full stop; all else is "yes".
         lmms-eval: the whole answer is yes or no in any case; all else is wrong, and no part of precision and recall.
-        Questions without an answer do not count, as in the original. Raises DataError for answers to unknown questions.
+        Questions without an answer do not count in the original; under lmms-eval's rules they are empty answers.
+        Raises DataError for answers to unknown questions.
         """
         categories = {question.category: None for question in self._questions}
         questions = {str(question.question_id): question for question in self._questions}
@@ -89,16 +90,16 @@ class Pope:
         judged: list[tuple[str, Pair]] = []
         pairs: dict[str, list[Pair]] = {category: [] for category in categories}
         for key, question in questions.items():
-            if key not in joined.texts:
+            if key not in joined.texts and rules == "upstream":
                 continue
-            pair = says_yes(joined.texts[key]), labels[key] != "no", joined.texts[key].lower().strip()
+            text = joined.texts.get(key, "")
+            pair = says_yes(text), labels[key] != "no", text.lower().strip()
             pairs[question.category].append(pair)
             right = _lmms_right(pair) if rules == "lmms-eval" else pair[0] == pair[1]
-            rule = "read as yes" if pair[0] else "read as no"
-            text = joined.texts[key]
+            rule = "no answer" if key not in joined.texts else "read as yes" if pair[0] else "read as no"
             judged.append((question.category, pair))
             marks.append(Mark(key, float(right), question.image, question.category, text, labels[key], rule))
-        notes = joined.notes("not counted") + self._misplaced(answers, questions)
+        notes = joined.notes("not counted" if rules == "upstream" else "wrong") + self._misplaced(answers, questions)
         figures: dict[str, Any] = {"questions": len(marks), "missing": len(joined.missing)}
         if rules == "lmms-eval":
             figures.update(_lmms_figures([pair for rows in pairs.values() for pair in rows]))

@@ -4,8 +4,9 @@
     problems.json           {"4": {"question": ..., "choices": [...], "answer": 1, "image": "image.png", ...}}
     pid_splits.json         {"test": ["4", ...]}
 
-The published figure is the accuracy over the questions with a picture, which are told by `<image>` in an answer's
-prompt. A question of the split that has no answer is wrong, but counts as one without a picture.
+The published figure is the accuracy over the questions with an image, recognised by `<image>` in an answer's prompt. A
+question of the split that has no answer is wrong, but counts as one without an image: the original knows no prompt of
+it. lmms-eval takes the image questions from its data set, so that an unanswered one stays in the denominator.
 """
 
 from __future__ import annotations
@@ -89,10 +90,10 @@ class ScienceQa:
         return {key: problems[key] for key in splits["test"]}
 
     def score(self, answers: Sequence[Answer], rules: Rules = "upstream") -> Scored:
-        """Accuracy in percent over the questions with a picture; marks are theirs.
+        """Return the accuracy in percent over the questions with an image; marks are theirs.
 
-        upstream:  by VILA's reading of answers; LLaVA's, and all questions, are in the figures.
-        lmms-eval: by its own reading, of the same questions.
+        upstream:  by VILA's reading, over answered questions; LLaVA's, and all questions, are in the figures.
+        lmms-eval: by its own reading, over all image questions of the split; without an answer they are wrong.
         The last of several answers counts. Raises DataError when no answer is to a question of the split.
         """
         problems = self._problems
@@ -101,7 +102,10 @@ class ScienceQa:
         kept, notes = as_typed(self.name, answers, problems)
         joined = join(self.name, kept, problems)
         prompts = {str(answer.question_id): answer.prompt for answer in kept}
-        notes += joined.notes("wrong, and counted as questions without a picture, as upstream does")
+        is_lmms = rules == "lmms-eval"
+        notes += joined.notes(
+            "wrong" if is_lmms else "wrong, and counted as questions without a picture, as upstream does"
+        )
         notes += [] if self._limit else size_note(self._splits_path.name, len(problems), _PUBLISHED)
         notes += prompt_note(
             self.name, kept, {key: str(problem.get("question", "")) for key, problem in problems.items()}
@@ -111,14 +115,14 @@ class ScienceQa:
                 f"{len(bare)} answers repeat no prompt, the first to question {bare[0]}; whether they are about a "
                 f"picture is taken from {self._problems_path.name}"
             )
-        seen = {
+        with_image = {
             key
-            for key in joined.texts
-            if "<image>" in prompts[key] or (not prompts[key] and problems[key].get("image"))
+            for key in (problems if is_lmms else joined.texts)
+            if "<image>" in prompts.get(key, "") or ((is_lmms or not prompts[key]) and problems[key].get("image"))
         }
-        read: Read = read_lmms_scienceqa if rules == "lmms-eval" else read_vila_scienceqa
+        read: Read = read_lmms_scienceqa if is_lmms else read_vila_scienceqa
         marks = [_mark(key, problem, joined.texts.get(key), read) for key, problem in problems.items()]
-        shown = [mark for mark in marks if mark.id in seen]
+        shown = [mark for mark in marks if mark.id in with_image]
         by_llava = [
             _mark(key, problem, joined.texts.get(key), read_llava_scienceqa) for key, problem in problems.items()
         ]
@@ -132,7 +136,7 @@ class ScienceQa:
         figures: dict[str, Any] = {
             "image_accuracy": _percent(shown),
             "accuracy": _percent(marks),
-            "llava_image_accuracy": _percent([mark for mark in by_llava if mark.id in seen]),
+            "llava_image_accuracy": _percent([mark for mark in by_llava if mark.id in with_image]),
             "llava_accuracy": _percent(by_llava),
             "questions": len(marks),
             "image_questions": len(shown),
