@@ -212,15 +212,53 @@ def test_the_first_label_of_a_sample_is_ignored(bytewise):
 
 
 def test_a_sample_without_supervision_is_an_error_that_names_it(bytewise):
-    with pytest.raises(DataError, match="sample 'lonely': no token is supervised under template 'page'"):
+    with pytest.raises(DataError, match="no token is supervised under template 'page'") as raised:
         tokenize_sample(Sample("lonely", (Message.of("user", PICTURE),)), NO_END, bytewise, one)
+    assert raised.value.record == "sample 'lonely'"
 
 
 def test_a_sample_that_does_not_fit_the_template_is_an_error_that_names_it(bytewise):
-    with pytest.raises(
-        DataError, match=r"sample 'odd': the last message must be the assistant's \(template 'chatml'\)"
-    ):
+    with pytest.raises(DataError, match="template 'chatml'") as raised:
         tokenize_sample(Sample("odd", (Message.of("user", "x"),)), find_template("chatml"), bytewise, one)
+    assert raised.value.record == "sample 'odd'"
+
+
+ASKED, SAID = Message.of("user", PICTURE, "What?"), Message.of("assistant", "A cat.")
+
+
+def test_a_caption_is_an_image_and_its_text_as_in_the_original(vicuna):
+    tokens = tokenize_sample(Sample("c", (ASKED, SAID)), find_template("caption"), vicuna, one)
+    assert tokens.slots.sum() == 1 and tokens.ids[1] == vicuna.image_token_id
+    assert vicuna.encode("What?", False)[0][0] not in tokens.ids
+
+
+@pytest.mark.parametrize(
+    ("sample", "field"),
+    [
+        # The original asserts an <image> and two turns: golden case 01_text_single of the plain template is an error.
+        (Sample("c", (Message.of("user", "What is the capital of France?"), SAID)), "messages[0]"),
+        (Sample("c", (ASKED, SAID, Message.of("user", "Why?"), SAID)), "messages"),
+        (Sample("c", (ASKED, SAID, ASKED, SAID)), "messages"),
+        (Sample("c", (Message.of("system", "s"), ASKED, SAID)), "messages"),
+        (Sample("c", (ASKED,)), "messages"),
+        (Sample("c", (Message.of("user", PICTURE),), ((Message.of("user", "a"), SAID),) * 2), "branches"),
+        (Sample("c", (), ((Message.of("user", "a"), SAID),)), "messages[0]"),
+    ],
+)
+def test_a_caption_template_refuses_samples_whose_questions_it_would_drop(bytewise, sample, field):
+    with pytest.raises(DataError) as raised:
+        tokenize_sample(sample, find_template("caption"), bytewise, one)
+    assert (raised.value.record, raised.value.field) == ("sample 'c'", field)
+    assert raised.value.hint
+
+
+def test_a_literal_marker_in_a_page_is_text_and_one_image_stays_one(bytewise):
+    # The original writes <IMAGE> in its place, so that its own marker is not read.
+    page = Sample("p", (Message.of("user", PICTURE, "an <image> tag"),))
+    tokens = tokenize_sample(page, find_template("page"), bytewise, one)
+    assert tokens.slots.sum() == 1 and tokens.media == (PICTURE,)
+    text = [i for i in tokens.ids.tolist() if i != bytewise.image_token_id]
+    assert text[: len("an <image> tag")] == bytewise.encode("an <image> tag", False)[0]
 
 
 NO_END = find_template("page").__class__("page", supervise="all")

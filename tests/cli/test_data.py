@@ -74,7 +74,7 @@ def test_check_names_every_kind_of_fault_and_counts_past_what_it_shows(vila, tmp
     code, out, _ = vila("data", "check", tmp_path / "d.jsonl", "--json", "--sample", 6)
     facts = json.loads(out)["data_sets"][0]
     assert (code, facts["faults"], facts["duplicate_ids"], facts["histogram"]) == (1, 4, 1, {"256": 2})
-    assert any("d.jsonl row 6" in fault for fault in facts["first_faults"])
+    assert any("d.jsonl, record 5" in fault for fault in facts["first_faults"])
 
 
 def test_a_recipe_and_a_file_show_how_they_are_indexed(vila, tmp_path, monkeypatch):

@@ -7,11 +7,21 @@ import tarfile
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
+
+from vila.core.errors import DataError
 
 # The smallest things that are told apart; nothing here is decoded.
 PIXELS = b"\x89PNG-one"
 OTHER_PIXELS = b"\x89PNG-two"
 TEXT64 = base64.b64encode(PIXELS).decode()
+
+
+def refusal(read):
+    """The DataError that a call raises."""
+    with pytest.raises(DataError) as raised:
+        read()
+    return raised.value
 
 
 def write_lines(path, rows):

@@ -8,7 +8,7 @@ import pickle
 import pytest
 
 from tests.data.good import GOOD, RECORDS
-from tests.data.shards import PIXELS, write_lines, write_parquet, write_tar
+from tests.data.shards import PIXELS, refusal, write_lines, write_parquet, write_tar
 from vila.core.errors import ConfigError, DataError, UnknownNameError
 from vila.core.types import Image, Stored, Text
 from vila.data.formats import parquet
@@ -220,7 +220,8 @@ def test_whatever_is_wrong_in_a_record_is_a_data_error_that_names_its_row(kind, 
             source[number]
         except DataError as error:
             refused += 1
-            assert f"d.jsonl row {number + 1}" in str(error), rows[number]
+            assert (error.file, error.record) == (str(tmp_path / "d.jsonl"), number), rows[number]
+            assert error.field, (rows[number], str(error))
     assert refused > len(rows) / 4
 
 
@@ -241,8 +242,9 @@ def test_a_file_outside_the_image_root_is_refused(kind, name, tmp_path):
     for number in range(len(rows)):
         if kind == "vflan" and name == "/etc/passwd":
             continue  # not the name of a picture, so base64
-        with pytest.raises(DataError, match=rf"d.jsonl row {number + 1}.*leaves the image root"):
-            FORMATS[kind].open(path, root)[number]
+        error = refusal(lambda number=number: FORMATS[kind].open(path, root)[number])
+        assert (error.file, error.record) == (str(path), number)
+        assert error.field and "leaves the image root" in error.problem
 
 
 @JSON_FORMATS
@@ -256,8 +258,9 @@ def test_an_absolute_path_inside_the_image_root_is_accepted(kind, tmp_path):
 def test_urls_are_not_read_for_training(kind, tmp_path):
     rows = [row for row in _renamed(kind, "http://example.org/p.png") if "http://" in json.dumps(row)]
     for number in range(len(rows)):
-        with pytest.raises(DataError, match="is a URL; training reads local files only"):
-            opened_lines(kind, rows, tmp_path)[number]
+        error = refusal(lambda number=number: opened_lines(kind, rows, tmp_path)[number])
+        assert error.record == number and error.field
+        assert error.problem == "is a URL" and "local files only" in error.hint
 
 
 @JSON_FORMATS
@@ -279,8 +282,8 @@ def test_a_key_that_stands_twice_is_named(tmp_path):
     )
     source = FORMATS["flan"].open(tmp_path / "d.jsonl", tmp_path)
     assert source[0].messages[0].text == "a"
-    with pytest.raises(DataError, match=r"d.jsonl row 2: key 'question' stands twice"):
-        source[1]
+    error = refusal(lambda: source[1])
+    assert (error.record, "'question'" in error.problem) == (1, True)
 
 
 def test_a_directory_gives_its_shards_not_the_lists_beside_them(tmp_path):
@@ -316,9 +319,9 @@ def test_pictures_of_shards_know_where_they_lie(tmp_path):
     assert image == Image(image.source)
     assert image.name == f"{tmp_path / 'd.tar'} b.jpg"
     row = opened(("coyo", "parquet"), tmp_path)[1].media[0]
-    assert row.name == f"{tmp_path / 'd.parquet'} row 2 image"
+    assert row.name == f"{tmp_path / 'd.parquet'}, record 1, image"
     inline = opened(("mmc4", "jsonl"), tmp_path)[0].media[0]
-    assert inline.name == f"{tmp_path / 'd.jsonl'} row 1 image_info[0].image_base64"
+    assert inline.name == f"{tmp_path / 'd.jsonl'}, record 0, image_info[0].image_base64"
 
 
 def test_an_unknown_format_suggests_a_near_one():

@@ -2,8 +2,7 @@
 
 import pytest
 
-from tests.data.shards import write_list
-from vila.core.errors import DataError
+from tests.data.shards import refusal, write_list
 from vila.core.types import Image, Message, Text, Video
 from vila.data.formats.llava_json import normalise_v1
 from vila.data.formats.llava_json_v15 import normalise_v15
@@ -27,7 +26,9 @@ def read(kind, record, folder, **options):
         ("<image>\nWhat?", "<image>\nWhat?"),
         ("Compare <image> and <image>.", "<image>\nCompare  and ."),
         ("What?", "What?"),
-        ("<image>", "<image>\n"),
+        ("<image>", "<image>"),
+        (" <image>\n", "<image>"),
+        ("<image><image>", "<image>"),
     ],
 )
 def test_version_1_puts_one_marker_in_front(text, expected):
@@ -42,6 +43,9 @@ def test_version_1_puts_one_marker_in_front(text, expected):
         ("<image><image>\nhi", "<image>\n <image>\nhi"),
         ("What?", "<image>\nWhat?"),
         ("<image>\nWhat?", "<image>\nWhat?"),
+        ("<image>", "<image>"),
+        ("  What? ", "<image>\nWhat?"),
+        ("", "<image>"),
     ],
 )
 def test_version_1_5_keeps_markers_where_they_are(text, expected):
@@ -101,59 +105,58 @@ def test_text_between_markers_of_other_kinds_is_text(kind, tmp_path):
     ]  # fmt: skip
 
 
+SPOKEN = {"from": "bot", "value": "x"}
 WRONG = {
-    "no conversations": ({"id": 1}, "row 1: expected an object with a list 'conversations'"),
-    "no turns": ({"conversations": []}, "row 1: expected an object with a list 'conversations'"),
-    "unknown from": ({"conversations": [{"from": "bot", "value": "x"}]}, "row 1 turn 1: from='bot'"),
-    "two questions": ({"conversations": turns("a", "b") + turns("c")}, "last turn must be the assistant's"),
-    "wrong order": (
-        {"conversations": [*turns("a"), *turns("b", "c")]},
-        "row 1 turn 2: expected a turn of the assistant, got 'user'",
-    ),
-    "two answers": (
-        {"conversations": [*turns("a", "b"), {"from": "gpt", "value": "c"}]},
-        "row 1 turn 3: expected a turn of the user, got 'assistant'",
-    ),
-    "only an answer": ({"conversations": [{"from": "gpt", "value": "a"}]}, "last turn must be the assistant's"),
-    "empty answer": ({"conversations": turns("a", " \n")}, "row 1 turn 2: the answer is empty"),
-    "marker without image": ({"conversations": turns("<image>\na", "b")}, "but the record has no image"),
+    "no conversations": ({"id": 1}, "conversations"),
+    "no turns": ({"conversations": []}, "conversations"),
+    "a turn that is text": ({"conversations": ["a"]}, "conversations[0]"),
+    "unknown from": ({"conversations": [SPOKEN]}, "conversations[0].from"),
+    "from is a list": ({"conversations": [{**SPOKEN, "from": ["human"]}]}, "conversations[0].from"),
+    "value is a boolean": ({"conversations": [*turns("a"), {"from": "gpt", "value": True}]}, "conversations[1].value"),
+    "two questions": ({"conversations": turns("a", "b") + turns("c")}, "conversations"),
+    "wrong order": ({"conversations": [*turns("a"), *turns("b", "c")]}, "conversations[1]"),
+    "two answers": ({"conversations": [*turns("a", "b"), {"from": "gpt", "value": "c"}]}, "conversations[2]"),
+    "only an answer": ({"conversations": [{"from": "gpt", "value": "a"}]}, "conversations"),
+    "empty answer": ({"conversations": turns("a", " \n")}, "conversations[1]"),
+    "marker without image": ({"conversations": turns("<image>\na", "b")}, "image"),
     "marker in an answer": (
         {"image": "p.png", "conversations": turns("<image> x", "see <image>")},
-        "row 1 turn 2: <image> inside an answer",
+        "conversations[1].value",
     ),
-    "more images than markers": (
-        {"image": ["p.png", "q.png"], "conversations": turns("<image> a", "b")},
-        "row 1: 2 images but 1 <image> in its turns",
-    ),
+    "more images than markers": ({"image": ["p.png", "q.png"], "conversations": turns("<image> a", "b")}, "image"),
     "more markers than images": (
         {"image": "p.png", "conversations": turns("<image> a", "b", "<image> c", "d")},
-        "row 1: 1 image but 2 <image>s in its turns",
+        "image",
     ),
-    "image and video": (
-        {"image": "p.png", "video": "v.mp4", "conversations": turns("a", "b")},
-        "row 1: has both 'image' and 'video'",
-    ),
-    "image is a number": ({"image": 3, "conversations": turns("<image> a", "b")}, "row 1 image: 3 is neither"),
+    "image and video": ({"image": "p.png", "video": "v.mp4", "conversations": turns("a", "b")}, "video"),
+    "two videos": ({"video": ["v.mp4", "w.mp4"], "conversations": turns("a", "b")}, "video"),
+    "image is a number": ({"image": 3, "conversations": turns("<image> a", "b")}, "image"),
+    "image is a list of lists": ({"image": [["p.png"]], "conversations": turns("<image> a", "b")}, "image[0]"),
+    "id is a list": ({"id": [1], "conversations": turns("a", "b")}, "id"),
 }
 
 
 @BOTH
 @pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_record_is_named(kind, name, tmp_path):
-    record, message = WRONG[name]
-    with pytest.raises(DataError, match=message):
-        read(kind, record, tmp_path)
+def test_a_wrong_record_is_named_with_its_field(kind, name, tmp_path):
+    record, field = WRONG[name]
+    error = refusal(lambda: read(kind, record, tmp_path))
+    assert (error.file, error.record, error.field) == (str(tmp_path / "d.json"), 0, field)
+
+
+def test_the_wrong_value_is_part_of_the_error(tmp_path):
+    for name, value in (("unknown from", "bot"), ("value is a boolean", True), ("image is a number", 3)):
+        assert refusal(lambda name=name: read("llava_json", WRONG[name][0], tmp_path)).value == value
 
 
 def test_version_1_refuses_a_picture_without_a_marker(tmp_path):
-    with pytest.raises(DataError, match=r"d.json row 1: 1 image but 0 <image>s in its turns"):
-        read("llava_json", {"image": "p.png", "conversations": turns("a", "b")}, tmp_path)
+    record = {"image": "p.png", "conversations": turns("a", "b")}
+    assert refusal(lambda: read("llava_json", record, tmp_path)).field == "image"
 
 
 def test_version_1_5_counts_markers_of_one_turn_singly(tmp_path):
     record = {"image": "p.png", "conversations": turns("<image><image> a", "b")}
-    with pytest.raises(DataError, match="1 image but 2 <image>s"):
-        read("llava_json_v15", record, tmp_path)
+    assert refusal(lambda: read("llava_json_v15", record, tmp_path)).field == "image"
     assert len(read("llava_json", record, tmp_path).media) == 1
 
 

@@ -5,8 +5,7 @@ import base64
 import pytest
 
 from tests.data.good import MESSAGES
-from tests.data.shards import OTHER_PIXELS, PIXELS, TEXT64, write_lines, write_parquet
-from vila.core.errors import DataError
+from tests.data.shards import OTHER_PIXELS, PIXELS, TEXT64, refusal, write_lines, write_parquet
 from vila.core.types import Image, Message, Text, Video
 from vila.data.formats.protocol import FORMATS
 
@@ -71,34 +70,53 @@ def test_a_part_may_hold_base64(tmp_path):
     row = {"messages": user({"type": "image", "base64": TEXT64}, SAY)}
     image = lines("messages", [row], tmp_path)[0].media[0]
     assert image.source.read() == PIXELS
-    assert image.name.endswith("row 1 messages[0].content[0].base64")
+    assert image.name.endswith("d.jsonl, record 0, messages[0].content[0].base64")
 
 
 @pytest.mark.parametrize(
-    ("row", "message"),
+    ("row", "field"),
     [
-        ({"id": 1}, "expected an object with a list 'messages'"),
-        ({"messages": [{"role": "bot", "content": ""}]}, "message 1: role 'bot' is not one of"),
-        ({"messages": [{"role": "user", "content": 3}]}, "content is neither text nor a list of parts"),
-        ({"messages": [{"role": "user", "content": [{"type": "sound"}]}]}, "neither a text nor an image"),
-        ({"messages": user(HERE)}, "message 1 part 1: an image part without a source, and no picture of 'images'"),
-        ({"messages": user(HERE), "images": ["p", "q"]}, "2 images, but only 1 image parts that take them"),
-        ({"messages": user({"type": "video"})}, "video part with no source"),
-        ({"messages": user({"type": "image", "path": "p", "file": "q"})}, "image part with path and file"),
-        ({"messages": user({"type": "video", "path": "v", "num_frames": 0})}, "num_frames 0 is not a positive"),
-        ({"messages": user({"type": "image", "url": "http://x/y"})}, "is a URL; training reads local files only"),
-        ({"messages": user({"type": "image_url", "image_url": "http://x/y"})}, "are local files"),
+        ({"id": 1}, "messages"),
+        ({"messages": [3]}, "messages[0]"),
+        ({"messages": [{"role": "bot", "content": ""}]}, "messages[0].role"),
+        ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "sound"}]}]}, "messages[0].content[0]"),
+        ({"messages": user(HERE)}, "messages[0].content[0]"),
+        ({"messages": user({"type": "video"})}, "messages[0].content[0]"),
+        ({"messages": user({"type": "image", "path": "p", "file": "q"})}, "messages[0].content[0]"),
+        ({"messages": user({"type": "video", "path": "v", "num_frames": 0})}, "messages[0].content[0].num_frames"),
+        ({"messages": user({"type": "image", "url": "http://x/y"})}, "messages[0].content[0].url"),
+        ({"messages": user({"type": "image_url", "image_url": "http://x/y"})}, "messages[0].content[0]"),
+        ({"messages": user(SAY), "branches": 3}, "branches"),
+        ({"messages": user(SAY), "branches": "text"}, "branches"),
+        ({"messages": user(SAY), "branches": {"a": 1}}, "branches"),
+        ({"messages": user(SAY), "branches": [3]}, "branches[0]"),
+        ({"messages": user(SAY), "branches": user(SAY)}, "branches[0]"),
+        ({"messages": user(SAY), "branches": [["x"]]}, "branches[0][0]"),
+        ({"messages": user(SAY), "template": 3}, "template"),
+        ({"messages": user(SAY), "template": ["page"]}, "template"),
+        ({"messages": user(SAY), "template": "pge"}, "template"),
+        ({"messages": user(SAY), "id": {}}, "id"),
+        ({"messages": user(SAY), "images": 3}, "images"),
+        ({"messages": user(SAY), "images": [3]}, "images[0]"),
+        ({"messages": user(SAY), "videos": [["a.jpg", "b.jpg"]]}, "videos[0]"),
+        ({"messages": user(SAY), "image": "p.png", "images": ["q.png"]}, "image"),
+        ({"conversations": 3}, "conversations"),
+        ({"conversations": [3]}, "conversations[0]"),
+        ({"conversations": [{"from": "tool", "value": "x"}]}, "conversations[0].from"),
+        ({"conversations": [{"from": "human", "value": 3}]}, "conversations[0].value"),
+        ({"conversations": [{"from": "human", "value": "x"}], "system": 3}, "system"),
     ],
 )
-def test_a_wrong_conversation_is_named(row, message, tmp_path):
-    with pytest.raises(DataError, match=f"d.jsonl row 1.*{message}"):
-        lines("messages", [row], tmp_path)[0]
+def test_a_wrong_conversation_is_named(row, field, tmp_path):
+    error = refusal(lambda: lines("messages", [row], tmp_path)[0])
+    assert (error.file, error.record, error.field) == (str(tmp_path / "d.jsonl"), 0, field)
 
 
 def test_a_line_that_is_not_json_is_named(tmp_path):
     (tmp_path / "d.jsonl").write_text('{"messages": []}\n{"messages": [\n')
-    with pytest.raises(DataError, match=r"d.jsonl row 2: not JSON"):
-        FORMATS["messages"].open(tmp_path / "d.jsonl", tmp_path)[1]
+    error = refusal(lambda: FORMATS["messages"].open(tmp_path / "d.jsonl", tmp_path)[1])
+    assert (error.file, error.record) == (str(tmp_path / "d.jsonl"), 1)
 
 
 def test_pictures_of_an_instruction_stand_in_front_and_its_markers_go(tmp_path):
@@ -135,19 +153,30 @@ def test_a_visual_dialog_becomes_turns(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("row", "message"),
+    ("row", "field"),
     [
-        ({"question": "q", "answer": "a", "image": ["p.png"] * 9}, "9 pictures, over the limit of 8"),
-        ({"question": "q", "answer": "  "}, "turn 2: the answer is empty"),
-        ({"question": "q"}, "has no 'answer' or 'answer:' or 'outputs'; it has 'question'"),
-        ({"answer": "a"}, "has no 'question'"),
-        ({"question": "Image Descriptions x", "answer": "a"}, "do not alternate"),
-        ({"question": "Image Descriptions\nQuestion: a\nAnswer: b", "answer": "a"}, "do not alternate"),
+        ({"question": "q", "answer": "a", "image": ["p.png"] * 9}, "image"),
+        ({"question": "q", "answer": "a", "image": 3}, "image"),
+        ({"question": "q", "answer": "a", "image": ["p.png", None]}, "image[1]"),
+        ({"question": "q", "answer": "a", "image": "p.png", "images": ["q.png"]}, "images"),
+        ({"question": "q", "answer": "  "}, "answer"),
+        ({"question": "q", "answer": True}, "answer"),
+        ({"question": "q"}, "answer or answer: or outputs"),
+        ({"answer": "a"}, "question"),
+        ({"instruction": "q", "inputs": 3, "outputs": "a"}, "inputs"),
+        ({"question": "Image Descriptions x", "answer": "a"}, "question"),
+        ({"question": "Image Descriptions\nQuestion: a\nAnswer: b", "answer": "a"}, "question"),
     ],
 )
-def test_a_wrong_instruction_is_named(row, message, tmp_path):
-    with pytest.raises(DataError, match=f"d.jsonl row 1.*{message}"):
-        lines("vflan", [row], tmp_path)[0]
+def test_a_wrong_instruction_is_named(row, field, tmp_path):
+    error = refusal(lambda: lines("vflan", [row], tmp_path)[0])
+    assert (error.file, error.record, error.field) == (str(tmp_path / "d.jsonl"), 0, field)
+
+
+@pytest.mark.parametrize("empty", [None, "", []])
+def test_an_empty_field_does_not_hide_the_pictures_of_another_one(empty, tmp_path):
+    row = {"question": "q", "answer": "a", "image": empty, "images": ["p.png"]}
+    assert lines("vflan", [row], tmp_path)[0].media == (Image(tmp_path / "p.png"),)
 
 
 def test_the_limit_of_pictures_may_be_raised(tmp_path):
@@ -158,16 +187,16 @@ def test_the_limit_of_pictures_may_be_raised(tmp_path):
 def test_text_that_is_cut_inside_base64_is_named(tmp_path):
     cut = base64.b64encode(PIXELS * 50).decode()[:-3]
     image = lines("vflan", [{"question": "q", "answer": "a", "image": [cut]}], tmp_path)[0].media[0]
-    with pytest.raises(DataError, match=r"d.jsonl row 1 image\[0\]: not base64"):
-        image.source.read()
+    error = refusal(image.source.read)
+    assert (error.record, error.field, error.value) == (0, "image[0]", cut)
 
 
 def test_an_instruction_of_text_is_stripped_on_the_right(tmp_path):
     rows = [{"inputs": " q \n", "targets": "a \n"}]
     expected = (Message.of("user", " q"), Message.of("assistant", "a"))
     assert lines("flan", rows, tmp_path)[0].messages == table("flan", rows, tmp_path)[0].messages == expected
-    with pytest.raises(DataError, match="row 1 turn 2: the answer is empty"):
-        lines("flan", [{"question": "q", "answer": ""}], tmp_path)[0]
+    assert refusal(lambda: lines("flan", [{"question": "q", "answer": ""}], tmp_path)[0]).field == "answer"
+    assert refusal(lambda: lines("flan", [{"inputs": ["q"], "targets": "a"}], tmp_path)[0]).field == "inputs"
 
 
 def test_pictures_of_the_cauldron_stand_before_the_first_question(tmp_path):
@@ -189,7 +218,12 @@ def test_clips_by_id_and_by_name(tmp_path):
         Message.of("user", Video(tmp_path / "w.webm", 8), "\nWhat?"),
         Message.of("assistant", "A dog."),
     )
-    with pytest.raises(DataError, match="row 2: expected an object with a list 'conversations'"):
-        source[1]
-    with pytest.raises(DataError, match="row 1: has neither a 'video' nor a text 'video_id'"):
-        lines("video_json", [{"q": "x"}], tmp_path)[0]
+    assert refusal(lambda: source[1]).field == "conversations"
+    for row, field in (
+        ({"q": "x"}, "video or video_id"),
+        ({"video_id": 3, "q": "x", "a": "y"}, "video_id"),
+        ({"video_id": "", "q": "x", "a": "y"}, "video_id"),
+        ({"video_id": "w", "q": None, "a": "y"}, "q"),
+        ({"video_id": "w", "q": "x", "a": " "}, "a"),
+    ):
+        assert refusal(lambda row=row: lines("video_json", [row], tmp_path)[0]).field == field

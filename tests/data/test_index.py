@@ -125,18 +125,20 @@ def test_a_list_of_other_things_than_objects_is_refused(text, message, tmp_path)
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        (b'{"a": 1, "b": 2, "a": 3}', "row 7: key 'a' stands twice in one object"),
-        (b'{"x": {"a": 1, "a": 1}}', "row 7: key 'a' stands twice"),
-        (b'{"a": ', "row 7: not JSON"),
-        (b'{"a": "\xff"}', "row 7: not UTF-8"),
-        (b'{"a": ' + b"1" * 5000 + b"}", "row 7: not JSON"),
-        (b"[1]", "row 7: expected an object, got a list"),
-        (b"[" * 100_000, "row 7: nested too deeply"),
+        (b'{"a": 1, "b": 2, "a": 3}', "key 'a' occurs twice"),
+        (b'{"x": {"a": 1, "a": 1}}', "key 'a' occurs twice"),
+        (b'{"a": ', "not JSON"),
+        (b'{"a": "\xff"}', "not UTF-8"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "not JSON"),
+        (b"[1]", "expected an object"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"a": "cut \\ud83d"}', "half a surrogate pair"),
     ],
 )
 def test_a_record_that_is_no_object_is_named(raw, message):
-    with pytest.raises(DataError, match=message):
-        parse_record(raw, "row 7")
+    with pytest.raises(DataError, match=message) as raised:
+        parse_record(raw, Path("d.jsonl"), 7)
+    assert (raised.value.file, raised.value.record) == ("d.jsonl", 7)
 
 
 def test_an_index_is_built_once_and_again_when_the_file_changes(tmp_path):
@@ -147,7 +149,7 @@ def test_an_index_is_built_once_and_again_when_the_file_changes(tmp_path):
     write_lines(path, [{"n": n} for n in range(100, 112)])
     again = open_index(path, "json", scan_json, told)
     assert len(again) == 12 and told.builds == 2
-    assert parse_record(read_span(path, *again[11]), "") == {"n": 111}
+    assert parse_record(read_span(path, *again[11]), path, 11) == {"n": 111}
     assert np.array_equal(again.table(), [again[number] for number in range(12)])
 
 
@@ -158,7 +160,7 @@ def test_a_file_of_the_same_size_but_another_time_is_indexed_again(tmp_path):
     os.utime(path, ns=(1, 1))
     index = open_index(path, "json", scan_json, told)
     assert told.builds == 2
-    assert parse_record(read_span(path, *index[0]), "") == {"n": 11}
+    assert parse_record(read_span(path, *index[0]), path, 0) == {"n": 11}
 
 
 @pytest.mark.parametrize(
@@ -261,7 +263,7 @@ def test_a_long_name_of_any_characters_fits_the_header(tmp_path):
     folder.mkdir(parents=True)
     path = write_lines(folder / "a.jsonl", [{"n": n} for n in range(5)])
     index = open_index(path, "json", scan_json)
-    assert parse_record(read_span(path, *index[0]), "") == {"n": 0}
+    assert parse_record(read_span(path, *index[0]), path, 0) == {"n": 0}
 
 
 GOOD = [

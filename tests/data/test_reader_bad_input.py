@@ -8,7 +8,7 @@ import pytest
 from PIL import Image as PilImage
 
 from tests.data.reading import reader_of
-from tests.data.shards import write_lines
+from tests.data.shards import refusal, write_lines
 from vila.chat.tokenize import IGNORE
 from vila.core.errors import DataError, MediaError
 from vila.data.compact import compact
@@ -39,14 +39,15 @@ def reader(folder, *rows, template=""):
     ],
 )
 def test_roles_in_the_wrong_order_are_named(turns, message, tmp_path):
-    with pytest.raises(DataError, match=rf"data set 'd': sample 'd/0': {message}"):
-        reader(tmp_path, talk(*turns))(0)
+    error = refusal(lambda: reader(tmp_path, talk(*turns))(0))
+    assert error.record == "data set 'd', sample 'd/0'"
+    assert message in error.problem
 
 
 @pytest.mark.parametrize("answer", ["", " \n\t", []])
 def test_an_empty_answer_is_named(answer, tmp_path):
-    with pytest.raises(DataError, match="data set 'd': sample 'd/0': message 2: the assistant's answer is empty"):
-        reader(tmp_path, talk(("user", "Hi"), ("assistant", answer)))(0)
+    error = refusal(lambda: reader(tmp_path, talk(("user", "Hi"), ("assistant", answer)))(0))
+    assert error.record == "data set 'd', sample 'd/0'"
 
 
 @pytest.mark.parametrize("template", ["starter_qa", "chatml", "vicuna_v1"])
@@ -114,15 +115,16 @@ def test_a_broken_picture_names_data_set_sample_and_file(content, reason, tmp_pa
     if content is not None:
         (tmp_path / "p.png").write_bytes(content)
     read = reader(tmp_path, talk(("user", [{"type": "image", "path": "p.png"}, "?"]), ("assistant", "Ho")))
-    with pytest.raises(MediaError, match=rf"data set 'd': sample 'd/0': {tmp_path}/p.png: .*{reason}"):
+    with pytest.raises(MediaError, match=f"{tmp_path}/p.png.*{reason}") as raised:
         read.pixels(0, compact(read(0)))
+    assert raised.value.record == "data set 'd', sample 'd/0'"
 
 
 def test_a_data_file_that_changes_under_the_reader_is_named(tmp_path):
     read = reader(tmp_path, talk(*SAYS))
     assert len(read(0))
     (tmp_path / "d.jsonl").write_text((tmp_path / "d.jsonl").read_text() * 2)
-    with pytest.raises(DataError, match=r"data set 'd' sample 1 \(position 0\): .*d.jsonl: the file has changed"):
+    with pytest.raises(DataError, match=r"d.jsonl.* the file has changed"):
         read(0)
 
 
@@ -132,5 +134,6 @@ def test_a_link_out_of_the_image_root_is_named_before_it_is_opened(tmp_path):
     os.mkfifo(tmp_path / "outside")  # opening it would hang
     (root / "p.png").symlink_to(tmp_path / "outside")
     read = reader(root, talk(("user", [{"type": "image", "path": "p.png"}]), ("assistant", "Ho")))
-    with pytest.raises(DataError, match=r"data set 'd' sample 1 .*d.jsonl row 1 .*'p.png' leaves the image root"):
-        read(0)
+    error = refusal(lambda: read(0))
+    assert (error.file, error.record, error.value) == (str(root / "d.jsonl"), 0, "p.png")
+    assert "leaves the image root" in error.problem

@@ -127,8 +127,9 @@ def test_faults_are_counted_and_listed_as_in_one_process(file, start, tmp_path):
 def test_an_error_in_a_worker_is_raised_here_with_data_set_and_sample(file, start):
     for picture in file.parent.glob("*.png"):
         picture.write_bytes(b"broken")
-    with pytest.raises(MediaError, match=r"data set 'data': sample '.*r\d+': .*png: not an image"):
+    with pytest.raises(MediaError, match="not an image") as raised:
         start(reader_of(file)).step()
+    assert raised.value.record.startswith("data set 'data', sample 'r")
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ def broken(file, kill):
 
 def test_an_unforeseen_error_in_a_worker_names_the_sample_and_the_place_in_the_code(file, start):
     with pytest.raises(
-        DataError, match=r"(?s)data set 'data' sample \d+ \(position 0\): KeyError: 'oops'.*__getitem__"
+        DataError, match=r"(?s)data set 'data', sample \d+ \(position 0\): KeyError: 'oops'.*__getitem__"
     ):
         start(broken(file, kill=False), count=1, workers=1).step()
 
@@ -166,7 +167,7 @@ def test_an_unforeseen_error_in_a_worker_names_the_sample_and_the_place_in_the_c
 def test_a_worker_that_dies_is_an_error_with_signal_sample_and_remedy(file, start):
     lanes = start(broken(file, kill=True), count=1, workers=1)
     with pytest.raises(
-        DataError, match=r"data worker 0 ended \(signal SIGKILL; out of memory\?\) at data set 'data' sa"
+        DataError, match=r"data worker 0 ended \(signal SIGKILL; out of memory\?\) at data set 'data', sa"
     ):
         lanes.step()
 

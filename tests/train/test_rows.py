@@ -54,7 +54,7 @@ def test_a_run_goes_on_with_a_larger_fault_budget_after_it_was_exceeded(tmp_path
     stand = write_stand(tmp_path)
     (stand / "4.png").write_bytes(b"broken")
     options = ("budget.tokens=1500", "output.checkpoint_every_steps=1")
-    with pytest.raises(MediaError, match="data set 'data': sample 'image4': .*4.png: not an image"):
+    with pytest.raises(MediaError, match="4.png.*not an image"):
         build(stand_recipe(stand, "faults", *options)).train()
     recipe = stand_recipe(stand, "faults", *options, "data.max_faults=9")
     build(recipe).train()

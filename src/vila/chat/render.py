@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator, Sequence
 
 from vila.chat.template import Segment, Template
-from vila.core.errors import TemplateError
-from vila.core.types import Message, Text
+from vila.core.errors import DataError, TemplateError
+from vila.core.types import Message, Sample, Text
 
 _SYMBOLS = re.compile(r"(\{bos\}|\{eos\})")
 
@@ -20,6 +20,37 @@ def render(messages: Sequence[Message], template: Template, *, prompt: bool = Fa
     """
     turns = _check(messages, template, prompt)
     return [segment for segment in _segments(turns, template, prompt) if segment.text or segment.media]
+
+
+def render_sample(sample: Sample, template: Template) -> list[list[Segment]]:
+    """Write out the conversations of a training sample. Raises DataError with the sample, the field and the reason."""
+    try:
+        if not template.user_text:
+            _check_caption(sample)
+        return [render(messages, template) for messages in sample.conversations()]
+    except TemplateError as error:
+        raise DataError(
+            f"{error.problem} (template {template.name!r})",
+            record=f"sample {sample.id!r}",
+            field=error.field,
+            value=error.value,
+            expected=error.expected,
+            hint=error.hint,
+        ) from error
+
+
+def _check_caption(sample: Sample) -> None:
+    """Refuse a sample whose questions a caption template would drop. The original asserts two turns and an image."""
+    hint = "give its data set another template, such as the model's own"
+    if len(sample.branches) > 1:
+        raise TemplateError(f"{len(sample.branches)} branches", field="branches", expected="one caption", hint=hint)
+    (messages,) = sample.conversations()
+    if len(messages) != 2:
+        raise TemplateError(
+            f"{len(messages)} turns", field="messages", expected="an image and its caption, two turns", hint=hint
+        )
+    if all(isinstance(part, Text) for part in messages[0].parts):
+        raise TemplateError("no image, and the question is not trained on", field="messages[0]", hint=hint)
 
 
 def _check(messages: Sequence[Message], template: Template, prompt: bool) -> Sequence[Message]:

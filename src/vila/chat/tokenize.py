@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from vila.chat.render import render
+from vila.chat.render import render, render_sample
 from vila.chat.template import Segment, Template
-from vila.core.errors import DataError, TemplateError
+from vila.core.errors import DataError
 from vila.core.types import Image, Message, Sample, Video
 
 IGNORE = -100
@@ -186,19 +186,18 @@ def tokenize_prompt(
 def tokenize_sample(
     sample: Sample, template: Template, tokenizer: SpanTokenizer, count: CountTokens
 ) -> TokenizedSample:
-    """A training sample. Branches share the longest token prefix that all of them have, so that a row with a shared
-    prefix is its separate conversations token for token.
+    """Tokenise a training sample. Branches share the longest token prefix that all of them have, so that a row with a
+    shared prefix is its separate conversations token for token.
 
-    Raises DataError naming the sample when it does not fit the template or supervises nothing.
+    Raises DataError with the sample if it does not fit the template or supervises nothing.
     """
-    try:
-        parts = [tokenize(render(messages, template), tokenizer, count) for messages in sample.conversations()]
-    except TemplateError as error:
-        raise DataError(f"sample {sample.id!r}: {error} (template {template.name!r})") from error
+    parts = [tokenize(segments, tokenizer, count) for segments in render_sample(sample, template)]
     for number, part in enumerate(parts):
         if all(label == IGNORE for label in part.labels[1:]):
-            where = f" branch {number}" if sample.branches else ""
-            raise DataError(f"sample {sample.id!r}{where}: no token is supervised under template {template.name!r}")
+            field = f"branches[{number}]" if sample.branches else None
+            raise DataError(
+                f"no token is supervised under template {template.name!r}", record=f"sample {sample.id!r}", field=field
+            )
     return _join(sample.id, parts, tokenizer.image_token_id)
 
 

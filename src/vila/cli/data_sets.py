@@ -142,15 +142,12 @@ def _reader(mixture: Mixture, template: str, model: str) -> tuple[SampleReader, 
 
 
 def _characters(sample: Sample, template: str) -> tuple[int, int]:
-    from vila.chat.render import render
+    from vila.chat.render import render_sample
     from vila.chat.templates import find_template
-    from vila.core.errors import DataError, TemplateError
+    from vila.core.errors import DataError
 
-    try:
-        parts = [render(messages, find_template(template)) for messages in sample.conversations()]
-    except TemplateError as error:
-        raise DataError(f"sample {sample.id!r}: {error} (template {template!r})") from error
+    parts = render_sample(sample, find_template(template))
     if not all(any(segment.train and segment.text for segment in part) for part in parts):
-        raise DataError(f"sample {sample.id!r}: nothing is supervised under template {template!r}")
+        raise DataError(f"nothing is supervised under template {template!r}", record=f"sample {sample.id!r}")
     segments = [segment for part in parts for segment in part]
     return sum(len(one.text) for one in segments), sum(len(one.text) for one in segments if one.train)

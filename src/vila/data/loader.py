@@ -10,7 +10,7 @@ from typing import Any, Literal
 from vila.chat.clips import expand_sample
 from vila.chat.templates import find_template
 from vila.chat.tokenize import SpanTokenizer, TokenizedSample, tokenize_sample
-from vila.core.errors import DataError, MediaError, TemplateError, VilaError
+from vila.core.errors import MediaError, VilaError
 from vila.core.events import SILENT, Events
 from vila.core.types import Image, Sample, Video
 from vila.core.vision_spec import ImageMode, VisionSpec
@@ -77,9 +77,9 @@ def open_entry(entry: Entry, events: Events = SILENT) -> Source:
 
 @dataclass(frozen=True)
 class SampleReader:
-    """Reads what stands at a global position. A sample's own template wins over its data set's, that over the stage's.
+    """Reads the samples of a mixture. A sample's own template wins over its data set's, that over the stage's.
 
-    All methods raise VilaErrors that name data set and sample.
+    All methods raise VilaErrors that name file and record, or data set and sample.
     """
 
     mixture: Mixture
@@ -88,35 +88,34 @@ class SampleReader:
     spec: VisionSpec
 
     def __call__(self, position: int) -> TokenizedSample:
-        """The tokenised sample at a global position."""
+        """Tokenise the sample at a global position."""
         part, sample = self._read(position)
         return self.tokenise(part, sample)
 
     def tokenise(self, part: Part, sample: Sample) -> TokenizedSample:
-        """A sample of a part under its template; a clip is the pictures of `frames`. No medium is opened."""
+        """Tokenise a sample of a part under its template; a video is the images of `frames`. No medium is opened."""
         chosen = find_template(sample.template or part.template or self.template)
         try:
             shown = expand_sample(sample, chosen.media_gap, self.frames)
             return tokenize_sample(shown, chosen, self.tokenizer, self.count)
-        except MediaError as error:
-            raise MediaError(f"data set {part.name!r}: sample {sample.id!r}: {error}") from error
-        except (DataError, TemplateError) as error:
-            raise type(error)(f"data set {part.name!r}: {error}") from error
+        except VilaError as error:
+            _add_sample(error, part, sample)
+            raise
 
     def shorten(self, position: int, max_length: int) -> TokenizedSample | None:
-        """The sample at a position cut to `max_length` tokens at the end of an exchange; None when its first exchange
-        is longer already."""
+        """Cut the sample at a position to `max_length` tokens at the end of an exchange; None if its first exchange is
+        longer already."""
         part, sample = self._read(position)
         return shorten_sample(sample, lambda shorter: self.tokenise(part, shorter), max_length)
 
     def pixels(self, position: int, sample: CompactSample) -> list[Pixels]:
-        """The pictures of the sample at `position` as the tower reads them, float32 [3, S, S] each."""
+        """Read the images of the sample at `position` as the tower sees them, float32 [3, S, S] each."""
         return [normalise(square, self.spec) for square in self.squares(position, sample)]
 
     def squares(self, position: int, sample: CompactSample) -> list[Bytes]:
-        """The same before normalising, uint8 [3, S, S] each, made square as the data set says.
+        """Read the same before normalising, uint8 [3, S, S] each, made square as the data set says.
 
-        The frames of a clip are pictures; a clip is decoded once.
+        The frames of a video are images; a video is decoded once.
         """
         part = self.mixture.parts[self.mixture.locate(position)[0]]
         spec = replace(self.spec, image_mode=part.image_mode) if part.image_mode else self.spec
@@ -124,31 +123,40 @@ class SampleReader:
             images = [item for item in sample.media if isinstance(item, Image)]
             return [square_bytes(picture, spec) for picture in open_pictures(images)]
         except VilaError as error:
-            raise MediaError(f"data set {part.name!r}: sample {sample.id!r}: {error}") from error
+            _add_sample(error, part, sample)
+            raise
 
     def data_set(self, position: int) -> str:
-        """Name of the data set that a position belongs to."""
+        """Return the name of the data set that a position belongs to."""
         return self.mixture.parts[self.mixture.locate(position)[0]].name
 
     def count(self, media: Image | Video) -> int:
-        """Slots that a medium takes. Clips have none of their own: they are read as pictures first."""
+        """Return the number of image placeholders of an image. Videos have none: they become frames first."""
         if isinstance(media, Video):
-            raise MediaError(f"{media.source!r}: a clip becomes frames before it is counted; see `frames`")
+            raise MediaError(f"{media.source!r}: a video becomes frames before it is counted; see `frames`")
         return self.spec.tokens_per_image
 
     def frames(self, video: Video) -> list[Image]:
-        """The pictures that stand for a clip, unopened; the model's number of them unless the clip has its own."""
+        """Return the frames of a video, unopened; the model's number of them unless the video has its own."""
         return frames_of(video, self.spec.num_video_frames)
 
     def _read(self, position: int) -> tuple[Part, Sample]:
         try:
             return self.mixture[position]
         except VilaError as error:
-            raise DataError(f"{self.mixture.describe(position)}: {error}") from error
+            if error.file is None and error.record is None:
+                error.record = self.mixture.describe(position)
+            raise
+
+
+def _add_sample(error: VilaError, part: Part, sample: Sample | CompactSample) -> None:
+    """Add data set and sample to an error that names no record of a file."""
+    if error.file is None or error.record is None:
+        error.record = f"data set {part.name!r}, sample {sample.id!r}"
 
 
 def images_of(mixture: Mixture, num_video_frames: int) -> list[Image]:
-    """Every distinct picture of the mixture, in the order of its data sets; a clip is its frames, unopened."""
+    """Return every distinct image of the mixture, in the order of its data sets; a video is its frames, unopened."""
     seen: dict[Image, None] = {}
     for part in mixture.parts:
         for index in range(len(part.source)):

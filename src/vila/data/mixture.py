@@ -76,9 +76,9 @@ class Mixture:
         return self.parts[number], self.parts[number].source[index]
 
     def describe(self, position: int) -> str:
-        """`data set 'pages' sample 17 (position 123)`: for messages, without reading the sample."""
+        """Return `data set 'pages', sample 16 (position 123)`, for messages; the sample is not read."""
         number, index = self.locate(position)
-        return f"data set {self.parts[number].name!r} sample {index + 1} (position {position})"
+        return f"data set {self.parts[number].name!r}, sample {index} (position {position})"
 
 
 _order = lru_cache(maxsize=256)(Permutation)

@@ -20,7 +20,7 @@ from itertools import cycle
 from multiprocessing.connection import Connection
 from typing import Any
 
-from vila.core.errors import DataError, MediaError, TemplateError, VilaError
+from vila.core.errors import DataError, VilaError
 from vila.data.deal import lanes_of
 from vila.data.faults import FaultLog
 from vila.data.loader import SampleReader
@@ -185,9 +185,6 @@ def _serve(connection: Connection, job: LaneJob, at: Any, inherited: Sequence[Co
 
 
 def _report(connection: Connection, error: Exception, where: str) -> None:
-    told: VilaError
-    if isinstance(error, (DataError, MediaError, TemplateError)):
-        told = type(error)(str(error))
-    else:
-        told = DataError(f"{where}: {type(error).__name__}: {error}\n{traceback.format_exc()}")
-    connection.send_bytes(pickle.dumps(told))
+    if not isinstance(error, VilaError):
+        error = DataError(f"{type(error).__name__}: {error}\n{traceback.format_exc()}", record=where)
+    connection.send_bytes(pickle.dumps(error))

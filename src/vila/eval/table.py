@@ -44,7 +44,7 @@ class TableCell:
     def read(self) -> bytes:
         """The decoded bytes. Raises DataError when the file has changed or the cell is not base64."""
         record = read_span(self.path, self.offset, self.size, self.stamp).decode("utf-8-sig")
-        return decode_base64(next(_reader(iter([record])))[self.column], self.where)
+        return decode_base64(next(_reader(iter([record])))[self.column], file=None, record=self.where)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Pictures with their texts, as COYO: one page each, the picture and then the text.
 
-Read from tar shards (KEY.jpg and KEY.txt, perhaps KEY.json) or parquet (a column of pictures and one of texts).
+Read from tar shards (KEY.jpg and KEY.txt, perhaps KEY.json) or parquet (a column of images and one of texts). A text
+that spells `<image>` is text; the original writes `<IMAGE>` in its place.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from vila.core.errors import DataError
 from vila.core.events import SILENT, Events
 from vila.core.types import Message, Sample, Text
 from vila.data.formats.media import image_of, member_image
@@ -27,10 +27,10 @@ class CoyoOptions:
 
 
 class CoyoFormat:
-    """Picture and text pairs."""
+    """Image and text pairs."""
 
     def open(self, path: Path, image_root: Path, events: Events = SILENT, **options: object) -> RecordSource:
-        """Random access to the pairs of a file, or of all shards of a directory. Options: see `CoyoOptions`."""
+        """Give random access to the pairs of a file, or of all shards of a directory. Options: see `CoyoOptions`."""
         chosen = read_options(CoyoOptions, options, "coyo")
         columns = ("id", chosen.image, *_texts(chosen))
         convert = partial(sample_of, root=image_root, options=chosen)
@@ -38,17 +38,17 @@ class CoyoFormat:
 
 
 def sample_of(row: Row, root: Path, options: CoyoOptions) -> Sample:
-    """The pair as one message of the user. Raises DataError naming file, row or key, and reason."""
+    """Make the pair as one message of the user. Raises DataError with file, record or key, field and value."""
     if row.in_shard:
         image = member_image(row)
         if image is None:
-            raise DataError(f"{row.where}: no picture among its members {', '.join(sorted(row.members)) or 'none'}")
+            raise row.fault(f"no image among its members ({', '.join(sorted(row.members)) or 'none'})")
     else:
         image = image_of(row, (options.image,), root)
-    text = row.read_text("txt") if "txt" in row.members else text_at(row.value, _texts(options), row.where)
+    text = row.read_text("txt") if "txt" in row.members else text_at(row, _texts(options))
     if not text.strip():
-        raise DataError(f"{row.where}: the text is empty")
-    return Sample(id_of(row.value, row.name), (Message("user", (image, Text(text))),), template="page")
+        raise row.fault("the text is empty", field="txt" if "txt" in row.members else _texts(options)[0])
+    return Sample(id_of(row), (Message("user", (image, Text(text))),), template="page")
 
 
 def _texts(options: CoyoOptions) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from vila.core.events import SILENT, Events
 from vila.core.types import Message, Sample
 from vila.data.formats.rows import Row
 from vila.data.formats.source import JSON, RecordSource, read_options
-from vila.data.formats.turns import check_turns, id_of, text_at
+from vila.data.formats.turns import answer_at, id_of, text_at
 
 _QUESTIONS, _ANSWERS = ("question", "inputs"), ("answer", "targets")
 
@@ -20,21 +20,19 @@ class FlanOptions:
 
 
 class FlanFormat:
-    """Questions and answers without pictures."""
+    """Questions and answers without images."""
 
     def open(self, path: Path, image_root: Path, events: Events = SILENT, **options: object) -> RecordSource:
-        """Random access to the samples of a file, or of all files of a directory; `image_root` is not used."""
+        """Give random access to the samples of a file, or of all files of a directory; `image_root` is not used."""
         read_options(FlanOptions, options, "flan")
         columns = ("id", *_QUESTIONS, *_ANSWERS)
         return RecordSource(path, sample_of, kinds=(".parquet", *JSON), columns=columns, events=events)
 
 
 def sample_of(row: Row) -> Sample:
-    """One question and its answer, white space behind each removed. Raises DataError naming file, row and reason."""
-    question = text_at(row.value, _QUESTIONS, row.where).rstrip()
-    answer = text_at(row.value, _ANSWERS, row.where).rstrip()
-    messages = (Message.of("user", question), Message.of("assistant", answer))
-    return Sample(id_of(row.value, row.name), check_turns(messages, row.where))
+    """Make one question and its answer, white space behind each removed. Raises DataError with file, record, field."""
+    question, answer = text_at(row, _QUESTIONS).rstrip(), answer_at(row, _ANSWERS).rstrip()
+    return Sample(id_of(row), (Message.of("user", question), Message.of("assistant", answer)))
 
 
 FORMAT = FlanFormat()

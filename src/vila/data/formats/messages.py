@@ -2,33 +2,44 @@
 
     {"id": "7", "messages": [{"role": "user", "content": [{"type": "image", "path": "7.png"},
      {"type": "text", "text": "What is it?"}]}, {"role": "assistant", "content": "A cat."}]}
+    {"id": "8", "images": ["8.png"], "messages": [{"role": "user", "content": "<image>What is it?"}, ...]}
 
-`content` is a string or a list of parts. An image part without a source takes the next of the record's `images` (names,
-bytes, or objects with `bytes` or `path`), as TRL writes them; where no part is an image, they stand before the first
-question. Optional: `branches`, a list of message lists that each continue `messages` and do not see each other;
+`content` is a string or a list of parts. Media beside the messages, in `images` (or `image`) and `videos` (or
+`video`), are names, bytes, or objects with `bytes` or `path`. Each goes to a placeholder, in reading order: an image or
+video part without a source, as TRL writes it, or `<image>` and `<video>` in a question, as LLaMA-Factory and ms-swift
+do. Without any placeholder they go before the first question; any other difference in number is an error. The text
+around a marker stays as it is. `conversations` of `from` and `value` (ShareGPT) are read in place of `messages`, and
+then `system`. Optional: `branches`, a list of message lists that each continue `messages` and do not see each other;
 `template`, the name of this sample's own template.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vila.chat.content import messages_of
-from vila.core.errors import DataError
+from vila.chat.templates import find_template
+from vila.core.errors import UnknownNameError
 from vila.core.events import SILENT, Events
-from vila.core.types import Image, Message, Part, Sample, Stored, Video
-from vila.data.formats.media import images_at, source_of
+from vila.core.types import Image, Message, Part, Role, Sample, Stored, Text, Video
+from vila.data.formats.media import image_of, media_keys, only_key, source_of
 from vila.data.formats.rows import Row
 from vila.data.formats.source import JSON, RecordSource, read_options
-from vila.data.formats.stored import Keys, value_at
-from vila.data.formats.turns import id_of
+from vila.data.formats.stored import Keys, value_at, written
+from vila.data.formats.turns import IMAGE_MARKER, VIDEO_MARKER, id_of, list_at, optional_text
 
-_COLUMNS = ("id", "messages", "images", "branches", "template")
+MEDIA_KEYS = ("images", "image", "videos", "video")
+_COLUMNS = ("id", "messages", "conversations", "system", *MEDIA_KEYS, "branches", "template")
 _SOURCES = ("path", "file", "base64", "bytes")
+_MARKERS = {"image": IMAGE_MARKER, "video": VIDEO_MARKER}
+_SHAREGPT_ROLES: Mapping[str, Role] = {
+    "system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +51,7 @@ class MessagesFormat:
     """Content-part conversations."""
 
     def open(self, path: Path, image_root: Path, events: Events = SILENT, **options: object) -> RecordSource:
-        """Random access to the samples of a file, or of all files of a directory."""
+        """Give random access to the samples of a file, or of all files of a directory."""
         read_options(MessagesOptions, options, "messages")
         return RecordSource(
             path, partial(sample_of, root=image_root), kinds=(".parquet", *JSON), columns=_COLUMNS, events=events
@@ -48,88 +59,208 @@ class MessagesFormat:
 
 
 def sample_of(row: Row, root: Path) -> Sample:
-    """The conversation of a record. Raises DataError naming file, row, message and reason."""
-    record, where = row.value, row.where
-    if not isinstance(record.get("messages"), list):
-        raise DataError(f"{where}: expected an object with a list 'messages'")
-    images = images_at(row, "images", root)
-    pending = iter(images)
-    messages = _messages(row, ("messages",), root, pending)
-    given = record.get("branches") or ()
-    branches = tuple(_messages(row, ("branches", number), root, pending) for number in range(len(given)))
-    left = tuple(pending)
-    if left and len(left) == len(images) and not Sample("", messages, branches).media:
-        messages, left = _before_first_question(messages, left), ()
-    if left:
-        raise DataError(f"{where}: {len(images)} images, but only {len(images) - len(left)} image parts that take them")
-    return Sample(id_of(record, row.name), messages, branches, record.get("template") or None)
+    """Make the conversation of a record. Raises DataError with file, record, field and value."""
+    beside = _Beside(row, root)
+    messages = _conversation(row, root, beside)
+    branches = _branches(row, root, beside)
+    if beside.unplaced and not Sample("", messages, branches).media:
+        messages = _before_first_question(row, messages, branches, beside.all)
+    else:
+        beside.check()
+    return Sample(id_of(row), messages, branches, _template(row))
 
 
-def _messages(row: Row, keys: Keys, root: Path, pending: Iterator[Image]) -> tuple[Message, ...]:
+class _Beside:
+    """The media beside the messages of a record, given to their placeholders in reading order."""
+
+    def __init__(self, row: Row, root: Path) -> None:
+        self.row = row
+        self.key = {"image": only_key(row, ("images", "image")), "video": only_key(row, ("videos", "video"))}
+        self.media: dict[str, tuple[Image | Video, ...]] = {
+            "image": tuple(image_of(row, keys, root) for keys in media_keys(row, self.key["image"])),
+            "video": tuple(Video(source_of(row, keys, root)) for keys in media_keys(row, self.key["video"])),
+        }
+        self.places = {"image": 0, "video": 0}
+
+    @property
+    def all(self) -> tuple[Image | Video, ...]:
+        return self.media["image"] + self.media["video"]
+
+    @property
+    def unplaced(self) -> bool:
+        """Whether there are media and no placeholder at all."""
+        return bool(self.all) and not any(self.places.values())
+
+    def take(self, kind: str) -> Part:
+        """Return the medium of the next placeholder; empty text if they are used up, which `check` reports."""
+        self.places[kind] += 1
+        media = self.media[kind]
+        return media[self.places[kind] - 1] if self.places[kind] <= len(media) else Text("")
+
+    def split(self, text: str, kinds: list[str]) -> list[Part]:
+        """Split a text at the markers of these kinds of media and put the media in their places."""
+        if not kinds:
+            return [Text(text)]
+        kind_of = {_MARKERS[kind]: kind for kind in kinds}
+        pieces = re.split(f"({'|'.join(kind_of)})", text)
+        return [self.take(kind_of[piece]) if piece in kind_of else Text(piece) for piece in pieces if piece]
+
+    def check(self) -> None:
+        """Raise DataError if placeholders and media differ in number."""
+        for kind, media in self.media.items():
+            if self.places[kind] == len(media):
+                continue
+            hint = f"give each {kind} one placeholder, or none at all to have them before the first question"
+            if not media:
+                hint = (
+                    f"name the files in {self.key[kind]!r}; text that spells {_MARKERS[kind]} is written as "
+                    '{"type": "text", "text": ...}'
+                )
+            raise self.row.fault(
+                f"{self.places[kind]} {kind} placeholders ({_MARKERS[kind]}, or a part without a source) "
+                f"for {len(media)} {kind}s",
+                field=self.key[kind],
+                hint=hint,
+            )
+
+
+def _conversation(row: Row, root: Path, beside: _Beside) -> tuple[Message, ...]:
+    if row.value.get("messages") is None and row.value.get("conversations") is not None:
+        return _sharegpt(row, beside)
+    list_at(row, "messages", "messages")
+    return _messages(row, ("messages",), root, beside)
+
+
+def _branches(row: Row, root: Path, beside: _Beside) -> tuple[tuple[Message, ...], ...]:
+    given = row.value.get("branches")
+    if given is None:
+        return ()
+    if not isinstance(given, list):
+        raise row.fault(field="branches", value=given, expected="a list of lists of messages")
+    return tuple(_messages(row, ("branches", number), root, beside) for number in range(len(given)))
+
+
+def _template(row: Row) -> str | None:
+    name = optional_text(row, "template")
+    if name:
+        try:
+            find_template(name)
+        except UnknownNameError as error:
+            near = f"did you mean {' or '.join(map(repr, error.near))}?" if error.near else None
+            raise row.fault("unknown template", field="template", value=name, hint=near) from error
+    return name or None
+
+
+def _messages(row: Row, keys: Keys, root: Path, beside: _Beside) -> tuple[Message, ...]:
     rows = value_at(row.value, keys)
-    if not isinstance(rows, list):
-        return messages_of(rows, where=row.where)
-    resolved = [
-        _with_media(row, message, (*keys, number), root, pending, f"{row.where} message {number + 1}")
-        for number, message in enumerate(rows)
-    ]
-    return messages_of(resolved, where=row.where)
+    if isinstance(rows, list):
+        rows = [_with_media(row, message, (*keys, number), root, beside) for number, message in enumerate(rows)]
+    return messages_of(rows, file=row.file, record=row.record, field=written(keys))
 
 
-def _with_media(row: Row, message: Any, keys: Keys, root: Path, pending: Iterator[Image], where: str) -> Any:
-    """The message with its image and video parts replaced by what they name."""
-    content = message.get("content") if isinstance(message, Mapping) else None
+def _with_media(row: Row, message: Any, keys: Keys, root: Path, beside: _Beside) -> Any:
+    """Return the message with media in place of its image and video parts, and of the markers in its text."""
+    if not isinstance(message, Mapping):
+        return message
+    content, role = message.get("content"), message.get("role")
+    if isinstance(content, str):
+        return {**message, "content": _said(row, content, role, written((*keys, "content")), beside, plain=True)}
     if not isinstance(content, list):
         return message
-    parts = [
-        _part(row, part, (*keys, "content", number), root, pending, f"{where} part {number + 1}")
-        for number, part in enumerate(content)
-    ]
+    parts: list[Any] = []
+    for number, part in enumerate(content):
+        here = (*keys, "content", number)
+        text = part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else part
+        if isinstance(text, str):
+            parts += _said(row, text, role, written(here), beside, plain=False)
+        else:
+            parts.append(_part(row, part, here, root, beside))
     return {**message, "content": parts}
 
 
-def _part(row: Row, part: Any, keys: Keys, root: Path, pending: Iterator[Image], where: str) -> Part | Any:
+def _said(row: Row, text: str, role: Any, field: str, beside: _Beside, *, plain: bool) -> list[Part]:
+    """Return the parts of a text. plain: it is the whole content, so a marker without media is a mistake.
+
+    `<video>` is also an element of HTML, and is read only where the record has videos.
+    """
+    kinds = [kind for kind, media in beside.media.items() if media or (plain and role == "user" and kind == "image")]
+    if role != "user":
+        found = [_MARKERS[kind] for kind in kinds if _MARKERS[kind] in text]
+        if found:
+            raise row.fault(f"{found[0]} outside a question", field=field, value=text)
+        return [Text(text)]
+    return beside.split(text, kinds)
+
+
+def _part(row: Row, part: Any, keys: Keys, root: Path, beside: _Beside) -> Part | Any:
     kind = part.get("type") if isinstance(part, Mapping) else None
+    field = written(keys)
     if kind not in ("image", "video"):
         if kind == "image_url":
-            raise DataError(f"{where}: pictures of training data are local files; give an image part with a path")
+            raise row.fault(
+                "training reads local files only", field=field, value=part, expected="an image part with a path"
+            )
         return part
     if part.get("url") is not None:
-        raise DataError(f"{where}: {_shown(part['url'])} is a URL; training reads local files only, download it first")
+        raise row.fault(
+            "is a URL", field=f"{field}.url", value=part["url"],
+            hint="training reads local files only; download it first",
+        )  # fmt: skip
     # Columns of parquet give every part the keys of all.
     given = [key for key in (*_SOURCES, kind) if part.get(key) is not None]
-    if len(given) > 1 or (kind == "video" and not given):
-        raise DataError(
-            f"{where}: {kind} part with {' and '.join(given) or 'no source'}; give one of {', '.join(_SOURCES)}"
-        )
-    if given == ["base64"] and not isinstance(part["base64"], (str, Stored)):
-        raise DataError(f"{where}: base64 is {_shown(part['base64'])}, expected text; encode the file or give its path")
+    if len(given) > 1:
+        raise row.fault(f"{kind} part with {' and '.join(given)}", field=field, expected="one of them")
     if not given:
-        image = next(pending, None)
-        if image is None:
-            raise DataError(f"{where}: an image part without a source, and no picture of 'images' is left for it")
-        return image
-    key = (*keys, kind) if given[0] == kind else keys
-    source = source_of(row, key, root)
+        if not beside.media[kind]:
+            raise row.fault(
+                f"{kind} part without a source, and no {kind} beside the messages",
+                field=field,
+                expected=f"one of {', '.join(_SOURCES)}",
+            )
+        return beside.take(kind)
+    if given == ["base64"] and not isinstance(part["base64"], (str, Stored)):
+        raise row.fault(field=f"{field}.base64", value=part["base64"], expected="base64 text")
+    source = source_of(row, (*keys, kind) if given[0] == kind else keys, root)
     if kind == "image":
         return Image(source)
     frames = part.get("num_frames")
     if frames is not None and (not isinstance(frames, int) or isinstance(frames, bool) or frames < 1):
-        raise DataError(f"{where}: num_frames {frames!r} is not a positive whole number")
+        raise row.fault(field=f"{field}.num_frames", value=frames, expected="a positive whole number")
     return Video(source, frames)
 
 
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"
+def _sharegpt(row: Row, beside: _Beside) -> tuple[Message, ...]:
+    """Return the messages of `conversations`, with the text of `system` before them."""
+    messages = []
+    if system := optional_text(row, "system"):
+        messages.append(Message.of("system", system))
+    for number, turn in enumerate(list_at(row, "conversations", "turns")):
+        field = f"conversations[{number}]"
+        if not isinstance(turn, Mapping):
+            raise row.fault(field=field, value=turn, expected="an object with 'from' and 'value'")
+        speaker, text = turn.get("from"), turn.get("value")
+        if not isinstance(speaker, str) or speaker not in _SHAREGPT_ROLES:
+            raise row.fault(field=f"{field}.from", value=speaker, expected=f"one of {', '.join(_SHAREGPT_ROLES)}")
+        if not isinstance(text, str):
+            raise row.fault(field=f"{field}.value", value=text, expected="text")
+        role = _SHAREGPT_ROLES[speaker]
+        if role == "system" and messages:
+            raise row.fault("a system turn that is not the first", field=field)
+        parts = _said(row, text, role, f"{field}.value", beside, plain=True)
+        messages.append(Message(role, tuple(parts)))
+    return tuple(messages)
 
 
-def _before_first_question(messages: tuple[Message, ...], images: tuple[Image, ...]) -> tuple[Message, ...]:
+def _before_first_question(
+    row: Row, messages: tuple[Message, ...], branches: tuple[tuple[Message, ...], ...], media: tuple[Part, ...]
+) -> tuple[Message, ...]:
     for number, message in enumerate(messages):
         if message.role == "user":
-            first = Message("user", (*images, *message.parts))
+            first = Message("user", (*media, *message.parts))
             return (*messages[:number], first, *messages[number + 1 :])
-    return messages
+    if branches and all(branch and branch[0].role == "user" for branch in branches):
+        return (*messages, Message("user", media))
+    raise row.fault("media beside the messages, and no turn of the user to show them in", field="messages")
 
 
 FORMAT = MessagesFormat()

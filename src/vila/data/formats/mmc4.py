@@ -1,8 +1,9 @@
 """MMC4 documents: `text_list`, `image_info` with `matched_text_index`, `similarity_matrix`; one page each.
 
-A picture is named by `image_base64`, by `file` ("0.jpg" for member KEY.0.jpg of a tar shard) or by `image_name`. As the
-original builds its pages: the first 6 pictures in file order, put immediately before their sentences; sentences joined
-with one space, none beside a picture. A sentence that spells `<image>` is text. Read from tar, JSON lines or a list.
+An image is named by `image_base64`, by `file` ("0.jpg" for member KEY.0.jpg of a tar shard) or by `image_name`. As the
+original builds its pages: the first 6 images in file order, put immediately before their sentences; sentences joined
+with one space, none beside an image. A sentence that spells `<image>` is text; the original writes `<IMAGE>` in its
+place. Read from tar, JSON lines or a list.
 """
 
 from __future__ import annotations
@@ -11,24 +12,23 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
-from vila.core.errors import DataError
 from vila.core.events import SILENT, Events
 from vila.core.types import Image, Message, Part, Sample, Text
 from vila.data.formats.media import source_of
 from vila.data.formats.rows import Row
 from vila.data.formats.source import JSON, RecordSource, read_options
 from vila.data.formats.stored import Keys
-from vila.data.formats.turns import id_of, joined
+from vila.data.formats.turns import id_of, joined, list_at
 
 
 @dataclass(frozen=True, slots=True)
 class Mmc4Options:
-    """min_similarity: leave out pictures less similar to their sentence. max_images: keep the first so many.
+    """min_similarity: leave out images less similar to their sentence. max_images: keep this number, the first ones.
 
-    place: a picture stands at its `matched_text_index`, or at the sentence that is most similar to it.
-    without_images: a document without pictures is a page of text, or left out.
+    place: an image stands at its `matched_text_index`, or at the sentence that is most similar to it.
+    without_images: a document without images is a page of text, or left out.
     """
 
     min_similarity: float = 0.0
@@ -41,7 +41,7 @@ class Mmc4Format:
     """Interleaved documents of MMC4."""
 
     def open(self, path: Path, image_root: Path, events: Events = SILENT, **options: object) -> RecordSource:
-        """Random access to the pages of a file, or of all shards of a directory. Options: see `Mmc4Options`."""
+        """Give random access to the pages of a file, or of all shards of a directory. Options: see `Mmc4Options`."""
         chosen = read_options(Mmc4Options, options, "mmc4")
         keep = None
         if chosen.without_images == "drop":
@@ -51,18 +51,18 @@ class Mmc4Format:
 
 
 def sample_of(row: Row, root: Path, options: Mmc4Options) -> Sample:
-    """The page of a document: one message of the user. Raises DataError naming file, row or key, and reason."""
+    """Make the page of a document: one message of the user. Raises DataError with file, record or key, and field."""
     sentences = _sentences(row)
     placed = _placed(row, len(sentences), options)
     images = [(sentence, _image(row, number, root)) for number, sentence in placed]
     parts = page_of(sentences, images)
     if not any(isinstance(part, Text) for part in parts):
-        raise DataError(f"{row.where}: the document has no text")
-    return Sample(id_of(row.value, row.name), (Message("user", parts),), template="page")
+        raise row.fault("the document has no text", field="text_list")
+    return Sample(id_of(row), (Message("user", parts),), template="page")
 
 
 def page_of(sentences: Sequence[str], images: Sequence[tuple[int, Image]]) -> tuple[Part, ...]:
-    """Sentences with pictures before them; images are (number of the sentence, picture), in the order of the file.
+    """Put images before their sentences; images are (number of the sentence, image), in the order of the file.
 
     s0 s1 s2 with a at 2, b at 0, c at 2 gives b, "s0 s1", a, c, "s2".
     """
@@ -72,7 +72,7 @@ def page_of(sentences: Sequence[str], images: Sequence[tuple[int, Image]]) -> tu
     parts = list(joined(pieces))
     for number, part in enumerate(parts):
         if isinstance(part, Text):
-            # One space on either side of a picture goes; more than one is the document's own.
+            # One space on either side of an image is removed; more than one is the document's own.
             text = part.text
             if number + 1 < len(parts):
                 text = text.removesuffix(" ")
@@ -84,14 +84,15 @@ def page_of(sentences: Sequence[str], images: Sequence[tuple[int, Image]]) -> tu
 
 
 def _sentences(row: Row) -> list[str]:
-    sentences = row.value.get("text_list")
-    if not isinstance(sentences, list) or not all(isinstance(sentence, str) for sentence in sentences):
-        raise DataError(f"{row.where}: expected a document with a list of texts 'text_list'")
+    sentences = list_at(row, "text_list", "texts")
+    for number, sentence in enumerate(sentences):
+        if not isinstance(sentence, str):
+            raise row.fault(field=f"text_list[{number}]", value=sentence, expected="text")
     return sentences
 
 
 def _placed(row: Row, sentences: int, options: Mmc4Options) -> list[tuple[int, int]]:
-    """(number in image_info, sentence) of the pictures that are shown."""
+    """Return (number in image_info, sentence) of the images that are shown."""
     placed: list[tuple[int, int]] = []
     infos = _infos(row)
     for number, info in enumerate(infos):
@@ -104,40 +105,49 @@ def _placed(row: Row, sentences: int, options: Mmc4Options) -> list[tuple[int, i
 
 
 def _infos(row: Row) -> list[Any]:
-    infos = row.value.get("image_info") or []
-    if not isinstance(infos, list):
-        raise DataError(f"{row.where}: 'image_info' is not a list")
-    return infos
+    infos = row.value.get("image_info")
+    if infos is not None and not isinstance(infos, list):
+        raise row.fault(field="image_info", value=infos, expected="a list of objects")
+    return infos or []
 
 
 def _sentence_of(row: Row, number: int, info: Any, sentences: int, options: Mmc4Options) -> int:
     if not isinstance(info, Mapping):
-        raise DataError(f"{row.where} image_info[{number}]: not an object")
+        raise row.fault(field=f"image_info[{number}]", value=info, expected="an object")
     if options.place == "similarity":
         similar = _similarities(row, number)
         return max(range(len(similar)), key=similar.__getitem__)
     sentence = info.get("matched_text_index")
-    if not isinstance(sentence, int) or not 0 <= sentence < sentences:
-        raise DataError(
-            f"{row.where} image_info[{number}]: matched_text_index is {sentence!r}, the document has {sentences} texts"
+    if not isinstance(sentence, int) or isinstance(sentence, bool) or not 0 <= sentence < sentences:
+        raise row.fault(
+            field=f"image_info[{number}].matched_text_index",
+            value=sentence,
+            expected=f"a number below {sentences}, that of the texts",
         )
     return sentence
 
 
 def _similarity(row: Row, number: int, info: Mapping[str, Any], sentence: int) -> float:
     stated = info.get("matched_sim")
-    if isinstance(stated, (int, float)) and sentence == info.get("matched_text_index"):
+    if _is_number(stated) and sentence == info.get("matched_text_index"):
         return float(stated)
     return _similarities(row, number)[sentence]
 
 
 def _similarities(row: Row, number: int) -> list[float]:
-    """Similarity of a picture to every sentence."""
+    """Return the similarity of an image to every sentence."""
     matrix = row.value.get("similarity_matrix")
     similar = matrix[number] if isinstance(matrix, list) and number < len(matrix) else None
-    if not isinstance(similar, list) or len(similar) != len(_sentences(row)) or not similar:
-        raise DataError(f"{row.where}: similarity_matrix has no row of {len(_sentences(row))} for picture {number}")
+    count = len(_sentences(row))
+    if not isinstance(similar, list) or len(similar) != count or not similar or not all(map(_is_number, similar)):
+        raise row.fault(
+            field=f"similarity_matrix[{number}]", value=similar, expected=f"{count} numbers, one for each text"
+        )
     return similar
+
+
+def _is_number(value: Any) -> TypeGuard[int | float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _image(row: Row, number: int, root: Path) -> Image:
@@ -147,9 +157,13 @@ def _image(row: Row, number: int, root: Path) -> Image:
         if info.get(key) is None:
             continue
         if key == "image_base64":
+            if not isinstance(info[key], str):
+                raise row.fault(field=f"image_info[{number}].{key}", value=info[key], expected="base64 text")
             return Image(row.stored((*here, key)))
         return Image(source_of(row, (*here, key), root))
-    raise DataError(f"{row.where} image_info[{number}]: has none of image_base64, file, image_name")
+    raise row.fault(
+        "no image", field=f"image_info[{number}]", value=info, expected="one of image_base64, file, image_name"
+    )
 
 
 def _has_images(row: Row, options: Mmc4Options) -> bool:

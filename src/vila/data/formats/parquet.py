@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from vila.core.errors import DataError, VilaError
-from vila.data.formats.stored import Keys, decode_base64, written
+from vila.data.formats.stored import Keys, decode_base64, name_of, written
 from vila.data.handles import Stamp, changed, stamp_of
 
 CACHE_BYTES = 256 << 20
@@ -36,15 +36,15 @@ class ParquetCell:
 
     @property
     def name(self) -> str:
-        """File, row (from 1), column and place."""
-        return f"{self.path} row {self.row + 1} {written((self.column, *self.place))}"
+        """File, record, column and place."""
+        return name_of(self.path, self.row, (self.column, *self.place))
 
     def read(self) -> bytes:
         """The bytes. Raises DataError when the file has changed or the cell holds nothing."""
         value = read_cell(self.path, self.row, self.column, self.place, self.stamp)
         if isinstance(value, bytes):
             return value
-        return decode_base64(value, self.name)
+        return decode_base64(value, file=self.path, record=self.row, field=written((self.column, *self.place)))
 
 
 def scan_parquet(path: Path, advanced: Callable[[int], None]) -> Iterator[np.ndarray]:
@@ -75,7 +75,7 @@ def read_cell(path: Path, row: int, column: str, place: Keys, stamp: Stamp | Non
         try:
             scalar = scalar[key]
         except (LookupError, TypeError) as error:
-            raise DataError(f"{path} row {row + 1} {written((column, *place))}: nothing there") from error
+            raise DataError("holds nothing", file=path, record=row, field=written((column, *place))) from error
     return scalar.as_py()
 
 

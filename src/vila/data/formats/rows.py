@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from vila.core.errors import DataError
+from vila.core.errors import MISSING, DataError
 from vila.core.events import SILENT, Events
 from vila.core.types import Stored
 from vila.data.formats.parquet import ParquetCell, column_names, read_row, scan_parquet
@@ -24,34 +24,51 @@ class Row:
     """One record.
 
     value:   its content; empty for a tar sample without JSON.
-    where:   file and row (from 1) or key, for messages.
-    name:    what to call the sample when the record has no id of its own.
+    file:    data file that it is in.
+    record:  number in the file, from 0; of a tar sample "key KEY".
+    name:    id of the sample if the record has no id of its own.
     members: the other files of a tar sample by extension ("0.jpg" for KEY.0.jpg); `in_shard`: it is one.
-    stored:  where the bytes, or the base64 text, at the end of keys lie.
+    stored:  location of the bytes, or the base64 text, at the end of keys.
     """
 
     value: Mapping[str, Any]
-    where: str
+    file: Path
+    record: int | str
     name: str
     stored: Callable[[Keys], Stored]
     members: Mapping[str, FileSlice] = field(default_factory=dict)
     in_shard: bool = False
 
+    def fault(
+        self,
+        problem: str = "",
+        *,
+        field: str | None = None,
+        value: Any = MISSING,
+        expected: str | None = None,
+        hint: str | None = None,
+    ) -> DataError:
+        """Return the error for this record, with its file and number. The arguments are those of `VilaError`."""
+        return DataError(
+            problem, file=self.file, record=self.record, field=field, value=value, expected=expected, hint=hint
+        )
+
     def read_text(self, extension: str) -> str:
-        """The text of a member. Raises DataError when it is missing or not UTF-8."""
+        """Read the text of a member. Raises DataError if it is missing or not UTF-8."""
         if extension not in self.members:
             raise missing_member(self, extension)
         try:
             return self.members[extension].read().decode()
         except UnicodeDecodeError as error:
-            raise DataError(f"{self.where}: member {extension!r} is not UTF-8 text (byte {error.start})") from error
+            raise self.fault(
+                f"not UTF-8 text (byte {error.start})", field=f"member {extension}", hint="save it as UTF-8"
+            ) from error
 
 
-def missing_member(row: Row, extension: str) -> DataError:
-    """The error for a member that a record names and the shard does not hold."""
-    return DataError(
-        f"{row.where}: member {extension!r} is missing; the sample has {', '.join(sorted(row.members)) or 'none'}"
-    )
+def missing_member(row: Row, extension: str, field: str | None = None) -> DataError:
+    """Return the error for a member that a record names and the shard does not hold."""
+    members = ", ".join(sorted(row.members)) or "none"
+    return row.fault(f"no member {extension!r} in the shard; the sample has {members}", field=field)
 
 
 class Rows(Protocol):
@@ -75,12 +92,11 @@ class JsonRows:
         return len(self._index)
 
     def __getitem__(self, number: int) -> Row:
-        """Row `number`. Raises DataError naming file and row."""
+        """Read record `number`. Raises DataError with file and record."""
         offset, size = self._index[number]
-        where = f"{self.path} row {number + 1}"
         raw = read_span(self.path, offset, size, self._index.stamp)
-        stored = partial(_base64, FileSlice(self.path, offset, size, where, self._index.stamp))
-        return Row(parse_record(raw, where), where, f"{self.path.stem}/{number}", stored)
+        stored = partial(_base64, FileSlice(self.path, offset, size, str(self.path), self._index.stamp), number)
+        return Row(parse_record(raw, self.path, number), self.path, number, f"{self.path.stem}/{number}", stored)
 
 
 class TarRows:
@@ -94,15 +110,15 @@ class TarRows:
         return len(self._index)
 
     def __getitem__(self, number: int) -> Row:
-        """Row `number`; `value` is the member `json` where there is one. Raises DataError naming shard and key."""
+        """Read sample `number`; `value` is the member `json` if there is one. Raises DataError with shard and key."""
         stamp = self._index.stamp
         key, found = read_members(self.path, *self._index[number], stamp)
-        where = f"{self.path} sample {key!r}"
+        record = f"key {key}"
         members = {m.extension: FileSlice(self.path, m.offset, m.size, f"{self.path} {m.name}", stamp) for m in found}
         text = members.pop("json", None)
-        value = {} if text is None else parse_record(text.read(), where)
-        stored = partial(_base64, text or FileSlice(self.path, 0, 0, where, stamp))
-        return Row(value, where, f"{self.path.stem}/{key}", stored, members, in_shard=True)
+        value = {} if text is None else parse_record(text.read(), self.path, record)
+        stored = partial(_base64, text or FileSlice(self.path, 0, 0, str(self.path), stamp), record)
+        return Row(value, self.path, record, f"{self.path.stem}/{key}", stored, members, in_shard=True)
 
 
 class ParquetRows:
@@ -121,14 +137,14 @@ class ParquetRows:
         return self._length
 
     def __getitem__(self, number: int) -> Row:
-        """Row `number`; bytes in it are `ParquetCell`s. Raises DataError naming file and row."""
-        where = f"{self.path} row {number + 1}"
+        """Read record `number`; bytes in it are `ParquetCell`s. Raises DataError with file and record."""
         value = read_row(self.path, number, self._columns, self._index.stamp)
-        return Row(value, where, f"{self.path.stem}/{number}", partial(_cell, self.path, number, self._index.stamp))
+        stored = partial(_cell, self.path, number, self._index.stamp)
+        return Row(value, self.path, number, f"{self.path.stem}/{number}", stored)
 
 
-def _base64(record: FileSlice, keys: Keys) -> Stored:
-    return Base64Field(record.path, record.offset, record.size, keys, record.name, record.stamp)
+def _base64(text: FileSlice, record: int | str, keys: Keys) -> Stored:
+    return Base64Field(text.path, text.offset, text.size, keys, record, text.stamp)
 
 
 def _cell(path: Path, row: int, stamp: Stamp, keys: Keys) -> Stored:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from vila.core.errors import DataError
+from vila.core.reading import parse_json
 
 BLOCK = 1 << 22
 _SPACE = b" \t\r\n"
@@ -127,27 +127,9 @@ def _check_nothing_follows(path: Path, content: bytes, offset: int) -> None:
         raise DataError(f"{path}: text follows the JSON list, from about byte {offset}; expected one list")
 
 
-def parse_record(raw: bytes, where: str) -> dict[str, Any]:
-    """A record as a dictionary. Raises DataError for what is not a JSON object, and for a key that stands twice."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        value = dict(pairs)
-        if len(value) != len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise DataError(f"{where}: key {twice!r} stands twice in one object; keep one of them")
-        return value
-
-    try:
-        value = json.loads(raw, object_pairs_hook=unique)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{where}: not UTF-8 text (byte {error.start} of the record)") from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON ({error.msg} at character {error.pos})") from error
-    except ValueError as error:  # a number of thousands of digits
-        raise DataError(f"{where}: not JSON ({error})") from error
-    except RecursionError as error:
-        raise DataError(f"{where}: nested too deeply") from error
+def parse_record(raw: bytes, file: Path, record: int | str) -> dict[str, Any]:
+    """Parse a record. Raises DataError with file and record for what is not a JSON object, and for a repeated key."""
+    value = parse_json(raw, file=file, record=record, unique_keys=True)
     if not isinstance(value, dict):
-        raise DataError(f"{where}: expected an object, got a {type(value).__name__}")
+        raise DataError(file=file, record=record, value=value, expected="an object ({...})")
     return value

@@ -38,25 +38,25 @@ class FileSlice:
 class Base64Field:
     """Base64 text inside a JSON record.
 
-    offset, size: the record in its file, in bytes. keys: the way to the text.
+    offset, size: the record in its file, in bytes. keys: path to the text. record: number or key of the record.
     """
 
     path: Path
     offset: int
     size: int
     keys: Keys
-    where: str
+    record: int | str
     stamp: Stamp | None = field(default=None, repr=False)
 
     @property
     def name(self) -> str:
-        """File, row and keys."""
-        return f"{self.where} {written(self.keys)}"
+        """File, record and keys."""
+        return name_of(self.path, self.record, self.keys)
 
     def read(self) -> bytes:
-        """The decoded bytes. Raises DataError when the record is not what it was or the text is not base64."""
-        record = parse_record(read_span(self.path, self.offset, self.size, self.stamp), self.where)
-        return decode_base64(value_at(record, self.keys), self.name)
+        """Read and decode. Raises DataError if the file has changed or the text is not base64."""
+        record = parse_record(read_span(self.path, self.offset, self.size, self.stamp), self.path, self.record)
+        return decode_base64(value_at(record, self.keys), file=self.path, record=self.record, field=written(self.keys))
 
 
 def value_at(value: Any, keys: Keys) -> Any:
@@ -75,13 +75,17 @@ def written(keys: Keys) -> str:
     return text.removeprefix(".")
 
 
-def decode_base64(text: Any, where: str) -> bytes:
-    """The bytes of base64 text, line breaks and a `data:` head allowed. Raises DataError."""
+def name_of(file: Path, record: int | str, keys: Keys) -> str:
+    """Name of a value for messages: `data.jsonl, record 4, image_info[2].image_base64`."""
+    return f"{file}, {f'record {record}' if isinstance(record, int) else record}, {written(keys)}"
+
+
+def decode_base64(text: Any, *, file: Path | None, record: int | str, field: str | None = None) -> bytes:
+    """Decode base64 text, line breaks and a `data:` head allowed. Raises DataError with file, record and field."""
     if not isinstance(text, str) or not text:
-        raise DataError(f"{where}: no base64 text there")
-    if text.startswith("data:"):
-        text = text.partition(",")[2]
+        raise DataError(file=file, record=record, field=field, value=text, expected="base64 text")
+    body = text.partition(",")[2] if text.startswith("data:") else text
     try:
-        return base64.b64decode("".join(text.split()), validate=True)
+        return base64.b64decode("".join(body.split()), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise DataError(f"{where}: not base64 ({error})") from error
+        raise DataError(f"not base64 ({error})", file=file, record=record, field=field, value=text) from error

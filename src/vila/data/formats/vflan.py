@@ -1,27 +1,33 @@
 """Visual instructions as VFLAN and M3IT hold them: `question`, `answer` and `image`, none, one or several pictures.
 
-Markers in a question are removed and each picture with a newline put in front. A question that holds "Image
-Descriptions" (M3IT's visual dialog) is split at its "Question:" and "Answer:" lines into turns. Pictures are base64,
+Markers in a question are removed and each image with a newline put in front. A question that holds "Image
+Descriptions" (M3IT's visual dialog) is split at its "Question:" and "Answer:" lines into turns. Images are base64,
 names of files or of members, or bytes. Read from tar, parquet, JSON lines or a list.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from vila.core.errors import DataError
 from vila.core.events import SILENT, Events
 from vila.core.types import Image, Message, Sample
-from vila.data.formats.media import images_at
+from vila.data.formats.media import images_at, only_key
 from vila.data.formats.rows import Row
 from vila.data.formats.source import RecordSource, read_options
-from vila.data.formats.turns import MARKER, check_turns, id_of, media_first, text_at, without_markers
+from vila.data.formats.turns import (
+    IMAGE_MARKER,
+    answer_at,
+    check_turns,
+    id_of,
+    media_first,
+    optional_text,
+    text_at,
+    without_markers,
+)
 
-_IMAGES = ("image", "image:", "images", "image_base64_str")
+MEDIA_KEYS = ("image", "image:", "images", "image_base64_str")
 _ANSWERS = ("answer", "answer:", "outputs")
 
 
@@ -33,47 +39,44 @@ class VflanOptions:
 
 
 class VflanFormat:
-    """Questions and answers about none, one or several pictures."""
+    """Questions and answers about none, one or several images."""
 
     def open(self, path: Path, image_root: Path, events: Events = SILENT, **options: object) -> RecordSource:
-        """Random access to the samples of a file, or of all shards of a directory. Options: see `VflanOptions`."""
+        """Give random access to the samples of a file, or of all shards of a directory. Options: see `VflanOptions`."""
         chosen = read_options(VflanOptions, options, "vflan")
         convert = partial(sample_of, root=image_root, max_images=chosen.max_images)
-        columns = ("id", "question", "instruction", "inputs", *_ANSWERS, *_IMAGES)
+        columns = ("id", "question", "instruction", "inputs", *_ANSWERS, *MEDIA_KEYS)
         return RecordSource(path, convert, columns=columns, events=events)
 
 
 def sample_of(row: Row, root: Path, max_images: int = 8) -> Sample:
-    """The conversation of a record. Raises DataError naming file, row or key, and reason."""
-    record, where = row.value, row.where
-    question = _question(record, where).rstrip()
-    answer = text_at(record, _ANSWERS, where).rstrip()
-    key = next((key for key in _IMAGES if record.get(key) is not None), "")
-    images = images_at(row, key, root, base64=True)
+    """Make the conversation of a record. Raises DataError with file, record or key, field and value."""
+    question = _question(row).rstrip()
+    answer = answer_at(row, _ANSWERS).rstrip()
+    images = images_at(row, only_key(row, MEDIA_KEYS), root, base64=True)
     if len(images) > max_images:
-        raise DataError(f"{where}: {len(images)} pictures, over the limit of {max_images}; raise the option max_images")
+        raise row.fault(f"{len(images)} images, the option max_images allows {max_images}", field="image")
     if "Image Descriptions" in question:
-        messages = _dialog(question, answer, images, where)
+        messages = _dialog(row, question, answer, images)
     else:
-        parts = media_first(images, without_markers(question, MARKER))
+        parts = media_first(images, without_markers(question, IMAGE_MARKER))
         messages = (Message("user", parts), Message.of("assistant", answer))
-    return Sample(id_of(record, row.name), check_turns(messages, where))
+    return Sample(id_of(row), check_turns(messages, row, "question"))
 
 
-def _question(record: Mapping[str, Any], where: str) -> str:
-    if record.get("question") is None and record.get("instruction") is not None:
+def _question(row: Row) -> str:
+    if row.value.get("question") is None and row.value.get("instruction") is not None:
         # M3IT's own records; the original joins the two without a separator.
-        inputs = "" if record.get("inputs") is None else text_at(record, ("inputs",), where)
-        return text_at(record, ("instruction",), where) + inputs
-    return text_at(record, ("question",), where)
+        return text_at(row, ("instruction",)) + optional_text(row, "inputs")
+    return text_at(row, ("question",))
 
 
-def _dialog(question: str, answer: str, images: tuple[Image, ...], where: str) -> tuple[Message, ...]:
-    """The turns that a question tells of, what stands before the first of them left out."""
+def _dialog(row: Row, question: str, answer: str, images: tuple[Image, ...]) -> tuple[Message, ...]:
+    """Split a question into the turns that it holds; what stands before the first of them is left out."""
     turns = [turn.split("\nAnswer: ") for turn in question.split("\nQuestion: ")[1:]]
     if not turns or any(len(turn) != 2 for turn in turns[:-1]) or len(turns[-1]) != 1:
-        raise DataError(
-            f"{where}: a dialog whose 'Question:' and 'Answer:' lines do not alternate up to a last question"
+        raise row.fault(
+            "the 'Question:' and 'Answer:' lines of the dialog do not alternate up to a last question", field="question"
         )
     turns[-1] = [turns[-1][0].replace("\n", ""), answer]
     messages = []

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 
 from vila.chat.templates import find_template
-from vila.core.errors import DataError
 from vila.core.events import SILENT, Events
 from vila.core.types import Image, Message, Sample, Text, Video
 from vila.data.formats import messages, vflan
@@ -36,7 +35,7 @@ class WebDatasetFormat:
     """Tar shards of captions and conversations."""
 
     def open(self, path: Path, image_root: Path, events: Events = SILENT, **options: object) -> RecordSource:
-        """Random access to the samples of a shard, or of all shards of a directory. Options: `WebDatasetOptions`.
+        """Give random access to the samples of a shard, or of all shards of a directory. Options: `WebDatasetOptions`.
 
         Raises UnknownNameError for a template that does not exist.
         """
@@ -47,7 +46,7 @@ class WebDatasetFormat:
 
 
 def sample_of(row: Row, root: Path, options: WebDatasetOptions) -> Sample:
-    """The sample of a shard. Raises DataError naming shard, key and reason."""
+    """Make the sample of a shard. Raises DataError with shard, key, field and value."""
     if "messages" in row.value:
         sample = messages.sample_of(row, root)
     elif "question" in row.value:
@@ -60,14 +59,15 @@ def sample_of(row: Row, root: Path, options: WebDatasetOptions) -> Sample:
 def _caption(row: Row, options: WebDatasetOptions) -> Sample:
     medium: Image | Video | None = member_image(row) or member_video(row, options.num_frames or None)
     if medium is None:
-        raise DataError(f"{row.where}: no picture or clip among its members {', '.join(sorted(row.members)) or 'none'}")
-    text = row.read_text("txt") if "txt" in row.members else text_at(row.value, ("text", "caption"), row.where)
+        members = ", ".join(sorted(row.members)) or "none"
+        raise row.fault(f"no image or video among its members ({members})")
+    text = row.read_text("txt") if "txt" in row.members else text_at(row, ("text", "caption"))
     if not text.strip():
-        raise DataError(f"{row.where}: the text is empty")
+        raise row.fault("the text is empty", field="txt" if "txt" in row.members else "text")
     if options.template == "page":
-        return Sample(id_of(row.value, row.name), (Message("user", (medium, Text(text))),))
+        return Sample(id_of(row), (Message("user", (medium, Text(text))),))
     turns = (Message("user", media_first([medium], "")), Message.of("assistant", text))
-    return Sample(id_of(row.value, row.name), turns)
+    return Sample(id_of(row), turns)
 
 
 FORMAT = WebDatasetFormat()
