@@ -153,6 +153,54 @@ def test_a_full_or_read_only_file_system_cannot_be_written(tmp_path, monkeypatch
     assert (caught.value.field, caught.value.value) == ("output.dir", str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "file/a.json",
+        "folder",
+        f"{'n' * 250}.json",
+        f"{'n' * 300}/a.json",
+        "zero\0byte",
+    ],
+)
+def test_a_file_that_cannot_be_written_is_named_with_its_option(tmp_path, name):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    before = names(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        check_writable(tmp_path / name, field="--out", is_file=True)
+    assert (caught.value.field, caught.value.value) == ("--out", str(tmp_path / name))
+    assert names(tmp_path) == before
+
+
+@pytest.mark.parametrize("path", ["/dev/null", "/dev/full", "/proc/new/file"])
+def test_devices_and_system_directories_cannot_be_written(path):
+    with pytest.raises(ConfigError):
+        check_writable(Path(path), is_file=True)
+
+
+def test_an_atomic_write_does_not_replace_a_device():
+    with pytest.raises(VilaError), atomic_path(Path("/dev/null")):
+        pass
+    assert Path("/dev/null").is_char_device()
+
+
+def test_a_file_or_directory_that_exists_may_be_replaced(tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "folder").mkdir()
+    check_writable(tmp_path / "file", is_file=True)
+    check_writable(tmp_path / "folder", is_replaced=True)
+    with pytest.raises(ConfigError):
+        check_writable(tmp_path / "file", is_replaced=True)
+    assert names(tmp_path) == ["file", "folder"]
+
+
+def test_too_little_space_is_said_before_work_begins(tmp_path):
+    check_writable(tmp_path / "new", num_bytes=1)
+    with pytest.raises(ConfigError):
+        check_writable(tmp_path / "new", num_bytes=2**60)
+
+
 def test_the_hash_of_a_tree_sees_names_and_contents(tmp_path):
     (tmp_path / "a").write_text("1")
     first = sha256_tree(tmp_path)

@@ -21,6 +21,7 @@ from vila.core.locks import is_same_file, read_owner, runs_here, try_lock, write
 _WRITER = "writer.lock"
 _REPLACED = "replaced"
 _OLD_S = 3600.0
+_BLOCK = 4096
 
 
 @contextmanager
@@ -29,8 +30,11 @@ def atomic_path(target: Path) -> Iterator[Path]:
 
     The body writes a file, or makes a directory, at the path it is given. A directory replaces an existing one.
     Files and directory entries are fsynced, so after the call `target` survives a loss of power. What a killed writer
-    of the same target left is removed first. Raises VilaError naming the target when the disk is full.
+    of the same target left is removed first. Raises VilaError naming the target when the disk is full, and for a target
+    that is neither file nor directory, such as /dev/null.
     """
+    if target.exists() and not (target.is_file() or target.is_dir()):
+        raise VilaError("is not a regular file; nothing was written", file=target)
     make_directory(target.parent)
     with _holder(target) as holder:
         # The holder has two names of its own.
@@ -141,23 +145,56 @@ def make_directory(folder: Path) -> None:
         _sync_entries(path.parent)
 
 
-def check_writable(folder: Path, *, field: str | None = None) -> None:
-    """Raise ConfigError unless a directory can be made at `folder`, or written if it is there; leaves nothing behind.
+def check_writable(
+    path: Path, *, field: str | None = None, is_file: bool = False, is_replaced: bool = False, num_bytes: int = 0
+) -> None:
+    """Raise ConfigError unless a file or directory can be written at `path`; leaves nothing behind.
 
-    field: name of the option or recipe field that names the directory.
+    For the start of a command: what it writes in the end must not fail after hours of work.
+    field:       name of the option or recipe field that names the path.
+    is_file:     a file is written atomically, where there may be one; otherwise a directory.
+    is_replaced: a directory that exists is replaced as a whole; otherwise files are written into it.
+    num_bytes:   least space that is needed.
     """
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:
+        existing = next(one for one in (path, *path.absolute().parents) if one.exists())
+        if is_file and existing == path and not path.is_file():
+            # atomic_path would replace a device by a file.
+            code = errno.EISDIR if path.is_dir() else errno.EINVAL
+            raise OSError(code, "is a directory" if path.is_dir() else "is not a regular file")
+        if existing == path and (is_file or (is_replaced and path.is_dir())):
+            existing = path.absolute().parent
         if not existing.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(existing))
-        tempfile.TemporaryFile(dir=existing).close()
-    except OSError as error:
+            raise NotADirectoryError(errno.ENOTDIR, f"{existing} is not a directory")
+        free = shutil.disk_usage(existing).free
+        if free < num_bytes:
+            raise OSError(
+                errno.ENOSPC, f"{existing} has {free // 2**20:,} MiB free, {num_bytes // 2**20:,} MiB are needed"
+            )
+        _probe(existing, path)
+    except (OSError, ValueError) as error:
+        # ValueError: a zero byte in the path.
+        reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(
-            f"cannot be written ({existing}: {error.strerror})",
+            f"cannot be written ({reason})",
             field=field,
-            value=str(folder),
-            hint="choose another directory",
+            value=str(path),
+            hint=f"choose another {'file' if is_file else 'directory'}",
         ) from error
+
+
+def _probe(existing: Path, path: Path) -> None:
+    """Write a block in a directory below `existing`, with the longest name that writing `path` takes."""
+    missing = [one.name for one in (path, *path.absolute().parents) if not one.exists()]
+    name = max([path.absolute().name, *missing], key=lambda one: len(os.fsencode(one)))
+    probe = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".partial", dir=existing))
+    try:
+        with tempfile.TemporaryFile(dir=probe) as stream:
+            stream.write(bytes(_BLOCK))
+            stream.flush()
+            os.fsync(stream.fileno())
+    finally:
+        probe.rmdir()
 
 
 def _sync(path: Path) -> None:
