@@ -181,7 +181,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_ids(stand):
 def test_a_sample_that_cannot_be_read_names_data_set_file_and_row(stand, tmp_path):
     (tmp_path / "bad.jsonl").write_text(2 * (json.dumps({"messages": [{"role": "user", "content": "?"}]}) + "\n"))
     recipe = stand_recipe(stand, "bad", f"data.mixture=[{{format: messages, path: {tmp_path / 'bad.jsonl'}}}]")
-    with pytest.raises(DataError, match="data set 'bad': sample 'bad/[01]': the last message must be the assistant's"):
+    with pytest.raises(DataError, match="data set 'bad', sample 'bad/[01]': the last message must be the assistant's"):
         build(recipe).train()
 
 
