@@ -29,8 +29,7 @@ def test_what_cannot_be_served_is_said_and_the_command_ends(vila, model, tmp_pat
 
 
 def test_without_its_packages_the_extra_is_named(vila, model, monkeypatch):
-    for name in list(sys.modules):
-        if name.startswith("vila.serve."):
-            monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "fastapi", None)
-    assert vila("serve", model)[2] == "error: the server needs fastapi: pip install 'vila-vlm[serve]'"
+    code, _, err = vila("serve", model)
+    assert code == 2
+    assert "pip install 'vila-vlm[serve]'" in err

@@ -1,6 +1,7 @@
 """`vila submit`: what of a run has a file, and why the rest has none."""
 
 import json
+import sys
 
 import pytest
 
@@ -49,3 +50,12 @@ def test_notes_on_a_run_that_cannot_be_read_are_named(vila, tmp_path, content):
     code, _, error = vila("submit", tmp_path)
     assert code == 1
     assert "eval.json: expected folders by benchmark under 'benchmarks'" in error
+
+
+def test_without_openpyxl_the_spreadsheet_is_left_out_and_the_rest_is_written(vila, run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openpyxl", None)
+    code, text, _ = vila("submit", run, "--out", tmp_path / "up")
+    assert code == 0
+    assert {path.parent.name for path in (tmp_path / "up").glob("*/mine-*")} == {"vqav2"}
+    (line,) = [line for line in text.splitlines() if line.startswith("left out: mmbench:")]
+    assert "pip install 'vila-vlm[eval]'" in line

@@ -10,6 +10,7 @@ import pytest
 from tests.data.good import GOOD, RECORDS
 from tests.data.shards import PIXELS, refusal, write_lines, write_parquet, write_tar
 from vila.core.errors import ConfigError, DataError, UnknownNameError
+from vila.core.optional import MissingExtraError
 from vila.core.types import Image, Stored, Text
 from vila.data.formats import parquet
 from vila.data.formats.protocol import FORMATS
@@ -310,8 +311,9 @@ def test_missing_pyarrow_is_an_error_that_says_what_to_do(tmp_path, monkeypatch)
 
     path = write_parquet(tmp_path / "d.parquet", [{"inputs": "a", "targets": "b"}])
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(Exception, match="reading parquet needs pyarrow; run: pip install pyarrow"):
+    with pytest.raises(MissingExtraError) as raised:
         FORMATS["flan"].open(path, tmp_path)
+    assert raised.value.hint == "pip install pyarrow"
 
 
 def test_pictures_of_shards_know_where_they_lie(tmp_path):

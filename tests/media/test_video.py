@@ -19,6 +19,7 @@ import pytest
 from PIL import Image as PilImage
 
 from vila.core.errors import MediaError
+from vila.core.optional import MissingExtraError
 from vila.core.types import Video
 from vila.media import video
 from vila.media.video import frame_indices, open_frames
@@ -415,7 +416,9 @@ def test_pyav_is_imported_late_and_named_when_missing(monkeypatch):
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     data = clip("mp4", "libx264")
     monkeypatch.setitem(sys.modules, "av", None)
-    refused(data, "bytes>: reading clips needs PyAV; pip install av")
+    with pytest.raises(MissingExtraError) as raised:
+        numbers(data, 3)
+    assert raised.value.hint == "pip install av"
 
 
 def test_reading_is_silent_and_leaves_the_logging_of_pyav_alone(capfd):

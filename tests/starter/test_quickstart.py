@@ -1,11 +1,13 @@
 """The main job on tiny parts: every phase, stopped anywhere, ends with the same model, answers and report."""
 
 import json
+import shlex
 
 import pytest
 
 import vila.starter.quickstart as quickstart
 from tests.held import HOST, PID, held
+from tests.extras import call_command, hide_extras
 from tests.starter.stand import write_easy_vqa, write_llm, write_vision
 from vila.core.errors import ConfigError, DirectoryInUseError
 from vila.core.files import sha256_tree
@@ -74,7 +76,8 @@ def outcome(job):
     return models, predictions, report["accuracy"], report["perplexity"], report["int4"]
 
 
-def test_the_job_ends_with_model_predictions_and_report(job):
+def test_the_job_ends_with_model_predictions_and_report_and_prints_commands_that_run(job, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     done = job()
     result = done.run()
     report = json.loads((done.out / "report.json").read_text())
@@ -92,6 +95,11 @@ def test_the_job_ends_with_model_predictions_and_report(job):
     assert "The same model in 4 bits" in page
     assert "http://" not in page.replace("http://www.w3.org/2000/svg", "")
     assert {p.name for p in done.out.iterdir()} >= {"model", "data", "steps", "eval", "report.html", "report.json"}
+    hide_extras(monkeypatch)
+    for command in result["commands"].values():
+        program, *words = shlex.split(command)
+        assert program == "vila"
+        call_command(words, monkeypatch)
 
 
 def test_stopped_at_many_moments_it_ends_as_if_never_stopped(job):

@@ -9,6 +9,7 @@ import torch
 from tests import tiny
 from vila.config.schema import Lora
 from vila.core.errors import ConfigError
+from vila.core.optional import MissingExtraError
 from vila.model.load import load_model, save_model
 from vila.train.lora import adapter_parameters, add_adapters, merge_adapters, merged_tensors, save_adapter
 from vila.train.stage import select_trainable
@@ -141,13 +142,15 @@ def test_alpha_scales_what_an_adapter_adds():
 class TestWhatIsMissing:
     def test_peft(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "peft", None)
-        with pytest.raises(ConfigError, match=r"stage.lora needs the package peft.*pip install 'vila-vlm\[lora\]'"):
+        with pytest.raises(MissingExtraError) as raised:
             add_adapters(tiny.vila()[0], Lora(rank=2), seed=0)
+        assert (raised.value.field, raised.value.hint) == ("stage.lora", "pip install 'vila-vlm[lora]'")
 
     def test_bitsandbytes(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-        with pytest.raises(ConfigError, match="bits=4 needs the package bitsandbytes.*pip install bitsandbytes"):
+        with pytest.raises(MissingExtraError) as raised:
             add_adapters(tiny.vila()[0], Lora(rank=2, bits=4), seed=0)
+        assert (raised.value.field, raised.value.hint) == ("stage.lora.bits=4", "pip install bitsandbytes")
 
     def test_a_cuda_device(self, monkeypatch):
         package = ModuleType("bitsandbytes")

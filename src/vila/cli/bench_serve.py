@@ -39,6 +39,9 @@ def serve(
     from rich.console import Console
     from rich.table import Table
 
+    from vila.core.optional import require_extra
+
+    require_extra("serve", "vila bench serve")
     from vila.bench.load import Server
     from vila.bench.load_questions import questions
     from vila.bench.serve import measure, save, served_model, table

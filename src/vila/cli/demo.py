@@ -26,14 +26,19 @@ def demo(
     import os
 
     from vila.core.errors import ConfigError
-    from vila.serve.demo_client import ApiClient
-    from vila.serve.demo_run import card_words, run_page
-    from vila.serve.process import server_process
+    from vila.core.optional import require_extra
 
     if bool(models) == bool(api):
         raise ConfigError("vila demo takes models, or --api with the address of a server; one of the two")
     if models and len(models) > 2:
         raise ConfigError(f"{len(models)} models: the page shows one, or two side by side")
+    # Gradio reads this when it is imported.
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    require_extra("demo", "vila demo")
+    from vila.serve.demo_client import ApiClient
+    from vila.serve.demo_run import card_words, run_page
+    from vila.serve.process import server_process
+
     with ExitStack() as stack:
         check = None
         if models:

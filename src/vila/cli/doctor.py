@@ -11,6 +11,7 @@ from pathlib import Path
 import typer
 
 from vila.core.machine import processor_name, version
+from vila.core.optional import EXTRAS
 
 _NEEDED = (
     "torch",
@@ -24,11 +25,12 @@ _NEEDED = (
     "gguf",
     "onnx",
 )
-_OPTIONAL = {
-    "fastapi": "serve: pip install 'vila-vlm[serve]'",
-    "openpyxl": "spreadsheets for benchmark servers: pip install 'vila-vlm[eval]'",
-    "peft": "LoRA",
-    "onnxruntime": "fast CPU decoding",
+_PURPOSES = {
+    "serve": "vila serve, vila bench serve",
+    "demo": "vila demo",
+    "lora": "stage.lora",
+    "eval": "xlsx files of vila submit",
+    "onnx": "--backend onnx",
 }
 
 
@@ -66,8 +68,11 @@ def _rows(missing: list[str]) -> Iterator[tuple[str, str]]:
         usage = shutil.disk_usage(folder)
         yield label, f"{usage.free / 2**30:.1f} GiB free of {usage.total / 2**30:.0f}"
     yield "cache", str(cache)
-    for name, what in _OPTIONAL.items():
-        yield f"{name} (optional)", version(name) or f"[yellow]not installed[/yellow]: {escape(what)}"
+    for extra, packages in EXTRAS.items():
+        absent = [name for name in packages if version(name) is None]
+        remedy = escape(f"{', '.join(absent)}; pip install 'vila-vlm[{extra}]'")
+        state = f"[yellow]not installed[/yellow]: {remedy}" if absent else "installed"
+        yield f"{_PURPOSES[extra]} (optional)", state
 
 
 def _torch_rows() -> Iterator[tuple[str, str]]:

@@ -10,6 +10,7 @@ import typer
 
 from vila.core.errors import ConfigError, ContextOverflowError
 from vila.core.events import Silent
+from vila.core.optional import MissingExtraError
 from vila.core.types import Message
 
 if TYPE_CHECKING:
@@ -73,6 +74,8 @@ def check_backend_flags(loading: Loading, device: str) -> None:
 
     try:
         check_backend(loading.backend, loading.head_bits, 0, device, loading.activation_bits)
+    except MissingExtraError:
+        raise
     except ConfigError as error:
         raise ConfigError(_as_backend_flags(str(error))) from error
 

@@ -12,6 +12,7 @@ import typer
 from vila.cli import options
 from vila.cli.loading import Loading
 from vila.core.errors import ConfigError
+from vila.core.optional import require_extra
 
 if TYPE_CHECKING:
     from vila.engine.engine import Engine
@@ -105,14 +106,13 @@ def serve(
 ) -> None:
     """Answer [bold]OpenAI's chat protocol[/bold] for one or several models: vila serve runs/starter/model"""
     _check(models, name, tls_cert, tls_key)
-    try:
-        from vila.serve.chat import Service
-        from vila.serve.models import Batching, Models
-        from vila.serve.received import Limits
-        from vila.serve.server import Door
-        from vila.serve.server import serve as run
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"the server needs {error.name}: pip install 'vila-vlm[serve]'") from error
+    require_extra("serve", "vila serve")
+    from vila.serve.chat import Service
+    from vila.serve.models import Batching, Models
+    from vila.serve.received import Limits
+    from vila.serve.server import Door
+    from vila.serve.server import serve as run
+
     loadings = [
         Loading(
             one,

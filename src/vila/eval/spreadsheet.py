@@ -8,7 +8,8 @@ import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vila.core.errors import ConfigError, DataError
+from vila.core.errors import DataError
+from vila.core.optional import require
 
 SHEET = "Sheet1"
 _LONGEST = 32_767
@@ -26,18 +27,16 @@ def cell_text(text: str) -> str:
 def workbook_bytes(rows: Sequence[Mapping[str, Any]]) -> bytes:
     """An xlsx file: the columns of the first row as header, then all rows; None leaves a cell empty.
 
-    Equal rows give equal bytes. Raises ConfigError without openpyxl, DataError naming the row for text that no cell
-    can hold.
+    Equal rows give equal bytes. Raises MissingExtraError without openpyxl, and DataError naming the row for text that
+    no cell can hold.
     """
-    try:
-        from openpyxl import Workbook
-        from openpyxl.cell import WriteOnlyCell
-    except ImportError as error:
-        raise ConfigError("writing xlsx files needs openpyxl: pip install 'vila-vlm[eval]'") from error
+    openpyxl = require("openpyxl", "an xlsx file", extra="eval")
+    from openpyxl.cell import WriteOnlyCell
+
     if not rows:
         raise DataError("a spreadsheet without rows; there is nothing to submit")
     columns = list(rows[0])
-    book = Workbook(write_only=True)
+    book = openpyxl.Workbook(write_only=True)
     sheet = book.create_sheet(SHEET)
 
     def cell(value: Any, number: int, column: str) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 
 from vila.core.errors import DataError
 from vila.core.files import atomic_path
+from vila.core.optional import MissingExtraError
 from vila.eval.benchmark import BENCHMARKS, Submission
 from vila.eval.joining import naming
 from vila.eval.predictions import MERGED
@@ -51,7 +52,7 @@ def submit_run(
             if not hasattr(benchmark, "submission"):
                 continue
             written.append(submit_file(name, benchmark, predictions, out, run.name))
-        except DataError as error:
+        except (DataError, MissingExtraError) as error:
             left_out.append(f"{name}: {error}")
     return written, left_out
 

@@ -19,6 +19,7 @@ from PIL import Image as PilImage
 from PIL.Image import Transpose
 
 from vila.core.errors import MediaError
+from vila.core.optional import require
 from vila.core.types import Video
 from vila.media.animation import Animation
 from vila.media.image import MAX_PIXELS, MAX_SIDE
@@ -150,11 +151,9 @@ class _Clip:
     @contextmanager
     def _opened(self) -> Iterator[tuple[InputContainer, VideoStream]]:
         """The container, at its start, and the first video stream that is no cover picture."""
-        try:
-            import av
-            from av.stream import Disposition
-        except ImportError as error:
-            raise MediaError(f"{self.name}: reading clips needs PyAV; pip install av") from error
+        av = require("av", "video")
+        from av.stream import Disposition
+
         self.stream.seek(0)
         try:
             container = av.open(self.stream, mode="r", container_options=_OPTIONS, metadata_errors="replace")

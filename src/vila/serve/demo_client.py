@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vila.core.errors import ConfigError
+from vila.core.optional import require
 
 _PATIENCE = 600.0
 
@@ -63,13 +64,8 @@ class ApiClient:
     _client: Any = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        try:
-            from openai import OpenAI
-        except ImportError as error:
-            raise ConfigError(
-                "the demo talks to the server by the openai package: pip install 'vila-vlm[demo]'"
-            ) from error
-        client = OpenAI(base_url=self._base(), api_key=self.key or "none", max_retries=0, timeout=_PATIENCE)
+        openai = require("openai", "vila demo", extra="demo")
+        client = openai.OpenAI(base_url=self._base(), api_key=self.key or "none", max_retries=0, timeout=_PATIENCE)
         object.__setattr__(self, "_client", client)
 
     def models(self) -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vila.core.errors import ConfigError
+from vila.core.optional import require
 from vila.serve.demo_client import ApiClient
 from vila.serve.demo_messages import MOST_BYTES
 from vila.serve.demo_page import STYLE, build
@@ -35,10 +36,7 @@ def launch(client: ApiClient, words: str, folder: Path, *, host: str, port: int)
     Raises ConfigError when Gradio is missing or the port is taken.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    try:
-        import gradio as gr
-    except ImportError as error:
-        raise ConfigError("the page is made by Gradio: pip install 'vila-vlm[demo]'") from error
+    gr = require("gradio", "vila demo", extra="demo")
     blocks = build(Page(client, words, folder)).queue(default_concurrency_limit=8)
     fonts = ("ui-sans-serif", "system-ui", "sans-serif")
     theme = gr.themes.Soft(primary_hue="teal", neutral_hue="slate", font=fonts, font_mono=("ui-monospace", "monospace"))

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from vila.config.load import load_recipe
@@ -267,7 +268,9 @@ class Quickstart:
         for stage in stages:
             seconds[f"training {stage['name']}"] = stage["seconds"]
         examples = read_json(self.out / "steps" / "examples.json")["result"]
-        saved = self.out / STAGES[-1] / "recipe.yaml"
+        model, small_model, saved = (
+            quote(str(self.out / name)) for name in ("model", "model-int4", f"{STAGES[-1]}/recipe.yaml")
+        )
         rise = 100 * (after["perplexity"] / before["perplexity"] - 1)
         return {
             "accuracy": test["accuracy"],
@@ -294,9 +297,9 @@ class Quickstart:
             "seed": self.options.seed,
             "model_sha256": sha256_tree(self.out / "model", "*.safetensors"),
             "commands": {
-                "Talk to the model": f"vila chat {self.out / 'model'}",
-                **({"Talk to it in 4 bits": f"vila chat {self.out / 'model-int4'}"} if small else {}),
-                "Score it again": f"vila eval {self.out / 'model'} --benchmarks easy_vqa",
+                "Talk to the model": f"vila chat {model}",
+                **({"Talk to it in 4 bits": f"vila chat {small_model}"} if small else {}),
+                "Score it again": f"vila eval {model} --benchmarks easy_vqa",
                 "Train a stage with your own settings": f"vila train {saved} stage.lr=1e-4 output.dir=runs/mine",
                 "See the 7B recipe": "vila train vila_7b/1_align --dry-run",
             },

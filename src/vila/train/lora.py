@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from vila.config.schema import Lora
 from vila.core.errors import ConfigError
+from vila.core.optional import require
 from vila.model.layouts.adapter import write_adapter
 from vila.model.layouts.lora import fold
 from vila.model.processor import VilaProcessor
@@ -33,7 +33,7 @@ def add_adapters(model: VilaForConditionalGeneration, lora: Lora, seed: int) -> 
     With `lora.bits` of 4 or 8 the frozen Linears of the LLM are moved to the CUDA device in that many bits.
     Raises ConfigError for targets that are no Linears of the LLM, and for what is not installed or not there.
     """
-    peft = _package("peft", "stage.lora", "pip install 'vila-vlm[lora]'")
+    peft = require("peft", "stage.lora", extra="lora")
     targets = _targets(model, lora.targets)
     if lora.bits < 16:
         _quantise(model, lora.bits)
@@ -157,7 +157,7 @@ def _draw(model: nn.Module, seed: int) -> None:
 
 
 def _quantise(model: VilaForConditionalGeneration, bits: int) -> None:
-    package = _package("bitsandbytes", f"stage.lora.bits={bits}", "pip install bitsandbytes, or set stage.lora.bits=16")
+    package = require("bitsandbytes", f"stage.lora.bits={bits}")
     if not torch.cuda.is_available():
         raise ConfigError(f"stage.lora.bits={bits} needs a CUDA device, and there is none; set stage.lora.bits=16")
     for name, linear in list(_linears(model)):
@@ -178,10 +178,3 @@ def _in_bits(layers: Any, linear: nn.Linear, bits: int) -> Any:
     if linear.bias is not None:
         new.bias = linear.bias
     return new
-
-
-def _package(name: str, field: str, remedy: str) -> Any:
-    try:
-        return import_module(name)
-    except ImportError as error:
-        raise ConfigError(f"{field} needs the package {name}, which cannot be imported ({error}); {remedy}") from error

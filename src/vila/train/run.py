@@ -16,6 +16,7 @@ from vila.core.errors import ConfigError, VilaError
 from vila.core.events import SILENT, Events
 from vila.core.files import remove_partials, write_json
 from vila.core.locks import DirectoryLock
+from vila.core.optional import require
 from vila.core.reading import read_json
 from vila.data.mixture import Mixture
 from vila.model.load import save_model
@@ -30,6 +31,7 @@ from vila.train.report import RunReport, write_report
 from vila.train.resume import recipe_of, refuse_changes, refuse_other_lanes, restore, save, say_what_differs
 from vila.train.rows import build_mixture, build_reader, build_rows, fault_log
 from vila.train.stage import count_parameters
+from vila.train.trackers import require_trackers
 from vila.train.utilisation import utilisation_of
 
 __all__ = ["Run", "build", "is_finished", "model_dir", "refuse_changes"]
@@ -111,6 +113,15 @@ def is_finished(recipe: Recipe) -> bool:
     return (recipe.output.dir / "finished.json").is_file()
 
 
+def require_packages(recipe: Recipe) -> None:
+    """Import the optional packages that a recipe needs. Raises MissingExtraError."""
+    require_trackers(recipe)
+    if recipe.stage.lora.rank:
+        require("peft", "stage.lora", extra="lora")
+        if recipe.stage.lora.bits < 16:
+            require("bitsandbytes", f"stage.lora.bits={recipe.stage.lora.bits}")
+
+
 def build(
     recipe: Recipe,
     *,
@@ -122,9 +133,11 @@ def build(
     """Build the run of a recipe, resuming from its newest checkpoint. Every process of the run calls it.
 
     world: the processes of the run; None joins those that `torchrun` started.
-    Raises CheckpointError when the recipe differs from that of the checkpoint, naming each difference, and
-    DirectoryInUseError when another process trains into the same directory.
+    Raises MissingExtraError, before anything is read, for absent packages that the recipe needs, CheckpointError when
+    the recipe differs from that of the checkpoint, naming each difference, and DirectoryInUseError when another process
+    trains into the same directory.
     """
+    require_packages(recipe)
     world = world or open_world(recipe.compute.sharding, recipe.compute.timeout_s)
     events = events if world.main else SILENT
     lock = _open_folder(recipe.output.dir, world, events)

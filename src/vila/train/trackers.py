@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from vila.config.schema import Recipe
 from vila.core.dist import current_place
 from vila.core.errors import ConfigError
+from vila.core.optional import require_all
 from vila.core.reading import read_json
 from vila.train.loop import StepListener, Trainer
 from vila.train.record import Lines
@@ -38,15 +39,18 @@ def trackers_of(recipe: Recipe, folder: Path) -> list[StepListener]:
     """A listener for each of `monitor.trackers`, opened now; none in processes that write no files.
 
     folder: of the run. Listeners that write `evaluations.jsonl` come before these in the list, so that scores go along.
-    Raises ConfigError when a package is missing, with the command that installs it, or when a tracker cannot be opened.
+    Raises MissingExtraError for absent packages and ConfigError when a tracker cannot be opened.
     """
-    missing = {name: problem for name in recipe.monitor.trackers if (problem := _missing(name))}
-    if missing:
-        raise ConfigError.collect("monitor.trackers", missing.values())
+    require_trackers(recipe)
     if not current_place().main:
         return []
     folder.mkdir(parents=True, exist_ok=True)
     return [Tracker(name, recipe, folder) for name in recipe.monitor.trackers]
+
+
+def require_trackers(recipe: Recipe) -> None:
+    """Import the packages of `monitor.trackers`. Raises one MissingExtraError that names all absent ones."""
+    require_all({name: _MODULES[name] for name in recipe.monitor.trackers}, "monitor.trackers")
 
 
 class Tracker:
@@ -198,12 +202,3 @@ _SERVICES: dict[str, Callable[[Recipe, Path, str], Service]] = {
     "trackio": _trackio,
 }
 _MODULES = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
-
-
-def _missing(name: str) -> str:
-    """What to say when the package of a tracker cannot be imported; empty when it can."""
-    try:
-        import_module(_MODULES[name])
-    except ImportError as error:
-        return f"{name} is not installed ({error}); pip install {name}"
-    return ""

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from vila.core.errors import DataError, VilaError
+from vila.core.errors import DataError
+from vila.core.optional import require
 from vila.data.formats.stored import Keys, decode_base64, name_of, written
 from vila.data.handles import Stamp, changed, stamp_of
 
@@ -159,11 +160,7 @@ def _read_column(path: Path, opened: Any, group: int, column: str) -> Any:
 
 
 def _open(path: Path) -> Any:
-    try:
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-    except ModuleNotFoundError as error:
-        raise VilaError(f"{path}: reading parquet needs pyarrow; run: pip install pyarrow") from error
+    pa, pq = require("pyarrow", "parquet"), require("pyarrow.parquet", "parquet")
     try:
         return pq.ParquetFile(path)
     except (OSError, pa.ArrowException) as error:

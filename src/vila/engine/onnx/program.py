@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from vila.core.errors import ConfigError
+from vila.core.optional import require
 from vila.engine.onnx.graph import cache_names, decoder_graph
 from vila.engine.onnx.weights import ACTIVATION_BITS, ActivationBits, HeadBits, decoder_weights
 from vila.kernels.int4_layout import Int4Weight
@@ -133,14 +134,8 @@ def append(binding: Binding, embeds_1SD: Tensor, places: Sequence[int], length: 
 
 
 def find_runtime() -> Any:
-    """The onnxruntime package. Raises ConfigError when it cannot be imported."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise ConfigError(
-            f"onnx backend: onnxruntime cannot be imported ({error}); pip install 'vila-vlm[onnx]'"
-        ) from error
-    return onnxruntime
+    """Import the onnxruntime package. Raises MissingExtraError, a ConfigError."""
+    return require("onnxruntime", "the onnx backend", extra="onnx")
 
 
 def _session(runtime: Any, graph: bytes, arrays: Mapping[str, NDArray[Any]], threads: int) -> tuple[Any, list[Any]]:

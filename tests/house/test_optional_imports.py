@@ -1,0 +1,70 @@
+"""Packages that only an extra brings are imported by `vila.core.optional`, or in modules behind such an import."""
+
+import ast
+import sys
+import tomllib
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from tests.extras import ROOT
+from vila.core.optional import EXTRAS
+
+SRC = ROOT / "src"
+MODULE_NAMES = {"huggingface-hub": "huggingface_hub", "pillow": "PIL", "protobuf": "google", "pyyaml": "yaml"}
+BEHIND = ("vila.serve", "vila.bench.load", "vila.bench.serve")
+"""Modules that import packages of extras at their top; commands import them after `require_extra`."""
+# Starlette is FastAPI's. Triton comes with PyTorch's CUDA builds; the plugin is imported by lmms-eval itself.
+OTHERS = {
+    "vila.kernels.int4_triton": {"triton"},
+    "vila.eval.lmms": {"lmms_eval"},
+    "vila.eval.spreadsheet": {"openpyxl"},
+}
+
+
+def modules():
+    for path in sorted((SRC / "vila").rglob("*.py")):
+        yield ".".join(path.relative_to(SRC).with_suffix("").parts), ast.parse(path.read_text())
+
+
+def imports(tree):
+    """Line and name of every module that is imported at run time."""
+    typing_only = {
+        below
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        for below in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if node in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
+            yield node.lineno, node.module
+
+
+def test_no_module_imports_what_is_not_declared():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    names = {canonicalize_name(Requirement(text).name) for text in project["dependencies"]}
+    base = {MODULE_NAMES.get(name, name.replace("-", "_")) for name in names} | set(sys.stdlib_module_names) | {"vila"}
+    faults = []
+    for module, tree in modules():
+        allowed = base | OTHERS.get(module, set())
+        if module.startswith(BEHIND):
+            allowed |= {*EXTRAS["serve"], *EXTRAS["demo"], "starlette"}
+        faults += [f"{module}: {name}" for _, name in imports(tree) if name.partition(".")[0] not in allowed]
+    assert faults == []
+
+
+def test_the_server_and_its_load_are_imported_only_behind_require_extra():
+    faults = []
+    for module, tree in modules():
+        if module.startswith(("vila.serve", "vila.bench")):
+            continue
+        guards = [n.lineno for n in ast.walk(tree) if isinstance(n, ast.Call) and "require_extra" in ast.dump(n.func)]
+        first = min(guards, default=sys.maxsize)
+        faults += [
+            f"{module}:{line}: {name}" for line, name in imports(tree) if name.startswith(BEHIND) and line < first
+        ]
+    assert faults == []
