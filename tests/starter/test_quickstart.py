@@ -6,8 +6,8 @@ import shlex
 import pytest
 
 import vila.starter.quickstart as quickstart
-from tests.held import HOST, PID, held
 from tests.extras import call_command, hide_extras
+from tests.held import HOST, PID, held
 from tests.starter.stand import write_easy_vqa, write_llm, write_vision
 from vila.core.errors import ConfigError, DirectoryInUseError
 from vila.core.files import sha256_tree
