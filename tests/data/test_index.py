@@ -110,7 +110,8 @@ def test_a_list_cut_in_the_middle_names_the_byte(at, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('[{"a": 1}, 3]', "1 objects but 1 commas"),
+        ('[{"a": 1}, 3]', "element 1 is no object"),
+        ('[{"a": 1},]', "1 objects but 1 commas"),
         ('[{"a": 1} {"a": 2}]', "2 objects but 0 commas"),
         ('[{"a": 1}] {"b": 2}', "text follows the JSON list"),
         ('[{"a": 1}]]', "text follows the JSON list"),
@@ -324,23 +325,14 @@ def test_a_shard_cut_inside_a_member_names_it(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("members", "message"),
+    ("members", "record"),
     [
-        ([("x.jpg", b""), ("y.jpg", b""), ("x.txt", "")], "member 'x.txt' stands apart from the others of sample 'x'"),
-        ([("x.jpg", b"1"), ("x.jpg", b"2")], "member 'x.jpg' stands twice"),
+        ([("x.jpg", b""), ("y.jpg", b""), ("x.txt", "")], "member 'x.txt'"),
+        ([("x.jpg", b"1"), ("x.jpg", b"2")], "member 'x.jpg'"),
     ],
 )
-def test_members_that_do_not_make_samples_are_named(members, message, tmp_path):
-    with pytest.raises(DataError, match=message):
-        tar_spans(write_tar(tmp_path / "s.tar", members))
-
-
-def test_a_link_in_a_shard_is_refused(tmp_path):
-    import tarfile
-
-    with tarfile.open(tmp_path / "s.tar", "w") as tar:
-        info = tarfile.TarInfo("x.jpg")
-        info.type, info.linkname = tarfile.SYMTYPE, "/etc/passwd"
-        tar.addfile(info)
-    with pytest.raises(DataError, match=r"member 'x.jpg' is a link or a device"):
-        tar_spans(tmp_path / "s.tar")
+def test_members_that_do_not_make_samples_are_named(members, record, tmp_path):
+    path = write_tar(tmp_path / "s.tar", members)
+    with pytest.raises(DataError) as caught:
+        tar_spans(path)
+    assert (caught.value.file, caught.value.record) == (str(path), record)

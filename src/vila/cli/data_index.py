@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import glob
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,6 @@ from vila.core.events import SILENT, Events
 if TYPE_CHECKING:
     from vila.data.loader import Entry
 
-_HEADER = 4096
 _NAME_END = 200
 
 
@@ -40,14 +38,14 @@ def index_data(entry: Entry, events: Events = SILENT) -> Indexed:
 
 def _indexes(path: str) -> dict[Path, tuple[int, int]]:
     """The index files that speak of a file, a folder's files or a pattern's, each with what a new file changes."""
-    from vila.core.files import cache_dir
+    from vila.data.index import index_folder, read_header
 
     # An index names its file by the end of the path.
     names = {os.path.realpath(file)[-_NAME_END:] for file in _files(path)}
     return {
         file: (file.stat().st_ino, file.stat().st_mtime_ns)
-        for file in sorted((cache_dir() / "index").glob("*.index"))
-        if _name_in(file) in names
+        for file in sorted(index_folder().glob("*.index"))
+        if (read_header(file) or {}).get("path") in names
     }
 
 
@@ -55,11 +53,3 @@ def _files(path: str) -> list[str]:
     if Path(path).is_dir():
         return [str(file) for file in Path(path).iterdir()]
     return [path] if Path(path).exists() else glob.glob(path)  # noqa: PTH207 the pattern may be absolute
-
-
-def _name_in(index: Path) -> str:
-    try:
-        with index.open("rb") as stream:
-            return str(json.loads(stream.read(_HEADER))["path"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""

@@ -26,9 +26,9 @@ def stamp_of(path: Path) -> Stamp:
     try:
         found = path.stat()
     except OSError as error:
-        raise DataError(f"{path}: no such file" if not path.exists() else f"{path}: {error.strerror}") from error
+        raise _unreadable(path, error) from error
     if path.is_dir():
-        raise DataError(f"{path}: a directory, expected a file")
+        raise DataError("a directory, expected a file", file=path)
     return Stamp(found.st_size, found.st_mtime_ns)
 
 
@@ -91,14 +91,22 @@ def read_span(path: Path, offset: int, size: int, stamp: Stamp | None = None) ->
             found = os.fstat(handle.number)
             if stamp != (found.st_size, found.st_mtime_ns):
                 raise changed(path)
-        content = _read(handle.number, offset, size)
+        # Sizes that are wrong are refused before memory is taken for them.
+        missing = offset + size - found.st_size
+        content = _read(handle.number, offset, size) if missing <= 0 else b""
     except OSError as error:
-        raise DataError(f"{path}: no such file" if not path.exists() else f"{path}: {error.strerror}") from error
+        raise _unreadable(path, error) from error
     if len(content) != size:
         raise DataError(
-            f"{path}: ends {size - len(content)} bytes before byte {offset + size}; copy or download it again"
+            f"ends {max(missing, 0) or size - len(content)} bytes before byte {offset + size}",
+            file=path,
+            hint="copy or download it again",
         )
     return content
+
+
+def _unreadable(path: Path, error: OSError) -> DataError:
+    return DataError(error.strerror or str(error) if path.exists() else "no such file", file=path)
 
 
 def forget(path: Path) -> None:
@@ -115,4 +123,6 @@ def _read(number: int, offset: int, size: int) -> bytes:
 
 def changed(path: Path) -> DataError:
     """The error for a file that was written to after it was indexed."""
-    return DataError(f"{path}: the file has changed since it was opened; let its writer finish, then start again")
+    return DataError(
+        "the file has changed since it was opened", file=path, hint="let its writer finish, then start again"
+    )

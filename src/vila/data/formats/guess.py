@@ -1,0 +1,197 @@
+"""What a data file looks like: text that is no JSON lines, and the formats that records are written in.
+
+Used to report a file under the wrong format or extension once, with the format it looks like.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from vila.core.errors import DataError
+
+Fault = tuple[str, str]
+"""Problem and hint."""
+
+_LINES = 20
+_TOKEN = re.compile(r'"(?:[^"\\]++|\\.)*+"|[\[\]{}:,]')
+_LISTS_OF_RECORDS = frozenset({
+    "messages", "conversations", "branches", "texts", "images", "image", "image_info", "videos", "audios", "tools",
+})  # fmt: skip
+_WRAPPERS = frozenset({
+    "data", "rows", "records", "samples", "items", "examples", "instances", "questions", "annotations", "train",
+    "validation", "test", "dataset",
+})  # fmt: skip
+_KEYS_SHOWN = 8
+
+
+class Guess(NamedTuple):
+    """formats: names of the formats that read such records, the closest one first. text: the same in words."""
+
+    formats: tuple[str, ...]
+    text: str
+
+    @property
+    def hint(self) -> str:
+        """Remedy for the user."""
+        if not self.formats:
+            return "docs/formats.md lists the formats; write the records as messages"
+        return f"give --format {self.formats[0]} (in a recipe: format: {self.formats[0]})"
+
+
+def text_fault(head: bytes, *, cut: bool) -> Fault | None:
+    """Return problem and hint if a text is no JSON lines, judged by its first lines; None if it may be.
+
+    head: first bytes of the file. cut: the file goes on behind them.
+    """
+    lines = [line for line in head.split(b"\n") if line.strip()]
+    if not lines:
+        return None
+    whole = lines[:-1] if cut and not head.endswith(b"\n") else lines
+    first = lines[0].strip()
+    if first.startswith(b"{"):
+        if not whole:
+            name = _list_member(head, _WRAPPERS.__contains__)
+            return _wrapped(name) if name else None
+        return _several_lines(head, first, whole)
+    if not whole or any(line.lstrip().startswith(b"{") for line in whole[:_LINES]):
+        return None
+    return _other_text(first, whole[:_LINES])
+
+
+def _several_lines(head: bytes, first: bytes, whole: list[bytes]) -> Fault | None:
+    """The fault of an object that goes on in the next line; None for a record per line, be it damaged."""
+    if len(whole) < 2 or (whole[1].lstrip().startswith(b"{") and first != b"{"):
+        return None
+    try:
+        json.loads(first)
+    except RecursionError:
+        return None
+    except ValueError as error:
+        if not (isinstance(error, json.JSONDecodeError) and _is_unfinished(error, first)):
+            return None
+    else:
+        return None
+    name = _list_member(head, lambda key: key not in _LISTS_OF_RECORDS)
+    if name:
+        return _wrapped(name)
+    return "is a JSON object over several lines", "put it in a list ([...]), or on one line (jq -c . FILE)"
+
+
+def _is_unfinished(error: json.JSONDecodeError, text: bytes) -> bool:
+    return error.pos >= len(text.decode(errors="replace")) or error.msg.startswith("Unterminated")
+
+
+def _wrapped(name: str) -> Fault:
+    return f"is an object whose {name!r} is a list of objects, not a list of records", f"give the list: jq .{name} FILE"
+
+
+def _list_member(head: bytes, wanted: Any) -> str:
+    """Return the first key of the object at the top for which `wanted` holds and whose value is a list of objects."""
+    tokens = _TOKEN.finditer(head.decode("utf-8", "replace"))
+    depth, before, key = 0, "", ""
+    for token in (match.group() for match in tokens):
+        if token in "[{":
+            if token == "{" and depth == 2 and before == "[" and key and wanted(key):
+                return key
+            depth += 1
+        elif token in "]}":
+            depth -= 1
+        elif token == ":" and depth == 1 and before.startswith('"'):
+            key = before[1:-1]
+        elif token == "," and depth == 1:
+            key = ""
+        before = token
+    return ""
+
+
+def _other_text(first: bytes, lines: list[bytes]) -> Fault:
+    try:
+        text = first.decode()
+    except UnicodeDecodeError:
+        return "is neither text nor a container that is read here", "check which file it is"
+    if text.startswith(("---", "%YAML")) or re.match(r"(- )?[\w-]+:( |$)", text):
+        return "looks like YAML, not JSON", "write the records as JSON lines"
+    for name, mark in (("CSV", ","), ("tab-separated text", "\t"), ("CSV", ";")):
+        if mark in text and not text.startswith(('"{', "[")) and all(mark.encode() in line for line in lines[:3]):
+            return f"looks like {name}, not JSON", "convert a table with: vila data from-csv"
+    try:
+        json.loads(first)
+    except (ValueError, RecursionError):
+        return "is text, not JSON", "write one JSON object per line, or a list of them"
+    return "is JSON lines, but not of objects", "write one object ({...}) per line"
+
+
+def guess_record(record: Mapping[str, Any]) -> Guess:
+    """Return the formats that read a record with these keys. Values matter by their type alone."""
+    names = tuple(dict.fromkeys(_formats_of(record)))
+    if names:
+        return Guess(names, f"format {' or '.join(map(repr, names[:2]))}")
+    return Guess((), _unread(record))
+
+
+def _formats_of(record: Mapping[str, Any]) -> Iterator[str]:
+    images = _has(record, "image", "images", "image:", "image_base64_str")
+    if isinstance(record.get("messages"), list):
+        yield "messages"
+    if isinstance(record.get("conversations"), list) and not _uses(record["conversations"], "role"):
+        if record.get("video") is not None:
+            yield "video_json"
+        yield from ("llava_json", "llava_json_v15")
+    if isinstance(record.get("text_list"), list):
+        yield "mmc4"
+    if isinstance(record.get("texts"), list):
+        yield "cauldron" if _uses(record["texts"], "user", "assistant") else "interleaved"
+    if _has(record, "video_id") and _has(record, "q") and _has(record, "a"):
+        yield "video_json"
+    if _has(record, "question", "instruction") and _has(record, "answer", "answer:", "outputs"):
+        if not images and _has(record, "question"):
+            yield "flan"
+        yield "vflan"
+    if _has(record, "question", "inputs") and _has(record, "answer", "targets") and not images:
+        yield "flan"
+    if _has(record, "image") and _has(record, "text", "caption"):
+        yield "coyo"
+
+
+def _has(record: Mapping[str, Any], *keys: str) -> bool:
+    return any(record.get(key) is not None for key in keys)
+
+
+def _uses(items: Iterable[Any], *keys: str) -> bool:
+    return any(isinstance(item, Mapping) and any(key in item for key in keys) for item in items)
+
+
+_UNREAD = (
+    ({"conversations"}, "ShareGPT with 'role' and 'content'; rename 'conversations' to 'messages'"),
+    ({"instruction", "output"}, "Alpaca"),
+    ({"chosen", "rejected"}, "preference pairs"),
+    ({"prompt", "completion"}, "prompt and completion"),
+    ({"prompt", "response"}, "prompt and response"),
+    ({"question_id", "text"}, "questions or answers of a benchmark"),
+)
+
+
+def _unread(record: Mapping[str, Any]) -> str:
+    for key, value in record.items():
+        if key not in _LISTS_OF_RECORDS and isinstance(value, list) and value and isinstance(value[0], Mapping):
+            return f"an object whose {key!r} is a list of {len(value)} objects, not a record; give the list alone"
+    for keys, name in _UNREAD:
+        if keys <= record.keys():
+            return f"{name}, which no format reads"
+    shown = ", ".join(map(repr, list(record)[:_KEYS_SHOWN]))
+    return f"records with the keys {shown}, which no format reads" if shown else "empty records"
+
+
+def guess_members(extensions: Collection[str]) -> Guess:
+    """Return the formats that read a tar sample without JSON, by the extensions of its members."""
+    if "txt" in extensions and len(extensions) > 1:
+        return Guess(("coyo", "webdataset"), "format 'coyo' or 'webdataset'")
+    return Guess((), f"samples of members {', '.join(sorted(extensions)[:_KEYS_SHOWN])}, which no format reads")
+
+
+def wrong_format(file: Any, guess: Guess, record: int | str | None = None) -> DataError:
+    """Return the one fault of a file that is written in another format."""
+    return DataError(f"looks like {guess.text}", file=file, record=record, hint=guess.hint)
