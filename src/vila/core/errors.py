@@ -223,6 +223,10 @@ class ClosedError(VilaError, RuntimeError):
     """The batcher takes no more requests, or ended this one because it was closed."""
 
 
+class EngineDeadError(ClosedError):
+    """The thread that runs the model has ended by an error; nothing is answered until the process is restarted."""
+
+
 class CancelledError(VilaError):
     """Whoever asked did not want the answer any more."""
 
