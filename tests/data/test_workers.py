@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -137,6 +138,10 @@ class Broken:
     """A source with a programming error in it, or one that takes its process down."""
 
     kill: bool
+    unread = MappingProxyType({})
+
+    def place(self, index):
+        return "broken", index
 
     def __len__(self):
         return 50

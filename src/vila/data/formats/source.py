@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
@@ -18,6 +19,7 @@ from vila.core.events import SILENT, Events
 from vila.core.types import Sample
 from vila.data.formats.rows import Row, Rows, open_rows
 from vila.data.formats.scan_tar import COMPRESSED
+from vila.data.formats.unread import unread_media
 from vila.data.index import open_index
 
 JSON = (".jsonl", ".json")
@@ -38,14 +40,17 @@ class RecordSource:
         columns: tuple[str, ...] = (),
         events: Events = SILENT,
         keep: tuple[str, Callable[[Row], bool]] | None = None,
+        media: tuple[str, ...] | Callable[[Row], tuple[str, ...]] = (),
     ) -> None:
-        """convert: makes the sample of a row; raises DataError. Picklable, so that the source is.
+        """convert: makes the sample of a record; raises DataError. Picklable, so that the source is.
 
         kinds: ends of file names that are read. columns: those of parquet files that `convert` needs.
-        keep: name of a rule and the rule; rows that it refuses are left out. It is asked once for every row of a file.
-        Raises DataError when there is no such file, or none of these kinds.
+        keep: name of a rule and the rule; records that it refuses are left out. It is called once for every record.
+        media: keys of the record, or columns, that `convert` reads media from; or a function of the record.
+        Raises DataError if there is no such file, or none of these kinds.
         """
-        self._convert = convert
+        self._convert, self._media = convert, media
+        self.unread: Counter[str] = Counter()
         self._parts: list[Rows] = []
         for file in files_of(path, kinds):
             rows = open_rows(file, columns, events)
@@ -56,15 +61,31 @@ class RecordSource:
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> Sample:
-        """Sample number `index`. Raises IndexError outside range(len), DataError naming file, row and reason."""
+        """Read sample number `index`. Raises IndexError outside range(len), DataError with file, record and field.
+
+        A record that becomes text alone, while it holds media under a key that the format does not read, is an error.
+        Other media that are not read are counted in `unread`.
+        """
+        rows, number = self._locate(index)
+        row = rows[number]
+        sample = self._convert(row)
+        self.unread.update(unread_media(row, sample, self._media(row) if callable(self._media) else self._media))
+        return sample
+
+    def place(self, index: int) -> tuple[str, int]:
+        """Return the file of sample number `index` and the number of its record there; nothing is read but indexes."""
+        rows, number = self._locate(index)
+        return rows.place(number)
+
+    def _locate(self, index: int) -> tuple[Rows, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} is outside range({len(self)})")
         part = bisect_right(self._ends, index)
-        return self._convert(self._parts[part][index - (self._ends[part - 1] if part else 0)])
+        return self._parts[part], index - (self._ends[part - 1] if part else 0)
 
 
 class _Kept:
-    """Those rows of a file that a rule keeps."""
+    """The records of a file that a rule keeps."""
 
     def __init__(self, rows: Rows, name: str, rule: Callable[[Row], bool], events: Events) -> None:
         self.path, self._rows = rows.path, rows
@@ -83,6 +104,9 @@ class _Kept:
 
     def __getitem__(self, number: int) -> Row:
         return self._rows[self._index[number][0]]
+
+    def place(self, number: int) -> tuple[str, int]:
+        return self._rows.place(self._index[number][0])
 
 
 def files_of(path: Path, kinds: tuple[str, ...]) -> list[Path]:
