@@ -164,15 +164,16 @@ def test_index_says_where_it_is_kept_and_whether_it_was_there(vila, tmp_path, mo
     monkeypatch.setenv("VILA_CACHE", str(tmp_path / "cache"))
     shards = tmp_path / "shards"
     shards.mkdir()
+    record = '{"messages": []}\n'
     for name in "ab":
-        (shards / f"{name}.jsonl").write_text("{}\n{}\n")
+        (shards / f"{name}.jsonl").write_text(record * 2)
     code, out, err = vila("data", "index", shards / "a.jsonl")
     (file,) = (tmp_path / "cache" / "index").iterdir()
     assert (code, out) == (0, f"{shards / 'a.jsonl'}: 2 records; indexes: 1 built, 0 found\n  built: {file}\n"), err
     assert "index a.jsonl ..." in err
     assert "1 built, 1 found" in vila("data", "index", shards)[1]
     assert "4 records; indexes: 0 built, 2 found" in vila("data", "index", f"{shards}/*.jsonl")[1]
-    (shards / "a.jsonl").write_text("{}\n")
+    (shards / "a.jsonl").write_text(record)
     assert "1 records; indexes: 1 built, 0 found" in vila("data", "index", shards / "a.jsonl")[1]
 
 

@@ -1,4 +1,4 @@
-"""A path as one source of samples: a file, a directory of shards or a pattern, and options that are checked."""
+"""One source of samples from a file, a directory of shards or a pattern; options and file types are checked."""
 
 from __future__ import annotations
 
@@ -14,16 +14,21 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from vila.core.errors import ConfigError, DataError
+from vila.core.errors import ConfigError, DataError, VilaError
 from vila.core.events import SILENT, Events
 from vila.core.types import Sample
-from vila.data.formats.rows import Row, Rows, open_rows
+from vila.data.formats.guess import Guess, guess_members, guess_record
+from vila.data.formats.parquet import schema_record
+from vila.data.formats.rows import ParquetRows, Row, Rows, open_rows
 from vila.data.formats.scan_tar import COMPRESSED
 from vila.data.formats.unread import unread_media
 from vila.data.index import open_index
 
 JSON = (".jsonl", ".json")
 ALL = (".tar", ".parquet", *JSON)
+_FILES_CHECKED = 64
+_RECORDS_CHECKED = 8
+_TABLES = (".csv", ".tsv", ".xlsx")
 
 Options = TypeVar("Options")
 
@@ -83,6 +88,39 @@ class RecordSource:
         part = bisect_right(self._ends, index)
         return self._parts[part], index - (self._ends[part - 1] if part else 0)
 
+    def check_format(self, name: str) -> None:
+        """Raise one DataError for a file whose records are in another format than `name`, with what they look like.
+
+        A file is refused if none of some evenly spaced records becomes a sample, and none has the keys of `name`.
+        """
+        for rows in self._parts[:_FILES_CHECKED]:
+            if len(rows) and (guess := self._other_format(rows, name)):
+                raise DataError(
+                    f"not in the format {name!r}; it looks like {guess.text}", file=rows.path, hint=guess.hint
+                )
+
+    def _other_format(self, rows: Rows, name: str) -> Guess | None:
+        """Return what the records of a file look like, or None if the format is right or the records are damaged."""
+        if isinstance(rows, ParquetRows) and name in guess_record(schema_record(rows.path), ".parquet").formats:
+            return None  # decided by the schema, before a row group is decoded
+        count = min(len(rows), _RECORDS_CHECKED)
+        found = None
+        for number in range(count):
+            try:
+                row = rows[number * len(rows) // count]
+            except VilaError:
+                continue
+            guess = _guess_row(row, rows.path.suffix)
+            if name in guess.formats:
+                return None
+            try:
+                self._convert(row)
+            except VilaError:
+                found = found or guess
+            else:
+                return None
+        return found
+
 
 class _Kept:
     """The records of a file that a rule keeps."""
@@ -94,7 +132,11 @@ class _Kept:
             share = path.stat().st_size // max(1, len(rows))
             for number in range(len(rows)):
                 advanced(share)
-                if rule(rows[number]):
+                try:
+                    kept = rule(rows[number])
+                except DataError:
+                    kept = True  # reported when it is read
+                if kept:
                     yield np.array([[number, 0]], dtype=np.uint64)
 
         self._index = open_index(rows.path, f"kept {name}", scan, events)
@@ -109,8 +151,17 @@ class _Kept:
         return self._rows.place(self._index[number][0])
 
 
+def _guess_row(row: Row, suffix: str) -> Guess:
+    if row.in_shard:
+        guess = guess_record(row.value, suffix)
+        return guess if guess.formats or not row.members else guess_members(row.members)
+    if suffix == ".parquet":
+        return guess_record(schema_record(row.file), suffix)
+    return guess_record(row.value, suffix)
+
+
 def files_of(path: Path, kinds: tuple[str, ...]) -> list[Path]:
-    """The files that `path` stands for, sorted by name.
+    """Return the files that `path` stands for, sorted by name.
 
     A directory gives its files of the first of `kinds` that it has any of: the `.tar` shards, not the `.json` beside
     them. A path with `*`, `?` or `[` that does not exist is a pattern. Hidden files are left out.
@@ -125,27 +176,53 @@ def files_of(path: Path, kinds: tuple[str, ...]) -> list[Path]:
                 return chosen
         for file in found:
             _refuse_compressed(file)
-        raise DataError(f"{path}: the directory holds no {' or '.join(kinds)} files")
+        held = ", ".join(sorted({file.suffix or file.name for file in found})[:8]) or "no files"
+        raise DataError(f"the directory holds no {' or '.join(kinds)} files", file=path, hint=f"it holds {held}")
     if any(character in str(path) for character in "*?["):
         matching = [Path(name) for name in sorted(glob.glob(str(path)))]  # noqa: PTH207 the pattern may be absolute
         if matching:
             return [_readable(file, kinds) for file in matching]
-        raise DataError(f"{path}: no file matches the pattern")
-    raise DataError(f"{path}: no such file")
+        raise DataError("no file matches the pattern", file=path)
+    raise DataError("no such file", file=path)
 
 
 def _readable(path: Path, kinds: tuple[str, ...]) -> Path:
     _refuse_compressed(path)
     if path.suffix not in kinds:
-        raise DataError(f"{path}: cannot be read by this format; it reads {', '.join(kinds)}")
+        raise DataError(
+            "not read by this format", file=path, value=path.suffix, expected=" or ".join(kinds), hint=_remedy(path)
+        )
     return path
+
+
+def _remedy(path: Path) -> str | None:
+    """Return what to do with a file whose extension a format does not read."""
+    suffix = path.suffix.lower()
+    if suffix in _TABLES:
+        return "convert a table with: vila data from-csv"
+    if suffix in (".ndjson", ".txt") or (suffix in ALL and suffix != path.suffix):
+        return f"rename it to {'.jsonl' if suffix not in ALL else suffix}, if that is what it holds"
+    if path.suffix not in ALL:
+        return None
+    try:
+        rows = open_rows(path)
+        guess = guess_record(schema_record(path), suffix) if suffix == ".parquet" else _guess_row(rows[0], suffix)
+    except (VilaError, IndexError):
+        return None
+    return f"it looks like {guess.text}; {guess.hint}"
 
 
 def _refuse_compressed(path: Path) -> None:
     if path.name.lower().endswith((*COMPRESSED, ".gz", ".zst", ".xz", ".bz2", ".zip")):
-        raise DataError(f"{path}: compressed files allow no random access; unpack it (pictures inside hardly shrink)")
+        raise DataError(
+            "compressed files allow no random access", file=path, hint="unpack it (images inside hardly shrink)"
+        )
     if path.suffix == ".pkl":
-        raise DataError(f"{path}: pickles can run code and are not read; convert the shard first")
+        raise DataError(
+            "pickles can run code and are not read",
+            file=path,
+            hint="convert shards of VILA with: vila data prepare pkl",
+        )
 
 
 def read_options(kind: type[Options], given: Mapping[str, Any], format_name: str) -> Options:
