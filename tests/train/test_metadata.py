@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from tests.train.finish import sign
 from vila.core.dist import Place
 from vila.core.errors import CheckpointError
 from vila.train.checkpoint import Checkpoint, Checkpoints, Progress, load_checkpoint
@@ -26,6 +27,7 @@ def folder(tmp_path):
 
 
 def load(folder):
+    sign(folder)
     into = {"weight": torch.zeros(6)}
     load_checkpoint(folder.parent, WORLD).load_tensors(into, WORLD)
     return into["weight"].tolist()

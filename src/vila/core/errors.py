@@ -43,6 +43,9 @@ class VilaError(Exception):
 
     exit_code = 1
 
+    is_repeated = False
+    """Whether another process of the run, rank 0, prints the same error."""
+
     def __init__(
         self,
         problem: str = "",
@@ -174,6 +177,24 @@ class DownloadError(VilaError, OSError):
 
 class CheckpointError(VilaError, ValueError):
     """A training checkpoint cannot be resumed from."""
+
+
+class RunChangedError(CheckpointError):
+    """The recipe, the data or the model is not what a run began with.
+
+    differences: (field, before, now) of each.
+    """
+
+    def __init__(self, what: str, differences: Iterable[tuple[str, str, str]], folder: str | PathLike[str]) -> None:
+        self.differences = list(differences)
+        lines = "; ".join(f"{field}: {before} -> {now}" for field, before, now in self.differences)
+        field = self.differences[0][0]
+        super().__init__(
+            f"{what} changed since this run began ({lines})",
+            file=folder,
+            hint=f"undo the change, allow it by name (--allow-changes {field}), choose another output.dir, or delete "
+            "the directory to start over",
+        )
 
 
 class ContextOverflowError(VilaError, ValueError):

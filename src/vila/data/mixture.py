@@ -14,7 +14,10 @@ from vila.data.order import Permutation
 
 
 class Source(Protocol):
-    """Random access to the samples of a data set, no tensors. Picklable, so that workers can have it."""
+    """Random access to the samples of a data set, no tensors. Picklable, so that workers can have it.
+
+    Sources of files have a property `files`, a list of paths; views of another source have it as `source`.
+    """
 
     @property
     def unread(self) -> Mapping[str, int]:

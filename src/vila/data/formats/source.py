@@ -62,6 +62,11 @@ class RecordSource:
             self._parts.append(rows if keep is None else _Kept(rows, *keep, events))
         self._ends = list(accumulate(map(len, self._parts)))
 
+    @property
+    def files(self) -> list[Path]:
+        """The files that samples are read from."""
+        return [part.path for part in self._parts]
+
     def __len__(self) -> int:
         return self._ends[-1]
 
