@@ -4,13 +4,13 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 import torch
 from torch import nn
 
+from tests import preloaded
 from tests.train.finish import assert_identical, finish, sign, stop_after, stopped
 from tests.train.ranks import run_ranks
 from tests.train.stand import stand_recipe, write_stand
@@ -142,7 +142,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_goes_on_bit_for_bit(stand, throug
 def test_the_command_that_a_batch_system_warns_exits_with_0(stand):
     recipe = stand_recipe(stand, "warned", "budget.tokens=1000000")
     save_recipe(recipe, stand / "warned.yaml")
-    command = [sys.executable, "-m", "vila", "train", str(stand / "warned.yaml")]
+    command = [str(preloaded.program()), "train", str(stand / "warned.yaml")]
     metrics = stand / "warned" / "metrics.jsonl"
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         try:
