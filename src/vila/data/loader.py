@@ -136,6 +136,10 @@ class SampleReader:
         """Return the name of the data set that a position belongs to."""
         return self.mixture.parts[self.mixture.locate(position)[0]].name
 
+    def place(self, position: int) -> tuple[str, int]:
+        """Return the file and record of the sample at a position; see `FaultLog`."""
+        return self.mixture.place(position)
+
     def count(self, media: Image | Video) -> int:
         """Return the number of image placeholders of an image. Videos have none: they become frames first."""
         if isinstance(media, Video):

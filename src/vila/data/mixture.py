@@ -86,6 +86,11 @@ class Mixture:
         number, index = self.locate(position)
         return self.parts[number], self.parts[number].source[index]
 
+    def place(self, position: int) -> tuple[str, int]:
+        """Return the file and record of the sample at a global position; it is not read."""
+        number, index = self.locate(position)
+        return self.parts[number].source.place(index)
+
     def describe(self, position: int) -> str:
         """Return `data set 'pages', sample 16 (position 123)`, for messages; the sample is not read."""
         number, index = self.locate(position)
