@@ -9,7 +9,16 @@ import pytest
 
 from tests.held import killed_writer
 from vila.core.errors import ConfigError, VilaError
-from vila.core.files import atomic_path, check_writable, remove_partials, sha256_tree, write_json
+from vila.core.files import (
+    atomic_path,
+    check_writable,
+    portable_path,
+    remove_partials,
+    resolve_path,
+    sha256_tree,
+    without_home,
+    write_json,
+)
 from vila.core.reading import read_json
 
 
@@ -199,6 +208,25 @@ def test_too_little_space_is_said_before_work_begins(tmp_path):
     check_writable(tmp_path / "new", num_bytes=1)
     with pytest.raises(ConfigError):
         check_writable(tmp_path / "new", num_bytes=2**60)
+
+
+def test_a_path_in_a_report_is_relative_to_it_or_to_the_home_directory(tmp_path, monkeypatch):
+    home, run = tmp_path / "home" / "ann", tmp_path / "home" / "ann" / "work" / "runs" / "a" / "eval"
+    for folder in (run, home / "work" / "data", home / "work" / "runs" / "a" / "model", tmp_path / "home" / "x"):
+        folder.mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(home / "work")
+    cases = {"runs/a/model": "../model", str(home / "work" / "data"): "../../../data", "owner/name": "owner/name"}
+    assert {name: portable_path(name, run) for name in cases} == cases
+    assert portable_path("~/work/data", run) == "../../../data"
+    assert portable_path("", run) == ""
+    # From outside of the home directory, and to the outside of it.
+    assert portable_path(home / "work" / "data", tmp_path / "run") == "~/work/data"
+    assert portable_path("/usr", run) == "/usr"
+    for name in ("runs/a/model", str(home / "work" / "data")):
+        assert resolve_path(portable_path(name, run), run).resolve() == Path(name).resolve()
+    assert resolve_path("~/work/data", run) == home / "work" / "data"
+    assert without_home(f"{home}/x: no such file") == "~/x: no such file"
 
 
 def test_the_hash_of_a_tree_sees_names_and_contents(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import re
 import signal
@@ -99,12 +100,14 @@ def left_behind(out: Path, data: Path, submissions: Path) -> dict[str, Any]:
         for path in out.rglob("*")
         if path.is_file() and path.name != "speed.json" and not path.name.startswith("report.")
     }
-    report = read_json(out / "report.json")
+    # Model and data lie side by side; runs name them relative to themselves.
+    beside = f"{Path(os.path.relpath(data.parent, out)).as_posix()}/"
+    found["eval.json"] = found["eval.json"].replace(beside.encode(), b"STAND/")
+    report = json.loads(json.dumps(read_json(out / "report.json")).replace(beside, "STAND/"))
     for each in report["benchmarks"].values():
         each.pop("speed")
-    report["run"].pop("folder", None)
     found["report.json"] = report
-    found["report.md"] = _untimed((out / "report.md").read_text(), str(out))
+    found["report.md"] = _untimed((out / "report.md").read_text(), out.name).replace(beside, "STAND/")
     written, left_out = submit_run(out, submissions, data, {name: name for name in TEN})
     found["submissions"] = {one.benchmark: (one.path.suffix, one.path.read_bytes()) for one in written}
     found["left out of submissions"] = left_out
@@ -114,7 +117,7 @@ def left_behind(out: Path, data: Path, submissions: Path) -> dict[str, Any]:
 
 def _untimed(markdown: str, folder: str) -> str:
     text = re.sub(r"## Speed\n.*?(?=\n## )", "", markdown, flags=re.DOTALL)
-    return text.replace(folder.replace("_", r"\_"), "FOLDER").replace(folder, "FOLDER")
+    return text.replace(f"- folder: {folder}\n", "").replace(f"- folder: {folder.replace('_', chr(92) + '_')}\n", "")
 
 
 def assert_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:

@@ -247,6 +247,34 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
             stream.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
+def portable_path(path: str | Path, base: Path) -> str:
+    """Return how a file in the directory `base` names `path`: relative to `base`, so that both can move together.
+
+    A path elsewhere begins with `~` if it is below the home directory, and is absolute otherwise. What does not exist,
+    such as a hub id, and an empty text stay as they are. The opposite is `resolve_path`.
+    """
+    if not str(path) or not os.path.lexists(expanded := Path(path).expanduser()):
+        return str(path)
+    # Links are kept as they are, so no `resolve`.
+    whole, start, home = (Path(os.path.normpath(one.absolute())) for one in (expanded, base, Path.home()))
+    common = Path(os.path.commonpath([whole, start])) if whole.anchor == start.anchor else Path(whole.anchor)
+    # A relative path that climbs to the root or above the home directory would spell out the way down again.
+    if common != Path(whole.anchor) and common not in home.parents:
+        return Path(os.path.relpath(whole, start)).as_posix()
+    return f"~/{whole.relative_to(home).as_posix()}" if whole.is_relative_to(home) else whole.as_posix()
+
+
+def without_home(text: str) -> str:
+    """Return a message for a report: paths below the home directory begin with `~`."""
+    return text.replace(f"{Path.home()}{os.sep}", f"~{os.sep}")
+
+
+def resolve_path(text: str, base: Path) -> Path:
+    """Return the path that `portable_path` wrote into a file of the directory `base`."""
+    path = Path(text).expanduser()
+    return path if path.is_absolute() else base / path
+
+
 def cache_dir() -> Path:
     """Where parts and features are kept between runs: `$VILA_CACHE`, or `~/.cache/vila`."""
     return Path(os.environ.get("VILA_CACHE") or "~/.cache/vila").expanduser()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vila.core.errors import DataError
-from vila.core.files import atomic_path, write_jsonl
+from vila.core.files import atomic_path, without_home, write_jsonl
 from vila.eval.benchmark import Answer, Item
 
 MERGED = "predictions.jsonl"
@@ -37,7 +37,7 @@ class Predictions:
                 self.texts[item.id] = result
                 self.errors.pop(item.id, None)
             else:
-                rows.append({"id": item.id, "error": f"{type(result).__name__}: {result}"})
+                rows.append({"id": item.id, "error": without_home(f"{type(result).__name__}: {result}")})
                 self.errors[item.id] = rows[-1]["error"]
         path = self.folder / f"part-{rank}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vila.core.errors import DataError
+from vila.core.files import resolve_path
 from vila.core.reading import read_json, read_jsonl
 from vila.eval.benchmark import Item, Mark
 from vila.eval.predictions import MERGED
@@ -35,6 +36,7 @@ _WRONG_BELOW = 0.5
 class RunFolder:
     """A run. folders: of its benchmarks, in the order of the published table and then of the run.
 
+    model, data: as eval.json has them, relative to the run where that is possible; data is resolved.
     left_out: why a benchmark that was asked for has no folder, by name. facts: all that eval.json holds.
     """
 
@@ -47,8 +49,10 @@ class RunFolder:
 
     @property
     def short_model(self) -> str:
-        """The model without the folders above its own and the one that holds it: names like `model` say little."""
-        return "/".join(Path(self.model).parts[-2:]).lstrip("/") or self.model
+        """Name of the model's directory with the one that holds it, as names like `model` say little; or the hub id."""
+        path = resolve_path(self.model, self.path)
+        parts = path.resolve().parts if path.exists() else Path(self.model).parts
+        return "/".join(parts[-2:]).lstrip("/") or self.model
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,10 +126,13 @@ def read_run(folder: Path) -> RunFolder:
         raise DataError(f"{path}: expected folders by benchmark under 'benchmarks', got {named!r}")
     table = list(published_table().benchmarks)
     names = sorted(named, key=lambda name: table.index(name) if name in table else len(table))
+    data = str(facts.get("data") or "")
+    # Before version 0.2 a relative path was one from the working directory.
+    data = str(path) if data and (path := resolve_path(data, folder)).exists() else data
     return RunFolder(
         folder,
         str(facts.get("model") or folder.name),
-        str(facts.get("data") or ""),
+        data,
         {name: folder / named[name] for name in names},
         dict(facts.get("left_out") or {}),
         facts,

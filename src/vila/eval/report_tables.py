@@ -121,7 +121,7 @@ def run_facts(run: RunFolder) -> list[tuple[str, str]]:
     """What eval.json says of the run."""
     hidden = ("benchmarks", "left_out")
     shown = [(name, str(value)) for name, value in run.facts.items() if name not in hidden and value not in ("", None)]
-    return [*shown, ("folder", str(run.path))]
+    return [*shown, ("folder", run.path.resolve().name)]
 
 
 def flat(figures: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:

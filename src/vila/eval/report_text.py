@@ -28,7 +28,7 @@ from vila.report.page import Cell, write_cell
 
 def as_markdown(run: RunFolder, digests: Sequence[Digest]) -> str:
     """Tables, notes and failures; pictures are in the HTML page alone."""
-    parts = [f"# Evaluation of {cell(run.model)}"]
+    parts = [f"# Evaluation of {cell(run.short_model)}"]
     if table := published_rows(run, digests):
         parts += ["## Beside the published models", markdown_table(table), f"Published: {published_table().source}."]
         parts += bullets("Before comparing:", before_comparing(digests))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,9 +13,9 @@ from typing import Any
 from vila.core.dist import Place
 from vila.core.errors import DataError
 from vila.core.events import SILENT, Events, task
-from vila.core.files import remove_partials, sha256_file, write_json, write_jsonl
+from vila.core.files import remove_partials, sha256_file, without_home, write_json, write_jsonl
 from vila.core.locks import DirectoryLock
-from vila.core.reading import read_json
+from vila.core.reading import read_json_object
 from vila.core.types import Image, Text
 from vila.engine.request import Sampling
 from vila.eval.asking import Answers, Asking
@@ -86,7 +86,7 @@ def run(
             stack.enter_context(DirectoryLock(out).acquire(events=events))
             remove_partials(out)
             forget_parts(out)
-            _same_run(out, {"benchmark": benchmark.name, "model": model, "questions": len(items), "template": template})
+            _same_run(out, {**run_facts(benchmark, template), "model": model})
         meet()
         seconds = _ask(engine, benchmark, items, out, template, place, events)
         meet()
@@ -136,7 +136,7 @@ def _scored(benchmark: Benchmark, items: Sequence[Item], done: Predictions, rule
         return benchmark.score(answers_of(items, done.texts), rules), ""
     except DataError as error:
         failed = f" ({len(done.errors)} questions could not be asked)" if done.errors else ""
-        return None, f"not scored here: {error}{failed}"
+        return None, without_home(f"not scored here: {error}{failed}")
 
 
 def _facts(result: tuple[Scored | None, str]) -> dict[str, Any]:
@@ -148,7 +148,7 @@ def _facts(result: tuple[Scored | None, str]) -> dict[str, Any]:
         "score": scored.score,
         "unit": scored.unit,
         "interval": None if sure is None else sure.as_json(),
-        "notes": list(scored.notes),
+        "notes": [without_home(note) for note in scored.notes],
         **scored.figures,
     }
 
@@ -213,14 +213,34 @@ def missing_images(items: Sequence[Item]) -> list[str]:
     return [path for path in paths if not Path(path).is_file()]
 
 
-def _same_run(out: Path, facts: dict[str, Any]) -> None:
+def run_facts(benchmark: Benchmark, template: str) -> dict[str, Any]:
+    """Return what the predictions in a directory belong to, but for the model."""
+    return {"benchmark": benchmark.name, "questions": len(benchmark.items()), "template": template}
+
+
+def check_run(out: Path, facts: Mapping[str, Any]) -> None:
+    """Raise DataError if `out` holds the predictions of another run.
+
+    For the time before the model is loaded: its `model` is compared without the backend that loading chooses.
+    """
     path = out / "run.json"
     if path.is_file():
-        before = read_json(path)
-        changed = [
-            f"{key}: {before.get(key)!r} -> {value!r}" for key, value in facts.items() if before.get(key) != value
-        ]
-        if changed:
-            raise DataError(f"{out}: holds the predictions of another run ({'; '.join(changed)}); choose another --out")
+        before = read_json_object(path)
+        model = before.get("model")
+        if isinstance(model, str) and model.startswith(f"{facts['model']} "):
+            before = {**before, "model": facts["model"]}
+        _refuse_changes(out, before, facts)
+
+
+def _same_run(out: Path, facts: Mapping[str, Any]) -> None:
+    path = out / "run.json"
+    if path.is_file():
+        _refuse_changes(out, read_json_object(path), facts)
     else:
         write_json(path, facts)
+
+
+def _refuse_changes(out: Path, before: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    changed = [f"{key}: {before.get(key)!r} -> {value!r}" for key, value in facts.items() if before.get(key) != value]
+    if changed:
+        raise DataError(f"{out}: holds the predictions of another run ({'; '.join(changed)}); choose another --out")
