@@ -89,4 +89,4 @@ def test_without_onnxruntime_the_remedy_is_named(vila, tmp_path, monkeypatch):
 def test_eval_refuses_a_backend_that_cannot_be(vila, wide, tmp_path):
     code, _, err = vila("eval", wide, "--data", tmp_path, "--head-bits", 8)
     assert code == 2
-    assert "head_bits=8 is an option of backend='onnx'" in err
+    assert "--head-bits 8 is an option of --backend onnx" in err

@@ -4,6 +4,9 @@ import json
 
 import pytest
 
+from vila.bench.shapes import SHAPES
+from vila.cli.bench_decode import SHAPE_NAMES
+
 SHORT = ("--tokens", 4, "--runs", 1, "--check", 8)
 
 
@@ -40,13 +43,20 @@ def test_a_checkpoint_is_measured_as_it_is(vila, model):
     assert "| model | float32 | torch |" in out or "| model | bfloat16 | torch |" in out
 
 
+def test_the_names_of_the_help_are_those_of_the_shapes():
+    assert tuple(SHAPES) == SHAPE_NAMES
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         ((), "Give a MODEL, or one or several --shape"),
         (("m", "--shape", "tiny"), "Give a MODEL, or one or several --shape"),
         (("m", "--precision", "int4"), "a checkpoint has its own"),
-        (("--shape", "vila-3b"), "'vila-3b' is not one of"),
+        (("--shape", "vila-3b"), "unknown shape 'vila-3b'; did you mean"),
+        (("--shape", "VILA_7B"), "did you mean 'vila-7b'"),
+        (("--shape", "tiny", "--head-bits", "5"), "--head-bits 5"),
+        (("none", "--backend", "torch", "--head-bits", "8"), "--head-bits 8"),
         (("--shape", "tiny", "--group-size", "96"), "groups of 96 do not fill 128 and 256 inputs"),
     ],
 )

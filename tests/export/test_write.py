@@ -160,10 +160,16 @@ def test_the_command_lists_writes_and_refuses(vila, model, tmp_path):
     assert (tmp_path / "out" / "README.md").is_file()
     code, _, err = vila("export", model, "--format", "safetensors")
     assert (code, "--out missing" in err) == (2, True)
-    code, _, err = vila("export", model, "--format", "compressed-tensors", "--out", tmp_path / "b")
+    flags = ("--format", "compressed-tensors", "--out", tmp_path / "b")
+    code, _, err = vila("export", model, *flags, "--group-size", 128)
     assert code == 1
     assert "--group-size 32 or 64 would" in err
     assert not (tmp_path / "b").exists()
+    code, _, err = vila("export", model, *flags)
+    assert code == 0
+    assert "group size: 64" in err
+    facts = read_json(tmp_path / "b" / "config.json")["quantization_config"]
+    assert facts["config_groups"]["group_0"]["weights"]["group_size"] == 64
 
 
 def test_an_export_that_was_killed_while_replacing_another_leaves_nothing_and_the_other_comes_back(model, tmp_path):

@@ -57,18 +57,23 @@ def text_config(shape: Shape, context: int) -> LlamaConfig:
     )
 
 
+def check_groups(shape: Shape, group_size: int) -> None:
+    """Raise ConfigError if groups do not fill the shape's Linears; a group size of 0 is that of no groups."""
+    if group_size and (shape.width % group_size or shape.mlp % group_size):
+        raise ConfigError(
+            f"{shape.title}: groups of {group_size} do not fill {shape.width} and {shape.mlp} inputs; use 64 or 32"
+        )
+
+
 def random_model(
     shape: Shape, dtype: torch.dtype, device: str = "cpu", *, group_size: int = 0, context: int = 4096
 ) -> VilaForConditionalGeneration:
     """A model of a shape, its weights drawn where they stay. The vision tower is a token one.
 
     group_size: of 4-bit weights in the LLM's blocks; 0 leaves them in `dtype`.
-    Raises ConfigError when groups do not fill the shape's Linears.
+    Raises ConfigError as `check_groups`.
     """
-    if group_size and (shape.width % group_size or shape.mlp % group_size):
-        raise ConfigError(
-            f"{shape.title}: groups of {group_size} do not fill {shape.width} and {shape.mlp} inputs; use 64 or 32"
-        )
+    check_groups(shape, group_size)
     model = _skeleton(shape, context).to(device=device, dtype=dtype)
     blocks = model.get_decoder().layers
     for index in range(shape.layers):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -16,6 +17,7 @@ from vila.cli.asked import Asked
 from vila.cli.loading import Loading, check_fit, load_engine, open_model
 from vila.cli.shots import with_opened
 from vila.core.errors import ConfigError, TemplateError
+from vila.core.files import check_writable
 from vila.engine.request import Sampling
 
 
@@ -87,7 +89,8 @@ def _counted(answers: Iterator[dict[str, Any]], screen: Any, total: int) -> Iter
 
 
 def _check_target(out: Path, source: Path) -> None:
-    if out.is_dir():
+    if os.path.isdir(out):  # noqa: PTH112 no error for a name that is too long
         raise ConfigError(f"--out {out}: a directory; give the name of a file")
+    check_writable(out, field="--out", is_file=True)
     if out.exists() and source.exists() and out.samefile(source):
         raise ConfigError(f"--out {out}: that is the file of --batch; give another name")

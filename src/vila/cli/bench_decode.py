@@ -9,20 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vila.cli import options
-from vila.core.errors import ConfigError
+from vila.core.errors import ConfigError, UnknownNameError
 
 if TYPE_CHECKING:
     from vila.bench.decode import Load, Result
 
 
-class ShapeName(StrEnum):
-    """Shapes that are measured with random weights."""
-
-    VILA_7B = "vila-7b"
-    VILA_13B = "vila-13b"
-    TINYLLAMA = "tinyllama"
-    SMOLLM = "smollm"
-    TINY = "tiny"
+SHAPE_NAMES = ("vila-7b", "vila-13b", "tinyllama", "smollm", "tiny")
+"""Shapes that are measured with random weights; written here because help loads no torch."""
 
 
 class Precision(StrEnum):
@@ -39,8 +33,12 @@ def decode(
         str, typer.Argument(metavar="[MODEL]", help="A checkpoint; its weights stay as they are.", show_default=False)
     ] = "",
     shape: Annotated[
-        list[ShapeName] | None,
-        typer.Option(help="A known size, random weights. May be given several times.", show_default=False),
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help=f"A known size, random weights: {', '.join(SHAPE_NAMES)}. May be given several times.",
+            show_default=False,
+        ),
     ] = None,
     precision: Annotated[
         list[Precision] | None,
@@ -67,13 +65,15 @@ def decode(
     check: Annotated[
         int, typer.Option(help="Tokens on which the choice is compared with the reference's; 0 is off.", min=0)
     ] = 512,
-    out: Annotated[Path | None, typer.Option(help="JSON file of all figures.", show_default=False)] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="JSON file of all figures.", show_default=False, callback=options.output_file)
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON instead of tables.")] = False,
 ) -> None:
     """Measure prompts and steps: vila bench decode --shape tinyllama, or vila bench decode MODEL"""
     import json
 
-    from vila.cli.loading import choose_device, take_threads
+    from vila.cli.loading import Loading, check_backend_flags, choose_device, take_threads
     from vila.cli.progress import Screen
     from vila.core.files import write_json
     from vila.core.machine import machine_facts, version
@@ -83,12 +83,15 @@ def decode(
     if model and (precision or group_size):
         raise ConfigError("--precision and --group-size are of a --shape; a checkpoint has its own")
     where = choose_device(device.value)
+    chosen: dict[str, Any] = {"backend": backend.value, "head_bits": head_bits or 0}
+    chosen["activation_bits"] = activation_bits or 0
+    check_backend_flags(Loading(model, **chosen), where)
+    _check_shapes(shape or [], precision or [Precision.INT4], group_size)
     take_threads(threads or 0)
     loads = _loads(context or [16], batch or [1], tokens, runs, check)
     results: list[Result] = []
     with Screen() as screen:
         for opened in _models(model, shape or [], precision or [Precision.INT4], group_size, where, loads):
-            chosen = {"backend": backend.value, "head_bits": head_bits or 0, "activation_bits": activation_bits or 0}
             results += _measured(opened, chosen, loads, screen)
     facts = {
         **machine_facts(),
@@ -106,8 +109,20 @@ def decode(
 
     typer.echo(json.dumps(facts))
     typer.echo(result_table(results) + "\n")
-    if any(name in (ShapeName.VILA_7B, ShapeName.VILA_13B) for name in shape or ()):
+    if any(name in ("vila-7b", "vila-13b") for name in shape or ()):
         typer.echo(device_table(results, _device_name(where)))
+
+
+def _check_shapes(shapes: list[str], precisions: list[Precision], group_size: int) -> None:
+    """Raise UnknownNameError for a shape that is not known, ConfigError for groups that do not fill one."""
+    for name in shapes:
+        if name not in SHAPE_NAMES:
+            raise UnknownNameError("shape", name, SHAPE_NAMES, field="--shape")
+    if shapes and Precision.INT4 in precisions:
+        from vila.bench.shapes import SHAPES, check_groups
+
+        for name in shapes:
+            check_groups(SHAPES[name], group_size)
 
 
 def _loads(contexts: list[int], batches: list[int], tokens: int, runs: int, check: int) -> list[Load]:
@@ -119,7 +134,7 @@ def _loads(contexts: list[int], batches: list[int], tokens: int, runs: int, chec
 
 
 def _models(
-    model: str, shapes: list[ShapeName], precisions: list[Precision], group_size: int, device: str, loads: list[Load]
+    model: str, shapes: list[str], precisions: list[Precision], group_size: int, device: str, loads: list[Load]
 ) -> Any:
     """Titles and models, one in memory at a time."""
     import torch

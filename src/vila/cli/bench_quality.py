@@ -18,8 +18,16 @@ WAYS = ("full", "rtn", "awq", "awq-images", "best")
 
 def quality(
     model: options.RequiredModel,
-    out: Annotated[Path, typer.Option(help="Directory for quality.json and quality.html.")],
-    group_size: Annotated[int, typer.Option(help="Inputs that share a scale: 128, 64 or 32.")] = 64,
+    out: Annotated[
+        Path, typer.Option(help="Directory for quality.json and quality.html.", callback=options.output_directory)
+    ],
+    group_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Inputs that share a scale; default: the largest of 128, 64 and 32 that divides the model's widths.",
+            show_default=False,
+        ),
+    ] = None,
     ways: Annotated[
         str, typer.Option(help=f"What to compare, of {', '.join(WAYS)}; awq-images needs --image-calib.")
     ] = "full,rtn,awq,best",
@@ -43,22 +51,32 @@ def quality(
     from vila.bench.quality import measure_quality, quality_task
     from vila.bench.quality_report import markdown_table, write_quality_report
     from vila.cli.progress import Screen
+    from vila.core.files import portable_path
     from vila.core.machine import machine_facts
+    from vila.eval.benchmarks.easy_vqa import EasyVqa
+    from vila.model.build import empty_model
     from vila.model.hub import local_folder
     from vila.model.load import load_model, open_checkpoint
+    from vila.quant.blocks import check_layers
+    from vila.quant.checkpoint import default_group_size
 
     folder = local_folder(model, revision or None)
 
     def load() -> tuple[Any, Any]:
         return load_model(folder, dtype="float32", template=template or None, base=base or None)
 
-    processor = open_checkpoint(folder, template=template or None, base=base or None).processor
+    checkpoint = open_checkpoint(folder, template=template or None, base=base or None)
+    shapes, processor = empty_model(checkpoint), checkpoint.processor
+    if easy_vqa is not None:
+        EasyVqa(easy_vqa, questions)
     target = out.expanduser()
     with Screen() as screen:
-        asked = _ways(ways, processor, group_size, rows, best_rows, image_calib, samples, screen)
+        size = group_size or default_group_size(shapes)
+        check_layers(shapes, size)
+        asked = _ways(ways, processor, size, rows, best_rows, image_calib, samples, screen)
         what = quality_task(processor.tokenizer, max_blocks=blocks, easy_vqa=easy_vqa, questions=questions)
         result = measure_quality(load, asked, what, target, events=screen)
-    write_quality_report(result, {"model": model, **machine_facts()}, target / "quality.html")
+    write_quality_report(result, {"model": portable_path(model, target), **machine_facts()}, target / "quality.html")
     typer.echo(markdown_table(result["ways"]), nl=False)
     typer.echo(f"{target / 'quality.html'}")
 

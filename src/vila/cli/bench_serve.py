@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from vila.cli import options
+
 
 def serve(
     target: Annotated[
@@ -29,7 +31,12 @@ def serve(
     max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.", min=1)] = 128,
     images: Annotated[int, typer.Option(help="Pictures in each question.", min=0)] = 0,
     seed: Annotated[int, typer.Option(help="Of questions and arrivals.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Directory for load.json and load.html.", show_default=False)] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory for load.json and load.html.", show_default=False, callback=options.output_directory
+        ),
+    ] = None,
     key: Annotated[str, typer.Option("--key-env", help="Environment variable that holds the key.")] = "VILA_API_KEY",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:

@@ -7,13 +7,19 @@ from typing import Annotated, Any
 
 import typer
 
+from vila.cli import options
+
 
 def compare(
     first: Annotated[Path, typer.Argument(help="Directory that `vila eval --out` wrote: the run to compare against.")],
     second: Annotated[Path, typer.Argument(help="Another one: the run in question.")],
     out: Annotated[
         Path | None,
-        typer.Option(help="Where the page goes; default: compare/ in the second run's folder.", show_default=False),
+        typer.Option(
+            help="Where the page goes; default: compare/ in the second run's folder.",
+            show_default=False,
+            callback=options.output_directory,
+        ),
     ] = None,
     fail_if_worse: Annotated[
         bool, typer.Option("--fail-if-worse", help="End with status 1 when a benchmark is worse with p at most 0.05.")
@@ -25,10 +31,13 @@ def compare(
 
     from rich.console import Console
 
+    from vila.core.files import check_writable
     from vila.core.reading import read_json
     from vila.eval.report_compare import SURE, compare_runs
 
-    paths = compare_runs(first, second, out or second / "compare")
+    target = out or second / "compare"
+    check_writable(target, field="--out")
+    paths = compare_runs(first, second, target)
     found: dict[str, Any] = read_json(next(path for path in paths if path.suffix == ".json"))
     if as_json:
         typer.echo(json.dumps(found, ensure_ascii=False))

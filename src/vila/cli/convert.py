@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from enum import StrEnum
 from pathlib import Path
@@ -52,22 +53,27 @@ def convert(
     from vila.cli.info import human_bytes
     from vila.cli.layout_readme import README, layout_readme
     from vila.core.errors import ConfigError
-    from vila.core.files import remove_partials, write_text
+    from vila.core.files import write_text
+    from vila.model.build import build_model, empty_model
     from vila.model.hub import local_folder
-    from vila.model.load import load_model, save_model
+    from vila.model.layouts.protocol import LAYOUTS
+    from vila.model.load import named_dtype, open_checkpoint, save_model
 
     if dequantize and layout in IN_4_BITS:
         raise ConfigError(f"--dequantize: {layout} holds models in 4 bits; leave it out, or choose another layout")
     target = target.expanduser()
-    remove_partials(target.parent, target.name)
-    if target.exists():
-        check_replaceable(target, overwrite)
+    check_target(target, "DST", overwrite)
     stop_cleanly()
     folder = local_folder(source, revision or None)
     check_apart(folder, target)
-    model, processor = load_model(
-        folder, dtype=dtype.value, template=template or None, base=base or None, int4=not dequantize
-    )
+    kind = named_dtype(dtype.value)
+    checkpoint = open_checkpoint(folder, template=template or None, base=base or None)
+    shapes, processor = empty_model(checkpoint, int4=not dequantize), checkpoint.processor
+    LAYOUTS[layout.value].check(shapes, processor)
+    # Parameters that may be shared or in 4 bits count half a byte: the least that the files take.
+    least = sum(parameter.numel() for parameter in shapes.parameters()) // 2
+    check_target(target, "DST", overwrite, num_bytes=least)
+    model = build_model(checkpoint, kind, int4=not dequantize)
     save_model(model, processor, target, layout=layout.value)
     if text := layout_readme(layout.value, model, processor):
         write_text(target / README, text)
@@ -97,21 +103,30 @@ def _stop(number: int, frame: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def check_replaceable(target: Path, overwrite: bool) -> None:
-    """Raises ConfigError unless what is there may be replaced: with `--overwrite` a model or an empty directory."""
+def check_target(target: Path, field: str, overwrite: bool, num_bytes: int = 0) -> None:
+    """Raise ConfigError unless a model of `num_bytes` can be written to the directory `target`.
+
+    What is there may be replaced only with `overwrite`, and only if it is a model or an empty directory. What a killed
+    writer left is removed, and a directory that it was replacing is put back.
+    """
     from vila.core.errors import ConfigError, LayoutError
+    from vila.core.files import check_writable, remove_partials
     from vila.model.layouts.protocol import detect_layout
 
-    if not overwrite:
-        raise ConfigError(f"{target}: exists already; give another name, or --overwrite to replace it")
-    if target.is_dir() and not any(target.iterdir()):
-        return
-    try:
-        detect_layout(target)
-    except LayoutError as error:
-        raise ConfigError(
-            f"{target}: not a model, so --overwrite does not touch it; remove it yourself, or give another name"
-        ) from error
+    if not os.path.lexists(target):
+        check_writable(target, field=field, is_replaced=True, num_bytes=num_bytes)
+        remove_partials(target.parent, target.name)
+    if os.path.lexists(target):
+        if not overwrite:
+            raise ConfigError(f"{target}: exists already; give another name, or --overwrite to replace it")
+        try:
+            is_free = target.is_dir() and not any(target.iterdir())
+            _ = is_free or detect_layout(target)
+        except LayoutError as error:
+            raise ConfigError(
+                f"{target}: not a model, so --overwrite does not touch it; remove it yourself, or give another name"
+            ) from error
+        check_writable(target, field=field, is_replaced=True, num_bytes=num_bytes)
 
 
 def check_apart(source: Path, target: Path) -> None:

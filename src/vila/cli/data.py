@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from vila.cli.data_prepare import app as prepare_app
+from vila.cli.options import output_file
 
 app = typer.Typer(help="Convert, check, look at and count training data.", no_args_is_help=True)
 app.add_typer(prepare_app, name="prepare")
@@ -31,7 +32,7 @@ _Model = Annotated[str, typer.Option(help="Model whose tokenizer counts; default
 def from_csv(
     table: Annotated[Path, typer.Argument(help="CSV with the columns image, question, answer, or image, caption.")],
     images: Annotated[Path, typer.Option(help="Folder that the pictures lie in.")],
-    out: Annotated[Path, typer.Option(help="JSON lines to write, format messages.")],
+    out: Annotated[Path, typer.Option(help="JSON lines to write, format messages.", callback=output_file)],
 ) -> None:
     """Turn a table of pictures, questions and answers into training data."""
     from vila.cli.data_csv import convert_csv
@@ -81,7 +82,10 @@ def inspect(
     options: _Options = None,
     template: _Template = "",
     model: _Model = "",
-    html: Annotated[Path | None, typer.Option(help="Also write a page with the pictures.", show_default=False)] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Also write a page with the pictures.", show_default=False, callback=output_file),
+    ] = None,
 ) -> None:
     """Show samples as the model sees them: what it learns in green, between angle quotes; the rest it is given."""
     from rich.console import Console

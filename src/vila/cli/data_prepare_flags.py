@@ -7,13 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vila.cli import options
+
 if TYPE_CHECKING:
     from vila.prepare.resize import ResizeRule
 
 _STORED = "Stored pictures"
 
 Sources = Annotated[list[Path], typer.Argument(help="The published files, all of them on every worker.")]
-Out = Annotated[Path, typer.Option(help="Folder of the result; one for each data set.")]
+Out = Annotated[
+    Path, typer.Option(help="Folder of the result; one for each data set.", callback=options.output_directory)
+]
 Shard = Annotated[str, typer.Option(metavar="K/N", help="This worker and their number, k from 0.")]
 PerShard = Annotated[int, typer.Option(help="Most samples in one shard.", min=1)]
 KeepParts = Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,7 +10,7 @@ import typer
 
 from vila.cli import options
 from vila.cli.judging import DEFAULT_JUDGE, JudgeModelOption, JudgeOption
-from vila.cli.loading import Aloud, take_threads
+from vila.cli.loading import Aloud, Loading, check_backend_flags, take_threads
 
 if TYPE_CHECKING:
     from vila.eval.asking import Answers
@@ -37,7 +38,11 @@ def evaluate(
         typer.Option(help="playground/data/eval, or a benchmark's own folder; easy_vqa is fetched when not given."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Where predictions, scores and the report go; default: eval/ beside the model.")
+        Path | None,
+        typer.Option(
+            help="Where predictions, scores and the report go; default: eval/ beside the model.",
+            callback=options.output_directory,
+        ),
     ] = None,
     questions: Annotated[int, typer.Option(help="Take about this many questions; 0 takes all.", min=0)] = 0,
     protocol: Annotated[
@@ -45,7 +50,7 @@ def evaluate(
     ] = "upstream",
     template: Annotated[str, typer.Option(help="Conversation template; default: the model's.")] = "",
     shots: Annotated[str, typer.Option(help="Examples before each question, such as 0,2,4.", metavar="K,...")] = "0",
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    dtype: options.DtypeFlag = options.Dtype.AUTO,
     device: Annotated[str, typer.Option(help="cpu or cuda; default: a GPU where there is one.")] = "",
     backend: options.BackendFlag = options.Backend.AUTO,
     head_bits: options.HeadBits = None,
@@ -62,33 +67,48 @@ def evaluate(
 
     from rich.console import Console
 
-    from vila.cli.judging import give_judge
+    from vila.chat.templates import find_template
+    from vila.cli.judging import check_judge, give_judge
     from vila.cli.progress import Screen
     from vila.cli.score_tables import result_table
     from vila.core.errors import ConfigError
     from vila.core.events import SILENT
-    from vila.core.files import remove_partials
+    from vila.core.files import check_writable, portable_path, remove_partials
     from vila.core.locks import DirectoryLock
     from vila.eval.report import write_report
-    from vila.eval.runner import result_dir, run
+    from vila.eval.runner import check_run, result_dir, run, run_facts
     from vila.train.parallel import open_world
 
+    # All that can be wrong is found before weights are read: options, output, data, predictions of another run.
     rules = rules_of(protocol)
     names = names_of(benchmarks)
+    counts = _counts(shots)
+    if template:
+        find_template(template)
     if not model and not api:
         raise ConfigError("no model; name a directory or a hub id, or a server with --api")
+    root = out or (Path(model).expanduser().parent / "eval" if Path(model).is_dir() else Path("runs/eval"))
+    check_writable(root, field="--out")
+    check_judge(judge)
     world = open_world("replicate")
     take_threads(threads or 0)
-    numbers = {"backend": backend.value, "head_bits": head_bits or 0, "activation_bits": activation_bits or 0}
-    engine, facts = _engine(model, api, served_model, dtype, device or str(world.device), numbers)
-    root = out or (Path(model).parent / "eval" if Path(model).is_dir() else Path("runs/eval"))
+    asked = _Asked(
+        model, api, served_model, dtype.value, _checked_device(device or str(world.device)), template, backend.value,
+        head_bits or 0, activation_bits or 0,
+    )  # fmt: skip
+    asked.check()
     results: list[Result] = []
     with Screen() as screen:
         events = screen if world.main else SILENT
-        opened, left_out = _opened(names, data, questions, _counts(shots), events)
+        opened, left_out = _opened(names, data, questions, counts, events)
+        facts = asked.facts()
         for benchmark in opened:
             where = result_dir(root, benchmark.name, questions)
+            check_run(where, {**run_facts(benchmark, template), "model": facts["hash"]})
             give_judge(benchmark, judge, judge_model, where, events)
+        engine, facts = asked.load(facts)
+        for benchmark in opened:
+            where = result_dir(root, benchmark.name, questions)
             result = run(
                 engine, benchmark, where, model=facts["hash"], template=template, rules=rules, place=world.place,
                 meet=world.meet, events=events,
@@ -97,7 +117,12 @@ def evaluate(
                 results.append(result)
         if world.main:
             remove_partials(root)
-            seen = {"model": model or served_model, "data": str(data or ""), "rules": rules, "template": template}
+            seen = {
+                "model": portable_path(model, root) or served_model,
+                "data": portable_path(data or "", root),
+                "rules": rules,
+                "template": template,
+            }
             folders = {result.benchmark: result_dir(root, result.benchmark, questions).name for result in results}
             # Other commands may add benchmarks to the same directory at this moment.
             with DirectoryLock(root).acquire(wait=True):
@@ -126,12 +151,15 @@ def rules_of(protocol: str) -> Any:
 
 def names_of(text: str) -> list[str]:
     """Benchmarks by name, or by what they are published as, in any case. Raises UnknownNameError for others."""
+    from vila.core.errors import ConfigError
     from vila.eval.benchmark import BENCHMARKS
 
     names = [name.strip() for name in text.split(",") if name.strip()]
     names = [one for name in names for one in (TEN if name == "all" else (_own_name(name),))]
     for name in names:
         BENCHMARKS[name]
+    if not names:
+        raise ConfigError(field="--benchmarks", value=text, expected="names of benchmarks with commas between them")
     return list(dict.fromkeys(names))
 
 
@@ -152,32 +180,87 @@ def _counts(text: str) -> list[int]:
     return list(dict.fromkeys(map(int, parts)))
 
 
-def _engine(
-    model: str, api: str, served: str, dtype: str, device: str, numbers: dict[str, Any]
-) -> tuple[Answers, dict[str, Any]]:
-    """What answers, and facts on it; `hash` tells it from others."""
+def _checked_device(name: str) -> str:
+    """Return the name of a device. Raises ConfigError for one that PyTorch does not know or that is not there."""
+    import torch
+
     from vila.core.errors import ConfigError
 
-    if api:
-        from vila.eval.remote import RemoteEngine
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(field="--device", value=name, expected="cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(field="--device", value=name, expected="cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"PyTorch finds {torch.cuda.device_count()} CUDA devices",
+            field="--device",
+            value=name,
+            hint="see vila doctor",
+        )
+    return name
 
-        if not served:
-            raise ConfigError("--api needs --model: the name that the server knows the model by")
-        remote = RemoteEngine(api, served)
-        remote.check()
-        return remote, {"hash": f"{api} {served}", "api": api, "served": served}
-    from vila.engine.engine import Engine
-    from vila.eval.runner import model_hash
-    from vila.model.hub import local_folder
 
-    folder = local_folder(model)
-    engine = Engine.load(folder, dtype=dtype, device=device, **numbers, kept_bytes=0, events=Aloud())
-    kind = str(engine.model.dtype).removeprefix("torch.")
-    facts = {"hash": model_hash(folder), "dtype": kind, "device": device}
-    if engine.backend != "torch":
-        # Its numbers are others, so are some answers: they are no continuation of torch's.
-        facts |= {"hash": f"{facts['hash']} {engine.backend}", "backend": engine.backend}
-    return engine, facts
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """The model that answers, here or behind a server, as the options name it; nothing is loaded yet."""
+
+    model: str
+    api: str
+    served: str
+    dtype: str
+    device: str
+    template: str
+    backend: str
+    head_bits: int
+    activation_bits: int
+
+    def check(self) -> None:
+        """Check names, template and backend; a model from the hub is fetched. Raises VilaError."""
+        from vila.core.errors import ConfigError
+
+        if self.api:
+            if not self.served:
+                raise ConfigError("--api needs --model: the name that the server knows the model by")
+            return
+        loading = Loading(
+            self.model, backend=self.backend, head_bits=self.head_bits, activation_bits=self.activation_bits
+        )
+        check_backend_flags(loading, self.device.partition(":")[0])
+        from vila.model.load import open_checkpoint
+
+        open_checkpoint(self.model, template=self.template or None).processor.find_template()
+
+    def facts(self) -> dict[str, Any]:
+        """Return what identifies the model; `hash` is of its files, or the server's address and name for it."""
+        if self.api:
+            return {"hash": f"{self.api} {self.served}", "api": self.api, "served": self.served}
+        from vila.eval.runner import model_hash
+        from vila.model.hub import local_folder
+
+        return {"hash": model_hash(local_folder(self.model))}
+
+    def load(self, facts: dict[str, Any]) -> tuple[Answers, dict[str, Any]]:
+        """Read the weights, or try the server. Returns the facts with those that are known only then."""
+        if self.api:
+            from vila.eval.remote import RemoteEngine
+
+            remote = RemoteEngine(self.api, self.served)
+            remote.check()
+            return remote, facts
+        from vila.engine.engine import Engine
+        from vila.model.hub import local_folder
+
+        engine = Engine.load(
+            local_folder(self.model), dtype=self.dtype, device=self.device, backend=self.backend,  # type: ignore[arg-type]
+            head_bits=self.head_bits, activation_bits=self.activation_bits, kept_bytes=0, events=Aloud(),  # type: ignore[arg-type]
+        )  # fmt: skip
+        facts = {**facts, "dtype": str(engine.model.dtype).removeprefix("torch."), "device": self.device}
+        if engine.backend != "torch":
+            # Its arithmetic is different, and so are some answers: they do not continue those of torch.
+            facts |= {"hash": f"{facts['hash']} {engine.backend}", "backend": engine.backend}
+        return engine, facts
 
 
 def _note_run(root: Path, facts: dict[str, Any]) -> None:
@@ -202,7 +285,7 @@ def _opened(
     Raises DataError when there is none, or when the only one asked for is missing.
     """
     from vila.core.errors import DataError
-    from vila.core.files import cache_dir
+    from vila.core.files import cache_dir, without_home
     from vila.eval.benchmark import BENCHMARKS
     from vila.eval.runner import missing_images
     from vila.eval.shots import shot_variants
@@ -223,7 +306,7 @@ def _opened(
             if len(names) == 1:
                 raise
             events.said(f"{name}: left out: {error}")
-            left_out[name] = str(error)
+            left_out[name] = without_home(str(error))
             continue
         gone = missing_images(items) + (benchmark.missing_videos() if hasattr(benchmark, "missing_videos") else [])
         if gone:

@@ -22,7 +22,11 @@ def export(
         str, typer.Option(help="Number format of the weights; default: the first of --list.", show_default=False)
     ] = "",
     group_size: Annotated[
-        int, typer.Option(help="Inputs that share an INT4 scale; 0: an INT4 model's own, or 128.", min=0)
+        int,
+        typer.Option(
+            help="Inputs that share an INT4 scale; 0: an INT4 model's own, or the largest of 128, 64 and 32 that fits.",
+            min=0,
+        ),
     ] = 0,
     search: Annotated[
         Path | None,
@@ -58,10 +62,13 @@ def export(
     from vila.cli.convert import stop_cleanly
     from vila.cli.info import human_bytes
     from vila.cli.progress import Screen
+    from vila.export.int4_choice import DEFAULT_GROUP, group_of
     from vila.export.source import open_source
-    from vila.export.write import write_export
+    from vila.export.write import check_out, write_export
 
     target = out.expanduser()
+    # Before the model, which may come from the hub.
+    check_out(target, Path(model), overwrite)
     stop_cleanly()
     with Screen() as events:
         source = open_source(
@@ -72,6 +79,14 @@ def export(
             search=None if search is None else search.expanduser(),
             events=events,
         )
+        rounds = asked.precision.startswith("int4") and "group_size" in EXPORTS[format_name].takes
+        if (
+            rounds
+            and not source.checkpoint.int4
+            and not group_size
+            and (size := group_of(source, asked)) != DEFAULT_GROUP
+        ):
+            events.said(f"group size: {size}, the largest of 128, 64 and 32 that divides the widths of this model")
         write_export(source, format_name, target, asked, overwrite=overwrite)
     files = [path for path in target.rglob("*") if path.is_file()]
     total = sum(path.stat().st_size for path in files)

@@ -23,6 +23,20 @@ JudgeModelOption = Annotated[str, typer.Option(help="Model that the judge's serv
 DEFAULT_JUDGE = "gpt-3.5-turbo"
 
 
+def check_judge(judge: str) -> None:
+    """Check the form of a URL, or that a file of replies can be read, before work begins. Raises VilaError."""
+    if not judge or judge == "none":
+        return
+    if "://" in judge:
+        from vila.eval.endpoint import Endpoint
+
+        Endpoint(judge)
+        return
+    from vila.eval.judge import read_verdicts
+
+    read_verdicts(Path(judge).expanduser())
+
+
 def give_judge(benchmark: Any, judge: str, model: str, folder: Path, events: Events) -> None:
     """Give a benchmark that has free answers its judge; others are left as they are.
 
@@ -40,4 +54,4 @@ def give_judge(benchmark: Any, judge: str, model: str, folder: Path, events: Eve
     elif "://" in judge:
         benchmark.judge = Judge(Endpoint(judge), cache_dir() / "judge", model, events=events)
     else:
-        benchmark.judge = ReplyFile(Path(judge))
+        benchmark.judge = ReplyFile(Path(judge).expanduser())

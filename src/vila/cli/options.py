@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -34,6 +35,26 @@ class Backend(StrEnum):
     AUTO = "auto"
     TORCH = "torch"
     ONNX = "onnx"
+
+
+def output_directory(param: typer.CallbackParam, value: Path | None) -> Path | None:
+    """Callback of options that name a directory to write: checked before anything is read, `~` expanded."""
+    return _checked_output(param, value, is_file=False)
+
+
+def output_file(param: typer.CallbackParam, value: Path | None) -> Path | None:
+    """Callback of options that name a file to write: checked before anything is read, `~` expanded."""
+    return _checked_output(param, value, is_file=True)
+
+
+def _checked_output(param: typer.CallbackParam, value: Path | None, *, is_file: bool) -> Path | None:
+    if value is None:
+        return None
+    from vila.core.files import check_writable
+
+    path = value.expanduser()
+    check_writable(path, field=param.opts[0], is_file=is_file)
+    return path
 
 
 _MODEL = "Model: a directory, or a hub id OWNER/NAME."

@@ -71,7 +71,13 @@ def quantize(
     image_weight: Annotated[
         float, typer.Option(help="What a token of a picture counts beside one of text.", rich_help_panel=_CALIBRATION)
     ] = 1.0,
-    group_size: Annotated[int, typer.Option(help="Inputs that share a scale: 128, 64 or 32.")] = 128,
+    group_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Inputs that share a scale; default: the largest of 128, 64 and 32 that divides the model's widths.",
+            show_default=False,
+        ),
+    ] = None,
     method: Annotated[
         Method, typer.Option(help="awq: as published; rtn: round only; best: AWQ with all that was found to help.")
     ] = Method.AWQ,
@@ -100,6 +106,7 @@ def quantize(
             metavar="FILE",
             help="Write the search also as the original does: an awq_cache .pt, for its --load_awq.",
             show_default=False,
+            callback=options.output_file,
             rich_help_panel=_SEARCH,
         ),
     ] = None,
@@ -112,54 +119,68 @@ def quantize(
     """Write [bold]MODEL[/bold] with the LLM's weights in 4 bits; the same command after a kill goes on where it was."""
     from rich.console import Console
 
-    from vila.cli.convert import check_apart, check_replaceable, stop_cleanly
+    from vila.cli.convert import check_apart, check_target, stop_cleanly
     from vila.cli.layout_readme import README, layout_readme
     from vila.cli.progress import Screen
     from vila.cli.quantize_summary import show_summary
-    from vila.core.files import remove_partials
+    from vila.model.build import build_model, empty_model
     from vila.model.hub import local_folder
-    from vila.model.load import load_model
+    from vila.model.load import open_checkpoint
     from vila.quant.awq_cache import read_search, write_awq_cache
-    from vila.quant.checkpoint import SEARCH_FILE, check_request, quantize_checkpoint
+    from vila.quant.checkpoint import (
+        PUBLISHED_GROUP_SIZE,
+        SEARCH_FILE,
+        check_plan,
+        default_group_size,
+        needed_bytes,
+        quantize_checkpoint,
+        with_group,
+    )
+    from vila.quant.inputs import check_ids
     from vila.quant.result import load_search
 
-    request = _request(method, group_size, symmetric, scaling, clipping, rounding, image_weight, device.value)
+    request = _request(method, symmetric, scaling, clipping, rounding, image_weight, device.value)
     target = out.expanduser()
-    remove_partials(target.parent, target.name)
-    if target.exists():
-        check_replaceable(target, overwrite)
-    dump = None if dump_awq is None else dump_awq.expanduser()
-    if dump is not None:
-        _check_dump(dump, target, method, overwrite)
+    check_target(target, "--out", overwrite)
+    if dump_awq is not None:
+        _check_dump(dump_awq, target, method, overwrite)
     unused = _unused(method, reuse is not None, scaling, clipping)
     found = None if reuse is None else read_search(reuse.expanduser())
     stop_cleanly()
     folder = local_folder(model, revision or None)
     check_apart(folder, target)
-    network, processor = load_model(folder, template=template or None, base=base or None)
     with Screen() as screen:
+        # All that can be wrong is found on shapes and files; the weights are read after it.
+        checkpoint = open_checkpoint(folder, template=template or None, base=base or None)
+        shapes = empty_model(checkpoint)
+        size = group_size or default_group_size(shapes, found)
+        if group_size is None and size != PUBLISHED_GROUP_SIZE:
+            screen.said(f"group size: {size}, the largest of 128, 64 and 32 that divides the widths of this model")
+        request = with_group(request, size, symmetric)
+        check_plan(shapes, request, found)
+        check_target(target, "--out", overwrite, num_bytes=needed_bytes(shapes, size))
         calibration = None
         if request.rounding == "feedback" or (request.method == "awq" and found is None):
-            calibration = calibration_of(calib or ["packaged"], processor, rows, samples, screen)
+            calibration = calibration_of(calib or ["packaged"], checkpoint.processor, rows, samples, screen)
+            check_ids(shapes, calibration)
             screen.said(
                 f"calibration: {calibration.name}, {len(calibration.rows)} rows, {calibration.num_tokens:,} tokens, "
                 f"sha256 {calibration.sha256[:16]}"
             )
         elif calib:
             screen.said(f"note: --calib is not read, since {unused} needs no calibration")
-        check_request(network, request, calibration, found)
+        network, processor = build_model(checkpoint), checkpoint.processor
         texts = {README: layout_readme("awq-hf", network, processor)}
         summary = quantize_checkpoint(
             network, processor, target, request, calibration, found, texts=texts, events=screen
         )
-    if dump is not None:
-        write_awq_cache(load_search(target / SEARCH_FILE), dump)
+    if dump_awq is not None:
+        write_awq_cache(load_search(target / SEARCH_FILE), dump_awq)
     show_summary(Console(highlight=False, soft_wrap=True), target, summary)
 
 
 def _request(
     method: Method,
-    group_size: int,
     symmetric: bool,
     scaling: Scaling | None,
     clipping: Clipping | None,
@@ -167,7 +188,7 @@ def _request(
     image_weight: float,
     device: str,
 ) -> Request:
-    """The defaults of the method, and what was asked for in their place."""
+    """Return the defaults of the method with the given options in their place; the group size follows the model."""
     from dataclasses import replace
 
     import torch
@@ -178,7 +199,6 @@ def _request(
     start = BEST if method is Method.BEST else Request("rtn" if method is Method.RTN else "awq")
     place = torch.device(choose_device(device))
     changes: dict[str, Any] = {
-        "group_size": group_size,
         "symmetric": symmetric,
         "image_weight": image_weight,
         "device": place,
@@ -204,7 +224,7 @@ def _unused(method: Method, is_reused: bool, scaling: Scaling | None, clipping: 
 
 
 def _check_dump(path: Path, target: Path, method: Method, overwrite: bool) -> None:
-    """Raises ConfigError for an awq_cache file that could not be written at the end."""
+    """Raise ConfigError for an awq_cache file that could not be written at the end."""
     from vila.core.errors import ConfigError
 
     if method is Method.RTN:
@@ -213,8 +233,8 @@ def _check_dump(path: Path, target: Path, method: Method, overwrite: bool) -> No
         raise ConfigError(f"--dump-awq {path}: the original's search files end in .pt; give such a name")
     if target.resolve() in path.resolve().parents:
         raise ConfigError(f"--dump-awq {path}: lies in --out, which holds the model alone; give a place beside it")
-    if path.is_dir() or (path.exists() and not overwrite):
-        raise ConfigError(f"--dump-awq {path}: exists already; give another name, or --overwrite to replace a file")
+    if path.is_file() and not overwrite:
+        raise ConfigError(f"--dump-awq {path}: exists already; give another name, or --overwrite to replace it")
 
 
 def calibration_of(names: list[str], processor: Any, rows: int, samples: int, screen: Any) -> Calibration:

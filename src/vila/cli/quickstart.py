@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vila.cli import options
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -15,7 +17,9 @@ def quickstart(
     parts: Annotated[
         list[str] | None, typer.Argument(help="Other parts: starter.llm=ID_OR_DIR starter.vision=ID_OR_DIR")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Directory of the run.")] = Path("runs/starter"),
+    out: Annotated[Path, typer.Option(help="Directory of the run.", callback=options.output_directory)] = Path(
+        "runs/starter"
+    ),
     minutes: Annotated[
         float, typer.Option(help="Training minutes on two cores, about; less is faster and less accurate.")
     ] = 7.0,
@@ -28,10 +32,10 @@ def quickstart(
     from vila.cli.progress import Screen
     from vila.starter.quickstart import Options, Quickstart
 
-    options = Options(out=out, minutes=minutes, questions=questions, seed=seed, **_parts(parts or []))
+    asked = Options(out=out, minutes=minutes, questions=questions, seed=seed, **_parts(parts or []))
     with Screen() as screen:
-        result = Quickstart(options, screen).run()
-    _show(Console(highlight=False), result, options.out)
+        result = Quickstart(asked, screen).run()
+    _show(Console(highlight=False), result, asked.out)
 
 
 def _parts(overrides: list[str]) -> dict[str, Any]:

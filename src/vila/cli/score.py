@@ -31,7 +31,7 @@ def score(
     import json
 
     from vila.cli.evaluate import names_of, rules_of
-    from vila.cli.judging import give_judge
+    from vila.cli.judging import check_judge, give_judge
     from vila.cli.progress import Screen
     from vila.core.errors import ConfigError
     from vila.eval.benchmark import BENCHMARKS
@@ -39,6 +39,7 @@ def score(
     from vila.eval.statistics import compare as compared
     from vila.eval.statistics import score_interval
 
+    check_judge(judge)
     names = names_of(benchmark)
     if len(names) != 1:
         raise ConfigError(f"{benchmark}: name one benchmark, whose answers the file holds")

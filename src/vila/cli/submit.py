@@ -7,11 +7,18 @@ from typing import Annotated
 
 import typer
 
+from vila.cli import options
+
 
 def submit(
     run: Annotated[Path, typer.Argument(help="Directory that `vila eval` wrote.")],
     out: Annotated[
-        Path | None, typer.Option(help="Default: playground/data/predictions_upload/NAME.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="Default: playground/data/predictions_upload/NAME.",
+            show_default=False,
+            callback=options.output_directory,
+        ),
     ] = None,
     data: Annotated[
         Path | None, typer.Option(help="playground/data/eval; default: what the run was given.", show_default=False)
@@ -19,6 +26,7 @@ def submit(
 ) -> None:
     """Write what VQAv2's, VizWiz's and MMBench's servers want, checked, and say where to upload it."""
     from vila.core.errors import DataError
+    from vila.core.files import check_writable
     from vila.eval.report_digest import read_run
     from vila.eval.submit import describe, submit_run
 
@@ -26,6 +34,7 @@ def submit(
     run = run.resolve()
     where = data or Path(seen.data or "playground/data/eval")
     target = out or Path("playground/data/predictions_upload") / run.name
+    check_writable(target, field="--out")
     folders = {name: folder.name for name, folder in seen.folders.items()}
     written, left_out = submit_run(run, target, where, folders, seen.left_out)
     for line in describe(written, left_out):

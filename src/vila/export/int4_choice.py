@@ -15,11 +15,24 @@ DEFAULT_GROUP = 128
 
 
 def group_of(source: Source, options: ExportOptions) -> int:
-    """The group size: that of an INT4 model, or as asked for, or that which the search was made for, or 128."""
+    """Return the group size: that of an INT4 model, else the option's, else that of the search, else what fits.
+
+    What fits is the largest of 128, 64 and 32 that divides the inputs of all Linears of the decoder; 128 if none does.
+    """
     if source.checkpoint.int4:
         return next(iter(source.checkpoint.int4.values())).group_size
     made = source.search.facts.get("group_size") if source.search is not None else None
-    return options.group_size or made or DEFAULT_GROUP
+    return options.group_size or made or _fitting_group(source)
+
+
+def _fitting_group(source: Source) -> int:
+    try:
+        linears = source.block_linears()
+    except UnknownNameError:
+        return DEFAULT_GROUP
+    widths = {source.shape(f"{name}.weight")[1] for name in linears if f"{name}.weight" in source.pieces}
+    fitting = [size for size in GROUP_SIZES if not any(width % size for width in widths)]
+    return max(fitting, default=DEFAULT_GROUP)
 
 
 def no_group_refusals(options: ExportOptions) -> list[str]:

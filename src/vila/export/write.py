@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from vila import __version__
 from vila.core.errors import ConfigError
 from vila.core.events import task
-from vila.core.files import atomic_path, remove_partials, write_json
+from vila.core.files import atomic_path, check_writable, remove_partials, write_json
 from vila.export.readme import render_readme
 from vila.export.source import Source
 from vila.export.target import EXPORTS, ExportOptions, check_source, settled
@@ -45,10 +46,12 @@ def write_export(
 
 
 def check_out(out: Path, source: Path, overwrite: bool) -> None:
-    """Raise ConfigError unless `out` is free (absent, empty, or an export to overwrite) and apart from the model.
+    """Raise ConfigError unless `out` can be written: absent, empty, or an export to overwrite, apart from the model.
 
     What a killed writer of `out` left is removed first, and a directory that it was replacing is put back.
     """
+    if not os.path.lexists(out):
+        check_writable(out, field="--out", is_replaced=True)
     remove_partials(out.parent, out.name)
     here, there = source.resolve(), out.resolve()
     if here == there or there in here.parents:
@@ -57,6 +60,7 @@ def check_out(out: Path, source: Path, overwrite: bool) -> None:
         return
     if not out.is_dir():
         raise ConfigError(f"{out}: is a file; an export is a directory, give another name")
+    check_writable(out, field="--out", is_replaced=True)
     if not any(out.iterdir()):
         return
     if not overwrite:

@@ -38,13 +38,9 @@ def build_model(
     int4: keep weights that the checkpoint has in 4 bits as they are; False turns them into ordinary ones of `dtype`.
     Raises LayoutError listing every weight that is missing, unclaimed or of another shape.
     """
-    # Nothing is drawn that a file will overwrite; buffers are computed for real.
-    with init_empty_weights(include_buffers=False), no_init_weights():
-        model = VilaForConditionalGeneration(checkpoint.config)
+    model = empty_model(checkpoint, int4=False)
     expected = dict(model.named_parameters())
-    here = published_names(model)
-    found = {here.get(name, name): piece for name, piece in checkpoint.pieces.items()}
-    _account_for(checkpoint, found, expected)
+    found = _by_parameter(model, checkpoint)
     dtype = dtype or _main_dtype(checkpoint)
     if int4:
         _make_room(model, checkpoint.int4)
@@ -66,6 +62,27 @@ def build_model(
     return model.eval()
 
 
+def empty_model(checkpoint: Checkpoint, *, int4: bool = True) -> VilaForConditionalGeneration:
+    """Build the model without its weights, which stay on the meta device, for checks that need shapes alone.
+
+    int4: as of `build_model`.
+    Raises LayoutError listing every weight that is missing, unclaimed or of another shape in the checkpoint.
+    """
+    # Nothing is drawn that a file will overwrite; buffers are computed for real.
+    with init_empty_weights(include_buffers=False), no_init_weights():
+        model = VilaForConditionalGeneration(checkpoint.config)
+    _account_for(checkpoint, _by_parameter(model, checkpoint), dict(model.named_parameters()))
+    if int4:
+        _make_room(model, checkpoint.int4)
+    return model
+
+
+def _by_parameter(model: VilaForConditionalGeneration, checkpoint: Checkpoint) -> dict[str, Piece]:
+    """Return the weights of the checkpoint by the names of the model's parameters."""
+    here = published_names(model)
+    return {here.get(name, name): piece for name, piece in checkpoint.pieces.items()}
+
+
 def _account_for(checkpoint: Checkpoint, found: Mapping[str, Piece], expected: Mapping[str, nn.Parameter]) -> None:
     problems = []
     # A tied head has one name among the parameters and may have two in the file.
@@ -84,8 +101,6 @@ def _account_for(checkpoint: Checkpoint, found: Mapping[str, Piece], expected: M
                 f"{piece.name} has shape {piece.shape} in {piece.file.path.name}, "
                 f"the config asks for {tuple(parameter.shape)}"
             )
-        if piece is not None and not piece.dtype.is_floating_point:
-            problems.append(f"{piece.name} holds {piece.dtype} in {piece.file.path.name}, weights are floating point")
         if name in packed and packed[name].shape != tuple(parameter.shape):
             codes = packed[name].parts["qweight"]
             problems.append(
@@ -93,7 +108,7 @@ def _account_for(checkpoint: Checkpoint, found: Mapping[str, Piece], expected: M
                 f"the config asks for {tuple(parameter.shape)}"
             )
     if problems:
-        raise LayoutError("; ".join(problems), file=checkpoint.folder, hint="refusing a partial load")
+        raise LayoutError(f"{checkpoint.folder}: {'; '.join(problems)}; refusing a partial load")
 
 
 def _main_dtype(checkpoint: Checkpoint) -> torch.dtype:

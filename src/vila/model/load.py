@@ -61,7 +61,7 @@ def load_model(
     Raises LayoutError when the path is not a checkpoint or its weights do not match its config.
     """
     checkpoint = open_checkpoint(path, template=template, base=base, revision=revision)
-    model = build_model(checkpoint, _dtype(dtype), device, device_map, int4=int4)
+    model = build_model(checkpoint, named_dtype(dtype), device, device_map, int4=int4)
     return model, checkpoint.processor
 
 
@@ -75,7 +75,8 @@ def save_model(
     LAYOUTS[layout].write(model, processor, Path(folder))
 
 
-def _dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+def named_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+    """Return the dtype with a name; None for `auto`. Raises ConfigError for what is no floating-point dtype."""
     if dtype == "auto":
         return None
     kind = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), None)

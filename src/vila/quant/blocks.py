@@ -64,14 +64,11 @@ def can_scale(group: ScaleGroup, block: nn.Module) -> bool:
 
 
 def check_model(model: nn.Module, group_size: int) -> FamilyCard:
-    """The model's card, after making sure that it can be quantized.
+    """Return the model's card after checking that it can be quantized.
 
-    Raises LayoutError for a family without a card, for blocks whose Linears are not plain ones (quantized already, or
-    with an adapter around them) or not those of the card, and for weights that are absent or not finite; ConfigError
-    for a group size that does not divide the inputs, with those that would.
+    Raises as `check_layers`, and LayoutError for weights that are absent or not finite.
     """
-    card = card_of(model)
-    check_group_size(model, card, group_size)
+    card = check_layers(model, group_size)
     for name, parameter in _named_weights(model):
         if parameter.is_meta:
             raise LayoutError(f"{name}: its weight is not in memory; load the model again")
@@ -80,6 +77,18 @@ def check_model(model: nn.Module, group_size: int) -> FamilyCard:
                 f"{name}: the weight holds NaN or infinity, which no rounding can keep; the checkpoint is damaged, or "
                 "its training diverged"
             )
+    return card
+
+
+def check_layers(model: nn.Module, group_size: int) -> FamilyCard:
+    """Return the model's card after checking the shapes of its layers; the weights may be on the meta device.
+
+    Raises LayoutError for a family without a card, and for blocks whose Linears are not plain ones (quantized already,
+    or with an adapter around them) or not those of the card; ConfigError for a group size that does not divide the
+    inputs, with those that would.
+    """
+    card = card_of(model)
+    check_group_size(model, card, group_size)
     return card
 
 
@@ -94,7 +103,7 @@ def _named_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def check_group_size(model: nn.Module, card: FamilyCard, group_size: int) -> None:
-    """Raises ConfigError unless `group_size` divides the inputs of every Linear; LayoutError for unknown Linears."""
+    """Raise ConfigError unless `group_size` divides the inputs of every Linear; LayoutError for unknown Linears."""
     wrong: dict[int, list[str]] = {}
     widths: set[int] = set()
     for name, linear in _listed(model, card):
@@ -106,11 +115,14 @@ def check_group_size(model: nn.Module, card: FamilyCard, group_size: int) -> Non
     fitting = [str(size) for size in _dividing(widths)]
     where = "; ".join(f"{width} inputs of {_some(names)}" for width, names in sorted(wrong.items()))
     remedy = f"group sizes that fit this model: {', '.join(fitting)}" if fitting else "no usual group size fits"
-    raise ConfigError(f"group size {group_size} does not divide {where}; {remedy}")
+    raise ConfigError(f"group size {group_size} does not divide {where}", hint=remedy)
 
 
 def fitting_sizes(model: nn.Module) -> list[int]:
-    """The usual group sizes that divide the inputs of every Linear, ascending. Raises as `check_model` for others."""
+    """Return the usual group sizes that divide the inputs of every Linear, ascending; none if no size does.
+
+    Raises LayoutError as `check_layers`.
+    """
     return _dividing({linear.in_features for _, linear in _listed(model, card_of(model))})
 
 

@@ -22,14 +22,16 @@ from vila.model.int4 import use_int4
 from vila.model.load import save_model
 from vila.quant.apply import check_same_rounding, check_search
 from vila.quant.block_search import SearchOptions
-from vila.quant.blocks import check_model
+from vila.quant.blocks import blocks_of, check_layers, check_model, fitting_sizes, linears_of
 from vila.quant.calibrate import Calibration
+from vila.quant.inputs import check_ids
 from vila.quant.result import Search, save_search
 from vila.quant.round_model import RoundedModel, Rounding, RoundOptions, round_model
 from vila.quant.search import search_model
 
 Method = Literal["awq", "rtn"]
 LAYOUT = "awq-hf"
+PUBLISHED_GROUP_SIZE = SearchOptions().group_size
 SEARCH_FILE = "search.safetensors"
 SUMMARY_FILE = "quantization.json"
 
@@ -95,20 +97,48 @@ def make_search(
     return search_model(model, some, replace(request.search, dtype=kind), processor=processor, keep=keep, events=events)
 
 
-def check_request(model: nn.Module, request: Request, calibration: Calibration | None, found: Search | None) -> None:
-    """Everything that can be wrong before the work begins.
+def check_plan(model: nn.Module, request: Request, found: Search | None) -> None:
+    """Check a request against the shapes of a model, whose weights may be on the meta device.
 
-    Raises as `check_model` and `check_search`; ConfigError for a search that was made for another rounding, one that is
-    given where none is used, and missing calibration.
+    Raises as `check_layers` and `check_search`; ConfigError for a search that was made for another rounding, and one
+    that is given where none is used.
     """
-    check_model(model, request.search.group_size)
+    check_layers(model, request.search.group_size)
     if found is not None:
         if request.method == "rtn":
             raise ConfigError("method rtn uses no search, and one is given; leave one of them out")
         check_same_rounding(found, request.search.group_size, request.search.symmetric)
         check_search(model, found)
-    if calibration is None and (request.rounding == "feedback" or (request.method == "awq" and found is None)):
+
+
+def check_request(model: nn.Module, request: Request, calibration: Calibration | None, found: Search | None) -> None:
+    """Check everything that can be wrong before the work begins.
+
+    Raises as `check_plan` and `check_model`; ConfigError for missing calibration, DataError for one of another model.
+    """
+    check_plan(model, request, found)
+    check_model(model, request.search.group_size)
+    if calibration is not None:
+        check_ids(model, calibration)
+    elif request.rounding == "feedback" or (request.method == "awq" and found is None):
         raise ConfigError("no calibration is given, and the search or the rounding needs it")
+
+
+def default_group_size(model: nn.Module, found: Search | None = None) -> int:
+    """Return the group size of a search that was made before, else the largest of 128, 64 and 32 that fits the model.
+
+    128, the published size, if none fits. The model's weights may be on the meta device.
+    """
+    made = None if found is None else found.facts.get("group_size")
+    return int(made) if made else max(fitting_sizes(model), default=PUBLISHED_GROUP_SIZE)
+
+
+def needed_bytes(model: nn.Module, group_size: int) -> int:
+    """Return the disk space that quantizing takes, about: finished blocks, and the model that is made of them."""
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    packed = sum(linear.weight.numel() for block in blocks_of(model) for linear in linears_of(block).values())
+    # A code is half a byte, the scale of a group two and its zero point half a byte; other weights have 16 bits.
+    return 2 * (packed // 2 + packed * 5 // (2 * group_size)) + 2 * (parameters - packed)
 
 
 def quantize_checkpoint(

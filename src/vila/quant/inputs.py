@@ -29,14 +29,14 @@ def embed_rows(
     image_weight: what a token of a picture counts. processor: turns pictures into pixels; needed only with pictures.
     Raises DataError for ids that the model does not have.
     """
+    check_ids(model, calibration)
     width = max(len(row.ids) for row in calibration.rows)
     states, weights = [], []
-    for number, row in enumerate(calibration.rows):
+    for row in calibration.rows:
         ids_1S = torch.tensor([row.ids], device=_device(model))
         slots_1S = torch.zeros_like(ids_1S, dtype=torch.bool)
         if row.media:
             slots_1S = ids_1S.eq(model.config.image_token_id)  # type: ignore[union-attr, arg-type]
-        _check_ids(model, calibration.name, number, ids_1S[~slots_1S])
         state_1SD = _embed(model, ids_1S, row.media, processor)
         gap = width - len(row.ids)
         states.append(nn.functional.pad(state_1SD, (0, 0, 0, gap)))
@@ -55,14 +55,16 @@ def _embed(model: nn.Module, ids_1S: Tensor, media: tuple[Any, ...], processor: 
     return embedded
 
 
-def _check_ids(model: nn.Module, name: str, number: int, ids: Tensor) -> None:
+def check_ids(model: nn.Module, calibration: Calibration) -> None:
+    """Raise DataError for token ids that the model has no embedding for; its weights may be on the meta device."""
     vocab = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    wrong = ids[(ids < 0) | (ids >= vocab)]
-    if len(wrong):
-        raise DataError(
-            f"{name} row {number}: token id {int(wrong[0])} is outside the model's {vocab} embeddings; "
-            "calibrate with the model's own tokenizer"
-        )
+    for number, row in enumerate(calibration.rows):
+        placeholder = model.config.image_token_id if row.media else None  # type: ignore[union-attr]
+        if wrong := [one for one in row.ids if not 0 <= one < vocab and one != placeholder]:
+            raise DataError(
+                f"{calibration.name} row {number}: token id {wrong[0]} is outside the model's {vocab} embeddings",
+                hint="calibrate with the model's own tokenizer",
+            )
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -34,8 +34,7 @@ class CoyoFormat:
         chosen = read_options(CoyoOptions, options, "coyo")
         columns = ("id", chosen.image, *_texts(chosen))
         convert = partial(sample_of, root=image_root, options=chosen)
-        media = (chosen.image,)
-        return RecordSource(path, convert, kinds=(".tar", ".parquet"), columns=columns, events=events, media=media)
+        return RecordSource(path, convert, kinds=(".tar", ".parquet"), columns=columns, events=events)
 
 
 def sample_of(row: Row, root: Path, options: CoyoOptions) -> Sample:

@@ -59,11 +59,18 @@ class AwqHfLayout:
         pieces, packed = gather(under.pieces, facts.packing, facts.group_size, facts.describe())
         return with_int4(under, pieces, packed, folder)
 
+    def check(self, model: Any, processor: Any) -> None:
+        """Raise LayoutError for a model in full precision, or with outputs that gemm words cannot hold."""
+        check_int4(model, self.name)
+        for name, layer in int4_layers(model):
+            check_divides(f"outputs of {name}", layer.out_features, 8)
+
     def write(self, model: Any, processor: Any, folder: Path) -> None:
         """Write the model; all but the 4-bit weights becomes float16, which the readers of this layout compute in.
 
-        Raises LayoutError for a model in full precision, or with outputs that gemm words cannot hold.
+        Raises LayoutError as `check`.
         """
+        self.check(model, processor)
         size = check_int4(model, self.name)
         try:
             refuse_to_write(model.config, processor)
@@ -84,8 +91,6 @@ def check_int4(model: Any, layout: str) -> int:
 
 
 def _storage(model: Any, size: int, skipped: tuple[str, ...]) -> Storage:
-    for name, layer in int4_layers(model):
-        check_divides(f"outputs of {name}", layer.out_features, 8)
     kept = [
         name.replace("language_model.model.", prefix)
         for name, module in model.named_modules()

@@ -100,6 +100,11 @@ class LlavaHfLayout:
         )
         return Checkpoint(folder, vila_config, processor, pieces, unclaimed, _generation(folder))
 
+    def check(self, model: Any, processor: Any) -> None:
+        """Raise LayoutError as `refuse_to_write`, and for a model in 4 bits."""
+        refuse_to_write(model.config, processor)
+        FULL.check(model)
+
     def write(self, model: Any, processor: Any, folder: Path) -> None:
         """Write model, processor, tokenizer with `<image>`, chat template and generation config."""
         write_llava(model, processor, folder, FULL)

@@ -100,13 +100,18 @@ class LlavaV1Layout:
             ours.update({f"vision_tower.{name}": piece for name, piece in found.items()})
         return tower
 
+    def check(self, model: Any, processor: Any) -> None:
+        """Raise LayoutError as `refuse_to_write`, and for a model in 4 bits."""
+        refuse_to_write(model.config)
+        FULL.check(model)
+
     def write(self, model: Any, processor: Any, folder: Path) -> None:
         """Write in this layout. A published tower is named and kept in the file, another one gets a folder beside."""
         write_llava_v1(model, processor, folder, FULL)
 
 
 def refuse_to_write(config: Any) -> None:
-    """Raises LayoutError for what LLaVA-1.5's code cannot express."""
+    """Raise LayoutError for what LLaVA-1.5's code cannot express."""
     if config.projector_type == "mlp_downsample" or config.s2_scales:
         what = "S2 features" if config.s2_scales else "the projector mlp_downsample"
         raise LayoutError(f"{what} cannot be written as llava-v1: its code has none; use vila-v15 or native")

@@ -38,6 +38,10 @@ class NativeLayout:
             )
         return Checkpoint(folder, config, processor, pieces_of(find_files(folder)), (), generation_facts(folder))
 
+    def check(self, model: VilaForConditionalGeneration, processor: VilaProcessor) -> None:
+        """Raise LayoutError for a model in 4 bits."""
+        FULL.check(model)
+
     def write(self, model: VilaForConditionalGeneration, processor: VilaProcessor, folder: Path) -> None:
         """Write model and processor; an existing directory is replaced. Raises LayoutError for a model in 4 bits."""
         write_native(model, processor, folder, FULL)

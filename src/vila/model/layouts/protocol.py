@@ -52,8 +52,11 @@ class ReadLayout(Protocol):
 class ModelLayout(ReadLayout, Protocol):
     """A layout in which models of ours can also be written."""
 
+    def check(self, model: Any, processor: VilaProcessor) -> None:
+        """Raise LayoutError for what the layout cannot express; the weights may be on the meta device."""
+
     def write(self, model: Any, processor: VilaProcessor, folder: Path) -> None:
-        """Write atomically, replacing a directory. Raises LayoutError for what the layout cannot express."""
+        """Write atomically, replacing a directory. Raises LayoutError as `check`."""
 
 
 LAYOUTS: Registry[ModelLayout] = Registry(

@@ -32,17 +32,22 @@ class Storage:
     facts: Mapping[str, Any] = field(default_factory=dict)
     save: Callable[[Mapping[str, Writable], Path], None] = write_weights
 
-    def state(self, model: Any) -> dict[str, Any]:
-        """Weights of a model, or of its LLM, by their published names, as they will be stored but for `stored`.
-
-        Raises LayoutError for a model in 4 bits that is to be stored in full precision.
-        """
+    def check(self, model: Any) -> None:
+        """Raise LayoutError for a model in 4 bits that is to be stored in full precision."""
         layers = dict(int4_layers(model))
         if self.pack is None and layers:
             raise LayoutError(
                 f"{len(layers)} Linears of the model are in 4 bits, which this layout does not hold; use awq-hf or "
                 "tinychat, or turn them into ordinary ones with vila convert --dequantize"
             )
+
+    def state(self, model: Any) -> dict[str, Any]:
+        """Return the weights of a model, or of its LLM, by their published names, as stored but for `stored`.
+
+        Raises LayoutError as `check`.
+        """
+        self.check(model)
+        layers = dict(int4_layers(model))
         out: dict[str, Any] = {}
         for name, tensor in state_of(model).items():
             path, _, leaf = name.rpartition(".")

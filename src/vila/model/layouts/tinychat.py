@@ -20,13 +20,12 @@ from vila.kernels.int4_formats import pack_tinychat
 from vila.kernels.int4_layout import Int4Weight
 from vila.kernels.int4_packing import check_divides
 from vila.model.int4 import int4_layers
-from vila.model.layouts import llava_v1
+from vila.model.layouts import llava_v1, vila_v15
 from vila.model.layouts.awq_hf import check_int4
 from vila.model.layouts.int4_pieces import with_int4
 from vila.model.layouts.names import claim
 from vila.model.layouts.protocol import PICKLED, Checkpoint, detect_full_precision
 from vila.model.layouts.storage import Storage
-from vila.model.layouts.vila_v15 import write_folders
 from vila.model.packed import PackedWeight, check_whole, fitting, packed_facts, split
 from vila.model.torch_written import write_torch_file
 from vila.model.weights import INDEXES, SINGLES, Piece, pickled_files, pieces_of, weight_file
@@ -68,23 +67,31 @@ class TinychatLayout:
         checkpoint = with_int4(under, pieces, packed, folder)
         return replace(checkpoint, unclaimed=sorted({*under.unclaimed, *unclaimed}))
 
-    def write(self, model: Any, processor: Any, folder: Path) -> None:
-        """Write config, tokenizer, tower and projector in VILA-1.0's layout or VILA-1.5's, and the weights in a file.
-
-        All but the 4-bit weights becomes float16. Raises LayoutError for a model in full precision, or that neither
-        of the two layouts can express, or whose sizes the packing does not know.
-        """
-        size = check_int4(model, self.name)
+    def check(self, model: Any, processor: Any) -> None:
+        """Raise LayoutError for a model in full precision, that neither layout can express, or of odd sizes."""
+        check_int4(model, self.name)
         for name, layer in int4_layers(model):
             check_divides(f"outputs of {name} in TinyChat's words", layer.out_features, 8)
             check_divides(f"inputs of {name} in TinyChat's words", layer.in_features, 64)
+        try:
+            llava_v1.refuse_to_write(model.config)
+        except LayoutError:
+            vila_v15.refuse_to_write(model.config)
+
+    def write(self, model: Any, processor: Any, folder: Path) -> None:
+        """Write config, tokenizer, tower and projector in VILA-1.0's layout or VILA-1.5's, and the weights in a file.
+
+        All but the 4-bit weights becomes float16. Raises LayoutError as `check`.
+        """
+        self.check(model, processor)
+        size = check_int4(model, self.name)
         # TinyChat asks for the ending.
         file = f"{folder.name}-w4-g{size}-awq-v2{PICKLED}"
         storage = Storage(_pack, save=lambda tensors, where: write_torch_file(_with_head(tensors), where / file))
         try:
             llava_v1.refuse_to_write(model.config)
         except LayoutError:
-            write_folders(model, processor, folder, storage)
+            vila_v15.write_folders(model, processor, folder, storage)
         else:
             llava_v1.write_llava_v1(model, processor, folder, storage)
 

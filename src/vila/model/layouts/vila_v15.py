@@ -70,16 +70,26 @@ class VilaV15Layout:
         )
         return Checkpoint(folder, config, processor, pieces, [*unclaimed, *lost], generation_facts(llm_folder))
 
+    def check(self, model: Any, processor: Any) -> None:
+        """Raise LayoutError as `refuse_to_write`, and for a model in 4 bits."""
+        refuse_to_write(model.config)
+        FULL.check(model)
+
     def write(self, model: Any, processor: Any, folder: Path) -> None:
         """Write the three folders."""
         write_folders(model, processor, folder, FULL)
 
 
-def write_folders(model: Any, processor: Any, folder: Path, storage: Storage) -> None:
-    """Write the three folders, the LLM's weights in `storage`. Raises LayoutError for a tower of another kind."""
-    kind = model.config.vision_config.model_type
+def refuse_to_write(config: Any) -> None:
+    """Raise LayoutError for a tower that VILA-1.5's code does not build."""
+    kind = config.vision_config.model_type
     if kind not in _TOWERS:
         raise LayoutError(f"a {kind} tower cannot be written as vila-v15: its code builds CLIP, SigLIP, InternViT")
+
+
+def write_folders(model: Any, processor: Any, folder: Path, storage: Storage) -> None:
+    """Write the three folders, the LLM's weights in `storage`. Raises LayoutError as `refuse_to_write`."""
+    refuse_to_write(model.config)
     config = storage.config(model)
     weights = storage.stored(storage.state(model.language_model))
     with atomic_path(folder) as part:
