@@ -88,8 +88,14 @@ def test_a_clip_is_expanded_once_and_stays_in_the_conversation(stage, tmp_path):
 
 def test_markers_place_the_pictures_that_wait(stage, picture):
     shown = stage(f"/image {picture}", "a <image> b <image>", "a <image> b")
-    assert "error: the question: 2 <image> markers but 1 picture given" in shown
+    assert "error: the question: 2 <image> markers but 1 image given" in shown
     assert [type(part) for part in stage.engine.asked[0][0].parts] == [Text, Image, Text]
+
+
+def test_a_marker_without_an_image_is_an_error_that_names_the_command_to_add_one(stage):
+    shown = stage("<image> what?", "what?")
+    assert "error: the question: 1 <image> marker but 0 images given; /image PATH" in shown
+    assert len(stage.engine.asked) == 1
 
 
 def test_undo_takes_back_media_first_then_exchanges(stage, picture):

@@ -121,7 +121,7 @@ def test_the_line_break_after_a_picture_does_not_depend_on_the_template(vila, mo
 def test_a_marker_without_a_picture_is_refused(vila, model):
     code, _, err = vila("run", model, "--query", "<image> x")
     assert code == 1
-    assert "--query: 1 <image> marker but 0 pictures given" in err
+    assert "--query: 1 <image> marker but 0 images given" in err
 
 
 def test_the_same_model_may_be_named_twice(vila, model):

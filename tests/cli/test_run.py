@@ -9,7 +9,7 @@ from PIL import Image as PilImage
 
 from tests import tiny
 from vila.cli import asking
-from vila.core.errors import ConfigError
+from vila.core.errors import ConfigError, MediaError
 from vila.core.types import Image, Message
 from vila.engine.engine import Engine
 from vila.model.load import save_model
@@ -58,8 +58,17 @@ def test_markers_in_the_prompt_say_where_media_go(vila, model, picture, tmp_path
     assert got["text"] == direct(model, [Message.of("user", *parts)], max_new_tokens=6).text
 
 
-def test_without_media_a_marker_is_plain_text(vila, model):
-    assert asked(vila, model, "-p", "<image>?", "--max-new-tokens", 1)["prompt_tokens"] == len("<image>?")
+@pytest.mark.parametrize("text", ["<image>?", "<video>?", "<image>\n<image>\nwhich?"])
+def test_a_marker_without_media_is_refused_before_the_model_is_opened(vila_error, text):
+    error = vila_error("run", "no/model", "-p", text)
+    assert (type(error), error.field) == (MediaError, "--prompt")
+    assert "--image FILE" in error.hint
+
+
+def test_text_that_spells_a_marker_can_be_asked_as_a_message(vila, model, tmp_path):
+    (tmp_path / "turn.json").write_text(json.dumps([{"role": "user", "content": "<image>?"}]))
+    got = asked(vila, model, "--messages", tmp_path / "turn.json", "--max-new-tokens", 1)
+    assert got["prompt_tokens"] == len("<image>?")
 
 
 @pytest.mark.parametrize("frames", [(), ("--num-video-frames", 3)])
@@ -237,8 +246,8 @@ FILES = {
         (("{model}", "--messages", "{tmp}/roles.json"), 1, "roles.json: message 1: expected a turn of the user"),
         (("{model}", "--messages", "{tmp}/nopic.json"), 1, "nopic.json: "),
         (("{model}", "--system", "x", "--messages", "{tmp}/system.json"), 2, "begin with a system message"),
-        (("{model}", "-p", "<image>a<image>", "-i", "{tmp}/p.png"), 1, "2 <image> markers but 1 picture given"),
-        (("{model}", "-p", "<video>", "-i", "{tmp}/p.png"), 1, "0 <image> markers but 1 picture, and 1 <video> marker"),
+        (("{model}", "-p", "<image>a<image>", "-i", "{tmp}/p.png"), 1, "2 <image> markers but 1 image given"),
+        (("{model}", "-p", "<video>", "-i", "{tmp}/p.png"), 1, "0 <image> markers but 1 image, and 1 <video> marker"),
         (("{model}", "-p", "x", "--shot", "image={tmp}/none.png", "text=a"), 1, "none.png: no such file"),
     ],
 )
@@ -263,7 +272,7 @@ def test_bad_input_is_one_line_before_any_weight_is_read(
     [
         (("-p", "x", "-i", "none.png"), "none.png: no such file"),
         (("-p", "x", "--video", "none.mp4"), "none.mp4: no such file"),
-        (("-p", "<image>", "-i", "p.png", "-i", "p.png"), "1 <image> marker but 2 pictures given"),
+        (("-p", "<image>", "-i", "p.png", "-i", "p.png"), "1 <image> marker but 2 images given"),
         (("--messages", "turns.json"), "turns.json: none.mp4: no such file"),
     ],
 )

@@ -79,7 +79,7 @@ def test_a_shot_that_repeats_the_prompt_puts_its_picture_at_the_prompts_marker()
     question = Question("look: <image> what?", [B])
     first, _, _ = build_conversation(question, "\n", shots=[Shot("1", A)])
     assert first == Message.of("user", "look: ", A, " what?")
-    with pytest.raises(MediaError, match="--shot 1: 1 <image> marker but 0 pictures given"):
+    with pytest.raises(MediaError, match="--shot 1: 1 <image> marker but 0 images given"):
         build_conversation(question, "\n", shots=[Shot("1")])
 
 

@@ -18,9 +18,9 @@ _MARKERS = re.compile(f"({_IMAGE}|{_VIDEO})")
 class Question:
     """The last turn of a conversation.
 
-    gap:   written after each picture that is put before the text; None takes the template's.
-    where: what to call the text in an error.
-    marked: markers in the text are read even though no media were given.
+    gap:   written after each image that is put before the text; None takes the template's.
+    where: name of the text in an error.
+    give:  how to give media, for the error for markers without any.
     """
 
     text: str
@@ -28,12 +28,7 @@ class Question:
     videos: Sequence[Video] = ()
     gap: str | None = None
     where: str = "--prompt"
-    marked: bool = False
-
-    @property
-    def reads_markers(self) -> bool:
-        """Without any media `<image>` is text like any other."""
-        return self.marked or bool(self.images or self.videos)
+    give: str = "pass --image FILE or --video FILE; text that spells a marker goes into --messages, as a text part"
 
 
 def build_conversation(
@@ -55,31 +50,32 @@ def build_conversation(
 def _example(shot: Shot, question: Question, where: str) -> Question:
     images = () if shot.image is None else (shot.image,)
     if shot.question is None:
-        return replace(question, images=images, videos=(), where=where, marked=question.reads_markers)
+        return replace(question, images=images, videos=(), where=where)
     return Question(check_text(shot.question, where), images, where=where)
 
 
 def place_media(question: Question, gap: str) -> tuple[Part, ...]:
-    """The parts of a user's turn: media where the text has markers for them, else before the text.
+    """Return the parts of a user's turn: media where the text has markers for them, else before the text.
 
-    Raises MediaError naming both counts when markers and media differ in number.
+    Raises MediaError with both counts if markers and media differ in number.
     """
     text = question.text
     found = {_IMAGE: text.count(_IMAGE), _VIDEO: text.count(_VIDEO)}
-    if not question.reads_markers:
-        return (Text(text),)
     if not any(found.values()):
         # The processor writes the gaps of a clip, frame by frame.
         before = [part for image in question.images for part in (image, Text(gap))]
         return _joined([*before, *question.videos, Text(text)])
     problems = [
         f"{_count(found[marker], f'{marker} marker')} but {_count(len(given), what)}"
-        for marker, given, what in ((_IMAGE, question.images, "picture"), (_VIDEO, question.videos, "video"))
+        for marker, given, what in ((_IMAGE, question.images, "image"), (_VIDEO, question.videos, "video"))
         if found[marker] != len(given)
     ]
     if problems:
+        has_media = bool(question.images or question.videos)
         raise MediaError(
-            f"{question.where}: {', and '.join(problems)} given; write a marker for each, or none to have them first"
+            f"{', and '.join(problems)} given",
+            field=question.where,
+            hint="write a marker for each, or none to have them first" if has_media else question.give,
         )
     waiting: dict[str, Iterator[Part]] = {_IMAGE: iter(question.images), _VIDEO: iter(question.videos)}
     return _joined([next(waiting[piece]) if piece in waiting else Text(piece) for piece in _MARKERS.split(text)])

@@ -73,4 +73,4 @@ def split_files(files: str | None, sep: str) -> list[str]:
 def read_query(text: str, images: Sequence[Image], videos: Sequence[Video]) -> Question:
     """`--query` as the original understands it: with a line break after each picture, whatever the template."""
     plain = text.replace("\\n", "\n").replace("<image-placeholder>", "<image>")
-    return Question(plain, images, videos, gap="\n", where="--query", marked=True)
+    return Question(plain, images, videos, gap="\n", where="--query")

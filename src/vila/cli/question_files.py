@@ -16,6 +16,7 @@ from vila.core.types import Image, Message, Part, Text, Video
 
 _KEYS = ("id", "messages", "prompt", "image", "images", "video", "videos")
 _STDIN = "standard input"
+_GIVE = "name media in 'images' and 'videos'; text that spells a marker goes into 'messages', as a text part"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +100,7 @@ def _row(facts: Any, number: int, path: Path, num_frames: int | None) -> Row:
     videos = [Video(below(folder, name), num_frames) for name in _names(facts, "video", "videos")]
     if not (prompt.strip() or images or videos):
         raise DataError("the question is empty", field="prompt", value=prompt)
-    return Row(path, record, identity, Question(prompt, images, videos, where="prompt"))
+    return Row(path, record, identity, Question(prompt, images, videos, where="prompt", give=_GIVE))
 
 
 def _conversation(rows: Any, folder: Path, num_frames: int | None) -> tuple[Message, ...]:

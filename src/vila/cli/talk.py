@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from vila.model.processor import VilaProcessor
 
 
+_GIVE = "/image PATH and /video PATH add media to the next question"
+
+
 @dataclass(frozen=True, slots=True)
 class Exchange:
     """A question, the names of its media, and its answer; `asked` is the user's turn with every clip expanded."""
@@ -62,10 +65,12 @@ class Talk:
     def messages(self, text: str) -> tuple[Message, ...]:
         """The conversation so far and this question with the media that wait. Raises MediaError and ConfigError.
 
-        `<image>` and `<video>` in the text say where these go; without any they go before it.
+        `<image>` and `<video>` in the text are the places of these; without any they go before it.
         """
         gap = self.processor.find_template().media_gap
-        question = Question(check_text(text, "the question"), self._images, self._videos, where="the question")
+        question = Question(
+            check_text(text, "the question"), self._images, self._videos, where="the question", give=_GIVE
+        )
         asked = Message("user", place_media(question, gap))
         said = [turn for one in self.exchanges for turn in (one.asked, Message.of("assistant", one.answer))]
         return with_system([*said, *self.processor.expand_videos([asked], gap)], self.system)
