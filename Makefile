@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
+JOBS ?= 2
 TORCH_INDEX ?=
 
 RUN := $(VENV)/bin
@@ -20,6 +21,7 @@ help:
 	@echo "make clean        remove caches and build results; $(VENV) and runs/ stay"
 	@echo ""
 	@echo "ARGS=...          passed on: make quickstart ARGS='--minutes 3 --out runs/short', make test ARGS='-k chat'"
+	@echo "JOBS=2           test processes of make test; 0 runs the tests in one process, as a debugger needs"
 	@echo "PYTHON=...        the Python (3.11 or newer) that $(VENV) is made from; now $(PYTHON)"
 	@echo "TORCH_INDEX=...   one more package index for PyTorch. On Linux without a GPU, the CPU build saves"
 	@echo "                  gigabytes: TORCH_INDEX=https://download.pytorch.org/whl/cpu"
@@ -27,8 +29,9 @@ help:
 quickstart: $(VENV)/.runtime
 	$(RUN)/vila quickstart $(ARGS)
 
+# Two workers, a test file at a time: files share fixtures, and blocks of a page build on each other.
 test: $(VENV)/.dev
-	$(RUN)/python -m pytest $(ARGS)
+	$(RUN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 test-slow: $(VENV)/.dev
 	$(RUN)/python -m pytest -m "slow and not gpu" $(ARGS)

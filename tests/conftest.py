@@ -1,11 +1,19 @@
-"""Fixtures of every test: a cache of its own, and exceptions that are none of ours show their traceback."""
+"""Fixtures and reports of all tests: a cache per test, one thread per worker, documentation blocks not run."""
+
+import os
+
+# Workers share the cores; torch reads this when it is imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+
+from tests.house.readme_blocks import ROOT, read_blocks
 
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory, monkeypatch):
-    """Indexes, features and parts that a test makes stay out of the user's cache."""
+    """Keep indexes, features and parts that a test makes out of the user's cache."""
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("VILA_CACHE", str(folder))
     return folder
@@ -13,5 +21,20 @@ def own_cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture(autouse=True)
 def tracebacks(monkeypatch):
-    """The command line raises unexpected exceptions, here and in processes that a test starts."""
+    """Let the command line raise unexpected exceptions, here and in processes that a test starts."""
     monkeypatch.setenv("VILA_TRACEBACK", "1")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """List the blocks of README and docs that a reader may type and that this session did not run."""
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, ())]
+    ran = {
+        report.nodeid.partition("[")[2].rstrip("]") for report in reports if "test_documented_block" in report.nodeid
+    }
+    if not ran:
+        return
+    terminalreporter.section("documentation blocks not run")
+    for block in read_blocks(ROOT):
+        if block.where not in ran:
+            why = "not selected" if "run" in block.tags else "not tagged run"
+            terminalreporter.write_line(f"{block.where} ({' '.join([block.language, *sorted(block.tags)])}): {why}")

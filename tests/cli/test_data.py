@@ -70,7 +70,7 @@ def test_check_names_every_kind_of_fault_and_counts_past_what_it_shows(vila, tmp
     assert "bad.png" in out
     assert "answer is empty" in out
     assert "and 1 more faults" in out
-    assert "1 ids come more than once: 'fine'" in out
+    assert "1 ids occur more than once: 'fine'" in out
     code, out, _ = vila("data", "check", tmp_path / "d.jsonl", "--json", "--sample", 6)
     facts = json.loads(out)["data_sets"][0]
     assert (code, facts["faults"], facts["duplicate_ids"], facts["histogram"]) == (1, 4, 1, {"256": 2})
@@ -164,15 +164,16 @@ def test_index_says_where_it_is_kept_and_whether_it_was_there(vila, tmp_path, mo
     monkeypatch.setenv("VILA_CACHE", str(tmp_path / "cache"))
     shards = tmp_path / "shards"
     shards.mkdir()
+    record = '{"messages": []}\n'
     for name in "ab":
-        (shards / f"{name}.jsonl").write_text("{}\n{}\n")
+        (shards / f"{name}.jsonl").write_text(record * 2)
     code, out, err = vila("data", "index", shards / "a.jsonl")
     (file,) = (tmp_path / "cache" / "index").iterdir()
     assert (code, out) == (0, f"{shards / 'a.jsonl'}: 2 records; indexes: 1 built, 0 found\n  built: {file}\n"), err
     assert "index a.jsonl ..." in err
     assert "1 built, 1 found" in vila("data", "index", shards)[1]
     assert "4 records; indexes: 0 built, 2 found" in vila("data", "index", f"{shards}/*.jsonl")[1]
-    (shards / "a.jsonl").write_text("{}\n")
+    (shards / "a.jsonl").write_text(record)
     assert "1 records; indexes: 1 built, 0 found" in vila("data", "index", shards / "a.jsonl")[1]
 
 
@@ -206,3 +207,13 @@ def test_inspect_tells_what_is_learnt_and_writes_one_page(vila, tmp_path):
     code, _, err = vila("data", "inspect", tmp_path / "recipe.yaml", "--index", 99)
     assert code == 2
     assert "24 samples" in err
+
+
+def test_check_counts_media_that_a_format_does_not_read(vila, tmp_path, picture):
+    turns = [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "a dot"}]
+    rows = [{"image": "p.png", "images": ["p.png"], "conversations": turns}, {"image": "p.png", "conversations": turns}]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    code, out, _ = vila("data", "check", tmp_path / "d.jsonl", "--format", "llava_json")
+    assert code == 0 and "images (1)" in out
+    facts = json.loads(vila("data", "check", tmp_path / "d.jsonl", "--format", "llava_json", "--json")[1])
+    assert facts["data_sets"][0]["unread_media"] == {"images": 1}

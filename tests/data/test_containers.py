@@ -9,24 +9,21 @@ import json
 import lzma
 import tarfile
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from tests.data.shards import PIXELS, write_lines, write_list, write_tar
-from vila.core.errors import DataError
+from tests.data.good import GOOD
+from tests.data.shards import PIXELS, refusal, write_lines, write_list, write_parquet, write_tar
 from vila.data.formats import scan_json as json_scanner
 from vila.data.formats import scan_tar as tar_scanner
 from vila.data.formats.rows import open_rows
 from vila.data.formats.scan_json import scan_json
 from vila.data.formats.scan_tar import scan_tar
+from vila.data.loader import Entry, open_entry
 
 LLAVA = {"id": "0", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
 MEMBERS = [("a.jpg", PIXELS), ("a.txt", "A cat."), ("b.jpg", PIXELS * 100), ("b.txt", "B")]
-
-
-def refusal(read):
-    with pytest.raises(DataError) as caught:
-        read()
-    return caught.value
 
 
 def spans(scan, path):
@@ -333,3 +330,130 @@ def test_an_index_of_anything_else_is_built_again(damaged, tmp_path, own_cache):
     (file,) = (own_cache / "index").iterdir()
     file.write_bytes(damaged.ljust(4096) + bytes(16))
     assert open_rows(path)[0].value == {"n": 1}
+
+
+# Parquet
+
+
+def test_parquet_files_that_were_joined_are_refused(tmp_path):
+    parts = [write_parquet(tmp_path / f"{n}.parquet", [{"inputs": "x" * n, "targets": "y"}] * n) for n in (3, 7)]
+    path = tmp_path / "d.parquet"
+    for order in (parts, parts[::-1]):
+        path.write_bytes(b"".join(part.read_bytes() for part in order))
+        assert "joined" in refusal(lambda: open_rows(path)).problem
+
+
+@pytest.mark.parametrize("garbage", [b"x", bytes(8), b"PAR1", b"more\n" * 100])
+def test_bytes_behind_parquet_are_refused(garbage, tmp_path):
+    path = write_parquet(tmp_path / "d.parquet", [{"inputs": "x", "targets": "y"}] * 3)
+    path.write_bytes(path.read_bytes() + garbage)
+    error = refusal(lambda: open_rows(path))
+    assert error.file == str(path) and error.hint
+
+
+def test_parquet_with_page_indexes_is_read(tmp_path):
+    table = pa.Table.from_pylist([{"inputs": f"x{n}", "targets": "y"} for n in range(100)])
+    pq.write_table(table, tmp_path / "d.parquet", write_page_index=True, row_group_size=10)
+    assert open_rows(tmp_path / "d.parquet")[99].value["inputs"] == "x99"
+
+
+def test_a_dictionary_of_bytes_and_views_stay_in_the_file(tmp_path):
+    array = pa.array([PIXELS, b"two", PIXELS])
+    path = tmp_path / "d.parquet"
+    pq.write_table(
+        pa.table({"image": array.dictionary_encode(), "text": pa.array(["a"] * 3).dictionary_encode()}), path
+    )
+    row = open_rows(path)[2]
+    assert row.value["image"].read() == PIXELS and row.value["text"] == "a"
+
+
+def test_text_in_parquet_that_is_not_utf8_is_named(tmp_path):
+    bad = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\4\0\0\0"), pa.py_buffer(b"caf\xe9")])
+    path = tmp_path / "d.parquet"
+    pq.write_table(pa.table({"inputs": bad, "targets": ["y"]}), path)
+    error = refusal(lambda: open_rows(path)[0])
+    assert (error.file, error.record) == (str(path), 0)
+
+
+def test_two_columns_of_one_name_are_named(tmp_path):
+    path = tmp_path / "d.parquet"
+    pq.write_table(pa.table([pa.array(["a"]), pa.array(["b"])], names=["inputs", "inputs"]), path)
+    error = refusal(lambda: open_rows(path)[0])
+    assert (error.file, error.field) == (str(path), "inputs")
+
+
+@pytest.mark.parametrize("content", [b"", b'{"a": 1}\n' * 20, gzip.compress(b"PAR1"), b"PAR1" + bytes(100) + b"PAR1"])
+def test_a_file_named_parquet_that_is_none_is_named(content, tmp_path):
+    path = tmp_path / "d.parquet"
+    path.write_bytes(content)
+    error = refusal(lambda: open_rows(path))
+    assert error.file == str(path) and error.hint
+
+
+# Good records under another format
+
+
+def entry(form, path, **options):
+    return open_entry(Entry(form, str(path), options=options))
+
+
+READ_ALIKE = {
+    ("messages", "webdataset"), ("llava_json", "llava_json_v15", "messages", "video_json"),
+    ("vflan", "flan", "webdataset"), ("coyo", "webdataset"), ("webdataset", "vflan", "coyo"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", sorted({form for form, _ in GOOD}))
+@pytest.mark.parametrize("case", GOOD, ids="-".join)
+def test_a_file_in_another_format_is_one_fault_that_names_the_right_one(form, case, tmp_path):
+    own, container = case
+    path = GOOD[case](tmp_path)
+    if form == own:
+        assert len(entry(form, path)) >= 3
+    elif not any({form, own} <= set(alike) for alike in READ_ALIKE):
+        error = refusal(lambda: entry(form, path))
+        assert error.file == str(path) and error.record is None
+        assert f"format {own}" in error.hint or f"'{own}'" in (error.problem + error.hint), str(error)
+
+
+@pytest.mark.parametrize(
+    ("records", "word"),
+    [
+        ([{"instruction": "i", "input": "", "output": "o"}], "Alpaca"),
+        ([{"data": [LLAVA]}], "'data'"),
+        ([{"speech": []}] * 50, "'speech'"),
+        ([{}] * 3, "empty"),
+    ],
+)
+def test_records_of_no_format_are_one_fault_that_says_what_they_hold(records, word, tmp_path):
+    path = write_lines(tmp_path / "d.jsonl", records)
+    error = refusal(lambda: entry("messages", path))
+    assert error.file == str(path) and word in error.problem
+
+
+def test_one_good_record_or_damage_inside_records_is_no_fault_of_the_file(tmp_path):
+    good = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
+    path = write_lines(tmp_path / "d.jsonl", [{"data": [{}]}] * 3 + [good] * 5)
+    assert len(entry("llava_json", path)) == 8
+    path = write_lines(tmp_path / "e.jsonl", [{"conversations": [{"from": "gpt", "value": True}]}] * 3)
+    assert len(entry("llava_json", path)) == 3
+
+
+@pytest.mark.parametrize("name", ["d.csv", "d.ndjson", "d.JSONL", "d.xyz"])
+def test_a_file_of_another_extension_has_a_remedy(name, tmp_path):
+    write_lines(tmp_path / name, [LLAVA])
+    error = refusal(lambda: entry("llava_json", tmp_path / name))
+    assert error.file == str(tmp_path / name) and bool(error.hint) == (name != "d.xyz")
+    assert ".jsonl" in refusal(lambda: entry("llava_json", tmp_path / name)).expected
+
+
+def test_a_directory_says_what_it_holds(tmp_path):
+    write_lines(tmp_path / "d.jsonl", [LLAVA])
+    assert ".jsonl" in refusal(lambda: entry("webdataset", tmp_path)).hint
+
+
+def test_a_rule_that_leaves_records_out_leaves_damaged_ones_to_be_reported(tmp_path):
+    rows = [{"text_list": ["a"], "image_info": [{"matched_text_index": 0, "image_name": "p.png"}]}, {"text_list": 3}]
+    path = write_lines(tmp_path / "d.jsonl", [rows[0], rows[1], {"text_list": ["a"], "image_info": []}])
+    source = entry("mmc4", path, without_images="drop")
+    assert len(source) == 2 and refusal(lambda: source[1]).record == 1

@@ -161,9 +161,9 @@ def test_a_missing_file_is_named(case, tmp_path):
 @pytest.mark.parametrize("kind", FORMATS)
 def test_other_files_are_refused_with_a_reason(kind, name, tmp_path):
     (tmp_path / name).write_bytes(b"x")
-    reason = "pickles can run code" if name == "d.pkl" else "cannot be read by" if name == "d.csv" else "compressed"
-    with pytest.raises(DataError, match=f"{name}: {reason}"):
-        FORMATS[kind].open(tmp_path / name, tmp_path)
+    reason = "pickles can run code" if name == "d.pkl" else "not read by" if name == "d.csv" else "compressed"
+    error = refusal(lambda: FORMATS[kind].open(tmp_path / name, tmp_path))
+    assert error.file == str(tmp_path / name) and reason in error.problem and error.hint
 
 
 @CASES
@@ -180,8 +180,8 @@ def test_a_file_that_changes_while_it_is_read_is_named(case, tmp_path):
 def test_a_file_cut_in_the_middle_is_named(case, tmp_path):
     path = GOOD[case](tmp_path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
-    with pytest.raises(DataError, match=rf"{path.name}.*(breaks off|cut or damaged|not JSON|not a whole parquet)"):
-        list(FORMATS[case[0]].open(path, tmp_path))
+    error = refusal(lambda: list(FORMATS[case[0]].open(path, tmp_path)))
+    assert error.file == str(path) and error.hint
 
 
 def _damaged(record):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.data.reading import SPEC, reader_of, write_records
-from vila.core.errors import DataError, MediaError
+from vila.core.errors import CheckpointError, DataError, MediaError
 from vila.core.types import Image, Message, Sample
 from vila.data.batch import collate
 from vila.data.faults import Fault, FaultLog
@@ -160,22 +160,40 @@ def test_faults_within_the_budget_are_skipped_alone_and_listed(file, tmp_path):
     assert all(reader(line["position"]).id == bad for line in lines)
 
 
-def test_more_faults_than_allowed_stop_the_run_and_name_the_list(file, tmp_path):
+def fault(position, record=None):
+    return Fault(position, f"reason {position}", ("d.jsonl", position if record is None else record))
+
+
+def test_more_faults_than_allowed_stop_the_run_and_name_the_list(tmp_path):
     log = FaultLog(tmp_path / "faults.jsonl", 1)
-    log.add(
-        [
-            Fault(3, "a"),
-        ]
-    )
-    with pytest.raises(
-        DataError, match=r"2 samples could not be read, data.max_faults allows 1; .*faults.jsonl. The last: b"
-    ):
-        log.add([Fault(4, "b")])
+    assert log.add([fault(3)]) == 1
+    with pytest.raises(DataError) as raised:
+        log.add([fault(4)])
+    assert (raised.value.file, raised.value.field) == (str(log.path), "data.max_faults")
+    assert "reason 4" in raised.value.problem
+
+
+def test_a_sample_counts_once_however_often_it_is_visited(tmp_path):
+    log = FaultLog(tmp_path / "faults.jsonl", 2)
+    # One step has the faults of all ranks; the epochs and repeats come back to records 3 and 4.
+    assert log.add([fault(3), fault(8, record=3)]) == 1
+    assert log.add([fault(13, record=3), fault(4), fault(14, record=4)]) == 1
+    assert log.add([fault(23, record=3), fault(24, record=4)]) == 0
+    assert log.count == 2
+    lines = [json.loads(line) for line in log.path.read_text().splitlines()]
+    assert [(line["position"], line["file"], line["record"]) for line in lines] == [
+        (3, "d.jsonl", 3),
+        (4, "d.jsonl", 4),
+    ]
+    again = FaultLog(log.path, 2)
+    assert again.count == 2 and again.add([fault(33, record=3)]) == 0
+    with pytest.raises(DataError):
+        again.add([fault(35)])
 
 
 def test_a_resumed_run_forgets_the_faults_that_it_will_meet_again(tmp_path):
     log = FaultLog(tmp_path / "faults.jsonl", 9)
-    log.add([Fault(n, "x") for n in range(4)])
+    log.add([fault(n) for n in range(4)])
     log.path.write_text(log.path.read_text() + '{"position": 9, "rea')
     states = [LaneState(4, ()), LaneState(5, (3,))]
     from vila.train.rows import _seen_by
@@ -183,6 +201,56 @@ def test_a_resumed_run_forgets_the_faults_that_it_will_meet_again(tmp_path):
     again = FaultLog(log.path, 9, seen=_seen_by(states, 2))
     assert [json.loads(line)["position"] for line in log.path.read_text().splitlines()] == [0, 1, 2]
     assert again.count == 3
+
+
+def test_a_list_of_version_one_counts_by_position(tmp_path):
+    path = tmp_path / "faults.jsonl"
+    path.write_text('{"position": 3, "reason": "x"}\n{"position": 4, "reason": "x"}\n')
+    assert FaultLog(path, 9).count == 2
+
+
+@pytest.mark.parametrize("line", ["not json", "[1]", "{}", '{"position": "3"}', '{"position": true}', '"cut \\ud83d"'])
+def test_a_damaged_list_is_named(line, tmp_path):
+    path = tmp_path / "faults.jsonl"
+    path.write_text(f'{{"position": 3, "reason": "x"}}\n{line}\n')
+    with pytest.raises(CheckpointError) as raised:
+        FaultLog(path, 9)
+    assert (raised.value.file, raised.value.record) == (str(path), "line 2")
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("packing", ["rows", "none", "grouped"])
+def test_epochs_and_repeats_come_back_to_a_damaged_sample_and_it_counts_once(file, tmp_path, world, packing):
+    damage(file, 4)
+    entries = [Entry("messages", str(file), repeat=2), Entry("messages", str(file))]
+    log = FaultLog(tmp_path / "faults.jsonl", 1)
+    policy = Policy(max_length=96, look_ahead=6, max_faults=1, packing=packing)
+    reader = reader_of(*entries)
+    ranks = [
+        LaneSet(reader, 2, policy=policy, rank=rank, world=world, decode=reader.pixels, place=reader.place)
+        for rank in range(world)
+    ]
+    visits = 0
+    while visits < 12:  # three of an epoch
+        faults = [one for lanes in ranks for row in lanes.step() for one in row.faults]
+        log.add(faults)
+        visits += len(faults)
+    assert log.count == 1
+    assert json.loads(log.path.read_text()) | {"position": 0, "reason": ""} == {
+        "position": 0, "file": str(file), "record": 4, "reason": ""
+    }  # fmt: skip
+
+
+def test_a_second_damaged_sample_exceeds_a_budget_of_one_inside_a_lane_too(file):
+    damage(file, 4)
+    damage(file, 7)
+    reader = reader_of(file)
+    policy = Policy(max_length=96, look_ahead=6, max_faults=1)
+    lanes = LaneSet(reader, 1, policy=policy, decode=reader.pixels, place=reader.place)
+    with pytest.raises(DataError) as raised:
+        for _ in range(24):
+            lanes.step()
+    assert raised.value.field == "data.max_faults"
 
 
 def test_a_record_that_no_format_can_read_counts_as_a_fault_too(file):

@@ -1,6 +1,7 @@
 """The order of samples is a pure function of seed, epoch and position."""
 
 from collections import Counter
+from types import MappingProxyType
 
 import pytest
 from hypothesis import given, settings
@@ -21,6 +22,11 @@ class Numbers:
 
     def __getitem__(self, index):
         return Sample(f"{self.tag}{index}", (Message.of("user", str(index)),))
+
+    unread = MappingProxyType({})
+
+    def place(self, index):
+        return self.tag, index
 
 
 @settings(max_examples=60, deadline=None)

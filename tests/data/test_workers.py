@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -43,7 +44,8 @@ def start():
 
 
 def alone(reader, count=4, policy=POLICY, **options):
-    return LaneSet(reader, count, policy=policy, shorten=reader.shorten, decode=reader.pixels, **options)
+    read = {"shorten": reader.shorten, "decode": reader.pixels, "place": reader.place}
+    return LaneSet(reader, count, policy=policy, **read, **options)
 
 
 def assert_same_step(ours, theirs):
@@ -124,6 +126,16 @@ def test_faults_are_counted_and_listed_as_in_one_process(file, start, tmp_path):
     assert logs[0].count > 0
 
 
+def test_a_damaged_sample_counts_once_over_epochs_and_workers(file, start, tmp_path):
+    (file.parent / "4.png").write_bytes(b"broken")
+    log = FaultLog(tmp_path / "faults.jsonl", 1)
+    lanes = start(reader_of(file), policy=Policy(max_length=96, look_ahead=6, max_faults=1), faults=log)
+    visits = 0
+    while visits < 3:
+        visits += sum(len(row.faults) for row in lanes.step())
+    assert log.count == 1 and len(log.path.read_text().splitlines()) == 1
+
+
 def test_an_error_in_a_worker_is_raised_here_with_data_set_and_sample(file, start):
     for picture in file.parent.glob("*.png"):
         picture.write_bytes(b"broken")
@@ -137,6 +149,10 @@ class Broken:
     """A source with a programming error in it, or one that takes its process down."""
 
     kill: bool
+    unread = MappingProxyType({})
+
+    def place(self, index):
+        return "broken", index
 
     def __len__(self):
         return 50

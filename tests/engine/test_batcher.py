@@ -240,3 +240,13 @@ def test_a_picture_may_be_any_form_of_the_same_content(engine, tmp_path):
             messages = [{"role": "user", "content": [{"type": "image", "image": image.source}]}]
             texts.append(batcher.submit(messages, NEW).generation(30).text)
     assert texts[0] == texts[1]
+
+
+def test_of_the_waiting_requests_those_of_the_owner_with_the_fewest_running_come_first(engine):
+    batcher = Batcher(engine, slots=2, queue=20)
+    many = [batcher.submit(ask(f"many {number}"), NEW, owner="a") for number in range(6)]
+    one = batcher.submit(ask("one"), NEW, owner="b")
+    by_hand(batcher)
+    assert [request.owner for request in batcher._turn.running] == ["a", "b"]
+    by_hand(batcher, 200)
+    assert all(ticket.done for ticket in (*many, one))

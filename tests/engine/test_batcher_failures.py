@@ -1,5 +1,6 @@
 """What goes wrong with one request stays with it: refusals, cancellations, time limits, failures, and the end."""
 
+import ctypes
 import threading
 import time
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.engine.onnx_stand import onnx_engine
 from tests.engine.stand import QUESTIONS, ask, endless
 from tests.engine.test_batcher import NEW, by_hand
 from vila.core.errors import (
@@ -16,6 +18,7 @@ from vila.core.errors import (
     ContextOverflowError,
     DataError,
     DeadlineError,
+    EngineDeadError,
     MediaError,
     NumericsError,
     QueueFullError,
@@ -199,13 +202,43 @@ def test_a_choice_that_fails_ends_its_own_request_alone(engine, batcher, monkeyp
         ticket.generation(30)
 
 
-def test_a_step_that_fails_ends_those_that_run_and_the_batcher_goes_on(engine, batcher, monkeypatch, caplog):
+def questions_of(engine, batcher, culprit, wrong=RuntimeError):
+    """Asks every question and the culprit; all questions are answered as alone, and the culprit ends with `wrong`."""
+    tickets = [batcher.submit(messages, NEW) for messages in QUESTIONS[:4]]
+    bad = batcher.submit(culprit, NEW)
+    tickets += [batcher.submit(messages, NEW) for messages in QUESTIONS[4:]]
+    for ticket, messages in zip(tickets, QUESTIONS, strict=True):
+        assert ticket.generation(30) == engine.complete([messages], NEW)[0]
+    with pytest.raises(wrong):
+        bad.generation(30)
+    assert batcher.stats().failed == 1
+    assert is_well(engine, batcher)
+
+
+@pytest.mark.parametrize("backend", ["torch", "onnx"])
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, MemoryError, ValueError])
+def test_a_pass_that_fails_for_one_request_ends_that_request_alone(monkeypatch, kind, backend):
+    engine = endless() if backend == "torch" else onnx_engine()
+    with Batcher(engine, slots=3) as batcher:
+        forward = batcher._run.forward
+        culprit = ask("culprit" * 3)
+
+        def broken(steps, pieces, ends):
+            run = batcher._turn.running
+            if any(len(r.keys) == 21 and r.own_slot.row in {p.row for p, _ in (*steps, *pieces)} for r in run):
+                raise kind("out of memory")
+            return forward(steps, pieces, ends)
+
+        monkeypatch.setattr(batcher._run, "forward", broken)
+        questions_of(engine, batcher, culprit, kind)
+
+
+def test_a_step_that_fails_whoever_runs_ends_those_that_run_and_the_batcher_goes_on(engine, batcher, monkeypatch):
     forward, calls = batcher._run.forward, []
 
     def broken(*arguments):
         calls.append(1)
-        if len(calls) == 4:
-            batcher._run.pool.keys[0].fill_(torch.nan)
+        if 4 <= len(calls) <= 7:
             raise RuntimeError("out of memory, say")
         return forward(*arguments)
 
@@ -218,6 +251,114 @@ def test_a_step_that_fails_ends_those_that_run_and_the_batcher_goes_on(engine, b
     assert waiting.generation(30) == engine.complete([ask("z")], NEW)[0]
     assert is_well(engine, batcher)
     assert batcher.stats().failed == 3
+
+
+def test_an_image_that_the_tower_fails_on_ends_its_own_request_alone(monkeypatch):
+    engine = endless()
+    with Batcher(engine, slots=4) as batcher:
+        see = batcher._run.see
+        bad = tiny.picture(9).key()
+
+        def broken(pictures, pixels):
+            if bad in {picture.key for picture in pictures}:
+                raise torch.OutOfMemoryError("out of memory at this image")
+            see(pictures, pixels)
+
+        monkeypatch.setattr(batcher._run, "see", broken)
+        questions_of(engine, batcher, ask("bad", 9, 1), torch.OutOfMemoryError)
+
+
+@pytest.mark.parametrize("pixels", [torch.zeros(3, 1000, 3), torch.zeros(1, 8, 8), torch.zeros(0)])
+def test_an_image_tensor_of_a_wrong_shape_ends_its_own_request_alone(monkeypatch, pixels):
+    engine = endless()
+    with Batcher(engine, slots=4) as batcher:
+        proper = batcher._turn._pixels
+        bad = tiny.picture(9).key()
+        monkeypatch.setattr(
+            batcher._turn, "_pixels", lambda picture, r: pixels if picture.key == bad else proper(picture, r)
+        )
+        questions_of(engine, batcher, ask("bad", 1, 9), Exception)
+
+
+def test_an_image_that_was_forgotten_and_cannot_be_read_again_ends_its_own_request_alone(monkeypatch):
+    engine = endless()
+    with Batcher(engine, slots=4) as batcher:
+        bad = tiny.picture(9).key()
+        proper = batcher._turn._pixels
+
+        def gone(picture, request):
+            if picture.key == bad:
+                raise MediaError("the file is gone")
+            return proper(picture, request)
+
+        monkeypatch.setattr(batcher._turn, "_pixels", gone)
+        questions_of(engine, batcher, ask("bad", 9), MediaError)
+
+
+def test_a_prompt_that_cannot_be_embedded_ends_its_own_request_alone(monkeypatch):
+    engine = endless()
+    with Batcher(engine, slots=4) as batcher:
+        embed = batcher._run.embed
+
+        def broken(prompt, start):
+            if len(prompt.ids) == 7:
+                raise IndexError("no such token")
+            return embed(prompt, start)
+
+        monkeypatch.setattr(batcher._run, "embed", broken)
+        questions_of(engine, batcher, ask("culprit"), IndexError)
+
+
+def kill(thread):
+    """Raise SystemExit in a thread, which ends it."""
+    assert ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit)) == 1
+
+
+def test_when_the_thread_is_killed_nobody_waits_for_ever(engine):
+    batcher = Batcher(engine, slots=1, queue=4)
+    batcher.start()
+    assert batcher.is_alive
+    tickets = [batcher.submit(ask("x"), LONG) for _ in range(3)]
+    kill(batcher._thread)
+    for ticket in tickets:
+        with pytest.raises(EngineDeadError):
+            ticket.generation(30)
+    batcher._thread.join(30)
+    assert not batcher.is_alive
+    with pytest.raises(EngineDeadError):
+        batcher.submit(ask("x"), NEW)
+    assert batcher.drain(1)
+    batcher.close()
+
+
+def test_an_error_of_the_device_ends_the_thread(engine, monkeypatch):
+    batcher = Batcher(engine, slots=2)
+
+    def broken(*arguments):
+        raise torch.AcceleratorError("an illegal memory access was encountered", 700)
+
+    monkeypatch.setattr(batcher._run, "forward", broken)
+    batcher.start()
+    tickets = [batcher.submit(ask(text), LONG) for text in "abc"]
+    for ticket in tickets:
+        with pytest.raises(EngineDeadError):
+            ticket.generation(30)
+    assert not batcher.is_alive
+
+
+def test_a_row_that_cannot_be_given_ends_the_request_that_wanted_it(engine, batcher, monkeypatch):
+    place = batcher._slots.place
+
+    def broken(keys, columns):
+        if len(keys) == 7:
+            raise RuntimeError("no memory for another division")
+        return place(keys, columns)
+
+    monkeypatch.setattr(batcher._slots, "place", broken)
+    bad = batcher.submit(ask("culprit"), NEW)
+    with pytest.raises(RuntimeError):
+        bad.generation(30)
+    assert is_well(engine, batcher)
 
 
 def test_draining_finishes_what_is_there_and_takes_nothing_new(engine):

@@ -54,3 +54,18 @@ def test_no_more_rows_stay_bound_than_are_worth_it(run, monkeypatch):
     for rows in ((0,), (1,), (3,), (0, 1), (0,)):
         assert torch.allclose(grow(run, *rows)[0], wanted[ROWS[rows[0]]], atol=1e-4)
     assert len(run._bindings) == 2
+
+
+def test_a_run_that_fails_leaves_the_resting_rows_as_they_were(run, monkeypatch):
+    run, wanted = run
+
+    def broken(self, lengths):
+        for both in run.pool.buffers:
+            both[:, :, :, 0] = torch.nan
+        raise RuntimeError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("vila.engine.onnx.program.Binding.run", broken)
+        with pytest.raises(RuntimeError):
+            grow(run, 0, 3)
+    torch.testing.assert_close(grow(run, 1)[0], wanted[ROWS[1]], rtol=1e-4, atol=1e-4)

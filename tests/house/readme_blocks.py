@@ -14,6 +14,7 @@ from pathlib import Path
 
 FENCE = re.compile(r"^```(?P<info>[^\n`]+)\n(?P<code>.*?)^```[ ]*$", re.MULTILINE | re.DOTALL)
 LANGUAGES = ("bash", "python")
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)

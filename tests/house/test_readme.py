@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.house.readme_blocks import Block, parse_blocks, read_blocks
+from tests.house.readme_blocks import ROOT, Block, parse_blocks, read_blocks
+from tests.preloaded import program
 
-ROOT = Path(__file__).parents[2]
 BLOCKS = read_blocks(ROOT)
 LEFT_BEHIND = shutil.ignore_patterns(".git", ".venv", ".*_cache", "__pycache__", "runs", "site", "dist", "build")
 
@@ -20,28 +20,6 @@ def as_param(block: Block) -> object:
     # `slow` beside `network`: `make test-slow` selects by `slow`.
     names = block.tags - {"run"} | ({"slow"} if "network" in block.tags else set())
     return pytest.param(block, id=block.where, marks=[getattr(pytest.mark, name) for name in sorted(names)])
-
-
-class BlocksNotRun:
-    """Lists, at the end of the session, the blocks that a reader may type and that this session did not run."""
-
-    def __init__(self, ran: set[str]) -> None:
-        self.ran = ran
-
-    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        missed = [block for block in BLOCKS if block.where not in self.ran]
-        if missed:
-            terminalreporter.section("documentation blocks not run")
-        for block in missed:
-            why = "not selected" if "run" in block.tags else "not tagged run"
-            terminalreporter.write_line(f"{block.where} ({' '.join([block.language, *sorted(block.tags)])}): {why}")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def blocks_not_run(request: pytest.FixtureRequest) -> None:
-    params = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
-    ran = {param["block"].where for param in params if isinstance(param.get("block"), Block)}
-    request.config.pluginmanager.register(BlocksNotRun(ran))
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +34,13 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.mark.parametrize("block", [as_param(block) for block in BLOCKS if "run" in block.tags])
 def test_documented_block_runs(block: Block, checkout: Path) -> None:
     command = ["bash", "-euo", "pipefail", "-c"] if block.language == "bash" else [sys.executable, "-c"]
-    env = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    # Blocks of the slow suite start `vila` as a reader does; the others fork it from a process that has imported torch.
+    folders = (
+        [Path(sys.executable).parent]
+        if block.tags & {"slow", "network"}
+        else [program().parent, Path(sys.executable).parent]
+    )
+    env = {**os.environ, "PATH": os.pathsep.join([*map(str, folders), os.environ["PATH"]])}
     result = subprocess.run(
         [*command, block.code],
         cwd=checkout,

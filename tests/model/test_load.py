@@ -112,8 +112,9 @@ def test_a_wrong_shape_is_named_with_both_shapes(copy):
 def test_a_truncated_weight_file_is_named(copy):
     file = copy / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(LayoutError, match=f"{file}: cannot be read as safetensors"):
+    with pytest.raises(LayoutError) as caught:
         load_model(copy)
+    assert caught.value.file == str(file)
 
 
 def test_a_tokenizer_of_another_model_is_refused(copy):

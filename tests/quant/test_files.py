@@ -1,16 +1,20 @@
 """Search files: ours, and those of the original release; damaged and foreign ones are refused by name."""
 
+import json
+import zipfile
 from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tests.quant.models import loud, random_rows
 from vila.core.errors import LayoutError
+from vila.kernels.int4_layout import quantize
 from vila.quant.apply import apply_search
 from vila.quant.awq_cache import read_awq_cache, read_search, write_awq_cache
 from vila.quant.block_search import SearchOptions
+from vila.quant.kept_weights import read_weights, write_weights
 from vila.quant.result import Search, load_search, save_search
 from vila.quant.search import search_model
 
@@ -33,17 +37,60 @@ def test_a_search_reads_as_it_was_written(found, tmp_path):
     assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "search.safetensors").read_bytes()
 
 
-def test_what_is_no_search_is_refused(tmp_path):
+@pytest.mark.parametrize("content", [b"", b"\x08\0\0\0\0\0\0\0{}", b"version https://git-lfs.github.com/spec/v1\n"])
+def test_a_file_that_is_no_search_is_named(tmp_path, content):
     path = tmp_path / "search.safetensors"
-    path.write_bytes(b"\x08\0\0\0\0\0\0\0{}")
-    with pytest.raises(LayoutError, match=r"search.safetensors: cannot be read as safetensors"):
+    path.write_bytes(content)
+    with pytest.raises(LayoutError) as caught:
         load_search(path)
-    save_file({"a": torch.zeros(1)}, path)
-    with pytest.raises(LayoutError, match="holds tensors, but no search"):
+    assert caught.value.file == str(path)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        None,
+        "[]",
+        "{",
+        "null",
+        '{"scales": [{"fold": "x"}]}',
+        '{"scales": [], "clips": [], "facts": null}',
+        '{"scales": [], "clips": [null], "facts": {}}',
+        '{"scales": [], "clips": ["a"], "facts": {}}',
+        '{"scales": [], "clips": ["nan"], "facts": {}}',
+        '{"scales": [{"fold": "nan", "linears": ["b"], "facts": {}}], "clips": [], "facts": {}}',
+        '{"scales": [{"fold": "b", "linears": [], "facts": {}}], "clips": [], "facts": {}}',
+        '{"scales": [{"fold": "b", "linears": [null], "facts": {}}], "clips": [], "facts": {}}',
+    ],
+)
+def test_a_header_that_is_no_search_is_named(tmp_path, header):
+    path = tmp_path / "search.safetensors"
+    tensors = {"clip/a": torch.zeros(1), "clip/nan": torch.full((1, 1), torch.nan), "scale/b": torch.ones(2)}
+    tensors["scale/nan"] = torch.full((1,), torch.nan)
+    save_file(tensors, path, metadata=None if header is None else {"vila_search": header})
+    with pytest.raises(LayoutError) as caught:
         load_search(path)
-    save_file({"a": torch.zeros(1)}, path, metadata={"vila_search": '{"scales": [{"fold": "x"}]}'})
-    with pytest.raises(LayoutError, match="its header does not fit its tensors"):
-        load_search(path)
+    assert caught.value.file == str(path)
+
+
+@pytest.mark.parametrize("damage", ["codes", "group", "header", "cut"])
+def test_a_rounded_block_that_is_damaged_is_named(tmp_path, damage):
+    path = tmp_path / "00000.safetensors"
+    weight = quantize(torch.randn(4, 32), 16)
+    write_weights({"a": weight}, "key", path)
+    assert read_weights(path)[1] == "key"
+    tensors, sizes = load_file(path), {"a": 16}
+    if damage == "codes":
+        tensors["a/codes"] = tensors["a/codes"][:3].contiguous()
+    if damage == "group":
+        sizes = {"a": None}
+    header = "{" if damage == "header" else json.dumps({"key": "key", "group_sizes": sizes})
+    save_file(tensors, path, metadata={"vila_rounded_block": header})
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(LayoutError) as caught:
+        read_weights(path)
+    assert caught.value.file == str(path)
 
 
 def as_original(found, prefix="model."):
@@ -101,30 +148,70 @@ class Payload:
         return print, ("ran",)
 
 
-def test_files_that_run_code_or_hold_something_else_are_refused(found, tmp_path, capsys):
-    good = as_original(found)
+SCALE = ("model.layers.0.input_layernorm", ("model.layers.0.self_attn.q_proj",), torch.ones(32))
+CLIP = ("model.layers.0.self_attn.q_proj", torch.ones(2, 3, 1))
+
+
+@pytest.mark.parametrize(
+    ("content", "field"),
+    [
+        ({"scale": [Payload()], "clip": []}, None),
+        ({"model.embed_tokens.weight": torch.zeros(2)}, None),
+        ({"scale": [], "clip": []}, None),
+        ({"scale": None, "clip": []}, None),
+        ({"scale": {"a": 1}, "clip": []}, None),
+        ([SCALE], None),
+        ({"scale": [("model.layers.0.x",)], "clip": []}, "scale[0]"),
+        ({"scale": [SCALE, None], "clip": []}, "scale[1]"),
+        ({"scale": [()], "clip": []}, "scale[0]"),
+        ({"scale": [(SCALE[0], "model.layers.0.x", SCALE[2])], "clip": []}, "scale[0]"),
+        ({"scale": [(SCALE[0], (), SCALE[2])], "clip": []}, "scale[0]"),
+        ({"scale": [(SCALE[0], (None,), SCALE[2])], "clip": []}, "scale[0]"),
+        ({"scale": [("model.norm", ("lm_head",), torch.ones(2))], "clip": []}, "scale[0]"),
+        ({"scale": [(*SCALE[:2], torch.full((32,), torch.nan))], "clip": []}, "scale[0]"),
+        ({"scale": [(*SCALE[:2], torch.ones(0))], "clip": []}, "scale[0]"),
+        ({"scale": [(*SCALE[:2], torch.ones(32).int())], "clip": []}, "scale[0]"),
+        ({"scale": [(*SCALE[:2], torch.ones(2, 16))], "clip": []}, "scale[0]"),
+        ({"scale": [], "clip": [(CLIP[0], torch.ones(2, 3, 4))]}, "clip[0]"),
+        ({"scale": [], "clip": [(CLIP[0], torch.ones(2, 3))]}, "clip[0]"),
+        ({"scale": [], "clip": [(CLIP[0], torch.ones(2, 0, 1))]}, "clip[0]"),
+        ({"scale": [], "clip": [CLIP, (*CLIP, 3)]}, "clip[1]"),
+        ({"scale": [SCALE] * 100_000, "clip": []}, "scale["),
+    ],
+)
+def test_files_that_run_code_or_hold_something_else_are_refused(tmp_path, capsys, content, field):
     path = tmp_path / "cache.pt"
-    wrong = {
-        "holds more than tensors and plain values": {"scale": [Payload()], "clip": []},
-        "no AWQ search": {"model.embed_tokens.weight": torch.zeros(2)},
-        "holds neither scales nor limits": {"scale": [], "clip": []},
-        "not as the original writes": {"scale": [("model.layers.0.x",)], "clip": []},
-        "names nothing in a decoder block": {"scale": [("model.norm", ("lm_head",), torch.ones(2))], "clip": []},
-        "are not finite": {"scale": [(*good["scale"][0][:2], torch.full((32,), torch.nan))], "clip": []},
-        "have shape": {"scale": [], "clip": [("model.layers.0.x", torch.ones(2, 3, 4))]},
-        "no floating-point tensor of 3": {"scale": [], "clip": [("model.layers.0.x", torch.ones(2, 3))]},
-    }
-    for message, content in wrong.items():
-        torch.save(content, path)
-        with pytest.raises(LayoutError, match=message):
-            read_awq_cache(path)
+    torch.save(content, path)
+    with pytest.raises(LayoutError) as caught:
+        read_awq_cache(path)
+    assert caught.value.file == str(path)
+    assert (caught.value.field or "").startswith(field or "")
     assert "ran" not in capsys.readouterr().out
-    torch.save(good, path)
-    path.write_bytes(path.read_bytes()[:500])
-    with pytest.raises(LayoutError, match="cache.pt: cannot be read"):
-        read_awq_cache(path)
-    path.write_text("hello")
-    with pytest.raises(LayoutError, match=r"cache.pt: (cannot be read|holds more)"):
-        read_awq_cache(path)
-    with pytest.raises(LayoutError, match="missing.pt: cannot be read"):
-        read_awq_cache(tmp_path / "missing.pt")
+
+
+def test_damaged_files_are_named(found, tmp_path):
+    path = tmp_path / "cache.pt"
+    torch.save(as_original(found), path)
+    whole = path.read_bytes()
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
+    for content in (whole[:500], b"hello", b"", pointer):
+        path.write_bytes(content)
+        with pytest.raises(LayoutError) as caught:
+            read_awq_cache(path)
+        assert caught.value.file == str(path)
+    with pytest.raises(LayoutError) as caught:
+        read_search(tmp_path / "missing.pt")
+    assert caught.value.file == str(tmp_path / "missing.pt")
+
+
+def test_a_compressed_file_is_refused_before_it_is_unpacked(tmp_path):
+    torch.save({"scale": [(*SCALE[:2], torch.zeros(5_000_000))], "clip": []}, tmp_path / "cache.pt")
+    with (
+        zipfile.ZipFile(tmp_path / "cache.pt") as plain,
+        zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as bomb,
+    ):
+        for name in plain.namelist():
+            bomb.writestr(name, plain.read(name))
+    with pytest.raises(LayoutError) as caught:
+        read_awq_cache(tmp_path / "bomb.pt")
+    assert caught.value.file == str(tmp_path / "bomb.pt")

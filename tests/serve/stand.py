@@ -9,7 +9,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ import httpx
 import torch
 import uvicorn
 
-from tests import tiny
+from tests import preloaded, tiny
 from vila.engine.engine import Engine
 from vila.serve.chat import Service
 from vila.serve.connections import TimedProtocol
@@ -107,7 +106,7 @@ class Process:
     """`vila serve` in a process of its own."""
 
     def __init__(self, *arguments: Any, **environment: str) -> None:
-        command = [sys.executable, "-m", "vila", "serve", *map(str, arguments), "--port", "0"]
+        command = [str(preloaded.program()), "serve", *map(str, arguments), "--port", "0"]
         settings = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
         self.popen = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=settings)
         self.said: list[str] = []

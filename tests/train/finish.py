@@ -12,6 +12,7 @@ import torch
 
 from tests.train.stand import stand_recipe
 from vila.core.errors import Interrupted
+from vila.train.manifest import MANIFEST, digest_files, write_manifest
 from vila.train.metrics import read_metrics
 from vila.train.model import whole_tensors
 from vila.train.run import Run, build
@@ -43,6 +44,11 @@ def assert_identical(ours: Any, theirs: Any) -> None:
     assert len(ours[0]) > 5
     assert ours[1].keys() == theirs[1].keys()
     assert all((value == theirs[1][name]).all() for name, value in ours[1].items())
+
+
+def sign(folder: Path) -> None:
+    """Write the manifest of a checkpoint anew, as whoever changes a file on purpose can."""
+    write_manifest(folder, digest_files(folder, [file.name for file in folder.iterdir() if file.name != MANIFEST]))
 
 
 def stop_after(step: int, number: int = signal.SIGINT, rank: int = 0) -> Callable[..., None]:

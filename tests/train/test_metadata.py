@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from tests.train.finish import sign
 from vila.core.dist import Place
 from vila.core.errors import CheckpointError
 from vila.train.checkpoint import Checkpoint, Checkpoints, Progress, load_checkpoint
@@ -26,6 +27,7 @@ def folder(tmp_path):
 
 
 def load(folder):
+    sign(folder)
     into = {"weight": torch.zeros(6)}
     load_checkpoint(folder.parent, WORLD).load_tensors(into, WORLD)
     return into["weight"].tolist()
@@ -89,39 +91,55 @@ def test_an_index_that_asks_for_anything_else_is_refused(folder, tmp_path, modul
     with pytest.raises(CheckpointError) as caught:
         load(folder)
     assert not mark.exists()
-    assert str(caught.value) == (
-        f"{folder / '.metadata'}: not an index of tensors (it asks for {module}.{attribute}, which no index needs; "
-        "nothing of it was run); delete that checkpoint to go on without it"
-    )
+    assert (caught.value.file, caught.value.value) == (str(folder / ".metadata"), f"{module}.{attribute}")
 
 
 def test_a_call_that_is_hidden_in_a_good_index_is_refused(folder, tmp_path):
     index = dcp.FileSystemReader(folder).read_metadata()
     planted = replace(index, planner_data=[Call(os.system, f"touch {tmp_path / 'ran'}")])
     (folder / ".metadata").write_bytes(pickle.dumps(planted))
-    with pytest.raises(CheckpointError, match=r"\.metadata: not an index of tensors \(it asks for posix.system"):
+    with pytest.raises(CheckpointError) as caught:
         load(folder)
+    assert caught.value.value == "posix.system"
     assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(
-    ("planted", "reason"),
+    "planted",
     [
-        (b"", "EOFError"),
-        (b"\xff" * 64, "255"),
-        (pickle.dumps({"weight": 1}), "not an index of tensors but a dict"),
-        (call("pathlib", "PosixPath", "/etc/passwd"), "not an index of tensors but a PosixPath"),
-        (call(INDEX, "Metadata", "weight"), "no attribute 'items'"),
-        (call(INDEX, "_MEM_FORMAT_ENCODING", "weight"), "not a valid _MEM_FORMAT_ENCODING"),
-        (call("torch.serialization", "_get_layout", "posix.system"), "'posix.system'"),
-        (program(text("weight"), pickle.BINPERSID), "it asks for a persistent object, which no index needs"),
-        (program(pickle.EMPTY_LIST * 100_000 + pickle.APPEND * 99_999), "not an index of tensors but a list"),
+        b"",
+        b"\xff" * 64,
+        pickle.dumps({"weight": 1}),
+        call("pathlib", "PosixPath", "/etc/passwd"),
+        call(INDEX, "Metadata", "weight"),
+        call(INDEX, "_MEM_FORMAT_ENCODING", "weight"),
+        call("torch.serialization", "_get_layout", "posix.system"),
+        program(text("weight"), pickle.BINPERSID),
+        program(pickle.EMPTY_LIST * 100_000 + pickle.APPEND * 99_999),
+        # These end the process, or take its memory, if they are not refused.
+        program(pickle.EMPTY_DICT, pickle.EMPTY_TUPLE + pickle.TUPLE1 * 200_000, pickle.NONE + pickle.SETITEM),
+        program(pickle.BYTEARRAY8 + (3_000_000_000).to_bytes(8, "little")),
+        b"version https://git-lfs.github.com/spec/v1\n",
     ],
+    ids=lambda planted: str(len(planted)),
 )
-def test_hostile_arguments_and_garbage_are_refused(folder, planted, reason):
+def test_hostile_arguments_and_garbage_are_refused(folder, planted):
     (folder / ".metadata").write_bytes(planted)
-    with pytest.raises(CheckpointError, match=rf"{folder}/\.metadata: (?s:.*){reason}(?s:.*)delete that checkpoint"):
+    with pytest.raises(CheckpointError) as caught:
         load(folder)
+    assert caught.value.file == str(folder / ".metadata")
+
+
+def test_a_place_whose_hash_would_end_the_process_is_refused(folder):
+    index = dcp.FileSystemReader(folder).read_metadata()
+    place, info = next(iter(index.storage_data.items()))
+    marker = "deep"
+    index.storage_data = {replace(place, fqn=marker): info}
+    deep = pickle.EMPTY_TUPLE + pickle.TUPLE1 * 200_000
+    (folder / ".metadata").write_bytes(pickle.dumps(index, 2).replace(b"X\x04\0\0\0deep", deep))
+    with pytest.raises(CheckpointError) as caught:
+        load(folder)
+    assert caught.value.value == "a MetadataIndex as key"
 
 
 @pytest.mark.parametrize(
@@ -134,8 +152,9 @@ def test_an_index_that_changes_what_the_process_shares_is_refused(folder, target
     assert changed.planted == "1"  # it would change it
     del changed.planted
     (folder / ".metadata").write_bytes(planted)
-    with pytest.raises(CheckpointError, match="it changes a (type|function), which is no record of an index"):
+    with pytest.raises(CheckpointError) as caught:
         load(folder)
+    assert caught.value.value.startswith("attributes of ")
     assert not hasattr(changed, "planted")
 
 
@@ -143,8 +162,9 @@ def test_a_value_that_is_not_a_tensor_is_refused(folder, tmp_path):
     # Read by torch itself such a value is unpickled without restriction.
     value = Call(os.system, f"touch {tmp_path / 'ran'}")
     dcp.save({"weight": value}, checkpoint_id=folder, no_dist=True)
-    with pytest.raises(CheckpointError, match=r"\.metadata: .*it asks for .*BytesStorageMetadata"):
+    with pytest.raises(CheckpointError) as caught:
         load(folder)
+    assert caught.value.value.endswith("BytesStorageMetadata")
     assert not (tmp_path / "ran").exists()
 
 
@@ -153,24 +173,23 @@ def test_files_outside_of_the_checkpoint_are_not_read(folder, tmp_path, path):
     (tmp_path / "secret").write_bytes(next(folder.glob("*.distcp")).read_bytes())
     (folder / "link").symlink_to(tmp_path / "secret")
     change_storage(folder, relative_path=path)
-    with pytest.raises(CheckpointError, match=rf"\.metadata: '{path}' lies outside of the checkpoint; refused; delete"):
+    with pytest.raises(CheckpointError) as caught:
         load(folder)
+    assert caught.value.file == str(folder / ".metadata")
+    assert path in caught.value.problem
 
 
 @pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({"transform_descriptors": ["zstd"]}, "'__0_0.distcp' is compressed; such files are not read"),
-        ({"relative_path": 3}, "does not lie in a file"),
-    ],
+    "change", [{"transform_descriptors": ["zstd"]}, {"relative_path": 3}, {"offset": None}, {"length": "3"}]
 )
-def test_other_kinds_of_storage_are_refused(folder, change, reason):
+def test_other_kinds_of_storage_are_refused(folder, change):
     change_storage(folder, **change)
-    with pytest.raises(CheckpointError, match=rf"\.metadata: .*{reason}"):
+    with pytest.raises(CheckpointError) as caught:
         load(folder)
+    assert caught.value.file == str(folder / ".metadata")
 
 
-@pytest.mark.parametrize("change", [{"offset": 10**9}, {"length": 3}, {"offset": -5}])
+@pytest.mark.parametrize("change", [{"offset": 10**9}, {"length": 3}, {"offset": -5}, {"length": 10**15}])
 def test_places_that_hold_no_tensor_are_refused(folder, change):
     change_storage(folder, **change)
     with pytest.raises(CheckpointError, match="step-00000001: cannot resume from it .*delete that directory"):

@@ -175,8 +175,9 @@ def test_a_report_of_a_run_that_went_back_begins_anew(folder):
 def test_a_line_that_is_no_json_is_named(folder):
     with (folder / "metrics.jsonl").open("a") as stream:
         stream.write("{oops}\n")
-    with pytest.raises(DataError, match="metrics.jsonl line 101: not JSON"):
+    with pytest.raises(DataError) as caught:
         write_report(folder)
+    assert (caught.value.file, caught.value.record) == (str(folder / "metrics.jsonl"), "line 101")
 
 
 def test_losses_that_are_not_finite_do_not_break_the_page(folder):

@@ -56,12 +56,16 @@ def test_a_run_goes_on_with_a_larger_fault_budget_after_it_was_exceeded(tmp_path
     options = ("budget.tokens=1500", "output.checkpoint_every_steps=1")
     with pytest.raises(MediaError, match="4.png.*not an image"):
         build(stand_recipe(stand, "faults", *options)).train()
-    recipe = stand_recipe(stand, "faults", *options, "data.max_faults=9")
+    # Three epochs and a stop in the second one: 4.png is one sample.
+    options = ("budget.tokens=0", "budget.epochs=3", "output.checkpoint_every_steps=1", "data.max_faults=1")
+    recipe = stand_recipe(stand, "faults", *options)
+    with pytest.raises(Interrupted):
+        build(recipe, listeners=[stop_after(5)]).train()
     build(recipe).train()
-    lines = [json.loads(line) for line in (recipe.output.dir / "faults.jsonl").read_text().splitlines()]
-    assert lines and all("4.png: not an image" in line["reason"] for line in lines)
-    assert sum(row["faults"] for row in read_metrics(recipe.output.dir / "metrics.jsonl")) == len(lines)
-    assert len({line["position"] for line in lines}) == len(lines)
+    (line,) = (json.loads(line) for line in (recipe.output.dir / "faults.jsonl").read_text().splitlines())
+    assert "4.png: not an image" in line["reason"]
+    assert (line["file"], line["record"]) == (str(stand / "data.jsonl"), 4)
+    assert sum(row["faults"] for row in read_metrics(recipe.output.dir / "metrics.jsonl")) == 1
 
 
 def test_cached_features_need_no_workers(stand):

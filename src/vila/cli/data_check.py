@@ -1,8 +1,9 @@
-"""`vila data check`: every sample of some data sets read once, and what was found, in memory that does not grow."""
+"""`vila data check`: reads every sample of some data sets once, in memory that does not grow."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,15 +20,16 @@ if TYPE_CHECKING:
 
 @dataclass
 class Findings:
-    """What one data set holds. Names and messages are kept up to a limit, numbers count all.
+    """Content of one data set. Names and messages are kept up to a limit, numbers count all.
 
-    lengths:          of the samples that are whole, in `DataSets.unit`, counted by value.
-    supervised:       how much of them in all.
-    widths, heights:  of the distinct pictures that can be read, in pixels, counted by value.
+    lengths:          of the samples without a fault, in `DataSets.unit`, counted by value.
+    supervised:       sum of their supervised parts.
+    widths, heights:  of the distinct images that can be read, in pixels, counted by value.
     fault_count:      samples with a fault; `faults`: the first messages.
     images, clips:    distinct ones, readable or not.
-    missing_count:    distinct picture and clip files that are not there; `missing`: the first ones.
-    duplicate_count:  ids that come more than once; `duplicates`: the first ones.
+    missing_count:    distinct image and video files that do not exist; `missing`: the first ones.
+    duplicate_count:  ids that occur more than once; `duplicates`: the first ones.
+    unread:           records by the name of a key, column or member that holds media which no sample has.
     """
 
     name: str
@@ -44,6 +46,7 @@ class Findings:
     missing_count: int = 0
     duplicates: list[str] = field(default_factory=list)
     duplicate_count: int = 0
+    unread: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def supervised_share(self) -> float:
@@ -68,13 +71,14 @@ class Findings:
             "length": spread(self.lengths),
             "histogram": histogram(self.lengths),
             "supervised_share": round(self.supervised_share, 4),
+            "unread_media": dict(self.unread),
         }
 
 
 def check_data(data: DataSets, *, sample: int, max_shown: int, events: Events = SILENT) -> list[Findings]:
-    """The findings of each data set, from all of its samples or a fixed `sample` of them (0: all).
+    """Check each data set: all of its samples, or a fixed `sample` of them (0: all).
 
-    Every distinct picture is decoded, and the first frame of every clip. A fault is a record that cannot become a
+    Every distinct image is decoded, and the first frame of every video. A fault is a record that cannot become a
     sample, a sample that does not fit its template or the recipe's rows, or a medium that is missing or cannot be read.
     max_shown: messages, missing files and ids that are kept of each data set.
     """
@@ -103,6 +107,7 @@ class _Check:
                     self.found.fault_count += 1
                     self._keep(self.found.faults, str(error))
                 events.advanced(name)
+        self.found.unread = dict(self.part.source.unread)
         return self.found
 
     def _sample(self, sample: Sample) -> None:
@@ -111,19 +116,20 @@ class _Check:
             self._keep(self.found.duplicates, sample.id)
         problems = [problem for item in sample.media if (problem := self._medium(item))]
         if problems:
-            raise MediaError(f"sample {sample.id!r}: {'; '.join(problems)}")
+            raise MediaError("; ".join(problems), record=f"sample {sample.id!r}")
         length, supervised = self.data.measure(self.part, sample)
         limit = self.data.max_length
         if self.data.reader and limit and length > limit:
             raise DataError(
-                f"sample {sample.id!r} has {length} tokens, rows hold {limit}; raise data.max_length "
-                "or set data.overlong=drop"
+                f"{length} tokens, rows hold {limit}",
+                record=f"sample {sample.id!r}",
+                hint="raise data.max_length or set data.overlong=drop",
             )
         self.found.lengths[length] += 1
         self.found.supervised += supervised
 
     def _medium(self, item: Image | Video) -> str:
-        """Why a picture or clip cannot be read. A good one is opened once, a bad one is told of with every sample."""
+        """Return why an image or video cannot be read. A good one is opened once; a bad one counts for every sample."""
         place = _place(item)
         is_new = self._media.add(place)
         if not is_new and place not in self._bad:
@@ -148,7 +154,7 @@ class _Check:
 
 
 def _opened_size(item: Image | Video) -> tuple[int, int]:
-    """Width and height of a picture, which is decoded, or of a clip, whose first frame is."""
+    """Return width and height of an image, which is decoded, or of a video, whose first frame is."""
     from vila.media.image import open_image
     from vila.media.video import open_frames
 
@@ -156,7 +162,7 @@ def _opened_size(item: Image | Video) -> tuple[int, int]:
 
 
 def _place(item: Image | Video) -> str:
-    """What tells a medium of a data file from the others: its path, or its place in a larger file."""
+    """Return the identity of a medium of a data file: its path, or its place in a larger file."""
     source = item.source
     if isinstance(source, (str, Path)):
         return str(source)

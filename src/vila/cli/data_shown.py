@@ -1,8 +1,8 @@
-"""What `vila data` prints for people: findings of a check, statistics with licences, indexes."""
+"""Output of `vila data` for people: findings of a check, statistics with licences, indexes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import typer
@@ -17,7 +17,7 @@ _FIRST_FILES = 10
 
 
 def print_findings(found: Findings, unit: str) -> None:
-    """What a check found in one data set."""
+    """Print the findings of a check of one data set."""
     from vila.cli.data_tally import histogram, spread
 
     faulty = f"{found.fault_count:,} with faults" if found.fault_count else "no faults"
@@ -35,7 +35,9 @@ def print_findings(found: Findings, unit: str) -> None:
             typer.echo(f"    and {found.missing_count - len(found.missing):,} more")
     if found.duplicate_count:
         some = ", ".join(repr(name) for name in found.duplicates[:_FIRST_IDS])
-        typer.echo(f"  {found.duplicate_count:,} ids come more than once{': ' if some else ''}{some}")
+        typer.echo(f"  {found.duplicate_count:,} ids occur more than once{': ' if some else ''}{some}")
+    if note := unread_note(found.unread):
+        typer.echo(f"  note: {note}")
     for side, counts in (("widths", found.widths), ("heights", found.heights)):
         if counts:
             low, middle, high = spread(counts)
@@ -49,8 +51,16 @@ def print_findings(found: Findings, unit: str) -> None:
             typer.echo(f"  {'up to ' + bound if bound != 'more' else 'longer':>11}  {bar} {count:,}")
 
 
+def unread_note(unread: Mapping[str, int]) -> str:
+    """Return a sentence about media that the records hold and the format does not read; empty if there are none."""
+    if not unread:
+        return ""
+    names = ", ".join(f"{name} ({count:,})" for name, count in sorted(unread.items()))
+    return f"records hold media that are not read: {names}; only those under the keys of the format are trained on"
+
+
 def print_stats(stats: Sequence[Stats]) -> None:
-    """A table of all data sets, and below it the licence of each."""
+    """Print a table of all data sets, and below it the licence of each."""
     from rich.console import Console
     from rich.table import Table
 
@@ -65,16 +75,16 @@ def print_stats(stats: Sequence[Stats]) -> None:
         typer.echo("tokens are counted with --model, which brings the tokenizer")
     for one in stats:
         if not one.licences:
-            typer.echo(f"{one.share.name}: no known data set; its licence is yours to know")
+            typer.echo(f"{one.share.name}: not a known data set; its licence is unknown")
         for licence in one.licences:
-            read = "" if licence.checked else " (not read at the source; ask it)"
+            read = "" if licence.checked else " (not verified at the source)"
             typer.echo(f"{one.share.name}: {licence.name}, {licence.source}")
             typer.echo(f"  licence: {licence.licence}{read}")
             typer.echo(f"  forbids: {licence.forbids}")
 
 
 def print_indexed(path: str, indexed: Indexed) -> None:
-    """How many records there are, and where their indexes lie."""
+    """Print the number of records and the locations of their indexes."""
     files = [*(("built", file) for file in indexed.built), *(("found", file) for file in indexed.found)]
     typer.echo(f"{path}: {indexed.records:,} records; indexes: {len(indexed.built)} built, {len(indexed.found)} found")
     for state, file in files[:_FIRST_FILES]:

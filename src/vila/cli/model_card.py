@@ -16,13 +16,13 @@ def write_model_card(recipe: Recipe, command: str = "") -> Path:
     command: the command line that trained it, where it is to be repeated word for word.
     """
     from vila.cli.data_licences import licences_of
-    from vila.core.reading import read_json
+    from vila.core.fields import Fields
     from vila.train.card import write_card
     from vila.train.metrics import read_metrics
 
     folder = recipe.output.dir
-    finished = read_json(folder / "finished.json")
-    last = finished["progress"]["step"]
+    finished = Fields.of_file(folder / "finished.json")
+    last = finished.section("progress").integer("step", maximum=2**62)
     facts = {
         **finished,
         "scores": [row for row in read_metrics(folder / "evaluations.jsonl") if row["step"] == last],

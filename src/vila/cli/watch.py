@@ -142,7 +142,7 @@ class EvaluationListener:
         if not trainer.main:
             return
         path = self.folder / "best.json"
-        scored = [row for row in self._log.read() if row["score"] is not None]
+        scored = [row for row in self._log.read() if row.get("score") is not None]
         if scored:
             # The first of equals, whose checkpoint has been kept since.
             best = max(scored, key=lambda row: (row["score"], -row["step"]))

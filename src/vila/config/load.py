@@ -70,10 +70,15 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
 
 
 def recipe_differences(old: Recipe, new: Recipe) -> list[str]:
-    """A line for every value that differs, such as `stage.lr: 0.001 -> 0.002`, in the schema's order."""
+    """Return a line for every value that differs, such as `stage.lr: 0.001 -> 0.002`, in the schema's order."""
+    return [f"{path}: {was} -> {now}" for path, was, now in recipe_changes(old, new)]
+
+
+def recipe_changes(old: Recipe, new: Recipe) -> list[tuple[str, str, str]]:
+    """Return field, old and new value (as Python writes them) of every value that differs, in the schema's order."""
     before, after = (dict(_leaves(recipe.model_dump(mode="json"))) for recipe in (old, new))
     pairs = {path: (before.get(path, _ABSENT), after.get(path, _ABSENT)) for path in [*before, *after]}
-    return [f"{path}: {was!r} -> {now!r}" for path, (was, now) in pairs.items() if was != now]
+    return [(path, repr(was), repr(now)) for path, (was, now) in pairs.items() if was != now]
 
 
 def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

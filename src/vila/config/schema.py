@@ -154,7 +154,8 @@ class Data(Config):
     """What to do with a sample longer than `max_length`: stop, leave it out, or cut whole exchanges from its end.
     Drops and cuts are counted."""
     max_faults: int = Field(default=0, ge=0)
-    """Samples that may be unreadable: they are skipped and listed in `faults.jsonl`; one more stops the run."""
+    """Samples that may be unreadable: they are skipped and listed in `faults.jsonl`; one more stops the run. A sample
+    counts once, however often epochs, repeats or a resumed run come back to it."""
 
     @model_validator(mode="after")
     def _weights(self) -> Data:

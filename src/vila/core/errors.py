@@ -43,6 +43,9 @@ class VilaError(Exception):
 
     exit_code = 1
 
+    is_repeated = False
+    """Whether another process of the run, rank 0, prints the same error."""
+
     def __init__(
         self,
         problem: str = "",
@@ -176,6 +179,24 @@ class CheckpointError(VilaError, ValueError):
     """A training checkpoint cannot be resumed from."""
 
 
+class RunChangedError(CheckpointError):
+    """The recipe, the data or the model is not what a run began with.
+
+    differences: (field, before, now) of each.
+    """
+
+    def __init__(self, what: str, differences: Iterable[tuple[str, str, str]], folder: str | PathLike[str]) -> None:
+        self.differences = list(differences)
+        lines = "; ".join(f"{field}: {before} -> {now}" for field, before, now in self.differences)
+        field = self.differences[0][0]
+        super().__init__(
+            f"{what} changed since this run began ({lines})",
+            file=folder,
+            hint=f"undo the change, allow it by name (--allow-changes {field}), choose another output.dir, or delete "
+            "the directory to start over",
+        )
+
+
 class ContextOverflowError(VilaError, ValueError):
     """A prompt and its answer do not fit the model's context."""
 
@@ -221,6 +242,10 @@ class QueueFullError(VilaError):
 
 class ClosedError(VilaError, RuntimeError):
     """The batcher takes no more requests, or ended this one because it was closed."""
+
+
+class EngineDeadError(ClosedError):
+    """The thread that runs the model has ended by an error; nothing is answered until the process is restarted."""
 
 
 class CancelledError(VilaError):

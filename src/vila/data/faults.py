@@ -1,4 +1,4 @@
-"""Samples that could not be read: each one is written down, and too many stop the run."""
+"""Samples that could not be read: each one is listed once, and too many stop the run."""
 
 from __future__ import annotations
 
@@ -6,49 +6,105 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from vila.core.errors import DataError
+from vila.core.errors import CheckpointError, DataError
 from vila.core.files import write_text
+from vila.core.reading import read_jsonl
+
+Place = tuple[str, int]
+"""File of a sample and number of its record there: equal for every visit, in any epoch, repeat or process."""
+
+
+def place_of_position(position: int) -> Place:
+    """Return a place for samples that are known by their global position alone."""
+    return "", position
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """A sample that was skipped: its global position, and why."""
+    """A visit of a sample that could not be read: its global position, the reason, and the sample's place."""
 
     position: int
     reason: str
+    place: Place
 
 
 class FaultLog:
-    """`faults.jsonl` of a run, and its budget."""
+    """`faults.jsonl` of a run, a line for each different sample, and its budget.
+
+    A sample that every epoch comes back to is listed and counted once, by its place.
+    """
 
     def __init__(
         self, path: Path, budget: int, *, seen: Callable[[int], bool] = lambda position: True, write: bool = True
     ) -> None:
-        """seen: whether the rows up to the checkpoint have used a position; lines of later ones are dropped, since
-        the run comes by there again. write: false counts alone, where another process writes the same file."""
+        """Read what an earlier process listed. Raises CheckpointError for a damaged file.
+
+        seen: whether the rows up to the checkpoint have used a position; lines of later ones are dropped, since the
+        run comes by there again. write: false counts alone, where another process writes the same file.
+        """
         self.path, self.budget, self.write = path, budget, write
-        self.count = 0
+        self._places: set[Place] = set()
         if path.is_file():
-            # A kill may have cut the last line short.
-            whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-            rows = [row for row in map(json.loads, whole) if seen(row["position"])]
+            rows = [row for row in self._read() if seen(row["position"])]
             if write:
                 write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-            self.count = len(rows)
+            self._places = {_place(row) for row in rows}
 
-    def add(self, faults: Sequence[Fault]) -> None:
-        """Write the faults of a step down. Raises DataError naming the last one when there are more than the budget."""
-        if not faults:
-            return
+    @property
+    def count(self) -> int:
+        """Number of different samples."""
+        return len(self._places)
+
+    def add(self, faults: Sequence[Fault]) -> int:
+        """List the samples of a step that are not listed yet, and return their number.
+
+        Raises DataError with the last one if there are more than the budget.
+        """
+        new: dict[Place, Fault] = {}
+        for fault in faults:
+            if fault.place not in self._places:
+                new.setdefault(fault.place, fault)
+        if not new:
+            return 0
         if self.write:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as stream:
-                for fault in faults:
-                    stream.write(json.dumps({"position": fault.position, "reason": fault.reason}) + "\n")
-        self.count += len(faults)
+                for (file, record), fault in new.items():
+                    row = {"position": fault.position, "file": file, "record": record, "reason": fault.reason}
+                    stream.write(json.dumps(row) + "\n")
+        self._places |= new.keys()
         if self.count > self.budget:
+            last = next(reversed(new.values()))
             raise DataError(
-                f"{self.count} samples could not be read, data.max_faults allows {self.budget}; they are listed in "
-                f"{self.path}. The last: {faults[-1].reason}"
+                f"{self.count} samples could not be read, {self.budget} are allowed; the last: {last.reason}",
+                file=self.path,
+                field="data.max_faults",
+                hint="mend them or raise data.max_faults, which counts each sample once",
             )
+        return len(new)
+
+    def _read(self) -> list[dict[str, Any]]:
+        rows = []
+        for number, row in read_jsonl(self.path, CheckpointError, appended=True):
+            position = row.get("position") if isinstance(row, dict) else None
+            if not isinstance(position, int) or isinstance(position, bool):
+                raise CheckpointError(
+                    field="position",
+                    file=self.path,
+                    record=f"line {number}",
+                    value=position if isinstance(row, dict) else row,
+                    expected="an object with the number of a position",
+                    hint="delete the file to count anew",
+                )
+            rows.append(row)
+        return rows
+
+
+def _place(row: dict[str, Any]) -> Place:
+    """Return the place of a line. Version one wrote positions alone."""
+    file, record = row.get("file"), row.get("record")
+    if isinstance(file, str) and isinstance(record, int):
+        return file, record
+    return place_of_position(row["position"])

@@ -17,6 +17,7 @@ from vila.core.vision_spec import ImageMode, VisionSpec
 from vila.data.clips import frames_of, open_pictures
 from vila.data.compact import CompactSample
 from vila.data.formats.protocol import FORMATS
+from vila.data.formats.source import RecordSource
 from vila.data.mixture import Mixture, Part, Source
 from vila.data.pack import Pixels
 from vila.data.shorten import shorten_sample
@@ -66,10 +67,15 @@ def open_mixture(entries: Iterable[Entry], seed: int, events: Events = SILENT) -
 
 
 def open_entry(entry: Entry, events: Events = SILENT) -> Source:
-    """The samples of one data set: first its training or validation share, then `max_samples` of that."""
+    """Open one data set: first its training or validation share, then `max_samples` of that.
+
+    Raises DataError for files that cannot be read or are in another format, ConfigError for wrong options.
+    """
     file = Path(entry.path)
     root = Path(entry.image_root) if entry.image_root else (file if file.is_dir() else file.parent)
     source: Source = FORMATS[entry.format].open(file, root, events, **entry.options)
+    if isinstance(source, RecordSource):
+        source.check_format(entry.format)
     if entry.val_fraction:
         source = Split(source, entry.val_fraction, entry.split == "val")
     return source if entry.max_samples is None else Subset(source, entry.max_samples)
@@ -129,6 +135,10 @@ class SampleReader:
     def data_set(self, position: int) -> str:
         """Return the name of the data set that a position belongs to."""
         return self.mixture.parts[self.mixture.locate(position)[0]].name
+
+    def place(self, position: int) -> tuple[str, int]:
+        """Return the file and record of the sample at a position; see `FaultLog`."""
+        return self.mixture.place(position)
 
     def count(self, media: Image | Video) -> int:
         """Return the number of image placeholders of an image. Videos have none: they become frames first."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Protocol
@@ -14,11 +14,22 @@ from vila.data.order import Permutation
 
 
 class Source(Protocol):
-    """What a dataset format opens: random access to samples, no tensors. Pickles, so that workers can have it."""
+    """Random access to the samples of a data set, no tensors. Picklable, so that workers can have it.
+
+    Sources of files have a property `files`, a list of paths; views of another source have it as `source`.
+    """
+
+    @property
+    def unread(self) -> Mapping[str, int]:
+        """Names of keys, columns and members that hold media which no sample has, with the number of records that were
+        read in this process and have them."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Sample: ...
+
+    def place(self, index: int) -> tuple[str, int]:
+        """Return the file of a sample and the number of its record there, which stay what they are in every epoch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +85,11 @@ class Mixture:
         """Part and sample at a global position."""
         number, index = self.locate(position)
         return self.parts[number], self.parts[number].source[index]
+
+    def place(self, position: int) -> tuple[str, int]:
+        """Return the file and record of the sample at a global position; it is not read."""
+        number, index = self.locate(position)
+        return self.parts[number].source.place(index)
 
     def describe(self, position: int) -> str:
         """Return `data set 'pages', sample 16 (position 123)`, for messages; the sample is not read."""

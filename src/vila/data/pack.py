@@ -17,7 +17,7 @@ from vila.chat.tokenize import TokenizedSample
 from vila.core.errors import DataError, VilaError
 from vila.data.compact import CompactSample, compact
 from vila.data.deal import lanes_of
-from vila.data.faults import Fault, FaultLog
+from vila.data.faults import Fault, FaultLog, Place, place_of_position
 from vila.data.fill import best_fill, longest_first
 
 Packing = Literal["rows", "none", "grouped"]
@@ -87,7 +87,7 @@ class Policy:
                 in each row, so chosen that the rows of a step are of similar length.
     max_images: pictures that a row may hold, 0 for no limit.
     overlong:   of samples longer than a row: `error`, `drop`, or `truncate` at the end of an exchange; counted.
-    max_faults: samples that may fail to be read; with 0 the failure itself is raised, at once.
+    max_faults: different samples that may fail to be read; with 0 the failure itself is raised, at once.
     """
 
     max_length: int
@@ -118,10 +118,11 @@ class Lane:
         shorten: Shorten | None = None,
         decode: Decode | None = None,
         state: LaneState | None = None,
+        place: Callable[[int], Place] = place_of_position,
     ) -> None:
         """Reads nothing before the first row.
 
-        fetch:   gives the tokenised sample at a global position.
+        fetch:   gives the tokenised sample at a global position; `place` the identity of that sample.
         shorten: gives it cut to a length, None when that cannot be done; needed for `truncate`.
         decode:  gives the pixels of a sample's pictures; without it rows carry none.
         """
@@ -131,6 +132,7 @@ class Lane:
         self._resumed = state.waiting if state else ()
         self._buffer: list[tuple[int, CompactSample]] = []
         self._since = _Count()
+        self._place, self._faulty = place, set[Place]()
 
     @property
     def state(self) -> LaneState:
@@ -263,14 +265,19 @@ class Lane:
             return None
 
     def _fault(self, position: int, error: Exception) -> None:
-        """Count a sample that cannot be read, or raise `error` again when there may be none or too many."""
+        """Count a sample that cannot be read, or raise `error` again if there may be none or too many."""
         if not self.policy.max_faults:
             raise error
         known = isinstance(error, VilaError)
         reason = str(error) if known else f"position {position}: {type(error).__name__}: {error}"
-        self._since.faults.append(Fault(position, reason))
-        if len(self._since.faults) > self.policy.max_faults:
-            raise DataError(f"more than data.max_faults={self.policy.max_faults} samples failed; the last: {error}")
+        place = self._place(position)
+        self._since.faults.append(Fault(position, reason, place))
+        self._faulty.add(place)
+        if len(self._faulty) > self.policy.max_faults:
+            raise DataError(
+                f"more than data.max_faults={self.policy.max_faults} samples could not be read; the last: {error}",
+                field="data.max_faults",
+            )
 
     def _check_refused(self, refused: int) -> None:
         if refused > _MAX_REFUSED:
@@ -295,13 +302,23 @@ class LaneSet:
         shorten: Shorten | None = None,
         decode: Decode | None = None,
         faults: FaultLog | None = None,
+        place: Callable[[int], Place] = place_of_position,
     ) -> None:
         """count: lanes of all ranks. states: of all lanes, by number. The other arguments are those of `Lane`."""
         self.numbers = lanes_of(rank, world, count)
         self._log = faults
         self.dropped = self.truncated = 0
         self.lanes = [
-            Lane(number, count, fetch, policy, shorten=shorten, decode=decode, state=states[number] if states else None)
+            Lane(
+                number,
+                count,
+                fetch,
+                policy,
+                shorten=shorten,
+                decode=decode,
+                state=states[number] if states else None,
+                place=place,
+            )
             for number in self.numbers
         ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import floor
@@ -30,9 +31,18 @@ class Split:
         block, _ = divmod(len(self.source), _BLOCK)
         return self._before(block) + len(self._last())
 
+    @property
+    def unread(self) -> Mapping[str, int]:
+        """Return the media that the whole source did not read."""
+        return self.source.unread
+
     def __getitem__(self, index: int) -> Sample:
-        """Sample number `index` of the share."""
+        """Read sample number `index` of the share."""
         return self.source[self.locate(index)]
+
+    def place(self, index: int) -> tuple[str, int]:
+        """Return file and record of sample number `index`."""
+        return self.source.place(self.locate(index))
 
     def locate(self, index: int) -> int:
         """Index in the source. Raises IndexError outside the share."""
@@ -82,9 +92,18 @@ class Subset:
     def __len__(self) -> int:
         return self.size
 
+    @property
+    def unread(self) -> Mapping[str, int]:
+        """Return the media that the whole source did not read."""
+        return self.source.unread
+
     def __getitem__(self, index: int) -> Sample:
-        """Sample number `index` of the subset."""
+        """Read sample number `index` of the subset."""
         return self.source[self.locate(index)]
+
+    def place(self, index: int) -> tuple[str, int]:
+        """Return file and record of sample number `index`."""
+        return self.source.place(self.locate(index))
 
     def locate(self, index: int) -> int:
         """Index in the source. Raises IndexError outside the subset."""

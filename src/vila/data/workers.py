@@ -173,7 +173,7 @@ def _serve(connection: Connection, job: LaneJob, at: Any, inherited: Sequence[Co
         at.value = position
         return reader.squares(position, sample)
 
-    options = {"shorten": reader.shorten, "decode": decode if job.decode else None}
+    options = {"shorten": reader.shorten, "decode": decode if job.decode else None, "place": reader.place}
     lanes = {n: Lane(n, job.lanes, fetch, job.policy, state=state, **options) for n, state in job.states.items()}  # type: ignore[arg-type]
     try:
         while True:

@@ -6,12 +6,12 @@ import logging
 import math
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 
 import torch
 
-from vila.core.errors import ClosedError, ConfigError, ContextOverflowError, QueueFullError
+from vila.core.errors import ClosedError, ConfigError, ContextOverflowError, EngineDeadError, QueueFullError
 from vila.engine.engine import Conversation, Engine
 from vila.engine.request import Sampling
 from vila.engine.slots import Slots, content_keys
@@ -75,6 +75,7 @@ class Batcher:
         self._accepting, self._closed = True, False
         self._busy = False
         self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
 
     def start(self) -> None:
         """Begin to work, in a thread of its own."""
@@ -98,6 +99,11 @@ class Batcher:
             self._accepting = False
             return self._changed.wait_for(lambda: not (self._waiting or self._turn.running or self._busy), timeout)
 
+    @property
+    def is_alive(self) -> bool:
+        """False once the worker thread has ended by an error: nothing is answered any more until a restart."""
+        return self._failure is None
+
     def __enter__(self) -> Batcher:
         self.start()
         return self
@@ -113,12 +119,14 @@ class Batcher:
         template: str = "",
         timeout: float | None = None,
         on_event: OnEvent = lambda event: None,
+        owner: str = "",
     ) -> Ticket:
-        """Queue a conversation. Its prompt and pictures are made ready in the caller's thread.
+        """Queue a conversation. Its prompt and images are made ready in the caller's thread.
 
         timeout:  seconds from now within which the answer must be complete; it ends with DeadlineError otherwise.
         on_event: is called from the worker's thread for every piece of text, and once at the end: with an event that
                   has `finish`, or with what ended the request. It should return at once.
+        owner:    whoever asks. Of the waiting requests those of the owner with the fewest running ones come first.
         Raises what `Engine.complete` raises, MediaError for a picture that cannot be read, ContextOverflowError for
         what exceeds the memory of the batcher, QueueFullError when too many wait, ClosedError when it is closed.
         """
@@ -134,6 +142,7 @@ class Batcher:
             answer=job.answer,
             pixels={picture.key: self.engine.processor.pixels([picture.image])[0] for picture in unknown},
             deadline=math.inf if timeout is None else time.monotonic() + timeout,
+            owner=owner,
         )
         if not self._slots.fits_ever(request.columns):
             raise ContextOverflowError(
@@ -164,6 +173,8 @@ class Batcher:
             )
 
     def _check_open(self) -> None:
+        if self._failure is not None:
+            raise _dead(self._failure)
         if not self._accepting:
             raise ClosedError("the batcher takes no new requests: it is closed, or finishing those that it has")
 
@@ -173,25 +184,36 @@ class Batcher:
 
     @torch.inference_mode()
     def _work(self) -> None:
+        try:
+            self._loop()
+        except BaseException as error:  # noqa: BLE001 - the thread ends here, and whoever waits has to hear of it
+            _log.critical("the batcher's thread ended by an error", exc_info=error)
+            self._failure = error
+        with self._changed:
+            self._accepting, self._closed, self._busy = False, True, False
+        self._end_all()
+
+    def _loop(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or self._waiting or self._turn.running)
                 if self._closed:
-                    break
+                    return
                 self._busy = True
             try:
                 self._admit()
                 self._turn.take()
+            except torch.AcceleratorError:
+                raise
             except Exception as error:  # noqa: BLE001 - the worker outlives whatever a step dies of; its owners hear of it
                 _log.exception("a step failed; the requests that were running end")
                 self._turn.fail(error)
             with self._changed:
                 self._busy = False
                 self._changed.notify_all()
-        self._end_all()
 
     def _admit(self) -> None:
-        """Let requests in as long as there is room, first come, first served; end those that are unwanted."""
+        """Admit requests as long as there is room, and end those that are cancelled or late."""
         now = time.monotonic()
         with self._changed:
             unwanted = [(request, error) for request in self._waiting if (error := request.verdict(now))]
@@ -199,18 +221,35 @@ class Batcher:
                 self._waiting.remove(request)
         for request, error in unwanted:
             self._turn.end(request, error)
-        while self._waiting:
-            slot = self._slots.place(self._waiting[0].keys, self._waiting[0].columns)
+        while chosen := self._next():
+            try:
+                slot = self._slots.place(chosen.keys, chosen.columns)
+            except Exception as failure:
+                with self._changed:
+                    self._waiting.remove(chosen)
+                self._turn.end(chosen, failure)
+                raise
             if slot is None:
                 return
             with self._changed:
-                request = self._waiting.popleft()
-                self._turn.join(request, slot)
+                self._waiting.remove(chosen)
+                self._turn.join(chosen, slot)
+
+    def _next(self) -> Request | None:
+        """The waiting request to admit next: the first one of the owner with the fewest running requests."""
+        with self._changed:
+            running = Counter(request.owner for request in self._turn.running)
+            return min(self._waiting, key=lambda request: running[request.owner], default=None)
 
     def _end_all(self) -> None:
         with self._changed:
             waiting = list(self._waiting)
             self._waiting.clear()
+        closed = ClosedError("the batcher was closed before the answer was complete")
         for request in (*waiting, *self._turn.running):
-            self._turn.end(request, ClosedError("the batcher was closed before the answer was complete"))
+            self._turn.end(request, closed if self._failure is None else _dead(self._failure))
         self._poke()
+
+
+def _dead(cause: BaseException) -> EngineDeadError:
+    return EngineDeadError(f"the engine's thread ended by {type(cause).__name__}; restart the program")

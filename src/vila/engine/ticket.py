@@ -87,7 +87,8 @@ class Request:
     """A request as the worker sees it.
 
     keys:   what stands at each place of the prompt, comparable between requests.
-    pixels: of pictures that no earlier request brought, by their key.
+    pixels: of images that no earlier request brought, by their key.
+    owner:  whoever asks, for a fair order.
     done:   tokens of the prompt and the answer that stand in the row's columns.
     """
 
@@ -98,6 +99,7 @@ class Request:
     answer: Answer
     pixels: Mapping[str, Tensor]
     deadline: float
+    owner: str = ""
     begun: float = field(default_factory=time.monotonic)
     slot: Slot | None = None
     embeds_SD: Tensor | None = None

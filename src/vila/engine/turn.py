@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vila.core.errors import CancelledError, DeadlineError, NumericsError
+from vila.core.errors import CancelledError, ClosedError, DeadlineError, NumericsError
 from vila.core.types import Image
 from vila.engine.decode import Chooser
 from vila.engine.pictures import Picture
@@ -67,17 +67,36 @@ class Turn:
         for request in list(self.running):
             if error := request.verdict(now):
                 self.end(request, error)
-        grants = self._look()
-        reading = [(request, count) for request, count in grants if self._embed(request)]
+        reading = [(request, count) for request, count in self._look() if self._embed(request)]
         growing = sorted((r for r in self.running if r.growing), key=lambda r: r.own_slot.row)
-        if not reading and not growing:
-            return
+        if reading or growing:
+            self._compute(growing, reading)
+
+    def _compute(self, growing: Sequence[Request], reading: Sequence[tuple[Request, int]]) -> None:
+        """Run the model once for these requests; if that fails, once for each, and end those that fail alone.
+
+        A pass writes only columns that no finished step has filled, so that it can be run again.
+        """
         ready = [number for number, (r, count) in enumerate(reading) if r.done + count == len(r.keys)]
-        logits_NV = self.run.forward(
-            [(Stretch(r.own_slot.row, r.done, 1), r.token) for r in growing],
-            [self._piece(request, count) for request, count in reading],
-            ready,
-        )
+        failure = None
+        try:
+            logits_NV = self.run.forward(
+                [(Stretch(r.own_slot.row, r.done, 1), r.token) for r in growing],
+                [self._piece(request, count) for request, count in reading],
+                ready,
+            )
+        except Exception as error:  # noqa: BLE001 - whatever the pass of one request dies of must not end its neighbours
+            failure = _isolated(error)
+        if failure is not None:
+            if len(growing) + len(reading) == 1:
+                self._fail(growing[0] if growing else reading[0][0], failure)
+                return
+            _log.warning("a step of %d requests failed (%s); each is tried alone", len(growing) + len(reading), failure)
+            for request in growing:
+                self._compute([request], [])
+            for grant in reading:
+                self._compute([], [grant])
+            return
         self.counts.steps += 1
         for request in growing:
             request.own_slot.content.append(request.token)
@@ -91,10 +110,11 @@ class Turn:
         """Let a request go and tell its owner how it ended."""
         if request in self.running:
             self.running.remove(request)
-            if isinstance(outcome, NumericsError):
-                self.slots.forget(request.own_slot)
-            else:
+            # What a failed step left in the row may not be finite, and even masked it would spoil its neighbours.
+            if isinstance(outcome, (TokenEvent, CancelledError, DeadlineError, ClosedError)):
                 self.slots.release(request.own_slot)
+            else:
+                self.slots.forget(request.own_slot)
         if isinstance(outcome, TokenEvent):
             self.counts.finished += 1
             self.seconds += (time.monotonic() - request.begun - self.seconds) / min(self.counts.finished, _LATELY)
@@ -137,10 +157,41 @@ class Turn:
             left -= count
             if left <= 0:
                 break
-        if seen:
-            pixels = [self._pixels(picture, request) for picture, request in seen.values()]
-            self.run.see([picture for picture, _ in seen.values()], torch.stack(pixels))
-        return grants
+        self._see(list(seen.values()))
+        return [(request, count) for request, count in grants if request in self.running]
+
+    def _see(self, wanted: Sequence[tuple[Picture, Request]]) -> None:
+        """Compute the tower's features of images; a request whose image cannot be read or computed ends alone."""
+        ready: list[tuple[Picture, Request, Tensor]] = []
+        for picture, request in wanted:
+            try:
+                ready.append((picture, request, self._pixels(picture, request)))
+            except Exception as error:  # noqa: BLE001 - one request's image must not end its neighbours
+                self._fail(request, _isolated(error))
+        self._encode(ready)
+
+    def _encode(self, ready: Sequence[tuple[Picture, Request, Tensor]]) -> None:
+        if not ready:
+            return
+        failure = None
+        try:
+            self.run.see([picture for picture, _, _ in ready], torch.stack([pixels for _, _, pixels in ready]))
+        except Exception as error:  # noqa: BLE001 - one request's image must not end its neighbours
+            failure = _isolated(error)
+        if failure is None:
+            return
+        if len(ready) == 1:
+            self._fail(ready[0][1], failure)
+            return
+        _log.warning("the vision tower failed on %d images (%s); each is tried alone", len(ready), failure)
+        for one in ready:
+            self._encode([one])
+
+    def _fail(self, request: Request, error: Exception) -> None:
+        """End a request with what it alone died of, unless it has ended by another of its images."""
+        if request in self.running:
+            _log.error("a request failed (%s: %s)", type(error).__name__, error)
+            self.end(request, error)
 
     def _unseen(self, request: Request) -> list[tuple[Picture, int]]:
         if request.embeds_SD is not None:
@@ -155,9 +206,12 @@ class Turn:
         return self.to_pixels([picture.image])[0] if pixels is None else pixels
 
     def _embed(self, request: Request) -> bool:
-        """Whether the embeddings of a prompt are there; they are made once all of its pictures were seen."""
+        """Whether the embeddings of a prompt are there; they are made once all of its images were encoded."""
         if request.embeds_SD is None and not self._unseen(request):
-            request.embeds_SD, request.embedded_from = self.run.embed(request.prompt, request.done)
+            try:
+                request.embeds_SD, request.embedded_from = self.run.embed(request.prompt, request.done)
+            except Exception as error:  # noqa: BLE001 - one request's prompt must not end its neighbours
+                self._fail(request, _isolated(error))
         return request.embeds_SD is not None
 
     def _piece(self, request: Request, count: int) -> tuple[Stretch, Tensor]:
@@ -205,3 +259,16 @@ class Turn:
         except Exception:  # noqa: BLE001 - the owner's own fault, which must not stop the others
             _log.exception("on_event failed; the request is given up")
             request.ticket.cancelled = True
+
+
+def _isolated(error: Exception) -> Exception:
+    """The error without its traceback, whose frames would keep tensors alive; frees cached memory after an OOM.
+
+    Raises it if it concerns the device as a whole: after such an error no further work on it can succeed.
+    """
+    if isinstance(error, torch.AcceleratorError):
+        raise error
+    if isinstance(error, torch.OutOfMemoryError):
+        torch.cuda.empty_cache()
+    _log.debug("a step failed", exc_info=error)
+    return error.with_traceback(None)

@@ -101,6 +101,8 @@ def _account_for(checkpoint: Checkpoint, found: Mapping[str, Piece], expected: M
                 f"{piece.name} has shape {piece.shape} in {piece.file.path.name}, "
                 f"the config asks for {tuple(parameter.shape)}"
             )
+        if piece is not None and not piece.dtype.is_floating_point:
+            problems.append(f"{piece.name} holds {piece.dtype} in {piece.file.path.name}, weights are floating point")
         if name in packed and packed[name].shape != tuple(parameter.shape):
             codes = packed[name].parts["qweight"]
             problems.append(
@@ -108,7 +110,7 @@ def _account_for(checkpoint: Checkpoint, found: Mapping[str, Piece], expected: M
                 f"the config asks for {tuple(parameter.shape)}"
             )
     if problems:
-        raise LayoutError(f"{checkpoint.folder}: {'; '.join(problems)}; refusing a partial load")
+        raise LayoutError("; ".join(problems), file=checkpoint.folder, hint="refusing a partial load")
 
 
 def _main_dtype(checkpoint: Checkpoint) -> torch.dtype:

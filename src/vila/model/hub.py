@@ -70,6 +70,14 @@ def local_folder(source: str | Path, revision: str | None = None) -> Path:
         raise DownloadError(f"{name}: no such directory, and the hub cannot be reached ({error})") from error
 
 
+def cached_folder(source: str) -> Path | None:
+    """The directory of a local path, or of a hub id that was fetched before; None if there is none. No network."""
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    return _cached(source, None) if _REPOSITORY.fullmatch(source) else None
+
+
 def _cached(name: str, revision: str | None) -> Path | None:
     config = try_to_load_from_cache(name, "config.json", revision=revision)
     return Path(config).parent if isinstance(config, str) else None

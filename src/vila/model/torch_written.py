@@ -19,24 +19,13 @@ from typing import Any
 import torch
 
 from vila.model.safetensors_file import num_bytes
+from vila.model.torch_file import STORAGE_TYPES
 from vila.model.written import Writable, finished
 
 _ALIGNMENT = 64
 _HEADER_BYTES = 30
 _PADDING_ID = 0x4246  # the field that torch.save itself pads with
 _EPOCH = (1980, 1, 1, 0, 0, 0)
-_STORAGES = {
-    torch.float64: torch.DoubleStorage,
-    torch.float32: torch.FloatStorage,
-    torch.float16: torch.HalfStorage,
-    torch.bfloat16: torch.BFloat16Storage,
-    torch.int64: torch.LongStorage,
-    torch.int32: torch.IntStorage,
-    torch.int16: torch.ShortStorage,
-    torch.int8: torch.CharStorage,
-    torch.uint8: torch.ByteStorage,
-    torch.bool: torch.BoolStorage,
-}
 
 
 def write_torch_file(tensors: Mapping[str, Writable], path: Path) -> None:
@@ -78,7 +67,7 @@ class _Pickler(pickle.Pickler):
         if not isinstance(obj, _Storage):
             return None
         shape = torch.Size(obj.tensor.shape)
-        return "storage", _STORAGES[obj.tensor.dtype], str(obj.number), "cpu", shape.numel()
+        return "storage", STORAGE_TYPES[obj.tensor.dtype], str(obj.number), "cpu", shape.numel()
 
 
 def _pickled(tensors: Mapping[str, Writable]) -> bytes:

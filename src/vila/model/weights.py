@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import pickle
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from vila.core.errors import LayoutError
-from vila.core.reading import read_json
+from vila.core.reading import file_errors, read_json_object
+from vila.model.torch_file import StoredTensor, TorchContent, read_torch_file
 
 Shape = tuple[int, ...]
 Get = Callable[[str], Tensor]
@@ -74,14 +75,14 @@ class SafetensorsFile:
 
     @cached_property
     def facts(self) -> Mapping[str, tuple[Shape, torch.dtype]]:
-        """Shape and type of every tensor. Raises LayoutError when the file is cut short or is something else."""
+        """Shape and dtype of every tensor. Raises LayoutError when the file is cut short or is something else."""
         out = {}
         with self._open() as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
                 part = file.get_slice(name)
                 kind = part.get_dtype()
                 if kind not in DTYPES:
-                    raise LayoutError(f"{self.path}: {name} has type {kind}; known are {', '.join(DTYPES)}")
+                    raise LayoutError("", file=self.path, field=name, value=kind, expected=", ".join(DTYPES))
                 out[name] = (tuple(part.get_shape()), DTYPES[kind])
         return out
 
@@ -92,67 +93,56 @@ class SafetensorsFile:
             yield file.get_tensor
 
     def _open(self) -> Any:
-        try:
+        with file_errors(self.path, LayoutError, hint="it may be cut short or damaged; copy or download it again"):
             return safe_open(self.path, framework="pt")
-        except (OSError, SafetensorError) as error:
-            raise LayoutError(
-                f"{self.path}: cannot be read as safetensors ({error}); it may be cut short, copy it again"
-            ) from error
 
 
 @dataclass(frozen=True)
 class TorchFile:
-    """A file of torch.save: only plain tensors are accepted, nothing else in the pickle is ever run."""
+    """A file of torch.save that holds tensors by name and nothing else; nothing in its pickle is run."""
 
     path: Path
 
-    @cached_property
+    @property
     def is_mapped(self) -> bool:
-        """Files older than PyTorch 1.6 are no zip archives, and are read whole."""
-        with self.path.open("rb") as stream:
-            return stream.read(4) == b"PK\x03\x04"
+        """Whether its tensors are views of the file. Before PyTorch 1.6 they were not aligned, and are copied."""
+        return self._content.is_mapped
 
     @cached_property
     def facts(self) -> Mapping[str, tuple[Shape, torch.dtype]]:
-        """Shape and type of every tensor."""
-        held = self._load()
-        # The mapping costs nothing until it is touched: the first reader takes it over.
-        self.__dict__["_opened"] = held
-        return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in held.items()}
+        """Shape and dtype of every tensor. Raises LayoutError as `read_torch_file`, and for other values."""
+        return {name: (tensor.shape, tensor.dtype) for name, tensor in self._content.value.items()}
 
     @contextmanager
     def mapped(self) -> Iterator[Get]:
-        """Tensors as views of the file; of files older than PyTorch 1.6, copies."""
-        held = self.__dict__.pop("_opened", None)
-        yield (self._load() if held is None else held).__getitem__
+        """Context that yields a function from a name to its tensor."""
+        content = self._content
+        mapping = content.map()
+        yield lambda name: content.value[name].read(mapping)
 
-    def _load(self) -> dict[str, Tensor]:
-        try:
-            held = torch.load(self.path, map_location="cpu", weights_only=True, mmap=self.is_mapped or None)
-        except pickle.UnpicklingError as error:
-            raise LayoutError(
-                f"{self.path}: holds more than plain tensors and is not opened, because unpickling runs code "
-                f"({str(error).splitlines()[0][:200]})"
-            ) from error
-        except (OSError, RuntimeError, EOFError, ValueError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise LayoutError(f"{self.path}: cannot be read ({reason}); it may be cut short, copy it again") from error
-        except (LookupError, TypeError, AttributeError, AssertionError) as error:
-            # Bytes that are no pickle are taken for one until some instruction of it fails.
-            raise LayoutError(
-                f"{self.path}: cannot be read ({type(error).__name__}); it is no file of torch.save, fetch it again"
-            ) from error
+    @cached_property
+    def _content(self) -> TorchContent:
+        content = read_torch_file(self.path)
+        held = content.value
         if not isinstance(held, dict):
-            raise LayoutError(f"{self.path}: holds a {type(held).__name__}, not weights by name")
+            raise LayoutError(
+                "holds no weights",
+                file=self.path,
+                value=type(held).__name__,
+                expected="tensors by their names",
+            )
         if held and held.keys() <= {"scale", "clip"}:
             raise LayoutError(
-                f"{self.path}: the result of an AWQ search, not weights; give it to vila quantize --reuse, with the "
-                "16-bit model"
+                "holds the result of an AWQ search, not weights",
+                file=self.path,
+                hint="give it to vila quantize --reuse, with the 16-bit model",
             )
-        wrong = [str(name) for name, value in held.items() if not isinstance(value, Tensor)]
-        if wrong:
-            raise LayoutError(f"{self.path}: not weights: {', '.join(wrong[:5])} is no tensor")
-        return held
+        for name, value in held.items():
+            if not isinstance(name, str) or not isinstance(value, StoredTensor):
+                raise LayoutError(
+                    "", file=self.path, field=str(name), value=type(value).__name__, expected="a tensor by its name"
+                )
+        return content
 
 
 @dataclass(frozen=True)
@@ -177,7 +167,9 @@ def pieces_of(files: Sequence[WeightFile]) -> dict[str, Piece]:
     for file in files:
         for name, (shape, dtype) in file.facts.items():
             if name in out:
-                raise LayoutError(f"{name} is in both {out[name].file.path} and {file.path}; remove one of them")
+                raise LayoutError(
+                    f"is also in {out[name].file.path}", file=file.path, field=name, hint="remove one of the two files"
+                )
             out[name] = Piece(file, name, shape, dtype)
     return out
 
@@ -230,6 +222,8 @@ def _give_back(source: Tensor) -> bool:
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLES = ("model.safetensors", "pytorch_model.bin")
+_SHARD = re.compile(r"-of-(\d{1,9})\.\w+$")
+_NOT_IN_NAMES = frozenset("/\\\0")
 
 
 def state_of(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -251,26 +245,76 @@ def published_names(model: PreTrainedModel) -> dict[str, str]:
 
 
 def find_files(folder: Path) -> list[WeightFile]:
-    """The weight files of a directory, safetensors first. Raises LayoutError naming missing shards, or that none is."""
+    """Return the weight files of a directory, safetensors first.
+
+    Raises LayoutError for an index that is damaged, names files outside of the directory or absent ones, for shards
+    without their index, and when there are no weights.
+    """
     for index, single in zip(INDEXES, SINGLES, strict=True):
         if (folder / index).is_file():
-            named = read_json(folder / index).get("weight_map", {})
-            shards = sorted(set(named.values()))
-            missing = [name for name in shards if not (folder / name).is_file()]
-            if missing:
-                raise LayoutError(
-                    f"{folder}: {index} names {len(shards)} shards, of which {', '.join(missing)} "
-                    f"{'is' if len(missing) == 1 else 'are'} missing; fetch the checkpoint again"
-                )
-            return [weight_file(folder / name) for name in shards]
+            return [weight_file(path) for path in _indexed(folder / index)]
         if (folder / single).is_file():
             return [weight_file(folder / single)]
+    _refuse_shards_without_index(folder)
     loose = sorted(folder.glob("*.safetensors"))
     if len(loose) == 1:
         return [weight_file(loose[0])]
     if pickled := pickled_files(folder):
         return list(map(weight_file, pickled))
-    raise LayoutError(f"{folder}: no weights (looked for {', '.join([*SINGLES, *INDEXES])})")
+    raise LayoutError("no weights", file=folder, expected=f"one of {', '.join([*SINGLES, *INDEXES])}")
+
+
+def _indexed(index: Path) -> list[Path]:
+    """Return the shards that an index names."""
+    named = read_json_object(index, LayoutError).get("weight_map")
+    if not isinstance(named, dict) or not named:
+        raise LayoutError(
+            "", file=index, field="weight_map", value=named, expected="an object from the names of weights to files"
+        )
+    for weight, file in named.items():
+        if not isinstance(file, str) or not file.strip(". ") or len(file) > 255 or set(file) & _NOT_IN_NAMES:
+            raise LayoutError(
+                "", file=index, field=f"weight_map.{weight}", value=file, expected="the name of a file beside the index"
+            )
+    shards = [index.parent / file for file in sorted(set(named.values()))]
+    if missing := [shard.name for shard in shards if not shard.is_file()]:
+        raise LayoutError(
+            f"names {len(shards)} shards, of which {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing",
+            file=index,
+            field="weight_map",
+            value=missing,
+            hint="fetch the checkpoint again",
+        )
+    for shard in shards:
+        if _leads_out(shard):
+            raise LayoutError(
+                "is a symbolic link out of the directory",
+                file=shard,
+                value=str(shard.resolve()),
+                hint="copy the file here, or give the directory that holds it",
+            )
+    return shards
+
+
+def _leads_out(shard: Path) -> bool:
+    """Whether a link leads elsewhere than into its directory or a cache of the hub (models--OWNER--NAME/blobs)."""
+    target = shard.resolve()
+    into_cache = any(above.name == "blobs" and above.parent.name.startswith("models--") for above in target.parents)
+    return not into_cache and not target.is_relative_to(shard.parent.resolve())
+
+
+def _refuse_shards_without_index(folder: Path) -> None:
+    for index, single in zip(INDEXES, SINGLES, strict=True):
+        stem, _, ending = single.partition(".")
+        names = sorted(path.name for path in folder.glob(f"{stem}-*-of-*.{ending}"))
+        counted = [match for name in names if (match := _SHARD.search(name)) and int(match[1]) > 1]
+        if counted:
+            raise LayoutError(
+                f"{len(counted)} of {int(counted[0][1])} shards without their index",
+                file=folder / index,
+                value=names[:3],
+                hint=f"fetch {index} too",
+            )
 
 
 def pickled_files(folder: Path) -> list[Path]:

@@ -1,10 +1,10 @@
-"""The search files of the original release of AWQ (`awq_cache/*.pt`): read without running what is in them, written."""
+"""Search files of the original release of AWQ (`awq_cache/*.pt`), read without torch.load, and written."""
 
 from __future__ import annotations
 
 import io
-import pickle
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,35 +13,54 @@ from torch import Tensor
 
 from vila.core.errors import LayoutError
 from vila.core.files import atomic_path
-from vila.quant.result import Clip, Scale, Search, load_search
+from vila.model.torch_file import StoredTensor, read_torch_file
+from vila.quant.result import Clip, Scale, Search, load_search, make_clip, make_scale
 
 # Files of LLaVA-like models name the LLM's place: `language_model.model.layers.0`, `llm.model.layers.0`.
 _PREFIX = re.compile(r"^.*?(?=layers\.\d+\.)")
 
 
 def read_search(path: Path) -> Search:
-    """A search of ours, or of the original by the ending `.pt`. Raises LayoutError for what is neither."""
+    """Read a search of ours, or one of the original by the ending `.pt`. Raises LayoutError for other files."""
     if not path.is_file():
-        raise LayoutError(f"{path}: no such file; give a search.safetensors or an awq_cache .pt")
+        raise LayoutError("no such file", file=path, hint="give a search.safetensors or an awq_cache .pt")
     return read_awq_cache(path) if path.suffix == ".pt" else load_search(path)
 
 
 def read_awq_cache(path: Path) -> Search:
-    """The scales and limits of such a file, by the names that our searches use.
+    """Read the scales and limits of such a file, by the names that our searches use.
 
     It holds `{"scale": [(norm or Linear, (Linear, ...), scale [I]), ...], "clip": [(Linear, limit [O, G, 1]), ...]}`.
-    Raises LayoutError naming the file when it is cut short, holds anything but that, or a value that is not finite.
+    Raises LayoutError with the file's name when it is cut short or compressed, holds anything but that, a value that
+    is not finite, or asks for more memory than the file is large.
     """
-    held = _load(path)
-    if not isinstance(held, dict) or not {"scale", "clip"} <= held.keys():
-        raise LayoutError(f"{path}: no AWQ search (expected the keys 'scale' and 'clip'); give an awq_cache file")
-    try:
-        scales = tuple(_scale(*entry) for entry in held["scale"])
-        clips = tuple(_clip(*entry) for entry in held["clip"])
-    except (TypeError, ValueError) as error:
-        raise LayoutError(f"{path}: not as the original writes its searches ({error})") from error
+    content = read_torch_file(path)
+    held = content.value
+    if not isinstance(held, dict) or not all(isinstance(held.get(key), list) for key in ("scale", "clip")):
+        raise LayoutError(
+            "no AWQ search", file=path, expected="the lists 'scale' and 'clip'", hint="give an awq_cache file"
+        )
+    mapped = content.map()
+    budget = path.stat().st_size
+    found: dict[str, list[Any]] = {"scale": [], "clip": []}
+    makers: dict[str, Callable[..., Any]] = {"scale": _scale, "clip": _clip}
+    for key, make in makers.items():
+        for number, entry in enumerate(held[key]):
+            last = entry[-1] if isinstance(entry, (list, tuple)) and entry else None
+            budget -= last.bytes if isinstance(last, StoredTensor) else 0
+            try:
+                if not isinstance(last, StoredTensor):
+                    raise ValueError("does not end in a tensor")
+                if budget < 0:
+                    raise ValueError("shares its values with others, more than the file is large")
+                found[key].append(make(*entry[:-1], last.read(mapped)))
+            except (TypeError, ValueError) as error:
+                raise LayoutError(
+                    f"not as the original writes its searches ({error})", file=path, field=f"{key}[{number}]"
+                ) from error
+    scales, clips = tuple(found["scale"]), tuple(found["clip"])
     if not scales and not clips:
-        raise LayoutError(f"{path}: holds neither scales nor limits")
+        raise LayoutError("holds neither scales nor limits", file=path)
     return Search(scales, clips, _facts(path, clips, scales))
 
 
@@ -69,48 +88,33 @@ def _half(values: Tensor, name: str) -> Tensor:
     return half.contiguous()
 
 
-def _load(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise LayoutError(
-            f"{path}: holds more than tensors and plain values and is not opened, because unpickling runs code "
-            f"({str(error).splitlines()[0][:200]})"
-        ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, LookupError, TypeError, AssertionError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise LayoutError(f"{path}: cannot be read ({reason}); it may be cut short, copy it again") from error
+def _scale(fold: Any, linears: Any, scale_I: Tensor) -> Scale:
+    if not isinstance(linears, (list, tuple)) or not linears:
+        raise ValueError("its Linears are no list of names")
+    return make_scale(_name(fold), [_name(one) for one in linears], _wide(scale_I))
 
 
-def _scale(fold: Any, linears: Any, scale_I: Any) -> Scale:
-    if isinstance(linears, str) or not linears:
-        raise ValueError(f"the Linears of {fold!r} are {linears!r}")
-    return Scale(_name(fold), tuple(_name(one) for one in linears), _values(scale_I, fold, 1))
+def _clip(linear: Any, limit_OG1: Tensor) -> Clip:
+    if limit_OG1.dim() != 3 or limit_OG1.shape[-1] != 1:
+        raise ValueError(f"its limits have shape {list(limit_OG1.shape)}")
+    return make_clip(_name(linear), _wide(limit_OG1.squeeze(-1)))
 
 
-def _clip(linear: Any, limit_OG1: Any) -> Clip:
-    limit = _values(limit_OG1, linear, 3)
-    if limit.shape[-1] != 1:
-        raise ValueError(f"the limits of {linear!r} have shape {tuple(limit.shape)}")
-    return Clip(_name(linear), limit.squeeze(-1))
+def _wide(values: Tensor) -> Tensor:
+    # A tensor of another type stays as it is, and is refused for its type.
+    return values.float() if values.is_floating_point() else values
 
 
 def _name(name: Any) -> str:
     if not isinstance(name, str) or not _PREFIX.match(name):
-        raise ValueError(f"{name!r} names nothing in a decoder block")
+        raise ValueError(
+            f"{name[:80]!r} is no name" if isinstance(name, str) else f"a {type(name).__name__} is no name"
+        )
     return _PREFIX.sub("model.", name)
 
 
-def _values(value: Any, name: Any, dims: int) -> Tensor:
-    if not isinstance(value, Tensor) or value.dim() != dims or not value.is_floating_point():
-        raise ValueError(f"the values of {name!r} are no floating-point tensor of {dims} dimensions")
-    if not torch.isfinite(value).all():
-        raise ValueError(f"the values of {name!r} are not finite")
-    return value.float()
-
-
 def _facts(path: Path, clips: tuple[Clip, ...], scales: tuple[Scale, ...]) -> dict[str, Any]:
-    """The group size where it can be told: a limited Linear's inputs, known from its scale, over its groups."""
+    """Source and, where the scales say how wide a limited Linear is, the group size."""
     width = {name: scale.scale_I.numel() for scale in scales for name in scale.linears}
     sizes = {width[clip.linear] // clip.limit_OG.shape[1] for clip in clips if clip.linear in width}
     known = {"group_size": sizes.pop()} if len(sizes) == 1 else {}

@@ -1,4 +1,4 @@
-"""The rounded Linears of a block in a file, for work that goes on after it was killed."""
+"""Rounded Linears of a block in a file; lets an interrupted quantization resume."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from vila.core.errors import LayoutError
 from vila.core.files import atomic_path
+from vila.core.reading import file_errors
 from vila.kernels.int4_layout import Int4Weight
 
 _HEADER = "vila_rounded_block"
@@ -30,14 +31,15 @@ def write_weights(weights: Mapping[str, Int4Weight], key: str, path: Path) -> No
 
 
 def read_weights(path: Path) -> tuple[dict[str, Int4Weight], str]:
-    """A block's weights and their key. Raises LayoutError naming the file when it is no such file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = json.loads((file.metadata() or {})[_HEADER])
-            weights = {
-                name: Int4Weight(**{part: file.get_tensor(f"{name}/{part}") for part in _PARTS}, group_size=size)
-                for name, size in header["group_sizes"].items()
-            }
-    except (OSError, SafetensorError, LookupError, ValueError) as error:
-        raise LayoutError(f"{path}: no block that was rounded before ({error}); remove it, it is made again") from error
-    return weights, header["key"]
+    """Read a block's weights and their key. Raises LayoutError with the file's name for any other file."""
+    hint = "remove it; the block is rounded again"
+    with file_errors(path, LayoutError, hint=hint), safe_open(path, framework="pt") as file:
+        header = json.loads((file.metadata() or {})[_HEADER])
+        weights = {}
+        for name, size in header["group_sizes"].items():
+            parts = {part: file.get_tensor(f"{name}/{part}") for part in _PARTS}
+            try:
+                weights[name] = Int4Weight(**parts, group_size=size)
+            except LayoutError as error:
+                raise LayoutError(str(error), file=path, field=name, hint=hint) from error
+        return weights, header["key"]

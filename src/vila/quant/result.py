@@ -1,4 +1,4 @@
-"""What a search found, in memory and in a file: scales that are folded, and limits that weights are clamped to.
+"""Result of an AWQ search, in memory and in a file: scales that are folded, and limits that weights are clamped to.
 
 The file is one .safetensors: a tensor for every scale and limit, and the facts of the run as JSON in its header.
 """
@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from vila.core.errors import LayoutError
 from vila.core.files import atomic_path
+from vila.core.reading import file_errors, parse_json
 
 # O output channels  I input channels  G groups of a row
 
@@ -78,23 +80,48 @@ def save_search(search: Search, path: Path) -> None:
         save_file(tensors, part, metadata={_HEADER: json.dumps(header, sort_keys=True)})
 
 
+def make_scale(fold: str, linears: Iterable[str], scale_I: Tensor, facts: Mapping[str, Any] | None = None) -> Scale:
+    """Return the scale of a file. Raises ValueError unless it is a finite floating-point tensor [I]."""
+    names = tuple(linears)
+    if not names or not all(isinstance(name, str) for name in (fold, *names)) or not isinstance(facts or {}, dict):
+        raise ValueError("a scale belongs to names")
+    _check_values(scale_I, 1)
+    return Scale(fold, names, scale_I, facts or {})
+
+
+def make_clip(linear: str, limit_OG: Tensor) -> Clip:
+    """Return the limits of a file. Raises ValueError unless they are a finite floating-point tensor [O, G]."""
+    if not isinstance(linear, str):
+        raise ValueError("limits belong to a name")
+    _check_values(limit_OG, 2)
+    return Clip(linear, limit_OG)
+
+
+def _check_values(values: Tensor, num_dims: int) -> None:
+    if not values.is_floating_point() or values.dim() != num_dims or not values.numel():
+        raise ValueError(
+            f"expected a floating-point tensor of {num_dims} dimensions, got {values.dtype} {list(values.shape)}"
+        )
+    if not torch.isfinite(values).all():
+        raise ValueError("its values are not finite")
+
+
 def load_search(path: Path) -> Search:
-    """Read a file that `save_search` wrote. Raises LayoutError naming the file when it is no such file."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            header = (file.metadata() or {}).get(_HEADER)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-    except (OSError, SafetensorError) as error:
-        raise LayoutError(f"{path}: cannot be read as safetensors ({error}); make the search again") from error
+    """Read a file that `save_search` wrote. Raises LayoutError with the file's name for any other file."""
+    with file_errors(path, LayoutError, hint="make the search again"), safe_open(path, framework="pt") as file:
+        header = (file.metadata() or {}).get(_HEADER)
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     if header is None:
-        raise LayoutError(f"{path}: holds tensors, but no search for scales; give a file that a search wrote")
+        raise LayoutError("holds tensors, but no search for scales", file=path, hint="give a file that a search wrote")
+    read = parse_json(header, file=path, error=LayoutError)
     try:
-        read = json.loads(header)
         scales = tuple(
-            Scale(one["fold"], tuple(one["linears"]), tensors[_SCALE + one["fold"]], one["facts"])
+            make_scale(one["fold"], one["linears"], tensors[_SCALE + one["fold"]], one["facts"])
             for one in read["scales"]
         )
-        clips = tuple(Clip(name, tensors[_CLIP + name]) for name in read["clips"])
-        return Search(scales, clips, read["facts"])
+        clips = tuple(make_clip(name, tensors[_CLIP + name]) for name in read["clips"])
+        return Search(scales, clips, dict(read["facts"]))
     except (LookupError, TypeError, ValueError) as error:
-        raise LayoutError(f"{path}: its header does not fit its tensors ({error!r}); make the search again") from error
+        raise LayoutError(
+            f"its header does not fit its tensors ({error})", file=path, hint="make the search again"
+        ) from error

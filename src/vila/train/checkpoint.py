@@ -1,17 +1,23 @@
-"""Checkpoints: tensors dealt over the processes of the run, everything else in JSON; whole or absent.
+"""Checkpoints: tensors sharded over the processes of the run, everything else in JSON; whole or absent.
 
 Tensors are written by `torch.distributed.checkpoint`, each process its own part, and can be read by another number of
-processes. Writing goes on beside training, in a folder that gets its name when everything is on the disk.
+processes. A background thread writes and hashes the files, in a directory that gets its name when all are on the disk.
+
+    step-00000120/  .metadata __0_0.distcp ...  tensors
+                    state.json                  progress, lanes, recipe, versions
+                    inputs.json                 stamps of the data and of the base model
+                    manifest.json               size and SHA-256 of the other files
 """
 
 from __future__ import annotations
 
+import re
 import shutil
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,10 +29,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from vila.core.errors import CheckpointError, DataError, VilaError
+from vila.core.errors import CheckpointError, VilaError
+from vila.core.events import SILENT, Events
+from vila.core.fields import Fields
 from vila.core.files import atomic_path, remove_partials, write_json
-from vila.core.reading import read_json
 from vila.data.pack import LaneState
+from vila.train.manifest import FileDigest, check_files, digest_files, write_manifest
 from vila.train.metadata import TensorReader
 from vila.train.parallel import World, told_of_the_lost
 
@@ -36,9 +44,9 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a run is, over all processes. `tokens` and `samples` count what was seen, padding left out.
+    """How far a run is, over all processes. `tokens` and `samples` count the samples trained on, padding left out.
 
-    bad_steps: steps that were left out because their loss or gradient was not finite.
+    bad_steps:          steps that were left out because their loss or gradient was not finite.
     dropped, truncated: over-long samples that were left out, and cut.
     """
 
@@ -54,10 +62,11 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What a run needs to go on besides its tensors.
+    """What a run needs besides its tensors to resume.
 
-    lanes: of all processes, by number.
-    world: processes that wrote it.
+    lanes:  states of all lanes, by number.
+    world:  number of processes that wrote it.
+    inputs: stamps of the data and of the base model, see `vila.train.inputs`.
     """
 
     progress: Progress
@@ -66,9 +75,10 @@ class Checkpoint:
     versions: dict[str, str]
     world: int = 1
     folder: Path = Path()
+    inputs: dict[str, Any] = field(default_factory=dict)
 
     def load_tensors(self, into: Mapping[str, Tensor], world: World) -> None:
-        """Fill the tensors of `into`, dealt or whole, from the checkpoint.
+        """Fill the tensors of `into`, sharded or whole, from the checkpoint.
 
         Raises CheckpointError naming the first tensor that is missing or has another shape.
         """
@@ -90,8 +100,10 @@ class Checkpoint:
             if size is None or tuple(size) != tuple(tensor.shape):
                 found = "not in it" if size is None else f"of shape {tuple(size)}, the model's {tuple(tensor.shape)}"
                 raise CheckpointError(
-                    f"{self.folder}: {name} is {found}; it is of another model or stage. Choose another output.dir, or "
-                    "delete that directory to start over"
+                    f"{found}; the checkpoint is of another model or stage",
+                    file=self.folder,
+                    field=name,
+                    hint="choose another output.dir, or delete that directory to start over",
                 )
 
     @property
@@ -104,11 +116,23 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The checkpoints of a run: `step-N` folders, of which the newest few are kept, and the best one if asked."""
+    """The checkpoints of a run: `step-N` directories, of which the newest few are kept, and the best one if asked."""
 
-    def __init__(self, folder: Path, world: World, *, keep_last: int = 1, background: bool = False) -> None:
-        """background: write while training goes on; `wait` before the process ends."""
+    def __init__(
+        self,
+        folder: Path,
+        world: World,
+        *,
+        keep_last: int = 1,
+        background: bool = False,
+        inputs: Callable[[], dict[str, Any]] = dict,
+    ) -> None:
+        """background: write while training goes on; `wait` before the process ends.
+
+        inputs: returns the stamps for `inputs.json`; called by the writing thread of the main process.
+        """
         self.folder, self.world, self.keep_last, self.background = folder, world, keep_last, background
+        self._inputs = inputs
         self._thread: threading.Thread | None = None
         self._error: VilaError | None = None
         self._mesh: DeviceMesh | None = None
@@ -116,12 +140,12 @@ class Checkpoints:
     def save(self, tensors: Mapping[str, Tensor], state: Checkpoint, *, best: int | None = None) -> None:
         """Write `folder/step-N` atomically, then delete those that are not kept. A kill leaves the previous one whole.
 
-        tensors: those of this process: its parts of dealt ones, and whole ones, which are written once.
+        tensors: those of this process: its shards, and whole ones, which are written once.
         best:    step that is kept besides the newest ones.
         Every process calls it. Raises CheckpointError, of this save or of the one before it.
         """
         self.wait()
-        target = self.folder / f"step-{state.progress.step:08d}"
+        target = self.folder / _name(state.progress.step)
         with ExitStack() as stack:
             part = self._open(target, stack)
             # From here on training may change the tensors.
@@ -170,14 +194,32 @@ class Checkpoints:
             with named:
                 group = {"no_dist": True} if self.world.alone else {"process_group": self.world.saving}
                 dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(part), **group)
+                digests = self._digests(part)
                 if self.world.main:
                     write_json(part / "state.json", _as_json(state))
+                    write_json(part / "inputs.json", self._inputs())
+                    rest = [file.name for file in part.iterdir() if file.name not in digests]
+                    write_manifest(part, digests | digest_files(part, rest))
             if self.world.main:
-                self._prune(best)
+                self._prune(state.progress.step, best)
         except (OSError, VilaError) as error:
             failed = _reason(error)
         if failed := self.world.gather(failed, self.world.saving)[0]:
             raise _unwritten(self.folder / part.name, failed)
+
+    def _digests(self, part: Path) -> dict[str, FileDigest]:
+        """The digests of the tensor files of all processes; each hashes those that it wrote."""
+        own: dict[str, FileDigest] = {}
+        failed = ""
+        try:
+            names = [file.name for file in part.glob(f"__{self.world.place.rank}_*.distcp")]
+            own = digest_files(part, names)
+        except OSError as error:
+            failed = _reason(error)
+        shares = self.world.gather((own, failed), self.world.saving)
+        if failed := next((failed for _, failed in shares if failed), ""):
+            raise _unwritten(self.folder / part.name, failed)
+        return {name: digest for own, _ in shares for name, digest in own.items()}
 
     def _run(self, target: Path, write: Callable[[], None]) -> None:
         try:
@@ -198,9 +240,9 @@ class Checkpoints:
             return DTensor.from_local(local, self._mesh, tensor.placements, **facts)  # type: ignore[arg-type]
         return tensor.detach().to("cpu", copy=True)
 
-    def _prune(self, best: int | None) -> None:
-        found = sorted(self.folder.glob("step-*"))
-        kept = {*found[-self.keep_last :], self.folder / f"step-{best or 0:08d}"}
+    def _prune(self, step: int, best: int | None) -> None:
+        found = [folder for folder in checkpoint_folders(self.folder) if step_of(folder) <= step]
+        kept = {*found[-self.keep_last :], self.folder / _name(best or 0)}
         for old in found:
             if old not in kept:
                 shutil.rmtree(old)
@@ -216,26 +258,134 @@ def _as_json(state: Checkpoint) -> dict[str, Any]:
     }
 
 
-def load_checkpoint(folder: Path, world: World) -> Checkpoint | None:
-    """The newest checkpoint in `folder`, or None when there is none. Every process calls it.
+def load_checkpoint(folder: Path, world: World, events: Events = SILENT) -> Checkpoint | None:
+    """Load the newest sound checkpoint in `folder`; None if there is none at all. Every process calls it.
 
-    Raises CheckpointError naming the folder that cannot be read and the remedy.
+    Damaged ones that are newer get the ending `.damaged`, and `events` receive a line for each.
+    Raises CheckpointError naming file and field of the newest one if all are damaged.
     """
     if world.main:
         remove_partials(folder)
-    world.gather(None)
-    found = sorted(folder.glob("step-*")) if folder.is_dir() else []
-    if not found:
-        return None
-    newest = found[-1]
+    found = world.gather(checkpoint_folders(folder) if world.main else [])[0]
+    damaged: list[tuple[Path, CheckpointError]] = []
+    for candidate in reversed(found):
+        checkpoint, error = _load(candidate, world)
+        if error:
+            damaged.append((candidate, error))
+            continue
+        for other, error in damaged:
+            events.said(f"note: {error}; resuming from {candidate.name} and keeping {other.name}.damaged")
+            if world.main:
+                _set_aside(other)
+        return checkpoint
+    if damaged:
+        error = damaged[0][1]
+        error.hint = "no checkpoint is whole; restore one from a copy, or delete the directory of the run to start over"
+        error.is_repeated = not world.main
+        raise error
+    return None
+
+
+def _load(folder: Path, world: World) -> tuple[Checkpoint | None, CheckpointError | None]:
+    """Check and read a checkpoint; the same result in every process."""
+    checkpoint: Checkpoint | None = None
+    problem: CheckpointError | None = None
     try:
-        state = read_json(newest / "state.json")
-        lanes = [LaneState(position, tuple(waiting)) for position, waiting in state["lanes"]]
-        progress = Progress(**state["progress"])
-        checkpoint = Checkpoint(progress, lanes, state["recipe"], state["versions"], state["world"], newest)
-    except (OSError, DataError, KeyError, TypeError, ValueError) as error:
-        raise _unreadable(newest, error) from error
-    return checkpoint
+        check_files(folder, world)
+        checkpoint = read_state(folder) if world.main else None
+    except CheckpointError as error:
+        problem = error
+    return world.gather((checkpoint, problem))[0]
+
+
+def checkpoint_folders(folder: Path) -> list[Path]:
+    """Return the checkpoints in a directory, oldest first; directories with other names are ignored."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if _STEP.fullmatch(path.name) and path.is_dir()]
+    return sorted((path for path in found if path.name == _name(step_of(path))), key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """Return the step of a checkpoint's directory."""
+    return int(folder.name.removeprefix("step-"))
+
+
+_STEP = re.compile(r"step-\d{8,18}")
+
+
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def _set_aside(damaged: Path) -> None:
+    target = damaged.with_name(f"{damaged.name}.damaged")
+    shutil.rmtree(target, ignore_errors=True)
+    damaged.rename(target)
+
+
+def read_state(folder: Path) -> Checkpoint:
+    """Read `state.json` and `inputs.json` of a checkpoint.
+
+    Raises CheckpointError naming file and field for values of a wrong type or out of range.
+    """
+    state = Fields.of_file(folder / "state.json", CheckpointError)
+    return Checkpoint(
+        progress=_read_progress(state.section("progress"), step_of(folder)),
+        lanes=_read_lanes(state),
+        recipe=dict(state.section("recipe")),
+        versions={name: state.section("versions").text(name) for name in state.section("versions")},
+        world=state.integer("world", minimum=1),
+        folder=folder,
+        inputs=dict(Fields.of_file(folder / "inputs.json", CheckpointError)),
+    )
+
+
+def _read_progress(progress: Fields, step: int) -> Progress:
+    unknown = [name for name in progress if name not in Progress.__dataclass_fields__]
+    if unknown:
+        raise progress.refusal(unknown[0], "unknown field", hint="go on with the version of vila that wrote it")
+    read = Progress(
+        step=progress.integer("step", minimum=step, maximum=step),
+        seconds=progress.number("seconds", maximum=1e12),
+        bad_steps=progress.integer("bad_steps", maximum=step),
+        **{
+            name: progress.integer(name, maximum=2**62)
+            for name in ("tokens", "samples", "supervised", "dropped", "truncated")
+        },
+    )
+    if read.supervised > read.tokens:
+        raise progress.refusal("supervised", expected=f"at most tokens={read.tokens}")
+    return read
+
+
+def _read_lanes(state: Fields) -> list[LaneState]:
+    """Read the lanes; positions of lane g of G are g modulo G, and those waiting lie before the next one."""
+    lanes = state.get("lanes")
+    if not isinstance(lanes, list):
+        raise state.refusal("lanes", expected="a list")
+    states = []
+    for number, lane in enumerate(lanes):
+        try:
+            position, waiting = lane
+            places = [position, *waiting]
+            is_sound = (
+                all(type(place) is int and place >= 0 and place % len(lanes) == number for place in places)
+                and all(place < position for place in waiting)
+                and len(set(waiting)) == len(waiting)
+            )
+        except (TypeError, ValueError):
+            is_sound = False
+        if not is_sound:
+            raise CheckpointError(
+                "not the state of a lane",
+                file=state.file,
+                field=f"lanes.{number}",
+                value=lane,
+                expected=f"[next, [waiting, ...]] with distinct positions that are {number} modulo {len(lanes)}",
+            )
+        states.append(LaneState(position, tuple(waiting)))
+    return states
 
 
 def clear_checkpoints(folder: Path) -> None:
@@ -256,13 +406,18 @@ def versions() -> dict[str, str]:
 
 def _unwritten(target: Path, reason: str) -> CheckpointError:
     return CheckpointError(
-        f"{target}: the checkpoint was not written ({reason}); the one before it is whole. Make room, then run again "
-        "to go on from there"
+        f"the checkpoint was not written ({reason}); the one before it is whole",
+        file=target,
+        hint="make room, then run again to go on from there",
     )
 
 
 def _unreadable(folder: Path, error: BaseException) -> CheckpointError:
-    return CheckpointError(f"{folder}: cannot resume from it ({_reason(error)}); delete that directory to start over")
+    return CheckpointError(
+        f"cannot resume from it ({_reason(error)})",
+        file=folder,
+        hint="delete that directory to resume from another one",
+    )
 
 
 def _reason(error: BaseException) -> str:

@@ -144,7 +144,7 @@ class Trainer:
         late: the last checkpoint was long ago. Returns the facts of the step, and what each process told of it.
         """
         rows, batches, shares = self._read(stop, late)
-        self.faults.add([fault for share in shares for fault in share.faults])
+        faults = self.faults.add([fault for share in shares for fault in share.faults])
         supervised = sum(share.supervised for share in shares)
         places = {name: number for number, name in enumerate(self.data_sets)}
         sums = torch.zeros(1 + len(places), dtype=torch.float64, device=self.world.device)
@@ -167,7 +167,7 @@ class Trainer:
         if not self._dealt:
             self.world.add_all(self.optimizer.gradients())
         loss, *by_name = sums.tolist()
-        facts = self._facts(shares, loss / supervised, by_name)
+        facts = self._facts(shares, loss / supervised, by_name) | {"faults": faults}
         self._update(facts, rows, shares)
         return facts, shares
 
@@ -240,7 +240,6 @@ class Trainer:
             "tokens_by_data_set": dict(sorted(tokens.items())),
             "dropped": sum(share.dropped for share in shares),
             "truncated": sum(share.truncated for share in shares),
-            "faults": sum(len(share.faults) for share in shares),
         }
 
     def _update(self, facts: dict[str, Any], rows: Sequence[Row], shares: Sequence[Share]) -> None:

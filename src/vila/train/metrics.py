@@ -1,22 +1,28 @@
-"""`metrics.jsonl`: one line a step, cut back to the checkpoint when a run resumes."""
+"""`metrics.jsonl` and other logs of a run: one line a step, cut back to the checkpoint when the run resumes."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from vila.core.errors import DataError
 from vila.core.files import write_text
+from vila.core.reading import read_jsonl
+
+_HINT = "delete the line, or the file to go on without it"
 
 
 class MetricsLog:
     """Appends one JSON object a step."""
 
     def __init__(self, path: Path, step: int) -> None:
-        """step: lines of later steps are dropped, as is a half-written last line."""
+        """step: lines of later steps are dropped, as is a half-written last line. Raises as `read_metrics`."""
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         rows = [row for row in read_metrics(path) if row["step"] <= step]
+        self.last_step: int = max((row["step"] for row in rows), default=0)
         write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
     def write(self, **facts: Any) -> None:
@@ -26,10 +32,29 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a metrics file; a last line that a kill cut short is left out."""
-    rows = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("\n"):
-                rows.append(json.loads(line))
-    return rows
+    """Read the whole lines of a metrics file; empty if there is none. A last line that a kill cut short is left out.
+
+    Raises DataError naming file, line and field for a line that is not an object with a `step`.
+    """
+    return [row for _, row in read_rows(path)] if path.is_file() else []
+
+
+def read_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """As `read_metrics`, one by one, with their line numbers."""
+    for number, row in read_jsonl(path, DataError, appended=True):
+        check_row(row, path, number)
+        yield number, row
+
+
+def check_row(row: Any, path: Path, line: int, key: str = "step") -> None:
+    """Raise DataError unless a line of a run's log is an object with a count at `key`."""
+    count = row.get(key) if isinstance(row, dict) else None
+    if type(count) is not int or not 0 <= count < 2**62:
+        raise DataError(
+            file=path,
+            record=f"line {line}",
+            field=key if isinstance(row, dict) else None,
+            value=count if isinstance(row, dict) else row,
+            expected="an integer >= 0" if isinstance(row, dict) else "an object ({...})",
+            hint=_HINT,
+        )

@@ -17,8 +17,10 @@ from vila.core.types import Image
 from vila.data.batch import Batch
 from vila.data.loader import images_of
 from vila.data.mixture import Mixture
+from vila.model.build import build_model
 from vila.model.feature_cache import FeatureCache
-from vila.model.load import assemble, load_model
+from vila.model.layouts.protocol import Checkpoint
+from vila.model.load import assemble, open_checkpoint
 from vila.model.precision import choose_dtype
 from vila.model.processor import VilaProcessor
 from vila.model.projector import calibrate_projector
@@ -48,12 +50,20 @@ class Learner:
     seen: Seen
 
 
-def load_start(recipe: Recipe) -> tuple[VilaForConditionalGeneration, VilaProcessor]:
-    """The model that a stage starts from, on the processor, its weights as the files hold them."""
+def open_start(recipe: Recipe) -> Checkpoint | None:
+    """Open the checkpoint of `model.path` without reading weights; None for a model that is made of parts."""
+    return open_checkpoint(recipe.model.path) if recipe.model.path else None
+
+
+def load_start(recipe: Recipe, checkpoint: Checkpoint | None) -> tuple[VilaForConditionalGeneration, VilaProcessor]:
+    """Load the model that a stage starts from onto the CPU, its weights in the dtype of the files.
+
+    checkpoint: what `open_start` returned.
+    """
     source = recipe.model
-    if source.path:
-        model, processor = load_model(source.path)
-        # A stage may show pictures and conversations in another way than the one before it did.
+    if checkpoint:
+        model, processor = build_model(checkpoint), checkpoint.processor
+        # A stage may show images and conversations in another way than the one before it did.
         model.config.template = processor.template = source.template
         model.config.vision_spec = processor.vision_spec = {**processor.vision_spec, "image_mode": source.image_mode}
         return model, processor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -66,6 +66,21 @@ class World:
         with told_of_the_lost():
             dist.all_gather_object(values, value, group=group or self.control)
         return values
+
+    def decide(self, work: Callable[[], T]) -> T:
+        """Run `work` in the main process; every process returns its result, or raises its VilaError."""
+        value: T | None = None
+        problem: VilaError | None = None
+        if self.main:
+            try:
+                value = work()
+            except VilaError as error:
+                problem = error
+        value, problem = self.gather((value, problem))[0]
+        if problem is not None:
+            problem.is_repeated = not self.main
+            raise problem
+        return value  # type: ignore[return-value]
 
     def meet(self) -> None:
         """Wait for all processes."""

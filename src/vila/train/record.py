@@ -1,15 +1,16 @@
-"""What a run's folder tells, read line by line into bounded memory: the curves and counts of its report."""
+"""The logs of a run, read line by line into bounded memory: the curves and counts of its report."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from vila.core.errors import DataError
+from vila.core.reading import file_errors, parse_json
 from vila.report.curve import Curve
+from vila.train.metrics import check_row
 
 _ROWS_KEPT = 40
 _REASONS_KEPT = 10
@@ -77,7 +78,8 @@ class Steps:
         if self._lines.was_cut():
             self._clear()
         for row in self._lines:
-            self._add(row)
+            with file_errors(self.path, DataError, record=self._lines.record):
+                self._add(row)
 
     def _add(self, row: Row) -> None:
         step = row["step"]
@@ -108,13 +110,21 @@ def _drawn(row: Row) -> dict[str, float]:
 
 
 class Lines:
-    """The whole lines of a JSON lines file, each once however often it is walked through; a half-written one waits."""
+    """The whole lines of a log of a run, each once however often it is iterated; a half-written one waits.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Iterating raises DataError naming file and line for one that is not an object with a count at `key`.
+    """
+
+    def __init__(self, path: Path, key: str = "step") -> None:
+        self.path, self.key = path, key
         self._place = 0
         self._number = 0
         self._tail = b""
+
+    @property
+    def record(self) -> str:
+        """Location of the newest line, for messages."""
+        return f"line {self._number}"
 
     def was_cut(self) -> bool:
         """Whether the file is no longer the one that was read: shorter, or with another end of what was read."""
@@ -137,33 +147,34 @@ class Lines:
                 self._place += len(line)
                 self._number += 1
                 self._tail = line
-                try:
-                    yield json.loads(line)
-                except ValueError as error:
-                    raise DataError(f"{self.path} line {self._number}: not JSON ({error})") from error
+                row = parse_json(line, file=self.path, record=self.record)
+                check_row(row, self.path, self._number, self.key)
+                yield row
 
 
 def read_answers(path: Path) -> dict[tuple[str, str], Sampled]:
     """Answers by prompt and picture, in the order in which they were first asked."""
     out: dict[tuple[str, str], Sampled] = {}
-    for row in Lines(path):
-        out.setdefault((row["prompt"], row.get("image", "")), Sampled()).add(row)
+    for row in (lines := Lines(path)):
+        with file_errors(path, DataError, record=lines.record):
+            out.setdefault((str(row["prompt"]), str(row.get("image", ""))), Sampled()).add(row)
     return out
 
 
 def read_evaluations(path: Path) -> dict[str, Sampled]:
     """Evaluations by benchmark."""
     out: dict[str, Sampled] = {}
-    for row in Lines(path):
-        out.setdefault(row["benchmark"], Sampled()).add(row)
+    for row in (lines := Lines(path)):
+        with file_errors(path, DataError, record=lines.record):
+            out.setdefault(str(row["benchmark"]), Sampled()).add(row)
     return out
 
 
-def read_first(path: Path) -> tuple[list[Row], int]:
-    """The first few rows of a file, and how many it has."""
+def read_first(path: Path, key: str = "step") -> tuple[list[Row], int]:
+    """The first few rows of a file, and how many it has. key: of the count that every row has."""
     rows: list[Row] = []
     count = 0
-    for count, row in enumerate(Lines(path), start=1):
+    for count, row in enumerate(Lines(path, key), start=1):
         if count <= _REASONS_KEPT:
             rows.append(row)
     return rows, count

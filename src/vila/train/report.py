@@ -9,12 +9,13 @@ from typing import Any
 import yaml
 from markupsafe import Markup
 
-from vila.core.reading import read_json
+from vila.core.fields import Fields
 from vila.report.bars import Group, bar_plot
 from vila.report.curve import Curve
 from vila.report.lines import Series, line_plot
 from vila.report.page import Cell, Figure, Page
 from vila.report.scale import write_percent, write_seconds
+from vila.train.checkpoint import checkpoint_folders
 from vila.train.record import Sampled, Steps, read_answers, read_evaluations
 from vila.train.report_samples import add_answers, add_scores, add_trouble, write_score
 
@@ -49,7 +50,7 @@ def _page(folder: Path, steps: Steps) -> Page:
     recipe_file, finished_file = folder / "recipe.yaml", folder / "finished.json"
     recipe = recipe_file.read_text(encoding="utf-8") if recipe_file.is_file() else ""
     tree: Mapping[str, Any] = yaml.safe_load(recipe) or {}
-    finished: Mapping[str, Any] = read_json(finished_file) if finished_file.is_file() else {}
+    finished = Fields.of_file(finished_file) if finished_file.is_file() else Fields({}, finished_file)
     evaluations = read_evaluations(folder / "evaluations.jsonl")
     page = Page(str(tree.get("name") or folder.name), _subtitle(tree, steps, bool(finished)), _footer(folder))
     _headline(page, steps, evaluations)
@@ -204,17 +205,19 @@ def _drawing(curves: Mapping[str, Curve], title: str, *, log_y: bool = False, fa
 def _planned(folder: Path) -> dict[str, float]:
     """Share of an epoch's tokens that each data set was estimated to bring, from `shares.json`; empty without it."""
     path = folder / "shares.json"
-    tokens: dict[str, float] = read_json(path) if path.is_file() else {}
+    fields = Fields.of_file(path) if path.is_file() else Fields({}, path)
+    tokens = {name: fields.number(name, maximum=1e18) for name in fields}
     total = sum(tokens.values())
     return {name: count / total for name, count in tokens.items()} if total else {}
 
 
-def _versions(folder: Path, finished: Mapping[str, Any]) -> Mapping[str, Any]:
+def _versions(folder: Path, finished: Fields) -> Mapping[str, Any]:
     if finished:
-        return {**finished.get("versions", {}), "processes": finished.get("ranks", 1)}
-    states = sorted((folder / "checkpoint").glob("step-*/state.json"))
-    facts = read_json(states[-1]) if states else {}
-    return {**facts.get("versions", {}), "processes": facts.get("world", 1)} if facts else {}
+        return {**finished.section("versions"), "processes": finished.integer("ranks", 1)}
+    if not (checkpoints := checkpoint_folders(folder / "checkpoint")):
+        return {}
+    state = Fields.of_file(checkpoints[-1] / "state.json")
+    return {**state.section("versions"), "processes": state.integer("world", 1)}
 
 
 def _rounded(count: int | None) -> str | None:

@@ -71,7 +71,7 @@ def _answer(row: Row) -> str:
 
 def add_trouble(page: Page, folder: Path) -> None:
     """Steps that were left out, and samples that could not be read."""
-    faults, fault_count = read_first(folder / "faults.jsonl")
+    faults, fault_count = read_first(folder / "faults.jsonl", "position")
     bad, bad_count = read_first(folder / "bad_steps.jsonl")
     if not (fault_count or bad_count):
         return

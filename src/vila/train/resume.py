@@ -8,9 +8,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from vila.config.load import recipe_differences
+from vila.config.load import recipe_changes
 from vila.config.schema import Recipe
-from vila.core.errors import CheckpointError
+from vila.core.errors import CheckpointError, RunChangedError
 from vila.core.events import Events
 from vila.train.checkpoint import Checkpoint, Checkpoints, states_in_order, versions
 from vila.train.loop import Trainer
@@ -42,18 +42,20 @@ FREE = (
 
 
 def refuse_changes(before: Recipe, recipe: Recipe, folder: Path, allow: Sequence[str] = ()) -> None:
-    """Raise CheckpointError, naming each difference, when a run in `folder` was begun with another recipe.
+    """Raise RunChangedError, naming each difference, when a run in `folder` was begun with another recipe.
 
     allow: fields, or sections, that may differ besides FREE.
     """
-    free = (*FREE, *allow)
-    changed = [line for line in recipe_differences(before, recipe) if not _within(line.partition(":")[0], free)]
-    if changed:
-        raise CheckpointError(
-            f"{folder}: the recipe changed since this run began ({'; '.join(changed)}); "
-            "undo the change, allow it by name (--allow-changes FIELD), choose another output.dir, or delete the "
-            "directory to start over"
-        )
+    refuse_differences("the recipe", recipe_changes(before, recipe), folder, (*FREE, *allow))
+
+
+def refuse_differences(
+    what: str, differences: Sequence[tuple[str, str, str]], folder: Path, allow: Sequence[str]
+) -> None:
+    """Raise RunChangedError with the differences (field, before, now) that are in no field or section of `allow`."""
+    refused = [one for one in differences if not _within(one[0], allow)]
+    if refused:
+        raise RunChangedError(what, refused, folder)
 
 
 def recipe_of(checkpoint: Checkpoint) -> Recipe:
@@ -64,8 +66,11 @@ def recipe_of(checkpoint: Checkpoint) -> Recipe:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))
         raise CheckpointError(
-            f"{checkpoint.folder / 'state.json'}: its recipe cannot be read ({field}: {first['msg']}); go on with the "
-            "version of vila that wrote it, or delete that directory to start over"
+            f"the recipe cannot be read ({first['msg']})",
+            file=checkpoint.folder / "state.json",
+            field=f"recipe.{field}",
+            value=first["input"],
+            hint="go on with the version of vila that wrote it, or delete that directory to start over",
         ) from error
 
 
@@ -73,9 +78,12 @@ def refuse_other_lanes(checkpoint: Checkpoint, count: int) -> None:
     """Raise CheckpointError when the rows of a global batch are not as many as the lanes of the checkpoint."""
     if len(checkpoint.lanes) != count:
         raise CheckpointError(
-            f"{checkpoint.folder}: its data stands in {len(checkpoint.lanes)} lanes, and a batch of {count} cannot go "
-            "on from there; the global batch cannot change within a run. Choose another output.dir, and model.path to "
-            "begin from the weights of this run"
+            "the global batch cannot change within a run",
+            file=checkpoint.folder,
+            field="batch",
+            value=count,
+            expected=str(len(checkpoint.lanes)),
+            hint="choose another output.dir, and model.path to begin from the weights of this run",
         )
 
 

@@ -65,7 +65,7 @@ def build_rows(
         )
     return LaneSet(
         reader, count, policy=policy, rank=rank, world=world, states=states, shorten=reader.shorten,
-        decode=reader.pixels if decode else None,
+        decode=reader.pixels if decode else None, place=reader.place,
     )  # fmt: skip
 
 

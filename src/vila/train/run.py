@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +13,23 @@ import torch
 
 from vila.config.load import save_recipe
 from vila.config.schema import Recipe
-from vila.core.errors import ConfigError, VilaError
+from vila.core.errors import ConfigError
 from vila.core.events import SILENT, Events
+from vila.core.fields import Fields
 from vila.core.files import remove_partials, write_json
 from vila.core.locks import DirectoryLock
 from vila.core.optional import require
-from vila.core.reading import read_json
 from vila.data.mixture import Mixture
+from vila.data.stamps import FileStamp
+from vila.model.layouts.protocol import Checkpoint as ModelCheckpoint
 from vila.model.load import save_model
 from vila.model.processor import VilaProcessor
 from vila.model.vila import VilaForConditionalGeneration
-from vila.train.checkpoint import Checkpoints, Progress, clear_checkpoints, load_checkpoint, versions
+from vila.train.checkpoint import Checkpoint, Checkpoints, Progress, clear_checkpoints, load_checkpoint, versions
+from vila.train.inputs import InputStamps, inputs_of, refuse_changed_inputs
 from vila.train.loop import StepListener, Trainer
 from vila.train.metrics import MetricsLog
-from vila.train.model import load_start, make_learner, whole_tensors, with_tensors
+from vila.train.model import load_start, make_learner, open_start, whole_tensors, with_tensors
 from vila.train.parallel import World, open_world
 from vila.train.report import RunReport, write_report
 from vila.train.resume import recipe_of, refuse_changes, refuse_other_lanes, restore, save, say_what_differs
@@ -158,15 +162,18 @@ def _build(
     allow_changes: Sequence[str],
 ) -> Run:
     folder = recipe.output.dir
-    resumed = load_checkpoint(folder / "checkpoint", world)
+    resumed = load_checkpoint(folder / "checkpoint", world, events)
     if resumed:
         refuse_changes(recipe_of(resumed), recipe, folder, allow_changes)
         refuse_other_lanes(resumed, recipe.batch.rows or recipe.batch.samples)
         say_what_differs(resumed, world, events)
     with world.main_first():
-        model, processor = load_start(recipe)
         mixture = build_mixture(recipe, events)
+        start = open_start(recipe)
     _check_length(recipe, mixture)
+    same = world.decide(partial(_same_inputs, recipe, resumed, mixture, start, allow_changes, events))
+    with world.main_first():
+        model, processor = load_start(recipe, start)
     learner = make_learner(recipe, model, processor, mixture, world, events)
     restore(resumed, learner.optimizer, recipe, world)
     states = resumed.lanes if resumed else None
@@ -178,7 +185,11 @@ def _build(
     if world.main:
         save_recipe(recipe, folder / "recipe.yaml")
     checkpoints = Checkpoints(
-        folder / "checkpoint", world, keep_last=recipe.output.keep_last, background=recipe.output.async_save
+        folder / "checkpoint",
+        world,
+        keep_last=recipe.output.keep_last,
+        background=recipe.output.async_save,
+        inputs=InputStamps(inputs_of(recipe, mixture, start), same) if world.main else dict,
     )
     trainer = Trainer(
         model=model,
@@ -202,7 +213,7 @@ def _build(
         check_saves=checkpoints.check,
         utilisation=utilisation_of(recipe, model.config, world),
         progress=progress,
-        listeners=[*_metrics(folder, progress, world), *listeners],
+        listeners=[*_metrics(folder, progress, world, events), *listeners],
         events=events,
         name=recipe.name,
     )
@@ -214,28 +225,48 @@ def _open_folder(folder: Path, world: World, events: Events) -> DirectoryLock | 
 
     Every process raises ConfigError when it cannot be written, DirectoryInUseError when another process trains there.
     """
-    problem: VilaError | None = None
-    lock = DirectoryLock(folder) if world.main else None
-    if lock:
+    lock = DirectoryLock(folder)
+
+    def acquire() -> None:
         try:
             lock.acquire(events=events)
             remove_partials(folder)
         except OSError as error:
-            problem = ConfigError(
+            raise ConfigError(
                 f"cannot be written ({error.strerror})",
-                field="output.dir", value=str(folder), hint="choose another directory",
-            )  # fmt: skip
-        except VilaError as error:
-            problem = error
-    if problem := world.gather(problem)[0]:
-        raise problem
-    return lock
+                field="output.dir",
+                value=str(folder),
+                hint="choose another directory",
+            ) from error
+
+    world.decide(acquire)
+    return lock if world.main else None
 
 
-def _metrics(folder: Path, progress: Progress, world: World) -> list[StepListener]:
+def _same_inputs(
+    recipe: Recipe,
+    resumed: Checkpoint | None,
+    mixture: Mixture,
+    start: ModelCheckpoint | None,
+    allow_changes: Sequence[str],
+    events: Events,
+) -> dict[str, dict[str, FileStamp]]:
+    """The stamps of inputs that are as the checkpoint has them. Raises RunChangedError for others."""
+    if resumed is None:
+        return {}
+    inputs = inputs_of(recipe, mixture, start)
+    return refuse_changed_inputs(resumed.inputs, inputs, recipe.output.dir, allow_changes, events)
+
+
+def _metrics(folder: Path, progress: Progress, world: World, events: Events) -> list[StepListener]:
     if not world.main:
         return []
     metrics = MetricsLog(folder / "metrics.jsonl", progress.step)
+    if metrics.last_step < progress.step:
+        events.said(
+            f"note: {metrics.path} holds {f'steps to {metrics.last_step:,}' if metrics.last_step else 'no steps'}, and "
+            f"the run resumes after step {progress.step:,}; those between are missing from metrics and report"
+        )
 
     def log(trainer: Trainer, facts: dict[str, Any]) -> None:
         metrics.write(**facts)
@@ -269,7 +300,9 @@ def _saver(recipe: Recipe, checkpoints: Checkpoints) -> Callable[[Trainer, bool]
     report = RunReport(recipe.output.dir)
 
     def save_now(trainer: Trainer, wait: bool) -> None:
-        best = read_json(best_file)["step"] if recipe.output.keep_best and best_file.is_file() else None
+        best = None
+        if recipe.output.keep_best and best_file.is_file():
+            best = Fields.of_file(best_file).integer("step", maximum=2**62)
         save(checkpoints, recipe, trainer, best=best)
         if trainer.main:
             report.write()

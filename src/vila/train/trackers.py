@@ -17,8 +17,9 @@ from typing import Any, Protocol
 from vila.config.schema import Recipe
 from vila.core.dist import current_place
 from vila.core.errors import ConfigError
+from vila.core.fields import Fields
 from vila.core.optional import require_all
-from vila.core.reading import read_json
+from vila.train.checkpoint import checkpoint_folders
 from vila.train.loop import StepListener, Trainer
 from vila.train.record import Lines
 
@@ -60,10 +61,10 @@ class Tracker:
         self._state = folder / "trackers" / f"{name}.json"
         self._scores = Lines(folder / "evaluations.jsonl")
         # Without a checkpoint a run begins anew, there too.
-        goes_on = self._state.is_file() and any((folder / "checkpoint").glob("step-*"))
-        before: dict[str, Any] = read_json(self._state) if goes_on else {}
-        self._id: str = before.get("id") or uuid.uuid4().hex[:8]
-        self._sent: int = before.get("step", 0)
+        goes_on = self._state.is_file() and bool(checkpoint_folders(folder / "checkpoint"))
+        before = Fields.of_file(self._state) if goes_on else Fields({}, self._state)
+        self._id = before.text("id", "") or uuid.uuid4().hex[:8]
+        self._sent = before.integer("step", 0, maximum=2**62)
         try:
             self._service = _SERVICES[name](recipe, folder, self._id)
         except Exception as error:

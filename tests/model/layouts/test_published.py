@@ -141,8 +141,9 @@ class TestRefusals:
     def test_a_missing_shard_is_named(self, tmp_path):
         where = llava_v1(tmp_path, form="sharded-bin")
         (where.folder / "pytorch_model-00002-of-00003.bin").unlink()
-        with pytest.raises(LayoutError, match=r"3 shards, of which pytorch_model-00002-of-00003.bin is missing"):
+        with pytest.raises(LayoutError) as caught:
             load_model(where.folder)
+        assert caught.value.value == ["pytorch_model-00002-of-00003.bin"]
 
     def test_missing_unclaimed_and_misshapen_weights_are_listed_together(self, tmp_path):
         where = llava_v1(tmp_path, form="bin")
@@ -168,8 +169,10 @@ class TestRefusals:
                 return (marker.write_text, ("x",))
 
         torch.save({"model.norm.weight": Trap()}, where.folder / "pytorch_model.bin")
-        with pytest.raises(LayoutError, match="holds more than plain tensors"):
+        with pytest.raises(LayoutError) as caught:
             load_model(where.folder)
+        assert caught.value.file == str(where.folder / "pytorch_model.bin")
+        assert "write_text" in caught.value.value or "getattr" in caught.value.value
         assert not marker.exists()
 
     @pytest.mark.parametrize("keep", [0, 10, 5000])
@@ -178,15 +181,17 @@ class TestRefusals:
         where = llava_v1(tmp_path, form=form)
         file = next(where.folder.glob(f"*.{form}"))
         file.write_bytes(file.read_bytes()[:keep])
-        with pytest.raises(LayoutError, match=f"{file}: cannot be read"):
+        with pytest.raises(LayoutError) as caught:
             load_model(where.folder)
+        assert caught.value.file == str(file)
 
     def test_text_in_the_place_of_weights_is_named(self, tmp_path):
         where = llava_v1(tmp_path, form="bin")
         file = next(where.folder.glob("*.bin"))
         file.write_text("hello")
-        with pytest.raises(LayoutError, match=f"{file}: cannot be read .*no file of torch.save"):
+        with pytest.raises(LayoutError) as caught:
             load_model(where.folder)
+        assert caught.value.file == str(file)
 
     def test_a_lora_directory_without_its_base_says_what_to_give(self, tmp_path):
         with pytest.raises(LayoutError, match="a LoRA directory; give the directory of the base LLM"):

@@ -11,7 +11,7 @@ from tests import tiny
 from tests.model.layouts.int4_by_hand import edit, is_block_linear, logits, model_folder, packed, third_party
 from tests.model.layouts.int4_reference import write_gemm, write_gemv, write_tinychat
 from tests.model.layouts.test_awq_hf import files, quantized
-from vila.core.errors import LayoutError
+from vila.core.errors import MISSING, LayoutError
 from vila.kernels.int4_layout import dequantize
 from vila.model.int4 import int4_weights
 from vila.model.layouts.protocol import detect_layout
@@ -154,26 +154,28 @@ class TestWhatIsRefused:
             open_checkpoint(file)
 
     @pytest.mark.parametrize(
-        ("content", "message"),
+        ("content", "field", "value"),
         [
-            ({"scale": [], "clip": []}, "the result of an AWQ search, not weights; give it to vila quantize --reuse"),
-            ({"model": {"a": torch.ones(1)}}, "not weights: model is no tensor"),
-            ([torch.ones(1)], "holds a list, not weights by name"),
-            ({"a": torch.nn.Linear(1, 1)}, "holds more than plain tensors and is not opened"),
+            ({"scale": [], "clip": []}, None, MISSING),
+            ({"model": {"a": torch.ones(1)}}, "model", "dict"),
+            ([torch.ones(1)], None, "list"),
+            ({"a": torch.nn.Linear(1, 1)}, None, "torch.nn.modules.linear.Linear"),
         ],
     )
-    def test_a_pickle_of_something_else(self, tmp_path, content, message):
+    def test_a_pickle_of_something_else(self, tmp_path, content, field, value):
         base = model_folder(tmp_path / "base", "llava-v1")
         torch.save(content, tmp_path / "x-v2.pt")
-        with pytest.raises(LayoutError, match=message):
+        with pytest.raises(LayoutError) as caught:
             open_checkpoint(tmp_path / "x-v2.pt", base=base)
+        assert (caught.value.file, caught.value.field, caught.value.value) == (str(tmp_path / "x-v2.pt"), field, value)
 
     @pytest.mark.parametrize("content", [b"", b"hello", b"not a file of torch", b"PK\x03\x04 cut"])
     def test_no_file_of_torch(self, tmp_path, content):
         base = model_folder(tmp_path / "base", "llava-v1")
         (tmp_path / "x-v2.pt").write_bytes(content)
-        with pytest.raises(LayoutError, match=r"x-v2.pt: (cannot be read|holds more than plain tensors)"):
+        with pytest.raises(LayoutError) as caught:
             open_checkpoint(tmp_path / "x-v2.pt", base=base)
+        assert caught.value.file == str(tmp_path / "x-v2.pt")
 
     def test_weights_in_full_precision(self, tmp_path):
         base = model_folder(tmp_path / "base", "llava-v1")

@@ -29,7 +29,14 @@ class CauldronFormat:
         """Give random access to the samples of a file, or of all files of a directory."""
         read_options(CauldronOptions, options, "cauldron")
         convert = partial(sample_of, root=image_root)
-        return RecordSource(path, convert, kinds=(".parquet", *JSON), columns=("id", "images", "texts"), events=events)
+        return RecordSource(
+            path,
+            convert,
+            kinds=(".parquet", *JSON),
+            columns=("id", "images", "texts"),
+            events=events,
+            media=("images",),
+        )
 
 
 def sample_of(row: Row, root: Path) -> Sample:

@@ -34,7 +34,8 @@ class CoyoFormat:
         chosen = read_options(CoyoOptions, options, "coyo")
         columns = ("id", chosen.image, *_texts(chosen))
         convert = partial(sample_of, root=image_root, options=chosen)
-        return RecordSource(path, convert, kinds=(".tar", ".parquet"), columns=columns, events=events)
+        media = (chosen.image,)
+        return RecordSource(path, convert, kinds=(".tar", ".parquet"), columns=columns, events=events, media=media)
 
 
 def sample_of(row: Row, root: Path, options: CoyoOptions) -> Sample:

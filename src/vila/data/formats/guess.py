@@ -10,8 +10,6 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from vila.core.errors import DataError
-
 Fault = tuple[str, str]
 """Problem and hint."""
 
@@ -25,6 +23,15 @@ _WRAPPERS = frozenset({
     "validation", "test", "dataset",
 })  # fmt: skip
 _KEYS_SHOWN = 8
+
+
+_JSON = (".json", ".jsonl")
+_READ = {
+    "messages": (".parquet", *_JSON), "llava_json": _JSON, "llava_json_v15": _JSON, "mmc4": (".tar", *_JSON),
+    "coyo": (".tar", ".parquet"), "webdataset": (".tar",), "vflan": (".tar", ".parquet", *_JSON),
+    "flan": (".parquet", *_JSON), "interleaved": (".parquet", *_JSON), "cauldron": (".parquet", *_JSON),
+    "video_json": _JSON,
+}  # fmt: skip
 
 
 class Guess(NamedTuple):
@@ -124,22 +131,28 @@ def _other_text(first: bytes, lines: list[bytes]) -> Fault:
     return "is JSON lines, but not of objects", "write one object ({...}) per line"
 
 
-def guess_record(record: Mapping[str, Any]) -> Guess:
-    """Return the formats that read a record with these keys. Values matter by their type alone."""
-    names = tuple(dict.fromkeys(_formats_of(record)))
+def guess_record(record: Mapping[str, Any], suffix: str) -> Guess:
+    """Return the formats that read a record with these keys from a container. Values matter by their type alone.
+
+    suffix: of the container: .tar, .parquet, .json or .jsonl.
+    """
+    every = tuple(dict.fromkeys(_formats_of(record)))
+    names = tuple(name for name in every if suffix in _READ[name])
     if names:
         return Guess(names, f"format {' or '.join(map(repr, names[:2]))}")
+    if every:
+        return Guess((), f"format {every[0]!r}, which reads {' or '.join(_READ[every[0]])}, not {suffix}")
     return Guess((), _unread(record))
 
 
 def _formats_of(record: Mapping[str, Any]) -> Iterator[str]:
     images = _has(record, "image", "images", "image:", "image_base64_str")
     if isinstance(record.get("messages"), list):
-        yield "messages"
+        yield from ("messages", "webdataset")
     if isinstance(record.get("conversations"), list) and not _uses(record["conversations"], "role"):
         if record.get("video") is not None:
             yield "video_json"
-        yield from ("llava_json", "llava_json_v15")
+        yield from ("llava_json", "llava_json_v15", "messages")
     if isinstance(record.get("text_list"), list):
         yield "mmc4"
     if isinstance(record.get("texts"), list):
@@ -149,11 +162,11 @@ def _formats_of(record: Mapping[str, Any]) -> Iterator[str]:
     if _has(record, "question", "instruction") and _has(record, "answer", "answer:", "outputs"):
         if not images and _has(record, "question"):
             yield "flan"
-        yield "vflan"
+        yield from ("vflan", "webdataset")
     if _has(record, "question", "inputs") and _has(record, "answer", "targets") and not images:
         yield "flan"
     if _has(record, "image") and _has(record, "text", "caption"):
-        yield "coyo"
+        yield from ("coyo", "webdataset")
 
 
 def _has(record: Mapping[str, Any], *keys: str) -> bool:
@@ -186,12 +199,7 @@ def _unread(record: Mapping[str, Any]) -> str:
 
 
 def guess_members(extensions: Collection[str]) -> Guess:
-    """Return the formats that read a tar sample without JSON, by the extensions of its members."""
+    """Return the formats that read a tar sample whose JSON says nothing, by the extensions of its other members."""
     if "txt" in extensions and len(extensions) > 1:
         return Guess(("coyo", "webdataset"), "format 'coyo' or 'webdataset'")
     return Guess((), f"samples of members {', '.join(sorted(extensions)[:_KEYS_SHOWN])}, which no format reads")
-
-
-def wrong_format(file: Any, guess: Guess, record: int | str | None = None) -> DataError:
-    """Return the one fault of a file that is written in another format."""
-    return DataError(f"looks like {guess.text}", file=file, record=record, hint=guess.hint)

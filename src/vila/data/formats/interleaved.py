@@ -33,7 +33,14 @@ class InterleavedFormat:
         """Give random access to the pages of a file or of all files of a directory. See `InterleavedOptions`."""
         chosen = read_options(InterleavedOptions, options, "interleaved")
         convert = partial(sample_of, root=image_root, options=chosen)
-        return RecordSource(path, convert, kinds=(".parquet", *JSON), columns=("id", "texts", "images"), events=events)
+        return RecordSource(
+            path,
+            convert,
+            kinds=(".parquet", *JSON),
+            columns=("id", "texts", "images"),
+            events=events,
+            media=("images",),
+        )
 
 
 def sample_of(row: Row, root: Path, options: InterleavedOptions) -> Sample:

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from vila.core.events import SILENT, Events
-from vila.data.formats.llava_record import sample_of
+from vila.data.formats.llava_record import MEDIA_KEYS, sample_of
 from vila.data.formats.source import JSON, RecordSource, read_options
 from vila.data.formats.turns import IMAGE_MARKER
 
@@ -32,7 +32,7 @@ class LlavaFormat:
         """Give random access to the samples of a file or of all files of a directory. Options: see `LlavaOptions`."""
         chosen = read_options(LlavaOptions, options, "llava_json")
         convert = partial(sample_of, root=image_root, normalise=normalise_v1, num_frames=chosen.num_frames or None)
-        return RecordSource(path, convert, kinds=JSON, events=events)
+        return RecordSource(path, convert, kinds=JSON, events=events, media=MEDIA_KEYS)
 
 
 def normalise_v1(questions: Sequence[str]) -> list[str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from vila.core.events import SILENT, Events
 from vila.data.formats.llava_json import LlavaOptions
-from vila.data.formats.llava_record import sample_of
+from vila.data.formats.llava_record import MEDIA_KEYS, sample_of
 from vila.data.formats.source import JSON, RecordSource, read_options
 from vila.data.formats.turns import IMAGE_MARKER
 
@@ -24,7 +24,7 @@ class LlavaV15Format:
         """Give random access to the samples of a file or of all files of a directory. Options: see `LlavaOptions`."""
         chosen = read_options(LlavaOptions, options, "llava_json_v15")
         convert = partial(sample_of, root=image_root, normalise=normalise_v15, num_frames=chosen.num_frames or None)
-        return RecordSource(path, convert, kinds=JSON, events=events)
+        return RecordSource(path, convert, kinds=JSON, events=events, media=MEDIA_KEYS)
 
 
 def normalise_v15(questions: Sequence[str]) -> list[str]:

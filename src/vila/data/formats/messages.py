@@ -54,7 +54,12 @@ class MessagesFormat:
         """Give random access to the samples of a file, or of all files of a directory."""
         read_options(MessagesOptions, options, "messages")
         return RecordSource(
-            path, partial(sample_of, root=image_root), kinds=(".parquet", *JSON), columns=_COLUMNS, events=events
+            path,
+            partial(sample_of, root=image_root),
+            kinds=(".parquet", *JSON),
+            columns=_COLUMNS,
+            events=events,
+            media=MEDIA_KEYS,
         )
 
 

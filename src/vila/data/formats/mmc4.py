@@ -47,7 +47,7 @@ class Mmc4Format:
         if chosen.without_images == "drop":
             keep = (f"with pictures {chosen}", partial(_has_images, options=chosen))
         convert = partial(sample_of, root=image_root, options=chosen)
-        return RecordSource(path, convert, kinds=(".tar", *JSON), keep=keep, events=events)
+        return RecordSource(path, convert, kinds=(".tar", *JSON), keep=keep, events=events, media=("image_info",))
 
 
 def sample_of(row: Row, root: Path, options: Mmc4Options) -> Sample:

@@ -1,4 +1,4 @@
-"""Rows of parquet files: a column of a row group is decoded when it is asked for, and the last few are kept."""
+"""Records of parquet files: a column of a row group is decoded when it is needed, and the last few stay in memory."""
 
 from __future__ import annotations
 
@@ -14,12 +14,16 @@ import numpy as np
 
 from vila.core.errors import DataError
 from vila.core.optional import require
+from vila.core.reading import file_errors
 from vila.data.formats.stored import Keys, decode_base64, name_of, written
 from vila.data.handles import Stamp, changed, stamp_of
 
 CACHE_BYTES = 256 << 20
 """Decoded columns that one process keeps. At least two stay, however large."""
 MAX_FILES = 16
+_AGAIN = "copy or download it again"
+_MAGIC = b"PAR1"
+_SEARCH_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +45,7 @@ class ParquetCell:
         return name_of(self.path, self.row, (self.column, *self.place))
 
     def read(self) -> bytes:
-        """The bytes. Raises DataError when the file has changed or the cell holds nothing."""
+        """Read the bytes. Raises DataError if the file has changed or the cell holds nothing."""
         value = read_cell(self.path, self.row, self.column, self.place, self.stamp)
         if isinstance(value, bytes):
             return value
@@ -49,35 +53,114 @@ class ParquetCell:
 
 
 def scan_parquet(path: Path, advanced: Callable[[int], None]) -> Iterator[np.ndarray]:
-    """First row and number of rows of every row group, uint64 [k, 2]. Raises DataError for what is not parquet."""
-    metadata = _open(path).metadata
-    counts = np.array([metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)], dtype=np.uint64)
+    """Yield first record and number of records of every row group, uint64 [k, 2].
+
+    Raises DataError for what is not parquet, for columns that are not where the footer says, and for files that were
+    joined, of which the footer knows the last one alone.
+    """
+    opened = _open(path)
+    with file_errors(path, kind="parquet", hint=_AGAIN):
+        counts = _group_sizes(path, opened.metadata)
+        _check_places(path, opened.metadata)
     advanced(path.stat().st_size)
-    yield np.stack([np.cumsum(counts) - counts, counts], axis=1).astype(np.uint64).reshape(-1, 2)
+    first = np.cumsum([0, *counts[:-1]]) if counts else np.zeros(0)
+    yield np.stack([first, counts], axis=1).astype(np.uint64).reshape(-1, 2)
+
+
+def _group_sizes(path: Path, metadata: Any) -> list[int]:
+    counts = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+    if any(count < 0 for count in counts) or sum(counts) != metadata.num_rows:
+        raise _broken(path, f"the footer counts {metadata.num_rows} records and row groups of {counts[:8]}")
+    return counts
+
+
+def _check_places(path: Path, metadata: Any) -> None:
+    with path.open("rb") as stream:
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(size - 8)
+        footer = size - 8 - int.from_bytes(stream.read(4), "little")
+        end, indexed = len(_MAGIC), False
+        for group in range(metadata.num_row_groups):
+            for number in range(metadata.num_columns):
+                column = metadata.row_group(group).column(number)
+                begin = column.data_page_offset
+                if column.has_dictionary_page and column.dictionary_page_offset:
+                    begin = min(begin, column.dictionary_page_offset)
+                last = begin + column.total_compressed_size
+                if not len(_MAGIC) <= begin <= last <= footer:
+                    raise _broken(path, f"column {column.path_in_schema!r} of row group {group} is at byte {begin}")
+                end = max(end, last)
+                indexed |= column.has_offset_index or column.has_column_index
+        # Page indexes and bloom filters lie before the footer; they are small.
+        gap = footer - end
+        if gap > 0 and (not indexed or gap > size // 20) and _holds(stream, footer, _MAGIC * 2):
+            raise DataError(
+                "several parquet files were joined; only the last one could be read", file=path, hint="split them again"
+            )
+
+
+def _holds(stream: Any, end: int, wanted: bytes) -> bool:
+    """Whether `wanted` occurs before byte `end`."""
+    stream.seek(0)
+    tail = b""
+    while stream.tell() < end and (chunk := stream.read(min(_SEARCH_BYTES, end - stream.tell()))):
+        if wanted in tail + chunk:
+            return True
+        tail = chunk[-len(wanted) + 1 :]
+    return False
+
+
+def _broken(path: Path, problem: str) -> DataError:
+    return DataError(f"the parquet file is damaged: {problem}", file=path, hint=_AGAIN)
 
 
 def column_names(path: Path) -> tuple[str, ...]:
-    """Names of the columns of a file. Raises DataError for what is not parquet."""
-    return tuple(_open(path).schema_arrow.names)
+    """Return the names of the columns of a file. Raises DataError for what is not parquet."""
+    return tuple(_schema(path).names)
+
+
+def schema_record(path: Path) -> dict[str, Any]:
+    """Return a record with the columns of a file and values of their types, from the footer alone."""
+    import pyarrow as pa
+
+    def example(kind: Any) -> Any:
+        if pa.types.is_struct(kind):
+            return {field.name: example(field.type) for field in kind}
+        if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+            return [example(kind.value_type)]
+        return b"" if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) else ""
+
+    schema = _schema(path)
+    with file_errors(path, kind="parquet", hint=_AGAIN):
+        return {field.name: example(field.type) for field in schema}
+
+
+def _schema(path: Path) -> Any:
+    opened = _open(path)
+    with file_errors(path, kind="parquet", hint=_AGAIN):
+        return opened.schema_arrow
 
 
 def read_row(path: Path, row: int, columns: tuple[str, ...], stamp: Stamp) -> dict[str, Any]:
-    """The values of a row in plain types; bytes stay where they are, as `ParquetCell`. Raises DataError."""
-    return {
-        column: _plain(_scalar(path, row, column, stamp), ParquetCell(path, row, column, (), stamp))
-        for column in columns
-    }
+    """Read the values of a record in plain types; bytes stay in the file, as `ParquetCell`. Raises DataError."""
+    value = {}
+    for column in columns:
+        scalar = _scalar(path, row, column, stamp)
+        with file_errors(path, record=row, kind="parquet", hint=_AGAIN):
+            value[column] = _plain(scalar, ParquetCell(path, row, column, (), stamp))
+    return value
 
 
 def read_cell(path: Path, row: int, column: str, place: Keys, stamp: Stamp | None) -> Any:
-    """The value at a place of a row. Raises DataError when there is none."""
+    """Read the value at a place of a record. Raises DataError if there is none."""
     scalar = _scalar(path, row, column, stamp or stamp_of(path))
     for key in place:
         try:
             scalar = scalar[key]
         except (LookupError, TypeError) as error:
             raise DataError("holds nothing", file=path, record=row, field=written((column, *place))) from error
-    return scalar.as_py()
+    with file_errors(path, record=row, kind="parquet", hint=_AGAIN):
+        return scalar.as_py()
 
 
 def _plain(scalar: Any, here: ParquetCell) -> Any:
@@ -86,15 +169,20 @@ def _plain(scalar: Any, here: ParquetCell) -> Any:
     if not scalar.is_valid:
         return None
     kind = scalar.type
-    if isinstance(scalar, pa.ExtensionScalar):
+    if isinstance(scalar, pa.ExtensionScalar | pa.DictionaryScalar):
         return _plain(scalar.value, here)
-    if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind):
+    if any(is_bytes(kind) for is_bytes in _bytes_types(pa)):
         return here
     if pa.types.is_struct(kind):
         return {name: _plain(scalar[name], _inside(here, name)) for name in scalar}
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         return [_plain(scalar[number], _inside(here, number)) for number in range(len(scalar))]
     return scalar.as_py()
+
+
+def _bytes_types(pa: Any) -> tuple[Callable[[Any], bool], ...]:
+    kinds = pa.types
+    return kinds.is_binary, kinds.is_large_binary, kinds.is_fixed_size_binary, kinds.is_binary_view
 
 
 def _inside(cell: ParquetCell, key: str | int) -> ParquetCell:
@@ -139,7 +227,8 @@ class _State:
                 if stamp_of(path) != stamp:
                     raise changed(path)
                 opened = _open(path)
-                counts = [opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)]
+                with file_errors(path, kind="parquet", hint=_AGAIN):
+                    counts = _group_sizes(path, opened.metadata)
                 self._files[key] = opened, np.cumsum([0, *counts[:-1]])
                 while len(self._files) > MAX_FILES:
                     self._files.popitem(last=False)
@@ -148,23 +237,22 @@ class _State:
 
 
 def _read_column(path: Path, opened: Any, group: int, column: str) -> Any:
-    import pyarrow as pa
-
-    try:
-        return opened.read_row_group(group, columns=[column], use_threads=False)[column]
-    except KeyError as error:
-        known = ", ".join(opened.schema_arrow.names)
-        raise DataError(f"{path}: no column {column!r}; it has {known}") from error
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path} row group {group}: cannot be read ({error}); copy or download it again") from error
+    names = opened.schema_arrow.names
+    if names.count(column) != 1:
+        problem = f"{names.count(column)} columns have this name" if column in names else "no such column"
+        raise DataError(problem, file=path, field=column, expected=f"one of {', '.join(names)}")
+    with file_errors(path, record=f"row group {group}", kind="parquet", hint=_AGAIN):
+        values = opened.read_row_group(group, columns=[column], use_threads=False)[column]
+        expected = opened.metadata.row_group(group).num_rows
+    if len(values) != expected:
+        raise _broken(path, f"column {column!r} of row group {group} holds {len(values)} of {expected} values")
+    return values
 
 
 def _open(path: Path) -> Any:
-    pa, pq = require("pyarrow", "parquet"), require("pyarrow.parquet", "parquet")
-    try:
+    _, pq = require("pyarrow", "parquet"), require("pyarrow.parquet", "parquet")
+    with file_errors(path, kind="parquet", hint=_AGAIN):
         return pq.ParquetFile(path)
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path}: not a whole parquet file ({error}); copy or download it again") from error
 
 
 _STATE = _State()

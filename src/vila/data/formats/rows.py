@@ -29,6 +29,7 @@ class Row:
     name:    id of the sample if the record has no id of its own.
     members: the other files of a tar sample by extension ("0.jpg" for KEY.0.jpg); `in_shard`: it is one.
     stored:  location of the bytes, or the base64 text, at the end of keys.
+    unloaded: columns of a table that are not in `value`; `peek` reads one of them.
     """
 
     value: Mapping[str, Any]
@@ -38,6 +39,8 @@ class Row:
     stored: Callable[[Keys], Stored]
     members: Mapping[str, FileSlice] = field(default_factory=dict)
     in_shard: bool = False
+    unloaded: tuple[str, ...] = ()
+    peek: Callable[[str], Any] = lambda column: None
 
     def fault(
         self,
@@ -80,8 +83,21 @@ class Rows(Protocol):
 
     def __getitem__(self, number: int) -> Row: ...
 
+    def place(self, number: int) -> tuple[str, int]:
+        """Return the file and the number of a record in it."""
 
-class JsonRows:
+
+class _FileRows:
+    """Records that are numbered as they lie in their file."""
+
+    path: Path
+
+    def place(self, number: int) -> tuple[str, int]:
+        """Return the file and the number of a record in it."""
+        return str(self.path), number
+
+
+class JsonRows(_FileRows):
     """Records of a JSON list or of JSON lines."""
 
     def __init__(self, path: Path, events: Events = SILENT) -> None:
@@ -99,7 +115,7 @@ class JsonRows:
         return Row(parse_record(raw, self.path, number), self.path, number, f"{self.path.stem}/{number}", stored)
 
 
-class TarRows:
+class TarRows(_FileRows):
     """Samples of a tar shard."""
 
     def __init__(self, path: Path, events: Events = SILENT) -> None:
@@ -121,7 +137,7 @@ class TarRows:
         return Row(value, self.path, record, f"{self.path.stem}/{key}", stored, members, in_shard=True)
 
 
-class ParquetRows:
+class ParquetRows(_FileRows):
     """Rows of a parquet file; columns that are not asked for are not read."""
 
     def __init__(self, path: Path, columns: tuple[str, ...] = (), events: Events = SILENT) -> None:
@@ -132,6 +148,7 @@ class ParquetRows:
         self._length = int(table[:, 1].sum()) if len(table) else 0
         known = column_names(path)
         self._columns = tuple(name for name in known if not columns or name in columns)
+        self._unloaded = tuple(name for name in known if name not in self._columns)
 
     def __len__(self) -> int:
         return self._length
@@ -140,7 +157,8 @@ class ParquetRows:
         """Read record `number`; bytes in it are `ParquetCell`s. Raises DataError with file and record."""
         value = read_row(self.path, number, self._columns, self._index.stamp)
         stored = partial(_cell, self.path, number, self._index.stamp)
-        return Row(value, self.path, number, f"{self.path.stem}/{number}", stored)
+        name, peek = f"{self.path.stem}/{number}", partial(_column, self.path, number, self._index.stamp)
+        return Row(value, self.path, number, name, stored, unloaded=self._unloaded, peek=peek)
 
 
 def _base64(text: FileSlice, record: int | str, keys: Keys) -> Stored:
@@ -149,6 +167,10 @@ def _base64(text: FileSlice, record: int | str, keys: Keys) -> Stored:
 
 def _cell(path: Path, row: int, stamp: Stamp, keys: Keys) -> Stored:
     return ParquetCell(path, row, str(keys[0]), keys[1:], stamp)
+
+
+def _column(path: Path, row: int, stamp: Stamp, column: str) -> Any:
+    return read_row(path, row, (column,), stamp)[column]
 
 
 def open_rows(path: Path, columns: tuple[str, ...] = (), events: Events = SILENT) -> Rows:

@@ -1,9 +1,10 @@
-"""A path as one source of samples: a file, a directory of shards or a pattern, and options that are checked."""
+"""One source of samples from a file, a directory of shards or a pattern; options and file types are checked."""
 
 from __future__ import annotations
 
 import glob
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from difflib import get_close_matches
@@ -13,15 +14,21 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from vila.core.errors import ConfigError, DataError
+from vila.core.errors import ConfigError, DataError, VilaError
 from vila.core.events import SILENT, Events
 from vila.core.types import Sample
-from vila.data.formats.rows import Row, Rows, open_rows
+from vila.data.formats.guess import Guess, guess_members, guess_record
+from vila.data.formats.parquet import schema_record
+from vila.data.formats.rows import ParquetRows, Row, Rows, open_rows
 from vila.data.formats.scan_tar import COMPRESSED
+from vila.data.formats.unread import unread_media
 from vila.data.index import open_index
 
 JSON = (".jsonl", ".json")
 ALL = (".tar", ".parquet", *JSON)
+_FILES_CHECKED = 64
+_RECORDS_CHECKED = 8
+_TABLES = (".csv", ".tsv", ".xlsx")
 
 Options = TypeVar("Options")
 
@@ -38,33 +45,90 @@ class RecordSource:
         columns: tuple[str, ...] = (),
         events: Events = SILENT,
         keep: tuple[str, Callable[[Row], bool]] | None = None,
+        media: tuple[str, ...] | Callable[[Row], tuple[str, ...]] = (),
     ) -> None:
-        """convert: makes the sample of a row; raises DataError. Picklable, so that the source is.
+        """convert: makes the sample of a record; raises DataError. Picklable, so that the source is.
 
         kinds: ends of file names that are read. columns: those of parquet files that `convert` needs.
-        keep: name of a rule and the rule; rows that it refuses are left out. It is asked once for every row of a file.
-        Raises DataError when there is no such file, or none of these kinds.
+        keep: name of a rule and the rule; records that it refuses are left out. It is called once for every record.
+        media: keys of the record, or columns, that `convert` reads media from; or a function of the record.
+        Raises DataError if there is no such file, or none of these kinds.
         """
-        self._convert = convert
+        self._convert, self._media = convert, media
+        self.unread: Counter[str] = Counter()
         self._parts: list[Rows] = []
         for file in files_of(path, kinds):
             rows = open_rows(file, columns, events)
             self._parts.append(rows if keep is None else _Kept(rows, *keep, events))
         self._ends = list(accumulate(map(len, self._parts)))
 
+    @property
+    def files(self) -> list[Path]:
+        """The files that samples are read from."""
+        return [part.path for part in self._parts]
+
     def __len__(self) -> int:
         return self._ends[-1]
 
     def __getitem__(self, index: int) -> Sample:
-        """Sample number `index`. Raises IndexError outside range(len), DataError naming file, row and reason."""
+        """Read sample number `index`. Raises IndexError outside range(len), DataError with file, record and field.
+
+        A record that becomes text alone, while it holds media under a key that the format does not read, is an error.
+        Other media that are not read are counted in `unread`.
+        """
+        rows, number = self._locate(index)
+        row = rows[number]
+        sample = self._convert(row)
+        self.unread.update(unread_media(row, sample, self._media(row) if callable(self._media) else self._media))
+        return sample
+
+    def place(self, index: int) -> tuple[str, int]:
+        """Return the file of sample number `index` and the number of its record there; nothing is read but indexes."""
+        rows, number = self._locate(index)
+        return rows.place(number)
+
+    def _locate(self, index: int) -> tuple[Rows, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} is outside range({len(self)})")
         part = bisect_right(self._ends, index)
-        return self._convert(self._parts[part][index - (self._ends[part - 1] if part else 0)])
+        return self._parts[part], index - (self._ends[part - 1] if part else 0)
+
+    def check_format(self, name: str) -> None:
+        """Raise one DataError for a file whose records are in another format than `name`, with what they look like.
+
+        A file is refused if none of some evenly spaced records becomes a sample, and none has the keys of `name`.
+        """
+        for rows in self._parts[:_FILES_CHECKED]:
+            if len(rows) and (guess := self._other_format(rows, name)):
+                raise DataError(
+                    f"not in the format {name!r}; it looks like {guess.text}", file=rows.path, hint=guess.hint
+                )
+
+    def _other_format(self, rows: Rows, name: str) -> Guess | None:
+        """Return what the records of a file look like, or None if the format is right or the records are damaged."""
+        if isinstance(rows, ParquetRows) and name in guess_record(schema_record(rows.path), ".parquet").formats:
+            return None  # decided by the schema, before a row group is decoded
+        count = min(len(rows), _RECORDS_CHECKED)
+        found = None
+        for number in range(count):
+            try:
+                row = rows[number * len(rows) // count]
+            except VilaError:
+                continue
+            guess = _guess_row(row, rows.path.suffix)
+            if name in guess.formats:
+                return None
+            try:
+                self._convert(row)
+            except VilaError:
+                found = found or guess
+            else:
+                return None
+        return found
 
 
 class _Kept:
-    """Those rows of a file that a rule keeps."""
+    """The records of a file that a rule keeps."""
 
     def __init__(self, rows: Rows, name: str, rule: Callable[[Row], bool], events: Events) -> None:
         self.path, self._rows = rows.path, rows
@@ -73,7 +137,11 @@ class _Kept:
             share = path.stat().st_size // max(1, len(rows))
             for number in range(len(rows)):
                 advanced(share)
-                if rule(rows[number]):
+                try:
+                    kept = rule(rows[number])
+                except DataError:
+                    kept = True  # reported when it is read
+                if kept:
                     yield np.array([[number, 0]], dtype=np.uint64)
 
         self._index = open_index(rows.path, f"kept {name}", scan, events)
@@ -84,9 +152,21 @@ class _Kept:
     def __getitem__(self, number: int) -> Row:
         return self._rows[self._index[number][0]]
 
+    def place(self, number: int) -> tuple[str, int]:
+        return self._rows.place(self._index[number][0])
+
+
+def _guess_row(row: Row, suffix: str) -> Guess:
+    if row.in_shard:
+        guess = guess_record(row.value, suffix)
+        return guess if guess.formats or not row.members else guess_members(row.members)
+    if suffix == ".parquet":
+        return guess_record(schema_record(row.file), suffix)
+    return guess_record(row.value, suffix)
+
 
 def files_of(path: Path, kinds: tuple[str, ...]) -> list[Path]:
-    """The files that `path` stands for, sorted by name.
+    """Return the files that `path` stands for, sorted by name.
 
     A directory gives its files of the first of `kinds` that it has any of: the `.tar` shards, not the `.json` beside
     them. A path with `*`, `?` or `[` that does not exist is a pattern. Hidden files are left out.
@@ -101,27 +181,53 @@ def files_of(path: Path, kinds: tuple[str, ...]) -> list[Path]:
                 return chosen
         for file in found:
             _refuse_compressed(file)
-        raise DataError(f"{path}: the directory holds no {' or '.join(kinds)} files")
+        held = ", ".join(sorted({file.suffix or file.name for file in found})[:8]) or "no files"
+        raise DataError(f"the directory holds no {' or '.join(kinds)} files", file=path, hint=f"it holds {held}")
     if any(character in str(path) for character in "*?["):
         matching = [Path(name) for name in sorted(glob.glob(str(path)))]  # noqa: PTH207 the pattern may be absolute
         if matching:
             return [_readable(file, kinds) for file in matching]
-        raise DataError(f"{path}: no file matches the pattern")
-    raise DataError(f"{path}: no such file")
+        raise DataError("no file matches the pattern", file=path)
+    raise DataError("no such file", file=path)
 
 
 def _readable(path: Path, kinds: tuple[str, ...]) -> Path:
     _refuse_compressed(path)
     if path.suffix not in kinds:
-        raise DataError(f"{path}: cannot be read by this format; it reads {', '.join(kinds)}")
+        raise DataError(
+            "not read by this format", file=path, value=path.suffix, expected=" or ".join(kinds), hint=_remedy(path)
+        )
     return path
+
+
+def _remedy(path: Path) -> str | None:
+    """Return what to do with a file whose extension a format does not read."""
+    suffix = path.suffix.lower()
+    if suffix in _TABLES:
+        return "convert a table with: vila data from-csv"
+    if suffix in (".ndjson", ".txt") or (suffix in ALL and suffix != path.suffix):
+        return f"rename it to {'.jsonl' if suffix not in ALL else suffix}, if that is what it holds"
+    if path.suffix not in ALL:
+        return None
+    try:
+        rows = open_rows(path)
+        guess = guess_record(schema_record(path), suffix) if suffix == ".parquet" else _guess_row(rows[0], suffix)
+    except (VilaError, IndexError):
+        return None
+    return f"it looks like {guess.text}; {guess.hint}"
 
 
 def _refuse_compressed(path: Path) -> None:
     if path.name.lower().endswith((*COMPRESSED, ".gz", ".zst", ".xz", ".bz2", ".zip")):
-        raise DataError(f"{path}: compressed files allow no random access; unpack it (pictures inside hardly shrink)")
+        raise DataError(
+            "compressed files allow no random access", file=path, hint="unpack it (images inside hardly shrink)"
+        )
     if path.suffix == ".pkl":
-        raise DataError(f"{path}: pickles can run code and are not read; convert the shard first")
+        raise DataError(
+            "pickles can run code and are not read",
+            file=path,
+            hint="convert shards of VILA with: vila data prepare pkl",
+        )
 
 
 def read_options(kind: type[Options], given: Mapping[str, Any], format_name: str) -> Options:

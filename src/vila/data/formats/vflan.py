@@ -46,7 +46,7 @@ class VflanFormat:
         chosen = read_options(VflanOptions, options, "vflan")
         convert = partial(sample_of, root=image_root, max_images=chosen.max_images)
         columns = ("id", "question", "instruction", "inputs", *_ANSWERS, *MEDIA_KEYS)
-        return RecordSource(path, convert, columns=columns, events=events)
+        return RecordSource(path, convert, columns=columns, events=events, media=MEDIA_KEYS)
 
 
 def sample_of(row: Row, root: Path, max_images: int = 8) -> Sample:

@@ -26,6 +26,8 @@ from vila.data.formats.turns import (
     without_markers,
 )
 
+MEDIA_KEYS = (*llava_record.MEDIA_KEYS, "video_id")
+
 
 @dataclass(frozen=True, slots=True)
 class VideoOptions:
@@ -41,7 +43,8 @@ class VideoJsonFormat:
     def open(self, path: Path, image_root: Path, events: Events = SILENT, **options: object) -> RecordSource:
         """Give random access to the samples of a file, or of all files of a directory. Options: see `VideoOptions`."""
         chosen = read_options(VideoOptions, options, "video_json")
-        return RecordSource(path, partial(sample_of, root=image_root, options=chosen), kinds=JSON, events=events)
+        convert = partial(sample_of, root=image_root, options=chosen)
+        return RecordSource(path, convert, kinds=JSON, events=events, media=MEDIA_KEYS)
 
 
 def sample_of(row: Row, root: Path, options: VideoOptions) -> Sample:

@@ -42,7 +42,8 @@ class WebDatasetFormat:
         chosen = read_options(WebDatasetOptions, options, "webdataset")
         if chosen.template:
             find_template(chosen.template)
-        return RecordSource(path, partial(sample_of, root=image_root, options=chosen), kinds=(".tar",), events=events)
+        convert = partial(sample_of, root=image_root, options=chosen)
+        return RecordSource(path, convert, kinds=(".tar",), events=events, media=_media_keys)
 
 
 def sample_of(row: Row, root: Path, options: WebDatasetOptions) -> Sample:
@@ -54,6 +55,12 @@ def sample_of(row: Row, root: Path, options: WebDatasetOptions) -> Sample:
     else:
         sample = _caption(row, options)
     return sample if sample.template or not options.template else replace(sample, template=options.template)
+
+
+def _media_keys(row: Row) -> tuple[str, ...]:
+    if "messages" in row.value:
+        return messages.MEDIA_KEYS
+    return vflan.MEDIA_KEYS if "question" in row.value else ()
 
 
 def _caption(row: Row, options: WebDatasetOptions) -> Sample:

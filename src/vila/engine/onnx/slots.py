@@ -54,9 +54,11 @@ class OnnxSlotRun(SlotRun):
             lengths[row] = place.start + 1
         resting = sorted(set(range(first, last + 1)) - {place.row for place, _ in steps})
         kept = [both[:, resting, :, 0] for both in self.pool.buffers] if resting else []
-        binding.run(lengths)
-        for both, before in zip(self.pool.buffers, kept, strict=False):
-            both[:, resting, :, 0] = before
+        try:
+            binding.run(lengths)
+        finally:
+            for both, before in zip(self.pool.buffers, kept, strict=False):
+                both[:, resting, :, 0] = before
         return torch.from_numpy(binding.logits_BNV)[rows, 0]
 
     def _bound(self, first: int, count: int) -> Binding:

@@ -52,12 +52,19 @@ def claim(
 
 
 def keep_rows(piece: Piece, rows: int) -> Piece:
-    """The first `rows` rows of a weight."""
+    """Return the first `rows` rows of a weight. Raises LayoutError if it has fewer."""
+    if not piece.shape or piece.shape[0] < rows:
+        raise _shape_error(piece, f"at least {rows} rows")
     return replace(piece, shape=(rows, *piece.shape[1:]), change=_then(piece.change, lambda tensor: tensor[:rows]))
 
 
 def take_third(piece: Piece, number: int) -> Piece:
-    """One of query, key and value from a weight that holds all three, one below the other."""
+    """Return query, key or value from a weight that holds all three, one below the other.
+
+    Raises LayoutError unless its rows can be divided by three.
+    """
+    if not piece.shape or piece.shape[0] % 3:
+        raise _shape_error(piece, "rows of query, key and value")
     rows = piece.shape[0] // 3
     start = number * rows
 
@@ -65,6 +72,10 @@ def take_third(piece: Piece, number: int) -> Piece:
         return tensor[start : start + rows]
 
     return replace(piece, shape=(rows, *piece.shape[1:]), change=_then(piece.change, cut))
+
+
+def _shape_error(piece: Piece, expected: str) -> LayoutError:
+    return LayoutError("", file=piece.file.path, field=piece.name, value=list(piece.shape), expected=expected)
 
 
 def _then(first: Callable | None, second: Callable) -> Callable:

@@ -1,0 +1,271 @@
+"""Files that `vila` reads, and how each is read: written once, then used by the mutation test on changed copies."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image as PilImage
+
+MAX_FILE = 4_000_000
+"""Larger files of a target are not mutated."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One kind of input.
+
+    write: writes a valid input into an empty directory.
+    use:   reads the whole input in that directory, as a command does.
+    """
+
+    name: str
+    write: Callable[[Path], object]
+    use: Callable[[Path], object]
+
+    def files(self, root: Path) -> list[Path]:
+        """Files that may be mutated, in the order of their names."""
+        return sorted(p for p in root.rglob("*") if p.is_file() and not p.is_symlink() and p.stat().st_size < MAX_FILE)
+
+
+def targets() -> list[Target]:
+    """All kinds of inputs."""
+    return [*_data(), *_checkpoints(), *_media(), *_evaluation(), *_quantization(), *_training(), *_command_line()]
+
+
+def _data() -> Iterator[Target]:
+    from tests.data.good import GOOD
+    from vila.data.formats.protocol import FORMATS
+
+    for (name, container), write in GOOD.items():
+
+        def use(root: Path, name: str = name) -> None:
+            source = FORMATS[name].open(next(root.glob("d.*")), root)
+            for number in range(len(source)):
+                for item in source[number].media:
+                    item.source.read() if hasattr(item.source, "read") else None
+
+        yield Target(f"data {name} {container}", write, use)
+
+
+def _checkpoints() -> Iterator[Target]:
+    from tests import tiny
+    from tests.model.layouts.published import FIXTURES
+    from vila.model.int4 import use_int4
+    from vila.model.load import load_model, save_model
+    from vila.quant.apply import quantize_model
+
+    def load(root: Path) -> None:
+        # A base directory lies beside the checkpoint that needs one.
+        base = root / "base"
+        load_model(root / "checkpoint", base=base if base.exists() else None)
+
+    forms = ("mlp2x", "bin", "sharded-safetensors", "sharded-bin", "stage-1", "lora")
+    for name in [*(f"v1-{form}" for form in forms), "v15-odd-grid", "v15-sharded-bin", "v15-intern-vit", "v15-s2"]:
+        yield Target(f"checkpoint {name}", FIXTURES[name], load)
+    for layout in ("native", "llava-hf"):
+
+        def write(root: Path, layout: str = layout) -> None:
+            save_model(*tiny.vila(tower="clip"), root / "checkpoint", layout)
+
+        yield Target(f"checkpoint {layout}", write, load)
+    for layout in ("awq-hf", "tinychat"):
+
+        def write_int4(root: Path, layout: str = layout) -> None:
+            model, processor = tiny.vila(tower="clip", hidden_size=128, intermediate_size=256)
+            use_int4(model, quantize_model(model, None, 128))
+            save_model(model, processor, root / "checkpoint", layout)
+
+        yield Target(f"checkpoint {layout}", write_int4, load)
+
+
+def _media() -> Iterator[Target]:
+    from vila.core.types import Image, Video
+    from vila.media.image import open_image
+    from vila.media.video import open_frames
+
+    drawn = PilImage.effect_noise((48, 32), 60)
+    for kind in ("png", "jpeg", "webp", "tiff", "bmp", "gif"):
+
+        def write(root: Path, kind: str = kind) -> None:
+            drawn.convert("L" if kind == "gif" else "RGB").save(root / f"a.{kind}")
+
+        yield Target(f"image {kind}", write, lambda root: open_image(Image(next(root.glob("a.*")))))
+    frames = [PilImage.effect_noise((48, 32), 60) for _ in range(6)]
+    for kind in ("gif", "webp"):
+
+        def write_frames(root: Path, kind: str = kind) -> None:
+            frames[0].save(root / f"a.{kind}", save_all=True, append_images=frames[1:], duration=40)
+
+        yield Target(f"animation {kind}", write_frames, lambda root: open_frames(Video(next(root.glob("a.*"))), 4))
+    for kind, codec in (("mp4", "mpeg4"), ("matroska", "mpeg4"), ("avi", "mjpeg")):
+
+        def write_video(root: Path, kind: str = kind, codec: str = codec) -> None:
+            from tests.media.test_video import clip
+
+            pixels = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+            (root / f"a.{kind}").write_bytes(clip(kind, codec, pixels=pixels))
+
+        yield Target(f"video {kind}", write_video, lambda root: open_frames(Video(next(root.glob("a.*"))), 4))
+
+
+def _evaluation() -> Iterator[Target]:
+    from scripts.make_eval_data import LAYOUTS
+    from vila.eval.answers import read_answers
+    from vila.eval.benchmark import BENCHMARKS
+    from vila.eval.predictions import answers_of
+
+    for name, write in LAYOUTS.items():
+
+        def use(root: Path, name: str = name) -> None:
+            benchmark = BENCHMARKS[name](root, 0)
+            items = list(benchmark.items())
+            answers = answers_of(items, {item.id: item.truth or "A" for item in items})
+            if name not in ("vqav2", "vizwiz", "mmbench", "mmbench_cn"):  # which only a server can score
+                benchmark.score(answers)
+
+        yield Target(f"benchmark {name}", write, use)
+
+    def write_answers(root: Path) -> None:
+        rows = [{"question_id": n, "prompt": "q", "text": "yes"} for n in range(6)]
+        (root / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    yield Target("answers", write_answers, lambda root: read_answers(root / "answers.jsonl"))
+
+
+def _quantization() -> Iterator[Target]:
+    import torch
+
+    from tests import tiny
+    from vila.quant.awq_cache import read_search
+    from vila.quant.calibrate import read_documents, text_calibration
+
+    def write_cache(root: Path) -> None:
+        one = torch.rand(32) + 0.5
+        block = "model.layers.0"
+        found = {
+            "scale": [(f"{block}.input_layernorm", tuple(f"{block}.self_attn.{n}_proj" for n in "qkv"), one)],
+            "clip": [(f"{block}.mlp.down_proj", torch.rand(32, 2, 1))],
+        }
+        torch.save(found, root / "a.pt")
+
+    def write_text(root: Path) -> None:
+        rows = [{"text": f"a line of text, number {n}"} for n in range(40)]
+        (root / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def use_text(root: Path) -> None:
+        text_calibration(read_documents(root / "a.jsonl"), tiny.tokenizer(), rows=2, length=64)
+
+    yield Target("awq_cache", write_cache, lambda root: read_search(root / "a.pt"))
+    yield Target("calibration", write_text, use_text)
+
+
+def _training() -> Iterator[Target]:
+    from tests.train.stand import write_stand
+
+    def write(root: Path) -> None:
+        write_stand(root, records=6)
+        _stand_run(root, "output.checkpoint_every_s=0.001", "budget.tokens=400")
+
+    def resume(root: Path) -> None:
+        _stand_run(root, "output.checkpoint_every_s=0.001", "budget.tokens=400")
+
+    def report(root: Path) -> None:
+        from vila.train.report import write_report
+
+        write_report(root / "out")
+
+    yield Target("training resume", write, resume)
+    yield Target("training report", write, report)
+
+
+def _stand_run(root: Path, *overrides: str) -> None:
+    from tests.train.stand import stand_recipe
+    from vila.train.run import build
+
+    # Relative paths, so that a copy of the directory is the same run.
+    os.chdir(root)
+    run = build(stand_recipe(Path(), "out", *overrides))
+    run.trainer.run()
+    run.checkpoints.wait()
+
+
+def _command_line() -> Iterator[Target]:
+    def write_recipe(root: Path) -> None:
+        (root / "r.yaml").write_text(RECIPE)
+
+    def use_recipe(root: Path) -> None:
+        from vila.config.load import load_recipe
+
+        load_recipe(str(root / "r.yaml"))
+
+    def write_csv(root: Path) -> None:
+        for number in range(3):
+            PilImage.new("RGB", (8, 8), (80 * number, 0, 0)).save(root / f"{number}.png")
+        (root / "t.csv").write_text("image,question,answer\n" + "".join(f"{n}.png,what?,red {n}\n" for n in range(3)))
+
+    def use_csv(root: Path) -> None:
+        vila("data", "from-csv", root / "t.csv", "--images", root, "--out", root / "out.jsonl")
+
+    def write_questions(root: Path) -> None:
+        PilImage.new("RGB", (8, 8)).save(root / "a.png")
+        rows = [{"id": str(n), "image": "a.png", "prompt": f"what {n}?"} for n in range(4)]
+        (root / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def use_questions(root: Path) -> None:
+        from vila.cli.question_files import read_rows
+
+        read_rows(root / "q.jsonl")
+
+    yield Target("recipe", write_recipe, use_recipe)
+    yield Target("csv", write_csv, use_csv)
+    yield Target("questions", write_questions, use_questions)
+
+
+RECIPE = """name: r
+model: {path: model}
+stage: {tune: [projector, llm], lr: 1.0e-3}
+data:
+  max_length: 128
+  template: starter_qa
+  packing: none
+  mixture:
+    - {format: messages, path: data.jsonl, repeat: 2}
+batch: {samples: 4}
+budget: {epochs: 3}
+compute: {dtype: float32, workers: 0}
+output: {dir: out}
+"""
+
+
+def vila(*arguments: Any) -> str:
+    """Run a command in this process and return its output; a failure raises the error behind its message."""
+    from vila.cli import main as command
+
+    failures: list[str] = []
+    out, complaints = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(complaints):
+        try:
+            command.main([str(argument) for argument in arguments])
+        except SystemExit as ended:
+            if ended.code not in (0, None):
+                failures.append(complaints.getvalue())
+                if ended.code == 70:  # an exception that is not ours
+                    raise RuntimeError(complaints.getvalue()) from ended
+    if failures:
+        from vila.core.errors import VilaError
+
+        raise VilaError(" ".join(failures[0].split()))
+    return out.getvalue()
+
+
+def random_of(seed: int) -> random.Random:
+    """The generator of one input."""
+    return random.Random(f"vila mutation {seed} {os.environ.get('VILA_MUTATION_SEED', '0')}")

@@ -1,0 +1,153 @@
+"""Data or a model that changed between a stop and the resume is refused with both values, or let through by name."""
+
+import json
+import os
+import shutil
+
+import pytest
+
+import vila.train.run
+from tests import tiny
+from tests.train.finish import stop_after
+from tests.train.ranks import run_ranks
+from tests.train.stand import stand_recipe, write_stand
+from vila.core.errors import Interrupted, RunChangedError
+from vila.core.reading import read_json
+from vila.model.load import save_model
+from vila.train.run import build
+
+STEPS = ("batch.rows=4", "budget.tokens=3000")
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """A stand whose run was stopped after step 2."""
+    folder = write_stand(tmp_path_factory.mktemp("stand"))
+    with pytest.raises(Interrupted):
+        build(stand_recipe(folder, "out", *STEPS), listeners=[stop_after(2)]).train()
+    return folder
+
+
+@pytest.fixture
+def stand(stopped, tmp_path):
+    """A copy of it."""
+    shutil.copytree(stopped, tmp_path / "stand")
+    return tmp_path / "stand"
+
+
+class Heard:
+    """Events whose lines are kept."""
+
+    def __init__(self):
+        self.lines = []
+
+    def said(self, text):
+        self.lines.append(text)
+
+    def started(self, task, total=None, unit=""):
+        pass
+
+    def advanced(self, task, amount=1, **facts):
+        pass
+
+    def finished(self, task, summary=""):
+        pass
+
+
+def resume(stand, *allow, events=None):
+    return build(stand_recipe(stand, "out", *STEPS), events=events or Heard(), allow_changes=allow)
+
+
+def ignore_paths():
+    """The stand was copied, so paths in the recipe differ; the content of the files is compared all the same."""
+    vila.train.run.refuse_changes = lambda *_, **__: None
+
+
+@pytest.fixture(autouse=True)
+def other_paths(monkeypatch):
+    monkeypatch.setattr(vila.train.run, "refuse_changes", vila.train.run.refuse_changes)
+    ignore_paths()
+
+
+def test_the_checkpoint_has_stamps_of_data_and_model(stand):
+    stamps = read_json(stand / "out" / "checkpoint" / "step-00000002" / "inputs.json")
+    (data,) = stamps["data"]
+    assert data["samples"] == 24
+    assert list(data["files"]) == ["data.jsonl"]
+    assert data["files"]["data.jsonl"][0] == (stand / "data.jsonl").stat().st_size
+    assert {"config.json", "tokenizer.json", "model.safetensors"} <= set(stamps["model"]["model.path"])
+
+
+def test_what_was_only_copied_goes_on(stand):
+    for path in [stand / "data.jsonl", *(stand / "base").iterdir()]:
+        os.utime(path, ns=(0, 10**18))
+    assert resume(stand).trainer.progress.step == 2
+
+
+def append_a_sample(stand):
+    line = (stand / "data.jsonl").read_text().splitlines()[2]
+    with (stand / "data.jsonl").open("a") as stream:
+        stream.write(line + "\n")
+
+
+def test_more_samples_are_refused_with_both_numbers(stand):
+    append_a_sample(stand)
+    with pytest.raises(RunChangedError) as caught:
+        resume(stand)
+    assert ("data.mixture.0.path", "24 samples", "25 samples") in caught.value.differences
+    assert caught.value.file == str(stand / "out")
+
+
+@pytest.mark.parametrize("allow", ["data", "data.mixture", "data.mixture.0.path"])
+def test_changed_data_go_on_when_they_are_allowed_by_name(stand, allow):
+    append_a_sample(stand)
+    events = Heard()
+    assert resume(stand, allow, events=events).trainer.progress.step == 2
+    assert any("24 samples -> 25 samples" in line for line in events.lines)
+
+
+def test_a_changed_answer_of_the_same_length_is_refused(stand):
+    path = stand / "data.jsonl"
+    path.write_text(path.read_text().replace("abab", "baba", 1))
+    os.utime(path, ns=(0, 10**18))
+    with pytest.raises(RunChangedError) as caught:
+        resume(stand)
+    ((field, before, now),) = caught.value.differences
+    assert field == "data.mixture.0.path"
+    assert before.startswith("data.jsonl: sha256 ") and now.startswith("sha256 ")
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer_config.json"])
+def test_a_changed_model_is_refused_with_the_file(stand, file):
+    if file == "model.safetensors":
+        save_model(*tiny.vila("llama", seed=7), stand / "base")
+    else:
+        path = stand / "base" / file
+        path.write_text(json.dumps({**json.loads(path.read_text()), "note": "changed"}))
+    with pytest.raises(RunChangedError) as caught:
+        resume(stand)
+    assert {field for field, *_ in caught.value.differences} == {"model.path"}
+    assert any(before.startswith(f"{file}: ") for _, before, _ in caught.value.differences)
+
+
+def refused(stand):
+    ignore_paths()
+    try:
+        resume(stand)
+    except RunChangedError as error:
+        return error.differences, error.is_repeated
+    return None
+
+
+def test_all_ranks_refuse_and_one_of_them_speaks(stand):
+    append_a_sample(stand)
+    ours, theirs = run_ranks(2, refused, stand)
+    assert ours[0] == theirs[0]
+    assert (ours[1], theirs[1]) == (False, True)
+
+
+def test_metrics_that_are_missing_are_said(stand):
+    (stand / "out" / "metrics.jsonl").unlink()
+    events = Heard()
+    assert resume(stand, events=events).trainer.progress.step == 2
+    assert any(line.startswith("note:") and "metrics.jsonl" in line for line in events.lines)
