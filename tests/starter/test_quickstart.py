@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from pathlib import Path
 
 import pytest
 
@@ -9,7 +10,7 @@ import vila.starter.quickstart as quickstart
 from tests.extras import call_command, hide_extras
 from tests.held import HOST, PID, held
 from tests.starter.stand import write_easy_vqa, write_llm, write_vision
-from vila.core.errors import ConfigError, DirectoryInUseError
+from vila.core.errors import ConfigError, DataError, DirectoryInUseError
 from vila.core.files import sha256_tree
 from vila.starter.quickstart import Options, Quickstart
 
@@ -91,6 +92,14 @@ def test_the_job_ends_with_model_predictions_and_report_and_prints_commands_that
     assert len(report["few_shot"]["images"]) == 3
     assert report["int4"]["bytes_after"] < report["int4"]["bytes_before"]
     assert report["int4"]["questions"] == 40
+    # Files are named without spaces, and images relative to the run.
+    assert not [path.name for path in done.out.rglob("*") if " " in path.name]
+    shown = [*report["examples"], report["int4"]["example"]]
+    for name in [*(one["image"] for one in shown), *report["few_shot"]["images"]]:
+        assert name.startswith("../")
+        assert (done.out / name).is_file()
+    assert all(Path(one["image"]).is_file() for one in result["examples"])
+    assert "perplexity before" in report["seconds"]
     page = (done.out / "report.html").read_text()
     assert "The same model in 4 bits" in page
     assert "http://" not in page.replace("http://www.w3.org/2000/svg", "")
@@ -125,6 +134,42 @@ def test_a_second_run_does_nothing_again(job, monkeypatch):
     monkeypatch.setattr(quickstart, "build", None)
     monkeypatch.setattr(quickstart, "run", None)
     assert job().run()["accuracy"] == json.loads((first.out / "report.json").read_text())["accuracy"]
+
+
+def test_steps_of_an_earlier_version_are_taken_over(job, parts, monkeypatch):
+    first = job()
+    first.run()
+    steps = first.out / "steps"
+    for path in steps.glob("*-*.json"):
+        row = json.loads(path.read_text())
+        path.unlink()
+        (steps / f"{row.pop('name')}.json").write_text(json.dumps(row))
+    facts = json.loads((first.out / "quickstart.json").read_text())
+    (first.out / "quickstart.json").write_text(json.dumps({**facts, "llm": parts["llm"], "vision": parts["vision"]}))
+    monkeypatch.setattr(quickstart, "build", None)
+    monkeypatch.setattr(quickstart, "run", None)
+    job().run()
+    assert not [path.name for path in steps.iterdir() if " " in path.name]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "field"),
+    [
+        ("quickstart.json", "[]", None),
+        ("quickstart.json", "{", None),
+        ("steps/test.json", "[]", None),
+        ("steps/test.json", '{"seconds": "x", "result": 1}', "seconds"),
+        ("steps/test.json", '{"seconds": 1}', "result"),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_named(job, name, content, field):
+    done = job()
+    (done.out / "steps").mkdir(parents=True)
+    (done.out / name).write_text(content)
+    with pytest.raises(DataError) as caught:
+        done._claim()
+        done._step("test", lambda: 0)
+    assert (caught.value.file, caught.value.field) == (str(done.out / name), field)
 
 
 def test_other_settings_in_the_same_directory_are_refused(job):

@@ -54,6 +54,7 @@ def serve(
     from vila.bench.serve import measure, save, served_model, table
     from vila.cli.progress import Screen
     from vila.core.errors import VilaError
+    from vila.core.files import portable_path
     from vila.serve.process import server_process
 
     clients = [int(number) for number in _numbers("--concurrency", concurrency, whole=True)]
@@ -72,7 +73,7 @@ def serve(
         done = measure(Server(base, name, secret), asked, clients=clients, rates=rates, seed=seed, events=screen)
     facts = {
         "model": name, "requests": requests, "prompt_tokens": prompt_tokens, "max_tokens": max_tokens,
-        "images": images, "seed": seed, "server": target,
+        "images": images, "seed": seed, "server": target if web or out is None else portable_path(target, out),
     }  # fmt: skip
     paths = save(done, facts, out) if out else []
     if as_json:

@@ -17,12 +17,12 @@ from typing import Any
 
 from vila.config.load import load_recipe
 from vila.config.schema import Recipe
-from vila.core.errors import ConfigError
+from vila.core.errors import ConfigError, DataError
 from vila.core.events import SILENT, Events, task
-from vila.core.files import atomic_path, cache_dir, remove_partials, sha256_tree, write_json
+from vila.core.files import atomic_path, cache_dir, portable_path, remove_partials, sha256_tree, write_json
 from vila.core.locks import DirectoryLock
 from vila.core.machine import machine_facts
-from vila.core.reading import read_json, read_jsonl
+from vila.core.reading import read_json_object, read_jsonl
 from vila.core.types import Image, Message
 from vila.engine.engine import Engine
 from vila.eval.benchmark import Item
@@ -34,7 +34,7 @@ from vila.starter import dinov2_onnx, easy_vqa, smollm2_gguf
 from vila.starter.data import is_validation, known_truths, write_stage_data
 from vila.starter.parts import resolve_part
 from vila.starter.probes import SwappedEasyVqa, caption_nll, perplexity
-from vila.starter.report import write_report
+from vila.starter.report import with_images, write_report
 from vila.starter.shrink import compare_answers, shrink
 from vila.starter.texts import english_eval, text_sha256
 from vila.train.metrics import read_metrics
@@ -73,8 +73,10 @@ class Options:
             raise ConfigError(f"--questions {self.questions}: expected 0 (all) or more")
 
     def facts(self) -> dict[str, Any]:
-        """What must be equal for a run to go on."""
-        return {name: getattr(self, name) for name in ("minutes", "questions", "seed", "llm", "vision")}
+        """Return what must be equal for a run to go on; directories are named relative to the run."""
+        facts = {name: getattr(self, name) for name in ("minutes", "questions", "seed", "llm", "vision")}
+        parts = {name: portable_path(facts[name], self.out) for name in ("llm", "vision") if facts[name] != "wheel"}
+        return facts | parts
 
 
 class Quickstart:
@@ -109,38 +111,50 @@ class Quickstart:
         small = self._step("int4", self._shrink)
         result = self._result(before, after, test, swapped, small)
         write_report(result, self.out)
-        return result
+        return with_images(result, self.out)
 
     def _claim(self) -> None:
         for folder in (self.out, *(self.out / name for name in ("steps", "data", *STAGES)), *self.out.glob("eval/*")):
             remove_partials(folder)
+        # Earlier versions wrote the names of steps with spaces.
+        for path in (self.out / "steps").glob("* *.json"):
+            path.rename(self._step_file(path.stem))
         path = self.out / "quickstart.json"
         facts = self.options.facts()
-        if path.is_file() and (before := read_json(path)) != facts:
+        if path.is_file():
+            before = read_json_object(path)
+            # Earlier versions wrote directories as they were typed.
             changed = [
-                f"{key}: {before.get(key)!r} -> {value!r}" for key, value in facts.items() if before.get(key) != value
+                f"{key}: {before.get(key)!r} -> {value!r}"
+                for key, value in facts.items()
+                if before.get(key) not in (value, getattr(self.options, key))
             ]
-            raise ConfigError(
-                f"{self.out}: holds a run with other settings ({'; '.join(changed)}); "
-                f"give --out another directory, or delete this one"
-            )
+            if changed:
+                raise ConfigError(
+                    f"{self.out}: holds a run with other settings ({'; '.join(changed)}); "
+                    f"give --out another directory, or delete this one"
+                )
         write_json(path, facts)
 
     def _step(self, name: str, work: Callable[[], Any]) -> Any:
-        """The result of `work`, from the file of an earlier run where there is one."""
-        path = self.out / "steps" / f"{name}.json"
+        """Return the result of `work`, from the file of an earlier run if there is one."""
+        path = self._step_file(name)
         if path.is_file():
-            return read_json(path)["result"]
+            return _read_step(path)["result"]
         began = time.monotonic()
         result = work()
-        write_json(path, {"seconds": round(time.monotonic() - began, 2), "result": result})
+        write_json(path, {"name": name, "seconds": round(time.monotonic() - began, 2), "result": result})
         return result
+
+    def _step_file(self, name: str) -> Path:
+        """Return the file of a step, whose name has no spaces."""
+        return self.out / "steps" / f"{name.replace(' ', '-')}.json"
 
     def _note(self, name: str, seconds: float) -> None:
         """Add to the time of a step that has no result of its own."""
-        path = self.out / "steps" / f"{name}.json"
-        before = read_json(path)["seconds"] if path.is_file() else 0.0
-        write_json(path, {"seconds": round(before + seconds, 2)})
+        path = self._step_file(name)
+        before = _read_step(path, result=False)["seconds"] if path.is_file() else 0.0
+        write_json(path, {"name": name, "seconds": round(before + seconds, 2)})
 
     def _parts(self) -> None:
         began = time.monotonic()
@@ -239,10 +253,13 @@ class Quickstart:
         shots, question = _few_shot(items)
         answer = self.engine.generate([*shots, *question.messages], max_new_tokens=8)
         return {
-            "examples": [_shown(item, answer) for item, answer in zip(asked, answers, strict=True)],
+            "examples": [self._shown(item, answer) for item, answer in zip(asked, answers, strict=True)],
             "few_shot": {
                 "images": [
-                    str(p.source) for m in (*shots, *question.messages) for p in m.parts if isinstance(p, Image)
+                    portable_path(str(p.source), self.out)
+                    for m in (*shots, *question.messages)
+                    for p in m.parts
+                    if isinstance(p, Image)
                 ],
                 "prompt": "\n".join(
                     f"<image> {m.text}" if m.role == "user" else m.text for m in (*shots, *question.messages)
@@ -260,14 +277,18 @@ class Quickstart:
             return None
         answered = result_dir(self.out / "eval", "easy_vqa", self.options.questions) / "predictions.jsonl"
         where = self.out / "eval" / "easy_vqa_int4"
-        return compare_answers(whole, small, self.easy_vqa, answered, where, self.options.questions, self.events)
+        found = compare_answers(whole, small, self.easy_vqa, answered, where, self.options.questions, self.events)
+        found["example"]["image"] = portable_path(found["example"]["image"], self.out)
+        return found
 
     def _result(self, before: Any, after: Any, test: Any, swapped: Any, small: Any) -> dict[str, Any]:
-        seconds = {path.stem: read_json(path)["seconds"] for path in sorted((self.out / "steps").glob("*.json"))}
+        files = sorted((self.out / "steps").glob("*.json"))
+        steps = [(path.stem, _read_step(path, result=False)) for path in files]
+        seconds = {step.get("name", stem): step["seconds"] for stem, step in steps}
         stages = [self._stage_facts(stage, title) for stage, title in zip(STAGES, TITLES, strict=True)]
         for stage in stages:
             seconds[f"training {stage['name']}"] = stage["seconds"]
-        examples = read_json(self.out / "steps" / "examples.json")["result"]
+        examples = _read_step(self._step_file("examples"))["result"]
         model, small_model, saved = (
             quote(str(self.out / name)) for name in ("model", "model-int4", f"{STAGES[-1]}/recipe.yaml")
         )
@@ -278,7 +299,7 @@ class Quickstart:
             "majority_accuracy": test["majority"],
             "blind_accuracy": test["blind"],
             "swapped_accuracy": swapped["accuracy"],
-            "validation_accuracy": read_json(self.out / "steps" / "validation.json")["result"]["accuracy"],
+            "validation_accuracy": _read_step(self._step_file("validation"))["result"]["accuracy"],
             "questions": test["count"],
             "seconds": seconds,
             "tokens_per_second": {s["name"]: round(s["tokens"] / max(s["seconds"], 1e-3), 1) for s in stages},
@@ -307,7 +328,7 @@ class Quickstart:
 
     def _stage_facts(self, stage: str, title: str) -> dict[str, Any]:
         rows = read_metrics(self.out / stage / "metrics.jsonl")
-        progress = read_json(self.out / stage / "finished.json")["progress"]
+        progress = read_json_object(self.out / stage / "finished.json")["progress"]
         return {
             "name": stage,
             "title": title,
@@ -316,7 +337,7 @@ class Quickstart:
             "steps": progress["step"],
             "seconds": round(progress["seconds"], 3),
             "loss": [[row["tokens_seen"], row["loss"]] for row in rows],
-            "caption_nll": read_json(self.out / "steps" / f"caption {stage}.json")["result"],
+            "caption_nll": _read_step(self._step_file(f"caption {stage}"))["result"],
         }
 
     def _gallery(self) -> list[dict[str, Any]]:
@@ -326,7 +347,25 @@ class Quickstart:
         items = EasyVqa(self.easy_vqa, self.options.questions, "test").items()
         wrong = [item for item in items if predictions[item.id] != item.truth][:6]
         right = {item.group: item for item in items if predictions[item.id] == item.truth}
-        return [_shown(item, predictions[item.id]) for item in [*wrong, *list(right.values())[: 12 - len(wrong)]]]
+        return [self._shown(item, predictions[item.id]) for item in [*wrong, *list(right.values())[: 12 - len(wrong)]]]
+
+    def _shown(self, item: Item, answer: str) -> dict[str, Any]:
+        image = item.messages[0].parts[0]
+        assert isinstance(image, Image)
+        source = portable_path(str(image.source), self.out)
+        return {"image": source, "question": item.messages[-1].text, "answer": answer, "truth": item.truth}
+
+
+def _read_step(path: Path, *, result: bool = True) -> dict[str, Any]:
+    """Read the file of a finished step. Raises DataError naming the file and the field that it lacks."""
+    step = read_json_object(path)
+    seconds = step.get("seconds")
+    if not isinstance(seconds, int | float) or (result and "result" not in step):
+        field = "result" if isinstance(seconds, int | float) else "seconds"
+        raise DataError(
+            "not the file of a finished step", file=path, field=field, hint="delete it to do the step again"
+        )
+    return step
 
 
 def _three_kinds(items: Sequence[Item]) -> list[Item]:
@@ -346,12 +385,6 @@ def _few_shot(items: Sequence[Item]) -> tuple[list[Message], Item]:
             chosen[item.truth] = item
     first, second, third = list(chosen.values())[:3]
     return [m for item in (first, second) for m in (*item.messages, Message.of("assistant", item.truth))], third
-
-
-def _shown(item: Item, answer: str) -> dict[str, Any]:
-    picture = item.messages[0].parts[0]
-    assert isinstance(picture, Image)
-    return {"image": str(picture.source), "question": item.messages[-1].text, "answer": answer, "truth": item.truth}
 
 
 def _scores(result: Result | None) -> dict[str, Any]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
-from vila.core.files import write_json
+from vila.core.files import resolve_path, write_json
 from vila.report.bars import Group, bar_plot
 from vila.report.lines import Series, line_plot
 from vila.report.page import Card, Figure, Page
@@ -20,12 +21,26 @@ def write_report(result: dict[str, Any], folder: Path) -> None:
     """Write `report.html` and `report.json` into `folder`, each whole or not at all.
 
     result: what `quickstart` measured. Accuracies are fractions, times seconds, losses nats per token. A key that is
-    absent or None leaves its section out. The JSON file holds the same, without the bytes of pictures; a number that
-    is not finite becomes null there.
-    Raises MediaError naming an example's picture that cannot be read.
+    absent or None leaves its section out. Images are named relative to `folder`, as `portable_path` does. The JSON file
+    holds the same, without the bytes of images; a number that is not finite becomes null there.
+    Raises MediaError naming an example's image that cannot be read.
     """
-    render_report(result).save(folder / "report.html")
+    render_report(with_images(result, folder)).save(folder / "report.html")
     write_json(folder / "report.json", plain(result))
+
+
+def with_images(result: Result, folder: Path) -> dict[str, Any]:
+    """Return the result with the paths of its images as they are opened from the working directory."""
+
+    def located(value: Any, key: str = "") -> Any:
+        if isinstance(value, Mapping):
+            return {name: located(item, name) for name, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [located(item, key) for item in value]
+        is_path = key in ("image", "images") and isinstance(value, str)
+        return os.path.normpath(resolve_path(value, folder)) if is_path else value
+
+    return dict(located(result))
 
 
 def render_report(result: Result) -> Page:
