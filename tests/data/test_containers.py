@@ -15,8 +15,10 @@ import pytest
 
 from tests.data.good import GOOD
 from tests.data.shards import PIXELS, refusal, write_lines, write_list, write_parquet, write_tar
+from vila.core.errors import DataError
 from vila.data.formats import scan_json as json_scanner
 from vila.data.formats import scan_tar as tar_scanner
+from vila.data.formats.parquet_footer import row_group_sizes
 from vila.data.formats.rows import open_rows
 from vila.data.formats.scan_json import scan_json
 from vila.data.formats.scan_tar import scan_tar
@@ -349,6 +351,30 @@ def test_bytes_behind_parquet_are_refused(garbage, tmp_path):
     path.write_bytes(path.read_bytes() + garbage)
     error = refusal(lambda: open_rows(path))
     assert error.file == str(path) and error.hint
+
+
+def test_a_damaged_footer_is_an_error_that_names_the_file(tmp_path):
+    path = write_parquet(tmp_path / "d.parquet", [{"inputs": "x", "targets": "y"}] * 3)
+    whole = path.read_bytes()
+    footer = len(whole) - 8 - int.from_bytes(whole[-8:-4], "little")
+    refused = 0
+    for place in range(footer, len(whole), 3):
+        for value in (0, 127, 255):
+            path.write_bytes(whole[:place] + bytes([value]) + whole[place + 1 :])
+            try:
+                assert sum(row_group_sizes(path)) == 3
+            except DataError as error:
+                refused += 1
+                assert error.file == str(path) and error.hint
+    assert refused > 50
+
+
+def test_columns_outside_the_file_are_refused(tmp_path):
+    path = write_parquet(tmp_path / "d.parquet", [{"inputs": "x" * 500, "targets": "y"}] * 3)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:4] + whole[300:])
+    error = refusal(lambda: open_rows(path))
+    assert error.file == str(path) and "outside the file" in error.problem
 
 
 def test_parquet_with_page_indexes_is_read(tmp_path):

@@ -15,6 +15,7 @@ import numpy as np
 from vila.core.errors import DataError
 from vila.core.optional import require
 from vila.core.reading import file_errors
+from vila.data.formats.parquet_footer import row_group_sizes
 from vila.data.formats.stored import Keys, decode_base64, name_of, written
 from vila.data.handles import Stamp, changed, stamp_of
 
@@ -22,8 +23,6 @@ CACHE_BYTES = 256 << 20
 """Decoded columns that one process keeps. At least two stay, however large."""
 MAX_FILES = 16
 _AGAIN = "copy or download it again"
-_MAGIC = b"PAR1"
-_SEARCH_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,63 +54,12 @@ class ParquetCell:
 def scan_parquet(path: Path, advanced: Callable[[int], None]) -> Iterator[np.ndarray]:
     """Yield first record and number of records of every row group, uint64 [k, 2].
 
-    Raises DataError for what is not parquet, for columns that are not where the footer says, and for files that were
-    joined, of which the footer knows the last one alone.
+    Raises DataError for what is not parquet and for what `row_group_sizes` refuses.
     """
-    opened = _open(path)
-    with file_errors(path, kind="parquet", hint=_AGAIN):
-        counts = _group_sizes(path, opened.metadata)
-        _check_places(path, opened.metadata)
+    _open(path)
+    counts = row_group_sizes(path)
     advanced(path.stat().st_size)
-    first = np.cumsum([0, *counts[:-1]]) if counts else np.zeros(0)
-    yield np.stack([first, counts], axis=1).astype(np.uint64).reshape(-1, 2)
-
-
-def _group_sizes(path: Path, metadata: Any) -> list[int]:
-    counts = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-    if any(count < 0 for count in counts) or sum(counts) != metadata.num_rows:
-        raise _broken(path, f"the footer counts {metadata.num_rows} records and row groups of {counts[:8]}")
-    return counts
-
-
-def _check_places(path: Path, metadata: Any) -> None:
-    with path.open("rb") as stream:
-        size = stream.seek(0, os.SEEK_END)
-        stream.seek(size - 8)
-        footer = size - 8 - int.from_bytes(stream.read(4), "little")
-        end, indexed = len(_MAGIC), False
-        for group in range(metadata.num_row_groups):
-            for number in range(metadata.num_columns):
-                column = metadata.row_group(group).column(number)
-                begin = column.data_page_offset
-                if column.has_dictionary_page and column.dictionary_page_offset:
-                    begin = min(begin, column.dictionary_page_offset)
-                last = begin + column.total_compressed_size
-                if not len(_MAGIC) <= begin <= last <= footer:
-                    raise _broken(path, f"column {column.path_in_schema!r} of row group {group} is at byte {begin}")
-                end = max(end, last)
-                indexed |= column.has_offset_index or column.has_column_index
-        # Page indexes and bloom filters lie before the footer; they are small.
-        gap = footer - end
-        if gap > 0 and (not indexed or gap > size // 20) and _holds(stream, footer, _MAGIC * 2):
-            raise DataError(
-                "several parquet files were joined; only the last one could be read", file=path, hint="split them again"
-            )
-
-
-def _holds(stream: Any, end: int, wanted: bytes) -> bool:
-    """Whether `wanted` occurs before byte `end`."""
-    stream.seek(0)
-    tail = b""
-    while stream.tell() < end and (chunk := stream.read(min(_SEARCH_BYTES, end - stream.tell()))):
-        if wanted in tail + chunk:
-            return True
-        tail = chunk[-len(wanted) + 1 :]
-    return False
-
-
-def _broken(path: Path, problem: str) -> DataError:
-    return DataError(f"the parquet file is damaged: {problem}", file=path, hint=_AGAIN)
+    yield np.stack([np.cumsum([0, *counts])[: len(counts)], counts], axis=1).astype(np.uint64).reshape(-1, 2)
 
 
 def column_names(path: Path) -> tuple[str, ...]:
@@ -227,8 +175,7 @@ class _State:
                 if stamp_of(path) != stamp:
                     raise changed(path)
                 opened = _open(path)
-                with file_errors(path, kind="parquet", hint=_AGAIN):
-                    counts = _group_sizes(path, opened.metadata)
+                counts = [opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)]
                 self._files[key] = opened, np.cumsum([0, *counts[:-1]])
                 while len(self._files) > MAX_FILES:
                     self._files.popitem(last=False)
@@ -245,7 +192,9 @@ def _read_column(path: Path, opened: Any, group: int, column: str) -> Any:
         values = opened.read_row_group(group, columns=[column], use_threads=False)[column]
         expected = opened.metadata.row_group(group).num_rows
     if len(values) != expected:
-        raise _broken(path, f"column {column!r} of row group {group} holds {len(values)} of {expected} values")
+        raise DataError(
+            f"row group {group} holds {len(values)} of {expected} values", file=path, field=column, hint=_AGAIN
+        )
     return values
 
 
