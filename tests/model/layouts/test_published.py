@@ -197,6 +197,26 @@ class TestRefusals:
         with pytest.raises(LayoutError, match="a LoRA directory; give the directory of the base LLM"):
             load_model(lora(tmp_path).folder)
 
+    def lora_with(self, tmp_path, vocabulary, more):
+        """A LoRA directory whose non_lora_trainables hold more than the projector."""
+        where = lora(tmp_path)
+        file = where.folder / "non_lora_trainables.bin"
+        torch.save(torch.load(file, weights_only=True) | more, file)
+        self.edit(where.folder, vocab_size=vocabulary)
+        return load_model(where.folder, base=where.base)[0]
+
+    def test_a_lora_directory_with_a_head_of_its_own(self, tmp_path):
+        head = torch.randn(1200, 64).half()
+        model = self.lora_with(tmp_path, 1200, {"base_model.model.lm_head.weight": head})
+        assert torch.equal(model.get_output_embeddings().weight, head)
+
+    def test_a_lora_directory_with_a_larger_vocabulary(self, tmp_path):
+        head, rows = torch.randn(2, 1203, 64).half()
+        names = ("base_model.model.lm_head.weight", "base_model.model.model.embed_tokens.weight")
+        model = self.lora_with(tmp_path, 1203, dict(zip(names, (head, rows), strict=True)))
+        assert torch.equal(model.get_output_embeddings().weight, head)
+        assert torch.equal(model.get_input_embeddings().weight, rows)
+
     def test_an_adapter_of_another_base_lists_what_does_not_fit(self, tmp_path):
         where = lora(tmp_path)
         file = where.folder / "adapter_model.bin"

@@ -17,17 +17,21 @@ from transformers.initialization import no_init_weights
 
 from vila.core.errors import DownloadError, LayoutError
 from vila.core.files import atomic_path
+from vila.core.reading import file_errors
 from vila.model.config import VilaConfig
 from vila.model.hub import local_folder
-from vila.model.layouts.lora import adapter_facts, read_adapter
+from vila.model.layouts.adapter_config import CONFIG_FILE, read_adapter_config
+from vila.model.layouts.lora import TiedHead, read_adapter
 from vila.model.layouts.protocol import Checkpoint, detect_layout
 from vila.model.layouts.published import read_config, write_tokenizer
 from vila.model.processor import VilaProcessor
 from vila.model.vila import VilaForConditionalGeneration
 from vila.model.weights import Piece, published_names
 
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_WEIGHTS = "adapter_model.safetensors"
+_TIED = TiedHead("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
 _PREFIX = "base_model.model."
+_BASE = "base_model_name_or_path"
 _SIZES = ("model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
 
 
@@ -41,7 +45,7 @@ class AdapterLayout:
 
     def recognises(self, folder: Path) -> bool:
         """Whether there is an adapter and no config.json of another layout."""
-        if not (folder / _CONFIG).is_file():
+        if not (folder / CONFIG_FILE).is_file():
             return False
         return not (folder / "config.json").exists() or read_config(folder).get("model_type") == VilaConfig.model_type
 
@@ -51,6 +55,7 @@ class AdapterLayout:
         Raises LayoutError when the base is not there, or is another model than the adapter was trained on.
         """
         home = base or find_base(folder)
+        _refuse_circle(folder, home)
         under = detect_layout(home).open(home)
         if under.int4:
             raise LayoutError(
@@ -66,7 +71,11 @@ class AdapterLayout:
                 processor = VilaProcessor.from_pretrained(folder, local_files_only=True)
             except (OSError, ValueError) as error:
                 raise LayoutError(f"{folder}: no processor that can be read ({error})") from error
-        pieces = read_adapter(folder, _by_module(under))
+        tied = _TIED if under.config.text_config.tie_word_embeddings else None
+        pieces, still_tied = read_adapter(folder, _by_module(under), tied)
+        if tied and not still_tied:
+            config = copy.deepcopy(config)
+            config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
         return Checkpoint(folder, config, processor, pieces, under.unclaimed, under.generation)
 
 
@@ -76,20 +85,36 @@ def find_base(folder: Path) -> Path:
     A relative path starts from here, or from any directory above the adapter.
     Raises LayoutError saying where it was looked for.
     """
-    named = adapter_facts(folder).get("base_model_name_or_path") or ""
-    if not named:
-        raise LayoutError(f"{folder}: the adapter does not say which model it belongs to; give it as base= or --base")
-    path = Path(named).expanduser()
-    for place in (path, *(above / path for above in folder.resolve().parents)):
-        if place.is_dir() and place.resolve() != folder.resolve():
-            return place
+    adapter = read_adapter_config(folder)
+    if not adapter.base:
+        raise LayoutError("names no base", file=adapter.file, field=_BASE, hint="give it as base= or --base")
+    with file_errors(adapter.file, LayoutError):  # a text that no path can be
+        path = Path(adapter.base).expanduser()
+        for place in (path, *(above / path for above in folder.resolve().parents)):
+            if place.is_dir() and place.resolve() != folder.resolve():
+                return place
     try:
-        return local_folder(named)
+        return local_folder(adapter.base, adapter.revision)
     except (LayoutError, DownloadError) as error:
         raise LayoutError(
-            f"{folder}: its base {named!r} is neither a directory (from {Path.cwd()}, or from one above the adapter) "
-            f"nor to be had from the hub ({error}); give the directory where it is now as base= or --base"
+            f"no directory from {Path.cwd()} or from above the adapter, and not to be had from the hub ({error})",
+            file=adapter.file,
+            field=_BASE,
+            value=adapter.base,
+            hint="give the directory where it is now as base= or --base",
         ) from error
+
+
+def _refuse_circle(folder: Path, home: Path) -> None:
+    """Raise LayoutError if the base of an adapter, the base of that one, and so on, lead back to an adapter of them."""
+    visited = {folder.resolve()}
+    while LAYOUT.recognises(home):
+        if home.resolve() in visited:
+            raise LayoutError(
+                "adapters that are each other's base", file=folder / CONFIG_FILE, field=_BASE, value=str(home)
+            )
+        visited.add(home.resolve())
+        home = find_base(home)
 
 
 def write_adapter(

@@ -13,7 +13,7 @@ from typing import Any
 from vila.core.errors import LayoutError
 from vila.core.files import atomic_path, write_json
 from vila.model.hub import local_folder
-from vila.model.layouts.lora import read_adapter
+from vila.model.layouts.lora import TiedHead, read_adapter
 from vila.model.layouts.names import Prefixes, claim, to_theirs
 from vila.model.layouts.protocol import Checkpoint
 from vila.model.layouts.published import (
@@ -50,6 +50,7 @@ PREFIXES: Prefixes = (
     ("model.", "language_model.model."),
 )
 _TOWER = "vision_tower"
+_TIED = TiedHead("model.embed_tokens.weight", "lm_head.weight")
 
 
 class LlavaV1Layout:
@@ -68,10 +69,10 @@ class LlavaV1Layout:
         kind = LLM_TYPES.get(facts.get("model_type", ""))
         if kind is None:
             raise LayoutError(f"{folder}: model_type {facts.get('model_type')!r} is none of {', '.join(LLM_TYPES)}")
-        pieces, home = _llm_and_projector(folder, base, facts)
+        llm = text_config(kind, {k: v for k, v in facts.items() if not k.startswith("mm_")}, folder)
+        pieces, home = _llm_and_projector(folder, base, facts, llm)
         ours, unclaimed = claim(pieces, PREFIXES)
         tower = self._tower(folder, facts, ours)
-        llm = text_config(kind, {k: v for k, v in facts.items() if not k.startswith("mm_")}, folder)
         config, processor = compose(
             llm=llm,
             tower=tower,
@@ -145,8 +146,13 @@ def write_llava_v1(model: Any, processor: Any, folder: Path, storage: Storage) -
         write_tokenizer(processor.tokenizer, part, processor.template)
 
 
-def _llm_and_projector(folder: Path, base: Path | None, facts: Mapping[str, Any]) -> tuple[dict[str, Piece], Path]:
-    """Weights by the original's names, and the folder that holds the tokenizer."""
+def _llm_and_projector(
+    folder: Path, base: Path | None, facts: Mapping[str, Any], llm: Any
+) -> tuple[dict[str, Piece], Path]:
+    """Return the weights by the original's names, and the folder that holds the tokenizer.
+
+    An adapter that changes embeddings or head alone unties them in `llm`, the LLM's config.
+    """
     adapter = (folder / "adapter_config.json").is_file()
     projector = folder / "mm_projector.bin"
     if not (adapter or (projector.is_file() and not _has_weights(folder))):
@@ -159,16 +165,23 @@ def _llm_and_projector(folder: Path, base: Path | None, facts: Mapping[str, Any]
     pieces = pieces_of(find_files(base))
     extra = folder / "non_lora_trainables.bin" if adapter else projector
     if extra.is_file():
-        pieces.update({_strip(name): piece for name, piece in pieces_of([weight_file(extra)]).items()})
+        pieces.update(_stripped(pieces_of([weight_file(extra)])))
     if adapter:
-        pieces = read_adapter(folder, pieces)
+        pieces, tied = read_adapter(folder, pieces, _TIED if llm.tie_word_embeddings else None)
+        llm.tie_word_embeddings = tied
     return pieces, folder if _has_tokenizer(folder) else base
 
 
-def _strip(name: str) -> str:
-    """`base_model.model.model.mm_projector.0.weight` as it is called in a whole checkpoint."""
-    name = name.removeprefix("base_model.")
-    return name.removeprefix("model.") if name.startswith("model.model.") else name
+def _stripped(pieces: Mapping[str, Piece]) -> dict[str, Piece]:
+    """Return weights beside an adapter by their names in a whole checkpoint, as the original does.
+
+    `base_model.` is taken off each name, and when one then begins with `model.model.`, one `model.` off every name:
+    `base_model.model.lm_head.weight` is `lm_head.weight` then.
+    """
+    names = {name: name.removeprefix("base_model.") for name in pieces}
+    if any(name.startswith("model.model.") for name in names.values()):
+        names = {name: short.removeprefix("model.") for name, short in names.items()}
+    return {names[name]: piece for name, piece in pieces.items()}
 
 
 def _has_weights(folder: Path) -> bool:

@@ -1,109 +1,304 @@
-"""LoRA weights as PEFT writes them, merged while they load: W + (alpha / r) B A (arXiv 2106.09685)."""
+"""LoRA weights as PEFT writes them, merged while the base loads: W + (alpha / r) B A (arXiv 2106.09685).
+
+Also merged, with the logits of PEFT to 1e-5: rsLoRA (2312.03732), DoRA (2402.09353), PiSSA (2404.02948), OLoRA
+(2406.01775), ranks and alphas by module, biases, embeddings, and modules or rows that are stored whole.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import replace
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Final
 
 import torch
 from torch import Tensor
 
 from vila.core.errors import LayoutError
-from vila.core.reading import read_json
-from vila.model.weights import Piece, pieces_of, weight_file
+from vila.model.layouts.adapter_config import CONFIG_FILE, MERGE_WITH_PEFT, AdapterConfig, read_adapter_config
+from vila.model.weights import Change, Piece, Shape, pieces_of, weight_file
 
-_PREFIX = "base_model.model."
-_A, _B = ".lora_A.weight", ".lora_B.weight"
+# O outputs  I inputs  V vocabulary  D model width  R rank
+
+_PREFIX: Final = "base_model.model."
+_FILES: Final = ("adapter_model.safetensors", "adapter_model.bin")
+# PEFT names an adapter inside the weight when it holds several: lora_A.default.weight, lora_embedding_A.default.
+_ADAPTER_NAME: Final = re.compile(r"(\.lora_\w+|\.token_adapter\.trainable_tokens_delta|\.modules_to_save)\.default\b")
+_PARTS: Final = {
+    "lora_A.weight": "down",
+    "lora_B.weight": "up",
+    "lora_B.bias": "bias",
+    "lora_embedding_A": "embedding_down",
+    "lora_embedding_B": "embedding_up",
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",
+    "token_adapter.trainable_tokens_delta": "rows",
+}
+_MAX_PROBLEMS: Final = 8
+_EMPTY: Final = "DeepSpeed ZeRO-3 leaves weights empty that it did not gather; save the adapter again, gathered"
+_WRONG_BASE: Final = "is the base the model that the adapter was trained on?"
 
 
-def adapter_facts(folder: Path) -> dict[str, Any]:
-    """adapter_config.json of a LoRA directory. Raises LayoutError when it is that of another kind of adapter."""
-    path = folder / "adapter_config.json"
-    facts = read_json(path)
-    kind = facts.get("peft_type") if isinstance(facts, dict) else None
-    if kind != "LORA" or not isinstance(facts.get("r"), int) or "lora_alpha" not in facts:
-        raise LayoutError(f"{path}: peft_type is {kind!r}; only LORA, with its r and lora_alpha, is read here")
-    return facts
+@dataclass(frozen=True)
+class TiedHead:
+    """Names of the embeddings and of a head that is the same weight."""
+
+    embeddings: str
+    head: str
 
 
-def read_adapter(folder: Path, pieces: Mapping[str, Piece]) -> dict[str, Piece]:
-    """The base's pieces, changed by the adapter of `folder`, and replaced by what it holds whole (`modules_to_save`).
+def read_adapter(folder: Path, pieces: Mapping[str, Piece], tied: TiedHead | None) -> tuple[dict[str, Piece], bool]:
+    """Return the base's pieces, changed by the adapter of `folder`, and whether the head is still tied.
 
-    Raises LayoutError for adapters that are more than LoRA, and for adapter weights that fit nothing.
+    tied: the embeddings and the head of a base that ties them; an adapter that changes one of them unties them.
+    Raises LayoutError as `read_adapter_config`, and for adapter weights that are damaged or fit nothing.
     """
-    facts = adapter_facts(folder)
-    scale = _scale(folder, facts)
-    parts = set(facts.get("modules_to_save") or ())
-    adapter = pieces_of([weight_file(_file(folder))])
+    config = read_adapter_config(folder)
+    path = _file(folder)
+    modules, wholes = _sorted(path)
     out = dict(pieces)
-    problems = []
-    for name in sorted(adapter):
-        # PEFT names an adapter inside the weight when it holds several: lora_A.default.weight.
-        plain = name.removeprefix(_PREFIX).replace(".default.", ".")
-        target = plain.removesuffix(_A) + ".weight"
-        partner = name.replace("lora_A", "lora_B")
-        if plain.endswith(_B):
-            if name.replace("lora_B", "lora_A") not in adapter:
-                problems.append(f"{name} has no lora_A")
-        elif not plain.endswith(_A):
-            if parts.isdisjoint(plain.split(".")):
-                problems.append(f"{name} is no LoRA weight")
-            elif plain not in pieces or pieces[plain].shape != adapter[name].shape:
-                problems.append(f"{name} {adapter[name].shape} replaces {plain}, which the base does not have so")
-            else:
-                out[plain] = adapter[name]
-        elif partner not in adapter:
-            problems.append(f"{name} has no lora_B")
-        elif target not in pieces:
-            problems.append(f"{name} changes {target}, which the base does not have")
+    problems = _replace_base_layers(out, wholes, modules, config, tied)
+    touched = tied is not None and _touches(tied, modules, wholes)
+    if tied and touched:
+        _refuse_tied(config, modules, tied)
+        out[tied.head] = out[tied.embeddings]
+    for name, piece in wholes.items():
+        if name in out and out[name].shape == piece.shape:
+            out[name] = piece
         else:
-            out[target] = _merged(pieces[target], adapter[name], adapter[partner], scale)
+            problems.append(f"{piece.name} {list(piece.shape)} replaces {name}, which the base does not have so")
+    for module, parts in modules.items():
+        problems += _merge(out, module, parts, config)
     if problems:
-        raise LayoutError(f"{folder}: {'; '.join(problems)}; is the base the model that the adapter was trained on?")
-    return out
+        more = [f"and {len(problems) - _MAX_PROBLEMS} more"] if len(problems) > _MAX_PROBLEMS else []
+        raise LayoutError("; ".join(problems[:_MAX_PROBLEMS] + more), file=path, hint=_WRONG_BASE)
+    return out, tied is not None and not touched
 
 
 def fold(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
-    """`weight` [out, in] + scale x `up` [out, r] x `down` [r, in], summed in float32, in the type of `weight`."""
+    """`weight` [O, I] + scale x `up` [O, R] x `down` [R, I], summed in float32, in the dtype of `weight`."""
     return (weight.float() + scale * (up.float() @ down.float())).to(weight.dtype)
 
 
-def _scale(folder: Path, facts: Mapping[str, Any]) -> float:
-    refused = {
-        "use_dora": "DoRA",
-        "rank_pattern": "ranks by layer",
-        "alpha_pattern": "alphas by layer",
-        "fan_in_fan_out": "transposed weights",
-    }
-    for key, what in refused.items():
-        if facts.get(key):
-            raise LayoutError(f"{folder}: the adapter uses {what} ({key}), which is not read here; merge it with PEFT")
-    if facts.get("bias", "none") != "none":
-        raise LayoutError(f"{folder}: the adapter holds biases (bias={facts['bias']!r}); merge it with PEFT")
-    rank = facts["r"]
-    return float(facts["lora_alpha"]) / (math.sqrt(rank) if facts.get("use_rslora") else rank)
-
-
 def _file(folder: Path) -> Path:
-    for name in ("adapter_model.safetensors", "adapter_model.bin"):
+    for name in _FILES:
         if (folder / name).is_file():
             return folder / name
-    raise LayoutError(f"{folder}: adapter_config.json without adapter_model.safetensors or adapter_model.bin")
+    raise LayoutError(f"{CONFIG_FILE} without weights", file=folder, expected=" or ".join(_FILES))
 
 
-def _merged(base: Piece, down: Piece, up: Piece, scale: float) -> Piece:
-    rows, columns = up.shape[0], down.shape[1]
-    if base.shape != (rows, columns) or up.shape[1] != down.shape[0]:
+def _sorted(path: Path) -> tuple[dict[str, dict[str, Piece]], dict[str, Piece]]:
+    """Return the parts of the adapters by their modules, and the weights that are stored whole by their names.
+
+    Raises LayoutError for an adapter without weights, for empty weights and those of integers, and for two of one name.
+    """
+    modules: dict[str, dict[str, Piece]] = {}
+    wholes: dict[str, Piece] = {}
+    adapter = pieces_of([weight_file(path)])
+    if not adapter:
+        raise LayoutError("holds no weights", file=path)
+    for name, piece in sorted(adapter.items()):
+        if 0 in piece.shape or not piece.dtype.is_floating_point:
+            value = f"{str(piece.dtype).removeprefix('torch.')} {list(piece.shape)}"
+            hint = _EMPTY if 0 in piece.shape else None
+            raise LayoutError(
+                "", file=path, field=name, value=value, expected="floating-point weights that are not empty", hint=hint
+            )
+        plain = _ADAPTER_NAME.sub(r"\1", name.removeprefix(_PREFIX)).replace(".modules_to_save.", ".")
+        module, part = next(
+            ((plain[: -len(ending) - 1], part) for ending, part in _PARTS.items() if plain.endswith(f".{ending}")),
+            (plain, ""),
+        )
+        place, key = (modules.setdefault(module, {}), part) if part else (wholes, plain)
+        if key in place:
+            raise LayoutError(f"is there twice, also as {place[key].name}", file=path, field=name)
+        place[key] = piece
+    return modules, wholes
+
+
+def _replace_base_layers(
+    out: dict[str, Piece],
+    wholes: dict[str, Piece],
+    modules: Mapping[str, Mapping[str, Piece]],
+    config: AdapterConfig,
+    tied: TiedHead | None,
+) -> list[str]:
+    """Put weights of the base that the adapter stores into `out`, take them from `wholes`, return what is wrong.
+
+    PEFT stores them when it trains biases (`bias`), with adapters of embeddings, and when it was told to.
+    """
+    problems = []
+    for name, piece in list(wholes.items()):
+        plain = name.replace(".base_layer.", ".")
+        module, _, leaf = plain.rpartition(".")
+        allowed = plain != name or _is_vocabulary(module) or (config.has_biases and leaf == "bias")
+        if config.is_whole(plain) and plain == name:
+            continue
+        del wholes[name]
+        target = tied.embeddings if tied and plain == tied.head else plain
+        if not allowed:
+            problems.append(f"{piece.name} is no LoRA weight, and no module of modules_to_save")
+        elif target not in out or out[target].shape != piece.shape:
+            problems.append(f"{piece.name} {list(piece.shape)} replaces {target}, which the base does not have so")
+        elif plain == name and leaf == "weight" and module in modules:
+            problems.append(f"{piece.name} is stored whole and has an adapter")
+        else:
+            out[target] = piece
+    return problems
+
+
+def _is_vocabulary(module: str) -> bool:
+    return module.rpartition(".")[2] in ("embed_tokens", "lm_head")
+
+
+def _touches(tied: TiedHead, modules: Mapping[str, object], wholes: Mapping[str, object]) -> bool:
+    """Whether an adapter changes the embeddings or the head, which PEFT does with each alone."""
+    both = (tied.embeddings, tied.head)
+    return any(name in wholes or name.rpartition(".")[0] in modules for name in both)
+
+
+def _refuse_tied(config: AdapterConfig, modules: Mapping[str, Mapping[str, Piece]], tied: TiedHead) -> None:
+    """Raise LayoutError where PEFT changes embeddings and head together, or may do so: it depends on the class."""
+    key = "ensure_weight_tying" if config.keeps_tie else "trainable_token_indices" if config.trained_rows else ""
+    if key:
+        raise LayoutError("the base ties its head to its embeddings", file=config.file, field=key, hint=MERGE_WITH_PEFT)
+    if config.init and tied.head.rpartition(".")[0] in modules:
         raise LayoutError(
-            f"{down.file.path}: {up.name} x {down.name} gives {(rows, columns)}, the base weight {base.name} is "
-            f"{base.shape}"
+            "changes the embeddings too, which are also the head that the adapter belongs to",
+            file=config.file,
+            field="init_lora_weights",
+            value=config.init,
+            hint=MERGE_WITH_PEFT,
         )
 
-    def add(weight: Tensor) -> Tensor:
-        with up.file.mapped() as get, torch.no_grad():
-            return fold(weight if base.change is None else base.change(weight), get(down.name), get(up.name), scale)
 
-    return replace(base, change=add)
+def _merge(out: dict[str, Piece], module: str, parts: dict[str, Piece], config: AdapterConfig) -> list[str]:
+    """Merge the adapter of a module into its pieces in `out`; return what is wrong."""
+    first = next(iter(parts.values()))
+    weight, bias = f"{module}.weight", f"{module}.bias"
+    kinds = parts.keys() - {"bias", "magnitude"}
+    if kinds not in ({"down", "up"}, {"embedding_down", "embedding_up"}, {"rows"}):
+        return [f"{first.name} is there without what belongs to it"]
+    if weight not in out:
+        return [f"{first.name} changes {weight}, which the base does not have"]
+    if "rows" in parts:
+        out[weight] = _with_rows(out[weight], parts["rows"], module, config)
+        return []
+    _check_shapes(out[weight], parts, module, config)
+    if ("magnitude" in parts) != config.use_dora:
+        raise LayoutError(
+            f"{module} is {'without' if config.use_dora else 'with'} lora_magnitude_vector",
+            file=config.file,
+            field="use_dora",
+            value=config.use_dora,
+        )
+    out[weight] = _with_product(out[weight], parts, module, config)
+    if "bias" in parts:
+        if bias not in out or out[bias].shape != parts["bias"].shape:
+            return [f"{parts['bias'].name} changes {bias}, which the base does not have so"]
+        out[bias] = _with_bias(out[bias], parts["bias"], config.scale_of(module))
+    return []
+
+
+def _check_shapes(base: Piece, parts: Mapping[str, Piece], module: str, config: AdapterConfig) -> None:
+    """Raise LayoutError unless the shapes of an adapter are those of its base and of its rank."""
+    rank = config.rank_of(module)
+    if len(base.shape) != 2:
+        raise _misfit(parts, base, "an adapter of a weight with two dimensions")
+    rows, columns = base.shape
+    expected: dict[str, Shape] = {
+        "down": (rank, columns),
+        "up": (rows, rank),
+        "embedding_down": (rank, rows),
+        "embedding_up": (columns, rank),
+        "bias": (rows,),
+        "magnitude": (columns,) if "embedding_up" in parts else (rows,),
+    }
+    for part, piece in parts.items():
+        if piece.shape != expected[part]:
+            raise _misfit({part: piece}, base, f"{list(expected[part])}, for rank {rank} and {list(base.shape)}")
+
+
+def _misfit(parts: Mapping[str, Piece], base: Piece, expected: str) -> LayoutError:
+    piece = next(iter(parts.values()))
+    return LayoutError(
+        f"does not fit the base weight {base.name}",
+        file=piece.file.path,
+        field=piece.name,
+        value=list(piece.shape),
+        expected=expected,
+        hint=f"{_WRONG_BASE} Are r and rank_pattern those of its {CONFIG_FILE}?",
+    )
+
+
+def _with_product(base: Piece, parts: Mapping[str, Piece], module: str, config: AdapterConfig) -> Piece:
+    rank, scale = config.rank_of(module), config.scale_of(module)
+    is_embedding = "embedding_up" in parts
+    # The adapter file stores the base that its initialisation left, where PEFT saved that.
+    init = "" if is_embedding or base.file is next(iter(parts.values())).file else config.init
+
+    def merge(weight: Tensor) -> Tensor:
+        with _opened(parts) as tensors:
+            if is_embedding:
+                down, up = tensors["embedding_up"].T, tensors["embedding_down"].T
+            else:
+                down, up = tensors["down"], tensors["up"]
+            rest = _without_init(weight, rank, scale, init) if init else weight
+            if "magnitude" not in tensors:
+                return fold(rest, down, up, scale)
+            return _decomposed(rest, down, up, scale, tensors["magnitude"], dimension=0 if is_embedding else 1)
+
+    return _then(base, merge)
+
+
+def _decomposed(weight: Tensor, down: Tensor, up: Tensor, scale: float, magnitude: Tensor, *, dimension: int) -> Tensor:
+    """The sum of `fold` with the norm of each output (of each channel of embeddings) set to `magnitude`, as in DoRA."""
+    direction = fold(weight.float(), down, up, scale)
+    norm = torch.linalg.norm(direction, dim=dimension, keepdim=True)
+    return (direction * (magnitude.float().view(norm.shape) / norm)).to(weight.dtype)
+
+
+def _without_init(weight: Tensor, rank: int, scale: float, init: str) -> Tensor:
+    """Return the weight [O, I] that PEFT leaves when it subtracts the initial adapter, scaled, from the base."""
+    wide = weight.float()
+    if init == "pissa":
+        left, values, right = torch.linalg.svd(wide, full_matrices=False)
+        part = (left[:, :rank] * values[:rank]) @ right[:rank]
+    else:
+        left, right = torch.linalg.qr(wide)
+        part = scale * left[:, :rank] @ right[:rank]
+    return (wide - part).to(weight.dtype)
+
+
+def _with_bias(base: Piece, bias: Piece, scale: float) -> Piece:
+    def add(value: Tensor) -> Tensor:
+        with _opened({"bias": bias}) as tensors:
+            return (value.float() + scale * tensors["bias"].float()).to(value.dtype)
+
+    return _then(base, add)
+
+
+def _with_rows(base: Piece, rows: Piece, module: str, config: AdapterConfig) -> Piece:
+    places = config.rows_of(module)
+    if len(base.shape) != 2 or rows.shape != (len(places), base.shape[1]) or max(places) >= base.shape[0]:
+        raise _misfit({"rows": rows}, base, f"rows {list(places)[:8]} of trainable_token_indices")
+
+    def put(value: Tensor) -> Tensor:
+        with _opened({"rows": rows}) as tensors:
+            return value.index_copy(0, torch.tensor(list(places)), tensors["rows"].to(value.dtype))
+
+    return _then(base, put)
+
+
+@contextmanager
+def _opened(parts: Mapping[str, Piece]) -> Iterator[dict[str, Tensor]]:
+    """Tensors of one file by the keys of `parts`, without gradients."""
+    with next(iter(parts.values())).file.mapped() as get, torch.no_grad():
+        yield {part: get(piece.name) for part, piece in parts.items()}
+
+
+def _then(base: Piece, change: Change) -> Piece:
+    first: Callable[[Tensor], Tensor] | None = base.change
+    return replace(base, change=change if first is None else lambda tensor: change(first(tensor)))

@@ -1,0 +1,185 @@
+"""adapter_config.json of PEFT: the features of LoRA that are merged exactly, and a refusal by name of all others."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from vila.core.errors import LayoutError
+from vila.core.fields import Fields
+
+CONFIG_FILE: Final = "adapter_config.json"
+MERGE_WITH_PEFT: Final = "merge it with PEFT (merge_and_unload) and save the whole model"
+
+_UNCHANGED_BASE: Final = ("gaussian", "eva", "orthogonal", "mica")
+_CHANGED_BASE: Final = ("pissa", "olora")
+_CONVERT: Final = (
+    "save it again where it was trained, with path_initial_model_for_weight_conversion, or merge it there with PEFT"
+)
+HANDLED: Final = (
+    *("peft_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "use_rslora", "rank_pattern"),
+    *("alpha_pattern", "init_lora_weights", "use_dora", "bias", "lora_bias", "modules_to_save"),
+    *("trainable_token_indices", "ensure_weight_tying", "target_parameters"),
+)
+"""Keys whose values decide what is merged."""
+WITHOUT_EFFECT: Final = (
+    # About training, or about which modules have adapters, which the names of the weights say.
+    *("task_type", "auto_mapping", "peft_version", "inference_mode", "target_modules", "exclude_modules"),
+    *("lora_dropout", "layers_to_transform", "layers_pattern", "runtime_config"),
+    # PEFT itself sets it to false for the Linears that our models are made of.
+    "fan_in_fan_out",
+    # They matter with another key only, which is refused by itself.
+    *("megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+    # Options that ms-swift adds for its optimizer.
+    *("lora_dtype", "lorap_lr_ratio", "lorap_emb_lr"),
+)
+"""Keys that change nothing about a trained adapter."""
+_PATTERN: Final = r"(.*\.)?({})$"
+_MAX_PATTERN: Final = 500
+_QUANTIFIER: Final = re.compile(r"[*+{]|(?<!\()\?")
+_QUANTIFIED_GROUP: Final = re.compile(r"\)[*+?{]")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What a LoRA adapter says about its weights.
+
+    init:            "pissa" or "olora" if PEFT subtracts the initial adapter from the base when it loads, else empty.
+    whole_modules:   PEFT's `modules_to_save`: ends of the names of modules whose weights are stored whole.
+    has_biases:      biases of the base are stored whole.
+    trained_rows:    rows of embeddings that are stored, by the name of their module; None: the names are not given.
+    keeps_tie:       weights that are tied in the base stay tied.
+    """
+
+    file: Path
+    rank: int
+    alpha: float
+    use_rslora: bool
+    use_dora: bool
+    init: str
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    whole_modules: Sequence[str]
+    has_biases: bool
+    trained_rows: Sequence[int] | Mapping[str, Sequence[int]]
+    keeps_tie: bool
+    base: str
+    revision: str | None
+
+    def rank_of(self, module: str) -> int:
+        """Return the rank of the adapter of a module."""
+        return _by_pattern(self.rank_pattern, module, self.rank)
+
+    def scale_of(self, module: str) -> float:
+        """Return the factor of the product of a module's adapter."""
+        rank = self.rank_of(module)
+        return _by_pattern(self.alpha_pattern, module, self.alpha) / (math.sqrt(rank) if self.use_rslora else rank)
+
+    def is_whole(self, weight: str) -> bool:
+        """Whether a weight belongs to a module that is stored whole."""
+        parts = weight.split(".")
+        modules = [".".join(parts[:length]) for length in range(1, len(parts))]
+        return any(module.endswith(tuple(self.whole_modules)) for module in modules)
+
+    def rows_of(self, module: str) -> Sequence[int]:
+        """Return the rows of an embedding that are stored; empty if there are none."""
+        if not isinstance(self.trained_rows, Mapping):
+            return self.trained_rows
+        return next((rows for name, rows in self.trained_rows.items() if module.endswith(name)), ())
+
+
+def read_adapter_config(folder: Path) -> AdapterConfig:
+    """Read adapter_config.json of a LoRA directory.
+
+    Raises LayoutError with file, field and value for another kind of adapter, for a feature that cannot be merged
+    exactly, and for values of wrong types; keys that are not known are refused unless they are false or empty.
+    """
+    fields = Fields.of_file(folder / CONFIG_FILE, LayoutError)
+    if fields.get("peft_type") != "LORA":
+        raise fields.refusal("peft_type", expected="LORA", hint=MERGE_WITH_PEFT)
+    for key in fields:
+        if key not in HANDLED and key not in WITHOUT_EFFECT and fields[key] not in (None, False, 0, "", [], {}):
+            raise fields.refusal(key, "a feature that cannot be merged exactly here", hint=MERGE_WITH_PEFT)
+    init = _init(fields)
+    if init == "pissa" and fields.number("lora_alpha", minimum=-1e9) <= 0:
+        raise fields.refusal("lora_alpha", expected="more than 0, with init_lora_weights pissa")
+    if any(not name.endswith(".weight") for name in fields.texts("target_parameters", [])):
+        raise fields.refusal("target_parameters", expected="weights of Linears", hint=MERGE_WITH_PEFT)
+    return AdapterConfig(
+        file=fields.file,
+        rank=fields.integer("r", minimum=1, maximum=2**20),
+        alpha=fields.number("lora_alpha", minimum=-1e9),
+        use_rslora=fields.flag("use_rslora", False),
+        use_dora=fields.flag("use_dora", False),
+        init=init,
+        rank_pattern=_pattern(fields, "rank_pattern", whole=True),
+        alpha_pattern=_pattern(fields, "alpha_pattern", whole=False),
+        whole_modules=_whole_modules(fields),
+        has_biases=fields.text("bias", "none", choices=("none", "all", "lora_only")) != "none",
+        trained_rows=_rows(fields),
+        keeps_tie=fields.flag("ensure_weight_tying", False),
+        base=fields.text("base_model_name_or_path", ""),
+        revision=fields.text("revision", None) or None,
+    )
+
+
+def _init(fields: Fields) -> str:
+    """Return the initialisation if it changes the base. Raises LayoutError if that cannot be done again here."""
+    key = "init_lora_weights"
+    value = fields.get(key, True)
+    if value is None or isinstance(value, bool):
+        return ""
+    name = value.lower() if isinstance(value, str) else ""
+    if name in (*_UNCHANGED_BASE, *_CHANGED_BASE):
+        return name if name in _CHANGED_BASE else ""
+    raise fields.refusal(
+        key,
+        "an initialisation that changes the base, and that its config and weights cannot repeat",
+        expected=f"true, false, {', '.join((*_UNCHANGED_BASE, *_CHANGED_BASE))}",
+        hint=_CONVERT,
+    )
+
+
+def _pattern(fields: Fields, key: str, *, whole: bool) -> dict[str, Any]:
+    """Read values by regular expressions for module names; expressions whose search could take for ever are refused."""
+    section = fields.section(key)
+    for pattern in section:
+        costly = _QUANTIFIED_GROUP.search(pattern) or len(_QUANTIFIER.findall(pattern)) > 3
+        try:
+            re.compile(_PATTERN.format(pattern))
+        except (re.error, RecursionError, OverflowError):
+            costly = True
+        if costly or len(pattern) > _MAX_PATTERN:
+            expected = "names of modules, or expressions with three quantifiers at most and none behind a group"
+            raise section.refusal(pattern, expected=expected, hint=MERGE_WITH_PEFT)
+    if whole:
+        return {pattern: section.integer(pattern, minimum=1, maximum=2**20) for pattern in section}
+    return {pattern: section.number(pattern, minimum=-1e9) for pattern in section}
+
+
+def _by_pattern(values: Mapping[str, Any], module: str, default: Any) -> Any:
+    # As PEFT's `get_pattern_key`: the first expression that fits the end of the name.
+    return next((value for key, value in values.items() if re.match(_PATTERN.format(key), module)), default)
+
+
+def _whole_modules(fields: Fields) -> list[str]:
+    names = fields.texts("modules_to_save", [])
+    if "" in names:
+        raise fields.refusal("modules_to_save", expected="names of modules")
+    return names
+
+
+def _rows(fields: Fields) -> Sequence[int] | Mapping[str, Sequence[int]]:
+    key = "trainable_token_indices"
+    value = fields.get(key)
+    groups = value if isinstance(value, dict) else {"": [] if value is None else value}
+    for rows in groups.values():
+        if not isinstance(rows, list) or any(type(row) is not int or not 0 <= row < 2**31 for row in rows):
+            raise fields.refusal(key, expected="a list of row numbers, or one for each module")
+        if len(set(rows)) < len(rows):
+            raise fields.refusal(key, "a row occurs twice")
+    return groups if isinstance(value, dict) else groups[""]
