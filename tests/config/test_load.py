@@ -272,8 +272,11 @@ def test_a_merge_key_is_no_duplicate(base: Path) -> None:
             "stage.tune: got 'projector', expected a list of vision, projector or llm, at least one",
         ),
         ("stage.tune=[]", "stage.tune: got [], expected a list of vision, projector or llm, at least one"),
-        ("stage.tune=[visoin]", "stage.tune.0: got 'visoin', expected vision, projector or llm"),
-        ("data.packing=row", "data.packing: got 'row', expected rows, grouped or none"),
+        (
+            "stage.tune=[visoin]",
+            "stage.tune.0: got 'visoin', expected vision, projector or llm; did you mean 'vision'?",
+        ),
+        ("data.packing=row", "data.packing: got 'row', expected rows, grouped or none; did you mean 'rows'?"),
         ("data.max_length=1.5", "data.max_length: got 1.5, expected an integer > 8"),
         ("data.max_length=", "data.max_length: got '', expected an integer > 8"),
         ("data.mixture=[{format: mmc4}]", "data.mixture.0.path: missing; expected text"),

@@ -6,13 +6,12 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 from vila.cli.answers import trimmed
 from vila.cli.loading import check_fit
 from vila.cli.talk import Talk, split_names
-from vila.core.errors import ContextOverflowError, VilaError
+from vila.core.errors import ContextOverflowError, VilaError, near_names
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -92,7 +91,7 @@ class Session:
         if name in actions:
             actions[name](rest)
             return True
-        near = get_close_matches(name, COMMANDS, n=1)
+        near = near_names(name, COMMANDS, 1)
         self._note(f"unknown command {name}; {f'did you mean {near[0]}?' if near else '/help lists the commands'}")
         return True
 

@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperCommand
 
 from vila.cli.media import image_of, opened
-from vila.core.errors import ConfigError
+from vila.core.errors import ConfigError, near_names
 from vila.core.types import Image
 
 KEYS = ("image", "question", "text")
@@ -102,4 +102,6 @@ def _fields(where: str, words: Sequence[str]) -> Mapping[str, str]:
 
 
 def _unknown(where: str, key: str) -> ConfigError:
-    return ConfigError(f"{where}: unknown key {key!r} (known: {', '.join(KEYS)}); {_FORM}")
+    near = near_names(key, KEYS, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return ConfigError(f"{where}: unknown key {key!r} (known: {', '.join(KEYS)}){hint}; {_FORM}")

@@ -8,11 +8,10 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from pathlib import Path
 from string import Template
 
-from vila.core.errors import ConfigError
+from vila.core.errors import ConfigError, near_names
 from vila.core.files import write_text
 
 _EXAMPLE = "nodes=16,gpus=8,partition=NAME,account=NAME,time=24:00:00"
@@ -61,7 +60,7 @@ def parse_job(text: str) -> SlurmJob:
         if not equals or not value:
             raise ConfigError(f"--slurm {term.strip()!r}: expected NAME=VALUE, such as --slurm {_EXAMPLE}")
         if name not in kinds:
-            near = get_close_matches(name, kinds, n=1)
+            near = near_names(name, kinds, 1)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(kinds)}"
             raise ConfigError(f"--slurm {name}: not known; {hint}")
         if name in values:

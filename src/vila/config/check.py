@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from typing import Any
 
 from pydantic import ValidationError
 
-from vila.config.fields import describe_fields, expected_at, known_keys
+from vila.config.fields import choices_at, describe_fields, expected_at, known_keys
 from vila.config.mixtures import Loc, expand_mixtures
 from vila.config.schema import Recipe
+from vila.core.errors import near_names
 
 _LONGEST_VALUE = 80
 
@@ -38,7 +38,7 @@ def check_recipe(tree: Mapping[str, Any]) -> tuple[Recipe | None, list[str]]:
             problems += [_problem(fault, origins) for fault in faults if fault["loc"] not in inner - {()}]
             return None, list(dict.fromkeys(problems))
         for loc in unknown:
-            near = get_close_matches(str(loc[-1]), known_keys(loc[:-1]), n=1)
+            near = near_names(str(loc[-1]), known_keys(loc[:-1]), 1)
             problems.append(f"{dotted(_written(loc, origins))}: unknown key; {_hint(loc, near)}")
             tree = _renamed(tree, loc, near)
 
@@ -86,7 +86,9 @@ def _problem(fault: Mapping[str, Any], origins: Mapping[Loc, Loc]) -> str:
         return f"{shown}: missing; expected {expected}"
     if expected in ("text", "a path") and isinstance(value, bool | int | float):
         expected += "; put it in quotes"
-    return f"{shown}: got {quoted(value)}, expected {expected}"
+    near = near_names(value, choices_at(loc), 1) if isinstance(value, str) else []
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"{shown}: got {quoted(value)}, expected {expected}{hint}"
 
 
 def _renamed(tree: Any, loc: Sequence[str | int], near: list[str]) -> Any:

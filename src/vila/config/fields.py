@@ -37,6 +37,16 @@ def expected_at(loc: Sequence[str | int], model: type[Config] = Recipe) -> str:
     return words
 
 
+def choices_at(loc: Sequence[str | int], model: type[Config] = Recipe) -> list[str]:
+    """Return the names that the field at `loc` chooses from; none if it takes other values."""
+    annotation: Any = model
+    for key in loc:
+        section = _is_section(annotation)
+        annotation = annotation.model_fields[key].annotation if section else _item(annotation)
+    parts = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    return [str(name) for part in parts if get_origin(part) is Literal for name in get_args(part)]
+
+
 def known_keys(loc: Sequence[str | int], model: type[Config] = Recipe) -> list[str]:
     """The keys that the section at `loc` has."""
     section: Any = model

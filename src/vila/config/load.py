@@ -103,7 +103,8 @@ def _find(name: str, base: Path = Path(), kind: str = "recipe") -> Path:
         return base / name
     known = recipe_names()
     if name not in known:
-        raise UnknownNameError(kind, name, known)
+        file = [f"{name}.yaml"] if (base / f"{name}.yaml").is_file() else []
+        raise UnknownNameError(kind, name, [*known, *file])
     return _packaged_folder() / f"{name}.yaml"
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from difflib import get_close_matches
 from typing import Any
+
+from vila.core.errors import near_names
 
 Loc = tuple[str | int, ...]
 _KEYS = {"mixture", "repeat", "weight"}
@@ -91,7 +92,7 @@ def _name(entry: Mapping[str, Any], known: Mapping[str, Any], above: tuple[str, 
     if unknown := sorted(map(str, entry.keys() - _KEYS)):
         raise _Problem(f"beside mixture only repeat or weight may stand, not {', '.join(unknown)}")
     if name not in known:
-        near = get_close_matches(str(name), list(known), n=1)
+        near = near_names(str(name), map(str, known), 1)
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known) or 'none'}"
         raise _Problem(f"no mixture {name!r} in data.mixtures; {hint}")
     if name in above:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from typing import Any, Literal
 
-from vila.core.errors import ConfigError
+from vila.core.errors import ConfigError, near_names
 
 FinishReason = Literal["stop", "length"]
 
@@ -91,7 +90,7 @@ def choose_sampling(sampling: Sampling | None, options: Mapping[str, Any]) -> Sa
 
 
 def _unknown(name: str, known: list[str]) -> str:
-    near = get_close_matches(name, known, n=1)
+    near = near_names(name, known, 1)
     return f"no option {name!r}" + (f"; did you mean {near[0]!r}?" if near else f" (known: {', '.join(known)})")
 
 

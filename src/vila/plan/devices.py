@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from vila.core.errors import ConfigError
+from vila.core.errors import ConfigError, near_names
 
 NODE = 8
 """Devices of a node."""
@@ -97,8 +97,12 @@ def parse_machine(text: str) -> Machine:
     )
     device = find_device(match["name"]) if match else None
     if match is None or device is None:
-        known = ", ".join(sorted(device.name for _, device in _TABLE))
-        raise ConfigError(f"--gpus {text!r}: expected something like 8xA100-80G; known devices are {known}")
+        known = sorted(device.name for _, device in _TABLE)
+        near = near_names(match["name"], known) if match else []
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise ConfigError(
+            f"--gpus {text!r}: expected something like 8xA100-80G", hint=f"{hint}known devices are {', '.join(known)}"
+        )
     gpus = int(match["count"] or 1)
     if gpus < 1:
         raise ConfigError(f"--gpus {text!r}: at least one device is needed")

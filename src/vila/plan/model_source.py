@@ -12,7 +12,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 from vila.config.load import load_recipe, recipe_names
 from vila.config.schema import ModelSource
-from vila.core.errors import ConfigError
+from vila.core.errors import ConfigError, near_names
 from vila.model.config import VilaConfig
 from vila.model.load import open_checkpoint
 
@@ -68,9 +68,12 @@ def _part(kind: str, name: str) -> PretrainedConfig:
         return getattr(config, "vision_config", config) if kind == "vision" else config
     facts = _table()[kind].get(name)
     if facts is None:
+        near = near_names(name, known_models(kind), 1)
+        hint = f"did you mean {near[0]!r}? Else " if near else ""
         raise ConfigError(
             f"model.{kind}={name!r}: no directory with a config.json, and not one of the models whose numbers are "
-            f"packaged ({', '.join(known_models(kind))}); give a directory that holds at least its config.json"
+            f"packaged ({', '.join(known_models(kind))})",
+            hint=f"{hint}give a directory that holds at least its config.json",
         )
     plain = dict(facts)
     return AutoConfig.for_model(plain.pop("model_type"), **plain)

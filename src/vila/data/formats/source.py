@@ -7,14 +7,13 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
-from difflib import get_close_matches
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
-from vila.core.errors import ConfigError, DataError, VilaError
+from vila.core.errors import ConfigError, DataError, VilaError, near_names
 from vila.core.events import SILENT, Events
 from vila.core.types import Sample
 from vila.data.formats.guess import Guess, guess_members, guess_record
@@ -236,13 +235,15 @@ def read_options(kind: type[Options], given: Mapping[str, Any], format_name: str
     problems = []
     for name, value in given.items():
         if name not in known:
-            near = get_close_matches(name, known, n=1)
+            near = near_names(name, known, 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             problems.append(f"unknown option {name!r}{hint} (known: {', '.join(known) or 'none'})")
             continue
         choices = known[name].metadata.get("choices")
         if choices and value not in choices:
-            problems.append(f"option {name!r} is {value!r}, not one of {', '.join(map(repr, choices))}")
+            near = near_names(str(value), map(str, choices), 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            problems.append(f"option {name!r} is {value!r}, not one of {', '.join(map(repr, choices))}{hint}")
         elif not choices and not _fits(value, known[name].default):
             problems.append(f"option {name!r} is {value!r}, expected {type(known[name].default).__name__}")
     if problems:

@@ -1,0 +1,43 @@
+"""Wherever a name is accepted, a misspelt one is answered with the name that is meant."""
+
+import pytest
+
+from tests.train.stand import stand_recipe, write_stand
+from vila.config.load import save_recipe
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (("train", "3_sft", "--dry-run"), "/3_sft"),
+        (("train", "Starter/3-SFT", "--dry-run"), "starter/3_sft"),
+        (("train", "mine", "--dry-run"), "mine.yaml"),
+        (("train", "starter/3_sft", "--dry-run", "data.packing=Row"), "rows"),
+        (("train", "starter/3_sft", "--dry-run", "stage.Learning_rate=1", "stage.tun=[llm]"), "tune"),
+        (("train", "starter/3_sft", "--slurm", "node=2"), "nodes"),
+        (("plan", "vila_7b/3_stf"), "vila_7b/3_sft"),
+        (("plan", "vila_7b/3_sft", "--gpus", "8xL4S"), "L40S"),
+        (("run", "{model}", "-p", "x", "--template", "Vicuna-V1"), "vicuna_v1"),
+        (("run", "{model}", "-p", "x", "--shot", "txt=a"), "text"),
+        (("eval", "{model}", "--benchmarks", "mm-bench-cm"), "mmbench_cn"),
+        (("score", "text-vqa2", "--data", "no", "--predictions", "no"), "textvqa"),
+        (("export", "{model}", "--format", "TensorRT", "--out", "{tmp}/x"), "tensorrt-llm"),
+        (("export", "{model}", "--format", "gguf", "--precision", "q4", "--out", "{tmp}/x"), ""),
+        (("bench", "decode", "--shape", "vila7b"), "vila-7b"),
+        (("bench", "quality", "{model}", "--out", "{tmp}/x", "--ways", "full,awq-image"), "awq-images"),
+        (("data", "check", "{tmp}/data.json", "--format", "LLaVA"), "llava_json"),
+        (("data", "index", "{tmp}/data.json", "--format", "web-dataset"), "webdataset"),
+        (("data", "check", "{tmp}/data.json", "--format", "flan", "--option", "Max-Images=2"), ""),
+        (("data", "prepare", "m3it", "{tmp}", "--set", "vqav2", "--out", "{tmp}/x"), "vqa-v2"),
+    ],
+)
+def test_a_misspelt_name_is_answered_with_the_one_that_is_meant(vila_error, model, tmp_path, monkeypatch, words, meant):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data.json").write_text("[]")
+    save_recipe(stand_recipe(write_stand(tmp_path), "out", "budget.tokens=200"), tmp_path / "mine.yaml")
+    error = vila_error(*(word.format(model=model, tmp=tmp_path) for word in words))
+    _, _, suggestion = str(error).partition("did you mean ")
+    if meant:
+        assert meant in suggestion.partition("?")[0]
+    else:
+        assert error.exit_code == 2
