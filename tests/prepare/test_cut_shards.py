@@ -25,16 +25,18 @@ def test_a_prepared_shard_cut_exactly_at_a_header_is_an_error_that_names_it(tmp_
     whole = path.read_bytes()
     for place in headers:
         path.write_bytes(whole[:place])
-        with pytest.raises(DataError, match=rf"{path}: not a whole tar file .*delete it and prepare it again"):
+        with pytest.raises(DataError) as caught:
             list(read_tar(path))
+        assert caught.value.file == str(path) and "prepare it again" in caught.value.hint
 
 
 @pytest.mark.parametrize("zeros", [0, 1, BLOCK - 1])
 def test_a_prepared_shard_without_its_closing_zero_blocks_is_an_error_that_names_it(zeros, tmp_path):
     path, _, end = written(tmp_path)
     path.write_bytes(path.read_bytes()[: end + zeros])
-    with pytest.raises(DataError, match=rf"{path}: not a whole tar file \(no end mark at byte {end}\)"):
+    with pytest.raises(DataError) as caught:
         list(read_tar(path))
+    assert caught.value.file == str(path) and f"byte {end}: no end-of-archive mark" in caught.value.problem
 
 
 @pytest.mark.parametrize("blocks", [1, 2])

@@ -82,8 +82,9 @@ def test_the_published_zip_is_unpacked_once_and_whole(tmp_path):
 def test_a_zip_whose_members_leave_the_folder_is_refused(tmp_path, name):
     with zipfile.ZipFile(tmp_path / "i.zip", "w") as archive:
         archive.writestr(name, b"x")
-    with pytest.raises(DataError, match="points outside; refused"):
+    with pytest.raises(DataError) as caught:
         unpack_images(tmp_path / "i.zip", tmp_path / "out" / "images")
+    assert (caught.value.file, caught.value.record) == (str(tmp_path / "i.zip"), f"member {name!r}")
     assert not (tmp_path / "out" / "images").exists() and not list(tmp_path.rglob("x.jpg"))
 
 
@@ -94,10 +95,12 @@ def test_zip_bombs_are_refused_by_what_they_announce_and_by_what_they_hold(tmp_p
         archive.writestr("a.jpg", b"\0" * 1_000_000)
     honest = stream.getvalue()
     lying = honest.replace(struct.pack("<I", 1_000_000), struct.pack("<I", 100))
-    for content, message in ((honest, "refused over 10,000 bytes a file"), (lying, "cannot be unpacked")):
+    for content in (honest, lying):
         (tmp_path / "i.zip").write_bytes(content)
-        with pytest.raises(DataError, match=message):
+        with pytest.raises(DataError) as caught:
             unpack_images(tmp_path / "i.zip", tmp_path / "images")
+        assert caught.value.record == "member 'a.jpg'"
+        assert ("10,000" in (caught.value.expected or "")) == (content is honest)
         assert not (tmp_path / "images").exists()
 
 
@@ -131,10 +134,13 @@ def test_what_counts_as_repetitive(text, repeats):
 
 
 def test_a_source_that_is_no_list_or_is_cut_is_an_error_that_names_it(tmp_path):
-    for content, message in (
-        ("{}", "a dict where a list"),
-        ('[{"id": 1}, {"i', r"cut.json: not JSON"),
+    for content, word in (
+        ("{}", "not a list"),
+        ('{"data": [{"id": 1}]}', "not a list"),
+        ('[{"id": 1}, {"i', "not JSON"),
     ):
         (tmp_path / "cut.json").write_text(content)
-        with pytest.raises(DataError, match=message):
+        with pytest.raises(DataError) as caught:
             prepare_sharegpt4v(tmp_path / "cut.json", tmp_path / f"out{len(content)}")
+        assert caught.value.file == str(tmp_path / "cut.json") and word in caught.value.problem
+        assert ("data" in content) == ("'data'" in (caught.value.hint or ""))

@@ -9,9 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from vila.core import reading
 from vila.core.errors import DataError
 from vila.prepare import records
-from vila.prepare.records import read_rows
+from vila.prepare.records import read_rows, text_fault
 
 ROWS = [{"a": n, "t": "\u00e9" * n} for n in range(5)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
@@ -40,24 +41,60 @@ def test_parquet_rows_have_numbers_and_only_the_columns_asked_for(tmp_path):
     assert rows[0] == (1, {"a": 0}) and rows[-1] == (3000, {"a": 2999}) and len(rows) == 3000
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("x.jsonl", LINES[:-4], r"x.jsonl line 5: not JSON .*may be cut short, download it again"),
-    ("x.jsonl", b'{"a": 1}\n[1]\n', "line 2: list where an object was expected"),
-    ("x.jsonl", b'{"a": \xff}\n', "line 1: not JSON"),
-    ("x.jsonl", b"[" * 100_000 + b"\n", "line 1: not JSON"),
-    ("x.jsonl.gz", gzip.compress(LINES)[:-12], "cannot be unpacked .*download it again"),
-    ("x.jsonl.gz", LINES, "line 1: cannot be unpacked"),
-    ("x.zip", zipped(LINES)[:60], "cannot be unpacked .*download it again"),
-    ("x.zip", zipped(LINES, "x.bin"), "holds no .jsonl file"),
-    ("x.zip", zipped(LINES).replace(b"\x14\0\0\0\x08\0", b"\x14\0\x01\0\x08\0"), "cannot be unpacked"),
-    ("x.parquet", b"PAR1 and no more", "not a whole parquet file"),
-    ("x.csv", b"a,b", "expected .jsonl, .jsonl.gz, .jsonl.zip or .parquet"),
+@pytest.mark.parametrize("name, content, record, word", [
+    ("x.jsonl", LINES[:-4], "line 5", "not JSON"),
+    ("x.jsonl", b'{"a": 1}\n[1]\n', "line 2", ""),
+    ("x.jsonl", b'{"a": \xff}\n', "line 1", "UTF-8"),
+    ("x.jsonl", b"[" * 100_000 + b"\n", "line 1", "not JSON"),
+    ("x.jsonl", b'{"a": 1' + b"0" * 5000 + b"}\n", "line 1", "not JSON"),
+    ("x.jsonl", LINES + bytes(100), "line 6", "zero bytes"),
+    ("x.jsonl", LINES.decode().encode("utf-16"), None, "UTF-16"),
+    ("x.jsonl", gzip.compress(LINES), None, "gzip"),
+    ("x.jsonl.gz", gzip.compress(LINES)[:-12], "line 5", "EOFError"),
+    ("x.jsonl.gz", gzip.compress(LINES) + b"more", "line 6", "BadGzipFile"),
+    ("x.jsonl.gz", LINES, "line 1", "BadGzipFile"),
+    ("x.jsonl.gz", zipped(LINES), "line 1", "zip"),
+    ("x.zip", zipped(LINES)[:60], None, "BadZipFile"),
+    ("x.zip", zipped(LINES, "x.bin"), None, "holds no .jsonl file"),
+    ("x.zip", zipped(LINES) + b"more", None, "behind"),
+    ("x.zip", b"more" + zipped(LINES), None, "before"),
+    ("x.zip", zipped(LINES) + zipped(LINES), None, "before"),
+    ("x.zip", gzip.compress(LINES), None, "gzip"),
+    ("x.zip", zipped(LINES).replace(b"\x14\0\0\0\x08\0", b"\x14\0\x01\0\x08\0"), "member 'x.jsonl'", "encrypted"),
+    ("x.parquet", b"PAR1 and no more", None, "damaged"),
+    ("x.parquet", LINES, None, "damaged"),
+    ("x.csv", b"a,b", None, ""),
 ])  # fmt: skip
-def test_a_broken_file_is_an_error_that_names_it(tmp_path, name, content, message):
+def test_a_broken_file_is_an_error_that_names_it(tmp_path, name, content, record, word):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=message) as caught:
+    with pytest.raises(DataError) as caught:
         list(read_rows(tmp_path / name))
-    assert name in str(caught.value)
+    error = caught.value
+    assert error.file.removesuffix(" (x.jsonl)") == str(tmp_path / name)
+    assert error.record == record and word in error.problem
+
+
+def test_parts_of_gzip_are_all_read_and_finder_files_of_a_zip_are_not(tmp_path):
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(LINES) + gzip.compress(LINES))
+    assert [row for _, row in read_rows(tmp_path / "x.jsonl.gz")] == ROWS * 2
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("x.jsonl", LINES)
+        archive.writestr("__MACOSX/._x.jsonl", b"\0\5\x16\7")
+        archive.comment = b"made by hand"
+    assert [row for _, row in read_rows(tmp_path / "x.zip")] == ROWS
+
+
+def test_half_an_emoji_stays_in_its_record_to_be_dropped_by_name(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"a": "\\ud83d"}\n{"a": "\\ud83d\\ude00"}\n')
+    assert [bool(text_fault(row)) for _, row in read_rows(tmp_path / "x.jsonl")] == [True, False]
+
+
+def test_parquet_with_text_that_is_not_utf8_is_named(tmp_path):
+    buffers = [None, pa.py_buffer(b"\0\0\0\0\4\0\0\0"), pa.py_buffer(b"caf\xe9")]
+    pq.write_table(pa.table({"a": pa.Array.from_buffers(pa.string(), 1, buffers)}), tmp_path / "x.parquet")
+    with pytest.raises(DataError) as caught:
+        list(read_rows(tmp_path / "x.parquet"))
+    assert caught.value.file == str(tmp_path / "x.parquet") and caught.value.record
 
 
 @pytest.mark.parametrize("name, pack", [("x.jsonl.zip", zipped), ("x.jsonl.gz", gzip.compress)])
@@ -72,7 +109,8 @@ def test_a_bomb_is_refused_before_it_is_unpacked_whole(tmp_path, monkeypatch, na
 
 
 def test_a_line_without_end_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "MAX_LINE_BYTES", 1000)
+    monkeypatch.setattr(reading, "MAX_RECORD_BYTES", 1000)
     (tmp_path / "x.jsonl").write_bytes(b'{"a": "' + b"x" * 5000)
-    with pytest.raises(DataError, match="line 1: longer than 1,000 bytes"):
+    with pytest.raises(DataError) as caught:
         list(read_rows(tmp_path / "x.jsonl"))
+    assert caught.value.record == "line 1" and "1,000" in caught.value.expected

@@ -101,15 +101,15 @@ def coyo(
 def _selected(sources: Sequence[Path], lists: Path) -> tuple[list[Path], Counts] | None:
     """The lists of all workers and what their selection left out; None while some have not selected."""
     from vila.core.errors import DataError
-    from vila.core.reading import read_json
     from vila.prepare.counts import Counts
+    from vila.prepare.coyo import read_selection
     from vila.prepare.parts import unit_names
 
     records = [lists / f"{name}.selected.json" for name in unit_names(sources)]
     if not all(record.is_file() for record in records):
         return None
-    facts = [read_json(record) for record in records]
-    files = [lists / file for one in facts for file in one["files"]]
+    found = [read_selection(record) for record in records]
+    files = [file for own, _ in found for file in own]
     if not files:
         raise DataError(f"{lists}: no row of {len(records)} files is good enough; lower --threshold in another folder")
-    return files, Counts.total(one["counts"] for one in facts)
+    return files, Counts.total(counts for _, counts in found)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import IO, Any, Final
 
 from vila.core.errors import DataError, VilaError
 
@@ -230,7 +230,7 @@ def read_jsonl(
 
 
 def bounded_lines(
-    stream: BinaryIO, file: str | PathLike[str], error: type[VilaError] = DataError, **reading: Any
+    stream: IO[bytes], file: str | PathLike[str], error: type[VilaError] = DataError, **reading: Any
 ) -> Iterator[tuple[int, bytes]]:
     """Yield line numbers (from 1) and lines. Raises `error` for a line over `MAX_RECORD_BYTES`.
 

@@ -7,6 +7,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from vila.core.fields import Fields
+
+_MAX = 2**63 - 1
+
 
 @dataclass(slots=True)
 class Counts:
@@ -27,14 +31,15 @@ class Counts:
         }
 
     @staticmethod
-    def total(stored: Iterable[dict[str, Any]]) -> Counts:
-        """The sum of stored counts."""
+    def total(stored: Iterable[Fields]) -> Counts:
+        """Add up stored counts. Raises the error of the fields for what is no number."""
         counts = Counts()
         for one in stored:
-            counts.read += one["in"]
-            counts.written += one["out"]
-            counts.dropped.update(one["dropped"])
-            counts.noted.update(one["noted"])
+            counts.read += one.integer("in", maximum=_MAX)
+            counts.written += one.integer("out", maximum=_MAX)
+            for name, own in (("dropped", counts.dropped), ("noted", counts.noted)):
+                section = one.section(name)
+                own.update({reason: section.integer(reason, maximum=_MAX) for reason in section})
         return counts
 
     def __str__(self) -> str:

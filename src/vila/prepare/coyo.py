@@ -12,14 +12,14 @@ from typing import Any
 
 from vila.core.errors import ConfigError, DataError
 from vila.core.events import SILENT, Events, task
+from vila.core.fields import Fields
 from vila.core.files import write_json, write_jsonl
-from vila.core.reading import read_json
 from vila.media.fetch_many import DEFAULT_RULES, FetchRules
 from vila.prepare.counts import Counts
 from vila.prepare.download import Download, Page, Results, download_units
 from vila.prepare.gather import gather
 from vila.prepare.parts import inputs_hash, locks_output, mine, same_settings, unit_names
-from vila.prepare.records import read_parquet, read_rows
+from vila.prepare.records import read_parquet, read_rows, text_fault
 from vila.prepare.resize import SHORT_SIDE_336, ResizeRule
 from vila.prepare.shards import TarSample, json_member, safe_key
 from vila.prepare.spool import Failure
@@ -62,10 +62,15 @@ def select_coyo(
             record = out / f"{name}.selected.json"
             if not record.is_file():
                 write_json(record, _select(name, units[name], out, share, threshold, rows_per_unit))
-            facts = read_json(record)
-            lists += [out / file for file in facts["files"]]
+            lists += read_selection(record)[0]
             events.advanced("coyo: selection")
     return lists
+
+
+def read_selection(record: Path) -> tuple[list[Path], Fields]:
+    """Read `FILE.selected.json`: the lists that were written, and their counts. Raises DataError if it is damaged."""
+    facts = Fields.of_file(record)
+    return [record.parent / file for file in facts.texts("files")], facts.section("counts")
 
 
 def best_rows(scores: Sequence[float], share: float | None, threshold: float | None) -> list[int]:
@@ -116,6 +121,8 @@ def coyo_pages(path: Path) -> Iterator[Page | str]:
             yield "no url"
         elif not isinstance(text, str) or not text.strip():
             yield "no text"
+        elif fault := text_fault(record):
+            yield fault
         else:
             yield Page(f"{unit}-{row:06d}", record, (url,))
 
@@ -133,7 +140,7 @@ def pair_sample(page: Page, results: Results, counts: Counts) -> TarSample | str
 def _select(
     name: str, path: Path, out: Path, share: float | None, threshold: float | None, rows_per_unit: int
 ) -> dict[str, Any]:
-    scores = [_score(record) for _, record in read_parquet(path, _SCORES)]
+    scores = [_score(path, number, record) for number, record in read_parquet(path, _SCORES)]
     chosen = best_rows(scores, share, threshold)
     if not all(math.isfinite(scores[index]) for index in chosen):
         raise DataError(f"{path}: an infinite similarity; download it again")
@@ -153,6 +160,9 @@ def _select(
     return {"files": files, "counts": counts.as_json()}
 
 
-def _score(record: dict[str, Any]) -> float:
+def _score(path: Path, number: int, record: dict[str, Any]) -> float:
+    for key in _SCORES:
+        if not isinstance(record[key], int | float | None):
+            raise DataError(file=path, record=f"row {number}", field=key, value=record[key], expected="a number")
     values = [record[key] for key in _SCORES]
     return math.nan if None in values else float(sum(values))

@@ -99,6 +99,9 @@ class _Worker:
         """Fetch what the unit still lacks, then write its part."""
         # Small units wait for their slowest host, so the units beside it keep the line busy.
         with Spool(self.job.out / "parts" / f"{name}.spool") as spool:
+            if spool.dropped_bytes:
+                lost = f"the last {spool.dropped_bytes:,} bytes of the journal are damaged"
+                self.events.said(f"{name}: {lost}; their downloads are repeated")
             urls = await asyncio.to_thread(_urls, path, self.job.read_pages)
             await self._fetch_all([url for url in spread_by_host(urls) if url not in spool], spool)
             counts = await asyncio.to_thread(_write, name, path, self.job, spool)

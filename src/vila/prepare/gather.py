@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from vila.core.errors import DataError
 from vila.core.events import SILENT, Events, task
+from vila.core.fields import Fields
 from vila.core.files import atomic_path, sha256_file, write_json, write_jsonl
-from vila.core.reading import read_json
+from vila.core.reading import read_json_object, read_jsonl
 from vila.prepare.counts import Counts
-from vila.prepare.parts import Kind, is_finished, mine, part_path, read_record, suffix_of
+from vila.prepare.parts import Kind, check_part, is_finished, mine, part_path, read_record, suffix_of
 from vila.prepare.shards import even_ranges, read_tar, write_tar
 
 
@@ -36,26 +37,26 @@ def gather(
     keep_parts: False deletes `OUT/parts` at the end, which halves the disk space; the index then says that all is done.
     """
     if (out / "index.json").is_file():
-        return _index(out)
+        return read_index(out)
     if not all(is_finished(out, unit) for unit in units):
         return None
-    sizes = [int(read_record(out, unit)["samples"]) for unit in units]
+    sizes = [check_part(out, unit, kind) for unit in units]
     ranges = even_ranges(sum(sizes), per_shard)
     names = [f"{name}-{index:06d}{suffix_of(kind)}" for index in range(len(ranges))]
     own = set(mine(names, shard))
     with task(events, f"{name}: shards", len(ranges), "shards"):
         for file, (begin, end) in zip(names, ranges, strict=True):
             if file in own and not _record(out, file).is_file():
-                _write_shard(out, file, kind, _samples(out, kind, units, sizes, begin, end))
+                _write_shard(out, file, kind, _samples(out, kind, units, sizes, begin, end), end - begin)
             events.advanced(f"{name}: shards")
     if not all(_record(out, file).is_file() for file in names):
         return None
-    counts = Counts.total(read_record(out, unit)["counts"] for unit in units)
+    counts = Counts.total(read_record(out, unit).section("counts") for unit in units)
     events.said(f"{name}: {counts}")
     index = {
         "name": name,
         "kind": kind,
-        "shards": [read_json(_record(out, file)) for file in names],
+        "shards": [read_json_object(_record(out, file)) for file in names],
         "counts": counts.as_json(),
     }
     write_jsonl(out / "log" / "failures.jsonl", _failures(out, units))
@@ -68,22 +69,36 @@ def gather(
     return index
 
 
-def _index(out: Path) -> dict[str, Any]:
-    index: dict[str, Any] = read_json(out / "index.json")
-    return index
+def read_index(out: Path) -> dict[str, Any]:
+    """Read the `index.json` of a finished folder. Raises DataError if it is damaged."""
+    path = out / "index.json"
+    index = read_json_object(path)
+    counts = Counts.total([Fields(index, path).section("counts")])
+    shards = index.get("shards")
+    if not isinstance(shards, list) or not all(isinstance(one, dict) for one in shards):
+        raise DataError(file=path, field="shards", value=shards, expected="a list of objects")
+    for number, one in enumerate(shards):
+        Fields(one, path, f"shards[{number}]").integer("samples", maximum=2**63 - 1)
+    return {**index, "counts": counts.as_json()}
 
 
 def _record(out: Path, file: str) -> Path:
     return out / "parts" / f"{file}.shard.json"
 
 
-def _write_shard(out: Path, file: str, kind: Kind, samples: Iterator[Any]) -> None:
+def _write_shard(out: Path, file: str, kind: Kind, samples: Iterator[Any], expected: int) -> None:
     with atomic_path(out / file) as part:
         if kind == "text":
             with part.open("w", encoding="utf-8") as stream:
                 written = sum(bool(stream.write(line)) for line in samples)
         else:
             written = write_tar(part, samples)
+        if written != expected:
+            raise DataError(
+                f"the parts hold {written} of {expected} samples for it",
+                file=out / file,
+                hint=f"delete {out / 'parts'} and prepare again",
+            )
         facts = {"file": file, "samples": written, "bytes": part.stat().st_size, "sha256": sha256_file(part)}
     write_json(_record(out, file), facts)
 
@@ -107,6 +122,7 @@ def _samples(out: Path, kind: Kind, units: Sequence[str], sizes: Sequence[int], 
 def _failures(out: Path, units: Sequence[str]) -> Iterator[dict[str, Any]]:
     for unit in units:
         path = out / "parts" / f"{unit}.failures.jsonl"
-        with path.open(encoding="utf-8") as stream:
-            for line in stream:
-                yield {"unit": unit, **json.loads(line)}
+        for number, row in read_jsonl(path):
+            if not isinstance(row, dict):
+                raise DataError(file=path, record=f"line {number}", value=row, expected="an object ({...})")
+            yield {"unit": unit, **row}

@@ -11,9 +11,12 @@ from vila.core.events import SILENT, Events, task
 from vila.core.files import sha256_file, write_json, write_jsonl
 from vila.core.reading import read_json
 from vila.core.types import Image
+from vila.data.formats.guess import guess_record
 from vila.media.image import open_image
 from vila.prepare.counts import Counts
+from vila.prepare.gather import read_index
 from vila.prepare.parts import locks_output, same_settings
+from vila.prepare.records import text_fault
 
 MARKER = "<image>"
 Check = Callable[[dict[str, Any]], str]
@@ -31,11 +34,11 @@ def rewrite_json(
     """
     same_settings(out, settings | {"source_bytes": source.stat().st_size})
     if (out / "index.json").is_file():
-        index: dict[str, Any] = read_json(out / "index.json")
-        return index
-    records = read_json(source)
+        return read_index(out)
+    records = read_json(source, surrogates=True)
     if not isinstance(records, list):
-        raise DataError(f"{source}: a {type(records).__name__} where a list of records was expected")
+        hint = f"it looks like {guess_record(records, '.json').text}" if isinstance(records, dict) else None
+        raise DataError("not a list of records", file=source, hint=hint)
     counts, kept, failures = Counts(), list[Any](), list[dict[str, Any]]()
     with task(events, name, len(records), "records"):
         for row, record in enumerate(records, start=1):
@@ -45,6 +48,7 @@ def rewrite_json(
                 reason, _, detail = fault.partition(": ")
                 counts.dropped[reason] += 1
                 identity = record.get("id") if isinstance(record, dict) else None
+                identity = None if text_fault(identity) else identity
                 failures.append({"row": row, "id": identity, "reason": reason, "detail": detail})
             else:
                 counts.written += 1
@@ -63,6 +67,8 @@ def rewrite_json(
 def _fault(record: Any, checks: Sequence[Check]) -> str:
     if not isinstance(record, dict):
         return "not a record"
+    if fault := text_fault(record):
+        return fault
     return next((fault for check in checks if (fault := check(record))), "")
 
 

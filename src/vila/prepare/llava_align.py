@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import zipfile
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -10,7 +9,9 @@ from typing import Any
 from vila.core.errors import DataError
 from vila.core.events import SILENT, Events, task
 from vila.core.files import atomic_path
+from vila.core.reading import file_errors
 from vila.prepare.json_list import conversation_fault, image_check, image_paths, rewrite_json
+from vila.prepare.records import open_zip
 
 MAX_MEMBER_BYTES = 64 * 2**20
 MAX_TOTAL_BYTES = 64 * 2**30
@@ -40,36 +41,42 @@ def unpack_images(archive: Path, folder: Path, events: Events = SILENT) -> Path:
     """
     if folder.is_dir():
         return folder
-    try:
-        with zipfile.ZipFile(archive) as opened, atomic_path(folder) as part:
-            members = [one for one in opened.infolist() if not one.is_dir()]
-            _check_members(archive, members)
-            part.mkdir()
-            with task(events, f"unpacking {archive.name}", len(members), "files"):
-                for member in members:
-                    target = part / member.filename
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    with opened.open(member) as stream, target.open("wb") as file:
-                        shutil.copyfileobj(stream, file)
-                    events.advanced(f"unpacking {archive.name}")
-    except (zipfile.BadZipFile, RuntimeError, NotImplementedError, EOFError) as error:
-        raise DataError(f"{archive}: cannot be unpacked ({error}); download it again") from error
+    with open_zip(archive) as opened, atomic_path(folder) as part:
+        members = [one for one in opened.infolist() if not one.is_dir()]
+        _check_members(archive, members)
+        part.mkdir()
+        with task(events, f"unpacking {archive.name}", len(members), "files"):
+            for member in members:
+                with file_errors(archive, record=f"member {member.filename!r}", kind="zip", hint="download it again"):
+                    content = opened.read(member)
+                target = part / member.filename
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(content)
+                events.advanced(f"unpacking {archive.name}")
     return folder
 
 
 def _check_members(archive: Path, members: list[zipfile.ZipInfo]) -> None:
     # zipfile never reads more of a member than its entry announces, so checking what is announced is enough.
     total = 0
+    files: set[PurePosixPath] = set()
+    folders: set[PurePosixPath] = set()
     for member in members:
-        path = PurePosixPath(member.filename)
-        if path.is_absolute() or ".." in path.parts or "\\" in member.filename:
-            raise DataError(f"{archive}: member {member.filename!r} points outside; refused")
+        path, record = PurePosixPath(member.filename), f"member {member.filename!r}"
+        if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in member.filename:
+            raise DataError("points outside of the archive", file=archive, record=record)
         total += member.file_size
         if member.file_size > MAX_MEMBER_BYTES or total > MAX_TOTAL_BYTES:
             raise DataError(
-                f"{archive}: member {member.filename!r} brings it to {total:,} bytes; refused over "
-                f"{MAX_MEMBER_BYTES:,} bytes a file and {MAX_TOTAL_BYTES:,} in all"
+                f"brings the archive to {total:,} bytes",
+                file=archive,
+                record=record,
+                expected=f"at most {MAX_MEMBER_BYTES:,} bytes per file and {MAX_TOTAL_BYTES:,} in all",
             )
+        if path in files or path in folders or not files.isdisjoint(path.parents):
+            raise DataError("occurs twice, or is a file and a folder", file=archive, record=record)
+        files.add(path)
+        folders.update(path.parents)
 
 
 def _has_image(record: dict[str, Any]) -> str:

@@ -95,5 +95,5 @@ def _instructions(path: Path) -> list[str]:
         return []
     listed = read_json(file)
     if not isinstance(listed, list) or not all(isinstance(one, str) for one in listed):
-        raise DataError(f"{file}: expected a list of instructions")
+        raise DataError(file=file, value=listed, expected="a list of instructions")
     return listed

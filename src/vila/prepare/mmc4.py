@@ -16,7 +16,7 @@ from vila.prepare.counts import Counts
 from vila.prepare.download import Download, Page, Results, download_units
 from vila.prepare.gather import gather
 from vila.prepare.parts import inputs_hash, locks_output, mine, same_settings, unit_names
-from vila.prepare.records import read_rows
+from vila.prepare.records import read_rows, text_fault
 from vila.prepare.resize import SHORT_SIDE_336, ResizeRule
 from vila.prepare.shards import TarSample, json_member, safe_key
 from vila.prepare.spool import Failure
@@ -84,7 +84,7 @@ def mmc4_fault(document: dict[str, Any]) -> str:
             return "an image without raw_url"
     if matrix is not None and (not isinstance(matrix, list) or len(matrix) != len(infos)):
         return "similarity_matrix and image_info differ in length"
-    return ""
+    return text_fault(document)
 
 
 def mmc4_sample(page: Page, results: Results, counts: Counts, *, drop_incomplete: bool) -> TarSample | str:

@@ -17,9 +17,10 @@ from typing import Any, Literal, ParamSpec, TypeVar
 
 from vila.core.errors import ConfigError, DataError
 from vila.core.events import SILENT
+from vila.core.fields import Fields
 from vila.core.files import atomic_path, remove_partials, sha256_file, write_json, write_jsonl
 from vila.core.locks import DirectoryLock
-from vila.core.reading import read_json
+from vila.core.reading import read_json_object
 from vila.prepare.counts import Counts
 from vila.prepare.shards import TarSample, safe_key, write_tar
 
@@ -126,17 +127,33 @@ def write_part(
     )
 
 
-def read_record(out: Path, unit: str) -> dict[str, Any]:
-    """The record of a finished part. Raises DataError when the unit is not finished."""
+def read_record(out: Path, unit: str) -> Fields:
+    """Read the record of a finished part. Raises DataError if the unit is not finished."""
     path = record_path(out, unit)
     if not path.is_file():
-        raise DataError(f"{path}: missing; unit {unit!r} is not finished, run its worker first")
-    record: dict[str, Any] = read_json(path)
-    return record
+        raise DataError(f"unit {unit!r} is not finished", file=path, hint="run its worker first")
+    return Fields.of_file(path)
+
+
+def check_part(out: Path, unit: str, kind: Kind) -> int:
+    """Return the number of samples of a finished part. Raises DataError if its file is not the one that was written."""
+    record, path = read_record(out, unit), part_path(out, unit, kind)
+    samples = record.integer("samples", maximum=2**63 - 1)
+    size = record.integer("bytes", maximum=2**63 - 1)
+    found = path.stat().st_size if path.is_file() else None
+    if found != size:
+        raise DataError(
+            "the part is not as it was written",
+            file=path,
+            value=found,
+            expected=f"{size} bytes",
+            hint=f"delete {record_path(out, unit)} and prepare again",
+        )
+    return samples
 
 
 def same_settings(out: Path, settings: dict[str, Any]) -> None:
-    """Store what `out` is prepared with, or compare it: parts of two minds may not be mixed.
+    """Store what `out` is prepared with, or compare it: parts of different settings may not be mixed.
 
     Raises ConfigError naming every difference.
     """
@@ -144,7 +161,7 @@ def same_settings(out: Path, settings: dict[str, Any]) -> None:
     if not path.is_file():
         write_json(path, settings)
         return
-    before: dict[str, Any] = read_json(path)
+    before = read_json_object(path, ConfigError)
     keys = sorted(before.keys() | settings.keys())
     changed = [f"{key}: {before.get(key)!r} -> {settings.get(key)!r}" for key in keys if _differ(before, settings, key)]
     if changed:

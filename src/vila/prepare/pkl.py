@@ -14,6 +14,7 @@ from vila.prepare.counts import Counts
 from vila.prepare.gather import gather
 from vila.prepare.mmc4 import mmc4_fault
 from vila.prepare.parts import inputs_hash, is_finished, locks_output, mine, same_settings, unit_names, write_part
+from vila.prepare.records import text_fault
 from vila.prepare.resize import KEEP, stored_picture
 from vila.prepare.shards import TarSample, json_member
 from vila.prepare.spool import Picture
@@ -103,6 +104,8 @@ def _coyo(key: str, record: dict[str, Any]) -> TarSample:
     text = record.get("text", record.get("caption"))
     if not isinstance(text, str) or not text.strip():
         raise DataError("no text")
+    if fault := text_fault(text):
+        raise DataError(fault)
     picture = decoded_picture(record.get("image", record.get("rawbytes")))
     facts = {name: value for name, value in record.items() if name not in ("text", "caption", "image", "rawbytes")}
     return TarSample(key, ((picture.extension, picture.content), ("txt", text.encode()), _json(facts)))
@@ -121,6 +124,8 @@ def question_sample(key: str, question: Any, answer: Any, images: Any) -> TarSam
         raise DataError("no question")
     if not isinstance(answer, str) or not answer.strip():
         raise DataError("no answer")
+    if fault := text_fault([question, answer]):
+        raise DataError(fault)
     listed = [images] if isinstance(images, (str, bytes)) else images or []
     if not isinstance(listed, (list, tuple)):
         raise DataError(f"image is no list: {type(images).__name__}")

@@ -1,30 +1,32 @@
-"""Rows of published files: JSON lines (plain, gzip, zip) and parquet. Whatever is cut, broken or a bomb is an error."""
+"""Records of published files: JSON lines (plain, gzip, zip) and parquet. Cut files, damage and bombs are errors."""
 
 from __future__ import annotations
 
 import gzip
-import json
 import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from vila.core.errors import DataError
+from vila.core.optional import require
+from vila.core.reading import bounded_lines, file_errors, foreign_content, lone_surrogate, parse_json, read_head
+from vila.data.formats.parquet_footer import row_group_sizes
 
-MAX_LINE_BYTES = 256 * 2**20
-"""Longest line; a record with its images inside may be large."""
 MAX_RATIO = 200
 """Largest expansion of a compressed file. JSON text is packed 3 to 15 times; bombs are packed 1000 times."""
 _FREE_BYTES = 64 * 2**20
 _AGAIN = "download it again"
+_END_MARK = b"PK\x05\x06"
+_END_SIZE = 22
 
 
 def read_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Row numbers (from 1) and records of `.jsonl`, `.jsonl.gz`, `.jsonl.zip` or `.parquet`.
+    """Yield row numbers (from 1) and records of `.jsonl`, `.jsonl.gz`, `.jsonl.zip` or `.parquet`.
 
     columns: of parquet, the only ones to read.
-    Raises DataError naming file, row and fault.
+    A text with half a surrogate pair stays in its record: see `text_fault`. Raises DataError with file and line.
     """
     name = path.name.lower()
     if name.endswith(".parquet"):
@@ -32,63 +34,93 @@ def read_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[tupl
     elif name.endswith(".zip"):
         yield from _zip_rows(path)
     elif name.endswith(".gz"):
-        limit = _free(path.stat().st_size)
-        with gzip.open(path, "rb") as stream:
-            yield from _json_lines(stream, str(path), limit)
+        with file_errors(path, kind="gzip"):
+            limit = _free(path.stat().st_size)
+            stream = gzip.open(path, "rb")  # noqa: SIM115
+        with stream:
+            yield from _json_lines(cast(IO[bytes], stream), str(path), limit, kind="gzip")
     elif name.endswith((".jsonl", ".ndjson")):
-        with path.open("rb") as stream:
-            yield from _json_lines(stream, str(path), None)
+        with file_errors(path):
+            known = foreign_content(read_head(path))
+        if known and path.stat().st_size:
+            raise DataError(known[0], file=path, hint=known[1])
+        with path.open("rb") as plain:
+            yield from _json_lines(plain, str(path), None)
     else:
-        raise DataError(f"{path}: expected .jsonl, .jsonl.gz, .jsonl.zip or .parquet")
+        raise DataError(
+            "not read here", file=path, value=path.suffix, expected=".jsonl, .jsonl.gz, .jsonl.zip or .parquet"
+        )
+
+
+def text_fault(record: Any) -> str:
+    """Return why no file can hold the text of a record, to drop it by; "" if one can."""
+    return "" if lone_surrogate(record) is None else "half a surrogate pair in the text"
 
 
 def read_parquet(path: Path, columns: Sequence[str] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Row numbers (from 1) and records of a parquet file, a batch in memory at a time."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    row = 0
-    try:
-        with pq.ParquetFile(path) as table:
-            missing = sorted(set(columns or ()) - set(table.schema_arrow.names))
-            if missing:
-                raise DataError(
-                    f"{path}: no column {', '.join(map(repr, missing))} (it has {', '.join(table.schema_arrow.names)})"
-                )
-            for batch in table.iter_batches(batch_size=1024, columns=list(columns) if columns else None):
-                for record in batch.to_pylist():
-                    row += 1
-                    yield row, record
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a whole parquet file ({error}); {_AGAIN}") from error
+    """Yield row numbers (from 1) and records of a parquet file, a batch in memory at a time."""
+    pq = require("pyarrow.parquet", "parquet")
+    parquet_rows(path)
+    with file_errors(path, kind="parquet", hint=_AGAIN):
+        table = pq.ParquetFile(path)
+    with table:
+        known = table.schema_arrow.names
+        missing = sorted(set(columns or ()) - set(known))
+        if missing:
+            raise DataError("no such column", file=path, field=missing[0], expected=f"one of {', '.join(known)}")
+        batches = table.iter_batches(batch_size=1024, columns=list(columns) if columns else None)
+        row = 0
+        while True:
+            with file_errors(path, record=f"row {row + 1}", kind="parquet", hint=_AGAIN):
+                batch = next(batches, None)
+                records = [] if batch is None else batch.to_pylist()
+            if batch is None:
+                return
+            for record in records:
+                row += 1
+                yield row, record
 
 
 def parquet_rows(path: Path) -> int:
-    """The number of rows of a parquet file, from its footer."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    """Return the number of rows of a parquet file, from its footer, which is checked."""
+    return sum(row_group_sizes(path))
 
-    try:
-        return int(pq.read_metadata(path).num_rows)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a whole parquet file ({error}); {_AGAIN}") from error
+
+@contextmanager
+def open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
+    """Open a zip archive. Raises DataError for damage, and for bytes before or behind it, which zipfile leaves out."""
+    with file_errors(path, kind="zip", hint=_AGAIN):
+        archive = zipfile.ZipFile(path)
+        first = min((one.header_offset for one in archive.infolist()), default=0)
+        size = path.stat().st_size
+        end = size - _END_SIZE - len(archive.comment)
+        with path.open("rb") as stream:
+            stream.seek(max(0, end))
+            is_last = stream.read(4) == _END_MARK
+        if first or not is_last:
+            place = "before" if first else "behind"
+            raise DataError(
+                f"bytes {place} the zip archive, which are not read", file=path, hint="unpack archives that were joined"
+            )
+    with archive:
+        yield archive
 
 
 def _zip_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = [one for one in archive.infolist() if one.filename.lower().endswith((".jsonl", ".ndjson"))]
-            if not members:
-                raise DataError(f"{path}: holds no .jsonl file")
-            limit = _free(path.stat().st_size)
-            row = 0
-            for member in sorted(members, key=lambda one: one.filename):
-                with archive.open(member) as stream:
-                    for _, record in _json_lines(stream, f"{path} ({member.filename})", limit):
-                        row += 1
-                        yield row, record
-    except (zipfile.BadZipFile, RuntimeError, NotImplementedError) as error:
-        raise DataError(f"{path}: cannot be unpacked ({error}); {_AGAIN}") from error
+    with open_zip(path) as archive:
+        names = [one for one in archive.infolist() if one.filename.lower().endswith((".jsonl", ".ndjson"))]
+        members = [one for one in names if not one.filename.startswith("__MACOSX/")]
+        if not members:
+            raise DataError("holds no .jsonl file", file=path)
+        limit = _free(path.stat().st_size)
+        row = 0
+        for member in sorted(members, key=lambda one: one.filename):
+            with file_errors(path, record=f"member {member.filename!r}", kind="zip", hint=_AGAIN):
+                stream = archive.open(member)
+            with stream:
+                for _, record in _json_lines(stream, f"{path} ({member.filename})", limit, kind="zip"):
+                    row += 1
+                    yield row, record
 
 
 def _free(packed_bytes: int) -> int:
@@ -96,33 +128,17 @@ def _free(packed_bytes: int) -> int:
 
 
 def _json_lines(
-    stream: IO[bytes] | gzip.GzipFile, name: str, limit: int | None
+    stream: IO[bytes], name: str, limit: int | None, kind: str = ""
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     read = 0
-    number = 0
-    while True:
-        number += 1
-        try:
-            line = stream.readline(MAX_LINE_BYTES + 1)
-        except (EOFError, OSError, zlib.error) as error:  # gzip and zip that are cut or damaged
-            raise DataError(f"{name} line {number}: cannot be unpacked ({error}); {_AGAIN}") from error
-        if not line:
-            return
+    for number, line in bounded_lines(stream, name, kind=kind, hint=_AGAIN):
         read += len(line)
-        if len(line) > MAX_LINE_BYTES:
-            raise DataError(f"{name} line {number}: longer than {MAX_LINE_BYTES:,} bytes; no record is that large")
         if limit is not None and read > limit:
-            raise DataError(f"{name}: unpacks to over {limit:,} bytes, {MAX_RATIO} times its size; refused as a bomb")
-        if line.strip():
-            yield number, _record(line, name, number)
-
-
-def _record(line: bytes, name: str, number: int) -> dict[str, Any]:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        cut = "" if line.endswith(b"\n") else f"; the file may be cut short, {_AGAIN}"
-        raise DataError(f"{name} line {number}: not JSON ({error}){cut}") from error
-    if not isinstance(record, dict):
-        raise DataError(f"{name} line {number}: {type(record).__name__} where an object was expected")
-    return record
+            raise DataError(
+                f"unpacks to over {limit:,} bytes, {MAX_RATIO} times its size", file=name, hint="refused as a bomb"
+            )
+        if line.strip(b" \t\r\n"):
+            record = parse_json(line, file=name, record=f"line {number}", surrogates=True)
+            if not isinstance(record, dict):
+                raise DataError(file=name, record=f"line {number}", value=record, expected="an object ({...})")
+            yield number, record

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from vila.core.errors import DataError
+from vila.data.formats.scan_tar import tar_members
+from vila.data.handles import read_span
 
 _KEY = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -50,34 +52,22 @@ def write_tar(path: Path, samples: Iterable[TarSample]) -> int:
 
 
 def read_tar(path: Path) -> Iterator[TarSample]:
-    """Samples in their order. Raises DataError naming the shard when it is cut short or no plain tar file."""
+    """Yield samples in their order. Raises DataError with the shard for what `tar_members` refuses."""
     key = ""
     members: list[tuple[str, bytes]] = []
     try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                stream = tar.extractfile(member)
-                if stream is None:
-                    raise DataError(f"{path}: {member.name!r} is not a plain file; write the shard again")
-                name, _, suffix = member.name.partition(".")
-                if name != key and members:
-                    yield TarSample(key, tuple(members))
-                    members = []
-                key = name
-                members.append((suffix, stream.read()))
-            _check_end(path, tar.offset)
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise DataError(f"{path}: not a whole tar file ({error}); delete it and prepare it again") from error
+        for member in tar_members(path):
+            name, _, suffix = member.name.partition(".")
+            if name != key and members:
+                yield TarSample(key, tuple(members))
+                members = []
+            key = name
+            members.append((suffix, read_span(path, member.offset, member.size)))
+    except DataError as error:
+        error.hint = "delete it and prepare it again"
+        raise
     if members:
         yield TarSample(key, tuple(members))
-
-
-def _check_end(path: Path, end: int) -> None:
-    # tarfile takes a file that stops inside or before a header for one that ends there.
-    with path.open("rb") as stream:
-        stream.seek(end)
-        if stream.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
-            raise EOFError(f"no end mark at byte {end}")
 
 
 def even_ranges(total: int, per_shard: int) -> list[tuple[int, int]]:

@@ -1,7 +1,7 @@
 """The journal of one work unit: finished downloads, appended and synced, so that a kill costs only those in flight.
 
 The file is a run of frames, each a line of JSON and then as many bytes as it announces. A frame that a kill cut short
-is dropped when the file is opened again; all before it were synced.
+is dropped when the file is opened again, with all behind it; all before it were synced.
 """
 
 from __future__ import annotations
@@ -16,7 +16,11 @@ from types import TracebackType
 from typing import Any
 
 from vila.core.errors import DataError
+from vila.core.fields import Fields
 from vila.core.locks import try_lock
+from vila.core.reading import parse_json
+
+_MAX_HEAD = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +41,16 @@ class Failure:
 
 
 class Spool:
-    """Results by URL, on disk. Use as a context manager; a second process that opens the same file is refused."""
+    """Results by URL, on disk. Use as a context manager; a second process that opens the same file is refused.
+
+    dropped_bytes: what was cut off the file when it was opened, from the first frame that was not whole.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._places: dict[str, tuple[int, int, str]] = {}
         self._failures: dict[str, Failure] = {}
+        self.dropped_bytes = 0
 
     def __enter__(self) -> Spool:
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,6 +59,7 @@ class Spool:
             self._stream.close()
             raise DataError("another process works on this unit", file=self._path, hint="give each its own shard")
         end = self._scan()
+        self.dropped_bytes = self._stream.seek(0, os.SEEK_END) - end
         self._stream.truncate(end)
         return self
 
@@ -85,16 +94,16 @@ class Spool:
         return Picture(self._stream.read(size), extension)
 
     def _scan(self) -> int:
-        """Learn the frames that are whole; returns where the last one ends."""
+        """Read the frames up to the first one that is not whole; returns its offset."""
+        whole = self._stream.seek(0, os.SEEK_END)
         self._stream.seek(0)
         end = 0
-        while line := self._stream.readline():
-            head = _parsed(line)
-            if head is None:
+        while line := self._stream.readline(_MAX_HEAD):
+            head = _parsed(line, self._path)
+            if head is None or head["size"] > whole - end - len(line):
                 return end
             size = head["size"]
-            content = self._stream.read(size)
-            if len(content) != size or hashlib.sha256(content).hexdigest() != head["sha256"]:
+            if hashlib.sha256(self._stream.read(size)).hexdigest() != head["sha256"]:
                 return end
             if "extension" in head:
                 self._places[head["url"]] = (end + len(line), size, head["extension"])
@@ -114,11 +123,16 @@ def _framed(url: str, result: Picture | Failure) -> tuple[bytes, bytes]:
     return json.dumps(head).encode() + b"\n", content
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
+def _parsed(line: bytes, path: Path) -> dict[str, Any] | None:
+    """Return the head of a frame, None if it is cut or damaged."""
     if not line.endswith(b"\n"):
         return None
     try:
-        head = json.loads(line)
-    except ValueError:
+        value = parse_json(line, file=path, surrogates=True)
+        head = Fields(value if isinstance(value, dict) else {}, path)
+        known = {"url": head.text("url"), "size": head.integer("size", maximum=2**62), "sha256": head.text("sha256")}
+        if "extension" in head:
+            return {**known, "extension": head.text("extension")}
+        return {**known, "kind": head.text("kind"), "reason": head.text("reason"), "attempts": head.integer("attempts")}
+    except DataError:
         return None
-    return head if isinstance(head, dict) and head.keys() >= {"url", "size", "sha256"} else None
