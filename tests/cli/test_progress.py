@@ -1,6 +1,7 @@
 """How progress is shown: on 80 columns, in a log, and how long it says that work will take."""
 
 import io
+from contextlib import suppress
 
 import pytest
 from rich.console import Console
@@ -8,6 +9,8 @@ from rich.console import Console
 from vila.cli import progress
 from vila.cli.pace import Pace
 from vila.cli.progress import Screen, write_count, write_facts
+from vila.core.errors import Interrupted
+from vila.core.events import task
 
 STEP = {"step": 12345, "loss": 1.23456, "lr": 1.874e-5, "tokens/s": 8123.4, "MFU": 0.4123, "GiB": 71.34}
 
@@ -79,6 +82,23 @@ def test_a_log_has_lines_with_facts_and_the_time_left(monkeypatch):
     assert lines[0] == "training ..." and lines[-1] == "training: done in 50 s"
     assert lines[1] == "training: 3 %  step 3  loss 2.5  16\N{NO-BREAK SPACE}min 10\N{NO-BREAK SPACE}s left"
     assert len(lines) == 4  # one in 15 seconds, not one for each step
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (None, "done in"),
+        (Interrupted("x"), "stopped after"),
+        (KeyboardInterrupt(), "stopped after"),
+        (OSError(), "failed after"),
+    ],
+)
+def test_the_last_line_of_a_log_says_how_the_work_ended(error, outcome):
+    out = io.StringIO()
+    with suppress(Interrupted, KeyboardInterrupt, OSError), task(Screen(Console(width=80, file=out)), "training"):
+        if error:
+            raise error
+    assert out.getvalue().splitlines()[-1] == f"training: {outcome} 0 s"
 
 
 def test_the_time_left_is_that_of_the_rate_of_late():

@@ -173,7 +173,7 @@ def test_sampling_flags_reach_the_engine(vila, model):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Engine, "complete", complete)
         code, _, err = vila("run", model, "-p", "x", "--json", *flags.split())
-    assert (code, err) == (130, "error: stopped")
+    assert (code, err) == (130, "stopped")
     assert seen == [asking.Sampling(7, 0.5, 4, 0.9, 0.1, 1.2, ("a", "b"), 2, 3, "truncate")]
 
 

@@ -127,10 +127,19 @@ def test_dry_run_prints_the_script_and_leaves_nothing(vila, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_the_example_of_the_documentation_gets_a_script_and_a_smaller_micro_batch(vila, tmp_path):
+    code, out, err = vila(
+        "train", "vila_7b/3_sft", f"output.dir={tmp_path / 'run'}", "--slurm", "nodes=16", "--dry-run"
+    )
+    assert code == 0
+    assert out.startswith("#!/bin/bash\n")
+    assert "batch.micro=16 is reduced to 1" in err
+
+
 def test_a_batch_that_the_processes_cannot_share_is_refused_before_it_is_submitted(vila, slurm):
     code, _, err = vila("train", "vila_7b/2_pretrain", "--slurm", "nodes=3")
     assert code == 2
-    assert "a global batch of 1024 is not a multiple of 24 ranks x micro-batch 8; make it 960 or 1152" in err
+    assert "got 1024, expected 1008 or 1032" in err
     assert not (slurm / "job.log").exists()
 
 

@@ -47,3 +47,23 @@ def test_of_several_processes_one_speaks(vila, trained, monkeypatch):
         code, _, err = vila("train", trained)
         assert code == 0
         assert ("already trained" in err) == said
+
+
+@pytest.mark.parametrize("arguments", [("no/recipe",), ("starter/3_sft", "stage.lr=fast"), ("starter/3_sft", "oops")])
+def test_of_several_processes_one_prints_an_error(vila, monkeypatch, arguments):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        code, _, err = vila("train", *arguments)
+        assert code == 2
+        assert bool(err) == (rank == "0")
+
+
+def test_a_recipe_that_one_machine_lacks_is_said_by_its_rank(vila, monkeypatch):
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    code, _, err = vila("train", "absent.yaml")
+    assert code == 2
+    assert "absent.yaml" in err

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 import pytest
+import yaml
 
 from vila.config.fields import expected_at
 from vila.config.load import (
@@ -66,6 +67,30 @@ def problems_of(path: Path, *overrides: str) -> list[str]:
 def written(path: Path, text: str) -> Path:
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def merge(base, change):
+    """`change` over `base`, mappings key by key."""
+    if not (isinstance(base, dict) and isinstance(change, dict)):
+        return change
+    return {**base, **{key: merge(base.get(key), value) for key, value in change.items()}}
+
+
+def flat(tree, prefix=""):
+    """Dotted fields and values."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def plain(recipe, field):
+    """The plain value of a dotted field."""
+    value = recipe.model_dump(mode="json")
+    for key in field.split("."):
+        value = value[key]
+    return value
 
 
 # What is read
@@ -285,15 +310,119 @@ def test_a_merge_key_is_no_duplicate(base: Path) -> None:
         ("optim=3", "optim: got 3, expected a mapping"),
         ("name=7", "name: got 7, expected text; put it in quotes"),
         ("output.dir=7", "output.dir: got 7, expected a path; put it in quotes"),
-        ("budget.tokens=5", "budget: give exactly one of epochs and tokens"),
-        ("model.path=m", "model: give either path, or both llm and vision"),
-        ("model.llm=", "model: llm and vision go together; one of them is missing"),
-        ("batch.rows=4", "data.packing is 'none', so batch.samples states the batch and batch.rows must be 0"),
-        ("batch.micro=3", "batch.samples=8 is not a multiple of batch.micro=3"),
     ],
 )
 def test_a_wrong_field_is_refused_in_words(base: Path, override: str, problem: str) -> None:
     assert problems_of(base, override) == [problem]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem", "fields"),
+    [
+        (["budget={epochs: 1, tokens: 5}"], "budget: give exactly one of epochs and tokens", ()),
+        (["budget.epochs=0"], "budget: give exactly one of epochs and tokens", ()),
+        (["model={path: m, llm: l, vision: v}"], "model: give either path, or both llm and vision", ()),
+        (["model.llm="], "model: llm and vision go together; one of them is missing", ("model.llm", "model.vision")),
+        (
+            ["batch.rows=4"],
+            "data.packing is 'none', so batch.samples states the batch and batch.rows must be 0",
+            ("data.packing", "batch.rows"),
+        ),
+        (["stage.lora.rank=4"], "stage: lora puts adapters into the LLM", ("stage.lora.rank", "stage.tune")),
+        (["output.keep_best=true"], "output.keep_best needs evaluations", ()),
+    ],
+)
+def test_fields_that_do_not_go_together_are_named_with_where_they_are_from(base, overrides, problem, fields) -> None:
+    (line,) = problems_of(base, *overrides)
+    assert line.startswith(problem)
+    for field in fields:
+        origin = "the command line" if any(one.startswith(field) for one in overrides) else base
+        assert f"{field} is from {origin}" in line
+
+
+@pytest.mark.parametrize(
+    ("before", "later", "values"),
+    [
+        # Adapters in place of parts of the LLM; without the tower, which they leave as it is.
+        (
+            {"stage": {"tune": ["projector", "llm"], "llm_parts": ["self_attn"]}, "model": {"path": "m"}},
+            {"stage": {"lora": {"rank": 8}}},
+            {"stage.lora.rank": 8, "stage.llm_parts": []},
+        ),
+        (
+            {"stage": {"tune": ["vision", "projector", "llm"]}, "model": {"path": "m"}},
+            {"stage": {"lora": {"rank": 8}}},
+            {"stage.tune": ["projector", "llm"]},
+        ),
+        # One of two sources, batches, budgets.
+        (
+            {"model": {"path": "m"}},
+            {"model": {"llm": "l", "vision": "v"}},
+            {"model.path": "", "model.llm": "l", "model.vision": "v"},
+        ),
+        (
+            {"model": {"path": "", "llm": "l", "vision": "v"}},
+            {"model": {"path": "m"}},
+            {"model.path": "m", "model.llm": "", "model.vision": ""},
+        ),
+        ({"budget": {"epochs": 2}}, {"budget": {"tokens": 9}}, {"budget.epochs": 0, "budget.tokens": 9}),
+        ({"budget": {"tokens": 9, "epochs": 0}}, {"budget": {"epochs": 2}}, {"budget.epochs": 2, "budget.tokens": 0}),
+        (
+            {"data": {"packing": "none"}, "batch": {"samples": 4}},
+            {"data": {"packing": "rows"}, "batch": {"rows": 2}},
+            {"batch.rows": 2, "batch.samples": 0},
+        ),
+        # A tower that trains has no cached features.
+        (
+            {"compute": {"feature_cache": True}, "stage": {"tune": ["projector"]}},
+            {"stage": {"tune": ["vision", "projector"]}},
+            {"compute.feature_cache": False},
+        ),
+    ],
+)
+@pytest.mark.parametrize("how", ["file", "overrides"])
+def test_what_is_given_later_excludes_what_is_inherited(base, tmp_path, before, later, values, how) -> None:
+    lower = merge(yaml.safe_load(BASE), before)
+    if before.get("model", {}).get("path"):
+        lower["model"] = {**lower["model"], "llm": "", "vision": ""}
+    written(base, yaml.safe_dump(lower))
+    notes: list[str] = []
+    if how == "file":
+        upper = written(tmp_path / "upper.yaml", yaml.safe_dump({"extends": base.name, **later}))
+        recipe = load_recipe(str(upper), notes=notes)
+    else:
+        recipe = load_recipe(str(base), [f"{key}={value}" for key, value in flat(later)], notes=notes)
+    assert {field: plain(recipe, field) for field in values} == values
+    assert notes
+
+
+def test_adapters_that_are_inherited_do_not_give_way_to_parts(base) -> None:
+    """Without its adapters the recipe would train the whole LLM at the rate of adapters."""
+    lower = merge(yaml.safe_load(BASE), {"stage": {"tune": ["llm"], "lora": {"rank": 8}}, "model": {"path": "m"}})
+    lower["model"] = {**lower["model"], "llm": "", "vision": ""}
+    written(base, yaml.safe_dump(lower))
+    (line,) = problems_of(base, "stage.llm_parts=[mlp]")
+    assert f"stage.lora.rank is from {base}" in line
+    assert "stage.llm_parts is from the command line" in line
+
+
+def test_the_weight_of_an_override_takes_the_place_of_repeat_and_back(base) -> None:
+    entry = {"format": "flan", "path": "flan"}
+    for given, later, values in (({"repeat": 2}, "weight=3", (1, 3)), ({"weight": 3}, "repeat=2", (2, None))):
+        text = yaml.safe_dump(merge(yaml.safe_load(BASE), {"data": {"mixture": [entry | given]}}))
+        (found,) = load_recipe(str(written(base, text)), [f"data.mixture.0.{later}"]).data.mixture
+        assert (found.repeat, found.weight) == values
+
+
+def test_the_documented_adapters_on_the_starter_are_accepted() -> None:
+    recipe = load_recipe("starter/3_sft", ["stage.lora.rank=8"])
+    assert (recipe.stage.lora.rank, recipe.stage.llm_parts) == (8, ())
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if load_recipe(name).model.path])
+def test_every_recipe_of_a_whole_model_becomes_one_with_adapters(name) -> None:
+    tune = () if "llm" in load_recipe(name).stage.tune else ("stage.tune=[projector, llm]",)
+    assert load_recipe(name, [*tune, "stage.lora.rank=64"]).stage.lora.rank == 64
 
 
 def test_extends_is_a_key_of_files_and_not_of_overrides(base: Path) -> None:
@@ -349,7 +478,6 @@ def test_all_problems_are_reported_at_once(base: Path) -> None:
         "optim.warmup_ration: unknown key; did you mean 'warmup_ratio'?",
         "seed: got -1, expected an integer >= 0",
         "stage.lr: got 'fast', expected a number > 0 and < 1",
-        "budget: give exactly one of epochs and tokens",
         "optim.warmup_ratio: got 2, expected a number >= 0 and < 1",
     ]
 

@@ -12,7 +12,7 @@ from vila.core.errors import ConfigError, DataError
 from vila.core.types import Image
 from vila.data.batch import collate
 from vila.data.compact import compact
-from vila.data.deal import lanes_of
+from vila.data.deal import fitting_micro, lanes_of, micro_note
 from vila.data.fill import best_fill, longest_first
 from vila.data.pack import Lane, LaneSet, Policy
 
@@ -205,10 +205,18 @@ def test_a_rank_reads_its_own_lanes_only():
 
 
 def test_a_batch_that_cannot_be_dealt_is_refused_with_the_numbers_that_would_do():
-    with pytest.raises(ConfigError, match="12 is not a multiple of 5 ranks x micro-batch 1; make it 10 or 15$"):
+    with pytest.raises(ConfigError) as caught:
         lanes_of(0, 5, 12)
-    with pytest.raises(ConfigError, match="2 ranks x micro-batch 4; make it 8 or 16, or batch.micro one of 1, 2, 3, 6"):
-        lanes_of(0, 2, 12, micro=4)
+    assert (caught.value.field, caught.value.value, caught.value.expected) == ("batch", 12, "10 or 15")
+
+
+@pytest.mark.parametrize(
+    ("world", "lanes", "micro", "fitting"),
+    [(128, 128, 16, 1), (2, 12, 4, 3), (1, 10, 4, 2), (2, 8, 4, 4), (1, 7, 4, 1)],
+)
+def test_a_micro_batch_that_does_not_fit_the_share_of_a_rank_is_reduced(world, lanes, micro, fitting):
+    assert fitting_micro(world, lanes, micro) == fitting
+    assert bool(micro_note(world, lanes, micro)) == (fitting != micro)
 
 
 # Memory

@@ -146,7 +146,7 @@ def vila(capsys):
 def test_a_command_that_is_terminated_leaves_nothing(vila, model, tmp_path, monkeypatch):
     monkeypatch.setattr(stream.SafetensorsWriter, "append", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     code, _, err = vila("export", model, "--format", "safetensors", "--out", tmp_path / "out")
-    assert (code, err.endswith("error: stopped")) == (130, True)
+    assert (code, err.endswith("stopped")) == (130, True)
     assert not list(tmp_path.iterdir())
 
 

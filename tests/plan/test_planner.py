@@ -206,10 +206,15 @@ def test_the_largest_micro_batch_fits_and_the_next_one_does_not() -> None:
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_the_numbers_that_would() -> None:
-    with pytest.raises(
-        ConfigError, match="128 is not a multiple of 16 ranks x micro-batch 16.*batch.micro one of 1, 2"
-    ):
-        make_plan(load_recipe("vila_7b/3_sft"), parse_machine("16xA100"))
+    with pytest.raises(ConfigError) as caught:
+        make_plan(load_recipe("vila_7b/3_sft"), parse_machine("24xA100"))
+    assert (caught.value.field, caught.value.value, caught.value.expected) == ("batch", 128, "120 or 144")
+
+
+def test_a_micro_batch_that_is_more_than_a_gpu_s_share_is_reduced_to_it() -> None:
+    plan = make_plan(load_recipe("vila_7b/3_sft"), parse_machine("16xA100"))
+    assert (plan.batch.micro, plan.batch.asked_micro, plan.batch.accumulation) == (8, 16, 1)
+    assert plan.memory == make_plan(load_recipe("vila_7b/3_sft", ["batch.micro=8"]), parse_machine("16xA100")).memory
 
 
 @pytest.mark.parametrize("name", [name for name in recipe_names() if not name.startswith("starter/")])

@@ -198,12 +198,13 @@ def test_a_sample_that_one_rank_cannot_read_stops_all_with_its_name(stand, tmp_p
     errors = run_ranks(2, train, stand, "unreadable", *options)
     assert all(isinstance(error, VilaError) and "'broken'" in str(error) for error in errors)
     assert sum("rank " in str(error) for error in errors) == 1
+    assert [error.is_repeated for error in errors] == [False, True]
 
 
 def test_a_batch_that_does_not_divide_is_refused_with_what_would(stand):
     error, _ = run_ranks(2, train, stand, "uneven", "batch.rows=3")
     assert isinstance(error, ConfigError)
-    assert "3 is not a multiple of 2 ranks x micro-batch 1; make it 2 or 4" in str(error)
+    assert (error.field, error.value, error.expected) == ("batch", 3, "2 or 4")
 
 
 def finished(stand, out, *overrides):

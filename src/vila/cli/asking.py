@@ -17,6 +17,7 @@ from vila.cli.asked import Asked
 from vila.cli.loading import Loading, check_fit, load_engine, open_model
 from vila.cli.shots import with_opened
 from vila.core.errors import ConfigError, TemplateError
+from vila.core.events import task
 from vila.core.files import check_writable
 from vila.engine.request import Sampling
 
@@ -81,11 +82,10 @@ def answer_file(
 
 
 def _counted(answers: Iterator[dict[str, Any]], screen: Any, total: int) -> Iterator[dict[str, Any]]:
-    screen.started("answers", total, "rows")
-    for answer in answers:
-        yield answer
-        screen.advanced("answers")
-    screen.finished("answers")
+    with task(screen, "answers", total, "rows"):
+        for answer in answers:
+            yield answer
+            screen.advanced("answers")
 
 
 def _check_target(out: Path, source: Path) -> None:

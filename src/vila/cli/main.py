@@ -39,7 +39,7 @@ from vila.cli.serve import serve
 from vila.cli.shots import ShotCommand
 from vila.cli.submit import submit
 from vila.cli.train import train
-from vila.core.errors import VilaError
+from vila.core.errors import Interrupted, VilaError
 
 _SHOW_TRACEBACK = "VILA_TRACEBACK"
 _SOFTWARE_ERROR = 70  # EX_SOFTWARE of sysexits.h
@@ -102,14 +102,15 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     try:
         app(arguments, prog_name="vila")
     except VilaError as error:
-        _complain(str(error))
+        if not error.is_repeated:
+            _complain(str(error), error="" if isinstance(error, Interrupted) else "error: ")
         sys.exit(error.exit_code)
     except SystemExit as ended:
         # The command-line library turns Ctrl-C into this status and says nothing.
         if ended.code == 130:
             words = sys.argv[1:] if arguments is None else arguments
             resumable = any(tuple(words[: len(one)]) == one for one in _RESUMABLE)
-            _complain(_RESUMED if resumable else "stopped")
+            _complain(_RESUMED if resumable else "stopped", error="")
         raise
     except BrokenPipeError:
         # The reader of our output went away (`vila ... | head`); the interpreter must not write to it again.
@@ -171,11 +172,11 @@ def _open_closed_streams() -> None:
             setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115 open to the end
 
 
-def _complain(text: str) -> None:
+def _complain(text: str, *, error: str = "error: ") -> None:
     from rich.console import Console
     from rich.text import Text
 
-    Console(stderr=True).print(Text("error: ", style="bold red") + Text(text), soft_wrap=True)
+    Console(stderr=True).print(Text(error, style="bold red") + Text(text), soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -94,7 +94,10 @@ def lines(plan: Plan) -> Iterator[tuple[str, str]]:
         )
         yield "", f"{name:<14}{cells}"
     yield "peak", _peak(plan)
-    yield "micro-batch", f"{batch.micro} {batch.unit}; the largest that fits: {plan.largest_micro or 'none'}"
+    reduced = (
+        "" if batch.micro == batch.asked_micro else f" (batch.micro={batch.asked_micro} is more than a GPU's share)"
+    )
+    yield "micro-batch", f"{batch.micro} {batch.unit}{reduced}; the largest that fits: {plan.largest_micro or 'none'}"
     yield "step", f"{batch.size} {batch.unit} = {machine.gpus} GPUs x {batch.micro} x {batch.accumulation} accumulated"
     about = f"{batch.samples:,.0f} samples and " if batch.samples else ""
     yield "", f"about {about}{batch.tokens:,.0f} tokens; published: {PUBLISHED_BATCH[plan.stage]:,} samples"

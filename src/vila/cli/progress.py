@@ -21,6 +21,7 @@ from rich.table import Column
 from rich.text import Text
 
 from vila.cli.pace import Pace
+from vila.core.events import Outcome
 from vila.report.scale import write_seconds
 
 _LOG_EVERY_S = 15.0
@@ -85,7 +86,7 @@ class Screen:
         """A line above the bars."""
         self.console.print(text, markup=False, soft_wrap=True)
 
-    def finished(self, task: str, summary: str = "") -> None:
+    def finished(self, task: str, outcome: Outcome = "done") -> None:
         """Stop the bar where it is; one inside other work, which may come again and again, goes away."""
         if self._live:
             number = self._tasks.pop(task)
@@ -95,7 +96,8 @@ class Screen:
         else:
             log = self._logs.pop(task)
             seconds = time.monotonic() - log.began
-            self.console.print(f"{task}: done in {seconds:.0f} s {summary}".rstrip(), markup=False)
+            how = "done in" if outcome == "done" else f"{outcome} after"
+            self.console.print(f"{task}: {how} {seconds:.0f} s", markup=False)
 
 
 def write_facts(facts: dict[str, float | str]) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -48,7 +50,11 @@ def train(
     """Train the stage that [bold]RECIPE[/bold] describes; run it again after a stop and it goes on."""
     from vila.config.load import load_recipe, recipe_to_yaml
 
-    resolved = load_recipe(recipe, overrides or [])
+    notes: list[str] = []
+    with _said_once():
+        resolved = load_recipe(recipe, overrides or [], notes=notes)
+    for note in notes if current_place().main else ():
+        typer.echo(f"note: {note}", err=True)
     allowed = tuple(allow_changes or ())
     if slurm:
         allowing = [word for field in allowed for word in ("--allow-changes", field)]
@@ -89,13 +95,26 @@ def train(
         run.world.close()
 
 
+@contextmanager
+def _said_once() -> Iterator[None]:
+    """Inside, the processes of a run raise the same errors, so rank 0 alone prints them; but not those of the disk,
+    which may be of one machine alone."""
+    place = current_place()
+    try:
+        yield
+    except VilaError as error:
+        error.is_repeated = not (place.main or isinstance(error.__cause__, OSError))
+        raise
+
+
 def _batch(recipe: Recipe, arguments: list[str], slurm: str, dry_run: bool) -> str:
     """The batch script, or what Slurm says to it. Raises ConfigError when the processes cannot share the batch."""
     from vila.cli.slurm import parse_job, render_script, submit
-    from vila.data.deal import lanes_of
+    from vila.data.deal import micro_note
 
     job = parse_job(slurm)
-    lanes_of(0, job.world, recipe.batch.rows or recipe.batch.samples, recipe.batch.micro)
+    if note := micro_note(job.world, recipe.batch.rows or recipe.batch.samples, recipe.batch.micro):
+        typer.echo(note, err=True)
     folder = recipe.output.dir
     script = render_script(job, name=recipe.name, folder=folder, arguments=arguments)
     if dry_run:

@@ -8,15 +8,18 @@ from typing import Any
 from pydantic import ValidationError
 
 from vila.config.fields import choices_at, describe_fields, expected_at, known_keys
+from vila.config.layers import COMMAND_LINE, origin_of
 from vila.config.mixtures import Loc, expand_mixtures
-from vila.config.schema import Recipe
+from vila.config.schema import Conflict, Recipe
 from vila.core.errors import near_names
 
 _LONGEST_VALUE = 80
 
 
-def check_recipe(tree: Mapping[str, Any]) -> tuple[Recipe | None, list[str]]:
+def check_recipe(tree: Mapping[str, Any], layers: Mapping[str, str] | None = None) -> tuple[Recipe | None, list[str]]:
     """The recipe that `tree` states and no problems, or None and every problem found.
+
+    layers: the name of the recipe or file that each field is from, for problems between several fields.
 
     A misspelt key is reported and then read as the key it resembles, so that one typing error neither hides
     the problems behind it nor shows up a second time as a missing field.
@@ -35,7 +38,7 @@ def check_recipe(tree: Mapping[str, Any]) -> tuple[Recipe | None, list[str]]:
         if not unknown:
             # To pydantic a list with wrong items is "too short" as well: of problems on one path the deepest counts.
             inner = {fault["loc"][:depth] for fault in faults for depth in range(len(fault["loc"]))}
-            problems += [_problem(fault, origins) for fault in faults if fault["loc"] not in inner - {()}]
+            problems += [_problem(fault, origins, layers or {}) for fault in faults if fault["loc"] not in inner - {()}]
             return None, list(dict.fromkeys(problems))
         for loc in unknown:
             near = near_names(str(loc[-1]), known_keys(loc[:-1]), 1)
@@ -75,11 +78,12 @@ def _without_mixtures(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"mixtures": {}})})
 
 
-def _problem(fault: Mapping[str, Any], origins: Mapping[Loc, Loc]) -> str:
+def _problem(fault: Mapping[str, Any], origins: Mapping[Loc, Loc], layers: Mapping[str, str]) -> str:
     loc, value = fault["loc"], fault["input"]
     shown = dotted(_written(loc, origins))
     if fault["type"] == "value_error":
-        text = str(fault["ctx"]["error"])
+        error = fault["ctx"]["error"]
+        text = f"{error}{_sources(error, shown, layers)}"
         return f"{shown}: {text}" if loc else text
     expected = expected_at(loc)
     if fault["type"] == "missing":
@@ -89,6 +93,17 @@ def _problem(fault: Mapping[str, Any], origins: Mapping[Loc, Loc]) -> str:
     near = near_names(value, choices_at(loc), 1) if isinstance(value, str) else []
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return f"{shown}: got {quoted(value)}, expected {expected}{hint}"
+
+
+def _sources(error: Exception, shown: str, layers: Mapping[str, str]) -> str:
+    """The recipes that the values of a conflict are from, ` (stage.tune is from my.yaml)`; empty if that is plain."""
+    if not isinstance(error, Conflict):
+        return ""
+    fields = [f"{shown}.{field}" if shown else field for field in error.fields]
+    found = {field: layer for field in fields if (layer := origin_of(field, layers))}
+    if len(set(layers.values())) < 2 or set(found.values()) <= {COMMAND_LINE}:
+        return ""
+    return f" ({', '.join(f'{field} is from {layer}' for field, layer in found.items())})"
 
 
 def _renamed(tree: Any, loc: Sequence[str | int], near: list[str]) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import reduce
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import yaml
 
 from vila.config.check import check_recipe, quoted, with_item
 from vila.config.fields import describe_fields
+from vila.config.layers import COMMAND_LINE, fields_of, give_way, origin_of
 from vila.config.schema import Recipe
 from vila.core.errors import ConfigError, UnknownNameError
 from vila.core.files import write_text
@@ -36,26 +38,69 @@ def recipe_names() -> list[str]:
     return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
 
 
-def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
-    """The recipe of a packaged name or a `.yaml` file, `extends` resolved and `key=value` overrides applied.
+def load_recipe(name_or_path: str, overrides: Sequence[str] = (), *, notes: list[str] | None = None) -> Recipe:
+    """Load the recipe of a packaged name or a `.yaml` file, with `extends` resolved and `key=value` overrides applied.
 
     `extends` names a packaged recipe, or a file relative to the one that says so. A mapping, of a recipe or of an
     override, is merged into what it changes; any other value, a list included, replaces it. An override's value is
-    YAML, and nothing after the `=` means empty text.
+    YAML, and nothing after the `=` means empty text. Of settings that exclude each other, the one that is given later
+    (in a file that extends another, or on the command line) stays; see `vila.config.layers`.
+
+    notes: receives a line for each setting that gave way to a later one.
     Raises UnknownNameError for a name that is not packaged, ConfigError for a file that cannot be read or is not YAML,
     and one ConfigError with all problems of everything else.
     """
     problems: list[str] = []
-    tree = _read_chain(_find(name_or_path), problems, ())
-    for override in overrides:
-        try:
-            tree = _override(tree, override)
-        except ConfigError as error:
-            problems.append(str(error))
-    recipe, faults = check_recipe(tree)
+    tree: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    for label, layer in _read_chain(_find(name_or_path), name_or_path, problems, ()):
+        tree = _without_excluded(tree, layer, label, origins, notes)
+        tree = _merged(tree, layer)
+    tree = _overridden(tree, overrides, origins, problems, notes)
+    recipe, faults = check_recipe(tree, origins)
     if problems or recipe is None:
         raise ConfigError.collect(name_or_path, problems + faults)
     return recipe
+
+
+def _overridden(
+    tree: dict[str, Any],
+    overrides: Sequence[str],
+    origins: dict[str, str],
+    problems: list[str],
+    notes: list[str] | None,
+) -> dict[str, Any]:
+    """The tree with all overrides applied, which together are one layer; bad ones become problems."""
+    parsed: list[tuple[list[str], Any]] = []
+    layer: dict[str, Any] = {}
+    for override in overrides:
+        try:
+            keys, value = _parsed_override(override)
+        except ConfigError as error:
+            problems.append(str(error))
+            continue
+        parsed.append((keys, value))
+        layer = _merged(layer, reduce(lambda inner, key: {key: inner}, reversed(keys), value))
+    tree = _without_excluded(tree, layer, COMMAND_LINE, origins, notes)
+    for keys, value in parsed:
+        try:
+            tree = _with_value(tree, keys, value, "")
+        except ConfigError as error:
+            problems.append(str(error))
+    return tree
+
+
+def _without_excluded(
+    tree: dict[str, Any], layer: dict[str, Any], label: str, origins: dict[str, str], notes: list[str] | None
+) -> dict[str, Any]:
+    """The tree without the settings that a later layer excludes; `origins` learns which values are the layer's."""
+    tree, changed = give_way(tree, layer)
+    for field in changed:
+        if notes is not None:
+            notes.append(f"{field} of {origin_of(field, origins)} gives way to what {label} says")
+        origins[field] = label
+    origins |= dict.fromkeys(fields_of(layer), label)
+    return tree
 
 
 def recipe_to_yaml(recipe: Recipe) -> str:
@@ -108,8 +153,13 @@ def _find(name: str, base: Path = Path(), kind: str = "recipe") -> Path:
     return _packaged_folder() / f"{name}.yaml"
 
 
-def _read_chain(path: Path, problems: list[str], above: tuple[Path, ...]) -> dict[str, Any]:
-    """The mapping in `path` merged over the recipes that it extends. `above` are the files that led here."""
+def _read_chain(
+    path: Path, label: str, problems: list[str], above: tuple[Path, ...]
+) -> list[tuple[str, dict[str, Any]]]:
+    """The mappings of the recipes that `path` extends and its own, each with the name of its recipe.
+
+    above: the files that led here.
+    """
     here = path.resolve()
     if here in above:
         names = " -> ".join(file.name for file in (*above[above.index(here) :], here))
@@ -117,13 +167,12 @@ def _read_chain(path: Path, problems: list[str], above: tuple[Path, ...]) -> dic
     tree = _read_file(path, problems)
     other = tree.pop("extends", None)
     if other is None:
-        return tree
+        return [(label, tree)]
     if not isinstance(other, str):
         problems.append(f"extends: got {quoted(other)}, expected the name of a recipe or a path")
-        return tree
+        return [(label, tree)]
     base = _find(other, path.parent, f"recipe that {path} extends:")
-    merged: dict[str, Any] = _merged(_read_chain(base, problems, (*above, here)), tree)
-    return merged
+    return [*_read_chain(base, other, problems, (*above, here)), (label, tree)]
 
 
 def _read_file(path: Path, problems: list[str]) -> dict[str, Any]:
@@ -204,8 +253,8 @@ def _merged(base: Any, change: Any) -> Any:
     return {**base, **{key: _merged(base.get(key), value) for key, value in change.items()}}
 
 
-def _override(tree: dict[str, Any], override: str) -> dict[str, Any]:
-    """A copy of `tree` with one `dotted.key=value` applied. Raises ConfigError naming the override."""
+def _parsed_override(override: str) -> tuple[list[str], Any]:
+    """Keys and value of one `dotted.key=value`. Raises ConfigError naming the override."""
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
@@ -218,8 +267,7 @@ def _override(tree: dict[str, Any], override: str) -> dict[str, Any]:
         ) from error
     if duplicates:
         raise ConfigError(f"override {override!r}: {duplicates[0]}")
-    changed: dict[str, Any] = _with_value(tree, keys, "" if not text.strip() else value, "")
-    return changed
+    return keys, "" if not text.strip() else value
 
 
 def _with_value(tree: Any, keys: list[str], value: Any, done: str) -> Any:

@@ -13,6 +13,14 @@ Module = Literal["vision", "projector", "llm"]
 Positive = Field(gt=0)
 
 
+class Conflict(ValueError):
+    """Values of several fields do not go together. fields: their names in the section that is checked."""
+
+    def __init__(self, text: str, *fields: str) -> None:
+        super().__init__(text)
+        self.fields = fields
+
+
 class Config(BaseModel):
     """Base of all recipe sections: frozen, unknown keys refused, docstrings below fields become help."""
 
@@ -47,9 +55,9 @@ class ModelSource(Config):
     @model_validator(mode="after")
     def _one_source(self) -> ModelSource:
         if bool(self.path) == bool(self.llm or self.vision):
-            raise ValueError("give either path, or both llm and vision")
+            raise Conflict("give either path, or both llm and vision", "path", "llm", "vision")
         if not self.path and not (self.llm and self.vision):
-            raise ValueError("llm and vision go together; one of them is missing")
+            raise Conflict("llm and vision go together; one of them is missing", "llm", "vision")
         return self
 
 
@@ -87,11 +95,15 @@ class Stage(Config):
     @model_validator(mode="after")
     def _adapters(self) -> Stage:
         if self.lora.rank and "llm" not in self.tune:
-            raise ValueError("lora puts adapters into the LLM, but tune does not name llm")
+            raise Conflict("lora puts adapters into the LLM, but tune does not name llm", "lora.rank", "tune")
         if self.lora.rank and "vision" in self.tune:
-            raise ValueError("lora leaves the tower as it is; take vision out of tune")
+            raise Conflict("lora leaves the tower as it is; take vision out of tune", "lora.rank", "tune")
         if self.lora.rank and self.llm_parts:
-            raise ValueError("give lora.targets or llm_parts, not both")
+            raise Conflict(
+                "give lora.targets or llm_parts, not both; lora.rank=0 trains without adapters",
+                "lora.rank",
+                "llm_parts",
+            )
         return self
 
 
@@ -125,9 +137,9 @@ class MixtureEntry(Config):
     @model_validator(mode="after")
     def _one_share(self) -> MixtureEntry:
         if self.weight is not None and self.repeat != 1:
-            raise ValueError("give repeat or weight, not both")
+            raise Conflict("give repeat or weight, not both", "repeat", "weight")
         if self.split == "val" and not self.val_fraction:
-            raise ValueError("split is val, but val_fraction is 0: nothing is held back")
+            raise Conflict("split is val, but val_fraction is 0: nothing is held back", "split", "val_fraction")
         return self
 
 
@@ -173,7 +185,7 @@ class Batch(Config):
     samples: int = Field(default=0, ge=0)
     """Global batch in samples, summed over ranks and accumulation (`packing: none` or `grouped`)."""
     micro: int = Field(default=1, ge=1)
-    """Rows that one forward pass holds on one rank."""
+    """Rows that one forward pass holds on one rank; less where a rank's share of the batch is no multiple of it."""
 
 
 class Optim(Config):
@@ -205,7 +217,7 @@ class Budget(Config):
     @model_validator(mode="after")
     def _one_unit(self) -> Budget:
         if bool(self.epochs) == bool(self.tokens):
-            raise ValueError("give exactly one of epochs and tokens")
+            raise Conflict("give exactly one of epochs and tokens", "epochs", "tokens")
         return self
 
 
@@ -316,21 +328,39 @@ class Recipe(Config):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        problems = []
-        wanted, other = ("rows", "samples") if self.data.packing == "rows" else ("samples", "rows")
+        conflicts: list[Conflict] = []
+
+        def refuse(text: str, *fields: str) -> None:
+            conflicts.append(Conflict(text, *fields))
+
+        packing = self.data.packing
+        wanted, other = ("rows", "samples") if packing == "rows" else ("samples", "rows")
         if not getattr(self.batch, wanted) or getattr(self.batch, other):
-            problems.append(
-                f"data.packing is {self.data.packing!r}, so batch.{wanted} states the batch and batch.{other} must be 0"
+            refuse(
+                f"data.packing is {packing!r}, so batch.{wanted} states the batch and batch.{other} must be 0",
+                "data.packing",
+                f"batch.{wanted}",
+                f"batch.{other}",
             )
-        size = self.batch.rows or self.batch.samples
-        if size and size % self.batch.micro:
-            problems.append(f"batch.{wanted}={size} is not a multiple of batch.micro={self.batch.micro}")
         if self.compute.feature_cache and "vision" in self.stage.tune:
-            problems.append("compute.feature_cache needs a frozen tower, but stage.tune names vision")
+            refuse(
+                "compute.feature_cache needs a frozen tower, but stage.tune names vision",
+                "compute.feature_cache",
+                "stage.tune",
+            )
         if self.stage.lora.rank and not self.model.path:
-            problems.append("stage.lora adapts a whole model; give model.path, so that the adapter can name its base")
+            refuse(
+                "stage.lora adapts a whole model; give model.path, so that the adapter can name its base",
+                "stage.lora.rank",
+                "model.llm",
+            )
         if self.output.keep_best and not self.monitor.eval_every_steps:
-            problems.append("output.keep_best needs evaluations; set monitor.eval_every_steps")
-        if problems:
-            raise ValueError("; ".join(problems))
+            refuse(
+                "output.keep_best needs evaluations; set monitor.eval_every_steps",
+                "output.keep_best",
+                "monitor.eval_every_steps",
+            )
+        if conflicts:
+            fields = dict.fromkeys(field for conflict in conflicts for field in conflict.fields)
+            raise Conflict("; ".join(map(str, conflicts)), *fields)
         return self

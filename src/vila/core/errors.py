@@ -45,6 +45,8 @@ class VilaError(Exception):
 
     is_repeated = False
     """Whether another process of the run, rank 0, prints the same error."""
+    rank: int | None = None
+    """Rank of the process that the error is from, where it is another one."""
 
     def __init__(
         self,
@@ -75,7 +77,8 @@ class VilaError(Exception):
         if self.expected:
             reasons.append(f"expected {self.expected}")
         text = ": ".join(part for part in (", ".join(location), self.field or "", ", ".join(reasons)) if part)
-        return f"{text}; {self.hint}" if self.hint else text
+        text = f"{text}; {self.hint}" if self.hint else text
+        return text if self.rank is None else f"rank {self.rank}: {text}"
 
     def within(self, file: str | PathLike[str], record: int | str | None = None) -> Self:
         """Add the file and record that hold the reported text, in place, and return the error itself.

@@ -1,11 +1,15 @@
-"""The progress protocol: long work tells what it does, and whoever listens decides how to show it."""
+"""The progress protocol: long work reports its progress, and the listener decides how to show it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
+
+from vila.core.errors import Interrupted
+
+Outcome = Literal["done", "stopped", "failed"]
 
 
 @runtime_checkable
@@ -21,7 +25,7 @@ class Events(Protocol):
     def said(self, text: str) -> None:
         """A line for the reader."""
 
-    def finished(self, task: str, summary: str = "") -> None:
+    def finished(self, task: str, outcome: Outcome = "done") -> None:
         """Work on `task` is over."""
 
 
@@ -38,7 +42,7 @@ class Silent:
     def said(self, text: str) -> None:
         """Nothing."""
 
-    def finished(self, task: str, summary: str = "") -> None:
+    def finished(self, task: str, outcome: Outcome = "done") -> None:
         """Nothing."""
 
 
@@ -47,9 +51,14 @@ SILENT = Silent()
 
 @contextmanager
 def task(events: Events, name: str, total: int | None = None, unit: str = "") -> Iterator[None]:
-    """`started` on entry and `finished` on exit, also when the body raises."""
+    """`started` on entry and `finished` on exit; "stopped" when the body is interrupted, "failed" when it raises."""
     events.started(name, total, unit)
+    outcome: Outcome = "failed"
     try:
         yield
+        outcome = "done"
+    except (Interrupted, KeyboardInterrupt, GeneratorExit):
+        outcome = "stopped"
+        raise
     finally:
-        events.finished(name)
+        events.finished(name, outcome)

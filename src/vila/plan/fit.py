@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal
 
-from vila.config.load import recipe_differences
+from vila.config.load import recipe_changes
 from vila.config.schema import Recipe
 from vila.plan.devices import NODE, Machine
 from vila.plan.learning import Learning
@@ -14,6 +14,8 @@ from vila.plan.shape import ModelShape
 
 _CONTEXT_BYTES = 1.5 * 2**30
 """CUDA's context, the libraries' workspaces and the buffers of NCCL."""
+_FOLLOWING = ("stage.tune", "stage.llm_parts")
+"""Fields that give way to adapters by themselves."""
 _USED = 0.95
 """Share of what is left that tensors can fill; the allocator's gaps take the rest."""
 
@@ -52,7 +54,7 @@ def largest_micro(recipe: Recipe, machine: Machine, shape: ModelShape, learning:
     share = (recipe.batch.rows or recipe.batch.samples) // machine.gpus
     best = 0
     for rows in (number for number in range(1, share + 1) if share % number == 0):
-        if memory_of(_with_micro(recipe, rows), machine, shape, learning).total > usable_bytes(machine):
+        if memory_of(with_micro(recipe, rows), machine, shape, learning).total > usable_bytes(machine):
             break
         best = rows
     return best
@@ -82,7 +84,7 @@ def _fitting(tried: Iterable[tuple[Recipe, Machine]], shape: ModelShape) -> Iter
         if micro := largest_micro(recipe, machine, shape, Learning.of(recipe.stage)):
             while micro > recipe.batch.micro:
                 micro = max(number for number in range(1, micro) if micro % number == 0)
-            yield _with_micro(recipe, micro), machine
+            yield with_micro(recipe, micro), machine
 
 
 def _larger(recipe: Recipe, machine: Machine) -> Iterator[tuple[Recipe, Machine]]:
@@ -98,7 +100,8 @@ def _adapted(recipe: Recipe, bits: Literal[4, 16]) -> Recipe | None:
     if "llm" not in recipe.stage.tune:
         return None
     lora = recipe.stage.lora.model_copy(update={"rank": recipe.stage.lora.rank or 64, "bits": bits})
-    stage = recipe.stage.model_copy(update={"lora": lora, "llm_parts": ()})
+    tune = tuple(part for part in recipe.stage.tune if part != "vision")
+    stage = recipe.stage.model_copy(update={"lora": lora, "llm_parts": (), "tune": tune})
     # Quantized weights cannot be dealt out.
     changed = recipe if bits == 16 else _with(recipe, {"sharding": "replicate"})
     return changed.model_copy(update={"stage": stage})
@@ -107,9 +110,9 @@ def _adapted(recipe: Recipe, bits: Literal[4, 16]) -> Recipe | None:
 def _described(before: Recipe, machine: Machine, recipe: Recipe, larger: Machine) -> str:
     """What is different, as one would type it."""
     words = [] if larger == machine else [f"--gpus {larger.text}"]
-    for line in recipe_differences(before, recipe):
-        key, _, change = line.partition(": ")
-        words.append(f"{key}={change.rpartition(' -> ')[2].strip(chr(39)).lower()}")
+    for key, _, now in recipe_changes(before, recipe):
+        if key not in _FOLLOWING:
+            words.append(f"{key}={now.strip(chr(39)).lower()}")
     return " ".join(words)
 
 
@@ -118,5 +121,6 @@ def _with(recipe: Recipe, compute: Mapping[str, object]) -> Recipe:
     return recipe.model_copy(update={"compute": recipe.compute.model_copy(update=compute)})
 
 
-def _with_micro(recipe: Recipe, micro: int) -> Recipe:
+def with_micro(recipe: Recipe, micro: int) -> Recipe:
+    """The recipe with another micro-batch."""
     return recipe.model_copy(update={"batch": recipe.batch.model_copy(update={"micro": micro})})

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from vila.config.schema import Recipe
-from vila.data.deal import lanes_of
+from vila.data.deal import fitting_micro
 from vila.plan.data_facts import DataFacts, expected_data
 from vila.plan.devices import Machine
-from vila.plan.fit import holding_of, largest_micro, memory_of, remedies, usable_bytes, worst_micro
+from vila.plan.fit import holding_of, largest_micro, memory_of, remedies, usable_bytes, with_micro, worst_micro
 from vila.plan.flops import Flops, step_flops
 from vila.plan.learning import Learning, count_learning
 from vila.plan.memory import Memory, by_component
@@ -30,11 +30,15 @@ FILL = 0.98
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A step of the whole machine: `size` rows or samples, in `accumulation` micro-batches of `micro` on each rank."""
+    """A step of the whole machine: `size` rows or samples, in `accumulation` micro-batches of `micro` on each rank.
+
+    asked_micro: the recipe's `batch.micro`; `micro` is less where a rank's share of the batch is no multiple of it.
+    """
 
     unit: Literal["rows", "samples"]
     size: int
     micro: int
+    asked_micro: int
     accumulation: int
     samples: float
     tokens: float
@@ -109,7 +113,8 @@ def make_plan(
     if data is None:
         data, unknown = expected_data(recipe)
     size = recipe.batch.rows or recipe.batch.samples
-    lanes_of(0, machine.gpus, size, recipe.batch.micro)
+    asked_micro = recipe.batch.micro
+    recipe = with_micro(recipe, fitting_micro(machine.gpus, size, asked_micro))
     accumulation = size // (machine.gpus * recipe.batch.micro)
     memory = memory_of(recipe, machine, shape, learning)
     usable = usable_bytes(machine)
@@ -126,6 +131,7 @@ def make_plan(
             "rows" if recipe.batch.rows else "samples",
             size,
             recipe.batch.micro,
+            asked_micro,
             accumulation,
             *_step(recipe, shape, data),
         ),

@@ -68,10 +68,8 @@ def scaling(recipe: Recipe, machine: Machine, gpus: Sequence[int], sharding: Seq
 
 def _point(recipe: Recipe, machine: Machine, sharding: Sharding, shape: ModelShape) -> Point:
     share = (recipe.batch.rows or recipe.batch.samples) // machine.gpus
-    micro = max(rows for rows in range(1, min(share, recipe.batch.micro) + 1) if share % rows == 0)
     compute = recipe.compute.model_copy(update={"sharding": sharding})
-    batch = recipe.batch.model_copy(update={"micro": micro})
-    recipe = recipe.model_copy(update={"compute": compute, "batch": batch})
+    recipe = recipe.model_copy(update={"compute": compute})
     plan = make_plan(recipe, machine, mfu=COMPUTE_MFU, shape=shape)
     assert plan.duration is not None
     return Point(

@@ -169,6 +169,7 @@ class Checkpoints:
         """Raise CheckpointError when a checkpoint could not be written, as far as is known now."""
         if self._error:
             error, self._error = self._error, None
+            error.is_repeated = not self.world.main
             raise error
 
     def _open(self, target: Path, stack: ExitStack) -> Path:

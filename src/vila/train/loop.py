@@ -133,7 +133,8 @@ class Trainer:
                     saved = time.monotonic()
                 if asked:
                     kind = Interrupted if asked == signal.SIGINT else Preempted
-                    raise kind(f"{self.name}: stopped after step {self.progress.step}; run it again to go on")
+                    with self._same_in_all():
+                        raise kind(f"{self.name}: stopped after step {self.progress.step}; run it again to go on")
             for listener in self.listeners:
                 if finish := getattr(listener, "finish", None):
                     finish(self)
@@ -144,7 +145,8 @@ class Trainer:
         late: the last checkpoint was long ago. Returns the facts of the step, and what each process told of it.
         """
         rows, batches, shares = self._read(stop, late)
-        faults = self.faults.add([fault for share in shares for fault in share.faults])
+        with self._same_in_all():
+            faults = self.faults.add([fault for share in shares for fault in share.faults])
         supervised = sum(share.supervised for share in shares)
         places = {name: number for number, name in enumerate(self.data_sets)}
         sums = torch.zeros(1 + len(places), dtype=torch.float64, device=self.world.device)
@@ -188,11 +190,13 @@ class Trainer:
         mine = share_of(rows, batches, self.data_set)
         mine = replace(mine, stop=stop.number if stop else 0, late=late, problem=problem)
         shares = self.world.gather(mine)
-        if problem:
-            raise problem
-        for rank, share in enumerate(shares):
-            if share.problem:
-                raise type(share.problem)(f"rank {rank}: {share.problem}")
+        with self._same_in_all():
+            if problem:
+                raise problem
+            for rank, share in enumerate(shares):
+                if share.problem:
+                    share.problem.rank = rank
+                    raise share.problem
         return rows, batches, shares
 
     def _micro(self, rows: Sequence[Row]) -> list[Sequence[Row]]:
@@ -253,10 +257,11 @@ class Trainer:
             if self.progress.bad_steps >= self.bad_steps:
                 what = "loss" if not math.isfinite(facts["loss"]) else "gradient"
                 value = facts["loss"] if what == "loss" else facts["grad_norm"]
-                raise TrainingError(
-                    f"{self.name}: the {what} of step {facts['step']} is {value}; its samples are {_listed(ids)}. "
-                    f"budget.max_bad_steps={self.bad_steps} such steps may be left out; all are in bad_steps.jsonl"
-                )
+                with self._same_in_all():
+                    raise TrainingError(
+                        f"{self.name}: the {what} of step {facts['step']} is {value}; its samples are {_listed(ids)}. "
+                        f"budget.max_bad_steps={self.bad_steps} such steps may be left out; all are in bad_steps.jsonl"
+                    )
         else:
             factor = rate_factor(self.spent(self.progress), self.warmup_ratio)
             self.optimizer.step(factor, facts["grad_norm"])
@@ -270,6 +275,15 @@ class Trainer:
             dropped=self.progress.dropped + facts["dropped"],
             truncated=self.progress.truncated + facts["truncated"],
         )
+
+    @contextmanager
+    def _same_in_all(self) -> Iterator[None]:
+        """Inside, every process raises an error of the same cause; the main process prints it."""
+        try:
+            yield
+        except VilaError as error:
+            error.is_repeated = not self.main
+            raise
 
     def _usage(self, facts: dict[str, Any], seconds: float) -> dict[str, float]:
         out = {}

@@ -104,12 +104,23 @@ class World:
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """The main process runs the body before the others do: what it fetched or wrote is there for them."""
+        """The main process runs the body before the others do: what it fetched or wrote is there for them.
+
+        A VilaError of the main process is raised in all of them.
+        """
         if not self.main:
-            self.gather(None)
-        yield
-        if self.main:
-            self.gather(None)
+            problem = self.gather(None)[0]
+            if isinstance(problem, VilaError):
+                problem.is_repeated = True
+                raise problem
+            yield
+            return
+        try:
+            yield
+        except VilaError as error:
+            self.gather(error)
+            raise
+        self.gather(None)
 
     def close(self) -> None:
         """Part from the others."""

@@ -41,11 +41,11 @@ def build_rows(
 ) -> LaneSet | WorkerLanes:
     """The rows of a run from `states` on; read by `compute.workers` processes.
 
-    Raises ConfigError when the global batch cannot be dealt to the ranks, or when a data set has an image mode of its
+    Raises ConfigError when the global batch is no multiple of the ranks, or when a data set has an image mode of its
     own and features are cached, since the cache is made with the stage's.
     """
     data, count = recipe.data, recipe.batch.rows or recipe.batch.samples
-    lanes_of(rank, world, count, recipe.batch.micro)
+    lanes_of(rank, world, count)
     own = [entry.path for entry in data.mixture if entry.image_mode not in (None, recipe.model.image_mode)]
     if own and recipe.compute.feature_cache:
         raise ConfigError(f"compute.feature_cache knows one image_mode, but {own[0]} has its own; turn the cache off")

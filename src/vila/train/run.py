@@ -19,6 +19,7 @@ from vila.core.fields import Fields
 from vila.core.files import remove_partials, write_json
 from vila.core.locks import DirectoryLock
 from vila.core.optional import require
+from vila.data.deal import fitting_micro, micro_note
 from vila.data.mixture import Mixture
 from vila.data.stamps import FileStamp
 from vila.model.layouts.protocol import Checkpoint as ModelCheckpoint
@@ -147,9 +148,11 @@ def build(
     lock = _open_folder(recipe.output.dir, world, events)
     try:
         return _build(recipe, world, lock, listeners, events, allow_changes)
-    except BaseException:
+    except BaseException as error:
         if lock:
             lock.release()
+        if isinstance(error, ConfigError):  # of the recipe, which all processes read
+            error.is_repeated = not world.main
         raise
 
 
@@ -176,6 +179,9 @@ def _build(
         model, processor = load_start(recipe, start)
     learner = make_learner(recipe, model, processor, mixture, world, events)
     restore(resumed, learner.optimizer, recipe, world)
+    count = recipe.batch.rows or recipe.batch.samples
+    if note := micro_note(world.place.world, count, recipe.batch.micro):
+        events.said(note)
     states = resumed.lanes if resumed else None
     place = {"rank": world.place.rank, "world": world.place.world}
     lanes = build_rows(recipe, processor, mixture, states, **place)
@@ -200,7 +206,7 @@ def _build(
         data_sets=[part.name for part in mixture.parts],
         seen=learner.seen,
         pin=world.device.type == "cuda",
-        micro=recipe.batch.micro,
+        micro=fitting_micro(world.place.world, count, recipe.batch.micro),
         warmup_ratio=recipe.optim.warmup_ratio,
         spent=_budget(recipe, mixture),
         save=_saver(recipe, checkpoints),
