@@ -1,4 +1,4 @@
-"""What `vila.media.fetch_many` connects with: names resolved once, addresses checked, the checked address dialled."""
+"""Connections of `vila.media.fetch_many`: names resolved once, addresses checked, the checked address dialled."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpcore2
 
-from vila.media.connection import is_public
+from vila.media.addresses import is_public
 
 _REMEMBER_S = 300.0
 _LOOK_UPS = 32

@@ -1,9 +1,8 @@
-"""What `vila.media.fetch` connects with: names resolved once, sockets that keep a deadline, TLS verified."""
+"""Connections of `vila.media.fetch`: names resolved once, sockets that keep a deadline, TLS verified."""
 
 from __future__ import annotations
 
 import http.client
-import ipaddress
 import socket
 import ssl
 import threading
@@ -37,24 +36,6 @@ def resolve(host: str, port: int, until: float) -> list[Address]:
     if isinstance(found[0], OSError):
         raise found[0]
     return found[0]
-
-
-def is_public(address: str) -> bool:
-    """Whether an IP address, and any IPv4 address inside an IPv6 one, is reachable from the whole Internet."""
-    ip = ipaddress.ip_address(address)
-    if isinstance(ip, ipaddress.IPv6Address):
-        if ip.ipv4_mapped is not None:
-            return is_public(str(ip.ipv4_mapped))
-        if ip in _NAT64:
-            return is_public(str(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)))
-        # Tunnels: 6to4 and Teredo addresses lead on to an IPv4 address, which could be any.
-        if ip.is_site_local or ip.sixtofour is not None or ip.teredo is not None:
-            return False
-    local = ip.is_private or ip.is_loopback or ip.is_link_local or ip.is_unspecified
-    return ip.is_global and not (local or ip.is_multicast or ip.is_reserved)
-
-
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
 
 
 def _left(until: float) -> float:
