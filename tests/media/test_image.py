@@ -3,7 +3,6 @@
 import base64
 import io
 import os
-import re
 import struct
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,8 @@ from PIL import Image as PilImage
 
 from vila.core.errors import MediaError
 from vila.core.types import Image
-from vila.media.image import open_image
+from vila.media.image import open_image, orientation_of
+from vila.media.limits import MediaLimits
 
 
 def picture(width: int = 32, height: int = 24) -> PilImage.Image:
@@ -37,9 +37,10 @@ def png_of_size(width: int, height: int) -> bytes:
     return bytes(plain)
 
 
-def refused(source: object, message: str, **options: object) -> None:
-    with pytest.raises(MediaError, match=message):
+def refused(source: object, **options: object) -> MediaError:
+    with pytest.raises(MediaError) as caught:
         open_image(Image(source), **options)
+    return caught.value
 
 
 def test_one_picture_is_equal_from_every_source(tmp_path):
@@ -70,10 +71,8 @@ def test_a_url_is_fetched_and_named_by_its_errors():
     try:
         home = f"http://127.0.0.1:{server.server_port}"
         assert open_image(Image(f"{home}/a.png"), allow_private=True).size == (32, 24)
-        refused(f"{home}/a.png", "not a public address")
-        refused(
-            f"{home}/b.png?key=1", rf"^{home}/b.png\?\.\.\.: not an image \(starts with '<!DOCTYPE'", allow_private=True
-        )
+        assert refused(f"{home}/a.png").field == "host"
+        assert refused(f"{home}/b.png?key=1", allow_private=True).file == f"{home}/b.png?..."
     finally:
         server.shutdown()
         server.server_close()
@@ -86,61 +85,150 @@ def test_common_formats_open(kind):
 
 
 @pytest.mark.parametrize(
-    "content, message",
+    "content",
     (
-        (b"", "not an image .the file is empty"),
-        (b"<!DOCTYPE html><html>", "not an image .starts with '<!DOCTYPE': a web page"),
-        (b"\n <html><body>", "starts with '<html><bo': a web page"),
-        (b"<svg xmlns='x'/>", "starts with '<svg xmln'; if it is a drawing, convert it to PNG"),
-        (b"version https://git-lfs.github.com/spec/v1", "a Git LFS pointer; run `git lfs pull`"),
-        (b"\0\0\0\x18ftypheic\0\0\0\0", "HEIC; convert it to JPEG or PNG"),
-        (b"\0\x01\x02\xff\xfe rest", r"starts with b'\\x00\\x01\\x02\\xff\\xfe re'; expected JPEG, PNG"),
-        (b"\x89PNG\r\n\x1a\n\0\0", "starts like PNG, but its header is damaged or cut short"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n", "starts with '%!PS-Adob'; expected JPEG, PNG"),
+        b"",
+        b"<!DOCTYPE html><html>",
+        b"\n <html><body>",
+        b"<svg xmlns='x'/>",
+        b"version https://git-lfs.github.com/spec/v1",
+        b"\0\0\0\x18ftypheic\0\0\0\0",
+        b"\0\x01\x02\xff\xfe rest",
+        b"\x89PNG\r\n\x1a\n\0\0",
+        b"II*\0\x08\0\0\0",
+        b"%!PS-Adobe-3.0 EPSF-3.0\n",
     ),
 )
-def test_a_file_that_is_no_image_says_how_it_starts(tmp_path, content, message):
+def test_a_file_that_is_no_image_is_refused_by_name(tmp_path, content):
     (tmp_path / "cat.jpg").write_bytes(content)
-    refused(tmp_path / "cat.jpg", re.escape(str(tmp_path / "cat.jpg")) + ": .*" + message)
-    refused(content, f"<{len(content)} bytes>: .*{message}")
+    for source, name in ((tmp_path / "cat.jpg", str(tmp_path / "cat.jpg")), (content, f"<{len(content)} bytes>")):
+        error = refused(source)
+        assert error.file == name
+        assert error.hint or error.expected
 
 
 @pytest.mark.parametrize("kind", ("JPEG", "PNG", "WEBP", "GIF", "BMP"))
 def test_a_truncated_file_is_refused_by_name(tmp_path, kind):
     data = encoded(picture(200, 200), kind)
     (tmp_path / "cut").write_bytes(data[: len(data) * 2 // 3])
-    refused("cut", "cut: cannot be decoded .*; it may be damaged or cut short, copy it again", base=tmp_path)
+    assert refused("cut", base=tmp_path).file == str(tmp_path / "cut")
 
 
 def test_paths_that_are_no_files_are_refused(tmp_path):
-    refused(tmp_path / "no.png", "no.png: no such file")
-    refused("no.png", f"{re.escape(str(tmp_path))}/no.png: no such file", base=tmp_path)
-    refused(tmp_path, "a directory, not an image")
-    refused("a\0b.png", r"'a\\x00b.png': cannot be opened")
-    refused("x" * 5000, "cannot be opened .*too long")
-    refused("s3://bucket/a.png", "s3://bucket/a.png: only http and https addresses")
-    refused("data:image/png;base64,####", "base64 is damaged")
+    assert refused(tmp_path / "no.png").file == str(tmp_path / "no.png")
+    assert refused("no.png", base=tmp_path).file == str(tmp_path / "no.png")
+    assert refused(tmp_path).file == str(tmp_path)
+    assert refused("a\0b.png").file == r"'a\x00b.png'"
+    assert "x" * 200 in refused("x" * 5000).file
+    assert refused("s3://bucket/a.png").field == "scheme"
+    assert refused("data:image/png;base64,####").file == "data:image/png;base64,####"
     if hasattr(os, "mkfifo"):
         os.mkfifo(tmp_path / "pipe")
-        refused(tmp_path / "pipe", "a special file, not an image")
+        assert refused(tmp_path / "pipe").file == str(tmp_path / "pipe")
 
 
-def test_pictures_over_the_limits_are_refused_before_decoding():
-    refused(png_of_size(15_000, 15_000), r"225000000 pixels\) exceeds limit of 178956970 pixels.*; shrink it first")
-    refused(png_of_size(70_000, 1), "70000 x 1, with a side over 65,535 pixels")
-    refused(encoded(picture()), "32 x 24 = 768 pixels, over the limit of 767", max_pixels=767)
-    refused(picture(), "<picture 32x24>: .*over the limit of 767", max_pixels=767)
-    assert open_image(Image(picture()), max_pixels=768).size == (32, 24)
+def test_images_over_the_limits_are_refused_before_decoding():
+    assert refused(png_of_size(15_000, 15_000)).field == "image_pixels"
+    tall = refused(png_of_size(70_000, 1))
+    assert (tall.field, tall.value) == ("side", (70_000, 1))
+    small = MediaLimits(image_pixels=767)
+    for source, name in ((encoded(picture()), f"<{len(encoded(picture()))} bytes>"), (picture(), "<picture 32x24>")):
+        error = refused(source, limits=small)
+        assert (error.file, error.field, error.value) == (name, "image_pixels", (32, 24))
+    assert open_image(Image(picture()), limits=MediaLimits(image_pixels=768)).size == (32, 24)
 
 
-def test_alpha_is_dropped_and_orientation_ignored():
+def test_alpha_is_dropped():
     colour = picture()
     alpha = colour.copy()
     alpha.putalpha(0)
     np.testing.assert_array_equal(np.asarray(open_image(Image(encoded(alpha)))), np.asarray(colour))
+
+
+UPRIGHT = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: np.rot90(a, 2),
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: np.rot90(a, 2).swapaxes(0, 1),
+    8: lambda a: np.rot90(a, 1),
+}
+
+
+def with_orientation(value: object) -> bytes:
     exif = PilImage.Exif()
-    exif[0x0112] = 6
-    assert open_image(Image(encoded(colour, exif=exif))).size == (32, 24)
+    exif[0x0112] = value
+    return exif.tobytes()
+
+
+@pytest.mark.parametrize("kind", ("PNG", "WEBP", "AVIF", "JPEG", "PIL"))
+def test_images_are_turned_upright_as_their_exif_says_unless_it_is_ignored(kind):
+    plain = encoded(picture(), kind, **({"lossless": True} if kind == "WEBP" else {})) if kind != "PIL" else picture()
+    stored = np.asarray(open_image(Image(plain)))
+    for value, turn in UPRIGHT.items():
+        exif = with_orientation(value)
+        if kind == "PIL":
+            source = picture()
+            source.info["exif"] = exif
+        else:
+            source = encoded(picture(), kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+        upright = open_image(Image(source))
+        assert upright.size == (stored.shape[1::-1] if value < 5 else stored.shape[:2])
+        if kind != "AVIF":  # whose encoder does not give the same pixels for every orientation
+            np.testing.assert_array_equal(np.asarray(upright), turn(stored))
+            as_stored = open_image(Image(source), exif_orientation=False)
+            np.testing.assert_array_equal(np.asarray(as_stored), stored)
+            np.testing.assert_array_equal(np.asarray(open_image(Image(as_stored))), stored)  # and stays so
+        np.testing.assert_array_equal(np.asarray(open_image(Image(upright))), np.asarray(upright))  # not turned twice
+
+
+@pytest.mark.parametrize("compression", (None, "tiff_lzw"))
+def test_a_tiff_is_turned_once(compression):
+    """Pillow turns a TIFF while it decodes it, and so does the original; nothing is left to turn."""
+    stored = np.asarray(picture())
+    for value, turn in UPRIGHT.items():
+        data = encoded(picture(), "TIFF", compression=compression, tiffinfo={0x0112: value})
+        for applied in (True, False):
+            np.testing.assert_array_equal(np.asarray(open_image(Image(data), exif_orientation=applied)), turn(stored))
+        assert orientation_of(data) == 1
+
+
+def test_an_orientation_in_xmp_is_applied():
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    for kind in ("JPEG", "WEBP"):
+        data = encoded(picture(), kind, xmp=xmp)
+        assert open_image(Image(data)).size == (24, 32)
+        assert open_image(Image(data), exif_orientation=False).size == (32, 24)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Corrupt EXIF data", "ignore:Truncated File Read", "ignore:Possibly corrupt EXIF data"
+)
+@pytest.mark.parametrize(
+    "exif",
+    (
+        b"",
+        b"Exif\0\0",
+        b"Exif\0\0garbage",
+        b"Exif\0\0II*\0",
+        b"Exif\0\0II*\0\xff\xff\xff\xff",
+        b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + b"\x12\x01\x03\0\xff\xff\xff\xff" * 3,
+        b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x02\0\0\0\x02six\0",
+        with_orientation(0),
+        with_orientation(9),
+        with_orientation(60_000),
+    ),
+)
+def test_broken_exif_is_ignored(exif):
+    for kind in ("JPEG", "PNG", "WEBP"):
+        data = encoded(picture(), kind, exif=exif) if exif else encoded(picture(), kind)
+        assert open_image(Image(data)).size == (32, 24)
+        assert orientation_of(data) == 1
+    colour = picture()
+    colour.info["exif"] = exif
+    np.testing.assert_array_equal(np.asarray(open_image(Image(colour))), np.asarray(picture()))
 
 
 @pytest.mark.filterwarnings("error")
@@ -162,6 +250,54 @@ def test_sixteen_bit_grey_keeps_its_high_byte(kind):
     np.testing.assert_array_equal(opened[..., 0], opened[..., 2])
 
 
+@pytest.mark.parametrize(
+    "values, expected",
+    (
+        ([0, 1, 100, 199], [0, 1, 100, 199]),  # 8 bits saved as 16
+        ([0, 3, 4, 1023], [0, 0, 1, 255]),
+        ([0, 15, 16, 4095], [0, 0, 1, 255]),  # 12 bits, as of X-rays
+        ([0, 63, 64, 16383], [0, 0, 1, 255]),
+        ([0, 255, 256, 16384], [0, 0, 1, 64]),
+        ([0, 0, 0, 0], [0, 0, 0, 0]),
+    ),
+)
+def test_all_integer_modes_follow_one_rule(values, expected):
+    """The smallest of 8, 10, 12, 14 and 16 bits that holds the largest value; its high 8 bits."""
+    wide = np.array([values], np.uint16)
+    sources = [PilImage.fromarray(wide), PilImage.fromarray(wide.astype(np.int32))]
+    sources += [PilImage.frombytes("I;16B", (4, 1), wide.astype(">u2").tobytes())]
+    sources += [encoded(PilImage.fromarray(wide), kind) for kind in ("PNG", "TIFF")]
+    sources += [tiff(wide.astype("<i2"), sample_format=2), tiff(wide.astype(">u2"), order=">")]
+    sources += [tiff(wide.astype("<u4")), tiff(wide.astype("<i4"), sample_format=2)]
+    for source in sources:
+        grey = np.asarray(open_image(Image(source)))
+        assert grey[0, :, 0].tolist() == expected
+        np.testing.assert_array_equal(grey[..., 0], grey[..., 2])
+
+
+@pytest.mark.parametrize("channels", (2, 3, 4))
+@pytest.mark.parametrize("values, shift", (([0, 1, 100, 199], 0), ([0, 15, 16, 4095], 4), ([0, 255, 256, 65535], 8)))
+def test_sixteen_bit_colour_follows_the_same_rule(values, shift, channels):
+    """Pillow gives the high bytes of 16-bit colour alone: an image of small values would be black."""
+    wide = np.stack([np.roll(values, place) for place in range(4)], axis=-1)[None].astype(np.uint16)
+    wide = wide[..., :channels]
+    if channels in (2, 4):
+        wide[..., -1] = 65535  # alpha does not count
+    colours = wide[..., [0, 0, 0] if channels == 2 else [0, 1, 2]] >> shift
+    sources = {"png": png_of_16_bits(wide)}
+    if channels != 2:
+        sources |= {"tiff": tiff(wide.astype("<u2")), "big-endian": tiff(wide.astype(">u2"), order=">")}
+    for name, source in sources.items():
+        np.testing.assert_array_equal(np.asarray(open_image(Image(source))), colours, err_msg=name)
+
+
+def test_turning_and_scaling_of_sixteen_bit_colour_go_together():
+    wide = np.arange(6, dtype=np.uint16).reshape(1, 2, 3) * 30
+    chunk = png_chunk(b"eXIf", with_orientation(6)[6:])
+    upright = open_image(Image(png_of_16_bits(wide, chunk)))
+    np.testing.assert_array_equal(np.asarray(upright), wide.swapaxes(0, 1))
+
+
 def test_integers_and_floats_are_read_by_their_range():
     def grey(values: list[float], kind: str) -> list[int]:
         return np.asarray(open_image(Image(PilImage.fromarray(np.array([values], kind)))))[0, :, 0].tolist()
@@ -171,9 +307,69 @@ def test_integers_and_floats_are_read_by_their_range():
     assert grey([0, 0.5, 1], "f4") == [0, 128, 255]
     assert grey([0, 1.5, 255], "f4") == [0, 1, 255]
     for values, kind in (([-1, 5], "i4"), ([0, 70000], "i4"), ([0, 256], "f4"), ([0, float("nan")], "f4")):
-        refused(
-            PilImage.fromarray(np.array([values], kind)), "grey values from .* expected 0 to .*; convert it to 8 bits"
-        )
+        error = refused(PilImage.fromarray(np.array([values], kind)))
+        assert (error.field, error.value) == ("mode", "I" if kind == "i4" else "F")
+    assert refused(tiff(np.array([[-5, 5]], "<i2"), sample_format=2)).field == "mode"
+
+
+def tiff(values: np.ndarray, *, sample_format: int = 1, order: str = "<") -> bytes:
+    """An uncompressed TIFF of one strip, from values [H, W] or [H, W, C] in the byte order `order`."""
+    height, width, channels = (*values.shape, 1)[:3]
+    bits = 8 * values.itemsize
+    entries = [(256, 4, [width]), (257, 4, [height]), (258, 3, [bits] * channels), (259, 3, [1])]
+    entries += [(262, 3, [2 if channels > 2 else 1]), (273, 4, [0]), (277, 3, [channels])]
+    entries += [(278, 4, [height]), (279, 4, [values.nbytes]), (339, 3, [sample_format] * channels)]
+    start = 8 + 2 + 12 * len(entries) + 4
+    extra, rows = b"", b""
+    for tag, kind, numbers in entries:
+        if tag == 273:
+            numbers = [start + 2 * 2 * channels * (channels > 2)]
+        packed = struct.pack(f"{order}{len(numbers)}{'H' if kind == 3 else 'I'}", *numbers)
+        if len(packed) > 4:
+            packed, extra = struct.pack(f"{order}I", start + len(extra)), extra + packed
+        rows += struct.pack(f"{order}HHI", tag, kind, len(numbers)) + packed.ljust(4, b"\0")
+    mark = b"II*\0" if order == "<" else b"MM\0*"
+    head = mark + struct.pack(f"{order}I", 8) + struct.pack(f"{order}H", len(entries)) + rows + b"\0\0\0\0"
+    return head + extra + values.tobytes()
+
+
+def png_chunk(name: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+
+def png_of_16_bits(values: np.ndarray, *chunks: bytes) -> bytes:
+    """A PNG of uint16 [H, W, C], C = 2 (grey and alpha), 3 or 4."""
+    height, width, channels = values.shape
+    header = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    content = png_chunk(b"IHDR", header) + b"".join(chunks) + png_chunk(b"IDAT", zlib.compress(rows))
+    return b"\x89PNG\r\n\x1a\n" + content + png_chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("values", (np.zeros((2, 2, 3), "<u4"), np.zeros((2, 2, 5), "<u2"), np.zeros((2, 2), "<f8")))
+def test_a_sound_tiff_of_an_unsupported_layout_is_not_called_damaged(values):
+    channels = values.shape[2] if values.ndim == 3 else 1
+    error = refused(tiff(values, sample_format=3 if values.dtype.kind == "f" else 1))
+    assert (error.field, error.value) == ("BitsPerSample", (8 * values.itemsize,) * channels)
+    assert "copy" not in error.hint
+    cut = refused(tiff(values)[:40])
+    assert cut.field is None
+
+
+def test_cmyk_and_other_colour_spaces_are_converted_as_pillow_does():
+    """Adobe writes CMYK inverted into JPEG files, and Pillow turns it back."""
+    colour = picture()
+    for kind in ("JPEG", "TIFF"):
+        data = encoded(colour.convert("CMYK"), kind)
+        expected = PilImage.open(io.BytesIO(data)).convert("RGB")
+        np.testing.assert_array_equal(np.asarray(open_image(Image(data))), np.asarray(expected))
+        assert np.abs(np.asarray(expected).astype(int) - np.asarray(colour)).mean() < 60
+    for mode in ("HSV", "YCbCr", "PA", "LA", "RGBX", "1"):
+        image = colour.convert("P").convert("PA") if mode == "PA" else colour.convert(mode)
+        np.testing.assert_array_equal(np.asarray(open_image(Image(image))), np.asarray(image.convert("RGB")))
+    premultiplied = colour.convert("RGBA").convert("RGBa")
+    np.testing.assert_array_equal(np.asarray(open_image(Image(premultiplied))), np.asarray(colour))
+    assert refused(PilImage.new("LAB", (4, 4))).value == "LAB"
 
 
 def test_threads_open_pictures_side_by_side():

@@ -165,7 +165,8 @@ def test_pictures_of_other_modes_equal_the_original(kind):
     picture = unusual_pictures()[kind]
     for mode in IMAGE_MODES:
         expected = reference(picture.convert("RGB"), clip_spec(mode))
-        np.testing.assert_array_equal(pixels(open_image(Image(picture)), clip_spec(mode)), expected)
+        opened = open_image(Image(picture), exif_orientation=False)
+        np.testing.assert_array_equal(pixels(opened, clip_spec(mode)), expected)
 
 
 @pytest.mark.parametrize("key", np.load(GOLDEN / "pixels.npz").files)

@@ -109,9 +109,10 @@ def patched(data: bytes, box: bytes, offset: int, content: bytes) -> bytes:
     return data[:place] + content + data[place + len(content) :]
 
 
-def refused(source: object, message: str, num_frames: int = 4, **options: object) -> None:
-    with pytest.raises(MediaError, match=message):
+def refused(source: object, num_frames: int = 4, **options: object) -> MediaError:
+    with pytest.raises(MediaError) as caught:
         open_frames(Video(source), num_frames, **options)
+    return caught.value
 
 
 UNEVEN = tuple(np.cumsum(np.random.default_rng(0).integers(1, 90, 30)).tolist())
@@ -149,7 +150,7 @@ NOT_BY_SEEKING = ("h264 avi, times of decoding", "h264 raw, no times", "mpeg4 mp
 def test_frames_are_those_of_decoding_everything(kind, monkeypatch):
     data = CLIPS[kind]()
     if kind not in NOT_BY_SEEKING:
-        monkeypatch.delattr(video._Clip, "_decode_all")
+        monkeypatch.delattr(video._VideoFile, "_decode_all")
     whole = all_frames(data)
     assert len(whole) >= 20
     assert {after - before for before, after in pairwise(map(number_of, whole))} == {1}
@@ -162,7 +163,7 @@ def test_frames_are_those_of_decoding_everything(kind, monkeypatch):
 
 
 def test_frames_that_no_key_frame_precedes_do_not_count(monkeypatch):
-    monkeypatch.delattr(video._Clip, "_decode_all")
+    monkeypatch.delattr(video._VideoFile, "_decode_all")
     assert numbers(remuxed(clip("matroska", "mpeg4"), "matroska", 2), 4) == [
         8 + index for index in frame_indices(22, 4)
     ]
@@ -246,8 +247,9 @@ def test_a_cover_picture_is_not_the_clip():
         assert len(container.streams.video) == 2
     assert numbers(data, 4) == frame_indices(30, 4)
     sound = clip("mp4", "libx264")
-    refused(remuxed(sound, "mp4", audio=True, only="extras"), "bytes>: holds no video, only audio; check the file")
-    refused(remuxed(sound, "mp4", audio=True, cover=True, only="extras"), "bytes>: holds no video, only audio")
+    for cover in (False, True):
+        extras = remuxed(sound, "mp4", audio=True, cover=cover, only="extras")
+        assert refused(extras).file == f"<{len(extras)} bytes>"
 
 
 @pytest.mark.parametrize("kind", ("GIF", "PNG", "WEBP"))
@@ -267,7 +269,7 @@ def test_animations_of_pillow(kind):
         pictures = open_frames(Video(data), num_frames)
         assert {picture.mode for picture in pictures} == {"RGB"}
         assert [number_of(picture) for picture in pictures] == [1 + index for index in frame_indices(10, num_frames)]
-    refused(data[: len(data) * 2 // 3], "bytes>: .*(cannot be decoded|damaged or not a clip)")
+    assert refused(data[: len(data) * 2 // 3]).file == f"<{len(data) * 2 // 3} bytes>"
 
 
 def test_the_fallback_picture_of_an_apng_is_no_frame():
@@ -281,7 +283,7 @@ def test_the_fallback_picture_of_an_apng_is_no_frame():
 def test_a_still_picture_is_refused_but_a_gif_is_a_clip_of_one_frame(kind):
     still, single = io.BytesIO(), io.BytesIO()
     PilImage.fromarray(barcode(7)).save(still, kind)
-    refused(still.getvalue(), rf"bytes>: a still picture \({kind}\), not a clip; give it as an Image")
+    assert "as an image" in refused(still.getvalue()).hint
     PilImage.fromarray(barcode(7)).save(single, "GIF")
     assert numbers(single.getvalue(), 3) == [7, 7, 7]
 
@@ -322,40 +324,43 @@ def test_a_url_is_fetched():
     try:
         home = f"http://127.0.0.1:{server.server_port}"
         assert numbers(f"{home}/a.mp4", 2, allow_private=True) == [0, 28]
-        refused(f"{home}/a.mp4", "not a public address")
-        refused(f"{home}/b.mp4", r"b.mp4: not a clip \(a web page\); give the address of", allow_private=True)
+        assert refused(f"{home}/a.mp4").field == "host"
+        assert refused(f"{home}/b.mp4", allow_private=True).file == f"{home}/b.mp4"
     finally:
         server.shutdown()
         server.server_close()
 
 
 def test_paths_that_are_no_files_are_refused(tmp_path):
-    refused(tmp_path / "no.mp4", "no.mp4: no such file; check the path")
-    refused("no.mp4", f"{re.escape(str(tmp_path))}/no.mp4: no such file", base=tmp_path)
-    refused(tmp_path, "a directory, not a clip")
-    refused("a\0b.mp4", r"'a\\x00b.mp4': cannot be opened")
-    refused("s3://bucket/a.mp4", "only http and https addresses")
+    assert refused(tmp_path / "no.mp4").file == str(tmp_path / "no.mp4")
+    assert refused("no.mp4", base=tmp_path).file == str(tmp_path / "no.mp4")
+    assert refused(tmp_path).file == str(tmp_path)
+    assert refused("a\0b.mp4").file == r"'a\x00b.mp4'"
+    assert refused("s3://bucket/a.mp4").field == "scheme"
 
 
 @pytest.mark.parametrize(
-    "content, message",
+    "content",
     (
-        (b"", r"not a clip \(the file is empty\); download or copy it again"),
-        (b"hello, this is text\n" * 40, "damaged or not a clip .starts with b'hello, this '.; expected MP4, MOV"),
-        (b"\0\xff\x13" * 500, "damaged or not a clip"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer.; run `git lfs pull`"),
-        (b"ffconcat version 1.0\nfile 'other.mp4'\n", "damaged or not a clip .starts with b'ffconcat"),
-        (b"#EXTM3U\n#EXTINF:10,\nother.ts\n#EXT-X-ENDLIST\n", "damaged or not a clip .starts with b'#EXTM3U"),
-        (b"v=0\nc=IN IP4 127.0.0.1\nm=video 5004 RTP/AVP 96\na=rtpmap:96 H264/90000\n", "damaged or not a clip"),
-        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", r"a still picture \(HEIC\)"),
+        b"",
+        b"hello, this is text\n" * 40,
+        b"\0\xff\x13" * 500,
+        b"version https://git-lfs.github.com/spec/v1\n",
+        b"<!DOCTYPE html><title>Log in</title>",
+        b"ffconcat version 1.0\nfile 'other.mp4'\n",
+        b"#EXTM3U\n#EXTINF:10,\nother.ts\n#EXT-X-ENDLIST\n",
+        b"v=0\nc=IN IP4 127.0.0.1\nm=video 5004 RTP/AVP 96\na=rtpmap:96 H264/90000\n",
+        b"\0\0\0\x18ftypheic\0\0\0\0mif1heic",
     ),
 )
-def test_a_file_that_is_no_clip_is_refused_and_opens_no_other(tmp_path, content, message):
+def test_a_file_that_is_no_video_is_refused_and_opens_no_other(tmp_path, content):
     for name, kind in (("other.mp4", "mp4"), ("other.ts", "mpegts")):
         (tmp_path / name).write_bytes(clip(kind, "libx264", b_frames=3))
     (tmp_path / "clip").write_bytes(content)
-    refused(tmp_path / "clip", re.escape(str(tmp_path / "clip")) + ": .*" + message)
-    refused(content, f"<{len(content)} bytes>: .*{message}")
+    for source, name in ((tmp_path / "clip", str(tmp_path / "clip")), (content, f"<{len(content)} bytes>")):
+        error = refused(source)
+        assert error.file == name
+        assert error.hint or error.expected
 
 
 FRAGMENTS = (("movflags", "frag_keyframe+empty_moov"),)
@@ -372,10 +377,9 @@ TO_CUT = {
 def test_a_clip_cut_short_is_refused(tmp_path, kind, share):
     data = TO_CUT[kind]()
     (tmp_path / "cut").write_bytes(data[: int(len(data) * share)])
-    message = (
-        r"cut: cut short( after frame \d+| before its first frame)? \([\d,]+ of [\d,]+ bytes are there\); download or"
-    )
-    refused(tmp_path / "cut", message)
+    error = refused(tmp_path / "cut")
+    assert error.file == str(tmp_path / "cut")
+    assert "cut short" in error.problem
 
 
 @pytest.mark.parametrize(
@@ -389,26 +393,23 @@ def test_damage_is_refused_where_a_wanted_frame_needs_it(kind, codec):
     broken = bytearray(data)
     broken[packet.pos + 8 : packet.pos + packet.size] = b"\xff" * (packet.size - 8)
     assert numbers(bytes(broken), 2) == [0, 28]
-    refused(bytes(broken), r"bytes>: frame 1\d cannot be decoded \(.*\); download or copy it again", 29)
+    assert re.fullmatch(r"frame 1\d", refused(bytes(broken), 29).field)
 
 
 def test_a_clip_of_which_nothing_is_shown_is_refused():
     data = clip("mp4", "libx264", b_frames=3)
-    refused(
-        patched(data, b"elst", 8, struct.pack(">Ii", 0, 1 << 30)),
-        "bytes>: none of its frames can be decoded; it may",
-    )
+    assert refused(patched(data, b"elst", 8, struct.pack(">Ii", 0, 1 << 30))).file == f"<{len(data)} bytes>"
 
 
 def test_limits_are_refused_before_decoding():
     data = clip("mp4", "libx264")
-    refused(data, "num_frames is 0, expected 1 to 4096", 0)
-    refused(data, "num_frames is 4097, expected 1 to 4096", 4097)
-    for size in ("W20000 H10000", "W70000 H2"):
-        refused(
-            f"YUV4MPEG2 {size} F25:1 Ip C420\nFRAME\n".encode().ljust(99999, b"\0"),
-            "over the limit of .*; shrink it first",
-        )
+    for number in (0, 4097):
+        error = refused(data, number)
+        assert (error.field, error.value) == ("num_frames", number)
+    for size, field in (((20000, 10000), "frame_pixels"), ((70000, 2), "side")):
+        head = f"YUV4MPEG2 W{size[0]} H{size[1]} F25:1 Ip C420\nFRAME\n".encode()
+        error = refused(head.ljust(99999, b"\0"))
+        assert (error.field, error.value) == (field, size)
 
 
 def test_pyav_is_imported_late_and_named_when_missing(monkeypatch):
@@ -425,6 +426,6 @@ def test_reading_is_silent_and_leaves_the_logging_of_pyav_alone(capfd):
     level = av.logging.get_level()
     data = clip("mp4", "libx264", b_frames=3)
     numbers(data, 3)
-    refused(data[:-200], "cut short")
+    refused(data[:-200])
     assert capfd.readouterr() == ("", "")
     assert av.logging.get_level() == level

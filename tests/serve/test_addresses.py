@@ -3,8 +3,9 @@
 import pytest
 
 from tests import tiny
-from tests.serve.stand import ask, pages, picture_part
+from tests.serve.stand import ask, data_url, pages, picture_part
 from vila.media import fetch
+from vila.media.limits import MediaLimits
 
 V4 = (
     "127.0.0.1 localhost 127.1 2130706433 0x7f000001 0x7f.1 0177.0.0.1 017700000001 0 0.0.0.0 10.0.0.1 172.16.0.1 "
@@ -63,7 +64,9 @@ def test_a_name_is_looked_up_once_and_every_address_of_it_must_be_public(app, di
     assert asked(app, "http://rebind.example/a.png").status_code == 400
     assert (looked_up, dialled) == (["rebind.example"], ["93.184.215.14"])
     for _ in range(2):
-        assert "not a public address" in asked(app, "http://rebind.example/a.png").text
+        error = asked(app, "http://rebind.example/a.png").json()["error"]
+        assert error["code"] == "invalid_media"
+        assert "127.0.0.1" not in error["message"] and "10.0.0.1" not in error["message"]
     assert len(dialled) == 1
 
 
@@ -76,16 +79,31 @@ def test_a_public_address_that_leads_to_a_private_one_is_refused(app, monkeypatc
     with pages({"/a.png": target}) as web:
         answer = asked(app, f"{web}/a.png")
     assert answer.status_code == 400
-    assert "not a public address" in answer.text or "only http and https" in answer.text
+    assert answer.json()["error"]["code"] == "invalid_media"
 
 
 def test_an_allowed_private_address_is_fetched(service, monkeypatch):
     from vila.serve.app import create_app
     from vila.serve.received import Limits
 
-    monkeypatch.setattr(service, "limits", Limits(allow_private=True, bytes=10_000))
+    monkeypatch.setattr(service, "limits", Limits(allow_private=True, media=MediaLimits(image_bytes=10_000)))
     with pages({"/a.png": tiny.picture(1).source, "/big.png": bytes(20_000)}) as web:
         app = create_app(service)
         assert asked(app, f"{web}/a.png").status_code == 200
-        assert "limit of 10,000 bytes" in asked(app, f"{web}/big.png").text
-        assert "404" in asked(app, f"{web}/none.png").text
+        for path, word in (("big.png", "10,000 bytes"), ("none.png", "404")):
+            error = asked(app, f"{web}/{path}").json()["error"]
+            assert (error["code"], error["param"]) == ("invalid_media", "messages[0].content[0]")
+            assert word in error["message"]
+
+
+def test_only_allowed_domains_are_fetched_from(service, dialled, monkeypatch):
+    from vila.serve.app import create_app
+    from vila.serve.received import Limits
+
+    monkeypatch.setattr(service, "limits", Limits(allowed_domains=("93.184.215.14",)))
+    app = create_app(service)
+    assert asked(app, "http://93.184.215.15/a.png").status_code == 400
+    assert dialled == []
+    assert asked(app, "http://93.184.215.14/a.png").status_code == 400
+    assert dialled == ["93.184.215.14"]
+    assert asked(app, data_url()).status_code == 200

@@ -105,8 +105,8 @@ def test_json_of_another_type_is_refused_so_that_no_web_page_can_send_it(app, ki
         ({"tools": [{"type": "function"}]}, "tools", "not supported"),
         ({"max_token": 5}, "max_token", "did you mean 'max_tokens'"),
         ({"\ud800": 5}, None, "unicode"),
-        ({"messages": [{"role": "user", "content": ""}]}, "messages", "neither text nor a picture"),
-        ({"messages": [{"role": "user", "content": []}]}, "messages", "neither text nor a picture"),
+        ({"messages": [{"role": "user", "content": ""}]}, "messages", "neither text nor an image"),
+        ({"messages": [{"role": "user", "content": []}]}, "messages", "neither text nor an image"),
     ],
 )
 def test_a_wrong_value_is_refused_by_its_name(app, changes, param, words):
@@ -135,7 +135,7 @@ def test_a_wrong_value_is_refused_by_its_name(app, changes, param, words):
         (encoded(b"\x89PNG\r\n\x1a\n\0\0"), "damaged"),
         (encoded(png(0, 0)), ""),
         (encoded(png(30_000, 30_000)), "pixels"),
-        (encoded(png(10_000, 9_000)), "this server takes 50,000,000"),
+        (encoded(png(10_000, 9_000)), "50,000,000"),
         (encoded(png(40_000, 1)), ""),
     ],
 )
@@ -162,7 +162,7 @@ def test_a_picture_cut_short_and_a_clip_that_is_none_are_refused(app):
 
 def test_a_hundred_pictures_and_pictures_outside_the_users_turns_are_refused(app):
     many = user(*[picture_part(data_url())] * 100)
-    assert "100 pictures and clips; this server takes 16" in refusal(ask(app, messages=many))["message"]
+    assert "100 images and videos; this server takes 16" in refusal(ask(app, messages=many))["message"]
     system = [{"role": "system", "content": [picture_part(data_url())]}, *HELLO]
     assert "belong into the turns of the user" in refusal(ask(app, messages=system))["message"]
 

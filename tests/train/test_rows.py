@@ -63,7 +63,7 @@ def test_a_run_goes_on_with_a_larger_fault_budget_after_it_was_exceeded(tmp_path
         build(recipe, listeners=[stop_after(5)]).train()
     build(recipe).train()
     (line,) = (json.loads(line) for line in (recipe.output.dir / "faults.jsonl").read_text().splitlines())
-    assert "4.png: not an image" in line["reason"]
+    assert "4.png" in line["reason"] and "not an image" in line["reason"]
     assert (line["file"], line["record"]) == (str(stand / "data.jsonl"), 4)
     assert sum(row["faults"] for row in read_metrics(recipe.output.dir / "metrics.jsonl")) == 1
 

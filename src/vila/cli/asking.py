@@ -29,7 +29,7 @@ def answer_one(asked: Asked, loading: Loading, sampling: Sampling, *, as_json: b
     checkpoint = open_model(loading)
     processor = checkpoint.processor
     gap = processor.find_template().media_gap
-    messages = processor.expand_videos(write(gap), gap)
+    messages = processor.expand_videos(write(gap), gap, shrink=processor.spec)
     try:
         dropped = check_fit(checkpoint.config, processor, messages, sampling)
     except TemplateError as error:

@@ -1,4 +1,4 @@
-"""Pictures and clips as the command line names them, looked at before a model is loaded."""
+"""Images and videos as the command line names them, checked before a model is loaded."""
 
 from __future__ import annotations
 
@@ -16,28 +16,40 @@ def media_path(name: str) -> Path | str:
 
 
 def image_of(name: str) -> Image:
-    """A picture by its path or URL."""
+    """An image by its path or URL."""
     return Image(media_path(name))
 
 
 def video_of(name: str, num_frames: int | None) -> Video:
-    """A clip by its path or URL."""
+    """A video by its path or URL."""
     return Video(media_path(name), num_frames)
 
 
 def open_pictures(messages: Sequence[Message]) -> tuple[Message, ...]:
-    """The messages with every picture decoded: a bad one shows before weights are read, and a URL is fetched once.
+    """The messages with every image read: a bad one shows before weights are read, and a URL is fetched once.
 
-    Raises MediaError for a picture that cannot be read and for a clip whose file is missing.
+    Raises MediaError for an image that cannot be decoded and for a video whose file is missing.
     """
     return tuple(replace(message, parts=tuple(map(_opened, message.parts))) for message in messages)
 
 
 def opened(image: Image) -> Image:
-    """The picture, decoded."""
-    from vila.media.image import open_image
+    """The image with its encoded bytes in memory, checked: whether its EXIF turns it is for the model's settings."""
+    return read_image(image)[0]
 
-    return Image(open_image(image))
+
+def read_image(image: Image) -> tuple[Image, tuple[int, int]]:
+    """The image with its encoded bytes in memory, and its (width, height). Raises MediaError if decoding fails."""
+    from PIL import Image as PilImage
+
+    from vila.media.image import open_image
+    from vila.media.source import Loaded, open_source
+
+    if not isinstance(image.source, PilImage.Image):
+        stream, name = open_source(image.source, "an image")
+        with stream:
+            image = Image(Loaded(name, stream.read()))
+    return image, open_image(image).size
 
 
 def _opened(part: Part) -> Part:
@@ -47,7 +59,7 @@ def _opened(part: Part) -> Part:
 
 
 def check_clip(video: Video) -> None:
-    """Raises MediaError when the clip is a file that is not there; what it holds shows when it is decoded."""
+    """Raises MediaError when the video is a file that is not there; its content is checked when it is decoded."""
     if isinstance(video.source, Path) and not video.source.is_file():
-        what = "a directory, not a clip" if video.source.is_dir() else "no such file; check the path"
-        raise MediaError(f"{video.source}: {what}")
+        problem = "a directory, not a video" if video.source.is_dir() else "no such file"
+        raise MediaError(problem, file=video.source, hint="give the path of one file")

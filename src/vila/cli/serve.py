@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -56,9 +57,9 @@ def serve(
     prefill_chunk: Annotated[
         int, typer.Option(help="Tokens of prompts that a step computes at most.", min=1, rich_help_panel=_BATCH)
     ] = 256,
-    max_images: Annotated[int, typer.Option(help="Pictures and clips.", min=0, rich_help_panel=_LIMITS)] = 16,
+    max_images: Annotated[int, typer.Option(help="Images and videos.", min=0, rich_help_panel=_LIMITS)] = 16,
     max_body: Annotated[float, typer.Option(help="Megabytes.", min=0.001, rich_help_panel=_LIMITS)] = 32.0,
-    max_pixels: Annotated[float, typer.Option(help="Megapixels of a picture.", min=0.001, rich_help_panel=_LIMITS)] = (
+    max_pixels: Annotated[float, typer.Option(help="Megapixels of an image.", min=0.001, rich_help_panel=_LIMITS)] = (
         50.0
     ),
     fetch_timeout: Annotated[
@@ -73,6 +74,15 @@ def serve(
             "--allow-private-urls", help="Fetch from this machine and its network too.", rich_help_panel=_LIMITS
         ),
     ] = False,
+    allowed_media_domain: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="DOMAIN",
+            help="Host to fetch media from, and no other; '*.example.org' for all below example.org. Repeatable.",
+            show_default=False,
+            rich_help_panel=_LIMITS,
+        ),
+    ] = None,
     api_key: Annotated[
         list[str] | None,
         typer.Option(
@@ -106,10 +116,11 @@ def serve(
 ) -> None:
     """Answer [bold]OpenAI's chat protocol[/bold] for one or several models: vila serve runs/starter/model"""
     _check(models, name, tls_cert, tls_key)
+    _check_domains(allowed_media_domain or ())
     require_extra("serve", "vila serve")
     from vila.serve.chat import Service
     from vila.serve.models import Batching, Models
-    from vila.serve.received import Limits
+    from vila.serve.received import SERVER_MEDIA, Limits
     from vila.serve.server import Door
     from vila.serve.server import serve as run
 
@@ -131,10 +142,11 @@ def serve(
     limits = Limits(
         body=int(max_body * 1e6),
         images=max_images,
-        pixels=int(max_pixels * 1e6),
+        media=replace(SERVER_MEDIA, image_pixels=int(max_pixels * 1e6)),
         fetch_s=fetch_timeout,
         request_s=request_timeout,
         allow_private=allow_private_urls,
+        allowed_domains=tuple(allowed_media_domain or ()),
     )
     served = Models(
         [_served(loading, given) for loading, given in zip(loadings, name or [""] * len(models), strict=True)],
@@ -155,6 +167,19 @@ def _check(models: list[str], names: list[str] | None, certificate: str, key: st
         looks_local = model.startswith((".", "/", "~")) or model.count("/") != 1
         if looks_local and not Path(model).exists():
             raise ConfigError(f"{model}: no such directory, and no hub id OWNER/NAME; check the path")
+
+
+def _check_domains(domains: Sequence[str]) -> None:
+    from vila.media.addresses import normal_host
+
+    for domain in domains:
+        try:
+            is_host = "." in normal_host(domain) and not set("/:@ ") & set(domain)
+        except ValueError:
+            is_host = False
+        if not is_host:
+            expected = "a host such as images.example.org, or *.example.org, without scheme, port and path"
+            raise ConfigError(field="--allowed-media-domain", value=domain, expected=expected)
 
 
 def _served(loading: Loading, given: str) -> ServedModel:

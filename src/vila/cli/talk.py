@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vila.cli.conversation import Question, check_text, place_media, with_system
-from vila.cli.media import check_clip, image_of, video_of
+from vila.cli.media import check_clip, image_of, read_image, video_of
 from vila.core.types import Image, Message, Video
 
 if TYPE_CHECKING:
@@ -42,18 +42,16 @@ class Talk:
     _videos: list[Video] = field(default_factory=list)
 
     def add_picture(self, name: str) -> str:
-        """Open a picture for the next question; says what it is. Raises MediaError."""
-        from vila.media.image import open_image
-
-        picture = open_image(image_of(name))
-        self._images.append(Image(picture))
-        return self._wait(name, f"{picture.width}x{picture.height}")
+        """Read an image for the next question; returns a line that describes it. Raises MediaError."""
+        image, (width, height) = read_image(image_of(name))
+        self._images.append(image)
+        return self._wait(name, f"{width}x{height}")
 
     def add_clip(self, name: str) -> str:
-        """Read a clip for the next question; says what it is. Raises MediaError."""
+        """Read a video for the next question; returns a line that describes it. Raises MediaError."""
         video = video_of(name, self.num_frames)
         check_clip(video)
-        frames = self.processor.frames(video)
+        frames = self.processor.frames(video, shrink=self.processor.spec)
         self._videos.append(video)
         return self._wait(name, f"{len(frames)} frames")
 
@@ -73,7 +71,9 @@ class Talk:
         )
         asked = Message("user", place_media(question, gap))
         said = [turn for one in self.exchanges for turn in (one.asked, Message.of("assistant", one.answer))]
-        return with_system([*said, *self.processor.expand_videos([asked], gap)], self.system)
+        return with_system(
+            [*said, *self.processor.expand_videos([asked], gap, shrink=self.processor.spec)], self.system
+        )
 
     def keep(self, text: str, asked: Message, answer: str) -> None:
         """Add an exchange; its media no longer wait."""

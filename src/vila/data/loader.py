@@ -14,7 +14,7 @@ from vila.core.errors import MediaError, VilaError
 from vila.core.events import SILENT, Events
 from vila.core.types import Image, Sample, Video
 from vila.core.vision_spec import ImageMode, VisionSpec
-from vila.data.clips import frames_of, open_pictures
+from vila.data.clips import frames_of, open_squares
 from vila.data.compact import CompactSample
 from vila.data.formats.protocol import FORMATS
 from vila.data.formats.source import RecordSource
@@ -22,7 +22,7 @@ from vila.data.mixture import Mixture, Part, Source
 from vila.data.pack import Pixels
 from vila.data.shorten import shorten_sample
 from vila.data.view import Split, Subset
-from vila.media.transform import Bytes, normalise, square_bytes
+from vila.media.transform import Bytes, normalise
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +127,7 @@ class SampleReader:
         spec = replace(self.spec, image_mode=part.image_mode) if part.image_mode else self.spec
         try:
             images = [item for item in sample.media if isinstance(item, Image)]
-            return [square_bytes(picture, spec) for picture in open_pictures(images)]
+            return list(open_squares(images, spec))
         except VilaError as error:
             _add_sample(error, part, sample)
             raise

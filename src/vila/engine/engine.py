@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -150,9 +151,20 @@ class Engine:
         rounded = "" if activations == 8 else f", activations of {activations} bits"
         return f"onnx, head of {self._program.head_bits} bits{rounded}"
 
-    def with_image_mode(self, mode: ImageMode) -> Engine:
-        """An engine on the same weights that makes pictures square in another way; it shares nothing it remembers."""
-        return Engine(self.model, self.processor.with_image_mode(mode), self._program, lean=self._lean)
+    def with_vision(self, *, image_mode: ImageMode | None = None, exif_orientation: bool | None = None) -> Engine:
+        """An engine on the same weights with other vision settings; see `VilaProcessor.with_vision`.
+
+        It shares no features and prefixes with this one, but the program and the buffers of its steps: use one of the
+        two at a time.
+        """
+        processor = self.processor.with_vision(image_mode=image_mode, exif_orientation=exif_orientation)
+        if processor is self.processor:
+            return self
+        other = copy.copy(self)
+        other.processor = processor
+        other.prefixes = Prefixes(self.prefixes.budget) if self.prefixes else None
+        other._features = PictureFeatures(other._encode)
+        return other
 
     def generate(
         self, messages: Conversation, sampling: Sampling | None = None, *, template: str = "", **options: Any
@@ -215,7 +227,15 @@ class Engine:
         """Log-probabilities of the supervised tokens (answers and their ends) of whole conversations, one list each."""
         if not conversations:
             return []
-        rows = [self.processor.tokens(messages_of(messages), template, prompt=False) for messages in conversations]
+        gap = self.processor.find_template(template).media_gap
+        rows = [
+            self.processor.tokens(
+                self.processor.expand_videos(messages_of(messages), gap, shrink=self.processor.spec),
+                template,
+                prompt=False,
+            )
+            for messages in conversations
+        ]
         longest = max(len(row.ids) for row in rows)
         if longest > self._context:
             raise ContextOverflowError(
@@ -252,10 +272,10 @@ class Engine:
         return OnnxSlotRun(self.model, self._features, tokens, self._program)
 
     def _job(self, messages: Conversation, sampling: Sampling, template: str) -> _Job:
-        # Clips are decoded once, however many turns are left out.
+        # Videos are decoded once, however many turns are left out.
         gap = self.processor.find_template(template).media_gap
         tokens, dropped = fit_prompt(
-            self.processor.expand_videos(messages_of(messages), gap),
+            self.processor.expand_videos(messages_of(messages), gap, shrink=self.processor.spec),
             lambda some: self.processor.prompt(some, template),
             context=self._context,
             answer=sampling.max_new_tokens,

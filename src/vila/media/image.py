@@ -1,69 +1,136 @@
-"""Opening a picture: from a path, bytes, a URL or PIL, to RGB. Whatever is wrong becomes a MediaError naming it."""
+"""Opening an image: from a path, bytes, a URL or PIL, to RGB. All problems are MediaErrors naming the image."""
 
 from __future__ import annotations
 
+import io
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image as PilImage
-from PIL import UnidentifiedImageError
+from PIL import ImageFile, TiffImagePlugin, UnidentifiedImageError
+from PIL.Image import Transpose
 
-from vila.core.errors import MediaError
+from vila.core.errors import MediaError, VilaError
+from vila.core.reading import foreign_content
 from vila.core.types import Image
+from vila.media.limits import DEFAULT_LIMITS, MediaLimits
 from vila.media.source import open_source
-
-MAX_PIXELS = 178_956_970
-"""Where Pillow itself speaks of a bomb; it warns from half of this on."""
-MAX_SIDE = 65_535
-"""The longest side of a JPEG file. A 1 x 100,000,000 picture holds few pixels, but its padded square does not."""
 
 # Others run a program (EPS), or accept nearly any file (TGA).
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO")
 _READABLE = "JPEG, PNG, WebP, GIF, BMP, TIFF, PPM, JPEG 2000 or AVIF"
+_COPY_AGAIN = "it may be damaged or cut short, copy it again"
 
 
 def open_image(
-    image: Image, *, base: Path | None = None, allow_private: bool = False, max_pixels: int = MAX_PIXELS
+    image: Image,
+    *,
+    base: Path | None = None,
+    allow_private: bool = False,
+    limits: MediaLimits = DEFAULT_LIMITS,
+    exif_orientation: bool = True,
 ) -> PilImage.Image:
-    """The picture in RGB, decoded, in memory of its own.
+    """The image in RGB, decoded, in memory of its own.
 
-    base:          the folder that a relative path starts from.
-    allow_private: also fetch URLs from this machine and its network.
-    max_pixels:    refuse larger pictures before decoding them; Pillow's own limit holds besides.
+    base:             the folder that a relative path starts from.
+    allow_private:    also fetch URLs from this machine and its network.
+    limits:           refuse larger images before decoding them; Pillow's own limit of pixels holds besides.
+    exif_orientation: turn the image upright as its EXIF says; see docs/images.md for who passes which value.
 
-    As in the original, the alpha channel is dropped (not blended), EXIF orientation is ignored, an animation gives its
-    first frame, and CMYK and palettes are converted as Pillow does. Unlike the original: a truncated file is refused,
-    not filled with grey; and values of more than 8 bits are scaled, not clipped to white (see `_eight_bits`).
-    Raises MediaError naming the picture, the reason and what to do. Touches no global state, so threads may call it;
+    As in the original, the alpha channel is dropped (not blended), an animation gives its first frame, and CMYK and
+    palettes are converted as Pillow does. Unlike the original: a truncated file is refused, not filled with grey;
+    and values of more than 8 bits are scaled, not clipped to white (see `_to_bytes`). The result has no EXIF.
+    Raises MediaError naming the image, the reason and what to do. Touches no global state, so threads may call it;
     a process that sets `PIL.ImageFile.LOAD_TRUNCATED_IMAGES` gets truncated files all the same.
     """
     source = image.source
     if isinstance(source, PilImage.Image):
-        return _decoded(source, image.name, max_pixels)
-    stream, name = open_source(source, "an image", base=base, allow_private=allow_private)
-    with stream:
-        return _read(stream, name, max_pixels)
+        return decode_image(source, image.name, limits=limits, exif_orientation=exif_orientation)
+    stream, name = open_source(
+        source,
+        "an image",
+        base=base,
+        allow_private=allow_private,
+        max_bytes=limits.image_bytes,
+        timeout_s=limits.image_fetch_s,
+    )
+    with stream, _open(stream, name) as opened:
+        check_size(opened.size, name, limits)
+        with pillow_errors(name):
+            bright = _bright_colour(opened, stream)
+        return decode_image(bright, name, limits=limits, exif_orientation=exif_orientation)
 
 
-def _read(stream: IO[bytes], name: str, max_pixels: int) -> PilImage.Image:
+def decode_image(
+    image: PilImage.Image,
+    name: str,
+    *,
+    field: str | None = None,
+    limits: MediaLimits = DEFAULT_LIMITS,
+    exif_orientation: bool = True,
+) -> PilImage.Image:
+    """An image that Pillow has opened, in RGB: see `open_image`. name, field: for errors."""
+    check_size(image.size, name, limits)
+    with pillow_errors(name, field):
+        image.load()
+        turn = _TURNS.get(_orientation(image)) if exif_orientation else None
+        rgb = _to_rgb(image, name, field)
+        for key in _METADATA:
+            rgb.info.pop(key, None)  # or it would be turned again
+        return rgb if turn is None else rgb.transpose(turn)
+
+
+def check_size(size: tuple[int, int], name: str, limits: MediaLimits) -> None:
+    """Raise MediaError if an image has no pixels, too many, or too long a side; `size` is (width, height)."""
+    width, height = size
+    if min(size) < 1:
+        raise MediaError("holds no pixels", file=name, value=size)
+    if width * height > limits.image_pixels or max(size) > limits.side:
+        is_many = width * height > limits.image_pixels
+        raise MediaError(
+            "too many pixels" if is_many else "a side is too long",
+            file=name,
+            field="image_pixels" if is_many else "side",
+            value=size,
+            expected=f"at most {limits.image_pixels:,} pixels" if is_many else f"at most {limits.side:,} on a side",
+            hint="shrink it first" if is_many else "cut it into parts",
+        )
+
+
+def encoded_size(content: bytes) -> tuple[int, int] | None:
+    """(width, height) of an encoded image by its header; None when Pillow does not know it as one."""
+    try:
+        with _open(io.BytesIO(content), "") as opened:
+            return opened.size
+    except MediaError:
+        return None
+
+
+def orientation_of(content: bytes) -> int:
+    """The EXIF orientation of an encoded image, 1 to 8; 1, upright, for one that Pillow does not know."""
+    try:
+        with _open(io.BytesIO(content), "") as opened:
+            return _orientation(opened)
+    except MediaError:
+        return 1
+
+
+def _open(stream: IO[bytes], name: str) -> ImageFile.ImageFile:
     head = stream.read(64)
     if not head:
-        raise MediaError(f"{name}: not an image (the file is empty); download or copy it again")
+        raise MediaError("not an image (the file is empty)", file=name, hint="download or copy it again")
     stream.seek(0)
-    try:
-        opened = PilImage.open(stream, formats=_formats())
-    except UnidentifiedImageError as error:
-        raise MediaError(f"{name}: not an image ({_looks_like(head)})") from error
-    except (PilImage.DecompressionBombError, PilImage.DecompressionBombWarning) as error:
-        raise MediaError(f"{name}: {str(error).rstrip('.')}; shrink it first") from error
-    except MemoryError:
-        raise
-    except Exception as error:
-        raise _damaged(name, error) from error
-    with opened:
-        return _decoded(opened, name, max_pixels)
+    with pillow_errors(name):
+        try:
+            return PilImage.open(stream, formats=_formats())
+        except UnidentifiedImageError as error:
+            raise _not_an_image(stream, head, name) from error
 
 
 @lru_cache(maxsize=1)
@@ -72,72 +139,193 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in _FORMATS if name in PilImage.OPEN)
 
 
-def _decoded(picture: PilImage.Image, name: str, max_pixels: int) -> PilImage.Image:
-    width, height = picture.size
-    if width * height > max_pixels:
-        raise MediaError(
-            f"{name}: {width} x {height} = {width * height:,} pixels, over the limit of {max_pixels:,}; shrink it first"
-        )
-    if max(width, height) > MAX_SIDE:
-        raise MediaError(f"{name}: {width} x {height}, with a side over {MAX_SIDE:,} pixels; cut it into parts")
-    if min(width, height) < 1:
-        raise MediaError(f"{name}: {width} x {height} holds no pixels")
+@contextmanager
+def pillow_errors(name: str, field: str | None = None) -> Iterator[None]:
+    """Raise MediaError for whatever Pillow raises."""
     try:
-        picture.load()
-        if picture.mode == "I" or picture.mode == "F" or picture.mode.startswith("I;16"):
-            picture = _eight_bits(picture, name)
-        elif picture.mode == "P" and isinstance(picture.info.get("transparency"), bytes):
-            picture = picture.copy()
-            del picture.info["transparency"]  # Pillow would warn that it is dropped; it is meant to be
-        return picture.convert("RGB")
-    except (MediaError, MemoryError):
+        yield
+    except (VilaError, MemoryError):
         raise
+    except (PilImage.DecompressionBombError, PilImage.DecompressionBombWarning) as error:
+        problem, hint = str(error).rstrip("."), "shrink it first"
+        raise MediaError(problem, file=name, field="image_pixels", hint=hint) from error
     except Exception as error:
-        raise _damaged(name, error) from error
+        # Pillow's decoders raise almost anything on a broken file: OSError, SyntaxError, ValueError, struct.error, ...
+        reason = str(error) or type(error).__name__
+        raise MediaError(f"cannot be decoded ({reason})", file=name, field=field, hint=_COPY_AGAIN) from error
 
 
-def _damaged(name: str, error: Exception) -> MediaError:
-    # Pillow's decoders raise almost anything on a broken file: OSError, SyntaxError, ValueError, struct.error, ...
-    reason = str(error) or type(error).__name__
-    return MediaError(f"{name}: cannot be decoded ({reason}); it may be damaged or cut short, copy it again")
+ORIENTATION = 0x0112
+"""The EXIF tag."""
+_TURNS = {
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
+}
+"""By the value of the EXIF tag Orientation; 1 is upright."""
+_METADATA = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
+"""Where Pillow keeps what can hold an orientation."""
 
 
-def _eight_bits(picture: PilImage.Image, name: str) -> PilImage.Image:
+def _orientation(image: PilImage.Image) -> int:
+    """The EXIF orientation, 1 to 8. EXIF that is absent or broken, and values out of range, are 1.
+
+    A TIFF is 1: Pillow itself turns it while it is decoded.
+    """
+    if image.format == "TIFF":
+        return 1
+    try:
+        value = image.getexif().get(ORIENTATION)
+    except MemoryError:
+        raise
+    except Exception:  # noqa: BLE001 - broken EXIF, see `pillow_errors`; the pixels are sound
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _to_rgb(image: PilImage.Image, name: str, field: str | None) -> PilImage.Image:
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = _eight_bits(image, name, field)
+    elif image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
+        image = image.copy()
+        del image.info["transparency"]  # Pillow would warn that it is dropped; it is meant to be
+    elif image.mode in ("La", "RGBa"):
+        image = image.convert("LA" if image.mode == "La" else "RGBA")  # Pillow has no other way from these
+    elif image.mode == "LAB":
+        raise MediaError("Pillow cannot convert its pixels to RGB", file=name, field="mode", value="LAB",
+                         hint="convert it to RGB")  # fmt: skip
+    return image.convert("RGB")
+
+
+_DEPTHS = (8, 10, 12, 14, 16)
+
+
+def _to_bytes(values: npt.NDArray[np.integer]) -> npt.NDArray[np.uint8]:
+    """Whole numbers from 0 to 65,535 as bytes: the high 8 bits of the smallest depth that holds the largest value.
+
+    Depths are 8, 10, 12, 14 and 16 bits, those of cameras and scanners. An image of 8 or 12 bits that was saved as one
+    of 16 is neither black nor nearly black so, and one of 16 bits keeps its high byte, as Pillow reads 16-bit colour.
+    The rule looks at the image alone: two images of one series that differ in depth are scaled differently.
+    """
+    high = int(values.max())
+    depth = next(depth for depth in _DEPTHS if high < 1 << depth)
+    return (values >> (depth - 8)).astype(np.uint8)
+
+
+def _eight_bits(image: PilImage.Image, name: str, field: str | None) -> PilImage.Image:
     """Grey values of more than 8 bits as bytes. Pillow's own conversion clips: all above 255 turns white.
 
-    16-bit values keep their high byte, as Pillow itself reads 16-bit colour. 32-bit integers are taken for 16-bit ones
-    (that is how Pillow opens a 16-bit PGM) unless all fit a byte. Floats are 0..1, or 0..255 where any is above 1.
+    Integers, signed or not, of 16 or 32 bits are scaled by `_to_bytes`. Floats are 0..1, or 0..255 where any is above
+    1. Raises MediaError for values outside of these ranges, whose meaning nobody knows.
     """
-    values = np.asarray(picture)
+    values = np.asarray(image)
     low, high = values.min(), values.max()
-    limit = 255 if picture.mode == "F" else 65_535
+    limit = 255 if image.mode == "F" else 65_535
     if not (low >= 0 and high <= limit):
-        raise MediaError(f"{name}: grey values from {low} to {high}, expected 0 to {limit}; convert it to 8 bits")
-    if picture.mode == "F":
-        values = np.rint(values * 255) if high <= 1 else values
-    elif picture.mode != "I" or high > 255:
-        values = values >> 8
-    return PilImage.fromarray(values.astype(np.uint8))
+        raise MediaError(
+            f"grey values from {low} to {high}",
+            file=name,
+            field="mode",
+            value=image.mode,
+            expected=f"values from 0 to {limit}",
+            hint="convert it to 8 bits",
+        )
+    if image.mode == "F":
+        return PilImage.fromarray((np.rint(values * 255) if high <= 1 else values).astype(np.uint8))
+    return PilImage.fromarray(_to_bytes(values))
+
+
+_SWAPPED = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
+_ALL_DEPTHS_BUT_16 = 1 << _DEPTHS[-2] - 8
+
+
+def _bright_colour(opened: ImageFile.ImageFile, stream: IO[bytes]) -> PilImage.Image:
+    """`opened`, unless it has 16 bits per colour and would be darker than the rule of `_to_bytes` makes it.
+
+    Pillow keeps the high bytes of 16-bit colour. Where these say that the values fit 14 bits, the low bytes are read
+    too, by decoding once more in the other byte order, and the rule is applied to both.
+    """
+    rawmodes = {_rawmode(tile) for tile in opened.tile}
+    rawmode = rawmodes.pop() if len(rawmodes) == 1 else ""
+    if rawmode[:-1] not in ("RGB;16", "RGBA;16", "RGBX;16", "LA;16"):
+        return opened
+    opened.load()
+    high = np.asarray(opened.convert("RGB"))
+    if high.max() >= _ALL_DEPTHS_BUT_16:
+        return opened
+    stream.seek(0)
+    with PilImage.open(stream, formats=[opened.format or ""]) as again:
+        # Both bytes of LA;16 fit the four of RGBA: grey high, grey low, alpha high, alpha low.
+        other = "RGBA" if rawmode == "LA;16B" else rawmode[:-1] + _SWAPPED[rawmode[-1]]
+        again.tile = [_with_rawmode(tile, other) for tile in again.tile]
+        again.load()
+        low = np.asarray(again)[..., 1:2] if other == "RGBA" else np.asarray(again.convert("RGB"))
+    bright = PilImage.fromarray(_to_bytes(high.astype(np.uint16) << 8 | low))
+    bright.info = opened.info
+    return bright
+
+
+# A tile of Pillow is (codec, box, offset, args), a named tuple from Pillow 11 on.
+def _rawmode(tile: Any) -> str:
+    """How the decoder of a tile unpacks pixels: `RGB;16B`, ..."""
+    args = tile[3]
+    first = args[0] if isinstance(args, tuple) and args else args
+    return first if isinstance(first, str) else ""
+
+
+def _with_rawmode(tile: Any, rawmode: str) -> Any:
+    args = (rawmode, *tile[3][1:]) if isinstance(tile[3], tuple) else rawmode
+    return tile._replace(args=args) if hasattr(tile, "_replace") else (*tile[:3], args)
 
 
 _MAGIC = {b"\x89PNG": "PNG", b"\xff\xd8": "JPEG", b"GIF8": "GIF", b"RIFF": "WebP", b"II*\0": "TIFF", b"MM\0*": "TIFF"}
+_UNSUPPORTED = ("unknown pixel mode", "unknown data organization")
 
 
-def _looks_like(head: bytes) -> str:
-    """What the first bytes say about a file that is no image, and what to do about it."""
-    for magic, kind in _MAGIC.items():
-        if head.startswith(magic):
-            return f"starts like {kind}, but its header is damaged or cut short; download or copy it again"
-    start = head.lstrip(b"\xef\xbb\xbf \t\r\n")
-    if start.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer; run `git lfs pull`"
+def _not_an_image(stream: IO[bytes], head: bytes, name: str) -> MediaError:
+    """The error for a file that Pillow does not identify, by its first bytes."""
+    kind = next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), "")
+    if kind == "TIFF" and (unsupported := _unsupported_tiff(stream)):
+        problem = "Pillow does not read TIFF files of this pixel layout; the file may be sound"
+        hint = "convert it to RGB with 8 bits per sample"
+        return MediaError(problem, file=name, field="BitsPerSample", value=unsupported, hint=hint)
+    if kind:
+        problem = f"not an image (starts like {kind}, but its header is damaged or cut short)"
+        return MediaError(problem, file=name, hint="download or copy it again")
     if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"mif1", b"msf1", b"hevc"):
-        return "HEIC; convert it to JPEG or PNG"
+        return MediaError("not an image that Pillow reads (HEIC)", file=name, hint="convert it to JPEG or PNG")
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n")
     if start.lower().startswith((b"<svg", b"<?xml")):
-        return f"starts with {_quoted(start)}; if it is a drawing, convert it to PNG"
-    if start.lower().startswith((b"<!doctype", b"<html")):
-        return f"starts with {_quoted(start)}: a web page; give the address of the picture itself"
-    return f"starts with {_quoted(start or head)}; expected {_READABLE}"
+        problem, hint = f"not an image (starts with {_quoted(start)})", "if it is a drawing, convert it to PNG"
+        return MediaError(problem, file=name, hint=hint)
+    if known := foreign_content(start):
+        return MediaError(f"not an image ({known[0]})", file=name, hint=known[1])
+    return MediaError(f"not an image (starts with {_quoted(start or head)})", file=name, expected=_READABLE)
+
+
+def _unsupported_tiff(stream: IO[bytes]) -> tuple[int, ...] | None:
+    """Bits of each sample of a whole TIFF file whose pixels Pillow has no mode for; None for other files."""
+    stream.seek(0)
+    try:
+        TiffImagePlugin.TiffImageFile(stream)
+        return None
+    except SyntaxError as error:
+        if str(error) not in _UNSUPPORTED:
+            return None
+    stream.seek(0)
+    directory = TiffImagePlugin.ImageFileDirectory_v2(stream.read(8))
+    stream.seek(directory.next)
+    directory.load(stream)
+    places = directory.get(TiffImagePlugin.STRIPOFFSETS) or directory.get(TiffImagePlugin.TILEOFFSETS) or ()
+    sizes = directory.get(TiffImagePlugin.STRIPBYTECOUNTS) or directory.get(TiffImagePlugin.TILEBYTECOUNTS) or ()
+    ends = [place + size for place, size in zip(places, sizes, strict=False)]
+    is_whole = bool(ends) and max(ends) <= stream.seek(0, io.SEEK_END)
+    bits = directory.get(TiffImagePlugin.BITSPERSAMPLE, (1,))
+    return (bits if isinstance(bits, tuple) else (bits,)) if is_whole else None
 
 
 def _quoted(start: bytes) -> str:

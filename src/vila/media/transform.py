@@ -1,4 +1,4 @@
-"""The one pixel transform: an RGB picture becomes the tower's float32 array. Equal to the CLIP and SigLIP processors.
+"""The one pixel transform: an RGB image becomes the tower's float32 array. Equal to the CLIP and SigLIP processors.
 
 The reference is transformers' PIL backend behind the original's `image_aspect_ratio`, with Pillow 13.
 It has two halves, so that a picture can travel between them as bytes, a quarter of the size. Two liberties change no
@@ -7,7 +7,7 @@ byte: what a constant border or a crop makes needless is not computed, and bytes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -55,6 +55,14 @@ def square_bytes(image: PilImage.Image, spec: VisionSpec) -> Bytes:
         raise UnknownNameError("image mode", spec.image_mode, IMAGE_MODES)
     # Splitting in Pillow is faster than numpy's copy of a transposed array.
     return np.stack([np.asarray(plane) for plane in square.split()])
+
+
+def shrinker(spec: VisionSpec) -> Callable[[PilImage.Image], PilImage.Image]:
+    """A function that makes an RGB image square at the tower's size.
+
+    `square_bytes` leaves such a square as it is, byte for byte, so frames of a video may be shrunk while it is decoded.
+    """
+    return lambda image: PilImage.fromarray(square_bytes(image, spec).transpose(1, 2, 0))
 
 
 def normalise(squares: Bytes, spec: VisionSpec, out: Pixels | None = None) -> Pixels:

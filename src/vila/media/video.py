@@ -1,18 +1,17 @@
-"""Frames of a clip, taken evenly and found by seeking. Whatever is wrong becomes a MediaError naming the clip.
+"""Frames of a video, taken evenly and found by seeking. All problems are MediaErrors naming the video.
 
-PyAV decodes; it is imported only when a clip is read. What Pillow reads (GIF and the like) is in `animation.py`.
+PyAV decodes; it is imported only when a video is read. What Pillow reads (GIF and the like) is in `animation.py`.
 """
 
 from __future__ import annotations
 
-import os
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image as PilImage
@@ -20,59 +19,94 @@ from PIL.Image import Transpose
 
 from vila.core.errors import MediaError
 from vila.core.optional import require
-from vila.core.types import Video
+from vila.core.types import Image, Video
 from vila.media.animation import Animation
-from vila.media.image import MAX_PIXELS, MAX_SIDE
+from vila.media.container import COPY_AGAIN, announced_packets, missing_bytes, unreadable
+from vila.media.limits import DEFAULT_LIMITS, DecodeMeter, IsCancelled, MediaLimits, MeteredStream, never
 from vila.media.source import open_source
 
 if TYPE_CHECKING:
     from av import Packet, VideoFrame, VideoStream
     from av.container import InputContainer
 
-MAX_FRAMES = 4096
-"""The most frames that one call returns."""
-MAX_BYTES = 512 * 2**20
-"""The largest clip that comes from a URL, within `TIMEOUT_S`; a file may be of any size."""
-TIMEOUT_S = 300
+Shrink = Callable[[PilImage.Image], PilImage.Image]
+"""What is kept of a frame; called as soon as the frame is decoded, so that no two full frames stay in memory."""
 
 # Other demuxers open further files or addresses (HLS, concat, SDP), or read any text as a film (tty). Those for audio
 # are there to say that a file holds audio.
 _DEMUXERS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,h264,hevc,m4v,obu,ivf,flv,asf,ogg,nut,mxf,yuv4mpegpipe,rm,dv,wtv"
 _OPTIONS = {"format_whitelist": f"{_DEMUXERS},mp3,wav,flac,aac", "protocol_whitelist": "none"}
-_COPY_AGAIN = "download or copy it again"
 
 
 def open_frames(
-    video: Video, num_frames: int, *, base: Path | None = None, allow_private: bool = False
+    video: Video,
+    num_frames: int,
+    *,
+    base: Path | None = None,
+    allow_private: bool = False,
+    limits: MediaLimits = DEFAULT_LIMITS,
+    cancelled: IsCancelled = never,
+    shrink: Shrink | None = None,
 ) -> list[PilImage.Image]:
-    """Exactly `num_frames` frames of the clip in RGB, in the order of presentation, at `frame_indices`.
+    """Exactly `num_frames` frames of the video in RGB, in the order of presentation, at `frame_indices`.
 
-    num_frames:    1 to 4096; the caller has settled it, `video.num_frames` is not read here.
+    num_frames:    1 to `limits.num_frames`; `video.num_frames` is not read here.
     base:          the folder that a relative path starts from.
     allow_private: also fetch URLs from this machine and its network.
+    limits:        see `MediaLimits`.
+    cancelled:     called between packets, frames and reads.
+    shrink:        makes what is kept of each frame; None keeps the whole frame.
 
-    The frames are those that decoding the whole clip gives, but only from the key frame before each wanted frame is
-    decoded, so time and memory grow with `num_frames`; all packets are read, to count the frames. Where a clip's time
-    stamps do not allow that, all of it is decoded, twice. Frames are counted, not timed: of a clip of variable frame
-    rate they are even in number. Frames that no key frame precedes do not count. A frame repeated in a short clip is
+    The frames are those that decoding the whole video gives, but only from the key frame before each wanted frame is
+    decoded, so time and memory grow with `num_frames`; all packets are read, to count the frames. Where a video's time
+    stamps do not allow that, all of it is decoded, twice. Frames are counted, not timed: of a video of variable frame
+    rate they are even in number. Frames that no key frame precedes do not count. A frame repeated in a short video is
     one object several times. Frames are turned upright as the file says; pixels stay as stored, square or not.
-    Raises MediaError naming the clip, the reason and what to do; nothing is made up for frames that are missing.
+    Raises MediaError naming the video, the reason and the remedy, CancelledError once `cancelled` is true; no frame is
+    made up for one that is missing.
     """
-    if not 1 <= num_frames <= MAX_FRAMES:
-        raise MediaError(f"num_frames is {num_frames}, expected 1 to {MAX_FRAMES}")
+    if not 1 <= num_frames <= limits.num_frames:
+        expected = f"1 to {limits.num_frames}"
+        raise MediaError(file=_name_of(video), field="num_frames", value=num_frames, expected=expected)
     stream, name = open_source(
-        video.source, "a clip", base=base, allow_private=allow_private, max_bytes=MAX_BYTES, timeout_s=TIMEOUT_S
+        video.source,
+        "a video",
+        base=base,
+        allow_private=allow_private,
+        max_bytes=limits.video_bytes,
+        timeout_s=limits.video_fetch_s,
+        cancelled=cancelled,
     )
     with stream:
-        if not stream.read(1):
-            raise MediaError(f"{name}: not a clip (the file is empty); {_COPY_AGAIN}")
-        stream.seek(0)
-        animation = Animation.open(stream, name)
+        meter = DecodeMeter(name, limits, cancelled)
+        metered = MeteredStream(stream, meter)
+        if not metered.read(1):
+            raise MediaError("not a video (the file is empty)", file=name, hint=COPY_AGAIN)
+        metered.seek(0)
+        keep = _Keep(meter, shrink)
+        animation = Animation.open(metered, meter)
         if animation is None:
-            return _Clip(stream, name).read(num_frames)
+            return _VideoFile(metered, meter, keep).read(num_frames)
         indices = frame_indices(animation.num_frames, num_frames)
-        frames = animation.read(sorted(set(indices)))
+        frames = animation.read(sorted(set(indices)), keep)
         return [frames[index] for index in indices]
+
+
+@dataclass(frozen=True, slots=True)
+class _Keep:
+    """Shrink a frame and count what stays of it in memory."""
+
+    meter: DecodeMeter
+    shrink: Shrink | None
+
+    def __call__(self, frame: PilImage.Image) -> PilImage.Image:
+        kept = frame if self.shrink is None else self.shrink(frame)
+        self.meter.keep_frame(*kept.size)
+        return kept
+
+
+def _name_of(video: Video) -> str:
+    return Image(video.source).name
 
 
 def frame_indices(total: int, num_frames: int) -> list[int]:
@@ -121,15 +155,17 @@ class _Unreliable(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class _Clip:
-    """A file that PyAV reads; `name` is for messages."""
+class _VideoFile:
+    """A file that PyAV reads, held to the limits of `meter`; `keep` is applied to each frame taken."""
 
-    stream: IO[bytes]
-    name: str
+    stream: MeteredStream
+    meter: DecodeMeter
+    keep: _Keep
 
     def read(self, num_frames: int) -> list[PilImage.Image]:
         """The frames at `frame_indices`, by seeking where the time stamps allow it."""
-        suspect, missing = None, _missing(self.stream)
+        suspect, missing = None, missing_bytes(self.stream)
+        self.meter.check_packets(announced_packets(self.stream))
         with self._opened() as (container, track):
             timeline = self._timeline(container, track, missing)
             if timeline is not None:
@@ -141,57 +177,70 @@ class _Clip:
                     suspect = int(error.args[0])
         total = sum(1 for _ in self._decode_all(suspect))
         if not total:
-            raise MediaError(f"{self.name}: none of its frames can be decoded; it may be damaged, {_COPY_AGAIN}")
+            raise self._error("none of its frames can be decoded; it may be damaged")
         indices = frame_indices(total, num_frames)
         wanted = set(indices)
         every = islice(self._decode_all(suspect), indices[-1] + 1)
-        frames = {index: self._picture(frame) for index, frame in enumerate(every) if index in wanted}
+        frames = {index: self.keep(self._picture(frame)) for index, frame in enumerate(every) if index in wanted}
         return [frames[index] for index in indices]
+
+    def _error(self, problem: str, hint: str = COPY_AGAIN, field: str | None = None) -> MediaError:
+        return MediaError(problem, file=self.meter.name, field=field, hint=hint)
 
     @contextmanager
     def _opened(self) -> Iterator[tuple[InputContainer, VideoStream]]:
-        """The container, at its start, and the first video stream that is no cover picture."""
+        """The container, at its start, and the first video stream that is no cover image."""
         av = require("av", "video")
         from av.stream import Disposition
 
         self.stream.seek(0)
         try:
-            container = av.open(self.stream, mode="r", container_options=_OPTIONS, metadata_errors="replace")
+            container = av.open(
+                self.stream,
+                mode="r",
+                options=self._decoder_options(),
+                container_options=_OPTIONS,
+                metadata_errors="replace",
+            )
         except (av.FFmpegError, OSError) as error:
-            raise _unreadable(self.stream, self.name) from error
+            raise unreadable(self.stream, self.meter.name) from error
         covers = Disposition.attached_pic | Disposition.timed_thumbnails
         with container:
             track = next((track for track in container.streams.video if not track.disposition & covers), None)
-            if (track is None or track.codec_context is None) and (not len(container.streams) or _missing(self.stream)):
-                raise _unreadable(self.stream, self.name)
+            unusable = track is None or track.codec_context is None
+            if unusable and (not len(container.streams) or missing_bytes(self.stream)):
+                raise unreadable(self.stream, self.meter.name)
             if track is None:
                 kinds = " and ".join(sorted({stream.type for stream in container.streams} - {"video"}))
-                raise MediaError(f"{self.name}: holds no video, only {kinds or 'a cover picture'}; check the file")
+                raise self._error(f"holds no video, only {kinds or 'a cover image'}", "check the file")
             if track.codec_context is None:
-                raise MediaError(f"{self.name}: PyAV cannot decode this kind of video; convert it to H.264")
-            self._check_size(track.codec_context.width, track.codec_context.height)
+                raise self._error("PyAV cannot decode this kind of video", "convert it to H.264")
+            self.meter.check_size(track.codec_context.width, track.codec_context.height)
+            track.codec_context.options = self._decoder_options()
             try:
                 yield container, track
             except (av.FFmpegError, IndexError) as error:  # IndexError: PyAV, where damage pretends another stream
                 reason = getattr(error, "strerror", error)
-                raise MediaError(f"{self.name}: cannot be read ({reason}); {_COPY_AGAIN}") from error
+                raise self._error(f"cannot be read ({reason})") from error
 
-    def _check_size(self, width: int, height: int) -> None:
-        if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
-            limit = f"over the limit of {MAX_PIXELS:,} or of {MAX_SIDE:,} a side"
-            raise MediaError(f"{self.name}: frames of {width} x {height} pixels, {limit}; shrink it first")
+    def _decoder_options(self) -> dict[str, str]:
+        # FFmpeg refuses larger frames before it allocates them, also when the size changes in mid-stream.
+        return {"max_pixels": str(self.meter.limits.frame_pixels)}
 
     def _timeline(self, container: InputContainer, track: VideoStream, missing: str) -> _Timeline | None:
-        """The clip's timeline, from all its packets. Raises MediaError when frames are `missing` at the file's end."""
+        """The video's timeline, from all its packets. Raises MediaError when frames are `missing` at the file's end."""
         entries: list[_Entry] = []
         is_cut = False
         for packet in container.demux(track):
+            self.meter.check()
             if packet.size:
+                self.meter.count_packet()
                 entries.append(_Entry(packet.pts, packet.dts, packet.is_keyframe, not packet.is_discard))
                 is_cut = packet.is_corrupt
+        self.meter.check_frames(len(entries))
         if is_cut or (missing and not 0 < track.frames <= len(entries)):
             last = f"after frame {len(entries) - 1}" if entries else "before its first frame"
-            raise MediaError(f"{self.name}: cut short {last}{missing and f' ({missing})'}; {_COPY_AGAIN}")
+            raise self._error(f"cut short {last}{missing and f' ({missing})'}")
         return _build_timeline(entries)
 
     def _seek_frames(
@@ -209,28 +258,51 @@ class _Clip:
             key = bisect_right(timeline.keys, timeline.shown[index]) - 1
             if key != group:
                 group, place = key, bisect_left(timeline.shown, timeline.keys[key])
-                decoder = _decode_from(container, track, timeline.keys[key], timeline.starts[key])
+                decoder = self._decode_from(container, track, timeline.keys[key], timeline.starts[key])
             for frame in decoder:
+                self.meter.count_frame(frame.width, frame.height)
                 is_false_key = frame.pts == timeline.keys[key] and not frame.key_frame
                 if [frame.pts] != timeline.shown[place : place + 1] or frame.is_corrupt or is_false_key:
                     raise _Unreliable(index)
                 place += 1
                 if place > index:
-                    pictures[index] = self._picture(frame)
+                    pictures[index] = self.keep(self._picture(frame))
                     break
             else:
                 raise _Unreliable(index)
         return pictures
+
+    def _decode_from(self, container: InputContainer, track: VideoStream, key: int, start: int) -> Iterator[VideoFrame]:
+        """Frames from the one shown at `key` on, whose packet is decoded at `start`; none where seeking goes wrong."""
+        from av import FFmpegError
+
+        for offset in (
+            start,
+            key,
+        ):  # MPEG-TS, AVI and FLV seek by the one; a MOV that starts without a key by the other
+            try:
+                container.seek(offset, stream=track)
+            except FFmpegError:
+                continue
+            found = False
+            for packet in container.demux(track):
+                self.meter.check()
+                found = found or packet.pts == key
+                if found:
+                    yield from _decode(packet)
+            if found:
+                return
 
     def _decode_all(self, suspect: int | None) -> Iterator[VideoFrame]:
         """Every frame. Raises MediaError on damage, for what follows it is not exact; it names the frame `suspect`."""
         from av import FFmpegError
 
         with self._opened() as (container, track):
-            track.codec_context.options = {"err_detect": "explode"}
+            track.codec_context.options = {**self._decoder_options(), "err_detect": "explode"}
             key: Packet[VideoStream] | None = None
             place = 0
             for packet in container.demux(track):
+                self.meter.check()
                 key = packet if key is None and packet.is_keyframe else key
                 try:
                     frames = packet.decode()
@@ -239,8 +311,11 @@ class _Clip:
                     frames, reason = [], error.strerror
                 if reason and key is not None and not _leads(packet, key, place):
                     number = place if suspect is None else suspect
-                    raise MediaError(f"{self.name}: frame {number} cannot be decoded ({reason}); {_COPY_AGAIN}")
+                    raise self._error(f"cannot be decoded ({reason})", field=f"frame {number}")
+                for frame in frames:
+                    self.meter.count_frame(frame.width, frame.height)
                 place += len(frames)
+                self.meter.check_frames(place)
                 yield from frames
 
     def _picture(self, frame: VideoFrame) -> PilImage.Image:
@@ -248,11 +323,11 @@ class _Clip:
         from av import FFmpegError
         from av.sidedata.sidedata import SideData
 
-        self._check_size(frame.width, frame.height)
         try:
             picture = PilImage.fromarray(frame.to_ndarray(format="rgb24"))
         except FFmpegError as error:
-            raise MediaError(f"{self.name}: {frame.format.name} pixels cannot be converted to RGB") from error
+            problem = f"{frame.format.name} pixels cannot be converted to RGB"
+            raise self._error(problem, "convert it to H.264") from error
         matrix = frame.side_data.get("DISPLAYMATRIX")
         if not isinstance(matrix, SideData):
             return picture
@@ -273,24 +348,6 @@ _UPRIGHT = {
 """By the signs of a, b, c, d in x' = a x + c y, y' = b x + d y, the display matrix of ISO/IEC 14496-12."""
 
 
-def _decode_from(container: InputContainer, track: VideoStream, key: int, start: int) -> Iterator[VideoFrame]:
-    """Frames from the one shown at `key` on, whose packet is decoded at `start`; none where seeking goes wrong."""
-    from av import FFmpegError
-
-    for offset in (start, key):  # MPEG-TS, AVI and FLV seek by the one; a MOV that starts without a key by the other
-        try:
-            container.seek(offset, stream=track)
-        except FFmpegError:
-            continue
-        found = False
-        for packet in container.demux(track):
-            found = found or packet.pts == key
-            if found:
-                yield from _decode(packet)
-        if found:
-            return
-
-
 def _decode(packet: Packet[VideoStream]) -> list[VideoFrame]:
     """The frames that the decoder gives out for `packet`; none when it is damaged, and the caller misses them."""
     from av import FFmpegError
@@ -306,64 +363,3 @@ def _leads(packet: Packet[VideoStream], key: Packet[VideoStream], place: int) ->
     if packet.pts is None or key.pts is None:
         return place == 0 and not packet.is_keyframe
     return packet.pts < key.pts
-
-
-def _unreadable(stream: IO[bytes], name: str) -> MediaError:
-    """Why FFmpeg cannot open it, from what its first bytes say."""
-    missing = _missing(stream)
-    stream.seek(0)
-    head = stream.read(64)
-    start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if missing:
-        return MediaError(f"{name}: cut short ({missing}); {_COPY_AGAIN}")
-    if start.startswith(b"version https://git-lfs"):
-        return MediaError(f"{name}: not a clip (a Git LFS pointer); run `git lfs pull`")
-    if start.startswith((b"<!doctype", b"<html")):
-        return MediaError(f"{name}: not a clip (a web page); give the address of the clip itself")
-    expected = "MP4, MOV, WebM, MKV, AVI, MPEG, FLV, GIF, APNG or animated WebP"
-    return MediaError(f"{name}: damaged or not a clip (starts with {head[:12]!r}); expected {expected}")
-
-
-def _missing(stream: IO[bytes]) -> str:
-    """How much of the file is there, if its own headers promise more; else the empty string."""
-    size = stream.seek(0, os.SEEK_END)
-    promised = _promised_bytes(stream, size)
-    return f"{size:,} of {promised:,} bytes are there" if promised > size else ""
-
-
-def _promised_bytes(stream: IO[bytes], size: int) -> int:
-    """How long a file of `size` bytes is by its own headers, 0 if they do not say: RIFF, Matroska, or boxes."""
-    stream.seek(0)
-    head = stream.read(8)
-    if head[:4] == b"RIFF":
-        return 8 + int.from_bytes(head[4:], "little")
-    if head[:4] != b"\x1a\x45\xdf\xa3":
-        return _boxes_bytes(stream, size)
-    stream.seek(4)
-    stream.seek(min(_ebml_size(stream), size), os.SEEK_CUR)
-    segment = _ebml_size(stream) if stream.read(4) == b"\x18\x53\x80\x67" else 0
-    return stream.tell() + segment if segment else 0
-
-
-def _ebml_size(stream: IO[bytes]) -> int:
-    """A length of 1 to 8 bytes, as many as the first has leading zero bits and one more. All ones, unknown, give 0."""
-    first = stream.read(1)
-    extra = 8 - first[0].bit_length() if first else 0
-    ones = (1 << 7 * (extra + 1)) - 1
-    value = int.from_bytes(first + stream.read(extra), "big") & ones
-    return 0 if value == ones else value
-
-
-def _boxes_bytes(stream: IO[bytes], size: int) -> int:
-    """Where the last of the boxes that an MP4 or MOV file needs ends, 0 for any other file."""
-    place = end = 0
-    while place < size:
-        stream.seek(place)
-        head = stream.read(16)
-        length = int.from_bytes(head[:4], "big")
-        length = int.from_bytes(head[8:], "big") if length == 1 else length
-        if length < 8 or not head[4:8].isalnum():
-            break
-        place += length
-        end = place if head[4:8] in (b"moov", b"mdat", b"moof") else end
-    return end

@@ -1,11 +1,11 @@
-"""Text, pictures and clips to model inputs, in the Hugging Face convention; the bundle that every other path uses."""
+"""Text, images and videos to model inputs, in the Hugging Face convention; the bundle that every other path uses."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,8 @@ from vila.core.errors import MediaError, TemplateError
 from vila.core.types import Image, Message, Video
 from vila.core.vision_spec import ImageMode, VisionSpec
 from vila.media.image import open_image
-from vila.media.transform import pixels
+from vila.media.limits import DEFAULT_LIMITS, IsCancelled, MediaLimits, never
+from vila.media.transform import Pixels, normalise, shrinker, square_bytes
 from vila.media.video import open_frames
 
 IMAGE_MARKER, VIDEO_MARKER = "<image>", "<video>"
@@ -52,13 +53,24 @@ class VilaProcessor(ProcessorMixin):
 
     @cached_property
     def spec(self) -> VisionSpec:
-        """How pictures become pixels and how many tokens each takes."""
+        """How images become pixels and how many tokens each takes."""
         return VisionSpec.from_dict(self.vision_spec)
 
-    def with_image_mode(self, mode: ImageMode) -> VilaProcessor:
-        """This processor, making pictures square in another way."""
-        return VilaProcessor(
-            self.tokenizer, {**self.vision_spec, "image_mode": mode}, self.template, self.image_token_id
+    def with_vision(
+        self, *, image_mode: ImageMode | None = None, exif_orientation: bool | None = None
+    ) -> VilaProcessor:
+        """This processor with other vision settings; None leaves a setting as it is."""
+        spec = self._spec(image_mode, exif_orientation)
+        if spec == self.spec:
+            return self
+        return VilaProcessor(self.tokenizer, spec.to_dict(), self.template, self.image_token_id)
+
+    def _spec(self, image_mode: ImageMode | None, exif_orientation: bool | None = None) -> VisionSpec:
+        spec = self.spec
+        return replace(
+            spec,
+            image_mode=image_mode or spec.image_mode,
+            exif_orientation=spec.exif_orientation if exif_orientation is None else exif_orientation,
         )
 
     @cached_property
@@ -78,19 +90,50 @@ class VilaProcessor(ProcessorMixin):
         return find_template(name or self.template)
 
     def count(self, media: Image | Video) -> int:
-        """Slots that a medium takes. Clips have none of their own: they are read as pictures first."""
+        """Image placeholders of an image. Videos have none of their own: they become frames first."""
         if isinstance(media, Video):
-            raise MediaError(f"{media.source!r}: a clip becomes frames before it is counted; see expand_videos")
+            raise MediaError(f"{media.source!r}: a video becomes frames before it is counted; see expand_videos")
         return self.spec.tokens_per_image
 
-    def expand_videos(self, messages: Sequence[Message], gap: str) -> tuple[Message, ...]:
-        """Messages with each clip replaced by its frames, `gap` after each, as the original writes `<image>\\n`."""
-        return expand_clips(messages, gap, self.frames)
+    def expand_videos(
+        self,
+        messages: Sequence[Message],
+        gap: str,
+        *,
+        shrink: VisionSpec | None = None,
+        limits: MediaLimits = DEFAULT_LIMITS,
+        cancelled: IsCancelled = never,
+    ) -> tuple[Message, ...]:
+        """Messages with each video replaced by its frames, `gap` after each, as the original writes `<image>\\n`.
 
-    def frames(self, video: Video) -> list[Image]:
-        """The frames that stand for a clip, in order."""
-        number = video.num_frames or self.spec.num_video_frames
-        return [Image(frame) for frame in open_frames(video, number)]
+        shrink, limits, cancelled: see `frames`.
+        """
+        return expand_clips(messages, gap, partial(self.frames, shrink=shrink, limits=limits, cancelled=cancelled))
+
+    def frames(
+        self,
+        video: Video,
+        *,
+        shrink: VisionSpec | None = None,
+        limits: MediaLimits = DEFAULT_LIMITS,
+        cancelled: IsCancelled = never,
+    ) -> list[Image]:
+        """The frames that stand for a video, in order.
+
+        shrink: make each frame square by these settings while the video is decoded, in a fraction of the memory.
+                `pixels` by the same settings leaves the square as it is; by others it differs from whole frames.
+        limits, cancelled: see `open_frames`.
+        """
+        return [
+            Image(frame)
+            for frame in open_frames(
+                video,
+                video.num_frames or self.spec.num_video_frames,
+                limits=limits,
+                cancelled=cancelled,
+                shrink=shrinker(shrink) if shrink else None,
+            )
+        ]
 
     def tokens(self, messages: Sequence[Message], template: str = "", *, prompt: bool = True) -> Tokens:
         """A conversation as expanded ids; with `prompt` it ends where the assistant is to answer."""
@@ -103,11 +146,11 @@ class VilaProcessor(ProcessorMixin):
         return self.tokens(messages, template)
 
     def pixels(self, images: Sequence[Image], image_aspect_ratio: ImageMode | None = None) -> Tensor:
-        """Pictures as float32 [N, 3, S, S]. image_aspect_ratio: `pad`, `resize` or `square` for this call only."""
-        spec = replace(self.spec, image_mode=image_aspect_ratio) if image_aspect_ratio else self.spec
+        """Images as float32 [N, 3, S, S]. image_aspect_ratio: `pad`, `resize` or `square` for this call only."""
+        spec = self._spec(image_aspect_ratio)
         if not images:
             return torch.zeros(0, 3, spec.image_size, spec.image_size)
-        return torch.from_numpy(np.stack([pixels(open_image(image), spec) for image in images]))
+        return torch.from_numpy(_pixels(images, spec))
 
     def __call__(
         self,
@@ -139,7 +182,8 @@ class VilaProcessor(ProcessorMixin):
                 )
         waiting = {marker: iter(given) for marker, given in queues.items()}
         gap = find_template(self.template).media_gap if self.template else "\n"
-        rows = [tokenize(self._raw(item, waiting, gap), self.span_tokenizer, self.count) for item in texts]
+        spans = [self._raw(item, waiting, gap, image_aspect_ratio) for item in texts]
+        rows = [tokenize(one, self.span_tokenizer, self.count) for one in spans]
         return self._inputs(rows, image_aspect_ratio, padding_side, return_tensors)
 
     def apply_chat_template(
@@ -178,7 +222,8 @@ class VilaProcessor(ProcessorMixin):
                     if add_generation_prompt
                     else "add_generation_prompt=False needs the assistant's message last: a prompt always ends open"
                 )
-            rows.append(render(self.expand_videos(messages, chosen.media_gap), chosen, prompt=ends_open))
+            expanded = self.expand_videos(messages, chosen.media_gap, shrink=self._spec(image_aspect_ratio))
+            rows.append(render(expanded, chosen, prompt=ends_open))
         if not tokenize:
             symbols = self.span_tokenizer.symbols
             texts = ["".join(symbols.get(s.text, s.text) if not s.media else IMAGE_MARKER for s in row) for row in rows]
@@ -210,14 +255,17 @@ class VilaProcessor(ProcessorMixin):
             data["pixel_values"] = self.pixels(pictures, image_aspect_ratio)
         return BatchFeature(data, tensor_type=return_tensors)
 
-    def _raw(self, text: str, waiting: Mapping[str, Iterator[Any]], gap: str) -> list[Segment]:
+    def _raw(
+        self, text: str, waiting: Mapping[str, Iterator[Any]], gap: str, image_mode: ImageMode | None
+    ) -> list[Segment]:
         segments = []
         for piece in _MARKERS.split(text):
             if piece == IMAGE_MARKER:
                 segments.append(Segment("", "media", media=next(waiting[piece])))
             elif piece == VIDEO_MARKER:
                 video = next(waiting[piece])
-                for frame in self.frames(video) if isinstance(video, Video) else video:
+                frames = self.frames(video, shrink=self._spec(image_mode)) if isinstance(video, Video) else video
+                for frame in frames:
                     segments += [Segment("", "media", media=frame), Segment(gap, "template")]
             elif segments and segments[-1].text == gap and segments[-1].media is None and piece.startswith(gap):
                 segments[-1] = Segment(piece, "template")
@@ -228,6 +276,11 @@ class VilaProcessor(ProcessorMixin):
 
 # Its own name is taken by an argument that transformers prescribes.
 _walk = tokenize
+
+
+def _pixels(images: Sequence[Image], spec: VisionSpec) -> Pixels:
+    squares = [square_bytes(open_image(image, exif_orientation=spec.exif_orientation), spec) for image in images]
+    return normalise(np.stack(squares), spec)
 
 
 def _images(given: Any) -> list[Image]:

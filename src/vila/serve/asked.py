@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from vila.core.errors import ContextOverflowError, DeadlineError
 from vila.core.types import Image, Message, Video
 from vila.engine.request import Sampling, TokenEvent
+from vila.media.limits import DEFAULT_LIMITS, MediaLimits
 from vila.serve.schema import ChatRequest
 
 if TYPE_CHECKING:
@@ -62,16 +63,23 @@ class Asked:
         self._unwanted = False
         self._begun = False
 
-    def submit(self, messages: Sequence[Message]) -> None:
-        """Hand all answers to the batcher, or none. Called in a thread, because it decodes pictures.
+    def submit(self, messages: Sequence[Message], media: MediaLimits = DEFAULT_LIMITS) -> None:
+        """Hand all answers to the batcher, or none. Called in a thread, because it decodes images and videos.
 
+        media: limits on each video.
         Raises what the batcher raises, and DeadlineError when making ready took all the time.
         """
         try:
             processor = self._batcher.engine.processor
             self._check_media(messages)
-            # Clips are decoded once, however many answers there are.
-            messages = processor.expand_videos(messages, processor.find_template().media_gap)
+            # Videos are decoded once, however many answers there are.
+            messages = processor.expand_videos(
+                messages,
+                processor.find_template().media_gap,
+                shrink=processor.spec,
+                limits=media,
+                cancelled=self.is_unwanted,
+            )
             limit = self._limit()
             try:
                 self._submit(messages, limit)
@@ -90,6 +98,10 @@ class Asked:
     def tokenizer(self) -> Any:
         """That of the model."""
         return self._batcher.engine.processor.tokenizer
+
+    def is_unwanted(self) -> bool:
+        """Whether the request was given up: nobody waits for its answers any more."""
+        return self._unwanted
 
     def cancel(self) -> None:
         """Give up what is not answered yet, and what is still being made ready."""

@@ -8,6 +8,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -61,8 +62,9 @@ class Service:
 
     async def _begin(self, asked: Asked) -> None:
         async with asyncio.timeout_at(asyncio.get_running_loop().time() + asked.until - time.monotonic()):
-            messages = await read_messages(asked.request, self.limits, self.threads)
-            await asyncio.get_running_loop().run_in_executor(self.threads.working, asked.submit, messages)
+            messages = await read_messages(asked.request, self.limits, self.threads, asked.is_unwanted)
+            submit = partial(asked.submit, messages, self.limits.media)
+            await asyncio.get_running_loop().run_in_executor(self.threads.preparing(messages), submit)
 
 
 @dataclass
