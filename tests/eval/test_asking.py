@@ -8,6 +8,7 @@ import torch
 from PIL import Image as PilImage
 
 from tests import tiny
+from tests.model.test_orientation import sideways
 from vila.core.types import Image, Message
 from vila.engine.engine import Engine
 from vila.engine.request import Sampling
@@ -39,14 +40,14 @@ def test_an_engine_of_another_image_mode_sees_the_picture_that_is_left_of_it(eng
     question = [[Message.of("user", wide(), "what?")]]
     expected = engine.complete([[Message.of("user", cropped, "what?")]], SHORT)[0].ids
     padded = engine.complete(question, SHORT)[0].ids
-    assert engine.with_image_mode("square").complete(question, SHORT)[0].ids == expected != padded
+    assert engine.with_vision(image_mode="square").complete(question, SHORT)[0].ids == expected != padded
     # What was computed for the crop is not taken for the padded picture.
     assert engine.complete(question, SHORT)[0].ids == padded
     assert engine.processor.spec.image_mode == "pad"
 
 
 def test_features_of_one_mode_are_not_those_of_another(engine):
-    square = engine.with_image_mode("square")
+    square = engine.with_vision(image_mode="square")
     pixels = [one.processor.pixels([wide()]) for one in (engine, square)]
     assert not torch.equal(*pixels)
     assert torch.equal(pixels[1], engine.processor.pixels([wide()], "square"))
@@ -59,7 +60,7 @@ def test_items_are_asked_in_their_own_mode_and_never_with_others(engine):
     assert [{one.image_mode for one in batch} for batch in found] == [{None}, {"square"}]
     asking = Asking(engine)
     texts = {one.id: text for batch in found for one, text in zip(batch, asking(batch, SHORT), strict=True)}
-    square = engine.with_image_mode("square")
+    square = engine.with_vision(image_mode="square")
     assert texts == {
         one.id: (square if one.image_mode else engine).generate_batch([one.messages], SHORT)[0] for one in items
     }
@@ -147,3 +148,27 @@ def test_what_a_killed_session_counted_is_forgotten(tmp_path):
     forget_parts(tmp_path)
     note_part(tmp_path, 0, 1, Tokens(10, 2))
     assert note_speed(tmp_path, 1.0) == 1
+
+
+class Stored:
+    """A benchmark of one question about an image that is to be turned upright."""
+
+    name, max_new_tokens = "stored", 6
+
+    def items(self):
+        return [Item("q0", (Message.of("user", Image(sideways()), "what?"),), "", "g")]
+
+    def score(self, answers, rules="upstream"):
+        return Scored(0.0, "%", {}, ())
+
+
+def test_benchmarks_ignore_exif_orientation_as_the_original_does(engine, tmp_path):
+    expected = {
+        applied: engine.with_vision(exif_orientation=applied).complete([Stored().items()[0].messages], SHORT)[0].text
+        for applied in (True, False)
+    }
+    assert expected[True] != expected[False]
+    for rules, applied in (("upstream", False), ("lmms-eval", True)):
+        for whose in (engine, engine.with_vision(exif_orientation=not applied)):
+            result = run(whose, Stored(), tmp_path / f"{rules}-{whose is engine}", rules=rules)
+            assert result.predictions == {"q0": expected[applied]}

@@ -10,6 +10,7 @@ from PIL import Image as PilImage
 
 from tests import tiny
 from tests.eval.chat_server import chat_server, completion
+from tests.model.test_orientation import sideways
 from vila.core.errors import ConfigError, MediaError
 from vila.core.types import Image, Message, Video
 from vila.engine.request import Sampling
@@ -85,6 +86,17 @@ def test_the_body_of_a_question_about_two_pictures(tmp_path):
         }
     ]
     assert "authorization" not in served.headers[0]
+
+
+def test_an_image_is_sent_as_stored_where_its_orientation_is_to_be_ignored():
+    content = sideways()
+    assert decoded(data_url(Image(content)))[1] == content
+    upright = tiny.picture(1, (40, 20)).source
+    assert decoded(data_url(Image(upright), exif_orientation=False))[1] == upright
+    sent = decoded(data_url(Image(content), exif_orientation=False))[1]
+    with PilImage.open(io.BytesIO(sent)) as image, PilImage.open(io.BytesIO(upright)) as stored:
+        assert image.getexif() == {}
+        assert image.tobytes() == stored.convert("RGB").tobytes()
 
 
 @pytest.mark.parametrize("kind", ["WEBP", "BMP", "GIF"])

@@ -112,9 +112,19 @@ def test_rare_formats_are_written_in_one_that_readers_know(kind, mode):
     assert lossless.extension == "png" and Image.open(io.BytesIO(lossless.content)).size == (40, 30)
 
 
+def test_an_image_that_is_encoded_anew_keeps_its_orientation_and_no_other_exif():
+    exif, stream = Image.Exif(), io.BytesIO()
+    exif[0x0112], exif[0x010E] = 6, "secret place"
+    Image.new("RGB", (1000, 500)).save(stream, "JPEG", exif=exif)
+    shrunk = Image.open(io.BytesIO(stored_picture(stream.getvalue(), ResizeRule()).content))
+    assert (shrunk.size, dict(shrunk.getexif())) == ((672, 336), {0x0112: 6})
+    assert stored_picture(stream.getvalue(), KEEP).content == stream.getvalue()
+
+
 def test_what_is_too_large_or_no_picture_is_refused():
-    with pytest.raises(MediaError, match="over the limit of 1,000"):
+    with pytest.raises(MediaError) as caught:
         stored_picture(encoded("PNG"), KEEP, max_pixels=1000)
+    assert caught.value.field == "image_pixels"
     with pytest.raises(MediaError, match="not an image"):
         stored_picture(b"<html>", KEEP)
 

@@ -45,6 +45,7 @@ def checkpoint_facts(checkpoint: Checkpoint) -> dict[str, Any]:
         "parts": {name: {**part, **shape} for name, part, shape in zip(_PARTS.values(), weights, shapes, strict=True)},
         "template": config.template or None,
         "image_mode": spec.image_mode,
+        "exif_orientation": spec.exif_orientation,
         "image_size": spec.image_size,
         "tokens_per_image": spec.tokens_per_image,
         "frames_per_video": spec.num_video_frames,

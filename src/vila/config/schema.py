@@ -49,6 +49,8 @@ class ModelSource(Config):
     """Side of the square picture given to the tower, in pixels."""
     image_mode: ImageMode = "pad"
     """How a picture becomes square: `pad` with the mean colour, `resize` ignoring the aspect, `square` centre crop."""
+    exif_orientation: bool = True
+    """Turn images upright as their EXIF says; stored with the model and used at inference. The original ignores it."""
     template: str = "vicuna_v1"
     """Conversation template stored with the model and used at inference."""
 

@@ -65,6 +65,7 @@ class Image:
         else:
             digest.update(f"{self.source.mode}{self.source.size}".encode())
             digest.update(self.source.tobytes())
+            digest.update(self.source.info.get("exif") or b"")  # which may turn it
         return digest.hexdigest()[:32]
 
 

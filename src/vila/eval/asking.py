@@ -38,7 +38,10 @@ class Asking:
     tokens: of all answers so far; None when whatever answers does not count them.
     """
 
-    def __init__(self, engine: Answers) -> None:
+    def __init__(self, engine: Answers, *, exif_orientation: bool | None = None) -> None:
+        """exif_orientation: whether images are turned upright; None leaves that to the engine."""
+        if exif_orientation is not None and hasattr(engine, "with_vision"):
+            engine = engine.with_vision(exif_orientation=exif_orientation)
         self._engines: dict[ImageMode | None, Answers] = {None: engine}
         self._of_generations = Tokens()
 
@@ -82,10 +85,10 @@ class Asking:
         return [_writable(one.text) for one in found]
 
     def _of_mode(self, mode: ImageMode | None) -> Answers:
-        """What answers questions whose pictures are made square that way; a server does it in its own way."""
+        """The engine for questions whose images are made square that way; a server does it in its own way."""
         if mode not in self._engines:
             engine: Any = self._engines[None]
-            self._engines[mode] = engine.with_image_mode(mode) if hasattr(engine, "with_image_mode") else engine
+            self._engines[mode] = engine.with_vision(image_mode=mode) if hasattr(engine, "with_vision") else engine
         return self._engines[mode]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import io
 import threading
 from collections.abc import Sequence
@@ -13,9 +14,10 @@ from PIL import Image as PilImage
 
 from vila.core.errors import ConfigError, VilaError
 from vila.core.types import Image, Message, Text, Video
+from vila.core.vision_spec import ImageMode
 from vila.engine.request import Sampling
 from vila.eval.endpoint import Endpoint, Patience, Reply, ServerError
-from vila.media.image import open_image
+from vila.media.image import open_image, orientation_of
 from vila.media.source import open_source
 from vila.media.video import open_frames
 
@@ -46,6 +48,7 @@ class RemoteEngine:
         if not model:
             raise ConfigError(f"{url}: no model is named; give the name that the server knows it by")
         self.model, self.num_frames, self.limit_key = model, num_frames, limit_key
+        self.exif_orientation = True
         self.endpoint = Endpoint(url, key=key, concurrency=concurrency, patience=patience)
         self.prompt_tokens = self.reply_tokens = 0
         self._kept: dict[int, tuple[Sequence[Message], Sampling, str | VilaError]] = {}
@@ -54,6 +57,15 @@ class RemoteEngine:
     def check(self) -> None:
         """Ask for one word. Raises ServerError for a wrong key, address or model, before anything long begins."""
         self._ask((Message.of("user", "Say yes."),), Sampling(max_new_tokens=16))
+
+    def with_vision(self, *, image_mode: ImageMode | None = None, exif_orientation: bool | None = None) -> RemoteEngine:
+        """This engine, sending images whose EXIF orientation a server cannot see, if that is False.
+
+        image_mode: has no effect; the server makes images square in its own way.
+        """
+        other = copy.copy(self)
+        other.exif_orientation = self.exif_orientation if exif_orientation is None else exif_orientation
+        return other
 
     def generate_batch(
         self, conversations: Sequence[Sequence[Message]], sampling: Sampling | None = None, *, template: str = ""
@@ -88,7 +100,14 @@ class RemoteEngine:
             if isinstance(result, VilaError):
                 raise result
             return result
-        body = request_body(conversation, self.model, sampling, num_frames=self.num_frames, limit_key=self.limit_key)
+        body = request_body(
+            conversation,
+            self.model,
+            sampling,
+            num_frames=self.num_frames,
+            limit_key=self.limit_key,
+            exif_orientation=self.exif_orientation,
+        )
         reply: Reply = self.endpoint.complete(body)
         with self._counting:
             self.prompt_tokens += reply.prompt_tokens
@@ -103,17 +122,20 @@ def request_body(
     *,
     num_frames: int = _NUM_FRAMES,
     limit_key: str = "max_tokens",
+    exif_orientation: bool = True,
 ) -> dict[str, Any]:
-    """What is sent for one conversation. Media are opened here, and only here; raises MediaError naming them.
+    """The request for one conversation. Media are opened here, and only here; raises MediaError naming them.
 
-    A picture is a data URL of its own bytes when they are JPEG or PNG, of a PNG otherwise; a clip is its frames. The
-    line break that follows a picture in a prompt is left out: how pictures are set off is the server's business.
+    An image is a data URL of its own bytes when they are JPEG or PNG, of a PNG otherwise; a video is its frames. The
+    line break that follows an image in a prompt is left out: the server separates images in its own way.
+    exif_orientation: False sends a PNG of the pixels as stored where the EXIF of an image would turn it.
     top_k, min_p and repetition_penalty go by the names that open servers use, and only when they are set.
     """
     body: dict[str, Any] = {
         "model": model,
         "messages": [
-            {"role": message.role, "content": _content(message, message.parts, num_frames)} for message in conversation
+            {"role": message.role, "content": _content(message, num_frames, exif_orientation)}
+            for message in conversation
         ],
         "temperature": sampling.temperature,
         limit_key: sampling.max_new_tokens,
@@ -128,17 +150,18 @@ def request_body(
     return body
 
 
-def data_url(image: Image) -> str:
-    """The picture as a data URL. Raises MediaError when it cannot be read."""
+def data_url(image: Image, *, exif_orientation: bool = True) -> str:
+    """The image as a data URL. Raises MediaError when it cannot be read."""
     if not isinstance(image.source, PilImage.Image):
         stream, _ = open_source(image.source, "an image")
         with stream:
             content = stream.read()
         kind = next((kind for magic, kind in _SENT_AS_THEY_ARE.items() if content.startswith(magic)), "")
-        if kind:
+        if kind and (exif_orientation or orientation_of(content) == 1):
             return _url(kind, content)
+        image = Image(content)
     png = io.BytesIO()
-    open_image(image).save(png, "PNG")
+    open_image(image, exif_orientation=exif_orientation).save(png, "PNG")
     return _url("image/png", png.getvalue())
 
 
@@ -146,12 +169,12 @@ def _url(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
-def _content(message: Message, parts: Sequence[Any], num_frames: int) -> str | list[dict[str, Any]]:
-    if all(isinstance(part, Text) for part in parts):
+def _content(message: Message, num_frames: int, exif_orientation: bool) -> str | list[dict[str, Any]]:
+    if all(isinstance(part, Text) for part in message.parts):
         return message.text
     content: list[dict[str, Any]] = []
     after_media = False
-    for part in parts:
+    for part in message.parts:
         if isinstance(part, Text):
             text = part.text.removeprefix("\n") if after_media else part.text
             if text:
@@ -159,7 +182,8 @@ def _content(message: Message, parts: Sequence[Any], num_frames: int) -> str | l
             after_media = False
             continue
         images = [part] if isinstance(part, Image) else _frames(part, num_frames)
-        content += [{"type": "image_url", "image_url": {"url": data_url(image)}} for image in images]
+        urls = [data_url(image, exif_orientation=exif_orientation) for image in images]
+        content += [{"type": "image_url", "image_url": {"url": url}} for url in urls]
         after_media = True
     return content
 

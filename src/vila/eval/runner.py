@@ -88,7 +88,8 @@ def run(
             forget_parts(out)
             _same_run(out, {**run_facts(benchmark, template), "model": model})
         meet()
-        seconds = _ask(engine, benchmark, items, out, template, place, events)
+        asking = Asking(engine, exif_orientation=turns_images(rules))
+        seconds = _ask(asking, benchmark, items, out, template, place, events)
         meet()
         if not place.main:
             return None
@@ -102,7 +103,7 @@ def run(
 
 
 def _ask(
-    engine: Answers,
+    asking: Asking,
     benchmark: Benchmark,
     items: Sequence[Item],
     out: Path,
@@ -115,7 +116,6 @@ def _ask(
     sampling = getattr(benchmark, "sampling", None) or Sampling(max_new_tokens=benchmark.max_new_tokens)
     name = f"{benchmark.name}: {len(items)} questions"
     began = time.monotonic()
-    asking = Asking(engine)
     answered = seen = right = 0
     with task(events, name, len(items), "questions"):
         for number, batch in enumerate(batches(items)):
@@ -129,6 +129,14 @@ def _ask(
             events.advanced(name, len(batch), exact=f"{right / seen:.1%}")
     note_part(out, place.rank, answered, asking.tokens)
     return time.monotonic() - began
+
+
+def turns_images(rules: Rules) -> bool:
+    """Whether images of a benchmark are turned upright as their EXIF says; see docs/images.md.
+
+    The original's loaders ignore it; lmms-eval reads images by `datasets`, which applies it.
+    """
+    return rules != "upstream"
 
 
 def _scored(benchmark: Benchmark, items: Sequence[Item], done: Predictions, rules: Rules) -> tuple[Scored | None, str]:

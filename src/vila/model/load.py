@@ -96,6 +96,7 @@ def assemble(
     image_mode: ImageMode,
     template: str,
     seed: int,
+    exif_orientation: bool = True,
 ) -> tuple[VilaForConditionalGeneration, VilaProcessor]:
     """A new float32 model from the directories or hub ids of an LLM and a tower; `seed` draws the projector."""
     vision_config = AutoConfig.from_pretrained(vision)
@@ -109,6 +110,7 @@ def assemble(
         select_layer=select_layer,
         select_feature=select_feature,
         image_mode=image_mode,
+        exif_orientation=exif_orientation,
         template=template,
     )
     with torch.device("meta"):

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from PIL import Image as PilImage
 from PIL import UnidentifiedImageError
 
 from vila.core.errors import ConfigError
 from vila.core.types import Image
-from vila.media.image import open_image
+from vila.media.image import ORIENTATION, open_image, orientation_of
+from vila.media.limits import DEFAULT_LIMITS
 from vila.prepare.spool import Picture
 
 MAX_PIXELS = 64_000_000
@@ -49,22 +50,28 @@ KEEP = ResizeRule(short_side=None)
 
 
 def stored_picture(content: bytes, rule: ResizeRule, max_pixels: int = MAX_PIXELS) -> Picture:
-    """A downloaded picture as it will be stored. It is decoded in any case: what does not decode is no picture.
+    """A downloaded image as it will be stored. It is decoded in any case: what does not decode is no image.
 
-    Raises MediaError saying what is wrong with it.
+    Pixels are stored as they came. An image that is encoded anew keeps its EXIF orientation, and no other EXIF, so that
+    training decides whether to turn it. Raises MediaError saying what is wrong with it.
     """
-    picture = open_image(Image(content), max_pixels=max_pixels)
+    picture = open_image(
+        Image(content), exif_orientation=False, limits=replace(DEFAULT_LIMITS, image_pixels=max_pixels)
+    )
     size = shrunk_size(picture.size, rule.short_side)
     extension = _extension(content)
     if size == picture.size and extension:
         return Picture(content, extension)
     if size != picture.size:
         picture = picture.resize(size, PilImage.Resampling.BICUBIC)
-    stream = io.BytesIO()
+    stream, metadata = io.BytesIO(), {}
+    if (orientation := orientation_of(content)) != 1:
+        metadata["exif"] = PilImage.Exif()
+        metadata["exif"][ORIENTATION] = orientation
     if rule.short_side is None:
-        picture.save(stream, "PNG")
+        picture.save(stream, "PNG", **metadata)
         return Picture(stream.getvalue(), "png")
-    picture.save(stream, "JPEG", quality=rule.quality)
+    picture.save(stream, "JPEG", quality=rule.quality, **metadata)
     return Picture(stream.getvalue(), "jpg")
 
 

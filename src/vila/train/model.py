@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from vila.core.errors import ConfigError
 from vila.core.events import SILENT, Events
 from vila.core.files import cache_dir
 from vila.core.types import Image
+from vila.core.vision_spec import VisionSpec
 from vila.data.batch import Batch
 from vila.data.loader import images_of
 from vila.data.mixture import Mixture
@@ -65,7 +66,9 @@ def load_start(recipe: Recipe, checkpoint: Checkpoint | None) -> tuple[VilaForCo
         model, processor = build_model(checkpoint), checkpoint.processor
         # A stage may show images and conversations in another way than the one before it did.
         model.config.template = processor.template = source.template
-        model.config.vision_spec = processor.vision_spec = {**processor.vision_spec, "image_mode": source.image_mode}
+        spec = VisionSpec.from_dict(processor.vision_spec)
+        spec = replace(spec, image_mode=source.image_mode, exif_orientation=source.exif_orientation)
+        model.config.vision_spec = processor.vision_spec = spec.to_dict()
         return model, processor
     return assemble(
         llm=source.llm,
@@ -75,6 +78,7 @@ def load_start(recipe: Recipe, checkpoint: Checkpoint | None) -> tuple[VilaForCo
         select_feature=source.select_feature,
         image_size=source.image_size,
         image_mode=source.image_mode,
+        exif_orientation=source.exif_orientation,
         template=source.template,
         seed=recipe.seed,
     )

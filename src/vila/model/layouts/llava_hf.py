@@ -96,6 +96,7 @@ class LlavaHfLayout:
             template=ours.get("template") or template_of(folder),
             image_token_id=placeholder,
             num_video_frames=ours.get("num_video_frames", 8),
+            exif_orientation=ours.get("exif_orientation") is not False,
             vision_source=ours.get("vision_source", ""),
         )
         return Checkpoint(folder, vila_config, processor, pieces, unclaimed, _generation(folder))

@@ -58,6 +58,7 @@ def config_facts(config: Any, processor: Any, image_id: int, rows: int) -> dict[
             "image_mode": processor.spec.image_mode,
             "num_video_frames": processor.spec.num_video_frames,
             "vision_source": config.vision_source,
+            **({} if processor.spec.exif_orientation else {"exif_orientation": False}),
         },
     }
 

@@ -19,6 +19,7 @@ from vila.model.layouts.protocol import Checkpoint
 from vila.model.layouts.published import (
     compose,
     generation_facts,
+    own_facts,
     read_config,
     read_tokenizer,
     template_of,
@@ -83,6 +84,7 @@ class LlavaV1Layout:
             image_mode=image_mode_of(facts.get("image_aspect_ratio")),
             template=facts.get("conversation_template") or template_of(folder),
             vision_source=facts["mm_vision_tower"] if known_tower(facts["mm_vision_tower"]) else "",
+            exif_orientation=facts.get("exif_orientation") is not False,
         )
         return Checkpoint(folder, config, processor, ours, unclaimed, generation_facts(home))
 
@@ -237,7 +239,7 @@ def _config(config: Any, processor: Any, source: str) -> dict[str, Any]:
         "tokenizer_padding_side": "right",
     }
     facts.pop("dtype", None)
-    return {**facts, "conversation_template": config.template} if config.template else facts
+    return {**facts, **own_facts(config, processor)}
 
 
 def _old_rope(rope: Mapping[str, Any]) -> dict[str, Any]:

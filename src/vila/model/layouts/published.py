@@ -112,6 +112,14 @@ def write_tokenizer(tokenizer: Any, folder: Path, template: str, *, after_image_
         shutil.copyfile(source, folder / "tokenizer.model")
 
 
+def own_facts(config: Any, processor: Any) -> dict[str, Any]:
+    """Settings of ours that config.json of a published layout holds beside the original's, where they matter."""
+    facts: dict[str, Any] = {"conversation_template": config.template} if config.template else {}
+    if not processor.spec.exif_orientation:
+        facts["exif_orientation"] = False
+    return facts
+
+
 def compose(
     *,
     llm: PretrainedConfig,
@@ -127,6 +135,7 @@ def compose(
     s2_max_split: int = 0,
     num_video_frames: int = 8,
     vision_source: str = "",
+    exif_orientation: bool = True,
 ) -> tuple[VilaConfig, VilaProcessor]:
     """Config and processor of a model from its parts. Sizes that follow from others are computed here, once."""
     scales = sorted(s2_scales)
@@ -141,6 +150,7 @@ def compose(
         image_mode=image_mode,
         center_crop=tower.center_crop,
         num_video_frames=num_video_frames,
+        exif_orientation=exif_orientation,
     )
     # Past both the tokenizer and the LLM's rows, so that no answer can ever hold it.
     placeholder = max(len(tokenizer), llm.vocab_size) if image_token_id is None else image_token_id

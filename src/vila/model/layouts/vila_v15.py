@@ -14,6 +14,7 @@ from vila.model.layouts.protocol import Checkpoint
 from vila.model.layouts.published import (
     compose,
     generation_facts,
+    own_facts,
     read_config,
     read_tokenizer,
     template_of,
@@ -67,6 +68,7 @@ class VilaV15Layout:
             s2_scales=[int(scale) for scale in str(facts["s2_scales"]).split(",")] if facts.get("s2") else (),
             s2_max_split=int(facts.get("s2_max_split_size") or 0) if facts.get("s2") else 0,
             num_video_frames=int(facts.get("num_video_frames") or 8),
+            exif_orientation=facts.get("exif_orientation") is not False,
         )
         return Checkpoint(folder, config, processor, pieces, [*unclaimed, *lost], generation_facts(llm_folder))
 
@@ -183,7 +185,7 @@ def config_facts(config: Any, processor: Any) -> dict[str, Any]:
         "s2_max_split_size": config.s2_max_split,
         "vision_resolution": -1,
     }
-    return {**facts, "conversation_template": config.template} if config.template else facts
+    return {**facts, **own_facts(config, processor)}
 
 
 LAYOUT = VilaV15Layout()
