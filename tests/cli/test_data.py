@@ -1,6 +1,7 @@
 """From a table to a trained model through `vila data`, as docs/own_data.md tells it, and what is said of bad data."""
 
 import json
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -101,15 +102,13 @@ def test_from_csv_names_file_and_line_and_writes_nothing(vila, tmp_path, picture
     table.write_text("image,question,answer\np.png,why?,so\nq.png,why?,so\np.png,,so\n../p.png,a,\np.png,a,b,c\n")
     code, _, err = vila("data", "from-csv", table, "--images", tmp_path, "--out", out)
     assert code == 1
-    assert f"{table} line 3: picture 'q.png' is not in" in err
-    assert f"{table} line 4: the column 'question' is empty" in err
-    assert f"{table} line 5: the column 'answer' is empty" in err
-    assert f"{table} line 6: more cells" in err
+    for part in ("line 3: image: ", "line 4: question: ", "line 5: answer: ", "line 6: more cells"):
+        assert f"{table}, {part}" in err
     assert not out.exists()
     table.write_text("picture,text\na,b\n")
     code, _, err = vila("data", "from-csv", table, "--images", tmp_path, "--out", out)
     assert code == 2
-    assert "the header is picture, text" in err
+    assert "got 'picture, text'" in err
 
 
 def test_from_csv_takes_captions_and_refuses_pictures_outside(vila, tmp_path, picture):
@@ -217,3 +216,126 @@ def test_check_counts_media_that_a_format_does_not_read(vila, tmp_path, picture)
     assert code == 0 and "images (1)" in out
     facts = json.loads(vila("data", "check", tmp_path / "d.jsonl", "--format", "llava_json", "--json")[1])
     assert facts["data_sets"][0]["unread_media"] == {"images": 1}
+
+
+def run_printed(vila, out):
+    """Run the commands that `from-csv` printed, and return what they wrote."""
+    printed = out.partition("next:\n")[2]
+    texts = []
+    for command in commands(textwrap.dedent(printed)):
+        code, text, err = vila(*command)
+        assert code == 0, (command, text, err)
+        texts.append(text + err)
+    return texts
+
+
+def pictures_in(folder):
+    folder.mkdir(parents=True)
+    for number in range(4):
+        Image.new("RGB", (64, 48), ("red", "blue")[number % 2]).save(folder / f"{number} a.png")
+    rows = "".join(f"{number} a.png,what color is it?,{('red', 'blue')[number % 2]}\n" for number in range(4))
+    (folder.parent / "table.csv").write_text(f"image,question,answer\n{rows}")
+    return folder.parent / "table.csv"
+
+
+def test_what_from_csv_prints_runs_as_it_is_printed(vila, tmp_path, monkeypatch, model):
+    monkeypatch.chdir(tmp_path)
+    table = pictures_in(tmp_path / "my data" / "pictures")
+    (tmp_path / "runs" / "starter").mkdir(parents=True)
+    (tmp_path / "runs" / "starter" / "model").symlink_to(model)
+    code, out, err = vila("data", "from-csv", table, "--images", "my data/pictures", "--out", "my data/mine.jsonl")
+    assert code == 0, err
+    check, _, answer = run_printed(vila, out)
+    assert "mine: 4 samples, no faults, 4 distinct images" in check and "the tower sees" in check
+    assert Path("my data/mine_run/model/model.safetensors").is_file() and answer
+
+
+def test_from_csv_links_images_that_are_not_below_its_output(vila, tmp_path):
+    table = pictures_in(tmp_path / "photos" / "all")
+    out = tmp_path / "elsewhere" / "mine.jsonl"
+    for _ in range(2):
+        code, text, err = vila("data", "from-csv", table, "--images", tmp_path / "photos" / "all", "--out", out)
+        assert code == 0, err
+    linked = out.parent / "mine_images"
+    assert str(linked) in text
+    assert (linked / "0 a.png").samefile(tmp_path / "photos" / "all" / "0 a.png")
+    code, text, _ = vila("data", "check", out)
+    assert (code, "4 samples, no faults, 4 distinct images" in text) == (0, True)
+
+
+def test_without_the_starter_its_making_is_one_of_the_next_commands(vila, tmp_path, monkeypatch, picture):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.csv").write_text("file,caption\np.png,a dot\n")
+    _, out, _ = vila("data", "from-csv", "t.csv", "--images", ".", "--out", "t.jsonl")
+    check, quickstart, train, ask = commands(textwrap.dedent(out.partition("next:\n")[2]))
+    assert (check, quickstart) == (["data", "check", "t.jsonl"], ["quickstart"])
+    assert train[0] == "train" and ask[-2:] == ["--prompt", ""]
+    assert vila(*check)[0] == 0
+
+
+def test_check_of_a_recipe_says_what_the_tower_sees_and_what_rows_cannot_hold(vila, tmp_path):
+    stand = write_stand(tmp_path)
+    for number in range(4):
+        Image.new("RGB", (1024, 256)).save(stand / f"{number}.png")
+    for overlong in ("drop", "truncate", "error"):
+        recipe = stand_recipe(stand, "out", "data.max_length=12", f"data.overlong={overlong}")
+        save_recipe(recipe, tmp_path / "recipe.yaml")
+        code, out, _ = vila("data", "check", tmp_path / "recipe.yaml", "--json")
+        facts = json.loads(out)["data_sets"][0]
+        assert code == (overlong == "error")
+        rows = facts["rows"]
+        assert (rows["overlong"], rows["count"], rows["longer"], rows["longest"]) == (overlong, 24, 19, 28)
+        # Of three samples in which a branch fits, truncation keeps the beginning.
+        assert rows["left_out"] == {"drop": 19, "truncate": 16, "error": 0}[overlong]
+    assert facts["tower"]["image_size"] == 28
+    assert facts["tower"]["strongly_changed"] == 3  # of 0, 1, 3.png: 2 is text alone
+
+
+def test_check_saves_images_as_the_tower_sees_them(vila, tmp_path, model):
+    from vila.core.vision_spec import VisionSpec
+    from vila.media.transform import square_bytes
+
+    table = pictures_in(tmp_path / "in")
+    vila("data", "from-csv", table, "--images", tmp_path / "in", "--out", tmp_path / "mine.jsonl")
+    views = tmp_path / "views"
+    code, out, err = vila("data", "check", tmp_path / "mine.jsonl", "--model", model, "--views", views)
+    assert code == 0, err
+    files = sorted(views.iterdir())
+    assert len(files) == 4 and str(views) in out
+    spec = VisionSpec(28, 4, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), "pad")
+    spec = VisionSpec.from_dict({**spec.to_dict(), **json.loads((model / "config.json").read_text())["vision_spec"]})
+    seen = {Image.open(file).tobytes() for file in files}
+    made = [square_bytes(Image.open(tmp_path / "in" / f"{n} a.png"), spec) for n in range(4)]
+    assert seen == {Image.fromarray(one.transpose(1, 2, 0)).tobytes() for one in made}
+    code, _, err = vila("data", "check", tmp_path / "mine.jsonl", "--views", views)
+    assert (code, "--model" in err) == (2, True)
+
+
+def test_train_says_what_the_tower_sees_which_samples_are_too_long_and_what_is_not_read(vila, tmp_path):
+    stand = write_stand(tmp_path)
+    Image.new("RGB", (560, 280)).save(stand / "0.png")
+    lines = (stand / "data.jsonl").read_text().splitlines()
+    rows = [{**json.loads(line), "image_path": "0.png"} if "image" in line else json.loads(line) for line in lines]
+    (stand / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = stand_recipe(stand, "out", "data.max_length=20", "data.overlong=drop", "budget.tokens=40")
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    code, _, err = vila("train", tmp_path / "recipe.yaml")
+    assert code == 0, err
+    said = " ".join(err.split())
+    assert "the tower sees 28 x 28" in said
+    assert "of 16 samples are longer than data.max_length=20 tokens" in said
+    assert "image_path (" in said
+
+
+@pytest.mark.parametrize("tune", ["[projector]", "[vision]", "[vision,projector]"])
+def test_a_stage_that_trains_on_images_alone_is_refused_without_any(vila, tmp_path, tune):
+    stand = write_stand(tmp_path)
+    said = [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "so"}]
+    (stand / "data.jsonl").write_text(f"{json.dumps({'messages': said})}\n" * 30)
+    recipe = stand_recipe(stand, "out", f"stage.tune={tune}", "stage.llm_parts=[]")
+    save_recipe(recipe, tmp_path / "recipe.yaml")
+    for command in (("data", "check"), ("train",), ("train", "--dry-run")):
+        code, _, err = vila(*command, tmp_path / "recipe.yaml")
+        assert (code, "data.mixture" in err, "stage.tune" in err) == (2, True, True), (command, err)
+    assert not (tmp_path / "out" / "model").exists()
+    assert vila("train", tmp_path / "recipe.yaml", "--dry-run", "stage.tune=[projector,llm]")[0] == 0

@@ -1,4 +1,4 @@
-"""`vila data ...`: bring data, check it, see it as the model does, and count it."""
+"""`vila data ...`: convert training data, check it, show it as the model sees it, and count it."""
 
 from __future__ import annotations
 
@@ -9,35 +9,46 @@ from typing import Annotated, Any
 import typer
 
 from vila.cli.data_prepare import app as prepare_app
-from vila.cli.options import output_file
+from vila.cli.options import output_directory, output_file
 
-app = typer.Typer(help="Convert, check, look at and count training data.", no_args_is_help=True)
+app = typer.Typer(help="Convert, check, show and count training data.", no_args_is_help=True)
 app.add_typer(prepare_app, name="prepare")
+
+_VIEWS = 8
 
 _Data = Annotated[str, typer.Argument(metavar="RECIPE|FILE", help="A recipe, or a data file or directory.")]
 _Format = Annotated[str, typer.Option("--format", help="Format of FILE; default: messages.", show_default=False)]
 _ImageRoot = Annotated[
-    str, typer.Option(help="Where relative picture paths start; default: beside FILE.", show_default=False)
+    str,
+    typer.Option(help="Directory that relative image paths start from; default: that of FILE.", show_default=False),
 ]
 _Options = Annotated[
     list[str] | None,
-    typer.Option("--option", metavar="NAME=VALUE", help="Option of the format; may be given several times."),
+    typer.Option("--option", metavar="NAME=VALUE", help="Option of the format. May be given several times."),
 ]
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-_Template = Annotated[str, typer.Option(help="Conversation template, where it is not the recipe's or model's.")]
-_Model = Annotated[str, typer.Option(help="Model whose tokenizer counts; default: the recipe's, if it is here.")]
+_Template = Annotated[str, typer.Option(help="Conversation template; default: the recipe's or the model's.")]
+_Model = Annotated[str, typer.Option(help="Model to measure with; default: the recipe's, if it is here.")]
 
 
 @app.command("from-csv")
 def from_csv(
     table: Annotated[Path, typer.Argument(help="CSV with the columns image, question, answer, or image, caption.")],
-    images: Annotated[Path, typer.Option(help="Folder that the pictures lie in.")],
+    images: Annotated[Path, typer.Option(help="Directory of the images.")],
     out: Annotated[Path, typer.Option(help="JSON lines to write, format messages.", callback=output_file)],
 ) -> None:
-    """Turn a table of pictures, questions and answers into training data."""
+    """Turn a table of images, questions and answers into training data, and print the commands that come next."""
     from vila.cli.data_csv import convert_csv
 
-    typer.echo(f"{out}: {convert_csv(table, images, out):,} samples")
+    written = convert_csv(table, images, out)
+    typer.echo(f"{out}: {written.samples:,} samples")
+    if written.linked:
+        typer.echo(
+            f"the images were linked, or copied, into {written.linked}, to lie below the directory of {out.name}"
+        )
+    typer.echo("\nnext:")
+    for command in written.next_commands():
+        typer.echo(f"  {command}")
 
 
 @app.command()
@@ -46,13 +57,22 @@ def check(
     form: _Format = "",
     image_root: _ImageRoot = "",
     options: _Options = None,
-    sample: Annotated[int, typer.Option(help="Look at this many samples of each data set; 0: all.", min=0)] = 0,
+    sample: Annotated[int, typer.Option(help="Samples of each data set to check; 0: all.", min=0)] = 0,
     template: _Template = "",
     model: _Model = "",
-    max_shown: Annotated[int, typer.Option(help="Faults and missing files to name; all are counted.", min=0)] = 10,
+    max_shown: Annotated[int, typer.Option(help="Faults and missing files to list; all are counted.", min=0)] = 10,
+    views: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Also save up to 8 images of each data set as the vision tower sees them, PNG.",
+            show_default=False,
+            callback=output_directory,
+        ),
+    ] = None,
     as_json: _Json = False,
 ) -> None:
-    """Read all samples and pictures of [bold]RECIPE|FILE[/bold] and say what is wrong; exit status 1 if anything is."""
+    """Read all samples and images of [bold]RECIPE|FILE[/bold] and list what is wrong; exit status 1 if anything is."""
     from vila.cli.data_check import check_data
     from vila.cli.data_sets import open_data
     from vila.cli.data_shown import print_findings
@@ -62,12 +82,16 @@ def check(
         opened = open_data(
             data, form=form, image_root=image_root, options=options or (), template=template, model=model, events=screen
         )
+        saved = opened.save_views(views, _VIEWS) if views else []
         found = check_data(opened, sample=sample, max_shown=max_shown, events=screen)
     if as_json:
         _print_json({"unit": opened.unit, "template": opened.template, "data_sets": [one.as_json() for one in found]})
     else:
         for one in found:
             print_findings(one, opened.unit)
+        if views:
+            typer.echo(f"{views}: {len(saved)} images as the tower sees them")
+    opened.require_images()
     if any(one.fault_count for one in found):
         raise typer.Exit(1)
 
@@ -75,8 +99,8 @@ def check(
 @app.command()
 def inspect(
     data: _Data,
-    number: Annotated[int, typer.Option("--index", help="Which sample, from 0.", min=0)] = 0,
-    count: Annotated[int, typer.Option(help="How many from there on.", min=1)] = 1,
+    number: Annotated[int, typer.Option("--index", help="Number of the first sample, from 0.", min=0)] = 0,
+    count: Annotated[int, typer.Option(help="Number of samples.", min=1)] = 1,
     form: _Format = "",
     image_root: _ImageRoot = "",
     options: _Options = None,
@@ -84,10 +108,10 @@ def inspect(
     model: _Model = "",
     html: Annotated[
         Path | None,
-        typer.Option(help="Also write a page with the pictures.", show_default=False, callback=output_file),
+        typer.Option(help="Also write a page with the images.", show_default=False, callback=output_file),
     ] = None,
 ) -> None:
-    """Show samples as the model sees them: what it learns in green, between angle quotes; the rest it is given."""
+    """Show samples as the model sees them, the supervised text in green and between angle quotes."""
     from rich.console import Console
 
     from vila.cli.data_inspect import as_card, as_terminal_text, runs_of
@@ -104,7 +128,7 @@ def inspect(
     places = list(islice(every, number, number + count))
     if not places:
         total = sum(len(part.source) for part in opened.mixture.parts)
-        raise ConfigError(f"--index {number}: {data} has {total:,} samples, counted from 0")
+        raise ConfigError(f"{data} has {total:,} samples, counted from 0", field="--index", value=number)
     page = Page(f"Samples of {data}", f"template {opened.template}")
     cards = []
     for part, at in places:
@@ -125,10 +149,10 @@ def stats(
     image_root: _ImageRoot = "",
     options: _Options = None,
     model: _Model = "",
-    sample: Annotated[int, typer.Option(help="Samples of each data set to estimate from; 0: count all.", min=0)] = 64,
+    sample: Annotated[int, typer.Option(help="Samples of each data set to estimate from; 0: all.", min=0)] = 64,
     as_json: _Json = False,
 ) -> None:
-    """Tell samples, pictures, tokens and licence of each data set in one epoch of [bold]RECIPE|FILE[/bold]."""
+    """Print samples, images, tokens and licence of each data set in one epoch of [bold]RECIPE|FILE[/bold]."""
     from vila.cli.data_sets import open_data
     from vila.cli.data_shown import print_stats
     from vila.cli.data_stats import stats_of
@@ -150,7 +174,7 @@ def index(
     image_root: _ImageRoot = "",
     options: _Options = None,
 ) -> None:
-    """Find the places of all records of [bold]FILE[/bold], which opening it does otherwise; say where they are kept."""
+    """Index the records of [bold]FILE[/bold] ahead of its first use, and print the location of the index."""
     from vila.cli.data_index import index_data
     from vila.cli.data_sets import parse_options
     from vila.cli.data_shown import print_indexed

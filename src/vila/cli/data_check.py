@@ -16,6 +16,7 @@ from vila.core.types import Image, Sample, Stored, Video
 
 if TYPE_CHECKING:
     from vila.data.mixture import Part
+    from vila.data.preview import ImagePreview, LengthPreview
 
 
 @dataclass
@@ -30,6 +31,8 @@ class Findings:
     missing_count:    distinct image and video files that do not exist; `missing`: the first ones.
     duplicate_count:  ids that occur more than once; `duplicates`: the first ones.
     unread:           records by the name of a key, column or member that holds media which no sample has.
+    preview:          what the tower sees of the images; None without a model.
+    rows:             samples that are longer than the recipe's rows; None without recipe and model.
     """
 
     name: str
@@ -47,6 +50,8 @@ class Findings:
     duplicates: list[str] = field(default_factory=list)
     duplicate_count: int = 0
     unread: Mapping[str, int] = field(default_factory=dict)
+    preview: ImagePreview | None = None
+    rows: LengthPreview | None = None
 
     @property
     def supervised_share(self) -> float:
@@ -72,6 +77,8 @@ class Findings:
             "histogram": histogram(self.lengths),
             "supervised_share": round(self.supervised_share, 4),
             "unread_media": dict(self.unread),
+            "tower": self.preview.as_json() if self.preview else None,
+            "rows": self.rows.as_json() if self.rows else None,
         }
 
 
@@ -90,7 +97,7 @@ class _Check:
 
     def __init__(self, data: DataSets, part: Part, max_shown: int) -> None:
         self.data, self.part, self.max_shown = data, part, max_shown
-        self.found = Findings(part.name)
+        self.found = Findings(part.name, preview=data.image_preview(part), rows=data.length_preview())
         self._ids, self._repeated, self._media, self._bad = Seen(), Seen(), Seen(), Seen()
 
     def run(self, sample: int, events: Events) -> Findings:
@@ -118,15 +125,26 @@ class _Check:
         if problems:
             raise MediaError("; ".join(problems), record=f"sample {sample.id!r}")
         length, supervised = self.data.measure(self.part, sample)
-        limit = self.data.max_length
-        if self.data.reader and limit and length > limit:
-            raise DataError(
-                f"{length} tokens, rows hold {limit}",
-                record=f"sample {sample.id!r}",
-                hint="raise data.max_length or set data.overlong=drop",
-            )
+        self._row(sample, length)
         self.found.lengths[length] += 1
         self.found.supervised += supervised
+
+    def _row(self, sample: Sample, length: int) -> None:
+        """Count a sample that is longer than a row. Raises DataError if the recipe does not allow it."""
+        rows = self.found.rows
+        if rows is None:
+            return
+        kept = None
+        if length > rows.max_length and rows.overlong != "error":
+            kept = self.data.shortened(self.part, sample, rows.max_length) if rows.overlong == "truncate" else 0
+        rows.add(length, kept)
+        if length > rows.max_length and rows.overlong == "error":
+            raise DataError(
+                f"{length} tokens, rows hold {rows.max_length}",
+                record=f"sample {sample.id!r}",
+                field="data.max_length",
+                hint="raise data.max_length or set data.overlong=drop",
+            )
 
     def _medium(self, item: Image | Video) -> str:
         """Return why an image or video cannot be read. A good one is opened once; a bad one counts for every sample."""
@@ -146,6 +164,8 @@ class _Check:
         if isinstance(item, Image):
             self.found.widths[width] += 1
             self.found.heights[height] += 1
+            if self.found.preview:
+                self.found.preview.add(width, height)
         return ""
 
     def _keep(self, shown: list[str], text: str) -> None:

@@ -1,9 +1,9 @@
-"""What a `vila data` command was pointed at: the mixture of a recipe or one file, and what reads its samples."""
+"""The data sets of a `vila data` command: the mixture of a recipe or one file, and the reader of its samples."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,10 @@ if TYPE_CHECKING:
     from vila.chat.tokenize import TokenizedSample
     from vila.config.schema import Recipe
     from vila.core.types import Sample
+    from vila.core.vision_spec import ImageMode
     from vila.data.loader import SampleReader
     from vila.data.mixture import Mixture, Part
+    from vila.data.preview import ImagePreview, LengthPreview
 
 TEMPLATE = "vicuna_v1"
 """Template where nothing names one."""
@@ -25,33 +27,75 @@ TEMPLATE = "vicuna_v1"
 class DataSets:
     """The data sets and how their samples are read.
 
-    paths:      where each of them lies.
-    reader:     None without a model: samples are then measured in characters.
-    max_length: tokens that a row of the recipe holds; 0 where nothing says, or where longer samples are allowed.
-    tokenizer:  the model's, of transformers; None without a model.
+    paths:     file or directory of each of them.
+    reader:    None without a model: samples are then measured in characters.
+    tokenizer: the model's, of transformers; None without a model.
+    recipe:    None for a file.
     """
 
     mixture: Mixture
     paths: tuple[Path, ...]
     template: str
     reader: SampleReader | None
-    max_length: int
     tokenizer: Any = None
+    recipe: Recipe | None = None
 
     @property
     def unit(self) -> str:
-        """What lengths are counted in."""
+        """Unit of the lengths."""
         return "tokens" if self.reader else "characters"
 
     @property
     def slots_per_image(self) -> int:
-        """Tokens that a picture takes. Raises ConfigError without a model."""
+        """Image placeholders of an image. Raises ConfigError without a model."""
         return self._reader_or_raise().spec.tokens_per_image
 
-    def measure(self, part: Part, sample: Sample) -> tuple[int, int]:
-        """Length of a sample and how much of it is supervised, in `unit`.
+    def image_preview(self, part: Part) -> ImagePreview | None:
+        """Return an empty preview of the images of a data set; None if the size of the tower's images is unknown."""
+        from vila.data.preview import ImagePreview
 
-        Raises VilaError when the sample does not fit its template, or supervises nothing.
+        if self.reader:
+            return ImagePreview.of(self.reader.spec, part.image_mode)
+        if self.recipe and not self.recipe.model.path:
+            return ImagePreview(self.recipe.model.image_size, part.image_mode or self.recipe.model.image_mode)
+        return None
+
+    def length_preview(self) -> LengthPreview | None:
+        """Return an empty preview of the lengths; None without a recipe or a model that counts tokens."""
+        from vila.data.preview import LengthPreview
+
+        if not (self.recipe and self.reader):
+            return None
+        return LengthPreview(self.recipe.data.max_length, self.recipe.data.overlong)
+
+    def shortened(self, part: Part, sample: Sample, max_length: int) -> int:
+        """Return the tokens that are left of a sample that is cut to `max_length`, 0 if it cannot be cut."""
+        from vila.data.shorten import shorten_sample
+
+        kept = shorten_sample(sample, lambda shorter: self.tokenise(part, shorter), max_length)
+        return 0 if kept is None else len(kept)
+
+    def save_views(self, folder: Path, count: int) -> list[Path]:
+        """Write up to `count` images of each data set as the tower sees them. Raises ConfigError without a model."""
+        from vila.data.preview import first_images, save_views, views_spec
+
+        spec = self._reader_or_raise().spec
+        paths: list[Path] = []
+        for part in self.mixture.parts:
+            paths += save_views(first_images(part, count), views_spec(spec, part), folder, start=len(paths))
+        return paths
+
+    def require_images(self) -> None:
+        """Raise ConfigError if the recipe's stage trains on images alone and the data has none."""
+        if self.recipe and self.recipe.needs_images:
+            from vila.data.survey import require_images
+
+            require_images(self.mixture, self.recipe.needs_images)
+
+    def measure(self, part: Part, sample: Sample) -> tuple[int, int]:
+        """Return the length of a sample and that of its supervised part, in `unit`.
+
+        Raises VilaError if the sample does not fit its template, or supervises nothing.
         """
         if self.reader:
             from vila.chat.tokenize import IGNORE
@@ -62,12 +106,12 @@ class DataSets:
 
     @property
     def tokenise(self) -> Callable[[Part, Sample], TokenizedSample]:
-        """Samples as tokens. Raises ConfigError without a model."""
+        """Function that tokenises a sample. Raises ConfigError without a model."""
         return self._reader_or_raise().tokenise
 
     def _reader_or_raise(self) -> SampleReader:
         if self.reader is None:
-            raise ConfigError("no model to take the tokenizer from; name one with --model")
+            raise ConfigError("no model to take tokenizer and image size from", hint="name one with --model")
         return self.reader
 
 
@@ -81,7 +125,7 @@ def open_data(
     model: str = "",
     events: Events = SILENT,
 ) -> DataSets:
-    """The data sets of a recipe, or of one file, directory or pattern.
+    """Open the data sets of a recipe, or of one file, directory or pattern.
 
     options: of the format, as `parse_options` reads them.
     model:   "" takes the recipe's where it lies on this machine.
@@ -107,17 +151,16 @@ def open_data(
         entry = Entry(format=chosen, path=what, image_root=image_root, options=parse_options(options))
         mixture = open_mixture([entry], 0, events)
     if model:
-        reader, tokenizer = _reader(mixture, template, model)
+        reader, tokenizer = _reader(mixture, template, model, recipe.model.image_mode if recipe else None)
         template = reader.template
     else:
         reader, tokenizer = None, None
-    limit = recipe.data.max_length if recipe and recipe.data.overlong == "error" else 0
     paths = tuple(Path(entry.path) for entry in recipe.data.mixture) if recipe else (Path(what),)
-    return DataSets(mixture, paths, template or TEMPLATE, reader, limit, tokenizer)
+    return DataSets(mixture, paths, template or TEMPLATE, reader, tokenizer, recipe)
 
 
 def parse_options(words: Sequence[str]) -> dict[str, Any]:
-    """`max_images=4` and the like, values as YAML reads them. Raises ConfigError for a word without a name."""
+    """Parse words such as `max_images=4`, values as YAML reads them. Raises ConfigError for a word without a name."""
     import yaml
 
     options = {}
@@ -132,13 +175,15 @@ def parse_options(words: Sequence[str]) -> dict[str, Any]:
     return options
 
 
-def _reader(mixture: Mixture, template: str, model: str) -> tuple[SampleReader, Any]:
+def _reader(mixture: Mixture, template: str, model: str, image_mode: ImageMode | None) -> tuple[SampleReader, Any]:
+    """Return a reader of samples for a model, and its tokenizer. image_mode: the recipe's, in place of the model's."""
     from vila.data.loader import SampleReader
     from vila.model.load import open_checkpoint
 
     processor = open_checkpoint(model, template=template or None).processor
     chosen = template or processor.find_template().name
-    return SampleReader(mixture, chosen, processor.span_tokenizer, processor.spec), processor.tokenizer
+    spec = replace(processor.spec, image_mode=image_mode) if image_mode else processor.spec
+    return SampleReader(mixture, chosen, processor.span_tokenizer, spec), processor.tokenizer
 
 
 def _characters(sample: Sample, template: str) -> tuple[int, int]:

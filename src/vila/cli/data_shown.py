@@ -49,6 +49,9 @@ def print_findings(found: Findings, unit: str) -> None:
         for bound, count in bins.items():
             bar = "#" * max(1, round(40 * count / max(bins.values())))
             typer.echo(f"  {'up to ' + bound if bound != 'more' else 'longer':>11}  {bar} {count:,}")
+    for preview in (found.preview, found.rows):
+        for line in preview.lines() if preview else ():
+            typer.echo(f"  {line}")
 
 
 def unread_note(unread: Mapping[str, int]) -> str:

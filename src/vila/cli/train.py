@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -61,6 +62,7 @@ def train(
         typer.echo(_batch(resolved, ["train", recipe, *(overrides or []), *allowing], slurm, dry_run), nl=False)
         return
     if dry_run:
+        _check_data(resolved)
         typer.echo(recipe_to_yaml(resolved), nl=False)
         return
     from vila.cli.model_card import write_model_card
@@ -84,7 +86,7 @@ def train(
         )
         if run.world.main:
             lines, shares = shares_of(run)
-            for line in lines:
+            for line in [*lines, *preview_of(run)]:
                 events.said(line)
             write_json(run.folder / "shares.json", shares)
         where = run.train()
@@ -107,6 +109,18 @@ def _said_once() -> Iterator[None]:
         raise
 
 
+def _check_data(recipe: Recipe) -> None:
+    """Raise ConfigError if the stage needs images and its data, where it is on this machine, has none."""
+    if not recipe.needs_images:
+        return
+    from vila.data.loader import Entry, open_mixture
+    from vila.data.survey import require_images
+
+    entries = [Entry(**entry.model_dump()) for entry in recipe.data.mixture]
+    if all(Path(entry.path).exists() for entry in entries):
+        require_images(open_mixture(entries, recipe.seed), recipe.needs_images)
+
+
 def _batch(recipe: Recipe, arguments: list[str], slurm: str, dry_run: bool) -> str:
     """The batch script, or what Slurm says to it. Raises ConfigError when the processes cannot share the batch."""
     from vila.cli.slurm import parse_job, render_script, submit
@@ -125,7 +139,8 @@ def _batch(recipe: Recipe, arguments: list[str], slurm: str, dry_run: bool) -> s
 
 
 def shares_of(run: Run) -> tuple[list[str], dict[str, int]]:
-    """What each data set brings to an epoch, estimated from a few of its samples: a line each, and tokens by name."""
+    """Estimate the share of each data set in an epoch from a few of its samples: a line each, and tokens by name."""
+    from vila.data.preview import LengthPreview
     from vila.data.survey import survey
     from vila.train.rows import build_reader
 
@@ -133,11 +148,29 @@ def shares_of(run: Run) -> tuple[list[str], dict[str, int]]:
     try:
         shares = survey(run.mixture, reader.tokenise, _SURVEYED)
     except VilaError as error:
-        # Whether a fault stops the run is for its own budget of faults to say.
+        # Whether a fault stops the run is decided by its budget of faults.
         return [f"  shares are not known: {error}"], {}
     lines = [
         f"  {one.name}: {one.samples:,} samples, about {one.tokens:,} tokens ({one.token_share:.1%}) "
         f"and {one.images:,} images an epoch"
         for one in shares
     ]
+    for one in shares:
+        rows = LengthPreview(run.recipe.data.max_length, run.recipe.data.overlong)
+        for length in one.lengths:
+            rows.add(length)
+        lines += [f"  {one.name}: {line}" for line in rows.lines()]
     return lines, {one.name: one.tokens for one in shares}
+
+
+def preview_of(run: Run) -> list[str]:
+    """Describe what the tower sees of a few images of each data set, and media that the samples do not have."""
+    from vila.cli.data_shown import unread_note
+    from vila.data.preview import preview_images
+
+    lines = []
+    for part in run.mixture.parts:
+        lines += [f"  {part.name}: {line}" for line in preview_images(part, run.processor.spec, _SURVEYED).lines()]
+        if note := unread_note(part.source.unread):
+            lines.append(f"  {part.name}: {note}")
+    return lines

@@ -328,6 +328,15 @@ class Recipe(Config):
     output: Output
     """Where results go."""
 
+    @property
+    def needs_images(self) -> str:
+        """Why the stage cannot train on text alone; empty if it can."""
+        if "llm" not in self.stage.tune:
+            return f"stage.tune is {', '.join(self.stage.tune)}, which gets no gradient from text alone"
+        if self.model.projector_init == "calibrated" and not self.model.path:
+            return "model.projector_init=calibrated measures the images of the data"
+        return ""
+
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         conflicts: list[Conflict] = []

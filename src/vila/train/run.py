@@ -22,6 +22,7 @@ from vila.core.optional import require
 from vila.data.deal import fitting_micro, micro_note
 from vila.data.mixture import Mixture
 from vila.data.stamps import FileStamp
+from vila.data.survey import require_images
 from vila.model.layouts.protocol import Checkpoint as ModelCheckpoint
 from vila.model.load import save_model
 from vila.model.processor import VilaProcessor
@@ -174,6 +175,8 @@ def _build(
         mixture = build_mixture(recipe, events)
         start = open_start(recipe)
     _check_length(recipe, mixture)
+    if recipe.needs_images:
+        require_images(mixture, recipe.needs_images)
     same = world.decide(partial(_same_inputs, recipe, resumed, mixture, start, allow_changes, events))
     with world.main_first():
         model, processor = load_start(recipe, start)
