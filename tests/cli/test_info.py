@@ -12,6 +12,7 @@ from tests import tiny
 from tests.model.layouts.published import FIXTURES
 from vila.cli.facts import kv_numbers_per_token
 from vila.cli.info import human_bytes
+from vila.core.errors import LayoutError
 from vila.engine.engine import Engine
 from vila.model import weights
 from vila.model.int4 import use_int4
@@ -129,6 +130,29 @@ def test_bad_input_is_named(vila, model, tmp_path, arguments, code, message):
     ended, out, err = vila("info", *(a.format(tmp=tmp_path, model=model) for a in arguments))
     assert message in err
     assert (ended, out) == (code, "")
+
+
+@pytest.mark.parametrize(
+    ("fixture", "file", "changes"),
+    [
+        ("v1-mlp2x", "config.json", {"rope_scaling": {"type": "su", "factor": 2.0}}),
+        ("v1-mlp2x", "config.json", {"rope_scaling": {"type": "linear"}}),
+        ("v1-mlp2x", "config.json", {"mm_vision_tower": None}),
+        ("v1-mlp2x", "config.json", {"num_hidden_layers": 200_000}),
+        ("v1-mlp2x", "config.json", {"attention_bias": True}),
+        ("v15-odd-grid", "llm/config.json", {"rope_scaling": {"type": "su"}}),
+        ("v15-odd-grid", "config.json", {"mm_vision_select_layer": 9}),
+    ],
+)
+def test_a_fault_that_stops_loading_is_reported(vila, tmp_path, fixture, file, changes):
+    folder = FIXTURES[fixture](tmp_path).folder
+    facts = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps({**facts, **changes}))
+    with pytest.raises(LayoutError) as loading:
+        load_model(folder)
+    code, out, err = vila("info", folder)
+    assert (code, out) == (1, "")
+    assert " ".join(str(loading.value).split()) in err
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,22 @@ def test_a_path_that_is_not_a_model_is_named(tmp_path, make, message):
         load_model(path)
 
 
+@pytest.mark.parametrize(
+    ("models", "hint"),
+    [(["3_sft", "1_align"], "3_sft/model or {path}/1_align/model"), ([""], "model"), ([], None)],
+)
+def test_a_directory_of_runs_suggests_the_models_in_it(saved, tmp_path, models, hint):
+    path = tmp_path / "starter"
+    path.mkdir()
+    for name in models:
+        (path / name).mkdir(exist_ok=True)
+        (path / name / "model").symlink_to(saved)
+    with pytest.raises(LayoutError) as caught:
+        load_model(path)
+    assert caught.value.file == str(path)
+    assert caught.value.hint == (hint and f"did you mean {path}/{hint.format(path=path)}?")
+
+
 def mapped(path):
     return str(path) in Path("/proc/self/maps").read_text()
 
@@ -120,8 +136,11 @@ def test_a_truncated_weight_file_is_named(copy):
 def test_a_tokenizer_of_another_model_is_refused(copy):
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "image_token_id": 12}))
-    with pytest.raises(LayoutError, match="config.json says image_token_id=12, but the processor's is"):
+    with pytest.raises(LayoutError) as caught:
         load_model(copy)
+    error = caught.value
+    assert (error.file, error.field) == (str(copy / "processor_config.json"), "image_token_id")
+    assert error.value == 259
 
 
 def test_markers_and_pictures_that_do_not_agree_are_counted():

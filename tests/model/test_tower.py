@@ -8,7 +8,7 @@ from transformers import AutoModel, InternVLVisionConfig
 from tests import tiny
 from tests.reference import internvit_states
 from vila.core.errors import LayoutError
-from vila.model.tower import TOWER_TYPES, check_tower, patch_count, select_features
+from vila.model.tower import TOWER_TYPES, check_image_size, check_tower, patch_count, select_features
 
 FACTS = {
     "model_type": "intern_vit_6b",
@@ -119,15 +119,17 @@ def test_internvit_has_one_square_size_written_as_a_pair():
     assert list(config.patch_size) == [14, 14]
     assert patch_count(config, 28) == 4
     assert patch_count(InternVLVisionConfig(image_size=448, patch_size=14), 448) == 1024
-    with pytest.raises(LayoutError, match=r"the tower's patch_size \[14, 7\] is not square"):
+    with pytest.raises(LayoutError) as caught:
         patch_count(InternVLVisionConfig(image_size=448, patch_size=[14, 7]), 448)
+    assert (caught.value.field, caught.value.value) == ("patch_size", [14, 7])
 
 
 def test_patches_of_the_published_towers():
     assert patch_count(tiny.vision_config("clip"), 336) == 576
     assert patch_count(tiny.vision_config("siglip"), 384) == 729
-    with pytest.raises(LayoutError, match="image size 384 is not a multiple of the tower's patch size 14"):
+    with pytest.raises(LayoutError) as caught:
         patch_count(tiny.vision_config("dinov2"), 384)
+    assert (caught.value.field, caught.value.value) == ("image_size", 384)
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip", "internvl"])
@@ -152,22 +154,43 @@ def test_patch_drops_the_class_token(name):
 
 
 def test_a_selection_that_would_drop_a_real_patch_is_refused():
-    with pytest.raises(LayoutError, match="siglip_vision_model has no class token"):
+    with pytest.raises(LayoutError) as caught:
         check_tower(tiny.vision_config("siglip"), "patch")
-    with pytest.raises(LayoutError, match="select_feature 'cls' is not known; it is 'patch' or 'cls_patch'"):
+    assert (caught.value.field, caught.value.value) == ("select_feature", "patch")
+    with pytest.raises(LayoutError) as caught:
         check_tower(tiny.vision_config("clip"), "cls")
+    assert (caught.value.field, caught.value.value) == ("select_feature", "cls")
 
 
 def test_an_unknown_tower_is_named_with_the_known_ones():
-    with pytest.raises(LayoutError, match=f"'llama' is not known; known are {', '.join(TOWER_TYPES)}"):
+    with pytest.raises(LayoutError) as caught:
         check_tower(tiny.text_config("llama"), "patch")
+    assert (caught.value.field, caught.value.value) == ("model_type", "llama")
+    assert all(name in caught.value.expected for name in TOWER_TYPES)
 
 
 @pytest.mark.parametrize("layer", [0, 5, -5])
 def test_a_layer_that_is_no_blocks_output_is_refused(layer):
     config, model = random_tower("clip")
-    with pytest.raises(LayoutError, match=f"select_layer {layer} is outside the tower's 4 blocks"):
+    with pytest.raises(LayoutError) as caught:
         select_features(model, config, pictures(1), layer, "patch")
+    assert (caught.value.field, caught.value.value) == ("select_layer", layer)
+
+
+@pytest.mark.parametrize(
+    ("side", "scales", "tile", "field"),
+    [
+        (42, (), 0, "image_size"),
+        (56, (28, 58), 28, "s2_scales"),
+        (56, (28, 56), 56, "image_size"),
+        (0, (0,), 28, "s2_scales"),
+    ],
+)
+def test_images_that_the_tower_cannot_read_are_refused(side, scales, tile, field):
+    check_image_size(tiny.vision_config("clip"), 56, (28, 56), 28)
+    with pytest.raises(LayoutError) as caught:
+        check_image_size(tiny.vision_config("clip"), side, scales, tile)
+    assert caught.value.field == field
 
 
 def test_a_selection_leaves_no_hook_behind_when_the_tower_fails():

@@ -75,7 +75,7 @@ class SpanTokenizer:
         self._backend = Tokenizer.from_str(json.dumps(spec))
         # What a speaker writes is text, also when it spells a special token.
         self._backend.encode_special_tokens = True
-        self.bos_ids: list[int] = _ids_before_text(tokenizer)
+        self.bos_ids: list[int] = ids_before_text(tokenizer)
         self.bos_id: int | None = tokenizer.bos_token_id
         self.special_ids = {t.content: i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
         self.symbols = {"{bos}": tokenizer.bos_token or "", "{eos}": tokenizer.eos_token or ""}
@@ -109,11 +109,17 @@ class SpanTokenizer:
         return [(piece, self.special_ids.get(piece)) for piece in self._specials.split(text) if piece]
 
 
-def _ids_before_text(tokenizer: Any) -> list[int]:
-    """What the tokenizer itself puts before a text: BOS, or nothing. An end of sequence that it adds is left out."""
+def ids_before_text(tokenizer: Any) -> list[int]:
+    """Return the ids that the tokenizer puts before a text: BOS, or none. An end of sequence that it adds is left out.
+
+    Raises ValueError for a tokenizer whose post-processor drops the text.
+    """
     whole: list[int] = tokenizer("a", add_special_tokens=True)["input_ids"]
     bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
-    return whole[: next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)]
+    for start in range(len(whole)):
+        if whole[start : start + len(bare)] == bare:
+            return whole[:start]
+    raise ValueError("its post-processor drops the text")
 
 
 def _strip_dummy_prefix(spec: dict[str, Any]) -> bool:

@@ -43,9 +43,12 @@ def info(
     import sys
 
     from vila.cli.facts import checkpoint_facts
+    from vila.model.build import empty_model
     from vila.model.load import open_checkpoint
 
     checkpoint = open_checkpoint(model, template=template or None, base=base or None, revision=revision or None)
+    # Every fault that stops loading is reported here too.
+    empty_model(checkpoint)
     facts = {"model": model, **checkpoint_facts(checkpoint)}
     if as_json:
         typer.echo(json.dumps(facts, ensure_ascii=False))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,21 @@ class Fields(Mapping[str, Any]):
         """Return the object at `key`; an empty one if it is absent or null."""
         value = self._checked(key, {}, lambda value: isinstance(value, dict), "an object ({...})")
         return Fields(value, self.file, self.field(key), self._error)
+
+    @contextmanager
+    def naming(self, names: Mapping[str, str] | None = None) -> Iterator[None]:
+        """Add the file to errors raised inside that name none.
+
+        names: keys of this object by the field names of those errors, where they differ.
+        """
+        try:
+            yield
+        except VilaError as fault:
+            if fault.file is None:
+                fault.file = str(self.file)
+                if fault.field:
+                    fault.field = self.field((names or {}).get(fault.field, fault.field))
+            raise
 
     def without(self, *keys: str) -> Fields:
         """Return these fields without some keys."""

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Final, Literal, cast
+
+from vila.core.errors import MISSING
+from vila.core.fields import Fields
 
 ImageMode = Literal["pad", "resize", "square"]
 IMAGE_MODES: tuple[ImageMode, ...] = ("pad", "resize", "square")
+MAX_SIDE: Final = 2**14
+"""Largest side of the square image that a tower reads, in pixels."""
+MAX_VIDEO_FRAMES: Final = 4096
+"""Most frames that a checkpoint may take from a video by default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +45,24 @@ class VisionSpec:
         plain: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in facts.items()}
         return VisionSpec(**plain)
 
+    @staticmethod
+    def from_fields(facts: Fields) -> VisionSpec:
+        """Read the spec of a config file. Raises the error of `facts` for unknown keys and values out of range."""
+        known = [field.name for field in fields(VisionSpec)]
+        for key in facts:
+            if key not in known:
+                raise facts.refusal(key, "unknown key", expected=", ".join(known))
+        return VisionSpec(
+            image_size=facts.integer("image_size", minimum=1, maximum=MAX_SIDE),
+            tokens_per_image=facts.integer("tokens_per_image", minimum=1),
+            mean=channel_statistics(facts, "mean"),
+            std=channel_statistics(facts, "std"),
+            image_mode=cast(ImageMode, facts.text("image_mode", "pad", choices=IMAGE_MODES)),
+            center_crop=facts.flag("center_crop", True),
+            num_video_frames=facts.integer("num_video_frames", 8, minimum=1, maximum=MAX_VIDEO_FRAMES),
+            exif_orientation=facts.flag("exif_orientation", True),
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for config.json. `exif_orientation` is written only where it differs from its default, so that
         files stay as they were before the field existed."""
@@ -45,3 +70,10 @@ class VisionSpec:
         if self.exif_orientation:
             del facts["exif_orientation"]
         return facts
+
+
+def channel_statistics(facts: Fields, key: str, default: Any = MISSING) -> tuple[float, float, float]:
+    """Read mean or standard deviation of the three channels; the latter must not be 0."""
+    least = 1e-6 if key.endswith("std") else 0.0
+    red, green, blue = facts.numbers(key, default, length=3, minimum=least, maximum=10.0)
+    return red, green, blue

@@ -9,13 +9,14 @@ from typing import Any
 import torch
 from accelerate import dispatch_model, infer_auto_device_map, init_empty_weights
 from torch import nn
-from transformers import GenerationConfig
 from transformers.initialization import no_init_weights
 
 from vila.core.errors import LayoutError
+from vila.core.reading import file_errors
 from vila.families.card import find_family
 from vila.kernels.int4_layout import Int4Weight, dequantize
 from vila.kernels.int4_linear import Int4Linear
+from vila.model.layouts.config_file import generation_config
 from vila.model.layouts.protocol import Checkpoint
 from vila.model.packed import PackedWeight, read_packed
 from vila.model.vila import VilaForConditionalGeneration
@@ -32,13 +33,16 @@ def build_model(
     device_map: DeviceMap | None = None,
     *,
     int4: bool = True,
+    projector: nn.Module | None = None,
 ) -> VilaForConditionalGeneration:
-    """The model in eval mode. `dtype=None` keeps the type that most of the checkpoint's weights have.
+    """Load a checkpoint into memory, in eval mode. `dtype=None` keeps the dtype of most of its weights.
 
-    int4: keep weights that the checkpoint has in 4 bits as they are; False turns them into ordinary ones of `dtype`.
+    int4:      keep weights that the checkpoint has in 4 bits as they are; False turns them into ordinary ones of
+               `dtype`.
+    projector: a new one, of a checkpoint that holds none.
     Raises LayoutError listing every weight that is missing, unclaimed or of another shape.
     """
-    model = empty_model(checkpoint, int4=False)
+    model = empty_model(checkpoint, int4=False, projector=projector)
     expected = dict(model.named_parameters())
     found = _by_parameter(model, checkpoint)
     dtype = dtype or _main_dtype(checkpoint)
@@ -54,7 +58,7 @@ def build_model(
     model.tie_weights()
     model.config.dtype = dtype
     if checkpoint.generation:
-        model.generation_config = GenerationConfig.from_dict(dict(checkpoint.generation))
+        model.generation_config = generation_config(checkpoint.generation, checkpoint.folder)
     for name, buffer in model.named_buffers():
         buffer.data = buffer.data.to(_place(name, placed))
     if device_map:
@@ -62,16 +66,32 @@ def build_model(
     return model.eval()
 
 
-def empty_model(checkpoint: Checkpoint, *, int4: bool = True) -> VilaForConditionalGeneration:
+def empty_model(
+    checkpoint: Checkpoint, *, int4: bool = True, projector: nn.Module | None = None
+) -> VilaForConditionalGeneration:
     """Build the model without its weights, which stay on the meta device, for checks that need shapes alone.
 
-    int4: as of `build_model`.
-    Raises LayoutError listing every weight that is missing, unclaimed or of another shape in the checkpoint.
+    int4, projector: as of `build_model`.
+    Raises LayoutError for a config that transformers cannot build, and listing every weight that is missing, unclaimed
+    or of another shape in the checkpoint.
     """
     # Nothing is drawn that a file will overwrite; buffers are computed for real.
-    with init_empty_weights(include_buffers=False), no_init_weights():
+    with (
+        file_errors(checkpoint.sources.model.file, LayoutError),
+        init_empty_weights(include_buffers=False),
+        no_init_weights(),
+    ):
         model = VilaForConditionalGeneration(checkpoint.config)
-    _account_for(checkpoint, _by_parameter(model, checkpoint), dict(model.named_parameters()))
+    for name, buffer in model.named_buffers():
+        if buffer.is_floating_point() and not bool(buffer.isfinite().all()):
+            text = checkpoint.sources.text
+            key = next((key for key in ("rope_scaling", "rope_parameters") if text.get(key)), "rope_theta")
+            raise text.refusal(key, f"gives values that are not finite ({name})")
+    expected = dict(model.named_parameters())
+    if projector is not None:
+        expected = {name: weight for name, weight in expected.items() if not name.startswith("projector.")}
+        model.projector = projector
+    _account_for(checkpoint, _by_parameter(model, checkpoint), expected)
     if int4:
         _make_room(model, checkpoint.int4)
     return model
@@ -79,7 +99,8 @@ def empty_model(checkpoint: Checkpoint, *, int4: bool = True) -> VilaForConditio
 
 def _by_parameter(model: VilaForConditionalGeneration, checkpoint: Checkpoint) -> dict[str, Piece]:
     """Return the weights of the checkpoint by the names of the model's parameters."""
-    here = published_names(model)
+    with checkpoint.sources.model.naming():
+        here = published_names(model)
     return {here.get(name, name): piece for name, piece in checkpoint.pieces.items()}
 
 
@@ -103,6 +124,8 @@ def _account_for(checkpoint: Checkpoint, found: Mapping[str, Piece], expected: M
             )
         if piece is not None and not piece.dtype.is_floating_point:
             problems.append(f"{piece.name} holds {piece.dtype} in {piece.file.path.name}, weights are floating point")
+        if piece is not None and not piece.dtype.is_floating_point:
+            problems.append(f"{piece.name} in {piece.file.path.name} holds {piece.dtype}, a weight has floats")
         if name in packed and packed[name].shape != tuple(parameter.shape):
             codes = packed[name].parts["qweight"]
             problems.append(

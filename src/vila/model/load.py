@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from torch import nn
 
 from vila.chat.templates import find_template
 from vila.core.errors import ConfigError
 from vila.core.vision_spec import ImageMode
 from vila.model.build import Device, DeviceMap, build_model
 from vila.model.hub import local_folder
-from vila.model.layouts.protocol import LAYOUTS, Checkpoint, detect_layout
+from vila.model.layouts.config_file import read_config, text_config
+from vila.model.layouts.names import claim
+from vila.model.layouts.protocol import LAYOUTS, Checkpoint, Sources, check_checkpoint_sizes, open_folder
 from vila.model.layouts.published import compose
-from vila.model.layouts.towers import tower_facts
+from vila.model.layouts.tokenizer_files import read_tokenizer
+from vila.model.layouts.towers import read_tower, tower_facts, tower_pieces
 from vila.model.processor import VilaProcessor
 from vila.model.projector import build_projector
 from vila.model.vila import VilaForConditionalGeneration
+from vila.model.weights import find_files, pieces_of
 
 
 def open_checkpoint(
@@ -35,7 +38,7 @@ def open_checkpoint(
     Raises LayoutError, DownloadError or UnknownNameError.
     """
     folder = local_folder(path, revision)
-    checkpoint = detect_layout(folder).open(folder, None if base is None else local_folder(base))
+    checkpoint = open_folder(folder, None if base is None else local_folder(base))
     if template:
         find_template(template)
         checkpoint.config.template = checkpoint.processor.template = template
@@ -98,13 +101,22 @@ def assemble(
     seed: int,
     exif_orientation: bool = True,
 ) -> tuple[VilaForConditionalGeneration, VilaProcessor]:
-    """A new float32 model from the directories or hub ids of an LLM and a tower; `seed` draws the projector."""
-    vision_config = AutoConfig.from_pretrained(vision)
-    vision_config = getattr(vision_config, "vision_config", vision_config)
-    tokenizer = AutoTokenizer.from_pretrained(llm)
+    """Make a new float32 model from the directories or hub ids of an LLM and a tower; `seed` draws the projector.
+
+    Raises LayoutError for directories that cannot be read, or parts that do not go together.
+    """
+    llm_folder, tower_folder = local_folder(llm), local_folder(vision)
+    facts = read_config(llm_folder)
+    llm_config = text_config(facts, facts.text("model_type"))
+    # transformers chooses some tokenizers by the hub id of their model.
+    llm_config._name_or_path = llm
+    tokenizer = read_tokenizer(llm_folder, llm_config)
+    llm_config._name_or_path = ""
+    found = read_tower(tower_folder)
+    tower = tower_facts(found.config, None, found.source, image_size)
     config, processor = compose(
-        llm=AutoConfig.from_pretrained(llm),
-        tower=tower_facts(vision_config, {}, image_size),
+        llm=llm_config,
+        tower=tower,
         tokenizer=tokenizer,
         projector=projector,
         select_layer=select_layer,
@@ -113,15 +125,20 @@ def assemble(
         exif_orientation=exif_orientation,
         template=template,
     )
-    with torch.device("meta"):
-        model = VilaForConditionalGeneration(config)
-    model.language_model = AutoModelForCausalLM.from_pretrained(llm, dtype=torch.float32)
-    model.vision_tower = AutoModel.from_pretrained(vision, config=vision_config, dtype=torch.float32)
-    model.projector = _seeded_projector(projector, config.vision_width, config.text_config.hidden_size, seed)
-    return model.eval(), processor
+    pieces, unclaimed = claim(pieces_of(find_files(llm_folder)), (("", "language_model."),))
+    weights, others = tower_pieces(tower_folder, tower)
+    pieces.update({f"vision_tower.{name}": piece for name, piece in weights.items()})
+    sources = Sources(facts, facts, tower.source)
+    checkpoint = Checkpoint(llm_folder, config, processor, pieces, sources, [*unclaimed, *others])
+    check_checkpoint_sizes(checkpoint)
+    drawn = _seeded_projector(projector, config.vision_width, config.text_config.hidden_size, seed)
+    model = build_model(checkpoint, torch.float32, projector=drawn)
+    # The dtype of a checkpoint is the one that it is written in.
+    config.dtype = None
+    return model, processor
 
 
-def _seeded_projector(kind: str, width_in: int, width_out: int, seed: int) -> Any:
+def _seeded_projector(kind: str, width_in: int, width_out: int, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build_projector(kind, width_in, width_out)

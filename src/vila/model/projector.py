@@ -14,7 +14,7 @@ from vila.core.errors import LayoutError
 
 # N media items  P patches  C tower width  D model width
 
-_MLP = re.compile(r"mlp([1-9]\d*)x_gelu")
+_MLP = re.compile(r"mlp([1-9]\d{0,2})x_gelu")
 
 
 class MergePatches(nn.Module):
@@ -36,10 +36,12 @@ def build_projector(kind: str, width_in: int, width_out: int) -> nn.Module:
     Parameters have the published names: none, `weight`, `0.weight`, `2.weight` ..., and `1.weight`, `2.weight`,
     `4.weight`, each with its bias. Raises LayoutError for another kind, or an identity that would change the width.
     """
-    _check_kind(kind)
+    check_projector(kind)
     if kind == "identity":
         if width_in != width_out:
-            raise LayoutError(f"projector type 'identity' cannot turn {width_in} channels into the LLM's {width_out}")
+            raise LayoutError(
+                f"cannot turn {width_in} channels into the LLM's {width_out}", field="projector_type", value=kind
+            )
         return nn.Identity()
     if kind == "linear":
         return nn.Linear(width_in, width_out)
@@ -58,7 +60,7 @@ def projected_tokens(kind: str, patches: int) -> int:
 
     Raises LayoutError for an unknown kind, and for patches that are no square grid where the kind needs one.
     """
-    _check_kind(kind)
+    check_projector(kind)
     return math.ceil(_grid_side(patches) / 2) ** 2 if kind == "mlp_downsample" else patches
 
 
@@ -114,11 +116,11 @@ def _inputs_of(module: nn.Module, projector: nn.Module, features_NPC: Tensor) ->
     return seen[0]
 
 
-def _check_kind(kind: str) -> None:
+def check_projector(kind: str) -> None:
+    """Raises LayoutError for a kind of projector that does not exist."""
     if kind not in ("identity", "linear", "mlp_downsample") and not _MLP.fullmatch(kind):
         raise LayoutError(
-            f"projector type {kind!r} is not known; known are 'identity', 'linear', 'mlpNx_gelu' (N = 1, 2, ...) "
-            "and 'mlp_downsample'"
+            field="projector_type", value=kind, expected="identity, linear, mlpNx_gelu (N = 1 to 999) or mlp_downsample"
         )
 
 

@@ -14,6 +14,7 @@ from vila.core.errors import LayoutError
 # N media items  T tokens with class token  P patches  C tower width  H, W pixels
 
 TOWER_TYPES = ("clip_vision_model", "siglip_vision_model", "dinov2", "internvl_vision")
+SELECT_FEATURES = ("patch", "cls_patch")
 _WITHOUT_CLS = ("siglip_vision_model",)
 _ANY_SIZE = ("dinov2",)
 """Towers that were made to interpolate their position embeddings on the way; in the others it would be an accident."""
@@ -28,25 +29,83 @@ class _Reached(Exception):
 
 
 def patch_count(config: PretrainedConfig, image_size: int) -> int:
-    """Patches of a square picture of `image_size` pixels; a patch size may be a number or a pair.
+    """Return the number of patches of a square image of `image_size` pixels.
 
     CLIP and SigLIP ignore a rest at the border (384 pixels are 27 patches of 14). Raises LayoutError when patches are
-    not square, or leave a rest where the tower cannot ignore it.
+    not square, when there is none, or when they leave a rest where the tower cannot ignore it.
     """
     patch = _side(config.patch_size, "patch_size")
-    if config.model_type in _ANY_SIZE and image_size % patch:
-        raise LayoutError(f"image size {image_size} is not a multiple of the tower's patch size {patch}")
+    if image_size < patch or (config.model_type in _ANY_SIZE and image_size % patch):
+        raise LayoutError(
+            field="image_size", value=image_size, expected=f"a multiple of the tower's patch size {patch}"
+        )
     return (image_size // patch) ** 2
 
 
 def check_tower(config: PretrainedConfig, select_feature: str) -> None:
-    """Refuse a tower type or a feature selection that would go wrong in silence. Raises LayoutError."""
+    """Refuse a tower type, or a feature selection that would give wrong features without an error.
+
+    Raises LayoutError.
+    """
     if config.model_type not in TOWER_TYPES:
-        raise LayoutError(f"vision tower type {config.model_type!r} is not known; known are {', '.join(TOWER_TYPES)}")
-    if select_feature not in ("patch", "cls_patch"):
-        raise LayoutError(f"select_feature {select_feature!r} is not known; it is 'patch' or 'cls_patch'")
-    if select_feature == "patch" and config.model_type in _WITHOUT_CLS:
-        raise LayoutError(f"{config.model_type} has no class token: select_feature 'patch' would drop a real patch")
+        raise LayoutError(
+            "no vision tower of this type", field="model_type", value=config.model_type, expected=", ".join(TOWER_TYPES)
+        )
+    if select_feature not in SELECT_FEATURES:
+        raise LayoutError(field="select_feature", value=select_feature, expected=", ".join(SELECT_FEATURES))
+    if select_feature == "patch" and not has_cls(config):
+        raise LayoutError(
+            f"a {config.model_type} tower has no class token; 'patch' would drop a patch of the image",
+            field="select_feature",
+            value=select_feature,
+            expected="cls_patch",
+        )
+
+
+def check_features(config: PretrainedConfig, select_layer: int, select_feature: str) -> None:
+    """Refuse what `select_features` cannot do with a tower. Raises LayoutError as `check_tower` does."""
+    check_tower(config, select_feature)
+    depth = int(config.num_hidden_layers)
+    if not 1 <= _block_index(select_layer, depth) <= depth:
+        raise LayoutError(
+            f"outside the {depth} blocks of the vision tower",
+            field="select_layer",
+            value=select_layer,
+            expected=f"an integer from 1 to {depth}, or from -{depth} to -1",
+        )
+
+
+def check_image_size(config: PretrainedConfig, image_size: int, scales: Sequence[int] = (), max_split: int = 0) -> None:
+    """Refuse images of a size that the tower cannot read. Raises LayoutError.
+
+    scales, max_split: sides of S2 features and of their tiles, in pixels; the tower then reads tiles.
+    """
+    if not scales:
+        if config.model_type not in _ANY_SIZE and image_size != (side := _side(config.image_size, "image_size")):
+            raise LayoutError(
+                f"the {config.model_type} tower reads {side} pixels", field="image_size", value=image_size
+            )
+        return
+    if min(scales) < 1 or max_split < 1:
+        raise LayoutError("scales and tiles are positive", field="s2_scales", value=list(scales))
+    for scale in scales:
+        tiles = -(-scale // max_split)
+        if scale % tiles:
+            raise LayoutError(
+                f"{scale} pixels cannot be cut into {tiles} equal tiles of at most {max_split}",
+                field="s2_scales",
+                value=list(scales),
+            )
+        check_image_size(config, scale // tiles)
+
+
+def has_cls(config: PretrainedConfig) -> bool:
+    """Whether the first vector of the tower is that of a class token."""
+    return config.model_type not in _WITHOUT_CLS
+
+
+def _block_index(select_layer: int, depth: int) -> int:
+    return select_layer if select_layer >= 0 else depth + 1 + select_layer
 
 
 def blocks_of(tower: nn.Module, depth: int) -> nn.ModuleList:
@@ -68,9 +127,8 @@ def select_features(
     """
     _check_size(config, pixels_N3HW)
     depth = int(config.num_hidden_layers)
-    index = select_layer if select_layer >= 0 else depth + 1 + select_layer
-    if not 1 <= index <= depth:
-        raise LayoutError(f"select_layer {select_layer} is outside the tower's {depth} blocks")
+    check_features(config, select_layer, select_feature)
+    index = _block_index(select_layer, depth)
 
     def stop(module: nn.Module, args: Any, output: Any) -> None:
         raise _Reached(output[0] if isinstance(output, tuple) else output)
@@ -100,7 +158,7 @@ def _check_size(config: Any, pixels_N3HW: Tensor) -> None:
 def _side(size: int | Sequence[int], name: str) -> int:
     sides = {size} if isinstance(size, int) else set(size)
     if len(sides) != 1:
-        raise LayoutError(f"the tower's {name} {size!r} is not square")
+        raise LayoutError(field=name, value=size, expected="a square")
     return int(sides.pop())
 
 

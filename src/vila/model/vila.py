@@ -33,9 +33,9 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def __init__(self, config: VilaConfig) -> None:
         super().__init__(config)
         check_tower(config.vision_config, config.select_feature)
-        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.vision_tower = AutoModel.from_config(config.vision_config, trust_remote_code=False)
         self.projector = build_projector(config.projector_type, config.vision_width, config.text_config.hidden_size)
-        self.language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.language_model = AutoModelForCausalLM.from_config(config.text_config, trust_remote_code=False)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:

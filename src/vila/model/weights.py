@@ -238,10 +238,16 @@ def state_of(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def published_names(model: PreTrainedModel) -> dict[str, str]:
-    """Published names of a model's weights, and what its modules call them here."""
+    """Return the published names of a model's weights, and their names in its modules.
+
+    Raises LayoutError for a model whose modules join or split published weights, such as DINOv2 with SwiGLU.
+    """
     state = dict(model.state_dict())
     names = {id(tensor): name for name, tensor in state.items()}
-    return {public: names[id(tensor)] for public, tensor in revert_weight_conversion(model, state).items()}
+    published = revert_weight_conversion(model, state)
+    if joined := [public for public, tensor in published.items() if id(tensor) not in names]:
+        raise LayoutError(f"modules that join or split weights are not supported ({', '.join(joined[:3])})")
+    return {public: names[id(tensor)] for public, tensor in published.items()}
 
 
 def find_files(folder: Path) -> list[WeightFile]:

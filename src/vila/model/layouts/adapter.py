@@ -21,9 +21,11 @@ from vila.core.reading import file_errors
 from vila.model.config import VilaConfig
 from vila.model.hub import local_folder
 from vila.model.layouts.adapter_config import CONFIG_FILE, read_adapter_config
+from vila.model.layouts.config_file import read_config
 from vila.model.layouts.lora import TiedHead, read_adapter
-from vila.model.layouts.protocol import Checkpoint, detect_layout
-from vila.model.layouts.published import read_config, write_tokenizer
+from vila.model.layouts.native import read_native_config, read_processor
+from vila.model.layouts.protocol import Checkpoint, open_folder
+from vila.model.layouts.published import write_tokenizer
 from vila.model.processor import VilaProcessor
 from vila.model.vila import VilaForConditionalGeneration
 from vila.model.weights import Piece, published_names
@@ -56,27 +58,24 @@ class AdapterLayout:
         """
         home = base or find_base(folder)
         _refuse_circle(folder, home)
-        under = detect_layout(home).open(home)
+        under = open_folder(home)
         if under.int4:
             raise LayoutError(
                 f"{home}: its weights are in 4 bits, which no adapter can be merged into; give the 16-bit model that "
                 "they were made from as base= or --base, and quantize what comes out"
             )
-        config, processor = under.config, under.processor
+        config, processor, sources = under.config, under.processor, under.sources
         if (folder / "config.json").is_file():
-            config = VilaConfig.from_pretrained(folder, local_files_only=True)
+            config, sources = read_native_config(folder)
             _refuse_another_base(folder, home, config, under.config)
         if (folder / "processor_config.json").is_file():
-            try:
-                processor = VilaProcessor.from_pretrained(folder, local_files_only=True)
-            except (OSError, ValueError) as error:
-                raise LayoutError(f"{folder}: no processor that can be read ({error})") from error
+            processor = read_processor(folder, config)
         tied = _TIED if under.config.text_config.tie_word_embeddings else None
         pieces, still_tied = read_adapter(folder, _by_module(under), tied)
         if tied and not still_tied:
             config = copy.deepcopy(config)
             config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
-        return Checkpoint(folder, config, processor, pieces, under.unclaimed, under.generation)
+        return Checkpoint(folder, config, processor, pieces, sources, under.unclaimed, under.generation)
 
 
 def find_base(folder: Path) -> Path:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vila.core.errors import LayoutError
-from vila.core.reading import read_json
-from vila.model.layouts.published import read_config
+from vila.core.fields import Fields
+from vila.model.layouts.config_file import read_config
 
 _KEY = "quantization_config"
 _BESIDE = ("quant_config.json", "quantize_config.json")
@@ -38,29 +38,25 @@ def says_quantized(folder: Path) -> bool:
 
 
 def read_awq(folder: Path) -> AwqFacts:
-    """What a directory says. Raises LayoutError naming file, key and value for all but AWQ in 4 bits with zeros."""
-    found = _find(folder)
-    if found is None:
-        raise LayoutError(f"{folder}: nothing says how its weights are quantized")
-    source, facts = found
-    method = facts.get("quant_method", "awq")
-    if method != "awq":
-        raise LayoutError(f"{source}: quant_method is {method!r}; read here is 'awq' alone: {_REMEDY}")
-    bits = _first(facts, _BITS)
-    if bits != 4:
-        raise LayoutError(f"{source}: bits is {bits!r}; weights are read in 4 bits alone: {_REMEDY}")
+    """Read what a directory says. Raises LayoutError with file, field and value for all but 4-bit AWQ with zeros."""
+    facts = _find(folder)
+    if facts is None:
+        raise LayoutError("nothing says how its weights are quantized", file=folder)
+    if facts.get("quant_method", "awq") != "awq":
+        raise facts.refusal("quant_method", expected="awq", hint=_REMEDY)
+    bits, size, version = (_first(facts, keys) for keys in (_BITS, _GROUP, _VERSION))
+    if _is_other(facts.get(bits), 4):
+        raise facts.refusal(bits, expected="4", hint=_REMEDY)
     if facts.get("zero_point", True) is not True:
-        raise LayoutError(
-            f"{source}: zero_point is {facts['zero_point']!r}; weights are read with zeros alone, which may all be 8: "
-            f"correct it if there are .qzeros, else {_REMEDY}"
-        )
-    version = str(_first(facts, _VERSION, "gemm")).lower()
-    if version not in _PACKINGS:
-        raise LayoutError(f"{source}: version is {version!r}, none of {', '.join(_PACKINGS)}: {_REMEDY}")
-    size = _first(facts, _GROUP, 128)
-    if not isinstance(size, int) or isinstance(size, bool) or size < 2:
-        raise LayoutError(f"{source}: group_size is {size!r}; groups are of 32, 64 or 128 inputs: {_REMEDY}")
-    return AwqFacts(_PACKINGS[version], size, source)
+        hint = f"weights are read with zeros alone, which may all be 8: correct it if there are .qzeros, else {_REMEDY}"
+        raise facts.refusal("zero_point", expected="true", hint=hint)
+    packing = facts.text(version, "gemm").lower()
+    if packing not in _PACKINGS:
+        raise facts.refusal(version, expected=", ".join(_PACKINGS), hint=_REMEDY)
+    group = 128 if facts.get(size) is None else facts[size]
+    if not isinstance(group, int) or isinstance(group, bool) or group < 2:
+        raise facts.refusal(size, expected="32, 64 or 128", hint=_REMEDY)
+    return AwqFacts(_PACKINGS[packing], group, facts.file)
 
 
 def awq_config(group_size: int, skipped: Sequence[str]) -> dict[str, Any]:
@@ -75,23 +71,22 @@ def awq_config(group_size: int, skipped: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _find(folder: Path) -> tuple[Path, Mapping[str, Any]] | None:
+def _find(folder: Path) -> Fields | None:
     for where in (folder, folder / "llm"):
         config = read_config(where)
-        for facts in (config.get(_KEY), (config.get("text_config") or {}).get(_KEY)):
-            if facts:
-                return where / "config.json", _as_object(where / "config.json", facts)
+        for part in (config, config.section("text_config")):
+            if part.get(_KEY) is not None and (facts := part.section(_KEY)):
+                return facts
         for name in _BESIDE:
             if (where / name).is_file():
-                return where / name, _as_object(where / name, read_json(where / name))
+                return Fields.of_file(where / name, LayoutError)
     return None
 
 
-def _as_object(source: Path, facts: Any) -> Mapping[str, Any]:
-    if not isinstance(facts, dict):
-        raise LayoutError(f"{source}: {_KEY} is a {type(facts).__name__}, not an object: {_REMEDY}")
-    return facts
+def _is_other(value: object, number: int) -> bool:
+    return isinstance(value, bool) or value != number
 
 
-def _first(facts: Mapping[str, Any], keys: Sequence[str], default: Any = None) -> Any:
-    return next((facts[key] for key in keys if facts.get(key) is not None), default)
+def _first(facts: Fields, keys: Sequence[str]) -> str:
+    """Return the first of several names of a key that has a value; the first name if none has."""
+    return next((key for key in keys if facts.get(key) is not None), keys[0])

@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tokenizers import Tokenizer
 from transformers import AddedToken, AutoConfig
 
 from vila.core.errors import LayoutError
+from vila.core.fields import Fields
 from vila.core.files import atomic_path, write_json
-from vila.core.reading import read_json
+from vila.core.vision_spec import IMAGE_MODES, MAX_SIDE, MAX_VIDEO_FRAMES, ImageMode
+from vila.model.layouts.config_file import MAX_LAYERS, generation_facts, read_config, text_config, tower_config
 from vila.model.layouts.llava_hf_files import (
     CLASSIC,
     IMAGE,
@@ -32,16 +33,10 @@ from vila.model.layouts.llava_hf_files import (
     write_processor,
 )
 from vila.model.layouts.names import Prefixes, claim, keep_rows, to_theirs
-from vila.model.layouts.protocol import Checkpoint
-from vila.model.layouts.published import (
-    compose,
-    generation_facts,
-    read_config,
-    read_tokenizer,
-    template_of,
-    text_config,
-)
+from vila.model.layouts.protocol import Checkpoint, Sources
+from vila.model.layouts.published import check_placeholder, compose, template_of
 from vila.model.layouts.storage import FULL, Storage
+from vila.model.layouts.tokenizer_files import read_tokenizer
 from vila.model.layouts.towers import tower_facts
 from vila.model.weights import Piece, find_files, pieces_of
 
@@ -55,6 +50,12 @@ _NEW: Prefixes = (
     ("model.multi_modal_projector.linear_2.", "projector.2."),
 )
 _TOWERS = (*PREFIXED_TOWERS, "dinov2")
+_FIELDS = {
+    "projector_type": "projector_hidden_act",
+    "select_layer": "vision_feature_layer",
+    "select_feature": "vision_feature_select_strategy",
+    "template": "vila.template",
+}
 
 
 class LlavaHfLayout:
@@ -68,38 +69,53 @@ class LlavaHfLayout:
         return config.get("model_type") == "llava" and "text_config" in config
 
     def open(self, folder: Path, base: Path | None = None) -> Checkpoint:
-        """Understand the directory. Raises LayoutError for what only some LLaVA variants have."""
+        """Read the configs. Raises LayoutError for what only some LLaVA variants have."""
         facts = read_config(folder)
-        # Only what differs from the defaults of the classes is written in old configs.
-        config = AutoConfig.for_model("llava", **{k: v for k, v in facts.items() if k != "model_type"})
-        ours = facts.get("vila") or {}
-        _refuse(folder, config)
+        text, vision = facts.section("text_config"), facts.section("vision_config")
+        # Only values that differ from the defaults of the classes are written in old configs.
+        defaults = AutoConfig.for_model("llava")
+        llm = text_config(text, text.text("model_type", "llama"))
+        tower = (
+            tower_config(vision, vision.text("model_type", "clip_vision_model")) if vision else defaults.vision_config
+        )
+        layer = _select_layer(facts, defaults)
+        if not facts.flag("multimodal_projector_bias", True):
+            raise facts.refusal("multimodal_projector_bias", "a projector without biases is not supported")
         pieces, unclaimed = claim(pieces_of(find_files(folder)), (*CLASSIC, *_NEW))
-        projector = _projector(folder, config, pieces)
-        llm = text_config(config.text_config.model_type, config.text_config.to_dict(), folder)
+        projector = _projector(facts, pieces)
         tokenizer = read_tokenizer(folder)
-        placeholder = config.image_token_index
-        if rows := ours.get("vocab_size"):
+        ours = facts.section("vila")
+        image_id = facts.integer("image_token_index", defaults.image_token_index, minimum=1)
+        placeholder: int | None = image_id
+        if rows := ours.integer("vocab_size", None, minimum=1):
             llm.vocab_size = rows
             placeholder = None
             pieces.update({name: keep_rows(pieces[name], rows) for name in VOCABULARY if name in pieces})
             _remove_image_token(tokenizer)
-        image_facts = _image_facts(folder)
-        vila_config, processor = compose(
-            llm=llm,
-            tower=tower_facts(config.vision_config, image_facts, _picture_side(image_facts)),
-            tokenizer=tokenizer,
-            projector=projector,
-            select_layer=config.vision_feature_layer,
-            select_feature="patch" if config.vision_feature_select_strategy == "default" else "cls_patch",
-            image_mode=ours.get("image_mode") or ("pad" if image_facts.get("do_pad") else "square"),
-            template=ours.get("template") or template_of(folder),
-            image_token_id=placeholder,
-            num_video_frames=ours.get("num_video_frames", 8),
-            exif_orientation=ours.get("exif_orientation") is not False,
-            vision_source=ours.get("vision_source", ""),
-        )
-        return Checkpoint(folder, vila_config, processor, pieces, unclaimed, _generation(folder))
+        else:
+            check_placeholder(facts, "image_token_index", image_id, tokenizer)
+        images = _image_fields(folder)
+        strategy = facts.text("vision_feature_select_strategy", "default", choices=("default", "full"))
+        mode = "pad" if images.flag("do_pad", False) else "square"
+        with facts.naming(_FIELDS):
+            config, processor = compose(
+                llm=llm,
+                tower=tower_facts(tower, images, vision, _image_side(images)),
+                tokenizer=tokenizer,
+                projector=projector,
+                select_layer=layer,
+                select_feature="patch" if strategy == "default" else "cls_patch",
+                image_mode=cast(ImageMode, ours.text("image_mode", mode, choices=IMAGE_MODES)),
+                template=ours.text("template", "") or template_of(folder),
+                image_token_id=placeholder,
+                num_video_frames=ours.integer("num_video_frames", 8, minimum=1, maximum=MAX_VIDEO_FRAMES),
+                exif_orientation=ours.flag("exif_orientation", True),
+                vision_source=ours.text("vision_source", ""),
+            )
+        # Suppressed was the id of <image>, which our model does not have.
+        generation = generation_facts(folder, ignored=("suppress_tokens",))
+        sources = Sources(facts, text, vision, _FIELDS)
+        return Checkpoint(folder, config, processor, pieces, sources, unclaimed, generation)
 
     def check(self, model: Any, processor: Any) -> None:
         """Raise LayoutError as `refuse_to_write`, and for a model in 4 bits."""
@@ -111,12 +127,16 @@ class LlavaHfLayout:
         write_llava(model, processor, folder, FULL)
 
 
-def _picture_side(image_facts: Mapping[str, Any]) -> int | None:
-    """Side of the pictures that the processor makes: a tower may read others than its config's, as DINOv2 does."""
-    for key, side in (("crop_size", "height"), ("size", "height"), ("size", "shortest_edge")):
-        given = image_facts.get(key)
-        if isinstance(given, int) or (isinstance(given, Mapping) and side in given):
-            return int(given if isinstance(given, int) else given[side])
+def _image_side(images: Fields) -> int | None:
+    """Read the side of the processor's images: a tower may read others than its config's, as DINOv2 does."""
+    for key in ("crop_size", "size"):
+        if isinstance(images.get(key), dict):
+            sides = images.section(key)
+            for side in ("height", "shortest_edge"):
+                if side in sides:
+                    return sides.integer(side, minimum=1, maximum=MAX_SIDE)
+        elif images.get(key) is not None:
+            return images.integer(key, minimum=1, maximum=MAX_SIDE)
     return None
 
 
@@ -140,19 +160,17 @@ def write_llava(model: Any, processor: Any, folder: Path, storage: Storage) -> N
         write_generation(model, processor, image_id, part)
 
 
-def _refuse(folder: Path, config: Any) -> None:
-    if not isinstance(config.vision_feature_layer, int):
-        raise LayoutError(f"{folder}: features of several layers ({config.vision_feature_layer}) are not supported")
-    if not config.multimodal_projector_bias:
-        raise LayoutError(f"{folder}: a projector without biases is not supported")
+def _select_layer(facts: Fields, defaults: Any) -> int:
+    if isinstance(facts.get("vision_feature_layer"), list):
+        raise facts.refusal("vision_feature_layer", "features of several layers are not supported")
+    return facts.integer("vision_feature_layer", defaults.vision_feature_layer, minimum=-MAX_LAYERS, maximum=MAX_LAYERS)
 
 
-def _projector(folder: Path, config: Any, pieces: dict[str, Piece]) -> str:
-    """The projector's type. A linear one written by us loses its second layer, after a look that it does nothing."""
-    if config.projector_hidden_act == "gelu":
+def _projector(facts: Fields, pieces: dict[str, Piece]) -> str:
+    """Return the projector's type. A linear one written by us loses its second layer, which must do nothing."""
+    if facts.text("projector_hidden_act", "gelu", choices=("gelu", "linear")) == "gelu":
         return "mlp2x_gelu"
-    if config.projector_hidden_act != "linear":
-        raise LayoutError(f"{folder}: projector_hidden_act {config.projector_hidden_act!r} is neither gelu nor linear")
+    folder = facts.file.parent
     second = {leaf: pieces.pop(f"projector.2.{leaf}", None) for leaf in ("weight", "bias")}
     for leaf, piece in second.items():
         if piece is None:
@@ -167,19 +185,13 @@ def _projector(folder: Path, config: Any, pieces: dict[str, Piece]) -> str:
     return "linear"
 
 
-def _image_facts(folder: Path) -> dict[str, Any]:
+def _image_fields(folder: Path) -> Fields:
     for name, key in (("processor_config.json", "image_processor"), ("preprocessor_config.json", "")):
         if (folder / name).is_file():
-            facts = read_json(folder / name)
-            facts = facts.get(key) if key else facts
-            if facts:
-                return dict(facts)
-    return {}
-
-
-def _generation(folder: Path) -> dict[str, Any]:
-    # Suppressed was the id of <image>, which our model does not have.
-    return {key: value for key, value in generation_facts(folder).items() if key != "suppress_tokens"}
+            facts = Fields.of_file(folder / name, LayoutError)
+            if facts := (facts.section(key) if key else facts):
+                return facts
+    return Fields({}, folder / "preprocessor_config.json", error=LayoutError)
 
 
 def _remove_image_token(tokenizer: Any) -> None:

@@ -11,23 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from vila.core.errors import LayoutError
+from vila.core.fields import Fields
 from vila.core.files import atomic_path, write_json
 from vila.model.hub import local_folder
+from vila.model.layouts.config_file import MAX_LAYERS, generation_facts, read_config, text_config
 from vila.model.layouts.lora import TiedHead, read_adapter
 from vila.model.layouts.names import Prefixes, claim, to_theirs
-from vila.model.layouts.protocol import Checkpoint
-from vila.model.layouts.published import (
-    compose,
-    generation_facts,
-    own_facts,
-    read_config,
-    read_tokenizer,
-    template_of,
-    text_config,
-    write_tokenizer,
-)
+from vila.model.layouts.protocol import Checkpoint, Sources
+from vila.model.layouts.published import compose, own_facts, template_of, write_tokenizer
 from vila.model.layouts.storage import FULL, Storage
-from vila.model.layouts.towers import OTHER_HALF, TowerFacts, image_mode_of, known_tower, read_tower
+from vila.model.layouts.tokenizer_files import read_tokenizer
+from vila.model.layouts.towers import TowerFacts, image_mode_of, known_tower, read_tower, tower_pieces
 from vila.model.layouts.vision_folder import write_tower
 from vila.model.weights import Piece, find_files, pieces_of, weight_file
 
@@ -52,6 +46,13 @@ PREFIXES: Prefixes = (
 )
 _TOWER = "vision_tower"
 _TIED = TiedHead("model.embed_tokens.weight", "lm_head.weight")
+FIELDS = {
+    "projector_type": "mm_projector_type",
+    "select_layer": "mm_vision_select_layer",
+    "select_feature": "mm_vision_select_feature",
+    "template": "conversation_template",
+}
+"""Keys of the original's config by our names."""
 
 
 class LlavaV1Layout:
@@ -65,41 +66,44 @@ class LlavaV1Layout:
         return "mm_vision_tower" in config and "llm_cfg" not in config and "text_config" not in config
 
     def open(self, folder: Path, base: Path | None = None) -> Checkpoint:
-        """Understand the directory. `base` is the LLM of a stage-1 or LoRA directory."""
+        """Read the configs. `base` is the LLM of a stage-1 or LoRA directory."""
         facts = read_config(folder)
-        kind = LLM_TYPES.get(facts.get("model_type", ""))
-        if kind is None:
-            raise LayoutError(f"{folder}: model_type {facts.get('model_type')!r} is none of {', '.join(LLM_TYPES)}")
-        llm = text_config(kind, {k: v for k, v in facts.items() if not k.startswith("mm_")}, folder)
+        kind = LLM_TYPES[facts.text("model_type", choices=tuple(LLM_TYPES))]
+        source = facts.text("mm_vision_tower")
+        own = Fields({k: v for k, v in facts.items() if not k.startswith("mm_")}, facts.file, error=LayoutError)
+        llm = text_config(own, kind)
         pieces, home = _llm_and_projector(folder, base, facts, llm)
         ours, unclaimed = claim(pieces, PREFIXES)
         tower = self._tower(folder, facts, ours)
-        config, processor = compose(
-            llm=llm,
-            tower=tower,
-            tokenizer=_with_image_tokens(read_tokenizer(home), facts),
-            projector=facts.get("mm_projector_type") or "linear",
-            select_layer=facts.get("mm_vision_select_layer", -2),
-            select_feature=facts.get("mm_vision_select_feature") or "patch",
-            image_mode=image_mode_of(facts.get("image_aspect_ratio")),
-            template=facts.get("conversation_template") or template_of(folder),
-            vision_source=facts["mm_vision_tower"] if known_tower(facts["mm_vision_tower"]) else "",
-            exif_orientation=facts.get("exif_orientation") is not False,
-        )
-        return Checkpoint(folder, config, processor, ours, unclaimed, generation_facts(home))
+        tokenizer = _with_image_tokens(read_tokenizer(home), facts)
+        with facts.naming(FIELDS):
+            config, processor = compose(
+                llm=llm,
+                tower=tower,
+                tokenizer=tokenizer,
+                projector=facts.text("mm_projector_type", "linear"),
+                select_layer=facts.integer("mm_vision_select_layer", -2, minimum=-MAX_LAYERS, maximum=MAX_LAYERS),
+                select_feature=facts.text("mm_vision_select_feature", "patch"),
+                image_mode=image_mode_of(facts),
+                template=facts.text("conversation_template", "") or template_of(folder),
+                vision_source=source if known_tower(source) else "",
+                exif_orientation=facts.flag("exif_orientation", True),
+            )
+        sources = Sources(facts, own, tower.source, FIELDS)
+        return Checkpoint(folder, config, processor, ours, sources, unclaimed, generation_facts(home))
 
-    def _tower(self, folder: Path, facts: Mapping[str, Any], ours: dict[str, Piece]) -> TowerFacts:
-        """The tower's facts; its weights are added to `ours` unless the checkpoint holds them itself."""
-        source = facts["mm_vision_tower"]
+    def _tower(self, folder: Path, facts: Fields, ours: dict[str, Piece]) -> TowerFacts:
+        """Return the tower's facts; its weights are added to `ours` unless the checkpoint holds them itself."""
+        source = facts.text("mm_vision_tower")
         inside = any(name.startswith("vision_tower.") for name in ours)
         if inside and (known := known_tower(source)):
             return known
-        tower_folder = _find_tower(folder, source)
+        tower_folder = _find_tower(folder, facts)
         tower = read_tower(tower_folder)
         if not inside:
-            found, unclaimed = claim(pieces_of(find_files(tower_folder)), tower.prefixes, ignore=OTHER_HALF)
+            found, unclaimed = tower_pieces(tower_folder, tower)
             if unclaimed:
-                raise LayoutError(f"{tower_folder}: unclaimed weights {', '.join(unclaimed)}")
+                raise LayoutError(f"unclaimed weights {', '.join(unclaimed)}", file=tower_folder)
             ours.update({f"vision_tower.{name}": piece for name, piece in found.items()})
         return tower
 
@@ -148,9 +152,7 @@ def write_llava_v1(model: Any, processor: Any, folder: Path, storage: Storage) -
         write_tokenizer(processor.tokenizer, part, processor.template)
 
 
-def _llm_and_projector(
-    folder: Path, base: Path | None, facts: Mapping[str, Any], llm: Any
-) -> tuple[dict[str, Piece], Path]:
+def _llm_and_projector(folder: Path, base: Path | None, facts: Fields, llm: Any) -> tuple[dict[str, Piece], Path]:
     """Return the weights by the original's names, and the folder that holds the tokenizer.
 
     An adapter that changes embeddings or head alone unties them in `llm`, the LLM's config.
@@ -160,10 +162,10 @@ def _llm_and_projector(
     if not (adapter or (projector.is_file() and not _has_weights(folder))):
         return pieces_of(find_files(folder)), folder
     if base is None:
-        named = facts.get("_name_or_path") or ""
+        named = facts.text("_name_or_path", "")
         hint = f" (the config names {named!r})" if named else ""
         kind = "a LoRA directory" if adapter else "a stage-1 directory: a projector without its LLM"
-        raise LayoutError(f"{folder}: {kind}; give the directory of the base LLM as base= or --base{hint}")
+        raise LayoutError(kind, file=folder, hint=f"give the directory of the base LLM as base= or --base{hint}")
     pieces = pieces_of(find_files(base))
     extra = folder / "non_lora_trainables.bin" if adapter else projector
     if extra.is_file():
@@ -194,23 +196,25 @@ def _has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
 
 
-def _find_tower(folder: Path, source: str) -> Path:
-    """`mm_vision_tower` as a path (absolute, in the checkpoint, beside it, or from here), else as a hub id."""
+def _find_tower(folder: Path, facts: Fields) -> Path:
+    """Find `mm_vision_tower` as a path (absolute, in the checkpoint, beside it, or from here), else as a hub id."""
+    source = facts.text("mm_vision_tower")
     for place in (folder / source, folder.parent / source, Path(source)):
         if (place / "config.json").is_file():
             return place
     try:
         return local_folder(source)
     except LayoutError as error:
-        raise LayoutError(
-            f"{folder}: its vision tower {source!r} is neither a directory (in the checkpoint, beside it, or below "
-            f"{Path.cwd()}) nor to be had from the hub ({error}); put it there, or change mm_vision_tower in its config"
+        raise facts.refusal(
+            "mm_vision_tower",
+            f"no directory in the checkpoint, beside it, or below {Path.cwd()}, and no model of the hub ({error})",
+            hint="put the vision tower there, or change the config",
         ) from error
 
 
-def _with_image_tokens(tokenizer: Any, facts: Mapping[str, Any]) -> Any:
-    if facts.get("mm_use_im_start_end"):
-        wanted = ["<im_patch>"] if facts.get("mm_use_im_patch_token", True) else []
+def _with_image_tokens(tokenizer: Any, facts: Fields) -> Any:
+    if facts.flag("mm_use_im_start_end", False):
+        wanted = ["<im_patch>"] if facts.flag("mm_use_im_patch_token", True) else []
         tokenizer.add_tokens([*wanted, "<im_start>", "<im_end>"], special_tokens=True)
     return tokenizer
 

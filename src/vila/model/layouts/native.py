@@ -5,12 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from vila.core.errors import LayoutError
+from vila.core.fields import Fields
 from vila.core.files import atomic_path
+from vila.core.vision_spec import MAX_SIDE, VisionSpec
 from vila.model.config import VilaConfig
-from vila.model.layouts.protocol import Checkpoint
-from vila.model.layouts.published import generation_facts, read_config, write_tokenizer
+from vila.model.layouts.config_file import MAX_LAYERS, generation_facts, read_config, text_config, tower_config
+from vila.model.layouts.protocol import Checkpoint, Sources
+from vila.model.layouts.published import check_placeholder, check_spec, write_tokenizer
 from vila.model.layouts.storage import FULL, Storage
+from vila.model.layouts.tokenizer_files import read_tokenizer
 from vila.model.processor import VilaProcessor
+from vila.model.tower import SELECT_FEATURES
 from vila.model.vila import VilaForConditionalGeneration
 from vila.model.weights import find_files, pieces_of
 
@@ -25,18 +30,11 @@ class NativeLayout:
         return read_config(folder).get("model_type") == VilaConfig.model_type
 
     def open(self, folder: Path, base: Path | None = None) -> Checkpoint:
-        """Understand the directory. Raises LayoutError when processor and config are from different models."""
-        config = VilaConfig.from_pretrained(folder, local_files_only=True)
-        try:
-            processor = VilaProcessor.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise LayoutError(f"{folder}: no processor that can be read ({error})") from error
-        if processor.image_token_id != config.image_token_id:
-            raise LayoutError(
-                f"{folder}: config.json says image_token_id={config.image_token_id}, but the processor's is "
-                f"{processor.image_token_id}; one of them is from another model"
-            )
-        return Checkpoint(folder, config, processor, pieces_of(find_files(folder)), (), generation_facts(folder))
+        """Read the configs. Raises LayoutError when processor and config are of different models."""
+        config, sources = read_native_config(folder)
+        processor = read_processor(folder, config)
+        pieces = pieces_of(find_files(folder))
+        return Checkpoint(folder, config, processor, pieces, sources, generation=generation_facts(folder))
 
     def check(self, model: VilaForConditionalGeneration, processor: VilaProcessor) -> None:
         """Raise LayoutError for a model in 4 bits."""
@@ -62,6 +60,58 @@ def write_native(model: VilaForConditionalGeneration, processor: VilaProcessor, 
             model.generation_config.save_pretrained(part)
         processor.save_pretrained(part)
         write_tokenizer(processor.tokenizer, part, processor.template)
+
+
+def read_native_config(folder: Path) -> tuple[VilaConfig, Sources]:
+    """Read config.json of our own layout. Raises LayoutError with file, field and value for what no model can have."""
+    facts = read_config(folder)
+    text, vision = facts.section("text_config"), facts.section("vision_config")
+    llm = text_config(text, text.text("model_type", "llama"))
+    tower = tower_config(vision, vision.text("model_type", "clip_vision_model"))
+    spec = VisionSpec.from_fields(facts.section("vision_spec"))
+    config = VilaConfig(
+        vision_config=tower,
+        text_config=llm,
+        projector_type=facts.text("projector_type", "mlp2x_gelu"),
+        select_layer=facts.integer("select_layer", -2, minimum=-MAX_LAYERS, maximum=MAX_LAYERS),
+        select_feature=facts.text("select_feature", "patch", choices=SELECT_FEATURES),
+        image_token_id=facts.integer("image_token_id", 32000, minimum=1),
+        vision_spec=spec.to_dict(),
+        template=facts.text("template", ""),
+        s2_scales=_scales(facts),
+        s2_max_split=facts.integer("s2_max_split", 0, maximum=MAX_SIDE),
+        vision_source=facts.text("vision_source", ""),
+        tie_word_embeddings=llm.tie_word_embeddings,
+    )
+    with facts.naming():
+        check_spec(config, spec)
+    return config, Sources(facts, text, vision)
+
+
+def _scales(facts: Fields) -> list[int]:
+    scales = facts.get("s2_scales")
+    scales = [] if scales is None else scales
+    if not isinstance(scales, list) or any(type(side) is not int or not 1 <= side <= MAX_SIDE for side in scales):
+        raise facts.refusal("s2_scales", expected=f"a list of integers from 1 to {MAX_SIDE:,}")
+    return scales
+
+
+def read_processor(folder: Path, config: VilaConfig) -> VilaProcessor:
+    """Read the processor of our own layout. Raises LayoutError when it is of another model than the config."""
+    facts = Fields.of_file(folder / "processor_config.json", LayoutError)
+    spec = VisionSpec.from_fields(facts.section("vision_spec"))
+    tokenizer = read_tokenizer(folder, config)
+    placeholder = facts.integer("image_token_id", len(tokenizer), minimum=1)
+    if placeholder != config.image_token_id:
+        raise facts.refusal(
+            "image_token_id",
+            f"config.json says {config.image_token_id}",
+            hint="one of them is from another model",
+        )
+    check_placeholder(facts, "image_token_id", placeholder, tokenizer)
+    with facts.section("vision_spec").naming():
+        check_spec(config, spec)
+    return VilaProcessor(tokenizer, spec.to_dict(), facts.text("template", ""), placeholder)
 
 
 LAYOUT = NativeLayout()

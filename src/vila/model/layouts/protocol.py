@@ -8,20 +8,36 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vila.core.errors import LayoutError
+from vila.core.fields import Fields
 from vila.core.registry import Registry
 from vila.model.config import VilaConfig
+from vila.model.layouts.sizes import check_sizes
 from vila.model.packed import PackedWeight
 from vila.model.processor import VilaProcessor
 from vila.model.weights import Piece
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint that is understood but not read yet.
+class Sources:
+    """Objects of config files that the config of a checkpoint was read from, for errors.
 
-    pieces:     where each weight of ours lies, by our names.
-    unclaimed:  tensors of its files that mean nothing to us; loading refuses them by name.
-    generation: what generation_config.json says, for `model.generate`.
+    model, text, vision: of the whole model, of its LLM and of its vision tower.
+    names:               keys of `model` by our names of fields, where they differ.
+    """
+
+    model: Fields
+    text: Fields
+    vision: Fields
+    names: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose configs are read and whose weights are not.
+
+    pieces:     location of each weight, by our names.
+    unclaimed:  tensors of its files with unknown names; loading refuses them.
+    generation: content of generation_config.json, for `model.generate`.
     int4:       weights of Linears that are in 4 bits, by our names of the Linears; they are not among the pieces.
     """
 
@@ -29,6 +45,7 @@ class Checkpoint:
     config: VilaConfig
     processor: VilaProcessor
     pieces: Mapping[str, Piece]
+    sources: Sources = field(default_factory=lambda: Sources(*[Fields({}, "config.json", error=LayoutError)] * 3))
     unclaimed: Sequence[str] = ()
     generation: Mapping[str, Any] = field(default_factory=dict)
     int4: Mapping[str, PackedWeight] = field(default_factory=dict)
@@ -85,9 +102,9 @@ PICKLED = ".pt"
 def detect_layout(folder: Path) -> ReadLayout:
     """The layout of a directory, or of a `.pt` file. Raises LayoutError saying what the path is instead."""
     if not folder.exists():
-        raise LayoutError(f"{folder}: no such directory")
+        raise LayoutError("no such directory", file=folder)
     if folder.is_file() and folder.suffix != PICKLED:
-        raise LayoutError(f"{folder}: a model is a directory, this is a file")
+        raise LayoutError("a model is a directory, this is a file", file=folder)
     # The directory of an adapter also has the config of the whole model, and that of a 4-bit model looks like another
     # one but for what it holds: they are asked first.
     for name in READ_ONLY:
@@ -97,7 +114,37 @@ def detect_layout(folder: Path) -> ReadLayout:
         if LAYOUTS[name].recognises(folder):
             return LAYOUTS[name]
     found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-    raise LayoutError(f"{folder}: not a model in a layout known here ({', '.join(LAYOUTS)}); it holds {found}")
+    raise LayoutError(
+        f"not a model in a layout known here ({', '.join(LAYOUTS)}); it holds {found}",
+        file=folder,
+        hint=_model_below(folder),
+    )
+
+
+def _model_below(folder: Path) -> str | None:
+    """Return a hint with the models of training runs in or below a directory, the last stage first."""
+    found = [path.parent for path in folder.glob("model/config.json")]
+    found += sorted((path.parent for path in folder.glob("*/model/config.json")), reverse=True)
+    return f"did you mean {' or '.join(map(str, found[:3]))}?" if found else None
+
+
+def open_folder(folder: Path, base: Path | None = None) -> Checkpoint:
+    """Read the configs of a directory in any layout, and compare their sizes with the shapes of its weights.
+
+    Raises LayoutError as the layout does, and for sizes that differ.
+    """
+    checkpoint = detect_layout(folder).open(folder, base)
+    check_checkpoint_sizes(checkpoint)
+    return checkpoint
+
+
+def check_checkpoint_sizes(checkpoint: Checkpoint) -> None:
+    """Compare the sizes of a config with the shapes of the weights, before any module is built.
+
+    Raises LayoutError with file, field and both sizes.
+    """
+    sources = checkpoint.sources
+    check_sizes(checkpoint.config, checkpoint.pieces, checkpoint.int4, text=sources.text, vision=sources.vision)
 
 
 def detect_full_precision(folder: Path) -> ReadLayout | None:

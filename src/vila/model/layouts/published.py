@@ -1,26 +1,25 @@
-"""What published checkpoints leave unsaid: templates by name, LLM configs inside larger ones, bare tokenizers."""
+"""Config and processor of a model from published parts; the templates that published checkpoints do not name."""
 
 from __future__ import annotations
 
 import copy
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, LlamaTokenizer, PretrainedConfig
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers import PretrainedConfig
 
 from vila.chat.jinja import chat_template
 from vila.chat.templates import find_template
 from vila.core.errors import LayoutError
-from vila.core.reading import read_json
+from vila.core.fields import Fields
 from vila.core.vision_spec import ImageMode, VisionSpec
 from vila.model.config import VilaConfig
 from vila.model.layouts.towers import TowerFacts
 from vila.model.processor import VilaProcessor
 from vila.model.projector import projected_tokens
-from vila.model.tower import patch_count
+from vila.model.tower import check_features, check_image_size, has_cls, patch_count
 
 _TEMPLATES = {
     "vila-2.7b": "vicuna_v1",
@@ -47,55 +46,6 @@ def template_of(folder: Path) -> str:
     # The hub's cache: models--OWNER--NAME/snapshots/COMMIT.
     name = folder.parent.parent.name.rpartition("--")[2] if folder.parent.name == "snapshots" else folder.name
     return _TEMPLATES.get(name.lower(), "")
-
-
-def text_config(kind: str, facts: Mapping[str, Any], folder: Path) -> PretrainedConfig:
-    """The config of an LLM of transformers' type `kind` from the keys of an old or new config.json."""
-    if kind not in CONFIG_MAPPING:
-        raise LayoutError(f"{folder}: transformers knows no LLM of type {kind!r}")
-    plain = {key: value for key, value in facts.items() if key not in ("model_type", "architectures")}
-    return CONFIG_MAPPING[kind].from_dict(plain)
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a directory, empty when there is none or it is no object."""
-    try:
-        facts = read_json(folder / "config.json")
-    except (OSError, ValueError):
-        return {}
-    return facts if isinstance(facts, dict) else {}
-
-
-def generation_facts(folder: Path) -> dict[str, Any]:
-    """generation_config.json of a directory, empty when there is none."""
-    path = folder / "generation_config.json"
-    return read_json(path) if path.is_file() else {}
-
-
-def read_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a directory; published ones may hold `tokenizer.model` and nothing else.
-
-    LLaMA's gets what the original asks for: BOS unless the config says otherwise, `legacy=False`, padding with `<unk>`.
-    Raises LayoutError when there is none.
-    """
-    path = folder / "tokenizer_config.json"
-    facts = read_json(path) if path.is_file() else {}
-    try:
-        if (folder / "tokenizer.model").is_file() and facts.get("tokenizer_class", "Llama").startswith("Llama"):
-            bos = facts.get("add_bos_token", True)
-            tokenizer = LlamaTokenizer.from_pretrained(folder, local_files_only=True, legacy=False, add_bos_token=bos)
-        else:
-            # AutoTokenizer would read config.json and stumble over model types that only the original code knows.
-            plain = AutoConfig.for_model("llama")
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, config=plain)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise LayoutError(
-            f"{folder}: no tokenizer that can be read ({reason}); a checkpoint holds tokenizer.model or tokenizer.json"
-        ) from error
-    if tokenizer.pad_token is None and tokenizer.unk_token is not None:
-        tokenizer.pad_token = tokenizer.unk_token
-    return tokenizer
 
 
 def write_tokenizer(tokenizer: Any, folder: Path, template: str, *, after_image_space: bool = False) -> None:
@@ -137,14 +87,18 @@ def compose(
     vision_source: str = "",
     exif_orientation: bool = True,
 ) -> tuple[VilaConfig, VilaProcessor]:
-    """Config and processor of a model from its parts. Sizes that follow from others are computed here, once."""
+    """Make config and processor of a model from its parts. Sizes that follow from others are computed here, once.
+
+    Raises LayoutError with the field for parts that do not go together.
+    """
+    check_features(tower.config, select_layer, select_feature)
     scales = sorted(s2_scales)
-    seen = patch_count(tower.config, scales[0] if scales else tower.image_size)
-    if select_feature == "cls_patch" and tower.config.model_type != "siglip_vision_model":
-        seen += 1
+    image_size = scales[-1] if scales else tower.image_size
+    if scales:
+        check_image_size(tower.config, image_size, scales, s2_max_split)
     spec = VisionSpec(
-        image_size=scales[-1] if scales else tower.image_size,
-        tokens_per_image=projected_tokens(projector, seen),
+        image_size=image_size,
+        tokens_per_image=image_tokens(tower.config, image_size, scales, projector, select_feature),
         mean=tower.mean,
         std=tower.std,
         image_mode=image_mode,
@@ -152,7 +106,7 @@ def compose(
         num_video_frames=num_video_frames,
         exif_orientation=exif_orientation,
     )
-    # Past both the tokenizer and the LLM's rows, so that no answer can ever hold it.
+    # Past both the tokenizer and the LLM's embeddings, so that no answer can hold it.
     placeholder = max(len(tokenizer), llm.vocab_size) if image_token_id is None else image_token_id
     config = VilaConfig(
         vision_config=tower.config,
@@ -169,3 +123,34 @@ def compose(
     )
     processor = VilaProcessor(tokenizer, vision_spec=spec.to_dict(), template=template, image_token_id=placeholder)
     return config, processor
+
+
+def image_tokens(
+    tower: PretrainedConfig, image_size: int, scales: Sequence[int], projector: str, select_feature: str
+) -> int:
+    """Return the number of image placeholders of one image. Raises LayoutError for parts that do not go together."""
+    patches = patch_count(tower, scales[0] if scales else image_size)
+    return projected_tokens(projector, patches + (select_feature == "cls_patch" and has_cls(tower)))
+
+
+def check_spec(config: VilaConfig, spec: VisionSpec) -> None:
+    """Compare stored vision settings with the tower and projector of a config. Raises LayoutError with the field."""
+    tower = config.vision_config
+    check_features(tower, config.select_layer, config.select_feature)
+    check_image_size(tower, spec.image_size, config.s2_scales, config.s2_max_split)
+    tokens = image_tokens(tower, spec.image_size, config.s2_scales, config.projector_type, config.select_feature)
+    if spec.tokens_per_image != tokens:
+        raise LayoutError(
+            "not what tower and projector give",
+            field="tokens_per_image",
+            value=spec.tokens_per_image,
+            expected=f"{tokens}",
+        )
+
+
+def check_placeholder(facts: Fields, key: str, id_: int, tokenizer: Any) -> None:
+    """Refuse an image placeholder that is a token of text, such as BOS. Raises LayoutError."""
+    token = str(tokenizer.convert_ids_to_tokens(id_)) if id_ in tokenizer.all_special_ids else "<image>"
+    if "image" not in token.lower() and "img" not in token.lower():
+        own = tokenizer.get_vocab().get("<image>", len(tokenizer))
+        raise facts.refusal(key, f"the tokenizer has {token!r} there", expected=f"{own}, or an id past the tokenizer")

@@ -17,10 +17,12 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig
 
 from vila.core.errors import LayoutError
-from vila.core.reading import read_json
-from vila.core.vision_spec import ImageMode
-from vila.model.layouts.names import Prefixes, take_third
-from vila.model.weights import Piece
+from vila.core.fields import Fields
+from vila.core.vision_spec import ImageMode, channel_statistics
+from vila.model.layouts.config_file import read_config, tower_config
+from vila.model.layouts.names import Prefixes, claim, take_third
+from vila.model.tower import check_tower
+from vila.model.weights import Piece, find_files, pieces_of
 
 Triple = tuple[float, float, float]
 
@@ -56,9 +58,20 @@ _KNOWN: dict[str, dict[str, Any]] = {
 }
 """Configs of the towers that published checkpoints name, so that weights inside a checkpoint need no other file."""
 
+# transformers 5 saves a CLIP or SigLIP tower without the prefix that publishers' files have.
 _PREFIXES = {
-    "clip_vision_model": (("vision_model.", ""),),
-    "siglip_vision_model": (("vision_model.", ""),),
+    "clip_vision_model": (("vision_model.", ""), ("", "")),
+    "siglip_vision_model": (("vision_model.", ""), ("", "")),
+}
+_INTERN_VIT = "intern_vit_6b"
+_INTERN_VIT_6B = {
+    "hidden_size": 3200,
+    "intermediate_size": 12800,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 25,
+    "image_size": 224,
+    "patch_size": 14,
+    "hidden_act": "gelu",
 }
 OTHER_HALF = ("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias")
 """Weights of a whole CLIP or SigLIP directory that are not its tower's."""
@@ -66,13 +79,18 @@ OTHER_HALF = ("text_model.", "text_projection.", "visual_projection.", "logit_sc
 
 @dataclass(frozen=True)
 class TowerFacts:
-    """A tower's config and the preprocessing it was trained with; `image_size` is in pixels, a side."""
+    """A tower's config and the preprocessing it was trained with.
+
+    image_size: side of its images, in pixels.
+    source:     the object that the config was read from, for errors.
+    """
 
     config: PretrainedConfig
     image_size: int
     mean: Triple
     std: Triple
     center_crop: bool
+    source: Fields
 
     @property
     def prefixes(self) -> Prefixes:
@@ -81,86 +99,93 @@ class TowerFacts:
 
 
 def known_tower(name: str) -> TowerFacts | None:
-    """The facts on a published tower by its hub id."""
+    """Return the facts on a published tower by its hub id."""
     if name not in _KNOWN:
         return None
     facts = dict(_KNOWN[name])
-    return tower_facts(AutoConfig.for_model(facts.pop("model_type"), **facts), {})
+    source = Fields(_KNOWN[name], name, error=LayoutError)
+    return tower_facts(AutoConfig.for_model(facts.pop("model_type"), **facts), None, source)
 
 
 def read_tower(folder: Path) -> TowerFacts:
-    """The facts on the tower in a directory. Raises LayoutError when its config is missing or of an unknown kind."""
-    if not (folder / "config.json").is_file():
-        raise LayoutError(f"{folder}: no config.json; a vision tower is a directory as transformers writes it")
-    facts = read_json(folder / "config.json")
-    facts = facts.get("vision_config") or facts
-    if facts.get("model_type") == "intern_vit_6b":
+    """Read the facts on the tower in a directory. Raises LayoutError if its config is missing or of an unknown kind."""
+    facts = read_config(folder)
+    if not facts:
+        raise LayoutError(
+            "no config.json; a vision tower is a directory as transformers writes it", file=folder / "config.json"
+        )
+    facts = facts.section("vision_config") or facts
+    kind = facts.text("model_type", "")
+    if kind == _INTERN_VIT:
         config = _from_intern_vit(facts)
     else:
-        kind = {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}.get(
-            facts.get("model_type", ""), facts.get("model_type", "")
-        )
-        if kind not in STATISTICS:
-            raise LayoutError(f"{folder}: vision tower type {kind!r} is not known; known are {', '.join(STATISTICS)}")
-        config = AutoConfig.for_model(kind, **{k: v for k, v in facts.items() if k != "model_type"})
+        config = tower_config(facts, {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}.get(kind, kind))
     preprocessor = folder / "preprocessor_config.json"
-    return tower_facts(config, read_json(preprocessor) if preprocessor.is_file() else {})
+    return tower_facts(config, Fields.of_file(preprocessor, LayoutError) if preprocessor.is_file() else None, facts)
 
 
-def tower_facts(config: PretrainedConfig, preprocessor: Mapping[str, Any], image_size: int | None = None) -> TowerFacts:
-    """A tower's facts from its config and what its preprocessor_config.json says, as far as it says it.
+def tower_facts(
+    config: PretrainedConfig, preprocessor: Fields | None, source: Fields, image_size: int | None = None
+) -> TowerFacts:
+    """Make a tower's facts from its config, and from its preprocessor_config.json where there is one.
 
-    image_size: side of the pictures where it is not the config's (a tower may interpolate its positions).
+    image_size: side of the images where it is not the config's (a tower may interpolate its positions).
     """
-    if config.model_type not in STATISTICS:
-        raise LayoutError(f"vision tower type {config.model_type!r} is not known; known are {', '.join(STATISTICS)}")
+    with source.naming():
+        check_tower(config, "cls_patch")
     mean, std = STATISTICS[config.model_type]
-    # InternViT and SigLIP are given squashed pictures, whatever their processors say.
-    crops = config.model_type in ("clip_vision_model", "dinov2") and preprocessor.get("do_center_crop", True)
+    given = Fields({}, source.file, error=LayoutError) if preprocessor is None else preprocessor
+    # InternViT and SigLIP are given squashed images, whatever their processors say.
+    crops = given.flag("do_center_crop", True) and config.model_type in ("clip_vision_model", "dinov2")
     own = config.image_size
     return TowerFacts(
         config,
         int(image_size or (own[0] if isinstance(own, (list, tuple)) else own)),
-        tuple(preprocessor.get("image_mean") or mean),
-        tuple(preprocessor.get("image_std") or std),
-        bool(crops),
+        channel_statistics(given, "image_mean", mean),
+        channel_statistics(given, "image_std", std),
+        crops,
+        source,
     )
 
 
-def image_mode_of(aspect: str | None) -> ImageMode:
-    """`image_aspect_ratio` of a published config. What is neither `pad` nor `resize` means the tower's own processor.
+def image_mode_of(facts: Fields) -> ImageMode:
+    """Read `image_aspect_ratio` of a published config; other values than `pad` and `resize` mean the tower's processor.
 
-    Raises LayoutError for LLaVA-NeXT's tiles, which would be read wrongly without a word.
+    Raises LayoutError for LLaVA-NeXT's tiles, which would be read wrongly without an error.
     """
-    if aspect is not None and aspect.startswith("anyres"):
-        raise LayoutError(
-            f"image_aspect_ratio {aspect!r}: LLaVA-NeXT cuts pictures into tiles, and its checkpoints are not supported"
+    aspect = facts.text("image_aspect_ratio", "")
+    if aspect.startswith("anyres"):
+        raise facts.refusal(
+            "image_aspect_ratio", "LLaVA-NeXT cuts images into tiles, and its checkpoints are not supported"
         )
     return "pad" if aspect == "pad" else "resize" if aspect == "resize" else "square"
 
 
-def _from_intern_vit(facts: Mapping[str, Any]) -> PretrainedConfig:
-    if facts.get("norm_type", "rms_norm") != "rms_norm":
-        raise LayoutError(f"InternViT norm_type {facts['norm_type']!r}: only rms_norm is known")
-    if facts.get("layer_norm_eps", 1e-6) != 1e-6:
+def _from_intern_vit(facts: Fields) -> PretrainedConfig:
+    facts.text("norm_type", "rms_norm", choices=("rms_norm",))
+    if facts.number("layer_norm_eps", 1e-6, maximum=1.0) != 1e-6:
         # transformers' norms of queries and keys have no other.
-        raise LayoutError(f"InternViT layer_norm_eps {facts['layer_norm_eps']}: only 1e-6 is supported")
-    return AutoConfig.for_model(
-        "internvl_vision",
-        hidden_size=facts.get("hidden_size", 3200),
-        intermediate_size=facts.get("intermediate_size", 12800),
-        num_hidden_layers=facts.get("num_hidden_layers", 48),
-        num_attention_heads=facts.get("num_attention_heads", 25),
-        image_size=facts.get("image_size", 224),
-        patch_size=facts.get("patch_size", 14),
-        norm_type="rms_norm",
-        use_qk_norm=facts.get("qk_normalization", True),
-        attention_bias=facts.get("qkv_bias", False),
-        layer_norm_eps=1e-6,
-        hidden_act=facts.get("hidden_act", "gelu"),
-        layer_scale_init_value=facts.get("initializer_factor", 0.1),
-        use_mean_pooling=True,
-    )
+        raise facts.refusal("layer_norm_eps", expected="1e-6")
+    kept = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
+    ours = {
+        **_INTERN_VIT_6B,
+        **{key: facts[key] for key in (*kept, "hidden_act") if facts.get(key) is not None},
+        "norm_type": "rms_norm",
+        "use_qk_norm": facts.flag("qk_normalization", True),
+        "attention_bias": facts.flag("qkv_bias", False),
+        "layer_norm_eps": 1e-6,
+        "layer_scale_init_value": facts.number("initializer_factor", 0.1),
+        "use_mean_pooling": True,
+    }
+    return tower_config(Fields(ours, facts.file, facts.name, LayoutError), "internvl_vision")
+
+
+def tower_pieces(folder: Path, tower: TowerFacts) -> tuple[dict[str, Piece], list[str]]:
+    """Return the weights of the tower in a directory by our names without `vision_tower.`, and the unclaimed names."""
+    pieces = pieces_of(find_files(folder))
+    if tower.config.model_type == "internvl_vision":
+        return intern_vit_pieces(pieces)
+    return claim(pieces, tower.prefixes, ignore=OTHER_HALF)
 
 
 def to_intern_vit(config: Any) -> dict[str, Any]:
@@ -168,7 +193,7 @@ def to_intern_vit(config: Any) -> dict[str, Any]:
     size, patch = config.image_size, config.patch_size
     return {
         "architectures": ["InternVisionModel"],
-        "model_type": "intern_vit_6b",
+        "model_type": _INTERN_VIT,
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
         "num_hidden_layers": config.num_hidden_layers,

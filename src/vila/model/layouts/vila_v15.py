@@ -2,33 +2,32 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from vila.core.errors import LayoutError
+from vila.core.fields import Fields
 from vila.core.files import atomic_path, write_json
+from vila.core.vision_spec import MAX_SIDE, MAX_VIDEO_FRAMES
 from vila.model.hub import local_folder
+from vila.model.layouts.config_file import MAX_LAYERS, generation_facts, read_config, text_config
+from vila.model.layouts.llava_v1 import FIELDS
 from vila.model.layouts.names import claim
-from vila.model.layouts.protocol import Checkpoint
-from vila.model.layouts.published import (
-    compose,
-    generation_facts,
-    own_facts,
-    read_config,
-    read_tokenizer,
-    template_of,
-    text_config,
-    write_tokenizer,
-)
+from vila.model.layouts.protocol import Checkpoint, Sources
+from vila.model.layouts.published import compose, own_facts, template_of, write_tokenizer
 from vila.model.layouts.storage import FULL, Storage
-from vila.model.layouts.towers import OTHER_HALF, TowerFacts, image_mode_of, intern_vit_pieces, read_tower
+from vila.model.layouts.tokenizer_files import read_tokenizer
+from vila.model.layouts.towers import image_mode_of, read_tower, tower_pieces
 from vila.model.layouts.vision_folder import write_tower
-from vila.model.weights import Piece, find_files, pieces_of
+from vila.model.projector import check_projector
+from vila.model.weights import find_files, pieces_of
 from vila.model.written import write_weights
 
 _PARTS = {"llm": "llm_cfg", "vision_tower": "vision_tower_cfg", "mm_projector": "mm_projector_cfg"}
 _TOWERS = ("clip_vision_model", "siglip_vision_model", "internvl_vision")
+_SCALES = re.compile(r"[1-9]\d{0,4}(, *[1-9]\d{0,4})*")
 
 
 class VilaV15Layout:
@@ -41,36 +40,42 @@ class VilaV15Layout:
         return "llm_cfg" in read_config(folder)
 
     def open(self, folder: Path, base: Path | None = None) -> Checkpoint:
-        """Understand the three folders."""
+        """Read the configs of the three folders."""
         facts = read_config(folder)
         llm_folder, tower_folder, projector_folder = (_part(folder, facts, part, key) for part, key in _PARTS.items())
-        _refuse_resolution(folder, facts)
+        _refuse_resolution(facts)
         llm_facts = read_config(llm_folder)
-        llm = text_config(llm_facts.get("model_type", "llama"), llm_facts, llm_folder)
+        llm = text_config(llm_facts, llm_facts.text("model_type", "llama"))
         tower = read_tower(tower_folder)
         pieces, unclaimed = claim(pieces_of(find_files(llm_folder)), (("", "language_model."),))
-        found, lost = _tower_pieces(tower_folder, tower)
+        found, lost = tower_pieces(tower_folder, tower)
         pieces.update({f"vision_tower.{name}": piece for name, piece in found.items()})
-        projector = read_config(projector_folder).get("mm_projector_type") or "linear"
+        projector_facts = read_config(projector_folder)
+        projector = projector_facts.text("mm_projector_type", "linear")
+        with projector_facts.naming(FIELDS):
+            check_projector(projector)
         if projector != "identity":
             mine, wild = claim(pieces_of(find_files(projector_folder)), (("layers.", "projector."),))
             pieces.update(mine)
             lost += wild
-        config, processor = compose(
-            llm=llm,
-            tower=tower,
-            tokenizer=read_tokenizer(llm_folder),
-            projector=projector,
-            select_layer=facts.get("mm_vision_select_layer", -2),
-            select_feature=facts.get("mm_vision_select_feature") or "patch",
-            image_mode=image_mode_of(facts.get("image_aspect_ratio")),
-            template=facts.get("conversation_template") or template_of(folder),
-            s2_scales=[int(scale) for scale in str(facts["s2_scales"]).split(",")] if facts.get("s2") else (),
-            s2_max_split=int(facts.get("s2_max_split_size") or 0) if facts.get("s2") else 0,
-            num_video_frames=int(facts.get("num_video_frames") or 8),
-            exif_orientation=facts.get("exif_orientation") is not False,
-        )
-        return Checkpoint(folder, config, processor, pieces, [*unclaimed, *lost], generation_facts(llm_folder))
+        scales, max_split = _scales(facts)
+        with facts.naming(FIELDS):
+            config, processor = compose(
+                llm=llm,
+                tower=tower,
+                tokenizer=read_tokenizer(llm_folder),
+                projector=projector,
+                select_layer=facts.integer("mm_vision_select_layer", -2, minimum=-MAX_LAYERS, maximum=MAX_LAYERS),
+                select_feature=facts.text("mm_vision_select_feature", "patch"),
+                image_mode=image_mode_of(facts),
+                template=facts.text("conversation_template", "") or template_of(folder),
+                s2_scales=scales,
+                s2_max_split=max_split,
+                num_video_frames=facts.integer("num_video_frames", 8, minimum=1, maximum=MAX_VIDEO_FRAMES),
+                exif_orientation=facts.flag("exif_orientation", True),
+            )
+        sources = Sources(facts, llm_facts, tower.source, FIELDS)
+        return Checkpoint(folder, config, processor, pieces, sources, [*unclaimed, *lost], generation_facts(llm_folder))
 
     def check(self, model: Any, processor: Any) -> None:
         """Raise LayoutError as `refuse_to_write`, and for a model in 4 bits."""
@@ -100,12 +105,22 @@ def write_folders(model: Any, processor: Any, folder: Path, storage: Storage) ->
         _write_llm(model, processor, part / "llm", config)
         storage.save(weights, part / "llm")
         _write_projector(model, part / "mm_projector", storage)
-        configs = {key: read_config(part / name) for name, key in _PARTS.items()}
+        configs = {key: dict(read_config(part / name)) for name, key in _PARTS.items()}
         write_json(part / "config.json", {**config_facts(config, processor), **configs}, indent=2)
 
 
-def _part(folder: Path, facts: Mapping[str, Any], part: str, key: str) -> Path:
-    """The folder of one part: inside the checkpoint, or where a string in the config points."""
+def _scales(facts: Fields) -> tuple[list[int], int]:
+    """Read sides of S2 features, `336,672,1008`, and of their tiles, in pixels; ([], 0) for a tower of one scale."""
+    if not facts.flag("s2", False):
+        return [], 0
+    text = facts.text("s2_scales")
+    if not _SCALES.fullmatch(text):
+        raise facts.refusal("s2_scales", expected="sides in pixels, such as 336,672,1008")
+    return list(map(int, text.split(","))), facts.integer("s2_max_split_size", minimum=1, maximum=MAX_SIDE)
+
+
+def _part(folder: Path, facts: Fields, part: str, key: str) -> Path:
+    """Find the folder of one part: inside the checkpoint, or where a string in the config points."""
     if (folder / part / "config.json").is_file():
         return folder / part
     source = facts.get(key) or (facts.get("mm_vision_tower") if part == "vision_tower" else None)
@@ -114,22 +129,14 @@ def _part(folder: Path, facts: Mapping[str, Any], part: str, key: str) -> Path:
             if (place / "config.json").is_file():
                 return place
         return local_folder(source)
-    raise LayoutError(f"{folder}: no folder {part}/ with a config.json; fetch the checkpoint again")
+    raise LayoutError(f"no folder {part}/ with a config.json", file=folder, hint="fetch the checkpoint again")
 
 
-def _refuse_resolution(folder: Path, facts: Mapping[str, Any]) -> None:
-    if facts.get("vision_resolution", -1) not in (-1, None):
-        raise LayoutError(
-            f"{folder}: vision_resolution={facts['vision_resolution']} stretches the tower's positions, which no "
-            "published checkpoint does and which is not supported"
+def _refuse_resolution(facts: Fields) -> None:
+    if facts.integer("vision_resolution", -1, minimum=-1) != -1:
+        raise facts.refusal(
+            "vision_resolution", "stretched position embeddings, which no published checkpoint has, are not supported"
         )
-
-
-def _tower_pieces(folder: Path, tower: TowerFacts) -> tuple[dict[str, Piece], list[str]]:
-    pieces = pieces_of(find_files(folder))
-    if tower.config.model_type == "internvl_vision":
-        return intern_vit_pieces(pieces)
-    return claim(pieces, tower.prefixes, ignore=OTHER_HALF)
 
 
 def _write_llm(model: Any, processor: Any, folder: Path, config: Any) -> None:

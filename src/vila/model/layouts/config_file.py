@@ -1,0 +1,295 @@
+"""config.json and generation_config.json of a checkpoint: checked value by value before transformers reads them.
+
+A config describes sizes and arithmetic. Keys by which it could change anything else in transformers (code to import,
+attention implementation, labels, outputs) are left out.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import fields as dataclass_fields
+from pathlib import Path
+from typing import Any, Final
+
+from transformers import GenerationConfig, PretrainedConfig
+from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from vila.core.errors import LayoutError
+from vila.core.fields import Fields
+from vila.core.reading import file_errors
+from vila.model.tower import TOWER_TYPES
+
+MAX_LAYERS: Final = 1_000_000
+"""Layers that a config may ask for before they are compared with the weights; configs hold lists of that length."""
+MAX_POSITIONS: Final = 2**24
+"""Longest context, in tokens."""
+_MAX_ROPE_FACTOR: Final = 10_000.0
+
+_CONFIG, _GENERATION = "config.json", "generation_config.json"
+
+_SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "vocab_size", "projection_dim", "mlp_ratio")
+_OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "sliding_window")
+_COUNTS = ("max_window_layers", "pretraining_tp")
+_SIDES = ("image_size", "patch_size")
+_EPSILONS = ("rms_norm_eps", "layer_norm_eps")
+_INITIALISERS = ("initializer_range", "initializer_factor", "layerscale_value", "layer_scale_init_value")
+_FRACTIONS = ("attention_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate")
+_FLAGS = (
+    "attention_bias",
+    "mlp_bias",
+    "qkv_bias",
+    "tie_word_embeddings",
+    "use_cache",
+    "use_sliding_window",
+    "use_swiglu_ffn",
+    "use_mask_token",
+    "use_qk_norm",
+    "use_mean_pooling",
+    "use_absolute_position_embeddings",
+)
+_TOKEN_IDS = ("bos_token_id", "pad_token_id")
+
+# Keys of every config class that are no sizes and no arithmetic: they would change outputs, import code, or hang.
+_LEFT_OUT = frozenset(
+    (
+        "architectures",
+        "auto_map",
+        "attn_implementation",
+        "experts_implementation",
+        "chunk_size_feed_forward",
+        "id2label",
+        "is_encoder_decoder",
+        "label2id",
+        "num_labels",
+        "output_attentions",
+        "output_hidden_states",
+        "per_layer_config",
+        "problem_type",
+        "return_dict",
+        "transformers_version",
+        "out_features",
+        "out_indices",
+        "_out_features",
+        "_out_indices",
+    )
+)
+# Keys that config classes read without declaring them.
+_ROPE_KEYS = ("rope_scaling", "rope_parameters")
+_UNDECLARED = frozenset(("torch_dtype", "tie_word_embeddings", "rope_scaling", "rope_theta", "partial_rotary_factor"))
+_TEXT_ATTRIBUTES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
+
+# Rotary position types with the numbers that each needs: key, least and greatest value.
+_FACTOR = ("factor", 1.0, _MAX_ROPE_FACTOR)
+_ROPE_NUMBERS: Mapping[str, tuple[tuple[str, float, float], ...]] = {
+    "linear": (_FACTOR,),
+    "dynamic": (_FACTOR,),
+    "yarn": (_FACTOR,),
+    "llama3": (_FACTOR, ("low_freq_factor", 0.0, 1e6), ("high_freq_factor", 0.0, 1e6)),
+}
+_ROPE_OPTIONAL = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+
+
+def read_config(folder: Path) -> Fields:
+    """Read config.json of a directory; empty if there is none. Raises LayoutError if it is no JSON object."""
+    path = folder / _CONFIG
+    return Fields.of_file(path, LayoutError) if path.is_file() else Fields({}, path, error=LayoutError)
+
+
+def text_config(facts: Fields, kind: str) -> PretrainedConfig:
+    """Build transformers' config of an LLM of type `kind` from the keys of an old or new config.
+
+    Raises LayoutError with file, field and value for what no model can have. Sizes are compared with the weights later,
+    see `layouts.sizes`.
+    """
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise facts.refusal("model_type", f"transformers has no LLM of type {kind!r}")
+    config = _part_config(facts, kind)
+    if lacking := [name for name in _TEXT_ATTRIBUTES if not isinstance(getattr(config, name, None), int)]:
+        raise facts.refusal("model_type", f"an LLM of this type has no {', '.join(lacking)}")
+    return config
+
+
+def tower_config(facts: Fields, kind: str) -> PretrainedConfig:
+    """Build transformers' config of a vision tower of type `kind`. Raises LayoutError as `text_config` does."""
+    if kind not in TOWER_TYPES:
+        raise facts.refusal("model_type", f"no vision tower of type {kind!r}", expected=", ".join(TOWER_TYPES))
+    return _part_config(facts, kind)
+
+
+def _part_config(facts: Fields, kind: str) -> PretrainedConfig:
+    _check_values(facts)
+    _check_rope(facts)
+    config_class = CONFIG_MAPPING[kind]
+    _check_heads(facts, config_class)
+    known = {field.name for field in dataclass_fields(config_class)} | _UNDECLARED | set(config_class.attribute_map)
+    # A null rotary setting is not its default in transformers, which also changes nested objects in place.
+    plain = {
+        key: _without_nulls(facts[key]) if key in _ROPE_KEYS else copy.deepcopy(facts[key])
+        for key in facts
+        if key in known and key not in _LEFT_OUT and not (key in _UNDECLARED and facts[key] is None)
+    }
+    with file_errors(facts.file, LayoutError):
+        return config_class(**plain)
+
+
+def _check_heads(facts: Fields, config_class: type[PretrainedConfig]) -> None:
+    heads, width = (
+        facts.integer(key, getattr(config_class, key, None), minimum=1)
+        for key in ("num_attention_heads", "hidden_size")
+    )
+    if isinstance(heads, int) and isinstance(width, int) and width % heads and facts.get("head_dim") is None:
+        raise facts.refusal("num_attention_heads", expected=f"a divisor of hidden_size, {width:,}")
+
+
+def _without_nulls(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+
+
+def _check_values(facts: Fields) -> None:
+    for key in facts.keys() & set(_SIZES):
+        facts.integer(key, minimum=1)
+    for key in _OPTIONAL_SIZES:
+        facts.integer(key, None, minimum=1)
+    for key in facts.keys() & {"num_hidden_layers"}:
+        facts.integer(key, minimum=1, maximum=MAX_LAYERS)
+    for key in facts.keys() & {"max_position_embeddings"}:
+        facts.integer(key, minimum=1, maximum=MAX_POSITIONS)
+    facts.integer("num_channels", 3, minimum=3, maximum=3)
+    for key in _COUNTS:
+        facts.integer(key, None)
+    for key in facts.keys() & set(_SIDES):
+        square_side(facts, key)
+    for key in facts.keys() & set(_EPSILONS):
+        facts.number(key, maximum=1.0)
+    for key in facts.keys() & set(_INITIALISERS):
+        facts.number(key)
+    for key in _FRACTIONS:
+        facts.number(key, 0.0, maximum=1.0)
+    for key in facts.keys() & set(_FLAGS):
+        facts.flag(key)
+    for key in facts.keys() & {"hidden_act"}:
+        facts.text(key, choices=sorted(ACT2FN))
+    for key in ("dtype", "torch_dtype"):
+        facts.text(key, None, choices=("float32", "float16", "bfloat16", "float64"))
+    facts.texts("layer_types", None)
+    for key in _TOKEN_IDS:
+        facts.integer(key, None, minimum=-1)
+    token_ids(facts, "eos_token_id")
+    _check_padding(facts)
+
+
+def _check_padding(facts: Fields) -> None:
+    # torch refuses a padding row outside the table.
+    padding, rows = facts.integer("pad_token_id", None, minimum=-1), facts.integer("vocab_size", None)
+    if padding is not None and rows is not None and padding >= rows:
+        raise facts.refusal("pad_token_id", expected=f"an id below vocab_size, {rows:,}")
+
+
+def square_side(facts: Fields, key: str) -> int:
+    """Read the side of a square in pixels: an integer, or a list of two equal ones."""
+    value = facts.get(key)
+    side = value[0] if isinstance(value, list) and len(value) == 2 and value[0] == value[1] else value
+    if isinstance(side, bool) or not isinstance(side, int) or not 1 <= side <= 2**31 - 1:
+        raise facts.refusal(key, expected="a positive integer, or a list of two equal ones")
+    return side
+
+
+def token_ids(facts: Fields, key: str) -> list[int]:
+    """Read an id or a list of ids, which is not empty; none if it is absent."""
+    value = facts.get(key)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if value == [] or any(isinstance(id_, bool) or not isinstance(id_, int) or not -1 <= id_ < 2**31 for id_ in ids):
+        raise facts.refusal(key, expected="a token id or a list of them")
+    return ids
+
+
+def _check_rope(facts: Fields) -> None:
+    """Check the rotary position settings under their old names (`rope_scaling`) and their new one."""
+    facts.number("rope_theta", None, minimum=1.0, maximum=1e12)
+    facts.number("partial_rotary_factor", None, minimum=0.01, maximum=1.0)
+    for key in _ROPE_KEYS:
+        section = facts.section(key)
+        # Models with several kinds of attention have an object for each.
+        nested = bool(section) and all(isinstance(value, dict) for value in section.values())
+        for rope in map(section.section, section) if nested else [section]:
+            _check_one_rope(rope)
+
+
+def _check_one_rope(rope: Fields) -> None:
+    if not rope:
+        return
+    key = "rope_type" if rope.get("rope_type") is not None or "type" not in rope else "type"
+    kind = rope.text(key, "default", choices=("default", *ROPE_INIT_FUNCTIONS))
+    for name, least, greatest in _ROPE_NUMBERS.get(kind, ()):
+        rope.number(name, minimum=least, maximum=greatest)
+    if kind == "llama3" and rope["high_freq_factor"] <= rope["low_freq_factor"]:
+        raise rope.refusal("high_freq_factor", expected=f"a number above low_freq_factor, {rope['low_freq_factor']}")
+    if kind == "longrope":
+        for name in ("short_factor", "long_factor"):
+            value = rope.get(name)
+            rope.numbers(name, length=len(value) if isinstance(value, list) else 0, minimum=1e-6, maximum=1e6)
+    rope.number("rope_theta", None, minimum=1.0, maximum=1e12)
+    rope.number("partial_rotary_factor", None, minimum=0.01, maximum=1.0)
+    rope.integer("original_max_position_embeddings", None, minimum=1, maximum=MAX_POSITIONS)
+    for name in _ROPE_OPTIONAL:
+        rope.number(name, None, maximum=1e6)
+    if kind != "default":
+        rope.number("factor", None, minimum=1.0, maximum=_MAX_ROPE_FACTOR)
+    rope.flag("truncate", None)
+
+
+_SAMPLING: Mapping[str, tuple[float, float]] = {
+    "temperature": (0.0, 1e3),
+    "top_p": (0.0, 1.0),
+    "top_k": (0, 2**31 - 1),
+    "min_p": (0.0, 1.0),
+    "typical_p": (0.0, 1.0),
+    "epsilon_cutoff": (0.0, 1.0),
+    "eta_cutoff": (0.0, 1.0),
+}
+_LENGTHS = ("max_length", "max_new_tokens", "min_length", "min_new_tokens")
+_GENERATION_FLAGS = ("do_sample", "use_cache", "output_attentions", "output_hidden_states", "return_dict_in_generate")
+
+
+def generation_facts(folder: Path, ignored: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Read generation_config.json of a directory without the keys `ignored`; empty if there is none.
+
+    Sampling values without `do_sample`, as LLaVA-1.5 is published, are left out: greedy decoding does not read them,
+    and transformers writes no file with them. Raises LayoutError for values that `generate` cannot use.
+    """
+    path = folder / _GENERATION
+    if not path.is_file():
+        return {}
+    facts = Fields.of_file(path, LayoutError).without(*ignored)
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens", "begin_suppress_tokens"):
+        token_ids(facts, key)
+    for key in _LENGTHS:
+        facts.integer(key, None)
+    for key, (least, greatest) in _SAMPLING.items():
+        facts.number(key, None, minimum=least, maximum=greatest)
+    facts.number("repetition_penalty", None, minimum=1e-6, maximum=1e6)
+    for key in _GENERATION_FLAGS:
+        facts.flag(key, None)
+    unused = () if facts.get("do_sample") else tuple(_SAMPLING)
+    plain = {key: value for key, value in facts.items() if value is not None and key not in unused}
+    generation_config(plain, path)
+    return plain
+
+
+def generation_config(facts: Mapping[str, Any], file: Path) -> GenerationConfig:
+    """Build transformers' generation config. Raises LayoutError with the file's name for what it refuses."""
+    with file_errors(file, LayoutError):
+        return GenerationConfig.from_dict(copy.deepcopy(dict(facts)))

@@ -1,0 +1,120 @@
+"""The tokenizer of a checkpoint, read from whatever files its publisher left; damaged files are named.
+
+Code that a checkpoint brings along (`auto_map`) is never run.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+from tokenizers import Tokenizer
+from transformers import AutoConfig, AutoTokenizer, LlamaTokenizer, PretrainedConfig
+
+from vila.chat.tokenize import ids_before_text
+from vila.core.errors import LayoutError
+from vila.core.fields import Fields
+from vila.core.reading import file_errors, foreign_content, read_head, read_json_object, read_text
+
+_CONFIG, _MODEL, _FAST = "tokenizer_config.json", "tokenizer.model", "tokenizer.json"
+_SPECIALS_MAP = "special_tokens_map.json"
+_OBJECTS: Final = (_CONFIG, _SPECIALS_MAP, "added_tokens.json", "vocab.json", "chat_template.json")
+_TEXTS: Final = ("merges.txt", "chat_template.jinja")
+_SPECIALS: Final = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+
+
+def read_tokenizer(folder: Path, config: PretrainedConfig | None = None) -> Any:
+    """Read the tokenizer of a directory; published ones may hold `tokenizer.model` and nothing else.
+
+    config: of the model, by which transformers chooses the class; None stands for a LLaMA.
+    LLaMA's is read as the original does: BOS unless the config says otherwise, `legacy=False`, padding with `<unk>`.
+    Raises LayoutError with the file that is absent, damaged, or does not fit the others.
+    """
+    facts = _read_settings(folder)
+    try:
+        with file_errors(_main_file(folder), LayoutError):
+            tokenizer = _load(folder, facts, config)
+            _probe(tokenizer, facts)
+    except LayoutError:
+        # transformers does not say which file it was at; one that is damaged by itself is named in place of this error.
+        _check_files(folder)
+        raise
+    if config is None and tokenizer.pad_token is None and tokenizer.unk_token is not None:
+        tokenizer.pad_token = tokenizer.unk_token
+    return tokenizer
+
+
+def _load(folder: Path, facts: Fields, config: PretrainedConfig | None) -> Any:
+    plain_llama = facts.text("tokenizer_class", "Llama").startswith("Llama")
+    if config is None and plain_llama and (folder / _MODEL).is_file():
+        return LlamaTokenizer.from_pretrained(
+            folder,
+            local_files_only=True,
+            trust_remote_code=False,
+            legacy=False,
+            add_bos_token=facts.flag("add_bos_token", True),
+        )
+    # Without a config AutoTokenizer would read config.json, and fail at model types that only the original code knows.
+    chosen = AutoConfig.for_model("llama") if config is None else config
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, config=chosen)
+
+
+def _probe(tokenizer: Any, facts: Fields) -> None:
+    """Use what every other path uses of a tokenizer, so that settings of a wrong type fail here."""
+    tokenizer.decode(ids_before_text(tokenizer))
+    for name in _SPECIALS:
+        if getattr(tokenizer, name, None) is not None and getattr(tokenizer, f"{name}_id", None) is None:
+            raise facts.refusal(name, "not in the vocabulary")
+
+
+def _read_settings(folder: Path) -> Fields:
+    """Read tokenizer_config.json with a check of the values that are used here; every other file by its first bytes."""
+    for name in (*_OBJECTS, *_TEXTS, _MODEL, _FAST):
+        path = folder / name
+        if path.is_file() and (known := foreign_content(read_head(path))):
+            raise LayoutError(known[0], file=path, hint=known[1])
+    path = folder / _CONFIG
+    facts = Fields.of_file(path, LayoutError) if path.is_file() else Fields({}, path, error=LayoutError)
+    facts.text("tokenizer_class", None)
+    facts.flag("add_bos_token", None)
+    facts.flag("add_eos_token", None)
+    facts.number("model_max_length", None, minimum=1, maximum=1e31)
+    facts.text("padding_side", None, choices=("left", "right"))
+    facts.section("added_tokens_decoder")
+    _check_specials(facts)
+    if (folder / _SPECIALS_MAP).is_file():
+        _check_specials(Fields.of_file(folder / _SPECIALS_MAP, LayoutError))
+    return facts
+
+
+def _check_specials(facts: Fields) -> None:
+    for name in _SPECIALS:
+        value = facts.get(name)
+        content = value.get("content") if isinstance(value, dict) else value
+        if value is not None and not isinstance(content, str):
+            raise facts.refusal(name, expected="text, or an object with `content`")
+
+
+def _main_file(folder: Path) -> Path:
+    found = [folder / name for name in (_FAST, _MODEL, "vocab.json") if (folder / name).is_file()]
+    if not found:
+        raise LayoutError("no tokenizer", file=folder, expected=f"{_FAST} or {_MODEL}")
+    return found[0]
+
+
+def _check_files(folder: Path) -> None:
+    """Raises LayoutError naming the first file of a tokenizer that is damaged by itself."""
+    for name in _OBJECTS:
+        if (folder / name).is_file():
+            read_json_object(folder / name, LayoutError)
+    for name in _TEXTS:
+        if (folder / name).is_file():
+            read_text(folder / name, LayoutError)
+    if (folder / _FAST).is_file():
+        with file_errors(folder / _FAST, LayoutError):
+            Tokenizer.from_file(str(folder / _FAST))
+    if (folder / _MODEL).is_file():
+        from sentencepiece import SentencePieceProcessor
+
+        with file_errors(folder / _MODEL, LayoutError):
+            SentencePieceProcessor(model_file=str(folder / _MODEL))
