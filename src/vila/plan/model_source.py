@@ -14,6 +14,8 @@ from vila.config.load import load_recipe, recipe_names
 from vila.config.schema import ModelSource
 from vila.core.errors import ConfigError, near_names
 from vila.model.config import VilaConfig
+from vila.model.layouts.config_file import read_config, text_config
+from vila.model.layouts.towers import read_tower
 from vila.model.load import open_checkpoint
 
 
@@ -64,8 +66,10 @@ def _packaged_outputs() -> dict[Path, ModelSource]:
 def _part(kind: str, name: str) -> PretrainedConfig:
     folder = Path(name).expanduser()
     if (folder / "config.json").is_file():
-        config = AutoConfig.from_pretrained(folder)
-        return getattr(config, "vision_config", config) if kind == "vision" else config
+        if kind == "vision":
+            return read_tower(folder).config
+        llm = read_config(folder)
+        return text_config(llm, llm.text("model_type"))
     facts = _table()[kind].get(name)
     if facts is None:
         near = near_names(name, known_models(kind), 1)

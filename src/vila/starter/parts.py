@@ -163,7 +163,9 @@ def refuse_partial(auto_class: str, folder: Path) -> None:
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        _, info = getattr(transformers, auto_class).from_pretrained(folder, dtype="float32", output_loading_info=True)
+        _, info = getattr(transformers, auto_class).from_pretrained(
+            folder, dtype="float32", output_loading_info=True, trust_remote_code=False
+        )
     finally:
         if shown:
             logging.enable_progress_bar()

@@ -65,7 +65,7 @@ def convert_smollm2(gguf_file: Path, folder: Path) -> None:
 
     source = {"pretrained_model_name_or_path": str(gguf_file.parent), "gguf_file": gguf_file.name}
     weights = read_weights(gguf_file)
-    config = AutoConfig.from_pretrained(**source)
+    config = AutoConfig.from_pretrained(**source, trust_remote_code=False)
     config.architectures = ["LlamaForCausalLM"]
     config.dtype = "float32"
     config.tie_word_embeddings = "lm_head.weight" not in weights
@@ -75,7 +75,7 @@ def convert_smollm2(gguf_file: Path, folder: Path) -> None:
     config._name_or_path = ""
     config.save_pretrained(folder)
     GenerationConfig.from_model_config(config).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**source, trust_remote_code=False).save_pretrained(folder)
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     refuse_partial("AutoModelForCausalLM", folder)
 
