@@ -45,6 +45,7 @@ def spans(scan, path):
         ((json.dumps(LLAVA, indent=2) + "\n").encode() * 20, "several lines"),
         (json.dumps({"data": [LLAVA]}, indent=1).encode(), "'data'"),
         (json.dumps({"data": [LLAVA] * 1000}).encode(), "'data'"),
+        (json.dumps({"data": [LLAVA]}).encode(), "'data'"),
         (json.dumps({"info": {"a": [{"b": 1}]}, "images": [{}], "annotations": [{}]}, indent=1).encode(), "'annotat"),
         (gzip.compress(b"[]"), "gzip"),
         (bz2.compress(b"[]"), "bzip2"),
@@ -77,7 +78,7 @@ def test_a_tar_named_json_is_named(tmp_path):
     "text",
     [
         '{"a": 1}\n{"a": \n{"a": 2}\n',
-        '{"data": [{"a": 1}]}\n',
+        '{"data": [{"a": 1}]}\n{"data": []}',
         '{"messages": [{"role": "user"}]}\n{"a": 1}',
         'not JSON\n{"a": 1}\n',
         '{"a": "' + "x" * 200_000 + '"}\n{"b": [{"c": 1}]}',

@@ -10,6 +10,7 @@ from vila.cli.score import score_file
 from vila.core.errors import DataError
 from vila.eval.answers import read_answers
 from vila.eval.benchmark import BENCHMARKS
+from vila.eval.judge_cases import read_cases
 from vila.eval.predictions import row_of
 
 SCORED = tuple(name for name in TEN if name not in ("vqav2", "vizwiz"))
@@ -147,13 +148,17 @@ def test_answers_to_another_benchmark_are_refused_or_told(opened, name, tmp_path
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b'{"question_id": "a", "text": "\xff"}', "line 2: not JSON .*utf-8"),
-        (b'{"question_id": "a", "text": "\\ud800"}', "line 2: the text .* holds half of a surrogate pair"),
+        (b'{"question_id": "a", "text": "\xff"}', "line 2: not UTF-8"),
+        (b'{"question_id": "a", "text": "\\ud800"}', "line 2: half a surrogate pair"),
+        (b'{"question_id": "\\ud800", "text": "a"}', "line 2: half a surrogate pair"),
+        (b"[" * 100_000, "line 2: not JSON"),
+        (b'{"question_id": ' + b"1" * 5000 + b"}", "line 2: not JSON"),
+        (bytes(100), "line 2: begins with zero bytes"),
         (b'{"question_id": 1.5, "text": "x"}', "line 2: no question_id"),
         (b'{"question_id": true, "text": "x"}', "line 2: no question_id"),
         (b'{"question_id": "a", "text": null}', "line 2: no text"),
         (b'{"question_id": "a", "text": ["x"]}', r"line 2: no text, but \"\['x'\]\""),
-        (b"[1, 2]", "line 2: not a mapping"),
+        (b"[1, 2]", "line 2: not an object"),
     ],
 )
 def test_a_line_that_is_no_answer_is_named(tmp_path, line, message):
@@ -163,6 +168,29 @@ def test_a_line_that_is_no_answer_is_named(tmp_path, line, message):
     assert [row.text for row in found.rows] == ["y"]
     with pytest.raises(AssertionError, match=message):
         raise AssertionError(found.bad[0])
+
+
+@pytest.mark.parametrize(
+    ("content", "word"),
+    [
+        (json.dumps([{"question_id": 1, "text": "x"}]).encode("utf-16"), "UTF-16"),
+        (json.dumps({"question_id": 1, "text": "x"}, indent=1).encode(), "several lines"),
+        (json.dumps({"data": [{"question_id": 1, "text": "x"}]}).encode(), "'data'"),
+        (b'[{"question_id": 1, "text": "x"}]\nmore', "text follows"),
+        (b'[{"question_id": 1, "text": "x"}', "ends early"),
+        (b"question_id,text\n1,x\n", "CSV"),
+        (b"\x1f\x8b\x08", "gzip"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS"),
+    ],
+)
+def test_a_file_of_something_else_than_answers_is_one_fault(tmp_path, content, word):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(DataError) as caught:
+        read_answers(path)
+    assert caught.value.file == str(path) and word in caught.value.problem
+    with pytest.raises(DataError, match=path.name):
+        read_cases(path, "video_qa")
 
 
 def test_the_mark_that_some_editors_put_in_front_is_no_part_of_an_answer(tmp_path):

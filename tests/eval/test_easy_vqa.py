@@ -143,9 +143,16 @@ def test_predictions_of_another_model_are_refused(folder, tmp_path):
 def test_a_broken_prediction_line_is_named(folder, tmp_path):
     run(Oracle(ALWAYS), EasyVqa(folder), tmp_path / "out")
     path = tmp_path / "out" / "predictions.jsonl"
-    path.write_text("{}\n" + path.read_text())
-    with pytest.raises(DataError, match="predictions.jsonl line 1: not a prediction"):
+    whole = path.read_text()
+    for line in ("{}", "[]", '{"id": 3, "text": "a"}', '{"id": "a", "text": null}', "[" * 5000, "1" * 5000, "\0"):
+        path.write_text(f"{line}\n{whole}")
+        with pytest.raises(DataError) as caught:
+            run(Oracle(ALWAYS), EasyVqa(folder), tmp_path / "out")
+        assert (caught.value.file, caught.value.record) == (str(path), "line 1")
+    path.write_bytes(b'{"id": "a", "text": "\xff"}\n' + whole.encode())
+    with pytest.raises(DataError) as caught:
         run(Oracle(ALWAYS), EasyVqa(folder), tmp_path / "out")
+    assert caught.value.record == "line 1"
 
 
 def test_a_real_engine_answers_every_question_twice_alike(folder, tmp_path):

@@ -33,7 +33,8 @@ def test_values_equal_those_of_json_whatever_the_size_of_pieces(tmp_path, monkey
         ('{"rows" [1]}', 0, "expected : after a name"),
         ('{"lines": [1]}', 0, "has no 'rows'"),
         ('{"rows": 5}', 0, "expected an array under 'rows'"),
-        ("", 0, "the file ends early"),
+        ("", 0, "is empty"),
+        ("  ", 0, "the file ends early"),
     ],
 )
 def test_faults_are_told_after_what_could_be_read(tmp_path, text, read, message):
@@ -52,3 +53,56 @@ def test_bytes_that_are_no_text_are_refused(tmp_path):
     path.write_bytes(b'["\xff"]')
     with pytest.raises(DataError, match=r"a.json: not UTF-8 text"):
         list(iter_array(path))
+
+
+@pytest.mark.parametrize("key", ["", "rows"])
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("[1, 2] 3", "text follows"),
+        ("[1, 2]\n[3]", "text follows"),
+        ("[1, 2]\0", "text follows"),
+        ('["\\ud83d"]', "half a surrogate"),
+        ("[" + "[" * 100_000, "near"),
+        ("[" + "1" * 5000 + "]", "near"),
+    ],
+)
+def test_every_value_is_sound_and_nothing_follows_the_last_one(tmp_path, key, text, word):
+    path = tmp_path / "a.json"
+    path.write_text(text if not key else f'{{"a": [[1], {{}}], "rows": {text}, "b": 1}}')
+    with pytest.raises(DataError) as caught:
+        list(iter_array(path, key))
+    assert caught.value.file == str(path)
+    assert key or word in caught.value.problem
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ('{"rows": [1]', "ends early"),
+        ('{"rows": [1]} more', "text follows"),
+        ('{"rows": [1], "rows": [2]}', "twice"),
+        ('{"rows": [1], "b"', "ends early"),
+        ('{"b": [1, 2 3], "rows": []}', "expected ,"),
+    ],
+)
+def test_the_rest_of_the_object_is_read_too(tmp_path, text, word):
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    with pytest.raises(DataError) as caught:
+        list(iter_array(path, "rows"))
+    assert word in caught.value.problem
+
+
+def test_a_value_over_the_limit_is_refused_and_damage_is_found_without_reading_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(json_array, "MAX_RECORD_BYTES", 5000)
+    monkeypatch.setattr(json_array, "_CHUNK", 1000)
+    path = tmp_path / "a.json"
+    path.write_text('["' + "x" * 100_000 + '"]')
+    with pytest.raises(DataError, match="5,000"):
+        list(iter_array(path))
+    path.write_text('[{"a": x}, ' + "1, " * 100_000 + "1]")
+    with pytest.raises(DataError, match="near character 1"):
+        list(iter_array(path))
+    path.write_text('{"long": [' + "1, " * 100_000 + '1], "rows": [7]}')
+    assert list(iter_array(path, "rows")) == [7]

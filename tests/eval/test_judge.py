@@ -392,9 +392,11 @@ def test_replies_from_a_batch_service(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     verdicts = ReplyFile(path).verdicts("video_qa", [RIDE, case(8), case(9)])
     assert [verdict.readable for verdict in verdicts] == [False, True, False]
-    path.write_text(path.read_text() + '{"custom_id": "10", "resp')
-    with pytest.raises(DataError, match="replies.jsonl line 3: not a line of a batch service's output"):
-        read_verdicts(path)
+    for line in ('{"custom_id": "10", "resp', "[]", '{"custom_id": "10"}', "[" * 5000):
+        path.write_text(path.read_text().rpartition("\n")[0] + f"\n{line}")
+        with pytest.raises(DataError) as caught:
+            read_verdicts(path)
+        assert (caught.value.file, caught.value.record) == (str(path), "line 3")
 
 
 def test_replies_on_other_answers_are_no_verdicts(tmp_path):
@@ -433,5 +435,6 @@ def test_files_of_predictions_become_cases(tmp_path):
     with pytest.raises(DataError, match="preds.json line 1: no 'question' or 'Q'"):
         read_cases(path, "video_qa")
     path.write_text(path.read_text() + '{"video_name": "v", "Q1')
-    with pytest.raises(DataError, match="preds.json line 2: not JSON"):
+    with pytest.raises(DataError) as caught:
         read_cases(path, "consistency")
+    assert (caught.value.file, caught.value.record) == (str(path), "line 2")

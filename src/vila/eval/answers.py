@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from vila.core.errors import DataError
-from vila.core.reading import read_json
+from vila.core.reading import lone_surrogate
 from vila.eval.benchmark import Answer
+from vila.eval.json_array import iter_rows
 from vila.eval.predictions import MERGED
 
 # Rows of video questions have the true answer beside the predicted one.
 _TEXT = ("text", "pred", "prediction", "answer")
 _CHUNK = re.compile(r"(\d+)_(\d+)\.jsonl?").fullmatch
 _MERGED_CHUNKS = "merge.jsonl"
-_HALVES = re.compile("[\ud800-\udfff]")
 _ID = ("question_id", "questionId", "id", "index", "image")
 
 
@@ -47,7 +46,7 @@ def read_answers(path: Path) -> AnswerFile:
     bad: list[str] = []
     failed: list[str] = []
     for file in files:
-        for where, row in _rows(file):
+        for where, row in iter_rows(file):
             if isinstance(row, dict) and "error" in row and "text" not in row:
                 failed.append(str(row.get("id", where)))
                 continue
@@ -88,33 +87,17 @@ def _files_in(folder: Path) -> list[Path]:
     return [file for _, file in sorted(chunks.items())] or sorted(folder.glob("*.jsonl"))
 
 
-def _rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """Where each row stands, and its value; an exception in place of one that is not JSON."""
-    with path.open("rb") as stream:
-        first = stream.read(1)
-        stream.seek(0)
-        if first == b"[":
-            yield from ((f"{path} row {number}", row) for number, row in enumerate(read_json(path), start=1))
-            return
-        for number, line in enumerate(stream, start=1):
-            if line.strip():
-                try:
-                    yield f"{path} line {number}", json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-                except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                    yield f"{path} line {number}", error
-
-
 def _answer(row: Any, where: str) -> Answer | str:
     if not isinstance(row, dict):
-        return f"{where}: not JSON ({row})" if isinstance(row, Exception) else f"{where}: not a mapping"
+        return f"{where}: {row.problem}" if isinstance(row, DataError) else f"{where}: not an object"
     name = next((row[key] for key in _ID if key in row), None)
     text = next((row[key] for key in _TEXT if key in row), None)
     if not isinstance(name, str | int) or isinstance(name, bool):
         return f"{where}: no question_id" + _instead(name)
     if not isinstance(text, str):
         return f"{where}: no text" + _instead(text)
-    if _HALVES.search(text):
-        return f"{where}: the text {text[:40]!r} holds half of a surrogate pair, which no file can hold"
+    if (half := lone_surrogate([text, name])) is not None:
+        return f"{where}: half a surrogate pair in {half!r}, which no file can hold"
     # Rows of video questions have the question itself where others have the prompt.
     prompt = row.get("prompt", row.get("question", "") if "pred" in row else "")
     own = str(row["id"]) if "id" in row and "question_id" in row else ""

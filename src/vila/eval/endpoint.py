@@ -19,7 +19,8 @@ from urllib.parse import urlsplit
 
 import httpcore2
 
-from vila.core.errors import ConfigError, DownloadError, VilaError
+from vila.core.errors import ConfigError, DataError, DownloadError, VilaError
+from vila.core.reading import parse_json
 from vila.media.politeness import retry_after_s
 
 PUBLIC = "https://api.openai.com/v1"
@@ -204,7 +205,7 @@ class Endpoint:
 
     def _reply(self, body: bytes) -> Reply:
         try:
-            value = json.loads(body)
+            value = parse_json(body, file=self.url)
             choice = value["choices"][0]
             text, finish = choice["message"].get("content"), str(choice.get("finish_reason") or "")
             used = value.get("usage") or {}
@@ -232,8 +233,8 @@ def chat_url(url: str) -> str:
 def _reason(body: bytes) -> tuple[str, str]:
     """The code and the words of a server's error, as far as it gives them."""
     try:
-        value = json.loads(body)
-    except ValueError:
+        value = parse_json(body, file=None, surrogates=True)
+    except DataError:
         return "", " ".join(body[:200].decode("utf-8", errors="replace").split())
     error = value.get("error", value) if isinstance(value, dict) else value
     if not isinstance(error, dict):

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 from vila.core.errors import DataError, UnknownNameError
 from vila.core.files import write_jsonl
-from vila.core.reading import read_json
+from vila.core.reading import read_json, read_jsonl
 from vila.eval.joining import naming
 from vila.eval.judge_cost import Estimate, Prices, estimate_cost
 
@@ -218,16 +218,14 @@ def read_verdicts(path: Path) -> list[Verdict]:
             raise DataError(f"{path}: expected verdicts by id, {{ID: [reply, question and answers]}}")
         return [_kept(id, row, path) for id, row in merged.items()]
     verdicts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        if not line.strip():
-            continue
+    for number, row in read_jsonl(path):
         try:
-            row = json.loads(line)
             choice = ((row["response"] or {}).get("body") or {}).get("choices", [{}])[0]
             reply = (choice.get("message") or {}).get("content")
             verdicts.append(read_reply(str(row["custom_id"]), reply if isinstance(reply, str) else ""))
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            raise DataError(f"{path} line {number}: not a line of a batch service's output ({error})") from error
+            record = f"line {number}"
+            raise DataError(f"not a line of a batch service's output ({error})", file=path, record=record) from error
     return verdicts
 
 

@@ -7,14 +7,13 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from vila.core.errors import DataError, UnknownNameError
-from vila.core.reading import read_json
+from vila.core.reading import lone_surrogate
+from vila.eval.json_array import iter_rows
 from vila.eval.judge import Case, fields_of, prompts
 
 _OTHER = {"question": "Q", "answer": "A", "question1": "Q1", "question2": "Q2"}
@@ -30,7 +29,12 @@ def read_cases(path: Path, kind: str) -> list[Case]:
         raise UnknownNameError("kind of judge", kind, prompts())
     seen: Counter[str] = Counter()
     cases = []
-    for where, row in _rows(path):
+    for where, row in iter_rows(path):
+        if isinstance(row, DataError):
+            row.hint = row.hint or "correct or delete the line"
+            raise row
+        if (half := lone_surrogate(row)) is not None:
+            raise DataError(f"{where}: half a surrogate pair in the text {half!r}; remove it")
         fields = {name: _field(row, name, where) for name in fields_of(kind)}
         own = next((str(row[key]) for key in _IDS if key in row), None)
         if own is None:
@@ -40,21 +44,6 @@ def read_cases(path: Path, kind: str) -> list[Case]:
     if not cases:
         raise DataError(f"{path}: holds no prediction")
     return cases
-
-
-def _rows(path: Path) -> Iterator[tuple[str, Any]]:
-    if not path.is_file():
-        raise DataError(f"{path}: no such file of predictions")
-    text = path.read_text(encoding="utf-8")
-    if text.lstrip().startswith("["):
-        yield from ((f"{path} row {number}", row) for number, row in enumerate(read_json(path), start=1))
-        return
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                yield f"{path} line {number}", json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path} line {number}: not JSON ({error.msg}); correct or delete the line") from error
 
 
 def _field(row: Any, name: str, where: str) -> str:

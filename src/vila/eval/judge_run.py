@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from vila.core.events import SILENT, Events, task
+from vila.core.fields import Fields
 from vila.core.files import write_json
-from vila.core.reading import read_json
 from vila.eval.endpoint import Endpoint, Reply, ServerError
 from vila.eval.judge import DEFAULT_MODEL, Case, Verdict, body_hash, read_reply, request_body
 from vila.eval.judge_cost import Estimate, Prices, estimate_cost
@@ -99,7 +99,7 @@ class Judge:
 
     def _kept(self, key: str) -> str | None:
         path = self._path(key)
-        return str(read_json(path)["reply"]) if path.is_file() else None
+        return Fields.of_file(path).text("reply") if path.is_file() else None
 
 
 def _readable(reply: str | None) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vila.core.errors import DataError
+from vila.core.reading import read_text
 from vila.eval.joining import naming
 from vila.eval.question_file import SHORT_ANSWER
 
@@ -60,17 +61,13 @@ def picture_of(key: Key) -> str:
 
 
 def read_truths(path: Path) -> Iterable[tuple[str, str]]:
-    """Questions of a picture's text file with their Yes or No. Raises DataError naming file and line."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text (byte {error.start})") from error
-    for number, line in enumerate(lines, start=1):
+    """Yield the questions of an image's text file with their Yes or No. Raises DataError with file and line."""
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         cells = line.strip().split("\t")
         if len(cells) != 2 or cells[1].lower() not in ("yes", "no"):
-            raise DataError(f"{path} line {number}: expected a question, a tab and Yes or No, got {line[:80]!r}")
+            raise DataError(file=path, record=f"line {number}", value=line, expected="a question, a tab and Yes or No")
         yield cells[0], cells[1]
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from vila.core.errors import DataError
 from vila.core.files import atomic_path, without_home, write_jsonl
+from vila.core.reading import parse_json
 from vila.eval.benchmark import Answer, Item
 
 MERGED = "predictions.jsonl"
@@ -95,17 +96,12 @@ def read_predictions(folder: Path, known: Iterable[str]) -> Predictions:
     wanted = set(known)
     for path in [folder / MERGED, *sorted(folder.glob("part-*.jsonl"))]:
         for number, line in enumerate(_whole_lines(path), start=1):
-            try:
-                row = json.loads(line)
-                name = row["id"]
-                if "error" in row:
-                    out.errors[name] = row["error"]
-                    continue
-                out.texts[name] = row["text"]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise DataError(
-                    f"{path} line {number}: not a prediction ({error}); delete the file to start over"
-                ) from error
+            row = parse_json(line, file=path, record=f"line {number}", surrogates=True)
+            name, text = _entry(row, path, f"line {number}")
+            if "error" in row:
+                out.errors[name] = text
+                continue
+            out.texts[name] = text
             out.errors.pop(name, None)
     for name in out.texts:
         out.errors.pop(name, None)
@@ -117,8 +113,26 @@ def read_predictions(folder: Path, known: Iterable[str]) -> Predictions:
     return out
 
 
-def _whole_lines(path: Path) -> list[str]:
-    """The lines that end as lines; what a kill left of another one is cut off the file, be it half a character."""
+def _entry(row: Any, path: Path, record: str) -> tuple[str, str]:
+    """Return id and text, or id and error, of a line. Raises DataError."""
+    value = row if isinstance(row, dict) else {}
+    content = "error" if "error" in value else "text"
+    for key in ("id", content):
+        if not isinstance(value.get(key), str):
+            raise DataError(
+                "not a prediction",
+                file=path,
+                record=record,
+                field=key,
+                value=value.get(key),
+                expected="text",
+                hint="delete the file to start over",
+            )
+    return value["id"], value[content]
+
+
+def _whole_lines(path: Path) -> list[bytes]:
+    """Return the lines that end as lines; what a kill left of another one is cut off the file."""
     if not path.is_file():
         return []
     content = path.read_bytes()
@@ -126,5 +140,4 @@ def _whole_lines(path: Path) -> list[str]:
     if whole != content:
         with atomic_path(path) as part:
             part.write_bytes(whole)
-    # Answers may hold characters that `splitlines` takes for the end of a line.
-    return whole.decode("utf-8").split("\n")[:-1]
+    return whole.split(b"\n")[:-1]

@@ -9,10 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from vila.core.fields import Fields
 from vila.core.files import write_json
-from vila.core.reading import read_json
 from vila.eval.asking import Tokens
 
+_MAX = 2**53
 _PARTS = "speed-*.json"
 _NONE: dict[str, Any] = {"prompt_tokens": 0, "tokens": 0}
 _UNCOUNTED: dict[str, Any] = {"prompt_tokens": None, "tokens": None}
@@ -35,15 +36,23 @@ def note_speed(out: Path, seconds: float) -> int:
 
     Tokens are noted as long as they were counted in every session and process, and else as not known.
     """
-    parts = [read_json(path) for path in sorted(out.glob(_PARTS))]
+    parts = [_counts(path) for path in sorted(out.glob(_PARTS))]
     forget_parts(out)
     answered = sum(part["answered"] for part in parts)
     if answered:
         path = out / "speed.json"
-        before = read_json(path) if path.is_file() else {"seconds": 0.0, "answered": 0, **_NONE}
-        counted = {name: _sum([before.get(name), *(part[name] for part in parts)]) for name in _NONE}
-        write_json(path, {"seconds": before["seconds"] + seconds, "answered": before["answered"] + answered, **counted})
+        before = _counts(path) if path.is_file() else {"answered": 0, **_NONE}
+        earlier = Fields.of_file(path).number("seconds") if path.is_file() else 0.0
+        counted = {name: _sum([before[name], *(part[name] for part in parts)]) for name in _NONE}
+        write_json(path, {"seconds": earlier + seconds, "answered": before["answered"] + answered, **counted})
     return answered
+
+
+def _counts(path: Path) -> dict[str, Any]:
+    """Read the counts of a file; tokens are None where they were not counted. Raises DataError for other values."""
+    facts = Fields.of_file(path)
+    tokens = {name: facts.integer(name, None, maximum=_MAX) for name in _NONE}
+    return {"answered": facts.integer("answered", maximum=_MAX), **tokens}
 
 
 def _sum(values: list[int | None]) -> int | None:

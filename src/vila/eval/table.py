@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vila.core.errors import DataError
+from vila.core.reading import MAX_RECORD_BYTES, bounded_lines, file_errors, foreign_content, read_head
 from vila.data.formats.stored import decode_base64
 from vila.data.handles import Stamp, read_span, stamp_of
 
@@ -21,8 +22,6 @@ EMPTY = frozenset({
     "NULL", "NaN", "None", "n/a", "nan", "null",
 })  # fmt: skip
 """Cells that pandas takes for empty, quoted or not, unless it is told otherwise."""
-
-_LONGEST_CELL = 2**30
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +41,7 @@ class TableCell:
         return self.where
 
     def read(self) -> bytes:
-        """The decoded bytes. Raises DataError when the file has changed or the cell is not base64."""
+        """Read and decode. Raises DataError if the file has changed or the cell is not base64."""
         record = read_span(self.path, self.offset, self.size, self.stamp).decode("utf-8-sig")
         return decode_base64(next(_reader(iter([record])))[self.column], file=None, record=self.where)
 
@@ -65,23 +64,33 @@ class Table:
 
 
 def read_table(path: Path, pictures: tuple[str, ...] = ()) -> Table:
-    """The whole table. pictures: columns that hold base64 text, which is left in the file.
+    """Read the whole table. pictures: columns that hold base64 text, which is left in the file.
 
-    Raises DataError naming file and line for a row with more or fewer cells than the header, or what is not UTF-8.
+    Raises DataError with file and line for a row with more or fewer cells than the header, text that is not UTF-8, a
+    quoted cell that does not end, and a column name that occurs twice.
     """
-    csv.field_size_limit(_LONGEST_CELL)
+    csv.field_size_limit(MAX_RECORD_BYTES)
     stamp = stamp_of(path)
+    with file_errors(path):
+        head = read_head(path)
+    if known := foreign_content(head):
+        raise DataError(known[0], file=path, hint=known[1])
     records = _records(path)
     header, *_ = next(records, ([], 0, 0, 0))
     if len(header) < 2:
-        raise DataError(f"{path}: expected a table with tabs between its columns, got {str(header)[:80]}")
+        raise DataError(file=path, value=", ".join(header), expected="a table with tabs between its columns")
+    if len(set(header)) < len(header):
+        twice = next(name for name in header if header.count(name) > 1)
+        raise DataError("occurs twice in the header", file=path, field=twice)
     seen: dict[bytes, TableCell] = {}
     rows = []
     for cells, line, offset, size in records:
         if len(cells) != len(header):
             raise DataError(
-                f"{path} line {line}: {len(cells)} cells where the header has {len(header)}; was the file cut? "
-                "download it again"
+                f"{len(cells)} cells where the header has {len(header)}",
+                file=path,
+                record=f"line {line}",
+                hint="was the file cut? download it again",
             )
         row: dict[str, Any] = dict(zip(header, cells, strict=True))
         for name in pictures:
@@ -93,28 +102,35 @@ def read_table(path: Path, pictures: tuple[str, ...] = ()) -> Table:
 
 
 def _records(path: Path) -> Iterator[tuple[list[str], int, int, int]]:
-    """Cells, line, offset and size in bytes of each record; blank lines are skipped."""
+    """Yield cells, line, offset and size in bytes of each record; blank lines are skipped."""
     position = 0
+    ended = False
 
     def lines() -> Iterator[str]:
-        nonlocal position
+        nonlocal position, ended
         with path.open("rb") as stream:
-            for number, line in enumerate(stream, start=1):
+            for number, line in bounded_lines(stream, path):
                 position += len(line)
-                try:
-                    yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError as error:
-                    raise DataError(f"{path} line {number}: not UTF-8 text (byte {error.start})") from error
+                with file_errors(path, record=f"line {number}"):
+                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+                yield text
+        ended = True
 
     reader = _reader(lines())
     while True:
         offset, line = position, reader.line_num + 1
-        try:
-            cells = next(reader)
-        except StopIteration:
+        with file_errors(path, record=f"line {line}"):
+            cells = next(reader, None)
+        if cells is None:
             return
-        except csv.Error as error:
-            raise DataError(f"{path} line {line}: not a table ({error})") from error
+        if ended:
+            # The reader takes the end of the file for the end of a quoted cell, and all rows in it for its text.
+            raise DataError(
+                "a quoted cell does not end",
+                file=path,
+                record=f"line {line}",
+                hint="was the file cut? download it again",
+            )
         if cells:
             yield cells, line, offset, position - offset
 

@@ -59,7 +59,7 @@ def text_fault(head: bytes, *, cut: bool) -> Fault | None:
     whole = lines[:-1] if cut and not head.endswith(b"\n") else lines
     first = lines[0].strip()
     if first.startswith(b"{"):
-        if not whole:
+        if len(lines) == 1:
             name = _list_member(head, _WRAPPERS.__contains__)
             return _wrapped(name) if name else None
         return _several_lines(head, first, whole)
