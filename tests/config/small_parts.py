@@ -1,6 +1,7 @@
 """What recipes are tried on: a tiny LLM and towers on disk, and tiny data in the formats that recipes name."""
 
 import base64
+import copy
 from pathlib import Path
 
 import av
@@ -9,15 +10,20 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from tests import tiny
 from tests.data.shards import write_lines, write_tar
+from vila.chat.templates import TEMPLATES
 
 RECORDS = 24
 
 
 def write_parts(folder: Path) -> Path:
     """`llm` with its tokenizer, and the towers `clip`, `siglip` and `dinov2` of 28 x 28 pixels."""
-    llm = AutoModelForCausalLM.from_config(tiny.text_config("llama"))
+    tokenizer = copy.deepcopy(tiny.tokenizer())
+    # What the templates of the packaged recipes write.
+    written = {token for template in TEMPLATES.values() for token in template.special_tokens if token[0] == "<"}
+    tokenizer.add_tokens(sorted(written), special_tokens=True)
+    llm = AutoModelForCausalLM.from_config(tiny.text_config("llama", vocab_size=len(tokenizer)))
     llm.save_pretrained(folder / "llm")
-    tiny.tokenizer().save_pretrained(folder / "llm")
+    tokenizer.save_pretrained(folder / "llm")
     for tower in ("clip", "siglip", "dinov2"):
         AutoModel.from_config(tiny.vision_config(tower)).save_pretrained(folder / tower)
     return folder

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from vila.core.types import Image, Video
+
+_SPECIAL = re.compile(r"<\|[^<>|]+\|>|</?s>|\{bos\}|\{eos\}")
 
 Kind = Literal["template", "content", "special", "media"]
 
@@ -69,3 +72,10 @@ class Template:
     """False drops what the user writes and keeps only the media (captions)."""
     stop: tuple[str, ...] = ()
     """Strings that end an answer at inference, besides the tokenizer's end of sequence."""
+
+    @property
+    def special_tokens(self) -> frozenset[str]:
+        """Special tokens that the template writes, such as `</s>`; `{bos}` and `{eos}` are the tokenizer's own."""
+        texts = [getattr(self, field.name) for field in fields(self)]
+        # Stop strings, which are a tuple, may be plain text.
+        return frozenset(token for text in texts if isinstance(text, str) for token in _SPECIAL.findall(text))

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from vila.chat.render import render, render_sample
 from vila.chat.template import Segment, Template
-from vila.core.errors import DataError
+from vila.core.errors import DataError, TemplateError
 from vila.core.types import Image, Message, Sample, Video
 
 IGNORE = -100
@@ -107,6 +107,34 @@ class SpanTokenizer:
         if segment.kind == "content" or self._specials is None:
             return [(text, None)]
         return [(piece, self.special_ids.get(piece)) for piece in self._specials.split(text) if piece]
+
+
+def check_special_tokens(template: Template, tokenizer: Any, num_rows: int) -> None:
+    """Refuse a template whose special tokens the tokenizer lacks, or has no embedding for.
+
+    The tokens would be cut into plain text: a model is then trained on other text than the template's, and its answers
+    do not end. tokenizer: a transformers tokenizer. num_rows: rows of the LLM's token embeddings.
+    Raises TemplateError.
+    """
+    ids = {token.content: id_ for id_, token in tokenizer.added_tokens_decoder.items()}
+    own = {"{bos}": tokenizer.bos_token, "{eos}": tokenizer.eos_token}
+    found = {token: ids.get(own.get(token, token) or "") for token in sorted(template.special_tokens)}
+    names = {"{bos}": "a BOS token", "{eos}": "an EOS token"}
+    if lacking := [names.get(token, token) for token, id_ in found.items() if id_ is None]:
+        raise TemplateError(
+            f"the tokenizer lacks {', '.join(lacking)}, which this template writes",
+            field="template",
+            value=template.name,
+            hint="give the template that the LLM was trained with, or another LLM",
+        )
+    rows = {own.get(token, token): id_ for token, id_ in found.items() if id_ is not None and id_ >= num_rows}
+    if beyond := [f"{token} ({id_})" for token, id_ in rows.items()]:
+        raise TemplateError(
+            f"the LLM has {num_rows:,} embeddings, none of them for {', '.join(beyond)}",
+            field="template",
+            value=template.name,
+            hint="the tokenizer is that of another LLM",
+        )
 
 
 def ids_before_text(tokenizer: Any) -> list[int]:

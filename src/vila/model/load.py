@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from vila.chat.templates import find_template
+from vila.chat.tokenize import check_special_tokens
 from vila.core.errors import ConfigError
+from vila.core.fields import Fields
 from vila.core.vision_spec import ImageMode
 from vila.model.build import Device, DeviceMap, build_model
 from vila.model.hub import local_folder
@@ -40,9 +42,17 @@ def open_checkpoint(
     folder = local_folder(path, revision)
     checkpoint = open_folder(folder, None if base is None else local_folder(base))
     if template:
-        find_template(template)
+        check_template(checkpoint, template)
         checkpoint.config.template = checkpoint.processor.template = template
     return checkpoint
+
+
+def check_template(checkpoint: Checkpoint, *names: str) -> None:
+    """Raise UnknownNameError or TemplateError for templates that do not exist, or that the tokenizer cannot write."""
+    for name in names:
+        tokenizer, rows = checkpoint.processor.tokenizer, checkpoint.config.text_config.vocab_size
+        with Fields({}, checkpoint.folder).naming():
+            check_special_tokens(find_template(name), tokenizer, rows)
 
 
 def load_model(
@@ -103,7 +113,38 @@ def assemble(
 ) -> tuple[VilaForConditionalGeneration, VilaProcessor]:
     """Make a new float32 model from the directories or hub ids of an LLM and a tower; `seed` draws the projector.
 
-    Raises LayoutError for directories that cannot be read, or parts that do not go together.
+    Raises LayoutError and TemplateError as `open_parts` does.
+    """
+    checkpoint = open_parts(
+        llm=llm,
+        vision=vision,
+        projector=projector,
+        select_layer=select_layer,
+        select_feature=select_feature,
+        image_size=image_size,
+        image_mode=image_mode,
+        exif_orientation=exif_orientation,
+        template=template,
+    )
+    return build_parts(checkpoint, seed), checkpoint.processor
+
+
+def open_parts(
+    *,
+    llm: str,
+    vision: str,
+    projector: str,
+    select_layer: int,
+    select_feature: str,
+    image_size: int,
+    image_mode: ImageMode,
+    template: str,
+    exif_orientation: bool = True,
+) -> Checkpoint:
+    """Open an LLM and a vision tower as one model whose projector is yet to be drawn, without reading weights.
+
+    Raises LayoutError for directories that cannot be read, or parts that do not go together, and TemplateError for a
+    template whose special tokens the tokenizer lacks.
     """
     llm_folder, tower_folder = local_folder(llm), local_folder(vision)
     facts = read_config(llm_folder)
@@ -131,11 +172,18 @@ def assemble(
     sources = Sources(facts, facts, tower.source)
     checkpoint = Checkpoint(llm_folder, config, processor, pieces, sources, [*unclaimed, *others])
     check_checkpoint_sizes(checkpoint)
-    drawn = _seeded_projector(projector, config.vision_width, config.text_config.hidden_size, seed)
+    check_template(checkpoint, template)
+    return checkpoint
+
+
+def build_parts(checkpoint: Checkpoint, seed: int) -> VilaForConditionalGeneration:
+    """Load what `open_parts` opened in float32, and draw the projector."""
+    config = checkpoint.config
+    drawn = _seeded_projector(config.projector_type, config.vision_width, config.text_config.hidden_size, seed)
     model = build_model(checkpoint, torch.float32, projector=drawn)
     # The dtype of a checkpoint is the one that it is written in.
     config.dtype = None
-    return model, processor
+    return model
 
 
 def _seeded_projector(kind: str, width_in: int, width_out: int, seed: int) -> nn.Module:

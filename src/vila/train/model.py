@@ -21,7 +21,7 @@ from vila.data.mixture import Mixture
 from vila.model.build import build_model
 from vila.model.feature_cache import FeatureCache
 from vila.model.layouts.protocol import Checkpoint
-from vila.model.load import assemble, open_checkpoint
+from vila.model.load import build_parts, check_template, open_checkpoint, open_parts
 from vila.model.precision import choose_dtype
 from vila.model.processor import VilaProcessor
 from vila.model.projector import calibrate_projector
@@ -51,37 +51,48 @@ class Learner:
     seen: Seen
 
 
-def open_start(recipe: Recipe) -> Checkpoint | None:
-    """Open the checkpoint of `model.path` without reading weights; None for a model that is made of parts."""
-    return open_checkpoint(recipe.model.path) if recipe.model.path else None
+def open_start(recipe: Recipe) -> Checkpoint:
+    """Open the model that a stage starts from, without reading weights: `model.path`, or an LLM and a tower.
+
+    Raises TemplateError for a template of the recipe whose special tokens the tokenizer lacks, LayoutError for a model
+    that cannot be read, or a tower that has no such features.
+    """
+    source, data = recipe.model, recipe.data
+    checkpoint = (
+        open_checkpoint(source.path)
+        if source.path
+        else open_parts(
+            llm=source.llm,
+            vision=source.vision,
+            projector=source.projector,
+            select_layer=source.select_layer,
+            select_feature=source.select_feature,
+            image_size=source.image_size,
+            image_mode=source.image_mode,
+            exif_orientation=source.exif_orientation,
+            template=source.template,
+        )
+    )
+    stage = data.template or source.template
+    check_template(checkpoint, *dict.fromkeys([source.template, *(entry.template or stage for entry in data.mixture)]))
+    return checkpoint
 
 
-def load_start(recipe: Recipe, checkpoint: Checkpoint | None) -> tuple[VilaForConditionalGeneration, VilaProcessor]:
+def load_start(recipe: Recipe, checkpoint: Checkpoint) -> tuple[VilaForConditionalGeneration, VilaProcessor]:
     """Load the model that a stage starts from onto the CPU, its weights in the dtype of the files.
 
     checkpoint: what `open_start` returned.
     """
     source = recipe.model
-    if checkpoint:
-        model, processor = build_model(checkpoint), checkpoint.processor
-        # A stage may show images and conversations in another way than the one before it did.
-        model.config.template = processor.template = source.template
-        spec = VisionSpec.from_dict(processor.vision_spec)
-        spec = replace(spec, image_mode=source.image_mode, exif_orientation=source.exif_orientation)
-        model.config.vision_spec = processor.vision_spec = spec.to_dict()
-        return model, processor
-    return assemble(
-        llm=source.llm,
-        vision=source.vision,
-        projector=source.projector,
-        select_layer=source.select_layer,
-        select_feature=source.select_feature,
-        image_size=source.image_size,
-        image_mode=source.image_mode,
-        exif_orientation=source.exif_orientation,
-        template=source.template,
-        seed=recipe.seed,
-    )
+    if not source.path:
+        return build_parts(checkpoint, recipe.seed), checkpoint.processor
+    model, processor = build_model(checkpoint), checkpoint.processor
+    # A stage may show images and conversations in another way than the one before it did.
+    model.config.template = processor.template = source.template
+    spec = VisionSpec.from_dict(processor.vision_spec)
+    spec = replace(spec, image_mode=source.image_mode, exif_orientation=source.exif_orientation)
+    model.config.vision_spec = processor.vision_spec = spec.to_dict()
+    return model, processor
 
 
 def make_learner(
