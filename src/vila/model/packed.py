@@ -1,4 +1,4 @@
-"""Weights in 4 bits as they lie in files: found among the pieces of a checkpoint, checked by their shapes, unpacked."""
+"""4-bit weights in files: found among the pieces of a checkpoint, checked by shapes and dtypes, unpacked."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from vila.core.errors import LayoutError
 from vila.kernels.int4_formats import find_format
-from vila.kernels.int4_layout import Int4Weight, check_group
+from vila.kernels.int4_layout import SCALE_TYPES, Int4Weight, check_group
 from vila.kernels.int4_packing import padded_words
 from vila.model.weights import Get, Piece, Shape, WeightFile
 
@@ -21,6 +21,7 @@ _RUN_BYTES = 256 << 20
 _CODES = "qweight"
 _ENDINGS = ("qweight", "qzeros", "scales", "scaled_zeros")
 _GROUP_SIZES = (128, 64, 32, 16, 256)
+_REFETCH = "fetch the checkpoint again"
 _PACKINGS = ("gemm", "gemv", "tinychat")
 # AutoAWQ calls what TinyChat calls `scaled_zeros` by the name of its other packings.
 _OTHER_NAME = {"scaled_zeros": "qzeros"}
@@ -73,10 +74,14 @@ def read_packed(packed: Mapping[str, PackedWeight]) -> Iterator[tuple[str, Int4W
 def _unpacked(weight: PackedWeight, opened: Mapping[WeightFile, Get]) -> Int4Weight:
     tensors = {ending: opened[piece.file](piece.name) for ending, piece in weight.parts.items()}
     try:
-        return find_format(weight.packing).unpack(tensors, weight.group_size)
+        unpacked = find_format(weight.packing).unpack(tensors, weight.group_size)
     except LayoutError as error:
         codes = weight.parts[_CODES]
-        raise LayoutError(f"{codes.file.path}: {codes.name}: {error}") from error
+        raise LayoutError(str(error), file=codes.file.path, field=codes.name) from error
+    if not bool(unpacked.scales.isfinite().all()):
+        scales = weight.parts["scales"]
+        raise LayoutError("holds values that are not finite", file=scales.file.path, field=scales.name, hint=_REFETCH)
+    return unpacked
 
 
 def gather(
@@ -84,7 +89,7 @@ def gather(
 ) -> tuple[dict[str, Piece], dict[str, PackedWeight]]:
     """The pieces that are no part of a 4-bit weight, and those weights by the names of their Linears.
 
-    source: what says that the packing and the group size are these, for messages.
+    source: file and statement that the packing and the group size are these, for messages.
     Raises LayoutError naming tensors that are missing, or whose shapes or types are not those of the packing.
     """
     plain, groups = split(pieces)
@@ -94,8 +99,14 @@ def gather(
         shape = _shape(parts[_CODES], packing)
         problem = _misfit(parts, packing, group_size, shape)
         if problem:
-            piece = parts[_CODES]
-            raise LayoutError(f"{piece.file.path}: {problem}, but {source}{_remedy(parts)}")
+            piece, reason = problem
+            raise LayoutError(
+                f"{reason}, but {source}",
+                file=piece.file.path,
+                field=piece.name,
+                value=_form(piece),
+                hint=_remedy(parts),
+            )
         packed[name] = PackedWeight(parts, packing, group_size, shape)
     return plain, packed
 
@@ -121,9 +132,11 @@ def check_whole(name: str, parts: Mapping[str, Piece]) -> None:
     if missing:
         there = next(iter(parts.values()))
         raise LayoutError(
-            f"{there.file.path}: {there.name} is there, but {', '.join(f'{name}.{ending}' for ending in missing)} "
-            f"{'is' if len(missing) == 1 else 'are'} missing; a weight in 4 bits needs qweight, qzeros and scales, "
-            "also where all zeros are 8: fetch the checkpoint again, or quantize the 16-bit model with vila quantize"
+            f"is missing, {there.name} is there",
+            file=there.file.path,
+            field=", ".join(f"{name}.{ending}" for ending in missing),
+            expected="qweight, qzeros and scales of each weight in 4 bits, also where all zeros are 8",
+            hint="fetch the checkpoint again, or quantize the 16-bit model with vila quantize",
         )
 
 
@@ -171,23 +184,28 @@ def _shape(codes: Piece, packing: str) -> Shape:
     return {"gemm": (second * 8, first), "gemv": (first, second * 8)}.get(packing, (first * 4, second))
 
 
-def _misfit(parts: Mapping[str, Piece], packing: str, group_size: int, shape: Shape) -> str:
-    """What does not belong to that packing with such groups; empty when all does."""
+def _misfit(parts: Mapping[str, Piece], packing: str, group_size: int, shape: Shape) -> tuple[Piece, str] | None:
+    """Return the tensor that does not belong to that packing with such groups, and why; None if all do."""
     try:
         wanted = packed_facts(packing, shape, group_size)
     except LayoutError as error:
-        return f"{parts[_CODES].name} {list(parts[_CODES].shape)} cannot be ({error})"
+        return parts[_CODES], str(error)
     for ending, (size, kind) in wanted.items():
-        piece = parts.get(ending) or parts[_OTHER_NAME.get(ending, ending)]
-        if piece.shape != size or (piece.dtype != kind if kind else not piece.dtype.is_floating_point):
+        piece = parts.get(ending) or parts.get(_OTHER_NAME.get(ending, ending))
+        if piece is None:
+            return parts[_CODES], f"there is no {ending}, which {packing} has"
+        if piece.shape != size or (piece.dtype != kind if kind else piece.dtype not in SCALE_TYPES):
             expected = f"{str(kind or 'floating').removeprefix('torch.')} {list(size)}"
-            found = f"{str(piece.dtype).removeprefix('torch.')} {list(piece.shape)}"
-            return f"{piece.name} is {found}, not {expected} as {packing} has it with groups of {group_size}"
-    return ""
+            return piece, f"{packing} with groups of {group_size} has {expected}"
+    return None
+
+
+def _form(piece: Piece) -> str:
+    return f"{str(piece.dtype).removeprefix('torch.')} {list(piece.shape)}"
 
 
 def _remedy(parts: Mapping[str, Piece]) -> str:
     found = next(fitting(parts), None)
     if found is None:
-        return "; the tensors are those of no packing known here: fetch the checkpoint again"
-    return f"; its tensors are {found[0]} with groups of {found[1]}: correct it there"
+        return _REFETCH
+    return f"its tensors are {found[0]} with groups of {found[1]}: correct it there"

@@ -25,8 +25,9 @@ def with_int4(
     """
     if not packed:
         raise LayoutError(
-            f"{folder}: said to hold weights in 4 bits, but there is no .qweight among its tensors; remove "
-            f"{_KEY} from its config.json if they are in 16 bits, else fetch it again"
+            "no .qweight among its tensors, but it is said to hold weights in 4 bits",
+            file=folder,
+            hint=f"remove {_KEY} from its config.json if they are in 16 bits, else fetch it again",
         )
     check_places(packed, folder)
     for config in (checkpoint.config, checkpoint.config.text_config):
@@ -39,6 +40,9 @@ def check_places(names: Iterable[str], folder: Path) -> None:
     """Raises LayoutError for Linears in 4 bits that are not in the decoder's blocks."""
     if wrong := sorted(name for name in names if not name.startswith(BLOCKS)):
         raise LayoutError(
-            f"{folder}: {', '.join(wrong[:5])} in 4 bits; that is read of Linears in the LLM's blocks alone: "
-            "quantize the 16-bit model with vila quantize"
+            "in 4 bits",
+            file=folder,
+            field=", ".join(wrong[:5]),
+            expected="4 bits in Linears of the LLM's blocks alone",
+            hint="quantize the 16-bit model with vila quantize",
         )

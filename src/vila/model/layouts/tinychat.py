@@ -57,7 +57,7 @@ class TinychatLayout:
         home = base or _home(folder)
         layout = detect_full_precision(home)
         if layout is None:
-            raise LayoutError(f"{home}: not a 16-bit model, which {folder} needs beside it")
+            raise LayoutError(f"not a 16-bit model, which {folder} needs beside it", file=home)
         mine, unclaimed = claim(pieces_of([weight_file(path) for path in _files(folder)]), _PREFIXES)
         under = layout.open(home)
         # Of the LLM nothing is taken from the 16-bit model: its norms belong to other weights.
@@ -124,8 +124,9 @@ def _home(folder: Path) -> Path:
         if detect_full_precision(place) is not None:
             return place
     raise LayoutError(
-        f"{folder}: weights alone, and no directory around them says of which model; give that of the 16-bit model "
-        "as base= or --base"
+        "weights alone, and no directory around them says of which model",
+        file=folder,
+        hint="give that of the 16-bit model as base= or --base",
     )
 
 
@@ -140,8 +141,12 @@ def _packed(name: str, parts: Mapping[str, Piece]) -> PackedWeight:
             return PackedWeight(parts, packing, size, (codes.shape[0], codes.shape[1] * 8))
     found = ", ".join(f"{ending} {piece.dtype} {list(piece.shape)}" for ending, piece in parts.items())
     raise LayoutError(
-        f"{parts['qweight'].file.path}: {name} ({found}) is in neither of TinyChat's packings with groups of 32, 64 or "
-        "128; make the file again with TinyChat's own tools, or quantize the 16-bit model with vila quantize"
+        "",
+        file=parts["qweight"].file.path,
+        field=name,
+        value=found.replace("torch.", ""),
+        expected="one of TinyChat's packings, with groups of 32, 64 or 128",
+        hint="make the file again with TinyChat's own tools, or quantize the 16-bit model with vila quantize",
     )
 
 
