@@ -27,6 +27,7 @@ _LEGACY_PROTOCOL: Final = 1001
 _EXPECTED: Final = "tensors and plain values"
 _DAMAGED: Final = "it may be cut short or damaged; copy or download it again"
 _ZIP: Final = b"PK\x03\x04"
+_ZIP_END: Final = b"PK\x05\x06"  # of a record of 22 bytes, behind which no comment comes
 _HEAD_BYTES: Final = 512
 _LOCAL_HEADER_BYTES: Final = 30
 _MAX_DIMENSIONS: Final = 16
@@ -224,6 +225,9 @@ def _load(reader: _TensorUnpickler, path: Path) -> Any:
 def _read_zip(path: Path, stream: BinaryIO, size: int) -> tuple[Any, _TensorUnpickler]:
     with file_errors(path, LayoutError, hint=_DAMAGED, kind="zip"):
         archive = zipfile.ZipFile(stream)
+    stream.seek(size - len(_ZIP_END) - 18)
+    if stream.read(len(_ZIP_END)) != _ZIP_END:
+        raise LayoutError("bytes behind the end of the archive", file=path, hint=_DAMAGED)
     members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
     if "data.pkl" not in members or "constants.pkl" in members or len(members) < len(archive.infolist()):
         raise LayoutError("is a zip archive, but not of torch.save", file=path, hint="give the file of its state_dict")
@@ -269,11 +273,12 @@ def _begin(path: Path, stream: BinaryIO, size: int, info: zipfile.ZipInfo) -> in
             expected="stored members, as torch.save writes them",
             hint="unpacked it may fill the memory; load and save it with torch if you trust it",
         )
-    stream.seek(info.header_offset)
+    place = max(0, info.header_offset)
+    stream.seek(place)
     header = stream.read(_LOCAL_HEADER_BYTES)
     name, extra = (int.from_bytes(header[place : place + 2], "little") for place in (26, 28))
-    begin = info.header_offset + _LOCAL_HEADER_BYTES + name + extra
-    if not header.startswith(_ZIP) or begin + info.file_size > size:
+    begin = place + _LOCAL_HEADER_BYTES + name + extra
+    if info.header_offset < 0 or not header.startswith(_ZIP) or begin + info.file_size > size:
         raise LayoutError("does not lie in the file", file=path, field=info.filename, hint=_DAMAGED)
     return begin
 
