@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import pickle
 import random
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
@@ -37,7 +38,16 @@ class Target:
 
 def targets() -> list[Target]:
     """All kinds of inputs."""
-    return [*_data(), *_checkpoints(), *_media(), *_evaluation(), *_quantization(), *_training(), *_command_line()]
+    return [
+        *_data(),
+        *_preparation(),
+        *_checkpoints(),
+        *_media(),
+        *_evaluation(),
+        *_quantization(),
+        *_training(),
+        *_command_line(),
+    ]
 
 
 def _data() -> Iterator[Target]:
@@ -76,6 +86,17 @@ def _checkpoints() -> Iterator[Target]:
             save_model(*tiny.vila(tower="clip"), root / "checkpoint", layout)
 
         yield Target(f"checkpoint {layout}", write, load)
+
+    def write_adapter(root: Path) -> None:
+        from vila.config.schema import Lora
+        from vila.train.lora import add_adapters, save_adapter
+
+        model, processor = tiny.vila()
+        save_model(model, processor, root / "base")
+        add_adapters(model, Lora(rank=2), seed=1)
+        save_adapter(model, processor, root / "checkpoint", "base")
+
+    yield Target("checkpoint adapter", write_adapter, load)
     for layout in ("awq-hf", "tinychat"):
 
         def write_int4(root: Path, layout: str = layout) -> None:
@@ -84,6 +105,16 @@ def _checkpoints() -> Iterator[Target]:
             save_model(model, processor, root / "checkpoint", layout)
 
         yield Target(f"checkpoint {layout}", write_int4, load)
+
+
+def _preparation() -> Iterator[Target]:
+    from vila.prepare.unpickle import read_plain_pickle
+
+    def write(root: Path) -> None:
+        record = {"text_list": ["one", "two"], "image_info": [{"image_base64": "QUJD", "sim": 0.5}], "url": None}
+        (root / "a.pkl").write_bytes(pickle.dumps([record] * 9))
+
+    yield Target("pickle", write, lambda root: read_plain_pickle(root / "a.pkl"))
 
 
 def _media() -> Iterator[Target]:
@@ -146,6 +177,7 @@ def _quantization() -> Iterator[Target]:
     from tests import tiny
     from vila.quant.awq_cache import read_search
     from vila.quant.calibrate import read_documents, text_calibration
+    from vila.quant.result import save_search
 
     def write_cache(root: Path) -> None:
         one = torch.rand(32) + 0.5
@@ -163,7 +195,13 @@ def _quantization() -> Iterator[Target]:
     def use_text(root: Path) -> None:
         text_calibration(read_documents(root / "a.jsonl"), tiny.tokenizer(), rows=2, length=64)
 
+    def write_search(root: Path) -> None:
+        write_cache(root)
+        save_search(read_search(root / "a.pt"), root / "search.safetensors")
+        (root / "a.pt").unlink()
+
     yield Target("awq_cache", write_cache, lambda root: read_search(root / "a.pt"))
+    yield Target("search", write_search, lambda root: read_search(root / "search.safetensors"))
     yield Target("calibration", write_text, use_text)
 
 
