@@ -4,6 +4,8 @@ import sys
 
 import pytest
 
+from vila.core.errors import ConfigError
+
 
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
@@ -33,3 +35,12 @@ def test_without_its_packages_the_extra_is_named(vila, model, monkeypatch):
     code, _, err = vila("serve", model)
     assert code == 2
     assert "pip install 'vila-vlm[serve]'" in err
+
+
+@pytest.mark.parametrize(
+    "domain", ["https://images.example.org", "images.example.org/a", "images.example.org:443", "*", ""]
+)
+def test_what_is_no_host_is_refused_as_media_domain(vila_error, model, domain):
+    error = vila_error("serve", model, "--allowed-media-domain", "*.example.org", "--allowed-media-domain", domain)
+    assert isinstance(error, ConfigError)
+    assert (error.field, error.value) == ("--allowed-media-domain", domain)

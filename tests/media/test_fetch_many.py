@@ -2,11 +2,14 @@
 
 import asyncio
 import socket
+import threading
 import time
+from http.server import ThreadingHTTPServer
 from itertools import pairwise
 
 import pytest
 
+from tests.media.test_fetch import BAD_BODIES, TOO_LARGE, Handler
 from tests.prepare.image_server import jpeg, serving
 from vila.media.fetch_many import Fetched, Fetcher, FetchRules
 from vila.media.politeness import HostGates, retry_after_s, spread_by_host
@@ -21,6 +24,15 @@ QUICK = {
 def server():
     with serving() as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def raw_server():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
 
 
 def fetch(*urls: str, **options) -> list[Fetched]:
@@ -49,6 +61,12 @@ def test_failures_are_returned_by_kind_and_only_passing_ones_are_tried_again(ser
     assert (got.content, got.kind, got.attempts) == (None, kind, attempts)
     assert server.asked[path] == (attempts if kind != "redirect" else 1)
     assert got.reason
+
+
+@pytest.mark.parametrize("name", sorted({*BAD_BODIES, *TOO_LARGE} - {"endless-trailers", "much-framing"}))
+def test_a_body_of_malformed_length_fails_within_its_limit(raw_server, name):
+    (got,) = fetch(f"{raw_server}/raw/{name}", attempts=1, max_bytes=2000, total_timeout_s=2)
+    assert (got.content, got.kind) == (None, "too_large" if name in TOO_LARGE else "connection")
 
 
 @pytest.mark.parametrize("url", ["ftp://a/b", "http://", "http://a b/", "http://user:pw@a/", "http://[::1", "nothing"])

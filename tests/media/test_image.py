@@ -346,6 +346,7 @@ def png_of_16_bits(values: np.ndarray, *chunks: bytes) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + content + png_chunk(b"IEND", b"")
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 @pytest.mark.parametrize("values", (np.zeros((2, 2, 3), "<u4"), np.zeros((2, 2, 5), "<u2"), np.zeros((2, 2), "<f8")))
 def test_a_sound_tiff_of_an_unsupported_layout_is_not_called_damaged(values):
     channels = values.shape[2] if values.ndim == 3 else 1

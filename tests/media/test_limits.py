@@ -13,7 +13,9 @@ from PIL import Image as PilImage
 from tests.media.test_image import picture
 from tests.media.test_video import FRAGMENTS, HEIGHT, WIDTH, clip, patched
 from vila.core.errors import CancelledError, MediaError
-from vila.core.types import Video
+from vila.core.types import Image, Video
+from vila.media.container import jpeg_scans
+from vila.media.image import open_image
 from vila.media.limits import MediaLimits
 from vila.media.video import frame_indices, open_frames
 
@@ -127,6 +129,7 @@ def test_a_gif_that_grows_is_stopped_before_its_large_frame():
     assert (error.field, error.value) == ("frame_pixels", (300, 300))
 
 
+@pytest.mark.filterwarnings("ignore:Image size")  # Pillow's own warning
 def test_a_small_file_of_large_frames_is_refused_at_once():
     begun = time.monotonic()
     data = animation(size=(1, 1))
@@ -199,3 +202,41 @@ def test_indices_do_not_depend_on_limits():
     limited = open_frames(Video(data), 7, limits=MediaLimits(decoded_pixels=30 * PIXELS, video_frames=30))
     assert [frame.getpixel((0, 0)) for frame in plain] == [frame.getpixel((0, 0)) for frame in limited]
     assert len(plain) == len(frame_indices(30, 7))
+
+
+def with_scans(more: int, size: tuple[int, int] = (WIDTH, HEIGHT), behind: bytes = b"") -> bytes:
+    """A progressive JPEG whose last scan is repeated `more` times."""
+    stream = io.BytesIO()
+    PilImage.new("L", size, 128).save(stream, "JPEG", progressive=True, exif=b"Exif\0\0" + b"\xff\xda\0\2" * 500)
+    data = stream.getvalue()
+    last = data[data.rindex(b"\xff\xda") : -2]
+    return data[:-2] + last * more + data[-2:] + behind
+
+
+def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded():
+    begun = time.monotonic()
+    with pytest.raises(MediaError) as caught:
+        open_image(Image(with_scans(5000, (5000, 5000))))  # a minute or more of decoding
+    assert caught.value.field == "jpeg_scans"
+    assert time.monotonic() - begun < 1
+    behind = b"\xff\xda\0\2" * 500  # such as the film of a motion photo
+    assert open_image(Image(with_scans(50, behind=behind))).size == (WIDTH, HEIGHT)
+    plain = io.BytesIO()
+    picture(WIDTH, HEIGHT).save(plain, "JPEG")
+    assert jpeg_scans(plain, 10) == 1
+    assert open_image(Image(plain.getvalue()), limits=MediaLimits(jpeg_scans=1)).size == (WIDTH, HEIGHT)
+
+
+def test_a_frame_of_many_scans_is_refused_before_it_is_decoded():
+    for more, is_good in ((0, True), (200, False)):
+        stream = io.BytesIO()
+        with av.open(stream, "w", format="avi") as container:
+            track = container.add_stream("mjpeg", rate=25)
+            track.width, track.height, track.pix_fmt = WIDTH, HEIGHT, "yuvj420p"
+            packet = av.Packet(with_scans(more))
+            packet.stream, packet.pts, packet.dts, packet.is_keyframe = track, 0, 0, True
+            container.mux(packet)
+        if is_good:
+            assert len(open_frames(Video(stream.getvalue()), 1)) == 1
+        else:
+            assert refused(stream.getvalue(), 1).field == "jpeg_scans"

@@ -1,8 +1,9 @@
-"""Facts from a video file's own headers, read before a decoder opens it: kind, promised size, announced packets."""
+"""Facts from a file's own headers, read before a decoder opens it: kind, promised size, announced packets, scans."""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -45,6 +46,36 @@ def announced_packets(stream: Readable) -> int:
     if stream.read(4) in (b"RIFF", _EBML):
         return 0
     return sum(_announced(stream, box) for box in _boxes(stream, size) if box.kind != b"mdat")
+
+
+_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")
+_SOS, _EOI = 0xDA, 0xD9
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # SOF markers; the others are tables
+_PROGRESSIVE = (0xC2, 0xC6, 0xCA, 0xCE)
+
+
+def jpeg_scans(stream: Readable, most: int) -> int:
+    """Number of scans of a JPEG image, counted up to `most` + 1; 1 for one that is decoded in a single pass.
+
+    A decoder goes over all pixels once for each scan, and a scan that changes nothing is 75 bytes long: a file of
+    200 KB can take 9 seconds. What stands behind the image's end does not count.
+    """
+    stream.seek(0)
+    content = stream.read()
+    place, scans, components, progressive = 2, 0, 0, False
+    while (found := _MARKER.search(content, place)) and scans <= most:
+        kind = content[found.start() + 1]
+        body = found.start() + 4
+        if kind == _EOI:
+            break
+        if kind in _FRAMES:
+            components, progressive = int.from_bytes(content[body + 5 : body + 6], "big"), kind in _PROGRESSIVE
+        if kind == _SOS:
+            scans += 1
+            if not progressive and scans == 1 and content[body : body + 1] >= bytes([components]):
+                return 1  # all components in one scan: the decoder looks for no other
+        place = body + max(0, int.from_bytes(content[body - 2 : body], "big") - 2)
+    return scans
 
 
 class _Box(NamedTuple):

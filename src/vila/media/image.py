@@ -19,7 +19,8 @@ from PIL.Image import Transpose
 from vila.core.errors import MediaError, VilaError
 from vila.core.reading import foreign_content
 from vila.core.types import Image
-from vila.media.limits import DEFAULT_LIMITS, MediaLimits
+from vila.media.container import jpeg_scans
+from vila.media.limits import DEFAULT_LIMITS, MediaLimits, Readable
 from vila.media.source import open_source
 
 # Others run a program (EPS), or accept nearly any file (TGA).
@@ -62,6 +63,8 @@ def open_image(
     )
     with stream, _open(stream, name) as opened:
         check_size(opened.size, name, limits)
+        if opened.format in ("JPEG", "MPO"):
+            check_scans(stream, name, limits)
         with pillow_errors(name):
             bright = _bright_colour(opened, stream)
         return decode_image(bright, name, limits=limits, exif_orientation=exif_orientation)
@@ -101,6 +104,15 @@ def check_size(size: tuple[int, int], name: str, limits: MediaLimits) -> None:
             expected=f"at most {limits.image_pixels:,} pixels" if is_many else f"at most {limits.side:,} on a side",
             hint="shrink it first" if is_many else "cut it into parts",
         )
+
+
+def check_scans(stream: Readable, name: str, limits: MediaLimits) -> None:
+    """Raise MediaError if a JPEG image has too many scans. The stream is where it was afterwards."""
+    place = stream.tell()
+    if jpeg_scans(stream, limits.jpeg_scans) > limits.jpeg_scans:
+        expected = f"at most {limits.jpeg_scans}"
+        raise MediaError("too many scans", file=name, field="jpeg_scans", expected=expected, hint="encode it again")
+    stream.seek(place)
 
 
 def encoded_size(content: bytes) -> tuple[int, int] | None:

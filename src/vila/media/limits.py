@@ -33,6 +33,9 @@ class MediaLimits:
     side: int = 65_535
     """Longest side in pixels of an image or a video frame, which is the most that a JPEG file can have.
     An image of 1 x 100,000,000 holds few pixels, but the square that it is padded to does not."""
+    jpeg_scans: int = 100
+    """Scans of a JPEG image or frame; progressive ones of ordinary programs have 3 to 20. Each takes a pass over all
+    pixels."""
     image_fetch_s: float = 20.0
     """Seconds for fetching an image from its URL."""
     video_bytes: int = 512 * 2**20

@@ -5,6 +5,7 @@ PyAV decodes; it is imported only when a video is read. What Pillow reads (GIF a
 
 from __future__ import annotations
 
+import io
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from vila.core.optional import require
 from vila.core.types import Image, Video
 from vila.media.animation import Animation
 from vila.media.container import COPY_AGAIN, announced_packets, missing_bytes, unreadable
+from vila.media.image import check_scans
 from vila.media.limits import DEFAULT_LIMITS, DecodeMeter, IsCancelled, MediaLimits, MeteredStream, never
 from vila.media.source import open_source
 
@@ -289,6 +291,7 @@ class _VideoFile:
                 self.meter.check()
                 found = found or packet.pts == key
                 if found:
+                    self._check_scans(track, packet)
                     yield from _decode(packet)
             if found:
                 return
@@ -303,6 +306,7 @@ class _VideoFile:
             place = 0
             for packet in container.demux(track):
                 self.meter.check()
+                self._check_scans(track, packet)
                 key = packet if key is None and packet.is_keyframe else key
                 try:
                     frames = packet.decode()
@@ -317,6 +321,11 @@ class _VideoFile:
                 place += len(frames)
                 self.meter.check_frames(place)
                 yield from frames
+
+    def _check_scans(self, track: VideoStream, packet: Packet[VideoStream]) -> None:
+        """Raise MediaError for a frame of Motion JPEG with too many scans: decoding it cannot be interrupted."""
+        if track.codec_context.name == "mjpeg" and packet.size:
+            check_scans(io.BytesIO(bytes(packet)), self.meter.name, self.meter.limits)
 
     def _picture(self, frame: VideoFrame) -> PilImage.Image:
         """One frame in RGB, upright."""
