@@ -24,6 +24,9 @@ WORDS = 5
 PAUSE = 0.02
 
 
+ODD = ("{", "[" * 5000, "1" * 5000, "[]", "{}", '{"choices": 3}', '{"choices": [3]}', '{"error": 3}')
+
+
 class Known:
     """Streams WORDS words, PAUSE apart; refuses, breaks off or fails where the question says so."""
 
@@ -51,6 +54,8 @@ class Known:
         try:
             for word in range(WORDS):
                 await asyncio.sleep(PAUSE)
+                if text.startswith("odd"):
+                    yield f"data: {ODD[int(text.removeprefix('odd'))]}\n\n"
                 yield event({"choices": [{"delta": {"content": f"{word} "}}], "usage": None})
                 if text == "break":
                     return
@@ -137,6 +142,13 @@ def test_what_fails_is_counted_and_nothing_is_raised(known):
     assert any(words.startswith("no connection") for words in found)
     summary = summarise("4 clients", timings)
     assert (summary.asked, summary.answered) == (5, 1)
+
+
+def test_events_that_are_no_chat_completions_are_problems(known):
+    _, server = known
+    questions = [question for number in range(len(ODD)) for question in ask(f"odd{number}")]
+    timings = asyncio.run(closed_loop(server, questions, 4))
+    assert all(timing.problem and not timing.answered for timing in timings)
 
 
 def test_percentiles_are_of_the_nearest_rank():

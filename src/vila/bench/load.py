@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -11,6 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+
+from vila.core.errors import DataError
+from vila.core.reading import parse_json
 
 _MOST_WAIT = 30.0
 
@@ -155,13 +157,19 @@ async def _follow(answer: httpx.Response, timing: Timing) -> None:
         if event == "[DONE]":
             ended = True
             continue
-        told = json.loads(event)
-        if "error" in told:
-            timing.problem = str(told["error"].get("message", told["error"]))
-            continue
-        if usage := told.get("usage"):
-            timing.tokens, timing.prompt = usage["completion_tokens"], usage["prompt_tokens"]
-        if told["choices"] and told["choices"][0]["delta"].get("content"):
+        try:
+            told = parse_json(event, file=None, surrogates=True)
+            if "error" in told:
+                fault = told["error"]
+                timing.problem = str(fault.get("message", fault) if isinstance(fault, dict) else fault)
+                continue
+            if usage := told.get("usage"):
+                timing.tokens, timing.prompt = int(usage["completion_tokens"]), int(usage["prompt_tokens"])
+            is_text = bool(told["choices"] and told["choices"][0]["delta"].get("content"))
+        except (DataError, LookupError, TypeError, ValueError, AttributeError) as error:
+            timing.problem = f"an event that is no chat completion ({error}): {event[:80]!r}"
+            return
+        if is_text:
             if last:
                 timing.gaps.append(now - last)
             timing.first = timing.first or now
@@ -195,8 +203,8 @@ def _retry_after(answer: httpx.Response) -> float:
 
 def _words(body: bytes) -> str:
     try:
-        return str(json.loads(body)["error"]["message"])
-    except (ValueError, KeyError, TypeError):
+        return str(parse_json(body, file=None, surrogates=True)["error"]["message"])
+    except (DataError, LookupError, TypeError):
         return body[:200].decode(errors="replace")
 
 

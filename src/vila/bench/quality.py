@@ -22,7 +22,7 @@ import torch
 from vila.core.errors import ConfigError, DataError
 from vila.core.events import SILENT, Events, task
 from vila.core.files import write_json
-from vila.core.reading import read_json
+from vila.core.reading import read_json_object
 from vila.engine.engine import Engine
 from vila.eval.benchmarks.easy_vqa import EasyVqa
 from vila.eval.runner import run
@@ -32,6 +32,7 @@ from vila.quant.checkpoint import Request, check_request, make_search
 from vila.quant.result import Search, load_search, save_search
 from vila.quant.round_model import round_model
 
+_MEASURED = frozenset({"seconds", "bytes", "losses", "divergences"})
 TEXT = "starter/text/english_eval.txt"
 """The packaged text, in `vila`, that perplexity is of; it shares no run of 8 words with the calibration text."""
 
@@ -138,9 +139,12 @@ def _measured(load: Callable[[], tuple[Any, Any]], way: Way, what: Task, out: Pa
     path = out / "ways" / f"{way.name}.json"
     asked = {**way.facts(), "task": what.facts()}
     if path.is_file():
-        row: dict[str, Any] = read_json(path)
-        if row["asked"] != asked:
-            raise ConfigError(f"{path}: measured with other settings; give another directory, or delete this file")
+        row = read_json_object(path, ConfigError)
+        hint = "give another directory, or delete this file"
+        if row.get("asked") != asked:
+            raise ConfigError("measured with other settings", file=path, field="asked", hint=hint)
+        if absent := sorted(_MEASURED - row.keys()):
+            raise ConfigError("missing", file=path, field=absent[0], hint=hint)
         return row
     model, processor = load()
     began = time.monotonic()

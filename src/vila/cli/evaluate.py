@@ -265,14 +265,14 @@ class _Asked:
 
 def _note_run(root: Path, facts: dict[str, Any]) -> None:
     """Write `eval.json`, with the benchmarks that earlier commands ran on the same model."""
+    from vila.core.fields import Fields
     from vila.core.files import write_json
-    from vila.core.reading import read_json
 
     path = root / "eval.json"
-    before = read_json(path) if path.is_file() else {}
+    before = Fields.of_file(path) if path.is_file() else Fields({}, path)
     if before.get("hash") == facts["hash"]:
-        facts["benchmarks"] = {**before["benchmarks"], **facts["benchmarks"]}
-        earlier = {k: v for k, v in before.get("left_out", {}).items() if k not in facts["benchmarks"]}
+        facts["benchmarks"] = {**before.section("benchmarks"), **facts["benchmarks"]}
+        earlier = {k: v for k, v in before.section("left_out").items() if k not in facts["benchmarks"]}
         facts["left_out"] = {**earlier, **facts["left_out"]}
     write_json(path, facts)
 

@@ -247,7 +247,7 @@ def calibration_of(names: list[str], processor: Any, rows: int, samples: int, sc
         if name == "packaged":
             parts.append(text_calibration(packaged_documents(), processor.tokenizer, max_rows=rows))
         elif path.suffix in (".txt", ".jsonl"):
-            documents = read_documents(path)
+            documents = read_documents(path, len(processor.tokenizer))
             parts.append(text_calibration(documents, processor.tokenizer, name=path.name, max_rows=rows))
         else:
             parts.append(_of_recipe(name, processor, samples, screen))

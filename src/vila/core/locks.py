@@ -142,7 +142,7 @@ def read_owner(stream: IO[str]) -> dict[str, Any]:
     stream.seek(0)
     try:
         owner = json.loads(stream.read())
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return owner if isinstance(owner, dict) else {}
 

@@ -95,7 +95,8 @@ def _item_id(mark: Mark) -> str:
 
 def _questions(predictions: Path, ids: Collection[str]) -> dict[str, str]:
     rows = read_jsonl(predictions) if predictions.is_file() else ()
-    return {row["id"]: str(row.get("prompt", "")) for _, row in rows if row.get("id") in ids}
+    known = (row for _, row in rows if isinstance(row, dict) and isinstance(row.get("id"), str))
+    return {row["id"]: str(row.get("prompt", "")) for row in known if row["id"] in ids}
 
 
 def _media(item: Item) -> Image | Video | None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from vila.chat.content import messages_of
 from vila.core.errors import DataError
-from vila.core.reading import read_jsonl
+from vila.core.reading import read_jsonl, read_text
 from vila.core.types import Image
 
 BLOCK = 512
@@ -62,33 +62,39 @@ def packaged_documents() -> list[Document]:
     return [*text.rstrip("\n").split("\n\n")]
 
 
-def read_documents(path: Path) -> list[Document]:
-    """The documents of a file: paragraphs of a .txt, or rows of a .jsonl, `{"text": ..}` or `{"ids": [..]}` each.
+def read_documents(path: Path, vocab_size: int | None = None) -> list[Document]:
+    """Read the documents of a file: paragraphs of a .txt, or rows of a .jsonl, `{"text": ..}` or `{"ids": [..]}` each.
 
-    Raises DataError naming the file, the line and the remedy: not there, not UTF-8, empty, or a row of another form.
+    vocab_size: ids are below it; None checks no upper limit.
+    Raises DataError with file, line and remedy: absent, not UTF-8, empty, another kind of file, or another form of row.
     """
-    try:
-        if path.suffix == ".jsonl":
-            found = [_document(path, number, value) for number, value in read_jsonl(path)]
-        else:
-            found = [part for part in path.read_text(encoding="utf-8").split("\n\n") if part.strip()]
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text (byte {error.start}); convert it, for example with iconv") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
+    if path.suffix == ".jsonl":
+        found = [_document(path, number, value, vocab_size) for number, value in read_jsonl(path)]
+    elif path.suffix == ".txt":
+        found = [part for part in read_text(path).split("\n\n") if part.strip()]
+    else:
+        raise DataError("not read as calibration text", file=path, value=path.suffix, expected=".txt or .jsonl")
     if not found:
-        raise DataError(f"{path}: holds no text to calibrate with; give at least {BLOCK} tokens of it")
+        raise DataError("holds no text to calibrate with", file=path, hint=f"give at least {BLOCK} tokens of it")
     return found
 
 
-def _document(path: Path, number: int, value: Any) -> Document:
+def _document(path: Path, number: int, value: Any, vocab_size: int | None) -> Document:
     if isinstance(value, dict):
         if isinstance(text := value.get("text"), str):
             return text
         ids = value.get("ids")
         if isinstance(ids, list) and all(isinstance(one, int) and not isinstance(one, bool) for one in ids):
+            for one in ids:
+                if one < 0 or (vocab_size is not None and one >= vocab_size):
+                    limit = "" if vocab_size is None else f" to {vocab_size - 1}"
+                    raise DataError(
+                        file=path, record=f"line {number}", field="ids", value=one, expected=f"ids from 0{limit}"
+                    )
             return ids
-    raise DataError(f'{path} line {number}: expected {{"text": "..."}} or {{"ids": [...]}}, got {str(value)[:80]!r}')
+    raise DataError(
+        file=path, record=f"line {number}", value=value, expected='{"text": "..."} or {"ids": [...]}'
+    )
 
 
 def text_calibration(
