@@ -92,9 +92,7 @@ def _document(path: Path, number: int, value: Any, vocab_size: int | None) -> Do
                         file=path, record=f"line {number}", field="ids", value=one, expected=f"ids from 0{limit}"
                     )
             return ids
-    raise DataError(
-        file=path, record=f"line {number}", value=value, expected='{"text": "..."} or {"ids": [...]}'
-    )
+    raise DataError(file=path, record=f"line {number}", value=value, expected='{"text": "..."} or {"ids": [...]}')
 
 
 def text_calibration(
