@@ -19,6 +19,10 @@ MESSAGES = [
     {"messages": [
         {"role": "user", "content": [{"type": "video", "path": "v.mp4", "num_frames": 4}]},
         {"role": "assistant", "content": "A cat."}], "template": "page"},
+    {"images": ["p.png"], "videos": ["v.mp4"], "messages": [{"role": "user", "content": "<image> in <video>"}],
+     "branches": [[{"role": "user", "content": "?"}, {"role": "assistant", "content": "A cat."}]]},
+    {"image": "p.png", "system": "s", "conversations": [
+        {"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "A cat."}]},
 ]  # fmt: skip
 TEXTS = ["s0", "s1", "s2"]
 

@@ -1,13 +1,14 @@
 """The contract of every format, over all of them and every container that they read."""
 
 import copy
+import datetime as dt
 import json
 import multiprocessing
 import pickle
 
 import pytest
 
-from tests.data.good import GOOD, RECORDS
+from tests.data.good import CHAT, GOOD, RECORDS, TEXTS, VFLAN, mmc4
 from tests.data.shards import PIXELS, refusal, write_lines, write_parquet, write_tar
 from vila.core.errors import ConfigError, DataError, UnknownNameError
 from vila.core.optional import MissingExtraError
@@ -329,3 +330,68 @@ def test_pictures_of_shards_know_where_they_lie(tmp_path):
 def test_an_unknown_format_suggests_a_near_one():
     with pytest.raises(UnknownNameError, match="unknown dataset format 'message'; did you mean 'messages'"):
         FORMATS["message"]
+
+
+ANSWERED = {"role": "assistant", "content": "A cat."}
+IN_SHARDS = {
+    "mmc4": [mmc4(file="0.jpg"), {"text_list": TEXTS}],
+    "vflan": [{**VFLAN[0], "image": ["0.jpg"]}, VFLAN[2]],
+    "webdataset": [
+        {"messages": [{"role": "user", "content": [{"type": "image", "file": "0.jpg"}, "What?"]}, ANSWERED]},
+        {"messages": [{"role": "user", "content": "<image>What?"}, ANSWERED], "images": ["0.jpg"]},
+        {"question": "What?", "answer": "A cat.", "image": ["0.jpg"]},
+        {"caption": "A cat runs."},
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", IN_SHARDS)
+def test_whatever_is_wrong_in_a_record_of_a_shard_is_a_data_error_that_names_its_key(kind, tmp_path):
+    rows = [row for record in IN_SHARDS[kind] for row in _damaged(record)]
+    members = [one for n, row in enumerate(rows) for one in ((f"k{n}.0.jpg", PIXELS), (f"k{n}.json", json.dumps(row)))]
+    path = write_tar(tmp_path / "d.tar", members)
+    source = FORMATS[kind].open(path, tmp_path)
+    refused = 0
+    for number in range(len(source)):
+        try:
+            source[number]
+        except DataError as error:
+            refused += 1
+            assert (error.file, error.record) == (str(path), f"key k{number}"), rows[number]
+            assert error.field or "no image" in error.problem, (rows[number], str(error))
+    assert refused > len(rows) / 4
+
+
+COLUMNS = {
+    "messages": ("messages", "conversations", "images", "branches", "template", "id"),
+    "vflan": ("question", "answer", "image", "id"),
+    "flan": ("inputs", "targets", "id"),
+    "interleaved": ("texts", "images", "id"),
+    "cauldron": ("texts", "images", "id"),
+    "coyo": ("image", "text", "id"),
+}
+GOOD_ROWS = {
+    "messages": {"messages": CHAT, "id": "a"},
+    "vflan": {"question": "q", "answer": "a", "id": "a"},
+    "flan": {"inputs": "q", "targets": "a", "id": "a"},
+    "interleaved": {"texts": ["a", None], "images": [None, {"bytes": PIXELS}], "id": "a"},
+    "cauldron": {"texts": [{"user": "q", "assistant": "a"}], "images": [], "id": "a"},
+    "coyo": {"image": PIXELS, "text": "t", "id": "a"},
+}
+
+
+@pytest.mark.parametrize(("kind", "column"), [(kind, column) for kind, names in COLUMNS.items() for column in names])
+@pytest.mark.parametrize(
+    "value", [3, 2.5, True, "text", b"\xff\x00", [3], ["x"], [[["x"]]], {"a": 1}, [{"a": None}], dt.date(2026, 1, 1)]
+)
+def test_a_column_of_another_type_is_a_data_error_that_names_the_column(kind, column, value, tmp_path):
+    row = {**GOOD_ROWS[kind], column: value}
+    if column == "conversations":
+        del row["messages"]
+    path = write_parquet(tmp_path / "d.parquet", [row] * 2)
+    source = FORMATS[kind].open(path, tmp_path)
+    try:
+        assert source[1].messages
+    except DataError as error:
+        assert (error.file, error.record) == (str(path), 1)
+        assert error.field

@@ -133,6 +133,7 @@ class Lane:
         self._buffer: list[tuple[int, CompactSample]] = []
         self._since = _Count()
         self._place, self._faulty = place, set[Place]()
+        self._last_fault = ""
 
     @property
     def state(self) -> LaneState:
@@ -233,7 +234,7 @@ class Lane:
     def _fitted(self, position: int, sample: TokenizedSample) -> TokenizedSample | None:
         policy = self.policy
         if policy.overlong == "error":
-            raise DataError(self._too_long(sample))
+            raise self._too_long(position, sample)
         shorter = (
             self._shorten(position, policy.max_length) if policy.overlong == "truncate" and self._shorten else None
         )
@@ -246,13 +247,20 @@ class Lane:
     def _shows_too_much(self, sample: TokenizedSample) -> bool:
         return 0 < self.policy.max_images < len(sample.media)
 
-    def _too_long(self, sample: TokenizedSample) -> str:
+    def _too_long(self, position: int, sample: TokenizedSample) -> DataError:
         policy = self.policy
         if self._shows_too_much(sample):
-            fact = f"{len(sample.media)} images, rows hold {policy.max_images}; raise data.max_images"
+            found, limit, field = f"{len(sample.media)} images", policy.max_images, "data.max_images"
         else:
-            fact = f"{len(sample)} tokens, rows hold {policy.max_length}; raise data.max_length"
-        return f"sample {sample.id!r} has {fact} or set data.overlong=drop"
+            found, limit, field = f"{len(sample):,} tokens", policy.max_length, "data.max_length"
+        file, record = self._place(position)
+        return DataError(
+            f"sample {sample.id!r} has {found}, rows hold {limit:,}",
+            file=file or None,
+            record=record if file else None,
+            field=field,
+            hint=f"raise {field} or set data.overlong=drop",
+        )
 
     def _pixels(self, position: int, sample: CompactSample) -> Sequence[Pixels] | None:
         assert self._decode
@@ -272,6 +280,7 @@ class Lane:
         reason = str(error) if known else f"position {position}: {type(error).__name__}: {error}"
         place = self._place(position)
         self._since.faults.append(Fault(position, reason, place))
+        self._last_fault = reason
         self._faulty.add(place)
         if len(self._faulty) > self.policy.max_faults:
             raise DataError(
@@ -281,9 +290,10 @@ class Lane:
 
     def _check_refused(self, refused: int) -> None:
         if refused > _MAX_REFUSED:
+            last = f"; the last that cannot be read: {self._last_fault}" if self._last_fault else ""
             raise DataError(
-                f"{_MAX_REFUSED} samples in a row are longer than data.max_length={self.policy.max_length} "
-                "or cannot be read"
+                f"{_MAX_REFUSED:,} samples in a row are longer than data.max_length={self.policy.max_length} "
+                f"or cannot be read{last}"
             )
 
 
