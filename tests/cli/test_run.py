@@ -79,6 +79,14 @@ def test_a_marker_without_media_is_refused_before_the_model_is_opened(vila_error
     assert "--image FILE" in error.hint
 
 
+@pytest.mark.parametrize("key", ["image", "images", "videos"])
+def test_media_beside_the_messages_of_a_file_are_refused_and_not_forgotten(vila_error, tmp_path, key):
+    path = tmp_path / "turn.json"
+    path.write_text(json.dumps({"messages": [{"role": "user", "content": "<image>?"}], key: ["p.png"]}))
+    error = vila_error("run", "no/model", "--messages", path)
+    assert (error.file, error.field) == (str(path), key)
+
+
 def test_text_that_spells_a_marker_can_be_asked_as_a_message(vila, model, tmp_path):
     (tmp_path / "turn.json").write_text(json.dumps([{"role": "user", "content": "<image>?"}]))
     got = asked(vila, model, "--messages", tmp_path / "turn.json", "--max-new-tokens", 1)

@@ -14,6 +14,7 @@ from vila.core.errors import DataError, near_names
 from vila.core.reading import file_errors, read_json, read_jsonl
 from vila.core.types import Image, Message, Part, Text, Video
 
+_MEDIA_KEYS = frozenset(("image", "images", "video", "videos"))
 _KEYS = ("id", "messages", "prompt", "image", "images", "video", "videos")
 _STDIN = "standard input"
 _GIVE = "name media in 'images' and 'videos'; text that spells a marker goes into 'messages', as a text part"
@@ -51,6 +52,9 @@ def read_messages(path: Path, num_frames: int | None = None) -> tuple[Message, .
     """
     facts = read_json(path.expanduser())
     rows = facts.get("messages") if isinstance(facts, dict) else facts
+    if unread := sorted(_MEDIA_KEYS & facts.keys()) if isinstance(facts, dict) else []:
+        # Training data have them beside the messages; a conversation has them in its parts.
+        raise DataError("media beside the messages", file=path, field=unread[0], hint="put them into the messages")
     if not isinstance(rows, list) or not rows:
         raise DataError("holds no messages", file=path, expected="[{...}, ...] or {'messages': [{...}, ...]}")
     try:
