@@ -141,7 +141,7 @@ def test_the_source_is_never_overwritten(vila, tmp_path):
     ("arguments", "code", "message"),
     [
         (("{tmp}/none", "{tmp}/out", "--layout", "native"), 1, "none: no such directory"),
-        (("{model}", "{tmp}/out", "--layout", "gguf"), 2, "'gguf' is not one of 'native', 'llava-hf'"),
+        (("{model}", "{tmp}/out", "--layout", "ggml"), 2, "unknown layout 'ggml'"),
         (("{model}", "{tmp}/out"), 2, "Missing option '--layout'"),
         (("{model}", "{tmp}/out", "--layout", "llava-v1"), 1, "dinov2 tower cannot be written as llava-v1"),
     ],
@@ -204,3 +204,16 @@ def test_a_command_that_was_killed_while_replacing_a_model_puts_it_back(vila, pu
     assert code == 2
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert detect_layout(out).name == "native"
+
+
+@pytest.mark.parametrize("layout", ["gguf", "onnx", "tensorrt-llm", "compressed-tensors"])
+def test_a_format_of_exports_points_to_vila_export(vila, model, tmp_path, layout):
+    code, out, err = vila("convert", model, tmp_path / "out", "--layout", layout)
+    assert (code, out) == (2, "")
+    assert f"vila export {model} --format {layout}" in err
+
+
+def test_a_misspelt_layout_is_answered_with_the_one_that_is_meant(vila, model, tmp_path):
+    code, _, err = vila("convert", model, tmp_path / "out", "--layout", "llava_hf")
+    assert code == 2
+    assert "did you mean 'llava-hf'" in err

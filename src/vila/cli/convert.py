@@ -39,7 +39,7 @@ IN_4_BITS = (Layout.AWQ_HF, Layout.TINYCHAT)
 def convert(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Model: a directory, or a hub id OWNER/NAME.")],
     target: Annotated[Path, typer.Argument(metavar="DST", help="Directory to write.")],
-    layout: Annotated[Layout, typer.Option(help="Layout to write.")],
+    layout: Annotated[str, typer.Option(metavar="|".join(Layout), help="Layout to write.")],
     dtype: options.DtypeKept = options.Dtype.AUTO,
     template: options.Template = "",
     base: options.Base = "",
@@ -59,7 +59,8 @@ def convert(
     from vila.model.layouts.protocol import LAYOUTS
     from vila.model.load import named_dtype, open_checkpoint, save_model
 
-    if dequantize and layout in IN_4_BITS:
+    chosen = _layout(layout, source)
+    if dequantize and chosen in IN_4_BITS:
         raise ConfigError(f"--dequantize: {layout} holds models in 4 bits; leave it out, or choose another layout")
     target = target.expanduser()
     check_target(target, "DST", overwrite)
@@ -69,22 +70,35 @@ def convert(
     kind = named_dtype(dtype.value)
     checkpoint = open_checkpoint(folder, template=template or None, base=base or None)
     shapes, processor = empty_model(checkpoint, int4=not dequantize), checkpoint.processor
-    LAYOUTS[layout.value].check(shapes, processor)
+    LAYOUTS[chosen.value].check(shapes, processor)
     # Parameters that may be shared or in 4 bits count half a byte: the least that the files take.
     least = sum(parameter.numel() for parameter in shapes.parameters()) // 2
     check_target(target, "DST", overwrite, num_bytes=least)
     model = build_model(checkpoint, kind, int4=not dequantize)
-    save_model(model, processor, target, layout=layout.value)
-    if text := layout_readme(layout.value, model, processor):
+    save_model(model, processor, target, layout=chosen.value)
+    if text := layout_readme(chosen.value, model, processor):
         write_text(target / README, text)
     files = sorted(path for path in target.rglob("*") if path.is_file())
-    typer.echo(f"{target}: layout {layout.value}, {_numbers(model)}")
+    typer.echo(f"{target}: layout {chosen.value}, {_numbers(model)}")
     for path in files:
         typer.echo(f"  {path.relative_to(target).as_posix():<40} {human_bytes(path.stat().st_size):>9}")
     total = sum(path.stat().st_size for path in files)
-    typer.echo(f"{len(files)} files, {human_bytes(total)}; for {READERS[layout]}")
+    typer.echo(f"{len(files)} files, {human_bytes(total)}; for {READERS[chosen]}")
     if not processor.template:
         typer.echo("note: no conversation template is known, so none was written; give --template", err=True)
+
+
+def _layout(name: str, source: str) -> Layout:
+    """Return the layout with a name. Raises UnknownNameError, and ConfigError for what `vila export` writes."""
+    from vila.core.errors import ConfigError, UnknownNameError
+    from vila.export.target import EXPORTS
+
+    if name in [one.value for one in Layout]:
+        return Layout(name)
+    if name in EXPORTS:
+        hint = f"vila export {source} --format {name} --out DIR writes it"
+        raise ConfigError("not a layout that models are loaded from", field="--layout", value=name, hint=hint)
+    raise UnknownNameError("layout", name, [one.value for one in Layout], field="--layout")
 
 
 def _numbers(model: Any) -> str:
