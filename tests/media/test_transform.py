@@ -1,5 +1,6 @@
 """Pixels equal transformers' PIL processors and the original's arrays, bit for bit."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from vila.core.vision_spec import IMAGE_MODES, VisionSpec
 from vila.media import transform
 from vila.media.image import open_image
 from vila.media.resample import resample_lines
-from vila.media.transform import normalise, pixels, square_bytes, stack_pixels
+from vila.media.transform import normalise, pixels, shrinker, square_bytes, stack_pixels
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "pixels"
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -113,6 +114,16 @@ def test_resampled_lines_equal_pillow(size):
     np.testing.assert_array_equal(resample_lines(lines, length=100, size=size, first=2, count=3), whole[2:5])
     with pytest.raises(ValueError, match="90 of 100 source positions are given, and no fill"):
         resample_lines(lines[:90], length=100, size=size)
+
+
+@pytest.mark.parametrize("center_crop", (True, False))
+@pytest.mark.parametrize("mode", IMAGE_MODES)
+def test_an_image_that_was_made_square_stays_as_it_is(mode, center_crop):
+    """So frames of a video may be shrunk while it is decoded."""
+    spec = replace(clip_spec(mode), center_crop=center_crop)
+    for size in ((41, 67), (67, 41), (300, 20), (20, 300), (56, 56), (8, 8)):
+        whole = square_bytes(noise(*size), spec)
+        np.testing.assert_array_equal(square_bytes(shrinker(spec)(noise(*size)), spec), whole)
 
 
 @pytest.mark.parametrize(
