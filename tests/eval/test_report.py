@@ -311,10 +311,13 @@ def test_a_run_that_was_cut_off_is_reported_as_far_as_it_came(tmp_path):
         (lambda run: (run / "easy_vqa/marks.jsonl").write_text('{"id": "q1"}\n'), "marks.jsonl line 1: not a mark"),
         (lambda run: (run / "easy_vqa/marks.jsonl").write_text('{"id": "q", "value": "x"}\n'), "line 1: not a mark"),
         (lambda run: (run / "easy_vqa/marks.jsonl").write_text('{"id": 5, "value": 1}\n'), "line 1: not a mark"),
-        (lambda run: (run / "easy_vqa/scores.json").write_text("[]"), "scores.json: expected values by name"),
-        (lambda run: (run / "easy_vqa/scores.json").write_text('{"score": "x"}'), "scores.json: score is 'x'"),
-        (lambda run: (run / "easy_vqa/run.json").write_text("[]"), "run.json: expected values by name"),
-        (lambda run: (run / "easy_vqa/speed.json").write_text("{}"), "speed.json: no seconds and answered as numbers"),
+        (lambda run: (run / "easy_vqa/scores.json").write_text("[]"), "scores.json: not a JSON object"),
+        (lambda run: (run / "easy_vqa/scores.json").write_text('{"score": "x"}'), "scores.json: score: got 'x'"),
+        (lambda run: (run / "easy_vqa/scores.json").write_text('{"interval": {"low": {}}}'), "interval.low"),
+        (lambda run: (run / "easy_vqa/scores.json").write_text('{"notes": 5}'), "scores.json: notes: got 5"),
+        (lambda run: (run / "easy_vqa/scores.json").write_text('{"rules": "x"}'), "scores.json: rules: got 'x'"),
+        (lambda run: (run / "easy_vqa/run.json").write_text("[]"), "run.json: not a JSON object"),
+        (lambda run: (run / "easy_vqa/speed.json").write_text("{}"), "speed.json: seconds: missing"),
     ],
 )  # fmt: skip
 def test_what_is_no_run_is_refused_by_name_and_nothing_is_written(tmp_path, spoil, message):

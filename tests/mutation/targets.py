@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -150,25 +151,120 @@ def _media() -> Iterator[Target]:
 def _evaluation() -> Iterator[Target]:
     from scripts.make_eval_data import LAYOUTS
     from vila.eval.answers import read_answers
-    from vila.eval.benchmark import BENCHMARKS
+    from vila.eval.benchmark import BENCHMARKS, Rules
     from vila.eval.predictions import answers_of
 
+    def ask_and_score(root: Path, name: str, rules: Rules) -> None:
+        benchmark: Any = BENCHMARKS[name](root, 0)
+        items = list(benchmark.items())
+        answers = answers_of(items, {item.id: item.truth or "A" for item in items})
+        benchmark.score(answers, rules)
+        if hasattr(benchmark, "submission") and name != "vizwiz":  # whose server takes the test split alone
+            benchmark.submission(answers)
+
     for name, write in LAYOUTS.items():
-
-        def use(root: Path, name: str = name) -> None:
-            benchmark = BENCHMARKS[name](root, 0)
-            items = list(benchmark.items())
-            answers = answers_of(items, {item.id: item.truth or "A" for item in items})
-            if name not in ("vqav2", "vizwiz", "mmbench", "mmbench_cn"):  # which only a server can score
-                benchmark.score(answers)
-
-        yield Target(f"benchmark {name}", write, use)
+        for rules in ("upstream", "lmms-eval"):
+            if name not in ("vqav2", "vizwiz"):  # without the annotations below, only a server can score them
+                yield Target(f"benchmark {name} {rules}", write, partial(ask_and_score, name=name, rules=rules))
+    for name, write in (("vqav2", write_vqav2_val), ("vizwiz", write_vizwiz_val)):
+        yield Target(f"benchmark {name} annotations", write, partial(ask_and_score, name=name, rules="upstream"))
+        yield Target(f"benchmark {name} questions", LAYOUTS[name], partial(_ask_and_submit, name=name))
+    yield Target("benchmark easy_vqa", _write_easy_vqa, partial(ask_and_score, name="easy_vqa", rules="upstream"))
+    yield Target("benchmark videoqa", _write_video_qa, _score_video_qa)
 
     def write_answers(root: Path) -> None:
         rows = [{"question_id": n, "prompt": "q", "text": "yes"} for n in range(6)]
         (root / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     yield Target("answers", write_answers, lambda root: read_answers(root / "answers.jsonl"))
+    yield Target("evaluation run", _write_run, _use_run)
+
+
+def write_vqav2_val(root: Path) -> None:
+    """Annotations and questions of VQAv2's validation split."""
+    home = root / "vqav2"
+    home.mkdir()
+    humans = [{"answer": word, "answer_id": n} for n, word in enumerate(["red"] * 7 + ["blue"] * 3)]
+    rows = [
+        {"question_id": n, "image_id": 1, "question_type": "what", "answer_type": "other", "answers": humans}
+        for n in range(3)
+    ]
+    asked = [{"question_id": n, "image_id": 1, "question": f"what is {n}?"} for n in range(3)]
+    (home / "v2_mscoco_val2014_annotations.json").write_text(json.dumps({"annotations": rows}))
+    (home / "v2_OpenEnded_mscoco_val2014_questions.json").write_text(json.dumps({"questions": asked}))
+    lines = [json.dumps({"question_id": n, "image": "a.jpg", "text": "what?"}) for n in range(3)]
+    (home / "llava_vqav2_mscoco_test2015.jsonl").write_text("\n".join(lines))
+
+
+def write_vizwiz_val(root: Path) -> None:
+    """The validation split of VizWiz."""
+    (root / "vizwiz").mkdir()
+    humans = [{"answer": word} for word in ["red"] * 7 + ["blue"] * 3]
+    rows = [
+        {"image": f"VizWiz_val_{n:08d}.jpg", "question": "what is this", "answer_type": "other", "answers": humans}
+        for n in range(3)
+    ]
+    (root / "vizwiz" / "val.json").write_text(json.dumps(rows))
+
+
+def _ask_and_submit(root: Path, name: str) -> None:
+    from vila.eval.benchmark import BENCHMARKS
+    from vila.eval.predictions import answers_of
+
+    benchmark: Any = BENCHMARKS[name](root, 0)
+    items = benchmark.items()
+    benchmark.submission(answers_of(items, {item.id: "A" for item in items}))
+
+
+def _write_easy_vqa(root: Path) -> None:
+    rows = [["what color is the shape?", "red", 0], ["is there a circle?", "no", 0], ["what shape is it?", "circle", 1]]
+    (root / "test" / "images").mkdir(parents=True)
+    (root / "test" / "questions.json").write_text(json.dumps(rows))
+
+
+def _write_video_qa(root: Path) -> None:
+    home = root / "GPT_Zero_Shot_QA" / "MSVD_Zero_Shot_QA"
+    home.mkdir(parents=True)
+    rows = [{"video_name": f"vid{n}", "question": f"what is {n}?", "question_id": n} for n in range(3)]
+    (home / "test_q.json").write_text(json.dumps(rows))
+    (home / "test_a.json").write_text(json.dumps([{"answer": f"a{n}"} for n in range(3)]))
+    verdicts = {str(n): [{"pred": "yes", "score": 4}, {"q": "", "a": "", "pred": ""}] for n in range(3)}
+    (root / "merged.json").write_text(json.dumps(verdicts))
+    reply = {"choices": [{"message": {"content": "{'pred': 'yes', 'score': 4}"}}]}
+    lines = [json.dumps({"custom_id": str(n), "response": {"body": reply}}) for n in range(3)]
+    (root / "batch.jsonl").write_text("\n".join(lines))
+
+
+def _score_video_qa(root: Path) -> None:
+    from vila.eval.benchmark import BENCHMARKS
+    from vila.eval.judge import ReplyFile
+    from vila.eval.predictions import answers_of
+
+    benchmark: Any = BENCHMARKS["videoqa_msvd"](root, 0)
+    items = benchmark.items()
+    answers = answers_of(items, {item.id: "it" for item in items})
+    for replies in ("merged.json", "batch.jsonl"):
+        benchmark.judge = ReplyFile(root / replies)
+        benchmark.score(answers)
+
+
+def _write_run(root: Path) -> None:
+    from tests.eval.mini import mini_data, mini_run
+
+    # Beside the input: only the files of a run are changed, the data have targets of their own.
+    data = mini_data(root.parent / "data")
+    for name in ("first", "second"):
+        mini_run(data, root / name, ("pope", "scienceqa"))
+
+
+def _use_run(root: Path) -> None:
+    from vila.eval.report import write_report
+    from vila.eval.report_compare import compare_runs
+    from vila.eval.submit import submit_run
+
+    write_report(root / "second")
+    compare_runs(root / "first", root / "second", root / "compare")
+    submit_run(root / "second", root / "submitted", root.parent / "data", {"pope": "pope", "scienceqa": "scienceqa"})
 
 
 def _quantization() -> Iterator[Target]:

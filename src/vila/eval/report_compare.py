@@ -78,16 +78,16 @@ def _pair(name: str, first: RunFolder, second: RunFolder) -> Pair:
             raise DataError(f"not in the run {run.path}")
     folders = first.folders[name], second.folders[name]
     scores = [_scores(folder / "scores.json") for folder in folders]
-    if scores[0].get("rules") != scores[1].get("rules"):
-        raise DataError(f"scored by other rules: {scores[0].get('rules')} and {scores[1].get('rules')}")
+    if scores[0]["rules"] != scores[1]["rules"]:
+        raise DataError(f"scored by other rules: {scores[0]['rules']} and {scores[1]['rules']}")
     before, after = (read_marks(folder / "marks.jsonl") for folder in folders)
     known = {mark.id: mark for mark in before}
     common = [mark for mark in after if mark.id in known]
     lost = len(before) + len(after) - 2 * len(common)
     return Pair(
         name,
-        (scores[0].get("score"), scores[1].get("score")),
-        scores[1].get("unit", ""),
+        (scores[0]["score"], scores[1]["score"]),
+        scores[1]["unit"],
         compare(before, after),
         tuple(_changes(name, known, common, folders[1], second.data)),
         f"{lost:,} questions were scored in one of the runs only and do not count" if lost else "",

@@ -13,12 +13,13 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from vila.core.errors import DataError
+from vila.core.fields import Fields
 from vila.core.files import resolve_path
-from vila.core.reading import read_json, read_jsonl
-from vila.eval.benchmark import Item, Mark
+from vila.core.reading import read_jsonl
+from vila.eval.benchmark import Item, Mark, Rules
 from vila.eval.predictions import MERGED
 from vila.eval.published import published_table, title_of
 from vila.eval.report_sample import Shown, show, spread
@@ -28,6 +29,7 @@ _KINDS_SHOWN = 30
 _FAILURES_SHOWN = 5
 _WRONG_SHOWN = 8
 _HEADLINE = ("benchmark", "model", "rules", "score", "unit", "interval", "notes", "problem")
+_LARGEST = 10**12
 _WRONG_BELOW = 0.5
 """Marks from here on are not called wrong: half of the points and more."""
 
@@ -120,22 +122,22 @@ def read_run(folder: Path) -> RunFolder:
     path = folder / "eval.json"
     if not path.is_file():
         raise DataError(f"{folder}: no eval.json; give the directory that `vila eval --out` wrote")
-    facts = read_json(path)
-    named = facts.get("benchmarks") if isinstance(facts, dict) else None
+    facts = Fields.of_file(path)
+    named = facts.get("benchmarks")
     if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
         raise DataError(f"{path}: expected folders by benchmark under 'benchmarks', got {named!r}")
     table = list(published_table().benchmarks)
     names = sorted(named, key=lambda name: table.index(name) if name in table else len(table))
-    data = str(facts.get("data") or "")
+    data = facts.text("data", "")
     # Before version 0.2 a relative path was one from the working directory.
     data = str(path) if data and (path := resolve_path(data, folder)).exists() else data
     return RunFolder(
         folder,
-        str(facts.get("model") or folder.name),
+        facts.text("model", "") or folder.name,
         data,
         {name: folder / named[name] for name in names},
-        dict(facts.get("left_out") or {}),
-        facts,
+        {name: str(why) for name, why in facts.section("left_out").items()},
+        dict(facts),
     )
 
 
@@ -145,21 +147,21 @@ def digest(name: str, folder: Path, items: Callable[[], Sequence[Item]]) -> Dige
     marks = read_marks(folder / "marks.jsonl")
     failed, failures = _failed(folder / MERGED)
     wrong = [mark for mark in marks if mark.value < _WRONG_BELOW]
-    run = _mapping(folder / "run.json") if (folder / "run.json").is_file() else {}
+    run = Fields.of_file(folder / "run.json") if (folder / "run.json").is_file() else None
     return Digest(
         name=name,
         title=title_of(name),
-        score=scores.get("score"),
-        unit=scores.get("unit", ""),
-        interval=scores.get("interval"),
-        problem=scores.get("problem", ""),
-        rules=scores.get("rules", ""),
-        asked=count if isinstance(count := run.get("questions"), int) else 0,
+        score=scores["score"],
+        unit=scores["unit"],
+        interval=scores["interval"],
+        problem=scores["problem"],
+        rules=scores["rules"],
+        asked=run.integer("questions", 0) if run else 0,
         marks=len(marks),
         wrong=len(wrong),
         kinds=tuple(_kinds(marks)),
         figures={key: value for key, value in scores.items() if key not in _HEADLINE},
-        notes=tuple(scores.get("notes") or ()),
+        notes=tuple(scores["notes"]),
         failed=failed,
         failures=failures,
         speed=_speed(folder / "speed.json"),
@@ -174,7 +176,7 @@ def read_marks(path: Path) -> list[Mark]:
     for number, row in read_jsonl(path) if path.is_file() else ():
         try:
             mark = Mark(**{key: value for key, value in row.items() if key in known})
-            _ = mark.value < _WRONG_BELOW, "".join((mark.id, mark.group, mark.kind))
+            _ = 0 <= mark.value < _WRONG_BELOW, "".join(getattr(mark, name) for name in known - {"value"})
         except (AttributeError, TypeError) as error:
             raise DataError(f"{path} line {number}: not a mark ({error}); score the run again") from error
         marks.append(mark)
@@ -183,23 +185,31 @@ def read_marks(path: Path) -> list[Mark]:
 
 def _scores(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        return {"problem": "not finished: no scores.json; the same `vila eval` goes on where it was"}
+        problem = "not finished: no scores.json; the same `vila eval` goes on where it was"
+        return _checked_scores(Fields({"problem": problem}, path))
     return read_scores(path)
 
 
 def read_scores(path: Path) -> dict[str, Any]:
-    """The figures of a benchmark. Raises DataError for a file that holds none."""
-    scores = _mapping(path)
-    if not isinstance(scores.get("score"), int | float | None):
-        raise DataError(f"{path}: score is {scores['score']!r}; expected a number; the same `vila eval` scores again")
-    return scores
+    """Read the headline and figures of a benchmark; values that are absent are None or empty.
+
+    Raises DataError naming file and field for a value of another type.
+    """
+    return _checked_scores(Fields.of_file(path))
 
 
-def _mapping(path: Path) -> dict[str, Any]:
-    row = read_json(path)
-    if not isinstance(row, dict):
-        raise DataError(f"{path}: expected values by name, got {str(row)[:60]!r}; the same `vila eval` writes it anew")
-    return row
+def _checked_scores(fields: Fields) -> dict[str, Any]:
+    interval = fields.section("interval")
+    sure = {name: interval.number(name, 0.0, minimum=-_LARGEST, maximum=_LARGEST) for name in ("mean", "low", "high")}
+    return {
+        **fields,
+        "score": fields.number("score", None, minimum=-_LARGEST, maximum=_LARGEST),
+        "unit": fields.text("unit", ""),
+        "interval": {**interval, **sure} if interval else None,
+        "problem": fields.text("problem", ""),
+        "rules": fields.text("rules", "", choices=("", *get_args(Rules))),
+        "notes": fields.texts("notes", []),
+    }
 
 
 def _kinds(marks: Sequence[Mark]) -> Iterable[Kind]:
@@ -227,8 +237,6 @@ def _failed(path: Path) -> tuple[int, tuple[tuple[str, str], ...]]:
 def _speed(path: Path) -> Speed | None:
     if not path.is_file():
         return None
-    row = _mapping(path)
-    try:
-        return Speed(float(row["seconds"]), int(row["answered"]), row.get("tokens"), row.get("prompt_tokens"))
-    except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path}: no seconds and answered as numbers ({error}); delete the file") from error
+    row = Fields.of_file(path)
+    tokens, prompt_tokens = (row.integer(name, None, maximum=_LARGEST) for name in ("tokens", "prompt_tokens"))
+    return Speed(row.number("seconds"), row.integer("answered"), tokens, prompt_tokens)

@@ -67,6 +67,8 @@ def read_rows(path: Path, each: VideoSet, notes: list[str]) -> Iterator[VideoRow
     questions, answers = read_json(path), read_json(answers_path)
     if not (isinstance(questions, list) and isinstance(answers, list)):
         raise DataError(f"{path}, {answers_path}: expected a list each")
+    if not questions:
+        raise DataError("holds no question", file=path, hint=f"it comes from {_OBTAIN}")
     if len(answers) < len(questions):
         raise DataError(
             f"{each.name}: {len(questions)} questions in {path} but {len(answers)} answers in {answers_path.name}; "

@@ -74,11 +74,15 @@ class EasyVqa:
 
 
 def _items(path: Path, rows: Any) -> list[Item]:
+    if not isinstance(rows, list) or not rows:
+        raise DataError(file=path, value=rows, expected="a list of [question, answer, image_id]")
     items = []
     for number, row in enumerate(rows):
         if not (isinstance(row, list) and len(row) == 3 and all(isinstance(text, str) for text in row[:2])):
             raise DataError(f"{path} row {number + 1}: expected [question, answer, image_id], got {str(row)[:80]!r}")
         question, answer, image_id = row
+        if not question.strip("? "):
+            raise DataError("the question is empty", file=path, record=f"row {number + 1}", value=question)
         picture = path.parent / "images" / f"{image_id}.png"
         messages = (Message.of("user", Image(picture), question),)
         items.append(Item(f"{image_id}/{number}", messages, answer, str(image_id), kind_of(question)))

@@ -151,7 +151,7 @@ class Seed:
         """Every question in the annotation's order with its answer as it is. DataError naming those without one."""
         kept, notes = as_typed(self.name, answers, [_key(row) for row in self._truths.values()])
         joined = join(self.name, kept, self._truths)
-        refuse_missing(self.name, joined, "the server wants all of them, and the original stops here")
+        refuse_missing(self.name, joined, f"the server wants all of {self._path.name}, and the original stops here")
         rows = [
             {"question_id": row["question_id"], "prediction": joined.texts[key]} for key, row in self._truths.items()
         ]
