@@ -271,10 +271,11 @@ class TestIndexes:
         error = self.refused(folder)
         assert (error.file, error.field, error.value) == (str(folder / self.INDEX), "weight_map.a", name)
 
-    def test_a_link_out_of_the_directory(self, folder):
-        (folder / "model-00001-of-00002.safetensors").rename(folder.parent / "secret")
-        (folder / "model-00001-of-00002.safetensors").symlink_to("../secret")
-        assert self.refused(folder).value == str((folder.parent / "secret").resolve())
+    def test_a_link_to_another_disk(self, folder):
+        # The index may name files beside it only; that a file beside it is a link is its owner's choice.
+        (folder / "model-00001-of-00002.safetensors").rename(folder.parent / "elsewhere")
+        (folder / "model-00001-of-00002.safetensors").symlink_to("../elsewhere")
+        assert sorted(pieces_of(find_files(folder))) == ["a", "b"]
 
     def test_links_of_the_hubs_cache(self, folder):
         repository = folder.parent / "models--owner--name"

@@ -291,22 +291,7 @@ def _indexed(index: Path) -> list[Path]:
             value=missing,
             hint="fetch the checkpoint again",
         )
-    for shard in shards:
-        if _leads_out(shard):
-            raise LayoutError(
-                "is a symbolic link out of the directory",
-                file=shard,
-                value=str(shard.resolve()),
-                hint="copy the file here, or give the directory that holds it",
-            )
     return shards
-
-
-def _leads_out(shard: Path) -> bool:
-    """Whether a link leads elsewhere than into its directory or a cache of the hub (models--OWNER--NAME/blobs)."""
-    target = shard.resolve()
-    into_cache = any(above.name == "blobs" and above.parent.name.startswith("models--") for above in target.parents)
-    return not into_cache and not target.is_relative_to(shard.parent.resolve())
 
 
 def _refuse_shards_without_index(folder: Path) -> None:
