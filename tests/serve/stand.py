@@ -7,7 +7,6 @@ import base64
 import http.server
 import os
 import signal
-import socket
 import subprocess
 import threading
 import time
@@ -21,7 +20,7 @@ import uvicorn
 from tests import preloaded, tiny
 from vila.engine.engine import Engine
 from vila.serve.chat import Service
-from vila.serve.connections import TimedProtocol
+from vila.serve.connections import Connections, TimedProtocol, listen
 from vila.serve.models import Batching, Models, ServedModel
 from vila.serve.received import Limits
 
@@ -87,12 +86,13 @@ def text_part(text: str) -> dict[str, Any]:
 
 
 @contextmanager
-def on_a_port(app: Any, **timings: float):
-    """The application behind a real port of this machine, in a thread; `timings` of its connections."""
-    protocol = type("Timed", (TimedProtocol,), timings)
-    config = uvicorn.Config(app, http=protocol, ws="none", lifespan="off", log_level="critical")
+def on_a_port(app: Any, connections: Connections | None = None, **timings: float):
+    """The application behind a real port of this machine, in a thread; limits and `timings` of its connections."""
+    connections = Connections() if connections is None else connections
+    protocol = type("Timed", (TimedProtocol,), {"admitted": connections, **timings})
+    config = uvicorn.Config(app, http=protocol, ws="none", lifespan="off", log_level="critical", loop="asyncio")
     server = uvicorn.Server(config)
-    with socket.create_server(("127.0.0.1", 0), backlog=512) as listening:
+    with listen("127.0.0.1", 0, connections) as listening:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
         thread.start()
         try:

@@ -11,6 +11,8 @@ import httpx
 import pytest
 from PIL import Image as PilImage
 
+from tests.engine.test_batcher_failures import kill
+from tests.serve import stand
 from tests.serve.stand import HELLO, ask, body, data_url, picture_part, send, text_part
 from vila.serve.app import create_app
 from vila.serve.received import Limits
@@ -289,3 +291,19 @@ def test_prompts_are_logged_only_when_that_is_asked_for(service, monkeypatch, ca
     monkeypatch.setattr(service, "log_prompts", True)
     ask(create_app(service), messages=turns)
     assert r"the secret\nword" in caplog.text
+
+
+def test_health_fails_once_the_thread_of_an_engine_is_dead():
+    service = stand.ready()
+    app = create_app(service)
+    assert send(app, "GET", "/health").json() == {"status": "ok"}
+    batcher = service.models.models[0].batcher
+    kill(batcher._thread)
+    batcher._poke()
+    batcher._thread.join(20)
+    for path in ("/health", "/ready"):
+        answer = send(app, "GET", path)
+        assert (answer.status_code, answer.json()) == (503, {"status": "dead", "models": {"tiny": "dead"}})
+    assert refusal(ask(app), 503)["code"] == "engine_dead"
+    assert send(app, "GET", "/metrics").status_code == 200
+    service.models.close()

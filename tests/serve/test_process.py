@@ -14,7 +14,8 @@ import pytest
 
 from tests.serve.stand import Process, body
 from vila.core.errors import ConfigError
-from vila.serve.server import Door, _listen
+from vila.serve.connections import Connections
+from vila.serve.server import ServerConfig, _listen
 
 
 @pytest.fixture(scope="module")
@@ -86,4 +87,4 @@ def test_a_port_that_is_taken_is_an_error():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"port {port} cannot be opened"):
-            _listen(Door(port=port))
+            _listen(ServerConfig(port=port), Connections())

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -83,6 +84,11 @@ class SpanTokenizer:
         self.image_token_id = len(tokenizer)
         names = sorted(self.special_ids, key=len, reverse=True)
         self._specials = re.compile("(" + "|".join(map(re.escape, names)) + ")") if names else None
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of the longest entry of the vocabulary: a text of N has at least N / longest_token tokens."""
+        return max(map(len, self._backend.get_vocab()))
 
     def encode(self, text: str, first: bool) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids and character offsets of plain text; `first` says that it opens a chunk."""

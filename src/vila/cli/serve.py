@@ -48,7 +48,7 @@ def serve(
         int, typer.Option(help="Requests that run at a time, per model.", min=1, rich_help_panel=_BATCH)
     ] = 8,
     queue: Annotated[
-        int, typer.Option(help="Requests that may wait besides; others get 429.", min=1, rich_help_panel=_BATCH)
+        int, typer.Option(help="Requests that may wait besides; further ones get 429.", min=1, rich_help_panel=_BATCH)
     ] = 64,
     kv_tokens: Annotated[
         int,
@@ -91,6 +91,24 @@ def serve(
             rich_help_panel=_WEB,
         ),
     ] = None,
+    api_key_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Keys, one a line.", show_default=False, rich_help_panel=_WEB),
+    ] = None,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Host name that requests may name; *.NAME for all below it. Default: names of this machine when it "
+            "listens there, else all. May be given several times.",
+            show_default=False,
+            rich_help_panel=_WEB,
+        ),
+    ] = None,
+    max_connections: Annotated[int, typer.Option(help="Open connections.", min=1, rich_help_panel=_WEB)] = 1000,
+    max_connections_per_address: Annotated[
+        int, typer.Option(help="Of one address; 0 is half of all.", min=0, rich_help_panel=_WEB)
+    ] = 0,
     cors: Annotated[
         list[str] | None,
         typer.Option(
@@ -118,10 +136,11 @@ def serve(
     _check(models, name, tls_cert, tls_key)
     _check_domains(allowed_media_domain or ())
     require_extra("serve", "vila serve")
+    from vila.serve.access import read_keys
     from vila.serve.chat import Service
     from vila.serve.models import Batching, Models
     from vila.serve.received import SERVER_MEDIA, Limits
-    from vila.serve.server import Door
+    from vila.serve.server import ServerConfig
     from vila.serve.server import serve as run
 
     loadings = [
@@ -152,10 +171,21 @@ def serve(
         [_served(loading, given) for loading, given in zip(loadings, name or [""] * len(models), strict=True)],
         Batching(slots, kv_tokens, queue, prefill_chunk),
     )
-    keys = [*(api_key or ()), *filter(None, [os.environ.get(KEYS_VARIABLE, "")])]
-    door = Door(host, port, _rooted(root_path), keys, cors or (), tls_cert, tls_key, drain_timeout)
+    config = ServerConfig(
+        host=host,
+        port=port,
+        root_path=_rooted(root_path),
+        keys=read_keys(api_key or (), api_key_file, os.environ.get(KEYS_VARIABLE, "").strip()),
+        origins=cors or (),
+        allowed_hosts=allowed_host or (),
+        certificate=tls_cert,
+        private_key=tls_key,
+        max_connections=max_connections,
+        max_per_address=max_connections_per_address,
+        drain_s=drain_timeout,
+    )
     _log_to_stderr()
-    run(Service(served, limits, log_prompts), door, lambda line: typer.echo(line, err=True))
+    run(Service(served, limits, log_prompts), config, lambda line: typer.echo(line, err=True))
 
 
 def _check(models: list[str], names: list[str] | None, certificate: str, key: str) -> None:

@@ -2,41 +2,59 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from vila import __version__
 from vila.core.errors import VilaError
+from vila.serve.access import Hosts
 from vila.serve.chat import Service
-from vila.serve.errors import ApiError, as_api_error, as_refusal, internal
+from vila.serve.errors import ApiError, as_api_error, internal
 from vila.serve.guard import Guard, respond
+from vila.serve.parse import INLINE_BYTES, parse_request
 from vila.serve.schema import ChatRequest
 
 _PROBLEM = {"description": "An error object", "content": {"application/json": {"schema": {"type": "object"}}}}
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
-    status: _PROBLEM for status in (400, 401, 404, 405, 408, 413, 429, 499, 500, 503, 504)
+    status: _PROBLEM for status in (400, 401, 403, 404, 405, 408, 413, 429, 431, 499, 500, 503, 504)
+}
+
+_SCHEMAS = "#/components/schemas/{model}"
+_REQUEST_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/json": {"schema": {"$ref": _SCHEMAS.format(model=ChatRequest.__name__)}}},
+    }
 }
 
 
 def create_app(
-    service: Service, *, keys: Sequence[str] = (), origins: Sequence[str] = (), root_path: str = "", body_s: float = 60
+    service: Service,
+    *,
+    keys: Sequence[str] = (),
+    origins: Sequence[str] = (),
+    hosts: Hosts | None = None,
+    root_path: str = "",
+    **timings: float,
 ) -> FastAPI:
     """The application of one server.
 
     keys:      that open `/v1`; none leaves it open.
     origins:   web pages that may ask from a browser; `*` for all.
+    hosts:     names under which it answers; None for all.
     root_path: under which a proxy shows it.
-    body_s:    seconds that the body of a request may take.
+    timings:   `body_s` and `stall_s` of `Guard`.
     """
     # The pages of documentation would be fetched from elsewhere.
     app = FastAPI(title="vila", version=__version__, docs_url=None, redoc_url=None)
-    app.add_middleware(Guard, service=service, keys=keys, root_path=root_path, body_s=body_s)
+    app.add_middleware(Guard, service=service, keys=keys, hosts=hosts, root_path=root_path, **timings)
     if origins:
         app.add_middleware(
             CORSMiddleware,
@@ -45,19 +63,36 @@ def create_app(
             allow_headers=["*"],
             expose_headers=["X-Request-Id", "Retry-After"],
         )
+    app.openapi = partial(_describe, app, app.openapi)  # type: ignore[method-assign]
     _add_errors(app)
     _add_chat(app, service)
     _add_state(app, service)
     return app
 
 
+def _describe(app: FastAPI, describe: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The OpenAPI description, with the schema of the request, which the application parses itself."""
+    if app.openapi_schema is None:
+        described = describe()
+        schema = ChatRequest.model_json_schema(ref_template=_SCHEMAS)
+        parts = {**schema.pop("$defs", {}), ChatRequest.__name__: schema}
+        described.setdefault("components", {}).setdefault("schemas", {}).update(parts)
+        app.openapi_schema = described
+    return app.openapi_schema
+
+
 def _add_chat(app: FastAPI, service: Service) -> None:
     models = service.models
 
-    @app.post("/v1/chat/completions", responses=_PROBLEMS, response_model=None)
-    async def complete(body: ChatRequest, request: Request) -> Response:
+    @app.post("/v1/chat/completions", responses=_PROBLEMS, response_model=None, openapi_extra=_REQUEST_BODY)
+    async def complete(request: Request) -> Response:
         """Answer a conversation."""
-        return await service.answer(body, request)
+        body = await request.body()
+        if len(body) <= INLINE_BYTES:
+            return await service.answer(parse_request(body, request.headers), request)
+        loop = asyncio.get_running_loop()
+        asked = await loop.run_in_executor(service.threads.parsing, parse_request, body, request.headers)
+        return await service.answer(asked, request)
 
     @app.get("/v1/models", responses=_PROBLEMS)
     async def list_models() -> dict[str, Any]:
@@ -73,10 +108,12 @@ def _add_chat(app: FastAPI, service: Service) -> None:
 def _add_state(app: FastAPI, service: Service) -> None:
     models = service.models
 
-    @app.get("/health")
-    async def health() -> dict[str, str]:
-        """Whether the process lives."""
-        return {"status": "ok"}
+    @app.get("/health", responses=_PROBLEMS)
+    async def health() -> JSONResponse:
+        """Whether the process can answer: 503 once the thread of a model's engine has ended by an error."""
+        if models.is_alive:
+            return JSONResponse({"status": "ok"})
+        return JSONResponse({"status": "dead", "models": {model.name: model.state for model in models.models}}, 503)
 
     @app.get("/ready", responses=_PROBLEMS)
     async def ready() -> JSONResponse:
@@ -84,7 +121,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
         states = {model.name: model.state for model in models.models}
         if models.is_ready:
             return JSONResponse({"status": "ready", "models": states})
-        status = "stopping" if models.draining else "loading"
+        status = "stopping" if models.draining else "loading" if models.is_alive else "dead"
         return JSONResponse({"status": status, "models": states}, 503, {"Retry-After": "2"})
 
     @app.get("/metrics", response_class=Response)
@@ -94,14 +131,9 @@ def _add_state(app: FastAPI, service: Service) -> None:
 
 
 def _add_errors(app: FastAPI) -> None:
-    @app.exception_handler(RequestValidationError)
-    async def refuse(request: Request, error: RequestValidationError) -> JSONResponse:
-        return respond(as_refusal(error.errors()))
-
     @app.exception_handler(HTTPException)
     async def refuse_address(request: Request, error: HTTPException) -> JSONResponse:
         words = {
-            400: "the body cannot be read: it is not JSON in UTF-8",
             404: "no such address; the server has POST /v1/chat/completions, GET /v1/models, /health, /ready, /metrics",
             405: f"{request.method} is not possible here",
         }

@@ -53,9 +53,9 @@ def _seed(seed: int, choice: int) -> int:
 class Asked:
     """The answers to one request. Events arrive from the batcher's thread and are read in the event loop."""
 
-    def __init__(self, batcher: Batcher, request: ChatRequest, until: float) -> None:
-        """until: when, by the monotonic clock, every answer must be complete."""
-        self.request, self.until = request, until
+    def __init__(self, batcher: Batcher, request: ChatRequest, until: float, client: str = "") -> None:
+        """until: time of the monotonic clock by which every answer must be complete; client: who asks."""
+        self.request, self.until, self.client = request, until, client
         self.tickets: list[Ticket] = []
         self._batcher = batcher
         self._loop = asyncio.get_running_loop()
@@ -72,6 +72,7 @@ class Asked:
         try:
             processor = self._batcher.engine.processor
             self._check_media(messages)
+            self._check_text(messages)
             # Videos are decoded once, however many answers there are.
             messages = processor.expand_videos(
                 messages,
@@ -126,7 +127,9 @@ class Asked:
             left = self.until - time.monotonic()
             if left <= 0:
                 raise DeadlineError("the request was not made ready in time")
-            ticket = self._batcher.submit(messages, sampling, timeout=left, on_event=partial(self._tell, choice))
+            ticket = self._batcher.submit(
+                messages, sampling, timeout=left, on_event=partial(self._tell, choice), owner=self.client
+            )
             self.tickets.append(ticket)
 
     @property
@@ -145,6 +148,16 @@ class Asked:
             raise ContextOverflowError(
                 f"{frames} pictures and frames take {frames * spec.tokens_per_image} tokens, but the model's context "
                 f"holds {self._context}; send fewer, or clips with a smaller num_frames"
+            )
+
+    def _check_text(self, messages: Sequence[Message]) -> None:
+        # Before it is tokenized, which takes seconds for megabytes and lets nothing else run.
+        length = sum(len(message.text) for message in messages)
+        fewest = length // self._batcher.engine.processor.span_tokenizer.longest_token
+        if fewest >= self._context:
+            raise ContextOverflowError(
+                f"the text has {length:,} characters, which are {fewest:,} tokens or more, but the model's context "
+                f"holds {self._context:,}; send less"
             )
 
     def _limit(self) -> int:

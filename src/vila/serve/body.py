@@ -1,10 +1,11 @@
-"""Reading the body of a request: not more than so much, not longer than so long, not too many at a time."""
+"""Reading the body of a request within limits on its size, its time, and the memory of all bodies together."""
 
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from starlette.types import Message, Receive, Scope
 
@@ -21,56 +22,65 @@ class BodyReader:
     """Reads bodies within limits, and counts the bytes of all that are in memory.
 
     most:    bytes of a body.
-    total:   of all bodies of requests that are being answered.
-    seconds: that a whole body may take.
+    total:   bytes of all bodies of requests that are being answered; one client may hold half of them.
+    seconds: for a whole body.
+    stall_s: between two pieces of one.
     """
 
     most: int
     total: int
     seconds: float
-    held: int = 0
+    stall_s: float = 15.0
+    held: Counter[str] = field(default_factory=Counter)
 
-    async def read(self, scope: Scope, receive: Receive) -> bytes:
-        """The body; whoever is done with it calls `release` with its length.
+    async def read(self, scope: Scope, receive: Receive, client: str) -> bytes:
+        """Read a body; the caller gives its length to `release` when it is no longer needed.
 
         Raises ApiError: 413 when it is too large, 408 when it is too slow, 429 when memory is short. What is refused is
         read on for a moment and thrown away, because a client that is still sending does not see the answer.
         """
-        announced = _content_length(scope)
+        announced = content_length(scope)
         body = bytearray()
+        until = asyncio.get_running_loop().time() + self.seconds
         try:
-            async with asyncio.timeout(self.seconds):
-                if announced > self.most:
-                    await _throw_away(receive)
-                    raise self._refusal()
-                while True:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise CancelledError("the client closed the connection")
-                    piece, more = message.get("body", b""), message.get("more_body", False)
-                    body += piece
-                    self.held += len(piece)
-                    if len(body) > self.most or self.held > self.total:
-                        if more:
-                            await _throw_away(receive)
-                        raise self._refusal() if len(body) > self.most else _BUSY
-                    if not more:
-                        return bytes(body)
-        except TimeoutError as error:
-            self.release(len(body))
-            raise ApiError(
-                408, f"the body was not complete within {self.seconds:g} s", headers={"Connection": "close"}
-            ) from error
+            if announced > self.most:
+                await _throw_away(receive)
+                raise self._refusal()
+            while True:
+                message = await self._piece(receive, until)
+                if message["type"] == "http.disconnect":
+                    raise CancelledError("the client closed the connection")
+                piece, more = message.get("body", b""), message.get("more_body", False)
+                body += piece
+                self.held[client] += len(piece)
+                too_large = len(body) > self.most
+                if too_large or self.held[client] > self.total // 2 or self.held.total() > self.total:
+                    if more:
+                        await _throw_away(receive)
+                    raise self._refusal() if too_large else _BUSY
+                if not more:
+                    return bytes(body)
         except BaseException:
-            self.release(len(body))
+            self.release(client, len(body))
             raise
 
-    def release(self, count: int) -> None:
-        """Forget about so many bytes."""
-        self.held -= count
+    def release(self, client: str, count: int) -> None:
+        """Stop counting `count` bytes of a client."""
+        self.held[client] -= count
+        if self.held[client] <= 0:
+            del self.held[client]
+
+    async def _piece(self, receive: Receive, until: float) -> Message:
+        try:
+            async with asyncio.timeout_at(min(until, asyncio.get_running_loop().time() + self.stall_s)):
+                return await receive()
+        except TimeoutError as error:
+            late = asyncio.get_running_loop().time() >= until
+            why = f"was not complete within {self.seconds:g} s" if late else f"made a pause of {self.stall_s:g} s"
+            raise ApiError(408, f"the body {why}", headers={"Connection": "close"}) from error
 
     def _refusal(self) -> ApiError:
-        message = f"the body is larger than {self.most:,} bytes; send fewer or smaller pictures, or their addresses"
+        message = f"the body is larger than {self.most:,} bytes; send fewer or smaller images, or their addresses"
         return ApiError(413, message, code="body_too_large", headers={"Connection": "close"})
 
 
@@ -99,8 +109,14 @@ async def _throw_away(receive: Receive) -> None:
                     return
 
 
-def _content_length(scope: Scope) -> int:
+def content_length(scope: Scope) -> int:
+    """Bytes of the body by its announcement, 0 if there is none."""
     for name, value in scope["headers"]:
         if name == b"content-length" and value.isdigit() and len(value) < 20:
             return int(value)
     return 0
+
+
+def has_body(scope: Scope) -> bool:
+    """Whether a body is announced, of known length or in chunks."""
+    return content_length(scope) > 0 or any(name == b"transfer-encoding" for name, _ in scope["headers"])

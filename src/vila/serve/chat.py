@@ -45,7 +45,11 @@ class Service:
         """The response to a request. Raises ApiError and the errors of ours; the request is given up then."""
         until = time.monotonic() + self.limits.request_s
         model = self.models.find(request.model)
-        asked = Asked(self.models.batcher(model), request, until)
+        batcher = self.models.batcher(model)
+        client, count = http.state.client, request.n or 1
+        model.room.enter(client, count)
+        http.state.exits.callback(model.room.leave, client, count)
+        asked = Asked(batcher, request, until, client)
         if self.log_prompts:
             _log.info("%s %s", http.state.request_id, json.dumps([[turn.role, turn.text] for turn in request.messages]))
         try:

@@ -14,6 +14,7 @@ from vila.core.errors import (
     ContextOverflowError,
     DataError,
     DeadlineError,
+    EngineDeadError,
     MediaError,
     QueueFullError,
     TemplateError,
@@ -56,6 +57,8 @@ def as_api_error(error: BaseException) -> ApiError | None:
         return error
     if isinstance(error, QueueFullError):
         return busy(str(error), error.retry_after)
+    if isinstance(error, EngineDeadError):
+        return ApiError(503, "the engine of this model has stopped; the server has to be restarted", code="engine_dead")
     if isinstance(error, ClosedError):
         return unavailable("the server is stopping and takes no new requests")
     if isinstance(error, DeadlineError):
@@ -78,30 +81,25 @@ def internal(request_id: str) -> ApiError:
     return ApiError(500, f"the server failed on this request; its log says more under {request_id}", code="internal")
 
 
+MAX_SHOWN = 10
+"""Problems of a body that its refusal names."""
+
+
 def as_refusal(problems: Sequence[Mapping[str, Any]]) -> ApiError:
-    """The problems of a body that the schema refuses, the first one's parameter named."""
-    told = [
-        ("" if problem["type"] == "json_invalid" else _path(problem["loc"]), _words(problem)) for problem in problems
-    ]
-    if not told:
+    """The refusal of a body by its schema: the first problems, and the first one's parameter."""
+    if not problems:
         return ApiError(400, "the body is not a request", code="invalid_value")
-    lines = [f"{path}: {words}" if path else words for path, words in told[:10]]
-    more = f"; and {len(told) - 10} more" if len(told) > 10 else ""
+    told = [(_path(problem["loc"]), _words(problem)) for problem in problems[:MAX_SHOWN]]
+    lines = [f"{path}: {words}" if path else words for path, words in told]
+    more = f"; and {len(problems) - MAX_SHOWN} more" if len(problems) > MAX_SHOWN else ""
     # What concerns the request as a whole begins with the parameter's name.
     path, colon, _ = lines[0].partition(": ")
     return ApiError(400, "; ".join(lines) + more, path if colon and " " not in path else None, "invalid_value")
 
 
 def _words(problem: Mapping[str, Any]) -> str:
-    if problem["type"] == "json_invalid":
-        why = problem.get("ctx", {}).get("error", "unreadable")
-        return f"the body is not valid JSON ({why}, byte {problem['loc'][-1]})"
-    if problem["type"] == "missing" and tuple(problem["loc"]) == ("body",):
-        return "the body is empty; send a JSON object"
     if problem["type"] == "list_type" and "content" in problem["loc"]:
         return "expected a string, or a list of parts"
-    if problem["type"] == "model_attributes_type":
-        return "expected a JSON object, sent as application/json"
     return str(problem["msg"]).removeprefix("Value error, ")
 
 
@@ -112,7 +110,7 @@ def _path(places: Iterable[str | int]) -> str:
     """
     out: list[str] = []
     branch = False
-    for place in list(places)[1:]:
+    for place in places:
         if isinstance(place, int):
             out.append(f"[{place}]")
             branch = "content" in out

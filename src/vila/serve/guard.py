@@ -1,44 +1,59 @@
-"""What every request passes before anything looks into it: an id, the key, room, the body; and what is logged of it."""
+"""Middleware that every request passes first: its id, header limits, host, key and body; and the log line about it."""
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import logging
 import re
 import secrets
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 from fastapi.responses import JSONResponse
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from vila.serve.body import BodyReader, replay
+from vila.serve.access import Hosts
+from vila.serve.body import BodyReader, has_body, replay
 from vila.serve.chat import Service
+from vila.serve.connections import client_address
 from vila.serve.errors import ApiError, as_api_error, busy, internal, unavailable
 
 _log = logging.getLogger("vila.serve")
 _ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _KNOWN_PATHS = ("/v1/chat/completions", "/v1/models", "/health", "/ready", "/metrics", "/openapi.json")
+_BODY_PATHS = frozenset({"/v1/chat/completions"})
+MAX_HEADERS, MAX_HEADER_BYTES = 100, 8192
+"""Headers of a request, and bytes of the name and the value of one. All together have at most 32 KiB."""
 
 
 class Guard:
     """ASGI middleware around the whole application.
 
     keys:      that open `/v1`; none leaves it open.
+    hosts:     names under which the server answers; None for all.
     root_path: under which a proxy shows the server, whether or not it takes the path away.
-    body_s:    seconds that the body of a request may take.
+    body_s, stall_s: seconds for the body of a request, and between two pieces of it.
     """
 
     def __init__(
-        self, app: ASGIApp, service: Service, keys: Sequence[str] = (), root_path: str = "", body_s: float = 60
+        self,
+        app: ASGIApp,
+        service: Service,
+        keys: Sequence[str] = (),
+        hosts: Hosts | None = None,
+        root_path: str = "",
+        body_s: float = 60,
+        stall_s: float = 15,
     ) -> None:
-        self.app, self.service, self.root_path = app, service, root_path
-        self.keys = [key.encode() for key in keys]
+        self.app, self.service, self.hosts, self.root_path = app, service, hosts, root_path
+        # Digests have one length, so that the time of a comparison says nothing about the length of a key.
+        self.keys = [_digest(key.encode()) for key in keys]
         most = service.limits.body
-        self.bodies = BodyReader(most, 8 * most, body_s)
-        self.open = 0
+        self.bodies = BodyReader(most, 8 * most, body_s, stall_s)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a request through, or answer in its place."""
@@ -49,15 +64,17 @@ class Guard:
             path = scope["path"].removeprefix(self.root_path)
             scope = {**scope, "root_path": self.root_path, "path": self.root_path + path}
         seen = _Seen(scope, receive, send)
-        scope.setdefault("state", {}).update(request_id=seen.id, begun=seen.begun)
-        body = b""
+        exits = ExitStack()
+        scope.setdefault("state", {}).update(request_id=seen.id, begun=seen.begun, exits=exits)
         self.service.metrics.open.inc()
-        self.open += 1
         try:
-            self._check_key(scope)
-            self._check_room(scope)
-            body = await self.bodies.read(scope, seen.receive)
-            await self.app(scope, replay(body, seen.receive), seen.send)
+            with exits:
+                _check_headers(scope)
+                if self.hosts is not None:
+                    self.hosts.check(scope)
+                client = scope["state"]["client"] = self._check_key(scope)
+                body = await self._body(scope, seen.receive, client, exits)
+                await self.app(scope, replay(body, seen.receive), seen.send)
         except Exception as error:  # noqa: BLE001 - the border: a client gets words, the log gets the rest
             known = as_api_error(error)
             if known is None:
@@ -65,29 +82,38 @@ class Guard:
             if not seen.status:
                 await respond(known or internal(seen.id))(scope, receive, seen.send)
         finally:
-            self.bodies.release(len(body))
-            self.open -= 1
             self.service.metrics.open.dec()
             self._note(scope, seen)
 
-    def _check_key(self, scope: Scope) -> None:
+    def _check_key(self, scope: Scope) -> str:
+        """The client, by which requests are counted: its key, or its address where none is needed."""
+        address = client_address(scope.get("client"))
         if not self.keys or not _path(scope).startswith("/v1") or scope["method"] == "OPTIONS":
-            return
+            return address
         given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
         scheme, _, key = given.partition(b" ")
+        digest = _digest(key.strip())
         # All keys are compared, so that the time says nothing about which one was near.
-        matches = [hmac.compare_digest(key.strip(), own) for own in self.keys]
+        matches = [hmac.compare_digest(digest, own) for own in self.keys]
         if scheme.lower() != b"bearer" or not any(matches):
             message = "no valid key; send the header 'Authorization: Bearer KEY'"
             raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        return f"key {matches.index(True)}"
 
-    def _check_room(self, scope: Scope) -> None:
-        if scope["method"] != "POST":
-            return
+    async def _body(self, scope: Scope, receive: Receive, client: str, exits: ExitStack) -> bytes:
+        """The body of a request that may have one; nothing is read for any other."""
+        path, method = _path(scope), scope["method"]
+        if path not in _BODY_PATHS or method != "POST":
+            if has_body(scope) and (path in _KNOWN_PATHS or method in ("GET", "HEAD", "OPTIONS")):
+                raise ApiError(400, f"{method} {path[:200]} takes no body", code="unexpected_body")
+            return b""
         if self.service.models.draining:
             raise unavailable("the server is stopping and takes no new requests")
-        if self.open > self.service.models.capacity:
-            raise busy(f"{self.open - 1} requests are open already; ask again in a moment", 1)
+        if self.service.models.is_full:
+            raise busy("too many requests are open already; ask again in a moment", 1)
+        body = await self.bodies.read(scope, receive, client)
+        exits.callback(self.bodies.release, client, len(body))
+        return body
 
     def _note(self, scope: Scope, seen: _Seen) -> None:
         path = _path(scope)
@@ -130,8 +156,22 @@ class _Seen:
 
 
 def respond(error: ApiError) -> JSONResponse:
-    """The response that tells an error."""
+    """The response that carries an error."""
     return JSONResponse(error.body, error.status, dict(error.headers))
+
+
+def _check_headers(scope: Scope) -> None:
+    headers = scope["headers"]
+    if len(headers) > MAX_HEADERS:
+        raise ApiError(431, f"{len(headers)} headers; this server takes {MAX_HEADERS}", code="headers_too_large")
+    for name, value in headers:
+        if len(name) + len(value) > MAX_HEADER_BYTES:
+            message = f"a header of {len(name) + len(value):,} bytes; this server takes {MAX_HEADER_BYTES:,}"
+            raise ApiError(431, message, code="headers_too_large")
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
 
 
 def _path(scope: Scope) -> str:

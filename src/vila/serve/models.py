@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from vila.core.errors import ConfigError
 from vila.serve.errors import ApiError, unavailable
+from vila.serve.room import Room, reserve_of
 
 if TYPE_CHECKING:
     from vila.engine.batcher import Batcher
@@ -29,6 +30,11 @@ class Batching:
     queue: int = 64
     prefill_chunk: int = 256
 
+    @property
+    def capacity(self) -> int:
+        """Requests of a model that run and wait."""
+        return self.slots + self.queue
+
 
 @dataclass
 class ServedModel:
@@ -40,6 +46,7 @@ class ServedModel:
     created: int = field(default_factory=lambda: int(time.time()))
     batcher: Batcher | None = None
     failure: Exception | None = None
+    room: Room = field(default_factory=lambda: Room(1))
 
     @property
     def card(self) -> dict[str, Any]:
@@ -48,8 +55,10 @@ class ServedModel:
 
     @property
     def state(self) -> str:
-        """`ready`, `loading` or `failed`."""
-        return "ready" if self.batcher is not None else "failed" if self.failure is not None else "loading"
+        """`ready`, `loading`, `failed`, or `dead` once the engine's thread has ended by an error."""
+        if self.batcher is not None:
+            return "ready" if self.batcher.is_alive else "dead"
+        return "failed" if self.failure is not None else "loading"
 
 
 class Models:
@@ -67,6 +76,7 @@ class Models:
                 raise ConfigError(f"two models are called {model.name!r}; give each its --name")
             self._by_name[model.name] = model
         for model in self.models:
+            model.room = Room(batching.capacity)
             for alias in model.aliases:
                 self._by_name.setdefault(alias, model)
 
@@ -76,14 +86,19 @@ class Models:
         return [model.name for model in self.models]
 
     @property
-    def capacity(self) -> int:
-        """Requests that are held at a time, running and waiting."""
-        return len(self.models) * (self.batching.slots + self.batching.queue)
+    def is_full(self) -> bool:
+        """Whether no model has room for another request."""
+        return all(model.room.is_full for model in self.models)
+
+    @property
+    def is_alive(self) -> bool:
+        """False once the thread of a model's engine has ended by an error."""
+        return all(model.state != "dead" for model in self.models)
 
     @property
     def is_ready(self) -> bool:
         """Whether every model is loaded and requests are taken."""
-        return not self.draining and all(model.batcher is not None for model in self.models)
+        return not self.draining and all(model.state == "ready" for model in self.models)
 
     def find(self, name: str) -> ServedModel:
         """The model of a name. Raises ApiError, 404 with the names that there are."""
@@ -139,7 +154,7 @@ class Models:
             engine,
             slots=settings.slots,
             kv_tokens=settings.kv_tokens,
-            queue=settings.queue,
+            queue=settings.queue + reserve_of(settings.capacity),
             prefill_chunk=settings.prefill_chunk,
         )
         batcher.start()

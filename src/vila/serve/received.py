@@ -103,6 +103,7 @@ class Threads:
         self.fetching = ThreadPoolExecutor(fetching, thread_name_prefix="vila-fetch")
         self.working = ThreadPoolExecutor(working, thread_name_prefix="vila-prepare")
         self.decoding = ThreadPoolExecutor(decoding, thread_name_prefix="vila-video")
+        self.parsing = ThreadPoolExecutor(2, thread_name_prefix="vila-parse")
 
     def of(self, part: ImagePart | VideoPart) -> ThreadPoolExecutor:
         """Those that read this medium."""
@@ -115,7 +116,7 @@ class Threads:
 
     def close(self) -> None:
         """Let go of the threads without waiting for them."""
-        for pool in (self.fetching, self.working, self.decoding):
+        for pool in (self.fetching, self.working, self.decoding, self.parsing):
             pool.shutdown(wait=False, cancel_futures=True)
 
 

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
 
 from vila.serve.unsupported import message_problems, problems
 
@@ -67,7 +76,8 @@ class VideoPart(_Strict):
 
 
 Part = TextPart | ImagePart | VideoPart
-_Parts = Annotated[list[Annotated[Part, Field(discriminator="type")]], Field(max_length=1024)]
+# The first wrong element of a list is reported, not each of thousands.
+_Parts = Annotated[list[Annotated[Part, Field(discriminator="type")]], Field(max_length=1024, fail_fast=True)]
 
 
 def _branch(content: Any) -> str:
@@ -76,7 +86,8 @@ def _branch(content: Any) -> str:
 
 Content = Annotated[Annotated[Words, Tag("<text>")] | Annotated[_Parts, Tag("<parts>")], Discriminator(_branch)]
 Stop = Annotated[
-    Annotated[_StopText, Tag("<text>")] | Annotated[list[_StopText], Field(max_length=16), Tag("<parts>")],
+    Annotated[_StopText, Tag("<text>")]
+    | Annotated[list[_StopText], Field(max_length=16, fail_fast=True), Tag("<parts>")],
     Discriminator(_branch),
 ]
 
@@ -118,7 +129,7 @@ class ChatRequest(_Strict):
     model_config = ConfigDict(extra="allow")
 
     model: str = Field(max_length=1000)
-    messages: list[ChatMessage] = Field(min_length=1, max_length=1024)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=1024, fail_fast=True)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(None, ge=1, le=2**31)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -16,9 +15,10 @@ from types import FrameType
 import uvicorn
 
 from vila.core.errors import ConfigError, VilaError
+from vila.serve.access import hosts_of
 from vila.serve.app import create_app
 from vila.serve.chat import Service
-from vila.serve.connections import TimedProtocol
+from vila.serve.connections import MAX_CONNECTIONS, Connections, Listener, TimedProtocol, fitting_connections, listen
 from vila.serve.models import ServedModel
 
 _log = logging.getLogger("vila.serve")
@@ -26,14 +26,16 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True, slots=True)
-class Door:
-    """Where a server listens and whom it lets in.
+class ServerConfig:
+    """Where a server listens, and who may use it.
 
     port:      0 takes a free one.
     root_path: under which a proxy shows it.
     keys:      that open it; origins: web pages that may ask from a browser.
+    allowed_hosts: names under which it answers besides those of this machine, see `vila.serve.access.hosts_of`.
     certificate, private_key: files; with them it speaks HTTPS.
-    drain_s:   how long running answers have to finish once it is told to stop.
+    max_connections, max_per_address: open connections, in total and of one address; 0 is half of the total.
+    drain_s:   seconds that running answers have to finish once the server is stopped.
     """
 
     host: str = "127.0.0.1"
@@ -41,34 +43,41 @@ class Door:
     root_path: str = ""
     keys: Sequence[str] = ()
     origins: Sequence[str] = ()
+    allowed_hosts: Sequence[str] = ()
     certificate: str = ""
     private_key: str = ""
+    max_connections: int = MAX_CONNECTIONS
+    max_per_address: int = 0
     drain_s: float = 60.0
 
 
-def serve(service: Service, door: Door, say: Callable[[str], None]) -> None:
+def serve(service: Service, config: ServerConfig, say: Callable[[str], None]) -> None:
     """Answer requests until SIGTERM or Ctrl-C; running answers are finished then, and a second signal ends at once.
 
     The port is open before the models are read. Raises ConfigError for an address that cannot be had and for bad
     certificates, and what a model could not be loaded for.
     """
-    app = create_app(service, keys=door.keys, origins=door.origins, root_path=door.root_path)
-    config = uvicorn.Config(
-        app, http=TimedProtocol, ws="none", lifespan="off", access_log=False, log_level="warning", backlog=2048,
+    hosts = hosts_of(config.host, config.allowed_hosts)
+    app = create_app(service, keys=config.keys, origins=config.origins, hosts=hosts, root_path=config.root_path)
+    connections = Connections(fitting_connections(config.max_connections), config.max_per_address)
+    protocol = type("ServerProtocol", (TimedProtocol,), {"admitted": connections})
+    settings = uvicorn.Config(
+        app, http=protocol, ws="none", lifespan="off", access_log=False, log_level="warning", backlog=2048,
         server_header=False, h11_max_incomplete_event_size=32 * 1024, timeout_graceful_shutdown=5,
-        ssl_certfile=door.certificate or None, ssl_keyfile=door.private_key or None,
+        ssl_certfile=config.certificate or None, ssl_keyfile=config.private_key or None,
+        loop="asyncio",  # another one would not ask our listener
     )  # fmt: skip
     try:
-        config.load()
+        settings.load()
     except (OSError, ssl.SSLError) as error:
-        named = f"{door.certificate}, {door.private_key}"
+        named = f"{config.certificate}, {config.private_key}"
         raise ConfigError(f"{named}: cannot be used as certificate and key ({error})") from error
-    listening = _listen(door)
-    scheme = "https" if door.certificate else "http"
+    listening = _listen(config, connections)
+    scheme = "https" if config.certificate else "http"
     host, port = listening.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
-    say(f"{scheme}://{shown}:{port}{door.root_path}/v1 will answer for {', '.join(service.models.names)} when loaded")
-    server = _Server(config, service, door.drain_s)
+    say(f"{scheme}://{shown}:{port}{config.root_path}/v1 will answer for {', '.join(service.models.names)} when loaded")
+    server = _Server(settings, service, config.drain_s)
     service.models.start(server.fail)
     try:
         server.run(sockets=[listening])
@@ -124,9 +133,10 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
-def _listen(door: Door) -> socket.socket:
-    family = socket.AF_INET6 if ":" in door.host else socket.AF_INET
+def _listen(config: ServerConfig, connections: Connections) -> Listener:
     try:
-        return socket.create_server((door.host, door.port), family=family, backlog=2048)
+        return listen(config.host, config.port, connections)
     except (OSError, OverflowError) as error:
-        raise ConfigError(f"{door.host} port {door.port} cannot be opened ({error}); give another by --port") from error
+        raise ConfigError(
+            f"{config.host} port {config.port} cannot be opened ({error}); give another by --port"
+        ) from error

@@ -48,25 +48,40 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Values, besides null, with which a parameter says what is done anyway."""
 
 
+MAX_NAMES = 20
+"""Names that are examined for a message; any more are counted."""
+_LONGEST_NAME = 60
+
+
 def problems(extra: Mapping[str, Any], known: list[str]) -> Iterator[str]:
     """What is wrong with the parameters of a request that its schema does not have; `known` are those it has."""
-    for name, value in extra.items():
-        if name in IGNORED or (name in NEUTRAL and (value is None or value in NEUTRAL[name])):
-            continue
+    wrong = [
+        name
+        for name, value in extra.items()
+        if name not in IGNORED and not (name in NEUTRAL and (value is None or value in NEUTRAL[name]))
+    ]
+    for name in wrong[:MAX_NAMES]:
         if name in NEUTRAL:
             yield f"{name}: is not supported here, and would change the answer; leave it out"
             continue
-        near = get_close_matches(name, known, n=1)
+        near = get_close_matches(name, known, n=1) if len(name) <= _LONGEST_NAME else []
         hint = f"; did you mean {near[0]!r}?" if near else ""
         yield f"{_short(name)}: unknown parameter{hint}"
+    yield from _rest(wrong)
 
 
 def message_problems(extra: Mapping[str, Any]) -> Iterator[str]:
     """What is wrong with the further fields of a message. Those of an earlier answer, sent back, are empty."""
-    for name, value in extra.items():
-        if value is not None and value not in ([], "", {}):
-            yield f"{_short(name)}: is not supported in a message; leave it out"
+    wrong = [name for name, value in extra.items() if value is not None and value not in ([], "", {})]
+    for name in wrong[:MAX_NAMES]:
+        yield f"{_short(name)}: is not supported in a message; leave it out"
+    yield from _rest(wrong)
+
+
+def _rest(wrong: list[str]) -> Iterator[str]:
+    if len(wrong) > MAX_NAMES:
+        yield f"and {len(wrong) - MAX_NAMES:,} more"
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= 60 else f"{name[:57]}..."
+    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 3]}..."

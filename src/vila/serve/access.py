@@ -1,0 +1,106 @@
+"""Who may ask: the keys of the server, and the host names under which it answers.
+
+A page of another site must not reach a server on this machine by a name of its own. DNS rebinding lets a web page point
+its own host name to 127.0.0.1; the browser then takes the server for the page's own and lets it read the answers. The
+name still stands in the `Host` header.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from vila.core.errors import ConfigError
+from vila.core.reading import file_errors
+from vila.serve.errors import ApiError
+
+
+class Hosts:
+    """Host names of a server; loopback names always belong to them.
+
+    names: further ones; `*.example.org` stands for every name below example.org.
+    """
+
+    def __init__(self, names: Iterable[str] = ()) -> None:
+        self.names = tuple(name.lower().rstrip(".") for name in names)
+
+    def accepts(self, host: str) -> bool:
+        """Whether a host, without its port, is one of the names."""
+        host = host.lower().rstrip(".")
+        return is_loopback(host) or any(
+            host == name or (name.startswith("*.") and host.endswith(name[1:])) for name in self.names
+        )
+
+    def check(self, scope: Mapping[str, Any]) -> None:
+        """Raises ApiError, 403, for a request to another name. HTTP/1.0 without a name passes: no browser sends it."""
+        given = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
+        if not all(self.accepts(host_of(value)) for value in given):
+            message = "the server does not answer to this host name; start it with --allowed-host NAME"
+            raise ApiError(403, message, code="host_not_allowed")
+
+
+def hosts_of(listening: str, allowed: Iterable[str]) -> Hosts | None:
+    """The names of a server that listens on an address; None for all.
+
+    allowed: further names. Without any, a server that others can reach answers to every name. Raises ConfigError for
+    what is no host name.
+    """
+    allowed = tuple(allowed)
+    for name in allowed:
+        bare = name.removeprefix("*.")
+        if not bare or host_of(bare) != bare.lower() or not bare.isascii() or set(bare) & set("* "):
+            expected = "a host name without scheme and port, or *.NAME for all names below NAME"
+            raise ConfigError(field="--allowed-host", value=name, expected=expected)
+    return Hosts(allowed) if allowed or is_loopback(listening) else None
+
+
+def host_of(value: str) -> str:
+    """The host of a Host header, without port and brackets; empty for what is none."""
+    try:
+        return "" if set(value) & set("@/?#\\") else urlsplit(f"//{value.strip()}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a name stands for this machine alone: localhost, names below it, 127.0.0.0/8 and ::1."""
+    host = host.lower().strip("[]")
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def read_keys(given: Iterable[str], file: Path | None, variable: str = "") -> tuple[str, ...]:
+    """All keys that open a server; empty when it needs none.
+
+    given:    of the command line.
+    file:     with a key a line; empty lines and lines that begin with # are left out.
+    variable: value of the environment variable, empty when it is not set.
+    Raises ConfigError for a file that cannot be read or holds no key, and for a key that no header can carry. Messages
+    do not show keys.
+    """
+    keys = [(key, {"field": "--api-key"}) for key in given]
+    if variable:
+        keys.append((variable, {"field": "VILA_API_KEY"}))
+    if file is not None:
+        with file_errors(file, ConfigError):
+            lines = file.read_text(encoding="utf-8-sig").splitlines()
+        found = [(line.strip(), number) for number, line in enumerate(lines, start=1) if not _is_aside(line)]
+        if not found:
+            raise ConfigError("holds no key", file=file, expected="a key a line")
+        keys += [(key, {"file": str(file), "record": f"line {number}"}) for key, number in found]
+    for key, where in keys:
+        if not key or not key.isascii() or not key.isprintable() or " " in key:
+            problem = "the key is empty" if not key else "the key holds a character that no header can carry"
+            raise ConfigError(problem, expected="printable ASCII without spaces", **where)
+    return tuple(dict.fromkeys(key for key, _ in keys))
+
+
+def _is_aside(line: str) -> bool:
+    return not line.strip() or line.lstrip().startswith("#")

@@ -1,0 +1,137 @@
+"""Keys, key files, host names and headers: who is let in."""
+
+import pytest
+
+from tests.serve.stand import body, on_a_port, send
+from tests.serve.test_bad_input import refusal
+from tests.serve.test_connections import connect, ended
+from vila.core.errors import ConfigError
+from vila.serve.access import Hosts, host_of, hosts_of, is_loopback, read_keys
+from vila.serve.app import create_app
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["localhost", "LOCALHOST:8000", "127.0.0.1", "127.0.0.1:80", "127.3.2.1", "[::1]", "[::1]:8000", "a.localhost",
+     "localhost."],
+)  # fmt: skip
+def test_a_server_of_this_machine_answers_to_its_names(service, host):
+    app = create_app(service, hosts=hosts_of("127.0.0.1", ()))
+    assert send(app, "GET", "/v1/models", headers={"Host": host}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "host",
+    ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", "localhost.evil.example", "evillocalhost",
+     "10.0.0.1", "0.0.0.0", "127.0.0.1@evil.example", "evil.example#127.0.0.1", "127.0.0.1/evil", "", "[::2]", "[",
+     "\u00e9.example"],
+)  # fmt: skip
+@pytest.mark.parametrize("path", ["/v1/models", "/health", "/metrics", "/openapi.json"])
+def test_it_answers_to_no_other_name(service, host, path):
+    app = create_app(service, hosts=hosts_of("localhost", ()))
+    error = refusal(send(app, "GET", path, headers={"Host": host.encode("latin-1")}), 403)
+    assert error["code"] == "host_not_allowed"
+
+
+def test_a_request_to_another_name_is_refused_before_its_body_is_read(service):
+    app = create_app(service, hosts=hosts_of("::1", ()))
+    assert refusal(send(app, json=body(), headers={"Host": "evil.example"}), 403)
+    with on_a_port(app) as port, connect(port) as connection:
+        connection.sendall(b"GET /health HTTP/1.0\r\n\r\n")
+        assert ended(connection).startswith(b"HTTP/1.1 200")
+
+
+def test_further_names_are_allowed_by_name():
+    hosts = hosts_of("127.0.0.1", ["vila.example", "*.Lab.example"])
+    for host in ("vila.example", "VILA.example.", "a.lab.example", "a.b.lab.example", "localhost"):
+        assert hosts.accepts(host)
+    for host in ("lab.example", "xlab.example", "vila.example.evil", "a.vila.example"):
+        assert not hosts.accepts(host)
+
+
+def test_a_server_that_others_can_reach_answers_to_every_name_unless_some_are_given():
+    assert hosts_of("0.0.0.0", ()) is None
+    assert hosts_of("192.168.1.5", ()) is None
+    assert isinstance(hosts_of("0.0.0.0", ["a.example"]), Hosts)
+
+
+@pytest.mark.parametrize("name", ["", "*", "*.", "http://a.example", "a.example:80", "a b", "a@b", "a/b", "*.*.a"])
+def test_what_is_no_host_name_is_refused(name):
+    with pytest.raises(ConfigError) as raised:
+        hosts_of("127.0.0.1", [name])
+    assert (raised.value.field, raised.value.value) == ("--allowed-host", name)
+
+
+def test_hosts_of_headers():
+    assert host_of("a.example:80") == "a.example"
+    assert host_of("[::1]:80") == "::1"
+    assert host_of("[::1") == ""
+    assert is_loopback("127.0.0.1") and not is_loopback("128.0.0.1") and not is_loopback("")
+
+
+def test_keys_of_a_file_the_command_line_and_the_environment_are_all_good(service, tmp_path):
+    file = tmp_path / "keys"
+    file.write_text("\ufeff# keys of the lab\nalpha\n\n  beta  \r\nalpha\n")
+    keys = read_keys(["gamma"], file, "delta")
+    assert sorted(keys) == ["alpha", "beta", "delta", "gamma"]
+    app = create_app(service, keys=keys)
+    for key in keys:
+        assert send(app, "GET", "/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == 200
+    for key in ("", "alpha.", "alphaa", "# keys of the lab", "Alpha"):
+        assert refusal(send(app, "GET", "/v1/models", headers={"Authorization": f"Bearer {key}"}), 401)
+
+
+@pytest.mark.parametrize(
+    ("content", "record"),
+    [(b"", None), (b"# nothing\n\n", None), (b"good\nwith space\n", "line 2"), ("k\u00e9y\n".encode(), "line 1"),
+     (b"good\n\x01bad", "line 2"), (b"\xff\xfe\x00", None)],
+)  # fmt: skip
+def test_a_file_without_good_keys_is_named_and_no_key_is_shown(tmp_path, content, record):
+    file = tmp_path / "keys"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError) as raised:
+        read_keys((), file)
+    assert (raised.value.file, raised.value.record) == (str(file), record)
+    assert not any(word in str(raised.value).replace(str(file), "") for word in ("good", "with space", "bad"))
+
+
+def test_a_key_file_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ConfigError) as raised:
+        read_keys((), tmp_path / "none")
+    assert raised.value.file == str(tmp_path / "none")
+
+
+@pytest.mark.parametrize("key", ["", " ", "a b", "k\u00e9y", "a\n"])
+def test_a_key_that_no_header_can_carry_is_refused_and_an_empty_one_opens_nothing(key):
+    with pytest.raises(ConfigError) as raised:
+        read_keys([key], None)
+    assert raised.value.field == "--api-key"
+
+
+def test_without_any_key_the_server_is_open():
+    assert read_keys((), None, "") == ()
+
+
+def test_a_client_is_counted_by_its_key_or_else_its_address(service, monkeypatch):
+    seen = []
+    room = service.models.models[0].room
+    monkeypatch.setattr(room, "enter", lambda client, count: seen.append((client, count)))
+    monkeypatch.setattr(room, "leave", lambda client, count: None)
+    app = create_app(service, keys=["one", "two"])
+    for key in ("two", "one"):
+        assert send(app, json=body(n=2), headers={"Authorization": f"Bearer {key}"}).status_code == 200
+    assert send(create_app(service), json=body()).status_code == 200
+    assert seen == [("key 1", 2), ("key 0", 2), ("127.0.0.1", 1)]
+
+
+@pytest.mark.parametrize(
+    "headers", [{f"X-{number}": "a" for number in range(101)}, {"X-Long": "a" * 8192}, {"X" * 8192: "a"}]
+)
+def test_too_many_and_too_long_headers_are_refused(service, headers):
+    assert refusal(send(create_app(service), "GET", "/health", headers=headers), 431)["code"] == "headers_too_large"
+
+
+def test_headers_beyond_all_measure_end_the_connection(service):
+    with on_a_port(create_app(service)) as port, connect(port) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n" + b"a: b\r\n" * 20_000)
+        assert ended(connection)[:12] in (b"HTTP/1.1 400", b"HTTP/1.1 431", b"")
