@@ -178,9 +178,12 @@ def test_a_damaged_cache_file_is_deleted_and_computed_again(tmp_path):
     cache = FeatureCache(tmp_path, model, processor)
     first = cache(image)
     file = next(cache.folder.glob("*.safetensors"))
-    file.write_bytes(b"\0" * 30)
-    assert torch.equal(FeatureCache(tmp_path, model, processor)(image), first)
-    assert file.stat().st_size > 30
+    whole = file.read_bytes()
+    flips = [whole[:n] + bytes([whole[n] ^ 64]) + whole[n + 1 :] for n in range(0, len(whole), len(whole) // 12)]
+    for damaged in (bytes(30), b"", b"version https://git-lfs.github.com/spec/v1", whole[:-5], *flips):
+        file.write_bytes(damaged)
+        assert torch.equal(FeatureCache(tmp_path, model, processor)(image), first)
+        assert file.read_bytes() == whole
 
 
 def test_a_picture_that_is_not_one_stops_before_the_tower_runs(tmp_path):

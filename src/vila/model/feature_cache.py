@@ -1,30 +1,33 @@
-"""Features of a frozen tower, computed once per picture and kept on disk.
+"""Features of a frozen tower, computed once per image and stored on disk.
 
 The folder is named by a hash of everything that the features depend on (tower weights, layer, pixels); inside, chunks
-of safetensors hold them by content hash of the picture. A chunk is written atomically, so a killed run keeps what it
-has; a damaged chunk is deleted and its pictures are computed again.
+of safetensors hold them by content hash of the image, with a SHA-256 of the chunk. A chunk is written atomically, so a
+killed run keeps what it has; a damaged chunk is deleted and its images are computed again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vila.core.errors import DataError
 from vila.core.events import SILENT, Events, task
 from vila.core.files import atomic_path, remove_partials
+from vila.core.reading import file_errors
 from vila.core.types import Image
 from vila.model.processor import VilaProcessor
 from vila.model.vila import VilaForConditionalGeneration
 
 _BATCH = 64
 _CHUNK = 512
+_HASH = "sha256"
 
 
 class FeatureCache:
@@ -73,16 +76,30 @@ class FeatureCache:
     def _write(self, chunk: dict[str, Tensor]) -> None:
         name = hashlib.sha256("".join(sorted(chunk)).encode()).hexdigest()[:16]
         with atomic_path(self.folder / f"{name}.safetensors") as part:
-            save_file({key: value.contiguous() for key, value in chunk.items()}, part)
+            tensors = {key: value.contiguous() for key, value in chunk.items()}
+            save_file(tensors, part, metadata={_HASH: _hash_of(tensors)})
         self._features.update(chunk)
 
     def _read(self, path: Path) -> None:
         try:
-            with safe_open(path, framework="pt") as chunk:
-                self._features.update({key: chunk.get_tensor(key) for key in chunk.keys()})  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            path.unlink()
-            self._events.said(f"{path}: damaged ({error}); deleted, its features are computed again")
+            with file_errors(path), safe_open(path, framework="pt") as chunk:
+                tensors = {key: chunk.get_tensor(key) for key in chunk.keys()}  # noqa: SIM118
+                stated = (chunk.metadata() or {}).get(_HASH)
+            if stated != _hash_of(tensors):
+                raise DataError("its tensors are not those that were written", file=path)
+        except DataError as error:
+            path.unlink(missing_ok=True)
+            self._events.said(f"{error}; deleted, its features are computed again")
+        else:
+            self._features.update(tensors)
+
+
+def _hash_of(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for key, value in sorted(tensors.items()):
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _fingerprint(model: VilaForConditionalGeneration, processor: VilaProcessor) -> str:
