@@ -170,8 +170,8 @@ def parse_options(words: Sequence[str]) -> dict[str, Any]:
             raise ConfigError(f"--option {word!r}: expected NAME=VALUE, such as max_images=4")
         try:
             options[name] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--option {word!r}: {value!r} is no value ({error})") from error
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise ConfigError(f"{value[:80]!r} is no value ({error})", field="--option", value=word) from error
     return options
 
 

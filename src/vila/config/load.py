@@ -206,6 +206,8 @@ def _parse_yaml(text: str) -> tuple[Any, list[str]]:
         return loader.construct_document(node), duplicates
     except ValueError as error:  # PyYAML takes `0x_` for a number and then fails to read it
         raise yaml.YAMLError(str(error)) from error
+    except RecursionError as error:
+        raise yaml.YAMLError("nested too deeply") from error
     finally:
         loader.dispose()
 
