@@ -500,7 +500,7 @@ def test_fields_are_described_with_type_default_and_help() -> None:
     assert rows["stage.lr_projector"][:2] == ["a number > 0 and < 1 or null", "null"]
     assert rows["data.mixture"][:2] == ["a list of mappings, at least one", "required"]
     assert rows["data.mixture.N.repeat"][:2] == ["a number > 0", "1.0"]
-    assert rows["model.image_mode"][:2] == ["pad, resize or square", "pad"]
+    assert rows["model.image_mode"][:2] == ["pad, resize or square or null", "null"]
     assert rows["model.llm"][:2] == ["text", '""']
     assert rows["output.dir"][:2] == ["a path", "required"]
     assert rows["compute.feature_cache"][:2] == ["true or false", "false"]

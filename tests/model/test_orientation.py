@@ -108,4 +108,5 @@ def test_recipes_of_the_original_ignore_it_and_ours_apply_it():
     for family, applied in (("vila_7b", False), ("vila_13b", False), ("vila_1_5_3b", False), ("vila_1_5_8b", False),
                             ("small", True), ("starter", True)):  # fmt: skip
         for stage in ("1_align", "3_sft"):
-            assert load_recipe(f"{family}/{stage}").model.exif_orientation is applied
+            # null: as the checkpoint has it, which for a new model is to apply it.
+            assert (load_recipe(f"{family}/{stage}").model.exif_orientation is not False) is applied

@@ -1,15 +1,17 @@
 """A template whose special tokens the tokenizer lacks is refused before weights are read."""
 
 import pytest
+import yaml
 
 from tests import tiny
 from tests.train.stand import stand_recipe, write_stand
 from vila.chat.templates import TEMPLATES
 from vila.chat.tokenize import check_special_tokens
+from vila.config.load import load_recipe
 from vila.core.errors import LayoutError, TemplateError
 from vila.model import build
 from vila.model.load import load_model, open_parts, save_model
-from vila.train.model import open_start
+from vila.train.model import load_start, open_start
 
 LACKING = ["vicuna_v1", "llama_2", "llama_3", "mistral"]
 WRITTEN = ["chatml", "hermes-2", "mpt", "starter_qa", "caption", "page", "llava_v0"]
@@ -78,3 +80,30 @@ def test_class_tokens_of_a_tower_without_one_are_refused(tmp_path, unbuilt):
     with pytest.raises(LayoutError) as caught:
         open_parts(**facts, vision=str(parts / "siglip"), select_layer=-2, select_feature="patch", template="chatml")
     assert (caught.value.field, caught.value.value) == ("select_feature", "patch")
+
+
+def test_fine_tuning_keeps_template_and_image_settings_that_the_recipe_does_not_name(tmp_path):
+    folder = write_stand(tmp_path)
+    model, processor = load_model(folder / "base")
+    spec = {**processor.vision_spec, "image_mode": "resize", "exif_orientation": False}
+    model.config.vision_spec = processor.vision_spec = spec
+    model.config.template = processor.template = "chatml"
+    save_model(model, processor, folder / "base")
+    text = yaml.safe_dump(
+        {
+            "name": "r",
+            "model": {"path": str(folder / "base")},
+            "stage": {"tune": ["projector"], "lr": 1e-3},
+            "data": {"max_length": 96, "mixture": [{"format": "messages", "path": str(folder / "data.jsonl")}]},
+            "batch": {"rows": 2},
+            "budget": {"tokens": 200},
+            "output": {"dir": str(tmp_path / "out")},
+        }
+    )
+    (tmp_path / "r.yaml").write_text(text)
+    recipe = load_recipe(str(tmp_path / "r.yaml"))
+    _, trained = load_start(recipe, open_start(recipe))
+    assert (trained.template, trained.spec.image_mode, trained.spec.exif_orientation) == ("chatml", "resize", False)
+    changed = load_recipe(str(tmp_path / "r.yaml"), ["model.image_mode=pad", "model.template=starter_qa"])
+    _, trained = load_start(changed, open_start(changed))
+    assert (trained.template, trained.spec.image_mode, trained.spec.exif_orientation) == ("starter_qa", "pad", False)

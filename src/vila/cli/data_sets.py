@@ -57,7 +57,7 @@ class DataSets:
         if self.reader:
             return ImagePreview.of(self.reader.spec, part.image_mode)
         if self.recipe and not self.recipe.model.path:
-            return ImagePreview(self.recipe.model.image_size, part.image_mode or self.recipe.model.image_mode)
+            return ImagePreview(self.recipe.model.image_size, part.image_mode or self.recipe.model.image_mode or "pad")
         return None
 
     def length_preview(self) -> LengthPreview | None:

@@ -47,12 +47,15 @@ class ModelSource(Config):
     """`patch` drops the class token, `cls_patch` keeps every token."""
     image_size: int = 336
     """Side of the square picture given to the tower, in pixels."""
-    image_mode: ImageMode = "pad"
-    """How a picture becomes square: `pad` with the mean colour, `resize` ignoring the aspect, `square` centre crop."""
-    exif_orientation: bool = True
-    """Turn images upright as their EXIF says; stored with the model and used at inference. The original ignores it."""
-    template: str = "vicuna_v1"
-    """Conversation template stored with the model and used at inference."""
+    image_mode: ImageMode | None = None
+    """How an image becomes square: `pad` with the mean colour, `resize` ignoring the aspect, `square` centre crop;
+    null: as the checkpoint at `path` has it, `pad` for a new model."""
+    exif_orientation: bool | None = None
+    """Turn images upright as their EXIF says; stored with the model and used at inference. The original ignores it.
+    null: as the checkpoint at `path` has it, true for a new model."""
+    template: str = ""
+    """Conversation template stored with the model and used at inference; empty: that of the checkpoint at `path`,
+    `vicuna_v1` for a new model."""
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelSource:

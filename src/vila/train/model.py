@@ -51,6 +51,10 @@ class Learner:
     seen: Seen
 
 
+NEW_TEMPLATE = "vicuna_v1"
+"""Template of a new model whose recipe names none."""
+
+
 def open_start(recipe: Recipe) -> Checkpoint:
     """Open the model that a stage starts from, without reading weights: `model.path`, or an LLM and a tower.
 
@@ -68,13 +72,16 @@ def open_start(recipe: Recipe) -> Checkpoint:
             select_layer=source.select_layer,
             select_feature=source.select_feature,
             image_size=source.image_size,
-            image_mode=source.image_mode,
-            exif_orientation=source.exif_orientation,
-            template=source.template,
+            image_mode=source.image_mode or "pad",
+            exif_orientation=source.exif_orientation is not False,
+            template=source.template or NEW_TEMPLATE,
         )
     )
-    stage = data.template or source.template
-    check_template(checkpoint, *dict.fromkeys([source.template, *(entry.template or stage for entry in data.mixture)]))
+    if source.template:
+        checkpoint.config.template = checkpoint.processor.template = source.template
+    own = checkpoint.processor.find_template().name
+    stage = data.template or own
+    check_template(checkpoint, *dict.fromkeys([own, *(entry.template or stage for entry in data.mixture)]))
     return checkpoint
 
 
@@ -87,10 +94,12 @@ def load_start(recipe: Recipe, checkpoint: Checkpoint) -> tuple[VilaForCondition
     if not source.path:
         return build_parts(checkpoint, recipe.seed), checkpoint.processor
     model, processor = build_model(checkpoint), checkpoint.processor
-    # A stage may show images and conversations in another way than the one before it did.
-    model.config.template = processor.template = source.template
+    # A stage may show images in another way than the one before it did, if its recipe says so.
     spec = VisionSpec.from_dict(processor.vision_spec)
-    spec = replace(spec, image_mode=source.image_mode, exif_orientation=source.exif_orientation)
+    if source.image_mode is not None:
+        spec = replace(spec, image_mode=source.image_mode)
+    if source.exif_orientation is not None:
+        spec = replace(spec, exif_orientation=source.exif_orientation)
     model.config.vision_spec = processor.vision_spec = spec.to_dict()
     return model, processor
 

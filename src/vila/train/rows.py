@@ -26,7 +26,7 @@ def build_mixture(recipe: Recipe, events: Events = SILENT) -> Mixture:
 
 def build_reader(recipe: Recipe, processor: VilaProcessor, mixture: Mixture) -> SampleReader:
     """What reads the samples of a mixture for a model."""
-    template = recipe.data.template or recipe.model.template
+    template = recipe.data.template or processor.find_template().name
     return SampleReader(mixture, template, processor.span_tokenizer, processor.spec)
 
 
@@ -46,7 +46,7 @@ def build_rows(
     """
     data, count = recipe.data, recipe.batch.rows or recipe.batch.samples
     lanes_of(rank, world, count)
-    own = [entry.path for entry in data.mixture if entry.image_mode not in (None, recipe.model.image_mode)]
+    own = [entry.path for entry in data.mixture if entry.image_mode not in (None, processor.spec.image_mode)]
     if own and recipe.compute.feature_cache:
         raise ConfigError(f"compute.feature_cache knows one image_mode, but {own[0]} has its own; turn the cache off")
     policy = Policy(
