@@ -177,6 +177,80 @@ def test_a_conversation_that_does_not_fit_is_refused(messages, message):
         render(messages, find_template("vicuna_v1"))
 
 
+ANY_ORDER = ["vicuna_v1", "vicuna_v1_nosys", "llava_v1", "v1_mmtag", "llava_v0", "v0_mmtag", "v0", "mpt", "hermes-2",
+             "llama_3", "chatml"]  # fmt: skip
+SYSTEM_ANYWHERE = ["mpt", "hermes-2", "chatml"]
+ALTERNATING = ["llama_2", "llava_llama_2", "mistral", "starter_qa", "caption"]
+
+
+def said(*turns):
+    names = {"s": "system", "u": "user", "a": "assistant"}
+    return tuple(Message.of(names[turn[0]], turn[1:]) for turn in turns)
+
+
+def test_every_template_is_of_one_kind():
+    assert {name for name, template in TEMPLATES.items() if template.marks_turns} == set(ANY_ORDER)
+    assert {name for name, template in TEMPLATES.items() if template.marks_system} == set(SYSTEM_ANYWHERE)
+    assert {*ANY_ORDER, *ALTERNATING, "page"} == set(TEMPLATES)
+
+
+@pytest.mark.parametrize("name", [*ANY_ORDER, *ALTERNATING])
+def test_a_prompt_may_hold_an_empty_answer(name):
+    template = find_template(name)
+    full, empty = (written(said("uhello", f"a{answer}", "uand now?"), template, prompt=True) for answer in ("Yes.", ""))
+    assert full.replace("Yes.", "") == empty
+
+
+@pytest.mark.parametrize("name", ANY_ORDER)
+@pytest.mark.parametrize(
+    "turns",
+    [("ua", "ub"), ("aHello!", "ua"), ("ua", "ab"), ("ua", "ab", "ac", "ud"), ("ss",), ("ss", "st", "aHello!", "ua")],
+    ids=["two questions", "a greeting", "an answer last", "two answers", "system alone", "two systems and a greeting"],
+)
+def test_where_turns_are_marked_a_prompt_may_hold_them_in_any_order(name, turns):
+    template = find_template(name)
+    text = written(said(*turns), template, prompt=True)
+    marks = {"u": template.user_before, "a": template.assistant_before}
+    place = 0
+    for turn in turns:
+        if turn[0] in marks:
+            place = text.index(f"{marks[turn[0]]}{template.answer_lead if turn[0] == 'a' else ''}{turn[1:]}", place)
+    assert text.endswith(template.assistant_before)
+    if turns != ("ua", "ab"):
+        with pytest.raises(TemplateError):
+            render(said(*turns), template)
+
+
+@pytest.mark.parametrize("name", SYSTEM_ANYWHERE)
+def test_where_a_system_text_is_marked_it_may_stand_anywhere(name):
+    template = find_template(name)
+    block = f"{template.system_before}be brief{template.system_after}"
+    for turns in (("ua", "ab", "sbe brief", "uc"), ("ua", "sbe brief")):
+        assert written(said(*turns), template, prompt=True).count(block) == 1
+
+
+def test_several_system_messages_at_the_beginning_are_one():
+    one, two = said("sa\nb", "uc"), said("sa", "sb", "uc")
+    for name in ("vicuna_v1", "llama_2", "chatml", "mistral"):
+        assert written(one, find_template(name), prompt=True) == written(two, find_template(name), prompt=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "turns", "index"),
+    [
+        *((name, ("ua", "ub"), 1) for name in ALTERNATING),
+        *((name, ("aHello!", "ua"), 0) for name in ALTERNATING),
+        *((name, ("ua", "ab"), 1) for name in ALTERNATING),
+        *((name, ("ss", "ua", "ab", "st", "uc"), 3) for name in (*ALTERNATING, "vicuna_v1", "llama_3", "v0")),
+        *((name, ("ss",), 0) for name in ALTERNATING),
+    ],
+)
+def test_what_a_template_cannot_express_is_refused_by_the_index_of_the_message(name, turns, index):
+    with pytest.raises(TemplateError) as raised:
+        render(said(*turns), find_template(name), prompt=True)
+    assert raised.value.field == f"messages[{index}]"
+
+
 def test_an_unknown_template_suggests_a_near_one():
     with pytest.raises(UnknownNameError, match="unknown template 'vicuna_v2'; did you mean 'vicuna_v1'"):
         find_template("vicuna_v2")

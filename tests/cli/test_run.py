@@ -265,7 +265,7 @@ FILES = {
         (("{model}", "--messages", "{tmp}/broken.json"), 1, "broken.json: not JSON (Expecting value at line 1 column"),
         (("{model}", "--messages", "{tmp}/latin.json"), 1, "latin.json: not UTF-8 text (byte 32)"),
         (("{model}", "--messages", "{tmp}/half.json"), 1, "half.json: half a surrogate pair in the text '\\ud800'"),
-        (("{model}", "--messages", "{tmp}/roles.json"), 1, "roles.json: message 1: expected a turn of the user"),
+        (("{model}", "--messages", "{tmp}/roles.json"), 1, "roles.json: messages[0]: a turn of the assistant"),
         (("{model}", "--messages", "{tmp}/nopic.json"), 1, "nopic.json: "),
         (("{model}", "--system", "x", "--messages", "{tmp}/system.json"), 2, "begin with a system message"),
         (("{model}", "-p", "<image>a<image>", "-i", "{tmp}/p.png"), 1, "2 <image> markers but 1 image given"),

@@ -8,7 +8,7 @@ from PIL import Image as PilImage
 
 from tests import tiny
 from tests.engine.stand import QUESTIONS, ask, endless
-from vila.core.errors import ConfigError, ContextOverflowError, DataError
+from vila.core.errors import ConfigError, ContextOverflowError, DataError, TemplateError
 from vila.core.types import Image, Message
 from vila.engine.engine import Engine
 from vila.engine.request import Sampling
@@ -161,3 +161,14 @@ def test_a_prompt_without_a_token_is_refused(engine):
     """With the template that adds nothing; a batcher's neighbours would all end with it."""
     with pytest.raises(DataError, match="no token"):
         engine.generate([Message.of("user", "")], template="page", max_new_tokens=2)
+
+
+def test_a_history_with_an_empty_answer_is_gone_on_with():
+    engine = endless()
+    turns = [("user", "hello"), ("assistant", ""), ("user", "and?")]
+    history = [{"role": role, "content": text} for role, text in turns]
+    assert len(engine.complete([history], max_new_tokens=3)[0].ids) == 3
+    with pytest.raises(TemplateError) as raised:
+        engine.generate([*history[:1], *history[2:]])
+    assert raised.value.field == "messages[1]"
+    assert engine.generate([*history[:1], *history[2:]], template="vicuna_v1", max_new_tokens=1) is not None

@@ -78,9 +78,12 @@ def test_json_of_another_type_is_refused_so_that_no_web_page_can_send_it(app, ki
             "messages[0].content[0].image_url.url",
             "required",
         ),
-        ({"messages": [{"role": "system", "content": "x"}]}, "messages", "the user's"),
-        ({"messages": [*HELLO, *HELLO]}, "messages", "expected a turn of the assistant"),
-        ({"messages": [*HELLO, {"role": "assistant", "content": " "}, *HELLO]}, "messages", "is empty"),
+        ({"messages": [{"role": "system", "content": "x"}]}, "messages[0]", "the user's"),
+        ({"messages": [*HELLO, *HELLO]}, "messages[1]", "alternate"),
+        ({"messages": [{"role": "assistant", "content": "Hi"}, *HELLO]}, "messages[0]", "alternate"),
+        ({"messages": [*HELLO, {"role": "system", "content": "x"}, *HELLO]}, "messages[1]", "system"),
+        ({"messages": [*HELLO, {"role": "assistant", "content": "x"}]}, "messages[1]", "the user's"),
+        ({"messages": [{**HELLO[0], "name": 7}]}, "messages[0]", "name: is not supported"),
         ({"messages": [{**HELLO[0], "tool_calls": [{}]}]}, "messages[0]", "tool_calls: is not supported"),
         ({"messages": [{**HELLO[0], "content": "\ud800"}]}, "messages[0].content", "surrogate"),
         ({"model": None}, "model", "string"),
@@ -307,3 +310,46 @@ def test_health_fails_once_the_thread_of_an_engine_is_dead():
     assert refusal(ask(app), 503)["code"] == "engine_dead"
     assert send(app, "GET", "/metrics").status_code == 200
     service.models.close()
+
+
+HISTORIES = {
+    "an empty answer": [*HELLO, {"role": "assistant", "content": ""}, *HELLO],
+    "a blank answer": [*HELLO, {"role": "assistant", "content": " "}, *HELLO],
+    "no parts": [*HELLO, {"role": "assistant", "content": []}, *HELLO],
+    "null": [*HELLO, {"role": "assistant", "content": None, "refusal": None}, *HELLO],
+    "no content": [*HELLO, {"role": "assistant"}, *HELLO],
+    "names and reasoning": [
+        {**HELLO[0], "name": "ann"},
+        {"role": "assistant", "content": "yes", "name": "bot", "reasoning_content": "hm", "reasoning": "hm"},
+        *HELLO,
+    ],
+    "two system texts": [{"role": "system", "content": "a"}, {"role": "developer", "content": "b"}, *HELLO],
+}
+MARKED = {
+    "two questions": [*HELLO, *HELLO],
+    "a greeting": [{"role": "assistant", "content": "Hi"}, *HELLO],
+    "an answer last": [*HELLO, {"role": "assistant", "content": "Hi"}],
+    "two answers": [*HELLO, {"role": "assistant", "content": "Hi"}, {"role": "assistant", "content": ""}],
+    "system alone": [{"role": "system", "content": "say hello"}],
+}
+
+
+@pytest.mark.parametrize("messages", HISTORIES.values(), ids=list(HISTORIES))
+def test_histories_that_every_template_can_express_are_answered(app, messages):
+    answer = ask(app, messages=messages)
+    assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize("messages", MARKED.values(), ids=list(MARKED))
+def test_histories_that_need_marks_are_answered_where_the_template_has_them(service, monkeypatch, messages):
+    assert refusal(ask(create_app(service), messages=messages))["param"].startswith("messages[")
+    monkeypatch.setattr(service.models.models[0].batcher.engine.processor, "template", "vicuna_v1")
+    answer = ask(create_app(service), messages=messages)
+    assert answer.status_code == 200, answer.text
+
+
+def test_names_and_reasoning_change_nothing(app):
+    plain = [*HELLO, {"role": "assistant", "content": "yes"}, *HELLO]
+    histories = (plain, HISTORIES["names and reasoning"])
+    one, other = (ask(app, messages=messages).json()["usage"]["prompt_tokens"] for messages in histories)
+    assert one == other

@@ -15,10 +15,13 @@ _SYMBOLS = re.compile(r"(\{bos\}|\{eos\})")
 def render(messages: Sequence[Message], template: Template, *, prompt: bool = False) -> list[Segment]:
     """Write out a conversation.
 
-    prompt: end where the assistant is to answer (the last message is then the user's).
-    Raises TemplateError when roles do not alternate, an answer is empty, or the last turn is on the wrong side.
+    prompt: end where the assistant is to answer. A prompt may hold whatever the template can express: empty answers,
+            and, where it marks each turn, turns in any order, also after an answer; where it marks the system text,
+            that one anywhere too. A conversation to train on or to score alternates, and its answers are not empty.
+    System messages at the beginning become one, a line each.
+    Raises TemplateError with the index of the message as its field.
     """
-    turns = _check(messages, template, prompt)
+    turns = _check_prompt(messages, template) if prompt else _check(messages, template)
     return [segment for segment in _segments(turns, template, prompt) if segment.text or segment.media]
 
 
@@ -53,26 +56,62 @@ def _check_caption(sample: Sample) -> None:
         raise TemplateError("no image, and the question is not trained on", field="messages[0]", hint=hint)
 
 
-def _check(messages: Sequence[Message], template: Template, prompt: bool) -> Sequence[Message]:
+def _check(messages: Sequence[Message], template: Template) -> Sequence[Message]:
     if not messages:
         raise TemplateError("the conversation is empty")
     if template.supervise == "all":
         return messages
-    first = int(messages[0].role == "system")
-    if first and any(not isinstance(part, Text) for part in messages[0].parts):
-        raise TemplateError("message 1: a system message holds text only; put the picture into the user's turn")
-    body = messages[first:]
-    for place, message in enumerate(body):
+    first = _leading_system(messages)
+    for place, message in enumerate(messages[first:]):
         where = f"message {first + place + 1}"
         expected = ("user", "assistant")[place % 2]
         if message.role != expected:
             raise TemplateError(f"{where}: expected a turn of the {expected}, got {message.role!r}")
         if message.role == "assistant" and not message.text.strip():
             raise TemplateError(f"{where}: the assistant's answer is empty")
-    if not body or prompt != (body[-1].role == "user"):
-        wanted = "the user's" if prompt else "the assistant's"
-        raise TemplateError(f"the last message must be {wanted}")
+    if messages[-1].role != "assistant":
+        raise TemplateError("the last message must be the assistant's")
     return messages
+
+
+def _check_prompt(messages: Sequence[Message], template: Template) -> Sequence[Message]:
+    if not messages:
+        raise TemplateError("the conversation is empty")
+    if template.supervise == "all":
+        return messages
+    first = _leading_system(messages)
+    expected = "user"
+    for place, message in enumerate(messages[first:], start=first):
+        field = f"messages[{place}]"
+        if message.role == "system":
+            _check_system(message, place)
+            if not template.marks_system:
+                problem = f"template {template.name!r} cannot express a system message after other turns"
+                raise TemplateError(problem, field=field, hint="put it at the beginning")
+            continue
+        if message.role != expected and not template.marks_turns:
+            problem = f"a turn of the {message.role}, but template {template.name!r} needs turns that alternate"
+            hint = "join it with the one before" if place > first else "begin with the user's turn"
+            raise TemplateError(problem, field=field, expected=f"a turn of the {expected}", hint=hint)
+        expected = "assistant" if message.role == "user" else "user"
+    if expected == "user" and not template.marks_turns:
+        problem = f"the last message must be the user's for template {template.name!r}"
+        raise TemplateError(problem, field=f"messages[{len(messages) - 1}]")
+    return messages
+
+
+def _leading_system(messages: Sequence[Message]) -> int:
+    """The number of system messages at the beginning. Raises TemplateError for media in one."""
+    count = next((place for place, message in enumerate(messages) if message.role != "system"), len(messages))
+    for place in range(count):
+        _check_system(messages[place], place)
+    return count
+
+
+def _check_system(message: Message, place: int) -> None:
+    if any(not isinstance(part, Text) for part in message.parts):
+        problem = f"message {place + 1}: a system message holds text only"
+        raise TemplateError(problem, field=f"messages[{place}]", hint="put the image into the user's turn")
 
 
 def _segments(messages: Sequence[Message], template: Template, prompt: bool) -> Iterator[Segment]:
@@ -84,11 +123,17 @@ def _segments(messages: Sequence[Message], template: Template, prompt: bool) -> 
             yield from _fixed(template.document_after, train=True)
         return
     system = template.system
-    if messages[0].role == "system":
-        system, messages = messages[0].text, messages[1:]
+    if first := _leading_system(messages):
+        # Clients write several instructions one after the other; a template has one place for them.
+        system, messages = "\n".join(message.text for message in messages[:first]), messages[first:]
     if not template.system_in_user:
         yield from _system(system, template)
     for place, message in enumerate(messages):
+        if message.role == "system":
+            yield from _fixed(template.system_before)
+            yield from _said(message, template, train=False)
+            yield from _fixed(template.system_after)
+            continue
         if message.role == "assistant":
             yield from _fixed(template.assistant_before)
             yield from _fixed(template.answer_lead, train=True)

@@ -79,3 +79,15 @@ class Template:
         texts = [getattr(self, field.name) for field in fields(self)]
         # Stop strings, which are a tuple, may be plain text.
         return frozenset(token for text in texts if isinstance(text, str) for token in _SPECIAL.findall(text))
+
+    @property
+    def marks_turns(self) -> bool:
+        """Whether every turn opens with its speaker's mark, so that turns can follow each other in any order."""
+        marks = (self.user_before, self.assistant_before)
+        return all(marks) and marks[0] != marks[1] and self.first_user_before is None and self.user_text
+
+    @property
+    def marks_system(self) -> bool:
+        """Whether a system text has a mark that no other turn has, so that it can stand anywhere."""
+        others = ("", self.user_before, self.assistant_before)
+        return self.marks_turns and not self.system_in_user and self.system_before not in others

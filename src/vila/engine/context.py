@@ -53,4 +53,5 @@ def without_oldest(messages: Sequence[Message], count: int) -> Sequence[Message]
 
 
 def _system(messages: Sequence[Message]) -> int:
-    return int(bool(messages) and messages[0].role == "system")
+    """The number of system messages at the beginning."""
+    return next((place for place, message in enumerate(messages) if message.role != "system"), len(messages))

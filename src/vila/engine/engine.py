@@ -169,7 +169,7 @@ class Engine:
     def generate(
         self, messages: Conversation, sampling: Sampling | None = None, *, template: str = "", **options: Any
     ) -> str:
-        """The answer to a conversation that ends with the user's turn."""
+        """The answer to a conversation. It may hold any turns that the template can express, see `chat.render`."""
         return self.complete([messages], sampling, template=template, **options)[0].text
 
     def generate_batch(

@@ -216,12 +216,11 @@ class VilaProcessor(ProcessorMixin):
         for one in [conversation] if single else conversation:
             messages = messages_of(one)
             ends_open = bool(messages) and messages[-1].role == "user"
-            if add_generation_prompt is not None and add_generation_prompt != ends_open:
+            if ends_open and add_generation_prompt is False:
                 raise TemplateError(
-                    "add_generation_prompt=True needs the user's message last"
-                    if add_generation_prompt
-                    else "add_generation_prompt=False needs the assistant's message last: a prompt always ends open"
+                    "add_generation_prompt=False needs the assistant's message last: a prompt always ends open"
                 )
+            ends_open = ends_open or bool(add_generation_prompt)
             expanded = self.expand_videos(messages, chosen.media_gap, shrink=self._spec(image_aspect_ratio))
             rows.append(render(expanded, chosen, prompt=ends_open))
         if not tokenize:

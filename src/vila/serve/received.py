@@ -60,7 +60,7 @@ async def read_messages(
     """The conversation with its media read, all of them at the same time; they are decoded later.
 
     cancelled: ends fetching, between reads.
-    System turns one after the other become one. Raises DataError for too many media, for media outside the user's turns
+    Raises DataError for too many media, for media outside the user's turns
     and for addresses of other kinds, MediaError for what cannot be read.
     """
     placed = [
@@ -86,9 +86,6 @@ async def read_messages(
     for message in request.messages:
         role: Role = "system" if message.role == "developer" else message.role
         parts = tuple(Text(part.text) if isinstance(part, TextPart) else next(media) for part in message.parts)
-        if out and role == "system" and out[-1].role == "system":
-            # Clients write several instructions one after the other; a template has one place for them.
-            parts = (*out.pop().parts, Text("\n"), *parts)
         out.append(Message(role, parts))
     return out
 

@@ -100,6 +100,14 @@ class ChatMessage(_Strict):
     role: Literal["system", "developer", "user", "assistant"]
     content: Content
 
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_answer(cls, value: Any) -> Any:
+        # Clients send an earlier answer back as it came, and one without text may come as null.
+        if isinstance(value, dict) and value.get("role") == "assistant" and value.get("content") is None:
+            return {**value, "content": ""}
+        return value
+
     @model_validator(mode="after")
     def _check_extra(self) -> ChatMessage:
         _refuse(list(message_problems(self.model_extra or {})))

@@ -48,6 +48,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Values, besides null, with which a parameter says what is done anyway."""
 
 
+IGNORED_IN_MESSAGES = frozenset({"name", "reasoning_content", "reasoning"})
+"""No template has a place for them: the speaker's name, and what a model thought before an earlier answer."""
 MAX_NAMES = 20
 """Names that are examined for a message; any more are counted."""
 _LONGEST_NAME = 60
@@ -72,7 +74,11 @@ def problems(extra: Mapping[str, Any], known: list[str]) -> Iterator[str]:
 
 def message_problems(extra: Mapping[str, Any]) -> Iterator[str]:
     """What is wrong with the further fields of a message. Those of an earlier answer, sent back, are empty."""
-    wrong = [name for name, value in extra.items() if value is not None and value not in ([], "", {})]
+    wrong = [
+        name
+        for name, value in extra.items()
+        if not (name in IGNORED_IN_MESSAGES and isinstance(value, str)) and value not in (None, [], "", {})
+    ]
     for name in wrong[:MAX_NAMES]:
         yield f"{_short(name)}: is not supported in a message; leave it out"
     yield from _rest(wrong)
