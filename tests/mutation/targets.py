@@ -289,7 +289,7 @@ def _quantization() -> Iterator[Target]:
         (root / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     def use_text(root: Path) -> None:
-        text_calibration(read_documents(root / "a.jsonl"), tiny.tokenizer(), rows=2, length=64)
+        text_calibration(read_documents(root / "a.jsonl"), tiny.tokenizer(), block=64, max_rows=2)
 
     def write_search(root: Path) -> None:
         write_cache(root)

@@ -89,3 +89,11 @@ def test_a_run_does_not_resume_over_damaged_metrics(stand):
     with pytest.raises(DataError) as caught:
         build(recipe)
     assert (caught.value.file, caught.value.record, caught.value.field) == (str(path), "line 2", "step")
+
+
+@pytest.mark.parametrize("text", ["a: [", "- 1", "stage: {tune: 3}", "name: [1]", "\x00"])
+def test_a_damaged_recipe_is_named_by_the_report(tmp_path, text):
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(DataError) as caught:
+        write_report(tmp_path)
+    assert caught.value.file == str(tmp_path / "recipe.yaml")

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from vila.config.schema import Recipe
+from vila.core.reading import file_errors
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _DEEPEST = 10
@@ -45,7 +46,8 @@ def _names(source: dict[str, Any], depth: int) -> list[str]:
         return [name for name in (source.get("llm"), source.get("vision")) if name]
     before = Path(source["path"]).parent / "recipe.yaml"
     if depth and before.is_file():
-        tree = yaml.safe_load(before.read_text(encoding="utf-8"))
+        with file_errors(before):
+            tree = yaml.safe_load(before.read_text(encoding="utf-8"))
         earlier = tree.get("model") if isinstance(tree, dict) else None
         if isinstance(earlier, dict) and (names := _names(earlier, depth - 1)):
             return names

@@ -9,7 +9,9 @@ from typing import Any
 import yaml
 from markupsafe import Markup
 
+from vila.core.errors import DataError
 from vila.core.fields import Fields
+from vila.core.reading import file_errors
 from vila.report.bars import Group, bar_plot
 from vila.report.curve import Curve
 from vila.report.lines import Series, line_plot
@@ -48,11 +50,10 @@ class RunReport:
 
 def _page(folder: Path, steps: Steps) -> Page:
     recipe_file, finished_file = folder / "recipe.yaml", folder / "finished.json"
-    recipe = recipe_file.read_text(encoding="utf-8") if recipe_file.is_file() else ""
-    tree: Mapping[str, Any] = yaml.safe_load(recipe) or {}
+    recipe, tree = _recipe(recipe_file) if recipe_file.is_file() else ("", Fields({}, recipe_file))
     finished = Fields.of_file(finished_file) if finished_file.is_file() else Fields({}, finished_file)
     evaluations = read_evaluations(folder / "evaluations.jsonl")
-    page = Page(str(tree.get("name") or folder.name), _subtitle(tree, steps, bool(finished)), _footer(folder))
+    page = Page(tree.text("name", "") or folder.name, _subtitle(tree, steps, bool(finished)), _footer(folder))
     _headline(page, steps, evaluations)
     _losses(page, steps)
     add_scores(page, evaluations)
@@ -66,8 +67,18 @@ def _page(folder: Path, steps: Steps) -> Page:
     return page
 
 
-def _subtitle(tree: Mapping[str, Any], steps: Steps, finished: bool) -> str:
-    parts = ", ".join((tree.get("stage") or {}).get("tune", ()))
+def _recipe(file: Path) -> tuple[str, Fields]:
+    """Return the text of a recipe and its values. Raises DataError naming the file if it is damaged."""
+    with file_errors(file):
+        text = file.read_text(encoding="utf-8")
+        tree = yaml.safe_load(text)
+    if not isinstance(tree, dict):
+        raise DataError("not a recipe", file=file, value=tree, expected="a mapping")
+    return text, Fields(tree, file)
+
+
+def _subtitle(recipe: Fields, steps: Steps, finished: bool) -> str:
+    parts = ", ".join(recipe.section("stage").texts("tune", []))
     learns = f"Learns: {parts}. " if parts else ""
     if not steps.last:
         return f"{learns}No step is done yet."
