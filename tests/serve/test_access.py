@@ -1,12 +1,14 @@
 """Keys, key files, host names and headers: who is let in."""
 
+import httpx
 import pytest
+from starlette.responses import PlainTextResponse
 
 from tests.serve.stand import body, on_a_port, send
 from tests.serve.test_bad_input import refusal
 from tests.serve.test_connections import connect, ended
 from vila.core.errors import ConfigError
-from vila.serve.access import Hosts, host_of, hosts_of, is_loopback, read_keys
+from vila.serve.access import Hosts, SameOrigin, host_of, hosts_of, is_loopback, read_keys
 from vila.serve.app import create_app
 
 
@@ -135,3 +137,42 @@ def test_headers_beyond_all_measure_end_the_connection(service):
     with on_a_port(create_app(service)) as port, connect(port) as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n" + b"a: b\r\n" * 20_000)
         assert ended(connection)[:12] in (b"HTTP/1.1 400", b"HTTP/1.1 431", b"")
+
+
+async def hello(scope, receive, send):
+    await PlainTextResponse("hello")(scope, receive, send)
+
+
+@pytest.mark.parametrize(
+    ("origin", "status"),
+    [(None, 200), ("http://127.0.0.1:7860", 200), ("http://localhost:7860", 403), ("http://127.0.0.1:7861", 403),
+     ("https://evil.example", 403), ("null", 403), ("", 403), ("https://vila.example", 200)],
+)  # fmt: skip
+def test_only_pages_of_its_own_may_use_the_demo(origin, status):
+    page = SameOrigin(hello, hosts_of("127.0.0.1", ["vila.example"]))
+    headers = {"Host": "127.0.0.1:7860", **({} if origin is None else {"Origin": origin})}
+    assert send(page, path="/gradio_api/queue/join", json={}, headers=headers).status_code == status
+
+
+def test_the_demo_answers_to_names_of_this_machine_alone():
+    page = SameOrigin(hello, hosts_of("127.0.0.1", ()))
+    assert send(page, "GET", "/", headers={"Host": "evil.example"}).status_code == 403
+    assert send(page, "GET", "/", headers={"Host": "localhost:7860"}).status_code == 200
+    open_to_all = SameOrigin(hello, hosts_of("0.0.0.0", ()))
+    for origin, status in (("http://box.lan:7860", 200), ("http://evil", 403)):
+        headers = {"Host": "box.lan:7860", "Origin": origin}
+        assert send(open_to_all, "GET", "/", headers=headers).status_code == status
+
+
+def test_the_page_of_gradio_is_guarded(tmp_path):
+    pytest.importorskip("gradio", reason="needs pip install 'vila-vlm[demo]'")
+    from vila.serve.demo_client import ApiClient
+    from vila.serve.demo_run import launch
+
+    blocks, url = launch(ApiClient("http://127.0.0.1:9"), "starter", tmp_path, host="127.0.0.1", port=0)
+    try:
+        assert httpx.get(url).status_code == 200
+        assert httpx.get(url, headers={"Host": "evil.example"}).status_code == 403
+        assert httpx.get(url, headers={"Origin": "https://evil.example"}).status_code == 403
+    finally:
+        blocks.close(verbose=False)

@@ -74,3 +74,12 @@ def test_content_of_another_kind_is_told_both_that_there_are():
     with pytest.raises(ValidationError) as raised:
         ChatRequest(model="m", messages=[{"role": "user", "content": None}])
     assert as_refusal(raised.value.errors()).message == "messages[0].content: expected a string, or a list of parts"
+
+
+def test_names_of_models_can_be_written_in_json(tmp_path):
+    folder = tmp_path / "m\udcff"
+    folder.mkdir()
+    assert name_of(str(folder)) == "m?"
+    with pytest.raises(ConfigError) as raised:
+        Models([ServedModel("m\udcff", lambda: None)], Batching())
+    assert raised.value.field == "--name"

@@ -1,6 +1,7 @@
 """What the demo sends, and what stands in its chats: no browser, no server."""
 
 import base64
+import json
 import threading
 from pathlib import Path
 
@@ -77,7 +78,24 @@ def test_earlier_turns_keep_their_pictures_and_notices_are_not_sent(picture):
     messages = conversation(chat, system="Be brief.")
     assert [message["role"] for message in messages] == ["system", "user", "assistant", "user"]
     assert messages[1]["content"][0]["type"] == "image_url"
-    assert messages[3]["content"] == [{"type": "text", "text": "two?\nand now?"}]
+    # The question that was refused is not sent again.
+    assert messages[3]["content"] == [{"type": "text", "text": "and now?"}]
+
+
+def test_an_empty_answer_is_said_and_its_question_is_not_sent_again(picture):
+    chat = with_answer([file_of(picture), said("a?")], Told(done=True, tokens=0))
+    assert chat[-1]["metadata"]["title"]
+    assert with_answer([said("a?")], Told()) == [said("a?")]
+    messages = conversation([*chat, said("b?")])
+    assert messages == [{"role": "user", "content": [{"type": "text", "text": "b?"}]}]
+
+
+def test_half_a_surrogate_pair_is_replaced_everywhere(picture):
+    half = "a\ud83d"
+    messages = conversation([said(half), said(half, "assistant"), said(half)], [Shot("", half, half)], system=half)
+    json.dumps(messages, ensure_ascii=False).encode()
+    assert messages[0]["content"] == "a\ufffd"
+    assert conversation([said("\ud83d\ude00")])[0]["content"][0]["text"] == "\U0001f600"
 
 
 def test_a_notice_without_metadata_of_the_page_is_an_answer():

@@ -20,6 +20,14 @@ def demo(
     key: Annotated[str, typer.Option("--key-env", help="Environment variable with its key.")] = "VILA_API_KEY",
     host: Annotated[str, typer.Option(help="Address to listen on; others can reach 0.0.0.0.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port of the page; 0 takes a free one.", min=0, max=65535)] = 7860,
+    allowed_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Host name under which the page answers too; *.NAME for all below it. May be given several times.",
+            show_default=False,
+        ),
+    ] = None,
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page.")] = False,
 ) -> None:
     """Serve MODEL and open a page that talks to it: pictures, clips, examples, two models side by side."""
@@ -35,10 +43,12 @@ def demo(
     # Gradio reads this when it is imported.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     require_extra("demo", "vila demo")
+    from vila.serve.access import hosts_of
     from vila.serve.demo_client import ApiClient
     from vila.serve.demo_run import card_words, run_page
     from vila.serve.process import server_process
 
+    hosts_of(host, allowed_host or ())  # refuses bad names before a server is started
     with ExitStack() as stack:
         check = None
         if models:
@@ -47,4 +57,14 @@ def demo(
         client = ApiClient(api, os.environ.get(key, ""))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vila-demo-")))
         words = card_words(models) if models else " ".join(client.models())
-        run_page(client, words, folder, host=host, port=port, browser=browser, check=check, say=typer.echo)
+        run_page(
+            client,
+            words,
+            folder,
+            host=host,
+            port=port,
+            browser=browser,
+            check=check,
+            say=typer.echo,
+            allowed_hosts=allowed_host or (),
+        )

@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
 from vila.core.errors import ConfigError
 from vila.core.reading import file_errors
 from vila.serve.errors import ApiError
@@ -29,10 +32,12 @@ class Hosts:
 
     def accepts(self, host: str) -> bool:
         """Whether a host, without its port, is one of the names."""
+        return is_loopback(host.lower().rstrip(".")) or self.is_named(host)
+
+    def is_named(self, host: str) -> bool:
+        """Whether a host is one of the further names."""
         host = host.lower().rstrip(".")
-        return is_loopback(host) or any(
-            host == name or (name.startswith("*.") and host.endswith(name[1:])) for name in self.names
-        )
+        return any(host == name or (name.startswith("*.") and host.endswith(name[1:])) for name in self.names)
 
     def check(self, scope: Mapping[str, Any]) -> None:
         """Raises ApiError, 403, for a request to another name. HTTP/1.0 without a name passes: no browser sends it."""
@@ -40,6 +45,39 @@ class Hosts:
         if not all(self.accepts(host_of(value)) for value in given):
             message = "the server does not answer to this host name; start it with --allowed-host NAME"
             raise ApiError(403, message, code="host_not_allowed")
+
+
+class SameOrigin:
+    """ASGI middleware of a web page: answers to its own host names only, and to requests of its own pages only.
+
+    A browser names the page that a request comes from in the `Origin` header, whatever script sent it.
+    hosts: names under which the page answers; None for all.
+    """
+
+    def __init__(self, app: ASGIApp, hosts: Hosts | None = None) -> None:
+        self.app, self.hosts = app, hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request through, or refuse it."""
+        if scope["type"] in ("http", "websocket"):
+            try:
+                if self.hosts is not None:
+                    self.hosts.check(scope)
+                self._check_origin(scope)
+            except ApiError as error:
+                await JSONResponse(error.body, error.status)(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+    def _check_origin(self, scope: Scope) -> None:
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        if (origin := headers.get(b"origin")) is None:
+            return
+        own = headers.get(b"host", "").lower()
+        page = origin.lower().partition("://")[2]
+        known = page == own or (self.hosts is not None and self.hosts.is_named(host_of(page)))
+        if not page or not known:
+            raise ApiError(403, "a page of another site cannot use this one", code="origin_not_allowed")
 
 
 def hosts_of(listening: str, allowed: Iterable[str]) -> Hosts | None:

@@ -54,7 +54,7 @@ def user_message(text: str, files: Sequence[str | Path]) -> dict[str, Any]:
         kind = "video_url" if Path(file).suffix.lower() in CLIPS else "image_url"
         parts.append({"type": kind, kind: {"url": data_url(file)}})
     if text or not parts:
-        parts.append({"type": "text", "text": text})
+        parts.append({"type": "text", "text": encodable(text)})
     return {"role": "user", "content": parts}
 
 
@@ -63,7 +63,7 @@ def shot_messages(shots: Sequence[Shot], question: str) -> list[dict[str, Any]]:
     out: list[dict[str, Any]] = []
     for shot in shots:
         out.append(user_message(shot.question or question, [shot.picture] if shot.picture else []))
-        out.append({"role": "assistant", "content": shot.answer})
+        out.append({"role": "assistant", "content": encodable(shot.answer)})
     return out
 
 
@@ -73,24 +73,31 @@ def conversation(
     """What is sent for a chat that ends with the user's turn.
 
     turns: the chat as the page shows it; each has `role` and `content`, a text or a list of texts and files. Turns of
-           one role that follow each other are one message. Turns of the page itself, with a `metadata` title, are left
-           out: they are notices, not words of the conversation.
+           one role that follow each other are one message. Turns of the page itself, with a `metadata` title, are
+           notices: a question that has no answer but one was refused or left without an answer, and is left out too.
     """
     told: list[tuple[str, str, list[str]]] = []
     for turn in turns:
         if (turn.get("metadata") or {}).get("title"):
+            if told and told[-1][0] == "user":
+                told.pop()
             continue
         text, files = content_of(turn["content"])
         if told and told[-1][0] == turn["role"]:
             role, before, earlier = told.pop()
             text, files = "\n".join(part for part in (before, text) if part), earlier + files
         told.append((str(turn["role"]), text, files))
-    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system.strip() else []
+    messages: list[dict[str, Any]] = [{"role": "system", "content": encodable(system)}] if system.strip() else []
     question = next((text for role, text, _ in told if role == "user"), "")
     messages += shot_messages(shots, question)
     for role, text, files in told:
-        messages.append(user_message(text, files) if role == "user" else {"role": role, "content": text})
+        messages.append(user_message(text, files) if role == "user" else {"role": role, "content": encodable(text)})
     return messages
+
+
+def encodable(text: str) -> str:
+    """The text with U+FFFD for each half of a surrogate pair, which no request can carry; whole pairs are joined."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def content_of(content: Any) -> tuple[str, list[str]]:

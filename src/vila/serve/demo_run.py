@@ -11,6 +11,7 @@ from typing import Any
 
 from vila.core.errors import ConfigError
 from vila.core.optional import require
+from vila.serve.access import SameOrigin, hosts_of
 from vila.serve.demo_client import ApiClient
 from vila.serve.demo_messages import MOST_BYTES
 from vila.serve.demo_page import STYLE, build
@@ -30,11 +31,17 @@ def card_words(models: Sequence[str]) -> str:
     return "\n".join(words)
 
 
-def launch(client: ApiClient, words: str, folder: Path, *, host: str, port: int) -> tuple[Any, str]:
+def launch(
+    client: ApiClient, words: str, folder: Path, *, host: str, port: int, allowed_hosts: Sequence[str] = ()
+) -> tuple[Any, str]:
     """Open the page; the Gradio blocks and its address. Nothing is fetched from, or sent to, anybody but the server.
 
+    allowed_hosts: names under which the page answers besides those of this machine, see `vila.serve.access.hosts_of`.
     Raises ConfigError when Gradio is missing or the port is taken.
     """
+    from starlette.middleware import Middleware
+
+    guard = Middleware(SameOrigin, hosts=hosts_of(host, allowed_hosts))
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     gr = require("gradio", "vila demo", extra="demo")
     blocks = build(Page(client, words, folder)).queue(default_concurrency_limit=8)
@@ -44,7 +51,7 @@ def launch(client: ApiClient, words: str, folder: Path, *, host: str, port: int)
         _, url, _ = blocks.launch(
             server_name=host, server_port=port or _free_port(host), share=False, quiet=True, prevent_thread_lock=True,
             allowed_paths=[str(folder)], max_file_size=MOST_BYTES, theme=theme, css=STYLE, footer_links=[],
-            ssr_mode=False, enable_monitoring=False, show_error=True,
+            ssr_mode=False, enable_monitoring=False, show_error=True, app_kwargs={"middleware": [guard]},
         )  # fmt: skip
     except OSError as error:
         raise ConfigError(f"port {port} of {host} cannot be opened; give another by --port ({error})") from error
@@ -61,9 +68,10 @@ def run_page(
     browser: bool,
     check: Callable[[], None] | None,
     say: Callable[[str], None],
+    allowed_hosts: Sequence[str] = (),
 ) -> None:
     """Open the page and stay until Ctrl-C, or until `check` raises because the server has ended."""
-    blocks, url = launch(client, words, folder, host=host, port=port)
+    blocks, url = launch(client, words, folder, host=host, port=port, allowed_hosts=allowed_hosts)
     say(f"demo at {url} (Ctrl-C ends it)")
     if browser:
         import webbrowser

@@ -51,13 +51,16 @@ def run_side_by_side(sides: Mapping[str, Iterator[Told]]) -> Iterator[dict[str, 
 
 
 def with_answer(turns: Turns, told: Told) -> Turns:
-    """The chat with an answer as far as it has come; a refusal is a notice, which is not sent again."""
+    """The chat with an answer as far as it has come; a refusal or an empty answer is a notice, which is not sent."""
     out = [*turns]
     if told.text:
         out.append({"role": "assistant", "content": told.text})
     if told.problem:
         words = html.escape(told.problem, quote=False)
         out.append({"role": "assistant", "content": words, "metadata": {"title": "The server refused"}})
+    elif told.done and not told.text:
+        words = "The model ended at once; the question is not kept."
+        out.append({"role": "assistant", "content": words, "metadata": {"title": "Empty answer"}})
     return out
 
 

@@ -72,6 +72,8 @@ class Models:
         self.draining = False
         self._by_name: dict[str, ServedModel] = {}
         for model in self.models:
+            if not _is_encodable(model.name):
+                raise ConfigError("not UTF-8 text, which no answer can name", field="--name", value=model.name)
             if model.name in self._by_name:
                 raise ConfigError(f"two models are called {model.name!r}; give each its --name")
             self._by_name[model.name] = model
@@ -167,4 +169,14 @@ def name_of(model: str) -> str:
     if not path.is_dir():
         return model
     path = path.resolve()
-    return path.parent.name if path.name == "model" and path.parent.name else path.name
+    name = path.parent.name if path.name == "model" and path.parent.name else path.name
+    # Bytes of a file name that are not UTF-8 have no place in JSON.
+    return name.encode("utf-8", "replace").decode()
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
