@@ -13,6 +13,7 @@ from tests.train.stand import stand_recipe, write_stand
 from vila.config.load import load_recipe, save_recipe
 from vila.core.errors import DataError
 from vila.report.curve import Curve
+from vila.train import report
 from vila.train.record import Sampled, Steps
 from vila.train.report import RunReport, write_report
 from vila.train.run import build
@@ -227,3 +228,21 @@ def test_a_real_run_has_a_report(tmp_path):
     build(recipe).train()
     text = words(write_report(recipe.output.dir))
     assert "Finished after" in text and "supervised tokens" in text and "torch" in text
+
+
+def test_a_checkpoint_that_is_deleted_while_the_report_is_written_is_passed_over(folder, monkeypatch):
+    """Its thread deletes old checkpoints while the loop writes the report."""
+    for step in (1, 2):
+        place = folder / "checkpoint" / f"step-{step:08d}"
+        place.mkdir(parents=True)
+        (place / "state.json").write_text(json.dumps({"versions": {"torch": f"version {step}"}, "world": 1}))
+    of_file = report.Fields.of_file
+
+    def delete_first(path, *arguments):
+        if "step-00000002" in str(path):
+            path.unlink()
+        return of_file(path, *arguments)
+
+    (folder / "finished.json").unlink(missing_ok=True)
+    monkeypatch.setattr(report.Fields, "of_file", staticmethod(delete_first))
+    assert "version 1" in write_report(folder).read_text()

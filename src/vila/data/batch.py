@@ -49,6 +49,12 @@ class Batch:
         return int((self.labels != IGNORE).sum())
 
 
+def empty_batch() -> Batch:
+    """One token that is no label and no image, for a process without samples that takes part in a forward pass."""
+    zero, none = torch.zeros(1, 1, dtype=torch.int64), torch.full((1, 1), -1, dtype=torch.int64)
+    return Batch(zero, torch.full_like(zero, IGNORE), zero, zero, none, zero.bool(), ())
+
+
 def collate(rows: Sequence[Sequence[TokenizedSample]], pad_id: int = 0, *, pin: bool = False) -> Batch:
     """Rows of samples as one batch, padded on the right to the longest row.
 

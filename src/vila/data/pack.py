@@ -119,9 +119,11 @@ class Lane:
         decode: Decode | None = None,
         state: LaneState | None = None,
         place: Callable[[int], Place] = place_of_position,
+        end: int | None = None,
     ) -> None:
         """Reads nothing before the first row.
 
+        end:     global position at which the data end; None: they never do.
         fetch:   gives the tokenised sample at a global position; `place` the identity of that sample.
         shorten: gives it cut to a length, None when that cannot be done; needed for `truncate`.
         decode:  gives the pixels of a sample's pictures; without it rows carry none.
@@ -134,6 +136,7 @@ class Lane:
         self._since = _Count()
         self._place, self._faulty = place, set[Place]()
         self._last_fault = ""
+        self._end = end
 
     @property
     def state(self) -> LaneState:
@@ -141,14 +144,15 @@ class Lane:
         return LaneState(self._next, self._resumed or tuple(position for position, _ in self._buffer))
 
     def row(self) -> Row:
-        """The next row. Raises DataError for a sample that may not be skipped, naming it."""
+        """The next row; an empty one at the end of the data. Raises DataError for a sample that may not be skipped."""
         while True:
             chosen = self._choose()
+            is_at_end = not chosen
             pixels = [self._pixels(*item) for item in chosen] if self._decode else None
             if pixels is not None:
                 # A picture that cannot be read takes its sample out of the row; the rest of the row stays as it was.
                 chosen = [item for item, found in zip(chosen, pixels, strict=True) if found is not None]
-            if not chosen:
+            if not chosen and not is_at_end:
                 self._check_refused(len(self._since.faults))
                 continue
             count, self._since = self._since, _Count()
@@ -163,15 +167,17 @@ class Lane:
             )
 
     def _choose(self) -> list[tuple[int, CompactSample]]:
-        """Take the samples of the next row out of the buffer."""
+        """Take the samples of the next row out of the buffer; none at the end of the data."""
         policy = self.policy
         self._restore()
+        if policy.packing != "grouped" or not self._buffer:
+            self._fill(1 if policy.packing == "none" else policy.look_ahead)
+        if not self._buffer:
+            return []
         if policy.packing == "grouped":
             return [self._take_grouped()]
         if policy.packing == "none":
-            self._fill(1)
             return [self._buffer.pop(0)]
-        self._fill(policy.look_ahead)
         first = self._buffer.pop(0)
         self._fill(policy.look_ahead)
         lengths = [len(sample) for _, sample in self._buffer]
@@ -189,8 +195,6 @@ class Lane:
 
     def _take_grouped(self) -> tuple[int, CompactSample]:
         """One sample of the current window. All lanes have as many left, and take the same rank by length."""
-        if not self._buffer:
-            self._fill(self.policy.look_ahead)
         left = len(self._buffer)
         order = sorted(self._buffer, key=lambda item: (len(item[1]), item[0]))
         # A stride through the ranks that no length is favoured by; any fixed function of `left` would do.
@@ -208,7 +212,7 @@ class Lane:
 
     def _fill(self, size: int) -> None:
         refused = 0
-        while len(self._buffer) < size:
+        while len(self._buffer) < size and (self._end is None or self._next < self._end):
             position = self._next
             self._next += self.lanes
             refused = 0 if self._read(position) else refused + 1
@@ -313,6 +317,7 @@ class LaneSet:
         decode: Decode | None = None,
         faults: FaultLog | None = None,
         place: Callable[[int], Place] = place_of_position,
+        end: int | None = None,
     ) -> None:
         """count: lanes of all ranks. states: of all lanes, by number. The other arguments are those of `Lane`."""
         self.numbers = lanes_of(rank, world, count)
@@ -328,12 +333,13 @@ class LaneSet:
                 decode=decode,
                 state=states[number] if states else None,
                 place=place,
+                end=end,
             )
             for number in self.numbers
         ]
 
     def step(self) -> list[Row]:
-        """One row from each lane."""
+        """One row from each lane; empty ones from those whose data have ended."""
         rows = [lane.row() for lane in self.lanes]
         self.dropped += sum(row.dropped for row in rows)
         self.truncated += sum(row.truncated for row in rows)

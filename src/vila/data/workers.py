@@ -39,6 +39,7 @@ class LaneJob:
     lanes: int
     decode: bool
     states: dict[int, LaneState | None]
+    end: int | None = None
 
 
 class WorkerLanes:
@@ -58,6 +59,7 @@ class WorkerLanes:
         prefetch: int = 4,
         faults: FaultLog | None = None,
         start_method: str = "forkserver",
+        end: int | None = None,
     ) -> None:
         """Starts no process before the first step.
 
@@ -70,6 +72,7 @@ class WorkerLanes:
         self._owner = {number: place % min(workers, len(self.numbers)) for place, number in enumerate(self.numbers)}
         self._prefetch, self._log, self._start_method = prefetch, faults, start_method
         self._workers: list[_Worker] = []
+        self._end = end
 
     def step(self) -> list[Row]:
         """One row from each lane. Raises the error of a worker, or DataError naming the sample that it died of."""
@@ -104,7 +107,7 @@ class WorkerLanes:
         atexit.register(self.close)
         for place in range(max(self._owner.values()) + 1):
             own = {number: self._states[number] for number in self.numbers if self._owner[number] == place}
-            job = LaneJob(self._reader, self._policy, self._count, self._decode, dict(own))
+            job = LaneJob(self._reader, self._policy, self._count, self._decode, dict(own), self._end)
             earlier = [worker.connection for worker in self._workers]
             self._workers.append(_Worker(context, place, job, self._prefetch, earlier))
 
@@ -173,7 +176,12 @@ def _serve(connection: Connection, job: LaneJob, at: Any, inherited: Sequence[Co
         at.value = position
         return reader.squares(position, sample)
 
-    options = {"shorten": reader.shorten, "decode": decode if job.decode else None, "place": reader.place}
+    options = {
+        "shorten": reader.shorten,
+        "decode": decode if job.decode else None,
+        "place": reader.place,
+        "end": job.end,
+    }
     lanes = {n: Lane(n, job.lanes, fetch, job.policy, state=state, **options) for n, state in job.states.items()}  # type: ignore[arg-type]
     try:
         while True:

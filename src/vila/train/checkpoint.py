@@ -44,10 +44,11 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a run is, over all processes. `tokens` and `samples` count the samples trained on, padding left out.
+    """How far a run is, over all processes. `tokens` and `samples` count what was trained on, padding left out.
 
     bad_steps:          steps that were left out because their loss or gradient was not finite.
     dropped, truncated: over-long samples that were left out, and cut.
+    unreadable:         visits of samples that could not be read.
     """
 
     step: int = 0
@@ -58,6 +59,12 @@ class Progress:
     bad_steps: int = 0
     dropped: int = 0
     truncated: int = 0
+    unreadable: int = 0
+
+    @property
+    def visits(self) -> int:
+        """Samples that were visited, trained on or not."""
+        return self.samples + self.dropped + self.unreadable
 
 
 @dataclass(frozen=True, slots=True)
@@ -352,7 +359,7 @@ def _read_progress(progress: Fields, step: int) -> Progress:
         bad_steps=progress.integer("bad_steps", maximum=step),
         **{
             name: progress.integer(name, maximum=2**62)
-            for name in ("tokens", "samples", "supervised", "dropped", "truncated")
+            for name in ("tokens", "samples", "supervised", "dropped", "truncated", "unreadable")
         },
     )
     if read.supervised > read.tokens:

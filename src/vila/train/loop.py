@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from vila.chat.tokenize import TokenizedSample
 from vila.core.errors import Interrupted, Preempted, TrainingError, VilaError
 from vila.core.events import SILENT, Events, task
-from vila.data.batch import Batch, collate
+from vila.data.batch import Batch, collate, empty_batch
 from vila.data.faults import FaultLog
 from vila.data.pack import LaneState, Row
 from vila.model.vila import VilaForConditionalGeneration
@@ -39,7 +39,7 @@ class Rows(Protocol):
         """The state of every lane, as of the last step."""
 
     def step(self) -> list[Row]:
-        """One row of every lane."""
+        """One row of every lane; empty ones from lanes whose data have ended."""
 
     def close(self) -> None:
         """Let go of workers."""
@@ -119,6 +119,8 @@ class Trainer:
             while self.spent(self.progress) < 1:
                 shown, began = self._done(), time.monotonic()
                 facts, shares = self.step(stop, late=began - saved >= self.save_every_s)
+                if not facts:
+                    break
                 seconds = time.monotonic() - began
                 self.progress = replace(self.progress, seconds=self.progress.seconds + seconds)
                 facts |= {"tokens_per_second": facts["tokens"] / seconds, "seconds": self.progress.seconds}
@@ -142,16 +144,26 @@ class Trainer:
     def step(self, stop: StopRequest | None = None, *, late: bool = False) -> tuple[dict[str, Any], list[Share]]:
         """One optimizer step over one row of every lane of all processes.
 
-        late: the last checkpoint was long ago. Returns the facts of the step, and what each process told of it.
+        late: the last checkpoint was long ago.
+        Returns the facts of the step, and the statistics of each process. There are no facts, and there was no update,
+        when the data have ended; the last step before that is made of what is left.
         """
         rows, batches, shares = self._read(stop, late)
         with self._same_in_all():
             faults = self.faults.add([fault for share in shares for fault in share.faults])
-        supervised = sum(share.supervised for share in shares)
+        if not any(share.samples for share in shares):
+            self._count(shares)
+            return {}, shares
+        supervised = max(1, sum(share.supervised for share in shares))
         places = {name: number for number, name in enumerate(self.data_sets)}
         sums = torch.zeros(1 + len(places), dtype=torch.float64, device=self.world.device)
         for number, (batch, own) in enumerate(zip(batches, self._micro(rows), strict=True)):
-            # A process without pictures still takes part where the weights that see them are dealt out.
+            if batch is None:
+                if not (self._dealt and any(share.filled[number] for share in shares)):
+                    continue
+                # Where weights are sharded all processes take part, those whose data have ended too.
+                batch = empty_batch()
+            # The same for processes without images, where the tower's or the projector's weights are sharded.
             idle = not batch.media and self._dealt and any(share.shows[number] for share in shares)
             loss, by_data_set = self.objective(
                 batch,
@@ -173,18 +185,18 @@ class Trainer:
         self._update(facts, rows, shares)
         return facts, shares
 
-    def _read(self, stop: StopRequest | None, late: bool) -> tuple[list[Row], list[Batch], list[Share]]:
+    def _read(self, stop: StopRequest | None, late: bool) -> tuple[list[Row], list[Batch | None], list[Share]]:
         """The rows and batches of this process, and what all processes tell of theirs.
 
         Raises the error of whichever process could not read its rows, or not save: none goes on alone.
         """
         rows: list[Row] = []
-        batches: list[Batch] = []
+        batches: list[Batch | None] = []
         problem: VilaError | None = None
         try:
             self.check_saves()
             rows = self.lanes.step()
-            batches = [collate(own, pin=self.pin) for own in self._micro(rows)]
+            batches = [collate(own, pin=self.pin) if own else None for own in self._micro(rows)]
         except VilaError as error:
             problem = error
         mine = share_of(rows, batches, self.data_set)
@@ -199,8 +211,9 @@ class Trainer:
                     raise share.problem
         return rows, batches, shares
 
-    def _micro(self, rows: Sequence[Row]) -> list[Sequence[Row]]:
-        return [rows[start : start + self.micro] for start in range(0, len(rows), self.micro)]
+    def _micro(self, rows: Sequence[Row]) -> list[list[Row]]:
+        """The rows of each micro-batch, empty ones left out: as many micro-batches in every process and step."""
+        return [[row for row in rows[start : start + self.micro] if row] for start in range(0, len(rows), self.micro)]
 
     @property
     def _dealt(self) -> bool:
@@ -265,15 +278,20 @@ class Trainer:
         else:
             factor = rate_factor(self.spent(self.progress), self.warmup_ratio)
             self.optimizer.step(factor, facts["grad_norm"])
+        self.progress = replace(self.progress, step=facts["step"], bad_steps=self.progress.bad_steps + bad)
+        self._count(shares)
+
+    def _count(self, shares: Sequence[Share]) -> None:
+        """Add the samples of a step to the progress."""
+        was = self.progress
         self.progress = replace(
-            self.progress,
-            step=facts["step"],
-            tokens=facts["tokens_seen"],
-            samples=self.progress.samples + sum(share.samples for share in shares),
-            supervised=self.progress.supervised + facts["supervised"],
-            bad_steps=self.progress.bad_steps + bad,
-            dropped=self.progress.dropped + facts["dropped"],
-            truncated=self.progress.truncated + facts["truncated"],
+            was,
+            tokens=was.tokens + sum(share.tokens for share in shares),
+            samples=was.samples + sum(share.samples for share in shares),
+            supervised=was.supervised + sum(share.supervised for share in shares),
+            dropped=was.dropped + sum(share.dropped for share in shares),
+            truncated=was.truncated + sum(share.truncated for share in shares),
+            unreadable=was.unreadable + sum(len(share.faults) for share in shares),
         )
 
     @contextmanager

@@ -225,10 +225,16 @@ def _planned(folder: Path) -> dict[str, float]:
 def _versions(folder: Path, finished: Fields) -> Mapping[str, Any]:
     if finished:
         return {**finished.section("versions"), "processes": finished.integer("ranks", 1)}
-    if not (checkpoints := checkpoint_folders(folder / "checkpoint")):
-        return {}
-    state = Fields.of_file(checkpoints[-1] / "state.json")
-    return {**state.section("versions"), "processes": state.integer("world", 1)}
+    for checkpoint in reversed(checkpoint_folders(folder / "checkpoint")):
+        path = checkpoint / "state.json"
+        try:
+            state = Fields.of_file(path)
+        except DataError:
+            if path.exists():
+                raise
+            continue  # the thread that writes checkpoints has just deleted this one
+        return {**state.section("versions"), "processes": state.integer("world", 1)}
+    return {}
 
 
 def _rounded(count: int | None) -> str | None:

@@ -39,7 +39,7 @@ def build_rows(
     rank: int = 0,
     world: int = 1,
 ) -> LaneSet | WorkerLanes:
-    """The rows of a run from `states` on; read by `compute.workers` processes.
+    """The rows of a run from `states` on; read by `compute.workers` processes. They end with `budget.epochs`.
 
     Raises ConfigError when the global batch is no multiple of the ranks, or when a data set has an image mode of its
     own and features are cached, since the cache is made with the stage's.
@@ -57,16 +57,21 @@ def build_rows(
         overlong=data.overlong,
         max_faults=data.max_faults,
     )
-    reader = build_reader(recipe, processor, mixture)
+    reader, end = build_reader(recipe, processor, mixture), end_of(recipe, mixture)
     workers, decode = worker_count(recipe), not recipe.compute.feature_cache
     if workers:
         return WorkerLanes(
-            reader, count, policy=policy, workers=workers, rank=rank, world=world, states=states, decode=decode
+            reader, count, policy=policy, workers=workers, rank=rank, world=world, states=states, decode=decode, end=end
         )
     return LaneSet(
         reader, count, policy=policy, rank=rank, world=world, states=states, shorten=reader.shorten,
-        decode=reader.pixels if decode else None, place=reader.place,
+        decode=reader.pixels if decode else None, place=reader.place, end=end,
     )  # fmt: skip
+
+
+def end_of(recipe: Recipe, mixture: Mixture) -> int | None:
+    """The global position at which `budget.epochs` end, the visits of samples that they have; None for `tokens`."""
+    return max(1, round(recipe.budget.epochs * mixture.epoch_length)) if recipe.budget.epochs else None
 
 
 def fault_log(recipe: Recipe, states: Sequence[LaneState] | None, *, write: bool) -> FaultLog:

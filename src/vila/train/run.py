@@ -35,7 +35,7 @@ from vila.train.model import load_start, make_learner, open_start, whole_tensors
 from vila.train.parallel import World, open_world
 from vila.train.report import RunReport, write_report
 from vila.train.resume import recipe_of, refuse_changes, refuse_other_lanes, restore, save, say_what_differs
-from vila.train.rows import build_mixture, build_reader, build_rows, fault_log
+from vila.train.rows import build_mixture, build_reader, build_rows, end_of, fault_log
 from vila.train.stage import count_parameters
 from vila.train.trackers import require_trackers
 from vila.train.utilisation import utilisation_of
@@ -82,6 +82,7 @@ class Run:
             progress = self.trainer.progress
             facts = {
                 "progress": asdict(progress),
+                "passes": progress.visits / self.mixture.epoch_length,
                 "dropped": progress.dropped,
                 "truncated": progress.truncated,
                 "ranks": self.world.place.world,
@@ -294,9 +295,10 @@ def _check_length(recipe: Recipe, mixture: Mixture) -> None:
 
 
 def _budget(recipe: Recipe, mixture: Mixture) -> Callable[[Progress], float]:
-    if recipe.budget.tokens:
+    end = end_of(recipe, mixture)
+    if end is None:
         return lambda progress: progress.tokens / recipe.budget.tokens
-    return lambda progress: progress.samples / (recipe.budget.epochs * mixture.epoch_length)
+    return lambda progress: progress.visits / end
 
 
 def _save_every(recipe: Recipe) -> int:
