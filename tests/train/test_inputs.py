@@ -8,6 +8,7 @@ import pytest
 
 import vila.train.run
 from tests import tiny
+from tests.starter.stand import write_llm, write_vision
 from tests.train.finish import stop_after
 from tests.train.ranks import run_ranks
 from tests.train.stand import stand_recipe, write_stand
@@ -151,3 +152,19 @@ def test_metrics_that_are_missing_are_said(stand):
     events = Heard()
     assert resume(stand, events=events).trainer.progress.step == 2
     assert any(line.startswith("note:") and "metrics.jsonl" in line for line in events.lines)
+
+
+def test_parts_are_stamped_under_their_own_fields(tmp_path):
+    folder = write_stand(tmp_path / "stand")
+    llm, vision = write_llm(tmp_path / "llm"), write_vision(tmp_path / "vision")
+    parts = ("model.path=", f"model.llm={llm}", f"model.vision={vision}", "model.image_size=56", "data.max_length=512")
+    recipe = stand_recipe(folder, "parts", *STEPS, *parts)
+    with pytest.raises(Interrupted):
+        build(recipe, listeners=[stop_after(1)]).train()
+    stamps = read_json(folder / "parts" / "checkpoint" / "step-00000001" / "inputs.json")
+    assert set(stamps["model"]) == {"model.llm", "model.vision"}
+    assert "tokenizer.json" in stamps["model"]["model.llm"]
+    (vision / "config.json").write_text((vision / "config.json").read_text() + " ")
+    with pytest.raises(RunChangedError) as caught:
+        build(recipe)
+    assert [field for field, *_ in caught.value.differences] == ["model.vision"]

@@ -46,18 +46,18 @@ class Inputs:
     models: dict[str, dict[str, Path]]
 
 
-def inputs_of(recipe: Recipe, mixture: Mixture, start: ModelCheckpoint | None) -> Inputs:
+def inputs_of(recipe: Recipe, mixture: Mixture, start: ModelCheckpoint) -> Inputs:
     """List the files of a recipe's data and model; nothing is read.
 
-    start: the opened checkpoint of `model.path`.
-    A model that is still to be fetched from the hub has no files.
+    start: what `open_start` returned.
+    A part that is still to be fetched from the hub has no files.
     """
     data = [
         DataInput(entry.path, len(part.source), _by_name(_files_of(part.source), Path(entry.path)))
         for entry, part in zip(recipe.data.mixture, mixture.parts, strict=True)
     ]
     models: dict[str, dict[str, Path]] = {}
-    if start is not None:
+    if recipe.model.path:
         weights = {piece.file.path for piece in start.pieces.values()}
         models["model.path"] = _by_name([*_files_in(start.folder), *weights], start.folder)
     else:

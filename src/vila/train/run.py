@@ -257,7 +257,7 @@ def _same_inputs(
     recipe: Recipe,
     resumed: Checkpoint | None,
     mixture: Mixture,
-    start: ModelCheckpoint | None,
+    start: ModelCheckpoint,
     allow_changes: Sequence[str],
     events: Events,
 ) -> dict[str, dict[str, FileStamp]]:
