@@ -47,7 +47,7 @@ def spans(scan, path):
         (json.dumps({"data": [LLAVA] * 1000}).encode(), "'data'"),
         (json.dumps({"data": [LLAVA]}).encode(), "'data'"),
         (json.dumps({"info": {"a": [{"b": 1}]}, "images": [{}], "annotations": [{}]}, indent=1).encode(), "'annotat"),
-        (gzip.compress(b"[]"), "gzip"),
+        (gzip.compress(b"[]", mtime=0), "gzip"),
         (bz2.compress(b"[]"), "bzip2"),
         (lzma.compress(b"[]"), "xz"),
         (b"PAR1" + bytes(100) + b"PAR1", "parquet"),
@@ -286,7 +286,7 @@ def test_text_of_a_shard_over_the_limit_is_refused_by_name(tmp_path, monkeypatch
     ("content", "word"),
     [
         (b"", "empty"),
-        (gzip.compress(bytes(10240)), "gzip"),
+        (gzip.compress(bytes(10240), mtime=0), "gzip"),
         (b"PK\x03\x04" + bytes(600), "zip"),
         (b"PAR1" + bytes(600), "parquet"),
         (b'{"a": 1}\n' * 100, "text"),
@@ -409,7 +409,7 @@ def test_two_columns_of_one_name_are_named(tmp_path):
     assert (error.file, error.field) == (str(path), "inputs")
 
 
-@pytest.mark.parametrize("content", [b"", b'{"a": 1}\n' * 20, gzip.compress(b"PAR1"), b"PAR1" + bytes(100) + b"PAR1"])
+@pytest.mark.parametrize("content", [b"", b'{"a": 1}\n' * 20, gzip.compress(b"PAR1", mtime=0), b"PAR1" + bytes(100) + b"PAR1"])
 def test_a_file_named_parquet_that_is_none_is_named(content, tmp_path):
     path = tmp_path / "d.parquet"
     path.write_bytes(content)

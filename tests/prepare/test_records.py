@@ -27,7 +27,7 @@ def zipped(content: bytes, name: str = "x.jsonl") -> bytes:
 
 
 @pytest.mark.parametrize("name, content", [
-    ("x.jsonl", LINES), ("x.jsonl.gz", gzip.compress(LINES)), ("x.jsonl.zip", zipped(LINES)),
+    ("x.jsonl", LINES), ("x.jsonl.gz", gzip.compress(LINES, mtime=0)), ("x.jsonl.zip", zipped(LINES)),
     ("x.jsonl", b"\n" + LINES.rstrip() + b"\n\n"),
 ])  # fmt: skip
 def test_rows_are_the_same_in_every_packing(tmp_path, name, content):
@@ -49,9 +49,9 @@ def test_parquet_rows_have_numbers_and_only_the_columns_asked_for(tmp_path):
     ("x.jsonl", b'{"a": 1' + b"0" * 5000 + b"}\n", "line 1", "not JSON"),
     ("x.jsonl", LINES + bytes(100), "line 6", "zero bytes"),
     ("x.jsonl", LINES.decode().encode("utf-16"), None, "UTF-16"),
-    ("x.jsonl", gzip.compress(LINES), None, "gzip"),
-    ("x.jsonl.gz", gzip.compress(LINES)[:-12], "line 5", "EOFError"),
-    ("x.jsonl.gz", gzip.compress(LINES) + b"more", "line 6", "BadGzipFile"),
+    ("x.jsonl", gzip.compress(LINES, mtime=0), None, "gzip"),
+    ("x.jsonl.gz", gzip.compress(LINES, mtime=0)[:-12], "line 5", "EOFError"),
+    ("x.jsonl.gz", gzip.compress(LINES, mtime=0) + b"more", "line 6", "BadGzipFile"),
     ("x.jsonl.gz", LINES, "line 1", "BadGzipFile"),
     ("x.jsonl.gz", zipped(LINES), "line 1", "zip"),
     ("x.zip", zipped(LINES)[:60], None, "BadZipFile"),
@@ -59,7 +59,7 @@ def test_parquet_rows_have_numbers_and_only_the_columns_asked_for(tmp_path):
     ("x.zip", zipped(LINES) + b"more", None, "behind"),
     ("x.zip", b"more" + zipped(LINES), None, "before"),
     ("x.zip", zipped(LINES) + zipped(LINES), None, "before"),
-    ("x.zip", gzip.compress(LINES), None, "gzip"),
+    ("x.zip", gzip.compress(LINES, mtime=0), None, "gzip"),
     ("x.zip", zipped(LINES).replace(b"\x14\0\0\0\x08\0", b"\x14\0\x01\0\x08\0"), "member 'x.jsonl'", "encrypted"),
     ("x.parquet", b"PAR1 and no more", None, "damaged"),
     ("x.parquet", LINES, None, "damaged"),
@@ -75,7 +75,7 @@ def test_a_broken_file_is_an_error_that_names_it(tmp_path, name, content, record
 
 
 def test_parts_of_gzip_are_all_read_and_finder_files_of_a_zip_are_not(tmp_path):
-    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(LINES) + gzip.compress(LINES))
+    (tmp_path / "x.jsonl.gz").write_bytes(gzip.compress(LINES, mtime=0) + gzip.compress(LINES, mtime=0))
     assert [row for _, row in read_rows(tmp_path / "x.jsonl.gz")] == ROWS * 2
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         archive.writestr("x.jsonl", LINES)
