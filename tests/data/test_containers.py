@@ -409,7 +409,9 @@ def test_two_columns_of_one_name_are_named(tmp_path):
     assert (error.file, error.field) == (str(path), "inputs")
 
 
-@pytest.mark.parametrize("content", [b"", b'{"a": 1}\n' * 20, gzip.compress(b"PAR1", mtime=0), b"PAR1" + bytes(100) + b"PAR1"])
+@pytest.mark.parametrize(
+    "content", [b"", b'{"a": 1}\n' * 20, gzip.compress(b"PAR1", mtime=0), b"PAR1" + bytes(100) + b"PAR1"]
+)
 def test_a_file_named_parquet_that_is_none_is_named(content, tmp_path):
     path = tmp_path / "d.parquet"
     path.write_bytes(content)
