@@ -21,8 +21,9 @@ LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
 def zipped(content: bytes, name: str = "x.jsonl") -> bytes:
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr(name, content)
-        archive.writestr("readme.txt", "no rows")
+        for member, text in ((name, content), ("readme.txt", "no rows")):
+            # The same bytes at any time: they are names of parameters.
+            archive.writestr(zipfile.ZipInfo(member), text, zipfile.ZIP_DEFLATED)
     return stream.getvalue()
 
 
