@@ -62,7 +62,7 @@ def test_train_runs_a_recipe_file_and_says_when_it_is_done(vila, tmp_path):
 
 
 def test_ctrl_c_is_told_with_its_exit_status(vila, monkeypatch):
-    def press(*arguments):
+    def press(*arguments, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("vila.config.load.load_recipe", press)
@@ -72,7 +72,7 @@ def test_ctrl_c_is_told_with_its_exit_status(vila, monkeypatch):
 
 
 def raising(error):
-    def fail(*arguments):
+    def fail(*arguments, **options):
         raise error
 
     return fail
