@@ -71,3 +71,22 @@ def test_unknown_data_are_named_and_can_be_described(vila):
     duration = json.loads(out)["duration"]
     assert duration["steps"] == 10
     assert duration["tokens"] == 1280 * (100 + 2 * 576)
+
+
+def test_nothing_published_is_said_of_a_recipe_with_data_of_its_own(vila, tmp_path):
+    own = tmp_path / "mine.jsonl"
+    _, out, _ = vila("plan", "vila_7b/3_sft", f"data.mixture=[{{format: messages, path: {own}}}]")
+    assert "published:" not in out
+    _, out, _ = vila("plan", "vila_7b/3_sft", "--samples", "1000")
+    assert "published:" not in out
+
+
+def test_a_file_that_only_has_the_name_of_a_published_set_is_not_taken_for_it(vila, tmp_path):
+    own = tmp_path / "llava_v1_5_mix665k.json"
+    data = f"data.mixture=[{{format: llava_json, path: {own}}}]"
+    assert "665,298 conversations" in vila("plan", "vila_7b/3_sft", data)[1]  # not here yet
+    own.write_text("[]")
+    _, out, _ = vila("plan", "vila_7b/3_sft", data)
+    assert "665,298" not in out
+    assert "published:" not in out
+    assert "nothing is known of" in out

@@ -10,9 +10,11 @@ import vila.starter.quickstart as quickstart
 from tests.extras import call_command, hide_extras
 from tests.held import HOST, PID, held
 from tests.starter.stand import write_easy_vqa, write_llm, write_vision
+from vila.config.load import load_recipe
 from vila.core.errors import ConfigError, DataError, DirectoryInUseError
 from vila.core.files import sha256_tree
 from vila.starter.quickstart import Options, Quickstart
+from vila.train.licences import base_models
 
 
 class TinyJob(Quickstart):
@@ -197,3 +199,21 @@ def test_a_directory_that_another_process_works_on_is_refused_with_host_and_pid(
     with held(tmp_path / "run"), pytest.raises(DirectoryInUseError) as caught:
         job().run()
     assert (caught.value.file, caught.value.host, caught.value.pid) == (str(tmp_path / "run"), HOST, PID)
+
+
+def test_the_model_has_a_card_with_the_licences_of_its_parts_and_passes(job, parts):
+    done = job()
+    done.run()
+    text = (done.out / "model" / "README.md").read_text()
+    assert "passes over the data" in text
+    assert "easy-VQA" in text
+    recipe = load_recipe("starter/3_sft", [f"model.path={done.out / 'model'}"])
+    assert [Path(base.name).name for base in base_models(recipe)] == [
+        Path(parts[key]).name for key in ("llm", "vision")
+    ]
+
+
+def test_no_name_in_the_directory_has_a_space(job):
+    done = job()
+    done.run()
+    assert [path for path in done.out.rglob("*") if " " in path.name] == []

@@ -141,3 +141,58 @@ def test_the_card_of_a_run_holds_what_the_run_left(tmp_path):
     assert f"| tokens | {finished['progress']['tokens']:,} |" in text
     assert "| easy_vqa | 50 |" in text and "| old |" not in text
     assert isinstance(yaml.safe_load(text.split("---\n")[1]), dict) and Path(path).is_file()
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A home directory with a converted part in its cache, and a run."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    part = tmp_path / "home" / ".cache" / "vila" / "parts" / "tower"
+    part.mkdir(parents=True)
+    (part / "part.json").write_text("{}")
+    (part / "README.md").write_text("# tower\n\nA tower.\n\nMade from x.whl of https://x (licence: MIT).\n")
+    return tmp_path / "home"
+
+
+def test_a_part_that_the_quickstart_converted_has_the_licence_of_its_readme(home):
+    part = home / ".cache" / "vila" / "parts" / "tower"
+    llm = "Qwen/Qwen2.5-0.5B"
+    bases = base_models(load_recipe("vila_7b/1_align", [f"model.llm={llm}", f"model.vision={part}"]))
+    assert [base.licence for base in bases] == ["Apache-2.0", "MIT"]
+
+
+def test_a_model_of_ours_that_was_moved_keeps_the_licences_of_its_bases(home):
+    part = home / ".cache" / "vila" / "parts" / "tower"
+    run = home / "runs" / "one"
+    first = load_recipe("vila_7b/1_align", ["model.llm=Qwen/Qwen2.5-0.5B", f"model.vision={part}", f"output.dir={run}"])
+    write_card(run / "model", first, {})
+    (home / "moved").mkdir()
+    (run / "model").rename(home / "moved" / "model")
+    third = load_recipe("vila_7b/3_sft", [f"model.path={home / 'moved' / 'model'}"])
+    assert [base.licence for base in base_models(third)] == ["Apache-2.0", "MIT"]
+    assert [base.hub for base in base_models(third)] == ["Qwen/Qwen2.5-0.5B", ""]
+
+
+def test_no_card_holds_the_home_directory_and_paths_are_relative_to_the_run(home):
+    data, run = home / "data" / "mine.jsonl", home / "runs" / "one"
+    data.parent.mkdir()
+    data.write_text("{}")
+    run.mkdir(parents=True)
+    part = home / ".cache" / "vila" / "parts" / "tower"
+    overrides = [f"model.llm={part}", f"model.vision={part}", f"output.dir={run}"]
+    mixture = f"data.mixture=[{{format: messages, path: {data}, image_root: {data.parent}}}]"
+    text, _ = card(run / "model", load_recipe("vila_7b/1_align", [*overrides, mixture]))
+    assert str(home) not in text
+    recipe = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    assert recipe["data"]["mixture"][0]["path"] == "../../data/mine.jsonl"
+    assert recipe["output"]["dir"] == "."
+    assert "| `../../data/mine.jsonl` |" in text
+
+
+def test_passes_are_those_that_were_made(tmp_path):
+    recipe = stand_recipe(write_stand(tmp_path), "out", "budget.tokens=300")
+    run = build(recipe)
+    run.train()
+    write_model_card(recipe)
+    passes = run.trainer.progress.visits / 24
+    assert f"| passes over the data | {passes:.3g} |" in (recipe.output.dir / "model" / "README.md").read_text()

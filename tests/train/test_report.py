@@ -246,3 +246,19 @@ def test_a_checkpoint_that_is_deleted_while_the_report_is_written_is_passed_over
     (folder / "finished.json").unlink(missing_ok=True)
     monkeypatch.setattr(report.Fields, "of_file", staticmethod(delete_first))
     assert "version 1" in write_report(folder).read_text()
+
+
+def test_the_report_holds_no_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run, data = tmp_path / "runs" / "one", tmp_path / "data.jsonl"
+    run.mkdir(parents=True)
+    data.touch()
+    save_recipe(load_recipe("starter/3_sft", [f"data.mixture.0.path={data}", f"output.dir={run}"]), run / "recipe.yaml")
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 1.0}\n')
+    (run / "faults.jsonl").write_text(json.dumps({"position": 1, "reason": f"{data}, record 2: no image"}) + "\n")
+    (run / "answers.jsonl").write_text(
+        json.dumps({"step": 1, "prompt": "?", "image": "../a.png", "answer": "x"}) + "\n"
+    )
+    text = write_report(run).read_text()
+    assert str(tmp_path) not in text
+    assert "../../data.jsonl" in text

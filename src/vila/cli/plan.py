@@ -100,7 +100,8 @@ def lines(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "micro-batch", f"{batch.micro} {batch.unit}{reduced}; the largest that fits: {plan.largest_micro or 'none'}"
     yield "step", f"{batch.size} {batch.unit} = {machine.gpus} GPUs x {batch.micro} x {batch.accumulation} accumulated"
     about = f"{batch.samples:,.0f} samples and " if batch.samples else ""
-    yield "", f"about {about}{batch.tokens:,.0f} tokens; published: {PUBLISHED_BATCH[plan.stage]:,} samples"
+    published = f"; published: {PUBLISHED_BATCH[plan.stage]:,} samples" if plan.is_published else ""
+    yield "", f"about {about}{batch.tokens:,.0f} tokens{published}"
     yield from _time(plan)
     traffic = plan.traffic
     if machine.gpus > 1:

@@ -18,7 +18,7 @@ from torch import nn
 from vila.config.schema import Prompt, Recipe
 from vila.core.errors import ConfigError, VilaError
 from vila.core.events import SILENT, Events, task
-from vila.core.files import cache_dir, write_json
+from vila.core.files import cache_dir, portable_path, write_json
 from vila.core.types import Image, Message
 from vila.engine.engine import Engine
 from vila.eval.benchmark import BENCHMARKS, Benchmark
@@ -56,6 +56,7 @@ class PromptListener:
     ) -> None:
         """every: steps between answers, 0 for the end alone."""
         self.prompts, self.every, self.processor, self.events = prompts, every, processor, events
+        self.folder = folder
         self._log = _Log(folder / "answers.jsonl")
 
     def __call__(self, trainer: Trainer, facts: dict[str, Any]) -> None:
@@ -74,7 +75,7 @@ class PromptListener:
         with task(self.events, f"prompts after step {step:,}", len(self.prompts), "answers"), asked(trainer):
             engine = Engine(trainer.model, self.processor)
             for prompt in self.prompts:
-                row: dict[str, Any] = {"prompt": prompt.text, "image": prompt.image}
+                row: dict[str, Any] = {"prompt": prompt.text, "image": portable_path(prompt.image, self.folder)}
                 parts: list[Image | str] = [*([Image(prompt.image)] if prompt.image else []), prompt.text]
                 try:
                     row["answer"] = engine.generate([Message.of("user", *parts)])

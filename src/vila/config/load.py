@@ -15,7 +15,7 @@ from vila.config.fields import describe_fields
 from vila.config.layers import COMMAND_LINE, fields_of, give_way, origin_of
 from vila.config.schema import Recipe
 from vila.core.errors import ConfigError, UnknownNameError
-from vila.core.files import write_text
+from vila.core.files import portable_path, write_text
 
 __all__ = ["describe_fields", "load_recipe", "recipe_differences", "recipe_names", "recipe_to_yaml", "save_recipe"]
 
@@ -103,10 +103,40 @@ def _without_excluded(
     return tree
 
 
-def recipe_to_yaml(recipe: Recipe) -> str:
-    """The whole recipe as YAML, defaults included; loading it gives an equal recipe."""
-    tree = recipe.model_dump(mode="json")
+_PATH_FIELDS = (
+    "model.path", "model.llm", "model.vision", "data.mixture.N.path", "data.mixture.N.image_root",
+    "monitor.prompts.N.image", "monitor.eval_data", "output.dir",
+)  # fmt: skip
+
+
+def recipe_to_yaml(recipe: Recipe, base: Path | None = None) -> str:
+    """The whole recipe as YAML, defaults included; loading it gives an equal recipe.
+
+    base: directory that absolute paths are written relative to, for a text that others read; see `portable_path`.
+    """
+    return tree_to_yaml(recipe.model_dump(mode="json"), base)
+
+
+def tree_to_yaml(tree: Any, base: Path | None = None) -> str:
+    """As `recipe_to_yaml`, for the plain data of a recipe."""
+    if base is not None:
+        tree = _portable(tree, [field.split(".") for field in _PATH_FIELDS], base)
     return str(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, default_flow_style=False, width=1000))
+
+
+def _portable(tree: Any, fields: list[list[str]], base: Path) -> Any:
+    """A copy of plain data whose absolute paths at the fields are written relative to `base`."""
+    if isinstance(tree, str) and [] in fields:
+        return portable_path(tree, base) if Path(tree).is_absolute() else tree
+    if isinstance(tree, list):
+        inside = [rest for key, *rest in filter(None, fields) if key == "N"]
+        return [_portable(item, inside, base) for item in tree]
+    if isinstance(tree, dict):
+        return {
+            name: _portable(value, [rest for key, *rest in filter(None, fields) if key == name], base)
+            for name, value in tree.items()
+        }
+    return tree
 
 
 def save_recipe(recipe: Recipe, path: Path) -> None:

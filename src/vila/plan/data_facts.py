@@ -6,10 +6,13 @@ import json
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from pathlib import PurePath
+from pathlib import Path
 from typing import Any
 
 from vila.config.schema import MixtureEntry, Recipe
+
+_SMALLEST_SAMPLE = 32
+"""Bytes that a sample of any published set takes at least."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +38,8 @@ class DataFacts:
 def expected_data(recipe: Recipe) -> tuple[DataFacts | None, list[str]]:
     """The facts of the recipe's mixture, and the entries that nothing is known of, without which there are no facts.
 
-    A data set is known by the name of its file or directory.
+    A data set is known by the name of its file or directory. One that is here and far too small to be the published
+    set has only the name in common with it.
     """
     known = [(entry, _find(entry)) for entry in recipe.data.mixture]
     if unknown := [entry.path for entry, facts in known if facts is None]:
@@ -55,8 +59,12 @@ def _samples(entry: MixtureEntry, facts: dict[str, Any]) -> int:
 
 
 def _find(entry: MixtureEntry) -> dict[str, Any] | None:
-    path = PurePath(entry.path)
-    return _table().get(path.name) or _table().get(path.stem)
+    path = Path(entry.path).expanduser()
+    facts = _table().get(path.name) or _table().get(path.stem)
+    if facts is None or not path.exists():
+        return facts
+    files = [file for file in path.iterdir() if file.is_file()] if path.is_dir() else [path]
+    return facts if sum(file.stat().st_size for file in files) >= facts["samples"] * _SMALLEST_SAMPLE else None
 
 
 @cache

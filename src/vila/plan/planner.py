@@ -65,6 +65,7 @@ class Plan:
     parts:         what each component takes of one device, its gradients and kept activations at their fullest.
     largest_micro: rows that fit at a time, 0 for none.
     duration:      None when nothing is known of the data, named in `unknown`.
+    is_published:  whether all data sets are published ones, which the original's numbers are for.
     traffic:       what a rank receives from others in a step, on assumed links.
     disk:          bytes of the checkpoints that are kept while one is written, and of the model.
     remedies:      what would fit, when the recipe does not.
@@ -83,6 +84,7 @@ class Plan:
     duration: Duration | None
     data: DataFacts | None
     unknown: tuple[str, ...]
+    is_published: bool
     disk: dict[str, float]
     traffic: Traffic
     remedies: tuple[str, ...]
@@ -110,6 +112,7 @@ def make_plan(
     """
     shape, learning = shape or shape_of(config_of(recipe.model)), Learning.of(recipe.stage)
     unknown: list[str] = []
+    is_given = data is not None
     if data is None:
         data, unknown = expected_data(recipe)
     size = recipe.batch.rows or recipe.batch.samples
@@ -144,6 +147,7 @@ def make_plan(
         duration=None,
         data=data,
         unknown=tuple(unknown),
+        is_published=not is_given and data is not None,
         disk=_disk(recipe, sum(counts.values()), sum(learnt.values())),
         traffic=step_traffic(
             machine,

@@ -9,7 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from shlex import quote
@@ -30,6 +30,7 @@ from vila.eval.benchmarks.easy_vqa import EasyVqa
 from vila.eval.runner import Result, model_hash, result_dir, run
 from vila.model.load import assemble
 from vila.model.precision import choose_dtype
+from vila.prepare.licences import data_licences
 from vila.starter import dinov2_onnx, easy_vqa, smollm2_gguf
 from vila.starter.data import is_validation, known_truths, write_stage_data
 from vila.starter.parts import resolve_part
@@ -37,6 +38,7 @@ from vila.starter.probes import SwappedEasyVqa, caption_nll, perplexity
 from vila.starter.report import with_images, write_report
 from vila.starter.shrink import compare_answers, shrink
 from vila.starter.texts import english_eval, text_sha256
+from vila.train.card import write_card
 from vila.train.metrics import read_metrics
 from vila.train.run import build, is_finished, model_dir
 
@@ -212,6 +214,14 @@ class Quickstart:
         if not target.is_dir():
             with atomic_path(target) as part:
                 shutil.copytree(self.out / STAGES[-1] / "model", part, copy_function=_link)
+                write_card(part, self.recipe(STAGES[-1]), self._card_facts())
+
+    def _card_facts(self) -> dict[str, Any]:
+        """What the card of the model says besides its recipe."""
+        licences = [asdict(one) for one in data_licences() if one.name == "easy-VQA"]
+        drawn = [entry.path for entry in self.recipe(STAGES[-1]).data.mixture if entry.image_root]
+        finished = read_json_object(self.out / STAGES[-1] / "finished.json")
+        return {**finished, "data_licences": dict.fromkeys(drawn, licences)}
 
     @cached_property
     def engine(self) -> Engine:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ import yaml
 
 from vila.config.load import recipe_to_yaml
 from vila.config.schema import Recipe
-from vila.core.files import write_text
+from vila.core.files import portable_path, write_text
 from vila.report.scale import write_number, write_percent, write_seconds
-from vila.train.licences import BaseModel, base_models
+from vila.train.licences import CARD_KEY, BaseModel, base_models
 
 _HUB_DATA = re.compile(r"https://huggingface\.co/datasets/([\w.-]+/[\w.-]+)/?")
 _LIBRARIES = {"llava-hf": "transformers"}
@@ -25,12 +26,14 @@ def write_card(folder: Path, recipe: Recipe, facts: Mapping[str, Any]) -> None:
 
     facts, each of which may be missing, and is then not spoken of:
         progress:      what `finished.json` has: step, tokens, samples, supervised, seconds, bad_steps.
+        passes:        how often the data were gone through.
         versions, ranks, dropped, truncated: from there too.
         scores:        rows of `evaluations.jsonl` that were measured on these weights.
         data_licences: by path of a data set, rows with name, source, licence and forbids.
         command:       the command that made the model; else one that makes it again from its recipe.
     """
-    bases = base_models(recipe)
+    run = recipe.output.dir
+    bases = [replace(base, name=portable_path(base.name, run)) for base in base_models(recipe)]
     licences: Mapping[str, Sequence[Mapping[str, str]]] = facts.get("data_licences") or {}
     parts = [
         _front_matter(recipe, bases, licences),
@@ -39,9 +42,9 @@ def write_card(folder: Path, recipe: Recipe, facts: Mapping[str, Any]) -> None:
         "In the directory of this file:\n\n```bash\nvila chat .\n```",
         _section("Training", _table(("", ""), [*_settings(recipe), *_progress(facts)])),
         _section("Scores", _scores(facts)),
-        _section("Data", _data(recipe, licences)),
+        _section("Data", _data(recipe, licences, run)),
         _section("Licences", _licences(bases)),
-        _section("To make it again", _again(recipe, facts)),
+        _section("To make it again", _again(recipe, facts, run)),
     ]
     write_text(folder / "README.md", "\n\n".join(filter(None, parts)) + "\n")
 
@@ -60,6 +63,8 @@ def _front_matter(
         "pipeline_tag": "image-text-to-text",
         "library_name": "peft" if recipe.stage.lora.rank else _LIBRARIES.get(recipe.output.layout, "vila"),
         "tags": ["vila", *(["lora"] if recipe.stage.lora.rank else [])],
+        # A stage that starts from this model reads them again, wherever the model is then.
+        CARD_KEY: [asdict(base) for base in bases],
     }
     kept = {key: value for key, value in facts.items() if value}
     return f"---\n{yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)}---"
@@ -83,7 +88,7 @@ def _settings(recipe: Recipe) -> list[tuple[str, str]]:
         ("AdamW", f"betas {optim.beta1:g}, {optim.beta2:g}; weight decay {optim.weight_decay:g}"),
         ("gradients clipped to", f"{optim.max_grad_norm:g}"),
         ("batch", f"{size}, at most {data.max_length:,} tokens each"),
-        ("budget", f"{budget.tokens:,} tokens" if budget.tokens else f"{budget.epochs:g} passes over the data"),
+        ("budget", f"{budget.tokens:,} tokens" if budget.tokens else f"{budget.epochs:g} epochs"),
         ("template", data.template or recipe.model.template),
         ("number type", f"{recipe.compute.dtype}, float32 masters"),
         ("seed", str(recipe.seed)),
@@ -95,6 +100,8 @@ def _progress(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
     progress: Mapping[str, Any] = facts.get("progress") or {}
     counts = {"steps": "step", "samples": "samples", "tokens": "tokens", "supervised tokens": "supervised"}
     rows = [(label, f"{progress[name]:,}") for label, name in counts.items() if progress.get(name) is not None]
+    if facts.get("passes") is not None:
+        rows.append(("passes over the data", f"{facts['passes']:.3g}"))
     ranks = facts.get("ranks", 1)
     if progress.get("seconds"):
         rows.append(("time", f"{write_seconds(progress['seconds'])} on {ranks} process{'es' * (ranks != 1)}"))
@@ -116,13 +123,14 @@ def _scores(facts: Mapping[str, Any]) -> str:
     return _table(("benchmark", "score", "questions"), rows)
 
 
-def _data(recipe: Recipe, licences: Mapping[str, Sequence[Mapping[str, str]]]) -> str:
+def _data(recipe: Recipe, licences: Mapping[str, Sequence[Mapping[str, str]]], run: Path) -> str:
     rows = []
     for entry in recipe.data.mixture:
         share = f"weight {entry.weight:g}" if entry.weight is not None else f"times {entry.repeat:g}"
         known = licences.get(entry.path) or ({"name": "", "licence": "not known", "forbids": "ask its owner"},)
         for number, row in enumerate(known):
-            own = (f"`{entry.path}`", share) if not number else ("", "")
+            path = portable_path(entry.path, run) if Path(entry.path).is_absolute() else entry.path
+            own = (f"`{path}`", share) if not number else ("", "")
             rows.append((*own, _linked(row), row.get("licence", ""), row.get("forbids", "")))
     return _table(("path", "share", "data set", "licence", "forbids"), rows)
 
@@ -142,13 +150,16 @@ def _licences(bases: Sequence[BaseModel]) -> str:
     return f"{_table(('base model', 'licence', 'note'), rows)}\n\n{words}"
 
 
-def _again(recipe: Recipe, facts: Mapping[str, Any]) -> str:
+def _again(recipe: Recipe, facts: Mapping[str, Any], run: Path) -> str:
     ranks = int(facts.get("ranks") or 1)
     start = f"torchrun --nproc-per-node {ranks} -m vila" if ranks > 1 else "vila"
     command = facts.get("command") or f"{start} train recipe.yaml output.dir=runs/again"
-    words = "Save the recipe, which is whole, as `recipe.yaml`; paths in it are those of the machine that trained."
+    words = (
+        "Save the recipe, which is whole, as `recipe.yaml`. Its paths are those of the machine that trained: relative "
+        "to where the command was run, or, where they were absolute, to the directory of the run."
+    )
     fence = "```"
-    body = f"<details><summary>recipe.yaml</summary>\n\n{fence}yaml\n{recipe_to_yaml(recipe)}{fence}\n\n</details>"
+    body = f"<details><summary>recipe.yaml</summary>\n\n{fence}yaml\n{recipe_to_yaml(recipe, run)}{fence}\n\n</details>"
     return f"{fence}bash\n{command}\n{fence}\n\n{words}\n\n{body}"
 
 

@@ -1,4 +1,4 @@
-"""What a model was made from, and under which licences: by the table of known models, or by what lies beside them."""
+"""Base models of a recipe and their licences: from the table of known models, or from files beside the weights."""
 
 from __future__ import annotations
 
@@ -16,6 +16,10 @@ from vila.config.schema import Recipe
 from vila.core.reading import file_errors
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+_PART_LICENCE = re.compile(r"\(licence: ([^()]+)\)\.\s*\Z")
+"""End of the README that `vila quickstart` writes beside a converted part."""
+CARD_KEY = "vila_base_models"
+"""Field of our own model cards that holds the base models with their licences."""
 _DEEPEST = 10
 """Stages that a chain of recipes is followed through."""
 
@@ -37,8 +41,12 @@ class BaseModel:
 
 
 def base_models(recipe: Recipe) -> list[BaseModel]:
-    """The language model and the tower, found through the recipes of the stages before; else the model of `path`."""
-    return [_described(name) for name in _names(recipe.model.model_dump(), _DEEPEST)]
+    """The language model and the tower, found through the recipes of the stages before; else the model of `path`.
+
+    A model of ours that was moved away from its recipe is known by its card.
+    """
+    names = _names(recipe.model.model_dump(), _DEEPEST)
+    return [base for name in names for base in _of_card(name) or [_described(name)]]
 
 
 def _names(source: dict[str, Any], depth: int) -> list[str]:
@@ -52,6 +60,20 @@ def _names(source: dict[str, Any], depth: int) -> list[str]:
         if isinstance(earlier, dict) and (names := _names(earlier, depth - 1)):
             return names
     return [source["path"]]
+
+
+def _of_card(name: str) -> list[BaseModel]:
+    """The base models that the card of a model of ours lists; none where there is no such card."""
+    folder = Path(name).expanduser()
+    for readme in (folder / "README.md", folder / "model" / "README.md"):
+        rows = _front_matter(readme).get(CARD_KEY)
+        if isinstance(rows, list) and all(isinstance(row, dict) for row in rows):
+            return [BaseModel(*(str(row.get(key) or "") for key in ("name", "hub", "licence", "note"))) for row in rows]
+    return []
+
+
+def _front_matter(readme: Path) -> dict[str, Any]:
+    return read_front_matter(readme.read_text(encoding="utf-8", errors="replace")) if readme.is_file() else {}
 
 
 def _described(name: str) -> BaseModel:
@@ -72,11 +94,15 @@ def _described(name: str) -> BaseModel:
 
 
 def _beside(folder: Path) -> str:
-    """The licence in the front matter of a README, as the hub's directories have it; not that of a card of ours."""
+    """The licence in the front matter of a README, as the hub's directories have it, or in that of a converted part."""
     readme = folder / "README.md"
-    facts = read_front_matter(readme.read_text(encoding="utf-8", errors="replace")) if readme.is_file() else {}
-    licence = facts.get("license")
-    return str(licence) if isinstance(licence, str) and licence != "other" else ""
+    licence = _front_matter(readme).get("license")
+    if isinstance(licence, str) and licence != "other":
+        return licence
+    if (folder / "part.json").is_file() and readme.is_file():
+        match = _PART_LICENCE.search(readme.read_text(encoding="utf-8", errors="replace"))
+        return match[1] if match else ""
+    return ""
 
 
 def read_front_matter(text: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from markupsafe import Markup
 
+from vila.config.load import tree_to_yaml
 from vila.core.errors import DataError
 from vila.core.fields import Fields
 from vila.core.reading import file_errors
@@ -57,13 +58,13 @@ def _page(folder: Path, steps: Steps) -> Page:
     _headline(page, steps, evaluations)
     _losses(page, steps)
     add_scores(page, evaluations)
-    add_answers(page, read_answers(folder / "answers.jsonl"))
+    add_answers(page, read_answers(folder / "answers.jsonl"), folder)
     _optimizer(page, steps)
     _speed(page, steps)
     _rows(page, steps)
     _data(page, steps, _planned(folder))
     add_trouble(page, folder)
-    _origin(page, recipe, _versions(folder, finished))
+    _origin(page, tree_to_yaml(dict(tree), folder) if recipe else "", _versions(folder, finished))
     return page
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vila.core.errors import MediaError
+from vila.core.files import resolve_path, without_home
 from vila.report.lines import Series, line_plot
 from vila.report.page import Card, Cell, Page
 from vila.report.picture import embed
@@ -39,13 +40,18 @@ def add_scores(page: Page, evaluations: Mapping[str, Sampled]) -> None:
         page.table((), problems[-10:], "Evaluations without a score")
 
 
-def add_answers(page: Page, answers: Mapping[tuple[str, str], Sampled]) -> None:
-    """The answers to each prompt, step by step. A picture that cannot be read is named in its place."""
+def add_answers(page: Page, answers: Mapping[tuple[str, str], Sampled], folder: Path) -> None:
+    """The answers to each prompt, step by step. An image that cannot be read is named in its place.
+
+    folder: of the run, which the paths of images are relative to.
+    """
     if not answers:
         return
     page.section("Answers", "The same questions, answered greedily at several steps.")
     shown = list(answers.items())[:_CARDS_SHOWN]
-    page.gallery([_card(prompt, image, rows.shown[-1]) for (prompt, image), rows in shown], "The newest answers.")
+    page.gallery(
+        [_card(prompt, image, rows.shown[-1], folder) for (prompt, image), rows in shown], "The newest answers."
+    )
     for (prompt, image), rows in shown:
         if rows.count > 1:
             about = f" ({Path(image).name})" if image else ""
@@ -55,18 +61,19 @@ def add_answers(page: Page, answers: Mapping[tuple[str, str], Sampled]) -> None:
         page.text(f"{len(answers) - len(shown)} more questions are in answers.jsonl.")
 
 
-def _card(prompt: str, image: str, row: Row) -> Card:
+def _card(prompt: str, image: str, row: Row, folder: Path) -> Card:
+    path = str(resolve_path(image, folder)) if image else ""
     lines = [("", _short(prompt)), (f"step {row['step']:,}", _answer(row))]
     try:
-        if image:
-            embed(image)
+        if path:
+            embed(path)
     except MediaError as error:
-        return Card(None, [*lines, ("picture", str(error))])
-    return Card(image or None, lines)
+        return Card(None, [*lines, ("image", without_home(str(error)))])
+    return Card(path or None, lines)
 
 
 def _answer(row: Row) -> str:
-    return _short(row["answer"]) if not row.get("error") else f"no answer: {_short(row['error'])}"
+    return _short(row["answer"]) if not row.get("error") else f"no answer: {_short(without_home(row['error']))}"
 
 
 def add_trouble(page: Page, folder: Path) -> None:
@@ -86,7 +93,9 @@ def add_trouble(page: Page, folder: Path) -> None:
         )
         page.table(["step", "loss", "gradient", "samples"], steps_of, caption)
     if fault_count:
-        reasons: list[list[Cell]] = [[f"{row['position']:,}", _short(row["reason"])] for row in faults]
+        reasons: list[list[Cell]] = [
+            [f"{row['position']:,}", _short(without_home(str(row["reason"])))] for row in faults
+        ]
         page.table(["position", "reason"], reasons, _of(len(faults), fault_count, "that could not be read"))
 
 
