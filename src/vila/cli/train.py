@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from vila.train.run import Run
 
 _SURVEYED = 16
+_NOTED = 3
 
 
 def train(
@@ -52,22 +53,23 @@ def train(
     from vila.config.load import load_recipe, recipe_to_yaml
 
     notes: list[str] = []
+    origins: dict[str, str] = {}
     with _said_once():
-        resolved = load_recipe(recipe, overrides or [], notes=notes)
-    for note in notes if current_place().main else ():
-        typer.echo(f"note: {note}", err=True)
+        resolved = load_recipe(recipe, overrides or [], notes=notes, origins=origins)
+    _note(notes)
     allowed = tuple(allow_changes or ())
     if slurm:
         allowing = [word for field in allowed for word in ("--allow-changes", field)]
         typer.echo(_batch(resolved, ["train", recipe, *(overrides or []), *allowing], slurm, dry_run), nl=False)
         return
     if dry_run:
-        _check_data(resolved)
         typer.echo(recipe_to_yaml(resolved), nl=False)
+        sys.stdout.flush()
+        _look(resolved, origins)
         return
     from vila.cli.model_card import write_model_card
     from vila.cli.progress import Screen
-    from vila.cli.watch import listeners_of
+    from vila.cli.watch import check_monitor, listeners_of
     from vila.core.files import write_json
     from vila.train.run import build, is_finished, model_dir, refuse_changes
 
@@ -79,8 +81,10 @@ def train(
             refuse_changes(before, resolved, resolved.output.dir, allowed)
             events.said(f"{resolved.name}: already trained, the model is in {model_dir(resolved)}")
             return
+        with _said_once():
+            benchmark = check_monitor(resolved, events)
         run = build(resolved, events=events, allow_changes=allowed)
-        run.trainer.listeners += listeners_of(resolved, run.processor, events)
+        run.trainer.listeners += listeners_of(resolved, run.processor, events, benchmark)
         events.said(
             f"{resolved.name}: {run.trainable:,} parameters learn, {run.mixture.epoch_length:,} samples an epoch"
         )
@@ -109,24 +113,45 @@ def _said_once() -> Iterator[None]:
         raise
 
 
-def _check_data(recipe: Recipe) -> None:
-    """Raise ConfigError if the stage needs images and its data, where it is on this machine, has none."""
-    if not recipe.needs_images:
-        return
-    from vila.data.loader import Entry, open_mixture
-    from vila.data.survey import require_images
+def _note(notes: Sequence[str]) -> None:
+    """Print notes on standard error, three and the number of the others; rank 0 alone does."""
+    if current_place().main:
+        for note in notes[:_NOTED]:
+            typer.echo(f"note: {note}", err=True)
+        if len(notes) > _NOTED:
+            typer.echo(f"note: and {len(notes) - _NOTED} more like these", err=True)
 
-    entries = [Entry(**entry.model_dump()) for entry in recipe.data.mixture]
-    if all(Path(entry.path).exists() for entry in entries):
-        require_images(open_mixture(entries, recipe.seed), recipe.needs_images)
+
+def _look(recipe: Recipe, origins: Mapping[str, str]) -> None:
+    """Check a recipe as far as can be seen without training.
+
+    Files that a packaged recipe names may not be here yet, which is a note; those that the user names are errors.
+    """
+    from vila.cli.progress import Screen
+    from vila.cli.watch import check_monitor
+    from vila.config.layers import origin_of
+    from vila.config.load import recipe_names
+    from vila.train.preflight import Preflight
+
+    packaged = set(recipe_names())
+    preflight = Preflight(recipe, current_place().world)
+    with Screen() as screen:
+        preflight.check_data(screen)
+        preflight.check_model()
+    with preflight.collected():
+        check_monitor(recipe, fetch=False)
+    _note(preflight.raise_problems(lambda field: origin_of(field, origins) in packaged))
 
 
 def _batch(recipe: Recipe, arguments: list[str], slurm: str, dry_run: bool) -> str:
     """The batch script, or what Slurm says to it. Raises ConfigError when the processes cannot share the batch."""
     from vila.cli.slurm import parse_job, render_script, submit
     from vila.data.deal import micro_note
+    from vila.train.preflight import Preflight
 
     job = parse_job(slurm)
+    # The job runs elsewhere: what is not on this machine may be there.
+    _note(Preflight(recipe, job.world).raise_problems(lambda field: True))
     if note := micro_note(job.world, recipe.batch.rows or recipe.batch.samples, recipe.batch.micro):
         typer.echo(note, err=True)
     folder = recipe.output.dir

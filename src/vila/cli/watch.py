@@ -31,19 +31,36 @@ from vila.train.randomness import random_state, set_random_state
 from vila.train.trackers import trackers_of
 
 
-def listeners_of(recipe: Recipe, processor: VilaProcessor, events: Events = SILENT) -> list[StepListener]:
+def check_monitor(recipe: Recipe, events: Events = SILENT, *, fetch: bool = True) -> Benchmark | None:
+    """Check what `monitor` names before weights are read; returns the benchmark of evaluations.
+
+    fetch: download easy-VQA if no other benchmark or directory is named and it is not here.
+    Raises ConfigError for an image or a directory that is not there, DataError for a benchmark that cannot be read,
+    UnknownNameError for one that is not known.
+    """
+    monitor = recipe.monitor
+    _check_pictures(monitor.prompts)
+    if not monitor.eval_every_steps:
+        return None
+    BENCHMARKS[monitor.eval_benchmark]
+    if not fetch and not monitor.eval_data and monitor.eval_benchmark == "easy_vqa":
+        return None
+    return _open(monitor.eval_benchmark, monitor.eval_data, monitor.eval_items, events)
+
+
+def listeners_of(
+    recipe: Recipe, processor: VilaProcessor, events: Events = SILENT, benchmark: Benchmark | None = None
+) -> list[StepListener]:
     """What `monitor` asks for: prompts, evaluations, and trackers, which come last. Every process calls it.
 
-    Raises ConfigError for a picture or a directory that is not there, DataError for a benchmark that cannot be read,
-    UnknownNameError for one that is not known, all before training starts.
+    benchmark: what `check_monitor` returned; None calls it, with its errors.
     """
     monitor, folder = recipe.monitor, recipe.output.dir
+    benchmark = benchmark or check_monitor(recipe, events)
     listeners: list[StepListener] = []
     if monitor.prompts:
-        _check_pictures(monitor.prompts)
         listeners.append(PromptListener(monitor.prompts, monitor.prompt_every_steps, folder, processor, events))
-    if monitor.eval_every_steps:
-        benchmark = _open(monitor.eval_benchmark, monitor.eval_data, monitor.eval_items, events)
+    if benchmark:
         listeners.append(EvaluationListener(benchmark, monitor.eval_every_steps, folder, processor, events))
     return [*listeners, *trackers_of(recipe, folder)]
 

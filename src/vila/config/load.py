@@ -38,7 +38,13 @@ def recipe_names() -> list[str]:
     return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
 
 
-def load_recipe(name_or_path: str, overrides: Sequence[str] = (), *, notes: list[str] | None = None) -> Recipe:
+def load_recipe(
+    name_or_path: str,
+    overrides: Sequence[str] = (),
+    *,
+    notes: list[str] | None = None,
+    origins: dict[str, str] | None = None,
+) -> Recipe:
     """Load the recipe of a packaged name or a `.yaml` file, with `extends` resolved and `key=value` overrides applied.
 
     `extends` names a packaged recipe, or a file relative to the one that says so. A mapping, of a recipe or of an
@@ -46,13 +52,14 @@ def load_recipe(name_or_path: str, overrides: Sequence[str] = (), *, notes: list
     YAML, and nothing after the `=` means empty text. Of settings that exclude each other, the one that is given later
     (in a file that extends another, or on the command line) stays; see `vila.config.layers`.
 
-    notes: receives a line for each setting that gave way to a later one.
+    notes:   receives a line for each setting that gave way to a later one.
+    origins: receives the recipe, or "the command line", that each field is from, see `origin_of`.
     Raises UnknownNameError for a name that is not packaged, ConfigError for a file that cannot be read or is not YAML,
     and one ConfigError with all problems of everything else.
     """
     problems: list[str] = []
     tree: dict[str, Any] = {}
-    origins: dict[str, str] = {}
+    origins = {} if origins is None else origins
     for label, layer in _read_chain(_find(name_or_path), name_or_path, problems, ()):
         tree = _without_excluded(tree, layer, label, origins, notes)
         tree = _merged(tree, layer)

@@ -18,11 +18,10 @@ from vila.core.events import SILENT, Events
 from vila.core.fields import Fields
 from vila.core.files import remove_partials, write_json
 from vila.core.locks import DirectoryLock
-from vila.core.optional import require
 from vila.data.deal import fitting_micro, micro_note
 from vila.data.mixture import Mixture
 from vila.data.stamps import FileStamp
-from vila.data.survey import require_images
+from vila.model.layouts.protocol import LAYOUTS
 from vila.model.layouts.protocol import Checkpoint as ModelCheckpoint
 from vila.model.load import save_model
 from vila.model.processor import VilaProcessor
@@ -33,11 +32,11 @@ from vila.train.loop import StepListener, Trainer
 from vila.train.metrics import MetricsLog
 from vila.train.model import load_start, make_learner, open_start, whole_tensors, with_tensors
 from vila.train.parallel import World, open_world
+from vila.train.preflight import Preflight, check_mixture, require_packages
 from vila.train.report import RunReport, write_report
 from vila.train.resume import recipe_of, refuse_changes, refuse_other_lanes, restore, save, say_what_differs
 from vila.train.rows import build_mixture, build_reader, build_rows, end_of, fault_log
 from vila.train.stage import count_parameters
-from vila.train.trackers import require_trackers
 from vila.train.utilisation import utilisation_of
 
 __all__ = ["Run", "build", "is_finished", "model_dir", "refuse_changes"]
@@ -120,15 +119,6 @@ def is_finished(recipe: Recipe) -> bool:
     return (recipe.output.dir / "finished.json").is_file()
 
 
-def require_packages(recipe: Recipe) -> None:
-    """Import the optional packages that a recipe needs. Raises MissingExtraError."""
-    require_trackers(recipe)
-    if recipe.stage.lora.rank:
-        require("peft", "stage.lora", extra="lora")
-        if recipe.stage.lora.bits < 16:
-            require("bitsandbytes", f"stage.lora.bits={recipe.stage.lora.bits}")
-
-
 def build(
     recipe: Recipe,
     *,
@@ -147,6 +137,7 @@ def build(
     require_packages(recipe)
     world = world or open_world(recipe.compute.sharding, recipe.compute.timeout_s)
     events = events if world.main else SILENT
+    world.decide(lambda: Preflight(recipe, world.place.world).raise_problems())
     lock = _open_folder(recipe.output.dir, world, events)
     try:
         return _build(recipe, world, lock, listeners, events, allow_changes)
@@ -175,12 +166,13 @@ def _build(
     with world.main_first():
         mixture = build_mixture(recipe, events)
         start = open_start(recipe)
-    _check_length(recipe, mixture)
-    if recipe.needs_images:
-        require_images(mixture, recipe.needs_images)
+    check_mixture(recipe, mixture)
     same = world.decide(partial(_same_inputs, recipe, resumed, mixture, start, allow_changes, events))
     with world.main_first():
         model, processor = load_start(recipe, start)
+    if not recipe.stage.lora.rank:
+        # What cannot be written in the end is said before it is trained.
+        LAYOUTS[recipe.output.layout].check(model, processor)
     learner = make_learner(recipe, model, processor, mixture, world, events)
     restore(resumed, learner.optimizer, recipe, world)
     count = recipe.batch.rows or recipe.batch.samples
@@ -282,16 +274,6 @@ def _metrics(folder: Path, progress: Progress, world: World, events: Events) -> 
         metrics.write(**facts)
 
     return [log]
-
-
-def _check_length(recipe: Recipe, mixture: Mixture) -> None:
-    batch = recipe.batch.rows or recipe.batch.samples
-    if mixture.epoch_length < batch:
-        kind = "rows" if recipe.batch.rows else "samples"
-        raise ConfigError(
-            f"the data has {mixture.epoch_length} samples an epoch, fewer than batch.{kind}={batch}; make the batch "
-            "smaller or repeat the data"
-        )
 
 
 def _budget(recipe: Recipe, mixture: Mixture) -> Callable[[Progress], float]:

@@ -1,0 +1,171 @@
+"""Checks of a recipe before data are indexed and weights are read: names, options, paths, packages, ranks."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from glob import glob
+from pathlib import Path
+
+from vila.chat.templates import find_template
+from vila.config.schema import MixtureEntry, Recipe
+from vila.core.errors import ConfigError, DataError, VilaError
+from vila.core.events import SILENT, Events
+from vila.core.files import check_writable
+from vila.core.optional import require
+from vila.data.deal import lanes_of
+from vila.data.formats.protocol import FORMATS
+from vila.data.loader import Entry, open_entry
+from vila.data.mixture import Mixture
+from vila.data.survey import require_images
+from vila.model.hub import cached_folder
+from vila.model.layouts.protocol import LAYOUTS
+from vila.train.model import open_start
+from vila.train.rows import build_mixture
+from vila.train.trackers import require_trackers
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_NOWHERE = Path(os.devnull) / "nothing"
+
+
+class Preflight:
+    """Collects what is wrong with a recipe.
+
+    problems: errors, in the order of the recipe's fields.
+    absent:   fields whose files are not on this machine, with their paths; they are problems where the run is to start,
+              and notes where a recipe is only looked at.
+    """
+
+    def __init__(self, recipe: Recipe, ranks: int = 1) -> None:
+        """Check everything but the model itself, see `check_model`. Nothing is read but names of files."""
+        self.recipe = recipe
+        self.problems: list[VilaError] = []
+        self.absent: dict[str, str] = {}
+        self._check_model_paths()
+        with self.collected("data.template"):
+            if recipe.data.template:
+                find_template(recipe.data.template)
+        for number, entry in enumerate(recipe.data.mixture):
+            self._check_entry(f"data.mixture.{number}", entry)
+        with self.collected():
+            lanes_of(0, ranks, recipe.batch.rows or recipe.batch.samples)
+        for check in (self._check_packages, self._check_output):
+            with self.collected():
+                check()
+
+    def raise_problems(self, is_note: Callable[[str], bool] = lambda field: False) -> list[str]:
+        """Raise all problems as one error; returns notes on the absent files whose field `is_note`.
+
+        Raises the problem itself if it is the only one, ConfigError with a line for each if there are several.
+        """
+        problems = [
+            *self.problems,
+            *(
+                ConfigError("no such file or directory", field=field, value=path)
+                for field, path in self.absent.items()
+                if not is_note(field)
+            ),
+        ]
+        if len(problems) == 1:
+            raise problems[0]
+        if problems:
+            raise ConfigError.collect(self.recipe.name, map(str, problems))
+        return [f"{field}={path} is not here yet" for field, path in self.absent.items()]
+
+    def check_data(self, events: Events = SILENT) -> None:
+        """Open the data sets that are on this machine, which indexes their files, and compare them with the recipe."""
+        here = [not any(name.startswith(f"data.mixture.{number}.") for name in self.absent) for number in self._numbers]
+        if self.problems:
+            return
+        parts = []
+        for number in (number for number in self._numbers if here[number]):
+            with self.collected(f"data.mixture.{number}.path"):
+                parts.append(open_entry(Entry(**self.recipe.data.mixture[number].model_dump()), events))
+        if len(parts) == len(here):
+            with self.collected("data.mixture"):
+                check_mixture(self.recipe, build_mixture(self.recipe))
+
+    @property
+    def _numbers(self) -> range:
+        return range(len(self.recipe.data.mixture))
+
+    def check_model(self) -> None:
+        """Open the model without its weights if it is on this machine: config, tokenizer, template, tower."""
+        source = self.recipe.model
+        names = [source.path] if source.path else [source.llm, source.vision]
+        if not self.problems and all(cached_folder(name) for name in names):
+            with self.collected():
+                open_start(self.recipe)
+
+    @contextmanager
+    def collected(self, field: str | None = None) -> Iterator[None]:
+        """Inside, an error becomes a problem; it gets the field unless it has one."""
+        try:
+            yield
+        except VilaError as error:
+            error.field = error.field or field
+            self.problems.append(error)
+
+    def _check_model_paths(self) -> None:
+        for field in ("path", "llm", "vision"):
+            name = getattr(self.recipe.model, field)
+            if name and not Path(name).expanduser().exists() and not _HUB_ID.fullmatch(name):
+                self.absent[f"model.{field}"] = name
+        with self.collected("model.template"):
+            if self.recipe.model.template:
+                find_template(self.recipe.model.template)
+
+    def _check_entry(self, field: str, entry: MixtureEntry) -> None:
+        with self.collected(f"{field}.template"):
+            if entry.template:
+                find_template(entry.template)
+        with self.collected(f"{field}.format"):
+            format_ = FORMATS[entry.format]
+            # Every format checks its options before it looks at the path.
+            with self.collected(f"{field}.options"), suppress(DataError):
+                format_.open(_NOWHERE, _NOWHERE, **entry.options)
+        if not _exists(entry.path):
+            self.absent[f"{field}.path"] = entry.path
+        if entry.image_root and not Path(entry.image_root).exists():
+            self.absent[f"{field}.image_root"] = entry.image_root
+
+    def _check_packages(self) -> None:
+        require_packages(self.recipe)
+
+    def _check_output(self) -> None:
+        output = self.recipe.output
+        with self.collected("output.layout"):
+            LAYOUTS[output.layout]
+        check_writable(output.dir, field="output.dir")
+
+
+def check_mixture(recipe: Recipe, mixture: Mixture) -> None:
+    """Raise ConfigError if an epoch is shorter than a batch, or if the stage needs images and the data have none."""
+    batch = recipe.batch.rows or recipe.batch.samples
+    if mixture.epoch_length < batch:
+        raise ConfigError(
+            f"the data has {mixture.epoch_length} samples an epoch, fewer than the batch",
+            field="batch.rows" if recipe.batch.rows else "batch.samples",
+            value=batch,
+            hint="make the batch smaller or repeat the data",
+        )
+    if recipe.needs_images:
+        require_images(mixture, recipe.needs_images)
+
+
+def require_packages(recipe: Recipe) -> None:
+    """Import the optional packages that a recipe needs. Raises MissingExtraError."""
+    require_trackers(recipe)
+    if recipe.stage.lora.rank:
+        require("peft", "stage.lora", extra="lora")
+        if recipe.stage.lora.bits < 16:
+            require("bitsandbytes", f"stage.lora.bits={recipe.stage.lora.bits}")
+
+
+def _exists(path: str) -> bool:
+    """Whether there is a file or directory, or one that a pattern matches."""
+    if Path(path).exists():
+        return True
+    return any(character in path for character in "*?[") and bool(glob(path))  # noqa: PTH207 the pattern may be absolute

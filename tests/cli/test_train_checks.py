@@ -1,0 +1,86 @@
+"""`vila train` and its `--dry-run` say what is wrong before weights are read."""
+
+import pytest
+
+from tests import tiny
+from tests.train.stand import stand_recipe, write_stand
+from vila.config.load import load_recipe, save_recipe
+from vila.model.load import save_model
+from vila.train import run as run_module
+
+
+@pytest.fixture(scope="module")
+def stand(tmp_path_factory):
+    return write_stand(tmp_path_factory.mktemp("stand"))
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Reading weights is an error of the test."""
+
+    def refuse(*_, **__):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(run_module, "load_start", refuse)
+
+
+def test_what_a_packaged_recipe_names_is_a_note_and_what_the_user_names_an_error(vila, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = vila("train", "starter/3_sft", "--dry-run")
+    assert code == 0
+    assert "note: model.path=runs/starter/2_pretrain/model is not here yet" in err
+    code, again, err = vila("train", "starter/3_sft", "data.mixture.0.path=mine.jsonl", "--dry-run")
+    assert code == 2
+    assert "data.mixture.0.path" in err
+    assert "model.path" not in err
+    assert (
+        load_recipe(written(tmp_path / "a.yaml", out)).data.mixture[1:]
+        == load_recipe(written(tmp_path / "b.yaml", again)).data.mixture[1:]
+    )
+    (tmp_path / "own.yaml").write_text("extends: starter/3_sft\nmodel: {path: my/own/model}\n")
+    code, _, err = vila("train", "own.yaml", "--dry-run")
+    assert code == 2
+    assert "model.path: no such file or directory, got 'my/own/model'" in err
+
+
+def written(path, text):
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("monitor.prompts=[{text: Why, image: absent.png}]", "absent.png"),
+        ("monitor={eval_every_steps: 5, eval_benchmark: easy_vqua}", "easy_vqua"),
+        ("monitor={eval_every_steps: 5, eval_benchmark: gqa}", "monitor.eval_data"),
+        ("monitor={eval_every_steps: 5, eval_benchmark: gqa, eval_data: absent}", "absent"),
+        ("monitor.trackers=[trackio]", "trackio"),
+    ],
+)
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)], ids=["train", "dry-run"])
+def test_what_looks_at_the_model_is_checked_before_weights_are_read(vila, stand, no_weights, override, says, dry):
+    path = stand / "recipe.yaml"
+    save_recipe(stand_recipe(stand, "monitor"), path)
+    code, _, err = vila("train", path, override, *dry)
+    assert code in (1, 2)
+    assert says in err
+    assert "weights were read" not in err
+
+
+def test_a_dry_run_of_a_sound_recipe_has_nothing_to_say(vila, stand):
+    path = stand / "whole.yaml"
+    save_recipe(stand_recipe(stand, "whole"), path)
+    code, out, err = vila("train", path, "--dry-run")
+    assert code == 0
+    assert "note" not in err and "error" not in err
+    assert not (stand / "whole").exists()
+
+
+def test_a_damaged_config_is_named_by_a_dry_run(vila, stand, tmp_path):
+    save_model(*tiny.vila(), tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text("{")
+    save_recipe(stand_recipe(stand, "damaged", f"model.path={tmp_path / 'model'}"), tmp_path / "r.yaml")
+    code, _, err = vila("train", tmp_path / "r.yaml", "--dry-run")
+    assert code == 1
+    assert str(tmp_path / "model" / "config.json") in err

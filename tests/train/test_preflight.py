@@ -1,0 +1,106 @@
+"""What is wrong with a recipe is said before weights are read, all of it at once."""
+
+import json
+
+import pytest
+
+from tests.train.ranks import run_ranks
+from tests.train.stand import stand_recipe, write_stand
+from vila.core.errors import ConfigError, DataError, LayoutError, UnknownNameError, VilaError
+from vila.train import run as run_module
+from vila.train.preflight import Preflight
+from vila.train.run import build
+
+
+@pytest.fixture(scope="module")
+def stand(tmp_path_factory):
+    return write_stand(tmp_path_factory.mktemp("stand"))
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Reading weights is an error of the test."""
+
+    def refuse(*_, **__):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(run_module, "load_start", refuse)
+
+
+def mixture(**entry):
+    return f"data.mixture=[{json.dumps({'format': 'messages', **entry})}]"
+
+
+@pytest.mark.parametrize(
+    ("override", "error", "field"),
+    [
+        (mixture(path="PATH", format="massages"), UnknownNameError, "data.mixture.0.format"),
+        (mixture(path="PATH", options={"colour": 1}), ConfigError, "data.mixture.0.options"),
+        (mixture(path="PATH", template="vicunia"), UnknownNameError, "data.mixture.0.template"),
+        (mixture(path="PATH", image_root="nowhere"), ConfigError, "data.mixture.0.image_root"),
+        (mixture(path="absent.jsonl"), ConfigError, "data.mixture.0.path"),
+        (mixture(path="shards/*.tar"), ConfigError, "data.mixture.0.path"),
+        ("data.template=chatmll", UnknownNameError, "data.template"),
+        ("model.template=chatmll", UnknownNameError, "model.template"),
+        ("model.path=runs/not/there", ConfigError, "model.path"),
+        ("output.layout=llava", UnknownNameError, "output.layout"),
+        ("output.dir=/dev/null/run", ConfigError, "output.dir"),
+        ("batch.rows=26", ConfigError, "batch.rows"),
+    ],
+)
+@pytest.mark.parametrize("how", ["build", "look"])
+def test_each_fault_is_named_before_weights_are_read(stand, no_weights, override, error, field, how):
+    recipe = stand_recipe(stand, "fault", override.replace("PATH", str(stand / "data.jsonl")))
+    with pytest.raises(VilaError) as caught:
+        if how == "build":
+            build(recipe)
+        else:
+            preflight = Preflight(recipe)
+            preflight.check_data()
+            preflight.check_model()
+            preflight.raise_problems()
+    assert isinstance(caught.value, error)
+    assert caught.value.field == field
+
+
+def test_all_faults_are_named_at_once(stand, no_weights):
+    faults = ("data.template=chatmll", "output.layout=llava", mixture(path="absent.jsonl", format="massages"))
+    with pytest.raises(ConfigError) as caught:
+        build(stand_recipe(stand, "fault", *faults))
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 5
+    assert all(any(name in line for line in lines) for name in ("chatmll", "llava", "absent.jsonl", "massages"))
+
+
+def test_a_file_of_another_kind_is_named_when_a_recipe_is_looked_at(stand, tmp_path):
+    (tmp_path / "data.csv").write_text("a,b\n")
+    preflight = Preflight(stand_recipe(stand, "kind", mixture(path=str(tmp_path / "data.csv"))))
+    preflight.check_data()
+    with pytest.raises(DataError) as caught:
+        preflight.raise_problems()
+    assert str(tmp_path / "data.csv") in str(caught.value)
+
+
+def test_ranks_that_cannot_share_the_batch_are_named(stand):
+    with pytest.raises(ConfigError) as caught:
+        Preflight(stand_recipe(stand, "ranks"), ranks=3).raise_problems()
+    assert (caught.value.field, caught.value.value) == ("batch", 2)
+
+
+def test_a_layout_that_cannot_hold_the_model_is_refused_before_training(stand):
+    with pytest.raises(LayoutError):
+        build(stand_recipe(stand, "layout", "output.layout=tinychat"))
+
+
+def refused(stand):
+    try:
+        build(stand_recipe(stand, "fault", "output.layout=llava"))
+    except VilaError as error:
+        return error
+    return None
+
+
+def test_of_two_ranks_one_prints_the_fault(stand):
+    errors = run_ranks(2, refused, stand)
+    assert [type(error) for error in errors] == [UnknownNameError] * 2
+    assert [error.is_repeated for error in errors] == [False, True]
