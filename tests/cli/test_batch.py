@@ -124,7 +124,7 @@ def test_truncation_is_counted_in_each_row(vila, model, tmp_path):
         ('{"messages": []}', None),
         ('{"messages": [{"role": "user", "content": ""}]}', "messages"),
         ('{"messages": [{"role": "user", "content": [{"type": "text", "text": " "}]}]}', "messages"),
-        ('{"messages": [{"role": "assistant", "content": "x"}]}', None),
+        ('{"messages": [{"role": "assistant", "content": "x"}]}', "messages[0]"),
         ('{"messages": [{"role": "bot", "content": "x"}]}', "messages[0].role"),
         ('{"prompt": "' + "x" * 600 + '"}', None),
     ],
