@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.held import killed_writer
+from vila.core import locks
 from vila.core.errors import ConfigError, VilaError
 from vila.core.files import (
     atomic_path,
@@ -93,7 +94,7 @@ def test_a_live_writer_is_left_alone_by_a_second_one_and_by_cleaning(tmp_path):
     assert names(tmp_path) == ["a"]
 
 
-def test_a_writer_that_has_not_locked_yet_is_left_alone_for_an_hour(tmp_path):
+def test_what_an_earlier_version_left_without_a_lock_is_put_back_after_an_hour(tmp_path):
     holder = tmp_path / ".d.x1y2z3.partial"
     (holder / "replaced").mkdir(parents=True)
     (holder / "replaced" / "old").write_text("old")
@@ -103,6 +104,42 @@ def test_a_writer_that_has_not_locked_yet_is_left_alone_for_an_hour(tmp_path):
     remove_partials(tmp_path)
     assert names(tmp_path) == ["d"]
     assert (tmp_path / "d" / "old").read_text() == "old"
+
+
+@pytest.mark.parametrize("left", [(), ("writer.lock",)], ids=["empty", "lock without owner"])
+def test_what_a_writer_left_that_was_killed_as_it_began_or_ended_is_removed_at_once(tmp_path, left):
+    holder = tmp_path / ".d.partial"
+    holder.mkdir()
+    for name in left:
+        (holder / name).touch()
+    remove_partials(tmp_path)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("moment", ["open", "flock"])
+def test_a_writer_whose_directory_is_removed_before_it_locked_makes_another(tmp_path, monkeypatch, moment):
+    calls = []
+    opened, locked = Path.open, locks.try_lock
+
+    def remove_first(path, mode="r", *arguments, **options):
+        if moment == "open" and mode == "x+" and not calls:
+            calls.append(1)
+            remove_partials(tmp_path)
+        return opened(path, mode, *arguments, **options)
+
+    def remove_before(stream, **options):
+        if moment == "flock" and options.get("wait") and not calls:
+            calls.append(1)
+            remove_partials(tmp_path)
+        return locked(stream, **options)
+
+    monkeypatch.setattr(Path, "open", remove_first)
+    monkeypatch.setattr("vila.core.files.try_lock", remove_before)
+    with atomic_path(tmp_path / "a") as part:
+        part.write_text("whole")
+    assert calls
+    assert (tmp_path / "a").read_text() == "whole"
+    assert names(tmp_path) == ["a"]
 
 
 def test_without_locks_a_writer_is_dead_when_its_process_on_this_host_is(tmp_path, monkeypatch):

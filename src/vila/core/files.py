@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from vila.core.errors import ConfigError, VilaError
 from vila.core.locks import is_same_file, read_owner, runs_here, try_lock, write_owner
@@ -59,18 +59,9 @@ def atomic_path(target: Path) -> Iterator[Path]:
 @contextmanager
 def _holder(target: Path) -> Iterator[Path]:
     """Make the directory that holds what is being written; its lock tells others that the writer is alive."""
-    holder = target.with_name(f".{target.name}.partial")
-    if holder.exists():
-        _remove_if_abandoned(holder)
+    holder, lock = _locked_holder(target)
     try:
-        holder.mkdir(mode=0o700)
-    except FileExistsError:  # another writer of the same target is alive
-        holder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
-    try:
-        with (holder / _WRITER).open("w+", encoding="utf-8") as lock:
-            # It waits for a process that looks whether the writer is alive, and finds no owner yet.
-            try_lock(lock, wait=True)
-            write_owner(lock, target=target.name)
+        with lock:
             try:
                 yield holder
             finally:
@@ -81,6 +72,28 @@ def _holder(target: Path) -> Iterator[Path]:
         # An open file on NFS keeps its directory, hence after the lock was closed.
         with suppress(OSError):
             holder.rmdir()
+
+
+def _locked_holder(target: Path) -> tuple[Path, IO[str]]:
+    """Make the holder of a target and its lock file, locked and with this process as the owner."""
+    while True:
+        holder = target.with_name(f".{target.name}.partial")
+        if holder.exists():
+            _remove_if_abandoned(holder)
+        try:
+            holder.mkdir(mode=0o700)
+        except FileExistsError:  # another writer of the same target is alive
+            holder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+        try:
+            lock = (holder / _WRITER).open("x+", encoding="utf-8")
+        except (FileNotFoundError, FileExistsError):
+            # Another process took the empty directory for an abandoned one: it deleted it, or made its own there.
+            continue
+        try_lock(lock, wait=True)
+        if is_same_file(lock, holder / _WRITER):
+            write_owner(lock, target=target.name)
+            return holder, lock
+        lock.close()
 
 
 def remove_partials(folder: Path, name: str = "") -> None:
@@ -97,20 +110,24 @@ def remove_partials(folder: Path, name: str = "") -> None:
 
 
 def _remove_if_abandoned(holder: Path) -> None:
-    """Delete the holder of a killed writer; leave it if its writer may be alive."""
+    """Delete the holder of a killed writer; leave it if its writer may be alive.
+
+    A writer that has not locked its holder yet notices that it is gone, and makes another.
+    """
+    with suppress(OSError):
+        holder.rmdir()  # an empty one: its writer was killed before it began, or when all was done
     try:
         lock = (holder / _WRITER).open("r+", encoding="utf-8")
     except OSError:
-        # The writer is about to make the file, died before it did, or was an older version, which made none.
-        if _is_old(holder):
+        if _is_old(holder):  # of an earlier version, which had no locks
             _put_back_and_delete(holder, holder.name[1:].rsplit(".", 2)[0])
         return
     with lock:
         granted, owner = try_lock(lock), read_owner(lock)
         if granted is None:
             granted = owner.get("host") == socket.gethostname() and not runs_here(owner)
-        # A file without an owner is one that was made a moment ago; one that is gone was released.
-        if granted and is_same_file(lock, holder / _WRITER) and (owner or _is_old(holder)):
+        # A file that is gone was released by its writer meanwhile.
+        if granted and is_same_file(lock, holder / _WRITER):
             _put_back_and_delete(holder, str(owner.get("target", "")))
 
 
