@@ -38,9 +38,17 @@ def test_what_a_packaged_recipe_names_is_a_note_and_what_the_user_names_an_error
         == load_recipe(written(tmp_path / "b.yaml", again)).data.mixture[1:]
     )
     (tmp_path / "own.yaml").write_text("extends: starter/3_sft\nmodel: {path: my/own/model}\n")
+    # The model of an earlier stage, which may not have been trained yet.
     code, _, err = vila("train", "own.yaml", "--dry-run")
-    assert code == 2
-    assert "model.path: no such file or directory, got 'my/own/model'" in err
+    assert code == 0
+    assert "note: model.path=my/own/model is not here yet" in err
+
+
+def test_the_data_of_a_packaged_mixture_that_the_user_names_may_be_absent(vila, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = vila("train", "vila_1_5_3b/3_sft", "data.mixture=llava_instruct+vflan", "--dry-run")
+    assert code == 0
+    assert "data.mixture.0.path=data/llava_instruct_150k_zh.jsonl is not here yet" in err
 
 
 def written(path, text):

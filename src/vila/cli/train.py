@@ -125,7 +125,8 @@ def _note(notes: Sequence[str]) -> None:
 def _look(recipe: Recipe, origins: Mapping[str, str]) -> None:
     """Check a recipe as far as can be seen without training.
 
-    Files that a packaged recipe names may not be here yet, which is a note; those that the user names are errors.
+    Files that a packaged recipe names, and the model of an earlier stage, may not be here yet, which is a note; data
+    that the user names are errors.
     """
     from vila.cli.progress import Screen
     from vila.cli.watch import check_monitor
@@ -140,7 +141,11 @@ def _look(recipe: Recipe, origins: Mapping[str, str]) -> None:
         preflight.check_model()
     with preflight.collected():
         check_monitor(recipe, fetch=False)
-    _note(preflight.raise_problems(lambda field: origin_of(field, origins) in packaged))
+    _note(
+        preflight.raise_problems(
+            lambda field: field.startswith("model.") or origin_of(field, origins) in packaged,
+        )
+    )
 
 
 def _batch(recipe: Recipe, arguments: list[str], slurm: str, dry_run: bool) -> str:

@@ -10,9 +10,10 @@ from typing import Any
 
 import yaml
 
-from vila.config.check import check_recipe, quoted, with_item
+from vila.config.check import check_recipe, dotted, quoted, with_item
 from vila.config.fields import describe_fields
 from vila.config.layers import COMMAND_LINE, fields_of, give_way, origin_of
+from vila.config.mixtures import expand_mixtures
 from vila.config.schema import Recipe
 from vila.core.errors import ConfigError, UnknownNameError
 from vila.core.files import portable_path, write_text
@@ -67,6 +68,10 @@ def load_recipe(
     recipe, faults = check_recipe(tree, origins)
     if problems or recipe is None:
         raise ConfigError.collect(name_or_path, problems + faults)
+    # A data set of a named mixture is from where the mixture is, whoever names it.
+    for place, written in expand_mixtures(tree)[1].items():
+        if written[1] == "mixtures" and (origin := origin_of(dotted(written), origins)):
+            origins[dotted(place)] = origin
     return recipe
 
 
