@@ -8,7 +8,7 @@ import pytest
 from tests.train.finish import assert_identical, finish, stop_after
 from tests.train.ranks import run_ranks
 from tests.train.stand import stand_recipe, write_stand
-from vila.core.errors import Interrupted
+from vila.core.errors import Interrupted, TrainingError
 from vila.core.reading import read_json
 from vila.train.metrics import read_metrics
 from vila.train.run import build
@@ -122,3 +122,13 @@ def test_ranks_whose_data_end_first_take_part_in_the_last_step(stand, sharding, 
         # As in test_parallel: float32 sums in another order.
         assert loss == pytest.approx(other_loss, rel=1e-5)
         assert norm == pytest.approx(other_norm, rel=1e-3)
+
+
+def test_a_run_without_a_readable_sample_is_an_error_and_writes_no_model(tmp_path):
+    stand = write_stand(tmp_path)
+    (stand / "data.jsonl").write_text('{"id": "0", "messages": [{"role": "user", "content": "a \\ud83d"}]}\n')
+    recipe = stand_recipe(stand, "none", "budget.tokens=0", "budget.epochs=1", "data.max_faults=10")
+    with pytest.raises(TrainingError) as caught:
+        build(recipe).train()
+    assert caught.value.file == str(stand / "none" / "faults.jsonl")
+    assert not (stand / "none" / "model").exists()

@@ -13,7 +13,7 @@ import torch
 
 from vila.config.load import save_recipe
 from vila.config.schema import Recipe
-from vila.core.errors import ConfigError
+from vila.core.errors import ConfigError, TrainingError
 from vila.core.events import SILENT, Events
 from vila.core.fields import Fields
 from vila.core.files import remove_partials, write_json
@@ -76,6 +76,12 @@ class Run:
             self.trainer.run()
         finally:
             self.checkpoints.wait()
+        if not self.trainer.progress.step:
+            raise TrainingError(
+                "the run ended before its first step: no sample can be read and fits data.max_length",
+                file=self.folder / "faults.jsonl",
+                hint="vila data check RECIPE lists the reasons; no model was written",
+            )
         self._write_model()
         if self.world.main:
             progress = self.trainer.progress
