@@ -127,7 +127,7 @@ def test_ranks_whose_data_end_first_take_part_in_the_last_step(stand, sharding, 
 def test_a_run_without_a_readable_sample_is_an_error_and_writes_no_model(tmp_path):
     stand = write_stand(tmp_path)
     (stand / "data.jsonl").write_text('{"id": "0", "messages": [{"role": "user", "content": "a \\ud83d"}]}\n')
-    recipe = stand_recipe(stand, "none", "budget.tokens=0", "budget.epochs=1", "data.max_faults=10")
+    recipe = stand_recipe(stand, "none", "batch.rows=1", "budget.tokens=0", "budget.epochs=1", "data.max_faults=10")
     with pytest.raises(TrainingError) as caught:
         build(recipe).train()
     assert caught.value.file == str(stand / "none" / "faults.jsonl")
