@@ -2,6 +2,7 @@
 
 import json
 import threading
+from dataclasses import replace
 
 import pytest
 
@@ -88,6 +89,21 @@ def test_a_directory_that_another_process_fills_is_refused_with_host_and_pid(tmp
     assert (caught.value.file, caught.value.host, caught.value.pid) == (str(tmp_path / "out"), HOST, PID)
     assert run(Doubler(), Numbers(), tmp_path / "out").scored.score == 100
     assert not (tmp_path / "out" / ".lock").exists()
+
+
+@pytest.mark.parametrize("change", ["text", "truth"])
+def test_questions_that_changed_between_a_stop_and_the_next_run_are_refused(tmp_path, change):
+    with pytest.raises(KeyboardInterrupt):
+        run(Doubler(dies_after=12), Numbers(), tmp_path)
+    changed = Numbers()
+    first = changed._items[0]
+    new = {"text": {"messages": (Message.of("user", Image("0.png"), "5"),)}, "truth": {"truth": "1"}}[change]
+    changed._items[0] = replace(first, **new)
+    with pytest.raises(DataError):
+        run(Doubler(), changed, tmp_path)
+    facts = json.loads((tmp_path / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps({key: facts[key] for key in facts if key != "questions_sha256"}))
+    assert run(Doubler(), Numbers(), tmp_path).scored.score == 100  # begun by an earlier version
 
 
 def test_one_bad_picture_costs_one_answer_and_is_asked_again_by_the_next_run(tmp_path):

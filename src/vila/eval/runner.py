@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -25,6 +26,8 @@ from vila.eval.scoring import exact_match
 from vila.eval.speed import forget_parts, note_part, note_speed
 from vila.eval.statistics import score_interval
 
+_DIGEST = "questions_sha256"
+"""Key of `run.json`: a hash of ids, texts and truths of all questions."""
 _BATCH_GROUPS = 16
 """Pictures that one batch holds, with all their questions."""
 _BATCH_ROWS = 96
@@ -223,7 +226,16 @@ def missing_images(items: Sequence[Item]) -> list[str]:
 
 def run_facts(benchmark: Benchmark, template: str) -> dict[str, Any]:
     """Return what the predictions in a directory belong to, but for the model."""
-    return {"benchmark": benchmark.name, "questions": len(benchmark.items()), "template": template}
+    items = benchmark.items()
+    digest = hashlib.sha256()
+    for item in items:
+        digest.update(json.dumps([item.id, item.truth, [message.text for message in item.messages]]).encode())
+    return {
+        "benchmark": benchmark.name,
+        "questions": len(items),
+        _DIGEST: digest.hexdigest()[:32],
+        "template": template,
+    }
 
 
 def check_run(out: Path, facts: Mapping[str, Any]) -> None:
@@ -249,6 +261,10 @@ def _same_run(out: Path, facts: Mapping[str, Any]) -> None:
 
 
 def _refuse_changes(out: Path, before: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    changed = [f"{key}: {before.get(key)!r} -> {value!r}" for key, value in facts.items() if before.get(key) != value]
+    # Earlier versions kept no digest of the questions.
+    compared = {key: value for key, value in facts.items() if key in before or key != _DIGEST}
+    changed = [
+        f"{key}: {before.get(key)!r} -> {value!r}" for key, value in compared.items() if before.get(key) != value
+    ]
     if changed:
         raise DataError(f"{out}: holds the predictions of another run ({'; '.join(changed)}); choose another --out")
