@@ -80,7 +80,13 @@ class WithoutExtras:
 def hide_extras(monkeypatch: Any) -> None:
     """Hide the packages of all extras from the import system, for the rest of a test."""
     hidden = WithoutExtras()
-    for name in hidden.loaded():
+    names = list(hidden.loaded())
+    for name in names:
+        # A package holds its modules as attributes too; both have to be the same ones again afterwards.
+        package, _, module = name.rpartition(".")
+        if package in sys.modules:
+            monkeypatch.delattr(sys.modules[package], module, raising=False)
+    for name in names:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "meta_path", [hidden, *sys.meta_path])
 
