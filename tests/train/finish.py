@@ -47,7 +47,7 @@ def assert_identical(ours: Any, theirs: Any) -> None:
 
 
 def sign(folder: Path) -> None:
-    """Write the manifest of a checkpoint anew, as whoever changes a file on purpose can."""
+    """Rewrite the manifest of a checkpoint after a deliberate change to its files."""
     write_manifest(folder, digest_files(folder, [file.name for file in folder.iterdir() if file.name != MANIFEST]))
 
 

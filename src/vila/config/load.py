@@ -68,7 +68,7 @@ def load_recipe(
     recipe, faults = check_recipe(tree, origins)
     if problems or recipe is None:
         raise ConfigError.collect(name_or_path, problems + faults)
-    # A data set of a named mixture is from where the mixture is, whoever names it.
+    # The origin of a data set is the file that defines its mixture, not the one that uses the mixture.
     for place, written in expand_mixtures(tree)[1].items():
         if written[1] == "mixtures" and (origin := origin_of(dotted(written), origins)):
             origins[dotted(place)] = origin

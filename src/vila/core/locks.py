@@ -20,7 +20,7 @@ from weakref import WeakValueDictionary
 
 try:
     import fcntl
-except ImportError:  # pragma: no cover - Windows
+except ImportError:  # Windows has no fcntl
     fcntl = None  # type: ignore[assignment]
 
 from vila.core.errors import DirectoryInUseError

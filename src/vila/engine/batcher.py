@@ -186,7 +186,7 @@ class Batcher:
     def _work(self) -> None:
         try:
             self._loop()
-        except BaseException as error:  # noqa: BLE001 - the thread ends here, and whoever waits has to hear of it
+        except BaseException as error:  # noqa: BLE001 - the thread ends; waiting callers get the error
             _log.critical("the batcher's thread ended by an error", exc_info=error)
             self._failure = error
         with self._changed:

@@ -85,7 +85,7 @@ def fetch(
 
 
 def _unreachable(target: Target, allow_private: bool) -> MediaError:
-    # One text for both cases: whoever gave the URL does not learn which names the inner network has.
+    # One message for both cases, so that a client cannot find out which internal host names exist.
     if allow_private:
         return target.error("is unknown", "check the address", "host")
     hint = f"check the address, {_BY_PATH}, or allow private addresses"
