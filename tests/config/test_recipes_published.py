@@ -51,7 +51,6 @@ CELLS: dict[str, Reading] = {
     "dataloader_num_workers": lambda r: r.compute.workers,
     "zero": lambda r: {True: 3, False: 2}[r.compute.reshard] if r.compute.sharding == "full" else r.compute.sharding,
     "save_steps": lambda r: r.output.checkpoint_every_steps,
-    "save_total_limit": lambda r: r.output.keep_last,
     "evaluation_strategy": lambda r: "steps" if r.monitor.eval_every_steps else "no",
     "vision_tower": lambda r: first(r).model.vision,
     "mm_projector_type": lambda r: first(r).model.projector,
@@ -77,6 +76,7 @@ WITHOUT_COUNTERPART = {
     "gpus_per_node": "part of global_batch",
     "nodes": "part of global_batch",
     "gradient_accumulation_steps": "follows from global_batch, micro and the number of GPUs",
+    "save_total_limit": "1 in the original; output.keep_last is 2, so that a damaged checkpoint has one before it",
     "data_mixture": "see test_a_recipe_reads_the_published_data_sets",
 }
 

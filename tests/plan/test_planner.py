@@ -250,7 +250,7 @@ def test_unknown_data_leave_the_time_out_and_are_named() -> None:
 
 
 def test_disk_holds_the_kept_checkpoints_and_the_one_being_written() -> None:
-    recipe = load_recipe("vila_7b/3_sft", ["output.keep_last=2"])
+    recipe = load_recipe("vila_7b/3_sft")
     plan = make_plan(recipe, parse_machine("8xA100"))
     learns = sum(plan.learning.values())
     assert plan.disk == {

@@ -94,6 +94,16 @@ def test_the_best_step_that_a_listener_names_is_kept_in_a_run(stand):
     assert names(recipe.output.dir / "checkpoint") == ["step-00000003", "step-00000006", "step-00000007"]
 
 
+def test_by_default_a_damaged_checkpoint_has_one_before_it(stand):
+    recipe = stand_recipe(stand, "default", *SAVES)
+    with pytest.raises(Interrupted):
+        build(recipe, listeners=[stop_after(7)]).train()
+    folder = recipe.output.dir / "checkpoint"
+    assert names(folder) == ["step-00000006", "step-00000007"]
+    cut(folder / "step-00000007" / "state.json")
+    assert load_checkpoint(folder, WORLD).progress.step == 6
+
+
 def fill_the_disk(limit_bytes):
     """No file of this process can grow beyond; writing fails as it does on a full disk."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
@@ -290,7 +300,7 @@ def test_directories_with_other_names_are_ignored_and_left(two):
     assert load_weight(two) == 2
     checkpoints = Checkpoints(two, WORLD)
     checkpoints.save({"weight": torch.full((64,), 3.0)}, state(3))
-    assert names(two) == sorted(["step-00000003", *strays])
+    assert names(two) == sorted(["step-00000002", "step-00000003", *strays])
 
 
 def test_a_checkpoint_after_the_damaged_one_was_set_aside_is_kept(two):
@@ -298,7 +308,7 @@ def test_a_checkpoint_after_the_damaged_one_was_set_aside_is_kept(two):
     assert load_weight(two) == 1
     Checkpoints(two, WORLD).save({"weight": torch.full((64,), 2.0)}, state(2))
     assert load_weight(two) == 2
-    assert names(two) == ["step-00000002", "step-00000002.damaged"]
+    assert names(two) == ["step-00000001", "step-00000002", "step-00000002.damaged"]
 
 
 def refused_on_two_ranks(folder):

@@ -13,7 +13,7 @@ from tests.train.stand import write_stand
 
 MOMENTS = 20
 # A checkpoint after every step, beside training: about half of the moments lie within a save.
-SAVES = ("batch.rows=4", "budget.tokens=6000", "output.checkpoint_every_steps=1", "output.keep_last=2")
+SAVES = ("batch.rows=4", "budget.tokens=6000", "output.checkpoint_every_steps=1")
 
 
 @pytest.mark.slow

@@ -262,8 +262,8 @@ class Output(Config):
     """Seconds between checkpoints; one is also written when the run is asked to stop."""
     checkpoint_every_steps: int = Field(default=0, ge=0)
     """Steps between checkpoints, in addition; 0: by time alone."""
-    keep_last: int = Field(default=1, ge=1)
-    """Checkpoints that are kept, the newest ones."""
+    keep_last: int = Field(default=2, ge=1)
+    """Checkpoints that are kept, the newest ones; with 1 there is no other to resume from if it is damaged."""
     keep_best: bool = False
     """Also keep the checkpoint after the best evaluation; needs `monitor.eval_every_steps`."""
     async_save: bool = True

@@ -130,7 +130,7 @@ class Checkpoints:
         folder: Path,
         world: World,
         *,
-        keep_last: int = 1,
+        keep_last: int = 2,
         background: bool = False,
         inputs: Callable[[], dict[str, Any]] = dict,
     ) -> None:
