@@ -4,9 +4,11 @@ Tensors are written by `torch.distributed.checkpoint`, each process its own part
 processes. A background thread writes and hashes the files, in a directory that gets its name when all are on the disk.
 
     step-00000120/  .metadata __0_0.distcp ...  tensors
-                    state.json                  progress, lanes, recipe, versions
+                    state.json                  format, progress, lanes, recipe, versions
                     inputs.json                 stamps of the data and of the base model
                     manifest.json               size and SHA-256 of the other files
+
+Version one of vila wrote neither `inputs.json` nor `manifest.json`, and no format into `state.json`.
 """
 
 from __future__ import annotations
@@ -34,12 +36,16 @@ from vila.core.events import SILENT, Events
 from vila.core.fields import Fields
 from vila.core.files import atomic_path, remove_partials, write_json
 from vila.data.pack import LaneState
-from vila.train.manifest import FileDigest, check_files, digest_files, write_manifest
+from vila.train.manifest import MANIFEST, FileDigest, check_files, digest_files, write_manifest
 from vila.train.metadata import TensorReader
 from vila.train.parallel import World, told_of_the_lost
 
 # It says so of every process that is alone.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+FORMAT = 2
+"""Format of a checkpoint with stamps and a manifest, as `state.json` states it; that of version one is 1."""
+_INPUTS = "inputs.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +79,8 @@ class Checkpoint:
 
     lanes:  states of all lanes, by number.
     world:  number of processes that wrote it.
-    inputs: stamps of the data and of the base model, see `vila.train.inputs`.
+    inputs: stamps of the data and of the base model, see `vila.train.inputs`; empty in format 1.
+    format: 1 if version one of vila wrote it, else FORMAT.
     """
 
     progress: Progress
@@ -83,6 +90,7 @@ class Checkpoint:
     world: int = 1
     folder: Path = Path()
     inputs: dict[str, Any] = field(default_factory=dict)
+    format: int = FORMAT
 
     def load_tensors(self, into: Mapping[str, Tensor], world: World) -> None:
         """Fill the tensors of `into`, sharded or whole, from the checkpoint.
@@ -205,7 +213,7 @@ class Checkpoints:
                 digests = self._digests(part)
                 if self.world.main:
                     write_json(part / "state.json", _as_json(state))
-                    write_json(part / "inputs.json", self._inputs())
+                    write_json(part / _INPUTS, self._inputs())
                     rest = [file.name for file in part.iterdir() if file.name not in digests]
                     write_manifest(part, digests | digest_files(part, rest))
             if self.world.main:
@@ -258,6 +266,7 @@ class Checkpoints:
 
 def _as_json(state: Checkpoint) -> dict[str, Any]:
     return {
+        "format": state.format,
         "progress": asdict(state.progress),
         "lanes": [[lane.next_position, list(lane.waiting)] for lane in state.lanes],
         "recipe": state.recipe,
@@ -269,7 +278,8 @@ def _as_json(state: Checkpoint) -> dict[str, Any]:
 def load_checkpoint(folder: Path, world: World, events: Events = SILENT) -> Checkpoint | None:
     """Load the newest sound checkpoint in `folder`; None if there is none at all. Every process calls it.
 
-    Damaged ones that are newer get the ending `.damaged`, and `events` receive a line for each.
+    Damaged ones that are newer get the ending `.damaged`, and `events` receive a line for each, and one for a
+    checkpoint of version one, whose files cannot be verified.
     Raises CheckpointError naming file and field of the newest one if all are damaged.
     """
     if world.main:
@@ -285,6 +295,11 @@ def load_checkpoint(folder: Path, world: World, events: Events = SILENT) -> Chec
             events.said(f"note: {error}; resuming from {candidate.name} and keeping {other.name}.damaged")
             if world.main:
                 _set_aside(other)
+        if checkpoint and checkpoint.format == 1:
+            events.said(
+                f"note: {candidate}: written by the first version of vila, without {MANIFEST} and {_INPUTS}; it cannot "
+                "be verified that its files, the data and the model are those of then"
+            )
         return checkpoint
     if damaged:
         error = damaged[0][1]
@@ -299,7 +314,8 @@ def _load(folder: Path, world: World) -> tuple[Checkpoint | None, CheckpointErro
     checkpoint: Checkpoint | None = None
     problem: CheckpointError | None = None
     try:
-        check_files(folder, world)
+        if not world.decide(partial(_is_version_one, folder)):
+            check_files(folder, world)
         checkpoint = read_state(folder) if world.main else None
     except CheckpointError as error:
         problem = error
@@ -332,24 +348,36 @@ def _set_aside(damaged: Path) -> None:
     damaged.rename(target)
 
 
+def _is_version_one(folder: Path) -> bool:
+    """Whether version one wrote a checkpoint. One of another format that lost its manifest is damaged."""
+    if (folder / MANIFEST).exists() or (folder / _INPUTS).exists():
+        return False
+    return "format" not in Fields.of_file(folder / "state.json", CheckpointError)
+
+
 def read_state(folder: Path) -> Checkpoint:
     """Read `state.json` and `inputs.json` of a checkpoint.
 
     Raises CheckpointError naming file and field for values of a wrong type or out of range.
     """
     state = Fields.of_file(folder / "state.json", CheckpointError)
+    is_version_one = _is_version_one(folder)
+    if not is_version_one and state.get("format", FORMAT) != FORMAT:
+        raise state.refusal("format", expected=str(FORMAT), hint="go on with the version of vila that wrote it")
     return Checkpoint(
-        progress=_read_progress(state.section("progress"), step_of(folder)),
+        progress=_read_progress(state.section("progress"), step_of(folder), is_version_one=is_version_one),
         lanes=_read_lanes(state),
         recipe=dict(state.section("recipe")),
         versions={name: state.section("versions").text(name) for name in state.section("versions")},
         world=state.integer("world", minimum=1),
         folder=folder,
-        inputs=dict(Fields.of_file(folder / "inputs.json", CheckpointError)),
+        inputs={} if is_version_one else dict(Fields.of_file(folder / _INPUTS, CheckpointError)),
+        format=1 if is_version_one else FORMAT,
     )
 
 
-def _read_progress(progress: Fields, step: int) -> Progress:
+def _read_progress(progress: Fields, step: int, *, is_version_one: bool) -> Progress:
+    """Read the counters. Version one did not count visits of unreadable samples."""
     unknown = [name for name in progress if name not in Progress.__dataclass_fields__]
     if unknown:
         raise progress.refusal(unknown[0], "unknown field", hint="go on with the version of vila that wrote it")
@@ -359,8 +387,9 @@ def _read_progress(progress: Fields, step: int) -> Progress:
         bad_steps=progress.integer("bad_steps", maximum=step),
         **{
             name: progress.integer(name, maximum=2**62)
-            for name in ("tokens", "samples", "supervised", "dropped", "truncated", "unreadable")
+            for name in ("tokens", "samples", "supervised", "dropped", "truncated")
         },
+        unreadable=progress.integer("unreadable", *((0,) if is_version_one else ()), maximum=2**62),
     )
     if read.supervised > read.tokens:
         raise progress.refusal("supervised", expected=f"at most tokens={read.tokens}")

@@ -46,7 +46,35 @@ def refuse_changes(before: Recipe, recipe: Recipe, folder: Path, allow: Sequence
 
     allow: fields, or sections, that may differ besides FREE.
     """
-    refuse_differences("the recipe", recipe_changes(before, recipe), folder, (*FREE, *allow))
+    then, now = _with_former_defaults(before), as_begun(before, recipe)
+    refuse_differences("the recipe", recipe_changes(then, now), folder, (*FREE, *allow))
+
+
+def as_begun(before: Recipe, recipe: Recipe) -> Recipe:
+    """Return the recipe to resume with: fields that it leaves open get their values from a recipe of version one.
+
+    before: the recipe of the run so far. If version one did not write it, `recipe` is returned as it is.
+    """
+    then = _with_former_defaults(before).model
+    if then is before.model:
+        return recipe
+    now = recipe.model
+    values = {
+        "image_mode": then.image_mode if now.image_mode is None else now.image_mode,
+        "exif_orientation": then.exif_orientation if now.exif_orientation is None else now.exif_orientation,
+        "template": now.template or then.template,
+    }
+    return recipe.model_copy(update={"model": now.model_copy(update=values)})
+
+
+def _with_former_defaults(recipe: Recipe) -> Recipe:
+    """A recipe of version one, which has no `model.exif_orientation`, with the value that version one trained with.
+
+    Its `model.image_mode` and `model.template` were applied to every model, and it ignored EXIF orientation.
+    """
+    if "exif_orientation" in recipe.model.model_fields_set:
+        return recipe
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"exif_orientation": False})})
 
 
 def refuse_differences(

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from vila.config.load import save_recipe
+from vila.config.load import recipe_changes, save_recipe
 from vila.config.schema import Recipe
 from vila.core.errors import ConfigError, TrainingError
 from vila.core.events import SILENT, Events
@@ -34,7 +34,15 @@ from vila.train.model import load_start, make_learner, open_start, whole_tensors
 from vila.train.parallel import World, open_world
 from vila.train.preflight import Preflight, check_mixture, require_packages
 from vila.train.report import RunReport, write_report
-from vila.train.resume import recipe_of, refuse_changes, refuse_other_lanes, restore, save, say_what_differs
+from vila.train.resume import (
+    as_begun,
+    recipe_of,
+    refuse_changes,
+    refuse_other_lanes,
+    restore,
+    save,
+    say_what_differs,
+)
 from vila.train.rows import build_mixture, build_reader, build_rows, end_of, fault_log
 from vila.train.stage import count_parameters
 from vila.train.utilisation import utilisation_of
@@ -166,7 +174,13 @@ def _build(
     folder = recipe.output.dir
     resumed = load_checkpoint(folder / "checkpoint", world, events)
     if resumed:
-        refuse_changes(recipe_of(resumed), recipe, folder, allow_changes)
+        before = recipe_of(resumed)
+        refuse_changes(before, recipe, folder, allow_changes)
+        begun = as_begun(before, recipe)
+        if taken := recipe_changes(recipe, begun):
+            values = ", ".join(f"{name}={value}" for name, _, value in taken)
+            events.said(f"note: resuming with {values}, which the run began with and the recipe leaves open")
+        recipe = begun
         refuse_other_lanes(resumed, recipe.batch.rows or recipe.batch.samples)
         say_what_differs(resumed, world, events)
     with world.main_first():
@@ -260,7 +274,7 @@ def _same_inputs(
     events: Events,
 ) -> dict[str, dict[str, FileStamp]]:
     """The stamps of inputs that are as the checkpoint has them. Raises RunChangedError for others."""
-    if resumed is None:
+    if resumed is None or resumed.format == 1:
         return {}
     inputs = inputs_of(recipe, mixture, start)
     return refuse_changed_inputs(resumed.inputs, inputs, recipe.output.dir, allow_changes, events)

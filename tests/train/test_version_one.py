@@ -1,0 +1,168 @@
+"""Checkpoints and recipes that version one of vila wrote: they load, and what cannot be verified is said."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.train.finish import assert_identical, finish, sign, stop_after
+from tests.train.stand import stand_recipe, write_stand
+from vila.config.load import load_recipe
+from vila.core.errors import CheckpointError, Interrupted, RunChangedError
+from vila.core.files import write_json
+from vila.core.reading import read_json
+from vila.train.checkpoint import FORMAT
+from vila.train.resume import as_begun, refuse_changes
+from vila.train.run import build
+
+RECIPE = Path(__file__).with_name("version_one.yaml")
+SAVES = ("batch.rows=4", "budget.tokens=3000", "output.checkpoint_every_steps=2")
+# Keys that version one wrote, in its order.
+STATE = ["progress", "lanes", "recipe", "versions", "world"]
+PROGRESS = ["step", "tokens", "samples", "supervised", "seconds", "bad_steps", "dropped", "truncated"]
+
+
+def make_version_one(folder):
+    """Leave of a checkpoint what version one wrote: the tensors, and a state without format."""
+    (folder / "manifest.json").unlink()
+    (folder / "inputs.json").unlink()
+    state = read_json(folder / "state.json")
+    assert state.pop("format") == FORMAT
+    assert state["progress"].pop("unreadable") == 0
+    assert (list(state), list(state["progress"])) == (STATE, PROGRESS)
+    model = state["recipe"]["model"]
+    del model["exif_orientation"]
+    model |= {"image_mode": "pad", "template": "starter_qa"}
+    assert list(model) == list(yaml.safe_load(RECIPE.read_text())["model"])
+    write_json(folder / "state.json", state)
+
+
+class Heard:
+    """Events whose lines are kept."""
+
+    def __init__(self):
+        self.lines = []
+
+    def started(self, task, total=None, unit=""):
+        pass
+
+    def advanced(self, task, amount=1, **facts):
+        pass
+
+    def said(self, text):
+        self.lines.append(text)
+
+    def finished(self, task, outcome="done"):
+        pass
+
+
+@pytest.fixture(scope="module")
+def stand(tmp_path_factory):
+    return write_stand(tmp_path_factory.mktemp("stand"))
+
+
+@pytest.fixture(scope="module")
+def stopped(stand):
+    """The directory of a run that was stopped after its third step, with two checkpoints."""
+    recipe = stand_recipe(stand, "stopped", *SAVES)
+    with pytest.raises(Interrupted):
+        build(recipe, listeners=[stop_after(3)]).train()
+    return recipe.output.dir
+
+
+@pytest.fixture
+def begun(stand, stopped, tmp_path):
+    """A copy of it; the overrides that resume there."""
+    shutil.copytree(stopped, tmp_path / "begun")
+    return (*SAVES, f"output.dir={tmp_path / 'begun'}")
+
+
+@pytest.fixture
+def newest(begun, tmp_path):
+    return tmp_path / "begun" / "checkpoint" / "step-00000003"
+
+
+def resume(stand, begun, events):
+    """Build the run, and release its directory."""
+    run = build(stand_recipe(stand, "", *begun), events=events)
+    run.lock.release()
+    return run
+
+
+def test_a_checkpoint_of_version_one_resumes_bit_for_bit_with_a_note(stand, begun, newest):
+    make_version_one(newest)
+    events = Heard()
+    run = resume(stand, (*begun, "model.image_mode=null", "model.template="), events)
+    assert (run.trainer.progress.step, run.trainer.progress.unreadable) == (3, 0)
+    model = run.recipe.model
+    assert (model.image_mode, model.exif_orientation, model.template) == ("pad", False, "starter_qa")
+    assert sum(str(newest) in line for line in events.lines) == 1
+    assert_identical(finish(stand, "", begun), finish(stand, "through", SAVES))
+    written = max(newest.parent.iterdir())
+    assert (written / "manifest.json").is_file()
+    assert read_json(written / "state.json")["format"] == FORMAT
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value"),
+    [("progress", "tokens", -1), ("progress", "samples", "9"), ("progress", "step", 2), ("", "world", 0)],
+)
+def test_counters_of_version_one_are_checked(stand, begun, newest, section, field, value):
+    shutil.rmtree(newest.with_name("step-00000002"))
+    make_version_one(newest)
+    state = read_json(newest / "state.json")
+    (state[section] if section else state)[field] = value
+    write_json(newest / "state.json", state)
+    with pytest.raises(CheckpointError) as caught:
+        resume(stand, begun, Heard())
+    name = f"{section}.{field}" if section else field
+    assert (caught.value.file, caught.value.field) == (str(newest / "state.json"), name)
+
+
+@pytest.mark.parametrize("lost", [["manifest.json"], ["manifest.json", "inputs.json"]])
+def test_a_checkpoint_that_lost_its_manifest_is_not_one_of_version_one(stand, begun, newest, lost):
+    for name in lost:
+        (newest / name).unlink()
+    events = Heard()
+    assert resume(stand, begun, events).trainer.progress.step == 2
+    assert any(str(newest / "manifest.json") in line for line in events.lines)
+    assert newest.with_name("step-00000003.damaged").is_dir()
+
+
+def test_a_state_without_its_format_is_not_one_of_version_one_while_stamps_are_there(stand, begun, newest):
+    shutil.rmtree(newest.with_name("step-00000002"))
+    state = read_json(newest / "state.json")
+    del state["format"]
+    write_json(newest / "state.json", state)
+    (newest / "manifest.json").unlink()
+    with pytest.raises(CheckpointError) as caught:
+        resume(stand, begun, Heard())
+    assert caught.value.file == str(newest / "manifest.json")
+
+
+def test_a_later_format_is_refused(stand, begun, newest):
+    shutil.rmtree(newest.with_name("step-00000002"))
+    write_json(newest / "state.json", read_json(newest / "state.json") | {"format": FORMAT + 1})
+    sign(newest)
+    with pytest.raises(CheckpointError) as caught:
+        resume(stand, begun, Heard())
+    assert (caught.value.field, caught.value.value) == ("format", FORMAT + 1)
+
+
+def test_a_recipe_that_version_one_saved_loads_and_differs_in_nothing_that_is_left_open(tmp_path):
+    before = load_recipe(str(RECIPE))
+    now = load_recipe(str(RECIPE), ["model.image_mode=null", "model.template=", "model.exif_orientation=null"])
+    assert (now.model.image_mode, now.model.exif_orientation, now.model.template) == (None, None, "")
+    refuse_changes(before, now, tmp_path)
+    model = as_begun(before, now).model
+    assert (model.image_mode, model.exif_orientation, model.template) == ("pad", False, "starter_qa")
+    other = load_recipe(str(RECIPE), ["model.image_mode=resize", "model.exif_orientation=true"])
+    with pytest.raises(RunChangedError) as caught:
+        refuse_changes(before, other, tmp_path)
+    assert caught.value.differences == [
+        ("model.image_mode", "'pad'", "'resize'"),
+        ("model.exif_orientation", "False", "True"),
+    ]
+    # A recipe that this version saved states the field: nothing is filled in.
+    assert as_begun(now, now) is now
