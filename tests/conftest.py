@@ -25,6 +25,25 @@ def tracebacks(monkeypatch):
     monkeypatch.setenv("VILA_TRACEBACK", "1")
 
 
+@pytest.fixture(scope="module")
+def training_folder(tmp_path_factory):
+    """A directory with a tiny model and records that train it, see `tests.train.stand`."""
+    from tests.train.stand import write_stand
+
+    return write_stand(tmp_path_factory.mktemp("training"))
+
+
+@pytest.fixture
+def refuse_weights(monkeypatch):
+    """Fail a test in which the build of a training run reads weights."""
+    from vila.train import run
+
+    def refuse(*_, **__):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(run, "load_start", refuse)
+
+
 def pytest_terminal_summary(terminalreporter):
     """List the blocks of README and docs that a reader may type and that this session did not run."""
     reports = [report for kind in ("passed", "failed") for report in terminalreporter.stats.get(kind, ())]

@@ -3,25 +3,9 @@
 import pytest
 
 from tests import tiny
-from tests.train.stand import stand_recipe, write_stand
+from tests.train.stand import stand_recipe
 from vila.config.load import load_recipe, save_recipe
 from vila.model.load import save_model
-from vila.train import run as run_module
-
-
-@pytest.fixture(scope="module")
-def stand(tmp_path_factory):
-    return write_stand(tmp_path_factory.mktemp("stand"))
-
-
-@pytest.fixture
-def no_weights(monkeypatch):
-    """Reading weights is an error of the test."""
-
-    def refuse(*_, **__):
-        raise AssertionError("weights were read")
-
-    monkeypatch.setattr(run_module, "load_start", refuse)
 
 
 def test_what_a_packaged_recipe_names_is_a_note_and_what_the_user_names_an_error(vila, monkeypatch, tmp_path):
@@ -67,28 +51,30 @@ def written(path, text):
     ],
 )
 @pytest.mark.parametrize("dry", [(), ("--dry-run",)], ids=["train", "dry-run"])
-def test_what_looks_at_the_model_is_checked_before_weights_are_read(vila, stand, no_weights, override, says, dry):
-    path = stand / "recipe.yaml"
-    save_recipe(stand_recipe(stand, "monitor"), path)
+def test_what_looks_at_the_model_is_checked_before_weights_are_read(
+    vila, training_folder, refuse_weights, override, says, dry
+):
+    path = training_folder / "recipe.yaml"
+    save_recipe(stand_recipe(training_folder, "monitor"), path)
     code, _, err = vila("train", path, override, *dry)
     assert code in (1, 2)
     assert says in err
     assert "weights were read" not in err
 
 
-def test_a_dry_run_of_a_sound_recipe_has_nothing_to_say(vila, stand):
-    path = stand / "whole.yaml"
-    save_recipe(stand_recipe(stand, "whole"), path)
+def test_a_dry_run_of_a_sound_recipe_has_nothing_to_say(vila, training_folder):
+    path = training_folder / "whole.yaml"
+    save_recipe(stand_recipe(training_folder, "whole"), path)
     code, out, err = vila("train", path, "--dry-run")
     assert code == 0
     assert "note" not in err and "error" not in err
-    assert not (stand / "whole").exists()
+    assert not (training_folder / "whole").exists()
 
 
-def test_a_damaged_config_is_named_by_a_dry_run(vila, stand, tmp_path):
+def test_a_damaged_config_is_named_by_a_dry_run(vila, training_folder, tmp_path):
     save_model(*tiny.vila(), tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text("{")
-    save_recipe(stand_recipe(stand, "damaged", f"model.path={tmp_path / 'model'}"), tmp_path / "r.yaml")
+    save_recipe(stand_recipe(training_folder, "damaged", f"model.path={tmp_path / 'model'}"), tmp_path / "r.yaml")
     code, _, err = vila("train", tmp_path / "r.yaml", "--dry-run")
     assert code == 1
     assert str(tmp_path / "model" / "config.json") in err

@@ -5,26 +5,10 @@ import json
 import pytest
 
 from tests.train.ranks import run_ranks
-from tests.train.stand import stand_recipe, write_stand
+from tests.train.stand import stand_recipe
 from vila.core.errors import ConfigError, DataError, LayoutError, UnknownNameError, VilaError
-from vila.train import run as run_module
 from vila.train.preflight import Preflight
 from vila.train.run import build
-
-
-@pytest.fixture(scope="module")
-def stand(tmp_path_factory):
-    return write_stand(tmp_path_factory.mktemp("stand"))
-
-
-@pytest.fixture
-def no_weights(monkeypatch):
-    """Reading weights is an error of the test."""
-
-    def refuse(*_, **__):
-        raise AssertionError("weights were read")
-
-    monkeypatch.setattr(run_module, "load_start", refuse)
 
 
 def mixture(**entry):
@@ -49,8 +33,8 @@ def mixture(**entry):
     ],
 )
 @pytest.mark.parametrize("how", ["build", "look"])
-def test_each_fault_is_named_before_weights_are_read(stand, no_weights, override, error, field, how):
-    recipe = stand_recipe(stand, "fault", override.replace("PATH", str(stand / "data.jsonl")))
+def test_each_fault_is_named_before_weights_are_read(training_folder, refuse_weights, override, error, field, how):
+    recipe = stand_recipe(training_folder, "fault", override.replace("PATH", str(training_folder / "data.jsonl")))
     with pytest.raises(VilaError) as caught:
         if how == "build":
             build(recipe)
@@ -63,44 +47,44 @@ def test_each_fault_is_named_before_weights_are_read(stand, no_weights, override
     assert caught.value.field == field
 
 
-def test_all_faults_are_named_at_once(stand, no_weights):
+def test_all_faults_are_named_at_once(training_folder, refuse_weights):
     faults = ("data.template=chatmll", "output.layout=llava", mixture(path="absent.jsonl", format="massages"))
     with pytest.raises(ConfigError) as caught:
-        build(stand_recipe(stand, "fault", *faults))
+        build(stand_recipe(training_folder, "fault", *faults))
     lines = str(caught.value).splitlines()
     assert len(lines) == 5
     assert all(any(name in line for line in lines) for name in ("chatmll", "llava", "absent.jsonl", "massages"))
 
 
-def test_a_file_of_another_kind_is_named_when_a_recipe_is_looked_at(stand, tmp_path):
+def test_a_file_of_another_kind_is_named_when_a_recipe_is_looked_at(training_folder, tmp_path):
     (tmp_path / "data.csv").write_text("a,b\n")
-    preflight = Preflight(stand_recipe(stand, "kind", mixture(path=str(tmp_path / "data.csv"))))
+    preflight = Preflight(stand_recipe(training_folder, "kind", mixture(path=str(tmp_path / "data.csv"))))
     preflight.check_data()
     with pytest.raises(DataError) as caught:
         preflight.raise_problems()
     assert str(tmp_path / "data.csv") in str(caught.value)
 
 
-def test_ranks_that_cannot_share_the_batch_are_named(stand):
+def test_ranks_that_cannot_share_the_batch_are_named(training_folder):
     with pytest.raises(ConfigError) as caught:
-        Preflight(stand_recipe(stand, "ranks"), ranks=3).raise_problems()
+        Preflight(stand_recipe(training_folder, "ranks"), ranks=3).raise_problems()
     assert (caught.value.field, caught.value.value) == ("batch", 2)
 
 
-def test_a_layout_that_cannot_hold_the_model_is_refused_before_training(stand):
+def test_a_layout_that_cannot_hold_the_model_is_refused_before_training(training_folder):
     with pytest.raises(LayoutError):
-        build(stand_recipe(stand, "layout", "output.layout=tinychat"))
+        build(stand_recipe(training_folder, "layout", "output.layout=tinychat"))
 
 
-def refused(stand):
+def refused(training_folder):
     try:
-        build(stand_recipe(stand, "fault", "output.layout=llava"))
+        build(stand_recipe(training_folder, "fault", "output.layout=llava"))
     except VilaError as error:
         return error
     return None
 
 
-def test_of_two_ranks_one_prints_the_fault(stand):
-    errors = run_ranks(2, refused, stand)
+def test_of_two_ranks_one_prints_the_fault(training_folder):
+    errors = run_ranks(2, refused, training_folder)
     assert [type(error) for error in errors] == [UnknownNameError] * 2
     assert [error.is_repeated for error in errors] == [False, True]
