@@ -10,7 +10,7 @@ from vila.core.errors import DataError
 from vila.eval.answers import read_answers
 from vila.eval.benchmarks.easy_vqa import EasyVqa
 from vila.eval.judge import read_verdicts
-from vila.eval.predictions import read_predictions
+from vila.eval.predictions import read_predictions, read_texts
 from vila.eval.speed import note_speed
 
 ROW = b'{"question_id": 1, "text": "yes"}\n'
@@ -107,3 +107,15 @@ def test_damaged_times_are_named(tmp_path, part, before, file, field):
     with pytest.raises(DataError) as caught:
         note_speed(tmp_path, 1.0)
     assert (caught.value.file, caught.value.field) == (str(tmp_path / file), field)
+
+
+@pytest.mark.parametrize(
+    ("line", "record", "field"),
+    [('{"text": "yes"}', "line 2", "id"), ('{"id": "b"}', "line 2", "text"), ("[]", "line 2", "id"), ("", None, "id")],
+)
+def test_answers_that_lack_a_field_or_a_question_are_named(tmp_path, line, record, field):
+    path = tmp_path / "predictions.jsonl"
+    path.write_text(f'{{"id": "a", "text": "no"}}\n{line}\n')
+    with pytest.raises(DataError) as caught:
+        read_texts(path, ["a", "b"])
+    assert (caught.value.file, caught.value.record, caught.value.field) == (str(path), record, field)

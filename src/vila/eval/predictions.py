@@ -15,10 +15,11 @@ from typing import Any
 
 from vila.core.errors import DataError
 from vila.core.files import atomic_path, without_home, write_jsonl
-from vila.core.reading import parse_json
+from vila.core.reading import parse_json, read_jsonl
 from vila.eval.benchmark import Answer, Item
 
 MERGED = "predictions.jsonl"
+_AGAIN = "delete the file to start over"
 
 
 @dataclass
@@ -113,6 +114,20 @@ def read_predictions(folder: Path, known: Iterable[str]) -> Predictions:
     return out
 
 
+def read_texts(path: Path, wanted: Iterable[str]) -> dict[str, str]:
+    """Read the texts of a predictions file by id.
+
+    Raises DataError naming file, line and field of a line that is no prediction, or the first of the `wanted` ids that
+    the file has no answer to.
+    """
+    entries = (_entry(row, path, f"line {number}") for number, row in read_jsonl(path, surrogates=True))
+    texts = dict(entries)
+    for name in wanted:
+        if name not in texts:
+            raise DataError("no answer to this question", file=path, field="id", value=name, hint=_AGAIN)
+    return texts
+
+
 def _entry(row: Any, path: Path, record: str) -> tuple[str, str]:
     """Return id and text, or id and error, of a line. Raises DataError."""
     value = row if isinstance(row, dict) else {}
@@ -126,7 +141,7 @@ def _entry(row: Any, path: Path, record: str) -> tuple[str, str]:
                 field=key,
                 value=value.get(key),
                 expected="text",
-                hint="delete the file to start over",
+                hint=_AGAIN,
             )
     return value["id"], value[content]
 

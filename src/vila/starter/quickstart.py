@@ -22,11 +22,12 @@ from vila.core.events import SILENT, Events, task
 from vila.core.files import atomic_path, cache_dir, portable_path, remove_partials, sha256_tree, write_json
 from vila.core.locks import DirectoryLock
 from vila.core.machine import machine_facts
-from vila.core.reading import read_json_object, read_jsonl
+from vila.core.reading import read_json_object
 from vila.core.types import Image, Message
 from vila.engine.engine import Engine
 from vila.eval.benchmark import Item
 from vila.eval.benchmarks.easy_vqa import EasyVqa
+from vila.eval.predictions import read_texts
 from vila.eval.runner import Result, model_hash, result_dir, run
 from vila.model.load import assemble
 from vila.model.precision import choose_dtype
@@ -353,8 +354,8 @@ class Quickstart:
     def _gallery(self) -> list[dict[str, Any]]:
         """Test questions with their answers: the first wrong ones, then right ones of other pictures."""
         where = result_dir(self.out / "eval", "easy_vqa", self.options.questions)
-        predictions = {row["id"]: row["text"] for row in _read_rows(where / "predictions.jsonl")}
         items = EasyVqa(self.easy_vqa, self.options.questions, "test").items()
+        predictions = read_texts(where / "predictions.jsonl", [item.id for item in items])
         wrong = [item for item in items if predictions[item.id] != item.truth][:6]
         right = {item.group: item for item in items if predictions[item.id] == item.truth}
         return [self._shown(item, predictions[item.id]) for item in [*wrong, *list(right.values())[: 12 - len(wrong)]]]
@@ -400,10 +401,6 @@ def _few_shot(items: Sequence[Item]) -> tuple[list[Message], Item]:
 def _scores(result: Result | None) -> dict[str, Any]:
     assert result  # only processes that share the questions with others have none
     return {**result.scores, "seconds": round(result.seconds, 1)}
-
-
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    return [row for _, row in read_jsonl(path)]
 
 
 def _link(source: str, target: str) -> None:

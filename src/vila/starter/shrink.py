@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from vila.core.events import Events
-from vila.core.reading import read_jsonl
 from vila.engine.engine import Engine
 from vila.eval.benchmarks.easy_vqa import EasyVqa
+from vila.eval.predictions import read_texts
 from vila.eval.runner import model_hash, run
 from vila.model.load import load_model
 from vila.quant.blocks import fitting_sizes
@@ -42,14 +42,15 @@ def compare_answers(
     """Sizes of both models, and the share of the same test questions that each answers right.
 
     answered: the whole model's predictions, of at least these questions. out: where the small model's are kept.
+    Raises DataError naming the line of `answered` that is no prediction, or the question that it lacks.
     """
-    before = {row["id"]: row["text"] for _, row in read_jsonl(answered)}
     benchmark = EasyVqa(easy_vqa, min(questions or QUESTIONS, QUESTIONS))
+    items = benchmark.items()
+    before = read_texts(answered, [item.id for item in items])
     benchmark.name = "easy_vqa_int4"
     engine = Engine.load(small, backend="torch")
     result = run(engine, benchmark, out, model=model_hash(small), events=events)
     assert result is not None
-    items = benchmark.items()
     right = {item.id: (before[item.id] == item.truth, result.predictions[item.id] == item.truth) for item in items}
     return {
         "bytes_before": _bytes(whole),
