@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import signal
 
 import pytest
@@ -183,3 +184,26 @@ def test_an_export_that_was_killed_while_replacing_another_leaves_nothing_and_th
     assert (out / "mine").exists()
     write_export(source, "safetensors", out, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def free_space(monkeypatch, num_bytes):
+    """Let the disk have that much room."""
+    total, used, _ = shutil.disk_usage(".")
+    usage = type(shutil.disk_usage("."))(total, used, num_bytes)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+
+
+def test_a_disk_without_room_for_the_llm_is_named_before_weights_are_read(model, tmp_path, monkeypatch):
+    source = open_source(model)
+    least = source.least_llm_bytes
+    assert 0 < least < source.num_bytes
+    free_space(monkeypatch, least - 1)
+    monkeypatch.setattr(type(source), "rows", lambda *_, **__: pytest.fail("weights were read"))
+    with pytest.raises(ConfigError) as caught:
+        write_export(source, "safetensors", tmp_path / "out")
+    assert (caught.value.field, caught.value.value) == ("--out", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_the_vision_tower_is_written_without_the_llm():
+    assert [name for name in EXPORTS if not EXPORTS[name].holds_llm] == ["onnx"]

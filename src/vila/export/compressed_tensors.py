@@ -28,6 +28,7 @@ class CompressedTensorsTarget:
     summary = "INT4 weights in a LLaVA directory for vLLM (pack-quantized)"
     precisions = _PRECISIONS
     takes = frozenset({"search", "group_size"})
+    holds_llm = True
     verified = (
         "bit by bit with an independent reader; loaded on a CPU by transformers 5.23 with compressed-tensors 0.20; "
         "vLLM was not run"

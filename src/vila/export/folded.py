@@ -26,6 +26,7 @@ class FoldedTarget:
     summary = "Full-precision weights, AWQ scales folded in, for other quantizers (llm-compressor, GPTQModel, ModelOpt)"
     precisions = _PRECISIONS
     takes = frozenset({"search"})
+    holds_llm = True
     verified = "bit by bit with an independent reader, and by its logits in stock transformers on a CPU"
 
     def refusals(self, source: Source, options: ExportOptions) -> list[str]:

@@ -30,6 +30,7 @@ class GgufTarget:
     has_vision: bool
     verified: str
     takes: frozenset[str] = frozenset({"search"})
+    holds_llm: bool = True
 
     @property
     def precisions(self) -> dict[str, str]:

@@ -29,6 +29,7 @@ class OnnxVisionTarget:
     summary: str = "The vision tower and projector as one ONNX graph, for onnxruntime, TensorRT and others"
     precisions: Mapping[str, str] = field(default_factory=lambda: {"f32": "float32 throughout"})
     takes: frozenset[str] = frozenset()
+    holds_llm: bool = False
     verified: str = "run by onnxruntime with batches of several sizes, within 1e-4 of the model's own vectors"
 
     def refusals(self, source: Source, options: ExportOptions) -> list[str]:

@@ -173,6 +173,12 @@ class Source:
         return torch.bfloat16 if self.dtype == torch.bfloat16 else torch.float16
 
     @property
+    def least_llm_bytes(self) -> int:
+        """Bytes that the LLM takes at least in any format: half a byte for each value."""
+        values = sum(one.bytes // one.dtype.itemsize for name, one in self.pieces.items() if name.startswith(LLM))
+        return (values + sum(one.bytes for one in self.checkpoint.int4.values())) // 2
+
+    @property
     def num_bytes(self) -> int:
         """Bytes of all weights."""
         return sum(one.bytes for one in self.pieces.values()) + sum(one.bytes for one in self.checkpoint.int4.values())

@@ -57,6 +57,7 @@ class ExportTarget(Protocol):
     precisions: names of the number formats that it can hold, the default first, each with a line of help.
     takes:      those of OPTIONS that mean something to it.
     verified:   how its files were checked, and what was not run.
+    holds_llm:  whether the LLM's weights are written.
     """
 
     name: str
@@ -64,6 +65,7 @@ class ExportTarget(Protocol):
     precisions: Mapping[str, str]
     takes: frozenset[str]
     verified: str
+    holds_llm: bool
 
     def refusals(self, source: Source, options: ExportOptions) -> list[str]:
         """Every reason why this model cannot be written so, each naming what would work; looks at no weight."""

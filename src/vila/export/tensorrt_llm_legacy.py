@@ -25,6 +25,7 @@ class TensorRtLlmLegacyTarget:
     summary = "The LLM for TensorRT-LLM's trtllm-build, as VILA's own demo used it, a file per rank"
     precisions = _PRECISIONS
     takes = frozenset({"search", "group_size", "ranks"})
+    holds_llm = True
     verified = "bit by bit with an independent reader that joins the ranks; TensorRT-LLM was not run"
 
     def refusals(self, source: Source, options: ExportOptions) -> list[str]:

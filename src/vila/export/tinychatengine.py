@@ -47,6 +47,7 @@ class TinyChatEngineTarget:
         }
     )
     takes: frozenset[str] = frozenset({"search"})
+    holds_llm: bool = True
     verified: str = "read back by an independent reader, bit by bit; the engine itself was not run"
 
     def refusals(self, source: Source, options: ExportOptions) -> list[str]:

@@ -27,7 +27,7 @@ def write_export(
     """
     target = EXPORTS[format_name]
     options = settled(target, options or ExportOptions())
-    check_out(out, source.folder, overwrite)
+    check_out(out, source.folder, overwrite, num_bytes=source.least_llm_bytes if target.holds_llm else 0)
     check_source(target, source, options)
     facts = {
         "format": target.name,
@@ -45,13 +45,15 @@ def write_export(
         write_json(part / FACTS, facts)
 
 
-def check_out(out: Path, source: Path, overwrite: bool) -> None:
+def check_out(out: Path, source: Path, overwrite: bool, *, num_bytes: int = 0) -> None:
     """Raise ConfigError unless `out` can be written: absent, empty, or an export to overwrite, apart from the model.
+
+    num_bytes: least space that is needed.
 
     What a killed writer of `out` left is removed first, and a directory that it was replacing is put back.
     """
     if not os.path.lexists(out):
-        check_writable(out, field="--out", is_replaced=True)
+        check_writable(out, field="--out", is_replaced=True, num_bytes=num_bytes)
     remove_partials(out.parent, out.name)
     here, there = source.resolve(), out.resolve()
     if here == there or there in here.parents:
@@ -60,7 +62,7 @@ def check_out(out: Path, source: Path, overwrite: bool) -> None:
         return
     if not out.is_dir():
         raise ConfigError(f"{out}: is a file; an export is a directory, give another name")
-    check_writable(out, field="--out", is_replaced=True)
+    check_writable(out, field="--out", is_replaced=True, num_bytes=num_bytes)
     if not any(out.iterdir()):
         return
     if not overwrite:
