@@ -280,10 +280,12 @@ def test_check_of_a_recipe_says_what_the_tower_sees_and_what_rows_cannot_hold(vi
     for overlong in ("drop", "truncate", "error"):
         recipe = stand_recipe(stand, "out", "data.max_length=12", f"data.overlong={overlong}")
         save_recipe(recipe, tmp_path / "recipe.yaml")
-        code, out, _ = vila("data", "check", tmp_path / "recipe.yaml", "--json")
+        (tmp_path / "own.yaml").write_text("extends: recipe.yaml\nseed: 1\n")
+        code, out, _ = vila("data", "check", tmp_path / "own.yaml", "--json")
         facts = json.loads(out)["data_sets"][0]
         assert code == (overlong == "error")
         rows = facts["rows"]
+        assert rows["origin"] == "recipe.yaml"
         assert (rows["overlong"], rows["count"], rows["longer"], rows["longest"]) == (overlong, 24, 19, 28)
         # Of three samples in which a branch fits, truncation keeps the beginning.
         assert rows["left_out"] == {"drop": 19, "truncate": 16, "error": 0}[overlong]
@@ -323,7 +325,7 @@ def test_train_says_what_the_tower_sees_which_samples_are_too_long_and_what_is_n
     assert code == 0, err
     said = " ".join(err.split())
     assert "the tower sees 28 x 28" in said
-    assert "of 16 samples are longer than data.max_length=20 tokens" in said
+    assert f"of 16 samples are longer than data.max_length=20 tokens (from {tmp_path / 'recipe.yaml'};" in said
     assert "image_path (" in said
 
 

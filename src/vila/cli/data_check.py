@@ -143,7 +143,7 @@ class _Check:
                 f"{length} tokens, rows hold {rows.max_length}",
                 record=f"sample {sample.id!r}",
                 field="data.max_length",
-                hint="raise data.max_length or set data.overlong=drop",
+                hint=f"raise data.max_length (from {rows.origin or 'the default'}) or set data.overlong=drop",
             )
 
     def _medium(self, item: Image | Video) -> str:

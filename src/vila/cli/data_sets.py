@@ -31,6 +31,7 @@ class DataSets:
     reader:    None without a model: samples are then measured in characters.
     tokenizer: the model's, of transformers; None without a model.
     recipe:    None for a file.
+    length_origin: recipe that `data.max_length` is from; empty if it is the default.
     """
 
     mixture: Mixture
@@ -39,6 +40,7 @@ class DataSets:
     reader: SampleReader | None
     tokenizer: Any = None
     recipe: Recipe | None = None
+    length_origin: str = ""
 
     @property
     def unit(self) -> str:
@@ -66,7 +68,7 @@ class DataSets:
 
         if not (self.recipe and self.reader):
             return None
-        return LengthPreview(self.recipe.data.max_length, self.recipe.data.overlong)
+        return LengthPreview(self.recipe.data.max_length, self.recipe.data.overlong, self.length_origin)
 
     def shortened(self, part: Part, sample: Sample, max_length: int) -> int:
         """Return the tokens that are left of a sample that is cut to `max_length`, 0 if it cannot be cut."""
@@ -136,12 +138,13 @@ def open_data(
     from vila.train.rows import build_mixture
 
     recipe: Recipe | None = None
+    origins: dict[str, str] = {}
     if what.endswith((".yaml", ".yml")) or (what in recipe_names() and not Path(what).exists()):
         if form or image_root or options:
             raise ConfigError(
                 f"{what} is a recipe, which says its formats itself; leave out --format, --image-root and --option"
             )
-        recipe = load_recipe(what)
+        recipe = load_recipe(what, origins=origins)
         mixture = build_mixture(recipe, events)
         here = recipe.model.path
         model = model or (here if here and Path(here).is_dir() else "")
@@ -156,7 +159,7 @@ def open_data(
     else:
         reader, tokenizer = None, None
     paths = tuple(Path(entry.path) for entry in recipe.data.mixture) if recipe else (Path(what),)
-    return DataSets(mixture, paths, template or TEMPLATE, reader, tokenizer, recipe)
+    return DataSets(mixture, paths, template or TEMPLATE, reader, tokenizer, recipe, origins.get("data.max_length", ""))
 
 
 def parse_options(words: Sequence[str]) -> dict[str, Any]:

@@ -89,7 +89,7 @@ def train(
             f"{resolved.name}: {run.trainable:,} parameters learn, {run.mixture.epoch_length:,} samples an epoch"
         )
         if run.world.main:
-            lines, shares = shares_of(run)
+            lines, shares = shares_of(run, origins.get("data.max_length", ""))
             for line in [*lines, *preview_of(run)]:
                 events.said(line)
             write_json(run.folder / "shares.json", shares)
@@ -168,8 +168,11 @@ def _batch(recipe: Recipe, arguments: list[str], slurm: str, dry_run: bool) -> s
     return f"{submit(script, folder)}: {folder / 'train.sbatch'}\n"
 
 
-def shares_of(run: Run) -> tuple[list[str], dict[str, int]]:
-    """Estimate the share of each data set in an epoch from a few of its samples: a line each, and tokens by name."""
+def shares_of(run: Run, length_origin: str = "") -> tuple[list[str], dict[str, int]]:
+    """Estimate the share of each data set in an epoch from a few of its samples: a line each, and tokens by name.
+
+    length_origin: recipe that `data.max_length` is from; empty if it is the default.
+    """
     from vila.data.preview import LengthPreview
     from vila.data.survey import survey
     from vila.train.rows import build_reader
@@ -186,7 +189,7 @@ def shares_of(run: Run) -> tuple[list[str], dict[str, int]]:
         for one in shares
     ]
     for one in shares:
-        rows = LengthPreview(run.recipe.data.max_length, run.recipe.data.overlong)
+        rows = LengthPreview(run.recipe.data.max_length, run.recipe.data.overlong, length_origin)
         for length in one.lengths:
             rows.add(length)
         lines += [f"  {one.name}: {line}" for line in rows.lines()]

@@ -132,12 +132,14 @@ class LengthPreview:
     """Samples that are longer than a row: how many, and what becomes of them.
 
     overlong:    what the recipe does with them, `data.overlong`.
+    origin:      recipe that `max_length` is from, or "the command line"; empty if it is the default.
     longer:      samples of more than `max_length` tokens; longest: tokens of the longest sample of all.
     left_out:    of the longer ones, those that are dropped. lost_tokens: tokens of samples that are dropped or cut.
     """
 
     max_length: int
     overlong: Overlong
+    origin: str = ""
     count: int = 0
     longer: int = 0
     longest: int = 0
@@ -161,7 +163,7 @@ class LengthPreview:
             return []
         text = (
             f"{self.longer:,} of {self.count:,} samples are longer than data.max_length={self.max_length} tokens "
-            f"(the longest has {self.longest:,})"
+            f"(from {self.origin or 'the default'}; the longest has {self.longest:,})"
         )
         if self.overlong == "error":
             return [f"{text}, which stops a run; raise data.max_length, or set data.overlong"]
