@@ -125,7 +125,7 @@ def bad_files(folder):
         (("--reuse", "{tmp}/code.pt"), 1, "code.pt: not unpickled"),
         (("--reuse", "{tmp}/none.pt"), 1, "none.pt: no such file"),
         (("--group-size", "128"), 2, "group size 128 does not divide 32 inputs"),
-        (("--method", "gptq"), 2, "'gptq' is not one of"),
+        (("--method", "gptq"), 2, "unknown method 'gptq'"),
         (("--image-weight", "0"), 2, "image_weight 0.0 must be above 0"),
         (("--image-weight", "nan"), 2, "image_weight nan must be above 0"),
         (("--method", "rtn", "--scaling", "duo"), 2, "--scaling say how to search, and --method rtn does not search"),

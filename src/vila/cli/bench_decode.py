@@ -42,7 +42,12 @@ def decode(
     ] = None,
     precision: Annotated[
         list[Precision] | None,
-        typer.Option(help="Weights of a shape. May be given several times; default: int4.", show_default=False),
+        typer.Option(
+            parser=options.one_of(Precision, "precision"),
+            metavar=options.names_in(Precision),
+            help="Weights of a shape. May be given several times; default: int4.",
+            show_default=False,
+        ),
     ] = None,
     group_size: Annotated[
         int, typer.Option(help="Inputs of a group of 4-bit weights; 0: 128, or 64 where 128 does not fit.", min=0)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from vila.core.errors import UnknownNameError
 
 _LOADING = "Loading"
 _SAMPLING = "Sampling"
@@ -35,6 +38,26 @@ class Backend(StrEnum):
     AUTO = "auto"
     TORCH = "torch"
     ONNX = "onnx"
+
+
+def one_of(kind: type[StrEnum], what: str) -> Callable[[str], Any]:
+    """Return the parser of an option with one of a few names; it raises UnknownNameError for others.
+
+    what: kind of name in the error; the option is `--what`.
+    """
+
+    def parse(text: str) -> StrEnum:
+        names = [one.value for one in kind]
+        if text not in names:
+            raise UnknownNameError(what, text, names, field=f"--{what}")
+        return kind(text)
+
+    return parse
+
+
+def names_in(kind: type[StrEnum]) -> str:
+    """Return the metavar of an option that `one_of` parses."""
+    return f"[{'|'.join(kind)}]"
 
 
 def output_directory(param: typer.CallbackParam, value: Path | None) -> Path | None:
@@ -77,16 +100,41 @@ Revision = Annotated[
     typer.Option(help="Branch, tag or commit of a hub repository.", show_default=False, rich_help_panel=_LOADING),
 ]
 DtypeFlag = Annotated[
-    Dtype, typer.Option("--dtype", help="auto: bfloat16 where the hardware computes it.", rich_help_panel=_LOADING)
+    Dtype,
+    typer.Option(
+        "--dtype",
+        parser=one_of(Dtype, "dtype"),
+        metavar=names_in(Dtype),
+        help="auto: bfloat16 where the hardware computes it.",
+        rich_help_panel=_LOADING,
+    ),
 ]
-DtypeKept = Annotated[Dtype, typer.Option("--dtype", help="auto: as it is in the files.", rich_help_panel=_LOADING)]
+DtypeKept = Annotated[
+    Dtype,
+    typer.Option(
+        "--dtype",
+        parser=one_of(Dtype, "dtype"),
+        metavar=names_in(Dtype),
+        help="auto: as it is in the files.",
+        rich_help_panel=_LOADING,
+    ),
+]
 DeviceFlag = Annotated[
-    Device, typer.Option("--device", help="auto: the GPU if there is one.", rich_help_panel=_LOADING)
+    Device,
+    typer.Option(
+        "--device",
+        parser=one_of(Device, "device"),
+        metavar=names_in(Device),
+        help="auto: the GPU if there is one.",
+        rich_help_panel=_LOADING,
+    ),
 ]
 BackendFlag = Annotated[
     Backend,
     typer.Option(
         "--backend",
+        parser=one_of(Backend, "backend"),
+        metavar=names_in(Backend),
         help="What computes the LLM. auto: onnx for 4-bit models on a CPU, else torch.",
         rich_help_panel=_LOADING,
     ),

@@ -79,17 +79,43 @@ def quantize(
         ),
     ] = None,
     method: Annotated[
-        Method, typer.Option(help="awq: as published; rtn: round only; best: AWQ with all that was found to help.")
+        Method,
+        typer.Option(
+            parser=options.one_of(Method, "method"),
+            metavar=options.names_in(Method),
+            help="awq: as published; rtn: round only; best: AWQ with all that was found to help.",
+        ),
     ] = Method.AWQ,
     symmetric: Annotated[bool, typer.Option("--symmetric", help="No zero points, as TensorRT-LLM wants it.")] = False,
     scaling: Annotated[
-        Scaling | None, typer.Option(help="Scales to try; default: as published.", rich_help_panel=_SEARCH)
+        Scaling | None,
+        typer.Option(
+            parser=options.one_of(Scaling, "scaling"),
+            metavar=options.names_in(Scaling),
+            help="Scales to try; default: as published.",
+            show_default=False,
+            rich_help_panel=_SEARCH,
+        ),
     ] = None,
     clipping: Annotated[
-        Clipping | None, typer.Option(help="Linears to limit; default: as published.", rich_help_panel=_SEARCH)
+        Clipping | None,
+        typer.Option(
+            parser=options.one_of(Clipping, "clipping"),
+            metavar=options.names_in(Clipping),
+            help="Linears to limit; default: as published.",
+            show_default=False,
+            rich_help_panel=_SEARCH,
+        ),
     ] = None,
     rounding: Annotated[
-        Rounding | None, typer.Option(help="How to choose codes; default: nearest.", rich_help_panel=_SEARCH)
+        Rounding | None,
+        typer.Option(
+            parser=options.one_of(Rounding, "rounding"),
+            metavar=options.names_in(Rounding),
+            help="How to choose codes; default: nearest.",
+            show_default=False,
+            rich_help_panel=_SEARCH,
+        ),
     ] = None,
     reuse: Annotated[
         Path | None,
