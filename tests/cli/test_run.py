@@ -57,8 +57,8 @@ def test_images_are_turned_upright_unless_the_model_was_trained_without(vila, mo
 
 
 def test_a_picture_is_followed_by_the_gap_of_the_template(vila, tmp_path, picture):
-    folder = tmp_path / "vicuna"
-    save_model(*tiny.vila(template="vicuna_v1"), folder)
+    folder = tmp_path / "chatml"
+    save_model(*tiny.vila(template="chatml"), folder)
     got = asked(vila, folder, "-i", picture, "-p", "what?", "--max-new-tokens", 4)
     expected = direct(folder, [Message.of("user", Image(picture), "\nwhat?")], max_new_tokens=4)
     assert (got["text"], got["prompt_tokens"]) == (expected.text, expected.prompt_tokens)

@@ -171,4 +171,4 @@ def test_a_history_with_an_empty_answer_is_gone_on_with():
     with pytest.raises(TemplateError) as raised:
         engine.generate([*history[:1], *history[2:]])
     assert raised.value.field == "messages[1]"
-    assert engine.generate([*history[:1], *history[2:]], template="vicuna_v1", max_new_tokens=1) is not None
+    assert engine.generate([*history[:1], *history[2:]], template="chatml", max_new_tokens=1) is not None

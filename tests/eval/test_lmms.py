@@ -22,7 +22,7 @@ from vila.model.load import save_model
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("lmms") / "model"
-    save_model(*tiny.vila(template="vicuna_v1", seed=1), path)
+    save_model(*tiny.vila(template="chatml", seed=1), path)
     return path
 
 

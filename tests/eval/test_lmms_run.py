@@ -43,7 +43,7 @@ def results(doc, results):
 
 
 def test_lmms_eval_runs_our_model_and_gets_the_engines_answers(tmp_path):
-    save_model(*tiny.vila(template="vicuna_v1", seed=1), tmp_path / "model")
+    save_model(*tiny.vila(template="chatml", seed=1), tmp_path / "model")
     engine = Engine.load(tmp_path / "model", dtype="float32")
     rows, wanted = [], []
     for number in range(5):

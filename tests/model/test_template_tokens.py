@@ -5,10 +5,12 @@ import yaml
 
 from tests import tiny
 from tests.train.stand import stand_recipe, write_stand
+from vila.chat.content import messages_of
 from vila.chat.templates import TEMPLATES
 from vila.chat.tokenize import check_special_tokens
 from vila.config.load import load_recipe
 from vila.core.errors import LayoutError, TemplateError
+from vila.engine.engine import Engine
 from vila.model import build
 from vila.model.load import load_model, open_parts, save_model
 from vila.train.model import load_start, open_start
@@ -107,3 +109,27 @@ def test_fine_tuning_keeps_template_and_image_settings_that_the_recipe_does_not_
     changed = load_recipe(str(tmp_path / "r.yaml"), ["model.image_mode=pad", "model.template=starter_qa"])
     _, trained = load_start(changed, open_start(changed))
     assert (trained.template, trained.spec.image_mode, trained.spec.exif_orientation) == ("starter_qa", "pad", False)
+
+
+def test_a_template_that_is_chosen_for_a_request_is_checked():
+    _, processor = tiny.vila()
+    conversation = [{"role": "user", "content": "hello"}]
+    assert processor.apply_chat_template(conversation, template="chatml", tokenize=True)
+    for ask in (
+        lambda: processor.tokens(messages_of(conversation), "vicuna_v1"),
+        lambda: processor.apply_chat_template(conversation, template="vicuna_v1", tokenize=True),
+        lambda: Engine(*tiny.vila()).generate(conversation, template="vicuna_v1", max_new_tokens=1),
+    ):
+        with pytest.raises(TemplateError) as caught:
+            ask()
+        assert (caught.value.field, caught.value.value) == ("template", "vicuna_v1")
+
+
+def test_a_template_of_a_checkpoint_is_checked_where_a_command_loads_it(tmp_path):
+    save_model(*tiny.vila(template="vicuna_v1"), tmp_path / "model")
+    with pytest.raises(TemplateError) as caught:
+        Engine.load(tmp_path / "model").generate("hello", max_new_tokens=1)
+    assert (caught.value.field, caught.value.value) == ("template", "vicuna_v1")
+    # What asks nothing of the model may still read it, and another template can be given.
+    load_model(tmp_path / "model")
+    assert load_model(tmp_path / "model", template="chatml")[1].find_template().name == "chatml"

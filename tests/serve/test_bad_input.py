@@ -343,7 +343,7 @@ def test_histories_that_every_template_can_express_are_answered(app, messages):
 @pytest.mark.parametrize("messages", MARKED.values(), ids=list(MARKED))
 def test_histories_that_need_marks_are_answered_where_the_template_has_them(service, monkeypatch, messages):
     assert refusal(ask(create_app(service), messages=messages))["param"].startswith("messages[")
-    monkeypatch.setattr(service.models.models[0].batcher.engine.processor, "template", "vicuna_v1")
+    monkeypatch.setattr(service.models.models[0].batcher.engine.processor, "template", "chatml")
     answer = ask(create_app(service), messages=messages)
     assert answer.status_code == 200, answer.text
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
@@ -18,7 +19,7 @@ from vila.chat.content import messages_of
 from vila.chat.render import render
 from vila.chat.template import Segment, Template
 from vila.chat.templates import find_template
-from vila.chat.tokenize import SpanTokenizer, Tokens, tokenize
+from vila.chat.tokenize import SpanTokenizer, Tokens, check_special_tokens, tokenize
 from vila.core.errors import MediaError, TemplateError
 from vila.core.types import Image, Message, Video
 from vila.core.vision_spec import ImageMode, VisionSpec
@@ -81,13 +82,25 @@ class VilaProcessor(ProcessorMixin):
         return span
 
     def find_template(self, name: str = "") -> Template:
-        """The template called `name`, or the model's own. Raises TemplateError when the model names none."""
+        """Return the template called `name`, or the model's own.
+
+        Raises TemplateError when the model names none, or for special tokens that the tokenizer lacks.
+        """
         if not (name or self.template):
             raise TemplateError(
                 "this checkpoint does not say which conversation template it was trained with; "
                 "give one: --template vicuna_v1, or template= in Python (docs/chat.md lists them)"
             )
-        return find_template(name or self.template)
+        chosen = find_template(name or self.template)
+        if chosen.name not in self._checked_templates:
+            check_special_tokens(chosen, self.tokenizer, sys.maxsize)
+            self._checked_templates.add(chosen.name)
+        return chosen
+
+    @cached_property
+    def _checked_templates(self) -> set[str]:
+        """Names of templates whose special tokens the tokenizer has."""
+        return set()
 
     def count(self, media: Image | Video) -> int:
         """Image placeholders of an image. Videos have none of their own: they become frames first."""
