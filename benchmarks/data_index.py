@@ -38,7 +38,7 @@ def write(path: Path, records: int, as_list: bool) -> None:
 
 def measure(path: Path) -> dict[str, float]:
     """Opens the file and reads samples in this process; MB and seconds."""
-    from vila.data.formats.protocol import FORMATS
+    from vila.data.formats.base import FORMATS
 
     start = time.perf_counter()
     source = FORMATS["flan"].open(path, path.parent)

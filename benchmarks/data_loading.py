@@ -31,11 +31,11 @@ from transformers import AutoTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from vila.chat.tokenize import SpanTokenizer
-from vila.core.machine import machine_facts
+from vila.core.system import machine_facts
 from vila.core.vision_spec import VisionSpec
-from vila.data.batch import collate
-from vila.data.loader import Entry, SampleReader, open_mixture
-from vila.data.pack import Policy
+from vila.data.collate import collate
+from vila.data.dataset import Entry, SampleReader, open_mixture
+from vila.data.packing import Policy
 from vila.data.workers import WorkerLanes
 from vila.media.image import open_image
 from vila.media.transform import pixels

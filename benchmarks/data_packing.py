@@ -19,8 +19,8 @@ from collections.abc import Callable
 import numpy as np
 
 from vila.chat.tokenize import TokenizedSample
-from vila.core.machine import machine_facts
-from vila.data.pack import LaneSet, Policy
+from vila.core.system import machine_facts
+from vila.data.packing import LaneSet, Policy
 
 LENGTH, LANES = 4096, 8
 STAGE_3_FILL, STAGE_2_GAP = 0.98, 0.01

@@ -16,10 +16,10 @@ import time
 import numpy as np
 
 from vila.chat.tokenize import TokenizedSample
-from vila.core.machine import machine_facts
+from vila.core.system import machine_facts
 from vila.core.types import Message, Sample
 from vila.data.mixture import Mixture, Part
-from vila.data.pack import LaneSet, LaneState, Policy
+from vila.data.packing import LaneSet, LaneState, Policy
 
 LANES, LOOK_AHEAD, LIMIT_S = 16, 64, 1.0
 POSITIONS = (0, 100_000, 10_000_000, 100_000_000)

@@ -27,10 +27,9 @@ import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-from vila.bench.decode import Subject, subject_of
-from vila.bench.memory import read_bandwidth
-from vila.bench.shapes import SHAPES, Shape, random_model, text_config
-from vila.core.machine import machine_facts, version
+from vila.bench.decode import Subject, read_bandwidth, subject_of
+from vila.bench.model_shapes import SHAPES, Shape, random_model, text_config
+from vila.core.system import machine_facts, version
 from vila.engine.batch import Group
 from vila.engine.pictures import Prompt
 

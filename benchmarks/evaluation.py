@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from vila.core.machine import machine_facts
+from vila.core.system import machine_facts
 from vila.core.types import Image
 from vila.engine.engine import Engine
 from vila.engine.request import Sampling

@@ -24,15 +24,13 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from tests.export.gguf_stand import llama_tokenizer
-from vila.core.machine import machine_facts
+from vila.core.system import machine_facts
 from vila.core.vision_spec import VisionSpec
-from vila.export.source import open_source
-from vila.export.stream import SafetensorsWriter
-from vila.export.target import EXPORTS, ExportOptions, settled
-from vila.export.write import write_export
+from vila.export.base import EXPORTS, ExportOptions, settled, write_export
+from vila.export.source import SafetensorsWriter, open_source
 from vila.model.config import VilaConfig
+from vila.model.modeling import VilaForConditionalGeneration
 from vila.model.processor import VilaProcessor
-from vila.model.vila import VilaForConditionalGeneration
 from vila.model.weights import state_of
 
 MIB = 2**20

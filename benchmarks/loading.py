@@ -31,7 +31,7 @@ def parts(size: str) -> tuple:
     """Config and processor of the random model."""
     from transformers import AutoTokenizer, LlamaConfig
 
-    from vila.model.layouts.published import compose
+    from vila.model.layouts.known_checkpoints import compose
     from vila.model.layouts.towers import known_tower
 
     tokenizers = Path(__file__).parents[1] / "tests/golden/tokenizers"
@@ -46,10 +46,10 @@ def write_checkpoints(work: Path, size: str, layouts: list[str]) -> None:
     """The same random bfloat16 weights in each layout; `llava-v1-bin` holds them as torch.save writes them."""
     import torch
 
+    from vila.model.layouts.base import to_theirs
     from vila.model.layouts.llava_v1 import PREFIXES
-    from vila.model.layouts.names import to_theirs
-    from vila.model.load import save_model
-    from vila.model.vila import VilaForConditionalGeneration
+    from vila.model.loading import save_model
+    from vila.model.modeling import VilaForConditionalGeneration
 
     missing = [layout for layout in layouts if not (work / size / layout).exists()]
     if not missing:
@@ -83,8 +83,8 @@ def write_in_shards(model, processor, folder: Path, shard_size: int = 2 * 10**9)
     from safetensors.torch import save_file
 
     from vila.model.layouts import llava_v1
-    from vila.model.layouts.names import to_theirs
-    from vila.model.layouts.published import write_tokenizer
+    from vila.model.layouts.base import to_theirs
+    from vila.model.layouts.known_checkpoints import write_tokenizer
 
     folder.mkdir(parents=True)
     shards, filled = [[]], 0
@@ -114,7 +114,7 @@ import torch, transformers
 if peer == "transformers":
     from transformers import LlavaForConditionalGeneration
 else:
-    from vila.model.load import load_model
+    from vila.model.loading import load_model
 
 def memory(key):
     with open("/proc/self/status") as lines:

@@ -23,17 +23,16 @@ from torch.utils._pytree import tree_iter
 from transformers import CLIPVisionConfig, LlamaConfig, MistralConfig, Qwen2Config, SiglipVisionConfig
 
 from vila.config.schema import Lora
-from vila.data.batch import Batch
+from vila.data.collate import Batch
 from vila.model.config import VilaConfig
-from vila.model.vila import VilaForConditionalGeneration
-from vila.plan.learning import Learning
+from vila.model.modeling import VilaForConditionalGeneration
+from vila.plan.flops import Learning
 from vila.plan.memory import Holding, Memory, Micro, peak_memory
-from vila.plan.shape import shape_of
+from vila.plan.model_shape import shape_of
+from vila.train.fsdp import World, open_world, shard
 from vila.train.loss import Objective
-from vila.train.model import recompute
-from vila.train.optim import MasterAdamW
-from vila.train.parallel import World, open_world, shard
-from vila.train.stage import group_parameters, select_trainable
+from vila.train.optim import MasterAdamW, group_parameters, select_trainable
+from vila.train.setup import recompute
 
 BOUND = 0.1
 MASKED = False  # the objective attends to packed rows without a mask

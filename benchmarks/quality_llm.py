@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from vila.bench.quality import Way, measure_quality, quality_task
-from vila.bench.quality_report import markdown_table, write_quality_report
-from vila.core.machine import machine_facts
-from vila.quant.calibrate import packaged_documents, text_calibration
-from vila.quant.checkpoint import BEST, Request, with_group
+from vila.bench.quality import Way, markdown_table, measure_quality, quality_task, write_quality_report
+from vila.core.system import machine_facts
+from vila.quant.calibration import packaged_documents, text_calibration
+from vila.quant.quantize import BEST, Request, with_group
 
 GROUP = 64
 

@@ -11,10 +11,8 @@ import numpy as np
 
 from benchmarks.data_packing import draw, stage_3
 from vila.config.load import load_recipe
-from vila.plan.devices import NODE, parse_machine
-from vila.plan.fit import usable_bytes
-from vila.plan.scaling import Point, scaling
-from vila.plan.traffic import Network, Sharding
+from vila.plan.devices import NODE, Network, Sharding, parse_machine
+from vila.plan.planner import Point, scaling, usable_bytes
 
 GPUS = (8, 32, 128, 256, 1024)
 SHARES = (1, 4, 16)

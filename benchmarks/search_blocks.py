@@ -15,12 +15,11 @@ from dataclasses import replace
 
 import torch
 
-from vila.bench.memory import forget_peak, peak_bytes
-from vila.bench.shapes import SHAPES, random_model
-from vila.core.machine import machine_facts
-from vila.quant.block_search import SearchOptions
-from vila.quant.calibrate import Calibration, Row
-from vila.quant.search import search_model
+from vila.bench.decode import forget_peak, peak_bytes
+from vila.bench.model_shapes import SHAPES, random_model
+from vila.core.system import machine_facts
+from vila.quant.awq_search import SearchOptions, search_model
+from vila.quant.calibration import Calibration, Row
 
 
 def main() -> None:

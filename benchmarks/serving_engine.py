@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from vila.core.machine import machine_facts
+from vila.core.system import machine_facts
 from vila.core.types import Image, Message
 from vila.engine.backend import BACKENDS
 from vila.engine.batcher import Batcher

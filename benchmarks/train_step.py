@@ -39,15 +39,14 @@ from transformers import (
 )
 
 from vila.chat.tokenize import IGNORE, TokenizedSample
-from vila.core.machine import machine_facts
+from vila.core.system import machine_facts
 from vila.core.types import Image
-from vila.data.batch import collate
-from vila.data.pack import LaneSet, Policy
+from vila.data.collate import collate
+from vila.data.packing import LaneSet, Policy
 from vila.model.config import VilaConfig
-from vila.model.vila import VilaForConditionalGeneration
+from vila.model.modeling import VilaForConditionalGeneration
 from vila.train.loss import Objective
-from vila.train.optim import MasterAdamW
-from vila.train.stage import group_parameters, select_trainable
+from vila.train.optim import MasterAdamW, group_parameters, select_trainable
 
 VOCAB, PICTURE, PATCH, IMAGE = 49152, 224, 16, 49151
 TEXT = {

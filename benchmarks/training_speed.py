@@ -21,12 +21,11 @@ import torch
 from vila.chat.templates import find_template
 from vila.chat.tokenize import IGNORE, tokenize_sample
 from vila.config.load import load_recipe
-from vila.core.machine import machine_facts
+from vila.core.system import machine_facts
 from vila.core.types import Sample
-from vila.data.batch import collate
-from vila.model.load import load_model
-from vila.model.precision import choose_dtype
-from vila.train.run import build
+from vila.data.collate import collate
+from vila.model.loading import choose_dtype, load_model
+from vila.train.build import build
 
 
 class PaddedLoop:

@@ -16,17 +16,17 @@ from importlib import resources
 from itertools import groupby
 from pathlib import Path
 
-from vila.chat import systems
+from vila.chat import templates as chat_templates
 from vila.chat.render import render
 from vila.chat.template import Segment, Template
 from vila.chat.templates import ALIASES, TEMPLATES
 from vila.config import Recipe, load_recipe, recipe_names
-from vila.config.fields import describe_fields
+from vila.config.field_docs import describe_fields
 from vila.core.registry import Registry
 from vila.core.types import Image, Message
-from vila.data.formats.protocol import FORMATS
+from vila.data.formats.base import FORMATS
 from vila.eval.benchmark import BENCHMARKS
-from vila.export.target import EXPORTS, OPTIONS
+from vila.export.base import EXPORTS, OPTIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 PART = re.compile(r"<!-- generated: (?P<name>[\w-]+) -->\n(?P<body>.*?)<!-- end: (?P=name) -->", re.DOTALL)
@@ -142,16 +142,16 @@ def _written(segment: Segment) -> str:
     return "<image>" if segment.media else segment.text
 
 
-_EXAMPLE = f"Human: {systems.V0_QUESTION}###Assistant: {systems.V0_ANSWER}"
+_EXAMPLE = f"Human: {chat_templates.V0_QUESTION}###Assistant: {chat_templates.V0_ANSWER}"
 
 
 def registered(registry: Registry[object]) -> str:
-    """Every name of a registry with the first line of its module's docstring."""
+    """Every name of a registry with the first line of the docstring of its class."""
     rows = []
     for name in registry:
         entry = registry[name]
         module = sys.modules[entry.__module__]
-        rows.append((f"`{name}`", (module.__doc__ or "").partition("\n")[0], f"`{_source(module.__name__)}`"))
+        rows.append((f"`{name}`", (type(entry).__doc__ or "").partition("\n")[0], f"`{_source(module.__name__)}`"))
     return table(("Name", "What it is", "File"), rows)
 
 

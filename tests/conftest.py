@@ -36,12 +36,12 @@ def training_folder(tmp_path_factory):
 @pytest.fixture
 def refuse_weights(monkeypatch):
     """Fail a test in which the build of a training run reads weights."""
-    from vila.train import run
+    from vila.train import build
 
     def refuse(*_, **__):
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(run, "load_start", refuse)
+    monkeypatch.setattr(build, "load_start", refuse)
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -22,7 +22,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-MODULES = ("torch", "transformers", "torch.distributed.fsdp", "vila.cli.main", "vila.engine.engine", "vila.train.run")
+MODULES = ("torch", "transformers", "torch.distributed.fsdp", "vila.cli.main", "vila.engine.engine", "vila.train.build")
 
 CLIENT = """#!{python} -SEs
 import array, json, os, signal, socket, sys

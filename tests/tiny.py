@@ -22,8 +22,8 @@ from transformers import (
 from vila.core.types import Image
 from vila.core.vision_spec import VisionSpec
 from vila.model.config import VilaConfig
+from vila.model.modeling import VilaForConditionalGeneration
 from vila.model.processor import VilaProcessor
-from vila.model.vila import VilaForConditionalGeneration
 
 FAMILIES = ("llama", "mistral", "qwen2")
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")

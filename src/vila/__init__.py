@@ -9,7 +9,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "load": "vila.engine.engine:Engine.load",
-    "load_model": "vila.model.load:load_model",
+    "load_model": "vila.model.loading:load_model",
     "Engine": "vila.engine.engine:Engine",
     "Sampling": "vila.engine.request:Sampling",
     "Message": "vila.core.types:Message",
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from vila.core.types import Image, Message, Sample, Text, Video
     from vila.engine.engine import Engine
     from vila.engine.request import Sampling
-    from vila.model.load import load_model
+    from vila.model.loading import load_model
 
     load = Engine.load
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vila.model.config import VilaConfig
+from vila.model.modeling import VilaForConditionalGeneration
 from vila.model.processor import VilaProcessor
-from vila.model.vila import VilaForConditionalGeneration
 
 AutoModelForImageTextToText.register(VilaConfig, VilaForConditionalGeneration, exist_ok=True)
 AutoProcessor.register(VilaConfig, VilaProcessor, exist_ok=True)

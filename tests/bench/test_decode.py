@@ -5,10 +5,20 @@ import json
 import pytest
 import torch
 
-from vila.bench.agreement import agreement, compare, reference_logits
-from vila.bench.decode import Load, Result, Spread, measure, step_bytes, subject_of
-from vila.bench.decode_table import device_table, result_table
-from vila.bench.shapes import SHAPES, random_model, text_config
+from vila.bench.decode import (
+    Load,
+    Result,
+    Spread,
+    agreement,
+    compare,
+    device_table,
+    measure,
+    reference_logits,
+    result_table,
+    step_bytes,
+    subject_of,
+)
+from vila.bench.model_shapes import SHAPES, random_model, text_config
 from vila.core.errors import ConfigError
 from vila.model.int4 import int4_weights
 

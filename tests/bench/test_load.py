@@ -14,10 +14,21 @@ uvicorn = pytest.importorskip("uvicorn", reason="needs pip install 'vila-vlm[ser
 from fastapi import FastAPI, Request  # noqa: E402
 from fastapi.responses import JSONResponse, StreamingResponse  # noqa: E402
 
-from vila.bench.load import Question, Server, Timing, closed_loop, open_loop, problems  # noqa: E402
-from vila.bench.load_questions import questions  # noqa: E402
-from vila.bench.load_summary import percentiles, summarise  # noqa: E402
-from vila.bench.serve import measure, save, served_model, table  # noqa: E402
+from vila.bench.serve import (  # noqa: E402
+    Question,
+    Server,
+    Timing,
+    closed_loop,
+    measure,
+    open_loop,
+    percentiles,
+    problems,
+    questions,
+    save,
+    served_model,
+    summarise,
+    table,
+)
 from vila.core.errors import ConfigError  # noqa: E402
 
 WORDS = 5

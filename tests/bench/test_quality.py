@@ -8,14 +8,24 @@ import torch
 
 from tests.quant.models import loud, random_rows
 from tests.starter.stand import write_easy_vqa
-from vila.bench.quality import TEXT, Task, Way, block_divergences, block_losses, compare, measure_quality, quality_task
-from vila.bench.quality_report import markdown_table, write_quality_report
+from vila.bench.quality import (
+    TEXT,
+    Task,
+    Way,
+    block_divergences,
+    block_losses,
+    compare,
+    markdown_table,
+    measure_quality,
+    quality_task,
+    write_quality_report,
+)
 from vila.cli.main import main
 from vila.core.errors import ConfigError
-from vila.model.load import save_model
-from vila.quant.calibrate import PACKAGED
-from vila.quant.checkpoint import BEST, Request, with_group
-from vila.starter.texts import text_sha256
+from vila.model.loading import save_model
+from vila.quant.calibration import PACKAGED
+from vila.quant.quantize import BEST, Request, with_group
+from vila.starter.data import text_sha256
 
 ROWS = random_rows(3)
 WAYS = [

@@ -5,7 +5,7 @@ from itertools import groupby
 
 import pytest
 
-from vila.chat import systems
+from vila.chat import templates
 from vila.chat.render import render
 from vila.chat.templates import TEMPLATES, find_template
 from vila.core.errors import TemplateError, UnknownNameError
@@ -51,8 +51,8 @@ EXPECTED = {
     "v1_mmtag": TAGS + VICUNA.replace("<image>", "<Image><image></Image>"),
     "llava_v0": HUMAN + VERSION_0,
     "v0_mmtag": TAGS + VERSION_0.replace("<image>", "<Image><image></Image>"),
-    "v0": f"{HUMAN}###Human: {systems.V0_QUESTION}###Assistant: {systems.V0_ANSWER}{VERSION_0}",
-    "llama_2": f"[INST] <<SYS>>\n{systems.LLAMA_2}{LLAMA_2}",
+    "v0": f"{HUMAN}###Human: {templates.V0_QUESTION}###Assistant: {templates.V0_ANSWER}{VERSION_0}",
+    "llama_2": f"[INST] <<SYS>>\n{templates.LLAMA_2}{LLAMA_2}",
     "llava_llama_2": f"[INST] <<SYS>>\n{LLAVA}{LLAMA_2}",
     "mistral": "<s>[INST] <image>\nWhat? [/INST]~A cat.</s>~[INST] Why? [/INST]~Fur.</s>~",
     "mpt": "<|im_start|>system\nA conversation between a user and an LLM-based AI assistant. "
@@ -88,8 +88,8 @@ def test_every_template_writes_and_supervises_its_golden_string(name):
 @pytest.mark.parametrize(
     ("text", "start"),
     [
-        (systems.LLAMA_2, "d52c188a3c969c4e"),
-        (systems.V0_QUESTION + systems.V0_ANSWER, "ebcff27c10465f99"),
+        (templates.LLAMA_2, "d52c188a3c969c4e"),
+        (templates.V0_QUESTION + templates.V0_ANSWER, "ebcff27c10465f99"),
     ],
 )
 def test_the_long_published_texts_are_letter_for_letter(text, start):

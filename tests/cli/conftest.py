@@ -8,7 +8,7 @@ import pytest
 from tests import tiny
 from vila.cli.main import app, main
 from vila.core.errors import VilaError
-from vila.model.load import save_model
+from vila.model.loading import save_model
 
 
 @pytest.fixture(scope="session")

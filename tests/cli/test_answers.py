@@ -2,7 +2,7 @@
 
 import pytest
 
-from vila.cli.answers import trimmed
+from vila.cli.run import trimmed
 from vila.engine.request import TokenEvent
 
 

@@ -8,7 +8,7 @@ import torch
 
 from tests import tiny
 from tests.engine.onnx_stand import torch_engine
-from vila.model.load import save_model
+from vila.model.loading import save_model
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +72,7 @@ def test_chat_takes_the_flags(vila, wide):
     ],
 )
 def test_impossible_flags_are_refused_before_anything_is_read(vila, flags, message, monkeypatch):
-    monkeypatch.setattr("vila.model.load.open_checkpoint", None)
+    monkeypatch.setattr("vila.model.loading.open_checkpoint", None)
     code, _, err = vila("run", "no-such-model", "-p", "x", *flags)
     assert code == 2
     assert message in err

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from vila.cli import asking
+from vila.cli import run
 from vila.core.errors import MediaError
 from vila.core.types import Image, Message
 from vila.engine.engine import Engine
@@ -137,7 +137,7 @@ def test_a_bad_row_is_named_before_any_weight_is_read(vila_error, model, picture
     def read_weights(*_):
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(asking, "load_engine", read_weights)
+    monkeypatch.setattr(run, "load_engine", read_weights)
     error = vila_error("run", model, "--batch", path)
     assert (error.file, error.record, error.field) == (str(path), "line 2", field)
 

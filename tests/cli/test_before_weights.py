@@ -9,8 +9,8 @@ from tests.quant.models import loud
 from vila.core.errors import ConfigError, DataError, LayoutError, TemplateError, UnknownNameError
 from vila.core.files import write_json
 from vila.eval.runner import model_hash
-from vila.model import build
-from vila.model.load import save_model
+from vila.model import loading
+from vila.model.loading import save_model
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def no_weights(monkeypatch):
     def read(*_):
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(build, "read_pieces", read)
+    monkeypatch.setattr(loading, "read_pieces", read)
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from vila.bench.shapes import SHAPES
-from vila.cli.bench_decode import SHAPE_NAMES
+from vila.bench.model_shapes import SHAPES
+from vila.cli.bench import SHAPE_NAMES
 
 SHORT = ("--tokens", 4, "--runs", 1, "--check", 8)
 

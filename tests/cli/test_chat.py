@@ -7,11 +7,10 @@ from PIL import Image as PilImage
 from rich.console import Console
 
 from tests import tiny
-from vila.cli.session import COMMANDS, Session
-from vila.cli.talk import Talk, split_names
+from vila.cli.chat import COMMANDS, Session, Talk, split_names
 from vila.core.types import Image, Message, Text
 from vila.engine.request import Sampling, TokenEvent
-from vila.model.load import save_model
+from vila.model.loading import save_model
 
 
 class Parrot:

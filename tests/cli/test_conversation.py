@@ -2,7 +2,7 @@
 
 import pytest
 
-from vila.cli.conversation import Question, build_conversation, place_media, with_system
+from vila.cli.prompt_input import Question, build_conversation, place_media, with_system
 from vila.core.errors import ConfigError, MediaError
 from vila.core.types import Image, Message, Text, Video
 

@@ -125,7 +125,7 @@ def whole(tmp_path_factory):
     """A model, two finished runs and their data, copied for every case."""
     from tests.eval.mini import mini_data, mini_run
     from tests.quant.models import loud
-    from vila.model.load import save_model
+    from vila.model.loading import save_model
 
     folder = tmp_path_factory.mktemp("whole")
     data = mini_data(folder / "data")

@@ -15,10 +15,10 @@ from tests.prepare.test_download import document, write_shard
 from tests.prepare.test_json_list import record
 from tests.prepare.test_m3it_flan import row, write_lines, write_tables
 from tests.prepare.test_pkl import write as write_pickle
-from vila.cli.data_fetch_flags import FLAGS
-from vila.media.fetch_many import FetchRules
+from vila.cli.data_prepare import FLAGS
+from vila.media.bulk_download import FetchRules
 from vila.prepare import coyo, flan, llava_align, m3it, mmc4, pkl, sharegpt4v
-from vila.prepare.resize import ResizeRule
+from vila.prepare.download import ResizeRule
 from vila.prepare.shards import read_tar
 
 FETCH = ("--allow-private", "--host-delay-s", 0, "--attempts", 1)

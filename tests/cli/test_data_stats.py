@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 
 from tests.train.stand import stand_recipe, write_stand
-from vila.cli.data_licences import KNOWN, licences_of
 from vila.config.load import save_recipe
-from vila.prepare.licences import data_licences
+from vila.prepare.licences import KNOWN, data_licences, licences_of
 
 
 def write_rows(path: Path, pictures: list[int]) -> Path:

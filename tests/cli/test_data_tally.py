@@ -4,7 +4,7 @@ import random
 from collections import Counter
 from statistics import median_low
 
-from vila.cli.data_tally import Seen, histogram, spread
+from vila.data.stats import Seen, histogram, spread
 
 
 def test_names_are_known_again_whatever_their_number():

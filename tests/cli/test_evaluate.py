@@ -6,7 +6,7 @@ import pytest
 
 from scripts.make_eval_data import make_eval_data
 from tests import tiny
-from vila.cli.evaluate import names_of
+from vila.cli.eval import names_of
 from vila.core.errors import UnknownNameError
 
 QUESTIONS = [

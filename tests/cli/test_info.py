@@ -10,13 +10,13 @@ from transformers import LlamaConfig
 
 from tests import tiny
 from tests.model.layouts.published import FIXTURES
-from vila.cli.facts import kv_numbers_per_token
 from vila.cli.info import human_bytes
 from vila.core.errors import LayoutError
 from vila.engine.engine import Engine
 from vila.model import weights
+from vila.model.inspect import kv_numbers_per_token
 from vila.model.int4 import use_int4
-from vila.model.load import load_model, save_model
+from vila.model.loading import load_model, save_model
 from vila.quant.apply import quantize_model
 
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from vila.cli.line_editor import LineEditor, completions
+from vila.cli.chat import LineEditor, completions
 from vila.core.errors import ConfigError
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from tests.model.layouts.published import FIXTURES
-from vila.chat.systems import VICUNA
-from vila.cli import asking
-from vila.model.load import open_checkpoint
+from vila.chat.templates import VICUNA
+from vila.cli import run
+from vila.model.loading import open_checkpoint
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = ROOT / "tests" / "golden"
@@ -56,7 +56,7 @@ def test_a_query_gives_the_ids_of_the_rendered_vicuna_prompt(vila, tmp_path, pic
         prompts.append(processor.prompt(messages).ids)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(asking, "check_fit", fit)
+    monkeypatch.setattr(run, "check_fit", fit)
     names = ";".join(str(tmp_path / name) for name in files)
     flags = ("--model-name", folder, "--conv-mode", "vicuna_v1", "--image-file", names, "--sep", ";")
     assert vila("run", *flags, "--query", query)[0] == 130

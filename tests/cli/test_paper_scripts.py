@@ -11,7 +11,7 @@ import yaml
 
 from scripts.make_eval_data import make_eval_data
 from tests.config.small_parts import write_data, write_parts
-from vila.model.load import load_model
+from vila.model.loading import load_model
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "scripts" / "v1_5" / "paper"

@@ -7,10 +7,9 @@ import pytest
 from rich.console import Console
 
 from vila.cli import progress
-from vila.cli.pace import Pace
-from vila.cli.progress import Screen, write_count, write_facts
+from vila.cli.progress import Pace, Screen, write_count, write_facts
 from vila.core.errors import Interrupted
-from vila.core.events import task
+from vila.core.progress import task
 
 STEP = {"step": 12345, "loss": 1.23456, "lr": 1.874e-5, "tokens/s": 8123.4, "MFU": 0.4123, "GiB": 71.34}
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from tests.quant.models import loud
-from vila.model.layouts.protocol import detect_layout
-from vila.model.load import save_model
+from vila.model.layouts.base import detect_layout
+from vila.model.loading import save_model
 
 TEXT = "\n\n".join(
     f"Paragraph {number} tells of {'rain and wind, ' * (number % 7 + 3)}and of nothing else." for number in range(40)
@@ -166,9 +166,9 @@ CODE = """
 import json, os, signal, sys, threading, time
 import torch
 torch.set_num_threads(1)
-import vila.cli.quantize, vila.model.load, vila.quant.mixture_calibration
+import vila.cli.quantize, vila.model.loading, vila.quant.calibration
 from vila.cli.main import main
-from vila.quant import checkpoint, kept
+from vila.quant import quantize, resume_state
 
 def die(*args, **options):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -177,13 +177,13 @@ def arm(point):
     if isinstance(point, float):
         threading.Thread(target=lambda: (time.sleep(point), die()), daemon=True).start()
     elif point == "write":
-        checkpoint.save_search = die
+        quantize.save_search = die
     else:
-        save, left = kept.KeptBlocks.save, [point]
+        save, left = resume_state.KeptBlocks.save, [point]
         def counted(self, index, found):
             left[0] -= 1
             save(self, index, found) if left[0] else die()
-        kept.KeptBlocks.save = counted
+        resume_state.KeptBlocks.save = counted
 
 words, points = json.loads(sys.argv[1])
 for number, point in enumerate(points):

@@ -9,11 +9,11 @@ from PIL import Image as PilImage
 
 from tests import tiny
 from tests.model.test_orientation import sideways, stored, upright
-from vila.cli import asking
+from vila.cli import run
 from vila.core.errors import ConfigError, MediaError
 from vila.core.types import Image, Message
 from vila.engine.engine import Engine
-from vila.model.load import save_model
+from vila.model.loading import save_model
 
 
 def asked(vila, *arguments, **more):
@@ -196,7 +196,7 @@ def test_sampling_flags_reach_the_engine(vila, model):
         patch.setattr(Engine, "complete", complete)
         code, _, err = vila("run", model, "-p", "x", "--json", *flags.split())
     assert (code, err) == (130, "stopped")
-    assert seen == [asking.Sampling(7, 0.5, 4, 0.9, 0.1, 1.2, ("a", "b"), 2, 3, "truncate")]
+    assert seen == [run.Sampling(7, 0.5, 4, 0.9, 0.1, 1.2, ("a", "b"), 2, 3, "truncate")]
 
 
 def test_logprobs_name_their_tokens(vila, model):
@@ -282,7 +282,7 @@ def test_bad_input_is_one_line_before_any_weight_is_read(
     def read_weights(*_):
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(asking, "load_engine", read_weights)
+    monkeypatch.setattr(run, "load_engine", read_weights)
     ended, out, err = vila("run", *(a.format(tmp=tmp_path, model=model) for a in arguments))
     assert message in err
     assert (ended, out) == (code, "")
@@ -307,7 +307,7 @@ def test_what_needs_no_model_is_told_before_one_is_opened(
     def open_model(*_):
         raise AssertionError("a model was opened")
 
-    monkeypatch.setattr(asking, "open_model", open_model)
+    monkeypatch.setattr(run, "open_model", open_model)
     monkeypatch.chdir(tmp_path)
     code, _, err = vila("run", model, *arguments)
     assert code == 1
@@ -332,6 +332,6 @@ def test_a_model_without_a_template_asks_for_one(vila, tmp_path):
 def test_an_answer_that_the_terminal_cannot_show_is_shown_all_the_same(vila, model, monkeypatch):
     screen = io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True)
     monkeypatch.setattr(sys, "stdout", screen)
-    monkeypatch.setattr(asking, "trimmed", lambda events: ["gr\u00fcn"])
+    monkeypatch.setattr(run, "trimmed", lambda events: ["gr\u00fcn"])
     assert vila("run", model, "-p", "x")[0] == 0
     assert screen.buffer.getvalue() == b"gr?n\n"

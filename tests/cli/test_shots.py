@@ -5,8 +5,7 @@ import json
 import pytest
 
 from tests import tiny
-from vila.cli.conversation import Question, build_conversation
-from vila.cli.shots import Shot, fold_words, parse_shot
+from vila.cli.prompt_input import Question, Shot, build_conversation, fold_words, parse_shot
 from vila.core.errors import ConfigError, MediaError
 from vila.core.types import Image, Message, Text
 from vila.engine.engine import Engine

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from tests.train.stand import stand_recipe, write_stand
-from vila.cli.slurm import parse_job, render_script
 from vila.config.load import save_recipe
 from vila.core.errors import ConfigError
+from vila.train.build import build, is_finished
 from vila.train.metrics import read_metrics
-from vila.train.run import build, is_finished
+from vila.train.slurm import parse_job, render_script
 
 # As Slurm starts a batch script, the tasks of a step, and says which machines a job has; all of them this one.
 SBATCH = """#!/bin/bash

@@ -4,7 +4,7 @@ import pytest
 
 from tests.train.stand import stand_recipe, write_stand
 from vila.config.load import save_recipe
-from vila.train.run import build
+from vila.train.build import build
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import pytest
 from tests import tiny
 from tests.train.stand import stand_recipe
 from vila.config.load import load_recipe, save_recipe
-from vila.model.load import save_model
+from vila.model.loading import save_model
 
 
 def test_what_a_packaged_recipe_names_is_a_note_and_what_the_user_names_an_error(vila, monkeypatch, tmp_path):

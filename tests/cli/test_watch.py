@@ -14,13 +14,13 @@ import torch
 from tests import tiny
 from tests.train.ranks import run_ranks
 from tests.train.stand import stand_recipe, write_stand
-from vila.cli.watch import asked, listeners_of
+from vila.cli.train_callbacks import asked, listeners_of
 from vila.core.errors import ConfigError, DataError, Interrupted, UnknownNameError
 from vila.core.files import sha256_tree
 from vila.core.reading import read_json
 from vila.engine.engine import Engine
+from vila.train.build import build, model_dir
 from vila.train.metrics import read_metrics
-from vila.train.run import build, model_dir
 
 
 @pytest.fixture(scope="module")

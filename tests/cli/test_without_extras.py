@@ -92,7 +92,7 @@ COMMANDS = {
 def places(tmp_path_factory):
     """Directories and files that the arguments name."""
     from tests.quant.models import loud
-    from vila.model.load import save_model
+    from vila.model.loading import save_model
 
     tmp = tmp_path_factory.mktemp("extras")
     write_stand(tmp)

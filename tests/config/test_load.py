@@ -8,15 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from vila.config.fields import expected_at
-from vila.config.load import (
-    describe_fields,
-    load_recipe,
-    recipe_differences,
-    recipe_names,
-    recipe_to_yaml,
-    save_recipe,
-)
+from vila.config.field_docs import expected_at
+from vila.config.load import describe_fields, load_recipe, recipe_differences, recipe_names, recipe_to_yaml, save_recipe
 from vila.core.errors import ConfigError, UnknownNameError
 
 BASE = """\

@@ -7,9 +7,9 @@ import pytest
 
 from tests.config.small_parts import write_data, write_parts
 from vila.config import load_recipe, recipe_names
-from vila.model.load import assemble, save_model
+from vila.model.loading import assemble, save_model
+from vila.train.build import build
 from vila.train.metrics import read_metrics
-from vila.train.run import build
 
 STEPS = 3
 

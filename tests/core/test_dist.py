@@ -2,7 +2,7 @@
 
 import pytest
 
-from vila.core.dist import Place, current_place
+from vila.core.distributed import Place, current_place
 from vila.core.errors import ConfigError
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from vila.core.errors import MISSING, DataError, LayoutError
-from vila.core.fields import Fields
+from vila.core.reading import Fields
 
 SOUND = {"int": 3, "float": 0.5, "flag": True, "text": "a", "list": [1, 2.5], "names": ["a"], "object": {"in": 1}}
 

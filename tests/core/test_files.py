@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.held import killed_writer
-from vila.core import locks
+from vila.core import files
 from vila.core.errors import ConfigError, VilaError
 from vila.core.files import (
     atomic_path,
@@ -119,7 +119,7 @@ def test_what_a_writer_left_that_was_killed_as_it_began_or_ended_is_removed_at_o
 @pytest.mark.parametrize("moment", ["open", "flock"])
 def test_a_writer_whose_directory_is_removed_before_it_locked_makes_another(tmp_path, monkeypatch, moment):
     calls = []
-    opened, locked = Path.open, locks.try_lock
+    opened, locked = Path.open, files.try_lock
 
     def remove_first(path, mode="r", *arguments, **options):
         if moment == "open" and mode == "x+" and not calls:

@@ -10,10 +10,10 @@ import sys
 import pytest
 
 from vila.core.errors import DirectoryInUseError
-from vila.core.locks import DirectoryLock
+from vila.core.files import DirectoryLock
 
 HOLDER = (
-    "import sys; from pathlib import Path; from vila.core.locks import DirectoryLock\n"
+    "import sys; from pathlib import Path; from vila.core.files import DirectoryLock\n"
     "lock = DirectoryLock(Path(sys.argv[1])).acquire(shared=bool(sys.argv[2])); print('locked', flush=True)\n"
     "sys.stdin.read()"
 )

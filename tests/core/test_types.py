@@ -7,7 +7,7 @@ import pytest
 
 import vila
 from vila.core.errors import ConfigError, UnknownNameError
-from vila.core.events import SILENT, task
+from vila.core.progress import SILENT, task
 from vila.core.registry import Registry
 from vila.core.types import Image, Message, Sample, Text, join_messages
 

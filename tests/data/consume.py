@@ -16,7 +16,7 @@ import numpy as np
 
 from tests.data.reading import reader_of
 from vila.core.files import write_json
-from vila.data.pack import LaneState, Policy
+from vila.data.packing import LaneState, Policy
 from vila.data.workers import WorkerLanes
 
 

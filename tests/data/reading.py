@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tests import tiny
 from vila.core.vision_spec import VisionSpec
-from vila.data.loader import Entry, SampleReader, open_mixture
+from vila.data.dataset import Entry, SampleReader, open_mixture
 
 SPEC = VisionSpec(28, 4, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), "pad")
 

@@ -16,13 +16,13 @@ import pytest
 from tests.data.good import GOOD
 from tests.data.shards import PIXELS, refusal, write_lines, write_list, write_parquet, write_tar
 from vila.core.errors import DataError
-from vila.data.formats import scan_json as json_scanner
-from vila.data.formats import scan_tar as tar_scanner
-from vila.data.formats.parquet_footer import row_group_sizes
-from vila.data.formats.rows import open_rows
-from vila.data.formats.scan_json import scan_json
-from vila.data.formats.scan_tar import scan_tar
-from vila.data.loader import Entry, open_entry
+from vila.data.dataset import Entry, open_entry
+from vila.data.readers import json as json_scanner
+from vila.data.readers import tar as tar_scanner
+from vila.data.readers.json import scan_json
+from vila.data.readers.parquet import row_group_sizes
+from vila.data.readers.records import open_rows
+from vila.data.readers.tar import scan_tar
 
 LLAVA = {"id": "0", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
 MEMBERS = [("a.jpg", PIXELS), ("a.txt", "A cat."), ("b.jpg", PIXELS * 100), ("b.txt", "B")]

@@ -13,9 +13,8 @@ from tests.data.shards import PIXELS, refusal, write_lines, write_parquet, write
 from vila.core.errors import ConfigError, DataError, UnknownNameError
 from vila.core.optional import MissingExtraError
 from vila.core.types import Image, Stored, Text
-from vila.data.formats import parquet
-from vila.data.formats.protocol import FORMATS
-from vila.data.formats.source import files_of
+from vila.data.formats.base import FORMATS, files_of
+from vila.data.readers import parquet
 
 CASES = pytest.mark.parametrize("case", GOOD, ids="-".join)
 JSON_FORMATS = pytest.mark.parametrize("kind", RECORDS)

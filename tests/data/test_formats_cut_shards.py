@@ -6,7 +6,7 @@ import pytest
 
 from tests.data.shards import PIXELS, write_tar
 from vila.core.errors import DataError
-from vila.data.formats.protocol import FORMATS
+from vila.data.formats.base import FORMATS
 
 BLOCK = tarfile.BLOCKSIZE
 MEMBERS = [

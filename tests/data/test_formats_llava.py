@@ -4,9 +4,8 @@ import pytest
 
 from tests.data.shards import refusal, write_list
 from vila.core.types import Image, Message, Text, Video
-from vila.data.formats.llava_json import normalise_v1
-from vila.data.formats.llava_json_v15 import normalise_v15
-from vila.data.formats.protocol import FORMATS
+from vila.data.formats.base import FORMATS
+from vila.data.formats.llava import normalise_v1, normalise_v15
 
 BOTH = pytest.mark.parametrize("kind", ["llava_json", "llava_json_v15"])
 

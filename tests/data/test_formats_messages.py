@@ -6,7 +6,7 @@ import pytest
 
 from tests.data.shards import PIXELS, TEXT64, refusal, write_lines, write_parquet, write_tar
 from vila.core.types import Image, Message, Text, Video
-from vila.data.formats.protocol import FORMATS
+from vila.data.formats.base import FORMATS
 
 SAY = {"type": "text", "text": "What?"}
 GOOD = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}

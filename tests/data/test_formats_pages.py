@@ -6,8 +6,8 @@ from tests.data.good import TEXTS, mmc4
 from tests.data.shards import PIXELS, TEXT64, refusal, write_lines, write_parquet, write_tar
 from vila.core.errors import UnknownNameError
 from vila.core.types import Image, Message, Text
+from vila.data.formats.base import FORMATS
 from vila.data.formats.mmc4 import page_of
-from vila.data.formats.protocol import FORMATS
 
 A, B, C = Image("a"), Image("b"), Image("c")
 

@@ -7,7 +7,7 @@ import pytest
 from tests.data.good import MESSAGES
 from tests.data.shards import OTHER_PIXELS, PIXELS, TEXT64, refusal, write_lines, write_parquet
 from vila.core.types import Image, Message, Text, Video
-from vila.data.formats.protocol import FORMATS
+from vila.data.formats.base import FORMATS
 
 
 def lines(kind, rows, folder, **options):

@@ -6,8 +6,8 @@ import pytest
 
 from tests.data.good import GOOD
 from tests.data.shards import PIXELS, TEXT64, refusal, write_lines, write_parquet, write_tar
-from vila.data.formats.protocol import FORMATS
-from vila.data.view import Split, Subset
+from vila.data.dataset import Split, Subset
+from vila.data.formats.base import FORMATS
 
 TURNS = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "x"}]
 SAID = [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "x"}]

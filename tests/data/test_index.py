@@ -15,12 +15,11 @@ from hypothesis import strategies as st
 
 from tests.data.shards import write_lines, write_list, write_tar
 from vila.core.errors import DataError
-from vila.data import handles
-from vila.data.formats import scan_json as scanner
-from vila.data.formats.scan_json import parse_record, scan_json
-from vila.data.formats.scan_tar import read_members, scan_tar
-from vila.data.handles import MAX_OPEN, read_span, stamp_of
-from vila.data.index import open_index
+from vila.data.readers import index
+from vila.data.readers import json as scanner
+from vila.data.readers.index import MAX_OPEN, open_index, read_span, stamp_of
+from vila.data.readers.json import parse_record, scan_json
+from vila.data.readers.tar import read_members, scan_tar
 
 
 class Told:
@@ -226,7 +225,7 @@ def test_a_file_that_is_cut_or_removed_is_named(tmp_path):
     with pytest.raises(DataError, match=r"a.bin: ends 5 bytes before"):
         read_span(path, 5, 10)
     path.unlink()
-    handles.forget(path)
+    index.forget(path)
     with pytest.raises(DataError, match=r"a.bin: no such file"):
         read_span(path, 0, 1)
     with pytest.raises(DataError, match="a directory, expected a file"):

@@ -10,11 +10,10 @@ import torch
 from tests.data.reading import SPEC, reader_of, write_records
 from vila.core.errors import CheckpointError, DataError, MediaError
 from vila.core.types import Image, Message, Sample
-from vila.data.batch import collate
-from vila.data.faults import Fault, FaultLog
-from vila.data.loader import Entry
-from vila.data.pack import LaneSet, LaneState, Policy
-from vila.data.shorten import shorten_sample
+from vila.data.bad_samples import Fault, FaultLog
+from vila.data.collate import collate
+from vila.data.dataset import Entry, shorten_sample
+from vila.data.packing import LaneSet, LaneState, Policy
 from vila.media.image import open_image
 from vila.media.transform import pixels
 
@@ -196,7 +195,7 @@ def test_a_resumed_run_forgets_the_faults_that_it_will_meet_again(tmp_path):
     log.add([fault(n) for n in range(4)])
     log.path.write_text(log.path.read_text() + '{"position": 9, "rea')
     states = [LaneState(4, ()), LaneState(5, (3,))]
-    from vila.train.rows import _seen_by
+    from vila.train.setup import _seen_by
 
     again = FaultLog(log.path, 9, seen=_seen_by(states, 2))
     assert [json.loads(line)["position"] for line in log.path.read_text().splitlines()] == [0, 1, 2]

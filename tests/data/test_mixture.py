@@ -9,10 +9,9 @@ from hypothesis import strategies as st
 
 from tests.data.test_order import Numbers
 from vila.core.errors import DataError, UnknownNameError
-from vila.data.loader import Entry, open_mixture
+from vila.data.dataset import Entry, Split, Subset, open_mixture
 from vila.data.mixture import Mixture, Part
-from vila.data.survey import survey
-from vila.data.view import Split, Subset
+from vila.data.stats import survey
 
 
 def shares(mixture, start, stop):

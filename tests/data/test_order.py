@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from vila.core.errors import DataError
 from vila.core.types import Message, Sample
-from vila.data.mixture import Mixture, Part
-from vila.data.order import Permutation
+from vila.data.mixture import Mixture, Part, Permutation
 
 
 class Numbers:

@@ -10,11 +10,18 @@ from hypothesis import strategies as st
 from vila.chat.tokenize import IGNORE, TokenizedSample
 from vila.core.errors import ConfigError, DataError
 from vila.core.types import Image
-from vila.data.batch import collate
-from vila.data.compact import compact
-from vila.data.deal import fitting_micro, lanes_of, micro_note
-from vila.data.fill import best_fill, longest_first
-from vila.data.pack import Lane, LaneSet, Policy
+from vila.data.collate import collate
+from vila.data.packing import (
+    Lane,
+    LaneSet,
+    Policy,
+    best_fill,
+    compact,
+    fitting_micro,
+    lanes_of,
+    longest_first,
+    micro_note,
+)
 
 
 def sample(position, length, images=0):

@@ -9,10 +9,10 @@ from tests.data.shards import write_lines
 from vila.core.errors import ConfigError
 from vila.core.types import Image
 from vila.core.vision_spec import VisionSpec
-from vila.data.formats.protocol import FORMATS
-from vila.data.loader import Entry
+from vila.data.dataset import Entry
+from vila.data.formats.base import FORMATS
 from vila.data.preview import ImagePreview, LengthPreview, first_images, preview_images, save_views, views_spec
-from vila.data.survey import require_images, survey
+from vila.data.stats import require_images, survey
 from vila.media.image import open_image
 from vila.media.transform import square_bytes
 

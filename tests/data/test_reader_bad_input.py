@@ -11,9 +11,8 @@ from tests.data.reading import reader_of
 from tests.data.shards import refusal, write_lines
 from vila.chat.tokenize import IGNORE
 from vila.core.errors import DataError, MediaError
-from vila.data.compact import compact
-from vila.data.loader import Entry
-from vila.data.pack import LaneSet, Policy
+from vila.data.dataset import Entry
+from vila.data.packing import LaneSet, Policy, compact
 
 SAYS = [("user", "Hi"), ("assistant", "Ho")]
 

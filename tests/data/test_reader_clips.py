@@ -17,10 +17,9 @@ from vila.chat.templates import TEMPLATES
 from vila.chat.tokenize import IGNORE
 from vila.core.errors import MediaError
 from vila.core.types import Message, Sample, Video
-from vila.data.batch import collate, parts_of
-from vila.data.compact import compact
-from vila.data.loader import Entry
-from vila.data.pack import LaneSet, Policy
+from vila.data.collate import collate, parts_of
+from vila.data.dataset import Entry
+from vila.data.packing import LaneSet, Policy, compact
 from vila.model.processor import VilaProcessor
 
 FILM = {"type": "video", "path": "film.mp4"}

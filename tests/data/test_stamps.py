@@ -5,15 +5,15 @@ import os
 import pytest
 
 from vila.core.errors import DataError
-from vila.data import stamps
-from vila.data.stamps import compare_files, stamp_files
+from vila.data import fingerprint
+from vila.data.fingerprint import compare_files, stamp_files
 
 
 @pytest.fixture(params=["whole", "sampled"])
 def file(request, tmp_path, monkeypatch):
     """A file of 3 MiB that is hashed whole, or by samples because it is in a large set."""
     if request.param == "sampled":
-        monkeypatch.setattr(stamps, "WHOLE_BYTES", 2**20)
+        monkeypatch.setattr(fingerprint, "WHOLE_BYTES", 2**20)
     path = tmp_path / "shard.tar"
     path.write_bytes(os.urandom(3 * 2**20))
     return path
@@ -30,7 +30,7 @@ def write_at(path, offset):
 
 def test_an_untouched_file_is_not_read_again(file, monkeypatch):
     before = stamp_files({"a": file})
-    monkeypatch.setattr(stamps, "_stamp", None)
+    monkeypatch.setattr(fingerprint, "_stamp", None)
     assert compare_files(before, {"a": file}) == ([], before)
 
 
@@ -60,7 +60,7 @@ def test_small_sets_are_hashed_whole_and_large_ones_by_sixteen_pieces(file):
 
 
 def test_a_small_file_in_a_large_set_is_hashed_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(stamps, "WHOLE_BYTES", 10)
+    monkeypatch.setattr(fingerprint, "WHOLE_BYTES", 10)
     (tmp_path / "config.json").write_text("{" + " " * 100 + "}")
     assert stamp_files({"c": tmp_path / "config.json"})["c"].pieces == 0
 

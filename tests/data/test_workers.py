@@ -16,9 +16,9 @@ import torch
 
 from tests.data.reading import reader_of, write_records
 from vila.core.errors import DataError, MediaError
-from vila.data.batch import collate
-from vila.data.faults import FaultLog
-from vila.data.pack import LaneSet, Policy
+from vila.data.bad_samples import FaultLog
+from vila.data.collate import collate
+from vila.data.packing import LaneSet, Policy
 from vila.data.workers import START_METHODS, WorkerLanes
 
 POLICY = Policy(max_length=96, look_ahead=6)

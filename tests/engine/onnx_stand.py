@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.engine.stand import endless
 from vila.engine.engine import Engine
 from vila.engine.onnx.program import OnnxProgram
-from vila.kernels.int4_layout import Int4Weight, dequantize, quantize
+from vila.kernels.int4 import Int4Weight, dequantize, quantize
 
 pytest.importorskip("onnxruntime")
 

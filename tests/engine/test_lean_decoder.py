@@ -9,8 +9,7 @@ from tests.engine.stand import MODELS, QUESTIONS, endless
 from vila.engine.backend import choose_lean
 from vila.engine.engine import Engine
 from vila.engine.lean_decoder import _OWN, LeanDecoder, why_not_lean
-from vila.kernels.int4_layout import quantize
-from vila.kernels.int4_linear import Int4Linear
+from vila.kernels.int4 import Int4Linear, quantize
 
 DRAWN = {"max_new_tokens": 12, "temperature": 1.5, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.3}
 

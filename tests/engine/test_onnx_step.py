@@ -10,8 +10,7 @@ from tests.engine.stand import MODELS
 from vila.core.errors import ConfigError, ContextOverflowError
 from vila.engine.onnx import program as onnx_program
 from vila.engine.onnx.step import OnnxDecoder
-from vila.kernels.int4_layout import dequantize, quantize
-from vila.kernels.int4_linear import Int4Linear
+from vila.kernels.int4 import Int4Linear, dequantize, quantize
 from vila.model.int4 import use_int4
 
 EXACT = 1e-4  # worst of these models and four seeds: 1.6e-5, logits up to 8.3; onnxruntime 1.32

@@ -5,7 +5,7 @@ import pytest
 from tests import tiny
 from tests.eval.evaluating import evaluated, left_behind
 from tests.eval.mini import mini_data
-from vila.model.load import save_model
+from vila.model.loading import save_model
 
 
 @pytest.fixture(scope="session")

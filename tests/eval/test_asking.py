@@ -12,10 +12,8 @@ from tests.model.test_orientation import sideways
 from vila.core.types import Image, Message
 from vila.engine.engine import Engine
 from vila.engine.request import Sampling
-from vila.eval.asking import Asking, Tokens
 from vila.eval.benchmark import Item, Scored
-from vila.eval.runner import batches, run
-from vila.eval.speed import forget_parts, note_part, note_speed
+from vila.eval.runner import Asking, Tokens, batches, forget_parts, note_part, note_speed, run
 
 SHORT = Sampling(max_new_tokens=6)
 

@@ -8,10 +8,9 @@ import pytest
 from tests.eval.mini import TEN, mini_data, truly
 from vila.cli.score import score_file
 from vila.core.errors import DataError
-from vila.eval.answers import read_answers
 from vila.eval.benchmark import BENCHMARKS
-from vila.eval.judge_cases import read_cases
-from vila.eval.predictions import row_of
+from vila.eval.judge import read_cases
+from vila.eval.predictions import read_answers, row_of
 
 SCORED = tuple(name for name in TEN if name not in ("vqav2", "vizwiz"))
 """The two others have answers to their test splits in the miniature data, which only a server scores."""

@@ -7,11 +7,10 @@ import pytest
 
 from tests.mutation.mutate import LFS_POINTER
 from vila.core.errors import DataError
-from vila.eval.answers import read_answers
 from vila.eval.benchmarks.easy_vqa import EasyVqa
 from vila.eval.judge import read_verdicts
-from vila.eval.predictions import read_predictions, read_texts
-from vila.eval.speed import note_speed
+from vila.eval.predictions import read_answers, read_predictions, read_texts
+from vila.eval.runner import note_speed
 
 ROW = b'{"question_id": 1, "text": "yes"}\n'
 FOREIGN = {

@@ -6,8 +6,8 @@ import pytest
 
 from tests.eval.mini import mini_data, truly
 from vila.core.errors import DataError
+from vila.eval.annotations import odd_field
 from vila.eval.benchmark import BENCHMARKS
-from vila.eval.fields import odd_field
 from vila.eval.predictions import answers_of
 
 VQA = "vqav2/v2_mscoco_val2014_annotations.json"

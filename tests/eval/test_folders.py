@@ -3,7 +3,7 @@
 import pytest
 
 from vila.core.errors import DataError
-from vila.eval.folders import find, image_folder, look
+from vila.eval.annotations import find, image_folder, look
 
 
 @pytest.fixture

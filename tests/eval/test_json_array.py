@@ -5,8 +5,8 @@ import json
 import pytest
 
 from vila.core.errors import DataError
-from vila.eval import json_array
-from vila.eval.json_array import iter_array
+from vila.eval import annotation_files
+from vila.eval.annotation_files import iter_array
 
 ROWS = [{"id": 1, "text": 'a "b" ] } \u00e9\u4e2d'}, [1, [2.5]], "x", 12, -3.25e2, True, None, {}, 123456]
 
@@ -14,7 +14,7 @@ ROWS = [{"id": 1, "text": 'a "b" ] } \u00e9\u4e2d'}, [1, [2.5]], "x", 12, -3.25e
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 64, 1 << 20])
 @pytest.mark.parametrize("indent", [None, 2])
 def test_values_equal_those_of_json_whatever_the_size_of_pieces(tmp_path, monkeypatch, chunk, indent):
-    monkeypatch.setattr(json_array, "_CHUNK", chunk)
+    monkeypatch.setattr(annotation_files, "_CHUNK", chunk)
     path = tmp_path / "a.json"
     path.write_text(json.dumps({"n": 12345, "info": {"rows": [0]}, "rows": ROWS, "after": 1}, indent=indent))
     assert list(iter_array(path, "rows")) == ROWS
@@ -95,8 +95,8 @@ def test_the_rest_of_the_object_is_read_too(tmp_path, text, word):
 
 
 def test_a_value_over_the_limit_is_refused_and_damage_is_found_without_reading_on(tmp_path, monkeypatch):
-    monkeypatch.setattr(json_array, "MAX_RECORD_BYTES", 5000)
-    monkeypatch.setattr(json_array, "_CHUNK", 1000)
+    monkeypatch.setattr(annotation_files, "MAX_RECORD_BYTES", 5000)
+    monkeypatch.setattr(annotation_files, "_CHUNK", 1000)
     path = tmp_path / "a.json"
     path.write_text('["' + "x" * 100_000 + '"]')
     with pytest.raises(DataError, match="5,000"):

@@ -9,12 +9,14 @@ import pytest
 
 from tests.eval.chat_server import chat_server, completion
 from vila.core.errors import ConfigError, DataError, UnknownNameError
-from vila.eval.endpoint import Endpoint, Patience, ServerError, chat_url
 from vila.eval.judge import (
     Case,
+    Judge,
     ReplyFile,
     RequestFile,
+    estimate_cost,
     prompts,
+    read_cases,
     read_reply,
     read_verdicts,
     request_body,
@@ -22,9 +24,7 @@ from vila.eval.judge import (
     score_of,
     tally,
 )
-from vila.eval.judge_cases import read_cases
-from vila.eval.judge_cost import estimate_cost
-from vila.eval.judge_run import Judge
+from vila.eval.openai_client import Endpoint, Patience, ServerError, chat_url
 
 QUICK = Patience(attempts=3, backoff_s=0.01, longest_wait_s=1)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from vila.eval.letters import (
+from vila.eval.metrics.multiple_choice import (
     read_by_rules,
     read_exactly,
     read_first,

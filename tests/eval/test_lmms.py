@@ -16,7 +16,7 @@ from vila.engine.request import Sampling
 from vila.eval import lmms
 from vila.eval.lmms import Adapter, medium_of, parts_of, sampling_of
 from vila.media.image import open_image
-from vila.model.load import save_model
+from vila.model.loading import save_model
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import pytest
 from tests import tiny
 from vila.core.types import Message
 from vila.engine.engine import Engine
-from vila.model.load import save_model
+from vila.model.loading import save_model
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("lmms_eval", reason="lmms-eval is not installed; see docs/judge.md")

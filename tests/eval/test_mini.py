@@ -9,7 +9,7 @@ from tests.eval.mini import TEN, mini_data, truly
 from vila.eval.benchmark import BENCHMARKS
 from vila.eval.predictions import answers_of
 from vila.eval.runner import missing_images
-from vila.eval.statistics import score_interval
+from vila.eval.stats import score_interval
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,7 @@ from vila.core.errors import ConfigError, MediaError
 from vila.core.types import Image, Message, Video
 from vila.engine.request import Sampling
 from vila.eval.benchmark import Item, Mark, Scored
-from vila.eval.endpoint import Patience, ServerError
-from vila.eval.remote import RemoteEngine, data_url, request_body
+from vila.eval.openai_client import Patience, RemoteEngine, ServerError, data_url, request_body
 from vila.eval.runner import run
 
 QUICK = Patience(attempts=2, backoff_s=0.01, longest_wait_s=1)

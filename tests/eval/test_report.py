@@ -16,12 +16,12 @@ from vila.core.reading import read_json
 from vila.core.types import Image as CoreImage
 from vila.core.types import Message
 from vila.eval.benchmark import BENCHMARKS, Item, Mark
+from vila.eval.few_shot import with_shots
 from vila.eval.published import published_table
 from vila.eval.report import compare_runs, write_report
-from vila.eval.report_sample import shorten, show, spread
+from vila.eval.report_data import shorten, show, spread
 from vila.eval.runner import run
-from vila.eval.shots import with_shots
-from vila.report.picture import embed
+from vila.report.html import embed
 from vila.report.scale import MISSING
 
 FAILS = ("0000000000000001/what color is it?", "0000000000000002/what color is it?")

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from tests.held import HOST, PID, held
-from vila.core.dist import Place
+from vila.core.distributed import Place
 from vila.core.errors import ContextOverflowError, DataError, DirectoryInUseError, MediaError
 from vila.core.types import Image, Message
 from vila.eval.benchmark import Answer, Item, Mark, Scored

@@ -11,7 +11,7 @@ from vila.core.types import Image, Message
 from vila.engine.engine import Engine
 from vila.eval.benchmark import Answer, Item
 from vila.eval.benchmarks.easy_vqa import EasyVqa
-from vila.eval.shots import shot_variants, with_shots, wrong_answers
+from vila.eval.few_shot import shot_variants, with_shots, wrong_answers
 
 TEST = [["what shape is in the image?", "circle", 0], ["is there a red shape?", "no", 0], ["what color?", "red", 1]]
 TRAIN = [

@@ -4,7 +4,7 @@ import pytest
 
 from vila.core.errors import DataError
 from vila.eval.benchmark import Headline, Mark, Scored
-from vila.eval.statistics import compare, interval, score_interval
+from vila.eval.stats import compare, interval, score_interval
 
 
 def marks(values, per_group=1):

@@ -9,12 +9,11 @@ from vila.chat.render import render
 from vila.chat.templates import find_template
 from vila.core.errors import DataError
 from vila.core.types import Image, Message, Text, Video
-from vila.eval.answers import read_answers
 from vila.eval.benchmark import BENCHMARKS, Answer
 from vila.eval.benchmarks.videoqa import GREEDY, ORIGINAL, VideoQa, activitynet, msvd
-from vila.eval.endpoint import Endpoint, Patience
-from vila.eval.judge import RequestFile, read_reply
-from vila.eval.judge_run import Judge
+from vila.eval.judge import Judge, RequestFile, read_reply
+from vila.eval.openai_client import Endpoint, Patience
+from vila.eval.predictions import read_answers
 
 MSVD = [
     {"video_name": "vid1", "question": "what is a man doing?", "question_id": 10},
@@ -91,7 +90,7 @@ def test_activitynets_clips_are_called_like_the_id_without_its_last_part(root):
 
 
 def test_the_prompt_is_a_picture_line_for_each_frame_and_the_bare_question(root):
-    from vila.chat.clips import expand_clips
+    from vila.chat.content import expand_clips
 
     (item, *_) = msvd(root).items()
     frames = [Image(f"{number}.png") for number in range(8)]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from vila.eval.vqa_text import (
+from vila.eval.metrics.vqa import (
     lmms_accuracy,
     most_frequent,
     normalise,

@@ -13,13 +13,12 @@ from transformers import LlamaTokenizer
 
 from tests import tiny
 from vila.core.vision_spec import VisionSpec
+from vila.export.base import ExportOptions, write_export
 from vila.export.source import open_source
-from vila.export.target import ExportOptions
-from vila.export.write import write_export
-from vila.model.load import save_model
+from vila.model.loading import save_model
+from vila.model.modeling import VilaForConditionalGeneration
 from vila.model.processor import VilaProcessor
 from vila.model.projector import projected_tokens
-from vila.model.vila import VilaForConditionalGeneration
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CONSUMER = Path(__file__).with_name("llama_consumer.py")

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 
 from tests import tiny
-from vila.kernels.int4_layout import quantize
-from vila.model.load import save_model
+from vila.kernels.int4 import quantize
+from vila.model.loading import save_model
+from vila.quant.awq_cache import Clip, Scale, Search, save_search
 from vila.quant.blocks import block_name, blocks_of, can_scale, card_of
-from vila.quant.result import Clip, Scale, Search, save_search
 
 SMALL = {"hidden_size": 64, "intermediate_size": 128}
 WIDE = {"hidden_size": 256, "intermediate_size": 512}

@@ -8,9 +8,8 @@ from tests.export.models import random_search, rounded, write_model, write_searc
 from tests.export.readers.pack_quantized import read_weights
 from vila.core.errors import LayoutError
 from vila.core.reading import read_json
+from vila.export.base import ExportOptions, write_export
 from vila.export.source import open_source
-from vila.export.target import ExportOptions
-from vila.export.write import write_export
 from vila.quant.apply import apply_search
 
 PRECISIONS = {"int4": False, "int4-symmetric": True}

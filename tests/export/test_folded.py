@@ -6,12 +6,11 @@ from transformers import AutoModelForImageTextToText
 
 from tests.export.models import random_search, write_model, write_search
 from tests.export.readers.safetensors_file import read_folder
+from vila.export.base import ExportOptions, write_export
 from vila.export.source import open_source
-from vila.export.target import ExportOptions
-from vila.export.write import write_export
-from vila.model.load import load_model, save_model
+from vila.model.loading import load_model, save_model
 from vila.quant.apply import apply_search
-from vila.quant.result import Search
+from vila.quant.awq_cache import Search
 
 IDS = torch.tensor([[5, 9, 77, 30, 120, 6]])
 
@@ -40,7 +39,7 @@ def test_without_a_search_it_is_what_the_layout_writes_bit_by_bit(tmp_path, proj
 def test_stock_transformers_gives_the_logits_of_the_model_it_was_folded_from(tmp_path):
     model, _ = write_model(tmp_path / "m", num_key_value_heads=4)
     scales = Search(random_search(model).scales, ())
-    from vila.quant.result import save_search
+    from vila.quant.awq_cache import save_search
 
     save_search(scales, tmp_path / "s")
     write_export(open_source(tmp_path / "m", search=tmp_path / "s"), "safetensors", tmp_path / "out")

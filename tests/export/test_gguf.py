@@ -12,13 +12,13 @@ from tests.export.gguf_stand import export
 from tests.export.readers.gguf_file import F16, F32, Q4_0, Q4_1, Q8_0, read_gguf, rotary_rows
 from vila.core.errors import LayoutError
 from vila.export import gguf_llm
-from vila.export.gguf_file import encode
+from vila.export.base import write_export
+from vila.export.gguf import encode
 from vila.export.gguf_llm import halves_alternating, llama3_factors, llm_refusals
 from vila.export.source import open_source
-from vila.export.write import write_export
-from vila.model.load import save_model
+from vila.model.loading import save_model
 from vila.quant.apply import apply_search
-from vila.quant.result import Clip, Scale, Search, save_search
+from vila.quant.awq_cache import Clip, Scale, Search, save_search
 
 BLOCK = {
     "attn_q": "self_attn.q_proj",

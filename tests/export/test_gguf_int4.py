@@ -8,13 +8,12 @@ from tests import tiny
 from tests.export.gguf_stand import ask_llama
 from tests.export.readers.gguf_file import F16, Q4_1, Q8_0, read_gguf, rotary_rows
 from vila.core.errors import LayoutError
-from vila.export.gguf_int4 import q4_1_blocks
+from vila.export.base import ExportOptions, write_export
+from vila.export.gguf import q4_1_blocks
 from vila.export.source import open_source
-from vila.export.target import ExportOptions
-from vila.export.write import write_export
-from vila.kernels.int4_layout import dequantize, quantize
+from vila.kernels.int4 import dequantize, quantize
 from vila.model.int4 import drop_int4, use_int4
-from vila.model.load import save_model
+from vila.model.loading import save_model
 from vila.quant.apply import quantize_model
 
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}

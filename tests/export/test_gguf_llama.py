@@ -10,11 +10,10 @@ from tests import tiny
 from tests.export.gguf_stand import MEAN, STD, ask_llama, export, llama_python, llama_tokenizer, seeing
 from vila.chat.render import render
 from vila.core.types import Message
+from vila.export.base import ExportOptions, write_export
 from vila.export.source import open_source
-from vila.export.target import ExportOptions
-from vila.export.write import write_export
-from vila.model.load import load_model
-from vila.starter.texts import english_eval
+from vila.model.loading import load_model
+from vila.starter.data import english_eval
 
 pytestmark = pytest.mark.slow
 TEXTS = (

@@ -14,16 +14,7 @@ from tests.export.readers.gguf_file import read_gguf
 from vila.chat.jinja import chat_template
 from vila.chat.templates import find_template
 from vila.core.errors import LayoutError
-from vila.export.gguf_tokenizer import (
-    BYTE,
-    CONTROL,
-    NORMAL,
-    UNKNOWN,
-    UNUSED,
-    USER_DEFINED,
-    tokenizer_refusals,
-    vocabulary_of,
-)
+from vila.export.gguf_llm import BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED, tokenizer_refusals, vocabulary_of
 from vila.model.processor import VilaProcessor
 
 GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -7,12 +7,11 @@ from tests.export.models import WIDE, write_model, write_search
 from tests.export.readers.modelopt import read_hub_folder, read_ranks
 from tests.export.readers.pack_quantized import read_weights
 from vila.core.errors import LayoutError
+from vila.export.base import ExportOptions, write_export
 from vila.export.source import open_source
-from vila.export.target import ExportOptions
-from vila.export.write import write_export
-from vila.kernels.int4_layout import dequantize
+from vila.kernels.int4 import dequantize
 from vila.model.int4 import use_int4
-from vila.model.load import save_model
+from vila.model.loading import save_model
 from vila.quant.apply import quantize_model
 
 

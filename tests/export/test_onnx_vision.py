@@ -9,7 +9,7 @@ import torch
 from tests import tiny
 from tests.export.gguf_stand import export, seeing
 from vila.export.onnx_vision import OPSET
-from vila.model.vila import VilaForConditionalGeneration
+from vila.model.modeling import VilaForConditionalGeneration
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed; it is in the extra [onnx]")
 

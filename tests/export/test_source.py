@@ -8,10 +8,10 @@ import torch
 from tests.export.models import random_search, write_model, write_search
 from vila.core.errors import LayoutError
 from vila.export.source import Source, open_source
-from vila.model.load import load_model, open_checkpoint
+from vila.model.loading import load_model, open_checkpoint
 from vila.model.weights import state_of
 from vila.quant.apply import apply_search
-from vila.quant.result import Scale, Search, save_search
+from vila.quant.awq_cache import Scale, Search, save_search
 
 
 def all_weights(source, **options):
@@ -43,7 +43,7 @@ def test_a_search_applied_row_by_row_is_that_of_the_model_in_memory_bit_by_bit(t
 
 
 def test_of_a_longer_weight_the_last_rows_are_divided_in_every_run():
-    from vila.export.fold import Fold
+    from vila.export.source import Fold
 
     fold, weight = Fold("outputs", torch.tensor([2.0, 4.0, 8.0])), torch.ones(5, 2)
     parts = [fold(weight[start : start + 2], start, 5) for start in (0, 2, 4)]
@@ -64,7 +64,7 @@ def test_a_value_that_float16_cannot_hold_is_named_not_written_as_infinity(tmp_p
     model, processor = write_model(tmp_path / "m")
     with torch.no_grad():
         model.language_model.model.norm.weight[3] = 1e5
-    from vila.model.load import save_model
+    from vila.model.loading import save_model
 
     save_model(model, processor, tmp_path / "m")
     source = open_source(tmp_path / "m")
@@ -73,7 +73,7 @@ def test_a_value_that_float16_cannot_hold_is_named_not_written_as_infinity(tmp_p
 
 
 def test_other_layouts_are_read_too(tmp_path):
-    from vila.model.load import save_model
+    from vila.model.loading import save_model
 
     model, processor = write_model(tmp_path / "m")
     save_model(model, processor, tmp_path / "hf", layout="llava-hf")

@@ -9,12 +9,12 @@ from transformers import CLIPVisionConfig, Dinov2Config, LlamaConfig, SiglipVisi
 from tests import tiny
 from tests.export.gguf_stand import llama_tokenizer
 from vila.core.vision_spec import VisionSpec
+from vila.export.base import EXPORTS, ExportOptions, settled
 from vila.export.source import Source
-from vila.export.target import EXPORTS, ExportOptions, settled
 from vila.model.config import VilaConfig
-from vila.model.layouts.protocol import Checkpoint
+from vila.model.layouts.base import Checkpoint
+from vila.model.modeling import VilaForConditionalGeneration
 from vila.model.processor import VilaProcessor
-from vila.model.vila import VilaForConditionalGeneration
 from vila.model.weights import Piece, state_of
 
 PAGE = Path(__file__).parents[2] / "docs" / "export.md"

@@ -8,9 +8,8 @@ from tests.export.readers.modelopt import read_hub_folder, read_ranks
 from tests.export.readers.safetensors_file import read_file, read_folder
 from vila.core.errors import LayoutError
 from vila.core.reading import read_json
+from vila.export.base import ExportOptions, write_export
 from vila.export.source import open_source
-from vila.export.target import ExportOptions
-from vila.export.write import write_export
 from vila.quant.apply import apply_search
 
 
@@ -66,7 +65,7 @@ def test_tower_and_projector_of_the_three_folders_are_in_16_bits(tmp_path):
 
 
 def test_the_three_folders_in_16_bits_are_read_back_by_our_own_layout(tmp_path):
-    from vila.model.load import load_model
+    from vila.model.loading import load_model
 
     model, _ = write_model(tmp_path / "m")
     write_export(open_source(tmp_path / "m"), "tensorrt-llm", tmp_path / "out", ExportOptions("16-bit"))

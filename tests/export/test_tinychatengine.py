@@ -11,13 +11,11 @@ from tests import tiny
 from tests.export.gguf_stand import GOLDEN, seeing
 from tests.export.readers.tinychatengine_folder import q4_0_step, read_floats, read_int4, read_vocabulary
 from vila.core.errors import LayoutError
+from vila.export.base import ExportOptions, write_export
 from vila.export.source import open_source
-from vila.export.target import ExportOptions
-from vila.export.tinychatengine import TARGET, llm_refusals, vision_refusals
-from vila.export.tinychatengine_files import round_engine
-from vila.export.write import write_export
+from vila.export.tinychatengine import TARGET, llm_refusals, round_engine, vision_refusals
 from vila.model.config import VilaConfig
-from vila.model.load import save_model
+from vila.model.loading import save_model
 from vila.model.weights import state_of
 
 LINEARS = ("gate_proj", "up_proj", "down_proj", *(f"self_attn/{kind}_proj" for kind in "qkvo"))
@@ -156,7 +154,7 @@ def test_the_engines_rounding_reaches_its_ends():
     row[0, 3], row[0, 7] = -4.0, 4.0
     weight = round_engine(row, 32)
     assert weight.scales.tolist() == [[0.5]]
-    from vila.kernels.int4_layout import dequantize
+    from vila.kernels.int4 import dequantize
 
     values = dequantize(weight)[0]
     assert values[3] == -4.0 and values[7] == 3.5 and values[0] == 0

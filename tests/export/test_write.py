@@ -12,10 +12,8 @@ from tests.export.models import write_model
 from tests.held import killed_writer
 from vila.core.errors import ConfigError, LayoutError, UnknownNameError, VilaError
 from vila.core.reading import read_json
-from vila.export import stream
-from vila.export.source import open_source
-from vila.export.target import EXPORTS, OPTIONS, ExportOptions
-from vila.export.write import FACTS, write_export
+from vila.export.base import EXPORTS, FACTS, OPTIONS, ExportOptions, write_export
+from vila.export.source import SafetensorsWriter, open_source
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +78,7 @@ def test_an_interrupt_or_a_full_disk_leaves_nothing_and_keeps_what_was_there(
     source, out = open_source(model), tmp_path / "out"
     write_export(source, "safetensors", out)
     before = (out / "model.safetensors").read_bytes()
-    appended, append = [], stream.SafetensorsWriter.append
+    appended, append = [], SafetensorsWriter.append
 
     def fail_later(self, name, rows):
         appended.append(name)
@@ -88,7 +86,7 @@ def test_an_interrupt_or_a_full_disk_leaves_nothing_and_keeps_what_was_there(
             raise error
         append(self, name, rows)
 
-    monkeypatch.setattr(stream.SafetensorsWriter, "append", fail_later)
+    monkeypatch.setattr(SafetensorsWriter, "append", fail_later)
     with pytest.raises(raised):
         write_export(source, "safetensors", out, ExportOptions("float16"), overwrite=True)
     assert len(appended) > 20
@@ -145,7 +143,7 @@ def vila(capsys):
 
 
 def test_a_command_that_is_terminated_leaves_nothing(vila, model, tmp_path, monkeypatch):
-    monkeypatch.setattr(stream.SafetensorsWriter, "append", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(SafetensorsWriter, "append", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
     code, _, err = vila("export", model, "--format", "safetensors", "--out", tmp_path / "out")
     assert (code, err.endswith("stopped")) == (130, True)
     assert not list(tmp_path.iterdir())

@@ -25,7 +25,9 @@ LOWER_FLOORS = """
 from importlib import import_module
 from pkgutil import walk_packages
 
-for package in ("vila.core", "vila.families", "vila.config"):
+import vila.families
+
+for package in ("vila.core", "vila.config"):
     for module in walk_packages(import_module(package).__path__, package + "."):
         import_module(module.name)
 """

@@ -12,13 +12,13 @@ from vila.core.optional import EXTRAS
 
 SRC = ROOT / "src"
 MODULE_NAMES = {"huggingface-hub": "huggingface_hub", "pillow": "PIL", "protobuf": "google", "pyyaml": "yaml"}
-BEHIND = ("vila.serve", "vila.bench.load", "vila.bench.serve")
+BEHIND = ("vila.serve", "vila.bench.serve", "vila.bench.serve")
 """Modules that import packages of extras at their top; commands import them after `require_extra`."""
 # Triton comes with PyTorch's CUDA builds; lmms-eval itself imports its plugin.
 OTHERS = {
-    "vila.kernels.int4_triton": {"triton"},
+    "vila.kernels.triton": {"triton"},
     "vila.eval.lmms": {"lmms_eval"},
-    "vila.eval.spreadsheet": {"openpyxl"},
+    "vila.eval.submit": {"openpyxl"},
 }
 
 

@@ -10,7 +10,7 @@ import vila
 from tests import tiny
 from tests.model.layouts.published import FIXTURES
 from vila.core.errors import LayoutError
-from vila.model.load import load_model, open_checkpoint, save_model
+from vila.model.loading import load_model, open_checkpoint, save_model
 
 LOADERS = ("from_pretrained", "from_config")
 SOURCES = sorted(Path(vila.__file__).parent.rglob("*.py"))

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from vila.kernels.int4_layout import quantize
+from vila.kernels.int4 import quantize
 
 # Triton reads this when kernels are defined, so it is set before any of ours is imported.
 if not torch.cuda.is_available():

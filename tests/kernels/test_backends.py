@@ -5,9 +5,8 @@ import torch
 from torch import nn
 
 from vila.core.errors import ConfigError, UnknownNameError
-from vila.kernels.backends import BACKENDS, missing, use_backend
-from vila.kernels.int4_layout import dequantize
-from vila.kernels.int4_linear import Int4Linear
+from vila.kernels.int4 import Int4Linear, dequantize
+from vila.kernels.select import BACKENDS, missing, use_backend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from vila.core.errors import LayoutError, UnknownNameError
-from vila.kernels.int4_formats import FORMATS, find_format
-from vila.kernels.int4_layout import Int4Weight, dequantize, pack, unpack
+from vila.kernels.int4 import Int4Weight, dequantize, pack, unpack
+from vila.kernels.packings import FORMATS, find_format
 
 NAMES = [each.name for each in FORMATS]
 SYMMETRIC = {"qm_x86", "qm_arm", "qm_metal", "qm_cuda", "modelopt"}

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from vila.kernels.backends import BACKENDS, missing
-from vila.kernels.int4_layout import dequantize, quantize
-from vila.kernels.int4_linear import Int4Linear
+from vila.kernels.int4 import Int4Linear, dequantize, quantize
+from vila.kernels.select import BACKENDS, missing
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vila.core.errors import LayoutError
-from vila.kernels.int4_layout import Int4Weight, concatenate, dequantize, pack, quantize, unpack
+from vila.kernels.int4 import Int4Weight, concatenate, dequantize, pack, quantize, unpack
 
 
 def published_rounding(weight, group_size):

@@ -5,10 +5,9 @@ import torch
 from torch import nn
 
 from vila.core.errors import ConfigError, LayoutError
-from vila.kernels import int4_torch
-from vila.kernels.int4_aten import PRODUCT as ATEN
-from vila.kernels.int4_layout import dequantize, quantize
-from vila.kernels.int4_linear import Int4Linear, fuse, unfuse
+from vila.kernels import int4
+from vila.kernels.aten import PRODUCT as ATEN
+from vila.kernels.int4 import Int4Linear, dequantize, fuse, quantize, unfuse
 
 
 def linear(num_inputs, num_outputs, *, bias=False, seed=0):
@@ -40,9 +39,9 @@ def test_outputs_are_multiplied_in_pieces_of_bounded_size(monkeypatch):
     layer = Int4Linear.from_linear(linear(64, 50), 32)
     x = torch.randn(3, 64)
     whole, sizes = layer(x), []
-    monkeypatch.setattr(int4_torch, "PIECE_VALUES", 64 * 7)
-    real = int4_torch.dequantize
-    monkeypatch.setattr(int4_torch, "dequantize", lambda w, t: sizes.append(w.num_outputs) or real(w, t))
+    monkeypatch.setattr(int4, "PIECE_VALUES", 64 * 7)
+    real = int4.dequantize
+    monkeypatch.setattr(int4, "dequantize", lambda w, t: sizes.append(w.num_outputs) or real(w, t))
     assert torch.allclose(layer(x), whole, atol=1e-6)
     assert sizes == [7, 7, 7, 7, 7, 7, 7, 1]
 
@@ -100,7 +99,7 @@ def test_what_a_backend_prepares_is_not_saved_and_follows_new_weights():
     assert layer.backend == "aten" and set(layer.state_dict()) == {"codes", "scales", "zeros"}
     layer.load_state_dict(other.state_dict())
     assert torch.allclose(layer(x), other(x), atol=1e-5)
-    layer.use(int4_torch.PRODUCT, torch.float32)
+    layer.use(int4.PRODUCT, torch.float32)
     assert torch.equal(layer(x), other(x)) and len(list(layer.buffers())) == 3
 
 

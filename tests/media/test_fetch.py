@@ -11,8 +11,7 @@ from threading import Thread
 import pytest
 
 from vila.core.errors import CancelledError, MediaError
-from vila.media.connection import _tls
-from vila.media.fetch import fetch
+from vila.media.http import _tls, fetch
 
 BODY = bytes(range(256)) * 4
 

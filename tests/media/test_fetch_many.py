@@ -11,8 +11,7 @@ import pytest
 
 from tests.media.test_fetch import BAD_BODIES, TOO_LARGE, Handler
 from tests.prepare.image_server import jpeg, serving
-from vila.media.fetch_many import Fetched, Fetcher, FetchRules
-from vila.media.politeness import HostGates, retry_after_s, spread_by_host
+from vila.media.bulk_download import Fetched, Fetcher, FetchRules, HostGates, retry_after_s, spread_by_host
 
 QUICK = {
     "allow_private": True, "host_delay_s": 0.0, "backoff_s": 0.01, "per_host": 64, "max_bytes": 100_000,
@@ -85,7 +84,7 @@ def test_private_addresses_are_refused_without_a_connection(host, monkeypatch):
 
 
 def test_a_redirect_to_a_private_address_is_refused_too(server, monkeypatch):
-    monkeypatch.setattr("vila.media.checked_network.is_public", lambda address: address == "127.0.0.1")
+    monkeypatch.setattr("vila.media.http.is_public", lambda address: address == "127.0.0.1")
     (got,) = fetch(server.home + "/to-private", allow_private=False)
     assert got.kind == "private_address" and "10.0.0.1" in got.reason
 

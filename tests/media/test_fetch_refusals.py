@@ -8,8 +8,7 @@ import socket
 import pytest
 
 from vila.core.errors import MISSING, MediaError
-from vila.media.addresses import is_public
-from vila.media.fetch import data_url_bytes, fetch, shown
+from vila.media.http import data_url_bytes, fetch, is_public, shown
 
 BODY = bytes(range(256)) * 4
 

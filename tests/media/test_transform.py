@@ -14,8 +14,7 @@ from vila.core.types import Image
 from vila.core.vision_spec import IMAGE_MODES, VisionSpec
 from vila.media import transform
 from vila.media.image import open_image
-from vila.media.resample import resample_lines
-from vila.media.transform import normalise, pixels, shrinker, square_bytes, stack_pixels
+from vila.media.transform import normalise, pixels, resample_lines, shrinker, square_bytes, stack_pixels
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "pixels"
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)

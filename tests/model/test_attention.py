@@ -7,9 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import tiny
 from vila.core.errors import DataError
-from vila.model.attention import attend_in_trees, attend_ragged, attend_sliced, packed_attention
-from vila.model.forest import forest_of
-from vila.model.fusion import segment_mask
+from vila.model.modeling import segment_mask
+from vila.model.packed_attention import attend_in_trees, attend_ragged, attend_sliced, forest_of, packed_attention
 
 # A number is a chain; a tuple is a prefix and its branches; None ends a row; negative is padding.
 ROWS = {

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vila.model.fusion import cached_mask, scatter_media, segment_mask
+from vila.model.modeling import cached_mask, scatter_media, segment_mask
 
 
 def test_media_vectors_fill_their_slots_in_reading_order():

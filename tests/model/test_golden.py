@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vila.model.load import load_model
+from vila.model.loading import load_model
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CHECKPOINTS = {"v1": "llava-vicuna-tiny-mlp2x", "v15": "vila15-llama-tiny-siglip70-downsample"}

@@ -7,9 +7,8 @@ from tests import tiny
 from vila.core.errors import LayoutError
 from vila.core.types import Message
 from vila.engine.engine import Engine
-from vila.kernels.backends import use_backend
-from vila.kernels.int4_layout import dequantize, quantize
-from vila.kernels.int4_linear import Int4Linear
+from vila.kernels.int4 import Int4Linear, dequantize, quantize
+from vila.kernels.select import use_backend
 from vila.model.int4 import drop_int4, group_size_of, int4_weights, use_int4
 from vila.quant.apply import quantize_model
 

@@ -12,7 +12,7 @@ from tests import tiny
 from vila.core.errors import ConfigError, LayoutError, MediaError, TemplateError
 from vila.core.types import Image
 from vila.model.feature_cache import FeatureCache
-from vila.model.load import load_model, save_model
+from vila.model.loading import load_model, save_model
 
 
 @pytest.fixture(scope="module")

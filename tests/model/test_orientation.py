@@ -16,10 +16,10 @@ from tests.model.layouts.published import FIXTURES
 from vila.config import Recipe, load_recipe
 from vila.core.types import Image
 from vila.core.vision_spec import VisionSpec
-from vila.data.compact import compact
-from vila.data.loader import Entry
-from vila.model.load import load_model, save_model
-from vila.train.model import load_start, open_start
+from vila.data.dataset import Entry
+from vila.data.packing import compact
+from vila.model.loading import load_model, save_model
+from vila.train.setup import load_start, open_start
 
 SIZE = (40, 20)
 

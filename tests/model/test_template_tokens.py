@@ -11,9 +11,9 @@ from vila.chat.tokenize import check_special_tokens
 from vila.config.load import load_recipe
 from vila.core.errors import LayoutError, TemplateError
 from vila.engine.engine import Engine
-from vila.model import build
-from vila.model.load import load_model, open_parts, save_model
-from vila.train.model import load_start, open_start
+from vila.model import loading
+from vila.model.loading import load_model, open_parts, save_model
+from vila.train.setup import load_start, open_start
 
 LACKING = ["vicuna_v1", "llama_2", "llama_3", "mistral"]
 WRITTEN = ["chatml", "hermes-2", "mpt", "starter_qa", "caption", "page", "llava_v0"]
@@ -55,7 +55,7 @@ def unbuilt(monkeypatch):
     def built(*_):
         raise AssertionError("a module was built")
 
-    monkeypatch.setattr(build, "VilaForConditionalGeneration", built)
+    monkeypatch.setattr(loading, "VilaForConditionalGeneration", built)
 
 
 def test_loading_with_such_a_template_is_refused(model, unbuilt):

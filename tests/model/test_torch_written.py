@@ -5,9 +5,8 @@ import zipfile
 import pytest
 import torch
 
-from vila.model.torch_written import write_torch_file
+from vila.model.save_weights import Made, write_torch_file
 from vila.model.weights import TorchFile
-from vila.model.written import Made
 
 TENSORS = {
     "a.half": torch.arange(6.0).reshape(2, 3).half(),

@@ -80,7 +80,7 @@ def test_exchanging_two_pictures_changes_the_logits():
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_a_saved_model_loads_through_the_auto_classes_bit_for_bit(family, tmp_path):
-    from vila.model.load import save_model
+    from vila.model.loading import save_model
 
     model, processor = tiny.vila(family)
     save_model(model, processor, tmp_path / "model")

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from tests import tiny
 from vila.core.errors import LayoutError
-from vila.model.layouts.names import keep_rows, take_third
-from vila.model.load import load_model, save_model
+from vila.model.layouts.base import keep_rows, take_third
+from vila.model.loading import load_model, save_model
 from vila.model.torch_file import read_torch_file
 from vila.model.weights import SafetensorsFile, TorchFile, find_files, pieces_of, weight_file
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vila.core.errors import LayoutError
-from vila.model.written import Made, in_half, write_file, write_weights
+from vila.model.save_weights import Made, in_half, write_file, write_weights
 
 KINDS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.float16, torch.bfloat16)
 WIDE = (torch.int32, torch.float32, torch.float64, torch.int64)

@@ -53,7 +53,7 @@ def targets() -> list[Target]:
 
 def _data() -> Iterator[Target]:
     from tests.data.good import GOOD
-    from vila.data.formats.protocol import FORMATS
+    from vila.data.formats.base import FORMATS
 
     for (name, container), write in GOOD.items():
 
@@ -70,7 +70,7 @@ def _checkpoints() -> Iterator[Target]:
     from tests import tiny
     from tests.model.layouts.published import FIXTURES
     from vila.model.int4 import use_int4
-    from vila.model.load import load_model, save_model
+    from vila.model.loading import load_model, save_model
     from vila.quant.apply import quantize_model
 
     def load(root: Path) -> None:
@@ -109,7 +109,7 @@ def _checkpoints() -> Iterator[Target]:
 
 
 def _preparation() -> Iterator[Target]:
-    from vila.prepare.unpickle import read_plain_pickle
+    from vila.prepare.pkl import read_plain_pickle
 
     def write(root: Path) -> None:
         record = {"text_list": ["one", "two"], "image_info": [{"image_base64": "QUJD", "sim": 0.5}], "url": None}
@@ -150,9 +150,8 @@ def _media() -> Iterator[Target]:
 
 def _evaluation() -> Iterator[Target]:
     from scripts.make_eval_data import LAYOUTS
-    from vila.eval.answers import read_answers
     from vila.eval.benchmark import BENCHMARKS, Rules
-    from vila.eval.predictions import answers_of
+    from vila.eval.predictions import answers_of, read_answers
 
     def ask_and_score(root: Path, name: str, rules: Rules) -> None:
         benchmark: Any = BENCHMARKS[name](root, 0)
@@ -258,8 +257,8 @@ def _write_run(root: Path) -> None:
 
 
 def _use_run(root: Path) -> None:
+    from vila.eval.compare import compare_runs
     from vila.eval.report import write_report
-    from vila.eval.report_compare import compare_runs
     from vila.eval.submit import submit_run
 
     write_report(root / "second")
@@ -271,9 +270,8 @@ def _quantization() -> Iterator[Target]:
     import torch
 
     from tests import tiny
-    from vila.quant.awq_cache import read_search
-    from vila.quant.calibrate import read_documents, text_calibration
-    from vila.quant.result import save_search
+    from vila.quant.awq_cache import read_search, save_search
+    from vila.quant.calibration import read_documents, text_calibration
 
     def write_cache(root: Path) -> None:
         one = torch.rand(32) + 0.5
@@ -322,7 +320,7 @@ def _training() -> Iterator[Target]:
 
 def _stand_run(root: Path, *overrides: str) -> None:
     from tests.train.stand import stand_recipe
-    from vila.train.run import build
+    from vila.train.build import build
 
     # Relative paths, so that a copy of the directory is the same run.
     os.chdir(root)

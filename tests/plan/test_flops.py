@@ -11,12 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests import tiny
 from vila.core.errors import ConfigError
-from vila.model.fusion import segment_mask
+from vila.model.modeling import segment_mask
 from vila.plan.devices import find_device, parse_machine, peak_tflops
-from vila.plan.flops import causal_pairs, step_flops
-from vila.plan.learning import Learning
-from vila.plan.shape import shape_of
-from vila.train.stage import select_trainable
+from vila.plan.flops import Learning, causal_pairs, step_flops
+from vila.plan.model_shape import shape_of
+from vila.train.optim import select_trainable
 
 ROWS, LENGTH = 2, 24
 

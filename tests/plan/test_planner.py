@@ -14,16 +14,14 @@ from tests import tiny
 from vila.config.load import load_recipe, recipe_names
 from vila.config.schema import ModelSource, Recipe
 from vila.core.errors import ConfigError
-from vila.model.load import save_model
-from vila.plan.data_facts import DataFacts
-from vila.plan.devices import parse_machine
-from vila.plan.learning import Learning, count_learning
+from vila.model.loading import save_model
+from vila.plan.devices import parse_machine, step_traffic
+from vila.plan.flops import Learning, count_learning
 from vila.plan.memory import Holding, Micro, by_component, peak_memory, resting
-from vila.plan.model_source import config_of
+from vila.plan.model_shape import config_of, count_parameters, shape_of
 from vila.plan.planner import DEFAULT_MFU, PUBLISHED_BATCH, make_plan, stage_of
-from vila.plan.shape import count_parameters, shape_of
-from vila.plan.traffic import step_traffic
-from vila.train.stage import MODULES, select_trainable
+from vila.plan.published_data import DataFacts
+from vila.train.optim import MODULES, select_trainable
 
 ROOT = Path(__file__).parents[2]
 PARAMETERS = {  # as their publishers count them

@@ -10,9 +10,9 @@ import pytest
 
 from tests.prepare.image_server import jpeg, serving
 from vila.core.errors import ConfigError, DataError
-from vila.media.fetch_many import FetchRules
+from vila.media.bulk_download import FetchRules
 from vila.prepare.coyo import best_rows, prepare_coyo, select_coyo
-from vila.prepare.resize import KEEP
+from vila.prepare.download import KEEP
 from vila.prepare.shards import read_tar
 
 RULES = FetchRules(allow_private=True, host_delay_s=0.0, backoff_s=0.01, per_host=32)

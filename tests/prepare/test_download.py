@@ -10,11 +10,10 @@ import pytest
 from tests.prepare.image_server import jpeg, serving
 from vila.core.errors import ConfigError, DataError
 from vila.core.files import sha256_file
-from vila.media.fetch_many import FetchRules
+from vila.media.bulk_download import FetchRules
+from vila.prepare.download import KEEP, Picture, ResizeRule, Spool
 from vila.prepare.mmc4 import prepare_mmc4
-from vila.prepare.resize import KEEP, ResizeRule
 from vila.prepare.shards import read_tar
-from vila.prepare.spool import Picture, Spool
 
 RULES = FetchRules(
     allow_private=True, host_delay_s=0.0, backoff_s=0.01, per_host=32, max_bytes=100_000, read_timeout_s=5.0,
@@ -187,7 +186,7 @@ def test_two_processes_on_one_unit_are_refused(tmp_path):
 
 def test_what_was_appended_is_on_the_disk_before_its_slot_is_free(tmp_path, monkeypatch):
     synced = []
-    monkeypatch.setattr("vila.prepare.spool.os.fsync", lambda file: synced.append(os.fstat(file).st_size))
+    monkeypatch.setattr("vila.prepare.download.os.fsync", lambda file: synced.append(os.fstat(file).st_size))
     with Spool(tmp_path / "s") as spool:
         spool.append([(f"u{n}", Picture(b"x" * 99, "jpg")) for n in range(3)])
         assert synced == [(tmp_path / "s").stat().st_size]

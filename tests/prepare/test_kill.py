@@ -16,7 +16,7 @@ IN_FLIGHT = 12
 WORK = f"""
 import sys
 from pathlib import Path
-from vila.media.fetch_many import FetchRules
+from vila.media.bulk_download import FetchRules
 from vila.prepare.mmc4 import prepare_mmc4
 rules = FetchRules(in_flight={IN_FLIGHT}, per_host=64, host_delay_s=0.0, backoff_s=0.01, allow_private=True)
 source, out = map(Path, sys.argv[1:])

@@ -6,11 +6,10 @@ import shutil
 import pytest
 
 from vila.core.errors import ConfigError, DataError
-from vila.prepare.counts import Counts
 from vila.prepare.coyo import read_selection
-from vila.prepare.gather import gather, read_index
-from vila.prepare.parts import part_path, record_path, same_settings, write_part
-from vila.prepare.spool import Failure, Picture, Spool
+from vila.prepare.download import Failure, Picture, Spool
+from vila.prepare.merge_shards import gather, read_index
+from vila.prepare.work_units import Counts, part_path, record_path, same_settings, write_part
 
 ODD = ["[" * 5000, "[]", "{", "\0" * 100, '"x"', "1" * 5000, "\ud83d".encode(errors="surrogatepass")]
 

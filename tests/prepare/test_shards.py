@@ -9,11 +9,10 @@ from PIL import Image
 
 from tests.prepare.image_server import jpeg
 from vila.core.errors import ConfigError, DataError, MediaError
-from vila.core.fields import Fields
-from vila.prepare.counts import Counts
-from vila.prepare.parts import inputs_hash, mine, unit_names
-from vila.prepare.resize import KEEP, ResizeRule, shrunk_size, stored_picture
+from vila.core.reading import Fields
+from vila.prepare.download import KEEP, ResizeRule, shrunk_size, stored_picture
 from vila.prepare.shards import TarSample, even_ranges, read_tar, safe_key, write_tar
+from vila.prepare.work_units import Counts, inputs_hash, mine, unit_names
 
 SAMPLES = [TarSample(f"k{n}", (("json", b"{}"), ("0.jpg", bytes([n]) * (n * 300)))) for n in range(5)]
 

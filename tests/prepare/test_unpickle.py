@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from vila.core.errors import DataError
-from vila.prepare.unpickle import read_plain_pickle
+from vila.prepare.pkl import read_plain_pickle
 
 PLAIN = [{"a": [1, -2.5, None, True, "x" * 300, b"\0\xff", (1, 2, 3, 4), (), {}, []], "big": 2**80, "e": "\u00e9"}] * 3
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tests import tiny
-from vila.quant.calibrate import Calibration, Row
+from vila.quant.calibration import Calibration, Row
 
 
 def loud(family="llama", *, layers=1, seed=0, **text):

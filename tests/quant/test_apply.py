@@ -8,12 +8,10 @@ from torch import nn
 
 from tests.quant.models import logits, loud, random_rows
 from vila.core.errors import ConfigError, LayoutError
-from vila.kernels.int4_layout import dequantize
-from vila.quant.apply import apply_search, clamp_weight, fold_scale, quantize_model
-from vila.quant.block_search import SearchOptions
-from vila.quant.result import Clip, Scale, Search
-from vila.quant.rounding import fake_quantize
-from vila.quant.search import search_model
+from vila.kernels.int4 import dequantize
+from vila.quant.apply import apply_search, clamp_weight, fake_quantize, fold_scale, quantize_model
+from vila.quant.awq_cache import Clip, Scale, Search
+from vila.quant.awq_search import SearchOptions, search_model
 
 UP = "language_model.model.layers.0.mlp.up_proj"
 

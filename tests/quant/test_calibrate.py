@@ -8,14 +8,14 @@ import torch
 from tests import tiny
 from vila.core.errors import DataError
 from vila.core.types import Message
-from vila.quant.calibrate import (
+from vila.quant.calibration import (
     join_calibrations,
     packaged_documents,
     read_documents,
     sample_calibration,
     text_calibration,
 )
-from vila.starter import texts
+from vila.starter import data
 
 
 def letters(text, tokenizer=None):
@@ -53,8 +53,8 @@ def test_the_seed_decides_the_order_and_the_hash_names_the_calibration():
 
 def test_the_packaged_text_is_not_the_one_that_quality_is_measured_on():
     packaged = packaged_documents()
-    assert "\n\n".join(map(str, packaged)) + "\n" == texts.english_calibration()
-    assert not set(packaged) & set(texts.english_eval().rstrip("\n").split("\n\n"))
+    assert "\n\n".join(map(str, packaged)) + "\n" == data.english_calibration()
+    assert not set(packaged) & set(data.english_eval().rstrip("\n").split("\n\n"))
     rows = text_calibration(packaged, tiny.tokenizer()).rows
     assert len(rows) >= 16 and {len(row.ids) for row in rows} == {512}
 

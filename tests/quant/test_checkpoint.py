@@ -10,12 +10,11 @@ from tests.held import HOST, PID, held
 from tests.quant.models import logits, loud, random_rows
 from vila.core.errors import ConfigError, DirectoryInUseError, LayoutError, VilaError
 from vila.model.int4 import drop_int4, int4_weights
-from vila.model.load import load_model
-from vila.quant import checkpoint
-from vila.quant.block_search import SearchOptions
-from vila.quant.checkpoint import BEST, Request, quantize_checkpoint, with_group, work_folder
-from vila.quant.result import load_search
-from vila.quant.search import search_model
+from vila.model.loading import load_model
+from vila.quant import quantize
+from vila.quant.awq_cache import load_search
+from vila.quant.awq_search import SearchOptions, search_model
+from vila.quant.quantize import BEST, Request, quantize_checkpoint, with_group, work_folder
 
 ROWS = random_rows(3)
 AWQ = with_group(Request(), 32)
@@ -109,7 +108,7 @@ def test_a_full_disk_is_told_and_finished_blocks_are_kept(tmp_path, monkeypatch)
     def full(*args, **options):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_model", full)
+    monkeypatch.setattr(quantize, "save_model", full)
     with pytest.raises(VilaError, match=r"out: no space left on the device .* nothing was written"):
         made(tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == [work_folder(tmp_path / "out").name]

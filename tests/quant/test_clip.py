@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from tests.quant import brute_force
-from vila.quant.clip import is_clipped, sample_tokens, search_limits, second_moments
-from vila.quant.rounding import fake_quantize
+from vila.quant.apply import fake_quantize
+from vila.quant.awq_scale import is_clipped, sample_tokens, search_limits, second_moments
 
 
 @pytest.mark.parametrize("tokens", [100, 1100])

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from tests.quant.models import loud, random_rows
-from vila.quant.block_search import SearchOptions
-from vila.quant.search import search_model
+from vila.quant.awq_search import SearchOptions, search_model
 
 pytestmark = pytest.mark.gpu
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from vila.core.errors import LayoutError
-from vila.kernels.int4_layout import dequantize, quantize, unpack
-from vila.quant.feedback import moments, output_error, refit_scales, round_codes
+from vila.kernels.int4 import dequantize, quantize, unpack
+from vila.quant.gptq import moments, output_error, refit_scales, round_codes
 
 GROUP = 16
 

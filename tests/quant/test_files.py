@@ -10,13 +10,11 @@ from safetensors.torch import load_file, save_file
 
 from tests.quant.models import loud, random_rows
 from vila.core.errors import LayoutError
-from vila.kernels.int4_layout import quantize
+from vila.kernels.int4 import quantize
 from vila.quant.apply import apply_search
-from vila.quant.awq_cache import read_awq_cache, read_search, write_awq_cache
-from vila.quant.block_search import SearchOptions
-from vila.quant.kept_weights import read_weights, write_weights
-from vila.quant.result import Search, load_search, save_search
-from vila.quant.search import search_model
+from vila.quant.awq_cache import Search, load_search, read_awq_cache, read_search, save_search, write_awq_cache
+from vila.quant.awq_search import SearchOptions, search_model
+from vila.quant.resume_state import read_weights, write_weights
 
 
 @pytest.fixture(scope="module")

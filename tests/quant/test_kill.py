@@ -6,17 +6,16 @@ import subprocess
 import sys
 
 from tests.quant.models import loud, random_rows
-from vila.quant.block_search import SearchOptions
-from vila.quant.search import search_to_file
+from vila.quant.awq_search import SearchOptions, search_to_file
 
 CODE = """
 import os, signal, sys
 from pathlib import Path
 from tests.quant.models import loud, random_rows
-from vila.quant import block_search
-from vila.quant.search import search_to_file
+from vila.quant import awq_search
+from vila.quant.awq_search import search_to_file
 
-limits, calls = block_search.search_limits, []
+limits, calls = awq_search.search_limits, []
 
 def killed(*args):
     calls.append(1)
@@ -24,9 +23,9 @@ def killed(*args):
         os.kill(os.getpid(), signal.SIGKILL)
     return limits(*args)
 
-block_search.search_limits = killed
+awq_search.search_limits = killed
 model, _ = loud(layers=3)
-search_to_file(model, random_rows(), Path(sys.argv[1]), block_search.SearchOptions(group_size=16))
+search_to_file(model, random_rows(), Path(sys.argv[1]), awq_search.SearchOptions(group_size=16))
 """
 
 

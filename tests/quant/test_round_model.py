@@ -5,13 +5,12 @@ import torch
 
 from tests.quant.models import logits, loud, random_rows
 from vila.core.errors import CheckpointError, ConfigError, LayoutError
-from vila.kernels.int4_layout import dequantize
+from vila.kernels.int4 import dequantize
 from vila.model.int4 import int4_weights, use_int4
 from vila.quant.apply import quantize_model
-from vila.quant.block_search import SearchOptions
+from vila.quant.awq_search import SearchOptions, search_model
 from vila.quant.blocks import blocks_of, linears_of
-from vila.quant.round_model import RoundOptions, round_model
-from vila.quant.search import search_model
+from vila.quant.quantize import RoundOptions, round_model
 
 ROWS = random_rows(4)
 NEAREST = RoundOptions(group_size=16)

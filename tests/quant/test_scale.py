@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from vila.core.errors import LayoutError
-from vila.kernels.int4_layout import dequantize, quantize
-from vila.quant.rounding import fake_quantize
-from vila.quant.scale import (
+from vila.kernels.int4 import dequantize, quantize
+from vila.quant.apply import fake_quantize
+from vila.quant.awq_scale import (
     alone_loss,
     candidates,
     mean_magnitude,

@@ -11,10 +11,9 @@ from tests.quant import brute_force
 from tests.quant.models import logits, loud, random_rows
 from vila.core.errors import CheckpointError, ConfigError, DataError, LayoutError
 from vila.quant.apply import apply_search
-from vila.quant.block_search import SearchOptions
-from vila.quant.calibrate import Calibration, Row
-from vila.quant.result import load_search
-from vila.quant.search import search_model, search_to_file
+from vila.quant.awq_cache import load_search
+from vila.quant.awq_search import SearchOptions, search_model, search_to_file
+from vila.quant.calibration import Calibration, Row
 
 CASES = {
     "one key head per query head": ("llama", {"num_key_value_heads": 4}),
@@ -130,7 +129,7 @@ def test_token_weights_are_shares_of_the_mean():
 def pictured_rows(model, processor):
     from tests import tiny
     from vila.core.types import Message
-    from vila.quant.calibrate import sample_calibration
+    from vila.quant.calibration import sample_calibration
 
     told = [Message.of("user", tiny.picture(1), "what is it?"), Message.of("assistant", "noise")]
     return sample_calibration([told], processor, name="pictures")

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.serve import stand
-from vila.model.load import save_model
+from vila.model.loading import save_model
 from vila.serve.app import create_app
 
 

@@ -21,8 +21,8 @@ from tests import preloaded, tiny
 from vila.engine.engine import Engine
 from vila.serve.chat import Service
 from vila.serve.connections import Connections, TimedProtocol, listen
+from vila.serve.media import Limits
 from vila.serve.models import Batching, Models, ServedModel
-from vila.serve.received import Limits
 
 HELLO = [{"role": "user", "content": "hello"}]
 

@@ -8,7 +8,7 @@ from tests.serve.stand import body, on_a_port, send
 from tests.serve.test_bad_input import refusal
 from tests.serve.test_connections import connect, ended
 from vila.core.errors import ConfigError
-from vila.serve.access import Hosts, SameOrigin, host_of, hosts_of, is_loopback, read_keys
+from vila.serve.admission import Hosts, SameOrigin, host_of, hosts_of, is_loopback, read_keys
 from vila.serve.app import create_app
 
 
@@ -166,8 +166,8 @@ def test_the_demo_answers_to_names_of_this_machine_alone():
 
 def test_the_page_of_gradio_is_guarded(tmp_path):
     pytest.importorskip("gradio", reason="needs pip install 'vila-vlm[demo]'")
-    from vila.serve.demo_client import ApiClient
-    from vila.serve.demo_run import launch
+    from vila.serve.demo.client import ApiClient
+    from vila.serve.demo.ui import launch
 
     blocks, url = launch(ApiClient("http://127.0.0.1:9"), "starter", tmp_path, host="127.0.0.1", port=0)
     try:

@@ -4,7 +4,7 @@ import pytest
 
 from tests import tiny
 from tests.serve.stand import ask, data_url, pages, picture_part
-from vila.media import fetch
+from vila.media import http
 from vila.media.limits import MediaLimits
 
 V4 = (
@@ -32,7 +32,7 @@ def dialled(monkeypatch):
         tried.extend(entry[4][0] for entry in self._addresses)
         raise ConnectionRefusedError("no test dials out")
 
-    monkeypatch.setattr(fetch.PinnedConnection, "connect", connect)
+    monkeypatch.setattr(http.PinnedConnection, "connect", connect)
     return tried
 
 
@@ -74,8 +74,8 @@ def test_a_name_is_looked_up_once_and_every_address_of_it_must_be_public(app, di
     "target", ["http://127.0.0.2/a.png", "http://[::1]/a.png", "file:///etc/passwd", "ftp://a.b/c"]
 )
 def test_a_public_address_that_leads_to_a_private_one_is_refused(app, monkeypatch, target):
-    is_public = fetch.is_public
-    monkeypatch.setattr(fetch, "is_public", lambda address: address == "127.0.0.1" or is_public(address))
+    is_public = http.is_public
+    monkeypatch.setattr(http, "is_public", lambda address: address == "127.0.0.1" or is_public(address))
     with pages({"/a.png": target}) as web:
         answer = asked(app, f"{web}/a.png")
     assert answer.status_code == 400
@@ -84,7 +84,7 @@ def test_a_public_address_that_leads_to_a_private_one_is_refused(app, monkeypatc
 
 def test_an_allowed_private_address_is_fetched(service, monkeypatch):
     from vila.serve.app import create_app
-    from vila.serve.received import Limits
+    from vila.serve.media import Limits
 
     monkeypatch.setattr(service, "limits", Limits(allow_private=True, media=MediaLimits(image_bytes=10_000)))
     with pages({"/a.png": tiny.picture(1).source, "/big.png": bytes(20_000)}) as web:
@@ -98,7 +98,7 @@ def test_an_allowed_private_address_is_fetched(service, monkeypatch):
 
 def test_only_allowed_domains_are_fetched_from(service, dialled, monkeypatch):
     from vila.serve.app import create_app
-    from vila.serve.received import Limits
+    from vila.serve.media import Limits
 
     monkeypatch.setattr(service, "limits", Limits(allowed_domains=("93.184.215.14",)))
     app = create_app(service)

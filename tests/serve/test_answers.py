@@ -7,8 +7,7 @@ from pydantic import ValidationError
 
 from vila.core.errors import ConfigError
 from vila.engine.request import TokenLogprob
-from vila.serve.answers import TokenReports, Trim
-from vila.serve.asked import samplings
+from vila.serve.chat import TokenReports, Trim, samplings
 from vila.serve.errors import as_refusal
 from vila.serve.models import Batching, Models, ServedModel, name_of
 from vila.serve.schema import ChatRequest

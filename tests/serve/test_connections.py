@@ -11,9 +11,9 @@ import pytest
 
 from tests.serve import stand
 from tests.serve.stand import body, on_a_port
-from vila.serve import received
+from vila.serve import media
 from vila.serve.app import create_app
-from vila.serve.received import Limits
+from vila.serve.media import Limits
 
 CUT_S = 5.0
 """How long a test waits for what should come at once."""
@@ -165,14 +165,14 @@ def test_a_client_that_leaves_while_it_waits_is_given_up(service):
 
 def test_a_slow_address_does_not_keep_others_waiting(service, monkeypatch):
     held = threading.Event()
-    opened = received.open_source
+    opened = media.open_source
 
     def slow(url, *arguments, **options):
         if url.startswith("http"):
             held.wait(CUT_S)
         return opened(url, *arguments, **options)
 
-    monkeypatch.setattr(received, "open_source", slow)
+    monkeypatch.setattr(media, "open_source", slow)
     fetched = body(messages=[{"role": "user", "content": [stand.picture_part("http://127.0.0.1/a.png")]}])
     inline = body(messages=[{"role": "user", "content": [stand.picture_part(stand.data_url())]}])
 

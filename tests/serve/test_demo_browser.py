@@ -14,7 +14,7 @@ import pytest
 from tests.serve import stand
 from vila.core.types import Image
 from vila.media.image import open_image
-from vila.model.load import save_model
+from vila.model.loading import save_model
 
 pytestmark = pytest.mark.slow
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -9,10 +9,9 @@ import pytest
 from PIL import Image
 
 from vila.core.errors import MediaError
-from vila.serve.demo_client import Settings, Told
-from vila.serve.demo_gallery import SCENES, SHAPES, gallery_for, hang, worked_examples
-from vila.serve.demo_messages import MOST_BYTES, Shot, conversation, data_url, user_message
-from vila.serve.demo_talk import (
+from vila.serve.demo.client import MOST_BYTES, Settings, Shot, Told, conversation, data_url, user_message
+from vila.serve.demo.gallery import SCENES, SHAPES, gallery_for, hang, worked_examples
+from vila.serve.demo.ui import (
     NONE,
     add_picture,
     cells_of,

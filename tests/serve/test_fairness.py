@@ -12,12 +12,12 @@ import pytest
 from tests.serve import stand
 from tests.serve.stand import body, on_a_port
 from tests.serve.test_connections import connect, ended, head
+from vila.serve.admission import Room
 from vila.serve.app import create_app
-from vila.serve.body import BodyReader
 from vila.serve.connections import ANSWERING, READING, Connections, client_address, fitting_connections
 from vila.serve.errors import ApiError
-from vila.serve.received import Limits
-from vila.serve.room import Room
+from vila.serve.media import Limits
+from vila.serve.middleware import BodyReader
 
 KEYS = ["mine", "theirs"]
 SOCKETS = 80

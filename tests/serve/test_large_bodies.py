@@ -11,11 +11,10 @@ from tests.serve.stand import ask, body, on_a_port, send
 from tests.serve.test_bad_input import JSON, refusal
 from vila.chat.tokenize import SpanTokenizer
 from vila.serve import app as app_module
-from vila.serve import parse, unsupported
+from vila.serve import schema
 from vila.serve.app import create_app
 from vila.serve.errors import ApiError
-from vila.serve.parse import MAX_DEPTH, MAX_VALUES, check_shape
-from vila.serve.schema import ChatRequest
+from vila.serve.schema import MAX_DEPTH, MAX_VALUES, ChatRequest, check_shape
 
 WIDE = MAX_VALUES + 1
 
@@ -36,7 +35,7 @@ WIDE = MAX_VALUES + 1
     ids=["deep", "lists", "objects", "nested", "members", "strings", "escapes", "quotes", "numbers"],
 )
 def test_too_many_values_are_refused_before_anything_is_built_of_them(service, monkeypatch, content):
-    monkeypatch.setattr(parse, "parse_json", None)
+    monkeypatch.setattr(schema, "parse_json", None)
     error = refusal(send(create_app(service), content=content, headers=JSON))
     assert (error["code"], error["param"]) == ("invalid_value", None)
 
@@ -51,7 +50,7 @@ def test_the_depth_is_bounded_and_text_is_not_counted():
 
 def test_of_many_unknown_names_some_are_examined(app, monkeypatch):
     looked = []
-    monkeypatch.setattr(unsupported, "get_close_matches", lambda name, *rest, **more: looked.append(name) or [])
+    monkeypatch.setattr(schema, "get_close_matches", lambda name, *rest, **more: looked.append(name) or [])
     names = {f"name_{number}": 1 for number in range(50_000)}
     error = refusal(send(app, content=json.dumps(body(**names)), headers=JSON))
     assert len(looked) <= 20
@@ -60,7 +59,7 @@ def test_of_many_unknown_names_some_are_examined(app, monkeypatch):
 
 
 def test_a_long_unknown_name_is_neither_compared_nor_repeated(app, monkeypatch):
-    monkeypatch.setattr(unsupported, "get_close_matches", None)
+    monkeypatch.setattr(schema, "get_close_matches", None)
     error = refusal(send(app, content=json.dumps(body(**{"x" * 2_000_000: 1})), headers=JSON))
     assert len(error["message"]) < 500
 
@@ -77,10 +76,10 @@ def test_a_long_unknown_name_is_neither_compared_nor_repeated(app, monkeypatch):
 )
 def test_of_many_wrong_elements_some_tens_are_reported(monkeypatch, messages):
     counted = []
-    refuse = parse.as_refusal
-    monkeypatch.setattr(parse, "as_refusal", lambda problems: counted.append(len(problems)) or refuse(problems))
+    refuse = schema.as_refusal
+    monkeypatch.setattr(schema, "as_refusal", lambda problems: counted.append(len(problems)) or refuse(problems))
     with pytest.raises(ApiError) as raised:
-        parse.parse_request(json.dumps(body(messages=messages)).encode(), JSON_LOWER)
+        schema.parse_request(json.dumps(body(messages=messages)).encode(), JSON_LOWER)
     assert counted[0] <= 50
     assert len(raised.value.message) < 10_000
 
@@ -90,10 +89,10 @@ JSON_LOWER = {"content-type": "application/json"}
 
 def test_while_a_large_body_is_checked_others_are_answered(service, monkeypatch):
     held, begun = threading.Event(), threading.Event()
-    proper = parse.parse_request
+    proper = schema.parse_request
 
     def slow(content, headers):
-        if len(content) > parse.INLINE_BYTES:
+        if len(content) > schema.INLINE_BYTES:
             begun.set()
             assert held.wait(20)
         return proper(content, headers)
@@ -102,7 +101,7 @@ def test_while_a_large_body_is_checked_others_are_answered(service, monkeypatch)
 
     async def both(port):
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
-            large = body(user="x" * 2 * parse.INLINE_BYTES)
+            large = body(user="x" * 2 * schema.INLINE_BYTES)
             waiting = asyncio.ensure_future(client.post("/v1/chat/completions", json=large))
             while not begun.is_set():
                 await asyncio.sleep(0.01)

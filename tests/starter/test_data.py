@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from tests.starter.stand import write_easy_vqa
-from vila.data.formats.protocol import FORMATS
+from vila.data.formats.base import FORMATS
 from vila.starter.data import (
     Truth,
     is_validation,

@@ -14,7 +14,7 @@ from vila.config.load import load_recipe
 from vila.core.errors import ConfigError, DataError, DirectoryInUseError
 from vila.core.files import sha256_tree
 from vila.starter.quickstart import Options, Quickstart
-from vila.train.licences import base_models
+from vila.train.model_card import base_models
 
 
 class TinyJob(Quickstart):

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from vila.core.errors import UnknownNameError
-from vila.starter import texts
+from vila.starter import data
 
 TEXT_DIR = Path(str(files("vila.starter"))) / "text"
 
@@ -30,7 +30,7 @@ def word_ngrams(passages: Iterable[str], n: int = 8) -> set[tuple[str, ...]]:
 
 
 def test_instruction_pairs_are_complete_sorted_and_distinct() -> None:
-    pairs = texts.instruction_pairs()
+    pairs = data.instruction_pairs()
     names = [name for name, _, _ in pairs]
     assert len(pairs) >= 350
     assert names == sorted(set(names))
@@ -39,7 +39,7 @@ def test_instruction_pairs_are_complete_sorted_and_distinct() -> None:
 
 
 def test_responses_do_not_repeat_themselves() -> None:
-    for name, _, response in texts.instruction_pairs():
+    for name, _, response in data.instruction_pairs():
         words = response.split()
         sixes = list(zip(*(words[i:] for i in range(6)), strict=False))
         assert all(sixes.count(six) <= 2 for six in set(sixes)), name
@@ -47,18 +47,18 @@ def test_responses_do_not_repeat_themselves() -> None:
 
 def test_instructions_stay_clear_of_picture_questions() -> None:
     asked = re.compile(r"\b(image|picture|photo|colou?rs?|shapes?|circle|triangle|rectangle)\b", re.IGNORECASE)
-    assert [row for row in texts.instruction_pairs() if asked.search(row[1])] == []
+    assert [row for row in data.instruction_pairs() if asked.search(row[1])] == []
 
 
 def test_sizes_are_in_range() -> None:
     pairs_bytes = (TEXT_DIR / "instructions.jsonl").stat().st_size
     assert 150_000 <= pairs_bytes <= 210_000
-    assert len(texts.english_eval()) >= 25_000  # 4.5 characters a token or so: 6,000 tokens with a margin
-    assert len(texts.english_calibration()) >= 45_000
+    assert len(data.english_eval()) >= 25_000  # 4.5 characters a token or so: 6,000 tokens with a margin
+    assert len(data.english_calibration()) >= 45_000
     assert sum(path.stat().st_size for path in TEXT_DIR.rglob("*") if path.is_file()) <= 400_000
 
 
-@pytest.mark.parametrize("name", texts.TEXT_FILES)
+@pytest.mark.parametrize("name", data.TEXT_FILES)
 def test_files_hold_printable_ascii_and_end_with_a_newline(name: str) -> None:
     raw = (TEXT_DIR / name).read_bytes()
     assert raw.endswith(b"\n") and not raw.endswith(b"\n\n")
@@ -66,12 +66,12 @@ def test_files_hold_printable_ascii_and_end_with_a_newline(name: str) -> None:
 
 
 def test_passages_hold_no_control_characters_but_newlines() -> None:
-    for _, instruction, response in texts.instruction_pairs():
+    for _, instruction, response in data.instruction_pairs():
         assert instruction.isprintable()
         assert response.replace("\n", "").isprintable()
 
 
-@pytest.mark.parametrize("prose", [texts.english_eval, texts.english_calibration])
+@pytest.mark.parametrize("prose", [data.english_eval, data.english_calibration])
 def test_prose_is_paragraphs_of_sentences(prose: Callable[[], str]) -> None:
     for paragraph in prose().rstrip("\n").split("\n\n"):
         assert "\n" not in paragraph and "  " not in paragraph
@@ -81,9 +81,9 @@ def test_prose_is_paragraphs_of_sentences(prose: Callable[[], str]) -> None:
 
 def test_no_two_texts_share_a_run_of_eight_words() -> None:
     grams = {
-        "instructions": word_ngrams(part for _, *row in texts.instruction_pairs() for part in row),
-        "eval": word_ngrams(texts.english_eval().split("\n\n")),
-        "calibration": word_ngrams(texts.english_calibration().split("\n\n")),
+        "instructions": word_ngrams(part for _, *row in data.instruction_pairs() for part in row),
+        "eval": word_ngrams(data.english_eval().split("\n\n")),
+        "calibration": word_ngrams(data.english_calibration().split("\n\n")),
     }
     for one, other in itertools.combinations(grams, 2):
         assert not grams[one] & grams[other], f"{one} and {other} overlap"
@@ -92,28 +92,28 @@ def test_no_two_texts_share_a_run_of_eight_words() -> None:
 def test_every_file_has_a_licence_note() -> None:
     notes = (TEXT_DIR / "LICENSES.md").read_text(encoding="utf-8")
     for expected in (
-        *texts.TEXT_FILES,
+        *data.TEXT_FILES,
         "Apache-2.0",
         "Python Software Foundation; All Rights Reserved",
         "public domain",
     ):
         assert expected in notes
-    assert {path.name for path in TEXT_DIR.iterdir()} == {*texts.TEXT_FILES, "LICENSES.md"}
+    assert {path.name for path in TEXT_DIR.iterdir()} == {*data.TEXT_FILES, "LICENSES.md"}
 
 
 def test_sha256_is_that_of_the_file() -> None:
-    for name in texts.TEXT_FILES:
-        assert texts.text_sha256(name) == hashlib.sha256((TEXT_DIR / name).read_bytes()).hexdigest()
+    for name in data.TEXT_FILES:
+        assert data.text_sha256(name) == hashlib.sha256((TEXT_DIR / name).read_bytes()).hexdigest()
 
 
 def test_unknown_text_is_named_with_a_suggestion() -> None:
     with pytest.raises(
         UnknownNameError, match=r"unknown starter text 'english_evl.txt'; did you mean 'english_eval.txt'"
     ):
-        texts.text_sha256("english_evl.txt")
+        data.text_sha256("english_evl.txt")
 
 
 def test_texts_load_without_torch() -> None:
-    code = "import sys, vila.starter.texts as t; t.instruction_pairs(); sys.exit('torch' in sys.modules)"
+    code = "import sys, vila.starter.data as t; t.instruction_pairs(); sys.exit('torch' in sys.modules)"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     assert subprocess.run([sys.executable, "-c", code], check=False, env=env).returncode == 0

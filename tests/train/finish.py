@@ -12,10 +12,10 @@ import torch
 
 from tests.train.stand import stand_recipe
 from vila.core.errors import Interrupted
-from vila.train.manifest import MANIFEST, digest_files, write_manifest
+from vila.train.build import Run, build
+from vila.train.checkpoint_files import MANIFEST, digest_files, write_manifest
 from vila.train.metrics import read_metrics
-from vila.train.model import whole_tensors
-from vila.train.run import Run, build
+from vila.train.setup import whole_tensors
 
 FACTS = ("step", "tokens_seen", "loss", "loss_by_data_set", "lr", "grad_norm", "supervised", "images")
 

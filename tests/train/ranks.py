@@ -15,7 +15,7 @@ _PRELOAD = [
     "torch.distributed.fsdp",
     "torch.distributed.checkpoint",
     "transformers",
-    "vila.train.run",
+    "vila.train.build",
     "tests.tiny",
 ]
 

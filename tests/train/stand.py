@@ -9,7 +9,7 @@ from pathlib import Path
 from tests import tiny
 from vila.config.load import load_recipe
 from vila.config.schema import Recipe
-from vila.model.load import save_model
+from vila.model.loading import save_model
 
 
 def write_stand(folder: Path, family: str = "llama", records: int = 24) -> Path:

@@ -8,11 +8,10 @@ import pytest
 import yaml
 
 from tests.train.stand import stand_recipe, write_stand
-from vila.cli.model_card import write_model_card
+from vila.cli.train import write_model_card
 from vila.config.load import load_recipe, recipe_names, save_recipe
-from vila.train.card import write_card
-from vila.train.licences import base_models, read_front_matter
-from vila.train.run import build
+from vila.train.build import build
+from vila.train.model_card import base_models, read_front_matter, write_card
 
 
 def card(folder, recipe, **facts):

@@ -15,15 +15,15 @@ from tests import tiny
 from tests.train.finish import assert_identical, finish, sign, stop_after
 from tests.train.ranks import run_ranks
 from tests.train.stand import stand_recipe, write_stand
-from vila.core.dist import Place
+from vila.core.distributed import Place
 from vila.core.errors import CheckpointError, Interrupted
-from vila.core.events import SILENT
 from vila.core.files import write_json
+from vila.core.progress import SILENT
 from vila.core.reading import read_json
-from vila.model.load import save_model
+from vila.model.loading import save_model
+from vila.train.build import build
 from vila.train.checkpoint import Checkpoint, Checkpoints, Progress, load_checkpoint
-from vila.train.parallel import World, open_world
-from vila.train.run import build
+from vila.train.fsdp import World, open_world
 
 WORLD = World(Place(), torch.device("cpu"))
 SAVES = ("batch.rows=4", "budget.tokens=3000", "output.checkpoint_every_steps=2")

@@ -7,8 +7,8 @@ import torch
 
 from tests.train.finish import finish
 from tests.train.stand import stand_recipe, write_stand
-from vila.train.parallel import decoder_blocks, tower_blocks
-from vila.train.run import build
+from vila.train.build import build
+from vila.train.fsdp import decoder_blocks, tower_blocks
 
 STAGES = {
     "1": ("stage.tune=[projector]", "stage.llm_parts=[]"),

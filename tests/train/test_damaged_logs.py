@@ -5,9 +5,9 @@ import pytest
 from tests.train.finish import stop_after
 from tests.train.stand import stand_recipe, write_stand
 from vila.core.errors import DataError, Interrupted
+from vila.train.build import build
 from vila.train.metrics import MetricsLog, read_metrics
 from vila.train.report import write_report
-from vila.train.run import build
 
 
 @pytest.fixture(scope="module")

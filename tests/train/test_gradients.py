@@ -11,9 +11,9 @@ from tests.train.stand import stand_recipe, write_stand
 from vila.chat.templates import find_template
 from vila.chat.tokenize import tokenize_sample
 from vila.core.types import Image, Message, Sample, Text
-from vila.model.load import load_model
-from vila.train.parallel import whole
-from vila.train.run import build
+from vila.model.loading import load_model
+from vila.train.build import build
+from vila.train.fsdp import whole
 
 STEP = ("batch.rows=4", "batch.micro=1", "stage.tune=[vision, projector, llm]", "stage.llm_parts=[]")
 RECOMPUTED = ("compute.gradient_checkpointing=true", "stage.tune_embeddings=true")

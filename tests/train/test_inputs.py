@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-import vila.train.run
+import vila.train.build
 from tests import tiny
 from tests.starter.stand import write_llm, write_vision
 from tests.train.finish import stop_after
@@ -14,8 +14,8 @@ from tests.train.ranks import run_ranks
 from tests.train.stand import stand_recipe, write_stand
 from vila.core.errors import Interrupted, RunChangedError
 from vila.core.reading import read_json
-from vila.model.load import save_model
-from vila.train.run import build
+from vila.model.loading import save_model
+from vila.train.build import build
 
 STEPS = ("batch.rows=4", "budget.tokens=3000")
 
@@ -61,12 +61,12 @@ def resume(stand, *allow, events=None):
 
 def ignore_paths():
     """The stand was copied, so paths in the recipe differ; the content of the files is compared all the same."""
-    vila.train.run.refuse_changes = lambda *_, **__: None
+    vila.train.build.refuse_changes = lambda *_, **__: None
 
 
 @pytest.fixture(autouse=True)
 def other_paths(monkeypatch):
-    monkeypatch.setattr(vila.train.run, "refuse_changes", vila.train.run.refuse_changes)
+    monkeypatch.setattr(vila.train.build, "refuse_changes", vila.train.build.refuse_changes)
     ignore_paths()
 
 

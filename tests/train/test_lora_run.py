@@ -10,9 +10,9 @@ from tests.train.ranks import run_ranks
 from tests.train.stand import stand_recipe, write_stand
 from vila.core.errors import Interrupted
 from vila.core.files import sha256_tree
-from vila.model.load import load_model
+from vila.model.loading import load_model
+from vila.train.build import build, model_dir
 from vila.train.metrics import read_metrics
-from vila.train.run import build, model_dir
 
 LORA = ("stage.lora.rank=4", "stage.lora.dropout=0.1", "stage.llm_parts=[]", "batch.rows=4", "budget.tokens=3000")
 

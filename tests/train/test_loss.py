@@ -11,11 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests import tiny
 from tests.train.test_packing import ROWS, build, features
 from vila.chat.tokenize import IGNORE
-from vila.data.batch import collate
-from vila.train import linear_loss
-from vila.train.linear_loss import head_loss, linear_cross_entropy
-from vila.train.loss import Objective
-from vila.train.stage import select_trainable
+from vila.data.collate import collate
+from vila.train import loss
+from vila.train.loss import Objective, head_loss, linear_cross_entropy
+from vila.train.optim import select_trainable
 
 
 def drawn(tokens, width=16, vocab=37, dtype=torch.float32, bias=False):
@@ -27,7 +26,7 @@ def drawn(tokens, width=16, vocab=37, dtype=torch.float32, bias=False):
 
 
 def of_chunks(monkeypatch, tokens, vocab=37):
-    monkeypatch.setattr(linear_loss, "_CHUNK_BYTES", 4 * vocab * tokens)
+    monkeypatch.setattr(loss, "_CHUNK_BYTES", 4 * vocab * tokens)
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -9,10 +9,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from tests.train.finish import sign
-from vila.core.dist import Place
+from vila.core.distributed import Place
 from vila.core.errors import CheckpointError
 from vila.train.checkpoint import Checkpoint, Checkpoints, Progress, load_checkpoint
-from vila.train.parallel import World
+from vila.train.fsdp import World
 
 WORLD = World(Place(), torch.device("cpu"))
 INDEX = "torch.distributed.checkpoint.metadata"

@@ -7,7 +7,7 @@ from tests import tiny
 from vila.chat.templates import find_template
 from vila.chat.tokenize import tokenize_sample
 from vila.core.types import Message, Sample
-from vila.data.batch import collate, parts_of
+from vila.data.collate import collate, parts_of
 from vila.train.loss import Objective
 
 QA = find_template("starter_qa")

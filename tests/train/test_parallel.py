@@ -9,13 +9,13 @@ from torch.distributed.tensor import DTensor
 
 from tests.train.ranks import run_ranks
 from tests.train.stand import stand_recipe, write_stand
-from vila.core.dist import Place
+from vila.core.distributed import Place
 from vila.core.errors import ConfigError, Interrupted, TrainingError, VilaError
 from vila.core.reading import read_json
+from vila.train.build import build, model_dir
+from vila.train.fsdp import _mesh, open_world
 from vila.train.metrics import read_metrics
-from vila.train.model import whole_tensors
-from vila.train.parallel import _mesh, open_world
-from vila.train.run import build, model_dir
+from vila.train.setup import whole_tensors
 
 ROWS = ("batch.rows=4", "budget.tokens=1600")
 # One sample a row: ranks with no picture in a step, and with unequal numbers of supervised tokens.

@@ -7,8 +7,8 @@ import pytest
 from tests.train.ranks import run_ranks
 from tests.train.stand import stand_recipe
 from vila.core.errors import ConfigError, DataError, LayoutError, UnknownNameError, VilaError
+from vila.train.build import build
 from vila.train.preflight import Preflight
-from vila.train.run import build
 
 
 def mixture(**entry):

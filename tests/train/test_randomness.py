@@ -8,8 +8,8 @@ import torch
 
 from tests.train.ranks import run_ranks
 from tests.train.stand import stand_recipe, write_stand
-from vila.train.randomness import random_state, seed_everything, set_random_state
-from vila.train.run import build
+from vila.train.build import build
+from vila.train.checkpoint import random_state, seed_everything, set_random_state
 
 
 @pytest.mark.parametrize("spare", [False, True])

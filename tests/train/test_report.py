@@ -14,9 +14,9 @@ from vila.config.load import load_recipe, save_recipe
 from vila.core.errors import DataError
 from vila.report.curve import Curve
 from vila.train import report
-from vila.train.record import Sampled, Steps
+from vila.train.build import build
 from vila.train.report import RunReport, write_report
-from vila.train.run import build
+from vila.train.report_data import Sampled, Steps
 
 
 def step(number, **facts):

@@ -8,9 +8,9 @@ from tests.train.stand import stand_recipe, write_stand
 from tests.train.test_run import stop_after
 from vila.core.errors import ConfigError, Interrupted, MediaError
 from vila.core.files import sha256_tree
+from vila.train.build import build, model_dir
 from vila.train.metrics import read_metrics
-from vila.train.rows import worker_count
-from vila.train.run import build, model_dir
+from vila.train.setup import worker_count
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +75,8 @@ def test_cached_features_need_no_workers(stand):
 
 
 def test_a_global_batch_that_does_not_fit_the_ranks_is_refused(stand):
-    from vila.data.loader import Entry, open_mixture
-    from vila.train.rows import build_rows
+    from vila.data.dataset import Entry, open_mixture
+    from vila.train.setup import build_rows
 
     recipe = stand_recipe(stand, "ranks", "batch.rows=4")
     mixture = open_mixture([Entry("messages", str(stand / "data.jsonl"))], 0)

@@ -3,11 +3,10 @@
 import pytest
 
 from tests.train.stand import stand_recipe, write_stand
-from vila.plan.flops import causal_pairs, step_flops
-from vila.plan.learning import Learning
-from vila.plan.shape import shape_of
+from vila.plan.flops import Learning, causal_pairs, step_flops
+from vila.plan.model_shape import shape_of
+from vila.train.build import build
 from vila.train.metrics import read_metrics
-from vila.train.run import build
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,9 @@ from vila.config.load import load_recipe
 from vila.core.errors import CheckpointError, Interrupted, RunChangedError
 from vila.core.files import write_json
 from vila.core.reading import read_json
+from vila.train.build import build
 from vila.train.checkpoint import FORMAT
 from vila.train.resume import as_begun, refuse_changes
-from vila.train.run import build
 
 RECIPE = Path(__file__).with_name("version_one.yaml")
 SAVES = ("batch.rows=4", "budget.tokens=3000", "output.checkpoint_every_steps=2")

@@ -4,27 +4,161 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor
 
-from vila.bench.agreement import Agreement, agreement
-from vila.bench.memory import forget_peak, peak_bytes, read_bandwidth, wait
 from vila.core.errors import ConfigError
-from vila.core.events import SILENT, Events, task
+from vila.core.progress import SILENT, Events, task
 from vila.engine.backend import choose_captured, choose_lean, choose_program
-from vila.engine.batch import BatchRun, Run, group_prompts
+from vila.engine.batch import BatchRun, Group, Run, group_prompts
 from vila.engine.pictures import PictureFeatures, Prompt
 from vila.engine.static_run import StaticRun
 from vila.engine.static_step import StaticSteps
-from vila.kernels.int4_linear import Int4Linear
+from vila.kernels.int4 import PRODUCT as REFERENCE
+from vila.kernels.int4 import Int4Linear
 from vila.model.int4 import int4_weights
-from vila.model.vila import VilaForConditionalGeneration
+from vila.model.modeling import VilaForConditionalGeneration
 
 if TYPE_CHECKING:
     from vila.engine.onnx.weights import ActivationBits
+
+
+# --- agreement
+# How often a fast backend would choose the reference's token, both given the same text.
+
+
+# S tokens  V vocab
+
+_CLEAR = 4.0
+"""A token is clear when its lead over the second is this many times the error of a logit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """Likeliest tokens of a backend and of the reference after each of `tokens` given tokens.
+
+    same:     share of places where they are equal.
+    clear:    share of places where the reference's lead over its second token is above the backend's noise: random
+              weights give nearly flat logits, whose order is noise in any arithmetic.
+    same_clear: share of those where they are equal; 1 when there are none.
+    error:    root mean square of the difference of the logits, over their spread.
+    nll_change: mean change of the given text's negative log-likelihood, in nats a token.
+    """
+
+    tokens: int
+    same: float
+    clear: float
+    same_clear: float
+    error: float
+    nll_change: float
+
+
+def compare(fast_SV: Tensor, exact_SV: Tensor, following_S: Tensor) -> Agreement:
+    """Logits of a backend and of the reference at the same places, and the tokens that follow there in the text."""
+    difference = fast_SV - exact_SV
+    noise = (difference - difference.mean(-1, keepdim=True)).pow(2).mean().sqrt()
+    top = exact_SV.topk(2, dim=-1)
+    same_S = fast_SV.argmax(-1) == top.indices[:, 0]
+    clear_S = top.values[:, 0] - top.values[:, 1] > _CLEAR * noise
+    change = torch.nn.functional.cross_entropy(fast_SV, following_S) - torch.nn.functional.cross_entropy(
+        exact_SV, following_S
+    )
+    return Agreement(
+        tokens=len(following_S),
+        same=same_S.float().mean().item(),
+        clear=clear_S.float().mean().item(),
+        same_clear=same_S[clear_S].float().mean().item() if clear_S.any() else 1.0,
+        error=(noise / exact_SV.std()).item(),
+        nll_change=change.item(),
+    )
+
+
+@torch.inference_mode()
+def agreement(
+    model: VilaForConditionalGeneration, new_run: Callable[[int], Run], tokens: int, text: list[int] | None = None
+) -> Agreement:
+    """Compare steps of a backend with one pass of the reference: torch, in the model's number type.
+
+    text: token ids, at least tokens + 1 of them; None draws them.
+    """
+    given = (
+        text
+        or torch.randint(
+            0, int(model.config.text_config.vocab_size), (tokens + 1,), generator=torch.Generator().manual_seed(1)
+        ).tolist()
+    )
+    run = new_run(tokens + 1)
+    rows = [run.prefill([Prompt(given[:1])], [Group(0, (0,))])[0].clone()]
+    for token in given[1:tokens]:
+        rows.append(run.step(torch.tensor([token], device=model.device))[0].clone())
+    run.close([])
+    following = torch.tensor(given[1 : tokens + 1], device=model.device)
+    return compare(torch.stack(rows), reference_logits(model, given[:tokens]), following)
+
+
+@torch.inference_mode()
+def reference_logits(model: VilaForConditionalGeneration, ids: list[int]) -> Tensor:
+    """Logits [S, V] of a text by one forward pass without a cache; 4-bit layers multiply by the reference meanwhile."""
+    layers = [m for m in model.modules() if isinstance(m, Int4Linear) and m.backend != REFERENCE.name]
+    before = [(layer._product, layer._dtype) for layer in layers]
+    for layer in layers:
+        layer.use(REFERENCE, model.dtype)
+    try:
+        logits: Tensor = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0].float()
+    finally:
+        for layer, (product, dtype) in zip(layers, before, strict=True):
+            layer.use(product, dtype)
+    return logits
+
+
+# --- memory
+# How fast this machine reads its memory, and how much of it the process took.
+
+
+_STATUS, _MEMORY_CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def read_bandwidth(device: str, num_bytes: int = 2**30) -> float:
+    """Bytes a second of adding up a buffer much larger than the caches, the best of five."""
+    buffer = torch.ones(num_bytes // 4, device=device)
+    seconds = []
+    for _ in range(5):
+        wait(device)
+        begin = time.perf_counter()
+        buffer.sum()
+        wait(device)
+        seconds.append(time.perf_counter() - begin)
+    return buffer.nbytes / min(seconds)
+
+
+def wait(device: str) -> None:
+    """Until the device has done what it was asked; a CPU always has."""
+    if device != "cpu":
+        torch.cuda.synchronize()
+
+
+def forget_peak(device: str) -> None:
+    """Begin to look for the peak anew, where the system can."""
+    if device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+    elif _MEMORY_CLEAR.exists():
+        _MEMORY_CLEAR.write_text("5", encoding="ascii")
+
+
+def peak_bytes(device: str) -> int | None:
+    """Most memory since `forget_peak`: of the device, or all that the process had of the machine's. None: unknown."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated()
+    if not _STATUS.exists():
+        return None
+    lines = _STATUS.read_text(encoding="utf-8").splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
+
 
 # B rows  V vocab
 
@@ -232,3 +366,85 @@ def _prompts(model: VilaForConditionalGeneration, load: Load) -> Iterator[Prompt
 
 def _no_pictures(pictures: Sequence[Any]) -> torch.Tensor:
     raise AssertionError("prompts of a benchmark have no pictures")
+
+
+# --- decode_table
+# What decoding was measured to be, as markdown: all results, and the table of tokens a second by device.
+
+
+_ROWS = (("VILA-7B", "fp16"), ("VILA-7B", "int4"), ("VILA-13B", "fp16"), ("VILA-13B", "int4"))
+# Tokens a second at batch 1, of the original's INT4 engine (README of llm-awq, early 2024).
+_PUBLISHED: Mapping[str, tuple[str, ...]] = {
+    "A100": ("81.6", "155.3", "48.5", "102.1"),
+    "RTX 4090": ("58.5", "168.1", "out of memory", "99.0"),
+    "Orin": ("11.5", "35.6", "6.1", "17.5"),
+}
+_HEADS = (
+    "model",
+    "weights",
+    "backend",
+    "context",
+    "batch",
+    "tokens/s",
+    "least-greatest",
+    "step, ms",
+    "prompt tokens/s",
+    "first token, ms",
+    "of memory limit",
+    "peak, GB",
+    "same top-1",
+    "where clear",
+)
+
+
+def result_table(results: Sequence[Result]) -> str:
+    """Every result in a line, under the bandwidth that the limit is of."""
+    lines = [_line(_HEADS), _line(["---"] * len(_HEADS)), *(_line(_cells(result)) for result in results)]
+    seen = " to ".join(
+        f"{speed / 1e9:.1f}" for speed in sorted({min(r.bandwidth for r in results), max(r.bandwidth for r in results)})
+    )
+    return f"This machine reads {seen} GB/s.\n\n" + "\n".join(lines)
+
+
+def device_table(results: Sequence[Result], machine: str) -> str:
+    """Tokens a second at batch 1 by model and device: published ones of other devices, and this machine's own.
+
+    A 16-bit model on a CPU counts as fp16 in whichever 16-bit type it was. What was not measured is left empty; of
+    several results of one model the one with the least context counts.
+    """
+    columns = {f"{name} (published)": values for name, values in _PUBLISHED.items()}
+    columns[f"{machine} (measured)"] = tuple(_measured(results, title, kind) for title, kind in _ROWS)
+    lines = [_line(["tokens/s", "weights", *columns]), _line(["---"] * (2 + len(columns)))]
+    for row, (title, kind) in enumerate(_ROWS):
+        lines.append(_line([title, kind, *(values[row] for values in columns.values())]))
+    return "\n".join(lines)
+
+
+def _measured(results: Sequence[Result], title: str, kind: str) -> str:
+    kinds = ("int4",) if kind == "int4" else ("float16", "bfloat16")
+    found = [r for r in results if r.title == title and r.precision in kinds and r.load.batch == 1]
+    return f"{min(found, key=lambda r: r.load.context).decode.median:.1f}" if found else ""
+
+
+def _cells(result: Result) -> list[str]:
+    same = result.agreement
+    return [
+        result.title,
+        result.precision,
+        result.backend,
+        str(result.load.context),
+        str(result.load.batch),
+        f"{result.decode.median:.1f}",
+        f"{result.decode.least:.1f}-{result.decode.greatest:.1f}",
+        f"{result.step_ms:.2f}",
+        f"{result.prefill.median:.0f}",
+        f"{1e3 * result.first_token_s.median:.0f}",
+        f"{result.of_limit:.0%}",
+        "" if result.peak_bytes is None else f"{result.peak_bytes / 1e9:.2f}",
+        "" if same is None else f"{same.same:.1%} of {same.tokens}",
+        "" if same is None else f"{same.same_clear:.1%} of {same.clear:.0%}",
+    ]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"

@@ -3,20 +3,360 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import base64
+import io
+import math
+import random
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
+from PIL import Image
 
-from vila.bench.load import Question, Server, Timing, closed_loop, open_loop
-from vila.bench.load_summary import PERCENTS, LoadSummary, summarise
-from vila.core.errors import ConfigError
-from vila.core.events import SILENT, Events, task
+from vila.core.errors import ConfigError, DataError
 from vila.core.files import write_json
-from vila.core.machine import machine_facts
+from vila.core.progress import SILENT, Events, task
+from vila.core.reading import parse_json
+from vila.core.system import machine_facts
+from vila.quant.calibration import packaged_documents
+from vila.report.html import Cell, Page
 from vila.report.lines import Series, line_plot
-from vila.report.page import Cell, Page
+
+# --- load
+# Load on a server of the chat protocol: clients that wait for their answers, or arrivals that wait for nobody.
+
+
+_MOST_WAIT = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One request: messages of the chat protocol, and most tokens of its answer."""
+
+    messages: Sequence[dict[str, Any]]
+    max_tokens: int
+
+
+@dataclass(slots=True)
+class Timing:
+    """How one request went. Times are seconds of one clock.
+
+    start:   when it was due: in an open loop that may be before it could be sent.
+    first:   when the first piece of text came; 0 for none. `gaps` are the times between the pieces.
+    tokens:  of the answer, by the server's count; `prompt` of the question.
+    status:  of HTTP; 0 when the connection failed. `retries` counts refusals with 429 before.
+    """
+
+    start: float
+    first: float = 0.0
+    end: float = 0.0
+    tokens: int = 0
+    prompt: int = 0
+    status: int = 0
+    retries: int = 0
+    problem: str = ""
+    gaps: list[float] = field(default_factory=list)
+
+    @property
+    def answered(self) -> bool:
+        """Whether the whole answer came."""
+        return self.status == 200 and not self.problem
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """Where the questions go: base with `/v1`, the model's name there, and a key or none."""
+
+    base: str
+    model: str
+    key: str = ""
+    timeout: float = 600.0
+
+
+Advance = Callable[[Timing], None]
+
+
+async def closed_loop(
+    server: Server, questions: Sequence[Question], clients: int, advance: Advance = lambda timing: None
+) -> list[Timing]:
+    """Every client asks, waits for the answer, and asks the next; one refused with 429 waits as told and asks again."""
+    waiting = iter(questions)
+    done: list[Timing] = []
+
+    async with _client(server, clients) as http:
+
+        async def client() -> None:
+            for question in waiting:
+                timing = await ask(http, server, question, patient=True)
+                done.append(timing)
+                advance(timing)
+
+        await asyncio.gather(*(client() for _ in range(min(clients, len(questions)))))
+    return done
+
+
+async def open_loop(
+    server: Server,
+    questions: Sequence[Question],
+    rate: float,
+    seed: int = 0,
+    advance: Advance = lambda timing: None,
+    most_open: int = 1000,
+) -> list[Timing]:
+    """Questions arrive as a Poisson process of `rate` a second, whether earlier ones are answered or not.
+
+    Above `most_open` unanswered ones, arrivals wait; their clock runs from when they were due. A 429 is an end.
+    """
+    draw = random.Random(seed)
+    done: list[Timing] = []
+    gate = asyncio.Semaphore(most_open)
+    async with _client(server, most_open) as http, asyncio.TaskGroup() as group:
+
+        async def one(question: Question, due: float) -> None:
+            try:
+                timing = await ask(http, server, question, due=due)
+            finally:
+                gate.release()
+            done.append(timing)
+            advance(timing)
+
+        due = time.perf_counter()
+        for question in questions:
+            due += draw.expovariate(rate)
+            await asyncio.sleep(max(0.0, due - time.perf_counter()))
+            await gate.acquire()
+            group.create_task(one(question, due))
+    return done
+
+
+async def ask(
+    http: httpx.AsyncClient, server: Server, question: Question, *, due: float = 0.0, patient: bool = False
+) -> Timing:
+    """One streamed answer. A failure is part of the result, never an exception."""
+    timing = Timing(due or time.perf_counter())
+    body = {
+        "model": server.model,
+        "messages": list(question.messages),
+        "max_tokens": question.max_tokens,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    while True:
+        again = 0.0
+        try:
+            async with http.stream("POST", "/chat/completions", json=body) as answer:
+                timing.status = answer.status_code
+                if answer.status_code == 200:
+                    await _follow(answer, timing)
+                else:
+                    timing.problem = _words(await answer.aread())
+                    again = _retry_after(answer)
+        except httpx.HTTPError as error:
+            timing.problem = f"{type(error).__name__}: {error}"
+        if not (patient and timing.status == 429 and again):
+            timing.end = time.perf_counter()
+            return timing
+        timing.retries += 1
+        timing.problem = ""
+        await asyncio.sleep(min(again, _MOST_WAIT))
+
+
+async def _follow(answer: httpx.Response, timing: Timing) -> None:
+    last, ended = 0.0, False
+    async for event in _events(answer):
+        now = time.perf_counter()
+        if event == "[DONE]":
+            ended = True
+            continue
+        try:
+            told = parse_json(event, file=None, surrogates=True)
+            if "error" in told:
+                fault = told["error"]
+                timing.problem = str(fault.get("message", fault) if isinstance(fault, dict) else fault)
+                continue
+            if usage := told.get("usage"):
+                timing.tokens, timing.prompt = int(usage["completion_tokens"]), int(usage["prompt_tokens"])
+            is_text = bool(told["choices"] and told["choices"][0]["delta"].get("content"))
+        except (DataError, LookupError, TypeError, ValueError, AttributeError) as error:
+            timing.problem = f"an event that is no chat completion ({error}): {event[:80]!r}"
+            return
+        if is_text:
+            if last:
+                timing.gaps.append(now - last)
+            timing.first = timing.first or now
+            last = now
+    if not ended and not timing.problem:
+        timing.problem = "the stream broke off before [DONE]"
+
+
+async def _events(answer: httpx.Response) -> AsyncIterator[str]:
+    async for line in answer.aiter_lines():
+        if line.startswith("data: "):
+            yield line.removeprefix("data: ")
+
+
+def _client(server: Server, connections: int) -> httpx.AsyncClient:
+    return httpx.AsyncClient(
+        base_url=server.base,
+        headers={"Authorization": f"Bearer {server.key}"} if server.key else {},
+        timeout=server.timeout,
+        limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
+        trust_env=False,
+    )
+
+
+def _retry_after(answer: httpx.Response) -> float:
+    try:
+        return max(0.05, float(answer.headers.get("retry-after", "1")))
+    except ValueError:
+        return 1.0
+
+
+def _words(body: bytes) -> str:
+    try:
+        return str(parse_json(body, file=None, surrogates=True)["error"]["message"])
+    except (DataError, LookupError, TypeError):
+        return body[:200].decode(errors="replace")
+
+
+def problems(timings: Sequence[Timing]) -> Iterator[tuple[str, int]]:
+    """What went wrong, and how often; the commonest first."""
+    counts: dict[str, int] = {}
+    for timing in timings:
+        if not timing.answered:
+            words = f"{timing.status or 'no connection'}: {timing.problem}"
+            counts[words] = counts.get(words, 0) + 1
+    yield from sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
+
+
+# --- load_questions
+# Questions for a load run: stretches of packaged English, with drawn pictures; no two begin alike.
+
+
+_TOKENS_A_WORD = 1.35
+
+
+def questions(
+    count: int, *, prompt_tokens: int, max_tokens: int, images: int = 0, image_size: int = 224, seed: int = 0
+) -> list[Question]:
+    """`count` questions of about `prompt_tokens` tokens of text (the server counts them) and `images` pictures each.
+
+    A stretch begins at a random word, so that a cache of prefixes does not answer for the model.
+    Raises ConfigError for lengths that are none.
+    """
+    if prompt_tokens < 1 or max_tokens < 1 or images < 0 or count < 1:
+        raise ConfigError(
+            f"{count} questions of {prompt_tokens} tokens, {images} images, {max_tokens} new: from 1 (images 0)"
+        )
+    draw = random.Random(seed)
+    words = " ".join(document for document in packaged_documents() if isinstance(document, str)).split()
+    length = max(1, round(prompt_tokens / _TOKENS_A_WORD))
+    out = []
+    for _ in range(count):
+        start = draw.randrange(len(words))
+        text = " ".join((words[start:] + words * (1 + length // len(words)))[:length])
+        out.append(Question([{"role": "user", "content": _content(text, images, image_size, draw)}], max_tokens))
+    return out
+
+
+def _content(text: str, images: int, size: int, draw: random.Random) -> Any:
+    if not images:
+        return text
+    parts: list[dict[str, Any]] = [
+        {"type": "image_url", "image_url": {"url": _picture(size, draw)}} for _ in range(images)
+    ]
+    return [*parts, {"type": "text", "text": text}]
+
+
+def _picture(size: int, draw: random.Random) -> str:
+    """Sixteen coloured squares, as a PNG in a `data:` URL."""
+    small = Image.new("RGB", (4, 4))
+    for x in range(4):
+        for y in range(4):
+            small.putpixel((x, y), (draw.randrange(256), draw.randrange(256), draw.randrange(256)))
+    buffer = io.BytesIO()
+    small.resize((size, size), Image.Resampling.NEAREST).save(buffer, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+# --- load_summary
+# What a load run says: throughput, and percentiles of the waits.
+
+
+PERCENTS = (50, 95, 99)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadSummary:
+    """One line of the table. Times are seconds; percentiles are of answered requests, by `PERCENTS`.
+
+    load:          what was asked for: `8 clients`, `2.5 a second`.
+    seconds:       from the first question to the last answer.
+    new_tokens:    of answers a second, over all requests; `requests` a second likewise.
+    first_token:   from the question to the first piece of its answer.
+    between:       between one piece and the next of one answer.
+    whole:         from the question to the answer's end.
+    lengths:       fewest, mean and most tokens of an answer: a model may end before its limit.
+    """
+
+    load: str
+    asked: int
+    answered: int
+    statuses: dict[str, int]
+    retries: int
+    seconds: float
+    requests: float
+    new_tokens: float
+    prompt_tokens: float
+    first_token: tuple[float, ...]
+    between: tuple[float, ...]
+    whole: tuple[float, ...]
+    lengths: tuple[int, float, int]
+    problems: tuple[tuple[str, int], ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data, percentiles by name."""
+        out = asdict(self)
+        for name in ("first_token", "between", "whole"):
+            out[name] = {f"p{percent}": value for percent, value in zip(PERCENTS, getattr(self, name), strict=True)}
+        return out
+
+
+def summarise(load: str, timings: Sequence[Timing]) -> LoadSummary:
+    """The summary of one run; percentiles are NaN when nothing was answered."""
+    good = [timing for timing in timings if timing.answered]
+    seconds = max((t.end for t in timings), default=0.0) - min((t.start for t in timings), default=0.0)
+    tokens = [timing.tokens for timing in good]
+    rate = 1 / seconds if seconds > 0 else math.nan
+    return LoadSummary(
+        load=load,
+        asked=len(timings),
+        answered=len(good),
+        statuses=dict(Counter(str(timing.status or "no connection") for timing in timings)),
+        retries=sum(timing.retries for timing in timings),
+        seconds=seconds,
+        requests=len(good) * rate,
+        new_tokens=sum(tokens) * rate,
+        prompt_tokens=sum(timing.prompt for timing in good) * rate,
+        first_token=percentiles([timing.first - timing.start for timing in good if timing.first]),
+        between=percentiles([gap for timing in good for gap in timing.gaps]),
+        whole=percentiles([timing.end - timing.start for timing in good]),
+        lengths=(min(tokens, default=0), sum(tokens) / len(tokens) if tokens else 0.0, max(tokens, default=0)),
+        problems=tuple(problems(timings)),
+    )
+
+
+def percentiles(values: Sequence[float]) -> tuple[float, ...]:
+    """The smallest values that so many percent are not above (nearest rank); NaN of nothing."""
+    ordered = sorted(values)
+    if not ordered:
+        return tuple(math.nan for _ in PERCENTS)
+    return tuple(ordered[max(0, math.ceil(percent / 100 * len(ordered)) - 1)] for percent in PERCENTS)
 
 
 def served_model(base: str, key: str = "") -> str:

@@ -5,15 +5,72 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from vila.chat import systems
 from vila.chat.template import Template
 from vila.core.errors import UnknownNameError
+
+# --- systems
+# Texts that the published templates open a conversation with, letter for letter: models were trained on them.
+
+
+VICUNA = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+VICUNA_HUMAN = VICUNA.replace("user", "human")
+
+# The missing space before the last sentence is the original's.
+MMTAG = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant is able to understand the visual content that the user provides, "
+    "and assist the user with a variety of tasks using natural language."
+    "The visual content will be provided with the following format: <Image>visual content</Image>."
+)
+
+LLAVA = (
+    "You are a helpful language and vision assistant. "
+    "You are able to understand the visual content that the user provides, "
+    "and assist the user with a variety of tasks using natural language."
+)
+
+# Llama-2-chat's own; the two spaces after "safe." are the original's.
+LLAMA_2 = (
+    "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe.  "
+    "Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal content. "
+    "Please ensure that your responses are socially unbiased and positive in nature.\n\n"
+    "If a question does not make any sense, or is not factually coherent, explain why instead of answering something "
+    "not correct. If you don't know the answer to a question, please don't share false information."
+)
+
+MPT = "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
+HERMES = "Answer the questions."
+
+# The example dialogue that the first Vicuna template shows the model before every conversation.
+V0_QUESTION = "What are the key differences between renewable and non-renewable energy sources?"
+V0_ANSWER = (
+    "Renewable energy sources are those that can be replenished naturally in a relatively short amount of time, "
+    "such as solar, wind, hydro, geothermal, and biomass. Non-renewable energy sources, on the other hand, are finite "
+    "and will eventually be depleted, such as coal, oil, and natural gas. Here are some key differences between "
+    "renewable and non-renewable energy sources:\n"
+    "1. Availability: Renewable energy sources are virtually inexhaustible, while non-renewable energy sources are "
+    "finite and will eventually run out.\n"
+    "2. Environmental impact: Renewable energy sources have a much lower environmental impact than non-renewable "
+    "sources, which can lead to air and water pollution, greenhouse gas emissions, and other negative effects.\n"
+    "3. Cost: Renewable energy sources can be more expensive to initially set up, but they typically have lower "
+    "operational costs than non-renewable sources.\n"
+    "4. Reliability: Renewable energy sources are often more reliable and can be used in more remote locations than "
+    "non-renewable sources.\n"
+    "5. Flexibility: Renewable energy sources are often more flexible and can be adapted to different situations and "
+    "needs, while non-renewable sources are more rigid and inflexible.\n"
+    "6. Sustainability: Renewable energy sources are more sustainable over the long term, while non-renewable sources "
+    "are not, and their depletion can lead to economic and social instability.\n"
+)
+
 
 # LLaVA's "TWO" style: "SYSTEM USER: question ASSISTANT: answer</s>USER: ...".
 # "ASSISTANT: blue": the space is part of the answer, so that digit-first answers keep their own "_" token.
 _VICUNA_V1 = Template(
     "vicuna_v1",
-    system=systems.VICUNA,
+    system=VICUNA,
     system_after=" ",
     user_before="USER: ",
     user_after=" ",
@@ -27,7 +84,7 @@ _VICUNA_V1 = Template(
 # the one it asks with.
 _LLAVA_V0 = Template(
     "llava_v0",
-    system=systems.VICUNA_HUMAN,
+    system=VICUNA_HUMAN,
     system_after="###",
     user_before="Human: ",
     user_after="###",
@@ -40,7 +97,7 @@ _LLAVA_V0 = Template(
 # The original's stop string here is "<s>", which no answer ever holds.
 _LLAMA_2 = Template(
     "llama_2",
-    system=systems.LLAMA_2,
+    system=LLAMA_2,
     system_before="<<SYS>>\n",
     system_after="\n<</SYS>>\n\n",
     system_in_user=True,
@@ -55,7 +112,7 @@ _LLAMA_2 = Template(
 # ChatML without the line break after the end of a turn.
 _MPT = Template(
     "mpt",
-    system=systems.MPT,
+    system=MPT,
     system_before="<|im_start|>system\n",
     system_after="<|im_end|>",
     user_before="<|im_start|>user\n",
@@ -69,18 +126,18 @@ _TEMPLATES = (
     _VICUNA_V1,
     # Stage 3 of VILA 1.0 renders VFLAN without the system text; the space that followed it stays.
     replace(_VICUNA_V1, name="vicuna_v1_nosys", system=""),
-    replace(_VICUNA_V1, name="llava_v1", system=systems.VICUNA_HUMAN),
-    replace(_VICUNA_V1, name="v1_mmtag", system=systems.MMTAG, media_before="<Image>", media_after="</Image>"),
+    replace(_VICUNA_V1, name="llava_v1", system=VICUNA_HUMAN),
+    replace(_VICUNA_V1, name="v1_mmtag", system=MMTAG, media_before="<Image>", media_after="</Image>"),
     _LLAVA_V0,
-    replace(_LLAVA_V0, name="v0_mmtag", system=systems.MMTAG, media_before="<Image>", media_after="</Image>"),
+    replace(_LLAVA_V0, name="v0_mmtag", system=MMTAG, media_before="<Image>", media_after="</Image>"),
     # Every conversation follows an example dialogue.
     replace(
         _LLAVA_V0,
         name="v0",
-        system_after=f"###Human: {systems.V0_QUESTION}###Assistant: {systems.V0_ANSWER}###",
+        system_after=f"###Human: {V0_QUESTION}###Assistant: {V0_ANSWER}###",
     ),
     _LLAMA_2,
-    replace(_LLAMA_2, name="llava_llama_2", system=systems.LLAVA),
+    replace(_LLAMA_2, name="llava_llama_2", system=LLAVA),
     # A literal <s> on top of the one that the tokenizer adds. The original's stop string is empty, which ends every
     # answer at once. It has no system text; one that a conversation brings goes where Mistral's own template puts it.
     Template(
@@ -94,13 +151,13 @@ _TEMPLATES = (
         stop=("</s>",),
     ),
     _MPT,
-    replace(_MPT, name="hermes-2", system=systems.HERMES),
+    replace(_MPT, name="hermes-2", system=HERMES),
     # Llama-3-VILA1.5-8b was trained so: turns end in <|end_of_text|>, not <|eot_id|>, and the assistant speaks under
     # the header "system".
     Template(
         "llama_3",
         document_before="<|begin_of_text|>",
-        system=systems.LLAVA,
+        system=LLAVA,
         system_before="<|start_header_id|>system<|end_header_id|>\n\n",
         system_after="<|end_of_text|>",
         user_before="<|start_header_id|>user<|end_header_id|>\n\n",

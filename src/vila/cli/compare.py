@@ -33,7 +33,7 @@ def compare(
 
     from vila.core.files import check_writable
     from vila.core.reading import read_json
-    from vila.eval.report_compare import SURE, compare_runs
+    from vila.eval.compare import SURE, compare_runs
 
     target = out or second / "compare"
     check_writable(target, field="--out")
@@ -59,7 +59,7 @@ def _table(rows: dict[str, Any]) -> Any:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    from vila.eval.report_compare import SURE
+    from vila.eval.compare import SURE
     from vila.eval.report_tables import write_chance, write_signed
 
     # With lines between the columns it would not fit 80 characters.

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import glob
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from vila.cli.data_prepare import app as prepare_app
 from vila.cli.options import output_directory, output_file
+from vila.core.progress import SILENT, Events
+
+if TYPE_CHECKING:
+    from vila.cli.data_check import Findings, Stats
+    from vila.data.dataset import Entry
+
 
 app = typer.Typer(help="Convert, check, show and count training data.", no_args_is_help=True)
 app.add_typer(prepare_app, name="prepare")
@@ -75,7 +85,6 @@ def check(
     """Read all samples and images of [bold]RECIPE|FILE[/bold] and list what is wrong; exit status 1 if anything is."""
     from vila.cli.data_check import check_data
     from vila.cli.data_sets import open_data
-    from vila.cli.data_shown import print_findings
     from vila.cli.progress import Screen
 
     with Screen() as screen:
@@ -118,7 +127,7 @@ def inspect(
     from vila.cli.data_sets import open_data
     from vila.cli.progress import Screen
     from vila.core.errors import ConfigError
-    from vila.report.page import Page
+    from vila.report.html import Page
 
     with Screen() as screen:
         opened = open_data(
@@ -153,9 +162,8 @@ def stats(
     as_json: _Json = False,
 ) -> None:
     """Print samples, images, tokens and licence of each data set in one epoch of [bold]RECIPE|FILE[/bold]."""
+    from vila.cli.data_check import stats_of
     from vila.cli.data_sets import open_data
-    from vila.cli.data_shown import print_stats
-    from vila.cli.data_stats import stats_of
     from vila.cli.progress import Screen
 
     with Screen() as screen:
@@ -175,11 +183,9 @@ def index(
     options: _Options = None,
 ) -> None:
     """Index the records of [bold]FILE[/bold] ahead of its first use, and print the location of the index."""
-    from vila.cli.data_index import index_data
     from vila.cli.data_sets import parse_options
-    from vila.cli.data_shown import print_indexed
     from vila.cli.progress import Screen
-    from vila.data.loader import Entry
+    from vila.data.dataset import Entry
 
     entry = Entry(format=form, path=path, image_root=image_root, options=parse_options(options or ()))
     with Screen() as screen:
@@ -191,3 +197,137 @@ def _print_json(facts: dict[str, Any]) -> None:
     import json
 
     typer.echo(json.dumps(facts, indent=1))
+
+
+# --- data_shown
+# Output of `vila data` for people: findings of a check, statistics with licences, indexes.
+
+
+_FIRST_IDS = 5
+_FIRST_FILES = 10
+
+
+def print_findings(found: Findings, unit: str) -> None:
+    """Print the findings of a check of one data set."""
+    from vila.data.stats import histogram, spread
+
+    faulty = f"{found.fault_count:,} with faults" if found.fault_count else "no faults"
+    clips = f", {found.clips:,} distinct clips" if found.clips else ""
+    typer.echo(f"{found.name}: {found.samples:,} samples, {faulty}, {found.images:,} distinct images{clips}")
+    for fault in found.faults:
+        typer.echo(f"  fault: {fault}")
+    if found.fault_count > len(found.faults):
+        typer.echo(f"  and {found.fault_count - len(found.faults):,} more faults")
+    if found.missing_count:
+        typer.echo(f"  missing files: {found.missing_count:,}")
+        for name in found.missing:
+            typer.echo(f"    {name}")
+        if found.missing_count > len(found.missing):
+            typer.echo(f"    and {found.missing_count - len(found.missing):,} more")
+    if found.duplicate_count:
+        some = ", ".join(repr(name) for name in found.duplicates[:_FIRST_IDS])
+        typer.echo(f"  {found.duplicate_count:,} ids occur more than once{': ' if some else ''}{some}")
+    if note := unread_note(found.unread):
+        typer.echo(f"  note: {note}")
+    for side, counts in (("widths", found.widths), ("heights", found.heights)):
+        if counts:
+            low, middle, high = spread(counts)
+            typer.echo(f"  {side}: {low} to {high} pixels, median {middle}")
+    if found.lengths:
+        low, middle, high = spread(found.lengths)
+        typer.echo(f"  {unit}: {low:,} to {high:,}, median {middle:,}; {found.supervised_share:.1%} supervised")
+        bins = histogram(found.lengths)
+        for bound, count in bins.items():
+            bar = "#" * max(1, round(40 * count / max(bins.values())))
+            typer.echo(f"  {'up to ' + bound if bound != 'more' else 'longer':>11}  {bar} {count:,}")
+    for preview in (found.preview, found.rows):
+        for line in preview.lines() if preview else ():
+            typer.echo(f"  {line}")
+
+
+def unread_note(unread: Mapping[str, int]) -> str:
+    """Return a sentence about media that the records hold and the format does not read; empty if there are none."""
+    if not unread:
+        return ""
+    names = ", ".join(f"{name} ({count:,})" for name, count in sorted(unread.items()))
+    return f"records hold media that are not read: {names}; only those under the keys of the format are trained on"
+
+
+def print_stats(stats: Sequence[Stats]) -> None:
+    """Print a table of all data sets, and below it the licence of each."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("data set", "samples", "images", "tokens", "share of tokens")
+    for one in stats:
+        about = "" if one.exact else "about "
+        share = one.share
+        tokens = (f"{about}{share.tokens:,}", f"{share.token_share:.1%}") if one.has_tokens else ("-", "-")
+        table.add_row(share.name, f"{share.samples:,}", f"{about}{share.images:,}", *tokens)
+    Console().print(table)
+    if not all(one.has_tokens for one in stats):
+        typer.echo("tokens are counted with --model, which brings the tokenizer")
+    for one in stats:
+        if not one.licences:
+            typer.echo(f"{one.share.name}: not a known data set; its licence is unknown")
+        for licence in one.licences:
+            read = "" if licence.checked else " (not verified at the source)"
+            typer.echo(f"{one.share.name}: {licence.name}, {licence.source}")
+            typer.echo(f"  licence: {licence.licence}{read}")
+            typer.echo(f"  forbids: {licence.forbids}")
+
+
+def print_indexed(path: str, indexed: Indexed) -> None:
+    """Print the number of records and the locations of their indexes."""
+    files = [*(("built", file) for file in indexed.built), *(("found", file) for file in indexed.found)]
+    typer.echo(f"{path}: {indexed.records:,} records; indexes: {len(indexed.built)} built, {len(indexed.found)} found")
+    for state, file in files[:_FIRST_FILES]:
+        typer.echo(f"  {state}: {file}")
+    if len(files) > _FIRST_FILES:
+        typer.echo(f"  and {len(files) - _FIRST_FILES:,} more beside them")
+
+
+# --- data_index
+# `vila data index`: where the indexes of data files lie, and whether they were there before.
+
+
+_NAME_END = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Indexed:
+    """What indexing came to: the number of records, and the index files that were built and that were found."""
+
+    records: int
+    built: tuple[Path, ...]
+    found: tuple[Path, ...]
+
+
+def index_data(entry: Entry, events: Events = SILENT) -> Indexed:
+    """Open a data set, which indexes each of its files that has no index or a stale one."""
+    from vila.data.dataset import open_entry
+
+    before = _indexes(entry.path)
+    records = len(open_entry(entry, events))
+    after = _indexes(entry.path)
+    found = {file for file, state in after.items() if before.get(file) == state}
+    return Indexed(records, tuple(sorted(after.keys() - found)), tuple(sorted(found)))
+
+
+def _indexes(path: str) -> dict[Path, tuple[int, int]]:
+    """The index files that speak of a file, a folder's files or a pattern's, each with what a new file changes."""
+    from vila.data.readers.index import index_folder, read_header
+
+    # An index names its file by the end of the path.
+    names = {os.path.realpath(file)[-_NAME_END:] for file in _files(path)}
+    return {
+        file: (file.stat().st_ino, file.stat().st_mtime_ns)
+        for file in sorted(index_folder().glob("*.index"))
+        if (read_header(file) or {}).get("path") in names
+    }
+
+
+def _files(path: str) -> list[str]:
+    if Path(path).is_dir():
+        return [str(file) for file in Path(path).iterdir()]
+    return [path] if Path(path).exists() else glob.glob(path)  # noqa: PTH207 the pattern may be absolute

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from vila.chat.tokenize import TokenizedSample
     from vila.core.types import Image
     from vila.engine.detokenize import Decode
-    from vila.report.page import Card
+    from vila.report.html import Card
 
 _STYLES = {"learnt": "bold green", "given": "dim", "image": "magenta"}
 _HALF_CHARACTER = "\ufffd"
@@ -114,7 +114,7 @@ def as_terminal_text(runs: Sequence[Run]) -> Text:
 def as_card(sample: TokenizedSample, runs: Sequence[Run]) -> Card:
     """A card of a gallery: the pictures in the order in which the model meets them, and the runs below them."""
     from vila.core.types import Image
-    from vila.report.page import Card
+    from vila.report.html import Card
 
     pictures = [_thumbnail(item) for item in sample.media if isinstance(item, Image)]
     lines = [("", sample.id), *((run.kind, run.text) for run in runs)]
@@ -123,7 +123,7 @@ def as_card(sample: TokenizedSample, runs: Sequence[Run]) -> Card:
 
 def _thumbnail(image: Image) -> PilImage.Image:
     from vila.media.image import open_image
-    from vila.report.picture import MAX_SIDE
+    from vila.report.html import MAX_SIDE
 
     picture = open_image(image)
     # Many cards wait for their page, and full pictures would fill the memory.

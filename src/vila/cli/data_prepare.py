@@ -2,14 +2,234 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
+from functools import wraps
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vila.cli.data_prepare_flags import Decode, KeepParts, Out, PerShard, Shard, Sources, parse_shard, print_counts
-from vila.cli.data_prepare_web import coyo, mmc4
+from vila.cli import options
+from vila.core.errors import ConfigError, UnknownNameError
+
+if TYPE_CHECKING:
+    from vila.prepare.download import ResizeRule
+    from vila.prepare.work_units import Counts
+
+
+# --- data_prepare_flags
+# What the commands of `vila data prepare` share: their flags, and what they print at the end.
+
+
+_STORED = "Stored pictures"
+
+Sources = Annotated[list[Path], typer.Argument(help="The published files, all of them on every worker.")]
+Out = Annotated[
+    Path, typer.Option(help="Folder of the result; one for each data set.", callback=options.output_directory)
+]
+Shard = Annotated[str, typer.Option(metavar="K/N", help="This worker and their number, k from 0.")]
+PerShard = Annotated[int, typer.Option(help="Most samples in one shard.", min=1)]
+KeepParts = Annotated[
+    bool,
+    typer.Option("--keep-parts/--delete-parts", help="Keep OUT/parts at the end, which takes the disk space twice."),
+]
+Decode = Annotated[bool, typer.Option("--decode", help="Also decode every picture; about 160 a second and core.")]
+ShortSide = Annotated[
+    int,
+    typer.Option(
+        help="Pixels that a longer short side is shrunk to; 0 stores pictures as they came.",
+        min=0,
+        rich_help_panel=_STORED,
+    ),
+]
+Quality = Annotated[
+    int, typer.Option(help="JPEG quality of shrunk pictures, 1 to 100.", min=1, max=100, rich_help_panel=_STORED)
+]
+
+
+def parse_shard(text: str) -> tuple[int, int]:
+    """`2/8` as (2, 8). Raises ConfigError."""
+    from vila.core.errors import ConfigError
+
+    index, _, workers = text.partition("/")
+    if not (index.isdecimal() and workers.isdecimal() and int(index) < int(workers)):
+        raise ConfigError(f"--shard {text!r}: expected k/n with k from 0 to n - 1, such as 0/4")
+    return int(index), int(workers)
+
+
+def resize_rule(short_side: int, quality: int) -> ResizeRule:
+    """The rule that two flags ask for."""
+    from vila.prepare.download import ResizeRule
+
+    return ResizeRule(short_side or None, quality)
+
+
+def print_counts(index: dict[str, Any] | None, out: Path) -> None:
+    """A table of what came in, what went out and why the rest did not; without an index, what to wait for."""
+    if index is None:
+        typer.echo(f"{out}: this worker is done; run the same command again when the others are")
+        return
+    print_table("records", index["counts"])
+    shards = index["shards"]
+    typer.echo(f"{out}: {sum(one['samples'] for one in shards):,} samples in {len(shards):,} files")
+    if index["counts"]["dropped"] or index["counts"]["noted"]:
+        typer.echo(f"what was left out: {out / 'log' / 'failures.jsonl'}")
+
+
+def print_table(title: str, counts: dict[str, Any]) -> None:
+    """Stored counts as a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title, "number")
+    table.add_row("in", f"{counts['in']:,}")
+    table.add_row("out", f"{counts['out']:,}")
+    for kind in ("dropped", "noted"):
+        for name, number in counts[kind].items():
+            table.add_row(f"{kind}: {name}", f"{number:,}")
+    Console().print(table)
+
+
+# --- data_fetch_flags
+# The rules of fetching as flags: one for each field of `FetchRules`, told here because help loads no network code.
+
+
+_PANEL = "Downloading"
+FLAGS: dict[str, tuple[int | float | bool | str, str]] = {
+    "in_flight": (256, "Requests at once, over all hosts."),
+    "per_host": (4, "Requests at once to one host; 1 where many workers share a release."),
+    "host_delay_s": (0.05, "Seconds from one request to a host to the next, at least."),
+    "connect_timeout_s": (5.0, "Seconds for the name and the connection, and once more for TLS."),
+    "read_timeout_s": (10.0, "Seconds of silence before an attempt fails."),
+    "total_timeout_s": (30.0, "Seconds for one attempt, redirects included."),
+    "attempts": (3, "Tries in all for timeouts, broken connections and busy servers."),
+    "backoff_s": (1.0, "Seconds before the second try; they double each time."),
+    "longest_wait_s": (60.0, "Seconds that a server may ask us to wait; beyond that it has failed."),
+    "max_bytes": (20 * 2**20, "Bytes of the largest picture."),
+    "max_redirects": (5, "Redirects that one attempt follows."),
+    "allow_private": (False, "Also fetch from this machine and its network."),
+    "keep_out": (True, "Leave pictures alone whose X-Robots-Tag says noai or noimageai."),
+    "user_agent": ("vila", "Who we say we are; name a contact for large downloads."),
+}
+"""Default and help by field."""
+
+
+def with_fetch_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """`command` with the flags; it gets them in its last parameter `fetch`, a mapping of fields of `FetchRules`."""
+    own = inspect.signature(command, eval_str=True)
+    flags = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default=default,
+            annotation=Annotated[type(default), typer.Option(help=text, rich_help_panel=_PANEL)],
+        )
+        for name, (default, text) in FLAGS.items()
+    ]
+
+    @wraps(command)
+    def wrapper(**given: Any) -> None:
+        command(**{name: given[name] for name in given.keys() - FLAGS}, fetch={name: given[name] for name in FLAGS})
+
+    kept = [one for name, one in own.parameters.items() if name != "fetch"]
+    wrapper.__signature__ = own.replace(parameters=[*kept, *flags])  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {one.name: one.annotation for one in [*kept, *flags]} | {"return": None}
+    return wrapper
+
+
+# --- data_prepare_web
+# `vila data prepare mmc4` and `coyo`: releases that are lists of addresses, whose pictures are downloaded.
+
+
+_Keep = Annotated[float, typer.Option(help="Share of each file's rows to take, the best first; over 0, at most 1.")]
+_Threshold = Annotated[float, typer.Option(help="Least sum of both CLIP similarities, -2 to 2; -2 takes all.")]
+_PerList = Annotated[int, typer.Option(help="Rows of one list, which is one unit of work.", min=1)]
+
+
+@with_fetch_flags
+def mmc4(
+    sources: Sources,
+    out: Out,
+    shard: Shard = "0/1",
+    per_shard: PerShard = 1000,
+    drop_incomplete: Annotated[
+        bool, typer.Option("--drop-incomplete", help="A document goes with its first bad picture, as in the original.")
+    ] = False,
+    keep_parts: KeepParts = True,
+    short_side: ShortSide = 336,
+    quality: Quality = 90,
+    *,
+    fetch: Mapping[str, Any],
+) -> None:
+    """Download the pictures of MMC4's documents (.jsonl, .jsonl.gz or .jsonl.zip)."""
+    from vila.cli.progress import Screen
+    from vila.media.bulk_download import FetchRules
+    from vila.prepare.mmc4 import prepare_mmc4
+
+    own, resize, rules = parse_shard(shard), resize_rule(short_side, quality), FetchRules(**fetch)
+    with Screen() as screen:
+        index = prepare_mmc4(
+            sources, out, drop_incomplete=drop_incomplete, rules=rules, resize=resize, per_shard=per_shard, shard=own,
+            keep_parts=keep_parts, events=screen,
+        )  # fmt: skip
+    print_counts(index, out)
+
+
+@with_fetch_flags
+def coyo(
+    sources: Sources,
+    out: Out,
+    keep: _Keep = 0.2,
+    threshold: _Threshold = 0.6,
+    rows_per_list: _PerList = 12_440,
+    shard: Shard = "0/1",
+    per_shard: PerShard = 10_000,
+    keep_parts: KeepParts = True,
+    short_side: ShortSide = 336,
+    quality: Quality = 90,
+    *,
+    fetch: Mapping[str, Any],
+) -> None:
+    """Choose the best pairs of COYO's parquet files (to OUT/lists), then download their pictures."""
+    from vila.cli.progress import Screen
+    from vila.media.bulk_download import FetchRules
+    from vila.prepare.coyo import prepare_coyo, select_coyo
+
+    own, resize, rules = parse_shard(shard), resize_rule(short_side, quality), FetchRules(**fetch)
+    lists = out / "lists"
+    with Screen() as screen:
+        select_coyo(
+            sources, lists, share=keep, threshold=threshold, rows_per_unit=rows_per_list, shard=own, events=screen
+        )
+        chosen = _selected(sources, lists)
+        index = None
+        if chosen:
+            index = prepare_coyo(
+                chosen[0], out, rules=rules, resize=resize, per_shard=per_shard, shard=own, keep_parts=keep_parts,
+                events=screen,
+            )  # fmt: skip
+    if chosen:
+        print_table("rows of the tables", chosen[1].as_json())
+    print_counts(index, out)
+
+
+def _selected(sources: Sequence[Path], lists: Path) -> tuple[list[Path], Counts] | None:
+    """The lists of all workers and what their selection left out; None while some have not selected."""
+    from vila.core.errors import DataError
+    from vila.prepare.coyo import read_selection
+    from vila.prepare.work_units import Counts, unit_names
+
+    records = [lists / f"{name}.selected.json" for name in unit_names(sources)]
+    if not all(record.is_file() for record in records):
+        return None
+    found = [read_selection(record) for record in records]
+    files = [file for own, _ in found for file in own]
+    if not files:
+        raise DataError(f"{lists}: no row of {len(records)} files is good enough; lower --threshold in another folder")
+    return files, Counts.total(counts for _, counts in found)
+
 
 app = typer.Typer(help="Turn public releases into shards; run again to go on after a stop.", no_args_is_help=True)
 app.command()(mmc4)
@@ -73,7 +293,6 @@ def m3it(
     keep_parts: KeepParts = True,
 ) -> None:
     """Turn the training files of M3IT's sets into questions with their pictures."""
-    from vila.cli.data_m3it import training_files
     from vila.cli.progress import Screen
     from vila.prepare.m3it import prepare_m3it
 
@@ -123,3 +342,42 @@ def pkl(
             folder, out, kind.value, per_shard=per_shard, shard=own, keep_parts=keep_parts, events=screen
         )
     print_counts(index, out)
+
+
+# --- data_m3it
+# Where the sets of M3IT lie in a copy of the release: FOLDER/.../SET/train*.jsonl, or parquet.
+
+
+_ENDS = (".jsonl", ".jsonl.gz", ".jsonl.zip", ".parquet")
+
+
+def training_files(folder: Path, chosen: Sequence[str]) -> dict[str, list[Path]]:
+    """The training files of each set by its name; all sets of the recipe where none is chosen.
+
+    Files are those whose names begin with `train`; where a set has several kinds, the first of .jsonl, .jsonl.gz,
+    .jsonl.zip, .parquet. Raises ConfigError naming every set without one.
+    """
+    from vila.prepare.m3it import SETS
+
+    known = [name for names in SETS.values() for name in names]
+    for name in chosen:
+        if name not in known:
+            raise UnknownNameError("M3IT set", name, known)
+    if not folder.is_dir():
+        raise ConfigError(f"{folder}: no such folder; name the one that holds M3IT")
+    found = {name: _files(folder, name) for name in (chosen or known)}
+    missing = [name for name, files in found.items() if not files]
+    if missing:
+        raise ConfigError(
+            f"{folder}: no {'/'.join(missing[:1])}/train*{_ENDS[0]} or {_ENDS[-1]} below it; {len(missing)} of "
+            f"{len(found)} sets are missing: {', '.join(missing)}. Name those that you have with --set"
+        )
+    return found
+
+
+def _files(folder: Path, name: str) -> list[Path]:
+    files = [path for path in sorted(folder.rglob(f"{name}/train*")) if path.is_file()]
+    for end in _ENDS:
+        if these := [path for path in files if path.name.lower().endswith(end)]:
+            return these
+    return []

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vila.core.errors import ConfigError
-from vila.core.events import SILENT, Events
+from vila.core.progress import SILENT, Events
 
 if TYPE_CHECKING:
     from vila.chat.tokenize import TokenizedSample
     from vila.config.schema import Recipe
     from vila.core.types import Sample
     from vila.core.vision_spec import ImageMode
-    from vila.data.loader import SampleReader
+    from vila.data.dataset import SampleReader
     from vila.data.mixture import Mixture, Part
     from vila.data.preview import ImagePreview, LengthPreview
 
@@ -72,7 +72,7 @@ class DataSets:
 
     def shortened(self, part: Part, sample: Sample, max_length: int) -> int:
         """Return the tokens that are left of a sample that is cut to `max_length`, 0 if it cannot be cut."""
-        from vila.data.shorten import shorten_sample
+        from vila.data.dataset import shorten_sample
 
         kept = shorten_sample(sample, lambda shorter: self.tokenise(part, shorter), max_length)
         return 0 if kept is None else len(kept)
@@ -90,7 +90,7 @@ class DataSets:
     def require_images(self) -> None:
         """Raise ConfigError if the recipe's stage trains on images alone and the data has none."""
         if self.recipe and self.recipe.needs_images:
-            from vila.data.survey import require_images
+            from vila.data.stats import require_images
 
             require_images(self.mixture, self.recipe.needs_images)
 
@@ -134,8 +134,8 @@ def open_data(
     events:  told how files are indexed.
     """
     from vila.config.load import load_recipe, recipe_names
-    from vila.data.loader import Entry, open_mixture
-    from vila.train.rows import build_mixture
+    from vila.data.dataset import Entry, open_mixture
+    from vila.train.setup import build_mixture
 
     recipe: Recipe | None = None
     origins: dict[str, str] = {}
@@ -180,8 +180,8 @@ def parse_options(words: Sequence[str]) -> dict[str, Any]:
 
 def _reader(mixture: Mixture, template: str, model: str, image_mode: ImageMode | None) -> tuple[SampleReader, Any]:
     """Return a reader of samples for a model, and its tokenizer. image_mode: the recipe's, in place of the model's."""
-    from vila.data.loader import SampleReader
-    from vila.model.load import open_checkpoint
+    from vila.data.dataset import SampleReader
+    from vila.model.loading import open_checkpoint
 
     processor = open_checkpoint(model, template=template or None).processor
     chosen = template or processor.find_template().name

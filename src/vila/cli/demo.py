@@ -43,10 +43,10 @@ def demo(
     # Gradio reads this when it is imported.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     require_extra("demo", "vila demo")
-    from vila.serve.access import hosts_of
-    from vila.serve.demo_client import ApiClient
-    from vila.serve.demo_run import card_words, run_page
-    from vila.serve.process import server_process
+    from vila.serve.admission import hosts_of
+    from vila.serve.demo.client import ApiClient
+    from vila.serve.demo.ui import card_words, run_page
+    from vila.serve.server import server_process
 
     hosts_of(host, allowed_host or ())  # refuses bad names before a server is started
     with ExitStack() as stack:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import typer
 
-from vila.core.machine import processor_name, version
 from vila.core.optional import EXTRAS
+from vila.core.system import processor_name, version
 
 _NEEDED = (
     "torch",
@@ -78,7 +78,7 @@ def _rows(missing: list[str]) -> Iterator[tuple[str, str]]:
 def _torch_rows() -> Iterator[tuple[str, str]]:
     import torch
 
-    from vila.model.precision import choose_dtype, has_fast_bfloat16
+    from vila.model.loading import choose_dtype, has_fast_bfloat16
 
     yield "processor", f"{processor_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used"
     yield "cpu capability", torch.backends.cpu.get_cpu_capability()

@@ -55,16 +55,15 @@ def export(
     missing = [name for name, value in (("MODEL", model), ("--format", format_name), ("--out", out)) if not value]
     if missing or out is None:
         raise ConfigError(f"vila export: {', '.join(missing)} missing; --list names the formats")
-    from vila.export.target import EXPORTS, ExportOptions, settled
+    from vila.export.base import EXPORTS, ExportOptions, settled
 
     asked = settled(EXPORTS[format_name], ExportOptions(precision, group_size, ranks))
 
     from vila.cli.convert import stop_cleanly
     from vila.cli.info import human_bytes
     from vila.cli.progress import Screen
-    from vila.export.int4_choice import DEFAULT_GROUP, group_of
+    from vila.export.base import DEFAULT_GROUP, check_out, group_of, write_export
     from vila.export.source import open_source
-    from vila.export.write import check_out, write_export
 
     target = out.expanduser()
     # Before the model, which may come from the hub.
@@ -95,7 +94,7 @@ def export(
 
 
 def _list() -> None:
-    from vila.export.target import EXPORTS
+    from vila.export.base import EXPORTS
 
     for name in EXPORTS:
         target = EXPORTS[name]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vila.cli import options
-from vila.cli.facts import BYTES, MEMORY_NOTE
+from vila.model.inspect import BYTES, MEMORY_NOTE
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -42,9 +42,8 @@ def info(
     """Say what [bold]MODEL[/bold] is, in any layout known here, and the memory it needs; no weights are read."""
     import sys
 
-    from vila.cli.facts import checkpoint_facts
-    from vila.model.build import empty_model
-    from vila.model.load import open_checkpoint
+    from vila.model.inspect import checkpoint_facts
+    from vila.model.loading import empty_model, open_checkpoint
 
     checkpoint = open_checkpoint(model, template=template or None, base=base or None, revision=revision or None)
     # Every fault that stops loading is reported here too.

@@ -27,16 +27,16 @@ from vila.cli.convert import convert
 from vila.cli.data import app as data_app
 from vila.cli.demo import demo
 from vila.cli.doctor import doctor
-from vila.cli.evaluate import evaluate
+from vila.cli.eval import evaluate
 from vila.cli.export import export
 from vila.cli.info import info
 from vila.cli.plan import plan
+from vila.cli.prompt_input import ShotCommand
 from vila.cli.quantize import quantize
 from vila.cli.quickstart import quickstart
 from vila.cli.run import run
 from vila.cli.score import score
 from vila.cli.serve import serve
-from vila.cli.shots import ShotCommand
 from vila.cli.submit import submit
 from vila.cli.train import train
 from vila.core.errors import Interrupted, VilaError

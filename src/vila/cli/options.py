@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vila.core.errors import UnknownNameError
+from vila.core.errors import ConfigError, ContextOverflowError, MediaError, UnknownNameError
+from vila.core.optional import MissingExtraError
+from vila.core.progress import Silent
+from vila.core.types import Image, Message, Part, Video
+
+if TYPE_CHECKING:
+    from vila.engine.engine import Engine
+    from vila.engine.request import Sampling
+    from vila.model.config import VilaConfig
+    from vila.model.layouts.base import Checkpoint
+    from vila.model.processor import VilaProcessor
+
 
 _LOADING = "Loading"
 _SAMPLING = "Sampling"
@@ -212,3 +224,185 @@ Truncate = Annotated[
     bool,
     typer.Option("--truncate", help="Drop the oldest turns of a prompt that is too long.", rich_help_panel=_SAMPLING),
 ]
+
+
+# --- loading
+# From the loading flags to a checkpoint, and from that to an engine: everything is checked before weights are read.
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """Which model, and how. Empty strings and zeros stand for flags that were not given."""
+
+    model: str
+    template: str = ""
+    base: str = ""
+    revision: str = ""
+    dtype: str = "auto"
+    device: str = "auto"
+    backend: str = "auto"
+    head_bits: int = 0
+    activation_bits: int = 0
+    threads: int = 0
+
+
+def open_model(loading: Loading) -> Checkpoint:
+    """The checkpoint, no weights read.
+
+    Raises TemplateError when nothing says which template it has, ConfigError when a GPU is asked for that is not there.
+    """
+    from vila.model.loading import open_checkpoint
+
+    check_backend_flags(loading, choose_device(loading.device))
+    checkpoint = open_checkpoint(
+        loading.model,
+        template=loading.template or None,
+        base=loading.base or None,
+        revision=loading.revision or None,
+    )
+    checkpoint.processor.find_template()
+    return checkpoint
+
+
+def load_engine(checkpoint: Checkpoint, loading: Loading) -> Engine:
+    """The engine of an open checkpoint, its weights read now. Which backend was chosen is said on standard error."""
+    from vila.engine.engine import Engine
+    from vila.model.loading import build_model, choose_dtype
+
+    device = choose_device(loading.device)
+    take_threads(loading.threads)
+    model = build_model(checkpoint, choose_dtype(loading.dtype, device), device)
+    bits = {"head_bits": loading.head_bits, "activation_bits": loading.activation_bits}
+    return Engine.on_backend(model, checkpoint.processor, loading.backend, **bits, events=Aloud())
+
+
+def check_backend_flags(loading: Loading, device: str) -> None:
+    """Raises ConfigError for a backend that is unknown, missing, or cannot run on the device or with these flags."""
+    from vila.engine.backend import check_backend
+
+    try:
+        check_backend(loading.backend, loading.head_bits, 0, device, loading.activation_bits)
+    except MissingExtraError:
+        raise
+    except ConfigError as error:
+        raise ConfigError(_as_backend_flags(str(error))) from error
+
+
+def take_threads(count: int) -> None:
+    """Let PyTorch, and with it every backend, use so many threads; 0 leaves them as they are."""
+    import torch
+
+    if count:
+        torch.set_num_threads(count)
+
+
+class Aloud(Silent):
+    """Says lines on standard error."""
+
+    def said(self, text: str) -> None:
+        """A line for the reader."""
+        typer.echo(text, err=True)
+
+
+def choose_device(name: str) -> str:
+    """`auto` is the GPU if there is one. Raises ConfigError when a GPU is asked for that is not there."""
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: PyTorch finds no CUDA device here; leave it out, or see vila doctor")
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def check_fit(config: VilaConfig, processor: VilaProcessor, messages: Sequence[Message], sampling: Sampling) -> int:
+    """How many of the oldest messages will be left out so that the prompt and its answer fit the context.
+
+    Raises ContextOverflowError with the numbers, and TemplateError for roles out of order.
+    """
+    from vila.engine.context import fit_prompt
+
+    try:
+        _, dropped = fit_prompt(
+            messages,
+            processor.prompt,
+            context=config.context_length,
+            answer=sampling.max_new_tokens,
+            overlong=sampling.overlong,
+        )
+    except ContextOverflowError as error:
+        raise ContextOverflowError(_as_flags(str(error))) from error
+    return dropped
+
+
+def _as_backend_flags(text: str) -> str:
+    flags = {
+        "backend='onnx'": "--backend onnx",
+        "head_bits=": "--head-bits ",
+        "activation_bits=": "--activation-bits ",
+        "device='cpu'": "--device cpu",
+    }
+    for argument, flag in flags.items():
+        text = text.replace(argument, flag)
+    return text
+
+
+def _as_flags(text: str) -> str:
+    """The engine speaks of its arguments; here they are flags."""
+    return text.replace('overlong="truncate"', "--truncate").replace("max_new_tokens", "--max-new-tokens")
+
+
+# --- media
+# Images and videos as the command line names them, checked before a model is loaded.
+
+
+def media_path(name: str) -> Path | str:
+    """A URL as it is, anything else as a path."""
+    return name if "://" in name or name.startswith("data:") else Path(name).expanduser()
+
+
+def image_of(name: str) -> Image:
+    """An image by its path or URL."""
+    return Image(media_path(name))
+
+
+def video_of(name: str, num_frames: int | None) -> Video:
+    """A video by its path or URL."""
+    return Video(media_path(name), num_frames)
+
+
+def open_pictures(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """The messages with every image read: a bad one shows before weights are read, and a URL is fetched once.
+
+    Raises MediaError for an image that cannot be decoded and for a video whose file is missing.
+    """
+    return tuple(replace(message, parts=tuple(map(_opened, message.parts))) for message in messages)
+
+
+def opened(image: Image) -> Image:
+    """The image with its encoded bytes in memory, checked: whether its EXIF turns it is for the model's settings."""
+    return read_image(image)[0]
+
+
+def read_image(image: Image) -> tuple[Image, tuple[int, int]]:
+    """The image with its encoded bytes in memory, and its (width, height). Raises MediaError if decoding fails."""
+    from PIL import Image as PilImage
+
+    from vila.media.image import Loaded, open_image, open_source
+
+    if not isinstance(image.source, PilImage.Image):
+        stream, name = open_source(image.source, "an image")
+        with stream:
+            image = Image(Loaded(name, stream.read()))
+    return image, open_image(image).size
+
+
+def _opened(part: Part) -> Part:
+    if isinstance(part, Video):
+        check_clip(part)
+    return opened(part) if isinstance(part, Image) else part
+
+
+def check_clip(video: Video) -> None:
+    """Raises MediaError when the video is a file that is not there; its content is checked when it is decoded."""
+    if isinstance(video.source, Path) and not video.source.is_file():
+        problem = "a directory, not a video" if video.source.is_dir() else "no such file"
+        raise MediaError(problem, file=video.source, hint="give the path of one file")

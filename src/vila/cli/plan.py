@@ -52,9 +52,9 @@ def plan(
 ) -> None:
     """Say what [bold]RECIPE[/bold] takes on a machine: memory, batch, days and disk; refuse what cannot fit."""
     from vila.config.load import load_recipe
-    from vila.plan.data_facts import DataFacts
     from vila.plan.devices import parse_machine
     from vila.plan.planner import make_plan
+    from vila.plan.published_data import DataFacts
 
     data = None if samples is None else DataFacts(samples, images, text, text / 2, ("as given",))
     made = make_plan(load_recipe(recipe, overrides or []), parse_machine(gpus), mfu=mfu, data=data)

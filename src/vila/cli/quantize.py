@@ -11,8 +11,11 @@ import typer
 from vila.cli import options
 
 if TYPE_CHECKING:
-    from vila.quant.calibrate import Calibration
-    from vila.quant.checkpoint import Request
+    from rich.console import Console
+
+    from vila.quant.calibration import Calibration
+    from vila.quant.quantize import Request
+
 
 _SEARCH = "Search"
 _CALIBRATION = "Calibration"
@@ -145,15 +148,12 @@ def quantize(
     """Write [bold]MODEL[/bold] with the LLM's weights in 4 bits; the same command after a kill goes on where it was."""
     from rich.console import Console
 
-    from vila.cli.convert import check_apart, check_target, stop_cleanly
-    from vila.cli.layout_readme import README, layout_readme
+    from vila.cli.convert import README, check_apart, check_target, layout_readme, stop_cleanly
     from vila.cli.progress import Screen
-    from vila.cli.quantize_summary import show_summary
-    from vila.model.build import build_model, empty_model
-    from vila.model.hub import local_folder
-    from vila.model.load import open_checkpoint
-    from vila.quant.awq_cache import read_search, write_awq_cache
-    from vila.quant.checkpoint import (
+    from vila.model.loading import build_model, empty_model, local_folder, open_checkpoint
+    from vila.quant.awq_cache import load_search, read_search, write_awq_cache
+    from vila.quant.awq_search import check_ids
+    from vila.quant.quantize import (
         PUBLISHED_GROUP_SIZE,
         SEARCH_FILE,
         check_plan,
@@ -162,8 +162,6 @@ def quantize(
         quantize_checkpoint,
         with_group,
     )
-    from vila.quant.inputs import check_ids
-    from vila.quant.result import load_search
 
     request = _request(method, symmetric, scaling, clipping, rounding, image_weight, device.value)
     target = out.expanduser()
@@ -219,8 +217,8 @@ def _request(
 
     import torch
 
-    from vila.cli.loading import choose_device
-    from vila.quant.checkpoint import BEST, Request
+    from vila.cli.options import choose_device
+    from vila.quant.quantize import BEST, Request
 
     start = BEST if method is Method.BEST else Request("rtn" if method is Method.RTN else "awq")
     place = torch.device(choose_device(device))
@@ -265,7 +263,7 @@ def _check_dump(path: Path, target: Path, method: Method, overwrite: bool) -> No
 
 def calibration_of(names: list[str], processor: Any, rows: int, samples: int, screen: Any) -> Calibration:
     """What `--calib` names, joined: the packaged text, files of text, and recipes."""
-    from vila.quant.calibrate import join_calibrations, packaged_documents, read_documents, text_calibration
+    from vila.quant.calibration import join_calibrations, packaged_documents, read_documents, text_calibration
 
     parts = []
     for name in names:
@@ -282,9 +280,51 @@ def calibration_of(names: list[str], processor: Any, rows: int, samples: int, sc
 
 def _of_recipe(name: str, processor: Any, samples: int, screen: Any) -> Calibration:
     from vila.config.load import load_recipe
-    from vila.data.loader import Entry, open_mixture
-    from vila.quant.mixture_calibration import mixture_calibration
+    from vila.data.dataset import Entry, open_mixture
+    from vila.quant.calibration import mixture_calibration
 
     recipe = load_recipe(name)
     mixture = open_mixture([Entry(**entry.model_dump()) for entry in recipe.data.mixture], recipe.seed, screen)
     return mixture_calibration(mixture, processor, samples=samples, name=Path(name).name)
+
+
+# --- quantize_summary
+# What `vila quantize` says at its end: the errors of each block, sizes, calibration, memory.
+
+
+def show_summary(console: Console, target: Path, summary: dict[str, Any]) -> None:
+    """Print what `quantize_checkpoint` gave for the directory `target`."""
+    from rich.table import Table
+
+    from vila.cli.info import human_bytes
+
+    table = Table(title="errors per block", title_justify="left")
+    for column in ("block", "weights off", "error left by scales"):
+        table.add_column(column, justify="right")
+    for index, block in enumerate(summary["blocks"]):
+        left = block.get("error_left")
+        table.add_row(str(index), f"{block['weights_off']:.2%}", "" if left is None else f"{left:.0%} of rounding's")
+    console.print(table)
+    shrunk = summary["bytes_before"] / max(1, summary["bytes_after"])
+    console.print(
+        f"{target}: {summary['linears']} Linears of {len(summary['blocks'])} blocks in INT4, groups of "
+        f"{summary['group_size']}, {summary['method']}; {human_bytes(summary['bytes_before'])} in memory before, "
+        f"{human_bytes(summary['bytes_after'])} in files now ({shrunk:.2f} times smaller)",
+        markup=False,
+    )
+    if (calibration := summary["calibration"]) is not None:
+        console.print(
+            f"calibrated with {calibration['name']}, {calibration['tokens']:,} tokens, sha256 {calibration['sha256']}",
+            markup=False,
+        )
+    console.print(f"peak memory of this run: {_peak()}")
+
+
+def _peak() -> str:
+    import resource
+    import sys
+
+    from vila.cli.info import human_bytes
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return human_bytes(peak if sys.platform == "darwin" else peak * 1024)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from vila.chat.content import messages_of, read_media
-from vila.cli.conversation import Question
-from vila.cli.media import media_path
+from vila.cli.options import media_path
+from vila.cli.prompt_input import Question
 from vila.core.errors import DataError, near_names
 from vila.core.reading import file_errors, read_json, read_jsonl
 from vila.core.types import Image, Message, Part, Text, Video

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vila.cli.judging import DEFAULT_JUDGE, JudgeModelOption, JudgeOption
+from vila.cli.eval import DEFAULT_JUDGE, JudgeModelOption, JudgeOption
 
 if TYPE_CHECKING:
     from vila.eval.benchmark import Scored
@@ -30,14 +30,13 @@ def score(
     """Score answers; the headline is the published figure: percent, or points for MME."""
     import json
 
-    from vila.cli.evaluate import names_of, rules_of
-    from vila.cli.judging import check_judge, give_judge
+    from vila.cli.eval import check_judge, give_judge, names_of, rules_of
     from vila.cli.progress import Screen
     from vila.core.errors import ConfigError
     from vila.eval.benchmark import BENCHMARKS
     from vila.eval.judge import NotJudgedError
-    from vila.eval.statistics import compare as compared
-    from vila.eval.statistics import score_interval
+    from vila.eval.stats import compare as compared
+    from vila.eval.stats import score_interval
 
     check_judge(judge)
     names = names_of(benchmark)
@@ -89,7 +88,7 @@ def score_file(benchmark: Any, path: Path, rules: Any) -> Scored:
     """The score of a file. Raises DataError for lines that cannot be read, unless the rules leave them out."""
     from dataclasses import replace
 
-    from vila.eval.answers import bad_lines, read_answers
+    from vila.eval.predictions import bad_lines, read_answers
 
     answers = read_answers(path)
     notes = bad_lines(answers.bad, skipped=getattr(benchmark, "skips_bad_lines", False))

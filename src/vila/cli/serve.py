@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vila.cli import options
-from vila.cli.loading import Loading
+from vila.cli.options import Loading
 from vila.core.errors import ConfigError
 from vila.core.optional import require_extra
 
@@ -136,10 +136,10 @@ def serve(
     _check(models, name, tls_cert, tls_key)
     _check_domains(allowed_media_domain or ())
     require_extra("serve", "vila serve")
-    from vila.serve.access import read_keys
+    from vila.serve.admission import read_keys
     from vila.serve.chat import Service
+    from vila.serve.media import SERVER_MEDIA, Limits
     from vila.serve.models import Batching, Models
-    from vila.serve.received import SERVER_MEDIA, Limits
     from vila.serve.server import ServerConfig
     from vila.serve.server import serve as run
 
@@ -200,7 +200,7 @@ def _check(models: list[str], names: list[str] | None, certificate: str, key: st
 
 
 def _check_domains(domains: Sequence[str]) -> None:
-    from vila.media.addresses import normal_host
+    from vila.media.http import normal_host
 
     for domain in domains:
         try:
@@ -221,7 +221,7 @@ def _served(loading: Loading, given: str) -> ServedModel:
 
 def _loader(loading: Loading) -> Callable[[], Engine]:
     def load() -> Engine:
-        from vila.cli.loading import load_engine, open_model
+        from vila.cli.options import load_engine, open_model
 
         return load_engine(open_model(loading), loading)
 

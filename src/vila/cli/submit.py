@@ -27,7 +27,7 @@ def submit(
     """Write what VQAv2's, VizWiz's and MMBench's servers want, checked, and say where to upload it."""
     from vila.core.errors import DataError
     from vila.core.files import check_writable
-    from vila.eval.report_digest import read_run
+    from vila.eval.report_data import read_run
     from vila.eval.submit import describe, submit_run
 
     seen = read_run(run)

@@ -5,17 +5,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vila.core.dist import current_place
+from vila.core.distributed import current_place
 from vila.core.errors import VilaError
-from vila.core.events import SILENT
+from vila.core.progress import SILENT
 
 if TYPE_CHECKING:
     from vila.config.schema import Recipe
-    from vila.train.run import Run
+    from vila.train.build import Run
+
 
 _SURVEYED = 16
 _NOTED = 3
@@ -67,11 +70,10 @@ def train(
         sys.stdout.flush()
         _look(resolved, origins)
         return
-    from vila.cli.model_card import write_model_card
     from vila.cli.progress import Screen
-    from vila.cli.watch import check_monitor, listeners_of
+    from vila.cli.train_callbacks import check_monitor, listeners_of
     from vila.core.files import write_json
-    from vila.train.run import build, is_finished, model_dir, refuse_changes
+    from vila.train.build import build, is_finished, model_dir, refuse_changes
 
     with Screen() as screen:
         # All processes of a run come through here; one of them speaks.
@@ -129,9 +131,8 @@ def _look(recipe: Recipe, origins: Mapping[str, str]) -> None:
     that the user names are errors.
     """
     from vila.cli.progress import Screen
-    from vila.cli.watch import check_monitor
-    from vila.config.layers import origin_of
-    from vila.config.load import recipe_names
+    from vila.cli.train_callbacks import check_monitor
+    from vila.config.load import origin_of, recipe_names
     from vila.train.preflight import Preflight
 
     packaged = set(recipe_names())
@@ -150,9 +151,9 @@ def _look(recipe: Recipe, origins: Mapping[str, str]) -> None:
 
 def _batch(recipe: Recipe, arguments: list[str], slurm: str, dry_run: bool) -> str:
     """The batch script, or what Slurm says to it. Raises ConfigError when the processes cannot share the batch."""
-    from vila.cli.slurm import parse_job, render_script, submit
-    from vila.data.deal import micro_note
+    from vila.data.packing import micro_note
     from vila.train.preflight import Preflight
+    from vila.train.slurm import parse_job, render_script, submit
 
     job = parse_job(slurm)
     # The job runs elsewhere: what is not on this machine may be there.
@@ -174,8 +175,8 @@ def shares_of(run: Run, length_origin: str = "") -> tuple[list[str], dict[str, i
     length_origin: recipe that `data.max_length` is from; empty if it is the default.
     """
     from vila.data.preview import LengthPreview
-    from vila.data.survey import survey
-    from vila.train.rows import build_reader
+    from vila.data.stats import survey
+    from vila.train.setup import build_reader
 
     reader = build_reader(run.recipe, run.processor, run.mixture)
     try:
@@ -198,7 +199,7 @@ def shares_of(run: Run, length_origin: str = "") -> tuple[list[str], dict[str, i
 
 def preview_of(run: Run) -> list[str]:
     """Describe what the tower sees of a few images of each data set, and media that the samples do not have."""
-    from vila.cli.data_shown import unread_note
+    from vila.cli.data import unread_note
     from vila.data.preview import preview_images
 
     lines = []
@@ -207,3 +208,32 @@ def preview_of(run: Run) -> list[str]:
         if note := unread_note(part.source.unread):
             lines.append(f"  {part.name}: {note}")
     return lines
+
+
+# --- model_card
+# The card of a run's model, from what the run left in its folder and what is known of its data.
+
+
+def write_model_card(recipe: Recipe, command: str = "") -> Path:
+    """Write the card of a finished run's model; returns its path.
+
+    command: the command line that trained it, where it is to be repeated word for word.
+    """
+    from vila.core.reading import Fields
+    from vila.prepare.licences import licences_of
+    from vila.train.metrics import read_metrics
+    from vila.train.model_card import write_card
+
+    folder = recipe.output.dir
+    finished = Fields.of_file(folder / "finished.json")
+    last = finished.section("progress").integer("step", maximum=2**62)
+    facts = {
+        **finished,
+        "scores": [row for row in read_metrics(folder / "evaluations.jsonl") if row["step"] == last],
+        "data_licences": {
+            entry.path: [asdict(licence) for licence in licences_of(Path(entry.path))] for entry in recipe.data.mixture
+        },
+        "command": command,
+    }
+    write_card(folder / "model", recipe, facts)
+    return folder / "model" / "README.md"

@@ -2,21 +2,234 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import reduce
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
-from vila.config.check import check_recipe, dotted, quoted, with_item
-from vila.config.fields import describe_fields
-from vila.config.layers import COMMAND_LINE, fields_of, give_way, origin_of
-from vila.config.mixtures import expand_mixtures
-from vila.config.schema import Recipe
-from vila.core.errors import ConfigError, UnknownNameError
+from vila.config.field_docs import choices_at, describe_fields, expected_at, known_keys
+from vila.config.mixtures import Loc, expand_mixtures
+from vila.config.schema import Conflict, Recipe
+from vila.core.errors import ConfigError, UnknownNameError, near_names
 from vila.core.files import portable_path, write_text
+
+# --- layers
+# Layers of a recipe: the files that it extends, itself, and overrides; where a later layer excludes what an earlier
+# one says, and which layer each value is from.
+
+
+COMMAND_LINE = "the command line"
+"""Name of the layer of overrides."""
+
+_EXCLUSIVE: tuple[tuple[str, str], ...] = (
+    ("model.path", "model.llm"),
+    ("model.path", "model.vision"),
+    ("batch.rows", "batch.samples"),
+    ("budget.epochs", "budget.tokens"),
+    ("data.mixture.N.repeat", "data.mixture.N.weight"),
+)
+"""Fields of which one alone may be given: the later layer's stays."""
+
+
+def _no_vision(tune: Any) -> Any:
+    return [part for part in tune if part != "vision"] if isinstance(tune, (list, tuple)) else tune
+
+
+_GIVES_WAY: tuple[tuple[str, Callable[[Any], bool], str, Callable[[Any], Any]], ...] = (
+    ("stage.lora.rank", bool, "stage.llm_parts", lambda parts: []),
+    ("stage.lora.rank", bool, "stage.tune", _no_vision),
+    ("stage.tune", lambda tune: _no_vision(tune) != tune, "compute.feature_cache", lambda cache: False),
+)
+"""A field with a value that has an effect, and an earlier layer's field that gives way to it, changed so. The other way
+round is an error: without its adapters, for example, a recipe would train the whole LLM at their rate."""
+
+
+def give_way(base: dict[str, Any], change: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return `base` without the values that those of the later layer `change` exclude, and their fields.
+
+    In `change` the items of a list may be given by number, as overrides do (`{"mixture": {"0": {"weight": 2}}}`).
+    """
+    changed: list[str] = []
+    for one, other in _EXCLUSIVE:
+        for first, second in ((one, other), (other, one)):
+            for field, rival in _places(change, first, second):
+                if value_at(change, field) and value_at(change, rival) is None and value_at(base, rival):
+                    base = _with(base, rival, None)
+                    changed.append(rival)
+    for field, has_effect, rival, weaken in _GIVES_WAY:
+        value, old = value_at(change, field), value_at(base, rival)
+        if value is not None and has_effect(value) and value_at(change, rival) is None and old is not None:
+            new = weaken(old)
+            if new != old:
+                base = _with(base, rival, new)
+                changed.append(rival)
+    return base, changed
+
+
+def value_at(tree: Any, field: str) -> Any:
+    """The value at a dotted field, items of lists by number; None where there is none."""
+    for key in field.split("."):
+        if isinstance(tree, Mapping):
+            tree = tree.get(key)
+        elif isinstance(tree, (list, tuple)) and key.isdecimal() and int(key) < len(tree):
+            tree = tree[int(key)]
+        else:
+            return None
+    return tree
+
+
+def fields_of(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted fields of all values that a layer gives; a list is one value."""
+    for key, value in tree.items():
+        field = f"{prefix}.{key}" if prefix else str(key)
+        if isinstance(value, Mapping) and value:
+            yield from fields_of(value, field)
+        else:
+            yield field
+
+
+def origin_of(field: str, origins: Mapping[str, str]) -> str | None:
+    """The layer that the value of a field is from; of an item of a list, the one that the list is from."""
+    keys = field.split(".")
+    return next((found for size in range(len(keys), 0, -1) if (found := origins.get(".".join(keys[:size])))), None)
+
+
+def _places(change: Mapping[str, Any], first: str, second: str) -> Sequence[tuple[str, str]]:
+    """The two fields; where they are those of the items of a list, of each item that `change` has by its number."""
+    listed, _, _ = first.partition(".N.")
+    if listed == first:
+        return [(first, second)]
+    items = value_at(change, listed)
+    numbers = items if isinstance(items, Mapping) else ()
+    return [(first.replace(".N.", f".{number}."), second.replace(".N.", f".{number}.")) for number in numbers]
+
+
+def _with(tree: Any, field: str, value: Any) -> Any:
+    """A copy of a tree without the value at a field, or with another one there; None: without."""
+    key, _, rest = field.partition(".")
+    if isinstance(tree, (list, tuple)):
+        return [_with(item, rest, value) if number == int(key) else item for number, item in enumerate(tree)]
+    if rest:
+        return {**tree, key: _with(tree[key], rest, value)}
+    return {**{name: old for name, old in tree.items() if name != key}, **({} if value is None else {key: value})}
+
+
+# --- check
+# From plain data to a Recipe; every problem in words, with its dotted path, the value, and what is expected.
+
+
+_LONGEST_VALUE = 80
+
+
+def check_recipe(tree: Mapping[str, Any], layers: Mapping[str, str] | None = None) -> tuple[Recipe | None, list[str]]:
+    """The recipe that `tree` states and no problems, or None and every problem found.
+
+    layers: the name of the recipe or file that each field is from, for problems between several fields.
+
+    A misspelt key is reported and then read as the key it resembles, so that one typing error neither hides
+    the problems behind it nor shows up a second time as a missing field.
+    """
+    tree, origins, problems = expand_mixtures(tree)
+    if problems:
+        return None, problems
+    while True:
+        try:
+            recipe = Recipe.model_validate(tree)
+        except ValidationError as error:
+            faults = error.errors(include_url=False)
+        else:
+            return (None, problems) if problems else (_without_mixtures(recipe), [])
+        unknown = [fault["loc"] for fault in faults if fault["type"] == "extra_forbidden"]
+        if not unknown:
+            # To pydantic a list with wrong items is "too short" as well: of problems on one path the deepest counts.
+            inner = {fault["loc"][:depth] for fault in faults for depth in range(len(fault["loc"]))}
+            problems += [_problem(fault, origins, layers or {}) for fault in faults if fault["loc"] not in inner - {()}]
+            return None, list(dict.fromkeys(problems))
+        for loc in unknown:
+            near = near_names(str(loc[-1]), known_keys(loc[:-1]), 1)
+            problems.append(f"{dotted(_written(loc, origins))}: unknown key; {_hint(loc, near)}")
+            tree = _renamed(tree, loc, near)
+
+
+def dotted(loc: Sequence[str | int]) -> str:
+    """`data.mixture.0.path`."""
+    return ".".join(map(str, loc))
+
+
+def quoted(value: Any) -> str:
+    """The value as Python writes it, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 3]}..."
+
+
+def _hint(loc: Sequence[str | int], near: list[str]) -> str:
+    """Near key of the same section, else the same key of other sections, else the keys that the section has."""
+    elsewhere = [path for path, *_ in describe_fields() if path.rsplit(".", 1)[-1] == loc[-1]]
+    if near or elsewhere:
+        return f"did you mean {' or '.join(map(repr, near or elsewhere))}?"
+    return f"known here: {', '.join(known_keys(loc[:-1]))}"
+
+
+def _written(loc: Loc, origins: Mapping[Loc, Loc]) -> Loc:
+    """Where the user wrote what stands at `loc` after mixtures were put in their places."""
+    for length in (3, 4):
+        if loc[:length] in origins:
+            return (*origins[loc[:length]], *loc[length:])
+    return loc
+
+
+def _without_mixtures(recipe: Recipe) -> Recipe:
+    """The recipe without the named mixtures: those in use are part of `data.mixture` by now."""
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"mixtures": {}})})
+
+
+def _problem(fault: Mapping[str, Any], origins: Mapping[Loc, Loc], layers: Mapping[str, str]) -> str:
+    loc, value = fault["loc"], fault["input"]
+    shown = dotted(_written(loc, origins))
+    if fault["type"] == "value_error":
+        error = fault["ctx"]["error"]
+        text = f"{error}{_sources(error, shown, layers)}"
+        return f"{shown}: {text}" if loc else text
+    expected = expected_at(loc)
+    if fault["type"] == "missing":
+        return f"{shown}: missing; expected {expected}"
+    if expected in ("text", "a path") and isinstance(value, bool | int | float):
+        expected += "; put it in quotes"
+    near = near_names(value, choices_at(loc), 1) if isinstance(value, str) else []
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"{shown}: got {quoted(value)}, expected {expected}{hint}"
+
+
+def _sources(error: Exception, shown: str, layers: Mapping[str, str]) -> str:
+    """The recipes that the values of a conflict are from, ` (stage.tune is from my.yaml)`; empty if that is plain."""
+    if not isinstance(error, Conflict):
+        return ""
+    fields = [f"{shown}.{field}" if shown else field for field in error.fields]
+    found = {field: layer for field in fields if (layer := origin_of(field, layers))}
+    if len(set(layers.values())) < 2 or set(found.values()) <= {COMMAND_LINE}:
+        return ""
+    return f" ({', '.join(f'{field} is from {layer}' for field, layer in found.items())})"
+
+
+def _renamed(tree: Any, loc: Sequence[str | int], near: list[str]) -> Any:
+    """A copy of `tree` without the key at `loc`, its value moved to the near key unless that is there already."""
+    key, *rest = loc
+    if rest:
+        return with_item(tree, key, _renamed(tree[key], rest, near))
+    kept = {name: value for name, value in tree.items() if name != key}
+    return {**{name: tree[key] for name in near}, **kept}
+
+
+def with_item(tree: Any, key: str | int, value: Any) -> Any:
+    """A copy of a list or mapping with one item set; copies, because YAML aliases may share a part between places."""
+    if isinstance(tree, list):
+        return [value if index == key else item for index, item in enumerate(tree)]
+    return {**tree, key: value}
+
 
 __all__ = ["describe_fields", "load_recipe", "recipe_differences", "recipe_names", "recipe_to_yaml", "save_recipe"]
 
@@ -51,7 +264,7 @@ def load_recipe(
     `extends` names a packaged recipe, or a file relative to the one that says so. A mapping, of a recipe or of an
     override, is merged into what it changes; any other value, a list included, replaces it. An override's value is
     YAML, and nothing after the `=` means empty text. Of settings that exclude each other, the one that is given later
-    (in a file that extends another, or on the command line) stays; see `vila.config.layers`.
+    (in a file that extends another, or on the command line) stays; see `vila.config.load`.
 
     notes:   receives a line for each setting that gave way to a later one.
     origins: receives the recipe, or "the command line", that each field is from, see `origin_of`.

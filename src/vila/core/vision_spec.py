@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Final, Literal, cast
 
 from vila.core.errors import MISSING
-from vila.core.fields import Fields
+from vila.core.reading import Fields
 
 ImageMode = Literal["pad", "resize", "square"]
 IMAGE_MODES: tuple[ImageMode, ...] = ("pad", "resize", "square")

@@ -17,9 +17,9 @@ from vila.core.errors import VilaError
 from vila.core.files import atomic_path
 from vila.core.types import Image
 from vila.core.vision_spec import ImageMode, VisionSpec
+from vila.data.dataset import Subset
 from vila.data.mixture import Part
-from vila.data.pack import Overlong
-from vila.data.view import Subset
+from vila.data.packing import Overlong
 from vila.media.image import open_image
 from vila.media.transform import square_bytes
 

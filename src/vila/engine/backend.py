@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Literal
 
 from vila.core.errors import ConfigError
-from vila.core.events import SILENT, Events
+from vila.core.progress import SILENT, Events
 from vila.engine.lean_decoder import LeanDecoder, why_not_lean
 from vila.engine.onnx.weights import ACTIVATION_BITS, FIXED_ROPE
-from vila.kernels.backends import use_backend
+from vila.kernels.select import use_backend
 from vila.model.int4 import int4_weights
-from vila.model.vila import VilaForConditionalGeneration
+from vila.model.modeling import VilaForConditionalGeneration
 
 if TYPE_CHECKING:
     from vila.engine.lean_decoder import LeanDecoder, why_not_lean

@@ -16,7 +16,7 @@ from vila.engine.lean_decoder import LeanDecoder
 from vila.engine.pictures import Picture, Prompt
 from vila.engine.prefix import Prefixes
 from vila.engine.slots import content_keys
-from vila.model.vila import VilaForConditionalGeneration
+from vila.model.modeling import VilaForConditionalGeneration
 
 # B rows  S tokens of a phase  D model width  V vocab
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vila.core.errors import ConfigError
-from vila.model.fusion import cached_mask
+from vila.model.modeling import cached_mask
 
 # B rows  Q columns of a step  K filled columns  C capacity
 

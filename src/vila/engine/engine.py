@@ -14,7 +14,7 @@ from torch import Tensor
 from vila.chat.content import messages_of
 from vila.chat.tokenize import IGNORE
 from vila.core.errors import ContextOverflowError, DataError
-from vila.core.events import SILENT, Events
+from vila.core.progress import SILENT, Events
 from vila.core.types import Image, Message
 from vila.core.vision_spec import ImageMode
 from vila.engine.answer import Answer
@@ -31,11 +31,10 @@ from vila.engine.request import Generation, Sampling, TokenEvent, choose_samplin
 from vila.engine.slot_run import SlotRun, TorchSlotRun, default_tokens, kept_dtype
 from vila.engine.static_run import StaticRun
 from vila.engine.static_step import StaticSteps
-from vila.families.card import find_family
-from vila.model.load import load_model
-from vila.model.precision import choose_dtype
+from vila.families import find_family
+from vila.model.loading import choose_dtype, load_model
+from vila.model.modeling import VilaForConditionalGeneration
 from vila.model.processor import VilaProcessor
-from vila.model.vila import VilaForConditionalGeneration
 
 if TYPE_CHECKING:
     from vila.engine.onnx.program import OnnxProgram

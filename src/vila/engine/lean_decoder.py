@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vila.engine.known_blocks import unknown_in, windows_of
-from vila.model.vila import VilaForConditionalGeneration
+from vila.model.modeling import VilaForConditionalGeneration
 
 # T tokens  H query heads  G key-value heads  E head width  D model width  V vocab
 

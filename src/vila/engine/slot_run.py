@@ -14,7 +14,7 @@ from vila.engine.lean_decoder import LeanDecoder
 from vila.engine.pictures import Picture, PictureFeatures, Prompt
 from vila.engine.slot_attention import Pass, Stretch, attend_in_slots
 from vila.engine.slot_pool import SlotPool
-from vila.model.vila import VilaForConditionalGeneration
+from vila.model.modeling import VilaForConditionalGeneration
 
 # T tokens of a pass  S tokens of a prompt's rest  D model width  V vocab  N wanted places
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from vila.engine.columns import PADDING
 from vila.engine.known_blocks import windows_of
 from vila.engine.slot_attention import attend_in_slots
-from vila.model.vila import VilaForConditionalGeneration
+from vila.model.modeling import VilaForConditionalGeneration
 
 # B rows  H query heads  G key-value heads  E head width  C columns  K columns that a step reads  V vocab
 

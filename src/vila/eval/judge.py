@@ -8,18 +8,94 @@ import ast
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Protocol
 
 from vila.core.errors import DataError, UnknownNameError
-from vila.core.files import write_jsonl
-from vila.core.reading import read_json, read_jsonl
-from vila.eval.joining import naming
-from vila.eval.judge_cost import Estimate, Prices, estimate_cost
+from vila.core.files import write_json, write_jsonl
+from vila.core.progress import SILENT, Events, task
+from vila.core.reading import Fields, lone_surrogate, read_json, read_jsonl
+from vila.eval.annotation_files import iter_rows
+from vila.eval.annotations import naming
+from vila.eval.openai_client import Endpoint, Reply, ServerError
+
+# --- judge_cost
+# What asking a judge will cost, before it is asked: tokens guessed from characters, prices from a table.
+
+
+Prices = Mapping[str, tuple[float, float]]
+"""US dollars for a million tokens read and for a million written, by model."""
+
+PRICES: Prices = {
+    "gpt-3.5-turbo": (0.50, 1.50),
+    "gpt-4": (30.0, 60.0),
+    "gpt-4-turbo": (10.0, 30.0),
+    "gpt-4o": (2.50, 10.0),
+    "gpt-4o-mini": (0.15, 0.60),
+    "gpt-4.1": (2.00, 8.00),
+    "gpt-4.1-mini": (0.40, 1.60),
+    "gpt-4.1-nano": (0.10, 0.40),
+}
+"""As OpenAI published them in 2025; prices change, so an estimate says that it is one."""
+
+_BYTES_PER_TOKEN = 4
+_TOKENS_PER_MESSAGE = 4
+_TOKENS_PER_REPLY = 20
+"""`{'pred': 'yes', 'score': 4}` and a little more."""
+_DATED = re.compile(r"-\d{4}(-\d{2}-\d{2})?$")
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """dollars: None where the model's price is not known. kept: requests whose replies are there already."""
+
+    model: str
+    requests: int
+    kept: int
+    read_tokens: int
+    written_tokens: int
+    dollars: float | None
+
+    @property
+    def text(self) -> str:
+        """One line for the user."""
+        kept = f" ({self.kept:,} more are answered already)" if self.kept else ""
+        cost = (
+            f"the price of {self.model!r} is not known"
+            if self.dollars is None
+            else f"about ${self.dollars:.2f} at the prices of 2025"
+            if self.model in PRICES or _DATED.sub("", self.model) in PRICES
+            else f"about ${self.dollars:.2f}"
+        )
+        return (
+            f"judge {self.model}: {self.requests:,} requests{kept}, about {self.read_tokens:,} tokens in and "
+            f"{self.written_tokens:,} out; {cost}"
+        )
+
+
+def estimate_cost(
+    bodies: Sequence[Mapping[str, Any]], model: str, prices: Prices | None = None, kept: int = 0
+) -> Estimate:
+    """prices: of models that the table does not have, or other ones. kept: requests that need not be sent.
+
+    A dated model (`gpt-4o-2024-11-20`) costs what its name without the date does.
+    """
+    read = sum(
+        _TOKENS_PER_MESSAGE + -(-len(message["content"].encode()) // _BYTES_PER_TOKEN)
+        for body in bodies
+        for message in body["messages"]
+    )
+    written = _TOKENS_PER_REPLY * len(bodies)
+    table = {**PRICES, **(prices or {})}
+    price = table.get(model) or table.get(_DATED.sub("", model))
+    dollars = None if price is None else (read * price[0] + written * price[1]) / 1e6
+    return Estimate(model, len(bodies), kept, read, written, dollars)
+
 
 DEFAULT_MODEL = "gpt-3.5-turbo"
 """The original's; the name is an alias, so what it stands for changes with time."""
@@ -233,3 +309,142 @@ def _kept(id: str, row: Any, path: Path) -> Verdict:
     if not (isinstance(row, list) and row):
         raise DataError(f"{path}: verdict {id}: expected [reply, question and answers], got {str(row)[:80]!r}")
     return Verdict(id, repr(row[0]), row[0])
+
+
+# --- judge_cases
+# Files of predictions about clips, as the original's programs write them, made into cases for a judge.
+
+
+_OTHER = {"question": "Q", "answer": "A", "question1": "Q1", "question2": "Q2"}
+_IDS = ("id", "question_id", "video_name")
+
+
+def read_cases(path: Path, kind: str) -> list[Case]:
+    """The cases of a JSON list or of JSON lines. A second row of one id is a case of its own.
+
+    Raises DataError naming file and row for one that cannot be read or lacks what judges of this kind are shown.
+    """
+    if kind not in prompts():
+        raise UnknownNameError("kind of judge", kind, prompts())
+    seen: Counter[str] = Counter()
+    cases = []
+    for where, row in iter_rows(path):
+        if isinstance(row, DataError):
+            row.hint = row.hint or "correct or delete the line"
+            raise row
+        if (half := lone_surrogate(row)) is not None:
+            raise DataError(f"{where}: half a surrogate pair in the text {half!r}; remove it")
+        fields = {name: _field(row, name, where) for name in fields_of(kind)}
+        own = next((str(row[key]) for key in _IDS if key in row), None)
+        if own is None:
+            raise DataError(f"{where}: no id; expected {' or '.join(_IDS)}")
+        seen[own] += 1
+        cases.append(Case(own if seen[own] == 1 else f"{own} again ({seen[own]})", fields))
+    if not cases:
+        raise DataError(f"{path}: holds no prediction")
+    return cases
+
+
+def _field(row: Any, name: str, where: str) -> str:
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: expected a mapping, got {str(row)[:60]!r}")
+    found = row.get(name, row.get(_OTHER.get(name, name)))
+    if not isinstance(found, str | int | float):
+        other = f" or {_OTHER[name]!r}" if name in _OTHER else ""
+        raise DataError(f"{where}: no {name!r}{other}")
+    return str(found)
+
+
+# --- judge_run
+# Asking a judge: every case until its reply can be read, replies kept on disk, the cost told before the start.
+
+
+_STALE_ROUNDS = 10
+"""The original gives up after so many rounds in which no further reply could be read."""
+
+
+@dataclass
+class Judge:
+    """A judge behind a server.
+
+    cache:  folder of replies that could be read, by hash of model and messages; what lies there is not asked again.
+    rounds: give up on the rest after this many rounds in a row without a further readable reply.
+    prices: of models that the table does not have, or other ones.
+    """
+
+    endpoint: Endpoint
+    cache: Path
+    model: str = DEFAULT_MODEL
+    rounds: int = _STALE_ROUNDS
+    prices: Prices | None = None
+    events: Events = SILENT
+
+    def estimate(self, kind: str, cases: Sequence[Case]) -> Estimate:
+        """What `verdicts` would ask now, and about what that costs."""
+        bodies = self._bodies(kind, cases)
+        asked = [body for key, body in bodies.items() if not self._path(key).is_file()]
+        return estimate_cost(asked, self.model, self.prices, kept=len(bodies) - len(asked))
+
+    def verdicts(self, kind: str, cases: Sequence[Case]) -> list[Verdict]:
+        """A verdict for each case; equal requests are sent once. Says the estimate first.
+
+        Replies that could not be read, and failures of the server, are asked again in rounds; what then remains comes
+        as a verdict that is not readable. Raises ServerError when the server refuses, or answers nothing in a round.
+        """
+        self.events.said(self.estimate(kind, cases).text)
+        bodies = self._bodies(kind, cases)
+        replies = {key: reply for key in bodies if (reply := self._kept(key)) is not None}
+        stale = 0
+        name = f"judge {self.model}: {len(cases)} answers"
+        with task(self.events, name, len(bodies), "answers"):
+            self.events.advanced(name, len(replies))
+            while stale < self.rounds:
+                waiting = {key: body for key, body in bodies.items() if not _readable(replies.get(key))}
+                if not waiting:
+                    break
+                came = self._round(waiting, replies, name)
+                stale = 0 if came else stale + 1
+        return [
+            read_reply(case.id, replies.get(key, "")) for case, key in zip(cases, self._keys(kind, cases), strict=True)
+        ]
+
+    def _round(self, waiting: Mapping[str, Mapping[str, Any]], replies: dict[str, str], name: str) -> int:
+        """Ask each of `waiting` once more. Returns how many replies could be read."""
+        keys = list(waiting)
+        jobs = [partial(self.endpoint.complete, waiting[key]) for key in keys]
+        readable = answered = 0
+        error: Exception | None = None
+        for number, result in self.endpoint.each(jobs):
+            if not isinstance(result, Reply):
+                if isinstance(result, ServerError) and result.final:
+                    raise result
+                error = result
+                continue
+            answered += 1
+            replies[keys[number]] = result.text
+            if _readable(result.text):
+                readable += 1
+                self.events.advanced(name, 1)
+                kept = {"model": self.model, "messages": waiting[keys[number]]["messages"], "reply": result.text}
+                write_json(self._path(keys[number]), kept)
+        if error is not None and not answered:
+            raise error
+        return readable
+
+    def _bodies(self, kind: str, cases: Sequence[Case]) -> dict[str, dict[str, Any]]:
+        bodies = [request_body(kind, case, self.model) for case in cases]
+        return {body_hash(body): body for body in bodies}
+
+    def _keys(self, kind: str, cases: Sequence[Case]) -> list[str]:
+        return [body_hash(request_body(kind, case, self.model)) for case in cases]
+
+    def _path(self, key: str) -> Path:
+        return self.cache / key[:2] / f"{key}.json"
+
+    def _kept(self, key: str) -> str | None:
+        path = self._path(key)
+        return Fields.of_file(path).text("reply") if path.is_file() else None
+
+
+def _readable(reply: str | None) -> bool:
+    return reply is not None and read_reply("", reply).readable

@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image as PilImage
 
-from vila.core.dist import current_place
+from vila.core.distributed import current_place
 from vila.core.errors import ConfigError, DataError
 from vila.core.types import Image, Message, Part, Text, Video
 from vila.engine.request import Sampling

@@ -9,13 +9,14 @@ from pathlib import Path
 
 from vila.core.files import write_json, write_text
 from vila.eval.benchmark import Benchmark, Item
+from vila.eval.compare import compare_runs
 from vila.eval.published import published_table
-from vila.eval.report_compare import compare_runs
-from vila.eval.report_digest import Digest, RunFolder, digest, read_run
-from vila.eval.report_sample import Shown, questions_from, shorten
-from vila.eval.report_shots import add_shots
+from vila.eval.report_data import Digest, RunFolder, Shown, digest, questions_from, read_run, shorten
 from vila.eval.report_tables import (
     Table,
+    add_shots,
+    as_json,
+    as_markdown,
     before_comparing,
     counted,
     flat,
@@ -28,9 +29,8 @@ from vila.eval.report_tables import (
     write_interval,
     write_score,
 )
-from vila.eval.report_text import as_json, as_markdown
 from vila.report.bars import Group, bar_plot
-from vila.report.page import Card, Figure, Page
+from vila.report.html import Card, Figure, Page
 from vila.report.scale import write_seconds
 
 __all__ = ["compare_runs", "write_report"]

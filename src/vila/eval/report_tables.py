@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from vila.core.errors import DataError
 from vila.eval.published import PublishedBenchmark, published_table, title_of
-from vila.eval.report_digest import Digest, RunFolder, Speed
-from vila.report.page import Cell
+from vila.eval.report_data import Digest, RunFolder, Shown, Speed, read_marks
+from vila.eval.stats import Comparison, compare
+from vila.report.dots import Dots, dot_plot
+from vila.report.html import Cell, Page, write_cell
 from vila.report.scale import write_number
 
 NOT_RUN = "not run"
@@ -178,3 +183,208 @@ def write_chance(p: float) -> str:
 
 def _rate(count: int, of: float) -> float | None:
     return count / of if of > 0 else None
+
+
+# --- report_shots
+# The part of a report on learning in context: scores by the number of examples, and true against wrong answers.
+
+
+_NAME = re.compile(r"(?P<base>.+)_(?P<shots>\d+)shot(?P<wrong>_shuffled)?")
+SENSE = (
+    "Questions after worked examples, picture, question and answer. Where wrong answers in the examples do as well as "
+    "true ones, examples teach the form of an answer and not the task."
+)
+
+
+@dataclass
+class Curves:
+    """One benchmark by the number of examples before its questions, with true answers and with wrong ones."""
+
+    base: str
+    true: dict[int, Digest] = field(default_factory=dict)
+    wrong: dict[int, Digest] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """Of its section."""
+        return f"In context: {title_of(self.base)}"
+
+
+def curves_of(digests: Sequence[Digest]) -> list[Curves]:
+    """Of every benchmark that was asked after examples; both curves begin where it was asked without any."""
+    by_name = {each.name: each for each in digests}
+    found: dict[str, Curves] = {}
+    for each in digests:
+        if match := _NAME.fullmatch(each.name):
+            curves = found.setdefault(match["base"], Curves(match["base"]))
+            (curves.wrong if match["wrong"] else curves.true)[int(match["shots"])] = each
+    for curves in found.values():
+        if plain := by_name.get(curves.base):
+            for curve in filter(None, (curves.true, curves.wrong)):
+                curve[0] = plain
+    return list(found.values())
+
+
+def add_shots(page: Page, run: RunFolder, digests: Sequence[Digest]) -> None:
+    """A section for each benchmark that was asked after examples: a plot and a table."""
+    for curves in curves_of(digests):
+        page.section(curves.title, SENSE)
+        series = [_dots("true", curves.true), _dots("wrong", curves.wrong)]
+        page.plot(
+            dot_plot(
+                [one for one in series if one.points],
+                title="Score, with 95 % intervals",
+                x_label="examples before the question",
+            )
+        )
+        table = shots_table(run, curves)
+        page.table(table.header, table.rows, table.caption)
+
+
+def shots_table(run: RunFolder, curves: Curves) -> Table:
+    """A row for each number of examples; true against wrong answers question by question."""
+    header = ["examples", "true answers", "95 % interval", "wrong answers", "95 % interval", "true minus wrong", "p"]
+    rows = [
+        [shots, *_pair(curves.true.get(shots)), *(_pair(curves.wrong.get(shots)) if shots else [None, None]), *tested]
+        for shots, tested in _tested(run, curves)
+    ]
+    return Table(
+        header,
+        rows,
+        "True minus wrong: paired by question, in points of a hundred, with its 95 % interval. p: how often chance "
+        "alone gives as large a difference.",
+    )
+
+
+def _tested(run: RunFolder, curves: Curves) -> Iterator[tuple[int, list[Cell]]]:
+    for shots in sorted({*curves.true, *curves.wrong}):
+        found = None
+        if shots and shots in curves.true and shots in curves.wrong:
+            found = _compared(run, curves.wrong[shots], curves.true[shots])
+        if found is None:
+            yield shots, [None, None]
+        else:
+            bounds = f"({write_signed(found.low)} to {write_signed(found.high)})"
+            yield shots, [f"{write_signed(found.difference)} {bounds}", write_chance(found.p)]
+
+
+def _compared(run: RunFolder, first: Digest, second: Digest) -> Comparison | None:
+    try:
+        return compare(*(read_marks(run.folders[each.name] / "marks.jsonl") for each in (first, second)))
+    except DataError:  # one of them is not scored yet, which its own cells say
+        return None
+
+
+def _pair(each: Digest | None) -> list[Cell]:
+    if each is None:
+        return [None, None]
+    return [write_score(each) if each.score is not None else None, write_interval(each)]
+
+
+def _dots(answers: str, curve: dict[int, Digest]) -> Dots:
+    scored = {shots: each for shots, each in sorted(curve.items()) if each.score is not None}
+    return Dots(
+        f"examples with {answers} answers",
+        [(shots, each.score) for shots, each in scored.items() if each.score is not None],
+        {
+            shots: (each.interval["low"], each.interval["high"])
+            for shots, each in scored.items()
+            if each.interval and each.interval_is_of_score
+        },
+    )
+
+
+# --- report_text
+# A report as Markdown and as plain data.
+
+
+def as_markdown(run: RunFolder, digests: Sequence[Digest]) -> str:
+    """Tables, notes and failures; pictures are in the HTML page alone."""
+    parts = [f"# Evaluation of {cell(run.short_model)}"]
+    if table := published_rows(run, digests):
+        parts += ["## Beside the published models", markdown_table(table), f"Published: {published_table().source}."]
+        parts += bullets("Before comparing:", before_comparing(digests))
+    if table := other_table(digests):
+        parts += ["## Other benchmarks", markdown_table(table)]
+    parts += bullets("Without a score:", without_score(run, digests))
+    for curves in curves_of(digests):
+        parts += [f"## {cell(curves.title)}", SENSE, markdown_table(shots_table(run, curves))]
+    for each in digests:
+        parts += _benchmark(each)
+    if table := speed_table(digests):
+        parts += ["## Speed", markdown_table(table)]
+    return "\n\n".join([*parts, "## The run", *bullets("", run_facts(run))]) + "\n"
+
+
+def _benchmark(each: Digest) -> list[str]:
+    if each.score is None and not each.failed:
+        return []
+    parts = [f"## {cell(each.title)}", cell(write_headline(each))]
+    if each.kinds:
+        rows: list[list[Cell]] = [
+            [kind.name, kind.questions, f"{kind.mean:.1f}", f"{kind.low:.1f} to {kind.high:.1f}"] for kind in each.kinds
+        ]
+        parts.append(markdown_table(Table(["kind", "questions", "points won (%)", "95 % interval"], rows)))
+    parts += bullets("Notes:", [("", note) for note in each.notes])
+    parts += bullets(f"{counted(each.failed)} could not be asked, the first of them:", each.failures)
+    return parts
+
+
+def as_json(run: RunFolder, digests: Sequence[Digest]) -> dict[str, Any]:
+    """Everything the page shows but its pictures; numbers that are not finite are null."""
+    table = published_table()
+    return plain(
+        {
+            "run": run.facts,
+            "published": {
+                "source": table.source,
+                "scores": {name: known.scores for name, known in table.benchmarks.items()},
+            },
+            "not_run": [name for name in table.benchmarks if name not in run.folders],
+            "before_comparing": dict(before_comparing(digests)),
+            "benchmarks": {each.name: _as_json(each) for each in digests},
+        }
+    )
+
+
+def _as_json(each: Digest) -> dict[str, Any]:
+    shallow = {name: getattr(each, name) for name in each.__dataclass_fields__}
+    return {
+        **shallow,
+        "interval_is_of_score": each.interval_is_of_score,
+        "kinds": [asdict(kind) for kind in each.kinds],
+        "speed": asdict(each.speed) if each.speed else None,
+        "sample": [_shown(one) for one in each.sample],
+    }
+
+
+def _shown(one: Shown) -> dict[str, Any]:
+    return {"question": one.question, **asdict(one.mark)}
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON can hold it."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def markdown_table(table: Table) -> str:
+    """A table; cells that are numbers are written as the page writes them."""
+    lines = [table.header, ["---"] * len(table.header), *([write_cell(one) for one in row] for row in table.rows)]
+    text = "\n".join(f"| {' | '.join(map(cell, line))} |" for line in lines)
+    return f"{text}\n\n{table.caption}" if table.caption else text
+
+
+def bullets(title: str, rows: Sequence[tuple[str, str]]) -> list[str]:
+    """A list under a line of its own; nothing for no rows."""
+    lines = [f"- {cell(name)}: {cell(text)}" if name else f"- {cell(text)}" for name, text in rows]
+    return [part for part in (title, "\n".join(lines)) if part] if lines else []
+
+
+def cell(text: str) -> str:
+    """Text on one line that no Markdown reader takes for markup or for the end of a cell."""
+    line = " ".join(text.split())
+    return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", line)

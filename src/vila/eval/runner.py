@@ -7,24 +7,160 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-from vila.core.dist import Place
-from vila.core.errors import DataError
-from vila.core.events import SILENT, Events, task
-from vila.core.files import remove_partials, sha256_file, without_home, write_json, write_jsonl
-from vila.core.locks import DirectoryLock
-from vila.core.reading import read_json_object
-from vila.core.types import Image, Text
+from vila.core.distributed import Place
+from vila.core.errors import ContextOverflowError, DataError
+from vila.core.files import DirectoryLock, remove_partials, sha256_file, without_home, write_json, write_jsonl
+from vila.core.progress import SILENT, Events, task
+from vila.core.reading import Fields, read_json_object
+from vila.core.types import Image, Message, Text
+from vila.core.vision_spec import ImageMode
 from vila.engine.request import Sampling
-from vila.eval.asking import Answers, Asking
-from vila.eval.benchmark import Benchmark, Item, Rules, Scored
+from vila.eval.benchmark import Benchmark, Item, Rules, Scored, exact_match
 from vila.eval.predictions import Predictions, answers_of, read_predictions
-from vila.eval.scoring import exact_match
-from vila.eval.speed import forget_parts, note_part, note_speed
-from vila.eval.statistics import score_interval
+from vila.eval.stats import score_interval
+
+# --- asking
+# Asking an engine or a server for the answers to a batch of questions: whatever fails costs its own answer alone.
+
+
+_LEAST_NEW_TOKENS = 32
+
+
+class Answers(Protocol):
+    """Whatever answers conversations: our engine, or a server."""
+
+    def generate_batch(
+        self, conversations: Sequence[Sequence[Message]], sampling: Sampling, *, template: str = ""
+    ) -> list[str]:
+        """The answers, in the order of the conversations."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Tokens of prompts, slots of pictures included, and of answers."""
+
+    prompt: int = 0
+    new: int = 0
+
+
+class Asking:
+    """Asks what answers, and counts its tokens.
+
+    tokens: of all answers so far; None when whatever answers does not count them.
+    """
+
+    def __init__(self, engine: Answers, *, exif_orientation: bool | None = None) -> None:
+        """exif_orientation: whether images are turned upright; None leaves that to the engine."""
+        if exif_orientation is not None and hasattr(engine, "with_vision"):
+            engine = engine.with_vision(exif_orientation=exif_orientation)
+        self._engines: dict[ImageMode | None, Answers] = {None: engine}
+        self._of_generations = Tokens()
+
+    def __call__(self, batch: Sequence[Item], sampling: Sampling, template: str = "") -> list[str | Exception]:
+        """The answers of a batch; an exception for each question that cannot be answered even alone.
+
+        batch: of one template and one image mode. template: of items that name none.
+        """
+        try:
+            return list(self._texts(batch, sampling, batch[0].template or template))
+        except ContextOverflowError as error:
+            # The benchmark's room for an answer is far more than answers take; a small context holds less of it.
+            if len(batch) == 1 and sampling.max_new_tokens > _LEAST_NEW_TOKENS:
+                return self(batch, replace(sampling, max_new_tokens=sampling.max_new_tokens // 2), template)
+            if len(batch) == 1:
+                return [error]
+        except Exception as error:  # noqa: BLE001 - recorded with the question that it belongs to
+            if len(batch) == 1:
+                return [error]
+        return [result for item in batch for result in self([item], sampling, template)]
+
+    @property
+    def tokens(self) -> Tokens | None:
+        """See the class."""
+        engine: Any = self._engines[None]
+        if hasattr(engine, "complete"):
+            return self._of_generations
+        counted = Tokens(getattr(engine, "prompt_tokens", 0), getattr(engine, "reply_tokens", 0))
+        return counted if counted.new else None
+
+    def _texts(self, batch: Sequence[Item], sampling: Sampling, template: str) -> list[str]:
+        engine: Any = self._of_mode(batch[0].image_mode)
+        conversations = [item.messages for item in batch]
+        if not hasattr(engine, "complete"):
+            return [_writable(text) for text in engine.generate_batch(conversations, sampling, template=template)]
+        found = engine.complete(conversations, sampling, template=template)
+        before = self._of_generations
+        self._of_generations = Tokens(
+            before.prompt + sum(one.prompt_tokens for one in found), before.new + sum(len(one.ids) for one in found)
+        )
+        return [_writable(one.text) for one in found]
+
+    def _of_mode(self, mode: ImageMode | None) -> Answers:
+        """The engine for questions whose images are made square that way; a server does it in its own way."""
+        if mode not in self._engines:
+            engine: Any = self._engines[None]
+            self._engines[mode] = engine.with_vision(image_mode=mode) if hasattr(engine, "with_vision") else engine
+        return self._engines[mode]
+
+
+def _writable(text: str) -> str:
+    """The text without halves of surrogate pairs, which a server may send and no file can hold."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+# --- speed
+# How long a benchmark took and how many tokens that were, over all sessions and processes.
+
+
+_MAX = 2**53
+_PARTS = "speed-*.json"
+_NONE: dict[str, Any] = {"prompt_tokens": 0, "tokens": 0}
+_UNCOUNTED: dict[str, Any] = {"prompt_tokens": None, "tokens": None}
+
+
+def forget_parts(out: Path) -> None:
+    """Delete what a session that was killed left: its time is not known."""
+    for path in out.glob(_PARTS):
+        path.unlink()
+
+
+def note_part(out: Path, rank: int, answered: int, tokens: Tokens | None) -> None:
+    """What this process has answered in this session. tokens: None when they were not counted."""
+    counted = {"prompt_tokens": tokens.prompt, "tokens": tokens.new} if tokens else _UNCOUNTED
+    write_json(out / f"speed-{rank}.json", {"answered": answered, **(counted if answered else _NONE)})
+
+
+def note_speed(out: Path, seconds: float) -> int:
+    """Add what all processes answered in this session to the earlier ones; how many questions that were.
+
+    Tokens are noted as long as they were counted in every session and process, and else as not known.
+    """
+    parts = [_counts(path) for path in sorted(out.glob(_PARTS))]
+    forget_parts(out)
+    answered = sum(part["answered"] for part in parts)
+    if answered:
+        path = out / "speed.json"
+        before = _counts(path) if path.is_file() else {"answered": 0, **_NONE}
+        earlier = Fields.of_file(path).number("seconds") if path.is_file() else 0.0
+        counted = {name: _sum([before[name], *(part[name] for part in parts)]) for name in _NONE}
+        write_json(path, {"seconds": earlier + seconds, "answered": before["answered"] + answered, **counted})
+    return answered
+
+
+def _counts(path: Path) -> dict[str, Any]:
+    """Read the counts of a file; tokens are None where they were not counted. Raises DataError for other values."""
+    facts = Fields.of_file(path)
+    tokens = {name: facts.integer(name, None, maximum=_MAX) for name in _NONE}
+    return {"answered": facts.integer("answered", maximum=_MAX), **tokens}
+
+
+def _sum(values: list[int | None]) -> int | None:
+    return None if None in values else sum(value or 0 for value in values)
+
 
 _DIGEST = "questions_sha256"
 """Key of `run.json`: a hash of ids, texts and truths of all questions."""

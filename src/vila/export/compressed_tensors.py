@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from vila.export.target import ExportOptions, Guide
+import torch
 
-if TYPE_CHECKING:
-    from vila.export.source import Source
+from vila.export.base import ExportOptions, Guide
+from vila.export.llava_folder import HubTensor, copy_tensor, hub_tensors, module_name
+from vila.export.source import SafetensorsWriter, Source
+from vila.kernels.int4 import pack
+from vila.kernels.packings import WORD, as_words, pack_compressed
 
 IGNORE = ("lm_head", "re:.*lm_head", "re:.*vision_tower.*", "re:.*multi_modal_projector.*")
 """Modules that stay as they are, under the names of old and new transformers and of vLLM."""
@@ -36,7 +39,7 @@ class CompressedTensorsTarget:
 
     def refusals(self, source: Source, options: ExportOptions) -> list[str]:
         """What stock LLaVA cannot express, and groups that do not fit."""
-        from vila.export.int4_choice import int4_refusals
+        from vila.export.base import int4_refusals
         from vila.export.llava_folder import hub_refusals
 
         symmetric = is_symmetric(options)
@@ -47,8 +50,7 @@ class CompressedTensorsTarget:
 
     def write(self, source: Source, part: Path, options: ExportOptions) -> None:
         """The weights one by one, then the small files."""
-        from vila.export.compressed_weights import write_compressed
-        from vila.export.int4_choice import group_of
+        from vila.export.base import group_of
         from vila.export.llava_folder import write_hub_files
 
         group, symmetric = group_of(source, options), is_symmetric(options)
@@ -118,3 +120,55 @@ def quantization_config(group_size: int, symmetric: bool) -> dict[str, Any]:
 
 
 TARGET = CompressedTensorsTarget()
+
+
+# --- compressed_weights
+# The tensors of a compressed-tensors directory, declared and then written row by row.
+
+
+# N outputs  K inputs  G inputs of a group
+
+Entry = tuple[tuple[int, ...], torch.dtype]
+
+
+def write_compressed(source: Source, part: Path, group_size: int, symmetric: bool) -> None:
+    """Linears of the decoder's blocks in 4 bits, each in three or four tensors; all others in 16 bits."""
+    linears = {f"{name}.weight" for name in source.block_linears()}
+    tensors = hub_tensors(source)
+    declared: dict[str, Entry] = {}
+    for name, one in tensors.items():
+        if one.ours in linears:
+            declared |= _declared(module_name(name), one, source.half, group_size, symmetric)
+        else:
+            declared[name] = (one.shape, source.half)
+    with SafetensorsWriter(part, declared) as writer:
+        for name, one in tensors.items():
+            if one.ours in linears:
+                _write_linear(writer, module_name(name), one, source, group_size, symmetric)
+            else:
+                copy_tensor(writer, name, one, source.half)
+
+
+def _declared(stem: str, one: HubTensor, dtype: torch.dtype, group_size: int, symmetric: bool) -> dict[str, Entry]:
+    outputs, inputs = one.shape
+    entries: dict[str, Entry] = {
+        f"{stem}.weight_packed": ((outputs, inputs // WORD), torch.int32),
+        f"{stem}.weight_scale": ((outputs, inputs // group_size), dtype),
+        f"{stem}.weight_shape": ((2,), torch.int64),
+    }
+    if not symmetric:
+        entries[f"{stem}.weight_zero_point"] = ((outputs // WORD, inputs // group_size), torch.int32)
+    return entries
+
+
+def _write_linear(
+    writer: SafetensorsWriter, stem: str, one: HubTensor, source: Source, group_size: int, symmetric: bool
+) -> None:
+    writer.append(f"{stem}.weight_shape", torch.tensor(one.shape))
+    for weight in source.int4_rows(one.ours, group_size, symmetric=symmetric, scale_dtype=source.half):
+        packed = pack_compressed(weight)
+        writer.append(f"{stem}.weight_packed", packed["weight_packed"])
+        writer.append(f"{stem}.weight_scale", packed["weight_scale"])
+        if not symmetric:
+            # Left out by the packer where all zeros of these rows happen to be 8; the file has them for every row.
+            writer.append(f"{stem}.weight_zero_point", as_words(pack(weight.zeros.T)).T.contiguous())

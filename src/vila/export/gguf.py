@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from vila.export.target import ExportOptions, Guide
+import numpy as np
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
+from gguf.quants import quantize
+from torch import Tensor
+
+from vila.core.errors import LayoutError
+from vila.export.base import ExportOptions, Guide
+from vila.kernels.int4 import Int4Weight, dequantize, pack, unpack
+from vila.kernels.packings import half_scales
+from vila.model.int4 import read_packed
 
 if TYPE_CHECKING:
     from vila.export.source import Source
+
 
 MODEL, MMPROJ = "model-{precision}.gguf", "mmproj-f16.gguf"
 PRECISIONS = {
@@ -39,10 +52,8 @@ class GgufTarget:
 
     def refusals(self, source: Source, options: ExportOptions) -> list[str]:
         """What llama.cpp has no graph, name or tokenizer for."""
-        from vila.export.gguf_int4 import int4_refusals
-        from vila.export.gguf_llm import llm_refusals
+        from vila.export.gguf_llm import llm_refusals, tokenizer_refusals
         from vila.export.gguf_mmproj import mmproj_refusals
-        from vila.export.gguf_tokenizer import tokenizer_refusals
 
         reasons = [
             *llm_refusals(source.config.text_config),
@@ -55,12 +66,9 @@ class GgufTarget:
 
     def write(self, source: Source, part: Path, options: ExportOptions) -> None:
         """Write model-PRECISION.gguf and, with a vision part, mmproj-f16.gguf."""
-        from gguf import GGUFWriter
 
-        from vila.export.gguf_file import write_gguf
-        from vila.export.gguf_llm import ARCHITECTURES, describe_llm, llm_tensors
+        from vila.export.gguf_llm import ARCHITECTURES, describe_llm, describe_tokenizer, llm_tensors, vocabulary_of
         from vila.export.gguf_mmproj import describe_mmproj, mmproj_tensors
-        from vila.export.gguf_tokenizer import describe_tokenizer, vocabulary_of
 
         config = source.config
         vocabulary = vocabulary_of(source.processor, config.text_config.vocab_size)
@@ -144,3 +152,125 @@ TEXT_TARGET = GgufTarget(
     has_vision=False,
     verified="read back by an independent reader, bit by bit; loaded by llama-cpp-python, F16 with our greedy tokens",
 )
+
+
+# --- gguf_file
+# Writing GGUF files tensor by tensor and run by run; the `gguf` package writes the header and rounds to blocks.
+
+
+Kind = GGMLQuantizationType
+Describe = Callable[[GGUFWriter], None]
+
+
+@dataclass(frozen=True)
+class GgufTensor:
+    """A tensor on its way into a file.
+
+    runs: its rows from the first to the last, in float32, or as uint8 where they are bytes of the kind already.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: Kind
+    runs: Callable[[], Iterator[Tensor]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes in the file."""
+        values, size = GGML_QUANT_SIZES[self.kind]
+        return math.prod(self.shape) // values * size
+
+    def tofile(self, stream: BinaryIO) -> None:
+        """Write all values; the one thing besides `nbytes` that the package asks of an array.
+
+        Raises LayoutError when a value does not fit the kind.
+        """
+        written = 0
+        for run in self.runs():
+            data = run.numpy() if run.dtype == torch.uint8 else encode(run, self.kind, self.name)
+            stream.write(data.data)
+            written += data.nbytes
+        if written != self.nbytes:
+            raise RuntimeError(f"{self.name}: {written} bytes were made of it, {self.nbytes} were declared")
+
+
+def encode(run: Tensor, kind: Kind, name: str) -> np.ndarray[Any, Any]:
+    """Rows in float32 as the bytes of a kind. Raises LayoutError when a value is not finite in it."""
+    if kind == Kind.F32:
+        return np.ascontiguousarray(run.float().numpy())
+    half = run.to(torch.float16)
+    if not bool(half.isfinite().all()):
+        raise LayoutError(f"{name}: has values that do not fit float16, which this file stores; repair the model")
+    if kind == Kind.F16:
+        return np.ascontiguousarray(half.numpy())
+    blocks: np.ndarray[Any, Any] = quantize(np.ascontiguousarray(run.float().numpy()), kind)
+    return np.ascontiguousarray(blocks)
+
+
+def fitting(kind: Kind, shape: Sequence[int]) -> Kind:
+    """`kind` for a matrix whose rows are whole blocks of it, F16 for another matrix, F32 for vectors."""
+    if len(shape) < 2:
+        return Kind.F32
+    return kind if shape[-1] % GGML_QUANT_SIZES[kind][0] == 0 else Kind.F16
+
+
+def write_gguf(path: Path, architecture: str, describe: Describe, tensors: Sequence[GgufTensor]) -> None:
+    """Write one file. `describe` adds the metadata; no more than a run of rows is ever in memory."""
+    writer = GGUFWriter(path, architecture)
+    try:
+        describe(writer)
+        writer.add_quantization_version(2)
+        for tensor in tensors:
+            # With an explicit kind the package takes the shape as that of the values.
+            half = np.dtype(np.float16)
+            writer.add_tensor_info(tensor.name, tensor.shape, half, tensor.nbytes, raw_dtype=tensor.kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in tensors:
+            writer.write_tensor_data(tensor)  # type: ignore[arg-type]  # it only asks for nbytes and tofile
+    finally:
+        writer.close()
+
+
+# --- gguf_int4
+# A model that is in INT4 already, as GGUF: its own codes in Q4_1, or its values in F16; nothing is rounded again.
+
+
+# O outputs  I inputs
+
+BLOCK = 32
+_KEEPS = ("f16", "q4_1")
+
+
+def int4_refusals(source: Source, precision: str) -> list[str]:
+    """Why the INT4 weights of a model cannot be kept in a precision; empty for a model without any."""
+    held = source.checkpoint.int4
+    if not held:
+        return []
+    if precision not in _KEEPS:
+        return [f"the model is in INT4 and would be rounded again; {' and '.join(_KEEPS)} keep its values"]
+    sizes = sorted({weight.group_size for weight in held.values() if weight.group_size % BLOCK})
+    if precision == "q4_1" and sizes:
+        return [f"groups of {sizes[0]} are no whole blocks of {BLOCK}; f16 keeps the values"]
+    return []
+
+
+def int4_runs(source: Source, name: str, kind: Kind) -> Iterator[Tensor]:
+    """A Linear in INT4, whole: float32 values [O, I], or for Q4_1 the bytes of its blocks, uint8 [O, I / 32 * 20]."""
+    for _, weight in read_packed({name: source.checkpoint.int4[name]}):
+        yield q4_1_blocks(weight) if kind == Kind.Q4_1 else dequantize(weight)
+
+
+def q4_1_blocks(weight: Int4Weight) -> Tensor:
+    """Blocks of 32 with the weight's own codes: half scale, half -zero * scale, sixteen bytes; uint8 [O, I / 32 * 20].
+
+    Byte j holds the inputs j (low) and j + 16. Rounding -zero * scale to a half moves values by 0.4 % of a step at
+    most. Raises LayoutError for a scale that does not fit float16.
+    """
+    scales = half_scales(weight.scales)
+    least = (-weight.zeros.float() * scales.float()).to(torch.float16)
+    heads = torch.stack([scales, least], dim=-1).repeat_interleave(weight.group_size // BLOCK, dim=1)
+    halves = unpack(weight.codes).unflatten(-1, (-1, 2, BLOCK // 2))
+    codes = pack(halves.transpose(-1, -2).flatten(-2))
+    return torch.cat([heads.contiguous().view(torch.uint8), codes], dim=-1).flatten(1)

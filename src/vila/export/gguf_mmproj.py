@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vila.export.gguf_file import GgufTensor, Kind, fitting
+from vila.export.gguf import GgufTensor, Kind, fitting
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter

@@ -18,11 +18,10 @@ from transformers import AddedToken, GenerationConfig
 
 from vila.core.errors import LayoutError
 from vila.core.files import write_json
-from vila.export.source import LLM, Source
-from vila.export.stream import SafetensorsWriter
-from vila.model.layouts import llava_hf_files as files
+from vila.export.source import LLM, SafetensorsWriter, Source
+from vila.model.layouts import llava_hf as files
+from vila.model.layouts.base import to_theirs
 from vila.model.layouts.llava_hf import refuse_to_write
-from vila.model.layouts.names import to_theirs
 
 _HEAD = f"{LLM}lm_head.weight"
 _SUMMED = 512

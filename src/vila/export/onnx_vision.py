@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vila.export.target import ExportOptions, Guide
+from vila.export.base import ExportOptions, Guide
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -77,7 +77,7 @@ def vision_module(source: Source) -> nn.Module:
     from torch import nn
     from transformers.initialization import no_init_weights
 
-    from vila.model.vila import VilaForConditionalGeneration
+    from vila.model.modeling import VilaForConditionalGeneration
     from vila.model.weights import published_names
 
     with init_empty_weights(include_buffers=False), no_init_weights():

@@ -11,23 +11,109 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Literal
 
 import torch
 from torch import Tensor
 
 from vila.core.errors import LayoutError
-from vila.core.events import SILENT, Events
-from vila.export.fold import Fold, folds_of
-from vila.families.card import FamilyCard, find_family
-from vila.kernels.int4_layout import SYMMETRIC_ZERO, Int4Weight, dequantize, quantize
+from vila.core.progress import SILENT, Events
+from vila.families import Family, find_family
+from vila.kernels.int4 import SYMMETRIC_ZERO, Int4Weight, dequantize, quantize
 from vila.model.config import VilaConfig
-from vila.model.layouts.protocol import Checkpoint
-from vila.model.load import open_checkpoint
-from vila.model.packed import PackedWeight, read_packed
+from vila.model.int4 import PackedWeight, read_packed
+from vila.model.layouts.base import Checkpoint
+from vila.model.loading import open_checkpoint
 from vila.model.processor import VilaProcessor
-from vila.model.weights import Get, Piece, TorchFile
-from vila.quant.awq_cache import read_search
-from vila.quant.result import Search
+from vila.model.save_weights import SHARD_BYTES, Declared, num_bytes, plan_file, plan_shards
+from vila.model.weights import SINGLES, Get, Piece, TorchFile
+from vila.quant.awq_cache import Search, read_search
+
+# --- fold
+# A search's scales and limits as changes of single weights, row by row: the model is never in memory as a whole.
+
+
+# O output channels  I input channels  G groups of a row
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One change of one weight.
+
+    inputs:  columns are multiplied by `values` [I].
+    outputs: the last rows are divided by `values` [n], n of them.
+    limit:   groups of a row are clamped to plus and minus `values` [O, G].
+    """
+
+    kind: Literal["inputs", "outputs", "limit"]
+    values: Tensor
+
+    def __call__(self, part: Tensor, start: int, total: int) -> Tensor:
+        """The changed rows, as a new tensor of the same type. `part` begins at row `start` of `total`."""
+        wide = part.to(torch.promote_types(part.dtype, torch.float32))
+        if self.kind == "inputs":
+            return (wide * self.values.to(torch.promote_types(self.values.dtype, torch.float32))).to(part.dtype)
+        if self.kind == "outputs":
+            return self._divided(wide, start, total).to(part.dtype)
+        limit = self.values[start : start + len(part)].to(part)[..., None]
+        groups = part.unflatten(-1, (self.values.shape[1], -1))
+        return torch.maximum(torch.minimum(groups, limit), -limit).flatten(-2)
+
+    def _divided(self, wide: Tensor, start: int, total: int) -> Tensor:
+        first = total - self.values.numel()
+        out = wide.clone()
+        kept = max(0, first - start)
+        if kept < len(out):
+            divisor = self.values[start + kept - first : start + len(out) - first]
+            out[kept:] /= divisor.to(torch.promote_types(divisor.dtype, torch.float32)).view(-1, *[1] * (out.dim() - 1))
+        return out
+
+
+def folds_of(search: Search, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Fold]]:
+    """The changes of every weight of an LLM, in the order in which they are made.
+
+    shapes: of the LLM's weights, by the names that a search uses: `model.layers.0.input_layernorm.weight`.
+    Raises LayoutError naming what does not fit the model.
+    """
+    problems = list(_problems(search, shapes))
+    if problems:
+        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
+        raise LayoutError(f"the search does not fit this model: {'; '.join(problems[:5])}{more}; make it again for it")
+    out: dict[str, list[Fold]] = {}
+    for scale in search.scales:
+        for leaf in ("weight", "bias"):
+            if f"{scale.fold}.{leaf}" in shapes:
+                out.setdefault(f"{scale.fold}.{leaf}", []).append(Fold("outputs", scale.scale_I))
+        for name in scale.linears:
+            out.setdefault(f"{name}.weight", []).append(Fold("inputs", scale.scale_I))
+    for clip in search.clips:
+        out.setdefault(f"{clip.linear}.weight", []).append(Fold("limit", clip.limit_OG))
+    return out
+
+
+def _problems(search: Search, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+    for scale in search.scales:
+        width = scale.scale_I.numel()
+        fold = shapes.get(f"{scale.fold}.weight")
+        if fold is None:
+            yield f"{scale.fold} is no norm or Linear of it"
+        elif fold[0] < width:
+            yield f"{scale.fold} has {fold[0]} outputs, fewer than the scale's {width} channels"
+        for name in scale.linears:
+            shape = shapes.get(f"{name}.weight", ())
+            if len(shape) != 2 or shape[1] != width:
+                yield f"{name} is {'x'.join(map(str, shape)) or 'missing'}, its scale has {width} channels"
+        if not (torch.isfinite(scale.scale_I).all() and (scale.scale_I > 0).all()):
+            yield f"the scale of {scale.fold} is not finite and positive"
+    for clip in search.clips:
+        shape = shapes.get(f"{clip.linear}.weight", ())
+        outputs, groups = clip.limit_OG.shape[:2]
+        if len(shape) != 2 or shape[0] != outputs or shape[1] % max(1, groups):
+            yield f"{clip.linear} is {'x'.join(map(str, shape)) or 'missing'}, its limits are {outputs}x{groups}"
+        elif not (clip.limit_OG >= 0).all():
+            yield f"the limits of {clip.linear} are not all 0 and more"
+
 
 LLM = "language_model."
 RUN_BYTES = 8 << 20
@@ -63,7 +149,7 @@ class Source:
         return self.checkpoint.processor
 
     @property
-    def card(self) -> FamilyCard:
+    def card(self) -> Family:
         """The card of its LLM. Raises UnknownNameError for a family without one."""
         return find_family(self.config.text_config.model_type)
 
@@ -248,3 +334,73 @@ def _runs(whole: Tensor, run_bytes: int) -> Iterator[tuple[int, int]]:
     step = max(_ROWS, run_bytes // max(1, row) // _ROWS * _ROWS)
     for start in range(0, whole.shape[0], step):
         yield start, min(start + step, whole.shape[0])
+
+
+# --- stream
+# Writing .safetensors files row by row: shapes are declared first, then rows come in any order of tensors.
+
+
+@dataclass
+class _Slot:
+    """Where a tensor lies in a file, and how much of it is written."""
+
+    stream: BinaryIO
+    start: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    size: int
+    done: int = 0
+
+
+@dataclass
+class SafetensorsWriter:
+    """Tensors of one file called `single`, or of shards of about `shard_bytes` with their index, in `folder`.
+
+    Used in a `with`; leaving it without an error checks that every declared tensor is whole.
+    """
+
+    folder: Path
+    declared: Declared
+    single: str = SINGLES[0]
+    shard_bytes: int = SHARD_BYTES
+    _slots: dict[str, _Slot] = field(default_factory=dict, init=False)
+    _streams: list[BinaryIO] = field(default_factory=list, init=False)
+
+    def __enter__(self) -> SafetensorsWriter:
+        files: Mapping[str, Sequence[str]] = {self.single: list(self.declared)}
+        if self.single == SINGLES[0]:
+            files = plan_shards(self.declared, self.folder, self.shard_bytes)
+        for file, names in files.items():
+            self._open(self.folder / file, names)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for stream in self._streams:
+            stream.close()
+        unfinished = [name for name, slot in self._slots.items() if slot.done != slot.size]
+        if kind is None and unfinished:
+            raise RuntimeError(f"{self.folder}: {len(unfinished)} tensors are not whole: {', '.join(unfinished[:5])}")
+
+    def append(self, name: str, rows: Tensor) -> None:
+        """Write the next rows of a tensor. Raises ValueError for another type, other rows, or more than declared."""
+        slot = self._slots[name]
+        if rows.dtype != slot.dtype or rows.shape[1:] != slot.shape[1:]:
+            raise ValueError(
+                f"{name}: rows are {rows.dtype} {list(rows.shape)}, declared is {slot.dtype} {list(slot.shape)}"
+            )
+        if slot.done + rows.nbytes > slot.size:
+            raise ValueError(f"{name}: more rows than the {slot.shape[0] if slot.shape else 1} that were declared")
+        flat = rows.detach().cpu().contiguous().flatten().view(torch.uint8)
+        slot.stream.seek(slot.start + slot.done)
+        slot.stream.write(flat.numpy().data)
+        slot.done += rows.nbytes
+
+    def _open(self, path: Path, names: Sequence[str]) -> None:
+        plan = plan_file({name: self.declared[name] for name in names}, path)
+        # Closed when the writer is left.
+        stream = path.open("wb")
+        self._streams.append(stream)
+        stream.write(plan.head)
+        stream.truncate(plan.size)
+        for name, start in plan.starts.items():
+            self._slots[name] = _Slot(stream, start, *self.declared[name], num_bytes(*self.declared[name]))

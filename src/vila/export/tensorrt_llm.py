@@ -5,14 +5,24 @@ Its loader for VILA reads `llm/`, `vision_tower/` and `mm_projector/`; stock LLa
 
 from __future__ import annotations
 
+import copy
 import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from vila.export.target import ExportOptions, Guide
+import torch
+from transformers import GenerationConfig
 
-if TYPE_CHECKING:
-    from vila.export.source import Source
+from vila import __version__
+from vila.core.files import write_json
+from vila.core.reading import read_json
+from vila.export.base import ExportOptions, Guide
+from vila.export.source import LLM, SafetensorsWriter, Source
+from vila.kernels.packings import pack_modelopt
+from vila.model.layouts import towers, vila_v15
+from vila.model.layouts.known_checkpoints import write_tokenizer
+from vila.model.save_weights import Declared
 
 GROUPS = (64, 128)
 """Group sizes of its INT4 products."""
@@ -35,7 +45,7 @@ class TensorRtLlmTarget:
 
     def refusals(self, source: Source, options: ExportOptions) -> list[str]:
         """Towers and projectors that its VILA does not have, and groups that do not fit."""
-        from vila.export.int4_choice import int4_refusals, no_group_refusals
+        from vila.export.base import int4_refusals, no_group_refusals
 
         config, out = source.config, []
         if config.vision_config.model_type not in TOWERS:
@@ -56,8 +66,7 @@ class TensorRtLlmTarget:
 
     def write(self, source: Source, part: Path, options: ExportOptions) -> None:
         """The three folders, weight by weight."""
-        from vila.export.int4_choice import group_of
-        from vila.export.vila_folders import write_folders
+        from vila.export.base import group_of
 
         write_folders(source, part, group_of(source, options) if options.precision == "int4" else None)
 
@@ -87,3 +96,186 @@ class TensorRtLlmTarget:
 
 
 TARGET = TensorRtLlmTarget()
+
+
+# --- modelopt
+# INT4 as NVIDIA's ModelOpt writes it into a Hugging Face directory: the tensors of a Linear, and the two configs.
+
+
+# N outputs  K inputs  G inputs of a group
+
+QUANT_CONFIG = "hf_quant_config.json"
+_PRODUCER = {"name": "modelopt", "version": f"vila {__version__}"}
+"""Loaders know the form of the files by this name."""
+
+
+def quant_config(group_size: int, ignore: Sequence[str]) -> dict[str, Any]:
+    """hf_quant_config.json."""
+    quantization = {
+        "quant_algo": "W4A16_AWQ",
+        "kv_cache_quant_algo": None,
+        "group_size": group_size,
+        "has_zero_point": False,
+        "pre_quant_scale": True,
+        "exclude_modules": list(ignore),
+    }
+    return {"producer": _PRODUCER, "quantization": quantization}
+
+
+def hub_quantization(group_size: int, ignore: Sequence[str]) -> dict[str, Any]:
+    """`quantization_config` of config.json."""
+    return {
+        "quant_method": "modelopt",
+        "quant_algo": "W4A16_AWQ",
+        "group_size": group_size,
+        "ignore": list(ignore),
+        "producer": _PRODUCER,
+    }
+
+
+def declare_linear(
+    stem: str, shape: tuple[int, ...], group_size: int, dtype: torch.dtype, with_scale: bool
+) -> Declared:
+    """Shapes and types of a Linear's tensors.
+
+    weight uint8 [N/2, K], weight_scale [N, K/G] and, `with_scale`, pre_quant_scale [K] for the activation.
+    """
+    outputs, inputs = shape
+    out = {
+        f"{stem}.weight": ((outputs // 2, inputs), torch.uint8),
+        f"{stem}.weight_scale": ((outputs, inputs // group_size), dtype),
+    }
+    return out | {f"{stem}.pre_quant_scale": ((inputs,), dtype)} if with_scale else out
+
+
+def write_linear(
+    writer: SafetensorsWriter, stem: str, source: Source, name: str, group_size: int, with_scale: bool
+) -> None:
+    """Round the weight `name` and write it. Its AWQ scale is folded already, so that of the activation is 1."""
+    for weight in source.int4_rows(name, group_size, symmetric=True, scale_dtype=source.half):
+        packed = pack_modelopt(weight)
+        writer.append(f"{stem}.weight", packed["weight"])
+        writer.append(f"{stem}.weight_scale", packed["weight_scale"])
+    if with_scale:
+        writer.append(f"{stem}.pre_quant_scale", torch.ones(source.shape(name)[1], dtype=source.half))
+
+
+# --- vila_folders
+# VILA-1.5's three folders as a stream, the LLM in ModelOpt's INT4 if asked.
+
+
+_ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+_UNFUSED = ("o_proj", "down_proj")
+IGNORE = ("lm_head", "*vision_tower*", "*mm_projector*")
+
+
+def write_folders(source: Source, part: Path, group_size: int | None) -> None:
+    """config.json, llm/, vision_tower/ and mm_projector/; group_size None keeps 16 bits throughout."""
+    _write_llm(source, part / "llm", group_size)
+    _write_tower(source, part / "vision_tower")
+    _write_projector(source, part / "mm_projector")
+    config = copy.deepcopy(source.config)
+    config.dtype = source.half
+    facts = vila_v15.config_facts(config, source.processor)
+    for name, key in vila_v15._PARTS.items():
+        # The program takes the folder's name from here.
+        facts[key] = {**read_json(part / name / "config.json"), "_name_or_path": name}
+    # Without this word the program draws a random projector.
+    facts["resume_path"] = "."
+    if group_size is not None:
+        facts["quantization_config"] = hub_quantization(group_size, IGNORE)
+        write_json(part / QUANT_CONFIG, quant_config(group_size, IGNORE), indent=2)
+    write_json(part / "config.json", facts, indent=2)
+
+
+def _write_llm(source: Source, folder: Path, group_size: int | None) -> None:
+    folder.mkdir()
+    llm = source.config.text_config
+    facts = llm.to_dict()
+    facts.pop("dtype", None)
+    facts |= vila_v15.old_rope(facts.get("rope_parameters") or {})
+    facts |= {"torch_dtype": _name(source.half), "architectures": [_ARCHITECTURES[llm.model_type]]}
+    facts["model_max_length"] = source.config.context_length
+    if group_size is not None:
+        facts["quantization_config"] = hub_quantization(group_size, IGNORE)
+        write_json(folder / QUANT_CONFIG, quant_config(group_size, IGNORE), indent=2)
+    write_json(folder / "config.json", facts, indent=2)
+    GenerationConfig.from_dict(dict(source.checkpoint.generation)).save_pretrained(folder)
+    write_tokenizer(source.processor.tokenizer, folder, source.processor.template)
+    _write_llm_weights(source, folder, group_size)
+
+
+def _write_llm_weights(source: Source, folder: Path, group_size: int | None) -> None:
+    linears = set() if group_size is None else {f"{name}.weight" for name in source.block_linears()}
+    names = [name for name in source.names if name.startswith(LLM) and not _is_tied_head(source, name)]
+    declared: dict[str, Any] = {}
+    for name in names:
+        theirs = name.removeprefix(LLM)
+        if name in linears and group_size is not None:
+            stem = theirs.removesuffix(".weight")
+            declared |= declare_linear(stem, source.shape(name), group_size, source.half, _needs_scale(stem))
+        else:
+            declared[theirs] = (source.shape(name), source.half)
+    with SafetensorsWriter(folder, declared) as writer:
+        for name in names:
+            theirs = name.removeprefix(LLM)
+            if name in linears and group_size is not None:
+                stem = theirs.removesuffix(".weight")
+                write_linear(writer, stem, source, name, group_size, _needs_scale(stem))
+            else:
+                _copy(writer, source, {name: theirs})
+
+
+def _needs_scale(stem: str) -> bool:
+    return stem.endswith(_UNFUSED)
+
+
+def _is_tied_head(source: Source, name: str) -> bool:
+    return source.is_tied and name == f"{LLM}lm_head.weight"
+
+
+def _write_tower(source: Source, folder: Path) -> None:
+    folder.mkdir()
+    config = source.config.vision_config
+    facts = {**config.to_dict(), "architectures": [towers._ARCHITECTURES[config.model_type]]}
+    facts.pop("dtype", None)
+    write_json(folder / "config.json", {**facts, "torch_dtype": _name(source.half)}, indent=2)
+    preprocessor = towers.preprocessor_facts(config.model_type, source.processor.spec)
+    write_json(folder / "preprocessor_config.json", preprocessor, indent=2)
+    names = dict(_renamed(source, "vision_tower.", "vision_model."))
+    with SafetensorsWriter(folder, _plain(source, names)) as writer:
+        _copy(writer, source, names)
+
+
+def _write_projector(source: Source, folder: Path) -> None:
+    folder.mkdir()
+    facts = {
+        "architectures": ["MultimodalProjector"],
+        "mm_projector_type": source.config.projector_type,
+        "model_type": "v2l_projector",
+        "producer": f"vila {__version__}",
+    }
+    write_json(folder / "config.json", facts, indent=2)
+    names = dict(_renamed(source, "projector.", "layers."))
+    with SafetensorsWriter(folder, _plain(source, names)) as writer:
+        _copy(writer, source, names)
+
+
+def _renamed(source: Source, ours: str, theirs: str) -> Iterator[tuple[str, str]]:
+    for name in source.pieces:
+        if name.startswith(ours):
+            yield name, theirs + name.removeprefix(ours)
+
+
+def _plain(source: Source, names: dict[str, str]) -> Declared:
+    return {theirs: (source.shape(name), source.half) for name, theirs in names.items()}
+
+
+def _copy(writer: SafetensorsWriter, source: Source, names: dict[str, str]) -> None:
+    for name, theirs in names.items():
+        for rows in source.rows(name, source.half):
+            writer.append(theirs, rows)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -18,12 +18,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vila.core.errors import DataError
-from vila.core.events import SILENT, Events, task
 from vila.core.files import atomic_path, remove_partials
+from vila.core.progress import SILENT, Events, task
 from vila.core.reading import file_errors
 from vila.core.types import Image
+from vila.model.modeling import VilaForConditionalGeneration
 from vila.model.processor import VilaProcessor
-from vila.model.vila import VilaForConditionalGeneration
 
 _BATCH = 64
 _CHUNK = 512

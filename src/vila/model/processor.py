@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
-from vila.chat.clips import expand_clips
-from vila.chat.content import messages_of
+from vila.chat.content import expand_clips, messages_of
 from vila.chat.render import render
 from vila.chat.template import Segment, Template
 from vila.chat.templates import find_template

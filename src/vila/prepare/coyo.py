@@ -11,18 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from vila.core.errors import ConfigError, DataError
-from vila.core.events import SILENT, Events, task
-from vila.core.fields import Fields
 from vila.core.files import write_json, write_jsonl
-from vila.media.fetch_many import DEFAULT_RULES, FetchRules
-from vila.prepare.counts import Counts
-from vila.prepare.download import Download, Page, Results, download_units
-from vila.prepare.gather import gather
-from vila.prepare.parts import inputs_hash, locks_output, mine, same_settings, unit_names
+from vila.core.progress import SILENT, Events, task
+from vila.core.reading import Fields
+from vila.media.bulk_download import DEFAULT_RULES, FetchRules
+from vila.prepare.download import SHORT_SIDE_336, Download, Failure, Page, ResizeRule, Results, download_units
+from vila.prepare.merge_shards import gather
 from vila.prepare.records import read_parquet, read_rows, text_fault
-from vila.prepare.resize import SHORT_SIDE_336, ResizeRule
 from vila.prepare.shards import TarSample, json_member, safe_key
-from vila.prepare.spool import Failure
+from vila.prepare.work_units import Counts, inputs_hash, locks_output, mine, same_settings, unit_names
 
 ROWS_PER_UNIT = 12_440
 """Rows of one list, and so of one work unit; the original's parts hold as many."""

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from vila.core.errors import ConfigError
-from vila.core.events import SILENT, Events, task
-from vila.prepare.counts import Counts
-from vila.prepare.gather import gather
-from vila.prepare.parts import inputs_hash, is_finished, locks_output, mine, same_settings, write_part
+from vila.core.progress import SILENT, Events, task
+from vila.prepare.merge_shards import gather
 from vila.prepare.records import parquet_rows, read_parquet
+from vila.prepare.work_units import Counts, inputs_hash, is_finished, locks_output, mine, same_settings, write_part
 
 ROWS = 1_000_000
 """As many rows as the original takes, of about 378 million."""

@@ -7,11 +7,10 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vila.core.errors import DataError
-from vila.core.events import SILENT, Events, task
 from vila.core.files import atomic_path
+from vila.core.progress import SILENT, Events, task
 from vila.core.reading import file_errors
-from vila.prepare.json_list import conversation_fault, image_check, image_paths, rewrite_json
-from vila.prepare.records import open_zip
+from vila.prepare.records import conversation_fault, image_check, image_paths, open_zip, rewrite_json
 
 MAX_MEMBER_BYTES = 64 * 2**20
 MAX_TOTAL_BYTES = 64 * 2**30

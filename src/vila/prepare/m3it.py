@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from vila.core.errors import DataError, UnknownNameError
-from vila.core.events import SILENT, Events, task
+from vila.core.progress import SILENT, Events, task
 from vila.core.reading import read_json
-from vila.prepare.counts import Counts
-from vila.prepare.gather import gather
-from vila.prepare.parts import inputs_hash, is_finished, locks_output, mine, same_settings, write_part
+from vila.prepare.merge_shards import gather
 from vila.prepare.pkl import question_sample
 from vila.prepare.records import read_rows
 from vila.prepare.shards import TarSample, safe_key
+from vila.prepare.work_units import Counts, inputs_hash, is_finished, locks_output, mine, same_settings, write_part
 
 SETS: dict[str, tuple[str, ...]] = {
     "captioning": ("image-paragraph-captioning", "textcap"),

@@ -10,16 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vila.core.events import SILENT, Events
-from vila.media.fetch_many import DEFAULT_RULES, FetchRules
-from vila.prepare.counts import Counts
-from vila.prepare.download import Download, Page, Results, download_units
-from vila.prepare.gather import gather
-from vila.prepare.parts import inputs_hash, locks_output, mine, same_settings, unit_names
+from vila.core.progress import SILENT, Events
+from vila.media.bulk_download import DEFAULT_RULES, FetchRules
+from vila.prepare.download import SHORT_SIDE_336, Download, Failure, Page, ResizeRule, Results, download_units
+from vila.prepare.merge_shards import gather
 from vila.prepare.records import read_rows, text_fault
-from vila.prepare.resize import SHORT_SIDE_336, ResizeRule
 from vila.prepare.shards import TarSample, json_member, safe_key
-from vila.prepare.spool import Failure
+from vila.prepare.work_units import Counts, inputs_hash, locks_output, mine, same_settings, unit_names
 
 
 @locks_output

@@ -9,16 +9,66 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vila.core.errors import DataError, MediaError
-from vila.core.events import SILENT, Events, task
-from vila.prepare.counts import Counts
-from vila.prepare.gather import gather
+from vila.core.progress import SILENT, Events, task
+from vila.core.reading import file_errors
+from vila.core.restricted_pickle import parse_plain_pickle
+from vila.prepare.download import KEEP, Picture, stored_picture
+from vila.prepare.merge_shards import gather
 from vila.prepare.mmc4 import mmc4_fault
-from vila.prepare.parts import inputs_hash, is_finished, locks_output, mine, same_settings, unit_names, write_part
 from vila.prepare.records import text_fault
-from vila.prepare.resize import KEEP, stored_picture
 from vila.prepare.shards import TarSample, json_member
-from vila.prepare.spool import Picture
-from vila.prepare.unpickle import read_plain_pickle
+from vila.prepare.work_units import (
+    Counts,
+    inputs_hash,
+    is_finished,
+    locks_output,
+    mine,
+    same_settings,
+    unit_names,
+    write_part,
+)
+
+# --- unpickle
+# Pickled records of other programs: plain values only, checked for nesting and for size when written out.
+
+
+_MAX_DEPTH = 100
+_MAX_VALUES = 50_000_000
+
+
+def read_plain_pickle(path: Path) -> Any:
+    """Return the value of a pickle of None, bool, int, float, str, bytes, bytearray, list, tuple and dict.
+
+    The file is read whole. Raises DataError with the file's name, and as `value` the first other thing that it asks
+    for; also for files that are cut short, and for values nested deeper than 100 levels.
+    """
+    with file_errors(path, DataError):
+        content = path.read_bytes()
+    value = parse_plain_pickle(content, file=path, error=DataError)
+    _check_depth(value, path)
+    return value
+
+
+def _check_depth(value: Any, path: Path) -> None:
+    """Refuse values that contain themselves, are nested too deeply for others, or are endless when written out."""
+    level = {id(value): (value, 1)}
+    visited = 0
+    for _ in range(_MAX_DEPTH):
+        following: dict[int, tuple[Any, int]] = {}
+        for one, times in level.values():
+            inner = one.values() if isinstance(one, dict) else one if isinstance(one, (list, tuple)) else ()
+            # A list of twice the same list, and so on, is small here and endless as JSON.
+            visited += len(inner) * times
+            for part in inner:
+                if isinstance(part, (dict, list, tuple)):
+                    following[id(part)] = (part, following.get(id(part), (part, 0))[1] + times)
+        if visited > _MAX_VALUES:
+            raise DataError(f"over {_MAX_VALUES:,} values when written out; refused", file=path)
+        if not following:
+            return
+        level = following
+    raise DataError(f"nested over {_MAX_DEPTH} levels, or without end; refused", file=path)
+
 
 PickleKind = Literal["mmc4", "coyo", "vflan"]
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from vila.core.errors import DataError
-from vila.data.formats.scan_tar import tar_members
-from vila.data.handles import read_span
+from vila.data.readers.index import read_span
+from vila.data.readers.tar import tar_members
 
 _KEY = re.compile(r"[A-Za-z0-9_-]+")
 

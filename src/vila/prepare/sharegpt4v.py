@@ -7,8 +7,8 @@ from collections import Counter
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from vila.core.events import SILENT, Events
-from vila.prepare.json_list import Check, conversation_fault, image_check, image_paths, rewrite_json
+from vila.core.progress import SILENT, Events
+from vila.prepare.records import Check, conversation_fault, image_check, image_paths, rewrite_json
 
 _SENTENCE = re.compile(r"[^.!?\n]+[.!?\n]*")
 _RUN_WORDS = 8

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from vila.core.errors import ConfigError, LayoutError, UnknownNameError
-from vila.families.card import FamilyCard, ScaleGroup, find_family
+from vila.families import Family, ScaleGroup, find_family
 
 GROUP_SIZES = (32, 64, 128)
 """Group sizes that the published formats know."""
@@ -37,14 +37,14 @@ def module_prefix(model: nn.Module) -> str:
     return name.removesuffix("layers").removesuffix("model.")
 
 
-def card_of(model: nn.Module) -> FamilyCard:
+def card_of(model: nn.Module) -> Family:
     """The card of the model's LLM. Raises LayoutError saying which there are and how to write one."""
     model_type: str = decoder_of(model).config.model_type  # type: ignore[union-attr, assignment]
     try:
         return find_family(model_type)
     except UnknownNameError as error:
         raise LayoutError(
-            f"{error}; a family is one card in vila/families, like llama.py, whose scale_groups name the Linears of a "
+            f"{error}; a family is one entry in vila/families.py, whose scale_groups name the Linears of a "
             "decoder block that share an input, and what absorbs their scale"
         ) from error
 
@@ -63,7 +63,7 @@ def can_scale(group: ScaleGroup, block: nn.Module) -> bool:
     return not isinstance(fold, nn.Linear) or fold.weight.shape == first.weight.T.shape
 
 
-def check_model(model: nn.Module, group_size: int) -> FamilyCard:
+def check_model(model: nn.Module, group_size: int) -> Family:
     """Return the model's card after checking that it can be quantized.
 
     Raises as `check_layers`, and LayoutError for weights that are absent or not finite.
@@ -80,7 +80,7 @@ def check_model(model: nn.Module, group_size: int) -> FamilyCard:
     return card
 
 
-def check_layers(model: nn.Module, group_size: int) -> FamilyCard:
+def check_layers(model: nn.Module, group_size: int) -> Family:
     """Return the model's card after checking the shapes of its layers; the weights may be on the meta device.
 
     Raises LayoutError for a family without a card, and for blocks whose Linears are not plain ones (quantized already,
@@ -102,7 +102,7 @@ def _named_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     yield from ((name, parameter) for name, parameter in model.named_parameters() if id(parameter) not in seen)
 
 
-def check_group_size(model: nn.Module, card: FamilyCard, group_size: int) -> None:
+def check_group_size(model: nn.Module, card: Family, group_size: int) -> None:
     """Raise ConfigError unless `group_size` divides the inputs of every Linear; LayoutError for unknown Linears."""
     wrong: dict[int, list[str]] = {}
     widths: set[int] = set()
@@ -130,7 +130,7 @@ def _dividing(widths: set[int]) -> list[int]:
     return [size for size in GROUP_SIZES if not any(width % size for width in widths)]
 
 
-def _listed(model: nn.Module, card: FamilyCard) -> Iterator[tuple[str, nn.Linear]]:
+def _listed(model: nn.Module, card: Family) -> Iterator[tuple[str, nn.Linear]]:
     known = [name for group in card.scale_groups for name in group.linears]
     for index, block in enumerate(blocks_of(model)):
         modules = dict(block.named_modules())

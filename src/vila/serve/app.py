@@ -14,12 +14,11 @@ from starlette.middleware.cors import CORSMiddleware
 
 from vila import __version__
 from vila.core.errors import VilaError
-from vila.serve.access import Hosts
+from vila.serve.admission import Hosts
 from vila.serve.chat import Service
 from vila.serve.errors import ApiError, as_api_error, internal
-from vila.serve.guard import Guard, respond
-from vila.serve.parse import INLINE_BYTES, parse_request
-from vila.serve.schema import ChatRequest
+from vila.serve.middleware import Guard, respond
+from vila.serve.schema import INLINE_BYTES, ChatRequest, parse_request
 
 _PROBLEM = {"description": "An error object", "content": {"application/json": {"schema": {"type": "object"}}}}
 _PROBLEMS: dict[int | str, dict[str, Any]] = {

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vila.core.errors import ConfigError
+from vila.serve.admission import Room, reserve_of
 from vila.serve.errors import ApiError, unavailable
-from vila.serve.room import Room, reserve_of
 
 if TYPE_CHECKING:
     from vila.engine.batcher import Batcher

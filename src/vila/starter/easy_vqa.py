@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vila.core.errors import DataError
-from vila.core.events import SILENT, Events
+from vila.core.progress import SILENT, Events
 from vila.core.reading import read_json
 from vila.starter.parts import PartRecipe, WheelPart, obtain_part
 

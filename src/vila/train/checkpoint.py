@@ -13,6 +13,7 @@ Version one of vila wrote neither `inputs.json` nor `manifest.json`, and no form
 
 from __future__ import annotations
 
+import random
 import re
 import shutil
 import threading
@@ -24,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
@@ -32,13 +34,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from vila.core.errors import CheckpointError, VilaError
-from vila.core.events import SILENT, Events
-from vila.core.fields import Fields
 from vila.core.files import atomic_path, remove_partials, write_json
-from vila.data.pack import LaneState
-from vila.train.manifest import MANIFEST, FileDigest, check_files, digest_files, write_manifest
-from vila.train.metadata import TensorReader
-from vila.train.parallel import World, told_of_the_lost
+from vila.core.progress import SILENT, Events
+from vila.core.reading import Fields
+from vila.data.packing import LaneState
+from vila.train.checkpoint_files import MANIFEST, FileDigest, TensorReader, check_files, digest_files, write_manifest
+from vila.train.fsdp import World, told_of_the_lost
 
 # It says so of every process that is alone.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -79,7 +80,7 @@ class Checkpoint:
 
     lanes:  states of all lanes, by number.
     world:  number of processes that wrote it.
-    inputs: stamps of the data and of the base model, see `vila.train.inputs`; empty in format 1.
+    inputs: stamps of the data and of the base model, see `vila.train.resume`; empty in format 1.
     format: 1 if version one of vila wrote it, else FORMAT.
     """
 
@@ -468,3 +469,45 @@ def _reason(error: BaseException) -> str:
 def states_in_order(shares: Sequence[Sequence[LaneState]]) -> list[LaneState]:
     """The lanes of all processes by number, from those of each process by rank."""
     return [state for share in shares for state in share]
+
+
+# --- randomness
+# The state of all random number generators as tensors, so that a checkpoint holds it without pickles.
+
+
+def random_state() -> dict[str, Tensor]:
+    """The states of torch, its CUDA device, Python and NumPy."""
+    version, words, gauss = random.getstate()
+    numpy: Any = np.random.get_state()
+    _, key, place, has_gauss, cached = numpy
+    out = {
+        "torch": torch.get_rng_state(),
+        "python": torch.tensor([version, *words], dtype=torch.int64),
+        "python_gauss": torch.tensor([0.0 if gauss is None else 1.0, gauss or 0.0], dtype=torch.float64),
+        "numpy": torch.tensor([*key.tolist(), place, has_gauss], dtype=torch.int64),
+        "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
+    }
+    if torch.cuda.is_available():
+        out["cuda"] = torch.cuda.get_rng_state()
+    return out
+
+
+def set_random_state(state: dict[str, Tensor]) -> None:
+    """Undo `random_state`."""
+    torch.set_rng_state(state["torch"])
+    version, *words = state["python"].tolist()
+    given, gauss = state["python_gauss"].tolist()
+    random.setstate((version, tuple(words), gauss if given else None))
+    *key, place, has_gauss = state["numpy"].tolist()
+    cached = state["numpy_gauss"].item()
+    np.random.set_state(("MT19937", np.array(key, dtype=np.uint32), place, has_gauss, cached))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def seed_everything(*numbers: int) -> None:
+    """Seed all generators from several numbers, such as seed, step and rank."""
+    words = np.random.SeedSequence(numbers).generate_state(3)
+    torch.manual_seed(int(words[0]))
+    random.seed(int(words[1]))
+    np.random.seed(int(words[2]))

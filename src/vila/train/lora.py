@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from vila.config.schema import Lora
 from vila.core.errors import ConfigError
 from vila.core.optional import require
-from vila.model.layouts.adapter import write_adapter
-from vila.model.layouts.lora import fold
+from vila.model.layouts.lora import fold, write_adapter
+from vila.model.modeling import VilaForConditionalGeneration
 from vila.model.processor import VilaProcessor
-from vila.model.vila import VilaForConditionalGeneration
 
 _LLM = "language_model"
 _DOWN, _UP, _BASE = ".lora_A.default.weight", ".lora_B.default.weight", ".base_layer."

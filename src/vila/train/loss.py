@@ -2,15 +2,150 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from vila.chat.tokenize import IGNORE
-from vila.data.batch import Batch
-from vila.model.attention import attend_in_trees
-from vila.model.forest import forest_of
-from vila.model.vila import VilaForConditionalGeneration
-from vila.train.linear_loss import head_loss
+from vila.data.collate import Batch
+from vila.model.modeling import VilaForConditionalGeneration
+from vila.model.packed_attention import attend_in_trees, forest_of
+
+# --- linear_loss
+# Cross entropy of a linear head's logits, a chunk of tokens at a time: the logits of all tokens never exist together.
+
+
+# T supervised tokens  D model width  V vocab
+
+_CHUNK_BYTES = 2**27
+"""Bytes that the float32 logits of a chunk may take."""
+
+
+def head_loss(head: nn.Module, hidden_TD: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of the cross entropies of `head(hidden)`, and detached those of every token [T]; float32 or wider.
+
+    A plain Linear is not called: its weight is used. Any other head, such as one with an adapter or in few bits, is
+    called chunk by chunk, and once more in the backward pass. Without tokens the sum is zero, and still has a graph.
+    """
+    if type(head) is nn.Linear and not (head._forward_hooks or head._forward_pre_hooks):
+        return linear_cross_entropy(hidden_TD, head.weight, head.bias, targets_T)
+
+    def chunk_loss(hidden: Tensor, targets: Tensor) -> Tensor:
+        logits = head(hidden)
+        return F.cross_entropy(logits.to(_wide(logits.dtype)), targets, reduction="none")
+
+    size = _chunk(len(targets_T), getattr(head, "out_features", 2**17))
+    again = torch.is_grad_enabled() and len(targets_T) > size
+    each = [
+        checkpoint(chunk_loss, *some, use_reentrant=False) if again else chunk_loss(*some)
+        for some in zip(hidden_TD.split(size), targets_T.split(size), strict=True)
+    ]
+    losses_T = torch.cat(each)
+    return losses_T.sum(), losses_T.detach()
+
+
+def linear_cross_entropy(
+    hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_T: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Sum of the cross entropies of `hidden @ weight.T + bias`, and detached those of every token [T].
+
+    Both are float32, float64 for float64 weights; the softmax is computed in that, whatever the type of the weights.
+    The gradient of the weight is summed over chunks in it too. Only the sum is differentiable, once.
+    """
+    if torch.is_grad_enabled():
+        total, losses = _LinearCrossEntropy.apply(hidden_TD, weight_VD, bias_V, targets_T)
+        return total, losses
+    losses, *_ = _losses_and_gradients(hidden_TD, weight_VD, bias_V, targets_T, (False, False, False))
+    return losses.sum(), losses
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        losses, *gradients = _losses_and_gradients(hidden, weight, bias, targets, ctx.needs_input_grad[:3])
+        ctx.save_for_backward(*gradients)
+        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
+        ctx.mark_non_differentiable(losses)
+        return losses.sum(), losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, by_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return *(None if one is None else _scaled(one, by_total, dtype) for one, dtype in pairs), None
+
+
+def _losses_and_gradients(
+    hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_T: Tensor, needs: tuple[bool, ...]
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Losses [T], and the gradients of their sum for hidden, weight and bias where `needs` asks for them.
+
+    Those of weight and bias are sums over chunks, and stay wide.
+    """
+    tokens, (vocab, _), dtype = len(targets_T), weight_VD.shape, weight_VD.dtype
+    wide = _wide(dtype)
+    size = _chunk(tokens, vocab)
+    # The same memory for all chunks: fresh pages cost more than the arithmetic of small models.
+    logits = hidden_TD.new_empty(min(size, tokens), vocab)
+    scores = logits if dtype == wide else torch.empty_like(logits, dtype=wide)
+    losses = torch.empty(tokens, dtype=wide, device=hidden_TD.device)
+    by_hidden = torch.empty_like(hidden_TD) if needs[0] else None
+    by_weight = torch.zeros_like(weight_VD, dtype=wide) if needs[1] else None
+    by_bias = torch.zeros_like(bias_V, dtype=wide) if bias_V is not None and needs[2] else None
+    for start in range(0, tokens, size):
+        here = slice(start, min(start + size, tokens))
+        hidden, targets = hidden_TD[here], targets_T[here]
+        some, own = logits[: len(targets)], scores[: len(targets)]
+        torch.mm(hidden, weight_VD.t(), out=some)
+        if bias_V is not None:
+            some += bias_V
+        if own is not some:
+            own.copy_(some)
+        losses[here] = _softmax_in_place(own, targets)
+        if not any(needs):
+            continue
+        own[torch.arange(len(targets), device=own.device), targets] -= 1
+        if own is not some:
+            some.copy_(own)
+        if by_hidden is not None:
+            torch.mm(some, weight_VD, out=by_hidden[here])
+        if by_weight is not None:
+            by_weight.addmm_(some.t(), hidden) if dtype == wide else by_weight.add_(some.t() @ hidden)
+        if by_bias is not None:
+            by_bias += own.sum(0)
+    return losses, by_hidden, by_weight, by_bias
+
+
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    # The factor holds 1 / supervised tokens: rounded to bfloat16 it would change all gradients alike, by up to 0.4 %.
+    return torch.mul(gradient.to(factor.dtype), factor, out=torch.empty_like(gradient, dtype=dtype))
+
+
+def _softmax_in_place(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
+    """Turn logits into probabilities; returns the cross entropies [T]."""
+    logits_TV -= logits_TV.amax(1, keepdim=True)
+    picked = logits_TV.gather(1, targets_T[:, None])[:, 0]
+    totals = logits_TV.exp_().sum(1)
+    logits_TV /= totals[:, None]
+    return totals.log() - picked
+
+
+def _chunk(tokens: int, vocab: int) -> int:
+    """Tokens of a chunk, all chunks about equal."""
+    most = max(1, _CHUNK_BYTES // (4 * vocab))
+    return max(1, math.ceil(tokens / max(1, math.ceil(tokens / most))))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
 
 # B rows  S sequence  D model width  T supervised tokens  N media items  P patches  C tower width  H, W pixels
 # K sources

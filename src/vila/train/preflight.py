@@ -12,18 +12,17 @@ from pathlib import Path
 from vila.chat.templates import find_template
 from vila.config.schema import MixtureEntry, Recipe
 from vila.core.errors import ConfigError, DataError, VilaError
-from vila.core.events import SILENT, Events
 from vila.core.files import check_writable
 from vila.core.optional import require
-from vila.data.deal import lanes_of
-from vila.data.formats.protocol import FORMATS
-from vila.data.loader import Entry, open_entry
+from vila.core.progress import SILENT, Events
+from vila.data.dataset import Entry, open_entry
+from vila.data.formats.base import FORMATS
 from vila.data.mixture import Mixture
-from vila.data.survey import require_images
-from vila.model.hub import cached_folder
-from vila.model.layouts.protocol import LAYOUTS
-from vila.train.model import open_start
-from vila.train.rows import build_mixture
+from vila.data.packing import lanes_of
+from vila.data.stats import require_images
+from vila.model.layouts.base import LAYOUTS
+from vila.model.loading import cached_folder
+from vila.train.setup import build_mixture, open_start
 from vila.train.trackers import require_trackers
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

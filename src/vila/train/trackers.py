@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vila.config.schema import Recipe
-from vila.core.dist import current_place
+from vila.core.distributed import current_place
 from vila.core.errors import ConfigError
-from vila.core.fields import Fields
 from vila.core.optional import require_all
+from vila.core.reading import Fields
 from vila.train.checkpoint import checkpoint_folders
-from vila.train.loop import StepListener, Trainer
-from vila.train.record import Lines
+from vila.train.report_data import Lines
+from vila.train.trainer import StepListener, Trainer
 
 
 class Service(Protocol):

@@ -11,7 +11,7 @@ from vila.core.errors import DataError
 from vila.core.optional import MissingExtraError
 from vila.eval.benchmark import BENCHMARKS, Answer
 from vila.eval.benchmarks.mmbench import MmBench
-from vila.eval.spreadsheet import workbook_bytes
+from vila.eval.submit import workbook_bytes
 
 COLUMNS = [
     "index", "question", "hint", "A", "B", "C", "D",

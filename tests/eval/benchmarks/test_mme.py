@@ -4,10 +4,10 @@ import pytest
 
 from tests.eval.benchmarks.written import SHORT, VICUNA, jsonl, whole_prompt
 from vila.core.errors import DataError
-from vila.eval.answers import read_answers
 from vila.eval.benchmark import BENCHMARKS, Answer
 from vila.eval.benchmarks.mme import COGNITION, PERCEPTION, Mme
-from vila.eval.mme_rows import read_lmms, read_upstream
+from vila.eval.metrics.yes_no import read_lmms, read_upstream
+from vila.eval.predictions import read_answers
 
 # Answers to both questions of a picture, whose truth is Yes and No; how many the original and lmms-eval call right.
 EXISTENCE = [

@@ -4,9 +4,9 @@ import pytest
 
 from tests.eval.benchmarks.written import VICUNA, jsonl, plain, whole_prompt
 from vila.core.errors import DataError
-from vila.eval.answers import read_answers
 from vila.eval.benchmark import BENCHMARKS, Answer
 from vila.eval.benchmarks.scienceqa import ScienceQa
+from vila.eval.predictions import read_answers
 
 LETTER = "Answer with the option's letter from the given choices directly."
 # Answer, number of choices, true letter, then right by VILA's, LLaVA's and lmms-eval's reading.

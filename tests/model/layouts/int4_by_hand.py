@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tests import tiny
 from tests.model.layouts.int4_reference import dequantized, random_weight
-from vila.model.load import load_model, save_model
+from vila.model.loading import load_model, save_model
 
 GROUP = 32
 Writer = Callable[[np.ndarray, np.ndarray, np.ndarray], dict[str, np.ndarray]]

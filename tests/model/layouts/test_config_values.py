@@ -11,9 +11,8 @@ import pytest
 from tests import tiny
 from tests.model.layouts.published import FIXTURES
 from vila.core.errors import LayoutError, VilaError
-from vila.model import build
-from vila.model.build import empty_model
-from vila.model.load import open_checkpoint, save_model
+from vila.model import loading
+from vila.model.loading import empty_model, open_checkpoint, save_model
 
 DELETED = object()
 WRONG = (None, [], {}, "x", -1, 0, 1e30, True, float("nan"), 10**9, DELETED)
@@ -228,7 +227,7 @@ def test_sizes_that_the_weights_do_not_have_are_refused_before_a_module_is_built
 
     written = checkpoint(name)
     change(written.file(file), key, value)
-    monkeypatch.setattr(build, "VilaForConditionalGeneration", built)
+    monkeypatch.setattr(loading, "VilaForConditionalGeneration", built)
     with pytest.raises(LayoutError) as caught:
         written.open()
     error = caught.value

@@ -23,7 +23,7 @@ from tests.model.layouts.published import FIXTURES, LLM, TOKENIZER, TOWER, llava
 from tests.model.layouts.test_published import PICTURES, picture
 from vila.core.errors import LayoutError
 from vila.core.types import Message
-from vila.model.load import load_model, save_model
+from vila.model.loading import load_model, save_model
 from vila.model.processor import VilaProcessor
 
 THIRD = picture(2, (56, 56))

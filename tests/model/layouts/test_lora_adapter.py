@@ -13,10 +13,10 @@ from tests.train.test_lora import adapted, learn, logits
 from vila.cli.main import main
 from vila.config.schema import Lora
 from vila.core.errors import LayoutError
-from vila.model.layouts.protocol import detect_layout
-from vila.model.load import load_model, save_model
+from vila.model.layouts.base import detect_layout
+from vila.model.loading import load_model, save_model
 from vila.train.lora import adapter_parameters, add_adapters, save_adapter
-from vila.train.stage import select_trainable
+from vila.train.optim import select_trainable
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 
@@ -85,7 +85,7 @@ def test_peft_alone_finds_the_base(shared):
     from peft import AutoPeftModel
 
     adapter, expected = shared
-    model = AutoPeftModel.from_pretrained(adapter, import_allowlist=["vila.model.vila"])
+    model = AutoPeftModel.from_pretrained(adapter, import_allowlist=["vila.model.modeling"])
     torch.testing.assert_close(logits(model, tiny.vila()[1]), expected, rtol=0, atol=1e-6)
 
 

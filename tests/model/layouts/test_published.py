@@ -13,7 +13,7 @@ from tests.model.layouts.published import FIXTURES, Written, llava_v1, lora, pro
 from tests.reference import reference
 from vila.core.errors import LayoutError
 from vila.core.types import Image
-from vila.model.load import load_model, save_model
+from vila.model.loading import load_model, save_model
 
 PROMPT = "USER: <image>\nWhat? <image> Compare them. ASSISTANT:"
 

@@ -12,10 +12,10 @@ from tests.model.layouts.int4_by_hand import edit, is_block_linear, logits, mode
 from tests.model.layouts.int4_reference import write_gemm, write_gemv, write_tinychat
 from tests.model.layouts.test_awq_hf import files, quantized
 from vila.core.errors import MISSING, LayoutError
-from vila.kernels.int4_layout import dequantize
+from vila.kernels.int4 import dequantize
 from vila.model.int4 import int4_weights
-from vila.model.layouts.protocol import detect_layout
-from vila.model.load import load_model, open_checkpoint, save_model
+from vila.model.layouts.base import detect_layout
+from vila.model.loading import load_model, open_checkpoint, save_model
 
 NAME = "tiny-w4-g32-awq-v2.pt"
 QUERY = "language_model.model.layers.0.self_attn.q_proj"

@@ -9,12 +9,21 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from vila.core.events import SILENT, Events
+from vila.core.progress import SILENT, Events
 from vila.core.types import Message, Sample
-from vila.data.formats.media import images_at
-from vila.data.formats.rows import Row
-from vila.data.formats.source import JSON, RecordSource, read_options
-from vila.data.formats.turns import IMAGE_MARKER, answer_at, id_of, list_at, media_first, text_at, without_markers
+from vila.data.formats.base import (
+    IMAGE_MARKER,
+    JSON,
+    RecordSource,
+    answer_at,
+    id_of,
+    list_at,
+    media_first,
+    read_options,
+    text_at,
+    without_markers,
+)
+from vila.data.readers.records import Row, images_at
 
 
 @dataclass(frozen=True, slots=True)

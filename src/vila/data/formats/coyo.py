@@ -10,12 +10,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from vila.core.events import SILENT, Events
+from vila.core.progress import SILENT, Events
 from vila.core.types import Message, Sample, Text
-from vila.data.formats.media import image_of, member_image
-from vila.data.formats.rows import Row
-from vila.data.formats.source import RecordSource, read_options
-from vila.data.formats.turns import id_of, text_at
+from vila.data.formats.base import RecordSource, id_of, read_options, text_at
+from vila.data.readers.records import Row, image_of, member_image
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from vila.core.events import SILENT, Events
+from vila.core.progress import SILENT, Events
 from vila.core.types import Message, Sample
-from vila.data.formats.rows import Row
-from vila.data.formats.source import JSON, RecordSource, read_options
-from vila.data.formats.turns import answer_at, id_of, text_at
+from vila.data.formats.base import JSON, RecordSource, answer_at, id_of, read_options, text_at
+from vila.data.readers.records import Row
 
 _QUESTIONS, _ANSWERS = ("question", "inputs"), ("answer", "targets")
 

@@ -10,12 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vila.core.events import SILENT, Events
+from vila.core.progress import SILENT, Events
 from vila.core.types import Message, Part, Sample, Text
-from vila.data.formats.media import image_of
-from vila.data.formats.rows import Row
-from vila.data.formats.source import JSON, RecordSource, read_options
-from vila.data.formats.turns import id_of, list_at
+from vila.data.formats.base import JSON, RecordSource, id_of, list_at, read_options
+from vila.data.readers.records import Row, image_of
 
 
 @dataclass(frozen=True, slots=True)

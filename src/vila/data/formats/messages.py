@@ -25,13 +25,20 @@ from typing import Any
 from vila.chat.content import messages_of
 from vila.chat.templates import find_template
 from vila.core.errors import UnknownNameError
-from vila.core.events import SILENT, Events
+from vila.core.progress import SILENT, Events
 from vila.core.types import Image, Message, Part, Role, Sample, Stored, Text, Video
-from vila.data.formats.media import image_of, media_keys, only_key, source_of
-from vila.data.formats.rows import Row
-from vila.data.formats.source import JSON, RecordSource, read_options
-from vila.data.formats.stored import Keys, value_at, written
-from vila.data.formats.turns import IMAGE_MARKER, VIDEO_MARKER, id_of, list_at, optional_text
+from vila.data.formats.base import (
+    IMAGE_MARKER,
+    JSON,
+    VIDEO_MARKER,
+    RecordSource,
+    id_of,
+    list_at,
+    optional_text,
+    read_options,
+)
+from vila.data.readers.media_refs import Keys, value_at, written
+from vila.data.readers.records import Row, image_of, media_keys, only_key, source_of
 
 MEDIA_KEYS = ("images", "image", "videos", "video")
 _COLUMNS = ("id", "messages", "conversations", "system", *MEDIA_KEYS, "branches", "template")

@@ -14,13 +14,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from vila.core.events import SILENT, Events
+from vila.core.progress import SILENT, Events
 from vila.core.types import Image, Message, Part, Sample, Text
-from vila.data.formats.media import source_of
-from vila.data.formats.rows import Row
-from vila.data.formats.source import JSON, RecordSource, read_options
-from vila.data.formats.stored import Keys
-from vila.data.formats.turns import id_of, joined, list_at
+from vila.data.formats.base import JSON, RecordSource, id_of, joined, list_at, read_options
+from vila.data.readers.media_refs import Keys
+from vila.data.readers.records import Row, source_of
 
 
 @dataclass(frozen=True, slots=True)

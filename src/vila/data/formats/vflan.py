@@ -11,21 +11,21 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from vila.core.events import SILENT, Events
+from vila.core.progress import SILENT, Events
 from vila.core.types import Image, Message, Sample
-from vila.data.formats.media import images_at, only_key
-from vila.data.formats.rows import Row
-from vila.data.formats.source import RecordSource, read_options
-from vila.data.formats.turns import (
+from vila.data.formats.base import (
     IMAGE_MARKER,
+    RecordSource,
     answer_at,
     check_turns,
     id_of,
     media_first,
     optional_text,
+    read_options,
     text_at,
     without_markers,
 )
+from vila.data.readers.records import Row, images_at, only_key
 
 MEDIA_KEYS = ("image", "image:", "images", "image_base64_str")
 _ANSWERS = ("answer", "answer:", "outputs")

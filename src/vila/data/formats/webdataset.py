@@ -11,13 +11,11 @@ from functools import partial
 from pathlib import Path
 
 from vila.chat.templates import find_template
-from vila.core.events import SILENT, Events
+from vila.core.progress import SILENT, Events
 from vila.core.types import Image, Message, Sample, Text, Video
 from vila.data.formats import messages, vflan
-from vila.data.formats.media import member_image, member_video
-from vila.data.formats.rows import Row
-from vila.data.formats.source import RecordSource, read_options
-from vila.data.formats.turns import id_of, media_first, text_at
+from vila.data.formats.base import RecordSource, id_of, media_first, read_options, text_at
+from vila.data.readers.records import Row, member_image, member_video
 
 
 @dataclass(frozen=True, slots=True)

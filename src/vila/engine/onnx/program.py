@@ -14,8 +14,8 @@ from vila.core.errors import ConfigError
 from vila.core.optional import require
 from vila.engine.onnx.graph import cache_names, decoder_graph
 from vila.engine.onnx.weights import ACTIVATION_BITS, ActivationBits, HeadBits, decoder_weights
-from vila.kernels.int4_layout import Int4Weight
-from vila.model.vila import VilaForConditionalGeneration
+from vila.kernels.int4 import Int4Weight
+from vila.model.modeling import VilaForConditionalGeneration
 
 # B rows  S tokens  D model width  V vocab  N wanted places  H key-value heads  C columns  E head width
 

@@ -16,7 +16,7 @@ from vila.engine.prefix import Prefixes
 from vila.engine.slot_attention import Stretch
 from vila.engine.slot_pool import aligned
 from vila.engine.slots import content_keys
-from vila.model.vila import VilaForConditionalGeneration
+from vila.model.modeling import VilaForConditionalGeneration
 
 # B rows  S tokens  D model width  V vocab  N wanted places
 

@@ -11,7 +11,7 @@ from vila.engine.onnx.program import Binding, OnnxProgram, append
 from vila.engine.pictures import PictureFeatures
 from vila.engine.slot_attention import Stretch
 from vila.engine.slot_run import SlotRun
-from vila.model.vila import VilaForConditionalGeneration
+from vila.model.modeling import VilaForConditionalGeneration
 
 # B rows of a run  S tokens of a piece  D model width  V vocab  N wanted places
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from vila.core.errors import ConfigError, ContextOverflowError
 from vila.engine.onnx.graph import cache_names
 from vila.engine.onnx.program import Binding, OnnxProgram, append
-from vila.kernels.int4_layout import Int4Weight
-from vila.model.vila import VilaForConditionalGeneration
+from vila.kernels.int4 import Int4Weight
+from vila.model.modeling import VilaForConditionalGeneration
 
 # S tokens  D model width  V vocab  N wanted places
 

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from vila.core.errors import ConfigError
 from vila.engine.known_blocks import unknown_in, windows_of
-from vila.kernels.int4_layout import Int4Weight, concatenate, pack, quantize
-from vila.kernels.int4_linear import Int4Linear
-from vila.model.vila import VilaForConditionalGeneration
+from vila.kernels.int4 import Int4Linear, Int4Weight, concatenate, pack, quantize
+from vila.model.modeling import VilaForConditionalGeneration
 
 # O outputs  I inputs  G inputs of a group  D model width  E head width  C positions
 

@@ -16,8 +16,7 @@ from typing import Any
 from vila.core.errors import DataError
 from vila.core.reading import read_json
 from vila.core.types import Image, Message
-from vila.eval.benchmark import Answer, Item, Mark, Rules, Scored
-from vila.eval.scoring import by_item, exact_match
+from vila.eval.benchmark import Answer, Item, Mark, Rules, Scored, by_item, exact_match
 
 
 class EasyVqa:

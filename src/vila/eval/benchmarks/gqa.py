@@ -18,11 +18,18 @@ from typing import Any
 
 from vila.core.errors import DataError
 from vila.core.reading import read_json
+from vila.eval.annotations import (
+    find,
+    image_folder,
+    items_of,
+    join,
+    look,
+    odd_field,
+    read_questions,
+    refuse_missing,
+    refuse_other_questions,
+)
 from vila.eval.benchmark import Answer, Item, Mark, Rules, Scored
-from vila.eval.fields import odd_field
-from vila.eval.folders import find, image_folder, look
-from vila.eval.joining import join, refuse_missing, refuse_other_questions
-from vila.eval.question_file import items_of, read_questions
 
 _ASKED = "llava_gqa_testdev_balanced.jsonl"
 _TRUTHS = ("testdev_balanced_questions.json", "data/testdev_balanced_questions.json")

@@ -18,15 +18,12 @@ from typing import Any
 
 from vila.core.errors import DataError
 from vila.core.types import Image, Message
+from vila.eval.annotation_files import EMPTY, Table, read_table
+from vila.eval.annotations import Joined, as_typed, find, join, look, naming, prompt_note, size_note, together
 from vila.eval.benchmark import Answer, Item, Mark, Rules, Scored, Submission
 from vila.eval.benchmarks.scienceqa import LETTER
-from vila.eval.folders import find
-from vila.eval.ids import as_typed, prompt_note, size_note
-from vila.eval.joining import Joined, join, naming
-from vila.eval.letters import read_by_rules, read_static
-from vila.eval.question_file import together
-from vila.eval.spreadsheet import cell_text
-from vila.eval.table import EMPTY, Table, read_table
+from vila.eval.metrics.multiple_choice import read_by_rules, read_static
+from vila.eval.submit import cell_text
 
 _OPTIONS = "ABCD"
 _TURN = 1_000_000
@@ -232,3 +229,18 @@ def _sheet_row(columns: Sequence[str], index: int, row: Mapping[str, Any], text:
 
 def _percent(values: Sequence[float]) -> float:
     return 100 * sum(values) / len(values) if values else 0.0
+
+
+# --- mmbench_cn
+# MMBench-CN: MMBench's questions in Chinese, asked for the letter in Chinese.
+
+
+class MmBenchCn(MmBench):
+    """The Chinese development split."""
+
+    name = "mmbench_cn"
+    file = "mmbench_dev_cn_20231003.tsv"
+    suffix = "请直接回答选项字母。"
+
+    def _find(self, folder: Path) -> Path:
+        return look(folder, "mmbench", self.file) or super()._find(folder)

@@ -18,12 +18,19 @@ from pathlib import Path
 from typing import Any
 
 from vila.core.errors import DataError
+from vila.eval.annotations import ask, find, naming, read_questions, size_note, together
 from vila.eval.benchmark import Answer, Headline, Item, Mark, Rules, Scored
-from vila.eval.folders import find
-from vila.eval.ids import size_note
-from vila.eval.joining import naming
-from vila.eval.mme_rows import Key, Row, key_of, misplaced, pair_up, picture_of, read_lmms, read_truths, read_upstream
-from vila.eval.question_file import ask, read_questions, together
+from vila.eval.metrics.yes_no import (
+    Key,
+    Row,
+    key_of,
+    misplaced,
+    pair_up,
+    picture_of,
+    read_lmms,
+    read_truths,
+    read_upstream,
+)
 
 PERCEPTION = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",

@@ -17,10 +17,18 @@ from typing import Any
 
 from vila.core.errors import DataError
 from vila.core.reading import read_jsonl
+from vila.eval.annotations import (
+    Question,
+    find,
+    image_folder,
+    items_of,
+    join,
+    look,
+    naming,
+    read_questions,
+    refuse_other_questions,
+)
 from vila.eval.benchmark import Answer, Headline, Item, Mark, Rules, Scored
-from vila.eval.folders import find, image_folder, look
-from vila.eval.joining import join, naming, refuse_other_questions
-from vila.eval.question_file import Question, items_of, read_questions
 
 _ASKED = "llava_pope_test.jsonl"
 _COCO = "coco"

@@ -20,13 +20,15 @@ from typing import Any
 from vila.core.errors import DataError
 from vila.core.reading import read_json
 from vila.core.types import Image, Message
+from vila.eval.annotations import as_typed, find, image_folder, join, odd_field, prompt_note, size_note, together
 from vila.eval.benchmark import Answer, Item, Mark, Rules, Scored
-from vila.eval.fields import odd_field
-from vila.eval.folders import find, image_folder
-from vila.eval.ids import as_typed, prompt_note, size_note
-from vila.eval.joining import join
-from vila.eval.letters import NOTHING, Reading, read_llava_scienceqa, read_lmms_scienceqa, read_vila_scienceqa
-from vila.eval.question_file import together
+from vila.eval.metrics.multiple_choice import (
+    NOTHING,
+    Reading,
+    read_llava_scienceqa,
+    read_lmms_scienceqa,
+    read_vila_scienceqa,
+)
 
 LETTER = "Answer with the option's letter from the given choices directly."
 """What the original's multiple-choice benchmarks end every question with, on a line of its own."""

@@ -18,13 +18,19 @@ from typing import Any
 
 from vila.core.errors import DataError
 from vila.core.reading import read_json
+from vila.eval.annotations import (
+    as_typed,
+    find,
+    items_of,
+    join,
+    odd_field,
+    prompt_note,
+    read_questions,
+    refuse_missing,
+    size_note,
+)
 from vila.eval.benchmark import Answer, Item, Mark, Rules, Scored, Submission
-from vila.eval.fields import odd_field
-from vila.eval.folders import find
-from vila.eval.ids import as_typed, prompt_note, size_note
-from vila.eval.joining import join, refuse_missing
-from vila.eval.letters import read_exactly, read_first
-from vila.eval.question_file import items_of, read_questions
+from vila.eval.metrics.multiple_choice import read_exactly, read_first
 
 _ASKED = "llava-seed-bench.jsonl"
 _TRUTH = "SEED-Bench.json"

@@ -17,11 +17,9 @@ from typing import Any
 
 from vila.core.errors import DataError
 from vila.core.reading import read_json
+from vila.eval.annotations import ask, find, image_folder, look, naming, read_questions, together
 from vila.eval.benchmark import Answer, Item, Mark, Rules, Scored
-from vila.eval.folders import find, image_folder, look
-from vila.eval.joining import naming
-from vila.eval.question_file import ask, read_questions, together
-from vila.eval.vqa_text import most_frequent, normalise, soft_accuracy
+from vila.eval.metrics.vqa import most_frequent, normalise, soft_accuracy
 
 _ASKED = "llava_textvqa_val_v051_ocr.jsonl"
 _TRUTHS = "TextVQA_0.5.1_val.json"

@@ -17,12 +17,23 @@ from typing import Any
 
 from vila.core.errors import DataError
 from vila.core.reading import read_json
+from vila.eval.annotations import (
+    SHORT_ANSWER,
+    Question,
+    find,
+    image_folder,
+    items_of,
+    join,
+    look,
+    odd_field,
+    read_questions,
+    readable_humans,
+    refuse_missing,
+    refuse_other_questions,
+    repeats,
+)
 from vila.eval.benchmark import Answer, Item, Mark, Rules, Scored, Submission
-from vila.eval.fields import odd_field, readable_humans
-from vila.eval.folders import find, image_folder, look
-from vila.eval.joining import join, refuse_missing, refuse_other_questions, repeats
-from vila.eval.question_file import SHORT_ANSWER, Question, items_of, read_questions
-from vila.eval.vqa_text import most_frequent, normalise, normalise_officially, one_line, soft_accuracy
+from vila.eval.metrics.vqa import most_frequent, normalise, normalise_officially, one_line, soft_accuracy
 
 _ASKED = "llava_test.jsonl"
 _VAL = ("val.json", "Annotations/val.json", "annotations/val.json")

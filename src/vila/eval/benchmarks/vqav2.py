@@ -18,13 +18,25 @@ from typing import Any
 
 from vila.core.errors import DataError
 from vila.core.reading import read_jsonl
+from vila.eval.annotation_files import iter_array
+from vila.eval.annotations import (
+    SHORT_ANSWER,
+    Joined,
+    Question,
+    find,
+    image_folder,
+    items_of,
+    join,
+    look,
+    naming,
+    odd_field,
+    read_questions,
+    readable_humans,
+    refuse_missing,
+    refuse_other_questions,
+)
 from vila.eval.benchmark import Answer, Item, Mark, Rules, Scored, Submission
-from vila.eval.fields import odd_field, readable_humans
-from vila.eval.folders import find, image_folder, look
-from vila.eval.joining import Joined, join, naming, refuse_missing, refuse_other_questions
-from vila.eval.json_array import iter_array
-from vila.eval.question_file import SHORT_ANSWER, Question, items_of, read_questions
-from vila.eval.vqa_text import lmms_accuracy, most_frequent, normalise, official_accuracy
+from vila.eval.metrics.vqa import lmms_accuracy, most_frequent, normalise, official_accuracy
 
 _TEST_DEV = "llava_vqav2_mscoco_test-dev2015.jsonl"
 _TEST = "llava_vqav2_mscoco_test2015.jsonl"

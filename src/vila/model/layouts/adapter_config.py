@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from vila.core.errors import LayoutError
-from vila.core.fields import Fields
+from vila.core.reading import Fields
 
 CONFIG_FILE: Final = "adapter_config.json"
 MERGE_WITH_PEFT: Final = "merge it with PEFT (merge_and_unload) and save the whole model"

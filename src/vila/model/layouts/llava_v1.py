@@ -11,18 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from vila.core.errors import LayoutError
-from vila.core.fields import Fields
 from vila.core.files import atomic_path, write_json
-from vila.model.hub import local_folder
+from vila.core.reading import Fields
+from vila.model.layouts.base import FULL, Checkpoint, Prefixes, Sources, Storage, claim, to_theirs
 from vila.model.layouts.config_file import MAX_LAYERS, generation_facts, read_config, text_config
+from vila.model.layouts.known_checkpoints import compose, own_facts, template_of, write_tokenizer
 from vila.model.layouts.lora import TiedHead, read_adapter
-from vila.model.layouts.names import Prefixes, claim, to_theirs
-from vila.model.layouts.protocol import Checkpoint, Sources
-from vila.model.layouts.published import compose, own_facts, template_of, write_tokenizer
-from vila.model.layouts.storage import FULL, Storage
 from vila.model.layouts.tokenizer_files import read_tokenizer
-from vila.model.layouts.towers import TowerFacts, image_mode_of, known_tower, read_tower, tower_pieces
-from vila.model.layouts.vision_folder import write_tower
+from vila.model.layouts.towers import TowerFacts, image_mode_of, known_tower, read_tower, tower_pieces, write_tower
+from vila.model.loading import local_folder
 from vila.model.weights import Piece, find_files, pieces_of, weight_file
 
 LLM_TYPES = {

@@ -16,20 +16,14 @@ import torch
 from torch import Tensor
 
 from vila.core.errors import LayoutError
-from vila.kernels.int4_formats import pack_tinychat
-from vila.kernels.int4_layout import Int4Weight
-from vila.kernels.int4_packing import check_divides
-from vila.model.int4 import int4_layers
+from vila.kernels.int4 import Int4Weight
+from vila.kernels.packings import check_divides, pack_tinychat
+from vila.model.int4 import PackedWeight, check_whole, fitting, int4_layers, packed_facts, split
 from vila.model.layouts import llava_v1, vila_v15
-from vila.model.layouts.awq_hf import check_int4
-from vila.model.layouts.int4_pieces import with_int4
-from vila.model.layouts.names import claim
-from vila.model.layouts.protocol import PICKLED, Checkpoint, detect_full_precision
-from vila.model.layouts.storage import Storage
-from vila.model.packed import PackedWeight, check_whole, fitting, packed_facts, split
-from vila.model.torch_written import write_torch_file
+from vila.model.layouts.awq import check_int4
+from vila.model.layouts.base import PICKLED, Checkpoint, Storage, claim, detect_full_precision, with_int4
+from vila.model.save_weights import Made, Writable, write_torch_file
 from vila.model.weights import INDEXES, SINGLES, Piece, pickled_files, pieces_of, weight_file
-from vila.model.written import Made, Writable
 
 _LLM = "llm"
 _PREFIXES = llava_v1.PREFIXES

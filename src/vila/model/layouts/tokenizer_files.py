@@ -13,8 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, LlamaTokenizer, PretrainedCo
 
 from vila.chat.tokenize import ids_before_text
 from vila.core.errors import LayoutError
-from vila.core.fields import Fields
-from vila.core.reading import file_errors, foreign_content, read_head, read_json_object, read_text
+from vila.core.reading import Fields, file_errors, foreign_content, read_head, read_json_object, read_text
 
 _CONFIG, _MODEL, _FAST = "tokenizer_config.json", "tokenizer.model", "tokenizer.json"
 _SPECIALS_MAP = "special_tokens_map.json"

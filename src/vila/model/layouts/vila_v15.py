@@ -8,22 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from vila.core.errors import LayoutError
-from vila.core.fields import Fields
 from vila.core.files import atomic_path, write_json
+from vila.core.reading import Fields
 from vila.core.vision_spec import MAX_SIDE, MAX_VIDEO_FRAMES
-from vila.model.hub import local_folder
+from vila.model.layouts.base import FULL, Checkpoint, Sources, Storage, claim
 from vila.model.layouts.config_file import MAX_LAYERS, generation_facts, read_config, text_config
+from vila.model.layouts.known_checkpoints import compose, own_facts, template_of, write_tokenizer
 from vila.model.layouts.llava_v1 import FIELDS
-from vila.model.layouts.names import claim
-from vila.model.layouts.protocol import Checkpoint, Sources
-from vila.model.layouts.published import compose, own_facts, template_of, write_tokenizer
-from vila.model.layouts.storage import FULL, Storage
 from vila.model.layouts.tokenizer_files import read_tokenizer
-from vila.model.layouts.towers import image_mode_of, read_tower, tower_pieces
-from vila.model.layouts.vision_folder import write_tower
+from vila.model.layouts.towers import image_mode_of, read_tower, tower_pieces, write_tower
+from vila.model.loading import local_folder
 from vila.model.projector import check_projector
+from vila.model.save_weights import write_weights
 from vila.model.weights import find_files, pieces_of
-from vila.model.written import write_weights
 
 _PARTS = {"llm": "llm_cfg", "vision_tower": "vision_tower_cfg", "mm_projector": "mm_projector_cfg"}
 _TOWERS = ("clip_vision_model", "siglip_vision_model", "internvl_vision")

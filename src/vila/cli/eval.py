@@ -1,0 +1,412 @@
+"""`vila eval`: benchmarks on a model, or on whatever a server answers with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from vila.cli import options
+from vila.cli.options import Aloud, Loading, check_backend_flags, take_threads
+
+if TYPE_CHECKING:
+    from vila.core.progress import Events
+    from vila.eval.benchmark import Benchmark
+    from vila.eval.runner import Answers, Result
+
+
+# --- judging
+# The judge that `vila eval` and `vila score` take their verdicts from.
+
+
+JudgeOption = Annotated[
+    str,
+    typer.Option(
+        help="Who judges free answers (video QA): the URL of an OpenAI-compatible server, a file of replies, or `none` "
+        "to write the requests to a file.",
+        metavar="URL|FILE|none",
+        show_default=False,
+    ),
+]
+JudgeModelOption = Annotated[str, typer.Option(help="Model that the judge's server is asked for.")]
+DEFAULT_JUDGE = "gpt-3.5-turbo"
+
+
+def check_judge(judge: str) -> None:
+    """Check the form of a URL, or that a file of replies can be read, before work begins. Raises VilaError."""
+    if not judge or judge == "none":
+        return
+    if "://" in judge:
+        from vila.eval.openai_client import Endpoint
+
+        Endpoint(judge)
+        return
+    from vila.eval.judge import read_verdicts
+
+    read_verdicts(Path(judge).expanduser())
+
+
+def give_judge(benchmark: Any, judge: str, model: str, folder: Path, events: Events) -> None:
+    """Give a benchmark that has free answers its judge; others are left as they are.
+
+    folder: where requests are written to, with `none`.
+    """
+    if not judge or not hasattr(benchmark, "judge"):
+        return
+    from vila.core.files import cache_dir
+    from vila.eval.judge import Judge, ReplyFile, RequestFile
+    from vila.eval.openai_client import Endpoint
+
+    if judge == "none":
+        benchmark.judge = RequestFile(folder / f"{benchmark.name}-requests.jsonl", model)
+    elif "://" in judge:
+        benchmark.judge = Judge(Endpoint(judge), cache_dir() / "judge", model, events=events)
+    else:
+        benchmark.judge = ReplyFile(Path(judge).expanduser())
+
+
+TEN = ("vqav2", "gqa", "vizwiz", "scienceqa", "textvqa", "pope", "mme", "mmbench", "mmbench_cn", "seed")
+"""The benchmarks of the published table, in its order."""
+
+
+_PUBLISHED = {
+    "sqa": "scienceqa", "sqa_i": "scienceqa", "vqa_v2": "vqav2", "vqa_t": "textvqa", "mmb": "mmbench",
+    "mmb_cn": "mmbench_cn", "seed_bench": "seed",
+}  # fmt: skip
+"""What the published table, folders and scripts call benchmarks besides: in small letters, dashes as underscores."""
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Model directory or hub id; with --api any name for the run.")] = "",
+    benchmarks: Annotated[
+        str, typer.Option(help="Names, separated by commas; `all`: the ten of the table.")
+    ] = "easy_vqa",
+    data: Annotated[
+        Path | None,
+        typer.Option(help="playground/data/eval, or a benchmark's own folder; easy_vqa is fetched when not given."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where predictions, scores and the report go; default: eval/ beside the model.",
+            callback=options.output_directory,
+        ),
+    ] = None,
+    questions: Annotated[int, typer.Option(help="Take about this many questions; 0 takes all.", min=0)] = 0,
+    protocol: Annotated[
+        str, typer.Option(help="Rules of scoring: upstream, or lmms-eval where it differs.")
+    ] = "upstream",
+    template: Annotated[str, typer.Option(help="Conversation template; default: the model's.")] = "",
+    shots: Annotated[str, typer.Option(help="Examples before each question, such as 0,2,4.", metavar="K,...")] = "0",
+    dtype: options.DtypeFlag = options.Dtype.AUTO,
+    device: Annotated[str, typer.Option(help="cpu or cuda; default: a GPU where there is one.")] = "",
+    backend: options.BackendFlag = options.Backend.AUTO,
+    head_bits: options.HeadBits = None,
+    activation_bits: options.ActivationBits = None,
+    threads: options.Threads = None,
+    api: Annotated[str, typer.Option(help="URL of an OpenAI-compatible server to ask instead.")] = "",
+    served_model: Annotated[str, typer.Option("--model", help="With --api: the model to ask for.")] = "",
+    judge: JudgeOption = "",
+    judge_model: JudgeModelOption = DEFAULT_JUDGE,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON, a line each.")] = False,
+) -> None:
+    """Ask benchmarks of [bold]MODEL[/bold] and score the answers; an interrupted evaluation goes on where it was."""
+    import json
+
+    from rich.console import Console
+
+    from vila.chat.templates import find_template
+    from vila.cli.progress import Screen
+    from vila.core.errors import ConfigError
+    from vila.core.files import DirectoryLock, check_writable, portable_path, remove_partials
+    from vila.core.progress import SILENT
+    from vila.eval.report import write_report
+    from vila.eval.runner import check_run, result_dir, run, run_facts
+    from vila.train.fsdp import open_world
+
+    # All that can be wrong is found before weights are read: options, output, data, predictions of another run.
+    rules = rules_of(protocol)
+    names = names_of(benchmarks)
+    counts = _counts(shots)
+    if template:
+        find_template(template)
+    if not model and not api:
+        raise ConfigError("no model; name a directory or a hub id, or a server with --api")
+    root = out or (Path(model).expanduser().parent / "eval" if Path(model).is_dir() else Path("runs/eval"))
+    check_writable(root, field="--out")
+    check_judge(judge)
+    world = open_world("replicate")
+    take_threads(threads or 0)
+    asked = _Asked(
+        model, api, served_model, dtype.value, _checked_device(device or str(world.device)), template, backend.value,
+        head_bits or 0, activation_bits or 0,
+    )  # fmt: skip
+    asked.check()
+    results: list[Result] = []
+    with Screen() as screen:
+        events = screen if world.main else SILENT
+        opened, left_out = _opened(names, data, questions, counts, events)
+        facts = asked.facts()
+        for benchmark in opened:
+            where = result_dir(root, benchmark.name, questions)
+            check_run(where, {**run_facts(benchmark, template), "model": facts["hash"]})
+            give_judge(benchmark, judge, judge_model, where, events)
+        engine, facts = asked.load(facts)
+        for benchmark in opened:
+            where = result_dir(root, benchmark.name, questions)
+            result = run(
+                engine, benchmark, where, model=facts["hash"], template=template, rules=rules, place=world.place,
+                meet=world.meet, events=events,
+            )  # fmt: skip
+            if result:
+                results.append(result)
+        if world.main:
+            remove_partials(root)
+            seen = {
+                "model": portable_path(model, root) or served_model,
+                "data": portable_path(data or "", root),
+                "rules": rules,
+                "template": template,
+            }
+            folders = {result.benchmark: result_dir(root, result.benchmark, questions).name for result in results}
+            # Other commands may add benchmarks to the same directory at this moment.
+            with DirectoryLock(root).acquire(wait=True):
+                _note_run(root, {**seen, **facts, "benchmarks": folders, "left_out": left_out})
+                for path in write_report(root, {benchmark.name: benchmark for benchmark in opened}):
+                    events.said(str(path))
+    world.close()
+    for result in results:
+        if as_json:
+            row: dict[str, Any] = {"benchmark": result.benchmark, "problem": result.problem}
+            typer.echo(json.dumps(row if result.scored is None else {"benchmark": result.benchmark, **result.scores}))
+    if results and not as_json:
+        Console(highlight=False).print(result_table(results))
+    if any(result.failed for result in results):
+        raise typer.Exit(1)
+
+
+def rules_of(protocol: str) -> Any:
+    """The rules that `--protocol` names. Raises ConfigError for others."""
+    from vila.core.errors import ConfigError
+
+    if protocol not in ("upstream", "lmms-eval"):
+        raise ConfigError(f"--protocol {protocol}: it is upstream or lmms-eval")
+    return protocol
+
+
+def names_of(text: str) -> list[str]:
+    """Benchmarks by name, or by what they are published as, in any case. Raises UnknownNameError for others."""
+    from vila.core.errors import ConfigError
+    from vila.eval.benchmark import BENCHMARKS
+
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    names = [one for name in names for one in (TEN if name == "all" else (_own_name(name),))]
+    for name in names:
+        BENCHMARKS[name]
+    if not names:
+        raise ConfigError(field="--benchmarks", value=text, expected="names of benchmarks with commas between them")
+    return list(dict.fromkeys(names))
+
+
+def _own_name(name: str) -> str:
+    from vila.eval.benchmark import BENCHMARKS
+
+    plain = name.lower().replace("-", "_")
+    own = _PUBLISHED.get(plain, plain)
+    return own if own in BENCHMARKS else name
+
+
+def _counts(text: str) -> list[int]:
+    from vila.core.errors import ConfigError
+
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise ConfigError(f"--shots {text!r}: expected numbers with commas between, such as 0,2,4")
+    return list(dict.fromkeys(map(int, parts)))
+
+
+def _checked_device(name: str) -> str:
+    """Return the name of a device. Raises ConfigError for one that PyTorch does not know or that is not there."""
+    import torch
+
+    from vila.core.errors import ConfigError
+
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(field="--device", value=name, expected="cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(field="--device", value=name, expected="cpu, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"PyTorch finds {torch.cuda.device_count()} CUDA devices",
+            field="--device",
+            value=name,
+            hint="see vila doctor",
+        )
+    return name
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """The model that answers, here or behind a server, as the options name it; nothing is loaded yet."""
+
+    model: str
+    api: str
+    served: str
+    dtype: str
+    device: str
+    template: str
+    backend: str
+    head_bits: int
+    activation_bits: int
+
+    def check(self) -> None:
+        """Check names, template and backend; a model from the hub is fetched. Raises VilaError."""
+        from vila.core.errors import ConfigError
+
+        if self.api:
+            if not self.served:
+                raise ConfigError("--api needs --model: the name that the server knows the model by")
+            return
+        loading = Loading(
+            self.model, backend=self.backend, head_bits=self.head_bits, activation_bits=self.activation_bits
+        )
+        check_backend_flags(loading, self.device.partition(":")[0])
+        from vila.model.loading import open_checkpoint
+
+        open_checkpoint(self.model, template=self.template or None).processor.find_template()
+
+    def facts(self) -> dict[str, Any]:
+        """Return what identifies the model; `hash` is of its files, or the server's address and name for it."""
+        if self.api:
+            return {"hash": f"{self.api} {self.served}", "api": self.api, "served": self.served}
+        from vila.eval.runner import model_hash
+        from vila.model.loading import local_folder
+
+        return {"hash": model_hash(local_folder(self.model))}
+
+    def load(self, facts: dict[str, Any]) -> tuple[Answers, dict[str, Any]]:
+        """Read the weights, or try the server. Returns the facts with those that are known only then."""
+        if self.api:
+            from vila.eval.openai_client import RemoteEngine
+
+            remote = RemoteEngine(self.api, self.served)
+            remote.check()
+            return remote, facts
+        from vila.engine.engine import Engine
+        from vila.model.loading import local_folder
+
+        engine = Engine.load(
+            local_folder(self.model), dtype=self.dtype, device=self.device, backend=self.backend,  # type: ignore[arg-type]
+            head_bits=self.head_bits, activation_bits=self.activation_bits, kept_bytes=0, events=Aloud(),  # type: ignore[arg-type]
+        )  # fmt: skip
+        facts = {**facts, "dtype": str(engine.model.dtype).removeprefix("torch."), "device": self.device}
+        if engine.backend != "torch":
+            # Its arithmetic is different, and so are some answers: they do not continue those of torch.
+            facts |= {"hash": f"{facts['hash']} {engine.backend}", "backend": engine.backend}
+        return engine, facts
+
+
+def _note_run(root: Path, facts: dict[str, Any]) -> None:
+    """Write `eval.json`, with the benchmarks that earlier commands ran on the same model."""
+    from vila.core.files import write_json
+    from vila.core.reading import Fields
+
+    path = root / "eval.json"
+    before = Fields.of_file(path) if path.is_file() else Fields({}, path)
+    if before.get("hash") == facts["hash"]:
+        facts["benchmarks"] = {**before.section("benchmarks"), **facts["benchmarks"]}
+        earlier = {k: v for k, v in before.section("left_out").items() if k not in facts["benchmarks"]}
+        facts["left_out"] = {**earlier, **facts["left_out"]}
+    write_json(path, facts)
+
+
+def _opened(
+    names: list[str], data: Path | None, questions: int, shots: list[int], events: Any
+) -> tuple[list[Benchmark], dict[str, str]]:
+    """The benchmarks whose data are there, and of the others what is missing.
+
+    Raises DataError when there is none, or when the only one asked for is missing.
+    """
+    from vila.core.errors import DataError
+    from vila.core.files import cache_dir, without_home
+    from vila.eval.benchmark import BENCHMARKS
+    from vila.eval.few_shot import shot_variants
+    from vila.eval.runner import missing_images
+    from vila.starter.easy_vqa import obtain_easy_vqa
+
+    found: list[Benchmark] = []
+    left_out: dict[str, str] = {}
+    for name in names:
+        try:
+            folder = data
+            if folder is None or (name == "easy_vqa" and len(names) > 1 and not _has_easy_vqa(folder)):
+                if name != "easy_vqa":
+                    raise DataError(f"{name}: no data; give --data playground/data/eval")
+                folder = obtain_easy_vqa(cache_dir(), events)
+            benchmark = BENCHMARKS[name](folder, questions)
+            items = benchmark.items()
+        except DataError as error:
+            if len(names) == 1:
+                raise
+            events.said(f"{name}: left out: {error}")
+            left_out[name] = without_home(str(error))
+            continue
+        gone = missing_images(items) + (benchmark.missing_videos() if hasattr(benchmark, "missing_videos") else [])
+        if gone:
+            events.said(f"{name}: {len(gone):,} files are missing, the first {gone[0]}; their questions will fail")
+        found += shot_variants(benchmark, name, folder, shots)
+    if not found:
+        raise DataError("none of the benchmarks has its data there; `docs/evaluation.md` says where they come from")
+    return found, left_out
+
+
+def _has_easy_vqa(folder: Path) -> bool:
+    return (folder / "test" / "questions.json").is_file()
+
+
+# --- score_tables
+# The table of scores that `vila eval` prints.
+
+
+def score_table(result: Result) -> Table:
+    """Accuracy in all and by kind, beside the majority and the best blind guess."""
+    table = Table(title=f"{result.benchmark}: accuracy", title_justify="left")
+    for name in ("questions", "count", "accuracy", "majority answer", "best blind guess"):
+        table.add_column(name, justify="left" if name == "questions" else "right")
+    for kind, row in (*result.scores["by_type"].items(), ("all", result.scores)):
+        style = "bold" if kind == "all" else ""
+        cells = (f"{row[key]:.2%}" for key in ("accuracy", "majority", "blind"))
+        table.add_row(kind, str(row["count"]), *cells, style=style)
+    return table
+
+
+def result_table(results: Sequence[Result]) -> RenderableType:
+    """One benchmark by kind of question where it can be, several a line each."""
+    from vila.eval.stats import score_interval
+
+    if len(results) == 1 and results[0].scored and "blind" in results[0].scored.figures:
+        return score_table(results[0])
+    table = Table(title="Scores", title_justify="left")
+    for name in ("benchmark", "questions", "score", "95 %", "failed"):
+        table.add_column(name, justify="left" if name == "benchmark" else "right")
+    reasons = []
+    for one in results:
+        failed = f"{len(one.failed):,}" if one.failed else ""
+        if one.scored is None:
+            table.add_row(one.benchmark, f"{len(one.predictions):,}", "-", "", failed)
+            reasons.append(f"{one.benchmark}: {one.problem}")
+            continue
+        sure = score_interval(one.scored)
+        # A figure that is neither the mean mark nor says how it follows from the marks has no interval of its own.
+        own = sure is not None and abs(sure.mean - one.scored.score) < 0.01
+        bounds = f"{sure.low:,.1f} to {sure.high:,.1f}" if sure and own else ""
+        score = f"{one.scored.score:,.2f} {one.scored.unit}"
+        table.add_row(one.benchmark, f"{len(one.predictions):,}", score, bounds, failed)
+    return Group(table, *reasons)

@@ -1,0 +1,166 @@
+"""A record of LLaVA's JSON: `conversations` of `from` human|gpt, with `image` (a name or a list) or `video`.
+
+How `<image>` in a turn is read differs between versions of the original, and is an argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from vila.core.progress import SILENT, Events
+from vila.core.types import Message, Part, Role, Sample, Video
+from vila.data.formats.base import (
+    IMAGE_MARKER,
+    JSON,
+    VIDEO_MARKER,
+    RecordSource,
+    check_turns,
+    id_of,
+    joined,
+    list_at,
+    media_first,
+    read_options,
+    without_markers,
+)
+from vila.data.readers.records import Row, images_at, media_keys, source_of
+
+MEDIA_KEYS = ("image", "video")
+_ROLES: dict[str, Role] = {"human": "user", "gpt": "assistant"}
+
+Normalise = Callable[[Sequence[str]], list[str]]
+"""Gives the questions of a record with images, their markers where the model is to see the images."""
+
+
+def sample_of(row: Row, root: Path, normalise: Normalise, num_frames: int | None = None) -> Sample:
+    """Make the conversation of a record. Raises DataError with file, record, field and value."""
+    turns = _turns(row)
+    images = images_at(row, "image", root)
+    if keys := media_keys(row, "video"):
+        if images:
+            raise row.fault("the record has 'image' too", field="video", hint="keep one of them")
+        if len(keys) > 1 or keys[0] != ("video",):
+            raise row.fault(field="video", value=row.value["video"], expected="one video, not a list")
+        video = Video(source_of(row, ("video",), root), num_frames)
+        return Sample(id_of(row), check_turns(_about_video(turns, video), row, "conversations"))
+    questions = [text for role, text in turns if role == "user"]
+    if images:
+        questions = normalise(questions)
+    markers = sum(text.count(IMAGE_MARKER) for text in questions)
+    if markers != len(images):
+        raise row.fault(
+            f"{_count(len(images), 'image')} but {_count(markers, IMAGE_MARKER)} in the questions",
+            field="image",
+            hint="give each image one marker, and name the images in 'image'",
+        )
+    rest, shown = iter(questions), iter(images)
+    messages = [
+        Message(role, tuple(_parts(next(rest), shown))) if role == "user" else Message.of(role, text)
+        for role, text in turns
+    ]
+    return Sample(id_of(row), check_turns(messages, row, "conversations"))
+
+
+def _turns(row: Row) -> list[tuple[Role, str]]:
+    turns: list[tuple[Role, str]] = []
+    for number, turn in enumerate(list_at(row, "conversations", "turns")):
+        field = f"conversations[{number}]"
+        if not isinstance(turn, Mapping):
+            raise row.fault(field=field, value=turn, expected="an object with 'from' and 'value'")
+        speaker, text = turn.get("from"), turn.get("value")
+        if not isinstance(speaker, str) or speaker not in _ROLES:
+            raise row.fault(field=f"{field}.from", value=speaker, expected="human or gpt")
+        if not isinstance(text, str):
+            raise row.fault(field=f"{field}.value", value=text, expected="text")
+        if speaker == "gpt" and IMAGE_MARKER in text:
+            raise row.fault(f"{IMAGE_MARKER} in an answer", field=f"{field}.value", value=text)
+        # As in the original, a first turn that is not the human's is left out.
+        if turns or speaker == "human" or number:
+            turns.append((_ROLES[speaker], text))
+    return turns
+
+
+def _parts(text: str, images: Iterator[Part]) -> Iterator[Part]:
+    pieces: list[Part | str] = []
+    for number, chunk in enumerate(text.split(IMAGE_MARKER)):
+        pieces += [next(images), chunk] if number else [chunk]
+    yield from joined(pieces)
+
+
+def _about_video(turns: Sequence[tuple[Role, str]], video: Video) -> list[Message]:
+    """Put the video and a newline before the first question, which loses its markers; other turns stay."""
+    messages = []
+    for number, (role, text) in enumerate(turns):
+        if number == 0:
+            question = without_markers(text.rstrip(), IMAGE_MARKER, VIDEO_MARKER)
+            messages.append(Message(role, media_first([video], question)))
+        else:
+            messages.append(Message.of(role, text))
+    return messages
+
+
+def _count(number: int, name: str) -> str:
+    return f"{number} {name}{'s' * (number != 1)}"
+
+
+# --- llava_json
+# LLaVA's records (`conversations` of `from` human|gpt, `image` or `video`), placeholders as in VILA 1.0.
+
+
+@dataclass(frozen=True, slots=True)
+class LlavaOptions:
+    """num_frames: frames of each video; 0 leaves the number to the model."""
+
+    num_frames: int = 0
+
+
+class LlavaFormat:
+    """LLaVA records, placeholders of VILA 1.0."""
+
+    def open(self, path: Path, image_root: Path, events: Events = SILENT, **options: object) -> RecordSource:
+        """Give random access to the samples of a file or of all files of a directory. Options: see `LlavaOptions`."""
+        chosen = read_options(LlavaOptions, options, "llava_json")
+        convert = partial(sample_of, root=image_root, normalise=normalise_v1, num_frames=chosen.num_frames or None)
+        return RecordSource(path, convert, kinds=JSON, events=events, media=MEDIA_KEYS)
+
+
+def normalise_v1(questions: Sequence[str]) -> list[str]:
+    """Return the questions with at most one marker each, in front. Those without a marker stay as they are."""
+    return [
+        f"{IMAGE_MARKER}\n{text.replace(IMAGE_MARKER, '').strip()}".strip() if IMAGE_MARKER in text else text
+        for text in questions
+    ]
+
+
+FORMAT = LlavaFormat()
+
+
+# --- llava_json_v15
+# LLaVA's records (`conversations` of `from` human|gpt, `image` or `video`), placeholders as in VILA 1.5.
+
+
+class LlavaV15Format:
+    """LLaVA records, placeholders of VILA 1.5."""
+
+    def open(self, path: Path, image_root: Path, events: Events = SILENT, **options: object) -> RecordSource:
+        """Give random access to the samples of a file or of all files of a directory. Options: see `LlavaOptions`."""
+        chosen = read_options(LlavaOptions, options, "llava_json_v15")
+        convert = partial(sample_of, root=image_root, normalise=normalise_v15, num_frames=chosen.num_frames or None)
+        return RecordSource(path, convert, kinds=JSON, events=events, media=MEDIA_KEYS)
+
+
+def normalise_v15(questions: Sequence[str]) -> list[str]:
+    """Put a newline behind every marker and strip the text around it; without any marker, put one in front first."""
+    if questions and not any(IMAGE_MARKER in text for text in questions):
+        questions = [f"{IMAGE_MARKER}\n{questions[0]}", *questions[1:]]
+    return [_spread(text) if IMAGE_MARKER in text else text for text in questions]
+
+
+def _spread(text: str) -> str:
+    *before, last = (chunk.strip() for chunk in text.split(IMAGE_MARKER))
+    return f"{IMAGE_MARKER}\n".join([*(f"{chunk} " for chunk in before), last]).strip()
+
+
+V15_FORMAT = LlavaV15Format()

@@ -1,0 +1,65 @@
+"""Clips with conversations: LLaVA records with `video`, or `video_id` with `q` and `a`. A JSON list or JSON lines.
+
+The video and a newline stand before the first question, whose `<image>` and `<video>` markers are removed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from vila.core.progress import SILENT, Events
+from vila.core.types import Message, Sample, Video
+from vila.data.formats import llava
+from vila.data.formats.base import (
+    IMAGE_MARKER,
+    JSON,
+    VIDEO_MARKER,
+    RecordSource,
+    answer_at,
+    id_of,
+    media_first,
+    read_options,
+    text_at,
+    without_markers,
+)
+from vila.data.formats.llava import normalise_v15
+from vila.data.readers.records import Row, safe_path
+
+MEDIA_KEYS = (*llava.MEDIA_KEYS, "video_id")
+
+
+@dataclass(frozen=True, slots=True)
+class VideoOptions:
+    """num_frames: frames of each video, 0 leaves the number to the model. suffix: end of the file of a `video_id`."""
+
+    num_frames: int = 0
+    suffix: str = ".mp4"
+
+
+class VideoJsonFormat:
+    """Conversations about videos."""
+
+    def open(self, path: Path, image_root: Path, events: Events = SILENT, **options: object) -> RecordSource:
+        """Give random access to the samples of a file, or of all files of a directory. Options: see `VideoOptions`."""
+        chosen = read_options(VideoOptions, options, "video_json")
+        convert = partial(sample_of, root=image_root, options=chosen)
+        return RecordSource(path, convert, kinds=JSON, events=events, media=MEDIA_KEYS)
+
+
+def sample_of(row: Row, root: Path, options: VideoOptions) -> Sample:
+    """Make the conversation of a record. Raises DataError with file, record, field and value."""
+    num_frames = options.num_frames or None
+    if row.value.get("video") is not None:
+        return llava.sample_of(row, root, normalise_v15, num_frames)
+    if row.value.get("video_id") is None:
+        raise row.fault("missing", field="video or video_id")
+    name = text_at(row, ("video_id",))
+    video = Video(safe_path(row, root, f"{name}{options.suffix}" if name else "", "video_id"), num_frames)
+    question = without_markers(text_at(row, ("q",)), IMAGE_MARKER, VIDEO_MARKER)
+    turns = (Message("user", media_first([video], question)), Message.of("assistant", answer_at(row, ("a",))))
+    return Sample(id_of(row), turns)
+
+
+FORMAT = VideoJsonFormat()

@@ -1,0 +1,91 @@
+"""Media inside a larger file: where they lie, until somebody decodes them. All are hashable and cheap to pickle."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vila.core.errors import DataError
+from vila.data.readers.index import Stamp, read_span
+from vila.data.readers.json import parse_record
+
+Keys = tuple[str | int, ...]
+"""The way from a record to a value inside it: ("image_info", 2, "image_base64")."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileSlice:
+    """Bytes of a file that stand there as they are: a member of a tar.
+
+    offset, size: in bytes. name: file and place, for messages. stamp: what the file was when the place was noted.
+    """
+
+    path: Path
+    offset: int
+    size: int
+    name: str
+    stamp: Stamp | None = field(default=None, repr=False)
+
+    def read(self) -> bytes:
+        """The bytes. Raises DataError when the file is gone, cut or has changed."""
+        return read_span(self.path, self.offset, self.size, self.stamp)
+
+
+@dataclass(frozen=True, slots=True)
+class Base64Field:
+    """Base64 text inside a JSON record.
+
+    offset, size: the record in its file, in bytes. keys: path to the text. record: number or key of the record.
+    """
+
+    path: Path
+    offset: int
+    size: int
+    keys: Keys
+    record: int | str
+    stamp: Stamp | None = field(default=None, repr=False)
+
+    @property
+    def name(self) -> str:
+        """File, record and keys."""
+        return name_of(self.path, self.record, self.keys)
+
+    def read(self) -> bytes:
+        """Read and decode. Raises DataError if the file has changed or the text is not base64."""
+        record = parse_record(read_span(self.path, self.offset, self.size, self.stamp), self.path, self.record)
+        return decode_base64(value_at(record, self.keys), file=self.path, record=self.record, field=written(self.keys))
+
+
+def value_at(value: Any, keys: Keys) -> Any:
+    """What stands at the end of `keys`, or None where the way ends before."""
+    for key in keys:
+        try:
+            value = value[key]
+        except (LookupError, TypeError):
+            return None
+    return value
+
+
+def written(keys: Keys) -> str:
+    """Keys as one writes them: `image_info[2].file`."""
+    text = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys)
+    return text.removeprefix(".")
+
+
+def name_of(file: Path, record: int | str, keys: Keys) -> str:
+    """Name of a value for messages: `data.jsonl, record 4, image_info[2].image_base64`."""
+    return f"{file}, {f'record {record}' if isinstance(record, int) else record}, {written(keys)}"
+
+
+def decode_base64(text: Any, *, file: Path | None, record: int | str, field: str | None = None) -> bytes:
+    """Decode base64 text, line breaks and a `data:` head allowed. Raises DataError with file, record and field."""
+    if not isinstance(text, str) or not text:
+        raise DataError(file=file, record=record, field=field, value=text, expected="base64 text")
+    body = text.partition(",")[2] if text.startswith("data:") else text
+    try:
+        return base64.b64decode("".join(body.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise DataError(f"not base64 ({error})", file=file, record=record, field=field, value=text) from error

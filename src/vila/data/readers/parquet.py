@@ -1,0 +1,385 @@
+"""Records of parquet files: a column of a row group is decoded when it is needed, and the last few stay in memory."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+import numpy as np
+
+from vila.core.errors import DataError
+from vila.core.optional import require
+from vila.core.reading import file_errors
+from vila.data.readers.index import Stamp, changed, stamp_of
+from vila.data.readers.media_refs import Keys, decode_base64, name_of, written
+
+# --- parquet_footer
+# The footer of a parquet file, checked against the file: positions, sizes and counts.
+
+
+_MAGIC = b"PAR1"
+_MAX_DEPTH = 32
+_CHUNK = 1 << 20
+_HINT: Final = "copy or download it again"
+
+# Numbers of the fields in parquet.thrift.
+_NUM_ROWS, _ROW_GROUPS = 3, 4
+_COLUMNS, _GROUP_ROWS = 1, 3
+_METADATA, _FILE_PATH, _INDEXES = 3, 1, ((4, 5), (6, 7))
+_COMPRESSED_SIZE, _DATA_PAGE, _DICTIONARY_PAGE, _BLOOM_FILTER = 7, 9, 11, (14, 15)
+_SKIPPED: Mapping[str, frozenset[int]] = {
+    "file": frozenset({2, 5, 7}),  # schema, key-value metadata, column orders
+    "column": frozenset({2, 3, 8, 12, 13}),  # encodings, path, key-value metadata, statistics, encoding statistics
+}
+
+
+def row_group_sizes(path: Path) -> list[int]:
+    """Return the number of records of each row group.
+
+    Raises DataError for a file that is cut or damaged, for columns that are not in it, and for parquet files that were
+    joined, of which the footer knows the last one alone.
+    """
+    with file_errors(path, kind="parquet", hint=_HINT), path.open("rb") as stream:
+        size = stream.seek(0, os.SEEK_END)
+        stream.seek(max(0, size - 8))
+        tail = stream.read(8)
+        footer = size - 8 - int.from_bytes(tail[:4], "little")
+        if size < 12 or tail[4:] != _MAGIC or footer < len(_MAGIC):
+            raise _damaged(path, "no footer at its end")
+        stream.seek(footer)
+        facts = _Compact(stream.read(size - 8 - footer)).struct("file")
+        groups = facts.get(_ROW_GROUPS, [])
+        counts = [group[_GROUP_ROWS] for group in groups]
+        if any(count < 0 for count in counts) or sum(counts) != facts[_NUM_ROWS]:
+            raise _damaged(path, f"{facts[_NUM_ROWS]} records, but row groups of {counts[:8]}")
+        end = len(_MAGIC)
+        for number, group in enumerate(groups):
+            for column in group[_COLUMNS]:
+                last = _end_of(column)
+                if last is None or not len(_MAGIC) <= last <= footer:
+                    raise _damaged(path, f"a column of row group {number} lies outside the file")
+                end = max(end, last)
+        # Bytes that belong to no column may be a writer's own.
+        if end < footer and _holds(stream, footer, _MAGIC * 2):
+            raise DataError(
+                "several parquet files were joined; only the last one could be read",
+                file=path,
+                hint="give each file by itself",
+            )
+    return counts
+
+
+def _holds(stream: BinaryIO, end: int, wanted: bytes) -> bool:
+    """Whether `wanted` occurs before byte `end`."""
+    stream.seek(0)
+    tail = b""
+    while stream.tell() < end and (chunk := stream.read(min(_CHUNK, end - stream.tell()))):
+        if wanted in tail + chunk:
+            return True
+        tail = chunk[-len(wanted) + 1 :]
+    return False
+
+
+def _end_of(column: dict[int, Any]) -> int | None:
+    """Return the end of a column's pages and indexes, None for a place that cannot be."""
+    facts = column[_METADATA]
+    if column.get(_FILE_PATH):
+        return None
+    pages = [facts[key] for key in (_DATA_PAGE, _DICTIONARY_PAGE) if facts.get(key)]
+    begin, size = min(pages), facts[_COMPRESSED_SIZE]
+    spans = [(begin, size)]
+    spans += [(column[start], column[length]) for start, length in _INDEXES if column.get(start)]
+    start, length = _BLOOM_FILTER
+    spans += [(facts[start], facts.get(length, 0))] if facts.get(start) else []
+    if any(begin < len(_MAGIC) or size < 0 for begin, size in spans):
+        return None
+    return int(max(begin + size for begin, size in spans))
+
+
+def _damaged(path: Path, problem: str) -> DataError:
+    return DataError(f"the parquet file is damaged: {problem}", file=path, hint=_HINT)
+
+
+class _Compact:
+    """Reader of Thrift's compact protocol. Raises ValueError or LookupError for what is cut or damaged."""
+
+    def __init__(self, raw: bytes) -> None:
+        self._raw, self._at, self._depth = raw, 0, 0
+        self._readers: Mapping[int, Callable[[], Any]] = {
+            1: lambda: True, 2: lambda: False, 3: self._byte, 4: self._integer, 5: self._integer, 6: self._integer,
+            7: lambda: self._bytes(8), 8: lambda: self._bytes(self._varint()), 9: self._list, 10: self._list,
+            11: self._map, 12: self.struct,
+        }  # fmt: skip
+
+    def struct(self, name: str = "") -> dict[int, Any]:
+        """Read a struct: values by the number of their field. name: for `_SKIPPED`, those fields are left out."""
+        self._depth += 1
+        if self._depth > _MAX_DEPTH:
+            raise ValueError("nested too deeply")
+        found: dict[int, Any] = {}
+        number = 0
+        while head := self._byte():
+            number = number + (head >> 4) if head >> 4 else self._integer()
+            column = number == _METADATA and name == "chunk"
+            value = self.struct("column") if column and head & 15 == 12 else self._value(head & 15, name, number)
+            if number not in _SKIPPED.get(name, ()):
+                found[number] = value
+        self._depth -= 1
+        return found
+
+    def _value(self, kind: int, name: str, number: int) -> Any:
+        if kind == 9 and (name, number) == ("file", _ROW_GROUPS):
+            return self._list("group")
+        if kind == 9 and (name, number) == ("group", _COLUMNS):
+            return self._list("chunk")
+        if kind not in self._readers:
+            raise ValueError(f"a value of the unknown type {kind}")
+        return self._readers[kind]()
+
+    def _list(self, name: str = "") -> list[Any]:
+        head = self._byte()
+        size = self._varint() if head >> 4 == 15 else head >> 4
+        kind = head & 15
+        if size > len(self._raw) - self._at:
+            raise ValueError("a list that is longer than the footer")
+        if kind == 12:
+            return [self.struct(name) for _ in range(size)]
+        read = self._byte if kind in (1, 2) else self._readers[kind]
+        return [read() for _ in range(size)]
+
+    def _map(self) -> None:
+        size = self._varint()
+        if size > len(self._raw) - self._at:
+            raise ValueError("a map that is longer than the footer")
+        kinds = self._byte() if size else 0
+        for _ in range(size):
+            self._readers[kinds >> 4]()
+            self._readers[kinds & 15]()
+
+    def _byte(self) -> int:
+        value = self._raw[self._at]
+        self._at += 1
+        return value
+
+    def _bytes(self, size: int) -> bytes:
+        value = self._raw[self._at : self._at + size]
+        if len(value) != size:
+            raise ValueError("cut short")
+        self._at += size
+        return value
+
+    def _varint(self) -> int:
+        value = shift = 0
+        while True:
+            byte = self._byte()
+            value |= (byte & 127) << shift
+            if byte < 128:
+                return value
+            shift += 7
+            if shift > 63:
+                raise ValueError("a number of over 64 bits")
+
+    def _integer(self) -> int:
+        value = self._varint()
+        return (value >> 1) ^ -(value & 1)
+
+
+CACHE_BYTES = 256 << 20
+"""Decoded columns that one process keeps. At least two stay, however large."""
+MAX_FILES = 16
+_AGAIN = "copy or download it again"
+
+
+@dataclass(frozen=True, slots=True)
+class ParquetCell:
+    """Bytes, or base64 text, in a parquet file.
+
+    row: counted from 0 over the whole file. place: the way from the column's value to the bytes.
+    """
+
+    path: Path
+    row: int
+    column: str
+    place: Keys = ()
+    stamp: Stamp | None = field(default=None, repr=False)
+
+    @property
+    def name(self) -> str:
+        """File, record, column and place."""
+        return name_of(self.path, self.row, (self.column, *self.place))
+
+    def read(self) -> bytes:
+        """Read the bytes. Raises DataError if the file has changed or the cell holds nothing."""
+        value = read_cell(self.path, self.row, self.column, self.place, self.stamp)
+        if isinstance(value, bytes):
+            return value
+        return decode_base64(value, file=self.path, record=self.row, field=written((self.column, *self.place)))
+
+
+def scan_parquet(path: Path, advanced: Callable[[int], None]) -> Iterator[np.ndarray]:
+    """Yield first record and number of records of every row group, uint64 [k, 2].
+
+    Raises DataError for what is not parquet and for what `row_group_sizes` refuses.
+    """
+    _open(path)
+    counts = row_group_sizes(path)
+    advanced(path.stat().st_size)
+    yield np.stack([np.cumsum([0, *counts])[: len(counts)], counts], axis=1).astype(np.uint64).reshape(-1, 2)
+
+
+def column_names(path: Path) -> tuple[str, ...]:
+    """Return the names of the columns of a file. Raises DataError for what is not parquet."""
+    return tuple(_schema(path).names)
+
+
+def schema_record(path: Path) -> dict[str, Any]:
+    """Return a record with the columns of a file and values of their types, from the footer alone."""
+    import pyarrow as pa
+
+    def example(kind: Any) -> Any:
+        if pa.types.is_struct(kind):
+            return {field.name: example(field.type) for field in kind}
+        if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+            return [example(kind.value_type)]
+        return b"" if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) else ""
+
+    schema = _schema(path)
+    with file_errors(path, kind="parquet", hint=_AGAIN):
+        return {field.name: example(field.type) for field in schema}
+
+
+def _schema(path: Path) -> Any:
+    opened = _open(path)
+    with file_errors(path, kind="parquet", hint=_AGAIN):
+        return opened.schema_arrow
+
+
+def read_row(path: Path, row: int, columns: tuple[str, ...], stamp: Stamp) -> dict[str, Any]:
+    """Read the values of a record in plain types; bytes stay in the file, as `ParquetCell`. Raises DataError."""
+    value = {}
+    for column in columns:
+        scalar = _scalar(path, row, column, stamp)
+        with file_errors(path, record=row, kind="parquet", hint=_AGAIN):
+            value[column] = _plain(scalar, ParquetCell(path, row, column, (), stamp))
+    return value
+
+
+def read_cell(path: Path, row: int, column: str, place: Keys, stamp: Stamp | None) -> Any:
+    """Read the value at a place of a record. Raises DataError if there is none."""
+    scalar = _scalar(path, row, column, stamp or stamp_of(path))
+    for key in place:
+        try:
+            scalar = scalar[key]
+        except (LookupError, TypeError) as error:
+            raise DataError("holds nothing", file=path, record=row, field=written((column, *place))) from error
+    with file_errors(path, record=row, kind="parquet", hint=_AGAIN):
+        return scalar.as_py()
+
+
+def _plain(scalar: Any, here: ParquetCell) -> Any:
+    import pyarrow as pa
+
+    if not scalar.is_valid:
+        return None
+    kind = scalar.type
+    if isinstance(scalar, pa.ExtensionScalar | pa.DictionaryScalar):
+        return _plain(scalar.value, here)
+    if any(is_bytes(kind) for is_bytes in _bytes_types(pa)):
+        return here
+    if pa.types.is_struct(kind):
+        return {name: _plain(scalar[name], _inside(here, name)) for name in scalar}
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return [_plain(scalar[number], _inside(here, number)) for number in range(len(scalar))]
+    return scalar.as_py()
+
+
+def _bytes_types(pa: Any) -> tuple[Callable[[Any], bool], ...]:
+    kinds = pa.types
+    return kinds.is_binary, kinds.is_large_binary, kinds.is_fixed_size_binary, kinds.is_binary_view
+
+
+def _inside(cell: ParquetCell, key: str | int) -> ParquetCell:
+    return ParquetCell(cell.path, cell.row, cell.column, (*cell.place, key), cell.stamp)
+
+
+def _scalar(path: Path, row: int, column: str, stamp: Stamp) -> Any:
+    starts = _STATE.starts(path, stamp)
+    group = int(np.searchsorted(starts, row, side="right")) - 1
+    return _STATE.column(path, group, column, stamp)[row - int(starts[group])]
+
+
+class _State:
+    """Files and columns of one process, the least recently used going first."""
+
+    def __init__(self) -> None:
+        self._files: OrderedDict[tuple[Path, Stamp], tuple[Any, np.ndarray]] = OrderedDict()
+        self._columns: OrderedDict[tuple[Path, Stamp, int, str], Any] = OrderedDict()
+        self._bytes = 0
+        self._lock = threading.RLock()
+
+    def starts(self, path: Path, stamp: Stamp) -> np.ndarray:
+        return self._file(path, stamp)[1]
+
+    def column(self, path: Path, group: int, column: str, stamp: Stamp) -> Any:
+        key = (path, stamp, group, column)
+        with self._lock:
+            if key not in self._columns:
+                values = _read_column(path, self._file(path, stamp)[0], group, column)
+                self._columns[key] = values
+                self._bytes += values.nbytes
+                while self._bytes > CACHE_BYTES and len(self._columns) > 2:
+                    _, gone = self._columns.popitem(last=False)
+                    self._bytes -= gone.nbytes
+            self._columns.move_to_end(key)
+            return self._columns[key]
+
+    def _file(self, path: Path, stamp: Stamp) -> tuple[Any, np.ndarray]:
+        with self._lock:
+            key = (path, stamp)
+            if key not in self._files:
+                if stamp_of(path) != stamp:
+                    raise changed(path)
+                opened = _open(path)
+                counts = [opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)]
+                self._files[key] = opened, np.cumsum([0, *counts[:-1]])
+                while len(self._files) > MAX_FILES:
+                    self._files.popitem(last=False)
+            self._files.move_to_end(key)
+            return self._files[key]
+
+
+def _read_column(path: Path, opened: Any, group: int, column: str) -> Any:
+    names = opened.schema_arrow.names
+    if names.count(column) != 1:
+        problem = f"{names.count(column)} columns have this name" if column in names else "no such column"
+        raise DataError(problem, file=path, field=column, expected=f"one of {', '.join(names)}")
+    with file_errors(path, record=f"row group {group}", kind="parquet", hint=_AGAIN):
+        values = opened.read_row_group(group, columns=[column], use_threads=False)[column]
+        expected = opened.metadata.row_group(group).num_rows
+    if len(values) != expected:
+        raise DataError(
+            f"row group {group} holds {len(values)} of {expected} values", file=path, field=column, hint=_AGAIN
+        )
+    return values
+
+
+def _open(path: Path) -> Any:
+    _, pq = require("pyarrow", "parquet"), require("pyarrow.parquet", "parquet")
+    with file_errors(path, kind="parquet", hint=_AGAIN):
+        return pq.ParquetFile(path)
+
+
+_STATE = _State()
+
+
+def _start_anew() -> None:
+    global _STATE
+    _STATE = _State()
+
+
+os.register_at_fork(after_in_child=_start_anew)

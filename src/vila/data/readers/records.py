@@ -1,0 +1,428 @@
+"""Records of data files by number, whatever holds them: JSON, tar or parquet."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from vila.core.errors import MISSING, DataError
+from vila.core.progress import SILENT, Events
+from vila.core.types import Image, Sample, Stored, Video
+from vila.data.readers.index import Index, Stamp, open_index, read_span
+from vila.data.readers.json import parse_record, scan_json
+from vila.data.readers.media_refs import Base64Field, FileSlice, Keys, value_at, written
+from vila.data.readers.parquet import ParquetCell, column_names, read_row, scan_parquet
+from vila.data.readers.tar import read_members, scan_tar
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One record.
+
+    value:   its content; empty for a tar sample without JSON.
+    file:    data file that it is in.
+    record:  number in the file, from 0; of a tar sample "key KEY".
+    name:    id of the sample if the record has no id of its own.
+    members: the other files of a tar sample by extension ("0.jpg" for KEY.0.jpg); `in_shard`: it is one.
+    stored:  location of the bytes, or the base64 text, at the end of keys.
+    unloaded: columns of a table that are not in `value`; `peek` reads one of them.
+    """
+
+    value: Mapping[str, Any]
+    file: Path
+    record: int | str
+    name: str
+    stored: Callable[[Keys], Stored]
+    members: Mapping[str, FileSlice] = field(default_factory=dict)
+    in_shard: bool = False
+    unloaded: tuple[str, ...] = ()
+    peek: Callable[[str], Any] = lambda column: None
+
+    def fault(
+        self,
+        problem: str = "",
+        *,
+        field: str | None = None,
+        value: Any = MISSING,
+        expected: str | None = None,
+        hint: str | None = None,
+    ) -> DataError:
+        """Return the error for this record, with its file and number. The arguments are those of `VilaError`."""
+        return DataError(
+            problem, file=self.file, record=self.record, field=field, value=value, expected=expected, hint=hint
+        )
+
+    def read_text(self, extension: str) -> str:
+        """Read the text of a member. Raises DataError if it is missing or not UTF-8."""
+        if extension not in self.members:
+            raise missing_member(self, extension)
+        try:
+            return self.members[extension].read().decode()
+        except UnicodeDecodeError as error:
+            raise self.fault(
+                f"not UTF-8 text (byte {error.start})", field=f"member {extension}", hint="save it as UTF-8"
+            ) from error
+
+
+def missing_member(row: Row, extension: str, field: str | None = None) -> DataError:
+    """Return the error for a member that a record names and the shard does not hold."""
+    members = ", ".join(sorted(row.members)) or "none"
+    return row.fault(f"no member {extension!r} in the shard; the sample has {members}", field=field)
+
+
+class Rows(Protocol):
+    """The records of one file."""
+
+    path: Path
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int) -> Row: ...
+
+    def place(self, number: int) -> tuple[str, int]:
+        """Return the file and the number of a record in it."""
+
+
+class _FileRows:
+    """Records that are numbered as they lie in their file."""
+
+    path: Path
+
+    def place(self, number: int) -> tuple[str, int]:
+        """Return the file and the number of a record in it."""
+        return str(self.path), number
+
+
+class JsonRows(_FileRows):
+    """Records of a JSON list or of JSON lines."""
+
+    def __init__(self, path: Path, events: Events = SILENT) -> None:
+        self.path = path
+        self._index = open_index(path, "json", scan_json, events)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, number: int) -> Row:
+        """Read record `number`. Raises DataError with file and record."""
+        offset, size = self._index[number]
+        raw = read_span(self.path, offset, size, self._index.stamp)
+        stored = partial(_base64, FileSlice(self.path, offset, size, str(self.path), self._index.stamp), number)
+        return Row(parse_record(raw, self.path, number), self.path, number, f"{self.path.stem}/{number}", stored)
+
+
+class TarRows(_FileRows):
+    """Samples of a tar shard."""
+
+    def __init__(self, path: Path, events: Events = SILENT) -> None:
+        self.path = path
+        self._index = open_index(path, "tar", scan_tar, events)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def __getitem__(self, number: int) -> Row:
+        """Read sample `number`; `value` is the member `json` if there is one. Raises DataError with shard and key."""
+        stamp = self._index.stamp
+        key, found = read_members(self.path, *self._index[number], stamp)
+        record = f"key {key}"
+        members = {m.extension: FileSlice(self.path, m.offset, m.size, f"{self.path} {m.name}", stamp) for m in found}
+        text = members.pop("json", None)
+        value = {} if text is None else parse_record(text.read(), self.path, record)
+        stored = partial(_base64, text or FileSlice(self.path, 0, 0, str(self.path), stamp), record)
+        return Row(value, self.path, record, f"{self.path.stem}/{key}", stored, members, in_shard=True)
+
+
+class ParquetRows(_FileRows):
+    """Rows of a parquet file; columns that are not asked for are not read."""
+
+    def __init__(self, path: Path, columns: tuple[str, ...] = (), events: Events = SILENT) -> None:
+        """columns: those of interest, all when empty; ones that the file lacks are left out."""
+        self.path = path
+        self._index: Index = open_index(path, "parquet", scan_parquet, events)
+        table = self._index.table()
+        self._length = int(table[:, 1].sum()) if len(table) else 0
+        known = column_names(path)
+        self._columns = tuple(name for name in known if not columns or name in columns)
+        self._unloaded = tuple(name for name in known if name not in self._columns)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, number: int) -> Row:
+        """Read record `number`; bytes in it are `ParquetCell`s. Raises DataError with file and record."""
+        value = read_row(self.path, number, self._columns, self._index.stamp)
+        stored = partial(_cell, self.path, number, self._index.stamp)
+        name, peek = f"{self.path.stem}/{number}", partial(_column, self.path, number, self._index.stamp)
+        return Row(value, self.path, number, name, stored, unloaded=self._unloaded, peek=peek)
+
+
+def _base64(text: FileSlice, record: int | str, keys: Keys) -> Stored:
+    return Base64Field(text.path, text.offset, text.size, keys, record, text.stamp)
+
+
+def _cell(path: Path, row: int, stamp: Stamp, keys: Keys) -> Stored:
+    return ParquetCell(path, row, str(keys[0]), keys[1:], stamp)
+
+
+def _column(path: Path, row: int, stamp: Stamp, column: str) -> Any:
+    return read_row(path, row, (column,), stamp)[column]
+
+
+def open_rows(path: Path, columns: tuple[str, ...] = (), events: Events = SILENT) -> Rows:
+    """The records of a file, told by the end of its name. Raises DataError."""
+    if path.suffix == ".tar":
+        return TarRows(path, events)
+    if path.suffix == ".parquet":
+        return ParquetRows(path, columns, events)
+    return JsonRows(path, events)
+
+
+# --- media
+# Images and videos that a record names: a file below the image root, a member of its shard, or bytes inside it.
+
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+VIDEO_EXTENSIONS = ("mp4", "webm", "mkv", "mov", "avi")
+_URL_STARTS = ("http://", "https://")
+_MEDIUM = "a file name, bytes, or an object with one of bytes, base64, file, path"
+_DOWNLOAD = "training reads local files only; download it first"
+
+
+def safe_path(row: Row, root: Path, name: object, field: str) -> Path:
+    """Return `root / name`. Raises DataError if it leaves `root` by `..`, an absolute path or a symbolic link."""
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise row.fault(field=field, value=name, expected="a file name")
+    if name.startswith(_URL_STARTS):
+        raise row.fault("is a URL", field=field, value=name, hint=_DOWNLOAD)
+    path = root / name
+    real, base = os.path.realpath(path), os.path.realpath(root)
+    if os.path.commonpath([real, base]) != base:
+        raise row.fault(f"leaves the image root {root}", field=field, value=name, hint="move the file or the root")
+    return path
+
+
+def source_of(row: Row, keys: Keys, root: Path, *, base64: bool = False) -> Path | Stored:
+    """Return the location of the medium at `keys` of a record. Nothing is opened.
+
+    The value is a file name, bytes, or an object with one of `bytes`, `base64`, `file` (a member of the shard), `path`.
+    A name is a member of the row's shard if it has one, else a file below `root`.
+    base64: a text that does not end like the file name of an image is base64.
+    Raises DataError with file, record, field and value.
+    """
+    value, field = value_at(row.value, keys), written(keys)
+    if isinstance(value, Stored):
+        return value
+    if isinstance(value, Mapping):
+        return _from_object(row, value, keys, root)
+    if not isinstance(value, str) or not value:
+        raise row.fault(field=field, value=value, expected=_MEDIUM)
+    if value.startswith("data:") or (base64 and not _names_a_file(value)):
+        return row.stored(keys)
+    if row.in_shard:
+        return _member(row, value, field)
+    return safe_path(row, root, value, field)
+
+
+def _from_object(row: Row, value: Mapping[str, Any], keys: Keys, root: Path) -> Path | Stored:
+    stored = value.get("bytes")
+    if isinstance(stored, Stored):
+        return stored
+    for key in ("bytes", "base64"):
+        if value.get(key) is not None:
+            if not isinstance(value[key], (str, Stored)):
+                raise row.fault(field=written((*keys, key)), value=value[key], expected="base64 text")
+            return row.stored((*keys, key))
+    if value.get("file") is not None:
+        return _member(row, value["file"], written((*keys, "file")))
+    if value.get("path") is not None:
+        return safe_path(row, root, value["path"], written((*keys, "path")))
+    raise row.fault(field=written(keys), value=value, expected=_MEDIUM)
+
+
+def _member(row: Row, name: object, field: str) -> Stored:
+    if not isinstance(name, str):
+        raise row.fault(field=field, value=name, expected="the name of a member of the shard")
+    if name.lower() in row.members:
+        return row.members[name.lower()]
+    for stored in row.members.values():
+        # A member is also known by its whole name: "shard.tar folder/KEY.0.jpg".
+        whole = stored.name.removeprefix(f"{stored.path} ")
+        if name in (whole, whole.rpartition("/")[2]):
+            return stored
+    raise missing_member(row, name, field)
+
+
+def image_of(row: Row, keys: Keys, root: Path, *, base64: bool = False) -> Image:
+    """Return the image at `keys` of a record, unopened. See `source_of`."""
+    return Image(source_of(row, keys, root, base64=base64))
+
+
+def media_keys(row: Row, key: str) -> list[Keys]:
+    """Return the keys of the media of a field that holds none (absent, null, empty), one, or a list."""
+    value = row.value.get(key)
+    if value is None or value == "":
+        return []
+    return [(key, number) for number in range(len(value))] if isinstance(value, list) else [(key,)]
+
+
+def images_at(row: Row, key: str, root: Path, *, base64: bool = False) -> tuple[Image, ...]:
+    """Return the images of a field that holds none (absent, null, empty), one, or a list. Raises DataError."""
+    return tuple(image_of(row, keys, root, base64=base64) for keys in media_keys(row, key))
+
+
+def only_key(row: Row, names: Sequence[str]) -> str:
+    """Return which of several names of one field the record uses, the first of all if none.
+
+    Raises DataError if it uses more than one and their values differ.
+    """
+    given = [name for name in names if media_keys(row, name)]
+    if any(row.value[name] != row.value[given[0]] for name in given[1:]):
+        raise row.fault(f"the record has {' and '.join(map(repr, given))}", field=given[1], hint="keep one of them")
+    return given[0] if given else names[0]
+
+
+def member_image(row: Row) -> Image | None:
+    """Return the only image among the members of a tar sample, None without one. Raises DataError for several."""
+    found = members_with(row, IMAGE_EXTENSIONS)
+    if len(found) > 1:
+        raise row.fault(f"{len(found)} images ({', '.join(found)}) and no JSON that says which one is meant")
+    return Image(row.members[found[0]]) if found else None
+
+
+def member_video(row: Row, num_frames: int | None = None) -> Video | None:
+    """Return the only video among the members of a tar sample, None without one. Raises DataError for several."""
+    found = members_with(row, VIDEO_EXTENSIONS)
+    if len(found) > 1:
+        raise row.fault(f"{len(found)} videos ({', '.join(found)})", expected="one")
+    return Video(row.members[found[0]], num_frames) if found else None
+
+
+def members_with(row: Row, extensions: tuple[str, ...]) -> list[str]:
+    """Return the names of the members of a tar sample with one of the extensions, sorted."""
+    return sorted(name for name in row.members if name.rpartition(".")[2] in extensions)
+
+
+def _names_a_file(text: str) -> bool:
+    return len(text) < 1024 and text.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
+
+
+# --- unread
+# Media of a record under keys that its format does not read, which would be trained on as text alone.
+
+
+_NOUNS = frozenset(
+    word + plural
+    for word in ("image", "img", "picture", "pic", "photo", "video", "clip", "frame", "audio", *IMAGE_EXTENSIONS)
+    for plural in ("", "s")
+)
+_FILES = frozenset(("file", "files", "filename", "filenames", "path", "paths"))
+_EXTENSIONS = frozenset((*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS))
+_WORD = re.compile(r"[A-Z]?[a-z]+|[A-Z]+|[0-9]+")
+_SHORTEST_BASE64 = 64
+_BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}")
+
+
+def unread_media(row: Row, sample: Sample, reads: Collection[str]) -> list[str]:
+    """Return the names of the keys, columns and members of a record that hold media which its sample does not.
+
+    reads: keys of the record that the format reads media from.
+    Raises DataError with the first of them if the sample is text alone, and no key in `reads` holds anything either.
+    """
+    is_text = not sample.media and not any(_holds(row.value.get(key), strict=False) for key in reads)
+    # The columns that were not loaded cost a column of a row group to look into, so only the first record does for all.
+    found = [name for name, _ in _top_level(row, reads, peek=is_text or row.record == 0)]
+    found += [f"member {name}" for name in _members(row, sample, reads)]
+    if is_text:
+        found += [name for name, _ in _in_turns(row.value, reads)]
+    if is_text and found:
+        read = ", ".join(map(repr, reads)) or "no media"
+        raise row.fault(
+            "media under a key that the format does not read, and none under those that it reads",
+            field=found[0],
+            value=row.value.get(found[0]),
+            hint=f"the format reads {read}; rename the key, or remove it if the record is text alone",
+        )
+    return found
+
+
+def _top_level(row: Row, reads: Collection[str], peek: bool) -> Iterator[tuple[str, Any]]:
+    """Yield keys that hold media and are not in `reads`; peek: look into columns that were not loaded, too."""
+    for key, value in row.value.items():
+        if key not in reads and _is_media(key, value):
+            yield key, value
+    for key in row.unloaded if peek else ():
+        if key not in reads and _kind_of(key) and _is_media(key, value := row.peek(key)):
+            yield key, value
+
+
+def _in_turns(record: Mapping[str, Any], reads: Collection[str]) -> Iterator[tuple[str, Any]]:
+    """Yield the same of the objects in the record: turns, messages, metadata."""
+    for key, value in record.items():
+        if key in reads:
+            continue
+        for number, turn in enumerate(value if isinstance(value, list) else [value]):
+            if not isinstance(turn, Mapping):
+                continue
+            for name, inner in turn.items():
+                if _is_media(name, inner):
+                    yield (f"{key}[{number}].{name}" if isinstance(value, list) else f"{key}.{name}"), inner
+
+
+def _members(row: Row, sample: Sample, reads: Collection[str]) -> Iterator[str]:
+    """Yield the media members of a tar sample that neither its sample nor a key in `reads` names."""
+    names = members_with(row, (*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS))
+    if not names:
+        return
+    used = {item.source for item in sample.media}
+    named = {text.lower().rpartition("/")[2] for key in reads for text in _texts(row.value.get(key))}
+    for name in names:
+        member = row.members[name]
+        if member not in used and name not in named and member.name.lower().rpartition("/")[2] not in named:
+            yield name
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, Mapping)):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(inner)
+
+
+def _is_media(key: str, value: Any) -> bool:
+    kind = _kind_of(key)
+    return bool(kind) and _holds(value, strict=kind != "media")
+
+
+@lru_cache(maxsize=4096)
+def _kind_of(key: str) -> str:
+    """Return "media" for a key that is a name of media and nothing else, "file" for one that may name a media file."""
+    words = [word.lower() for word in _WORD.findall(key)]
+    if len(words) == 1 and words[0] in _NOUNS:
+        return "media"
+    return "file" if any(word in _NOUNS or word in _FILES for word in words) else ""
+
+
+def _holds(value: Any, *, strict: bool) -> bool:
+    """Whether a value holds media; strict: it must look like it, else any text that is not empty counts."""
+    if isinstance(value, Stored):
+        return True
+    if isinstance(value, str):
+        return bool(value) and (not strict or _looks_like_media(value))
+    if isinstance(value, Mapping):
+        return any(_holds(inner, strict=strict) for inner in value.values())
+    return isinstance(value, list) and any(_holds(inner, strict=strict) for inner in value)
+
+
+def _looks_like_media(text: str) -> bool:
+    if text.startswith(("data:image/", "data:video/")):
+        return True
+    if len(text) < 1024 and text.partition("?")[0].rpartition(".")[2].lower() in _EXTENSIONS:
+        return True
+    return len(text) >= _SHORTEST_BASE64 and _BASE64.fullmatch(text) is not None and " " not in text

@@ -1,0 +1,1 @@
+"""Scoring functions shared by several benchmarks."""

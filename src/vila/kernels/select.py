@@ -1,0 +1,113 @@
+"""Which product the 4-bit layers of a model use: chosen once for all of them, and said aloud."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+from torch import nn
+
+from vila.core.errors import ConfigError, UnknownNameError
+from vila.core.progress import SILENT, Events
+from vila.core.registry import Registry
+from vila.kernels.int4 import PRODUCT as REFERENCE
+from vila.kernels.int4 import Int4Linear, Int4Product
+
+BACKENDS: Registry[Int4Product] = Registry(
+    "int4 backend",
+    {
+        "torch": "vila.kernels.int4:PRODUCT",
+        "aten": "vila.kernels.aten:PRODUCT",
+        "triton": "vila.kernels.triton:PRODUCT",
+    },
+)
+AUTO = "auto"
+_PREFERRED = {"cuda": ("triton", "aten", "torch"), "cpu": ("aten", "torch")}
+
+
+@dataclass(frozen=True)
+class BackendChoice:
+    """What was chosen for a model.
+
+    passed:  backends that "auto" would rather have taken, and why it did not.
+    refused: layers whose shape the chosen backend cannot take, and why; they use the reference instead.
+    """
+
+    name: str
+    device: str
+    dtype: torch.dtype
+    num_layers: int
+    passed: tuple[tuple[str, str], ...] = ()
+    refused: tuple[tuple[str, str], ...] = ()
+
+    def describe(self) -> str:
+        """One line for the reader; a line more for what was passed over and for layers that were refused."""
+        kind = str(self.dtype).removeprefix("torch.")
+        lines = [f"int4: {self.name} on {self.device}, {kind} activations, {self.num_layers} layers"]
+        lines += [f"int4: not {name}: {why}" for name, why in self.passed]
+        lines += [f"int4: {layer} by the reference: {why}" for layer, why in self.refused]
+        return "\n".join(lines)
+
+
+def missing(name: str, device: torch.device | str, dtype: torch.dtype) -> str:
+    """Why backend `name` cannot run there with such activations; empty when it can. Raises UnknownNameError."""
+    if name not in BACKENDS:
+        raise UnknownNameError("int4 backend", name, [AUTO, *BACKENDS])
+    if name == "triton" and find_spec("triton") is None:
+        return "Triton is not installed (it comes with PyTorch's CUDA builds)"
+    return BACKENDS[name].missing(torch.device(device), dtype)
+
+
+def use_backend(
+    model: nn.Module, name: str = AUTO, *, dtype: torch.dtype, events: Events = SILENT
+) -> BackendChoice | None:
+    """Let every Int4Linear of `model` multiply by one backend, with activations of type `dtype`; None without any.
+
+    "auto" takes the first that can run: triton, aten, torch on CUDA; aten, torch on a CPU. There a layer whose
+    shape the backend refuses uses the reference, and the choice names it. The choice is said to `events`.
+    Raises UnknownNameError, or ConfigError when a backend was asked for by name and cannot run, or refuses a layer, or
+    when the layers lie on several kinds of device.
+    """
+    layers = {where: layer for where, layer in model.named_modules() if isinstance(layer, Int4Linear)}
+    if not layers:
+        return None
+    kinds = {layer.codes.device.type for layer in layers.values()}
+    if len(kinds) > 1:
+        raise ConfigError(f"int4 layers lie on {' and '.join(sorted(kinds))}; move the model to one kind of device")
+    device = next(iter(layers.values())).codes.device
+    chosen, passed = _choose(name, device, dtype)
+    product = BACKENDS[chosen]
+    refused = {
+        where: why
+        for where, layer in layers.items()
+        if (why := product.refusal(layer.in_features, layer.out_features, layer.group_size))
+    }
+    if refused and name != AUTO:
+        raise ConfigError.collect(
+            f"int4 backend {name!r}", (f"{where or 'layer'}: {why}" for where, why in refused.items())
+        )
+    for where, layer in layers.items():
+        layer.use(REFERENCE if where in refused else product, dtype)
+    choice = BackendChoice(chosen, _device_name(device), dtype, len(layers), passed, tuple(refused.items()))
+    events.said(choice.describe())
+    return choice
+
+
+def _choose(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, tuple[tuple[str, str], ...]]:
+    """The backend's name, and those passed over with the reasons."""
+    if name != AUTO:
+        if why := missing(name, device, dtype):
+            raise ConfigError(f"int4 backend {name!r}: {why}; choose another backend, or 'auto'")
+        return name, ()
+    passed: list[tuple[str, str]] = []
+    for candidate in _PREFERRED.get(device.type, ("torch",)):
+        why = missing(candidate, device, dtype)
+        if not why:
+            return candidate, tuple(passed)
+        passed.append((candidate, why))
+    raise AssertionError("the reference runs everywhere")
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,0 +1,126 @@
+"""From parts, which are as uneven as what was published, to shards of even size and their `index.json`."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from vila.core.errors import DataError
+from vila.core.files import atomic_path, sha256_file, write_json, write_jsonl
+from vila.core.progress import SILENT, Events, task
+from vila.core.reading import Fields, read_json_object, read_jsonl
+from vila.prepare.shards import even_ranges, read_tar, write_tar
+from vila.prepare.work_units import Counts, Kind, check_part, is_finished, mine, part_path, read_record, suffix_of
+
+
+def gather(
+    out: Path,
+    name: str,
+    kind: Kind,
+    units: Sequence[str],
+    *,
+    per_shard: int,
+    shard: tuple[int, int] = (0, 1),
+    keep_parts: bool = True,
+    events: Events = SILENT,
+) -> dict[str, Any] | None:
+    """Write `OUT/NAME-000000.tar` (or `.jsonl`) and so on from the finished parts of all `units`, in their order.
+
+    Shards that are there already are kept, so a killed run goes on. With `shard` = (k, n) worker k writes every n-th
+    shard; whoever sees all of them written writes `OUT/index.json` and `OUT/log/failures.jsonl`.
+    Returns the index, or None while parts or shards of other workers are missing.
+    keep_parts: False deletes `OUT/parts` at the end, which halves the disk space; the index then says that all is done.
+    """
+    if (out / "index.json").is_file():
+        return read_index(out)
+    if not all(is_finished(out, unit) for unit in units):
+        return None
+    sizes = [check_part(out, unit, kind) for unit in units]
+    ranges = even_ranges(sum(sizes), per_shard)
+    names = [f"{name}-{index:06d}{suffix_of(kind)}" for index in range(len(ranges))]
+    own = set(mine(names, shard))
+    with task(events, f"{name}: shards", len(ranges), "shards"):
+        for file, (begin, end) in zip(names, ranges, strict=True):
+            if file in own and not _record(out, file).is_file():
+                _write_shard(out, file, kind, _samples(out, kind, units, sizes, begin, end), end - begin)
+            events.advanced(f"{name}: shards")
+    if not all(_record(out, file).is_file() for file in names):
+        return None
+    counts = Counts.total(read_record(out, unit).section("counts") for unit in units)
+    events.said(f"{name}: {counts}")
+    index = {
+        "name": name,
+        "kind": kind,
+        "shards": [read_json_object(_record(out, file)) for file in names],
+        "counts": counts.as_json(),
+    }
+    write_jsonl(out / "log" / "failures.jsonl", _failures(out, units))
+    write_json(out / "index.json", index)
+    if keep_parts:
+        for spool in (out / "parts").glob("*.spool"):  # of workers that died after their part was whole
+            spool.unlink()
+    else:
+        shutil.rmtree(out / "parts")
+    return index
+
+
+def read_index(out: Path) -> dict[str, Any]:
+    """Read the `index.json` of a finished folder. Raises DataError if it is damaged."""
+    path = out / "index.json"
+    index = read_json_object(path)
+    counts = Counts.total([Fields(index, path).section("counts")])
+    shards = index.get("shards")
+    if not isinstance(shards, list) or not all(isinstance(one, dict) for one in shards):
+        raise DataError(file=path, field="shards", value=shards, expected="a list of objects")
+    for number, one in enumerate(shards):
+        Fields(one, path, f"shards[{number}]").integer("samples", maximum=2**63 - 1)
+    return {**index, "counts": counts.as_json()}
+
+
+def _record(out: Path, file: str) -> Path:
+    return out / "parts" / f"{file}.shard.json"
+
+
+def _write_shard(out: Path, file: str, kind: Kind, samples: Iterator[Any], expected: int) -> None:
+    with atomic_path(out / file) as part:
+        if kind == "text":
+            with part.open("w", encoding="utf-8") as stream:
+                written = sum(bool(stream.write(line)) for line in samples)
+        else:
+            written = write_tar(part, samples)
+        if written != expected:
+            raise DataError(
+                f"the parts hold {written} of {expected} samples for it",
+                file=out / file,
+                hint=f"delete {out / 'parts'} and prepare again",
+            )
+        facts = {"file": file, "samples": written, "bytes": part.stat().st_size, "sha256": sha256_file(part)}
+    write_json(_record(out, file), facts)
+
+
+def _samples(out: Path, kind: Kind, units: Sequence[str], sizes: Sequence[int], begin: int, end: int) -> Iterator[Any]:
+    """Samples [begin, end) of all parts taken one after another; parts outside are not opened."""
+    first = 0
+    for unit, size in zip(units, sizes, strict=True):
+        low, high = max(begin - first, 0), min(end - first, size)
+        first += size
+        if low >= high:
+            continue
+        path = part_path(out, unit, kind)
+        if kind == "text":
+            with path.open(encoding="utf-8", newline="\n") as stream:
+                yield from islice(stream, low, high)
+        else:
+            yield from islice(read_tar(path), low, high)
+
+
+def _failures(out: Path, units: Sequence[str]) -> Iterator[dict[str, Any]]:
+    for unit in units:
+        path = out / "parts" / f"{unit}.failures.jsonl"
+        for number, row in read_jsonl(path):
+            if not isinstance(row, dict):
+                raise DataError(file=path, record=f"line {number}", value=row, expected="an object ({...})")
+            yield {"unit": unit, **row}

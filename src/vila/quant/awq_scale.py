@@ -1,0 +1,252 @@
+"""The search for the scale of a group of Linears: candidates from activation statistics, judged by the output's error.
+
+AWQ, arXiv 2306.00978. The paper's search is over s = x^r; the released code tries r = 0, 0.05 .. 0.95, on the mean
+magnitude of each input channel over all calibration tokens, and never r = 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from vila.core.errors import LayoutError
+from vila.quant.apply import fake_quantize
+
+# N rows  S sequence  T tokens (N x S)  I input channels  O output channels
+
+Scaling = Literal["activation", "duo", "both"]
+Rerun = Callable[[Tensor], Tensor]
+"""The inspected module on some rows of its input, [n, S, I] to [n, S, O]."""
+
+GRID = 20
+_LEAST = 1e-4
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A scale to try, and the ratio that it comes from; `duo` says that the weights had a part in it."""
+
+    ratio: float
+    scale_I: Tensor
+    duo: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The best candidate and the loss of every one, in the order in which they were tried."""
+
+    best: Candidate
+    losses: tuple[float, ...]
+
+
+def mean_magnitude(inputs_NSI: Tensor, weights_NS: Tensor | None = None) -> Tensor:
+    """Mean magnitude of each channel over all tokens, [I]; a token counts as much as its weight says."""
+    magnitude_TI = inputs_NSI.abs().flatten(0, 1)
+    if weights_NS is None:
+        return magnitude_TI.mean(0)
+    share_T = (weights_NS / weights_NS.sum()).flatten().to(magnitude_TI)
+    return share_T @ magnitude_TI
+
+
+def weight_magnitude(weights: Sequence[Tensor], group_size: int) -> Tensor:
+    """Mean over all rows of the Linears of |W| relative to the greatest of its group, [I]: near 1 where a channel sets
+    the step of its group."""
+    rows = torch.cat([weight.abs() for weight in weights]).unflatten(-1, (-1, group_size))
+    return (rows / (rows.amax(-1, keepdim=True) + 1e-6)).flatten(-2).mean(0)
+
+
+def candidates(mean_I: Tensor, weight_I: Tensor | None = None, scaling: Scaling = "activation") -> list[Candidate]:
+    """The scales to try; the first is always the identity.
+
+    activation: the published grid of 20 ratios.
+    duo:        the identity and 19 ratios 0, 1/18 .. 1 of x^r / w^(1-r); the published form of it has no identity.
+    both:       the published grid, and those 19.
+    """
+    out = [Candidate(step / GRID, _normalised(mean_I.pow(step / GRID))) for step in range(GRID)]
+    if scaling == "activation" or weight_I is None:
+        return out
+    steps = [step / (GRID - 2) for step in range(GRID - 1)]
+    # The small term keeps channels finite whose weights are all near zero.
+    duo = [Candidate(r, _normalised(mean_I.pow(r) / (weight_I.pow(1 - r) + 1e-4)), True) for r in steps]
+    return (out[:1] if scaling == "duo" else out) + duo
+
+
+def _normalised(scale_I: Tensor) -> Tensor:
+    scale_I = scale_I.clamp(min=_LEAST)
+    scale_I = scale_I / (scale_I.max() * scale_I.min()).sqrt()
+    return torch.where(torch.isfinite(scale_I), scale_I, torch.ones_like(scale_I))
+
+
+def search_scale(
+    tried: Sequence[Candidate],
+    loss: Callable[[Tensor], float],
+) -> Chosen:
+    """The candidate of least loss; of equal ones the first. `loss` takes a scale [I].
+
+    Raises LayoutError when no loss is a number: the model's activations overflow.
+    """
+    losses = tuple(loss(candidate.scale_I) for candidate in tried)
+    least = min((value for value in losses if value == value), default=None)
+    if least is None or least == float("inf"):
+        raise LayoutError(
+            "no scale gives a finite error: the activations overflow; search in a wider number type (float32)"
+        )
+    return Chosen(tried[losses.index(least)], losses)
+
+
+def trial_weight(weight_OI: Tensor, scale_I: Tensor, group_size: int, symmetric: bool) -> Tensor:
+    """The weight that the model would compute with if it were rounded under this scale."""
+    return fake_quantize(weight_OI * scale_I, group_size, symmetric).div_(scale_I)
+
+
+def alone_loss(
+    linear: nn.Linear, inputs_NSI: Tensor, weights_NS: Tensor | None, group_size: int, symmetric: bool
+) -> Callable[[Tensor], float]:
+    """The loss of a Linear whose own output is inspected: the mean squared error over tokens and outputs.
+
+    With D the weight's error it is the mean over outputs of D H D', H being the mean of x x' over tokens. Where there
+    are many more tokens than channels H makes it far cheaper, and the sum is the same.
+    """
+    weight_OI = linear.weight.detach()
+    rows_TI = _weighted(inputs_NSI.flatten(0, 1), weights_NS)
+    num_tokens, width = rows_TI.shape
+    outputs = weight_OI.shape[0]
+    second_II: Tensor | None = None
+    if width * (num_tokens + GRID * outputs) < GRID * outputs * num_tokens:
+        second_II = rows_TI.T @ rows_TI
+
+    def loss(scale_I: Tensor) -> float:
+        error_OI = (trial_weight(weight_OI, scale_I, group_size, symmetric) - weight_OI).to(rows_TI.dtype)
+        if second_II is not None:
+            return float(((error_OI @ second_II) * error_OI).sum(dtype=torch.float64)) / outputs
+        total = sum(float((rows @ error_OI.T).square_().sum(dtype=torch.float64)) for rows in rows_TI.split(4096))
+        return total / outputs
+
+    return loss
+
+
+def module_loss(
+    linears: Sequence[nn.Linear],
+    rerun: Rerun,
+    inputs_NSI: Tensor,
+    weights_NS: Tensor | None,
+    group_size: int,
+    symmetric: bool,
+    rows: int,
+) -> Callable[[Tensor], float]:
+    """The loss of Linears inside an inspected module: the mean squared error of its output over tokens and channels.
+
+    rows: calibration rows that the module runs on at once.
+    """
+    whole = [rerun(some) for some in inputs_NSI.split(rows)]
+    width, wide = whole[0].shape[-1], torch.promote_types(whole[0].dtype, torch.float32)
+    shares = None if weights_NS is None else (weights_NS / weights_NS.sum()).split(rows)
+    tokens = inputs_NSI.shape[0] * inputs_NSI.shape[1]
+
+    def loss(scale_I: Tensor) -> float:
+        total = 0.0
+        with replaced(linears, [trial_weight(one.weight.detach(), scale_I, group_size, symmetric) for one in linears]):
+            for number, some in enumerate(inputs_NSI.split(rows)):
+                error_NS = (rerun(some).to(wide) - whole[number]).square_().sum(-1)
+                if shares is not None:
+                    error_NS = error_NS * shares[number].to(error_NS) * tokens
+                total += float(error_NS.sum(dtype=torch.float64))
+        return total / (tokens * width)
+
+    return loss
+
+
+@contextmanager
+def replaced(linears: Sequence[nn.Linear], weights: Sequence[Tensor]) -> Iterator[None]:
+    """The Linears with other weights, and afterwards their own again: not one bit of those is touched."""
+    own = [linear.weight for linear in linears]
+    try:
+        for linear, weight in zip(linears, weights, strict=True):
+            linear.weight = nn.Parameter(weight, requires_grad=False)
+        yield
+    finally:
+        for linear, weight in zip(linears, own, strict=True):
+            linear.weight = weight
+
+
+def _weighted(inputs_TI: Tensor, weights_NS: Tensor | None) -> Tensor:
+    """Tokens times the root of their share, so that sums of squares over them are means; float32 at least."""
+    inputs_TI = inputs_TI.to(torch.promote_types(inputs_TI.dtype, torch.float32))
+    if weights_NS is None:
+        return inputs_TI * inputs_TI.shape[0] ** -0.5
+    share_T = (weights_NS / weights_NS.sum()).flatten().to(inputs_TI)
+    return inputs_TI * share_T.sqrt()[:, None]
+
+
+# --- clip
+# The search for clip limits: a smaller greatest weight of a group makes the steps of all its weights finer.
+
+
+# T tokens  I input channels  O output channels  G groups of a row  K channels of a group
+
+Clipping = Literal["none", "published", "all"]
+
+STEPS = 10
+CLIP_GRID = 20
+TOKENS = 512
+_ROWS = 1024
+# The published search leaves out queries and keys: their product has no linear error.
+_LEFT_OUT = ("q_", "k_", "query", "key", "Wqkv")
+
+
+def is_clipped(linear: str, clipping: Clipping) -> bool:
+    """Whether the Linear of this name, inside its block, gets limits."""
+    if clipping == "published":
+        return not any(part in linear for part in _LEFT_OUT)
+    return clipping == "all"
+
+
+def sample_tokens(inputs_TI: Tensor, weights_T: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Every (T // 512)-th token, and their weights; tokens of weight 0 are left out first."""
+    if weights_T is not None:
+        counted = weights_T > 0
+        inputs_TI, weights_T = inputs_TI[counted], weights_T[counted]
+    step = max(1, inputs_TI.shape[0] // TOKENS)
+    return inputs_TI[::step], None if weights_T is None else weights_T[::step]
+
+
+def second_moments(inputs_TI: Tensor, group_size: int, weights_T: Tensor | None = None) -> Tensor:
+    """Mean over tokens of x x' inside each group of channels, [G, K, K], in float32 at least."""
+    inputs_TI = inputs_TI.to(torch.promote_types(inputs_TI.dtype, torch.float32))
+    share_T = torch.full_like(inputs_TI[:, 0], 1 / inputs_TI.shape[0])
+    if weights_T is not None:
+        share_T = (weights_T / weights_T.sum()).to(inputs_TI)
+    rows_GTK = (inputs_TI * share_T.sqrt()[:, None]).unflatten(-1, (-1, group_size)).transpose(0, 1)
+    return rows_GTK.transpose(1, 2) @ rows_GTK
+
+
+def search_limits(weight_OI: Tensor, moments_GKK: Tensor, symmetric: bool = False) -> Tensor:
+    """The limit of each group that gives the least error of its partial output, [O, G]; of equal ones the greatest.
+
+    The mean over tokens of (x . d)^2, d being the error of a group's weights, is d' M d: as good as the sum over
+    tokens, and a fraction of the work.
+    """
+    return torch.cat([_limits(rows_OI, moments_GKK, symmetric) for rows_OI in weight_OI.detach().split(_ROWS)])
+
+
+def _limits(weight_OI: Tensor, moments_GKK: Tensor, symmetric: bool) -> Tensor:
+    size = moments_GKK.shape[-1]
+    groups_OGK = weight_OI.unflatten(-1, (-1, size))
+    greatest_OG1 = groups_OGK.abs().amax(-1, keepdim=True)
+    best_OG1 = greatest_OG1.clone()
+    least_OG = torch.full_like(greatest_OG1[..., 0], torch.inf, dtype=moments_GKK.dtype)
+    for step in range(STEPS):
+        limit_OG1 = greatest_OG1 * (1 - step / CLIP_GRID)
+        clamped_OGK = torch.maximum(torch.minimum(groups_OGK, limit_OG1), -limit_OG1)
+        error_OGK = fake_quantize(clamped_OGK.flatten(-2), size, symmetric).view_as(groups_OGK).sub_(groups_OGK)
+        error_GOK = error_OGK.to(moments_GKK.dtype).transpose(0, 1)
+        loss_OG = ((error_GOK @ moments_GKK) * error_GOK).sum(-1).T
+        better_OG = loss_OG < least_OG
+        least_OG = torch.where(better_OG, loss_OG, least_OG)
+        best_OG1 = torch.where(better_OG[..., None], limit_OG1, best_OG1)
+    return best_OG1[..., 0]

@@ -1,0 +1,396 @@
+"""The demo's page: how it is laid out, and which of its parts calls what."""
+
+from __future__ import annotations
+
+import html
+import os
+import queue
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vila.core.errors import ConfigError, VilaError
+from vila.core.optional import require
+from vila.serve.admission import SameOrigin, hosts_of
+from vila.serve.demo.client import (
+    CLIPS,
+    MOST_BYTES,
+    PICTURES,
+    ApiClient,
+    Settings,
+    Shot,
+    Told,
+    content_of,
+    conversation,
+)
+from vila.serve.demo.gallery import gallery_for, hang, worked_examples
+
+# --- demo_talk
+# What the demo's page does: one question to one or two models, and what stands in their chats while they answer.
+
+
+Turns = list[dict[str, Any]]
+NONE = "no second model"
+
+
+def run_side_by_side(sides: Mapping[str, Iterator[Told]]) -> Iterator[dict[str, Told]]:
+    """The answers of several models as they grow, each made in a thread of its own. Closing it stops them all."""
+    news: queue.SimpleQueue[tuple[str, Told | None]] = queue.SimpleQueue()
+    stop = threading.Event()
+
+    def follow(name: str, answer: Iterator[Told]) -> None:
+        try:
+            for told in answer:
+                if stop.is_set():
+                    break
+                news.put((name, told))
+        except Exception as error:  # noqa: BLE001 - whatever it is, the page must hear that this side has ended
+            news.put((name, Told(done=True, problem=str(error) or type(error).__name__)))
+        finally:
+            news.put((name, None))
+
+    for name, answer in sides.items():
+        threading.Thread(target=follow, args=(name, answer), daemon=True).start()
+    now: dict[str, Told] = {}
+    going = set(sides)
+    try:
+        while going:
+            name, told = news.get()
+            if told is None:
+                going.discard(name)
+            else:
+                now[name] = told
+                yield dict(now)
+    finally:
+        stop.set()
+
+
+def with_answer(turns: Turns, told: Told) -> Turns:
+    """The chat with an answer as far as it has come; a refusal or an empty answer is a notice, which is not sent."""
+    out = [*turns]
+    if told.text:
+        out.append({"role": "assistant", "content": told.text})
+    if told.problem:
+        words = html.escape(told.problem, quote=False)
+        out.append({"role": "assistant", "content": words, "metadata": {"title": "The server refused"}})
+    elif told.done and not told.text:
+        words = "The model ended at once; the question is not kept."
+        out.append({"role": "assistant", "content": words, "metadata": {"title": "Empty answer"}})
+    return out
+
+
+class Page:
+    """What the page does; `build` lays it out."""
+
+    def __init__(self, client: ApiClient, words: str, folder: Path) -> None:
+        """words: names and cards of the served models, by which the gallery is chosen; folder: for its pictures."""
+        self.client = client
+        self.gallery = hang(gallery_for(words), folder)
+        self.examples = worked_examples(words, folder)
+
+    def answer(
+        self,
+        question: Mapping[str, Any],
+        one: Turns,
+        two: Turns,
+        names: tuple[str, str],
+        shots: Sequence[Shot],
+        system: str,
+        settings: Settings,
+    ) -> Iterator[tuple[Turns, Turns, str, str]]:
+        """Both chats and both paces, again and again while the answers grow."""
+        files = [str(file) for file in question.get("files") or ()]
+        asked: Turns = [{"role": "user", "content": {"path": file}} for file in files]
+        text = str(question.get("text") or "").strip()
+        if text:
+            asked.append({"role": "user", "content": text})
+        if not asked:
+            return
+        chats = {"one": [*one, *asked]}
+        if names[1] != NONE:
+            chats["two"] = [*two, *asked]
+        yield chats["one"], chats.get("two", two), "", ""
+        sides: dict[str, Iterator[Told]] = {}
+        for side, name in zip(chats, names, strict=False):
+            try:
+                messages = conversation(chats[side], shots, system)
+            except (VilaError, OSError) as error:
+                sides[side] = iter([Told(done=True, problem=str(error))])
+            else:
+                sides[side] = self.client.ask(name, messages, settings)
+        for now in run_side_by_side(sides):
+            shown = {side: with_answer(chat, now.get(side, Told())) for side, chat in chats.items()}
+            paces = [now.get(side, Told()).pace() for side in ("one", "two")]
+            yield shown["one"], shown.get("two", two), paces[0], paces[1]
+
+    def status(self) -> tuple[str, list[str]]:
+        """A line on the server, and the names of its models."""
+        try:
+            names = self.client.models()
+        except ConfigError as error:
+            return f"**Not ready.** {error}", []
+        return self.client.waiting_for(), names
+
+
+def shots_of(cells: Sequence[Any]) -> list[Shot]:
+    """Examples from the builder's fields, three to an example: picture, answer, question. Unanswered ones are none."""
+    rows = zip(cells[::3], cells[1::3], cells[2::3], strict=True)
+    return [
+        Shot(picture or "", answer.strip(), (question or "").strip())
+        for picture, answer, question in rows
+        if (answer or "").strip()
+    ]
+
+
+def cells_of(shots: Sequence[Shot], rows: int) -> list[Any]:
+    """The builder's fields from examples; the other rows are emptied."""
+    out: list[Any] = []
+    for shot in [*shots, *[None] * rows][:rows]:
+        out += [shot.picture, shot.answer, shot.question] if shot else [None, "", ""]
+    return out
+
+
+def add_picture(question: Mapping[str, Any] | None, picture: str | None) -> dict[str, Any]:
+    """The question with one more picture."""
+    files = [*((question or {}).get("files") or ()), *([picture] if picture else [])]
+    return {"text": (question or {}).get("text") or "", "files": files}
+
+
+def take_back(one: Turns, two: Turns) -> tuple[dict[str, Any], Turns, Turns]:
+    """The last question, to be asked again, and both chats without it and its answers."""
+    question = {"text": "", "files": []}
+    asked = last_question(one)
+    for turn in one[asked:]:
+        if turn["role"] == "user":
+            text, files = content_of(turn["content"])
+            question = {"text": text or question["text"], "files": [*question["files"], *files]}
+    return question, one[:asked], two[: last_question(two)]
+
+
+def last_question(turns: Turns) -> int:
+    """Where the last run of the user's turns begins; the length of a chat that has none."""
+    places = [place for place, turn in enumerate(turns) if turn["role"] == "user"]
+    if not places:
+        return len(turns)
+    place = places[-1]
+    while place and turns[place - 1]["role"] == "user":
+        place -= 1
+    return place
+
+
+_ROWS = 4
+STYLE = """
+.gradio-container { width: 100% !important; max-width: 1240px !important; margin: auto; }
+#title h1 { margin: 0; font-size: 1.5rem; }
+#title p { margin: 0; opacity: .75; }
+#status { min-height: 1.4em; }
+.pace { min-height: 1.3em; opacity: .8; font-size: .85rem; }
+.shot-row { align-items: stretch; }
+.message img, .message video { max-height: 180px; width: auto; }
+#one button[title=Share], #two button[title=Share], button[aria-label=Share] { display: none; }
+#gallery .caption-label { max-width: 94%; }
+footer { display: none !important; }
+@media (max-width: 640px) { .gradio-container { padding: 8px !important; } #title p { display: none; } }
+"""
+_TO_OTHER_THEME = "() => { document.body.classList.toggle('dark'); }"
+
+
+def build(page: Page) -> Any:
+    """The Gradio blocks of a page."""
+    import gradio as gr
+
+    line, names = page.status()
+    kinds = sorted({*PICTURES, *CLIPS})
+    with gr.Blocks(title="vila", analytics_enabled=False, fill_width=True) as blocks:
+        with gr.Row(equal_height=True):
+            gr.Markdown("# vila\nAsk about pictures and clips.", elem_id="title")
+            theme = gr.Button("◐ light / dark", size="sm", scale=0, min_width=120)
+        status = gr.Markdown(line, elem_id="status")
+        with gr.Row():
+            first = gr.Dropdown(names, value=names[0] if names else None, label="Model", min_width=160)
+            second = gr.Dropdown(
+                [NONE, *names], value=names[1] if len(names) > 1 else NONE, label="Beside it", min_width=160
+            )
+        with gr.Row():
+            with gr.Column(min_width=300):
+                one = gr.Chatbot(
+                    label="Answers", height=420, buttons=["copy"], placeholder="No question yet", elem_id="one"
+                )
+                pace_one = gr.Markdown("", elem_classes="pace", elem_id="pace-one")
+            with gr.Column(min_width=300, visible=len(names) > 1) as beside:
+                two = gr.Chatbot(
+                    label="Answers of the second model", height=420, buttons=["copy"], placeholder="No question yet",
+                    elem_id="two",
+                )  # fmt: skip
+                pace_two = gr.Markdown("", elem_classes="pace", elem_id="pace-two")
+        box = gr.MultimodalTextbox(
+            placeholder="Drop or paste pictures and clips here, and ask",
+            file_count="multiple", file_types=kinds, sources=["upload"], show_label=False, lines=1, autofocus=True,
+            stop_btn=True, elem_id="question",
+        )  # fmt: skip
+        with gr.Row():
+            clear = gr.Button("New conversation", size="sm", min_width=120)
+            again = gr.Button("Ask again", size="sm", min_width=120)
+        with gr.Accordion("Try one of these", open=True):
+            gallery = gr.Gallery(
+                page.gallery, columns=6, height="auto", show_label=False, allow_preview=False, object_fit="contain",
+                interactive=False, buttons=[], elem_id="gallery",
+            )  # fmt: skip
+        with gr.Accordion("Camera", open=False):
+            camera = gr.Image(sources=["webcam"], type="filepath", format="png", show_label=False, height=260)
+            take = gr.Button("Add this picture to the question", size="sm")
+        with gr.Accordion("Examples to learn from (few-shot)", open=False, elem_id="few-shot"):
+            gr.Markdown(
+                "Each example is a picture and the answer that you would like to such a picture. They are put before "
+                "your question. Without a question of its own, an example answers yours."
+            )
+            with gr.Row():
+                buttons = [gr.Button(name, size="sm", min_width=90) for name in page.examples]
+                wipe = gr.Button("No examples", size="sm", min_width=90)
+            cells: list[Any] = []
+            for number in range(_ROWS):
+                with gr.Row(elem_classes="shot-row"):
+                    cells += [
+                        gr.Image(type="filepath", sources=["upload", "clipboard"], height=120, min_width=120,
+                                 format="png", label=f"Picture {number + 1}"),
+                        gr.Textbox(label="Answer", lines=2, min_width=140, elem_id=f"shot-answer-{number}"),
+                        gr.Textbox(label="Question, if another", lines=2, min_width=140),
+                    ]  # fmt: skip
+        with gr.Accordion("Settings", open=False):
+            with gr.Row():
+                longest = gr.Slider(1, 1024, 256, step=1, label="Most new tokens", min_width=200)
+                temperature = gr.Slider(
+                    0, 2, 0, step=0.05, label="Temperature (0: the likeliest answer)", min_width=200
+                )
+                top_p = gr.Slider(0.05, 1, 1, step=0.05, label="top_p", min_width=200)
+                seed = gr.Number(0, precision=0, label="Seed", min_width=120)
+            system = gr.Textbox(label="System prompt (empty: the model's own)", lines=2)
+
+        def ask(question: Any, one_: Turns, two_: Turns, name: str, other: str, *rest: Any) -> Iterator[Any]:
+            longest_, temperature_, top_p_, seed_, system_, *filled = rest
+            if not name:
+                raise gr.Error("No model is served yet; see the line on top.")
+            shots = shots_of(filled)
+            settings = Settings(int(longest_), float(temperature_), float(top_p_), int(seed_ or 0))
+            yield gr.MultimodalTextbox(value=None, interactive=True), one_, two_, "", ""
+            for shown in page.answer(question, one_, two_, (name, other or NONE), shots, system_ or "", settings):
+                yield gr.skip(), *shown
+
+        settings = [longest, temperature, top_p, seed, system]
+        sent = box.submit(
+            ask, [box, one, two, first, second, *settings, *cells], [box, one, two, pace_one, pace_two],
+            show_progress="hidden", api_visibility="private",
+        )  # fmt: skip
+        box.stop(None, None, None, cancels=[sent])
+        clear.click(lambda: ([], [], "", ""), None, [one, two, pace_one, pace_two], cancels=[sent])
+        again.click(take_back, [one, two], [box, one, two])
+
+        def pick(event: Any) -> dict[str, Any]:
+            path, question = page.gallery[event.index]
+            return {"text": question, "files": [path]}
+
+        # Gradio finds out by the annotation what to hand over, and cannot read one that is text.
+        pick.__annotations__["event"] = gr.SelectData
+        gallery.select(pick, None, box)
+        take.click(add_picture, [box, camera], box)
+        for button, shots in zip(buttons, page.examples.values(), strict=True):
+            button.click(lambda shots=shots: cells_of(shots, _ROWS), None, cells)
+        wipe.click(lambda: cells_of((), _ROWS), None, cells)
+        second.change(lambda name: gr.Column(visible=name != NONE), second, beside)
+        theme.click(None, None, None, js=_TO_OTHER_THEME)
+
+        def refresh(name: str | None, other: str) -> tuple[Any, ...]:
+            words, served = page.status()
+            known = name if name in served else (served[0] if served else None)
+            return (
+                words,
+                gr.Dropdown(choices=served, value=known),
+                gr.Dropdown(choices=[NONE, *served], value=other if other in served else NONE),
+            )
+
+        gr.Timer(5).tick(refresh, [first, second], [status, first, second], show_progress="hidden")
+    return blocks
+
+
+# --- demo_run
+# The demo's page as a program: launched on an address, until Ctrl-C.
+
+
+_CARD_BYTES = 1 << 20
+
+
+def card_words(models: Sequence[str]) -> str:
+    """Names of models, their configs and cards where they lie beside them: what the gallery is chosen by."""
+    words = []
+    for model in models:
+        words.append(model)
+        for card in (Path(model) / "README.md", Path(model) / "config.json", Path(model).parent / "README.md"):
+            if card.is_file():
+                words.append(card.read_bytes()[:_CARD_BYTES].decode(errors="replace"))
+    return "\n".join(words)
+
+
+def launch(
+    client: ApiClient, words: str, folder: Path, *, host: str, port: int, allowed_hosts: Sequence[str] = ()
+) -> tuple[Any, str]:
+    """Open the page; the Gradio blocks and its address. Nothing is fetched from, or sent to, anybody but the server.
+
+    allowed_hosts: further host names accepted in the Host header, see `vila.serve.admission.hosts_of`.
+    Raises ConfigError when Gradio is missing or the port is taken.
+    """
+    from starlette.middleware import Middleware
+
+    guard = Middleware(SameOrigin, hosts=hosts_of(host, allowed_hosts))
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    gr = require("gradio", "vila demo", extra="demo")
+    blocks = build(Page(client, words, folder)).queue(default_concurrency_limit=8)
+    fonts = ("ui-sans-serif", "system-ui", "sans-serif")
+    theme = gr.themes.Soft(primary_hue="teal", neutral_hue="slate", font=fonts, font_mono=("ui-monospace", "monospace"))
+    try:
+        _, url, _ = blocks.launch(
+            server_name=host, server_port=port or _free_port(host), share=False, quiet=True, prevent_thread_lock=True,
+            allowed_paths=[str(folder)], max_file_size=MOST_BYTES, theme=theme, css=STYLE, footer_links=[],
+            ssr_mode=False, enable_monitoring=False, show_error=True, app_kwargs={"middleware": [guard]},
+        )  # fmt: skip
+    except OSError as error:
+        raise ConfigError(f"port {port} of {host} cannot be opened; give another by --port ({error})") from error
+    return blocks, url
+
+
+def run_page(
+    client: ApiClient,
+    words: str,
+    folder: Path,
+    *,
+    host: str,
+    port: int,
+    browser: bool,
+    check: Callable[[], None] | None,
+    say: Callable[[str], None],
+    allowed_hosts: Sequence[str] = (),
+) -> None:
+    """Open the page and stay until Ctrl-C, or until `check` raises because the server has ended."""
+    blocks, url = launch(client, words, folder, host=host, port=port, allowed_hosts=allowed_hosts)
+    say(f"demo at {url} (Ctrl-C ends it)")
+    if browser:
+        import webbrowser
+
+        webbrowser.open(url)
+    try:
+        while True:
+            time.sleep(0.5)
+            if check is not None:
+                check()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        blocks.close(verbose=False)
+
+
+def _free_port(host: str) -> int:
+    with socket.socket() as free:
+        free.bind((host, 0))
+        return int(free.getsockname()[1])
