@@ -12,6 +12,8 @@ import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+
 from tests.mutation.mutate import mutate
 from tests.mutation.targets import Target, random_of
 from vila.core.errors import VilaError
@@ -71,18 +73,21 @@ def run_inputs(target: Target, seeds: range, scratch: Path) -> list[Outcome]:
 
 def _wait(child: int, log: Path) -> int:
     """Exit status of the child, which is killed when an input takes too long in code that no signal interrupts."""
+    started = time.time()
     while True:
         ended, status = os.waitpid(child, os.WNOHANG)
         if ended:
             return os.waitstatus_to_exitcode(status)
-        begun = log.stat().st_mtime if log.exists() else time.time()
-        if time.time() - begun > 6 * SECONDS:
+        last_progress = log.stat().st_mtime if log.exists() else started
+        if time.time() - last_progress > 6 * SECONDS:
             os.kill(child, signal.SIGKILL)
         time.sleep(0.05)
 
 
 def _child(target: Target, seeds: list[int], scratch: Path, valid: Path, log: Path) -> None:
     try:
+        # The threads of this process's OpenMP pool did not survive the fork; a parallel region would wait for them.
+        torch.set_num_threads(1)
         size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
         signal.signal(signal.SIGPROF, _too_slow)
