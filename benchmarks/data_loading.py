@@ -31,7 +31,7 @@ from transformers import AutoTokenizer
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from vila.chat.tokenize import SpanTokenizer
-from vila.core.system import machine_facts
+from vila.core.system import system_info
 from vila.core.vision_spec import VisionSpec
 from vila.data.collate import collate
 from vila.data.dataset import Entry, SampleReader, open_mixture
@@ -218,7 +218,7 @@ def main() -> int:
         "pixels_bit_identical": equal,
         "milliseconds_a_sample": milliseconds(reader, 100),
         "workers": chosen.workers,
-        **machine_facts(),
+        **system_info(),
     }
     sys.stdout.write(json.dumps(facts, indent=1) + "\n")
     return int(not equal or ratio < FACTOR)

@@ -19,7 +19,7 @@ from collections.abc import Callable
 import numpy as np
 
 from vila.chat.tokenize import TokenizedSample
-from vila.core.system import machine_facts
+from vila.core.system import system_info
 from vila.data.packing import LaneSet, Policy
 
 LENGTH, LANES = 4096, 8
@@ -107,7 +107,7 @@ def main() -> int:
             results[f"{name}, {image} tokens an image"] = {k: round(v, 4 if v <= 1 else 0) for k, v in row.items()}
             floor = STAGE_3_FILL if name == "stage 3" else bound - STAGE_2_GAP
             status |= row["packed, look-ahead 64"] < floor
-    sys.stdout.write(json.dumps({"share of real tokens": results, **machine_facts()}, indent=1) + "\n")
+    sys.stdout.write(json.dumps({"share of real tokens": results, **system_info()}, indent=1) + "\n")
     return int(status)
 
 

@@ -16,7 +16,7 @@ import time
 import numpy as np
 
 from vila.chat.tokenize import TokenizedSample
-from vila.core.system import machine_facts
+from vila.core.system import system_info
 from vila.core.types import Message, Sample
 from vila.data.mixture import Mixture, Part
 from vila.data.packing import LaneSet, LaneState, Policy
@@ -62,7 +62,7 @@ def main() -> int:
         "seconds to the first step": {name: round(value, 4) for name, value in seconds.items()},
         "lanes": LANES,
         "look_ahead": LOOK_AHEAD,
-        **machine_facts(),
+        **system_info(),
     }
     sys.stdout.write(json.dumps(facts, indent=1) + "\n")
     return int(max(seconds.values()) > LIMIT_S)

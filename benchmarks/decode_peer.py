@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM
 
 from vila.bench.decode import Subject, read_bandwidth, subject_of
 from vila.bench.model_shapes import SHAPES, Shape, random_model, text_config
-from vila.core.system import machine_facts, version
+from vila.core.system import system_info, version
 from vila.engine.batch import Group
 from vila.engine.pictures import Prompt
 
@@ -233,7 +233,7 @@ def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
     facts: dict[str, Any] = {
-        **machine_facts(),
+        **system_info(),
         "onnxruntime": version("onnxruntime"),
         "threads": options.threads,
         "head_bits": options.head_bits,

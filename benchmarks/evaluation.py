@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from vila.core.system import machine_facts
+from vila.core.system import system_info
 from vila.core.types import Image
 from vila.engine.engine import Engine
 from vila.engine.request import Sampling
@@ -95,7 +95,7 @@ def main() -> int:
         "one question a picture": list(first.values())[: asked.questions // 3],
     }
     found = {name: measure(engine, some, benchmark.max_new_tokens, asked.rounds) for name, some in sets.items()}
-    print(json.dumps({**found, "threads": torch.get_num_threads(), **machine_facts()}, indent=1))
+    print(json.dumps({**found, "threads": torch.get_num_threads(), **system_info()}, indent=1))
     return int(any(found[name]["ratio"] < bound for name, bound in BOUNDS.items()))
 
 

@@ -24,7 +24,7 @@ import torch
 from transformers import CLIPVisionConfig, LlamaConfig
 
 from tests.export.gguf_stand import llama_tokenizer
-from vila.core.system import machine_facts
+from vila.core.system import system_info
 from vila.core.vision_spec import VisionSpec
 from vila.export.base import EXPORTS, ExportOptions, settled, write_export
 from vila.export.source import SafetensorsWriter, open_source
@@ -61,7 +61,7 @@ def main() -> None:
                 )
                 rows.append(row)
     if options.out:
-        facts = {"shape": options.shape, "machine": machine_facts(), "threads": torch.get_num_threads(), "rows": rows}
+        facts = {"shape": options.shape, "machine": system_info(), "threads": torch.get_num_threads(), "rows": rows}
         options.out.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 

@@ -211,7 +211,7 @@ def dealt(case: Case, ranks: int) -> Case:
 
 def main() -> int:
     world = open_world()
-    ranks, worst = world.place.world, 0.0
+    ranks, worst = world.place.world_size, 0.0
     if world.main:
         print(f"Dealt to {ranks}\n\n| Configuration | Measured MB | Predicted MB | Error |\n|---|---|---|---|")
     for name, one in CASES.items():

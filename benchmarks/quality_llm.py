@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from vila.bench.quality import Way, markdown_table, measure_quality, quality_task, write_quality_report
-from vila.core.system import machine_facts
+from vila.core.system import system_info
 from vila.quant.calibration import packaged_documents, text_calibration
 from vila.quant.quantize import BEST, Request, with_group
 
@@ -39,7 +39,7 @@ def main(folder: Path, out: Path, names: list[str]) -> None:
         "best": Way("best", with_group(BEST, GROUP), many),
     }
     result = measure_quality(load, [ways[name] for name in names], quality_task(tokenizer), out)
-    write_quality_report(result, {"model": str(folder), **machine_facts()}, out / "quality.html")
+    write_quality_report(result, {"model": str(folder), **system_info()}, out / "quality.html")
     sys.stdout.write(markdown_table(result["ways"]))
 
 

@@ -17,7 +17,7 @@ import torch
 
 from vila.bench.decode import forget_peak, peak_bytes
 from vila.bench.model_shapes import SHAPES, random_model
-from vila.core.system import machine_facts
+from vila.core.system import system_info
 from vila.quant.awq_search import SearchOptions, search_model
 from vila.quant.calibration import Calibration, Row
 
@@ -45,7 +45,7 @@ def main() -> None:
     print(
         json.dumps(
             {
-                **machine_facts(),
+                **system_info(),
                 "threads": options.threads,
                 "shape": shape.title,
                 "dtype": options.dtype,

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from vila.core.system import machine_facts
+from vila.core.system import system_info
 from vila.core.types import Image, Message
 from vila.engine.backend import BACKENDS
 from vila.engine.batcher import Batcher
@@ -207,7 +207,7 @@ def main() -> None:
                 engine, batcher, lambda: image_requests(paths, many, draw), Sampling(max_new_tokens=16), options.rounds
             ):
                 rows.append({"load": "image", **row})
-    facts = {**machine_facts(), "dtype": str(engine.model.dtype), "backend": engine.backend, "threads": options.threads}
+    facts = {**system_info(), "dtype": str(engine.model.dtype), "backend": engine.backend, "threads": options.threads}
     print(json.dumps(facts))
     print("| load | contestant | requests/s | tokens/s | times single | same answers |\n|---|---|---|---|---|---|")
     for row in rows:

@@ -21,7 +21,7 @@ import torch
 from vila.chat.templates import find_template
 from vila.chat.tokenize import IGNORE, tokenize_sample
 from vila.config.load import load_recipe
-from vila.core.system import machine_facts
+from vila.core.system import system_info
 from vila.core.types import Sample
 from vila.data.collate import collate
 from vila.model.loading import choose_dtype, load_model
@@ -87,7 +87,7 @@ def main() -> int:
         for name, rows in speeds.items()
     }
     ratio = [round(a / b, 2) for a, b in zip(out["ours"], out["padded"], strict=True)]
-    facts = {"questions_per_second, tokens_per_second": out, "ratio": ratio, "steps": chosen.steps, **machine_facts()}
+    facts = {"questions_per_second, tokens_per_second": out, "ratio": ratio, "steps": chosen.steps, **system_info()}
     sys.stdout.write(json.dumps(facts, indent=1) + "\n")
     return 0
 

@@ -3,7 +3,7 @@
     python scripts/make_docs.py
 
 A part stands between the comments `<!-- generated: NAME -->` and `<!-- end: NAME -->`; everything else on a page is
-written by hand and stays. `tests/house/test_docs.py` fails when a page is stale. Needs no torch.
+written by hand and stays. `tests/package/test_docs.py` fails when a page is stale. Needs no torch.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 
 from vila.chat import templates as chat_templates
 from vila.chat.render import render
-from vila.chat.template import Segment, Template
+from vila.chat.template import Span, Template
 from vila.chat.templates import ALIASES, TEMPLATES
 from vila.config import Recipe, load_recipe, recipe_names
 from vila.config.field_docs import describe_fields
@@ -131,15 +131,15 @@ def _template_lines(template: Template) -> list[str]:
     return [f"{', '.join(names):<40} ends at {stops}", f"    {json.dumps(text)}"]
 
 
-def _marked(segments: Sequence[Segment]) -> str:
+def _marked(spans: Sequence[Span]) -> str:
     """The text with a "~" wherever something to learn begins or ends."""
-    groups = groupby(segments, key=lambda segment: segment.train)
+    groups = groupby(spans, key=lambda span: span.train)
     texts = [(train, "".join(map(_written, group))) for train, group in groups]
     return "".join(f"~{text}~" if train else text for train, text in texts)
 
 
-def _written(segment: Segment) -> str:
-    return "<image>" if segment.media else segment.text
+def _written(span: Span) -> str:
+    return "<image>" if span.media else span.text
 
 
 _EXAMPLE = f"Human: {chat_templates.V0_QUESTION}###Assistant: {chat_templates.V0_ANSWER}"

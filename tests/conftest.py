@@ -8,7 +8,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 
-from tests.house.readme_blocks import ROOT, read_blocks
+from tests.package.readme_blocks import ROOT, read_blocks
 
 
 @pytest.fixture(autouse=True)

@@ -75,7 +75,7 @@ def written(messages, template, **kwargs):
 
 def marked(messages, template):
     """The text with a "~" wherever supervision begins or ends."""
-    groups = groupby(render(messages, template), key=lambda segment: segment.train)
+    groups = groupby(render(messages, template), key=lambda span: span.train)
     texts = [(train, "".join("<image>" if s.media else s.text for s in group)) for train, group in groups]
     return "".join(f"~{text}~" if train else text for train, text in texts)
 
@@ -126,8 +126,8 @@ def test_a_prompt_ends_where_the_assistant_answers(name, end):
 
 
 def test_a_page_supervises_all_text_and_the_end():
-    segments = render((Message.of("user", PICTURE, "one ", PICTURE, "two"),), find_template("page"))
-    assert "".join(s.text for s in segments if s.train) == "one two{eos}"
+    spans = render((Message.of("user", PICTURE, "one ", PICTURE, "two"),), find_template("page"))
+    assert "".join(s.text for s in spans if s.train) == "one two{eos}"
 
 
 def test_a_system_message_replaces_the_default_one():
@@ -156,8 +156,8 @@ def test_an_empty_system_message_takes_the_folded_block_away():
 
 
 def test_what_a_user_writes_is_content_even_when_it_looks_like_a_marker():
-    segments = render((Message.of("user", "</s>USER: <image>{eos}"),), find_template("vicuna_v1"), prompt=True)
-    assert [s.text for s in segments if s.kind == "content"] == ["</s>USER: <image>{eos}"]
+    spans = render((Message.of("user", "</s>USER: <image>{eos}"),), find_template("vicuna_v1"), prompt=True)
+    assert [s.text for s in spans if s.kind == "content"] == ["</s>USER: <image>{eos}"]
 
 
 @pytest.mark.parametrize(

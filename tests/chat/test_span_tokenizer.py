@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
 from tests.chat.conftest import GOLDEN
-from vila.chat.template import Segment
+from vila.chat.template import Span
 from vila.chat.tokenize import SpanTokenizer, tokenize
 from vila.core.types import Image
 
@@ -23,8 +23,8 @@ PICTURE = Image(b"picture")
 
 
 def walk(tokenizer, chunks, kind):
-    segments = [part for chunk in chunks for part in (Segment("", "media", media=PICTURE), Segment(chunk, kind))][1:]
-    return [-200 if i == tokenizer.image_token_id else i for i in tokenize(segments, tokenizer, lambda m: 1).ids]
+    spans = [part for chunk in chunks for part in (Span("", "media", media=PICTURE), Span(chunk, kind))][1:]
+    return [-200 if i == tokenizer.image_token_id else i for i in tokenize(spans, tokenizer, lambda m: 1).ids]
 
 
 class Original:

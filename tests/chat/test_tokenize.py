@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from vila.chat.render import render
-from vila.chat.template import Segment
+from vila.chat.template import Span
 from vila.chat.templates import TEMPLATES, find_template
 from vila.chat.tokenize import IGNORE, tokenize, tokenize_prompt, tokenize_sample
 from vila.core.errors import DataError
@@ -89,7 +89,7 @@ def test_raw_texts_in_llamas_vocabulary_equal_the_originals(llama, case):
 
 def raw(text):
     """A prompt that somebody wrote out, markers and special tokens included."""
-    pieces = [[Segment("", "media", media=PICTURE), Segment(chunk, "template")] for chunk in text.split("<image>")]
+    pieces = [[Span("", "media", media=PICTURE), Span(chunk, "template")] for chunk in text.split("<image>")]
     return [segment for piece in pieces for segment in piece][1:]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.house.readme_blocks import parse_blocks
+from tests.package.readme_blocks import parse_blocks
 from tests.train.stand import stand_recipe, write_stand
 from vila.config.load import save_recipe
 

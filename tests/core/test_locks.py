@@ -102,7 +102,7 @@ def test_without_locks_the_file_is_asked_and_a_note_is_given(tmp_path, monkeypat
         def __init__(self):
             self.lines = []
 
-        def said(self, text):
+        def log(self, text):
             self.lines.append(text)
 
     monkeypatch.setattr("fcntl.flock", no_locks)

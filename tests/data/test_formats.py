@@ -12,7 +12,7 @@ from tests.data.good import CHAT, GOOD, RECORDS, TEXTS, VFLAN, mmc4
 from tests.data.shards import PIXELS, refusal, write_lines, write_parquet, write_tar
 from vila.core.errors import ConfigError, DataError, UnknownNameError
 from vila.core.optional import MissingExtraError
-from vila.core.types import Image, Stored, Text
+from vila.core.types import Image, MediaRef, Text
 from vila.data.formats.base import FORMATS, files_of
 from vila.data.readers import parquet
 
@@ -81,7 +81,7 @@ def test_media_are_named_and_not_opened(case, tmp_path):
     # None of the files that records name exists.
     for sample in opened(case, tmp_path):
         for item in sample.media:
-            if isinstance(item.source, Stored):
+            if isinstance(item.source, MediaRef):
                 assert str(tmp_path) in item.source.name
                 assert item.source.read() in (PIXELS, b"clip")
             else:
@@ -122,7 +122,7 @@ class Told:
         self.tasks.append((task, unit))
 
     def advanced(self, task, amount=1, **facts): ...
-    def said(self, text): ...
+    def log(self, text): ...
     def finished(self, task, summary=""): ...
 
 
@@ -252,7 +252,7 @@ def test_a_file_outside_the_image_root_is_refused(kind, name, tmp_path):
 def test_an_absolute_path_inside_the_image_root_is_accepted(kind, tmp_path):
     name = str(tmp_path / "p.png")
     for sample in opened_lines(kind, _renamed(kind, name), tmp_path):
-        assert all(isinstance(item.source, Stored) or item.source.is_absolute() for item in sample.media)
+        assert all(isinstance(item.source, MediaRef) or item.source.is_absolute() for item in sample.media)
 
 
 @JSON_FORMATS

@@ -23,7 +23,7 @@ class Heard:
     def advanced(self, task, amount=1, **facts):
         pass
 
-    def said(self, text):
+    def log(self, text):
         self.lines.append(text)
 
     def finished(self, task, summary=""):

@@ -338,7 +338,7 @@ class Listener:
     def advanced(self, task, amount=1, **facts):
         self.done += amount
 
-    def said(self, text):
+    def log(self, text):
         self.lines.append(text)
 
     def finished(self, task, summary=""):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from tests.held import HOST, PID, held
-from vila.core.distributed import Place
+from vila.core.distributed import ProcessInfo
 from vila.core.errors import ContextOverflowError, DataError, DirectoryInUseError, MediaError
 from vila.core.types import Image, Message
 from vila.eval.benchmark import Answer, Item, Mark, Scored
@@ -138,11 +138,11 @@ def test_two_processes_give_the_report_of_one(tmp_path):
     engines = [Doubler(), Doubler()]
 
     def other():
-        assert run(engines[1], Numbers(), shared, place=Place(1, 2, 1, 2), meet=barrier.wait) is None
+        assert run(engines[1], Numbers(), shared, process=ProcessInfo(1, 2, 1, 2), meet=barrier.wait) is None
 
     thread = threading.Thread(target=other)
     thread.start()
-    result = run(engines[0], Numbers(), shared, place=Place(0, 2, 0, 2), meet=barrier.wait)
+    result = run(engines[0], Numbers(), shared, process=ProcessInfo(0, 2, 0, 2), meet=barrier.wait)
     thread.join()
     assert result.scored.score == 100
     assert rows(shared) == rows(alone)

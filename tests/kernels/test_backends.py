@@ -70,7 +70,7 @@ class Said:
     def __init__(self):
         self.lines = []
 
-    def said(self, text):
+    def log(self, text):
         self.lines.append(text)
 
 

@@ -65,7 +65,7 @@ class Breaks:
     def advanced(self, task, amount=1, **facts):
         self._tick()
 
-    def said(self, text):
+    def log(self, text):
         pass
 
     def finished(self, task, summary=""):

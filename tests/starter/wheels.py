@@ -42,7 +42,7 @@ class Listener:
     def advanced(self, task: str, amount: int = 1, **facts: float | str) -> None:
         pass
 
-    def said(self, text: str) -> None:
+    def log(self, text: str) -> None:
         self.lines.append(text)
 
     def finished(self, task: str, summary: str = "") -> None:

@@ -55,7 +55,7 @@ def stop_after(step: int, number: int = signal.SIGINT, rank: int = 0) -> Callabl
     """A listener that sends a signal to its own process after a step."""
 
     def listen(trainer: Any, facts: dict[str, Any]) -> None:
-        if facts["step"] == step and trainer.world.place.rank == rank:
+        if facts["step"] == step and trainer.world.process.rank == rank:
             os.kill(os.getpid(), number)
 
     return listen

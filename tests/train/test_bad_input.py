@@ -28,7 +28,7 @@ def poison(run, steps, kind="loss", rank=0):
 
     def spoilt(*batch, **options):
         loss, by_data_set = forward(*batch, **options)
-        if run.trainer.progress.step + 1 in steps and run.world.place.rank == rank:
+        if run.trainer.progress.step + 1 in steps and run.world.process.rank == rank:
             if kind == "loss":
                 loss = loss * math.nan
             else:

@@ -15,7 +15,7 @@ from tests import tiny
 from tests.train.finish import assert_identical, finish, sign, stop_after
 from tests.train.ranks import run_ranks
 from tests.train.stand import stand_recipe, write_stand
-from vila.core.distributed import Place
+from vila.core.distributed import ProcessInfo
 from vila.core.errors import CheckpointError, Interrupted
 from vila.core.files import write_json
 from vila.core.progress import SILENT
@@ -25,7 +25,7 @@ from vila.train.build import build
 from vila.train.checkpoint import Checkpoint, Checkpoints, Progress, load_checkpoint
 from vila.train.fsdp import World, open_world
 
-WORLD = World(Place(), torch.device("cpu"))
+WORLD = World(ProcessInfo(), torch.device("cpu"))
 SAVES = ("batch.rows=4", "budget.tokens=3000", "output.checkpoint_every_steps=2")
 
 
@@ -117,7 +117,7 @@ def on_a_full_disk(folder, out, rank, how):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
     def fill(trainer, facts):
-        if facts["step"] == 3 and trainer.world.place.rank == rank:
+        if facts["step"] == 3 and trainer.world.process.rank == rank:
             if how == "tensors":
                 fill_the_disk(20_000)
             else:
@@ -238,7 +238,7 @@ class Heard:
     def __init__(self):
         self.lines = []
 
-    def said(self, text):
+    def log(self, text):
         self.lines.append(text)
 
 

@@ -42,7 +42,7 @@ class Heard:
     def __init__(self):
         self.lines = []
 
-    def said(self, text):
+    def log(self, text):
         self.lines.append(text)
 
     def started(self, task, total=None, unit=""):

@@ -9,12 +9,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from tests.train.finish import sign
-from vila.core.distributed import Place
+from vila.core.distributed import ProcessInfo
 from vila.core.errors import CheckpointError
 from vila.train.checkpoint import Checkpoint, Checkpoints, Progress, load_checkpoint
 from vila.train.fsdp import World
 
-WORLD = World(Place(), torch.device("cpu"))
+WORLD = World(ProcessInfo(), torch.device("cpu"))
 INDEX = "torch.distributed.checkpoint.metadata"
 
 

@@ -49,8 +49,8 @@ def die():
 
 def die_together(run):
     """As in a power cut: a rank that outlived another one would hear of it, and stop with an error."""
-    (run.folder / f"dying-{run.world.place.rank}").touch()
-    while len(list(run.folder.glob("dying-*"))) < run.world.place.world:
+    (run.folder / f"dying-{run.world.process.rank}").touch()
+    while len(list(run.folder.glob("dying-*"))) < run.world.process.world_size:
         time.sleep(0.001)
     die()
 
@@ -75,7 +75,7 @@ def killed(folder, out, point):
             def write_data(self, plan, planner):
                 done = super().write_data(plan, planner)
                 if "step-00000004" in str(self.path):
-                    for file in self.path.glob(f"__{run.world.place.rank}_*.distcp"):
+                    for file in self.path.glob(f"__{run.world.process.rank}_*.distcp"):
                         os.truncate(file, file.stat().st_size // 2)
                     die_together(run)
                 return done

@@ -21,7 +21,7 @@ from vila.core.errors import ConfigError, DataError
 from vila.core.files import write_json
 from vila.core.progress import SILENT, Events, task
 from vila.core.reading import parse_json
-from vila.core.system import machine_facts
+from vila.core.system import system_info
 from vila.quant.calibration import packaged_documents
 from vila.report.html import Cell, Page
 from vila.report.lines import Series, line_plot
@@ -430,7 +430,7 @@ def _milliseconds(values: Sequence[float]) -> str:
 
 def save(summaries: Sequence[LoadSummary], facts: dict[str, Any], folder: Path) -> list[Path]:
     """Write load.json and load.html."""
-    facts = {**machine_facts(), **facts}
+    facts = {**system_info(), **facts}
     paths = [folder / "load.json", folder / "load.html"]
     folder.mkdir(parents=True, exist_ok=True)
     write_json(paths[0], {"facts": facts, "loads": [one.as_json() for one in summaries]})

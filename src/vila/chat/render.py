@@ -1,18 +1,18 @@
-"""One renderer: messages and a template become segments, for training, evaluation and serving alike."""
+"""One renderer: messages and a template become spans, for training, evaluation and serving alike."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
 
-from vila.chat.template import Segment, Template
+from vila.chat.template import Span, Template
 from vila.core.errors import DataError, TemplateError
 from vila.core.types import Message, Sample, Text
 
 _SYMBOLS = re.compile(r"(\{bos\}|\{eos\})")
 
 
-def render(messages: Sequence[Message], template: Template, *, prompt: bool = False) -> list[Segment]:
+def render(messages: Sequence[Message], template: Template, *, prompt: bool = False) -> list[Span]:
     """Write out a conversation.
 
     prompt: end where the assistant is to answer. A prompt may hold whatever the template can express: empty answers,
@@ -22,10 +22,10 @@ def render(messages: Sequence[Message], template: Template, *, prompt: bool = Fa
     Raises TemplateError with the index of the message as its field.
     """
     turns = _check_prompt(messages, template) if prompt else _check(messages, template)
-    return [segment for segment in _segments(turns, template, prompt) if segment.text or segment.media]
+    return [span for span in _spans(turns, template, prompt) if span.text or span.media]
 
 
-def render_sample(sample: Sample, template: Template) -> list[list[Segment]]:
+def render_sample(sample: Sample, template: Template) -> list[list[Span]]:
     """Write out the conversations of a training sample. Raises DataError with the sample, the field and the reason."""
     try:
         if not template.user_text:
@@ -114,7 +114,7 @@ def _check_system(message: Message, place: int) -> None:
         raise TemplateError(problem, field=f"messages[{place}]", hint="put the image into the user's turn")
 
 
-def _segments(messages: Sequence[Message], template: Template, prompt: bool) -> Iterator[Segment]:
+def _spans(messages: Sequence[Message], template: Template, prompt: bool) -> Iterator[Span]:
     yield from _fixed(template.document_before)
     if template.supervise == "all":
         for message in messages:
@@ -150,25 +150,25 @@ def _segments(messages: Sequence[Message], template: Template, prompt: bool) -> 
     yield from _fixed(template.assistant_before if prompt else template.document_after)
 
 
-def _system(text: str | None, template: Template) -> Iterator[Segment]:
+def _system(text: str | None, template: Template) -> Iterator[Span]:
     if text is None:
         return
     yield from _fixed(template.system_before)
     # The default system text is ours; one that the caller brought is content like any other.
-    yield Segment(text, "template" if text == template.system else "content")
+    yield Span(text, "template" if text == template.system else "content")
     yield from _fixed(template.system_after)
 
 
-def _fixed(text: str, train: bool = False) -> Iterator[Segment]:
+def _fixed(text: str, train: bool = False) -> Iterator[Span]:
     for piece in _SYMBOLS.split(text):
-        yield Segment(piece, "special" if _SYMBOLS.fullmatch(piece) else "template", train)
+        yield Span(piece, "special" if _SYMBOLS.fullmatch(piece) else "template", train)
 
 
-def _said(message: Message, template: Template, *, train: bool) -> Iterator[Segment]:
+def _said(message: Message, template: Template, *, train: bool) -> Iterator[Span]:
     for part in message.parts:
         if not isinstance(part, Text):
             yield from _fixed(template.media_before)
-            yield Segment("", "media", media=part)
+            yield Span("", "media", media=part)
             yield from _fixed(template.media_after)
         elif message.role == "assistant" or template.user_text or template.supervise == "all":
-            yield Segment(part.text, "content", train)
+            yield Span(part.text, "content", train)

@@ -14,7 +14,7 @@ Kind = Literal["template", "content", "special", "media"]
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
+class Span:
     """A rendered piece of a conversation.
 
     kind:  `template` and `special` may hold special tokens; `content` is what somebody wrote and never does;

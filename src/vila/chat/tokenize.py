@@ -17,7 +17,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from vila.chat.render import render, render_sample
-from vila.chat.template import Segment, Template
+from vila.chat.template import Span, Template
 from vila.core.errors import DataError, TemplateError
 from vila.core.types import Image, Message, Sample, Video
 
@@ -107,7 +107,7 @@ class SpanTokenizer:
         """
         return int(not self.bos_ids and list(ids[:1]) == [self.bos_id])
 
-    def pieces(self, segment: Segment) -> list[tuple[str, int | None]]:
+    def pieces(self, segment: Span) -> list[tuple[str, int | None]]:
         """A text segment as (text, None) runs and (text, id) special tokens; content holds no special tokens."""
         text = self.symbols.get(segment.text, segment.text) if segment.kind == "special" else segment.text
         if segment.kind == "content" or self._specials is None:
@@ -172,7 +172,7 @@ def _strip_dummy_prefix(spec: dict[str, Any]) -> bool:
     return found
 
 
-def tokenize(segments: Sequence[Segment], tokenizer: SpanTokenizer, count: CountTokens) -> Tokens:
+def tokenize(segments: Sequence[Span], tokenizer: SpanTokenizer, count: CountTokens) -> Tokens:
     """Walk the segments once. `count` gives the number of slots that a medium takes."""
     out = Tokens(list(tokenizer.bos_ids), [IGNORE] * len(tokenizer.bos_ids))
     run: list[tuple[str, bool]] = []

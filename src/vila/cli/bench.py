@@ -89,7 +89,7 @@ def decode(
     from vila.cli.options import Loading, check_backend_flags, choose_device, take_threads
     from vila.cli.progress import Screen
     from vila.core.files import write_json
-    from vila.core.system import machine_facts, version
+    from vila.core.system import system_info, version
 
     if bool(model) == bool(shape):
         raise ConfigError("what to measure? Give a MODEL, or one or several --shape, and not both")
@@ -107,7 +107,7 @@ def decode(
         for opened in _models(model, shape or [], precision or [Precision.INT4], group_size, where, loads):
             results += _measured(opened, chosen, loads, screen)
     facts = {
-        **machine_facts(),
+        **system_info(),
         "onnxruntime": version("onnxruntime"),
         "device": _device_name(where),
         "threads": _threads(),
@@ -185,9 +185,9 @@ def _measured(opened: Any, chosen: dict[str, Any], loads: list[Load], events: An
 def _device_name(device: str) -> str:
     import torch
 
-    from vila.core.system import processor_name
+    from vila.core.system import cpu_name
 
-    return processor_name() if device == "cpu" else torch.cuda.get_device_name()
+    return cpu_name() if device == "cpu" else torch.cuda.get_device_name()
 
 
 def _threads() -> int:
@@ -238,7 +238,7 @@ def quality(
     from vila.bench.quality import markdown_table, measure_quality, quality_task, write_quality_report
     from vila.cli.progress import Screen
     from vila.core.files import portable_path
-    from vila.core.system import machine_facts
+    from vila.core.system import system_info
     from vila.eval.benchmarks.easy_vqa import EasyVqa
     from vila.model.loading import empty_model, load_model, local_folder, open_checkpoint
     from vila.quant.blocks import check_layers
@@ -260,7 +260,7 @@ def quality(
         asked = _ways(ways, processor, size, rows, best_rows, image_calib, samples, screen)
         what = quality_task(processor.tokenizer, max_blocks=blocks, easy_vqa=easy_vqa, questions=questions)
         result = measure_quality(load, asked, what, target, events=screen)
-    write_quality_report(result, {"model": portable_path(model, target), **machine_facts()}, target / "quality.html")
+    write_quality_report(result, {"model": portable_path(model, target), **system_info()}, target / "quality.html")
     typer.echo(markdown_table(result["ways"]), nl=False)
     typer.echo(f"{target / 'quality.html'}")
 

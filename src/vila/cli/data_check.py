@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from vila.cli.data_sets import DataSets
 from vila.core.errors import DataError, MediaError, VilaError
 from vila.core.progress import SILENT, Events, task
-from vila.core.types import Image, Sample, Stored, Video
+from vila.core.types import Image, MediaRef, Sample, Video
 from vila.data.stats import Seen, histogram, spread
 from vila.prepare.licences import licences_of
 
@@ -191,7 +191,7 @@ def _place(item: Image | Video) -> str:
     source = item.source
     if isinstance(source, (str, Path)):
         return str(source)
-    return source.name if isinstance(source, Stored) else Image(source).key()
+    return source.name if isinstance(source, MediaRef) else Image(source).key()
 
 
 # --- data_stats

@@ -11,7 +11,7 @@ from pathlib import Path
 import typer
 
 from vila.core.optional import EXTRAS
-from vila.core.system import processor_name, version
+from vila.core.system import cpu_name, version
 
 _NEEDED = (
     "torch",
@@ -80,7 +80,7 @@ def _torch_rows() -> Iterator[tuple[str, str]]:
 
     from vila.model.loading import choose_dtype, has_fast_bfloat16
 
-    yield "processor", f"{processor_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used"
+    yield "processor", f"{cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used"
     yield "cpu capability", torch.backends.cpu.get_cpu_capability()
     yield "bfloat16 on the cpu", "yes, in hardware" if has_fast_bfloat16() else "emulated; float32 is used instead"
     yield "default number type", str(choose_dtype("auto")).removeprefix("torch.")

@@ -160,7 +160,7 @@ def evaluate(
         for benchmark in opened:
             where = result_dir(root, benchmark.name, questions)
             result = run(
-                engine, benchmark, where, model=facts["hash"], template=template, rules=rules, place=world.place,
+                engine, benchmark, where, model=facts["hash"], template=template, rules=rules, process=world.process,
                 meet=world.meet, events=events,
             )  # fmt: skip
             if result:
@@ -178,7 +178,7 @@ def evaluate(
             with DirectoryLock(root).acquire(wait=True):
                 _note_run(root, {**seen, **facts, "benchmarks": folders, "left_out": left_out})
                 for path in write_report(root, {benchmark.name: benchmark for benchmark in opened}):
-                    events.said(str(path))
+                    events.log(str(path))
     world.close()
     for result in results:
         if as_json:
@@ -355,12 +355,12 @@ def _opened(
         except DataError as error:
             if len(names) == 1:
                 raise
-            events.said(f"{name}: left out: {error}")
+            events.log(f"{name}: left out: {error}")
             left_out[name] = without_home(str(error))
             continue
         gone = missing_images(items) + (benchmark.missing_videos() if hasattr(benchmark, "missing_videos") else [])
         if gone:
-            events.said(f"{name}: {len(gone):,} files are missing, the first {gone[0]}; their questions will fail")
+            events.log(f"{name}: {len(gone):,} files are missing, the first {gone[0]}; their questions will fail")
         found += shot_variants(benchmark, name, folder, shots)
     if not found:
         raise DataError("none of the benchmarks has its data there; `docs/evaluation.md` says where they come from")

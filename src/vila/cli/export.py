@@ -85,7 +85,7 @@ def export(
             and not group_size
             and (size := group_of(source, asked)) != DEFAULT_GROUP
         ):
-            events.said(f"group size: {size}, the largest of 128, 64 and 32 that divides the widths of this model")
+            events.log(f"group size: {size}, the largest of 128, 64 and 32 that divides the widths of this model")
         write_export(source, format_name, target, asked, overwrite=overwrite)
     files = [path for path in target.rglob("*") if path.is_file()]
     total = sum(path.stat().st_size for path in files)

@@ -299,7 +299,7 @@ def take_threads(count: int) -> None:
 class Aloud(Silent):
     """Says lines on standard error."""
 
-    def said(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """A line for the reader."""
         typer.echo(text, err=True)
 

@@ -128,7 +128,7 @@ class Screen:
             words = [f"{task}: {write_count(log.pace.done, log.total, log.unit)}", text, log.left()]
             self.console.print("  ".join(filter(None, words)), markup=False, soft_wrap=True)
 
-    def said(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """A line above the bars."""
         self.console.print(text, markup=False, soft_wrap=True)
 

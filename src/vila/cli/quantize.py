@@ -179,7 +179,7 @@ def quantize(
         shapes = empty_model(checkpoint)
         size = group_size or default_group_size(shapes, found)
         if group_size is None and size != PUBLISHED_GROUP_SIZE:
-            screen.said(f"group size: {size}, the largest of 128, 64 and 32 that divides the widths of this model")
+            screen.log(f"group size: {size}, the largest of 128, 64 and 32 that divides the widths of this model")
         request = with_group(request, size, symmetric)
         check_plan(shapes, request, found)
         check_target(target, "--out", overwrite, num_bytes=needed_bytes(shapes, size))
@@ -187,12 +187,12 @@ def quantize(
         if request.rounding == "feedback" or (request.method == "awq" and found is None):
             calibration = calibration_of(calib or ["packaged"], checkpoint.processor, rows, samples, screen)
             check_ids(shapes, calibration)
-            screen.said(
+            screen.log(
                 f"calibration: {calibration.name}, {len(calibration.rows)} rows, {calibration.num_tokens:,} tokens, "
                 f"sha256 {calibration.sha256[:16]}"
             )
         elif calib:
-            screen.said(f"note: --calib is not read, since {unused} needs no calibration")
+            screen.log(f"note: --calib is not read, since {unused} needs no calibration")
         network, processor = build_model(checkpoint), checkpoint.processor
         texts = {README: layout_readme("awq-hf", network, processor)}
         summary = quantize_checkpoint(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vila.core.distributed import current_place
+from vila.core.distributed import current_process
 from vila.core.errors import VilaError
 from vila.core.progress import SILENT
 
@@ -77,29 +77,29 @@ def train(
 
     with Screen() as screen:
         # All processes of a run come through here; one of them speaks.
-        events = screen if current_place().main else SILENT
+        events = screen if current_process().is_main else SILENT
         if is_finished(resolved):
             before = load_recipe(str(resolved.output.dir / "recipe.yaml"))
             refuse_changes(before, resolved, resolved.output.dir, allowed)
-            events.said(f"{resolved.name}: already trained, the model is in {model_dir(resolved)}")
+            events.log(f"{resolved.name}: already trained, the model is in {model_dir(resolved)}")
             return
         with _said_once():
             benchmark = check_monitor(resolved, events)
         run = build(resolved, events=events, allow_changes=allowed)
         run.trainer.listeners += listeners_of(resolved, run.processor, events, benchmark)
-        events.said(
+        events.log(
             f"{resolved.name}: {run.trainable:,} parameters learn, {run.mixture.epoch_length:,} samples an epoch"
         )
         if run.world.main:
             lines, shares = shares_of(run, origins.get("data.max_length", ""))
             for line in [*lines, *preview_of(run)]:
-                events.said(line)
+                events.log(line)
             write_json(run.folder / "shares.json", shares)
         where = run.train()
         if run.world.main:
             write_model_card(resolved)
-            events.said(f"{resolved.name}: the report is {run.folder / 'report.html'}")
-        events.said(f"{resolved.name}: the model is in {where}")
+            events.log(f"{resolved.name}: the report is {run.folder / 'report.html'}")
+        events.log(f"{resolved.name}: the model is in {where}")
         run.world.close()
 
 
@@ -107,17 +107,17 @@ def train(
 def _said_once() -> Iterator[None]:
     """Inside, the processes of a run raise the same errors, so rank 0 alone prints them; but not those of the disk,
     which may be of one machine alone."""
-    place = current_place()
+    process = current_process()
     try:
         yield
     except VilaError as error:
-        error.is_repeated = not (place.main or isinstance(error.__cause__, OSError))
+        error.is_repeated = not (process.is_main or isinstance(error.__cause__, OSError))
         raise
 
 
 def _note(notes: Sequence[str]) -> None:
     """Print notes on standard error, three and the number of the others; rank 0 alone does."""
-    if current_place().main:
+    if current_process().is_main:
         for note in notes[:_NOTED]:
             typer.echo(f"note: {note}", err=True)
         if len(notes) > _NOTED:
@@ -136,7 +136,7 @@ def _look(recipe: Recipe, origins: Mapping[str, str]) -> None:
     from vila.train.preflight import Preflight
 
     packaged = set(recipe_names())
-    preflight = Preflight(recipe, current_place().world)
+    preflight = Preflight(recipe, current_process().world_size)
     with Screen() as screen:
         preflight.check_data(screen)
         preflight.check_model()

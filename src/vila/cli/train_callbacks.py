@@ -99,7 +99,7 @@ class PromptListener:
                 except VilaError as error:
                     # A prompt that does not fit is no reason to lose a run.
                     row |= {"answer": "", "error": str(error)}
-                    self.events.said(f"{prompt.text!r} has no answer: {error}")
+                    self.events.log(f"{prompt.text!r} has no answer: {error}")
                 self._log.write(trainer, step, row)
                 self.events.advanced(f"prompts after step {step:,}")
 

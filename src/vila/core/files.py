@@ -86,7 +86,7 @@ class DirectoryLock:
             if not shared and not wait and runs_here(owner) and owner.get("pid") != os.getpid():
                 granted = False
             else:
-                events.said(
+                events.log(
                     f"note: the file system of {self.folder} has no locks, so a second process that writes there is "
                     "not noticed; make sure that only one does"
                 )

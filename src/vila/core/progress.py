@@ -22,7 +22,7 @@ class Events(Protocol):
     def advanced(self, task: str, amount: int = 1, **facts: float | str) -> None:
         """`amount` more units are done; `facts` are figures to show (loss, tokens/s)."""
 
-    def said(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """A line for the reader."""
 
     def finished(self, task: str, outcome: Outcome = "done") -> None:
@@ -39,7 +39,7 @@ class Silent:
     def advanced(self, task: str, amount: int = 1, **facts: float | str) -> None:
         """Nothing."""
 
-    def said(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Nothing."""
 
     def finished(self, task: str, outcome: Outcome = "done") -> None:

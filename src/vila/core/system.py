@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 
-def processor_name() -> str:
+def cpu_name() -> str:
     """Name of the processor, as the system gives it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
@@ -35,10 +35,10 @@ def version(package: str) -> str | None:
         return None
 
 
-def machine_facts() -> dict[str, Any]:
+def system_info() -> dict[str, Any]:
     """Processor, cores, memory, versions and today's date."""
     return {
-        "cpu": processor_name(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gib": memory_gib(),
         "system": f"{platform.system()} {platform.machine()}",

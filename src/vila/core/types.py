@@ -16,7 +16,7 @@ ROLES: tuple[Role, ...] = ("system", "user", "assistant")
 
 
 @runtime_checkable
-class Stored(Protocol):
+class MediaRef(Protocol):
     """Encoded media inside a larger file (a tar, a table, a line of JSON), read when they are needed. Hashable."""
 
     @property
@@ -38,7 +38,7 @@ class Text:
 class Image:
     """One picture: a path, an http(s) or data URL, encoded bytes, bytes stored in a larger file, or a PIL image."""
 
-    source: Path | str | bytes | Stored | PilImage.Image
+    source: Path | str | bytes | MediaRef | PilImage.Image
 
     @property
     def name(self) -> str:
@@ -48,7 +48,7 @@ class Image:
             return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"
         if isinstance(self.source, bytes):
             return f"<{len(self.source)} bytes>"
-        if isinstance(self.source, Stored):
+        if isinstance(self.source, MediaRef):
             return self.source.name
         return f"<picture {self.source.width}x{self.source.height}>"
 
@@ -57,7 +57,7 @@ class Image:
         digest = hashlib.sha256()
         if isinstance(self.source, bytes):
             digest.update(self.source)
-        elif isinstance(self.source, Stored):
+        elif isinstance(self.source, MediaRef):
             digest.update(self.source.read())
         elif isinstance(self.source, (str, Path)):
             path = Path(self.source)
@@ -73,7 +73,7 @@ class Image:
 class Video:
     """One clip, from which `num_frames` frames are taken evenly; `None` leaves the number to the model."""
 
-    source: Path | str | bytes | Stored
+    source: Path | str | bytes | MediaRef
     num_frames: int | None = None
 
 

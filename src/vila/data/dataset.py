@@ -16,7 +16,7 @@ from vila.chat.templates import find_template
 from vila.chat.tokenize import SpanTokenizer, TokenizedSample, tokenize_sample
 from vila.core.errors import MediaError, VilaError
 from vila.core.progress import SILENT, Events
-from vila.core.types import Image, Sample, Stored, Video
+from vila.core.types import Image, MediaRef, Sample, Video
 from vila.core.vision_spec import ImageMode, VisionSpec
 from vila.data.formats.base import FORMATS, RecordSource
 from vila.data.mixture import Mixture, Part, Permutation, Source
@@ -174,7 +174,7 @@ def _beginnings(sample: Sample) -> list[Sample]:
 class ClipFrame:
     """One of the `count` images that stand for a video, `number` from 0; see `media.video.frame_indices`."""
 
-    source: Path | str | bytes | Stored
+    source: Path | str | bytes | MediaRef
     number: int
     count: int
 
@@ -229,7 +229,7 @@ def _video_of(image: Image) -> tuple[Video, int] | None:
 _kept_frames = lru_cache(maxsize=1)(open_frames)
 
 
-def _name_of(source: Path | str | bytes | Stored) -> str:
+def _name_of(source: Path | str | bytes | MediaRef) -> str:
     return Image(source).name
 
 

@@ -83,7 +83,7 @@ def choose_program(
             why = str(error)
         else:
             kind = f"4-bit weights, activations of {program.activation_bits} bits" if four_bit else "float32"
-            events.said(f"backend: onnx on cpu, {program.threads} threads, {kind}, head of {bits} bits")
+            events.log(f"backend: onnx on cpu, {program.threads} threads, {kind}, head of {bits} bits")
             return program
     if activation_bits:
         raise ConfigError(
@@ -92,10 +92,10 @@ def choose_program(
         )
     if four_bit:
         if why:
-            events.said(f"backend: torch; not onnx: {why}")
+            events.log(f"backend: torch; not onnx: {why}")
         use_backend(model, "auto", dtype=model.get_input_embeddings().weight.dtype, events=events)  # type: ignore[arg-type]
     elif backend == "torch":
-        events.said(f"backend: torch on {device}, {_short(model.dtype)}")
+        events.log(f"backend: torch on {device}, {_short(model.dtype)}")
     return None
 
 
@@ -109,7 +109,7 @@ def choose_captured(model: VilaForConditionalGeneration, events: Events = SILENT
         why = f"rope_type={rope!r} asks the host how long the sequence is"
     if len({parameter.device for parameter in model.parameters()}) > 1:
         why = "the model lies on several devices"
-    events.said(f"decoding: steps are {'not captured: ' + why if why else 'captured as graphs'}")
+    events.log(f"decoding: steps are {'not captured: ' + why if why else 'captured as graphs'}")
     return not why
 
 

@@ -391,7 +391,7 @@ class Judge:
         Replies that could not be read, and failures of the server, are asked again in rounds; what then remains comes
         as a verdict that is not readable. Raises ServerError when the server refuses, or answers nothing in a round.
         """
-        self.events.said(self.estimate(kind, cases).text)
+        self.events.log(self.estimate(kind, cases).text)
         bodies = self._bodies(kind, cases)
         replies = {key: reply for key in bodies if (reply := self._kept(key)) is not None}
         stale = 0

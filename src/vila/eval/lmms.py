@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image as PilImage
 
-from vila.core.distributed import current_place
+from vila.core.distributed import current_process
 from vila.core.errors import ConfigError, DataError
 from vila.core.types import Image, Message, Part, Text, Video
 from vila.engine.request import Sampling
@@ -56,9 +56,9 @@ class Adapter:
             problems = [f"unknown argument {name!r}" for name in unknown]
             problems += [] if pretrained else ["pretrained=DIRECTORY is missing"]
             raise ConfigError(f"{MODEL_ID}: {'; '.join(problems)}; known: pretrained, dtype, template, num_frames")
-        place = current_place()
-        self._rank, self._world_size = place.rank, place.world
-        self.device = f"cuda:{place.local_rank}" if device == "cuda" and place.world > 1 else device or "cpu"
+        process = current_process()
+        self._rank, self._world_size = process.rank, process.world_size
+        self.device = f"cuda:{process.local_rank}" if device == "cuda" and process.world_size > 1 else device or "cpu"
         self.batch_size = int(str(batch_size)) if str(batch_size).isdigit() else _BATCH
         self._template, self._num_frames = template, int(num_frames) if num_frames else None
         self.engine = Engine.load(Path(pretrained), dtype=dtype, device=self.device)

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from vila.core.distributed import Place
+from vila.core.distributed import ProcessInfo
 from vila.core.errors import ContextOverflowError, DataError
 from vila.core.files import DirectoryLock, remove_partials, sha256_file, without_home, write_json, write_jsonl
 from vila.core.progress import SILENT, Events, task
@@ -205,14 +205,14 @@ def run(
     model: str = "",
     template: str = "",
     rules: Rules = "upstream",
-    place: Place = Place(),  # noqa: B008 - frozen
+    process: ProcessInfo = ProcessInfo(),  # noqa: B008 - frozen
     meet: Callable[[], None] = lambda: None,
     events: Events = SILENT,
 ) -> Result | None:
     """Answer what `out` does not answer yet, score everything, write `out/scores.json`.
 
     model: what made the predictions; answers of another model in `out` are refused.
-    place: of this process among those that share the questions; the first one scores, the others return None.
+    process: rank of this process among those that share the questions; the first one scores, the others return None.
     meet:  waits for the other processes.
     A batch is always made of the same questions, so that an interrupted run, or one of several processes, ends with the
     same answers. A batch that fails is asked question by question; a question that fails is recorded with its error.
@@ -221,16 +221,16 @@ def run(
     """
     items = benchmark.items()
     with ExitStack() as stack:
-        if place.main:
+        if process.is_main:
             stack.enter_context(DirectoryLock(out).acquire(events=events))
             remove_partials(out)
             forget_parts(out)
             _same_run(out, {**run_facts(benchmark, template), "model": model})
         meet()
         asking = Asking(engine, exif_orientation=turns_images(rules))
-        seconds = _ask(asking, benchmark, items, out, template, place, events)
+        seconds = _ask(asking, benchmark, items, out, template, process, events)
         meet()
-        if not place.main:
+        if not process.is_main:
             return None
         done = read_predictions(out, (item.id for item in items))
         done.merge(items)
@@ -247,7 +247,7 @@ def _ask(
     items: Sequence[Item],
     out: Path,
     template: str,
-    place: Place,
+    process: ProcessInfo,
     events: Events,
 ) -> float:
     """Answer this process's share of the questions that have no answer yet; returns the seconds that took."""
@@ -258,15 +258,15 @@ def _ask(
     answered = seen = right = 0
     with task(events, name, len(items), "questions"):
         for number, batch in enumerate(batches(items)):
-            if number % place.world == place.rank and any(item.id not in done.texts for item in batch):
+            if number % process.world_size == process.rank and any(item.id not in done.texts for item in batch):
                 results = asking(batch, sampling, template)
                 missing = [(i, r) for i, r in zip(batch, results, strict=True) if i.id not in done.texts]
-                done.add(place.rank, [item for item, _ in missing], [result for _, result in missing])
+                done.add(process.rank, [item for item, _ in missing], [result for _, result in missing])
                 answered += len(missing)
             seen += len(batch)
             right += sum(bool(i.truth) and exact_match(done.texts.get(i.id, ""), i.truth) for i in batch)
             events.advanced(name, len(batch), exact=f"{right / seen:.1%}")
-    note_part(out, place.rank, answered, asking.tokens)
+    note_part(out, process.rank, answered, asking.tokens)
     return time.monotonic() - began
 
 

@@ -90,7 +90,7 @@ def use_backend(
     for where, layer in layers.items():
         layer.use(REFERENCE if where in refused else product, dtype)
     choice = BackendChoice(chosen, _device_name(device), dtype, len(layers), passed, tuple(refused.items()))
-    events.said(choice.describe())
+    events.log(choice.describe())
     return choice
 
 

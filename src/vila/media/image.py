@@ -21,7 +21,7 @@ from PIL.Image import Transpose
 
 from vila.core.errors import MediaError, VilaError
 from vila.core.reading import foreign_content
-from vila.core.types import Image, Stored
+from vila.core.types import Image, MediaRef
 from vila.media.container import jpeg_scans
 from vila.media.http import data_url_bytes, fetch, shown
 from vila.media.limits import DEFAULT_LIMITS, IsCancelled, MediaLimits, Readable, never
@@ -34,7 +34,7 @@ _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
 def open_source(
-    source: Path | str | bytes | Stored,
+    source: Path | str | bytes | MediaRef,
     what: str,
     *,
     base: Path | None = None,
@@ -54,7 +54,7 @@ def open_source(
     """
     if isinstance(source, bytes):
         return io.BytesIO(source), f"<{len(source)} bytes>"
-    if isinstance(source, Stored):
+    if isinstance(source, MediaRef):
         return io.BytesIO(source.read()), source.name
     if isinstance(source, str) and source[:5].lower() == "data:":
         return io.BytesIO(data_url_bytes(source, max_bytes=max_bytes)), shown(source)

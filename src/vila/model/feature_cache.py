@@ -89,7 +89,7 @@ class FeatureCache:
                 raise DataError("its tensors are not those that were written", file=path)
         except DataError as error:
             path.unlink(missing_ok=True)
-            self._events.said(f"{error}; deleted, its features are computed again")
+            self._events.log(f"{error}; deleted, its features are computed again")
         else:
             self._features.update(tensors)
 

@@ -16,7 +16,7 @@ from transformers import BatchFeature, ProcessorMixin
 
 from vila.chat.content import expand_clips, messages_of
 from vila.chat.render import render
-from vila.chat.template import Segment, Template
+from vila.chat.template import Span, Template
 from vila.chat.templates import find_template
 from vila.chat.tokenize import SpanTokenizer, Tokens, check_special_tokens, tokenize
 from vila.core.errors import MediaError, TemplateError
@@ -268,21 +268,21 @@ class VilaProcessor(ProcessorMixin):
 
     def _raw(
         self, text: str, waiting: Mapping[str, Iterator[Any]], gap: str, image_mode: ImageMode | None
-    ) -> list[Segment]:
-        segments = []
+    ) -> list[Span]:
+        spans = []
         for piece in _MARKERS.split(text):
             if piece == IMAGE_MARKER:
-                segments.append(Segment("", "media", media=next(waiting[piece])))
+                spans.append(Span("", "media", media=next(waiting[piece])))
             elif piece == VIDEO_MARKER:
                 video = next(waiting[piece])
                 frames = self.frames(video, shrink=self._spec(image_mode)) if isinstance(video, Video) else video
                 for frame in frames:
-                    segments += [Segment("", "media", media=frame), Segment(gap, "template")]
-            elif segments and segments[-1].text == gap and segments[-1].media is None and piece.startswith(gap):
-                segments[-1] = Segment(piece, "template")
+                    spans += [Span("", "media", media=frame), Span(gap, "template")]
+            elif spans and spans[-1].text == gap and spans[-1].media is None and piece.startswith(gap):
+                spans[-1] = Span(piece, "template")
             else:
-                segments.append(Segment(piece, "template"))
-        return [segment for segment in segments if segment.text or segment.media]
+                spans.append(Span(piece, "template"))
+        return [span for span in spans if span.text or span.media]
 
 
 # Its own name is taken by an argument that transformers prescribes.

@@ -317,12 +317,12 @@ class _Worker:
         with Spool(self.job.out / "parts" / f"{name}.spool") as spool:
             if spool.dropped_bytes:
                 lost = f"the last {spool.dropped_bytes:,} bytes of the journal are damaged"
-                self.events.said(f"{name}: {lost}; their downloads are repeated")
+                self.events.log(f"{name}: {lost}; their downloads are repeated")
             urls = await asyncio.to_thread(_urls, path, self.job.read_pages)
             await self._fetch_all([url for url in spread_by_host(urls) if url not in spool], spool)
             counts = await asyncio.to_thread(_write, name, path, self.job, spool)
         (self.job.out / "parts" / f"{name}.spool").unlink()
-        self.events.said(f"{name}: {counts}")
+        self.events.log(f"{name}: {counts}")
 
     async def _fetch_all(self, urls: Sequence[str], spool: Spool) -> None:
         waiting = deque(urls)

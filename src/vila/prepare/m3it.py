@@ -57,7 +57,7 @@ def prepare_m3it(
                 if not is_finished(out, unit):
                     counts, failures = Counts(), list[dict[str, Any]]()
                     write_part(out, unit, "vflan", _samples(unit, units[unit], counts, failures), counts, failures)
-                    events.said(f"{unit}: {counts}")
+                    events.log(f"{unit}: {counts}")
                 events.advanced("m3it")
     return gather(
         out, "m3it", "vflan", list(units), per_shard=per_shard, shard=shard, keep_parts=keep_parts, events=events

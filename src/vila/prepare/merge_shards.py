@@ -50,7 +50,7 @@ def gather(
     if not all(_record(out, file).is_file() for file in names):
         return None
     counts = Counts.total(read_record(out, unit).section("counts") for unit in units)
-    events.said(f"{name}: {counts}")
+    events.log(f"{name}: {counts}")
     index = {
         "name": name,
         "kind": kind,

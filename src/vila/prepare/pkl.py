@@ -103,7 +103,7 @@ def convert_pickles(
                     counts, failures = Counts(), list[dict[str, Any]]()
                     samples = _samples(unit, _records(units[unit]), _READERS[kind], counts, failures)
                     write_part(out, unit, stored, samples, counts, failures)
-                    events.said(f"{unit}: {counts}")
+                    events.log(f"{unit}: {counts}")
                 events.advanced(f"{kind}: pickles")
     return gather(
         out, kind, stored, list(units), per_shard=per_shard, shard=shard, keep_parts=keep_parts, events=events

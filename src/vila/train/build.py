@@ -108,7 +108,7 @@ class Run:
                 "passes": progress.visits / self.mixture.epoch_length,
                 "dropped": progress.dropped,
                 "truncated": progress.truncated,
-                "ranks": self.world.place.world,
+                "ranks": self.world.process.world_size,
                 "versions": versions(),
             }
             write_json(self.folder / "finished.json", facts)
@@ -161,7 +161,7 @@ def build(
     require_packages(recipe)
     world = world or open_world(recipe.compute.sharding, recipe.compute.timeout_s)
     events = events if world.main else SILENT
-    world.decide(lambda: Preflight(recipe, world.place.world).raise_problems())
+    world.decide(lambda: Preflight(recipe, world.process.world_size).raise_problems())
     lock = _open_folder(recipe.output.dir, world, events)
     try:
         return _build(recipe, world, lock, listeners, events, allow_changes)
@@ -189,7 +189,7 @@ def _build(
         begun = as_begun(before, recipe)
         if taken := recipe_changes(recipe, begun):
             values = ", ".join(f"{name}={value}" for name, _, value in taken)
-            events.said(f"note: resuming with {values}, which the run began with and the recipe leaves open")
+            events.log(f"note: resuming with {values}, which the run began with and the recipe leaves open")
         recipe = begun
         refuse_other_lanes(resumed, recipe.batch.rows or recipe.batch.samples)
         say_what_differs(resumed, world, events)
@@ -206,14 +206,14 @@ def _build(
     learner = make_learner(recipe, model, processor, mixture, world, events)
     restore(resumed, learner.optimizer, recipe, world)
     count = recipe.batch.rows or recipe.batch.samples
-    if note := micro_note(world.place.world, count, recipe.batch.micro):
-        events.said(note)
+    if note := micro_note(world.process.world_size, count, recipe.batch.micro):
+        events.log(note)
     states = resumed.lanes if resumed else None
-    place = {"rank": world.place.rank, "world": world.place.world}
+    place = {"rank": world.process.rank, "world": world.process.world_size}
     lanes = build_rows(recipe, processor, mixture, states, **place)
     progress = resumed.progress if resumed else Progress()
     if resumed:
-        events.said(f"{recipe.name}: going on after step {progress.step}")
+        events.log(f"{recipe.name}: going on after step {progress.step}")
     if world.main:
         save_recipe(recipe, folder / "recipe.yaml")
     checkpoints = Checkpoints(
@@ -232,7 +232,7 @@ def _build(
         data_sets=[part.name for part in mixture.parts],
         seen=learner.seen,
         pin=world.device.type == "cuda",
-        micro=fitting_micro(world.place.world, count, recipe.batch.micro),
+        micro=fitting_micro(world.process.world_size, count, recipe.batch.micro),
         warmup_ratio=recipe.optim.warmup_ratio,
         spent=_budget(recipe, mixture),
         save=_saver(recipe, checkpoints),
@@ -295,7 +295,7 @@ def _metrics(folder: Path, progress: Progress, world: World, events: Events) -> 
         return []
     metrics = MetricsLog(folder / "metrics.jsonl", progress.step)
     if metrics.last_step < progress.step:
-        events.said(
+        events.log(
             f"note: {metrics.path} holds {f'steps to {metrics.last_step:,}' if metrics.last_step else 'no steps'}, and "
             f"the run resumes after step {progress.step:,}; those between are missing from metrics and report"
         )

@@ -229,7 +229,7 @@ class Checkpoints:
         own: dict[str, FileDigest] = {}
         failed = ""
         try:
-            names = [file.name for file in part.glob(f"__{self.world.place.rank}_*.distcp")]
+            names = [file.name for file in part.glob(f"__{self.world.process.rank}_*.distcp")]
             own = digest_files(part, names)
         except OSError as error:
             failed = _reason(error)
@@ -293,11 +293,11 @@ def load_checkpoint(folder: Path, world: World, events: Events = SILENT) -> Chec
             damaged.append((candidate, error))
             continue
         for other, error in damaged:
-            events.said(f"note: {error}; resuming from {candidate.name} and keeping {other.name}.damaged")
+            events.log(f"note: {error}; resuming from {candidate.name} and keeping {other.name}.damaged")
             if world.main:
                 _set_aside(other)
         if checkpoint and checkpoint.format == 1:
-            events.said(
+            events.log(
                 f"note: {candidate}: written by the first version of vila, without {MANIFEST} and {_INPUTS}; it cannot "
                 "be verified that its files, the data and the model are those of then"
             )

@@ -66,7 +66,7 @@ def check_files(folder: Path, world: World) -> None:
             problem = error
     files, problem = world.gather((files, problem))[0]
     if problem is None:
-        names = sorted(files)[world.place.rank :: world.place.world]
+        names = sorted(files)[world.process.rank :: world.process.world_size]
         problems = world.gather(_first_difference(folder, {name: files[name] for name in names}))
         problem = next(filter(None, problems), None)
     if problem is not None:

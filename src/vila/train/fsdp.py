@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from vila.core.distributed import Place, current_place
+from vila.core.distributed import ProcessInfo, current_process
 from vila.core.errors import ConfigError, TrainingError, VilaError
 from vila.families import find_family
 from vila.model.modeling import VilaForConditionalGeneration
@@ -38,7 +38,7 @@ class World:
     saving:   the same for checkpoints that are written while training goes on.
     """
 
-    place: Place
+    process: ProcessInfo
     device: torch.device
     sharding: Sharding = "full"
     mesh: DeviceMesh | None = None
@@ -48,12 +48,12 @@ class World:
     @property
     def main(self) -> bool:
         """Whether this process writes what is written once."""
-        return self.place.main
+        return self.process.is_main
 
     @property
     def alone(self) -> bool:
         """Whether there are no others."""
-        return self.place.world == 1
+        return self.process.world_size == 1
 
     def gather(self, value: T, group: Any = None) -> list[T]:
         """The values of all processes, by rank. Raises TrainingError when one of them is gone.
@@ -62,7 +62,7 @@ class World:
         """
         if self.alone:
             return [value]
-        values: list[Any] = [None] * self.place.world
+        values: list[Any] = [None] * self.process.world_size
         with told_of_the_lost():
             dist.all_gather_object(values, value, group=group or self.control)
         return values
@@ -163,17 +163,18 @@ def open_world(sharding: Sharding = "full", timeout_s: float = 600.0) -> World:
     timeout_s: how long one waits for the others.
     Raises ConfigError when there are more processes on a machine than devices, or torchrun's variables are missing.
     """
-    place = current_place()
+    process = current_process()
     cuda = torch.cuda.is_available()
-    if cuda and place.local_world > torch.cuda.device_count():
+    if cuda and process.local_world_size > torch.cuda.device_count():
         raise ConfigError(
-            f"{place.local_world} processes on a machine with {torch.cuda.device_count()} GPUs; start one for each"
+            f"{process.local_world_size} processes on a machine with {torch.cuda.device_count()} GPUs",
+            hint="start one process per GPU",
         )
-    device = torch.device("cuda", place.local_rank) if cuda else torch.device("cpu")
+    device = torch.device("cuda", process.local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    if place.world == 1:
-        return World(place, device, sharding)
+    if process.world_size == 1:
+        return World(process, device, sharding)
     limit = timedelta(seconds=timeout_s)
     if absent := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
         raise ConfigError(f"{', '.join(absent)} not set; start the run with torchrun, which sets them")
@@ -181,18 +182,22 @@ def open_world(sharding: Sharding = "full", timeout_s: float = 600.0) -> World:
         if not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=limit)
         control, saving = (dist.new_group(backend="gloo", timeout=limit) for _ in range(2))
-        return World(place, device, sharding, _mesh(place, device.type, sharding), control, saving)
+        return World(process, device, sharding, _mesh(process, device.type, sharding), control, saving)
 
 
-def _mesh(place: Place, device: str, sharding: Sharding) -> DeviceMesh | None:
+def _mesh(process: ProcessInfo, device: str, sharding: Sharding) -> DeviceMesh | None:
     if sharding == "replicate":
         return None
-    if sharding == "hybrid" and place.local_world < place.world:
-        if place.world % place.local_world:
-            raise ConfigError(f"compute.sharding=hybrid: {place.world} ranks do not fill nodes of {place.local_world}")
-        nodes = place.world // place.local_world
-        return init_device_mesh(device, (nodes, place.local_world), mesh_dim_names=("replicate", "shard"))
-    return init_device_mesh(device, (place.world,), mesh_dim_names=("shard",))
+    if sharding == "hybrid" and process.local_world_size < process.world_size:
+        if process.world_size % process.local_world_size:
+            raise ConfigError(
+                f"{process.world_size} processes cannot be divided into machines of {process.local_world_size}",
+                field="compute.sharding",
+                value=sharding,
+            )
+        nodes = process.world_size // process.local_world_size
+        return init_device_mesh(device, (nodes, process.local_world_size), mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(device, (process.world_size,), mesh_dim_names=("shard",))
 
 
 def shard(

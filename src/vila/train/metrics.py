@@ -93,7 +93,7 @@ def utilisation_of(recipe: Recipe, config: VilaConfig, world: World) -> Callable
             supervised=facts["supervised"],
             images=images,
         )
-        return needed.total / (seconds * world.place.world * peak * 1e12)
+        return needed.total / (seconds * world.process.world_size * peak * 1e12)
 
     return utilisation
 

@@ -139,13 +139,13 @@ def restore(resumed: Checkpoint | None, optimizer: MasterAdamW, recipe: Recipe, 
     Another number of processes draws other numbers: its generators begin anew from seed, step and rank.
     Raises CheckpointError when it is of another model.
     """
-    rank, step = world.place.rank, resumed.progress.step if resumed else 0
-    if resumed is None or resumed.world != world.place.world:
+    rank, step = world.process.rank, resumed.progress.step if resumed else 0
+    if resumed is None or resumed.world != world.process.world_size:
         seed_everything(recipe.seed, step, rank)
     if resumed is None:
         return
     generators = {}
-    if resumed.world == world.place.world:
+    if resumed.world == world.process.world_size:
         here = resumed.tensor_names
         generators = {k: v for k, v in random_state().items() if _generator(rank, k) in here}
     resumed.load_tensors(optimizer.state_tensors() | {_generator(rank, k): v for k, v in generators.items()}, world)
@@ -158,10 +158,10 @@ def save(checkpoints: Checkpoints, recipe: Recipe, trainer: Trainer, *, best: in
     """Write a checkpoint of a trainer. Every process calls it."""
     world = trainer.world
     tensors = trainer.optimizer.state_tensors()
-    tensors |= {_generator(world.place.rank, name): value for name, value in random_state().items()}
+    tensors |= {_generator(world.process.rank, name): value for name, value in random_state().items()}
     lanes = states_in_order(world.gather(trainer.lanes.states))
     plain: dict[str, Any] = recipe.model_dump(mode="json")
-    state = Checkpoint(trainer.progress, lanes, plain, versions(), world.place.world)
+    state = Checkpoint(trainer.progress, lanes, plain, versions(), world.process.world_size)
     checkpoints.save(tensors, state, best=best)
 
 
@@ -172,10 +172,10 @@ def _generator(rank: int, name: str) -> str:
 def say_what_differs(resumed: Checkpoint, world: World, events: Events) -> None:
     """Tell where the run goes on, and what may change its numbers in the last bits."""
     changed = [f"{k} {v} -> {versions().get(k)}" for k, v in resumed.versions.items() if versions().get(k) != v]
-    if resumed.world != world.place.world:
-        changed.append(f"ranks {resumed.world} -> {world.place.world}")
+    if resumed.world != world.process.world_size:
+        changed.append(f"ranks {resumed.world} -> {world.process.world_size}")
     if changed:
-        events.said(f"resumed with other versions ({', '.join(changed)}): the numbers may differ in the last bits")
+        events.log(f"resumed with other versions ({', '.join(changed)}): the numbers may differ in the last bits")
 
 
 # --- inputs
@@ -284,7 +284,7 @@ def refuse_changed_inputs(
             known[field] = same
     refuse_differences("the data or the model", differences, folder, allow)
     for field, was, now in differences:
-        events.said(f"note: resuming with a change that was allowed: {field}: {was} -> {now}")
+        events.log(f"note: resuming with a change that was allowed: {field}: {was} -> {now}")
     return known
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vila.config.schema import Recipe
-from vila.core.distributed import current_place
+from vila.core.distributed import current_process
 from vila.core.errors import ConfigError
 from vila.core.optional import require_all
 from vila.core.reading import Fields
@@ -43,7 +43,7 @@ def trackers_of(recipe: Recipe, folder: Path) -> list[StepListener]:
     Raises MissingExtraError for absent packages and ConfigError when a tracker cannot be opened.
     """
     require_trackers(recipe)
-    if not current_place().main:
+    if not current_process().is_main:
         return []
     folder.mkdir(parents=True, exist_ok=True)
     return [Tracker(name, recipe, folder) for name in recipe.monitor.trackers]

@@ -26,7 +26,7 @@ from vila.chat.content import messages_of
 from vila.chat.templates import find_template
 from vila.core.errors import UnknownNameError
 from vila.core.progress import SILENT, Events
-from vila.core.types import Image, Message, Part, Role, Sample, Stored, Text, Video
+from vila.core.types import Image, MediaRef, Message, Part, Role, Sample, Text, Video
 from vila.data.formats.base import (
     IMAGE_MARKER,
     JSON,
@@ -230,7 +230,7 @@ def _part(row: Row, part: Any, keys: Keys, root: Path, beside: _Beside) -> Part 
                 expected=f"one of {', '.join(_SOURCES)}",
             )
         return beside.take(kind)
-    if given == ["base64"] and not isinstance(part["base64"], (str, Stored)):
+    if given == ["base64"] and not isinstance(part["base64"], (str, MediaRef)):
         raise row.fault(field=f"{field}.base64", value=part["base64"], expected="base64 text")
     source = source_of(row, (*keys, kind) if given[0] == kind else keys, root)
     if kind == "image":

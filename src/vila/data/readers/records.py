@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from vila.core.errors import MISSING, DataError
 from vila.core.progress import SILENT, Events
-from vila.core.types import Image, Sample, Stored, Video
+from vila.core.types import Image, MediaRef, Sample, Video
 from vila.data.readers.index import Index, Stamp, open_index, read_span
 from vila.data.readers.json import parse_record, scan_json
 from vila.data.readers.media_refs import Base64Field, FileSlice, Keys, value_at, written
@@ -37,7 +37,7 @@ class Row:
     file: Path
     record: int | str
     name: str
-    stored: Callable[[Keys], Stored]
+    stored: Callable[[Keys], MediaRef]
     members: Mapping[str, FileSlice] = field(default_factory=dict)
     in_shard: bool = False
     unloaded: tuple[str, ...] = ()
@@ -162,11 +162,11 @@ class ParquetRows(_FileRows):
         return Row(value, self.path, number, name, stored, unloaded=self._unloaded, peek=peek)
 
 
-def _base64(text: FileSlice, record: int | str, keys: Keys) -> Stored:
+def _base64(text: FileSlice, record: int | str, keys: Keys) -> MediaRef:
     return Base64Field(text.path, text.offset, text.size, keys, record, text.stamp)
 
 
-def _cell(path: Path, row: int, stamp: Stamp, keys: Keys) -> Stored:
+def _cell(path: Path, row: int, stamp: Stamp, keys: Keys) -> MediaRef:
     return ParquetCell(path, row, str(keys[0]), keys[1:], stamp)
 
 
@@ -207,7 +207,7 @@ def safe_path(row: Row, root: Path, name: object, field: str) -> Path:
     return path
 
 
-def source_of(row: Row, keys: Keys, root: Path, *, base64: bool = False) -> Path | Stored:
+def source_of(row: Row, keys: Keys, root: Path, *, base64: bool = False) -> Path | MediaRef:
     """Return the location of the medium at `keys` of a record. Nothing is opened.
 
     The value is a file name, bytes, or an object with one of `bytes`, `base64`, `file` (a member of the shard), `path`.
@@ -216,7 +216,7 @@ def source_of(row: Row, keys: Keys, root: Path, *, base64: bool = False) -> Path
     Raises DataError with file, record, field and value.
     """
     value, field = value_at(row.value, keys), written(keys)
-    if isinstance(value, Stored):
+    if isinstance(value, MediaRef):
         return value
     if isinstance(value, Mapping):
         return _from_object(row, value, keys, root)
@@ -229,13 +229,13 @@ def source_of(row: Row, keys: Keys, root: Path, *, base64: bool = False) -> Path
     return safe_path(row, root, value, field)
 
 
-def _from_object(row: Row, value: Mapping[str, Any], keys: Keys, root: Path) -> Path | Stored:
+def _from_object(row: Row, value: Mapping[str, Any], keys: Keys, root: Path) -> Path | MediaRef:
     stored = value.get("bytes")
-    if isinstance(stored, Stored):
+    if isinstance(stored, MediaRef):
         return stored
     for key in ("bytes", "base64"):
         if value.get(key) is not None:
-            if not isinstance(value[key], (str, Stored)):
+            if not isinstance(value[key], (str, MediaRef)):
                 raise row.fault(field=written((*keys, key)), value=value[key], expected="base64 text")
             return row.stored((*keys, key))
     if value.get("file") is not None:
@@ -245,7 +245,7 @@ def _from_object(row: Row, value: Mapping[str, Any], keys: Keys, root: Path) -> 
     raise row.fault(field=written(keys), value=value, expected=_MEDIUM)
 
 
-def _member(row: Row, name: object, field: str) -> Stored:
+def _member(row: Row, name: object, field: str) -> MediaRef:
     if not isinstance(name, str):
         raise row.fault(field=field, value=name, expected="the name of a member of the shard")
     if name.lower() in row.members:
@@ -411,7 +411,7 @@ def _kind_of(key: str) -> str:
 
 def _holds(value: Any, *, strict: bool) -> bool:
     """Whether a value holds media; strict: it must look like it, else any text that is not empty counts."""
-    if isinstance(value, Stored):
+    if isinstance(value, MediaRef):
         return True
     if isinstance(value, str):
         return bool(value) and (not strict or _looks_like_media(value))

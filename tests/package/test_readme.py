@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.house.readme_blocks import ROOT, Block, parse_blocks, read_blocks
+from tests.package.readme_blocks import ROOT, Block, parse_blocks, read_blocks
 from tests.preloaded import program
 
 BLOCKS = read_blocks(ROOT)
