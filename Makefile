@@ -44,7 +44,7 @@ check: $(VENV)/.dev
 	$(RUN)/codespell
 
 docs: $(VENV)/.dev
-	$(RUN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict
 
 clean:
 	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -11,15 +11,20 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
 from itertools import groupby
 from pathlib import Path
+from typing import Any
+
+import typer
+import typer.main
 
 from vila.chat import templates as chat_templates
 from vila.chat.render import render
 from vila.chat.template import Span, Template
 from vila.chat.templates import ALIASES, TEMPLATES
+from vila.cli.main import app
 from vila.config import Recipe, load_recipe, recipe_names
 from vila.config.field_docs import describe_fields
 from vila.core.registry import Registry
@@ -145,6 +150,52 @@ def _written(span: Span) -> str:
 _EXAMPLE = f"Human: {chat_templates.V0_QUESTION}###Assistant: {chat_templates.V0_ANSWER}"
 
 
+def cli_reference() -> str:
+    """Every command with its arguments and options, from the command-line definitions."""
+    lines: list[str] = []
+    for path, command in _commands(typer.main.get_command(app), ("vila",)):
+        arguments = [part for part in command.params if part.param_type_name == "argument"]
+        options = [part for part in command.params if part.param_type_name == "option" and not part.hidden]
+        usage = " ".join([*path, *(_usage_name(part) for part in arguments), *(["[OPTIONS]"] if options else [])])
+        help_text = re.sub(r"\[/?bold\]", "", " ".join((command.help or "").split()))
+        lines += [f"## {' '.join(path)}", "", help_text, "", "```text", usage, "```", ""]
+        rows = [(f"`{_usage_name(part)}`", "", _help(part)) for part in arguments]
+        rows += [(_option_names(part), _default(part), _help(part)) for part in options]
+        if rows:
+            lines += [table(("Argument or option", "Default", "Description"), rows), ""]
+    return "\n".join(lines).rstrip()
+
+
+def _commands(command: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if not hasattr(command, "commands"):
+        yield path, command
+        return
+    for name, child in command.commands.items():
+        yield from _commands(child, (*path, name))
+
+
+def _usage_name(part: Any) -> str:
+    name = part.metavar or getattr(part, "display_name_raw", None) or part.name
+    name = name.upper() if name == part.name else name
+    return f"{name}{'...' if part.nargs == -1 else ''}"
+
+
+def _option_names(option: Any) -> str:
+    names = ", ".join(f"`{name}`" for name in sorted((*option.opts, *option.secondary_opts), key=len))
+    return names if option.is_flag else f"{names} `{_usage_name(option)}`"
+
+
+def _default(option: Any) -> str:
+    default = option.default
+    if option.is_flag or default in (None, "", ()) or callable(default):
+        return ""
+    return f"`{getattr(default, 'value', default)}`"
+
+
+def _help(part: Any) -> str:
+    return " ".join((part.help or "").split())
+
+
 def registered(registry: Registry[object]) -> str:
     """Every name of a registry with the first line of the docstring of its class."""
     rows = []
@@ -183,6 +234,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "dataset-formats": lambda: registered(FORMATS),
     "benchmarks": lambda: registered(BENCHMARKS),
     "export-formats": export_formats,
+    "cli": cli_reference,
 }
 
 
