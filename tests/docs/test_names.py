@@ -19,7 +19,15 @@ INLINE_CODE = re.compile(r"`([^`\n]+)`")
 FIELDS = {path for path, *_ in describe_fields()}
 SECTIONS = {path.partition(".")[0] for path in FIELDS}
 # Flags of pip, torchrun, sbatch and scripts of the original release that the pages mention.
-OTHER_FLAGS = {"--no-deps", "--extra-index-url", "--version", "--nproc-per-node", "--dependency", "--load-awq", "--include-path"}
+OTHER_FLAGS = {
+    "--no-deps",
+    "--extra-index-url",
+    "--version",
+    "--nproc-per-node",
+    "--dependency",
+    "--load-awq",
+    "--include-path",
+}
 # Keys of other programs that look like modules of ours.
 OTHER_MODULES = {"vila.vocab_size"}
 # Paths that a command writes, or that belong to the user or to the original release.
@@ -131,18 +139,19 @@ def names_attribute(dotted: str) -> bool:
 
 
 def unknown_modules(text: str) -> list[str]:
-    return sorted({name for name in re.findall(r"\bvila(?:\.[A-Za-z_]\w*)+", text) if not names_attribute(name) and name not in OTHER_MODULES})
+    names = set(re.findall(r"\bvila(?:\.[A-Za-z_]\w*)+", text)) - OTHER_MODULES
+    return sorted(name for name in names if not names_attribute(name))
 
 
 def unknown_paths(text: str, page: Path) -> list[str]:
     wrong = []
     for name in INLINE_CODE.findall(FENCE.sub("", text)):
-        if re.fullmatch(r"(src|docs|tests|benchmarks|scripts|examples)/[\w./*-]+", name) and not OTHER_PATHS.match(name):
-            if not list(ROOT.glob(name.rstrip("/"))):
-                wrong.append(name)
-        elif re.fullmatch(r"[a-z_0-9]+(/[a-z_0-9*]+)+\.py", name) and not list((ROOT / "src/vila").glob(name)):
-            if not list(ROOT.glob(name)) and not OTHER_PATHS.match(name):
-                wrong.append(name)
+        from_root = re.fullmatch(r"(src|docs|tests|benchmarks|scripts|examples)/[\w./*-]+", name)
+        in_package = re.fullmatch(r"[a-z_0-9]+(/[a-z_0-9*]+)+\.py", name)
+        if OTHER_PATHS.match(name) or not (from_root or in_package):
+            continue
+        if not list(ROOT.glob(name.rstrip("/"))) and not (in_package and list((ROOT / "src/vila").glob(name))):
+            wrong.append(name)
     for target in re.findall(r"\]\(([^)#\s]+)", text):
         if "://" not in target and not (page.parent / target).exists():
             wrong.append(target)
