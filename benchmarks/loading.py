@@ -31,8 +31,8 @@ def parts(size: str) -> tuple:
     """Config and processor of the random model."""
     from transformers import AutoTokenizer, LlamaConfig
 
-    from vila.model.layouts.known_checkpoints import compose
-    from vila.model.layouts.towers import known_tower
+    from vila.model.layouts.build_config import compose
+    from vila.model.layouts.tower_files import known_tower
 
     tokenizers = Path(__file__).parents[1] / "tests/golden/tokenizers"
     return compose(
@@ -84,7 +84,7 @@ def write_in_shards(model, processor, folder: Path, shard_size: int = 2 * 10**9)
 
     from vila.model.layouts import llava_v1
     from vila.model.layouts.base import to_theirs
-    from vila.model.layouts.known_checkpoints import write_tokenizer
+    from vila.model.layouts.tokenizer_files import write_tokenizer
 
     folder.mkdir(parents=True)
     shards, filled = [[]], 0

@@ -20,7 +20,7 @@ from vila.bench.decode import (
 )
 from vila.bench.model_shapes import SHAPES, random_model, text_config
 from vila.core.errors import ConfigError
-from vila.model.int4 import int4_weights
+from vila.model.int4_weights import int4_weights
 
 SHORT = Load(context=6, batch=2, tokens=5, runs=2, check=24)
 TINY = SHAPES["tiny"]

@@ -11,8 +11,8 @@ from tests import tiny
 from tests.held import killed_writer
 from tests.model.layouts.published import FIXTURES
 from vila.cli.convert import IN_4_BITS, READERS, layout_readme
-from vila.model.int4 import int4_weights, use_int4
-from vila.model.layouts.base import LAYOUTS, detect_layout
+from vila.model.int4_weights import int4_weights, use_int4
+from vila.model.layouts.detect import LAYOUTS, detect_layout
 from vila.model.loading import load_model, save_model
 from vila.quant.apply import quantize_model
 

@@ -15,7 +15,7 @@ from vila.core.errors import LayoutError
 from vila.engine.engine import Engine
 from vila.model import weights
 from vila.model.inspect import kv_numbers_per_token
-from vila.model.int4 import use_int4
+from vila.model.int4_weights import use_int4
 from vila.model.loading import load_model, save_model
 from vila.quant.apply import quantize_model
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.quant.models import loud
-from vila.model.layouts.base import detect_layout
+from vila.model.layouts.detect import detect_layout
 from vila.model.loading import save_model
 
 TEXT = "\n\n".join(

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image as PilImage
 
 from tests import tiny
-from tests.model.test_orientation import sideways, stored, upright
+from tests.model.test_exif_orientation import sideways, stored, upright
 from vila.cli import run
 from vila.core.errors import ConfigError, MediaError
 from vila.core.types import Image, Message

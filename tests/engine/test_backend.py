@@ -9,7 +9,7 @@ from tests.engine.onnx_stand import rounded, torch_engine
 from vila.core.errors import ConfigError
 from vila.engine.backend import check_backend, choose_program
 from vila.kernels.int4 import Int4Linear
-from vila.model.int4 import int4_layers, use_int4
+from vila.model.int4_weights import int4_layers, use_int4
 from vila.quant.apply import quantize_model
 
 

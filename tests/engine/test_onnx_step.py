@@ -11,7 +11,7 @@ from vila.core.errors import ConfigError, ContextOverflowError
 from vila.engine.onnx import program as onnx_program
 from vila.engine.onnx.step import OnnxDecoder
 from vila.kernels.int4 import Int4Linear, dequantize, quantize
-from vila.model.int4 import use_int4
+from vila.model.int4_weights import use_int4
 
 EXACT = 1e-4  # worst of these models and four seeds: 1.6e-5, logits up to 8.3; onnxruntime 1.32
 SIZE = IDS.shape[1]

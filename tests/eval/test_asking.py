@@ -8,7 +8,7 @@ import torch
 from PIL import Image as PilImage
 
 from tests import tiny
-from tests.model.test_orientation import sideways
+from tests.model.test_exif_orientation import sideways
 from vila.core.types import Image, Message
 from vila.engine.engine import Engine
 from vila.engine.request import Sampling

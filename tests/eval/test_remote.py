@@ -10,7 +10,7 @@ from PIL import Image as PilImage
 
 from tests import tiny
 from tests.eval.chat_server import chat_server, completion
-from tests.model.test_orientation import sideways
+from tests.model.test_exif_orientation import sideways
 from vila.core.errors import ConfigError, MediaError
 from vila.core.types import Image, Message, Video
 from vila.engine.request import Sampling

@@ -12,7 +12,7 @@ from vila.export.base import ExportOptions, write_export
 from vila.export.gguf import q4_1_blocks
 from vila.export.source import open_source
 from vila.kernels.int4 import dequantize, quantize
-from vila.model.int4 import drop_int4, use_int4
+from vila.model.int4_weights import drop_int4, use_int4
 from vila.model.loading import save_model
 from vila.quant.apply import quantize_model
 

@@ -10,7 +10,7 @@ from vila.core.errors import LayoutError
 from vila.export.base import ExportOptions, write_export
 from vila.export.source import open_source
 from vila.kernels.int4 import dequantize
-from vila.model.int4 import use_int4
+from vila.model.int4_weights import use_int4
 from vila.model.loading import save_model
 from vila.quant.apply import quantize_model
 

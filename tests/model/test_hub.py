@@ -6,7 +6,8 @@ from huggingface_hub import constants
 from tests.hub_stub import REPOSITORY, hub
 from tests.model.layouts.published import FIXTURES
 from vila.core.errors import DownloadError, LayoutError
-from vila.model.loading import load_model, local_folder, needed_files
+from vila.model.hub import local_folder, needed_files
+from vila.model.loading import load_model
 
 
 @pytest.fixture(scope="module")

@@ -69,7 +69,7 @@ def _data() -> Iterator[Target]:
 def _checkpoints() -> Iterator[Target]:
     from tests import tiny
     from tests.model.layouts.published import FIXTURES
-    from vila.model.int4 import use_int4
+    from vila.model.int4_weights import use_int4
     from vila.model.loading import load_model, save_model
     from vila.quant.apply import quantize_model
 

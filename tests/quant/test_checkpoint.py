@@ -9,7 +9,7 @@ import torch
 from tests.held import HOST, PID, held
 from tests.quant.models import logits, loud, random_rows
 from vila.core.errors import ConfigError, DirectoryInUseError, LayoutError, VilaError
-from vila.model.int4 import drop_int4, int4_weights
+from vila.model.int4_weights import drop_int4, int4_weights
 from vila.model.loading import load_model
 from vila.quant import quantize
 from vila.quant.awq_cache import load_search

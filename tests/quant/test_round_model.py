@@ -6,7 +6,7 @@ import torch
 from tests.quant.models import logits, loud, random_rows
 from vila.core.errors import CheckpointError, ConfigError, LayoutError
 from vila.kernels.int4 import dequantize
-from vila.model.int4 import int4_weights, use_int4
+from vila.model.int4_weights import int4_weights, use_int4
 from vila.quant.apply import quantize_model
 from vila.quant.awq_search import SearchOptions, search_model
 from vila.quant.blocks import blocks_of, linears_of

@@ -21,7 +21,7 @@ from vila.engine.static_run import StaticRun
 from vila.engine.static_step import StaticSteps
 from vila.kernels.int4 import PRODUCT as REFERENCE
 from vila.kernels.int4 import Int4Linear
-from vila.model.int4 import int4_weights
+from vila.model.int4_weights import int4_weights
 from vila.model.modeling import VilaForConditionalGeneration
 
 if TYPE_CHECKING:

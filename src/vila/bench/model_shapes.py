@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from vila.core.errors import ConfigError
 from vila.kernels.int4 import Int4Weight
 from vila.model.config import VilaConfig
-from vila.model.int4 import use_int4
+from vila.model.int4_weights import use_int4
 from vila.model.modeling import VilaForConditionalGeneration
 
 # O outputs  I inputs  G inputs of a group

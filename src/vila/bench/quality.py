@@ -26,7 +26,7 @@ from vila.core.reading import read_json_object
 from vila.engine.engine import Engine
 from vila.eval.benchmarks.easy_vqa import EasyVqa
 from vila.eval.runner import run
-from vila.model.int4 import drop_int4, use_int4
+from vila.model.int4_weights import drop_int4, use_int4
 from vila.quant.awq_cache import Search, load_search, save_search
 from vila.quant.calibration import BLOCK, Calibration
 from vila.quant.quantize import Request, check_request, make_search, round_model

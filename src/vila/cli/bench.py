@@ -240,7 +240,8 @@ def quality(
     from vila.core.files import portable_path
     from vila.core.system import system_info
     from vila.eval.benchmarks.easy_vqa import EasyVqa
-    from vila.model.loading import empty_model, load_model, local_folder, open_checkpoint
+    from vila.model.hub import local_folder
+    from vila.model.loading import empty_model, load_model, open_checkpoint
     from vila.quant.blocks import check_layers
     from vila.quant.quantize import default_group_size
 

@@ -55,8 +55,9 @@ def convert(
     from vila.cli.info import human_bytes
     from vila.core.errors import ConfigError
     from vila.core.files import write_text
-    from vila.model.layouts.base import LAYOUTS
-    from vila.model.loading import build_model, empty_model, local_folder, named_dtype, open_checkpoint, save_model
+    from vila.model.hub import local_folder
+    from vila.model.layouts.detect import LAYOUTS
+    from vila.model.loading import build_model, empty_model, named_dtype, open_checkpoint, save_model
 
     chosen = _layout(layout, source)
     if dequantize and chosen in IN_4_BITS:
@@ -101,7 +102,7 @@ def _layout(name: str, source: str) -> Layout:
 
 
 def _numbers(model: Any) -> str:
-    from vila.model.int4 import group_size_of
+    from vila.model.int4_weights import group_size_of
 
     size = group_size_of(model)
     return f"INT4 in groups of {size}, float16" if size else str(model.dtype).removeprefix("torch.")
@@ -124,7 +125,7 @@ def check_target(target: Path, field: str, overwrite: bool, num_bytes: int = 0) 
     """
     from vila.core.errors import ConfigError, LayoutError
     from vila.core.files import check_writable, remove_partials
-    from vila.model.layouts.base import detect_layout
+    from vila.model.layouts.detect import detect_layout
 
     if not os.path.lexists(target):
         check_writable(target, field=field, is_replaced=True, num_bytes=num_bytes)

@@ -287,7 +287,7 @@ class _Asked:
         if self.api:
             return {"hash": f"{self.api} {self.served}", "api": self.api, "served": self.served}
         from vila.eval.runner import model_hash
-        from vila.model.loading import local_folder
+        from vila.model.hub import local_folder
 
         return {"hash": model_hash(local_folder(self.model))}
 
@@ -300,7 +300,7 @@ class _Asked:
             remote.check()
             return remote, facts
         from vila.engine.engine import Engine
-        from vila.model.loading import local_folder
+        from vila.model.hub import local_folder
 
         engine = Engine.load(
             local_folder(self.model), dtype=self.dtype, device=self.device, backend=self.backend,  # type: ignore[arg-type]

@@ -150,7 +150,8 @@ def quantize(
 
     from vila.cli.convert import README, check_apart, check_target, layout_readme, stop_cleanly
     from vila.cli.progress import Screen
-    from vila.model.loading import build_model, empty_model, local_folder, open_checkpoint
+    from vila.model.hub import local_folder
+    from vila.model.loading import build_model, empty_model, open_checkpoint
     from vila.quant.awq_cache import load_search, read_search, write_awq_cache
     from vila.quant.awq_search import check_ids
     from vila.quant.quantize import (

@@ -9,7 +9,7 @@ from vila.core.progress import SILENT, Events
 from vila.engine.lean_decoder import LeanDecoder, why_not_lean
 from vila.engine.onnx.weights import ACTIVATION_BITS, FIXED_ROPE
 from vila.kernels.select import use_backend
-from vila.model.int4 import int4_weights
+from vila.model.int4_weights import int4_weights
 from vila.model.modeling import VilaForConditionalGeneration
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from vila.core.errors import LayoutError
 from vila.export.base import ExportOptions, Guide
 from vila.kernels.int4 import Int4Weight, dequantize, pack, unpack
 from vila.kernels.packings import half_scales
-from vila.model.int4 import read_packed
+from vila.model.int4_weights import read_packed
 
 if TYPE_CHECKING:
     from vila.export.source import Source

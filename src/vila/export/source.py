@@ -22,7 +22,7 @@ from vila.core.progress import SILENT, Events
 from vila.families import Family, find_family
 from vila.kernels.int4 import SYMMETRIC_ZERO, Int4Weight, dequantize, quantize
 from vila.model.config import VilaConfig
-from vila.model.int4 import PackedWeight, read_packed
+from vila.model.int4_weights import PackedWeight, read_packed
 from vila.model.layouts.base import Checkpoint
 from vila.model.loading import open_checkpoint
 from vila.model.processor import VilaProcessor

@@ -20,8 +20,8 @@ from vila.core.reading import read_json
 from vila.export.base import ExportOptions, Guide
 from vila.export.source import LLM, SafetensorsWriter, Source
 from vila.kernels.packings import pack_modelopt
-from vila.model.layouts import towers, vila_v15
-from vila.model.layouts.known_checkpoints import write_tokenizer
+from vila.model.layouts import tower_files, vila_v15
+from vila.model.layouts.tokenizer_files import write_tokenizer
 from vila.model.save_weights import Declared
 
 GROUPS = (64, 128)
@@ -237,10 +237,10 @@ def _is_tied_head(source: Source, name: str) -> bool:
 def _write_tower(source: Source, folder: Path) -> None:
     folder.mkdir()
     config = source.config.vision_config
-    facts = {**config.to_dict(), "architectures": [towers._ARCHITECTURES[config.model_type]]}
+    facts = {**config.to_dict(), "architectures": [tower_files._ARCHITECTURES[config.model_type]]}
     facts.pop("dtype", None)
     write_json(folder / "config.json", {**facts, "torch_dtype": _name(source.half)}, indent=2)
-    preprocessor = towers.preprocessor_facts(config.model_type, source.processor.spec)
+    preprocessor = tower_files.preprocessor_facts(config.model_type, source.processor.spec)
     write_json(folder / "preprocessor_config.json", preprocessor, indent=2)
     names = dict(_renamed(source, "vision_tower.", "vision_model."))
     with SafetensorsWriter(folder, _plain(source, names)) as writer:

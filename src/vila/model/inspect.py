@@ -24,7 +24,7 @@ _INT4 = "int4"
 def checkpoint_facts(checkpoint: Checkpoint) -> dict[str, Any]:
     """Layout, parts, picture and context facts and needed memory (bytes), as plain data for JSON."""
     from vila.core.vision_spec import VisionSpec
-    from vila.model.layouts.base import detect_layout
+    from vila.model.layouts.detect import detect_layout
 
     config = checkpoint.config
     spec = VisionSpec.from_dict(config.vision_spec)

@@ -11,7 +11,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from vila.model.config import VilaConfig
 from vila.model.projector import build_projector
-from vila.model.tower import check_tower, multiscale_features, select_features, tower_dtype
+from vila.model.vision_tower import check_tower, multiscale_features, select_features, tower_dtype
 
 # --- fusion
 # Putting media vectors into the sequence, and the one mask that every path uses.

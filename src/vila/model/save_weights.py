@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vila.core.errors import LayoutError
 from vila.core.files import write_json
-from vila.model.torch_file import STORAGE_TYPES
+from vila.model.pytorch_bin import STORAGE_TYPES
 from vila.model.weights import DTYPES, INDEXES, SINGLES, Shape
 
 # --- safetensors_file

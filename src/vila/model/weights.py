@@ -25,7 +25,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from vila.core.errors import LayoutError
 from vila.core.reading import file_errors, read_json_object
-from vila.model.torch_file import StoredTensor, TorchContent, read_torch_file
+from vila.model.pytorch_bin import StoredTensor, TorchContent, read_torch_file
 
 Shape = tuple[int, ...]
 Get = Callable[[str], Tensor]

@@ -21,11 +21,11 @@ from vila.core.errors import ConfigError, near_names
 from vila.families import find_family
 from vila.model.config import VilaConfig
 from vila.model.layouts.config_file import read_config, text_config
-from vila.model.layouts.towers import read_tower
+from vila.model.layouts.tower_files import read_tower
 from vila.model.loading import open_checkpoint
 from vila.model.modeling import VilaForConditionalGeneration
 from vila.model.projector import projected_tokens
-from vila.model.tower import blocks_of, patch_count
+from vila.model.vision_tower import blocks_of, patch_count
 
 COMPONENTS = ("tower", "projector", "embeddings", "blocks", "head")
 """Parts that sizes are told by; `blocks` are the LLM's decoder blocks and its final norm."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from vila.core.errors import LayoutError
 from vila.core.files import atomic_path
 from vila.core.reading import file_errors, parse_json
-from vila.model.torch_file import StoredTensor, read_torch_file
+from vila.model.pytorch_bin import StoredTensor, read_torch_file
 
 # --- result
 # Result of an AWQ search, in memory and in a file: scales that are folded, and limits that weights are clamped to.

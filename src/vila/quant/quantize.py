@@ -20,7 +20,7 @@ from vila.core.files import DirectoryLock, atomic_path, remove_partials, write_j
 from vila.core.progress import SILENT, Events, task
 from vila.families import ScaleGroup
 from vila.kernels.int4 import Int4Weight, dequantize, quantize
-from vila.model.int4 import use_int4
+from vila.model.int4_weights import use_int4
 from vila.model.loading import save_model
 from vila.quant.apply import check_same_rounding, check_search, clamp_weight, fold_scale
 from vila.quant.awq_cache import Search, save_search

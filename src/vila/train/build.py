@@ -20,8 +20,8 @@ from vila.core.reading import Fields
 from vila.data.fingerprint import FileStamp
 from vila.data.mixture import Mixture
 from vila.data.packing import fitting_micro, micro_note
-from vila.model.layouts.base import LAYOUTS
 from vila.model.layouts.base import Checkpoint as ModelCheckpoint
+from vila.model.layouts.detect import LAYOUTS
 from vila.model.loading import save_model
 from vila.model.modeling import VilaForConditionalGeneration
 from vila.model.processor import VilaProcessor

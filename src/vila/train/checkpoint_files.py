@@ -28,7 +28,7 @@ from vila.core.errors import CheckpointError
 from vila.core.files import sha256_file, write_text
 from vila.core.reading import Fields, file_errors
 from vila.core.restricted_pickle import RestrictedUnpickler, load_restricted
-from vila.model.torch_file import StoredTensor, read_torch_file
+from vila.model.pytorch_bin import StoredTensor, read_torch_file
 from vila.train.fsdp import World
 
 MANIFEST = "manifest.json"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vila.config.schema import Lora
 from vila.core.errors import ConfigError
 from vila.core.optional import require
-from vila.model.layouts.lora import fold, write_adapter
+from vila.model.layouts.lora_adapter import fold, write_adapter
 from vila.model.modeling import VilaForConditionalGeneration
 from vila.model.processor import VilaProcessor
 

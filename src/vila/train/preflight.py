@@ -20,8 +20,8 @@ from vila.data.formats.base import FORMATS
 from vila.data.mixture import Mixture
 from vila.data.packing import lanes_of
 from vila.data.stats import require_images
-from vila.model.layouts.base import LAYOUTS
-from vila.model.loading import cached_folder
+from vila.model.hub import cached_folder
+from vila.model.layouts.detect import LAYOUTS
 from vila.train.setup import build_mixture, open_start
 from vila.train.trackers import require_trackers
 

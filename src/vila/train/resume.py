@@ -17,8 +17,8 @@ from vila.core.errors import CheckpointError, RunChangedError, VilaError
 from vila.core.progress import SILENT, Events
 from vila.data.fingerprint import FileStamp, compare_files, stamp_files
 from vila.data.mixture import Mixture, Source
+from vila.model.hub import cached_folder
 from vila.model.layouts.base import Checkpoint as ModelCheckpoint
-from vila.model.loading import cached_folder
 from vila.train.checkpoint import (
     Checkpoint,
     Checkpoints,

@@ -13,7 +13,7 @@ from tests.train.test_lora import adapted, learn, logits
 from vila.cli.main import main
 from vila.config.schema import Lora
 from vila.core.errors import LayoutError
-from vila.model.layouts.base import detect_layout
+from vila.model.layouts.detect import detect_layout
 from vila.model.loading import load_model, save_model
 from vila.train.lora import adapter_parameters, add_adapters, save_adapter
 from vila.train.optim import select_trainable

@@ -13,7 +13,7 @@ from tests import tiny
 from vila.core.errors import LayoutError
 from vila.model.layouts import adapter_config
 from vila.model.layouts.adapter_config import read_adapter_config
-from vila.model.layouts.base import detect_layout
+from vila.model.layouts.detect import detect_layout
 from vila.model.loading import load_model, save_model
 
 pytestmark = [

@@ -114,7 +114,7 @@ def test_weights_inside_win_over_the_tower_beside(tmp_path):
 
 def test_a_published_tower_inside_needs_no_other_file(tmp_path):
     # Its config comes from a table: CLIP-L/336 itself is too large for a test, so the table is asked alone.
-    from vila.model.layouts.towers import known_tower
+    from vila.model.layouts.tower_files import known_tower
 
     facts = known_tower("openai/clip-vit-large-patch14-336")
     assert (facts.config.hidden_size, facts.config.num_hidden_layers, facts.image_size) == (1024, 24, 336)

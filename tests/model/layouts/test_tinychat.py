@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 from tests import tiny
 from tests.model.layouts.int4_by_hand import edit, is_block_linear, logits, model_folder, packed, third_party
 from tests.model.layouts.int4_reference import write_gemm, write_gemv, write_tinychat
-from tests.model.layouts.test_awq_hf import files, quantized
+from tests.model.layouts.test_awq import files, quantized
 from vila.core.errors import MISSING, LayoutError
 from vila.kernels.int4 import dequantize
-from vila.model.int4 import int4_weights
-from vila.model.layouts.base import detect_layout
+from vila.model.int4_weights import int4_weights
+from vila.model.layouts.detect import detect_layout
 from vila.model.loading import load_model, open_checkpoint, save_model
 
 NAME = "tiny-w4-g32-awq-v2.pt"

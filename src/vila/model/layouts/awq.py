@@ -19,9 +19,10 @@ from vila.core.errors import LayoutError
 from vila.core.reading import Fields
 from vila.kernels.int4 import Int4Weight
 from vila.kernels.packings import check_divides, pack_gemm
-from vila.model.int4 import gather, group_size_of, int4_layers, packed_facts
-from vila.model.layouts.base import BLOCKS, Checkpoint, Storage, detect_full_precision, with_int4
+from vila.model.int4_weights import gather, group_size_of, int4_layers, packed_facts
+from vila.model.layouts.base import BLOCKS, Checkpoint, Storage, with_int4
 from vila.model.layouts.config_file import read_config
+from vila.model.layouts.detect import detect_full_precision
 from vila.model.layouts.llava_hf import refuse_to_write, write_llava
 from vila.model.layouts.native import write_native
 from vila.model.save_weights import Made

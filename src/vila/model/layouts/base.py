@@ -12,11 +12,9 @@ import torch
 
 from vila.core.errors import LayoutError
 from vila.core.reading import Fields
-from vila.core.registry import Registry
 from vila.kernels.int4 import Int4Weight
 from vila.model.config import VilaConfig
-from vila.model.int4 import PackedWeight, int4_layers
-from vila.model.layouts.config_file import check_sizes
+from vila.model.int4_weights import PackedWeight, int4_layers
 from vila.model.processor import VilaProcessor
 from vila.model.save_weights import Writable, in_half, write_weights
 from vila.model.weights import Piece, state_of
@@ -79,85 +77,6 @@ class ModelLayout(ReadLayout, Protocol):
 
     def write(self, model: Any, processor: VilaProcessor, folder: Path) -> None:
         """Write atomically, replacing a directory. Raises LayoutError as `check`."""
-
-
-LAYOUTS: Registry[ModelLayout] = Registry(
-    "checkpoint layout",
-    {
-        "native": "vila.model.layouts.native:LAYOUT",
-        "llava-hf": "vila.model.layouts.llava_hf:LAYOUT",
-        "vila-v15": "vila.model.layouts.vila_v15:LAYOUT",
-        "llava-v1": "vila.model.layouts.llava_v1:LAYOUT",
-        "awq-hf": "vila.model.layouts.awq:LAYOUT",
-        "tinychat": "vila.model.layouts.tinychat:LAYOUT",
-    },
-)
-
-QUANTIZED = ("tinychat", "awq-hf")
-"""Layouts of models in 4 bits. A directory may be in the first and have what the second is known by."""
-
-READ_ONLY: Registry[ReadLayout] = Registry("layout of adapters", {"adapter": "vila.model.layouts.lora:LAYOUT"})
-"""Layouts of directories that need another one; training writes them, and what is read from them can be converted."""
-
-
-PICKLED = ".pt"
-"""Suffix of the one kind of file that is a model's weights by itself; what else belongs to it lies around it."""
-
-
-def detect_layout(folder: Path) -> ReadLayout:
-    """The layout of a directory, or of a `.pt` file. Raises LayoutError saying what the path is instead."""
-    if not folder.exists():
-        raise LayoutError("no such directory", file=folder)
-    if folder.is_file() and folder.suffix != PICKLED:
-        raise LayoutError("a model is a directory, this is a file", file=folder)
-    # The directory of an adapter also has the config of the whole model, and that of a 4-bit model looks like another
-    # one but for what it holds: they are asked first.
-    for name in READ_ONLY:
-        if READ_ONLY[name].recognises(folder):
-            return READ_ONLY[name]
-    for name in (*QUANTIZED, *(name for name in LAYOUTS if name not in QUANTIZED)):
-        if LAYOUTS[name].recognises(folder):
-            return LAYOUTS[name]
-    found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
-    raise LayoutError(
-        f"not a model in a layout known here ({', '.join(LAYOUTS)}); it holds {found}",
-        file=folder,
-        hint=_model_below(folder),
-    )
-
-
-def _model_below(folder: Path) -> str | None:
-    """Return a hint with the models of training runs in or below a directory, the last stage first."""
-    found = [path.parent for path in folder.glob("model/config.json")]
-    found += sorted((path.parent for path in folder.glob("*/model/config.json")), reverse=True)
-    return f"did you mean {' or '.join(map(str, found[:3]))}?" if found else None
-
-
-def open_folder(folder: Path, base: Path | None = None) -> Checkpoint:
-    """Read the configs of a directory in any layout, and compare their sizes with the shapes of its weights.
-
-    Raises LayoutError as the layout does, and for sizes that differ.
-    """
-    checkpoint = detect_layout(folder).open(folder, base)
-    check_checkpoint_sizes(checkpoint)
-    return checkpoint
-
-
-def check_checkpoint_sizes(checkpoint: Checkpoint) -> None:
-    """Compare the sizes of a config with the shapes of the weights, before any module is built.
-
-    Raises LayoutError with file, field and both sizes.
-    """
-    sources = checkpoint.sources
-    check_sizes(checkpoint.config, checkpoint.pieces, checkpoint.int4, text=sources.text, vision=sources.vision)
-
-
-def detect_full_precision(folder: Path) -> ReadLayout | None:
-    """The layout that a directory would have if its weights were in full precision; None when it has none."""
-    for name in LAYOUTS:
-        if name not in QUANTIZED and LAYOUTS[name].recognises(folder):
-            return LAYOUTS[name]
-    return None
 
 
 # --- names

@@ -24,8 +24,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from vila.core.errors import LayoutError
 from vila.core.reading import Fields, file_errors
 from vila.model.config import VilaConfig
-from vila.model.int4 import PackedWeight
-from vila.model.tower import TOWER_TYPES, has_cls
+from vila.model.int4_weights import PackedWeight
+from vila.model.vision_tower import TOWER_TYPES, has_cls
 from vila.model.weights import Piece, Shape
 
 MAX_LAYERS: Final = 1_000_000

@@ -24,10 +24,11 @@ from vila.core.files import atomic_path, write_json
 from vila.core.reading import Fields
 from vila.core.vision_spec import IMAGE_MODES, MAX_SIDE, MAX_VIDEO_FRAMES, ImageMode
 from vila.model.layouts.base import FULL, Checkpoint, Prefixes, Sources, Storage, claim, keep_rows, to_theirs
+from vila.model.layouts.build_config import compose
 from vila.model.layouts.config_file import MAX_LAYERS, generation_facts, read_config, text_config, tower_config
-from vila.model.layouts.known_checkpoints import check_placeholder, compose, template_of, write_tokenizer
-from vila.model.layouts.tokenizer_files import read_tokenizer
-from vila.model.layouts.towers import pixel_facts, tower_facts
+from vila.model.layouts.known_checkpoints import template_of
+from vila.model.layouts.tokenizer_files import check_placeholder, read_tokenizer, write_tokenizer
+from vila.model.layouts.tower_files import pixel_facts, tower_facts
 from vila.model.weights import Piece, find_files, pieces_of
 
 # --- llava_hf_files

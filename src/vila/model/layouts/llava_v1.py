@@ -13,13 +13,14 @@ from typing import Any
 from vila.core.errors import LayoutError
 from vila.core.files import atomic_path, write_json
 from vila.core.reading import Fields
+from vila.model.hub import local_folder
 from vila.model.layouts.base import FULL, Checkpoint, Prefixes, Sources, Storage, claim, to_theirs
+from vila.model.layouts.build_config import compose
 from vila.model.layouts.config_file import MAX_LAYERS, generation_facts, read_config, text_config
-from vila.model.layouts.known_checkpoints import compose, own_facts, template_of, write_tokenizer
-from vila.model.layouts.lora import TiedHead, read_adapter
-from vila.model.layouts.tokenizer_files import read_tokenizer
-from vila.model.layouts.towers import TowerFacts, image_mode_of, known_tower, read_tower, tower_pieces, write_tower
-from vila.model.loading import local_folder
+from vila.model.layouts.known_checkpoints import template_of
+from vila.model.layouts.lora_adapter import TiedHead, read_adapter
+from vila.model.layouts.tokenizer_files import read_tokenizer, write_tokenizer
+from vila.model.layouts.tower_files import TowerFacts, image_mode_of, known_tower, read_tower, tower_pieces, write_tower
 from vila.model.weights import Piece, find_files, pieces_of, weight_file
 
 LLM_TYPES = {
@@ -214,6 +215,14 @@ def _with_image_tokens(tokenizer: Any, facts: Fields) -> Any:
         wanted = ["<im_patch>"] if facts.flag("mm_use_im_patch_token", True) else []
         tokenizer.add_tokens([*wanted, "<im_start>", "<im_end>"], special_tokens=True)
     return tokenizer
+
+
+def own_facts(config: Any, processor: Any) -> dict[str, Any]:
+    """Settings of ours that config.json of a published layout holds beside the original's, where they matter."""
+    facts: dict[str, Any] = {"conversation_template": config.template} if config.template else {}
+    if not processor.spec.exif_orientation:
+        facts["exif_orientation"] = False
+    return facts
 
 
 def _config(config: Any, processor: Any, source: str) -> dict[str, Any]:

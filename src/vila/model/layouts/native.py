@@ -10,12 +10,12 @@ from vila.core.reading import Fields
 from vila.core.vision_spec import MAX_SIDE, VisionSpec
 from vila.model.config import VilaConfig
 from vila.model.layouts.base import FULL, Checkpoint, Sources, Storage
+from vila.model.layouts.build_config import check_spec
 from vila.model.layouts.config_file import MAX_LAYERS, generation_facts, read_config, text_config, tower_config
-from vila.model.layouts.known_checkpoints import check_placeholder, check_spec, write_tokenizer
-from vila.model.layouts.tokenizer_files import read_tokenizer
+from vila.model.layouts.tokenizer_files import check_placeholder, read_tokenizer, write_tokenizer
 from vila.model.modeling import VilaForConditionalGeneration
 from vila.model.processor import VilaProcessor
-from vila.model.tower import SELECT_FEATURES
+from vila.model.vision_tower import SELECT_FEATURES
 from vila.model.weights import find_files, pieces_of
 
 

@@ -18,10 +18,11 @@ from torch import Tensor
 from vila.core.errors import LayoutError
 from vila.kernels.int4 import Int4Weight
 from vila.kernels.packings import check_divides, pack_tinychat
-from vila.model.int4 import PackedWeight, check_whole, fitting, int4_layers, packed_facts, split
+from vila.model.int4_weights import PackedWeight, check_whole, fitting, int4_layers, packed_facts, split
 from vila.model.layouts import llava_v1, vila_v15
 from vila.model.layouts.awq import check_int4
-from vila.model.layouts.base import PICKLED, Checkpoint, Storage, claim, detect_full_precision, with_int4
+from vila.model.layouts.base import Checkpoint, Storage, claim, with_int4
+from vila.model.layouts.detect import PICKLED, detect_full_precision
 from vila.model.save_weights import Made, Writable, write_torch_file
 from vila.model.weights import INDEXES, SINGLES, Piece, pickled_files, pieces_of, weight_file
 

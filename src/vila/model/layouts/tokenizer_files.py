@@ -5,12 +5,16 @@ Code that a checkpoint brings along (`auto_map`) is never run.
 
 from __future__ import annotations
 
+import copy
+import shutil
 from pathlib import Path
 from typing import Any, Final
 
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoTokenizer, LlamaTokenizer, PretrainedConfig
 
+from vila.chat.jinja import chat_template
+from vila.chat.templates import find_template
 from vila.chat.tokenize import ids_before_text
 from vila.core.errors import LayoutError
 from vila.core.reading import Fields, file_errors, foreign_content, read_head, read_json_object, read_text
@@ -117,3 +121,25 @@ def _check_files(folder: Path) -> None:
 
         with file_errors(folder / _MODEL, LayoutError):
             SentencePieceProcessor(model_file=str(folder / _MODEL))
+
+
+def check_placeholder(facts: Fields, key: str, id_: int, tokenizer: Any) -> None:
+    """Refuse an image placeholder that is a token of text, such as BOS. Raises LayoutError."""
+    token = str(tokenizer.convert_ids_to_tokens(id_)) if id_ in tokenizer.all_special_ids else "<image>"
+    if "image" not in token.lower() and "img" not in token.lower():
+        own = tokenizer.get_vocab().get("<image>", len(tokenizer))
+        raise facts.refusal(key, f"the tokenizer has {token!r} there", expected=f"{own}, or an id past the tokenizer")
+
+
+def write_tokenizer(tokenizer: Any, folder: Path, template: str, *, after_image_space: bool = False) -> None:
+    """The tokenizer's files, with the conversation template as a Jinja one.
+
+    With a SentencePiece model behind it also `tokenizer.model`, which is all that older code reads.
+    """
+    tokenizer = copy.copy(tokenizer)
+    if template:
+        tokenizer.chat_template = chat_template(find_template(template), after_image_space=after_image_space)
+    tokenizer.save_pretrained(folder)
+    source = getattr(tokenizer, "vocab_file", None)
+    if source and Path(source).name == "tokenizer.model" and Path(source).is_file():
+        shutil.copyfile(source, folder / "tokenizer.model")

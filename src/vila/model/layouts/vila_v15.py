@@ -11,13 +11,14 @@ from vila.core.errors import LayoutError
 from vila.core.files import atomic_path, write_json
 from vila.core.reading import Fields
 from vila.core.vision_spec import MAX_SIDE, MAX_VIDEO_FRAMES
+from vila.model.hub import local_folder
 from vila.model.layouts.base import FULL, Checkpoint, Sources, Storage, claim
+from vila.model.layouts.build_config import compose
 from vila.model.layouts.config_file import MAX_LAYERS, generation_facts, read_config, text_config
-from vila.model.layouts.known_checkpoints import compose, own_facts, template_of, write_tokenizer
-from vila.model.layouts.llava_v1 import FIELDS
-from vila.model.layouts.tokenizer_files import read_tokenizer
-from vila.model.layouts.towers import image_mode_of, read_tower, tower_pieces, write_tower
-from vila.model.loading import local_folder
+from vila.model.layouts.known_checkpoints import template_of
+from vila.model.layouts.llava_v1 import FIELDS, own_facts
+from vila.model.layouts.tokenizer_files import read_tokenizer, write_tokenizer
+from vila.model.layouts.tower_files import image_mode_of, read_tower, tower_pieces, write_tower
 from vila.model.projector import check_projector
 from vila.model.save_weights import write_weights
 from vila.model.weights import find_files, pieces_of

@@ -15,7 +15,7 @@ from tests import tiny
 from vila.core.errors import LayoutError
 from vila.model.layouts.base import keep_rows, take_third
 from vila.model.loading import load_model, save_model
-from vila.model.torch_file import read_torch_file
+from vila.model.pytorch_bin import read_torch_file
 from vila.model.weights import SafetensorsFile, TorchFile, find_files, pieces_of, weight_file
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1234567\n"

@@ -9,7 +9,7 @@ from tests import tiny
 from vila.core.errors import LayoutError
 from vila.core.types import Message
 from vila.model.projector import build_projector, calibrate_projector
-from vila.model.tower import select_features
+from vila.model.vision_tower import select_features
 
 
 @pytest.mark.parametrize("tower", ["clip", "siglip", "dinov2"])
@@ -30,7 +30,7 @@ def test_patch_drops_the_class_token_and_siglip_has_none():
     both = [select_features(model, config, pixels, -1, kind) for kind in ("cls_patch", "patch")]
     assert torch.equal(both[0][:, 1:], both[1])
     with pytest.raises(LayoutError) as caught:
-        vila.model.tower.check_tower(tiny.vision_config("siglip"), "patch")
+        vila.model.vision_tower.check_tower(tiny.vision_config("siglip"), "patch")
     assert (caught.value.field, caught.value.value) == ("select_feature", "patch")
 
 

@@ -8,7 +8,7 @@ from transformers import AutoModel, InternVLVisionConfig
 from tests import tiny
 from tests.reference import internvit_states
 from vila.core.errors import LayoutError
-from vila.model.tower import TOWER_TYPES, check_image_size, check_tower, patch_count, select_features
+from vila.model.vision_tower import TOWER_TYPES, check_image_size, check_tower, patch_count, select_features
 
 FACTS = {
     "model_type": "intern_vit_6b",

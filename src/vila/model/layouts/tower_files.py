@@ -23,7 +23,7 @@ from vila.core.vision_spec import ImageMode, VisionSpec, channel_statistics
 from vila.model.layouts.base import FULL, Prefixes, Storage, claim, take_third
 from vila.model.layouts.config_file import read_config, tower_config
 from vila.model.save_weights import write_weights
-from vila.model.tower import check_tower
+from vila.model.vision_tower import check_tower
 from vila.model.weights import Piece, find_files, pieces_of, state_of
 
 Triple = tuple[float, float, float]

@@ -12,8 +12,8 @@ from tests.model.layouts.int4_by_hand import awq, edit, logits, third_party
 from tests.model.layouts.int4_reference import read_gemm, write_gemm, write_gemv, write_tinychat
 from vila.core.errors import LayoutError
 from vila.kernels.int4 import quantize
-from vila.model.int4 import int4_weights, use_int4
-from vila.model.layouts.base import detect_layout
+from vila.model.int4_weights import int4_weights, use_int4
+from vila.model.layouts.detect import detect_layout
 from vila.model.loading import load_model, open_checkpoint, save_model
 from vila.quant.apply import quantize_model
 

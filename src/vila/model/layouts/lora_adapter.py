@@ -24,12 +24,13 @@ from vila.core.errors import DownloadError, LayoutError
 from vila.core.files import atomic_path
 from vila.core.reading import file_errors
 from vila.model.config import VilaConfig
+from vila.model.hub import local_folder
 from vila.model.layouts.adapter_config import CONFIG_FILE, MERGE_WITH_PEFT, AdapterConfig, read_adapter_config
-from vila.model.layouts.base import Checkpoint, open_folder
+from vila.model.layouts.base import Checkpoint
 from vila.model.layouts.config_file import read_config
-from vila.model.layouts.known_checkpoints import write_tokenizer
+from vila.model.layouts.detect import open_folder
 from vila.model.layouts.native import read_native_config, read_processor
-from vila.model.loading import local_folder
+from vila.model.layouts.tokenizer_files import write_tokenizer
 from vila.model.modeling import VilaForConditionalGeneration
 from vila.model.processor import VilaProcessor
 from vila.model.weights import Change, Piece, Shape, pieces_of, published_names, weight_file

@@ -9,7 +9,7 @@ from vila.core.types import Message
 from vila.engine.engine import Engine
 from vila.kernels.int4 import Int4Linear, dequantize, quantize
 from vila.kernels.select import use_backend
-from vila.model.int4 import drop_int4, group_size_of, int4_weights, use_int4
+from vila.model.int4_weights import drop_int4, group_size_of, int4_weights, use_int4
 from vila.quant.apply import quantize_model
 
 QUERY = "language_model.model.layers.0.self_attn.q_proj"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vila.core.errors import LayoutError
-from vila.model.tower import multiscale_features
+from vila.model.vision_tower import multiscale_features
 
 PATCH = 2
 

@@ -1,0 +1,94 @@
+"""Config and processor of a model from published parts; the templates that published checkpoints do not name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from vila.core.errors import LayoutError
+from vila.core.vision_spec import ImageMode, VisionSpec
+from vila.model.config import VilaConfig
+from vila.model.layouts.tower_files import TowerFacts
+from vila.model.processor import VilaProcessor
+from vila.model.projector import projected_tokens
+from vila.model.vision_tower import check_features, check_image_size, has_cls, patch_count
+
+
+def compose(
+    *,
+    llm: PretrainedConfig,
+    tower: TowerFacts,
+    tokenizer: Any,
+    projector: str,
+    select_layer: int,
+    select_feature: str,
+    image_mode: ImageMode,
+    template: str,
+    image_token_id: int | None = None,
+    s2_scales: Sequence[int] = (),
+    s2_max_split: int = 0,
+    num_video_frames: int = 8,
+    vision_source: str = "",
+    exif_orientation: bool = True,
+) -> tuple[VilaConfig, VilaProcessor]:
+    """Make config and processor of a model from its parts. Sizes that follow from others are computed here, once.
+
+    Raises LayoutError with the field for parts that do not go together.
+    """
+    check_features(tower.config, select_layer, select_feature)
+    scales = sorted(s2_scales)
+    image_size = scales[-1] if scales else tower.image_size
+    if scales:
+        check_image_size(tower.config, image_size, scales, s2_max_split)
+    spec = VisionSpec(
+        image_size=image_size,
+        tokens_per_image=image_tokens(tower.config, image_size, scales, projector, select_feature),
+        mean=tower.mean,
+        std=tower.std,
+        image_mode=image_mode,
+        center_crop=tower.center_crop,
+        num_video_frames=num_video_frames,
+        exif_orientation=exif_orientation,
+    )
+    # Past both the tokenizer and the LLM's embeddings, so that no answer can hold it.
+    placeholder = max(len(tokenizer), llm.vocab_size) if image_token_id is None else image_token_id
+    config = VilaConfig(
+        vision_config=tower.config,
+        text_config=llm,
+        projector_type=projector,
+        select_layer=select_layer,
+        select_feature=select_feature,
+        image_token_id=placeholder,
+        vision_spec=spec.to_dict(),
+        template=template,
+        s2_scales=scales,
+        s2_max_split=s2_max_split,
+        vision_source=vision_source,
+    )
+    processor = VilaProcessor(tokenizer, vision_spec=spec.to_dict(), template=template, image_token_id=placeholder)
+    return config, processor
+
+
+def image_tokens(
+    tower: PretrainedConfig, image_size: int, scales: Sequence[int], projector: str, select_feature: str
+) -> int:
+    """Return the number of image placeholders of one image. Raises LayoutError for parts that do not go together."""
+    patches = patch_count(tower, scales[0] if scales else image_size)
+    return projected_tokens(projector, patches + (select_feature == "cls_patch" and has_cls(tower)))
+
+
+def check_spec(config: VilaConfig, spec: VisionSpec) -> None:
+    """Compare stored vision settings with the tower and projector of a config. Raises LayoutError with the field."""
+    tower = config.vision_config
+    check_features(tower, config.select_layer, config.select_feature)
+    check_image_size(tower, spec.image_size, config.s2_scales, config.s2_max_split)
+    tokens = image_tokens(tower, spec.image_size, config.s2_scales, config.projector_type, config.select_feature)
+    if spec.tokens_per_image != tokens:
+        raise LayoutError(
+            "not what tower and projector give",
+            field="tokens_per_image",
+            value=spec.tokens_per_image,
+            expected=f"{tokens}",
+        )
