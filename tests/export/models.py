@@ -10,7 +10,7 @@ from tests import tiny
 from vila.kernels.int4 import quantize
 from vila.model.loading import save_model
 from vila.quant.awq_cache import Clip, Scale, Search, save_search
-from vila.quant.blocks import block_name, blocks_of, can_scale, card_of
+from vila.quant.blocks import block_name, blocks_of, can_scale, family_of
 
 SMALL = {"hidden_size": 64, "intermediate_size": 128}
 WIDE = {"hidden_size": 256, "intermediate_size": 512}
@@ -41,7 +41,7 @@ def random_search(model, group_size=32, **facts) -> Search:
     generator = torch.Generator().manual_seed(2)
     scales, clips = [], []
     for index, block in enumerate(blocks_of(model)):
-        for group in card_of(model).scale_groups:
+        for group in family_of(model).scale_groups:
             width = block.get_submodule(group.linears[0]).in_features
             if can_scale(group, block):
                 scale = torch.rand(width, generator=generator) * 1.5 + 0.5

@@ -155,5 +155,5 @@ def test_towers_and_families_that_it_does_not_know_are_refused(tmp_path):
     with pytest.raises(LayoutError, match="its VILA has CLIP and SigLIP"):
         write_export(open_source(tmp_path / "d"), "tensorrt-llm", tmp_path / "out", ExportOptions("16-bit"))
     write_model(tmp_path / "q", "qwen2")
-    with pytest.raises(LayoutError, match="the family qwen2: written are llama, mistral"):
+    with pytest.raises(LayoutError, match="'qwen2'"):
         write_export(open_source(tmp_path / "q"), "tensorrt-llm-legacy", tmp_path / "out")

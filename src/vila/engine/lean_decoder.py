@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vila.engine.known_blocks import unknown_in, windows_of
+from vila.families import attention_windows, unsupported_blocks
 from vila.model.modeling import VilaForConditionalGeneration
 
 # T tokens  H query heads  G key-value heads  E head width  D model width  V vocab
@@ -87,7 +87,7 @@ class LeanDecoder:
         config: Any = model.config.text_config
         decoder: Any = model.get_decoder()
         eps = float(config.rms_norm_eps)
-        windows = windows_of(config)
+        windows = attention_windows(config)
         self._blocks = [_Block(block, window, eps) for block, window in zip(decoder.layers, windows, strict=True)]
         self._rotary, self._norm = decoder.rotary_emb, _Norm(decoder.norm.weight, eps)
         self._head = _Product.of(model.get_output_embeddings())
@@ -124,7 +124,7 @@ class LeanDecoder:
 def why_not_lean(model: VilaForConditionalGeneration) -> str:
     """What keeps a model from a LeanDecoder; empty when nothing does. It was measured to pay on CPUs alone."""
     decoder: Any = model.get_decoder()
-    problems = list(unknown_in(model.config.text_config, decoder.layers))
+    problems = list(unsupported_blocks(model.config.text_config, decoder.layers))
     modules = [*decoder.layers.modules(), decoder.norm, model.get_output_embeddings()]
     if problems:
         return "; ".join(problems)

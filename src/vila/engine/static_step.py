@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vila.engine.columns import PADDING
-from vila.engine.known_blocks import windows_of
 from vila.engine.slot_attention import attend_in_slots
+from vila.families import attention_windows
 from vila.model.modeling import VilaForConditionalGeneration
 
 # B rows  H query heads  G key-value heads  E head width  C columns  K columns that a step reads  V vocab
@@ -48,7 +48,7 @@ class StaticStep:
         self.steps = 0
         """Steps taken so far, by all runs."""
         self.captures = 0
-        self._windows = set(windows_of(model.config.text_config))
+        self._windows = set(attention_windows(model.config.text_config))
         self._logits_BV: Tensor | None = None
         # A mask of four dimensions is handed on untouched, so none is made; attention does not look at it.
         self._no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)

@@ -67,7 +67,7 @@ class GgufTarget:
     def write(self, source: Source, part: Path, options: ExportOptions) -> None:
         """Write model-PRECISION.gguf and, with a vision part, mmproj-f16.gguf."""
 
-        from vila.export.gguf_llm import ARCHITECTURES, describe_llm, describe_tokenizer, llm_tensors, vocabulary_of
+        from vila.export.gguf_llm import describe_llm, describe_tokenizer, llm_tensors, vocabulary_of
         from vila.export.gguf_mmproj import describe_mmproj, mmproj_tensors
 
         config = source.config
@@ -79,7 +79,7 @@ class GgufTarget:
             describe_tokenizer(writer, vocabulary)
 
         path = part / MODEL.format(precision=options.precision)
-        write_gguf(path, ARCHITECTURES[config.text_config.model_type], describe, llm_tensors(source, options.precision))
+        write_gguf(path, source.family.gguf, describe, llm_tensors(source, options.precision))
         if self.has_vision:
             write_gguf(part / MMPROJ, "clip", lambda writer: describe_mmproj(writer, config), mmproj_tensors(source))
 

@@ -18,6 +18,7 @@ from vila.chat.templates import find_template
 from vila.core.errors import LayoutError
 from vila.export.gguf import GgufTensor, Kind, fitting, int4_runs
 from vila.export.source import LLM, RUN_BYTES
+from vila.families import FAMILIES, find_family
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from vila.model.processor import VilaProcessor
 
 
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2"}
-"""llama.cpp's name for each `model_type`; it knows no Mistral of its own."""
 KINDS = {"f16": Kind.F16, "q8_0": Kind.Q8_0, "q4_0": Kind.Q4_0, "q4_1": Kind.Q4_1}
 _FILE_TYPES = {"f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7}
 _ROPES = ("default", "linear", "llama3")
@@ -48,8 +47,9 @@ _INSIDE = {
 def llm_refusals(config: Any) -> list[str]:
     """Why llama.cpp could not compute this LLM; `config` is its transformers config."""
     reasons = []
-    if config.model_type not in ARCHITECTURES:
-        reasons.append(f"an LLM of type {config.model_type!r} has no names here; known are {', '.join(ARCHITECTURES)}")
+    supported = [family.model_type for family in FAMILIES.values() if family.gguf]
+    if config.model_type not in supported:
+        reasons.append(f"an LLM of type {config.model_type!r} cannot be written; {', '.join(supported)} can")
     rope = _rope(config).get("rope_type", "default")
     if rope not in _ROPES:
         reasons.append(f"rope_type {rope!r} cannot be written; {', '.join(_ROPES)} can")
@@ -159,7 +159,7 @@ def _in_order(rows_of: Callable[[], Iterator[Tensor]], width: int) -> Iterator[T
 def _alternating(place: str, config: Any) -> int:
     """Rows of a head whose order changes, 0 where none does: llama.cpp rotates neighbours in `llama` alone."""
     rotated = place.endswith(("self_attn.q_proj", "self_attn.k_proj"))
-    return _head_width(config) if rotated and ARCHITECTURES[config.model_type] == "llama" else 0
+    return _head_width(config) if rotated and find_family(config.model_type).gguf == "llama" else 0
 
 
 def _renamed(place: str) -> str:

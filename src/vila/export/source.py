@@ -149,8 +149,8 @@ class Source:
         return self.checkpoint.processor
 
     @property
-    def card(self) -> Family:
-        """The card of its LLM. Raises UnknownNameError for a family without one."""
+    def family(self) -> Family:
+        """Family of its LLM. Raises UnknownNameError for an unknown one."""
         return find_family(self.config.text_config.model_type)
 
     @property
@@ -185,7 +185,7 @@ class Source:
 
     def block_linears(self) -> list[str]:
         """The Linears of the decoder's blocks that INT4 is for, by our names without `.weight`, in order."""
-        parts = [name for group in self.card.scale_groups for name in group.linears]
+        parts = [name for group in self.family.scale_groups for name in group.linears]
         blocks = range(self.config.text_config.num_hidden_layers)
         return [f"{LLM}model.layers.{index}.{part}" for index in blocks for part in parts]
 

@@ -164,7 +164,6 @@ def write_linear(
 # VILA-1.5's three folders as a stream, the LLM in ModelOpt's INT4 if asked.
 
 
-_ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
 _UNFUSED = ("o_proj", "down_proj")
 IGNORE = ("lm_head", "*vision_tower*", "*mm_projector*")
 
@@ -194,7 +193,7 @@ def _write_llm(source: Source, folder: Path, group_size: int | None) -> None:
     facts = llm.to_dict()
     facts.pop("dtype", None)
     facts |= vila_v15.old_rope(facts.get("rope_parameters") or {})
-    facts |= {"torch_dtype": _name(source.half), "architectures": [_ARCHITECTURES[llm.model_type]]}
+    facts |= {"torch_dtype": _name(source.half), "architectures": [source.family.causal_lm]}
     facts["model_max_length"] = source.config.context_length
     if group_size is not None:
         facts["quantization_config"] = hub_quantization(group_size, IGNORE)

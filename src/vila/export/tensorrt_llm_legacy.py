@@ -15,11 +15,11 @@ from vila import __version__
 from vila.core.files import write_json
 from vila.export.base import ExportOptions, Guide, group_of
 from vila.export.source import LLM, SafetensorsWriter, Source
+from vila.families import FAMILIES
 from vila.kernels.int4 import Int4Weight
 from vila.kernels.packings import pack_modelopt
 
 GROUPS = (64, 128)
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"}
 _PRECISIONS = {
     "int4": "symmetric 4-bit weights in groups (W4A16_AWQ), float16 elsewhere",
     "float16": "float16 throughout",
@@ -52,7 +52,7 @@ class TensorRtLlmLegacyTarget:
         from vila.export.base import group_of
 
         group_size = group_of(source, options) if options.precision == "int4" else None
-        write_config(source, part, ARCHITECTURES[source.config.text_config.model_type], group_size, options.ranks)
+        write_config(source, part, source.family.tensorrt_llm_legacy, group_size, options.ranks)
         write_ranks(source, part, group_size, options.ranks)
 
     def guide(self, source: Source, options: ExportOptions) -> Guide:
@@ -94,9 +94,10 @@ class TensorRtLlmLegacyTarget:
 
 def _family_reasons(source: Source) -> list[str]:
     llm, out = source.config.text_config, []
-    if llm.model_type not in ARCHITECTURES:
-        known = ", ".join(ARCHITECTURES)
-        out.append(f"an LLM of the family {llm.model_type}: written are {known}; --format tensorrt-llm takes it")
+    supported = [family.model_type for family in FAMILIES.values() if family.tensorrt_llm_legacy]
+    if llm.model_type not in supported:
+        names = ", ".join(supported)
+        out.append(f"an LLM of type {llm.model_type!r} cannot be written; {names} can; --format tensorrt-llm takes it")
     rope = getattr(llm, "rope_parameters", None) or {}
     if rope.get("rope_type", "default") not in ("default", "linear"):
         out.append(

@@ -395,7 +395,7 @@ def _searched(
     keep: Path | None,
     events: Events,
 ) -> tuple[Search, KeptBlocks[Search] | None]:
-    card = check_model(model, options.group_size)
+    family = check_model(model, options.group_size)
     if not calibration.rows:
         raise DataError(f"calibration {calibration.name!r} holds no rows; give it text or conversations")
     blocks = blocks_of(model)
@@ -403,7 +403,7 @@ def _searched(
     arguments = block_arguments(model, states_NSD.shape[1], states_NSD.dtype, states_NSD.device)
     facts = {
         "version": VERSION,
-        "family": card.model_type,
+        "family": family.model_type,
         "dtype": str(states_NSD.dtype).removeprefix("torch."),
         "blocks": len(blocks),
         "calibration": calibration.facts(),
@@ -416,7 +416,7 @@ def _searched(
             found = kept.enter(index, block) if kept is not None else None
             if found is None:
                 name = block_name(index)
-                done = search_block(name, block, card.scale_groups, states_NSD, weights_NS, call, options)
+                done = search_block(name, block, family.scale_groups, states_NSD, weights_NS, call, options)
                 if kept is not None:
                     kept.save(index, done.found)
             else:

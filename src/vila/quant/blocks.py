@@ -1,4 +1,4 @@
-"""The decoder blocks of a model as a search needs them: found by the family's card, and checked before any work."""
+"""The decoder blocks of a model as a search needs them: found by family, and checked before any work."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def module_prefix(model: nn.Module) -> str:
     return name.removesuffix("layers").removesuffix("model.")
 
 
-def card_of(model: nn.Module) -> Family:
-    """The card of the model's LLM. Raises LayoutError saying which there are and how to write one."""
+def family_of(model: nn.Module) -> Family:
+    """Return the family of the LLM. Raises LayoutError saying which there are and how to write one."""
     model_type: str = decoder_of(model).config.model_type  # type: ignore[union-attr, assignment]
     try:
         return find_family(model_type)
@@ -64,11 +64,11 @@ def can_scale(group: ScaleGroup, block: nn.Module) -> bool:
 
 
 def check_model(model: nn.Module, group_size: int) -> Family:
-    """Return the model's card after checking that it can be quantized.
+    """Return the family of the LLM after checking that it can be quantized.
 
     Raises as `check_layers`, and LayoutError for weights that are absent or not finite.
     """
-    card = check_layers(model, group_size)
+    family = check_layers(model, group_size)
     for name, parameter in _named_weights(model):
         if parameter.is_meta:
             raise LayoutError(f"{name}: its weight is not in memory; load the model again")
@@ -77,19 +77,19 @@ def check_model(model: nn.Module, group_size: int) -> Family:
                 f"{name}: the weight holds NaN or infinity, which no rounding can keep; the checkpoint is damaged, or "
                 "its training diverged"
             )
-    return card
+    return family
 
 
 def check_layers(model: nn.Module, group_size: int) -> Family:
-    """Return the model's card after checking the shapes of its layers; the weights may be on the meta device.
+    """Return the family of the LLM after checking the shapes of its layers; the weights may be on the meta device.
 
-    Raises LayoutError for a family without a card, and for blocks whose Linears are not plain ones (quantized already,
-    or with an adapter around them) or not those of the card; ConfigError for a group size that does not divide the
+    Raises LayoutError for an unknown family, and for blocks whose Linears are not plain ones (quantized already,
+    or with an adapter around them) or not those of the family; ConfigError for a group size that does not divide the
     inputs, with those that would.
     """
-    card = card_of(model)
-    check_group_size(model, card, group_size)
-    return card
+    family = family_of(model)
+    check_group_size(model, family, group_size)
+    return family
 
 
 def _named_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -102,11 +102,11 @@ def _named_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     yield from ((name, parameter) for name, parameter in model.named_parameters() if id(parameter) not in seen)
 
 
-def check_group_size(model: nn.Module, card: Family, group_size: int) -> None:
+def check_group_size(model: nn.Module, family: Family, group_size: int) -> None:
     """Raise ConfigError unless `group_size` divides the inputs of every Linear; LayoutError for unknown Linears."""
     wrong: dict[int, list[str]] = {}
     widths: set[int] = set()
-    for name, linear in _listed(model, card):
+    for name, linear in _listed(model, family):
         widths.add(linear.in_features)
         if group_size < 1 or linear.in_features % group_size:
             wrong.setdefault(linear.in_features, []).append(name)
@@ -123,15 +123,15 @@ def fitting_sizes(model: nn.Module) -> list[int]:
 
     Raises LayoutError as `check_layers`.
     """
-    return _dividing({linear.in_features for _, linear in _listed(model, card_of(model))})
+    return _dividing({linear.in_features for _, linear in _listed(model, family_of(model))})
 
 
 def _dividing(widths: set[int]) -> list[int]:
     return [size for size in GROUP_SIZES if not any(width % size for width in widths)]
 
 
-def _listed(model: nn.Module, card: Family) -> Iterator[tuple[str, nn.Linear]]:
-    known = [name for group in card.scale_groups for name in group.linears]
+def _listed(model: nn.Module, family: Family) -> Iterator[tuple[str, nn.Linear]]:
+    known = [name for group in family.scale_groups for name in group.linears]
     for index, block in enumerate(blocks_of(model)):
         modules = dict(block.named_modules())
         for name in known:
@@ -145,7 +145,7 @@ def _listed(model: nn.Module, card: Family) -> Iterator[tuple[str, nn.Linear]]:
             yield f"{block_name(index)}.{name}", module
         if other := [name for name in linears_of(block) if name not in known]:
             raise LayoutError(
-                f"{block_name(index)}: {', '.join(other)} stand in no scale group of the {card.model_type} card"
+                f"{block_name(index)}: {', '.join(other)} are in no scale group of the family {family.model_type}"
             )
 
 

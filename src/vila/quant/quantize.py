@@ -108,13 +108,13 @@ def round_model(
     Raises as `check_model` and `check_search`; ConfigError for a search that was made for another kind of rounding, or
     feedback without calibration; CheckpointError when `keep` holds the blocks of another run.
     """
-    card = check_model(model, options.group_size)
+    family = check_model(model, options.group_size)
     if search is not None:
         check_same_rounding(search, options.group_size, options.symmetric)
         check_search(model, search)
     feedback = None
     if options.rounding == "feedback":
-        feedback = _Feedback(model, search, options, calibration, processor, card.scale_groups, keep)
+        feedback = _Feedback(model, search, options, calibration, processor, family.scale_groups, keep)
     weights: dict[str, Int4Weight] = {}
     errors = []
     prefix, blocks = module_prefix(model), blocks_of(model)

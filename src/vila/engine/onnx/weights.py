@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from vila.core.errors import ConfigError
-from vila.engine.known_blocks import unknown_in, windows_of
+from vila.families import attention_windows, unsupported_blocks
 from vila.kernels.int4 import Int4Linear, Int4Weight, concatenate, pack, quantize
 from vila.model.modeling import VilaForConditionalGeneration
 
@@ -109,7 +109,9 @@ def decoder_weights(
     half = _head_width(config) // 2
     cos, sin = decoder.rotary_emb(torch.zeros(1), torch.arange(capacity)[None])
     return DecoderWeights(
-        blocks=tuple(_block(b, given, window) for b, window in zip(decoder.layers, windows_of(config), strict=True)),
+        blocks=tuple(
+            _block(b, given, window) for b, window in zip(decoder.layers, attention_windows(config), strict=True)
+        ),
         norm_D=_floats(decoder.norm.weight),
         head=_head(model.get_output_embeddings(), head_bits),
         cos=_floats(cos[0, :, :half]),
@@ -220,7 +222,7 @@ def _floats(values: Tensor) -> NDArray[np.float32]:
 
 
 def _problems(config: Any, layers: Any) -> Iterator[str]:
-    for unknown in unknown_in(config, layers):
+    for unknown in unsupported_blocks(config, layers):
         yield f"{unknown}; use the torch backend"
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope not in FIXED_ROPE:

@@ -13,6 +13,7 @@ from typing import Any
 from vila.core.errors import LayoutError
 from vila.core.files import atomic_path, write_json
 from vila.core.reading import Fields
+from vila.families import FAMILIES, FAMILY_BY_LLAVA_TYPE, find_family
 from vila.model.hub import local_folder
 from vila.model.layouts.base import FULL, Checkpoint, Prefixes, Sources, Storage, claim, to_theirs
 from vila.model.layouts.build_config import compose
@@ -23,19 +24,6 @@ from vila.model.layouts.tokenizer_files import read_tokenizer, write_tokenizer
 from vila.model.layouts.tower_files import TowerFacts, image_mode_of, known_tower, read_tower, tower_pieces, write_tower
 from vila.model.weights import Piece, find_files, pieces_of, weight_file
 
-LLM_TYPES = {
-    "llava": "llama",
-    "llava_llama": "llama",
-    "llava_mistral": "mistral",
-    "llava_qwen": "qwen2",
-    "llava_qwen2": "qwen2",
-}
-"""`model_type` of the original's configs, and the LLM behind it."""
-_ARCHITECTURES = {
-    "llama": ("llava_llama", "LlavaLlamaForCausalLM"),
-    "mistral": ("llava_mistral", "LlavaMistralForCausalLM"),
-    "qwen2": ("llava_qwen", "LlavaQwenForCausalLM"),
-}
 PREFIXES: Prefixes = (
     ("model.vision_tower.vision_tower.vision_model.", "vision_tower."),
     ("model.mm_projector.", "projector."),
@@ -66,7 +54,7 @@ class LlavaV1Layout:
     def open(self, folder: Path, base: Path | None = None) -> Checkpoint:
         """Read the configs. `base` is the LLM of a stage-1 or LoRA directory."""
         facts = read_config(folder)
-        kind = LLM_TYPES[facts.text("model_type", choices=tuple(LLM_TYPES))]
+        kind = FAMILY_BY_LLAVA_TYPE[facts.text("model_type", choices=tuple(FAMILY_BY_LLAVA_TYPE))].model_type
         source = facts.text("mm_vision_tower")
         own = Fields({k: v for k, v in facts.items() if not k.startswith("mm_")}, facts.file, error=LayoutError)
         llm = text_config(own, kind)
@@ -124,7 +112,8 @@ def refuse_to_write(config: Any) -> None:
         raise LayoutError(
             f"a {config.vision_config.model_type} tower cannot be written as llava-v1: its code builds CLIP only"
         )
-    if config.text_config.model_type not in _ARCHITECTURES:
+    family = FAMILIES.get(config.text_config.model_type)
+    if family is None or not family.llava_class:
         raise LayoutError(f"an LLM of type {config.text_config.model_type!r} cannot be written as llava-v1")
 
 
@@ -226,13 +215,13 @@ def own_facts(config: Any, processor: Any) -> dict[str, Any]:
 
 
 def _config(config: Any, processor: Any, source: str) -> dict[str, Any]:
-    kind, architecture = _ARCHITECTURES[config.text_config.model_type]
+    family = find_family(config.text_config.model_type)
     llm = config.text_config.to_dict()
     rope = llm.pop("rope_parameters", None) or {}
     facts = {
         **llm,
-        "architectures": [architecture],
-        "model_type": kind,
+        "architectures": [family.llava_class],
+        "model_type": family.llava_model_types[0],
         "rope_theta": rope.get("rope_theta", 10000.0),
         "rope_scaling": None if rope.get("rope_type", "default") == "default" else _old_rope(rope),
         "torch_dtype": str(config.dtype).removeprefix("torch."),
