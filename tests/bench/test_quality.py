@@ -124,13 +124,22 @@ def test_the_text_is_named_by_hash_and_is_not_that_of_calibration():
 
 def test_the_command_prints_the_table(tmp_path, capsys, monkeypatch):
     save_model(*loud(layers=1), tmp_path / "model")
-    flags = ["--group-size", "32", "--ways", "full,rtn,awq", "--blocks", "2", "--rows", "1"]
+    flags = [
+        "--group-size",
+        "32",
+        "--methods",
+        "full,rtn,awq",
+        "--num-eval-sequences",
+        "2",
+        "--num-calib-sequences",
+        "1",
+    ]
     with pytest.raises(SystemExit) as ended:
-        main(["bench", "quality", str(tmp_path / "model"), "--out", str(tmp_path / "out"), *flags])
+        main(["bench", "quality", str(tmp_path / "model"), "--output", str(tmp_path / "out"), *flags])
     assert ended.value.code == 0
     assert capsys.readouterr().out.count("\n| ") == 3
     for ways, message in (("rtn", "the first one is full"), ("full,gptq", "unknown way of quantizing 'gptq'")):
         with pytest.raises(SystemExit) as ended:
-            main(["bench", "quality", str(tmp_path / "model"), "--out", str(tmp_path / "x"), "--ways", ways])
+            main(["bench", "quality", str(tmp_path / "model"), "--output", str(tmp_path / "x"), "--methods", ways])
         assert ended.value.code == 2
         assert message in capsys.readouterr().err

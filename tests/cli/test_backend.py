@@ -1,4 +1,4 @@
-"""`--backend`, `--head-bits`, `--threads` and `--lookup` of the commands that answer."""
+"""`--backend`, `--lm-head-bits`, `--threads` and `--prompt-lookup-tokens` of the commands that answer."""
 
 import json
 import sys
@@ -29,7 +29,7 @@ def answer(vila, *arguments):
 def test_both_backends_give_one_answer_and_say_who_they_are(vila, wide, picture):
     by_torch, said = answer(vila, wide, "-i", picture, "-p", "what?", "--backend", "torch")
     assert said == "backend: torch on cpu, float32"
-    by_onnx, said = answer(vila, wide, "-i", picture, "-p", "what?", "--backend", "onnx", "--head-bits", 32)
+    by_onnx, said = answer(vila, wide, "-i", picture, "-p", "what?", "--backend", "onnx", "--lm-head-bits", 32)
     assert said.startswith("backend: onnx on cpu, ")
     assert "float32, head of 32 bits" in said
     assert by_onnx == by_torch
@@ -48,13 +48,15 @@ def test_threads_are_those_of_every_backend(vila, wide):
 
 def test_lookup_tells_what_it_tried_and_changes_no_answer(vila, wide):
     plain, _ = answer(vila, wide, "-p", "one one one one")
-    ahead, _ = answer(vila, wide, "-p", "one one one one", "--lookup", 4)
+    ahead, _ = answer(vila, wide, "-p", "one one one one", "--prompt-lookup-tokens", 4)
     assert ahead == {**plain, "tried": ahead["tried"], "accepted": ahead["accepted"]}
     assert 0 <= ahead["accepted"] <= ahead["tried"]
 
 
 def test_chat_takes_the_flags(vila, wide):
-    code, out, err = vila("chat", wide, "--backend", "onnx", "--lookup", 3, "--max-new-tokens", 4, stdin=b"hello\n")
+    code, out, err = vila(
+        "chat", wide, "--backend", "onnx", "--prompt-lookup-tokens", 3, "--max-new-tokens", 4, stdin=b"hello\n"
+    )
     assert code == 0
     assert "backend: onnx" in err
     assert "vila>" in out
@@ -63,11 +65,11 @@ def test_chat_takes_the_flags(vila, wide):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--head-bits", "7", "--backend", "onnx"), "--head-bits 7: 4, 8 or 32"),
-        (("--head-bits", "8"), "--head-bits 8 is an option of --backend onnx"),
+        (("--lm-head-bits", "7", "--backend", "onnx"), "--lm-head-bits 7: 4, 8 or 32"),
+        (("--lm-head-bits", "8"), "--lm-head-bits 8 is an option of --backend onnx"),
         (("--activation-bits", "4", "--backend", "onnx"), "--activation-bits 4: 8, 16 or 32"),
         (("--activation-bits", "16", "--backend", "torch"), "--activation-bits 16 is an option of --backend onnx"),
-        (("--lookup", "-1"), "lookup=-1"),
+        (("--prompt-lookup-tokens", "-1"), "lookup=-1"),
         (("--backend", "tensorrt"), "unknown backend 'tensorrt'"),
     ],
 )
@@ -87,6 +89,6 @@ def test_without_onnxruntime_the_remedy_is_named(vila, tmp_path, monkeypatch):
 
 
 def test_eval_refuses_a_backend_that_cannot_be(vila, wide, tmp_path):
-    code, _, err = vila("eval", wide, "--data", tmp_path, "--head-bits", 8)
+    code, _, err = vila("eval", wide, "--data", tmp_path, "--lm-head-bits", 8)
     assert code == 2
-    assert "--head-bits 8 is an option of --backend onnx" in err
+    assert "--lm-head-bits 8 is an option of --backend onnx" in err

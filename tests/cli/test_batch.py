@@ -1,4 +1,4 @@
-"""`vila run --batch`: answers in the order of the rows, and a bad row stops everything before it begins."""
+"""`vila run --batch-file`: answers in the order of the rows, and a bad row stops everything before it begins."""
 
 import json
 
@@ -33,7 +33,7 @@ def rows(tmp_path, picture):
 @pytest.mark.parametrize("size", [1, 3])
 def test_answers_come_in_the_order_of_the_rows(vila, model, picture, rows, monkeypatch, size):
     monkeypatch.chdir("/")
-    code, out, err = vila("run", model, "--batch", rows, "--batch-size", size, *NEW)
+    code, out, err = vila("run", model, "--batch-file", rows, "--batch-size", size, *NEW)
     assert code == 0, err
     answers = [json.loads(line) for line in out.splitlines()]
     p = Image(picture)
@@ -51,8 +51,8 @@ def test_answers_come_in_the_order_of_the_rows(vila, model, picture, rows, monke
 
 
 def test_out_holds_what_standard_output_would(vila, model, rows, tmp_path):
-    _, printed, _ = vila("run", model, "--batch", rows, *NEW)
-    code, out, err = vila("run", model, "--batch", rows, "--out", tmp_path / "new" / "out.jsonl", *NEW)
+    _, printed, _ = vila("run", model, "--batch-file", rows, *NEW)
+    code, out, err = vila("run", model, "--batch-file", rows, "--output", tmp_path / "new" / "out.jsonl", *NEW)
     assert (code, out) == (0, "")
     assert "answers: done" in err
     assert (tmp_path / "new" / "out.jsonl").read_text() == printed
@@ -70,7 +70,7 @@ def test_out_stays_as_it_was_when_a_later_batch_fails(vila, model, rows, tmp_pat
         return complete(engine, conversations, sampling)
 
     monkeypatch.setattr(Engine, "complete", second_fails)
-    code, _, err = vila("run", model, "--batch", rows, "--batch-size", 2, "--out", target, *NEW)
+    code, _, err = vila("run", model, "--batch-file", rows, "--batch-size", 2, "--output", target, *NEW)
     assert code == 1
     assert f"{rows}, line 5 to 7: http://x/y.png: gone" in err
     assert target.read_text() == "older\n"
@@ -81,7 +81,7 @@ def test_out_stays_as_it_was_when_a_later_batch_fails(vila, model, rows, tmp_pat
 def test_shots_and_system_text_go_before_every_row(vila, model, tmp_path):
     path = tmp_path / "two.jsonl"
     path.write_text('{"prompt": "a?"}\n{"prompt": "bb?"}\n')
-    code, out, _ = vila("run", model, "--batch", path, "--shot", "text=no", "question=yes?", "--system", "s", *NEW)
+    code, out, _ = vila("run", model, "--batch-file", path, "--shot", "text=no", "question=yes?", "--system", "s", *NEW)
     assert code == 0
     shared = len("syes? no") + 1
     assert [json.loads(line)["prompt_tokens"] - shared for line in out.splitlines()] == [2, 3]
@@ -91,8 +91,8 @@ def test_truncation_is_counted_in_each_row(vila, model, tmp_path):
     path = tmp_path / "long.jsonl"
     said = [{"role": "user", "content": "q" * 510}, {"role": "assistant", "content": "1"}]
     path.write_text(json.dumps({"messages": [*said, {"role": "user", "content": "x"}]}) + '\n{"prompt": "y"}\n')
-    assert vila("run", model, "--batch", path, *NEW)[0] == 1
-    code, out, _ = vila("run", model, "--batch", path, "--truncate", *NEW)
+    assert vila("run", model, "--batch-file", path, *NEW)[0] == 1
+    code, out, _ = vila("run", model, "--batch-file", path, "--truncate", *NEW)
     assert code == 0
     assert [json.loads(line)["dropped_messages"] for line in out.splitlines()] == [2, 0]
 
@@ -138,7 +138,7 @@ def test_a_bad_row_is_named_before_any_weight_is_read(vila_error, model, picture
         raise AssertionError("weights were read")
 
     monkeypatch.setattr(run, "load_engine", read_weights)
-    error = vila_error("run", model, "--batch", path)
+    error = vila_error("run", model, "--batch-file", path)
     assert (error.file, error.record, error.field) == (str(path), "line 2", field)
 
 
@@ -147,7 +147,7 @@ def test_a_row_may_ask_about_an_image_without_a_word(vila, model, picture, tmp_p
     parts = [{"type": "image", "path": "p.png"}]
     rows = [{"prompt": "", "image": "p.png"}, {"messages": [{"role": "user", "content": parts}]}]
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    code, out, _ = vila("run", model, "--batch", path, *NEW)
+    code, out, _ = vila("run", model, "--batch-file", path, *NEW)
     assert code == 0
     assert [json.loads(line)["prompt_tokens"] for line in out.splitlines()] == [4, 4]
 
@@ -155,12 +155,12 @@ def test_a_row_may_ask_about_an_image_without_a_word(vila, model, picture, tmp_p
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (("--batch", "{tmp}/none.jsonl"), 1, "none.jsonl: no such file"),
-        (("--batch", "{tmp}/empty.jsonl"), 1, "empty.jsonl: holds no lines"),
-        (("--batch", "{tmp}/rows.jsonl", "--out", "{tmp}/rows.jsonl"), 2, "that is the file of --batch"),
-        (("--batch", "{tmp}/rows.jsonl", "--out", "{tmp}"), 2, "a directory; give the name of a file"),
-        (("--batch", "{tmp}/rows.jsonl", "-i", "p.png"), 2, "--image does not go with --batch"),
-        (("--batch", "{tmp}/rows.jsonl", "--shot", "text=a"), 1, "line 3: a row with 'messages' brings its own"),
+        (("--batch-file", "{tmp}/none.jsonl"), 1, "none.jsonl: no such file"),
+        (("--batch-file", "{tmp}/empty.jsonl"), 1, "empty.jsonl: holds no lines"),
+        (("--batch-file", "{tmp}/rows.jsonl", "--output", "{tmp}/rows.jsonl"), 2, "that is the file of --batch-file"),
+        (("--batch-file", "{tmp}/rows.jsonl", "--output", "{tmp}"), 2, "a directory; give the name of a file"),
+        (("--batch-file", "{tmp}/rows.jsonl", "-i", "p.png"), 2, "--image does not go with --batch-file"),
+        (("--batch-file", "{tmp}/rows.jsonl", "--shot", "text=a"), 1, "line 3: a row with 'messages' brings its own"),
     ],
 )
 def test_flags_that_do_not_fit_a_batch_are_refused(vila, model, rows, tmp_path, arguments, code, message):
@@ -177,7 +177,7 @@ def test_ctrl_c_says_that_nothing_was_written(vila, model, rows, tmp_path, monke
 
     monkeypatch.setattr(Engine, "complete", press)
     target = tmp_path / "out.jsonl"
-    code, _, err = vila("run", model, "--batch", rows, "--out", target, *NEW)
+    code, _, err = vila("run", model, "--batch-file", rows, "--output", target, *NEW)
     assert code == 130
     assert f"stopped; {target} was not written" in err
     assert not target.exists()

@@ -39,15 +39,15 @@ def no_weights(monkeypatch):
     ("flags", "error"),
     [
         (("--group-size", "48"), ConfigError),
-        (("--calib", "none.txt"), DataError),
-        (("--calib", "starter/9_none"), UnknownNameError),
-        (("--reuse", "none.pt"), LayoutError),
+        (("--calib-data", "none.txt"), DataError),
+        (("--calib-data", "starter/9_none"), UnknownNameError),
+        (("--load-awq", "none.pt"), LayoutError),
         (("--template", "vicunna"), UnknownNameError),
         (("--device", "cuda:9"), UnknownNameError),
     ],
 )
 def test_quantize(vila_error, loud_model, tmp_path, no_weights, flags, error):
-    command = ("quantize", loud_model, "--out", tmp_path / "out", *flags)
+    command = ("quantize", loud_model, "--output", tmp_path / "out", *flags)
     assert isinstance(vila_error(*command), error)
     assert not list(tmp_path.iterdir())
 
@@ -67,37 +67,37 @@ def test_convert_to_a_layout_that_cannot_hold_the_model(vila_error, loud_model, 
         (("--benchmarks", ","), ConfigError),
         (("--benchmarks", "pope", "--data", "none"), DataError),
         (("--benchmarks", "pope,mme", "--data", "none"), DataError),
-        (("--shots", "x"), ConfigError),
+        (("--num-fewshot", "x"), ConfigError),
         (("--protocol", "mine"), ConfigError),
         (("--template", "vicunna"), UnknownNameError),
         (("--device", "tpu"), ConfigError),
         (("--device", "nothing"), ConfigError),
         (("--device", "cuda:99"), ConfigError),
-        (("--head-bits", "7"), ConfigError),
+        (("--lm-head-bits", "7"), ConfigError),
         (("--judge", "none.jsonl"), DataError),
         (("--judge", "ftp://x"), ConfigError),
-        (("--api", "http://localhost:1"), ConfigError),
+        (("--base-url", "http://localhost:1"), ConfigError),
     ],
 )
 def test_eval(vila_error, loud_model, tmp_path, monkeypatch, no_weights, flags, error):
     monkeypatch.chdir(tmp_path)
-    assert isinstance(vila_error("eval", loud_model, "--out", tmp_path / "out", *flags), error)
+    assert isinstance(vila_error("eval", loud_model, "--output", tmp_path / "out", *flags), error)
     assert not list(tmp_path.iterdir())
 
 
 def test_eval_of_a_model_without_a_template(vila_error, data, tmp_path, no_weights):
     save_model(*loud(layers=1, template=""), tmp_path / "bare")
-    error = vila_error("eval", tmp_path / "bare", "--benchmarks", "pope", "--data", data, "--out", tmp_path / "out")
+    error = vila_error("eval", tmp_path / "bare", "--benchmarks", "pope", "--data", data, "--output", tmp_path / "out")
     assert isinstance(error, TemplateError)
 
 
 def test_eval_into_the_run_of_another_model(vila_error, loud_model, data, tmp_path, no_weights):
     out = tmp_path / "out"
     write_json(out / "pope" / "run.json", {"benchmark": "pope", "model": "other", "questions": 18, "template": ""})
-    error = vila_error("eval", loud_model, "--benchmarks", "pope", "--data", data, "--out", out)
+    error = vila_error("eval", loud_model, "--benchmarks", "pope", "--data", data, "--output", out)
     assert isinstance(error, DataError)
     write_json(out / "pope" / "run.json", ["not", "an", "object"])
-    error = vila_error("eval", loud_model, "--benchmarks", "pope", "--data", data, "--out", out)
+    error = vila_error("eval", loud_model, "--benchmarks", "pope", "--data", data, "--output", out)
     assert error.file == str(out / "pope" / "run.json")
 
 
@@ -107,14 +107,14 @@ def test_eval_goes_on_where_another_backend_may_have_stopped(loud_model, data, t
     facts = {"benchmark": "pope", "questions": 18, "template": "", "model": model}
     write_json(tmp_path / "out" / "pope" / "run.json", facts)
     with pytest.raises(AssertionError, match="weights were read"):
-        vila("eval", loud_model, "--benchmarks", "pope", "--data", data, "--out", tmp_path / "out")
+        vila("eval", loud_model, "--benchmarks", "pope", "--data", data, "--output", tmp_path / "out")
 
 
 def test_the_default_group_size_follows_the_model(vila, tmp_path):
     """Widths 64 and 192: 128 divides neither."""
     folder, out = tmp_path / "model", tmp_path / "out"
     save_model(*loud(layers=1, hidden_size=64, intermediate_size=192), folder)
-    code, _, err = vila("quantize", folder, "--out", out, "--method", "rtn")
+    code, _, err = vila("quantize", folder, "--output", out, "--method", "rtn")
     assert code == 0, err
     assert "group size: 64" in err
     assert json.loads((out / "quantization.json").read_text())["group_size"] == 64

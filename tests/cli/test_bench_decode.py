@@ -7,7 +7,7 @@ import pytest
 from vila.bench.model_shapes import SHAPES
 from vila.cli.bench import SHAPE_NAMES
 
-SHORT = ("--tokens", 4, "--runs", 1, "--check", 8)
+SHORT = ("--output-len", 4, "--num-iters", 1, "--check-tokens", 8)
 
 
 @pytest.fixture(autouse=True)
@@ -16,8 +16,8 @@ def no_bandwidth(monkeypatch):
 
 
 def test_a_shape_is_measured_under_every_load_and_written(vila, tmp_path):
-    loads = ("--context", 5, "--context", 9, "--batch", 1, "--batch", 2)
-    code, out, err = vila("bench", "decode", "--shape", "tiny", *loads, *SHORT, "--out", tmp_path / "d.json")
+    loads = ("--input-len", 5, "--input-len", 9, "--batch-size", 1, "--batch-size", 2)
+    code, out, err = vila("bench", "decode", "--shape", "tiny", *loads, *SHORT, "--output", tmp_path / "d.json")
     assert code == 0, err
     assert "backend: onnx on cpu" in err
     assert out.count("| tiny | int4 |") == 4
@@ -55,8 +55,8 @@ def test_the_names_of_the_help_are_those_of_the_shapes():
         (("m", "--precision", "int4"), "a checkpoint has its own"),
         (("--shape", "vila-3b"), "unknown shape 'vila-3b'; did you mean"),
         (("--shape", "VILA_7B"), "did you mean 'vila-7b'"),
-        (("--shape", "tiny", "--head-bits", "5"), "--head-bits 5"),
-        (("none", "--backend", "torch", "--head-bits", "8"), "--head-bits 8"),
+        (("--shape", "tiny", "--lm-head-bits", "5"), "--lm-head-bits 5"),
+        (("none", "--backend", "torch", "--lm-head-bits", "8"), "--lm-head-bits 8"),
         (("--shape", "tiny", "--group-size", "96"), "groups of 96 do not fill 128 and 256 inputs"),
     ],
 )

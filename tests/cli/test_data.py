@@ -72,7 +72,7 @@ def test_check_names_every_kind_of_fault_and_counts_past_what_it_shows(vila, tmp
     assert "answer is empty" in out
     assert "and 1 more faults" in out
     assert "1 ids occur more than once: 'fine'" in out
-    code, out, _ = vila("data", "check", tmp_path / "d.jsonl", "--json", "--sample", 6)
+    code, out, _ = vila("data", "check", tmp_path / "d.jsonl", "--json", "--num-samples", 6)
     facts = json.loads(out)["data_sets"][0]
     assert (code, facts["faults"], facts["duplicate_ids"], facts["histogram"]) == (1, 4, 1, {"256": 2})
     assert any("d.jsonl, record 5" in fault for fault in facts["first_faults"])
@@ -100,13 +100,13 @@ def test_check_of_a_recipe_counts_tokens_and_finds_what_rows_cannot_hold(vila, t
 def test_from_csv_names_file_and_line_and_writes_nothing(vila, tmp_path, picture):
     table, out = tmp_path / "t.csv", tmp_path / "t.jsonl"
     table.write_text("image,question,answer\np.png,why?,so\nq.png,why?,so\np.png,,so\n../p.png,a,\np.png,a,b,c\n")
-    code, _, err = vila("data", "from-csv", table, "--images", tmp_path, "--out", out)
+    code, _, err = vila("data", "from-csv", table, "--image-root", tmp_path, "--output", out)
     assert code == 1
     for part in ("line 3: image: ", "line 4: question: ", "line 5: answer: ", "line 6: more cells"):
         assert f"{table}, {part}" in err
     assert not out.exists()
     table.write_text("picture,text\na,b\n")
-    code, _, err = vila("data", "from-csv", table, "--images", tmp_path, "--out", out)
+    code, _, err = vila("data", "from-csv", table, "--image-root", tmp_path, "--output", out)
     assert code == 2
     assert "got 'picture, text'" in err
 
@@ -115,12 +115,12 @@ def test_from_csv_takes_captions_and_refuses_pictures_outside(vila, tmp_path, pi
     table, out, inside = tmp_path / "t.csv", tmp_path / "t.jsonl", tmp_path / "in"
     inside.mkdir()
     table.write_text("file,caption\np.png,a dot\n")
-    assert vila("data", "from-csv", table, "--images", tmp_path, "--out", out)[0] == 0
+    assert vila("data", "from-csv", table, "--image-root", tmp_path, "--output", out)[0] == 0
     user, answer = json.loads(out.read_text())["messages"]
     assert user["content"] == [{"type": "image", "path": "p.png"}]
     assert answer["content"] == "a dot"
     table.write_text("file,caption\n../p.png,a dot\n")
-    assert vila("data", "from-csv", table, "--images", inside, "--out", out)[0] == 1
+    assert vila("data", "from-csv", table, "--image-root", inside, "--output", out)[0] == 1
 
 
 def test_check_names_missing_pictures_once_and_faults_with_every_sample(vila, tmp_path, picture):
@@ -181,12 +181,12 @@ def test_options_reach_the_format_and_wrong_ones_are_named(vila, tmp_path):
     (tmp_path / "d.jsonl").write_text(json.dumps(document) + "\n")
     command = ("data", "index", tmp_path / "d.jsonl", "--format", "mmc4")
     assert ": 1 records" in vila(*command)[1]
-    assert ": 0 records" in vila(*command, "--option", "without_images=drop")[1]
-    code, _, err = vila(*command, "--option", "max_image=4")
+    assert ": 0 records" in vila(*command, "--format-option", "without_images=drop")[1]
+    code, _, err = vila(*command, "--format-option", "max_image=4")
     assert (code, "did you mean 'max_images'" in err) == (2, True)
-    code, _, err = vila(*command, "--option", "max_images")
+    code, _, err = vila(*command, "--format-option", "max_images")
     assert (code, "expected NAME=VALUE" in err) == (2, True)
-    code, _, err = vila("data", "check", "starter/1_align", "--option", "a=1")
+    code, _, err = vila("data", "check", "starter/1_align", "--format-option", "a=1")
     assert (code, "is a recipe" in err) == (2, True)
 
 
@@ -243,7 +243,9 @@ def test_what_from_csv_prints_runs_as_it_is_printed(vila, tmp_path, monkeypatch,
     table = pictures_in(tmp_path / "my data" / "pictures")
     (tmp_path / "runs" / "starter").mkdir(parents=True)
     (tmp_path / "runs" / "starter" / "model").symlink_to(model)
-    code, out, err = vila("data", "from-csv", table, "--images", "my data/pictures", "--out", "my data/mine.jsonl")
+    code, out, err = vila(
+        "data", "from-csv", table, "--image-root", "my data/pictures", "--output", "my data/mine.jsonl"
+    )
     assert code == 0, err
     check, _, answer = run_printed(vila, out)
     assert "mine: 4 samples, no faults, 4 distinct images" in check and "the tower sees" in check
@@ -254,7 +256,7 @@ def test_from_csv_links_images_that_are_not_below_its_output(vila, tmp_path):
     table = pictures_in(tmp_path / "photos" / "all")
     out = tmp_path / "elsewhere" / "mine.jsonl"
     for _ in range(2):
-        code, text, err = vila("data", "from-csv", table, "--images", tmp_path / "photos" / "all", "--out", out)
+        code, text, err = vila("data", "from-csv", table, "--image-root", tmp_path / "photos" / "all", "--output", out)
         assert code == 0, err
     linked = out.parent / "mine_images"
     assert str(linked) in text
@@ -266,7 +268,7 @@ def test_from_csv_links_images_that_are_not_below_its_output(vila, tmp_path):
 def test_without_the_starter_its_making_is_one_of_the_next_commands(vila, tmp_path, monkeypatch, picture):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "t.csv").write_text("file,caption\np.png,a dot\n")
-    _, out, _ = vila("data", "from-csv", "t.csv", "--images", ".", "--out", "t.jsonl")
+    _, out, _ = vila("data", "from-csv", "t.csv", "--image-root", ".", "--output", "t.jsonl")
     check, quickstart, train, ask = commands(textwrap.dedent(out.partition("next:\n")[2]))
     assert (check, quickstart) == (["data", "check", "t.jsonl"], ["quickstart"])
     assert train[0] == "train" and ask[-2:] == ["--prompt", ""]
@@ -298,9 +300,9 @@ def test_check_saves_images_as_the_tower_sees_them(vila, tmp_path, model):
     from vila.media.transform import square_bytes
 
     table = pictures_in(tmp_path / "in")
-    vila("data", "from-csv", table, "--images", tmp_path / "in", "--out", tmp_path / "mine.jsonl")
+    vila("data", "from-csv", table, "--image-root", tmp_path / "in", "--output", tmp_path / "mine.jsonl")
     views = tmp_path / "views"
-    code, out, err = vila("data", "check", tmp_path / "mine.jsonl", "--model", model, "--views", views)
+    code, out, err = vila("data", "check", tmp_path / "mine.jsonl", "--model", model, "--save-images", views)
     assert code == 0, err
     files = sorted(views.iterdir())
     assert len(files) == 4 and str(views) in out
@@ -309,7 +311,7 @@ def test_check_saves_images_as_the_tower_sees_them(vila, tmp_path, model):
     seen = {Image.open(file).tobytes() for file in files}
     made = [square_bytes(Image.open(tmp_path / "in" / f"{n} a.png"), spec) for n in range(4)]
     assert seen == {Image.fromarray(one.transpose(1, 2, 0)).tobytes() for one in made}
-    code, _, err = vila("data", "check", tmp_path / "mine.jsonl", "--views", views)
+    code, _, err = vila("data", "check", tmp_path / "mine.jsonl", "--save-images", views)
     assert (code, "--model" in err) == (2, True)
 
 

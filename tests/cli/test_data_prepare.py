@@ -21,7 +21,7 @@ from vila.prepare import coyo, flan, llava_align, m3it, mmc4, pkl, sharegpt4v
 from vila.prepare.download import ResizeRule
 from vila.prepare.shards import read_tar
 
-FETCH = ("--allow-private", "--host-delay-s", 0, "--attempts", 1)
+FETCH = ("--allow-private-urls", "--host-delay-s", 0, "--max-attempts", 1)
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +49,8 @@ def samples(folder):
 def test_mmc4_is_downloaded_shrunk_and_sharded_as_asked(prepare, server, tmp_path):
     pages = [document(server.home, "/good/1", "/missing"), document(server.home, "/large/2"), {"text_list": 1}]
     shard = write_shard(tmp_path / "a.jsonl", pages)
-    flags = ("--per-shard", 1, "--short-side", 100, "--quality", 50, "--delete-parts", *FETCH)
-    code, counts, out, err = prepare("mmc4", shard, "--out", tmp_path / "o", *flags)
+    flags = ("--samples-per-shard", 1, "--short-side", 100, "--quality", 50, "--delete-intermediate", *FETCH)
+    code, counts, out, err = prepare("mmc4", shard, "--output", tmp_path / "o", *flags)
     assert code == 0, err
     assert (counts["in"], counts["out"], counts["noted: http_404"]) == (3, 2, 1)
     assert counts["dropped: text_list is not a list of sentences"] == 1
@@ -58,15 +58,15 @@ def test_mmc4_is_downloaded_shrunk_and_sharded_as_asked(prepare, server, tmp_pat
     with Image.open(io.BytesIO(samples(tmp_path / "o")["a-000002"]["0.jpg"])) as shrunk:
         assert shrunk.size == (200, 100)
     assert not (tmp_path / "o" / "parts").exists()
-    code, counts, _, _ = prepare("mmc4", shard, "--out", tmp_path / "p", "--drop-incomplete", *FETCH)
+    code, counts, _, _ = prepare("mmc4", shard, "--output", tmp_path / "p", "--drop-incomplete", *FETCH)
     assert (code, counts["out"], counts["dropped: an image failed"]) == (0, 1, 1)
-    code, _, _, err = prepare("mmc4", shard, "--out", tmp_path / "p", "--short-side", 0, "--drop-incomplete", *FETCH)
+    code, _, _, err = prepare("mmc4", shard, "--output", tmp_path / "p", "--short-side", 0, "--drop-incomplete", *FETCH)
     assert (code, "short_side: 336 -> None" in err) == (2, True)
 
 
 def test_coyo_is_chosen_and_downloaded_by_two_workers(prepare, server, tmp_path):
     paths = [write_table(tmp_path / f"p{n}.parquet", server.home, [0.9, 0.8, 0.7, 0.1]) for n in range(2)]
-    flags = ("--out", tmp_path / "o", "--keep", 0.5, "--rows-per-list", 1, *FETCH)
+    flags = ("--output", tmp_path / "o", "--keep-fraction", 0.5, "--rows-per-list", 1, *FETCH)
     code, counts, out, err = prepare("coyo", *paths, "--shard", "0/2", *flags)
     assert (code, counts) == (0, {}), err
     assert "run the same command again when the others are" in out
@@ -78,37 +78,41 @@ def test_coyo_is_chosen_and_downloaded_by_two_workers(prepare, server, tmp_path)
     assert "rows of the tables" in out
     assert "dropped: outside the share" in out
     assert [members["txt"] for members in samples(tmp_path / "o").values()] == [b"caption 0", b"caption 1"] * 2
-    code, _, _, err = prepare("coyo", *paths, "--out", tmp_path / "o", "--keep", 0.1, *FETCH)
+    code, _, _, err = prepare("coyo", *paths, "--output", tmp_path / "o", "--keep-fraction", 0.1, *FETCH)
     assert (code, "share: 0.5 -> 0.1" in err) == (2, True)
-    code, _, _, err = prepare("coyo", *paths, "--out", tmp_path / "q", "--threshold", 1.5, *FETCH)
-    assert (code, "lower --threshold" in err) == (1, True)
+    code, _, _, err = prepare("coyo", *paths, "--output", tmp_path / "q", "--min-clip-score", 1.5, *FETCH)
+    assert (code, "lower --min-clip-score" in err) == (1, True)
 
 
 def test_m3it_takes_the_training_files_of_its_sets(prepare, tmp_path):
     write_lines(tmp_path / "gqa" / "train.jsonl", [row(), row(outputs="")])
     write_lines(tmp_path / "gqa" / "val.jsonl", [row()] * 3)
     write_lines(tmp_path / "clevr" / "train.jsonl", [row()])
-    code, _, _, err = prepare("m3it", tmp_path, "--out", tmp_path / "o")
+    code, _, _, err = prepare("m3it", tmp_path, "--output", tmp_path / "o")
     assert code == 2
     assert "12 of 14 sets are missing: image-paragraph-captioning, textcap, " in err
-    assert "--set" in err
-    code, counts, _, err = prepare("m3it", tmp_path, "--out", tmp_path / "o", "--set", "gqa", "--set", "clevr")
+    assert "--dataset" in err
+    code, counts, _, err = prepare(
+        "m3it", tmp_path, "--output", tmp_path / "o", "--dataset", "gqa", "--dataset", "clevr"
+    )
     assert code == 0, err
     assert counts == {"in": 3, "out": 2, "dropped: no answer": 1}
     assert sorted(samples(tmp_path / "o")) == ["clevr-0000-0000001", "gqa-0000-0000001"]
-    code, _, _, err = prepare("m3it", tmp_path, "--out", tmp_path / "p", "--set", "gpa")
+    code, _, _, err = prepare("m3it", tmp_path, "--output", tmp_path / "p", "--dataset", "gpa")
     assert (code, "did you mean 'gqa'" in err) == (2, True)
 
 
 def test_flan_rows_are_taken_and_a_bad_worker_is_named(prepare, tmp_path):
     paths = write_tables(tmp_path / "in", (5, 4))
-    code, counts, out, err = prepare("flan", *paths, "--out", tmp_path / "o", "--rows", 9, "--per-shard", 4)
+    code, counts, out, err = prepare(
+        "flan", *paths, "--output", tmp_path / "o", "--num-rows", 9, "--samples-per-shard", 4
+    )
     assert code == 0, err
     assert counts == {"in": 9, "out": 8, "dropped: no question or no answer": 1}
     assert "8 samples in 2 files" in out
     assert len((tmp_path / "o" / "flan-000000.jsonl").read_text().splitlines()) == 4
     assert f"left out: {tmp_path / 'o' / 'log' / 'failures.jsonl'}" in out
-    code, _, _, err = prepare("flan", *paths, "--out", tmp_path / "p", "--shard", "2/2")
+    code, _, _, err = prepare("flan", *paths, "--output", tmp_path / "p", "--shard", "2/2")
     assert (code, "--shard '2/2'" in err) == (2, True)
 
 
@@ -118,32 +122,32 @@ def test_llava_align_unpacks_and_keeps_whole_records(prepare, tmp_path):
         archive.writestr("a.jpg", jpeg(1))
         archive.writestr("b.jpg", jpeg(1)[:100])
     command = ("llava-align", tmp_path / "chat.json", "--images", tmp_path / "images.zip")
-    code, counts, _, err = prepare(*command, "--out", tmp_path / "o", "--decode")
+    code, counts, _, err = prepare(*command, "--output", tmp_path / "o", "--decode-images")
     assert code == 0, err
     reasons = {"dropped: an empty answer": 1, "dropped: an image is missing": 1, "dropped: not an image": 1}
     assert counts == {"in": 4, "out": 1, **reasons}
     assert (tmp_path / "o" / "images" / "a.jpg").is_file()
-    assert prepare(*command, "--out", tmp_path / "p")[1]["out"] == 2
+    assert prepare(*command, "--output", tmp_path / "p")[1]["out"] == 2
 
 
 def test_sharegpt4v_leaves_out_sam_unless_it_is_kept(prepare, tmp_path):
     (tmp_path / "s.json").write_text(json.dumps([record("1"), record("sa_2")]))
     (tmp_path / "1.jpg").write_bytes(jpeg(1))
-    code, counts, _, err = prepare("sharegpt4v", tmp_path / "s.json", "--out", tmp_path / "o")
+    code, counts, _, err = prepare("sharegpt4v", tmp_path / "s.json", "--output", tmp_path / "o")
     assert code == 0, err
     assert counts == {"in": 2, "out": 1, "dropped: an SA-1B picture": 1}
     assert len(json.loads((tmp_path / "o" / "s.json").read_text())) == 1
     kept = ("sharegpt4v", tmp_path / "s.json", "--keep-sam")
-    assert prepare(*kept, "--out", tmp_path / "p")[1] == {"in": 2, "out": 2}
-    checked = prepare(*kept, "--out", tmp_path / "q", "--images", tmp_path, "--decode")[1]
+    assert prepare(*kept, "--output", tmp_path / "p")[1] == {"in": 2, "out": 2}
+    checked = prepare(*kept, "--output", tmp_path / "q", "--image-root", tmp_path, "--decode-images")[1]
     assert checked == {"in": 2, "out": 1, "dropped: an image is missing": 1}
-    code, _, _, err = prepare(*kept, "--out", tmp_path / "r", "--decode")
-    assert (code, "--decode needs --images" in err) == (2, True)
+    code, _, _, err = prepare(*kept, "--output", tmp_path / "r", "--decode-images")
+    assert (code, "--decode-images needs --image-root" in err) == (2, True)
 
 
 def test_pickles_become_shards_of_their_kind(prepare, tmp_path):
     write_pickle(tmp_path / "in", "part", [{"text": "one", "image": jpeg(1)}, {"text": "two"}])
-    command = ("pkl", tmp_path / "in", "--out", tmp_path / "o", "--kind")
+    command = ("pkl", tmp_path / "in", "--output", tmp_path / "o", "--kind")
     code, counts, out, err = prepare(*command, "coyo")
     assert code == 0, err
     assert counts == {"in": 2, "out": 1, "dropped: no image": 1}
@@ -154,7 +158,7 @@ def test_pickles_become_shards_of_their_kind(prepare, tmp_path):
 
 def test_ctrl_c_says_that_it_goes_on_and_the_same_command_does(prepare, tmp_path, monkeypatch):
     paths = write_tables(tmp_path / "in", (3, 3, 3))
-    command = ("flan", *paths, "--rows", 5, "--out")
+    command = ("flan", *paths, "--num-rows", 5, "--output")
     real, parts = flan.write_part, []
 
     def press(out, unit, *rest):
@@ -176,7 +180,9 @@ def test_ctrl_c_says_that_it_goes_on_and_the_same_command_does(prepare, tmp_path
 
 
 def test_flags_of_fetching_are_the_rules_with_their_defaults():
-    assert {one.name: one.default for one in fields(FetchRules)} == {name: value for name, (value, _) in FLAGS.items()}
+    assert {one.name: one.default for one in fields(FetchRules)} == {
+        name: value for name, (_, value, _) in FLAGS.items()
+    }
 
 
 STEPS = {
@@ -188,7 +194,17 @@ STEPS = {
     "sharegpt4v": [sharegpt4v.prepare_sharegpt4v],
     "pkl": [pkl.convert_pickles],
 }
-OTHER_NAMES = {"share": "keep", "rows_per_unit": "rows_per_list"}
+FLAG_NAMES = {
+    "share": "keep_fraction",
+    "threshold": "min_clip_score",
+    "rows_per_unit": "rows_per_list",
+    "rows": "num_rows",
+    "per_shard": "samples_per_shard",
+    "keep_parts": "keep_intermediate",
+    "decode": "decode_images",
+    "images": "image_root",
+}
+"""Flags by the parameter of the function that they set, where the names differ."""
 
 
 @pytest.mark.parametrize("command", STEPS)
@@ -204,8 +220,8 @@ def test_every_option_of_a_step_is_a_flag_with_help_and_its_default(command):
             if option.default is inspect.Parameter.empty or name in ("events", "shard"):
                 continue
             if name == "rules":
-                assert FLAGS.keys() <= flags.keys()
+                assert {name for name, *_ in FLAGS.values()} <= flags.keys()
             elif name == "resize":
                 assert {one.name: flags[one.name].default for one in fields(ResizeRule)} == option.default.facts
             else:
-                assert flags[OTHER_NAMES.get(name, name)].default == option.default
+                assert flags[FLAG_NAMES.get(name, name)].default == option.default

@@ -14,7 +14,7 @@ printf "%s\\n" "$@"
 for name in gqa pope; do mkdir -p eval_output/mine/$name; touch eval_output/mine/$name/predictions.jsonl; done
 exit 1
 """
-ASKED = ["eval", "ckpt", "--benchmarks", "all", "--data", "playground/data/eval", "--out", "eval_output/mine"]
+ASKED = ["eval", "ckpt", "--benchmarks", "all", "--data", "playground/data/eval", "--output", "eval_output/mine"]
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def call(tmp_path):
         ([], []),
         ([""], []),
         (["llama_3"], ["--template", "llama_3"]),
-        (["--questions", "5"], ["--questions", "5"]),
+        (["--limit", "5"], ["--limit", "5"]),
         (["hermes-2", "--device", "cpu"], ["--template", "hermes-2", "--device", "cpu"]),
     ],
 )

@@ -1,4 +1,4 @@
-"""`vila eval --shots`: questions after worked examples, true ones and wrong ones, in one command and one report."""
+"""`vila eval --num-fewshot`: questions after worked examples, correct and wrong, in one command and one report."""
 
 import json
 
@@ -27,7 +27,7 @@ def easy(tmp_path):
 
 def test_numbers_of_examples_are_asked_in_turn_with_true_and_with_wrong_answers(vila, model, easy, tmp_path):
     out = tmp_path / "run"
-    code, text, _ = vila("eval", model, "--data", easy, "--shots", "0,1,2", "--out", out, "--json")
+    code, text, _ = vila("eval", model, "--data", easy, "--num-fewshot", "0,1,2", "--output", out, "--json")
     assert code == 0
     rows = {row["benchmark"]: row for row in map(json.loads, text.splitlines())}
     assert list(rows) == ["easy_vqa", *(f"easy_vqa_{k}shot{wrong}" for k in (1, 2) for wrong in ("", "_shuffled"))]
@@ -43,16 +43,16 @@ def test_numbers_of_examples_are_asked_in_turn_with_true_and_with_wrong_answers(
 @pytest.mark.parametrize(
     ("shots", "status", "message"),
     [
-        ("two", 2, "--shots 'two': expected numbers with commas between"),
-        ("0,,2", 2, "--shots '0,,2': expected numbers"),
-        ("-1", 2, "--shots '-1': expected numbers"),
+        ("two", 2, "--num-fewshot 'two': expected numbers with commas between"),
+        ("0,,2", 2, "--num-fewshot '0,,2': expected numbers"),
+        ("-1", 2, "--num-fewshot '-1': expected numbers"),
         ("3", 1, "the pool has only 2 pictures besides those of"),
     ],
 )
 def test_impossible_numbers_of_examples_are_refused_before_anything_is_asked(
     vila, model, easy, tmp_path, shots, status, message
 ):
-    code, _, error = vila("eval", model, "--data", easy, f"--shots={shots}", "--out", tmp_path / "run")
+    code, _, error = vila("eval", model, "--data", easy, f"--num-fewshot={shots}", "--output", tmp_path / "run")
     assert code == status
     assert message in error
     assert not list(tmp_path.glob("run/**/predictions.jsonl"))

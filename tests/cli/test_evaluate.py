@@ -36,7 +36,7 @@ def answers(path, texts):
 
 def test_a_model_is_asked_scored_and_reported(vila, model, easy, tmp_path):
     out = tmp_path / "run"
-    code, text, _ = vila("eval", model, "--data", easy, "--out", out, "--json")
+    code, text, _ = vila("eval", model, "--data", easy, "--output", out, "--json")
     assert code == 0
     row = json.loads(text)
     assert row["benchmark"] == "easy_vqa" and row["count"] == 4
@@ -119,14 +119,16 @@ def test_benchmarks_go_by_the_names_they_are_published_with_too():
 
 def test_nothing_to_submit_is_said(vila, model, easy, tmp_path):
     out = tmp_path / "run"
-    assert vila("submit", tmp_path)[2].endswith("no eval.json; give the directory that `vila eval --out` wrote")
-    vila("eval", model, "--data", easy, "--out", out)
-    code, _, error = vila("submit", out, "--out", tmp_path / "upload")
+    assert vila("submit", tmp_path)[2].endswith("no eval.json; give the directory that `vila eval --output` wrote")
+    vila("eval", model, "--data", easy, "--output", out)
+    code, _, error = vila("submit", out, "--output", tmp_path / "upload")
     assert code == 1 and "nothing to submit" in error
 
 
 def test_what_is_missing_is_said_and_the_rest_goes_on(vila, model, easy, tmp_path):
-    code, text, error = vila("eval", model, "--benchmarks", "pope,easy_vqa", "--data", easy, "--out", tmp_path / "run")
+    code, text, error = vila(
+        "eval", model, "--benchmarks", "pope,easy_vqa", "--data", easy, "--output", tmp_path / "run"
+    )
     assert code == 0
     assert "pope: left out:" in error
     assert "accuracy" in text

@@ -38,7 +38,7 @@ def told(vila, *arguments):
 )
 def test_parts_have_the_parameters_and_bytes_of_the_loaded_model(vila, tmp_path, name, layout, storage):
     written = FIXTURES[name](tmp_path)
-    base = ("--base", written.base) if written.base else ()
+    base = ("--model-base", written.base) if written.base else ()
     facts = told(vila, written.folder, *base)
     model, processor = load_model(written.folder, base=written.base)
     half = "float16" if name == "v1-float16" else "float32"

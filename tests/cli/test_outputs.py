@@ -8,29 +8,29 @@ from vila.core.errors import ConfigError
 
 # The inputs are absent, so that a command that looks at them first raises another error.
 DIRECTORIES = [
-    ("quantize", "no/model", "--out"),
+    ("quantize", "no/model", "--output"),
     ("convert", "no/model", "--layout", "native"),
-    ("export", "no/model", "--format", "safetensors", "--out"),
-    ("eval", "no/model", "--out"),
-    ("submit", "no/run", "--out"),
-    ("compare", "no/run", "no/other", "--out"),
-    ("quickstart", "--out"),
-    ("bench", "quality", "no/model", "--out"),
-    ("bench", "serve", "no/model", "--out"),
-    ("data", "prepare", "mmc4", "no.jsonl", "--out"),
-    ("data", "prepare", "coyo", "no.parquet", "--out"),
-    ("data", "prepare", "llava-align", "no.json", "--images", "no", "--out"),
-    ("data", "prepare", "sharegpt4v", "no.json", "--out"),
-    ("data", "prepare", "m3it", "no", "--out"),
-    ("data", "prepare", "flan", "no.parquet", "--out"),
-    ("data", "prepare", "pkl", "no", "--kind", "mmc4", "--out"),
+    ("export", "no/model", "--format", "safetensors", "--output"),
+    ("eval", "no/model", "--output"),
+    ("submit", "no/run", "--output"),
+    ("compare", "no/run", "no/other", "--output"),
+    ("quickstart", "--output"),
+    ("bench", "quality", "no/model", "--output"),
+    ("bench", "serve", "no/model", "--output"),
+    ("data", "prepare", "mmc4", "no.jsonl", "--output"),
+    ("data", "prepare", "coyo", "no.parquet", "--output"),
+    ("data", "prepare", "llava-align", "no.json", "--images", "no", "--output"),
+    ("data", "prepare", "sharegpt4v", "no.json", "--output"),
+    ("data", "prepare", "m3it", "no", "--output"),
+    ("data", "prepare", "flan", "no.parquet", "--output"),
+    ("data", "prepare", "pkl", "no", "--kind", "mmc4", "--output"),
 ]
 FILES = [
-    ("run", "no/model", "--batch", "no.jsonl", "--out"),
-    ("quantize", "no/model", "--out", "{tmp}/new", "--dump-awq"),
-    ("data", "from-csv", "no.csv", "--images", "no", "--out"),
+    ("run", "no/model", "--batch-file", "no.jsonl", "--output"),
+    ("quantize", "no/model", "--output", "{tmp}/new", "--dump-awq"),
+    ("data", "from-csv", "no.csv", "--image-root", "no", "--output"),
     ("data", "inspect", "no.jsonl", "--html"),
-    ("bench", "decode", "no/model", "--out"),
+    ("bench", "decode", "no/model", "--output"),
 ]
 
 
@@ -60,13 +60,13 @@ def test_a_directory_or_device_is_not_taken_for_a_file(vila_error, tmp_path, wor
 
 
 def test_every_option_that_names_an_output_is_in_the_lists():
-    """A command with --out or --html that is not tested above fails here."""
+    """A command with --output or --html that is not tested above fails here."""
     tested = {(*words[: 3 if words[:2] == ("data", "prepare") else 2],) for words in (*DIRECTORIES, *FILES)}
 
     def outputs(command, words):
         for name, below in getattr(command, "commands", {}).items():
             yield from outputs(below, (*words, name))
-        if any(option in ("--out", "--html", "--dump-awq") for param in command.params for option in param.opts):
+        if any(option in ("--output", "--html", "--dump-awq") for param in command.params for option in param.opts):
             yield words
 
     found = set(outputs(get_command(app), ()))

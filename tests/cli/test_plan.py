@@ -63,9 +63,18 @@ def test_unknown_data_are_named_and_can_be_described(vila):
     mixture = "data.mixture=[{format: messages, path: mine.jsonl}]"
     code, out, _ = vila("plan", "vila_7b/3_sft", mixture)
     assert code == 0
-    assert "nothing is known of mine.jsonl; give --samples, --text and --images" in out
+    assert "nothing is known of mine.jsonl; give --num-samples, --text-tokens and --images-per-sample" in out
     code, out, _ = vila(
-        "plan", "vila_7b/3_sft", mixture, "--samples", "1280", "--text", "100", "--images", "2", "--json"
+        "plan",
+        "vila_7b/3_sft",
+        mixture,
+        "--num-samples",
+        "1280",
+        "--text-tokens",
+        "100",
+        "--images-per-sample",
+        "2",
+        "--json",
     )
     assert code == 0
     duration = json.loads(out)["duration"]
@@ -77,7 +86,7 @@ def test_nothing_published_is_said_of_a_recipe_with_data_of_its_own(vila, tmp_pa
     own = tmp_path / "mine.jsonl"
     _, out, _ = vila("plan", "vila_7b/3_sft", f"data.mixture=[{{format: messages, path: {own}}}]")
     assert "published:" not in out
-    _, out, _ = vila("plan", "vila_7b/3_sft", "--samples", "1000")
+    _, out, _ = vila("plan", "vila_7b/3_sft", "--num-samples", "1000")
     assert "published:" not in out
 
 

@@ -17,7 +17,7 @@ from vila.model.loading import save_model
 TEXT = "\n\n".join(
     f"Paragraph {number} tells of {'rain and wind, ' * (number % 7 + 3)}and of nothing else." for number in range(40)
 )
-FLAGS = ("--group-size", "32", "--rows", "3")
+FLAGS = ("--group-size", "32", "--num-calib-sequences", "3")
 
 
 @pytest.fixture(scope="module")
@@ -38,13 +38,13 @@ def text(tmp_path):
 @pytest.mark.parametrize("method", ["rtn", "awq", "best"])
 def test_the_model_is_written_and_answers(vila, loud_model, text, picture, tmp_path, method):
     out = tmp_path / "out"
-    code, shown, err = vila("quantize", loud_model, "--out", out, "--calib", text, "--method", method, *FLAGS)
+    code, shown, err = vila("quantize", loud_model, "--output", out, "--calib-data", text, "--method", method, *FLAGS)
     assert code == 0, err
     assert detect_layout(out).name == "awq-hf"
     assert "21 Linears of 3 blocks in INT4, groups of 32" in shown
     assert "peak memory of this run" in shown
     assert ("sha256" in shown) == (method != "rtn")
-    assert ("--calib is not read, since --method rtn needs no calibration" in err) == (method == "rtn")
+    assert ("--calib-data is not read, since --method rtn needs no calibration" in err) == (method == "rtn")
     assert (out / "search.safetensors").is_file() == (method != "rtn")
     assert "vila run ." in (out / "README.md").read_text()
     assert {path.name for path in tmp_path.iterdir()} == {"out", "text.txt", "p.png"}
@@ -54,9 +54,9 @@ def test_the_model_is_written_and_answers(vila, loud_model, text, picture, tmp_p
 
 def test_the_packaged_text_is_the_default_and_a_search_is_used_again(vila, loud_model, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
-    assert vila("quantize", loud_model, "--out", first, *FLAGS)[0] == 0
+    assert vila("quantize", loud_model, "--output", first, *FLAGS)[0] == 0
     assert json.loads((first / "quantization.json").read_text())["calibration"]["name"] == "packaged"
-    code, _, err = vila("quantize", loud_model, "--out", second, *FLAGS, "--reuse", first / "search.safetensors")
+    code, _, err = vila("quantize", loud_model, "--output", second, *FLAGS, "--load-awq", first / "search.safetensors")
     assert code == 0, err
     assert "calibration:" not in err
     assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
@@ -64,20 +64,22 @@ def test_the_packaged_text_is_the_default_and_a_search_is_used_again(vila, loud_
 
 def test_the_search_is_dumped_as_the_original_does_and_used_again(vila, loud_model, text, tmp_path):
     out, cache = tmp_path / "out", tmp_path / "awq_cache" / "loud-w4-g32.pt"
-    flags = (*FLAGS, "--calib", text)
-    assert vila("quantize", loud_model, "--out", out, *flags, "--dump-awq", cache)[0] == 0
+    flags = (*FLAGS, "--calib-data", text)
+    assert vila("quantize", loud_model, "--output", out, *flags, "--dump-awq", cache)[0] == 0
     assert [len(entry) for entry in torch.load(cache, weights_only=True)["scale"]] == [3] * 9
-    assert vila("quantize", loud_model, "--out", tmp_path / "again", *flags, "--reuse", cache)[0] == 0
-    code, _, err = vila("export", loud_model, "--format", "gguf-text", "--out", tmp_path / "gguf", "--search", cache)
+    assert vila("quantize", loud_model, "--output", tmp_path / "again", *flags, "--load-awq", cache)[0] == 0
+    code, _, err = vila(
+        "export", loud_model, "--format", "gguf-text", "--output", tmp_path / "gguf", "--load-awq", cache
+    )
     assert code == 0, err
     refused = [
         ((cache, "--method", "rtn"), "method rtn makes no search"),
         ((tmp_path / "x.safetensors",), "end in .pt"),
         ((cache,), "exists already"),
-        ((tmp_path / "other" / "x.pt",), "lies in --out"),
+        ((tmp_path / "other" / "x.pt",), "lies in --output"),
     ]
     for given, message in refused:
-        code, _, err = vila("quantize", loud_model, "--out", tmp_path / "other", *flags, "--dump-awq", *given)
+        code, _, err = vila("quantize", loud_model, "--output", tmp_path / "other", *flags, "--dump-awq", *given)
         assert code == 2
         assert message in err
     assert not (tmp_path / "other").exists()
@@ -93,8 +95,8 @@ def test_a_recipe_calibrates_with_pictures(vila, loud_model, text, picture, tmp_
     recipe = tmp_path / "mine.yaml"
     entry = f"{{format: llava_json, path: {tmp_path / 'data.json'}, image_root: {tmp_path}}}"
     recipe.write_text(f"extends: starter/3_sft\ndata:\n  mixture:\n    - {entry}\n")
-    flags = ("--calib", text, "--calib", recipe, "--samples", 3, "--image-weight", 2)
-    code, _, err = vila("quantize", loud_model, "--out", tmp_path / "out", *FLAGS, *flags)
+    flags = ("--calib-data", text, "--calib-data", recipe, "--num-calib-samples", 3, "--image-token-weight", 2)
+    code, _, err = vila("quantize", loud_model, "--output", tmp_path / "out", *FLAGS, *flags)
     assert code == 0, err
     summary = json.loads((tmp_path / "out" / "quantization.json").read_text())
     assert summary["calibration"]["name"] == "text.txt+mine.yaml"
@@ -115,33 +117,33 @@ def bad_files(folder):
 @pytest.mark.parametrize(
     ("flags", "code", "message"),
     [
-        (("--calib", "{tmp}/empty.txt"), 1, "empty.txt: holds no text to calibrate with"),
-        (("--calib", "{tmp}/short.txt"), 1, "give 10 tokens, and a row takes 512"),
-        (("--calib", "{tmp}/latin.txt"), 1, "latin.txt: not UTF-8 text (byte 3)"),
-        (("--calib", "{tmp}/ids.jsonl"), 1, "ids.jsonl, line 1: ids: got 99999"),
-        (("--calib", "{tmp}/none.txt"), 1, "none.txt: no such file"),
-        (("--calib", "starter/9_none"), 2, "unknown recipe 'starter/9_none'"),
-        (("--reuse", "{tmp}/other.pt"), 1, "other.pt: "),
-        (("--reuse", "{tmp}/code.pt"), 1, "code.pt: not unpickled"),
-        (("--reuse", "{tmp}/none.pt"), 1, "none.pt: no such file"),
+        (("--calib-data", "{tmp}/empty.txt"), 1, "empty.txt: holds no text to calibrate with"),
+        (("--calib-data", "{tmp}/short.txt"), 1, "give 10 tokens, and a row takes 512"),
+        (("--calib-data", "{tmp}/latin.txt"), 1, "latin.txt: not UTF-8 text (byte 3)"),
+        (("--calib-data", "{tmp}/ids.jsonl"), 1, "ids.jsonl, line 1: ids: got 99999"),
+        (("--calib-data", "{tmp}/none.txt"), 1, "none.txt: no such file"),
+        (("--calib-data", "starter/9_none"), 2, "unknown recipe 'starter/9_none'"),
+        (("--load-awq", "{tmp}/other.pt"), 1, "other.pt: "),
+        (("--load-awq", "{tmp}/code.pt"), 1, "code.pt: not unpickled"),
+        (("--load-awq", "{tmp}/none.pt"), 1, "none.pt: no such file"),
         (("--group-size", "128"), 2, "group size 128 does not divide 32 inputs"),
         (("--method", "gptq"), 2, "unknown method 'gptq'"),
-        (("--image-weight", "0"), 2, "image_weight 0.0 must be above 0"),
-        (("--image-weight", "nan"), 2, "image_weight nan must be above 0"),
+        (("--image-token-weight", "0"), 2, "image_weight 0.0 must be above 0"),
+        (("--image-token-weight", "nan"), 2, "image_weight nan must be above 0"),
         (("--method", "rtn", "--scaling", "duo"), 2, "--scaling say how to search, and --method rtn does not search"),
         (
-            ("--reuse", "{tmp}/none.pt", "--clipping", "all"),
+            ("--load-awq", "{tmp}/none.pt", "--clipping", "all"),
             2,
-            "--clipping say how to search, and --reuse",
+            "--clipping say how to search, and --load-awq",
         ),
-        (("--overwrite", "--out", "{model}"), 2, "holds the model that is converted"),
+        (("--overwrite", "--output", "{model}"), 2, "holds the model that is converted"),
     ],
 )
 def test_bad_input_is_named_and_leaves_nothing(vila, loud_model, tmp_path, flags, code, message):
     bad_files(tmp_path)
     before = sorted(tmp_path.iterdir())
     filled = [flag.format(tmp=tmp_path, model=loud_model) for flag in flags]
-    where = () if "--out" in flags else ("--out", tmp_path / "out")
+    where = () if "--output" in flags else ("--output", tmp_path / "out")
     group = () if "--group-size" in flags else ("--group-size", "32")
     ended, out, err = vila("quantize", loud_model, *where, *group, *filled)
     assert message in err
@@ -152,12 +154,12 @@ def test_bad_input_is_named_and_leaves_nothing(vila, loud_model, tmp_path, flags
 
 def test_what_is_in_the_way_stays_and_a_quantized_model_is_no_source(vila, loud_model, tmp_path):
     out = tmp_path / "out"
-    assert vila("quantize", loud_model, "--out", out, "--method", "rtn", *FLAGS)[0] == 0
-    code, _, err = vila("quantize", loud_model, "--out", out, "--method", "rtn", *FLAGS)
+    assert vila("quantize", loud_model, "--output", out, "--method", "rtn", *FLAGS)[0] == 0
+    code, _, err = vila("quantize", loud_model, "--output", out, "--method", "rtn", *FLAGS)
     assert code == 2
     assert "exists already" in err
-    assert vila("quantize", loud_model, "--out", out, "--method", "rtn", *FLAGS, "--overwrite")[0] == 0
-    code, _, err = vila("quantize", out, "--out", tmp_path / "again", "--method", "rtn", *FLAGS)
+    assert vila("quantize", loud_model, "--output", out, "--method", "rtn", *FLAGS, "--overwrite")[0] == 0
+    code, _, err = vila("quantize", out, "--output", tmp_path / "again", "--method", "rtn", *FLAGS)
     assert code == 1
     assert "quantized already" in err
 
@@ -191,7 +193,7 @@ for number, point in enumerate(points):
     if not child:
         arm(point)
         try:
-            main([*words, "--out", f"out{number}"])
+            main([*words, "--output", f"out{number}"])
         finally:
             os._exit(0)
     print(os.waitpid(child, 0)[1])
@@ -201,23 +203,23 @@ for number, point in enumerate(points):
 def killed_and_resumed(vila, loud_model, text, folder, monkeypatch, points):
     """The same command until a SIGKILL at each point, and once more; how many were killed."""
     monkeypatch.chdir(folder)
-    words = ["quantize", str(loud_model), "--calib", str(text), "--method", "best", *FLAGS]
+    words = ["quantize", str(loud_model), "--calib-data", str(text), "--method", "best", *FLAGS]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
         [sys.executable, "-c", CODE, json.dumps([words, points])], env=env, check=True, capture_output=True, text=True
     )
     statuses = [int(line) for line in done.stdout.splitlines() if line.isdigit()]
-    assert vila(*words, "--out", "whole")[0] == 0
+    assert vila(*words, "--output", "whole")[0] == 0
     whole = {path.name: path.read_bytes() for path in (folder / "whole").iterdir()}
     resumed = 0
     for number, status in enumerate(statuses):
         out = folder / f"out{number}"
         if status == 9 and not out.exists():
             resumed += 1
-            assert vila(*words, "--out", out)[0] == 0
+            assert vila(*words, "--output", out)[0] == 0
         elif status == 9:
             # A kill between publication and cleanup leaves hidden directories, which the next run removes.
-            assert vila(*words, "--out", out, "--overwrite")[0] == 0
+            assert vila(*words, "--output", out, "--overwrite")[0] == 0
         assert {path.name: path.read_bytes() for path in out.iterdir()} == whole
     assert not list(folder.glob(".*"))
     return resumed

@@ -12,13 +12,17 @@ from vila.core.errors import ConfigError
     [
         (("{tmp}/none",), 2, "no such directory"),
         (("none",), 2, "no such directory"),
-        (("{model}", "--name", "a", "--name", "b"), 2, "2 --name for 1 models"),
+        (("{model}", "--served-model-name", "a", "--served-model-name", "b"), 2, "2 --served-model-name for 1 models"),
         (("{model}", "{model}"), 2, "two models are called"),
-        (("{model}", "--tls-cert", "a.pem"), 2, "go together"),
-        (("{model}", "--tls-cert", "{tmp}/a.pem", "--tls-key", "{tmp}/a.pem"), 2, "cannot be used as certificate"),
+        (("{model}", "--ssl-certfile", "a.pem"), 2, "go together"),
+        (
+            ("{model}", "--ssl-certfile", "{tmp}/a.pem", "--ssl-keyfile", "{tmp}/a.pem"),
+            2,
+            "cannot be used as certificate",
+        ),
         (("{model}", "--host", "256.0.0.1"), 2, "cannot be opened"),
         (("{model}", "--port", "70000"), 2, "--port"),
-        (("{model}", "--slots", "0"), 2, "slots"),
+        (("{model}", "--max-num-seqs", "0"), 2, "--max-num-seqs"),
         (("{tmp}", "--port", "0"), 1, "{tmp}"),
     ],
 )

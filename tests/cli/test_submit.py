@@ -16,7 +16,7 @@ def run(tmp_path):
 
 
 def test_what_was_not_run_is_said_and_the_rest_is_written(vila, run, tmp_path):
-    code, text, _ = vila("submit", run, "--out", tmp_path / "up")
+    code, text, _ = vila("submit", run, "--output", tmp_path / "up")
     assert code == 0
     assert {path.parent.name for path in (tmp_path / "up").glob("*/mine-*")} == {"vqav2", "mmbench"}
     for reason in ("vizwiz: not run (vizwiz: llava_test.jsonl is missing)", "mmbench_cn: not run", "seed: not run"):
@@ -26,7 +26,7 @@ def test_what_was_not_run_is_said_and_the_rest_is_written(vila, run, tmp_path):
 def test_a_run_that_was_cut_short_is_told_from_one_that_never_began(vila, run, tmp_path):
     (run / "vqav2" / "predictions.jsonl").rename(run / "vqav2" / "part-0.jsonl")
     (run / "mmbench" / "predictions.jsonl").unlink()
-    code, text, error = vila("submit", run, "--out", tmp_path / "up")
+    code, text, error = vila("submit", run, "--output", tmp_path / "up")
     assert (code, "nothing to submit" in error) == (1, True)
     assert "vqav2: not finished; the same `vila eval` goes on where it was" in text
     assert "mmbench: not run; no " in text
@@ -36,7 +36,7 @@ def test_lines_that_cannot_be_read_are_told_or_refused_as_by_the_originals_conve
     for name in ("vqav2", "mmbench"):
         path = run / name / "predictions.jsonl"
         path.write_text(path.read_text() + '{"id": "x", "error": "MediaError: no picture"}\n{"question_id": 1, "te')
-    code, text, _ = vila("submit", run, "--out", tmp_path / "up")
+    code, text, _ = vila("submit", run, "--output", tmp_path / "up")
     assert code == 0
     assert "1 lines could not be read and are left out, as upstream does: " in text
     assert "1 questions could not be asked: x" in text
@@ -54,7 +54,7 @@ def test_notes_on_a_run_that_cannot_be_read_are_named(vila, tmp_path, content):
 
 def test_without_openpyxl_the_spreadsheet_is_left_out_and_the_rest_is_written(vila, run, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "openpyxl", None)
-    code, text, _ = vila("submit", run, "--out", tmp_path / "up")
+    code, text, _ = vila("submit", run, "--output", tmp_path / "up")
     assert code == 0
     assert {path.parent.name for path in (tmp_path / "up").glob("*/mine-*")} == {"vqav2"}
     (line,) = [line for line in text.splitlines() if line.startswith("left out: mmbench:")]

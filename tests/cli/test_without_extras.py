@@ -21,7 +21,7 @@ from vila.core.optional import MissingExtraError
 TEXT = "\n\n".join(f"Paragraph {number} tells of {'rain and wind, ' * (number % 7 + 3)}." for number in range(40))
 RUNS, REFUSES = "runs", "refuses its input"
 DATA = ("{tmp}/data.jsonl", "--format", "messages", "--image-root", "{tmp}", "--model", "{model}")
-SHORT = ("--tokens", "2", "--runs", "1", "--check", "0")
+SHORT = ("--output-len", "2", "--num-iters", "1", "--check-tokens", "0")
 
 # Arguments of every command, and what becomes of it: it runs, an extra is named, or input that is not there is refused.
 COMMANDS = {
@@ -38,32 +38,45 @@ COMMANDS = {
     ],
     "plan": [(("vila_7b/3_sft", "--gpus", "8xA100-80G"), RUNS)],
     "eval": [
-        (("{model}", "--data", "{tmp}/eval", "--benchmarks", "mme", "--questions", "2", "--out", "{tmp}/e"), RUNS),
+        (("{model}", "--data", "{tmp}/eval", "--benchmarks", "mme", "--limit", "2", "--output", "{tmp}/e"), RUNS),
         (("{model}", "--data", "{tmp}/eval", "--benchmarks", "mme", "--backend", "onnx"), "onnx"),
     ],
     "score": [(("mme", "--data", "{tmp}/eval", "--predictions", "{tmp}/none.jsonl"), REFUSES)],
-    "submit": [(("{tmp}/mine", "--out", "{tmp}/up"), RUNS)],
+    "submit": [(("{tmp}/mine", "--output", "{tmp}/up"), RUNS)],
     "compare": [(("{tmp}/a", "{tmp}/b"), RUNS)],
     "info": [(("{model}",), RUNS)],
     "convert": [(("{model}", "{tmp}/native", "--layout", "native"), RUNS)],
     "quantize": [
-        (("{loud}", "--out", "{tmp}/q", "--calib", "{tmp}/text.txt", "--group-size", "32", "--rows", "1"), RUNS)
+        (
+            (
+                "{loud}",
+                "--output",
+                "{tmp}/q",
+                "--calib-data",
+                "{tmp}/text.txt",
+                "--group-size",
+                "32",
+                "--num-calib-sequences",
+                "1",
+            ),
+            RUNS,
+        )
     ],
     "export": [
-        (("{clip}", "--format", "safetensors", "--out", "{tmp}/s"), RUNS),
+        (("{clip}", "--format", "safetensors", "--output", "{tmp}/s"), RUNS),
         (("--list",), RUNS),
     ],
     "serve": [(("{model}",), "serve")],
-    "demo": [(("{model}",), "demo"), (("--api", "http://127.0.0.1:9"), "demo")],
+    "demo": [(("{model}",), "demo"), (("--base-url", "http://127.0.0.1:9"), "demo")],
     "doctor": [((), RUNS)],
     "quickstart": [(("--minutes", "0"), REFUSES)],
     "bench decode": [
         (("--shape", "tiny", "--precision", "bfloat16", "--backend", "torch", *SHORT), RUNS),
         (("--shape", "tiny", "--backend", "onnx", *SHORT), "onnx"),
     ],
-    "bench quality": [(("{tmp}/none", "--out", "{tmp}/quality"), REFUSES)],
+    "bench quality": [(("{tmp}/none", "--output", "{tmp}/quality"), REFUSES)],
     "bench serve": [(("http://127.0.0.1:9",), "serve"), (("{model}",), "serve")],
-    "data from-csv": [(("{tmp}/table.csv", "--images", "{tmp}", "--out", "{tmp}/table.jsonl"), RUNS)],
+    "data from-csv": [(("{tmp}/table.csv", "--image-root", "{tmp}", "--output", "{tmp}/table.jsonl"), RUNS)],
     "data check": [(DATA, RUNS)],
     "data inspect": [
         (
@@ -74,7 +87,7 @@ COMMANDS = {
     "data stats": [(DATA, RUNS)],
     "data index": [(("{tmp}/data.jsonl",), RUNS)],
     **{
-        f"data prepare {name}": [(("{tmp}/none", "--out", "{tmp}/prepared", *more), REFUSES)]
+        f"data prepare {name}": [(("{tmp}/none", "--output", "{tmp}/prepared", *more), REFUSES)]
         for name, more in {
             "mmc4": (),
             "coyo": (),
@@ -82,7 +95,7 @@ COMMANDS = {
             "m3it": (),
             "pkl": ("--kind", "mmc4"),
             "llava-align": ("--images", "{tmp}"),
-            "sharegpt4v": ("--images", "{tmp}"),
+            "sharegpt4v": ("--image-root", "{tmp}"),
         }.items()
     },
 }

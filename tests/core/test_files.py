@@ -185,8 +185,8 @@ def test_a_directory_that_can_be_written_is_not_made_by_the_check(tmp_path, name
 def test_a_directory_below_a_file_cannot_be_written(tmp_path, name):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError) as caught:
-        check_writable(tmp_path / name, field="--out")
-    assert (caught.value.field, caught.value.value) == ("--out", str(tmp_path / name))
+        check_writable(tmp_path / name, field="--output")
+    assert (caught.value.field, caught.value.value) == ("--output", str(tmp_path / name))
 
 
 def test_a_full_or_read_only_file_system_cannot_be_written(tmp_path, monkeypatch):
@@ -214,8 +214,8 @@ def test_a_file_that_cannot_be_written_is_named_with_its_option(tmp_path, name):
     (tmp_path / "folder").mkdir()
     before = names(tmp_path)
     with pytest.raises(ConfigError) as caught:
-        check_writable(tmp_path / name, field="--out", is_file=True)
-    assert (caught.value.field, caught.value.value) == ("--out", str(tmp_path / name))
+        check_writable(tmp_path / name, field="--output", is_file=True)
+    assert (caught.value.field, caught.value.value) == ("--output", str(tmp_path / name))
     assert names(tmp_path) == before
 
 

@@ -47,7 +47,7 @@ def evaluate(model: Path, data: Path, out: Path, death: Death | None = None, nam
         BENCHMARKS[name].max_new_tokens = 6  # type: ignore[attr-defined]
     if death and int(os.environ.get("RANK", "0")) == death.rank:
         _arm(death)
-    words = ["eval", model, "--benchmarks", names, "--data", data, "--out", out, "--dtype", "float32", "--json"]
+    words = ["eval", model, "--benchmarks", names, "--data", data, "--output", out, "--dtype", "float32", "--json"]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as complaints:
         try:
             main([str(word) for word in words])

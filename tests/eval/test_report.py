@@ -305,7 +305,7 @@ def test_a_run_that_was_cut_off_is_reported_as_far_as_it_came(tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda run: (run / "eval.json").unlink(), "no eval.json; give the directory that `vila eval --out` wrote"),
+        (lambda run: (run / "eval.json").unlink(), "no eval.json; give the directory that `vila eval --output` wrote"),
         (lambda run: write_json(run / "eval.json", {"benchmarks": ["a"]}), r"expected folders by benchmark .*\['a'\]"),
         (lambda run: (run / "easy_vqa/marks.jsonl").write_text('{"id": "q1", "val'), "marks.jsonl, line 1: not JSON"),
         (lambda run: (run / "easy_vqa/marks.jsonl").write_text('{"id": "q1"}\n'), "marks.jsonl line 1: not a mark"),

@@ -179,7 +179,7 @@ def test_variants_by_number_with_true_and_with_wrong_answers(folder):
     ]
     assert shot_variants(benchmark, "pope", folder, [0]) == [benchmark]
     with pytest.raises(
-        DataError, match=r"pope: has no pool of examples .those that have one: easy_vqa.; take --shots 0"
+        DataError, match=r"pope: has no pool of examples .those that have one: easy_vqa.; take --num-fewshot 0"
     ):
         shot_variants(benchmark, "pope", folder, [0, 2])
 

@@ -38,7 +38,7 @@ def test_tensorrt_llm_takes_symmetric_codes_over(tmp_path):
     values = write_int4(tmp_path, symmetric=True, **WIDE)
     source = open_source(tmp_path / "m")
     write_export(source, "tensorrt-llm", tmp_path / "out")
-    write_export(source, "tensorrt-llm-legacy", tmp_path / "ranks", ExportOptions(ranks=2))
+    write_export(source, "tensorrt-llm-legacy", tmp_path / "ranks", ExportOptions(tp_size=2))
     for found in (read_hub_folder(tmp_path / "out" / "llm"), read_ranks(tmp_path / "ranks")):
         assert all((found[name] == value.numpy()).all() for name, value in values.items())
 

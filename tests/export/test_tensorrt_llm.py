@@ -84,7 +84,7 @@ def test_the_three_folders_in_16_bits_are_read_back_by_our_own_layout(tmp_path):
 def test_joined_ranks_are_our_rounding_bit_by_bit(tmp_path, precision, ranks, tied):
     model, _ = write_model(tmp_path / "m", tie_word_embeddings=tied, **WIDE)
     search = write_search(tmp_path, model, 64, symmetric=True)
-    options = ExportOptions(precision, ranks=ranks)
+    options = ExportOptions(precision, tp_size=ranks)
     write_export(open_source(tmp_path / "m", search=search), "tensorrt-llm-legacy", tmp_path / "out", options)
     apply_search(model, random_search(model, 64))
     check(read_ranks(tmp_path / "out"), expected(model, 64 if precision == "int4" else None))
@@ -93,7 +93,7 @@ def test_joined_ranks_are_our_rounding_bit_by_bit(tmp_path, precision, ranks, ti
 def test_a_rank_holds_its_own_heads_and_its_share_of_the_padded_vocabulary(tmp_path):
     model, _ = write_model(tmp_path / "m", vocab_size=261, **WIDE)
     write_export(
-        open_source(tmp_path / "m"), "tensorrt-llm-legacy", tmp_path / "out", ExportOptions("float16", ranks=2)
+        open_source(tmp_path / "m"), "tensorrt-llm-legacy", tmp_path / "out", ExportOptions("float16", tp_size=2)
     )
     second = read_file(tmp_path / "out" / "rank1.safetensors")
     attention = model.language_model.model.layers[0].self_attn
@@ -107,7 +107,7 @@ def test_a_rank_holds_its_own_heads_and_its_share_of_the_padded_vocabulary(tmp_p
 
 def test_the_engine_commands_hold_the_tokens_of_a_picture_and_the_ranks(tmp_path):
     write_model(tmp_path / "m", **WIDE)
-    options = ExportOptions("float16", ranks=2)
+    options = ExportOptions("float16", tp_size=2)
     write_export(open_source(tmp_path / "m"), "tensorrt-llm-legacy", tmp_path / "vila-out", options)
     text = (tmp_path / "vila-out" / "README.md").read_text()
     for piece in (
@@ -126,11 +126,11 @@ def test_the_engine_commands_hold_the_tokens_of_a_picture_and_the_ranks(tmp_path
         ("tensorrt-llm", ExportOptions(group_size=32), {}, "groups of 32 are not among 64, 128; --group-size 64 would"),
         (
             "tensorrt-llm-legacy",
-            ExportOptions("float16", ranks=3),
+            ExportOptions("float16", tp_size=3),
             WIDE,
-            "3 ranks do not divide .*--ranks 1 or 2 would",
+            "3 ranks do not divide .*--tp-size 1 or 2 would",
         ),
-        ("tensorrt-llm-legacy", ExportOptions(group_size=128, ranks=2), WIDE, "2 ranks .*--ranks 1 would"),
+        ("tensorrt-llm-legacy", ExportOptions(group_size=128, tp_size=2), WIDE, "2 ranks .*--tp-size 1 would"),
         ("tensorrt-llm", ExportOptions("16-bit", group_size=64), {}, "--group-size is for --precision int4"),
         ("tensorrt-llm-legacy", ExportOptions("float16", group_size=64), {}, "--group-size is for --precision int4"),
         ("tensorrt-llm-legacy", ExportOptions(group_size=64), {}, "--precision float16 has no such rule"),

@@ -100,8 +100,8 @@ def test_unknown_names_are_answered_with_known_ones(model, tmp_path):
         write_export(source, "compressed", tmp_path / "out")
     with pytest.raises(UnknownNameError, match="unknown precision of compressed-tensors 'int8'"):
         write_export(source, "compressed-tensors", tmp_path / "out", ExportOptions("int8"))
-    with pytest.raises(LayoutError, match="--ranks means nothing here; it is for tensorrt-llm-legacy"):
-        write_export(source, "safetensors", tmp_path / "out", ExportOptions(ranks=2))
+    with pytest.raises(LayoutError, match="--tp-size means nothing here; it is for tensorrt-llm-legacy"):
+        write_export(source, "safetensors", tmp_path / "out", ExportOptions(tp_size=2))
     assert not list(tmp_path.iterdir())
 
 
@@ -109,7 +109,7 @@ def test_all_reasons_come_at_once_with_what_would_work(tmp_path):
     write_model(tmp_path / "m", tower="siglip", hidden_size=80)
     source = open_source(tmp_path / "m")
     with pytest.raises(LayoutError) as refused:
-        write_export(source, "compressed-tensors", tmp_path / "out", ExportOptions(ranks=2))
+        write_export(source, "compressed-tensors", tmp_path / "out", ExportOptions(tp_size=2))
     text = str(refused.value)
     assert "for 3 reasons" in text
     assert "groups of 128 do not divide 80 inputs; no group size of this format does" in text
@@ -144,7 +144,7 @@ def vila(capsys):
 
 def test_a_command_that_is_terminated_leaves_nothing(vila, model, tmp_path, monkeypatch):
     monkeypatch.setattr(SafetensorsWriter, "append", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
-    code, _, err = vila("export", model, "--format", "safetensors", "--out", tmp_path / "out")
+    code, _, err = vila("export", model, "--format", "safetensors", "--output", tmp_path / "out")
     assert (code, err.endswith("stopped")) == (130, True)
     assert not list(tmp_path.iterdir())
 
@@ -153,13 +153,13 @@ def test_the_command_lists_writes_and_refuses(vila, model, tmp_path):
     code, out, _ = vila("export", "--list")
     assert code == 0
     assert all(name in out for name in EXPORTS)
-    code, out, _ = vila("export", model, "--format", "safetensors", "--out", tmp_path / "out")
+    code, out, _ = vila("export", model, "--format", "safetensors", "--output", tmp_path / "out")
     assert code == 0
     assert "how to run it" in out
     assert (tmp_path / "out" / "README.md").is_file()
     code, _, err = vila("export", model, "--format", "safetensors")
-    assert (code, "--out missing" in err) == (2, True)
-    flags = ("--format", "compressed-tensors", "--out", tmp_path / "b")
+    assert (code, "--output missing" in err) == (2, True)
+    flags = ("--format", "compressed-tensors", "--output", tmp_path / "b")
     code, _, err = vila("export", model, *flags, "--group-size", 128)
     assert code == 1
     assert "--group-size 32 or 64 would" in err
@@ -199,7 +199,7 @@ def test_a_disk_without_room_for_the_llm_is_named_before_weights_are_read(model,
     monkeypatch.setattr(type(source), "rows", lambda *_, **__: pytest.fail("weights were read"))
     with pytest.raises(ConfigError) as caught:
         write_export(source, "safetensors", tmp_path / "out")
-    assert (caught.value.field, caught.value.value) == ("--out", str(tmp_path / "out"))
+    assert (caught.value.field, caught.value.value) == ("--output", str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 

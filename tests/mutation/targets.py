@@ -344,7 +344,7 @@ def _command_line() -> Iterator[Target]:
         (root / "t.csv").write_text("image,question,answer\n" + "".join(f"{n}.png,what?,red {n}\n" for n in range(3)))
 
     def use_csv(root: Path) -> None:
-        vila("data", "from-csv", root / "t.csv", "--images", root, "--out", root / "out.jsonl")
+        vila("data", "from-csv", root / "t.csv", "--image-root", root, "--output", root / "out.jsonl")
 
     def write_questions(root: Path) -> None:
         PilImage.new("RGB", (8, 8)).save(root / "a.png")

@@ -16,7 +16,7 @@ def model_folder(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def server(model_folder):
-    with stand.Process(model_folder, "--dtype", "float32", "--allow-private-urls", "--queue", "16") as process:
+    with stand.Process(model_folder, "--dtype", "float32", "--allow-private-urls", "--max-queue", "16") as process:
         process.await_ready()
         yield process
 

@@ -81,4 +81,4 @@ def test_names_of_models_can_be_written_in_json(tmp_path):
     assert name_of(str(folder)) == "m?"
     with pytest.raises(ConfigError) as raised:
         Models([ServedModel("m\udcff", lambda: None)], Batching())
-    assert raised.value.field == "--name"
+    assert raised.value.field == "--served-model-name"

@@ -33,7 +33,18 @@ def certificate(tmp_path_factory):
 def test_sigterm_in_mid_stream_lets_the_answer_end_and_refuses_new_ones(model_folder, certificate):
     """One process shows it all: HTTPS, two models with names, a key of the environment, and the end."""
     cert, key = certificate
-    options = ["--name", "a,first", "--name", "b", "--tls-cert", cert, "--tls-key", key, "--root-path", "x"]
+    options = [
+        "--served-model-name",
+        "a,first",
+        "--served-model-name",
+        "b",
+        "--ssl-certfile",
+        cert,
+        "--ssl-keyfile",
+        key,
+        "--root-path",
+        "x",
+    ]
     trust = {"verify": ssl.create_default_context(cafile=cert), "headers": {"Authorization": "Bearer k"}}
     with Process(model_folder, model_folder, *options, VILA_API_KEY="k") as server:
         assert server.url.startswith("https://127.0.0.1:")
@@ -61,7 +72,7 @@ def test_sigterm_in_mid_stream_lets_the_answer_end_and_refuses_new_ones(model_fo
 
 @pytest.mark.slow
 def test_a_second_signal_ends_it_at_once(model_folder):
-    with Process(model_folder, "--drain-timeout", "60") as server:
+    with Process(model_folder, "--shutdown-timeout", "60") as server:
         server.await_ready()
         threading.Thread(target=_ask_for_long, args=(server.url,), daemon=True).start()
         _until(lambda: 'vila_running{model="tiny"} 8' in httpx.get(f"{server.root}/metrics").text)

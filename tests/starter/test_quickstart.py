@@ -176,11 +176,13 @@ def test_a_damaged_file_of_a_run_is_named(job, name, content, field):
 
 def test_other_settings_in_the_same_directory_are_refused(job):
     job()._claim()
-    with pytest.raises(ConfigError, match=r"holds a run with other settings \(seed: 0 -> 1\); give --out another"):
+    with pytest.raises(ConfigError, match=r"holds a run with other settings \(seed: 0 -> 1\); give --output another"):
         job(seed=1).run()
 
 
-@pytest.mark.parametrize(("facts", "message"), [({"minutes": 0}, "--minutes 0"), ({"questions": -1}, "--questions -1")])
+@pytest.mark.parametrize(
+    ("facts", "message"), [({"minutes": 0}, "--minutes 0"), ({"questions": -1}, "--eval-limit -1")]
+)
 def test_impossible_options_are_refused(facts, message):
     with pytest.raises(ConfigError, match=message):
         Options(**facts)

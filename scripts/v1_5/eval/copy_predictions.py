@@ -11,4 +11,4 @@ from vila.cli.main import main
 if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
     sys.exit(f"usage: {sys.argv[0]} NAME")
 name = sys.argv[1]
-main(["submit", f"eval_output/{name}", "--out", f"playground/data/predictions_upload/{name}"])
+main(["submit", f"eval_output/{name}", "--output", f"playground/data/predictions_upload/{name}"])

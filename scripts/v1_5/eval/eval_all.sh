@@ -10,7 +10,7 @@ out="eval_output/$2"
 template=()
 [ -n "${3:-}" ] && [ "${3#-}" = "$3" ] && template=(--template "$3")
 [ $# -gt 2 ] && [ "${3#-}" = "$3" ] && options=("${@:4}") || options=("${@:3}")
-vila eval "$1" --benchmarks all --data "$data" --out "$out" "${template[@]}" "${options[@]}"
+vila eval "$1" --benchmarks all --data "$data" --output "$out" "${template[@]}" "${options[@]}"
 status=$?
 for name in vqav2 gqa vizwiz scienceqa textvqa pope mme mmbench mmbench_cn seed; do
     [ -f "$out/$name/predictions.jsonl" ] || continue

@@ -21,7 +21,7 @@ model_of() {
     for folder in "checkpoints/$1" "$1"; do
         [ -f "$folder/mm_projector.bin" ] && [ ! -f "$folder/tokenizer_config.json" ] && {
             echo "$folder: a projector of the original without its language model; make it whole first:" \
-                "vila convert $folder $folder/model --layout native --base BASE_MODEL" >&2
+                "vila convert $folder $folder/model --layout native --model-base BASE_MODEL" >&2
             return 2
         }
         [ -f "$folder/config.json" ] && { echo "$folder"; return; }

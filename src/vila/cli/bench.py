@@ -61,25 +61,28 @@ def decode(
         int, typer.Option(help="Inputs of a group of 4-bit weights; 0: 128, or 64 where 128 does not fit.", min=0)
     ] = 0,
     backend: options.BackendFlag = options.Backend.AUTO,
-    head_bits: options.HeadBits = None,
+    lm_head_bits: options.LMHeadBits = None,
     activation_bits: options.ActivationBits = None,
     threads: options.Threads = None,
     device: options.DeviceFlag = options.Device.AUTO,
-    context: Annotated[
+    input_len: Annotated[
         list[int] | None,
         typer.Option(help="Tokens of a prompt. May be given several times; default: 16.", min=1, show_default=False),
     ] = None,
-    batch: Annotated[
+    batch_size: Annotated[
         list[int] | None,
         typer.Option(help="Prompts at a time. May be given several times; default: 1.", min=1, show_default=False),
     ] = None,
-    tokens: Annotated[int, typer.Option(help="New tokens of each answer.", min=2)] = 128,
-    runs: Annotated[int, typer.Option(help="Measured runs, after one that warms up.", min=1)] = 5,
-    check: Annotated[
+    output_len: Annotated[int, typer.Option(help="New tokens of each answer.", min=2)] = 128,
+    num_iters: Annotated[int, typer.Option(help="Measured runs, after one that warms up.", min=1)] = 5,
+    check_tokens: Annotated[
         int, typer.Option(help="Tokens on which the choice is compared with the reference's; 0 is off.", min=0)
     ] = 512,
     out: Annotated[
-        Path | None, typer.Option(help="JSON file of all figures.", show_default=False, callback=options.output_file)
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="JSON file of all figures.", show_default=False, callback=options.output_file
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON instead of tables.")] = False,
 ) -> None:
@@ -96,12 +99,12 @@ def decode(
     if model and (precision or group_size):
         raise ConfigError("--precision and --group-size are of a --shape; a checkpoint has its own")
     where = choose_device(device.value)
-    chosen: dict[str, Any] = {"backend": backend.value, "head_bits": head_bits or 0}
+    chosen: dict[str, Any] = {"backend": backend.value, "head_bits": lm_head_bits or 0}
     chosen["activation_bits"] = activation_bits or 0
     check_backend_flags(Loading(model, **chosen), where)
     _check_shapes(shape or [], precision or [Precision.INT4], group_size)
     take_threads(threads or 0)
-    loads = _loads(context or [16], batch or [1], tokens, runs, check)
+    loads = _loads(input_len or [16], batch_size or [1], output_len, num_iters, check_tokens)
     results: list[Result] = []
     with Screen() as screen:
         for opened in _models(model, shape or [], precision or [Precision.INT4], group_size, where, loads):
@@ -206,7 +209,10 @@ WAYS = ("full", "rtn", "awq", "awq-images", "best")
 def quality(
     model: options.RequiredModel,
     out: Annotated[
-        Path, typer.Option(help="Directory for quality.json and quality.html.", callback=options.output_directory)
+        Path,
+        typer.Option(
+            "--output", "-o", help="Directory for quality.json and quality.html.", callback=options.output_directory
+        ),
     ],
     group_size: Annotated[
         int | None,
@@ -215,23 +221,29 @@ def quality(
             show_default=False,
         ),
     ] = None,
-    ways: Annotated[
-        str, typer.Option(help=f"What to compare, of {', '.join(WAYS)}; awq-images needs --image-calib.")
+    methods: Annotated[
+        str, typer.Option(help=f"What to compare, of {', '.join(WAYS)}; awq-images needs --image-calib-data.")
     ] = "full,rtn,awq,best",
-    rows: Annotated[int, typer.Option(help="Rows of 512 tokens of text to calibrate awq with.", min=1)] = 2,
-    best_rows: Annotated[int, typer.Option(help="Rows of 512 tokens of text to calibrate best with.", min=1)] = 16,
-    image_calib: Annotated[
+    num_calib_sequences: Annotated[
+        int, typer.Option(help="Rows of 512 tokens of text to calibrate awq with.", min=1)
+    ] = 2,
+    num_calib_sequences_best: Annotated[
+        int, typer.Option(help="Rows of 512 tokens of text to calibrate best with.", min=1)
+    ] = 16,
+    image_calib_data: Annotated[
         str,
         typer.Option(metavar="RECIPE", help="Recipe whose mixture awq-images adds to the text.", show_default=False),
     ] = "",
-    samples: Annotated[int, typer.Option(help="Conversations taken of it.", min=1)] = 32,
-    blocks: Annotated[int, typer.Option(help="Blocks of 512 tokens to measure on; 0 takes all.", min=0)] = 0,
+    num_calib_samples: Annotated[int, typer.Option(help="Conversations taken of it.", min=1)] = 32,
+    num_eval_sequences: Annotated[
+        int, typer.Option(help="Blocks of 512 tokens to measure on; 0 takes all.", min=0)
+    ] = 0,
     easy_vqa: Annotated[
         Path | None, typer.Option(help="easy-VQA folder; without it no questions are asked.", show_default=False)
     ] = None,
-    questions: Annotated[int, typer.Option(help="Take about this many questions; 0 takes all.", min=0)] = 1000,
+    limit: Annotated[int, typer.Option(help="Take about this many questions; 0 takes all.", min=0)] = 1000,
     template: options.Template = "",
-    base: options.Base = "",
+    model_base: options.ModelBase = "",
     revision: options.Revision = "",
 ) -> None:
     """Compare [bold]MODEL[/bold] with its quantized selves, and write tables and plots."""
@@ -248,18 +260,27 @@ def quality(
     folder = local_folder(model, revision or None)
 
     def load() -> tuple[Any, Any]:
-        return load_model(folder, dtype="float32", template=template or None, base=base or None)
+        return load_model(folder, dtype="float32", template=template or None, base=model_base or None)
 
-    checkpoint = open_checkpoint(folder, template=template or None, base=base or None)
+    checkpoint = open_checkpoint(folder, template=template or None, base=model_base or None)
     shapes, processor = empty_model(checkpoint), checkpoint.processor
     if easy_vqa is not None:
-        EasyVqa(easy_vqa, questions)
+        EasyVqa(easy_vqa, limit)
     target = out.expanduser()
     with Screen() as screen:
         size = group_size or default_group_size(shapes)
         check_layers(shapes, size)
-        asked = _ways(ways, processor, size, rows, best_rows, image_calib, samples, screen)
-        what = quality_task(processor.tokenizer, max_blocks=blocks, easy_vqa=easy_vqa, questions=questions)
+        asked = _ways(
+            methods,
+            processor,
+            size,
+            num_calib_sequences,
+            num_calib_sequences_best,
+            image_calib_data,
+            num_calib_samples,
+            screen,
+        )
+        what = quality_task(processor.tokenizer, max_blocks=num_eval_sequences, easy_vqa=easy_vqa, questions=limit)
         result = measure_quality(load, asked, what, target, events=screen)
     write_quality_report(result, {"model": portable_path(model, target), **system_info()}, target / "quality.html")
     typer.echo(markdown_table(result["ways"]), nl=False)
@@ -287,7 +308,7 @@ def _ways(
         if name not in WAYS:
             raise UnknownNameError("way of quantizing", name, WAYS)
     if chosen[:1] != ["full"]:
-        raise ConfigError(f"--ways {names}: the first one is full, which the others are compared with")
+        raise ConfigError(f"--methods {names}: the first one is full, which the others are compared with")
 
     def text(count: int) -> Calibration:
         return calibration_of(["packaged"], processor, count, samples, screen)
@@ -306,7 +327,7 @@ def _ways(
         else:
             if not image_calib:
                 raise ConfigError(
-                    "awq-images needs --image-calib RECIPE, whose mixture holds conversations on pictures"
+                    "awq-images needs --image-calib-data RECIPE, whose mixture holds conversations on pictures"
                 )
             pictures = calibration_of([image_calib], processor, rows, samples, screen)
             out.append(Way(name, awq, join_calibrations(text(rows), pictures)))
@@ -322,27 +343,33 @@ def serve(
         str,
         typer.Argument(metavar="MODEL|URL", help="A directory, served for the time of the run; or a server's address."),
     ],
-    model: Annotated[
+    served_model_name: Annotated[
         str, typer.Option(help="Name of the model at the server; default: its first.", show_default=False)
     ] = "",
-    concurrency: Annotated[
+    max_concurrency: Annotated[
         str, typer.Option(metavar="N,N", help="Closed loops: so many clients that wait for their answers.")
     ] = "1,4,8",
-    rate: Annotated[
+    request_rate: Annotated[
         str, typer.Option(metavar="R,R", help="Open loops: so many arrivals a second, Poisson.", show_default=False)
     ] = "",
-    requests: Annotated[int, typer.Option(help="Questions of each load.", min=1)] = 32,
-    prompt_tokens: Annotated[int, typer.Option(help="Length of a question's text, about.", min=1)] = 64,
-    max_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.", min=1)] = 128,
-    images: Annotated[int, typer.Option(help="Pictures in each question.", min=0)] = 0,
+    num_prompts: Annotated[int, typer.Option(help="Questions of each load.", min=1)] = 32,
+    input_len: Annotated[int, typer.Option(help="Length of a question's text, about.", min=1)] = 64,
+    output_len: Annotated[int, typer.Option(help="Most tokens of an answer.", min=1)] = 128,
+    images_per_prompt: Annotated[int, typer.Option(help="Pictures in each question.", min=0)] = 0,
     seed: Annotated[int, typer.Option(help="Of questions and arrivals.")] = 0,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Directory for load.json and load.html.", show_default=False, callback=options.output_directory
+            "--output",
+            "-o",
+            help="Directory for load.json and load.html.",
+            show_default=False,
+            callback=options.output_directory,
         ),
     ] = None,
-    key: Annotated[str, typer.Option("--key-env", help="Environment variable that holds the key.")] = "VILA_API_KEY",
+    key: Annotated[
+        str, typer.Option("--api-key-env", help="Environment variable that holds the key.")
+    ] = "VILA_API_KEY",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
     """Ask many questions at once; print throughput, time to the first token and between tokens."""
@@ -360,9 +387,9 @@ def serve(
     from vila.core.files import portable_path
     from vila.serve.server import server_process
 
-    clients = [int(number) for number in _numbers("--concurrency", concurrency, whole=True)]
-    rates = _numbers("--rate", rate)
-    asked = questions(requests, prompt_tokens=prompt_tokens, max_tokens=max_tokens, images=images, seed=seed)
+    clients = [int(number) for number in _numbers("--max-concurrency", max_concurrency, whole=True)]
+    rates = _numbers("--request-rate", request_rate)
+    asked = questions(num_prompts, prompt_tokens=input_len, max_tokens=output_len, images=images_per_prompt, seed=seed)
     secret = os.environ.get(key, "")
     web = target.startswith(("http://", "https://"))
     base = target.rstrip("/") if target.rstrip("/").endswith("/v1") else f"{target.rstrip('/')}/v1"
@@ -371,19 +398,24 @@ def serve(
             started = stack.enter_context(server_process([target]))
             started.await_ready()
             base = started.base
-        name = model or served_model(base, secret)
+        name = served_model_name or served_model(base, secret)
         screen = stack.enter_context(Screen())
         done = measure(Server(base, name, secret), asked, clients=clients, rates=rates, seed=seed, events=screen)
     facts = {
-        "model": name, "requests": requests, "prompt_tokens": prompt_tokens, "max_tokens": max_tokens,
-        "images": images, "seed": seed, "server": target if web or out is None else portable_path(target, out),
-    }  # fmt: skip
+        "model": name,
+        "requests": num_prompts,
+        "prompt_tokens": input_len,
+        "max_tokens": output_len,
+        "images": images_per_prompt,
+        "seed": seed,
+        "server": target if web or out is None else portable_path(target, out),
+    }
     paths = save(done, facts, out) if out else []
     if as_json:
         typer.echo(json.dumps({"facts": facts, "loads": [one.as_json() for one in done]}))
     else:
         header, rows = table(done)
-        shown = Table(title=f"{name}: {requests} questions a load", title_justify="left")
+        shown = Table(title=f"{name}: {num_prompts} questions a load", title_justify="left")
         for column in header:
             shown.add_column(column, justify="left" if column == "load" else "right")
         for row in rows:

@@ -11,18 +11,23 @@ from vila.cli import options
 
 
 def compare(
-    first: Annotated[Path, typer.Argument(help="Directory that `vila eval --out` wrote: the run to compare against.")],
+    first: Annotated[
+        Path, typer.Argument(help="Directory that `vila eval --output` wrote: the run to compare against.")
+    ],
     second: Annotated[Path, typer.Argument(help="Another one: the run in question.")],
     out: Annotated[
         Path | None,
         typer.Option(
+            "--output",
+            "-o",
             help="Where the page goes; default: compare/ in the second run's folder.",
             show_default=False,
             callback=options.output_directory,
         ),
     ] = None,
-    fail_if_worse: Annotated[
-        bool, typer.Option("--fail-if-worse", help="End with status 1 when a benchmark is worse with p at most 0.05.")
+    fail_on_regression: Annotated[
+        bool,
+        typer.Option("--fail-on-regression", help="End with status 1 when a benchmark is worse with p at most 0.05."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what compare.json holds.")] = False,
 ) -> None:
@@ -36,7 +41,7 @@ def compare(
     from vila.eval.compare import SURE, compare_runs
 
     target = out or second / "compare"
-    check_writable(target, field="--out")
+    check_writable(target, field="--output")
     paths = compare_runs(first, second, target)
     found: dict[str, Any] = read_json(next(path for path in paths if path.suffix == ".json"))
     if as_json:
@@ -49,7 +54,7 @@ def compare(
             console.print(f"{name}: not compared: {why}", markup=False)
         console.print(str(paths[0]), markup=False, soft_wrap=True)
     worse = [name for name, row in found["benchmarks"].items() if row["difference"] < 0 and row["p"] <= SURE]
-    if fail_if_worse and worse:
+    if fail_on_regression and worse:
         typer.echo(f"worse: {', '.join(worse)}", err=True)
         raise typer.Exit(1)
 

@@ -44,7 +44,7 @@ def convert(
     layout: Annotated[str, typer.Option(metavar="|".join(Layout), help="Layout to write.")],
     dtype: options.DtypeKept = options.Dtype.AUTO,
     template: options.Template = "",
-    base: options.Base = "",
+    model_base: options.ModelBase = "",
     revision: options.Revision = "",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model in DST.")] = False,
     dequantize: Annotated[
@@ -68,7 +68,7 @@ def convert(
     folder = local_folder(source, revision or None)
     check_apart(folder, target)
     kind = named_dtype(dtype.value)
-    checkpoint = open_checkpoint(folder, template=template or None, base=base or None)
+    checkpoint = open_checkpoint(folder, template=template or None, base=model_base or None)
     shapes, processor = empty_model(checkpoint, int4=not dequantize), checkpoint.processor
     LAYOUTS[chosen.value].check(shapes, processor)
     # Parameters that may be shared or in 4 bits count half a byte: the least that the files take.
@@ -96,7 +96,7 @@ def _layout(name: str, source: str) -> Layout:
     if name in [one.value for one in Layout]:
         return Layout(name)
     if name in EXPORTS:
-        hint = f"vila export {source} --format {name} --out DIR writes it"
+        hint = f"vila export {source} --format {name} --output DIR writes it"
         raise ConfigError("not a layout that models are loaded from", field="--layout", value=name, hint=hint)
     raise UnknownNameError("layout", name, [one.value for one in Layout], field="--layout")
 

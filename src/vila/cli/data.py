@@ -34,7 +34,7 @@ _ImageRoot = Annotated[
 ]
 _Options = Annotated[
     list[str] | None,
-    typer.Option("--option", metavar="NAME=VALUE", help="Option of the format. May be given several times."),
+    typer.Option("--format-option", metavar="NAME=VALUE", help="Option of the format. May be given several times."),
 ]
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 _Template = Annotated[str, typer.Option(help="Conversation template; default: the recipe's or the model's.")]
@@ -44,13 +44,15 @@ _Model = Annotated[str, typer.Option(help="Model to measure with; default: the r
 @app.command("from-csv")
 def from_csv(
     table: Annotated[Path, typer.Argument(help="CSV with the columns image, question, answer, or image, caption.")],
-    images: Annotated[Path, typer.Option(help="Directory of the images.")],
-    out: Annotated[Path, typer.Option(help="JSON lines to write, format messages.", callback=output_file)],
+    image_root: Annotated[Path, typer.Option(help="Directory of the images.")],
+    out: Annotated[
+        Path, typer.Option("--output", "-o", help="JSON lines to write, format messages.", callback=output_file)
+    ],
 ) -> None:
     """Turn a table of images, questions and answers into training data, and print the commands that come next."""
     from vila.cli.data_csv import convert_csv
 
-    written = convert_csv(table, images, out)
+    written = convert_csv(table, image_root, out)
     typer.echo(f"{out}: {written.samples:,} samples")
     if written.linked:
         typer.echo(
@@ -67,11 +69,11 @@ def check(
     form: _Format = "",
     image_root: _ImageRoot = "",
     options: _Options = None,
-    sample: Annotated[int, typer.Option(help="Samples of each data set to check; 0: all.", min=0)] = 0,
+    num_samples: Annotated[int, typer.Option(help="Samples of each data set to check; 0: all.", min=0)] = 0,
     template: _Template = "",
     model: _Model = "",
     max_shown: Annotated[int, typer.Option(help="Faults and missing files to list; all are counted.", min=0)] = 10,
-    views: Annotated[
+    save_images: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
@@ -91,15 +93,15 @@ def check(
         opened = open_data(
             data, form=form, image_root=image_root, options=options or (), template=template, model=model, events=screen
         )
-        saved = opened.save_views(views, _VIEWS) if views else []
-        found = check_data(opened, sample=sample, max_shown=max_shown, events=screen)
+        saved = opened.save_views(save_images, _VIEWS) if save_images else []
+        found = check_data(opened, sample=num_samples, max_shown=max_shown, events=screen)
     if as_json:
         _print_json({"unit": opened.unit, "template": opened.template, "data_sets": [one.as_json() for one in found]})
     else:
         for one in found:
             print_findings(one, opened.unit)
-        if views:
-            typer.echo(f"{views}: {len(saved)} images as the tower sees them")
+        if save_images:
+            typer.echo(f"{save_images}: {len(saved)} images as the tower sees them")
     opened.require_images()
     if any(one.fault_count for one in found):
         raise typer.Exit(1)
@@ -158,7 +160,7 @@ def stats(
     image_root: _ImageRoot = "",
     options: _Options = None,
     model: _Model = "",
-    sample: Annotated[int, typer.Option(help="Samples of each data set to estimate from; 0: all.", min=0)] = 64,
+    num_samples: Annotated[int, typer.Option(help="Samples of each data set to estimate from; 0: all.", min=0)] = 64,
     as_json: _Json = False,
 ) -> None:
     """Print samples, images, tokens and licence of each data set in one epoch of [bold]RECIPE|FILE[/bold]."""
@@ -168,7 +170,7 @@ def stats(
 
     with Screen() as screen:
         opened = open_data(data, form=form, image_root=image_root, options=options or (), model=model, events=screen)
-    found = stats_of(opened, sample)
+    found = stats_of(opened, num_samples)
     if as_json:
         _print_json({"data_sets": [one.as_json() for one in found]})
     else:

@@ -27,15 +27,22 @@ _STORED = "Stored pictures"
 
 Sources = Annotated[list[Path], typer.Argument(help="The published files, all of them on every worker.")]
 Out = Annotated[
-    Path, typer.Option(help="Folder of the result; one for each data set.", callback=options.output_directory)
+    Path,
+    typer.Option(
+        "--output", "-o", help="Folder of the result; one for each data set.", callback=options.output_directory
+    ),
 ]
 Shard = Annotated[str, typer.Option(metavar="K/N", help="This worker and their number, k from 0.")]
 PerShard = Annotated[int, typer.Option(help="Most samples in one shard.", min=1)]
 KeepParts = Annotated[
     bool,
-    typer.Option("--keep-parts/--delete-parts", help="Keep OUT/parts at the end, which takes the disk space twice."),
+    typer.Option(
+        "--keep-intermediate/--delete-intermediate", help="Keep OUT/parts at the end, which takes the disk space twice."
+    ),
 ]
-Decode = Annotated[bool, typer.Option("--decode", help="Also decode every picture; about 160 a second and core.")]
+Decode = Annotated[
+    bool, typer.Option("--decode-images", help="Also decode every picture; about 160 a second and core.")
+]
 ShortSide = Annotated[
     int,
     typer.Option(
@@ -97,23 +104,27 @@ def print_table(title: str, counts: dict[str, Any]) -> None:
 
 
 _PANEL = "Downloading"
-FLAGS: dict[str, tuple[int | float | bool | str, str]] = {
-    "in_flight": (256, "Requests at once, over all hosts."),
-    "per_host": (4, "Requests at once to one host; 1 where many workers share a release."),
-    "host_delay_s": (0.05, "Seconds from one request to a host to the next, at least."),
-    "connect_timeout_s": (5.0, "Seconds for the name and the connection, and once more for TLS."),
-    "read_timeout_s": (10.0, "Seconds of silence before an attempt fails."),
-    "total_timeout_s": (30.0, "Seconds for one attempt, redirects included."),
-    "attempts": (3, "Tries in all for timeouts, broken connections and busy servers."),
-    "backoff_s": (1.0, "Seconds before the second try; they double each time."),
-    "longest_wait_s": (60.0, "Seconds that a server may ask us to wait; beyond that it has failed."),
-    "max_bytes": (20 * 2**20, "Bytes of the largest picture."),
-    "max_redirects": (5, "Redirects that one attempt follows."),
-    "allow_private": (False, "Also fetch from this machine and its network."),
-    "keep_out": (True, "Leave pictures alone whose X-Robots-Tag says noai or noimageai."),
-    "user_agent": ("vila", "Who we say we are; name a contact for large downloads."),
+FLAGS: dict[str, tuple[str, int | float | bool | str, str]] = {
+    "in_flight": ("max_connections", 256, "Requests at once, over all hosts."),
+    "per_host": ("max_connections_per_host", 4, "Requests at once to one host; 1 where many workers share a release."),
+    "host_delay_s": ("host_delay_s", 0.05, "Seconds from one request to a host to the next, at least."),
+    "connect_timeout_s": ("connect_timeout_s", 5.0, "Seconds for the name and the connection, and once more for TLS."),
+    "read_timeout_s": ("read_timeout_s", 10.0, "Seconds of silence before an attempt fails."),
+    "total_timeout_s": ("total_timeout_s", 30.0, "Seconds for one attempt, redirects included."),
+    "attempts": ("max_attempts", 3, "Tries in all for timeouts, broken connections and busy servers."),
+    "backoff_s": ("initial_backoff_s", 1.0, "Seconds before the second try; they double each time."),
+    "longest_wait_s": (
+        "max_retry_after_s",
+        60.0,
+        "Seconds that a server may ask us to wait; beyond that it has failed.",
+    ),
+    "max_bytes": ("max_image_bytes", 20 * 2**20, "Bytes of the largest picture."),
+    "max_redirects": ("max_redirects", 5, "Redirects that one attempt follows."),
+    "allow_private": ("allow_private_urls", False, "Also fetch from this machine and its network."),
+    "keep_out": ("respect_noai", True, "Leave pictures alone whose X-Robots-Tag says noai or noimageai."),
+    "user_agent": ("user_agent", "vila", "Who we say we are; name a contact for large downloads."),
 }
-"""Default and help by field."""
+"""Parameter name of the flag, default and help by field of `FetchRules`."""
 
 
 def with_fetch_flags(command: Callable[..., None]) -> Callable[..., None]:
@@ -126,12 +137,13 @@ def with_fetch_flags(command: Callable[..., None]) -> Callable[..., None]:
             default=default,
             annotation=Annotated[type(default), typer.Option(help=text, rich_help_panel=_PANEL)],
         )
-        for name, (default, text) in FLAGS.items()
+        for name, default, text in FLAGS.values()
     ]
 
     @wraps(command)
     def wrapper(**given: Any) -> None:
-        command(**{name: given[name] for name in given.keys() - FLAGS}, fetch={name: given[name] for name in FLAGS})
+        fetch = {field: given.pop(name) for field, (name, *_) in FLAGS.items()}
+        command(**given, fetch=fetch)
 
     kept = [one for name, one in own.parameters.items() if name != "fetch"]
     wrapper.__signature__ = own.replace(parameters=[*kept, *flags])  # type: ignore[attr-defined]
@@ -153,11 +165,11 @@ def mmc4(
     sources: Sources,
     out: Out,
     shard: Shard = "0/1",
-    per_shard: PerShard = 1000,
+    samples_per_shard: PerShard = 1000,
     drop_incomplete: Annotated[
         bool, typer.Option("--drop-incomplete", help="A document goes with its first bad picture, as in the original.")
     ] = False,
-    keep_parts: KeepParts = True,
+    keep_intermediate: KeepParts = True,
     short_side: ShortSide = 336,
     quality: Quality = 90,
     *,
@@ -171,9 +183,16 @@ def mmc4(
     own, resize, rules = parse_shard(shard), resize_rule(short_side, quality), FetchRules(**fetch)
     with Screen() as screen:
         index = prepare_mmc4(
-            sources, out, drop_incomplete=drop_incomplete, rules=rules, resize=resize, per_shard=per_shard, shard=own,
-            keep_parts=keep_parts, events=screen,
-        )  # fmt: skip
+            sources,
+            out,
+            drop_incomplete=drop_incomplete,
+            rules=rules,
+            resize=resize,
+            per_shard=samples_per_shard,
+            shard=own,
+            keep_parts=keep_intermediate,
+            events=screen,
+        )
     print_counts(index, out)
 
 
@@ -181,12 +200,12 @@ def mmc4(
 def coyo(
     sources: Sources,
     out: Out,
-    keep: _Keep = 0.2,
-    threshold: _Threshold = 0.6,
+    keep_fraction: _Keep = 0.2,
+    min_clip_score: _Threshold = 0.6,
     rows_per_list: _PerList = 12_440,
     shard: Shard = "0/1",
-    per_shard: PerShard = 10_000,
-    keep_parts: KeepParts = True,
+    samples_per_shard: PerShard = 10_000,
+    keep_intermediate: KeepParts = True,
     short_side: ShortSide = 336,
     quality: Quality = 90,
     *,
@@ -201,15 +220,27 @@ def coyo(
     lists = out / "lists"
     with Screen() as screen:
         select_coyo(
-            sources, lists, share=keep, threshold=threshold, rows_per_unit=rows_per_list, shard=own, events=screen
+            sources,
+            lists,
+            share=keep_fraction,
+            threshold=min_clip_score,
+            rows_per_unit=rows_per_list,
+            shard=own,
+            events=screen,
         )
         chosen = _selected(sources, lists)
         index = None
         if chosen:
             index = prepare_coyo(
-                chosen[0], out, rules=rules, resize=resize, per_shard=per_shard, shard=own, keep_parts=keep_parts,
+                chosen[0],
+                out,
+                rules=rules,
+                resize=resize,
+                per_shard=samples_per_shard,
+                shard=own,
+                keep_parts=keep_intermediate,
                 events=screen,
-            )  # fmt: skip
+            )
     if chosen:
         print_table("rows of the tables", chosen[1].as_json())
     print_counts(index, out)
@@ -227,7 +258,9 @@ def _selected(sources: Sequence[Path], lists: Path) -> tuple[list[Path], Counts]
     found = [read_selection(record) for record in records]
     files = [file for own, _ in found for file in own]
     if not files:
-        raise DataError(f"{lists}: no row of {len(records)} files is good enough; lower --threshold in another folder")
+        raise DataError(
+            f"{lists}: no row of {len(records)} files is good enough; lower --min-clip-score in another folder"
+        )
     return files, Counts.total(counts for _, counts in found)
 
 
@@ -247,14 +280,14 @@ def llava_align(
     source: Annotated[Path, typer.Argument(help="The published chat.json.")],
     images: Annotated[Path, typer.Option(help="Folder of pictures, or images.zip, which is unpacked to OUT/images.")],
     out: Out,
-    decode: Decode = False,
+    decode_images: Decode = False,
 ) -> None:
     """Take the whole records of LLaVA-CC3M-Pretrain-595K."""
     from vila.cli.progress import Screen
     from vila.prepare.llava_align import prepare_llava_align
 
     with Screen() as screen:
-        index = prepare_llava_align(source, images, out, decode=decode, events=screen)
+        index = prepare_llava_align(source, images, out, decode=decode_images, events=screen)
     print_counts(index, out)
 
 
@@ -262,21 +295,23 @@ def llava_align(
 def sharegpt4v(
     source: Annotated[Path, typer.Argument(help="The published JSON list.")],
     out: Out,
-    images: Annotated[
+    image_root: Annotated[
         Path | None, typer.Option(help="Folder that the records' paths start from; none: no picture is checked.")
     ] = None,
     keep_sam: Annotated[bool, typer.Option("--keep-sam", help="Keep records with SA-1B pictures.")] = False,
-    decode: Decode = False,
+    decode_images: Decode = False,
 ) -> None:
     """Leave out SA-1B pictures and repetitive answers of ShareGPT4V."""
     from vila.cli.progress import Screen
     from vila.core.errors import ConfigError
     from vila.prepare.sharegpt4v import prepare_sharegpt4v
 
-    if decode and images is None:
-        raise ConfigError("--decode needs --images, the folder of the pictures")
+    if decode_images and image_root is None:
+        raise ConfigError("--decode-images needs --image-root, the folder of the pictures")
     with Screen() as screen:
-        index = prepare_sharegpt4v(source, out, images=images, keep_sam=keep_sam, decode=decode, events=screen)
+        index = prepare_sharegpt4v(
+            source, out, images=image_root, keep_sam=keep_sam, decode=decode_images, events=screen
+        )
     print_counts(index, out)
 
 
@@ -286,11 +321,11 @@ def m3it(
     out: Out,
     sets: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Take this set, and others so named; default: the 14 of the recipe."),
+        typer.Option("--dataset", help="Take this set, and others so named; default: the 14 of the recipe."),
     ] = None,
     shard: Shard = "0/1",
-    per_shard: PerShard = 5000,
-    keep_parts: KeepParts = True,
+    samples_per_shard: PerShard = 5000,
+    keep_intermediate: KeepParts = True,
 ) -> None:
     """Turn the training files of M3IT's sets into questions with their pictures."""
     from vila.cli.progress import Screen
@@ -298,7 +333,9 @@ def m3it(
 
     own, sources = parse_shard(shard), training_files(folder, sets or ())
     with Screen() as screen:
-        index = prepare_m3it(sources, out, per_shard=per_shard, shard=own, keep_parts=keep_parts, events=screen)
+        index = prepare_m3it(
+            sources, out, per_shard=samples_per_shard, shard=own, keep_parts=keep_intermediate, events=screen
+        )
     print_counts(index, out)
 
 
@@ -306,10 +343,10 @@ def m3it(
 def flan(
     sources: Sources,
     out: Out,
-    rows: Annotated[int, typer.Option(help="Rows to take, of all files together.", min=1)] = 1_000_000,
+    num_rows: Annotated[int, typer.Option(help="Rows to take, of all files together.", min=1)] = 1_000_000,
     shard: Shard = "0/1",
-    per_shard: PerShard = 50_000,
-    keep_parts: KeepParts = True,
+    samples_per_shard: PerShard = 50_000,
+    keep_intermediate: KeepParts = True,
 ) -> None:
     """Take evenly spaced rows of FLAN's parquet files."""
     from vila.cli.progress import Screen
@@ -318,7 +355,13 @@ def flan(
     own = parse_shard(shard)
     with Screen() as screen:
         index = prepare_flan(
-            sources, out, rows=rows, per_shard=per_shard, shard=own, keep_parts=keep_parts, events=screen
+            sources,
+            out,
+            rows=num_rows,
+            per_shard=samples_per_shard,
+            shard=own,
+            keep_parts=keep_intermediate,
+            events=screen,
         )
     print_counts(index, out)
 
@@ -329,8 +372,8 @@ def pkl(
     kind: Annotated[_Kind, typer.Option(help="What they hold: documents, pairs, or questions.")],
     out: Out,
     shard: Shard = "0/1",
-    per_shard: PerShard = 1000,
-    keep_parts: KeepParts = True,
+    samples_per_shard: PerShard = 1000,
+    keep_intermediate: KeepParts = True,
 ) -> None:
     """Convert the original's pickled shards; nothing in a pickle runs."""
     from vila.cli.progress import Screen
@@ -339,7 +382,7 @@ def pkl(
     own = parse_shard(shard)
     with Screen() as screen:
         index = convert_pickles(
-            folder, out, kind.value, per_shard=per_shard, shard=own, keep_parts=keep_parts, events=screen
+            folder, out, kind.value, per_shard=samples_per_shard, shard=own, keep_parts=keep_intermediate, events=screen
         )
     print_counts(index, out)
 
@@ -370,7 +413,7 @@ def training_files(folder: Path, chosen: Sequence[str]) -> dict[str, list[Path]]
     if missing:
         raise ConfigError(
             f"{folder}: no {'/'.join(missing[:1])}/train*{_ENDS[0]} or {_ENDS[-1]} below it; {len(missing)} of "
-            f"{len(found)} sets are missing: {', '.join(missing)}. Name those that you have with --set"
+            f"{len(found)} sets are missing: {', '.join(missing)}. Name those that you have with --dataset"
         )
     return found
 

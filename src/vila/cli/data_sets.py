@@ -142,7 +142,7 @@ def open_data(
     if what.endswith((".yaml", ".yml")) or (what in recipe_names() and not Path(what).exists()):
         if form or image_root or options:
             raise ConfigError(
-                f"{what} is a recipe, which says its formats itself; leave out --format, --image-root and --option"
+                f"{what} is a recipe, which names its formats; leave out --format, --image-root and --format-option"
             )
         recipe = load_recipe(what, origins=origins)
         mixture = build_mixture(recipe, events)
@@ -170,11 +170,11 @@ def parse_options(words: Sequence[str]) -> dict[str, Any]:
     for word in words:
         name, equals, value = word.partition("=")
         if not equals or not name:
-            raise ConfigError(f"--option {word!r}: expected NAME=VALUE, such as max_images=4")
+            raise ConfigError(f"--format-option {word!r}: expected NAME=VALUE, such as max_images=4")
         try:
             options[name] = yaml.safe_load(value)
         except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise ConfigError(f"{value[:80]!r} is no value ({error})", field="--option", value=word) from error
+            raise ConfigError(f"{value[:80]!r} is no value ({error})", field="--format-option", value=word) from error
     return options
 
 

@@ -14,10 +14,10 @@ def demo(
     models: Annotated[
         list[str] | None, typer.Argument(metavar="[MODEL]...", help="One model, or two to compare side by side.")
     ] = None,
-    api: Annotated[
+    base_url: Annotated[
         str, typer.Option(metavar="URL", help="A server that runs already, instead of models.", show_default=False)
     ] = "",
-    key: Annotated[str, typer.Option("--key-env", help="Environment variable with its key.")] = "VILA_API_KEY",
+    key: Annotated[str, typer.Option("--api-key-env", help="Environment variable with its key.")] = "VILA_API_KEY",
     host: Annotated[str, typer.Option(help="Address to listen on; others can reach 0.0.0.0.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port of the page; 0 takes a free one.", min=0, max=65535)] = 7860,
     allowed_host: Annotated[
@@ -36,8 +36,8 @@ def demo(
     from vila.core.errors import ConfigError
     from vila.core.optional import require_extra
 
-    if bool(models) == bool(api):
-        raise ConfigError("vila demo takes models, or --api with the address of a server; one of the two")
+    if bool(models) == bool(base_url):
+        raise ConfigError("vila demo takes models, or --base-url with the address of a server; one of the two")
     if models and len(models) > 2:
         raise ConfigError(f"{len(models)} models: the page shows one, or two side by side")
     # Gradio reads this when it is imported.
@@ -53,8 +53,8 @@ def demo(
         check = None
         if models:
             server = stack.enter_context(server_process(models))
-            api, check = server.base, server.check
-        client = ApiClient(api, os.environ.get(key, ""))
+            base_url, check = server.base, server.check
+        client = ApiClient(base_url, os.environ.get(key, ""))
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="vila-demo-")))
         words = card_words(models) if models else " ".join(client.models())
         run_page(

@@ -82,7 +82,7 @@ _PUBLISHED = {
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Model directory or hub id; with --api any name for the run.")] = "",
+    model: Annotated[str, typer.Argument(help="Model directory or hub id; with --base-url any name for the run.")] = "",
     benchmarks: Annotated[
         str, typer.Option(help="Names, separated by commas; `all`: the ten of the table.")
     ] = "easy_vqa",
@@ -93,24 +93,30 @@ def evaluate(
     out: Annotated[
         Path | None,
         typer.Option(
+            "--output",
+            "-o",
             help="Where predictions, scores and the report go; default: eval/ beside the model.",
             callback=options.output_directory,
         ),
     ] = None,
-    questions: Annotated[int, typer.Option(help="Take about this many questions; 0 takes all.", min=0)] = 0,
+    limit: Annotated[int, typer.Option(help="Take about this many questions; 0 takes all.", min=0)] = 0,
     protocol: Annotated[
         str, typer.Option(help="Rules of scoring: upstream, or lmms-eval where it differs.")
     ] = "upstream",
     template: Annotated[str, typer.Option(help="Conversation template; default: the model's.")] = "",
-    shots: Annotated[str, typer.Option(help="Examples before each question, such as 0,2,4.", metavar="K,...")] = "0",
+    num_fewshot: Annotated[
+        str, typer.Option(help="Examples before each question, such as 0,2,4.", metavar="K,...")
+    ] = "0",
     dtype: options.DtypeFlag = options.Dtype.AUTO,
     device: Annotated[str, typer.Option(help="cpu or cuda; default: a GPU where there is one.")] = "",
     backend: options.BackendFlag = options.Backend.AUTO,
-    head_bits: options.HeadBits = None,
+    lm_head_bits: options.LMHeadBits = None,
     activation_bits: options.ActivationBits = None,
     threads: options.Threads = None,
-    api: Annotated[str, typer.Option(help="URL of an OpenAI-compatible server to ask instead.")] = "",
-    served_model: Annotated[str, typer.Option("--model", help="With --api: the model to ask for.")] = "",
+    base_url: Annotated[str, typer.Option(help="URL of an OpenAI-compatible server to ask instead.")] = "",
+    served_model: Annotated[
+        str, typer.Option("--served-model-name", help="With --base-url: the model to ask for.")
+    ] = "",
     judge: JudgeOption = "",
     judge_model: JudgeModelOption = DEFAULT_JUDGE,
     as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON, a line each.")] = False,
@@ -132,33 +138,40 @@ def evaluate(
     # All that can be wrong is found before weights are read: options, output, data, predictions of another run.
     rules = rules_of(protocol)
     names = names_of(benchmarks)
-    counts = _counts(shots)
+    counts = _counts(num_fewshot)
     if template:
         find_template(template)
-    if not model and not api:
-        raise ConfigError("no model; name a directory or a hub id, or a server with --api")
+    if not model and not base_url:
+        raise ConfigError("no model; name a directory or a hub id, or a server with --base-url")
     root = out or (Path(model).expanduser().parent / "eval" if Path(model).is_dir() else Path("runs/eval"))
-    check_writable(root, field="--out")
+    check_writable(root, field="--output")
     check_judge(judge)
     world = open_world("replicate")
     take_threads(threads or 0)
     asked = _Asked(
-        model, api, served_model, dtype.value, _checked_device(device or str(world.device)), template, backend.value,
-        head_bits or 0, activation_bits or 0,
-    )  # fmt: skip
+        model,
+        base_url,
+        served_model,
+        dtype.value,
+        _checked_device(device or str(world.device)),
+        template,
+        backend.value,
+        lm_head_bits or 0,
+        activation_bits or 0,
+    )
     asked.check()
     results: list[Result] = []
     with Screen() as screen:
         events = screen if world.main else SILENT
-        opened, left_out = _opened(names, data, questions, counts, events)
+        opened, left_out = _opened(names, data, limit, counts, events)
         facts = asked.facts()
         for benchmark in opened:
-            where = result_dir(root, benchmark.name, questions)
+            where = result_dir(root, benchmark.name, limit)
             check_run(where, {**run_facts(benchmark, template), "model": facts["hash"]})
             give_judge(benchmark, judge, judge_model, where, events)
         engine, facts = asked.load(facts)
         for benchmark in opened:
-            where = result_dir(root, benchmark.name, questions)
+            where = result_dir(root, benchmark.name, limit)
             result = run(
                 engine, benchmark, where, model=facts["hash"], template=template, rules=rules, process=world.process,
                 meet=world.meet, events=events,
@@ -173,7 +186,7 @@ def evaluate(
                 "rules": rules,
                 "template": template,
             }
-            folders = {result.benchmark: result_dir(root, result.benchmark, questions).name for result in results}
+            folders = {result.benchmark: result_dir(root, result.benchmark, limit).name for result in results}
             # Other commands may add benchmarks to the same directory at this moment.
             with DirectoryLock(root).acquire(wait=True):
                 _note_run(root, {**seen, **facts, "benchmarks": folders, "left_out": left_out})
@@ -226,7 +239,7 @@ def _counts(text: str) -> list[int]:
 
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() for part in parts):
-        raise ConfigError(f"--shots {text!r}: expected numbers with commas between, such as 0,2,4")
+        raise ConfigError(f"--num-fewshot {text!r}: expected numbers with commas between, such as 0,2,4")
     return list(dict.fromkeys(map(int, parts)))
 
 
@@ -272,7 +285,7 @@ class _Asked:
 
         if self.api:
             if not self.served:
-                raise ConfigError("--api needs --model: the name that the server knows the model by")
+                raise ConfigError("--base-url needs --served-model-name: the name that the server knows the model by")
             return
         loading = Loading(
             self.model, backend=self.backend, head_bits=self.head_bits, activation_bits=self.activation_bits

@@ -17,7 +17,7 @@ def export(
     format_name: Annotated[
         str, typer.Option("--format", metavar="NAME", help="Format; see --list.", show_default=False)
     ] = "",
-    out: Annotated[Path | None, typer.Option(help="Directory to write.", show_default=False)] = None,
+    out: Annotated[Path | None, typer.Option("--output", "-o", help="Directory to write.", show_default=False)] = None,
     precision: Annotated[
         str, typer.Option(help="Number format of the weights; default: the first of --list.", show_default=False)
     ] = "",
@@ -28,7 +28,7 @@ def export(
             min=0,
         ),
     ] = 0,
-    search: Annotated[
+    load_awq: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
@@ -36,11 +36,11 @@ def export(
             show_default=False,
         ),
     ] = None,
-    ranks: Annotated[int, typer.Option(help="Processes of tensor parallelism to cut the files for.", min=1)] = 1,
+    tp_size: Annotated[int, typer.Option(help="Processes of tensor parallelism to cut the files for.", min=1)] = 1,
     template: options.Template = "",
-    base: options.Base = "",
+    model_base: options.ModelBase = "",
     revision: options.Revision = "",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an export in --out.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an export in --output.")] = False,
     list_formats: Annotated[bool, typer.Option("--list", help="Name the formats, and stop.")] = False,
 ) -> None:
     """Write [bold]MODEL[/bold] in a format that other programs read, with a README on how to run it.
@@ -52,12 +52,12 @@ def export(
         return
     from vila.core.errors import ConfigError
 
-    missing = [name for name, value in (("MODEL", model), ("--format", format_name), ("--out", out)) if not value]
+    missing = [name for name, value in (("MODEL", model), ("--format", format_name), ("--output", out)) if not value]
     if missing or out is None:
         raise ConfigError(f"vila export: {', '.join(missing)} missing; --list names the formats")
     from vila.export.base import EXPORTS, ExportOptions, settled
 
-    asked = settled(EXPORTS[format_name], ExportOptions(precision, group_size, ranks))
+    asked = settled(EXPORTS[format_name], ExportOptions(precision, group_size, tp_size))
 
     from vila.cli.convert import stop_cleanly
     from vila.cli.info import human_bytes
@@ -73,9 +73,9 @@ def export(
         source = open_source(
             model,
             template=template or None,
-            base=base or None,
+            base=model_base or None,
             revision=revision or None,
-            search=None if search is None else search.expanduser(),
+            search=None if load_awq is None else load_awq.expanduser(),
             events=events,
         )
         rounds = asked.precision.startswith("int4") and "group_size" in EXPORTS[format_name].takes

@@ -36,7 +36,7 @@ def info(
     model: options.RequiredModel,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, sizes in bytes.")] = False,
     template: options.Template = "",
-    base: options.Base = "",
+    model_base: options.ModelBase = "",
     revision: options.Revision = "",
 ) -> None:
     """Say what [bold]MODEL[/bold] is, in any layout known here, and the memory it needs; no weights are read."""
@@ -45,7 +45,7 @@ def info(
     from vila.model.inspect import checkpoint_facts
     from vila.model.loading import empty_model, open_checkpoint
 
-    checkpoint = open_checkpoint(model, template=template or None, base=base or None, revision=revision or None)
+    checkpoint = open_checkpoint(model, template=template or None, base=model_base or None, revision=revision or None)
     # Every fault that stops loading is reported here too.
     empty_model(checkpoint)
     facts = {"model": model, **checkpoint_facts(checkpoint)}

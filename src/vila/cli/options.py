@@ -101,7 +101,7 @@ Template = Annotated[
         help="Conversation template, where it is not the model's own.", show_default=False, rich_help_panel=_LOADING
     ),
 ]
-Base = Annotated[
+ModelBase = Annotated[
     str,
     typer.Option(
         help="The LLM that a LoRA or stage-1 directory belongs to.", show_default=False, rich_help_panel=_LOADING
@@ -151,10 +151,10 @@ BackendFlag = Annotated[
         rich_help_panel=_LOADING,
     ),
 ]
-HeadBits = Annotated[
+LMHeadBits = Annotated[
     int | None,
     typer.Option(
-        "--head-bits",
+        "--lm-head-bits",
         metavar="4|8|32",
         help="Bits of the head with --backend onnx; default: 8 for 4-bit models, else 32.",
         show_default=False,
@@ -213,10 +213,11 @@ Stop = Annotated[
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Seed of the draws above temperature 0.", rich_help_panel=_SAMPLING)]
-Lookup = Annotated[
+PromptLookupTokens = Annotated[
     int,
     typer.Option(
-        help="Try so many tokens ahead where the text repeats itself; answers stay the same. 0 is off.",
+        help="Prompt-lookup decoding: maximum number of draft tokens per step; 0 disables it. "
+        "Does not change the output.",
         rich_help_panel=_SAMPLING,
     ),
 ]
@@ -336,7 +337,7 @@ def check_fit(config: VilaConfig, processor: VilaProcessor, messages: Sequence[M
 def _as_backend_flags(text: str) -> str:
     flags = {
         "backend='onnx'": "--backend onnx",
-        "head_bits=": "--head-bits ",
+        "head_bits=": "--lm-head-bits ",
         "activation_bits=": "--activation-bits ",
         "device='cpu'": "--device cpu",
     }

@@ -33,7 +33,7 @@ def plan(
             show_default=False,
         ),
     ] = None,
-    samples: Annotated[
+    num_samples: Annotated[
         int | None,
         typer.Option(
             help="Samples of an epoch, where the data sets are not known.",
@@ -42,10 +42,10 @@ def plan(
             rich_help_panel=_DATA,
         ),
     ] = None,
-    text: Annotated[
+    text_tokens: Annotated[
         float, typer.Option(help="Tokens of text in a sample, on average.", min=1, rich_help_panel=_DATA)
     ] = 200.0,
-    images: Annotated[
+    images_per_sample: Annotated[
         float, typer.Option(help="Pictures in a sample, on average.", min=0, rich_help_panel=_DATA)
     ] = 1.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, sizes in bytes.")] = False,
@@ -56,7 +56,11 @@ def plan(
     from vila.plan.planner import make_plan
     from vila.plan.published_data import DataFacts
 
-    data = None if samples is None else DataFacts(samples, images, text, text / 2, ("as given",))
+    data = (
+        None
+        if num_samples is None
+        else DataFacts(num_samples, images_per_sample, text_tokens, text_tokens / 2, ("as given",))
+    )
     made = make_plan(load_recipe(recipe, overrides or []), parse_machine(gpus), mfu=mfu, data=data)
     if as_json:
         typer.echo(json.dumps(as_plain(made), ensure_ascii=False))
@@ -135,7 +139,10 @@ def _time(plan: Plan) -> Iterator[tuple[str, str]]:
         names = ", ".join(plan.unknown[:_NAMED]) + (
             f" and {more} more" if (more := len(plan.unknown) - _NAMED) > 0 else ""
         )
-        yield "time", f"not known: nothing is known of {names}; give --samples, --text and --images"
+        yield (
+            "time",
+            f"not known: nothing is known of {names}; give --num-samples, --text-tokens and --images-per-sample",
+        )
         return
     flops = duration.flops
     yield (

@@ -220,7 +220,6 @@ _PANEL = "As the original spells it (underscores do as well)"
 ModelPath = Annotated[
     str, typer.Option("--model-path", "--model-name", help="= MODEL", show_default=False, rich_help_panel=_PANEL)
 ]
-ModelBase = Annotated[str, typer.Option(help="= --base", show_default=False, rich_help_panel=_PANEL)]
 ConvMode = Annotated[str, typer.Option(help="= --template", show_default=False, rich_help_panel=_PANEL)]
 Query = Annotated[
     str | None,

@@ -54,8 +54,8 @@ class Rounding(StrEnum):
 
 def quantize(
     model: options.RequiredModel,
-    out: Annotated[Path, typer.Option(help="Directory to write.")],
-    calib: Annotated[
+    out: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.")],
+    calib_data: Annotated[
         list[str] | None,
         typer.Option(
             metavar="FILE",
@@ -65,13 +65,13 @@ def quantize(
             rich_help_panel=_CALIBRATION,
         ),
     ] = None,
-    rows: Annotated[
+    num_calib_sequences: Annotated[
         int, typer.Option(help="Rows of 512 tokens taken of a text, at most.", min=1, rich_help_panel=_CALIBRATION)
     ] = 16,
-    samples: Annotated[
+    num_calib_samples: Annotated[
         int, typer.Option(help="Conversations taken of a recipe.", min=1, rich_help_panel=_CALIBRATION)
     ] = 64,
-    image_weight: Annotated[
+    image_token_weight: Annotated[
         float, typer.Option(help="What a token of a picture counts beside one of text.", rich_help_panel=_CALIBRATION)
     ] = 1.0,
     group_size: Annotated[
@@ -120,7 +120,7 @@ def quantize(
             rich_help_panel=_SEARCH,
         ),
     ] = None,
-    reuse: Annotated[
+    load_awq: Annotated[
         Path | None,
         typer.Option(
             metavar="FILE",
@@ -141,9 +141,9 @@ def quantize(
     ] = None,
     device: options.DeviceFlag = options.Device.AUTO,
     template: options.Template = "",
-    base: options.Base = "",
+    model_base: options.ModelBase = "",
     revision: options.Revision = "",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model in --out.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model in --output.")] = False,
 ) -> None:
     """Write [bold]MODEL[/bold] with the LLM's weights in 4 bits; the same command after a kill goes on where it was."""
     from rich.console import Console
@@ -164,36 +164,38 @@ def quantize(
         with_group,
     )
 
-    request = _request(method, symmetric, scaling, clipping, rounding, image_weight, device.value)
+    request = _request(method, symmetric, scaling, clipping, rounding, image_token_weight, device.value)
     target = out.expanduser()
-    check_target(target, "--out", overwrite)
+    check_target(target, "--output", overwrite)
     if dump_awq is not None:
         _check_dump(dump_awq, target, method, overwrite)
-    unused = _unused(method, reuse is not None, scaling, clipping)
-    found = None if reuse is None else read_search(reuse.expanduser())
+    unused = _unused(method, load_awq is not None, scaling, clipping)
+    found = None if load_awq is None else read_search(load_awq.expanduser())
     stop_cleanly()
     folder = local_folder(model, revision or None)
     check_apart(folder, target)
     with Screen() as screen:
         # All that can be wrong is found on shapes and files; the weights are read after it.
-        checkpoint = open_checkpoint(folder, template=template or None, base=base or None)
+        checkpoint = open_checkpoint(folder, template=template or None, base=model_base or None)
         shapes = empty_model(checkpoint)
         size = group_size or default_group_size(shapes, found)
         if group_size is None and size != PUBLISHED_GROUP_SIZE:
             screen.log(f"group size: {size}, the largest of 128, 64 and 32 that divides the widths of this model")
         request = with_group(request, size, symmetric)
         check_plan(shapes, request, found)
-        check_target(target, "--out", overwrite, num_bytes=needed_bytes(shapes, size))
+        check_target(target, "--output", overwrite, num_bytes=needed_bytes(shapes, size))
         calibration = None
         if request.rounding == "feedback" or (request.method == "awq" and found is None):
-            calibration = calibration_of(calib or ["packaged"], checkpoint.processor, rows, samples, screen)
+            calibration = calibration_of(
+                calib_data or ["packaged"], checkpoint.processor, num_calib_sequences, num_calib_samples, screen
+            )
             check_ids(shapes, calibration)
             screen.log(
-                f"calibration: {calibration.name}, {len(calibration.rows)} rows, {calibration.num_tokens:,} tokens, "
-                f"sha256 {calibration.sha256[:16]}"
+                f"calibration: {calibration.name}, {len(calibration.rows)} sequences, "
+                f"{calibration.num_tokens:,} tokens, sha256 {calibration.sha256[:16]}"
             )
-        elif calib:
-            screen.log(f"note: --calib is not read, since {unused} needs no calibration")
+        elif calib_data:
+            screen.log(f"note: --calib-data is not read, since {unused} needs no calibration")
         network, processor = build_model(checkpoint), checkpoint.processor
         texts = {README: layout_readme("awq-hf", network, processor)}
         summary = quantize_checkpoint(
@@ -210,7 +212,7 @@ def _request(
     scaling: Scaling | None,
     clipping: Clipping | None,
     rounding: Rounding | None,
-    image_weight: float,
+    image_token_weight: float,
     device: str,
 ) -> Request:
     """Return the defaults of the method with the given options in their place; the group size follows the model."""
@@ -225,7 +227,7 @@ def _request(
     place = torch.device(choose_device(device))
     changes: dict[str, Any] = {
         "symmetric": symmetric,
-        "image_weight": image_weight,
+        "image_weight": image_token_weight,
         "device": place,
     }
     changes |= {} if scaling is None else {"scaling": scaling.value}
@@ -241,7 +243,7 @@ def _unused(method: Method, is_reused: bool, scaling: Scaling | None, clipping: 
     """What makes a search needless, empty where one is made. Raises ConfigError for options of a search that is not."""
     from vila.core.errors import ConfigError
 
-    why = "--method rtn" if method is Method.RTN else "--reuse" if is_reused else ""
+    why = "--method rtn" if method is Method.RTN else "--load-awq" if is_reused else ""
     given = [name for name, value in (("--scaling", scaling), ("--clipping", clipping)) if value is not None]
     if why and given:
         raise ConfigError(f"{' and '.join(given)} say how to search, and {why} does not search; leave one of them out")
@@ -257,36 +259,38 @@ def _check_dump(path: Path, target: Path, method: Method, overwrite: bool) -> No
     if path.suffix != ".pt":
         raise ConfigError(f"--dump-awq {path}: the original's search files end in .pt; give such a name")
     if target.resolve() in path.resolve().parents:
-        raise ConfigError(f"--dump-awq {path}: lies in --out, which holds the model alone; give a place beside it")
+        raise ConfigError(f"--dump-awq {path}: lies in --output, which holds the model alone; give a place beside it")
     if path.is_file() and not overwrite:
         raise ConfigError(f"--dump-awq {path}: exists already; give another name, or --overwrite to replace it")
 
 
-def calibration_of(names: list[str], processor: Any, rows: int, samples: int, screen: Any) -> Calibration:
-    """What `--calib` names, joined: the packaged text, files of text, and recipes."""
+def calibration_of(
+    names: list[str], processor: Any, num_calib_sequences: int, num_calib_samples: int, screen: Any
+) -> Calibration:
+    """What `--calib-data` names, joined: the packaged text, files of text, and recipes."""
     from vila.quant.calibration import join_calibrations, packaged_documents, read_documents, text_calibration
 
     parts = []
     for name in names:
         path = Path(name).expanduser()
         if name == "packaged":
-            parts.append(text_calibration(packaged_documents(), processor.tokenizer, max_rows=rows))
+            parts.append(text_calibration(packaged_documents(), processor.tokenizer, max_rows=num_calib_sequences))
         elif path.suffix in (".txt", ".jsonl"):
             documents = read_documents(path, len(processor.tokenizer))
-            parts.append(text_calibration(documents, processor.tokenizer, name=path.name, max_rows=rows))
+            parts.append(text_calibration(documents, processor.tokenizer, name=path.name, max_rows=num_calib_sequences))
         else:
-            parts.append(_of_recipe(name, processor, samples, screen))
+            parts.append(_of_recipe(name, processor, num_calib_samples, screen))
     return parts[0] if len(parts) == 1 else join_calibrations(*parts)
 
 
-def _of_recipe(name: str, processor: Any, samples: int, screen: Any) -> Calibration:
+def _of_recipe(name: str, processor: Any, num_calib_samples: int, screen: Any) -> Calibration:
     from vila.config.load import load_recipe
     from vila.data.dataset import Entry, open_mixture
     from vila.quant.calibration import mixture_calibration
 
     recipe = load_recipe(name)
     mixture = open_mixture([Entry(**entry.model_dump()) for entry in recipe.data.mixture], recipe.seed, screen)
-    return mixture_calibration(mixture, processor, samples=samples, name=Path(name).name)
+    return mixture_calibration(mixture, processor, samples=num_calib_samples, name=Path(name).name)
 
 
 # --- quantize_summary

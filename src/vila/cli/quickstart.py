@@ -17,13 +17,13 @@ def quickstart(
     parts: Annotated[
         list[str] | None, typer.Argument(help="Other parts: starter.llm=ID_OR_DIR starter.vision=ID_OR_DIR")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Directory of the run.", callback=options.output_directory)] = Path(
-        "runs/starter"
-    ),
+    out: Annotated[
+        Path, typer.Option("--output", "-o", help="Directory of the run.", callback=options.output_directory)
+    ] = Path("runs/starter"),
     minutes: Annotated[
         float, typer.Option(help="Training minutes on two cores, about; less is faster and less accurate.")
     ] = 7.0,
-    questions: Annotated[int, typer.Option(help="Size of the test set, about; 0 takes all 9,673 questions.")] = 0,
+    eval_limit: Annotated[int, typer.Option(help="Size of the test set, about; 0 takes all 9,673 questions.")] = 0,
     seed: Annotated[int, typer.Option(help="Seed of initialisation and data order.")] = 0,
 ) -> None:
     """Train, evaluate and ask a small visual language model, from parts that come with pip. It can be stopped."""
@@ -32,7 +32,7 @@ def quickstart(
     from vila.cli.progress import Screen
     from vila.starter.quickstart import Options, Quickstart
 
-    asked = Options(out=out, minutes=minutes, questions=questions, seed=seed, **_parts(parts or []))
+    asked = Options(out=out, minutes=minutes, questions=eval_limit, seed=seed, **_parts(parts or []))
     with Screen() as screen:
         result = Quickstart(asked, screen).run()
     _show(Console(highlight=False), result, asked.out)

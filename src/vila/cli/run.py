@@ -79,7 +79,7 @@ class Asked:
             "--prompt": self.prompt,
             "--query": self.query,
             "--messages": self.messages,
-            "--batch": self.batch,
+            "--batch-file": self.batch,
         }
         given = [name for name, value in sources.items() if value is not None]
         if len(given) > 1:
@@ -88,7 +88,7 @@ class Asked:
         if self.batch is not None:
             del aside["--shot"]
         for name, value in aside.items():
-            if value and given in (["--messages"], ["--batch"]):
+            if value and given in (["--messages"], ["--batch-file"]):
                 raise ConfigError(f"{name} does not go with {given[0]}; write it into the file")
 
     def conversation(self) -> WriteConversation:
@@ -179,20 +179,24 @@ def run(
         Path | None, typer.Option(help="JSON file with a whole conversation of content parts.", show_default=False)
     ] = None,
     batch: Annotated[
-        Path | None, typer.Option(help="JSON lines: a question or a conversation each.", show_default=False)
+        Path | None,
+        typer.Option("--batch-file", help="JSON lines: a question or a conversation each.", show_default=False),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows of --batch that are answered together.", min=1)] = 8,
+    batch_size: Annotated[int, typer.Option(help="Rows of --batch-file that are answered together.", min=1)] = 8,
     out: Annotated[
-        Path | None, typer.Option(help="Where the answers to --batch go; default: standard output.", show_default=False)
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="Where the answers to --batch-file go; default: standard output.", show_default=False
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming text.")] = False,
     template: options.Template = "",
-    base: options.Base = "",
+    model_base: options.ModelBase = "",
     revision: options.Revision = "",
     dtype: options.DtypeFlag = options.Dtype.AUTO,
     device: options.DeviceFlag = options.Device.AUTO,
     backend: options.BackendFlag = options.Backend.AUTO,
-    head_bits: options.HeadBits = None,
+    lm_head_bits: options.LMHeadBits = None,
     activation_bits: options.ActivationBits = None,
     threads: options.Threads = None,
     max_new_tokens: options.MaxNewTokens = 128,
@@ -207,10 +211,9 @@ def run(
         int,
         typer.Option(help="With --json: likeliest tokens to report beside each.", rich_help_panel="Sampling"),
     ] = 0,
-    lookup: options.Lookup = 0,
+    prompt_lookup_tokens: options.PromptLookupTokens = 0,
     truncate: options.Truncate = False,
     model_path: prompt_input.ModelPath = "",
-    model_base: prompt_input.ModelBase = "",
     conv_mode: prompt_input.ConvMode = "",
     query: prompt_input.Query = None,
     image_file: prompt_input.ImageFile = None,
@@ -227,12 +230,12 @@ def run(
     loading = Loading(
         model=prompt_input.one_of("MODEL", model, "--model-path", model_path),
         template=prompt_input.one_of("--template", template, "--conv-mode", conv_mode),
-        base=prompt_input.one_of("--base", base, "--model-base", model_base),
+        base=model_base,
         revision=revision,
         dtype=dtype.value,
         device=device.value,
         backend=backend.value,
-        head_bits=head_bits or 0,
+        head_bits=lm_head_bits or 0,
         activation_bits=activation_bits or 0,
         threads=threads or 0,
     )
@@ -249,7 +252,7 @@ def run(
         logprobs=logprobs,
         seed=seed,
         overlong="truncate" if truncate else "error",
-        lookup=lookup,
+        lookup=prompt_lookup_tokens,
     )
     asked = Asked(
         prompt=prompt,
@@ -264,9 +267,9 @@ def run(
     )
     asked.check()
     if out is not None and batch is None:
-        raise ConfigError("--out goes with --batch; leave it out, or send standard output to a file")
+        raise ConfigError("--output goes with --batch-file; leave it out, or send standard output to a file")
     if logprobs and not as_json and batch is None:
-        raise ConfigError("--logprobs goes with --json or --batch; add one of them")
+        raise ConfigError("--logprobs goes with --json or --batch-file; add one of them")
 
     try:
         if batch is None:
@@ -399,14 +402,14 @@ def _counted(answers: Iterator[dict[str, Any]], screen: Any, total: int) -> Iter
 
 def _check_target(out: Path, source: Path) -> None:
     if os.path.isdir(out):  # noqa: PTH112 no error for a name that is too long
-        raise ConfigError(f"--out {out}: a directory; give the name of a file")
-    check_writable(out, field="--out", is_file=True)
+        raise ConfigError(f"--output {out}: a directory; give the name of a file")
+    check_writable(out, field="--output", is_file=True)
     if out.exists() and source.exists() and out.samefile(source):
-        raise ConfigError(f"--out {out}: that is the file of --batch; give another name")
+        raise ConfigError(f"--output {out}: that is the file of --batch-file; give another name")
 
 
 # --- batch
-# `vila run --batch`: rows of a file, all checked before any work starts, answered a batch at a time in their order.
+# `vila run --batch-file`: rows of a file, all checked before any work starts, answered batch by batch.
 
 
 def prepare_rows(

@@ -25,7 +25,7 @@ _BATCH, _LIMITS, _WEB = "Batching", "Limits of a request", "Access"
 
 def serve(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Directories, or hub ids OWNER/NAME.")],
-    name: Annotated[
+    served_model_name: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME,ALIAS",
@@ -36,32 +36,32 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on; others can reach 0.0.0.0.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 takes a free one.", min=0, max=65535)] = 8000,
     template: options.Template = "",
-    base: options.Base = "",
+    model_base: options.ModelBase = "",
     revision: options.Revision = "",
     dtype: options.DtypeFlag = options.Dtype.AUTO,
     device: options.DeviceFlag = options.Device.AUTO,
     backend: options.BackendFlag = options.Backend.AUTO,
-    head_bits: options.HeadBits = None,
+    lm_head_bits: options.LMHeadBits = None,
     activation_bits: options.ActivationBits = None,
     threads: options.Threads = None,
-    slots: Annotated[
+    max_num_seqs: Annotated[
         int, typer.Option(help="Requests that run at a time, per model.", min=1, rich_help_panel=_BATCH)
     ] = 8,
-    queue: Annotated[
+    max_queue: Annotated[
         int, typer.Option(help="Requests that may wait besides; further ones get 429.", min=1, rich_help_panel=_BATCH)
     ] = 64,
-    kv_tokens: Annotated[
+    kv_cache_tokens: Annotated[
         int,
         typer.Option(help="Tokens kept in memory; 0: every slot's context, as memory goes.", rich_help_panel=_BATCH),
     ] = 0,
-    prefill_chunk: Annotated[
+    prefill_chunk_size: Annotated[
         int, typer.Option(help="Tokens of prompts that a step computes at most.", min=1, rich_help_panel=_BATCH)
     ] = 256,
     max_images: Annotated[int, typer.Option(help="Images and videos.", min=0, rich_help_panel=_LIMITS)] = 16,
-    max_body: Annotated[float, typer.Option(help="Megabytes.", min=0.001, rich_help_panel=_LIMITS)] = 32.0,
-    max_pixels: Annotated[float, typer.Option(help="Megapixels of an image.", min=0.001, rich_help_panel=_LIMITS)] = (
-        50.0
-    ),
+    max_body_mb: Annotated[float, typer.Option(help="Megabytes.", min=0.001, rich_help_panel=_LIMITS)] = 32.0,
+    max_image_megapixels: Annotated[
+        float, typer.Option(help="Megapixels of an image.", min=0.001, rich_help_panel=_LIMITS)
+    ] = (50.0),
     fetch_timeout: Annotated[
         float, typer.Option(help="Seconds for all of its addresses.", min=0.1, rich_help_panel=_LIMITS)
     ] = 20.0,
@@ -106,10 +106,10 @@ def serve(
         ),
     ] = None,
     max_connections: Annotated[int, typer.Option(help="Open connections.", min=1, rich_help_panel=_WEB)] = 1000,
-    max_connections_per_address: Annotated[
+    max_connections_per_ip: Annotated[
         int, typer.Option(help="Of one address; 0 is half of all.", min=0, rich_help_panel=_WEB)
     ] = 0,
-    cors: Annotated[
+    allowed_origin: Annotated[
         list[str] | None,
         typer.Option(
             metavar="ORIGIN",
@@ -121,19 +121,19 @@ def serve(
     root_path: Annotated[
         str, typer.Option(help="Path under which a proxy shows the server.", show_default=False, rich_help_panel=_WEB)
     ] = "",
-    tls_cert: Annotated[
+    ssl_certfile: Annotated[
         str, typer.Option(metavar="FILE", help="Certificate, for HTTPS.", show_default=False, rich_help_panel=_WEB)
     ] = "",
-    tls_key: Annotated[
+    ssl_keyfile: Annotated[
         str, typer.Option(metavar="FILE", help="Its private key.", show_default=False, rich_help_panel=_WEB)
     ] = "",
-    drain_timeout: Annotated[
+    shutdown_timeout: Annotated[
         float, typer.Option(help="Seconds that running answers have once it is told to stop.", min=0)
     ] = 60.0,
     log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Log what is asked; off for a reason.")] = False,
 ) -> None:
     """Answer [bold]OpenAI's chat protocol[/bold] for one or several models: vila serve runs/starter/model"""
-    _check(models, name, tls_cert, tls_key)
+    _check(models, served_model_name, ssl_certfile, ssl_keyfile)
     _check_domains(allowed_media_domain or ())
     require_extra("serve", "vila serve")
     from vila.serve.admission import read_keys
@@ -147,42 +147,45 @@ def serve(
         Loading(
             one,
             template,
-            base,
+            model_base,
             revision,
             dtype.value,
             device.value,
             backend.value,
-            head_bits or 0,
+            lm_head_bits or 0,
             activation_bits or 0,
             threads or 0,
         )
         for one in models
     ]
     limits = Limits(
-        body=int(max_body * 1e6),
+        body=int(max_body_mb * 1e6),
         images=max_images,
-        media=replace(SERVER_MEDIA, image_pixels=int(max_pixels * 1e6)),
+        media=replace(SERVER_MEDIA, image_pixels=int(max_image_megapixels * 1e6)),
         fetch_s=fetch_timeout,
         request_s=request_timeout,
         allow_private=allow_private_urls,
         allowed_domains=tuple(allowed_media_domain or ()),
     )
     served = Models(
-        [_served(loading, given) for loading, given in zip(loadings, name or [""] * len(models), strict=True)],
-        Batching(slots, kv_tokens, queue, prefill_chunk),
+        [
+            _served(loading, given)
+            for loading, given in zip(loadings, served_model_name or [""] * len(models), strict=True)
+        ],
+        Batching(max_num_seqs, kv_cache_tokens, max_queue, prefill_chunk_size),
     )
     config = ServerConfig(
         host=host,
         port=port,
         root_path=_rooted(root_path),
         keys=read_keys(api_key or (), api_key_file, os.environ.get(KEYS_VARIABLE, "").strip()),
-        origins=cors or (),
+        origins=allowed_origin or (),
         allowed_hosts=allowed_host or (),
-        certificate=tls_cert,
-        private_key=tls_key,
+        certificate=ssl_certfile,
+        private_key=ssl_keyfile,
         max_connections=max_connections,
-        max_per_address=max_connections_per_address,
-        drain_s=drain_timeout,
+        max_per_address=max_connections_per_ip,
+        drain_s=shutdown_timeout,
     )
     _log_to_stderr()
     run(Service(served, limits, log_prompts), config, lambda line: typer.echo(line, err=True))
@@ -190,9 +193,9 @@ def serve(
 
 def _check(models: list[str], names: list[str] | None, certificate: str, key: str) -> None:
     if names and len(names) != len(models):
-        raise ConfigError(f"{len(names)} --name for {len(models)} models; give one for each, or none")
+        raise ConfigError(f"{len(names)} --served-model-name for {len(models)} models; give one for each, or none")
     if bool(certificate) != bool(key):
-        raise ConfigError("--tls-cert and --tls-key go together; give both, or none")
+        raise ConfigError("--ssl-certfile and --ssl-keyfile go together; give both, or none")
     for model in models:
         looks_local = model.startswith((".", "/", "~")) or model.count("/") != 1
         if looks_local and not Path(model).exists():

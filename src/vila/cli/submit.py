@@ -15,6 +15,8 @@ def submit(
     out: Annotated[
         Path | None,
         typer.Option(
+            "--output",
+            "-o",
             help="Default: playground/data/predictions_upload/NAME.",
             show_default=False,
             callback=options.output_directory,
@@ -34,7 +36,7 @@ def submit(
     run = run.resolve()
     where = data or Path(seen.data or "playground/data/eval")
     target = out or Path("playground/data/predictions_upload") / run.name
-    check_writable(target, field="--out")
+    check_writable(target, field="--output")
     folders = {name: folder.name for name, folder in seen.folders.items()}
     written, left_out = submit_run(run, target, where, folders, seen.left_out)
     for line in describe(written, left_out):

@@ -118,7 +118,9 @@ def shot_variants(
     if not any(counts):
         return [benchmark for _ in counts]
     if name not in POOLS:
-        raise DataError(f"{name}: has no pool of examples (those that have one: {', '.join(POOLS)}); take --shots 0")
+        raise DataError(
+            f"{name}: has no pool of examples (those that have one: {', '.join(POOLS)}); take --num-fewshot 0"
+        )
     pool = POOLS[name](folder)
     return [
         with_shots(benchmark, count, pool, seed, shuffled)

@@ -111,7 +111,7 @@ def read_predictions(folder: Path, known: Iterable[str]) -> Predictions:
     if unknown := sorted(out.texts.keys() - wanted):
         raise DataError(
             f"{folder}: holds answers to {len(unknown)} questions that this run does not ask "
-            f"({', '.join(unknown[:5])}); choose another --out"
+            f"({', '.join(unknown[:5])}); choose another --output"
         )
     return out
 

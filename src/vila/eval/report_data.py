@@ -229,7 +229,7 @@ def read_run(folder: Path) -> RunFolder:
     """A run's folder. Raises DataError when it is none."""
     path = folder / "eval.json"
     if not path.is_file():
-        raise DataError(f"{folder}: no eval.json; give the directory that `vila eval --out` wrote")
+        raise DataError(f"{folder}: no eval.json; give the directory that `vila eval --output` wrote")
     facts = Fields.of_file(path)
     named = facts.get("benchmarks")
     if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):

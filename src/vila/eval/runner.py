@@ -403,4 +403,4 @@ def _refuse_changes(out: Path, before: Mapping[str, Any], facts: Mapping[str, An
         f"{key}: {before.get(key)!r} -> {value!r}" for key, value in compared.items() if before.get(key) != value
     ]
     if changed:
-        raise DataError(f"{out}: holds the predictions of another run ({'; '.join(changed)}); choose another --out")
+        raise DataError(f"{out}: holds the predictions of another run ({'; '.join(changed)}); choose another --output")

@@ -25,7 +25,7 @@ class FoldedTarget:
     name = "safetensors"
     summary = "Full-precision weights, AWQ scales folded in, for other quantizers (llm-compressor, GPTQModel, ModelOpt)"
     precisions = _PRECISIONS
-    takes = frozenset({"search"})
+    takes = frozenset({"load_awq"})
     holds_llm = True
     verified = "bit by bit with an independent reader, and by its logits in stock transformers on a CPU"
 
@@ -58,7 +58,7 @@ class FoldedTarget:
             "rounding of folded weights to their own number type."
         ]
         if source.search is None:
-            notes.append("No search was given (`--search FILE`), so no scales are folded in.")
+            notes.append("No search was given (`--load-awq FILE`), so no scales are folded in.")
         elif source.search.clips:
             notes.append("AWQ's limits are applied too: values past them are clamped, as its quantization expects.")
         return Guide(

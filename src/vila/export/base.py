@@ -18,7 +18,7 @@ from vila.core.progress import task
 from vila.core.registry import Registry
 from vila.export.source import Source
 
-OPTIONS = ("search", "group_size", "ranks")
+OPTIONS = ("load_awq", "group_size", "tp_size")
 """Options that a target may take, by the names of their fields; every target takes a precision."""
 
 
@@ -28,12 +28,12 @@ class ExportOptions:
 
     precision:  one of the target's `precisions`; empty for its first.
     group_size: inputs that share a scale; 0 for the group size of an INT4 model, or 128.
-    ranks:      processes of tensor parallelism that the files are cut for.
+    tp_size:    processes of tensor parallelism that the files are cut for.
     """
 
     precision: str = ""
     group_size: int = 0
-    ranks: int = 1
+    tp_size: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,11 @@ def check_source(target: ExportTarget, source: Source, options: ExportOptions) -
 
 
 def _untaken(target: ExportTarget, source: Source, options: ExportOptions) -> Iterator[str]:
-    asked = {"search": source.search is not None, "group_size": options.group_size != 0, "ranks": options.ranks != 1}
+    asked = {
+        "load_awq": source.search is not None,
+        "group_size": options.group_size != 0,
+        "tp_size": options.tp_size != 1,
+    }
     for name in OPTIONS:
         if asked[name] and name not in target.takes:
             others = [other for other in EXPORTS if name in EXPORTS[other].takes]
@@ -187,7 +191,7 @@ def write_export(
         "format": target.name,
         "precision": options.precision,
         "group_size": options.group_size,
-        "ranks": options.ranks,
+        "ranks": options.tp_size,
         "folded": source.search is not None,
         "vila": __version__,
     }
@@ -207,7 +211,7 @@ def check_out(out: Path, source: Path, overwrite: bool, *, num_bytes: int = 0) -
     What a killed writer of `out` left is removed first, and a directory that it was replacing is put back.
     """
     if not os.path.lexists(out):
-        check_writable(out, field="--out", is_replaced=True, num_bytes=num_bytes)
+        check_writable(out, field="--output", is_replaced=True, num_bytes=num_bytes)
     remove_partials(out.parent, out.name)
     here, there = source.resolve(), out.resolve()
     if here == there or there in here.parents:
@@ -216,7 +220,7 @@ def check_out(out: Path, source: Path, overwrite: bool, *, num_bytes: int = 0) -
         return
     if not out.is_dir():
         raise ConfigError(f"{out}: is a file; an export is a directory, give another name")
-    check_writable(out, field="--out", is_replaced=True, num_bytes=num_bytes)
+    check_writable(out, field="--output", is_replaced=True, num_bytes=num_bytes)
     if not any(out.iterdir()):
         return
     if not overwrite:
@@ -242,7 +246,7 @@ def int4_source_refusals(source: Source) -> list[str]:
         return []
     return [
         f"{len(missing)} Linears of its decoder have no weight in full precision ({', '.join(missing[:3])}): this "
-        "format rounds by itself; export the model that was quantized, with --search for what AWQ found"
+        "format rounds by itself; export the model that was quantized, with --load-awq for what AWQ found"
     ]
 
 

@@ -30,7 +30,7 @@ class CompressedTensorsTarget:
     name = "compressed-tensors"
     summary = "INT4 weights in a LLaVA directory for vLLM (pack-quantized)"
     precisions = _PRECISIONS
-    takes = frozenset({"search", "group_size"})
+    takes = frozenset({"load_awq", "group_size"})
     holds_llm = True
     verified = (
         "bit by bit with an independent reader; loaded on a CPU by transformers 5.23 with compressed-tensors 0.20; "

@@ -42,7 +42,7 @@ class GgufTarget:
     summary: str
     has_vision: bool
     verified: str
-    takes: frozenset[str] = frozenset({"search"})
+    takes: frozenset[str] = frozenset({"load_awq"})
     holds_llm: bool = True
 
     @property

@@ -311,7 +311,7 @@ def open_source(
         )
     if search is not None and checkpoint.int4:
         raise LayoutError(
-            f"{checkpoint.folder}: its weights are rounded to INT4 already and take no scales; leave --search out, or "
+            f"{checkpoint.folder}: its weights are rounded to INT4 already and take no scales; omit --load-awq, or "
             "export the model that was quantized"
         )
     source = Source(checkpoint, None if search is None else read_search(search), events)

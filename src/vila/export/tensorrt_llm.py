@@ -39,7 +39,7 @@ class TensorRtLlmTarget:
     name = "tensorrt-llm"
     summary = "VILA's three folders for TensorRT-LLM 1.x, INT4 as ModelOpt writes it"
     precisions = _PRECISIONS
-    takes = frozenset({"search", "group_size"})
+    takes = frozenset({"load_awq", "group_size"})
     holds_llm = True
     verified = "bit by bit with an independent reader; TensorRT-LLM was not run"
 

@@ -32,7 +32,7 @@ class TensorRtLlmLegacyTarget:
     name = "tensorrt-llm-legacy"
     summary = "The LLM for TensorRT-LLM's trtllm-build, as VILA's own demo used it, a file per rank"
     precisions = _PRECISIONS
-    takes = frozenset({"search", "group_size", "ranks"})
+    takes = frozenset({"load_awq", "group_size", "tp_size"})
     holds_llm = True
     verified = "bit by bit with an independent reader that joins the ranks; TensorRT-LLM was not run"
 
@@ -52,12 +52,12 @@ class TensorRtLlmLegacyTarget:
         from vila.export.base import group_of
 
         group_size = group_of(source, options) if options.precision == "int4" else None
-        write_config(source, part, source.family.tensorrt_llm_legacy, group_size, options.ranks)
-        write_ranks(source, part, group_size, options.ranks)
+        write_config(source, part, source.family.tensorrt_llm_legacy, group_size, options.tp_size)
+        write_ranks(source, part, group_size, options.tp_size)
 
     def guide(self, source: Source, options: ExportOptions) -> Guide:
         """The engines that have to be built, and how the multimodal example runs them."""
-        tokens, ranks = source.processor.spec.tokens_per_image, options.ranks
+        tokens, ranks = source.processor.spec.tokens_per_image, options.tp_size
         mpi = "" if ranks == 1 else f"mpirun -n {ranks} "
         build = (
             "trtllm-build --checkpoint_dir {out} --output_dir engines/llm \\\n"
@@ -209,11 +209,11 @@ def rank_refusals(source: Source, options: ExportOptions) -> list[str]:
         return [
             f"no place for {len(lost)} weights of the LLM ({', '.join(lost[:3])}); --format tensorrt-llm takes them"
         ]
-    if _divides(source, options, options.ranks):
+    if _divides(source, options, options.tp_size):
         return []
     working = [str(ranks) for ranks in range(1, 65) if _divides(source, options, ranks)]
-    remedy = f"--ranks {' or '.join(working)} would" if working else "--precision float16 has no such rule"
-    return [f"{options.ranks} ranks do not divide its heads or the tiles of its Linears; {remedy}"]
+    remedy = f"--tp-size {' or '.join(working)} would" if working else "--precision float16 has no such rule"
+    return [f"{options.tp_size} ranks do not divide its heads or the tiles of its Linears; {remedy}"]
 
 
 def write_ranks(source: Source, part: Path, group_size: int | None, ranks: int) -> None:

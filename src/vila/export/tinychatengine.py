@@ -57,7 +57,7 @@ class TinyChatEngineTarget:
             "fp32": "float32 throughout",
         }
     )
-    takes: frozenset[str] = frozenset({"search"})
+    takes: frozenset[str] = frozenset({"load_awq"})
     holds_llm: bool = True
     verified: str = "read back by an independent reader, bit by bit; the engine itself was not run"
 
@@ -94,7 +94,7 @@ class TinyChatEngineTarget:
         ]
         notes = [
             "Its INT4 is a symmetric rounding of its own; of AWQ it takes what a search folds into the weights: "
-            "`--search`.",
+            "`--load-awq`.",
             "Sizes are compiled in: 32 blocks of 4096, and CLIP-L/336 with the two-layer projector.",
         ]
         if options.precision == "qm_cuda":

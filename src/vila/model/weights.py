@@ -135,7 +135,7 @@ class TorchFile:
             raise LayoutError(
                 "holds the result of an AWQ search, not weights",
                 file=self.path,
-                hint="give it to vila quantize --reuse, with the 16-bit model",
+                hint="give it to vila quantize --load-awq, with the 16-bit model",
             )
         for name, value in held.items():
             if not isinstance(name, str) or not isinstance(value, StoredTensor):

@@ -73,9 +73,11 @@ class Models:
         self._by_name: dict[str, ServedModel] = {}
         for model in self.models:
             if not _is_encodable(model.name):
-                raise ConfigError("not UTF-8 text, which no answer can name", field="--name", value=model.name)
+                raise ConfigError(
+                    "not UTF-8 text, which no answer can name", field="--served-model-name", value=model.name
+                )
             if model.name in self._by_name:
-                raise ConfigError(f"two models are called {model.name!r}; give each its --name")
+                raise ConfigError(f"two models are called {model.name!r}; give each its --served-model-name")
             self._by_name[model.name] = model
         for model in self.models:
             model.room = Room(batching.capacity)

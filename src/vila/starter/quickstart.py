@@ -144,7 +144,7 @@ class Options:
         if not 0 < self.minutes <= 1000:
             raise ConfigError(f"--minutes {self.minutes}: expected more than 0 and at most 1000")
         if self.questions < 0:
-            raise ConfigError(f"--questions {self.questions}: expected 0 (all) or more")
+            raise ConfigError(f"--eval-limit {self.questions}: expected 0 (all) or more")
 
     def facts(self) -> dict[str, Any]:
         """Return what must be equal for a run to go on; directories are named relative to the run."""
@@ -206,7 +206,7 @@ class Quickstart:
             if changed:
                 raise ConfigError(
                     f"{self.out}: holds a run with other settings ({'; '.join(changed)}); "
-                    f"give --out another directory, or delete this one"
+                    f"give --output another directory, or delete this one"
                 )
         write_json(path, facts)
 

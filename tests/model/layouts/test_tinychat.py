@@ -150,7 +150,9 @@ def test_between_the_layouts_of_4_bits_not_a_bit_is_lost(tmp_path):
 class TestWhatIsRefused:
     def test_a_file_without_its_model(self, tmp_path):
         _, file, _ = by_hand(tmp_path, "llava-v1")
-        with pytest.raises(LayoutError, match="weights alone, and no directory around them says .* as base= or --base"):
+        with pytest.raises(
+            LayoutError, match="weights alone, and no directory around them says .* as base= or --model-base"
+        ):
             open_checkpoint(file)
 
     @pytest.mark.parametrize(

@@ -152,7 +152,7 @@ def _llm_and_projector(folder: Path, base: Path | None, facts: Fields, llm: Any)
         named = facts.text("_name_or_path", "")
         hint = f" (the config names {named!r})" if named else ""
         kind = "a LoRA directory" if adapter else "a stage-1 directory: a projector without its LLM"
-        raise LayoutError(kind, file=folder, hint=f"give the directory of the base LLM as base= or --base{hint}")
+        raise LayoutError(kind, file=folder, hint=f"give the directory of the base LLM as base= or --model-base{hint}")
     pieces = pieces_of(find_files(base))
     extra = folder / "non_lora_trainables.bin" if adapter else projector
     if extra.is_file():

@@ -355,7 +355,7 @@ class AdapterLayout:
         if under.int4:
             raise LayoutError(
                 f"{home}: its weights are in 4 bits, which no adapter can be merged into; give the 16-bit model that "
-                "they were made from as base= or --base, and quantize what comes out"
+                "they were made from as base= or --model-base, and quantize what comes out"
             )
         config, processor, sources = under.config, under.processor, under.sources
         if (folder / "config.json").is_file():
@@ -379,7 +379,7 @@ def find_base(folder: Path) -> Path:
     """
     adapter = read_adapter_config(folder)
     if not adapter.base:
-        raise LayoutError("names no base", file=adapter.file, field=_BASE, hint="give it as base= or --base")
+        raise LayoutError("names no base", file=adapter.file, field=_BASE, hint="give it as base= or --model-base")
     with file_errors(adapter.file, LayoutError):  # a text that no path can be
         path = Path(adapter.base).expanduser()
         for place in (path, *(above / path for above in folder.resolve().parents)):
@@ -393,7 +393,7 @@ def find_base(folder: Path) -> Path:
             file=adapter.file,
             field=_BASE,
             value=adapter.base,
-            hint="give the directory where it is now as base= or --base",
+            hint="give the directory where it is now as base= or --model-base",
         ) from error
 
 
@@ -459,7 +459,7 @@ def _refuse_another_base(folder: Path, home: Path, adapted: VilaConfig, base: Vi
     problems = [f"{key} is {its!r}, the adapter's {mine!r}" for key, (mine, its) in pairs.items() if mine != its]
     if problems:
         raise LayoutError(
-            f"{home}: not the base of {folder}: {'; '.join(problems)}; give the right one as base= or --base"
+            f"{home}: not the base of {folder}: {'; '.join(problems)}; give the right one as base= or --model-base"
         )
 
 

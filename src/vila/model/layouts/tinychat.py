@@ -121,7 +121,7 @@ def _home(folder: Path) -> Path:
     raise LayoutError(
         "weights alone, and no directory around them says of which model",
         file=folder,
-        hint="give that of the 16-bit model as base= or --base",
+        hint="give that of the 16-bit model as base= or --model-base",
     )
 
 

@@ -127,7 +127,7 @@ class ApiClient:
         if isinstance(error, openai.APITimeoutError):
             return f"{self.base} did not answer in time; ask again, or for fewer tokens"
         if isinstance(error, openai.APIConnectionError):
-            return f"no server answers at {self.base}; start one with vila serve, or correct --api"
+            return f"no server answers at {self.base}; start one with vila serve, or correct --base-url"
         if isinstance(error, openai.APIStatusError):
             body = error.body if isinstance(error.body, dict) else {}
             said = str(body.get("message") or error.message)
