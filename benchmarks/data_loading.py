@@ -35,8 +35,8 @@ from vila.core.system import system_info
 from vila.core.vision_spec import VisionSpec
 from vila.data.collate import collate
 from vila.data.dataset import Entry, SampleReader, open_mixture
-from vila.data.packing import Policy
-from vila.data.workers import WorkerLanes
+from vila.data.packing import PackingPolicy
+from vila.data.workers import WorkerStreams
 from vila.media.image import open_image
 from vila.media.transform import pixels
 
@@ -134,8 +134,8 @@ def processor_seconds() -> float:
 
 def ours_per_second(reader: SampleReader, workers: int, samples: int) -> tuple[float, float]:
     """Samples a second and processor milliseconds a sample after the first step; rows of 4096 tokens."""
-    policy = Policy(max_length=4096, look_ahead=64)
-    lanes = WorkerLanes(reader, 2 * workers, policy=policy, workers=workers, start_method="fork")
+    policy = PackingPolicy(max_length=4096, look_ahead=64)
+    lanes = WorkerStreams(reader, 2 * workers, policy=policy, workers=workers, start_method="fork")
     try:
         lanes.step()
         shown, began, spent = 0, time.perf_counter(), processor_seconds()
@@ -183,7 +183,7 @@ def milliseconds(reader: SampleReader, number: int) -> dict[str, float]:
 
 def same_pixels(reader: SampleReader, peer: Peer, number: int) -> bool:
     """Whether the pixels of the first samples are equal to the last bit."""
-    source = reader.mixture.parts[0].source
+    source = reader.mixture.datasets[0].source
     return all(
         np.array_equal(pixels(open_image(source[i].media[0]), SPEC), peer[i]["pixels"].numpy()) for i in range(number)
     )

@@ -20,7 +20,7 @@ import numpy as np
 
 from vila.chat.tokenize import TokenizedSample
 from vila.core.system import system_info
-from vila.data.packing import LaneSet, Policy
+from vila.data.packing import PackingPolicy, PackingStreams
 
 LENGTH, LANES = 4096, 8
 STAGE_3_FILL, STAGE_2_GAP = 0.98, 0.01
@@ -74,7 +74,9 @@ def streamed(lengths: list[int], packing: str, look_ahead: int) -> tuple[float, 
         zeros = np.zeros(length, dtype=np.int64)
         return TokenizedSample("", zeros, zeros, np.arange(length), zeros, zeros - 1, zeros, ())
 
-    lanes = LaneSet(fetch, LANES, policy=Policy(max_length=LENGTH, look_ahead=look_ahead, packing=packing))  # type: ignore[arg-type]
+    lanes = PackingStreams(
+        fetch, LANES, policy=PackingPolicy(max_length=LENGTH, look_ahead=look_ahead, packing=packing)
+    )  # type: ignore[arg-type]
     real = shown = rows = 0
     began = time.perf_counter()
     while min(state.next_position for state in lanes.states) < len(lengths):

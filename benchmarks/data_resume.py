@@ -18,8 +18,8 @@ import numpy as np
 from vila.chat.tokenize import TokenizedSample
 from vila.core.system import system_info
 from vila.core.types import Message, Sample
-from vila.data.mixture import Mixture, Part
-from vila.data.packing import LaneSet, LaneState, Policy
+from vila.data.mixture import Mixture, MixtureDataset
+from vila.data.packing import PackingPolicy, PackingStreams, PackingStreamState
 
 LANES, LOOK_AHEAD, LIMIT_S = 16, 64, 1.0
 POSITIONS = (0, 100_000, 10_000_000, 100_000_000)
@@ -38,7 +38,7 @@ class Billion:
 def first_step(position: int) -> float:
     """Seconds from nothing to the first step after `position`."""
     began = time.perf_counter()
-    mixture = Mixture([Part("a", Billion()), Part("b", Billion(), repeat=0.5)], seed=0)
+    mixture = Mixture([MixtureDataset("a", Billion()), MixtureDataset("b", Billion(), repeat=0.5)], seed=0)
 
     def fetch(place: int) -> TokenizedSample:
         _, sample = mixture[place]
@@ -48,10 +48,12 @@ def first_step(position: int) -> float:
 
     start = position // LANES * LANES
     states = [
-        LaneState(start + lane, tuple(range(max(lane, start + lane - LANES * (LOOK_AHEAD - 1)), start + lane, LANES)))
+        PackingStreamState(
+            start + lane, tuple(range(max(lane, start + lane - LANES * (LOOK_AHEAD - 1)), start + lane, LANES))
+        )
         for lane in range(LANES)
     ]
-    LaneSet(fetch, LANES, policy=Policy(max_length=4096, look_ahead=LOOK_AHEAD), states=states).step()
+    PackingStreams(fetch, LANES, policy=PackingPolicy(max_length=4096, look_ahead=LOOK_AHEAD), states=states).step()
     return time.perf_counter() - began
 
 

@@ -42,7 +42,7 @@ from vila.chat.tokenize import IGNORE, TokenizedSample
 from vila.core.system import system_info
 from vila.core.types import Image
 from vila.data.collate import collate
-from vila.data.packing import LaneSet, Policy
+from vila.data.packing import PackingPolicy, PackingStreams
 from vila.model.config import VilaConfig
 from vila.model.modeling import VilaForConditionalGeneration
 from vila.train.loss import Objective
@@ -105,8 +105,8 @@ class Ours:
 
     def __init__(self, data: Data, shape: dict[str, Any], dtype: torch.dtype, packing: str, peer: Any) -> None:
         lanes = MICRO["stage 3"] if packing == "none" else 3  # 3 rows hold about as many samples
-        policy = Policy(max_length=data.row, look_ahead=64, packing=packing)  # type: ignore[arg-type]
-        self.lanes = LaneSet(data.fetch, lanes, policy=policy, decode=data.decode)
+        policy = PackingPolicy(max_length=data.row, look_ahead=64, packing=packing)  # type: ignore[arg-type]
+        self.lanes = PackingStreams(data.fetch, lanes, policy=policy, decode=data.decode)
         self.model = VilaForConditionalGeneration(VilaConfig(**shape, image_token_id=IMAGE))
         copy_weights(peer, self.model)
         select_trainable(self.model, ["projector", "llm"])

@@ -72,7 +72,7 @@ def main() -> int:
     saved = (chosen.run / "3_sft" / "recipe.yaml").resolve()
     recipe = load_recipe(str(saved), [f"output.dir={chosen.run / 'speed'}"])
     ours = build(recipe)
-    source = ours.mixture.parts[0].source
+    source = ours.mixture.datasets[0].source
     peer = PaddedLoop(chosen.run, [source[i] for i in range(chosen.steps * chosen.batch // 4)], chosen.batch)
     speeds: dict[str, list[tuple[float, float]]] = {"ours": [], "padded": []}
     for number in range(chosen.steps + 2):

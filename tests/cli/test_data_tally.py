@@ -4,11 +4,11 @@ import random
 from collections import Counter
 from statistics import median_low
 
-from vila.data.stats import Seen, histogram, spread
+from vila.data.stats import NameSet, histogram, min_median_max
 
 
 def test_names_are_known_again_whatever_their_number():
-    seen, known = Seen(), set()
+    seen, known = NameSet(), set()
     draw = random.Random(0)
     for _ in range(20_000):
         name = f"picture {draw.randrange(12_000)} \u00e9\ud800"
@@ -19,7 +19,7 @@ def test_names_are_known_again_whatever_their_number():
 
 
 def test_a_name_takes_at_most_24_bytes_however_long_it_is():
-    seen = Seen()
+    seen = NameSet()
     for number in range(1, 6000):
         seen.add(f"{number:01000d}")
         assert 12 * number <= seen.nbytes <= 24 * number + 8192
@@ -29,8 +29,8 @@ def test_spread_is_that_of_the_single_values():
     draw = random.Random(1)
     for size in (1, 2, 3, 10, 101):
         values = [draw.randrange(20) for _ in range(size)]
-        assert spread(Counter(values)) == [min(values), median_low(values), max(values)]
-    assert spread({}) == []
+        assert min_median_max(Counter(values)) == [min(values), median_low(values), max(values)]
+    assert min_median_max({}) == []
 
 
 def test_a_histogram_has_bounds_that_double():

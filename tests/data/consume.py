@@ -16,8 +16,8 @@ import numpy as np
 
 from tests.data.reading import reader_of
 from vila.core.files import write_json
-from vila.data.packing import LaneState, Policy
-from vila.data.workers import WorkerLanes
+from vila.data.packing import PackingPolicy, PackingStreamState
+from vila.data.workers import WorkerStreams
 
 
 def main(file: Path, out: Path, steps: int) -> None:
@@ -26,9 +26,9 @@ def main(file: Path, out: Path, steps: int) -> None:
     states = None
     if kept:
         saved = json.loads(kept[-1].read_text())["states"]
-        states = [LaneState(state["next_position"], tuple(state["waiting"])) for state in saved]
-    policy = Policy(max_length=96, look_ahead=6)
-    lanes = WorkerLanes(reader_of(file), 4, policy=policy, workers=2, start_method="fork", states=states)
+        states = [PackingStreamState(state["next_position"], tuple(state["waiting"])) for state in saved]
+    policy = PackingPolicy(max_length=96, look_ahead=6)
+    lanes = WorkerStreams(reader_of(file), 4, policy=policy, workers=2, start_method="fork", states=states)
     for step in range(len(kept), steps):
         rows = [
             {

@@ -21,7 +21,7 @@ from vila.data.readers import json as json_scanner
 from vila.data.readers import tar as tar_scanner
 from vila.data.readers.json import scan_json
 from vila.data.readers.parquet import row_group_sizes
-from vila.data.readers.records import open_rows
+from vila.data.readers.records import open_records
 from vila.data.readers.tar import scan_tar
 
 LLAVA = {"id": "0", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
@@ -64,14 +64,14 @@ def spans(scan, path):
 def test_text_that_is_no_list_and_no_json_lines_is_one_fault_of_the_file(content, word, tmp_path):
     path = tmp_path / "d.json"
     path.write_bytes(content)
-    error = refusal(lambda: open_rows(path))
+    error = refusal(lambda: open_records(path))
     assert error.file == str(path) and error.record is None
     assert word in error.problem and error.hint
 
 
 def test_a_tar_named_json_is_named(tmp_path):
     path = write_tar(tmp_path / "d.json", MEMBERS)
-    assert "tar" in refusal(lambda: open_rows(path)).problem
+    assert "tar" in refusal(lambda: open_records(path)).problem
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_whatever_stands_in_a_list_beside_objects_is_reported(text, word, block,
 def test_zero_bytes_behind_json_lines_are_a_record_that_is_refused(tmp_path):
     path = tmp_path / "d.jsonl"
     path.write_bytes(b'{"a": 1}\n' + bytes(64))
-    rows = open_rows(path)
+    rows = open_records(path)
     assert len(rows) == 2 and rows[0].value == {"a": 1}
     refusal(lambda: rows[1])
 
@@ -168,10 +168,10 @@ def test_archives_that_were_joined_are_read_to_the_end(tmp_path):
     two = write_tar(tmp_path / "2.tar", [("c.jpg", PIXELS), ("c.txt", "C")]).read_bytes()
     path = tmp_path / "d.tar"
     path.write_bytes(one + two + one[:0])
-    rows = open_rows(path)
+    rows = open_records(path)
     assert [rows[n].read_text("txt") for n in range(len(rows))] == ["A cat.", "B", "C"]
     path.write_bytes(one + two + one)
-    error = refusal(lambda: open_rows(path))
+    error = refusal(lambda: open_records(path))
     assert error.record == "member 'a.jpg'"
 
 
@@ -182,7 +182,7 @@ def test_bytes_behind_the_end_of_an_archive_are_reported(garbage, zeros, tmp_pat
     end = -(-len(whole) // 512) * 512
     path = tmp_path / "d.tar"
     path.write_bytes(whole.ljust(end + zeros, b"\0") + garbage)
-    error = refusal(lambda: open_rows(path))
+    error = refusal(lambda: open_records(path))
     assert error.file == str(path) and f"from byte {end + zeros}" in error.problem
 
 
@@ -190,7 +190,7 @@ def test_a_cut_archive_that_was_joined_to_another_is_reported(tmp_path):
     one = write_tar(tmp_path / "1.tar", MEMBERS).read_bytes()
     path = tmp_path / "d.tar"
     path.write_bytes(one + one[:700])
-    assert refusal(lambda: open_rows(path)).file == str(path)
+    assert refusal(lambda: open_records(path)).file == str(path)
 
 
 def header(name=b"a.txt", size=b"00000000000", kind=b"0", rest=b""):
@@ -235,7 +235,7 @@ END = bytes(1024)
 def test_members_that_are_no_plain_files_and_sizes_that_lie_are_refused(content, word, tmp_path):
     path = tmp_path / "d.tar"
     path.write_bytes(header(b"0.txt") + content + END)
-    error = refusal(lambda: open_rows(path))
+    error = refusal(lambda: open_records(path))
     assert error.file == str(path) and error.hint
     assert word in error.problem
 
@@ -245,7 +245,7 @@ def test_a_name_of_any_length_is_refused_before_it_is_read(tmp_path, monkeypatch
     path = tmp_path / "d.tar"
     for kind in (b"L", b"x"):
         path.write_bytes(header(kind=kind, size=b"%011o" % 2000) + b"n" * 2048 + header() + END)
-        assert "over the limit" in refusal(lambda: open_rows(path)).problem
+        assert "over the limit" in refusal(lambda: open_records(path)).problem
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
@@ -266,20 +266,20 @@ def test_names_and_sizes_are_those_of_tarfile_in_every_format(form, tmp_path):
     with tarfile.open(path) as tar:
         expected = [member for member in tar.getmembers() if member.isfile()]
     assert [(m.name, m.offset, m.size) for m in found] == [(m.name, m.offset_data, m.size) for m in expected]
-    rows = open_rows(path)
+    rows = open_records(path)
     assert [rows[n].read_text("txt") for n in range(len(rows))] == [chr(65 + n) * n * 300 for n in range(len(names))]
 
 
 def test_names_that_are_not_utf8_can_be_printed(tmp_path):
     path = tmp_path / "d.tar"
     path.write_bytes(header(b"caf\xe9.txt") + END)
-    assert open_rows(path)[0].name.encode()
+    assert open_records(path)[0].name.encode()
 
 
 def test_text_of_a_shard_over_the_limit_is_refused_by_name(tmp_path, monkeypatch):
     monkeypatch.setattr(tar_scanner, "MAX_RECORD_BYTES", 1000)
     path = write_tar(tmp_path / "d.tar", [("a.jpg", b"x" * 2000), ("a.json", "x" * 2000)])
-    assert refusal(lambda: open_rows(path)).record == "member 'a.json'"
+    assert refusal(lambda: open_records(path)).record == "member 'a.json'"
 
 
 @pytest.mark.parametrize(
@@ -298,7 +298,7 @@ def test_text_of_a_shard_over_the_limit_is_refused_by_name(tmp_path, monkeypatch
 def test_a_file_named_tar_that_is_none_is_named(content, word, tmp_path):
     path = tmp_path / "d.tar"
     path.write_bytes(content)
-    error = refusal(lambda: open_rows(path))
+    error = refusal(lambda: open_records(path))
     assert error.file == str(path) and word in error.problem and error.hint
 
 
@@ -312,7 +312,7 @@ def test_an_archive_without_members_has_no_samples(tmp_path):
 
 def test_an_index_with_a_flipped_bit_anywhere_is_built_again(tmp_path, own_cache):
     path = write_lines(tmp_path / "d.jsonl", [{"n": n} for n in range(20)])
-    expected = [row.value for row in map(open_rows(path).__getitem__, range(20))]
+    expected = [row.value for row in map(open_records(path).__getitem__, range(20))]
     (file,) = (own_cache / "index").iterdir()
     whole = file.read_bytes()
     for place in [*range(0, 200, 7), *range(4096, len(whole), 5)]:
@@ -320,7 +320,7 @@ def test_an_index_with_a_flipped_bit_anywhere_is_built_again(tmp_path, own_cache
             damaged = bytearray(whole)
             damaged[place] ^= 1 << bit
             file.write_bytes(damaged)
-            rows = open_rows(path)
+            rows = open_records(path)
             assert [rows[n].value for n in range(len(rows))] == expected, (place, bit)
 
 
@@ -329,10 +329,10 @@ def test_an_index_with_a_flipped_bit_anywhere_is_built_again(tmp_path, own_cache
 )
 def test_an_index_of_anything_else_is_built_again(damaged, tmp_path, own_cache):
     path = write_list(tmp_path / "d.json", [{"n": 1}])
-    open_rows(path)
+    open_records(path)
     (file,) = (own_cache / "index").iterdir()
     file.write_bytes(damaged.ljust(4096) + bytes(16))
-    assert open_rows(path)[0].value == {"n": 1}
+    assert open_records(path)[0].value == {"n": 1}
 
 
 # Parquet
@@ -343,14 +343,14 @@ def test_parquet_files_that_were_joined_are_refused(tmp_path):
     path = tmp_path / "d.parquet"
     for order in (parts, parts[::-1]):
         path.write_bytes(b"".join(part.read_bytes() for part in order))
-        assert "joined" in refusal(lambda: open_rows(path)).problem
+        assert "joined" in refusal(lambda: open_records(path)).problem
 
 
 @pytest.mark.parametrize("garbage", [b"x", bytes(8), b"PAR1", b"more\n" * 100])
 def test_bytes_behind_parquet_are_refused(garbage, tmp_path):
     path = write_parquet(tmp_path / "d.parquet", [{"inputs": "x", "targets": "y"}] * 3)
     path.write_bytes(path.read_bytes() + garbage)
-    error = refusal(lambda: open_rows(path))
+    error = refusal(lambda: open_records(path))
     assert error.file == str(path) and error.hint
 
 
@@ -374,14 +374,14 @@ def test_columns_outside_the_file_are_refused(tmp_path):
     path = write_parquet(tmp_path / "d.parquet", [{"inputs": "x" * 500, "targets": "y"}] * 3)
     whole = path.read_bytes()
     path.write_bytes(whole[:4] + whole[300:])
-    error = refusal(lambda: open_rows(path))
+    error = refusal(lambda: open_records(path))
     assert error.file == str(path) and "outside the file" in error.problem
 
 
 def test_parquet_with_page_indexes_is_read(tmp_path):
     table = pa.Table.from_pylist([{"inputs": f"x{n}", "targets": "y"} for n in range(100)])
     pq.write_table(table, tmp_path / "d.parquet", write_page_index=True, row_group_size=10)
-    assert open_rows(tmp_path / "d.parquet")[99].value["inputs"] == "x99"
+    assert open_records(tmp_path / "d.parquet")[99].value["inputs"] == "x99"
 
 
 def test_a_dictionary_of_bytes_and_views_stay_in_the_file(tmp_path):
@@ -390,7 +390,7 @@ def test_a_dictionary_of_bytes_and_views_stay_in_the_file(tmp_path):
     pq.write_table(
         pa.table({"image": array.dictionary_encode(), "text": pa.array(["a"] * 3).dictionary_encode()}), path
     )
-    row = open_rows(path)[2]
+    row = open_records(path)[2]
     assert row.value["image"].read() == PIXELS and row.value["text"] == "a"
 
 
@@ -398,14 +398,14 @@ def test_text_in_parquet_that_is_not_utf8_is_named(tmp_path):
     bad = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\4\0\0\0"), pa.py_buffer(b"caf\xe9")])
     path = tmp_path / "d.parquet"
     pq.write_table(pa.table({"inputs": bad, "targets": ["y"]}), path)
-    error = refusal(lambda: open_rows(path)[0])
+    error = refusal(lambda: open_records(path)[0])
     assert (error.file, error.record) == (str(path), 0)
 
 
 def test_two_columns_of_one_name_are_named(tmp_path):
     path = tmp_path / "d.parquet"
     pq.write_table(pa.table([pa.array(["a"]), pa.array(["b"])], names=["inputs", "inputs"]), path)
-    error = refusal(lambda: open_rows(path)[0])
+    error = refusal(lambda: open_records(path)[0])
     assert (error.file, error.field) == (str(path), "inputs")
 
 
@@ -415,7 +415,7 @@ def test_two_columns_of_one_name_are_named(tmp_path):
 def test_a_file_named_parquet_that_is_none_is_named(content, tmp_path):
     path = tmp_path / "d.parquet"
     path.write_bytes(content)
-    error = refusal(lambda: open_rows(path))
+    error = refusal(lambda: open_records(path))
     assert error.file == str(path) and error.hint
 
 

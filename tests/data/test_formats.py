@@ -13,7 +13,7 @@ from tests.data.shards import PIXELS, refusal, write_lines, write_parquet, write
 from vila.core.errors import ConfigError, DataError, UnknownNameError
 from vila.core.optional import MissingExtraError
 from vila.core.types import Image, MediaRef, Text
-from vila.data.formats.base import FORMATS, files_of
+from vila.data.formats.base import FORMATS, data_files
 from vila.data.readers import parquet
 
 CASES = pytest.mark.parametrize("case", GOOD, ids="-".join)
@@ -290,9 +290,9 @@ def test_a_key_that_stands_twice_is_named(tmp_path):
 def test_a_directory_gives_its_shards_not_the_lists_beside_them(tmp_path):
     write_tar(tmp_path / "s-0.tar", [("a.txt", "x")])
     write_lines(tmp_path / "index.json", [{}])
-    assert files_of(tmp_path, (".tar", ".parquet", ".jsonl", ".json")) == [tmp_path / "s-0.tar"]
+    assert data_files(tmp_path, (".tar", ".parquet", ".jsonl", ".json")) == [tmp_path / "s-0.tar"]
     write_lines(tmp_path / "t-0.jsonl", [{}])
-    assert files_of(tmp_path, (".parquet", ".jsonl", ".json")) == [tmp_path / "t-0.jsonl"]
+    assert data_files(tmp_path, (".parquet", ".jsonl", ".json")) == [tmp_path / "t-0.jsonl"]
 
 
 def test_a_parquet_source_keeps_few_decoded_columns_and_reads_only_those_it_needs(tmp_path, monkeypatch):

@@ -157,5 +157,5 @@ def test_good_data_hold_nothing_unread(case, tmp_path):
 def test_a_sample_has_a_place_that_stays(case, tmp_path):
     path = GOOD[case](tmp_path)
     source = FORMATS[case[0]].open(path, tmp_path)
-    assert [source.place(n) for n in range(len(source))] == [(str(path), n) for n in range(len(source))]
-    assert Subset(source, 2).place(0) in {(str(path), n) for n in range(len(source))}
+    assert [source.location(n) for n in range(len(source))] == [(str(path), n) for n in range(len(source))]
+    assert Subset(source, 2).location(0) in {(str(path), n) for n in range(len(source))}

@@ -17,7 +17,7 @@ from tests.data.shards import write_lines, write_list, write_tar
 from vila.core.errors import DataError
 from vila.data.readers import index
 from vila.data.readers import json as scanner
-from vila.data.readers.index import MAX_OPEN, open_index, read_span, stamp_of
+from vila.data.readers.index import MAX_OPEN, file_version, open_index, read_span
 from vila.data.readers.json import parse_record, scan_json
 from vila.data.readers.tar import read_members, scan_tar
 
@@ -229,7 +229,7 @@ def test_a_file_that_is_cut_or_removed_is_named(tmp_path):
     with pytest.raises(DataError, match=r"a.bin: no such file"):
         read_span(path, 0, 1)
     with pytest.raises(DataError, match="a directory, expected a file"):
-        stamp_of(tmp_path)
+        file_version(tmp_path)
 
 
 def test_only_a_few_files_are_open_at_once_and_all_are_read(tmp_path):
@@ -281,7 +281,7 @@ def tar_spans(path):
 
 def test_a_shard_gives_its_samples_in_order(tmp_path):
     path = write_tar(tmp_path / "s.tar", GOOD)
-    stamp = stamp_of(path)
+    stamp = file_version(path)
     samples = [read_members(path, *span, stamp) for span in tar_spans(path)]
     assert [key for key, _ in samples] == ["a/x", "a/y", "b/x", "b/long" + "l" * 200]
     assert [[member.extension for member in members] for _, members in samples] == [
@@ -296,7 +296,7 @@ def test_a_shard_gives_its_samples_in_order(tmp_path):
 
 def test_files_of_no_sample_are_left_out(tmp_path):
     path = write_tar(tmp_path / "s.tar", [("README", "r"), ("x.txt", "1"), (".x.txt", "h"), ("./y.txt", "2")])
-    assert [read_members(path, *span, stamp_of(path))[0] for span in tar_spans(path)] == ["x", "y"]
+    assert [read_members(path, *span, file_version(path))[0] for span in tar_spans(path)] == ["x", "y"]
 
 
 def test_a_shard_cut_at_any_place_is_named(tmp_path):
@@ -305,7 +305,7 @@ def test_a_shard_cut_at_any_place_is_named(tmp_path):
     last = max(
         member.offset + member.size
         for span in tar_spans(path)
-        for member in read_members(path, *span, stamp_of(path))[1]
+        for member in read_members(path, *span, file_version(path))[1]
     )
     for end in random.Random(0).sample(range(1, last), 25):
         path.write_bytes(whole[:end])

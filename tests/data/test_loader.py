@@ -10,10 +10,10 @@ import torch
 from tests.data.reading import SPEC, reader_of, write_records
 from vila.core.errors import CheckpointError, DataError, MediaError
 from vila.core.types import Image, Message, Sample
-from vila.data.bad_samples import Fault, FaultLog
+from vila.data.bad_samples import BadSample, BadSampleLog
 from vila.data.collate import collate
 from vila.data.dataset import Entry, shorten_sample
-from vila.data.packing import LaneSet, LaneState, Policy
+from vila.data.packing import PackingPolicy, PackingStreams, PackingStreamState
 from vila.media.image import open_image
 from vila.media.transform import pixels
 
@@ -24,8 +24,8 @@ def file(tmp_path):
 
 
 def lanes_of(reader, count=2, **changes):
-    policy = Policy(**{"max_length": 96, "look_ahead": 6, **changes})
-    return LaneSet(reader, count, policy=policy, shorten=reader.shorten, decode=reader.pixels)
+    policy = PackingPolicy(**{"max_length": 96, "look_ahead": 6, **changes})
+    return PackingStreams(reader, count, policy=policy, shorten=reader.shorten, decode=reader.pixels)
 
 
 # Pixels
@@ -74,7 +74,7 @@ def turns(number):
 
 def tokeniser(tmp_path):
     reader = reader_of(write_records(tmp_path, 1))
-    return lambda sample: reader.tokenise(reader.mixture.parts[0], sample)
+    return lambda sample: reader.tokenise(reader.mixture.datasets[0], sample)
 
 
 def test_cutting_keeps_as_many_whole_exchanges_as_fit(tmp_path):
@@ -102,7 +102,7 @@ def test_cutting_drops_a_picture_with_its_exchange_and_never_a_part_of_it(file):
     shown = Image(file.parent / "0.png")
     later = (Message.of("user", shown, "and?"), Message.of("assistant", "no"))
     whole = Sample("a", (*turns(1), *later, *turns(1)))
-    part = reader.mixture.parts[0]
+    part = reader.mixture.datasets[0]
 
     def tokenise(sample):
         return reader.tokenise(part, sample)
@@ -145,9 +145,9 @@ def test_faults_within_the_budget_are_skipped_alone_and_listed(file, tmp_path):
     whole = lanes_of(reader_of(file))
     before = [[[s.id for s in row] for row in whole.step()] for _ in range(6)]
     damage(file, 4)
-    log = FaultLog(tmp_path / "run" / "faults.jsonl", 5)
-    lanes = LaneSet(
-        reader, 2, policy=Policy(max_length=96, look_ahead=6, max_faults=5), decode=reader.pixels, faults=log
+    log = BadSampleLog(tmp_path / "run" / "faults.jsonl", 5)
+    lanes = PackingStreams(
+        reader, 2, policy=PackingPolicy(max_length=96, look_ahead=6, max_faults=5), decode=reader.pixels, log=log
     )
     after = [[[s.id for s in row] for row in lanes.step()] for _ in range(6)]
     bad = next(name for step in before for row in step for name in row if name.split("/")[-1] == "r4")
@@ -160,11 +160,11 @@ def test_faults_within_the_budget_are_skipped_alone_and_listed(file, tmp_path):
 
 
 def fault(position, record=None):
-    return Fault(position, f"reason {position}", ("d.jsonl", position if record is None else record))
+    return BadSample(position, f"reason {position}", ("d.jsonl", position if record is None else record))
 
 
 def test_more_faults_than_allowed_stop_the_run_and_name_the_list(tmp_path):
-    log = FaultLog(tmp_path / "faults.jsonl", 1)
+    log = BadSampleLog(tmp_path / "faults.jsonl", 1)
     assert log.add([fault(3)]) == 1
     with pytest.raises(DataError) as raised:
         log.add([fault(4)])
@@ -173,7 +173,7 @@ def test_more_faults_than_allowed_stop_the_run_and_name_the_list(tmp_path):
 
 
 def test_a_sample_counts_once_however_often_it_is_visited(tmp_path):
-    log = FaultLog(tmp_path / "faults.jsonl", 2)
+    log = BadSampleLog(tmp_path / "faults.jsonl", 2)
     # One step has the faults of all ranks; the epochs and repeats come back to records 3 and 4.
     assert log.add([fault(3), fault(8, record=3)]) == 1
     assert log.add([fault(13, record=3), fault(4), fault(14, record=4)]) == 1
@@ -184,20 +184,20 @@ def test_a_sample_counts_once_however_often_it_is_visited(tmp_path):
         (3, "d.jsonl", 3),
         (4, "d.jsonl", 4),
     ]
-    again = FaultLog(log.path, 2)
+    again = BadSampleLog(log.path, 2)
     assert again.count == 2 and again.add([fault(33, record=3)]) == 0
     with pytest.raises(DataError):
         again.add([fault(35)])
 
 
 def test_a_resumed_run_forgets_the_faults_that_it_will_meet_again(tmp_path):
-    log = FaultLog(tmp_path / "faults.jsonl", 9)
+    log = BadSampleLog(tmp_path / "faults.jsonl", 9)
     log.add([fault(n) for n in range(4)])
     log.path.write_text(log.path.read_text() + '{"position": 9, "rea')
-    states = [LaneState(4, ()), LaneState(5, (3,))]
+    states = [PackingStreamState(4, ()), PackingStreamState(5, (3,))]
     from vila.train.setup import _seen_by
 
-    again = FaultLog(log.path, 9, seen=_seen_by(states, 2))
+    again = BadSampleLog(log.path, 9, seen=_seen_by(states, 2))
     assert [json.loads(line)["position"] for line in log.path.read_text().splitlines()] == [0, 1, 2]
     assert again.count == 3
 
@@ -205,7 +205,7 @@ def test_a_resumed_run_forgets_the_faults_that_it_will_meet_again(tmp_path):
 def test_a_list_of_version_one_counts_by_position(tmp_path):
     path = tmp_path / "faults.jsonl"
     path.write_text('{"position": 3, "reason": "x"}\n{"position": 4, "reason": "x"}\n')
-    assert FaultLog(path, 9).count == 2
+    assert BadSampleLog(path, 9).count == 2
 
 
 @pytest.mark.parametrize("line", ["not json", "[1]", "{}", '{"position": "3"}', '{"position": true}', '"cut \\ud83d"'])
@@ -213,7 +213,7 @@ def test_a_damaged_list_is_named(line, tmp_path):
     path = tmp_path / "faults.jsonl"
     path.write_text(f'{{"position": 3, "reason": "x"}}\n{line}\n')
     with pytest.raises(CheckpointError) as raised:
-        FaultLog(path, 9)
+        BadSampleLog(path, 9)
     assert (raised.value.file, raised.value.record) == (str(path), "line 2")
 
 
@@ -222,16 +222,16 @@ def test_a_damaged_list_is_named(line, tmp_path):
 def test_epochs_and_repeats_come_back_to_a_damaged_sample_and_it_counts_once(file, tmp_path, world, packing):
     damage(file, 4)
     entries = [Entry("messages", str(file), repeat=2), Entry("messages", str(file))]
-    log = FaultLog(tmp_path / "faults.jsonl", 1)
-    policy = Policy(max_length=96, look_ahead=6, max_faults=1, packing=packing)
+    log = BadSampleLog(tmp_path / "faults.jsonl", 1)
+    policy = PackingPolicy(max_length=96, look_ahead=6, max_faults=1, packing=packing)
     reader = reader_of(*entries)
     ranks = [
-        LaneSet(reader, 2, policy=policy, rank=rank, world=world, decode=reader.pixels, place=reader.place)
+        PackingStreams(reader, 2, policy=policy, rank=rank, world=world, decode=reader.pixels, location=reader.location)
         for rank in range(world)
     ]
     visits = 0
     while visits < 12:  # three of an epoch
-        faults = [one for lanes in ranks for row in lanes.step() for one in row.faults]
+        faults = [one for lanes in ranks for row in lanes.step() for one in row.bad_samples]
         log.add(faults)
         visits += len(faults)
     assert log.count == 1
@@ -244,8 +244,8 @@ def test_a_second_damaged_sample_exceeds_a_budget_of_one_inside_a_lane_too(file)
     damage(file, 4)
     damage(file, 7)
     reader = reader_of(file)
-    policy = Policy(max_length=96, look_ahead=6, max_faults=1)
-    lanes = LaneSet(reader, 1, policy=policy, decode=reader.pixels, place=reader.place)
+    policy = PackingPolicy(max_length=96, look_ahead=6, max_faults=1)
+    lanes = PackingStreams(reader, 1, policy=policy, decode=reader.pixels, location=reader.location)
     with pytest.raises(DataError) as raised:
         for _ in range(24):
             lanes.step()
@@ -257,7 +257,7 @@ def test_a_record_that_no_format_can_read_counts_as_a_fault_too(file):
     lines[7] = "x" * len(lines[7])
     file.write_text("\n".join(lines) + "\n")
     fresh = reader_of(file)
-    lanes = LaneSet(fresh, 1, policy=Policy(max_length=96, look_ahead=40, max_faults=9))
+    lanes = PackingStreams(fresh, 1, policy=PackingPolicy(max_length=96, look_ahead=40, max_faults=9))
     row = lanes.step()[0]
-    assert row.faults
-    assert f"{file}, record 7: not JSON" in row.faults[0].reason
+    assert row.bad_samples
+    assert f"{file}, record 7: not JSON" in row.bad_samples[0].reason

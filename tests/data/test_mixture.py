@@ -10,19 +10,19 @@ from hypothesis import strategies as st
 from tests.data.test_order import Numbers
 from vila.core.errors import DataError, UnknownNameError
 from vila.data.dataset import Entry, Split, Subset, open_mixture
-from vila.data.mixture import Mixture, Part
-from vila.data.stats import survey
+from vila.data.mixture import Mixture, MixtureDataset
+from vila.data.stats import dataset_stats
 
 
 def shares(mixture, start, stop):
-    return Counter(mixture.parts[mixture.locate(p)[0]].name for p in range(start, stop))
+    return Counter(mixture.datasets[mixture.locate(p)[0]].name for p in range(start, stop))
 
 
 # Shares
 
 
 def test_weights_divide_an_epoch_as_long_as_all_data_sets():
-    parts = [Part("a", Numbers(900, "a"), weight=1), Part("b", Numbers(100, "b"), weight=1)]
+    parts = [MixtureDataset("a", Numbers(900, "a"), weight=1), MixtureDataset("b", Numbers(100, "b"), weight=1)]
     mixture = Mixture(parts, seed=4)
     assert mixture.epoch_length == 1000
     assert shares(mixture, 0, 1000) == {"a": 500, "b": 500}
@@ -35,14 +35,18 @@ def test_weights_divide_an_epoch_as_long_as_all_data_sets():
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 50), st.floats(0.01, 10)), min_size=1, max_size=6))
 def test_weighted_counts_add_up_and_are_within_one_of_the_exact_share(sets):
-    mixture = Mixture([Part(str(n), Numbers(size), weight=w) for n, (size, w) in enumerate(sets)], seed=0)
+    mixture = Mixture([MixtureDataset(str(n), Numbers(size), weight=w) for n, (size, w) in enumerate(sets)], seed=0)
     length, total = sum(size for size, _ in sets), sum(w for _, w in sets)
-    assert mixture.epoch_length == sum(mixture.per_epoch) == length
-    assert all(abs(count - length * w / total) < 1 for count, (_, w) in zip(mixture.per_epoch, sets, strict=True))
+    assert mixture.epoch_length == sum(mixture.samples_per_epoch) == length
+    assert all(
+        abs(count - length * w / total) < 1 for count, (_, w) in zip(mixture.samples_per_epoch, sets, strict=True)
+    )
 
 
 def test_a_fraction_of_an_epoch_has_about_the_same_shares():
-    mixture = Mixture([Part("a", Numbers(6000, "a")), Part("b", Numbers(2000, "b"), repeat=2)], seed=9)
+    mixture = Mixture(
+        [MixtureDataset("a", Numbers(6000, "a")), MixtureDataset("b", Numbers(2000, "b"), repeat=2)], seed=9
+    )
     for start in range(0, 10_000, 1000):
         # 400 +- 15.5 by chance; five deviations.
         assert abs(shares(mixture, start, start + 1000)["b"] - 400) < 78
@@ -52,10 +56,13 @@ def test_a_fraction_of_an_epoch_has_about_the_same_shares():
     ("parts", "message"),
     [
         (
-            [Part("a", Numbers(3), weight=1), Part("b", Numbers(3))],
+            [MixtureDataset("a", Numbers(3), weight=1), MixtureDataset("b", Numbers(3))],
             "data sets 'b' have no weight, others have; give all",
         ),
-        ([Part("a", Numbers(3), weight=1), Part("b", Numbers(0), weight=1)], "data sets 'b' are empty and cannot have"),
+        (
+            [MixtureDataset("a", Numbers(3), weight=1), MixtureDataset("b", Numbers(0), weight=1)],
+            "data sets 'b' are empty and cannot have",
+        ),
     ],
 )
 def test_weights_that_cannot_be_kept_are_refused(parts, message):
@@ -120,9 +127,9 @@ def test_entries_take_shares_subsets_and_names(file):
         ],
         seed=0,
     )
-    assert [part.name for part in mixture.parts] == ["qa", "qa#2"]
-    assert [part.image_mode for part in mixture.parts] == [None, "resize"]
-    first, second = ({part.source[i].id for i in range(len(part.source))} for part in mixture.parts)
+    assert [part.name for part in mixture.datasets] == ["qa", "qa#2"]
+    assert [part.image_mode for part in mixture.datasets] == [None, "resize"]
+    first, second = ({part.source[i].id for i in range(len(part.source))} for part in mixture.datasets)
     assert len(first) == 7
     assert not first & second
 
@@ -138,8 +145,12 @@ def test_an_unknown_template_of_an_entry_is_refused_at_once(file):
 def test_a_survey_counts_samples_and_estimates_tokens_and_pictures():
     from tests.data.test_pack import sample
 
-    parts = [Part("long", Numbers(100)), Part("short", Numbers(50), repeat=2), Part("none", Numbers(0))]
-    rows = survey(
+    parts = [
+        MixtureDataset("long", Numbers(100)),
+        MixtureDataset("short", Numbers(50), repeat=2),
+        MixtureDataset("none", Numbers(0)),
+    ]
+    rows = dataset_stats(
         Mixture(parts, seed=0), lambda part, s: sample(0, 30, images=2) if part.name == "long" else sample(0, 10), 8
     )
     assert [(row.name, row.samples, row.tokens, row.images) for row in rows] == [
@@ -154,6 +165,6 @@ def test_a_survey_counts_samples_and_estimates_tokens_and_pictures():
 def test_a_survey_of_everything_is_exact():
     from tests.data.test_pack import sample
 
-    mixture = Mixture([Part("a", Numbers(20))], seed=0)
-    (row,) = survey(mixture, lambda part, s: sample(0, int(s.id[1:]) + 1), 100)
+    mixture = Mixture([MixtureDataset("a", Numbers(20))], seed=0)
+    (row,) = dataset_stats(mixture, lambda part, s: sample(0, int(s.id[1:]) + 1), 100)
     assert (row.tokens, row.surveyed) == (210, 20)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from vila.core.errors import DataError
 from vila.core.types import Message, Sample
-from vila.data.mixture import Mixture, Part, Permutation
+from vila.data.mixture import Mixture, MixtureDataset, Permutation
 
 
 class Numbers:
@@ -24,7 +24,7 @@ class Numbers:
 
     unread = MappingProxyType({})
 
-    def place(self, index):
+    def location(self, index):
         return self.tag, index
 
 
@@ -54,14 +54,16 @@ def ids(mixture, start, stop):
 
 
 def test_an_epoch_shows_every_sample_once():
-    mixture = Mixture([Part("a", Numbers(7, "a")), Part("b", Numbers(5, "b"))], seed=1)
+    mixture = Mixture([MixtureDataset("a", Numbers(7, "a")), MixtureDataset("b", Numbers(5, "b"))], seed=1)
     assert len(set(ids(mixture, 0, 12))) == 12
     assert sorted(ids(mixture, 0, 12)) == sorted(ids(mixture, 12, 24))
     assert ids(mixture, 0, 12) != ids(mixture, 12, 24)
 
 
 def test_repeats_are_exact_and_fractions_rotate_through_the_whole_set():
-    mixture = Mixture([Part("a", Numbers(6, "a"), repeat=2), Part("b", Numbers(10, "b"), repeat=0.5)], seed=1)
+    mixture = Mixture(
+        [MixtureDataset("a", Numbers(6, "a"), repeat=2), MixtureDataset("b", Numbers(10, "b"), repeat=0.5)], seed=1
+    )
     assert mixture.epoch_length == 17
     counts = Counter(ids(mixture, 0, 34))
     assert all(counts[f"a{i}"] == 4 for i in range(6))
@@ -69,11 +71,11 @@ def test_repeats_are_exact_and_fractions_rotate_through_the_whole_set():
 
 
 def test_reading_in_another_order_changes_nothing():
-    mixture = Mixture([Part("a", Numbers(9))], seed=3)
+    mixture = Mixture([MixtureDataset("a", Numbers(9))], seed=3)
     forward = ids(mixture, 0, 30)
     assert [mixture[p][1].id for p in reversed(range(30))] == forward[::-1]
 
 
 def test_an_empty_mixture_is_refused():
     with pytest.raises(DataError, match="the mixture of a has no samples"):
-        Mixture([Part("a", Numbers(0))], seed=0)
+        Mixture([MixtureDataset("a", Numbers(0))], seed=0)

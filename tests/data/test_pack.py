@@ -12,15 +12,15 @@ from vila.core.errors import ConfigError, DataError
 from vila.core.types import Image
 from vila.data.collate import collate
 from vila.data.packing import (
-    Lane,
-    LaneSet,
-    Policy,
-    best_fill,
+    PackingPolicy,
+    PackingStream,
+    PackingStreams,
     compact,
-    fitting_micro,
-    lanes_of,
-    longest_first,
-    micro_note,
+    fill_longest_first,
+    fill_sequence,
+    fit_micro_batch,
+    micro_batch_note,
+    streams_of_rank,
 )
 
 
@@ -36,7 +36,7 @@ def lengths(seed, longest=40):
 
 
 def lane(fetch, number=0, lanes=1, state=None, shorten=None, **policy):
-    return Lane(number, lanes, fetch, Policy(**policy), state=state, shorten=shorten)
+    return PackingStream(number, lanes, fetch, PackingPolicy(**policy), state=state, shorten=shorten)
 
 
 def ids(row):
@@ -74,14 +74,14 @@ def test_every_lane_shows_each_of_its_samples_once_and_no_row_overflows(seed, la
     overlong=st.sampled_from(["drop", "truncate"]),
 )
 def test_a_resumed_lane_set_equals_one_that_ran_through(seed, stop, packing, overlong):
-    policy = Policy(max_length=30, look_ahead=7, packing=packing, overlong=overlong)
+    policy = PackingPolicy(max_length=30, look_ahead=7, packing=packing, overlong=overlong)
     options = {"policy": policy, "shorten": lambda p, n: sample(p, n) if p % 2 else None}
-    whole = LaneSet(lengths(seed), 3, **options)
+    whole = PackingStreams(lengths(seed), 3, **options)
     steps = [[ids(row) for row in whole.step()] for _ in range(stop + 5)]
-    first = LaneSet(lengths(seed), 3, **options)
+    first = PackingStreams(lengths(seed), 3, **options)
     for _ in range(stop):
         first.step()
-    again = LaneSet(lengths(seed), 3, states=first.states, **options)
+    again = PackingStreams(lengths(seed), 3, states=first.states, **options)
     assert [[ids(row) for row in again.step()] for _ in range(5)] == steps[stop:]
     assert first.dropped + again.dropped == whole.dropped
     assert first.truncated + again.truncated == whole.truncated
@@ -110,7 +110,9 @@ def test_rows_are_full():
 
 def test_grouping_gives_all_lanes_a_sample_of_similar_length_and_none_does_not():
     def spread(packing):
-        rows = LaneSet(lengths(1, 1000), 8, policy=Policy(max_length=1000, look_ahead=64, packing=packing))
+        rows = PackingStreams(
+            lengths(1, 1000), 8, policy=PackingPolicy(max_length=1000, look_ahead=64, packing=packing)
+        )
         steps = [[sum(map(len, row)) for row in rows.step()] for _ in range(128)]
         return sum(max(step) - sum(step) / 8 for step in steps) / 128
 
@@ -169,19 +171,19 @@ def test_an_overlong_sample_is_cut_and_counted_or_dropped_when_it_cannot_be():
 @settings(max_examples=200, deadline=None)
 @given(items=st.lists(st.integers(1, 12), max_size=9), room=st.integers(0, 40))
 def test_the_chosen_set_fills_as_much_as_any_set_could(items, room):
-    chosen = best_fill(items, room)
+    chosen = fill_sequence(items, room)
     assert len(chosen) == len(set(chosen))
     sums = [sum(c) for n in range(len(items) + 1) for c in itertools.combinations(items, n)]
     assert sum(items[i] for i in chosen) == max(s for s in sums if s <= room)
 
 
 def test_long_samples_are_taken_before_short_ones_that_fill_as_well():
-    assert sorted(best_fill([2, 3, 5, 4, 1], 5)) == [2]
-    assert best_fill([4, 4, 4], 4) == [0]
+    assert sorted(fill_sequence([2, 3, 5, 4, 1], 5)) == [2]
+    assert fill_sequence([4, 4, 4], 4) == [0]
 
 
 def test_the_greedy_choice_keeps_to_tokens_and_pictures():
-    assert longest_first([5, 4, 3, 1], [1, 3, 1, 0], 9, 2) == [0, 2, 3]
+    assert fill_longest_first([5, 4, 3, 1], [1, 3, 1, 0], 9, 2) == [0, 2, 3]
 
 
 # Dealing
@@ -189,15 +191,15 @@ def test_the_greedy_choice_keeps_to_tokens_and_pictures():
 
 @pytest.mark.parametrize("world", [1, 2, 3, 8])
 def test_ranks_together_see_the_rows_of_one_process(world):
-    policy = Policy(max_length=64, look_ahead=5)
-    alone = LaneSet(lengths(3), 24, policy=policy)
-    ranks = [LaneSet(lengths(3), 24, policy=policy, rank=rank, world=world) for rank in range(world)]
+    policy = PackingPolicy(max_length=64, look_ahead=5)
+    alone = PackingStreams(lengths(3), 24, policy=policy)
+    ranks = [PackingStreams(lengths(3), 24, policy=policy, rank=rank, world=world) for rank in range(world)]
     for _ in range(4):
         together = [ids(row) for rank in ranks for row in rank.step()]
         assert together == [ids(row) for row in alone.step()]
     assert [state for rank in ranks for state in rank.states] == alone.states
     # And the run goes on with another number of ranks.
-    again = [LaneSet(lengths(3), 24, policy=policy, rank=r, world=4, states=alone.states) for r in range(4)]
+    again = [PackingStreams(lengths(3), 24, policy=policy, rank=r, world=4, states=alone.states) for r in range(4)]
     assert [ids(row) for rank in again for row in rank.step()] == [ids(row) for row in alone.step()]
 
 
@@ -208,13 +210,13 @@ def test_a_rank_reads_its_own_lanes_only():
         read.append(position)
         return sample(position, 4)
 
-    LaneSet(fetch, 6, policy=Policy(max_length=8, look_ahead=3), rank=1, world=3).step()
+    PackingStreams(fetch, 6, policy=PackingPolicy(max_length=8, look_ahead=3), rank=1, world=3).step()
     assert {position % 6 for position in read} == {2, 3}
 
 
 def test_a_batch_that_cannot_be_dealt_is_refused_with_the_numbers_that_would_do():
     with pytest.raises(ConfigError) as caught:
-        lanes_of(0, 5, 12)
+        streams_of_rank(0, 5, 12)
     assert (caught.value.field, caught.value.value, caught.value.expected) == ("batch", 12, "10 or 15")
 
 
@@ -223,8 +225,8 @@ def test_a_batch_that_cannot_be_dealt_is_refused_with_the_numbers_that_would_do(
     [(128, 128, 16, 1), (2, 12, 4, 3), (1, 10, 4, 2), (2, 8, 4, 4), (1, 7, 4, 1)],
 )
 def test_a_micro_batch_that_does_not_fit_the_share_of_a_rank_is_reduced(world, lanes, micro, fitting):
-    assert fitting_micro(world, lanes, micro) == fitting
-    assert bool(micro_note(world, lanes, micro)) == (fitting != micro)
+    assert fit_micro_batch(world, lanes, micro) == fitting
+    assert bool(micro_batch_note(world, lanes, micro)) == (fitting != micro)
 
 
 # Memory

@@ -12,7 +12,7 @@ from vila.core.vision_spec import VisionSpec
 from vila.data.dataset import Entry
 from vila.data.formats.base import FORMATS
 from vila.data.preview import ImagePreview, LengthPreview, first_images, preview_images, save_views, views_spec
-from vila.data.stats import require_images, survey
+from vila.data.stats import dataset_stats, require_images
 from vila.media.image import open_image
 from vila.media.transform import square_bytes
 
@@ -88,7 +88,7 @@ def test_samples_longer_than_a_row_are_counted(overlong, kept, left_out, lost):
 def test_images_of_a_few_samples_are_previewed_and_what_cannot_be_read_is_left_out(tmp_path):
     file = write_records(tmp_path)  # 16 images of 40 x 20
     (tmp_path / "4.png").write_bytes(b"broken")
-    part = reader_of(file).mixture.parts[0]
+    part = reader_of(file).mixture.datasets[0]
     assert (preview_images(part, SPEC, 24).count, preview_images(part, SPEC, 24).mean_size) == (15, (40, 20))
     assert preview_images(part, SPEC, 6).count <= 6
     assert len(first_images(part, 3)) == 3 and len(first_images(part, 99)) == 15
@@ -102,12 +102,12 @@ def test_views_are_the_bytes_that_the_tower_reads(tmp_path):
     seen = np.asarray(PilImage.open(path)).transpose(2, 0, 1)
     assert np.array_equal(seen, square_bytes(open_image(image), SPEC))
     part = reader_of(Entry("messages", str(write_lines(tmp_path / "d.jsonl", [{"messages": []}])), image_mode="resize"))
-    assert views_spec(SPEC, part.mixture.parts[0]).image_mode == "resize"
+    assert views_spec(SPEC, part.mixture.datasets[0]).image_mode == "resize"
 
 
 def test_a_survey_has_the_lengths_that_it_saw(tmp_path):
     reader = reader_of(write_records(tmp_path))
-    (share,) = survey(reader.mixture, reader.tokenise, 24)
+    (share,) = dataset_stats(reader.mixture, reader.tokenise, 24)
     assert len(share.lengths) == 24 == share.surveyed
     assert sum(share.lengths) == share.tokens
 

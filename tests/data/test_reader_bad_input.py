@@ -12,7 +12,7 @@ from tests.data.shards import refusal, write_lines
 from vila.chat.tokenize import IGNORE
 from vila.core.errors import DataError, MediaError
 from vila.data.dataset import Entry
-from vila.data.packing import LaneSet, Policy, compact
+from vila.data.packing import PackingPolicy, PackingStreams, compact
 
 SAYS = [("user", "Hi"), ("assistant", "Ho")]
 
@@ -69,8 +69,10 @@ def test_a_text_of_100_000_characters_is_tokenised_whole_and_then_cut_dropped_or
     read = reader(tmp_path, *rows)
     assert sorted(len(read(n)) > 100_000 for n in range(2)) == [True, True]
     with pytest.raises(DataError, match=r"sample '[qa]' has 100,\d+ tokens, rows hold 96"):
-        LaneSet(read, 1, policy=Policy(max_length=96, look_ahead=1)).step()
-    lanes = LaneSet(read, 1, policy=Policy(max_length=96, look_ahead=1, overlong="truncate"), shorten=read.shorten)
+        PackingStreams(read, 1, policy=PackingPolicy(max_length=96, look_ahead=1)).step()
+    lanes = PackingStreams(
+        read, 1, policy=PackingPolicy(max_length=96, look_ahead=1, overlong="truncate"), shorten=read.shorten
+    )
     (row,) = lanes.step()
     assert {sample.id for sample in row} == {"a"} and max(map(len, row)) < 96
     assert row.dropped > 0 < row.truncated

@@ -17,9 +17,9 @@ from vila.chat.templates import TEMPLATES
 from vila.chat.tokenize import IGNORE
 from vila.core.errors import MediaError
 from vila.core.types import Message, Sample, Video
-from vila.data.collate import collate, parts_of
+from vila.data.collate import collate, split_conversations
 from vila.data.dataset import Entry
-from vila.data.packing import LaneSet, Policy, compact
+from vila.data.packing import PackingPolicy, PackingStreams, compact
 from vila.model.processor import VilaProcessor
 
 FILM = {"type": "video", "path": "film.mp4"}
@@ -107,7 +107,7 @@ def test_branches_about_a_clip_are_the_processors_conversations(folder):
     reader = records(folder, {"messages": [asked(FILM)], "branches": branches, "template": "chatml"})
     theirs = [processor("chatml").tokens(one, prompt=False) for one in reader.mixture[0][1].conversations()]
     ours = reader(0)
-    assert [ids.tolist() for ids, _ in parts_of([ours])] == [tokens.ids for tokens in theirs]
+    assert [ids.tolist() for ids, _ in split_conversations([ours])] == [tokens.ids for tokens in theirs]
     assert len(ours.media) == 8
     assert ours.slots.sum() == 8 * 4
 
@@ -118,7 +118,7 @@ def test_branches_that_share_only_the_first_frames_of_a_clip_have_all_their_pixe
     reader = records(folder, {"messages": [asked(SHORT)], "branches": branches, "template": "page"})
     sample = reader(0)
     theirs = [processor("page").tokens(one, prompt=False) for one in reader.mixture[0][1].conversations()]
-    assert [ids.tolist() for ids, _ in parts_of([sample])] == [tokens.ids for tokens in theirs]
+    assert [ids.tolist() for ids, _ in split_conversations([sample])] == [tokens.ids for tokens in theirs]
     expected = processor("page").pixels(theirs[0].media).numpy()
     assert np.array_equal(np.stack(reader.pixels(0, compact(sample))), expected[[0, 1, 2, 2]])
 
@@ -180,7 +180,7 @@ def test_a_clip_is_decoded_once_for_all_its_frames(folder):
     reader = records(folder, {"messages": [asked(FILM), YES]})
     stored = Counted((folder / "film.mp4").read_bytes())
     sample = Sample("s", (Message.of("user", Video(stored), "What?"), Message.of("assistant", "yes")))
-    tokens = reader.tokenise(reader.mixture.parts[0], sample)
+    tokens = reader.tokenise(reader.mixture.datasets[0], sample)
     _READS.clear()
     reader.pixels(0, compact(tokens))
     assert len(_READS) == 1
@@ -202,9 +202,9 @@ def test_a_frame_is_a_picture_of_its_own_for_everyone_else(folder):
 
 def test_a_clip_counts_as_its_frames_among_the_pictures_of_a_row(folder):
     reader = records(folder, {"messages": [asked(FILM), YES]})
-    policy = Policy(max_length=96, look_ahead=1, max_images=7)
+    policy = PackingPolicy(max_length=96, look_ahead=1, max_images=7)
     with pytest.raises(Exception, match=r"sample 'r0' has 8 images, rows hold 7"):
-        LaneSet(reader, 1, policy=policy).step()
+        PackingStreams(reader, 1, policy=policy).step()
 
 
 # Faults
@@ -216,17 +216,20 @@ def test_a_broken_clip_is_a_fault_that_is_counted_and_named(content, folder):
     reader = records(folder, good, {"messages": [asked(FILM, "What?"), YES]}, good)
     whole = (folder / "film.mp4").read_bytes()
     (folder / "film.mp4").write_bytes(whole[: len(whole) // 2] if content is None else content)
-    lanes = LaneSet(
-        reader, 1, policy=Policy(max_length=300, look_ahead=3, max_faults=1, packing="none"), decode=reader.pixels
+    lanes = PackingStreams(
+        reader,
+        1,
+        policy=PackingPolicy(max_length=300, look_ahead=3, max_faults=1, packing="none"),
+        decode=reader.pixels,
     )
     rows = [row for _ in range(2) for row in lanes.step()]
     assert sorted(sample.id for row in rows for sample in row) == ["r0", "r2"]
-    faults = [fault.reason for row in [*rows, *lanes.step()] for fault in row.faults]
+    faults = [fault.reason for row in [*rows, *lanes.step()] for fault in row.bad_samples]
     assert len(faults) == 1
     assert "sample 'r1'" in faults[0] and "film.mp4" in faults[0]
     assert collate(rows).pixels.shape == (6, 3, 28, 28)
     with pytest.raises(MediaError, match="film.mp4"):
-        strict = LaneSet(reader, 1, policy=Policy(max_length=300, look_ahead=3), decode=reader.pixels)
+        strict = PackingStreams(reader, 1, policy=PackingPolicy(max_length=300, look_ahead=3), decode=reader.pixels)
         [strict.step() for _ in range(3)]
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from vila.core.errors import DataError
 from vila.data import fingerprint
-from vila.data.fingerprint import compare_files, stamp_files
+from vila.data.fingerprint import compare_files, fingerprint_files
 
 
 @pytest.fixture(params=["whole", "sampled"])
@@ -29,13 +29,13 @@ def write_at(path, offset):
 
 
 def test_an_untouched_file_is_not_read_again(file, monkeypatch):
-    before = stamp_files({"a": file})
+    before = fingerprint_files({"a": file})
     monkeypatch.setattr(fingerprint, "_stamp", None)
     assert compare_files(before, {"a": file}) == ([], before)
 
 
 def test_a_copy_with_another_time_is_the_same_and_gets_its_time(file):
-    before = stamp_files({"a": file})
+    before = fingerprint_files({"a": file})
     os.utime(file, ns=(0, 10**18))
     changes, same = compare_files(before, {"a": file})
     assert changes == []
@@ -44,7 +44,7 @@ def test_a_copy_with_another_time_is_the_same_and_gets_its_time(file):
 
 @pytest.mark.parametrize("offset", [0, 3 * 2**20 - 1])
 def test_another_byte_at_either_end_is_a_change(file, offset):
-    before = stamp_files({"a": file})
+    before = fingerprint_files({"a": file})
     write_at(file, offset)
     (change,), same = compare_files(before, {"a": file})
     assert change.name == "a"
@@ -53,8 +53,8 @@ def test_another_byte_at_either_end_is_a_change(file, offset):
 
 
 def test_small_sets_are_hashed_whole_and_large_ones_by_sixteen_pieces(file):
-    whole = stamp_files({"a": file})["a"].pieces == 0
-    before = stamp_files({"a": file})
+    whole = fingerprint_files({"a": file})["a"].pieces == 0
+    before = fingerprint_files({"a": file})
     write_at(file, 100_000)
     assert bool(compare_files(before, {"a": file})[0]) == whole
 
@@ -62,13 +62,13 @@ def test_small_sets_are_hashed_whole_and_large_ones_by_sixteen_pieces(file):
 def test_a_small_file_in_a_large_set_is_hashed_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(fingerprint, "WHOLE_BYTES", 10)
     (tmp_path / "config.json").write_text("{" + " " * 100 + "}")
-    assert stamp_files({"c": tmp_path / "config.json"})["c"].pieces == 0
+    assert fingerprint_files({"c": tmp_path / "config.json"})["c"].pieces == 0
 
 
 def test_sizes_and_files_that_come_and_go_are_changes(tmp_path):
     for name in "abc":
         (tmp_path / name).write_text("12")
-    before = stamp_files({name: tmp_path / name for name in "abc"})
+    before = fingerprint_files({name: tmp_path / name for name in "abc"})
     (tmp_path / "a").write_text("123")
     changes, same = compare_files(before, {"a": tmp_path / "a", "b": tmp_path / "b", "d": tmp_path / "a"})
     assert {change.name: (change.before, change.now) for change in changes} == {
@@ -79,5 +79,5 @@ def test_sizes_and_files_that_come_and_go_are_changes(tmp_path):
 
 def test_a_file_that_is_gone_is_named(tmp_path):
     with pytest.raises(DataError) as caught:
-        stamp_files({"a": tmp_path / "a"})
+        fingerprint_files({"a": tmp_path / "a"})
     assert caught.value.file == str(tmp_path / "a")

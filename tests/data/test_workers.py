@@ -16,12 +16,12 @@ import torch
 
 from tests.data.reading import reader_of, write_records
 from vila.core.errors import DataError, MediaError
-from vila.data.bad_samples import FaultLog
+from vila.data.bad_samples import BadSampleLog
 from vila.data.collate import collate
-from vila.data.packing import LaneSet, Policy
-from vila.data.workers import START_METHODS, WorkerLanes
+from vila.data.packing import PackingPolicy, PackingStreams
+from vila.data.workers import START_METHODS, WorkerStreams
 
-POLICY = Policy(max_length=96, look_ahead=6)
+POLICY = PackingPolicy(max_length=96, look_ahead=6)
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def start():
     made = []
 
     def make(reader, count=4, policy=POLICY, workers=2, start_method="fork", **options):
-        made.append(WorkerLanes(reader, count, policy=policy, workers=workers, start_method=start_method, **options))
+        made.append(WorkerStreams(reader, count, policy=policy, workers=workers, start_method=start_method, **options))
         return made[-1]
 
     yield make
@@ -44,8 +44,8 @@ def start():
 
 
 def alone(reader, count=4, policy=POLICY, **options):
-    read = {"shorten": reader.shorten, "decode": reader.pixels, "place": reader.place}
-    return LaneSet(reader, count, policy=policy, **read, **options)
+    read = {"shorten": reader.shorten, "decode": reader.pixels, "location": reader.location}
+    return PackingStreams(reader, count, policy=policy, **read, **options)
 
 
 def assert_same_step(ours, theirs):
@@ -116,10 +116,10 @@ def test_batches_of_worker_rows_are_those_of_one_process(file, start):
 def test_faults_are_counted_and_listed_as_in_one_process(file, start, tmp_path):
     for number in (1, 4):
         (file.parent / f"{number}.png").write_bytes(b"broken")
-    policy = Policy(max_length=96, look_ahead=6, max_faults=20)
+    policy = PackingPolicy(max_length=96, look_ahead=6, max_faults=20)
     reader = reader_of(file)
-    logs = [FaultLog(tmp_path / name, 20) for name in ("a.jsonl", "b.jsonl")]
-    lanes, reference = start(reader, policy=policy, faults=logs[0]), alone(reader, policy=policy, faults=logs[1])
+    logs = [BadSampleLog(tmp_path / name, 20) for name in ("a.jsonl", "b.jsonl")]
+    lanes, reference = start(reader, policy=policy, log=logs[0]), alone(reader, policy=policy, log=logs[1])
     for _ in range(6):
         assert_same_step(lanes.step(), reference.step())
     assert logs[0].path.read_text() == logs[1].path.read_text()
@@ -128,11 +128,11 @@ def test_faults_are_counted_and_listed_as_in_one_process(file, start, tmp_path):
 
 def test_a_damaged_sample_counts_once_over_epochs_and_workers(file, start, tmp_path):
     (file.parent / "4.png").write_bytes(b"broken")
-    log = FaultLog(tmp_path / "faults.jsonl", 1)
-    lanes = start(reader_of(file), policy=Policy(max_length=96, look_ahead=6, max_faults=1), faults=log)
+    log = BadSampleLog(tmp_path / "faults.jsonl", 1)
+    lanes = start(reader_of(file), policy=PackingPolicy(max_length=96, look_ahead=6, max_faults=1), log=log)
     visits = 0
     while visits < 3:
-        visits += sum(len(row.faults) for row in lanes.step())
+        visits += sum(len(row.bad_samples) for row in lanes.step())
     assert log.count == 1 and len(log.path.read_text().splitlines()) == 1
 
 
@@ -151,7 +151,7 @@ class Broken:
     kill: bool
     unread = MappingProxyType({})
 
-    def place(self, index):
+    def location(self, index):
         return "broken", index
 
     def __len__(self):
@@ -165,7 +165,7 @@ class Broken:
 
 def broken(file, kill):
     reader = reader_of(file)
-    part = reader.mixture.parts[0]
+    part = reader.mixture.datasets[0]
     from dataclasses import replace
 
     from vila.data.mixture import Mixture
@@ -218,11 +218,11 @@ def gone(pid):
 SCRIPT = """
 import os, pickle, signal, sys
 from pathlib import Path
-from vila.data.workers import WorkerLanes
+from vila.data.workers import WorkerStreams
 
 if __name__ == "__main__":
     reader, policy = pickle.loads(Path(sys.argv[1]).read_bytes())
-    lanes = WorkerLanes(reader, 4, policy=policy, workers=2, start_method=sys.argv[3])
+    lanes = WorkerStreams(reader, 4, policy=policy, workers=2, start_method=sys.argv[3])
     lanes.step()
     print(*(worker._process.pid for worker in lanes._workers), flush=True)
     if sys.argv[2] == "kill":

@@ -7,7 +7,7 @@ from tests import tiny
 from vila.chat.templates import find_template
 from vila.chat.tokenize import tokenize_sample
 from vila.core.types import Message, Sample
-from vila.data.collate import collate, parts_of
+from vila.data.collate import collate, split_conversations
 from vila.train.loss import Objective
 
 QA = find_template("starter_qa")
@@ -76,7 +76,7 @@ def test_logits_of_a_packed_row_equal_those_of_its_parts(family, text, name):
         owners = [
             s for s in row for _ in range(max(1, len(set(s.segments.tolist()) - {0})) if s.parents.max() >= 0 else 1)
         ]
-        parts = parts_of(row)
+        parts = split_conversations(row)
         assert len(parts) == len(owners)
         for (ids, places), owner in zip(parts, owners, strict=True):
             alone = model(

@@ -135,10 +135,10 @@ def inspect(
         opened = open_data(
             data, form=form, image_root=image_root, options=options or (), template=template, model=model, events=screen
         )
-    every = ((part, at) for part in opened.mixture.parts for at in range(len(part.source)))
+    every = ((part, at) for part in opened.mixture.datasets for at in range(len(part.source)))
     places = list(islice(every, number, number + count))
     if not places:
-        total = sum(len(part.source) for part in opened.mixture.parts)
+        total = sum(len(part.source) for part in opened.mixture.datasets)
         raise ConfigError(f"{data} has {total:,} samples, counted from 0", field="--index", value=number)
     page = Page(f"Samples of {data}", f"template {opened.template}")
     cards = []
@@ -211,7 +211,7 @@ _FIRST_FILES = 10
 
 def print_findings(found: Findings, unit: str) -> None:
     """Print the findings of a check of one data set."""
-    from vila.data.stats import histogram, spread
+    from vila.data.stats import histogram, min_median_max
 
     faulty = f"{found.fault_count:,} with faults" if found.fault_count else "no faults"
     clips = f", {found.clips:,} distinct clips" if found.clips else ""
@@ -233,10 +233,10 @@ def print_findings(found: Findings, unit: str) -> None:
         typer.echo(f"  note: {note}")
     for side, counts in (("widths", found.widths), ("heights", found.heights)):
         if counts:
-            low, middle, high = spread(counts)
+            low, middle, high = min_median_max(counts)
             typer.echo(f"  {side}: {low} to {high} pixels, median {middle}")
     if found.lengths:
-        low, middle, high = spread(found.lengths)
+        low, middle, high = min_median_max(found.lengths)
         typer.echo(f"  {unit}: {low:,} to {high:,}, median {middle:,}; {found.supervised_share:.1%} supervised")
         bins = histogram(found.lengths)
         for bound, count in bins.items():

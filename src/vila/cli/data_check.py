@@ -12,15 +12,15 @@ from vila.cli.data_sets import DataSets
 from vila.core.errors import DataError, MediaError, VilaError
 from vila.core.progress import SILENT, Events, task
 from vila.core.types import Image, MediaRef, Sample, Video
-from vila.data.stats import Seen, histogram, spread
+from vila.data.stats import NameSet, histogram, min_median_max
 from vila.prepare.licences import licences_of
 
 if TYPE_CHECKING:
     from vila.chat.tokenize import TokenizedSample
     from vila.core.types import Sample
-    from vila.data.mixture import Part
+    from vila.data.mixture import MixtureDataset
     from vila.data.preview import ImagePreview, LengthPreview
-    from vila.data.stats import Share
+    from vila.data.stats import DatasetStats
     from vila.prepare.licences import DataLicence
 
 
@@ -76,9 +76,9 @@ class Findings:
             "clips": self.clips,
             "missing_files": self.missing_count,
             "first_missing_files": self.missing,
-            "width": spread(self.widths),
-            "height": spread(self.heights),
-            "length": spread(self.lengths),
+            "width": min_median_max(self.widths),
+            "height": min_median_max(self.heights),
+            "length": min_median_max(self.lengths),
             "histogram": histogram(self.lengths),
             "supervised_share": round(self.supervised_share, 4),
             "unread_media": dict(self.unread),
@@ -94,16 +94,16 @@ def check_data(data: DataSets, *, sample: int, max_shown: int, events: Events = 
     sample, a sample that does not fit its template or the recipe's rows, or a medium that is missing or cannot be read.
     max_shown: messages, missing files and ids that are kept of each data set.
     """
-    return [_Check(data, part, max_shown).run(sample, events) for part in data.mixture.parts]
+    return [_Check(data, part, max_shown).run(sample, events) for part in data.mixture.datasets]
 
 
 class _Check:
     """One data set being checked."""
 
-    def __init__(self, data: DataSets, part: Part, max_shown: int) -> None:
+    def __init__(self, data: DataSets, part: MixtureDataset, max_shown: int) -> None:
         self.data, self.part, self.max_shown = data, part, max_shown
         self.found = Findings(part.name, preview=data.image_preview(part), rows=data.length_preview())
-        self._ids, self._repeated, self._media, self._bad = Seen(), Seen(), Seen(), Seen()
+        self._ids, self._repeated, self._media, self._bad = NameSet(), NameSet(), NameSet(), NameSet()
 
     def run(self, sample: int, events: Events) -> Findings:
         from vila.data.dataset import Subset
@@ -208,7 +208,7 @@ class Stats:
     licences:   what is known of where it is from; nothing for data of your own.
     """
 
-    share: Share
+    share: DatasetStats
     path: Path
     exact: bool
     has_tokens: bool
@@ -238,10 +238,10 @@ def stats_of(data: DataSets, sample: int) -> list[Stats]:
 
     The numbers are those that training tells before its first step. No picture is opened.
     """
-    from vila.data.stats import survey
+    from vila.data.stats import dataset_stats
 
-    largest = max(len(part.source) for part in data.mixture.parts)
-    shares = survey(data.mixture, data.tokenise if data.reader else _untokenised, sample or largest)
+    largest = max(len(part.source) for part in data.mixture.datasets)
+    shares = dataset_stats(data.mixture, data.tokenise if data.reader else _untokenised, sample or largest)
     return [
         Stats(
             share,
@@ -251,11 +251,11 @@ def stats_of(data: DataSets, sample: int) -> list[Stats]:
             has_tokens=data.reader is not None,
             licences=licences_of(path),
         )
-        for share, part, path in zip(shares, data.mixture.parts, data.paths, strict=True)
+        for share, part, path in zip(shares, data.mixture.datasets, data.paths, strict=True)
     ]
 
 
-def _untokenised(part: Part, sample: Sample) -> TokenizedSample:
+def _untokenised(part: MixtureDataset, sample: Sample) -> TokenizedSample:
     """A sample without a token, which still has its media."""
     import numpy as np
 

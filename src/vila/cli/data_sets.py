@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from vila.core.types import Sample
     from vila.core.vision_spec import ImageMode
     from vila.data.dataset import SampleReader
-    from vila.data.mixture import Mixture, Part
+    from vila.data.mixture import Mixture, MixtureDataset
     from vila.data.preview import ImagePreview, LengthPreview
 
 TEMPLATE = "vicuna_v1"
@@ -52,7 +52,7 @@ class DataSets:
         """Image placeholders of an image. Raises ConfigError without a model."""
         return self._reader_or_raise().spec.tokens_per_image
 
-    def image_preview(self, part: Part) -> ImagePreview | None:
+    def image_preview(self, part: MixtureDataset) -> ImagePreview | None:
         """Return an empty preview of the images of a data set; None if the size of the tower's images is unknown."""
         from vila.data.preview import ImagePreview
 
@@ -70,7 +70,7 @@ class DataSets:
             return None
         return LengthPreview(self.recipe.data.max_length, self.recipe.data.overlong, self.length_origin)
 
-    def shortened(self, part: Part, sample: Sample, max_length: int) -> int:
+    def shortened(self, part: MixtureDataset, sample: Sample, max_length: int) -> int:
         """Return the tokens that are left of a sample that is cut to `max_length`, 0 if it cannot be cut."""
         from vila.data.dataset import shorten_sample
 
@@ -83,7 +83,7 @@ class DataSets:
 
         spec = self._reader_or_raise().spec
         paths: list[Path] = []
-        for part in self.mixture.parts:
+        for part in self.mixture.datasets:
             paths += save_views(first_images(part, count), views_spec(spec, part), folder, start=len(paths))
         return paths
 
@@ -94,7 +94,7 @@ class DataSets:
 
             require_images(self.mixture, self.recipe.needs_images)
 
-    def measure(self, part: Part, sample: Sample) -> tuple[int, int]:
+    def measure(self, part: MixtureDataset, sample: Sample) -> tuple[int, int]:
         """Return the length of a sample and that of its supervised part, in `unit`.
 
         Raises VilaError if the sample does not fit its template, or supervises nothing.
@@ -107,7 +107,7 @@ class DataSets:
         return _characters(sample, sample.template or part.template or self.template)
 
     @property
-    def tokenise(self) -> Callable[[Part, Sample], TokenizedSample]:
+    def tokenise(self) -> Callable[[MixtureDataset, Sample], TokenizedSample]:
         """Function that tokenises a sample. Raises ConfigError without a model."""
         return self._reader_or_raise().tokenise
 

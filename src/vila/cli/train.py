@@ -151,14 +151,14 @@ def _look(recipe: Recipe, origins: Mapping[str, str]) -> None:
 
 def _batch(recipe: Recipe, arguments: list[str], slurm: str, dry_run: bool) -> str:
     """The batch script, or what Slurm says to it. Raises ConfigError when the processes cannot share the batch."""
-    from vila.data.packing import micro_note
+    from vila.data.packing import micro_batch_note
     from vila.train.preflight import Preflight
     from vila.train.slurm import parse_job, render_script, submit
 
     job = parse_job(slurm)
     # The job runs elsewhere: what is not on this machine may be there.
     _note(Preflight(recipe, job.world).raise_problems(lambda field: True))
-    if note := micro_note(job.world, recipe.batch.rows or recipe.batch.samples, recipe.batch.micro):
+    if note := micro_batch_note(job.world, recipe.batch.rows or recipe.batch.samples, recipe.batch.micro):
         typer.echo(note, err=True)
     folder = recipe.output.dir
     script = render_script(job, name=recipe.name, folder=folder, arguments=arguments)
@@ -175,12 +175,12 @@ def shares_of(run: Run, length_origin: str = "") -> tuple[list[str], dict[str, i
     length_origin: recipe that `data.max_length` is from; empty if it is the default.
     """
     from vila.data.preview import LengthPreview
-    from vila.data.stats import survey
+    from vila.data.stats import dataset_stats
     from vila.train.setup import build_reader
 
     reader = build_reader(run.recipe, run.processor, run.mixture)
     try:
-        shares = survey(run.mixture, reader.tokenise, _SURVEYED)
+        shares = dataset_stats(run.mixture, reader.tokenise, _SURVEYED)
     except VilaError as error:
         # Whether a fault stops the run is decided by its budget of faults.
         return [f"  shares are not known: {error}"], {}
@@ -203,7 +203,7 @@ def preview_of(run: Run) -> list[str]:
     from vila.data.preview import preview_images
 
     lines = []
-    for part in run.mixture.parts:
+    for part in run.mixture.datasets:
         lines += [f"  {part.name}: {line}" for line in preview_images(part, run.processor.spec, _SURVEYED).lines()]
         if note := unread_note(part.source.unread):
             lines.append(f"  {part.name}: {note}")

@@ -12,25 +12,25 @@ from vila.core.errors import CheckpointError, DataError
 from vila.core.files import write_text
 from vila.core.reading import read_jsonl
 
-Place = tuple[str, int]
+RecordLocation = tuple[str, int]
 """File of a sample and number of its record there: equal for every visit, in any epoch, repeat or process."""
 
 
-def place_of_position(position: int) -> Place:
+def location_of_position(position: int) -> RecordLocation:
     """Return a place for samples that are known by their global position alone."""
     return "", position
 
 
 @dataclass(frozen=True, slots=True)
-class Fault:
+class BadSample:
     """A visit of a sample that could not be read: its global position, the reason, and the sample's place."""
 
     position: int
     reason: str
-    place: Place
+    location: RecordLocation
 
 
-class FaultLog:
+class BadSampleLog:
     """`faults.jsonl` of a run, a line for each different sample, and its budget.
 
     A sample that every epoch comes back to is listed and counted once, by its place.
@@ -45,36 +45,36 @@ class FaultLog:
         run comes by there again. write: false counts alone, where another process writes the same file.
         """
         self.path, self.budget, self.write = path, budget, write
-        self._places: set[Place] = set()
+        self._locations: set[RecordLocation] = set()
         if path.is_file():
             rows = [row for row in self._read() if seen(row["position"])]
             if write:
                 write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-            self._places = {_place(row) for row in rows}
+            self._locations = {_location(row) for row in rows}
 
     @property
     def count(self) -> int:
         """Number of different samples."""
-        return len(self._places)
+        return len(self._locations)
 
-    def add(self, faults: Sequence[Fault]) -> int:
+    def add(self, samples: Sequence[BadSample]) -> int:
         """List the samples of a step that are not listed yet, and return their number.
 
         Raises DataError with the last one if there are more than the budget.
         """
-        new: dict[Place, Fault] = {}
-        for fault in faults:
-            if fault.place not in self._places:
-                new.setdefault(fault.place, fault)
+        new: dict[RecordLocation, BadSample] = {}
+        for sample in samples:
+            if sample.location not in self._locations:
+                new.setdefault(sample.location, sample)
         if not new:
             return 0
         if self.write:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as stream:
-                for (file, record), fault in new.items():
-                    row = {"position": fault.position, "file": file, "record": record, "reason": fault.reason}
+                for (file, record), sample in new.items():
+                    row = {"position": sample.position, "file": file, "record": record, "reason": sample.reason}
                     stream.write(json.dumps(row) + "\n")
-        self._places |= new.keys()
+        self._locations |= new.keys()
         if self.count > self.budget:
             last = next(reversed(new.values()))
             raise DataError(
@@ -102,9 +102,9 @@ class FaultLog:
         return rows
 
 
-def _place(row: dict[str, Any]) -> Place:
+def _location(row: dict[str, Any]) -> RecordLocation:
     """Return the place of a line. Version one wrote positions alone."""
     file, record = row.get("file"), row.get("record")
     if isinstance(file, str) and isinstance(record, int):
         return file, record
-    return place_of_position(row["position"])
+    return location_of_position(row["position"])

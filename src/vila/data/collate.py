@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vila.chat.tokenize import IGNORE, TokenizedSample
 from vila.core.types import Image, Video
-from vila.data.packing import Row
+from vila.data.packing import PackedSequence
 from vila.data.workers import SharedPixels
 
 # B rows  S tokens of a row  N media items  H,W pixels
@@ -79,7 +79,7 @@ def collate(rows: Sequence[Sequence[TokenizedSample]], pad_id: int = 0, *, pin: 
     tensors = {name: torch.from_numpy(array) for name, array in fields.items()}
     tensors["slots"] = tensors["slots"].bool()
     media = tuple(item for row in rows for sample in row for item in sample.media)
-    pixels = pixels_of(rows)
+    pixels = stack_pixels(rows)
     if pixels is not None:
         tensors["pixels"] = pixels
     if pin:
@@ -87,9 +87,11 @@ def collate(rows: Sequence[Sequence[TokenizedSample]], pad_id: int = 0, *, pin: 
     return Batch(**tensors, media=media)
 
 
-def pixels_of(rows: Sequence[Sequence[TokenizedSample]]) -> Tensor | None:
+def stack_pixels(rows: Sequence[Sequence[TokenizedSample]]) -> Tensor | None:
     """The decoded pictures of rows, float32 [N, 3, H, W]; None without any. Those of workers are normalised into it."""
-    blocks = [row.pixels for row in rows if isinstance(row, Row) and row.pixels is not None and len(row.pixels)]
+    blocks = [
+        row.pixels for row in rows if isinstance(row, PackedSequence) and row.pixels is not None and len(row.pixels)
+    ]
     if not blocks:
         return None
     first = blocks[0].squares[0] if isinstance(blocks[0], SharedPixels) else blocks[0][0]
@@ -105,7 +107,7 @@ def pixels_of(rows: Sequence[Sequence[TokenizedSample]]) -> Tensor | None:
     return torch.from_numpy(out)
 
 
-def parts_of(row: Sequence[TokenizedSample]) -> list[tuple[np.ndarray, np.ndarray]]:
+def split_conversations(row: Sequence[TokenizedSample]) -> list[tuple[np.ndarray, np.ndarray]]:
     """The conversations of a row one by one as (ids, places in the row): each branch behind its prefix.
 
     The reference for "a row equals its parts".

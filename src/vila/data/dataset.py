@@ -18,8 +18,9 @@ from vila.core.errors import MediaError, VilaError
 from vila.core.progress import SILENT, Events
 from vila.core.types import Image, MediaRef, Sample, Video
 from vila.core.vision_spec import ImageMode, VisionSpec
+from vila.data.bad_samples import RecordLocation
 from vila.data.formats.base import FORMATS, RecordSource
-from vila.data.mixture import Mixture, Part, Permutation, Source
+from vila.data.mixture import Mixture, MixtureDataset, Permutation, Source
 from vila.data.packing import CompactSample, Pixels
 from vila.media.image import open_image
 from vila.media.limits import DEFAULT_LIMITS
@@ -60,9 +61,9 @@ class Split:
         """Read sample number `index` of the share."""
         return self.source[self.locate(index)]
 
-    def place(self, index: int) -> tuple[str, int]:
+    def location(self, index: int) -> RecordLocation:
         """Return file and record of sample number `index`."""
-        return self.source.place(self.locate(index))
+        return self.source.location(self.locate(index))
 
     def locate(self, index: int) -> int:
         """Index in the source. Raises IndexError outside the share."""
@@ -121,9 +122,9 @@ class Subset:
         """Read sample number `index` of the subset."""
         return self.source[self.locate(index)]
 
-    def place(self, index: int) -> tuple[str, int]:
+    def location(self, index: int) -> RecordLocation:
         """Return file and record of sample number `index`."""
-        return self.source.place(self.locate(index))
+        return self.source.location(self.locate(index))
 
     def locate(self, index: int) -> int:
         """Index in the source. Raises IndexError outside the subset."""
@@ -171,7 +172,7 @@ def _beginnings(sample: Sample) -> list[Sample]:
 
 
 @dataclass(frozen=True, slots=True)
-class ClipFrame:
+class VideoFrame:
     """One of the `count` images that stand for a video, `number` from 0; see `media.video.frame_indices`."""
 
     source: Path | str | bytes | MediaRef
@@ -194,7 +195,7 @@ class ClipFrame:
         return stream.getvalue()
 
 
-def frames_of(video: Video, default: int) -> list[Image]:
+def video_frames(video: Video, default: int) -> list[Image]:
     """The images that stand for a video, unopened; `default` of them unless the video says how many.
 
     Raises MediaError naming the video when the number is larger than `MediaLimits.num_frames`, or less than one.
@@ -202,7 +203,7 @@ def frames_of(video: Video, default: int) -> list[Image]:
     count, most = default if video.num_frames is None else video.num_frames, DEFAULT_LIMITS.num_frames
     if not 1 <= count <= most:
         raise MediaError(file=_name_of(video.source), field="num_frames", value=count, expected=f"1 to {most}")
-    return [Image(ClipFrame(video.source, number, count)) for number in range(count)]
+    return [Image(VideoFrame(video.source, number, count)) for number in range(count)]
 
 
 def open_squares(images: Iterable[Image], spec: VisionSpec) -> Iterator[Bytes]:
@@ -218,12 +219,12 @@ def open_squares(images: Iterable[Image], spec: VisionSpec) -> Iterator[Bytes]:
             continue
         frames = open_frames(*video, shrink=shrinker(spec))
         for image in group:
-            if isinstance(image.source, ClipFrame):
+            if isinstance(image.source, VideoFrame):
                 yield square_bytes(frames[image.source.number], spec)
 
 
 def _video_of(image: Image) -> tuple[Video, int] | None:
-    return (Video(image.source.source), image.source.count) if isinstance(image.source, ClipFrame) else None
+    return (Video(image.source.source), image.source.count) if isinstance(image.source, VideoFrame) else None
 
 
 _kept_frames = lru_cache(maxsize=1)(open_frames)
@@ -255,14 +256,14 @@ def open_mixture(entries: Iterable[Entry], seed: int, events: Events = SILENT) -
 
     events: told how files are indexed.
     """
-    parts: list[Part] = []
+    parts: list[MixtureDataset] = []
     for entry in entries:
         if entry.template:
             find_template(entry.template)
         name = Path(entry.path).stem
         same = sum(part.name.split("#")[0] == name for part in parts)
         parts.append(
-            Part(
+            MixtureDataset(
                 name=f"{name}#{same + 1}" if same else name,
                 source=open_entry(entry, events),
                 repeat=entry.repeat,
@@ -306,7 +307,7 @@ class SampleReader:
         part, sample = self._read(position)
         return self.tokenise(part, sample)
 
-    def tokenise(self, part: Part, sample: Sample) -> TokenizedSample:
+    def tokenise(self, part: MixtureDataset, sample: Sample) -> TokenizedSample:
         """Tokenise a sample of a part under its template; a video is the images of `frames`. No medium is opened."""
         chosen = find_template(sample.template or part.template or self.template)
         try:
@@ -331,7 +332,7 @@ class SampleReader:
 
         The frames of a video are images; a video is decoded once.
         """
-        part = self.mixture.parts[self.mixture.locate(position)[0]]
+        part = self.mixture.datasets[self.mixture.locate(position)[0]]
         spec = replace(self.spec, image_mode=part.image_mode) if part.image_mode else self.spec
         try:
             images = [item for item in sample.media if isinstance(item, Image)]
@@ -342,11 +343,11 @@ class SampleReader:
 
     def data_set(self, position: int) -> str:
         """Return the name of the data set that a position belongs to."""
-        return self.mixture.parts[self.mixture.locate(position)[0]].name
+        return self.mixture.datasets[self.mixture.locate(position)[0]].name
 
-    def place(self, position: int) -> tuple[str, int]:
+    def location(self, position: int) -> RecordLocation:
         """Return the file and record of the sample at a position; see `FaultLog`."""
-        return self.mixture.place(position)
+        return self.mixture.location(position)
 
     def count(self, media: Image | Video) -> int:
         """Return the number of image placeholders of an image. Videos have none: they become frames first."""
@@ -356,9 +357,9 @@ class SampleReader:
 
     def frames(self, video: Video) -> list[Image]:
         """Return the frames of a video, unopened; the model's number of them unless the video has its own."""
-        return frames_of(video, self.spec.num_video_frames)
+        return video_frames(video, self.spec.num_video_frames)
 
-    def _read(self, position: int) -> tuple[Part, Sample]:
+    def _read(self, position: int) -> tuple[MixtureDataset, Sample]:
         try:
             return self.mixture[position]
         except VilaError as error:
@@ -367,18 +368,18 @@ class SampleReader:
             raise
 
 
-def _add_sample(error: VilaError, part: Part, sample: Sample | CompactSample) -> None:
+def _add_sample(error: VilaError, part: MixtureDataset, sample: Sample | CompactSample) -> None:
     """Add data set and sample to an error that names no record of a file."""
     if error.file is None or error.record is None:
         error.record = f"data set {part.name!r}, sample {sample.id!r}"
 
 
-def images_of(mixture: Mixture, num_video_frames: int) -> list[Image]:
+def mixture_images(mixture: Mixture, num_video_frames: int) -> list[Image]:
     """Return every distinct image of the mixture, in the order of its data sets; a video is its frames, unopened."""
     seen: dict[Image, None] = {}
-    for part in mixture.parts:
+    for part in mixture.datasets:
         for index in range(len(part.source)):
             for item in part.source[index].media:
-                for image in frames_of(item, num_video_frames) if isinstance(item, Video) else [item]:
+                for image in video_frames(item, num_video_frames) if isinstance(item, Video) else [item]:
                     seen.setdefault(image)
     return list(seen)

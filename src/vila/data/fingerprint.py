@@ -23,7 +23,7 @@ _BLOCK_BYTES = 2**20
 _THREADS = 8
 
 
-class FileStamp(NamedTuple):
+class FileFingerprint(NamedTuple):
     """State of a file.
 
     pieces: how many pieces `sha256` is of; 0: the whole file.
@@ -35,7 +35,7 @@ class FileStamp(NamedTuple):
     sha256: str
 
 
-class Change(NamedTuple):
+class FileChange(NamedTuple):
     """A file that differs; what of it, before and now."""
 
     name: str
@@ -43,7 +43,7 @@ class Change(NamedTuple):
     now: str
 
 
-def stamp_files(files: Mapping[str, Path]) -> dict[str, FileStamp]:
+def fingerprint_files(files: Mapping[str, Path]) -> dict[str, FileFingerprint]:
     """Return the stamps of files by name. Raises DataError naming one that cannot be read."""
     sizes = {name: _state(path)[0] for name, path in files.items()}
     sampled = sum(sizes.values()) > WHOLE_BYTES
@@ -53,24 +53,24 @@ def stamp_files(files: Mapping[str, Path]) -> dict[str, FileStamp]:
 
 
 def compare_files(
-    before: Mapping[str, FileStamp], files: Mapping[str, Path]
-) -> tuple[list[Change], dict[str, FileStamp]]:
+    before: Mapping[str, FileFingerprint], files: Mapping[str, Path]
+) -> tuple[list[FileChange], dict[str, FileFingerprint]]:
     """Compare files with their stamps: the changes, and the stamps of those that are the same, with their time of now.
 
     A file that was copied or touched has another time and the same content: it is the same.
     Raises DataError naming a file that cannot be read.
     """
-    changes = [Change(name, "there", "missing") for name in before if name not in files]
-    changes += [Change(name, "not there", "new") for name in files if name not in before]
-    same: dict[str, FileStamp] = {}
+    changes = [FileChange(name, "there", "missing") for name in before if name not in files]
+    changes += [FileChange(name, "not there", "new") for name in files if name not in before]
+    same: dict[str, FileFingerprint] = {}
     for name in (name for name in files if name in before):
         was, (size, mtime_ns) = before[name], _state(files[name])
         if size != was.size:
-            changes.append(Change(name, f"{was.size:,} bytes", f"{size:,} bytes"))
+            changes.append(FileChange(name, f"{was.size:,} bytes", f"{size:,} bytes"))
             continue
         now = was if mtime_ns == was.mtime_ns else _stamp(files[name], was.pieces)
         if now.sha256 != was.sha256:
-            changes.append(Change(name, f"sha256 {was.sha256[:16]}", f"sha256 {now.sha256[:16]}"))
+            changes.append(FileChange(name, f"sha256 {was.sha256[:16]}", f"sha256 {now.sha256[:16]}"))
         else:
             same[name] = now
     return changes, same
@@ -82,14 +82,14 @@ def _state(path: Path) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def _stamp(path: Path, pieces: int) -> FileStamp:
+def _stamp(path: Path, pieces: int) -> FileFingerprint:
     size, mtime_ns = _state(path)
     digest = hashlib.sha256()
     with file_errors(path, DataError), path.open("rb") as stream:
         for offset, length in _spans(size, pieces):
             stream.seek(offset)
             digest.update(stream.read(length))
-    return FileStamp(size, mtime_ns, pieces, digest.hexdigest())
+    return FileFingerprint(size, mtime_ns, pieces, digest.hexdigest())
 
 
 def _spans(size: int, pieces: int) -> Iterator[tuple[int, int]]:

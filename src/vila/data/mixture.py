@@ -11,6 +11,7 @@ from typing import Protocol
 from vila.core.errors import DataError
 from vila.core.types import Sample
 from vila.core.vision_spec import ImageMode
+from vila.data.bad_samples import RecordLocation
 
 # --- order
 # The order of samples as a pure function of (seed, epoch, position); no index array is ever held.
@@ -71,12 +72,12 @@ class Source(Protocol):
 
     def __getitem__(self, index: int) -> Sample: ...
 
-    def place(self, index: int) -> tuple[str, int]:
+    def location(self, index: int) -> RecordLocation:
         """Return the file of a sample and the number of its record there, which stay what they are in every epoch."""
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class MixtureDataset:
     """One data set of a mixture.
 
     repeat:     how often one epoch shows it; a fraction takes another random share in every epoch.
@@ -94,69 +95,69 @@ class Part:
 
 
 class Mixture:
-    """The union of its parts; position p of the global sequence is sample p modulo the epoch, in the epoch's order.
+    """The union of its datasets; position p of the global sequence is sample p modulo the epoch, in the epoch's order.
 
-    An epoch holds each part `repeat` times. With weights it is as long as all parts together and is divided among
-    them by weight, so a small part with a large weight is shown more than once and a large part not whole; every
-    pass over a part ends before the next begins, through all epochs.
+    An epoch holds each dataset `repeat` times. With weights it is as long as all datasets together and is divided among
+    them by weight, so a small dataset with a large weight is shown more than once and a large dataset not whole; every
+    pass over a dataset ends before the next begins, through all epochs.
     """
 
-    def __init__(self, parts: Sequence[Part], seed: int) -> None:
+    def __init__(self, datasets: Sequence[MixtureDataset], seed: int) -> None:
         """Raises DataError when nothing is left to show, when a data set with a weight is empty, or when only some
-        parts have weights."""
-        self.parts = tuple(parts)
+        datasets have weights."""
+        self.datasets = tuple(datasets)
         self.seed = seed
-        self.per_epoch = _samples_per_epoch(self.parts)
-        self.epoch_length = sum(self.per_epoch)
+        self.samples_per_epoch = _samples_per_epoch(self.datasets)
+        self.epoch_length = sum(self.samples_per_epoch)
         if not self.epoch_length:
-            raise DataError(f"the mixture of {', '.join(part.name for part in parts)} has no samples")
+            raise DataError(f"the mixture of {', '.join(dataset.name for dataset in datasets)} has no samples")
 
     def locate(self, position: int) -> tuple[int, int]:
-        """Number of the part and index in its source of global position `position`; a pure function of the seed."""
+        """Number of the dataset and index in its source of global position `position`; a pure function of the seed."""
         epoch, place = divmod(position, self.epoch_length)
         place = _order(self.epoch_length, self.seed, epoch)[place]
-        for number, count in enumerate(self.per_epoch):
+        for number, count in enumerate(self.samples_per_epoch):
             if place < count:
-                size = len(self.parts[number].source)
-                # Passes over the part go on from where the epoch before stopped; each pass is its own permutation.
+                size = len(self.datasets[number].source)
+                # Passes over the dataset go on from where the epoch before stopped; each pass is its own permutation.
                 turn, index = divmod(epoch * count + place, size)
                 return number, _order(size, self.seed + 7919 * (number + 1), turn)[index]
             place -= count
         raise AssertionError("the permutation stays inside the epoch")
 
-    def __getitem__(self, position: int) -> tuple[Part, Sample]:
-        """Part and sample at a global position."""
+    def __getitem__(self, position: int) -> tuple[MixtureDataset, Sample]:
+        """MixtureDataset and sample at a global position."""
         number, index = self.locate(position)
-        return self.parts[number], self.parts[number].source[index]
+        return self.datasets[number], self.datasets[number].source[index]
 
-    def place(self, position: int) -> tuple[str, int]:
+    def location(self, position: int) -> RecordLocation:
         """Return the file and record of the sample at a global position; it is not read."""
         number, index = self.locate(position)
-        return self.parts[number].source.place(index)
+        return self.datasets[number].source.location(index)
 
     def describe(self, position: int) -> str:
         """Return `data set 'pages', sample 16 (position 123)`, for messages; the sample is not read."""
         number, index = self.locate(position)
-        return f"data set {self.parts[number].name!r}, sample {index} (position {position})"
+        return f"data set {self.datasets[number].name!r}, sample {index} (position {position})"
 
 
 _order = lru_cache(maxsize=256)(Permutation)
 
 
-def _samples_per_epoch(parts: Sequence[Part]) -> tuple[int, ...]:
-    weights = [part.weight for part in parts]
+def _samples_per_epoch(datasets: Sequence[MixtureDataset]) -> tuple[int, ...]:
+    weights = [dataset.weight for dataset in datasets]
     if all(weight is None for weight in weights):
-        return tuple(round(len(part.source) * part.repeat) for part in parts)
-    without = [part.name for part in parts if part.weight is None]
+        return tuple(round(len(dataset.source) * dataset.repeat) for dataset in datasets)
+    without = [dataset.name for dataset in datasets if dataset.weight is None]
     if without:
         raise DataError(f"data sets {', '.join(map(repr, without))} have no weight, others have; give all or none one")
-    empty = [part.name for part in parts if not len(part.source)]
+    empty = [dataset.name for dataset in datasets if not len(dataset.source)]
     if empty:
         raise DataError(f"data sets {', '.join(map(repr, empty))} are empty and cannot have a weight; remove them")
-    length, total = sum(len(part.source) for part in parts), sum(weight or 0 for weight in weights)
+    length, total = sum(len(dataset.source) for dataset in datasets), sum(weight or 0 for weight in weights)
     exact = [length * (weight or 0) / total for weight in weights]
     counts = [int(share) for share in exact]
     # The largest remainders are rounded up, so that the counts add up to the epoch.
-    for number in sorted(range(len(parts)), key=lambda n: counts[n] - exact[n])[: length - sum(counts)]:
+    for number in sorted(range(len(datasets)), key=lambda n: counts[n] - exact[n])[: length - sum(counts)]:
         counts[number] += 1
     return tuple(counts)

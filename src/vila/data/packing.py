@@ -1,6 +1,6 @@
 """Lanes: rows packed from whole samples, independent of the number of ranks.
 
-Lane g of G packs the samples whose global position is g modulo G, from its own bounded look-ahead buffer. Its whole
+Stream g of G packs the samples whose global position is g modulo G, from its own bounded look-ahead buffer. Its whole
 state is the next position and the positions in the buffer, so it resumes anywhere and on any number of ranks.
 """
 
@@ -16,13 +16,13 @@ import numpy as np
 from vila.chat.tokenize import IGNORE, TokenizedSample
 from vila.core.errors import ConfigError, DataError, VilaError
 from vila.core.types import Image, Video
-from vila.data.bad_samples import Fault, FaultLog, Place, place_of_position
+from vila.data.bad_samples import BadSample, BadSampleLog, RecordLocation, location_of_position
 
 # --- fill
 # Which waiting samples fill a row: a subset sum over lengths, by bit sets in Python integers.
 
 
-def best_fill(lengths: Sequence[int], room: int) -> list[int]:
+def fill_sequence(lengths: Sequence[int], room: int) -> list[int]:
     """Indices of the items whose lengths add up to the most that is at most `room`; each item once.
 
     Among the sets that fill equally, longer items win, and of equal lengths the earlier item: short ones are kept to
@@ -44,7 +44,7 @@ def best_fill(lengths: Sequence[int], room: int) -> list[int]:
     return chosen
 
 
-def longest_first(lengths: Sequence[int], images: Sequence[int], room: int, max_images: int) -> list[int]:
+def fill_longest_first(lengths: Sequence[int], images: Sequence[int], room: int, max_images: int) -> list[int]:
     """Indices of items taken greedily, longest first, while both their tokens and their images fit."""
     chosen = []
     for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -59,7 +59,7 @@ def longest_first(lengths: Sequence[int], images: Sequence[int], room: int, max_
 # Sharing the lanes of the global batch among ranks and micro-batches.
 
 
-def lanes_of(rank: int, world: int, lanes: int) -> range:
+def streams_of_rank(rank: int, world: int, lanes: int) -> range:
     """The lanes that `rank` of `world` reads: a contiguous share, so that all ranks in order give all lanes in order.
 
     Raises ConfigError with the nearest numbers that would do unless `lanes` is a multiple of `world`.
@@ -76,15 +76,15 @@ def lanes_of(rank: int, world: int, lanes: int) -> range:
     return range(rank * share, (rank + 1) * share)
 
 
-def fitting_micro(world: int, lanes: int, micro: int) -> int:
-    """The largest micro-batch up to `micro` that the lanes of a rank are a multiple of. Raises as `lanes_of`."""
-    share = len(lanes_of(0, world, lanes))
+def fit_micro_batch(world: int, lanes: int, micro: int) -> int:
+    """The largest micro-batch up to `micro` that the lanes of a rank are a multiple of. Raises as `streams_of_rank`."""
+    share = len(streams_of_rank(0, world, lanes))
     return max(number for number in range(1, min(share, micro) + 1) if share % number == 0)
 
 
-def micro_note(world: int, lanes: int, micro: int) -> str:
-    """The line that says so when `fitting_micro` is not the one that was asked for; else empty."""
-    fitting = fitting_micro(world, lanes, micro)
+def micro_batch_note(world: int, lanes: int, micro: int) -> str:
+    """The line that says so when `fit_micro_batch` is not the one that was asked for; else empty."""
+    fitting = fit_micro_batch(world, lanes, micro)
     if fitting == micro:
         return ""
     return (
@@ -177,7 +177,7 @@ _MAX_REFUSED = 10_000
 
 
 @dataclass(frozen=True, slots=True)
-class LaneState:
+class PackingStreamState:
     """Where a lane stands: the next global position it will fetch, and the positions waiting in its buffer."""
 
     next_position: int
@@ -185,22 +185,22 @@ class LaneState:
 
 
 @dataclass(frozen=True)
-class Row(Sequence[TokenizedSample]):
+class PackedSequence(Sequence[TokenizedSample]):
     """The samples of one row, and what became of its lane.
 
     positions:          global position of each sample.
     state:              of the lane after this row; a checkpoint taken now resumes with the row after it.
     dropped, truncated: over-long samples left out, and cut, since the row before.
-    faults:             samples that could not be read since the row before.
+    bad_samples:        samples that could not be read since the row before.
     pixels:             float32 [3, H, W] of every picture in reading order; None when pictures are not decoded here.
     """
 
     packed: tuple[CompactSample, ...]
     positions: tuple[int, ...]
-    state: LaneState
+    state: PackingStreamState
     dropped: int = 0
     truncated: int = 0
-    faults: tuple[Fault, ...] = ()
+    bad_samples: tuple[BadSample, ...] = ()
     pixels: Sequence[Pixels] | None = None
 
     @cached_property
@@ -225,7 +225,7 @@ class Row(Sequence[TokenizedSample]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Policy:
+class PackingPolicy:
     """How rows are made; the same for all lanes.
 
     look_ahead: samples that a lane chooses from.
@@ -248,10 +248,10 @@ class Policy:
 class _Count:
     dropped: int = 0
     truncated: int = 0
-    faults: list[Fault] = field(default_factory=list)
+    bad_samples: list[BadSample] = field(default_factory=list)
 
 
-class Lane:
+class PackingStream:
     """Fills rows of at most `max_length` tokens. The oldest waiting sample opens each row, so none waits for ever."""
 
     def __init__(
@@ -259,18 +259,18 @@ class Lane:
         number: int,
         lanes: int,
         fetch: Fetch,
-        policy: Policy,
+        policy: PackingPolicy,
         *,
         shorten: Shorten | None = None,
         decode: Decode | None = None,
-        state: LaneState | None = None,
-        place: Callable[[int], Place] = place_of_position,
+        state: PackingStreamState | None = None,
+        location: Callable[[int], RecordLocation] = location_of_position,
         end: int | None = None,
     ) -> None:
         """Reads nothing before the first row.
 
         end:     global position at which the data end; None: they never do.
-        fetch:   gives the tokenised sample at a global position; `place` the identity of that sample.
+        fetch:   gives the tokenised sample at a global position; `location` the file and record of that sample.
         shorten: gives it cut to a length, None when that cannot be done; needed for `truncate`.
         decode:  gives the pixels of a sample's pictures; without it rows carry none.
         """
@@ -280,16 +280,16 @@ class Lane:
         self._resumed = state.waiting if state else ()
         self._buffer: list[tuple[int, CompactSample]] = []
         self._since = _Count()
-        self._place, self._faulty = place, set[Place]()
+        self._location, self._bad_locations = location, set[RecordLocation]()
         self._last_fault = ""
         self._end = end
 
     @property
-    def state(self) -> LaneState:
+    def state(self) -> PackingStreamState:
         """What a lane of the same data needs to go on from here."""
-        return LaneState(self._next, self._resumed or tuple(position for position, _ in self._buffer))
+        return PackingStreamState(self._next, self._resumed or tuple(position for position, _ in self._buffer))
 
-    def row(self) -> Row:
+    def row(self) -> PackedSequence:
         """The next row; an empty one at the end of the data. Raises DataError for a sample that may not be skipped."""
         while True:
             chosen = self._choose()
@@ -299,16 +299,16 @@ class Lane:
                 # A picture that cannot be read takes its sample out of the row; the rest of the row stays as it was.
                 chosen = [item for item, found in zip(chosen, pixels, strict=True) if found is not None]
             if not chosen and not is_at_end:
-                self._check_refused(len(self._since.faults))
+                self._check_refused(len(self._since.bad_samples))
                 continue
             count, self._since = self._since, _Count()
-            return Row(
+            return PackedSequence(
                 packed=tuple(sample for _, sample in chosen),
                 positions=tuple(position for position, _ in chosen),
                 state=self.state,
                 dropped=count.dropped,
                 truncated=count.truncated,
-                faults=tuple(count.faults),
+                bad_samples=tuple(count.bad_samples),
                 pixels=None if pixels is None else [one for found in pixels if found is not None for one in found],
             )
 
@@ -328,12 +328,12 @@ class Lane:
         self._fill(policy.look_ahead)
         lengths = [len(sample) for _, sample in self._buffer]
         room = policy.max_length - len(first[1])
-        picked = best_fill(lengths, room)
+        picked = fill_sequence(lengths, room)
         if policy.max_images:
             images = [len(sample.media) for _, sample in self._buffer]
             left = policy.max_images - len(first[1].media)
             if sum(images[i] for i in picked) > left:
-                picked = longest_first(lengths, images, room, left)
+                picked = fill_longest_first(lengths, images, room, left)
         chosen = [first, *(self._buffer[i] for i in picked)]
         gone = set(picked)
         self._buffer = [item for i, item in enumerate(self._buffer) if i not in gone]
@@ -403,7 +403,7 @@ class Lane:
             found, limit, field = f"{len(sample.media)} images", policy.max_images, "data.max_images"
         else:
             found, limit, field = f"{len(sample):,} tokens", policy.max_length, "data.max_length"
-        file, record = self._place(position)
+        file, record = self._location(position)
         return DataError(
             f"sample {sample.id!r} has {found}, rows hold {limit:,}",
             file=file or None,
@@ -428,11 +428,11 @@ class Lane:
             raise error
         known = isinstance(error, VilaError)
         reason = str(error) if known else f"position {position}: {type(error).__name__}: {error}"
-        place = self._place(position)
-        self._since.faults.append(Fault(position, reason, place))
+        location = self._location(position)
+        self._since.bad_samples.append(BadSample(position, reason, location))
         self._last_fault = reason
-        self._faulty.add(place)
-        if len(self._faulty) > self.policy.max_faults:
+        self._bad_locations.add(location)
+        if len(self._bad_locations) > self.policy.max_faults:
             raise DataError(
                 f"more than data.max_faults={self.policy.max_faults} samples could not be read; the last: {error}",
                 field="data.max_faults",
@@ -447,7 +447,7 @@ class Lane:
             )
 
 
-class LaneSet:
+class PackingStreams:
     """The lanes of one rank, read in this process; one step takes one row from each."""
 
     def __init__(
@@ -455,22 +455,22 @@ class LaneSet:
         fetch: Fetch,
         count: int,
         *,
-        policy: Policy,
+        policy: PackingPolicy,
         rank: int = 0,
         world: int = 1,
-        states: Sequence[LaneState] | None = None,
+        states: Sequence[PackingStreamState] | None = None,
         shorten: Shorten | None = None,
         decode: Decode | None = None,
-        faults: FaultLog | None = None,
-        place: Callable[[int], Place] = place_of_position,
+        log: BadSampleLog | None = None,
+        location: Callable[[int], RecordLocation] = location_of_position,
         end: int | None = None,
     ) -> None:
-        """count: lanes of all ranks. states: of all lanes, by number. The other arguments are those of `Lane`."""
-        self.numbers = lanes_of(rank, world, count)
-        self._log = faults
+        """count: streams of all ranks. states: of all streams, by number. Others: see `PackingStream`."""
+        self.numbers = streams_of_rank(rank, world, count)
+        self._log = log
         self.dropped = self.truncated = 0
         self.lanes = [
-            Lane(
+            PackingStream(
                 number,
                 count,
                 fetch,
@@ -478,23 +478,23 @@ class LaneSet:
                 shorten=shorten,
                 decode=decode,
                 state=states[number] if states else None,
-                place=place,
+                location=location,
                 end=end,
             )
             for number in self.numbers
         ]
 
-    def step(self) -> list[Row]:
+    def step(self) -> list[PackedSequence]:
         """One row from each lane; empty ones from those whose data have ended."""
         rows = [lane.row() for lane in self.lanes]
         self.dropped += sum(row.dropped for row in rows)
         self.truncated += sum(row.truncated for row in rows)
         if self._log:
-            self._log.add([fault for row in rows for fault in row.faults])
+            self._log.add([sample for row in rows for sample in row.bad_samples])
         return rows
 
     @property
-    def states(self) -> list[LaneState]:
+    def states(self) -> list[PackingStreamState]:
         """The state of every lane of this rank, as of the last step."""
         return [lane.state for lane in self.lanes]
 

@@ -18,7 +18,7 @@ from vila.core.files import atomic_path
 from vila.core.types import Image
 from vila.core.vision_spec import ImageMode, VisionSpec
 from vila.data.dataset import Subset
-from vila.data.mixture import Part
+from vila.data.mixture import MixtureDataset
 from vila.data.packing import Overlong
 from vila.media.image import open_image
 from vila.media.transform import square_bytes
@@ -176,7 +176,7 @@ class LengthPreview:
         return asdict(self)
 
 
-def preview_images(part: Part, spec: VisionSpec, sample: int) -> ImagePreview:
+def preview_images(part: MixtureDataset, spec: VisionSpec, sample: int) -> ImagePreview:
     """Preview the images of at most `sample` samples of a data set, a fixed choice.
 
     Videos are left out, and so is what cannot be read.
@@ -209,7 +209,7 @@ def save_views(images: Iterable[Image], spec: VisionSpec, folder: Path, start: i
     return paths
 
 
-def first_images(part: Part, count: int) -> list[Image]:
+def first_images(part: MixtureDataset, count: int) -> list[Image]:
     """Return up to `count` different images of a data set that can be opened, from samples that are spread over it."""
     found: dict[Image, None] = {}
     some = Subset(part.source, 4 * count)
@@ -226,7 +226,7 @@ def first_images(part: Part, count: int) -> list[Image]:
     return list(found)
 
 
-def views_spec(spec: VisionSpec, part: Part) -> VisionSpec:
+def views_spec(spec: VisionSpec, part: MixtureDataset) -> VisionSpec:
     """Return the spec that the images of a data set are transformed with."""
     return replace(spec, image_mode=part.image_mode) if part.image_mode else spec
 

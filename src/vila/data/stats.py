@@ -14,14 +14,14 @@ from vila.chat.tokenize import TokenizedSample
 from vila.core.errors import ConfigError, VilaError
 from vila.core.types import Sample
 from vila.data.dataset import Subset
-from vila.data.mixture import Mixture, Part
+from vila.data.mixture import Mixture, MixtureDataset
 
 MAX_LOOKED_AT: Final = 2000
 """Samples of each data set in which `require_images` looks for an image."""
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class DatasetStats:
     """One data set in one epoch.
 
     samples:        exact.
@@ -39,20 +39,22 @@ class Share:
     lengths: tuple[int, ...] = ()
 
 
-def survey(mixture: Mixture, tokenise: Callable[[Part, Sample], TokenizedSample], sample: int = 64) -> list[Share]:
+def dataset_stats(
+    mixture: Mixture, tokenise: Callable[[MixtureDataset, Sample], TokenizedSample], sample: int = 64
+) -> list[DatasetStats]:
     """Estimate the shares of the data sets in one epoch from at most `sample` tokenised samples of each.
 
-    tokenise: `SampleReader.tokenise`. The samples are fixed, so that a survey can be repeated. Nothing is cut or
+    tokenise: `SampleReader.tokenise`. The samples are fixed, so that an estimate can be repeated. Nothing is cut or
     dropped here, and no image is opened.
     """
     facts = [
         (part, count, *_counts(part, tokenise, sample))
-        for part, count in zip(mixture.parts, mixture.per_epoch, strict=True)
+        for part, count in zip(mixture.datasets, mixture.samples_per_epoch, strict=True)
     ]
     mean = {part.name: sum(lengths) / (len(lengths) or 1) for part, _, lengths, _ in facts}
     total = sum(count * mean[part.name] for part, count, _, _ in facts)
     return [
-        Share(
+        DatasetStats(
             part.name,
             count,
             round(count * mean[part.name]),
@@ -71,7 +73,7 @@ def require_images(mixture: Mixture, reason: str) -> None:
     reason: why the run needs images. A record that cannot be read may hold one, so then nothing is refused.
     """
     looked_at = 0
-    for part in mixture.parts:
+    for part in mixture.datasets:
         some = Subset(part.source, MAX_LOOKED_AT)
         for index in range(len(some)):
             try:
@@ -87,7 +89,9 @@ def require_images(mixture: Mixture, reason: str) -> None:
     )
 
 
-def _counts(part: Part, tokenise: Callable[[Part, Sample], TokenizedSample], sample: int) -> tuple[list[int], int]:
+def _counts(
+    part: MixtureDataset, tokenise: Callable[[MixtureDataset, Sample], TokenizedSample], sample: int
+) -> tuple[list[int], int]:
     """Return the tokens of each of some samples, and how many images they have."""
     some = Subset(part.source, sample)
     lengths, images = [], 0
@@ -106,7 +110,7 @@ _BINS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _FIRST_SLOTS = 1024
 
 
-class Seen:
+class NameSet:
     """Which names came before, as 8-byte hashes in one table: 12 to 24 bytes a name, and 8 KiB, however long it is.
 
     Two names share a hash once in 2^64; of a hundred million names that is a chance of 1 in 3,700 for one wrong answer.
@@ -159,10 +163,10 @@ def _place(slots: array[int], key: int) -> int:
     return place
 
 
-def spread(counts: Mapping[int, int]) -> list[int]:
+def min_median_max(counts: Mapping[int, int]) -> list[int]:
     """Smallest, median (the lower of two) and largest of values counted by value; nothing of nothing.
 
-    >>> spread({5: 1, 1: 2, 9: 1})
+    >>> min_median_max({5: 1, 1: 2, 9: 1})
     [1, 1, 9]
     """
     if not counts:

@@ -27,9 +27,9 @@ import numpy as np
 
 from vila.core.errors import DataError, VilaError
 from vila.core.vision_spec import VisionSpec
-from vila.data.bad_samples import FaultLog
+from vila.data.bad_samples import BadSampleLog
 from vila.data.dataset import SampleReader
-from vila.data.packing import Lane, LaneState, Pixels, Policy, Row, lanes_of
+from vila.data.packing import PackedSequence, PackingPolicy, PackingStream, PackingStreamState, Pixels, streams_of_rank
 from vila.media.transform import normalise
 from vila.media.transform import transform_Bytes as Bytes
 
@@ -64,7 +64,7 @@ class SharedPixels(Sequence[Pixels]):
         normalise(self.squares, self.spec, out)
 
 
-def send_row(connection: Connection, row: Row) -> None:
+def send_row(connection: Connection, row: PackedSequence) -> None:
     """Send a row over a duplex pipe. Its `pixels` are squares of uint8 here: see `SampleReader.squares`."""
     shape = () if row.pixels is None else (len(row.pixels), *(row.pixels[0].shape if len(row.pixels) else ()))
     connection.send_bytes(pickle.dumps((replace(row, pixels=None), row.pixels is not None, shape)))
@@ -86,7 +86,7 @@ def _write(file: int, data: memoryview) -> None:
         data = data[os.write(file, data) :]
 
 
-def receive_row(connection: Connection, spec: VisionSpec) -> Row:
+def receive_row(connection: Connection, spec: VisionSpec) -> PackedSequence:
     """The next row of a pipe; its pictures are normalised as `spec` says.
 
     Raises EOFError when the other end is gone, whatever it sent instead of a row.
@@ -126,18 +126,18 @@ START_METHODS = ("forkserver", "spawn", "fork")
 
 
 @dataclass(frozen=True)
-class LaneJob:
+class StreamJob:
     """What a worker needs to know: how to read, and from where each of its lanes goes on."""
 
     reader: SampleReader
-    policy: Policy
-    lanes: int
+    policy: PackingPolicy
+    streams: int
     decode: bool
-    states: dict[int, LaneState | None]
+    states: dict[int, PackingStreamState | None]
     end: int | None = None
 
 
-class WorkerLanes:
+class WorkerStreams:
     """The lanes of one rank, read by worker processes; the same rows as `LaneSet` gives, step by step."""
 
     def __init__(
@@ -145,14 +145,14 @@ class WorkerLanes:
         reader: SampleReader,
         count: int,
         *,
-        policy: Policy,
+        policy: PackingPolicy,
         workers: int,
         rank: int = 0,
         world: int = 1,
-        states: Sequence[LaneState] | None = None,
+        states: Sequence[PackingStreamState] | None = None,
         decode: bool = True,
         prefetch: int = 4,
-        faults: FaultLog | None = None,
+        log: BadSampleLog | None = None,
         start_method: str = "forkserver",
         end: int | None = None,
     ) -> None:
@@ -160,16 +160,16 @@ class WorkerLanes:
 
         prefetch: rows that each worker may read ahead.
         """
-        self.numbers = lanes_of(rank, world, count)
+        self.numbers = streams_of_rank(rank, world, count)
         self.dropped = self.truncated = 0
         self._reader, self._policy, self._count, self._decode = reader, policy, count, decode
-        self._states = {number: states[number] if states else LaneState(number, ()) for number in self.numbers}
+        self._states = {number: states[number] if states else PackingStreamState(number, ()) for number in self.numbers}
         self._owner = {number: place % min(workers, len(self.numbers)) for place, number in enumerate(self.numbers)}
-        self._prefetch, self._log, self._start_method = prefetch, faults, start_method
+        self._prefetch, self._log, self._start_method = prefetch, log, start_method
         self._workers: list[_Worker] = []
         self._end = end
 
-    def step(self) -> list[Row]:
+    def step(self) -> list[PackedSequence]:
         """One row from each lane. Raises the error of a worker, or DataError naming the sample that it died of."""
         if not self._workers:
             self._start()
@@ -181,11 +181,11 @@ class WorkerLanes:
         self.dropped += sum(row.dropped for row in rows)
         self.truncated += sum(row.truncated for row in rows)
         if self._log:
-            self._log.add([fault for row in rows for fault in row.faults])
+            self._log.add([sample for row in rows for sample in row.bad_samples])
         return rows
 
     @property
-    def states(self) -> list[LaneState]:
+    def states(self) -> list[PackingStreamState]:
         """The state of every lane of this rank, as of the last step; what was read ahead does not count."""
         return [self._states[number] for number in self.numbers]
 
@@ -202,7 +202,7 @@ class WorkerLanes:
         atexit.register(self.close)
         for place in range(max(self._owner.values()) + 1):
             own = {number: self._states[number] for number in self.numbers if self._owner[number] == place}
-            job = LaneJob(self._reader, self._policy, self._count, self._decode, dict(own), self._end)
+            job = StreamJob(self._reader, self._policy, self._count, self._decode, dict(own), self._end)
             earlier = [worker.connection for worker in self._workers]
             self._workers.append(_Worker(context, place, job, self._prefetch, earlier))
 
@@ -210,7 +210,7 @@ class WorkerLanes:
 class _Worker:
     """The parent's end of one worker."""
 
-    def __init__(self, context: Any, place: int, job: LaneJob, prefetch: int, earlier: Sequence[Connection]) -> None:
+    def __init__(self, context: Any, place: int, job: StreamJob, prefetch: int, earlier: Sequence[Connection]) -> None:
         self._job, self._name = job, f"data worker {place}"
         self._at = context.RawValue(c_longlong, -1)
         self.connection, theirs = context.Pipe(duplex=True)
@@ -224,7 +224,7 @@ class _Worker:
         for _ in range(prefetch):
             self.connection.send(next(self._orders))
 
-    def row(self) -> Row:
+    def row(self) -> PackedSequence:
         """The next row; the lanes of the job take turns. Asks for one more."""
         try:
             row = receive_row(self.connection, self._job.reader.spec)
@@ -253,7 +253,7 @@ class _Worker:
         )
 
 
-def _serve(connection: Connection, job: LaneJob, at: Any, inherited: Sequence[Connection]) -> None:
+def _serve(connection: Connection, job: StreamJob, at: Any, inherited: Sequence[Connection]) -> None:
     """A worker's whole life: a lane's number comes in, its next row goes out, until the parent is gone."""
     for other in inherited:
         other.close()
@@ -271,16 +271,23 @@ def _serve(connection: Connection, job: LaneJob, at: Any, inherited: Sequence[Co
         at.value = position
         return reader.squares(position, sample)
 
-    options = {
-        "shorten": reader.shorten,
-        "decode": decode if job.decode else None,
-        "place": reader.place,
-        "end": job.end,
+    streams = {
+        number: PackingStream(
+            number,
+            job.streams,
+            fetch,
+            job.policy,
+            shorten=reader.shorten,
+            decode=decode if job.decode else None,
+            state=state,
+            location=reader.location,
+            end=job.end,
+        )
+        for number, state in job.states.items()
     }
-    lanes = {n: Lane(n, job.lanes, fetch, job.policy, state=state, **options) for n, state in job.states.items()}  # type: ignore[arg-type]
     try:
         while True:
-            send_row(connection, lanes[connection.recv()].row())
+            send_row(connection, streams[connection.recv()].row())
     except (EOFError, ConnectionError):
         return
     except Exception as error:  # noqa: BLE001 - raised again in the parent

@@ -24,8 +24,8 @@ from vila.core.reading import (
     parse_json,
     read_head,
 )
-from vila.data.formats.detect import text_fault
-from vila.data.readers.index import Stamp, read_span, stamp_of
+from vila.data.formats.detect import text_problem
+from vila.data.readers.index import FileVersion, file_version, read_span
 from vila.data.readers.media_refs import decode_base64
 
 _CHUNK = 1 << 20
@@ -69,7 +69,7 @@ def iter_rows(path: Path) -> Iterator[tuple[str, Any]]:
         for number, row in enumerate(iter_array(path, surrogates=True), start=1):
             yield f"{path} row {number}", row
         return
-    if fault := text_fault(text, cut=len(head) == _HEAD):
+    if fault := text_problem(text, cut=len(head) == _HEAD):
         raise DataError(fault[0], file=path, hint=fault[1])
     with path.open("rb") as stream:
         for number, line in bounded_lines(stream, path):
@@ -218,7 +218,7 @@ class TableCell:
     size: int
     column: int
     where: str
-    stamp: Stamp | None = field(default=None, repr=False)
+    stamp: FileVersion | None = field(default=None, repr=False)
 
     @property
     def name(self) -> str:
@@ -255,7 +255,7 @@ def read_table(path: Path, pictures: tuple[str, ...] = ()) -> Table:
     quoted cell that does not end, and a column name that occurs twice.
     """
     csv.field_size_limit(MAX_RECORD_BYTES)
-    stamp = stamp_of(path)
+    stamp = file_version(path)
     with file_errors(path):
         head = read_head(path)
     if known := foreign_content(head):

@@ -9,7 +9,7 @@ from typing import Literal
 
 from vila.config.load import recipe_changes
 from vila.config.schema import Recipe
-from vila.data.packing import fitting_micro
+from vila.data.packing import fit_micro_batch
 from vila.plan.devices import NODE, Machine, Sharding, Traffic, efficiency, step_traffic
 from vila.plan.flops import Flops, Learning, count_learning, step_flops
 from vila.plan.memory import Holding, Memory, Micro, by_component, peak_memory
@@ -233,7 +233,7 @@ def make_plan(
         data, unknown = expected_data(recipe)
     size = recipe.batch.rows or recipe.batch.samples
     asked_micro = recipe.batch.micro
-    recipe = with_micro(recipe, fitting_micro(machine.gpus, size, asked_micro))
+    recipe = with_micro(recipe, fit_micro_batch(machine.gpus, size, asked_micro))
     accumulation = size // (machine.gpus * recipe.batch.micro)
     memory = memory_of(recipe, machine, shape, learning)
     usable = usable_bytes(machine)

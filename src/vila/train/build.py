@@ -17,9 +17,9 @@ from vila.core.errors import ConfigError, TrainingError
 from vila.core.files import DirectoryLock, remove_partials, write_json
 from vila.core.progress import SILENT, Events
 from vila.core.reading import Fields
-from vila.data.fingerprint import FileStamp
+from vila.data.fingerprint import FileFingerprint
 from vila.data.mixture import Mixture
-from vila.data.packing import fitting_micro, micro_note
+from vila.data.packing import fit_micro_batch, micro_batch_note
 from vila.model.layouts.base import Checkpoint as ModelCheckpoint
 from vila.model.layouts.detect import LAYOUTS
 from vila.model.loading import save_model
@@ -206,7 +206,7 @@ def _build(
     learner = make_learner(recipe, model, processor, mixture, world, events)
     restore(resumed, learner.optimizer, recipe, world)
     count = recipe.batch.rows or recipe.batch.samples
-    if note := micro_note(world.process.world_size, count, recipe.batch.micro):
+    if note := micro_batch_note(world.process.world_size, count, recipe.batch.micro):
         events.log(note)
     states = resumed.lanes if resumed else None
     place = {"rank": world.process.rank, "world": world.process.world_size}
@@ -229,10 +229,10 @@ def _build(
         optimizer=learner.optimizer,
         lanes=lanes,
         data_set=build_reader(recipe, processor, mixture).data_set,
-        data_sets=[part.name for part in mixture.parts],
+        data_sets=[part.name for part in mixture.datasets],
         seen=learner.seen,
         pin=world.device.type == "cuda",
-        micro=fitting_micro(world.process.world_size, count, recipe.batch.micro),
+        micro=fit_micro_batch(world.process.world_size, count, recipe.batch.micro),
         warmup_ratio=recipe.optim.warmup_ratio,
         spent=_budget(recipe, mixture),
         save=_saver(recipe, checkpoints),
@@ -282,7 +282,7 @@ def _same_inputs(
     start: ModelCheckpoint,
     allow_changes: Sequence[str],
     events: Events,
-) -> dict[str, dict[str, FileStamp]]:
+) -> dict[str, dict[str, FileFingerprint]]:
     """The stamps of inputs that are as the checkpoint has them. Raises RunChangedError for others."""
     if resumed is None or resumed.format == 1:
         return {}

@@ -37,7 +37,7 @@ from vila.core.errors import CheckpointError, VilaError
 from vila.core.files import atomic_path, remove_partials, write_json
 from vila.core.progress import SILENT, Events
 from vila.core.reading import Fields
-from vila.data.packing import LaneState
+from vila.data.packing import PackingStreamState
 from vila.train.checkpoint_files import MANIFEST, FileDigest, TensorReader, check_files, digest_files, write_manifest
 from vila.train.fsdp import World, told_of_the_lost
 
@@ -85,7 +85,7 @@ class Checkpoint:
     """
 
     progress: Progress
-    lanes: list[LaneState]
+    lanes: list[PackingStreamState]
     recipe: dict[str, Any]
     versions: dict[str, str]
     world: int = 1
@@ -397,7 +397,7 @@ def _read_progress(progress: Fields, step: int, *, is_version_one: bool) -> Prog
     return read
 
 
-def _read_lanes(state: Fields) -> list[LaneState]:
+def _read_lanes(state: Fields) -> list[PackingStreamState]:
     """Read the lanes; positions of lane g of G are g modulo G, and those waiting lie before the next one."""
     lanes = state.get("lanes")
     if not isinstance(lanes, list):
@@ -422,7 +422,7 @@ def _read_lanes(state: Fields) -> list[LaneState]:
                 value=lane,
                 expected=f"[next, [waiting, ...]] with distinct positions that are {number} modulo {len(lanes)}",
             )
-        states.append(LaneState(position, tuple(waiting)))
+        states.append(PackingStreamState(position, tuple(waiting)))
     return states
 
 
@@ -466,7 +466,7 @@ def _reason(error: BaseException) -> str:
     return str(error).partition("\n")[0] or type(error).__name__
 
 
-def states_in_order(shares: Sequence[Sequence[LaneState]]) -> list[LaneState]:
+def states_in_order(shares: Sequence[Sequence[PackingStreamState]]) -> list[PackingStreamState]:
     """The lanes of all processes by number, from those of each process by rank."""
     return [state for share in shares for state in share]
 

@@ -18,7 +18,7 @@ from vila.core.progress import SILENT, Events
 from vila.data.dataset import Entry, open_entry
 from vila.data.formats.base import FORMATS
 from vila.data.mixture import Mixture
-from vila.data.packing import lanes_of
+from vila.data.packing import streams_of_rank
 from vila.data.stats import require_images
 from vila.model.hub import cached_folder
 from vila.model.layouts.detect import LAYOUTS
@@ -49,7 +49,7 @@ class Preflight:
         for number, entry in enumerate(recipe.data.mixture):
             self._check_entry(f"data.mixture.{number}", entry)
         with self.collected():
-            lanes_of(0, ranks, recipe.batch.rows or recipe.batch.samples)
+            streams_of_rank(0, ranks, recipe.batch.rows or recipe.batch.samples)
         for check in (self._check_packages, self._check_output):
             with self.collected():
                 check()

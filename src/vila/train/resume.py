@@ -15,7 +15,7 @@ from vila.config.load import recipe_changes
 from vila.config.schema import Recipe
 from vila.core.errors import CheckpointError, RunChangedError, VilaError
 from vila.core.progress import SILENT, Events
-from vila.data.fingerprint import FileStamp, compare_files, stamp_files
+from vila.data.fingerprint import FileFingerprint, compare_files, fingerprint_files
 from vila.data.mixture import Mixture, Source
 from vila.model.hub import cached_folder
 from vila.model.layouts.base import Checkpoint as ModelCheckpoint
@@ -213,7 +213,7 @@ def inputs_of(recipe: Recipe, mixture: Mixture, start: ModelCheckpoint) -> Input
     """
     data = [
         DataInput(entry.path, len(part.source), _by_name(_files_of(part.source), Path(entry.path)))
-        for entry, part in zip(recipe.data.mixture, mixture.parts, strict=True)
+        for entry, part in zip(recipe.data.mixture, mixture.datasets, strict=True)
     ]
     models: dict[str, dict[str, Path]] = {}
     if recipe.model.path:
@@ -229,10 +229,10 @@ def inputs_of(recipe: Recipe, mixture: Mixture, start: ModelCheckpoint) -> Input
 class InputStamps:
     """The stamps of a run's inputs as `inputs.json` holds them, computed by a thread; call it to wait for them."""
 
-    def __init__(self, inputs: Inputs, known: Mapping[str, Mapping[str, FileStamp]] | None = None) -> None:
+    def __init__(self, inputs: Inputs, known: Mapping[str, Mapping[str, FileFingerprint]] | None = None) -> None:
         """known: stamps that are computed already, from `refuse_changed_inputs`; without them the work begins now."""
         self._inputs = inputs
-        self._stamps: Mapping[str, Mapping[str, FileStamp]] = known or {}
+        self._stamps: Mapping[str, Mapping[str, FileFingerprint]] = known or {}
         self._error: VilaError | None = None
         # A daemon: a run that ends by an error does not wait for it.
         self._thread = threading.Thread(target=self._compute, name="stamps", daemon=True)
@@ -241,7 +241,7 @@ class InputStamps:
     def _compute(self) -> None:
         try:
             self._stamps = {
-                field: self._stamps[field] if field in self._stamps else stamp_files(files)
+                field: self._stamps[field] if field in self._stamps else fingerprint_files(files)
                 for field, files in _fields(self._inputs).items()
             }
         except VilaError as error:
@@ -261,7 +261,7 @@ class InputStamps:
 
 def refuse_changed_inputs(
     before: Mapping[str, Any], inputs: Inputs, folder: Path, allow: Sequence[str] = (), events: Events = SILENT
-) -> dict[str, dict[str, FileStamp]]:
+) -> dict[str, dict[str, FileFingerprint]]:
     """Compare inputs with the stamps of a checkpoint; returns the stamps of those that are the same, by field.
 
     before: content of `inputs.json`.
@@ -270,7 +270,7 @@ def refuse_changed_inputs(
     """
     samples, stamps = _parsed(before, folder)
     differences: list[tuple[str, str, str]] = []
-    known: dict[str, dict[str, FileStamp]] = {}
+    known: dict[str, dict[str, FileFingerprint]] = {}
     for number, one in enumerate(inputs.data):
         field = _data_field(number)
         if field in samples and samples[field] != one.samples:
@@ -288,7 +288,7 @@ def refuse_changed_inputs(
     return known
 
 
-def _parsed(before: Mapping[str, Any], folder: Path) -> tuple[dict[str, int], dict[str, dict[str, FileStamp]]]:
+def _parsed(before: Mapping[str, Any], folder: Path) -> tuple[dict[str, int], dict[str, dict[str, FileFingerprint]]]:
     try:
         samples = {_data_field(number): int(one["samples"]) for number, one in enumerate(before["data"])}
         files = {_data_field(number): one["files"] for number, one in enumerate(before["data"])} | before["model"]
@@ -300,8 +300,8 @@ def _parsed(before: Mapping[str, Any], folder: Path) -> tuple[dict[str, int], di
     return samples, stamps
 
 
-def _stamp(size: int, mtime_ns: int, pieces: int, sha256: str) -> FileStamp:
-    return FileStamp(int(size), int(mtime_ns), int(pieces), str(sha256))
+def _stamp(size: int, mtime_ns: int, pieces: int, sha256: str) -> FileFingerprint:
+    return FileFingerprint(int(size), int(mtime_ns), int(pieces), str(sha256))
 
 
 def _fields(inputs: Inputs) -> dict[str, dict[str, Path]]:

@@ -16,12 +16,12 @@ from vila.core.files import cache_dir
 from vila.core.progress import SILENT, Events
 from vila.core.types import Image
 from vila.core.vision_spec import VisionSpec
-from vila.data.bad_samples import FaultLog
+from vila.data.bad_samples import BadSampleLog
 from vila.data.collate import Batch
-from vila.data.dataset import Entry, SampleReader, images_of, open_mixture
+from vila.data.dataset import Entry, SampleReader, mixture_images, open_mixture
 from vila.data.mixture import Mixture
-from vila.data.packing import LaneSet, LaneState, Policy, lanes_of
-from vila.data.workers import WorkerLanes
+from vila.data.packing import PackingPolicy, PackingStreams, PackingStreamState, streams_of_rank
+from vila.data.workers import WorkerStreams
 from vila.model.feature_cache import FeatureCache
 from vila.model.layouts.base import Checkpoint
 from vila.model.loading import build_model, build_parts, check_template, choose_dtype, open_checkpoint, open_parts
@@ -121,7 +121,7 @@ def make_learner(
     model.vision_tower.to(world.device, dtype)
     images, seen = _pictures(recipe, model, processor, mixture, world, events)
     if recipe.model.projector_init == "calibrated" and not recipe.model.path:
-        some = images_of(mixture, processor.spec.num_video_frames)[:_CALIBRATION_PICTURES]
+        some = mixture_images(mixture, processor.spec.num_video_frames)[:_CALIBRATION_PICTURES]
         rms = next(model.get_input_embeddings().parameters()).float().square().mean().sqrt().item()
         calibrate_projector(model.projector, images(some).float().to(model.device), rms)
     stage = recipe.stage
@@ -195,7 +195,7 @@ def _pictures(
     if recipe.compute.feature_cache:
         with world.main_first():
             cache = FeatureCache(cache_dir() / "features", model, processor, events)
-            cache.ensure(images_of(mixture, processor.spec.num_video_frames))
+            cache.ensure(mixture_images(mixture, processor.spec.num_video_frames))
         with torch.no_grad():
             black = model.vision_features(torch.zeros(1, 3, size, size, device=world.device)).cpu()
 
@@ -264,22 +264,22 @@ def build_rows(
     recipe: Recipe,
     processor: VilaProcessor,
     mixture: Mixture,
-    states: Sequence[LaneState] | None,
+    states: Sequence[PackingStreamState] | None,
     *,
     rank: int = 0,
     world: int = 1,
-) -> LaneSet | WorkerLanes:
+) -> PackingStreams | WorkerStreams:
     """The rows of a run from `states` on; read by `compute.workers` processes. They end with `budget.epochs`.
 
     Raises ConfigError when the global batch is no multiple of the ranks, or when a data set has an image mode of its
     own and features are cached, since the cache is made with the stage's.
     """
     data, count = recipe.data, recipe.batch.rows or recipe.batch.samples
-    lanes_of(rank, world, count)
+    streams_of_rank(rank, world, count)
     own = [entry.path for entry in data.mixture if entry.image_mode not in (None, processor.spec.image_mode)]
     if own and recipe.compute.feature_cache:
         raise ConfigError(f"compute.feature_cache knows one image_mode, but {own[0]} has its own; turn the cache off")
-    policy = Policy(
+    policy = PackingPolicy(
         max_length=data.max_length,
         look_ahead=data.look_ahead,
         packing=data.packing,
@@ -290,12 +290,12 @@ def build_rows(
     reader, end = build_reader(recipe, processor, mixture), end_of(recipe, mixture)
     workers, decode = worker_count(recipe), not recipe.compute.feature_cache
     if workers:
-        return WorkerLanes(
+        return WorkerStreams(
             reader, count, policy=policy, workers=workers, rank=rank, world=world, states=states, decode=decode, end=end
         )
-    return LaneSet(
+    return PackingStreams(
         reader, count, policy=policy, rank=rank, world=world, states=states, shorten=reader.shorten,
-        decode=reader.pixels if decode else None, place=reader.place, end=end,
+        decode=reader.pixels if decode else None, location=reader.location, end=end,
     )  # fmt: skip
 
 
@@ -304,11 +304,11 @@ def end_of(recipe: Recipe, mixture: Mixture) -> int | None:
     return max(1, round(recipe.budget.epochs * mixture.epoch_length)) if recipe.budget.epochs else None
 
 
-def fault_log(recipe: Recipe, states: Sequence[LaneState] | None, *, write: bool) -> FaultLog:
+def fault_log(recipe: Recipe, states: Sequence[PackingStreamState] | None, *, write: bool) -> BadSampleLog:
     """The list of samples that could not be read up to `states`. write: whether this process is the one that writes."""
     count = recipe.batch.rows or recipe.batch.samples
     path = recipe.output.dir / "faults.jsonl"
-    return FaultLog(path, recipe.data.max_faults, seen=_seen_by(states, count), write=write)
+    return BadSampleLog(path, recipe.data.max_faults, seen=_seen_by(states, count), write=write)
 
 
 def worker_count(recipe: Recipe) -> int:
@@ -319,7 +319,7 @@ def worker_count(recipe: Recipe) -> int:
     return 0 if recipe.compute.feature_cache else min(MAX_WORKERS, processors)
 
 
-def _seen_by(states: Sequence[LaneState] | None, count: int) -> Callable[[int], bool]:
+def _seen_by(states: Sequence[PackingStreamState] | None, count: int) -> Callable[[int], bool]:
     """Whether the lanes have left a position behind them."""
 
     def seen(position: int) -> bool:

@@ -19,9 +19,9 @@ from torch.distributed.fsdp import FSDPModule
 from vila.chat.tokenize import IGNORE, TokenizedSample
 from vila.core.errors import Interrupted, Preempted, TrainingError, VilaError
 from vila.core.progress import SILENT, Events, task
-from vila.data.bad_samples import Fault, FaultLog
+from vila.data.bad_samples import BadSample, BadSampleLog
 from vila.data.collate import Batch, collate, empty_batch
-from vila.data.packing import LaneState, Row
+from vila.data.packing import PackedSequence, PackingStreamState
 from vila.model.modeling import VilaForConditionalGeneration
 from vila.train.checkpoint import Progress
 from vila.train.fsdp import World, told_of_the_lost
@@ -57,13 +57,13 @@ class Share:
     filled: tuple[bool, ...] = ()
     shows: tuple[bool, ...] = ()
     by_data_set: dict[str, tuple[int, int]] = field(default_factory=dict)
-    faults: tuple[Fault, ...] = ()
+    faults: tuple[BadSample, ...] = ()
     stop: int = 0
     late: bool = False
     problem: VilaError | None = None
 
 
-def share_of(rows: Sequence[Row], batches: Sequence[Batch | None], data_set: Callable[[int], str]) -> Share:
+def share_of(rows: Sequence[PackedSequence], batches: Sequence[Batch | None], data_set: Callable[[int], str]) -> Share:
     """The share of a process with these rows, collated to these batches; None for a micro-batch of empty rows."""
     by_data_set: dict[str, tuple[int, int]] = {}
     for row in rows:
@@ -83,7 +83,7 @@ def share_of(rows: Sequence[Row], batches: Sequence[Batch | None], data_set: Cal
         filled=tuple(batch is not None for batch in batches),
         shows=tuple(batch is not None and bool(batch.media) for batch in batches),
         by_data_set=by_data_set,
-        faults=tuple(fault for row in rows for fault in row.faults),
+        faults=tuple(fault for row in rows for fault in row.bad_samples),
     )
 
 
@@ -130,10 +130,10 @@ class Rows(Protocol):
     """What a step takes its rows from: one row of every lane of this process, read here or by workers."""
 
     @property
-    def states(self) -> list[LaneState]:
+    def states(self) -> list[PackingStreamState]:
         """The state of every lane, as of the last step."""
 
-    def step(self) -> list[Row]:
+    def step(self) -> list[PackedSequence]:
         """One row of every lane; empty ones from lanes whose data have ended."""
 
     def close(self) -> None:
@@ -183,7 +183,7 @@ class Trainer:
     save_every_s: float
     save_every_steps: int
     world: World
-    faults: FaultLog
+    faults: BadSampleLog
     bad_steps: int = 0
     bad_step: Callable[[dict[str, Any]], None] = lambda facts: None
     check_saves: Callable[[], None] = lambda: None
@@ -280,12 +280,14 @@ class Trainer:
         self._update(facts, rows, shares)
         return facts, shares
 
-    def _read(self, stop: StopRequest | None, late: bool) -> tuple[list[Row], list[Batch | None], list[Share]]:
+    def _read(
+        self, stop: StopRequest | None, late: bool
+    ) -> tuple[list[PackedSequence], list[Batch | None], list[Share]]:
         """The rows and batches of this process, and what all processes tell of theirs.
 
         Raises the error of whichever process could not read its rows, or not save: none goes on alone.
         """
-        rows: list[Row] = []
+        rows: list[PackedSequence] = []
         batches: list[Batch | None] = []
         problem: VilaError | None = None
         try:
@@ -306,7 +308,7 @@ class Trainer:
                     raise share.problem
         return rows, batches, shares
 
-    def _micro(self, rows: Sequence[Row]) -> list[list[Row]]:
+    def _micro(self, rows: Sequence[PackedSequence]) -> list[list[PackedSequence]]:
         """The rows of each micro-batch, empty ones left out: as many micro-batches in every process and step."""
         return [[row for row in rows[start : start + self.micro] if row] for start in range(0, len(rows), self.micro)]
 
@@ -314,7 +316,7 @@ class Trainer:
     def _dealt(self) -> bool:
         return self.world.mesh is not None
 
-    def _sources(self, rows: Sequence[Row], batch: Batch, places: dict[str, int]) -> Tensor:
+    def _sources(self, rows: Sequence[PackedSequence], batch: Batch, places: dict[str, int]) -> Tensor:
         """The number of the data set of every token, [B, S]; 0 at padding."""
         out = torch.zeros_like(batch.ids)
         for number, row in enumerate(rows):
@@ -354,7 +356,7 @@ class Trainer:
             "truncated": sum(share.truncated for share in shares),
         }
 
-    def _update(self, facts: dict[str, Any], rows: Sequence[Row], shares: Sequence[Share]) -> None:
+    def _update(self, facts: dict[str, Any], rows: Sequence[PackedSequence], shares: Sequence[Share]) -> None:
         """Change the weights, or leave the step out when its loss or gradient is not finite."""
         bad = not (math.isfinite(facts["loss"]) and math.isfinite(facts["grad_norm"]))
         if bad:

@@ -17,12 +17,13 @@ from vila.core.errors import ConfigError, DataError, VilaError, near_names
 from vila.core.progress import SILENT, Events
 from vila.core.registry import Registry
 from vila.core.types import Image, Message, Part, Sample, Text, Video
+from vila.data.bad_samples import RecordLocation
 from vila.data.formats.detect import Guess, guess_members, guess_record
 from vila.data.mixture import Source
 from vila.data.readers.index import open_index
-from vila.data.readers.media_refs import Keys, value_at, written
+from vila.data.readers.media_refs import Keys, key_path, value_at
 from vila.data.readers.parquet import schema_record
-from vila.data.readers.records import ParquetRows, Row, Rows, open_rows, unread_media
+from vila.data.readers.records import ParquetRecords, Record, RecordFile, open_records, unread_media
 from vila.data.readers.tar import COMPRESSED
 
 
@@ -34,7 +35,7 @@ class DatasetFormat(Protocol):
 
         events: told how files are indexed, which is done once for each.
         options: what the recipe's entry says; one that the format does not know is a ConfigError listing those it does.
-        Raises DataError naming file, row and reason for what cannot become a sample.
+        Raises DataError naming file, record and reason for what cannot become a sample.
         """
 
 
@@ -75,13 +76,13 @@ class RecordSource:
     def __init__(
         self,
         path: Path,
-        convert: Callable[[Row], Sample],
+        convert: Callable[[Record], Sample],
         *,
         kinds: tuple[str, ...] = ALL,
         columns: tuple[str, ...] = (),
         events: Events = SILENT,
-        keep: tuple[str, Callable[[Row], bool]] | None = None,
-        media: tuple[str, ...] | Callable[[Row], tuple[str, ...]] = (),
+        keep: tuple[str, Callable[[Record], bool]] | None = None,
+        media: tuple[str, ...] | Callable[[Record], tuple[str, ...]] = (),
     ) -> None:
         """convert: makes the sample of a record; raises DataError. Picklable, so that the source is.
 
@@ -92,10 +93,10 @@ class RecordSource:
         """
         self._convert, self._media = convert, media
         self.unread: Counter[str] = Counter()
-        self._parts: list[Rows] = []
-        for file in files_of(path, kinds):
-            rows = open_rows(file, columns, events)
-            self._parts.append(rows if keep is None else _Kept(rows, *keep, events))
+        self._parts: list[RecordFile] = []
+        for file in data_files(path, kinds):
+            records = open_records(file, columns, events)
+            self._parts.append(records if keep is None else _Kept(records, *keep, events))
         self._ends = list(accumulate(map(len, self._parts)))
 
     @property
@@ -112,18 +113,18 @@ class RecordSource:
         A record that becomes text alone, while it holds media under a key that the format does not read, is an error.
         Other media that are not read are counted in `unread`.
         """
-        rows, number = self._locate(index)
-        row = rows[number]
-        sample = self._convert(row)
-        self.unread.update(unread_media(row, sample, self._media(row) if callable(self._media) else self._media))
+        records, number = self._locate(index)
+        record = records[number]
+        sample = self._convert(record)
+        self.unread.update(unread_media(record, sample, self._media(record) if callable(self._media) else self._media))
         return sample
 
-    def place(self, index: int) -> tuple[str, int]:
+    def location(self, index: int) -> RecordLocation:
         """Return the file of sample number `index` and the number of its record there; nothing is read but indexes."""
-        rows, number = self._locate(index)
-        return rows.place(number)
+        records, number = self._locate(index)
+        return records.location(number)
 
-    def _locate(self, index: int) -> tuple[Rows, int]:
+    def _locate(self, index: int) -> tuple[RecordFile, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} is outside range({len(self)})")
         part = bisect_right(self._ends, index)
@@ -134,28 +135,31 @@ class RecordSource:
 
         A file is refused if none of some evenly spaced records becomes a sample, and none has the keys of `name`.
         """
-        for rows in self._parts[:_FILES_CHECKED]:
-            if len(rows) and (guess := self._other_format(rows, name)):
+        for records in self._parts[:_FILES_CHECKED]:
+            if len(records) and (guess := self._other_format(records, name)):
                 raise DataError(
-                    f"not in the format {name!r}; it looks like {guess.text}", file=rows.path, hint=guess.hint
+                    f"not in the format {name!r}; it looks like {guess.text}", file=records.path, hint=guess.hint
                 )
 
-    def _other_format(self, rows: Rows, name: str) -> Guess | None:
+    def _other_format(self, records: RecordFile, name: str) -> Guess | None:
         """Return what the records of a file look like, or None if the format is right or the records are damaged."""
-        if isinstance(rows, ParquetRows) and name in guess_record(schema_record(rows.path), ".parquet").formats:
+        if (
+            isinstance(records, ParquetRecords)
+            and name in guess_record(schema_record(records.path), ".parquet").formats
+        ):
             return None  # decided by the schema, before a row group is decoded
-        count = min(len(rows), _RECORDS_CHECKED)
+        count = min(len(records), _RECORDS_CHECKED)
         found = None
         for number in range(count):
             try:
-                row = rows[number * len(rows) // count]
+                record = records[number * len(records) // count]
             except VilaError:
                 continue
-            guess = _guess_row(row, rows.path.suffix)
+            guess = _guess_record(record, records.path.suffix)
             if name in guess.formats:
                 return None
             try:
-                self._convert(row)
+                self._convert(record)
             except VilaError:
                 found = found or guess
             else:
@@ -166,42 +170,42 @@ class RecordSource:
 class _Kept:
     """The records of a file that a rule keeps."""
 
-    def __init__(self, rows: Rows, name: str, rule: Callable[[Row], bool], events: Events) -> None:
-        self.path, self._rows = rows.path, rows
+    def __init__(self, records: RecordFile, name: str, rule: Callable[[Record], bool], events: Events) -> None:
+        self.path, self._records = records.path, records
 
         def scan(path: Path, advanced: Callable[[int], None]) -> Iterator[np.ndarray]:
-            share = path.stat().st_size // max(1, len(rows))
-            for number in range(len(rows)):
+            share = path.stat().st_size // max(1, len(records))
+            for number in range(len(records)):
                 advanced(share)
                 try:
-                    kept = rule(rows[number])
+                    kept = rule(records[number])
                 except DataError:
                     kept = True  # reported when it is read
                 if kept:
                     yield np.array([[number, 0]], dtype=np.uint64)
 
-        self._index = open_index(rows.path, f"kept {name}", scan, events)
+        self._index = open_index(records.path, f"kept {name}", scan, events)
 
     def __len__(self) -> int:
         return len(self._index)
 
-    def __getitem__(self, number: int) -> Row:
-        return self._rows[self._index[number][0]]
+    def __getitem__(self, number: int) -> Record:
+        return self._records[self._index[number][0]]
 
-    def place(self, number: int) -> tuple[str, int]:
-        return self._rows.place(self._index[number][0])
+    def location(self, number: int) -> RecordLocation:
+        return self._records.location(self._index[number][0])
 
 
-def _guess_row(row: Row, suffix: str) -> Guess:
-    if row.in_shard:
-        guess = guess_record(row.value, suffix)
-        return guess if guess.formats or not row.members else guess_members(row.members)
+def _guess_record(record: Record, suffix: str) -> Guess:
+    if record.in_shard:
+        guess = guess_record(record.value, suffix)
+        return guess if guess.formats or not record.members else guess_members(record.members)
     if suffix == ".parquet":
-        return guess_record(schema_record(row.file), suffix)
-    return guess_record(row.value, suffix)
+        return guess_record(schema_record(record.file), suffix)
+    return guess_record(record.value, suffix)
 
 
-def files_of(path: Path, kinds: tuple[str, ...]) -> list[Path]:
+def data_files(path: Path, kinds: tuple[str, ...]) -> list[Path]:
     """Return the files that `path` stands for, sorted by name.
 
     A directory gives its files of the first of `kinds` that it has any of: the `.tar` shards, not the `.json` beside
@@ -246,8 +250,8 @@ def _remedy(path: Path) -> str | None:
     if path.suffix not in ALL:
         return None
     try:
-        rows = open_rows(path)
-        guess = guess_record(schema_record(path), suffix) if suffix == ".parquet" else _guess_row(rows[0], suffix)
+        records = open_records(path)
+        guess = guess_record(schema_record(path), suffix) if suffix == ".parquet" else _guess_record(records[0], suffix)
     except (VilaError, IndexError):
         return None
     return f"it looks like {guess.text}; {guess.hint}"
@@ -301,60 +305,60 @@ def _fits(value: Any, default: Any) -> bool:
 IMAGE_MARKER, VIDEO_MARKER = "<image>", "<video>"
 
 
-def text_at(row: Row, keys: Sequence[str], place: Keys = ()) -> str:
+def text_at(record: Record, keys: Sequence[str], place: Keys = ()) -> str:
     """Return the text under the first of `keys` that the object at `place` of the record has. Raises DataError."""
-    holder = value_at(row.value, place)
+    holder = value_at(record.value, place)
     if not isinstance(holder, Mapping):
-        raise row.fault(field=written(place), value=holder, expected="an object ({...})")
+        raise record.error(field=key_path(place), value=holder, expected="an object ({...})")
     for key in keys:
         if holder.get(key) is not None:
             if isinstance(holder[key], str):
                 return str(holder[key])
-            raise row.fault(field=written((*place, key)), value=holder[key], expected="text")
+            raise record.error(field=key_path((*place, key)), value=holder[key], expected="text")
     found = f"the object has {', '.join(map(repr, holder)) or 'no keys'}"
-    raise row.fault(f"missing; {found}", field=" or ".join(written((*place, key)) for key in keys))
+    raise record.error(f"missing; {found}", field=" or ".join(key_path((*place, key)) for key in keys))
 
 
-def list_at(row: Row, key: str, items: str) -> list[Any]:
+def list_at(record: Record, key: str, items: str) -> list[Any]:
     """Return the list under a key of the record. Raises DataError for any other type. items: for errors."""
-    value = row.value.get(key)
+    value = record.value.get(key)
     if isinstance(value, list):
         return value
-    if key not in row.value:
-        raise row.fault(
-            f"missing; the record has {', '.join(map(repr, row.value)) or 'no keys'}",
+    if key not in record.value:
+        raise record.error(
+            f"missing; the record has {', '.join(map(repr, record.value)) or 'no keys'}",
             field=key,
             expected=f"a list of {items}",
         )
-    raise row.fault(field=key, value=value, expected=f"a list of {items}")
+    raise record.error(field=key, value=value, expected=f"a list of {items}")
 
 
-def answer_at(row: Row, keys: Sequence[str], place: Keys = ()) -> str:
+def answer_at(record: Record, keys: Sequence[str], place: Keys = ()) -> str:
     """Return the text that `text_at` finds, which must hold more than white space. Raises DataError."""
-    text = text_at(row, keys, place)
+    text = text_at(record, keys, place)
     if not text.strip():
-        holder = value_at(row.value, place)
+        holder = value_at(record.value, place)
         key = next(key for key in keys if holder.get(key) is not None)
-        raise row.fault("the answer is empty", field=written((*place, key)), value=text)
+        raise record.error("the answer is empty", field=key_path((*place, key)), value=text)
     return text
 
 
-def optional_text(row: Row, key: str) -> str:
+def optional_text(record: Record, key: str) -> str:
     """Return the text under a key of the record, "" if it is absent or null. Raises DataError for any other type."""
-    return "" if row.value.get(key) is None else text_at(row, (key,))
+    return "" if record.value.get(key) is None else text_at(record, (key,))
 
 
-def id_of(row: Row) -> str:
+def id_of(record: Record) -> str:
     """Return the record's own id, or one made of file and number. Raises DataError if it is neither text nor number."""
-    value = row.value.get("id")
+    value = record.value.get("id")
     if value is None or value == "":
-        return row.name
+        return record.name
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise row.fault(field="id", value=value, expected="text or a number")
+        raise record.error(field="id", value=value, expected="text or a number")
     return str(value)
 
 
-def joined(parts: Iterable[Part | str]) -> tuple[Part, ...]:
+def merge_texts(parts: Iterable[Part | str]) -> tuple[Part, ...]:
     """Join neighbouring texts and leave out empty ones."""
     out: list[Part] = []
     for part in parts:
@@ -371,17 +375,17 @@ def media_first(media: Iterable[Image | Video], text: str) -> tuple[Part, ...]:
     pieces: list[Part | str] = []
     for item in media:
         pieces += [item, "\n"]
-    return joined([*pieces, text])
+    return merge_texts([*pieces, text])
 
 
-def without_markers(text: str, *markers: str) -> str:
+def remove_markers(text: str, *markers: str) -> str:
     """Remove `markers` from the text, each with the newline behind it, or else the one in front of it."""
     for marker in markers:
         text = text.replace(f"{marker}\n", "").replace(f"\n{marker}", "").replace(marker, "")
     return text
 
 
-def check_turns(messages: Sequence[Message], row: Row, field: str) -> tuple[Message, ...]:
+def check_turns(messages: Sequence[Message], record: Record, field: str) -> tuple[Message, ...]:
     """Return the messages if user and assistant alternate, the assistant ends and no answer is empty.
 
     A system message may come first.
@@ -394,9 +398,9 @@ def check_turns(messages: Sequence[Message], row: Row, field: str) -> tuple[Mess
         turn = f"{field}[{first + number}]"
         expected = ("user", "assistant")[number % 2]
         if message.role != expected:
-            raise row.fault("roles do not alternate", field=turn, value=message.role, expected=expected)
+            raise record.error("roles do not alternate", field=turn, value=message.role, expected=expected)
         if message.role == "assistant" and not message.text.strip():
-            raise row.fault("the answer is empty", field=turn, value=message.text)
+            raise record.error("the answer is empty", field=turn, value=message.text)
     if not body or body[-1].role != "assistant":
-        raise row.fault("the last turn is not the assistant's", field=field)
+        raise record.error("the last turn is not the assistant's", field=field)
     return tuple(messages)

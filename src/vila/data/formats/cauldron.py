@@ -20,10 +20,10 @@ from vila.data.formats.base import (
     list_at,
     media_first,
     read_options,
+    remove_markers,
     text_at,
-    without_markers,
 )
-from vila.data.readers.records import Row, images_at
+from vila.data.readers.records import Record, images_at
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,20 +48,20 @@ class CauldronFormat:
         )
 
 
-def sample_of(row: Row, root: Path) -> Sample:
+def sample_of(record: Record, root: Path) -> Sample:
     """Make the conversation of a record. Raises DataError with file, record, field and value."""
-    turns = list_at(row, "texts", "objects with 'user' and 'assistant'")
+    turns = list_at(record, "texts", "objects with 'user' and 'assistant'")
     if not turns:
-        raise row.fault("the list is empty", field="texts")
-    images = images_at(row, "images", root)
+        raise record.error("the list is empty", field="texts")
+    images = images_at(record, "images", root)
     messages = []
     for number in range(len(turns)):
-        asked = text_at(row, ("user",), ("texts", number))
-        answered = answer_at(row, ("assistant",), ("texts", number))
+        asked = text_at(record, ("user",), ("texts", number))
+        answered = answer_at(record, ("assistant",), ("texts", number))
         # Some subsets of The Cauldron spell the marker in their questions.
-        parts = media_first(() if number else images, without_markers(asked, IMAGE_MARKER))
+        parts = media_first(() if number else images, remove_markers(asked, IMAGE_MARKER))
         messages += [Message("user", parts), Message.of("assistant", answered)]
-    return Sample(id_of(row), tuple(messages))
+    return Sample(id_of(record), tuple(messages))
 
 
 FORMAT = CauldronFormat()

@@ -13,7 +13,7 @@ from pathlib import Path
 from vila.core.progress import SILENT, Events
 from vila.core.types import Message, Sample, Text
 from vila.data.formats.base import RecordSource, id_of, read_options, text_at
-from vila.data.readers.records import Row, image_of, member_image
+from vila.data.readers.records import Record, image_at, member_image
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,18 +36,18 @@ class CoyoFormat:
         return RecordSource(path, convert, kinds=(".tar", ".parquet"), columns=columns, events=events, media=media)
 
 
-def sample_of(row: Row, root: Path, options: CoyoOptions) -> Sample:
+def sample_of(record: Record, root: Path, options: CoyoOptions) -> Sample:
     """Make the pair as one message of the user. Raises DataError with file, record or key, field and value."""
-    if row.in_shard:
-        image = member_image(row)
+    if record.in_shard:
+        image = member_image(record)
         if image is None:
-            raise row.fault(f"no image among its members ({', '.join(sorted(row.members)) or 'none'})")
+            raise record.error(f"no image among its members ({', '.join(sorted(record.members)) or 'none'})")
     else:
-        image = image_of(row, (options.image,), root)
-    text = row.read_text("txt") if "txt" in row.members else text_at(row, _texts(options))
+        image = image_at(record, (options.image,), root)
+    text = record.read_text("txt") if "txt" in record.members else text_at(record, _texts(options))
     if not text.strip():
-        raise row.fault("the text is empty", field="txt" if "txt" in row.members else _texts(options)[0])
-    return Sample(id_of(row), (Message("user", (image, Text(text))),), template="page")
+        raise record.error("the text is empty", field="txt" if "txt" in record.members else _texts(options)[0])
+    return Sample(id_of(record), (Message("user", (image, Text(text))),), template="page")
 
 
 def _texts(options: CoyoOptions) -> tuple[str, ...]:

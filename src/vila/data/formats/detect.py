@@ -10,7 +10,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-Fault = tuple[str, str]
+Problem = tuple[str, str]
 """Problem and hint."""
 
 _LINES = 20
@@ -48,7 +48,7 @@ class Guess(NamedTuple):
         return f"give --format {self.formats[0]} (in a recipe: format: {self.formats[0]})"
 
 
-def text_fault(head: bytes, *, cut: bool) -> Fault | None:
+def text_problem(head: bytes, *, cut: bool) -> Problem | None:
     """Return problem and hint if a text is no JSON lines, judged by its first lines; None if it may be.
 
     head: first bytes of the file. cut: the file goes on behind them.
@@ -68,7 +68,7 @@ def text_fault(head: bytes, *, cut: bool) -> Fault | None:
     return _other_text(first, whole[:_LINES])
 
 
-def _several_lines(head: bytes, first: bytes, whole: list[bytes]) -> Fault | None:
+def _several_lines(head: bytes, first: bytes, whole: list[bytes]) -> Problem | None:
     """The fault of an object that goes on in the next line; None for a record per line, be it damaged."""
     if len(whole) < 2 or (whole[1].lstrip().startswith(b"{") and first != b"{"):
         return None
@@ -91,7 +91,7 @@ def _is_unfinished(error: json.JSONDecodeError, text: bytes) -> bool:
     return error.pos >= len(text.decode(errors="replace")) or error.msg.startswith("Unterminated")
 
 
-def _wrapped(name: str) -> Fault:
+def _wrapped(name: str) -> Problem:
     return f"is an object whose {name!r} is a list of objects, not a list of records", f"give the list: jq .{name} FILE"
 
 
@@ -114,7 +114,7 @@ def _list_member(head: bytes, wanted: Any) -> str:
     return ""
 
 
-def _other_text(first: bytes, lines: list[bytes]) -> Fault:
+def _other_text(first: bytes, lines: list[bytes]) -> Problem:
     try:
         text = first.decode()
     except UnicodeDecodeError:

@@ -8,7 +8,7 @@ from pathlib import Path
 from vila.core.progress import SILENT, Events
 from vila.core.types import Message, Sample
 from vila.data.formats.base import JSON, RecordSource, answer_at, id_of, read_options, text_at
-from vila.data.readers.records import Row
+from vila.data.readers.records import Record
 
 _QUESTIONS, _ANSWERS = ("question", "inputs"), ("answer", "targets")
 
@@ -28,10 +28,10 @@ class FlanFormat:
         return RecordSource(path, sample_of, kinds=(".parquet", *JSON), columns=columns, events=events)
 
 
-def sample_of(row: Row) -> Sample:
+def sample_of(record: Record) -> Sample:
     """Make one question and its answer, white space behind each removed. Raises DataError with file, record, field."""
-    question, answer = text_at(row, _QUESTIONS).rstrip(), answer_at(row, _ANSWERS).rstrip()
-    return Sample(id_of(row), (Message.of("user", question), Message.of("assistant", answer)))
+    question, answer = text_at(record, _QUESTIONS).rstrip(), answer_at(record, _ANSWERS).rstrip()
+    return Sample(id_of(record), (Message.of("user", question), Message.of("assistant", answer)))
 
 
 FORMAT = FlanFormat()

@@ -13,7 +13,7 @@ from typing import Any
 from vila.core.progress import SILENT, Events
 from vila.core.types import Message, Part, Sample, Text
 from vila.data.formats.base import JSON, RecordSource, id_of, list_at, read_options
-from vila.data.readers.records import Row, image_of
+from vila.data.readers.records import Record, image_at
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,30 +41,32 @@ class InterleavedFormat:
         )
 
 
-def sample_of(row: Row, root: Path, options: InterleavedOptions) -> Sample:
+def sample_of(record: Record, root: Path, options: InterleavedOptions) -> Sample:
     """Make the page as one message of the user. Raises DataError with file, record, field and value."""
-    texts, images = list_at(row, "texts", "texts and nulls"), list_at(row, "images", "images and nulls")
+    texts, images = list_at(record, "texts", "texts and nulls"), list_at(record, "images", "images and nulls")
     if len(texts) != len(images):
-        raise row.fault(f"{len(texts)} texts beside {len(images)} images; the lists are parallel", field="images")
+        raise record.error(f"{len(texts)} texts beside {len(images)} images; the lists are parallel", field="images")
     parts: list[Part] = []
     shown = 0
     for number, (text, image) in enumerate(zip(texts, images, strict=True)):
         if (text is None) == (_absent(image)):
             found = "neither a text nor an image" if text is None else "a text and an image"
-            raise row.fault(f"{found} at this place", field=f"texts[{number}]", expected="one of them, the other null")
+            raise record.error(
+                f"{found} at this place", field=f"texts[{number}]", expected="one of them, the other null"
+            )
         if text is None:
             shown += 1
             if not options.max_images or shown <= options.max_images:
-                parts.append(image_of(row, ("images", number), root))
+                parts.append(image_at(record, ("images", number), root))
         elif not isinstance(text, str):
-            raise row.fault(field=f"texts[{number}]", value=text, expected="text or null")
+            raise record.error(field=f"texts[{number}]", value=text, expected="text or null")
         elif parts and isinstance(parts[-1], Text):
             parts[-1] = Text(f"{parts[-1].text}{options.joiner}{text}")
         elif text:
             parts.append(Text(text))
     if not any(isinstance(part, Text) for part in parts):
-        raise row.fault("the page has no text", field="texts")
-    return Sample(id_of(row), (Message("user", tuple(parts)),), template="page")
+        raise record.error("the page has no text", field="texts")
+    return Sample(id_of(record), (Message("user", tuple(parts)),), template="page")
 
 
 def _absent(image: Any) -> bool:

@@ -19,13 +19,13 @@ from vila.data.formats.base import (
     RecordSource,
     check_turns,
     id_of,
-    joined,
     list_at,
     media_first,
+    merge_texts,
     read_options,
-    without_markers,
+    remove_markers,
 )
-from vila.data.readers.records import Row, images_at, media_keys, source_of
+from vila.data.readers.records import Record, images_at, media_keys, media_source
 
 MEDIA_KEYS = ("image", "video")
 _ROLES: dict[str, Role] = {"human": "user", "gpt": "assistant"}
@@ -34,23 +34,23 @@ Normalise = Callable[[Sequence[str]], list[str]]
 """Gives the questions of a record with images, their markers where the model is to see the images."""
 
 
-def sample_of(row: Row, root: Path, normalise: Normalise, num_frames: int | None = None) -> Sample:
+def sample_of(record: Record, root: Path, normalise: Normalise, num_frames: int | None = None) -> Sample:
     """Make the conversation of a record. Raises DataError with file, record, field and value."""
-    turns = _turns(row)
-    images = images_at(row, "image", root)
-    if keys := media_keys(row, "video"):
+    turns = _turns(record)
+    images = images_at(record, "image", root)
+    if keys := media_keys(record, "video"):
         if images:
-            raise row.fault("the record has 'image' too", field="video", hint="keep one of them")
+            raise record.error("the record has 'image' too", field="video", hint="keep one of them")
         if len(keys) > 1 or keys[0] != ("video",):
-            raise row.fault(field="video", value=row.value["video"], expected="one video, not a list")
-        video = Video(source_of(row, ("video",), root), num_frames)
-        return Sample(id_of(row), check_turns(_about_video(turns, video), row, "conversations"))
+            raise record.error(field="video", value=record.value["video"], expected="one video, not a list")
+        video = Video(media_source(record, ("video",), root), num_frames)
+        return Sample(id_of(record), check_turns(_about_video(turns, video), record, "conversations"))
     questions = [text for role, text in turns if role == "user"]
     if images:
         questions = normalise(questions)
     markers = sum(text.count(IMAGE_MARKER) for text in questions)
     if markers != len(images):
-        raise row.fault(
+        raise record.error(
             f"{_count(len(images), 'image')} but {_count(markers, IMAGE_MARKER)} in the questions",
             field="image",
             hint="give each image one marker, and name the images in 'image'",
@@ -60,22 +60,22 @@ def sample_of(row: Row, root: Path, normalise: Normalise, num_frames: int | None
         Message(role, tuple(_parts(next(rest), shown))) if role == "user" else Message.of(role, text)
         for role, text in turns
     ]
-    return Sample(id_of(row), check_turns(messages, row, "conversations"))
+    return Sample(id_of(record), check_turns(messages, record, "conversations"))
 
 
-def _turns(row: Row) -> list[tuple[Role, str]]:
+def _turns(record: Record) -> list[tuple[Role, str]]:
     turns: list[tuple[Role, str]] = []
-    for number, turn in enumerate(list_at(row, "conversations", "turns")):
+    for number, turn in enumerate(list_at(record, "conversations", "turns")):
         field = f"conversations[{number}]"
         if not isinstance(turn, Mapping):
-            raise row.fault(field=field, value=turn, expected="an object with 'from' and 'value'")
+            raise record.error(field=field, value=turn, expected="an object with 'from' and 'value'")
         speaker, text = turn.get("from"), turn.get("value")
         if not isinstance(speaker, str) or speaker not in _ROLES:
-            raise row.fault(field=f"{field}.from", value=speaker, expected="human or gpt")
+            raise record.error(field=f"{field}.from", value=speaker, expected="human or gpt")
         if not isinstance(text, str):
-            raise row.fault(field=f"{field}.value", value=text, expected="text")
+            raise record.error(field=f"{field}.value", value=text, expected="text")
         if speaker == "gpt" and IMAGE_MARKER in text:
-            raise row.fault(f"{IMAGE_MARKER} in an answer", field=f"{field}.value", value=text)
+            raise record.error(f"{IMAGE_MARKER} in an answer", field=f"{field}.value", value=text)
         # As in the original, a first turn that is not the human's is left out.
         if turns or speaker == "human" or number:
             turns.append((_ROLES[speaker], text))
@@ -86,7 +86,7 @@ def _parts(text: str, images: Iterator[Part]) -> Iterator[Part]:
     pieces: list[Part | str] = []
     for number, chunk in enumerate(text.split(IMAGE_MARKER)):
         pieces += [next(images), chunk] if number else [chunk]
-    yield from joined(pieces)
+    yield from merge_texts(pieces)
 
 
 def _about_video(turns: Sequence[tuple[Role, str]], video: Video) -> list[Message]:
@@ -94,7 +94,7 @@ def _about_video(turns: Sequence[tuple[Role, str]], video: Video) -> list[Messag
     messages = []
     for number, (role, text) in enumerate(turns):
         if number == 0:
-            question = without_markers(text.rstrip(), IMAGE_MARKER, VIDEO_MARKER)
+            question = remove_markers(text.rstrip(), IMAGE_MARKER, VIDEO_MARKER)
             messages.append(Message(role, media_first([video], question)))
         else:
             messages.append(Message.of(role, text))

@@ -37,8 +37,8 @@ from vila.data.formats.base import (
     optional_text,
     read_options,
 )
-from vila.data.readers.media_refs import Keys, value_at, written
-from vila.data.readers.records import Row, image_of, media_keys, only_key, source_of
+from vila.data.readers.media_refs import Keys, key_path, value_at
+from vila.data.readers.records import Record, image_at, media_keys, media_source, only_key
 
 MEDIA_KEYS = ("images", "image", "videos", "video")
 _COLUMNS = ("id", "messages", "conversations", "system", *MEDIA_KEYS, "branches", "template")
@@ -70,27 +70,27 @@ class MessagesFormat:
         )
 
 
-def sample_of(row: Row, root: Path) -> Sample:
+def sample_of(record: Record, root: Path) -> Sample:
     """Make the conversation of a record. Raises DataError with file, record, field and value."""
-    beside = _Beside(row, root)
-    messages = _conversation(row, root, beside)
-    branches = _branches(row, root, beside)
+    beside = _Beside(record, root)
+    messages = _conversation(record, root, beside)
+    branches = _branches(record, root, beside)
     if beside.unplaced and not Sample("", messages, branches).media:
-        messages = _before_first_question(row, messages, branches, beside.all)
+        messages = _before_first_question(record, messages, branches, beside.all)
     else:
         beside.check()
-    return Sample(id_of(row), messages, branches, _template(row))
+    return Sample(id_of(record), messages, branches, _template(record))
 
 
 class _Beside:
     """The media beside the messages of a record, given to their placeholders in reading order."""
 
-    def __init__(self, row: Row, root: Path) -> None:
-        self.row = row
-        self.key = {"image": only_key(row, ("images", "image")), "video": only_key(row, ("videos", "video"))}
+    def __init__(self, record: Record, root: Path) -> None:
+        self.record = record
+        self.key = {"image": only_key(record, ("images", "image")), "video": only_key(record, ("videos", "video"))}
         self.media: dict[str, tuple[Image | Video, ...]] = {
-            "image": tuple(image_of(row, keys, root) for keys in media_keys(row, self.key["image"])),
-            "video": tuple(Video(source_of(row, keys, root)) for keys in media_keys(row, self.key["video"])),
+            "image": tuple(image_at(record, keys, root) for keys in media_keys(record, self.key["image"])),
+            "video": tuple(Video(media_source(record, keys, root)) for keys in media_keys(record, self.key["video"])),
         }
         self.places = {"image": 0, "video": 0}
 
@@ -128,7 +128,7 @@ class _Beside:
                     f"name the files in {self.key[kind]!r}; text that spells {_MARKERS[kind]} is written as "
                     '{"type": "text", "text": ...}'
                 )
-            raise self.row.fault(
+            raise self.record.error(
                 f"{self.places[kind]} {kind} placeholders ({_MARKERS[kind]}, or a part without a source) "
                 f"for {len(media)} {kind}s",
                 field=self.key[kind],
@@ -136,47 +136,49 @@ class _Beside:
             )
 
 
-def _conversation(row: Row, root: Path, beside: _Beside) -> tuple[Message, ...]:
-    if row.value.get("messages") is None and row.value.get("conversations") is not None:
-        return _sharegpt(row, beside)
-    list_at(row, "messages", "messages")
-    return _messages(row, ("messages",), root, beside)
+def _conversation(record: Record, root: Path, beside: _Beside) -> tuple[Message, ...]:
+    if record.value.get("messages") is None and record.value.get("conversations") is not None:
+        return _sharegpt(record, beside)
+    list_at(record, "messages", "messages")
+    return _messages(record, ("messages",), root, beside)
 
 
-def _branches(row: Row, root: Path, beside: _Beside) -> tuple[tuple[Message, ...], ...]:
-    given = row.value.get("branches")
+def _branches(record: Record, root: Path, beside: _Beside) -> tuple[tuple[Message, ...], ...]:
+    given = record.value.get("branches")
     if given is None:
         return ()
     if not isinstance(given, list):
-        raise row.fault(field="branches", value=given, expected="a list of lists of messages")
-    return tuple(_messages(row, ("branches", number), root, beside) for number in range(len(given)))
+        raise record.error(field="branches", value=given, expected="a list of lists of messages")
+    return tuple(_messages(record, ("branches", number), root, beside) for number in range(len(given)))
 
 
-def _template(row: Row) -> str | None:
-    name = optional_text(row, "template")
+def _template(record: Record) -> str | None:
+    name = optional_text(record, "template")
     if name:
         try:
             find_template(name)
         except UnknownNameError as error:
             near = f"did you mean {' or '.join(map(repr, error.near))}?" if error.near else None
-            raise row.fault("unknown template", field="template", value=name, hint=near) from error
+            raise record.error("unknown template", field="template", value=name, hint=near) from error
     return name or None
 
 
-def _messages(row: Row, keys: Keys, root: Path, beside: _Beside) -> tuple[Message, ...]:
-    rows = value_at(row.value, keys)
-    if isinstance(rows, list):
-        rows = [_with_media(row, message, (*keys, number), root, beside) for number, message in enumerate(rows)]
-    return messages_of(rows, file=row.file, record=row.record, field=written(keys))
+def _messages(record: Record, keys: Keys, root: Path, beside: _Beside) -> tuple[Message, ...]:
+    records = value_at(record.value, keys)
+    if isinstance(records, list):
+        records = [
+            _with_media(record, message, (*keys, number), root, beside) for number, message in enumerate(records)
+        ]
+    return messages_of(records, file=record.file, record=record.number, field=key_path(keys))
 
 
-def _with_media(row: Row, message: Any, keys: Keys, root: Path, beside: _Beside) -> Any:
+def _with_media(record: Record, message: Any, keys: Keys, root: Path, beside: _Beside) -> Any:
     """Return the message with media in place of its image and video parts, and of the markers in its text."""
     if not isinstance(message, Mapping):
         return message
     content, role = message.get("content"), message.get("role")
     if isinstance(content, str):
-        return {**message, "content": _said(row, content, role, written((*keys, "content")), beside, plain=True)}
+        return {**message, "content": _said(record, content, role, key_path((*keys, "content")), beside, plain=True)}
     if not isinstance(content, list):
         return message
     parts: list[Any] = []
@@ -184,13 +186,13 @@ def _with_media(row: Row, message: Any, keys: Keys, root: Path, beside: _Beside)
         here = (*keys, "content", number)
         text = part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else part
         if isinstance(text, str):
-            parts += _said(row, text, role, written(here), beside, plain=False)
+            parts += _said(record, text, role, key_path(here), beside, plain=False)
         else:
-            parts.append(_part(row, part, here, root, beside))
+            parts.append(_part(record, part, here, root, beside))
     return {**message, "content": parts}
 
 
-def _said(row: Row, text: str, role: Any, field: str, beside: _Beside, *, plain: bool) -> list[Part]:
+def _said(record: Record, text: str, role: Any, field: str, beside: _Beside, *, plain: bool) -> list[Part]:
     """Return the parts of a text. plain: it is the whole content, so a marker without media is a mistake.
 
     `<video>` is also an element of HTML, and is read only where the record has videos.
@@ -199,72 +201,72 @@ def _said(row: Row, text: str, role: Any, field: str, beside: _Beside, *, plain:
     if role != "user":
         found = [_MARKERS[kind] for kind in kinds if _MARKERS[kind] in text]
         if found:
-            raise row.fault(f"{found[0]} outside a question", field=field, value=text)
+            raise record.error(f"{found[0]} outside a question", field=field, value=text)
         return [Text(text)]
     return beside.split(text, kinds)
 
 
-def _part(row: Row, part: Any, keys: Keys, root: Path, beside: _Beside) -> Part | Any:
+def _part(record: Record, part: Any, keys: Keys, root: Path, beside: _Beside) -> Part | Any:
     kind = part.get("type") if isinstance(part, Mapping) else None
-    field = written(keys)
+    field = key_path(keys)
     if kind not in ("image", "video"):
         if kind == "image_url":
-            raise row.fault(
+            raise record.error(
                 "training reads local files only", field=field, value=part, expected="an image part with a path"
             )
         return part
     if part.get("url") is not None:
-        raise row.fault(
+        raise record.error(
             "is a URL", field=f"{field}.url", value=part["url"],
             hint="training reads local files only; download it first",
         )  # fmt: skip
     # Columns of parquet give every part the keys of all.
     given = [key for key in (*_SOURCES, kind) if part.get(key) is not None]
     if len(given) > 1:
-        raise row.fault(f"{kind} part with {' and '.join(given)}", field=field, expected="one of them")
+        raise record.error(f"{kind} part with {' and '.join(given)}", field=field, expected="one of them")
     if not given:
         if not beside.media[kind]:
-            raise row.fault(
+            raise record.error(
                 f"{kind} part without a source, and no {kind} beside the messages",
                 field=field,
                 expected=f"one of {', '.join(_SOURCES)}",
             )
         return beside.take(kind)
     if given == ["base64"] and not isinstance(part["base64"], (str, MediaRef)):
-        raise row.fault(field=f"{field}.base64", value=part["base64"], expected="base64 text")
-    source = source_of(row, (*keys, kind) if given[0] == kind else keys, root)
+        raise record.error(field=f"{field}.base64", value=part["base64"], expected="base64 text")
+    source = media_source(record, (*keys, kind) if given[0] == kind else keys, root)
     if kind == "image":
         return Image(source)
     frames = part.get("num_frames")
     if frames is not None and (not isinstance(frames, int) or isinstance(frames, bool) or frames < 1):
-        raise row.fault(field=f"{field}.num_frames", value=frames, expected="a positive whole number")
+        raise record.error(field=f"{field}.num_frames", value=frames, expected="a positive whole number")
     return Video(source, frames)
 
 
-def _sharegpt(row: Row, beside: _Beside) -> tuple[Message, ...]:
+def _sharegpt(record: Record, beside: _Beside) -> tuple[Message, ...]:
     """Return the messages of `conversations`, with the text of `system` before them."""
     messages = []
-    if system := optional_text(row, "system"):
+    if system := optional_text(record, "system"):
         messages.append(Message.of("system", system))
-    for number, turn in enumerate(list_at(row, "conversations", "turns")):
+    for number, turn in enumerate(list_at(record, "conversations", "turns")):
         field = f"conversations[{number}]"
         if not isinstance(turn, Mapping):
-            raise row.fault(field=field, value=turn, expected="an object with 'from' and 'value'")
+            raise record.error(field=field, value=turn, expected="an object with 'from' and 'value'")
         speaker, text = turn.get("from"), turn.get("value")
         if not isinstance(speaker, str) or speaker not in _SHAREGPT_ROLES:
-            raise row.fault(field=f"{field}.from", value=speaker, expected=f"one of {', '.join(_SHAREGPT_ROLES)}")
+            raise record.error(field=f"{field}.from", value=speaker, expected=f"one of {', '.join(_SHAREGPT_ROLES)}")
         if not isinstance(text, str):
-            raise row.fault(field=f"{field}.value", value=text, expected="text")
+            raise record.error(field=f"{field}.value", value=text, expected="text")
         role = _SHAREGPT_ROLES[speaker]
         if role == "system" and messages:
-            raise row.fault("a system turn that is not the first", field=field)
-        parts = _said(row, text, role, f"{field}.value", beside, plain=True)
+            raise record.error("a system turn that is not the first", field=field)
+        parts = _said(record, text, role, f"{field}.value", beside, plain=True)
         messages.append(Message(role, tuple(parts)))
     return tuple(messages)
 
 
 def _before_first_question(
-    row: Row, messages: tuple[Message, ...], branches: tuple[tuple[Message, ...], ...], media: tuple[Part, ...]
+    record: Record, messages: tuple[Message, ...], branches: tuple[tuple[Message, ...], ...], media: tuple[Part, ...]
 ) -> tuple[Message, ...]:
     for number, message in enumerate(messages):
         if message.role == "user":
@@ -272,7 +274,7 @@ def _before_first_question(
             return (*messages[:number], first, *messages[number + 1 :])
     if branches and all(branch and branch[0].role == "user" for branch in branches):
         return (*messages, Message("user", media))
-    raise row.fault("media beside the messages, and no turn of the user to show them in", field="messages")
+    raise record.error("media beside the messages, and no turn of the user to show them in", field="messages")
 
 
 FORMAT = MessagesFormat()

@@ -16,9 +16,9 @@ from typing import Any, TypeGuard
 
 from vila.core.progress import SILENT, Events
 from vila.core.types import Image, Message, Part, Sample, Text
-from vila.data.formats.base import JSON, RecordSource, id_of, joined, list_at, read_options
+from vila.data.formats.base import JSON, RecordSource, id_of, list_at, merge_texts, read_options
 from vila.data.readers.media_refs import Keys
-from vila.data.readers.records import Row, source_of
+from vila.data.readers.records import Record, media_source
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +48,15 @@ class Mmc4Format:
         return RecordSource(path, convert, kinds=(".tar", *JSON), keep=keep, events=events, media=("image_info",))
 
 
-def sample_of(row: Row, root: Path, options: Mmc4Options) -> Sample:
+def sample_of(record: Record, root: Path, options: Mmc4Options) -> Sample:
     """Make the page of a document: one message of the user. Raises DataError with file, record or key, and field."""
-    sentences = _sentences(row)
-    placed = _placed(row, len(sentences), options)
-    images = [(sentence, _image(row, number, root)) for number, sentence in placed]
+    sentences = _sentences(record)
+    placed = _placed(record, len(sentences), options)
+    images = [(sentence, _image(record, number, root)) for number, sentence in placed]
     parts = page_of(sentences, images)
     if not any(isinstance(part, Text) for part in parts):
-        raise row.fault("the document has no text", field="text_list")
-    return Sample(id_of(row), (Message("user", parts),), template="page")
+        raise record.error("the document has no text", field="text_list")
+    return Sample(id_of(record), (Message("user", parts),), template="page")
 
 
 def page_of(sentences: Sequence[str], images: Sequence[tuple[int, Image]]) -> tuple[Part, ...]:
@@ -67,7 +67,7 @@ def page_of(sentences: Sequence[str], images: Sequence[tuple[int, Image]]) -> tu
     pieces: list[Part | str] = []
     for number, sentence in enumerate(sentences):
         pieces += [" "] * bool(number) + [image for place, image in images if place == number] + [sentence]
-    parts = list(joined(pieces))
+    parts = list(merge_texts(pieces))
     for number, part in enumerate(parts):
         if isinstance(part, Text):
             # One space on either side of an image is removed; more than one is the document's own.
@@ -75,49 +75,49 @@ def page_of(sentences: Sequence[str], images: Sequence[tuple[int, Image]]) -> tu
             if number + 1 < len(parts):
                 text = text.removesuffix(" ")
             parts[number] = Text(text.removeprefix(" ") if number else text)
-    parts = list(joined(parts))
+    parts = list(merge_texts(parts))
     while parts and not isinstance(parts[-1], Text):
         parts.pop()
     return tuple(parts)
 
 
-def _sentences(row: Row) -> list[str]:
-    sentences = list_at(row, "text_list", "texts")
+def _sentences(record: Record) -> list[str]:
+    sentences = list_at(record, "text_list", "texts")
     for number, sentence in enumerate(sentences):
         if not isinstance(sentence, str):
-            raise row.fault(field=f"text_list[{number}]", value=sentence, expected="text")
+            raise record.error(field=f"text_list[{number}]", value=sentence, expected="text")
     return sentences
 
 
-def _placed(row: Row, sentences: int, options: Mmc4Options) -> list[tuple[int, int]]:
+def _placed(record: Record, sentences: int, options: Mmc4Options) -> list[tuple[int, int]]:
     """Return (number in image_info, sentence) of the images that are shown."""
     placed: list[tuple[int, int]] = []
-    infos = _infos(row)
+    infos = _infos(record)
     for number, info in enumerate(infos):
         if len(placed) == options.max_images:
             break
-        sentence = _sentence_of(row, number, info, sentences, options)
-        if options.min_similarity <= 0 or _similarity(row, number, info, sentence) >= options.min_similarity:
+        sentence = _sentence_of(record, number, info, sentences, options)
+        if options.min_similarity <= 0 or _similarity(record, number, info, sentence) >= options.min_similarity:
             placed.append((number, sentence))
     return placed
 
 
-def _infos(row: Row) -> list[Any]:
-    infos = row.value.get("image_info")
+def _infos(record: Record) -> list[Any]:
+    infos = record.value.get("image_info")
     if infos is not None and not isinstance(infos, list):
-        raise row.fault(field="image_info", value=infos, expected="a list of objects")
+        raise record.error(field="image_info", value=infos, expected="a list of objects")
     return infos or []
 
 
-def _sentence_of(row: Row, number: int, info: Any, sentences: int, options: Mmc4Options) -> int:
+def _sentence_of(record: Record, number: int, info: Any, sentences: int, options: Mmc4Options) -> int:
     if not isinstance(info, Mapping):
-        raise row.fault(field=f"image_info[{number}]", value=info, expected="an object")
+        raise record.error(field=f"image_info[{number}]", value=info, expected="an object")
     if options.place == "similarity":
-        similar = _similarities(row, number)
+        similar = _similarities(record, number)
         return max(range(len(similar)), key=similar.__getitem__)
     sentence = info.get("matched_text_index")
     if not isinstance(sentence, int) or isinstance(sentence, bool) or not 0 <= sentence < sentences:
-        raise row.fault(
+        raise record.error(
             field=f"image_info[{number}].matched_text_index",
             value=sentence,
             expected=f"a number below {sentences}, that of the texts",
@@ -125,20 +125,20 @@ def _sentence_of(row: Row, number: int, info: Any, sentences: int, options: Mmc4
     return sentence
 
 
-def _similarity(row: Row, number: int, info: Mapping[str, Any], sentence: int) -> float:
+def _similarity(record: Record, number: int, info: Mapping[str, Any], sentence: int) -> float:
     stated = info.get("matched_sim")
     if _is_number(stated) and sentence == info.get("matched_text_index"):
         return float(stated)
-    return _similarities(row, number)[sentence]
+    return _similarities(record, number)[sentence]
 
 
-def _similarities(row: Row, number: int) -> list[float]:
+def _similarities(record: Record, number: int) -> list[float]:
     """Return the similarity of an image to every sentence."""
-    matrix = row.value.get("similarity_matrix")
+    matrix = record.value.get("similarity_matrix")
     similar = matrix[number] if isinstance(matrix, list) and number < len(matrix) else None
-    count = len(_sentences(row))
+    count = len(_sentences(record))
     if not isinstance(similar, list) or len(similar) != count or not similar or not all(map(_is_number, similar)):
-        raise row.fault(
+        raise record.error(
             field=f"similarity_matrix[{number}]", value=similar, expected=f"{count} numbers, one for each text"
         )
     return similar
@@ -148,24 +148,24 @@ def _is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _image(row: Row, number: int, root: Path) -> Image:
-    info = row.value["image_info"][number]
+def _image(record: Record, number: int, root: Path) -> Image:
+    info = record.value["image_info"][number]
     here: Keys = ("image_info", number)
     for key in ("image_base64", "file", "image_name"):
         if info.get(key) is None:
             continue
         if key == "image_base64":
             if not isinstance(info[key], str):
-                raise row.fault(field=f"image_info[{number}].{key}", value=info[key], expected="base64 text")
-            return Image(row.stored((*here, key)))
-        return Image(source_of(row, (*here, key), root))
-    raise row.fault(
+                raise record.error(field=f"image_info[{number}].{key}", value=info[key], expected="base64 text")
+            return Image(record.stored((*here, key)))
+        return Image(media_source(record, (*here, key), root))
+    raise record.error(
         "no image", field=f"image_info[{number}]", value=info, expected="one of image_base64, file, image_name"
     )
 
 
-def _has_images(row: Row, options: Mmc4Options) -> bool:
-    return bool(_placed(row, len(_sentences(row)), options))
+def _has_images(record: Record, options: Mmc4Options) -> bool:
+    return bool(_placed(record, len(_sentences(record)), options))
 
 
 FORMAT = Mmc4Format()

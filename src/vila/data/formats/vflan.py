@@ -22,10 +22,10 @@ from vila.data.formats.base import (
     media_first,
     optional_text,
     read_options,
+    remove_markers,
     text_at,
-    without_markers,
 )
-from vila.data.readers.records import Row, images_at, only_key
+from vila.data.readers.records import Record, images_at, only_key
 
 MEDIA_KEYS = ("image", "image:", "images", "image_base64_str")
 _ANSWERS = ("answer", "answer:", "outputs")
@@ -49,33 +49,33 @@ class VflanFormat:
         return RecordSource(path, convert, columns=columns, events=events, media=MEDIA_KEYS)
 
 
-def sample_of(row: Row, root: Path, max_images: int = 8) -> Sample:
+def sample_of(record: Record, root: Path, max_images: int = 8) -> Sample:
     """Make the conversation of a record. Raises DataError with file, record or key, field and value."""
-    question = _question(row).rstrip()
-    answer = answer_at(row, _ANSWERS).rstrip()
-    images = images_at(row, only_key(row, MEDIA_KEYS), root, base64=True)
+    question = _question(record).rstrip()
+    answer = answer_at(record, _ANSWERS).rstrip()
+    images = images_at(record, only_key(record, MEDIA_KEYS), root, base64=True)
     if len(images) > max_images:
-        raise row.fault(f"{len(images)} images, the option max_images allows {max_images}", field="image")
+        raise record.error(f"{len(images)} images, the option max_images allows {max_images}", field="image")
     if "Image Descriptions" in question:
-        messages = _dialog(row, question, answer, images)
+        messages = _dialog(record, question, answer, images)
     else:
-        parts = media_first(images, without_markers(question, IMAGE_MARKER))
+        parts = media_first(images, remove_markers(question, IMAGE_MARKER))
         messages = (Message("user", parts), Message.of("assistant", answer))
-    return Sample(id_of(row), check_turns(messages, row, "question"))
+    return Sample(id_of(record), check_turns(messages, record, "question"))
 
 
-def _question(row: Row) -> str:
-    if row.value.get("question") is None and row.value.get("instruction") is not None:
+def _question(record: Record) -> str:
+    if record.value.get("question") is None and record.value.get("instruction") is not None:
         # M3IT's own records; the original joins the two without a separator.
-        return text_at(row, ("instruction",)) + optional_text(row, "inputs")
-    return text_at(row, ("question",))
+        return text_at(record, ("instruction",)) + optional_text(record, "inputs")
+    return text_at(record, ("question",))
 
 
-def _dialog(row: Row, question: str, answer: str, images: tuple[Image, ...]) -> tuple[Message, ...]:
+def _dialog(record: Record, question: str, answer: str, images: tuple[Image, ...]) -> tuple[Message, ...]:
     """Split a question into the turns that it holds; what stands before the first of them is left out."""
     turns = [turn.split("\nAnswer: ") for turn in question.split("\nQuestion: ")[1:]]
     if not turns or any(len(turn) != 2 for turn in turns[:-1]) or len(turns[-1]) != 1:
-        raise row.fault(
+        raise record.error(
             "the 'Question:' and 'Answer:' lines of the dialog do not alternate up to a last question", field="question"
         )
     turns[-1] = [turns[-1][0].replace("\n", ""), answer]

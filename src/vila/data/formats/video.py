@@ -21,11 +21,11 @@ from vila.data.formats.base import (
     id_of,
     media_first,
     read_options,
+    remove_markers,
     text_at,
-    without_markers,
 )
 from vila.data.formats.llava import normalise_v15
-from vila.data.readers.records import Row, safe_path
+from vila.data.readers.records import Record, safe_path
 
 MEDIA_KEYS = (*llava.MEDIA_KEYS, "video_id")
 
@@ -48,18 +48,18 @@ class VideoJsonFormat:
         return RecordSource(path, convert, kinds=JSON, events=events, media=MEDIA_KEYS)
 
 
-def sample_of(row: Row, root: Path, options: VideoOptions) -> Sample:
+def sample_of(record: Record, root: Path, options: VideoOptions) -> Sample:
     """Make the conversation of a record. Raises DataError with file, record, field and value."""
     num_frames = options.num_frames or None
-    if row.value.get("video") is not None:
-        return llava.sample_of(row, root, normalise_v15, num_frames)
-    if row.value.get("video_id") is None:
-        raise row.fault("missing", field="video or video_id")
-    name = text_at(row, ("video_id",))
-    video = Video(safe_path(row, root, f"{name}{options.suffix}" if name else "", "video_id"), num_frames)
-    question = without_markers(text_at(row, ("q",)), IMAGE_MARKER, VIDEO_MARKER)
-    turns = (Message("user", media_first([video], question)), Message.of("assistant", answer_at(row, ("a",))))
-    return Sample(id_of(row), turns)
+    if record.value.get("video") is not None:
+        return llava.sample_of(record, root, normalise_v15, num_frames)
+    if record.value.get("video_id") is None:
+        raise record.error("missing", field="video or video_id")
+    name = text_at(record, ("video_id",))
+    video = Video(safe_path(record, root, f"{name}{options.suffix}" if name else "", "video_id"), num_frames)
+    question = remove_markers(text_at(record, ("q",)), IMAGE_MARKER, VIDEO_MARKER)
+    turns = (Message("user", media_first([video], question)), Message.of("assistant", answer_at(record, ("a",))))
+    return Sample(id_of(record), turns)
 
 
 FORMAT = VideoJsonFormat()

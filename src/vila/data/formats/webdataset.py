@@ -15,7 +15,7 @@ from vila.core.progress import SILENT, Events
 from vila.core.types import Image, Message, Sample, Text, Video
 from vila.data.formats import messages, vflan
 from vila.data.formats.base import RecordSource, id_of, media_first, read_options, text_at
-from vila.data.readers.records import Row, member_image, member_video
+from vila.data.readers.records import Record, member_image, member_video
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,35 +44,35 @@ class WebDatasetFormat:
         return RecordSource(path, convert, kinds=(".tar",), events=events, media=_media_keys)
 
 
-def sample_of(row: Row, root: Path, options: WebDatasetOptions) -> Sample:
+def sample_of(record: Record, root: Path, options: WebDatasetOptions) -> Sample:
     """Make the sample of a shard. Raises DataError with shard, key, field and value."""
-    if "messages" in row.value:
-        sample = messages.sample_of(row, root)
-    elif "question" in row.value:
-        sample = vflan.sample_of(row, root)
+    if "messages" in record.value:
+        sample = messages.sample_of(record, root)
+    elif "question" in record.value:
+        sample = vflan.sample_of(record, root)
     else:
-        sample = _caption(row, options)
+        sample = _caption(record, options)
     return sample if sample.template or not options.template else replace(sample, template=options.template)
 
 
-def _media_keys(row: Row) -> tuple[str, ...]:
-    if "messages" in row.value:
+def _media_keys(record: Record) -> tuple[str, ...]:
+    if "messages" in record.value:
         return messages.MEDIA_KEYS
-    return vflan.MEDIA_KEYS if "question" in row.value else ()
+    return vflan.MEDIA_KEYS if "question" in record.value else ()
 
 
-def _caption(row: Row, options: WebDatasetOptions) -> Sample:
-    medium: Image | Video | None = member_image(row) or member_video(row, options.num_frames or None)
+def _caption(record: Record, options: WebDatasetOptions) -> Sample:
+    medium: Image | Video | None = member_image(record) or member_video(record, options.num_frames or None)
     if medium is None:
-        members = ", ".join(sorted(row.members)) or "none"
-        raise row.fault(f"no image or video among its members ({members})")
-    text = row.read_text("txt") if "txt" in row.members else text_at(row, ("text", "caption"))
+        members = ", ".join(sorted(record.members)) or "none"
+        raise record.error(f"no image or video among its members ({members})")
+    text = record.read_text("txt") if "txt" in record.members else text_at(record, ("text", "caption"))
     if not text.strip():
-        raise row.fault("the text is empty", field="txt" if "txt" in row.members else "text")
+        raise record.error("the text is empty", field="txt" if "txt" in record.members else "text")
     if options.template == "page":
-        return Sample(id_of(row), (Message("user", (medium, Text(text))),))
+        return Sample(id_of(record), (Message("user", (medium, Text(text))),))
     turns = (Message("user", media_first([medium], "")), Message.of("assistant", text))
-    return Sample(id_of(row), turns)
+    return Sample(id_of(record), turns)
 
 
 FORMAT = WebDatasetFormat()

@@ -34,14 +34,14 @@ MAX_OPEN = 64
 """Files that one process keeps open; the one not read for longest is closed first."""
 
 
-class Stamp(NamedTuple):
+class FileVersion(NamedTuple):
     """What tells one state of a file from another."""
 
     size: int
     mtime_ns: int
 
 
-def stamp_of(path: Path) -> Stamp:
+def file_version(path: Path) -> FileVersion:
     """Size and time of a file. Raises DataError when it is not there or not a file."""
     try:
         found = path.stat()
@@ -49,7 +49,7 @@ def stamp_of(path: Path) -> Stamp:
         raise _unreadable(path, error) from error
     if path.is_dir():
         raise DataError("a directory, expected a file", file=path)
-    return Stamp(found.st_size, found.st_mtime_ns)
+    return FileVersion(found.st_size, found.st_mtime_ns)
 
 
 class _Handle:
@@ -95,7 +95,7 @@ def _start_anew() -> None:
 os.register_at_fork(after_in_child=_start_anew)
 
 
-def read_span(path: Path, offset: int, size: int, stamp: Stamp | None = None) -> bytes:
+def read_span(path: Path, offset: int, size: int, stamp: FileVersion | None = None) -> bytes:
     """Exactly `size` bytes from `offset`. Threads may call it; no position is shared between them or with children.
 
     stamp: what the file was when `offset` was noted.
@@ -110,7 +110,7 @@ def read_span(path: Path, offset: int, size: int, stamp: Stamp | None = None) ->
             handle = _HANDLES[path]
             found = os.fstat(handle.number)
             if stamp != (found.st_size, found.st_mtime_ns):
-                raise changed(path)
+                raise changed_file_error(path)
         # Sizes that are wrong are refused before memory is taken for them.
         missing = offset + size - found.st_size
         content = _read(handle.number, offset, size) if missing <= 0 else b""
@@ -141,7 +141,7 @@ def _read(number: int, offset: int, size: int) -> bytes:
     return content
 
 
-def changed(path: Path) -> DataError:
+def changed_file_error(path: Path) -> DataError:
     """The error for a file that was written to after it was indexed."""
     return DataError(
         "the file has changed since it was opened", file=path, hint="let its writer finish, then start again"
@@ -160,7 +160,7 @@ Scan = Callable[[Path, Callable[[int], None]], Iterable[np.ndarray]]
 class Index:
     """Rows of two numbers for each record of a data file. Holds no table in memory; cheap to pickle."""
 
-    def __init__(self, path: Path, file: Path, stamp: Stamp, length: int) -> None:
+    def __init__(self, path: Path, file: Path, stamp: FileVersion, length: int) -> None:
         """path: the data file. file: the index file. stamp: what the data file was when it was indexed."""
         self.path, self.file, self.stamp, self._length = path, file, stamp, length
 
@@ -192,7 +192,7 @@ def open_index(path: Path, kind: str, scan: Scan, events: Events = SILENT) -> In
     Two processes may build at once: each writes a file of its own, and the last one to finish stays.
     Raises DataError if the file is absent, cannot be scanned, or changes meanwhile.
     """
-    stamp = stamp_of(path)
+    stamp = file_version(path)
     place = os.path.realpath(path)
     digest = hashlib.sha256(f"{kind}\0{place}".encode(errors="surrogateescape")).hexdigest()[:32]
     file = index_folder() / f"{digest}.index"
@@ -201,8 +201,8 @@ def open_index(path: Path, kind: str, scan: Scan, events: Events = SILENT) -> In
     found = read_header(file)
     if found is None or header.items() - found.items() or _checksum(file) != found["crc32"]:
         _build(path, file, header, scan, events)
-        if stamp_of(path) != stamp:
-            raise changed(path)
+        if file_version(path) != stamp:
+            raise changed_file_error(path)
         found = read_header(file)
     if found is None:
         raise DataError(f"the index of {path} was removed while it was opened", file=file, hint="start again")

@@ -10,7 +10,7 @@ import numpy as np
 
 from vila.core.errors import DataError
 from vila.core.reading import MAX_RECORD_BYTES, file_errors, foreign_content, parse_json, read_head
-from vila.data.formats.detect import text_fault
+from vila.data.formats.detect import text_problem
 
 BLOCK = 1 << 22
 _HEAD = 1 << 16
@@ -47,7 +47,7 @@ def scan_json(path: Path, advanced: Callable[[int], None]) -> Iterator[np.ndarra
     if first == b"[":
         yield from _ListScan(path, head.index(b"[")).records(advanced)
     else:
-        if first and (fault := text_fault(head[start:], cut=len(head) == _HEAD)):
+        if first and (fault := text_problem(head[start:], cut=len(head) == _HEAD)):
             raise DataError(fault[0], file=path, hint=fault[1])
         yield from _scan_lines(path, start, advanced)
 

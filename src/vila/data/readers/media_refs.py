@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vila.core.errors import DataError
-from vila.data.readers.index import Stamp, read_span
+from vila.data.readers.index import FileVersion, read_span
 from vila.data.readers.json import parse_record
 
 Keys = tuple[str | int, ...]
@@ -27,7 +27,7 @@ class FileSlice:
     offset: int
     size: int
     name: str
-    stamp: Stamp | None = field(default=None, repr=False)
+    stamp: FileVersion | None = field(default=None, repr=False)
 
     def read(self) -> bytes:
         """The bytes. Raises DataError when the file is gone, cut or has changed."""
@@ -46,17 +46,17 @@ class Base64Field:
     size: int
     keys: Keys
     record: int | str
-    stamp: Stamp | None = field(default=None, repr=False)
+    stamp: FileVersion | None = field(default=None, repr=False)
 
     @property
     def name(self) -> str:
         """File, record and keys."""
-        return name_of(self.path, self.record, self.keys)
+        return value_name(self.path, self.record, self.keys)
 
     def read(self) -> bytes:
         """Read and decode. Raises DataError if the file has changed or the text is not base64."""
         record = parse_record(read_span(self.path, self.offset, self.size, self.stamp), self.path, self.record)
-        return decode_base64(value_at(record, self.keys), file=self.path, record=self.record, field=written(self.keys))
+        return decode_base64(value_at(record, self.keys), file=self.path, record=self.record, field=key_path(self.keys))
 
 
 def value_at(value: Any, keys: Keys) -> Any:
@@ -69,15 +69,15 @@ def value_at(value: Any, keys: Keys) -> Any:
     return value
 
 
-def written(keys: Keys) -> str:
+def key_path(keys: Keys) -> str:
     """Keys as one writes them: `image_info[2].file`."""
     text = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys)
     return text.removeprefix(".")
 
 
-def name_of(file: Path, record: int | str, keys: Keys) -> str:
+def value_name(file: Path, record: int | str, keys: Keys) -> str:
     """Name of a value for messages: `data.jsonl, record 4, image_info[2].image_base64`."""
-    return f"{file}, {f'record {record}' if isinstance(record, int) else record}, {written(keys)}"
+    return f"{file}, {f'record {record}' if isinstance(record, int) else record}, {key_path(keys)}"
 
 
 def decode_base64(text: Any, *, file: Path | None, record: int | str, field: str | None = None) -> bytes:

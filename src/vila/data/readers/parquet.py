@@ -15,8 +15,8 @@ import numpy as np
 from vila.core.errors import DataError
 from vila.core.optional import require
 from vila.core.reading import file_errors
-from vila.data.readers.index import Stamp, changed, stamp_of
-from vila.data.readers.media_refs import Keys, decode_base64, name_of, written
+from vila.data.readers.index import FileVersion, changed_file_error, file_version
+from vila.data.readers.media_refs import Keys, decode_base64, key_path, value_name
 
 # --- parquet_footer
 # The footer of a parquet file, checked against the file: positions, sizes and counts.
@@ -206,19 +206,19 @@ class ParquetCell:
     row: int
     column: str
     place: Keys = ()
-    stamp: Stamp | None = field(default=None, repr=False)
+    stamp: FileVersion | None = field(default=None, repr=False)
 
     @property
     def name(self) -> str:
         """File, record, column and place."""
-        return name_of(self.path, self.row, (self.column, *self.place))
+        return value_name(self.path, self.row, (self.column, *self.place))
 
     def read(self) -> bytes:
         """Read the bytes. Raises DataError if the file has changed or the cell holds nothing."""
         value = read_cell(self.path, self.row, self.column, self.place, self.stamp)
         if isinstance(value, bytes):
             return value
-        return decode_base64(value, file=self.path, record=self.row, field=written((self.column, *self.place)))
+        return decode_base64(value, file=self.path, record=self.row, field=key_path((self.column, *self.place)))
 
 
 def scan_parquet(path: Path, advanced: Callable[[int], None]) -> Iterator[np.ndarray]:
@@ -259,7 +259,7 @@ def _schema(path: Path) -> Any:
         return opened.schema_arrow
 
 
-def read_row(path: Path, row: int, columns: tuple[str, ...], stamp: Stamp) -> dict[str, Any]:
+def read_row(path: Path, row: int, columns: tuple[str, ...], stamp: FileVersion) -> dict[str, Any]:
     """Read the values of a record in plain types; bytes stay in the file, as `ParquetCell`. Raises DataError."""
     value = {}
     for column in columns:
@@ -269,14 +269,14 @@ def read_row(path: Path, row: int, columns: tuple[str, ...], stamp: Stamp) -> di
     return value
 
 
-def read_cell(path: Path, row: int, column: str, place: Keys, stamp: Stamp | None) -> Any:
+def read_cell(path: Path, row: int, column: str, place: Keys, stamp: FileVersion | None) -> Any:
     """Read the value at a place of a record. Raises DataError if there is none."""
-    scalar = _scalar(path, row, column, stamp or stamp_of(path))
+    scalar = _scalar(path, row, column, stamp or file_version(path))
     for key in place:
         try:
             scalar = scalar[key]
         except (LookupError, TypeError) as error:
-            raise DataError("holds nothing", file=path, record=row, field=written((column, *place))) from error
+            raise DataError("holds nothing", file=path, record=row, field=key_path((column, *place))) from error
     with file_errors(path, record=row, kind="parquet", hint=_AGAIN):
         return scalar.as_py()
 
@@ -307,7 +307,7 @@ def _inside(cell: ParquetCell, key: str | int) -> ParquetCell:
     return ParquetCell(cell.path, cell.row, cell.column, (*cell.place, key), cell.stamp)
 
 
-def _scalar(path: Path, row: int, column: str, stamp: Stamp) -> Any:
+def _scalar(path: Path, row: int, column: str, stamp: FileVersion) -> Any:
     starts = _STATE.starts(path, stamp)
     group = int(np.searchsorted(starts, row, side="right")) - 1
     return _STATE.column(path, group, column, stamp)[row - int(starts[group])]
@@ -317,15 +317,15 @@ class _State:
     """Files and columns of one process, the least recently used going first."""
 
     def __init__(self) -> None:
-        self._files: OrderedDict[tuple[Path, Stamp], tuple[Any, np.ndarray]] = OrderedDict()
-        self._columns: OrderedDict[tuple[Path, Stamp, int, str], Any] = OrderedDict()
+        self._files: OrderedDict[tuple[Path, FileVersion], tuple[Any, np.ndarray]] = OrderedDict()
+        self._columns: OrderedDict[tuple[Path, FileVersion, int, str], Any] = OrderedDict()
         self._bytes = 0
         self._lock = threading.RLock()
 
-    def starts(self, path: Path, stamp: Stamp) -> np.ndarray:
+    def starts(self, path: Path, stamp: FileVersion) -> np.ndarray:
         return self._file(path, stamp)[1]
 
-    def column(self, path: Path, group: int, column: str, stamp: Stamp) -> Any:
+    def column(self, path: Path, group: int, column: str, stamp: FileVersion) -> Any:
         key = (path, stamp, group, column)
         with self._lock:
             if key not in self._columns:
@@ -338,12 +338,12 @@ class _State:
             self._columns.move_to_end(key)
             return self._columns[key]
 
-    def _file(self, path: Path, stamp: Stamp) -> tuple[Any, np.ndarray]:
+    def _file(self, path: Path, stamp: FileVersion) -> tuple[Any, np.ndarray]:
         with self._lock:
             key = (path, stamp)
             if key not in self._files:
-                if stamp_of(path) != stamp:
-                    raise changed(path)
+                if file_version(path) != stamp:
+                    raise changed_file_error(path)
                 opened = _open(path)
                 counts = [opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)]
                 self._files[key] = opened, np.cumsum([0, *counts[:-1]])

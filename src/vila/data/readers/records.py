@@ -13,20 +13,21 @@ from typing import Any, Protocol
 from vila.core.errors import MISSING, DataError
 from vila.core.progress import SILENT, Events
 from vila.core.types import Image, MediaRef, Sample, Video
-from vila.data.readers.index import Index, Stamp, open_index, read_span
+from vila.data.bad_samples import RecordLocation
+from vila.data.readers.index import FileVersion, Index, open_index, read_span
 from vila.data.readers.json import parse_record, scan_json
-from vila.data.readers.media_refs import Base64Field, FileSlice, Keys, value_at, written
+from vila.data.readers.media_refs import Base64Field, FileSlice, Keys, key_path, value_at
 from vila.data.readers.parquet import ParquetCell, column_names, read_row, scan_parquet
 from vila.data.readers.tar import read_members, scan_tar
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class Record:
     """One record.
 
     value:   its content; empty for a tar sample without JSON.
     file:    data file that it is in.
-    record:  number in the file, from 0; of a tar sample "key KEY".
+    number:  position in the file, from 0; "key KEY" for a tar sample.
     name:    id of the sample if the record has no id of its own.
     members: the other files of a tar sample by extension ("0.jpg" for KEY.0.jpg); `in_shard`: it is one.
     stored:  location of the bytes, or the base64 text, at the end of keys.
@@ -35,7 +36,7 @@ class Row:
 
     value: Mapping[str, Any]
     file: Path
-    record: int | str
+    number: int | str
     name: str
     stored: Callable[[Keys], MediaRef]
     members: Mapping[str, FileSlice] = field(default_factory=dict)
@@ -43,7 +44,7 @@ class Row:
     unloaded: tuple[str, ...] = ()
     peek: Callable[[str], Any] = lambda column: None
 
-    def fault(
+    def error(
         self,
         problem: str = "",
         *,
@@ -54,7 +55,7 @@ class Row:
     ) -> DataError:
         """Return the error for this record, with its file and number. The arguments are those of `VilaError`."""
         return DataError(
-            problem, file=self.file, record=self.record, field=field, value=value, expected=expected, hint=hint
+            problem, file=self.file, record=self.number, field=field, value=value, expected=expected, hint=hint
         )
 
     def read_text(self, extension: str) -> str:
@@ -64,41 +65,41 @@ class Row:
         try:
             return self.members[extension].read().decode()
         except UnicodeDecodeError as error:
-            raise self.fault(
+            raise self.error(
                 f"not UTF-8 text (byte {error.start})", field=f"member {extension}", hint="save it as UTF-8"
             ) from error
 
 
-def missing_member(row: Row, extension: str, field: str | None = None) -> DataError:
+def missing_member(record: Record, extension: str, field: str | None = None) -> DataError:
     """Return the error for a member that a record names and the shard does not hold."""
-    members = ", ".join(sorted(row.members)) or "none"
-    return row.fault(f"no member {extension!r} in the shard; the sample has {members}", field=field)
+    members = ", ".join(sorted(record.members)) or "none"
+    return record.error(f"no member {extension!r} in the shard; the sample has {members}", field=field)
 
 
-class Rows(Protocol):
+class RecordFile(Protocol):
     """The records of one file."""
 
     path: Path
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, number: int) -> Row: ...
+    def __getitem__(self, number: int) -> Record: ...
 
-    def place(self, number: int) -> tuple[str, int]:
+    def location(self, number: int) -> RecordLocation:
         """Return the file and the number of a record in it."""
 
 
-class _FileRows:
+class _NumberedRecords:
     """Records that are numbered as they lie in their file."""
 
     path: Path
 
-    def place(self, number: int) -> tuple[str, int]:
+    def location(self, number: int) -> RecordLocation:
         """Return the file and the number of a record in it."""
         return str(self.path), number
 
 
-class JsonRows(_FileRows):
+class JsonRecords(_NumberedRecords):
     """Records of a JSON list or of JSON lines."""
 
     def __init__(self, path: Path, events: Events = SILENT) -> None:
@@ -108,15 +109,15 @@ class JsonRows(_FileRows):
     def __len__(self) -> int:
         return len(self._index)
 
-    def __getitem__(self, number: int) -> Row:
+    def __getitem__(self, number: int) -> Record:
         """Read record `number`. Raises DataError with file and record."""
         offset, size = self._index[number]
         raw = read_span(self.path, offset, size, self._index.stamp)
         stored = partial(_base64, FileSlice(self.path, offset, size, str(self.path), self._index.stamp), number)
-        return Row(parse_record(raw, self.path, number), self.path, number, f"{self.path.stem}/{number}", stored)
+        return Record(parse_record(raw, self.path, number), self.path, number, f"{self.path.stem}/{number}", stored)
 
 
-class TarRows(_FileRows):
+class TarRecords(_NumberedRecords):
     """Samples of a tar shard."""
 
     def __init__(self, path: Path, events: Events = SILENT) -> None:
@@ -126,7 +127,7 @@ class TarRows(_FileRows):
     def __len__(self) -> int:
         return len(self._index)
 
-    def __getitem__(self, number: int) -> Row:
+    def __getitem__(self, number: int) -> Record:
         """Read sample `number`; `value` is the member `json` if there is one. Raises DataError with shard and key."""
         stamp = self._index.stamp
         key, found = read_members(self.path, *self._index[number], stamp)
@@ -135,11 +136,11 @@ class TarRows(_FileRows):
         text = members.pop("json", None)
         value = {} if text is None else parse_record(text.read(), self.path, record)
         stored = partial(_base64, text or FileSlice(self.path, 0, 0, str(self.path), stamp), record)
-        return Row(value, self.path, record, f"{self.path.stem}/{key}", stored, members, in_shard=True)
+        return Record(value, self.path, record, f"{self.path.stem}/{key}", stored, members, in_shard=True)
 
 
-class ParquetRows(_FileRows):
-    """Rows of a parquet file; columns that are not asked for are not read."""
+class ParquetRecords(_NumberedRecords):
+    """Records of a parquet file; columns that are not asked for are not read."""
 
     def __init__(self, path: Path, columns: tuple[str, ...] = (), events: Events = SILENT) -> None:
         """columns: those of interest, all when empty; ones that the file lacks are left out."""
@@ -154,33 +155,33 @@ class ParquetRows(_FileRows):
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, number: int) -> Row:
+    def __getitem__(self, number: int) -> Record:
         """Read record `number`; bytes in it are `ParquetCell`s. Raises DataError with file and record."""
         value = read_row(self.path, number, self._columns, self._index.stamp)
         stored = partial(_cell, self.path, number, self._index.stamp)
         name, peek = f"{self.path.stem}/{number}", partial(_column, self.path, number, self._index.stamp)
-        return Row(value, self.path, number, name, stored, unloaded=self._unloaded, peek=peek)
+        return Record(value, self.path, number, name, stored, unloaded=self._unloaded, peek=peek)
 
 
 def _base64(text: FileSlice, record: int | str, keys: Keys) -> MediaRef:
     return Base64Field(text.path, text.offset, text.size, keys, record, text.stamp)
 
 
-def _cell(path: Path, row: int, stamp: Stamp, keys: Keys) -> MediaRef:
-    return ParquetCell(path, row, str(keys[0]), keys[1:], stamp)
+def _cell(path: Path, record: int, stamp: FileVersion, keys: Keys) -> MediaRef:
+    return ParquetCell(path, record, str(keys[0]), keys[1:], stamp)
 
 
-def _column(path: Path, row: int, stamp: Stamp, column: str) -> Any:
-    return read_row(path, row, (column,), stamp)[column]
+def _column(path: Path, record: int, stamp: FileVersion, column: str) -> Any:
+    return read_row(path, record, (column,), stamp)[column]
 
 
-def open_rows(path: Path, columns: tuple[str, ...] = (), events: Events = SILENT) -> Rows:
+def open_records(path: Path, columns: tuple[str, ...] = (), events: Events = SILENT) -> RecordFile:
     """The records of a file, told by the end of its name. Raises DataError."""
     if path.suffix == ".tar":
-        return TarRows(path, events)
+        return TarRecords(path, events)
     if path.suffix == ".parquet":
-        return ParquetRows(path, columns, events)
-    return JsonRows(path, events)
+        return ParquetRecords(path, columns, events)
+    return JsonRecords(path, events)
 
 
 # --- media
@@ -194,118 +195,118 @@ _MEDIUM = "a file name, bytes, or an object with one of bytes, base64, file, pat
 _DOWNLOAD = "training reads local files only; download it first"
 
 
-def safe_path(row: Row, root: Path, name: object, field: str) -> Path:
+def safe_path(record: Record, root: Path, name: object, field: str) -> Path:
     """Return `root / name`. Raises DataError if it leaves `root` by `..`, an absolute path or a symbolic link."""
     if not isinstance(name, str) or not name or "\0" in name:
-        raise row.fault(field=field, value=name, expected="a file name")
+        raise record.error(field=field, value=name, expected="a file name")
     if name.startswith(_URL_STARTS):
-        raise row.fault("is a URL", field=field, value=name, hint=_DOWNLOAD)
+        raise record.error("is a URL", field=field, value=name, hint=_DOWNLOAD)
     path = root / name
     real, base = os.path.realpath(path), os.path.realpath(root)
     if os.path.commonpath([real, base]) != base:
-        raise row.fault(f"leaves the image root {root}", field=field, value=name, hint="move the file or the root")
+        raise record.error(f"leaves the image root {root}", field=field, value=name, hint="move the file or the root")
     return path
 
 
-def source_of(row: Row, keys: Keys, root: Path, *, base64: bool = False) -> Path | MediaRef:
+def media_source(record: Record, keys: Keys, root: Path, *, base64: bool = False) -> Path | MediaRef:
     """Return the location of the medium at `keys` of a record. Nothing is opened.
 
     The value is a file name, bytes, or an object with one of `bytes`, `base64`, `file` (a member of the shard), `path`.
-    A name is a member of the row's shard if it has one, else a file below `root`.
+    A name is a member of the record's shard if it has one, else a file below `root`.
     base64: a text that does not end like the file name of an image is base64.
     Raises DataError with file, record, field and value.
     """
-    value, field = value_at(row.value, keys), written(keys)
+    value, field = value_at(record.value, keys), key_path(keys)
     if isinstance(value, MediaRef):
         return value
     if isinstance(value, Mapping):
-        return _from_object(row, value, keys, root)
+        return _from_object(record, value, keys, root)
     if not isinstance(value, str) or not value:
-        raise row.fault(field=field, value=value, expected=_MEDIUM)
+        raise record.error(field=field, value=value, expected=_MEDIUM)
     if value.startswith("data:") or (base64 and not _names_a_file(value)):
-        return row.stored(keys)
-    if row.in_shard:
-        return _member(row, value, field)
-    return safe_path(row, root, value, field)
+        return record.stored(keys)
+    if record.in_shard:
+        return _member(record, value, field)
+    return safe_path(record, root, value, field)
 
 
-def _from_object(row: Row, value: Mapping[str, Any], keys: Keys, root: Path) -> Path | MediaRef:
+def _from_object(record: Record, value: Mapping[str, Any], keys: Keys, root: Path) -> Path | MediaRef:
     stored = value.get("bytes")
     if isinstance(stored, MediaRef):
         return stored
     for key in ("bytes", "base64"):
         if value.get(key) is not None:
             if not isinstance(value[key], (str, MediaRef)):
-                raise row.fault(field=written((*keys, key)), value=value[key], expected="base64 text")
-            return row.stored((*keys, key))
+                raise record.error(field=key_path((*keys, key)), value=value[key], expected="base64 text")
+            return record.stored((*keys, key))
     if value.get("file") is not None:
-        return _member(row, value["file"], written((*keys, "file")))
+        return _member(record, value["file"], key_path((*keys, "file")))
     if value.get("path") is not None:
-        return safe_path(row, root, value["path"], written((*keys, "path")))
-    raise row.fault(field=written(keys), value=value, expected=_MEDIUM)
+        return safe_path(record, root, value["path"], key_path((*keys, "path")))
+    raise record.error(field=key_path(keys), value=value, expected=_MEDIUM)
 
 
-def _member(row: Row, name: object, field: str) -> MediaRef:
+def _member(record: Record, name: object, field: str) -> MediaRef:
     if not isinstance(name, str):
-        raise row.fault(field=field, value=name, expected="the name of a member of the shard")
-    if name.lower() in row.members:
-        return row.members[name.lower()]
-    for stored in row.members.values():
+        raise record.error(field=field, value=name, expected="the name of a member of the shard")
+    if name.lower() in record.members:
+        return record.members[name.lower()]
+    for stored in record.members.values():
         # A member is also known by its whole name: "shard.tar folder/KEY.0.jpg".
         whole = stored.name.removeprefix(f"{stored.path} ")
         if name in (whole, whole.rpartition("/")[2]):
             return stored
-    raise missing_member(row, name, field)
+    raise missing_member(record, name, field)
 
 
-def image_of(row: Row, keys: Keys, root: Path, *, base64: bool = False) -> Image:
-    """Return the image at `keys` of a record, unopened. See `source_of`."""
-    return Image(source_of(row, keys, root, base64=base64))
+def image_at(record: Record, keys: Keys, root: Path, *, base64: bool = False) -> Image:
+    """Return the image at `keys` of a record, unopened. See `media_source`."""
+    return Image(media_source(record, keys, root, base64=base64))
 
 
-def media_keys(row: Row, key: str) -> list[Keys]:
+def media_keys(record: Record, key: str) -> list[Keys]:
     """Return the keys of the media of a field that holds none (absent, null, empty), one, or a list."""
-    value = row.value.get(key)
+    value = record.value.get(key)
     if value is None or value == "":
         return []
     return [(key, number) for number in range(len(value))] if isinstance(value, list) else [(key,)]
 
 
-def images_at(row: Row, key: str, root: Path, *, base64: bool = False) -> tuple[Image, ...]:
+def images_at(record: Record, key: str, root: Path, *, base64: bool = False) -> tuple[Image, ...]:
     """Return the images of a field that holds none (absent, null, empty), one, or a list. Raises DataError."""
-    return tuple(image_of(row, keys, root, base64=base64) for keys in media_keys(row, key))
+    return tuple(image_at(record, keys, root, base64=base64) for keys in media_keys(record, key))
 
 
-def only_key(row: Row, names: Sequence[str]) -> str:
+def only_key(record: Record, names: Sequence[str]) -> str:
     """Return which of several names of one field the record uses, the first of all if none.
 
     Raises DataError if it uses more than one and their values differ.
     """
-    given = [name for name in names if media_keys(row, name)]
-    if any(row.value[name] != row.value[given[0]] for name in given[1:]):
-        raise row.fault(f"the record has {' and '.join(map(repr, given))}", field=given[1], hint="keep one of them")
+    given = [name for name in names if media_keys(record, name)]
+    if any(record.value[name] != record.value[given[0]] for name in given[1:]):
+        raise record.error(f"the record has {' and '.join(map(repr, given))}", field=given[1], hint="keep one of them")
     return given[0] if given else names[0]
 
 
-def member_image(row: Row) -> Image | None:
+def member_image(record: Record) -> Image | None:
     """Return the only image among the members of a tar sample, None without one. Raises DataError for several."""
-    found = members_with(row, IMAGE_EXTENSIONS)
+    found = members_with(record, IMAGE_EXTENSIONS)
     if len(found) > 1:
-        raise row.fault(f"{len(found)} images ({', '.join(found)}) and no JSON that says which one is meant")
-    return Image(row.members[found[0]]) if found else None
+        raise record.error(f"{len(found)} images ({', '.join(found)}) and no JSON that says which one is meant")
+    return Image(record.members[found[0]]) if found else None
 
 
-def member_video(row: Row, num_frames: int | None = None) -> Video | None:
+def member_video(record: Record, num_frames: int | None = None) -> Video | None:
     """Return the only video among the members of a tar sample, None without one. Raises DataError for several."""
-    found = members_with(row, VIDEO_EXTENSIONS)
+    found = members_with(record, VIDEO_EXTENSIONS)
     if len(found) > 1:
-        raise row.fault(f"{len(found)} videos ({', '.join(found)})", expected="one")
-    return Video(row.members[found[0]], num_frames) if found else None
+        raise record.error(f"{len(found)} videos ({', '.join(found)})", expected="one")
+    return Video(record.members[found[0]], num_frames) if found else None
 
 
-def members_with(row: Row, extensions: tuple[str, ...]) -> list[str]:
+def members_with(record: Record, extensions: tuple[str, ...]) -> list[str]:
     """Return the names of the members of a tar sample with one of the extensions, sorted."""
-    return sorted(name for name in row.members if name.rpartition(".")[2] in extensions)
+    return sorted(name for name in record.members if name.rpartition(".")[2] in extensions)
 
 
 def _names_a_file(text: str) -> bool:
@@ -328,36 +329,36 @@ _SHORTEST_BASE64 = 64
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}")
 
 
-def unread_media(row: Row, sample: Sample, reads: Collection[str]) -> list[str]:
+def unread_media(record: Record, sample: Sample, reads: Collection[str]) -> list[str]:
     """Return the names of the keys, columns and members of a record that hold media which its sample does not.
 
     reads: keys of the record that the format reads media from.
     Raises DataError with the first of them if the sample is text alone, and no key in `reads` holds anything either.
     """
-    is_text = not sample.media and not any(_holds(row.value.get(key), strict=False) for key in reads)
+    is_text = not sample.media and not any(_holds(record.value.get(key), strict=False) for key in reads)
     # The columns that were not loaded cost a column of a row group to look into, so only the first record does for all.
-    found = [name for name, _ in _top_level(row, reads, peek=is_text or row.record == 0)]
-    found += [f"member {name}" for name in _members(row, sample, reads)]
+    found = [name for name, _ in _top_level(record, reads, peek=is_text or record.number == 0)]
+    found += [f"member {name}" for name in _members(record, sample, reads)]
     if is_text:
-        found += [name for name, _ in _in_turns(row.value, reads)]
+        found += [name for name, _ in _in_turns(record.value, reads)]
     if is_text and found:
         read = ", ".join(map(repr, reads)) or "no media"
-        raise row.fault(
+        raise record.error(
             "media under a key that the format does not read, and none under those that it reads",
             field=found[0],
-            value=row.value.get(found[0]),
+            value=record.value.get(found[0]),
             hint=f"the format reads {read}; rename the key, or remove it if the record is text alone",
         )
     return found
 
 
-def _top_level(row: Row, reads: Collection[str], peek: bool) -> Iterator[tuple[str, Any]]:
+def _top_level(record: Record, reads: Collection[str], peek: bool) -> Iterator[tuple[str, Any]]:
     """Yield keys that hold media and are not in `reads`; peek: look into columns that were not loaded, too."""
-    for key, value in row.value.items():
+    for key, value in record.value.items():
         if key not in reads and _is_media(key, value):
             yield key, value
-    for key in row.unloaded if peek else ():
-        if key not in reads and _kind_of(key) and _is_media(key, value := row.peek(key)):
+    for key in record.unloaded if peek else ():
+        if key not in reads and _kind_of(key) and _is_media(key, value := record.peek(key)):
             yield key, value
 
 
@@ -374,15 +375,15 @@ def _in_turns(record: Mapping[str, Any], reads: Collection[str]) -> Iterator[tup
                     yield (f"{key}[{number}].{name}" if isinstance(value, list) else f"{key}.{name}"), inner
 
 
-def _members(row: Row, sample: Sample, reads: Collection[str]) -> Iterator[str]:
+def _members(record: Record, sample: Sample, reads: Collection[str]) -> Iterator[str]:
     """Yield the media members of a tar sample that neither its sample nor a key in `reads` names."""
-    names = members_with(row, (*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS))
+    names = members_with(record, (*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS))
     if not names:
         return
     used = {item.source for item in sample.media}
-    named = {text.lower().rpartition("/")[2] for key in reads for text in _texts(row.value.get(key))}
+    named = {text.lower().rpartition("/")[2] for key in reads for text in _texts(record.value.get(key))}
     for name in names:
-        member = row.members[name]
+        member = record.members[name]
         if member not in used and name not in named and member.name.lower().rpartition("/")[2] not in named:
             yield name
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from vila.core.errors import DataError
 from vila.core.reading import MAX_RECORD_BYTES, file_errors, foreign_content
-from vila.data.readers.index import Stamp, read_span
+from vila.data.readers.index import FileVersion, read_span
 
 _FLUSH = 4096
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
@@ -328,7 +328,7 @@ def split_name(name: str) -> tuple[str, str] | None:
     return (f"{folder}/{stem}" if folder else stem), extension.lower()
 
 
-def read_members(path: Path, offset: int, size: int, stamp: Stamp) -> tuple[str, list[Member]]:
+def read_members(path: Path, offset: int, size: int, stamp: FileVersion) -> tuple[str, list[Member]]:
     """Return key and members of the sample in a span that `scan_tar` gave; reads headers only. Raises DataError."""
     key, members = "", []
     read = partial(_read_stamped, path, stamp, offset + size)
@@ -342,5 +342,5 @@ def read_members(path: Path, offset: int, size: int, stamp: Stamp) -> tuple[str,
     return key, members
 
 
-def _read_stamped(path: Path, stamp: Stamp, end: int, offset: int, size: int) -> bytes:
+def _read_stamped(path: Path, stamp: FileVersion, end: int, offset: int, size: int) -> bytes:
     return read_span(path, offset, max(0, min(size, end - offset)), stamp)
