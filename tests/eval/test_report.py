@@ -22,7 +22,7 @@ from vila.eval.report import compare_runs, write_report
 from vila.eval.report_data import shorten, show, spread
 from vila.eval.runner import run
 from vila.report.html import embed
-from vila.report.scale import MISSING
+from vila.report.numbers import MISSING
 
 FAILS = ("0000000000000001/what color is it?", "0000000000000002/what color is it?")
 

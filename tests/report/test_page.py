@@ -10,9 +10,8 @@ from markupsafe import Markup
 from PIL import Image
 
 from vila.core.errors import MediaError
-from vila.report.bars import Group, bar_plot
 from vila.report.html import MAX_SIDE, Card, Figure, Page, embed
-from vila.report.lines import Series, line_plot
+from vila.report.plots import Group, Series, bar_plot, line_plot
 
 EVIL = "<script>alert(1)</script><img src=https://example.com/x onerror=y>"
 VOID = {"meta", "link", "img", "br", "hr"}

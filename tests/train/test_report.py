@@ -12,9 +12,9 @@ from tests import tiny
 from tests.train.stand import stand_recipe, write_stand
 from vila.config.load import load_recipe, save_recipe
 from vila.core.errors import DataError
-from vila.report.curve import Curve
 from vila.train import report
 from vila.train.build import build
+from vila.train.downsample import Curve
 from vila.train.report import RunReport, write_report
 from vila.train.report_data import Sampled, Steps
 

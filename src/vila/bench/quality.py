@@ -30,8 +30,8 @@ from vila.model.int4_weights import drop_int4, use_int4
 from vila.quant.awq_cache import Search, load_search, save_search
 from vila.quant.calibration import BLOCK, Calibration
 from vila.quant.quantize import Request, check_request, make_search, round_model
-from vila.report.bars import Group, bar_plot
 from vila.report.html import Figure, Page
+from vila.report.plots import Group, bar_plot
 
 _MEASURED = frozenset({"seconds", "bytes", "losses", "divergences"})
 TEXT = "starter/text/english_eval.txt"

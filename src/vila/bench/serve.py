@@ -24,7 +24,7 @@ from vila.core.reading import parse_json
 from vila.core.system import system_info
 from vila.quant.calibration import packaged_documents
 from vila.report.html import Cell, Page
-from vila.report.lines import Series, line_plot
+from vila.report.plots import Series, line_plot
 
 # --- load
 # Load on a server of the chat protocol: clients that wait for their answers, or arrivals that wait for nobody.

@@ -21,7 +21,7 @@ from rich.table import Column
 from rich.text import Text
 
 from vila.core.progress import Outcome
-from vila.report.scale import write_seconds
+from vila.report.numbers import write_seconds
 
 # --- pace
 # How fast a task goes and how long it will still take, from a rate that forgets slowly.

@@ -25,8 +25,8 @@ from vila.eval.report_data import (
 )
 from vila.eval.report_tables import Table, bullets, cell, markdown_table, plain, write_chance, write_signed
 from vila.eval.stats import Comparison, compare
-from vila.report.bars import Group, bar_plot
 from vila.report.html import Card, Cell, Figure, Page
+from vila.report.plots import Group, bar_plot
 
 _CHANGES_SHOWN = 6
 """Of each kind: answers that became better, and answers that became worse."""

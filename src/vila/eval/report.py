@@ -29,9 +29,9 @@ from vila.eval.report_tables import (
     write_interval,
     write_score,
 )
-from vila.report.bars import Group, bar_plot
 from vila.report.html import Card, Figure, Page
-from vila.report.scale import write_seconds
+from vila.report.numbers import write_seconds
+from vila.report.plots import Group, bar_plot
 
 __all__ = ["compare_runs", "write_report"]
 

@@ -12,9 +12,9 @@ from vila.core.errors import DataError
 from vila.eval.published import PublishedBenchmark, published_table, title_of
 from vila.eval.report_data import Digest, RunFolder, Shown, Speed, read_marks
 from vila.eval.stats import Comparison, compare
-from vila.report.dots import Dots, dot_plot
 from vila.report.html import Cell, Page, write_cell
-from vila.report.scale import write_number
+from vila.report.numbers import write_number
+from vila.report.plots import Dots, dot_plot
 
 NOT_RUN = "not run"
 

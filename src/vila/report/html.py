@@ -1,4 +1,4 @@
-"""A page: blocks in reading order under headings, rendered to one HTML file that loads nothing from anywhere."""
+"""HTML report pages: blocks in reading order under headings, rendered to one file that makes no network request."""
 
 from __future__ import annotations
 
@@ -17,21 +17,18 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from vila.core.errors import MediaError
 from vila.core.files import write_text
-from vila.report.scale import MISSING, write_number
-from vila.report.svg import printable
+from vila.report.numbers import MISSING, write_number
 
-# --- picture
-# Pictures inside a page: thumbnails as data URIs.
-
-
-MAX_SIDE = 320  # pixels; twice the width of a card, for screens of double density
+# XML has no other control characters, and a lone surrogate has no encoding.
+_UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
+MAX_SIDE = 320  # pixels; twice the width of a card, for high-density screens
 _QUALITY = 80
-TINY_SIDE = 128  # pixels; pictures up to here are enlarged in whole squares rather than blurred
+TINY_SIDE = 128  # pixels; images up to this size are enlarged without interpolation
 
 
 @dataclass(frozen=True, slots=True)
 class Thumbnail:
-    """A picture as a data URI; `tiny` ones are shown enlarged, pixel by pixel."""
+    """Image as a data URI. `tiny` images are enlarged without interpolation."""
 
     uri: str
     width: int
@@ -40,43 +37,43 @@ class Thumbnail:
 
 
 def embed(source: Image.Image | Path | str | bytes, photo: bool = False) -> Thumbnail:
-    """A thumbnail of a PIL image, a file or encoded bytes, turned as its EXIF says, at most MAX_SIDE on a side.
+    """Return a thumbnail of at most MAX_SIDE pixels per side, with the EXIF orientation applied.
 
-    photo: JPEG, a fifth of the size, for all but tiny and transparent pictures; otherwise PNG.
-    Raises MediaError naming the file when it cannot be read.
+    photo: encode as JPEG, a fifth of the size, unless the image is tiny or transparent; otherwise PNG.
+    Raises MediaError with the file if it cannot be read.
     """
     if isinstance(source, Image.Image):
-        picture = source
+        image = source
     else:
         name = f"<{len(source)} bytes>" if isinstance(source, bytes) else str(source)
         try:
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as opened:
                 opened.load()
-                picture = opened
+                image = opened
         except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
             raise MediaError(f"{name}: cannot be shown in the report ({error})") from error
-    picture = ImageOps.exif_transpose(picture)
-    has_alpha = "A" in picture.getbands() or "transparency" in picture.info
-    picture = picture.convert("RGBA" if has_alpha else "RGB")
-    tiny = max(picture.size) <= TINY_SIDE
-    picture.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
+    image = ImageOps.exif_transpose(image)
+    has_alpha = "A" in image.getbands() or "transparency" in image.info
+    image = image.convert("RGBA" if has_alpha else "RGB")
+    tiny = max(image.size) <= TINY_SIDE
+    image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
     stream = io.BytesIO()
     # A new image leaves EXIF and other metadata of the original behind.
-    clean = Image.new(picture.mode, picture.size)
-    clean.paste(picture)
+    clean = Image.new(image.mode, image.size)
+    clean.paste(image)
     kind = "jpeg" if photo and not (tiny or has_alpha) else "png"
     clean.save(stream, format=kind, optimize=True, **({"quality": _QUALITY} if kind == "jpeg" else {}))
     uri = f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"
-    return Thumbnail(uri, picture.width, picture.height, tiny)
+    return Thumbnail(uri, image.width, image.height, tiny)
 
 
 Cell = str | int | float | None
-Picture = Image.Image | Path | str | bytes
+ImageSource = Image.Image | Path | str | bytes
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A big number and, in small print, what it is to be compared with."""
+    """Large number with a note in small print, such as the value to compare it with."""
 
     value: Cell
     note: str = ""
@@ -84,48 +81,49 @@ class Figure:
 
 @dataclass(frozen=True, slots=True)
 class Card:
-    """A picture of a gallery and lines of (label, text) below it; a line without a label stands out as the card's own.
+    """Gallery card: an image and lines of (label, text) below it. A line without a label is emphasised.
 
-    `good` marks the card as right or wrong, None leaves it unmarked. `more`: further pictures, below the first.
-    `verdict`: a word in place of "right" or "wrong".
+    good:    mark the card as right (True) or wrong (False); None for no mark.
+    more:    further images, below the first.
+    verdict: text of the mark in place of "right" or "wrong".
     """
 
-    image: Picture | None
+    image: ImageSource | None
     lines: Sequence[tuple[str, str]]
     good: bool | None = None
-    more: Sequence[Picture] = ()
+    more: Sequence[ImageSource] = ()
     verdict: str = ""
 
     @property
-    def pictures(self) -> list[Picture]:
-        """All pictures, the first one first."""
+    def images(self) -> list[ImageSource]:
+        """All images in order."""
         return [*(() if self.image is None else (self.image,)), *self.more]
 
 
 class Flow:
-    """Blocks in reading order. Every text is escaped; only plots, which are Markup, are taken as they are."""
+    """Blocks in reading order. All text is escaped; only plots, which are Markup, are inserted unchanged."""
 
     def __init__(self) -> None:
         self.blocks: list[dict[str, Any]] = []
 
     def text(self, paragraph: str) -> Self:
-        """A paragraph."""
+        """Add a paragraph."""
         return self._add("text", paragraph=paragraph)
 
     def figures(self, values: Mapping[str, Cell | Figure]) -> Self:
-        """Big numbers by label; the first one is the headline."""
+        """Add large numbers by label; the first one is emphasised."""
         tiles = {label: value if isinstance(value, Figure) else Figure(value) for label, value in values.items()}
         return self._add("figures", tiles=[(label, write_cell(t.value), t.note) for label, t in tiles.items()])
 
     def plot(self, drawing: Markup, caption: str = "") -> Self:
-        """A plot from `lines` or `bars`. A string that is not Markup is shown as text."""
+        """Add a plot of `vila.report.plots`. A string that is not Markup is shown as text."""
         return self._add("plot", drawing=drawing, caption=caption)
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[Cell]], caption: str = "") -> Self:
-        """A table; columns of numbers are set flush right, and on a phone long rows become lists.
+        """Add a table. Columns of numbers are right-aligned; on narrow screens, long rows become lists.
 
-        header: names of the columns; an empty one makes a plain list of names and values.
-        Raises ValueError when a row is not as long as the header, or as the first row where there is none.
+        header: column names; empty for a plain list of names and values.
+        Raises ValueError if a row is not as long as the header, or as the first row without a header.
         """
         width = len(header or (rows[0] if rows else ()))
         for number, row in enumerate(rows):
@@ -136,10 +134,10 @@ class Flow:
         return self._add("table", header=list(header), rows=written, numeric=numeric, caption=caption)
 
     def gallery(self, cards: Sequence[Card], caption: str = "", photos: bool = False) -> Self:
-        """Pictures with labelled lines; photos: as JPEG. Raises MediaError naming a picture that cannot be read."""
+        """Add images with labelled lines; photos: encode as JPEG. Raises MediaError for an unreadable image."""
         shown = [
             {
-                "images": [embed(each, photos) for each in c.pictures],
+                "images": [embed(each, photos) for each in c.images],
                 "lines": list(c.lines),
                 "good": c.good,
                 "verdict": c.verdict or ("right" if c.good else "wrong"),
@@ -149,11 +147,11 @@ class Flow:
         return self._add("gallery", cards=shown, caption=caption)
 
     def code(self, text: str, caption: str = "") -> Self:
-        """Text set as code; long lines wrap, and line breaks stay."""
+        """Add preformatted text; long lines wrap."""
         return self._add("code", text=text, caption=caption)
 
     def details(self, summary: str) -> Flow:
-        """A part that the reader unfolds; fill what is returned."""
+        """Add a collapsed part and return it, to be filled."""
         inner = Flow()
         self._add("details", summary=summary, blocks=inner.blocks)
         return inner
@@ -164,7 +162,7 @@ class Flow:
 
 
 class Page(Flow):
-    """A document: what is added before the first `section` stands under the title, the rest under its section."""
+    """HTML document. Blocks added before the first `section` appear under the title."""
 
     def __init__(self, title: str, subtitle: str = "", footer: str = "") -> None:
         super().__init__()
@@ -173,7 +171,7 @@ class Page(Flow):
         self._sections: list[dict[str, Any]] = []
 
     def section(self, title: str, intro: str = "") -> Self:
-        """Begin a section; what is added from now on belongs to it."""
+        """Start a section; blocks added afterwards belong to it."""
         self.blocks = []
         anchor = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") or "section"
         taken = sum(s["anchor"] == anchor or s["anchor"].startswith(f"{anchor}--") for s in self._sections)
@@ -182,10 +180,15 @@ class Page(Flow):
         return self
 
     def render(self) -> str:
-        """The whole file as text."""
-        html = _environment().get_template("page.html.j2").render(
-            title=self.title, subtitle=self.subtitle, footer=self.footer, lead=self._lead, sections=self._sections
-        )  # fmt: skip
+        """Return the HTML document."""
+        html = render_template(
+            "page.html.j2",
+            title=self.title,
+            subtitle=self.subtitle,
+            footer=self.footer,
+            lead=self._lead,
+            sections=self._sections,
+        )
         return printable(html)
 
     def save(self, path: Path) -> None:
@@ -194,7 +197,7 @@ class Page(Flow):
 
 
 def write_cell(value: Cell) -> str:
-    """A value as a reader sees it: text as it is, numbers grouped and rounded, a dash for nothing."""
+    """Return a cell as text: numbers are grouped and rounded, None is a dash."""
     if value is None:
         return MISSING
     return value if isinstance(value, str) else write_number(value)
@@ -206,11 +209,21 @@ _NUMBER = re.compile(rf"{MISSING}|[-+\u2212]?{_AMOUNT}(\s{_AMOUNT})*")
 
 
 def _is_numeric(column: Sequence[Cell], is_first: bool) -> bool:
-    """Whether a column holds numbers; names in the first one may begin with a digit ("1 Align")."""
+    """Return whether a column holds numbers; names in the first column may start with a digit ("1 Align")."""
     texts = [cell for cell in column if isinstance(cell, str)]
     if is_first and texts:
         return False
     return any(cell is not None for cell in column) and all(_NUMBER.fullmatch(text) for text in texts)
+
+
+def printable(text: str) -> str:
+    """Return `text` with characters that XML or UTF-8 cannot hold replaced by U+FFFD."""
+    return _UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def render_template(name: str, **values: Any) -> Markup:
+    """Return a template of this package filled with `values`, which are escaped unless they are Markup."""
+    return Markup(_environment().get_template(name).render(**values))
 
 
 @cache

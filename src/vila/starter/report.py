@@ -9,10 +9,9 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from vila.core.files import resolve_path, write_json
-from vila.report.bars import Group, bar_plot
 from vila.report.html import Card, Figure, Page
-from vila.report.lines import Series, line_plot
-from vila.report.scale import write_number, write_percent, write_seconds
+from vila.report.numbers import write_number, write_percent, write_seconds
+from vila.report.plots import Group, Series, bar_plot, line_plot
 
 Result = Mapping[str, Any]
 

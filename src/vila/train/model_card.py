@@ -17,7 +17,7 @@ from vila.config.load import recipe_to_yaml
 from vila.config.schema import Recipe
 from vila.core.files import portable_path, write_text
 from vila.core.reading import file_errors
-from vila.report.scale import write_number, write_percent, write_seconds
+from vila.report.numbers import write_number, write_percent, write_seconds
 
 # --- licences
 # Base models of a recipe and their licences: from the table of known models, or from files beside the weights.

@@ -13,12 +13,11 @@ from vila.config.load import tree_to_yaml
 from vila.core.errors import DataError, MediaError
 from vila.core.files import resolve_path, without_home
 from vila.core.reading import Fields, file_errors
-from vila.report.bars import Group, bar_plot
-from vila.report.curve import Curve
 from vila.report.html import Card, Cell, Figure, Page, embed
-from vila.report.lines import Series, line_plot
-from vila.report.scale import write_number, write_percent, write_seconds
+from vila.report.numbers import write_number, write_percent, write_seconds
+from vila.report.plots import Group, Series, bar_plot, line_plot
 from vila.train.checkpoint import checkpoint_folders
+from vila.train.downsample import Curve
 from vila.train.report_data import Row, Sampled, Steps, read_answers, read_evaluations, read_first
 
 # --- report_samples

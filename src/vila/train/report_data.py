@@ -9,7 +9,7 @@ from typing import Any
 
 from vila.core.errors import DataError
 from vila.core.reading import file_errors, parse_json
-from vila.report.curve import Curve
+from vila.train.downsample import Curve
 from vila.train.metrics import check_row
 
 _ROWS_KEPT = 40
