@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.quant.models import loud, random_rows
-from tests.starter.stand import write_easy_vqa
+from tests.starter.tiny_run import write_easy_vqa
 from vila.bench.quality import (
     TEXT,
     Task,

@@ -12,11 +12,11 @@ from PIL import Image
 from tests.prepare.image_server import jpeg, serving
 from tests.prepare.test_coyo import write_table
 from tests.prepare.test_download import document, write_shard
-from tests.prepare.test_json_list import record
+from tests.prepare.test_records_json import record
 from tests.prepare.test_m3it_flan import row, write_lines, write_tables
 from tests.prepare.test_pkl import write as write_pickle
 from vila.cli.data_prepare import FLAGS
-from vila.media.bulk_download import FetchRules
+from vila.media.bulk_download import DownloadOptions
 from vila.prepare import coyo, flan, llava_align, m3it, mmc4, pkl, sharegpt4v
 from vila.prepare.download import ResizeRule
 from vila.prepare.shards import read_tar
@@ -180,7 +180,7 @@ def test_ctrl_c_says_that_it_goes_on_and_the_same_command_does(prepare, tmp_path
 
 
 def test_flags_of_fetching_are_the_rules_with_their_defaults():
-    assert {one.name: one.default for one in fields(FetchRules)} == {
+    assert {one.name: one.default for one in fields(DownloadOptions)} == {
         name: value for name, (_, value, _) in FLAGS.items()
     }
 

@@ -10,12 +10,12 @@ import pytest
 
 from tests.prepare.image_server import jpeg, serving
 from vila.core.errors import ConfigError, DataError
-from vila.media.bulk_download import FetchRules
+from vila.media.bulk_download import DownloadOptions
 from vila.prepare.coyo import best_rows, prepare_coyo, select_coyo
-from vila.prepare.download import KEEP
+from vila.prepare.download import KEEP_ORIGINAL
 from vila.prepare.shards import read_tar
 
-RULES = FetchRules(allow_private=True, host_delay_s=0.0, backoff_s=0.01, per_host=32)
+RULES = DownloadOptions(allow_private=True, host_delay_s=0.0, backoff_s=0.01, per_host=32)
 
 
 def write_table(path: Path, home: str, scores: list[float | None], **columns: list) -> Path:
@@ -72,7 +72,7 @@ def test_pairs_are_downloaded_and_failures_are_dropped_by_reason(tmp_path):
         columns = {"url": [server.home + path for path in ("/good/4", "/missing", "/good/6", "/html")]}
         path = write_table(tmp_path / "p.parquet", server.home, [0.9, 0.8, 0.7, 0.65], **columns)
         chosen = select_coyo([path], tmp_path / "lists", share=None)
-        index = prepare_coyo(chosen, tmp_path / "out", rules=RULES, resize=KEEP)
+        index = prepare_coyo(chosen, tmp_path / "out", rules=RULES, resize=KEEP_ORIGINAL)
     got = {one.key: dict(one.members) for one in read_tar(tmp_path / "out" / "coyo-000000.tar")}
     assert list(got) == ["p-0000-000001", "p-0000-000003"]
     assert got["p-0000-000003"]["jpg"] == jpeg(6) and got["p-0000-000003"]["txt"] == b"caption 2"

@@ -10,14 +10,14 @@ import pytest
 from tests.prepare.image_server import jpeg, serving
 from vila.core.errors import ConfigError, DataError
 from vila.core.files import sha256_file
-from vila.media.bulk_download import FetchRules
-from vila.prepare.download import KEEP, Picture, ResizeRule, Spool
+from vila.media.bulk_download import DownloadOptions
+from vila.prepare.download import KEEP_ORIGINAL, DownloadedImage, ResizeRule, DownloadJournal
 from vila.prepare.mmc4 import prepare_mmc4
 from vila.prepare.shards import read_tar
 
-RULES = FetchRules(
+RULES = DownloadOptions(
     allow_private=True, host_delay_s=0.0, backoff_s=0.01, per_host=32, max_bytes=100_000, read_timeout_s=5.0,
-    total_timeout_s=5.0, attempts=2, in_flight=32,
+    total_timeout_s=5.0, attempts=2, concurrency=32,
 )  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def failures(out: Path) -> list[dict]:
 def test_a_document_loses_its_bad_images_and_their_rows_and_keeps_the_rest(server, tmp_path):
     paths = ["/missing", "/good/1", "/html", "/good/2", "/bomb", "/half", "/empty", "/slow/2", "/loop/0"]
     shard = write_shard(tmp_path / "a.jsonl", [document(server.home, *paths)])
-    index = prepare_mmc4([shard], tmp_path / "out", rules=replace(RULES, read_timeout_s=0.5), resize=KEEP)
+    index = prepare_mmc4([shard], tmp_path / "out", rules=replace(RULES, read_timeout_s=0.5), resize=KEEP_ORIGINAL)
 
     ((key, members),) = samples(tmp_path / "out").items()
     kept = json.loads(members["json"])
@@ -109,7 +109,7 @@ def test_uneven_inputs_become_even_shards_and_nothing_is_lost(server, tmp_path):
         write_shard(tmp_path / f"s{n}.jsonl", [document(server.home, f"/good/{next(numbers)}") for _ in range(size)])
         for n, size in enumerate((7, 1, 3))
     ]
-    index = prepare_mmc4(shards, tmp_path / "out", rules=RULES, resize=KEEP, per_shard=4)
+    index = prepare_mmc4(shards, tmp_path / "out", rules=RULES, resize=KEEP_ORIGINAL, per_shard=4)
     assert [one["samples"] for one in index["shards"]] == [3, 4, 4]
     assert [one["file"] for one in index["shards"]] == [f"mmc4-00000{n}.tar" for n in range(3)]
     for one in index["shards"]:
@@ -166,13 +166,13 @@ def test_large_pictures_are_shrunk_on_the_way(server, tmp_path):
 
 
 def test_a_spool_that_was_cut_anywhere_keeps_what_came_before(tmp_path):
-    results = [(f"u{n}", Picture(bytes([n]) * (50 + n), "jpg")) for n in range(4)]
-    with Spool(tmp_path / "whole") as spool:
+    results = [(f"u{n}", DownloadedImage(bytes([n]) * (50 + n), "jpg")) for n in range(4)]
+    with DownloadJournal(tmp_path / "whole") as spool:
         spool.append(results)
     whole = (tmp_path / "whole").read_bytes()
     for cut in range(0, len(whole), 29):
         (tmp_path / "cut").write_bytes(whole[:cut])
-        with Spool(tmp_path / "cut") as spool:
+        with DownloadJournal(tmp_path / "cut") as spool:
             known = [url for url, _ in results if url in spool]
             assert known == [url for url, _ in results][: len(known)]
             spool.append([one for one in results if one[0] not in known])
@@ -180,15 +180,15 @@ def test_a_spool_that_was_cut_anywhere_keeps_what_came_before(tmp_path):
 
 
 def test_two_processes_on_one_unit_are_refused(tmp_path):
-    with Spool(tmp_path / "s"), pytest.raises(DataError, match="another process works on this unit"):
-        Spool(tmp_path / "s").__enter__()
+    with DownloadJournal(tmp_path / "s"), pytest.raises(DataError, match="another process works on this unit"):
+        DownloadJournal(tmp_path / "s").__enter__()
 
 
 def test_what_was_appended_is_on_the_disk_before_its_slot_is_free(tmp_path, monkeypatch):
     synced = []
     monkeypatch.setattr("vila.prepare.download.os.fsync", lambda file: synced.append(os.fstat(file).st_size))
-    with Spool(tmp_path / "s") as spool:
-        spool.append([(f"u{n}", Picture(b"x" * 99, "jpg")) for n in range(3)])
+    with DownloadJournal(tmp_path / "s") as spool:
+        spool.append([(f"u{n}", DownloadedImage(b"x" * 99, "jpg")) for n in range(3)])
         assert synced == [(tmp_path / "s").stat().st_size]
 
 
@@ -197,5 +197,5 @@ def test_more_units_than_slots_do_not_wait_for_each_other(server, tmp_path):
         write_shard(tmp_path / f"s{n}.jsonl", [document(server.home, *(f"/good/{n * 5 + k}" for k in range(5)))])
         for n in range(12)
     ]
-    index = prepare_mmc4(shards, tmp_path / "out", rules=replace(RULES, in_flight=3))
+    index = prepare_mmc4(shards, tmp_path / "out", rules=replace(RULES, concurrency=3))
     assert index["counts"]["out"] == 12 and "documents without some image" not in index["counts"]["noted"]

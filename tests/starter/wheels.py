@@ -6,12 +6,12 @@ import zipfile
 from pathlib import Path
 
 from vila.core.files import sha256_file
-from vila.starter.parts import WheelPart
+from vila.starter.components import Wheel
 
 
 def make_wheel(
     folder: Path, members: dict[str, str | bytes], name: str = "tiny-part", version: str = "1.0"
-) -> WheelPart:
+) -> Wheel:
     """A wheel in `folder` that pip accepts, with a licence and `members` (path to content), and its pin."""
     stem = f"{name.replace('-', '_')}-{version}"
     filename = f"{stem}-py3-none-any.whl"
@@ -26,7 +26,7 @@ def make_wheel(
     with zipfile.ZipFile(folder / filename, "w") as archive:
         for path, content in {**members, **papers}.items():
             archive.writestr(path, content)
-    return WheelPart(name, version, filename, sha256_file(folder / filename), "none")
+    return Wheel(name, version, filename, sha256_file(folder / filename), "none")
 
 
 class Listener:

@@ -8,7 +8,7 @@ import pytest
 
 import vila.train.build
 from tests import tiny
-from tests.starter.stand import write_llm, write_vision
+from tests.starter.tiny_run import write_llm, write_vision
 from tests.train.finish import stop_after
 from tests.train.ranks import run_ranks
 from tests.train.stand import stand_recipe, write_stand

@@ -100,12 +100,12 @@ def print_table(title: str, counts: dict[str, Any]) -> None:
 
 
 # --- data_fetch_flags
-# The rules of fetching as flags: one for each field of `FetchRules`, told here because help loads no network code.
+# The rules of fetching as flags: one for each field of `DownloadOptions`, told here because help loads no network code.
 
 
 _PANEL = "Downloading"
 FLAGS: dict[str, tuple[str, int | float | bool | str, str]] = {
-    "in_flight": ("max_connections", 256, "Requests at once, over all hosts."),
+    "concurrency": ("max_connections", 256, "Requests at once, over all hosts."),
     "per_host": ("max_connections_per_host", 4, "Requests at once to one host; 1 where many workers share a release."),
     "host_delay_s": ("host_delay_s", 0.05, "Seconds from one request to a host to the next, at least."),
     "connect_timeout_s": ("connect_timeout_s", 5.0, "Seconds for the name and the connection, and once more for TLS."),
@@ -113,7 +113,7 @@ FLAGS: dict[str, tuple[str, int | float | bool | str, str]] = {
     "total_timeout_s": ("total_timeout_s", 30.0, "Seconds for one attempt, redirects included."),
     "attempts": ("max_attempts", 3, "Tries in all for timeouts, broken connections and busy servers."),
     "backoff_s": ("initial_backoff_s", 1.0, "Seconds before the second try; they double each time."),
-    "longest_wait_s": (
+    "max_wait_s": (
         "max_retry_after_s",
         60.0,
         "Seconds that a server may ask us to wait; beyond that it has failed.",
@@ -121,14 +121,14 @@ FLAGS: dict[str, tuple[str, int | float | bool | str, str]] = {
     "max_bytes": ("max_image_bytes", 20 * 2**20, "Bytes of the largest picture."),
     "max_redirects": ("max_redirects", 5, "Redirects that one attempt follows."),
     "allow_private": ("allow_private_urls", False, "Also fetch from this machine and its network."),
-    "keep_out": ("respect_noai", True, "Leave pictures alone whose X-Robots-Tag says noai or noimageai."),
+    "respect_noai": ("respect_noai", True, "Leave pictures alone whose X-Robots-Tag says noai or noimageai."),
     "user_agent": ("user_agent", "vila", "Who we say we are; name a contact for large downloads."),
 }
 """Parameter name of the flag, default and help by field of `FetchRules`."""
 
 
 def with_fetch_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """`command` with the flags; it gets them in its last parameter `fetch`, a mapping of fields of `FetchRules`."""
+    """`command` with the flags; it gets them in its last parameter `fetch`, a mapping of fields of `DownloadOptions`."""
     own = inspect.signature(command, eval_str=True)
     flags = [
         inspect.Parameter(
@@ -177,10 +177,10 @@ def mmc4(
 ) -> None:
     """Download the pictures of MMC4's documents (.jsonl, .jsonl.gz or .jsonl.zip)."""
     from vila.cli.progress import Screen
-    from vila.media.bulk_download import FetchRules
+    from vila.media.bulk_download import DownloadOptions
     from vila.prepare.mmc4 import prepare_mmc4
 
-    own, resize, rules = parse_shard(shard), resize_rule(short_side, quality), FetchRules(**fetch)
+    own, resize, rules = parse_shard(shard), resize_rule(short_side, quality), DownloadOptions(**fetch)
     with Screen() as screen:
         index = prepare_mmc4(
             sources,
@@ -213,10 +213,10 @@ def coyo(
 ) -> None:
     """Choose the best pairs of COYO's parquet files (to OUT/lists), then download their pictures."""
     from vila.cli.progress import Screen
-    from vila.media.bulk_download import FetchRules
+    from vila.media.bulk_download import DownloadOptions
     from vila.prepare.coyo import prepare_coyo, select_coyo
 
-    own, resize, rules = parse_shard(shard), resize_rule(short_side, quality), FetchRules(**fetch)
+    own, resize, rules = parse_shard(shard), resize_rule(short_side, quality), DownloadOptions(**fetch)
     lists = out / "lists"
     with Screen() as screen:
         select_coyo(

@@ -387,12 +387,12 @@ def read_image(image: Image) -> tuple[Image, tuple[int, int]]:
     """The image with its encoded bytes in memory, and its (width, height). Raises MediaError if decoding fails."""
     from PIL import Image as PilImage
 
-    from vila.media.image import Loaded, open_image, open_source
+    from vila.media.image import LoadedMedia, open_image, open_source
 
     if not isinstance(image.source, PilImage.Image):
         stream, name = open_source(image.source, "an image")
         with stream:
-            image = Image(Loaded(name, stream.read()))
+            image = Image(LoadedMedia(name, stream.read()))
     return image, open_image(image).size
 
 

@@ -30,9 +30,9 @@ def quickstart(
     from rich.console import Console
 
     from vila.cli.progress import Screen
-    from vila.starter.quickstart import Options, Quickstart
+    from vila.starter.quickstart import QuickstartOptions, Quickstart
 
-    asked = Options(out=out, minutes=minutes, questions=eval_limit, seed=seed, **_parts(parts or []))
+    asked = QuickstartOptions(out=out, minutes=minutes, questions=eval_limit, seed=seed, **_parts(parts or []))
     with Screen() as screen:
         result = Quickstart(asked, screen).run()
     _show(Console(highlight=False), result, asked.out)

@@ -38,7 +38,7 @@ class _Host:
 
 
 @dataclass(slots=True)
-class HostGates:
+class RateLimiter:
     """One gate per host. `per_host` requests at once; `delay_s` seconds at least from one start to the next."""
 
     per_host: int
@@ -113,10 +113,10 @@ _REFUSED_TAGS = ("noai", "noimageai")
 
 
 @dataclass(frozen=True, slots=True)
-class FetchRules:
+class DownloadOptions:
     """How to ask, how long to wait, and what to refuse."""
 
-    in_flight: int = 256
+    concurrency: int = 256
     """Requests at once, over all hosts."""
     per_host: int = 4
     """Requests at once to one host."""
@@ -132,7 +132,7 @@ class FetchRules:
     """Tries in all for timeouts, broken connections and busy servers; other failures are final at once."""
     backoff_s: float = 1.0
     """Pause before the second try; it doubles each time, with up to a quarter of chance added."""
-    longest_wait_s: float = 60.0
+    max_wait_s: float = 60.0
     """A server that asks for more than this with Retry-After has failed."""
     max_bytes: int = 20 * 2**20
     """Largest body."""
@@ -140,17 +140,17 @@ class FetchRules:
     """Redirects per attempt."""
     allow_private: bool = False
     """Also fetch from this machine and its network."""
-    keep_out: bool = True
+    respect_noai: bool = True
     """Leave what an `X-Robots-Tag` header (noai, noimageai) keeps from training."""
     user_agent: str = "vila"
     """Who we say we are; name a contact here for large downloads."""
 
 
-DEFAULT_RULES = FetchRules()
+DEFAULT_OPTIONS = DownloadOptions()
 
 
 @dataclass(frozen=True, slots=True)
-class Fetched:
+class DownloadResult:
     """What came of one address. `content` is None exactly when it failed.
 
     kind:   a short word to count failures by (http_404, timeout, too_large, ...), empty on success.
@@ -170,24 +170,24 @@ class _Failure(Exception):
         self.kind, self.reason, self.again, self.wait_s = kind, reason, again, wait_s
 
 
-class Fetcher:
-    """Connections that are shared by many requests; use as `async with Fetcher(rules) as fetcher`."""
+class BulkDownloader:
+    """Connections that are shared by many requests; use as `async with BulkDownloader(rules) as fetcher`."""
 
-    def __init__(self, rules: FetchRules) -> None:
+    def __init__(self, rules: DownloadOptions) -> None:
         self._rules = rules
-        self._gates = HostGates(rules.per_host, rules.host_delay_s)
+        self._gates = RateLimiter(rules.per_host, rules.host_delay_s)
         self._network = CheckedNetwork(allow_private=rules.allow_private)
         self._pool = httpcore2.AsyncConnectionPool(
             ssl_context=ssl.create_default_context(),
-            max_connections=rules.in_flight,
-            max_keepalive_connections=rules.in_flight // 2,
+            max_connections=rules.concurrency,
+            max_keepalive_connections=rules.concurrency // 2,
             keepalive_expiry=5.0,
             http1=True,
             http2=False,
             network_backend=self._network,
         )
 
-    async def __aenter__(self) -> Fetcher:
+    async def __aenter__(self) -> BulkDownloader:
         return self
 
     async def __aexit__(
@@ -196,16 +196,16 @@ class Fetcher:
         await self._pool.aclose()
         self._network.close()
 
-    async def fetch(self, url: str) -> Fetched:
+    async def fetch(self, url: str) -> DownloadResult:
         """The body of `url`, or why there is none, after as many attempts as the rules allow."""
         for attempt in range(1, self._rules.attempts + 1):
             try:
-                return Fetched(url, await self._attempt(url), attempts=attempt)
+                return DownloadResult(url, await self._attempt(url), attempts=attempt)
             except _Failure as failure:
-                last = Fetched(url, None, failure.kind, failure.reason, attempt)
+                last = DownloadResult(url, None, failure.kind, failure.reason, attempt)
                 wait = self._rules.backoff_s * 2 ** (attempt - 1) * (1 + random.random() / 4)
                 wait = max(wait, failure.wait_s or 0)
-                if not failure.again or attempt == self._rules.attempts or wait > self._rules.longest_wait_s:
+                if not failure.again or attempt == self._rules.attempts or wait > self._rules.max_wait_s:
                     return last
                 await asyncio.sleep(wait)
         raise AssertionError("at least one attempt is made")
@@ -220,7 +220,7 @@ class Fetcher:
             except (MediaError, UnicodeError) as error:
                 raise _Failure("bad_url", str(error)) from error
             if previous is not None and previous.scheme == "https" and target.scheme == "http":
-                raise _Failure("redirect", f"redirects from https to http ({target.shown})")
+                raise _Failure("redirect", f"redirects from https to http ({target.display})")
             seen.add(address)
             async with self._gates.passing(target.host):
                 began = time.monotonic()
@@ -279,7 +279,7 @@ class Fetcher:
 
     def _raise_status(self, status: int, headers: dict[str, str], host: str) -> None:
         wait = retry_after_s(headers.get("retry-after"), time.time()) if status in (429, 503) else None
-        if wait is not None and wait <= self._rules.longest_wait_s:
+        if wait is not None and wait <= self._rules.max_wait_s:
             self._gates.pause(host, wait)
         raise _Failure(f"http_{status}", f"the server answered {status}", again=status in _BUSY, wait_s=wait)
 
@@ -290,7 +290,7 @@ class Fetcher:
         if (encoding := headers.get("content-encoding", "identity").lower()) != "identity":
             raise _Failure("encoding", f"sent in {encoding!r} encoding, which was not asked for")
         words = headers.get("x-robots-tag", "").lower().replace(":", ",").replace(" ", ",").split(",")
-        if self._rules.keep_out and any(tag in words for tag in _REFUSED_TAGS):
+        if self._rules.respect_noai and any(tag in words for tag in _REFUSED_TAGS):
             raise _Failure("kept_out", "its X-Robots-Tag header keeps it from training")
 
 

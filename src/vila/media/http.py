@@ -276,11 +276,11 @@ def fetch(
             raise target.error("redirects in a circle", "check the address")
         if len(visited) > max_redirects:
             problem, hint = f"more than {max_redirects} redirects", "give the address that they end at"
-            raise MediaError(problem, file=shown(url), hint=hint)
+            raise MediaError(problem, file=redact_url(url), hint=hint)
         visited.add(answer)
         following = parse_url(answer)
         if target.scheme == "https" and following.scheme == "http":
-            raise target.error(f"redirects from https to http ({following.shown})", "give an https address")
+            raise target.error(f"redirects from https to http ({following.display})", "give an https address")
         target = following
 
 
@@ -296,7 +296,7 @@ def data_url_bytes(url: str, *, max_bytes: int = DEFAULT_LIMITS.image_bytes) -> 
     """The content of a `data:` URL, base64 or percent-encoded. Raises MediaError when it is malformed or too large."""
     head, comma, payload = url.partition(",")
     if not comma or not head.lower().startswith("data:"):
-        raise MediaError("not a data URL", file=shown(url), expected="data:image/png;base64,...")
+        raise MediaError("not a data URL", file=redact_url(url), expected="data:image/png;base64,...")
     if not head.lower().endswith(";base64"):
         content = unquote_to_bytes(payload)
     else:
@@ -304,17 +304,17 @@ def data_url_bytes(url: str, *, max_bytes: int = DEFAULT_LIMITS.image_bytes) -> 
             packed = "".join(unquote_to_bytes(payload).decode("ascii").split()).rstrip("=")
             packed = packed.replace("-", "+").replace("_", "/")
             if len(packed) * 3 // 4 > max_bytes:
-                raise _too_large(shown(url), max_bytes)
+                raise _too_large(redact_url(url), max_bytes)
             content = base64.b64decode(packed + "=" * (-len(packed) % 4), validate=True)
         except (binascii.Error, UnicodeDecodeError) as error:
             problem = f"its base64 is damaged ({error})"
-            raise MediaError(problem, file=shown(url), hint="encode the file again") from error
+            raise MediaError(problem, file=redact_url(url), hint="encode the file again") from error
     if len(content) > max_bytes:
-        raise _too_large(shown(url), max_bytes)
+        raise _too_large(redact_url(url), max_bytes)
     return content
 
 
-def shown(url: str) -> str:
+def redact_url(url: str) -> str:
     """`url` as messages name it: without its query and credentials, which may be secret, and not endless."""
     if url[:5].lower() == "data:":
         return url if len(url) <= 60 else f"{url[:40]}... ({len(url)} characters)"
@@ -338,13 +338,13 @@ class Target:
     url: str
 
     @property
-    def shown(self) -> str:
+    def display(self) -> str:
         """The address as messages name it."""
-        return shown(self.url)
+        return redact_url(self.url)
 
     def error(self, problem: str, hint: str, field: str | None = None) -> MediaError:
         """An error that names this URL."""
-        return MediaError(problem, file=self.shown, field=field, hint=hint)
+        return MediaError(problem, file=self.display, field=field, hint=hint)
 
 
 def parse_url(url: str) -> Target:
@@ -354,14 +354,14 @@ def parse_url(url: str) -> Target:
         host = normal_host(parts.hostname or "")
         port = parts.port
     except ValueError as error:
-        raise MediaError(f"not a valid URL ({error})", file=shown(url), hint="check the address") from error
+        raise MediaError(f"not a valid URL ({error})", file=redact_url(url), hint="check the address") from error
     if parts.scheme not in ("http", "https"):
         expected = "an http or https address"
-        raise MediaError(file=shown(url), field="scheme", value=parts.scheme, expected=expected, hint=_BY_PATH)
+        raise MediaError(file=redact_url(url), field="scheme", value=parts.scheme, expected=expected, hint=_BY_PATH)
     if not _HOST.fullmatch(host):
-        raise MediaError("names no valid host", file=shown(url), expected="http(s)://host/path")
+        raise MediaError("names no valid host", file=redact_url(url), expected="http(s)://host/path")
     if parts.username is not None or parts.password is not None:
-        raise MediaError("holds a user name or password, which is not supported", file=shown(url), hint=_BY_PATH)
+        raise MediaError("holds a user name or password, which is not supported", file=redact_url(url), hint=_BY_PATH)
     path = quote((parts.path or "/") + (f"?{parts.query}" if parts.query else ""), safe=string.punctuation)
     return Target(parts.scheme, host, port or (443 if parts.scheme == "https" else 80), path, url)
 
@@ -387,13 +387,13 @@ def _ask(target: Target, until: float, max_bytes: int, allow_private: bool, canc
         body = bytearray()
         for piece in _pieces(response, max_bytes):
             if cancelled():
-                raise CancelledError("fetching was cancelled", file=target.shown)
+                raise CancelledError("fetching was cancelled", file=target.display)
             body += piece
             if len(body) > max_bytes:
-                raise _too_large(target.shown, max_bytes)
+                raise _too_large(target.display, max_bytes)
         return bytes(body)
     except _TooLarge:
-        raise _too_large(target.shown, max_bytes) from None
+        raise _too_large(target.display, max_bytes) from None
     finally:
         connection.close()
 

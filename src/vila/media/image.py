@@ -23,7 +23,7 @@ from vila.core.errors import MediaError, VilaError
 from vila.core.reading import foreign_content
 from vila.core.types import Image, MediaRef
 from vila.media.container import jpeg_scans
-from vila.media.http import data_url_bytes, fetch, shown
+from vila.media.http import data_url_bytes, fetch, redact_url
 from vila.media.limits import DEFAULT_LIMITS, IsCancelled, MediaLimits, Readable, never
 
 # --- source
@@ -57,7 +57,7 @@ def open_source(
     if isinstance(source, MediaRef):
         return io.BytesIO(source.read()), source.name
     if isinstance(source, str) and source[:5].lower() == "data:":
-        return io.BytesIO(data_url_bytes(source, max_bytes=max_bytes)), shown(source)
+        return io.BytesIO(data_url_bytes(source, max_bytes=max_bytes)), redact_url(source)
     if isinstance(source, str) and _URL.match(source):
         content = fetch(
             source,
@@ -67,13 +67,13 @@ def open_source(
             allowed_domains=allowed_domains,
             cancelled=cancelled,
         )
-        return io.BytesIO(content), shown(source)
+        return io.BytesIO(content), redact_url(source)
     path = Path(source) if base is None else base / source
     return _open_path(path, what), str(path)
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
+class LoadedMedia:
     """Encoded media that were read into memory; `name` is for messages."""
 
     name: str

@@ -14,12 +14,12 @@ from vila.core.errors import ConfigError, DataError
 from vila.core.files import write_json, write_jsonl
 from vila.core.progress import SILENT, Events, task
 from vila.core.reading import Fields
-from vila.media.bulk_download import DEFAULT_RULES, FetchRules
-from vila.prepare.download import SHORT_SIDE_336, Download, Failure, Page, ResizeRule, Results, download_units
-from vila.prepare.merge_shards import gather
-from vila.prepare.records import read_parquet, read_rows, text_fault
+from vila.media.bulk_download import DEFAULT_OPTIONS, DownloadOptions
+from vila.prepare.download import SHORT_SIDE_336, DownloadJob, Failure, PendingSample, ResizeRule, Results, download_units
+from vila.prepare.merge_shards import merge_shards
+from vila.prepare.records import read_parquet, read_rows, text_problem
 from vila.prepare.shards import TarSample, json_member, safe_key
-from vila.prepare.work_units import Counts, inputs_hash, locks_output, mine, same_settings, unit_names
+from vila.prepare.work_units import Counts, inputs_hash, locks_output, units_of_worker, check_settings, unit_names
 
 ROWS_PER_UNIT = 12_440
 """Rows of one list, and so of one work unit; the original's parts hold as many."""
@@ -51,9 +51,9 @@ def select_coyo(
         raise ConfigError(f"share: {share}; expected a number over 0, at most 1")
     units = unit_names(sources)
     rule = {"share": share, "threshold": threshold, "rows_per_unit": rows_per_unit}
-    same_settings(out, {"step": "coyo selection", **rule, "inputs": inputs_hash(units)})
+    check_settings(out, {"step": "coyo selection", **rule, "inputs": inputs_hash(units)})
     lists: list[Path] = []
-    own = mine(units, shard)
+    own = units_of_worker(units, shard)
     with task(events, "coyo: selection", len(own), "files"):
         for name in own:
             record = out / f"{name}.selected.json"
@@ -86,30 +86,30 @@ def prepare_coyo(
     lists: Sequence[Path],
     out: Path,
     *,
-    rules: FetchRules = DEFAULT_RULES,
+    rules: DownloadOptions = DEFAULT_OPTIONS,
     resize: ResizeRule = SHORT_SIDE_336,
     per_shard: int = 10_000,
     shard: tuple[int, int] = (0, 1),
     keep_parts: bool = True,
     events: Events = SILENT,
 ) -> dict[str, Any] | None:
-    """Download selected pairs to `OUT/coyo-000000.tar` and so on: `KEY.jpg`, `KEY.txt`, `KEY.json` (id, url, clip_sim).
+    """DownloadJob selected pairs to `OUT/coyo-000000.tar` and so on: `KEY.jpg`, `KEY.txt`, `KEY.json` (id, url, clip_sim).
 
     lists: those of all workers, the same on every worker; worker `shard` = (k, n) downloads every n-th.
     Returns the index, or None while other workers are not finished. Call again to go on after a kill.
     """
     units = unit_names(lists)
     settings = {"step": "coyo", "per_shard": per_shard, **resize.facts, "inputs": inputs_hash(units)}
-    same_settings(out, settings)
+    check_settings(out, settings)
     if not (out / "index.json").is_file():
-        job = Download(out, "pairs", coyo_pages, pair_sample, rules, resize)
-        download_units({name: units[name] for name in mine(units, shard)}, job, events)
-    return gather(
+        job = DownloadJob(out, "pairs", coyo_pending, pair_sample, rules, resize)
+        download_units({name: units[name] for name in units_of_worker(units, shard)}, job, events)
+    return merge_shards(
         out, "coyo", "pairs", list(units), per_shard=per_shard, shard=shard, keep_parts=keep_parts, events=events
     )
 
 
-def coyo_pages(path: Path) -> Iterator[Page | str]:
+def coyo_pending(path: Path) -> Iterator[PendingSample | str]:
     """The pairs of one list: records with `url` and `text`; whatever else they hold travels along."""
     unit = safe_key(path.name.partition(".")[0])
     for row, record in read_rows(path):
@@ -118,13 +118,13 @@ def coyo_pages(path: Path) -> Iterator[Page | str]:
             yield "no url"
         elif not isinstance(text, str) or not text.strip():
             yield "no text"
-        elif fault := text_fault(record):
+        elif fault := text_problem(record):
             yield fault
         else:
-            yield Page(f"{unit}-{row:06d}", record, (url,))
+            yield PendingSample(f"{unit}-{row:06d}", record, (url,))
 
 
-def pair_sample(page: Page, results: Results, counts: Counts) -> TarSample | str:
+def pair_sample(page: PendingSample, results: Results, counts: Counts) -> TarSample | str:
     """One pair: the picture, the caption as plain text, and the record without it."""
     picture = results[0]
     if isinstance(picture, Failure):

@@ -24,11 +24,11 @@ from vila.core.files import try_lock
 from vila.core.progress import SILENT, Events, task
 from vila.core.reading import Fields, parse_json
 from vila.core.types import Image
-from vila.media.bulk_download import DEFAULT_RULES, Fetcher, FetchRules, spread_by_host
+from vila.media.bulk_download import DEFAULT_OPTIONS, BulkDownloader, DownloadOptions, spread_by_host
 from vila.media.image import ORIENTATION, open_image, orientation_of
 from vila.media.limits import DEFAULT_LIMITS
 from vila.prepare.shards import TarSample
-from vila.prepare.work_units import Counts, Kind, is_finished, write_part
+from vila.prepare.work_units import Counts, Kind, is_finished, write_unit
 
 # --- spool
 # The journal of one work unit: finished downloads, appended and synced, so that a kill costs only those in flight.
@@ -38,7 +38,7 @@ _MAX_HEAD = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class DownloadedImage:
     """An encoded picture and the suffix that its format has (`jpg`, `png`, ...)."""
 
     content: bytes
@@ -54,7 +54,7 @@ class Failure:
     attempts: int
 
 
-class Spool:
+class DownloadJournal:
     """Results by URL, on disk. Use as a context manager; a second process that opens the same file is refused.
 
     dropped_bytes: what was cut off the file when it was opened, from the first frame that was not whole.
@@ -66,7 +66,7 @@ class Spool:
         self._failures: dict[str, Failure] = {}
         self.dropped_bytes = 0
 
-    def __enter__(self) -> Spool:
+    def __enter__(self) -> DownloadJournal:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._stream = self._path.open("a+b")
         if try_lock(self._stream) is False:
@@ -85,13 +85,13 @@ class Spool:
     def __contains__(self, url: str) -> bool:
         return url in self._places or url in self._failures
 
-    def append(self, results: Iterable[tuple[str, Picture | Failure]]) -> None:
+    def append(self, results: Iterable[tuple[str, DownloadedImage | Failure]]) -> None:
         """Add results; on return they survive a kill and a loss of power."""
         end = self._stream.seek(0, os.SEEK_END)
         for url, result in results:
             head, content = _framed(url, result)
             self._stream.write(head + content)
-            if isinstance(result, Picture):
+            if isinstance(result, DownloadedImage):
                 self._places[url] = (end + len(head), len(content), result.extension)
             else:
                 self._failures[url] = result
@@ -99,13 +99,13 @@ class Spool:
         self._stream.flush()
         os.fsync(self._stream.fileno())
 
-    def read(self, url: str) -> Picture | Failure:
+    def read(self, url: str) -> DownloadedImage | Failure:
         """What came of `url`, which must be known."""
         if url in self._failures:
             return self._failures[url]
         offset, size, extension = self._places[url]
         self._stream.seek(offset)
-        return Picture(self._stream.read(size), extension)
+        return DownloadedImage(self._stream.read(size), extension)
 
     def _scan(self) -> int:
         """Read the frames up to the first one that is not whole; returns its offset."""
@@ -127,10 +127,10 @@ class Spool:
         return end
 
 
-def _framed(url: str, result: Picture | Failure) -> tuple[bytes, bytes]:
-    content = result.content if isinstance(result, Picture) else b""
+def _framed(url: str, result: DownloadedImage | Failure) -> tuple[bytes, bytes]:
+    content = result.content if isinstance(result, DownloadedImage) else b""
     head: dict[str, Any] = {"url": url, "size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    if isinstance(result, Picture):
+    if isinstance(result, DownloadedImage):
         head["extension"] = result.extension
     else:
         head |= {"kind": result.kind, "reason": result.reason, "attempts": result.attempts}
@@ -188,10 +188,10 @@ class ResizeRule:
 
 
 SHORT_SIDE_336 = ResizeRule()
-KEEP = ResizeRule(short_side=None)
+KEEP_ORIGINAL = ResizeRule(short_side=None)
 
 
-def stored_picture(content: bytes, rule: ResizeRule, max_pixels: int = MAX_PIXELS) -> Picture:
+def encode_image(content: bytes, rule: ResizeRule, max_pixels: int = MAX_PIXELS) -> DownloadedImage:
     """A downloaded image as it will be stored. It is decoded in any case: what does not decode is no image.
 
     Pixels are stored as they came. An image that is encoded anew keeps its EXIF orientation, and no other EXIF, so that
@@ -203,7 +203,7 @@ def stored_picture(content: bytes, rule: ResizeRule, max_pixels: int = MAX_PIXEL
     size = shrunk_size(picture.size, rule.short_side)
     extension = _extension(content)
     if size == picture.size and extension:
-        return Picture(content, extension)
+        return DownloadedImage(content, extension)
     if size != picture.size:
         picture = picture.resize(size, PilImage.Resampling.BICUBIC)
     stream, metadata = io.BytesIO(), {}
@@ -212,9 +212,9 @@ def stored_picture(content: bytes, rule: ResizeRule, max_pixels: int = MAX_PIXEL
         metadata["exif"][ORIENTATION] = orientation
     if rule.short_side is None:
         picture.save(stream, "PNG", **metadata)
-        return Picture(stream.getvalue(), "png")
+        return DownloadedImage(stream.getvalue(), "png")
     picture.save(stream, "JPEG", quality=rule.quality, **metadata)
-    return Picture(stream.getvalue(), "jpg")
+    return DownloadedImage(stream.getvalue(), "jpg")
 
 
 def shrunk_size(size: tuple[int, int], short_side: int | None) -> tuple[int, int]:
@@ -244,7 +244,7 @@ _DECODERS = os.cpu_count() or 1
 
 
 @dataclass(frozen=True, slots=True)
-class Page:
+class PendingSample:
     """One record and the URLs that it needs, in the order of its pictures."""
 
     key: str
@@ -252,30 +252,30 @@ class Page:
     urls: tuple[str, ...]
 
 
-Results = Sequence[Picture | Failure]
-ReadPages = Callable[[Path], Iterator[Page | str]]
+Results = Sequence[DownloadedImage | Failure]
+ReadRecords = Callable[[Path], Iterator[PendingSample | str]]
 """Input file -> its pages in order, or the reason why a record is none. Called twice; must say the same both times."""
-Assemble = Callable[[Page, Results, Counts], TarSample | str]
+Assemble = Callable[[PendingSample, Results, Counts], TarSample | str]
 """A page and what came of its URLs -> the sample, or the reason to drop it. May add to `counts.noted`."""
 
 
 @dataclass(frozen=True, slots=True)
-class Download:
+class DownloadJob:
     """What the units of one step have in common."""
 
     out: Path
     kind: Kind
-    read_pages: ReadPages
+    read_pages: ReadRecords
     assemble: Assemble
-    rules: FetchRules = DEFAULT_RULES
+    rules: DownloadOptions = DEFAULT_OPTIONS
     resize: ResizeRule = SHORT_SIDE_336
     max_pixels: int = MAX_PIXELS
 
 
-def download_units(units: Mapping[str, Path], job: Download, events: Events = SILENT) -> None:
+def download_units(units: Mapping[str, Path], job: DownloadJob, events: Events = SILENT) -> None:
     """Bring every unit that is not finished to its part. Call again after any kind of death: it goes on.
 
-    After a kill, at most the `rules.in_flight` downloads that had not been synced are repeated. What a finished part
+    After a kill, at most the `rules.concurrency` downloads that had not been synced are repeated. What a finished part
     holds does not depend on how often it was interrupted, as long as the servers answer the same.
     """
     todo = {name: path for name, path in units.items() if not is_finished(job.out, name)}
@@ -287,11 +287,11 @@ def download_units(units: Mapping[str, Path], job: Download, events: Events = SI
                 raise group.exceptions[0] from group
 
 
-async def _download(units: Mapping[str, Path], job: Download, events: Events) -> None:
+async def _download(units: Mapping[str, Path], job: DownloadJob, events: Events) -> None:
     queue = iter(units.items())
-    slots = asyncio.Semaphore(job.rules.in_flight)
+    slots = asyncio.Semaphore(job.rules.concurrency)
     with ThreadPoolExecutor(_DECODERS, thread_name_prefix="vila-decode") as decoders:
-        async with Fetcher(job.rules) as fetcher:
+        async with BulkDownloader(job.rules) as fetcher:
             worker = _Worker(job, fetcher, slots, decoders, events)
 
             async def work() -> None:
@@ -305,8 +305,8 @@ async def _download(units: Mapping[str, Path], job: Download, events: Events) ->
 
 @dataclass(frozen=True, slots=True)
 class _Worker:
-    job: Download
-    fetcher: Fetcher
+    job: DownloadJob
+    fetcher: BulkDownloader
     slots: asyncio.Semaphore
     decoders: ThreadPoolExecutor
     events: Events
@@ -314,7 +314,7 @@ class _Worker:
     async def settle(self, name: str, path: Path) -> None:
         """Fetch what the unit still lacks, then write its part."""
         # Small units wait for their slowest host, so the units beside it keep the line busy.
-        with Spool(self.job.out / "parts" / f"{name}.spool") as spool:
+        with DownloadJournal(self.job.out / "parts" / f"{name}.spool") as spool:
             if spool.dropped_bytes:
                 lost = f"the last {spool.dropped_bytes:,} bytes of the journal are damaged"
                 self.events.log(f"{name}: {lost}; their downloads are repeated")
@@ -324,9 +324,9 @@ class _Worker:
         (self.job.out / "parts" / f"{name}.spool").unlink()
         self.events.log(f"{name}: {counts}")
 
-    async def _fetch_all(self, urls: Sequence[str], spool: Spool) -> None:
+    async def _fetch_all(self, urls: Sequence[str], spool: DownloadJournal) -> None:
         waiting = deque(urls)
-        flying: set[asyncio.Task[tuple[str, Picture | Failure]]] = set()
+        flying: set[asyncio.Task[tuple[str, DownloadedImage | Failure]]] = set()
         try:
             while True:
                 # Whoever holds slots never waits for one: all units could wait for each other.
@@ -350,23 +350,23 @@ class _Worker:
                 one.cancel()
             await asyncio.gather(*flying, return_exceptions=True)
 
-    async def _fetch(self, url: str) -> tuple[str, Picture | Failure]:
+    async def _fetch(self, url: str) -> tuple[str, DownloadedImage | Failure]:
         fetched = await self.fetcher.fetch(url)
         if fetched.content is None:
             return url, Failure(fetched.kind, fetched.reason, fetched.attempts)
-        store = partial(stored_picture, fetched.content, self.job.resize, self.job.max_pixels)
+        store = partial(encode_image, fetched.content, self.job.resize, self.job.max_pixels)
         try:
             return url, await asyncio.get_running_loop().run_in_executor(self.decoders, store)
         except MediaError as error:
             return url, Failure("not_an_image", str(error), fetched.attempts)
 
 
-def _urls(path: Path, read_pages: ReadPages) -> list[str]:
-    pages = (page for page in read_pages(path) if isinstance(page, Page))
+def _urls(path: Path, read_pages: ReadRecords) -> list[str]:
+    pages = (page for page in read_pages(path) if isinstance(page, PendingSample))
     return list(dict.fromkeys(url for page in pages for url in page.urls))
 
 
-def _write(name: str, path: Path, job: Download, spool: Spool) -> Counts:
+def _write(name: str, path: Path, job: DownloadJob, spool: DownloadJournal) -> Counts:
     counts = Counts()
     failures: list[dict[str, Any]] = []
 
@@ -392,7 +392,7 @@ def _write(name: str, path: Path, job: Download, spool: Spool) -> Counts:
             counts.written += 1
             yield sample
 
-    write_part(job.out, name, job.kind, samples(), counts, failures)
+    write_unit(job.out, name, job.kind, samples(), counts, failures)
     return counts
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from vila.core.errors import ConfigError
 from vila.core.progress import SILENT, Events, task
-from vila.prepare.merge_shards import gather
+from vila.prepare.merge_shards import merge_shards
 from vila.prepare.records import parquet_rows, read_parquet
-from vila.prepare.work_units import Counts, inputs_hash, is_finished, locks_output, mine, same_settings, write_part
+from vila.prepare.work_units import Counts, inputs_hash, is_finished, locks_output, units_of_worker, check_settings, write_unit
 
 ROWS = 1_000_000
 """As many rows as the original takes, of about 378 million."""
@@ -37,22 +37,22 @@ def prepare_flan(
     """
     paths = sorted(sources)
     units = {f"flan-{index:05d}": path for index, path in enumerate(paths)}
-    same_settings(out, {"step": "flan", "rows": rows, "per_shard": per_shard, "inputs": inputs_hash(units)})
+    check_settings(out, {"step": "flan", "rows": rows, "per_shard": per_shard, "inputs": inputs_hash(units)})
     if not (out / "index.json").is_file():
         sizes = [parquet_rows(path) for path in paths]
         total = sum(sizes)
         if not 0 < rows <= total:
             raise ConfigError(f"rows: {rows:,} of {total:,} in {len(paths)} files; expected 1 to {total:,}")
         starts = {unit: sum(sizes[:index]) for index, unit in enumerate(units)}
-        own = mine(units, shard)
+        own = units_of_worker(units, shard)
         with task(events, "flan", len(own), "files"):
             for unit in own:
                 if not is_finished(out, unit):
                     counts, failures = Counts(), list[dict[str, Any]]()
                     samples = _samples(units[unit], starts[unit], total, rows, counts, failures)
-                    write_part(out, unit, "text", samples, counts, failures)
+                    write_unit(out, unit, "text", samples, counts, failures)
                 events.advanced("flan")
-    return gather(
+    return merge_shards(
         out, "flan", "text", list(units), per_shard=per_shard, shard=shard, keep_parts=keep_parts, events=events
     )
 

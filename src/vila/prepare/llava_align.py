@@ -10,7 +10,7 @@ from vila.core.errors import DataError
 from vila.core.files import atomic_path
 from vila.core.progress import SILENT, Events, task
 from vila.core.reading import file_errors
-from vila.prepare.records import conversation_fault, image_check, image_paths, open_zip, rewrite_json
+from vila.prepare.records import conversation_problem, image_check, image_paths, open_zip, rewrite_json
 
 MAX_MEMBER_BYTES = 64 * 2**20
 MAX_TOTAL_BYTES = 64 * 2**30
@@ -28,7 +28,7 @@ def prepare_llava_align(
     folder = unpack_images(images, out / "images", events) if images.suffix.lower() == ".zip" else images
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; give the folder of pictures, or images.zip")
-    checks = (_has_image, conversation_fault, image_check(folder, decode=decode))
+    checks = (_has_image, conversation_problem, image_check(folder, decode=decode))
     settings = {"step": "llava_align", "decode": decode, "images": folder.name}
     return rewrite_json(source, out, "LLaVA-CC3M-Pretrain-595K", checks, settings, events)
 

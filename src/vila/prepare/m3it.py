@@ -10,11 +10,11 @@ from typing import Any
 from vila.core.errors import DataError, UnknownNameError
 from vila.core.progress import SILENT, Events, task
 from vila.core.reading import read_json
-from vila.prepare.merge_shards import gather
+from vila.prepare.merge_shards import merge_shards
 from vila.prepare.pkl import question_sample
 from vila.prepare.records import read_rows
 from vila.prepare.shards import TarSample, safe_key
-from vila.prepare.work_units import Counts, inputs_hash, is_finished, locks_output, mine, same_settings, write_part
+from vila.prepare.work_units import Counts, inputs_hash, is_finished, locks_output, units_of_worker, check_settings, write_unit
 
 SETS: dict[str, tuple[str, ...]] = {
     "captioning": ("image-paragraph-captioning", "textcap"),
@@ -49,17 +49,17 @@ def prepare_m3it(
         if name not in known:
             raise UnknownNameError("M3IT set", name, known)
         units |= {f"{safe_key(name)}-{index:04d}": path for index, path in enumerate(sorted(paths))}
-    same_settings(out, {"step": "m3it", "per_shard": per_shard, "inputs": inputs_hash(units)})
+    check_settings(out, {"step": "m3it", "per_shard": per_shard, "inputs": inputs_hash(units)})
     if not (out / "index.json").is_file():
-        own = mine(units, shard)
+        own = units_of_worker(units, shard)
         with task(events, "m3it", len(own), "files"):
             for unit in own:
                 if not is_finished(out, unit):
                     counts, failures = Counts(), list[dict[str, Any]]()
-                    write_part(out, unit, "vflan", _samples(unit, units[unit], counts, failures), counts, failures)
+                    write_unit(out, unit, "vflan", _samples(unit, units[unit], counts, failures), counts, failures)
                     events.log(f"{unit}: {counts}")
                 events.advanced("m3it")
-    return gather(
+    return merge_shards(
         out, "m3it", "vflan", list(units), per_shard=per_shard, shard=shard, keep_parts=keep_parts, events=events
     )
 

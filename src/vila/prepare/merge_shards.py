@@ -13,10 +13,10 @@ from vila.core.files import atomic_path, sha256_file, write_json, write_jsonl
 from vila.core.progress import SILENT, Events, task
 from vila.core.reading import Fields, read_json_object, read_jsonl
 from vila.prepare.shards import even_ranges, read_tar, write_tar
-from vila.prepare.work_units import Counts, Kind, check_part, is_finished, mine, part_path, read_record, suffix_of
+from vila.prepare.work_units import Counts, Kind, check_unit, is_finished, units_of_worker, unit_path, read_unit_record, suffix_of
 
 
-def gather(
+def merge_shards(
     out: Path,
     name: str,
     kind: Kind,
@@ -38,10 +38,10 @@ def gather(
         return read_index(out)
     if not all(is_finished(out, unit) for unit in units):
         return None
-    sizes = [check_part(out, unit, kind) for unit in units]
+    sizes = [check_unit(out, unit, kind) for unit in units]
     ranges = even_ranges(sum(sizes), per_shard)
     names = [f"{name}-{index:06d}{suffix_of(kind)}" for index in range(len(ranges))]
-    own = set(mine(names, shard))
+    own = set(units_of_worker(names, shard))
     with task(events, f"{name}: shards", len(ranges), "shards"):
         for file, (begin, end) in zip(names, ranges, strict=True):
             if file in own and not _record(out, file).is_file():
@@ -49,7 +49,7 @@ def gather(
             events.advanced(f"{name}: shards")
     if not all(_record(out, file).is_file() for file in names):
         return None
-    counts = Counts.total(read_record(out, unit).section("counts") for unit in units)
+    counts = Counts.total(read_unit_record(out, unit).section("counts") for unit in units)
     events.log(f"{name}: {counts}")
     index = {
         "name": name,
@@ -109,7 +109,7 @@ def _samples(out: Path, kind: Kind, units: Sequence[str], sizes: Sequence[int], 
         first += size
         if low >= high:
             continue
-        path = part_path(out, unit, kind)
+        path = unit_path(out, unit, kind)
         if kind == "text":
             with path.open(encoding="utf-8", newline="\n") as stream:
                 yield from islice(stream, low, high)

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from vila.core.progress import SILENT, Events
-from vila.media.bulk_download import DEFAULT_RULES, FetchRules
-from vila.prepare.download import SHORT_SIDE_336, Download, Failure, Page, ResizeRule, Results, download_units
-from vila.prepare.merge_shards import gather
-from vila.prepare.records import read_rows, text_fault
+from vila.media.bulk_download import DEFAULT_OPTIONS, DownloadOptions
+from vila.prepare.download import SHORT_SIDE_336, DownloadJob, Failure, PendingSample, ResizeRule, Results, download_units
+from vila.prepare.merge_shards import merge_shards
+from vila.prepare.records import read_rows, text_problem
 from vila.prepare.shards import TarSample, json_member, safe_key
-from vila.prepare.work_units import Counts, inputs_hash, locks_output, mine, same_settings, unit_names
+from vila.prepare.work_units import Counts, inputs_hash, locks_output, units_of_worker, check_settings, unit_names
 
 
 @locks_output
@@ -25,7 +25,7 @@ def prepare_mmc4(
     out: Path,
     *,
     drop_incomplete: bool = False,
-    rules: FetchRules = DEFAULT_RULES,
+    rules: DownloadOptions = DEFAULT_OPTIONS,
     resize: ResizeRule = SHORT_SIDE_336,
     per_shard: int = 1000,
     shard: tuple[int, int] = (0, 1),
@@ -42,29 +42,29 @@ def prepare_mmc4(
     """
     units = unit_names(sources)
     settings = {"step": "mmc4", "drop_incomplete": drop_incomplete, "per_shard": per_shard}
-    same_settings(out, settings | resize.facts | {"inputs": inputs_hash(units)})
+    check_settings(out, settings | resize.facts | {"inputs": inputs_hash(units)})
     if not (out / "index.json").is_file():
         assemble = partial(mmc4_sample, drop_incomplete=drop_incomplete)
-        job = Download(out, "mmc4", mmc4_pages, assemble, rules, resize)
-        download_units({name: units[name] for name in mine(units, shard)}, job, events)
-    return gather(
+        job = DownloadJob(out, "mmc4", mmc4_pending, assemble, rules, resize)
+        download_units({name: units[name] for name in units_of_worker(units, shard)}, job, events)
+    return merge_shards(
         out, "mmc4", "mmc4", list(units), per_shard=per_shard, shard=shard, keep_parts=keep_parts, events=events
     )
 
 
-def mmc4_pages(path: Path) -> Iterator[Page | str]:
+def mmc4_pending(path: Path) -> Iterator[PendingSample | str]:
     """The documents of one published file."""
     unit = safe_key(path.name.partition(".")[0])
     for row, document in read_rows(path):
-        fault = mmc4_fault(document)
+        fault = mmc4_problem(document)
         if fault:
             yield fault
         else:
             urls = tuple(info["raw_url"] for info in document["image_info"])
-            yield Page(f"{unit}-{row:06d}", document, urls)
+            yield PendingSample(f"{unit}-{row:06d}", document, urls)
 
 
-def mmc4_fault(document: dict[str, Any]) -> str:
+def mmc4_problem(document: dict[str, Any]) -> str:
     """Why a record is no MMC4 document, or nothing when it is one. Asks for no URL: images may be there already."""
     texts, infos, matrix = (document.get(key) for key in ("text_list", "image_info", "similarity_matrix"))
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
@@ -81,10 +81,10 @@ def mmc4_fault(document: dict[str, Any]) -> str:
             return "an image without raw_url"
     if matrix is not None and (not isinstance(matrix, list) or len(matrix) != len(infos)):
         return "similarity_matrix and image_info differ in length"
-    return text_fault(document)
+    return text_problem(document)
 
 
-def mmc4_sample(page: Page, results: Results, counts: Counts, *, drop_incomplete: bool) -> TarSample | str:
+def mmc4_sample(page: PendingSample, results: Results, counts: Counts, *, drop_incomplete: bool) -> TarSample | str:
     """One document with the pictures that could be had, in their order."""
     failed = sum(isinstance(result, Failure) for result in results)
     if failed and drop_incomplete:

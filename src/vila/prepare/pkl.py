@@ -12,20 +12,20 @@ from vila.core.errors import DataError, MediaError
 from vila.core.progress import SILENT, Events, task
 from vila.core.reading import file_errors
 from vila.core.restricted_pickle import parse_plain_pickle
-from vila.prepare.download import KEEP, Picture, stored_picture
-from vila.prepare.merge_shards import gather
-from vila.prepare.mmc4 import mmc4_fault
-from vila.prepare.records import text_fault
+from vila.prepare.download import KEEP_ORIGINAL, DownloadedImage, encode_image
+from vila.prepare.merge_shards import merge_shards
+from vila.prepare.mmc4 import mmc4_problem
+from vila.prepare.records import text_problem
 from vila.prepare.shards import TarSample, json_member
 from vila.prepare.work_units import (
     Counts,
     inputs_hash,
     is_finished,
     locks_output,
-    mine,
-    same_settings,
+    units_of_worker,
+    check_settings,
     unit_names,
-    write_part,
+    write_unit,
 )
 
 # --- unpickle
@@ -93,19 +93,19 @@ def convert_pickles(
     Returns the index, or None while other workers (`shard` = (k, n)) are not finished.
     """
     units = unit_names(sorted(source.rglob("*.pkl")))
-    same_settings(out, {"step": f"{kind} pickles", "per_shard": per_shard, "inputs": inputs_hash(units)})
+    check_settings(out, {"step": f"{kind} pickles", "per_shard": per_shard, "inputs": inputs_hash(units)})
     stored = "pairs" if kind == "coyo" else kind
     if not (out / "index.json").is_file():
-        own = mine(units, shard)
+        own = units_of_worker(units, shard)
         with task(events, f"{kind}: pickles", len(own), "files"):
             for unit in own:
                 if not is_finished(out, unit):
                     counts, failures = Counts(), list[dict[str, Any]]()
                     samples = _samples(unit, _records(units[unit]), _READERS[kind], counts, failures)
-                    write_part(out, unit, stored, samples, counts, failures)
+                    write_unit(out, unit, stored, samples, counts, failures)
                     events.log(f"{unit}: {counts}")
                 events.advanced(f"{kind}: pickles")
-    return gather(
+    return merge_shards(
         out, kind, stored, list(units), per_shard=per_shard, shard=shard, keep_parts=keep_parts, events=events
     )
 
@@ -139,11 +139,11 @@ def _samples(
 
 
 def _mmc4(key: str, record: dict[str, Any]) -> TarSample:
-    if fault := mmc4_fault(record):
+    if fault := mmc4_problem(record):
         raise DataError(fault)
     infos, members = [], []
     for number, info in enumerate(record["image_info"]):
-        picture = decoded_picture(info.get("image_base64"))
+        picture = decode_image_field(info.get("image_base64"))
         file = f"{number}.{picture.extension}"
         infos.append({name: value for name, value in info.items() if name != "image_base64"} | {"file": file})
         members.append((file, picture.content))
@@ -154,9 +154,9 @@ def _coyo(key: str, record: dict[str, Any]) -> TarSample:
     text = record.get("text", record.get("caption"))
     if not isinstance(text, str) or not text.strip():
         raise DataError("no text")
-    if fault := text_fault(text):
+    if fault := text_problem(text):
         raise DataError(fault)
-    picture = decoded_picture(record.get("image", record.get("rawbytes")))
+    picture = decode_image_field(record.get("image", record.get("rawbytes")))
     facts = {name: value for name, value in record.items() if name not in ("text", "caption", "image", "rawbytes")}
     return TarSample(key, ((picture.extension, picture.content), ("txt", text.encode()), _json(facts)))
 
@@ -174,18 +174,18 @@ def question_sample(key: str, question: Any, answer: Any, images: Any) -> TarSam
         raise DataError("no question")
     if not isinstance(answer, str) or not answer.strip():
         raise DataError("no answer")
-    if fault := text_fault([question, answer]):
+    if fault := text_problem([question, answer]):
         raise DataError(fault)
     listed = [images] if isinstance(images, (str, bytes)) else images or []
     if not isinstance(listed, (list, tuple)):
         raise DataError(f"image is no list: {type(images).__name__}")
-    pictures = [decoded_picture(image) for image in listed]
+    pictures = [decode_image_field(image) for image in listed]
     files = [f"{number}.{picture.extension}" for number, picture in enumerate(pictures)]
     members = [(file, picture.content) for file, picture in zip(files, pictures, strict=True)]
     return TarSample(key, (json_member({"question": question, "answer": answer, "image": files}), *members))
 
 
-def decoded_picture(value: Any) -> Picture:
+def decode_image_field(value: Any) -> DownloadedImage:
     """A picture in base64, or as bytes, which must decode. Raises DataError with the reason, details after a colon."""
     if isinstance(value, str):
         if value.lower().endswith((".jpg", ".jpeg", ".png")):
@@ -197,7 +197,7 @@ def decoded_picture(value: Any) -> Picture:
     if not isinstance(value, (bytes, bytearray)):
         raise DataError("no image")
     try:
-        return stored_picture(bytes(value), KEEP)
+        return encode_image(bytes(value), KEEP_ORIGINAL)
     except MediaError as error:
         raise DataError(f"not an image: {error}") from error
 

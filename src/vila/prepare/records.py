@@ -27,7 +27,7 @@ from vila.data.formats.detect import guess_record
 from vila.data.readers.parquet import row_group_sizes
 from vila.media.image import open_image
 from vila.prepare.merge_shards import read_index
-from vila.prepare.work_units import Counts, locks_output, same_settings
+from vila.prepare.work_units import Counts, locks_output, check_settings
 
 MAX_RATIO = 200
 """Largest expansion of a compressed file. JSON text is packed 3 to 15 times; bombs are packed 1000 times."""
@@ -41,7 +41,7 @@ def read_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[tupl
     """Yield row numbers (from 1) and records of `.jsonl`, `.jsonl.gz`, `.jsonl.zip` or `.parquet`.
 
     columns: of parquet, the only ones to read.
-    A text with half a surrogate pair stays in its record: see `text_fault`. Raises DataError with file and line.
+    A text with half a surrogate pair stays in its record: see `text_problem`. Raises DataError with file and line.
     """
     name = path.name.lower()
     if name.endswith(".parquet"):
@@ -67,7 +67,7 @@ def read_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[tupl
         )
 
 
-def text_fault(record: Any) -> str:
+def text_problem(record: Any) -> str:
     """Return why no file can hold the text of a record, to drop it by; "" if one can."""
     return "" if lone_surrogate(record) is None else "half a surrogate pair in the text"
 
@@ -177,7 +177,7 @@ def rewrite_json(
     What does not pass is in `OUT/log/failures.jsonl`: row (from 1), id, reason, detail. Pictures stay where they are.
     Returns the index (`OUT/index.json`); a second call with the same settings returns it at once.
     """
-    same_settings(out, settings | {"source_bytes": source.stat().st_size})
+    check_settings(out, settings | {"source_bytes": source.stat().st_size})
     if (out / "index.json").is_file():
         return read_index(out)
     records = read_json(source, surrogates=True)
@@ -193,7 +193,7 @@ def rewrite_json(
                 reason, _, detail = fault.partition(": ")
                 counts.dropped[reason] += 1
                 identity = record.get("id") if isinstance(record, dict) else None
-                identity = None if text_fault(identity) else identity
+                identity = None if text_problem(identity) else identity
                 failures.append({"row": row, "id": identity, "reason": reason, "detail": detail})
             else:
                 counts.written += 1
@@ -212,12 +212,12 @@ def rewrite_json(
 def _fault(record: Any, checks: Sequence[Check]) -> str:
     if not isinstance(record, dict):
         return "not a record"
-    if fault := text_fault(record):
+    if fault := text_problem(record):
         return fault
     return next((fault for check in checks if (fault := check(record))), "")
 
 
-def conversation_fault(record: dict[str, Any]) -> str:
+def conversation_problem(record: dict[str, Any]) -> str:
     """Whether the turns are whole: human and gpt in turn, no empty answer, as many markers as images."""
     turns = record.get("conversations")
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):

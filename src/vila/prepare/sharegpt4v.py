@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vila.core.progress import SILENT, Events
-from vila.prepare.records import Check, conversation_fault, image_check, image_paths, rewrite_json
+from vila.prepare.records import Check, conversation_problem, image_check, image_paths, rewrite_json
 
 _SENTENCE = re.compile(r"[^.!?\n]+[.!?\n]*")
 _RUN_WORDS = 8
@@ -35,7 +35,7 @@ def prepare_sharegpt4v(
     Returns the index; records that were left out are in `OUT/log/failures.jsonl` with the reason.
     """
     checks: list[Check] = [] if keep_sam else [_sam]
-    checks += [conversation_fault, _repetitive]
+    checks += [conversation_problem, _repetitive]
     if images is not None:
         checks.append(image_check(images, decode=decode))
     settings = {"step": "sharegpt4v", "keep_sam": keep_sam, "images": images is not None, "decode": decode}

@@ -124,7 +124,7 @@ def inputs_hash(units: Mapping[str, Path]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
 
 
-def mine(names: Iterable[str], shard: tuple[int, int]) -> list[str]:
+def units_of_worker(names: Iterable[str], shard: tuple[int, int]) -> list[str]:
     """The units of worker `shard` = (k, n), k from 0: every n-th. The workers' shares are disjoint and whole."""
     index, workers = shard
     if not 0 <= index < workers:
@@ -132,29 +132,29 @@ def mine(names: Iterable[str], shard: tuple[int, int]) -> list[str]:
     return [name for position, name in enumerate(names) if position % workers == index]
 
 
-def record_path(out: Path, unit: str) -> Path:
+def unit_record_path(out: Path, unit: str) -> Path:
     """Where the record of `unit` lies."""
     return out / "parts" / f"{unit}.part.json"
 
 
-def part_path(out: Path, unit: str, kind: Kind) -> Path:
+def unit_path(out: Path, unit: str, kind: Kind) -> Path:
     """Where the samples of `unit` lie."""
     return out / "parts" / f"{unit}{suffix_of(kind)}"
 
 
 def is_finished(out: Path, unit: str) -> bool:
     """Whether `unit` needs no more work."""
-    return record_path(out, unit).is_file()
+    return unit_record_path(out, unit).is_file()
 
 
-def write_part(
+def write_unit(
     out: Path, unit: str, kind: Kind, samples: Iterable[Any], counts: Counts, failures: Iterable[dict[str, Any]] = ()
 ) -> None:
     """Write one part whole, its record last. `samples` may fill `counts` and what `failures` holds as it is consumed.
 
     samples: `TarSample`s, or plain values for kind `text`.
     """
-    path = part_path(out, unit, kind)
+    path = unit_path(out, unit, kind)
     with atomic_path(path) as part:
         if kind == "text":
             write_jsonl(part, samples)
@@ -163,22 +163,22 @@ def write_part(
         size, digest = part.stat().st_size, sha256_file(part)
     write_jsonl(path.with_name(f"{unit}.failures.jsonl"), failures)
     write_json(
-        record_path(out, unit),
+        unit_record_path(out, unit),
         {"unit": unit, "samples": counts.written, "bytes": size, "sha256": digest, "counts": counts.as_json()},
     )
 
 
-def read_record(out: Path, unit: str) -> Fields:
+def read_unit_record(out: Path, unit: str) -> Fields:
     """Read the record of a finished part. Raises DataError if the unit is not finished."""
-    path = record_path(out, unit)
+    path = unit_record_path(out, unit)
     if not path.is_file():
         raise DataError(f"unit {unit!r} is not finished", file=path, hint="run its worker first")
     return Fields.of_file(path)
 
 
-def check_part(out: Path, unit: str, kind: Kind) -> int:
+def check_unit(out: Path, unit: str, kind: Kind) -> int:
     """Return the number of samples of a finished part. Raises DataError if its file is not the one that was written."""
-    record, path = read_record(out, unit), part_path(out, unit, kind)
+    record, path = read_unit_record(out, unit), unit_path(out, unit, kind)
     samples = record.integer("samples", maximum=2**63 - 1)
     size = record.integer("bytes", maximum=2**63 - 1)
     found = path.stat().st_size if path.is_file() else None
@@ -188,12 +188,12 @@ def check_part(out: Path, unit: str, kind: Kind) -> int:
             file=path,
             value=found,
             expected=f"{size} bytes",
-            hint=f"delete {record_path(out, unit)} and prepare again",
+            hint=f"delete {unit_record_path(out, unit)} and prepare again",
         )
     return samples
 
 
-def same_settings(out: Path, settings: dict[str, Any]) -> None:
+def check_settings(out: Path, settings: dict[str, Any]) -> None:
     """Store what `out` is prepared with, or compare it: parts of different settings may not be mixed.
 
     Raises ConfigError naming every difference.

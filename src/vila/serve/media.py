@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from vila.core.errors import DataError, MediaError
 from vila.core.types import Image, Message, Role, Text, Video
-from vila.media.http import shown
-from vila.media.image import Loaded, check_size, encoded_size, open_source
+from vila.media.http import redact_url
+from vila.media.image import LoadedMedia, check_size, encoded_size, open_source
 from vila.media.limits import IsCancelled, MediaLimits, never
 from vila.serve.schema import ChatRequest, ImagePart, TextPart, VideoPart
 
@@ -121,10 +121,10 @@ def _read(
 ) -> Image | Video:
     url, is_image = _url(part), isinstance(part, ImagePart)
     if not url.lower().startswith(_STARTS):
-        raise DataError(f"{place}: {shown(url)!r} is not an address; give http(s)://... or data:image/png;base64,...")
+        raise DataError(f"{place}: {redact_url(url)!r} is not an address; give http(s)://... or data:image/png;base64,...")
     left = until - time.monotonic()
     if left <= 0:
-        raise MediaError(f"{place}: {shown(url)}: not read within {limits.fetch_s:g} s; try again, or send a data URL")
+        raise MediaError(f"{place}: {redact_url(url)}: not read within {limits.fetch_s:g} s; try again, or send a data URL")
     try:
         stream, name = open_source(
             url,
@@ -138,7 +138,7 @@ def _read(
     except MediaError as error:
         raise MediaError(f"{place}: {error}") from error
     with stream:
-        received = Loaded(f"{place} ({name})", stream.read())
+        received = LoadedMedia(f"{place} ({name})", stream.read())
     if isinstance(part, VideoPart):
         return Video(received, part.video_url.num_frames)
     # A damaged image, which has no size, is refused by its decoder.

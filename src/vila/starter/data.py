@@ -68,11 +68,11 @@ _CAPTIONS = (
     "The color of the shape is {colour}. It is a {shape}.",
 )
 
-Row = dict[str, Any]
+Record = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Truth:
+class ShapeImage:
     """A picture whose shape and colour follow from its questions."""
 
     image_id: int
@@ -85,17 +85,17 @@ def is_validation(image_id: int) -> bool:
     return image_id % VALIDATION_EVERY == VALIDATION_EVERY - 1
 
 
-def known_truths(groups: dict[int, list[Question]]) -> list[Truth]:
+def labelled_images(groups: dict[int, list[Question]]) -> list[ShapeImage]:
     """The pictures whose questions tell both shape and colour."""
     truths = []
     for image_id, questions in sorted(groups.items()):
         shape, colour = image_truth(questions)
         if shape and colour:
-            truths.append(Truth(image_id, shape, colour))
+            truths.append(ShapeImage(image_id, shape, colour))
     return truths
 
 
-def caption(truth: Truth, form: int = 0) -> str:
+def caption(truth: ShapeImage, form: int = 0) -> str:
     """A sentence or two that say shape and colour, in one of several forms."""
     return _CAPTIONS[form % len(_CAPTIONS)].format(shape=truth.shape, colour=truth.colour)
 
@@ -107,9 +107,9 @@ def write_stage_data(easy_vqa: Path, folder: Path, seed: int) -> dict[str, int]:
     """
     groups = group_by_image(read_questions(easy_vqa, "train"))
     train = {image_id: rows for image_id, rows in groups.items() if not is_validation(image_id)}
-    truths, forms = known_truths(train), question_forms(train)
+    truths, forms = labelled_images(train), question_forms(train)
     rng = random.Random(seed)
-    tables: dict[str, Sequence[Row]] = {
+    tables: dict[str, Sequence[Record]] = {
         "1_align": [caption_row(truth) for truth in truths],
         "2_pretrain": page_rows(truths, rng),
         "3_sft": [question_row(truth, forms, rng) for truth in truths],
@@ -122,11 +122,11 @@ def write_stage_data(easy_vqa: Path, folder: Path, seed: int) -> dict[str, int]:
     return counts
 
 
-def _image(image_id: int) -> Row:
+def _image(image_id: int) -> Record:
     return {"type": "image", "path": f"{image_id}.png"}
 
 
-def caption_row(truth: Truth) -> Row:
+def caption_row(truth: ShapeImage) -> Record:
     """Stage 1: a picture and its caption."""
     text = caption(truth)
     return {
@@ -138,7 +138,7 @@ def caption_row(truth: Truth) -> Row:
     }
 
 
-def page_rows(truths: Sequence[Truth], rng: random.Random) -> list[Row]:
+def page_rows(truths: Sequence[ShapeImage], rng: random.Random) -> list[Record]:
     """Stage 2: pages of two to four pictures, each followed by its caption; every picture stands on one page."""
     queue = list(truths)
     rng.shuffle(queue)
@@ -146,7 +146,7 @@ def page_rows(truths: Sequence[Truth], rng: random.Random) -> list[Row]:
     while queue:
         size = rng.randint(2, 4)
         some, queue = queue[:size], queue[size:]
-        parts: list[Row] = []
+        parts: list[Record] = []
         for place, truth in enumerate(some):
             tail = " " if place < len(some) - 1 else ""
             text = caption(truth, rng.randrange(len(_CAPTIONS)))
@@ -157,21 +157,21 @@ def page_rows(truths: Sequence[Truth], rng: random.Random) -> list[Row]:
 
 
 @dataclass(frozen=True, slots=True)
-class Forms:
+class QuestionWordings:
     """The wordings of the training questions, by what they ask."""
 
     what: tuple[str, ...]
     closed: tuple[str, ...]
 
 
-def question_forms(groups: dict[int, list[Question]]) -> Forms:
+def question_forms(groups: dict[int, list[Question]]) -> QuestionWordings:
     """Every distinct wording, sorted."""
     texts = sorted({question.text for questions in groups.values() for question in questions})
     what = tuple(text for text in texts if question_kind(text).startswith("what"))
-    return Forms(what, tuple(text for text in texts if text not in what))
+    return QuestionWordings(what, tuple(text for text in texts if text not in what))
 
 
-def question_row(truth: Truth, forms: Forms, rng: random.Random) -> Row:
+def question_row(truth: ShapeImage, forms: QuestionWordings, rng: random.Random) -> Record:
     """Stage 3: a picture and questions about it as branches that share it, balanced over kinds.
 
     Two `what` questions, three yes/no questions about what is there and three about what is not. In the natural mix
@@ -194,7 +194,7 @@ def question_row(truth: Truth, forms: Forms, rng: random.Random) -> Row:
     }
 
 
-def text_row(name: str, instruction: str, response: str) -> Row:
+def text_row(name: str, instruction: str, response: str) -> Record:
     """A text-only instruction and its answer."""
     return {
         "id": name,

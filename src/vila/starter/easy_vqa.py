@@ -13,7 +13,7 @@ from typing import Any, Literal
 from vila.core.errors import DataError
 from vila.core.progress import SILENT, Events
 from vila.core.reading import read_json
-from vila.starter.parts import PartRecipe, WheelPart, obtain_part
+from vila.starter.components import ComponentSpec, Wheel, obtain_component
 
 Split = Literal["train", "test"]
 SHAPES: tuple[str, ...] = ("circle", "rectangle", "triangle")
@@ -28,7 +28,7 @@ KINDS: tuple[str, ...] = (
 )
 """Every value of `question_kind`, in the order in which reports list them."""
 
-WHEEL = WheelPart(
+WHEEL = Wheel(
     name="easy-vqa",
     version="1.0",
     filename="easy_vqa-1.0-py3-none-any.whl",
@@ -53,8 +53,8 @@ class Question:
 
 
 def obtain_easy_vqa(cache: Path, events: Events = SILENT) -> Path:
-    """`<cache>/parts/easy-vqa`, an ordinary folder (`ABOUT`) made once; errors as `parts.obtain_part`."""
-    return obtain_part(PartRecipe("easy-vqa", WHEEL, ABOUT, unpack_easy_vqa), cache, events)
+    """`<cache>/parts/easy-vqa`, an ordinary folder (`ABOUT`) made once; errors as `components.obtain_component`."""
+    return obtain_component(ComponentSpec("easy-vqa", WHEEL, ABOUT, unpack_easy_vqa), cache, events)
 
 
 def unpack_easy_vqa(wheel: Path, folder: Path) -> None:

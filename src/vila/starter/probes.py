@@ -13,14 +13,14 @@ from vila.core.types import Image, Message
 from vila.engine.engine import Engine
 from vila.eval.benchmark import Item
 from vila.eval.benchmarks.easy_vqa import EasyVqa
-from vila.starter.data import Truth, caption
+from vila.starter.data import ShapeImage, caption
 
 _BATCH = 32
 _WINDOW = 1800
 """Characters of a perplexity window: about 400 tokens of English."""
 
 
-def caption_nll(engine: Engine, truths: Sequence[Truth], images: Path) -> dict[str, float]:
+def caption_nll(engine: Engine, truths: Sequence[ShapeImage], images: Path) -> dict[str, float]:
     """Mean negative log-likelihood per caption token: with the right picture, and with one of another truth."""
     return {
         "right": _nll(engine, [(truth, truth.image_id) for truth in truths], images),
@@ -28,7 +28,7 @@ def caption_nll(engine: Engine, truths: Sequence[Truth], images: Path) -> dict[s
     }
 
 
-def _other(truths: Sequence[Truth], place: int) -> int:
+def _other(truths: Sequence[ShapeImage], place: int) -> int:
     """The next picture that differs in shape and colour."""
     own = truths[place]
     for step in range(1, len(truths)):
@@ -38,7 +38,7 @@ def _other(truths: Sequence[Truth], place: int) -> int:
     raise ValueError("all pictures show the same shape or colour")
 
 
-def _nll(engine: Engine, pairs: Sequence[tuple[Truth, int]], images: Path) -> float:
+def _nll(engine: Engine, pairs: Sequence[tuple[ShapeImage, int]], images: Path) -> float:
     scores: list[float] = []
     for start in range(0, len(pairs), _BATCH):
         conversations = [

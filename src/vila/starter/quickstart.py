@@ -41,16 +41,16 @@ from vila.prepare.licences import data_licences
 from vila.quant.blocks import fitting_sizes
 from vila.quant.calibration import packaged_documents, text_calibration
 from vila.quant.quantize import Request, quantize_checkpoint, with_group
-from vila.starter import easy_vqa, parts
-from vila.starter.data import english_eval, is_validation, known_truths, text_sha256, write_stage_data
-from vila.starter.parts import resolve_part
+from vila.starter import components, easy_vqa
+from vila.starter.data import english_eval, is_validation, labelled_images, text_sha256, write_stage_data
+from vila.starter.components import resolve_component
 from vila.starter.probes import SwappedEasyVqa, caption_nll, perplexity
 from vila.starter.report import with_images, write_report
 from vila.train.build import build, is_finished, model_dir
 from vila.train.metrics import read_metrics
 from vila.train.model_card import write_card
 
-# --- shrink
+# --- quantize_model
 # The starter model in 4 bits: quantized in about a minute, and asked again what the whole model was asked.
 
 
@@ -60,7 +60,7 @@ _ROWS = 1
 """Rows of 512 tokens to calibrate with: `vila quantize` takes 16, and minutes for them."""
 
 
-def shrink(model: Path, target: Path, events: Events) -> bool:
+def quantize_model(model: Path, target: Path, events: Events) -> bool:
     """Quantize a model to `target`, which is left alone when it is there. False when no group size fits it."""
     if target.is_dir():
         return True
@@ -124,7 +124,7 @@ _SWAPPED_QUESTIONS = 2000
 
 
 @dataclass(frozen=True)
-class Options:
+class QuickstartOptions:
     """What the user can choose.
 
     minutes:   training minutes on two cores; scales the token budgets of the recipes, so the result does not depend on
@@ -156,7 +156,7 @@ class Options:
 class Quickstart:
     """One run in one directory."""
 
-    def __init__(self, options: Options, events: Events = SILENT) -> None:
+    def __init__(self, options: QuickstartOptions, events: Events = SILENT) -> None:
         self.options, self.events = options, events
         self.out = options.out
         self.cache = cache_dir()
@@ -232,8 +232,8 @@ class Quickstart:
 
     def _parts(self) -> None:
         began = time.monotonic()
-        self.llm = resolve_part(self.options.llm, partial(parts.obtain_llm, self.cache, self.events))
-        self.vision = resolve_part(self.options.vision, partial(parts.obtain_vision, self.cache, self.events))
+        self.llm = resolve_component(self.options.llm, partial(components.obtain_llm, self.cache, self.events))
+        self.vision = resolve_component(self.options.vision, partial(components.obtain_vision, self.cache, self.events))
         self.easy_vqa = easy_vqa.obtain_easy_vqa(self.cache, self.events)
         self.images = self.easy_vqa / "train" / "images"
         self._note("parts", time.monotonic() - began)
@@ -275,7 +275,7 @@ class Quickstart:
         self._step(f"caption {stage}", lambda: self._caption(Engine.load(model_dir(recipe)), stage))
 
     def _caption(self, engine: Engine, stage: str) -> dict[str, float]:
-        truths = known_truths(easy_vqa.group_by_image(easy_vqa.read_questions(self.easy_vqa, "train")))
+        truths = labelled_images(easy_vqa.group_by_image(easy_vqa.read_questions(self.easy_vqa, "train")))
         held_out = [truth for truth in truths if is_validation(truth.image_id)][:_VALIDATION_PICTURES]
         with task(self.events, f"caption check after {stage}"):
             return caption_nll(engine, held_out, self.images)
@@ -355,7 +355,7 @@ class Quickstart:
         """The model in 4 bits, beside the whole one; None when it cannot be quantized."""
         self.__dict__.pop("engine", None)
         whole, small = self.out / "model", self.out / "model-int4"
-        if not shrink(whole, small, self.events):
+        if not quantize_model(whole, small, self.events):
             return None
         answered = result_dir(self.out / "eval", "easy_vqa", self.options.questions) / "predictions.jsonl"
         where = self.out / "eval" / "easy_vqa_int4"

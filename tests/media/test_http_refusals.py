@@ -8,7 +8,7 @@ import socket
 import pytest
 
 from vila.core.errors import MISSING, MediaError
-from vila.media.http import data_url_bytes, fetch, is_public, shown
+from vila.media.http import data_url_bytes, fetch, is_public, redact_url
 
 BODY = bytes(range(256)) * 4
 
@@ -89,7 +89,7 @@ def test_no_special_address_by_python_is_public():
 def test_what_is_not_a_plain_web_address_is_refused_without_a_connection(url, scheme, no_connection):
     with pytest.raises(MediaError) as caught:
         fetch(url, timeout_s=5)
-    assert caught.value.file == shown(url)
+    assert caught.value.file == redact_url(url)
     assert (caught.value.field, caught.value.value) == (("scheme", scheme) if scheme is not None else (None, MISSING))
 
 
@@ -111,9 +111,9 @@ def test_data_urls_are_decoded_within_the_limit():
 
 
 def test_messages_hide_queries_and_passwords_and_stay_short():
-    assert shown("https://me:pw@host/a.png?token=secret") == "https://host/a.png?..."
-    assert shown("https://host/" + "a" * 1000).endswith("... (1013 characters)")
+    assert redact_url("https://me:pw@host/a.png?token=secret") == "https://host/a.png?..."
+    assert redact_url("https://host/" + "a" * 1000).endswith("... (1013 characters)")
     assert (
-        shown("data:image/png;base64," + "A" * 1000) == "data:image/png;base64,AAAAAAAAAAAAAAAAAA... (1022 characters)"
+        redact_url("data:image/png;base64," + "A" * 1000) == "data:image/png;base64,AAAAAAAAAAAAAAAAAA... (1022 characters)"
     )
-    assert shown("http://host/\x1b[31m") == "http://host/_[31m"
+    assert redact_url("http://host/\x1b[31m") == "http://host/_[31m"

