@@ -159,7 +159,7 @@ def test_pickles_become_shards_of_their_kind(prepare, tmp_path):
 def test_ctrl_c_says_that_it_goes_on_and_the_same_command_does(prepare, tmp_path, monkeypatch):
     paths = write_tables(tmp_path / "in", (3, 3, 3))
     command = ("flan", *paths, "--num-rows", 5, "--output")
-    real, parts = flan.write_part, []
+    real, parts = flan.write_unit, []
 
     def press(out, unit, *rest):
         if parts:
@@ -167,11 +167,11 @@ def test_ctrl_c_says_that_it_goes_on_and_the_same_command_does(prepare, tmp_path
         parts.append(unit)
         real(out, unit, *rest)
 
-    monkeypatch.setattr(flan, "write_part", press)
+    monkeypatch.setattr(flan, "write_unit", press)
     code, _, _, err = prepare(*command, tmp_path / "o")
     assert code == 130
     assert "interrupted; what was finished is kept, and the same command goes on from there" in err
-    monkeypatch.setattr(flan, "write_part", lambda out, unit, *rest: (parts.append(unit), real(out, unit, *rest)))
+    monkeypatch.setattr(flan, "write_unit", lambda out, unit, *rest: (parts.append(unit), real(out, unit, *rest)))
     code, counts, _, _ = prepare(*command, tmp_path / "o")
     assert (code, counts["in"], parts) == (0, 5, ["flan-00000", "flan-00001", "flan-00002"])
     prepare(*command, tmp_path / "whole")

@@ -124,7 +124,7 @@ FLAGS: dict[str, tuple[str, int | float | bool | str, str]] = {
     "respect_noai": ("respect_noai", True, "Leave pictures alone whose X-Robots-Tag says noai or noimageai."),
     "user_agent": ("user_agent", "vila", "Who we say we are; name a contact for large downloads."),
 }
-"""Parameter name of the flag, default and help by field of `FetchRules`."""
+"""Parameter name of the flag, default and help by field of `DownloadOptions`."""
 
 
 def with_fetch_flags(command: Callable[..., None]) -> Callable[..., None]:
