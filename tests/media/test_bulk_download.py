@@ -11,7 +11,14 @@ import pytest
 
 from tests.media.test_http import BAD_BODIES, TOO_LARGE, Handler
 from tests.prepare.image_server import jpeg, serving
-from vila.media.bulk_download import DownloadResult, BulkDownloader, DownloadOptions, RateLimiter, retry_after_s, spread_by_host
+from vila.media.bulk_download import (
+    BulkDownloader,
+    DownloadOptions,
+    DownloadResult,
+    RateLimiter,
+    retry_after_s,
+    spread_by_host,
+)
 
 QUICK = {
     "allow_private": True, "host_delay_s": 0.0, "backoff_s": 0.01, "per_host": 64, "max_bytes": 100_000,

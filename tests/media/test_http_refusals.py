@@ -114,6 +114,7 @@ def test_messages_hide_queries_and_passwords_and_stay_short():
     assert redact_url("https://me:pw@host/a.png?token=secret") == "https://host/a.png?..."
     assert redact_url("https://host/" + "a" * 1000).endswith("... (1013 characters)")
     assert (
-        redact_url("data:image/png;base64," + "A" * 1000) == "data:image/png;base64,AAAAAAAAAAAAAAAAAA... (1022 characters)"
+        redact_url("data:image/png;base64," + "A" * 1000)
+        == "data:image/png;base64,AAAAAAAAAAAAAAAAAA... (1022 characters)"
     )
     assert redact_url("http://host/\x1b[31m") == "http://host/_[31m"

@@ -11,7 +11,7 @@ from tests.prepare.image_server import jpeg, serving
 from vila.core.errors import ConfigError, DataError
 from vila.core.files import sha256_file
 from vila.media.bulk_download import DownloadOptions
-from vila.prepare.download import KEEP_ORIGINAL, DownloadedImage, ResizeRule, DownloadJournal
+from vila.prepare.download import KEEP_ORIGINAL, DownloadedImage, DownloadJournal, ResizeRule
 from vila.prepare.mmc4 import prepare_mmc4
 from vila.prepare.shards import read_tar
 

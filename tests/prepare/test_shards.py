@@ -10,9 +10,9 @@ from PIL import Image
 from tests.prepare.image_server import jpeg
 from vila.core.errors import ConfigError, DataError, MediaError
 from vila.core.reading import Fields
-from vila.prepare.download import KEEP_ORIGINAL, ResizeRule, shrunk_size, encode_image
+from vila.prepare.download import KEEP_ORIGINAL, ResizeRule, encode_image, shrunk_size
 from vila.prepare.shards import TarSample, even_ranges, read_tar, safe_key, write_tar
-from vila.prepare.work_units import Counts, inputs_hash, units_of_worker, unit_names
+from vila.prepare.work_units import Counts, inputs_hash, unit_names, units_of_worker
 
 SAMPLES = [TarSample(f"k{n}", (("json", b"{}"), ("0.jpg", bytes([n]) * (n * 300)))) for n in range(5)]
 
@@ -92,9 +92,7 @@ def test_a_picture_that_is_small_enough_keeps_its_bytes_and_a_large_one_becomes_
     shrunk = encode_image(large, ResizeRule())
     assert shrunk.extension == "jpg" and Image.open(io.BytesIO(shrunk.content)).size == (470, 336)
     assert encode_image(large, KEEP_ORIGINAL).content == large
-    assert len(encode_image(noise(), ResizeRule(quality=50)).content) < len(
-        encode_image(noise(), ResizeRule()).content
-    )
+    assert len(encode_image(noise(), ResizeRule(quality=50)).content) < len(encode_image(noise(), ResizeRule()).content)
 
 
 def noise() -> bytes:

@@ -13,7 +13,7 @@ from tests.starter.tiny_run import write_easy_vqa, write_llm, write_vision
 from vila.config.load import load_recipe
 from vila.core.errors import ConfigError, DataError, DirectoryInUseError
 from vila.core.files import sha256_tree
-from vila.starter.quickstart import QuickstartOptions, Quickstart
+from vila.starter.quickstart import Quickstart, QuickstartOptions
 from vila.train.model_card import base_models
 
 

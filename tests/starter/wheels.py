@@ -9,9 +9,7 @@ from vila.core.files import sha256_file
 from vila.starter.components import Wheel
 
 
-def make_wheel(
-    folder: Path, members: dict[str, str | bytes], name: str = "tiny-part", version: str = "1.0"
-) -> Wheel:
+def make_wheel(folder: Path, members: dict[str, str | bytes], name: str = "tiny-part", version: str = "1.0") -> Wheel:
     """A wheel in `folder` that pip accepts, with a licence and `members` (path to content), and its pin."""
     stem = f"{name.replace('-', '_')}-{version}"
     filename = f"{stem}-py3-none-any.whl"

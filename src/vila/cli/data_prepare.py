@@ -128,7 +128,7 @@ FLAGS: dict[str, tuple[str, int | float | bool | str, str]] = {
 
 
 def with_fetch_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """`command` with the flags; it gets them in its last parameter `fetch`, a mapping of fields of `DownloadOptions`."""
+    """`command` with the flags; it gets them as keyword `fetch`, a mapping of fields of `DownloadOptions`."""
     own = inspect.signature(command, eval_str=True)
     flags = [
         inspect.Parameter(

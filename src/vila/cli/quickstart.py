@@ -30,7 +30,7 @@ def quickstart(
     from rich.console import Console
 
     from vila.cli.progress import Screen
-    from vila.starter.quickstart import QuickstartOptions, Quickstart
+    from vila.starter.quickstart import Quickstart, QuickstartOptions
 
     asked = QuickstartOptions(out=out, minutes=minutes, questions=eval_limit, seed=seed, **_parts(parts or []))
     with Screen() as screen:

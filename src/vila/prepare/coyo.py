@@ -15,11 +15,19 @@ from vila.core.files import write_json, write_jsonl
 from vila.core.progress import SILENT, Events, task
 from vila.core.reading import Fields
 from vila.media.bulk_download import DEFAULT_OPTIONS, DownloadOptions
-from vila.prepare.download import SHORT_SIDE_336, DownloadJob, Failure, PendingSample, ResizeRule, Results, download_units
+from vila.prepare.download import (
+    SHORT_SIDE_336,
+    DownloadJob,
+    Failure,
+    PendingSample,
+    ResizeRule,
+    Results,
+    download_units,
+)
 from vila.prepare.merge_shards import merge_shards
 from vila.prepare.records import read_parquet, read_rows, text_problem
 from vila.prepare.shards import TarSample, json_member, safe_key
-from vila.prepare.work_units import Counts, inputs_hash, locks_output, units_of_worker, check_settings, unit_names
+from vila.prepare.work_units import Counts, check_settings, inputs_hash, locks_output, unit_names, units_of_worker
 
 ROWS_PER_UNIT = 12_440
 """Rows of one list, and so of one work unit; the original's parts hold as many."""
@@ -93,7 +101,7 @@ def prepare_coyo(
     keep_parts: bool = True,
     events: Events = SILENT,
 ) -> dict[str, Any] | None:
-    """DownloadJob selected pairs to `OUT/coyo-000000.tar` and so on: `KEY.jpg`, `KEY.txt`, `KEY.json` (id, url, clip_sim).
+    """Download selected pairs to `OUT/coyo-000000.tar` and so on: `KEY.jpg`, `KEY.txt`, `KEY.json` (id, url, clip_sim).
 
     lists: those of all workers, the same on every worker; worker `shard` = (k, n) downloads every n-th.
     Returns the index, or None while other workers are not finished. Call again to go on after a kill.

@@ -10,7 +10,15 @@ from vila.core.errors import ConfigError
 from vila.core.progress import SILENT, Events, task
 from vila.prepare.merge_shards import merge_shards
 from vila.prepare.records import parquet_rows, read_parquet
-from vila.prepare.work_units import Counts, inputs_hash, is_finished, locks_output, units_of_worker, check_settings, write_unit
+from vila.prepare.work_units import (
+    Counts,
+    check_settings,
+    inputs_hash,
+    is_finished,
+    locks_output,
+    units_of_worker,
+    write_unit,
+)
 
 ROWS = 1_000_000
 """As many rows as the original takes, of about 378 million."""

@@ -14,7 +14,15 @@ from vila.prepare.merge_shards import merge_shards
 from vila.prepare.pkl import question_sample
 from vila.prepare.records import read_rows
 from vila.prepare.shards import TarSample, safe_key
-from vila.prepare.work_units import Counts, inputs_hash, is_finished, locks_output, units_of_worker, check_settings, write_unit
+from vila.prepare.work_units import (
+    Counts,
+    check_settings,
+    inputs_hash,
+    is_finished,
+    locks_output,
+    units_of_worker,
+    write_unit,
+)
 
 SETS: dict[str, tuple[str, ...]] = {
     "captioning": ("image-paragraph-captioning", "textcap"),

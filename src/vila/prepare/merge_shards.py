@@ -13,7 +13,16 @@ from vila.core.files import atomic_path, sha256_file, write_json, write_jsonl
 from vila.core.progress import SILENT, Events, task
 from vila.core.reading import Fields, read_json_object, read_jsonl
 from vila.prepare.shards import even_ranges, read_tar, write_tar
-from vila.prepare.work_units import Counts, Kind, check_unit, is_finished, units_of_worker, unit_path, read_unit_record, suffix_of
+from vila.prepare.work_units import (
+    Counts,
+    Kind,
+    check_unit,
+    is_finished,
+    read_unit_record,
+    suffix_of,
+    unit_path,
+    units_of_worker,
+)
 
 
 def merge_shards(

@@ -19,12 +19,12 @@ from vila.prepare.records import text_problem
 from vila.prepare.shards import TarSample, json_member
 from vila.prepare.work_units import (
     Counts,
+    check_settings,
     inputs_hash,
     is_finished,
     locks_output,
-    units_of_worker,
-    check_settings,
     unit_names,
+    units_of_worker,
     write_unit,
 )
 

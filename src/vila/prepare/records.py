@@ -27,7 +27,7 @@ from vila.data.formats.detect import guess_record
 from vila.data.readers.parquet import row_group_sizes
 from vila.media.image import open_image
 from vila.prepare.merge_shards import read_index
-from vila.prepare.work_units import Counts, locks_output, check_settings
+from vila.prepare.work_units import Counts, check_settings, locks_output
 
 MAX_RATIO = 200
 """Largest expansion of a compressed file. JSON text is packed 3 to 15 times; bombs are packed 1000 times."""

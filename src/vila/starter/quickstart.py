@@ -42,8 +42,8 @@ from vila.quant.blocks import fitting_sizes
 from vila.quant.calibration import packaged_documents, text_calibration
 from vila.quant.quantize import Request, quantize_checkpoint, with_group
 from vila.starter import components, easy_vqa
-from vila.starter.data import english_eval, is_validation, labelled_images, text_sha256, write_stage_data
 from vila.starter.components import resolve_component
+from vila.starter.data import english_eval, is_validation, labelled_images, text_sha256, write_stage_data
 from vila.starter.probes import SwappedEasyVqa, caption_nll, perplexity
 from vila.starter.report import with_images, write_report
 from vila.train.build import build, is_finished, model_dir
