@@ -30,9 +30,9 @@ from vila.plan.flops import Learning
 from vila.plan.memory import Holding, Memory, Micro, peak_memory
 from vila.plan.model_shape import shape_of
 from vila.train.fsdp import World, open_world, shard
-from vila.train.loss import Objective
+from vila.train.loss import LossModule
 from vila.train.optim import MasterAdamW, group_parameters, select_trainable
-from vila.train.setup import recompute
+from vila.train.setup import enable_gradient_checkpointing
 
 BOUND = 0.1
 MASKED = False  # the objective attends to packed rows without a mask
@@ -148,8 +148,8 @@ def measure(case: Case, world: World | None = None) -> int:
     adapters = _add_adapters(model, learning) if learning.rank else None
     select_trainable(model, tune, adapters=adapters)
     if case.holding.recompute:
-        recompute(model, case.holding.recompute)
-    objective = Objective(model)
+        enable_gradient_checkpointing(model, case.holding.recompute)
+    objective = LossModule(model)
     if world is not None:
         shard(objective, model, world, dtype, reshard=case.holding.reshard)
     groups = group_parameters(model, lr=1e-3, lr_projector=None, weight_decay=0.0)
@@ -164,7 +164,9 @@ def measure(case: Case, world: World | None = None) -> int:
         for _ in range(2):
             live.peak = 0
             for _ in range(1 + case.holding.accumulated):
-                loss, _ = objective(batch, pixels=batch.pixels, sources=torch.zeros_like(batch.ids), num_sources=1)
+                loss, _ = objective(
+                    batch, pixels=batch.pixels, data_set_ids=torch.zeros_like(batch.ids), num_data_sets=1
+                )
                 loss.backward()
                 del loss
                 optimizer.accumulate()
@@ -211,15 +213,15 @@ def dealt(case: Case, ranks: int) -> Case:
 
 def main() -> int:
     world = open_world()
-    ranks, worst = world.place.world_size, 0.0
-    if world.main:
+    ranks, worst = world.process.world_size, 0.0
+    if world.is_main:
         print(f"Dealt to {ranks}\n\n| Configuration | Measured MB | Predicted MB | Error |\n|---|---|---|---|")
     for name, one in CASES.items():
         case = dealt(one, ranks)
-        measured, predicted = measure(case, None if world.alone else world), predict(case).total
+        measured, predicted = measure(case, None if world.is_single else world), predict(case).total
         error = predicted / measured - 1
         worst = max(worst, abs(error))
-        if world.main:
+        if world.is_main:
             print(f"| {name} | {measured / 1e6:.1f} | {predicted / 1e6:.1f} | {error:+.1%} |", flush=True)
     world.close()
     return int(worst >= BOUND)

@@ -19,7 +19,7 @@ from vila.bench.decode import forget_peak, peak_bytes
 from vila.bench.model_shapes import SHAPES, random_model
 from vila.core.system import system_info
 from vila.quant.awq_search import SearchOptions, search_model
-from vila.quant.calibration import Calibration, Row
+from vila.quant.calibration import Calibration, CalibrationSequence
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
     held = sum(parameter.nbytes for parameter in model.parameters())
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, shape.vocab, (options.rows, 512), generator=generator).tolist()
-    calibration = Calibration("random", "0" * 64, tuple(Row(tuple(row)) for row in ids))
+    calibration = Calibration("random", "0" * 64, tuple(CalibrationSequence(tuple(row)) for row in ids))
     forget_peak("cpu")
     before, begin = peak_bytes("cpu"), time.perf_counter()
     search_model(model, calibration, SearchOptions())

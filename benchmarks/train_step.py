@@ -45,7 +45,7 @@ from vila.data.collate import collate
 from vila.data.packing import PackingPolicy, PackingStreams
 from vila.model.config import VilaConfig
 from vila.model.modeling import VilaForConditionalGeneration
-from vila.train.loss import Objective
+from vila.train.loss import LossModule
 from vila.train.optim import MasterAdamW, group_parameters, select_trainable
 
 VOCAB, PICTURE, PATCH, IMAGE = 49152, 224, 16, 49151
@@ -113,7 +113,7 @@ class Ours:
         groups = group_parameters(self.model, lr=LR, lr_projector=None, weight_decay=0.0)
         self.optimizer = MasterAdamW(groups, beta1=0.9, beta2=0.999, max_grad_norm=1.0, dtype=dtype)
         self.model.to(dtype)
-        self.objective = Objective(self.model)
+        self.objective = LossModule(self.model)
 
     def step(self) -> tuple[int, int]:
         """One update; real tokens and places."""
@@ -189,7 +189,7 @@ def apart(data: Data, peer: LlavaForConditionalGeneration, model: VilaForConditi
     batch, given = collate([[item["sample"]] for item in items]), padded(items)
     with torch.no_grad():
         theirs = peer(**given).loss.item()
-        ours = Objective(model)(batch, pixels=given.get("pixel_values"))[0].item() / batch.num_supervised
+        ours = LossModule(model)(batch, pixels=given.get("pixel_values"))[0].item() / batch.num_supervised
     return abs(ours - theirs) / theirs
 
 

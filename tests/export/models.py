@@ -9,8 +9,8 @@ import torch
 from tests import tiny
 from vila.kernels.int4 import quantize
 from vila.model.loading import save_model
-from vila.quant.awq_cache import Clip, Scale, Search, save_search
-from vila.quant.blocks import block_name, blocks_of, can_scale, family_of
+from vila.quant.awq_cache import AwqSearch, ChannelScale, WeightClip, save_search
+from vila.quant.blocks import block_name, decoder_blocks, can_scale, family_of
 
 SMALL = {"hidden_size": 64, "intermediate_size": 128}
 WIDE = {"hidden_size": 256, "intermediate_size": 512}
@@ -36,23 +36,23 @@ def write_model(folder: Path, family="llama", *, dtype=torch.float32, tower="cli
     return model, processor
 
 
-def random_search(model, group_size=32, **facts) -> Search:
+def random_search(model, group_size=32, **facts) -> AwqSearch:
     """Scales for every group that can be folded, and limits for every Linear but queries and keys."""
     generator = torch.Generator().manual_seed(2)
     scales, clips = [], []
-    for index, block in enumerate(blocks_of(model)):
+    for index, block in enumerate(decoder_blocks(model)):
         for group in family_of(model).scale_groups:
             width = block.get_submodule(group.linears[0]).in_features
             if can_scale(group, block):
                 scale = torch.rand(width, generator=generator) * 1.5 + 0.5
                 names = tuple(f"{block_name(index)}.{name}" for name in group.linears)
-                scales.append(Scale(f"{block_name(index)}.{group.fold}", names, scale))
+                scales.append(ChannelScale(f"{block_name(index)}.{group.fold}", names, scale))
             for name in group.linears:
                 if "q_proj" not in name and "k_proj" not in name:
                     groups = block.get_submodule(name).weight.float().unflatten(-1, (-1, group_size))
                     limit = groups.abs().amax(-1) * (torch.rand(groups.shape[:2], generator=generator) * 0.5 + 0.6)
-                    clips.append(Clip(f"{block_name(index)}.{name}", limit.detach()))
-    return Search(tuple(scales), tuple(clips), {"group_size": group_size, **facts})
+                    clips.append(WeightClip(f"{block_name(index)}.{name}", limit.detach()))
+    return AwqSearch(tuple(scales), tuple(clips), {"group_size": group_size, **facts})
 
 
 def write_search(folder: Path, model, group_size=32, **facts) -> Path:

@@ -10,7 +10,7 @@ from vila.export.base import ExportOptions, write_export
 from vila.export.source import open_source
 from vila.model.loading import load_model, save_model
 from vila.quant.apply import apply_search
-from vila.quant.awq_cache import Search
+from vila.quant.awq_cache import AwqSearch
 
 IDS = torch.tensor([[5, 9, 77, 30, 120, 6]])
 
@@ -38,7 +38,7 @@ def test_without_a_search_it_is_what_the_layout_writes_bit_by_bit(tmp_path, proj
 
 def test_stock_transformers_gives_the_logits_of_the_model_it_was_folded_from(tmp_path):
     model, _ = write_model(tmp_path / "m", num_key_value_heads=4)
-    scales = Search(random_search(model).scales, ())
+    scales = AwqSearch(random_search(model).scales, ())
     from vila.quant.awq_cache import save_search
 
     save_search(scales, tmp_path / "s")

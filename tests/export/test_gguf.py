@@ -18,7 +18,7 @@ from vila.export.gguf_llm import halves_alternating, llama3_factors, llm_refusal
 from vila.export.source import open_source
 from vila.model.loading import save_model
 from vila.quant.apply import apply_search
-from vila.quant.awq_cache import Clip, Scale, Search, save_search
+from vila.quant.awq_cache import AwqSearch, ChannelScale, WeightClip, save_search
 
 BLOCK = {
     "attn_q": "self_attn.q_proj",
@@ -158,8 +158,8 @@ def test_a_search_is_folded_before_rounding(tmp_path):
     generator = torch.Generator().manual_seed(0)
     scale = torch.rand(32, generator=generator) + 0.5
     names = tuple(f"model.layers.0.self_attn.{kind}_proj" for kind in "qkv")
-    clip = Clip("model.layers.1.mlp.up_proj", torch.full((64, 1), 0.1))
-    search = Search((Scale("model.layers.0.input_layernorm", names, scale),), (clip,))
+    clip = WeightClip("model.layers.1.mlp.up_proj", torch.full((64, 1), 0.1))
+    search = AwqSearch((ChannelScale("model.layers.0.input_layernorm", names, scale),), (clip,))
     save_search(search, tmp_path / "search.safetensors")
     out = export(tmp_path, model, processor, search=tmp_path / "search.safetensors")
     apply_search(model, search)

@@ -11,7 +11,7 @@ from vila.export.source import Source, open_source
 from vila.model.loading import load_model, open_checkpoint
 from vila.model.weights import state_of
 from vila.quant.apply import apply_search
-from vila.quant.awq_cache import Scale, Search, save_search
+from vila.quant.awq_cache import AwqSearch, ChannelScale, save_search
 
 
 def all_weights(source, **options):
@@ -55,7 +55,7 @@ def test_a_search_of_another_model_is_refused_with_what_does_not_fit(tmp_path):
     search = write_search(tmp_path, write_model(tmp_path / "other", hidden_size=96)[0])
     with pytest.raises(LayoutError, match="scale's 96 channels.*make it again for it"):
         open_source(tmp_path / "m", search=search)
-    bad = Search((Scale("model.layers.0.input_layernorm", (), torch.full((64,), float("nan"))),), ())
+    bad = AwqSearch((ChannelScale("model.layers.0.input_layernorm", (), torch.full((64,), float("nan"))),), ())
     with pytest.raises(LayoutError, match="not finite and positive"):
         all_weights(Source(open_checkpoint(tmp_path / "m"), bad))
 

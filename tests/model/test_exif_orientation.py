@@ -19,7 +19,7 @@ from vila.core.vision_spec import VisionSpec
 from vila.data.dataset import Entry
 from vila.data.packing import compact
 from vila.model.loading import load_model, save_model
-from vila.train.setup import load_start, open_start
+from vila.train.setup import load_initial_model, open_initial_model
 
 SIZE = (40, 20)
 
@@ -99,7 +99,7 @@ def test_a_stage_stores_the_setting_of_its_recipe(tmp_path):
         facts = load_recipe("starter/3_sft", ["output.dir=x"]).model_dump(mode="json")
         facts["model"] = {"path": str(tmp_path / "model"), "exif_orientation": applied, "template": "starter_qa"}
         recipe = Recipe.model_validate(facts)
-        model, processor = load_start(recipe, open_start(recipe))
+        model, processor = load_initial_model(recipe, open_initial_model(recipe))
         assert processor.spec.exif_orientation is applied
         assert VisionSpec.from_dict(model.config.vision_spec) == processor.spec
 

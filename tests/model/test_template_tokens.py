@@ -13,7 +13,7 @@ from vila.core.errors import LayoutError, TemplateError
 from vila.engine.engine import Engine
 from vila.model import loading
 from vila.model.loading import load_model, open_parts, save_model
-from vila.train.setup import load_start, open_start
+from vila.train.setup import load_initial_model, open_initial_model
 
 LACKING = ["vicuna_v1", "llama_2", "llama_3", "mistral"]
 WRITTEN = ["chatml", "hermes-2", "mpt", "starter_qa", "caption", "page", "llava_v0"]
@@ -70,7 +70,7 @@ def test_loading_with_such_a_template_is_refused(model, unbuilt):
 def test_training_with_such_a_template_is_refused(tmp_path, unbuilt, change):
     recipe = stand_recipe(write_stand(tmp_path), tmp_path / "out", "budget.tokens=200", change)
     with pytest.raises(TemplateError) as caught:
-        open_start(recipe)
+        open_initial_model(recipe)
     assert caught.value.value == "llama_3"
 
 
@@ -104,10 +104,10 @@ def test_fine_tuning_keeps_template_and_image_settings_that_the_recipe_does_not_
     )
     (tmp_path / "r.yaml").write_text(text)
     recipe = load_recipe(str(tmp_path / "r.yaml"))
-    _, trained = load_start(recipe, open_start(recipe))
+    _, trained = load_initial_model(recipe, open_initial_model(recipe))
     assert (trained.template, trained.spec.image_mode, trained.spec.exif_orientation) == ("chatml", "resize", False)
     changed = load_recipe(str(tmp_path / "r.yaml"), ["model.image_mode=pad", "model.template=starter_qa"])
-    _, trained = load_start(changed, open_start(changed))
+    _, trained = load_initial_model(changed, open_initial_model(changed))
     assert (trained.template, trained.spec.image_mode, trained.spec.exif_orientation) == ("starter_qa", "pad", False)
 
 

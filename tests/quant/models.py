@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tests import tiny
-from vila.quant.calibration import Calibration, Row
+from vila.quant.calibration import Calibration, CalibrationSequence
 
 
 def loud(family="llama", *, layers=1, seed=0, **text):
@@ -27,7 +27,7 @@ def loud(family="llama", *, layers=1, seed=0, **text):
 def random_rows(count=2, length=60, seed=0):
     """Calibration of random ids, rows of one length."""
     ids = torch.randint(3, 250, (count, length), generator=torch.Generator().manual_seed(seed))
-    return Calibration("random", "0" * 64, tuple(Row(tuple(row)) for row in ids.tolist()))
+    return Calibration("random", "0" * 64, tuple(CalibrationSequence(tuple(row)) for row in ids.tolist()))
 
 
 def logits(model, rows):

@@ -10,7 +10,7 @@ from tests.quant.models import logits, loud, random_rows
 from vila.core.errors import ConfigError, LayoutError
 from vila.kernels.int4 import dequantize
 from vila.quant.apply import apply_search, clamp_weight, fake_quantize, fold_scale, quantize_model
-from vila.quant.awq_cache import Clip, Scale, Search
+from vila.quant.awq_cache import AwqSearch, ChannelScale, WeightClip
 from vila.quant.awq_search import SearchOptions, search_model
 
 UP = "language_model.model.layers.0.mlp.up_proj"
@@ -108,18 +108,18 @@ def test_a_search_that_does_not_fit_changes_nothing():
     good = search_model(model, random_rows(), SearchOptions(group_size=16))
     layer = "model.layers.0"
     wrong = {
-        "no norm or Linear": Scale(f"{layer}.norm9", (f"{layer}.mlp.up_proj",), torch.ones(32)),
-        "no Linear of it": Scale(f"{layer}.input_layernorm", (f"{layer}.mlp.out",), torch.ones(32)),
-        "has 32 inputs, its scale 16 channels": Scale(
+        "no norm or Linear": ChannelScale(f"{layer}.norm9", (f"{layer}.mlp.up_proj",), torch.ones(32)),
+        "no Linear of it": ChannelScale(f"{layer}.input_layernorm", (f"{layer}.mlp.out",), torch.ones(32)),
+        "has 32 inputs, its scale 16 channels": ChannelScale(
             f"{layer}.input_layernorm", (f"{layer}.mlp.up_proj",), torch.ones(16)
         ),
-        "not finite and positive": Scale(f"{layer}.input_layernorm", (f"{layer}.mlp.up_proj",), torch.zeros(32)),
+        "not finite and positive": ChannelScale(f"{layer}.input_layernorm", (f"{layer}.mlp.up_proj",), torch.zeros(32)),
     }
     for message, scale in wrong.items():
         with pytest.raises(LayoutError, match=message):
-            apply_search(model, Search((*good.scales, scale), good.clips))
+            apply_search(model, AwqSearch((*good.scales, scale), good.clips))
     with pytest.raises(LayoutError, match="is 64x32, its limits are 32x2"):
-        apply_search(model, Search(good.scales, (Clip(f"{layer}.mlp.up_proj", torch.ones(32, 2)),)))
+        apply_search(model, AwqSearch(good.scales, (WeightClip(f"{layer}.mlp.up_proj", torch.ones(32, 2)),)))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -168,9 +168,9 @@ def test_damaged_norms_and_embeddings_are_named_too(name):
 
 def test_limits_below_zero_are_refused():
     model, _ = loud()
-    clip = Clip("model.layers.0.mlp.up_proj", torch.full((model.get_submodule(UP).out_features, 2), -0.1))
+    clip = WeightClip("model.layers.0.mlp.up_proj", torch.full((model.get_submodule(UP).out_features, 2), -0.1))
     with pytest.raises(LayoutError, match=r"the limits of model.layers.0.mlp.up_proj are not all 0 and more"):
-        apply_search(model, Search((), (clip,)))
+        apply_search(model, AwqSearch((), (clip,)))
 
 
 def test_a_quantized_model_is_refused():

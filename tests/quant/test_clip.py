@@ -6,7 +6,7 @@ import torch
 
 from tests.quant import brute_force
 from vila.quant.apply import fake_quantize
-from vila.quant.awq_scale import is_clipped, sample_tokens, search_limits, second_moments
+from vila.quant.awq_scale import is_linear_clipped, sample_tokens, search_limits, second_moments
 
 
 @pytest.mark.parametrize("tokens", [100, 1100])
@@ -59,6 +59,6 @@ def test_tokens_that_count_nothing_are_not_sampled_and_weights_are_repetitions()
 
 def test_queries_and_keys_are_left_out_as_published():
     names = [f"self_attn.{letter}_proj" for letter in "qkvo"] + [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
-    assert [name for name in names if is_clipped(name, "published")] == names[2:]
-    assert [name for name in names if is_clipped(name, "all")] == names
-    assert not any(is_clipped(name, "none") for name in names)
+    assert [name for name in names if is_linear_clipped(name, "published")] == names[2:]
+    assert [name for name in names if is_linear_clipped(name, "all")] == names
+    assert not any(is_linear_clipped(name, "none") for name in names)

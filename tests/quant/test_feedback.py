@@ -5,7 +5,7 @@ import torch
 
 from vila.core.errors import LayoutError
 from vila.kernels.int4 import dequantize, quantize, unpack
-from vila.quant.gptq import moments, output_error, refit_scales, round_codes
+from vila.quant.gptq import gptq_round, output_error, refit_scales, second_moment
 
 GROUP = 16
 
@@ -17,13 +17,13 @@ def case(request):
     mixed_II = torch.randn(64, 64, generator=generator) / 8 + torch.eye(64)
     inputs_TI = torch.randn(400, 64, generator=generator) @ mixed_II + torch.randn(400, 1, generator=generator)
     weight_OI = torch.randn(24, 64, generator=generator)
-    return weight_OI, quantize(weight_OI, GROUP), moments(inputs_TI)
+    return weight_OI, quantize(weight_OI, GROUP), second_moment(inputs_TI)
 
 
 def test_codes_chosen_with_feedback_leave_less_error_than_the_nearest(case):
     weight_OI, grid, moments_II = case
     before = output_error(weight_OI, dequantize(grid), moments_II)
-    rounded = round_codes(weight_OI, grid, moments_II)
+    rounded = gptq_round(weight_OI, grid, moments_II)
     # Worst of three seeds: 0.40.
     assert output_error(weight_OI, dequantize(rounded), moments_II) < 0.6 * before
     assert torch.equal(rounded.scales, grid.scales)
@@ -32,7 +32,7 @@ def test_codes_chosen_with_feedback_leave_less_error_than_the_nearest(case):
 
 def test_refitted_scales_leave_less_error_on_the_same_codes(case):
     weight_OI, grid, moments_II = case
-    rounded = round_codes(weight_OI, grid, moments_II)
+    rounded = gptq_round(weight_OI, grid, moments_II)
     fitted = refit_scales(weight_OI, rounded, moments_II)
     assert torch.equal(fitted.codes, rounded.codes)
     before, after = (output_error(weight_OI, dequantize(one), moments_II) for one in (rounded, fitted))
@@ -41,7 +41,7 @@ def test_refitted_scales_leave_less_error_on_the_same_codes(case):
 
 def test_inputs_that_have_nothing_in_common_are_rounded_to_the_nearest(case):
     weight_OI, grid, _ = case
-    rounded = round_codes(weight_OI, grid, torch.diag(torch.rand(64) + 0.1))
+    rounded = gptq_round(weight_OI, grid, torch.diag(torch.rand(64) + 0.1))
     assert torch.equal(rounded.codes, grid.codes)
 
 
@@ -51,7 +51,7 @@ def test_one_column_takes_over_what_its_twin_lost():
     grid = quantize(weight_OI, 4)
     moments_II = torch.diag(torch.tensor([1.0, 1.0, 9.0, 9.0]))
     moments_II[2, 3] = moments_II[3, 2] = 9.0
-    codes = unpack(round_codes(weight_OI, grid, moments_II, damping=1e-4).codes)
+    codes = unpack(gptq_round(weight_OI, grid, moments_II, damping=1e-4).codes)
     assert unpack(grid.codes).tolist() == [[0, 15, 4, 4]]
     assert codes.tolist() == [[0, 15, 4, 5]]
 
@@ -59,14 +59,14 @@ def test_one_column_takes_over_what_its_twin_lost():
 def test_a_token_counts_as_much_as_its_weight():
     inputs_TI = torch.randn(5, 8, generator=torch.Generator().manual_seed(0))
     twice = torch.cat([inputs_TI, inputs_TI[:2]])
-    torch.testing.assert_close(moments(inputs_TI, torch.tensor([2.0, 2, 1, 1, 1])), moments(twice))
-    torch.testing.assert_close(moments(inputs_TI, torch.tensor([1.0, 1, 1, 0, 0])), moments(inputs_TI[:3]))
+    torch.testing.assert_close(second_moment(inputs_TI, torch.tensor([2.0, 2, 1, 1, 1])), second_moment(twice))
+    torch.testing.assert_close(second_moment(inputs_TI, torch.tensor([1.0, 1, 1, 0, 0])), second_moment(inputs_TI[:3]))
 
 
 def test_fewer_tokens_than_inputs_are_enough(case):
     weight_OI, grid, _ = case
-    few = moments(torch.randn(3, 64, generator=torch.Generator().manual_seed(1)))
-    rounded = refit_scales(weight_OI, round_codes(weight_OI, grid, few), few)
+    few = second_moment(torch.randn(3, 64, generator=torch.Generator().manual_seed(1)))
+    rounded = refit_scales(weight_OI, gptq_round(weight_OI, grid, few), few)
     assert bool(dequantize(rounded).isfinite().all())
     assert output_error(weight_OI, dequantize(rounded), few) < output_error(weight_OI, dequantize(grid), few)
 
@@ -75,4 +75,4 @@ def test_fewer_tokens_than_inputs_are_enough(case):
 def test_activations_that_are_not_finite_are_refused(case, value):
     weight_OI, grid, moments_II = case
     with pytest.raises(LayoutError, match="not finite or all zero; search in float32"):
-        round_codes(weight_OI, grid, moments_II + value)
+        gptq_round(weight_OI, grid, moments_II + value)

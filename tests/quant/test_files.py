@@ -12,9 +12,9 @@ from tests.quant.models import loud, random_rows
 from vila.core.errors import LayoutError
 from vila.kernels.int4 import quantize
 from vila.quant.apply import apply_search
-from vila.quant.awq_cache import Search, load_search, read_awq_cache, read_search, save_search, write_awq_cache
+from vila.quant.awq_cache import AwqSearch, load_search, read_awq_cache, read_search, save_search, write_awq_cache
 from vila.quant.awq_search import SearchOptions, search_model
-from vila.quant.resume_state import read_weights, write_weights
+from vila.quant.resume_state import read_int4_block, write_int4_block
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +75,8 @@ def test_a_header_that_is_no_search_is_named(tmp_path, header):
 def test_a_rounded_block_that_is_damaged_is_named(tmp_path, damage):
     path = tmp_path / "00000.safetensors"
     weight = quantize(torch.randn(4, 32), 16)
-    write_weights({"a": weight}, "key", path)
-    assert read_weights(path)[1] == "key"
+    write_int4_block({"a": weight}, "key", path)
+    assert read_int4_block(path)[1] == "key"
     tensors, sizes = load_file(path), {"a": 16}
     if damage == "codes":
         tensors["a/codes"] = tensors["a/codes"][:3].contiguous()
@@ -87,7 +87,7 @@ def test_a_rounded_block_that_is_damaged_is_named(tmp_path, damage):
     if damage == "cut":
         path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(LayoutError) as caught:
-        read_weights(path)
+        read_int4_block(path)
     assert caught.value.file == str(path)
 
 
@@ -133,7 +133,7 @@ def test_a_search_is_written_as_the_original_writes_it(found, tmp_path):
 
 
 def test_a_value_that_float16_cannot_hold_is_named_and_nothing_is_written(found, tmp_path):
-    large = Search((replace(found.scales[0], scale_I=found.scales[0].scale_I * 1e6),), ())
+    large = AwqSearch((replace(found.scales[0], scale_I=found.scales[0].scale_I * 1e6),), ())
     with pytest.raises(LayoutError, match=r"model.layers.0.input_layernorm: .* does not fit float16"):
         write_awq_cache(large, tmp_path / "x.pt")
     assert not list(tmp_path.iterdir())

@@ -9,7 +9,7 @@ from vila.kernels.int4 import dequantize
 from vila.model.int4_weights import int4_weights, use_int4
 from vila.quant.apply import quantize_model
 from vila.quant.awq_search import SearchOptions, search_model
-from vila.quant.blocks import blocks_of, linears_of
+from vila.quant.blocks import block_linears, decoder_blocks
 from vila.quant.quantize import RoundOptions, round_model
 
 ROWS = random_rows(4)
@@ -39,7 +39,7 @@ def test_nearest_is_what_quantize_model_gives_and_leaves_a_model_that_fits(famil
     model, other = loud(family, layers=2)[0], loud(family, layers=2)[0]
     rounded = round_model(model, search, NEAREST, release=True)
     assert same(rounded.weights, quantize_model(other, search, 16))
-    assert all(one.weight.is_meta for block in blocks_of(model) for one in linears_of(block).values())
+    assert all(one.weight.is_meta for block in decoder_blocks(model) for one in block_linears(block).values())
     use_int4(model, rounded.weights)
     assert same(int4_weights(model), rounded.weights)
     for name, weight in rounded.weights.items():
@@ -52,7 +52,7 @@ def test_a_16_bit_model_is_folded_and_rounded_in_float32():
     search = search_model(wide, ROWS, SearchOptions(group_size=16))
     rounded = round_model(model, search, NEAREST)
     assert same(rounded.weights, round_model(wide, search, NEAREST).weights)
-    assert blocks_of(model)[0].input_layernorm.weight.dtype == torch.bfloat16
+    assert decoder_blocks(model)[0].input_layernorm.weight.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

@@ -8,11 +8,11 @@ from vila.core.errors import LayoutError
 from vila.kernels.int4 import dequantize, quantize
 from vila.quant.apply import fake_quantize
 from vila.quant.awq_scale import (
-    alone_loss,
     candidates,
+    linear_loss,
     mean_magnitude,
     module_loss,
-    replaced,
+    replaced_weights,
     search_scale,
     weight_magnitude,
 )
@@ -76,7 +76,7 @@ def test_a_linear_alone_costs_the_same_by_either_way(rows, tokens, weighted):
     linear = nn.Linear(32, 24).double().requires_grad_(False)
     inputs = torch.randn(rows, tokens, 32, dtype=torch.float64) * torch.linspace(0.1, 5, 32)
     weights = torch.rand(rows, tokens) if weighted else None
-    alone = alone_loss(linear, inputs, weights, 16, False)
+    alone = linear_loss(linear, inputs, weights, 16, False)
     whole = module_loss([linear], linear, inputs, weights, 16, False, rows=4)
     for scale in (torch.ones(32, dtype=torch.float64), torch.linspace(0.5, 2, 32, dtype=torch.float64)):
         assert alone(scale) == pytest.approx(whole(scale), rel=1e-7)
@@ -98,7 +98,7 @@ def test_the_first_of_equal_losses_wins_and_no_number_never_does():
 def test_replaced_weights_come_back_also_after_an_error():
     linear = nn.Linear(4, 4)
     own = linear.weight
-    with pytest.raises(RuntimeError), replaced([linear], [torch.zeros(4, 4)]):
+    with pytest.raises(RuntimeError), replaced_weights([linear], [torch.zeros(4, 4)]):
         assert not linear.weight.any()
         raise RuntimeError
     assert linear.weight is own

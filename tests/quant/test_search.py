@@ -13,7 +13,7 @@ from vila.core.errors import CheckpointError, ConfigError, DataError, LayoutErro
 from vila.quant.apply import apply_search
 from vila.quant.awq_cache import load_search
 from vila.quant.awq_search import SearchOptions, search_model, search_to_file
-from vila.quant.calibration import Calibration, Row
+from vila.quant.calibration import Calibration, CalibrationSequence
 
 CASES = {
     "one key head per query head": ("llama", {"num_key_value_heads": 4}),
@@ -221,11 +221,11 @@ def test_folding_keeps_what_the_model_computes():
 
 def test_ids_of_another_tokenizer_are_refused():
     model, _ = loud()
-    foreign = Calibration("foreign", "2" * 64, (Row((3, 4, 999)),))
+    foreign = Calibration("foreign", "2" * 64, (CalibrationSequence((3, 4, 999)),))
     with pytest.raises(DataError, match="foreign row 0: token id 999 is outside the model's 259 embeddings"):
         search_model(model, foreign, SearchOptions(group_size=16))
     with pytest.raises(DataError, match="token id -1 is outside"):
-        search_model(model, Calibration("f", "", (Row((-1,)),)), SearchOptions(group_size=16))
+        search_model(model, Calibration("f", "", (CalibrationSequence((-1,)),)), SearchOptions(group_size=16))
     with pytest.raises(DataError, match="holds no rows"):
         search_model(model, Calibration("f", "", ()), SearchOptions(group_size=16))
 

@@ -15,7 +15,7 @@ from vila.core.errors import Interrupted
 from vila.train.build import Run, build
 from vila.train.checkpoint_files import MANIFEST, digest_files, write_manifest
 from vila.train.metrics import read_metrics
-from vila.train.setup import whole_tensors
+from vila.train.setup import gather_full_tensors
 
 FACTS = ("step", "tokens_seen", "loss", "loss_by_data_set", "lr", "grad_norm", "supervised", "images")
 
@@ -30,8 +30,8 @@ def finish(folder: Path, out: str, overrides: Sequence[str], change: Callable[[R
         change(run)
     run.trainer.run()
     run.checkpoints.wait()
-    weights = whole_tensors(run.model, torch.float32, run.world)
-    run.world.gather(None)
+    weights = gather_full_tensors(run.model, torch.float32, run.world)
+    run.world.all_gather_object(None)
     if weights is None:
         return None
     rows = [{name: row[name] for name in FACTS} for row in read_metrics(run.folder / "metrics.jsonl")]

@@ -11,11 +11,11 @@ from tests.train.stand import stand_recipe, write_stand
 from vila.cli.train import write_model_card
 from vila.config.load import load_recipe, recipe_names, save_recipe
 from vila.train.build import build
-from vila.train.model_card import base_models, read_front_matter, write_card
+from vila.train.model_card import base_models, read_front_matter, save_model_card
 
 
 def card(folder, recipe, **facts):
-    write_card(folder, recipe, facts)
+    save_model_card(folder, recipe, facts)
     text = (folder / "README.md").read_text()
     return text, read_front_matter(text)
 
@@ -164,7 +164,7 @@ def test_a_model_of_ours_that_was_moved_keeps_the_licences_of_its_bases(home):
     part = home / ".cache" / "vila" / "parts" / "tower"
     run = home / "runs" / "one"
     first = load_recipe("vila_7b/1_align", ["model.llm=Qwen/Qwen2.5-0.5B", f"model.vision={part}", f"output.dir={run}"])
-    write_card(run / "model", first, {})
+    save_model_card(run / "model", first, {})
     (home / "moved").mkdir()
     (run / "model").rename(home / "moved" / "model")
     third = load_recipe("vila_7b/3_sft", [f"model.path={home / 'moved' / 'model'}"])

@@ -22,7 +22,7 @@ from vila.core.progress import SILENT
 from vila.core.reading import read_json
 from vila.model.loading import save_model
 from vila.train.build import build
-from vila.train.checkpoint import Checkpoint, Checkpoints, Progress, load_checkpoint
+from vila.train.checkpoint import Checkpoint, CheckpointWriter, Progress, load_checkpoint
 from vila.train.fsdp import World, open_world
 
 WORLD = World(ProcessInfo(), torch.device("cpu"))
@@ -61,7 +61,7 @@ def state(step):
 @pytest.mark.parametrize(("best", "kept"), [(None, [4, 5, 6]), (2, [2, 4, 5, 6]), (5, [4, 5, 6])])
 @pytest.mark.parametrize("background", [False, True])
 def test_the_newest_and_the_best_are_kept(tmp_path, best, kept, background):
-    checkpoints = Checkpoints(tmp_path, WORLD, keep_last=3, background=background)
+    checkpoints = CheckpointWriter(tmp_path, WORLD, keep_last=3, background=background)
     for step in range(1, 7):
         checkpoints.save({"weight": torch.full((3,), float(step))}, state(step), best=best)
     checkpoints.wait()
@@ -72,7 +72,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path, best, kept, background):
 
 
 def test_training_may_change_tensors_while_they_are_written(tmp_path):
-    checkpoints = Checkpoints(tmp_path, WORLD, background=True)
+    checkpoints = CheckpointWriter(tmp_path, WORLD, background=True)
     weight = torch.ones(1000)
     checkpoints.save({"weight": weight}, state(1))
     weight.fill_(2)
@@ -148,7 +148,7 @@ def test_a_full_disk_stops_all_ranks_and_leaves_the_checkpoint_before_it(stand, 
 
 
 def test_an_unexpected_error_of_the_writing_thread_is_raised(tmp_path):
-    checkpoints = Checkpoints(tmp_path, WORLD, background=True)
+    checkpoints = CheckpointWriter(tmp_path, WORLD, background=True)
     checkpoints.save({"weight": torch.ones(2)}, Checkpoint(Progress(step=1), [], {"when": object()}, {}))
     with pytest.raises(CheckpointError, match="step-00000001: the checkpoint was not written .*object.* not JSON"):
         checkpoints.wait()
@@ -245,7 +245,7 @@ class Heard:
 @pytest.fixture
 def two(tmp_path):
     """A directory with the checkpoints of steps 1 and 2."""
-    checkpoints = Checkpoints(tmp_path / "checkpoint", WORLD, keep_last=2)
+    checkpoints = CheckpointWriter(tmp_path / "checkpoint", WORLD, keep_last=2)
     for step in (1, 2):
         checkpoints.save({"weight": torch.full((64,), float(step))}, state(step))
     return tmp_path / "checkpoint"
@@ -298,7 +298,7 @@ def test_directories_with_other_names_are_ignored_and_left(two):
     for name in strays:
         (two / name).touch() if name == "step-00000008" else (two / name).mkdir()
     assert load_weight(two) == 2
-    checkpoints = Checkpoints(two, WORLD)
+    checkpoints = CheckpointWriter(two, WORLD)
     checkpoints.save({"weight": torch.full((64,), 3.0)}, state(3))
     assert names(two) == sorted(["step-00000002", "step-00000003", *strays])
 
@@ -306,7 +306,7 @@ def test_directories_with_other_names_are_ignored_and_left(two):
 def test_a_checkpoint_after_the_damaged_one_was_set_aside_is_kept(two):
     cut(two / "step-00000002" / "state.json")
     assert load_weight(two) == 1
-    Checkpoints(two, WORLD).save({"weight": torch.full((64,), 2.0)}, state(2))
+    CheckpointWriter(two, WORLD).save({"weight": torch.full((64,), 2.0)}, state(2))
     assert load_weight(two) == 2
     assert names(two) == ["step-00000001", "step-00000002", "step-00000002.damaged"]
 

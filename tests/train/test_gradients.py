@@ -13,7 +13,7 @@ from vila.chat.tokenize import tokenize_sample
 from vila.core.types import Image, Message, Sample, Text
 from vila.model.loading import load_model
 from vila.train.build import build
-from vila.train.fsdp import whole
+from vila.train.fsdp import full_tensor
 
 STEP = ("batch.rows=4", "batch.micro=1", "stage.tune=[vision, projector, llm]", "stage.llm_parts=[]")
 RECOMPUTED = ("compute.gradient_checkpointing=true", "stage.tune_embeddings=true")
@@ -38,12 +38,12 @@ def gradients_of_a_step(folder, out, overrides):
     def keep_gradients(factor, norm):
         names = [name for group in run.trainer.optimizer.groups for name in group.names]
         gradients = run.trainer.optimizer.gradients()
-        kept.update({name: whole(value).numpy().copy() for name, value in zip(names, gradients, strict=True)})
+        kept.update({name: full_tensor(value).numpy().copy() for name, value in zip(names, gradients, strict=True)})
         update(factor, norm)
 
     run.trainer.lanes.step, run.trainer.optimizer.step = keep_rows, keep_gradients
     facts, shares = run.trainer.step()
-    return facts["loss"], [one for share in run.world.gather(seen) for one in share], kept, len(shares)
+    return facts["loss"], [one for share in run.world.all_gather_object(seen) for one in share], kept, len(shares)
 
 
 def conversations(folder, ids):

@@ -13,7 +13,7 @@ from tests.train.test_packing import ROWS, build, features
 from vila.chat.tokenize import IGNORE
 from vila.data.collate import collate
 from vila.train import loss
-from vila.train.loss import Objective, head_loss, linear_cross_entropy
+from vila.train.loss import LossModule, head_loss, linear_cross_entropy
 from vila.train.optim import select_trainable
 
 
@@ -137,7 +137,7 @@ def test_a_head_that_is_no_plain_linear_is_called(monkeypatch, tokens):
 def test_the_loss_of_a_model_equals_that_of_all_its_logits(family, tied):
     model, processor, row = build(family, ROWS["no, one and three pictures"], tie_word_embeddings=tied)
     batch = collate([row])
-    objective, media = Objective(model), features(model, processor, batch.media)
+    objective, media = LossModule(model), features(model, processor, batch.media)
     total, by_source = objective(batch, features=media)
     assert by_source is None and total.dtype == torch.float32
     total.backward()
@@ -160,8 +160,8 @@ def test_losses_by_source_are_sums_over_the_tokens_of_each():
     sources = torch.zeros_like(batch.ids)
     sources[0, len(row[0]) : len(row[0]) + len(row[1])] = 2
     sources[1] = 1
-    objective = Objective(model)
-    total, by_source = objective(batch, sources=sources, num_sources=4)
+    objective = LossModule(model)
+    total, by_source = objective(batch, data_set_ids=sources, num_data_sets=4)
     assert by_source.dtype == torch.float32 and not by_source.requires_grad
     alone = [objective(collate([[one]]))[0].item() for one in (row[0], row[2], row[1])]
     assert by_source.tolist() == pytest.approx([*alone, 0], rel=1e-5)
@@ -178,13 +178,13 @@ def learners(model, total):
 def test_a_batch_without_pictures_reaches_what_others_reach_and_changes_nothing(tune):
     model, processor, row = build("llama", ROWS["no, one and three pictures"])
     select_trainable(model, tune)
-    objective = Objective(model)
+    objective = LossModule(model)
     stand_in = processor.pixels([tiny.picture(9)])
     pictures = collate([[row[1]]])
     shown, _ = objective(pictures, pixels=processor.pixels(list(pictures.media)))
     batch = collate([[row[0]]])
     alone, _ = objective(batch)
-    idle, _ = objective(batch, pixels=stand_in, idle=True)
+    idle, _ = objective(batch, pixels=stand_in, dummy_vision=True)
     assert idle.item() == alone.item()
     reached = learners(model, idle)
     assert reached.keys() == learners(model, shown).keys()
@@ -195,9 +195,9 @@ def test_a_batch_without_pictures_reaches_what_others_reach_and_changes_nothing(
 
 def test_a_stand_in_that_is_not_finite_counts_for_nothing():
     model, _, row = build("llama", ROWS["three texts"])
-    objective, batch = Objective(model), collate([row])
+    objective, batch = LossModule(model), collate([row])
     wild = torch.full((1, 4, 16), torch.inf)
-    assert objective(batch, features=wild, idle=True)[0].item() == objective(batch)[0].item()
+    assert objective(batch, features=wild, dummy_vision=True)[0].item() == objective(batch)[0].item()
 
 
 @pytest.mark.parametrize("head", ["plain", "adapted"])
@@ -206,11 +206,11 @@ def test_a_batch_without_supervision_reaches_everything_with_zeros(head):
     if head == "adapted":
         model.language_model.lm_head.__class__ = Adapted
     batch = collate([row])
-    objective, media = Objective(model), features(model, processor, batch.media)
+    objective, media = LossModule(model), features(model, processor, batch.media)
     usual = learners(model, objective(batch, features=media)[0])
     sources = torch.zeros_like(batch.ids)
     bare = replace(batch, labels=torch.full_like(batch.labels, IGNORE))
-    total, by_source = objective(bare, features=media, sources=sources, num_sources=2)
+    total, by_source = objective(bare, features=media, data_set_ids=sources, num_data_sets=2)
     assert total.item() == 0 and by_source.tolist() == [0, 0]
     zeros = learners(model, total)
     assert zeros.keys() == usual.keys()
@@ -221,5 +221,5 @@ def test_a_frozen_llm_still_teaches_the_projector():
     model, processor, row = build("llama", ROWS["no, one and three pictures"])
     select_trainable(model, ["projector"])
     batch = collate([row])
-    total, _ = Objective(model)(batch, features=features(model, processor, batch.media))
+    total, _ = LossModule(model)(batch, features=features(model, processor, batch.media))
     assert set(learners(model, total)) == {n for n, _ in model.named_parameters() if n.startswith("projector.")}

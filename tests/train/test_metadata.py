@@ -11,7 +11,7 @@ import torch.distributed.checkpoint as dcp
 from tests.train.finish import sign
 from vila.core.distributed import ProcessInfo
 from vila.core.errors import CheckpointError
-from vila.train.checkpoint import Checkpoint, Checkpoints, Progress, load_checkpoint
+from vila.train.checkpoint import Checkpoint, CheckpointWriter, Progress, load_checkpoint
 from vila.train.fsdp import World
 
 WORLD = World(ProcessInfo(), torch.device("cpu"))
@@ -22,7 +22,7 @@ INDEX = "torch.distributed.checkpoint.metadata"
 def folder(tmp_path):
     """A checkpoint of one tensor, `weight`, that counts from 0 to 5."""
     state = Checkpoint(Progress(step=1), [], {}, {})
-    Checkpoints(tmp_path / "checkpoint", WORLD).save({"weight": torch.arange(6.0)}, state)
+    CheckpointWriter(tmp_path / "checkpoint", WORLD).save({"weight": torch.arange(6.0)}, state)
     return tmp_path / "checkpoint" / "step-00000001"
 
 

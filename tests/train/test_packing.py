@@ -8,17 +8,17 @@ from vila.chat.templates import find_template
 from vila.chat.tokenize import tokenize_sample
 from vila.core.types import Message, Sample
 from vila.data.collate import collate, split_conversations
-from vila.train.loss import Objective
+from vila.train.loss import LossModule
 
 QA = find_template("starter_qa")
 
 
 def hidden_states(model, batch, media):
-    return Objective(model).hidden_states(batch, features=media)
+    return LossModule(model).hidden_states(batch, features=media)
 
 
 def summed_loss(model, batch, media):
-    return Objective(model)(batch, features=media)[0]
+    return LossModule(model)(batch, features=media)[0]
 
 
 def text(name, question="some text?", answer="yes"):

@@ -15,7 +15,7 @@ from vila.core.reading import read_json
 from vila.train.build import build, model_dir
 from vila.train.fsdp import _mesh, open_world
 from vila.train.metrics import read_metrics
-from vila.train.setup import whole_tensors
+from vila.train.setup import gather_full_tensors
 
 ROWS = ("batch.rows=4", "budget.tokens=1600")
 # One sample a row: ranks with no picture in a step, and with unequal numbers of supervised tokens.
@@ -39,9 +39,9 @@ def train(stand, out, *overrides):
     }
     run.trainer.run()
     run.checkpoints.wait()
-    weights = whole_tensors(run.model, torch.float32, run.world)
-    rows = read_metrics(run.folder / "metrics.jsonl") if run.world.main else []
-    run.world.gather(None)
+    weights = gather_full_tensors(run.model, torch.float32, run.world)
+    rows = read_metrics(run.folder / "metrics.jsonl") if run.world.is_main else []
+    run.world.all_gather_object(None)
     return rows, {name: value.numpy() for name, value in (weights or {}).items()}, facts
 
 
@@ -139,7 +139,7 @@ def stopped_after(stand, step, out, *overrides):
     """Train, and stop every rank after a step as a batch system does."""
 
     def stop(trainer, facts):
-        if facts["step"] == step and trainer.main:
+        if facts["step"] == step and trainer.is_main:
             os.kill(os.getpid(), 15)
 
     try:
@@ -176,7 +176,7 @@ def test_ranks_compute_in_bfloat16_on_float32_masters(stand, alone):
 
 def dies(stand, out, step):
     def die(trainer, facts):
-        if facts["step"] == step and not trainer.main:
+        if facts["step"] == step and not trainer.is_main:
             os._exit(9)
 
     build(stand_recipe(stand, out, *ROWS), listeners=[die]).train()

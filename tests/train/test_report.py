@@ -16,7 +16,7 @@ from vila.train import report
 from vila.train.build import build
 from vila.train.downsample import Curve
 from vila.train.report import RunReport, write_report
-from vila.train.report_data import Sampled, Steps
+from vila.train.report_data import StepCurves, ThinnedRecords
 
 
 def step(number, **facts):
@@ -140,7 +140,7 @@ def test_a_long_run_is_a_small_page_that_keeps_the_spike(tmp_path):
     write_rows(tmp_path / "metrics.jsonl", rows)
     path = write_report(tmp_path)
     assert path.stat().st_size < 2_000_000  # 1.0 MB, which longer runs do not change
-    steps = Steps(tmp_path / "metrics.jsonl")
+    steps = StepCurves(tmp_path / "metrics.jsonl")
     steps.read()
     assert (6543, 99.0) in steps.curves["loss"].extremes
     assert len(steps.curves["loss"].means) <= 500
@@ -158,7 +158,7 @@ def test_a_report_that_is_written_again_reads_only_what_is_new(folder):
         stream.write('ss": 5.0}\n')
     report.write()
     assert report._steps.last == {"step": 102, "loss": 5.0}
-    fresh = Steps(metrics)
+    fresh = StepCurves(metrics)
     fresh.read()
     assert fresh.curves["loss"].means == report._steps.curves["loss"].means
     assert fresh.totals == report._steps.totals
@@ -214,7 +214,7 @@ def test_a_short_curve_is_its_points():
 
 
 def test_sampled_rows_hold_the_first_the_newest_and_an_even_choice():
-    sampled = Sampled()
+    sampled = ThinnedRecords()
     for number in range(1000):
         sampled.add({"step": number} | ({"score": 9} if number in (501, 700) else {"score": None}))
     steps = [row["step"] for row in sampled.shown]

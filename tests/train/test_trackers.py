@@ -12,7 +12,7 @@ import pytest
 from tests.train.stand import stand_recipe
 from vila.core.errors import ConfigError
 from vila.core.optional import MissingExtraError
-from vila.train.trackers import flat, trackers_of
+from vila.train.trackers import flat, open_trackers
 
 
 class FakeRun:
@@ -76,12 +76,12 @@ def logged(told):
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_a_resumed_run_is_the_same_run_there_and_repeats_no_step(tmp_path, told, name):
     recipe = recipe_of(tmp_path, name)
-    (first,) = trackers_of(recipe, recipe.output.dir)
+    (first,) = open_trackers(recipe, recipe.output.dir)
     for number in (1, 2, 3):
         first(trainer(number), step(number))
     checkpoint(tmp_path, 2)
     told.append(("kill",))
-    (second,) = trackers_of(recipe, recipe.output.dir)
+    (second,) = open_trackers(recipe, recipe.output.dir)
     for number in (3, 4):
         second(trainer(number), step(number))
     second.finish(trainer(4))
@@ -99,7 +99,7 @@ def test_a_resumed_run_is_the_same_run_there_and_repeats_no_step(tmp_path, told,
 def test_a_run_without_a_checkpoint_begins_anew_there_too(tmp_path, told):
     recipe = recipe_of(tmp_path, "wandb")
     for _ in range(2):
-        (tracker,) = trackers_of(recipe, recipe.output.dir)
+        (tracker,) = open_trackers(recipe, recipe.output.dir)
         tracker(trainer(1), step(1))
         tracker.close()
     ids = [entry[2]["id"] for entry in told if entry[0] == "init"]
@@ -109,11 +109,11 @@ def test_a_run_without_a_checkpoint_begins_anew_there_too(tmp_path, told):
 
 def test_tensorboard_forgets_what_the_resumed_run_will_write_again(tmp_path, told):
     recipe = recipe_of(tmp_path, "tensorboard")
-    (first,) = trackers_of(recipe, recipe.output.dir)
+    (first,) = open_trackers(recipe, recipe.output.dir)
     for number in (1, 2, 3):
         first(trainer(number), step(number))
     checkpoint(tmp_path, 1)
-    (second,) = trackers_of(recipe, recipe.output.dir)
+    (second,) = open_trackers(recipe, recipe.output.dir)
     second(trainer(2), step(2))
     inits = [entry[1:] for entry in told if entry[0] == "init"]
     assert [named["purge_step"] for _, named in inits] == [1, 2]
@@ -124,7 +124,7 @@ def test_tensorboard_forgets_what_the_resumed_run_will_write_again(tmp_path, tol
 
 def test_scores_go_along_with_their_step(tmp_path, told):
     recipe = recipe_of(tmp_path, "trackio")
-    (tracker,) = trackers_of(recipe, recipe.output.dir)
+    (tracker,) = open_trackers(recipe, recipe.output.dir)
     path = recipe.output.dir / "evaluations.jsonl"
     tracker(trainer(1), step(1))
     for number, score in ((2, 50.0), (3, None)):
@@ -148,7 +148,7 @@ def test_missing_packages_are_named_with_the_command(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "trackio", None)
     recipe = recipe_of(tmp_path, "wandb", "trackio")
     with pytest.raises(MissingExtraError) as raised:
-        trackers_of(recipe, recipe.output.dir)
+        open_trackers(recipe, recipe.output.dir)
     assert raised.value.field == "monitor.trackers"
     assert raised.value.hint == "pip install wandb trackio"
 
@@ -160,11 +160,11 @@ def test_a_tracker_that_cannot_be_opened_is_said_before_training(tmp_path, told,
     monkeypatch.setattr(sys.modules["wandb"], "init", refuse)
     recipe = recipe_of(tmp_path, "wandb")
     with pytest.raises(ConfigError, match=r"wandb cannot be opened \(RuntimeError: no API key\)"):
-        trackers_of(recipe, recipe.output.dir)
+        open_trackers(recipe, recipe.output.dir)
 
 
 def test_only_one_process_sends(tmp_path, told, monkeypatch):
     for name, value in (("RANK", "1"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1"), ("LOCAL_WORLD_SIZE", "2")):
         monkeypatch.setenv(name, value)
-    assert trackers_of(recipe_of(tmp_path, "wandb"), tmp_path) == []
+    assert open_trackers(recipe_of(tmp_path, "wandb"), tmp_path) == []
     assert told == []

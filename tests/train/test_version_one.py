@@ -14,7 +14,7 @@ from vila.core.files import write_json
 from vila.core.reading import read_json
 from vila.train.build import build
 from vila.train.checkpoint import FORMAT
-from vila.train.resume import as_begun, refuse_changes
+from vila.train.resume import check_recipe_unchanged, with_initial_settings
 
 RECIPE = Path(__file__).with_name("version_one.yaml")
 SAVES = ("batch.rows=4", "budget.tokens=3000", "output.checkpoint_every_steps=2")
@@ -154,15 +154,15 @@ def test_a_recipe_that_version_one_saved_loads_and_differs_in_nothing_that_is_le
     before = load_recipe(str(RECIPE))
     now = load_recipe(str(RECIPE), ["model.image_mode=null", "model.template=", "model.exif_orientation=null"])
     assert (now.model.image_mode, now.model.exif_orientation, now.model.template) == (None, None, "")
-    refuse_changes(before, now, tmp_path)
-    model = as_begun(before, now).model
+    check_recipe_unchanged(before, now, tmp_path)
+    model = with_initial_settings(before, now).model
     assert (model.image_mode, model.exif_orientation, model.template) == ("pad", False, "starter_qa")
     other = load_recipe(str(RECIPE), ["model.image_mode=resize", "model.exif_orientation=true"])
     with pytest.raises(RunChangedError) as caught:
-        refuse_changes(before, other, tmp_path)
+        check_recipe_unchanged(before, other, tmp_path)
     assert caught.value.differences == [
         ("model.image_mode", "'pad'", "'resize'"),
         ("model.exif_orientation", "False", "True"),
     ]
     # A recipe that this version saved states the field: nothing is filled in.
-    assert as_begun(now, now) is now
+    assert with_initial_settings(now, now) is now

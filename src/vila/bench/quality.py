@@ -27,7 +27,7 @@ from vila.engine.engine import Engine
 from vila.eval.benchmarks.easy_vqa import EasyVqa
 from vila.eval.runner import run
 from vila.model.int4_weights import drop_int4, use_int4
-from vila.quant.awq_cache import Search, load_search, save_search
+from vila.quant.awq_cache import AwqSearch, load_search, save_search
 from vila.quant.calibration import BLOCK, Calibration
 from vila.quant.quantize import Request, check_request, make_search, round_model
 from vila.report.html import Figure, Page
@@ -165,7 +165,7 @@ def _measured(load: Callable[[], tuple[Any, Any]], way: Way, what: Task, out: Pa
     return row
 
 
-def _search(model: Any, processor: Any, way: Way, folder: Path, events: Events) -> Search | None:
+def _search(model: Any, processor: Any, way: Way, folder: Path, events: Events) -> AwqSearch | None:
     """The way's search; ways that search with the same settings on the same rows share one."""
     request, calibration = way.request, way.calibration
     if request is None or calibration is None:

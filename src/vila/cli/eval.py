@@ -162,7 +162,7 @@ def evaluate(
     asked.check()
     results: list[Result] = []
     with Screen() as screen:
-        events = screen if world.main else SILENT
+        events = screen if world.is_main else SILENT
         opened, left_out = _opened(names, data, limit, counts, events)
         facts = asked.facts()
         for benchmark in opened:
@@ -174,11 +174,11 @@ def evaluate(
             where = result_dir(root, benchmark.name, limit)
             result = run(
                 engine, benchmark, where, model=facts["hash"], template=template, rules=rules, process=world.process,
-                meet=world.meet, events=events,
+                meet=world.barrier, events=events,
             )  # fmt: skip
             if result:
                 results.append(result)
-        if world.main:
+        if world.is_main:
             remove_partials(root)
             seen = {
                 "model": portable_path(model, root) or served_model,

@@ -73,14 +73,15 @@ def train(
     from vila.cli.progress import Screen
     from vila.cli.train_callbacks import check_monitor, listeners_of
     from vila.core.files import write_json
-    from vila.train.build import build, is_finished, model_dir, refuse_changes
+    from vila.train.build import build, is_finished, model_dir
+    from vila.train.resume import check_recipe_unchanged
 
     with Screen() as screen:
         # All processes of a run come through here; one of them speaks.
         events = screen if current_process().is_main else SILENT
         if is_finished(resolved):
             before = load_recipe(str(resolved.output.dir / "recipe.yaml"))
-            refuse_changes(before, resolved, resolved.output.dir, allowed)
+            check_recipe_unchanged(before, resolved, resolved.output.dir, allowed)
             events.log(f"{resolved.name}: already trained, the model is in {model_dir(resolved)}")
             return
         with _said_once():
@@ -90,13 +91,13 @@ def train(
         events.log(
             f"{resolved.name}: {run.trainable:,} parameters learn, {run.mixture.epoch_length:,} samples an epoch"
         )
-        if run.world.main:
+        if run.world.is_main:
             lines, shares = shares_of(run, origins.get("data.max_length", ""))
             for line in [*lines, *preview_of(run)]:
                 events.log(line)
             write_json(run.folder / "shares.json", shares)
         where = run.train()
-        if run.world.main:
+        if run.world.is_main:
             write_model_card(resolved)
             events.log(f"{resolved.name}: the report is {run.folder / 'report.html'}")
         events.log(f"{resolved.name}: the model is in {where}")
@@ -222,7 +223,7 @@ def write_model_card(recipe: Recipe, command: str = "") -> Path:
     from vila.core.reading import Fields
     from vila.prepare.licences import licences_of
     from vila.train.metrics import read_metrics
-    from vila.train.model_card import write_card
+    from vila.train.model_card import save_model_card
 
     folder = recipe.output.dir
     finished = Fields.of_file(folder / "finished.json")
@@ -235,5 +236,5 @@ def write_model_card(recipe: Recipe, command: str = "") -> Path:
         },
         "command": command,
     }
-    write_card(folder / "model", recipe, facts)
+    save_model_card(folder / "model", recipe, facts)
     return folder / "model" / "README.md"

@@ -27,8 +27,8 @@ from vila.model.processor import VilaProcessor
 from vila.starter.easy_vqa import obtain_easy_vqa
 from vila.train.checkpoint import random_state, set_random_state
 from vila.train.metrics import MetricsLog, read_metrics
-from vila.train.trackers import trackers_of
-from vila.train.trainer import StepListener, Trainer
+from vila.train.trackers import open_trackers
+from vila.train.trainer import Trainer, TrainerCallback
 
 
 def check_monitor(recipe: Recipe, events: Events = SILENT, *, fetch: bool = True) -> Benchmark | None:
@@ -50,19 +50,19 @@ def check_monitor(recipe: Recipe, events: Events = SILENT, *, fetch: bool = True
 
 def listeners_of(
     recipe: Recipe, processor: VilaProcessor, events: Events = SILENT, benchmark: Benchmark | None = None
-) -> list[StepListener]:
+) -> list[TrainerCallback]:
     """What `monitor` asks for: prompts, evaluations, and trackers, which come last. Every process calls it.
 
     benchmark: what `check_monitor` returned; None calls it, with its errors.
     """
     monitor, folder = recipe.monitor, recipe.output.dir
     benchmark = benchmark or check_monitor(recipe, events)
-    listeners: list[StepListener] = []
+    listeners: list[TrainerCallback] = []
     if monitor.prompts:
         listeners.append(PromptListener(monitor.prompts, monitor.prompt_every_steps, folder, processor, events))
     if benchmark:
         listeners.append(EvaluationListener(benchmark, monitor.eval_every_steps, folder, processor, events))
-    return [*listeners, *trackers_of(recipe, folder)]
+    return [*listeners, *open_trackers(recipe, folder)]
 
 
 class PromptListener:
@@ -139,7 +139,7 @@ class EvaluationListener:
                 self.benchmark,
                 out,
                 model=f"{trainer.name} after step {step}",
-                events=self.events if trainer.main else SILENT,
+                events=self.events if trainer.is_main else SILENT,
             )
         assert result  # every process asks everything, as dealt weights need all of them at every token
         self._log.write(trainer, step, _row(result, time.monotonic() - began))
@@ -148,7 +148,7 @@ class EvaluationListener:
     @contextmanager
     def _place(self, trainer: Trainer, step: int) -> Iterator[Path]:
         """Where predictions go: nothing may lie there, or one process would skip what the others ask."""
-        if trainer.main:
+        if trainer.is_main:
             out = self.folder / "evaluations" / f"step-{step:08d}"
             shutil.rmtree(out, ignore_errors=True)
             yield out
@@ -157,7 +157,7 @@ class EvaluationListener:
                 yield Path(elsewhere)
 
     def _note_best(self, trainer: Trainer) -> None:
-        if not trainer.main:
+        if not trainer.is_main:
             return
         path = self.folder / "best.json"
         scored = [row for row in self._log.read() if row.get("score") is not None]
@@ -208,7 +208,7 @@ class _Log:
         self._is_open = True
         # All processes look at the same file, and must agree on what is there.
         self.steps = {row["step"] for row in read_metrics(self.path) if row["step"] <= step}
-        if trainer.main:
+        if trainer.is_main:
             self._file = MetricsLog(self.path, step)
         return True
 

@@ -28,7 +28,7 @@ from vila.model.loading import open_checkpoint
 from vila.model.processor import VilaProcessor
 from vila.model.save_weights import SHARD_BYTES, Declared, num_bytes, plan_file, plan_shards
 from vila.model.weights import SINGLES, Get, Piece, TorchFile
-from vila.quant.awq_cache import Search, read_search
+from vila.quant.awq_cache import AwqSearch, read_search
 
 # --- fold
 # A search's scales and limits as changes of single weights, row by row: the model is never in memory as a whole.
@@ -70,7 +70,7 @@ class Fold:
         return out
 
 
-def folds_of(search: Search, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Fold]]:
+def folds_of(search: AwqSearch, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[Fold]]:
     """The changes of every weight of an LLM, in the order in which they are made.
 
     shapes: of the LLM's weights, by the names that a search uses: `model.layers.0.input_layernorm.weight`.
@@ -92,7 +92,7 @@ def folds_of(search: Search, shapes: Mapping[str, tuple[int, ...]]) -> dict[str,
     return out
 
 
-def _problems(search: Search, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+def _problems(search: AwqSearch, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
     for scale in search.scales:
         width = scale.scale_I.numel()
         fold = shapes.get(f"{scale.fold}.weight")
@@ -129,7 +129,7 @@ class Source:
     """
 
     checkpoint: Checkpoint
-    search: Search | None = None
+    search: AwqSearch | None = None
     events: Events = SILENT
     _held: dict[Path, Get] = field(default_factory=dict, repr=False)
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from vila.core.errors import ConfigError, LayoutError
 from vila.kernels.int4 import Int4Weight, quantize
-from vila.quant.awq_cache import Clip, Scale, Search
-from vila.quant.blocks import block_name, blocks_of, check_model, linears_of, module_prefix
+from vila.quant.awq_cache import AwqSearch, ChannelScale, WeightClip
+from vila.quant.blocks import block_linears, block_name, check_model, decoder_blocks, module_prefix
 
 # O output channels  I input channels  G groups of a row
 
@@ -42,7 +42,7 @@ def clamp_weight(linear: nn.Module, limit_OG: Tensor) -> None:
 
 
 @torch.no_grad()
-def apply_search(model: nn.Module, search: Search) -> None:
+def apply_search(model: nn.Module, search: AwqSearch) -> None:
     """Fold all scales into the model and clamp its weights, in place; nothing is rounded to INT4.
 
     Raises as `check_search`, before anything is changed.
@@ -54,12 +54,14 @@ def apply_search(model: nn.Module, search: Search) -> None:
         clamp_weight(modules[clip.linear], clip.limit_OG)
 
 
-def check_search(model: nn.Module, search: Search) -> dict[str, nn.Module]:
+def check_search(model: nn.Module, search: AwqSearch) -> dict[str, nn.Module]:
     """The modules with weights of the model's blocks, by the names that searches use.
 
     Raises LayoutError naming what of the search does not fit the model.
     """
-    modules = {name: module for index, block in enumerate(blocks_of(model)) for name, module in _named(index, block)}
+    modules = {
+        name: module for index, block in enumerate(decoder_blocks(model)) for name, module in _named(index, block)
+    }
     problems = [problem for scale in search.scales for problem in _scale_problems(scale, modules)]
     problems += [problem for clip in search.clips for problem in _clip_problems(clip, modules)]
     if problems:
@@ -70,7 +72,7 @@ def check_search(model: nn.Module, search: Search) -> dict[str, nn.Module]:
 
 def quantize_model(
     model: nn.Module,
-    search: Search | None,
+    search: AwqSearch | None,
     group_size: int,
     symmetric: bool = False,
     *,
@@ -90,7 +92,7 @@ def quantize_model(
     return dict(_rounded(model, group_size, symmetric, scale_dtype, release))
 
 
-def check_same_rounding(search: Search, group_size: int, symmetric: bool) -> None:
+def check_same_rounding(search: AwqSearch, group_size: int, symmetric: bool) -> None:
     """Raises ConfigError when the search was made for another group size or mode; foreign searches do not say."""
     for name, asked in (("group_size", group_size), ("symmetric", symmetric)):
         made = search.facts.get(name, asked)
@@ -103,8 +105,8 @@ def _rounded(
     model: nn.Module, group_size: int, symmetric: bool, scale_dtype: torch.dtype, release: bool
 ) -> Iterator[tuple[str, Int4Weight]]:
     prefix = module_prefix(model)
-    for index, block in enumerate(blocks_of(model)):
-        for name, linear in linears_of(block).items():
+    for index, block in enumerate(decoder_blocks(model)):
+        for name, linear in block_linears(block).items():
             rounded = quantize(_wide(linear.weight), group_size, symmetric=symmetric, dtype=scale_dtype)
             yield f"{prefix}{block_name(index)}.{name}", rounded
             if release:
@@ -117,7 +119,7 @@ def _named(index: int, block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield f"{block_name(index)}.{name}", module
 
 
-def _scale_problems(scale: Scale, modules: dict[str, nn.Module]) -> Iterator[str]:
+def _scale_problems(scale: ChannelScale, modules: dict[str, nn.Module]) -> Iterator[str]:
     width = scale.scale_I.numel()
     if scale.fold not in modules:
         yield f"{scale.fold} is no norm or Linear of it"
@@ -133,7 +135,7 @@ def _scale_problems(scale: Scale, modules: dict[str, nn.Module]) -> Iterator[str
         yield f"the scale of {scale.fold} is not finite and positive"
 
 
-def _clip_problems(clip: Clip, modules: dict[str, nn.Module]) -> Iterator[str]:
+def _clip_problems(clip: WeightClip, modules: dict[str, nn.Module]) -> Iterator[str]:
     linear = modules.get(clip.linear)
     if not isinstance(linear, nn.Linear):
         yield f"{clip.linear} is no Linear of it"

@@ -31,7 +31,7 @@ _SCALE, _CLIP = "scale/", "clip/"
 
 
 @dataclass(frozen=True, slots=True)
-class Scale:
+class ChannelScale:
     """The factor of each input channel of Linears that share their input.
 
     fold:    the norm or Linear whose output channels are divided by it.
@@ -47,7 +47,7 @@ class Scale:
 
 
 @dataclass(frozen=True, slots=True)
-class Clip:
+class WeightClip:
     """The greatest magnitude of each group of a Linear's weights, after its scale is folded."""
 
     linear: str
@@ -55,22 +55,22 @@ class Clip:
 
 
 @dataclass(frozen=True, slots=True)
-class Search:
+class AwqSearch:
     """All of a model, in the order in which it is applied. `facts` say how it was made; empty where nobody knows."""
 
-    scales: tuple[Scale, ...]
-    clips: tuple[Clip, ...]
+    scales: tuple[ChannelScale, ...]
+    clips: tuple[WeightClip, ...]
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
-def join_searches(parts: Iterable[Search], facts: Mapping[str, Any]) -> Search:
+def join_searches(parts: Iterable[AwqSearch], facts: Mapping[str, Any]) -> AwqSearch:
     """The searches of single blocks as that of a model."""
     found = list(parts)
     scales = tuple(scale for part in found for scale in part.scales)
-    return Search(scales, tuple(clip for part in found for clip in part.clips), facts)
+    return AwqSearch(scales, tuple(clip for part in found for clip in part.clips), facts)
 
 
-def save_search(search: Search, path: Path) -> None:
+def save_search(search: AwqSearch, path: Path) -> None:
     """Write the file atomically; the same search gives the same bytes."""
     tensors = {_SCALE + scale.fold: scale.scale_I.detach().cpu().contiguous() for scale in search.scales}
     tensors |= {_CLIP + clip.linear: clip.limit_OG.detach().cpu().contiguous() for clip in search.clips}
@@ -84,21 +84,23 @@ def save_search(search: Search, path: Path) -> None:
         save_file(tensors, part, metadata={_HEADER: json.dumps(header, sort_keys=True)})
 
 
-def make_scale(fold: str, linears: Iterable[str], scale_I: Tensor, facts: Mapping[str, Any] | None = None) -> Scale:
+def make_scale(
+    fold: str, linears: Iterable[str], scale_I: Tensor, facts: Mapping[str, Any] | None = None
+) -> ChannelScale:
     """Return the scale of a file. Raises ValueError unless it is a finite floating-point tensor [I]."""
     names = tuple(linears)
     if not names or not all(isinstance(name, str) for name in (fold, *names)) or not isinstance(facts or {}, dict):
         raise ValueError("a scale belongs to names")
     _check_values(scale_I, 1)
-    return Scale(fold, names, scale_I, facts or {})
+    return ChannelScale(fold, names, scale_I, facts or {})
 
 
-def make_clip(linear: str, limit_OG: Tensor) -> Clip:
+def make_clip(linear: str, limit_OG: Tensor) -> WeightClip:
     """Return the limits of a file. Raises ValueError unless they are a finite floating-point tensor [O, G]."""
     if not isinstance(linear, str):
         raise ValueError("limits belong to a name")
     _check_values(limit_OG, 2)
-    return Clip(linear, limit_OG)
+    return WeightClip(linear, limit_OG)
 
 
 def _check_values(values: Tensor, num_dims: int) -> None:
@@ -110,7 +112,7 @@ def _check_values(values: Tensor, num_dims: int) -> None:
         raise ValueError("its values are not finite")
 
 
-def load_search(path: Path) -> Search:
+def load_search(path: Path) -> AwqSearch:
     """Read a file that `save_search` wrote. Raises LayoutError with the file's name for any other file."""
     with file_errors(path, LayoutError, hint="make the search again"), safe_open(path, framework="pt") as file:
         header = (file.metadata() or {}).get(_HEADER)
@@ -124,7 +126,7 @@ def load_search(path: Path) -> Search:
             for one in read["scales"]
         )
         clips = tuple(make_clip(name, tensors[_CLIP + name]) for name in read["clips"])
-        return Search(scales, clips, dict(read["facts"]))
+        return AwqSearch(scales, clips, dict(read["facts"]))
     except (LookupError, TypeError, ValueError) as error:
         raise LayoutError(
             f"its header does not fit its tensors ({error})", file=path, hint="make the search again"
@@ -135,14 +137,14 @@ def load_search(path: Path) -> Search:
 _PREFIX = re.compile(r"^.*?(?=layers\.\d+\.)")
 
 
-def read_search(path: Path) -> Search:
+def read_search(path: Path) -> AwqSearch:
     """Read a search of ours, or one of the original by the ending `.pt`. Raises LayoutError for other files."""
     if not path.is_file():
         raise LayoutError("no such file", file=path, hint="give a search.safetensors or an awq_cache .pt")
     return read_awq_cache(path) if path.suffix == ".pt" else load_search(path)
 
 
-def read_awq_cache(path: Path) -> Search:
+def read_awq_cache(path: Path) -> AwqSearch:
     """Read the scales and limits of such a file, by the names that our searches use.
 
     It holds `{"scale": [(norm or Linear, (Linear, ...), scale [I]), ...], "clip": [(Linear, limit [O, G, 1]), ...]}`.
@@ -176,10 +178,10 @@ def read_awq_cache(path: Path) -> Search:
     scales, clips = tuple(found["scale"]), tuple(found["clip"])
     if not scales and not clips:
         raise LayoutError("holds neither scales nor limits", file=path)
-    return Search(scales, clips, _facts(path, clips, scales))
+    return AwqSearch(scales, clips, _facts(path, clips, scales))
 
 
-def write_awq_cache(search: Search, path: Path) -> None:
+def write_awq_cache(search: AwqSearch, path: Path) -> None:
     """Write the file that the original's `--load_awq` reads: atomically, and the same bytes for the same search.
 
     Values become float16, the type of the original's models: wider limits would make its clamped weights wider too.
@@ -203,13 +205,13 @@ def _half(values: Tensor, name: str) -> Tensor:
     return half.contiguous()
 
 
-def _scale(fold: Any, linears: Any, scale_I: Tensor) -> Scale:
+def _scale(fold: Any, linears: Any, scale_I: Tensor) -> ChannelScale:
     if not isinstance(linears, (list, tuple)) or not linears:
         raise ValueError("its Linears are no list of names")
     return make_scale(_name(fold), [_name(one) for one in linears], _wide(scale_I))
 
 
-def _clip(linear: Any, limit_OG1: Tensor) -> Clip:
+def _clip(linear: Any, limit_OG1: Tensor) -> WeightClip:
     if limit_OG1.dim() != 3 or limit_OG1.shape[-1] != 1:
         raise ValueError(f"its limits have shape {list(limit_OG1.shape)}")
     return make_clip(_name(linear), _wide(limit_OG1.squeeze(-1)))
@@ -228,7 +230,7 @@ def _name(name: Any) -> str:
     return _PREFIX.sub("model.", name)
 
 
-def _facts(path: Path, clips: tuple[Clip, ...], scales: tuple[Scale, ...]) -> dict[str, Any]:
+def _facts(path: Path, clips: tuple[WeightClip, ...], scales: tuple[ChannelScale, ...]) -> dict[str, Any]:
     """Source and, where the scales say how wide a limited Linear is, the group size."""
     width = {name: scale.scale_I.numel() for scale in scales for name in scale.linears}
     sizes = {width[clip.linear] // clip.limit_OG.shape[1] for clip in clips if clip.linear in width}

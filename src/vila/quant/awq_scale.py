@@ -37,7 +37,7 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
-class Chosen:
+class ScaleChoice:
     """The best candidate and the loss of every one, in the order in which they were tried."""
 
     best: Candidate
@@ -85,7 +85,7 @@ def _normalised(scale_I: Tensor) -> Tensor:
 def search_scale(
     tried: Sequence[Candidate],
     loss: Callable[[Tensor], float],
-) -> Chosen:
+) -> ScaleChoice:
     """The candidate of least loss; of equal ones the first. `loss` takes a scale [I].
 
     Raises LayoutError when no loss is a number: the model's activations overflow.
@@ -96,7 +96,7 @@ def search_scale(
         raise LayoutError(
             "no scale gives a finite error: the activations overflow; search in a wider number type (float32)"
         )
-    return Chosen(tried[losses.index(least)], losses)
+    return ScaleChoice(tried[losses.index(least)], losses)
 
 
 def trial_weight(weight_OI: Tensor, scale_I: Tensor, group_size: int, symmetric: bool) -> Tensor:
@@ -104,7 +104,7 @@ def trial_weight(weight_OI: Tensor, scale_I: Tensor, group_size: int, symmetric:
     return fake_quantize(weight_OI * scale_I, group_size, symmetric).div_(scale_I)
 
 
-def alone_loss(
+def linear_loss(
     linear: nn.Linear, inputs_NSI: Tensor, weights_NS: Tensor | None, group_size: int, symmetric: bool
 ) -> Callable[[Tensor], float]:
     """The loss of a Linear whose own output is inspected: the mean squared error over tokens and outputs.
@@ -150,7 +150,9 @@ def module_loss(
 
     def loss(scale_I: Tensor) -> float:
         total = 0.0
-        with replaced(linears, [trial_weight(one.weight.detach(), scale_I, group_size, symmetric) for one in linears]):
+        with replaced_weights(
+            linears, [trial_weight(one.weight.detach(), scale_I, group_size, symmetric) for one in linears]
+        ):
             for number, some in enumerate(inputs_NSI.split(rows)):
                 error_NS = (rerun(some).to(wide) - whole[number]).square_().sum(-1)
                 if shares is not None:
@@ -162,7 +164,7 @@ def module_loss(
 
 
 @contextmanager
-def replaced(linears: Sequence[nn.Linear], weights: Sequence[Tensor]) -> Iterator[None]:
+def replaced_weights(linears: Sequence[nn.Linear], weights: Sequence[Tensor]) -> Iterator[None]:
     """The Linears with other weights, and afterwards their own again: not one bit of those is touched."""
     own = [linear.weight for linear in linears]
     try:
@@ -199,7 +201,7 @@ _ROWS = 1024
 _LEFT_OUT = ("q_", "k_", "query", "key", "Wqkv")
 
 
-def is_clipped(linear: str, clipping: Clipping) -> bool:
+def is_linear_clipped(linear: str, clipping: Clipping) -> bool:
     """Whether the Linear of this name, inside its block, gets limits."""
     if clipping == "published":
         return not any(part in linear for part in _LEFT_OUT)

@@ -21,14 +21,14 @@ from vila.core.errors import ConfigError, DataError, LayoutError
 from vila.core.progress import SILENT, Events, task
 from vila.families import ScaleGroup
 from vila.quant.apply import fold_scale
-from vila.quant.awq_cache import Clip, Scale, Search, join_searches, save_search
+from vila.quant.awq_cache import AwqSearch, ChannelScale, WeightClip, join_searches, save_search
 from vila.quant.awq_scale import (
-    Chosen,
     Clipping,
+    ScaleChoice,
     Scaling,
-    alone_loss,
     candidates,
-    is_clipped,
+    is_linear_clipped,
+    linear_loss,
     mean_magnitude,
     module_loss,
     sample_tokens,
@@ -37,9 +37,9 @@ from vila.quant.awq_scale import (
     second_moments,
     weight_magnitude,
 )
-from vila.quant.blocks import block_name, blocks_of, can_scale, check_model, decoder_of
+from vila.quant.blocks import block_name, can_scale, check_model, decoder_blocks, text_decoder
 from vila.quant.calibration import Calibration
-from vila.quant.resume_state import KeptBlocks, read_block, write_block
+from vila.quant.resume_state import BlockResumeState, read_search_block, write_search_block
 
 # --- inputs
 # What a block is searched on: the calibration rows as hidden states, and the rest of what blocks are called with.
@@ -47,7 +47,7 @@ from vila.quant.resume_state import KeptBlocks, read_block, write_block
 
 # N rows  S sequence  D model width  I input channels
 
-Arguments = Mapping[str, Any]
+BlockArguments = Mapping[str, Any]
 
 
 @torch.no_grad()
@@ -113,12 +113,12 @@ class _Catcher(nn.Module):
 
 
 @torch.no_grad()
-def block_arguments(model: nn.Module, length: int, dtype: torch.dtype, device: torch.device) -> list[Arguments]:
+def block_arguments(model: nn.Module, length: int, dtype: torch.dtype, device: torch.device) -> list[BlockArguments]:
     """What the decoder hands to each block beside the hidden states, for rows of `length` tokens without a cache.
 
     Positions, their rotations and masks of one row, which stand for all rows.
     """
-    decoder = decoder_of(model)
+    decoder = text_decoder(model)
     layers = decoder.layers
     states = torch.zeros(1, length, model.get_input_embeddings().weight.shape[1], dtype=dtype, device=_device(model))  # type: ignore[operator]
     catchers = nn.ModuleList(_Catcher() for _ in layers)  # type: ignore[union-attr]
@@ -137,7 +137,7 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 
 @dataclass(slots=True)
-class Call:
+class ModuleCall:
     """What a module was called with; `rerun` calls it again on other hidden states."""
 
     module: nn.Module
@@ -155,13 +155,13 @@ class Call:
 
 
 @contextmanager
-def recorded(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Call]]:
+def recorded_calls(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, ModuleCall]]:
     """While it lasts, the last call of each module is kept under its name."""
-    calls: dict[str, Call] = {}
+    calls: dict[str, ModuleCall] = {}
 
     def keep(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            calls[name] = Call(module, args, kwargs)
+            calls[name] = ModuleCall(module, args, kwargs)
 
         return hook
 
@@ -224,7 +224,7 @@ class SearchOptions:
 class SearchedBlock:
     """What was found, with the block's name before every name, and its full-precision output [N, S, D]."""
 
-    found: Search
+    found: AwqSearch
     output_NSD: Tensor
 
 
@@ -235,10 +235,10 @@ def search_block(
     groups: Sequence[ScaleGroup],
     states_NSD: Tensor,
     weights_NS: Tensor | None,
-    arguments: Arguments,
+    arguments: BlockArguments,
     options: SearchOptions,
 ) -> SearchedBlock:
-    """Search one block. `states_NSD` is its input, in the dtype and on the device of the search; it is not changed.
+    """AwqSearch one block. `states_NSD` is its input, in the dtype and on the device of the search; it is not changed.
 
     Raises LayoutError naming the block when its activations are not finite.
     """
@@ -259,18 +259,18 @@ def search_block(
         fold_scale(work.get_submodule(group.fold), [work.get_submodule(one) for one in group.linears], scale_I)
         samples[group] = (samples[group][0] / scale_I, samples[group][1])
         linears = tuple(f"{name}.{one}" for one in group.linears)
-        scales.append(Scale(f"{name}.{group.fold}", linears, scale_I.float(), _facts(choice)))
+        scales.append(ChannelScale(f"{name}.{group.fold}", linears, scale_I.float(), _facts(choice)))
     for group in groups:
         inputs_TI, weights_T = samples.pop(group)
-        if any(is_clipped(linear, options.clipping) for linear in group.linears):
+        if any(is_linear_clipped(linear, options.clipping) for linear in group.linears):
             moments_GKK = second_moments(inputs_TI, options.group_size, weights_T)
-            for linear in (one for one in group.linears if is_clipped(one, options.clipping)):
+            for linear in (one for one in group.linears if is_linear_clipped(one, options.clipping)):
                 limit = search_limits(work.get_submodule(linear).weight, moments_GKK, options.symmetric)  # type: ignore[arg-type]
-                clips.append(Clip(f"{name}.{linear}", limit.float()))
-    return SearchedBlock(Search(tuple(scales), tuple(clips)), output)
+                clips.append(WeightClip(f"{name}.{linear}", limit.float()))
+    return SearchedBlock(AwqSearch(tuple(scales), tuple(clips)), output)
 
 
-def pass_block(block: nn.Module, states_NSD: Tensor, arguments: Arguments, options: SearchOptions) -> Tensor:
+def rerun_block(block: nn.Module, states_NSD: Tensor, arguments: BlockArguments, options: SearchOptions) -> Tensor:
     """The output of a block that was searched before, the same to the last bit."""
     return run_block(working_copy(block, states_NSD), (), states_NSD, arguments, _rows_at_once(states_NSD, options))[0]
 
@@ -286,8 +286,8 @@ def working_copy(block: nn.Module, like: Tensor) -> nn.Module:
 
 @torch.no_grad()
 def run_block(
-    work: nn.Module, groups: Sequence[ScaleGroup], states_NSD: Tensor, arguments: Arguments, rows: int
-) -> tuple[Tensor, dict[str, Tensor], dict[str, Call]]:
+    work: nn.Module, groups: Sequence[ScaleGroup], states_NSD: Tensor, arguments: BlockArguments, rows: int
+) -> tuple[Tensor, dict[str, Tensor], dict[str, ModuleCall]]:
     """The block on all rows, some at a time: its output, the input [N, S, I] of each group's first Linear by name, and
     how inspected modules were called. Without groups only the output is kept."""
     watched = {group.linears[0]: work.get_submodule(group.linears[0]) for group in groups}
@@ -295,10 +295,10 @@ def run_block(
     output = torch.empty_like(states_NSD)
     inputs: dict[str, Tensor] = {}
     start = 0
-    with recorded({**watched, **inspected}) as calls:
+    with recorded_calls({**watched, **inspected}) as calls:
         for some in states_NSD.split(rows):
             here = slice(start, start := start + len(some))
-            output[here] = Call(work, (some,), arguments).rerun(some)
+            output[here] = ModuleCall(work, (some,), arguments).rerun(some)
             for name in watched:
                 piece = calls[name].args[0]
                 if name not in inputs:
@@ -316,10 +316,10 @@ def _search_group(
     group: ScaleGroup,
     inputs_NSI: Tensor,
     weights_NS: Tensor | None,
-    calls: dict[str, Call],
+    calls: dict[str, ModuleCall],
     options: SearchOptions,
     rows: int,
-) -> Chosen:
+) -> ScaleChoice:
     linears: list[Any] = [work.get_submodule(name) for name in group.linears]
     relative_I = None
     if options.scaling != "activation":
@@ -329,7 +329,7 @@ def _search_group(
     if group.inspect:
         loss = module_loss(linears, calls[group.inspect].rerun, inputs_NSI, weights_NS, *rounding, rows)
     else:
-        loss = alone_loss(linears[0], inputs_NSI, weights_NS, *rounding)
+        loss = linear_loss(linears[0], inputs_NSI, weights_NS, *rounding)
     return search_scale(tried, loss)
 
 
@@ -340,7 +340,7 @@ def _sample(inputs_NSI: Tensor, weights_NS: Tensor | None) -> tuple[Tensor, Tens
     return inputs_TI.clone(), weights_T
 
 
-def _facts(choice: Chosen) -> dict[str, Any]:
+def _facts(choice: ScaleChoice) -> dict[str, Any]:
     return {"ratio": choice.best.ratio, "duo": choice.best.duo, "losses": list(choice.losses)}
 
 
@@ -356,8 +356,8 @@ def search_model(
     processor: Any = None,
     keep: Path | None = None,
     events: Events = SILENT,
-) -> Search:
-    """Search all decoder blocks of a visual language model, or of an LLM alone; the model is not changed.
+) -> AwqSearch:
+    """AwqSearch all decoder blocks of a visual language model, or of an LLM alone; the model is not changed.
 
     processor: of the model; needed when the calibration holds pictures.
     keep:      a folder for finished blocks. A search that was killed goes on with the same arguments, and ends with
@@ -376,7 +376,7 @@ def search_to_file(
     *,
     processor: Any = None,
     events: Events = SILENT,
-) -> Search:
+) -> AwqSearch:
     """As `search_model`, the result written to `path`; finished blocks lie in `path` + `.blocks` until then."""
     keep = path.with_name(path.name + ".blocks")
     found, kept = _searched(model, calibration, options or SearchOptions(), processor, keep, events)
@@ -394,11 +394,11 @@ def _searched(
     processor: Any,
     keep: Path | None,
     events: Events,
-) -> tuple[Search, KeptBlocks[Search] | None]:
+) -> tuple[AwqSearch, BlockResumeState[AwqSearch] | None]:
     family = check_model(model, options.group_size)
     if not calibration.rows:
         raise DataError(f"calibration {calibration.name!r} holds no rows; give it text or conversations")
-    blocks = blocks_of(model)
+    blocks = decoder_blocks(model)
     states_NSD, weights_NS = _first_states(model, calibration, options, processor)
     arguments = block_arguments(model, states_NSD.shape[1], states_NSD.dtype, states_NSD.device)
     facts = {
@@ -409,7 +409,7 @@ def _searched(
         "calibration": calibration.facts(),
         **options.facts(),
     }
-    kept = None if keep is None else KeptBlocks(keep, facts, states_NSD, read_block, write_block)
+    kept = None if keep is None else BlockResumeState(keep, facts, states_NSD, read_search_block, write_search_block)
     parts = []
     with task(events, "search", len(blocks), "blocks"):
         for index, (block, call) in enumerate(zip(blocks, arguments, strict=True)):
@@ -420,7 +420,7 @@ def _searched(
                 if kept is not None:
                     kept.save(index, done.found)
             else:
-                done = SearchedBlock(found, pass_block(block, states_NSD, call, options))
+                done = SearchedBlock(found, rerun_block(block, states_NSD, call, options))
             states_NSD = done.output_NSD
             parts.append(done.found)
             events.advanced("search", 1, **_shown(done.found))
@@ -431,13 +431,13 @@ def _first_states(
     model: nn.Module, calibration: Calibration, options: SearchOptions, processor: Any
 ) -> tuple[Tensor, Tensor | None]:
     """The rows in the number type and the place of the search, and the weights of their tokens."""
-    first = next(blocks_of(model)[0].parameters())
+    first = next(decoder_blocks(model)[0].parameters())
     dtype, device = options.dtype or first.dtype, options.device or first.device
     states_NSD, weights_NS = embed_rows(model, calibration, processor, options.image_weight)
     return states_NSD.to(device=device, dtype=dtype), None if weights_NS is None else weights_NS.to(device)
 
 
-def _shown(found: Search) -> dict[str, float | str]:
+def _shown(found: AwqSearch) -> dict[str, float | str]:
     """The error of the block's scaled groups, as a share of what plain rounding leaves."""
     shares = [min(scale.facts["losses"]) / max(scale.facts["losses"][0], 1e-30) for scale in found.scales]
     return {"error_left": sum(shares) / len(shares)} if shares else {}

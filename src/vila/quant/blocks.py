@@ -19,27 +19,27 @@ def block_name(index: int) -> str:
     return f"model.layers.{index}"
 
 
-def decoder_of(model: nn.Module) -> nn.Module:
+def text_decoder(model: nn.Module) -> nn.Module:
     """The LLM without its head, of a visual language model or of an LLM alone."""
     decoder: nn.Module = model.get_decoder()  # type: ignore[operator]
     return decoder
 
 
-def blocks_of(model: nn.Module) -> list[nn.Module]:
+def decoder_blocks(model: nn.Module) -> list[nn.Module]:
     """The decoder's blocks, in order."""
-    return list(decoder_of(model).layers)  # type: ignore[arg-type]
+    return list(text_decoder(model).layers)  # type: ignore[arg-type]
 
 
 def module_prefix(model: nn.Module) -> str:
     """What stands before `model.layers` in the names of the model's own modules: `language_model.` or nothing."""
-    layers = decoder_of(model).layers
+    layers = text_decoder(model).layers
     name = next(name for name, module in model.named_modules() if module is layers)
     return name.removesuffix("layers").removesuffix("model.")
 
 
 def family_of(model: nn.Module) -> Family:
     """Return the family of the LLM. Raises LayoutError saying which there are and how to write one."""
-    model_type: str = decoder_of(model).config.model_type  # type: ignore[union-attr, assignment]
+    model_type: str = text_decoder(model).config.model_type  # type: ignore[union-attr, assignment]
     try:
         return find_family(model_type)
     except UnknownNameError as error:
@@ -49,7 +49,7 @@ def family_of(model: nn.Module) -> Family:
         ) from error
 
 
-def linears_of(block: nn.Module) -> dict[str, nn.Linear]:
+def block_linears(block: nn.Module) -> dict[str, nn.Linear]:
     """The Linears of a block by their names in it, in order."""
     return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
 
@@ -95,7 +95,7 @@ def check_layers(model: nn.Module, group_size: int) -> Family:
 def _named_weights(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The weights of the blocks by the names that searches use, a Linear's by its module; then all others."""
     seen = set()
-    for index, block in enumerate(blocks_of(model)):
+    for index, block in enumerate(decoder_blocks(model)):
         for name, parameter in block.named_parameters():
             seen.add(id(parameter))
             yield f"{block_name(index)}.{name.removesuffix('.weight')}", parameter
@@ -118,7 +118,7 @@ def check_group_size(model: nn.Module, family: Family, group_size: int) -> None:
     raise ConfigError(f"group size {group_size} does not divide {where}", hint=remedy)
 
 
-def fitting_sizes(model: nn.Module) -> list[int]:
+def fitting_group_sizes(model: nn.Module) -> list[int]:
     """Return the usual group sizes that divide the inputs of every Linear, ascending; none if no size does.
 
     Raises LayoutError as `check_layers`.
@@ -132,7 +132,7 @@ def _dividing(widths: set[int]) -> list[int]:
 
 def _listed(model: nn.Module, family: Family) -> Iterator[tuple[str, nn.Linear]]:
     known = [name for group in family.scale_groups for name in group.linears]
-    for index, block in enumerate(blocks_of(model)):
+    for index, block in enumerate(decoder_blocks(model)):
         modules = dict(block.named_modules())
         for name in known:
             module = modules.get(name)
@@ -143,7 +143,7 @@ def _listed(model: nn.Module, family: Family) -> Iterator[tuple[str, nn.Linear]]
                     "adapter; start from its 16-bit weights, with adapters merged"
                 )
             yield f"{block_name(index)}.{name}", module
-        if other := [name for name in linears_of(block) if name not in known]:
+        if other := [name for name in block_linears(block) if name not in known]:
             raise LayoutError(
                 f"{block_name(index)}: {', '.join(other)} are in no scale group of the family {family.model_type}"
             )

@@ -31,7 +31,7 @@ Document = str | Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class CalibrationSequence:
     """One sequence that the model sees. A picture's ids are placeholders; `media` are its pictures in order."""
 
     ids: tuple[int, ...]
@@ -44,7 +44,7 @@ class Calibration:
 
     name: str
     sha256: str
-    rows: tuple[Row, ...]
+    rows: tuple[CalibrationSequence, ...]
 
     @property
     def num_tokens(self) -> int:
@@ -127,7 +127,9 @@ def text_calibration(
             kept += 1
         if kept == max_documents or (max_rows is not None and len(stream) >= max_rows * block):
             break
-    rows = [Row(tuple(stream[at : at + block])) for at in range(0, len(stream) - block + 1, block)][:max_rows]
+    rows = [CalibrationSequence(tuple(stream[at : at + block])) for at in range(0, len(stream) - block + 1, block)][
+        :max_rows
+    ]
     if not rows:
         left_out = f", {overlong} longer than {block} tokens left out" if overlong else ""
         raise DataError(
@@ -159,7 +161,7 @@ def sample_calibration(
                 f"calibration {name!r} conversation {number}: {len(tokens.ids)} tokens, and a row holds 1 to "
                 f"{max_tokens}; leave it out or raise max_tokens"
             )
-        rows.append(Row(tuple(tokens.ids), tuple(tokens.media)))
+        rows.append(CalibrationSequence(tuple(tokens.ids), tuple(tokens.media)))
     if not rows:
         raise DataError(f"calibration {name!r}: no conversations; give at least one")
     content = [[row.ids, [image.key() for image in row.media]] for row in rows]
@@ -190,7 +192,7 @@ def mixture_calibration(
     Samples with clips, and those of more than `max_tokens` tokens, are left out.
     Raises DataError when too few are left, saying how many were left out.
     """
-    rows: list[Row] = []
+    rows: list[CalibrationSequence] = []
     tried = long = clips = 0
     while len(rows) < samples and tried < samples * _TRIES:
         part, sample = mixture[tried]
@@ -214,12 +216,12 @@ def mixture_calibration(
     return Calibration(name, hashlib.sha256(json.dumps(content).encode()).hexdigest(), tuple(_joined(rows)))
 
 
-def _joined(rows: Iterable[Row]) -> list[Row]:
+def _joined(rows: Iterable[CalibrationSequence]) -> list[CalibrationSequence]:
     """Neighbouring rows as one, as long as that has at most a block of tokens."""
-    out: list[Row] = []
+    out: list[CalibrationSequence] = []
     for row in rows:
         if out and len(out[-1].ids) + len(row.ids) <= BLOCK:
-            out[-1] = Row(out[-1].ids + row.ids, out[-1].media + row.media)
+            out[-1] = CalibrationSequence(out[-1].ids + row.ids, out[-1].media + row.media)
         else:
             out.append(row)
     return out

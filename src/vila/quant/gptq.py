@@ -22,7 +22,7 @@ _ROWS = 64
 _RIDGE = 1e-3
 
 
-def moments(inputs_TI: Tensor, weights_T: Tensor | None = None) -> Tensor:
+def second_moment(inputs_TI: Tensor, weights_T: Tensor | None = None) -> Tensor:
     """Mean over tokens of x x', [I, I] in float32; a token counts as much as its weight says."""
     rows_TI = inputs_TI.float()
     if weights_T is None:
@@ -37,7 +37,7 @@ def output_error(weight_OI: Tensor, values_OI: Tensor, moments_II: Tensor) -> fl
 
 
 @torch.no_grad()
-def round_codes(weight_OI: Tensor, grid: Int4Weight, moments_II: Tensor, damping: float = DAMPING) -> Int4Weight:
+def gptq_round(weight_OI: Tensor, grid: Int4Weight, moments_II: Tensor, damping: float = DAMPING) -> Int4Weight:
     """The weight on the grid's scales and zeros, its codes chosen with feedback; the grid's own codes are not read.
 
     Inputs of large moments go first: what is left of their error has the most columns to go to.

@@ -23,9 +23,9 @@ from vila.kernels.int4 import Int4Weight, dequantize, quantize
 from vila.model.int4_weights import use_int4
 from vila.model.loading import save_model
 from vila.quant.apply import check_same_rounding, check_search, clamp_weight, fold_scale
-from vila.quant.awq_cache import Search, save_search
+from vila.quant.awq_cache import AwqSearch, save_search
 from vila.quant.awq_search import (
-    Arguments,
+    BlockArguments,
     SearchOptions,
     block_arguments,
     check_ids,
@@ -34,10 +34,18 @@ from vila.quant.awq_search import (
     search_model,
     working_copy,
 )
-from vila.quant.blocks import block_name, blocks_of, check_layers, check_model, fitting_sizes, linears_of, module_prefix
+from vila.quant.blocks import (
+    block_linears,
+    block_name,
+    check_layers,
+    check_model,
+    decoder_blocks,
+    fitting_group_sizes,
+    module_prefix,
+)
 from vila.quant.calibration import Calibration
-from vila.quant.gptq import moments, refit_scales, round_codes
-from vila.quant.resume_state import KeptBlocks, read_weights, write_weights
+from vila.quant.gptq import gptq_round, refit_scales, second_moment
+from vila.quant.resume_state import BlockResumeState, read_int4_block, write_int4_block
 
 # --- round_model
 # A model's blocks in INT4, one after the other, each in float32 while it is worked on.
@@ -89,7 +97,7 @@ class RoundedModel:
 @torch.no_grad()
 def round_model(
     model: nn.Module,
-    search: Search | None,
+    search: AwqSearch | None,
     options: RoundOptions,
     calibration: Calibration | None = None,
     *,
@@ -117,13 +125,13 @@ def round_model(
         feedback = _Feedback(model, search, options, calibration, processor, family.scale_groups, keep)
     weights: dict[str, Int4Weight] = {}
     errors = []
-    prefix, blocks = module_prefix(model), blocks_of(model)
+    prefix, blocks = module_prefix(model), decoder_blocks(model)
     with task(events, "round", len(blocks), "blocks"):
         for index, block in enumerate(blocks):
             device = options.device or next(block.parameters()).device
             work = working_copy(block, torch.empty(0, device=device))
             limits = _fold(work, block_name(index), search)
-            whole = {name: linear.weight for name, linear in linears_of(work).items()}
+            whole = {name: linear.weight for name, linear in block_linears(work).items()}
             if feedback is None:
                 rounded = {name: _grid(whole[name], limits.get(name), options) for name in whole}
             else:
@@ -141,7 +149,7 @@ class _Feedback:
     def __init__(
         self,
         model: nn.Module,
-        search: Search | None,
+        search: AwqSearch | None,
         options: RoundOptions,
         calibration: Calibration | None,
         processor: Any,
@@ -157,7 +165,11 @@ class _Feedback:
         self.weights_T = None if weights_NS is None else weights_NS.flatten().to(device)
         self.arguments = block_arguments(model, states_NSD.shape[1], torch.float32, device)
         facts = {"version": VERSION, "calibration": calibration.facts(), "search": _digest(search), **options.facts()}
-        self.kept = KeptBlocks(keep, facts, self.states_NSD, read_weights, write_weights) if keep is not None else None
+        self.kept = (
+            BlockResumeState(keep, facts, self.states_NSD, read_int4_block, write_int4_block)
+            if keep is not None
+            else None
+        )
 
     def block(
         self, index: int, block: nn.Module, work: nn.Module, limits: Mapping[str, Tensor]
@@ -180,15 +192,15 @@ class _Feedback:
         return rounded
 
     def _group(
-        self, work: nn.Module, group: ScaleGroup, arguments: Arguments, limits: Mapping[str, Tensor]
+        self, work: nn.Module, group: ScaleGroup, arguments: BlockArguments, limits: Mapping[str, Tensor]
     ) -> dict[str, Int4Weight]:
         inputs = run_block(work, (group,), self.states_NSD, arguments, self._rows)[1][group.linears[0]]
-        moments_II = moments(inputs.flatten(0, 1), self.weights_T)
+        moments_II = second_moment(inputs.flatten(0, 1), self.weights_T)
         out = {}
         for name in group.linears:
             weight_OI: Tensor = work.get_submodule(name).weight  # type: ignore[assignment]
             grid = _grid(weight_OI, limits.get(name), self.options)
-            out[name] = refit_scales(weight_OI, round_codes(weight_OI, grid, moments_II), moments_II)
+            out[name] = refit_scales(weight_OI, gptq_round(weight_OI, grid, moments_II), moments_II)
         for name, weight in out.items():
             _use(work, name, weight)
         return out
@@ -198,7 +210,7 @@ class _Feedback:
         return max(1, self.options.batch_tokens // self.states_NSD.shape[1])
 
 
-def _fold(work: nn.Module, name: str, search: Search | None) -> dict[str, Tensor]:
+def _fold(work: nn.Module, name: str, search: AwqSearch | None) -> dict[str, Tensor]:
     """Fold the block's scales into its copy; its limits, by the Linears' names in it."""
     if search is None:
         return {}
@@ -227,7 +239,7 @@ def _use(work: nn.Module, name: str, weight: Int4Weight) -> None:
 
 def _write_back(block: nn.Module, work: nn.Module, release: bool) -> None:
     """Norms and biases of the copy into the model's block; the weights of its Linears leave memory when asked."""
-    linears = {f"{name}.weight" for name in linears_of(work)}
+    linears = {f"{name}.weight" for name in block_linears(work)}
     with torch.no_grad():
         for name, parameter in list(block.named_parameters()):
             if name not in linears:
@@ -250,7 +262,7 @@ def _error(whole: Mapping[str, Tensor], rounded: Mapping[str, Int4Weight]) -> fl
     return float((changed / max(total, 1e-30)) ** 0.5)
 
 
-def _digest(search: Search | None) -> str:
+def _digest(search: AwqSearch | None) -> str:
     out = hashlib.sha256()
     for name, tensor in [] if search is None else [
         *((scale.fold, scale.scale_I) for scale in search.scales),
@@ -317,7 +329,7 @@ def make_search(
     *,
     keep: Path | None = None,
     events: Events = SILENT,
-) -> Search | None:
+) -> AwqSearch | None:
     """The search that a request asks for; None for `rtn`. keep: a folder for finished blocks.
 
     A request that names no number type is searched in float32 on a CPU, which is slow in others, and elsewhere in that
@@ -333,7 +345,7 @@ def make_search(
     return search_model(model, some, replace(request.search, dtype=kind), processor=processor, keep=keep, events=events)
 
 
-def check_plan(model: nn.Module, request: Request, found: Search | None) -> None:
+def check_plan(model: nn.Module, request: Request, found: AwqSearch | None) -> None:
     """Check a request against the shapes of a model, whose weights may be on the meta device.
 
     Raises as `check_layers` and `check_search`; ConfigError for a search that was made for another rounding, and one
@@ -347,7 +359,7 @@ def check_plan(model: nn.Module, request: Request, found: Search | None) -> None
         check_search(model, found)
 
 
-def check_request(model: nn.Module, request: Request, calibration: Calibration | None, found: Search | None) -> None:
+def check_request(model: nn.Module, request: Request, calibration: Calibration | None, found: AwqSearch | None) -> None:
     """Check everything that can be wrong before the work begins.
 
     Raises as `check_plan` and `check_model`; ConfigError for missing calibration, DataError for one of another model.
@@ -360,19 +372,19 @@ def check_request(model: nn.Module, request: Request, calibration: Calibration |
         raise ConfigError("no calibration is given, and the search or the rounding needs it")
 
 
-def default_group_size(model: nn.Module, found: Search | None = None) -> int:
+def default_group_size(model: nn.Module, found: AwqSearch | None = None) -> int:
     """Return the group size of a search that was made before, else the largest of 128, 64 and 32 that fits the model.
 
     128, the published size, if none fits. The model's weights may be on the meta device.
     """
     made = None if found is None else found.facts.get("group_size")
-    return int(made) if made else max(fitting_sizes(model), default=PUBLISHED_GROUP_SIZE)
+    return int(made) if made else max(fitting_group_sizes(model), default=PUBLISHED_GROUP_SIZE)
 
 
 def needed_bytes(model: nn.Module, group_size: int) -> int:
     """Return the disk space that quantizing takes, about: finished blocks, and the model that is made of them."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    packed = sum(linear.weight.numel() for block in blocks_of(model) for linear in linears_of(block).values())
+    packed = sum(linear.weight.numel() for block in decoder_blocks(model) for linear in block_linears(block).values())
     # A code is half a byte, the scale of a group two and its zero point half a byte; other weights have 16 bits.
     return 2 * (packed // 2 + packed * 5 // (2 * group_size)) + 2 * (parameters - packed)
 
@@ -383,7 +395,7 @@ def quantize_checkpoint(
     out: Path,
     request: Request,
     calibration: Calibration | None = None,
-    found: Search | None = None,
+    found: AwqSearch | None = None,
     *,
     layout: str = LAYOUT,
     texts: Mapping[str, str] | None = None,
@@ -430,7 +442,7 @@ def work_folder(out: Path) -> Path:
 def _summary(
     request: Request,
     calibration: Calibration | None,
-    search: Search | None,
+    search: AwqSearch | None,
     rounded: RoundedModel,
     before: int,
     after: int,
@@ -451,7 +463,7 @@ def _summary(
     }
 
 
-def _errors_left(search: Search | None) -> dict[int, float]:
+def _errors_left(search: AwqSearch | None) -> dict[int, float]:
     """By block, the output error that the scales leave, as a share of what plain rounding makes; the mean of groups."""
     shares: dict[int, list[float]] = {}
     for scale in () if search is None else search.scales:

@@ -18,13 +18,13 @@ from vila.core.errors import CheckpointError, LayoutError
 from vila.core.files import atomic_path, remove_partials
 from vila.core.reading import file_errors
 from vila.kernels.int4 import Int4Weight
-from vila.quant.awq_cache import Search, load_search, save_search
+from vila.quant.awq_cache import AwqSearch, load_search, save_search
 
 _KEY = "key"
 _Found = TypeVar("_Found")
 
 
-class KeptBlocks(Generic[_Found]):
+class BlockResumeState(Generic[_Found]):
     """A folder with a file for each finished block.
 
     Each file carries a key: a hash of all that its content follows from (settings, calibration, the embedded rows and
@@ -80,15 +80,15 @@ class KeptBlocks(Generic[_Found]):
         return self.folder / f"{index:05d}.safetensors"
 
 
-def read_block(path: Path) -> tuple[Search, str]:
+def read_search_block(path: Path) -> tuple[AwqSearch, str]:
     """A block's search and its key."""
     found = load_search(path)
-    return Search(found.scales, found.clips), str(found.facts.get(_KEY))
+    return AwqSearch(found.scales, found.clips), str(found.facts.get(_KEY))
 
 
-def write_block(found: Search, key: str, path: Path) -> None:
+def write_search_block(found: AwqSearch, key: str, path: Path) -> None:
     """Write a block's search with its key."""
-    save_search(Search(found.scales, found.clips, {_KEY: key}), path)
+    save_search(AwqSearch(found.scales, found.clips, {_KEY: key}), path)
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -104,7 +104,7 @@ _HEADER = "vila_rounded_block"
 _PARTS = ("codes", "scales", "zeros")
 
 
-def write_weights(weights: Mapping[str, Int4Weight], key: str, path: Path) -> None:
+def write_int4_block(weights: Mapping[str, Int4Weight], key: str, path: Path) -> None:
     """Write a block's weights and the key of what they follow from; the file is whole or absent."""
     tensors = {
         f"{name}/{part}": getattr(weight, part).cpu().contiguous()
@@ -116,7 +116,7 @@ def write_weights(weights: Mapping[str, Int4Weight], key: str, path: Path) -> No
         save_file(tensors, part, metadata={_HEADER: json.dumps({"key": key, "group_sizes": sizes}, sort_keys=True)})
 
 
-def read_weights(path: Path) -> tuple[dict[str, Int4Weight], str]:
+def read_int4_block(path: Path) -> tuple[dict[str, Int4Weight], str]:
     """Read a block's weights and their key. Raises LayoutError with the file's name for any other file."""
     hint = "remove it; the block is rounded again"
     with file_errors(path, LayoutError, hint=hint), safe_open(path, framework="pt") as file:

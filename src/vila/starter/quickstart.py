@@ -38,7 +38,7 @@ from vila.eval.predictions import read_texts
 from vila.eval.runner import Result, model_hash, result_dir, run
 from vila.model.loading import assemble, choose_dtype, load_model
 from vila.prepare.licences import data_licences
-from vila.quant.blocks import fitting_sizes
+from vila.quant.blocks import fitting_group_sizes
 from vila.quant.calibration import packaged_documents, text_calibration
 from vila.quant.quantize import Request, quantize_checkpoint, with_group
 from vila.starter import components, easy_vqa
@@ -48,7 +48,7 @@ from vila.starter.probes import SwappedEasyVqa, caption_nll, perplexity
 from vila.starter.report import with_images, write_report
 from vila.train.build import build, is_finished, model_dir
 from vila.train.metrics import read_metrics
-from vila.train.model_card import write_card
+from vila.train.model_card import save_model_card
 
 # --- quantize_model
 # The starter model in 4 bits: quantized in about a minute, and asked again what the whole model was asked.
@@ -65,7 +65,7 @@ def quantize_model(model: Path, target: Path, events: Events) -> bool:
     if target.is_dir():
         return True
     network, processor = load_model(model)
-    sizes = fitting_sizes(network)
+    sizes = fitting_group_sizes(network)
     if not sizes:
         events.log("the model is not quantized: no group size divides the inputs of its Linears")
         return False
@@ -286,7 +286,7 @@ class Quickstart:
         if not target.is_dir():
             with atomic_path(target) as part:
                 shutil.copytree(self.out / STAGES[-1] / "model", part, copy_function=_link)
-                write_card(part, self.recipe(STAGES[-1]), self._card_facts())
+                save_model_card(part, self.recipe(STAGES[-1]), self._card_facts())
 
     def _card_facts(self) -> dict[str, Any]:
         """What the card of the model says besides its recipe."""

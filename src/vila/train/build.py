@@ -25,39 +25,39 @@ from vila.model.layouts.detect import LAYOUTS
 from vila.model.loading import save_model
 from vila.model.modeling import VilaForConditionalGeneration
 from vila.model.processor import VilaProcessor
-from vila.train.checkpoint import Checkpoint, Checkpoints, Progress, clear_checkpoints, load_checkpoint, versions
+from vila.train.checkpoint import Checkpoint, CheckpointWriter, Progress, clear_checkpoints, load_checkpoint, versions
 from vila.train.fsdp import World, open_world
-from vila.train.metrics import MetricsLog, utilisation_of
+from vila.train.metrics import MetricsLog, build_mfu
 from vila.train.optim import count_parameters
 from vila.train.preflight import Preflight, check_mixture, require_packages
 from vila.train.report import RunReport, write_report
 from vila.train.resume import (
-    InputStamps,
-    as_begun,
-    inputs_of,
+    InputFingerprints,
+    check_inputs_unchanged,
+    check_recipe_unchanged,
+    check_stream_count,
+    list_inputs,
+    log_environment_changes,
     recipe_of,
-    refuse_changed_inputs,
-    refuse_changes,
-    refuse_other_lanes,
     restore,
     save,
-    say_what_differs,
+    with_initial_settings,
 )
 from vila.train.setup import (
+    build_bad_sample_log,
     build_mixture,
     build_reader,
     build_rows,
-    end_of,
-    fault_log,
-    load_start,
-    make_learner,
-    open_start,
-    whole_tensors,
-    with_tensors,
+    gather_full_tensors,
+    last_position,
+    load_initial_model,
+    make_train_state,
+    model_with_tensors,
+    open_initial_model,
 )
-from vila.train.trainer import StepListener, Trainer
+from vila.train.trainer import Trainer, TrainerCallback
 
-__all__ = ["Run", "build", "is_finished", "model_dir", "refuse_changes"]
+__all__ = ["Run", "build", "check_recipe_unchanged", "is_finished", "model_dir"]
 
 
 @dataclass
@@ -70,7 +70,7 @@ class Run:
     mixture: Mixture
     trainer: Trainer
     trainable: int
-    checkpoints: Checkpoints
+    checkpoints: CheckpointWriter
     lock: DirectoryLock | None = None
     """Lock on the directory of the run; held by the main process from `build` to the end of `train`."""
 
@@ -101,7 +101,7 @@ class Run:
                 hint="vila data check RECIPE lists the reasons; no model was written",
             )
         self._write_model()
-        if self.world.main:
+        if self.world.is_main:
             progress = self.trainer.progress
             facts = {
                 "progress": asdict(progress),
@@ -114,7 +114,7 @@ class Run:
             write_json(self.folder / "finished.json", facts)
             write_report(self.folder)
             clear_checkpoints(self.folder / "checkpoint")
-        self.world.gather(None)
+        self.world.all_gather_object(None)
         return model_dir(self.recipe)
 
     def _write_model(self) -> None:
@@ -124,13 +124,13 @@ class Run:
 
             learnt = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
             learnt |= {name for name, _ in self.model.named_parameters() if name.startswith("projector.")}
-            tensors = whole_tensors(self.model, torch.float32, self.world, only=learnt)
+            tensors = gather_full_tensors(self.model, torch.float32, self.world, only=learnt)
             if tensors is not None:
                 save_adapter(self.model, self.processor, target, self.recipe.model.path, tensors=tensors)
             return
-        tensors = whole_tensors(self.model, torch.bfloat16, self.world)
+        tensors = gather_full_tensors(self.model, torch.bfloat16, self.world)
         if tensors is not None:
-            save_model(with_tensors(self.model, tensors), self.processor, target, layout)
+            save_model(model_with_tensors(self.model, tensors), self.processor, target, layout)
 
 
 def model_dir(recipe: Recipe) -> Path:
@@ -146,7 +146,7 @@ def is_finished(recipe: Recipe) -> bool:
 def build(
     recipe: Recipe,
     *,
-    listeners: Sequence[StepListener] = (),
+    listeners: Sequence[TrainerCallback] = (),
     events: Events = SILENT,
     allow_changes: Sequence[str] = (),
     world: World | None = None,
@@ -160,8 +160,8 @@ def build(
     """
     require_packages(recipe)
     world = world or open_world(recipe.compute.sharding, recipe.compute.timeout_s)
-    events = events if world.main else SILENT
-    world.decide(lambda: Preflight(recipe, world.process.world_size).raise_problems())
+    events = events if world.is_main else SILENT
+    world.run_on_main(lambda: Preflight(recipe, world.process.world_size).raise_problems())
     lock = _open_folder(recipe.output.dir, world, events)
     try:
         return _build(recipe, world, lock, listeners, events, allow_changes)
@@ -169,7 +169,7 @@ def build(
         if lock:
             lock.release()
         if isinstance(error, ConfigError):  # of the recipe, which all processes read
-            error.is_repeated = not world.main
+            error.is_repeated = not world.is_main
         raise
 
 
@@ -177,7 +177,7 @@ def _build(
     recipe: Recipe,
     world: World,
     lock: DirectoryLock | None,
-    listeners: Sequence[StepListener],
+    listeners: Sequence[TrainerCallback],
     events: Events,
     allow_changes: Sequence[str],
 ) -> Run:
@@ -185,25 +185,25 @@ def _build(
     resumed = load_checkpoint(folder / "checkpoint", world, events)
     if resumed:
         before = recipe_of(resumed)
-        refuse_changes(before, recipe, folder, allow_changes)
-        begun = as_begun(before, recipe)
+        check_recipe_unchanged(before, recipe, folder, allow_changes)
+        begun = with_initial_settings(before, recipe)
         if taken := recipe_changes(recipe, begun):
             values = ", ".join(f"{name}={value}" for name, _, value in taken)
             events.log(f"note: resuming with {values}, which the run began with and the recipe leaves open")
         recipe = begun
-        refuse_other_lanes(resumed, recipe.batch.rows or recipe.batch.samples)
-        say_what_differs(resumed, world, events)
+        check_stream_count(resumed, recipe.batch.rows or recipe.batch.samples)
+        log_environment_changes(resumed, world, events)
     with world.main_first():
         mixture = build_mixture(recipe, events)
-        start = open_start(recipe)
+        start = open_initial_model(recipe)
     check_mixture(recipe, mixture)
-    same = world.decide(partial(_same_inputs, recipe, resumed, mixture, start, allow_changes, events))
+    same = world.run_on_main(partial(_same_inputs, recipe, resumed, mixture, start, allow_changes, events))
     with world.main_first():
-        model, processor = load_start(recipe, start)
+        model, processor = load_initial_model(recipe, start)
     if not recipe.stage.lora.rank:
         # What cannot be written in the end is said before it is trained.
         LAYOUTS[recipe.output.layout].check(model, processor)
-    learner = make_learner(recipe, model, processor, mixture, world, events)
+    learner = make_train_state(recipe, model, processor, mixture, world, events)
     restore(resumed, learner.optimizer, recipe, world)
     count = recipe.batch.rows or recipe.batch.samples
     if note := micro_batch_note(world.process.world_size, count, recipe.batch.micro):
@@ -214,14 +214,14 @@ def _build(
     progress = resumed.progress if resumed else Progress()
     if resumed:
         events.log(f"{recipe.name}: going on after step {progress.step}")
-    if world.main:
+    if world.is_main:
         save_recipe(recipe, folder / "recipe.yaml")
-    checkpoints = Checkpoints(
+    checkpoints = CheckpointWriter(
         folder / "checkpoint",
         world,
         keep_last=recipe.output.keep_last,
         background=recipe.output.async_save,
-        inputs=InputStamps(inputs_of(recipe, mixture, start), same) if world.main else dict,
+        inputs=InputFingerprints(list_inputs(recipe, mixture, start), same) if world.is_main else dict,
     )
     trainer = Trainer(
         model=model,
@@ -239,11 +239,11 @@ def _build(
         save_every_s=recipe.output.checkpoint_every_s,
         save_every_steps=_save_every(recipe),
         world=world,
-        faults=fault_log(recipe, states, write=world.main),
+        faults=build_bad_sample_log(recipe, states, write=world.is_main),
         bad_steps=recipe.budget.max_bad_steps,
         bad_step=_bad_steps(folder, progress.step, world),
         check_saves=checkpoints.check,
-        utilisation=utilisation_of(recipe, model.config, world),
+        utilisation=build_mfu(recipe, model.config, world),
         progress=progress,
         listeners=[*_metrics(folder, progress, world, events), *listeners],
         events=events,
@@ -271,8 +271,8 @@ def _open_folder(folder: Path, world: World, events: Events) -> DirectoryLock | 
                 hint="choose another directory",
             ) from error
 
-    world.decide(acquire)
-    return lock if world.main else None
+    world.run_on_main(acquire)
+    return lock if world.is_main else None
 
 
 def _same_inputs(
@@ -286,12 +286,12 @@ def _same_inputs(
     """The stamps of inputs that are as the checkpoint has them. Raises RunChangedError for others."""
     if resumed is None or resumed.format == 1:
         return {}
-    inputs = inputs_of(recipe, mixture, start)
-    return refuse_changed_inputs(resumed.inputs, inputs, recipe.output.dir, allow_changes, events)
+    inputs = list_inputs(recipe, mixture, start)
+    return check_inputs_unchanged(resumed.inputs, inputs, recipe.output.dir, allow_changes, events)
 
 
-def _metrics(folder: Path, progress: Progress, world: World, events: Events) -> list[StepListener]:
-    if not world.main:
+def _metrics(folder: Path, progress: Progress, world: World, events: Events) -> list[TrainerCallback]:
+    if not world.is_main:
         return []
     metrics = MetricsLog(folder / "metrics.jsonl", progress.step)
     if metrics.last_step < progress.step:
@@ -307,7 +307,7 @@ def _metrics(folder: Path, progress: Progress, world: World, events: Events) -> 
 
 
 def _budget(recipe: Recipe, mixture: Mixture) -> Callable[[Progress], float]:
-    end = end_of(recipe, mixture)
+    end = last_position(recipe, mixture)
     if end is None:
         return lambda progress: progress.tokens / recipe.budget.tokens
     return lambda progress: progress.visits / end
@@ -318,7 +318,7 @@ def _save_every(recipe: Recipe) -> int:
     return recipe.monitor.eval_every_steps if recipe.output.keep_best else recipe.output.checkpoint_every_steps
 
 
-def _saver(recipe: Recipe, checkpoints: Checkpoints) -> Callable[[Trainer, bool], None]:
+def _saver(recipe: Recipe, checkpoints: CheckpointWriter) -> Callable[[Trainer, bool], None]:
     best_file = recipe.output.dir / "best.json"
     report = RunReport(recipe.output.dir)
 
@@ -327,7 +327,7 @@ def _saver(recipe: Recipe, checkpoints: Checkpoints) -> Callable[[Trainer, bool]
         if recipe.output.keep_best and best_file.is_file():
             best = Fields.of_file(best_file).integer("step", maximum=2**62)
         save(checkpoints, recipe, trainer, best=best)
-        if trainer.main:
+        if trainer.is_main:
             report.write()
         if wait:
             checkpoints.wait()
@@ -338,11 +338,11 @@ def _saver(recipe: Recipe, checkpoints: Checkpoints) -> Callable[[Trainer, bool]
 def _bad_steps(folder: Path, step: int, world: World) -> Callable[[dict[str, Any]], None]:
     """Writes a line of `bad_steps.jsonl`; those after `step`, which the run comes by again, are dropped."""
     path = folder / "bad_steps.jsonl"
-    if world.main and path.is_file():
+    if world.is_main and path.is_file():
         MetricsLog(path, step)
 
     def note(facts: dict[str, Any]) -> None:
-        if world.main:
+        if world.is_main:
             MetricsLog(path, facts["step"] - 1).write(**facts)
 
     return note

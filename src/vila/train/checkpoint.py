@@ -39,7 +39,7 @@ from vila.core.progress import SILENT, Events
 from vila.core.reading import Fields
 from vila.data.packing import PackingStreamState
 from vila.train.checkpoint_files import MANIFEST, FileDigest, TensorReader, check_files, digest_files, write_manifest
-from vila.train.fsdp import World, told_of_the_lost
+from vila.train.fsdp import World, raise_on_lost_rank
 
 # It says so of every process that is alone.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -101,8 +101,8 @@ class Checkpoint:
         reader = TensorReader(self.folder)
         try:
             self._refuse_others(reader, into)
-            group = {"no_dist": True} if world.alone else {"process_group": world.control}
-            with told_of_the_lost():
+            group = {"no_dist": True} if world.is_single else {"process_group": world.control}
+            with raise_on_lost_rank():
                 dcp.load(dict(into), storage_reader=reader, **group)
         except VilaError:
             raise
@@ -131,7 +131,7 @@ class Checkpoint:
             raise _unreadable(self.folder, error) from error
 
 
-class Checkpoints:
+class CheckpointWriter:
     """The checkpoints of a run: `step-N` directories, of which the newest few are kept, and the best one if asked."""
 
     def __init__(
@@ -185,19 +185,19 @@ class Checkpoints:
         """Raise CheckpointError when a checkpoint could not be written, as far as is known now."""
         if self._error:
             error, self._error = self._error, None
-            error.is_repeated = not self.world.main
+            error.is_repeated = not self.world.is_main
             raise error
 
     def _open(self, target: Path, stack: ExitStack) -> Path:
         """The folder that all processes write into; at the end of `stack` it becomes `target`."""
         part, failed = target, ""
-        if self.world.main:
+        if self.world.is_main:
             try:
                 part = stack.enter_context(atomic_path(target))
                 part.mkdir()
             except (OSError, VilaError) as error:
                 failed = _reason(error)
-        part, failed = self.world.gather((part, failed))[0]
+        part, failed = self.world.all_gather_object((part, failed))[0]
         if failed:
             raise _unwritten(target, failed)
         return part
@@ -209,19 +209,19 @@ class Checkpoints:
         failed = ""
         try:
             with named:
-                group = {"no_dist": True} if self.world.alone else {"process_group": self.world.saving}
+                group = {"no_dist": True} if self.world.is_single else {"process_group": self.world.saving}
                 dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(part), **group)
                 digests = self._digests(part)
-                if self.world.main:
+                if self.world.is_main:
                     write_json(part / "state.json", _as_json(state))
                     write_json(part / _INPUTS, self._inputs())
                     rest = [file.name for file in part.iterdir() if file.name not in digests]
                     write_manifest(part, digests | digest_files(part, rest))
-            if self.world.main:
+            if self.world.is_main:
                 self._prune(state.progress.step, best)
         except (OSError, VilaError) as error:
             failed = _reason(error)
-        if failed := self.world.gather(failed, self.world.saving)[0]:
+        if failed := self.world.all_gather_object(failed, self.world.saving)[0]:
             raise _unwritten(self.folder / part.name, failed)
 
     def _digests(self, part: Path) -> dict[str, FileDigest]:
@@ -233,14 +233,14 @@ class Checkpoints:
             own = digest_files(part, names)
         except OSError as error:
             failed = _reason(error)
-        shares = self.world.gather((own, failed), self.world.saving)
+        shares = self.world.all_gather_object((own, failed), self.world.saving)
         if failed := next((failed for _, failed in shares if failed), ""):
             raise _unwritten(self.folder / part.name, failed)
         return {name: digest for own, _ in shares for name, digest in own.items()}
 
     def _run(self, target: Path, write: Callable[[], None]) -> None:
         try:
-            with told_of_the_lost():
+            with raise_on_lost_rank():
                 write()
         except VilaError as error:
             self._error = error
@@ -283,9 +283,9 @@ def load_checkpoint(folder: Path, world: World, events: Events = SILENT) -> Chec
     checkpoint of version one, whose files cannot be verified.
     Raises CheckpointError naming file and field of the newest one if all are damaged.
     """
-    if world.main:
+    if world.is_main:
         remove_partials(folder)
-    found = world.gather(checkpoint_folders(folder) if world.main else [])[0]
+    found = world.all_gather_object(checkpoint_folders(folder) if world.is_main else [])[0]
     damaged: list[tuple[Path, CheckpointError]] = []
     for candidate in reversed(found):
         checkpoint, error = _load(candidate, world)
@@ -294,7 +294,7 @@ def load_checkpoint(folder: Path, world: World, events: Events = SILENT) -> Chec
             continue
         for other, error in damaged:
             events.log(f"note: {error}; resuming from {candidate.name} and keeping {other.name}.damaged")
-            if world.main:
+            if world.is_main:
                 _set_aside(other)
         if checkpoint and checkpoint.format == 1:
             events.log(
@@ -305,7 +305,7 @@ def load_checkpoint(folder: Path, world: World, events: Events = SILENT) -> Chec
     if damaged:
         error = damaged[0][1]
         error.hint = "no checkpoint is whole; restore one from a copy, or delete the directory of the run to start over"
-        error.is_repeated = not world.main
+        error.is_repeated = not world.is_main
         raise error
     return None
 
@@ -315,12 +315,12 @@ def _load(folder: Path, world: World) -> tuple[Checkpoint | None, CheckpointErro
     checkpoint: Checkpoint | None = None
     problem: CheckpointError | None = None
     try:
-        if not world.decide(partial(_is_version_one, folder)):
+        if not world.run_on_main(partial(_is_version_one, folder)):
             check_files(folder, world)
-        checkpoint = read_state(folder) if world.main else None
+        checkpoint = read_state(folder) if world.is_main else None
     except CheckpointError as error:
         problem = error
-    return world.gather((checkpoint, problem))[0]
+    return world.all_gather_object((checkpoint, problem))[0]
 
 
 def checkpoint_folders(folder: Path) -> list[Path]:
@@ -466,7 +466,7 @@ def _reason(error: BaseException) -> str:
     return str(error).partition("\n")[0] or type(error).__name__
 
 
-def states_in_order(shares: Sequence[Sequence[PackingStreamState]]) -> list[PackingStreamState]:
+def flatten_stream_states(shares: Sequence[Sequence[PackingStreamState]]) -> list[PackingStreamState]:
     """The lanes of all processes by number, from those of each process by rank."""
     return [state for share in shares for state in share]
 

@@ -59,15 +59,15 @@ def check_files(folder: Path, world: World) -> None:
     """
     files: dict[str, FileDigest] = {}
     problem: CheckpointError | None = None
-    if world.main:
+    if world.is_main:
         try:
             files = read_manifest(folder)
         except CheckpointError as error:
             problem = error
-    files, problem = world.gather((files, problem))[0]
+    files, problem = world.all_gather_object((files, problem))[0]
     if problem is None:
         names = sorted(files)[world.process.rank :: world.process.world_size]
-        problems = world.gather(_first_difference(folder, {name: files[name] for name in names}))
+        problems = world.all_gather_object(_first_difference(folder, {name: files[name] for name in names}))
         problem = next(filter(None, problems), None)
     if problem is not None:
         raise problem

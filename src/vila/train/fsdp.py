@@ -46,54 +46,54 @@ class World:
     saving: Any = None
 
     @property
-    def main(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process writes what is written once."""
         return self.process.is_main
 
     @property
-    def alone(self) -> bool:
+    def is_single(self) -> bool:
         """Whether there are no others."""
         return self.process.world_size == 1
 
-    def gather(self, value: T, group: Any = None) -> list[T]:
+    def all_gather_object(self, value: T, group: Any = None) -> list[T]:
         """The values of all processes, by rank. Raises TrainingError when one of them is gone.
 
         group: `saving` in the thread that saves; None is `control`.
         """
-        if self.alone:
+        if self.is_single:
             return [value]
         values: list[Any] = [None] * self.process.world_size
-        with told_of_the_lost():
+        with raise_on_lost_rank():
             dist.all_gather_object(values, value, group=group or self.control)
         return values
 
-    def decide(self, work: Callable[[], T]) -> T:
+    def run_on_main(self, work: Callable[[], T]) -> T:
         """Run `work` in the main process; every process returns its result, or raises its VilaError."""
         value: T | None = None
         problem: VilaError | None = None
-        if self.main:
+        if self.is_main:
             try:
                 value = work()
             except VilaError as error:
                 problem = error
-        value, problem = self.gather((value, problem))[0]
+        value, problem = self.all_gather_object((value, problem))[0]
         if problem is not None:
-            problem.is_repeated = not self.main
+            problem.is_repeated = not self.is_main
             raise problem
         return value  # type: ignore[return-value]
 
-    def meet(self) -> None:
+    def barrier(self) -> None:
         """Wait for all processes."""
-        self.gather(None)
+        self.all_gather_object(None)
 
-    def add(self, tensor: Tensor) -> None:
+    def all_reduce(self, tensor: Tensor) -> None:
         """Sum a tensor over all processes, in place."""
-        if not self.alone:
+        if not self.is_single:
             dist.all_reduce(tensor)
 
-    def add_all(self, tensors: Sequence[Tensor]) -> None:
+    def all_reduce_many(self, tensors: Sequence[Tensor]) -> None:
         """Sum many tensors over all processes, in place, a few at a time as one."""
-        if self.alone:
+        if self.is_single:
             return
         for bucket in _buckets(tensors):
             joined = torch.cat([tensor.reshape(-1) for tensor in bucket])
@@ -108,8 +108,8 @@ class World:
 
         A VilaError of the main process is raised in all of them.
         """
-        if not self.main:
-            problem = self.gather(None)[0]
+        if not self.is_main:
+            problem = self.all_gather_object(None)[0]
             if isinstance(problem, VilaError):
                 problem.is_repeated = True
                 raise problem
@@ -118,13 +118,13 @@ class World:
         try:
             yield
         except VilaError as error:
-            self.gather(error)
+            self.all_gather_object(error)
             raise
-        self.gather(None)
+        self.all_gather_object(None)
 
     def close(self) -> None:
         """Part from the others."""
-        if not self.alone and dist.is_initialized():
+        if not self.is_single and dist.is_initialized():
             dist.destroy_process_group()
 
 
@@ -141,7 +141,7 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 @contextmanager
-def told_of_the_lost() -> Iterator[None]:
+def raise_on_lost_rank() -> Iterator[None]:
     """Turn what the network libraries say of a process that is gone into a TrainingError."""
     try:
         yield
@@ -178,7 +178,7 @@ def open_world(sharding: Sharding = "full", timeout_s: float = 600.0) -> World:
     limit = timedelta(seconds=timeout_s)
     if absent := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
         raise ConfigError(f"{', '.join(absent)} not set; start the run with torchrun, which sets them")
-    with told_of_the_lost():
+    with raise_on_lost_rank():
         if not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=limit)
         control, saving = (dist.new_group(backend="gloo", timeout=limit) for _ in range(2))
@@ -211,7 +211,7 @@ def shard(
     """
     assert world.mesh is not None
     policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32)
-    for unit in [*units_of(model), model.projector]:
+    for unit in [*sharding_units(model), model.projector]:
         if next(unit.parameters(), None) is not None:
             _convert(unit, dtype)
             fully_shard(unit, mesh=world.mesh, mp_policy=policy, reshard_after_forward=reshard)
@@ -224,7 +224,7 @@ def shard(
             module.set_force_sum_reduction_for_comms(True)  # the only reduction that gloo has
 
 
-def units_of(model: VilaForConditionalGeneration) -> list[nn.Module]:
+def sharding_units(model: VilaForConditionalGeneration) -> list[nn.Module]:
     """The decoder blocks and the blocks of the tower, the units of sharding, recomputing and compiling."""
     return [*decoder_blocks(model), *tower_blocks(model)]
 
@@ -249,6 +249,6 @@ def _convert(module: nn.Module, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(kind, copy=parameter.requires_grad)
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A dealt tensor put together, on every process; others as they are."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

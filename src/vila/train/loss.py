@@ -148,10 +148,10 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 # B rows  S sequence  D model width  T supervised tokens  N media items  P patches  C tower width  H, W pixels
-# K sources
+# K data_set_ids
 
 
-class Objective(nn.Module):
+class LossModule(nn.Module):
     """The model with its loss: the module that is dealt to devices, because no weight is read outside its forward.
 
     From then on the model's decoder heeds trees of packed rows; without any it answers as it did.
@@ -168,9 +168,9 @@ class Objective(nn.Module):
         *,
         pixels: Tensor | None = None,
         features: Tensor | None = None,
-        idle: bool = False,
-        sources: Tensor | None = None,
-        num_sources: int = 0,
+        dummy_vision: bool = False,
+        data_set_ids: Tensor | None = None,
+        num_data_sets: int = 0,
     ) -> tuple[Tensor, Tensor | None]:
         """Sum of the cross entropies over supervised tokens, float32 with graph, and detached sums [K] by source.
 
@@ -178,26 +178,26 @@ class Objective(nn.Module):
         micro-batches.
 
         pixels:   [N, 3, H, W] of the batch's pictures; `features` [N, P, C] are what the tower makes of them.
-        idle:     they are of a stand-in, in a batch without pictures: tower and projector run, as they do in other
+        dummy_vision:     they are of a stand-in, in a batch without pictures: tower and projector run, as they do in other
                   processes, and count for nothing.
-        sources:  int64 [B, S], the number of the data set of every token, below `num_sources`. Without them, no sums.
+        data_set_ids:  int64 [B, S], the number of the data set of every token, below `num_data_sets`. Without them, no sums.
 
         The batch is on the processor; what the model needs of it is moved. Without supervised tokens the sum is zero,
         and its graph still reaches all that a graph with some reaches.
         """
-        hidden_BSD = self.hidden_states(batch, pixels=pixels, features=features, idle=idle)
+        hidden_BSD = self.hidden_states(batch, pixels=pixels, features=features, dummy_vision=dummy_vision)
         rows, places = (batch.labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
         before = (rows * hidden_BSD.shape[1] + places).to(hidden_BSD.device, non_blocking=True)
         targets_T = batch.labels[rows, places + 1].to(hidden_BSD.device, non_blocking=True)
         hidden_TD = hidden_BSD.flatten(0, 1).index_select(0, before)
         total, losses_T = head_loss(self.model.get_output_embeddings(), hidden_TD, targets_T)
-        if sources is None:
+        if data_set_ids is None:
             return total, None
-        owners_T = sources[rows, places + 1].to(losses_T.device, non_blocking=True)
-        return total, losses_T.new_zeros(num_sources).index_add_(0, owners_T, losses_T)
+        owners_T = data_set_ids[rows, places + 1].to(losses_T.device, non_blocking=True)
+        return total, losses_T.new_zeros(num_data_sets).index_add_(0, owners_T, losses_T)
 
     def hidden_states(
-        self, batch: Batch, *, pixels: Tensor | None = None, features: Tensor | None = None, idle: bool = False
+        self, batch: Batch, *, pixels: Tensor | None = None, features: Tensor | None = None, dummy_vision: bool = False
     ) -> Tensor:
         """Last hidden states [B, S, D] of packed rows; the arguments are those of `forward`."""
         model = self.model
@@ -206,8 +206,8 @@ class Objective(nn.Module):
         media = None
         if features is not None and len(features):
             media = model.project(features.to(model.device, non_blocking=True))
-        embeds_BSD = model.embed(batch.ids.to(model.device, non_blocking=True), None if idle else media)
-        if idle and media is not None:
+        embeds_BSD = model.embed(batch.ids.to(model.device, non_blocking=True), None if dummy_vision else media)
+        if dummy_vision and media is not None:
             # The sum of nothing: part of the graph, and zero even where a feature is not finite.
             embeds_BSD = embeds_BSD + media.flatten()[:0].sum().to(embeds_BSD.dtype)
         states: Tensor = model.get_decoder()(

@@ -137,7 +137,7 @@ _LIBRARIES = {"llava-hf": "transformers"}
 """What loads a layout other than ours."""
 
 
-def write_card(folder: Path, recipe: Recipe, facts: Mapping[str, Any]) -> None:
+def save_model_card(folder: Path, recipe: Recipe, facts: Mapping[str, Any]) -> None:
     """Write `README.md` into a model's directory.
 
     facts, each of which may be missing, and is then not spoken of:

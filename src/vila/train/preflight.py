@@ -22,7 +22,7 @@ from vila.data.packing import streams_of_rank
 from vila.data.stats import require_images
 from vila.model.hub import cached_folder
 from vila.model.layouts.detect import LAYOUTS
-from vila.train.setup import build_mixture, open_start
+from vila.train.setup import build_mixture, open_initial_model
 from vila.train.trackers import require_trackers
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -96,7 +96,7 @@ class Preflight:
         names = [source.path] if source.path else [source.llm, source.vision]
         if not self.problems and all(cached_folder(name) for name in names):
             with self.collected():
-                open_start(self.recipe)
+                open_initial_model(self.recipe)
 
     @contextmanager
     def collected(self, field: str | None = None) -> Iterator[None]:

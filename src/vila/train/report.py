@@ -18,7 +18,7 @@ from vila.report.numbers import write_number, write_percent, write_seconds
 from vila.report.plots import Group, Series, bar_plot, line_plot
 from vila.train.checkpoint import checkpoint_folders
 from vila.train.downsample import Curve
-from vila.train.report_data import Row, Sampled, Steps, read_answers, read_evaluations, read_first
+from vila.train.report_data import Row, StepCurves, ThinnedRecords, read_answers, read_evaluations, read_first_records
 
 # --- report_samples
 # Parts of a run's report that show single things: evaluations, answers to prompts, and what was skipped.
@@ -29,7 +29,7 @@ _LONGEST = 600
 """Characters of an answer or a reason that are shown."""
 
 
-def add_scores(page: Page, evaluations: Mapping[str, Sampled]) -> None:
+def add_scores(page: Page, evaluations: Mapping[str, ThinnedRecords]) -> None:
     """The scores of evaluations over time."""
     drawn = {name: rows.shown for name, rows in evaluations.items()}
     if not drawn:
@@ -51,7 +51,7 @@ def add_scores(page: Page, evaluations: Mapping[str, Sampled]) -> None:
         page.table((), problems[-10:], "Evaluations without a score")
 
 
-def add_answers(page: Page, answers: Mapping[tuple[str, str], Sampled], folder: Path) -> None:
+def add_answers(page: Page, answers: Mapping[tuple[str, str], ThinnedRecords], folder: Path) -> None:
     """The answers to each prompt, step by step. An image that cannot be read is named in its place.
 
     folder: of the run, which the paths of images are relative to.
@@ -89,8 +89,8 @@ def _answer(row: Row) -> str:
 
 def add_trouble(page: Page, folder: Path) -> None:
     """Steps that were left out, and samples that could not be read."""
-    faults, fault_count = read_first(folder / "faults.jsonl", "position")
-    bad, bad_count = read_first(folder / "bad_steps.jsonl")
+    faults, fault_count = read_first_records(folder / "faults.jsonl", "position")
+    bad, bad_count = read_first_records(folder / "bad_steps.jsonl")
     if not (fault_count or bad_count):
         return
     page.section("Trouble", "What was skipped, and why.")
@@ -155,7 +155,7 @@ class RunReport:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._steps = Steps(folder / "metrics.jsonl")
+        self._steps = StepCurves(folder / "metrics.jsonl")
 
     def write(self) -> Path:
         """As `write_report`."""
@@ -165,7 +165,7 @@ class RunReport:
         return path
 
 
-def _page(folder: Path, steps: Steps) -> Page:
+def _page(folder: Path, steps: StepCurves) -> Page:
     recipe_file, finished_file = folder / "recipe.yaml", folder / "finished.json"
     recipe, tree = _recipe(recipe_file) if recipe_file.is_file() else ("", Fields({}, recipe_file))
     finished = Fields.of_file(finished_file) if finished_file.is_file() else Fields({}, finished_file)
@@ -194,7 +194,7 @@ def _recipe(file: Path) -> tuple[str, Fields]:
     return text, Fields(tree, file)
 
 
-def _subtitle(recipe: Fields, steps: Steps, finished: bool) -> str:
+def _subtitle(recipe: Fields, steps: StepCurves, finished: bool) -> str:
     parts = ", ".join(recipe.section("stage").texts("tune", []))
     learns = f"Learns: {parts}. " if parts else ""
     if not steps.last:
@@ -207,7 +207,7 @@ def _footer(folder: Path) -> str:
     return f"Every step is in {folder.name}/metrics.jsonl. This file is complete in itself and loads nothing."
 
 
-def _headline(page: Page, steps: Steps, evaluations: Mapping[str, Sampled]) -> None:
+def _headline(page: Page, steps: StepCurves, evaluations: Mapping[str, ThinnedRecords]) -> None:
     last = steps.last
     if not last:
         return
@@ -231,7 +231,7 @@ def _headline(page: Page, steps: Steps, evaluations: Mapping[str, Sampled]) -> N
     page.figures(tiles)
 
 
-def _losses(page: Page, steps: Steps) -> None:
+def _losses(page: Page, steps: StepCurves) -> None:
     loss = steps.curves.get("loss")
     if loss is None:
         return
@@ -245,7 +245,7 @@ def _losses(page: Page, steps: Steps) -> None:
         page.plot(_drawing(drawn, "By data set", log_y=True, faint=False), caption)
 
 
-def _optimizer(page: Page, steps: Steps) -> None:
+def _optimizer(page: Page, steps: StepCurves) -> None:
     rate, norm = steps.curves.get("lr"), steps.curves.get("grad_norm")
     if rate is None and norm is None:
         return
@@ -256,7 +256,7 @@ def _optimizer(page: Page, steps: Steps) -> None:
         page.plot(_drawing({"norm": norm}, "Norm of the gradients, before clipping", log_y=True))
 
 
-def _speed(page: Page, steps: Steps) -> None:
+def _speed(page: Page, steps: StepCurves) -> None:
     speed, mfu, memory = (steps.curves.get(name) for name in ("tokens_per_second", "mfu", "memory_gib"))
     if speed is None:
         return
@@ -269,7 +269,7 @@ def _speed(page: Page, steps: Steps) -> None:
         page.plot(line_plot([Series("memory", memory.means)], title=title, x_label="step"))
 
 
-def _rows(page: Page, steps: Steps) -> None:
+def _rows(page: Page, steps: StepCurves) -> None:
     drawn = {name: curve for name, curve in steps.curves.items() if name in ("padding", "supervised")}
     if not drawn:
         return
@@ -277,7 +277,7 @@ def _rows(page: Page, steps: Steps) -> None:
     page.plot(_drawing(drawn, "Percent of a step"))
 
 
-def _data(page: Page, steps: Steps, planned: Mapping[str, float]) -> None:
+def _data(page: Page, steps: StepCurves, planned: Mapping[str, float]) -> None:
     seen = {name: one.seen for name, one in steps.data_sets.items() if one.seen}
     total = sum(seen.values())
     if not total:

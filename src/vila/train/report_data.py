@@ -10,7 +10,7 @@ from typing import Any
 from vila.core.errors import DataError
 from vila.core.reading import file_errors, parse_json
 from vila.train.downsample import Curve
-from vila.train.metrics import check_row
+from vila.train.metrics import check_record
 
 _ROWS_KEPT = 40
 _REASONS_KEPT = 10
@@ -19,7 +19,7 @@ Row = dict[str, Any]
 
 
 @dataclass
-class Tokens:
+class DataSetCurve:
     """What one data set brought so far: its loss, and tokens."""
 
     loss: Curve = field(default_factory=Curve)
@@ -27,7 +27,7 @@ class Tokens:
 
 
 @dataclass
-class Sampled:
+class ThinnedRecords:
     """Rows of a list of any length: the first, the newest, and evenly chosen ones between.
 
     best: the first of those with the highest `score`.
@@ -59,7 +59,7 @@ class Sampled:
         return [*self.rows, *newest]
 
 
-class Steps:
+class StepCurves:
     """The steps of `metrics.jsonl`; `read` takes in the lines that came since it was last called."""
 
     def __init__(self, path: Path) -> None:
@@ -67,9 +67,9 @@ class Steps:
         self._clear()
 
     def _clear(self) -> None:
-        self._lines = Lines(self.path)
+        self._lines = LogReader(self.path)
         self.curves: dict[str, Curve] = {}
-        self.data_sets: dict[str, Tokens] = {}
+        self.data_sets: dict[str, DataSetCurve] = {}
         self.totals = {"tokens": 0, "supervised": 0, "images": 0, "dropped": 0, "truncated": 0, "faults": 0}
         self.last: Row = {}
 
@@ -86,9 +86,9 @@ class Steps:
         for name, value in _drawn(row).items():
             self.curves.setdefault(name, Curve()).add(step, value)
         for name, value in row.get("loss_by_data_set", {}).items():
-            self.data_sets.setdefault(name, Tokens()).loss.add(step, value)
+            self.data_sets.setdefault(name, DataSetCurve()).loss.add(step, value)
         for name, value in row.get("tokens_by_data_set", {}).items():
-            self.data_sets.setdefault(name, Tokens()).seen += value
+            self.data_sets.setdefault(name, DataSetCurve()).seen += value
         for name in self.totals:
             self.totals[name] += row.get(name, 0)
         self.last = row
@@ -109,7 +109,7 @@ def _drawn(row: Row) -> dict[str, float]:
     return out
 
 
-class Lines:
+class LogReader:
     """The whole lines of a log of a run, each once however often it is iterated; a half-written one waits.
 
     Iterating raises DataError naming file and line for one that is not an object with a count at `key`.
@@ -148,33 +148,33 @@ class Lines:
                 self._number += 1
                 self._tail = line
                 row = parse_json(line, file=self.path, record=self.record)
-                check_row(row, self.path, self._number, self.key)
+                check_record(row, self.path, self._number, self.key)
                 yield row
 
 
-def read_answers(path: Path) -> dict[tuple[str, str], Sampled]:
+def read_answers(path: Path) -> dict[tuple[str, str], ThinnedRecords]:
     """Answers by prompt and picture, in the order in which they were first asked."""
-    out: dict[tuple[str, str], Sampled] = {}
-    for row in (lines := Lines(path)):
+    out: dict[tuple[str, str], ThinnedRecords] = {}
+    for row in (lines := LogReader(path)):
         with file_errors(path, DataError, record=lines.record):
-            out.setdefault((str(row["prompt"]), str(row.get("image", ""))), Sampled()).add(row)
+            out.setdefault((str(row["prompt"]), str(row.get("image", ""))), ThinnedRecords()).add(row)
     return out
 
 
-def read_evaluations(path: Path) -> dict[str, Sampled]:
+def read_evaluations(path: Path) -> dict[str, ThinnedRecords]:
     """Evaluations by benchmark."""
-    out: dict[str, Sampled] = {}
-    for row in (lines := Lines(path)):
+    out: dict[str, ThinnedRecords] = {}
+    for row in (lines := LogReader(path)):
         with file_errors(path, DataError, record=lines.record):
-            out.setdefault(str(row["benchmark"]), Sampled()).add(row)
+            out.setdefault(str(row["benchmark"]), ThinnedRecords()).add(row)
     return out
 
 
-def read_first(path: Path, key: str = "step") -> tuple[list[Row], int]:
+def read_first_records(path: Path, key: str = "step") -> tuple[list[Row], int]:
     """The first few rows of a file, and how many it has. key: of the count that every row has."""
     rows: list[Row] = []
     count = 0
-    for count, row in enumerate(Lines(path, key), start=1):
+    for count, row in enumerate(LogReader(path, key), start=1):
         if count <= _REASONS_KEPT:
             rows.append(row)
     return rows, count

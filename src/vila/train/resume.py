@@ -21,11 +21,11 @@ from vila.model.hub import cached_folder
 from vila.model.layouts.base import Checkpoint as ModelCheckpoint
 from vila.train.checkpoint import (
     Checkpoint,
-    Checkpoints,
+    CheckpointWriter,
+    flatten_stream_states,
     random_state,
     seed_everything,
     set_random_state,
-    states_in_order,
     versions,
 )
 from vila.train.fsdp import World
@@ -55,16 +55,16 @@ FREE = (
 """Fields that neither the samples nor the mathematics of a step depend on."""
 
 
-def refuse_changes(before: Recipe, recipe: Recipe, folder: Path, allow: Sequence[str] = ()) -> None:
+def check_recipe_unchanged(before: Recipe, recipe: Recipe, folder: Path, allow: Sequence[str] = ()) -> None:
     """Raise RunChangedError, naming each difference, when a run in `folder` was begun with another recipe.
 
     allow: fields, or sections, that may differ besides FREE.
     """
-    then, now = _with_former_defaults(before), as_begun(before, recipe)
-    refuse_differences("the recipe", recipe_changes(then, now), folder, (*FREE, *allow))
+    then, now = _with_former_defaults(before), with_initial_settings(before, recipe)
+    check_differences("the recipe", recipe_changes(then, now), folder, (*FREE, *allow))
 
 
-def as_begun(before: Recipe, recipe: Recipe) -> Recipe:
+def with_initial_settings(before: Recipe, recipe: Recipe) -> Recipe:
     """Return the recipe to resume with: fields that it leaves open get their values from a recipe of version one.
 
     before: the recipe of the run so far. If version one did not write it, `recipe` is returned as it is.
@@ -91,7 +91,7 @@ def _with_former_defaults(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"exif_orientation": False})})
 
 
-def refuse_differences(
+def check_differences(
     what: str, differences: Sequence[tuple[str, str, str]], folder: Path, allow: Sequence[str]
 ) -> None:
     """Raise RunChangedError with the differences (field, before, now) that are in no field or section of `allow`."""
@@ -116,7 +116,7 @@ def recipe_of(checkpoint: Checkpoint) -> Recipe:
         ) from error
 
 
-def refuse_other_lanes(checkpoint: Checkpoint, count: int) -> None:
+def check_stream_count(checkpoint: Checkpoint, count: int) -> None:
     """Raise CheckpointError when the rows of a global batch are not as many as the lanes of the checkpoint."""
     if len(checkpoint.lanes) != count:
         raise CheckpointError(
@@ -154,12 +154,12 @@ def restore(resumed: Checkpoint | None, optimizer: MasterAdamW, recipe: Recipe, 
         set_random_state(generators)
 
 
-def save(checkpoints: Checkpoints, recipe: Recipe, trainer: Trainer, *, best: int | None) -> None:
+def save(checkpoints: CheckpointWriter, recipe: Recipe, trainer: Trainer, *, best: int | None) -> None:
     """Write a checkpoint of a trainer. Every process calls it."""
     world = trainer.world
     tensors = trainer.optimizer.state_tensors()
     tensors |= {_generator(world.process.rank, name): value for name, value in random_state().items()}
-    lanes = states_in_order(world.gather(trainer.lanes.states))
+    lanes = flatten_stream_states(world.all_gather_object(trainer.lanes.states))
     plain: dict[str, Any] = recipe.model_dump(mode="json")
     state = Checkpoint(trainer.progress, lanes, plain, versions(), world.process.world_size)
     checkpoints.save(tensors, state, best=best)
@@ -169,7 +169,7 @@ def _generator(rank: int, name: str) -> str:
     return f"random/{rank}/{name}"
 
 
-def say_what_differs(resumed: Checkpoint, world: World, events: Events) -> None:
+def log_environment_changes(resumed: Checkpoint, world: World, events: Events) -> None:
     """Tell where the run goes on, and what may change its numbers in the last bits."""
     changed = [f"{k} {v} -> {versions().get(k)}" for k, v in resumed.versions.items() if versions().get(k) != v]
     if resumed.world != world.process.world_size:
@@ -205,7 +205,7 @@ class Inputs:
     models: dict[str, dict[str, Path]]
 
 
-def inputs_of(recipe: Recipe, mixture: Mixture, start: ModelCheckpoint) -> Inputs:
+def list_inputs(recipe: Recipe, mixture: Mixture, start: ModelCheckpoint) -> Inputs:
     """List the files of a recipe's data and model; nothing is read.
 
     start: what `open_start` returned.
@@ -226,11 +226,11 @@ def inputs_of(recipe: Recipe, mixture: Mixture, start: ModelCheckpoint) -> Input
     return Inputs(data, models)
 
 
-class InputStamps:
+class InputFingerprints:
     """The stamps of a run's inputs as `inputs.json` holds them, computed by a thread; call it to wait for them."""
 
     def __init__(self, inputs: Inputs, known: Mapping[str, Mapping[str, FileFingerprint]] | None = None) -> None:
-        """known: stamps that are computed already, from `refuse_changed_inputs`; without them the work begins now."""
+        """known: stamps that are computed already, from `check_inputs_unchanged`; without them the work begins now."""
         self._inputs = inputs
         self._stamps: Mapping[str, Mapping[str, FileFingerprint]] = known or {}
         self._error: VilaError | None = None
@@ -259,7 +259,7 @@ class InputStamps:
         return {"data": data, "model": {field: self._stamps[field] for field in self._inputs.models}}
 
 
-def refuse_changed_inputs(
+def check_inputs_unchanged(
     before: Mapping[str, Any], inputs: Inputs, folder: Path, allow: Sequence[str] = (), events: Events = SILENT
 ) -> dict[str, dict[str, FileFingerprint]]:
     """Compare inputs with the stamps of a checkpoint; returns the stamps of those that are the same, by field.
@@ -282,7 +282,7 @@ def refuse_changed_inputs(
         differences += [(field, f"{name}: {was}", now) for name, was, now in changes]
         if not changes:
             known[field] = same
-    refuse_differences("the data or the model", differences, folder, allow)
+    check_differences("the data or the model", differences, folder, allow)
     for field, was, now in differences:
         events.log(f"note: resuming with a change that was allowed: {field}: {was} -> {now}")
     return known

@@ -28,9 +28,9 @@ from vila.model.loading import build_model, build_parts, check_template, choose_
 from vila.model.modeling import VilaForConditionalGeneration
 from vila.model.processor import VilaProcessor
 from vila.model.projector import calibrate_projector
-from vila.train.fsdp import World, decoder_blocks, shard, tower_blocks, whole
-from vila.train.loss import Objective
-from vila.train.optim import Group, MasterAdamW, group_parameters, select_trainable
+from vila.train.fsdp import World, decoder_blocks, full_tensor, shard, tower_blocks
+from vila.train.loss import LossModule
+from vila.train.optim import MasterAdamW, ParameterGroup, group_parameters, select_trainable
 
 _CALIBRATION_PICTURES = 256
 
@@ -38,7 +38,7 @@ Seen = Callable[[Batch], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
-class Learner:
+class TrainState:
     """A model on its device, with what makes it learn.
 
     objective: its loss, dealt over the processes of the run where there are some.
@@ -46,9 +46,9 @@ class Learner:
     """
 
     model: VilaForConditionalGeneration
-    objective: Objective
+    objective: LossModule
     optimizer: MasterAdamW
-    groups: Sequence[Group]
+    groups: Sequence[ParameterGroup]
     seen: Seen
 
 
@@ -56,7 +56,7 @@ NEW_TEMPLATE = "vicuna_v1"
 """Template of a new model whose recipe names none."""
 
 
-def open_start(recipe: Recipe) -> Checkpoint:
+def open_initial_model(recipe: Recipe) -> Checkpoint:
     """Open the model that a stage starts from, without reading weights: `model.path`, or an LLM and a tower.
 
     Raises TemplateError for a template of the recipe whose special tokens the tokenizer lacks, LayoutError for a model
@@ -86,10 +86,10 @@ def open_start(recipe: Recipe) -> Checkpoint:
     return checkpoint
 
 
-def load_start(recipe: Recipe, checkpoint: Checkpoint) -> tuple[VilaForConditionalGeneration, VilaProcessor]:
+def load_initial_model(recipe: Recipe, checkpoint: Checkpoint) -> tuple[VilaForConditionalGeneration, VilaProcessor]:
     """Load the model that a stage starts from onto the CPU, its weights in the dtype of the files.
 
-    checkpoint: what `open_start` returned.
+    checkpoint: what `open_initial_model` returned.
     """
     source = recipe.model
     if not source.path:
@@ -105,15 +105,15 @@ def load_start(recipe: Recipe, checkpoint: Checkpoint) -> tuple[VilaForCondition
     return model, processor
 
 
-def make_learner(
+def make_train_state(
     recipe: Recipe,
     model: VilaForConditionalGeneration,
     processor: VilaProcessor,
     mixture: Mixture,
     world: World,
     events: Events = SILENT,
-) -> Learner:
-    """Make the model of `load_start` ready to learn what the recipe's stage says, in the type that it says.
+) -> TrainState:
+    """Make the model of `load_initial_model` ready to learn what the recipe's stage says, in the type that it says.
 
     Raises ConfigError or TrainingError when the stage cannot be trained so.
     """
@@ -136,11 +136,11 @@ def make_learner(
     parts = {"tune_embeddings": stage.tune_embeddings, "llm_parts": stage.llm_parts}
     select_trainable(model, stage.tune, adapters=adapters, **parts)  # type: ignore[arg-type]
     if recipe.compute.gradient_checkpointing:
-        recompute(model, recipe.compute.checkpoint_every)
+        enable_gradient_checkpointing(model, recipe.compute.checkpoint_every)
     if recipe.compute.compile:
         for block in decoder_blocks(model):
             block.compile(dynamic=True)
-    objective = Objective(model)
+    objective = LossModule(model)
     if world.mesh is not None:
         shard(objective, model, world, dtype, reshard=recipe.compute.reshard)
     else:
@@ -156,10 +156,10 @@ def make_learner(
     )
     if world.mesh is None:
         model.to(dtype)
-    return Learner(model, objective, optimizer, groups, seen)
+    return TrainState(model, objective, optimizer, groups, seen)
 
 
-def recompute(model: VilaForConditionalGeneration, every: int = 1) -> None:
+def enable_gradient_checkpointing(model: VilaForConditionalGeneration, every: int = 1) -> None:
     """Recompute every nth block in the backward pass instead of keeping its activations."""
     # transformers 5.23 gave it another name.
     enable: Any = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
@@ -215,7 +215,7 @@ def _pictures(
     return compute, decoded
 
 
-def whole_tensors(
+def gather_full_tensors(
     model: VilaForConditionalGeneration, dtype: torch.dtype, world: World, only: Collection[str] | None = None
 ) -> dict[str, Tensor] | None:
     """Weights by name, put together, in the memory of the main process; None elsewhere. Every process calls it.
@@ -226,13 +226,15 @@ def whole_tensors(
     for name, tensor in model.state_dict().items():
         if only is not None and name not in only:
             continue
-        value = whole(tensor.detach())
-        if world.main:
+        value = full_tensor(tensor.detach())
+        if world.is_main:
             tensors[name] = value.to("cpu", dtype if value.is_floating_point() else value.dtype)
-    return tensors if world.main else None
+    return tensors if world.is_main else None
 
 
-def with_tensors(model: VilaForConditionalGeneration, tensors: Mapping[str, Tensor]) -> VilaForConditionalGeneration:
+def model_with_tensors(
+    model: VilaForConditionalGeneration, tensors: Mapping[str, Tensor]
+) -> VilaForConditionalGeneration:
     """A model like `model` whose weights are `tensors`, not copied."""
     with torch.device("meta"):
         copy = VilaForConditionalGeneration(model.config)
@@ -287,7 +289,7 @@ def build_rows(
         overlong=data.overlong,
         max_faults=data.max_faults,
     )
-    reader, end = build_reader(recipe, processor, mixture), end_of(recipe, mixture)
+    reader, end = build_reader(recipe, processor, mixture), last_position(recipe, mixture)
     workers, decode = worker_count(recipe), not recipe.compute.feature_cache
     if workers:
         return WorkerStreams(
@@ -299,12 +301,12 @@ def build_rows(
     )  # fmt: skip
 
 
-def end_of(recipe: Recipe, mixture: Mixture) -> int | None:
+def last_position(recipe: Recipe, mixture: Mixture) -> int | None:
     """The global position at which `budget.epochs` end, the visits of samples that they have; None for `tokens`."""
     return max(1, round(recipe.budget.epochs * mixture.epoch_length)) if recipe.budget.epochs else None
 
 
-def fault_log(recipe: Recipe, states: Sequence[PackingStreamState] | None, *, write: bool) -> BadSampleLog:
+def build_bad_sample_log(recipe: Recipe, states: Sequence[PackingStreamState] | None, *, write: bool) -> BadSampleLog:
     """The list of samples that could not be read up to `states`. write: whether this process is the one that writes."""
     count = recipe.batch.rows or recipe.batch.samples
     path = recipe.output.dir / "faults.jsonl"

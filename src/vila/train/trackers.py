@@ -20,8 +20,8 @@ from vila.core.errors import ConfigError
 from vila.core.optional import require_all
 from vila.core.reading import Fields
 from vila.train.checkpoint import checkpoint_folders
-from vila.train.report_data import Lines
-from vila.train.trainer import StepListener, Trainer
+from vila.train.report_data import LogReader
+from vila.train.trainer import Trainer, TrainerCallback
 
 
 class Service(Protocol):
@@ -36,7 +36,7 @@ class Service(Protocol):
         """Send what waits, and end the run."""
 
 
-def trackers_of(recipe: Recipe, folder: Path) -> list[StepListener]:
+def open_trackers(recipe: Recipe, folder: Path) -> list[TrainerCallback]:
     """A listener for each of `monitor.trackers`, opened now; none in processes that write no files.
 
     folder: of the run. Listeners that write `evaluations.jsonl` come before these in the list, so that scores go along.
@@ -59,7 +59,7 @@ class Tracker:
 
     def __init__(self, name: str, recipe: Recipe, folder: Path) -> None:
         self._state = folder / "trackers" / f"{name}.json"
-        self._scores = Lines(folder / "evaluations.jsonl")
+        self._scores = LogReader(folder / "evaluations.jsonl")
         # Without a checkpoint a run begins anew, there too.
         goes_on = self._state.is_file() and bool(checkpoint_folders(folder / "checkpoint"))
         before = Fields.of_file(self._state) if goes_on else Fields({}, self._state)
@@ -109,7 +109,7 @@ class Tracker:
     def _new_scores(self, step: int) -> dict[str, float]:
         """Scores of this step that were written since the step before."""
         if self._scores.was_cut():
-            self._scores = Lines(self._scores.path)
+            self._scores = LogReader(self._scores.path)
         rows = [row for row in self._scores if row["step"] == step]
         return {f"eval/{row['benchmark']}": row["score"] for row in rows if row.get("score") is not None}
 

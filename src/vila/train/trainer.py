@@ -24,16 +24,16 @@ from vila.data.collate import Batch, collate, empty_batch
 from vila.data.packing import PackedSequence, PackingStreamState
 from vila.model.modeling import VilaForConditionalGeneration
 from vila.train.checkpoint import Progress
-from vila.train.fsdp import World, told_of_the_lost
-from vila.train.loss import Objective
-from vila.train.optim import MasterAdamW, rate_factor
+from vila.train.fsdp import World, raise_on_lost_rank
+from vila.train.loss import LossModule
+from vila.train.optim import MasterAdamW, lr_multiplier
 
 # --- share
 # Statistics of one process about its part of a step, which all processes exchange.
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class RankStepStats:
     """Counts over the rows of one process.
 
     places:      tokens with padding.
@@ -63,7 +63,9 @@ class Share:
     problem: VilaError | None = None
 
 
-def share_of(rows: Sequence[PackedSequence], batches: Sequence[Batch | None], data_set: Callable[[int], str]) -> Share:
+def rank_step_stats(
+    rows: Sequence[PackedSequence], batches: Sequence[Batch | None], data_set: Callable[[int], str]
+) -> RankStepStats:
     """The share of a process with these rows, collated to these batches; None for a micro-batch of empty rows."""
     by_data_set: dict[str, tuple[int, int]] = {}
     for row in rows:
@@ -71,7 +73,7 @@ def share_of(rows: Sequence[PackedSequence], batches: Sequence[Batch | None], da
             tokens, supervised = by_data_set.get(name := data_set(position), (0, 0))
             learnt = int((sample.labels != IGNORE).sum())
             by_data_set[name] = tokens + len(sample), supervised + learnt
-    return Share(
+    return RankStepStats(
         tokens=sum(tokens for tokens, _ in by_data_set.values()),
         places=sum(batch.ids.numel() for batch in batches if batch),
         pairs=sum(int(sample.positions.sum()) + len(sample) for row in rows for sample in row),
@@ -140,7 +142,7 @@ class Rows(Protocol):
         """Let go of workers."""
 
 
-class StepListener(Protocol):
+class TrainerCallback(Protocol):
     """Called by every process after every step; evaluation and answers during training are listeners.
 
     One that has a method `finish(trainer)` is also told of the end.
@@ -170,7 +172,7 @@ class Trainer:
     """
 
     model: VilaForConditionalGeneration
-    objective: Objective
+    objective: LossModule
     optimizer: MasterAdamW
     lanes: Rows
     data_set: Callable[[int], str]
@@ -189,20 +191,20 @@ class Trainer:
     check_saves: Callable[[], None] = lambda: None
     utilisation: Callable[[dict[str, Any], float], float | None] = lambda facts, seconds: None
     progress: Progress = field(default_factory=Progress)
-    listeners: list[StepListener] = field(default_factory=list)
+    listeners: list[TrainerCallback] = field(default_factory=list)
     events: Events = SILENT
     name: str = "training"
     pin: bool = False
 
     @property
-    def main(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this process writes files."""
-        return self.world.main
+        return self.world.is_main
 
     def run(self) -> None:
         """Step until the budget is spent. Raises Interrupted, checkpoint written, when asked to stop."""
         try:
-            with told_of_the_lost():
+            with raise_on_lost_rank():
                 self._run()
         finally:
             self.lanes.close()
@@ -223,7 +225,7 @@ class Trainer:
                 for listener in self.listeners:
                     listener(self, facts)
                 self.events.advanced(self.name, self._done() - shown, **_shown(facts))
-                asked = stop.number if self.world.alone else next((share.stop for share in shares if share.stop), 0)
+                asked = stop.number if self.world.is_single else next((share.stop for share in shares if share.stop), 0)
                 due = self.save_every_steps and self.progress.step % self.save_every_steps == 0
                 if asked or due or shares[0].late:
                     self.save(self, bool(asked))
@@ -236,7 +238,9 @@ class Trainer:
                 if finish := getattr(listener, "finish", None):
                     finish(self)
 
-    def step(self, stop: StopRequest | None = None, *, late: bool = False) -> tuple[dict[str, Any], list[Share]]:
+    def step(
+        self, stop: StopRequest | None = None, *, late: bool = False
+    ) -> tuple[dict[str, Any], list[RankStepStats]]:
         """One optimizer step over one row of every lane of all processes.
 
         late: the last checkpoint was long ago.
@@ -259,30 +263,28 @@ class Trainer:
                 # Where weights are sharded all processes take part, those whose data have ended too.
                 batch = empty_batch()
             # The same for processes without images, where the tower's or the projector's weights are sharded.
-            idle = not batch.media and self._dealt and any(share.shows[number] for share in shares)
+            dummy_vision = not batch.media and self._dealt and any(share.shows[number] for share in shares)
             loss, by_data_set = self.objective(
                 batch,
-                **(self.seen(batch) if batch.media or idle else {}),
-                idle=idle,
-                sources=self._sources(own, batch, places),
-                num_sources=len(places),
+                **(self.seen(batch) if batch.media or dummy_vision else {}),
+                dummy_vision=dummy_vision,
+                data_set_ids=self._data_set_ids(own, batch, places),
+                num_data_sets=len(places),
             )
             if loss.requires_grad:  # text teaches nothing to a projector that learns alone
                 (loss / supervised).backward()
                 self.optimizer.accumulate()
             sums[0] += loss.detach()
             sums[1:] += by_data_set
-        self.world.add(sums)
+        self.world.all_reduce(sums)
         if not self._dealt:
-            self.world.add_all(self.optimizer.gradients())
+            self.world.all_reduce_many(self.optimizer.gradients())
         loss, *by_name = sums.tolist()
         facts = self._facts(shares, loss / supervised, by_name) | {"faults": faults}
         self._update(facts, rows, shares)
         return facts, shares
 
-    def _read(
-        self, stop: StopRequest | None, late: bool
-    ) -> tuple[list[PackedSequence], list[Batch | None], list[Share]]:
+    def _read(self, stop: StopRequest | None, late: bool) -> tuple[list[PackedSequence], list[Batch | None], list[RankStepStats]]:
         """The rows and batches of this process, and what all processes tell of theirs.
 
         Raises the error of whichever process could not read its rows, or not save: none goes on alone.
@@ -296,9 +298,9 @@ class Trainer:
             batches = [collate(own, pin=self.pin) if own else None for own in self._micro(rows)]
         except VilaError as error:
             problem = error
-        mine = share_of(rows, batches, self.data_set)
+        mine = rank_step_stats(rows, batches, self.data_set)
         mine = replace(mine, stop=stop.number if stop else 0, late=late, problem=problem)
-        shares = self.world.gather(mine)
+        shares = self.world.all_gather_object(mine)
         with self._same_in_all():
             if problem:
                 raise problem
@@ -316,7 +318,7 @@ class Trainer:
     def _dealt(self) -> bool:
         return self.world.mesh is not None
 
-    def _sources(self, rows: Sequence[PackedSequence], batch: Batch, places: dict[str, int]) -> Tensor:
+    def _data_set_ids(self, rows: Sequence[PackedSequence], batch: Batch, places: dict[str, int]) -> Tensor:
         """The number of the data set of every token, [B, S]; 0 at padding."""
         out = torch.zeros_like(batch.ids)
         for number, row in enumerate(rows):
@@ -326,8 +328,8 @@ class Trainer:
                 start += len(sample)
         return out
 
-    def _facts(self, shares: Sequence[Share], loss: float, by_data_set: Sequence[float]) -> dict[str, Any]:
-        factor = rate_factor(self.spent(self.progress), self.warmup_ratio)
+    def _facts(self, shares: Sequence[RankStepStats], loss: float, by_data_set: Sequence[float]) -> dict[str, Any]:
+        factor = lr_multiplier(self.spent(self.progress), self.warmup_ratio)
         supervised: dict[str, int] = {}
         tokens: dict[str, int] = {}
         for share in shares:
@@ -356,12 +358,12 @@ class Trainer:
             "truncated": sum(share.truncated for share in shares),
         }
 
-    def _update(self, facts: dict[str, Any], rows: Sequence[PackedSequence], shares: Sequence[Share]) -> None:
+    def _update(self, facts: dict[str, Any], rows: Sequence[PackedSequence], shares: Sequence[RankStepStats]) -> None:
         """Change the weights, or leave the step out when its loss or gradient is not finite."""
         bad = not (math.isfinite(facts["loss"]) and math.isfinite(facts["grad_norm"]))
         if bad:
             self.optimizer.discard()
-            ids = [one for share in self.world.gather(_ids(rows)) for one in share]
+            ids = [one for share in self.world.all_gather_object(_ids(rows)) for one in share]
             told = {"step": facts["step"], "loss": str(facts["loss"]), "grad_norm": str(facts["grad_norm"]), "ids": ids}
             self.bad_step(told)
             if self.progress.bad_steps >= self.bad_steps:
@@ -373,12 +375,12 @@ class Trainer:
                         f"budget.max_bad_steps={self.bad_steps} such steps may be left out; all are in bad_steps.jsonl"
                     )
         else:
-            factor = rate_factor(self.spent(self.progress), self.warmup_ratio)
+            factor = lr_multiplier(self.spent(self.progress), self.warmup_ratio)
             self.optimizer.step(factor, facts["grad_norm"])
         self.progress = replace(self.progress, step=facts["step"], bad_steps=self.progress.bad_steps + bad)
         self._count(shares)
 
-    def _count(self, shares: Sequence[Share]) -> None:
+    def _count(self, shares: Sequence[RankStepStats]) -> None:
         """Add the samples of a step to the progress."""
         was = self.progress
         self.progress = replace(
@@ -397,7 +399,7 @@ class Trainer:
         try:
             yield
         except VilaError as error:
-            error.is_repeated = not self.main
+            error.is_repeated = not self.is_main
             raise
 
     def _usage(self, facts: dict[str, Any], seconds: float) -> dict[str, float]:
