@@ -31,7 +31,8 @@ from vila.plan.memory import Holding, Memory, Micro, peak_memory
 from vila.plan.model_shape import shape_of
 from vila.train.fsdp import World, open_world, shard
 from vila.train.loss import LossModule
-from vila.train.optim import MasterAdamW, group_parameters, select_trainable
+from vila.train.optimizer import MasterAdamW
+from vila.train.parameter_groups import group_parameters, select_trainable
 from vila.train.setup import enable_gradient_checkpointing
 
 BOUND = 0.1
@@ -170,7 +171,7 @@ def measure(case: Case, world: World | None = None) -> int:
                 loss.backward()
                 del loss
                 optimizer.accumulate()
-            optimizer.step(1.0, optimizer.norm())
+            optimizer.step(1.0, optimizer.grad_norm())
     return live.peak
 
 

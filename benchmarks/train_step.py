@@ -46,7 +46,8 @@ from vila.data.packing import PackingPolicy, PackingStreams
 from vila.model.config import VilaConfig
 from vila.model.modeling import VilaForConditionalGeneration
 from vila.train.loss import LossModule
-from vila.train.optim import MasterAdamW, group_parameters, select_trainable
+from vila.train.optimizer import MasterAdamW
+from vila.train.parameter_groups import group_parameters, select_trainable
 
 VOCAB, PICTURE, PATCH, IMAGE = 49152, 224, 16, 49151
 TEXT = {
@@ -121,7 +122,7 @@ class Ours:
         loss, _ = self.objective(batch, pixels=batch.pixels)
         (loss / batch.num_supervised).backward()
         self.optimizer.accumulate()
-        self.optimizer.step(1.0, self.optimizer.norm())
+        self.optimizer.step(1.0, self.optimizer.grad_norm())
         return batch.num_tokens, batch.ids.numel()
 
 

@@ -41,7 +41,7 @@ def refuse_weights(monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(build, "load_start", refuse)
+    monkeypatch.setattr(build, "load_initial_model", refuse)
 
 
 def pytest_terminal_summary(terminalreporter):

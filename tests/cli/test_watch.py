@@ -20,7 +20,7 @@ from vila.core.files import sha256_tree
 from vila.core.reading import read_json
 from vila.engine.engine import Engine
 from vila.train.build import build, model_dir
-from vila.train.metrics import read_metrics
+from vila.train.metrics_log import read_metrics
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +162,7 @@ def test_the_best_is_the_first_of_the_highest_scores_that_are_left(stand):
     lines = [{"step": step, "benchmark": "easy_vqa", "score": score} for step, score in scores.items()]
     (folder / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (listener,) = listeners_of(recipe, tiny.vila()[1])
-    listener(SimpleNamespace(main=True), {"step": 5})
+    listener(SimpleNamespace(is_main=True), {"step": 5})
     assert read_json(folder / "best.json") == {"step": 3, "benchmark": "easy_vqa", "score": 80.0}
 
 

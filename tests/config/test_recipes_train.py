@@ -9,7 +9,7 @@ from tests.config.small_parts import write_data, write_parts
 from vila.config import load_recipe, recipe_names
 from vila.model.loading import assemble, save_model
 from vila.train.build import build
-from vila.train.metrics import read_metrics
+from vila.train.metrics_log import read_metrics
 
 STEPS = 3
 

@@ -14,7 +14,7 @@ from tests.train.stand import stand_recipe
 from vila.core.errors import Interrupted
 from vila.train.build import Run, build
 from vila.train.checkpoint_files import MANIFEST, digest_files, write_manifest
-from vila.train.metrics import read_metrics
+from vila.train.metrics_log import read_metrics
 from vila.train.setup import gather_full_tensors
 
 FACTS = ("step", "tokens_seen", "loss", "loss_by_data_set", "lr", "grad_norm", "supervised", "images")

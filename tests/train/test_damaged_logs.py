@@ -6,7 +6,7 @@ from tests.train.finish import stop_after
 from tests.train.stand import stand_recipe, write_stand
 from vila.core.errors import DataError, Interrupted
 from vila.train.build import build
-from vila.train.metrics import MetricsLog, read_metrics
+from vila.train.metrics_log import MetricsLog, read_metrics
 from vila.train.report import write_report
 
 

@@ -61,12 +61,12 @@ def resume(stand, *allow, events=None):
 
 def ignore_paths():
     """The stand was copied, so paths in the recipe differ; the content of the files is compared all the same."""
-    vila.train.build.refuse_changes = lambda *_, **__: None
+    vila.train.build.check_recipe_unchanged = lambda *_, **__: None
 
 
 @pytest.fixture(autouse=True)
 def other_paths(monkeypatch):
-    monkeypatch.setattr(vila.train.build, "refuse_changes", vila.train.build.refuse_changes)
+    monkeypatch.setattr(vila.train.build, "check_recipe_unchanged", vila.train.build.check_recipe_unchanged)
     ignore_paths()
 
 

@@ -14,7 +14,7 @@ from vila.core.errors import ConfigError, Interrupted, TrainingError, VilaError
 from vila.core.reading import read_json
 from vila.train.build import build, model_dir
 from vila.train.fsdp import _mesh, open_world
-from vila.train.metrics import read_metrics
+from vila.train.metrics_log import read_metrics
 from vila.train.setup import gather_full_tensors
 
 ROWS = ("batch.rows=4", "budget.tokens=1600")

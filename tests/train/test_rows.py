@@ -9,7 +9,7 @@ from tests.train.test_run import stop_after
 from vila.core.errors import ConfigError, Interrupted, MediaError
 from vila.core.files import sha256_tree
 from vila.train.build import build, model_dir
-from vila.train.metrics import read_metrics
+from vila.train.metrics_log import read_metrics
 from vila.train.setup import worker_count
 
 

@@ -8,7 +8,7 @@ from tests.media.test_video import clip
 from tests.train.stand import stand_recipe, write_stand
 from vila.core.files import sha256_tree
 from vila.train.build import build, model_dir
-from vila.train.metrics import read_metrics
+from vila.train.metrics_log import read_metrics
 
 ANSWER = {"role": "assistant", "content": "yes"}
 

@@ -12,7 +12,7 @@ from tests.train.stand import stand_recipe, write_stand
 from vila.core.errors import CheckpointError, DataError, Interrupted, RunChangedError, TrainingError
 from vila.core.files import sha256_tree
 from vila.train.build import build, is_finished, model_dir
-from vila.train.metrics import read_metrics
+from vila.train.metrics_log import read_metrics
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from tests.train.stand import stand_recipe, write_stand
 from vila.plan.flops import Learning, causal_pairs, step_flops
 from vila.plan.model_shape import shape_of
 from vila.train.build import build
-from vila.train.metrics import read_metrics
+from vila.train.metrics_log import read_metrics
 
 
 @pytest.fixture(scope="module")

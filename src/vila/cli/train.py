@@ -222,7 +222,7 @@ def write_model_card(recipe: Recipe, command: str = "") -> Path:
     """
     from vila.core.reading import Fields
     from vila.prepare.licences import licences_of
-    from vila.train.metrics import read_metrics
+    from vila.train.metrics_log import read_metrics
     from vila.train.model_card import save_model_card
 
     folder = recipe.output.dir

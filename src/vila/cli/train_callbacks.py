@@ -26,7 +26,7 @@ from vila.eval.runner import Result, missing_images, run
 from vila.model.processor import VilaProcessor
 from vila.starter.easy_vqa import obtain_easy_vqa
 from vila.train.checkpoint import random_state, set_random_state
-from vila.train.metrics import MetricsLog, read_metrics
+from vila.train.metrics_log import MetricsLog, read_metrics
 from vila.train.trackers import open_trackers
 from vila.train.trainer import Trainer, TrainerCallback
 

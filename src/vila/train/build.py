@@ -27,8 +27,9 @@ from vila.model.modeling import VilaForConditionalGeneration
 from vila.model.processor import VilaProcessor
 from vila.train.checkpoint import Checkpoint, CheckpointWriter, Progress, clear_checkpoints, load_checkpoint, versions
 from vila.train.fsdp import World, open_world
-from vila.train.metrics import MetricsLog, build_mfu
-from vila.train.optim import count_parameters
+from vila.train.metrics_log import MetricsLog
+from vila.train.mfu import build_mfu_meter
+from vila.train.parameter_groups import count_parameters
 from vila.train.preflight import Preflight, check_mixture, require_packages
 from vila.train.report import RunReport, write_report
 from vila.train.resume import (
@@ -243,7 +244,7 @@ def _build(
         bad_steps=recipe.budget.max_bad_steps,
         bad_step=_bad_steps(folder, progress.step, world),
         check_saves=checkpoints.check,
-        utilisation=build_mfu(recipe, model.config, world),
+        mfu_meter=build_mfu_meter(recipe, model.config, world),
         progress=progress,
         listeners=[*_metrics(folder, progress, world, events), *listeners],
         events=events,

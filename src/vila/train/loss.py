@@ -1,4 +1,4 @@
-"""The loss of a batch of packed rows: everything that happens between the batch and one number."""
+"""Training loss of a batch of packed sequences: chunked linear cross entropy, and the module that FSDP2 shards."""
 
 from __future__ import annotations
 
@@ -16,21 +16,18 @@ from vila.data.collate import Batch
 from vila.model.modeling import VilaForConditionalGeneration
 from vila.model.packed_attention import attend_in_trees, forest_of
 
-# --- linear_loss
-# Cross entropy of a linear head's logits, a chunk of tokens at a time: the logits of all tokens never exist together.
-
-
-# T supervised tokens  D model width  V vocab
+# B batch rows  S sequence  D model width  T supervised tokens  V vocab  K data sets
+# N images  P patches  C tower width  H, W pixels
 
 _CHUNK_BYTES = 2**27
-"""Bytes that the float32 logits of a chunk may take."""
+"""Maximum size of the float32 logits of a chunk."""
 
 
 def head_loss(head: nn.Module, hidden_TD: Tensor, targets_T: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of the cross entropies of `head(hidden)`, and detached those of every token [T]; float32 or wider.
+    """Return the summed cross entropy of `head(hidden)`, and the detached loss of each token [T]; float32 or float64.
 
-    A plain Linear is not called: its weight is used. Any other head, such as one with an adapter or in few bits, is
-    called chunk by chunk, and once more in the backward pass. Without tokens the sum is zero, and still has a graph.
+    For a plain Linear the weight is used directly, see `linear_cross_entropy`. Any other LM head (with an adapter, or
+    quantized) is called chunk by chunk and recomputed in the backward pass. With T = 0 the sum is zero, with a graph.
     """
     if type(head) is nn.Linear and not (head._forward_hooks or head._forward_pre_hooks):
         return linear_cross_entropy(hidden_TD, head.weight, head.bias, targets_T)
@@ -40,9 +37,9 @@ def head_loss(head: nn.Module, hidden_TD: Tensor, targets_T: Tensor) -> tuple[Te
         return F.cross_entropy(logits.to(_wide(logits.dtype)), targets, reduction="none")
 
     size = _chunk(len(targets_T), getattr(head, "out_features", 2**17))
-    again = torch.is_grad_enabled() and len(targets_T) > size
+    recompute = torch.is_grad_enabled() and len(targets_T) > size
     each = [
-        checkpoint(chunk_loss, *some, use_reentrant=False) if again else chunk_loss(*some)
+        checkpoint(chunk_loss, *some, use_reentrant=False) if recompute else chunk_loss(*some)
         for some in zip(hidden_TD.split(size), targets_T.split(size), strict=True)
     ]
     losses_T = torch.cat(each)
@@ -52,10 +49,11 @@ def head_loss(head: nn.Module, hidden_TD: Tensor, targets_T: Tensor) -> tuple[Te
 def linear_cross_entropy(
     hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_T: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Sum of the cross entropies of `hidden @ weight.T + bias`, and detached those of every token [T].
+    """Return the summed cross entropy of `hidden @ weight.T + bias`, and the detached loss of each token [T].
 
-    Both are float32, float64 for float64 weights; the softmax is computed in that, whatever the type of the weights.
-    The gradient of the weight is summed over chunks in it too. Only the sum is differentiable, once.
+    Computed chunk by chunk, so the logits of all tokens never exist together. Both results, the softmax and the
+    accumulated weight gradient are float32 for any weight dtype (float64 for float64 weights). Only the sum is
+    differentiable, once.
     """
     if torch.is_grad_enabled():
         total, losses = _LinearCrossEntropy.apply(hidden_TD, weight_VD, bias_V, targets_T)
@@ -85,14 +83,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _losses_and_gradients(
     hidden_TD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_T: Tensor, needs: tuple[bool, ...]
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Losses [T], and the gradients of their sum for hidden, weight and bias where `needs` asks for them.
+    """Return the losses [T] and the gradients of their sum with respect to hidden, weight and bias, where needed.
 
-    Those of weight and bias are sums over chunks, and stay wide.
+    The gradients of weight and bias are accumulated over chunks in float32 or float64.
     """
     tokens, (vocab, _), dtype = len(targets_T), weight_VD.shape, weight_VD.dtype
     wide = _wide(dtype)
     size = _chunk(tokens, vocab)
-    # The same memory for all chunks: fresh pages cost more than the arithmetic of small models.
+    # One buffer for all chunks: for small models, allocating pages costs more than the arithmetic.
     logits = hidden_TD.new_empty(min(size, tokens), vocab)
     scores = logits if dtype == wide else torch.empty_like(logits, dtype=wide)
     losses = torch.empty(tokens, dtype=wide, device=hidden_TD.device)
@@ -124,12 +122,12 @@ def _losses_and_gradients(
 
 
 def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    # The factor holds 1 / supervised tokens: rounded to bfloat16 it would change all gradients alike, by up to 0.4 %.
+    # The factor contains 1 / supervised tokens. Rounding it to bfloat16 would scale all gradients by up to 0.4 %.
     return torch.mul(gradient.to(factor.dtype), factor, out=torch.empty_like(gradient, dtype=dtype))
 
 
 def _softmax_in_place(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
-    """Turn logits into probabilities; returns the cross entropies [T]."""
+    """Replace logits by probabilities; return the cross entropies [T]."""
     logits_TV -= logits_TV.amax(1, keepdim=True)
     picked = logits_TV.gather(1, targets_T[:, None])[:, 0]
     totals = logits_TV.exp_().sum(1)
@@ -138,7 +136,7 @@ def _softmax_in_place(logits_TV: Tensor, targets_T: Tensor) -> Tensor:
 
 
 def _chunk(tokens: int, vocab: int) -> int:
-    """Tokens of a chunk, all chunks about equal."""
+    """Return the number of tokens per chunk, for chunks of about equal size."""
     most = max(1, _CHUNK_BYTES // (4 * vocab))
     return max(1, math.ceil(tokens / max(1, math.ceil(tokens / most))))
 
@@ -147,14 +145,10 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-# B rows  S sequence  D model width  T supervised tokens  N media items  P patches  C tower width  H, W pixels
-# K data_set_ids
-
-
 class LossModule(nn.Module):
-    """The model with its loss: the module that is dealt to devices, because no weight is read outside its forward.
+    """The model with its loss. FSDP2 shards this module, because every weight is read inside its forward.
 
-    From then on the model's decoder heeds trees of packed rows; without any it answers as it did.
+    Enables block-diagonal attention for packed sequences in the model's decoder; other inputs are not affected.
     """
 
     def __init__(self, model: VilaForConditionalGeneration) -> None:
@@ -172,18 +166,19 @@ class LossModule(nn.Module):
         data_set_ids: Tensor | None = None,
         num_data_sets: int = 0,
     ) -> tuple[Tensor, Tensor | None]:
-        """Sum of the cross entropies over supervised tokens, float32 with graph, and detached sums [K] by source.
+        """Return the cross entropy summed over supervised tokens (float32), and detached sums [K] by data set.
 
-        Dividing by the supervised tokens of the *global* batch gives the same loss for any split into processes and
-        micro-batches.
+        Divide by the supervised tokens of the *global* batch: the loss is then the same for any split into processes
+        and micro-batches.
 
-        pixels:   [N, 3, H, W] of the batch's pictures; `features` [N, P, C] are what the tower makes of them.
-        dummy_vision:     they are of a stand-in, in a batch without pictures: tower and projector run, as they do in other
-                  processes, and count for nothing.
-        data_set_ids:  int64 [B, S], the number of the data set of every token, below `num_data_sets`. Without them, no sums.
+        batch:         on the CPU; the tensors that the model needs are moved to its device.
+        pixels:        [N, 3, H, W], the images of the batch.
+        features:      [N, P, C], tower features of the images, instead of `pixels`.
+        dummy_vision:  the batch has no images and `pixels` or `features` are a dummy: tower and projector run, as on
+                       the other ranks, and contribute zero.
+        data_set_ids:  int64 [B, S], index of each token's data set, below `num_data_sets`; None: no sums.
 
-        The batch is on the processor; what the model needs of it is moved. Without supervised tokens the sum is zero,
-        and its graph still reaches all that a graph with some reaches.
+        Without supervised tokens the sum is zero, and its graph reaches the same parameters as with some.
         """
         hidden_BSD = self.hidden_states(batch, pixels=pixels, features=features, dummy_vision=dummy_vision)
         rows, places = (batch.labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
@@ -199,7 +194,7 @@ class LossModule(nn.Module):
     def hidden_states(
         self, batch: Batch, *, pixels: Tensor | None = None, features: Tensor | None = None, dummy_vision: bool = False
     ) -> Tensor:
-        """Last hidden states [B, S, D] of packed rows; the arguments are those of `forward`."""
+        """Return the last hidden states [B, S, D] of packed sequences; arguments as for `forward`."""
         model = self.model
         if features is None and pixels is not None:
             features = model.vision_features(pixels.to(model.device, non_blocking=True))
@@ -208,12 +203,12 @@ class LossModule(nn.Module):
             media = model.project(features.to(model.device, non_blocking=True))
         embeds_BSD = model.embed(batch.ids.to(model.device, non_blocking=True), None if dummy_vision else media)
         if dummy_vision and media is not None:
-            # The sum of nothing: part of the graph, and zero even where a feature is not finite.
+            # An empty sum: connects tower and projector to the graph, and is zero even if a feature is not finite.
             embeds_BSD = embeds_BSD + media.flatten()[:0].sum().to(embeds_BSD.dtype)
         states: Tensor = model.get_decoder()(
             inputs_embeds=embeds_BSD,
-            # With four dimensions transformers makes no mask of its own. It is empty, so that a block that does not
-            # heed the forest fails instead of seeing everything.
+            # transformers builds no mask if it gets one of four dimensions. It is empty, so that an attention layer
+            # that ignores the layout fails instead of attending across samples.
             attention_mask=torch.ones(1, 1, 0, 0, dtype=torch.bool, device=embeds_BSD.device),
             position_ids=batch.positions.to(model.device, non_blocking=True),
             use_cache=False,

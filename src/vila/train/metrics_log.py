@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +35,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
     Raises DataError naming file, line and field for a line that is not an object with a `step`.
     """
-    return [record for _, record in iter_metrics(path)] if path.is_file() else []
-
-
-def iter_metrics(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield line numbers and records of a log. Raises DataError as `read_metrics`."""
+    if not path.is_file():
+        return []
+    records = []
     for number, record in read_jsonl(path, DataError, appended=True):
         check_record(record, path, number)
-        yield number, record
+        records.append(record)
+    return records
 
 
 def check_record(record: Any, path: Path, line: int, key: str = "step") -> None:

@@ -20,13 +20,14 @@ from vila.train.fsdp import World
 class MFUMeter:
     """Computes the MFU of steps.
 
-    peak_flops:     FLOP/s of all devices of the run together, at the peak of each.
-    feature_cache:  image features are cached, so the tower costs nothing.
+    peak_tflops:   peak of one device, in 1e12 FLOP/s.
+    feature_cache: image features are cached, so the tower costs nothing.
     """
 
     shape: ModelShape
     learning: Learning
-    peak_flops: float
+    num_devices: int
+    peak_tflops: float
     feature_cache: bool = False
 
     def mfu(self, metrics: Mapping[str, Any], seconds: float) -> float:
@@ -39,7 +40,7 @@ class MFUMeter:
             supervised=metrics["supervised"],
             images=0 if self.feature_cache else metrics["images"],
         )
-        return flops.total / (seconds * self.peak_flops)
+        return flops.total / (seconds * self.num_devices * self.peak_tflops * 1e12)
 
 
 def build_mfu_meter(recipe: Recipe, config: VilaConfig, world: World) -> MFUMeter | None:
@@ -47,7 +48,7 @@ def build_mfu_meter(recipe: Recipe, config: VilaConfig, world: World) -> MFUMete
 
     The peak is `monitor.peak_tflops`, or the dense bfloat16 peak of a known GPU.
     """
-    peak = recipe.monitor.peak_tflops
+    peak: float | None = recipe.monitor.peak_tflops
     if not peak and world.device.type == "cuda":
         peak = peak_tflops(torch.cuda.get_device_name(world.device))
     if not peak:
@@ -55,6 +56,7 @@ def build_mfu_meter(recipe: Recipe, config: VilaConfig, world: World) -> MFUMete
     return MFUMeter(
         shape_of(config),
         Learning.of(recipe.stage),
-        peak_flops=world.process.world_size * peak * 1e12,
+        num_devices=world.process.world_size,
+        peak_tflops=peak,
         feature_cache=recipe.compute.feature_cache,
     )

@@ -10,7 +10,7 @@ from typing import Any
 from vila.core.errors import DataError
 from vila.core.reading import file_errors, parse_json
 from vila.train.downsample import Curve
-from vila.train.metrics import check_record
+from vila.train.metrics_log import check_record
 
 _ROWS_KEPT = 40
 _REASONS_KEPT = 10

@@ -29,7 +29,7 @@ from vila.train.checkpoint import (
     versions,
 )
 from vila.train.fsdp import World
-from vila.train.optim import MasterAdamW
+from vila.train.optimizer import MasterAdamW
 from vila.train.trainer import Trainer
 
 FREE = (
@@ -149,7 +149,7 @@ def restore(resumed: Checkpoint | None, optimizer: MasterAdamW, recipe: Recipe, 
         here = resumed.tensor_names
         generators = {k: v for k, v in random_state().items() if _generator(rank, k) in here}
     resumed.load_tensors(optimizer.state_tensors() | {_generator(rank, k): v for k, v in generators.items()}, world)
-    optimizer.state_was_loaded()
+    optimizer.copy_masters_to_model()
     if generators:
         set_random_state(generators)
 

@@ -26,7 +26,9 @@ from vila.model.modeling import VilaForConditionalGeneration
 from vila.train.checkpoint import Progress
 from vila.train.fsdp import World, raise_on_lost_rank
 from vila.train.loss import LossModule
-from vila.train.optim import MasterAdamW, lr_multiplier
+from vila.train.lr_schedule import lr_multiplier
+from vila.train.mfu import MFUMeter
+from vila.train.optimizer import MasterAdamW
 
 # --- share
 # Statistics of one process about its part of a step, which all processes exchange.
@@ -168,7 +170,7 @@ class Trainer:
     check_saves:  raises CheckpointError when a checkpoint that was begun could not be written.
     faults:       the list of samples that could not be read, and its budget.
     bad_steps:    steps that may be left out because their loss or gradient is not finite; `bad_step` is told of each.
-    utilisation:  MFU of a step, from its facts and seconds; None where the peak of the device is not known.
+    mfu_meter:    computes the MFU of a step; None if the peak of the device is not known.
     """
 
     model: VilaForConditionalGeneration
@@ -189,7 +191,7 @@ class Trainer:
     bad_steps: int = 0
     bad_step: Callable[[dict[str, Any]], None] = lambda facts: None
     check_saves: Callable[[], None] = lambda: None
-    utilisation: Callable[[dict[str, Any], float], float | None] = lambda facts, seconds: None
+    mfu_meter: MFUMeter | None = None
     progress: Progress = field(default_factory=Progress)
     listeners: list[TrainerCallback] = field(default_factory=list)
     events: Events = SILENT
@@ -347,7 +349,7 @@ class Trainer:
                 if supervised.get(name)
             },
             "lr": self.optimizer.groups[0].lr * factor,
-            "grad_norm": self.optimizer.norm(),
+            "grad_norm": self.optimizer.grad_norm(),
             "tokens": total,
             "supervised": sum(share.supervised for share in shares),
             "fill": total / sum(share.places for share in shares),
@@ -362,7 +364,7 @@ class Trainer:
         """Change the weights, or leave the step out when its loss or gradient is not finite."""
         bad = not (math.isfinite(facts["loss"]) and math.isfinite(facts["grad_norm"]))
         if bad:
-            self.optimizer.discard()
+            self.optimizer.zero_grad()
             ids = [one for share in self.world.all_gather_object(_ids(rows)) for one in share]
             told = {"step": facts["step"], "loss": str(facts["loss"]), "grad_norm": str(facts["grad_norm"]), "ids": ids}
             self.bad_step(told)
@@ -406,8 +408,8 @@ class Trainer:
         out = {}
         if self.world.device.type == "cuda":
             out["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        if (share := self.utilisation(facts, seconds)) is not None:
-            out["mfu"] = share
+        if self.mfu_meter is not None:
+            out["mfu"] = self.mfu_meter.mfu(facts, seconds)
         return out
 
     @contextmanager
