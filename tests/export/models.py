@@ -10,7 +10,7 @@ from tests import tiny
 from vila.kernels.int4 import quantize
 from vila.model.loading import save_model
 from vila.quant.awq_cache import AwqSearch, ChannelScale, WeightClip, save_search
-from vila.quant.blocks import block_name, decoder_blocks, can_scale, family_of
+from vila.quant.blocks import block_name, can_scale, decoder_blocks, family_of
 
 SMALL = {"hidden_size": 64, "intermediate_size": 128}
 WIDE = {"hidden_size": 256, "intermediate_size": 512}
