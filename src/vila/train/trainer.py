@@ -286,7 +286,9 @@ class Trainer:
         self._update(facts, rows, shares)
         return facts, shares
 
-    def _read(self, stop: StopRequest | None, late: bool) -> tuple[list[PackedSequence], list[Batch | None], list[RankStepStats]]:
+    def _read(
+        self, stop: StopRequest | None, late: bool
+    ) -> tuple[list[PackedSequence], list[Batch | None], list[RankStepStats]]:
         """The rows and batches of this process, and what all processes tell of theirs.
 
         Raises the error of whichever process could not read its rows, or not save: none goes on alone.
