@@ -31,7 +31,7 @@ from vila.export.source import SafetensorsWriter, open_source
 from vila.model.config import VilaConfig
 from vila.model.modeling import VilaForConditionalGeneration
 from vila.model.processor import VilaProcessor
-from vila.model.weights import state_of
+from vila.model.weights import published_state_dict
 
 MIB = 2**20
 # width, MLP, layers, heads, key-value heads
@@ -107,7 +107,7 @@ def write_model(folder: Path, shape: str) -> None:
     llama_tokenizer().save_pretrained(folder)
     # One run of noise for all of them: drawing it would take longer than the exports.
     noise = torch.empty(1 << 24).normal_(0, 0.02, generator=torch.Generator().manual_seed(0)).half()
-    declared = {name: (tuple(one.shape), torch.float16) for name, one in state_of(model).items()}
+    declared = {name: (tuple(one.shape), torch.float16) for name, one in published_state_dict(model).items()}
     with SafetensorsWriter(folder, declared) as writer:
         for name, (size, _) in declared.items():
             width = max(1, torch.Size(size[1:]).numel())

@@ -31,11 +31,11 @@ def parts(size: str) -> tuple:
     """Config and processor of the random model."""
     from transformers import AutoTokenizer, LlamaConfig
 
-    from vila.model.layouts.build_config import compose
+    from vila.model.layouts.build_config import build_config
     from vila.model.layouts.tower_files import known_tower
 
     tokenizers = Path(__file__).parents[1] / "tests/golden/tokenizers"
-    return compose(
+    return build_config(
         llm=LlamaConfig(**SIZES[size], vocab_size=32000, max_position_embeddings=4096), tower=known_tower(TOWER),
         tokenizer=AutoTokenizer.from_pretrained(tokenizers / "vicuna_v15_legacy_false"), projector="mlp2x_gelu",
         select_layer=-2, select_feature="patch", image_mode="pad", template="vicuna_v1", vision_source=TOWER,
@@ -46,7 +46,7 @@ def write_checkpoints(work: Path, size: str, layouts: list[str]) -> None:
     """The same random bfloat16 weights in each layout; `llava-v1-bin` holds them as torch.save writes them."""
     import torch
 
-    from vila.model.layouts.base import to_theirs
+    from vila.model.layouts.base import to_layout_name
     from vila.model.layouts.llava_v1 import PREFIXES
     from vila.model.loading import save_model
     from vila.model.modeling import VilaForConditionalGeneration
@@ -71,7 +71,7 @@ def write_checkpoints(work: Path, size: str, layouts: list[str]) -> None:
         if layout == "llava-v1-bin":
             save_model(model, processor, work / size / layout, "llava-v1")
             (work / size / layout / "model.safetensors").unlink()
-            state = {to_theirs(name, PREFIXES): tensor for name, tensor in model.state_dict().items()}
+            state = {to_layout_name(name, PREFIXES): tensor for name, tensor in model.state_dict().items()}
             torch.save(state, work / size / layout / "pytorch_model.bin")
         else:
             save_model(model, processor, work / size / layout, layout)
@@ -83,7 +83,7 @@ def write_in_shards(model, processor, folder: Path, shard_size: int = 2 * 10**9)
     from safetensors.torch import save_file
 
     from vila.model.layouts import llava_v1
-    from vila.model.layouts.base import to_theirs
+    from vila.model.layouts.base import to_layout_name
     from vila.model.layouts.tokenizer_files import write_tokenizer
 
     folder.mkdir(parents=True)
@@ -92,7 +92,7 @@ def write_in_shards(model, processor, folder: Path, shard_size: int = 2 * 10**9)
         if filled + tensor.nbytes > shard_size:
             shards.append([])
             filled = 0
-        shards[-1].append((to_theirs(name, llava_v1.PREFIXES), tensor.shape))
+        shards[-1].append((to_layout_name(name, llava_v1.PREFIXES), tensor.shape))
         filled += tensor.nbytes
     where = {}
     for number, shard in enumerate(shards, start=1):

@@ -32,7 +32,7 @@ def no_weights(monkeypatch):
     def read(*_):
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(loading, "read_pieces", read)
+    monkeypatch.setattr(loading, "read_tensors", read)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from vila.cli.info import human_bytes
 from vila.core.errors import LayoutError
 from vila.engine.engine import Engine
 from vila.model import weights
-from vila.model.inspect import kv_numbers_per_token
+from vila.model.inspect import kv_elements_per_token
 from vila.model.int4_weights import use_int4
 from vila.model.loading import load_model, save_model
 from vila.quant.apply import quantize_model
@@ -80,7 +80,7 @@ def test_the_kv_cache_is_as_large_as_the_engines(vila, model):
 
 def test_llama_7b_takes_half_a_megabyte_a_token():
     llm = LlamaConfig(hidden_size=4096, num_hidden_layers=32, num_attention_heads=32)
-    assert 2 * kv_numbers_per_token(llm) == 2**19
+    assert 2 * kv_elements_per_token(llm) == 2**19
 
 
 def test_no_weight_is_read(vila, tmp_path, monkeypatch):
@@ -89,7 +89,7 @@ def test_no_weight_is_read(vila, tmp_path, monkeypatch):
     def read(*_):
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(weights.SafetensorsFile, "mapped", read)
+    monkeypatch.setattr(weights.SafetensorsFile, "open", read)
     assert told(vila, folder)["layout"] == "vila-v15"
 
 

@@ -18,7 +18,7 @@ from vila.export.source import open_source
 from vila.model.loading import save_model
 from vila.model.modeling import VilaForConditionalGeneration
 from vila.model.processor import VilaProcessor
-from vila.model.projector import projected_tokens
+from vila.model.projector import num_projected_tokens
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CONSUMER = Path(__file__).with_name("llama_consumer.py")
@@ -40,7 +40,7 @@ def seeing(tower, projector="mlp2x_gelu", select_layer=-2, side=56, seed=0):
     vision = config.vision_config
     vision.hidden_size, vision.intermediate_size, vision.num_attention_heads = 64, 128, 4
     vision.image_size = side
-    spec = VisionSpec(side, projected_tokens(projector, (side // 14) ** 2), MEAN, STD, "pad")
+    spec = VisionSpec(side, num_projected_tokens(projector, (side // 14) ** 2), MEAN, STD, "pad")
     config.vision_spec, config.projector_type, config.select_layer = spec.to_dict(), projector, select_layer
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -12,7 +12,7 @@ from vila.export.base import ExportOptions, write_export
 from vila.export.gguf import q4_1_blocks
 from vila.export.source import open_source
 from vila.kernels.int4 import dequantize, quantize
-from vila.model.int4_weights import drop_int4, use_int4
+from vila.model.int4_weights import dequantize_model, use_int4
 from vila.model.loading import save_model
 from vila.quant.apply import quantize_model
 
@@ -25,7 +25,7 @@ def folder(tmp_path):
     model, processor = tiny.vila(tower="clip", **SIZES)
     use_int4(model, quantize_model(model, None, 64))
     save_model(model, processor, tmp_path / "model", layout="awq-hf")
-    drop_int4(model, torch.float32)
+    dequantize_model(model, torch.float32)
     return tmp_path, model
 
 

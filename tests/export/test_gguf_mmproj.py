@@ -7,7 +7,7 @@ import torch
 from tests.export.gguf_stand import MEAN, STD, export, seeing
 from tests.export.readers.gguf_file import F16, F32, read_gguf
 from vila.export.gguf_mmproj import mmproj_refusals
-from vila.model.weights import state_of
+from vila.model.weights import published_state_dict
 
 BLOCK = {
     "attn_q": "self_attn.q_proj",
@@ -44,7 +44,7 @@ def theirs(name):
 def test_the_file_holds_the_blocks_that_run_and_the_projector(tmp_path, tower, select_layer, blocks):
     model, processor = seeing(tower, select_layer=select_layer)
     file = read_gguf(export(tmp_path, model, processor, "gguf") / "mmproj-f16.gguf")
-    state = state_of(model)
+    state = published_state_dict(model)
     wanted = {"v.patch_embd.weight", "v.position_embd.weight"}
     wanted |= {"v.class_embd", "v.pre_ln.weight", "v.pre_ln.bias"} if tower == "clip" else {"v.patch_embd.bias"}
     wanted |= {f"v.blk.{i}.{kind}.{leaf}" for i in range(blocks) for kind in BLOCK for leaf in ("weight", "bias")}

@@ -9,7 +9,7 @@ from tests.export.models import random_search, write_model, write_search
 from vila.core.errors import LayoutError
 from vila.export.source import Source, open_source
 from vila.model.loading import load_model, open_checkpoint
-from vila.model.weights import state_of
+from vila.model.weights import published_state_dict
 from vila.quant.apply import apply_search
 from vila.quant.awq_cache import AwqSearch, ChannelScale, save_search
 
@@ -22,7 +22,7 @@ def all_weights(source, **options):
 def test_runs_of_rows_make_up_every_weight(tmp_path, run_bytes):
     model, _ = write_model(tmp_path / "m")
     found = all_weights(open_source(tmp_path / "m"), run_bytes=run_bytes)
-    expected = state_of(model)
+    expected = published_state_dict(model)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
@@ -34,9 +34,9 @@ def test_a_search_applied_row_by_row_is_that_of_the_model_in_memory_bit_by_bit(t
     model, _ = write_model(tmp_path / "m", family, dtype=dtype, **heads)
     search = write_search(tmp_path, model)
     found = all_weights(open_source(tmp_path / "m", search=search), run_bytes=1)
-    plain = state_of(model)
+    plain = published_state_dict(model)
     apply_search(model, random_search(model))
-    expected = state_of(model)
+    expected = published_state_dict(model)
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     changed = {name.split(".")[-2] for name, tensor in expected.items() if not torch.equal(plain[name], tensor)}
     assert {"input_layernorm", "q_proj", "up_proj", "down_proj"} <= changed
@@ -79,7 +79,7 @@ def test_other_layouts_are_read_too(tmp_path):
     save_model(model, processor, tmp_path / "hf", layout="llava-hf")
     again, _ = load_model(tmp_path / "hf")
     found = all_weights(open_source(tmp_path / "hf"))
-    assert all(torch.equal(found[name], tensor) for name, tensor in state_of(again).items())
+    assert all(torch.equal(found[name], tensor) for name, tensor in published_state_dict(again).items())
 
 
 def test_a_search_with_limits_below_zero_is_refused(tmp_path):

@@ -15,7 +15,7 @@ from vila.model.config import VilaConfig
 from vila.model.layouts.base import Checkpoint
 from vila.model.modeling import VilaForConditionalGeneration
 from vila.model.processor import VilaProcessor
-from vila.model.weights import Piece, state_of
+from vila.model.weights import TensorRef, published_state_dict
 
 PAGE = Path(__file__).parents[2] / "docs" / "export.md"
 _VICUNA = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, rms_norm_eps=1e-5)
@@ -69,7 +69,10 @@ def source_of(tower, llm, projector, layer, feature, tokens):
     )
     with torch.device("meta"):
         model = VilaForConditionalGeneration(config)
-    pieces = {name: Piece(None, name, tuple(one.shape), torch.float16) for name, one in state_of(model).items()}
+    pieces = {
+        name: TensorRef(None, name, tuple(one.shape), torch.float16)
+        for name, one in published_state_dict(model).items()
+    }
     # The real one takes a while to look at, and only one format of this model asks for it.
     tokenizer = llama_tokenizer() if tower is _CLIP and projector == "mlp2x_gelu" else tiny.tokenizer()
     processor = VilaProcessor(tokenizer, vision_spec=spec, template="vicuna_v1")

@@ -16,7 +16,7 @@ from vila.export.source import open_source
 from vila.export.tinychatengine import TARGET, llm_refusals, round_engine, vision_refusals
 from vila.model.config import VilaConfig
 from vila.model.loading import save_model
-from vila.model.weights import state_of
+from vila.model.weights import published_state_dict
 
 LINEARS = ("gate_proj", "up_proj", "down_proj", *(f"self_attn/{kind}_proj" for kind in "qkvo"))
 POSITIONS, WIDTH = 512, 16
@@ -55,7 +55,7 @@ def linear(state, index, name):
 
 
 def test_every_float_is_in_its_file(model, written):
-    state = state_of(model[0])
+    state = published_state_dict(model[0])
     root = written["fp32"] / "models" / "VILA_7B"
     vocab = state["language_model.lm_head.weight"].shape[0]
     assert np.array_equal(read_floats(root / "lm_head.bin", vocab, 128), state["language_model.lm_head.weight"])
@@ -88,7 +88,7 @@ def test_the_rotation_is_that_of_the_model(model, written):
 
 @pytest.mark.parametrize("precision", ["qm_x86", "qm_arm"])
 def test_linears_on_a_cpu_hold_the_engines_rounding_bit_by_bit(model, written, precision):
-    state = state_of(model[0])
+    state = published_state_dict(model[0])
     root = written[precision] / "INT4" / "models" / "VILA_7B"
     for index in range(2):
         for name in LINEARS:
@@ -102,7 +102,7 @@ def test_linears_on_a_cpu_hold_the_engines_rounding_bit_by_bit(model, written, p
 
 
 def test_linears_on_cuda_have_half_scales_and_half_tables(model, written):
-    state = state_of(model[0])
+    state = published_state_dict(model[0])
     root = written["qm_cuda"] / "INT4" / "models" / "VILA_7B"
     for name in LINEARS:
         weight = linear(state, 0, name)
@@ -118,7 +118,7 @@ def test_linears_on_cuda_have_half_scales_and_half_tables(model, written):
 
 @pytest.mark.parametrize("precision", ["fp32", "qm_arm"])
 def test_the_vision_part_is_always_float32(model, written, precision):
-    state = state_of(model[0])
+    state = published_state_dict(model[0])
     root = written[precision] / "models" / "CLIP_ViT_Large"
     # The tiny tower has 4 blocks, of which even the last is written: the engine takes 23.
     tower = {name.removeprefix("vision_tower."): value.numpy() for name, value in state.items() if "vision" in name}

@@ -27,7 +27,7 @@ def layer_and_rows(name, dtype, shape, rows):
         pytest.skip(why)
     torch.manual_seed(0)
     layer = Int4Linear.from_weight(quantize(torch.randn(*shape, device="cuda") * 0.02, 128))
-    layer.use(BACKENDS[name], dtype)
+    layer.use_backend(BACKENDS[name], dtype)
     return layer, torch.randn(rows, shape[1], device="cuda", dtype=dtype)
 
 

@@ -6,7 +6,7 @@ from torch import nn
 
 from vila.core.errors import ConfigError, LayoutError
 from vila.kernels import int4
-from vila.kernels.aten import PRODUCT as ATEN
+from vila.kernels.aten import BACKEND as ATEN
 from vila.kernels.int4 import Int4Linear, dequantize, fuse, quantize, unfuse
 
 
@@ -39,7 +39,7 @@ def test_outputs_are_multiplied_in_pieces_of_bounded_size(monkeypatch):
     layer = Int4Linear.from_linear(linear(64, 50), 32)
     x = torch.randn(3, 64)
     whole, sizes = layer(x), []
-    monkeypatch.setattr(int4, "PIECE_VALUES", 64 * 7)
+    monkeypatch.setattr(int4, "MAX_DEQUANTIZED_VALUES", 64 * 7)
     real = int4.dequantize
     monkeypatch.setattr(int4, "dequantize", lambda w, t: sizes.append(w.num_outputs) or real(w, t))
     assert torch.allclose(layer(x), whole, atol=1e-6)
@@ -95,11 +95,11 @@ def test_what_a_backend_prepares_is_not_saved_and_follows_new_weights():
     layer = Int4Linear.from_linear(linear(64, 24, seed=1), 32)
     other = Int4Linear.from_linear(linear(64, 24, seed=2), 32)
     x = torch.randn(2, 64)
-    layer.use(ATEN, torch.float32)
+    layer.use_backend(ATEN, torch.float32)
     assert layer.backend == "aten" and set(layer.state_dict()) == {"codes", "scales", "zeros"}
     layer.load_state_dict(other.state_dict())
     assert torch.allclose(layer(x), other(x), atol=1e-5)
-    layer.use(int4.PRODUCT, torch.float32)
+    layer.use_backend(int4.BACKEND, torch.float32)
     assert torch.equal(layer(x), other(x)) and len(list(layer.buffers())) == 3
 
 
@@ -107,7 +107,7 @@ def test_a_prepared_layer_survives_casts_and_copies():
     layer = Int4Linear.from_linear(linear(64, 24, bias=True), 32)
     x, want = torch.randn(2, 64), None
     want = layer(x)
-    layer.use(ATEN, torch.float32)
+    layer.use_backend(ATEN, torch.float32)
     copied = copy.deepcopy(layer).to(torch.float16)
     assert torch.allclose(copied(x), want, atol=2e-3)
 
@@ -115,7 +115,7 @@ def test_a_prepared_layer_survives_casts_and_copies():
 def test_a_backend_that_cannot_take_the_layer_is_refused():
     layer = Int4Linear.from_linear(linear(96, 8), 48)
     with pytest.raises(ConfigError, match="int4 backend 'aten': groups of 48; PyTorch's 4-bit product takes 32, 64"):
-        layer.use(ATEN, torch.float32)
+        layer.use_backend(ATEN, torch.float32)
     assert layer.backend == "torch"
 
 
@@ -125,7 +125,7 @@ def test_the_layer_compiles_to_the_same_answer():
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
     assert torch.allclose(compiled(x), layer(x), atol=1e-6)
     want = layer(x)
-    layer.use(ATEN, torch.float32)
+    layer.use_backend(ATEN, torch.float32)
     assert torch.allclose(torch.compile(layer, backend="eager", fullgraph=True)(x), want, atol=1e-5)
 
 

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vila.core.errors import LayoutError
-from vila.kernels.int4 import Int4Weight, concatenate, dequantize, pack, quantize, unpack
+from vila.kernels.int4 import Int4Weight, concatenate, dequantize, pack_nibbles, quantize, unpack_nibbles
 
 
 def published_rounding(weight, group_size):
@@ -33,7 +33,7 @@ def test_quantize_is_the_published_rounding(kind, group_size):
     weight = torch.from_numpy(values)
     ours = quantize(weight, group_size, dtype=weight.dtype)
     codes, rounded = published_rounding(values, group_size)
-    assert np.array_equal(unpack(ours.codes).numpy(), codes)
+    assert np.array_equal(unpack_nibbles(ours.codes).numpy(), codes)
     assert np.array_equal(dequantize(ours, weight.dtype).numpy(), rounded)
 
 
@@ -41,7 +41,7 @@ def test_symmetric_codes_are_those_of_the_largest_value_over_seven():
     weight = torch.tensor([[-7.0, 3.4, 0.5, 1.5, 7.0, -0.5, 2.5, -6.6]])
     ours = quantize(weight, 8, symmetric=True, dtype=torch.float32)
     assert ours.scales.tolist() == [[1.0]] and ours.zeros.tolist() == [[8]]
-    assert unpack(ours.codes).tolist() == [[1, 11, 8, 10, 15, 8, 10, 1]]
+    assert unpack_nibbles(ours.codes).tolist() == [[1, 11, 8, 10, 15, 8, 10, 1]]
 
 
 def test_codes_agree_with_the_scales_that_are_stored():
@@ -50,18 +50,18 @@ def test_codes_agree_with_the_scales_that_are_stored():
         ours = quantize(weight, 64, dtype=dtype)
         scales = ours.scales.float().repeat_interleave(64, 1)
         zeros = ours.zeros.float().repeat_interleave(64, 1)
-        assert torch.equal(unpack(ours.codes).float(), ((weight / scales).round() + zeros).clamp(0, 15))
+        assert torch.equal(unpack_nibbles(ours.codes).float(), ((weight / scales).round() + zeros).clamp(0, 15))
 
 
 @given(st.integers(1, 5), st.integers(1, 40), st.integers(0, 2**31))
 @settings(max_examples=50, deadline=None)
 def test_unpack_undoes_pack(rows, pairs, seed):
     codes = torch.randint(0, 16, (rows, 2 * pairs), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
-    assert torch.equal(unpack(pack(codes)), codes)
+    assert torch.equal(unpack_nibbles(pack_nibbles(codes)), codes)
 
 
 def test_the_even_input_lies_in_the_low_nibble():
-    assert pack(torch.tensor([[1, 2, 15, 0]], dtype=torch.uint8)).tolist() == [[0x21, 0x0F]]
+    assert pack_nibbles(torch.tensor([[1, 2, 15, 0]], dtype=torch.uint8)).tolist() == [[0x21, 0x0F]]
 
 
 def test_a_group_that_does_not_fit_is_refused_with_those_that_do():

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from vila.core.errors import LayoutError, UnknownNameError
-from vila.kernels.int4 import Int4Weight, dequantize, pack, unpack
+from vila.kernels.int4 import Int4Weight, dequantize, pack_nibbles, unpack_nibbles
 from vila.kernels.packings import FORMATS, find_format
 
 NAMES = [each.name for each in FORMATS]
@@ -22,7 +22,7 @@ def coded(codes):
     """A weight with these codes, in groups of 32."""
     codes = torch.as_tensor(codes, dtype=torch.uint8)
     groups = (codes.shape[0], codes.shape[1] // 32)
-    return Int4Weight(pack(codes), torch.ones(groups).half(), torch.full(groups, 8, dtype=torch.uint8), 32)
+    return Int4Weight(pack_nibbles(codes), torch.ones(groups).half(), torch.full(groups, 8, dtype=torch.uint8), 32)
 
 
 def nibble(word, index):
@@ -56,7 +56,7 @@ def test_gemm_words_hold_outputs_in_the_published_order(make_weight):
     assert set(packed["qweight"].flatten().tolist()) == {0x75316420}
     weight = make_weight(24, 96, 32)
     packed = find_format("gemm").pack(weight)
-    codes, order = unpack(weight.codes), (0, 2, 4, 6, 1, 3, 5, 7)
+    codes, order = unpack_nibbles(weight.codes), (0, 2, 4, 6, 1, 3, 5, 7)
     for k in range(0, 96, 7):
         for n in range(24):
             at = order.index(n % 8)
@@ -69,7 +69,7 @@ def test_gemm_words_hold_outputs_in_the_published_order(make_weight):
 def test_gemv_is_in_natural_order_and_padded_with_zeros(group_size, words, make_weight):
     weight = make_weight(4, 640, group_size)
     packed = find_format("gemv").pack(weight)
-    codes, groups = unpack(weight.codes), 640 // group_size
+    codes, groups = unpack_nibbles(weight.codes), 640 // group_size
     assert packed["qweight"].shape == (4, 80) and packed["qzeros"].shape == (4, words)
     assert all(nibble(packed["qweight"][n, k // 8], k % 8) == codes[n, k] for n in range(4) for k in range(640))
     zeros = [[nibble(packed["qzeros"][n, g // 8], g % 8) for g in range(words * 8)] for n in range(4)]
@@ -80,7 +80,7 @@ def test_gemv_is_in_natural_order_and_padded_with_zeros(group_size, words, make_
 def test_tinychat_words_follow_the_published_steps(make_weight):
     weight = make_weight(8, 192, 64)
     packed = find_format("tinychat").pack(weight)
-    codes = unpack(weight.codes).numpy()
+    codes = unpack_nibbles(weight.codes).numpy()
     inside_run = np.array([(p % 4) * 8 + p // 4 for p in range(32)])
     assert inside_run[:9].tolist() == [0, 8, 16, 24, 1, 9, 17, 25, 2]
     columns = np.concatenate([run + inside_run for run in range(0, 192, 32)])
@@ -110,7 +110,7 @@ def test_tinychat_zeros_may_carry_autoawqs_name(make_weight):
 def test_engine_bytes_pair_an_input_with_the_one_half_a_run_later(name, run, make_weight):
     weight = make_weight(2, 128, 32, symmetric=True)
     packed = find_format(name).pack(weight)
-    codes, half = unpack(weight.codes), run // 2
+    codes, half = unpack_nibbles(weight.codes), run // 2
     for n in range(2):
         for byte in range(64):
             first = byte // half * run + byte % half
@@ -127,7 +127,7 @@ def test_engine_cuda_zero_points_are_words_of_eights(make_weight):
 
 def test_modelopt_bytes_hold_two_outputs_in_twos_complement(make_weight):
     weight = make_weight(6, 64, 32, symmetric=True)
-    signed = unpack(weight.codes).int() - 8
+    signed = unpack_nibbles(weight.codes).int() - 8
     packed = find_format("modelopt").pack(weight)["weight"].int()
     for r in range(3):
         assert torch.equal(packed[r], (signed[2 * r] & 15) | (signed[2 * r + 1] & 15) << 4)

@@ -39,7 +39,7 @@ def error_of(name, dtype, shape, make_weight):
         x[:, 3] *= 50
     if why := missing(name, DEVICE, dtype):
         pytest.skip(why)
-    layer.use(BACKENDS[name], dtype)
+    layer.use_backend(BACKENDS[name], dtype)
     got = layer(x)
     assert got.dtype == dtype and got.shape == (rows, outputs)
     exact = x.double() @ dequantize(layer.weight, torch.float64).T
@@ -60,7 +60,7 @@ def test_no_rows_give_no_rows(name, make_weight):
     if why := missing(name, DEVICE, torch.bfloat16):
         pytest.skip(why)
     layer = Int4Linear.from_weight(make_weight(8, 64, 32)).to(DEVICE)
-    layer.use(BACKENDS[name], torch.bfloat16)
+    layer.use_backend(BACKENDS[name], torch.bfloat16)
     assert layer(torch.zeros(0, 64, dtype=torch.bfloat16, device=DEVICE)).shape == (0, 8)
 
 

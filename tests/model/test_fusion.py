@@ -3,27 +3,27 @@
 import pytest
 import torch
 
-from vila.model.modeling import cached_mask, scatter_media, segment_mask
+from vila.model.modeling import cached_mask, merge_image_embeddings, segment_mask
 
 
 def test_media_vectors_fill_their_slots_in_reading_order():
     embeds = torch.zeros(2, 3, 2)
     slots = torch.tensor([[False, True, True], [True, False, False]])
-    out = scatter_media(embeds, torch.arange(1.0, 7.0).view(3, 1, 2), slots)
+    out = merge_image_embeddings(embeds, torch.arange(1.0, 7.0).view(3, 1, 2), slots)
     assert out.tolist() == [[[0, 0], [1, 2], [3, 4]], [[5, 6], [0, 0], [0, 0]]]
 
 
 def test_gradients_reach_text_and_media():
     embeds = torch.zeros(1, 2, 2, requires_grad=True)
     media = torch.ones(1, 1, 2, requires_grad=True)
-    scatter_media(embeds, media, torch.tensor([[True, False]])).sum().backward()
+    merge_image_embeddings(embeds, media, torch.tensor([[True, False]])).sum().backward()
     assert embeds.grad.tolist() == [[[0, 0], [1, 1]]]
     assert media.grad.tolist() == [[[1, 1]]]
 
 
 def test_a_count_that_does_not_agree_names_both_counts():
     with pytest.raises(ValueError, match="the batch has 1 media slots but the tower produced 4 vectors"):
-        scatter_media(torch.zeros(1, 2, 2), torch.zeros(2, 2, 2), torch.tensor([[True, False]]))
+        merge_image_embeddings(torch.zeros(1, 2, 2), torch.zeros(2, 2, 2), torch.tensor([[True, False]]))
 
 
 def test_the_mask_of_a_shared_prefix_with_two_branches():

@@ -9,7 +9,7 @@ from vila.core.types import Message
 from vila.engine.engine import Engine
 from vila.kernels.int4 import Int4Linear, dequantize, quantize
 from vila.kernels.select import use_backend
-from vila.model.int4_weights import drop_int4, group_size_of, int4_weights, use_int4
+from vila.model.int4_weights import dequantize_model, group_size_of, int4_weights, use_int4
 from vila.quant.apply import quantize_model
 
 QUERY = "language_model.model.layers.0.self_attn.q_proj"
@@ -108,7 +108,7 @@ def test_generate_and_the_engine_answer_as_with_the_rounded_weights():
         )
 
     first = answers()
-    drop_int4(model)
+    dequantize_model(model)
     assert answers() == first
 
 
@@ -116,7 +116,7 @@ def test_it_can_be_undone():
     model, processor, _ = quantized("qwen2")
     inputs = inputs_of(processor)
     expected = model(**inputs).logits
-    drop_int4(model)
+    dequantize_model(model)
     assert int4_weights(model) == {}
     assert model.get_submodule(QUERY).weight.dtype == torch.float32
     torch.testing.assert_close(model(**inputs).logits, expected, rtol=0, atol=1e-5)

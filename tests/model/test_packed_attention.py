@@ -1,4 +1,4 @@
-"""Attention in trees equals attention under the explicit mask, and leaves everything else as it was."""
+"""Packed attention equals attention with an explicit mask, and changes nothing else of the model."""
 
 import pytest
 import torch
@@ -8,7 +8,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests import tiny
 from vila.core.errors import DataError
 from vila.model.modeling import segment_mask
-from vila.model.packed_attention import attend_in_trees, attend_ragged, attend_sliced, forest_of, packed_attention
+from vila.model.packed_attention import (
+    attend_sdpa,
+    attend_varlen,
+    attention_layout,
+    enable_packed_attention,
+    packed_attention,
+)
 
 # A number is a chain; a tuple is a prefix and its branches; None ends a row; negative is padding.
 ROWS = {
@@ -61,9 +67,9 @@ def masked(query, key, value, segments, parents, positions, window):
     return out.transpose(1, 2)
 
 
-def ragged(query, key, value, queries, ends, longest_queries, longest_keys, *, scale, window_size):
-    """What a kernel for ragged sequences computes: a query stands at the end of its keys."""
-    assert longest_queries == queries.diff().max() and longest_keys == ends.diff().max() and window_size[1] == 0
+def varlen_reference(query, key, value, queries, ends, max_queries, max_keys, *, scale, window_size):
+    """Reference of a variable-length kernel: the queries are the last ones of their keys."""
+    assert max_queries == queries.diff().max() and max_keys == ends.diff().max() and window_size[1] == 0
     groups, out = query.shape[1] // key.shape[1], []
     for number in range(len(queries) - 1):
         q = query[queries[number] : queries[number + 1]]
@@ -75,19 +81,19 @@ def ragged(query, key, value, queries, ends, longest_queries, longest_keys, *, s
     return torch.cat(out)
 
 
-def attended(query, key, value, forest, window, how):
+def attended(query, key, value, layout, window, how):
     places = [t.flatten(0, 1) for t in (query, key, value)]
-    window = forest.narrow(window)
-    out = attend_ragged(*places, forest, window, None, ragged) if how == "ragged" else None
-    out = attend_sliced(*places, forest, window) if out is None else out
-    return out.unflatten(0, forest.shape)
+    window = layout.effective_window(window)
+    out = attend_varlen(*places, layout, window, None, varlen_reference) if how == "varlen" else None
+    out = attend_sdpa(*places, layout, window) if out is None else out
+    return out.unflatten(0, layout.shape)
 
 
 # Worst of these cases: 7.2e-7 and 7.6e-6 in float32, 1.7e-15 and 9.8e-15 in float64; torch 2.13.
 @pytest.mark.parametrize(
     ("dtype", "of_values", "of_gradients"), [(torch.float32, 1e-6, 2e-5), (torch.float64, 1e-14, 1e-13)], ids=str
 )
-@pytest.mark.parametrize("how", ["sliced", "ragged"])
+@pytest.mark.parametrize("how", ["sdpa", "varlen"])
 @pytest.mark.parametrize("window", [None, 1, 3, 5, 300])
 @pytest.mark.parametrize("name", ROWS)
 def test_values_and_gradients_equal_those_under_the_explicit_mask(name, window, how, dtype, of_values, of_gradients):
@@ -96,7 +102,7 @@ def test_values_and_gradients_equal_those_under_the_explicit_mask(name, window, 
     real = (segments >= 0)[..., None, None]
     weights = torch.randn(tensors[0].shape, generator=torch.Generator().manual_seed(1), dtype=dtype) * real
     reference = masked(*tensors, segments, parents, positions, window)
-    ours = attended(*tensors, forest_of(segments, parents), window, how)
+    ours = attended(*tensors, attention_layout(segments, parents), window, how)
     assert ours.isfinite().all()
     assert ((reference - ours) * real).abs().max() < of_values
     pairs = [torch.autograd.grad((out * weights).sum(), tensors) for out in (reference, ours)]
@@ -104,13 +110,13 @@ def test_values_and_gradients_equal_those_under_the_explicit_mask(name, window, 
         assert (one - other).abs().max() < of_gradients
 
 
-def test_a_window_that_no_conversation_exceeds_is_no_window():
-    forest = forest_of(*described("a prefix with branches")[:2])
-    assert [forest.narrow(w) for w in (None, 10, 11, 12)] == [None, 10, None, None]
+def test_a_window_longer_than_every_sample_is_ignored():
+    layout = attention_layout(*described("a prefix with branches")[:2])
+    assert [layout.effective_window(w) for w in (None, 10, 11, 12)] == [None, 10, None, None]
 
 
 @pytest.mark.parametrize("window", [None, 40])
-def test_nothing_of_a_size_of_s_by_s_is_made_and_no_slice_is_padded_to_a_row(window):
+def test_no_tensor_of_s_by_s_is_created_and_no_gradient_is_padded(window):
     segments = torch.arange(30).repeat_interleave(torch.tensor([50, 20, 30] * 10))[None]
     tensors = drawn(segments)
 
@@ -125,36 +131,38 @@ def test_nothing_of_a_size_of_s_by_s_is_made_and_no_slice_is_padded_to_a_row(win
             return out
 
     with Sizes() as seen:
-        attended(*tensors, forest_of(segments, torch.full_like(segments, -1)), window, "sliced").sum().backward()
+        attended(*tensors, attention_layout(segments, torch.full_like(segments, -1)), window, "sdpa").sum().backward()
     assert seen.largest == tensors[0].numel() < segments.numel() ** 2 / 10
     assert not [name for name in seen.names if "slice_backward" in name or "select_backward" in name]
 
 
-def test_pieces_join_what_can_be_attended_together():
-    forest = forest_of(*described("a prefix as long as its neighbours")[:2])
-    kinds = [(piece.kind, piece.lengths, piece.prefix) for piece in forest.pieces]
+def test_neighbouring_segments_share_one_block():
+    layout = attention_layout(*described("a prefix as long as its neighbours")[:2])
+    kinds = [(block.kind, block.lengths, block.prefix) for block in layout.blocks]
     assert kinds == [
         ("chains", (4, 4), -1),
         ("chains", (4,), -1),
         ("branches", (4, 4), 1),
         ("chains", (4,), -1),
     ]
-    long = forest_of(*described("long branches")[:2])
-    assert [piece.lengths for piece in long.pieces] == [(20,), (100,), (60, 30), (40,), (90,), (10,)]
+    long = attention_layout(*described("long branches")[:2])
+    assert [block.lengths for block in long.blocks] == [(20,), (100,), (60, 30), (40,), (90,), (10,)]
 
 
-def test_segments_that_are_no_trees_are_refused():
-    with pytest.raises(DataError, match="row 1: segment 0 has tokens in two places"):
-        forest_of(torch.tensor([[0, 0, 1], [0, 1, 0]]), torch.full((2, 3), -1))
-    with pytest.raises(DataError, match="row 0: segment 2 continues 0, which is not the prefix before it"):
-        forest_of(torch.tensor([[0, 1, 2]]), torch.tensor([[-1, -1, 0]]))
+def test_invalid_segments_are_refused():
+    with pytest.raises(DataError) as split:
+        attention_layout(torch.tensor([[0, 0, 1], [0, 1, 0]]), torch.full((2, 3), -1))
+    assert (split.value.record, split.value.field, split.value.value) == (1, "segments", 0)
+    with pytest.raises(DataError) as unrelated:
+        attention_layout(torch.tensor([[0, 1, 2]]), torch.tensor([[-1, -1, 0]]))
+    assert (unrelated.value.record, unrelated.value.field, unrelated.value.value) == (0, "parents", 0)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_generation_and_what_is_saved_are_as_they_were(family):
+def test_generation_and_saved_config_are_unchanged(family):
     plain, _ = tiny.vila(family)
     changed, _ = tiny.vila(family)
-    attend_in_trees(changed.get_decoder())
+    enable_packed_attention(changed.get_decoder())
     ids = torch.randint(3, 200, (2, 9), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[1, :4] = 0
@@ -177,24 +185,24 @@ def test_blocks_that_do_not_heed_the_forest_fail():
         "inputs_embeds": torch.randn(*segments.shape, tiny.WIDTH),
         "attention_mask": torch.ones(1, 1, 0, 0, dtype=torch.bool),
         "position_ids": positions,
-        "forest": forest_of(segments, parents),
+        "attention_layout": attention_layout(segments, parents),
         "use_cache": False,
     }
     with pytest.raises(RuntimeError):
         model.get_decoder()(**facts)
-    attend_in_trees(model.get_decoder())
+    enable_packed_attention(model.get_decoder())
     assert model.get_decoder()(**facts).last_hidden_state.isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["equal neighbours", "a prefix with branches"])
-def test_recomputed_blocks_give_the_same_gradients_to_the_last_bit(name):
+def test_gradient_checkpointing_gives_bit_equal_gradients(name):
     segments, parents, positions = described(name)
     generator = torch.Generator().manual_seed(0)
     embeds = torch.randn(*segments.shape, tiny.WIDTH, generator=generator)
     gradients = []
     for again in (False, True):
         model, _ = tiny.vila("qwen2")
-        attend_in_trees(model.get_decoder())
+        enable_packed_attention(model.get_decoder())
         model.train()
         if again:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -203,7 +211,7 @@ def test_recomputed_blocks_give_the_same_gradients_to_the_last_bit(name):
             inputs_embeds=embeds,
             attention_mask=torch.ones(1, 1, 0, 0, dtype=torch.bool),
             position_ids=positions,
-            forest=forest_of(segments, parents),
+            attention_layout=attention_layout(segments, parents),
             use_cache=False,
         ).last_hidden_state
         out.square().sum().backward()
@@ -216,18 +224,18 @@ def test_recomputed_blocks_give_the_same_gradients_to_the_last_bit(name):
 @pytest.mark.gpu
 @pytest.mark.parametrize("window", [None, 3, 300])
 @pytest.mark.parametrize("name", ROWS)
-def test_the_kernel_of_the_gpu_equals_the_explicit_mask(name, window):
+def test_the_gpu_kernel_equals_the_explicit_mask(name, window):
     segments, parents, positions = described(name)
     tensors = drawn(segments, width=64)
     module = torch.nn.Module()
     real = segments >= 0
     reference = masked(*tensors, segments, parents, positions, window)
     wanted = torch.autograd.grad((reference * real[..., None, None]).sum(), tensors)
-    forest = forest_of(segments, parents)
+    layout = attention_layout(segments, parents)
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
         moved = [t.detach().to("cuda", dtype).requires_grad_() for t in tensors]
         some = [t.transpose(1, 2) for t in moved]
-        out, _ = packed_attention(module, *some, None, sliding_window=window, forest=forest)
+        out, _ = packed_attention(module, *some, None, sliding_window=window, attention_layout=layout)
         assert (out.float().cpu() - reference)[real].abs().max() < tolerance
         ours = torch.autograd.grad((out * real[..., None, None].cuda()).sum(), moved)
         for one, other in zip(ours, wanted, strict=True):

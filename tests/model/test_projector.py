@@ -6,7 +6,7 @@ from torch import nn
 
 from tests.reference import project
 from vila.core.errors import LayoutError
-from vila.model.projector import build_projector, calibrate_projector, merge_patches, projected_tokens
+from vila.model.projector import build_projector, calibrate_projector, merge_patches, num_projected_tokens
 
 KINDS = ("linear", "mlp1x_gelu", "mlp2x_gelu", "mlp3x_gelu", "mlp_downsample")
 
@@ -51,7 +51,7 @@ def test_mlp_downsample_has_the_published_shapes_and_epsilon():
     "kind", ["mlp2x_relu", "mlp0x_gelu", "mlpx_gelu", "Linear", "mlp_downsample_3x3_fix", "", "mlp1000x_gelu"]
 )
 def test_an_unknown_kind_is_named_with_the_known_ones(kind):
-    for ask in (lambda: build_projector(kind, 4, 8), lambda: projected_tokens(kind, 9)):
+    for ask in (lambda: build_projector(kind, 4, 8), lambda: num_projected_tokens(kind, 9)):
         with pytest.raises(LayoutError) as caught:
             ask()
         assert (caught.value.field, caught.value.value) == ("projector_type", kind)
@@ -88,7 +88,7 @@ def test_a_projector_computes_what_a_loop_over_patches_does(kind, patches):
     features = torch.randn(3, patches, 6)
     wanted = project(kind, projector.state_dict(), features)
     made = projector(features)
-    assert made.shape == wanted.shape == (3, projected_tokens(kind, patches), 10)
+    assert made.shape == wanted.shape == (3, num_projected_tokens(kind, patches), 10)
     # Equal to the last bit over 20 seeds with torch 2.13; another BLAS may sum in another order.
     torch.testing.assert_close(made, wanted, atol=2e-5, rtol=0)
 
@@ -109,12 +109,12 @@ def test_pictures_of_a_batch_are_projected_independently():
 
 
 def test_the_published_grids_give_the_published_lengths():
-    assert [projected_tokens("mlp_downsample", patches) for patches in (576, 729, 1024)] == [144, 196, 256]
-    assert [projected_tokens(kind, 577) for kind in ("identity", "linear", "mlp2x_gelu")] == [577] * 3
+    assert [num_projected_tokens("mlp_downsample", patches) for patches in (576, 729, 1024)] == [144, 196, 256]
+    assert [num_projected_tokens(kind, 577) for kind in ("identity", "linear", "mlp2x_gelu")] == [577] * 3
 
 
 def test_patches_that_are_no_square_grid_cannot_be_merged():
-    for ask in (lambda: projected_tokens("mlp_downsample", 577), lambda: merge_patches(torch.zeros(1, 577, 2))):
+    for ask in (lambda: num_projected_tokens("mlp_downsample", 577), lambda: merge_patches(torch.zeros(1, 577, 2))):
         with pytest.raises(LayoutError, match="577 patches are no square grid.*select_feature 'patch'"):
             ask()
 

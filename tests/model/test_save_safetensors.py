@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from vila.core.errors import LayoutError
-from vila.model.save_weights import Made, in_half, write_file, write_weights
+from vila.model.save_weights import LazyTensor, as_float16, write_file, write_weights
 
 KINDS = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.float16, torch.bfloat16)
 WIDE = (torch.int32, torch.float32, torch.float64, torch.int64)
@@ -34,7 +34,7 @@ def test_tensors_are_made_when_their_turn_comes_and_forgotten(tmp_path):
             torch.utils.weak.weakref.finalize(tensor, alive.remove, number)
             return tensor
 
-        return Made((4,), torch.float32, made)
+        return LazyTensor((4,), torch.float32, made)
 
     write_weights({str(n): make(n) for n in range(5)}, tmp_path)
     assert most == 1
@@ -50,11 +50,11 @@ def test_shards_have_an_index(tmp_path):
 
 def test_what_is_made_must_be_what_was_announced(tmp_path):
     with pytest.raises(RuntimeError, match=r"was made where torch.float32 \[2\] was announced"):
-        write_file({"a": Made((2,), torch.float32, lambda: torch.zeros(3))}, tmp_path / "a")
+        write_file({"a": LazyTensor((2,), torch.float32, lambda: torch.zeros(3))}, tmp_path / "a")
 
 
 def test_half_precision_casts_and_refuses_what_does_not_fit(tmp_path):
-    tensors = in_half({"a": torch.tensor([0.1]), "n": torch.tensor([7]), "big": torch.tensor([70000.0])})
+    tensors = as_float16({"a": torch.tensor([0.1]), "n": torch.tensor([7]), "big": torch.tensor([70000.0])})
     assert tensors["n"].dtype == torch.int64
     write_file({name: tensors[name] for name in "an"}, tmp_path / "a")
     assert load_file(tmp_path / "a")["a"].dtype == torch.float16

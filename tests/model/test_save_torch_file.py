@@ -5,7 +5,7 @@ import zipfile
 import pytest
 import torch
 
-from vila.model.save_weights import Made, write_torch_file
+from vila.model.save_weights import LazyTensor, write_torch_file
 from vila.model.weights import TorchFile
 
 TENSORS = {
@@ -22,7 +22,7 @@ TENSORS = {
 
 @pytest.fixture
 def file(tmp_path):
-    made = Made((4,), torch.float32, lambda: torch.arange(4.0))
+    made = LazyTensor((4,), torch.float32, lambda: torch.arange(4.0))
     write_torch_file({**TENSORS, "made": made}, tmp_path / "x.pt")
     return tmp_path / "x.pt"
 
@@ -38,7 +38,7 @@ def test_torch_reads_it(file, options):
 
 
 def test_our_own_reader_maps_it(file):
-    with TorchFile(file).mapped() as get:
+    with TorchFile(file).open() as get:
         assert all(torch.equal(get(name), tensor) for name, tensor in TENSORS.items())
 
 

@@ -12,7 +12,7 @@ from vila.config.load import load_recipe
 from vila.core.errors import LayoutError, TemplateError
 from vila.engine.engine import Engine
 from vila.model import loading
-from vila.model.loading import load_model, open_parts, save_model
+from vila.model.loading import load_model, open_components, save_model
 from vila.train.setup import load_initial_model, open_initial_model
 
 LACKING = ["vicuna_v1", "llama_2", "llama_3", "mistral"]
@@ -80,7 +80,9 @@ def test_class_tokens_of_a_tower_without_one_are_refused(tmp_path, unbuilt):
     parts = write_parts(tmp_path)
     facts = {"llm": str(parts / "llm"), "projector": "mlp2x_gelu", "image_size": 28, "image_mode": "pad"}
     with pytest.raises(LayoutError) as caught:
-        open_parts(**facts, vision=str(parts / "siglip"), select_layer=-2, select_feature="patch", template="chatml")
+        open_components(
+            **facts, vision=str(parts / "siglip"), select_layer=-2, select_feature="patch", template="chatml"
+        )
     assert (caught.value.field, caught.value.value) == ("select_feature", "patch")
 
 

@@ -8,7 +8,7 @@ from transformers import AutoModel, InternVLVisionConfig
 from tests import tiny
 from tests.reference import internvit_states
 from vila.core.errors import LayoutError
-from vila.model.vision_tower import TOWER_TYPES, check_image_size, check_tower, patch_count, select_features
+from vila.model.vision_tower import TOWER_TYPES, check_image_size, check_tower, num_patches, select_features
 
 FACTS = {
     "model_type": "intern_vit_6b",
@@ -117,18 +117,18 @@ def test_the_internvl_tower_computes_the_published_blocks_of_internvit():
 def test_internvit_has_one_square_size_written_as_a_pair():
     config = vision_config("internvl")
     assert list(config.patch_size) == [14, 14]
-    assert patch_count(config, 28) == 4
-    assert patch_count(InternVLVisionConfig(image_size=448, patch_size=14), 448) == 1024
+    assert num_patches(config, 28) == 4
+    assert num_patches(InternVLVisionConfig(image_size=448, patch_size=14), 448) == 1024
     with pytest.raises(LayoutError) as caught:
-        patch_count(InternVLVisionConfig(image_size=448, patch_size=[14, 7]), 448)
+        num_patches(InternVLVisionConfig(image_size=448, patch_size=[14, 7]), 448)
     assert (caught.value.field, caught.value.value) == ("patch_size", [14, 7])
 
 
 def test_patches_of_the_published_towers():
-    assert patch_count(tiny.vision_config("clip"), 336) == 576
-    assert patch_count(tiny.vision_config("siglip"), 384) == 729
+    assert num_patches(tiny.vision_config("clip"), 336) == 576
+    assert num_patches(tiny.vision_config("siglip"), 384) == 729
     with pytest.raises(LayoutError) as caught:
-        patch_count(tiny.vision_config("dinov2"), 384)
+        num_patches(tiny.vision_config("dinov2"), 384)
     assert (caught.value.field, caught.value.value) == ("image_size", 384)
 
 
@@ -148,7 +148,7 @@ def test_dinov2_takes_any_size():
 def test_patch_drops_the_class_token(name):
     config, model = random_tower(name)
     both = [select_features(model, config, pictures(), -1, kind) for kind in ("cls_patch", "patch")]
-    assert both[1].shape == (2, patch_count(config, 28), 16)
+    assert both[1].shape == (2, num_patches(config, 28), 16)
     assert torch.equal(both[0][:, 1:], both[1])
     check_tower(config, "patch")
 

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from tests import tiny
 from vila.core.errors import LayoutError
-from vila.model.layouts.base import keep_rows, take_third
+from vila.model.layouts.base import keep_rows, split_qkv
 from vila.model.loading import load_model, save_model
 from vila.model.pytorch_bin import read_torch_file
-from vila.model.weights import SafetensorsFile, TorchFile, find_files, pieces_of, weight_file
+from vila.model.weights import SafetensorsFile, TorchFile, find_weight_files, list_tensors, open_weight_file
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1234567\n"
 TENSORS = {"a.weight": torch.arange(12.0).reshape(3, 4), "b": torch.ones(5, dtype=torch.bfloat16), "c": torch.tensor(3)}
@@ -26,7 +26,7 @@ def error_of(file):
     """The error of reading a file; nothing larger than 50 MB is allocated on the way."""
     tracemalloc.start()
     with pytest.raises(LayoutError) as caught:
-        dict(weight_file(file).facts)
+        dict(open_weight_file(file).tensor_specs)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 50_000_000
@@ -43,16 +43,16 @@ class TestTorchFiles:
         state["parameter"] = torch.nn.Parameter(torch.ones(2))
         torch.save(state, tmp_path / "x.bin", _use_new_zipfile_serialization=zipped)
         file = TorchFile(tmp_path / "x.bin")
-        assert list(file.facts) == list(state)
-        with file.mapped() as get:
+        assert list(file.tensor_specs) == list(state)
+        with file.open() as get:
             for name, tensor in state.items():
-                assert file.facts[name] == (tuple(tensor.shape), tensor.dtype)
+                assert file.tensor_specs[name] == (tuple(tensor.shape), tensor.dtype)
                 assert torch.equal(get(name), tensor)
         assert file.is_mapped or not zipped
 
     def test_changes_of_a_mapped_tensor_stay_in_memory(self, tmp_path):
         torch.save(TENSORS, tmp_path / "x.bin")
-        with TorchFile(tmp_path / "x.bin").mapped() as get:
+        with TorchFile(tmp_path / "x.bin").open() as get:
             get("a.weight").add_(1)
         assert torch.equal(torch.load(tmp_path / "x.bin")["a.weight"], TENSORS["a.weight"])
 
@@ -113,7 +113,7 @@ def archive(path, value, members=(("data/0", b"\0" * 64),), compression=zipfile.
 
 class TestHostileTorchFiles:
     def test_the_honest_one_is_read(self, tmp_path):
-        assert weight_file(archive(tmp_path / "x.bin", stored())).facts == {"w": ((4, 4), torch.float32)}
+        assert open_weight_file(archive(tmp_path / "x.bin", stored())).tensor_specs == {"w": ((4, 4), torch.float32)}
 
     @pytest.mark.parametrize(
         "value",
@@ -204,19 +204,19 @@ def test_a_tensor_in_two_files_is_named(tmp_path):
     for name in ("a", "b"):
         save_file({"w": torch.ones(1)}, tmp_path / f"{name}.safetensors")
     with pytest.raises(LayoutError) as caught:
-        pieces_of([SafetensorsFile(tmp_path / f"{name}.safetensors") for name in ("a", "b")])
+        list_tensors([SafetensorsFile(tmp_path / f"{name}.safetensors") for name in ("a", "b")])
     assert (caught.value.file, caught.value.field) == (str(tmp_path / "b.safetensors"), "w")
 
 
 class TestRows:
     def piece(self, tmp_path, tensor):
         save_file({"w": tensor}, tmp_path / "x.safetensors")
-        return pieces_of([SafetensorsFile(tmp_path / "x.safetensors")])["w"]
+        return list_tensors([SafetensorsFile(tmp_path / "x.safetensors")])["w"]
 
     @pytest.mark.parametrize("shape", [(), (7, 2)])
     def test_thirds_that_are_none(self, tmp_path, shape):
         with pytest.raises(LayoutError) as caught:
-            take_third(self.piece(tmp_path, torch.zeros(shape)), 0)
+            split_qkv(self.piece(tmp_path, torch.zeros(shape)), 0)
         assert (caught.value.field, caught.value.value) == ("w", list(shape))
 
     @pytest.mark.parametrize("shape", [(), (7, 2)])
@@ -244,11 +244,11 @@ class TestIndexes:
 
     def refused(self, folder):
         with pytest.raises(LayoutError) as caught:
-            find_files(folder)
+            find_weight_files(folder)
         return caught.value
 
     def test_its_shards_are_found(self, folder):
-        assert sorted(pieces_of(find_files(folder))) == ["a", "b"]
+        assert sorted(list_tensors(find_weight_files(folder))) == ["a", "b"]
 
     @pytest.mark.parametrize("weight_map", [None, [], {}, "x", {"a": 3}, {"a": None}, {"a": ["x"]}, {"a": {}}])
     def test_a_map_of_another_type(self, folder, weight_map):
@@ -275,7 +275,7 @@ class TestIndexes:
         # The index may name files beside it only; that a file beside it is a link is its owner's choice.
         (folder / "model-00001-of-00002.safetensors").rename(folder.parent / "elsewhere")
         (folder / "model-00001-of-00002.safetensors").symlink_to("../elsewhere")
-        assert sorted(pieces_of(find_files(folder))) == ["a", "b"]
+        assert sorted(list_tensors(find_weight_files(folder))) == ["a", "b"]
 
     def test_links_of_the_hubs_cache(self, folder):
         repository = folder.parent / "models--owner--name"
@@ -286,11 +286,11 @@ class TestIndexes:
             file.rename(blob)
             file.symlink_to(f"../../blobs/{blob.name}")
         snapshot = folder.rename(repository / "snapshots" / "commit")
-        assert sorted(pieces_of(find_files(snapshot))) == ["a", "b"]
+        assert sorted(list_tensors(find_weight_files(snapshot))) == ["a", "b"]
 
     def test_a_link_to_the_whole_directory(self, folder):
         (folder.parent / "link").symlink_to(folder)
-        assert sorted(pieces_of(find_files(folder.parent / "link"))) == ["a", "b"]
+        assert sorted(list_tensors(find_weight_files(folder.parent / "link"))) == ["a", "b"]
 
     def test_shards_without_their_index(self, folder):
         (folder / self.INDEX).unlink()
@@ -300,7 +300,7 @@ class TestIndexes:
 
     def test_one_shard_of_one_needs_no_index(self, tmp_path):
         save_file({"a": torch.ones(1)}, tmp_path / "model-00001-of-00001.safetensors")
-        assert list(pieces_of(find_files(tmp_path))) == ["a"]
+        assert list(list_tensors(find_weight_files(tmp_path))) == ["a"]
 
 
 def test_weights_that_are_no_floating_point_are_named(tmp_path):

@@ -9,7 +9,7 @@ import torch
 from tests.held import HOST, PID, held
 from tests.quant.models import logits, loud, random_rows
 from vila.core.errors import ConfigError, DirectoryInUseError, LayoutError, VilaError
-from vila.model.int4_weights import drop_int4, int4_weights
+from vila.model.int4_weights import dequantize_model, int4_weights
 from vila.model.loading import load_model
 from vila.quant import quantize
 from vila.quant.awq_cache import load_search
@@ -36,8 +36,8 @@ def test_what_is_written_loads_and_computes_what_was_rounded(tmp_path, request_)
     summary = quantize_checkpoint(model, processor, tmp_path / "out", request_, ROWS)
     again, _ = load_model(tmp_path / "out", dtype="float32")
     assert len(int4_weights(again)) == summary["linears"] == 14
-    drop_int4(model, torch.float32)
-    drop_int4(again, torch.float32)
+    dequantize_model(model, torch.float32)
+    dequantize_model(again, torch.float32)
     # Norms are kept in 16 bits. Worst of three: 4e-3 of logits up to 20.
     torch.testing.assert_close(logits(again, ROWS), logits(model, ROWS), atol=0.02, rtol=0)
     assert summary == json.loads((tmp_path / "out" / "quantization.json").read_text())

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vila.core.errors import LayoutError
-from vila.kernels.int4 import dequantize, quantize, unpack
+from vila.kernels.int4 import dequantize, quantize, unpack_nibbles
 from vila.quant.gptq import gptq_round, output_error, refit_scales, second_moment
 
 GROUP = 16
@@ -51,8 +51,8 @@ def test_one_column_takes_over_what_its_twin_lost():
     grid = quantize(weight_OI, 4)
     moments_II = torch.diag(torch.tensor([1.0, 1.0, 9.0, 9.0]))
     moments_II[2, 3] = moments_II[3, 2] = 9.0
-    codes = unpack(gptq_round(weight_OI, grid, moments_II, damping=1e-4).codes)
-    assert unpack(grid.codes).tolist() == [[0, 15, 4, 4]]
+    codes = unpack_nibbles(gptq_round(weight_OI, grid, moments_II, damping=1e-4).codes)
+    assert unpack_nibbles(grid.codes).tolist() == [[0, 15, 4, 4]]
     assert codes.tolist() == [[0, 15, 4, 5]]
 
 

@@ -19,7 +19,7 @@ from vila.engine.batch import BatchRun, Group, Run, group_prompts
 from vila.engine.pictures import PictureFeatures, Prompt
 from vila.engine.static_run import StaticRun
 from vila.engine.static_step import StaticSteps
-from vila.kernels.int4 import PRODUCT as REFERENCE
+from vila.kernels.int4 import BACKEND as REFERENCE
 from vila.kernels.int4 import Int4Linear
 from vila.model.int4_weights import int4_weights
 from vila.model.modeling import VilaForConditionalGeneration
@@ -107,12 +107,12 @@ def reference_logits(model: VilaForConditionalGeneration, ids: list[int]) -> Ten
     layers = [m for m in model.modules() if isinstance(m, Int4Linear) and m.backend != REFERENCE.name]
     before = [(layer._product, layer._dtype) for layer in layers]
     for layer in layers:
-        layer.use(REFERENCE, model.dtype)
+        layer.use_backend(REFERENCE, model.dtype)
     try:
         logits: Tensor = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0].float()
     finally:
         for layer, (product, dtype) in zip(layers, before, strict=True):
-            layer.use(product, dtype)
+            layer.use_backend(product, dtype)
     return logits
 
 

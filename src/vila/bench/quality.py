@@ -26,7 +26,7 @@ from vila.core.reading import read_json_object
 from vila.engine.engine import Engine
 from vila.eval.benchmarks.easy_vqa import EasyVqa
 from vila.eval.runner import run
-from vila.model.int4_weights import drop_int4, use_int4
+from vila.model.int4_weights import dequantize_model, use_int4
 from vila.quant.awq_cache import AwqSearch, load_search, save_search
 from vila.quant.calibration import BLOCK, Calibration
 from vila.quant.quantize import Request, check_request, make_search, round_model
@@ -194,7 +194,7 @@ def _quantize(model: Any, processor: Any, way: Way, out: Path, events: Events) -
     ).weights
     use_int4(model, weights)
     rest = sum(parameter.numel() for parameter in model.parameters()) * 2
-    drop_int4(model, torch.float32)
+    dequantize_model(model, torch.float32)
     return rest + sum(weight.num_bytes for weight in weights.values())
 
 

@@ -57,7 +57,7 @@ def convert(
     from vila.core.files import write_text
     from vila.model.hub import local_folder
     from vila.model.layouts.detect import LAYOUTS
-    from vila.model.loading import build_model, empty_model, named_dtype, open_checkpoint, save_model
+    from vila.model.loading import build_model, empty_model, open_checkpoint, parse_dtype, save_model
 
     chosen = _layout(layout, source)
     if dequantize and chosen in IN_4_BITS:
@@ -67,7 +67,7 @@ def convert(
     stop_cleanly()
     folder = local_folder(source, revision or None)
     check_apart(folder, target)
-    kind = named_dtype(dtype.value)
+    kind = parse_dtype(dtype.value)
     checkpoint = open_checkpoint(folder, template=template or None, base=model_base or None)
     shapes, processor = empty_model(checkpoint, int4=not dequantize), checkpoint.processor
     LAYOUTS[chosen.value].check(shapes, processor)
@@ -216,13 +216,13 @@ def _guide(layout: str, model: Any, processor: Any) -> _Guide | None:
 
     if layout == "tinychat":
         try:
-            llava_v1.refuse_to_write(model.config)
+            llava_v1.check_writable(model.config)
         except LayoutError:
             return _tinychat("vila15_demo.py", "VILA-1.5's three folders, the LLM of `llm/` in TinyChat's INT4 (v2).")
         return _tinychat("vila10_demo.py", "A model of VILA-1.0's form in TinyChat's INT4 (v2), whole in one file.")
     if layout == "awq-hf":
         try:
-            llava_hf.refuse_to_write(model.config, processor)
+            llava_hf.check_writable(model.config, processor)
         except LayoutError:
             return _OWN_NAMES
         return _AWQ

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vila.cli import options
-from vila.model.inspect import BYTES, MEMORY_NOTE
+from vila.model.inspect import ELEMENT_BYTES, MEMORY_NOTE
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -42,13 +42,13 @@ def info(
     """Say what [bold]MODEL[/bold] is, in any layout known here, and the memory it needs; no weights are read."""
     import sys
 
-    from vila.model.inspect import checkpoint_facts
+    from vila.model.inspect import inspect_checkpoint
     from vila.model.loading import empty_model, open_checkpoint
 
     checkpoint = open_checkpoint(model, template=template or None, base=model_base or None, revision=revision or None)
     # Every fault that stops loading is reported here too.
     empty_model(checkpoint)
-    facts = {"model": model, **checkpoint_facts(checkpoint)}
+    facts = {"model": model, **inspect_checkpoint(checkpoint)}
     if as_json:
         typer.echo(json.dumps(facts, ensure_ascii=False))
     elif sys.stdout.isatty():
@@ -64,7 +64,7 @@ def _rows(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     for name, part in facts["parts"].items():
         yield name, f"{part['type']}: {_shape(part)}; {_amount(part)}"
     for key, label in _KEPT.items():
-        sizes = (f"{human_bytes(facts['memory'][kind][key])} in {kind}" for kind in BYTES)
+        sizes = (f"{human_bytes(facts['memory'][kind][key])} in {kind}" for kind in ELEMENT_BYTES)
         yield label, ", ".join(sizes)
     yield "memory", MEMORY_NOTE
 
@@ -134,10 +134,10 @@ def _memory_table(facts: dict[str, Any]) -> Table:
 
     table = Table()
     table.add_column("memory for")
-    for kind in BYTES:
+    for kind in ELEMENT_BYTES:
         table.add_column(kind, justify="right")
     for key, label in _KEPT.items():
-        table.add_row(label, *(human_bytes(facts["memory"][kind][key]) for kind in BYTES))
+        table.add_row(label, *(human_bytes(facts["memory"][kind][key]) for kind in ELEMENT_BYTES))
     return table
 
 

@@ -11,8 +11,8 @@ import torch
 from vila.export.base import ExportOptions, Guide
 from vila.export.llava_folder import HubTensor, copy_tensor, hub_tensors, module_name
 from vila.export.source import SafetensorsWriter, Source
-from vila.kernels.int4 import pack
-from vila.kernels.packings import WORD, as_words, pack_compressed
+from vila.kernels.int4 import pack_nibbles
+from vila.kernels.packings import CODES_PER_WORD, as_words, pack_compressed
 
 IGNORE = ("lm_head", "re:.*lm_head", "re:.*vision_tower.*", "re:.*multi_modal_projector.*")
 """Modules that stay as they are, under the names of old and new transformers and of vLLM."""
@@ -152,12 +152,12 @@ def write_compressed(source: Source, part: Path, group_size: int, symmetric: boo
 def _declared(stem: str, one: HubTensor, dtype: torch.dtype, group_size: int, symmetric: bool) -> dict[str, Entry]:
     outputs, inputs = one.shape
     entries: dict[str, Entry] = {
-        f"{stem}.weight_packed": ((outputs, inputs // WORD), torch.int32),
+        f"{stem}.weight_packed": ((outputs, inputs // CODES_PER_WORD), torch.int32),
         f"{stem}.weight_scale": ((outputs, inputs // group_size), dtype),
         f"{stem}.weight_shape": ((2,), torch.int64),
     }
     if not symmetric:
-        entries[f"{stem}.weight_zero_point"] = ((outputs // WORD, inputs // group_size), torch.int32)
+        entries[f"{stem}.weight_zero_point"] = ((outputs // CODES_PER_WORD, inputs // group_size), torch.int32)
     return entries
 
 
@@ -171,4 +171,4 @@ def _write_linear(
         writer.append(f"{stem}.weight_scale", packed["weight_scale"])
         if not symmetric:
             # Left out by the packer where all zeros of these rows happen to be 8; the file has them for every row.
-            writer.append(f"{stem}.weight_zero_point", as_words(pack(weight.zeros.T)).T.contiguous())
+            writer.append(f"{stem}.weight_zero_point", as_words(pack_nibbles(weight.zeros.T)).T.contiguous())

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vila.core.errors import LayoutError
 from vila.export.base import ExportOptions, Guide
-from vila.kernels.int4 import Int4Weight, dequantize, pack, unpack
+from vila.kernels.int4 import Int4Weight, dequantize, pack_nibbles, unpack_nibbles
 from vila.kernels.packings import half_scales
 from vila.model.int4_weights import read_packed
 
@@ -271,6 +271,6 @@ def q4_1_blocks(weight: Int4Weight) -> Tensor:
     scales = half_scales(weight.scales)
     least = (-weight.zeros.float() * scales.float()).to(torch.float16)
     heads = torch.stack([scales, least], dim=-1).repeat_interleave(weight.group_size // BLOCK, dim=1)
-    halves = unpack(weight.codes).unflatten(-1, (-1, 2, BLOCK // 2))
-    codes = pack(halves.transpose(-1, -2).flatten(-2))
+    halves = unpack_nibbles(weight.codes).unflatten(-1, (-1, 2, BLOCK // 2))
+    codes = pack_nibbles(halves.transpose(-1, -2).flatten(-2))
     return torch.cat([heads.contiguous().view(torch.uint8), codes], dim=-1).flatten(1)

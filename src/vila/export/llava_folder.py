@@ -20,8 +20,8 @@ from vila.core.errors import LayoutError
 from vila.core.files import write_json
 from vila.export.source import LLM, SafetensorsWriter, Source
 from vila.model.layouts import llava_hf as files
-from vila.model.layouts.base import to_theirs
-from vila.model.layouts.llava_hf import refuse_to_write
+from vila.model.layouts.base import to_layout_name
+from vila.model.layouts.llava_hf import check_writable
 
 _HEAD = f"{LLM}lm_head.weight"
 _SUMMED = 512
@@ -46,7 +46,7 @@ class HubTensor:
 def hub_refusals(source: Source) -> list[str]:
     """Why stock LLaVA cannot hold the model."""
     try:
-        refuse_to_write(source.config, source.processor)
+        check_writable(source.config, source.processor)
     except LayoutError as error:
         return [str(error)]
     return []
@@ -55,7 +55,7 @@ def hub_refusals(source: Source) -> list[str]:
 def hub_tensors(source: Source) -> dict[str, HubTensor]:
     """Every tensor of the directory by its name there, in the order of the source."""
     rows, linear = _rows(source, _tokenizer(source)[1]), source.config.projector_type == "linear"
-    prefixes = files.their_prefixes(source.config)
+    prefixes = files.name_prefixes(source.config)
     out = {}
     for name in source.names:
         if name == _HEAD and source.is_tied:
@@ -63,9 +63,9 @@ def hub_tensors(source: Source) -> dict[str, HubTensor]:
         # A linear projector becomes the first of two layers, without an activation between.
         written = name.replace("projector.", "projector.0.") if linear and name.startswith("projector.") else name
         wanted = rows if name in files.VOCABULARY else None
-        out[to_theirs(written, prefixes)] = _one(source, name, wanted)
+        out[to_layout_name(written, prefixes)] = _one(source, name, wanted)
     if linear:
-        out |= {to_theirs(f"projector.2.{leaf}", prefixes): made for leaf, made in _identity(source).items()}
+        out |= {to_layout_name(f"projector.2.{leaf}", prefixes): made for leaf, made in _identity(source).items()}
     return out
 
 
@@ -74,7 +74,7 @@ def write_hub_files(source: Source, part: Path, dtype: torch.dtype, extra: Mappi
     config = copy.deepcopy(source.config)
     config.dtype = dtype
     tokenizer, image_id = _tokenizer(source)
-    facts = files.config_facts(config, source.processor, image_id, _rows(source, image_id))
+    facts = files.llava_config(config, source.processor, image_id, _rows(source, image_id))
     write_json(part / "config.json", {**facts, **extra}, indent=2)
     files.write_processor(source.processor, tokenizer, config, part)
     generation = SimpleNamespace(generation_config=GenerationConfig.from_dict(dict(source.checkpoint.generation)))

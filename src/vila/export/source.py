@@ -26,8 +26,8 @@ from vila.model.int4_weights import PackedWeight, read_packed
 from vila.model.layouts.base import Checkpoint
 from vila.model.loading import open_checkpoint
 from vila.model.processor import VilaProcessor
-from vila.model.save_weights import SHARD_BYTES, Declared, num_bytes, plan_file, plan_shards
-from vila.model.weights import SINGLES, Get, Piece, TorchFile
+from vila.model.save_weights import SHARD_BYTES, TensorSpecs, num_bytes, plan_file, plan_shards
+from vila.model.weights import SINGLE_FILES, ReadTensor, TensorRef, TorchFile
 from vila.quant.awq_cache import AwqSearch, read_search
 
 # --- fold
@@ -131,7 +131,7 @@ class Source:
     checkpoint: Checkpoint
     search: AwqSearch | None = None
     events: Events = SILENT
-    _held: dict[Path, Get] = field(default_factory=dict, repr=False)
+    _held: dict[Path, ReadTensor] = field(default_factory=dict, repr=False)
 
     @property
     def folder(self) -> Path:
@@ -154,9 +154,9 @@ class Source:
         return find_family(self.config.text_config.model_type)
 
     @property
-    def pieces(self) -> Mapping[str, Piece]:
+    def pieces(self) -> Mapping[str, TensorRef]:
         """Where every weight lies, by our names."""
-        return self.checkpoint.pieces
+        return self.checkpoint.tensors
 
     @property
     def names(self) -> list[str]:
@@ -207,7 +207,7 @@ class Source:
         folds = self._folds.get(name, ())
         with self._opened(piece) as get:
             whole = get(piece.name)
-            whole = whole if piece.change is None else piece.change(whole)
+            whole = whole if piece.transform is None else piece.transform(whole)
             for start, end in _runs(whole, run_bytes):
                 part = whole[start:end] if whole.dim() else whole
                 for fold in folds:
@@ -277,16 +277,16 @@ class Source:
         return {LLM + name: folds for name, folds in folds_of(self.search, shapes).items()}
 
     @contextmanager
-    def _opened(self, piece: Piece) -> Iterator[Get]:
+    def _opened(self, piece: TensorRef) -> Iterator[ReadTensor]:
         if isinstance(piece.file, TorchFile) and not piece.file.is_mapped:
             # A file from before PyTorch 1.6 can only be read whole: once, then.
             if piece.file.path not in self._held:
-                with piece.file.mapped() as get:
+                with piece.file.open() as get:
                     self._held[piece.file.path] = get
             yield self._held[piece.file.path]
             return
         # Opened anew for every weight, so that the pages of the last one are given back.
-        with piece.file.mapped() as get:
+        with piece.file.open() as get:
             yield get
 
 
@@ -304,10 +304,11 @@ def open_source(
     Raises LayoutError for weights that nothing claims, and for a search that does not fit the model or comes too late.
     """
     checkpoint = open_checkpoint(path, template=template, base=base, revision=revision)
-    if checkpoint.unclaimed:
+    if checkpoint.unexpected:
         raise LayoutError(
-            f"{checkpoint.folder}: {len(checkpoint.unclaimed)} weights unclaimed ({', '.join(checkpoint.unclaimed)}); "
-            "refusing a partial export"
+            f"{len(checkpoint.unexpected)} unexpected weights ({', '.join(checkpoint.unexpected)})",
+            file=checkpoint.folder,
+            hint="refusing a partial export",
         )
     if search is not None and checkpoint.int4:
         raise LayoutError(
@@ -360,15 +361,15 @@ class SafetensorsWriter:
     """
 
     folder: Path
-    declared: Declared
-    single: str = SINGLES[0]
+    declared: TensorSpecs
+    single: str = SINGLE_FILES[0]
     shard_bytes: int = SHARD_BYTES
     _slots: dict[str, _Slot] = field(default_factory=dict, init=False)
     _streams: list[BinaryIO] = field(default_factory=list, init=False)
 
     def __enter__(self) -> SafetensorsWriter:
         files: Mapping[str, Sequence[str]] = {self.single: list(self.declared)}
-        if self.single == SINGLES[0]:
+        if self.single == SINGLE_FILES[0]:
             files = plan_shards(self.declared, self.folder, self.shard_bytes)
         for file, names in files.items():
             self._open(self.folder / file, names)
@@ -396,11 +397,11 @@ class SafetensorsWriter:
         slot.done += rows.nbytes
 
     def _open(self, path: Path, names: Sequence[str]) -> None:
-        plan = plan_file({name: self.declared[name] for name in names}, path)
+        layout = plan_file({name: self.declared[name] for name in names}, path)
         # Closed when the writer is left.
         stream = path.open("wb")
         self._streams.append(stream)
-        stream.write(plan.head)
-        stream.truncate(plan.size)
-        for name, start in plan.starts.items():
+        stream.write(layout.header)
+        stream.truncate(layout.size)
+        for name, start in layout.offsets.items():
             self._slots[name] = _Slot(stream, start, *self.declared[name], num_bytes(*self.declared[name]))

@@ -22,7 +22,7 @@ from vila.export.source import LLM, SafetensorsWriter, Source
 from vila.kernels.packings import pack_modelopt
 from vila.model.layouts import tower_files, vila_v15
 from vila.model.layouts.tokenizer_files import write_tokenizer
-from vila.model.save_weights import Declared
+from vila.model.save_weights import TensorSpecs
 
 GROUPS = (64, 128)
 """Group sizes of its INT4 products."""
@@ -135,7 +135,7 @@ def hub_quantization(group_size: int, ignore: Sequence[str]) -> dict[str, Any]:
 
 def declare_linear(
     stem: str, shape: tuple[int, ...], group_size: int, dtype: torch.dtype, with_scale: bool
-) -> Declared:
+) -> TensorSpecs:
     """Shapes and types of a Linear's tensors.
 
     weight uint8 [N/2, K], weight_scale [N, K/G] and, `with_scale`, pre_quant_scale [K] for the activation.
@@ -175,7 +175,7 @@ def write_folders(source: Source, part: Path, group_size: int | None) -> None:
     _write_projector(source, part / "mm_projector")
     config = copy.deepcopy(source.config)
     config.dtype = source.half
-    facts = vila_v15.config_facts(config, source.processor)
+    facts = vila_v15.vila_v15_config(config, source.processor)
     for name, key in vila_v15._PARTS.items():
         # The program takes the folder's name from here.
         facts[key] = {**read_json(part / name / "config.json"), "_name_or_path": name}
@@ -192,7 +192,7 @@ def _write_llm(source: Source, folder: Path, group_size: int | None) -> None:
     llm = source.config.text_config
     facts = llm.to_dict()
     facts.pop("dtype", None)
-    facts |= vila_v15.old_rope(facts.get("rope_parameters") or {})
+    facts |= vila_v15.legacy_rope_settings(facts.get("rope_parameters") or {})
     facts |= {"torch_dtype": _name(source.half), "architectures": [source.family.causal_lm]}
     facts["model_max_length"] = source.config.context_length
     if group_size is not None:
@@ -239,7 +239,7 @@ def _write_tower(source: Source, folder: Path) -> None:
     facts = {**config.to_dict(), "architectures": [tower_files._ARCHITECTURES[config.model_type]]}
     facts.pop("dtype", None)
     write_json(folder / "config.json", {**facts, "torch_dtype": _name(source.half)}, indent=2)
-    preprocessor = tower_files.preprocessor_facts(config.model_type, source.processor.spec)
+    preprocessor = tower_files.preprocessor_config(config.model_type, source.processor.spec)
     write_json(folder / "preprocessor_config.json", preprocessor, indent=2)
     names = dict(_renamed(source, "vision_tower.", "vision_model."))
     with SafetensorsWriter(folder, _plain(source, names)) as writer:
@@ -266,7 +266,7 @@ def _renamed(source: Source, ours: str, theirs: str) -> Iterator[tuple[str, str]
             yield name, theirs + name.removeprefix(ours)
 
 
-def _plain(source: Source, names: dict[str, str]) -> Declared:
+def _plain(source: Source, names: dict[str, str]) -> TensorSpecs:
     return {theirs: (source.shape(name), source.half) for name, theirs in names.items()}
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from vila.export.base import ExportOptions, Guide
 from vila.export.gguf_llm import BYTE, CONTROL, UNKNOWN, vocabulary_of
 from vila.export.source import LLM, RUN_BYTES
-from vila.kernels.int4 import SYMMETRIC_ZERO, Int4Weight, check_group, pack
+from vila.kernels.int4 import SYMMETRIC_ZERO, Int4Weight, check_group_size, pack_nibbles
 from vila.kernels.packings import find_format
 
 if TYPE_CHECKING:
@@ -247,14 +247,14 @@ def round_engine(rows_OI: Tensor, group_size: int) -> Int4Weight:
 
     Scales are float32 and may be negative. Raises LayoutError when groups do not fill the inputs.
     """
-    check_group(rows_OI.shape[1], group_size)
+    check_group_size(rows_OI.shape[1], group_size)
     groups = rows_OI.float().unflatten(-1, (-1, group_size))
     extreme = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))
     scales = extreme / -8
     inverse = torch.where(scales == 0, torch.zeros_like(scales), 1 / scales)
     codes = (groups * inverse + 8.5).clamp_(0, 15).to(torch.uint8)
     zeros = torch.full_like(scales.squeeze(-1), SYMMETRIC_ZERO, dtype=torch.uint8)
-    return Int4Weight(pack(codes.flatten(-2)), scales.squeeze(-1), zeros, group_size)
+    return Int4Weight(pack_nibbles(codes.flatten(-2)), scales.squeeze(-1), zeros, group_size)
 
 
 def rotary_tables(positions: int, width: int, theta: float) -> Mapping[str, Tensor]:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vila.kernels.int4 import BITS, MAX_CODE, Int4Weight, unpack
+from vila.kernels.int4 import BITS, MAX_CODE, Int4Weight, unpack_nibbles
 
 # M rows  I inputs  O outputs  G inputs of a group
 
@@ -26,12 +26,12 @@ _INNER_TILES = 2
 _MIDDLE = 8
 
 
-class AtenProduct:
+class AtenBackend:
     """`_weight_int4pack_mm` of PyTorch 2.5 and later; on CUDA in bfloat16 and from compute capability 8.0 only."""
 
     name = "aten"
 
-    def missing(self, device: torch.device, dtype: torch.dtype) -> str:
+    def unavailable(self, device: torch.device, dtype: torch.dtype) -> str:
         """Why these kernels cannot run with such activations there; empty when they can."""
         types = _TYPES.get(device.type)
         if types is None:
@@ -42,13 +42,13 @@ class AtenProduct:
             return "PyTorch's 4-bit product needs compute capability 8.0 or more"
         return ""
 
-    def refusal(self, num_inputs: int, num_outputs: int, group_size: int) -> str:
+    def unsupported(self, num_inputs: int, num_outputs: int, group_size: int) -> str:
         """Why a weight of this shape cannot be used; empty when it can."""
         if group_size not in _GROUP_SIZES:
             return f"groups of {group_size}; PyTorch's 4-bit product takes {', '.join(map(str, _GROUP_SIZES))}"
         return ""
 
-    def most_rows(self, device: torch.device) -> int | None:
+    def max_rows(self, device: torch.device) -> int | None:
         """A few on a CPU, where every row reads the weight anew."""
         return 4 if device.type == "cpu" else None
 
@@ -57,7 +57,7 @@ class AtenProduct:
         spare = -weight.num_outputs % _OUTPUT_TILE
         codes, scales, zeros = (F.pad(part, (0, 0, 0, spare)) for part in (weight.codes, weight.scales, weight.zeros))
         if codes.device.type == "cpu":
-            packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unpack(codes).int(), _INNER_TILES)
+            packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unpack_nibbles(codes).int(), _INNER_TILES)
         else:
             # On CUDA the even input of a byte lies in the high nibble.
             swapped = ((codes & MAX_CODE) << BITS) | (codes >> BITS)
@@ -79,4 +79,4 @@ class AtenProduct:
         return y_MO[:, : bias_O.shape[0]] + bias_O.to(y_MO.dtype)
 
 
-PRODUCT = AtenProduct()
+BACKEND = AtenBackend()

@@ -21,7 +21,7 @@ from vila.core.errors import ConfigError, LayoutError
 BITS = 4
 MAX_CODE = 2**BITS - 1
 SYMMETRIC_ZERO = 8
-SCALE_TYPES = (torch.float16, torch.bfloat16, torch.float32)
+SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 # The published code's floor of a group's range, which keeps the scale of a constant group above zero.
 _SMALLEST_RANGE = 1e-5
@@ -47,9 +47,9 @@ class Int4Weight:
     def __post_init__(self) -> None:
         if self.codes.dim() != 2 or self.codes.dtype != torch.uint8:
             raise LayoutError(f"4-bit codes must be uint8 [O, I/2], not {self.codes.dtype} {list(self.codes.shape)}")
-        check_group(self.num_inputs, self.group_size)
+        check_group_size(self.num_inputs, self.group_size)
         groups = [self.num_outputs, self.num_inputs // self.group_size]
-        if list(self.scales.shape) != groups or self.scales.dtype not in SCALE_TYPES:
+        if list(self.scales.shape) != groups or self.scales.dtype not in SCALE_DTYPES:
             found = f"{self.scales.dtype} {list(self.scales.shape)}"
             raise LayoutError(f"scales of groups of {self.group_size} must be floating {groups}, not {found}")
         if list(self.zeros.shape) != groups or self.zeros.dtype != torch.uint8:
@@ -82,7 +82,7 @@ class Int4Weight:
         return replace(self, codes=codes, scales=scales, zeros=zeros)
 
 
-def check_group(num_inputs: int, group_size: int) -> None:
+def check_group_size(num_inputs: int, group_size: int) -> None:
     """Raises LayoutError unless whole groups, of whole bytes, fill the inputs; names group sizes that would fit."""
     if group_size >= 2 and group_size % 2 == 0 and num_inputs >= group_size and num_inputs % group_size == 0:
         return
@@ -91,7 +91,7 @@ def check_group(num_inputs: int, group_size: int) -> None:
     raise LayoutError(f"{num_inputs} inputs cannot be cut into groups of {group_size}{remedy}")
 
 
-def pack(codes_OI: Tensor) -> Tensor:
+def pack_nibbles(codes_OI: Tensor) -> Tensor:
     """Codes 0..15 [..., I] to bytes [..., I/2]; the even one of two neighbours takes the low nibble.
 
     Raises LayoutError when I is odd or the codes are not uint8.
@@ -101,8 +101,8 @@ def pack(codes_OI: Tensor) -> Tensor:
     return codes_OI[..., 0::2] | (codes_OI[..., 1::2] << BITS)
 
 
-def unpack(packed: Tensor) -> Tensor:
-    """Bytes [..., I/2] to codes 0..15 [..., I]: the inverse of `pack`."""
+def unpack_nibbles(packed: Tensor) -> Tensor:
+    """Bytes [..., I/2] to codes 0..15 [..., I]: the inverse of `pack_nibbles`."""
     return torch.stack((packed & MAX_CODE, packed >> BITS), dim=-1).flatten(-2)
 
 
@@ -119,7 +119,7 @@ def quantize(
     rounded to `dtype` first, so that codes and stored scales agree.
     Raises LayoutError when groups do not fill the inputs, or a scale is not finite in `dtype` (NaN, infinity).
     """
-    check_group(weight_OI.shape[-1], group_size)
+    check_group_size(weight_OI.shape[-1], group_size)
     groups = weight_OI.detach().unflatten(-1, (-1, group_size))
     if symmetric:
         scales = groups.abs().amax(-1).clamp(min=_SMALLEST_RANGE) / (SYMMETRIC_ZERO - 1)
@@ -136,13 +136,13 @@ def quantize(
     if not symmetric:
         zeros = (low / scales).round_().neg_().clamp_(0, MAX_CODE)
     codes = (groups / scales.unsqueeze(-1)).round_().add_(zeros.unsqueeze(-1)).clamp_(0, MAX_CODE)
-    return Int4Weight(pack(codes.flatten(-2).to(torch.uint8)), kept, zeros.to(torch.uint8), group_size)
+    return Int4Weight(pack_nibbles(codes.flatten(-2).to(torch.uint8)), kept, zeros.to(torch.uint8), group_size)
 
 
 def dequantize(weight: Int4Weight, dtype: torch.dtype = torch.float32) -> Tensor:
     """The values [O, I], rounded once to `dtype`."""
     wide = torch.promote_types(dtype, torch.float32)
-    codes = unpack(weight.codes).unflatten(-1, (-1, weight.group_size)).to(wide)
+    codes = unpack_nibbles(weight.codes).unflatten(-1, (-1, weight.group_size)).to(wide)
     return (codes.sub_(weight.zeros.unsqueeze(-1)).mul_(weight.scales.unsqueeze(-1))).flatten(-2).to(dtype)
 
 
@@ -170,23 +170,23 @@ def concatenate(weights: Sequence[Int4Weight]) -> Int4Weight:
 # M rows  I inputs  O outputs
 
 # Values of a weight that exist at once outside their 4 bits; 2**22 are about 30 MB with what unpacking needs.
-PIECE_VALUES = 2**22
+MAX_DEQUANTIZED_VALUES = 2**22
 
 
-class TorchProduct:
+class TorchBackend:
     """Rounds the weight to the type of the activations, a piece of the outputs at a time, and multiplies."""
 
     name = "torch"
 
-    def missing(self, device: torch.device, dtype: torch.dtype) -> str:
+    def unavailable(self, device: torch.device, dtype: torch.dtype) -> str:
         """Nothing: it runs everywhere."""
         return ""
 
-    def refusal(self, num_inputs: int, num_outputs: int, group_size: int) -> str:
+    def unsupported(self, num_inputs: int, num_outputs: int, group_size: int) -> str:
         """Nothing: it takes every shape."""
         return ""
 
-    def most_rows(self, device: torch.device) -> int | None:
+    def max_rows(self, device: torch.device) -> int | None:
         """None: this is the reference."""
         return None
 
@@ -198,7 +198,7 @@ class TorchProduct:
         """`x @ dequantize(weight).T + bias` [M, O] in the type of `x`; operands are codes, scales and zeros."""
         codes, scales, zeros = operands
         weight = Int4Weight(codes, scales, zeros, group_size)
-        step = max(1, PIECE_VALUES // weight.num_inputs)
+        step = max(1, MAX_DEQUANTIZED_VALUES // weight.num_inputs)
         pieces = [
             F.linear(x_MI, dequantize(weight.rows(start, start + step), x_MI.dtype))
             for start in range(0, weight.num_outputs, step)
@@ -207,7 +207,7 @@ class TorchProduct:
         return y_MO if bias_O is None else y_MO + bias_O.to(y_MO.dtype)
 
 
-PRODUCT = TorchProduct()
+BACKEND = TorchBackend()
 
 
 # M rows  I inputs  O outputs  G inputs of a group
@@ -216,20 +216,20 @@ _STORED = ("codes", "scales", "zeros")
 _BITS_TYPE = {2: torch.int16, 4: torch.int32}
 
 
-class Int4Product(Protocol):
+class Int4Backend(Protocol):
     """One way to multiply with a 4-bit weight; `backends` names those that exist."""
 
     @property
     def name(self) -> str:
         """As users write it."""
 
-    def missing(self, device: torch.device, dtype: torch.dtype) -> str:
+    def unavailable(self, device: torch.device, dtype: torch.dtype) -> str:
         """Why it cannot run on that device with activations of that type; empty when it can."""
 
-    def refusal(self, num_inputs: int, num_outputs: int, group_size: int) -> str:
+    def unsupported(self, num_inputs: int, num_outputs: int, group_size: int) -> str:
         """Why it cannot take a weight of that shape; empty when it can."""
 
-    def most_rows(self, device: torch.device) -> int | None:
+    def max_rows(self, device: torch.device) -> int | None:
         """Above so many rows the reference is faster there; None for never."""
 
     def prepare(self, weight: Int4Weight, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -265,7 +265,7 @@ class Int4Linear(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        check_group(in_features, group_size)
+        check_group_size(in_features, group_size)
         if splits and sum(splits) != out_features:
             raise LayoutError(f"splits {tuple(splits)} do not add up to {out_features} outputs")
         self.in_features, self.out_features, self.group_size = in_features, out_features, group_size
@@ -275,7 +275,7 @@ class Int4Linear(nn.Module):
         self.register_buffer("scales", torch.zeros(out_features, groups, dtype=scale_dtype, device=device))
         self.register_buffer("zeros", torch.zeros(out_features, groups, dtype=torch.uint8, device=device))
         self.register_buffer("bias", torch.zeros(out_features, dtype=scale_dtype, device=device) if bias else None)
-        self._product: Int4Product = PRODUCT
+        self._product: Int4Backend = BACKEND
         self._dtype = scale_dtype
         self._operands: tuple[str, ...] = _STORED
 
@@ -315,7 +315,7 @@ class Int4Linear(nn.Module):
         """The stored weight, sharing its tensors."""
         return Int4Weight(self.codes, self.scales, self.zeros, self.group_size)
 
-    def hold(self, weight: Int4Weight) -> None:
+    def set_weight(self, weight: Int4Weight) -> None:
         """Keep the same weight in other tensors, such as a part of a joined one, so that memory has it once."""
         self.codes, self.scales, self.zeros = weight.codes, weight.scales, weight.zeros
 
@@ -324,13 +324,13 @@ class Int4Linear(nn.Module):
         """Name of the product in use; "torch" until `use` says otherwise."""
         return self._product.name
 
-    def use(self, product: Int4Product, dtype: torch.dtype) -> None:
+    def use_backend(self, product: Int4Backend, dtype: torch.dtype) -> None:
         """Multiply by `product` from now on, with activations of type `dtype`.
 
         What it prepares follows the module to another device and is made anew when other weights are loaded.
         Raises ConfigError when it cannot run here, or not with this weight.
         """
-        why = product.missing(self.codes.device, dtype) or product.refusal(
+        why = product.unavailable(self.codes.device, dtype) or product.unsupported(
             self.in_features, self.out_features, self.group_size
         )
         if why:
@@ -346,8 +346,8 @@ class Int4Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] to [..., O]."""
         x_MI = x.reshape(-1, self.in_features)
-        most = self._product.most_rows(x.device)
-        product, names = (self._product, self._operands) if most is None or len(x_MI) <= most else (PRODUCT, _STORED)
+        most = self._product.max_rows(x.device)
+        product, names = (self._product, self._operands) if most is None or len(x_MI) <= most else (BACKEND, _STORED)
         operands = tuple(getattr(self, name) for name in names)
         y_MO = product.multiply(x_MI, operands, self.group_size, self.bias)
         return y_MO[:, : self.out_features].reshape(*x.shape[:-1], self.out_features)
@@ -376,8 +376,8 @@ class Int4Linear(nn.Module):
 
     def _prepare_again(self) -> None:
         """What a product prepared belongs to one device and one weight; a product that cannot run now is an error."""
-        if self._product is not PRODUCT and self.codes.device.type != "meta":
-            self.use(self._product, self._dtype)
+        if self._product is not BACKEND and self.codes.device.type != "meta":
+            self.use_backend(self._product, self._dtype)
 
 
 def fuse(layers: Sequence[Int4Linear]) -> Int4Linear:

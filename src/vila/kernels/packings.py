@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 from vila.core.errors import LayoutError, UnknownNameError
-from vila.kernels.int4 import SYMMETRIC_ZERO, Int4Weight, check_group, pack, unpack
+from vila.kernels.int4 import SYMMETRIC_ZERO, Int4Weight, check_group_size, pack_nibbles, unpack_nibbles
 
 # --- int4_packing
 # What every packing of 4-bit weights needs: its description, and checks of the tensors that it is given.
 
 
 Packed = dict[str, Tensor]
-WORD = 8
+CODES_PER_WORD = 8
 """Codes in a word of 32 bits."""
 
 
@@ -35,16 +35,16 @@ class Int4Format:
     unpack: Callable[[Mapping[str, Tensor], int], Int4Weight]
 
 
-def padded_words(num_inputs: int, group_size: int) -> int:
+def num_zero_words(num_inputs: int, group_size: int) -> int:
     """Words of eight groups that a row of zeros takes in gemv and TinyChat files: whole pairs at G=64, fours at G=32.
 
     Raises LayoutError for group sizes that these files do not know.
     """
-    check_group(num_inputs, group_size)
+    check_group_size(num_inputs, group_size)
     unit = 1 if group_size >= 128 else {64: 2, 32: 4}.get(group_size, 0)
     if not unit:
         raise LayoutError(f"gemv and tinychat files have groups of 32, 64, 128 and more, not {group_size}")
-    return -(-num_inputs // (group_size * WORD * unit)) * unit
+    return -(-num_inputs // (group_size * CODES_PER_WORD * unit)) * unit
 
 
 def half_scales(scales: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ _ENGINE_BLOCK = 32
 _EIGHTS = -0x77777778  # a word of eight 8s, 0x88888888 as int32
 
 
-def pack_blocks(weight: Int4Weight, *, run: int) -> Packed:
+def pack_tinychatengine_blocks(weight: Int4Weight, *, run: int) -> Packed:
     """TinyChatEngine's CPU and Metal orders: byte e of a run holds inputs e and e + run/2; groups are of 32.
 
     weight_int4 uint8 [N, K/2], scaling_factor_int4 and offset_int4 (zeros) float32 [N, K/32], zero_point_int4 [1] = 8.
@@ -121,50 +121,50 @@ def pack_blocks(weight: Int4Weight, *, run: int) -> Packed:
     check_divides("inputs of TinyChatEngine's runs", weight.num_inputs, run)
     if weight.group_size != _ENGINE_BLOCK:
         raise LayoutError(f"TinyChatEngine takes groups of {_ENGINE_BLOCK}, not {weight.group_size}")
-    halves = unpack(weight.codes).unflatten(-1, (-1, 2, run // 2))
+    halves = unpack_nibbles(weight.codes).unflatten(-1, (-1, 2, run // 2))
     return {
-        "weight_int4": pack(halves.transpose(-1, -2).flatten(-3)),
+        "weight_int4": pack_nibbles(halves.transpose(-1, -2).flatten(-3)),
         "scaling_factor_int4": weight.scales.float(),
         "offset_int4": torch.zeros_like(weight.scales, dtype=torch.float32),
         "zero_point_int4": torch.tensor([float(SYMMETRIC_ZERO)]),
     }
 
 
-def unpack_blocks(tensors: Mapping[str, Tensor], group_size: int, *, run: int) -> Int4Weight:
-    """The inverse of `pack_blocks`. Raises LayoutError when a tensor is missing or of another shape or type."""
+def unpack_tinychatengine_blocks(tensors: Mapping[str, Tensor], group_size: int, *, run: int) -> Int4Weight:
+    """Inverse of `pack_tinychatengine_blocks`. Raises LayoutError for a missing tensor, wrong shape or dtype."""
     packed, scales, _, _ = take(tensors, "TinyChatEngine", _ENGINE)
     expect("TinyChatEngine", "weight_int4", packed, torch.uint8, (None, None))
-    check_group(packed.shape[1] * 2, group_size)
+    check_group_size(packed.shape[1] * 2, group_size)
     check_divides("inputs of TinyChatEngine's runs", packed.shape[1] * 2, run)
     expect("TinyChatEngine", "scaling_factor_int4", scales, None, (packed.shape[0], packed.shape[1] * 2 // group_size))
-    codes = unpack(packed).unflatten(-1, (-1, run // 2, 2)).transpose(-1, -2).flatten(-3)
-    return Int4Weight(pack(codes), scales, _eights(scales), group_size)
+    codes = unpack_nibbles(packed).unflatten(-1, (-1, run // 2, 2)).transpose(-1, -2).flatten(-3)
+    return Int4Weight(pack_nibbles(codes), scales, _eights(scales), group_size)
 
 
-def pack_engine_cuda(weight: Int4Weight) -> Packed:
+def pack_tinychatengine_cuda(weight: Int4Weight) -> Packed:
     """TinyChatEngine's QM_CUDA: weight_int4 int32 [N, K/8] and scaling_factor_int4 float16 [N, 8Z] as in gemv.
 
     offset_int4 float16 [N, K/G] is zero and every word of zero_point_int4 int32 [N, Z] is 0x88888888, padding included.
     Raises LayoutError for a zero that is not 8 or a group size that gemv files do not have.
     """
     _check_symmetric("TinyChatEngine", weight)
-    check_divides("inputs of TinyChatEngine's words", weight.num_inputs, WORD)
-    words = padded_words(weight.num_inputs, weight.group_size)
+    check_divides("inputs of TinyChatEngine's words", weight.num_inputs, CODES_PER_WORD)
+    words = num_zero_words(weight.num_inputs, weight.group_size)
     return {
         "weight_int4": as_words(weight.codes),
-        "scaling_factor_int4": widen(half_scales(weight.scales), words * WORD),
+        "scaling_factor_int4": widen(half_scales(weight.scales), words * CODES_PER_WORD),
         "offset_int4": torch.zeros_like(weight.scales, dtype=torch.float16),
         "zero_point_int4": torch.full((weight.num_outputs, words), _EIGHTS, dtype=torch.int32),
     }
 
 
-def unpack_engine_cuda(tensors: Mapping[str, Tensor], group_size: int) -> Int4Weight:
-    """The inverse of `pack_engine_cuda`. Raises LayoutError when a tensor is missing or of another shape or type."""
+def unpack_tinychatengine_cuda(tensors: Mapping[str, Tensor], group_size: int) -> Int4Weight:
+    """Inverse of `pack_tinychatengine_cuda`. Raises LayoutError for a missing tensor, wrong shape or dtype."""
     packed, scales, _, _ = take(tensors, "TinyChatEngine", _ENGINE)
     expect("TinyChatEngine", "weight_int4", packed, torch.int32, (None, None))
-    num_inputs = packed.shape[1] * WORD
-    words = padded_words(num_inputs, group_size)
-    expect("TinyChatEngine", "scaling_factor_int4", scales, None, (packed.shape[0], words * WORD))
+    num_inputs = packed.shape[1] * CODES_PER_WORD
+    words = num_zero_words(num_inputs, group_size)
+    expect("TinyChatEngine", "scaling_factor_int4", scales, None, (packed.shape[0], words * CODES_PER_WORD))
     kept = scales[:, : num_inputs // group_size].contiguous()
     return Int4Weight(as_bytes(packed), kept, _eights(kept), group_size)
 
@@ -175,7 +175,7 @@ def pack_compressed(weight: Int4Weight) -> Packed:
     All in natural order; weight_zero_point int32 [N/8, K/G] is packed along the outputs, and left out where every zero
     is 8 (a symmetric weight). Raises LayoutError unless 8 divides K, and N of an asymmetric weight.
     """
-    check_divides("inputs of compressed-tensors' words", weight.num_inputs, WORD)
+    check_divides("inputs of compressed-tensors' words", weight.num_inputs, CODES_PER_WORD)
     packed = {
         "weight_packed": as_words(weight.codes),
         "weight_scale": weight.scales.contiguous(),
@@ -183,22 +183,22 @@ def pack_compressed(weight: Int4Weight) -> Packed:
     }
     if bool((weight.zeros == SYMMETRIC_ZERO).all()):
         return packed
-    check_divides("outputs of compressed-tensors' zero points", weight.num_outputs, WORD)
-    return packed | {"weight_zero_point": as_words(pack(weight.zeros.T)).T.contiguous()}
+    check_divides("outputs of compressed-tensors' zero points", weight.num_outputs, CODES_PER_WORD)
+    return packed | {"weight_zero_point": as_words(pack_nibbles(weight.zeros.T)).T.contiguous()}
 
 
 def unpack_compressed(tensors: Mapping[str, Tensor], group_size: int) -> Int4Weight:
     """The inverse of `pack_compressed`. Raises LayoutError when a tensor is missing or of another shape or type."""
     codes, scales = take(tensors, "compressed-tensors", ("weight_packed", "weight_scale"))
     expect("compressed-tensors", "weight_packed", codes, torch.int32, (None, None))
-    num_outputs, num_inputs = codes.shape[0], codes.shape[1] * WORD
-    check_group(num_inputs, group_size)
+    num_outputs, num_inputs = codes.shape[0], codes.shape[1] * CODES_PER_WORD
+    check_group_size(num_inputs, group_size)
     groups = num_inputs // group_size
     expect("compressed-tensors", "weight_scale", scales, None, (num_outputs, groups))
     zeros = _eights(scales)
     if (words := tensors.get("weight_zero_point")) is not None:
-        expect("compressed-tensors", "weight_zero_point", words, torch.int32, (num_outputs // WORD, groups))
-        zeros = unpack(as_bytes(words.T)).T.contiguous()
+        expect("compressed-tensors", "weight_zero_point", words, torch.int32, (num_outputs // CODES_PER_WORD, groups))
+        zeros = unpack_nibbles(as_bytes(words.T)).T.contiguous()
     return Int4Weight(as_bytes(codes), scales, zeros, group_size)
 
 
@@ -210,18 +210,18 @@ def pack_modelopt(weight: Int4Weight) -> Packed:
     """
     _check_symmetric("ModelOpt", weight)
     check_divides("outputs of ModelOpt's bytes", weight.num_outputs, 2)
-    signed = unpack(weight.codes) ^ SYMMETRIC_ZERO
-    return {"weight": pack(signed.T).T.contiguous(), "weight_scale": weight.scales.contiguous()}
+    signed = unpack_nibbles(weight.codes) ^ SYMMETRIC_ZERO
+    return {"weight": pack_nibbles(signed.T).T.contiguous(), "weight_scale": weight.scales.contiguous()}
 
 
 def unpack_modelopt(tensors: Mapping[str, Tensor], group_size: int) -> Int4Weight:
     """The inverse of `pack_modelopt`. Raises LayoutError when a tensor is missing or of another shape or type."""
     packed, scales = take(tensors, "ModelOpt", ("weight", "weight_scale"))
     expect("ModelOpt", "weight", packed, torch.uint8, (None, None))
-    check_group(packed.shape[1], group_size)
+    check_group_size(packed.shape[1], group_size)
     expect("ModelOpt", "weight_scale", scales, None, (packed.shape[0] * 2, packed.shape[1] // group_size))
-    codes = unpack(packed.T).T ^ SYMMETRIC_ZERO
-    return Int4Weight(pack(codes), scales, _eights(scales), group_size)
+    codes = unpack_nibbles(packed.T).T ^ SYMMETRIC_ZERO
+    return Int4Weight(pack_nibbles(codes), scales, _eights(scales), group_size)
 
 
 def _check_symmetric(program: str, weight: Int4Weight) -> None:
@@ -236,15 +236,15 @@ def _eights(scales: Tensor) -> Tensor:
 
 
 def _blocks(name: str, run: int) -> Int4Format:
-    packer: Callable[[Int4Weight], Packed] = partial(pack_blocks, run=run)
-    return Int4Format(name, _ENGINE, packer, partial(unpack_blocks, run=run))
+    packer: Callable[[Int4Weight], Packed] = partial(pack_tinychatengine_blocks, run=run)
+    return Int4Format(name, _ENGINE, packer, partial(unpack_tinychatengine_blocks, run=run))
 
 
 TARGETS = (
     _blocks("qm_x86", 64),
     _blocks("qm_arm", 32),
     _blocks("qm_metal", 8),
-    Int4Format("qm_cuda", _ENGINE, pack_engine_cuda, unpack_engine_cuda),
+    Int4Format("qm_cuda", _ENGINE, pack_tinychatengine_cuda, unpack_tinychatengine_cuda),
     Int4Format("compressed", ("weight_packed", "weight_scale", "weight_shape"), pack_compressed, unpack_compressed),
     Int4Format("modelopt", ("weight", "weight_scale"), pack_modelopt, unpack_modelopt),
 )
@@ -273,9 +273,9 @@ def pack_gemm(weight: Int4Weight) -> Packed:
 
     Words hold eight outputs in GEMM_ORDER. Raises LayoutError unless 8 divides N.
     """
-    check_divides("outputs of gemm words", weight.num_outputs, WORD)
+    check_divides("outputs of gemm words", weight.num_outputs, CODES_PER_WORD)
     return {
-        "qweight": _gemm_words(unpack(weight.codes).T),
+        "qweight": _gemm_words(unpack_nibbles(weight.codes).T),
         "qzeros": _gemm_words(weight.zeros.T),
         "scales": half_scales(weight.scales).T.contiguous(),
     }
@@ -285,26 +285,26 @@ def unpack_gemm(tensors: Mapping[str, Tensor], group_size: int) -> Int4Weight:
     """The inverse of `pack_gemm`. Raises LayoutError when a tensor is missing or of another shape or type."""
     qweight, qzeros, scales = take(tensors, "gemm", ("qweight", "qzeros", "scales"))
     expect("gemm", "qweight", qweight, torch.int32, (None, None))
-    num_inputs, num_outputs = qweight.shape[0], qweight.shape[1] * WORD
-    check_group(num_inputs, group_size)
+    num_inputs, num_outputs = qweight.shape[0], qweight.shape[1] * CODES_PER_WORD
+    check_group_size(num_inputs, group_size)
     groups = num_inputs // group_size
-    expect("gemm", "qzeros", qzeros, torch.int32, (groups, num_outputs // WORD))
+    expect("gemm", "qzeros", qzeros, torch.int32, (groups, num_outputs // CODES_PER_WORD))
     expect("gemm", "scales", scales, None, (groups, num_outputs))
     codes, zeros = (_gemm_codes(words).T.contiguous() for words in (qweight, qzeros))
-    return Int4Weight(pack(codes), scales.T.contiguous(), zeros, group_size)
+    return Int4Weight(pack_nibbles(codes), scales.T.contiguous(), zeros, group_size)
 
 
 def pack_gemv(weight: Int4Weight) -> Packed:
     """AutoAWQ `gemv`, TinyChat's first format: qweight int32 [N, K/8], qzeros int32 [N, Z], scales float16 [N, 8Z].
 
-    All in natural order; `padded_words` is Z, and what lies past the K/G groups is zero.
+    All in natural order; `num_zero_words` is Z, and what lies past the K/G groups is zero.
     Raises LayoutError when 8 does not divide K or the format has no such group size.
     """
-    check_divides("inputs of gemv words", weight.num_inputs, WORD)
-    width = padded_words(weight.num_inputs, weight.group_size) * WORD
+    check_divides("inputs of gemv words", weight.num_inputs, CODES_PER_WORD)
+    width = num_zero_words(weight.num_inputs, weight.group_size) * CODES_PER_WORD
     return {
         "qweight": as_words(weight.codes),
-        "qzeros": as_words(pack(widen(weight.zeros, width))),
+        "qzeros": as_words(pack_nibbles(widen(weight.zeros, width))),
         "scales": widen(half_scales(weight.scales), width),
     }
 
@@ -313,12 +313,12 @@ def unpack_gemv(tensors: Mapping[str, Tensor], group_size: int) -> Int4Weight:
     """The inverse of `pack_gemv`. Raises LayoutError when a tensor is missing or of another shape or type."""
     qweight, qzeros, scales = take(tensors, "gemv", ("qweight", "qzeros", "scales"))
     expect("gemv", "qweight", qweight, torch.int32, (None, None))
-    num_outputs, num_inputs = qweight.shape[0], qweight.shape[1] * WORD
-    words = padded_words(num_inputs, group_size)
+    num_outputs, num_inputs = qweight.shape[0], qweight.shape[1] * CODES_PER_WORD
+    words = num_zero_words(num_inputs, group_size)
     expect("gemv", "qzeros", qzeros, torch.int32, (num_outputs, words))
-    expect("gemv", "scales", scales, None, (num_outputs, words * WORD))
+    expect("gemv", "scales", scales, None, (num_outputs, words * CODES_PER_WORD))
     groups = num_inputs // group_size
-    zeros = unpack(as_bytes(qzeros))[:, :groups]
+    zeros = unpack_nibbles(as_bytes(qzeros))[:, :groups]
     codes = as_bytes(qweight)
     return Int4Weight(codes, scales[:, :groups].contiguous(), zeros.contiguous(), group_size)
 
@@ -330,15 +330,15 @@ def pack_tinychat(weight: Int4Weight) -> Packed:
     holds input 8 (p mod 4) + p div 4; words of four neighbours then run through tiles of 4 outputs x 64 inputs.
     Raises LayoutError unless 8 divides N, 64 divides K and the format has such a group size.
     """
-    check_divides("outputs of tinychat words", weight.num_outputs, WORD)
+    check_divides("outputs of tinychat words", weight.num_outputs, CODES_PER_WORD)
     check_divides("inputs of tinychat words", weight.num_inputs, _TINYCHAT_COLUMNS)
-    width = padded_words(weight.num_inputs, weight.group_size) * WORD
-    runs = unpack(weight.codes).unflatten(-1, (-1, 4, _TINYCHAT_RUN // 4)).transpose(-1, -2).flatten(-3)
+    width = num_zero_words(weight.num_inputs, weight.group_size) * CODES_PER_WORD
+    runs = unpack_nibbles(weight.codes).unflatten(-1, (-1, 4, _TINYCHAT_RUN // 4)).transpose(-1, -2).flatten(-3)
     tiles = runs.unflatten(0, (-1, _TINYCHAT_ROWS)).unflatten(-1, (-1, _TINYCHAT_COLUMNS)).transpose(1, 2)
     scales = half_scales(weight.scales)
     scaled_zeros = -(scales * weight.zeros)
     return {
-        "qweight": as_words(pack(tiles.flatten(1)), torch.int16),
+        "qweight": as_words(pack_nibbles(tiles.flatten(1)), torch.int16),
         "scales": widen(scales, width).T.contiguous(),
         "scaled_zeros": widen(scaled_zeros, width).T.contiguous(),
     }
@@ -355,15 +355,15 @@ def unpack_tinychat(tensors: Mapping[str, Tensor], group_size: int) -> Int4Weigh
     expect("tinychat", "qweight", qweight, torch.int16, (None, None))
     num_outputs, num_inputs = qweight.shape[0] * _TINYCHAT_ROWS, qweight.shape[1]
     check_divides("inputs of tinychat words", num_inputs, _TINYCHAT_COLUMNS)
-    width = padded_words(num_inputs, group_size) * WORD
+    width = num_zero_words(num_inputs, group_size) * CODES_PER_WORD
     expect("tinychat", "scales", scales, None, (width, num_outputs))
     expect("tinychat", "scaled_zeros", scaled_zeros, None, (width, num_outputs))
-    tiles = unpack(as_bytes(qweight)).unflatten(1, (-1, _TINYCHAT_ROWS, _TINYCHAT_COLUMNS))
+    tiles = unpack_nibbles(as_bytes(qweight)).unflatten(1, (-1, _TINYCHAT_ROWS, _TINYCHAT_COLUMNS))
     runs = tiles.transpose(1, 2).flatten(2).flatten(0, 1)
     codes = runs.unflatten(-1, (-1, _TINYCHAT_RUN // 4, 4)).transpose(-1, -2).flatten(-3)
     groups = num_inputs // group_size
     kept = scales[:groups].T.contiguous()
-    return Int4Weight(pack(codes), kept, _whole_zeros(kept, scaled_zeros[:groups].T), group_size)
+    return Int4Weight(pack_nibbles(codes), kept, _whole_zeros(kept, scaled_zeros[:groups].T), group_size)
 
 
 def pack_onnx(weight: Int4Weight) -> Packed:
@@ -379,7 +379,7 @@ def pack_onnx(weight: Int4Weight) -> Packed:
     return {
         "B": weight.codes.unflatten(-1, (-1, size // 2)).contiguous(),
         "scales": weight.scales.contiguous(),
-        "zero_points": pack(widen(weight.zeros, groups + groups % 2)),
+        "zero_points": pack_nibbles(widen(weight.zeros, groups + groups % 2)),
     }
 
 
@@ -394,17 +394,17 @@ def unpack_onnx(tensors: Mapping[str, Tensor], group_size: int) -> Int4Weight:
     scales, zero_points = (part.reshape(num_outputs, -1) for part in (scales, zero_points))
     expect("onnx", "scales", scales, None, (num_outputs, groups))
     expect("onnx", "zero_points", zero_points, torch.uint8, (num_outputs, (groups + 1) // 2))
-    return Int4Weight(blocks.flatten(1), scales, unpack(zero_points)[:, :groups].contiguous(), group_size)
+    return Int4Weight(blocks.flatten(1), scales, unpack_nibbles(zero_points)[:, :groups].contiguous(), group_size)
 
 
 def _gemm_words(codes: Tensor) -> Tensor:
     """Codes [..., N] to int32 [..., N/8] in the order of gemm."""
-    return as_words(pack(codes.unflatten(-1, (-1, WORD))[..., GEMM_ORDER].flatten(-2)))
+    return as_words(pack_nibbles(codes.unflatten(-1, (-1, CODES_PER_WORD))[..., GEMM_ORDER].flatten(-2)))
 
 
 def _gemm_codes(words: Tensor) -> Tensor:
     """The inverse of `_gemm_words`."""
-    return unpack(as_bytes(words)).unflatten(-1, (-1, WORD))[..., _GEMM_BACK].flatten(-2)
+    return unpack_nibbles(as_bytes(words)).unflatten(-1, (-1, CODES_PER_WORD))[..., _GEMM_BACK].flatten(-2)
 
 
 def _whole_zeros(scales: Tensor, scaled_zeros: Tensor) -> Tensor:

@@ -11,15 +11,15 @@ from torch import nn
 from vila.core.errors import ConfigError, UnknownNameError
 from vila.core.progress import SILENT, Events
 from vila.core.registry import Registry
-from vila.kernels.int4 import PRODUCT as REFERENCE
-from vila.kernels.int4 import Int4Linear, Int4Product
+from vila.kernels.int4 import BACKEND as REFERENCE
+from vila.kernels.int4 import Int4Backend, Int4Linear
 
-BACKENDS: Registry[Int4Product] = Registry(
+BACKENDS: Registry[Int4Backend] = Registry(
     "int4 backend",
     {
-        "torch": "vila.kernels.int4:PRODUCT",
-        "aten": "vila.kernels.aten:PRODUCT",
-        "triton": "vila.kernels.triton:PRODUCT",
+        "torch": "vila.kernels.int4:BACKEND",
+        "aten": "vila.kernels.aten:BACKEND",
+        "triton": "vila.kernels.triton:BACKEND",
     },
 )
 AUTO = "auto"
@@ -38,15 +38,15 @@ class BackendChoice:
     device: str
     dtype: torch.dtype
     num_layers: int
-    passed: tuple[tuple[str, str], ...] = ()
-    refused: tuple[tuple[str, str], ...] = ()
+    skipped: tuple[tuple[str, str], ...] = ()
+    fallbacks: tuple[tuple[str, str], ...] = ()
 
     def describe(self) -> str:
         """One line for the reader; a line more for what was passed over and for layers that were refused."""
         kind = str(self.dtype).removeprefix("torch.")
         lines = [f"int4: {self.name} on {self.device}, {kind} activations, {self.num_layers} layers"]
-        lines += [f"int4: not {name}: {why}" for name, why in self.passed]
-        lines += [f"int4: {layer} by the reference: {why}" for layer, why in self.refused]
+        lines += [f"int4: not {name}: {why}" for name, why in self.skipped]
+        lines += [f"int4: {layer} by the reference: {why}" for layer, why in self.fallbacks]
         return "\n".join(lines)
 
 
@@ -56,7 +56,7 @@ def missing(name: str, device: torch.device | str, dtype: torch.dtype) -> str:
         raise UnknownNameError("int4 backend", name, [AUTO, *BACKENDS])
     if name == "triton" and find_spec("triton") is None:
         return "Triton is not installed (it comes with PyTorch's CUDA builds)"
-    return BACKENDS[name].missing(torch.device(device), dtype)
+    return BACKENDS[name].unavailable(torch.device(device), dtype)
 
 
 def use_backend(
@@ -81,14 +81,14 @@ def use_backend(
     refused = {
         where: why
         for where, layer in layers.items()
-        if (why := product.refusal(layer.in_features, layer.out_features, layer.group_size))
+        if (why := product.unsupported(layer.in_features, layer.out_features, layer.group_size))
     }
     if refused and name != AUTO:
         raise ConfigError.collect(
             f"int4 backend {name!r}", (f"{where or 'layer'}: {why}" for where, why in refused.items())
         )
     for where, layer in layers.items():
-        layer.use(REFERENCE if where in refused else product, dtype)
+        layer.use_backend(REFERENCE if where in refused else product, dtype)
     choice = BackendChoice(chosen, _device_name(device), dtype, len(layers), passed, tuple(refused.items()))
     events.log(choice.describe())
     return choice

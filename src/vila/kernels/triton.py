@@ -205,12 +205,12 @@ def _(x_MI: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, bias_O: Tensor
     return x_MI.new_empty(x_MI.shape[0], codes.shape[0])
 
 
-class TritonProduct:
+class TritonBackend:
     """Our own kernels, on CUDA from compute capability 8.0; under Triton's interpreter on a CPU."""
 
     name = "triton"
 
-    def missing(self, device: torch.device, dtype: torch.dtype) -> str:
+    def unavailable(self, device: torch.device, dtype: torch.dtype) -> str:
         """Why the kernels cannot run with such activations there; empty when they can."""
         interpreted = _is_interpreted()
         if dtype not in (torch.float16, torch.bfloat16) and not (interpreted and dtype == torch.float32):
@@ -223,13 +223,13 @@ class TritonProduct:
             return "our Triton kernels need compute capability 8.0 or more"
         return ""
 
-    def refusal(self, num_inputs: int, num_outputs: int, group_size: int) -> str:
+    def unsupported(self, num_inputs: int, num_outputs: int, group_size: int) -> str:
         """Why a weight of this shape cannot be used; empty when it can."""
         if group_size < 16 or group_size & (group_size - 1):
             return f"groups of {group_size}; our Triton kernels take powers of two from 16"
         return ""
 
-    def most_rows(self, device: torch.device) -> int | None:
+    def max_rows(self, device: torch.device) -> int | None:
         """None: it has a kernel for many rows."""
         return None
 
@@ -244,4 +244,4 @@ class TritonProduct:
         return product
 
 
-PRODUCT = TritonProduct()
+BACKEND = TritonBackend()

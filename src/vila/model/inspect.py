@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from vila.model.layouts.base import Checkpoint
-    from vila.model.weights import Piece
+    from vila.model.weights import TensorRef
 
-BYTES = {"bfloat16": 2, "float32": 4}
+ELEMENT_BYTES = {"bfloat16": 2, "float32": 4}
 """Number types that memory is told for, and the bytes of a number."""
 MEMORY_NOTE = (
     "Weights are parameters x bytes of a number, but for those in 4 bits; the KV cache is 2 x layers x key-value "
@@ -21,7 +21,7 @@ _TIED = "language_model.lm_head.weight"
 _INT4 = "int4"
 
 
-def checkpoint_facts(checkpoint: Checkpoint) -> dict[str, Any]:
+def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
     """Layout, parts, picture and context facts and needed memory (bytes), as plain data for JSON."""
     from vila.core.vision_spec import VisionSpec
     from vila.model.layouts.detect import detect_layout
@@ -33,7 +33,7 @@ def checkpoint_facts(checkpoint: Checkpoint) -> dict[str, Any]:
     shapes = [tower_shape(config.vision_config), _projector_shape(config), llm_shape(config.text_config)]
     parameters = sum(part["parameters"] for part in weights)
     packed, unpacked = (int4["memory"], parameters - int4["parameters"]) if int4 else (0, parameters)
-    per_token = kv_numbers_per_token(config.text_config)
+    per_token = kv_elements_per_token(config.text_config)
     return {
         "folder": str(checkpoint.folder),
         "layout": detect_layout(checkpoint.folder).name,
@@ -56,12 +56,12 @@ def checkpoint_facts(checkpoint: Checkpoint) -> dict[str, Any]:
                 "kv_cache_per_1000_tokens": 1000 * per_token * size,
                 "kv_cache_full_context": config.context_length * per_token * size,
             }
-            for kind, size in BYTES.items()
+            for kind, size in ELEMENT_BYTES.items()
         },
     }
 
 
-def kv_numbers_per_token(llm: Any) -> int:
+def kv_elements_per_token(llm: Any) -> int:
     """Numbers that the KV cache holds for one token: a key and a value for each layer and key-value head."""
     heads = int(getattr(llm, "num_key_value_heads", None) or llm.num_attention_heads)
     width = int(getattr(llm, "head_dim", None) or llm.hidden_size // llm.num_attention_heads)
@@ -105,7 +105,7 @@ def _weight_facts(prefix: str, checkpoint: Checkpoint) -> dict[str, Any]:
     """Parameters, bytes and number types of the weights below `prefix`; a tied head is not counted twice."""
     skipped = {_TIED} if checkpoint.config.text_config.tie_word_embeddings else set()
     pieces = [
-        piece for name, piece in checkpoint.pieces.items() if name.startswith(f"{prefix}.") and name not in skipped
+        piece for name, piece in checkpoint.tensors.items() if name.startswith(f"{prefix}.") and name not in skipped
     ]
     packed = [weight for name, weight in checkpoint.int4.items() if name.startswith(f"{prefix}.")]
     kinds = {_name(piece.dtype) for piece in pieces} | ({_INT4} if packed else set())
@@ -134,14 +134,14 @@ def _int4_facts(checkpoint: Checkpoint) -> dict[str, Any] | None:
     }
 
 
-def _bytes(piece: Piece) -> int:
+def _bytes(piece: TensorRef) -> int:
     # Not what the file holds: a joined query, key and value is three weights of ours.
     return prod(piece.shape) * piece.dtype.itemsize
 
 
 def _main_dtype(checkpoint: Checkpoint) -> str:
     sizes: Counter[str] = Counter()
-    for piece in checkpoint.pieces.values():
+    for piece in checkpoint.tensors.values():
         sizes[_name(piece.dtype)] += prod(piece.shape)
     sizes[_INT4] += sum(prod(weight.shape) for weight in checkpoint.int4.values())
     return sizes.most_common(1)[0][0]
@@ -149,7 +149,7 @@ def _main_dtype(checkpoint: Checkpoint) -> str:
 
 def _storage(checkpoint: Checkpoint) -> dict[str, Any]:
     packed = [piece for weight in checkpoint.int4.values() for piece in weight.parts.values()]
-    files = sorted({piece.file.path for piece in [*checkpoint.pieces.values(), *packed]})
+    files = sorted({piece.file.path for piece in [*checkpoint.tensors.values(), *packed]})
     kinds = sorted({path.suffix.removeprefix(".") for path in files})
     return {"format": ", ".join(kinds), "files": len(files), "bytes": sum(path.stat().st_size for path in files)}
 

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from vila.core.errors import LayoutError
-from vila.kernels.int4 import SCALE_TYPES, Int4Linear, Int4Weight, check_group
-from vila.kernels.packings import find_format, padded_words
-from vila.model.weights import Get, Piece, Shape, WeightFile
+from vila.kernels.int4 import SCALE_DTYPES, Int4Linear, Int4Weight, check_group_size
+from vila.kernels.packings import find_format, num_zero_words
+from vila.model.weights import ReadTensor, Shape, TensorRef, WeightFile
 
 _SHOWN = 5
 
@@ -66,7 +66,7 @@ def group_size_of(model: nn.Module) -> int | None:
     return sizes.pop() if sizes else None
 
 
-def drop_int4(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     """Turn every 4-bit layer into an ordinary Linear with the rounded values, in place; the opposite of `use_int4`.
 
     dtype: of the new weights; None takes that of the embeddings.
@@ -124,7 +124,7 @@ class PackedWeight:
     packing:    gemm, gemv or tinychat.
     """
 
-    parts: Mapping[str, Piece]
+    parts: Mapping[str, TensorRef]
     packing: str
     group_size: int
     shape: Shape
@@ -150,17 +150,17 @@ def read_packed(packed: Mapping[str, PackedWeight]) -> Iterator[tuple[str, Int4W
     while waiting:
         copied = 0
         with ExitStack() as stack:
-            opened: dict[WeightFile, Get] = {}
+            opened: dict[WeightFile, ReadTensor] = {}
             while waiting and copied < _RUN_BYTES:
                 name = waiting.pop()
                 for piece in packed[name].parts.values():
                     if piece.file not in opened:
-                        opened[piece.file] = stack.enter_context(piece.file.mapped())
+                        opened[piece.file] = stack.enter_context(piece.file.open())
                 yield name, _unpacked(packed[name], opened)
                 copied += packed[name].bytes
 
 
-def _unpacked(weight: PackedWeight, opened: Mapping[WeightFile, Get]) -> Int4Weight:
+def _unpacked(weight: PackedWeight, opened: Mapping[WeightFile, ReadTensor]) -> Int4Weight:
     tensors = {ending: opened[piece.file](piece.name) for ending, piece in weight.parts.items()}
     try:
         unpacked = find_format(weight.packing).unpack(tensors, weight.group_size)
@@ -173,18 +173,18 @@ def _unpacked(weight: PackedWeight, opened: Mapping[WeightFile, Get]) -> Int4Wei
     return unpacked
 
 
-def gather(
-    pieces: Mapping[str, Piece], packing: str, group_size: int, source: str
-) -> tuple[dict[str, Piece], dict[str, PackedWeight]]:
+def collect_packed_weights(
+    pieces: Mapping[str, TensorRef], packing: str, group_size: int, source: str
+) -> tuple[dict[str, TensorRef], dict[str, PackedWeight]]:
     """The pieces that are no part of a 4-bit weight, and those weights by the names of their Linears.
 
     source: file and statement that the packing and the group size are these, for messages.
     Raises LayoutError naming tensors that are missing, or whose shapes or types are not those of the packing.
     """
-    plain, groups = split(pieces)
+    plain, groups = split_packed_tensors(pieces)
     packed = {}
     for name, parts in groups.items():
-        check_whole(name, parts)
+        check_complete(name, parts)
         shape = _shape(parts[_CODES], packing)
         problem = _packed_misfit(parts, packing, group_size, shape)
         if problem:
@@ -200,11 +200,13 @@ def gather(
     return plain, packed
 
 
-def split(pieces: Mapping[str, Piece]) -> tuple[dict[str, Piece], dict[str, dict[str, Piece]]]:
+def split_packed_tensors(
+    pieces: Mapping[str, TensorRef],
+) -> tuple[dict[str, TensorRef], dict[str, dict[str, TensorRef]]]:
     """Pieces that are no part of a 4-bit weight, and those that are, by the names of their Linears and the endings."""
     heads = {name.rpartition(".")[0] for name in pieces if name.rpartition(".")[2] in _ENDINGS}
-    plain: dict[str, Piece] = {}
-    groups: dict[str, dict[str, Piece]] = {}
+    plain: dict[str, TensorRef] = {}
+    groups: dict[str, dict[str, TensorRef]] = {}
     for name, piece in pieces.items():
         head, _, ending = name.rpartition(".")
         if head in heads and ending in _ENDINGS:
@@ -214,7 +216,7 @@ def split(pieces: Mapping[str, Piece]) -> tuple[dict[str, Piece], dict[str, dict
     return plain, groups
 
 
-def check_whole(name: str, parts: Mapping[str, Piece]) -> None:
+def check_complete(name: str, parts: Mapping[str, TensorRef]) -> None:
     """Raises LayoutError naming what a 4-bit weight lacks."""
     zeros = parts.keys() & {"qzeros", "scaled_zeros"}
     missing = [ending for ending in ("qweight", "scales") if ending not in parts] + ([] if zeros else ["qzeros"])
@@ -229,7 +231,7 @@ def check_whole(name: str, parts: Mapping[str, Piece]) -> None:
         )
 
 
-def fitting(parts: Mapping[str, Piece]) -> Iterator[tuple[str, int]]:
+def matching_packings(parts: Mapping[str, TensorRef]) -> Iterator[tuple[str, int]]:
     """Packings and group sizes that the tensors of a weight could be, the likeliest first."""
     for packing in _PACKINGS:
         for size in _GROUP_SIZES:
@@ -237,13 +239,13 @@ def fitting(parts: Mapping[str, Piece]) -> Iterator[tuple[str, int]]:
                 yield packing, size
 
 
-def packed_facts(packing: str, shape: Shape, group_size: int) -> dict[str, Facts]:
+def packed_tensor_specs(packing: str, shape: Shape, group_size: int) -> dict[str, Facts]:
     """Shape and type of the tensors that a weight [O, I] is stored as; None stands for any floating type.
 
     Raises LayoutError for a group size that does not divide I, or that the packing does not know.
     """
     num_outputs, num_inputs = shape
-    check_group(num_inputs, group_size)
+    check_group_size(num_inputs, group_size)
     groups = num_inputs // group_size
     if packing == "gemm":
         return {
@@ -251,7 +253,7 @@ def packed_facts(packing: str, shape: Shape, group_size: int) -> dict[str, Facts
             "qzeros": ((groups, num_outputs // 8), torch.int32),
             "scales": ((groups, num_outputs), None),
         }
-    words = padded_words(num_inputs, group_size)
+    words = num_zero_words(num_inputs, group_size)
     if packing == "gemv":
         return {
             "qweight": ((num_outputs, num_inputs // 8), torch.int32),
@@ -265,7 +267,7 @@ def packed_facts(packing: str, shape: Shape, group_size: int) -> dict[str, Facts
     }
 
 
-def _shape(codes: Piece, packing: str) -> Shape:
+def _shape(codes: TensorRef, packing: str) -> Shape:
     """[O, I] of the codes of a packing."""
     if len(codes.shape) != 2:
         return (0, 0)
@@ -273,28 +275,30 @@ def _shape(codes: Piece, packing: str) -> Shape:
     return {"gemm": (second * 8, first), "gemv": (first, second * 8)}.get(packing, (first * 4, second))
 
 
-def _packed_misfit(parts: Mapping[str, Piece], packing: str, group_size: int, shape: Shape) -> tuple[Piece, str] | None:
+def _packed_misfit(
+    parts: Mapping[str, TensorRef], packing: str, group_size: int, shape: Shape
+) -> tuple[TensorRef, str] | None:
     """Return the tensor that does not belong to that packing with such groups, and why; None if all do."""
     try:
-        wanted = packed_facts(packing, shape, group_size)
+        wanted = packed_tensor_specs(packing, shape, group_size)
     except LayoutError as error:
         return parts[_CODES], str(error)
     for ending, (size, kind) in wanted.items():
         piece = parts.get(ending) or parts.get(_OTHER_NAME.get(ending, ending))
         if piece is None:
             return parts[_CODES], f"there is no {ending}, which {packing} has"
-        if piece.shape != size or (piece.dtype != kind if kind else piece.dtype not in SCALE_TYPES):
+        if piece.shape != size or (piece.dtype != kind if kind else piece.dtype not in SCALE_DTYPES):
             expected = f"{str(kind or 'floating').removeprefix('torch.')} {list(size)}"
             return piece, f"{packing} with groups of {group_size} has {expected}"
     return None
 
 
-def _form(piece: Piece) -> str:
+def _form(piece: TensorRef) -> str:
     return f"{str(piece.dtype).removeprefix('torch.')} {list(piece.shape)}"
 
 
-def _remedy(parts: Mapping[str, Piece]) -> str:
-    found = next(fitting(parts), None)
+def _remedy(parts: Mapping[str, TensorRef]) -> str:
+    found = next(matching_packings(parts), None)
     if found is None:
         return _REFETCH
     return f"its tensors are {found[0]} with groups of {found[1]}: correct it there"

@@ -21,16 +21,16 @@ from vila.families import find_family
 from vila.kernels.int4 import Int4Linear, Int4Weight, dequantize
 from vila.model.hub import local_folder
 from vila.model.int4_weights import PackedWeight, read_packed
-from vila.model.layouts.base import Checkpoint, Sources, claim
-from vila.model.layouts.build_config import compose
-from vila.model.layouts.config_file import generation_config, read_config, text_config
+from vila.model.layouts.base import Checkpoint, Sources, map_names
+from vila.model.layouts.build_config import build_config
+from vila.model.layouts.config_file import build_generation_config, read_config, text_config
 from vila.model.layouts.detect import LAYOUTS, check_checkpoint_sizes, open_folder
 from vila.model.layouts.tokenizer_files import read_tokenizer
-from vila.model.layouts.tower_files import read_tower, tower_facts, tower_pieces
+from vila.model.layouts.tower_files import read_tower, tower_spec, tower_tensors
 from vila.model.modeling import VilaForConditionalGeneration
 from vila.model.processor import VilaProcessor
 from vila.model.projector import build_projector
-from vila.model.weights import Piece, find_files, pieces_of, published_names, read_pieces
+from vila.model.weights import TensorRef, find_weight_files, list_tensors, published_names, read_tensors
 
 # --- build
 # From a checkpoint to a model in memory: built without memory, filled weight by weight, every weight accounted for.
@@ -65,14 +65,14 @@ def build_model(
     placed = _device_map(model, dtype, device_map) if device_map else {"": torch.device(device)}
     pieces = {name: piece for name, piece in found.items() if name in expected}
     targets = {name: (dtype, _place(name, placed)) for name in pieces}
-    for name, tensor in read_pieces(pieces, targets):
+    for name, tensor in read_tensors(pieces, targets):
         _set(model, name, tensor)
     for name, weight in read_packed(checkpoint.int4):
         _set_packed(model, name, weight.to(_place(name, placed)), dtype)
     model.tie_weights()
     model.config.dtype = dtype
     if checkpoint.generation:
-        model.generation_config = generation_config(checkpoint.generation, checkpoint.folder)
+        model.generation_config = build_generation_config(checkpoint.generation, checkpoint.folder)
     for name, buffer in model.named_buffers():
         buffer.data = buffer.data.to(_place(name, placed))
     if device_map:
@@ -111,21 +111,21 @@ def empty_model(
     return model
 
 
-def _by_parameter(model: VilaForConditionalGeneration, checkpoint: Checkpoint) -> dict[str, Piece]:
+def _by_parameter(model: VilaForConditionalGeneration, checkpoint: Checkpoint) -> dict[str, TensorRef]:
     """Return the weights of the checkpoint by the names of the model's parameters."""
     with checkpoint.sources.model.naming():
         here = published_names(model)
-    return {here.get(name, name): piece for name, piece in checkpoint.pieces.items()}
+    return {here.get(name, name): piece for name, piece in checkpoint.tensors.items()}
 
 
-def _account_for(checkpoint: Checkpoint, found: Mapping[str, Piece], expected: Mapping[str, nn.Parameter]) -> None:
+def _account_for(checkpoint: Checkpoint, found: Mapping[str, TensorRef], expected: Mapping[str, nn.Parameter]) -> None:
     problems = []
     # A tied head has one name among the parameters and may have two in the file.
     also = {"language_model.lm_head.weight"} if checkpoint.config.text_config.tie_word_embeddings else set()
     packed = {f"{name}.weight": weight for name, weight in checkpoint.int4.items()}
     missing = sorted(expected.keys() - found.keys() - packed.keys() - also)
     surplus = (found.keys() | packed.keys()) - expected.keys() - also
-    unclaimed = sorted([*checkpoint.unclaimed, *surplus, *(found.keys() & packed.keys())])
+    unclaimed = sorted([*checkpoint.unexpected, *surplus, *(found.keys() & packed.keys())])
     for names, what in ((missing, "missing"), (unclaimed, "unclaimed")):
         if names:
             problems.append(f"{len(names)} weights {what} ({', '.join(names)})")
@@ -152,7 +152,7 @@ def _account_for(checkpoint: Checkpoint, found: Mapping[str, Piece], expected: M
 
 def _main_dtype(checkpoint: Checkpoint) -> torch.dtype:
     sizes: Counter[torch.dtype] = Counter()
-    for piece in checkpoint.pieces.values():
+    for piece in checkpoint.tensors.values():
         if piece.dtype.is_floating_point:
             sizes[piece.dtype] += piece.bytes
     return sizes.most_common(1)[0][0]
@@ -250,12 +250,12 @@ def open_checkpoint(
     folder = local_folder(path, revision)
     checkpoint = open_folder(folder, None if base is None else local_folder(base))
     if template:
-        check_template(checkpoint, template)
+        check_templates(checkpoint, template)
         checkpoint.config.template = checkpoint.processor.template = template
     return checkpoint
 
 
-def check_template(checkpoint: Checkpoint, *names: str) -> None:
+def check_templates(checkpoint: Checkpoint, *names: str) -> None:
     """Raise UnknownNameError or TemplateError for templates that do not exist, or that the tokenizer cannot write."""
     for name in names:
         tokenizer, rows = checkpoint.processor.tokenizer, checkpoint.config.text_config.vocab_size
@@ -282,7 +282,7 @@ def load_model(
     Raises LayoutError when the path is not a checkpoint or its weights do not match its config.
     """
     checkpoint = open_checkpoint(path, template=template, base=base, revision=revision)
-    model = build_model(checkpoint, named_dtype(dtype), device, device_map, int4=int4)
+    model = build_model(checkpoint, parse_dtype(dtype), device, device_map, int4=int4)
     return model, checkpoint.processor
 
 
@@ -296,7 +296,7 @@ def save_model(
     LAYOUTS[layout].write(model, processor, Path(folder))
 
 
-def named_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
+def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     """Return the dtype with a name; None for `auto`. Raises ConfigError for what is no floating-point dtype."""
     if dtype == "auto":
         return None
@@ -321,9 +321,9 @@ def assemble(
 ) -> tuple[VilaForConditionalGeneration, VilaProcessor]:
     """Make a new float32 model from the directories or hub ids of an LLM and a tower; `seed` draws the projector.
 
-    Raises LayoutError and TemplateError as `open_parts` does.
+    Raises LayoutError and TemplateError as `open_components` does.
     """
-    checkpoint = open_parts(
+    checkpoint = open_components(
         llm=llm,
         vision=vision,
         projector=projector,
@@ -334,10 +334,10 @@ def assemble(
         exif_orientation=exif_orientation,
         template=template,
     )
-    return build_parts(checkpoint, seed), checkpoint.processor
+    return build_components(checkpoint, seed), checkpoint.processor
 
 
-def open_parts(
+def open_components(
     *,
     llm: str,
     vision: str,
@@ -362,8 +362,8 @@ def open_parts(
     tokenizer = read_tokenizer(llm_folder, llm_config)
     llm_config._name_or_path = ""
     found = read_tower(tower_folder)
-    tower = tower_facts(found.config, None, found.source, image_size)
-    config, processor = compose(
+    tower = tower_spec(found.config, None, found.source, image_size)
+    config, processor = build_config(
         llm=llm_config,
         tower=tower,
         tokenizer=tokenizer,
@@ -374,18 +374,18 @@ def open_parts(
         exif_orientation=exif_orientation,
         template=template,
     )
-    pieces, unclaimed = claim(pieces_of(find_files(llm_folder)), (("", "language_model."),))
-    weights, others = tower_pieces(tower_folder, tower)
+    pieces, unclaimed = map_names(list_tensors(find_weight_files(llm_folder)), (("", "language_model."),))
+    weights, others = tower_tensors(tower_folder, tower)
     pieces.update({f"vision_tower.{name}": piece for name, piece in weights.items()})
     sources = Sources(facts, facts, tower.source)
     checkpoint = Checkpoint(llm_folder, config, processor, pieces, sources, [*unclaimed, *others])
     check_checkpoint_sizes(checkpoint)
-    check_template(checkpoint, template)
+    check_templates(checkpoint, template)
     return checkpoint
 
 
-def build_parts(checkpoint: Checkpoint, seed: int) -> VilaForConditionalGeneration:
-    """Load what `open_parts` opened in float32, and draw the projector."""
+def build_components(checkpoint: Checkpoint, seed: int) -> VilaForConditionalGeneration:
+    """Load what `open_components` opened in float32, and draw the projector."""
     config = checkpoint.config
     drawn = _seeded_projector(config.projector_type, config.vision_width, config.text_config.hidden_size, seed)
     model = build_model(checkpoint, torch.float32, projector=drawn)

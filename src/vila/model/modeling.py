@@ -20,23 +20,23 @@ from vila.model.vision_tower import check_tower, multiscale_features, select_fea
 # B batch  S sequence (Q queries, K keys)  D model width  N media items  P patches
 
 
-def scatter_media(embeds_BSD: Tensor, media_NPD: Tensor, slots_BS: Tensor) -> Tensor:
+def merge_image_embeddings(embeds_BSD: Tensor, media_NPD: Tensor, is_placeholder_BS: Tensor) -> Tensor:
     """Put media vectors into their slots, in reading order.
 
     embeds_BSD: text embeddings; values at slots are ignored.
     media_NPD:  projected vectors of all pictures of the batch, row-major over (row, picture, patch).
-    slots_BS:   bool, True where a media vector belongs.
+    is_placeholder_BS:   bool, True where a media vector belongs.
     Returns a new tensor of the shape and dtype of `embeds_BSD`; gradients reach both inputs.
     Raises ValueError when the number of slots and vectors differ: going on would shift every later picture.
     """
-    need = int(slots_BS.sum())
+    need = int(is_placeholder_BS.sum())
     have = media_NPD.shape[0] * media_NPD.shape[1]
     if need != have:
         raise ValueError(
             f"the batch has {need} media slots but the tower produced {have} vectors "
             f"({media_NPD.shape[0]} pictures of {media_NPD.shape[1]})"
         )
-    return embeds_BSD.masked_scatter(slots_BS.unsqueeze(-1), media_NPD.to(embeds_BSD.dtype))
+    return embeds_BSD.masked_scatter(is_placeholder_BS.unsqueeze(-1), media_NPD.to(embeds_BSD.dtype))
 
 
 def segment_mask(segments_BS: Tensor, parents_BS: Tensor) -> Tensor:
@@ -129,12 +129,12 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def embed(self, ids_BS: Tensor, media_NPD: Tensor | None) -> Tensor:
         """Token embeddings [B, S, D] with media vectors in the placeholder slots."""
-        slots_BS = ids_BS == self.config.image_token_id
+        is_placeholder_BS = ids_BS == self.config.image_token_id
         # The placeholder lies past the vocabulary and is masked before the look-up.
-        embeds_BSD = self.get_input_embeddings()(ids_BS.masked_fill(slots_BS, 0))
+        embeds_BSD = self.get_input_embeddings()(ids_BS.masked_fill(is_placeholder_BS, 0))
         if media_NPD is None:
             media_NPD = embeds_BSD.new_zeros(0, 0, embeds_BSD.shape[-1])
-        return scatter_media(embeds_BSD, media_NPD, slots_BS)
+        return merge_image_embeddings(embeds_BSD, media_NPD, is_placeholder_BS)
 
     def forward(
         self,

@@ -1,7 +1,7 @@
-"""Attention over packed rows that stays inside each sample: no mask of S x S, and no work between samples.
+"""Block-diagonal attention over packed sequences, with shared prefixes; no S x S mask is materialised.
 
-`attend_in_trees` makes the blocks of a decoder call `packed_attention`. Given a `Forest` it attends tree by tree;
-without one, in evaluation and generation, it is the attention that the model had before.
+`enable_packed_attention` switches the blocks of a decoder to `packed_attention`. Called with an `AttentionLayout`, it
+attends within each sample only; without one (evaluation, generation) it calls the model's original attention.
 """
 
 from __future__ import annotations
@@ -22,28 +22,31 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vila.core.errors import DataError
 
-# --- forest
-# Who sees whom in a batch of packed rows, as lists of what is attended together instead of a mask of S x S.
+# B packed sequences  S sequence length  P positions (B x S)  N segments or sequences  Q queries  K keys
+# H query heads  G key-value heads  D head width
 
+ATTENTION_NAME = "vila_packed"
+"""Name of `packed_attention` in transformers' attention registry."""
 
-# B rows  S sequence  N segments  Q queries  K keys
-
-_BRANCHES = 128
-"""Tokens of short branches that share one call: they waste the products of one with another, and save calls."""
+_MAX_BRANCH_TOKENS = 128
+"""Short branches are batched into one call of at most this many tokens: some masked scores, but fewer calls."""
+_WINDOW_CHUNK = 256
+"""Queries per call in a sample that is longer than the sliding window."""
 
 
 class Segment(NamedTuple):
-    """Tokens in a line: `prefix` is the number of the segment that they continue, -1 for none."""
+    """Consecutive tokens of one sample or branch. prefix: index of the segment that it continues, -1 for none."""
 
     length: int
     prefix: int
     padding: bool
 
 
-class Piece(NamedTuple):
+class AttentionBlock(NamedTuple):
     """Neighbouring segments that are attended in one call.
 
-    lengths: of its segments; equal in `chains`, which continue nothing; `branches` all continue piece `prefix`.
+    kind:    `chains` are independent segments of equal length; `branches` all continue the block `prefix`.
+    lengths: length of each segment.
     """
 
     kind: Literal["padding", "chains", "branches"]
@@ -51,175 +54,176 @@ class Piece(NamedTuple):
     prefix: int = -1
 
 
-class Bounds(NamedTuple):
-    """The segments as kernels for ragged sequences take them: int32 [N + 1] where each begins among queries and keys.
+class VarlenMetadata(NamedTuple):
+    """Arguments of a variable-length attention kernel.
 
-    keys: int64 places of the keys, those of a shared prefix once for each branch; None when they are the queries'.
+    cu_seqlens_q, cu_seqlens_k: int32 [N + 1], cumulative lengths of queries and keys.
+    key_index: int64 [number of keys], position of each key, with a shared prefix once per branch; None if keys and
+               queries are the same positions.
     """
 
-    queries: Tensor
-    ends: Tensor
-    longest_queries: int
-    longest_keys: int
-    keys: Tensor | None
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    max_seqlen_q: int
+    max_seqlen_k: int
+    key_index: Tensor | None
 
 
 @dataclass(frozen=True)
-class Forest:
-    """The trees of a batch of packed rows, row after row: each a chain of tokens, or a prefix with branches.
+class AttentionLayout:
+    """Block-diagonal attention layout of a packed batch: independent samples, and prefixes with branches.
 
-    Built once a batch on the processor, and given to every block. What depends on a device is made there when it is
-    first asked for, and kept.
+    Built once per batch on the CPU and passed to every decoder block. Masks and kernel arguments are created on first
+    use and cached per device.
     """
 
     shape: tuple[int, int]
     segments: tuple[Segment, ...]
-    pieces: tuple[Piece, ...]
-    _kept: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+    blocks: tuple[AttentionBlock, ...]
+    _cache: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
-    def sizes(self) -> list[int]:
-        """Places of each piece."""
-        return [sum(piece.lengths) for piece in self.pieces]
+    def block_sizes(self) -> list[int]:
+        """Number of positions of each block."""
+        return [sum(block.lengths) for block in self.blocks]
 
-    def narrow(self, window: int | None) -> int | None:
-        """The window, or None when every token of the batch sees back to its beginning through it."""
-        return None if window is None or window >= self._keep("longest", self._longest) else window
+    def effective_window(self, window: int | None) -> int | None:
+        """Return the sliding window, or None if no sample of the batch is longer than it."""
+        return None if window is None or window >= self._cached("longest", self._longest_sample) else window
 
-    def mask(self, number: int, window: int | None, like: Tensor) -> Tensor:
-        """What the branches of a piece add to their scores, [Q, K]: keys are the prefix, then the branches."""
-        piece = self.pieces[number]
-        prefix = sum(self.pieces[piece.prefix].lengths)
-        seen = partial(_branches_see, prefix, piece.lengths, window)
-        return self._keep((number, window, like.dtype, like.device), lambda: _added(seen(), like))
+    def branch_mask(self, index: int, window: int | None, like: Tensor) -> Tensor:
+        """Additive mask [Q, K] of a block of branches: keys are the prefix, then the branches."""
+        block = self.blocks[index]
+        prefix_length = sum(self.blocks[block.prefix].lengths)
+        visible = partial(_visible_in_branches, prefix_length, block.lengths, window)
+        return self._cached((index, window, like.dtype, like.device), lambda: _additive(visible(), like))
 
-    def band(self, queries: int, keys: int, window: int, like: Tensor) -> Tensor:
-        """What the last `queries` of `keys` tokens in a line add to their scores, [Q, K]."""
-        seen = partial(_within, torch.arange(keys - queries, keys), torch.arange(keys), window)
-        return self._keep(("band", queries, keys, window, like.dtype, like.device), lambda: _added(seen(), like))
+    def window_mask(self, num_queries: int, num_keys: int, window: int, like: Tensor) -> Tensor:
+        """Additive mask [Q, K] for the last `num_queries` of `num_keys` consecutive tokens."""
+        visible = partial(_visible, torch.arange(num_keys - num_queries, num_keys), torch.arange(num_keys), window)
+        key = ("window", num_queries, num_keys, window, like.dtype, like.device)
+        return self._cached(key, lambda: _additive(visible(), like))
 
-    def bounds(self, device: torch.device) -> Bounds:
-        """The segments on a device."""
-        return self._keep(("bounds", device), lambda: _bounds(self.segments, device))
+    def varlen(self, device: torch.device) -> VarlenMetadata:
+        """Kernel arguments on a device."""
+        return self._cached(("varlen", device), lambda: _varlen_metadata(self.segments, device))
 
-    def _longest(self) -> int:
-        before = [self.segments[one.prefix].length if one.prefix >= 0 else 0 for one in self.segments]
-        return max(a + one.length for a, one in zip(before, self.segments, strict=True))
+    def _longest_sample(self) -> int:
+        prefix_lengths = [self.segments[one.prefix].length if one.prefix >= 0 else 0 for one in self.segments]
+        return max(prefix + one.length for prefix, one in zip(prefix_lengths, self.segments, strict=True))
 
-    def _keep(self, key: Any, make: Callable[[], Any]) -> Any:
-        if key not in self._kept:
-            self._kept[key] = make()
-        return self._kept[key]
+    def _cached(self, key: Any, compute: Callable[[], Any]) -> Any:
+        if key not in self._cache:
+            self._cache[key] = compute()
+        return self._cache[key]
 
 
-def forest_of(segments_BS: Tensor, parents_BS: Tensor) -> Forest:
-    """The trees that `segments` and `parents` of a batch describe; padding carries segment -1.
+def attention_layout(segments_BS: Tensor, parents_BS: Tensor) -> AttentionLayout:
+    """Build the layout of a batch from its segment ids and parent segment ids; padding has segment id -1.
 
-    Raises DataError for a segment in two places, and for one that continues another than the prefix before it.
+    Raises DataError for a segment id that is not one consecutive run, and for a parent that is not the preceding
+    prefix.
     """
     found: list[Segment] = []
     for row, (segments, parents) in enumerate(zip(segments_BS.tolist(), parents_BS.tolist(), strict=True)):
-        root, seen = (-1, -1), set()
-        for number, parent, length in _runs(segments, parents):
-            if number in seen:
-                raise DataError(f"row {row}: segment {number} has tokens in two places; a segment is one run of tokens")
-            seen.add(number)
-            if number >= 0 and parent >= 0 and parent != root[0]:
-                raise DataError(f"row {row}: segment {number} continues {parent}, which is not the prefix before it")
-            if number >= 0 > parent:
-                root = number, len(found)
-            found.append(Segment(length, root[1] if number >= 0 and parent >= 0 else -1, number < 0))
-    return Forest((segments_BS.shape[0], segments_BS.shape[1]), tuple(found), tuple(_pieces(found)))
+        root_id, root_index, visited = -1, -1, set()
+        for id_, parent, length in _runs(segments, parents):
+            if id_ in visited:
+                raise DataError("the segment is not one consecutive run", record=row, field="segments", value=id_)
+            visited.add(id_)
+            has_parent = id_ >= 0 and parent >= 0
+            if has_parent and parent != root_id:
+                problem = f"the parent of segment {id_} is not the preceding prefix"
+                raise DataError(problem, record=row, field="parents", value=parent, expected=str(root_id))
+            if id_ >= 0 and not has_parent:
+                root_id, root_index = id_, len(found)
+            found.append(Segment(length, root_index if has_parent else -1, id_ < 0))
+    return AttentionLayout((segments_BS.shape[0], segments_BS.shape[1]), tuple(found), tuple(_blocks(found)))
 
 
 def _runs(segments: list[int], parents: list[int]) -> Iterator[tuple[int, int, int]]:
+    """Yield segment id, parent id and length of each run of equal segment ids."""
     start = 0
-    for place in range(1, len(segments) + 1):
-        if place == len(segments) or segments[place] != segments[start]:
-            yield segments[start], parents[start], place - start
-            start = place
+    for position in range(1, len(segments) + 1):
+        if position == len(segments) or segments[position] != segments[start]:
+            yield segments[start], parents[start], position - start
+            start = position
 
 
-def _pieces(segments: list[Segment]) -> list[Piece]:
+def _blocks(segments: list[Segment]) -> list[AttentionBlock]:
     prefixes = {one.prefix for one in segments}
-    out: list[Piece] = []
-    place: dict[int, int] = {}
+    out: list[AttentionBlock] = []
+    block_of_segment: dict[int, int] = {}
     for number, one in enumerate(segments):
         last = out[-1] if out else None
         if one.padding:
-            piece = Piece("padding", (one.length,))
+            block = AttentionBlock("padding", (one.length,))
             joins = last is not None and last.kind == "padding"
         elif one.prefix < 0:
-            piece = Piece("chains", (one.length,))
+            block = AttentionBlock("chains", (one.length,))
             alike = last is not None and last.kind == "chains" and last.lengths[0] == one.length
             joins = alike and number not in prefixes
         else:
-            piece = Piece("branches", (one.length,), place[one.prefix])
-            joins = last is not None and last.prefix == piece.prefix and sum(last.lengths) + one.length <= _BRANCHES
+            block = AttentionBlock("branches", (one.length,), block_of_segment[one.prefix])
+            fits = last is not None and sum(last.lengths) + one.length <= _MAX_BRANCH_TOKENS
+            joins = fits and last is not None and last.prefix == block.prefix
         if joins and last is not None:
-            out[-1] = last._replace(lengths=last.lengths + piece.lengths)
+            out[-1] = last._replace(lengths=last.lengths + block.lengths)
         else:
-            place[number] = len(out)
-            out.append(piece)
+            block_of_segment[number] = len(out)
+            out.append(block)
     return out
 
 
-def _branches_see(prefix: int, lengths: tuple[int, ...], window: int | None) -> Tensor:
-    own = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-    owner = torch.cat((torch.full((prefix,), -1), own))
-    positions = torch.cat([torch.arange(prefix), *(torch.arange(prefix, prefix + length) for length in lengths)])
-    return _within(positions[prefix:], positions, window) & ((owner < 0) | (owner == own[:, None]))
+def _visible_in_branches(prefix_length: int, lengths: tuple[int, ...], window: int | None) -> Tensor:
+    branch = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    key_branch = torch.cat((torch.full((prefix_length,), -1), branch))
+    ranges = (torch.arange(prefix_length, prefix_length + length) for length in lengths)
+    positions = torch.cat([torch.arange(prefix_length), *ranges])
+    in_branch = (key_branch < 0) | (key_branch == branch[:, None])
+    return _visible(positions[prefix_length:], positions, window) & in_branch
 
 
-def _within(query_positions: Tensor, key_positions: Tensor, window: int | None) -> Tensor:
-    """Keys that are not later than the query, and in its window: bool [Q, K]."""
-    age = query_positions[:, None] - key_positions
-    return age >= 0 if window is None else (age >= 0) & (age < window)
+def _visible(query_positions: Tensor, key_positions: Tensor, window: int | None) -> Tensor:
+    """Causal sliding-window mask: bool [Q, K], True where the key may be attended."""
+    distance = query_positions[:, None] - key_positions
+    return distance >= 0 if window is None else (distance >= 0) & (distance < window)
 
 
-def _added(seen_QK: Tensor, like: Tensor) -> Tensor:
-    return torch.zeros(seen_QK.shape, dtype=like.dtype).masked_fill_(~seen_QK, -torch.inf).to(like.device)
+def _additive(visible_QK: Tensor, like: Tensor) -> Tensor:
+    return torch.zeros(visible_QK.shape, dtype=like.dtype).masked_fill_(~visible_QK, -torch.inf).to(like.device)
 
 
-def _bounds(segments: tuple[Segment, ...], device: torch.device) -> Bounds:
+def _varlen_metadata(segments: tuple[Segment, ...], device: torch.device) -> VarlenMetadata:
     starts = [0]
     for one in segments:
         starts.append(starts[-1] + one.length)
     keys = []
     for number, one in enumerate(segments):
-        before = [torch.arange(starts[one.prefix], starts[one.prefix + 1])] if one.prefix >= 0 else []
-        keys.append(torch.cat([*before, torch.arange(starts[number], starts[number + 1])]))
-    ends = torch.tensor([0, *map(len, keys)]).cumsum(0)
-    plain = all(one.prefix < 0 for one in segments)
-    return Bounds(
+        prefix = [torch.arange(starts[one.prefix], starts[one.prefix + 1])] if one.prefix >= 0 else []
+        keys.append(torch.cat([*prefix, torch.arange(starts[number], starts[number + 1])]))
+    key_ends = torch.tensor([0, *map(len, keys)]).cumsum(0)
+    return VarlenMetadata(
         torch.tensor(starts, dtype=torch.int32, device=device),
-        ends.to(device, torch.int32),
+        key_ends.to(device, torch.int32),
         max(one.length for one in segments),
         max(map(len, keys)),
-        None if plain else torch.cat(keys).to(device),
+        None if all(one.prefix < 0 for one in segments) else torch.cat(keys).to(device),
     )
 
 
-# B rows  S sequence  P places (B x S)  H query heads  G key-value heads  D head width  N sequences  Q queries  K keys
+def enable_packed_attention(decoder: nn.Module) -> None:
+    """Switch the blocks of a transformers decoder to `packed_attention`, which reads `attention_layout=` of forward.
 
-NAME = "vila_packed"
-"""By which transformers knows `packed_attention`."""
-
-_WINDOWED = 256
-"""Queries of a call in a sample that is longer than the window."""
-
-
-def attend_in_trees(decoder: nn.Module) -> None:
-    """Make the blocks of a transformers decoder heed a `forest=` that its forward is given, from now on.
-
-    What reads the decoder's own config, such as the masks of generation and what is saved, finds it as it was. The
-    blocks keep to this in the backward pass too, where gradient checkpointing calls them again.
+    The blocks get a copy of the decoder's config; the decoder's own config, which generation masks and saving read,
+    stays unchanged. Gradient checkpointing, which calls the blocks again in backward, uses the same attention.
     """
     config: Any = decoder.config
     changed = copy.copy(config)
-    changed._attn_implementation_internal, changed.attends_else_by = NAME, config._attn_implementation
+    changed._attn_implementation_internal = ATTENTION_NAME
+    changed.unpacked_attn_implementation = config._attn_implementation
     for module in decoder.modules():
-        if hasattr(module, "layer_idx") and getattr(module, "config", None) is config:
+        if isinstance(getattr(module, "layer_idx", None), int) and getattr(module, "config", None) is config:
             module.config = changed
 
 
@@ -233,80 +237,82 @@ def packed_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    forest: Forest | None = None,
+    attention_layout: AttentionLayout | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as transformers' blocks call it: query [B, H, S, D], key and value [B, G, S, D] to [B, S, H, D].
+    """Attention with the signature of transformers: query [B, H, S, D], key and value [B, G, S, D] to [B, S, H, D].
 
-    sliding_window: tokens that a token sees, itself among them, counted along its conversation.
-    forest:         the trees of the rows; `attention_mask` is then without meaning. Padding comes out finite.
-    The pieces of a batch differ from step to step, so torch.compile leaves this function as it is.
+    sliding_window:   number of tokens that a token attends to, itself included, within its sample.
+    attention_layout: layout of the packed batch; `attention_mask` is ignored then. Outputs at padding are finite.
+    torch.compile skips this function, because the blocks of a batch differ from step to step.
     """
-    if forest is None:
-        attend = ALL_ATTENTION_FUNCTIONS.get(module.config.attends_else_by, sdpa_attention_forward)  # type: ignore[union-attr]
-        facts = {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window, **kwargs}
-        return attend(module, query, key, value, attention_mask, **facts)
+    if attention_layout is None:
+        attend = ALL_ATTENTION_FUNCTIONS.get(module.config.unpacked_attn_implementation, sdpa_attention_forward)  # type: ignore[union-attr]
+        options = {"dropout": dropout, "scaling": scaling, "sliding_window": sliding_window, **kwargs}
+        return attend(module, query, key, value, attention_mask, **options)
+    layout = attention_layout
     query_PHD, key_PGD, value_PGD = (one.transpose(1, 2).flatten(0, 1) for one in (query, key, value))
-    window = forest.narrow(sliding_window)
-    fits = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] % 8 == 0
-    kernel = ragged_kernel() if fits and not dropout else None
+    window = layout.effective_window(sliding_window)
+    supported = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and query.shape[-1] % 8 == 0
+    kernel = varlen_kernel() if supported and not dropout else None
     if kernel is not None:
-        out_PHD = attend_ragged(query_PHD, key_PGD, value_PGD, forest, window, scaling, kernel)
+        out_PHD = attend_varlen(query_PHD, key_PGD, value_PGD, layout, window, scaling, kernel)
     else:
-        out_PHD = attend_sliced(query_PHD, key_PGD, value_PGD, forest, window, scaling, dropout)
-    return out_PHD.unflatten(0, forest.shape), None
+        out_PHD = attend_sdpa(query_PHD, key_PGD, value_PGD, layout, window, scaling, dropout)
+    return out_PHD.unflatten(0, layout.shape), None
 
 
-AttentionInterface.register(NAME, packed_attention)
+AttentionInterface.register(ATTENTION_NAME, packed_attention)
 
 
-def attend_sliced(
+def attend_sdpa(
     query_PHD: Tensor,
     key_PGD: Tensor,
     value_PGD: Tensor,
-    forest: Forest,
+    layout: AttentionLayout,
     window: int | None = None,
     scale: float | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Attention piece by piece with SDPA, [P, H, D]; zeros at padding."""
-    # One split and one cat: backward makes one tensor of all places, not one for every slice.
-    queries, keys, values = (one.split(forest.sizes) for one in (query_PHD, key_PGD, value_PGD))
+    """Attention block by block with SDPA, [P, H, D]; zeros at padding."""
+    # One split and one cat: backward allocates one gradient of all positions, not one per slice.
+    queries, keys, values = (one.split(layout.block_sizes) for one in (query_PHD, key_PGD, value_PGD))
     out = []
-    for number, (piece, query, key, value) in enumerate(zip(forest.pieces, queries, keys, values, strict=True)):
-        if piece.kind == "padding":
+    for number, (block, query, key, value) in enumerate(zip(layout.blocks, queries, keys, values, strict=True)):
+        if block.kind == "padding":
             out.append(torch.zeros_like(query))
             continue
-        if piece.kind == "branches":
-            key, value = torch.cat((keys[piece.prefix], key)), torch.cat((values[piece.prefix], value))
-            some = (query[None], key[None], value[None])
-            attended = _sdpa(*some, forest.mask(number, window, query), scale, dropout)
+        if block.kind == "branches":
+            key, value = torch.cat((keys[block.prefix], key)), torch.cat((values[block.prefix], value))
+            mask_QK = layout.branch_mask(number, window, query)
+            attended = _sdpa(query[None], key[None], value[None], mask_QK, scale, dropout)
         else:
-            some = tuple(one.unflatten(0, (len(piece.lengths), -1)) for one in (query, key, value))
-            attended = _chains(*some, forest, window, scale, dropout)
+            query, key, value = (one.unflatten(0, (len(block.lengths), -1)) for one in (query, key, value))
+            attended = _attend_chains(query, key, value, layout, window, scale, dropout)
         out.append(attended.flatten(0, 1))
     return torch.cat(out)
 
 
-def _chains(
+def _attend_chains(
     query_NQHD: Tensor,
     key_NQGD: Tensor,
     value_NQGD: Tensor,
-    forest: Forest,
+    layout: AttentionLayout,
     window: int | None,
     scale: float | None,
     dropout: float,
 ) -> Tensor:
+    """Causal attention of N samples of equal length, in chunks of queries where a sliding window applies."""
     if window is None or query_NQHD.shape[1] <= window:
         return _sdpa(query_NQHD, key_NQGD, value_NQGD, None, scale, dropout)
-    queries, keys, values = (one.split(_WINDOWED, dim=1) for one in (query_NQHD, key_NQGD, value_NQGD))
-    back = -(-(window - 1) // _WINDOWED)
+    queries, keys, values = (one.split(_WINDOW_CHUNK, dim=1) for one in (query_NQHD, key_NQGD, value_NQGD))
+    chunks_back = -(-(window - 1) // _WINDOW_CHUNK)
     out = []
     for number, query in enumerate(queries):
-        seen = slice(max(0, number - back), number + 1)
-        key, value = torch.cat(keys[seen], dim=1), torch.cat(values[seen], dim=1)
-        mask = forest.band(query.shape[1], key.shape[1], window, query)
-        out.append(_sdpa(query, key, value, mask, scale, dropout))
+        visible = slice(max(0, number - chunks_back), number + 1)
+        key, value = torch.cat(keys[visible], dim=1), torch.cat(values[visible], dim=1)
+        mask_QK = layout.window_mask(query.shape[1], key.shape[1], window, query)
+        out.append(_sdpa(query, key, value, mask_QK, scale, dropout))
     return torch.cat(out, dim=1)
 
 
@@ -318,10 +324,11 @@ def _sdpa(
     scale: float | None,
     dropout: float,
 ) -> Tensor:
+    """SDPA with heads after positions; causal if there is no mask."""
     query, key, value = (one.transpose(1, 2) for one in (query_NQHD, key_NKGD, value_NKGD))
     groups = query.shape[1] // key.shape[1]
     if groups > 1 and mask_QK is not None and query.is_cuda:
-        # There a mask and grouped heads together leave only the plain products, with all scores in memory.
+        # With both a mask and grouped heads, CUDA falls back to the math backend, which keeps all scores in memory.
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
         groups = 1
     out: Tensor = F.scaled_dot_product_attention(
@@ -331,28 +338,28 @@ def _sdpa(
     return out.transpose(1, 2)
 
 
-def attend_ragged(
+def attend_varlen(
     query_PHD: Tensor,
     key_PGD: Tensor,
     value_PGD: Tensor,
-    forest: Forest,
+    layout: AttentionLayout,
     window: int | None,
     scale: float | None,
     kernel: Callable[..., Tensor],
 ) -> Tensor:
-    """Attention of all segments in one call of a kernel for ragged sequences, [P, H, D]; padding sees itself.
+    """Attention of all segments in one call of a variable-length kernel, [P, H, D]; padding attends to itself.
 
-    kernel: as `ragged_kernel` gives it; queries stand at the end of their keys.
+    kernel: see `varlen_kernel`; the queries of a segment are the last ones of its keys.
     """
-    bounds = forest.bounds(query_PHD.device)
-    if bounds.keys is not None:
-        key_PGD, value_PGD = key_PGD[bounds.keys], value_PGD[bounds.keys]
+    varlen = layout.varlen(query_PHD.device)
+    if varlen.key_index is not None:
+        key_PGD, value_PGD = key_PGD[varlen.key_index], value_PGD[varlen.key_index]
     left = -1 if window is None else window - 1
-    return kernel(query_PHD, key_PGD, value_PGD, *bounds[:4], scale=scale, window_size=(left, 0))
+    return kernel(query_PHD, key_PGD, value_PGD, *varlen[:4], scale=scale, window_size=(left, 0))
 
 
-def ragged_kernel() -> Callable[..., Tensor] | None:
-    """PyTorch's kernel for ragged sequences with windows and grouped heads; None where this version has none."""
+def varlen_kernel() -> Callable[..., Tensor] | None:
+    """PyTorch's variable-length attention with windows and grouped heads; None if this version lacks it."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -361,13 +368,13 @@ def ragged_kernel() -> Callable[..., Tensor] | None:
     if not {"window_size", "scale"} <= known.keys():
         return None
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, *bounds: Any, **facts: Any) -> Tensor:
+    def attend(query: Tensor, key: Tensor, value: Tensor, *lengths: Any, **options: Any) -> Tensor:
         if (groups := query.shape[1] // key.shape[1]) > 1:
             if "enable_gqa" in known:
-                facts["enable_gqa"] = True
+                options["enable_gqa"] = True
             else:
                 key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-        out: Any = varlen_attn(query, key, value, *bounds, **facts)
+        out: Any = varlen_attn(query, key, value, *lengths, **options)
         return out
 
     return attend

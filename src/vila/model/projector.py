@@ -31,7 +31,7 @@ def build_projector(kind: str, width_in: int, width_out: int) -> nn.Module:
     identity:       nothing; both widths must be the same.
     linear:         Linear.
     mlpNx_gelu:     Linear, then N - 1 times GELU and Linear.
-    mlp_downsample: `merge_patches`, LayerNorm, Linear, GELU, Linear: the one kind with P' < P, see `projected_tokens`.
+    mlp_downsample: `merge_patches`, LayerNorm, Linear, GELU, Linear: the only type with P' < P.
 
     Parameters have the published names: none, `weight`, `0.weight`, `2.weight` ..., and `1.weight`, `2.weight`,
     `4.weight`, each with its bias. Raises LayoutError for another kind, or an identity that would change the width.
@@ -55,7 +55,7 @@ def build_projector(kind: str, width_in: int, width_out: int) -> nn.Module:
     return nn.Sequential(*layers)
 
 
-def projected_tokens(kind: str, patches: int) -> int:
+def num_projected_tokens(kind: str, patches: int) -> int:
     """How many vectors a projector makes of a picture's `patches`: 729 become 196 with `mlp_downsample`.
 
     Raises LayoutError for an unknown kind, and for patches that are no square grid where the kind needs one.

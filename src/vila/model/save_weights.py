@@ -19,31 +19,31 @@ from torch import Tensor
 from vila.core.errors import LayoutError
 from vila.core.files import write_json
 from vila.model.pytorch_bin import STORAGE_TYPES
-from vila.model.weights import DTYPES, INDEXES, SINGLES, Shape
+from vila.model.weights import INDEX_FILES, SAFETENSORS_DTYPES, SINGLE_FILES, Shape
 
 # --- safetensors_file
 # How tensors lie in .safetensors files: in what order, behind which header, and in how many shards.
 
 
 SHARD_BYTES = 5 * 10**9
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 # The order in which safetensors' own writer puts types, the first last: wide types first, so all tensors are aligned.
 _ORDER = ("BOOL", "U8", "I8", "I16", "F16", "BF16", "I32", "F32", "F64", "I64")
 
-Declared = Mapping[str, tuple[Shape, torch.dtype]]
+TensorSpecs = Mapping[str, tuple[Shape, torch.dtype]]
 """Shape and type of every tensor, by name."""
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class FileLayout:
     """`head`: the first bytes of a file. `starts`: where each tensor begins, in the order in which they lie there."""
 
-    head: bytes
-    starts: Mapping[str, int]
+    header: bytes
+    offsets: Mapping[str, int]
     size: int
 
 
-def plan_file(declared: Declared, path: Path) -> Plan:
+def plan_file(declared: TensorSpecs, path: Path) -> FileLayout:
     """Where tensors go in one file. Raises LayoutError for a type of number that such files do not know."""
     for name, (_, dtype) in declared.items():
         if dtype not in _NAMES:
@@ -58,10 +58,10 @@ def plan_file(declared: Declared, path: Path) -> Plan:
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     head = struct.pack("<Q", len(text)) + text
-    return Plan(head, {name: len(head) + start for name, start in starts.items()}, len(head) + offset)
+    return FileLayout(head, {name: len(head) + start for name, start in starts.items()}, len(head) + offset)
 
 
-def plan_shards(declared: Declared, folder: Path, limit: int = SHARD_BYTES) -> dict[str, Sequence[str]]:
+def plan_shards(declared: TensorSpecs, folder: Path, limit: int = SHARD_BYTES) -> dict[str, Sequence[str]]:
     """Names of the tensors of each file of a folder, at most `limit` bytes in each; the index of shards is written."""
     shards: list[list[str]] = [[]]
     filled = 0
@@ -73,11 +73,11 @@ def plan_shards(declared: Declared, folder: Path, limit: int = SHARD_BYTES) -> d
         shards[-1].append(name)
         filled += size
     if len(shards) == 1:
-        return {SINGLES[0]: shards[0]}
+        return {SINGLE_FILES[0]: shards[0]}
     files = {f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard for number, shard in enumerate(shards, 1)}
     total = sum(num_bytes(*declared[name]) for name in declared)
     where = {name: file for file, shard in files.items() for name in shard}
-    write_json(folder / INDEXES[0], {"metadata": {"total_size": total}, "weight_map": where})
+    write_json(folder / INDEX_FILES[0], {"metadata": {"total_size": total}, "weight_map": where})
     return dict(files)
 
 
@@ -87,15 +87,15 @@ def num_bytes(shape: Shape, dtype: torch.dtype) -> int:
 
 
 @dataclass(frozen=True)
-class Made:
+class LazyTensor:
     """A tensor that is computed when its turn to be written comes, and forgotten afterwards."""
 
     shape: Shape
     dtype: torch.dtype
-    make: Callable[[], Tensor]
+    compute: Callable[[], Tensor]
 
 
-Writable = Tensor | Made
+Writable = Tensor | LazyTensor
 
 
 def write_weights(tensors: Mapping[str, Writable], folder: Path, shard_size: int = SHARD_BYTES) -> None:
@@ -106,27 +106,27 @@ def write_weights(tensors: Mapping[str, Writable], folder: Path, shard_size: int
 
 def write_file(tensors: Mapping[str, Writable], path: Path) -> None:
     """Write one .safetensors file. Raises LayoutError for a type of number that such files do not know."""
-    plan = plan_file(_declared(tensors), path)
+    layout = plan_file(_declared(tensors), path)
     with path.open("wb") as stream:
-        stream.write(plan.head)
-        for name in plan.starts:
-            made = finished(tensors[name])
+        stream.write(layout.header)
+        for name in layout.offsets:
+            made = materialize(tensors[name])
             stream.write(made.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
             del made
 
 
-def finished(tensor: Writable) -> Tensor:
+def materialize(tensor: Writable) -> Tensor:
     """The tensor itself, computed now if need be. Raises RuntimeError when it is not what was announced."""
     if isinstance(tensor, Tensor):
         return tensor.detach()
-    made = tensor.make().detach()
+    made = tensor.compute().detach()
     if tuple(made.shape) != tuple(tensor.shape) or made.dtype != tensor.dtype:
         found, wanted = f"{made.dtype} {list(made.shape)}", f"{tensor.dtype} {list(tensor.shape)}"
         raise RuntimeError(f"{found} was made where {wanted} was announced")
     return made
 
 
-def in_half(tensors: Mapping[str, Writable]) -> dict[str, Writable]:
+def as_float16(tensors: Mapping[str, Writable]) -> dict[str, Writable]:
     """Floating tensors in float16, cast when they are written; the others as they are.
 
     Writing raises LayoutError naming a tensor with values that float16 does not hold.
@@ -139,7 +139,7 @@ def _half(name: str, tensor: Writable) -> Writable:
         return tensor
 
     def make() -> Tensor:
-        half = finished(tensor).to(torch.float16)
+        half = materialize(tensor).to(torch.float16)
         if not bool(half.isfinite().all()):
             raise LayoutError(
                 f"{name} has values past 65504, the largest that float16 holds, which this layout stores; "
@@ -147,10 +147,10 @@ def _half(name: str, tensor: Writable) -> Writable:
             )
         return half
 
-    return Made(tuple(tensor.shape), torch.float16, make)
+    return LazyTensor(tuple(tensor.shape), torch.float16, make)
 
 
-def _declared(tensors: Mapping[str, Writable]) -> Declared:
+def _declared(tensors: Mapping[str, Writable]) -> TensorSpecs:
     return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
 
 
@@ -173,7 +173,7 @@ def write_torch_file(tensors: Mapping[str, Writable], path: Path) -> None:
             info = _member(archive, f"data/{number}")
             info.file_size = num_bytes(tensor.shape, tensor.dtype)
             with archive.open(info, "w") as member:
-                made = finished(tensor).cpu().contiguous()
+                made = materialize(tensor).cpu().contiguous()
                 member.write(made.flatten().view(torch.uint8).numpy().data)
                 del made
         _add(archive, "version", b"3\n")

@@ -30,7 +30,7 @@ class _Reached(Exception):
         self.features = features
 
 
-def patch_count(config: PretrainedConfig, image_size: int) -> int:
+def num_patches(config: PretrainedConfig, image_size: int) -> int:
     """Return the number of patches of a square image of `image_size` pixels.
 
     CLIP and SigLIP ignore a rest at the border (384 pixels are 27 patches of 14). Raises LayoutError when patches are
@@ -55,7 +55,7 @@ def check_tower(config: PretrainedConfig, select_feature: str) -> None:
         )
     if select_feature not in SELECT_FEATURES:
         raise LayoutError(field="select_feature", value=select_feature, expected=", ".join(SELECT_FEATURES))
-    if select_feature == "patch" and not has_cls(config):
+    if select_feature == "patch" and not has_cls_token(config):
         raise LayoutError(
             f"a {config.model_type} tower has no class token; 'patch' would drop a patch of the image",
             field="select_feature",
@@ -101,7 +101,7 @@ def check_image_size(config: PretrainedConfig, image_size: int, scales: Sequence
         check_image_size(config, scale // tiles)
 
 
-def has_cls(config: PretrainedConfig) -> bool:
+def has_cls_token(config: PretrainedConfig) -> bool:
     """Whether the first vector of the tower is that of a class token."""
     return config.model_type not in _WITHOUT_CLS
 
@@ -110,7 +110,7 @@ def _block_index(select_layer: int, depth: int) -> int:
     return select_layer if select_layer >= 0 else depth + 1 + select_layer
 
 
-def blocks_of(tower: nn.Module, depth: int) -> nn.ModuleList:
+def encoder_blocks(tower: nn.Module, depth: int) -> nn.ModuleList:
     """The tower's list of encoder blocks."""
     for module in tower.modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
@@ -135,7 +135,7 @@ def select_features(
     def stop(module: nn.Module, args: Any, output: Any) -> None:
         raise _Reached(output[0] if isinstance(output, tuple) else output)
 
-    handle = blocks_of(tower, depth)[index - 1].register_forward_hook(stop)
+    handle = encoder_blocks(tower, depth)[index - 1].register_forward_hook(stop)
     try:
         tower(pixels_N3HW)
     except _Reached as reached:

@@ -28,10 +28,10 @@ from vila.core.reading import file_errors, read_json_object
 from vila.model.pytorch_bin import StoredTensor, TorchContent, read_torch_file
 
 Shape = tuple[int, ...]
-Get = Callable[[str], Tensor]
-Change = Callable[[Tensor], Tensor]
+ReadTensor = Callable[[str], Tensor]
+Transform = Callable[[Tensor], Tensor]
 
-DTYPES = {
+SAFETENSORS_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -58,10 +58,10 @@ class WeightFile(Protocol):
         """Whether its tensors are certain to be views of the file, whose pages may then be given back."""
 
     @property
-    def facts(self) -> Mapping[str, tuple[Shape, torch.dtype]]:
+    def tensor_specs(self) -> Mapping[str, tuple[Shape, torch.dtype]]:
         """Shape and type of every tensor, without reading any."""
 
-    def mapped(self) -> Any:
+    def open(self) -> Any:
         """A context in which tensors can be had by name; what is mapped stays only as long as somebody holds it."""
 
 
@@ -74,20 +74,22 @@ class SafetensorsFile:
     is_mapped = False
 
     @cached_property
-    def facts(self) -> Mapping[str, tuple[Shape, torch.dtype]]:
+    def tensor_specs(self) -> Mapping[str, tuple[Shape, torch.dtype]]:
         """Shape and dtype of every tensor. Raises LayoutError when the file is cut short or is something else."""
         out = {}
         with self._open() as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
                 part = file.get_slice(name)
                 kind = part.get_dtype()
-                if kind not in DTYPES:
-                    raise LayoutError("", file=self.path, field=name, value=kind, expected=", ".join(DTYPES))
-                out[name] = (tuple(part.get_shape()), DTYPES[kind])
+                if kind not in SAFETENSORS_DTYPES:
+                    raise LayoutError(
+                        "", file=self.path, field=name, value=kind, expected=", ".join(SAFETENSORS_DTYPES)
+                    )
+                out[name] = (tuple(part.get_shape()), SAFETENSORS_DTYPES[kind])
         return out
 
     @contextmanager
-    def mapped(self) -> Iterator[Get]:
+    def open(self) -> Iterator[ReadTensor]:
         """Tensors as views of the file."""
         with self._open() as file:
             yield file.get_tensor
@@ -109,12 +111,12 @@ class TorchFile:
         return self._content.is_mapped
 
     @cached_property
-    def facts(self) -> Mapping[str, tuple[Shape, torch.dtype]]:
+    def tensor_specs(self) -> Mapping[str, tuple[Shape, torch.dtype]]:
         """Shape and dtype of every tensor. Raises LayoutError as `read_torch_file`, and for other values."""
         return {name: (tensor.shape, tensor.dtype) for name, tensor in self._content.value.items()}
 
     @contextmanager
-    def mapped(self) -> Iterator[Get]:
+    def open(self) -> Iterator[ReadTensor]:
         """Context that yields a function from a name to its tensor."""
         content = self._content
         mapping = content.map()
@@ -146,36 +148,36 @@ class TorchFile:
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorRef:
     """One weight of ours, as it lies in a file. `change` turns the file's tensor into it, without copying if it can."""
 
     file: WeightFile
     name: str
     shape: Shape
     dtype: torch.dtype
-    change: Change | None = None
+    transform: Transform | None = None
 
     @property
     def bytes(self) -> int:
         """Size of the tensor in the file."""
-        return int(torch.Size(self.file.facts[self.name][0]).numel()) * self.dtype.itemsize
+        return int(torch.Size(self.file.tensor_specs[self.name][0]).numel()) * self.dtype.itemsize
 
 
-def pieces_of(files: Sequence[WeightFile]) -> dict[str, Piece]:
+def list_tensors(files: Sequence[WeightFile]) -> dict[str, TensorRef]:
     """Every tensor of the files under its own name. Raises LayoutError when two files hold the same one."""
-    out: dict[str, Piece] = {}
+    out: dict[str, TensorRef] = {}
     for file in files:
-        for name, (shape, dtype) in file.facts.items():
+        for name, (shape, dtype) in file.tensor_specs.items():
             if name in out:
                 raise LayoutError(
                     f"is also in {out[name].file.path}", file=file.path, field=name, hint="remove one of the two files"
                 )
-            out[name] = Piece(file, name, shape, dtype)
+            out[name] = TensorRef(file, name, shape, dtype)
     return out
 
 
-def read_pieces(
-    pieces: Mapping[str, Piece], targets: Mapping[str, tuple[torch.dtype, torch.device]]
+def read_tensors(
+    pieces: Mapping[str, TensorRef], targets: Mapping[str, tuple[torch.dtype, torch.device]]
 ) -> Iterator[tuple[str, Tensor]]:
     """Each piece in its wanted type and place, file by file."""
     by_file: dict[WeightFile, list[str]] = {}
@@ -187,7 +189,7 @@ def read_pieces(
         while waiting:
             # Pages of the file that were copied from count as memory until it is closed: open it anew now and then.
             copied = 0
-            with file.mapped() as get:
+            with file.open() as get:
                 while waiting and (not copied or copied + pieces[waiting[-1]].bytes <= budget):
                     name = waiting.pop()
                     tensor, source = _one(pieces[name], get, *targets[name])
@@ -198,10 +200,10 @@ def read_pieces(
                     del tensor
 
 
-def _one(piece: Piece, get: Get, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor | None]:
+def _one(piece: TensorRef, get: ReadTensor, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor | None]:
     """The tensor as it is wanted, and the file's own where that is another one."""
     source = get(piece.name)
-    changed = source if piece.change is None else piece.change(source)
+    changed = source if piece.transform is None else piece.transform(source)
     tensor = changed.to(device=device, dtype=dtype if changed.is_floating_point() else changed.dtype)
     same = tensor.untyped_storage().data_ptr() == source.untyped_storage().data_ptr()
     return tensor, None if same else source
@@ -220,13 +222,13 @@ def _give_back(source: Tensor) -> bool:
     return bool(ctypes.CDLL(None).madvise(*pages, mmap.MADV_DONTNEED) == 0)
 
 
-INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-SINGLES = ("model.safetensors", "pytorch_model.bin")
+INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 _SHARD = re.compile(r"-of-(\d{1,9})\.\w+$")
 _NOT_IN_NAMES = frozenset("/\\\0")
 
 
-def state_of(model: PreTrainedModel) -> dict[str, Tensor]:
+def published_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
     """The weights by the names under which transformers publishes them, a tied head left out.
 
     Its modules are renamed from version to version (DINOv2's `query` became `q_proj`), what is in files is not.
@@ -250,24 +252,24 @@ def published_names(model: PreTrainedModel) -> dict[str, str]:
     return {public: names[id(tensor)] for public, tensor in published.items()}
 
 
-def find_files(folder: Path) -> list[WeightFile]:
+def find_weight_files(folder: Path) -> list[WeightFile]:
     """Return the weight files of a directory, safetensors first.
 
     Raises LayoutError for an index that is damaged, names files outside of the directory or absent ones, for shards
     without their index, and when there are no weights.
     """
-    for index, single in zip(INDEXES, SINGLES, strict=True):
+    for index, single in zip(INDEX_FILES, SINGLE_FILES, strict=True):
         if (folder / index).is_file():
-            return [weight_file(path) for path in _indexed(folder / index)]
+            return [open_weight_file(path) for path in _indexed(folder / index)]
         if (folder / single).is_file():
-            return [weight_file(folder / single)]
+            return [open_weight_file(folder / single)]
     _refuse_shards_without_index(folder)
     loose = sorted(folder.glob("*.safetensors"))
     if len(loose) == 1:
-        return [weight_file(loose[0])]
-    if pickled := pickled_files(folder):
-        return list(map(weight_file, pickled))
-    raise LayoutError("no weights", file=folder, expected=f"one of {', '.join([*SINGLES, *INDEXES])}")
+        return [open_weight_file(loose[0])]
+    if pickled := torch_weight_files(folder):
+        return list(map(open_weight_file, pickled))
+    raise LayoutError("no weights", file=folder, expected=f"one of {', '.join([*SINGLE_FILES, *INDEX_FILES])}")
 
 
 def _indexed(index: Path) -> list[Path]:
@@ -295,7 +297,7 @@ def _indexed(index: Path) -> list[Path]:
 
 
 def _refuse_shards_without_index(folder: Path) -> None:
-    for index, single in zip(INDEXES, SINGLES, strict=True):
+    for index, single in zip(INDEX_FILES, SINGLE_FILES, strict=True):
         stem, _, ending = single.partition(".")
         names = sorted(path.name for path in folder.glob(f"{stem}-*-of-*.{ending}"))
         counted = [match for name in names if (match := _SHARD.search(name)) and int(match[1]) > 1]
@@ -308,7 +310,7 @@ def _refuse_shards_without_index(folder: Path) -> None:
             )
 
 
-def pickled_files(folder: Path) -> list[Path]:
+def torch_weight_files(folder: Path) -> list[Path]:
     """The files of torch.save that a directory's weights are: one for each tensor, the only one, or the newest form.
 
     TinyChat calls its second form `...v2.pt`. Raises LayoutError when several could be meant; [] for none.
@@ -325,6 +327,6 @@ def pickled_files(folder: Path) -> list[Path]:
     )
 
 
-def weight_file(path: Path) -> WeightFile:
+def open_weight_file(path: Path) -> WeightFile:
     """A file of tensors by its suffix."""
     return SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)

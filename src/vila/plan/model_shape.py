@@ -24,8 +24,8 @@ from vila.model.layouts.config_file import read_config, text_config
 from vila.model.layouts.tower_files import read_tower
 from vila.model.loading import open_checkpoint
 from vila.model.modeling import VilaForConditionalGeneration
-from vila.model.projector import projected_tokens
-from vila.model.vision_tower import blocks_of, patch_count
+from vila.model.projector import num_projected_tokens
+from vila.model.vision_tower import encoder_blocks, num_patches
 
 COMPONENTS = ("tower", "projector", "embeddings", "blocks", "head")
 """Parts that sizes are told by; `blocks` are the LLM's decoder blocks and its final norm."""
@@ -118,7 +118,7 @@ def shape_of(config: VilaConfig) -> ModelShape:
     vision, text = config.vision_config, config.text_config
     depth = int(vision.num_hidden_layers)
     used = config.select_layer if config.select_layer >= 0 else depth + 1 + config.select_layer
-    blocks = blocks_of(model.vision_tower, depth)
+    blocks = encoder_blocks(model.vision_tower, depth)
     tower = _stack(list(blocks), used, vision)
     block_name = find_family(text.model_type).decoder_block
     decoder = [module for module in model.language_model.modules() if type(module).__name__ == block_name]
@@ -128,9 +128,9 @@ def shape_of(config: VilaConfig) -> ModelShape:
     total = _count(model.vision_tower)
     side = int(_first(vision.image_size))
     scales = config.s2_scales or [side]
-    positions = patch_count(vision, side)
+    positions = num_patches(vision, side)
     kept_class = config.select_feature == "cls_patch" and vision.model_type not in _WITHOUT_CLASS_TOKEN
-    patches = patch_count(vision, scales[0]) + kept_class
+    patches = num_patches(vision, scales[0]) + kept_class
     linears = [module for module in model.projector.modules() if isinstance(module, nn.Linear)]
     head = model.get_output_embeddings().get_parameter("weight")
     tied = bool(getattr(text, "tie_word_embeddings", False))
@@ -145,7 +145,7 @@ def shape_of(config: VilaConfig) -> ModelShape:
         tower_rest=before,
         tower_unused=total - before - used * tower.block,
         patches=patches,
-        media_tokens=projected_tokens(config.projector_type, patches),
+        media_tokens=num_projected_tokens(config.projector_type, patches),
         projector=tuple(Matrix(str(n), m.in_features, m.out_features) for n, m in enumerate(linears)),
         projector_small=_count(model.projector) - sum(m.weight.numel() for m in linears),
         merges=config.projector_type == "mlp_downsample",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vila.core.errors import LayoutError
-from vila.kernels.int4 import MAX_CODE, Int4Weight, pack, unpack
+from vila.kernels.int4 import MAX_CODE, Int4Weight, pack_nibbles, unpack_nibbles
 
 # O output channels  I input channels  G groups of a row  T tokens
 
@@ -60,7 +60,7 @@ def gptq_round(weight_OI: Tensor, grid: Int4Weight, moments_II: Tensor, damping:
             codes_IO[place], errors_CO[place - start] = code_O, error_O
         left_IO[end:].addmm_(feedback_II[start:end, end:].T, errors_CO, alpha=-1)
     codes_OI = codes_IO[torch.argsort(order_I)].T.to(torch.uint8)
-    return Int4Weight(pack(codes_OI.contiguous()), grid.scales, grid.zeros, grid.group_size)
+    return Int4Weight(pack_nibbles(codes_OI.contiguous()), grid.scales, grid.zeros, grid.group_size)
 
 
 def _feedback(moments_II: Tensor, damping: float) -> Tensor:
@@ -83,7 +83,7 @@ def refit_scales(weight_OI: Tensor, rounded: Int4Weight, moments_II: Tensor) -> 
     not be positive stays as it was.
     """
     size = rounded.group_size
-    steps_OGK = unpack(rounded.codes).unflatten(-1, (-1, size)).float() - rounded.zeros.float()[..., None]
+    steps_OGK = unpack_nibbles(rounded.codes).unflatten(-1, (-1, size)).float() - rounded.zeros.float()[..., None]
     fitted = [
         _refit(weight, steps, scales, moments_II.unflatten(0, (-1, size)))
         for weight, steps, scales in zip(

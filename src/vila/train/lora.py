@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from vila.config.schema import Lora
 from vila.core.errors import ConfigError
 from vila.core.optional import require
-from vila.model.layouts.lora_adapter import fold, write_adapter
+from vila.model.layouts.lora_adapter import merge_lora, write_adapter
 from vila.model.modeling import VilaForConditionalGeneration
 from vila.model.processor import VilaProcessor
 
@@ -95,7 +95,7 @@ def merge_adapters(model: VilaForConditionalGeneration) -> None:
             )
         down, up = (layer.get_parameter(leaf.removeprefix(".")) for leaf in (_DOWN, _UP))
         with torch.no_grad():
-            base.weight.data = fold(base.weight, down, up, scale)
+            base.weight.data = merge_lora(base.weight, down, up, scale)
         model.set_submodule(name, base)
     del model.peft_config
 
@@ -109,7 +109,7 @@ def merged_tensors(model: VilaForConditionalGeneration, tensors: Mapping[str, Te
         if name.endswith((_DOWN, _UP)):
             continue
         changed = inside and leaf == "weight"
-        new = fold(tensor, tensors[stem + _DOWN], tensors[stem + _UP], scale) if changed else tensor
+        new = merge_lora(tensor, tensors[stem + _DOWN], tensors[stem + _UP], scale) if changed else tensor
         out[f"{stem}.{leaf}" if inside else name] = new
     return out
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from vila.chat.tokenize import IGNORE
 from vila.data.collate import Batch
 from vila.model.modeling import VilaForConditionalGeneration
-from vila.model.packed_attention import attend_in_trees, forest_of
+from vila.model.packed_attention import attention_layout, enable_packed_attention
 
 # B batch rows  S sequence  D model width  T supervised tokens  V vocab  K data sets
 # N images  P patches  C tower width  H, W pixels
@@ -154,7 +154,7 @@ class LossModule(nn.Module):
     def __init__(self, model: VilaForConditionalGeneration) -> None:
         super().__init__()
         self.model = model
-        attend_in_trees(model.get_decoder())
+        enable_packed_attention(model.get_decoder())
 
     def forward(
         self,
@@ -212,6 +212,6 @@ class LossModule(nn.Module):
             attention_mask=torch.ones(1, 1, 0, 0, dtype=torch.bool, device=embeds_BSD.device),
             position_ids=batch.positions.to(model.device, non_blocking=True),
             use_cache=False,
-            forest=forest_of(batch.segments, batch.parents),
+            attention_layout=attention_layout(batch.segments, batch.parents),
         ).last_hidden_state
         return states

@@ -217,7 +217,7 @@ def list_inputs(recipe: Recipe, mixture: Mixture, start: ModelCheckpoint) -> Inp
     ]
     models: dict[str, dict[str, Path]] = {}
     if recipe.model.path:
-        weights = {piece.file.path for piece in start.pieces.values()}
+        weights = {piece.file.path for piece in start.tensors.values()}
         models["model.path"] = _by_name([*_files_in(start.folder), *weights], start.folder)
     else:
         for field, name in (("model.llm", recipe.model.llm), ("model.vision", recipe.model.vision)):

@@ -24,7 +24,14 @@ from vila.data.packing import PackingPolicy, PackingStreams, PackingStreamState,
 from vila.data.workers import WorkerStreams
 from vila.model.feature_cache import FeatureCache
 from vila.model.layouts.base import Checkpoint
-from vila.model.loading import build_model, build_parts, check_template, choose_dtype, open_checkpoint, open_parts
+from vila.model.loading import (
+    build_components,
+    build_model,
+    check_templates,
+    choose_dtype,
+    open_checkpoint,
+    open_components,
+)
 from vila.model.modeling import VilaForConditionalGeneration
 from vila.model.processor import VilaProcessor
 from vila.model.projector import calibrate_projector
@@ -67,7 +74,7 @@ def open_initial_model(recipe: Recipe) -> Checkpoint:
     checkpoint = (
         open_checkpoint(source.path)
         if source.path
-        else open_parts(
+        else open_components(
             llm=source.llm,
             vision=source.vision,
             projector=source.projector,
@@ -83,7 +90,7 @@ def open_initial_model(recipe: Recipe) -> Checkpoint:
         checkpoint.config.template = checkpoint.processor.template = source.template
     own = checkpoint.processor.find_template().name
     stage = data.template or own
-    check_template(checkpoint, *dict.fromkeys([own, *(entry.template or stage for entry in data.mixture)]))
+    check_templates(checkpoint, *dict.fromkeys([own, *(entry.template or stage for entry in data.mixture)]))
     return checkpoint
 
 
@@ -94,7 +101,7 @@ def load_initial_model(recipe: Recipe, checkpoint: Checkpoint) -> tuple[VilaForC
     """
     source = recipe.model
     if not source.path:
-        return build_parts(checkpoint, recipe.seed), checkpoint.processor
+        return build_components(checkpoint, recipe.seed), checkpoint.processor
     model, processor = build_model(checkpoint), checkpoint.processor
     # A stage may show images in another way than the one before it did, if its recipe says so.
     spec = VisionSpec.from_dict(processor.vision_spec)

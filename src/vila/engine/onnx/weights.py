@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vila.core.errors import ConfigError
 from vila.families import attention_windows, unsupported_blocks
-from vila.kernels.int4 import Int4Linear, Int4Weight, concatenate, pack, quantize
+from vila.kernels.int4 import Int4Linear, Int4Weight, concatenate, pack_nibbles, quantize
 from vila.model.modeling import VilaForConditionalGeneration
 
 # O outputs  I inputs  G inputs of a group  D model width  E head width  C positions
@@ -160,7 +160,7 @@ def round_to_bytes(weight_OI: Tensor, group_size: int) -> Matrix:
 def matrix_of(weight: Int4Weight, bias_O: Tensor | None = None) -> Matrix:
     """A 4-bit weight in the graph's arrays; the codes are shared, not copied."""
     codes = weight.codes.unflatten(-1, (-1, weight.group_size // 2)).contiguous()
-    zeros = pack(F.pad(weight.zeros, (0, weight.zeros.shape[1] % 2)))
+    zeros = pack_nibbles(F.pad(weight.zeros, (0, weight.zeros.shape[1] % 2)))
     bias = None if bias_O is None else _floats(bias_O)
     scales = _floats(weight.scales)
     return Matrix(
@@ -196,7 +196,7 @@ def _joined(parts: Sequence[Any], given: Mapping[nn.Module, Int4Weight]) -> tupl
         start = 0
         for part, weight in zip(parts, ints, strict=True):
             if part not in given and isinstance(part, Int4Linear):
-                part.hold(whole.rows(start, start + weight.num_outputs))
+                part.set_weight(whole.rows(start, start + weight.num_outputs))
             start += weight.num_outputs
         return (_matrix(whole, bias),)
     return (_matrix(torch.cat(stored) if len(stored) > 1 else stored[0], bias),)

@@ -19,13 +19,13 @@ from vila.core.errors import LayoutError
 from vila.core.reading import Fields
 from vila.kernels.int4 import Int4Weight
 from vila.kernels.packings import check_divides, pack_gemm
-from vila.model.int4_weights import gather, group_size_of, int4_layers, packed_facts
-from vila.model.layouts.base import BLOCKS, Checkpoint, Storage, with_int4
+from vila.model.int4_weights import collect_packed_weights, group_size_of, int4_layers, packed_tensor_specs
+from vila.model.layouts.base import DECODER_BLOCKS, Checkpoint, WeightStorage, checkpoint_with_int4
 from vila.model.layouts.config_file import read_config
 from vila.model.layouts.detect import detect_full_precision
-from vila.model.layouts.llava_hf import refuse_to_write, write_llava
+from vila.model.layouts.llava_hf import check_writable, write_llava
 from vila.model.layouts.native import write_native
-from vila.model.save_weights import Made
+from vila.model.save_weights import LazyTensor
 
 # --- awq_config
 # What a checkpoint says of its 4-bit weights: `quantization_config` in config.json, or AutoAWQ's quant_config.json.
@@ -40,7 +40,7 @@ _REMEDY = "quantize the 16-bit model with vila quantize"
 
 
 @dataclass(frozen=True)
-class AwqFacts:
+class AwqSettings:
     """Packing and group size of a checkpoint, and the file that says so."""
 
     packing: str
@@ -52,12 +52,12 @@ class AwqFacts:
         return f"{self.source} says {self.packing} with groups of {self.group_size}"
 
 
-def says_quantized(folder: Path) -> bool:
+def is_quantized(folder: Path) -> bool:
     """Whether a directory says of itself that its weights, or those in its `llm/`, are quantized in some way."""
     return _find(folder) is not None
 
 
-def read_awq(folder: Path) -> AwqFacts:
+def read_awq_settings(folder: Path) -> AwqSettings:
     """Read what a directory says. Raises LayoutError with file, field and value for all but 4-bit AWQ with zeros."""
     facts = _find(folder)
     if facts is None:
@@ -76,7 +76,7 @@ def read_awq(folder: Path) -> AwqFacts:
     group = 128 if facts.get(size) is None else facts[size]
     if not isinstance(group, int) or isinstance(group, bool) or group < 2:
         raise facts.refusal(size, expected="32, 64 or 128", hint=_REMEDY)
-    return AwqFacts(_PACKINGS[packing], group, facts.file)
+    return AwqSettings(_PACKINGS[packing], group, facts.file)
 
 
 def awq_config(group_size: int, skipped: Sequence[str]) -> dict[str, Any]:
@@ -129,23 +129,23 @@ class AwqHfLayout:
 
     name = "awq-hf"
 
-    def recognises(self, folder: Path) -> bool:
+    def matches(self, folder: Path) -> bool:
         """Whether the directory says that it is quantized, in whatever way, and would be known if it were not."""
-        return folder.is_dir() and says_quantized(folder) and detect_full_precision(folder) is not None
+        return folder.is_dir() and is_quantized(folder) and detect_full_precision(folder) is not None
 
     def open(self, folder: Path, base: Path | None = None) -> Checkpoint:
         """Understand the directory. Raises LayoutError where what is said and the tensors do not belong together."""
-        facts = read_awq(folder)
+        facts = read_awq_settings(folder)
         layout = detect_full_precision(folder)
         if layout is None:
             raise LayoutError(f"{folder}: not a model in a layout known here but for its quantization")
         under = layout.open(folder, base)
-        pieces, packed = gather(under.pieces, facts.packing, facts.group_size, facts.describe())
-        return with_int4(under, pieces, packed, folder)
+        pieces, packed = collect_packed_weights(under.tensors, facts.packing, facts.group_size, facts.describe())
+        return checkpoint_with_int4(under, pieces, packed, folder)
 
     def check(self, model: Any, processor: Any) -> None:
         """Raise LayoutError for a model in full precision, or with outputs that gemm words cannot hold."""
-        check_int4(model, self.name)
+        require_int4(model, self.name)
         for name, layer in int4_layers(model):
             check_divides(f"outputs of {name}", layer.out_features, 8)
 
@@ -155,16 +155,16 @@ class AwqHfLayout:
         Raises LayoutError as `check`.
         """
         self.check(model, processor)
-        size = check_int4(model, self.name)
+        size = require_int4(model, self.name)
         try:
-            refuse_to_write(model.config, processor)
+            check_writable(model.config, processor)
         except LayoutError:
             write_native(model, processor, folder, _storage(model, size, _SKIPPED_NATIVE))
         else:
             write_llava(model, processor, folder, _storage(model, size, _SKIPPED))
 
 
-def check_int4(model: Any, layout: str) -> int:
+def require_int4(model: Any, layout: str) -> int:
     """The group size of a model. Raises LayoutError unless it is in 4 bits, with one group size."""
     size = group_size_of(model)
     if size is None:
@@ -174,25 +174,25 @@ def check_int4(model: Any, layout: str) -> int:
     return size
 
 
-def _storage(model: Any, size: int, skipped: tuple[str, ...]) -> Storage:
+def _storage(model: Any, size: int, skipped: tuple[str, ...]) -> WeightStorage:
     kept = [
         name.replace("language_model.model.", prefix)
         for name, module in model.named_modules()
-        if name.startswith(BLOCKS) and isinstance(module, torch.nn.Linear)
+        if name.startswith(DECODER_BLOCKS) and isinstance(module, torch.nn.Linear)
         for prefix in ("language_model.model.", "model.language_model.")
     ]
-    return Storage(pack, awq_config(size, (*skipped, *kept)))
+    return WeightStorage(pack, awq_config(size, (*skipped, *kept)))
 
 
-def pack(weight: Int4Weight) -> Mapping[str, Made]:
+def pack(weight: Int4Weight) -> Mapping[str, LazyTensor]:
     """The tensors of a weight, packed when they are written."""
-    facts = packed_facts("gemm", (weight.num_outputs, weight.num_inputs), weight.group_size)
+    facts = packed_tensor_specs("gemm", (weight.num_outputs, weight.num_inputs), weight.group_size)
     # Zeros and scales do not depend on codes: they are packed with a group of two inputs each, to save the work.
     groups = torch.zeros_like(weight.zeros)
     thin = Int4Weight(groups, weight.scales, weight.zeros, 2)
     sources = {"qweight": weight, "qzeros": thin, "scales": thin}
     return {
-        ending: Made(facts[ending][0], facts[ending][1] or torch.float16, partial(_part, source, ending))
+        ending: LazyTensor(facts[ending][0], facts[ending][1] or torch.float16, partial(_part, source, ending))
         for ending, source in sources.items()
     }
 

@@ -16,8 +16,8 @@ from vila.kernels.int4 import Int4Weight
 from vila.model.config import VilaConfig
 from vila.model.int4_weights import PackedWeight, int4_layers
 from vila.model.processor import VilaProcessor
-from vila.model.save_weights import Writable, in_half, write_weights
-from vila.model.weights import Piece, state_of
+from vila.model.save_weights import Writable, as_float16, write_weights
+from vila.model.weights import TensorRef, published_state_dict
 
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ class Checkpoint:
     folder: Path
     config: VilaConfig
     processor: VilaProcessor
-    pieces: Mapping[str, Piece]
+    tensors: Mapping[str, TensorRef]
     sources: Sources = field(default_factory=lambda: Sources(*[Fields({}, "config.json", error=LayoutError)] * 3))
-    unclaimed: Sequence[str] = ()
+    unexpected: Sequence[str] = ()
     generation: Mapping[str, Any] = field(default_factory=dict)
     int4: Mapping[str, PackedWeight] = field(default_factory=dict)
 
@@ -59,7 +59,7 @@ class ReadLayout(Protocol):
 
     name: str
 
-    def recognises(self, folder: Path) -> bool:
+    def matches(self, folder: Path) -> bool:
         """Whether the directory is in this layout; looks at names and config only."""
 
     def open(self, folder: Path, base: Path | None = None) -> Checkpoint:
@@ -90,12 +90,12 @@ Prefixes = Sequence[tuple[str, str]]
 _HARMLESS = ("rotary_emb.inv_freq", "embeddings.position_ids")
 
 
-def to_ours(name: str, prefixes: Prefixes) -> str | None:
+def to_native_name(name: str, prefixes: Prefixes) -> str | None:
     """Our name of a foreign weight, None when no prefix fits."""
     return next((ours + name[len(theirs) :] for theirs, ours in prefixes if name.startswith(theirs)), None)
 
 
-def to_theirs(name: str, prefixes: Prefixes) -> str:
+def to_layout_name(name: str, prefixes: Prefixes) -> str:
     """The foreign name of a weight of ours. Raises LayoutError when the layout has no place for it."""
     for theirs, ours in sorted(prefixes, key=lambda pair: -len(pair[1])):
         if name.startswith(ours):
@@ -103,20 +103,20 @@ def to_theirs(name: str, prefixes: Prefixes) -> str:
     raise LayoutError(f"this layout has no place for the weight {name}")
 
 
-def claim(
-    pieces: Mapping[str, Piece], prefixes: Prefixes, ignore: Iterable[str] = ()
-) -> tuple[dict[str, Piece], list[str]]:
+def map_names(
+    pieces: Mapping[str, TensorRef], prefixes: Prefixes, ignore: Iterable[str] = ()
+) -> tuple[dict[str, TensorRef], list[str]]:
     """Pieces by our names, and the foreign names that nothing claims. `ignore`: prefixes that are known and not needed.
 
-    Raises LayoutError when two foreign weights claim one of ours.
+    Raises LayoutError when two foreign weights map_names one of ours.
     """
-    ours: dict[str, Piece] = {}
+    ours: dict[str, TensorRef] = {}
     unclaimed = []
     skipped = tuple(ignore)
     for name, piece in pieces.items():
         if name.endswith(_HARMLESS) or (skipped and name.startswith(skipped)):
             continue
-        target = to_ours(name, prefixes)
+        target = to_native_name(name, prefixes)
         if target is None:
             unclaimed.append(name)
         elif target in ours:
@@ -126,14 +126,16 @@ def claim(
     return ours, unclaimed
 
 
-def keep_rows(piece: Piece, rows: int) -> Piece:
+def keep_rows(piece: TensorRef, rows: int) -> TensorRef:
     """Return the first `rows` rows of a weight. Raises LayoutError if it has fewer."""
     if not piece.shape or piece.shape[0] < rows:
         raise _shape_error(piece, f"at least {rows} rows")
-    return replace(piece, shape=(rows, *piece.shape[1:]), change=_then(piece.change, lambda tensor: tensor[:rows]))
+    return replace(
+        piece, shape=(rows, *piece.shape[1:]), transform=_then(piece.transform, lambda tensor: tensor[:rows])
+    )
 
 
-def take_third(piece: Piece, number: int) -> Piece:
+def split_qkv(piece: TensorRef, number: int) -> TensorRef:
     """Return query, key or value from a weight that holds all three, one below the other.
 
     Raises LayoutError unless its rows can be divided by three.
@@ -146,10 +148,10 @@ def take_third(piece: Piece, number: int) -> Piece:
     def cut(tensor):
         return tensor[start : start + rows]
 
-    return replace(piece, shape=(rows, *piece.shape[1:]), change=_then(piece.change, cut))
+    return replace(piece, shape=(rows, *piece.shape[1:]), transform=_then(piece.transform, cut))
 
 
-def _shape_error(piece: Piece, expected: str) -> LayoutError:
+def _shape_error(piece: TensorRef, expected: str) -> LayoutError:
     return LayoutError("", file=piece.file.path, field=piece.name, value=list(piece.shape), expected=expected)
 
 
@@ -165,7 +167,7 @@ Pack = Callable[[Int4Weight], Mapping[str, Writable]]
 
 
 @dataclass(frozen=True)
-class Storage:
+class WeightStorage:
     """One way to store a model's weights.
 
     pack:  the tensors of one 4-bit Linear by the endings of their names; None stores full precision.
@@ -174,7 +176,7 @@ class Storage:
     """
 
     pack: Pack | None = None
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    quantization_config: Mapping[str, Any] = field(default_factory=dict)
     save: Callable[[Mapping[str, Writable], Path], None] = write_weights
 
     def check(self, model: Any) -> None:
@@ -186,7 +188,7 @@ class Storage:
                 "tinychat, or turn them into ordinary ones with vila convert --dequantize"
             )
 
-    def state(self, model: Any) -> dict[str, Any]:
+    def state_dict(self, model: Any) -> dict[str, Any]:
         """Return the weights of a model, or of its LLM, by their published names, as stored but for `stored`.
 
         Raises LayoutError as `check`.
@@ -194,7 +196,7 @@ class Storage:
         self.check(model)
         layers = dict(int4_layers(model))
         out: dict[str, Any] = {}
-        for name, tensor in state_of(model).items():
+        for name, tensor in published_state_dict(model).items():
             path, _, leaf = name.rpartition(".")
             if path not in layers or leaf == "bias":
                 out[name] = tensor
@@ -202,9 +204,9 @@ class Storage:
                 out |= {f"{path}.{ending}": part for ending, part in self.pack(layers[path].weight).items()}
         return out
 
-    def stored(self, tensors: Mapping[str, Writable]) -> dict[str, Writable]:
+    def cast(self, tensors: Mapping[str, Writable]) -> dict[str, Writable]:
         """Tensors in the type that the file has: float16 beside 4-bit ones, which their readers compute in."""
-        return dict(tensors) if self.pack is None else in_half(tensors)
+        return dict(tensors) if self.pack is None else as_float16(tensors)
 
     def config(self, model: Any) -> Any:
         """The model's config, which says the type of the file; the model's own stays as it is."""
@@ -217,7 +219,7 @@ class Storage:
         return config
 
 
-FULL = Storage()
+FULL_PRECISION = WeightStorage()
 """Every weight in its own type."""
 
 
@@ -225,12 +227,12 @@ FULL = Storage()
 # From a checkpoint that was understood as one of full precision to one whose decoder blocks are in 4 bits.
 
 
-BLOCKS = "language_model.model.layers."
+DECODER_BLOCKS = "language_model.model.layers."
 _KEY = "quantization_config"
 
 
-def with_int4(
-    checkpoint: Checkpoint, pieces: Mapping[str, Piece], packed: Mapping[str, PackedWeight], folder: Path
+def checkpoint_with_int4(
+    checkpoint: Checkpoint, pieces: Mapping[str, TensorRef], packed: Mapping[str, PackedWeight], folder: Path
 ) -> Checkpoint:
     """The checkpoint of `folder`, its weights being `pieces` and `packed`.
 
@@ -243,16 +245,16 @@ def with_int4(
             file=folder,
             hint=f"remove {_KEY} from its config.json if they are in 16 bits, else fetch it again",
         )
-    check_places(packed, folder)
+    check_int4_names(packed, folder)
     for config in (checkpoint.config, checkpoint.config.text_config):
         if hasattr(config, _KEY):
             delattr(config, _KEY)
-    return replace(checkpoint, folder=folder, pieces=pieces, int4=packed)
+    return replace(checkpoint, folder=folder, tensors=pieces, int4=packed)
 
 
-def check_places(names: Iterable[str], folder: Path) -> None:
+def check_int4_names(names: Iterable[str], folder: Path) -> None:
     """Raises LayoutError for Linears in 4 bits that are not in the decoder's blocks."""
-    if wrong := sorted(name for name in names if not name.startswith(BLOCKS)):
+    if wrong := sorted(name for name in names if not name.startswith(DECODER_BLOCKS)):
         raise LayoutError(
             "in 4 bits",
             file=folder,

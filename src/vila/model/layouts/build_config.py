@@ -10,16 +10,16 @@ from transformers import PretrainedConfig
 from vila.core.errors import LayoutError
 from vila.core.vision_spec import ImageMode, VisionSpec
 from vila.model.config import VilaConfig
-from vila.model.layouts.tower_files import TowerFacts
+from vila.model.layouts.tower_files import TowerSpec
 from vila.model.processor import VilaProcessor
-from vila.model.projector import projected_tokens
-from vila.model.vision_tower import check_features, check_image_size, has_cls, patch_count
+from vila.model.projector import num_projected_tokens
+from vila.model.vision_tower import check_features, check_image_size, has_cls_token, num_patches
 
 
-def compose(
+def build_config(
     *,
     llm: PretrainedConfig,
-    tower: TowerFacts,
+    tower: TowerSpec,
     tokenizer: Any,
     projector: str,
     select_layer: int,
@@ -44,7 +44,7 @@ def compose(
         check_image_size(tower.config, image_size, scales, s2_max_split)
     spec = VisionSpec(
         image_size=image_size,
-        tokens_per_image=image_tokens(tower.config, image_size, scales, projector, select_feature),
+        tokens_per_image=num_image_tokens(tower.config, image_size, scales, projector, select_feature),
         mean=tower.mean,
         std=tower.std,
         image_mode=image_mode,
@@ -71,20 +71,20 @@ def compose(
     return config, processor
 
 
-def image_tokens(
+def num_image_tokens(
     tower: PretrainedConfig, image_size: int, scales: Sequence[int], projector: str, select_feature: str
 ) -> int:
     """Return the number of image placeholders of one image. Raises LayoutError for parts that do not go together."""
-    patches = patch_count(tower, scales[0] if scales else image_size)
-    return projected_tokens(projector, patches + (select_feature == "cls_patch" and has_cls(tower)))
+    patches = num_patches(tower, scales[0] if scales else image_size)
+    return num_projected_tokens(projector, patches + (select_feature == "cls_patch" and has_cls_token(tower)))
 
 
-def check_spec(config: VilaConfig, spec: VisionSpec) -> None:
+def check_vision_spec(config: VilaConfig, spec: VisionSpec) -> None:
     """Compare stored vision settings with the tower and projector of a config. Raises LayoutError with the field."""
     tower = config.vision_config
     check_features(tower, config.select_layer, config.select_feature)
     check_image_size(tower, spec.image_size, config.s2_scales, config.s2_max_split)
-    tokens = image_tokens(tower, spec.image_size, config.s2_scales, config.projector_type, config.select_feature)
+    tokens = num_image_tokens(tower, spec.image_size, config.s2_scales, config.projector_type, config.select_feature)
     if spec.tokens_per_image != tokens:
         raise LayoutError(
             "not what tower and projector give",

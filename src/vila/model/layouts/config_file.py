@@ -25,8 +25,8 @@ from vila.core.errors import LayoutError
 from vila.core.reading import Fields, file_errors
 from vila.model.config import VilaConfig
 from vila.model.int4_weights import PackedWeight
-from vila.model.vision_tower import TOWER_TYPES, has_cls
-from vila.model.weights import Piece, Shape
+from vila.model.vision_tower import TOWER_TYPES, has_cls_token
+from vila.model.weights import Shape, TensorRef
 
 MAX_LAYERS: Final = 1_000_000
 """Layers that a config may ask for before they are compared with the weights; configs hold lists of that length."""
@@ -269,7 +269,7 @@ _LENGTHS = ("max_length", "max_new_tokens", "min_length", "min_new_tokens")
 _GENERATION_FLAGS = ("do_sample", "use_cache", "output_attentions", "output_hidden_states", "return_dict_in_generate")
 
 
-def generation_facts(folder: Path, ignored: tuple[str, ...] = ()) -> dict[str, Any]:
+def read_generation_config(folder: Path, ignored: tuple[str, ...] = ()) -> dict[str, Any]:
     """Read generation_config.json of a directory without the keys `ignored`; empty if there is none.
 
     Sampling values without `do_sample`, as LLaVA-1.5 is published, are left out: greedy decoding does not read them,
@@ -290,11 +290,11 @@ def generation_facts(folder: Path, ignored: tuple[str, ...] = ()) -> dict[str, A
         facts.flag(key, None)
     unused = () if facts.get("do_sample") else tuple(_SAMPLING)
     plain = {key: value for key, value in facts.items() if value is not None and key not in unused}
-    generation_config(plain, path)
+    build_generation_config(plain, path)
     return plain
 
 
-def generation_config(facts: Mapping[str, Any], file: Path) -> GenerationConfig:
+def build_generation_config(facts: Mapping[str, Any], file: Path) -> GenerationConfig:
     """Build transformers' generation config. Raises LayoutError with the file's name for what it refuses."""
     with file_errors(file, LayoutError):
         return GenerationConfig.from_dict(copy.deepcopy(dict(facts)))
@@ -325,7 +325,7 @@ class Stored:
 
 def check_sizes(
     config: VilaConfig,
-    pieces: Mapping[str, Piece],
+    pieces: Mapping[str, TensorRef],
     int4: Mapping[str, PackedWeight],
     *,
     text: Fields,
@@ -420,8 +420,8 @@ def _tower_sizes(tower: Any, stored: Mapping[str, Stored]) -> Sizes:
         yield "patch_size", patch, patches.shape[-1], patches
     names = ("embeddings.position_embedding.weight", "embeddings.position_embeddings")
     if table := next((stored[_TOWER + name] for name in names if _TOWER + name in stored), None):
-        found = math.isqrt(max(0, table.shape[-2] - has_cls(tower)))
-        if positions + has_cls(tower) != table.shape[-2]:
+        found = math.isqrt(max(0, table.shape[-2] - has_cls_token(tower)))
+        if positions + has_cls_token(tower) != table.shape[-2]:
             yield "image_size", side, found * patch, table
     elif positions > _UNSEEN_POSITIONS:
         yield "image_size", side, 0, "the weight files"

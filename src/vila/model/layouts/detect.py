@@ -21,14 +21,16 @@ LAYOUTS: Registry[ModelLayout] = Registry(
     },
 )
 
-QUANTIZED = ("tinychat", "awq-hf")
+QUANTIZED_LAYOUTS = ("tinychat", "awq-hf")
 """Layouts of models in 4 bits. A directory may be in the first and have what the second is known by."""
 
-READ_ONLY: Registry[ReadLayout] = Registry("layout of adapters", {"adapter": "vila.model.layouts.lora_adapter:LAYOUT"})
+ADAPTER_LAYOUTS: Registry[ReadLayout] = Registry(
+    "layout of adapters", {"adapter": "vila.model.layouts.lora_adapter:LAYOUT"}
+)
 """Layouts of directories that need another one; training writes them, and what is read from them can be converted."""
 
 
-PICKLED = ".pt"
+TORCH_SUFFIX = ".pt"
 """Suffix of the one kind of file that is a model's weights by itself; what else belongs to it lies around it."""
 
 
@@ -36,15 +38,15 @@ def detect_layout(folder: Path) -> ReadLayout:
     """The layout of a directory, or of a `.pt` file. Raises LayoutError saying what the path is instead."""
     if not folder.exists():
         raise LayoutError("no such directory", file=folder)
-    if folder.is_file() and folder.suffix != PICKLED:
+    if folder.is_file() and folder.suffix != TORCH_SUFFIX:
         raise LayoutError("a model is a directory, this is a file", file=folder)
     # The directory of an adapter also has the config of the whole model, and that of a 4-bit model looks like another
     # one but for what it holds: they are asked first.
-    for name in READ_ONLY:
-        if READ_ONLY[name].recognises(folder):
-            return READ_ONLY[name]
-    for name in (*QUANTIZED, *(name for name in LAYOUTS if name not in QUANTIZED)):
-        if LAYOUTS[name].recognises(folder):
+    for name in ADAPTER_LAYOUTS:
+        if ADAPTER_LAYOUTS[name].matches(folder):
+            return ADAPTER_LAYOUTS[name]
+    for name in (*QUANTIZED_LAYOUTS, *(name for name in LAYOUTS if name not in QUANTIZED_LAYOUTS)):
+        if LAYOUTS[name].matches(folder):
             return LAYOUTS[name]
     found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
     raise LayoutError(
@@ -77,12 +79,12 @@ def check_checkpoint_sizes(checkpoint: Checkpoint) -> None:
     Raises LayoutError with file, field and both sizes.
     """
     sources = checkpoint.sources
-    check_sizes(checkpoint.config, checkpoint.pieces, checkpoint.int4, text=sources.text, vision=sources.vision)
+    check_sizes(checkpoint.config, checkpoint.tensors, checkpoint.int4, text=sources.text, vision=sources.vision)
 
 
 def detect_full_precision(folder: Path) -> ReadLayout | None:
     """The layout that a directory would have if its weights were in full precision; None when it has none."""
     for name in LAYOUTS:
-        if name not in QUANTIZED and LAYOUTS[name].recognises(folder):
+        if name not in QUANTIZED_LAYOUTS and LAYOUTS[name].matches(folder):
             return LAYOUTS[name]
     return None

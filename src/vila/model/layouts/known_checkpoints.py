@@ -24,7 +24,7 @@ _TEMPLATES = {
 in any case; other names say nothing, because a wrong template still answers, only worse."""
 
 
-def template_of(folder: Path) -> str:
+def known_template(folder: Path) -> str:
     """The template of a published checkpoint by its name, empty for any other."""
     # The hub's cache: models--OWNER--NAME/snapshots/COMMIT.
     name = folder.parent.parent.name.rpartition("--")[2] if folder.parent.name == "snapshots" else folder.name

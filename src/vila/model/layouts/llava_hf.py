@@ -23,20 +23,29 @@ from vila.core.errors import LayoutError
 from vila.core.files import atomic_path, write_json
 from vila.core.reading import Fields
 from vila.core.vision_spec import IMAGE_MODES, MAX_SIDE, MAX_VIDEO_FRAMES, ImageMode
-from vila.model.layouts.base import FULL, Checkpoint, Prefixes, Sources, Storage, claim, keep_rows, to_theirs
-from vila.model.layouts.build_config import compose
-from vila.model.layouts.config_file import MAX_LAYERS, generation_facts, read_config, text_config, tower_config
-from vila.model.layouts.known_checkpoints import template_of
+from vila.model.layouts.base import (
+    FULL_PRECISION,
+    Checkpoint,
+    Prefixes,
+    Sources,
+    WeightStorage,
+    keep_rows,
+    map_names,
+    to_layout_name,
+)
+from vila.model.layouts.build_config import build_config
+from vila.model.layouts.config_file import MAX_LAYERS, read_config, read_generation_config, text_config, tower_config
+from vila.model.layouts.known_checkpoints import known_template
 from vila.model.layouts.tokenizer_files import check_placeholder, read_tokenizer, write_tokenizer
-from vila.model.layouts.tower_files import pixel_facts, tower_facts
-from vila.model.weights import Piece, find_files, pieces_of
+from vila.model.layouts.tower_files import image_processor_settings, tower_spec
+from vila.model.weights import TensorRef, find_weight_files, list_tensors
 
 # --- llava_hf_files
 # What transformers' LLaVA directory calls its weights, and what its small files hold.
 
 
 IMAGE = "<image>"
-CLASSIC: Prefixes = (
+NAME_PREFIXES: Prefixes = (
     ("language_model.", "language_model."),
     ("vision_tower.vision_model.", "vision_tower."),
     ("vision_tower.", "vision_tower."),
@@ -50,13 +59,13 @@ PREFIXED_TOWERS = ("clip_vision_model", "siglip_vision_model")
 """Towers whose weights lie one module deeper."""
 
 
-def their_prefixes(config: Any) -> Prefixes:
-    """The pairs of CLASSIC that hold for a model's tower."""
+def name_prefixes(config: Any) -> Prefixes:
+    """The pairs of NAME_PREFIXES that hold for a model's tower."""
     plain = config.vision_config.model_type not in PREFIXED_TOWERS
-    return tuple(pair for pair in CLASSIC if not (plain and pair[0] == "vision_tower.vision_model."))
+    return tuple(pair for pair in NAME_PREFIXES if not (plain and pair[0] == "vision_tower.vision_model."))
 
 
-def config_facts(config: Any, processor: Any, image_id: int, rows: int) -> dict[str, Any]:
+def llava_config(config: Any, processor: Any, image_id: int, rows: int) -> dict[str, Any]:
     """What config.json holds. rows: of the embeddings, which the image's own token may have made more."""
     llm, tower = config.text_config.to_dict(), config.vision_config.to_dict()
     llm["vocab_size"] = rows
@@ -89,7 +98,7 @@ def write_processor(processor: Any, tokenizer: Any, config: Any, part: Path) -> 
     """Write what stock transformers reads pictures and conversations by."""
     spec, kind = processor.spec, config.vision_config.model_type
     square = {"height": spec.image_size, "width": spec.image_size}
-    image = pixel_facts(spec)
+    image = image_processor_settings(spec)
     if spec.image_mode == "pad":
         image |= {"image_processor_type": "LlavaImageProcessor", "do_pad": True, "do_center_crop": True}
         image |= {"size": {"shortest_edge": spec.image_size}, "crop_size": square}
@@ -151,7 +160,7 @@ class LlavaHfLayout:
 
     name = "llava-hf"
 
-    def recognises(self, folder: Path) -> bool:
+    def matches(self, folder: Path) -> bool:
         """Whether config.json is transformers' LlavaConfig."""
         config = read_config(folder)
         return config.get("model_type") == "llava" and "text_config" in config
@@ -169,7 +178,7 @@ class LlavaHfLayout:
         layer = _select_layer(facts, defaults)
         if not facts.flag("multimodal_projector_bias", True):
             raise facts.refusal("multimodal_projector_bias", "a projector without biases is not supported")
-        pieces, unclaimed = claim(pieces_of(find_files(folder)), (*CLASSIC, *_NEW))
+        pieces, unclaimed = map_names(list_tensors(find_weight_files(folder)), (*NAME_PREFIXES, *_NEW))
         projector = _projector(facts, pieces)
         tokenizer = read_tokenizer(folder)
         ours = facts.section("vila")
@@ -186,33 +195,33 @@ class LlavaHfLayout:
         strategy = facts.text("vision_feature_select_strategy", "default", choices=("default", "full"))
         mode = "pad" if images.flag("do_pad", False) else "square"
         with facts.naming(_FIELDS):
-            config, processor = compose(
+            config, processor = build_config(
                 llm=llm,
-                tower=tower_facts(tower, images, vision, _image_side(images)),
+                tower=tower_spec(tower, images, vision, _image_side(images)),
                 tokenizer=tokenizer,
                 projector=projector,
                 select_layer=layer,
                 select_feature="patch" if strategy == "default" else "cls_patch",
                 image_mode=cast(ImageMode, ours.text("image_mode", mode, choices=IMAGE_MODES)),
-                template=ours.text("template", "") or template_of(folder),
+                template=ours.text("template", "") or known_template(folder),
                 image_token_id=placeholder,
                 num_video_frames=ours.integer("num_video_frames", 8, minimum=1, maximum=MAX_VIDEO_FRAMES),
                 exif_orientation=ours.flag("exif_orientation", True),
                 vision_source=ours.text("vision_source", ""),
             )
         # Suppressed was the id of <image>, which our model does not have.
-        generation = generation_facts(folder, ignored=("suppress_tokens",))
+        generation = read_generation_config(folder, ignored=("suppress_tokens",))
         sources = Sources(facts, text, vision, _FIELDS)
         return Checkpoint(folder, config, processor, pieces, sources, unclaimed, generation)
 
     def check(self, model: Any, processor: Any) -> None:
-        """Raise LayoutError as `refuse_to_write`, and for a model in 4 bits."""
-        refuse_to_write(model.config, processor)
-        FULL.check(model)
+        """Raise LayoutError as `check_writable`, and for a model in 4 bits."""
+        check_writable(model.config, processor)
+        FULL_PRECISION.check(model)
 
     def write(self, model: Any, processor: Any, folder: Path) -> None:
         """Write model, processor, tokenizer with `<image>`, chat template and generation config."""
-        write_llava(model, processor, folder, FULL)
+        write_llava(model, processor, folder, FULL_PRECISION)
 
 
 def _image_side(images: Fields) -> int | None:
@@ -228,18 +237,18 @@ def _image_side(images: Fields) -> int | None:
     return None
 
 
-def write_llava(model: Any, processor: Any, folder: Path, storage: Storage) -> None:
-    """Write everything that stock code reads, the weights in `storage`. Raises LayoutError as `refuse_to_write`."""
-    refuse_to_write(model.config, processor)
+def write_llava(model: Any, processor: Any, folder: Path, storage: WeightStorage) -> None:
+    """Write everything that stock code reads, the weights in `storage`. Raises LayoutError as `check_writable`."""
+    check_writable(model.config, processor)
     config = storage.config(model)
     tokenizer = copy.deepcopy(processor.tokenizer)
     tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)
     image_id = tokenizer.convert_tokens_to_ids(IMAGE)
     rows = max(config.text_config.vocab_size, image_id + 1)
-    weights = storage.stored(_weights(storage.state(model), config, rows))
-    facts = config_facts(config, processor, image_id, rows)
-    if storage.facts:
-        facts["quantization_config"] = dict(storage.facts)
+    weights = storage.cast(_weights(storage.state_dict(model), config, rows))
+    facts = llava_config(config, processor, image_id, rows)
+    if storage.quantization_config:
+        facts["quantization_config"] = dict(storage.quantization_config)
     with atomic_path(folder) as part:
         part.mkdir()
         storage.save(weights, part)
@@ -254,7 +263,7 @@ def _select_layer(facts: Fields, defaults: Any) -> int:
     return facts.integer("vision_feature_layer", defaults.vision_feature_layer, minimum=-MAX_LAYERS, maximum=MAX_LAYERS)
 
 
-def _projector(facts: Fields, pieces: dict[str, Piece]) -> str:
+def _projector(facts: Fields, pieces: dict[str, TensorRef]) -> str:
     """Return the projector's type. A linear one written by us loses its second layer, which must do nothing."""
     if facts.text("projector_hidden_act", "gelu", choices=("gelu", "linear")) == "gelu":
         return "mlp2x_gelu"
@@ -263,7 +272,7 @@ def _projector(facts: Fields, pieces: dict[str, Piece]) -> str:
     for leaf, piece in second.items():
         if piece is None:
             raise LayoutError(f"{folder}: multi_modal_projector.linear_2.{leaf} is missing")
-        with piece.file.mapped() as get:
+        with piece.file.open() as get:
             tensor = get(piece.name)
             expected = torch.eye(tensor.shape[0]) if leaf == "weight" else torch.zeros(tensor.shape[0])
             if not torch.equal(tensor.float(), expected):
@@ -288,7 +297,7 @@ def _remove_image_token(tokenizer: Any) -> None:
     tokenizer._tokenizer = Tokenizer.from_str(json.dumps(spec))
 
 
-def refuse_to_write(config: Any, processor: Any) -> None:
+def check_writable(config: Any, processor: Any) -> None:
     """Raises LayoutError for what stock LLaVA cannot express."""
     kind = config.vision_config.model_type
     if config.s2_scales or config.projector_type not in ("linear", "mlp2x_gelu"):
@@ -322,8 +331,8 @@ def _weights(state: dict[str, Any], config: Any, rows: int) -> dict[str, Any]:
         first = state["projector.0.weight"]
         state["projector.2.weight"] = torch.eye(first.shape[0], dtype=first.dtype)
         state["projector.2.bias"] = torch.zeros_like(state["projector.0.bias"])
-    prefixes = their_prefixes(config)
-    return {to_theirs(name, prefixes): tensor for name, tensor in state.items()}
+    prefixes = name_prefixes(config)
+    return {to_layout_name(name, prefixes): tensor for name, tensor in state.items()}
 
 
 LAYOUT = LlavaHfLayout()

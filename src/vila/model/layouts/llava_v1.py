@@ -15,14 +15,29 @@ from vila.core.files import atomic_path, write_json
 from vila.core.reading import Fields
 from vila.families import FAMILIES, FAMILY_BY_LLAVA_TYPE, find_family
 from vila.model.hub import local_folder
-from vila.model.layouts.base import FULL, Checkpoint, Prefixes, Sources, Storage, claim, to_theirs
-from vila.model.layouts.build_config import compose
-from vila.model.layouts.config_file import MAX_LAYERS, generation_facts, read_config, text_config
-from vila.model.layouts.known_checkpoints import template_of
+from vila.model.layouts.base import (
+    FULL_PRECISION,
+    Checkpoint,
+    Prefixes,
+    Sources,
+    WeightStorage,
+    map_names,
+    to_layout_name,
+)
+from vila.model.layouts.build_config import build_config
+from vila.model.layouts.config_file import MAX_LAYERS, read_config, read_generation_config, text_config
+from vila.model.layouts.known_checkpoints import known_template
 from vila.model.layouts.lora_adapter import TiedHead, read_adapter
 from vila.model.layouts.tokenizer_files import read_tokenizer, write_tokenizer
-from vila.model.layouts.tower_files import TowerFacts, image_mode_of, known_tower, read_tower, tower_pieces, write_tower
-from vila.model.weights import Piece, find_files, pieces_of, weight_file
+from vila.model.layouts.tower_files import (
+    TowerSpec,
+    known_tower,
+    read_image_mode,
+    read_tower,
+    tower_tensors,
+    write_tower,
+)
+from vila.model.weights import TensorRef, find_weight_files, list_tensors, open_weight_file
 
 PREFIXES: Prefixes = (
     ("model.vision_tower.vision_tower.vision_model.", "vision_tower."),
@@ -46,7 +61,7 @@ class LlavaV1Layout:
 
     name = "llava-v1"
 
-    def recognises(self, folder: Path) -> bool:
+    def matches(self, folder: Path) -> bool:
         """Whether config.json names a vision tower the way LLaVA-1.5 does."""
         config = read_config(folder)
         return "mm_vision_tower" in config and "llm_cfg" not in config and "text_config" not in config
@@ -59,26 +74,26 @@ class LlavaV1Layout:
         own = Fields({k: v for k, v in facts.items() if not k.startswith("mm_")}, facts.file, error=LayoutError)
         llm = text_config(own, kind)
         pieces, home = _llm_and_projector(folder, base, facts, llm)
-        ours, unclaimed = claim(pieces, PREFIXES)
+        ours, unclaimed = map_names(pieces, PREFIXES)
         tower = self._tower(folder, facts, ours)
         tokenizer = _with_image_tokens(read_tokenizer(home), facts)
         with facts.naming(FIELDS):
-            config, processor = compose(
+            config, processor = build_config(
                 llm=llm,
                 tower=tower,
                 tokenizer=tokenizer,
                 projector=facts.text("mm_projector_type", "linear"),
                 select_layer=facts.integer("mm_vision_select_layer", -2, minimum=-MAX_LAYERS, maximum=MAX_LAYERS),
                 select_feature=facts.text("mm_vision_select_feature", "patch"),
-                image_mode=image_mode_of(facts),
-                template=facts.text("conversation_template", "") or template_of(folder),
+                image_mode=read_image_mode(facts),
+                template=facts.text("conversation_template", "") or known_template(folder),
                 vision_source=source if known_tower(source) else "",
                 exif_orientation=facts.flag("exif_orientation", True),
             )
         sources = Sources(facts, own, tower.source, FIELDS)
-        return Checkpoint(folder, config, processor, ours, sources, unclaimed, generation_facts(home))
+        return Checkpoint(folder, config, processor, ours, sources, unclaimed, read_generation_config(home))
 
-    def _tower(self, folder: Path, facts: Fields, ours: dict[str, Piece]) -> TowerFacts:
+    def _tower(self, folder: Path, facts: Fields, ours: dict[str, TensorRef]) -> TowerSpec:
         """Return the tower's facts; its weights are added to `ours` unless the checkpoint holds them itself."""
         source = facts.text("mm_vision_tower")
         inside = any(name.startswith("vision_tower.") for name in ours)
@@ -87,23 +102,23 @@ class LlavaV1Layout:
         tower_folder = _find_tower(folder, facts)
         tower = read_tower(tower_folder)
         if not inside:
-            found, unclaimed = tower_pieces(tower_folder, tower)
+            found, unclaimed = tower_tensors(tower_folder, tower)
             if unclaimed:
                 raise LayoutError(f"unclaimed weights {', '.join(unclaimed)}", file=tower_folder)
             ours.update({f"vision_tower.{name}": piece for name, piece in found.items()})
         return tower
 
     def check(self, model: Any, processor: Any) -> None:
-        """Raise LayoutError as `refuse_to_write`, and for a model in 4 bits."""
-        refuse_to_write(model.config)
-        FULL.check(model)
+        """Raise LayoutError as `check_writable`, and for a model in 4 bits."""
+        check_writable(model.config)
+        FULL_PRECISION.check(model)
 
     def write(self, model: Any, processor: Any, folder: Path) -> None:
         """Write in this layout. A published tower is named and kept in the file, another one gets a folder beside."""
-        write_llava_v1(model, processor, folder, FULL)
+        write_llava_v1(model, processor, folder, FULL_PRECISION)
 
 
-def refuse_to_write(config: Any) -> None:
+def check_writable(config: Any) -> None:
     """Raise LayoutError for what LLaVA-1.5's code cannot express."""
     if config.projector_type == "mlp_downsample" or config.s2_scales:
         what = "S2 features" if config.s2_scales else "the projector mlp_downsample"
@@ -117,14 +132,14 @@ def refuse_to_write(config: Any) -> None:
         raise LayoutError(f"an LLM of type {config.text_config.model_type!r} cannot be written as llava-v1")
 
 
-def write_llava_v1(model: Any, processor: Any, folder: Path, storage: Storage) -> None:
-    """Write the directory, its weights in `storage`. Raises LayoutError as `refuse_to_write`."""
-    refuse_to_write(model.config)
+def write_llava_v1(model: Any, processor: Any, folder: Path, storage: WeightStorage) -> None:
+    """Write the directory, its weights in `storage`. Raises LayoutError as `check_writable`."""
+    check_writable(model.config)
     config = storage.config(model)
-    state = storage.state(model)
+    state = storage.state_dict(model)
     # LLaVA-1.5's code knows no tied head.
     state["language_model.lm_head.weight"] = model.get_output_embeddings().weight.detach()
-    state = storage.stored(state)
+    state = storage.cast(state)
     with atomic_path(folder) as part:
         part.mkdir()
         source = config.vision_source
@@ -132,14 +147,14 @@ def write_llava_v1(model: Any, processor: Any, folder: Path, storage: Storage) -
             source = _TOWER
             write_tower(model, processor.spec, part / _TOWER, storage)
             state = {name: t for name, t in state.items() if not name.startswith("vision_tower.")}
-        storage.save({to_theirs(name, PREFIXES): tensor for name, tensor in state.items()}, part)
+        storage.save({to_layout_name(name, PREFIXES): tensor for name, tensor in state.items()}, part)
         write_json(part / "config.json", _config(config, processor, source), indent=2)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(part)
         write_tokenizer(processor.tokenizer, part, processor.template)
 
 
-def _llm_and_projector(folder: Path, base: Path | None, facts: Fields, llm: Any) -> tuple[dict[str, Piece], Path]:
+def _llm_and_projector(folder: Path, base: Path | None, facts: Fields, llm: Any) -> tuple[dict[str, TensorRef], Path]:
     """Return the weights by the original's names, and the folder that holds the tokenizer.
 
     An adapter that changes embeddings or head alone unties them in `llm`, the LLM's config.
@@ -147,23 +162,23 @@ def _llm_and_projector(folder: Path, base: Path | None, facts: Fields, llm: Any)
     adapter = (folder / "adapter_config.json").is_file()
     projector = folder / "mm_projector.bin"
     if not (adapter or (projector.is_file() and not _has_weights(folder))):
-        return pieces_of(find_files(folder)), folder
+        return list_tensors(find_weight_files(folder)), folder
     if base is None:
         named = facts.text("_name_or_path", "")
         hint = f" (the config names {named!r})" if named else ""
         kind = "a LoRA directory" if adapter else "a stage-1 directory: a projector without its LLM"
         raise LayoutError(kind, file=folder, hint=f"give the directory of the base LLM as base= or --model-base{hint}")
-    pieces = pieces_of(find_files(base))
+    pieces = list_tensors(find_weight_files(base))
     extra = folder / "non_lora_trainables.bin" if adapter else projector
     if extra.is_file():
-        pieces.update(_stripped(pieces_of([weight_file(extra)])))
+        pieces.update(_stripped(list_tensors([open_weight_file(extra)])))
     if adapter:
         pieces, tied = read_adapter(folder, pieces, _TIED if llm.tie_word_embeddings else None)
         llm.tie_word_embeddings = tied
     return pieces, folder if _has_tokenizer(folder) else base
 
 
-def _stripped(pieces: Mapping[str, Piece]) -> dict[str, Piece]:
+def _stripped(pieces: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
     """Return weights beside an adapter by their names in a whole checkpoint, as the original does.
 
     `base_model.` is taken off each name, and when one then begins with `model.model.`, one `model.` off every name:
@@ -206,7 +221,7 @@ def _with_image_tokens(tokenizer: Any, facts: Fields) -> Any:
     return tokenizer
 
 
-def own_facts(config: Any, processor: Any) -> dict[str, Any]:
+def vila_settings(config: Any, processor: Any) -> dict[str, Any]:
     """Settings of ours that config.json of a published layout holds beside the original's, where they matter."""
     facts: dict[str, Any] = {"conversation_template": config.template} if config.template else {}
     if not processor.spec.exif_orientation:
@@ -238,7 +253,7 @@ def _config(config: Any, processor: Any, source: str) -> dict[str, Any]:
         "tokenizer_padding_side": "right",
     }
     facts.pop("dtype", None)
-    return {**facts, **own_facts(config, processor)}
+    return {**facts, **vila_settings(config, processor)}
 
 
 def _old_rope(rope: Mapping[str, Any]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from vila.model.layouts.native import read_native_config, read_processor
 from vila.model.layouts.tokenizer_files import write_tokenizer
 from vila.model.modeling import VilaForConditionalGeneration
 from vila.model.processor import VilaProcessor
-from vila.model.weights import Change, Piece, Shape, pieces_of, published_names, weight_file
+from vila.model.weights import Shape, TensorRef, Transform, list_tensors, open_weight_file, published_names
 
 # O outputs  I inputs  V vocabulary  D model width  R rank
 
@@ -64,7 +64,9 @@ class TiedHead:
     head: str
 
 
-def read_adapter(folder: Path, pieces: Mapping[str, Piece], tied: TiedHead | None) -> tuple[dict[str, Piece], bool]:
+def read_adapter(
+    folder: Path, pieces: Mapping[str, TensorRef], tied: TiedHead | None
+) -> tuple[dict[str, TensorRef], bool]:
     """Return the base's pieces, changed by the adapter of `folder`, and whether the head is still tied.
 
     tied: the embeddings and the head of a base that ties them; an adapter that changes one of them unties them.
@@ -92,7 +94,7 @@ def read_adapter(folder: Path, pieces: Mapping[str, Piece], tied: TiedHead | Non
     return out, tied is not None and not touched
 
 
-def fold(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
+def merge_lora(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
     """`weight` [O, I] + scale x `up` [O, R] x `down` [R, I], summed in float32, in the dtype of `weight`."""
     return (weight.float() + scale * (up.float() @ down.float())).to(weight.dtype)
 
@@ -104,14 +106,14 @@ def _file(folder: Path) -> Path:
     raise LayoutError(f"{CONFIG_FILE} without weights", file=folder, expected=" or ".join(_FILES))
 
 
-def _sorted(path: Path) -> tuple[dict[str, dict[str, Piece]], dict[str, Piece]]:
+def _sorted(path: Path) -> tuple[dict[str, dict[str, TensorRef]], dict[str, TensorRef]]:
     """Return the parts of the adapters by their modules, and the weights that are stored whole by their names.
 
     Raises LayoutError for an adapter without weights, for empty weights and those of integers, and for two of one name.
     """
-    modules: dict[str, dict[str, Piece]] = {}
-    wholes: dict[str, Piece] = {}
-    adapter = pieces_of([weight_file(path)])
+    modules: dict[str, dict[str, TensorRef]] = {}
+    wholes: dict[str, TensorRef] = {}
+    adapter = list_tensors([open_weight_file(path)])
     if not adapter:
         raise LayoutError("holds no weights", file=path)
     for name, piece in sorted(adapter.items()):
@@ -134,9 +136,9 @@ def _sorted(path: Path) -> tuple[dict[str, dict[str, Piece]], dict[str, Piece]]:
 
 
 def _replace_base_layers(
-    out: dict[str, Piece],
-    wholes: dict[str, Piece],
-    modules: Mapping[str, Mapping[str, Piece]],
+    out: dict[str, TensorRef],
+    wholes: dict[str, TensorRef],
+    modules: Mapping[str, Mapping[str, TensorRef]],
     config: AdapterConfig,
     tied: TiedHead | None,
 ) -> list[str]:
@@ -174,7 +176,7 @@ def _touches(tied: TiedHead, modules: Mapping[str, object], wholes: Mapping[str,
     return any(name in wholes or name.rpartition(".")[0] in modules for name in both)
 
 
-def _refuse_tied(config: AdapterConfig, modules: Mapping[str, Mapping[str, Piece]], tied: TiedHead) -> None:
+def _refuse_tied(config: AdapterConfig, modules: Mapping[str, Mapping[str, TensorRef]], tied: TiedHead) -> None:
     """Raise LayoutError where PEFT changes embeddings and head together, or may do so: it depends on the class."""
     key = "ensure_weight_tying" if config.keeps_tie else "trainable_token_indices" if config.trained_rows else ""
     if key:
@@ -189,7 +191,7 @@ def _refuse_tied(config: AdapterConfig, modules: Mapping[str, Mapping[str, Piece
         )
 
 
-def _merge(out: dict[str, Piece], module: str, parts: dict[str, Piece], config: AdapterConfig) -> list[str]:
+def _merge(out: dict[str, TensorRef], module: str, parts: dict[str, TensorRef], config: AdapterConfig) -> list[str]:
     """Merge the adapter of a module into its pieces in `out`; return what is wrong."""
     first = next(iter(parts.values()))
     weight, bias = f"{module}.weight", f"{module}.bias"
@@ -217,7 +219,7 @@ def _merge(out: dict[str, Piece], module: str, parts: dict[str, Piece], config: 
     return []
 
 
-def _check_shapes(base: Piece, parts: Mapping[str, Piece], module: str, config: AdapterConfig) -> None:
+def _check_shapes(base: TensorRef, parts: Mapping[str, TensorRef], module: str, config: AdapterConfig) -> None:
     """Raise LayoutError unless the shapes of an adapter are those of its base and of its rank."""
     rank = config.rank_of(module)
     if len(base.shape) != 2:
@@ -236,7 +238,7 @@ def _check_shapes(base: Piece, parts: Mapping[str, Piece], module: str, config: 
             raise _misfit({part: piece}, base, f"{list(expected[part])}, for rank {rank} and {list(base.shape)}")
 
 
-def _misfit(parts: Mapping[str, Piece], base: Piece, expected: str) -> LayoutError:
+def _misfit(parts: Mapping[str, TensorRef], base: TensorRef, expected: str) -> LayoutError:
     piece = next(iter(parts.values()))
     return LayoutError(
         f"does not fit the base weight {base.name}",
@@ -248,7 +250,7 @@ def _misfit(parts: Mapping[str, Piece], base: Piece, expected: str) -> LayoutErr
     )
 
 
-def _with_product(base: Piece, parts: Mapping[str, Piece], module: str, config: AdapterConfig) -> Piece:
+def _with_product(base: TensorRef, parts: Mapping[str, TensorRef], module: str, config: AdapterConfig) -> TensorRef:
     rank, scale = config.rank_of(module), config.scale_of(module)
     is_embedding = "embedding_up" in parts
     # The adapter file stores the base that its initialisation left, where PEFT saved that.
@@ -262,15 +264,15 @@ def _with_product(base: Piece, parts: Mapping[str, Piece], module: str, config: 
                 down, up = tensors["down"], tensors["up"]
             rest = _without_init(weight, rank, scale, init) if init else weight
             if "magnitude" not in tensors:
-                return fold(rest, down, up, scale)
+                return merge_lora(rest, down, up, scale)
             return _decomposed(rest, down, up, scale, tensors["magnitude"], dimension=0 if is_embedding else 1)
 
     return _then(base, merge)
 
 
 def _decomposed(weight: Tensor, down: Tensor, up: Tensor, scale: float, magnitude: Tensor, *, dimension: int) -> Tensor:
-    """The sum of `fold` with the norm of each output (of each channel of embeddings) set to `magnitude`, as in DoRA."""
-    direction = fold(weight.float(), down, up, scale)
+    """`merge_lora` with the norm of each output (of each channel of embeddings) set to `magnitude`, as in DoRA."""
+    direction = merge_lora(weight.float(), down, up, scale)
     norm = torch.linalg.norm(direction, dim=dimension, keepdim=True)
     return (direction * (magnitude.float().view(norm.shape) / norm)).to(weight.dtype)
 
@@ -287,7 +289,7 @@ def _without_init(weight: Tensor, rank: int, scale: float, init: str) -> Tensor:
     return (wide - part).to(weight.dtype)
 
 
-def _with_bias(base: Piece, bias: Piece, scale: float) -> Piece:
+def _with_bias(base: TensorRef, bias: TensorRef, scale: float) -> TensorRef:
     def add(value: Tensor) -> Tensor:
         with _opened({"bias": bias}) as tensors:
             return (value.float() + scale * tensors["bias"].float()).to(value.dtype)
@@ -295,7 +297,7 @@ def _with_bias(base: Piece, bias: Piece, scale: float) -> Piece:
     return _then(base, add)
 
 
-def _with_rows(base: Piece, rows: Piece, module: str, config: AdapterConfig) -> Piece:
+def _with_rows(base: TensorRef, rows: TensorRef, module: str, config: AdapterConfig) -> TensorRef:
     places = config.rows_of(module)
     if len(base.shape) != 2 or rows.shape != (len(places), base.shape[1]) or max(places) >= base.shape[0]:
         raise _misfit({"rows": rows}, base, f"rows {list(places)[:8]} of trainable_token_indices")
@@ -308,15 +310,15 @@ def _with_rows(base: Piece, rows: Piece, module: str, config: AdapterConfig) -> 
 
 
 @contextmanager
-def _opened(parts: Mapping[str, Piece]) -> Iterator[dict[str, Tensor]]:
+def _opened(parts: Mapping[str, TensorRef]) -> Iterator[dict[str, Tensor]]:
     """Tensors of one file by the keys of `parts`, without gradients."""
-    with next(iter(parts.values())).file.mapped() as get, torch.no_grad():
+    with next(iter(parts.values())).file.open() as get, torch.no_grad():
         yield {part: get(piece.name) for part, piece in parts.items()}
 
 
-def _then(base: Piece, change: Change) -> Piece:
-    first: Callable[[Tensor], Tensor] | None = base.change
-    return replace(base, change=change if first is None else lambda tensor: change(first(tensor)))
+def _then(base: TensorRef, change: Transform) -> TensorRef:
+    first: Callable[[Tensor], Tensor] | None = base.transform
+    return replace(base, transform=change if first is None else lambda tensor: change(first(tensor)))
 
 
 # --- adapter
@@ -338,7 +340,7 @@ class AdapterLayout:
 
     name = "adapter"
 
-    def recognises(self, folder: Path) -> bool:
+    def matches(self, folder: Path) -> bool:
         """Whether there is an adapter and no config.json of another layout."""
         if not (folder / CONFIG_FILE).is_file():
             return False
@@ -368,7 +370,7 @@ class AdapterLayout:
         if tied and not still_tied:
             config = copy.deepcopy(config)
             config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
-        return Checkpoint(folder, config, processor, pieces, sources, under.unclaimed, under.generation)
+        return Checkpoint(folder, config, processor, pieces, sources, under.unexpected, under.generation)
 
 
 def find_base(folder: Path) -> Path:
@@ -400,7 +402,7 @@ def find_base(folder: Path) -> Path:
 def _refuse_circle(folder: Path, home: Path) -> None:
     """Raise LayoutError if the base of an adapter, the base of that one, and so on, lead back to an adapter of them."""
     visited = {folder.resolve()}
-    while LAYOUT.recognises(home):
+    while LAYOUT.matches(home):
         if home.resolve() in visited:
             raise LayoutError(
                 "adapters that are each other's base", file=folder / CONFIG_FILE, field=_BASE, value=str(home)
@@ -442,11 +444,11 @@ def write_adapter(
         write_tokenizer(processor.tokenizer, part, processor.template)
 
 
-def _by_module(base: Checkpoint) -> dict[str, Piece]:
+def _by_module(base: Checkpoint) -> dict[str, TensorRef]:
     """The base's pieces by the names of modules and their parameters, which adapters go by."""
     with init_empty_weights(include_buffers=False), no_init_weights():
         here = published_names(VilaForConditionalGeneration(base.config))
-    return {here.get(name, name): piece for name, piece in base.pieces.items()}
+    return {here.get(name, name): piece for name, piece in base.tensors.items()}
 
 
 def _refuse_another_base(folder: Path, home: Path, adapted: VilaConfig, base: VilaConfig) -> None:

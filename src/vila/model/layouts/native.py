@@ -9,14 +9,14 @@ from vila.core.files import atomic_path
 from vila.core.reading import Fields
 from vila.core.vision_spec import MAX_SIDE, VisionSpec
 from vila.model.config import VilaConfig
-from vila.model.layouts.base import FULL, Checkpoint, Sources, Storage
-from vila.model.layouts.build_config import check_spec
-from vila.model.layouts.config_file import MAX_LAYERS, generation_facts, read_config, text_config, tower_config
+from vila.model.layouts.base import FULL_PRECISION, Checkpoint, Sources, WeightStorage
+from vila.model.layouts.build_config import check_vision_spec
+from vila.model.layouts.config_file import MAX_LAYERS, read_config, read_generation_config, text_config, tower_config
 from vila.model.layouts.tokenizer_files import check_placeholder, read_tokenizer, write_tokenizer
 from vila.model.modeling import VilaForConditionalGeneration
 from vila.model.processor import VilaProcessor
 from vila.model.vision_tower import SELECT_FEATURES
-from vila.model.weights import find_files, pieces_of
+from vila.model.weights import find_weight_files, list_tensors
 
 
 class NativeLayout:
@@ -24,7 +24,7 @@ class NativeLayout:
 
     name = "native"
 
-    def recognises(self, folder: Path) -> bool:
+    def matches(self, folder: Path) -> bool:
         """Whether config.json says `model_type: vila`."""
         return read_config(folder).get("model_type") == VilaConfig.model_type
 
@@ -32,25 +32,27 @@ class NativeLayout:
         """Read the configs. Raises LayoutError when processor and config are of different models."""
         config, sources = read_native_config(folder)
         processor = read_processor(folder, config)
-        pieces = pieces_of(find_files(folder))
-        return Checkpoint(folder, config, processor, pieces, sources, generation=generation_facts(folder))
+        pieces = list_tensors(find_weight_files(folder))
+        return Checkpoint(folder, config, processor, pieces, sources, generation=read_generation_config(folder))
 
     def check(self, model: VilaForConditionalGeneration, processor: VilaProcessor) -> None:
         """Raise LayoutError for a model in 4 bits."""
-        FULL.check(model)
+        FULL_PRECISION.check(model)
 
     def write(self, model: VilaForConditionalGeneration, processor: VilaProcessor, folder: Path) -> None:
         """Write model and processor; an existing directory is replaced. Raises LayoutError for a model in 4 bits."""
-        write_native(model, processor, folder, FULL)
+        write_native(model, processor, folder, FULL_PRECISION)
 
 
-def write_native(model: VilaForConditionalGeneration, processor: VilaProcessor, folder: Path, storage: Storage) -> None:
+def write_native(
+    model: VilaForConditionalGeneration, processor: VilaProcessor, folder: Path, storage: WeightStorage
+) -> None:
     """Write model and processor, the weights in `storage`."""
-    weights = storage.stored(storage.state(model))
+    weights = storage.cast(storage.state_dict(model))
     config = storage.config(model)
     config.architectures = [type(model).__name__]
-    if storage.facts:
-        config.quantization_config = dict(storage.facts)
+    if storage.quantization_config:
+        config.quantization_config = dict(storage.quantization_config)
     with atomic_path(folder) as part:
         part.mkdir()
         storage.save(weights, part)
@@ -83,7 +85,7 @@ def read_native_config(folder: Path) -> tuple[VilaConfig, Sources]:
         tie_word_embeddings=llm.tie_word_embeddings,
     )
     with facts.naming():
-        check_spec(config, spec)
+        check_vision_spec(config, spec)
     return config, Sources(facts, text, vision)
 
 
@@ -109,7 +111,7 @@ def read_processor(folder: Path, config: VilaConfig) -> VilaProcessor:
         )
     check_placeholder(facts, "image_token_id", placeholder, tokenizer)
     with facts.section("vision_spec").naming():
-        check_spec(config, spec)
+        check_vision_spec(config, spec)
     return VilaProcessor(tokenizer, spec.to_dict(), facts.text("template", ""), placeholder)
 
 

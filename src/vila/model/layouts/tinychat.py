@@ -18,13 +18,20 @@ from torch import Tensor
 from vila.core.errors import LayoutError
 from vila.kernels.int4 import Int4Weight
 from vila.kernels.packings import check_divides, pack_tinychat
-from vila.model.int4_weights import PackedWeight, check_whole, fitting, int4_layers, packed_facts, split
+from vila.model.int4_weights import (
+    PackedWeight,
+    check_complete,
+    int4_layers,
+    matching_packings,
+    packed_tensor_specs,
+    split_packed_tensors,
+)
 from vila.model.layouts import llava_v1, vila_v15
-from vila.model.layouts.awq import check_int4
-from vila.model.layouts.base import Checkpoint, Storage, claim, with_int4
-from vila.model.layouts.detect import PICKLED, detect_full_precision
-from vila.model.save_weights import Made, Writable, write_torch_file
-from vila.model.weights import INDEXES, SINGLES, Piece, pickled_files, pieces_of, weight_file
+from vila.model.layouts.awq import require_int4
+from vila.model.layouts.base import Checkpoint, WeightStorage, checkpoint_with_int4, map_names
+from vila.model.layouts.detect import TORCH_SUFFIX, detect_full_precision
+from vila.model.save_weights import LazyTensor, Writable, write_torch_file
+from vila.model.weights import INDEX_FILES, SINGLE_FILES, TensorRef, list_tensors, open_weight_file, torch_weight_files
 
 _LLM = "llm"
 _PREFIXES = llava_v1.PREFIXES
@@ -36,10 +43,10 @@ class TinychatLayout:
 
     name = "tinychat"
 
-    def recognises(self, folder: Path) -> bool:
+    def matches(self, folder: Path) -> bool:
         """Whether this is a `.pt` file, or a directory of such, or one whose LLM's weights are such."""
         if folder.is_file():
-            return folder.suffix == PICKLED
+            return folder.suffix == TORCH_SUFFIX
         if not any(_is_tinychat(path.name) for part in (folder, folder / _LLM) for path in part.glob("*.pt")):
             return False
         return not (_has_weights(folder) or _has_weights(folder / _LLM))
@@ -53,25 +60,25 @@ class TinychatLayout:
         layout = detect_full_precision(home)
         if layout is None:
             raise LayoutError(f"not a 16-bit model, which {folder} needs beside it", file=home)
-        mine, unclaimed = claim(pieces_of([weight_file(path) for path in _files(folder)]), _PREFIXES)
+        mine, unclaimed = map_names(list_tensors([open_weight_file(path) for path in _files(folder)]), _PREFIXES)
         under = layout.open(home)
         # Of the LLM nothing is taken from the 16-bit model: its norms belong to other weights.
-        others = {name: piece for name, piece in under.pieces.items() if not name.startswith("language_model.")}
-        pieces, groups = split({**others, **mine})
+        others = {name: piece for name, piece in under.tensors.items() if not name.startswith("language_model.")}
+        pieces, groups = split_packed_tensors({**others, **mine})
         packed = {name: _packed(name, parts) for name, parts in groups.items()}
-        checkpoint = with_int4(under, pieces, packed, folder)
-        return replace(checkpoint, unclaimed=sorted({*under.unclaimed, *unclaimed}))
+        checkpoint = checkpoint_with_int4(under, pieces, packed, folder)
+        return replace(checkpoint, unexpected=sorted({*under.unexpected, *unclaimed}))
 
     def check(self, model: Any, processor: Any) -> None:
         """Raise LayoutError for a model in full precision, that neither layout can express, or of odd sizes."""
-        check_int4(model, self.name)
+        require_int4(model, self.name)
         for name, layer in int4_layers(model):
             check_divides(f"outputs of {name} in TinyChat's words", layer.out_features, 8)
             check_divides(f"inputs of {name} in TinyChat's words", layer.in_features, 64)
         try:
-            llava_v1.refuse_to_write(model.config)
+            llava_v1.check_writable(model.config)
         except LayoutError:
-            vila_v15.refuse_to_write(model.config)
+            vila_v15.check_writable(model.config)
 
     def write(self, model: Any, processor: Any, folder: Path) -> None:
         """Write config, tokenizer, tower and projector in VILA-1.0's layout or VILA-1.5's, and the weights in a file.
@@ -79,12 +86,12 @@ class TinychatLayout:
         All but the 4-bit weights becomes float16. Raises LayoutError as `check`.
         """
         self.check(model, processor)
-        size = check_int4(model, self.name)
+        size = require_int4(model, self.name)
         # TinyChat asks for the ending.
-        file = f"{folder.name}-w4-g{size}-awq-v2{PICKLED}"
-        storage = Storage(_pack, save=lambda tensors, where: write_torch_file(_with_head(tensors), where / file))
+        file = f"{folder.name}-w4-g{size}-awq-v2{TORCH_SUFFIX}"
+        storage = WeightStorage(_pack, save=lambda tensors, where: write_torch_file(_with_head(tensors), where / file))
         try:
-            llava_v1.refuse_to_write(model.config)
+            llava_v1.check_writable(model.config)
         except LayoutError:
             vila_v15.write_folders(model, processor, folder, storage)
         else:
@@ -103,13 +110,13 @@ def _is_tinychat(name: str) -> bool:
 
 
 def _has_weights(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in (*SINGLES, *INDEXES)) or any(folder.glob("*.safetensors"))
+    return any((folder / name).is_file() for name in (*SINGLE_FILES, *INDEX_FILES)) or any(folder.glob("*.safetensors"))
 
 
 def _files(folder: Path) -> list[Path]:
     if folder.is_file():
         return [folder]
-    return pickled_files(folder) or pickled_files(folder / _LLM)
+    return torch_weight_files(folder) or torch_weight_files(folder / _LLM)
 
 
 def _home(folder: Path) -> Path:
@@ -125,10 +132,10 @@ def _home(folder: Path) -> Path:
     )
 
 
-def _packed(name: str, parts: Mapping[str, Piece]) -> PackedWeight:
+def _packed(name: str, parts: Mapping[str, TensorRef]) -> PackedWeight:
     """The weight in whatever packing and groups its tensors fit: such files do not say."""
-    check_whole(name, parts)
-    for packing, size in fitting(parts):
+    check_complete(name, parts)
+    for packing, size in matching_packings(parts):
         codes = parts["qweight"]
         if packing == "tinychat":
             return PackedWeight(parts, packing, size, (codes.shape[0] * 4, codes.shape[1]))
@@ -159,11 +166,11 @@ class _Packing:
         return self._parts.pop(ending)
 
 
-def _pack(weight: Int4Weight) -> dict[str, Made]:
-    facts = packed_facts("tinychat", (weight.num_outputs, weight.num_inputs), weight.group_size)
+def _pack(weight: Int4Weight) -> dict[str, LazyTensor]:
+    facts = packed_tensor_specs("tinychat", (weight.num_outputs, weight.num_inputs), weight.group_size)
     packing = _Packing(weight)
     return {
-        ending: Made(shape, kind or torch.float16, partial(packing.part, ending))
+        ending: LazyTensor(shape, kind or torch.float16, partial(packing.part, ending))
         for ending, (shape, kind) in facts.items()
     }
 

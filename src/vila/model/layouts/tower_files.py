@@ -20,11 +20,11 @@ from vila.core.errors import LayoutError
 from vila.core.files import write_json
 from vila.core.reading import Fields
 from vila.core.vision_spec import ImageMode, VisionSpec, channel_statistics
-from vila.model.layouts.base import FULL, Prefixes, Storage, claim, take_third
+from vila.model.layouts.base import FULL_PRECISION, Prefixes, WeightStorage, map_names, split_qkv
 from vila.model.layouts.config_file import read_config, tower_config
 from vila.model.save_weights import write_weights
 from vila.model.vision_tower import check_tower
-from vila.model.weights import Piece, find_files, pieces_of, state_of
+from vila.model.weights import TensorRef, find_weight_files, list_tensors, published_state_dict
 
 Triple = tuple[float, float, float]
 
@@ -75,12 +75,12 @@ _INTERN_VIT_6B = {
     "patch_size": 14,
     "hidden_act": "gelu",
 }
-OTHER_HALF = ("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias")
+NON_VISION_PREFIXES = ("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias")
 """Weights of a whole CLIP or SigLIP directory that are not its tower's."""
 
 
 @dataclass(frozen=True)
-class TowerFacts:
+class TowerSpec:
     """A tower's config and the preprocessing it was trained with.
 
     image_size: side of its images, in pixels.
@@ -100,16 +100,16 @@ class TowerFacts:
         return _PREFIXES.get(self.config.model_type, (("", ""),))
 
 
-def known_tower(name: str) -> TowerFacts | None:
+def known_tower(name: str) -> TowerSpec | None:
     """Return the facts on a published tower by its hub id."""
     if name not in _KNOWN:
         return None
     facts = dict(_KNOWN[name])
     source = Fields(_KNOWN[name], name, error=LayoutError)
-    return tower_facts(AutoConfig.for_model(facts.pop("model_type"), **facts), None, source)
+    return tower_spec(AutoConfig.for_model(facts.pop("model_type"), **facts), None, source)
 
 
-def read_tower(folder: Path) -> TowerFacts:
+def read_tower(folder: Path) -> TowerSpec:
     """Read the facts on the tower in a directory. Raises LayoutError if its config is missing or of an unknown kind."""
     facts = read_config(folder)
     if not facts:
@@ -123,12 +123,12 @@ def read_tower(folder: Path) -> TowerFacts:
     else:
         config = tower_config(facts, {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}.get(kind, kind))
     preprocessor = folder / "preprocessor_config.json"
-    return tower_facts(config, Fields.of_file(preprocessor, LayoutError) if preprocessor.is_file() else None, facts)
+    return tower_spec(config, Fields.of_file(preprocessor, LayoutError) if preprocessor.is_file() else None, facts)
 
 
-def tower_facts(
+def tower_spec(
     config: PretrainedConfig, preprocessor: Fields | None, source: Fields, image_size: int | None = None
-) -> TowerFacts:
+) -> TowerSpec:
     """Make a tower's facts from its config, and from its preprocessor_config.json where there is one.
 
     image_size: side of the images where it is not the config's (a tower may interpolate its positions).
@@ -140,7 +140,7 @@ def tower_facts(
     # InternViT and SigLIP are given squashed images, whatever their processors say.
     crops = given.flag("do_center_crop", True) and config.model_type in ("clip_vision_model", "dinov2")
     own = config.image_size
-    return TowerFacts(
+    return TowerSpec(
         config,
         int(image_size or (own[0] if isinstance(own, (list, tuple)) else own)),
         channel_statistics(given, "image_mean", mean),
@@ -150,7 +150,7 @@ def tower_facts(
     )
 
 
-def image_mode_of(facts: Fields) -> ImageMode:
+def read_image_mode(facts: Fields) -> ImageMode:
     """Read `image_aspect_ratio` of a published config; other values than `pad` and `resize` mean the tower's processor.
 
     Raises LayoutError for LLaVA-NeXT's tiles, which would be read wrongly without an error.
@@ -182,15 +182,15 @@ def _from_intern_vit(facts: Fields) -> PretrainedConfig:
     return tower_config(Fields(ours, facts.file, facts.name, LayoutError), "internvl_vision")
 
 
-def tower_pieces(folder: Path, tower: TowerFacts) -> tuple[dict[str, Piece], list[str]]:
+def tower_tensors(folder: Path, tower: TowerSpec) -> tuple[dict[str, TensorRef], list[str]]:
     """Return the weights of the tower in a directory by our names without `vision_tower.`, and the unclaimed names."""
-    pieces = pieces_of(find_files(folder))
+    pieces = list_tensors(find_weight_files(folder))
     if tower.config.model_type == "internvl_vision":
-        return intern_vit_pieces(pieces)
-    return claim(pieces, tower.prefixes, ignore=OTHER_HALF)
+        return from_intern_vit_tensors(pieces)
+    return map_names(pieces, tower.prefixes, ignore=NON_VISION_PREFIXES)
 
 
-def to_intern_vit(config: Any) -> dict[str, Any]:
+def to_intern_vit_config(config: Any) -> dict[str, Any]:
     """config.json of InternViT for a config that `read_tower` made of one."""
     size, patch = config.image_size, config.patch_size
     return {
@@ -231,15 +231,15 @@ _BLOCK = re.compile(r"encoder\.layers?\.(\d+)\.(.*)")
 _QKV = re.compile(r"attn\.qkv\.(weight|bias)")
 
 
-def intern_vit_pieces(pieces: Mapping[str, Piece]) -> tuple[dict[str, Piece], list[str]]:
+def from_intern_vit_tensors(pieces: Mapping[str, TensorRef]) -> tuple[dict[str, TensorRef], list[str]]:
     """InternViT's weights by the names of transformers' InternVLVisionModel, and those that nothing claims."""
-    ours: dict[str, Piece] = {}
+    ours: dict[str, TensorRef] = {}
     unclaimed = []
     for name, piece in pieces.items():
         block = _BLOCK.fullmatch(name)
         if block and (qkv := _QKV.fullmatch(block[2])):
             for number, part in enumerate("qkv"):
-                ours[f"encoder.layer.{block[1]}.attention.{part}_proj.{qkv[1]}"] = take_third(piece, number)
+                ours[f"encoder.layer.{block[1]}.attention.{part}_proj.{qkv[1]}"] = split_qkv(piece, number)
             continue
         found = _translate(block[2] if block else name, _INTERN_BLOCK if block else _INTERN_NAMES)
         if found is None:
@@ -249,7 +249,7 @@ def intern_vit_pieces(pieces: Mapping[str, Piece]) -> tuple[dict[str, Piece], li
     return ours, unclaimed
 
 
-def to_intern_vit_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_intern_vit_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The way back: query, key and value are joined again."""
     out: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
@@ -283,34 +283,34 @@ def _translate(name: str, table: Any) -> str | None:
 _ARCHITECTURES = {"clip_vision_model": "CLIPVisionModel", "siglip_vision_model": "SiglipVisionModel"}
 
 
-def write_tower(model: Any, spec: VisionSpec, folder: Path, storage: Storage = FULL) -> None:
+def write_tower(model: Any, spec: VisionSpec, folder: Path, storage: WeightStorage = FULL_PRECISION) -> None:
     """config.json, preprocessor_config.json and weights of the model's tower, into a new directory `folder`.
 
     They are safetensors whatever `storage` says, which gives the type of the numbers.
     """
     config = model.config.vision_config
-    weights = state_of(model.vision_tower)
+    weights = published_state_dict(model.vision_tower)
     if config.model_type == "internvl_vision":
-        facts, weights = to_intern_vit(config), to_intern_vit_weights(weights)
+        facts, weights = to_intern_vit_config(config), to_intern_vit_tensors(weights)
     elif config.model_type in _ARCHITECTURES:
         facts = {**config.to_dict(), "architectures": [_ARCHITECTURES[config.model_type]]}
         facts.pop("dtype", None)
         weights = {f"vision_model.{name}": tensor for name, tensor in weights.items()}
     else:
         raise LayoutError(f"a {config.model_type} tower has no published folder form; use the native layout")
-    stored = storage.stored(weights)
+    stored = storage.cast(weights)
     dtype = str(next(iter(stored.values())).dtype).removeprefix("torch.")
     folder.mkdir()
     write_json(folder / "config.json", {**facts, "torch_dtype": dtype}, indent=2)
-    write_json(folder / "preprocessor_config.json", preprocessor_facts(config.model_type, spec), indent=2)
+    write_json(folder / "preprocessor_config.json", preprocessor_config(config.model_type, spec), indent=2)
     write_weights(stored, folder)
 
 
-def preprocessor_facts(kind: str, spec: VisionSpec) -> dict[str, Any]:
+def preprocessor_config(kind: str, spec: VisionSpec) -> dict[str, Any]:
     """What preprocessor_config.json holds for a kind of tower."""
     size = spec.image_size
     square = {"height": size, "width": size}
-    shared = pixel_facts(spec)
+    shared = image_processor_settings(spec)
     if kind == "siglip_vision_model":
         return {**shared, "image_processor_type": "SiglipImageProcessor", "size": square}
     return {
@@ -322,7 +322,7 @@ def preprocessor_facts(kind: str, spec: VisionSpec) -> dict[str, Any]:
     }
 
 
-def pixel_facts(spec: VisionSpec) -> dict[str, Any]:
+def image_processor_settings(spec: VisionSpec) -> dict[str, Any]:
     """What every image processor says of values and resampling."""
     return {
         "do_convert_rgb": True,

@@ -12,16 +12,16 @@ from vila.core.files import atomic_path, write_json
 from vila.core.reading import Fields
 from vila.core.vision_spec import MAX_SIDE, MAX_VIDEO_FRAMES
 from vila.model.hub import local_folder
-from vila.model.layouts.base import FULL, Checkpoint, Sources, Storage, claim
-from vila.model.layouts.build_config import compose
-from vila.model.layouts.config_file import MAX_LAYERS, generation_facts, read_config, text_config
-from vila.model.layouts.known_checkpoints import template_of
-from vila.model.layouts.llava_v1 import FIELDS, own_facts
+from vila.model.layouts.base import FULL_PRECISION, Checkpoint, Sources, WeightStorage, map_names
+from vila.model.layouts.build_config import build_config
+from vila.model.layouts.config_file import MAX_LAYERS, read_config, read_generation_config, text_config
+from vila.model.layouts.known_checkpoints import known_template
+from vila.model.layouts.llava_v1 import FIELDS, vila_settings
 from vila.model.layouts.tokenizer_files import read_tokenizer, write_tokenizer
-from vila.model.layouts.tower_files import image_mode_of, read_tower, tower_pieces, write_tower
+from vila.model.layouts.tower_files import read_image_mode, read_tower, tower_tensors, write_tower
 from vila.model.projector import check_projector
 from vila.model.save_weights import write_weights
-from vila.model.weights import find_files, pieces_of
+from vila.model.weights import find_weight_files, list_tensors
 
 _PARTS = {"llm": "llm_cfg", "vision_tower": "vision_tower_cfg", "mm_projector": "mm_projector_cfg"}
 _TOWERS = ("clip_vision_model", "siglip_vision_model", "internvl_vision")
@@ -33,7 +33,7 @@ class VilaV15Layout:
 
     name = "vila-v15"
 
-    def recognises(self, folder: Path) -> bool:
+    def matches(self, folder: Path) -> bool:
         """Whether config.json says that the LLM is a part of its own."""
         return "llm_cfg" in read_config(folder)
 
@@ -45,58 +45,60 @@ class VilaV15Layout:
         llm_facts = read_config(llm_folder)
         llm = text_config(llm_facts, llm_facts.text("model_type", "llama"))
         tower = read_tower(tower_folder)
-        pieces, unclaimed = claim(pieces_of(find_files(llm_folder)), (("", "language_model."),))
-        found, lost = tower_pieces(tower_folder, tower)
+        pieces, unclaimed = map_names(list_tensors(find_weight_files(llm_folder)), (("", "language_model."),))
+        found, lost = tower_tensors(tower_folder, tower)
         pieces.update({f"vision_tower.{name}": piece for name, piece in found.items()})
         projector_facts = read_config(projector_folder)
         projector = projector_facts.text("mm_projector_type", "linear")
         with projector_facts.naming(FIELDS):
             check_projector(projector)
         if projector != "identity":
-            mine, wild = claim(pieces_of(find_files(projector_folder)), (("layers.", "projector."),))
+            mine, wild = map_names(list_tensors(find_weight_files(projector_folder)), (("layers.", "projector."),))
             pieces.update(mine)
             lost += wild
         scales, max_split = _scales(facts)
         with facts.naming(FIELDS):
-            config, processor = compose(
+            config, processor = build_config(
                 llm=llm,
                 tower=tower,
                 tokenizer=read_tokenizer(llm_folder),
                 projector=projector,
                 select_layer=facts.integer("mm_vision_select_layer", -2, minimum=-MAX_LAYERS, maximum=MAX_LAYERS),
                 select_feature=facts.text("mm_vision_select_feature", "patch"),
-                image_mode=image_mode_of(facts),
-                template=facts.text("conversation_template", "") or template_of(folder),
+                image_mode=read_image_mode(facts),
+                template=facts.text("conversation_template", "") or known_template(folder),
                 s2_scales=scales,
                 s2_max_split=max_split,
                 num_video_frames=facts.integer("num_video_frames", 8, minimum=1, maximum=MAX_VIDEO_FRAMES),
                 exif_orientation=facts.flag("exif_orientation", True),
             )
         sources = Sources(facts, llm_facts, tower.source, FIELDS)
-        return Checkpoint(folder, config, processor, pieces, sources, [*unclaimed, *lost], generation_facts(llm_folder))
+        return Checkpoint(
+            folder, config, processor, pieces, sources, [*unclaimed, *lost], read_generation_config(llm_folder)
+        )
 
     def check(self, model: Any, processor: Any) -> None:
-        """Raise LayoutError as `refuse_to_write`, and for a model in 4 bits."""
-        refuse_to_write(model.config)
-        FULL.check(model)
+        """Raise LayoutError as `check_writable`, and for a model in 4 bits."""
+        check_writable(model.config)
+        FULL_PRECISION.check(model)
 
     def write(self, model: Any, processor: Any, folder: Path) -> None:
         """Write the three folders."""
-        write_folders(model, processor, folder, FULL)
+        write_folders(model, processor, folder, FULL_PRECISION)
 
 
-def refuse_to_write(config: Any) -> None:
+def check_writable(config: Any) -> None:
     """Raise LayoutError for a tower that VILA-1.5's code does not build."""
     kind = config.vision_config.model_type
     if kind not in _TOWERS:
         raise LayoutError(f"a {kind} tower cannot be written as vila-v15: its code builds CLIP, SigLIP, InternViT")
 
 
-def write_folders(model: Any, processor: Any, folder: Path, storage: Storage) -> None:
-    """Write the three folders, the LLM's weights in `storage`. Raises LayoutError as `refuse_to_write`."""
-    refuse_to_write(model.config)
+def write_folders(model: Any, processor: Any, folder: Path, storage: WeightStorage) -> None:
+    """Write the three folders, the LLM's weights in `storage`. Raises LayoutError as `check_writable`."""
+    check_writable(model.config)
     config = storage.config(model)
-    weights = storage.stored(storage.state(model.language_model))
+    weights = storage.cast(storage.state_dict(model.language_model))
     with atomic_path(folder) as part:
         part.mkdir()
         write_tower(model, processor.spec, part / "vision_tower", storage)
@@ -104,7 +106,7 @@ def write_folders(model: Any, processor: Any, folder: Path, storage: Storage) ->
         storage.save(weights, part / "llm")
         _write_projector(model, part / "mm_projector", storage)
         configs = {key: dict(read_config(part / name)) for name, key in _PARTS.items()}
-        write_json(part / "config.json", {**config_facts(config, processor), **configs}, indent=2)
+        write_json(part / "config.json", {**vila_v15_config(config, processor), **configs}, indent=2)
 
 
 def _scales(facts: Fields) -> tuple[list[int], int]:
@@ -144,21 +146,21 @@ def _write_llm(model: Any, processor: Any, folder: Path, config: Any) -> None:
     facts["torch_dtype"] = str(config.dtype).removeprefix("torch.")
     facts["architectures"] = [type(model.language_model).__name__]
     rope = facts.get("rope_parameters") or {}
-    facts.update(old_rope(rope))
+    facts.update(legacy_rope_settings(rope))
     write_json(folder / "config.json", facts, indent=2)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
     write_tokenizer(processor.tokenizer, folder, processor.template)
 
 
-def old_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
+def legacy_rope_settings(rope: Mapping[str, Any]) -> dict[str, Any]:
     """The keys by which transformers 4 knew rotary positions, beside the new one."""
     kind = rope.get("rope_type", "default")
     stretched = {"type": kind, **{k: v for k, v in rope.items() if k not in ("rope_type", "rope_theta")}}
     return {"rope_theta": rope.get("rope_theta", 10000.0), "rope_scaling": None if kind == "default" else stretched}
 
 
-def _write_projector(model: Any, folder: Path, storage: Storage) -> None:
+def _write_projector(model: Any, folder: Path, storage: WeightStorage) -> None:
     folder.mkdir()
     facts = {
         "architectures": ["MultimodalProjector"],
@@ -167,10 +169,10 @@ def _write_projector(model: Any, folder: Path, storage: Storage) -> None:
     }
     write_json(folder / "config.json", facts, indent=2)
     weights = {f"layers.{name}": tensor.detach() for name, tensor in model.projector.state_dict().items()}
-    write_weights(storage.stored(weights), folder)
+    write_weights(storage.cast(weights), folder)
 
 
-def config_facts(config: Any, processor: Any) -> dict[str, Any]:
+def vila_v15_config(config: Any, processor: Any) -> dict[str, Any]:
     """What the config.json of the whole model holds, without those of its parts."""
     facts = {
         "architectures": ["LlavaLlamaModel"],
@@ -190,7 +192,7 @@ def config_facts(config: Any, processor: Any) -> dict[str, Any]:
         "s2_max_split_size": config.s2_max_split,
         "vision_resolution": -1,
     }
-    return {**facts, **own_facts(config, processor)}
+    return {**facts, **vila_settings(config, processor)}
 
 
 LAYOUT = VilaV15Layout()
