@@ -31,7 +31,7 @@ from vila.bench.decode import Subject, read_bandwidth, subject_of
 from vila.bench.model_shapes import SHAPES, Shape, random_model, text_config
 from vila.core.system import system_info, version
 from vila.engine.batch import Group
-from vila.engine.pictures import Prompt
+from vila.engine.vision_cache import Prompt
 
 _Q4_0_BYTES, _Q8_0_BYTES, _BLOCK = 18, 34, 32
 

@@ -22,7 +22,7 @@ import torch
 from vila.core.system import system_info
 from vila.core.types import Image
 from vila.engine.engine import Engine
-from vila.engine.request import Sampling
+from vila.engine.request import SamplingParams
 from vila.eval.benchmark import Item
 from vila.eval.benchmarks.easy_vqa import EasyVqa
 from vila.eval.runner import batches
@@ -34,7 +34,7 @@ def ours(engine: Engine, items: Sequence[Item], new: int) -> dict[str, str]:
     """Answers by item id, as the runner asks."""
     out: dict[str, str] = {}
     for batch in batches(items):
-        answers = engine.generate_batch([item.messages for item in batch], Sampling(max_new_tokens=new))
+        answers = engine.generate_batch([item.messages for item in batch], SamplingParams(max_new_tokens=new))
         out |= {item.id: answer for item, answer in zip(batch, answers, strict=True)}
     return out
 

@@ -28,7 +28,7 @@ from vila.core.types import Image, Message
 from vila.engine.backend import BACKENDS
 from vila.engine.batcher import Batcher
 from vila.engine.engine import Engine
-from vila.engine.request import Sampling
+from vila.engine.request import SamplingParams
 
 WORDS = (
     "the",
@@ -68,18 +68,18 @@ def image_requests(paths: Sequence[Path], count: int, draw: random.Random) -> Re
     return [[Message.of("user", Image(path), "what shape is in the image?")] for path in draw.sample(paths, count)]
 
 
-def single(engine: Engine, requests: Requests, sampling: Sampling) -> list[tuple[int, ...]]:
+def single(engine: Engine, requests: Requests, sampling: SamplingParams) -> list[tuple[int, ...]]:
     """One after another, without the batcher."""
     return [engine.complete([messages], sampling)[0].ids for messages in requests]
 
 
-def together(batcher: Batcher, requests: Requests, sampling: Sampling) -> list[tuple[int, ...]]:
+def together(batcher: Batcher, requests: Requests, sampling: SamplingParams) -> list[tuple[int, ...]]:
     """All at once."""
     tickets = [batcher.submit(messages, sampling) for messages in requests]
     return [ticket.generation().ids for ticket in tickets]
 
 
-def in_turn(batcher: Batcher, requests: Requests, sampling: Sampling) -> list[tuple[int, ...]]:
+def in_turn(batcher: Batcher, requests: Requests, sampling: SamplingParams) -> list[tuple[int, ...]]:
     """One after another, by the batcher."""
     return [batcher.submit(messages, sampling).generation().ids for messages in requests]
 
@@ -88,7 +88,7 @@ def measure(
     engine: Engine,
     batcher: Batcher,
     make: Callable[[], Requests],
-    sampling: Sampling,
+    sampling: SamplingParams,
     rounds: int,
 ) -> Iterator[dict[str, Any]]:
     """A record for each contestant."""
@@ -142,17 +142,19 @@ def prefill_delay(engine: Engine, batcher: Batcher, draw: random.Random, rounds:
         forget(engine, batcher)
         (running,), (late,) = text_requests(engine, 1, 64, draw), text_requests(engine, 1, 4 * chunk, draw)
         took.clear()
-        batcher.submit(late, Sampling(max_new_tokens=1)).generation()
+        batcher.submit(late, SamplingParams(max_new_tokens=1)).generation()
         chunks.append(max(took))
         forget(engine, batcher)
         times: list[float] = []
         stream = batcher.submit(
-            running, Sampling(max_new_tokens=200), on_event=lambda event, times=times: times.append(time.perf_counter())
+            running,
+            SamplingParams(max_new_tokens=200),
+            on_event=lambda event, times=times: times.append(time.perf_counter()),
         )
         while len(times) < 60:
             time.sleep(0.001)
         asked = time.perf_counter()
-        batcher.submit(late, Sampling(max_new_tokens=1)).generation()
+        batcher.submit(late, SamplingParams(max_new_tokens=1)).generation()
         stream.cancel()
         gaps = [(later, later - sooner) for sooner, later in itertools.pairwise(times)]
         steps.append(statistics.median(gap for at, gap in gaps if at < asked))
@@ -189,22 +191,26 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     draw = random.Random(0)
     rows = []
-    engine = Engine.load(options.model, options.dtype, options.device, backend=options.backend, kept_bytes=0)
-    endless = Engine(engine.model, engine.processor, engine._program, lean=engine._lean)
+    engine = Engine.load(options.model, options.dtype, options.device, backend=options.backend, prefix_cache_bytes=0)
+    endless = Engine(engine.model, engine.processor, engine._program, fast_decoder=engine._fast_decoder)
     endless._stop_ids = frozenset()
-    with Batcher(endless, slots=options.requests) as batcher:
+    with Batcher(endless, max_num_seqs=options.requests) as batcher:
         make = lambda: text_requests(endless, options.requests, options.prompt, draw)  # noqa: E731
-        sampling = Sampling(max_new_tokens=options.tokens)
+        sampling = SamplingParams(max_new_tokens=options.tokens)
         for row in measure(endless, batcher, make, sampling, options.rounds) if not options.delay else ():
             rows.append({"load": "text", **row})
-    with Batcher(endless, slots=options.requests) as batcher:
+    with Batcher(endless, max_num_seqs=options.requests) as batcher:
         delay = prefill_delay(endless, batcher, draw, options.rounds)
     if options.images and not options.delay:
         paths = sorted(path for path in options.images.rglob("*") if path.suffix.lower() in (".png", ".jpg", ".jpeg"))
-        with Batcher(engine, slots=options.requests) as batcher:
+        with Batcher(engine, max_num_seqs=options.requests) as batcher:
             many = 4 * options.requests
             for row in measure(
-                engine, batcher, lambda: image_requests(paths, many, draw), Sampling(max_new_tokens=16), options.rounds
+                engine,
+                batcher,
+                lambda: image_requests(paths, many, draw),
+                SamplingParams(max_new_tokens=16),
+                options.rounds,
             ):
                 rows.append({"load": "image", **row})
     facts = {**system_info(), "dtype": str(engine.model.dtype), "backend": engine.backend, "threads": options.threads}

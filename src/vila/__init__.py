@@ -11,7 +11,7 @@ _PUBLIC = {
     "load": "vila.engine.engine:Engine.load",
     "load_model": "vila.model.loading:load_model",
     "Engine": "vila.engine.engine:Engine",
-    "Sampling": "vila.engine.request:Sampling",
+    "SamplingParams": "vila.engine.request:SamplingParams",
     "Message": "vila.core.types:Message",
     "Text": "vila.core.types:Text",
     "Image": "vila.core.types:Image",
@@ -19,12 +19,23 @@ _PUBLIC = {
     "Sample": "vila.core.types:Sample",
 }
 
-__all__ = ["Engine", "Image", "Message", "Sample", "Sampling", "Text", "Video", "__version__", "load", "load_model"]
+__all__ = [
+    "Engine",
+    "Image",
+    "Message",
+    "Sample",
+    "SamplingParams",
+    "Text",
+    "Video",
+    "__version__",
+    "load",
+    "load_model",
+]
 
 if TYPE_CHECKING:
     from vila.core.types import Image, Message, Sample, Text, Video
     from vila.engine.engine import Engine
-    from vila.engine.request import Sampling
+    from vila.engine.request import SamplingParams
     from vila.model.loading import load_model
 
     load = Engine.load

@@ -68,7 +68,7 @@ def test_a_step_reads_blocks_norm_and_head_once():
     ("options", "group_size", "precision", "backend"),
     [
         ({}, 0, "float32", "torch"),
-        ({"captured": True}, 0, "float32", "torch, captured"),
+        ({"cuda_graph": True}, 0, "float32", "torch, captured"),
         ({"backend": "torch"}, 64, "int4", "torch, "),
         ({"backend": "onnx"}, 0, "float32", "onnx, head 32 bit"),
         ({}, 64, "int4", "onnx, head 8 bit, activations 8 bit"),

@@ -49,8 +49,8 @@ def test_threads_are_those_of_every_backend(vila, wide):
 def test_lookup_tells_what_it_tried_and_changes_no_answer(vila, wide):
     plain, _ = answer(vila, wide, "-p", "one one one one")
     ahead, _ = answer(vila, wide, "-p", "one one one one", "--prompt-lookup-tokens", 4)
-    assert ahead == {**plain, "tried": ahead["tried"], "accepted": ahead["accepted"]}
-    assert 0 <= ahead["accepted"] <= ahead["tried"]
+    assert ahead == {**plain, "draft_tokens": ahead["draft_tokens"], "accepted_tokens": ahead["accepted_tokens"]}
+    assert 0 <= ahead["accepted_tokens"] <= ahead["draft_tokens"]
 
 
 def test_chat_takes_the_flags(vila, wide):
@@ -69,7 +69,7 @@ def test_chat_takes_the_flags(vila, wide):
         (("--lm-head-bits", "8"), "--lm-head-bits 8 is an option of --backend onnx"),
         (("--activation-bits", "4", "--backend", "onnx"), "--activation-bits 4: 8, 16 or 32"),
         (("--activation-bits", "16", "--backend", "torch"), "--activation-bits 16 is an option of --backend onnx"),
-        (("--prompt-lookup-tokens", "-1"), "lookup=-1"),
+        (("--prompt-lookup-tokens", "-1"), "prompt_lookup_tokens=-1"),
         (("--backend", "tensorrt"), "unknown backend 'tensorrt'"),
     ],
 )

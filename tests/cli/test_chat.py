@@ -9,7 +9,7 @@ from rich.console import Console
 from tests import tiny
 from vila.cli.chat import COMMANDS, Session, Talk, split_names
 from vila.core.types import Image, Message, Text
-from vila.engine.request import Sampling, TokenEvent
+from vila.engine.request import SamplingParams, TokenEvent
 from vila.model.loading import save_model
 
 
@@ -42,7 +42,7 @@ def stage():
     out = io.StringIO()
     engine = Parrot()
     console = Console(file=out, width=200, highlight=False)
-    session = Session(console, engine, Sampling(max_new_tokens=16), Talk(engine.processor))
+    session = Session(console, engine, SamplingParams(max_new_tokens=16), Talk(engine.processor))
 
     def say(*lines):
         waiting = iter(lines)
@@ -178,7 +178,7 @@ def test_oldest_turns_are_left_out_when_asked_and_told(stage):
     stage.engine.model.config.text_config.max_position_embeddings = 60
     assert "the prompt has" in stage("a" * 20, "b" * 20)
     out = io.StringIO()
-    session = Session(Console(file=out), stage.engine, Sampling(16, overlong="truncate"), stage.talk)
+    session = Session(Console(file=out), stage.engine, SamplingParams(16, overlong="truncate"), stage.talk)
     session.handle("b" * 20)
     assert "the 2 oldest messages do not fit the context and are left out" in out.getvalue()
 

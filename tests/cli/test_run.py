@@ -196,7 +196,7 @@ def test_sampling_flags_reach_the_engine(vila, model):
         patch.setattr(Engine, "complete", complete)
         code, _, err = vila("run", model, "-p", "x", "--json", *flags.split())
     assert (code, err) == (130, "stopped")
-    assert seen == [run.Sampling(7, 0.5, 4, 0.9, 0.1, 1.2, ("a", "b"), 2, 3, "truncate")]
+    assert seen == [run.SamplingParams(7, 0.5, 4, 0.9, 0.1, 1.2, ("a", "b"), 2, 3, "truncate")]
 
 
 def test_logprobs_name_their_tokens(vila, model):

@@ -11,13 +11,15 @@ from tests.engine.stand import MODELS, QUESTIONS, ask, endless
 from vila.core.types import Image
 from vila.engine.batcher import Batcher
 from vila.engine.engine import Engine
-from vila.engine.lean_decoder import LeanDecoder
-from vila.engine.request import Sampling
+from vila.engine.fast_decoder import FastDecoder
+from vila.engine.request import SamplingParams
 
-NEW = Sampling(max_new_tokens=12)
+NEW = SamplingParams(max_new_tokens=12)
 
 
-@pytest.fixture(scope="module", params=[(name, kind) for name in MODELS for kind in ("torch", "lean", "onnx")], ids=str)
+@pytest.fixture(
+    scope="module", params=[(name, kind) for name in MODELS for kind in ("torch", "fast_decoder", "onnx")], ids=str
+)
 def model_engine(request):
     name, kind = request.param
     if kind == "onnx":
@@ -28,9 +30,9 @@ def model_engine(request):
     engine = endless(name)
     if kind == "torch":
         return engine
-    lean = Engine(engine.model, engine.processor, lean=LeanDecoder(engine.model))
-    lean._stop_ids = frozenset()
-    return lean
+    fast_decoder = Engine(engine.model, engine.processor, fast_decoder=FastDecoder(engine.model))
+    fast_decoder._stop_ids = frozenset()
+    return fast_decoder
 
 
 @pytest.fixture(scope="module")
@@ -58,9 +60,9 @@ def same(found, wanted):
 @pytest.mark.parametrize(
     "memory",
     [
-        {"slots": 8},
-        {"slots": 3, "kv_tokens": 200, "prefill_chunk": 16},
-        {"slots": 2, "kv_tokens": 64, "prefill_chunk": 5},
+        {"max_num_seqs": 8},
+        {"max_num_seqs": 3, "kv_tokens": 200, "prefill_chunk": 16},
+        {"max_num_seqs": 2, "kv_tokens": 64, "prefill_chunk": 5},
     ],
     ids=["roomy", "narrow", "narrowest"],
 )
@@ -82,18 +84,18 @@ def test_greedy_answers_are_those_of_the_engine_in_whatever_order_requests_come(
 
 SAMPLINGS = [
     NEW,
-    Sampling(max_new_tokens=20, temperature=1.5, seed=3),
-    Sampling(max_new_tokens=17, temperature=0.8, top_p=0.9, top_k=40, min_p=0.01, seed=4, logprobs=2),
-    Sampling(max_new_tokens=9, repetition_penalty=1.4, logprobs=3),
-    Sampling(max_new_tokens=25, temperature=2.0, stop=("e", "\n"), seed=1),
-    Sampling(max_new_tokens=1),
+    SamplingParams(max_new_tokens=20, temperature=1.5, seed=3),
+    SamplingParams(max_new_tokens=17, temperature=0.8, top_p=0.9, top_k=40, min_p=0.01, seed=4, logprobs=2),
+    SamplingParams(max_new_tokens=9, repetition_penalty=1.4, logprobs=3),
+    SamplingParams(max_new_tokens=25, temperature=2.0, stop=("e", "\n"), seed=1),
+    SamplingParams(max_new_tokens=1),
 ]
 
 
 def test_every_request_has_its_own_sampling_and_draws_as_if_it_were_alone(engine):
     pairs = [(messages, sampling) for messages in QUESTIONS[:5] for sampling in SAMPLINGS]
     random.Random(0).shuffle(pairs)
-    with Batcher(engine, slots=5) as batcher:
+    with Batcher(engine, max_num_seqs=5) as batcher:
         tickets = [batcher.submit(messages, sampling) for messages, sampling in pairs]
         for ticket, (messages, sampling) in zip(tickets, pairs, strict=True):
             same(ticket.generation(30), engine.complete([messages], sampling)[0])
@@ -101,7 +103,7 @@ def test_every_request_has_its_own_sampling_and_draws_as_if_it_were_alone(engine
 
 def test_pieces_of_an_answer_joined_are_the_whole(engine):
     heard = []
-    with Batcher(engine, slots=3) as batcher:
+    with Batcher(engine, max_num_seqs=3) as batcher:
         tickets = [batcher.submit(ask("x"), SAMPLINGS[4], on_event=heard.append), batcher.submit(ask("y", 1), NEW)]
         for ticket in tickets:
             events = list(ticket.events())
@@ -115,7 +117,7 @@ def test_stop_tokens_end_an_answer_and_leave_the_others_alone():
     engine = endless()
     free = [engine.complete([messages], NEW)[0] for messages in QUESTIONS]
     engine._stop_ids = frozenset({free[1].ids[2], free[4].ids[5]})
-    with Batcher(engine, slots=4) as batcher:
+    with Batcher(engine, max_num_seqs=4) as batcher:
         tickets = [batcher.submit(messages, NEW) for messages in QUESTIONS]
         answers = [ticket.generation(30) for ticket in tickets]
     assert answers == [engine.complete([messages], NEW)[0] for messages in QUESTIONS]
@@ -124,7 +126,7 @@ def test_stop_tokens_end_an_answer_and_leave_the_others_alone():
 
 def test_a_prompt_seen_before_is_not_computed_again_and_a_picture_is_known_by_its_content(engine):
     question = "what is in the picture, please?"
-    with Batcher(engine, slots=4) as batcher:
+    with Batcher(engine, max_num_seqs=4) as batcher:
         first = batcher.submit(ask(question, 1), NEW)
         wanted = first.generation(30)
         again = batcher.submit(ask(question, 1), NEW)
@@ -136,7 +138,7 @@ def test_a_prompt_seen_before_is_not_computed_again_and_a_picture_is_known_by_it
 
 
 def test_requests_that_begin_alike_and_come_together_compute_their_beginning_once(engine):
-    batcher = Batcher(engine, slots=6)
+    batcher = Batcher(engine, max_num_seqs=6)
     opening = "a long text that stands at the beginning of every question: "
     tickets = [batcher.submit(ask(opening + str(number), 1), NEW) for number in range(6)]
     by_hand(batcher, 20)
@@ -149,7 +151,7 @@ def test_the_tower_sees_each_picture_once_and_none_whose_tokens_are_known(monkey
     counted = []
     look = engine.model.vision_features
     monkeypatch.setattr(engine.model, "vision_features", lambda pixels: counted.append(len(pixels)) or look(pixels))
-    with Batcher(engine, slots=4) as batcher:
+    with Batcher(engine, max_num_seqs=4) as batcher:
         for _ in range(2):
             for ticket in [batcher.submit(messages, NEW) for messages in QUESTIONS]:
                 ticket.generation(30)
@@ -163,8 +165,8 @@ def test_the_tower_sees_each_picture_once_and_none_whose_tokens_are_known(monkey
 
 
 def test_an_answer_grows_at_every_step_while_a_long_prompt_is_read_piece_by_piece(engine):
-    batcher = Batcher(engine, slots=4, prefill_chunk=16)
-    running = batcher.submit(ask("short"), Sampling(max_new_tokens=100))
+    batcher = Batcher(engine, max_num_seqs=4, prefill_chunk=16)
+    running = batcher.submit(ask("short"), SamplingParams(max_new_tokens=100))
     by_hand(batcher, 3)
     known = len(running._answer.ids)
     widths = []
@@ -189,8 +191,8 @@ def test_an_answer_grows_at_every_step_while_a_long_prompt_is_read_piece_by_piec
 
 def test_pictures_do_not_hold_up_running_answers_for_more_than_a_chunk(monkeypatch):
     engine = endless()
-    batcher = Batcher(engine, slots=4, prefill_chunk=8)
-    running = batcher.submit(ask("short"), Sampling(max_new_tokens=100))
+    batcher = Batcher(engine, max_num_seqs=4, prefill_chunk=8)
+    running = batcher.submit(ask("short"), SamplingParams(max_new_tokens=100))
     by_hand(batcher, 3)
     counted = []
     look = engine.model.vision_features
@@ -205,9 +207,9 @@ def test_pictures_do_not_hold_up_running_answers_for_more_than_a_chunk(monkeypat
 
 
 def test_one_request_at_a_time_waits_for_memory_and_nobody_overtakes_it(engine):
-    batcher = Batcher(engine, slots=4, kv_tokens=64)
+    batcher = Batcher(engine, max_num_seqs=4, kv_tokens=64)
     ends = []
-    small = Sampling(max_new_tokens=8)
+    small = SamplingParams(max_new_tokens=8)
 
     def submit(name, messages, sampling):
         return batcher.submit(messages, sampling, on_event=lambda event: event.finish and ends.append(name))
@@ -224,12 +226,12 @@ def test_one_request_at_a_time_waits_for_memory_and_nobody_overtakes_it(engine):
 
 
 def test_memory_is_what_was_asked_for(engine):
-    batcher = Batcher(engine, slots=4, kv_tokens=320)
+    batcher = Batcher(engine, max_num_seqs=4, kv_tokens=320)
     layers, heads, width = 2, 2, 8
     held = sum(memory.nbytes for memory in batcher._run.pool._memory)
     assert held == 320 * layers * 2 * heads * width * 4
     assert batcher.stats().kv_tokens_total == 320
-    assert Batcher(engine, slots=4).stats().kv_tokens_total == 4 * engine.model.config.context_length
+    assert Batcher(engine, max_num_seqs=4).stats().kv_tokens_total == 4 * engine.model.config.context_length
 
 
 def test_a_picture_may_be_any_form_of_the_same_content(engine, tmp_path):
@@ -243,7 +245,7 @@ def test_a_picture_may_be_any_form_of_the_same_content(engine, tmp_path):
 
 
 def test_of_the_waiting_requests_those_of_the_owner_with_the_fewest_running_come_first(engine):
-    batcher = Batcher(engine, slots=2, queue=20)
+    batcher = Batcher(engine, max_num_seqs=2, max_queue=20)
     many = [batcher.submit(ask(f"many {number}"), NEW, owner="a") for number in range(6)]
     one = batcher.submit(ask("one"), NEW, owner="b")
     by_hand(batcher)

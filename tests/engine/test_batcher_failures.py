@@ -26,9 +26,9 @@ from vila.core.errors import (
 )
 from vila.core.types import Image, Message
 from vila.engine.batcher import Batcher
-from vila.engine.request import Sampling
+from vila.engine.request import SamplingParams
 
-LONG = Sampling(max_new_tokens=300)
+LONG = SamplingParams(max_new_tokens=300)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def engine():
 
 @pytest.fixture
 def batcher(engine):
-    with Batcher(engine, slots=3) as batcher:
+    with Batcher(engine, max_num_seqs=3) as batcher:
         yield batcher
 
 
@@ -52,8 +52,10 @@ def is_well(engine, batcher):
 
 
 def test_impossible_settings_are_refused(engine):
-    with pytest.raises(ConfigError, match=r"4 problems\n.*slots=0.*\n.*queue=0.*\n.*prefill_chunk=0.*\n.*kv_tokens=5"):
-        Batcher(engine, slots=0, queue=0, prefill_chunk=0, kv_tokens=5)
+    with pytest.raises(
+        ConfigError, match=r"4 problems\n.*max_num_seqs=0.*\n.*max_queue=0.*\n.*prefill_chunk=0.*\n.*kv_tokens=5"
+    ):
+        Batcher(engine, max_num_seqs=0, max_queue=0, prefill_chunk=0, kv_tokens=5)
 
 
 def test_what_cannot_be_answered_is_refused_at_once(engine, batcher):
@@ -70,15 +72,15 @@ def test_what_cannot_be_answered_is_refused_at_once(engine, batcher):
 
 
 def test_what_never_fits_the_memory_is_refused_and_what_just_fits_is_answered(engine):
-    with Batcher(engine, slots=2, kv_tokens=64) as batcher:
-        assert batcher.submit(ask("x" * 48), Sampling(max_new_tokens=17)).generation(30).prompt_tokens == 48
+    with Batcher(engine, max_num_seqs=2, kv_tokens=64) as batcher:
+        assert batcher.submit(ask("x" * 48), SamplingParams(max_new_tokens=17)).generation(30).prompt_tokens == 48
         message = "the prompt has 48 tokens and the answer may have 18, but the memory .* holds 64; .* raise kv_tokens"
         with pytest.raises(ContextOverflowError, match=message):
-            batcher.submit(ask("x" * 48), Sampling(max_new_tokens=18))
+            batcher.submit(ask("x" * 48), SamplingParams(max_new_tokens=18))
 
 
 def test_a_full_queue_says_when_to_come_back(engine):
-    batcher = Batcher(engine, slots=1, queue=2)
+    batcher = Batcher(engine, max_num_seqs=1, max_queue=2)
     tickets = [batcher.submit(ask("x"), NEW) for _ in range(2)]
     with pytest.raises(QueueFullError, match="2 requests wait already") as caught:
         batcher.submit(ask("x"), NEW)
@@ -90,7 +92,7 @@ def test_a_full_queue_says_when_to_come_back(engine):
 
 
 def test_a_cancelled_request_ends_at_the_next_step_and_its_row_is_free(engine):
-    batcher = Batcher(engine, slots=2)
+    batcher = Batcher(engine, max_num_seqs=2)
     heard = []
     running = batcher.submit(ask("x"), LONG, on_event=heard.append)
     other = batcher.submit(ask("y", 1), NEW)
@@ -112,7 +114,7 @@ def test_a_cancelled_request_ends_at_the_next_step_and_its_row_is_free(engine):
 
 
 def test_a_request_cancelled_while_its_prompt_is_read_leaves_only_what_was_computed(engine):
-    batcher = Batcher(engine, slots=2, prefill_chunk=16)
+    batcher = Batcher(engine, max_num_seqs=2, prefill_chunk=16)
     ticket = batcher.submit(ask("w" * 100, 1), NEW)
     by_hand(batcher, 2)
     ticket.cancel()
@@ -125,7 +127,7 @@ def test_a_request_cancelled_while_its_prompt_is_read_leaves_only_what_was_compu
 
 def test_a_request_cancelled_in_the_middle_of_a_picture_is_gone_on_from_there(engine):
     messages = [Message.of("user", "what do you see here", tiny.picture(5), "?")]
-    batcher = Batcher(engine, slots=2, prefill_chunk=22)
+    batcher = Batcher(engine, max_num_seqs=2, prefill_chunk=22)
     ticket = batcher.submit(messages, NEW)
     by_hand(batcher)
     ticket.cancel()
@@ -137,7 +139,7 @@ def test_a_request_cancelled_in_the_middle_of_a_picture_is_gone_on_from_there(en
 
 
 def test_a_request_that_runs_out_of_time_says_so_whether_it_runs_or_waits(engine):
-    batcher = Batcher(engine, slots=1)
+    batcher = Batcher(engine, max_num_seqs=1)
     tickets = [batcher.submit(ask("x"), LONG, timeout=0.02) for _ in range(2)]
     by_hand(batcher, 2)
     time.sleep(0.03)
@@ -164,7 +166,7 @@ def test_numbers_that_are_not_finite_end_their_own_request_and_do_not_stay_in_me
         engine.model.language_model.lm_head.weight = torch.nn.Parameter(
             engine.model.get_input_embeddings().weight.nan_to_num(0)
         )
-    with Batcher(engine, slots=2) as batcher:
+    with Batcher(engine, max_num_seqs=2) as batcher:
         for _ in range(3):
             bad = [batcher.submit(ask("poison \x01 in the middle"), NEW) for _ in range(2)]
             good = batcher.submit(ask("clean"), NEW)
@@ -196,7 +198,7 @@ def test_a_choice_that_fails_ends_its_own_request_alone(engine, batcher, monkeyp
         return choose(request, likeliest, logits)
 
     monkeypatch.setattr(batcher._turn, "_choose", broken)
-    ticket = batcher.submit(ask("x"), Sampling(seed=13))
+    ticket = batcher.submit(ask("x"), SamplingParams(seed=13))
     assert is_well(engine, batcher)
     with pytest.raises(ValueError, match="no such token"):
         ticket.generation(30)
@@ -219,7 +221,7 @@ def questions_of(engine, batcher, culprit, wrong=RuntimeError):
 @pytest.mark.parametrize("kind", [torch.OutOfMemoryError, MemoryError, ValueError])
 def test_a_pass_that_fails_for_one_request_ends_that_request_alone(monkeypatch, kind, backend):
     engine = endless() if backend == "torch" else onnx_engine()
-    with Batcher(engine, slots=3) as batcher:
+    with Batcher(engine, max_num_seqs=3) as batcher:
         forward = batcher._run.forward
         culprit = ask("culprit" * 3)
 
@@ -255,7 +257,7 @@ def test_a_step_that_fails_whoever_runs_ends_those_that_run_and_the_batcher_goes
 
 def test_an_image_that_the_tower_fails_on_ends_its_own_request_alone(monkeypatch):
     engine = endless()
-    with Batcher(engine, slots=4) as batcher:
+    with Batcher(engine, max_num_seqs=4) as batcher:
         see = batcher._run.see
         bad = tiny.picture(9).key()
 
@@ -271,7 +273,7 @@ def test_an_image_that_the_tower_fails_on_ends_its_own_request_alone(monkeypatch
 @pytest.mark.parametrize("pixels", [torch.zeros(3, 1000, 3), torch.zeros(1, 8, 8), torch.zeros(0)])
 def test_an_image_tensor_of_a_wrong_shape_ends_its_own_request_alone(monkeypatch, pixels):
     engine = endless()
-    with Batcher(engine, slots=4) as batcher:
+    with Batcher(engine, max_num_seqs=4) as batcher:
         proper = batcher._turn._pixels
         bad = tiny.picture(9).key()
         monkeypatch.setattr(
@@ -282,7 +284,7 @@ def test_an_image_tensor_of_a_wrong_shape_ends_its_own_request_alone(monkeypatch
 
 def test_an_image_that_was_forgotten_and_cannot_be_read_again_ends_its_own_request_alone(monkeypatch):
     engine = endless()
-    with Batcher(engine, slots=4) as batcher:
+    with Batcher(engine, max_num_seqs=4) as batcher:
         bad = tiny.picture(9).key()
         proper = batcher._turn._pixels
 
@@ -297,7 +299,7 @@ def test_an_image_that_was_forgotten_and_cannot_be_read_again_ends_its_own_reque
 
 def test_a_prompt_that_cannot_be_embedded_ends_its_own_request_alone(monkeypatch):
     engine = endless()
-    with Batcher(engine, slots=4) as batcher:
+    with Batcher(engine, max_num_seqs=4) as batcher:
         embed = batcher._run.embed
 
         def broken(prompt, start):
@@ -315,7 +317,7 @@ def kill(thread):
 
 
 def test_when_the_thread_is_killed_nobody_waits_for_ever(engine):
-    batcher = Batcher(engine, slots=1, queue=4)
+    batcher = Batcher(engine, max_num_seqs=1, max_queue=4)
     batcher.start()
     assert batcher.is_alive
     tickets = [batcher.submit(ask("x"), LONG) for _ in range(3)]
@@ -332,7 +334,7 @@ def test_when_the_thread_is_killed_nobody_waits_for_ever(engine):
 
 
 def test_an_error_of_the_device_ends_the_thread(engine, monkeypatch):
-    batcher = Batcher(engine, slots=2)
+    batcher = Batcher(engine, max_num_seqs=2)
 
     def broken(*arguments):
         raise torch.AcceleratorError("an illegal memory access was encountered", 700)
@@ -362,7 +364,7 @@ def test_a_row_that_cannot_be_given_ends_the_request_that_wanted_it(engine, batc
 
 
 def test_draining_finishes_what_is_there_and_takes_nothing_new(engine):
-    with Batcher(engine, slots=2) as batcher:
+    with Batcher(engine, max_num_seqs=2) as batcher:
         tickets = [batcher.submit(messages, NEW) for messages in QUESTIONS]
         assert batcher.drain(30)
         assert [ticket.done for ticket in tickets] == [True] * len(QUESTIONS)
@@ -371,7 +373,7 @@ def test_draining_finishes_what_is_there_and_takes_nothing_new(engine):
 
 
 def test_draining_gives_up_after_its_time_and_closing_ends_what_is_left(engine):
-    batcher = Batcher(engine, slots=1)
+    batcher = Batcher(engine, max_num_seqs=1)
     tickets = [batcher.submit(ask("x"), NEW) for _ in range(2)]
     assert not batcher.drain(0.01)
     batcher.close()
@@ -383,7 +385,7 @@ def test_draining_gives_up_after_its_time_and_closing_ends_what_is_left(engine):
 
 def test_closing_in_the_middle_ends_running_requests(engine):
     heard = threading.Event()
-    with Batcher(engine, slots=2) as batcher:
+    with Batcher(engine, max_num_seqs=2) as batcher:
         ticket = batcher.submit(ask("x"), LONG, on_event=lambda event: heard.set())
         assert heard.wait(30)
     assert ticket.done

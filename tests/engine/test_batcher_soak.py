@@ -13,7 +13,7 @@ import torch
 from tests.engine.stand import ask, endless
 from vila.core.errors import CancelledError, ContextOverflowError, DeadlineError, NumericsError, QueueFullError
 from vila.engine.batcher import Batcher
-from vila.engine.request import Sampling
+from vila.engine.request import SamplingParams
 
 _THREADS = 4
 _POISON = "\x01"
@@ -88,12 +88,14 @@ def test_soak(requests):
     draw = random.Random(requests)
     engine = poisoned()
     samplings = [
-        Sampling(max_new_tokens=draw.randrange(1, 12), temperature=draw.choice([0, 0, 1.2]), seed=draw.randrange(9))
+        SamplingParams(
+            max_new_tokens=draw.randrange(1, 12), temperature=draw.choice([0, 0, 1.2]), seed=draw.randrange(9)
+        )
         for _ in range(24)
     ]
     asked = list(zip(questions(draw, 24), samplings, strict=True))
     wanted = [engine.complete([messages], sampling)[0] for messages, sampling in asked]
-    batcher = Batcher(engine, slots=5, kv_tokens=400, queue=12, prefill_chunk=32)
+    batcher = Batcher(engine, max_num_seqs=5, kv_tokens=400, max_queue=12, prefill_chunk=32)
     sizes = []
     with batcher:
         found = []

@@ -6,10 +6,10 @@ import torch
 from tests import tiny
 from tests.engine.stand import MODELS, QUESTIONS, ask, endless, full_logits
 from vila.engine.batch import group_prompts
-from vila.engine.pictures import prompt_of
-from vila.engine.request import Sampling
+from vila.engine.request import SamplingParams
+from vila.engine.vision_cache import build_prompt
 
-NEW = Sampling(max_new_tokens=12)
+NEW = SamplingParams(max_new_tokens=12)
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -18,7 +18,7 @@ def engine(request):
 
 
 def test_every_step_of_a_batch_has_the_logits_of_a_full_forward(engine):
-    everything = Sampling(max_new_tokens=12, logprobs=len(tiny.tokenizer()))
+    everything = SamplingParams(max_new_tokens=12, logprobs=len(tiny.tokenizer()))
     worst = 0.0
     for answer, messages in zip(engine.complete(QUESTIONS, everything), QUESTIONS, strict=True):
         reference = full_logits(engine, engine.processor.prompt(messages), answer.ids[:-1]).log_softmax(-1)
@@ -88,7 +88,7 @@ def gap(step):
 
 def test_questions_about_one_picture_share_its_prefix():
     engine = endless()
-    prompts = [prompt_of(engine.processor.prompt(messages)) for messages in QUESTIONS]
+    prompts = [build_prompt(engine.processor.prompt(messages)) for messages in QUESTIONS]
     groups = {group.members: group.shared for group in group_prompts(prompts)}
     assert groups[(1, 2, 3)] == 4
     assert groups[(4,)] == groups[(5,)] == groups[(0,)] == 0
@@ -140,7 +140,7 @@ def test_draws_of_a_conversation_do_not_depend_on_its_neighbours(engine):
 
 def test_rows_that_end_early_take_their_random_numbers_and_penalties_with_them():
     engine = endless()
-    settings = Sampling(**DRAWN, repetition_penalty=1.3)
+    settings = SamplingParams(**DRAWN, repetition_penalty=1.3)
     free = engine.complete(QUESTIONS, settings)
     engine._stop_ids = frozenset({free[0].ids[1], free[3].ids[4]})
     stopped = engine.complete(QUESTIONS, settings)

@@ -11,9 +11,9 @@ from tests.engine.stand import QUESTIONS, ask, endless
 from vila.core.errors import ConfigError, ContextOverflowError, DataError, TemplateError
 from vila.core.types import Image, Message
 from vila.engine.engine import Engine
-from vila.engine.request import Sampling
+from vila.engine.request import SamplingParams
 
-NEW = Sampling(max_new_tokens=12)
+NEW = SamplingParams(max_new_tokens=12)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,10 @@ def test_messages_of_the_hugging_face_form_are_the_same_conversation(engine):
 
 
 def test_streamed_pieces_joined_are_the_whole_answer(engine):
-    for sampling in (Sampling(max_new_tokens=40), Sampling(max_new_tokens=40, temperature=2.0, stop=("e", "\n"))):
+    for sampling in (
+        SamplingParams(max_new_tokens=40),
+        SamplingParams(max_new_tokens=40, temperature=2.0, stop=("e", "\n")),
+    ):
         for messages in QUESTIONS:
             events = list(engine.stream(messages, sampling))
             whole = engine.complete([messages], sampling)[0]

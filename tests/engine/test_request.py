@@ -3,7 +3,7 @@
 import pytest
 
 from vila.core.errors import ConfigError
-from vila.engine.request import Sampling, choose_sampling
+from vila.engine.request import SamplingParams, choose_sampling
 
 IMPOSSIBLE = [
     {"max_new_tokens": 0},
@@ -34,30 +34,30 @@ IMPOSSIBLE = [
 def test_an_impossible_setting_is_refused_with_its_value(facts):
     (name, value), *_ = facts.items()
     with pytest.raises(ConfigError) as caught:
-        Sampling(**facts)
+        SamplingParams(**facts)
     assert f"sampling: {name}={value!r}" in str(caught.value)
 
 
 def test_all_problems_are_named_at_once():
     with pytest.raises(ConfigError, match=r"3 problems\n.*temperature=-1.*\n.*top_k=-2.*\n.*overlong='no'"):
-        Sampling(temperature=-1, top_k=-2, overlong="no")
+        SamplingParams(temperature=-1, top_k=-2, overlong="no")
 
 
 def test_the_borders_are_possible():
-    Sampling(max_new_tokens=1, temperature=1, top_k=1, top_p=1, min_p=1, repetition_penalty=0.5, seed=2**63 - 1)
+    SamplingParams(max_new_tokens=1, temperature=1, top_k=1, top_p=1, min_p=1, repetition_penalty=0.5, seed=2**63 - 1)
 
 
 @pytest.mark.parametrize(("given", "kept"), [("ab", ("ab",)), (["a", "b"], ("a", "b")), ((), ())])
 def test_stop_is_one_string_or_several(given, kept):
-    assert Sampling(stop=given).stop == kept
+    assert SamplingParams(stop=given).stop == kept
 
 
 def test_options_make_a_sampling_and_a_typo_is_named():
-    assert choose_sampling(None, {"top_k": 3}) == Sampling(top_k=3)
-    assert choose_sampling(Sampling(top_k=3), {}) == Sampling(top_k=3)
+    assert choose_sampling(None, {"top_k": 3}) == SamplingParams(top_k=3)
+    assert choose_sampling(SamplingParams(top_k=3), {}) == SamplingParams(top_k=3)
     with pytest.raises(ConfigError, match="no option 'max_new_token'; did you mean 'max_new_tokens'"):
         choose_sampling(None, {"max_new_token": 3})
     with pytest.raises(ConfigError, match=r"no option 'zzz' \(known: max_new_tokens, temperature, "):
         choose_sampling(None, {"zzz": 3})
     with pytest.raises(ConfigError, match="both sampling and top_k, seed were given"):
-        choose_sampling(Sampling(), {"top_k": 3, "seed": 1})
+        choose_sampling(SamplingParams(), {"top_k": 3, "seed": 1})

@@ -11,7 +11,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from vila.engine.request import Sampling
+from vila.engine.request import SamplingParams
 from vila.engine.sampling import (
     draw,
     keep_min_p,
@@ -70,7 +70,7 @@ def test_the_repetition_penalty_is_that_of_transformers(penalty):
 
 
 def test_all_transforms_together_are_applied_in_the_order_of_transformers():
-    sampling = Sampling(temperature=0.7, top_k=40, top_p=0.9, min_p=0.05, repetition_penalty=1.2)
+    sampling = SamplingParams(temperature=0.7, top_k=40, top_p=0.9, min_p=0.05, repetition_penalty=1.2)
     chain = LogitsProcessorList(
         [
             RepetitionPenaltyLogitsProcessor(1.2),
@@ -87,9 +87,9 @@ def test_all_transforms_together_are_applied_in_the_order_of_transformers():
 
 def test_greedy_choice_is_shaped_by_the_penalty_alone():
     logits, (_, seen) = random_logits(0), random_text(0)
-    sampling = Sampling(top_k=3, top_p=0.1, repetition_penalty=1.5)
+    sampling = SamplingParams(top_k=3, top_p=0.1, repetition_penalty=1.5)
     assert torch.equal(shape_logits(logits, seen, sampling), penalize_repetition(logits, seen, 1.5))
-    assert shape_logits(logits, None, Sampling()) is logits
+    assert shape_logits(logits, None, SamplingParams()) is logits
 
 
 def test_draws_have_the_frequencies_of_the_distribution():

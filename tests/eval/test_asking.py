@@ -11,11 +11,11 @@ from tests import tiny
 from tests.model.test_exif_orientation import sideways
 from vila.core.types import Image, Message
 from vila.engine.engine import Engine
-from vila.engine.request import Sampling
+from vila.engine.request import SamplingParams
 from vila.eval.benchmark import Item, Scored
 from vila.eval.runner import Asking, Tokens, batches, forget_parts, note_part, note_speed, run
 
-SHORT = Sampling(max_new_tokens=6)
+SHORT = SamplingParams(max_new_tokens=6)
 
 
 def wide(seed=1):

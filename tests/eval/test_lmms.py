@@ -12,7 +12,7 @@ from tests import tiny
 from vila.core.errors import ConfigError, DataError
 from vila.core.types import Image, Message, Text, Video
 from vila.engine.engine import Engine
-from vila.engine.request import Sampling
+from vila.engine.request import SamplingParams
 from vila.eval import lmms
 from vila.eval.lmms import Adapter, medium_of, parts_of, sampling_of
 from vila.media.image import open_image
@@ -89,13 +89,13 @@ def test_markers_in_the_text_place_the_images():
 @pytest.mark.parametrize(
     ("given", "wanted", "rule"),
     [
-        ({}, Sampling(max_new_tokens=128), "greedy, 128 tokens"),
-        ({"until": ["\n\n"], "max_new_tokens": 16}, Sampling(max_new_tokens=16), "until is left out"),
-        ({"temperature": 0, "top_p": 1.0, "num_beams": 1, "do_sample": False}, Sampling(), "greedy spelt out"),
-        ({"temperature": 0.7, "do_sample": False}, Sampling(), "do_sample false is greedy"),
-        ({"temperature": 0.7, "top_p": 0.5}, Sampling(temperature=0.7, top_p=0.5), "drawn"),
-        ({"max_gen_toks": 32, "top_p": None}, Sampling(max_new_tokens=32), "the older name of the limit"),
-        ({"image_aspect_ratio": "original"}, Sampling(), "belongs to the checkpoint"),
+        ({}, SamplingParams(max_new_tokens=128), "greedy, 128 tokens"),
+        ({"until": ["\n\n"], "max_new_tokens": 16}, SamplingParams(max_new_tokens=16), "until is left out"),
+        ({"temperature": 0, "top_p": 1.0, "num_beams": 1, "do_sample": False}, SamplingParams(), "greedy spelt out"),
+        ({"temperature": 0.7, "do_sample": False}, SamplingParams(), "do_sample false is greedy"),
+        ({"temperature": 0.7, "top_p": 0.5}, SamplingParams(temperature=0.7, top_p=0.5), "drawn"),
+        ({"max_gen_toks": 32, "top_p": None}, SamplingParams(max_new_tokens=32), "the older name of the limit"),
+        ({"image_aspect_ratio": "original"}, SamplingParams(), "belongs to the checkpoint"),
     ],
 )
 def test_settings_of_tasks(given, wanted, rule):

@@ -13,13 +13,13 @@ from tests.eval.chat_server import chat_server, completion
 from tests.model.test_exif_orientation import sideways
 from vila.core.errors import ConfigError, MediaError
 from vila.core.types import Image, Message, Video
-from vila.engine.request import Sampling
+from vila.engine.request import SamplingParams
 from vila.eval.benchmark import Item, Mark, Scored
 from vila.eval.openai_client import Patience, RemoteEngine, ServerError, data_url, request_body
 from vila.eval.runner import run
 
 QUICK = Patience(attempts=2, backoff_s=0.01, longest_wait_s=1)
-GREEDY = Sampling(max_new_tokens=16)
+GREEDY = SamplingParams(max_new_tokens=16)
 
 
 def encoded(kind, colour=(200, 10, 10), size=(8, 6), **options):
@@ -125,7 +125,7 @@ def test_a_clip_is_sent_as_its_frames():
 
 
 def test_sampling_is_sent_by_the_names_that_servers_use():
-    sampling = Sampling(max_new_tokens=9, temperature=0.2, top_p=0.9, top_k=5, seed=3, stop=("###",))
+    sampling = SamplingParams(max_new_tokens=9, temperature=0.2, top_p=0.9, top_k=5, seed=3, stop=("###",))
     body = request_body(asked("q"), "m", sampling, limit_key="max_completion_tokens")
     assert {name: value for name, value in body.items() if name not in ("model", "messages")} == {
         "temperature": 0.2,

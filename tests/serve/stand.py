@@ -43,7 +43,7 @@ def model() -> Any:
 def ready(name: str = "tiny", *, load: Any = None, limits: Limits | None = None, **batching: Any) -> Service:
     """A service whose model is loaded."""
     served = ServedModel(name, load or (lambda: Engine(*model())), ("other-name",))
-    service = Service(Models([served], Batching(**{"slots": 4, **batching})), limits or Limits())
+    service = Service(Models([served], Batching(**{"max_num_seqs": 4, **batching})), limits or Limits())
     service.models._load(lambda failed: None)
     assert served.failure is None, served.failure
     return service

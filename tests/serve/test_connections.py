@@ -127,7 +127,7 @@ def test_large_bodies_at_once_do_not_fill_the_memory(service, monkeypatch):
 
 
 def test_two_hundred_at_once_are_answered_or_told_to_come_again():
-    service = stand.ready(slots=4, queue=20)
+    service = stand.ready(max_num_seqs=4, max_queue=20)
 
     async def burst(port):
         limits = httpx.Limits(max_connections=None)

@@ -26,7 +26,7 @@ SOCKETS = 80
 
 @pytest.fixture(scope="module")
 def service():
-    service = stand.ready(slots=4, queue=20)
+    service = stand.ready(max_num_seqs=4, max_queue=20)
     yield service
     service.models.close()
 

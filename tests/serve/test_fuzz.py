@@ -10,7 +10,7 @@ from schemathesis.checks import not_a_server_error
 from tests.serve import stand
 from vila.serve.app import create_app
 
-APP = create_app(stand.ready(queue=64))
+APP = create_app(stand.ready(max_queue=64))
 SCHEMA = schemathesis.openapi.from_asgi("/openapi.json", APP)
 KNOWN = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 JSON = st.recursive(

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from vila.core.errors import ConfigError
 from vila.core.progress import SILENT, Events, task
-from vila.engine.backend import choose_captured, choose_lean, choose_program
+from vila.engine.backend import choose_cuda_graph, choose_fast_decoder, choose_program
 from vila.engine.batch import BatchRun, Group, Run, group_prompts
-from vila.engine.pictures import PictureFeatures, Prompt
-from vila.engine.static_run import StaticRun
-from vila.engine.static_step import StaticSteps
+from vila.engine.cuda_graph_run import CudaGraphRun
+from vila.engine.cuda_graph_step import CudaGraphSteps
+from vila.engine.vision_cache import Prompt, VisionCache
 from vila.kernels.int4 import BACKEND as REFERENCE
 from vila.kernels.int4 import Int4Linear
 from vila.model.int4_weights import int4_weights
@@ -253,10 +253,10 @@ def subject_of(
     backend: str = "auto",
     head_bits: int = 0,
     activation_bits: ActivationBits | Literal[0] = 0,
-    captured: bool | None = None,
+    cuda_graph: bool | None = None,
     events: Events = SILENT,
 ) -> Subject:
-    """A model with the backend that the engine would take. captured: None is what the engine would do."""
+    """A model with the backend that the engine would take. cuda_graph: None is what the engine would do."""
     device = model.device.type
     program = choose_program(model, backend, head_bits=head_bits, activation_bits=activation_bits, events=events)
     precision = "int4" if int4_weights(model) else str(model.dtype).removeprefix("torch.")
@@ -264,21 +264,21 @@ def subject_of(
     width = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     keys = 2 * int(config.num_hidden_layers) * int(config.num_key_value_heads) * width
     if program is not None:
-        from vila.engine.onnx.run import OnnxRun
+        from vila.engine.onnx.batch_run import OnnxBatchRun
 
         rounded = f", activations {program.activation_bits} bit" if precision == "int4" else ""
         name = f"onnx, head {program.head_bits} bit{rounded}, {program.threads} threads"
-        unseen = PictureFeatures(_no_pictures)
-        new_run: Callable[[int], Run] = lambda capacity: OnnxRun(model, unseen, program, capacity)  # noqa: E731
+        unseen = VisionCache(_no_pictures)
+        new_run: Callable[[int], Run] = lambda capacity: OnnxBatchRun(model, unseen, program, capacity)  # noqa: E731
         kind = precision if precision == "int4" else "float32"
         return Subject(title, kind, name, device, new_run, model, program.weight_bytes, 4 * keys)
-    fixed = choose_captured(model, events) if captured is None else captured
-    steps = StaticSteps(model) if fixed else None
-    lean = choose_lean(model)
+    fixed = choose_cuda_graph(model, events) if cuda_graph is None else cuda_graph
+    steps = CudaGraphSteps(model) if fixed else None
+    fast_decoder = choose_fast_decoder(model)
 
     def torch_run(capacity: int) -> Run:
-        run = BatchRun(model, _no_pictures, capacity, lean)
-        return run if steps is None else StaticRun(run, steps)
+        run = BatchRun(model, _no_pictures, capacity, fast_decoder)
+        return run if steps is None else CudaGraphRun(run, steps)
 
     products = {layer.backend for layer in model.modules() if isinstance(layer, Int4Linear)}
     name = "torch" + "".join(f", {product}" for product in sorted(products)) + (", captured" if fixed else "")

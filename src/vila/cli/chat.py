@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from vila.core.types import Message
     from vila.engine.engine import Engine
-    from vila.engine.request import Sampling
+    from vila.engine.request import SamplingParams
     from vila.model.processor import VilaProcessor
 
 
@@ -58,9 +58,9 @@ def chat(
 
     from vila.cli.options import Loading, load_engine, open_model
     from vila.core.files import cache_dir
-    from vila.engine.request import Sampling
+    from vila.engine.request import SamplingParams
 
-    sampling = Sampling(
+    sampling = SamplingParams(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,
@@ -70,7 +70,7 @@ def chat(
         stop=tuple(stop or ()),
         seed=seed,
         overlong="truncate" if truncate else "error",
-        lookup=prompt_lookup_tokens,
+        prompt_lookup_tokens=prompt_lookup_tokens,
     )
     loading = Loading(
         model,
@@ -218,7 +218,7 @@ class Session:
 
     console: Console
     engine: Engine
-    sampling: Sampling
+    sampling: SamplingParams
     talk: Talk
 
     def run(self, read: Callable[[], str]) -> None:

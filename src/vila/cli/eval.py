@@ -317,7 +317,7 @@ class _Asked:
 
         engine = Engine.load(
             local_folder(self.model), dtype=self.dtype, device=self.device, backend=self.backend,  # type: ignore[arg-type]
-            head_bits=self.head_bits, activation_bits=self.activation_bits, kept_bytes=0, events=Aloud(),  # type: ignore[arg-type]
+            head_bits=self.head_bits, activation_bits=self.activation_bits, prefix_cache_bytes=0, events=Aloud(),  # type: ignore[arg-type]
         )  # fmt: skip
         facts = {**facts, "dtype": str(engine.model.dtype).removeprefix("torch."), "device": self.device}
         if engine.backend != "torch":

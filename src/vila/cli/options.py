@@ -17,7 +17,7 @@ from vila.core.types import Image, Message, Part, Video
 
 if TYPE_CHECKING:
     from vila.engine.engine import Engine
-    from vila.engine.request import Sampling
+    from vila.engine.request import SamplingParams
     from vila.model.config import VilaConfig
     from vila.model.layouts.base import Checkpoint
     from vila.model.processor import VilaProcessor
@@ -314,7 +314,9 @@ def choose_device(name: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
-def check_fit(config: VilaConfig, processor: VilaProcessor, messages: Sequence[Message], sampling: Sampling) -> int:
+def check_fit(
+    config: VilaConfig, processor: VilaProcessor, messages: Sequence[Message], sampling: SamplingParams
+) -> int:
     """How many of the oldest messages will be left out so that the prompt and its answer fit the context.
 
     Raises ContextOverflowError with the numbers, and TemplateError for roles out of order.

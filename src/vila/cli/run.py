@@ -42,12 +42,12 @@ from vila.core.errors import ConfigError, DataError, Interrupted, MediaError, Te
 from vila.core.files import check_writable
 from vila.core.progress import task
 from vila.core.types import Image, Message, Video
-from vila.engine.request import Sampling
+from vila.engine.request import SamplingParams
 
 if TYPE_CHECKING:
     from vila.engine.detokenize import Decode
     from vila.engine.engine import Engine
-    from vila.engine.request import Generation, Sampling, TokenEvent, TokenLogprob
+    from vila.engine.request import Generation, SamplingParams, TokenEvent, TokenLogprob
     from vila.model.layouts.base import Checkpoint
 
 
@@ -224,7 +224,7 @@ def run(
     load_8bit: prompt_input.Load8bit = False,
 ) -> None:
     """Ask [bold]MODEL[/bold] about pictures: vila run runs/starter/model -i a.png -p "what shape is in the image?" """
-    from vila.engine.request import Sampling
+    from vila.engine.request import SamplingParams
 
     prompt_input.refuse_unsupported(num_beams, load_4bit, load_8bit)
     loading = Loading(
@@ -241,7 +241,7 @@ def run(
     )
     if not loading.model:
         raise ConfigError("no model; give its directory or hub id: vila run MODEL --prompt TEXT")
-    sampling = Sampling(
+    sampling = SamplingParams(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,
@@ -252,7 +252,7 @@ def run(
         logprobs=logprobs,
         seed=seed,
         overlong="truncate" if truncate else "error",
-        lookup=prompt_lookup_tokens,
+        prompt_lookup_tokens=prompt_lookup_tokens,
     )
     asked = Asked(
         prompt=prompt,
@@ -302,7 +302,7 @@ def trimmed(events: Iterable[TokenEvent], ends: list[str] | None = None) -> Iter
             yield piece
 
 
-def answer_facts(answer: Generation, sampling: Sampling, tokenizer: Any) -> dict[str, Any]:
+def answer_facts(answer: Generation, sampling: SamplingParams, tokenizer: Any) -> dict[str, Any]:
     """An answer as plain data: text, finish, prompt_tokens, tokens, and what the sampling asked for besides."""
     facts: dict[str, Any] = {
         "text": answer.text,
@@ -312,8 +312,8 @@ def answer_facts(answer: Generation, sampling: Sampling, tokenizer: Any) -> dict
     }
     if sampling.overlong == "truncate":
         facts["dropped_messages"] = answer.dropped_messages
-    if sampling.lookup:
-        facts["tried"], facts["accepted"] = answer.tried, answer.accepted
+    if sampling.prompt_lookup_tokens:
+        facts["draft_tokens"], facts["accepted_tokens"] = answer.draft_tokens, answer.accepted_tokens
     if sampling.logprobs:
         from vila.engine.detokenize import decoder_of
 
@@ -335,7 +335,7 @@ def _token(token: int, logprob: float, decode: Decode) -> dict[str, Any]:
 # What `vila run` does once its flags are understood: answer one conversation, or a file of them.
 
 
-def answer_one(asked: Asked, loading: Loading, sampling: Sampling, *, as_json: bool) -> None:
+def answer_one(asked: Asked, loading: Loading, sampling: SamplingParams, *, as_json: bool) -> None:
     """Stream the answer to standard output, or print its facts as one JSON object."""
     write = asked.conversation()
     write("")  # markers and media that do not agree show before anything is loaded
@@ -365,7 +365,7 @@ def answer_one(asked: Asked, loading: Loading, sampling: Sampling, *, as_json: b
 
 
 def answer_file(
-    asked: Asked, path: Path, loading: Loading, sampling: Sampling, *, batch_size: int, out: Path | None
+    asked: Asked, path: Path, loading: Loading, sampling: SamplingParams, *, batch_size: int, out: Path | None
 ) -> None:
     """Answer every row of a JSON-lines file, one JSON object a line; `out` is written whole or not at all."""
     from vila.cli.progress import Screen
@@ -413,7 +413,7 @@ def _check_target(out: Path, source: Path) -> None:
 
 
 def prepare_rows(
-    rows: Sequence[Row], checkpoint: Checkpoint, sampling: Sampling, *, shots: Sequence[Shot], system: str | None
+    rows: Sequence[Row], checkpoint: Checkpoint, sampling: SamplingParams, *, shots: Sequence[Shot], system: str | None
 ) -> list[Row]:
     """Return the rows with their conversations, after opening each image once.
 
@@ -459,7 +459,9 @@ def _check_medium(part: object, seen: set[str]) -> None:
         seen.add(key)
 
 
-def answer_rows(rows: Sequence[Row], engine: Engine, sampling: Sampling, batch_size: int) -> Iterator[dict[str, Any]]:
+def answer_rows(
+    rows: Sequence[Row], engine: Engine, sampling: SamplingParams, batch_size: int
+) -> Iterator[dict[str, Any]]:
     """Yield one object per row, in order: its id and the facts of its answer.
 
     Raises VilaError naming the lines of a batch that failed.

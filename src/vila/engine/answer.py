@@ -23,8 +23,8 @@ class Answer:
     ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     finish: FinishReason | None = None
-    tried: int = 0
-    accepted: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
     _cut: int | None = None
     _read: int = 0
 
@@ -82,8 +82,8 @@ class Answer:
             prompt_tokens,
             tuple(self.logprobs),
             dropped_messages,
-            self.tried,
-            self.accepted,
+            self.draft_tokens,
+            self.accepted_tokens,
         )
 
 

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Literal
 
 from vila.core.errors import ConfigError
 from vila.core.progress import SILENT, Events
-from vila.engine.lean_decoder import LeanDecoder, why_not_lean
+from vila.engine.fast_decoder import FastDecoder, unsupported_reason
 from vila.engine.onnx.weights import ACTIVATION_BITS, FIXED_ROPE
 from vila.kernels.select import use_backend
 from vila.model.int4_weights import int4_weights
 from vila.model.modeling import VilaForConditionalGeneration
 
 if TYPE_CHECKING:
-    from vila.engine.lean_decoder import LeanDecoder, why_not_lean
+    from vila.engine.fast_decoder import FastDecoder, unsupported_reason
     from vila.engine.onnx.graph import ActivationBits
     from vila.engine.onnx.program import OnnxProgram
 from vila.engine.onnx.weights import HeadBits
@@ -99,7 +99,7 @@ def choose_program(
     return None
 
 
-def choose_captured(model: VilaForConditionalGeneration, events: Events = SILENT) -> bool:
+def choose_cuda_graph(model: VilaForConditionalGeneration, events: Events = SILENT) -> bool:
     """Whether torch's steps are captured: on one CUDA device, with rotary angles that do not depend on the length."""
     if model.device.type != "cuda":
         return False
@@ -113,9 +113,9 @@ def choose_captured(model: VilaForConditionalGeneration, events: Events = SILENT
     return not why
 
 
-def choose_lean(model: VilaForConditionalGeneration) -> LeanDecoder | None:
+def choose_fast_decoder(model: VilaForConditionalGeneration) -> FastDecoder | None:
     """What takes torch's steps in place of the model's own decoder: on a CPU, for blocks that are known."""
-    return None if why_not_lean(model) else LeanDecoder(model)
+    return None if unsupported_reason(model) else FastDecoder(model)
 
 
 def _why_not_onnx(four_bit: bool, device: str) -> str:

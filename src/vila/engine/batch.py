@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vila.engine.cache import FilledCache, new_cache, row_index
-from vila.engine.columns import Columns
-from vila.engine.lean_decoder import LeanDecoder
-from vila.engine.pictures import Picture, Prompt
-from vila.engine.prefix import Prefixes
-from vila.engine.slots import content_keys
+from vila.engine.attention_mask import CachePositions
+from vila.engine.batch_kv_cache import BatchKVCache, new_cache, row_index
+from vila.engine.fast_decoder import FastDecoder
+from vila.engine.kv_rows import content_keys
+from vila.engine.prefix_cache import PrefixCache
+from vila.engine.vision_cache import HashedImage, Prompt
 from vila.model.modeling import VilaForConditionalGeneration
 
 # B rows  S tokens of a phase  D model width  V vocab
 
-Encode = Callable[[Sequence[Picture]], Tensor]
+Encode = Callable[[Sequence[HashedImage]], Tensor]
 
 _CHUNK = 2048
 """Tokens of a row that go through the LLM at a time, which bounds the memory of a long prompt."""
@@ -60,7 +60,7 @@ def _common_length(rows: Sequence[Prompt]) -> int:
 
 
 def columns_needed(prompts: Sequence[Prompt], groups: Sequence[Group]) -> int:
-    """Columns that the prompts take: the longest shared prefix and the longest remainder."""
+    """CachePositions that the prompts take: the longest shared prefix and the longest remainder."""
     tails = max(len(prompts[index].ids) - group.shared for group in groups for index in group.members)
     return max(group.shared for group in groups) + tails
 
@@ -97,7 +97,7 @@ class Run(Protocol):
 class _OneToken:
     """A token for each row of a cache, over its filled columns."""
 
-    def __init__(self, cache: FilledCache, columns: Columns) -> None:
+    def __init__(self, cache: BatchKVCache, columns: CachePositions) -> None:
         self.cache, self.columns = cache, columns
         self._masks: dict[int | None, Tensor | None] = {}
 
@@ -124,9 +124,9 @@ class BatchRun:
     model: VilaForConditionalGeneration
     encode: Encode
     capacity: int
-    lean: LeanDecoder | None = None
+    fast_decoder: FastDecoder | None = None
     """Takes the steps, where there is one; prompts are left to the model's own decoder."""
-    prefixes: Prefixes | None = None
+    prefix_cache: PrefixCache | None = None
     """Where a run of one row finds the beginning of its prompt, and leaves what it computed."""
     order: list[int] = field(default_factory=list)
     """Index of the prompt that stands in each row."""
@@ -135,8 +135,8 @@ class BatchRun:
     def prefill(self, prompts: Sequence[Prompt], groups: Sequence[Group]) -> Tensor:
         """Logits [B, V] after each prompt, rows in `order`."""
         self.order = [index for group in groups for index in group.members]
-        if len(prompts) == 1 and self.prefixes is not None:
-            return self._prefill_alone(prompts[0], self.prefixes)
+        if len(prompts) == 1 and self.prefix_cache is not None:
+            return self._prefill_alone(prompts[0], self.prefix_cache)
         self._begin(len(groups))
         if any(group.shared for group in groups):
             heads = [prompts[group.members[0]] for group in groups]
@@ -166,10 +166,10 @@ class BatchRun:
         """Logits [B, V] after one more token in each row."""
         positions_B1 = self.columns.append([1] * len(ids_B))
         embeds_B1D = self.model.get_input_embeddings()(ids_B[:, None])
-        if self.lean is None:
+        if self.fast_decoder is None:
             return self._logits(self._decoder(embeds_B1D, positions_B1)[:, -1])
         attention = _OneToken(self.cache, self.columns)
-        return self.lean.logits(self.lean.states(embeds_B1D[:, 0], positions_B1[:, 0], attention))
+        return self.fast_decoder.logits(self.fast_decoder.states(embeds_B1D[:, 0], positions_B1[:, 0], attention))
 
     def keep(self, rows: Tensor) -> None:
         """Go on with these rows only."""
@@ -193,11 +193,11 @@ class BatchRun:
 
     def close(self, fed: Sequence[int]) -> None:
         """Leave the cache of a row that was alone to conversations that begin alike."""
-        if self._alone is not None and self.prefixes is not None:
-            self.prefixes.put([*content_keys(self._alone), *fed], self.cache)
+        if self._alone is not None and self.prefix_cache is not None:
+            self.prefix_cache.put([*content_keys(self._alone), *fed], self.cache)
 
-    def _prefill_alone(self, prompt: Prompt, prefixes: Prefixes) -> Tensor:
-        known, length = prefixes.take(prompt)
+    def _prefill_alone(self, prompt: Prompt, prefix_cache: PrefixCache) -> Tensor:
+        known, length = prefix_cache.take(prompt)
         self._begin(1, known)
         if length:
             self.columns.append([length])
@@ -206,17 +206,17 @@ class BatchRun:
         self._alone = prompt
         return logits_BV
 
-    def _begin(self, rows: int, cache: FilledCache | None = None) -> None:
+    def _begin(self, rows: int, cache: BatchKVCache | None = None) -> None:
         self.cache = cache or new_cache(self.model.config.text_config, self.capacity)
         self.cache.reserve(self.capacity)
-        self.columns = Columns(rows, self.capacity, self.model.device)
+        self.columns = CachePositions(rows, self.capacity, self.model.device)
 
     def _select(self, rows: Tensor) -> None:
         rows = rows.to(self.model.device)
         self.cache.expand(rows)
         self.columns.select(rows)
 
-    def _append(self, rows: Sequence[Sequence[int]], pictures: Sequence[Picture]) -> Tensor:
+    def _append(self, rows: Sequence[Sequence[int]], pictures: Sequence[HashedImage]) -> Tensor:
         """Append tokens to each row; last hidden states [B, S, D] of this phase."""
         counts = [len(row) for row in rows]
         width = max(counts)

@@ -13,10 +13,10 @@ import torch
 
 from vila.core.errors import ClosedError, ConfigError, ContextOverflowError, EngineDeadError, QueueFullError
 from vila.engine.engine import Conversation, Engine
-from vila.engine.request import Sampling
-from vila.engine.slots import Slots, content_keys
-from vila.engine.ticket import OnEvent, Request, Ticket
-from vila.engine.turn import Turn
+from vila.engine.kv_rows import KVRows, content_keys
+from vila.engine.request import SamplingParams
+from vila.engine.request_handle import OnEvent, Request, RequestHandle
+from vila.engine.scheduler import Scheduler
 
 _log = logging.getLogger(__name__)
 
@@ -51,25 +51,31 @@ class Batcher:
     """
 
     def __init__(
-        self, engine: Engine, *, slots: int = 8, kv_tokens: int = 0, queue: int = 64, prefill_chunk: int = 256
+        self,
+        engine: Engine,
+        *,
+        max_num_seqs: int = 8,
+        kv_tokens: int = 0,
+        max_queue: int = 64,
+        prefill_chunk: int = 256,
     ) -> None:
-        """slots: requests that run at a time; queue: that may wait besides.
+        """max_num_seqs: requests in the running batch; max_queue: requests that may wait.
 
         kv_tokens:     tokens whose keys and values are kept in memory; 0 is the context of every slot, as far as the
                        memory goes: 2 GiB on a CPU, half of what is free on CUDA.
         prefill_chunk: tokens of prompts that a step computes at most, which bounds how long running answers wait.
         Raises ConfigError for impossible numbers, and for a model whose attention cannot be batched so.
         """
-        given = {"slots": slots, "queue": queue, "prefill_chunk": prefill_chunk}
+        given = {"max_num_seqs": max_num_seqs, "max_queue": max_queue, "prefill_chunk": prefill_chunk}
         problems = [f"{name}={value!r}: a whole number from 1" for name, value in given.items() if value < 1]
         if kv_tokens < 0 or 0 < kv_tokens < 16:
             problems.append(f"kv_tokens={kv_tokens!r}: at least 16, or 0 for what the memory allows")
         if problems:
             raise ConfigError.collect("batcher", problems)
-        self.engine, self.queue = engine, queue
-        self._run = engine._slot_run(slots, kv_tokens)
-        self._slots = Slots(self._run.pool, slots)
-        self._turn = Turn(self._run, self._slots, prefill_chunk, engine.processor.pixels)
+        self.engine, self.max_queue = engine, max_queue
+        self._run = engine._model_runner(max_num_seqs, kv_tokens)
+        self._slots = KVRows(self._run.pool, max_num_seqs)
+        self._turn = Scheduler(self._run, self._slots, prefill_chunk, engine.processor.pixels)
         self._waiting: deque[Request] = deque()
         self._changed = threading.Condition()
         self._accepting, self._closed = True, False
@@ -114,13 +120,13 @@ class Batcher:
     def submit(
         self,
         messages: Conversation,
-        sampling: Sampling | None = None,
+        sampling: SamplingParams | None = None,
         *,
         template: str = "",
         timeout: float | None = None,
         on_event: OnEvent = lambda event: None,
         owner: str = "",
-    ) -> Ticket:
+    ) -> RequestHandle:
         """Queue a conversation. Its prompt and images are made ready in the caller's thread.
 
         timeout:  seconds from now within which the answer must be complete; it ends with DeadlineError otherwise.
@@ -131,11 +137,11 @@ class Batcher:
         what exceeds the memory of the batcher, QueueFullError when too many wait, ClosedError when it is closed.
         """
         self._check_open()
-        chosen = sampling or Sampling()
+        chosen = sampling or SamplingParams()
         job = self.engine._job(messages, chosen, template)
         unknown = self.engine._features.missing(job.prompt.pictures)
         request = Request(
-            ticket=Ticket(len(job.prompt.ids), job.answer, job.dropped, on_event),
+            ticket=RequestHandle(len(job.prompt.ids), job.answer, job.dropped, on_event),
             prompt=job.prompt,
             keys=content_keys(job.prompt),
             sampling=chosen,
@@ -152,7 +158,7 @@ class Batcher:
         request.ticket.on_cancel = self._poke
         with self._changed:
             self._check_open()
-            if len(self._waiting) >= self.queue:
+            if len(self._waiting) >= self.max_queue:
                 wait = min(60.0, max(1.0, self._turn.seconds * len(self._waiting) / self._slots.most))
                 raise QueueFullError(f"{len(self._waiting)} requests wait already; ask again in {wait:.0f} s", wait)
             self._waiting.append(request)

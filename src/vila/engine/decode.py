@@ -9,20 +9,22 @@ from torch import Tensor
 
 from vila.engine.answer import Answer
 from vila.engine.batch import Group, Run, columns_needed, group_prompts
-from vila.engine.lookup import Lookup
-from vila.engine.pictures import Prompt
-from vila.engine.request import Sampling, TokenLogprob
+from vila.engine.prompt_lookup import PromptLookup
+from vila.engine.request import SamplingParams, TokenLogprob
 from vila.engine.sampling import draw, report_logprobs, row_generator, shape_logits
+from vila.engine.vision_cache import Prompt
 
 # B rows  N places  V vocab
 
 _NO_TOKEN = -1
 
 
-class Chooser:
+class TokenSampler:
     """Chooses the next token of every row: its random numbers, and the tokens that a penalty looks back on."""
 
-    def __init__(self, sampling: Sampling, prompts: Sequence[Prompt], order: Sequence[int], logits_BV: Tensor) -> None:
+    def __init__(
+        self, sampling: SamplingParams, prompts: Sequence[Prompt], order: Sequence[int], logits_BV: Tensor
+    ) -> None:
         """order: index in the batch of the prompt in each row; logits_BV: any logits of these rows, for their shape."""
         self.sampling = sampling
         self._generators = [row_generator(sampling.seed, index) for index in order] if sampling.temperature else []
@@ -66,7 +68,7 @@ def decode(
     new_run: Callable[[int], Run],
     prompts: Sequence[Prompt],
     answers: Sequence[Answer],
-    sampling: Sampling,
+    sampling: SamplingParams,
 ) -> Iterator[None]:
     """Grow the answers, at every turn by a token each, until all have ended; a turn of a lookup may give several.
 
@@ -77,7 +79,7 @@ def decode(
     # What the only row of a run has seen after its prompt.
     fed: list[int] = []
     try:
-        if sampling.lookup and len(prompts) == 1:
+        if sampling.prompt_lookup_tokens and len(prompts) == 1:
             yield from _try_ahead(run, prompts[0], answers[0], sampling, fed)
         else:
             yield from _step(run, prompts, groups, answers, sampling, fed)
@@ -90,14 +92,14 @@ def _step(
     prompts: Sequence[Prompt],
     groups: Sequence[Group],
     answers: Sequence[Answer],
-    sampling: Sampling,
+    sampling: SamplingParams,
     fed: list[int],
 ) -> Iterator[None]:
     """A token in each answer at every turn; rows leave when their answer has ended."""
     logits_BV = run.prefill(prompts, groups)
-    chooser = Chooser(sampling, prompts, run.order, logits_BV)
+    sampler = TokenSampler(sampling, prompts, run.order, logits_BV)
     for count in range(sampling.max_new_tokens):
-        ids_B, reports = chooser.choose(logits_BV)
+        ids_B, reports = sampler.choose(logits_BV)
         ids = ids_B.tolist()
         tokens = zip(run.order, ids, reports, strict=True)
         going = [row for row, (index, token, report) in enumerate(tokens) if answers[index].take(token, report)]
@@ -107,29 +109,29 @@ def _step(
         if len(going) < len(ids_B):
             rows = torch.tensor(going)
             run.keep(rows)
-            chooser.keep(going)
+            sampler.keep(going)
             ids_B = ids_B[rows.to(ids_B.device)]
         logits_BV = run.step(ids_B)
         fed.append(ids[0])
 
 
-def _try_ahead(run: Run, prompt: Prompt, answer: Answer, sampling: Sampling, fed: list[int]) -> Iterator[None]:
+def _try_ahead(run: Run, prompt: Prompt, answer: Answer, sampling: SamplingParams, fed: list[int]) -> Iterator[None]:
     """One answer, several tokens of which are computed at once where the text so far suggests them.
 
     Every token is chosen from the model's own logits, one after the other, so the answer is the one of single steps.
     """
     logits_NV = run.prefill([prompt], [Group(0, (0,))])
-    chooser = Chooser(sampling, [prompt], run.order, logits_NV)
-    lookup = Lookup(text_of(prompt), sampling.lookup)
+    sampler = TokenSampler(sampling, [prompt], run.order, logits_NV)
+    lookup = PromptLookup(text_of(prompt), sampling.prompt_lookup_tokens)
     draft: list[int] = []
     while True:
         for place in range(len(draft) + 1):
-            ids_1, reports = chooser.choose(logits_NV[place : place + 1])
+            ids_1, reports = sampler.choose(logits_NV[place : place + 1])
             token = int(ids_1)
             going = answer.take(token, reports[0])
             lookup.take(token)
             right = place < len(draft) and draft[place] == token
-            answer.accepted += right
+            answer.accepted_tokens += right
             if not going or len(answer.ids) == sampling.max_new_tokens:
                 yield
                 return
@@ -137,10 +139,10 @@ def _try_ahead(run: Run, prompt: Prompt, answer: Answer, sampling: Sampling, fed
                 break
         run.rewind(len(draft) - place)
         fed += draft[:place]
-        lookup.learn(len(draft), place)
+        lookup.update(len(draft), place)
         yield
         # The last token of an answer needs no logits after it.
         draft = lookup.draft(sampling.max_new_tokens - len(answer.ids) - 1)
-        answer.tried += len(draft)
+        answer.draft_tokens += len(draft)
         logits_NV = run.verify([token, *draft])
         fed.append(token)

@@ -18,19 +18,19 @@ from vila.core.progress import SILENT, Events
 from vila.core.types import Image, Message
 from vila.core.vision_spec import ImageMode
 from vila.engine.answer import Answer
-from vila.engine.backend import Backend, check_backend, choose_captured, choose_lean, choose_program
+from vila.engine.attention_mask import check_attention
+from vila.engine.backend import Backend, check_backend, choose_cuda_graph, choose_fast_decoder, choose_program
 from vila.engine.batch import BatchRun, Run
-from vila.engine.columns import check_attention
 from vila.engine.context import fit_prompt
+from vila.engine.cuda_graph_run import CudaGraphRun
+from vila.engine.cuda_graph_step import CudaGraphSteps
 from vila.engine.decode import decode
 from vila.engine.detokenize import detokenizer_of
-from vila.engine.lean_decoder import LeanDecoder
-from vila.engine.pictures import PictureFeatures, Prompt, prompt_of
-from vila.engine.prefix import DEFAULT_BYTES, Prefixes
-from vila.engine.request import Generation, Sampling, TokenEvent, choose_sampling
-from vila.engine.slot_run import SlotRun, TorchSlotRun, default_tokens, kept_dtype
-from vila.engine.static_run import StaticRun
-from vila.engine.static_step import StaticSteps
+from vila.engine.fast_decoder import FastDecoder
+from vila.engine.model_runner import ModelRunner, TorchRunner, default_tokens, kv_dtype
+from vila.engine.prefix_cache import DEFAULT_BYTES, PrefixCache
+from vila.engine.request import Generation, SamplingParams, TokenEvent, choose_sampling
+from vila.engine.vision_cache import Prompt, VisionCache, build_prompt
 from vila.families import find_family
 from vila.model.loading import choose_dtype, load_model
 from vila.model.modeling import VilaForConditionalGeneration
@@ -54,10 +54,10 @@ class _Job:
 class Engine:
     """Generates and scores text with one model.
 
-    Every method takes `template`, to use another one than the model's own, and those that generate take a Sampling
-    or its fields by name: `generate(messages, max_new_tokens=32, temperature=0.2)`. They raise before any work:
-    ConfigError for impossible settings, DataError for what is no message, TemplateError for a conversation that does
-    not fit the template, ContextOverflowError for one that does not fit the model's context.
+    Every method takes `template`, which overrides the model's own template. Generating methods take a SamplingParams or
+    its fields as keywords: `generate(messages, max_new_tokens=32, temperature=0.2)`. All of them validate first and
+    raise ConfigError (invalid settings), DataError (invalid messages), TemplateError (the template cannot express the
+    conversation) or ContextOverflowError (longer than the model's context).
     """
 
     def __init__(
@@ -66,24 +66,24 @@ class Engine:
         processor: VilaProcessor,
         program: OnnxProgram | None = None,
         *,
-        kept_bytes: int = 0,
-        captured: bool = False,
-        lean: LeanDecoder | None = None,
+        prefix_cache_bytes: int = 0,
+        cuda_graph: bool = False,
+        fast_decoder: FastDecoder | None = None,
     ) -> None:
-        """program:    computes what the LLM computes, by onnxruntime; None leaves it to torch.
-        kept_bytes: memory for keys and values of the conversations asked alone, which later ones that begin alike go
-                    on from. With any, the weights must not change.
-        captured:   take torch's steps at fixed addresses, on CUDA as one captured graph; the weights must not move.
-        lean:       takes torch's steps on a CPU.
+        """program:            runs the LLM with onnxruntime; None: with torch.
+        prefix_cache_bytes: size of the prefix cache, which single conversations read and fill; 0 disables it. If it is
+                            enabled, the weights must not change.
+        cuda_graph:         run decode steps on static buffers, on CUDA as a CUDA graph; the weights must not move.
+        fast_decoder:       runs decode steps on a CPU.
         """
         check_attention(model.config.text_config)
         self.model, self.processor = model.eval(), processor
-        self.prefixes = Prefixes(kept_bytes) if kept_bytes else None
-        self._program, self._lean = program, lean
-        self._steps = StaticSteps(model) if captured else None
+        self.prefix_cache = PrefixCache(prefix_cache_bytes) if prefix_cache_bytes else None
+        self._program, self._fast_decoder = program, fast_decoder
+        self._steps = CudaGraphSteps(model) if cuda_graph else None
         self._detokenizer = detokenizer_of(processor.tokenizer)
         self._stop_ids = _stop_ids(model, processor)
-        self._features = PictureFeatures(self._encode)
+        self._features = VisionCache(self._encode)
 
     @staticmethod
     def load(
@@ -95,7 +95,7 @@ class Engine:
         head_bits: HeadBits | Literal[0] = 0,
         activation_bits: ActivationBits | Literal[0] = 0,
         threads: int = 0,
-        kept_bytes: int = DEFAULT_BYTES,
+        prefix_cache_bytes: int = DEFAULT_BYTES,
         events: Events = SILENT,
         **loading: Any,
     ) -> Engine:
@@ -108,7 +108,7 @@ class Engine:
         activation_bits: of the onnx backend with 4-bit weights: 8 rounds to int8, 16 to two of them, 32 to float32;
                     0 is 8.
         threads:    of the onnx backend; 0 for as many as torch uses.
-        kept_bytes: see the constructor.
+        prefix_cache_bytes: see the constructor.
         events:     is told which backend was chosen.
         loading:    further arguments of `load_model`.
 
@@ -119,7 +119,7 @@ class Engine:
         model, processor = load_model(path, dtype=kind, device=device, **loading)
         bits = {"head_bits": head_bits, "activation_bits": activation_bits}
         return Engine.on_backend(
-            model, processor, backend, **bits, threads=threads, kept_bytes=kept_bytes, events=events
+            model, processor, backend, **bits, threads=threads, prefix_cache_bytes=prefix_cache_bytes, events=events
         )
 
     @staticmethod
@@ -128,7 +128,7 @@ class Engine:
         processor: VilaProcessor,
         backend: str = "auto",
         *,
-        kept_bytes: int = DEFAULT_BYTES,
+        prefix_cache_bytes: int = DEFAULT_BYTES,
         events: Events = SILENT,
         **options: Any,
     ) -> Engine:
@@ -137,9 +137,16 @@ class Engine:
         options: of `choose_program`, which says what is refused.
         """
         program = choose_program(model, backend, **options, events=events)
-        captured = program is None and choose_captured(model, events)
-        lean = choose_lean(model) if program is None else None
-        return Engine(model, processor, program, kept_bytes=kept_bytes, captured=captured, lean=lean)
+        cuda_graph = program is None and choose_cuda_graph(model, events)
+        fast_decoder = choose_fast_decoder(model) if program is None else None
+        return Engine(
+            model,
+            processor,
+            program,
+            prefix_cache_bytes=prefix_cache_bytes,
+            cuda_graph=cuda_graph,
+            fast_decoder=fast_decoder,
+        )
 
     @property
     def backend(self) -> str:
@@ -161,12 +168,12 @@ class Engine:
             return self
         other = copy.copy(self)
         other.processor = processor
-        other.prefixes = Prefixes(self.prefixes.budget) if self.prefixes else None
-        other._features = PictureFeatures(other._encode)
+        other.prefix_cache = PrefixCache(self.prefix_cache.budget) if self.prefix_cache else None
+        other._features = VisionCache(other._encode)
         return other
 
     def generate(
-        self, messages: Conversation, sampling: Sampling | None = None, *, template: str = "", **options: Any
+        self, messages: Conversation, sampling: SamplingParams | None = None, *, template: str = "", **options: Any
     ) -> str:
         """The answer to a conversation. It may hold any turns that the template can express, see `chat.render`."""
         return self.complete([messages], sampling, template=template, **options)[0].text
@@ -174,7 +181,7 @@ class Engine:
     def generate_batch(
         self,
         conversations: Sequence[Conversation],
-        sampling: Sampling | None = None,
+        sampling: SamplingParams | None = None,
         *,
         template: str = "",
         **options: Any,
@@ -185,7 +192,7 @@ class Engine:
     def complete(
         self,
         conversations: Sequence[Conversation],
-        sampling: Sampling | None = None,
+        sampling: SamplingParams | None = None,
         *,
         template: str = "",
         **options: Any,
@@ -202,7 +209,7 @@ class Engine:
         return [job.answer.generation(len(job.prompt.ids), job.dropped) for job in jobs]
 
     def stream(
-        self, messages: Conversation, sampling: Sampling | None = None, *, template: str = "", **options: Any
+        self, messages: Conversation, sampling: SamplingParams | None = None, *, template: str = "", **options: Any
     ) -> Iterator[TokenEvent]:
         """The answer piece by piece; the pieces joined and stripped are the text that `generate` gives.
 
@@ -211,7 +218,7 @@ class Engine:
         chosen = choose_sampling(sampling, options)
         return self._events(self._job(messages, chosen, template), chosen)
 
-    def _events(self, job: _Job, sampling: Sampling) -> Iterator[TokenEvent]:
+    def _events(self, job: _Job, sampling: SamplingParams) -> Iterator[TokenEvent]:
         answer = job.answer
         shown = 0
         for _ in self._decode([job], sampling):
@@ -243,34 +250,34 @@ class Engine:
         places = [[place for place, label in enumerate(row.labels) if place and label != IGNORE] for row in rows]
         before = [[place - 1 for place in wanted] for wanted in places]
         out = []
-        logits_of_rows = self._new_run(longest).logits_at([prompt_of(row) for row in rows], before)
+        logits_of_rows = self._new_run(longest).logits_at([build_prompt(row) for row in rows], before)
         for row, wanted, logits_NV in zip(rows, places, logits_of_rows, strict=True):
             logprobs_NV = logits_NV.log_softmax(-1)
             out.append(logprobs_NV[range(len(wanted)), [row.labels[place] for place in wanted]].tolist())
         return out
 
-    def _decode(self, jobs: Sequence[_Job], sampling: Sampling) -> Iterator[None]:
+    def _decode(self, jobs: Sequence[_Job], sampling: SamplingParams) -> Iterator[None]:
         return decode(self._new_run, [j.prompt for j in jobs], [j.answer for j in jobs], sampling)
 
     def _new_run(self, capacity: int) -> Run:
         if self._program is None:
-            run = BatchRun(self.model, self._features, capacity, self._lean, self.prefixes)
-            return run if self._steps is None else StaticRun(run, self._steps)
-        from vila.engine.onnx.run import OnnxRun
+            run = BatchRun(self.model, self._features, capacity, self._fast_decoder, self.prefix_cache)
+            return run if self._steps is None else CudaGraphRun(run, self._steps)
+        from vila.engine.onnx.batch_run import OnnxBatchRun
 
-        return OnnxRun(self.model, self._features, self._program, capacity, self.prefixes)
+        return OnnxBatchRun(self.model, self._features, self._program, capacity, self.prefix_cache)
 
-    def _slot_run(self, rows: int, tokens: int) -> SlotRun:
+    def _model_runner(self, rows: int, tokens: int) -> ModelRunner:
         """What a batch runs on that requests join and leave; tokens: of its memory, 0 for the default."""
-        dtype = kept_dtype(self.model) if self._program is None else torch.float32
+        dtype = kv_dtype(self.model) if self._program is None else torch.float32
         tokens = tokens or default_tokens(self.model, rows, dtype)
         if self._program is None:
-            return TorchSlotRun(self.model, self._features, tokens, self._lean)
-        from vila.engine.onnx.slots import OnnxSlotRun
+            return TorchRunner(self.model, self._features, tokens, self._fast_decoder)
+        from vila.engine.onnx.runner import OnnxRunner
 
-        return OnnxSlotRun(self.model, self._features, tokens, self._program)
+        return OnnxRunner(self.model, self._features, tokens, self._program)
 
-    def _job(self, messages: Conversation, sampling: Sampling, template: str) -> _Job:
+    def _job(self, messages: Conversation, sampling: SamplingParams, template: str) -> _Job:
         # Videos are decoded once, however many turns are left out.
         gap = self.processor.find_template(template).media_gap
         tokens, dropped = fit_prompt(
@@ -282,7 +289,7 @@ class Engine:
         )
         if not tokens.ids:
             raise DataError("the prompt has no token: neither text nor a picture, and a template without a beginning")
-        return _Job(prompt_of(tokens), self._answer(template, sampling.stop), dropped)
+        return _Job(build_prompt(tokens), self._answer(template, sampling.stop), dropped)
 
     def _answer(self, template: str, stop: Sequence[str] = ()) -> Answer:
         special = self.processor.span_tokenizer.special_ids

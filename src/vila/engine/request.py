@@ -13,7 +13,7 @@ FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True, slots=True)
-class Sampling:
+class SamplingParams:
     """How tokens are chosen and what ends an answer. Raises ConfigError listing every field that is impossible.
 
     The transforms of the logits are those of transformers, applied in its order: repetition penalty, temperature,
@@ -40,7 +40,7 @@ class Sampling:
     """Of the random draws. A conversation's draws depend on the seed and its place in the batch alone."""
     overlong: Literal["error", "truncate"] = "error"
     """What to do with a prompt that leaves no room for the answer: refuse it, or drop its oldest exchanges."""
-    lookup: int = 0
+    prompt_lookup_tokens: int = 0
     """Most tokens that a step tries ahead, taken from what followed the last few where they stood before; 0 is off.
     It changes the speed of an answer that is made alone, and nothing else."""
 
@@ -69,24 +69,24 @@ class Sampling:
             yield f"logprobs={self.logprobs!r}: a whole number from 1, or 0 for none"
         if not (_is_int(self.seed) and 0 <= self.seed < 2**63):
             yield f"seed={self.seed!r}: a whole number from 0 to 2**63 - 1"
-        if not (_is_int(self.lookup) and self.lookup >= 0):
-            yield f"lookup={self.lookup!r}: a whole number from 1, or 0 for off"
+        if not (_is_int(self.prompt_lookup_tokens) and self.prompt_lookup_tokens >= 0):
+            yield f"prompt_lookup_tokens={self.prompt_lookup_tokens!r}: a whole number from 1, or 0 for off"
         if self.overlong not in ("error", "truncate"):
             yield f"overlong={self.overlong!r}: 'error' or 'truncate'"
 
 
-def choose_sampling(sampling: Sampling | None, options: Mapping[str, Any]) -> Sampling:
+def choose_sampling(sampling: SamplingParams | None, options: Mapping[str, Any]) -> SamplingParams:
     """`sampling`, or one made of `options`. Raises ConfigError for both at once and for names that are no fields."""
     if sampling is not None and options:
         raise ConfigError(
-            f"both sampling and {', '.join(options)} were given; put everything into one Sampling, "
+            f"both sampling and {', '.join(options)} were given; put everything into one SamplingParams, "
             f"or give the options alone"
         )
-    known = [field.name for field in fields(Sampling)]
+    known = [field.name for field in fields(SamplingParams)]
     unknown = [name for name in options if name not in known]
     if unknown:
         raise ConfigError.collect("sampling", [_unknown(name, known) for name in unknown])
-    return sampling or Sampling(**options)
+    return sampling or SamplingParams(**options)
 
 
 def _unknown(name: str, known: list[str]) -> str:
@@ -121,7 +121,7 @@ class Generation:
     ids:              the new tokens, an ending stop token left out.
     finish:           `stop` when the model ended the answer, `length` when max_new_tokens did.
     prompt_tokens:    tokens of the prompt, slots of pictures included.
-    logprobs:         one for each of `ids` when `Sampling.logprobs` asked for them, else none.
+    logprobs:         one for each of `ids` when `SamplingParams.logprobs` asked for them, else none.
     dropped_messages: how many of the oldest messages `overlong="truncate"` left out.
     tried, accepted:  tokens that `lookup` tried ahead, and how many of them were the model's own.
     """
@@ -132,8 +132,8 @@ class Generation:
     prompt_tokens: int
     logprobs: tuple[TokenLogprob, ...] = ()
     dropped_messages: int = 0
-    tried: int = 0
-    accepted: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

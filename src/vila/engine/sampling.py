@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vila.engine.request import Sampling, TokenLogprob
+from vila.engine.request import SamplingParams, TokenLogprob
 
 # B rows  V vocab  K kept or reported tokens
 
@@ -47,7 +47,7 @@ def keep_min_p(logits_BV: Tensor, p: float) -> Tensor:
     return logits_BV.masked_fill(probabilities_BV < p * probabilities_BV.amax(-1, keepdim=True), -torch.inf)
 
 
-def shape_logits(logits_BV: Tensor, seen_BV: Tensor | None, sampling: Sampling) -> Tensor:
+def shape_logits(logits_BV: Tensor, seen_BV: Tensor | None, sampling: SamplingParams) -> Tensor:
     """All transforms that the sampling asks for, in transformers' order; greedy choice needs the penalty alone.
 
     seen_BV: bool, the tokens of each row's text so far; None where there is no repetition penalty.

@@ -18,7 +18,7 @@ from PIL import Image as PilImage
 from vila.core.distributed import current_process
 from vila.core.errors import ConfigError, DataError
 from vila.core.types import Image, Message, Part, Text, Video
-from vila.engine.request import Sampling
+from vila.engine.request import SamplingParams
 
 MODEL_ID = "vila_native"
 """lmms-eval has a model `vila` of its own, which needs the original's code."""
@@ -111,7 +111,7 @@ def _native() -> type:
     return type("VilaNative", (Adapter, lmms), {"__module__": __name__, "__doc__": Adapter.__doc__})
 
 
-def sampling_of(arguments: Mapping[str, Any]) -> Sampling:
+def sampling_of(arguments: Mapping[str, Any]) -> SamplingParams:
     """A task's generation settings; greedy and 128 tokens where it says nothing.
 
     `until` is left out, as the original has no stop strings, and so is `image_aspect_ratio`, which belongs to the
@@ -127,9 +127,9 @@ def sampling_of(arguments: Mapping[str, Any]) -> Sampling:
     limit = int(settings.get("max_new_tokens", settings.get("max_gen_toks", _MAX_NEW_TOKENS)))
     temperature = float(settings.get("temperature", 0))
     if not temperature or arguments.get("do_sample") is False:
-        return Sampling(max_new_tokens=limit)
+        return SamplingParams(max_new_tokens=limit)
     chosen = {"top_p": float(settings.get("top_p") or 1), "top_k": int(settings.get("top_k") or 0)}
-    return Sampling(max_new_tokens=limit, temperature=temperature, **chosen)  # type: ignore[arg-type]
+    return SamplingParams(max_new_tokens=limit, temperature=temperature, **chosen)  # type: ignore[arg-type]
 
 
 def medium_of(visual: Any, where: str, num_frames: int | None = None) -> Image | Video:
@@ -153,10 +153,10 @@ def parts_of(context: str, media: Sequence[Image | Video], gap: str) -> tuple[Pa
     return (*before[:-1], Text(gap + context)) if before and before[-1] == Text(gap) else (*before, Text(context))
 
 
-def _batches(requests: Sequence[Any], size: int) -> Iterator[tuple[list[Any], Sampling]]:
+def _batches(requests: Sequence[Any], size: int) -> Iterator[tuple[list[Any], SamplingParams]]:
     """Neighbours with equal settings, `size` at most."""
     batch: list[Any] = []
-    chosen = Sampling()
+    chosen = SamplingParams()
     for request in requests:
         own = sampling_of(request.args[1])
         if batch and (own != chosen or len(batch) == size):

@@ -28,7 +28,7 @@ from vila.core.errors import ConfigError, DataError, DownloadError, VilaError
 from vila.core.reading import parse_json
 from vila.core.types import Image, Message, Text, Video
 from vila.core.vision_spec import ImageMode
-from vila.engine.request import Sampling
+from vila.engine.request import SamplingParams
 from vila.media.bulk_download import retry_after_s
 from vila.media.image import open_image, open_source, orientation_of
 from vila.media.video import open_frames
@@ -257,7 +257,7 @@ def _reason(body: bytes) -> tuple[str, str]:
 
 
 _SENT_AS_THEY_ARE = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG\r\n\x1a\n": "image/png"}
-_DEFAULTS = Sampling()
+_DEFAULTS = SamplingParams()
 _NUM_FRAMES = 8
 
 
@@ -286,12 +286,12 @@ class RemoteEngine:
         self.exif_orientation = True
         self.endpoint = Endpoint(url, key=key, concurrency=concurrency, patience=patience)
         self.prompt_tokens = self.reply_tokens = 0
-        self._kept: dict[int, tuple[Sequence[Message], Sampling, str | VilaError]] = {}
+        self._kept: dict[int, tuple[Sequence[Message], SamplingParams, str | VilaError]] = {}
         self._counting = threading.Lock()
 
     def check(self) -> None:
         """Ask for one word. Raises ServerError for a wrong key, address or model, before anything long begins."""
-        self._ask((Message.of("user", "Say yes."),), Sampling(max_new_tokens=16))
+        self._ask((Message.of("user", "Say yes."),), SamplingParams(max_new_tokens=16))
 
     def with_vision(self, *, image_mode: ImageMode | None = None, exif_orientation: bool | None = None) -> RemoteEngine:
         """This engine, sending images whose EXIF orientation a server cannot see, if that is False.
@@ -303,7 +303,7 @@ class RemoteEngine:
         return other
 
     def generate_batch(
-        self, conversations: Sequence[Sequence[Message]], sampling: Sampling | None = None, *, template: str = ""
+        self, conversations: Sequence[Sequence[Message]], sampling: SamplingParams | None = None, *, template: str = ""
     ) -> list[str]:
         """The answers, stripped at both ends, in the order of the conversations.
 
@@ -328,7 +328,7 @@ class RemoteEngine:
                 raise result
         return [result for result in results if isinstance(result, str)]
 
-    def _ask(self, conversation: Sequence[Message], sampling: Sampling) -> str:
+    def _ask(self, conversation: Sequence[Message], sampling: SamplingParams) -> str:
         # The conversation itself is kept too, so its id belongs to no other.
         _, asked_with, result = self._kept.pop(id(conversation), (conversation, None, ""))
         if asked_with == sampling:
@@ -353,7 +353,7 @@ class RemoteEngine:
 def request_body(
     conversation: Sequence[Message],
     model: str,
-    sampling: Sampling = _DEFAULTS,
+    sampling: SamplingParams = _DEFAULTS,
     *,
     num_frames: int = _NUM_FRAMES,
     limit_key: str = "max_tokens",

@@ -18,7 +18,7 @@ from vila.core.progress import SILENT, Events, task
 from vila.core.reading import Fields, read_json_object
 from vila.core.types import Image, Message, Text
 from vila.core.vision_spec import ImageMode
-from vila.engine.request import Sampling
+from vila.engine.request import SamplingParams
 from vila.eval.benchmark import Benchmark, Item, Rules, Scored, exact_match
 from vila.eval.predictions import Predictions, answers_of, read_predictions
 from vila.eval.stats import score_interval
@@ -34,7 +34,7 @@ class Answers(Protocol):
     """Whatever answers conversations: our engine, or a server."""
 
     def generate_batch(
-        self, conversations: Sequence[Sequence[Message]], sampling: Sampling, *, template: str = ""
+        self, conversations: Sequence[Sequence[Message]], sampling: SamplingParams, *, template: str = ""
     ) -> list[str]:
         """The answers, in the order of the conversations."""
 
@@ -60,7 +60,7 @@ class Asking:
         self._engines: dict[ImageMode | None, Answers] = {None: engine}
         self._of_generations = Tokens()
 
-    def __call__(self, batch: Sequence[Item], sampling: Sampling, template: str = "") -> list[str | Exception]:
+    def __call__(self, batch: Sequence[Item], sampling: SamplingParams, template: str = "") -> list[str | Exception]:
         """The answers of a batch; an exception for each question that cannot be answered even alone.
 
         batch: of one template and one image mode. template: of items that name none.
@@ -87,7 +87,7 @@ class Asking:
         counted = Tokens(getattr(engine, "prompt_tokens", 0), getattr(engine, "reply_tokens", 0))
         return counted if counted.new else None
 
-    def _texts(self, batch: Sequence[Item], sampling: Sampling, template: str) -> list[str]:
+    def _texts(self, batch: Sequence[Item], sampling: SamplingParams, template: str) -> list[str]:
         engine: Any = self._of_mode(batch[0].image_mode)
         conversations = [item.messages for item in batch]
         if not hasattr(engine, "complete"):
@@ -252,7 +252,7 @@ def _ask(
 ) -> float:
     """Answer this process's share of the questions that have no answer yet; returns the seconds that took."""
     done = read_predictions(out, (item.id for item in items))
-    sampling = getattr(benchmark, "sampling", None) or Sampling(max_new_tokens=benchmark.max_new_tokens)
+    sampling = getattr(benchmark, "sampling", None) or SamplingParams(max_new_tokens=benchmark.max_new_tokens)
     name = f"{benchmark.name}: {len(items)} questions"
     began = time.monotonic()
     answered = seen = right = 0

@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 from vila.core.errors import CancelledError, ContextOverflowError, DeadlineError
 from vila.core.types import Image, Message, Video
 from vila.engine.detokenize import decoder_of
-from vila.engine.request import Generation, Sampling, TokenEvent, TokenLogprob
+from vila.engine.request import Generation, SamplingParams, TokenEvent, TokenLogprob
 from vila.media.limits import DEFAULT_LIMITS, MediaLimits
 from vila.serve.errors import as_api_error, internal
 from vila.serve.media import Limits, Threads, read_messages
@@ -30,7 +30,7 @@ from vila.serve.schema import ChatRequest
 
 if TYPE_CHECKING:
     from vila.engine.batcher import Batcher
-    from vila.engine.ticket import Ticket
+    from vila.engine.request_handle import RequestHandle
 
 
 # --- asked
@@ -41,12 +41,12 @@ DEFAULT_TOKENS = 512
 """Most tokens of an answer when the client does not say; a prompt that leaves less room gets what is left."""
 
 
-def samplings(request: ChatRequest, limit: int) -> list[Sampling]:
+def samplings(request: ChatRequest, limit: int) -> list[SamplingParams]:
     """How each of the `n` answers is drawn. Answer 0 of a seed is that of the engine under this seed."""
     seed = secrets.randbits(63) if request.seed is None else request.seed % 2**63
     stop = request.stop or ()
     return [
-        Sampling(
+        SamplingParams(
             max_new_tokens=limit,
             temperature=request.temperature or 0.0,
             top_k=max(0, request.top_k or 0),
@@ -73,7 +73,7 @@ class Asked:
     def __init__(self, batcher: Batcher, request: ChatRequest, until: float, client: str = "") -> None:
         """until: time of the monotonic clock by which every answer must be complete; client: who asks."""
         self.request, self.until, self.client = request, until, client
-        self.tickets: list[Ticket] = []
+        self.tickets: list[RequestHandle] = []
         self._batcher = batcher
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, TokenEvent | BaseException]] = asyncio.Queue()
@@ -288,7 +288,7 @@ def reported(logprobs: list[dict[str, Any]] | None) -> dict[str, Any] | None:
     return None if logprobs is None else {"content": logprobs, "refusal": None}
 
 
-def usage_of(tickets: Sequence[Ticket]) -> dict[str, Any]:
+def usage_of(tickets: Sequence[RequestHandle]) -> dict[str, Any]:
     """Tokens of a request whose answers are complete: its prompt once, and all answers."""
     prompt = tickets[0].prompt_tokens
     new = sum(len(ticket.generation(0).ids) for ticket in tickets)

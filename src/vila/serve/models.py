@@ -25,15 +25,15 @@ _log = logging.getLogger("vila.serve")
 class Batching:
     """Arguments of the batcher of each model."""
 
-    slots: int = 8
+    max_num_seqs: int = 8
     kv_tokens: int = 0
-    queue: int = 64
+    max_queue: int = 64
     prefill_chunk: int = 256
 
     @property
     def capacity(self) -> int:
         """Requests of a model that run and wait."""
-        return self.slots + self.queue
+        return self.max_num_seqs + self.max_queue
 
 
 @dataclass
@@ -156,9 +156,9 @@ class Models:
         settings = self.batching
         batcher = Batcher(
             engine,
-            slots=settings.slots,
+            max_num_seqs=settings.max_num_seqs,
             kv_tokens=settings.kv_tokens,
-            queue=settings.queue + reserve_of(settings.capacity),
+            max_queue=settings.max_queue + reserve_of(settings.capacity),
             prefill_chunk=settings.prefill_chunk,
         )
         batcher.start()

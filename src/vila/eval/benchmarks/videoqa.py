@@ -19,7 +19,7 @@ from typing import Any
 from vila.core.errors import DataError
 from vila.core.reading import read_json
 from vila.core.types import Message, Video
-from vila.engine.request import Sampling
+from vila.engine.request import SamplingParams
 from vila.eval.annotations import find, look, naming, refuse_other_questions
 from vila.eval.benchmark import Answer, Item, Mark, Rules, Scored
 from vila.eval.judge import Case, Judging, Tally, Verdict, says_yes, score_of, tally
@@ -127,8 +127,8 @@ def refuse_absent(folder: Path, each: VideoSet) -> None:
 
 _MAX_NEW_TOKENS = 1024
 
-GREEDY = Sampling(max_new_tokens=_MAX_NEW_TOKENS)
-ORIGINAL = Sampling(max_new_tokens=_MAX_NEW_TOKENS, temperature=0.2)
+GREEDY = SamplingParams(max_new_tokens=_MAX_NEW_TOKENS)
+ORIGINAL = SamplingParams(max_new_tokens=_MAX_NEW_TOKENS, temperature=0.2)
 """The original draws its answers, whatever temperature it is given, without a seed; this has one."""
 
 
@@ -154,7 +154,7 @@ class VideoQa:
         self._limit = -(-limit // len(self._paths))
         self.notes: list[str] = []
 
-    sampling: Sampling
+    sampling: SamplingParams
     judge: Judging | None
 
     def items(self) -> Sequence[Item]:

@@ -19,16 +19,16 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vila.core.errors import ConfigError
-from vila.engine.slot_pool import SlotPool, aligned
+from vila.engine.kv_cache import KVCachePool, aligned
 
 # T tokens of a pass  B answers that grow  R rows of the pool  H query heads  G key-value heads  E head width  K columns
 
 NAME = "vila_slots"
-"""By which transformers knows `slot_attention`."""
+"""By which transformers knows `ragged_attention`."""
 
 
 @dataclass(frozen=True, slots=True)
-class Stretch:
+class TokenRange:
     """Tokens of one request: `count` of them, the first at column `start` of the pool's row."""
 
     row: int
@@ -36,13 +36,13 @@ class Stretch:
     count: int
 
 
-class Pass:
+class ForwardBatch:
     """What one forward pass computes: a token for each of `steps`, in the order of rows, then the prompts' pieces.
 
     positions_1T: the place of each token in its request.
     """
 
-    def __init__(self, pool: SlotPool, steps: Sequence[Stretch], pieces: Sequence[Stretch]) -> None:
+    def __init__(self, pool: KVCachePool, steps: Sequence[TokenRange], pieces: Sequence[TokenRange]) -> None:
         self.pool, self.steps, self.pieces = pool, steps, pieces
         device = pool.keys[0].device
         stretches = (*steps, *pieces)
@@ -50,7 +50,7 @@ class Pass:
         columns = [one.start + i for one in stretches for i in range(one.count)]
         self.rows_T, self.columns_T = torch.tensor([rows, columns], device=device)
         self.positions_1T = self.columns_T[None]
-        self.layers_seen = 0
+        self.layers_called = 0
         self._masks: dict[Any, Tensor] = {}
         if steps:
             self._first = steps[0].row
@@ -64,7 +64,7 @@ class Pass:
         self, layer: int, query_HTE: Tensor, key_GTE: Tensor, value_GTE: Tensor, scale: float | None, window: int | None
     ) -> Tensor:
         """Attention of all tokens in one layer, [T, H, E]."""
-        self.layers_seen += 1
+        self.layers_called += 1
         self._write(layer, key_GTE, value_GTE)
         out, done = [], len(self.steps)
         if self.steps:
@@ -136,7 +136,7 @@ class Pass:
         return self._masks[key]
 
 
-def _piece_sees(piece: Stretch, first: int, window: int | None) -> Tensor:
+def _piece_sees(piece: TokenRange, first: int, window: int | None) -> Tensor:
     """Whom the tokens of a piece see among the columns from `first` to its end."""
     end = piece.start + piece.count
     return _within(torch.arange(piece.start, end), torch.arange(first, end), window)
@@ -148,7 +148,7 @@ def _within(query_positions: Tensor, key_positions: Tensor, window: int | None) 
     return age >= 0 if window is None else (age >= 0) & (age < window)
 
 
-def slot_attention(
+def ragged_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -156,29 +156,29 @@ def slot_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    slots: Pass | None = None,
+    forward_batch: ForwardBatch | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as transformers' blocks call it; without `slots` it is the attention that the model had before."""
+    """Attention function for transformers; without `forward_batch` it calls the model's original attention."""
     facts: Any = module
-    if slots is None:
-        attend = ALL_ATTENTION_FUNCTIONS.get(facts.config.attends_else_by, sdpa_attention_forward)
+    if forward_batch is None:
+        attend = ALL_ATTENTION_FUNCTIONS.get(facts.config.fallback_attention, sdpa_attention_forward)
         options = {"scaling": scaling, "sliding_window": sliding_window, **kwargs}
         return attend(module, query, key, value, attention_mask, **options)
-    return slots.attend(facts.layer_idx, query[0], key[0], value[0], scaling, sliding_window)[None], None
+    return forward_batch.attend(facts.layer_idx, query[0], key[0], value[0], scaling, sliding_window)[None], None
 
 
-AttentionInterface.register(NAME, slot_attention)
+AttentionInterface.register(NAME, ragged_attention)
 
 
-def attend_in_slots(decoder: nn.Module) -> None:
-    """Make the blocks of a transformers decoder heed a `slots=` that its forward is given, from now on.
+def use_ragged_attention(decoder: nn.Module) -> None:
+    """Make the blocks of a transformers decoder heed a `forward_batch=` that its forward is given, from now on.
 
     Everything else that runs the decoder finds it as it was. Raises ConfigError when its attention is another one.
     """
     config: Any = decoder.config
     changed = copy.copy(config)
-    changed._attn_implementation_internal, changed.attends_else_by = NAME, config._attn_implementation
+    changed._attn_implementation_internal, changed.fallback_attention = NAME, config._attn_implementation
     for name, module in decoder.named_modules():
         if not hasattr(module, "layer_idx") or not hasattr(module, "config"):
             continue

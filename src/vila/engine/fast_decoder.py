@@ -74,15 +74,15 @@ class _Block:
         self.window = window
 
 
-class LeanDecoder:
+class FastDecoder:
     """Computes what a llama, mistral or qwen2 decoder computes, from the same weights, rounding a little less often.
 
     Weights may change in place, but not be replaced; hooks on the decoder's blocks are not called.
     """
 
     def __init__(self, model: VilaForConditionalGeneration) -> None:
-        """Raises ValueError for a model that `why_not_lean` has something against."""
-        if why := why_not_lean(model):
+        """Raises ValueError for a model that `unsupported_reason` has something against."""
+        if why := unsupported_reason(model):
             raise ValueError(why)
         config: Any = model.config.text_config
         decoder: Any = model.get_decoder()
@@ -121,8 +121,8 @@ class LeanDecoder:
             return self._head(states_TD).float()
 
 
-def why_not_lean(model: VilaForConditionalGeneration) -> str:
-    """What keeps a model from a LeanDecoder; empty when nothing does. It was measured to pay on CPUs alone."""
+def unsupported_reason(model: VilaForConditionalGeneration) -> str:
+    """What keeps a model from a FastDecoder; empty when nothing does. It was measured to pay on CPUs alone."""
     decoder: Any = model.get_decoder()
     problems = list(unsupported_blocks(model.config.text_config, decoder.layers))
     modules = [*decoder.layers.modules(), decoder.norm, model.get_output_embeddings()]

@@ -18,7 +18,7 @@ from vila.model.modeling import VilaForConditionalGeneration
 # S tokens  D model width  V vocab  N wanted places
 
 
-class OnnxDecoder:
+class OnnxSequence:
     """One sequence on its way through a program. Memory of the cache is taken as it fills."""
 
     def __init__(self, program: OnnxProgram) -> None:
@@ -33,9 +33,9 @@ class OnnxDecoder:
     @staticmethod
     def of(
         model: VilaForConditionalGeneration, weights: Mapping[str, Int4Weight] | None = None, **options: Any
-    ) -> OnnxDecoder:
+    ) -> OnnxSequence:
         """An empty sequence of a program of its own; arguments and errors are those of OnnxProgram."""
-        return OnnxDecoder(OnnxProgram(model, weights, **options))
+        return OnnxSequence(OnnxProgram(model, weights, **options))
 
     @property
     def nbytes(self) -> int:
@@ -77,9 +77,9 @@ class OnnxDecoder:
             raise ConfigError(f"onnx backend: cannot go back to {length} of {self.length} tokens")
         self.length = length
 
-    def fork(self, length: int | None = None) -> OnnxDecoder:
+    def fork(self, length: int | None = None) -> OnnxSequence:
         """A second sequence that begins with the same tokens, or the first `length` of them; they are copied."""
-        other = OnnxDecoder(self.program)
+        other = OnnxSequence(self.program)
         other.length = self.length if length is None else length
         for new, old in zip(other._caches, self._caches, strict=True):
             new[:, :, : other.length] = old[:, :, : other.length]

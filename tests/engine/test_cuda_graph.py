@@ -7,15 +7,15 @@ import torch
 
 from tests.engine.stand import MODELS, QUESTIONS, ask, endless
 from vila.core.types import Message
+from vila.engine.cuda_graph_step import round_up, row_count
 from vila.engine.engine import Engine
-from vila.engine.prefix import DEFAULT_BYTES
-from vila.engine.static_step import round_up, row_count
+from vila.engine.prefix_cache import DEFAULT_BYTES
 
 DRAWN = {"max_new_tokens": 12, "temperature": 1.5, "top_k": 50, "repetition_penalty": 1.3, "seed": 3}
 
 
 def captured(engine, **options):
-    other = Engine(engine.model, engine.processor, captured=True, **options)
+    other = Engine(engine.model, engine.processor, cuda_graph=True, **options)
     other._stop_ids = engine._stop_ids
     return other
 
@@ -39,7 +39,7 @@ def test_drawn_answers_are_equal(pair):
 
 
 def test_answers_longer_than_a_bucket_are_equal(pair, monkeypatch):
-    monkeypatch.setattr("vila.engine.static_step._BUCKET", 16)
+    monkeypatch.setattr("vila.engine.cuda_graph_step._BUCKET", 16)
     plain, static = (engine.complete([ask("one?", 1), ask("x")], max_new_tokens=50) for engine in pair)
     assert static == plain
 
@@ -61,14 +61,14 @@ def test_rows_that_end_leave_the_others_as_they_are(pair):
 
 def test_a_chat_and_its_lookups_go_on_from_what_was_kept(pair):
     plain = pair[0]
-    static = captured(plain, kept_bytes=DEFAULT_BYTES)
+    static = captured(plain, prefix_cache_bytes=DEFAULT_BYTES)
     for lookup in (0, 4):
         talk = ask("one?", 1)
         for _ in range(3):
-            answer = static.complete([talk], max_new_tokens=10, lookup=lookup)[0]
+            answer = static.complete([talk], max_new_tokens=10, prompt_lookup_tokens=lookup)[0]
             assert answer.ids == plain.complete([talk], max_new_tokens=10)[0].ids
             talk = [*talk, Message.of("assistant", answer.text), *ask("again?")]
-    assert static.prefixes.reused_tokens > 50
+    assert static.prefix_cache.reused_tokens > 50
 
 
 def test_two_streams_at_once_have_a_step_each(pair):
@@ -122,7 +122,7 @@ def test_on_cuda_captured_steps_give_the_answers_of_the_cpu(name):
     plain = endless(name)
     wanted = plain.complete(QUESTIONS, max_new_tokens=12)
     plain.model.to("cuda")
-    static = captured(plain, kept_bytes=DEFAULT_BYTES)
+    static = captured(plain, prefix_cache_bytes=DEFAULT_BYTES)
     assert static.complete(QUESTIONS, max_new_tokens=12) == wanted
     assert static.complete(QUESTIONS, max_new_tokens=12) == wanted
     assert static._steps._free[-1].captures == 1

@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 # B rows  H key-value heads  K columns  E head width
 
 
-class FilledLayer(CacheLayerMixin):
+class BatchKVLayer(CacheLayerMixin):
     """One layer's buffers, allocated once for `capacity` columns; `update` appends and returns the filled columns."""
 
     is_sliding = False
@@ -56,9 +56,9 @@ class FilledLayer(CacheLayerMixin):
                 setattr(self, name, new)
         self.capacity = max(capacity, self.capacity)
 
-    def fork(self, length: int) -> FilledLayer:
+    def fork(self, length: int) -> BatchKVLayer:
         """A copy of the first `length` columns."""
-        other = FilledLayer(length)
+        other = BatchKVLayer(length)
         other.update(self.keys[:, :, :length], self.values[:, :, :length])
         return other
 
@@ -77,11 +77,11 @@ class FilledLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length
 
 
-class FilledCache(Cache):
+class BatchKVCache(Cache):
     """The cache of all layers."""
 
     def __init__(self, num_layers: int, capacity: int) -> None:
-        super().__init__(layers=[FilledLayer(capacity) for _ in range(num_layers)])
+        super().__init__(layers=[BatchKVLayer(capacity) for _ in range(num_layers)])
 
     def expand(self, rows: Tensor) -> None:
         """Duplicate, drop or reorder rows: several questions go on from one picture's prefix."""
@@ -109,16 +109,16 @@ class FilledCache(Cache):
         for layer in self.layers:
             layer.reserve(capacity)
 
-    def fork(self, length: int | None = None) -> FilledCache:
+    def fork(self, length: int | None = None) -> BatchKVCache:
         """A copy of the first columns, of all filled ones when `length` is None."""
-        other = FilledCache(0, 0)
+        other = BatchKVCache(0, 0)
         other.layers = [layer.fork(self.length if length is None else length) for layer in self.layers]
         return other
 
 
-def new_cache(text_config: Any, capacity: int) -> FilledCache:
+def new_cache(text_config: Any, capacity: int) -> BatchKVCache:
     """An empty cache for an LLM config."""
-    return FilledCache(int(text_config.num_hidden_layers), capacity)
+    return BatchKVCache(int(text_config.num_hidden_layers), capacity)
 
 
 def row_index(counts: list[int]) -> Tensor:

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from vila.core.errors import CancelledError, ClosedError, DeadlineError, NumericsError
 from vila.core.types import Image
-from vila.engine.decode import Chooser
-from vila.engine.pictures import Picture
+from vila.engine.decode import TokenSampler
+from vila.engine.kv_rows import KVRow, KVRows
+from vila.engine.model_runner import ModelRunner
+from vila.engine.ragged_attention import TokenRange
 from vila.engine.request import TokenEvent, TokenLogprob
-from vila.engine.slot_attention import Stretch
-from vila.engine.slot_run import SlotRun
-from vila.engine.slots import Slot, Slots
-from vila.engine.ticket import Request
+from vila.engine.request_handle import Request
+from vila.engine.vision_cache import HashedImage
 
 _log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ _LATELY = 16
 
 
 @dataclass
-class Counts:
+class SchedulerCounts:
     """What has been done so far."""
 
     prompt_tokens: int = 0
@@ -42,18 +42,20 @@ class Counts:
     failed: int = 0
 
 
-class Turn:
+class Scheduler:
     """The running requests, in the order in which they joined, and the steps that they take together."""
 
-    def __init__(self, run: SlotRun, slots: Slots, chunk: int, to_pixels: Callable[[Sequence[Image]], Tensor]) -> None:
+    def __init__(
+        self, run: ModelRunner, slots: KVRows, chunk: int, to_pixels: Callable[[Sequence[Image]], Tensor]
+    ) -> None:
         """chunk: tokens of prompts, slots of pictures included, that a step computes at most."""
         self.run, self.slots, self.chunk, self.to_pixels = run, slots, chunk, to_pixels
         self.running: list[Request] = []
-        self.counts = Counts()
+        self.counts = SchedulerCounts()
         self.seconds = 0.0
         """How long an answer took lately, from its submission to its end."""
 
-    def join(self, request: Request, slot: Slot) -> None:
+    def join(self, request: Request, slot: KVRow) -> None:
         """Take up a request that was given a row."""
         request.slot, request.done = slot, len(slot.content)
         request.ticket.cached_tokens = request.done
@@ -81,7 +83,7 @@ class Turn:
         failure = None
         try:
             logits_NV = self.run.forward(
-                [(Stretch(r.own_slot.row, r.done, 1), r.token) for r in growing],
+                [(TokenRange(r.own_slot.row, r.done, 1), r.token) for r in growing],
                 [self._piece(request, count) for request, count in reading],
                 ready,
             )
@@ -138,7 +140,7 @@ class Turn:
         none it is free. What does not fit is left to the next step, except for a picture larger than any step.
         """
         left, free = self.chunk, not any(request.growing for request in self.running)
-        seen: dict[str, tuple[Picture, Request]] = {}
+        seen: dict[str, tuple[HashedImage, Request]] = {}
         grants = []
         for request in self.running:
             if request.growing:
@@ -160,9 +162,9 @@ class Turn:
         self._see(list(seen.values()))
         return [(request, count) for request, count in grants if request in self.running]
 
-    def _see(self, wanted: Sequence[tuple[Picture, Request]]) -> None:
+    def _see(self, wanted: Sequence[tuple[HashedImage, Request]]) -> None:
         """Compute the tower's features of images; a request whose image cannot be read or computed ends alone."""
-        ready: list[tuple[Picture, Request, Tensor]] = []
+        ready: list[tuple[HashedImage, Request, Tensor]] = []
         for picture, request in wanted:
             try:
                 ready.append((picture, request, self._pixels(picture, request)))
@@ -170,7 +172,7 @@ class Turn:
                 self._fail(request, _isolated(error))
         self._encode(ready)
 
-    def _encode(self, ready: Sequence[tuple[Picture, Request, Tensor]]) -> None:
+    def _encode(self, ready: Sequence[tuple[HashedImage, Request, Tensor]]) -> None:
         if not ready:
             return
         failure = None
@@ -193,14 +195,14 @@ class Turn:
             _log.error("a request failed (%s: %s)", type(error).__name__, error)
             self.end(request, error)
 
-    def _unseen(self, request: Request) -> list[tuple[Picture, int]]:
+    def _unseen(self, request: Request) -> list[tuple[HashedImage, int]]:
         if request.embeds_SD is not None:
             return []
         placed = zip(request.prompt.runs, request.prompt.pictures, strict=True)
         wanted = {picture: count for (start, count), picture in placed if start + count > request.done}
         return [(picture, wanted[picture]) for picture in self.run.features.missing(list(wanted))]
 
-    def _pixels(self, picture: Picture, request: Request) -> Tensor:
+    def _pixels(self, picture: HashedImage, request: Request) -> Tensor:
         # A picture that was known when it was handed in may have been forgotten since.
         pixels = request.pixels.get(picture.key)
         return self.to_pixels([picture.image])[0] if pixels is None else pixels
@@ -214,10 +216,10 @@ class Turn:
                 self._fail(request, _isolated(error))
         return request.embeds_SD is not None
 
-    def _piece(self, request: Request, count: int) -> tuple[Stretch, Tensor]:
+    def _piece(self, request: Request, count: int) -> tuple[TokenRange, Tensor]:
         assert request.embeds_SD is not None
         first = request.done - request.embedded_from
-        return Stretch(request.own_slot.row, request.done, count), request.embeds_SD[first : first + count]
+        return TokenRange(request.own_slot.row, request.done, count), request.embeds_SD[first : first + count]
 
     def _grow(self, requests: Sequence[Request], logits_NV: Tensor) -> None:
         """A token for each request, in the order of the rows of logits."""
@@ -248,9 +250,9 @@ class Turn:
         sampling = request.sampling
         if sampling.temperature == 0 and sampling.repetition_penalty == 1 and not sampling.logprobs:
             return likeliest, None
-        if request.chooser is None:
-            request.chooser = Chooser(sampling, [request.prompt], [0], logits_1V)
-        ids_1, reports = request.chooser.choose(logits_1V)
+        if request.sampler is None:
+            request.sampler = TokenSampler(sampling, [request.prompt], [0], logits_1V)
+        ids_1, reports = request.sampler.choose(logits_1V)
         return int(ids_1), reports[0]
 
     def _tell(self, request: Request, event: TokenEvent | BaseException) -> None:

@@ -21,7 +21,7 @@ PADDING = -1
 """In place of a token's position."""
 
 
-class Columns:
+class CachePositions:
     """The columns of a batch: `places_BC` has the position of each column's token in its row, -1 for padding."""
 
     def __init__(self, rows: int, capacity: int, device: torch.device) -> None:

@@ -8,38 +8,38 @@ import torch
 from torch import Tensor
 
 from vila.engine.batch import Group
+from vila.engine.kv_cache import aligned
+from vila.engine.kv_rows import content_keys
 from vila.engine.onnx.program import OnnxProgram
-from vila.engine.onnx.slots import OnnxSlotRun
-from vila.engine.onnx.step import OnnxDecoder
-from vila.engine.pictures import Picture, PictureFeatures, Prompt
-from vila.engine.prefix import Prefixes
-from vila.engine.slot_attention import Stretch
-from vila.engine.slot_pool import aligned
-from vila.engine.slots import content_keys
+from vila.engine.onnx.runner import OnnxRunner
+from vila.engine.onnx.sequence import OnnxSequence
+from vila.engine.prefix_cache import PrefixCache
+from vila.engine.ragged_attention import TokenRange
+from vila.engine.vision_cache import HashedImage, Prompt, VisionCache
 from vila.model.modeling import VilaForConditionalGeneration
 
 # B rows  S tokens  D model width  V vocab  N wanted places
 
 
-class OnnxRun:
+class OnnxBatchRun:
     """The state of a batch on its way. A prompt alone has a sequence of its own, which others may go on from."""
 
     def __init__(
         self,
         model: VilaForConditionalGeneration,
-        features: PictureFeatures,
+        features: VisionCache,
         program: OnnxProgram,
         capacity: int,
-        prefixes: Prefixes | None = None,
+        prefix_cache: PrefixCache | None = None,
     ) -> None:
         """capacity: tokens that a row may come to have.
         prefixes: where a run of one row finds the beginning of its prompt, and leaves what it computed.
         """
         self.model, self.features, self.program = model, features, program
-        self.capacity, self.prefixes = capacity, prefixes
+        self.capacity, self.prefix_cache = capacity, prefix_cache
         self.order: list[int] = []
         self._prompt: Prompt | None = None
-        self._alone: OnnxDecoder | None = None
+        self._alone: OnnxSequence | None = None
         self._rows: _Rows | None = None
 
     def prefill(self, prompts: Sequence[Prompt], groups: Sequence[Group]) -> Tensor:
@@ -48,7 +48,7 @@ class OnnxRun:
         if len(prompts) == 1:
             return self._prefill_alone(prompts[0])
         tokens = len(prompts) * aligned(self.capacity)
-        self._rows = rows = _Rows(OnnxSlotRun(self.model, self.features, tokens, self.program), len(prompts))
+        self._rows = rows = _Rows(OnnxRunner(self.model, self.features, tokens, self.program), len(prompts))
         logits: list[Tensor] = []
         for group in groups:
             first = len(logits)
@@ -88,28 +88,28 @@ class OnnxRun:
 
     def close(self, fed: Sequence[int]) -> None:
         """Leave the cache of a row that was alone to conversations that begin alike."""
-        if self._prompt is not None and self.prefixes is not None:
-            self.prefixes.put([*content_keys(self._prompt), *fed], self._single)
+        if self._prompt is not None and self.prefix_cache is not None:
+            self.prefix_cache.put([*content_keys(self._prompt), *fed], self._single)
 
     def logits_at(self, prompts: Sequence[Prompt], places: Sequence[Sequence[int]]) -> Iterator[Tensor]:
         """Logits [N, V] after the wanted places of each of whole prompts."""
         for prompt, wanted in zip(prompts, places, strict=True):
-            yield OnnxDecoder(self.program).logits_at(self._embed(prompt.ids, prompt.pictures), wanted)
+            yield OnnxSequence(self.program).logits_at(self._embed(prompt.ids, prompt.pictures), wanted)
 
     @property
-    def _single(self) -> OnnxDecoder:
+    def _single(self) -> OnnxSequence:
         assert self._alone is not None
         return self._alone
 
     def _prefill_alone(self, prompt: Prompt) -> Tensor:
-        known, length = self.prefixes.take(prompt) if self.prefixes is not None else (None, 0)
-        self._alone = known or OnnxDecoder(self.program)
+        known, length = self.prefix_cache.take(prompt) if self.prefix_cache is not None else (None, 0)
+        self._alone = known or OnnxSequence(self.program)
         unseen = [p for (start, _), p in zip(prompt.runs, prompt.pictures, strict=True) if start >= length]
         logits_V = self._single.prefill(self._embed(prompt.ids[length:], unseen))
         self._prompt = prompt
         return logits_V[None]
 
-    def _embed(self, ids: Sequence[int], pictures: Sequence[Picture]) -> Tensor:
+    def _embed(self, ids: Sequence[int], pictures: Sequence[HashedImage]) -> Tensor:
         media_NPD = self.model.project(self.features(pictures)) if pictures else None
         return self.model.embed(torch.tensor([list(ids)]), media_NPD)
 
@@ -117,7 +117,7 @@ class OnnxRun:
 class _Rows:
     """Rows of a pool of their own, the first ones; those that go on close ranks when others have ended."""
 
-    def __init__(self, run: OnnxSlotRun, count: int) -> None:
+    def __init__(self, run: OnnxRunner, count: int) -> None:
         self.run = run
         run.pool.divide(count)
         self.rows = list(range(count))
@@ -129,7 +129,7 @@ class _Rows:
         """Append a piece of a prompt; logits [1, V] after it."""
         start, count = self.lengths[row], len(embeds_SD)
         self.lengths[row] += count
-        return self.run.forward([], [(Stretch(row, start, count), embeds_SD)], [0])
+        return self.run.forward([], [(TokenRange(row, start, count), embeds_SD)], [0])
 
     def copy(self, source: int, target: int) -> None:
         """Make a row of the pool begin as another one."""
@@ -140,7 +140,7 @@ class _Rows:
         """Append a token to each row of the batch; logits [B, V]."""
         # In the order of the pool, and back.
         by_row = sorted(zip(self.rows, ids, range(len(ids)), strict=True))
-        logits_BV = self.run.forward([(Stretch(row, self.lengths[row], 1), id_) for row, id_, _ in by_row], [], [])
+        logits_BV = self.run.forward([(TokenRange(row, self.lengths[row], 1), id_) for row, id_, _ in by_row], [], [])
         for row in self.rows:
             self.lengths[row] += 1
         places = [place for _, _, place in by_row]

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from tests import tiny
-from vila.engine.pictures import Picture, Prompt
-from vila.engine.slot_pool import SlotPool
-from vila.engine.slots import Slots, common_length, content_keys
+from vila.engine.kv_cache import KVCachePool
+from vila.engine.kv_rows import KVRows, common_length, content_keys
+from vila.engine.vision_cache import HashedImage, Prompt
 
 
 def make(tokens=256, most=4):
-    return Slots(SlotPool(2, 1, 2, tokens, dtype=torch.float32, device=torch.device("cpu")), most)
+    return KVRows(KVCachePool(2, 1, 2, tokens, dtype=torch.float32, device=torch.device("cpu")), most)
 
 
 def numbers(*bounds):
@@ -47,7 +47,7 @@ def test_common_length_is_that_of_a_plain_walk():
 
 def test_keys_tell_pictures_apart_and_know_equal_ones():
     def keys(*pictures):
-        media = tuple(Picture(image.key(), image) for image in map(tiny.picture, pictures))
+        media = tuple(HashedImage(image.key(), image) for image in map(tiny.picture, pictures))
         return content_keys(Prompt([9, 5, 5, 8, 5, 5], ((1, 2), (4, 2)), media))
 
     assert keys(1, 2) == keys(1, 2)

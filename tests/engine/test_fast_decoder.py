@@ -1,4 +1,4 @@
-"""Steps by the lean decoder are those of the model's own, and nothing else in the process notices."""
+"""Steps by the fast_decoder decoder are those of the model's own, and nothing else in the process notices."""
 
 import threading
 
@@ -6,17 +6,17 @@ import pytest
 import torch
 
 from tests.engine.stand import MODELS, QUESTIONS, endless
-from vila.engine.backend import choose_lean
+from vila.engine.backend import choose_fast_decoder
 from vila.engine.engine import Engine
-from vila.engine.lean_decoder import _OWN, LeanDecoder, why_not_lean
+from vila.engine.fast_decoder import _OWN, FastDecoder, unsupported_reason
 from vila.kernels.int4 import Int4Linear, quantize
 
 DRAWN = {"max_new_tokens": 12, "temperature": 1.5, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.3}
 
 
-def lean(engine: Engine) -> Engine:
+def fast_decoder(engine: Engine) -> Engine:
     """The same model, its steps taken leanly."""
-    twin = Engine(engine.model, engine.processor, lean=LeanDecoder(engine.model))
+    twin = Engine(engine.model, engine.processor, fast_decoder=FastDecoder(engine.model))
     twin._stop_ids = engine._stop_ids
     return twin
 
@@ -44,7 +44,7 @@ class Alone:
 
 
 def logits(model, ids):
-    decoder = LeanDecoder(model)
+    decoder = FastDecoder(model)
     embeds_TD = model.get_input_embeddings()(ids)
     return decoder.logits(decoder.states(embeds_TD, torch.arange(len(ids)), Alone()))
 
@@ -73,7 +73,7 @@ def test_in_16_bits_it_is_as_near_to_the_exact_numbers_as_the_model(engine):
 
 
 def test_answers_about_text_and_pictures_are_equal_alone_and_in_a_batch(engine):
-    ours = lean(engine)
+    ours = fast_decoder(engine)
     assert ours.complete(QUESTIONS, max_new_tokens=12) == engine.complete(QUESTIONS, max_new_tokens=12)
     assert ours.complete(QUESTIONS, **DRAWN, seed=3) == engine.complete(QUESTIONS, **DRAWN, seed=3)
     for question in QUESTIONS[:4]:
@@ -82,7 +82,7 @@ def test_answers_about_text_and_pictures_are_equal_alone_and_in_a_batch(engine):
 
 def test_weights_may_change_in_place():
     engine = endless()
-    ours = lean(engine)
+    ours = fast_decoder(engine)
     before = ours.generate(QUESTIONS[1], max_new_tokens=8)
     with torch.no_grad():
         engine.model.get_output_embeddings().weight.mul_(-1)
@@ -109,15 +109,15 @@ def test_the_library_for_matrices_is_on_again_whoever_leaves_last():
 
 
 def test_models_that_it_cannot_compute_are_left_alone():
-    assert why_not_lean(endless().model) == ""
-    assert "hidden_act='gelu'" in why_not_lean(endless(hidden_act="gelu").model)
+    assert unsupported_reason(endless().model) == ""
+    assert "hidden_act='gelu'" in unsupported_reason(endless(hidden_act="gelu").model)
     hooked = endless().model
     hooked.get_decoder().layers[1].mlp.register_forward_hook(lambda *_: None)
-    assert why_not_lean(hooked) == "hooks on its blocks"
+    assert unsupported_reason(hooked) == "hooks on its blocks"
     rounded = endless().model
     mlp = rounded.get_decoder().layers[0].mlp
     mlp.up_proj = Int4Linear.from_weight(quantize(mlp.up_proj.weight.detach(), 16))
-    assert why_not_lean(rounded) == "products by Int4Linear"
-    assert choose_lean(rounded) is None
+    assert unsupported_reason(rounded) == "products by Int4Linear"
+    assert choose_fast_decoder(rounded) is None
     with pytest.raises(ValueError, match="Int4Linear"):
-        LeanDecoder(rounded)
+        FastDecoder(rounded)

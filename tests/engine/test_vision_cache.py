@@ -4,12 +4,12 @@ import torch
 
 from tests import tiny
 from vila.chat.tokenize import Tokens
-from vila.engine import pictures
-from vila.engine.pictures import Picture, PictureFeatures, prompt_of
+from vila.engine import vision_cache
+from vila.engine.vision_cache import HashedImage, VisionCache, build_prompt
 
 
 def shown(*numbers):
-    return [Picture(str(number), tiny.picture(number)) for number in numbers]
+    return [HashedImage(str(number), tiny.picture(number)) for number in numbers]
 
 
 def counting(kept=256):
@@ -20,7 +20,7 @@ def counting(kept=256):
         batches.append(images)
         return torch.stack([torch.full((2, 3), float(sum(image.source[-20:]))) for image in images])
 
-    return PictureFeatures(compute, kept), batches
+    return VisionCache(compute, kept), batches
 
 
 def test_features_come_in_the_order_of_the_pictures_and_equal_ones_are_computed_once():
@@ -50,7 +50,7 @@ def test_a_call_may_have_more_pictures_than_are_kept():
 
 
 def test_many_pictures_go_through_the_tower_in_batches(monkeypatch):
-    monkeypatch.setattr(pictures, "_TOWER_BATCH", 2)
+    monkeypatch.setattr(vision_cache, "_TOWER_BATCH", 2)
     features, batches = counting()
     together, _ = counting()
     out = features(shown(1, 2, 3, 4, 5))
@@ -61,6 +61,6 @@ def test_many_pictures_go_through_the_tower_in_batches(monkeypatch):
 def test_a_prompt_knows_its_pictures_by_content():
     one, other = tiny.picture(1), tiny.picture(2)
     tokens = Tokens(ids=[1, 9, 9, 2], labels=[], media=[one, other, one], runs=[(1, 1), (2, 1)])
-    prompt = prompt_of(tokens)
+    prompt = build_prompt(tokens)
     assert prompt.pictures[0] == prompt.pictures[2] != prompt.pictures[1]
     assert prompt.runs == ((1, 1), (2, 1))

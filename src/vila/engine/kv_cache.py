@@ -14,7 +14,7 @@ _ALIGNED = 16
 """Columns come in multiples of this, which kernels for attention like."""
 
 
-class SlotPool:
+class KVCachePool:
     """The keys and values of all layers: `keys[layer]` and `values[layer]` are [R, H, C, E]; `buffers` has
     both, [2, R, H, C, E].
 

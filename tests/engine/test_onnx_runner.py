@@ -5,8 +5,8 @@ import torch
 
 from tests.engine.onnx_stand import IDS, embeds, full, torch_engine
 from vila.engine.onnx.program import OnnxProgram
-from vila.engine.onnx.slots import OnnxSlotRun
-from vila.engine.slot_attention import Stretch
+from vila.engine.onnx.runner import OnnxRunner
+from vila.engine.ragged_attention import TokenRange
 
 ROWS = {0: 20, 1: 32, 3: 7}
 """Tokens of the prompt in each row of four; row 2 is empty."""
@@ -15,15 +15,15 @@ ROWS = {0: 20, 1: 32, 3: 7}
 @pytest.fixture
 def run():
     engine = torch_engine()
-    run = OnnxSlotRun(engine.model, engine._features, 4 * 64, OnnxProgram(engine.model, threads=1))
+    run = OnnxRunner(engine.model, engine._features, 4 * 64, OnnxProgram(engine.model, threads=1))
     run.pool.divide(4)
-    pieces = [(Stretch(row, 0, count), embeds(engine)[0, :count]) for row, count in ROWS.items()]
+    pieces = [(TokenRange(row, 0, count), embeds(engine)[0, :count]) for row, count in ROWS.items()]
     run.forward([], pieces, [])
     return run, full(engine)
 
 
 def grow(run, *rows):
-    return run.forward([(Stretch(row, ROWS[row], 1), int(IDS[0, ROWS[row]])) for row in rows], [], [])
+    return run.forward([(TokenRange(row, ROWS[row], 1), int(IDS[0, ROWS[row]])) for row in rows], [], [])
 
 
 def test_rows_of_different_lengths_grow_together(run):
@@ -44,12 +44,12 @@ def test_rows_that_rest_keep_what_they_have(run):
 def test_a_prompt_goes_on_piece_by_piece_beside_steps(run):
     run, wanted = run
     rest = embeds(torch_engine())[0, 32:40]
-    found = run.forward([(Stretch(3, 7, 1), int(IDS[0, 7]))], [(Stretch(1, 32, 8), rest)], [0])
+    found = run.forward([(TokenRange(3, 7, 1), int(IDS[0, 7]))], [(TokenRange(1, 32, 8), rest)], [0])
     assert torch.allclose(found, wanted[[7, 39]], atol=1e-4)
 
 
 def test_no_more_rows_stay_bound_than_are_worth_it(run, monkeypatch):
-    monkeypatch.setattr("vila.engine.onnx.slots._BINDINGS", 2)
+    monkeypatch.setattr("vila.engine.onnx.runner._BINDINGS", 2)
     run, wanted = run
     for rows in ((0,), (1,), (3,), (0, 1), (0,)):
         assert torch.allclose(grow(run, *rows)[0], wanted[ROWS[rows[0]]], atol=1e-4)

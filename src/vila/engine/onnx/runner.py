@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vila.engine.model_runner import ModelRunner
 from vila.engine.onnx.program import Binding, OnnxProgram, append
-from vila.engine.pictures import PictureFeatures
-from vila.engine.slot_attention import Stretch
-from vila.engine.slot_run import SlotRun
+from vila.engine.ragged_attention import TokenRange
+from vila.engine.vision_cache import VisionCache
 from vila.model.modeling import VilaForConditionalGeneration
 
 # B rows of a run  S tokens of a piece  D model width  V vocab  N wanted places
@@ -19,11 +19,11 @@ _BINDINGS = 32
 """Groups of neighbouring rows that stay bound; binding all caches takes about as long as a small model's step."""
 
 
-class OnnxSlotRun(SlotRun):
+class OnnxRunner(ModelRunner):
     """Rows of the pool that stand side by side are one run, over their own columns each; those between them rest."""
 
     def __init__(
-        self, model: VilaForConditionalGeneration, features: PictureFeatures, tokens: int, program: OnnxProgram
+        self, model: VilaForConditionalGeneration, features: VisionCache, tokens: int, program: OnnxProgram
     ) -> None:
         super().__init__(model, features, tokens, torch.float32)
         self.program = program
@@ -31,8 +31,8 @@ class OnnxSlotRun(SlotRun):
 
     def forward(
         self,
-        steps: Sequence[tuple[Stretch, int]],
-        pieces: Sequence[tuple[Stretch, Tensor]],
+        steps: Sequence[tuple[TokenRange, int]],
+        pieces: Sequence[tuple[TokenRange, Tensor]],
         ends: Sequence[int],
     ) -> Tensor:
         """Logits [N, V], float32; `steps` are a run together, and every piece of a prompt is one of its own."""
@@ -42,7 +42,7 @@ class OnnxSlotRun(SlotRun):
             logits += append(self._bind(place.row, 1), embeds_SD[None], wanted, place.start)
         return torch.cat(logits)
 
-    def _grow(self, steps: Sequence[tuple[Stretch, int]]) -> Tensor:
+    def _grow(self, steps: Sequence[tuple[TokenRange, int]]) -> Tensor:
         first, last = steps[0][0].row, steps[-1][0].row
         binding = self._bound(first, last + 1 - first)
         rows = [place.row - first for place, _ in steps]

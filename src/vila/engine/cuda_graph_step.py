@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vila.engine.columns import PADDING
-from vila.engine.slot_attention import attend_in_slots
+from vila.engine.attention_mask import PADDING
+from vila.engine.ragged_attention import use_ragged_attention
 from vila.families import attention_windows
 from vila.model.modeling import VilaForConditionalGeneration
 
@@ -26,7 +26,7 @@ _WARM_UPS = 2
 """Steps before a capture, in which kernels are chosen and memory is found."""
 
 
-class StaticStep:
+class CudaGraphStep:
     """Buffers for `rows` sequences of `columns` tokens, and the step that grows each by one token.
 
     Rows that nobody uses are computed and thrown away. Logits are overwritten by the next step.
@@ -90,7 +90,7 @@ class StaticStep:
             attention_mask=self._no_mask,
             position_ids=self.lengths_B[None],
             use_cache=False,
-            slots=_Attention(self, reads, masks),
+            forward_batch=_Attention(self, reads, masks),
         ).last_hidden_state[0]
         logits_BV = self.model.get_output_embeddings()(states)
         if self._logits_BV is None:
@@ -128,7 +128,7 @@ class StaticStep:
 class _Attention:
     """What the blocks of the decoder attend by: one query a row, over the columns that the step reads."""
 
-    def __init__(self, step: StaticStep, reads: int, masks: dict[int | None, Tensor]) -> None:
+    def __init__(self, step: CudaGraphStep, reads: int, masks: dict[int | None, Tensor]) -> None:
         self.step, self.reads, self.masks = step, reads, masks
 
     def attend(
@@ -150,17 +150,17 @@ class _Attention:
         return out.flatten(1, 2)
 
 
-class StaticSteps:
+class CudaGraphSteps:
     """The steps of a model that no run uses just now, for the next one; a run has its step alone."""
 
     def __init__(self, model: VilaForConditionalGeneration, kept: int = 4) -> None:
         """kept: steps that may wait for a run; those used longest ago are dropped."""
-        attend_in_slots(model.get_decoder())
+        use_ragged_attention(model.get_decoder())
         self.model, self.kept = model, kept
-        self._free: list[StaticStep] = []
+        self._free: list[CudaGraphStep] = []
         self._lock = threading.Lock()
 
-    def take(self, like: Tensor, rows: int, columns: int) -> StaticStep:
+    def take(self, like: Tensor, rows: int, columns: int) -> CudaGraphStep:
         """A step for at least so many rows and columns; one that is too short for them is dropped first."""
         rows, columns = row_count(rows), round_up(columns, _BUCKET)
         with self._lock:
@@ -169,9 +169,9 @@ class StaticSteps:
                 self._free.remove(step)
                 if step.columns >= columns:
                     return step
-        return StaticStep(self.model, like, rows, columns)
+        return CudaGraphStep(self.model, like, rows, columns)
 
-    def give(self, step: StaticStep) -> None:
+    def give(self, step: CudaGraphStep) -> None:
         """A run is over."""
         with self._lock:
             self._free.append(step)

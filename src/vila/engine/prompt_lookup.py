@@ -10,7 +10,7 @@ _FIRST = 4
 """Tokens of a draft before anything is known of how well they do."""
 
 
-class Lookup:
+class PromptLookup:
     """A growing text that knows what followed each few tokens of it last time."""
 
     def __init__(self, ids: Sequence[int], most: int) -> None:
@@ -40,7 +40,7 @@ class Lookup:
                 return self._from(start, count)
         return []
 
-    def learn(self, tried: int, accepted: int) -> None:
+    def update(self, tried: int, accepted: int) -> None:
         """How a draft did: good ones make the next longer, bad ones shorter."""
         if tried:
             self._width = min(self.most, 2 * self._width if accepted == tried else accepted + 1)

@@ -20,7 +20,7 @@ _TOWER_BATCH = 32
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class HashedImage:
     """An image and the hash of its content; equal when the content is."""
 
     key: str
@@ -33,16 +33,16 @@ class Prompt:
 
     ids: Sequence[int]
     runs: tuple[tuple[int, int], ...] = ()
-    pictures: tuple[Picture, ...] = ()
+    pictures: tuple[HashedImage, ...] = ()
 
 
-def prompt_of(tokens: Tokens) -> Prompt:
+def build_prompt(tokens: Tokens) -> Prompt:
     """A prompt from what the processor made of a conversation; every medium is an image by then."""
     images = [medium for medium in tokens.media if isinstance(medium, Image)]
-    return Prompt(tokens.ids, tuple(tokens.runs), tuple(Picture(image.key(), image) for image in images))
+    return Prompt(tokens.ids, tuple(tokens.runs), tuple(HashedImage(image.key(), image) for image in images))
 
 
-class PictureFeatures:
+class VisionCache:
     """Tower features by picture. Each distinct one is computed once; those used longest ago are forgotten first.
 
     compute: features [N, P, C] of N images.
@@ -52,7 +52,7 @@ class PictureFeatures:
         self.compute, self.kept = compute, kept
         self._features: OrderedDict[str, Tensor] = OrderedDict()
 
-    def __call__(self, pictures: Sequence[Picture]) -> Tensor:
+    def __call__(self, pictures: Sequence[HashedImage]) -> Tensor:
         """Features [N, P, C] of pictures, of which some may be equal."""
         missing = {picture.key: picture.image for picture in pictures if picture.key not in self._features}
         keys, images = list(missing), list(missing.values())
@@ -69,10 +69,10 @@ class PictureFeatures:
             self._features.popitem(last=False)
         return out
 
-    def missing(self, pictures: Sequence[Picture]) -> list[Picture]:
+    def missing(self, pictures: Sequence[HashedImage]) -> list[HashedImage]:
         """Those whose features would have to be computed, equal ones once."""
         return list({picture.key: picture for picture in pictures if picture.key not in self._features}.values())
 
-    def add(self, pictures: Sequence[Picture], features_NPC: Tensor) -> None:
+    def add(self, pictures: Sequence[HashedImage], features_NPC: Tensor) -> None:
         """Features that were computed elsewhere; none are forgotten before the next ones are asked for."""
         self._features.update((picture.key, row.clone()) for picture, row in zip(pictures, features_NPC, strict=True))

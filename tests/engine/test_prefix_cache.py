@@ -8,8 +8,8 @@ from tests.engine.onnx_stand import onnx_engine, torch_engine
 from tests.engine.stand import MODELS, ask
 from vila.core.types import Message
 from vila.engine.engine import Engine
-from vila.engine.pictures import Picture, Prompt
-from vila.engine.prefix import DEFAULT_BYTES, Prefixes
+from vila.engine.prefix_cache import DEFAULT_BYTES, PrefixCache
+from vila.engine.vision_cache import HashedImage, Prompt
 
 NEW = 10
 
@@ -19,9 +19,9 @@ def engine(request):
     return onnx_engine() if request.param == "onnx" else torch_engine(request.param)
 
 
-def keeping(engine, kept_bytes=DEFAULT_BYTES):
+def keeping(engine, prefix_cache_bytes=DEFAULT_BYTES):
     """The same engine, keeping what it computed."""
-    other = Engine(engine.model, engine.processor, engine._program, kept_bytes=kept_bytes)
+    other = Engine(engine.model, engine.processor, engine._program, prefix_cache_bytes=prefix_cache_bytes)
     other._stop_ids = frozenset()
     return other
 
@@ -42,14 +42,14 @@ TALK = [ask("one?", 1), ask("and this?", 2), ask("the first again", 1), ask("tex
 def test_a_chat_gives_the_answers_of_one_that_keeps_nothing(engine):
     kept = keeping(engine)
     assert chat(kept, TALK) == chat(engine, TALK)
-    assert kept.prefixes.reused_tokens > 60
+    assert kept.prefix_cache.reused_tokens > 60
 
 
 def test_what_is_drawn_and_reported_is_the_same_too(engine):
     options = {"temperature": 1.5, "seed": 3, "repetition_penalty": 1.2}
     kept = keeping(engine)
     assert [a.ids for a in chat(kept, TALK, **options)] == [a.ids for a in chat(engine, TALK, **options)]
-    assert kept.prefixes.reused_tokens
+    assert kept.prefix_cache.reused_tokens
 
 
 def test_conversations_in_turns_keep_apart(engine):
@@ -76,7 +76,7 @@ def test_an_answer_that_is_left_in_the_middle_leaves_what_it_computed(engine):
     next(stream)
     stream.close()
     assert kept.complete([ask("one?", 1)], max_new_tokens=NEW) == engine.complete([ask("one?", 1)], max_new_tokens=NEW)
-    assert kept.prefixes.reused_tokens == len(kept.processor.prompt(ask("one?", 1)).ids) - 1
+    assert kept.prefix_cache.reused_tokens == len(kept.processor.prompt(ask("one?", 1)).ids) - 1
 
 
 def test_a_failed_step_leaves_nothing_wrong(engine, monkeypatch):
@@ -98,7 +98,7 @@ def test_a_failed_step_leaves_nothing_wrong(engine, monkeypatch):
         kept.complete([ask("one?", 1)], max_new_tokens=NEW)
     monkeypatch.undo()
     assert kept.complete([ask("one?", 1)], max_new_tokens=NEW) == wanted
-    assert kept.prefixes.reused_tokens
+    assert kept.prefix_cache.reused_tokens
 
 
 class Sequence:
@@ -122,17 +122,17 @@ class Sequence:
 
 
 def prompt(*ids, runs=(), keys=()):
-    return Prompt(list(ids), runs, tuple(Picture(key, None) for key in keys))
+    return Prompt(list(ids), runs, tuple(HashedImage(key, None) for key in keys))
 
 
 def test_one_token_at_least_is_left_to_compute():
-    prefixes = Prefixes(1000)
+    prefixes = PrefixCache(1000)
     prefixes.put([1, 2, 3], Sequence(3))
     assert prefixes.take(prompt(1, 2, 3))[1] == 2
 
 
 def test_a_picture_is_shared_whole_or_not_at_all():
-    prefixes = Prefixes(1000)
+    prefixes = PrefixCache(1000)
     prefixes.put([5, -11, -11, -11, 7], Sequence(5))
     assert prefixes.take(prompt(5, 9, 9, 9, 8, runs=((1, 3),), keys=("a",)))[1] == 4
     prefixes.put([5, -11, -11], Sequence(3))
@@ -141,7 +141,7 @@ def test_a_picture_is_shared_whole_or_not_at_all():
 
 
 def test_what_is_taken_is_gone_and_what_shares_little_stays_whole():
-    prefixes = Prefixes(1000)
+    prefixes = PrefixCache(1000)
     prefixes.put([1, 2, 3, 4, 5, 6], Sequence(6))
     assert prefixes.take(prompt(1, 2, 9, 9))[1] == 2
     assert prefixes.take(prompt(1, 2, 3, 4, 5, 6, 7))[1] == 6
@@ -149,7 +149,7 @@ def test_what_is_taken_is_gone_and_what_shares_little_stays_whole():
 
 
 def test_the_oldest_go_when_the_budget_is_full_and_what_is_too_large_is_not_kept():
-    prefixes = Prefixes(60)
+    prefixes = PrefixCache(60)
     for start in (10, 20, 30):
         prefixes.put([start, start + 1, start + 2], Sequence(3))
     assert prefixes.take(prompt(10, 11, 12, 13)) == (None, 0)
@@ -163,12 +163,12 @@ def test_an_engine_that_is_loaded_keeps_and_one_around_a_model_does_not(tmp_path
     engine.model.save_pretrained(tmp_path / "model")
     engine.processor.save_pretrained(tmp_path / "model")
     loaded = Engine.load(tmp_path / "model", dtype="float32")
-    assert loaded.prefixes.budget == DEFAULT_BYTES
-    assert Engine.load(tmp_path / "model", dtype="float32", kept_bytes=0).prefixes is None
-    assert engine.prefixes is None
+    assert loaded.prefix_cache.budget == DEFAULT_BYTES
+    assert Engine.load(tmp_path / "model", dtype="float32", prefix_cache_bytes=0).prefix_cache is None
+    assert engine.prefix_cache is None
     loaded.generate(ask("one?", 1), max_new_tokens=2)
-    loaded.prefixes.clear()
-    assert loaded.prefixes.take(prompt(*loaded.processor.prompt(ask("one?", 1)).ids)) == (None, 0)
+    loaded.prefix_cache.clear()
+    assert loaded.prefix_cache.take(prompt(*loaded.processor.prompt(ask("one?", 1)).ids)) == (None, 0)
 
 
 def test_a_long_prompt_in_chunks_gives_the_answers_of_one_piece(monkeypatch):

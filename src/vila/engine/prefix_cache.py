@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from vila.engine.pictures import Prompt
-from vila.engine.slots import common_length, content_keys
+from vila.engine.kv_rows import common_length, content_keys
+from vila.engine.vision_cache import Prompt
 
 DEFAULT_BYTES = 2**30
 
@@ -36,7 +36,7 @@ class _Kept:
     sequence: Any
 
 
-class Prefixes:
+class PrefixCache:
     """The sequences of the conversations that ended last, within a budget of bytes; the oldest go first.
 
     A sequence that is taken is gone until it is put back, so conversations in several threads do not meet in one. They

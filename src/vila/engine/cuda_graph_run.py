@@ -8,22 +8,22 @@ import torch
 from torch import Tensor
 
 from vila.engine.batch import BatchRun, Group
-from vila.engine.pictures import Prompt
-from vila.engine.static_step import StaticStep, StaticSteps, row_count
+from vila.engine.cuda_graph_step import CudaGraphStep, CudaGraphSteps, row_count
+from vila.engine.vision_cache import Prompt
 
 # B rows  V vocab
 
 
-class StaticRun:
+class CudaGraphRun:
     """The state of a batch on its way; its rows move to the step when the first token is fed.
 
     Rows that have ended stay where they are until half of them have, and then the others move to a smaller step.
     """
 
-    def __init__(self, prompts: BatchRun, steps: StaticSteps) -> None:
+    def __init__(self, prompts: BatchRun, steps: CudaGraphSteps) -> None:
         """prompts: computes the prompts, and steps that are more than one token long."""
         self.prompts, self.steps = prompts, steps
-        self._step: StaticStep | None = None
+        self._step: CudaGraphStep | None = None
         self._rows = torch.zeros(0, dtype=torch.long)
         """Rows of the step in which prompts stand that have not ended."""
 
@@ -81,7 +81,7 @@ class StaticRun:
         """Logits [N, V] after the wanted places of each of whole prompts."""
         return self.prompts.logits_at(prompts, places)
 
-    def _enter(self) -> StaticStep:
+    def _enter(self) -> CudaGraphStep:
         columns, cache = self.prompts.columns, self.prompts.cache
         keys = [layer.keys[:, :, : layer.filled] for layer in cache.layers]
         values = [layer.values[:, :, : layer.filled] for layer in cache.layers]
@@ -90,7 +90,7 @@ class StaticRun:
 
     def _move(
         self, keys: Sequence[Tensor], values: Sequence[Tensor], places_BC: Tensor, lengths_B: Tensor, capacity: int
-    ) -> StaticStep:
+    ) -> CudaGraphStep:
         rows = len(lengths_B)
         self._step = self.steps.take(keys[0], rows, capacity)
         self._step.load(keys, values, places_BC, lengths_B)

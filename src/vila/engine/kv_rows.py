@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from vila.engine.pictures import Prompt
-from vila.engine.slot_pool import SlotPool
+from vila.engine.kv_cache import KVCachePool
+from vila.engine.vision_cache import Prompt
 
 _WORTH = 16
 """Tokens in common below which nothing is copied or waited for."""
@@ -33,7 +33,7 @@ def common_length(one: Sequence[int], other: Sequence[int]) -> int:
 
 
 @dataclass(eq=False)
-class Slot:
+class KVRow:
     """A row of the pool.
 
     content:  what stands in its columns so far; whoever owns the row adds what is computed.
@@ -48,15 +48,15 @@ class Slot:
     used: int = 0
 
 
-class Slots:
+class KVRows:
     """Gives rows to requests. A row without an owner keeps its content until the room is wanted, oldest first."""
 
-    def __init__(self, pool: SlotPool, most: int) -> None:
+    def __init__(self, pool: KVCachePool, most: int) -> None:
         """most: rows that may have an owner at a time."""
         self.pool, self.most = pool, most
         self._clock = 0
         pool.divide(max(1, min(most, pool.rows_for(1))))
-        self.slots = [Slot(row) for row in range(pool.rows)]
+        self.slots = [KVRow(row) for row in range(pool.rows)]
 
     @property
     def tokens_owned(self) -> int:
@@ -72,7 +72,7 @@ class Slots:
         """Whether a request of so many tokens has room when it is alone."""
         return self.pool.rows_for(columns) > 0
 
-    def place(self, keys: Sequence[int], columns: int) -> Slot | None:
+    def place(self, keys: Sequence[int], columns: int) -> KVRow | None:
         """A row for a request of `columns` tokens that begins with `keys`; None when it has to wait.
 
         The row's content is what need not be computed: what the prompt has in common with any row, but for its last
@@ -97,25 +97,25 @@ class Slots:
         if shared and target is not source:
             self.pool.copy(source.row, target.row, shared)
             source.used = self._tick()
-        slot = Slot(target.row, list(keys[:shared]), keys, columns, self._tick())
+        slot = KVRow(target.row, list(keys[:shared]), keys, columns, self._tick())
         self.slots[slot.row] = slot
         return slot
 
-    def release(self, slot: Slot) -> None:
+    def release(self, slot: KVRow) -> None:
         """The owner is done; what is in the row stays for others."""
         slot.reserved, slot.expected, slot.used = 0, (), self._tick()
 
-    def forget(self, slot: Slot) -> None:
+    def forget(self, slot: KVRow) -> None:
         """The owner is done, and what is in the row is not to be trusted."""
-        self.slots[slot.row] = Slot(slot.row)
+        self.slots[slot.row] = KVRow(slot.row)
         self.pool.clear([slot.row])
 
     def forget_all(self) -> None:
         """Begin anew."""
-        self.slots = [Slot(row) for row in range(len(self.slots))]
+        self.slots = [KVRow(row) for row in range(len(self.slots))]
         self.pool.clear()
 
-    def _choose(self, source: Slot, shared: int) -> Slot:
+    def _choose(self, source: KVRow, shared: int) -> KVRow:
         free = [slot for slot in self.slots if not slot.reserved]
         if shared and shared == len(source.content) and not source.reserved:
             return source
@@ -123,7 +123,7 @@ class Slots:
         others = [slot for slot in free if slot is not source or not shared]
         return (empty or [min(others or free, key=lambda slot: slot.used)])[0]
 
-    def _divide(self, rows: int, source: Slot) -> None:
+    def _divide(self, rows: int, source: KVRow) -> None:
         """Cut the pool into `rows` rows. What does not fit is lost: first what was used longest ago."""
         columns = self.pool.columns_of(rows)
         held = [slot for slot in self.slots if slot.content or slot.reserved]
@@ -136,7 +136,7 @@ class Slots:
         self.pool.divide(rows, {slot.row: (new, len(slot.content)) for new, slot in enumerate(going)})
         for new, slot in enumerate(going):
             slot.row = new
-        self.slots = [*going, *(Slot(row) for row in range(len(going), rows))]
+        self.slots = [*going, *(KVRow(row) for row in range(len(going), rows))]
 
     def _tick(self) -> int:
         self._clock += 1

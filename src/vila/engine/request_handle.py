@@ -12,10 +12,10 @@ from torch import Tensor
 
 from vila.core.errors import CancelledError, DeadlineError, VilaError
 from vila.engine.answer import Answer
-from vila.engine.decode import Chooser
-from vila.engine.pictures import Prompt
-from vila.engine.request import Generation, Sampling, TokenEvent, TokenLogprob
-from vila.engine.slots import Slot
+from vila.engine.decode import TokenSampler
+from vila.engine.kv_rows import KVRow
+from vila.engine.request import Generation, SamplingParams, TokenEvent, TokenLogprob
+from vila.engine.vision_cache import Prompt
 
 OnEvent = Callable[[TokenEvent | BaseException], None]
 
@@ -24,7 +24,7 @@ def _nothing() -> None:
     """What there is to do when a request is cancelled that nobody works on."""
 
 
-class Ticket:
+class RequestHandle:
     """What the owner of a request holds: to cancel it, and to read the whole answer at its end."""
 
     def __init__(self, prompt_tokens: int, answer: Answer, dropped: int, on_event: OnEvent) -> None:
@@ -92,23 +92,23 @@ class Request:
     done:   tokens of the prompt and the answer that stand in the row's columns.
     """
 
-    ticket: Ticket
+    ticket: RequestHandle
     prompt: Prompt
     keys: list[int]
-    sampling: Sampling
+    sampling: SamplingParams
     answer: Answer
     pixels: Mapping[str, Tensor]
     deadline: float
     owner: str = ""
     begun: float = field(default_factory=time.monotonic)
-    slot: Slot | None = None
+    slot: KVRow | None = None
     embeds_SD: Tensor | None = None
     embedded_from: int = 0
     done: int = 0
     token: int = -1
     taken: int = 0
     shown: int = 0
-    chooser: Chooser | None = None
+    sampler: TokenSampler | None = None
 
     @property
     def columns(self) -> int:
@@ -121,7 +121,7 @@ class Request:
         return self.token >= 0
 
     @property
-    def own_slot(self) -> Slot:
+    def own_slot(self) -> KVRow:
         """The row of a running request."""
         assert self.slot is not None
         return self.slot

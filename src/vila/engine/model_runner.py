@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from vila.core.errors import ConfigError
-from vila.engine.lean_decoder import LeanDecoder
-from vila.engine.pictures import Picture, PictureFeatures, Prompt
-from vila.engine.slot_attention import Pass, Stretch, attend_in_slots
-from vila.engine.slot_pool import SlotPool
+from vila.engine.fast_decoder import FastDecoder
+from vila.engine.kv_cache import KVCachePool
+from vila.engine.ragged_attention import ForwardBatch, TokenRange, use_ragged_attention
+from vila.engine.vision_cache import HashedImage, Prompt, VisionCache
 from vila.model.modeling import VilaForConditionalGeneration
 
 # T tokens of a pass  S tokens of a prompt's rest  D model width  V vocab  N wanted places
@@ -29,18 +29,18 @@ def default_tokens(model: VilaForConditionalGeneration, rows: int, dtype: torch.
     return min(rows * int(model.config.context_length), budget // (2 * layers * heads * width * dtype.itemsize))
 
 
-class SlotRun(ABC):
+class ModelRunner(ABC):
     """A model and its pool of keys and values, whoever computes the passes."""
 
     def __init__(
-        self, model: VilaForConditionalGeneration, features: PictureFeatures, tokens: int, dtype: torch.dtype
+        self, model: VilaForConditionalGeneration, features: VisionCache, tokens: int, dtype: torch.dtype
     ) -> None:
         """tokens: that the pool holds; dtype: in which."""
         self.model, self.features = model, features
         layers, heads, width = _cache_facts(model.config.text_config)
-        self.pool = SlotPool(layers, heads, width, tokens, dtype=dtype, device=model.device)
+        self.pool = KVCachePool(layers, heads, width, tokens, dtype=dtype, device=model.device)
 
-    def see(self, pictures: Sequence[Picture], pixels_N3HW: Tensor) -> None:
+    def see(self, pictures: Sequence[HashedImage], pixels_N3HW: Tensor) -> None:
         """Compute the tower's features of pictures and keep them."""
         self.features.add(pictures, self.model.vision_features(pixels_N3HW.to(self.model.device)))
 
@@ -59,8 +59,8 @@ class SlotRun(ABC):
     @abstractmethod
     def forward(
         self,
-        steps: Sequence[tuple[Stretch, int]],
-        pieces: Sequence[tuple[Stretch, Tensor]],
+        steps: Sequence[tuple[TokenRange, int]],
+        pieces: Sequence[tuple[TokenRange, Tensor]],
         ends: Sequence[int],
     ) -> Tensor:
         """Logits [N, V], float32: after every step, then after each of the pieces that `ends` names.
@@ -70,27 +70,27 @@ class SlotRun(ABC):
         """
 
 
-class TorchSlotRun(SlotRun):
+class TorchRunner(ModelRunner):
     """Passes by torch: one line of all tokens, of prompts and of answers."""
 
     def __init__(
         self,
         model: VilaForConditionalGeneration,
-        features: PictureFeatures,
+        features: VisionCache,
         tokens: int,
-        lean: LeanDecoder | None = None,
+        fast_decoder: FastDecoder | None = None,
     ) -> None:
-        """lean: computes all passes, where there is one, in place of the model's own decoder."""
-        super().__init__(model, features, tokens, kept_dtype(model))
-        self.lean = lean
-        attend_in_slots(model.get_decoder())
+        """fast_decoder: computes all passes, where there is one, in place of the model's own decoder."""
+        super().__init__(model, features, tokens, kv_dtype(model))
+        self.fast_decoder = fast_decoder
+        use_ragged_attention(model.get_decoder())
         # A mask of four dimensions is handed on untouched, so none is made; attention does not look at it.
         self._no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=model.device)
 
     def forward(
         self,
-        steps: Sequence[tuple[Stretch, int]],
-        pieces: Sequence[tuple[Stretch, Tensor]],
+        steps: Sequence[tuple[TokenRange, int]],
+        pieces: Sequence[tuple[TokenRange, Tensor]],
         ends: Sequence[int],
     ) -> Tensor:
         """Logits [N, V], float32, of one pass over everything."""
@@ -98,37 +98,41 @@ class TorchSlotRun(SlotRun):
         if steps:
             ids_B = torch.tensor([token for _, token in steps], device=self.model.device)
             embeds.insert(0, self.model.get_input_embeddings()(ids_B))
-        turn = Pass(self.pool, [place for place, _ in steps], [place for place, _ in pieces])
+        turn = ForwardBatch(self.pool, [place for place, _ in steps], [place for place, _ in pieces])
         embeds_TD = torch.cat(embeds)
-        lean = self.lean
-        states_TD = lean.states(embeds_TD, turn.positions_1T[0], turn) if lean else self._decoder(embeds_TD, turn)
+        fast_decoder = self.fast_decoder
+        states_TD = (
+            fast_decoder.states(embeds_TD, turn.positions_1T[0], turn)
+            if fast_decoder
+            else self._decoder(embeds_TD, turn)
+        )
         last, wanted = len(steps), list(range(len(steps)))
         for number, (place, _) in enumerate(pieces):
             last += place.count
             if number in ends:
                 wanted.append(last - 1)
-        if lean is not None:
-            return lean.logits(states_TD[wanted])
+        if fast_decoder is not None:
+            return fast_decoder.logits(states_TD[wanted])
         logits: Tensor = self.model.get_output_embeddings()(states_TD[wanted])
         return logits.float()
 
-    def _decoder(self, embeds_TD: Tensor, turn: Pass) -> Tensor:
+    def _decoder(self, embeds_TD: Tensor, turn: ForwardBatch) -> Tensor:
         states: Tensor = self.model.get_decoder()(
             inputs_embeds=embeds_TD[None],
             attention_mask=self._no_mask,
             position_ids=turn.positions_1T,
             use_cache=False,
-            slots=turn,
+            forward_batch=turn,
         ).last_hidden_state[0]
-        if turn.layers_seen != len(self.pool.keys):
+        if turn.layers_called != len(self.pool.keys):
             raise ConfigError(
-                f"{turn.layers_seen} of {len(self.pool.keys)} blocks of {type(self.model.get_decoder()).__name__} "
+                f"{turn.layers_called} of {len(self.pool.keys)} blocks of {type(self.model.get_decoder()).__name__} "
                 f"keep to the slots of a batch; this architecture cannot be batched continuously"
             )
         return states
 
 
-def kept_dtype(model: VilaForConditionalGeneration) -> torch.dtype:
+def kv_dtype(model: VilaForConditionalGeneration) -> torch.dtype:
     """Of the keys and values that torch computes."""
     return next(model.get_input_embeddings().parameters()).dtype
 

@@ -5,14 +5,14 @@ import torch
 
 from tests import tiny
 from vila.core.errors import ConfigError
-from vila.engine.columns import Columns, check_attention
+from vila.engine.attention_mask import CachePositions, check_attention
 
 CPU = torch.device("cpu")
 
 
 def phases(*counts):
-    """Columns of two rows after these phases, and the positions that each row really has, None for padding."""
-    columns = Columns(2, 40, CPU)
+    """CachePositions of two rows after these phases, and the positions that each row really has, None for padding."""
+    columns = CachePositions(2, 40, CPU)
     places = [[], []]
     for phase in counts:
         positions = columns.append(phase)
@@ -24,7 +24,7 @@ def phases(*counts):
 
 
 def allowed(places, query, window):
-    """Columns that the token in column `query` sees, written out."""
+    """CachePositions that the token in column `query` sees, written out."""
     if places[query] is None:
         return None
     first = 0 if window is None else places[query] - window + 1
