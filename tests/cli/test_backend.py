@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.engine.onnx_stand import torch_engine
+from tests.engine.onnx_fixtures import torch_engine
 from vila.model.loading import save_model
 
 

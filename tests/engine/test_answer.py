@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import tiny
-from tests.engine.stand import sentencepiece
+from tests.engine.fixtures import sentencepiece
 from vila.engine.answer import Answer
 from vila.engine.detokenize import detokenizer_of
 from vila.engine.request import TokenLogprob

@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from tests import tiny
-from tests.engine.onnx_stand import rounded, torch_engine
+from tests.engine.onnx_fixtures import rounded, torch_engine
 from vila.core.errors import ConfigError
 from vila.engine.backend import check_backend, choose_program
 from vila.kernels.int4 import Int4Linear

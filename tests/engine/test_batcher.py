@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.engine.stand import MODELS, QUESTIONS, ask, endless
+from tests.engine.fixtures import MODELS, QUESTIONS, ask, endless
 from vila.core.types import Image
 from vila.engine.batcher import Batcher
 from vila.engine.engine import Engine
@@ -24,7 +24,7 @@ def model_engine(request):
     name, kind = request.param
     if kind == "onnx":
         pytest.importorskip("onnxruntime")
-        from tests.engine.onnx_stand import onnx_engine
+        from tests.engine.onnx_fixtures import onnx_engine
 
         return onnx_engine(name)
     engine = endless(name)

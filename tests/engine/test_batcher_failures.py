@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.engine.onnx_stand import onnx_engine
-from tests.engine.stand import QUESTIONS, ask, endless
+from tests.engine.fixtures import QUESTIONS, ask, endless
+from tests.engine.onnx_fixtures import onnx_engine
 from tests.engine.test_batcher import NEW, by_hand
 from vila.core.errors import (
     CancelledError,

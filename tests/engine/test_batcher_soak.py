@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.engine.stand import ask, endless
+from tests.engine.fixtures import ask, endless
 from vila.core.errors import CancelledError, ContextOverflowError, DeadlineError, NumericsError, QueueFullError
 from vila.engine.batcher import Batcher
 from vila.engine.request import SamplingParams

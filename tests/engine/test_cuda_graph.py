@@ -5,7 +5,7 @@ from itertools import zip_longest
 import pytest
 import torch
 
-from tests.engine.stand import MODELS, QUESTIONS, ask, endless
+from tests.engine.fixtures import MODELS, QUESTIONS, ask, endless
 from vila.core.types import Message
 from vila.engine.cuda_graph_step import round_up, row_count
 from vila.engine.engine import Engine

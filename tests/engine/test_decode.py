@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.engine.stand import MODELS, QUESTIONS, ask, endless, full_logits
+from tests.engine.fixtures import MODELS, QUESTIONS, ask, endless, full_logits
 from vila.engine.batch import group_prompts
 from vila.engine.request import SamplingParams
 from vila.engine.vision_cache import build_prompt

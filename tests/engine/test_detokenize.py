@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from tests import tiny
-from tests.engine.stand import sentencepiece
+from tests.engine.fixtures import sentencepiece
 from vila.engine.detokenize import Detokenizer, TextStream, decoder_of, detokenizer_of
 
 TOKENIZERS = {"byte-level": tiny.tokenizer, "sentencepiece": sentencepiece}

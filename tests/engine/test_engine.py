@@ -7,7 +7,7 @@ import torch
 from PIL import Image as PilImage
 
 from tests import tiny
-from tests.engine.stand import QUESTIONS, ask, endless
+from tests.engine.fixtures import QUESTIONS, ask, endless
 from vila.core.errors import ConfigError, ContextOverflowError, DataError, TemplateError
 from vila.core.types import Image, Message
 from vila.engine.engine import Engine

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 
-from tests.engine.stand import MODELS, QUESTIONS, endless
+from tests.engine.fixtures import MODELS, QUESTIONS, endless
 from vila.engine.backend import choose_fast_decoder
 from vila.engine.engine import Engine
 from vila.engine.fast_decoder import _OWN, FastDecoder, unsupported_reason

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.engine.onnx_stand import IDS, embeds, full, torch_engine
+from tests.engine.onnx_fixtures import IDS, embeds, full, torch_engine
 from vila.engine.onnx.program import OnnxProgram
 from vila.engine.onnx.runner import OnnxRunner
 from vila.engine.ragged_attention import TokenRange

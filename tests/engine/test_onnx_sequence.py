@@ -5,8 +5,8 @@ import sys
 import pytest
 import torch
 
-from tests.engine.onnx_stand import IDS, embeds, full, put_back, rounded, torch_engine
-from tests.engine.stand import MODELS
+from tests.engine.fixtures import MODELS
+from tests.engine.onnx_fixtures import IDS, embeds, full, put_back, rounded, torch_engine
 from vila.core.errors import ConfigError, ContextOverflowError
 from vila.engine.onnx import program as onnx_program
 from vila.engine.onnx.sequence import OnnxSequence

@@ -4,8 +4,8 @@ from itertools import zip_longest
 
 import pytest
 
-from tests.engine.onnx_stand import onnx_engine, torch_engine
-from tests.engine.stand import MODELS, ask
+from tests.engine.fixtures import MODELS, ask
+from tests.engine.onnx_fixtures import onnx_engine, torch_engine
 from vila.core.types import Message
 from vila.engine.engine import Engine
 from vila.engine.prefix_cache import DEFAULT_BYTES, PrefixCache

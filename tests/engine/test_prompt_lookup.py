@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from tests.engine.onnx_stand import onnx_engine, torch_engine
-from tests.engine.stand import MODELS, QUESTIONS, ask
+from tests.engine.fixtures import MODELS, QUESTIONS, ask
+from tests.engine.onnx_fixtures import onnx_engine, torch_engine
 from vila.core.errors import ConfigError
 from vila.core.types import Message
 from vila.engine.engine import Engine

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.serve import stand
+from tests.serve import fixtures
 from vila.model.loading import save_model
 from vila.serve.app import create_app
 
@@ -10,20 +10,20 @@ from vila.serve.app import create_app
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("serve") / "tiny"
-    save_model(*stand.model(), folder)
+    save_model(*fixtures.model(), folder)
     return folder
 
 
 @pytest.fixture(scope="session")
 def server(model_folder):
-    with stand.Process(model_folder, "--dtype", "float32", "--allow-private-urls", "--max-queue", "16") as process:
+    with fixtures.Process(model_folder, "--dtype", "float32", "--allow-private-urls", "--max-queue", "16") as process:
         process.await_ready()
         yield process
 
 
 @pytest.fixture(scope="session")
 def service():
-    service = stand.ready()
+    service = fixtures.ready()
     yield service
     service.models.close()
 

@@ -4,11 +4,11 @@ import httpx
 import pytest
 from starlette.responses import PlainTextResponse
 
-from tests.serve.stand import body, on_a_port, send
+from tests.serve.fixtures import body, on_a_port, send
 from tests.serve.test_bad_input import refusal
 from tests.serve.test_connections import connect, ended
 from vila.core.errors import ConfigError
-from vila.serve.admission import Hosts, SameOrigin, host_of, hosts_of, is_loopback, read_keys
+from vila.serve.admission import AllowedHosts, SameOrigin, host_name, is_loopback, parse_allowed_hosts, read_api_keys
 from vila.serve.app import create_app
 
 
@@ -18,7 +18,7 @@ from vila.serve.app import create_app
      "localhost."],
 )  # fmt: skip
 def test_a_server_of_this_machine_answers_to_its_names(service, host):
-    app = create_app(service, hosts=hosts_of("127.0.0.1", ()))
+    app = create_app(service, hosts=parse_allowed_hosts("127.0.0.1", ()))
     assert send(app, "GET", "/v1/models", headers={"Host": host}).status_code == 200
 
 
@@ -30,13 +30,13 @@ def test_a_server_of_this_machine_answers_to_its_names(service, host):
 )  # fmt: skip
 @pytest.mark.parametrize("path", ["/v1/models", "/health", "/metrics", "/openapi.json"])
 def test_it_answers_to_no_other_name(service, host, path):
-    app = create_app(service, hosts=hosts_of("localhost", ()))
+    app = create_app(service, hosts=parse_allowed_hosts("localhost", ()))
     error = refusal(send(app, "GET", path, headers={"Host": host.encode("latin-1")}), 403)
     assert error["code"] == "host_not_allowed"
 
 
 def test_a_request_to_another_name_is_refused_before_its_body_is_read(service):
-    app = create_app(service, hosts=hosts_of("::1", ()))
+    app = create_app(service, hosts=parse_allowed_hosts("::1", ()))
     assert refusal(send(app, json=body(), headers={"Host": "evil.example"}), 403)
     with on_a_port(app) as port, connect(port) as connection:
         connection.sendall(b"GET /health HTTP/1.0\r\n\r\n")
@@ -44,7 +44,7 @@ def test_a_request_to_another_name_is_refused_before_its_body_is_read(service):
 
 
 def test_further_names_are_allowed_by_name():
-    hosts = hosts_of("127.0.0.1", ["vila.example", "*.Lab.example"])
+    hosts = parse_allowed_hosts("127.0.0.1", ["vila.example", "*.Lab.example"])
     for host in ("vila.example", "VILA.example.", "a.lab.example", "a.b.lab.example", "localhost"):
         assert hosts.accepts(host)
     for host in ("lab.example", "xlab.example", "vila.example.evil", "a.vila.example"):
@@ -52,29 +52,29 @@ def test_further_names_are_allowed_by_name():
 
 
 def test_a_server_that_others_can_reach_answers_to_every_name_unless_some_are_given():
-    assert hosts_of("0.0.0.0", ()) is None
-    assert hosts_of("192.168.1.5", ()) is None
-    assert isinstance(hosts_of("0.0.0.0", ["a.example"]), Hosts)
+    assert parse_allowed_hosts("0.0.0.0", ()) is None
+    assert parse_allowed_hosts("192.168.1.5", ()) is None
+    assert isinstance(parse_allowed_hosts("0.0.0.0", ["a.example"]), AllowedHosts)
 
 
 @pytest.mark.parametrize("name", ["", "*", "*.", "http://a.example", "a.example:80", "a b", "a@b", "a/b", "*.*.a"])
 def test_what_is_no_host_name_is_refused(name):
     with pytest.raises(ConfigError) as raised:
-        hosts_of("127.0.0.1", [name])
+        parse_allowed_hosts("127.0.0.1", [name])
     assert (raised.value.field, raised.value.value) == ("--allowed-host", name)
 
 
 def test_hosts_of_headers():
-    assert host_of("a.example:80") == "a.example"
-    assert host_of("[::1]:80") == "::1"
-    assert host_of("[::1") == ""
+    assert host_name("a.example:80") == "a.example"
+    assert host_name("[::1]:80") == "::1"
+    assert host_name("[::1") == ""
     assert is_loopback("127.0.0.1") and not is_loopback("128.0.0.1") and not is_loopback("")
 
 
 def test_keys_of_a_file_the_command_line_and_the_environment_are_all_good(service, tmp_path):
     file = tmp_path / "keys"
     file.write_text("\ufeff# keys of the lab\nalpha\n\n  beta  \r\nalpha\n")
-    keys = read_keys(["gamma"], file, "delta")
+    keys = read_api_keys(["gamma"], file, "delta")
     assert sorted(keys) == ["alpha", "beta", "delta", "gamma"]
     app = create_app(service, keys=keys)
     for key in keys:
@@ -92,33 +92,33 @@ def test_a_file_without_good_keys_is_named_and_no_key_is_shown(tmp_path, content
     file = tmp_path / "keys"
     file.write_bytes(content)
     with pytest.raises(ConfigError) as raised:
-        read_keys((), file)
+        read_api_keys((), file)
     assert (raised.value.file, raised.value.record) == (str(file), record)
     assert not any(word in str(raised.value).replace(str(file), "") for word in ("good", "with space", "bad"))
 
 
 def test_a_key_file_that_is_not_there_is_named(tmp_path):
     with pytest.raises(ConfigError) as raised:
-        read_keys((), tmp_path / "none")
+        read_api_keys((), tmp_path / "none")
     assert raised.value.file == str(tmp_path / "none")
 
 
 @pytest.mark.parametrize("key", ["", " ", "a b", "k\u00e9y", "a\n"])
 def test_a_key_that_no_header_can_carry_is_refused_and_an_empty_one_opens_nothing(key):
     with pytest.raises(ConfigError) as raised:
-        read_keys([key], None)
+        read_api_keys([key], None)
     assert raised.value.field == "--api-key"
 
 
 def test_without_any_key_the_server_is_open():
-    assert read_keys((), None, "") == ()
+    assert read_api_keys((), None, "") == ()
 
 
 def test_a_client_is_counted_by_its_key_or_else_its_address(service, monkeypatch):
     seen = []
-    room = service.models.models[0].room
-    monkeypatch.setattr(room, "enter", lambda client, count: seen.append((client, count)))
-    monkeypatch.setattr(room, "leave", lambda client, count: None)
+    room = service.models.models[0].concurrency
+    monkeypatch.setattr(room, "acquire", lambda client, count: seen.append((client, count)))
+    monkeypatch.setattr(room, "release", lambda client, count: None)
     app = create_app(service, keys=["one", "two"])
     for key in ("two", "one"):
         assert send(app, json=body(n=2), headers={"Authorization": f"Bearer {key}"}).status_code == 200
@@ -149,16 +149,16 @@ async def hello(scope, receive, send):
      ("https://evil.example", 403), ("null", 403), ("", 403), ("https://vila.example", 200)],
 )  # fmt: skip
 def test_only_pages_of_its_own_may_use_the_demo(origin, status):
-    page = SameOrigin(hello, hosts_of("127.0.0.1", ["vila.example"]))
+    page = SameOrigin(hello, parse_allowed_hosts("127.0.0.1", ["vila.example"]))
     headers = {"Host": "127.0.0.1:7860", **({} if origin is None else {"Origin": origin})}
     assert send(page, path="/gradio_api/queue/join", json={}, headers=headers).status_code == status
 
 
 def test_the_demo_answers_to_names_of_this_machine_alone():
-    page = SameOrigin(hello, hosts_of("127.0.0.1", ()))
+    page = SameOrigin(hello, parse_allowed_hosts("127.0.0.1", ()))
     assert send(page, "GET", "/", headers={"Host": "evil.example"}).status_code == 403
     assert send(page, "GET", "/", headers={"Host": "localhost:7860"}).status_code == 200
-    open_to_all = SameOrigin(hello, hosts_of("0.0.0.0", ()))
+    open_to_all = SameOrigin(hello, parse_allowed_hosts("0.0.0.0", ()))
     for origin, status in (("http://box.lan:7860", 200), ("http://evil", 403)):
         headers = {"Host": "box.lan:7860", "Origin": origin}
         assert send(open_to_all, "GET", "/", headers=headers).status_code == status

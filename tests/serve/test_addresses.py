@@ -3,7 +3,7 @@
 import pytest
 
 from tests import tiny
-from tests.serve.stand import ask, data_url, pages, picture_part
+from tests.serve.fixtures import ask, data_url, pages, picture_part
 from vila.media import http
 from vila.media.limits import MediaLimits
 

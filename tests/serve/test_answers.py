@@ -1,4 +1,4 @@
-"""Pieces of answers: white space around them, tokens as text, samplings of several answers."""
+"""Pieces of answers: white space around them, tokens as text, sampling_params of several answers."""
 
 import itertools
 
@@ -7,9 +7,9 @@ from pydantic import ValidationError
 
 from vila.core.errors import ConfigError
 from vila.engine.request import TokenLogprob
-from vila.serve.chat import TokenReports, Trim, samplings
-from vila.serve.errors import as_refusal
-from vila.serve.models import Batching, Models, ServedModel, name_of
+from vila.serve.chat import LogprobFormatter, StreamTrimmer, sampling_params
+from vila.serve.errors import validation_error
+from vila.serve.models import Batching, Models, ServedModel, default_name
 from vila.serve.schema import ChatRequest
 
 
@@ -21,14 +21,14 @@ def test_trimmed_pieces_are_the_stripped_text_however_it_is_cut(text):
             if cut:
                 pieces.append(text[start:place])
                 start = place
-        trim = Trim()
+        trim = StreamTrimmer()
         assert "".join(trim.take(piece) for piece in [*pieces, text[start:]]) == text.strip()
 
 
 def test_a_token_is_shown_as_it_stands_behind_the_one_before_it():
     # As a sentencepiece tokenizer does, the decoder takes the space off the first token of a text.
     words = {1: " a", 2: " cat", 3: "\N{REPLACEMENT CHARACTER}"}
-    reports = TokenReports(lambda ids: "".join(words[id_] for id_ in ids).removeprefix(" "), top=1)
+    reports = LogprobFormatter(lambda ids: "".join(words[id_] for id_ in ids).removeprefix(" "), top=1)
     steps = [TokenLogprob(id_, -0.5, ((2, -0.5), (1, -1.0))) for id_ in (1, 2, 3)]
     told = reports.take(steps[:1]) + reports.take(steps[1:])
     assert [token["token"] for token in told] == ["a", " cat", "\N{REPLACEMENT CHARACTER}"]
@@ -41,11 +41,11 @@ def request(**changes):
 
 
 def test_several_answers_have_seeds_of_their_own_and_none_given_is_random():
-    first = [sampling.seed for sampling in samplings(request(n=3, seed=5), 9)]
+    first = [sampling.seed for sampling in sampling_params(request(n=3, seed=5), 9)]
     assert first[0] == 5
-    assert len({*first, *(sampling.seed for sampling in samplings(request(n=3, seed=6), 9))}) == 6
-    assert samplings(request(seed=-1), 9)[0].seed == 2**63 - 1
-    assert samplings(request(), 9) != samplings(request(), 9)
+    assert len({*first, *(sampling.seed for sampling in sampling_params(request(n=3, seed=6), 9))}) == 6
+    assert sampling_params(request(seed=-1), 9)[0].seed == 2**63 - 1
+    assert sampling_params(request(), 9) != sampling_params(request(), 9)
 
 
 def test_two_models_of_one_name_are_refused():
@@ -56,14 +56,14 @@ def test_two_models_of_one_name_are_refused():
 
 def test_a_directory_gives_its_name_or_that_of_the_run(tmp_path):
     (tmp_path / "starter" / "model").mkdir(parents=True)
-    assert name_of(str(tmp_path / "starter")) == "starter"
-    assert name_of(str(tmp_path / "starter" / "model")) == "starter"
-    assert name_of("owner/name") == "owner/name"
+    assert default_name(str(tmp_path / "starter")) == "starter"
+    assert default_name(str(tmp_path / "starter" / "model")) == "starter"
+    assert default_name("owner/name") == "owner/name"
 
 
 def test_many_problems_are_not_all_told():
     problems = [{"type": "x", "loc": ("messages", number), "msg": "bad"} for number in range(15)]
-    error = as_refusal(problems)
+    error = validation_error(problems)
     assert error.param == "messages[0]"
     assert error.message.count("bad") == 10
     assert error.message.endswith("and 5 more")
@@ -72,13 +72,15 @@ def test_many_problems_are_not_all_told():
 def test_content_of_another_kind_is_told_both_that_there_are():
     with pytest.raises(ValidationError) as raised:
         ChatRequest(model="m", messages=[{"role": "user", "content": None}])
-    assert as_refusal(raised.value.errors()).message == "messages[0].content: expected a string, or a list of parts"
+    assert (
+        validation_error(raised.value.errors()).message == "messages[0].content: expected a string, or a list of parts"
+    )
 
 
 def test_names_of_models_can_be_written_in_json(tmp_path):
     folder = tmp_path / "m\udcff"
     folder.mkdir()
-    assert name_of(str(folder)) == "m?"
+    assert default_name(str(folder)) == "m?"
     with pytest.raises(ConfigError) as raised:
         Models([ServedModel("m\udcff", lambda: None)], Batching())
     assert raised.value.field == "--served-model-name"

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image as PilImage
 
 from tests.engine.test_batcher_failures import kill
-from tests.serve import stand
-from tests.serve.stand import HELLO, ask, body, data_url, picture_part, send, text_part
+from tests.serve import fixtures
+from tests.serve.fixtures import HELLO, ask, body, data_url, picture_part, send, text_part
 from vila.serve.app import create_app
 from vila.serve.media import Limits
 
@@ -297,7 +297,7 @@ def test_prompts_are_logged_only_when_that_is_asked_for(service, monkeypatch, ca
 
 
 def test_health_fails_once_the_thread_of_an_engine_is_dead():
-    service = stand.ready()
+    service = fixtures.ready()
     app = create_app(service)
     assert send(app, "GET", "/health").json() == {"status": "ok"}
     batcher = service.models.models[0].batcher

@@ -9,8 +9,8 @@ import time
 import httpx
 import pytest
 
-from tests.serve import stand
-from tests.serve.stand import body, on_a_port
+from tests.serve import fixtures
+from tests.serve.fixtures import body, on_a_port
 from vila.serve import media
 from vila.serve.app import create_app
 from vila.serve.media import Limits
@@ -127,7 +127,7 @@ def test_large_bodies_at_once_do_not_fill_the_memory(service, monkeypatch):
 
 
 def test_two_hundred_at_once_are_answered_or_told_to_come_again():
-    service = stand.ready(max_num_seqs=4, max_queue=20)
+    service = fixtures.ready(max_num_seqs=4, max_queue=20)
 
     async def burst(port):
         limits = httpx.Limits(max_connections=None)
@@ -173,8 +173,8 @@ def test_a_slow_address_does_not_keep_others_waiting(service, monkeypatch):
         return opened(url, *arguments, **options)
 
     monkeypatch.setattr(media, "open_source", slow)
-    fetched = body(messages=[{"role": "user", "content": [stand.picture_part("http://127.0.0.1/a.png")]}])
-    inline = body(messages=[{"role": "user", "content": [stand.picture_part(stand.data_url())]}])
+    fetched = body(messages=[{"role": "user", "content": [fixtures.picture_part("http://127.0.0.1/a.png")]}])
+    inline = body(messages=[{"role": "user", "content": [fixtures.picture_part(fixtures.data_url())]}])
 
     async def both(port):
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:

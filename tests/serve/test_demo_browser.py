@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from tests.serve import stand
+from tests.serve import fixtures
 from vila.core.types import Image
 from vila.media.image import open_image
 from vila.model.loading import save_model
@@ -24,7 +24,7 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 def pictures(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pictures")
     for seed in (1, 2):
-        open_image(Image(stand.tiny.picture(seed).source)).save(folder / f"{seed}.png")
+        open_image(Image(fixtures.tiny.picture(seed).source)).save(folder / f"{seed}.png")
     (folder / "page.png").write_text("<html>no picture</html>")
     return folder
 
@@ -45,7 +45,7 @@ def browser():
 def address(browser, tmp_path_factory):
     folder = tmp_path_factory.mktemp("models")
     for name in ("first", "second"):
-        save_model(*stand.model(), folder / name)
+        save_model(*fixtures.model(), folder / name)
     command = [sys.executable, "-m", "vila", "demo", str(folder / "first"), str(folder / "second"), "--port", "0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     for line in process.stdout:

@@ -9,8 +9,16 @@ import pytest
 from PIL import Image
 
 from vila.core.errors import MediaError
-from vila.serve.demo.client import MOST_BYTES, Settings, Shot, Told, conversation, data_url, user_message
-from vila.serve.demo.gallery import SCENES, SHAPES, gallery_for, hang, worked_examples
+from vila.serve.demo.client import (
+    MOST_BYTES,
+    FewShotExample,
+    Settings,
+    StreamState,
+    conversation,
+    data_url,
+    user_message,
+)
+from vila.serve.demo.gallery import SCENES, SHAPES, gallery_for, save_images, worked_examples
 from vila.serve.demo.ui import (
     NONE,
     add_picture,
@@ -82,16 +90,18 @@ def test_earlier_turns_keep_their_pictures_and_notices_are_not_sent(picture):
 
 
 def test_an_empty_answer_is_said_and_its_question_is_not_sent_again(picture):
-    chat = with_answer([file_of(picture), said("a?")], Told(done=True, tokens=0))
+    chat = with_answer([file_of(picture), said("a?")], StreamState(done=True, tokens=0))
     assert chat[-1]["metadata"]["title"]
-    assert with_answer([said("a?")], Told()) == [said("a?")]
+    assert with_answer([said("a?")], StreamState()) == [said("a?")]
     messages = conversation([*chat, said("b?")])
     assert messages == [{"role": "user", "content": [{"type": "text", "text": "b?"}]}]
 
 
 def test_half_a_surrogate_pair_is_replaced_everywhere(picture):
     half = "a\ud83d"
-    messages = conversation([said(half), said(half, "assistant"), said(half)], [Shot("", half, half)], system=half)
+    messages = conversation(
+        [said(half), said(half, "assistant"), said(half)], [FewShotExample("", half, half)], system=half
+    )
     json.dumps(messages, ensure_ascii=False).encode()
     assert messages[0]["content"] == "a\ufffd"
     assert conversation([said("\ud83d\ude00")])[0]["content"][0]["text"] == "\U0001f600"
@@ -103,7 +113,7 @@ def test_a_notice_without_metadata_of_the_page_is_an_answer():
 
 
 def test_examples_are_earlier_turns_and_answer_the_question_unless_they_have_their_own(picture):
-    shots = [Shot(picture, "red"), Shot("", "no", "is it round?")]
+    shots = [FewShotExample(picture, "red"), FewShotExample("", "no", "is it round?")]
     messages = conversation([said("what color?")], shots)
     assert [message["role"] for message in messages] == ["user", "assistant", "user", "assistant", "user"]
     assert messages[0]["content"][-1]["text"] == "what color?"
@@ -112,7 +122,7 @@ def test_examples_are_earlier_turns_and_answer_the_question_unless_they_have_the
 
 
 def test_the_builder_and_its_examples_are_the_same(picture):
-    shots = [Shot(picture, "red"), Shot("", "no", "round?")]
+    shots = [FewShotExample(picture, "red"), FewShotExample("", "no", "round?")]
     cells = cells_of(shots, 4)
     assert len(cells) == 12
     assert shots_of(cells) == shots
@@ -125,15 +135,15 @@ def test_only_what_was_chosen_is_sent():
 
 
 def test_a_refusal_is_shown_and_never_becomes_part_of_the_conversation():
-    shown = with_answer([said("a?")], Told("half", problem="queue full", done=True))
+    shown = with_answer([said("a?")], StreamState("half", problem="queue full", done=True))
     assert [turn["content"] for turn in shown] == ["a?", "half", "queue full"]
     assert [message["role"] for message in conversation([*shown, said("b?")])] == ["user", "assistant", "user"]
 
 
 def test_the_pace_counts_the_tokens_after_the_first():
-    told = Told("x", tokens=11, first=0.5, last=2.5, done=True)
+    told = StreamState("x", tokens=11, first=0.5, last=2.5, done=True)
     assert told.pace() == "first token 0.50 s · 5.0 tokens/s · 11 tokens"
-    assert Told().pace() == ""
+    assert StreamState().pace() == ""
 
 
 def test_two_answers_grow_beside_each_other_and_one_that_fails_ends_alone():
@@ -143,15 +153,15 @@ def test_two_answers_grow_beside_each_other_and_one_that_fails_ends_alone():
         for end in range(1, len(text) + 1):
             if end == 1:
                 meet.wait()  # both must be under way at once
-            yield Told(text[:end], done=end == len(text))
+            yield StreamState(text[:end], done=end == len(text))
 
     def failing():
         meet.wait()
-        yield Told("so")
+        yield StreamState("so")
         raise RuntimeError("gone")
 
     last = list(run_side_by_side({"one": growing("answer"), "two": failing()}))[-1]
-    assert last["one"] == Told("answer", done=True)
+    assert last["one"] == StreamState("answer", done=True)
     assert last["two"].problem == "gone"
 
 
@@ -176,7 +186,7 @@ def test_the_gallery_is_chosen_by_what_the_model_learnt(tmp_path):
     assert gallery_for("my-model\ndatasets:\n- easy_vqa") is SHAPES
     assert gallery_for("VILA-7B") is SCENES
     for exhibits in (SHAPES, SCENES):
-        for path, question in hang(exhibits, tmp_path):
+        for path, question in save_images(exhibits, tmp_path):
             with Image.open(path) as drawn:
                 assert drawn.convert("RGB").getcolors(1 << 20) is not None
             assert question.endswith(("?", "."))

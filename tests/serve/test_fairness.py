@@ -1,4 +1,4 @@
-"""Who holds connections, room and memory without asking anything must not lock out those who ask."""
+"""Who holds connections, limit and memory without asking anything must not lock out those who ask."""
 
 import asyncio
 import json
@@ -9,12 +9,12 @@ from contextlib import ExitStack
 import httpx
 import pytest
 
-from tests.serve import stand
-from tests.serve.stand import body, on_a_port
+from tests.serve import fixtures
+from tests.serve.fixtures import body, on_a_port
 from tests.serve.test_connections import connect, ended, head
-from vila.serve.admission import Room
+from vila.serve.admission import ConcurrencyLimit
 from vila.serve.app import create_app
-from vila.serve.connections import ANSWERING, READING, Connections, client_address, fitting_connections
+from vila.serve.connections import ANSWERING, READING, Connections, client_address, connection_limit
 from vila.serve.errors import ApiError
 from vila.serve.media import Limits
 from vila.serve.middleware import BodyReader
@@ -26,7 +26,7 @@ SOCKETS = 80
 
 @pytest.fixture(scope="module")
 def service():
-    service = stand.ready(max_num_seqs=4, max_queue=20)
+    service = fixtures.ready(max_num_seqs=4, max_queue=20)
     yield service
     service.models.close()
 
@@ -73,7 +73,7 @@ def test_bodies_where_none_belong_are_refused_unread(service, method, path):
     with on_a_port(create_app(service)) as port, connect(port) as connection:
         connection.sendall(f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n".encode())
         assert connection.recv(100).startswith(b"HTTP/1.1 400 ")
-    assert stand.send(create_app(service), method, path, headers={"Content-Length": "0"}).status_code != 400
+    assert fixtures.send(create_app(service), method, path, headers={"Content-Length": "0"}).status_code != 400
 
 
 def test_a_body_that_pauses_is_given_up(service):
@@ -146,9 +146,9 @@ def test_there_are_not_more_connections_than_files():
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
-        assert fitting_connections(500) <= 500
+        assert connection_limit(500) <= 500
         resource.setrlimit(resource.RLIMIT_NOFILE, (400, hard))
-        fitted = fitting_connections(600)
+        fitted = connection_limit(600)
         assert fitted <= resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 256
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
@@ -175,7 +175,7 @@ def test_a_body_in_needlessly_small_pieces_is_cut_off(service):
 
 
 def test_a_client_that_fills_the_room_leaves_some_to_others(service):
-    """One key asks for more than there is room; the other is answered at once, and from then on has a share."""
+    """One key asks for more than there is limit; the other is answered at once, and from then on has a share."""
 
     async def both(port):
         limits = httpx.Limits(max_connections=None)
@@ -187,58 +187,58 @@ def test_a_client_that_fills_the_room_leaves_some_to_others(service):
 
             many = [asyncio.ensure_future(ask("mine", 300)) for _ in range(60)]
             until = time.monotonic() + 20
-            while service.models.models[0].room.held < 24 and time.monotonic() < until:
+            while service.models.models[0].concurrency.held < 24 and time.monotonic() < until:
                 await asyncio.sleep(0.01)
             other = await ask("theirs", 2)
             unanswered = sum(not one.done() or one.result().status_code == 200 for one in many)
             statuses = [(await one).status_code for one in many]
             return other.status_code, unanswered, statuses
 
-    service.models.models[0].room = Room(24)
+    service.models.models[0].concurrency = ConcurrencyLimit(24)
     with on_a_port(create_app(service, keys=KEYS)) as port:
         other, unanswered, statuses = asyncio.run(both(port))
     assert other == 200
     assert unanswered >= 24
     assert statuses.count(200) >= 24 and set(statuses) == {200, 429}
-    assert service.models.models[0].room.held == 0
+    assert service.models.models[0].concurrency.held == 0
 
 
 def test_each_client_has_an_equal_share_of_the_room():
-    room = Room(16)
+    limit = ConcurrencyLimit(16)
     for _ in range(16):
-        room.enter("a")
+        limit.acquire("a")
     with pytest.raises(ApiError):
-        room.enter("a")
-    room.enter("b")
-    room.enter("c")
+        limit.acquire("a")
+    limit.acquire("b")
+    limit.acquire("c")
     with pytest.raises(ApiError):
-        room.enter("d")
-    assert room.is_full
-    room.leave("a")
+        limit.acquire("d")
+    assert limit.is_full
+    limit.release("a")
     with pytest.raises(ApiError):
-        room.enter("a")
+        limit.acquire("a")
     for _ in range(11):
-        room.leave("a")
+        limit.release("a")
     for _ in range(3):
-        room.enter("b")
+        limit.acquire("b")
     with pytest.raises(ApiError) as raised:
-        room.enter("b")
+        limit.acquire("b")
     assert raised.value.status == 429
     for client in "abc":
-        while room._held[client]:
-            room.leave(client)
-    assert room.held == 0
+        while limit._held[client]:
+            limit.release(client)
+    assert limit.held == 0
 
 
 def test_answers_of_one_request_are_counted_each(service):
     app = create_app(service)
-    room = service.models.models[0].room
-    room.enter("x", 20)
+    limit = service.models.models[0].concurrency
+    limit.acquire("x", 20)
     try:
-        assert stand.ask(app, n=16).status_code == 429
-        assert stand.ask(app, n=2).status_code == 200
+        assert fixtures.ask(app, n=16).status_code == 429
+        assert fixtures.ask(app, n=2).status_code == 200
     finally:
-        room.leave("x", 20)
+        limit.release("x", 20)
 
 
 def test_a_client_holds_half_of_the_memory_for_bodies_at_most():
@@ -268,7 +268,7 @@ def test_memory_of_refused_bodies_is_given_back(service, monkeypatch):
     monkeypatch.setattr(service, "limits", Limits(body=1000))
     app = create_app(service)
     for content in (b"x" * 2000, b"{", json.dumps(body()).encode()):
-        stand.send(app, content=content, headers={"Content-Type": "application/json"})
+        fixtures.send(app, content=content, headers={"Content-Type": "application/json"})
     layer = app.middleware_stack
     while not hasattr(layer, "bodies"):
         layer = layer.app

@@ -7,10 +7,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from schemathesis.checks import not_a_server_error
 
-from tests.serve import stand
+from tests.serve import fixtures
 from vila.serve.app import create_app
 
-APP = create_app(stand.ready(max_queue=64))
+APP = create_app(fixtures.ready(max_queue=64))
 SCHEMA = schemathesis.openapi.from_asgi("/openapi.json", APP)
 KNOWN = settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 JSON = st.recursive(
@@ -37,8 +37,8 @@ def test_no_request_of_the_schema_makes_the_server_fail(case):
 @given(st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=3))
 def test_no_value_of_any_field_makes_the_server_fail(changes):
     limit = {} if "max_tokens" in changes else {"max_tokens": 2}
-    content = json.dumps({**stand.body(), **limit, **changes})
-    answer = stand.send(APP, content=content, headers={"Content-Type": "application/json"})
+    content = json.dumps({**fixtures.body(), **limit, **changes})
+    answer = fixtures.send(APP, content=content, headers={"Content-Type": "application/json"})
     assert answer.status_code in (200, 400), answer.text
     if answer.status_code == 400:
         assert answer.json()["error"]["message"]

@@ -7,7 +7,7 @@ import threading
 import httpx
 import pytest
 
-from tests.serve.stand import ask, body, on_a_port, send
+from tests.serve.fixtures import ask, body, on_a_port, send
 from tests.serve.test_bad_input import JSON, refusal
 from vila.chat.tokenize import SpanTokenizer
 from vila.serve import app as app_module
@@ -76,8 +76,8 @@ def test_a_long_unknown_name_is_neither_compared_nor_repeated(app, monkeypatch):
 )
 def test_of_many_wrong_elements_some_tens_are_reported(monkeypatch, messages):
     counted = []
-    refuse = schema.as_refusal
-    monkeypatch.setattr(schema, "as_refusal", lambda problems: counted.append(len(problems)) or refuse(problems))
+    refuse = schema.validation_error
+    monkeypatch.setattr(schema, "validation_error", lambda problems: counted.append(len(problems)) or refuse(problems))
     with pytest.raises(ApiError) as raised:
         schema.parse_request(json.dumps(body(messages=messages)).encode(), JSON_LOWER)
     assert counted[0] <= 50

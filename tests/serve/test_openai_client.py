@@ -9,8 +9,8 @@ import pytest
 from PIL import Image as PilImage
 
 from tests import tiny
-from tests.serve import stand
-from tests.serve.stand import HELLO, data_url, picture_part, text_part
+from tests.serve import fixtures
+from tests.serve.fixtures import HELLO, data_url, picture_part, text_part
 from vila.chat.content import messages_of
 from vila.cli.main import main
 from vila.core.types import Image, Message
@@ -68,7 +68,7 @@ def test_pieces_of_a_stream_are_the_answer_and_its_usage(ask):
 
 
 def test_a_stream_ends_with_the_protocols_last_line(server):
-    answer = httpx.post(f"{server.url}/chat/completions", json=stand.body(stream=True))
+    answer = httpx.post(f"{server.url}/chat/completions", json=fixtures.body(stream=True))
     assert answer.headers["content-type"].startswith("text/event-stream")
     assert answer.text.endswith("data: [DONE]\n\n")
 
@@ -88,7 +88,7 @@ def test_the_asynchronous_client_asks_several_at_once(server, ask):
 def test_pictures_come_as_data_urls_and_from_addresses_in_reading_order(ask, engine):
     first, second = tiny.picture(1), tiny.picture(2)
     wanted = [Message.of("user", first, "and", second, "differ how?")]
-    with stand.pages({"/b.png": second.source}) as web:
+    with fixtures.pages({"/b.png": second.source}) as web:
         parts = (
             picture_part(data_url(1)),
             text_part("and"),
@@ -103,7 +103,7 @@ def test_pictures_come_as_data_urls_and_from_addresses_in_reading_order(ask, eng
 def test_a_clip_stands_for_its_frames(ask, engine, tmp_path):
     frames = [PilImage.new("RGB", (28, 28), (40 * number, 80, 90)) for number in range(4)]
     frames[0].save(tmp_path / "clip.gif", save_all=True, append_images=frames[1:], duration=100)
-    with stand.pages({"/clip.gif": (tmp_path / "clip.gif").read_bytes()}) as web:
+    with fixtures.pages({"/clip.gif": (tmp_path / "clip.gif").read_bytes()}) as web:
         part = {"type": "video_url", "video_url": {"url": f"{web}/clip.gif", "num_frames": 2}}
         answer = ask(user(part, text_part("what happens?")))
     clip = {"type": "video", "path": str(tmp_path / "clip.gif"), "num_frames": 2}
@@ -247,7 +247,7 @@ def test_metrics_count_requests_tokens_and_times(ask, server):
 def test_an_answers_id_is_in_the_log_and_what_was_asked_is_not(server):
     given = {"X-Request-Id": "mine-77"}
     secret = [{"role": "user", "content": "the secret word"}]
-    answer = httpx.post(f"{server.url}/chat/completions", json=stand.body(messages=secret), headers=given)
+    answer = httpx.post(f"{server.url}/chat/completions", json=fixtures.body(messages=secret), headers=given)
     assert answer.headers["x-request-id"] == "mine-77"
     other = httpx.get(f"{server.url}/models", headers={"X-Request-Id": "bad id\t!"})
     assert len(other.headers["x-request-id"]) == 16

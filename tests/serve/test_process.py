@@ -12,7 +12,7 @@ from contextlib import suppress
 import httpx
 import pytest
 
-from tests.serve.stand import Process, body
+from tests.serve.fixtures import Process, body
 from vila.core.errors import ConfigError
 from vila.serve.connections import Connections
 from vila.serve.server import ServerConfig, _listen

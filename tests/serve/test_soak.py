@@ -9,8 +9,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.serve import stand
-from tests.serve.stand import body, data_url, picture_part, text_part
+from tests.serve import fixtures
+from tests.serve.fixtures import body, data_url, picture_part, text_part
 
 KINDS = ("text", "picture", "stream", "left", "cut", "several", "no json", "no picture", "no model", "too long")
 
@@ -26,7 +26,7 @@ def test_a_mixture_of_requests_to_the_starter_leaves_nothing_behind():
     folder = os.environ.get("VILA_STARTER_MODEL", "")
     if not folder:
         pytest.skip("VILA_STARTER_MODEL names no trained starter (vila quickstart makes one: RUN/model)")
-    with stand.Process(Path(folder), "--served-model-name", "tiny", "--max-queue", "16") as process:
+    with fixtures.Process(Path(folder), "--served-model-name", "tiny", "--max-queue", "16") as process:
         process.await_ready()
         _soak(process, 2000, too_long=50_000)
 

@@ -10,7 +10,7 @@ import time
 import pytest
 from PIL import Image as PilImage
 
-from tests.serve.stand import ask, body, on_a_port
+from tests.serve.fixtures import ask, body, on_a_port
 from vila.media import limits as media_limits
 from vila.serve.app import create_app
 from vila.serve.media import SERVER_MEDIA

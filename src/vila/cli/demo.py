@@ -43,12 +43,12 @@ def demo(
     # Gradio reads this when it is imported.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     require_extra("demo", "vila demo")
-    from vila.serve.admission import hosts_of
+    from vila.serve.admission import parse_allowed_hosts
     from vila.serve.demo.client import ApiClient
     from vila.serve.demo.ui import card_words, run_page
     from vila.serve.server import server_process
 
-    hosts_of(host, allowed_host or ())  # refuses bad names before a server is started
+    parse_allowed_hosts(host, allowed_host or ())  # refuses bad names before a server is started
     with ExitStack() as stack:
         check = None
         if models:

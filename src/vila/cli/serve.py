@@ -136,7 +136,7 @@ def serve(
     _check(models, served_model_name, ssl_certfile, ssl_keyfile)
     _check_domains(allowed_media_domain or ())
     require_extra("serve", "vila serve")
-    from vila.serve.admission import read_keys
+    from vila.serve.admission import read_api_keys
     from vila.serve.chat import Service
     from vila.serve.media import SERVER_MEDIA, Limits
     from vila.serve.models import Batching, Models
@@ -178,7 +178,7 @@ def serve(
         host=host,
         port=port,
         root_path=_rooted(root_path),
-        keys=read_keys(api_key or (), api_key_file, os.environ.get(KEYS_VARIABLE, "").strip()),
+        keys=read_api_keys(api_key or (), api_key_file, os.environ.get(KEYS_VARIABLE, "").strip()),
         origins=allowed_origin or (),
         allowed_hosts=allowed_host or (),
         certificate=ssl_certfile,
@@ -216,9 +216,9 @@ def _check_domains(domains: Sequence[str]) -> None:
 
 
 def _served(loading: Loading, given: str) -> ServedModel:
-    from vila.serve.models import ServedModel, name_of
+    from vila.serve.models import ServedModel, default_name
 
-    names = [name for name in given.split(",") if name] or [name_of(loading.model)]
+    names = [name for name in given.split(",") if name] or [default_name(loading.model)]
     return ServedModel(names[0], _loader(loading), (*names[1:], loading.model))
 
 

@@ -23,7 +23,7 @@ from vila.core.reading import file_errors
 from vila.serve.errors import ApiError, busy
 
 
-class Hosts:
+class AllowedHosts:
     """Host names of a server; loopback names always belong to them.
 
     names: further ones; `*.example.org` stands for every name below example.org.
@@ -44,7 +44,7 @@ class Hosts:
     def check(self, scope: Mapping[str, Any]) -> None:
         """Raises ApiError, 403, for a request to another name. HTTP/1.0 without a name passes: no browser sends it."""
         given = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
-        if not all(self.accepts(host_of(value)) for value in given):
+        if not all(self.accepts(host_name(value)) for value in given):
             message = "the server does not answer to this host name; start it with --allowed-host NAME"
             raise ApiError(403, message, code="host_not_allowed")
 
@@ -56,7 +56,7 @@ class SameOrigin:
     hosts: names under which the page answers; None for all.
     """
 
-    def __init__(self, app: ASGIApp, hosts: Hosts | None = None) -> None:
+    def __init__(self, app: ASGIApp, hosts: AllowedHosts | None = None) -> None:
         self.app, self.hosts = app, hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -77,12 +77,12 @@ class SameOrigin:
             return
         own = headers.get(b"host", "").lower()
         page = origin.lower().partition("://")[2]
-        known = page == own or (self.hosts is not None and self.hosts.is_named(host_of(page)))
+        known = page == own or (self.hosts is not None and self.hosts.is_named(host_name(page)))
         if not page or not known:
             raise ApiError(403, "a page of another site cannot use this one", code="origin_not_allowed")
 
 
-def hosts_of(listening: str, allowed: Iterable[str]) -> Hosts | None:
+def parse_allowed_hosts(listening: str, allowed: Iterable[str]) -> AllowedHosts | None:
     """The names of a server that listens on an address; None for all.
 
     allowed: further names. Without any, a server that others can reach answers to every name. Raises ConfigError for
@@ -91,13 +91,13 @@ def hosts_of(listening: str, allowed: Iterable[str]) -> Hosts | None:
     allowed = tuple(allowed)
     for name in allowed:
         bare = name.removeprefix("*.")
-        if not bare or host_of(bare) != bare.lower() or not bare.isascii() or set(bare) & set("* "):
+        if not bare or host_name(bare) != bare.lower() or not bare.isascii() or set(bare) & set("* "):
             expected = "a host name without scheme and port, or *.NAME for all names below NAME"
             raise ConfigError(field="--allowed-host", value=name, expected=expected)
-    return Hosts(allowed) if allowed or is_loopback(listening) else None
+    return AllowedHosts(allowed) if allowed or is_loopback(listening) else None
 
 
-def host_of(value: str) -> str:
+def host_name(value: str) -> str:
     """The host of a Host header, without port and brackets; empty for what is none."""
     try:
         return "" if set(value) & set("@/?#\\") else urlsplit(f"//{value.strip()}").hostname or ""
@@ -116,7 +116,7 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def read_keys(given: Iterable[str], file: Path | None, variable: str = "") -> tuple[str, ...]:
+def read_api_keys(given: Iterable[str], file: Path | None, variable: str = "") -> tuple[str, ...]:
     """All keys that open a server; empty when it needs none.
 
     given:    of the command line.
@@ -147,14 +147,14 @@ def _is_aside(line: str) -> bool:
 
 
 # --- room
-# Room for requests, shared fairly between clients.
+# ConcurrencyLimit for requests, shared fairly between clients.
 
 
 _RECENT_S = 30.0
 """A client that asked this lately has a claim to its share."""
 
 
-class Room:
+class ConcurrencyLimit:
     """Requests of one model that run or wait, counted once their body has arrived and is valid.
 
     A client alone may fill the room. As soon as others ask, each has an equal share of it; and a client that holds
@@ -166,7 +166,7 @@ class Room:
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self.reserve = reserve_of(capacity)
+        self.reserve = reserved_slots(capacity)
         self._held: Counter[str] = Counter()
         self._asked: dict[str, float] = {}
 
@@ -180,7 +180,7 @@ class Room:
         """Whether nobody at all would be let in."""
         return self.held >= self.capacity + self.reserve
 
-    def enter(self, client: str, count: int = 1) -> None:
+    def acquire(self, client: str, count: int = 1) -> None:
         """Take room for `count` answers; `leave` gives it back. Raises ApiError, 429."""
         now = time.monotonic()
         self._asked[client] = now
@@ -193,13 +193,13 @@ class Room:
             raise busy(f"{self.held} requests are open already{others if not within else ''}; ask again in a moment", 1)
         self._held[client] += count
 
-    def leave(self, client: str, count: int = 1) -> None:
+    def release(self, client: str, count: int = 1) -> None:
         """Give back the room of a request that has ended."""
         self._held[client] -= count
         if self._held[client] <= 0:
             del self._held[client]
 
 
-def reserve_of(capacity: int) -> int:
+def reserved_slots(capacity: int) -> int:
     """Requests beyond the capacity that are kept for clients that hold none."""
     return max(1, capacity // 8)

@@ -14,10 +14,10 @@ from starlette.middleware.cors import CORSMiddleware
 
 from vila import __version__
 from vila.core.errors import VilaError
-from vila.serve.admission import Hosts
+from vila.serve.admission import AllowedHosts
 from vila.serve.chat import Service
-from vila.serve.errors import ApiError, as_api_error, internal
-from vila.serve.middleware import Guard, respond
+from vila.serve.errors import ApiError, internal_error, to_api_error
+from vila.serve.middleware import RequestMiddleware, respond
 from vila.serve.schema import INLINE_BYTES, ChatRequest, parse_request
 
 _PROBLEM = {"description": "An error object", "content": {"application/json": {"schema": {"type": "object"}}}}
@@ -39,7 +39,7 @@ def create_app(
     *,
     keys: Sequence[str] = (),
     origins: Sequence[str] = (),
-    hosts: Hosts | None = None,
+    hosts: AllowedHosts | None = None,
     root_path: str = "",
     **timings: float,
 ) -> FastAPI:
@@ -49,11 +49,11 @@ def create_app(
     origins:   web pages that may ask from a browser; `*` for all.
     hosts:     names under which it answers; None for all.
     root_path: under which a proxy shows it.
-    timings:   `body_s` and `stall_s` of `Guard`.
+    timings:   `body_s` and `stall_s` of `RequestMiddleware`.
     """
     # The pages of documentation would be fetched from elsewhere.
     app = FastAPI(title="vila", version=__version__, docs_url=None, redoc_url=None)
-    app.add_middleware(Guard, service=service, keys=keys, hosts=hosts, root_path=root_path, **timings)
+    app.add_middleware(RequestMiddleware, service=service, keys=keys, hosts=hosts, root_path=root_path, **timings)
     if origins:
         app.add_middleware(
             CORSMiddleware,
@@ -140,7 +140,7 @@ def _add_errors(app: FastAPI) -> None:
         return respond(ApiError(error.status_code, message, headers=dict(error.headers or {})))
 
     async def tell(request: Request, error: Exception) -> JSONResponse:
-        return respond(as_api_error(error) or internal(request.state.request_id))
+        return respond(to_api_error(error) or internal_error(request.state.request_id))
 
     app.add_exception_handler(ApiError, tell)
     app.add_exception_handler(VilaError, tell)

@@ -22,7 +22,7 @@ from vila.core.types import Image, Message, Video
 from vila.engine.detokenize import decoder_of
 from vila.engine.request import Generation, SamplingParams, TokenEvent, TokenLogprob
 from vila.media.limits import DEFAULT_LIMITS, MediaLimits
-from vila.serve.errors import as_api_error, internal
+from vila.serve.errors import internal_error, to_api_error
 from vila.serve.media import Limits, Threads, read_messages
 from vila.serve.metrics import Metrics
 from vila.serve.models import Models, ServedModel
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from vila.engine.request_handle import RequestHandle
 
 
-# --- asked
+# --- generation
 # One request on its way: from its parameters to the batcher, and the events of its answers back to the event loop.
 
 
@@ -41,7 +41,7 @@ DEFAULT_TOKENS = 512
 """Most tokens of an answer when the client does not say; a prompt that leaves less room gets what is left."""
 
 
-def samplings(request: ChatRequest, limit: int) -> list[SamplingParams]:
+def sampling_params(request: ChatRequest, limit: int) -> list[SamplingParams]:
     """How each of the `n` answers is drawn. Answer 0 of a seed is that of the engine under this seed."""
     seed = secrets.randbits(63) if request.seed is None else request.seed % 2**63
     stop = request.stop or ()
@@ -67,7 +67,7 @@ def _seed(seed: int, choice: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}/{choice}".encode()).digest()[:8], "big") >> 1
 
 
-class Asked:
+class GenerationRequest:
     """The answers to one request. Events arrive from the batcher's thread and are read in the event loop."""
 
     def __init__(self, batcher: Batcher, request: ChatRequest, until: float, client: str = "") -> None:
@@ -138,7 +138,7 @@ class Asked:
             yield choice, event
 
     def _submit(self, messages: Sequence[Message], limit: int) -> None:
-        for choice, sampling in enumerate(samplings(self.request, limit)):
+        for choice, sampling in enumerate(sampling_params(self.request, limit)):
             if self._unwanted:
                 return
             left = self.until - time.monotonic()
@@ -202,7 +202,7 @@ _HALF_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 
 
 @dataclass
-class Trim:
+class StreamTrimmer:
     """Pieces of a text without the white space around the whole: joined they are the text that is not streamed."""
 
     _held: str = ""
@@ -219,7 +219,7 @@ class Trim:
 
 
 @dataclass
-class TokenReports:
+class LogprobFormatter:
     """Log-probabilities of one answer, with each token's text as it stands behind the one before it.
 
     decode: of the tokenizer. A token that is no whole character has a replacement character and no bytes.
@@ -246,7 +246,7 @@ class TokenReports:
 
 
 @dataclass(frozen=True)
-class Completion:
+class CompletionFormat:
     """What all parts of one response share."""
 
     model: str
@@ -277,7 +277,7 @@ class Completion:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
 
-def choice_of(index: int, answer: Generation, logprobs: list[dict[str, Any]] | None) -> dict[str, Any]:
+def choice_object(index: int, answer: Generation, logprobs: list[dict[str, Any]] | None) -> dict[str, Any]:
     """One answer of a whole response."""
     message = {"role": "assistant", "content": answer.text, "refusal": None}
     return {"index": index, "message": message, "logprobs": reported(logprobs), "finish_reason": answer.finish}
@@ -288,7 +288,7 @@ def reported(logprobs: list[dict[str, Any]] | None) -> dict[str, Any] | None:
     return None if logprobs is None else {"content": logprobs, "refusal": None}
 
 
-def usage_of(tickets: Sequence[RequestHandle]) -> dict[str, Any]:
+def usage_object(tickets: Sequence[RequestHandle]) -> dict[str, Any]:
     """Tokens of a request whose answers are complete: its prompt once, and all answers."""
     prompt = tickets[0].prompt_tokens
     new = sum(len(ticket.generation(0).ids) for ticket in tickets)
@@ -322,27 +322,27 @@ class Service:
         model = self.models.find(request.model)
         batcher = self.models.batcher(model)
         client, count = http.state.client, request.n or 1
-        model.room.enter(client, count)
-        http.state.exits.callback(model.room.leave, client, count)
-        asked = Asked(batcher, request, until, client)
+        model.concurrency.acquire(client, count)
+        http.state.exits.callback(model.concurrency.release, client, count)
+        generation = GenerationRequest(batcher, request, until, client)
         if self.log_prompts:
             _log.info("%s %s", http.state.request_id, json.dumps([[turn.role, turn.text] for turn in request.messages]))
         try:
-            await _unless_gone(self._begin(asked), http)
+            await _unless_gone(self._begin(generation), http)
             timing = _Timing(self.metrics, model, http.state.begun)
             if request.stream:
-                return _EventStream(_Stream(asked, timing, http))
-            body = await _unless_gone(_whole(asked, timing), http)
+                return _EventStream(_Stream(generation, timing, http))
+            body = await _unless_gone(_whole(generation, timing), http)
         except BaseException:
-            asked.cancel()
+            generation.cancel()
             raise
         http.state.tokens = body["usage"]
         return JSONResponse(body)
 
-    async def _begin(self, asked: Asked) -> None:
-        async with asyncio.timeout_at(asyncio.get_running_loop().time() + asked.until - time.monotonic()):
-            messages = await read_messages(asked.request, self.limits, self.threads, asked.is_unwanted)
-            submit = partial(asked.submit, messages, self.limits.media)
+    async def _begin(self, generation: GenerationRequest) -> None:
+        async with asyncio.timeout_at(asyncio.get_running_loop().time() + generation.until - time.monotonic()):
+            messages = await read_messages(generation.request, self.limits, self.threads, generation.is_unwanted)
+            submit = partial(generation.submit, messages, self.limits.media)
             await asyncio.get_running_loop().run_in_executor(self.threads.preparing(messages), submit)
 
 
@@ -367,26 +367,26 @@ class _Timing:
             self.metrics.token.labels(self.model.name).observe((now - self.first) / (tokens - 1))
 
 
-async def _whole(asked: Asked, timing: _Timing) -> dict[str, Any]:
-    async for _ in asked.events():
+async def _whole(generation: GenerationRequest, timing: _Timing) -> dict[str, Any]:
+    async for _ in generation.events():
         timing.piece()
-    usage = usage_of(asked.tickets)
+    usage = usage_object(generation.tickets)
     timing.end(usage["completion_tokens"])
     choices = []
-    for index, ticket in enumerate(asked.tickets):
+    for index, ticket in enumerate(generation.tickets):
         answer = ticket.generation(0)
-        reports = _reports(asked)
-        choices.append(choice_of(index, answer, reports.take(answer.logprobs) if reports else None))
-    return Completion(timing.model.name).whole(choices, usage)
+        reports = _reports(generation)
+        choices.append(choice_object(index, answer, reports.take(answer.logprobs) if reports else None))
+    return CompletionFormat(timing.model.name).whole(choices, usage)
 
 
 class _Stream:
     """A streamed response: server-sent events, one for each piece of text."""
 
-    def __init__(self, asked: Asked, timing: _Timing, http: Request) -> None:
-        self.asked, self.timing, self.http = asked, timing, http
-        self.head = Completion(timing.model.name)
-        options = asked.request.stream_options
+    def __init__(self, generation: GenerationRequest, timing: _Timing, http: Request) -> None:
+        self.generation, self.timing, self.http = generation, timing, http
+        self.head = CompletionFormat(timing.model.name)
+        options = generation.request.stream_options
         self.with_usage = bool(options and options.include_usage)
 
     async def lines(self) -> AsyncIterator[bytes]:
@@ -395,30 +395,30 @@ class _Stream:
                 yield _event({**chunk, "usage": None} if self.with_usage and "usage" not in chunk else chunk)
             yield b"data: [DONE]\n\n"
         except Exception as error:  # noqa: BLE001 - the status is sent already, so the stream itself has to say it
-            known = as_api_error(error)
+            known = to_api_error(error)
             if known is None:
                 _log.exception("%s failed while it was streamed", self.http.state.request_id)
-            yield _event((known or internal(self.http.state.request_id)).body)
+            yield _event((known or internal_error(self.http.state.request_id)).body)
 
     async def _chunks(self) -> AsyncIterator[dict[str, Any]]:
-        count = len(self.asked.tickets)
+        count = len(self.generation.tickets)
         for choice in range(count):
             yield self.head.chunk(choice, {"role": "assistant", "content": ""})
-        trims = [Trim() for _ in range(count)]
-        reports = [_reports(self.asked) for _ in range(count)]
+        trims = [StreamTrimmer() for _ in range(count)]
+        reports = [_reports(self.generation) for _ in range(count)]
         seen = [0] * count
-        async for choice, event in self.asked.events():
+        async for choice, event in self.generation.events():
             self.timing.piece()
             piece, logprobs = trims[choice].take(event.text), None
             if teller := reports[choice]:
-                new = self.asked.tickets[choice].logprobs[seen[choice] :]
+                new = self.generation.tickets[choice].logprobs[seen[choice] :]
                 seen[choice] += len(new)
                 logprobs = teller.take(new)
             if piece or logprobs:
                 yield self.head.chunk(choice, {"content": piece}, logprobs=logprobs)
             if event.finish:
                 yield self.head.chunk(choice, {}, finish=event.finish)
-        usage = usage_of(self.asked.tickets)
+        usage = usage_object(self.generation.tickets)
         self.timing.end(usage["completion_tokens"])
         self.http.state.tokens = usage
         if self.with_usage:
@@ -431,23 +431,25 @@ class _EventStream(StreamingResponse):
     def __init__(self, stream: _Stream) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(stream.lines(), media_type="text/event-stream", headers=headers)
-        self._asked = stream.asked
+        self._generation = stream.generation
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._asked.cancel()
+            self._generation.cancel()
 
 
 def _event(data: Mapping[str, Any]) -> bytes:
     return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n".encode()
 
 
-def _reports(asked: Asked) -> TokenReports | None:
-    if not asked.request.logprobs:
+def _reports(generation: GenerationRequest) -> LogprobFormatter | None:
+    if not generation.request.logprobs:
         return None
-    return TokenReports(decoder_of(asked.tokenizer, skip_special_tokens=False), asked.request.top_logprobs or 0)
+    return LogprobFormatter(
+        decoder_of(generation.tokenizer, skip_special_tokens=False), generation.request.top_logprobs or 0
+    )
 
 
 async def _unless_gone(work: Awaitable[T], http: Request) -> T:

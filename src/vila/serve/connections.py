@@ -150,7 +150,7 @@ def listen(host: str, port: int, connections: Connections) -> Listener:
     return listener
 
 
-def fitting_connections(most: int) -> int:
+def connection_limit(most: int) -> int:
     """At most `most`, as many as this process may have open files for; raises its soft limit where that is allowed."""
     try:
         import resource

@@ -51,7 +51,7 @@ def busy(message: str, retry_after_s: float) -> ApiError:
     return ApiError(429, message, code="queue_full", headers=_retry(retry_after_s))
 
 
-def as_api_error(error: BaseException) -> ApiError | None:
+def to_api_error(error: BaseException) -> ApiError | None:
     """What a client is told of an error of ours; None for a fault that only the log may describe."""
     if isinstance(error, ApiError):
         return error
@@ -76,7 +76,7 @@ def as_api_error(error: BaseException) -> ApiError | None:
     return None
 
 
-def internal(request_id: str) -> ApiError:
+def internal_error(request_id: str) -> ApiError:
     """A fault of ours, without a word of what it was."""
     return ApiError(500, f"the server failed on this request; its log says more under {request_id}", code="internal")
 
@@ -85,7 +85,7 @@ MAX_SHOWN = 10
 """Problems of a body that its refusal names."""
 
 
-def as_refusal(problems: Sequence[Mapping[str, Any]]) -> ApiError:
+def validation_error(problems: Sequence[Mapping[str, Any]]) -> ApiError:
     """The refusal of a body by its schema: the first problems, and the first one's parameter."""
     if not problems:
         return ApiError(400, "the body is not a request", code="invalid_value")

@@ -20,10 +20,10 @@ from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from vila.core.errors import CancelledError
-from vila.serve.admission import Hosts
+from vila.serve.admission import AllowedHosts
 from vila.serve.chat import Service
 from vila.serve.connections import client_address
-from vila.serve.errors import ApiError, as_api_error, busy, internal, unavailable
+from vila.serve.errors import ApiError, busy, internal_error, to_api_error, unavailable
 
 # --- body
 # Reading the body of a request within limits on its size, its time, and the memory of all bodies together.
@@ -147,7 +147,7 @@ MAX_HEADERS, MAX_HEADER_BYTES = 100, 8192
 """Headers of a request, and bytes of the name and the value of one. All together have at most 32 KiB."""
 
 
-class Guard:
+class RequestMiddleware:
     """ASGI middleware around the whole application.
 
     keys:      that open `/v1`; none leaves it open.
@@ -161,7 +161,7 @@ class Guard:
         app: ASGIApp,
         service: Service,
         keys: Sequence[str] = (),
-        hosts: Hosts | None = None,
+        hosts: AllowedHosts | None = None,
         root_path: str = "",
         body_s: float = 60,
         stall_s: float = 15,
@@ -180,7 +180,7 @@ class Guard:
         if self.root_path:
             path = scope["path"].removeprefix(self.root_path)
             scope = {**scope, "root_path": self.root_path, "path": self.root_path + path}
-        seen = _Seen(scope, receive, send)
+        seen = _RequestTrace(scope, receive, send)
         exits = ExitStack()
         scope.setdefault("state", {}).update(request_id=seen.id, begun=seen.begun, exits=exits)
         self.service.metrics.open.inc()
@@ -193,11 +193,11 @@ class Guard:
                 body = await self._body(scope, seen.receive, client, exits)
                 await self.app(scope, replay(body, seen.receive), seen.send)
         except Exception as error:  # noqa: BLE001 - the border: a client gets words, the log gets the rest
-            known = as_api_error(error)
+            known = to_api_error(error)
             if known is None:
                 _log.exception("%s failed", seen.id)
             if not seen.status:
-                await respond(known or internal(seen.id))(scope, receive, seen.send)
+                await respond(known or internal_error(seen.id))(scope, receive, seen.send)
         finally:
             self.service.metrics.open.dec()
             self._note(scope, seen)
@@ -232,7 +232,7 @@ class Guard:
         exits.callback(self.bodies.release, client, len(body))
         return body
 
-    def _note(self, scope: Scope, seen: _Seen) -> None:
+    def _note(self, scope: Scope, seen: _RequestTrace) -> None:
         path = _path(scope)
         known = path if path in _KNOWN_PATHS else "/v1/models" if path.startswith("/v1/models/") else "other"
         status = 499 if seen.gone else seen.status
@@ -247,7 +247,7 @@ class Guard:
         )  # fmt: skip
 
 
-class _Seen:
+class _RequestTrace:
     """A request's own `receive` and `send`, which notice how it ends and give the answer its id."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:

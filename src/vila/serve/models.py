@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vila.core.errors import ConfigError
-from vila.serve.admission import Room, reserve_of
+from vila.serve.admission import ConcurrencyLimit, reserved_slots
 from vila.serve.errors import ApiError, unavailable
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class ServedModel:
     created: int = field(default_factory=lambda: int(time.time()))
     batcher: Batcher | None = None
     failure: Exception | None = None
-    room: Room = field(default_factory=lambda: Room(1))
+    concurrency: ConcurrencyLimit = field(default_factory=lambda: ConcurrencyLimit(1))
 
     @property
     def card(self) -> dict[str, Any]:
@@ -80,7 +80,7 @@ class Models:
                 raise ConfigError(f"two models are called {model.name!r}; give each its --served-model-name")
             self._by_name[model.name] = model
         for model in self.models:
-            model.room = Room(batching.capacity)
+            model.concurrency = ConcurrencyLimit(batching.capacity)
             for alias in model.aliases:
                 self._by_name.setdefault(alias, model)
 
@@ -92,7 +92,7 @@ class Models:
     @property
     def is_full(self) -> bool:
         """Whether no model has room for another request."""
-        return all(model.room.is_full for model in self.models)
+        return all(model.concurrency.is_full for model in self.models)
 
     @property
     def is_alive(self) -> bool:
@@ -158,14 +158,14 @@ class Models:
             engine,
             max_num_seqs=settings.max_num_seqs,
             kv_tokens=settings.kv_tokens,
-            max_queue=settings.max_queue + reserve_of(settings.capacity),
+            max_queue=settings.max_queue + reserved_slots(settings.capacity),
             prefill_chunk=settings.prefill_chunk,
         )
         batcher.start()
         return batcher
 
 
-def name_of(model: str) -> str:
+def default_name(model: str) -> str:
     """What a model is called by default: a directory by its own name, or by its parent's where that is `model`."""
     path = Path(model)
     if not path.is_dir():

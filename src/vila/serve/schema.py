@@ -20,7 +20,7 @@ from pydantic import (
 
 from vila.core.errors import DataError
 from vila.core.reading import parse_json
-from vila.serve.errors import ApiError, as_refusal
+from vila.serve.errors import ApiError, validation_error
 
 # --- unsupported
 # Parameters of the chat protocol that this server does not have: which may be ignored, and which are refused.
@@ -298,7 +298,7 @@ def parse_request(body: bytes, headers: Mapping[str, str]) -> ChatRequest:
     try:
         return ChatRequest.model_validate(value)
     except ValidationError as error:
-        raise as_refusal(error.errors(include_url=False, include_input=False)) from error
+        raise validation_error(error.errors(include_url=False, include_input=False)) from error
 
 
 def check_shape(body: bytes) -> None:

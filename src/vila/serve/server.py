@@ -22,10 +22,10 @@ import httpx
 import uvicorn
 
 from vila.core.errors import ConfigError, VilaError
-from vila.serve.admission import hosts_of
+from vila.serve.admission import parse_allowed_hosts
 from vila.serve.app import create_app
 from vila.serve.chat import Service
-from vila.serve.connections import MAX_CONNECTIONS, Connections, Listener, TimedProtocol, fitting_connections, listen
+from vila.serve.connections import MAX_CONNECTIONS, Connections, Listener, TimedProtocol, connection_limit, listen
 from vila.serve.models import ServedModel
 
 _log = logging.getLogger("vila.serve")
@@ -39,7 +39,7 @@ class ServerConfig:
     port:      0 takes a free one.
     root_path: under which a proxy shows it.
     keys:      that open it; origins: web pages that may ask from a browser.
-    allowed_hosts: names under which it answers besides those of this machine, see `vila.serve.admission.hosts_of`.
+    allowed_hosts: names under which it answers besides those of this machine, see `vila.serve.admission.allowed_hosts`.
     certificate, private_key: files; with them it speaks HTTPS.
     max_connections, max_per_address: open connections, in total and of one address; 0 is half of the total.
     drain_s:   seconds that running answers have to finish once the server is stopped.
@@ -64,9 +64,9 @@ def serve(service: Service, config: ServerConfig, say: Callable[[str], None]) ->
     The port is open before the models are read. Raises ConfigError for an address that cannot be had and for bad
     certificates, and what a model could not be loaded for.
     """
-    hosts = hosts_of(config.host, config.allowed_hosts)
+    hosts = parse_allowed_hosts(config.host, config.allowed_hosts)
     app = create_app(service, keys=config.keys, origins=config.origins, hosts=hosts, root_path=config.root_path)
-    connections = Connections(fitting_connections(config.max_connections), config.max_per_address)
+    connections = Connections(connection_limit(config.max_connections), config.max_per_address)
     protocol = type("ServerProtocol", (TimedProtocol,), {"admitted": connections})
     settings = uvicorn.Config(
         app, http=protocol, ws="none", lifespan="off", access_log=False, log_level="warning", backlog=2048,

@@ -33,7 +33,7 @@ class Settings:
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class StreamState:
     """An answer as far as it has come. Times are seconds since the question was sent."""
 
     text: str = ""
@@ -96,11 +96,11 @@ class ApiClient:
         base = self.base.rstrip("/")
         return base if base.endswith("/v1") else f"{base}/v1"
 
-    def ask(self, model: str, messages: Sequence[dict[str, Any]], settings: Settings) -> Iterator[Told]:
+    def ask(self, model: str, messages: Sequence[dict[str, Any]], settings: Settings) -> Iterator[StreamState]:
         """An answer as it grows. A refusal is its `problem`, in the server's words. Closing the iterator cancels it."""
         import openai
 
-        told, start = Told(), time.perf_counter()
+        told, start = StreamState(), time.perf_counter()
         try:
             with self._client.chat.completions.create(
                 model=model,
@@ -155,7 +155,7 @@ MOST_BYTES = 20 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Shot:
+class FewShotExample:
     """A worked example. An empty `question` stands for the one that is asked after the examples."""
 
     picture: str
@@ -189,7 +189,7 @@ def user_message(text: str, files: Sequence[str | Path]) -> dict[str, Any]:
     return {"role": "user", "content": parts}
 
 
-def shot_messages(shots: Sequence[Shot], question: str) -> list[dict[str, Any]]:
+def shot_messages(shots: Sequence[FewShotExample], question: str) -> list[dict[str, Any]]:
     """Examples as earlier turns, as `vila run --shot` writes them."""
     out: list[dict[str, Any]] = []
     for shot in shots:
@@ -199,7 +199,7 @@ def shot_messages(shots: Sequence[Shot], question: str) -> list[dict[str, Any]]:
 
 
 def conversation(
-    turns: Sequence[Mapping[str, Any]], shots: Sequence[Shot] = (), system: str = ""
+    turns: Sequence[Mapping[str, Any]], shots: Sequence[FewShotExample] = (), system: str = ""
 ) -> list[dict[str, Any]]:
     """What is sent for a chat that ends with the user's turn.
 

@@ -14,14 +14,14 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 from vila.core.files import atomic_path
-from vila.serve.demo.client import Shot
+from vila.serve.demo.client import FewShotExample
 
 _EASY = ("easy-vqa", "easy_vqa", "starter", "quickstart")
 Draw = Callable[[], Image.Image]
 
 
 @dataclass(frozen=True, slots=True)
-class Exhibit:
+class Example:
     """A picture and a question that goes with it."""
 
     name: str
@@ -29,12 +29,12 @@ class Exhibit:
     draw: Draw
 
 
-def gallery_for(words: str) -> list[Exhibit]:
+def gallery_for(words: str) -> list[Example]:
     """What to show for models whose names and cards are `words`."""
     return SHAPES if any(name in words.lower() for name in _EASY) else SCENES
 
 
-def hang(exhibits: Sequence[Exhibit], folder: Path) -> list[tuple[str, str]]:
+def save_images(exhibits: Sequence[Example], folder: Path) -> list[tuple[str, str]]:
     """Draw the pictures into a directory; pairs of path and question."""
     folder.mkdir(parents=True, exist_ok=True)
     out = []
@@ -47,30 +47,30 @@ def hang(exhibits: Sequence[Exhibit], folder: Path) -> list[tuple[str, str]]:
     return out
 
 
-def worked_examples(words: str, folder: Path) -> dict[str, list[Shot]]:
+def worked_examples(words: str, folder: Path) -> dict[str, list[FewShotExample]]:
     """Named sets of examples for the builder, with drawn pictures: in-context learning, as VILA's demos show it."""
     folder.mkdir(parents=True, exist_ok=True)
 
     def kept(name: str, draw: Draw) -> str:
-        return hang([Exhibit(name, "", draw)], folder)[0][0]
+        return save_images([Example(name, "", draw)], folder)[0][0]
 
     if gallery_for(words) is SHAPES:
         red = kept("shot_red_circle", lambda: shape("circle", "red", 0.5, 0.45))
         blue = kept("shot_blue_triangle", lambda: shape("triangle", "blue", 0.45, 0.55))
         return {
-            "Colour": [Shot(red, "red"), Shot(blue, "blue")],
-            "Shape": [Shot(red, "circle"), Shot(blue, "triangle")],
+            "Colour": [FewShotExample(red, "red"), FewShotExample(blue, "blue")],
+            "Shape": [FewShotExample(red, "circle"), FewShotExample(blue, "triangle")],
         }
     two = kept("shot_two", lambda: dice(2))
     five = kept("shot_five", lambda: dice(5))
     stop = kept("shot_stop", lambda: sign("STOP", "#b3261e"))
     open_ = kept("shot_open", lambda: sign("OPEN", "#1b6e3c"))
     return {
-        "Counting": [Shot(two, "2 dots"), Shot(five, "5 dots")],
-        "Reading": [Shot(stop, "STOP"), Shot(open_, "OPEN")],
+        "Counting": [FewShotExample(two, "2 dots"), FewShotExample(five, "5 dots")],
+        "Reading": [FewShotExample(stop, "STOP"), FewShotExample(open_, "OPEN")],
         "Style": [
-            Shot(stop, "A red sign halts the road; the wheels fall silent."),
-            Shot(open_, "A green door greets the street; come in, it says."),
+            FewShotExample(stop, "A red sign halts the road; the wheels fall silent."),
+            FewShotExample(open_, "A green door greets the street; come in, it says."),
         ],
     }
 
@@ -153,17 +153,17 @@ def clock(hour: int, minute: int) -> Image.Image:
 
 
 SHAPES = [
-    Exhibit("red_circle", "what shape is in the image?", lambda: shape("circle", "red", 0.55, 0.5)),
-    Exhibit("green_rectangle", "what color is the shape?", lambda: shape("rectangle", "green", 0.45, 0.55)),
-    Exhibit("blue_triangle", "is there a triangle?", lambda: shape("triangle", "blue", 0.5, 0.45)),
-    Exhibit("yellow_circle", "is there a red shape?", lambda: shape("circle", "yellow", 0.4, 0.6)),
-    Exhibit("brown_triangle", "what shape does the image contain?", lambda: shape("triangle", "brown", 0.6, 0.5)),
-    Exhibit("teal_rectangle", "what is the color of the shape?", lambda: shape("rectangle", "teal", 0.5, 0.5)),
+    Example("red_circle", "what shape is in the image?", lambda: shape("circle", "red", 0.55, 0.5)),
+    Example("green_rectangle", "what color is the shape?", lambda: shape("rectangle", "green", 0.45, 0.55)),
+    Example("blue_triangle", "is there a triangle?", lambda: shape("triangle", "blue", 0.5, 0.45)),
+    Example("yellow_circle", "is there a red shape?", lambda: shape("circle", "yellow", 0.4, 0.6)),
+    Example("brown_triangle", "what shape does the image contain?", lambda: shape("triangle", "brown", 0.6, 0.5)),
+    Example("teal_rectangle", "what is the color of the shape?", lambda: shape("rectangle", "teal", 0.5, 0.5)),
 ]
 SCENES = [
-    Exhibit("chart", "Which month had the most rain, and how much?", chart),
-    Exhibit("sign", "What does the sign say?", lambda: sign("SALE", "#7a2d8c")),
-    Exhibit("die", "How many dots are on the die?", lambda: dice(6)),
-    Exhibit("clock", "What time is it?", lambda: clock(10, 10)),
-    Exhibit("disc", "Describe the picture in one sentence.", lambda: shape("circle", "red", 0.5, 0.5, 240)),
+    Example("chart", "Which month had the most rain, and how much?", chart),
+    Example("sign", "What does the sign say?", lambda: sign("SALE", "#7a2d8c")),
+    Example("die", "How many dots are on the die?", lambda: dice(6)),
+    Example("clock", "What time is it?", lambda: clock(10, 10)),
+    Example("disc", "Describe the picture in one sentence.", lambda: shape("circle", "red", 0.5, 0.5, 240)),
 ]

@@ -14,19 +14,19 @@ from typing import Any
 
 from vila.core.errors import ConfigError, VilaError
 from vila.core.optional import require
-from vila.serve.admission import SameOrigin, hosts_of
+from vila.serve.admission import SameOrigin, parse_allowed_hosts
 from vila.serve.demo.client import (
     CLIPS,
     MOST_BYTES,
     PICTURES,
     ApiClient,
+    FewShotExample,
     Settings,
-    Shot,
-    Told,
+    StreamState,
     content_of,
     conversation,
 )
-from vila.serve.demo.gallery import gallery_for, hang, worked_examples
+from vila.serve.demo.gallery import gallery_for, save_images, worked_examples
 
 # --- demo_talk
 # What the demo's page does: one question to one or two models, and what stands in their chats while they answer.
@@ -36,25 +36,25 @@ Turns = list[dict[str, Any]]
 NONE = "no second model"
 
 
-def run_side_by_side(sides: Mapping[str, Iterator[Told]]) -> Iterator[dict[str, Told]]:
+def run_side_by_side(sides: Mapping[str, Iterator[StreamState]]) -> Iterator[dict[str, StreamState]]:
     """The answers of several models as they grow, each made in a thread of its own. Closing it stops them all."""
-    news: queue.SimpleQueue[tuple[str, Told | None]] = queue.SimpleQueue()
+    news: queue.SimpleQueue[tuple[str, StreamState | None]] = queue.SimpleQueue()
     stop = threading.Event()
 
-    def follow(name: str, answer: Iterator[Told]) -> None:
+    def follow(name: str, answer: Iterator[StreamState]) -> None:
         try:
             for told in answer:
                 if stop.is_set():
                     break
                 news.put((name, told))
         except Exception as error:  # noqa: BLE001 - whatever it is, the page must hear that this side has ended
-            news.put((name, Told(done=True, problem=str(error) or type(error).__name__)))
+            news.put((name, StreamState(done=True, problem=str(error) or type(error).__name__)))
         finally:
             news.put((name, None))
 
     for name, answer in sides.items():
         threading.Thread(target=follow, args=(name, answer), daemon=True).start()
-    now: dict[str, Told] = {}
+    now: dict[str, StreamState] = {}
     going = set(sides)
     try:
         while going:
@@ -68,7 +68,7 @@ def run_side_by_side(sides: Mapping[str, Iterator[Told]]) -> Iterator[dict[str, 
         stop.set()
 
 
-def with_answer(turns: Turns, told: Told) -> Turns:
+def with_answer(turns: Turns, told: StreamState) -> Turns:
     """The chat with an answer as far as it has come; a refusal or an empty answer is a notice, which is not sent."""
     out = [*turns]
     if told.text:
@@ -88,7 +88,7 @@ class Page:
     def __init__(self, client: ApiClient, words: str, folder: Path) -> None:
         """words: names and cards of the served models, by which the gallery is chosen; folder: for its pictures."""
         self.client = client
-        self.gallery = hang(gallery_for(words), folder)
+        self.gallery = save_images(gallery_for(words), folder)
         self.examples = worked_examples(words, folder)
 
     def answer(
@@ -97,7 +97,7 @@ class Page:
         one: Turns,
         two: Turns,
         names: tuple[str, str],
-        shots: Sequence[Shot],
+        shots: Sequence[FewShotExample],
         system: str,
         settings: Settings,
     ) -> Iterator[tuple[Turns, Turns, str, str]]:
@@ -113,17 +113,17 @@ class Page:
         if names[1] != NONE:
             chats["two"] = [*two, *asked]
         yield chats["one"], chats.get("two", two), "", ""
-        sides: dict[str, Iterator[Told]] = {}
+        sides: dict[str, Iterator[StreamState]] = {}
         for side, name in zip(chats, names, strict=False):
             try:
                 messages = conversation(chats[side], shots, system)
             except (VilaError, OSError) as error:
-                sides[side] = iter([Told(done=True, problem=str(error))])
+                sides[side] = iter([StreamState(done=True, problem=str(error))])
             else:
                 sides[side] = self.client.ask(name, messages, settings)
         for now in run_side_by_side(sides):
-            shown = {side: with_answer(chat, now.get(side, Told())) for side, chat in chats.items()}
-            paces = [now.get(side, Told()).pace() for side in ("one", "two")]
+            shown = {side: with_answer(chat, now.get(side, StreamState())) for side, chat in chats.items()}
+            paces = [now.get(side, StreamState()).pace() for side in ("one", "two")]
             yield shown["one"], shown.get("two", two), paces[0], paces[1]
 
     def status(self) -> tuple[str, list[str]]:
@@ -135,17 +135,17 @@ class Page:
         return self.client.waiting_for(), names
 
 
-def shots_of(cells: Sequence[Any]) -> list[Shot]:
+def shots_of(cells: Sequence[Any]) -> list[FewShotExample]:
     """Examples from the builder's fields, three to an example: picture, answer, question. Unanswered ones are none."""
     rows = zip(cells[::3], cells[1::3], cells[2::3], strict=True)
     return [
-        Shot(picture or "", answer.strip(), (question or "").strip())
+        FewShotExample(picture or "", answer.strip(), (question or "").strip())
         for picture, answer, question in rows
         if (answer or "").strip()
     ]
 
 
-def cells_of(shots: Sequence[Shot], rows: int) -> list[Any]:
+def cells_of(shots: Sequence[FewShotExample], rows: int) -> list[Any]:
     """The builder's fields from examples; the other rows are emptied."""
     out: list[Any] = []
     for shot in [*shots, *[None] * rows][:rows]:
@@ -338,12 +338,12 @@ def launch(
 ) -> tuple[Any, str]:
     """Open the page; the Gradio blocks and its address. Nothing is fetched from, or sent to, anybody but the server.
 
-    allowed_hosts: further host names accepted in the Host header, see `vila.serve.admission.hosts_of`.
+    allowed_hosts: further host names accepted in the Host header, see `vila.serve.admission.allowed_hosts`.
     Raises ConfigError when Gradio is missing or the port is taken.
     """
     from starlette.middleware import Middleware
 
-    guard = Middleware(SameOrigin, hosts=hosts_of(host, allowed_hosts))
+    guard = Middleware(SameOrigin, hosts=parse_allowed_hosts(host, allowed_hosts))
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     gr = require("gradio", "vila demo", extra="demo")
     blocks = build(Page(client, words, folder)).queue(default_concurrency_limit=8)

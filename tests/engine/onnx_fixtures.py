@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.engine.stand import endless
+from tests.engine.fixtures import endless
 from vila.engine.engine import Engine
 from vila.engine.onnx.program import OnnxProgram
 from vila.kernels.int4 import Int4Weight, dequantize, quantize
