@@ -67,7 +67,7 @@ def test_parts_may_be_plain_strings_and_the_marker_may_differ():
 
 
 def test_roles_that_do_not_take_turns_are_refused():
-    with pytest.raises(JinjaError, match="must take turns"):
+    with pytest.raises(JinjaError):
         by_jinja(WELL_KNOWN * 2, chat_template(TEMPLATES["vicuna_v1"]), True)
 
 

@@ -1,4 +1,4 @@
-"""Templates give the published strings; what people write stays text."""
+"""Templates render the published strings; content of messages is never parsed."""
 
 import hashlib
 from itertools import groupby
@@ -8,12 +8,12 @@ import pytest
 from vila.chat import templates
 from vila.chat.render import render
 from vila.chat.templates import TEMPLATES, find_template
-from vila.core.errors import TemplateError, UnknownNameError
+from vila.core.errors import MISSING, TemplateError, UnknownNameError
 from vila.core.types import Image, Message
 
-PICTURE = Image(b"picture")
+IMAGE = Image(b"image")
 TWO_TURNS = (
-    Message.of("user", PICTURE, "\nWhat?"),
+    Message.of("user", IMAGE, "\nWhat?"),
     Message.of("assistant", "A cat."),
     Message.of("user", "Why?"),
     Message.of("assistant", "Fur."),
@@ -43,7 +43,7 @@ MPT = (
     "<|im_start|>user\nWhy?<|im_end|><|im_start|>assistant\n~Fur.<|im_end|>~"
 )
 AS_SYSTEM, AS_USER = (f"<|start_header_id|>{role}<|end_header_id|>\n\n" for role in ("system", "user"))
-# What stands between two "~" is supervised.
+# Text between two "~" is supervised.
 EXPECTED = {
     "vicuna_v1": USER + VICUNA,
     "vicuna_v1_nosys": VICUNA,
@@ -69,20 +69,20 @@ EXPECTED = {
 }
 
 
-def written(messages, template, **kwargs):
+def as_text(messages, template, **kwargs):
     return "".join("<image>" if s.media else s.text for s in render(messages, template, **kwargs))
 
 
-def marked(messages, template):
-    """The text with a "~" wherever supervision begins or ends."""
+def with_supervision(messages, template):
+    """The rendered text with a "~" wherever supervision starts or ends."""
     groups = groupby(render(messages, template), key=lambda span: span.train)
     texts = [(train, "".join("<image>" if s.media else s.text for s in group)) for train, group in groups]
     return "".join(f"~{text}~" if train else text for train, text in texts)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_every_template_writes_and_supervises_its_golden_string(name):
-    assert marked(TWO_TURNS, find_template(name)) == EXPECTED[name]
+def test_every_template_renders_and_supervises_its_golden_string(name):
+    assert with_supervision(TWO_TURNS, find_template(name)) == EXPECTED[name]
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_every_template_writes_and_supervises_its_golden_string(name):
         (templates.V0_QUESTION + templates.V0_ANSWER, "ebcff27c10465f99"),
     ],
 )
-def test_the_long_published_texts_are_letter_for_letter(text, start):
+def test_the_long_published_texts_have_their_hashes(text, start):
     assert hashlib.sha256(text.encode()).hexdigest().startswith(start)
 
 
@@ -100,11 +100,11 @@ def test_the_long_published_texts_are_letter_for_letter(text, start):
     ("alias", "name"),
     [("v1", "vicuna_v1"), ("default", "v0"), ("plain", "caption"), ("v0_plain", "caption"), ("hermes_2", "hermes-2")],
 )
-def test_further_names_find_the_same_template(alias, name):
+def test_aliases_find_the_same_template(alias, name):
     assert find_template(alias) is find_template(name)
 
 
-def test_only_compact_templates_write_nothing_after_a_picture_in_front():
+def test_only_compact_templates_have_no_media_gap():
     assert [name for name, template in TEMPLATES.items() if not template.media_gap] == ["caption", "page", "starter_qa"]
 
 
@@ -121,19 +121,19 @@ def test_only_compact_templates_write_nothing_after_a_picture_in_front():
         ("starter_qa", "Why?"),
     ],
 )
-def test_a_prompt_ends_where_the_assistant_answers(name, end):
-    assert written(TWO_TURNS[:3], find_template(name), prompt=True).endswith(end)
+def test_a_prompt_ends_before_the_answer(name, end):
+    assert as_text(TWO_TURNS[:3], find_template(name), prompt=True).endswith(end)
 
 
 def test_a_page_supervises_all_text_and_the_end():
-    spans = render((Message.of("user", PICTURE, "one ", PICTURE, "two"),), find_template("page"))
+    spans = render((Message.of("user", IMAGE, "one ", IMAGE, "two"),), find_template("page"))
     assert "".join(s.text for s in spans if s.train) == "one two{eos}"
 
 
 def test_a_system_message_replaces_the_default_one():
     messages = (Message.of("system", "Be brief."), *TWO_TURNS)
-    assert written(messages, find_template("vicuna_v1")).startswith("Be brief. USER: ")
-    assert written(messages, find_template("chatml")).startswith("<|im_start|>system\nBe brief.<|im_end|>\n")
+    assert as_text(messages, find_template("vicuna_v1")).startswith("Be brief. USER: ")
+    assert as_text(messages, find_template("chatml")).startswith("<|im_start|>system\nBe brief.<|im_end|>\n")
 
 
 @pytest.mark.parametrize(
@@ -144,37 +144,39 @@ def test_a_system_message_replaces_the_default_one():
         ("llama_3", f"<|begin_of_text|>{AS_SYSTEM}Be brief.<|end_of_text|>{AS_USER}<image>"),
     ],
 )
-def test_a_system_message_stands_where_the_template_puts_it(name, start):
+def test_the_template_places_the_system_message(name, start):
     messages = (Message.of("system", "Be brief."), *TWO_TURNS)
-    assert written(messages, find_template(name)).startswith(start)
+    assert as_text(messages, find_template(name)).startswith(start)
 
 
-def test_an_empty_system_message_takes_the_folded_block_away():
+def test_an_empty_system_message_removes_the_block_in_the_user_turn():
     messages = (Message.of("system", ""), *TWO_TURNS)
-    assert written(messages, find_template("llama_2")).startswith("[INST] <image>\nWhat? [/INST] A cat.")
-    assert written(messages, find_template("vicuna_v1")) == written(TWO_TURNS, find_template("vicuna_v1_nosys"))
+    assert as_text(messages, find_template("llama_2")).startswith("[INST] <image>\nWhat? [/INST] A cat.")
+    assert as_text(messages, find_template("vicuna_v1")) == as_text(TWO_TURNS, find_template("vicuna_v1_nosys"))
 
 
-def test_what_a_user_writes_is_content_even_when_it_looks_like_a_marker():
+def test_user_text_is_content_also_where_it_spells_a_marker():
     spans = render((Message.of("user", "</s>USER: <image>{eos}"),), find_template("vicuna_v1"), prompt=True)
     assert [s.text for s in spans if s.kind == "content"] == ["</s>USER: <image>{eos}"]
 
 
 @pytest.mark.parametrize(
-    ("messages", "message"),
+    ("messages", "field", "value", "expected"),
     [
-        ((), "the conversation is empty"),
-        ((Message.of("assistant", "hi"),), "message 1: expected a turn of the user, got 'assistant'"),
-        ((Message.of("user", "a"), Message.of("user", "b")), "message 2: expected a turn of the assistant, got 'user'"),
-        ((Message.of("user", "a"), Message.of("assistant", " ")), "message 2: the assistant's answer is empty"),
-        ((Message.of("system", "s"), Message.of("user", "a"), Message.of("user", "b")), "message 3: expected a turn"),
-        ((Message.of("system", PICTURE), Message.of("user", "a")), "message 1: a system message holds text only"),
-        ((Message.of("user", "a"),), "the last message must be the assistant's"),
+        ((), "messages", MISSING, None),
+        ((Message.of("assistant", "hi"),), "messages[0]", "assistant", "user"),
+        ((Message.of("user", "a"), Message.of("user", "b")), "messages[1]", "user", "assistant"),
+        ((Message.of("user", "a"), Message.of("assistant", " ")), "messages[1]", MISSING, None),
+        ((Message.of("system", "s"), *2 * (Message.of("user", "a"),)), "messages[2]", "user", "assistant"),
+        ((Message.of("system", IMAGE), Message.of("user", "a")), "messages[0]", MISSING, None),
+        ((Message.of("user", "a"),), "messages[0]", "user", "assistant"),
     ],
-)
-def test_a_conversation_that_does_not_fit_is_refused(messages, message):
-    with pytest.raises(TemplateError, match=message):
+)  # fmt: skip
+def test_an_invalid_conversation_is_an_error_with_the_index_of_the_message(messages, field, value, expected):
+    with pytest.raises(TemplateError) as caught:
         render(messages, find_template("vicuna_v1"))
+    error = caught.value
+    assert (error.field, error.value, error.expected) == (field, value, expected)
 
 
 ANY_ORDER = ["vicuna_v1", "vicuna_v1_nosys", "llava_v1", "v1_mmtag", "llava_v0", "v0_mmtag", "v0", "mpt", "hermes-2",
@@ -183,12 +185,12 @@ SYSTEM_ANYWHERE = ["mpt", "hermes-2", "chatml"]
 ALTERNATING = ["llama_2", "llava_llama_2", "mistral", "starter_qa", "caption"]
 
 
-def said(*turns):
+def conversation(*turns):
     names = {"s": "system", "u": "user", "a": "assistant"}
     return tuple(Message.of(names[turn[0]], turn[1:]) for turn in turns)
 
 
-def test_every_template_is_of_one_kind():
+def test_which_templates_mark_turns_and_system_texts():
     assert {name for name, template in TEMPLATES.items() if template.marks_turns} == set(ANY_ORDER)
     assert {name for name, template in TEMPLATES.items() if template.marks_system} == set(SYSTEM_ANYWHERE)
     assert {*ANY_ORDER, *ALTERNATING, "page"} == set(TEMPLATES)
@@ -197,7 +199,9 @@ def test_every_template_is_of_one_kind():
 @pytest.mark.parametrize("name", [*ANY_ORDER, *ALTERNATING])
 def test_a_prompt_may_hold_an_empty_answer(name):
     template = find_template(name)
-    full, empty = (written(said("uhello", f"a{answer}", "uand now?"), template, prompt=True) for answer in ("Yes.", ""))
+    full, empty = (
+        as_text(conversation("uhello", f"a{answer}", "uand now?"), template, prompt=True) for answer in ("Yes.", "")
+    )
     assert full.replace("Yes.", "") == empty
 
 
@@ -207,9 +211,9 @@ def test_a_prompt_may_hold_an_empty_answer(name):
     [("ua", "ub"), ("aHello!", "ua"), ("ua", "ab"), ("ua", "ab", "ac", "ud"), ("ss",), ("ss", "st", "aHello!", "ua")],
     ids=["two questions", "a greeting", "an answer last", "two answers", "system alone", "two systems and a greeting"],
 )
-def test_where_turns_are_marked_a_prompt_may_hold_them_in_any_order(name, turns):
+def test_templates_that_mark_turns_accept_any_order_in_a_prompt(name, turns):
     template = find_template(name)
-    text = written(said(*turns), template, prompt=True)
+    text = as_text(conversation(*turns), template, prompt=True)
     marks = {"u": template.user_before, "a": template.assistant_before}
     place = 0
     for turn in turns:
@@ -218,21 +222,21 @@ def test_where_turns_are_marked_a_prompt_may_hold_them_in_any_order(name, turns)
     assert text.endswith(template.assistant_before)
     if turns != ("ua", "ab"):
         with pytest.raises(TemplateError):
-            render(said(*turns), template)
+            render(conversation(*turns), template)
 
 
 @pytest.mark.parametrize("name", SYSTEM_ANYWHERE)
-def test_where_a_system_text_is_marked_it_may_stand_anywhere(name):
+def test_templates_that_mark_system_texts_accept_them_anywhere(name):
     template = find_template(name)
     block = f"{template.system_before}be brief{template.system_after}"
     for turns in (("ua", "ab", "sbe brief", "uc"), ("ua", "sbe brief")):
-        assert written(said(*turns), template, prompt=True).count(block) == 1
+        assert as_text(conversation(*turns), template, prompt=True).count(block) == 1
 
 
-def test_several_system_messages_at_the_beginning_are_one():
-    one, two = said("sa\nb", "uc"), said("sa", "sb", "uc")
+def test_leading_system_messages_are_joined():
+    one, two = conversation("sa\nb", "uc"), conversation("sa", "sb", "uc")
     for name in ("vicuna_v1", "llama_2", "chatml", "mistral"):
-        assert written(one, find_template(name), prompt=True) == written(two, find_template(name), prompt=True)
+        assert as_text(one, find_template(name), prompt=True) == as_text(two, find_template(name), prompt=True)
 
 
 @pytest.mark.parametrize(
@@ -245,12 +249,13 @@ def test_several_system_messages_at_the_beginning_are_one():
         *((name, ("ss",), 0) for name in ALTERNATING),
     ],
 )
-def test_what_a_template_cannot_express_is_refused_by_the_index_of_the_message(name, turns, index):
+def test_a_prompt_that_the_template_cannot_express_names_the_message(name, turns, index):
     with pytest.raises(TemplateError) as raised:
-        render(said(*turns), find_template(name), prompt=True)
+        render(conversation(*turns), find_template(name), prompt=True)
     assert raised.value.field == f"messages[{index}]"
 
 
-def test_an_unknown_template_suggests_a_near_one():
-    with pytest.raises(UnknownNameError, match="unknown template 'vicuna_v2'; did you mean 'vicuna_v1'"):
+def test_an_unknown_template_has_near_names():
+    with pytest.raises(UnknownNameError) as caught:
         find_template("vicuna_v2")
+    assert (caught.value.name, caught.value.near[0]) == ("vicuna_v2", "vicuna_v1")

@@ -132,7 +132,7 @@ def test_images_over_the_limits_are_refused_before_decoding():
     tall = refused(png_of_size(70_000, 1))
     assert (tall.field, tall.value) == ("side", (70_000, 1))
     small = MediaLimits(image_pixels=767)
-    for source, name in ((encoded(picture()), f"<{len(encoded(picture()))} bytes>"), (picture(), "<picture 32x24>")):
+    for source, name in ((encoded(picture()), f"<{len(encoded(picture()))} bytes>"), (picture(), "<image 32x24>")):
         error = refused(source, limits=small)
         assert (error.file, error.field, error.value) == (name, "image_pixels", (32, 24))
     assert open_image(Image(picture()), limits=MediaLimits(image_pixels=768)).size == (32, 24)

@@ -183,8 +183,10 @@ def test_a_loss_that_is_not_finite_stops_with_the_ids(stand):
 def test_a_sample_that_cannot_be_read_names_data_set_file_and_row(stand, tmp_path):
     (tmp_path / "bad.jsonl").write_text(2 * (json.dumps({"messages": [{"role": "user", "content": "?"}]}) + "\n"))
     recipe = stand_recipe(stand, "bad", f"data.mixture=[{{format: messages, path: {tmp_path / 'bad.jsonl'}}}]")
-    with pytest.raises(DataError, match="data set 'bad', sample 'bad/[01]': the last message must be the assistant's"):
+    with pytest.raises(DataError) as caught:
         build(recipe).train()
+    assert caught.value.record in ("data set 'bad', sample 'bad/0'", "data set 'bad', sample 'bad/1'")
+    assert (caught.value.field, caught.value.expected) == ("messages[0]", "assistant")
 
 
 def test_unfinished_lines_of_the_metrics_are_cut_on_resume(stand):

@@ -7,12 +7,10 @@ message's content is a string or a list of parts with a `type`.
 from __future__ import annotations
 
 import json
-import re
 import string
 
-from vila.chat.template import Template
+from vila.chat.template import Template, split_symbols
 
-_SYMBOLS = re.compile(r"(\{bos\}|\{eos\})")
 _NOTHING = "{{- '' -}}"
 
 _SAID = """\
@@ -151,7 +149,7 @@ def _dialogue(template: Template, strings: dict[str, str]) -> str:
 def _written(text: str) -> str:
     """A Jinja statement that writes a string of a template."""
     names = {"{bos}": "bos_token", "{eos}": "eos_token"}
-    pieces = [names.get(piece) or _literal(piece) for piece in _SYMBOLS.split(text) if piece]
+    pieces = [names.get(piece) or _literal(piece) for piece, _ in split_symbols(text)]
     return "{{- " + " ~ ".join(pieces) + " -}}" if pieces else _NOTHING
 
 

@@ -1,4 +1,4 @@
-"""All exceptions that `vila` raises on purpose. They carry the location and the value as fields; see `VilaError`."""
+"""Exceptions of `vila`. Location, value and hint are fields of the exception; `VilaError` renders the message."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from os import PathLike
 from typing import Any, Final, Self
 
 MAX_SHOWN_VALUE: Final = 120
-"""Characters of a value that a message shows."""
+"""Maximum number of characters of a value in a message."""
 _SHORTEST_PART: Final = 3
 
 
@@ -24,29 +24,29 @@ class _Missing:
 
 
 MISSING: Final = _Missing()
-"""Default of `VilaError.value`: the error has no value (None is a value)."""
+"""Default of `VilaError.value`: no value (None is a value)."""
 
 
 class VilaError(Exception):
-    """Base class of all errors with a message for the user. The command line prints the message without a traceback.
+    """Base class of errors caused by input or environment. The command line prints the message without a traceback.
 
-    problem:  reason, without location and remedy. May be empty when `value` and `expected` say it.
+    problem:  reason, without location and remedy. Empty if `value` and `expected` are enough.
     file:     file, directory or URL with the problem.
-    record:   number of the record in `file` (from 0), or text such as "line 3" or "key 0001".
+    record:   index of the record in `file` (from 0), or text such as "line 3" or "key 0001".
     field:    dotted name of the key, option, tensor or argument.
-    value:    the offending value; `MISSING` if there is none.
+    value:    the rejected value; `MISSING` if there is none.
     expected: the accepted values.
-    hint:     remedy: command, option or near match.
+    hint:     remedy: a command, an option or a near match.
 
-    `str(error)` is `FILE, record RECORD: FIELD: PROBLEM, got VALUE, expected EXPECTED; HINT`, without the absent parts.
+    `str(error)` is `FILE, record RECORD: FIELD: PROBLEM, got VALUE, expected EXPECTED; HINT`, without absent parts.
     """
 
     exit_code = 1
-
+    """Exit code of a command that ends with this error."""
     is_repeated = False
-    """Whether another process of the run, rank 0, prints the same error."""
+    """Whether rank 0 of the run prints the same error."""
     rank: int | None = None
-    """Rank of the process that the error is from, where it is another one."""
+    """Rank that raised the error, if it was another process."""
 
     def __init__(
         self,
@@ -111,21 +111,37 @@ def _shown(value: Any) -> str:
 
 
 class ConfigError(VilaError, ValueError):
-    """A recipe, an override or a command-line value is wrong. All problems are listed at once."""
+    """A recipe, an override or a command-line value is invalid. May hold several problems, see `collect`."""
 
     exit_code = 2
 
+    _collected: tuple[VilaError, ...] = ()
+
+    @property
+    def problems(self) -> tuple[VilaError, ...]:
+        """The single errors of `collect`, or the error itself."""
+        return self._collected or (self,)
+
     @classmethod
-    def collect(cls, where: str, problems: Iterable[str]) -> ConfigError:
-        """One error naming `where` and every problem, a line each."""
-        lines = list(problems)
-        if len(lines) == 1:
-            return cls(f"{where}: {lines[0]}")
-        return cls("\n".join([f"{where}: {len(lines)} problems", *(f"  - {line}" for line in lines)]))
+    def collect(cls, source: str, problems: Iterable[VilaError | str]) -> ConfigError:
+        """Return one error for all `problems`; its message has one line per problem.
+
+        source: the file or group of settings that was checked; becomes `file`.
+        """
+        errors = [one if isinstance(one, VilaError) else cls(one) for one in problems]
+        if len(errors) > 1:
+            error = cls("\n".join([f"{len(errors)} problems", *(f"  - {one}" for one in errors)]), file=source)
+        elif (one := errors[0]).file is None:
+            error = cls(one.problem, field=one.field, value=one.value, expected=one.expected, hint=one.hint)
+            error.file, error.record = source, one.record
+        else:
+            error = cls(str(one), file=source)
+        error._collected = tuple(errors)
+        return error
 
 
 class UnknownNameError(VilaError, LookupError):
-    """A name that no registry holds. `near` has up to three similar names, the hint lists them and the known names."""
+    """A name is not in a registry. `near` has up to three similar names; the hint lists them and all known names."""
 
     exit_code = 2
 
@@ -139,10 +155,9 @@ class UnknownNameError(VilaError, LookupError):
 
 
 def near_names(name: str, known: Iterable[str], count: int = 3) -> list[str]:
-    """Return up to `count` of the `known` names that `name` is probably a misspelling or an abbreviation of.
+    """Return up to `count` of the `known` names that `name` may be a misspelling or an abbreviation of.
 
-    Case and the difference between `-`, `_`, `.` and spaces do not matter. Without a misspelling that is close, names
-    that contain `name` count as near.
+    Case is ignored; `-`, `_`, `.` and spaces are equal. Without a close match, names that contain `name` are returned.
     """
     by_folded: dict[str, list[str]] = {}
     for one in known:
@@ -159,33 +174,33 @@ def _folded(name: str) -> str:
 
 
 class MediaError(VilaError, ValueError):
-    """An image, video or URL cannot be read; the message names the file and the reason."""
+    """An image, video or URL cannot be read."""
 
 
 class DataError(VilaError, ValueError):
-    """A record cannot become a sample; the message names file, row or key, and reason."""
+    """A record cannot be converted to a sample."""
 
 
 class TemplateError(VilaError, ValueError):
-    """A conversation does not fit the template it is rendered with."""
+    """A conversation cannot be rendered with its template."""
 
 
 class LayoutError(VilaError, ValueError):
-    """A directory is not a checkpoint that we know, or its weights do not match its config."""
+    """A directory is not a known checkpoint, or its weights do not match its config."""
 
 
 class DownloadError(VilaError, OSError):
-    """A part could not be fetched, or what came is not what was asked for."""
+    """A download failed, or its content is not the expected one."""
 
 
 class CheckpointError(VilaError, ValueError):
-    """A training checkpoint cannot be resumed from."""
+    """Training cannot resume from a checkpoint."""
 
 
 class RunChangedError(CheckpointError):
-    """The recipe, the data or the model is not what a run began with.
+    """The recipe, the data or the model changed since the run was started.
 
-    differences: (field, before, now) of each.
+    differences: (field, value at the start, value now) of each change.
     """
 
     def __init__(self, what: str, differences: Iterable[tuple[str, str, str]], folder: str | PathLike[str]) -> None:
@@ -193,7 +208,7 @@ class RunChangedError(CheckpointError):
         lines = "; ".join(f"{field}: {before} -> {now}" for field, before, now in self.differences)
         field = self.differences[0][0]
         super().__init__(
-            f"{what} changed since this run began ({lines})",
+            f"{what} changed since the run was started ({lines})",
             file=folder,
             hint=f"undo the change, allow it by name (--allow-changes {field}), choose another output.dir, or delete "
             "the directory to start over",
@@ -201,15 +216,15 @@ class RunChangedError(CheckpointError):
 
 
 class ContextOverflowError(VilaError, ValueError):
-    """A prompt and its answer do not fit the model's context."""
+    """A prompt and its answer exceed the context length of the model."""
 
 
 class TrainingError(VilaError, RuntimeError):
-    """Training cannot go on: the loss is not finite, or nothing is left to learn from."""
+    """Training cannot continue: the loss is not finite, or no supervised token is left."""
 
 
 class DirectoryInUseError(VilaError):
-    """Another process writes the directory that a command is about to write."""
+    """Another process is writing the directory that a command is about to write."""
 
     def __init__(
         self, folder: str | PathLike[str], host: str | None = None, pid: int | None = None, since: str | None = None
@@ -224,19 +239,19 @@ class DirectoryInUseError(VilaError):
 
 
 class Interrupted(VilaError):
-    """The user stopped long work; what was finished is kept and the same command goes on from there."""
+    """The user interrupted the command. Finished work is saved; the same command resumes it."""
 
     exit_code = 130
 
 
 class Preempted(Interrupted):
-    """A batch system or `kill` stopped long work; it is saved, so this is no failure."""
+    """A batch system or `kill` (SIGTERM) stopped the command after its work was saved; not a failure."""
 
     exit_code = 0
 
 
 class QueueFullError(VilaError):
-    """More requests wait than the batcher holds; `retry_after` is when to ask again, in seconds."""
+    """The request queue is full. retry_after: seconds after which the client should try again."""
 
     def __init__(self, message: str, retry_after: float = 1.0) -> None:
         super().__init__(message)
@@ -244,20 +259,20 @@ class QueueFullError(VilaError):
 
 
 class ClosedError(VilaError, RuntimeError):
-    """The batcher takes no more requests, or ended this one because it was closed."""
+    """The request scheduler is closed: new requests are refused, running ones end."""
 
 
 class EngineDeadError(ClosedError):
-    """The thread that runs the model has ended by an error; nothing is answered until the process is restarted."""
+    """The thread that runs the model ended with an error; the process has to be restarted."""
 
 
 class CancelledError(VilaError):
-    """Whoever asked did not want the answer any more."""
+    """The client cancelled the request."""
 
 
 class DeadlineError(VilaError, TimeoutError):
-    """A request was not answered within the time that it was given."""
+    """A request exceeded its deadline."""
 
 
 class NumericsError(VilaError, ArithmeticError):
-    """The model's numbers for a request are not finite."""
+    """The logits of a request are not finite."""

@@ -1,4 +1,4 @@
-"""Optional packages: imported where they are used; an absent one is an error that names the command to install it."""
+"""Import of optional packages; a missing one raises an error with the `pip install` command."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ EXTRAS: Final[Mapping[str, tuple[str, ...]]] = {
     "eval": ("openpyxl",),
     "onnx": ("onnxruntime",),
 }
-"""Modules of each extra of pyproject.toml that a command imports."""
+"""Modules that each extra of pyproject.toml installs for a command."""
 
 
 class MissingExtraError(ConfigError, ImportError):
     """A command, option or format needs packages that cannot be imported.
 
-    packages: names of the modules.
-    extra:    extra of `vila-vlm` that installs them; empty for packages that are in none.
+    packages: module names.
+    extra:    extra of `vila-vlm` that installs them; empty if none does.
     """
 
     def __init__(self, needed_by: str, packages: Iterable[str], *, extra: str = "", reason: str = "") -> None:
@@ -36,35 +36,35 @@ class MissingExtraError(ConfigError, ImportError):
 def require(module: str, needed_by: str, *, extra: str = "", package: str = "") -> Any:
     """Import and return an optional module.
 
-    needed_by: the command, option or recipe field that needs it, for the message.
-    extra:     extra that installs it; empty for a package that pip installs by its own name.
-    package:   that has to be installed; by default the top-level name of the module.
+    needed_by: the command, option or recipe field that needs it; `field` of the error.
+    extra:     extra of `vila-vlm` that installs it; empty if none does.
+    package:   name of the distribution to install; the top-level module name by default.
     Raises MissingExtraError.
     """
     package = package or module.partition(".")[0]
     try:
         return import_module(module)
     except ImportError as error:
-        # An absent package needs no further reason; one that is broken does.
+        # Of a package that is installed but broken, the reason is shown too.
         absent = isinstance(error, ModuleNotFoundError) and error.name == package
         reason = "" if absent else " ".join(str(error).split())
         raise MissingExtraError(needed_by, [package], extra=extra, reason=reason) from error
 
 
 def require_all(modules: Mapping[str, str], needed_by: str, *, extra: str = "") -> None:
-    """Import optional modules, given by package. Raises one MissingExtraError that names every absent package."""
-    faults: list[MissingExtraError] = []
+    """Import optional modules, a mapping from package to module. Raises one MissingExtraError for all missing ones."""
+    errors: list[MissingExtraError] = []
     for package, module in modules.items():
         try:
             require(module, needed_by, extra=extra, package=package)
         except MissingExtraError as error:
-            faults.append(error)
-    if len(faults) == 1:
-        raise faults[0]
-    if faults:
-        raise MissingExtraError(needed_by, [name for fault in faults for name in fault.packages], extra=extra)
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise MissingExtraError(needed_by, [name for error in errors for name in error.packages], extra=extra)
 
 
 def require_extra(extra: str, needed_by: str) -> None:
-    """Import all modules of an extra. Raises MissingExtraError; call it before any work."""
+    """Import all modules of an extra, before any work. Raises MissingExtraError."""
     require_all({name: name for name in EXTRAS[extra]}, needed_by, extra=extra)

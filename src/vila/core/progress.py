@@ -1,4 +1,4 @@
-"""The progress protocol: long work reports its progress, and the listener decides how to show it."""
+"""Progress protocol: long-running work reports `Events`; a listener (the command line, a test) displays them."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ Outcome = Literal["done", "stopped", "failed"]
 
 @runtime_checkable
 class Events(Protocol):
-    """A listener. `task` is the name that `started` gave; `total` is in `unit`, or None when unknown."""
+    """Listener for progress. `task` is the name passed to `started`."""
 
     def started(self, task: str, total: int | None = None, unit: str = "") -> None:
-        """Work on `task` begins."""
+        """`task` begins. total: amount of work in `unit`; None if unknown."""
 
     def advanced(self, task: str, amount: int = 1, **facts: float | str) -> None:
-        """`amount` more units are done; `facts` are figures to show (loss, tokens/s)."""
+        """`amount` more units are done. facts: figures to display, such as loss or tokens/s."""
 
     def log(self, text: str) -> None:
-        """A line for the reader."""
+        """Log one line."""
 
     def finished(self, task: str, outcome: Outcome = "done") -> None:
-        """Work on `task` is over."""
+        """`task` has ended."""
 
 
 @dataclass(frozen=True, slots=True)
 class Silent:
-    """Listens to nothing; the default everywhere below the command line."""
+    """`Events` that ignores everything; the default below the command line."""
 
     def started(self, task: str, total: int | None = None, unit: str = "") -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def advanced(self, task: str, amount: int = 1, **facts: float | str) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def log(self, text: str) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def finished(self, task: str, outcome: Outcome = "done") -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 SILENT = Silent()
@@ -51,7 +51,7 @@ SILENT = Silent()
 
 @contextmanager
 def task(events: Events, name: str, total: int | None = None, unit: str = "") -> Iterator[None]:
-    """`started` on entry and `finished` on exit; "stopped" when the body is interrupted, "failed" when it raises."""
+    """Report `started` on entry and `finished` on exit: "stopped" on an interrupt, "failed" on any other exception."""
     events.started(name, total, unit)
     outcome: Outcome = "failed"
     try:

@@ -1,4 +1,4 @@
-"""Named things that are imported when first asked for."""
+"""Registry of named objects, each imported on first use."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ T = TypeVar("T")
 
 
 class Registry(Generic[T]):
-    """A table from names to `"module:attribute"` strings; the module is imported at the first look-up."""
+    """Mapping from names to `"module:attribute"` strings; a lookup imports the module. `kind` names it in errors."""
 
     def __init__(self, kind: str, entries: Mapping[str, str]) -> None:
         self.kind = kind
         self._entries = dict(entries)
 
     def __getitem__(self, name: str) -> T:
-        """The object registered under `name`. Raises UnknownNameError with near matches."""
+        """Import and return the object registered as `name`. Raises UnknownNameError with near matches."""
         if name not in self._entries:
             raise UnknownNameError(self.kind, name, self._entries)
         module, _, attribute = self._entries[name].partition(":")

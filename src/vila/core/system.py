@@ -1,4 +1,4 @@
-"""The facts about this machine that measured figures are given with; standard library only."""
+"""CPU, memory and package versions of this machine, reported with measured figures; standard library only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def cpu_name() -> str:
-    """Name of the processor, as the system gives it."""
+    """Return the CPU model name that the operating system reports."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
@@ -20,7 +20,7 @@ def cpu_name() -> str:
 
 
 def memory_gib() -> float | None:
-    """Physical memory in GiB, None where the system does not tell."""
+    """Return the physical memory in GiB, or None if the system does not report it."""
     try:
         return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     except (AttributeError, OSError, ValueError):
@@ -28,7 +28,7 @@ def memory_gib() -> float | None:
 
 
 def version(package: str) -> str | None:
-    """Version of an installed distribution, None when it is not installed."""
+    """Return the version of an installed distribution, or None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -36,7 +36,7 @@ def version(package: str) -> str | None:
 
 
 def system_info() -> dict[str, Any]:
-    """Processor, cores, memory, versions and today's date."""
+    """Return CPU, number of usable cores, memory, operating system, versions and the date of today (UTC)."""
     return {
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

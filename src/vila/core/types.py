@@ -1,4 +1,4 @@
-"""The conversation types that training, evaluation and serving share. Media are named here and decoded late."""
+"""Conversation types shared by training, evaluation and serving. They name media; `vila.media` decodes them."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ ROLES: tuple[Role, ...] = ("system", "user", "assistant")
 
 @runtime_checkable
 class MediaRef(Protocol):
-    """Encoded media inside a larger file (a tar, a table, a line of JSON), read when they are needed. Hashable."""
+    """Reference to an encoded image or video inside a larger file (tar, parquet, JSON), read on demand. Hashable."""
 
     @property
     def name(self) -> str:
-        """File and place, for messages to the user."""
+        """File and position, for error messages."""
 
     def read(self) -> bytes:
-        """The encoded bytes. Raises DataError naming file and place when they are not there any more."""
+        """Return the encoded bytes. Raises DataError with file and record if they no longer exist."""
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A run of plain text. Nothing inside it is ever read as a marker or a special token."""
+    """Plain text. Its content is never parsed for image markers or special tokens."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """One picture: a path, an http(s) or data URL, encoded bytes, bytes stored in a larger file, or a PIL image."""
+    """An image: path, http(s) or data URL, encoded bytes, reference into a larger file, or PIL image."""
 
     source: Path | str | bytes | MediaRef | PilImage.Image
 
     @property
     def name(self) -> str:
-        """What to call this picture in a message to the user."""
+        """Short name for error messages and logs."""
         if isinstance(self.source, (str, Path)):
             text = str(self.source)
             return text if len(text) <= 120 else f"{text[:100]}... ({len(text)} characters)"
@@ -50,10 +50,10 @@ class Image:
             return f"<{len(self.source)} bytes>"
         if isinstance(self.source, MediaRef):
             return self.source.name
-        return f"<picture {self.source.width}x{self.source.height}>"
+        return f"<image {self.source.width}x{self.source.height}>"
 
     def key(self) -> str:
-        """A hash that is equal when the content is equal: of the bytes, the pixels, or the file's content."""
+        """Return a hash of the content: of the bytes, the file, the pixels of a PIL image, or the URL."""
         digest = hashlib.sha256()
         if isinstance(self.source, bytes):
             digest.update(self.source)
@@ -65,13 +65,13 @@ class Image:
         else:
             digest.update(f"{self.source.mode}{self.source.size}".encode())
             digest.update(self.source.tobytes())
-            digest.update(self.source.info.get("exif") or b"")  # which may turn it
+            digest.update(self.source.info.get("exif") or b"")  # the orientation changes the pixels
         return digest.hexdigest()[:32]
 
 
 @dataclass(frozen=True, slots=True)
 class Video:
-    """One clip, from which `num_frames` frames are taken evenly; `None` leaves the number to the model."""
+    """A video. num_frames: frames to sample at equal distances; None for the default of the model."""
 
     source: Path | str | bytes | MediaRef
     num_frames: int | None = None
@@ -82,29 +82,29 @@ Part = Text | Image | Video
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """What one speaker says: text and media in reading order."""
+    """One turn of a conversation: text and media in reading order."""
 
     role: Role
     parts: tuple[Part, ...]
 
     @staticmethod
     def of(role: Role, *parts: Part | str) -> Message:
-        """A message from parts, plain strings becoming `Text`."""
+        """Return a message; plain strings become `Text`."""
         return Message(role, tuple(Text(part) if isinstance(part, str) else part for part in parts))
 
     @property
     def text(self) -> str:
-        """The text parts joined, media left out."""
+        """All text parts concatenated; media are skipped."""
         return "".join(part.text for part in self.parts if isinstance(part, Text))
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """An id and a conversation, the one form in which data of every kind travels.
+    """A conversation with an id; the common form of all training and evaluation data.
 
-    `branches` are alternative continuations: each sees `messages` and itself, never another branch. Several
-    questions about one picture share it that way. A branch that opens with the role that `messages` ends with
-    continues that message. `template` overrides the template of the stage or the model.
+    branches: alternative continuations. Each attends to `messages` and to itself, not to other branches, so several
+              questions can share one image. A branch that starts with the role of the last message continues it.
+    template: conversation template of this sample; None for that of the stage or the model.
     """
 
     id: str
@@ -113,7 +113,7 @@ class Sample:
     template: str | None = None
 
     def conversations(self) -> Iterator[tuple[Message, ...]]:
-        """Every whole conversation: `messages` followed by each branch, or `messages` alone."""
+        """Yield every complete conversation: `messages` plus one branch, or `messages` alone if there are none."""
         if not self.branches:
             yield self.messages
         for branch in self.branches:
@@ -121,13 +121,13 @@ class Sample:
 
     @property
     def media(self) -> tuple[Image | Video, ...]:
-        """The media of `messages` and of all branches, in reading order."""
+        """Media of `messages` and of all branches, in reading order."""
         every = [*self.messages, *(message for branch in self.branches for message in branch)]
         return tuple(part for message in every for part in message.parts if isinstance(part, (Image, Video)))
 
 
 def join_messages(head: tuple[Message, ...], tail: tuple[Message, ...]) -> tuple[Message, ...]:
-    """`head` followed by `tail`; where the roles at the seam are equal, the two messages become one."""
+    """Concatenate; if the last role of `head` is the first of `tail`, these two messages are merged."""
     if head and tail and head[-1].role == tail[0].role:
         return (*head[:-1], Message(head[-1].role, head[-1].parts + tail[0].parts), *tail[1:])
     return head + tail

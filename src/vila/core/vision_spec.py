@@ -1,4 +1,4 @@
-"""Everything that pixels and sequence lengths depend on, as plain data."""
+"""Image preprocessing parameters of a model: size, normalisation, crop mode and tokens per image."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from vila.core.reading import Fields
 ImageMode = Literal["pad", "resize", "square"]
 IMAGE_MODES: tuple[ImageMode, ...] = ("pad", "resize", "square")
 MAX_SIDE: Final = 2**14
-"""Largest side of the square image that a tower reads, in pixels."""
+"""Largest `image_size`, in pixels."""
 MAX_VIDEO_FRAMES: Final = 4096
-"""Most frames that a checkpoint may take from a video by default."""
+"""Largest `num_video_frames` of a checkpoint."""
 
 
 @dataclass(frozen=True, slots=True)
 class VisionSpec:
-    """How an image becomes a tensor, and the number of tokens that it then takes.
+    """Parameters of image preprocessing, stored in the config of the model.
 
-    image_size:       side of the square tensor, in pixels.
-    tokens_per_image: image placeholders of one image in the sequence.
-    mean, std:        per-channel statistics on the 0..1 scale, RGB.
-    image_mode:       `pad` to a square with the mean colour, `resize` ignoring the aspect, or `square`: what the
-                      tower's own processor does, which is a centre crop, or with `center_crop` off a resize.
-    num_video_frames: frames taken from a video that does not say otherwise; each is an image.
-    exif_orientation: turn images upright as their EXIF says; see docs/images.md.
+    image_size:       side of the square input of the vision tower, in pixels.
+    tokens_per_image: image placeholders per image in the token sequence.
+    mean, std:        normalisation per RGB channel, for pixel values in 0..1.
+    image_mode:       `pad`: pad to a square with the mean colour; `resize`: resize to a square, ignoring the aspect
+                      ratio; `square`: as the tower's own image processor (centre crop, or resize if not `center_crop`).
+    num_video_frames: default number of frames sampled from a video; each frame is an image.
+    exif_orientation: whether to apply the EXIF orientation; see docs/images.md.
     """
 
     image_size: int
@@ -41,13 +41,13 @@ class VisionSpec:
 
     @staticmethod
     def from_dict(facts: Mapping[str, Any]) -> VisionSpec:
-        """Undo `to_dict`, also after JSON has turned tuples into lists."""
+        """Inverse of `to_dict`; accepts lists in place of tuples, as JSON has them."""
         plain: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in facts.items()}
         return VisionSpec(**plain)
 
     @staticmethod
     def from_fields(facts: Fields) -> VisionSpec:
-        """Read the spec of a config file. Raises the error of `facts` for unknown keys and values out of range."""
+        """Read the spec of a config file. Raises the error class of `facts` for unknown keys and invalid values."""
         known = [field.name for field in fields(VisionSpec)]
         for key in facts:
             if key not in known:
@@ -64,8 +64,10 @@ class VisionSpec:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for config.json. `exif_orientation` is written only where it differs from its default, so that
-        files stay as they were before the field existed."""
+        """Return plain data for config.json.
+
+        `exif_orientation` is written only if false: files from before the field existed stay byte-identical.
+        """
         facts = asdict(self)
         if self.exif_orientation:
             del facts["exif_orientation"]
@@ -73,7 +75,7 @@ class VisionSpec:
 
 
 def channel_statistics(facts: Fields, key: str, default: Any = MISSING) -> tuple[float, float, float]:
-    """Read mean or standard deviation of the three channels; the latter must not be 0."""
+    """Read the mean or standard deviation of the RGB channels; a standard deviation must be positive."""
     least = 1e-6 if key.endswith("std") else 0.0
     red, green, blue = facts.numbers(key, default, length=3, minimum=least, maximum=10.0)
     return red, green, blue
