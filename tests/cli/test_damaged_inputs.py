@@ -54,9 +54,9 @@ COMMANDS = {
         ("compare", "{tmp}/run", "{tmp}/other", "--output", "{tmp}/out"),
         of_run("pope/scores.json"),
     ),
-    "compare marks.jsonl": (
+    "compare question_scores.jsonl": (
         ("compare", "{tmp}/run", "{tmp}/other", "--output", "{tmp}/out"),
-        of_run("pope/marks.jsonl"),
+        of_run("pope/question_scores.jsonl"),
     ),
     "compare predictions": (
         ("compare", "{tmp}/run", "{tmp}/other", "--output", "{tmp}/out"),

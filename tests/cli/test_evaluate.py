@@ -40,7 +40,11 @@ def test_a_model_is_asked_scored_and_reported(vila, model, easy, tmp_path):
     assert code == 0
     row = json.loads(text)
     assert row["benchmark"] == "easy_vqa" and row["count"] == 4
-    assert {p.name for p in (out / "easy_vqa").iterdir()} >= {"predictions.jsonl", "scores.json", "marks.jsonl"}
+    assert {p.name for p in (out / "easy_vqa").iterdir()} >= {
+        "predictions.jsonl",
+        "scores.json",
+        "question_scores.jsonl",
+    }
     assert json.loads((out / "eval.json").read_text())["benchmarks"] == {"easy_vqa": "easy_vqa"}
     assert (out / "report.html").is_file()
     code, text, _ = vila(

@@ -66,7 +66,7 @@ def _arm(death: Death) -> None:
     from vila.eval import runner
     from vila.eval.predictions import Predictions
 
-    add, run = Predictions.add, runner.run
+    add, run = Predictions.add, runner.run_benchmark
     counts = {"groups": 0, "benchmarks": 0}
 
     def dying_add(self: Predictions, rank: int, *rest: Any) -> None:
@@ -87,7 +87,7 @@ def _arm(death: Death) -> None:
         return result
 
     Predictions.add = dying_add  # type: ignore[method-assign]
-    runner.run = dying_run
+    runner.run_benchmark = dying_run
 
 
 def left_behind(out: Path, data: Path, submissions: Path) -> dict[str, Any]:

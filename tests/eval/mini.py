@@ -7,7 +7,7 @@ from scripts.make_eval_data import LAYOUTS, make_eval_data
 from vila.core.errors import MediaError
 from vila.core.files import write_json
 from vila.eval.benchmark import BENCHMARKS, Benchmark, Item
-from vila.eval.runner import run
+from vila.eval.runner import run_benchmark
 
 TEN = tuple(LAYOUTS)
 """The published benchmarks in the order of their table."""
@@ -55,7 +55,7 @@ def mini_run(
     for name in names:
         benchmark = BENCHMARKS[name](data, 0)
         opened[benchmark.name] = benchmark
-        run(Answers(benchmark, answer, fails), benchmark, out / benchmark.name, model="abc")
+        run_benchmark(Answers(benchmark, answer, fails), benchmark, out / benchmark.name, model="abc")
     seen = {"model": "models/tiny", "data": str(data), "rules": "upstream", "template": ""}
     write_json(out / "eval.json", {**seen, "hash": "abc", **facts, "benchmarks": {name: name for name in opened}})
     return opened

@@ -31,9 +31,9 @@ def write(path, rows, lines=True):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows) if lines else json.dumps(rows))
 
 
-def scores(name, folder, answers, rules=("upstream", "lmms-eval")):
+def scores(name, folder, answers, protocol=("upstream", "lmms-eval")):
     benchmark = BENCHMARKS[name](folder, 0)
-    return [benchmark.score(answers, each) for each in rules]
+    return [benchmark.score(answers, each) for each in protocol]
 
 
 @pytest.mark.parametrize("messy", [False, True])
@@ -57,9 +57,9 @@ def test_textvqa(tmp_path, rng, messy):
     process = theirs("textvqa").textvqa_process_results
     docs = [{**row, "answers": list(row["answers"])} for row in rows]
     wanted = [process(doc, [answer.text])["exact_match"] for doc, answer in zip(docs, answers, strict=True)]
-    for scored in scores("textvqa", tmp_path, answers):
-        assert scored.score == pytest.approx(100 * statistics.mean(wanted), abs=1e-9)
-        assert [mark.value for mark in scored.marks] == pytest.approx(wanted)
+    for result in scores("textvqa", tmp_path, answers):
+        assert result.score == pytest.approx(100 * statistics.mean(wanted), abs=1e-9)
+        assert [mark.value for mark in result.question_scores] == pytest.approx(wanted)
     assert 0.1 < statistics.mean(wanted) < 0.9
 
 
@@ -86,9 +86,9 @@ def test_pope(tmp_path, rng, messy):
     upstream, lmms = scores("pope", tmp_path, answers)
     assert lmms.score == pytest.approx(100 * pope.pope_aggregate_f1_score(results))
     for name in ("accuracy", "precision", "recall", "yes_ratio"):
-        assert lmms.figures[name] == pytest.approx(getattr(pope, f"pope_aggregate_{name}")(results))
+        assert lmms.metrics[name] == pytest.approx(getattr(pope, f"pope_aggregate_{name}")(results))
     if not messy:  # theirs is over all questions together; ours is among the figures
-        assert upstream.figures["pooled"]["f1"] == pytest.approx(pope.pope_aggregate_f1_score(results))
+        assert upstream.metrics["pooled"]["f1"] == pytest.approx(pope.pope_aggregate_f1_score(results))
 
 
 @pytest.mark.parametrize("messy", [False, True])
@@ -112,11 +112,11 @@ def test_mme(tmp_path, rng, messy):
             path.write_text("".join(lines))
     write(tmp_path / "MME" / "llava_mme.jsonl", asked)
     results = [mme.mme_process_results(doc, [a.text]) for doc, a in zip(docs, answers, strict=True)]
-    for scored in scores("mme", tmp_path, answers, ("lmms-eval",) if messy else ("upstream", "lmms-eval")):
+    for result in scores("mme", tmp_path, answers, ("lmms-eval",) if messy else ("upstream", "lmms-eval")):
         for part in ("perception", "cognition"):
             rows = [row[f"mme_{part}_score"] for row in results if f"mme_{part}_score" in row]
-            assert scored.figures[part] == pytest.approx(mme.mme_aggregate_results(rows))
-        assert scored.score == scored.figures["perception"]
+            assert result.metrics[part] == pytest.approx(mme.mme_aggregate_results(rows))
+        assert result.score == result.metrics["perception"]
 
 
 @pytest.mark.parametrize("messy", [False, True])
@@ -143,8 +143,8 @@ def test_scienceqa(tmp_path, rng, messy):
     write(tmp_path / "scienceqa" / "llava_test_CQM-A.json", asked, lines=False)
     process = theirs("scienceqa").sqa_process_results
     wanted = 100 * statistics.mean(process(doc, [said])["exact_match"] for doc, said in docs)
-    for scored in scores("scienceqa", tmp_path, answers, ("lmms-eval",) if messy else ("upstream", "lmms-eval")):
-        assert scored.score == pytest.approx(wanted)
+    for result in scores("scienceqa", tmp_path, answers, ("lmms-eval",) if messy else ("upstream", "lmms-eval")):
+        assert result.score == pytest.approx(wanted)
     assert 20 < wanted < 90
 
 
@@ -171,8 +171,8 @@ def test_seed(tmp_path, rng, messy, monkeypatch):
     write(tmp_path / "seed_bench" / "llava-seed-bench.jsonl", asked)
     seed = theirs("seedbench")
     results = [seed.seed_process_result(row, [a.text]) for row, a in zip(questions, answers, strict=True)]
-    for scored in scores("seed", tmp_path, answers, ("lmms-eval",) if messy else ("upstream", "lmms-eval")):
-        assert scored.score == pytest.approx(100 * seed.seed_aggregation_result_all([r["seed_all"] for r in results]))
+    for result in scores("seed", tmp_path, answers, ("lmms-eval",) if messy else ("upstream", "lmms-eval")):
+        assert result.score == pytest.approx(100 * seed.seed_aggregation_result_all([r["seed_all"] for r in results]))
         for medium in ("image", "video"):
             rows = [row[f"seed_{medium}"] for row in results if f"seed_{medium}" in row]
-            assert scored.figures[medium] == pytest.approx(100 * seed.seed_aggregation_result(rows))
+            assert result.metrics[medium] == pytest.approx(100 * seed.seed_aggregation_result(rows))

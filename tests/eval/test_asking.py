@@ -12,8 +12,16 @@ from tests.model.test_exif_orientation import sideways
 from vila.core.types import Image, Message
 from vila.engine.engine import Engine
 from vila.engine.request import SamplingParams
-from vila.eval.benchmark import Item, Scored
-from vila.eval.runner import Asking, Tokens, batches, forget_parts, note_part, note_speed, run
+from vila.eval.benchmark import BenchmarkResult, Item
+from vila.eval.runner import (
+    Asking,
+    TokenCounts,
+    batches,
+    delete_speed_parts,
+    merge_speed_parts,
+    run_benchmark,
+    write_speed_part,
+)
 
 SHORT = SamplingParams(max_new_tokens=6)
 
@@ -69,7 +77,7 @@ def test_tokens_are_those_of_the_engine(engine):
     asking = Asking(engine)
     asking(items, SHORT)
     answers = engine.complete([one.messages for one in items], SHORT)
-    assert asking.tokens == Tokens(sum(a.prompt_tokens for a in answers), sum(len(a.ids) for a in answers))
+    assert asking.tokens == TokenCounts(sum(a.prompt_tokens for a in answers), sum(len(a.ids) for a in answers))
     assert asking.tokens.new > 0
 
 
@@ -91,7 +99,7 @@ class Plain:
 
 
 def test_a_server_counts_its_tokens_and_whoever_does_not_count_has_none():
-    for engine, expected in ((Server(), Tokens(10, 2)), (Plain(), None)):
+    for engine, expected in ((Server(), TokenCounts(10, 2)), (Plain(), None)):
         asking = Asking(engine)
         asking([item(0, wide(), "square")], SHORT)
         assert asking.tokens == expected
@@ -106,12 +114,12 @@ class One:
     def items(self):
         return [item(0, wide())]
 
-    def score(self, answers, rules="upstream"):
-        return Scored(0.0, "%", {}, ())
+    def score(self, answers, protocol="upstream"):
+        return BenchmarkResult(0.0, "%", {}, ())
 
 
 def test_an_answer_that_no_file_can_hold_is_kept_as_far_as_it_can_be(tmp_path):
-    assert run(Server(), One(), tmp_path).predictions == {"q0": "a?"}
+    assert run_benchmark(Server(), One(), tmp_path).predictions == {"q0": "a?"}
     assert json.loads((tmp_path / "predictions.jsonl").read_text())["text"] == "a?"
     assert json.loads((tmp_path / "speed.json").read_text()).items() >= {"prompt_tokens": 10, "tokens": 2}.items()
 
@@ -122,30 +130,30 @@ def test_an_answer_with_other_ends_of_lines_in_it_is_one_line(tmp_path):
             return ["a\x1e\x85\u2028b\r\nc" for _ in conversations]
 
     for _ in range(2):
-        assert run(Odd(), One(), tmp_path).predictions == {"q0": "a\x1e\x85\u2028b\r\nc"}
+        assert run_benchmark(Odd(), One(), tmp_path).predictions == {"q0": "a\x1e\x85\u2028b\r\nc"}
 
 
 def test_speed_is_summed_over_processes_and_sessions_as_long_as_all_count(tmp_path):
-    note_part(tmp_path, 0, 3, Tokens(30, 6))
-    note_part(tmp_path, 1, 2, Tokens(20, 4))
-    assert note_speed(tmp_path, 5.0) == 5
-    note_part(tmp_path, 0, 0, None)
-    assert note_speed(tmp_path, 1.0) == 0  # a session that answered nothing takes no time
-    note_part(tmp_path, 0, 1, Tokens(10, 2))
-    note_speed(tmp_path, 1.0)
+    write_speed_part(tmp_path, 0, 3, TokenCounts(30, 6))
+    write_speed_part(tmp_path, 1, 2, TokenCounts(20, 4))
+    assert merge_speed_parts(tmp_path, 5.0) == 5
+    write_speed_part(tmp_path, 0, 0, None)
+    assert merge_speed_parts(tmp_path, 1.0) == 0  # a session that answered nothing takes no time
+    write_speed_part(tmp_path, 0, 1, TokenCounts(10, 2))
+    merge_speed_parts(tmp_path, 1.0)
     row = json.loads((tmp_path / "speed.json").read_text())
     assert row == {"seconds": 6.0, "answered": 6, "prompt_tokens": 60, "tokens": 12}
-    note_part(tmp_path, 0, 1, None)
-    note_speed(tmp_path, 1.0)
+    write_speed_part(tmp_path, 0, 1, None)
+    merge_speed_parts(tmp_path, 1.0)
     row = json.loads((tmp_path / "speed.json").read_text())
     assert row == {"seconds": 7.0, "answered": 7, "prompt_tokens": None, "tokens": None}
 
 
 def test_what_a_killed_session_counted_is_forgotten(tmp_path):
-    note_part(tmp_path, 1, 2, Tokens(20, 4))
-    forget_parts(tmp_path)
-    note_part(tmp_path, 0, 1, Tokens(10, 2))
-    assert note_speed(tmp_path, 1.0) == 1
+    write_speed_part(tmp_path, 1, 2, TokenCounts(20, 4))
+    delete_speed_parts(tmp_path)
+    write_speed_part(tmp_path, 0, 1, TokenCounts(10, 2))
+    assert merge_speed_parts(tmp_path, 1.0) == 1
 
 
 class Stored:
@@ -156,8 +164,8 @@ class Stored:
     def items(self):
         return [Item("q0", (Message.of("user", Image(sideways()), "what?"),), "", "g")]
 
-    def score(self, answers, rules="upstream"):
-        return Scored(0.0, "%", {}, ())
+    def score(self, answers, protocol="upstream"):
+        return BenchmarkResult(0.0, "%", {}, ())
 
 
 def test_benchmarks_ignore_exif_orientation_as_the_original_does(engine, tmp_path):
@@ -166,7 +174,7 @@ def test_benchmarks_ignore_exif_orientation_as_the_original_does(engine, tmp_pat
         for applied in (True, False)
     }
     assert expected[True] != expected[False]
-    for rules, applied in (("upstream", False), ("lmms-eval", True)):
+    for protocol, applied in (("upstream", False), ("lmms-eval", True)):
         for whose in (engine, engine.with_vision(exif_orientation=not applied)):
-            result = run(whose, Stored(), tmp_path / f"{rules}-{whose is engine}", rules=rules)
+            result = run_benchmark(whose, Stored(), tmp_path / f"{protocol}-{whose is engine}", protocol=protocol)
             assert result.predictions == {"q0": expected[applied]}

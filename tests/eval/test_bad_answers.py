@@ -10,7 +10,7 @@ from vila.cli.score import score_file
 from vila.core.errors import DataError
 from vila.eval.benchmark import BENCHMARKS
 from vila.eval.judge import read_cases
-from vila.eval.predictions import read_answers, row_of
+from vila.eval.predictions import prediction_record, read_answers
 
 SCORED = tuple(name for name in TEN if name not in ("vqav2", "vizwiz"))
 """The two others have answers to their test splits in the miniature data, which only a server scores."""
@@ -39,7 +39,7 @@ def data(tmp_path_factory):
 def opened(data):
     def open_(name):
         benchmark = BENCHMARKS[name](data, 0)
-        return benchmark, [row_of(item, truly(0, item)) for item in benchmark.items()]
+        return benchmark, [prediction_record(item, truly(0, item)) for item in benchmark.items()]
 
     return open_
 
@@ -57,8 +57,8 @@ def called(row):
 def judged(benchmark, path):
     """Score and notes of a file; where a server scores, what would be sent to it and what was checked."""
     if benchmark.name in SCORED:
-        scored = score_file(benchmark, path, "upstream")
-        return scored.score, " ".join(scored.notes)
+        result = score_file(benchmark, path, "upstream")
+        return result.score, " ".join(result.notes)
     sent = benchmark.submission(read_answers(path).rows)
     return sent.rows, " ".join(sent.checks)
 
@@ -118,11 +118,11 @@ def test_odd_answers_win_nothing_and_stop_nothing(opened, name, tmp_path):
     benchmark, rows = opened(name)
     for number, row in enumerate(rows):
         row["text"] = ODD[number % len(ODD)]
-    scored = score_file(benchmark, written(tmp_path / "a.jsonl", rows), "upstream")
+    result = score_file(benchmark, written(tmp_path / "a.jsonl", rows), "upstream")
     # POPE takes everything for yes that has no "no" in it; YES or a letter may be right where they are asked for.
     easy = {"YES", "b"} | (set(ODD) if name == "pope" else set())
-    assert [mark.answer for mark in scored.marks if mark.value and mark.answer not in easy] == []
-    assert len(scored.marks) > 1
+    assert [mark.answer for mark in result.question_scores if mark.value and mark.answer not in easy] == []
+    assert len(result.question_scores) > 1
 
 
 @pytest.mark.parametrize("name", TEN)
@@ -221,5 +221,5 @@ def test_a_merged_file_is_read_alone_beside_chunks_of_other_names(opened, tmp_pa
 def test_a_folder_of_our_own_gives_its_predictions_and_not_its_marks(opened, tmp_path):
     _, rows = opened("gqa")
     written(tmp_path / "predictions.jsonl", rows)
-    written(tmp_path / "marks.jsonl", [{"id": row["id"], "value": 1.0, "answer": "z"} for row in rows])
+    written(tmp_path / "question_scores.jsonl", [{"id": row["id"], "value": 1.0, "answer": "z"} for row in rows])
     assert [row.text for row in read_answers(tmp_path).rows] == [row["text"] for row in rows]

@@ -10,7 +10,7 @@ from vila.core.errors import DataError
 from vila.eval.benchmarks.easy_vqa import EasyVqa
 from vila.eval.judge import read_verdicts
 from vila.eval.predictions import read_answers, read_predictions, read_texts
-from vila.eval.runner import note_speed
+from vila.eval.runner import merge_speed_parts
 
 ROW = b'{"question_id": 1, "text": "yes"}\n'
 FOREIGN = {
@@ -104,7 +104,7 @@ def test_damaged_times_are_named(tmp_path, part, before, file, field):
     if before is not None:
         (tmp_path / "speed.json").write_text(json.dumps(before))
     with pytest.raises(DataError) as caught:
-        note_speed(tmp_path, 1.0)
+        merge_speed_parts(tmp_path, 1.0)
     assert (caught.value.file, caught.value.field) == (str(tmp_path / file), field)
 
 

@@ -9,7 +9,7 @@ from vila.core.errors import DataError, UnknownNameError
 from vila.engine.engine import Engine
 from vila.eval.benchmark import BENCHMARKS, Answer
 from vila.eval.benchmarks.easy_vqa import EasyVqa, kind_of
-from vila.eval.runner import batches, run
+from vila.eval.runner import batches, run_benchmark
 
 QUESTIONS = [
     ["what shape is in the image?", "circle", 0],
@@ -53,10 +53,10 @@ def answers(predictions):
 
 def test_scores_worked_out_by_hand(folder):
     benchmark = EasyVqa(folder)
-    scored = benchmark.score(answers({i.id: ALWAYS[i.messages[-1].text] for i in benchmark.items()}))
-    scores = scored.figures
-    assert scored.score == pytest.approx(100 * 4 / 6)
-    assert [mark.value for mark in scored.marks].count(1.0) == 4
+    result = benchmark.score(answers({i.id: ALWAYS[i.messages[-1].text] for i in benchmark.items()}))
+    scores = result.metrics
+    assert result.score == pytest.approx(100 * 4 / 6)
+    assert [mark.value for mark in result.question_scores].count(1.0) == 4
     assert scores["accuracy"] == pytest.approx(4 / 6)  # both circles, yes, yes
     assert scores["majority"] == pytest.approx(2 / 6)  # circle or yes: two of six
     assert scores["blind"] == pytest.approx(5 / 6)  # "is there a red shape?" has one of each
@@ -114,51 +114,51 @@ def test_an_interrupted_run_asks_only_what_is_left(folder, tmp_path, monkeypatch
     monkeypatch.setattr("vila.eval.runner._BATCH_GROUPS", 1)
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        run(Oracle(ALWAYS, break_after=2), EasyVqa(folder), out)
+        run_benchmark(Oracle(ALWAYS, break_after=2), EasyVqa(folder), out)
     rest = Oracle(ALWAYS)
-    result = run(rest, EasyVqa(folder), out)
+    result = run_benchmark(rest, EasyVqa(folder), out)
     assert rest.asked == ["what shape is in the image?"]
     assert result.scores["accuracy"] == pytest.approx(4 / 6)
     again = Oracle(ALWAYS)
-    assert run(again, EasyVqa(folder), out).predictions == result.predictions
+    assert run_benchmark(again, EasyVqa(folder), out).predictions == result.predictions
     assert again.asked == []
 
 
 def test_a_half_written_last_line_is_asked_again(folder, tmp_path):
     out = tmp_path / "out"
-    run(Oracle(ALWAYS), EasyVqa(folder), out)
+    run_benchmark(Oracle(ALWAYS), EasyVqa(folder), out)
     path = out / "predictions.jsonl"
     path.write_text(path.read_text()[:-5])
     oracle = Oracle(ALWAYS)
-    assert len(run(oracle, EasyVqa(folder), out).predictions) == len(QUESTIONS)
+    assert len(run_benchmark(oracle, EasyVqa(folder), out).predictions) == len(QUESTIONS)
     assert len(path.read_text().splitlines()) == len(QUESTIONS)
 
 
 def test_predictions_of_another_model_are_refused(folder, tmp_path):
-    run(Oracle(ALWAYS), EasyVqa(folder), tmp_path / "out", model="one")
+    run_benchmark(Oracle(ALWAYS), EasyVqa(folder), tmp_path / "out", model="one")
     with pytest.raises(DataError, match="holds the predictions of another run .model: 'one' -> 'two'.; choose another"):
-        run(Oracle(ALWAYS), EasyVqa(folder), tmp_path / "out", model="two")
+        run_benchmark(Oracle(ALWAYS), EasyVqa(folder), tmp_path / "out", model="two")
 
 
 def test_a_broken_prediction_line_is_named(folder, tmp_path):
-    run(Oracle(ALWAYS), EasyVqa(folder), tmp_path / "out")
+    run_benchmark(Oracle(ALWAYS), EasyVqa(folder), tmp_path / "out")
     path = tmp_path / "out" / "predictions.jsonl"
     whole = path.read_text()
     for line in ("{}", "[]", '{"id": 3, "text": "a"}', '{"id": "a", "text": null}', "[" * 5000, "1" * 5000, "\0"):
         path.write_text(f"{line}\n{whole}")
         with pytest.raises(DataError) as caught:
-            run(Oracle(ALWAYS), EasyVqa(folder), tmp_path / "out")
+            run_benchmark(Oracle(ALWAYS), EasyVqa(folder), tmp_path / "out")
         assert (caught.value.file, caught.value.record) == (str(path), "line 1")
     path.write_bytes(b'{"id": "a", "text": "\xff"}\n' + whole.encode())
     with pytest.raises(DataError) as caught:
-        run(Oracle(ALWAYS), EasyVqa(folder), tmp_path / "out")
+        run_benchmark(Oracle(ALWAYS), EasyVqa(folder), tmp_path / "out")
     assert caught.value.record == "line 1"
 
 
 def test_a_real_engine_answers_every_question_twice_alike(folder, tmp_path):
     engine = Engine(*tiny.vila())
-    first = run(engine, EasyVqa(folder), tmp_path / "a").predictions
-    assert run(engine, EasyVqa(folder), tmp_path / "b").predictions == first
+    first = run_benchmark(engine, EasyVqa(folder), tmp_path / "a").predictions
+    assert run_benchmark(engine, EasyVqa(folder), tmp_path / "b").predictions == first
     assert set(first) == {i.id for i in EasyVqa(folder).items()}
 
 

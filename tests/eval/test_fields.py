@@ -6,9 +6,9 @@ import pytest
 
 from tests.eval.mini import mini_data, truly
 from vila.core.errors import DataError
-from vila.eval.annotations import odd_field
+from vila.eval.annotations import field_problem
 from vila.eval.benchmark import BENCHMARKS
-from vila.eval.predictions import answers_of
+from vila.eval.predictions import predicted_answers
 
 VQA = "vqav2/v2_mscoco_val2014_annotations.json"
 VIZ = "vizwiz/val.json"
@@ -70,7 +70,7 @@ def test_a_value_of_another_kind_is_named(whole, name, file, place, value, messa
     path = whole / file
     before = path.read_text()
     content = inner = json.loads(before)
-    answers = answers_of(items := BENCHMARKS[name](whole, 0).items(), {i.id: truly(0, i) for i in items})
+    answers = predicted_answers(items := BENCHMARKS[name](whole, 0).items(), {i.id: truly(0, i) for i in items})
     for step in place[:-1]:
         inner = inner[step]
     inner[place[-1]] = value
@@ -86,5 +86,5 @@ def test_a_value_of_another_kind_is_named(whole, name, file, place, value, messa
 
 
 def test_a_claim_is_no_number_and_what_is_not_there_is_not_odd():
-    assert odd_field({"count": True}, count=int) == "count is 'True'; expected a whole number"
-    assert odd_field({"row": "x"}, row=str, other=int) == ""
+    assert field_problem({"count": True}, count=int) == "count is 'True'; expected a whole number"
+    assert field_problem({"row": "x"}, row=str, other=int) == ""

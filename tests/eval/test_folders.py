@@ -3,7 +3,7 @@
 import pytest
 
 from vila.core.errors import DataError
-from vila.eval.annotations import find, image_folder, look
+from vila.eval.annotations import find_file, find_optional, image_folder
 
 
 @pytest.fixture
@@ -16,18 +16,18 @@ def home(tmp_path):
 
 def test_a_file_is_found_from_both_folders_and_in_every_place(home):
     for folder in (home.parent, home, home / "data"):
-        assert find(folder, "gqa", "q.json", "data/q.json") == home / "data" / "q.json"
+        assert find_file(folder, "gqa", "q.json", "data/q.json") == home / "data" / "q.json"
 
 
 def test_earlier_places_come_first(home):
     (home / "q.json").write_text("{}")
-    assert look(home.parent, "gqa", "q.json", "data/q.json") == home / "q.json"
+    assert find_optional(home.parent, "gqa", "q.json", "data/q.json") == home / "q.json"
 
 
 def test_what_is_missing_is_told_with_every_place_and_its_source(home):
-    assert look(home, "gqa", "p.json") is None
+    assert find_optional(home, "gqa", "p.json") is None
     with pytest.raises(DataError) as raised:
-        find(home.parent, "gqa", "p.json", "data/p.json", obtain="https://example.org")
+        find_file(home.parent, "gqa", "p.json", "data/p.json", obtain="https://example.org")
     places = [home / "p.json", home.parent / "p.json", home / "data" / "p.json", home.parent / "data" / "p.json"]
     assert str(raised.value) == (
         f"gqa: p.json is missing; looked for {', '.join(map(str, places))}; it comes from https://example.org"

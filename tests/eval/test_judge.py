@@ -10,23 +10,23 @@ import pytest
 from tests.eval.chat_server import chat_server, completion
 from vila.core.errors import ConfigError, DataError, UnknownNameError
 from vila.eval.judge import (
-    Case,
-    Judge,
+    JudgeCase,
+    OpenAIJudge,
     ReplyFile,
     RequestFile,
     estimate_cost,
-    prompts,
+    judge_prompts,
+    parse_reply,
     read_cases,
-    read_reply,
     read_verdicts,
     request_body,
-    says_yes,
-    score_of,
-    tally,
+    summarize_verdicts,
+    verdict_is_yes,
+    verdict_score,
 )
-from vila.eval.openai_client import Endpoint, Patience, ServerError, chat_url
+from vila.eval.openai_client import OpenAIClient, RetryPolicy, ServerError, chat_completions_url
 
-QUICK = Patience(attempts=3, backoff_s=0.01, longest_wait_s=1)
+QUICK = RetryPolicy(attempts=3, backoff_s=0.01, longest_wait_s=1)
 
 # The messages of Video-ChatGPT's evaluation, filled in by hand.
 VIDEO_QA = {
@@ -52,7 +52,7 @@ VIDEO_QA = {
         },
     ],
 }
-RIDE = Case("7", {"question": "what is a man doing?", "answer": "ride", "pred": "The man rides a horse."})
+RIDE = JudgeCase("7", {"question": "what is a man doing?", "answer": "ride", "pred": "The man rides a horse."})
 CONSISTENCY_USER = (
     "Please evaluate the following video-based question-answer pair:\n\nQuestion 1: who runs?\nQuestion 2: who is "
     "running?\nCorrect Answer: a dog\nPredicted Answer to Question 1: a cat\nPredicted Answer to Question 2: a dog\n\n"
@@ -65,12 +65,12 @@ CONSISTENCY_USER = (
 
 
 def case(number, pred="x", question="q?"):
-    return Case(str(number), {"question": question, "answer": "a", "pred": pred})
+    return JudgeCase(str(number), {"question": question, "answer": "a", "pred": pred})
 
 
 def judge(served, tmp_path, **options):
     options = {"rounds": 2, **options}
-    return Judge(Endpoint(served.url, key="", patience=QUICK, concurrency=4), tmp_path / "cache", **options)
+    return OpenAIJudge(OpenAIClient(served.url, key="", patience=QUICK, concurrency=4), tmp_path / "cache", **options)
 
 
 def test_the_request_is_the_published_one():
@@ -80,10 +80,10 @@ def test_the_request_is_the_published_one():
 
 def test_the_request_about_two_questions_is_the_published_one():
     fields = {"question1": "who runs?", "question2": "who is running?", "answer": "a dog", "pred1": "a cat"}
-    body = request_body("consistency", Case("1", {**fields, "pred2": "a dog"}), "m")
+    body = request_body("consistency", JudgeCase("1", {**fields, "pred2": "a dog"}), "m")
     assert body["messages"][1]["content"] == CONSISTENCY_USER
     with pytest.raises(DataError, match="case 1: no 'pred2', which the judge of consistency is shown"):
-        request_body("consistency", Case("1", fields))
+        request_body("consistency", JudgeCase("1", fields))
 
 
 # Of the filled messages, worked out from the published text by replacing each line as a whole.
@@ -99,12 +99,12 @@ HASHES = {
 @pytest.mark.parametrize("kind", HASHES)
 def test_what_people_wrote_fills_holes_and_makes_none(kind):
     fields = {"question": "What is he doing?", "answer": "cooking {pred}", "pred": "he cooks {question}"}
-    messages = [[m["role"], m["content"]] for m in request_body(kind, Case("1", fields))["messages"]]
+    messages = [[m["role"], m["content"]] for m in request_body(kind, JudgeCase("1", fields))["messages"]]
     assert hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:16] == HASHES[kind]
 
 
 def test_the_kinds_are_video_qa_and_the_five_dimensions():
-    assert set(prompts()) == {*HASHES, "consistency"}
+    assert set(judge_prompts()) == {*HASHES, "consistency"}
     with pytest.raises(UnknownNameError, match="unknown kind of judge 'temporl'; did you mean 'temporal'"):
         request_body("temporl", RIDE)
 
@@ -150,14 +150,14 @@ REPLIES = [
 
 @pytest.mark.parametrize(("reply", "readable", "score", "yes", "rule"), REPLIES, ids=[r[-1] for r in REPLIES])
 def test_replies_are_read_as_the_original_reads_them(reply, readable, score, yes, rule):
-    verdict = read_reply("1", reply)
+    verdict = parse_reply("1", reply)
     assert verdict.readable == readable
-    assert (score_of(verdict.value), says_yes(verdict.value)) == (score, yes)
+    assert (verdict_score(verdict.value), verdict_is_yes(verdict.value)) == (score, yes)
 
 
 def test_denominators():
     # Worked out from the table: 34 replies, 10 of them not readable.
-    found = tally(read_reply(str(number), row[0]) for number, row in enumerate(REPLIES))
+    found = summarize_verdicts(parse_reply(str(number), row[0]) for number, row in enumerate(REPLIES))
     assert found.count == 24
     # yes: 5, 4.8, '4', YES, eyes, not yes, True, 11, JSON, white space; no: 0, -0.9, "not at all".
     assert (found.yes, found.no) == (10, 3)
@@ -166,17 +166,17 @@ def test_denominators():
     assert found.average_score == pytest.approx(52 / 24)
     assert len(found.no_score) == 7
     assert len(found.undecided) == 4
-    nothing = tally([read_reply("1", "?")])
+    nothing = summarize_verdicts([parse_reply("1", "?")])
     assert (nothing.accuracy, nothing.average_score, nothing.count) == (0, 0, 0)
 
 
 def test_equal_ids_are_counted_each():
-    assert tally([read_reply("1", "{'pred': 'yes', 'score': 5}")] * 3).yes == 3
+    assert summarize_verdicts([parse_reply("1", "{'pred': 'yes', 'score': 5}")] * 3).yes == 3
 
 
 def test_a_server_gets_the_published_body_the_key_and_nothing_else(tmp_path):
     with chat_server(lambda body, number: "{'pred': 'yes', 'score': 5}") as served:
-        asked = Judge(Endpoint(served.url, key="sk-secret", patience=QUICK), tmp_path / "cache")
+        asked = OpenAIJudge(OpenAIClient(served.url, key="sk-secret", patience=QUICK), tmp_path / "cache")
         (verdict,) = asked.verdicts("video_qa", [RIDE])
     assert served.bodies == [VIDEO_QA]
     assert served.paths == ["/v1/chat/completions"]
@@ -237,7 +237,7 @@ def test_a_busy_server_is_asked_again_when_it_says(tmp_path):
 def test_a_pause_that_was_asked_for_is_waited_out():
     waits = []
     with chat_server(lambda body, number: (429, {"Retry-After": "1"}, {}) if number == 0 else "yes") as served:
-        endpoint = Endpoint(served.url, key="", patience=QUICK)
+        endpoint = OpenAIClient(served.url, key="", patience=QUICK)
 
         def skip(seconds):
             waits.append(seconds)
@@ -267,7 +267,7 @@ def test_a_pause_that_was_asked_for_is_waited_out():
 def test_failures_come_in_the_servers_words(given, message, asked):
     with chat_server(lambda body, number: given) as served:
         with pytest.raises(ServerError, match=message):
-            Endpoint(served.url, key="sk-1", patience=QUICK).complete({"model": "m"})
+            OpenAIClient(served.url, key="sk-1", patience=QUICK).complete({"model": "m"})
         assert len(served.bodies) == asked
 
 
@@ -286,14 +286,14 @@ def test_a_server_that_answers_nothing_ends_the_rounds(tmp_path):
 
 
 def test_no_server_is_named():
-    endpoint = Endpoint("http://127.0.0.1:9/v1", key="", patience=Patience(attempts=1))
+    endpoint = OpenAIClient("http://127.0.0.1:9/v1", key="", patience=RetryPolicy(attempts=1))
     with pytest.raises(ServerError, match="http://127.0.0.1:9/v1/chat/completions: the connection failed"):
         endpoint.complete({})
 
 
 def test_requests_that_nobody_waits_for_are_not_sent():
     with chat_server(lambda body, number: "x") as served:
-        endpoint = Endpoint(served.url, key="", concurrency=1)
+        endpoint = OpenAIClient(served.url, key="", concurrency=1)
         replies = endpoint.each([lambda: endpoint.complete({})] * 50)
         assert next(replies)[1].text == "x"
         replies.close()
@@ -313,19 +313,19 @@ def test_requests_that_nobody_waits_for_are_not_sent():
     ],
 )
 def test_addresses(url, address):
-    assert chat_url(url) == address
+    assert chat_completions_url(url) == address
 
 
 @pytest.mark.parametrize("url", ["localhost:8000", "ftp://host/v1", "http://", "http://me:pw@host/v1", ""])
 def test_what_is_no_address_is_refused(url):
     with pytest.raises(ConfigError, match="not the address of a server; write http://localhost:8000/v1"):
-        chat_url(url)
+        chat_completions_url(url)
 
 
 def test_openai_without_a_key_is_refused_before_anything_is_asked(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     with pytest.raises(ConfigError, match="put it into the environment variable OPENAI_API_KEY"):
-        Endpoint()
+        OpenAIClient()
 
 
 class Listener:
@@ -410,7 +410,7 @@ def test_what_the_originals_judge_leaves_behind_is_read(tmp_path):
     (tmp_path / "v_1_3.json").write_text(json.dumps(kept))
     assert [(v.id, v.value) for v in read_verdicts(tmp_path)] == [("v_1_3", kept[0])]
     (tmp_path / "all.json").write_text(json.dumps({"v_1_3": kept, "v_2": kept}))
-    assert tally(read_verdicts(tmp_path / "all.json")).average_score == 4
+    assert summarize_verdicts(read_verdicts(tmp_path / "all.json")).average_score == 4
     (tmp_path / "all.json").write_text(json.dumps({"v_1_3": kept, "v_2": {}}))
     with pytest.raises(DataError, match="verdict v_2: expected .reply, question and answers., got '{}'"):
         read_verdicts(tmp_path / "all.json")

@@ -3,13 +3,13 @@
 import pytest
 
 from vila.eval.metrics.multiple_choice import (
-    read_by_rules,
-    read_exactly,
-    read_first,
-    read_llava_scienceqa,
-    read_lmms_scienceqa,
-    read_static,
-    read_vila_scienceqa,
+    parse_exact_letter,
+    parse_first_letter,
+    parse_mmbench_rules,
+    parse_mmbench_static,
+    parse_scienceqa_llava,
+    parse_scienceqa_lmms,
+    parse_scienceqa_vila,
 )
 
 # Answer, then the letter that VILA, LLaVA and lmms-eval read for ScienceQA.
@@ -42,9 +42,9 @@ SCIENCEQA = [
 
 @pytest.mark.parametrize(("text", "vila", "llava", "lmms", "rule"), SCIENCEQA, ids=[row[-1] for row in SCIENCEQA])
 def test_scienceqa_is_read_in_three_ways(text, vila, llava, lmms, rule):
-    assert read_vila_scienceqa(text).letter == vila
-    assert read_llava_scienceqa(text).letter == llava
-    assert read_lmms_scienceqa(text).letter == lmms
+    assert parse_scienceqa_vila(text).letter == vila
+    assert parse_scienceqa_llava(text).letter == llava
+    assert parse_scienceqa_lmms(text).letter == lmms
 
 
 COLOURS = {"A": "red", "B": "green", "C": "blue", "D": "dark green"}
@@ -84,23 +84,23 @@ STATIC = [
 ]
 
 
-@pytest.mark.parametrize(("text", "rules", "static", "why"), STATIC, ids=[row[-1] for row in STATIC])
-def test_mmbench_is_read_by_rules_then_by_places(text, rules, static, why):
-    assert read_by_rules(text, COLOURS).letter == rules
-    assert read_static(text, COLOURS).letter == static
+@pytest.mark.parametrize(("text", "protocol", "static", "why"), STATIC, ids=[row[-1] for row in STATIC])
+def test_mmbench_is_read_by_rules_then_by_places(text, protocol, static, why):
+    assert parse_mmbench_rules(text, COLOURS).letter == protocol
+    assert parse_mmbench_static(text, COLOURS).letter == static
 
 
 def test_an_option_that_is_not_there_is_not_searched_for():
-    assert read_static("'C'", {"A": "red", "B": "green"}).letter == ""
-    assert read_static("C", {"A": "red", "B": "green"}).letter == "C"  # MMBench's own rules know five letters
+    assert parse_mmbench_static("'C'", {"A": "red", "B": "green"}).letter == ""
+    assert parse_mmbench_static("C", {"A": "red", "B": "green"}).letter == "C"  # MMBench's own rules know five letters
 
 
 def test_seed_is_read_whole_or_by_its_first_character():
-    assert [read_exactly(text).letter for text in ("A", "a", "A. x")] == ["A", "a", "A. x"]
-    assert [read_first(text).letter for text in ("A", " b", "c. x", "", "\n")] == ["A", "B", "C", "", ""]
+    assert [parse_exact_letter(text).letter for text in ("A", "a", "A. x")] == ["A", "a", "A. x"]
+    assert [parse_first_letter(text).letter for text in ("A", " b", "c. x", "", "\n")] == ["A", "B", "C", "", ""]
 
 
 def test_a_reading_says_which_rule_found_it():
-    assert read_vila_scienceqa("B.").rule == "letter and full stop"
-    assert read_static("Bat", COLOURS).rule == "likeliest place of a letter"
-    assert read_static("maybe", COLOURS) == ("", "names no option")
+    assert parse_scienceqa_vila("B.").rule == "letter and full stop"
+    assert parse_mmbench_static("Bat", COLOURS).rule == "likeliest place of a letter"
+    assert parse_mmbench_static("maybe", COLOURS) == ("", "names no option")

@@ -14,7 +14,7 @@ from vila.core.types import Image, Message, Text, Video
 from vila.engine.engine import Engine
 from vila.engine.request import SamplingParams
 from vila.eval import lmms
-from vila.eval.lmms import Adapter, medium_of, parts_of, sampling_of
+from vila.eval.lmms import LmmsAdapter, media_from_visual, message_parts, sampling_from_kwargs
 from vila.media.image import open_image
 from vila.model.loading import save_model
 
@@ -35,7 +35,7 @@ class Hook:
 
 
 def loaded(folder, **arguments):
-    adapter = Adapter(str(folder), dtype="float32", **arguments)
+    adapter = LmmsAdapter(str(folder), dtype="float32", **arguments)
     adapter.cache_hook = Hook()
     adapter.task_dict = {"shapes": {"test": [{"image": open_image(tiny.picture(n))} for n in range(5)]}}
     return adapter
@@ -66,24 +66,24 @@ def test_answers_are_the_engines_in_the_order_of_the_requests(folder):
 
 def test_the_image_is_a_line_before_the_text():
     pictures = [Image("a.png"), Image("b.png")]
-    assert parts_of("q", pictures[:1], "\n") == (pictures[0], Text("\nq"))
-    assert parts_of("q", pictures, "\n") == (pictures[0], Text("\n"), pictures[1], Text("\nq"))
-    assert parts_of("q", pictures[:1], "") == (pictures[0], Text("q"))
-    assert parts_of("q", [], "\n") == (Text("q"),)
-    assert parts_of("q", [Video("a.mp4")], "\n") == (Video("a.mp4"), Text("q"))
+    assert message_parts("q", pictures[:1], "\n") == (pictures[0], Text("\nq"))
+    assert message_parts("q", pictures, "\n") == (pictures[0], Text("\n"), pictures[1], Text("\nq"))
+    assert message_parts("q", pictures[:1], "") == (pictures[0], Text("q"))
+    assert message_parts("q", [], "\n") == (Text("q"),)
+    assert message_parts("q", [Video("a.mp4")], "\n") == (Video("a.mp4"), Text("q"))
 
 
 def test_markers_in_the_text_place_the_images():
     pictures = [Image("a.png"), Image("b.png")]
-    assert parts_of("1: <image> 2: <image>?", pictures, "\n") == (
+    assert message_parts("1: <image> 2: <image>?", pictures, "\n") == (
         Text("1: "),
         pictures[0],
         Text(" 2: "),
         pictures[1],
         Text("?"),
     )
-    assert parts_of("<image>\nq", pictures[:1], "\n") == (pictures[0], Text("\nq"))
-    assert parts_of("<image>", pictures, "\n")[-1] == Text("\n<image>")  # too few markers: text like any other
+    assert message_parts("<image>\nq", pictures[:1], "\n") == (pictures[0], Text("\nq"))
+    assert message_parts("<image>", pictures, "\n")[-1] == Text("\n<image>")  # too few markers: text like any other
 
 
 @pytest.mark.parametrize(
@@ -99,28 +99,28 @@ def test_markers_in_the_text_place_the_images():
     ],
 )
 def test_settings_of_tasks(given, wanted, rule):
-    assert sampling_of(given) == wanted
+    assert sampling_from_kwargs(given) == wanted
 
 
 def test_settings_that_cannot_be_kept_are_refused():
     with pytest.raises(ConfigError, match="num_beams=5: beam search is not done"):
-        sampling_of({"num_beams": 5})
+        sampling_from_kwargs({"num_beams": 5})
     with pytest.raises(ConfigError, match="generation_kwargs: length_penalty, typical_p not known here"):
-        sampling_of({"typical_p": 1, "length_penalty": 2})
+        sampling_from_kwargs({"typical_p": 1, "length_penalty": 2})
 
 
 def test_what_a_task_shows():
     picture = PilImage.new("RGB", (2, 2))
-    assert medium_of(picture, "t") == Image(picture)
-    assert medium_of("a.JPG", "t") == Image("a.JPG")
-    assert medium_of("a.mp4", "t", 4) == Video("a.mp4", 4)
+    assert media_from_visual(picture, "t") == Image(picture)
+    assert media_from_visual("a.JPG", "t") == Image("a.JPG")
+    assert media_from_visual("a.mp4", "t", 4) == Video("a.mp4", 4)
     with pytest.raises(DataError, match="mme test 3: shows a dict; expected pictures"):
-        medium_of({"array": []}, "mme test 3")
+        media_from_visual({"array": []}, "mme test 3")
 
 
 def test_arguments_are_checked():
     with pytest.raises(ConfigError, match="vila_native: unknown argument 'pretraned'; pretrained=DIRECTORY is missing"):
-        Adapter(pretraned="x")
+        LmmsAdapter(pretraned="x")
 
 
 def test_what_is_not_done_says_so(folder):

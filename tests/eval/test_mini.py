@@ -7,9 +7,9 @@ import pytest
 from scripts.make_eval_data import LAYOUTS
 from tests.eval.mini import TEN, mini_data, truly
 from vila.eval.benchmark import BENCHMARKS
-from vila.eval.predictions import answers_of
+from vila.eval.predictions import predicted_answers
 from vila.eval.runner import missing_images
-from vila.eval.stats import score_interval
+from vila.eval.significance import score_interval
 
 
 @pytest.fixture(scope="module")
@@ -63,18 +63,18 @@ def test_every_benchmark_finds_its_questions_and_pictures(data, name):
 def test_true_answers_win_all_points(data, name, full):
     benchmark = BENCHMARKS[name](data, 0)
     texts = {item.id: truly(0, item) for item in benchmark.items()}
-    assert benchmark.score(answers_of(benchmark.items(), texts)).score == pytest.approx(full)
+    assert benchmark.score(predicted_answers(benchmark.items(), texts)).score == pytest.approx(full)
 
 
-@pytest.mark.parametrize("rules", ["upstream", "lmms-eval"])
+@pytest.mark.parametrize("protocol", ["upstream", "lmms-eval"])
 @pytest.mark.parametrize("name", [name for name in TEN if name not in ("vqav2", "vizwiz")])
-def test_the_interval_is_of_the_score_whatever_figure_that_is(data, name, rules):
+def test_the_interval_is_of_the_score_whatever_figure_that_is(data, name, protocol):
     benchmark = BENCHMARKS[name](data, 0)
     texts = {item.id: truly(n, item) if n % 4 else "no" for n, item in enumerate(benchmark.items())}
-    scored = benchmark.score(answers_of(benchmark.items(), texts), rules)
-    found = score_interval(scored)
-    assert found.mean == pytest.approx(scored.score)
-    assert found.low <= scored.score <= found.high
+    result = benchmark.score(predicted_answers(benchmark.items(), texts), protocol)
+    found = score_interval(result)
+    assert found.mean == pytest.approx(result.score)
+    assert found.low <= result.score <= found.high
 
 
 def test_ten_layouts():

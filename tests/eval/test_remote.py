@@ -14,11 +14,11 @@ from tests.model.test_exif_orientation import sideways
 from vila.core.errors import ConfigError, MediaError
 from vila.core.types import Image, Message, Video
 from vila.engine.request import SamplingParams
-from vila.eval.benchmark import Item, Mark, Scored
-from vila.eval.openai_client import Patience, RemoteEngine, ServerError, data_url, request_body
-from vila.eval.runner import run
+from vila.eval.benchmark import BenchmarkResult, Item, QuestionScore
+from vila.eval.openai_client import RemoteEngine, RetryPolicy, ServerError, data_url, request_body
+from vila.eval.runner import run_benchmark
 
-QUICK = Patience(attempts=2, backoff_s=0.01, longest_wait_s=1)
+QUICK = RetryPolicy(attempts=2, backoff_s=0.01, longest_wait_s=1)
 GREEDY = SamplingParams(max_new_tokens=16)
 
 
@@ -208,9 +208,9 @@ class Shapes:
             Item(f"q{n}", (Message.of("user", tiny.picture(n), f"\n{n}?"),), str(n), group=str(n)) for n in range(6)
         ]
 
-    def score(self, answers, rules="upstream"):
+    def score(self, answers, protocol="upstream"):
         truths = {item.id: item.truth for item in self.items()}
-        return Scored(0, "%", {}, tuple(Mark(a.id, float(a.text == truths[a.id])) for a in answers))
+        return BenchmarkResult(0, "%", {}, tuple(QuestionScore(a.id, float(a.text == truths[a.id])) for a in answers))
 
 
 def test_the_runner_records_what_a_server_would_not_answer(tmp_path):
@@ -219,7 +219,7 @@ def test_the_runner_records_what_a_server_would_not_answer(tmp_path):
         return (200, {}, completion("", "content_filter")) if text == "3" else text
 
     with chat_server(answer) as served:
-        result = run(engine(served), Shapes(), tmp_path)
+        result = run_benchmark(engine(served), Shapes(), tmp_path)
     assert len(served.bodies) == 6
     assert result.predictions == {f"q{n}": str(n) for n in range(6) if n != 3}
     assert "withheld its answer (content_filter)" in result.failed["q3"]

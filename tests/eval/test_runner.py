@@ -10,9 +10,9 @@ from tests.held import HOST, PID, held
 from vila.core.distributed import ProcessInfo
 from vila.core.errors import ContextOverflowError, DataError, DirectoryInUseError, MediaError
 from vila.core.types import Image, Message
-from vila.eval.benchmark import Answer, Item, Mark, Scored
+from vila.eval.benchmark import Answer, BenchmarkResult, Item, QuestionScore
 from vila.eval.predictions import read_predictions
-from vila.eval.runner import batches, missing_images, run
+from vila.eval.runner import batches, missing_images, run_benchmark
 
 
 class Numbers:
@@ -30,12 +30,14 @@ class Numbers:
     def items(self):
         return self._items
 
-    def score(self, answers, rules="upstream"):
+    def score(self, answers, protocol="upstream"):
         by_id = {answer.id: answer.text for answer in answers}
         if len(by_id) < len(self._items):
             raise DataError(f"{len(self._items) - len(by_id)} answers are missing")
-        marks = tuple(Mark(i.id, float(by_id[i.id] == i.truth), i.group) for i in self._items)
-        return Scored(100 * sum(m.value for m in marks) / len(marks), "%", {}, marks)
+        question_scores = tuple(QuestionScore(i.id, float(by_id[i.id] == i.truth), i.group) for i in self._items)
+        return BenchmarkResult(
+            100 * sum(m.value for m in question_scores) / len(question_scores), "%", {}, question_scores
+        )
 
 
 class Doubler:
@@ -64,8 +66,8 @@ def rows(out):
 
 
 def test_predictions_stand_in_the_order_of_the_questions_with_the_originals_keys(tmp_path):
-    result = run(Doubler(), Numbers(), tmp_path)
-    assert result.scored.score == 100
+    result = run_benchmark(Doubler(), Numbers(), tmp_path)
+    assert result.result.score == 100
     assert [row["id"] for row in rows(tmp_path)] == [f"q{n}" for n in range(40)]
     assert rows(tmp_path)[3] == {"id": "q3", "question_id": "q3", "prompt": "3", "text": "6", "truth": "6"}
     assert json.loads((tmp_path / "scores.json").read_text())["interval"]["groups"] == 14
@@ -74,48 +76,48 @@ def test_predictions_stand_in_the_order_of_the_questions_with_the_originals_keys
 
 def test_a_killed_run_asks_only_what_is_left(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        run(Doubler(dies_after=12), Numbers(), tmp_path)
+        run_benchmark(Doubler(dies_after=12), Numbers(), tmp_path)
     rest = Doubler()
-    assert run(rest, Numbers(), tmp_path).answered == 40 - 12
+    assert run_benchmark(rest, Numbers(), tmp_path).answered == 40 - 12
     assert len(rest.asked) == 40 - 12
     whole = tmp_path / "whole"
-    run(Doubler(), Numbers(), whole)
+    run_benchmark(Doubler(), Numbers(), whole)
     assert rows(whole) == rows(tmp_path)
 
 
 def test_a_directory_that_another_process_fills_is_refused_with_host_and_pid(tmp_path):
     with held(tmp_path / "out"), pytest.raises(DirectoryInUseError) as caught:
-        run(Doubler(), Numbers(), tmp_path / "out")
+        run_benchmark(Doubler(), Numbers(), tmp_path / "out")
     assert (caught.value.file, caught.value.host, caught.value.pid) == (str(tmp_path / "out"), HOST, PID)
-    assert run(Doubler(), Numbers(), tmp_path / "out").scored.score == 100
+    assert run_benchmark(Doubler(), Numbers(), tmp_path / "out").result.score == 100
     assert not (tmp_path / "out" / ".lock").exists()
 
 
 @pytest.mark.parametrize("change", ["text", "truth"])
 def test_questions_that_changed_between_a_stop_and_the_next_run_are_refused(tmp_path, change):
     with pytest.raises(KeyboardInterrupt):
-        run(Doubler(dies_after=12), Numbers(), tmp_path)
+        run_benchmark(Doubler(dies_after=12), Numbers(), tmp_path)
     changed = Numbers()
     first = changed._items[0]
     new = {"text": {"messages": (Message.of("user", Image("0.png"), "5"),)}, "truth": {"truth": "1"}}[change]
     changed._items[0] = replace(first, **new)
     with pytest.raises(DataError):
-        run(Doubler(), changed, tmp_path)
+        run_benchmark(Doubler(), changed, tmp_path)
     facts = json.loads((tmp_path / "run.json").read_text())
     (tmp_path / "run.json").write_text(json.dumps({key: facts[key] for key in facts if key != "questions_sha256"}))
-    assert run(Doubler(), Numbers(), tmp_path).scored.score == 100  # begun by an earlier version
+    assert run_benchmark(Doubler(), Numbers(), tmp_path).result.score == 100  # begun by an earlier version
 
 
 def test_one_bad_picture_costs_one_answer_and_is_asked_again_by_the_next_run(tmp_path):
-    result = run(Doubler(fails=[7]), Numbers(), tmp_path)
-    assert result.scored is None
+    result = run_benchmark(Doubler(fails=[7]), Numbers(), tmp_path)
+    assert result.result is None
     assert result.problem == "not scored here: 1 answers are missing (1 questions could not be asked)"
     assert result.failed == {"q7": "MediaError: picture of 7: not a picture"}
     assert rows(tmp_path)[7] == {"id": "q7", "error": "MediaError: picture of 7: not a picture"}
     with pytest.raises(DataError, match="numbers: not scored here"):
         _ = result.scores
     again = Doubler()
-    assert run(again, Numbers(), tmp_path).scored.score == 100
+    assert run_benchmark(again, Numbers(), tmp_path).result.score == 100
     assert set(again.asked) >= {7}
 
 
@@ -128,23 +130,23 @@ def test_an_answer_gets_the_room_that_a_small_context_has(tmp_path):
 
     questions = Numbers(6)
     questions.max_new_tokens = 1024
-    assert run(Small(), questions, tmp_path).scored.score == 100
+    assert run_benchmark(Small(), questions, tmp_path).result.score == 100
 
 
 def test_two_processes_give_the_report_of_one(tmp_path):
     alone, shared = tmp_path / "alone", tmp_path / "shared"
-    run(Doubler(), Numbers(), alone)
+    run_benchmark(Doubler(), Numbers(), alone)
     barrier = threading.Barrier(2)
     engines = [Doubler(), Doubler()]
 
     def other():
-        assert run(engines[1], Numbers(), shared, process=ProcessInfo(1, 2, 1, 2), meet=barrier.wait) is None
+        assert run_benchmark(engines[1], Numbers(), shared, process=ProcessInfo(1, 2, 1, 2), meet=barrier.wait) is None
 
     thread = threading.Thread(target=other)
     thread.start()
-    result = run(engines[0], Numbers(), shared, process=ProcessInfo(0, 2, 0, 2), meet=barrier.wait)
+    result = run_benchmark(engines[0], Numbers(), shared, process=ProcessInfo(0, 2, 0, 2), meet=barrier.wait)
     thread.join()
-    assert result.scored.score == 100
+    assert result.result.score == 100
     assert rows(shared) == rows(alone)
     assert (shared / "scores.json").read_text() == (alone / "scores.json").read_text()
     assert not set(engines[0].asked) & set(engines[1].asked)
@@ -152,13 +154,13 @@ def test_two_processes_give_the_report_of_one(tmp_path):
 
 
 def test_a_line_cut_short_is_dropped_and_a_strange_one_is_named(tmp_path):
-    run(Doubler(), Numbers(4), tmp_path)
+    run_benchmark(Doubler(), Numbers(4), tmp_path)
     path = tmp_path / "predictions.jsonl"
     path.write_text(path.read_text() + '{"id": "q9", "te')
     assert len(read_predictions(tmp_path, [f"q{n}" for n in range(4)]).texts) == 4
     path.write_text(path.read_text() + '{"id": "q9", "text": "x"}\n')
     with pytest.raises(DataError, match=r"holds answers to 1 questions that this run does not ask \(q9\)"):
-        run(Doubler(), Numbers(4), tmp_path)
+        run_benchmark(Doubler(), Numbers(4), tmp_path)
 
 
 def test_batches_are_of_like_size_and_keep_pictures_whole():
@@ -189,9 +191,9 @@ def test_answers_carry_what_scorers_read(tmp_path):
     seen = []
 
     class Asks(Numbers):
-        def score(self, answers, rules="upstream"):
+        def score(self, answers, protocol="upstream"):
             seen.extend(answers)
-            return super().score(answers, rules)
+            return super().score(answers, protocol)
 
-    run(Doubler(), Asks(2), tmp_path)
+    run_benchmark(Doubler(), Asks(2), tmp_path)
     assert seen == [Answer("q0", "0", "0", "", "q0"), Answer("q1", "2", "1", "", "q1")]

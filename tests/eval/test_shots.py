@@ -11,7 +11,7 @@ from vila.core.types import Image, Message
 from vila.engine.engine import Engine
 from vila.eval.benchmark import Answer, Item
 from vila.eval.benchmarks.easy_vqa import EasyVqa
-from vila.eval.few_shot import shot_variants, with_shots, wrong_answers
+from vila.eval.few_shot import few_shot, few_shot_variants, wrong_answers
 
 TEST = [["what shape is in the image?", "circle", 0], ["is there a red shape?", "no", 0], ["what color?", "red", 1]]
 TRAIN = [
@@ -51,7 +51,7 @@ def test_examples_come_before_the_question_with_their_true_answers(folder, pool)
     truths = {(i.messages[0].parts[0].source, i.messages[0].text): i.truth for i in pool}
     plain = EasyVqa(folder).items()
     for shots in (1, 2, 4):
-        items = with_shots(EasyVqa(folder), shots, pool).items()
+        items = few_shot(EasyVqa(folder), shots, pool).items()
         for item, bare in zip(items, plain, strict=True):
             found, last = examples(item)
             assert len({picture for picture, _, _ in found}) == shots
@@ -61,7 +61,7 @@ def test_examples_come_before_the_question_with_their_true_answers(folder, pool)
 
 def test_the_choice_depends_on_seed_and_picture_alone(folder, pool):
     def chosen(seed=0, limit=0):
-        return [item.messages for item in with_shots(EasyVqa(folder, limit), 2, pool, seed).items()]
+        return [item.messages for item in few_shot(EasyVqa(folder, limit), 2, pool, seed).items()]
 
     assert chosen() == chosen()
     assert chosen(limit=1) == chosen()[:2]
@@ -73,7 +73,7 @@ def test_the_choice_depends_on_seed_and_picture_alone(folder, pool):
 
 def test_shuffled_answers_are_all_wrong_and_nothing_else_changes(folder, pool):
     truths = {(i.messages[0].parts[0].source, i.messages[0].text): i.truth for i in pool}
-    true, false = (with_shots(EasyVqa(folder), 4, pool, 0, shuffled) for shuffled in (False, True))
+    true, false = (few_shot(EasyVqa(folder), 4, pool, 0, shuffled) for shuffled in (False, True))
     assert (true.name, false.name) == ("easy_vqa_4shot", "easy_vqa_4shot_shuffled")
     for one, other in zip(true.items(), false.items(), strict=True):
         (right, asked), (wrong, last) = examples(one), examples(other)
@@ -81,15 +81,15 @@ def test_shuffled_answers_are_all_wrong_and_nothing_else_changes(folder, pool):
         assert asked == last
         for picture, question, answer in wrong:
             assert answer != truths[picture, question]
-            kind = {i.truth for i in pool if i.messages[0].text == question}
-            assert answer in kind  # another answer to a question of this kind
+            category = {i.truth for i in pool if i.messages[0].text == question}
+            assert answer in category  # another answer to a question of this kind
 
 
 def test_wrong_answers_are_the_pools_own_permuted(pool):
     wrong = wrong_answers(pool)
     assert all(wrong[item.id] != item.truth for item in pool)
-    for kind in {item.kind for item in pool}:
-        items = [item for item in pool if item.kind == kind]
+    for category in {item.category for item in pool}:
+        items = [item for item in pool if item.category == category]
         assert Counter(wrong[item.id] for item in items) == Counter(item.truth for item in items)
 
 
@@ -102,7 +102,7 @@ def test_an_answer_that_is_over_half_is_wrong_everywhere_too(truths):
 
 
 def test_a_pool_with_one_answer_cannot_be_shuffled():
-    items = [Item(str(n), (Message.of("user", "q"),), "yes", str(n), kind="k") for n in range(3)]
+    items = [Item(str(n), (Message.of("user", "q"),), "yes", str(n), category="k") for n in range(3)]
     with pytest.raises(DataError, match="every answer of kind 'k' in the pool is 'yes': none is wrong"):
         wrong_answers(items)
 
@@ -113,11 +113,11 @@ def test_an_items_own_picture_is_never_shown_before(folder):
     rows = [*TEST, ["what color?", "red", 2]]
     (folder / "test" / "questions.json").write_text(json.dumps(rows))
     benchmark = EasyVqa(folder)
-    for item in with_shots(benchmark, 1, benchmark.items(), seed=5).items():
+    for item in few_shot(benchmark, 1, benchmark.items(), seed=5).items():
         ((picture, _, _),), last = examples(item)
         assert picture.read_bytes() != last.parts[0].source.read_bytes()
     with pytest.raises(DataError, match="the pool has only 1 pictures besides those of '0'; 2 examples are wanted"):
-        with_shots(benchmark, 2, benchmark.items()).items()
+        few_shot(benchmark, 2, benchmark.items()).items()
 
 
 def test_pictures_in_memory_and_missing_ones_are_compared_too(tmp_path):
@@ -135,7 +135,7 @@ def test_pictures_in_memory_and_missing_ones_are_compared_too(tmp_path):
         def items(self):
             return [asked]
 
-    (item,) = with_shots(One(), 1, pool).items()
+    (item,) = few_shot(One(), 1, pool).items()
     assert item.messages[0].parts[0].source == tmp_path / "none.png"
 
 
@@ -149,17 +149,17 @@ def test_a_system_message_stays_first(pool):
         def items(self):
             return [asked]
 
-    (item,) = with_shots(One(), 2, pool).items()
+    (item,) = few_shot(One(), 2, pool).items()
     assert [message.role for message in item.messages] == ["system", *["user", "assistant"] * 2, "user"]
     assert item.prompt == "as asked"
 
 
 def test_scores_are_the_benchmarks_own(folder, pool):
-    benchmark = with_shots(EasyVqa(folder), 2, pool, 7, shuffled=True)
+    benchmark = few_shot(EasyVqa(folder), 2, pool, 7, shuffled=True)
     answers = [Answer(item.id, "circle") for item in benchmark.items()]
-    scored = benchmark.score(answers)
-    assert scored.score == EasyVqa(folder).score(answers).score == pytest.approx(100 / 3)
-    assert {k: scored.figures[k] for k in ("shots", "shot_seed", "shot_answers")} == {
+    result = benchmark.score(answers)
+    assert result.score == EasyVqa(folder).score(answers).score == pytest.approx(100 / 3)
+    assert {k: result.metrics[k] for k in ("shots", "shot_seed", "shot_answers")} == {
         "shots": 2,
         "shot_seed": 7,
         "shot_answers": "wrong",
@@ -169,7 +169,7 @@ def test_scores_are_the_benchmarks_own(folder, pool):
 
 def test_variants_by_number_with_true_and_with_wrong_answers(folder):
     benchmark = EasyVqa(folder)
-    names = [variant.name for variant in shot_variants(benchmark, "easy_vqa", folder, [0, 2, 4])]
+    names = [variant.name for variant in few_shot_variants(benchmark, "easy_vqa", folder, [0, 2, 4])]
     assert names == [
         "easy_vqa",
         "easy_vqa_2shot",
@@ -177,28 +177,26 @@ def test_variants_by_number_with_true_and_with_wrong_answers(folder):
         "easy_vqa_4shot",
         "easy_vqa_4shot_shuffled",
     ]
-    assert shot_variants(benchmark, "pope", folder, [0]) == [benchmark]
+    assert few_shot_variants(benchmark, "pope", folder, [0]) == [benchmark]
     with pytest.raises(
         DataError, match=r"pope: has no pool of examples .those that have one: easy_vqa.; take --num-fewshot 0"
     ):
-        shot_variants(benchmark, "pope", folder, [0, 2])
+        few_shot_variants(benchmark, "pope", folder, [0, 2])
 
 
 def test_impossible_numbers_and_pools_are_refused(folder, pool):
     with pytest.raises(ConfigError, match="shots: -1 examples"):
-        with_shots(EasyVqa(folder), -1, pool)
+        few_shot(EasyVqa(folder), -1, pool)
     with pytest.raises(DataError, match="no question of the pool has an answer"):
-        with_shots(EasyVqa(folder), 1, [Item("a", (Message.of("user", "q"),), " ", "a")])
+        few_shot(EasyVqa(folder), 1, [Item("a", (Message.of("user", "q"),), " ", "a")])
     benchmark = EasyVqa(folder)
-    assert with_shots(benchmark, 0, pool) is benchmark
+    assert few_shot(benchmark, 0, pool) is benchmark
 
 
 def test_a_real_engine_sees_the_examples(folder, pool):
     engine = Engine(*tiny.vila(max_position_embeddings=1024))
     bare, seen = (
-        engine.generate_batch(
-            [item.messages for item in with_shots(EasyVqa(folder), k, pool).items()], max_new_tokens=8
-        )
+        engine.generate_batch([item.messages for item in few_shot(EasyVqa(folder), k, pool).items()], max_new_tokens=8)
         for k in (0, 2)
     )
     assert bare != seen

@@ -11,8 +11,8 @@ from vila.core.errors import DataError
 from vila.core.types import Image, Message, Text, Video
 from vila.eval.benchmark import BENCHMARKS, Answer
 from vila.eval.benchmarks.videoqa import GREEDY, ORIGINAL, VideoQa, activitynet, msvd
-from vila.eval.judge import Judge, RequestFile, read_reply
-from vila.eval.openai_client import Endpoint, Patience
+from vila.eval.judge import OpenAIJudge, RequestFile, parse_reply
+from vila.eval.openai_client import OpenAIClient, RetryPolicy
 from vila.eval.predictions import read_answers
 
 MSVD = [
@@ -59,7 +59,7 @@ class Says:
     def verdicts(self, kind, cases):
         self.kinds.append(kind)
         self.cases += cases
-        return [read_reply(case.id, self.replies[case.id]) for case in cases]
+        return [parse_reply(case.id, self.replies[case.id]) for case in cases]
 
 
 YES, NO = "{'pred': 'yes', 'score': 4}", "{'pred': 'no', 'score': 1}"
@@ -116,8 +116,8 @@ def test_decoding(root):
 def test_the_judge_is_shown_question_truth_and_answer(root):
     benchmark = msvd(root)
     benchmark.judge = judge = Says(dict.fromkeys(("10", "11", "12", "13"), YES))
-    scored = benchmark.score(answers(q13="la forêt\nsombre", q10="", q12="Horse", q11="a dog"))
-    assert scored.score == 100
+    result = benchmark.score(answers(q13="la forêt\nsombre", q10="", q12="Horse", q11="a dog"))
+    assert result.score == 100
     assert judge.kinds == ["video_qa"]
     assert [dict(case.fields) for case in judge.cases][:2] == [
         {"question": "où est-il?", "answer": "forêt", "pred": "la forêt\nsombre"},
@@ -144,14 +144,14 @@ def test_figures_by_hand(root, replies, score, average, yes, no, judged, rule):
     benchmark = msvd(root)
     ids = ["10", "11", "12", "13"]
     benchmark.judge = Says({id: reply for id, reply in zip(ids, replies, strict=True) if reply})
-    scored = benchmark.score([Answer(int(id), "x") for id in benchmark.judge.replies])
-    figures = scored.figures["by_set"]["msvd"]
-    assert scored.score == pytest.approx(score)
-    assert scored.figures["average_score"] == pytest.approx(average)
-    assert (figures["yes"], figures["no"], figures["judged"]) == (yes, no, judged)
-    assert figures["judged"] + figures["unreadable"] == len(benchmark.judge.replies)
-    assert len(scored.marks) == yes + no
-    assert ("no yes or no to any answer of msvd: 0" in " ".join(scored.notes)) == (not yes + no)
+    result = benchmark.score([Answer(int(id), "x") for id in benchmark.judge.replies])
+    metrics = result.metrics["by_set"]["msvd"]
+    assert result.score == pytest.approx(score)
+    assert result.metrics["average_score"] == pytest.approx(average)
+    assert (metrics["yes"], metrics["no"], metrics["judged"]) == (yes, no, judged)
+    assert metrics["judged"] + metrics["unreadable"] == len(benchmark.judge.replies)
+    assert len(result.question_scores) == yes + no
+    assert ("no yes or no to any answer of msvd: 0" in " ".join(result.notes)) == (not yes + no)
 
 
 def test_what_is_left_out_is_named(root):
@@ -169,10 +169,10 @@ def test_what_is_left_out_is_named(root):
 def test_the_last_of_several_answers_is_judged_as_verdicts_are_kept_by_id(root):
     benchmark = msvd(root)
     benchmark.judge = Says({"10": YES, "11": NO})
-    scored = benchmark.score([Answer(11, "early"), Answer(10, "x"), Answer("11", "late")])
+    result = benchmark.score([Answer(11, "early"), Answer(10, "x"), Answer("11", "late")])
     assert [(case.id, case.fields["pred"]) for case in benchmark.judge.cases] == [("11", "late"), ("10", "x")]
-    assert (scored.score, scored.figures["by_set"]["msvd"]["judged"]) == (50, 2)
-    assert "1 questions answered more than once, the last answer counts: 11" in scored.notes
+    assert (result.score, result.metrics["by_set"]["msvd"]["judged"]) == (50, 2)
+    assert "1 questions answered more than once, the last answer counts: 11" in result.notes
 
 
 def test_several_sets_give_the_mean_of_their_accuracies(root):
@@ -180,10 +180,10 @@ def test_several_sets_give_the_mean_of_their_accuracies(root):
     assert [item.id for item in benchmark.items()][:2] == ["msvd/10", "msvd/12"]
     replies = dict.fromkeys((item.id for item in benchmark.items()), NO) | {"activitynet/v_1Q_x_3": YES}
     benchmark.judge = Says(replies)
-    scored = benchmark.score([Answer(item.question_id, "x", id=item.id) for item in benchmark.items()])
-    assert scored.score == pytest.approx((0 + 50) / 2)
-    assert {name: row["accuracy"] for name, row in scored.figures["by_set"].items()} == {"msvd": 0, "activitynet": 50}
-    assert "sets that are not there: msrvtt, tgif; the score is the mean of the others" in scored.notes
+    result = benchmark.score([Answer(item.question_id, "x", id=item.id) for item in benchmark.items()])
+    assert result.score == pytest.approx((0 + 50) / 2)
+    assert {name: row["accuracy"] for name, row in result.metrics["by_set"].items()} == {"msvd": 0, "activitynet": 50}
+    assert "sets that are not there: msrvtt, tgif; the score is the mean of the others" in result.notes
 
 
 def test_each_set_is_a_benchmark_of_its_own(root):
@@ -227,16 +227,16 @@ def test_a_real_judge_end_to_end(root, tmp_path):
 
     benchmark = msvd(root)
     with chat_server(answer) as served:
-        benchmark.judge = Judge(Endpoint(served.url, key=""), tmp_path / "cache", model="m")
-        scored = benchmark.score(answers(q10="right", q11="wrong", q12="right", q13="wrong"))
-    assert (scored.score, scored.figures["judge"]) == (50, "m")
-    assert {mark.id: (mark.value, mark.rule) for mark in scored.marks}["11"] == (0, "judge: no, score 1")
+        benchmark.judge = OpenAIJudge(OpenAIClient(served.url, key=""), tmp_path / "cache", model="m")
+        result = benchmark.score(answers(q10="right", q11="wrong", q12="right", q13="wrong"))
+    assert (result.score, result.metrics["judge"]) == (50, "m")
+    assert {mark.id: (mark.value, mark.rule) for mark in result.question_scores}["11"] == (0, "judge: no, score 1")
 
 
 def test_a_judge_that_does_not_answer_leaves_the_answers_unscored(root, tmp_path):
     benchmark = msvd(root)
     with chat_server(lambda body, number: (403, {}, b"go away")) as served:
-        benchmark.judge = Judge(Endpoint(served.url, key="", patience=Patience(attempts=1)), tmp_path)
+        benchmark.judge = OpenAIJudge(OpenAIClient(served.url, key="", patience=RetryPolicy(attempts=1)), tmp_path)
         with pytest.raises(DataError, match=r"videoqa_msvd: the judge does not answer: .*403 \(go away\)"):
             benchmark.score(answers(q10="x"))
 

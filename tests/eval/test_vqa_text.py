@@ -5,9 +5,9 @@ import pytest
 from vila.eval.metrics.vqa import (
     lmms_accuracy,
     most_frequent,
-    normalise,
-    normalise_like_lmms,
-    normalise_officially,
+    normalize_evalai,
+    normalize_lmms,
+    normalize_official,
     official_accuracy,
     soft_accuracy,
 )
@@ -50,7 +50,7 @@ EVALAI = [
 
 @pytest.mark.parametrize(("text", "normal", "rule"), EVALAI, ids=[row[2] for row in EVALAI])
 def test_the_processor_of_evalai(text, normal, rule):
-    assert normalise(text) == normal, rule
+    assert normalize_evalai(text) == normal, rule
 
 
 OFFICIAL = [
@@ -66,11 +66,11 @@ OFFICIAL = [
 
 @pytest.mark.parametrize(("text", "normal", "rule"), OFFICIAL, ids=[row[2] for row in OFFICIAL])
 def test_the_official_steps(text, normal, rule):
-    assert normalise_officially(text) == normal, rule
+    assert normalize_official(text) == normal, rule
 
 
 def test_lmms_eval_takes_two_commas_for_one():
-    assert normalise_like_lmms(" 1,,2\n") == "12"
+    assert normalize_lmms(" 1,,2\n") == "12"
 
 
 @pytest.mark.parametrize(("same", "value"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)])

@@ -150,25 +150,27 @@ def _media() -> Iterator[Target]:
 
 def _evaluation() -> Iterator[Target]:
     from scripts.make_eval_data import LAYOUTS
-    from vila.eval.benchmark import BENCHMARKS, Rules
-    from vila.eval.predictions import answers_of, read_answers
+    from vila.eval.benchmark import BENCHMARKS, ScoringProtocol
+    from vila.eval.predictions import predicted_answers, read_answers
 
-    def ask_and_score(root: Path, name: str, rules: Rules) -> None:
+    def ask_and_score(root: Path, name: str, protocol: ScoringProtocol) -> None:
         benchmark: Any = BENCHMARKS[name](root, 0)
         items = list(benchmark.items())
-        answers = answers_of(items, {item.id: item.truth or "A" for item in items})
-        benchmark.score(answers, rules)
+        answers = predicted_answers(items, {item.id: item.truth or "A" for item in items})
+        benchmark.score(answers, protocol)
         if hasattr(benchmark, "submission") and name != "vizwiz":  # whose server takes the test split alone
             benchmark.submission(answers)
 
     for name, write in LAYOUTS.items():
-        for rules in ("upstream", "lmms-eval"):
+        for protocol in ("upstream", "lmms-eval"):
             if name not in ("vqav2", "vizwiz"):  # without the annotations below, only a server can score them
-                yield Target(f"benchmark {name} {rules}", write, partial(ask_and_score, name=name, rules=rules))
+                yield Target(
+                    f"benchmark {name} {protocol}", write, partial(ask_and_score, name=name, protocol=protocol)
+                )
     for name, write in (("vqav2", write_vqav2_val), ("vizwiz", write_vizwiz_val)):
-        yield Target(f"benchmark {name} annotations", write, partial(ask_and_score, name=name, rules="upstream"))
+        yield Target(f"benchmark {name} annotations", write, partial(ask_and_score, name=name, protocol="upstream"))
         yield Target(f"benchmark {name} questions", LAYOUTS[name], partial(_ask_and_submit, name=name))
-    yield Target("benchmark easy_vqa", _write_easy_vqa, partial(ask_and_score, name="easy_vqa", rules="upstream"))
+    yield Target("benchmark easy_vqa", _write_easy_vqa, partial(ask_and_score, name="easy_vqa", protocol="upstream"))
     yield Target("benchmark videoqa", _write_video_qa, _score_video_qa)
 
     def write_answers(root: Path) -> None:
@@ -208,11 +210,11 @@ def write_vizwiz_val(root: Path) -> None:
 
 def _ask_and_submit(root: Path, name: str) -> None:
     from vila.eval.benchmark import BENCHMARKS
-    from vila.eval.predictions import answers_of
+    from vila.eval.predictions import predicted_answers
 
     benchmark: Any = BENCHMARKS[name](root, 0)
     items = benchmark.items()
-    benchmark.submission(answers_of(items, {item.id: "A" for item in items}))
+    benchmark.submission(predicted_answers(items, {item.id: "A" for item in items}))
 
 
 def _write_easy_vqa(root: Path) -> None:
@@ -237,11 +239,11 @@ def _write_video_qa(root: Path) -> None:
 def _score_video_qa(root: Path) -> None:
     from vila.eval.benchmark import BENCHMARKS
     from vila.eval.judge import ReplyFile
-    from vila.eval.predictions import answers_of
+    from vila.eval.predictions import predicted_answers
 
     benchmark: Any = BENCHMARKS["videoqa_msvd"](root, 0)
     items = benchmark.items()
-    answers = answers_of(items, {item.id: "it" for item in items})
+    answers = predicted_answers(items, {item.id: "it" for item in items})
     for replies in ("merged.json", "batch.jsonl"):
         benchmark.judge = ReplyFile(root / replies)
         benchmark.score(answers)

@@ -25,7 +25,7 @@ from vila.core.progress import SILENT, Events, task
 from vila.core.reading import read_json_object
 from vila.engine.engine import Engine
 from vila.eval.benchmarks.easy_vqa import EasyVqa
-from vila.eval.runner import run
+from vila.eval.runner import run_benchmark
 from vila.model.int4_weights import dequantize_model, use_int4
 from vila.quant.awq_cache import AwqSearch, load_search, save_search
 from vila.quant.calibration import BLOCK, Calibration
@@ -202,10 +202,12 @@ def _answers(model: Any, processor: Any, way: Way, what: Task, out: Path, events
     if what.easy_vqa is None:
         return {}
     benchmark = EasyVqa(what.easy_vqa, what.questions)
-    result = run(Engine(model, processor), benchmark, out / "answers" / way.name, model=way.name, events=events)
+    result = run_benchmark(
+        Engine(model, processor), benchmark, out / "answers" / way.name, model=way.name, events=events
+    )
     assert result is not None
-    assert result.scored is not None
-    marks = result.scored.marks
+    assert result.result is not None
+    marks = result.result.question_scores
     return {"accuracy": result.scores["accuracy"], "right": {mark.id: mark.value for mark in marks}}
 
 

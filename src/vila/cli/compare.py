@@ -38,7 +38,7 @@ def compare(
 
     from vila.core.files import check_writable
     from vila.core.reading import read_json
-    from vila.eval.compare import SURE, compare_runs
+    from vila.eval.compare import SIGNIFICANCE_LEVEL, compare_runs
 
     target = out or second / "compare"
     check_writable(target, field="--output")
@@ -53,7 +53,9 @@ def compare(
         for name, why in found["not_compared"].items():
             console.print(f"{name}: not compared: {why}", markup=False)
         console.print(str(paths[0]), markup=False, soft_wrap=True)
-    worse = [name for name, row in found["benchmarks"].items() if row["difference"] < 0 and row["p"] <= SURE]
+    worse = [
+        name for name, row in found["benchmarks"].items() if row["difference"] < 0 and row["p"] <= SIGNIFICANCE_LEVEL
+    ]
     if fail_on_regression and worse:
         typer.echo(f"worse: {', '.join(worse)}", err=True)
         raise typer.Exit(1)
@@ -64,8 +66,8 @@ def _table(rows: dict[str, Any]) -> Any:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    from vila.eval.compare import SURE
-    from vila.eval.report_tables import write_chance, write_signed
+    from vila.eval.compare import SIGNIFICANCE_LEVEL
+    from vila.eval.report_tables import format_p_value, format_signed
 
     # With lines between the columns it would not fit 80 characters.
     table = Table(title="Second run against the first", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
@@ -76,10 +78,10 @@ def _table(rows: dict[str, Any]) -> Any:
         table.add_row(
             name,
             *("-" if score is None else f"{score:,.2f}" for score in row["scores"]),
-            write_signed(row["difference"]),
-            f"{write_signed(row['low'])} to {write_signed(row['high'])}",
-            write_chance(row["p"]),
+            format_signed(row["difference"]),
+            f"{format_signed(row['low'])} to {format_signed(row['high'])}",
+            format_p_value(row["p"]),
             *(f"{row[key]:,.0f}" for key in ("better", "worse")),
-            style="bold" if row["p"] <= SURE else "",
+            style="bold" if row["p"] <= SIGNIFICANCE_LEVEL else "",
         )
     return table

@@ -17,7 +17,7 @@ from vila.cli.options import Aloud, Loading, check_backend_flags, take_threads
 if TYPE_CHECKING:
     from vila.core.progress import Events
     from vila.eval.benchmark import Benchmark
-    from vila.eval.runner import Answers, Result
+    from vila.eval.runner import BenchmarkRun, ChatModel
 
 
 # --- judging
@@ -42,9 +42,9 @@ def check_judge(judge: str) -> None:
     if not judge or judge == "none":
         return
     if "://" in judge:
-        from vila.eval.openai_client import Endpoint
+        from vila.eval.openai_client import OpenAIClient
 
-        Endpoint(judge)
+        OpenAIClient(judge)
         return
     from vila.eval.judge import read_verdicts
 
@@ -59,13 +59,13 @@ def give_judge(benchmark: Any, judge: str, model: str, folder: Path, events: Eve
     if not judge or not hasattr(benchmark, "judge"):
         return
     from vila.core.files import cache_dir
-    from vila.eval.judge import Judge, ReplyFile, RequestFile
-    from vila.eval.openai_client import Endpoint
+    from vila.eval.judge import OpenAIJudge, ReplyFile, RequestFile
+    from vila.eval.openai_client import OpenAIClient
 
     if judge == "none":
         benchmark.judge = RequestFile(folder / f"{benchmark.name}-requests.jsonl", model)
     elif "://" in judge:
-        benchmark.judge = Judge(Endpoint(judge), cache_dir() / "judge", model, events=events)
+        benchmark.judge = OpenAIJudge(OpenAIClient(judge), cache_dir() / "judge", model, events=events)
     else:
         benchmark.judge = ReplyFile(Path(judge).expanduser())
 
@@ -132,7 +132,7 @@ def evaluate(
     from vila.core.files import DirectoryLock, check_writable, portable_path, remove_partials
     from vila.core.progress import SILENT
     from vila.eval.report import write_report
-    from vila.eval.runner import check_run, result_dir, run, run_facts
+    from vila.eval.runner import check_run_folder, result_dir, run_benchmark, run_metadata
     from vila.train.fsdp import open_world
 
     # All that can be wrong is found before weights are read: options, output, data, predictions of another run.
@@ -160,24 +160,24 @@ def evaluate(
         activation_bits or 0,
     )
     asked.check()
-    results: list[Result] = []
+    runs: list[BenchmarkRun] = []
     with Screen() as screen:
         events = screen if world.is_main else SILENT
         opened, left_out = _opened(names, data, limit, counts, events)
         facts = asked.facts()
         for benchmark in opened:
             where = result_dir(root, benchmark.name, limit)
-            check_run(where, {**run_facts(benchmark, template), "model": facts["hash"]})
+            check_run_folder(where, {**run_metadata(benchmark, template), "model": facts["hash"]})
             give_judge(benchmark, judge, judge_model, where, events)
         engine, facts = asked.load(facts)
         for benchmark in opened:
             where = result_dir(root, benchmark.name, limit)
-            result = run(
-                engine, benchmark, where, model=facts["hash"], template=template, rules=rules, process=world.process,
+            run = run_benchmark(
+                engine, benchmark, where, model=facts["hash"], template=template, protocol=rules, process=world.process,
                 meet=world.barrier, events=events,
             )  # fmt: skip
-            if result:
-                results.append(result)
+            if run:
+                runs.append(run)
         if world.is_main:
             remove_partials(root)
             seen = {
@@ -186,20 +186,20 @@ def evaluate(
                 "rules": rules,
                 "template": template,
             }
-            folders = {result.benchmark: result_dir(root, result.benchmark, limit).name for result in results}
+            folders = {run.benchmark: result_dir(root, run.benchmark, limit).name for run in runs}
             # Other commands may add benchmarks to the same directory at this moment.
             with DirectoryLock(root).acquire(wait=True):
                 _note_run(root, {**seen, **facts, "benchmarks": folders, "left_out": left_out})
                 for path in write_report(root, {benchmark.name: benchmark for benchmark in opened}):
                     events.log(str(path))
     world.close()
-    for result in results:
+    for run in runs:
         if as_json:
-            row: dict[str, Any] = {"benchmark": result.benchmark, "problem": result.problem}
-            typer.echo(json.dumps(row if result.scored is None else {"benchmark": result.benchmark, **result.scores}))
-    if results and not as_json:
-        Console(highlight=False).print(result_table(results))
-    if any(result.failed for result in results):
+            row: dict[str, Any] = {"benchmark": run.benchmark, "problem": run.problem}
+            typer.echo(json.dumps(row if run.result is None else {"benchmark": run.benchmark, **run.scores}))
+    if runs and not as_json:
+        Console(highlight=False).print(result_table(runs))
+    if any(run.failed for run in runs):
         raise typer.Exit(1)
 
 
@@ -304,7 +304,7 @@ class _Asked:
 
         return {"hash": model_hash(local_folder(self.model))}
 
-    def load(self, facts: dict[str, Any]) -> tuple[Answers, dict[str, Any]]:
+    def load(self, facts: dict[str, Any]) -> tuple[ChatModel, dict[str, Any]]:
         """Read the weights, or try the server. Returns the facts with those that are known only then."""
         if self.api:
             from vila.eval.openai_client import RemoteEngine
@@ -350,7 +350,7 @@ def _opened(
     from vila.core.errors import DataError
     from vila.core.files import cache_dir, without_home
     from vila.eval.benchmark import BENCHMARKS
-    from vila.eval.few_shot import shot_variants
+    from vila.eval.few_shot import few_shot_variants
     from vila.eval.runner import missing_images
     from vila.starter.easy_vqa import obtain_easy_vqa
 
@@ -374,7 +374,7 @@ def _opened(
         gone = missing_images(items) + (benchmark.missing_videos() if hasattr(benchmark, "missing_videos") else [])
         if gone:
             events.log(f"{name}: {len(gone):,} files are missing, the first {gone[0]}; their questions will fail")
-        found += shot_variants(benchmark, name, folder, shots)
+        found += few_shot_variants(benchmark, name, folder, shots)
     if not found:
         raise DataError("none of the benchmarks has its data there; `docs/evaluation.md` says where they come from")
     return found, left_out
@@ -388,38 +388,38 @@ def _has_easy_vqa(folder: Path) -> bool:
 # The table of scores that `vila eval` prints.
 
 
-def score_table(result: Result) -> Table:
+def score_table(run: BenchmarkRun) -> Table:
     """Accuracy in all and by kind, beside the majority and the best blind guess."""
-    table = Table(title=f"{result.benchmark}: accuracy", title_justify="left")
+    table = Table(title=f"{run.benchmark}: accuracy", title_justify="left")
     for name in ("questions", "count", "accuracy", "majority answer", "best blind guess"):
         table.add_column(name, justify="left" if name == "questions" else "right")
-    for kind, row in (*result.scores["by_type"].items(), ("all", result.scores)):
+    for kind, row in (*run.scores["by_type"].items(), ("all", run.scores)):
         style = "bold" if kind == "all" else ""
         cells = (f"{row[key]:.2%}" for key in ("accuracy", "majority", "blind"))
         table.add_row(kind, str(row["count"]), *cells, style=style)
     return table
 
 
-def result_table(results: Sequence[Result]) -> RenderableType:
+def result_table(runs: Sequence[BenchmarkRun]) -> RenderableType:
     """One benchmark by kind of question where it can be, several a line each."""
-    from vila.eval.stats import score_interval
+    from vila.eval.significance import score_interval
 
-    if len(results) == 1 and results[0].scored and "blind" in results[0].scored.figures:
-        return score_table(results[0])
+    if len(runs) == 1 and runs[0].result and "blind" in runs[0].result.metrics:
+        return score_table(runs[0])
     table = Table(title="Scores", title_justify="left")
     for name in ("benchmark", "questions", "score", "95 %", "failed"):
         table.add_column(name, justify="left" if name == "benchmark" else "right")
     reasons = []
-    for one in results:
+    for one in runs:
         failed = f"{len(one.failed):,}" if one.failed else ""
-        if one.scored is None:
+        if one.result is None:
             table.add_row(one.benchmark, f"{len(one.predictions):,}", "-", "", failed)
             reasons.append(f"{one.benchmark}: {one.problem}")
             continue
-        sure = score_interval(one.scored)
+        sure = score_interval(one.result)
         # A figure that is neither the mean mark nor says how it follows from the marks has no interval of its own.
-        own = sure is not None and abs(sure.mean - one.scored.score) < 0.01
+        own = sure is not None and abs(sure.mean - one.result.score) < 0.01
         bounds = f"{sure.low:,.1f} to {sure.high:,.1f}" if sure and own else ""
-        score = f"{one.scored.score:,.2f} {one.scored.unit}"
+        score = f"{one.result.score:,.2f} {one.result.unit}"
         table.add_row(one.benchmark, f"{len(one.predictions):,}", score, bounds, failed)
     return Group(table, *reasons)

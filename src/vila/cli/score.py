@@ -10,7 +10,7 @@ import typer
 from vila.cli.eval import DEFAULT_JUDGE, JudgeModelOption, JudgeOption
 
 if TYPE_CHECKING:
-    from vila.eval.benchmark import Scored
+    from vila.eval.benchmark import BenchmarkResult
 
 
 def score(
@@ -35,8 +35,8 @@ def score(
     from vila.core.errors import ConfigError
     from vila.eval.benchmark import BENCHMARKS
     from vila.eval.judge import NotJudgedError
-    from vila.eval.stats import compare as compared
-    from vila.eval.stats import score_interval
+    from vila.eval.significance import compare_paired as compared
+    from vila.eval.significance import score_interval
 
     check_judge(judge)
     names = names_of(benchmark)
@@ -47,32 +47,32 @@ def score(
     with Screen() as screen:
         give_judge(opened, judge, judge_model, predictions.parent, screen)
         try:
-            scored = score_file(opened, predictions, rules)
+            result = score_file(opened, predictions, rules)
             other = score_file(opened, compare, rules) if compare else None
         except NotJudgedError as waiting:
             row = {"benchmark": names[0], "protocol": rules, "score": None, "problem": str(waiting)}
             typer.echo(json.dumps(row, ensure_ascii=False) if as_json else f"{names[0]}: {waiting}")
             return
-    sure = score_interval(scored)
+    sure = score_interval(result)
     facts: dict[str, Any] = {
         "benchmark": names[0],
         "protocol": rules,
-        "score": scored.score,
-        "unit": scored.unit,
+        "score": result.score,
+        "unit": result.unit,
         "interval": sure.as_json() if sure else None,
-        "notes": list(scored.notes),
-        **scored.figures,
+        "notes": list(result.notes),
+        **result.metrics,
     }
     if other:
-        facts["compared"] = {"score": other.score, **compared(other.marks, scored.marks).as_json()}
-        alone = len(other.marks) + len(scored.marks) - 2 * facts["compared"]["questions"]
+        facts["compared"] = {"score": other.score, **compared(other.question_scores, result.question_scores).as_json()}
+        alone = len(other.question_scores) + len(result.question_scores) - 2 * facts["compared"]["questions"]
         if alone:
             facts["notes"].append(f"{alone} questions were scored in one of the files only and are not compared")
     if as_json:
         typer.echo(json.dumps(facts, ensure_ascii=False))
         return
-    typer.echo(f"{names[0]}: {scored.score:.2f} {scored.unit}  ({rules} rules)")
-    for name, value in _lines(scored.figures):
+    typer.echo(f"{names[0]}: {result.score:.2f} {result.unit}  ({rules} rules)")
+    for name, value in _lines(result.metrics):
         typer.echo(f"  {name}: {value}")
     for note in facts["notes"]:
         typer.echo(f"  note: {note}")
@@ -84,23 +84,23 @@ def score(
         )
 
 
-def score_file(benchmark: Any, path: Path, rules: Any) -> Scored:
+def score_file(benchmark: Any, path: Path, rules: Any) -> BenchmarkResult:
     """The score of a file. Raises DataError for lines that cannot be read, unless the rules leave them out."""
     from dataclasses import replace
 
-    from vila.eval.predictions import bad_lines, read_answers
+    from vila.eval.predictions import bad_line_notes, read_answers
 
     answers = read_answers(path)
-    notes = bad_lines(answers.bad, skipped=getattr(benchmark, "skips_bad_lines", False))
+    notes = bad_line_notes(answers.bad, skipped=getattr(benchmark, "skips_bad_lines", False))
     if answers.failed:
         notes.append(f"{len(answers.failed)} questions could not be asked, the first {answers.failed[0]}")
-    scored: Scored = benchmark.score(answers.rows, rules)
-    return replace(scored, notes=(*notes, *scored.notes))
+    result: BenchmarkResult = benchmark.score(answers.rows, rules)
+    return replace(result, notes=(*notes, *result.notes))
 
 
-def _lines(figures: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+def _lines(metrics: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     rows: list[tuple[str, Any]] = []
-    for name, value in figures.items():
+    for name, value in metrics.items():
         if isinstance(value, dict):
             rows += _lines(value, f"{prefix}{name}.")
         else:

@@ -30,7 +30,7 @@ def submit(
     from vila.core.errors import DataError
     from vila.core.files import check_writable
     from vila.eval.report_data import read_run
-    from vila.eval.submit import describe, submit_run
+    from vila.eval.submit import format_submissions, submit_run
 
     seen = read_run(run)
     run = run.resolve()
@@ -39,7 +39,7 @@ def submit(
     check_writable(target, field="--output")
     folders = {name: folder.name for name, folder in seen.folders.items()}
     written, left_out = submit_run(run, target, where, folders, seen.left_out)
-    for line in describe(written, left_out):
+    for line in format_submissions(written, left_out):
         typer.echo(line)
     if not written:
         raise DataError(f"{run}: nothing to submit")

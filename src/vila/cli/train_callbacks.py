@@ -22,7 +22,7 @@ from vila.core.progress import SILENT, Events, task
 from vila.core.types import Image, Message
 from vila.engine.engine import Engine
 from vila.eval.benchmark import BENCHMARKS, Benchmark
-from vila.eval.runner import Result, missing_images, run
+from vila.eval.runner import BenchmarkRun, missing_images, run_benchmark
 from vila.model.processor import VilaProcessor
 from vila.starter.easy_vqa import obtain_easy_vqa
 from vila.train.checkpoint import random_state, set_random_state
@@ -134,7 +134,7 @@ class EvaluationListener:
     def _evaluate(self, trainer: Trainer, step: int) -> None:
         began = time.monotonic()
         with asked(trainer), self._place(trainer, step) as out:
-            result = run(
+            result = run_benchmark(
                 Engine(trainer.model, self.processor),
                 self.benchmark,
                 out,
@@ -221,15 +221,15 @@ class _Log:
         return read_metrics(self.path)
 
 
-def _row(result: Result, seconds: float) -> dict[str, Any]:
-    scored = result.scored
+def _row(run: BenchmarkRun, seconds: float) -> dict[str, Any]:
+    result = run.result
     return {
-        "benchmark": result.benchmark,
-        "score": scored.score if scored else None,
-        "unit": scored.unit if scored else "",
-        "items": len(result.predictions) + len(result.failed),
+        "benchmark": run.benchmark,
+        "score": result.score if result else None,
+        "unit": result.unit if result else "",
+        "items": len(run.predictions) + len(run.failed),
         "seconds": round(seconds, 2),
-        **({"problem": result.problem} if result.problem else {}),
+        **({"problem": run.problem} if run.problem else {}),
     }
 
 

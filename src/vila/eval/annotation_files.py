@@ -54,7 +54,7 @@ def iter_array(path: Path, key: str = "", *, surrogates: bool = False) -> Iterat
         yield from _Reader(stream, path, surrogates).array(key)
 
 
-def iter_rows(path: Path) -> Iterator[tuple[str, Any]]:
+def iter_records(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield location ("FILE row 3" of a list, "FILE line 3" of JSON lines, from 1) and value of every row of a file.
 
     A line that is damaged gives a DataError as its value, and the next lines follow. Text with half a surrogate pair
@@ -130,12 +130,12 @@ class _Reader:
             return
         while True:
             yield self._value()
-            mark = self._next()
+            scored = self._next()
             self._place += 1
-            if mark == "]":
+            if scored == "]":
                 return
-            if mark != ",":
-                raise self._broken(f"expected , or ] but found {mark!r}")
+            if scored != ",":
+                raise self._broken(f"expected , or ] but found {scored!r}")
 
     def _skip(self) -> None:
         """Go behind a value; an array element by element, as it may be longer than memory."""
@@ -202,7 +202,7 @@ class _Reader:
 # Tab-separated tables with pictures in them, as pandas reads them: quoted cells, and words that mean an empty cell.
 
 
-EMPTY = frozenset({
+EMPTY_CELLS = frozenset({
     "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA",
     "NULL", "NaN", "None", "n/a", "nan", "null",
 })  # fmt: skip
@@ -217,22 +217,22 @@ class TableCell:
     offset: int
     size: int
     column: int
-    where: str
+    location: str
     stamp: FileVersion | None = field(default=None, repr=False)
 
     @property
     def name(self) -> str:
         """File, line and column."""
-        return self.where
+        return self.location
 
     def read(self) -> bytes:
         """Read and decode. Raises DataError if the file has changed or the cell is not base64."""
         record = read_span(self.path, self.offset, self.size, self.stamp).decode("utf-8-sig")
-        return decode_base64(next(_reader(iter([record])))[self.column], file=None, record=self.where)
+        return decode_base64(next(_reader(iter([record])))[self.column], file=None, record=self.location)
 
 
 @dataclass(frozen=True)
-class Table:
+class AnnotationTable:
     """A table in memory. rows: cells by column; those of picture columns are `TableCell`, equal ones for equal text."""
 
     path: Path
@@ -248,7 +248,7 @@ class Table:
             )
 
 
-def read_table(path: Path, pictures: tuple[str, ...] = ()) -> Table:
+def read_table(path: Path, pictures: tuple[str, ...] = ()) -> AnnotationTable:
     """Read the whole table. pictures: columns that hold base64 text, which is left in the file.
 
     Raises DataError with file and line for a row with more or fewer cells than the header, text that is not UTF-8, a
@@ -283,7 +283,7 @@ def read_table(path: Path, pictures: tuple[str, ...] = ()) -> Table:
                 cell = TableCell(path, offset, size, header.index(name), f"{path} line {line} {name}", stamp)
                 row[name] = seen.setdefault(hashlib.blake2b(row[name].encode()).digest(), cell)
         rows.append(row)
-    return Table(path, tuple(header), rows)
+    return AnnotationTable(path, tuple(header), rows)
 
 
 def _records(path: Path) -> Iterator[tuple[list[str], int, int, int]]:

@@ -15,7 +15,7 @@ from vila.core.registry import Registry
 from vila.core.types import Message
 from vila.core.vision_spec import ImageMode
 
-Rules = Literal["upstream", "lmms-eval"]
+ScoringProtocol = Literal["upstream", "lmms-eval"]
 """Whose rules count: those that the published table was made with, or lmms-eval's where they differ."""
 
 
@@ -38,7 +38,7 @@ class Item:
     messages: tuple[Message, ...]
     truth: str
     group: str
-    kind: str = ""
+    category: str = ""
     question_id: str | int | None = None
     prompt: str = ""
     template: str = ""
@@ -59,12 +59,12 @@ class Answer:
     question_id: str | int
     text: str
     prompt: str = ""
-    where: str = ""
+    location: str = ""
     id: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class Mark:
+class QuestionScore:
     """What one question got: value 0..1 of the points that it can give, and why.
 
     item: id of the item that `answer` is to, where several items make one question; "" for `id`.
@@ -73,7 +73,7 @@ class Mark:
     id: str
     value: float
     group: str = ""
-    kind: str = ""
+    category: str = ""
     answer: str = ""
     truth: str = ""
     rule: str = ""
@@ -81,22 +81,21 @@ class Mark:
 
 
 @dataclass(frozen=True)
-class Headline:
+class AggregateMetric:
     """How a score that is not the mean mark follows from sums over questions.
 
-    parts:   of each mark, in the order of the marks, K numbers that are summed.
-    figure:  the score from K sums.
-    by_kind: whether each kind of question is a sample of its own, which keeps its number of pictures when pictures are
-             drawn.
+    terms:      K summable numbers per question score, in the order of the scores.
+    compute:    the score from the K sums.
+    stratified: resample each category separately, which keeps its number of images in every bootstrap draw.
     """
 
-    parts: tuple[tuple[float, ...], ...]
-    figure: Callable[[Sequence[float]], float]
-    by_kind: bool = False
+    terms: tuple[tuple[float, ...], ...]
+    compute: Callable[[Sequence[float]], float]
+    stratified: bool = False
 
 
 @dataclass(frozen=True)
-class Scored:
+class BenchmarkResult:
     """The score of a file of answers.
 
     score:    the headline figure as it is published: percent, or points.
@@ -109,18 +108,18 @@ class Scored:
 
     score: float
     unit: str
-    figures: dict[str, Any]
-    marks: tuple[Mark, ...]
+    metrics: dict[str, Any]
+    question_scores: tuple[QuestionScore, ...]
     notes: tuple[str, ...] = ()
-    headline: Headline | None = None
+    aggregate: AggregateMetric | None = None
 
 
 @dataclass(frozen=True)
 class Submission:
-    """A file for a benchmark's server. kind: `json`, `jsonl` or `xlsx`; rows: a list of mappings, columns in order."""
+    """File for a benchmark server. format: `json`, `jsonl` or `xlsx`; rows: mappings with the columns in order."""
 
     name: str
-    kind: str
+    format: str
     rows: list[dict[str, Any]]
     server: str
     checks: tuple[str, ...] = ()
@@ -135,7 +134,7 @@ class Benchmark(Protocol):
     def items(self) -> Sequence[Item]:
         """All questions, in a fixed order; items of one group stand together."""
 
-    def score(self, answers: Sequence[Answer], rules: Rules = "upstream") -> Scored:
+    def score(self, answers: Sequence[Answer], protocol: ScoringProtocol = "upstream") -> BenchmarkResult:
         """Score answers, in the order of their file. DataError for what the rules cannot score, naming ids."""
 
 
@@ -201,14 +200,14 @@ def check_ids(name: str, predictions: Mapping[str, str], wanted: Iterable[str]) 
         raise DataError(f"{name}: {'; '.join(problems)}")
 
 
-def by_item(name: str, answers: Sequence[Answer], items: Sequence[Item]) -> dict[str, str]:
+def answers_by_item(name: str, answers: Sequence[Answer], items: Sequence[Item]) -> dict[str, str]:
     """Answers by item id, exactly one for each. Raises DataError for ids that are missing, unknown or given twice."""
     known = {str(item.id if item.question_id is None else item.question_id): item.id for item in items}
     out: dict[str, str] = {}
     for answer in answers:
         key = answer.id or known.get(str(answer.question_id), str(answer.question_id))
         if key in out:
-            raise DataError(f"{name}: {answer.where or 'answers'}: a second answer to question {key}")
+            raise DataError(f"{name}: {answer.location or 'answers'}: a second answer to question {key}")
         out[key] = answer.text
     check_ids(name, out, (item.id for item in items))
     return out

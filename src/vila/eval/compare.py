@@ -1,4 +1,4 @@
-"""Two runs side by side: paired differences on the questions of both, and which answers changed."""
+"""Compare two evaluation runs: paired differences per benchmark and samples of the answers that changed."""
 
 from __future__ import annotations
 
@@ -9,118 +9,124 @@ from typing import Any
 
 from vila.core.errors import DataError
 from vila.core.files import write_json, write_text
-from vila.eval.benchmark import Mark
-from vila.eval.predictions import MERGED
-from vila.eval.published import title_of
+from vila.eval.benchmark import QuestionScore
+from vila.eval.predictions import PREDICTIONS_FILE, read_question_scores
+from vila.eval.published import benchmark_title
 from vila.eval.report_data import (
-    RunFolder,
-    Shown,
+    EvalRun,
+    SampleQuestion,
+    load_samples,
     questions_from,
-    read_marks,
     read_run,
     read_scores,
+    sample_scores,
     shorten,
-    show,
-    spread,
 )
-from vila.eval.report_tables import Table, bullets, cell, markdown_table, plain, write_chance, write_signed
-from vila.eval.stats import Comparison, compare
+from vila.eval.report_tables import Table, bullets, cell, format_p_value, format_signed, markdown_table, plain
+from vila.eval.significance import PairedComparison, compare_paired
 from vila.report.html import Card, Cell, Figure, Page
 from vila.report.plots import Group, bar_plot
 
-_CHANGES_SHOWN = 6
-"""Of each kind: answers that became better, and answers that became worse."""
-SURE = 0.05
-"""Largest p of a difference that is counted as one."""
+_MAX_CHANGES = 6
+"""Answers shown per benchmark that became better, and as many that became worse."""
+SIGNIFICANCE_LEVEL = 0.05
+"""Differences with a p-value up to this one count as significant."""
 
 
 @dataclass(frozen=True)
-class Change:
-    """One question and its two marks; `shown` has the second."""
+class AnswerChange:
+    """One question with its scores in both runs; `after` has that of the second run."""
 
-    before: Mark
-    shown: Shown
+    before: QuestionScore
+    after: SampleQuestion
 
 
 @dataclass(frozen=True)
-class Pair:
-    """One benchmark of both runs. scores: the headlines. changes: better ones, then worse ones, a fixed sample."""
+class BenchmarkComparison:
+    """One benchmark of both runs. changes: a fixed sample, better answers first. remark: questions not compared."""
 
     name: str
     scores: tuple[float | None, float | None]
     unit: str
-    found: Comparison
-    changes: tuple[Change, ...]
+    paired: PairedComparison
+    changes: tuple[AnswerChange, ...]
     remark: str
+
+    @property
+    def title(self) -> str:
+        """Title of the benchmark."""
+        return benchmark_title(self.name)
 
 
 def compare_runs(first: Path, second: Path, out: Path) -> list[Path]:
     """Write compare.html, compare.md and compare.json into `out`: the second run against the first.
 
     first, second: directories that `vila eval` wrote. Benchmarks are paired by name, questions by id. A difference is
-    that of mean marks in points of a hundred, which for some benchmarks is not the difference of the headlines.
-    Raises DataError when a directory is no run, or when nothing can be compared.
+    that of the mean question scores, in percentage points; for MME and POPE it is not the difference of the scores.
+    Raises DataError if a directory is not a run folder or nothing can be compared.
     """
     runs = read_run(first), read_run(second)
-    pairs: list[Pair] = []
+    comparisons: list[BenchmarkComparison] = []
     left_out: list[tuple[str, str]] = []
     for name in dict.fromkeys([*runs[0].folders, *runs[1].folders]):
         try:
-            pairs.append(_pair(name, *runs))
+            comparisons.append(_compare(name, *runs))
         except DataError as error:
-            left_out.append((title_of(name), str(error)))
-    if not pairs:
-        reasons = "; ".join(f"{name}: {why}" for name, why in left_out)
-        raise DataError(f"{first} and {second}: nothing to compare ({reasons or 'no benchmarks'})")
+            left_out.append((benchmark_title(name), str(error)))
+    if not comparisons:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out)
+        raise DataError(f"nothing to compare with {first} ({reasons or 'no benchmarks'})", file=second)
     names = _names(*runs)
-    paths = [out / f"compare.{kind}" for kind in ("html", "md", "json")]
-    _page(names, runs, pairs, left_out).save(paths[0])
-    write_text(paths[1], _markdown(names, pairs, left_out))
-    write_json(paths[2], _json(runs, pairs, left_out))
+    paths = [out / f"compare.{suffix}" for suffix in ("html", "md", "json")]
+    _page(names, runs, comparisons, left_out).save(paths[0])
+    write_text(paths[1], _markdown(names, comparisons, left_out))
+    write_json(paths[2], _json(runs, comparisons, left_out))
     return paths
 
 
-def _pair(name: str, first: RunFolder, second: RunFolder) -> Pair:
+def _compare(name: str, first: EvalRun, second: EvalRun) -> BenchmarkComparison:
     for run in (first, second):
         if name not in run.folders:
-            raise DataError(f"not in the run {run.path}")
+            raise DataError("not in this run", file=run.path)
     folders = first.folders[name], second.folders[name]
     scores = [_scores(folder / "scores.json") for folder in folders]
     if scores[0]["rules"] != scores[1]["rules"]:
-        raise DataError(f"scored by other rules: {scores[0]['rules']} and {scores[1]['rules']}")
-    before, after = (read_marks(folder / "marks.jsonl") for folder in folders)
-    known = {mark.id: mark for mark in before}
-    common = [mark for mark in after if mark.id in known]
-    lost = len(before) + len(after) - 2 * len(common)
-    return Pair(
+        raise DataError(f"scored with different protocols: {scores[0]['rules']} and {scores[1]['rules']}")
+    before, after = (read_question_scores(folder) for folder in folders)
+    known = {score.id: score for score in before}
+    common = [score for score in after if score.id in known]
+    unpaired = len(before) + len(after) - 2 * len(common)
+    return BenchmarkComparison(
         name,
         (scores[0]["score"], scores[1]["score"]),
         scores[1]["unit"],
-        compare(before, after),
+        compare_paired(before, after),
         tuple(_changes(name, known, common, folders[1], second.data)),
-        f"{lost:,} questions were scored in one of the runs only and do not count" if lost else "",
+        f"{unpaired:,} questions have a score in only one of the runs and are not compared" if unpaired else "",
     )
 
 
-def _changes(name: str, known: dict[str, Mark], common: Sequence[Mark], folder: Path, data: str) -> list[Change]:
-    better = [mark for mark in common if mark.value > known[mark.id].value]
-    worse = [mark for mark in common if mark.value < known[mark.id].value]
-    chosen = [mark for marks in (better, worse) for mark in spread(marks, name, _CHANGES_SHOWN)]
-    shown = show(chosen, folder / MERGED, lambda: questions_from(name, data))
-    return [Change(known[one.mark.id], one) for one in shown]
+def _changes(
+    name: str, known: dict[str, QuestionScore], common: Sequence[QuestionScore], folder: Path, data: str
+) -> list[AnswerChange]:
+    better = [score for score in common if score.value > known[score.id].value]
+    worse = [score for score in common if score.value < known[score.id].value]
+    chosen = [score for scores in (better, worse) for score in sample_scores(scores, name, _MAX_CHANGES)]
+    samples = load_samples(chosen, folder / PREDICTIONS_FILE, lambda: questions_from(name, data))
+    return [AnswerChange(known[sample.score.id], sample) for sample in samples]
 
 
 def _scores(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise DataError(f"{path.parent}: not finished: no scores.json")
+        raise DataError("not finished: no scores.json", file=path.parent)
     scores = read_scores(path)
     if scores.get("score") is None:
-        raise DataError(f"{path.parent}: {scores.get('problem') or 'no score'}")
+        raise DataError(scores.get("problem") or "no score", file=path.parent)
     return scores
 
 
-def _names(first: RunFolder, second: RunFolder) -> tuple[str, str]:
-    """What to call the runs: their models, or their folders where the models have one name."""
+def _names(first: EvalRun, second: EvalRun) -> tuple[str, str]:
+    """Return names for the runs: their models, or their folders if the models have the same name."""
     models = first.short_model, second.short_model
     if models[0] != models[1]:
         return models
@@ -129,126 +135,130 @@ def _names(first: RunFolder, second: RunFolder) -> tuple[str, str]:
 
 
 def _page(
-    names: tuple[str, str], runs: tuple[RunFolder, RunFolder], pairs: Sequence[Pair], left_out: list[tuple[str, str]]
+    names: tuple[str, str],
+    runs: tuple[EvalRun, EvalRun],
+    comparisons: Sequence[BenchmarkComparison],
+    left_out: list[tuple[str, str]],
 ) -> Page:
     page = Page(
         f"{names[1]} against {names[0]}",
-        "Paired by question. Above zero the second run is the better one.",
-        f"First run: {runs[0].path}. Second run: {runs[1].path}. This file is complete in itself and loads nothing.",
+        "Paired by question. Positive differences: the second run is better.",
+        f"First run: {runs[0].path}. Second run: {runs[1].path}. This file is self-contained.",
     )
-    sure = [pair for pair in pairs if pair.found.p <= SURE]
-    up = sum(pair.found.difference > 0 for pair in sure)
+    significant = [one for one in comparisons if one.paired.p <= SIGNIFICANCE_LEVEL]
+    better = sum(one.paired.difference > 0 for one in significant)
+    level = f"of {len(comparisons)}, with p at most {SIGNIFICANCE_LEVEL}"
     page.figures(
         {
-            "benchmarks better": Figure(up, f"of {len(pairs)}, with p at most {SURE}"),
-            "benchmarks worse": Figure(len(sure) - up, f"of {len(pairs)}, with p at most {SURE}"),
-            "questions": Figure(sum(pair.found.questions for pair in pairs), "asked of both"),
+            "benchmarks better": Figure(better, level),
+            "benchmarks worse": Figure(len(significant) - better, level),
+            "questions": Figure(sum(one.paired.questions for one in comparisons), "in both runs"),
         }
     )
     page.section(
         "Differences",
-        "Of mean marks, in points of a hundred, with 95 % intervals over pictures. p: how often chance alone gives as "
-        "large a difference, for one benchmark; among twenty, one falls below 0.05 by chance.",
+        "Differences of the mean question scores, in percentage points, with 95 % intervals resampled by image. p: "
+        "permutation test per benchmark, not corrected for the number of benchmarks.",
     )
     groups = [
-        Group(
-            title_of(pair.name),
-            {"difference": pair.found.difference},
-            {"difference": (pair.found.low, pair.found.high)},
-        )
-        for pair in pairs
+        Group(one.title, {"difference": one.paired.difference}, {"difference": (one.paired.low, one.paired.high)})
+        for one in comparisons
     ]
-    page.plot(bar_plot(groups, title="Second run minus first, in points of a hundred", write=write_signed))
-    table = _table(names, pairs)
+    page.plot(bar_plot(groups, title="Second run minus first, in percentage points", write=format_signed))
+    table = _table(names, comparisons)
     page.table(table.header, table.rows)
-    if remarks := _remarks(pairs, left_out):
-        page.text("To mind:").table((), remarks)
-    for pair in pairs:
-        if not pair.changes:
+    if remarks := _remarks(comparisons, left_out):
+        page.text("Remarks:").table((), remarks)
+    for one in comparisons:
+        if not one.changes:
             continue
-        page.section(title_of(pair.name), f"Better: {pair.found.better:,} answers. Worse: {pair.found.worse:,}.")
+        page.section(one.title, f"Better: {one.paired.better:,} answers. Worse: {one.paired.worse:,}.")
         page.gallery(
-            [_card(names, change) for change in pair.changes],
+            [_card(names, change) for change in one.changes],
             "A fixed sample: answers that became better, then answers that became worse.",
             photos=True,
         )
     return page
 
 
-def _card(names: tuple[str, str], change: Change) -> Card:
-    before, after = change.before, change.shown.mark
+def _card(names: tuple[str, str], change: AnswerChange) -> Card:
+    sample, before, after = change.after, change.before, change.after.score
     lines = [
-        ("", change.shown.question or after.id),
+        ("", sample.question or after.id),
         (names[0], shorten(before.answer) or "(empty)"),
         (names[1], shorten(after.answer) or "(empty)"),
         ("truth", shorten(after.truth)),
         ("points", f"{before.value:.2f} to {after.value:.2f}" if {before.value, after.value} - {0, 1} else ""),
-        ("picture", "" if change.shown.picture else change.shown.no_picture),
+        ("image", "" if sample.image else sample.no_image),
     ]
     better = after.value > before.value
-    kept = [(label, text) for label, text in lines if text]
-    return Card(change.shown.picture, kept, better, verdict="better" if better else "worse")
+    shown = [(label, text) for label, text in lines if text]
+    return Card(sample.image, shown, better, verdict="better" if better else "worse")
 
 
-def _table(names: tuple[str, str], pairs: Sequence[Pair]) -> Table:
+def _table(names: tuple[str, str], comparisons: Sequence[BenchmarkComparison]) -> Table:
     rows: list[list[Cell]] = [
         [
-            f"{title_of(pair.name)} ({pair.unit})",
-            *(None if score is None else f"{score:,.2f}" for score in pair.scores),
-            write_signed(pair.found.difference),
-            f"{write_signed(pair.found.low)} to {write_signed(pair.found.high)}",
-            write_chance(pair.found.p),
-            pair.found.better,
-            pair.found.worse,
-            pair.found.questions,
+            f"{one.title} ({one.unit})",
+            *(None if score is None else f"{score:,.2f}" for score in one.scores),
+            format_signed(one.paired.difference),
+            f"{format_signed(one.paired.low)} to {format_signed(one.paired.high)}",
+            format_p_value(one.paired.p),
+            one.paired.better,
+            one.paired.worse,
+            one.paired.questions,
         ]
-        for pair in pairs
+        for one in comparisons
     ]
     return Table(["benchmark", *names, "difference", "95 % interval", "p", "better", "worse", "questions"], rows)
 
 
-def _remarks(pairs: Sequence[Pair], left_out: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    remarks = [(title_of(pair.name), pair.remark) for pair in pairs if pair.remark]
-    return [*remarks, *((name, f"not compared: {why}") for name, why in left_out)]
+def _remarks(comparisons: Sequence[BenchmarkComparison], left_out: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    remarks = [(one.title, one.remark) for one in comparisons if one.remark]
+    return [*remarks, *((name, f"not compared: {reason}") for name, reason in left_out)]
 
 
-def _markdown(names: tuple[str, str], pairs: Sequence[Pair], left_out: list[tuple[str, str]]) -> str:
+def _markdown(
+    names: tuple[str, str], comparisons: Sequence[BenchmarkComparison], left_out: list[tuple[str, str]]
+) -> str:
     parts = [
         f"# {cell(names[1])} against {cell(names[0])}",
-        markdown_table(_table(names, pairs)),
-        "Difference of mean marks in points of a hundred, second run minus first, on the questions of both.",
-        *bullets("To mind:", _remarks(pairs, left_out)),
+        markdown_table(_table(names, comparisons)),
+        "Difference of the mean question scores in percentage points, second run minus first, on shared questions.",
+        *bullets("Remarks:", _remarks(comparisons, left_out)),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _json(runs: tuple[RunFolder, RunFolder], pairs: Sequence[Pair], left_out: list[tuple[str, str]]) -> Any:
+def _json(
+    runs: tuple[EvalRun, EvalRun], comparisons: Sequence[BenchmarkComparison], left_out: list[tuple[str, str]]
+) -> Any:
     return plain(
         {
             "first": str(runs[0].path),
             "second": str(runs[1].path),
             "benchmarks": {
-                pair.name: {
-                    "scores": pair.scores,
-                    "unit": pair.unit,
-                    **pair.found.as_json(),
-                    "remark": pair.remark,
-                    "changes": [_change(change) for change in pair.changes],
+                one.name: {
+                    "scores": one.scores,
+                    "unit": one.unit,
+                    **one.paired.as_json(),
+                    "remark": one.remark,
+                    "changes": [_change(change) for change in one.changes],
                 }
-                for pair in pairs
+                for one in comparisons
             },
             "not_compared": dict(left_out),
         }
     )
 
 
-def _change(change: Change) -> dict[str, Any]:
-    mark = change.shown.mark
+def _change(change: AnswerChange) -> dict[str, Any]:
+    score = change.after.score
     return {
-        "id": mark.id,
-        "question": change.shown.question,
+        "id": score.id,
+        "question": change.after.question,
         "first": change.before.answer,
-        "second": mark.answer,
-        "truth": mark.truth,
-        "values": [change.before.value, mark.value],
+        "second": score.answer,
+        "truth": score.truth,
+        "values": [change.before.value, score.value],
     }

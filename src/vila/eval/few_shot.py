@@ -16,13 +16,13 @@ from typing import Any
 
 from vila.core.errors import ConfigError, DataError
 from vila.core.types import Image, Message, Video
-from vila.eval.benchmark import Answer, Benchmark, Item, Rules, Scored
+from vila.eval.benchmark import Answer, Benchmark, BenchmarkResult, Item, ScoringProtocol
 
-POOLS: Mapping[str, Callable[[Path], Sequence[Item]]] = {"easy_vqa": lambda folder: _easy_vqa_pool(folder)}
+EXAMPLE_POOLS: Mapping[str, Callable[[Path], Sequence[Item]]] = {"easy_vqa": lambda folder: _easy_vqa_pool(folder)}
 """Where examples for a benchmark come from: never from what is scored."""
 
 
-class WithShots:
+class FewShotBenchmark:
     """A benchmark whose questions follow examples. Ids, groups, truths and scores are the benchmark's own."""
 
     def __init__(self, inner: Benchmark, shots: int, pool: Sequence[Item], seed: int, shuffled: bool) -> None:
@@ -68,7 +68,7 @@ class WithShots:
             left[place], left[-1] = left[-1], left[place]
             example = self._pool[rng.choice(self._by_picture[left.pop()])]
             media = _media(example)
-            if not any(same_media(media, other) for other in seen):
+            if not any(shares_media(media, other) for other in seen):
                 seen.append(media)
                 chosen.append((*example.messages, Message.of("assistant", self._answers[example.id])))
         return tuple(message for example in chosen for message in example)
@@ -85,14 +85,14 @@ class WithShots:
     def _answers(self) -> dict[str, str]:
         return wrong_answers(self._pool) if self._shuffled else {item.id: item.truth for item in self._pool}
 
-    def score(self, answers: Sequence[Answer], rules: Rules = "upstream") -> Scored:
+    def score(self, answers: Sequence[Answer], protocol: ScoringProtocol = "upstream") -> BenchmarkResult:
         """The benchmark's score, with what the questions followed among the figures."""
-        scored = self.inner.score(answers, rules)
+        result = self.inner.score(answers, protocol)
         facts = {"shots": self._shots, "shot_seed": self._seed, "shot_answers": "wrong" if self._shuffled else "true"}
-        return replace(scored, figures={**scored.figures, **facts})
+        return replace(result, metrics={**result.metrics, **facts})
 
 
-def with_shots(benchmark: Benchmark, k: int, pool: Sequence[Item], seed: int = 0, shuffled: bool = False) -> Benchmark:
+def few_shot(benchmark: Benchmark, k: int, pool: Sequence[Item], seed: int = 0, shuffled: bool = False) -> Benchmark:
     """`benchmark` asked after `k` examples out of `pool`, which a seed chooses; with none it is `benchmark` itself.
 
     pool:     questions with answers; a picture that an item asks about is never among its examples.
@@ -105,10 +105,10 @@ def with_shots(benchmark: Benchmark, k: int, pool: Sequence[Item], seed: int = 0
         return benchmark
     if not any(item.truth.strip() for item in pool):
         raise DataError(f"{benchmark.name}: no question of the pool has an answer to show")
-    return WithShots(benchmark, k, pool, seed, shuffled)
+    return FewShotBenchmark(benchmark, k, pool, seed, shuffled)
 
 
-def shot_variants(
+def few_shot_variants(
     benchmark: Benchmark, name: str, folder: Path, counts: Sequence[int], seed: int = 0
 ) -> list[Benchmark]:
     """A registered benchmark after each number of examples from its own pool, with true answers and with wrong ones.
@@ -117,13 +117,13 @@ def shot_variants(
     """
     if not any(counts):
         return [benchmark for _ in counts]
-    if name not in POOLS:
+    if name not in EXAMPLE_POOLS:
         raise DataError(
-            f"{name}: has no pool of examples (those that have one: {', '.join(POOLS)}); take --num-fewshot 0"
+            f"{name}: has no pool of examples (those that have one: {', '.join(EXAMPLE_POOLS)}); take --num-fewshot 0"
         )
-    pool = POOLS[name](folder)
+    pool = EXAMPLE_POOLS[name](folder)
     return [
-        with_shots(benchmark, count, pool, seed, shuffled)
+        few_shot(benchmark, count, pool, seed, shuffled)
         for count in counts
         for shuffled in ((False, True) if count else (False,))
     ]
@@ -135,17 +135,17 @@ def wrong_answers(pool: Sequence[Item]) -> dict[str, str]:
     The answers of a kind are permuted; where more than half of them are equal, permuting leaves some right, and these
     get the commonest other answer. Raises DataError for a kind with one answer only.
     """
-    kinds: dict[str, list[Item]] = defaultdict(list)
+    categories: dict[str, list[Item]] = defaultdict(list)
     for item in pool:
         if item.truth.strip():
-            kinds[item.kind].append(item)
-    return {id: answer for items in kinds.values() for id, answer in _permuted(items).items()}
+            categories[item.category].append(item)
+    return {id: answer for items in categories.values() for id, answer in _permuted(items).items()}
 
 
 def _permuted(items: Sequence[Item]) -> dict[str, str]:
     counts = Counter(item.truth.strip() for item in items)
     if len(counts) == 1:
-        raise DataError(f"every answer of kind {items[0].kind!r} in the pool is {items[0].truth!r}: none is wrong")
+        raise DataError(f"every answer of kind {items[0].category!r} in the pool is {items[0].truth!r}: none is wrong")
     # In order of their answers, moved on by the largest class, no answer meets its own class unless that is over half.
     ordered = sorted(items, key=lambda item: (item.truth.strip(), item.id))
     step = max(counts.values())
@@ -158,7 +158,7 @@ def _permuted(items: Sequence[Item]) -> dict[str, str]:
     return out
 
 
-def same_media(first: Sequence[Any], second: Sequence[Any]) -> bool:
+def shares_media(first: Sequence[Any], second: Sequence[Any]) -> bool:
     """Whether two questions show a common picture: one source, or files of equal content. Nothing is decoded."""
     return any(_same(one, other) for one in first for other in second)
 

@@ -20,9 +20,9 @@ from vila.core.errors import DataError, UnknownNameError
 from vila.core.files import write_json, write_jsonl
 from vila.core.progress import SILENT, Events, task
 from vila.core.reading import Fields, lone_surrogate, read_json, read_jsonl
-from vila.eval.annotation_files import iter_rows
-from vila.eval.annotations import naming
-from vila.eval.openai_client import Endpoint, Reply, ServerError
+from vila.eval.annotation_files import iter_records
+from vila.eval.annotations import format_ids
+from vila.eval.openai_client import ChatCompletion, OpenAIClient, ServerError
 
 # --- judge_cost
 # What asking a judge will cost, before it is asked: tokens guessed from characters, prices from a table.
@@ -51,7 +51,7 @@ _DATED = re.compile(r"-\d{4}(-\d{2}-\d{2})?$")
 
 
 @dataclass(frozen=True, slots=True)
-class Estimate:
+class CostEstimate:
     """dollars: None where the model's price is not known. kept: requests whose replies are there already."""
 
     model: str
@@ -80,7 +80,7 @@ class Estimate:
 
 def estimate_cost(
     bodies: Sequence[Mapping[str, Any]], model: str, prices: Prices | None = None, kept: int = 0
-) -> Estimate:
+) -> CostEstimate:
     """prices: of models that the table does not have, or other ones. kept: requests that need not be sent.
 
     A dated model (`gpt-4o-2024-11-20`) costs what its name without the date does.
@@ -94,7 +94,7 @@ def estimate_cost(
     table = {**PRICES, **(prices or {})}
     price = table.get(model) or table.get(_DATED.sub("", model))
     dollars = None if price is None else (read * price[0] + written * price[1]) / 1e6
-    return Estimate(model, len(bodies), kept, read, written, dollars)
+    return CostEstimate(model, len(bodies), kept, read, written, dollars)
 
 
 DEFAULT_MODEL = "gpt-3.5-turbo"
@@ -105,7 +105,7 @@ _NONE = object()
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
+class JudgeCase:
     """One answer to be judged. fields: what the prompt's holes are filled with (`question`, `answer`, `pred`, ...)."""
 
     id: str
@@ -127,7 +127,7 @@ class Verdict:
 
 
 @dataclass(frozen=True, slots=True)
-class Tally:
+class JudgeSummary:
     """What verdicts amount to. accuracy: percent of yes among yes and no; average_score: 0..5.
 
     count:     verdicts that were read: the denominator of the average.
@@ -148,17 +148,17 @@ class NotJudgedError(DataError):
     """The requests to a judge were written to a file, as was asked for; there are no verdicts yet."""
 
 
-class Judging(Protocol):
+class Judge(Protocol):
     """Whoever gives verdicts: a server, a file of replies, or nobody yet."""
 
     model: str
 
-    def verdicts(self, kind: str, cases: Sequence[Case]) -> list[Verdict]:
+    def verdicts(self, kind: str, cases: Sequence[JudgeCase]) -> list[Verdict]:
         """A verdict for each case, in their order. DataError when there are none to be had now."""
 
 
 @cache
-def prompts() -> Mapping[str, list[dict[str, str]]]:
+def judge_prompts() -> Mapping[str, list[dict[str, str]]]:
     """The messages of every kind of judge, with holes: `video_qa` and Video-ChatGPT's five dimensions."""
     judges: dict[str, list[dict[str, str]]] = json.loads(
         files("vila.eval").joinpath("judge_prompts.json").read_text(encoding="utf-8")
@@ -166,31 +166,31 @@ def prompts() -> Mapping[str, list[dict[str, str]]]:
     return judges
 
 
-def fields_of(kind: str) -> list[str]:
+def prompt_fields(kind: str) -> list[str]:
     """What the messages of a kind of judge are filled with, each once."""
-    return list(dict.fromkeys(_HOLE.findall("".join(message["content"] for message in prompts()[kind]))))
+    return list(dict.fromkeys(_HOLE.findall("".join(message["content"] for message in judge_prompts()[kind]))))
 
 
-def request_body(kind: str, case: Case, model: str = DEFAULT_MODEL) -> dict[str, Any]:
+def request_body(kind: str, case: JudgeCase, model: str = DEFAULT_MODEL) -> dict[str, Any]:
     """The published request: `model` and `messages`, nothing else. Raises DataError naming a field that is missing."""
-    if kind not in prompts():
-        raise UnknownNameError("kind of judge", kind, prompts())
+    if kind not in judge_prompts():
+        raise UnknownNameError("kind of judge", kind, judge_prompts())
 
     def fill(hole: re.Match[str]) -> str:
         if hole[1] not in case.fields:
             raise DataError(f"case {case.id}: no {hole[1]!r}, which the judge of {kind} is shown")
         return case.fields[hole[1]]
 
-    messages = [{"role": m["role"], "content": _HOLE.sub(fill, m["content"])} for m in prompts()[kind]]
+    messages = [{"role": m["role"], "content": _HOLE.sub(fill, m["content"])} for m in judge_prompts()[kind]]
     return {"model": model, "messages": messages}
 
 
-def body_hash(body: Mapping[str, Any]) -> str:
+def request_hash(body: Mapping[str, Any]) -> str:
     """What a reply is kept under: equal for equal model and messages."""
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
-def read_reply(id: str, reply: str) -> Verdict:
+def parse_reply(id: str, reply: str) -> Verdict:
     """A reply as a verdict: it must be a Python literal and nothing else, as the prompt asks. Nothing is run."""
     if len(reply) > _LONGEST_REPLY:
         return Verdict(id, reply)
@@ -200,7 +200,7 @@ def read_reply(id: str, reply: str) -> Verdict:
         return Verdict(id, reply)
 
 
-def score_of(value: Any) -> int | None:
+def verdict_score(value: Any) -> int | None:
     """The score as the original reads it: cut to a whole number (4.8 is 4, '4' is 4); None when it is none."""
     try:
         return int(value["score"])
@@ -208,22 +208,22 @@ def score_of(value: Any) -> int | None:
         return None
 
 
-def says_yes(value: Any) -> bool | None:
+def verdict_is_yes(value: Any) -> bool | None:
     """Whether `pred` holds "yes", or else "no", in whatever letters; None for neither, or without a readable score."""
-    said = value.get("pred") if score_of(value) is not None and isinstance(value, dict) else None
+    said = value.get("pred") if verdict_score(value) is not None and isinstance(value, dict) else None
     if not isinstance(said, str):
         return None
     return True if "yes" in said.lower() else False if "no" in said.lower() else None
 
 
-def tally(verdicts: Iterable[Verdict]) -> Tally:
+def summarize_verdicts(verdicts: Iterable[Verdict]) -> JudgeSummary:
     """Figures by the original's rules: verdicts that are not readable are left out of every denominator."""
     read = [verdict for verdict in verdicts if verdict.readable]
-    scores = [score_of(verdict.value) for verdict in read]
-    said = [says_yes(verdict.value) for verdict in read]
+    scores = [verdict_score(verdict.value) for verdict in read]
+    said = [verdict_is_yes(verdict.value) for verdict in read]
     yes, no = said.count(True), said.count(False)
     undecided = [v.id for v, score, word in zip(read, scores, said, strict=True) if score is not None and word is None]
-    return Tally(
+    return JudgeSummary(
         accuracy=100 * yes / (yes + no) if yes + no else 0.0,
         average_score=sum(score or 0 for score in scores) / len(read) if read else 0.0,
         yes=yes,
@@ -242,7 +242,7 @@ class RequestFile:
     model: str = DEFAULT_MODEL
     prices: Prices | None = None
 
-    def verdicts(self, kind: str, cases: Sequence[Case]) -> list[Verdict]:
+    def verdicts(self, kind: str, cases: Sequence[JudgeCase]) -> list[Verdict]:
         """Writes `path`. Raises NotJudgedError, always: there is no verdict yet."""
         rows: list[dict[str, Any]] = [
             {
@@ -254,7 +254,7 @@ class RequestFile:
             for case in cases
         ]
         write_jsonl(self.path, rows)
-        cost: Estimate = estimate_cost([row["body"] for row in rows], self.model, self.prices)
+        cost: CostEstimate = estimate_cost([row["body"] for row in rows], self.model, self.prices)
         raise NotJudgedError(f"no judge was asked; its requests are in {self.path} ({cost.text})")
 
 
@@ -265,7 +265,7 @@ class ReplyFile:
     path: Path
     model: str = "from file"
 
-    def verdicts(self, kind: str, cases: Sequence[Case]) -> list[Verdict]:
+    def verdicts(self, kind: str, cases: Sequence[JudgeCase]) -> list[Verdict]:
         """Those of the cases; a case without one is as one whose reply cannot be read.
 
         Raises DataError when no case has one: the file holds the replies on other answers.
@@ -273,8 +273,8 @@ class ReplyFile:
         found = {verdict.id: verdict for verdict in read_verdicts(self.path)}
         if cases and not any(case.id in found for case in cases):
             raise DataError(
-                f"{self.path}: holds {len(found)} replies and none on these answers (theirs: {naming(found)}; ours: "
-                f"{naming(case.id for case in cases)}); name the replies on this set"
+                f"{self.path}: holds {len(found)} replies and none on these answers (theirs: {format_ids(found)}; "
+                f"ours: {format_ids(case.id for case in cases)}); name the replies on this set"
             )
         return [found.get(case.id, Verdict(case.id, "")) for case in cases]
 
@@ -298,7 +298,7 @@ def read_verdicts(path: Path) -> list[Verdict]:
         try:
             choice = ((row["response"] or {}).get("body") or {}).get("choices", [{}])[0]
             reply = (choice.get("message") or {}).get("content")
-            verdicts.append(read_reply(str(row["custom_id"]), reply if isinstance(reply, str) else ""))
+            verdicts.append(parse_reply(str(row["custom_id"]), reply if isinstance(reply, str) else ""))
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             record = f"line {number}"
             raise DataError(f"not a line of a batch service's output ({error})", file=path, record=record) from error
@@ -319,39 +319,39 @@ _OTHER = {"question": "Q", "answer": "A", "question1": "Q1", "question2": "Q2"}
 _IDS = ("id", "question_id", "video_name")
 
 
-def read_cases(path: Path, kind: str) -> list[Case]:
+def read_cases(path: Path, kind: str) -> list[JudgeCase]:
     """The cases of a JSON list or of JSON lines. A second row of one id is a case of its own.
 
     Raises DataError naming file and row for one that cannot be read or lacks what judges of this kind are shown.
     """
-    if kind not in prompts():
-        raise UnknownNameError("kind of judge", kind, prompts())
+    if kind not in judge_prompts():
+        raise UnknownNameError("kind of judge", kind, judge_prompts())
     seen: Counter[str] = Counter()
     cases = []
-    for where, row in iter_rows(path):
+    for location, row in iter_records(path):
         if isinstance(row, DataError):
             row.hint = row.hint or "correct or delete the line"
             raise row
         if (half := lone_surrogate(row)) is not None:
-            raise DataError(f"{where}: half a surrogate pair in the text {half!r}; remove it")
-        fields = {name: _field(row, name, where) for name in fields_of(kind)}
+            raise DataError(f"{location}: half a surrogate pair in the text {half!r}; remove it")
+        fields = {name: _field(row, name, location) for name in prompt_fields(kind)}
         own = next((str(row[key]) for key in _IDS if key in row), None)
         if own is None:
-            raise DataError(f"{where}: no id; expected {' or '.join(_IDS)}")
+            raise DataError(f"{location}: no id; expected {' or '.join(_IDS)}")
         seen[own] += 1
-        cases.append(Case(own if seen[own] == 1 else f"{own} again ({seen[own]})", fields))
+        cases.append(JudgeCase(own if seen[own] == 1 else f"{own} again ({seen[own]})", fields))
     if not cases:
         raise DataError(f"{path}: holds no prediction")
     return cases
 
 
-def _field(row: Any, name: str, where: str) -> str:
+def _field(row: Any, name: str, location: str) -> str:
     if not isinstance(row, dict):
-        raise DataError(f"{where}: expected a mapping, got {str(row)[:60]!r}")
+        raise DataError(f"{location}: expected a mapping, got {str(row)[:60]!r}")
     found = row.get(name, row.get(_OTHER.get(name, name)))
     if not isinstance(found, str | int | float):
         other = f" or {_OTHER[name]!r}" if name in _OTHER else ""
-        raise DataError(f"{where}: no {name!r}{other}")
+        raise DataError(f"{location}: no {name!r}{other}")
     return str(found)
 
 
@@ -364,7 +364,7 @@ _STALE_ROUNDS = 10
 
 
 @dataclass
-class Judge:
+class OpenAIJudge:
     """A judge behind a server.
 
     cache:  folder of replies that could be read, by hash of model and messages; what lies there is not asked again.
@@ -372,20 +372,20 @@ class Judge:
     prices: of models that the table does not have, or other ones.
     """
 
-    endpoint: Endpoint
+    endpoint: OpenAIClient
     cache: Path
     model: str = DEFAULT_MODEL
     rounds: int = _STALE_ROUNDS
     prices: Prices | None = None
     events: Events = SILENT
 
-    def estimate(self, kind: str, cases: Sequence[Case]) -> Estimate:
+    def estimate(self, kind: str, cases: Sequence[JudgeCase]) -> CostEstimate:
         """What `verdicts` would ask now, and about what that costs."""
         bodies = self._bodies(kind, cases)
         asked = [body for key, body in bodies.items() if not self._path(key).is_file()]
         return estimate_cost(asked, self.model, self.prices, kept=len(bodies) - len(asked))
 
-    def verdicts(self, kind: str, cases: Sequence[Case]) -> list[Verdict]:
+    def verdicts(self, kind: str, cases: Sequence[JudgeCase]) -> list[Verdict]:
         """A verdict for each case; equal requests are sent once. Says the estimate first.
 
         Replies that could not be read, and failures of the server, are asked again in rounds; what then remains comes
@@ -405,7 +405,7 @@ class Judge:
                 came = self._round(waiting, replies, name)
                 stale = 0 if came else stale + 1
         return [
-            read_reply(case.id, replies.get(key, "")) for case, key in zip(cases, self._keys(kind, cases), strict=True)
+            parse_reply(case.id, replies.get(key, "")) for case, key in zip(cases, self._keys(kind, cases), strict=True)
         ]
 
     def _round(self, waiting: Mapping[str, Mapping[str, Any]], replies: dict[str, str], name: str) -> int:
@@ -415,7 +415,7 @@ class Judge:
         readable = answered = 0
         error: Exception | None = None
         for number, result in self.endpoint.each(jobs):
-            if not isinstance(result, Reply):
+            if not isinstance(result, ChatCompletion):
                 if isinstance(result, ServerError) and result.final:
                     raise result
                 error = result
@@ -431,12 +431,12 @@ class Judge:
             raise error
         return readable
 
-    def _bodies(self, kind: str, cases: Sequence[Case]) -> dict[str, dict[str, Any]]:
+    def _bodies(self, kind: str, cases: Sequence[JudgeCase]) -> dict[str, dict[str, Any]]:
         bodies = [request_body(kind, case, self.model) for case in cases]
-        return {body_hash(body): body for body in bodies}
+        return {request_hash(body): body for body in bodies}
 
-    def _keys(self, kind: str, cases: Sequence[Case]) -> list[str]:
-        return [body_hash(request_body(kind, case, self.model)) for case in cases]
+    def _keys(self, kind: str, cases: Sequence[JudgeCase]) -> list[str]:
+        return [request_hash(request_body(kind, case, self.model)) for case in cases]
 
     def _path(self, key: str) -> Path:
         return self.cache / key[:2] / f"{key}.json"
@@ -447,4 +447,4 @@ class Judge:
 
 
 def _readable(reply: str | None) -> bool:
-    return reply is not None and read_reply("", reply).readable
+    return reply is not None and parse_reply("", reply).readable

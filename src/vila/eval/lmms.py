@@ -29,7 +29,7 @@ _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _INERT = ("until", "image_aspect_ratio", "use_cache", "num_beams", "do_sample", "max_length")
 
 
-class Adapter:
+class LmmsAdapter:
     """What lmms-eval asks of a model, as far as it generates text.
 
     model_args: pretrained (a model directory), dtype (auto, bfloat16, float32), template, num_frames of clips.
@@ -87,8 +87,12 @@ class Adapter:
         context, _, doc_to_visual, number, task, split = arguments
         visuals = doc_to_visual(self.task_dict[task][split][number])  # type: ignore[attr-defined]
         visuals = visuals if isinstance(visuals, list | tuple) else [visuals]
-        media = [medium_of(each, f"{task} {split} {number}", self._num_frames) for each in visuals if each is not None]
-        return Message("user", parts_of(context, media, self._gap))
+        media = [
+            media_from_visual(each, f"{task} {split} {number}", self._num_frames)
+            for each in visuals
+            if each is not None
+        ]
+        return Message("user", message_parts(context, media, self._gap))
 
 
 def manifest() -> Any:
@@ -108,10 +112,10 @@ def __getattr__(name: str) -> Any:
 def _native() -> type:
     from lmms_eval.api.model import lmms
 
-    return type("VilaNative", (Adapter, lmms), {"__module__": __name__, "__doc__": Adapter.__doc__})
+    return type("VilaNative", (LmmsAdapter, lmms), {"__module__": __name__, "__doc__": LmmsAdapter.__doc__})
 
 
-def sampling_of(arguments: Mapping[str, Any]) -> SamplingParams:
+def sampling_from_kwargs(arguments: Mapping[str, Any]) -> SamplingParams:
     """A task's generation settings; greedy and 128 tokens where it says nothing.
 
     `until` is left out, as the original has no stop strings, and so is `image_aspect_ratio`, which belongs to the
@@ -132,7 +136,7 @@ def sampling_of(arguments: Mapping[str, Any]) -> SamplingParams:
     return SamplingParams(max_new_tokens=limit, temperature=temperature, **chosen)  # type: ignore[arg-type]
 
 
-def medium_of(visual: Any, where: str, num_frames: int | None = None) -> Image | Video:
+def media_from_visual(visual: Any, location: str, num_frames: int | None = None) -> Image | Video:
     """A picture or a clip of what a task shows: a PIL picture, or the path of either. Raises DataError for others."""
     if isinstance(visual, PilImage.Image):
         return Image(visual)
@@ -140,10 +144,10 @@ def medium_of(visual: Any, where: str, num_frames: int | None = None) -> Image |
         if str(visual).lower().endswith(_PICTURES):
             return Image(visual)
         return Video(visual, num_frames)
-    raise DataError(f"{where}: shows a {type(visual).__name__}; expected pictures or paths of pictures or clips")
+    raise DataError(f"{location}: shows a {type(visual).__name__}; expected pictures or paths of pictures or clips")
 
 
-def parts_of(context: str, media: Sequence[Image | Video], gap: str) -> tuple[Part, ...]:
+def message_parts(context: str, media: Sequence[Image | Video], gap: str) -> tuple[Part, ...]:
     """Media where the text has as many markers `<image>`, else before the text, `gap` after each picture."""
     pieces = re.split(_MARKER, context)
     if media and len(pieces) == len(media) + 1:
@@ -158,7 +162,7 @@ def _batches(requests: Sequence[Any], size: int) -> Iterator[tuple[list[Any], Sa
     batch: list[Any] = []
     chosen = SamplingParams()
     for request in requests:
-        own = sampling_of(request.args[1])
+        own = sampling_from_kwargs(request.args[1])
         if batch and (own != chosen or len(batch) == size):
             yield batch, chosen
             batch = []

@@ -33,8 +33,8 @@ from vila.media.bulk_download import retry_after_s
 from vila.media.image import open_image, open_source, orientation_of
 from vila.media.video import open_frames
 
-PUBLIC = "https://api.openai.com/v1"
-KEY_VARIABLE = "OPENAI_API_KEY"
+OPENAI_URL = "https://api.openai.com/v1"
+API_KEY_VARIABLE = "OPENAI_API_KEY"
 _BUSY = (408, 409, 429, 500, 502, 503, 504, 529)
 _REFUSED = (401, 403, 404)
 """Answers that every further request would get too: a wrong key, no permission, no such address or model."""
@@ -53,7 +53,7 @@ class ServerError(DownloadError):
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class RetryPolicy:
     """How long to wait, and how often to ask again."""
 
     attempts: int = 6
@@ -69,7 +69,7 @@ class Patience:
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class ChatCompletion:
     """What a server answered: the text, why it ended, and the tokens that it counted (0: it did not say)."""
 
     text: str
@@ -84,7 +84,7 @@ class _TryAgain(Exception):
         self.wait_s = wait_s
 
 
-class Endpoint:
+class OpenAIClient:
     """`url`: of the API (`http://localhost:8000/v1`), of the server alone, or of `.../chat/completions` itself.
 
     key: None takes that of the environment (`OPENAI_API_KEY`); "" sends none. It is never written anywhere.
@@ -92,22 +92,27 @@ class Endpoint:
     """
 
     def __init__(
-        self, url: str = PUBLIC, *, key: str | None = None, concurrency: int = 8, patience: Patience | None = None
+        self,
+        url: str = OPENAI_URL,
+        *,
+        key: str | None = None,
+        concurrency: int = 8,
+        patience: RetryPolicy | None = None,
     ) -> None:
         if concurrency < 1:
             raise ConfigError(f"concurrency={concurrency}: requests at once, from 1")
-        self.url = chat_url(url)
+        self.url = chat_completions_url(url)
         self.concurrency = concurrency
-        self._key = os.environ.get(KEY_VARIABLE, "") if key is None else key
-        if not self._key and self.url.startswith(PUBLIC):
-            raise ConfigError(f"{self.url} needs a key; put it into the environment variable {KEY_VARIABLE}")
-        self._patience = patience or Patience()
+        self._key = os.environ.get(API_KEY_VARIABLE, "") if key is None else key
+        if not self._key and self.url.startswith(OPENAI_URL):
+            raise ConfigError(f"{self.url} needs a key; put it into the environment variable {API_KEY_VARIABLE}")
+        self._patience = patience or RetryPolicy()
         self._pool = httpcore2.ConnectionPool(ssl_context=ssl.create_default_context(), max_connections=concurrency)
         self._closed = threading.Event()
         self._resume_at = 0.0
         self._refusal: ServerError | None = None
 
-    def complete(self, body: Mapping[str, Any]) -> Reply:
+    def complete(self, body: Mapping[str, Any]) -> ChatCompletion:
         """The reply to one request. Raises ServerError with the server's reason, after as many tries as are allowed.
 
         Once the key, the address or the model was refused, the same error comes at once.
@@ -171,7 +176,7 @@ class Endpoint:
             if self._closed.wait(wait):
                 raise ServerError(f"{self.url}: stopped before it answered")
 
-    def _ask(self, content: bytes) -> Reply:
+    def _ask(self, content: bytes) -> ChatCompletion:
         status, headers, body = self._exchange(content)
         if status == 200:
             return self._reply(body)
@@ -213,7 +218,7 @@ class Endpoint:
                 raise
             raise _TryAgain(f"the connection failed ({str(error) or type(error).__name__})") from error
 
-    def _reply(self, body: bytes) -> Reply:
+    def _reply(self, body: bytes) -> ChatCompletion:
         try:
             value = parse_json(body, file=self.url)
             choice = value["choices"][0]
@@ -226,14 +231,14 @@ class Endpoint:
         if finish == "content_filter" or not isinstance(text, str):
             why = choice["message"].get("refusal") or finish or "it holds no text"
             raise ServerError(f"{self.url}: the server withheld its answer ({why})")
-        return Reply(text, finish, *tokens)
+        return ChatCompletion(text, finish, *tokens)
 
 
-def chat_url(url: str) -> str:
+def chat_completions_url(url: str) -> str:
     """The address that chat requests go to. Raises ConfigError for what is no http(s) address."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
-        raise ConfigError(f"{url!r}: not the address of a server; write http://localhost:8000/v1 or {PUBLIC}")
+        raise ConfigError(f"{url!r}: not the address of a server; write http://localhost:8000/v1 or {OPENAI_URL}")
     path = parts.path.rstrip("/")
     if not path.endswith("/chat/completions"):
         path = f"{path or '/v1'}/chat/completions"
@@ -264,7 +269,7 @@ _NUM_FRAMES = 8
 class RemoteEngine:
     """Answers through a server. What the runner needs of an engine, and the tokens that were counted.
 
-    url, key, concurrency, patience: as `Endpoint` takes them. model: as the server names it.
+    url, key, concurrency, patience: as `OpenAIClient` takes them. model: as the server names it.
     num_frames: pictures that stand for a clip which does not say how many itself.
     limit_key:  newer models of OpenAI's want `max_completion_tokens`.
     """
@@ -278,13 +283,13 @@ class RemoteEngine:
         concurrency: int = 8,
         num_frames: int = _NUM_FRAMES,
         limit_key: str = "max_tokens",
-        patience: Patience | None = None,
+        patience: RetryPolicy | None = None,
     ) -> None:
         if not model:
             raise ConfigError(f"{url}: no model is named; give the name that the server knows it by")
         self.model, self.num_frames, self.limit_key = model, num_frames, limit_key
         self.exif_orientation = True
-        self.endpoint = Endpoint(url, key=key, concurrency=concurrency, patience=patience)
+        self.endpoint = OpenAIClient(url, key=key, concurrency=concurrency, patience=patience)
         self.prompt_tokens = self.reply_tokens = 0
         self._kept: dict[int, tuple[Sequence[Message], SamplingParams, str | VilaError]] = {}
         self._counting = threading.Lock()
@@ -343,7 +348,7 @@ class RemoteEngine:
             limit_key=self.limit_key,
             exif_orientation=self.exif_orientation,
         )
-        reply: Reply = self.endpoint.complete(body)
+        reply: ChatCompletion = self.endpoint.complete(body)
         with self._counting:
             self.prompt_tokens += reply.prompt_tokens
             self.reply_tokens += reply.reply_tokens

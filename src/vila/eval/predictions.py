@@ -10,17 +10,20 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from vila.core.errors import DataError
 from vila.core.files import atomic_path, without_home, write_jsonl
 from vila.core.reading import lone_surrogate, parse_json, read_jsonl
-from vila.eval.annotation_files import iter_rows
-from vila.eval.benchmark import Answer, Item
+from vila.eval.annotation_files import iter_records
+from vila.eval.benchmark import Answer, Item, QuestionScore
 
-MERGED = "predictions.jsonl"
+PREDICTIONS_FILE = "predictions.jsonl"
+QUESTION_SCORES_FILE = "question_scores.jsonl"
+_OLD_QUESTION_SCORES_FILE = "marks.jsonl"
+"""Name in run folders of version 0.1, whose records have `kind` in place of `category`."""
 _AGAIN = "delete the file to start over"
 
 
@@ -37,7 +40,7 @@ class Predictions:
         rows = []
         for item, result in zip(items, results, strict=True):
             if isinstance(result, str):
-                rows.append(row_of(item, result))
+                rows.append(prediction_record(item, result))
                 self.texts[item.id] = result
                 self.errors.pop(item.id, None)
             else:
@@ -54,17 +57,17 @@ class Predictions:
     def merge(self, items: Sequence[Item]) -> None:
         """Write `predictions.jsonl`, a row for each item in their order, and delete the parts."""
         rows = [
-            row_of(item, self.texts[item.id])
+            prediction_record(item, self.texts[item.id])
             if item.id in self.texts
             else {"id": item.id, "error": self.errors.get(item.id, "not asked")}
             for item in items
         ]
-        write_jsonl(self.folder / MERGED, rows)
+        write_jsonl(self.folder / PREDICTIONS_FILE, rows)
         for part in self.folder.glob("part-*.jsonl"):
             part.unlink()
 
 
-def row_of(item: Item, text: str) -> dict[str, Any]:
+def prediction_record(item: Item, text: str) -> dict[str, Any]:
     """A line of a predictions file, with the keys that the original's scorers read."""
     return {
         "id": item.id,
@@ -76,7 +79,7 @@ def row_of(item: Item, text: str) -> dict[str, Any]:
     }
 
 
-def answers_of(items: Iterable[Item], texts: Mapping[str, str]) -> list[Answer]:
+def predicted_answers(items: Iterable[Item], texts: Mapping[str, str]) -> list[Answer]:
     """The answers of items that have one, in the order of the items, as scoring reads them."""
     return [
         Answer(
@@ -97,7 +100,7 @@ def read_predictions(folder: Path, known: Iterable[str]) -> Predictions:
     """
     out = Predictions(folder)
     wanted = set(known)
-    for path in [folder / MERGED, *sorted(folder.glob("part-*.jsonl"))]:
+    for path in [folder / PREDICTIONS_FILE, *sorted(folder.glob("part-*.jsonl"))]:
         for number, line in enumerate(_whole_lines(path), start=1):
             row = parse_json(line, file=path, record=f"line {number}", surrogates=True)
             name, text = _entry(row, path, f"line {number}")
@@ -160,6 +163,36 @@ def _whole_lines(path: Path) -> list[bytes]:
     return whole.split(b"\n")[:-1]
 
 
+def write_question_scores(folder: Path, question_scores: Iterable[QuestionScore]) -> None:
+    """Write `question_scores.jsonl` of a benchmark's folder."""
+    write_jsonl(folder / QUESTION_SCORES_FILE, map(asdict, question_scores))
+    (folder / _OLD_QUESTION_SCORES_FILE).unlink(missing_ok=True)
+
+
+def read_question_scores(folder: Path) -> list[QuestionScore]:
+    """Read the question scores of a benchmark's folder; an empty list if it has none.
+
+    Raises DataError naming file and line of an invalid record.
+    """
+    path = folder / QUESTION_SCORES_FILE
+    if not path.is_file():
+        path = folder / _OLD_QUESTION_SCORES_FILE
+    known = {field.name for field in fields(QuestionScore)}
+    scores = []
+    for number, record in read_jsonl(path) if path.is_file() else ():
+        try:
+            values = {"category" if key == "kind" else key: value for key, value in record.items()}
+            score = QuestionScore(**{key: value for key, value in values.items() if key in known})
+            # A value or text of another type raises TypeError here.
+            _ = 0 <= score.value <= 1, "".join(getattr(score, name) for name in known - {"value"})
+        except (AttributeError, TypeError) as error:
+            raise DataError(
+                f"not a question score ({error})", file=path, record=f"line {number}", hint="score the run again"
+            ) from error
+        scores.append(score)
+    return scores
+
+
 # --- answers
 # Reading files of answers, whoever made them: our predictions, or the original's answer files.
 
@@ -196,11 +229,11 @@ def read_answers(path: Path) -> AnswerFile:
     bad: list[str] = []
     failed: list[str] = []
     for file in files:
-        for where, row in iter_rows(file):
+        for location, row in iter_records(file):
             if isinstance(row, dict) and "error" in row and "text" not in row:
-                failed.append(str(row.get("id", where)))
+                failed.append(str(row.get("id", location)))
                 continue
-            answer = _answer(row, where)
+            answer = _answer(row, location)
             if isinstance(answer, str):
                 bad.append(answer)
             else:
@@ -210,7 +243,7 @@ def read_answers(path: Path) -> AnswerFile:
     return AnswerFile(tuple(rows), tuple(bad), tuple(failed))
 
 
-def bad_lines(bad: Sequence[str], *, skipped: bool) -> list[str]:
+def bad_line_notes(bad: Sequence[str], *, skipped: bool) -> list[str]:
     """A note on lines that could not be read where the original skips them. Raises DataError where it does not."""
     if not bad:
         return []
@@ -226,8 +259,8 @@ def _files_in(folder: Path) -> list[Path]:
     The original leaves `merge.jsonl` beside the chunks `8_0.jsonl` to `8_7.jsonl`; we leave marks beside predictions.
     Chunks of other names than the original's are in its merged file too.
     """
-    if (folder / MERGED).is_file():
-        return [folder / MERGED, *sorted(folder.glob("part-*.jsonl"))]
+    if (folder / PREDICTIONS_FILE).is_file():
+        return [folder / PREDICTIONS_FILE, *sorted(folder.glob("part-*.jsonl"))]
     chunks = {tuple(map(int, found.groups())): file for file in folder.iterdir() if (found := _CHUNK(file.name))}
     if len({count for count, _ in chunks}) > 1:
         names = ", ".join(file.name for _, file in sorted(chunks.items()))
@@ -237,21 +270,21 @@ def _files_in(folder: Path) -> list[Path]:
     return [file for _, file in sorted(chunks.items())] or sorted(folder.glob("*.jsonl"))
 
 
-def _answer(row: Any, where: str) -> Answer | str:
+def _answer(row: Any, location: str) -> Answer | str:
     if not isinstance(row, dict):
-        return f"{where}: {row.problem}" if isinstance(row, DataError) else f"{where}: not an object"
+        return f"{location}: {row.problem}" if isinstance(row, DataError) else f"{location}: not an object"
     name = next((row[key] for key in _ID if key in row), None)
     text = next((row[key] for key in _TEXT if key in row), None)
     if not isinstance(name, str | int) or isinstance(name, bool):
-        return f"{where}: no question_id" + _instead(name)
+        return f"{location}: no question_id" + _instead(name)
     if not isinstance(text, str):
-        return f"{where}: no text" + _instead(text)
+        return f"{location}: no text" + _instead(text)
     if (half := lone_surrogate([text, name])) is not None:
-        return f"{where}: half a surrogate pair in {half!r}, which no file can hold"
+        return f"{location}: half a surrogate pair in {half!r}, which no file can hold"
     # Rows of video questions have the question itself where others have the prompt.
     prompt = row.get("prompt", row.get("question", "") if "pred" in row else "")
     own = str(row["id"]) if "id" in row and "question_id" in row else ""
-    return Answer(name, text, prompt if isinstance(prompt, str) else "", where, own)
+    return Answer(name, text, prompt if isinstance(prompt, str) else "", location, own)
 
 
 def _instead(value: Any) -> str:

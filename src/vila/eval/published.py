@@ -1,4 +1,4 @@
-"""The published figures of VILA-7B and VILA-13B on ten benchmarks, and what each of them is a figure of."""
+"""Published scores of VILA-7B and VILA-13B on ten benchmarks, with the metric and split of each."""
 
 from __future__ import annotations
 
@@ -13,22 +13,25 @@ from importlib import resources
 class PublishedBenchmark:
     """One column of the published table.
 
-    questions: rows that are asked for it. scores: by model, in `unit` (`%` or `points`).
-    figure:    what was published. here: where a local score is of something else, in a sentence; "" where it is not.
+    unit:       `%` or `points`.
+    questions:  size of the split.
+    metric:     what was published: metric and split.
+    difference: how a score computed here differs from it, as a sentence; "" if it does not.
+    scores:     by model.
     """
 
     name: str
     title: str
     unit: str
     questions: int
-    figure: str
-    here: str
+    metric: str
+    difference: str
     scores: Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
 class PublishedTable:
-    """All columns in their published order."""
+    """The published table, columns in its order."""
 
     source: str
     models: tuple[str, ...]
@@ -37,7 +40,7 @@ class PublishedTable:
 
 @cache
 def published_table() -> PublishedTable:
-    """The figures that the VILA project gives for its released models."""
+    """Load the packaged table."""
     table = json.loads(resources.files("vila.eval").joinpath("published.json").read_text(encoding="utf-8"))
     models = tuple(table["models"])
     benchmarks = {
@@ -47,7 +50,7 @@ def published_table() -> PublishedTable:
     return PublishedTable(table["source"], models, benchmarks)
 
 
-def title_of(name: str) -> str:
-    """A benchmark's name as papers write it; others as they are registered."""
+def benchmark_title(name: str) -> str:
+    """Return the title of a benchmark as papers write it, or its registered name."""
     known = published_table().benchmarks.get(name)
     return known.title if known else name

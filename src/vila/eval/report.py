@@ -1,4 +1,4 @@
-"""`report.html`, `report.md` and `report.json` of a run: its scores beside the published ones, and what is behind."""
+"""Write the report of an evaluation run: `report.html`, `report.md` and `report.json`."""
 
 from __future__ import annotations
 
@@ -11,23 +11,31 @@ from vila.core.files import write_json, write_text
 from vila.eval.benchmark import Benchmark, Item
 from vila.eval.compare import compare_runs
 from vila.eval.published import published_table
-from vila.eval.report_data import Digest, RunFolder, Shown, digest, questions_from, read_run, shorten
+from vila.eval.report_data import (
+    BenchmarkSummary,
+    EvalRun,
+    SampleQuestion,
+    questions_from,
+    read_run,
+    shorten,
+    summarize_benchmark,
+)
 from vila.eval.report_tables import (
     Table,
-    add_shots,
+    add_few_shot_sections,
     as_json,
     as_markdown,
-    before_comparing,
-    counted,
-    flat,
+    comparison_caveats,
+    count_questions,
+    flatten_metrics,
+    format_headline,
+    format_interval,
+    format_score,
+    missing_scores,
     other_table,
     published_rows,
-    run_facts,
+    run_rows,
     speed_table,
-    without_score,
-    write_headline,
-    write_interval,
-    write_score,
 )
 from vila.report.html import Card, Figure, Page
 from vila.report.numbers import write_seconds
@@ -35,21 +43,21 @@ from vila.report.plots import Group, bar_plot
 
 __all__ = ["compare_runs", "write_report"]
 
-_RULES = {
-    "upstream": "Scored by the rules that the published table was made with.",
-    "lmms-eval": "Scored by lmms-eval's rules.",
+_PROTOCOLS = {
+    "upstream": "Scored with the protocol of the published table.",
+    "lmms-eval": "Scored with the protocol of lmms-eval.",
 }
-_FIGURES_SHOWN = 80
-_LONGEST_VALUE = 200
+_MAX_METRICS = 80
+_MAX_VALUE_CHARS = 200
 
 
 def write_report(folder: Path, opened: Mapping[str, Benchmark] | None = None) -> list[Path]:
-    """Write the three files into a run's folder, each whole or not at all, and return their paths.
+    """Write the three files into a run folder and return their paths.
 
-    folder: as `vila eval` leaves it, finished or not.
-    opened: benchmarks by name, whose pictures are shown; others are opened where the run says that its data are.
-    The page loads nothing and is bounded, whatever the benchmarks' sizes. Pictures that cannot be shown are left out,
-    and it is said why. Raises DataError when `folder` is no run, or a file in it is not what the runner writes.
+    folder: written by `vila eval`; the run may be unfinished.
+    opened: benchmarks that are open already, by name; others are opened from the run's data directory for their images.
+    The page makes no network requests and its size is bounded. Images that cannot be shown are replaced by the reason.
+    Raises DataError if `folder` is not a run folder or a file in it is damaged.
     """
     run = read_run(folder)
     given = opened or {}
@@ -57,128 +65,129 @@ def write_report(folder: Path, opened: Mapping[str, Benchmark] | None = None) ->
     def items(name: str) -> Sequence[Item]:
         return given[name].items() if name in given else questions_from(name, run.data)
 
-    digests = [digest(name, where, partial(items, name)) for name, where in run.folders.items()]
-    paths = [folder / f"report.{kind}" for kind in ("html", "md", "json")]
-    _page(run, digests).save(paths[0])
-    write_text(paths[1], as_markdown(run, digests))
-    write_json(paths[2], as_json(run, digests))
+    summaries = [summarize_benchmark(name, path, partial(items, name)) for name, path in run.folders.items()]
+    paths = [folder / f"report.{suffix}" for suffix in ("html", "md", "json")]
+    _page(run, summaries).save(paths[0])
+    write_text(paths[1], as_markdown(run, summaries))
+    write_json(paths[2], as_json(run, summaries))
     return paths
 
 
-def _page(run: RunFolder, digests: Sequence[Digest]) -> Page:
+def _page(run: EvalRun, summaries: Sequence[BenchmarkSummary]) -> Page:
     page = Page(
         f"Evaluation of {run.short_model}",
-        " ".join(_RULES[rules] for rules in sorted({each.rules for each in digests if each.rules})),
-        "This file is complete in itself and loads nothing. Its figures are in report.json, every answer in "
-        "BENCHMARK/predictions.jsonl, every mark in BENCHMARK/marks.jsonl.",
+        " ".join(_PROTOCOLS[protocol] for protocol in sorted({each.protocol for each in summaries if each.protocol})),
+        "This file is self-contained. Its numbers are in report.json, all answers in BENCHMARK/predictions.jsonl, the "
+        "score of each question in BENCHMARK/question_scores.jsonl.",
     )
-    _headline(page, digests)
-    _published(page, run, digests)
-    _others(page, run, digests)
-    add_shots(page, run, digests)
-    for each in digests:
+    _overview(page, summaries)
+    _published(page, run, summaries)
+    _others(page, run, summaries)
+    add_few_shot_sections(page, run, summaries)
+    for each in summaries:
         _benchmark(page, each)
-    _speed(page, digests)
-    page.section("The run").table((), run_facts(run))
+    _speed(page, summaries)
+    page.section("The run").table((), run_rows(run))
     return page
 
 
-def _headline(page: Page, digests: Sequence[Digest]) -> None:
-    scored = [each for each in digests if each.score is not None]
-    failed = sum(each.failed for each in digests)
+def _overview(page: Page, summaries: Sequence[BenchmarkSummary]) -> None:
+    scored = [each for each in summaries if each.score is not None]
+    failed = sum(each.failed for each in summaries)
     tiles: dict[str, Figure] = {}
     if len(scored) == 1:
-        tiles[scored[0].title] = Figure(write_score(scored[0]), f"95 % interval {write_interval(scored[0])}")
+        tiles[scored[0].title] = Figure(format_score(scored[0]), f"95 % interval {format_interval(scored[0])}")
     else:
-        tiles["benchmarks scored"] = Figure(len(scored), f"of {len(digests)} in this run")
-    tiles["questions"] = Figure(sum(each.asked for each in digests), f"{failed:,} of them could not be asked")
-    if seconds := sum(each.speed.seconds for each in digests if each.speed):
-        tiles["time"] = Figure(write_seconds(seconds), "reading pictures and answering")
+        tiles["benchmarks scored"] = Figure(len(scored), f"of {len(summaries)} in this run")
+    tiles["questions"] = Figure(sum(each.asked for each in summaries), f"{failed:,} failed")
+    if seconds := sum(each.speed.seconds for each in summaries if each.speed):
+        tiles["time"] = Figure(write_seconds(seconds), "loading images and generating answers")
     page.figures(tiles)
 
 
-def _published(page: Page, run: RunFolder, digests: Sequence[Digest]) -> None:
+def _published(page: Page, run: EvalRun, summaries: Sequence[BenchmarkSummary]) -> None:
     table = published_table()
-    rows = published_rows(run, digests)
+    rows = published_rows(run, summaries)
     if rows is None:
         return
     page.section(
-        "Beside the published models",
-        f"Published: {table.source}. Intervals are of this model's score: 95 of 100 draws of pictures lie in them.",
+        "Comparison with the published models",
+        f"Published: {table.source}. Intervals are 95 % bootstrap intervals of this model's score, resampled by image.",
     )
     _add(page, rows)
-    _pairs(page, "Before comparing", before_comparing(digests))
-    _pairs(page, "Without a score", without_score(run, digests))
+    _pairs(page, "Before comparing", comparison_caveats(summaries))
+    _pairs(page, "Without a score", missing_scores(run, summaries))
 
 
-def _others(page: Page, run: RunFolder, digests: Sequence[Digest]) -> None:
-    rows = other_table(digests)
+def _others(page: Page, run: EvalRun, summaries: Sequence[BenchmarkSummary]) -> None:
+    rows = other_table(summaries)
     if rows is None:
         return
-    page.section("Other benchmarks", "They have no published figures of VILA to stand beside.")
+    page.section("Other benchmarks", "VILA has no published scores on these benchmarks.")
     _add(page, rows)
-    if published_rows(run, digests) is None:
-        _pairs(page, "Without a score", without_score(run, digests))
+    if published_rows(run, summaries) is None:
+        _pairs(page, "Without a score", missing_scores(run, summaries))
 
 
-def _benchmark(page: Page, each: Digest) -> None:
+def _benchmark(page: Page, each: BenchmarkSummary) -> None:
     if each.score is None and not each.failed:
         return
     known = published_table().benchmarks.get(each.name)
-    page.section(each.title, f"The published figure is {known.figure}." if known else "")
-    page.text(write_headline(each))
-    if each.kinds:
+    page.section(each.title, f"Published metric: {known.metric}." if known else "")
+    page.text(format_headline(each))
+    if each.categories:
         groups = [
-            Group(f"{kind.name} ({kind.questions:,})", {"score": kind.mean}, {"score": (kind.low, kind.high)})
-            for kind in each.kinds
+            Group(f"{one.name} ({one.questions:,})", {"score": one.mean}, {"score": (one.low, one.high)})
+            for one in each.categories
         ]
         page.plot(
-            bar_plot(groups, title="Points won, by kind of question", write=_percent, full=100.0),
-            "Mean mark with its 95 % interval, drawn over pictures; in brackets the number of questions.",
+            bar_plot(groups, title="Mean question score by category", write=_percent, full=100.0),
+            "With 95 % bootstrap intervals, resampled by image; number of questions in brackets.",
         )
     for note in each.notes:
         page.text(f"Note: {note}")
     if each.failed:
-        more = "" if each.failed == len(each.failures) else f", the first {len(each.failures)}"
-        page.table(["question", "error"], each.failures, f"{counted(each.failed)} could not be asked{more}.")
+        more = "" if each.failed == len(each.failures) else f"; the first {len(each.failures)}"
+        page.table(["question", "error"], each.failures, f"{count_questions(each.failed)} failed{more}.")
     _gallery(page, each)
-    if each.figures:
-        rows = flat(each.figures)
-        inner = page.details("All figures")
-        inner.table((), [(name, shorten(str(value), _LONGEST_VALUE)) for name, value in rows[:_FIGURES_SHOWN]])
-        if len(rows) > _FIGURES_SHOWN:
-            inner.text(f"{len(rows) - _FIGURES_SHOWN} more are in report.json.")
+    if each.metrics:
+        rows = flatten_metrics(each.metrics)
+        inner = page.details("All metrics")
+        inner.table((), [(name, shorten(str(value), _MAX_VALUE_CHARS)) for name, value in rows[:_MAX_METRICS]])
+        if len(rows) > _MAX_METRICS:
+            inner.text(f"{len(rows) - _MAX_METRICS} more are in report.json.")
 
 
-def _gallery(page: Page, each: Digest) -> None:
+def _gallery(page: Page, each: BenchmarkSummary) -> None:
     if not each.sample:
         return
     page.gallery(
         [card(one) for one in each.sample],
-        f"{len(each.sample)} of {each.wrong:,} answers that won less than half of their points, chosen by a hash of "
-        "their ids, so that another run shows the same questions where it fails on them too.",
+        f"{len(each.sample)} of {each.wrong:,} questions with less than half of the points, chosen by a hash of their "
+        "id, so that the reports of two runs show the same questions.",
         photos=True,
     )
 
 
-def card(one: Shown) -> Card:
-    """A wrong answer with everything that decided its mark."""
+def card(one: SampleQuestion) -> Card:
+    """Return the card of a wrong answer: image, question, answer, reference and the rule that decided the score."""
+    score = one.score
     lines = [
-        ("", one.question or one.mark.id),
-        ("answer", shorten(one.mark.answer) or "(empty)"),
-        ("truth", shorten(one.mark.truth)),
-        ("rule", one.mark.rule),
-        ("points", f"{one.mark.value:.2f}" if one.mark.value else ""),
-        ("kind", one.mark.kind),
-        ("picture", "" if one.picture else one.no_picture),
+        ("", one.question or score.id),
+        ("answer", shorten(score.answer) or "(empty)"),
+        ("truth", shorten(score.truth)),
+        ("rule", score.rule),
+        ("points", f"{score.value:.2f}" if score.value else ""),
+        ("category", score.category),
+        ("image", "" if one.image else one.no_image),
     ]
-    return Card(one.picture, [(label, text) for label, text in lines if text], good=False)
+    return Card(one.image, [(label, text) for label, text in lines if text], good=False)
 
 
-def _speed(page: Page, digests: Sequence[Digest]) -> None:
-    rows = speed_table(digests)
+def _speed(page: Page, summaries: Sequence[BenchmarkSummary]) -> None:
+    rows = speed_table(summaries)
     if rows is not None:
-        page.section("Speed", "Questions answered, pictures read and transformed within the same time.")
+        page.section("Speed", "The time includes loading and transforming images.")
         _add(page, rows)
 
 

@@ -1,17 +1,18 @@
-"""The tables of a report, the same for HTML and Markdown: cells as text, numbers and None."""
+"""Tables of the evaluation report, shared by its HTML and Markdown forms, and the report as Markdown and JSON."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from vila.core.errors import DataError
-from vila.eval.published import PublishedBenchmark, published_table, title_of
-from vila.eval.report_data import Digest, RunFolder, Shown, Speed, read_marks
-from vila.eval.stats import Comparison, compare
+from vila.eval.predictions import read_question_scores
+from vila.eval.published import PublishedBenchmark, benchmark_title, published_table
+from vila.eval.report_data import BenchmarkSummary, EvalRun, Speed
+from vila.eval.significance import compare_paired
 from vila.report.html import Cell, Page, write_cell
 from vila.report.numbers import write_number
 from vila.report.plots import Dots, dot_plot
@@ -21,17 +22,17 @@ NOT_RUN = "not run"
 
 @dataclass(frozen=True)
 class Table:
-    """A header, rows of its length, and a caption."""
+    """Header, rows and caption of a table; cells are text, numbers or None."""
 
     header: list[str]
     rows: list[list[Cell]]
     caption: str = ""
 
 
-def published_rows(run: RunFolder, digests: Sequence[Digest]) -> Table | None:
-    """The ten benchmarks, this model and the published ones; None when the run has none of the ten."""
+def published_rows(run: EvalRun, summaries: Sequence[BenchmarkSummary]) -> Table | None:
+    """Return the table of the ten published benchmarks; None if the run has none of them."""
     table = published_table()
-    by_name = {each.name: each for each in digests}
+    by_name = {each.name: each for each in summaries}
     if not by_name.keys() & table.benchmarks.keys():
         return None
     rows: list[list[Cell]] = []
@@ -40,72 +41,73 @@ def published_rows(run: RunFolder, digests: Sequence[Digest]) -> Table | None:
         rows.append(
             [
                 known.title if known.unit == "%" else f"{known.title} ({known.unit})",
-                write_score(each) if each and each.score is not None else None,
-                write_interval(each) if each else "left out" if name in run.left_out else NOT_RUN,
+                format_score(each) if each and each.score is not None else None,
+                format_interval(each) if each else "left out" if name in run.left_out else NOT_RUN,
                 *(f"{known.scores[model]:,}" for model in table.models),
             ]
         )
     header = ["benchmark", "this model", "95 % interval", *(f"{model}, published" for model in table.models)]
-    return Table(header, rows, "Percent where no unit is given.")
+    return Table(header, rows, "In percent unless a unit is given.")
 
 
-def other_table(digests: Sequence[Digest]) -> Table | None:
-    """Benchmarks that are not among the ten."""
-    others = [each for each in digests if each.name not in published_table().benchmarks]
+def other_table(summaries: Sequence[BenchmarkSummary]) -> Table | None:
+    """Return the table of benchmarks without published scores; None if there are none."""
     rows: list[list[Cell]] = [
-        [each.title, write_score(each) if each.score is not None else None, each.unit, write_interval(each), each.asked]
-        for each in others
+        [each.title, _score_cell(each), each.unit, format_interval(each), each.asked]
+        for each in summaries
+        if each.name not in published_table().benchmarks
     ]
     return Table(["benchmark", "score", "unit", "95 % interval", "questions"], rows) if rows else None
 
 
-def before_comparing(digests: Sequence[Digest]) -> list[tuple[str, str]]:
-    """Why a score and the published one beside it are not of the same thing, by title."""
-    out = []
-    for each in digests:
+def comparison_caveats(summaries: Sequence[BenchmarkSummary]) -> list[tuple[str, str]]:
+    """Return title and reasons of the benchmarks whose score is not comparable with the published one."""
+    caveats = []
+    for each in summaries:
         known = published_table().benchmarks.get(each.name)
         if known and each.score is not None:
-            reasons = " ".join(_reasons(each, known))
-            out += [(each.title, reasons)] if reasons else []
-    return out
+            reasons = " ".join(_caveats(each, known))
+            caveats += [(each.title, reasons)] if reasons else []
+    return caveats
 
 
-def _reasons(each: Digest, known: PublishedBenchmark) -> list[str]:
-    reasons = [known.here] if known.here else []
+def _caveats(each: BenchmarkSummary, known: PublishedBenchmark) -> list[str]:
+    reasons = [known.difference] if known.difference else []
     if each.asked != known.questions:
-        reasons.append(f"{each.asked:,} questions were asked; the published figure is of {known.questions:,}.")
-    if each.rules != "upstream":
-        reasons.append(f"Scored by the rules of {each.rules}; the published figures are not.")
+        reasons.append(f"This run has {each.asked:,} questions, the published score {known.questions:,}.")
+    if each.protocol != "upstream":
+        reasons.append(f"Scored with the protocol of {each.protocol}; the published scores are not.")
     if each.failed:
-        reasons.append(f"{counted(each.failed)} could not be asked.")
+        reasons.append(f"{count_questions(each.failed)} failed.")
     if each.interval and not each.interval_is_of_score:
-        reasons.append("The interval is that of the mean mark, which the score is not.")
+        reasons.append("The interval is that of the mean question score, not of the score.")
     return reasons
 
 
-def without_score(run: RunFolder, digests: Sequence[Digest]) -> list[tuple[str, str]]:
-    """Titles of benchmarks that were asked for and have no score, and why."""
-    problems = [(each.title, each.problem) for each in digests if each.score is None]
-    return [*problems, *((title_of(name), why) for name, why in run.left_out.items() if name not in run.folders)]
+def missing_scores(run: EvalRun, summaries: Sequence[BenchmarkSummary]) -> list[tuple[str, str]]:
+    """Return title and reason of the requested benchmarks without a score."""
+    problems = [(each.title, each.problem) for each in summaries if each.score is None]
+    left_out = run.left_out.items()
+    return [*problems, *((benchmark_title(name), reason) for name, reason in left_out if name not in run.folders)]
 
 
-def speed_table(digests: Sequence[Digest]) -> Table | None:
-    """How fast each benchmark was answered; None when no speed was noted."""
-    timed = [(each.title, each.speed) for each in digests if each.speed and each.speed.seconds > 0]
+def speed_table(summaries: Sequence[BenchmarkSummary]) -> Table | None:
+    """Return the throughput of each benchmark; None if it was not recorded."""
+    timed = [(each.title, each.speed) for each in summaries if each.speed and each.speed.seconds > 0]
     if not timed:
         return None
     counted = any(speed.tokens is not None for _, speed in timed)
     rows = [_speed_row(title, [speed], counted) for title, speed in timed]
     if len(timed) > 1:
         rows.append(_speed_row("all", [speed for _, speed in timed], counted))
-    header = ["benchmark", "questions", "seconds", "questions a second"]
+    header = ["benchmark", "questions", "seconds", "questions/s"]
     if not counted:
         return Table(header, rows)
     return Table(
-        [*header, "tokens a question", "tokens a second", "prompt tokens a second"],
+        [*header, "tokens/question", "tokens/s", "prompt tokens/s"],
         rows,
-        "Tokens are those of the answers. Prompt tokens count the places of pictures, and what several questions share "
-        "as often as they are asked, computed or not.",
+        "Tokens are generated tokens. Prompt tokens include image tokens and count a shared prefix once per question, "
+        "also where it comes from the cache.",
     )
 
 
@@ -122,166 +124,160 @@ def _speed_row(title: str, speeds: Sequence[Speed], counted: bool) -> list[Cell]
     return [*row, _rate(tokens, answered), _rate(tokens, seconds), _rate(prompt, seconds) if prompt else None]
 
 
-def run_facts(run: RunFolder) -> list[tuple[str, str]]:
-    """What eval.json says of the run."""
+def run_rows(run: EvalRun) -> list[tuple[str, str]]:
+    """Return the settings in eval.json, and the name of the folder."""
     hidden = ("benchmarks", "left_out")
-    shown = [(name, str(value)) for name, value in run.facts.items() if name not in hidden and value not in ("", None)]
+    settings = run.metadata.items()
+    shown = [(name, str(value)) for name, value in settings if name not in hidden and value not in ("", None)]
     return [*shown, ("folder", run.path.resolve().name)]
 
 
-def flat(figures: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested figures as `outer, inner` and a value, in their order."""
+def flatten_metrics(metrics: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Flatten nested metrics to pairs of `outer, inner` and value."""
     rows: list[tuple[str, str]] = []
-    for name, value in figures.items():
+    for name, value in metrics.items():
         if isinstance(value, Mapping):
-            rows += flat(value, f"{prefix}{name}, ")
+            rows += flatten_metrics(value, f"{prefix}{name}, ")
         else:
             number = isinstance(value, int | float) and not isinstance(value, bool)
             rows.append((f"{prefix}{name}", write_number(value) if number else str(value)))
     return rows
 
 
-def counted(count: int) -> str:
-    """`1 question`, `1,234 questions`."""
+def count_questions(count: int) -> str:
+    """Return `1 question`, `1,234 questions`."""
     return f"{count:,} question{'s' * (count != 1)}"
 
 
-def write_headline(each: Digest) -> str:
-    """The score in a sentence, or why there is none."""
+def format_headline(each: BenchmarkSummary) -> str:
+    """Return the score with its interval as a sentence, or why there is none."""
     if each.score is None:
         return each.problem
-    return f"{write_score(each)}\N{NO-BREAK SPACE}{each.unit}; 95 % interval {write_interval(each)}."
+    return f"{format_score(each)}\N{NO-BREAK SPACE}{each.unit}; 95 % interval {format_interval(each)}."
 
 
-def write_score(each: Digest) -> str:
-    """The headline with two decimals; "" for none."""
+def format_score(each: BenchmarkSummary) -> str:
+    """Return the score with two decimals; "" for none."""
     return "" if each.score is None else f"{each.score:,.2f}"
 
 
-def write_interval(each: Digest) -> str:
-    """Bounds that 95 of 100 draws lie between, or why there are none. Where the score is no mean mark, it is said."""
+def format_interval(each: BenchmarkSummary) -> str:
+    """Return the bounds of the interval, or why there is none; with its mean if that is not the score."""
     if each.score is None:
         return "not scored here"
     if not each.interval:
-        return "no marks"
+        return "no question scores"
     low, high, mean = (each.interval[key] for key in ("low", "high", "mean"))
     if each.interval_is_of_score:
         return f"{low:,.1f} to {high:,.1f}"
-    return f"{low:.1f} to {high:.1f} (mean mark {mean:.1f}\N{NO-BREAK SPACE}%)"
+    return f"{low:.1f} to {high:.1f} (mean question score {mean:.1f}\N{NO-BREAK SPACE}%)"
 
 
-def write_signed(value: float) -> str:
-    """A difference with its sign and two decimals."""
+def format_signed(value: float) -> str:
+    """Return a difference with its sign and two decimals."""
     text = f"{value:+.2f}".replace("-", "\N{MINUS SIGN}")
     return "0.00" if float(f"{value:.2f}") == 0 else text
 
 
-def write_chance(p: float) -> str:
-    """A p-value."""
+def format_p_value(p: float) -> str:
+    """Return a p-value with three decimals."""
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def _score_cell(each: BenchmarkSummary) -> Cell:
+    return None if each.score is None else format_score(each)
 
 
 def _rate(count: int, of: float) -> float | None:
     return count / of if of > 0 else None
 
 
-# --- report_shots
-# The part of a report on learning in context: scores by the number of examples, and true against wrong answers.
+# Few-shot evaluation: score by number of examples, with correct and with wrong answers in the examples.
 
-
-_NAME = re.compile(r"(?P<base>.+)_(?P<shots>\d+)shot(?P<wrong>_shuffled)?")
-SENSE = (
-    "Questions after worked examples, picture, question and answer. Where wrong answers in the examples do as well as "
-    "true ones, examples teach the form of an answer and not the task."
+_FEW_SHOT_NAME = re.compile(r"(?P<base>.+)_(?P<shots>\d+)shot(?P<wrong>_shuffled)?")
+FEW_SHOT_CAPTION = (
+    "Questions after few-shot examples, each an image, a question and an answer. If examples with wrong answers score "
+    "as well as correct ones, the model takes only the answer format from them."
 )
 
 
 @dataclass
-class Curves:
-    """One benchmark by the number of examples before its questions, with true answers and with wrong ones."""
+class FewShotCurves:
+    """Summaries of one benchmark by number of examples, with correct and with wrong answers in the examples."""
 
     base: str
-    true: dict[int, Digest] = field(default_factory=dict)
-    wrong: dict[int, Digest] = field(default_factory=dict)
+    correct: dict[int, BenchmarkSummary] = field(default_factory=dict)
+    wrong: dict[int, BenchmarkSummary] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
-        """Of its section."""
-        return f"In context: {title_of(self.base)}"
+        """Title of the section."""
+        return f"Few-shot: {benchmark_title(self.base)}"
 
 
-def curves_of(digests: Sequence[Digest]) -> list[Curves]:
-    """Of every benchmark that was asked after examples; both curves begin where it was asked without any."""
-    by_name = {each.name: each for each in digests}
-    found: dict[str, Curves] = {}
-    for each in digests:
-        if match := _NAME.fullmatch(each.name):
-            curves = found.setdefault(match["base"], Curves(match["base"]))
-            (curves.wrong if match["wrong"] else curves.true)[int(match["shots"])] = each
+def few_shot_curves(summaries: Sequence[BenchmarkSummary]) -> list[FewShotCurves]:
+    """Return the curves of every benchmark with few-shot variants; both start at the zero-shot score."""
+    by_name = {each.name: each for each in summaries}
+    found: dict[str, FewShotCurves] = {}
+    for each in summaries:
+        if match := _FEW_SHOT_NAME.fullmatch(each.name):
+            curves = found.setdefault(match["base"], FewShotCurves(match["base"]))
+            (curves.wrong if match["wrong"] else curves.correct)[int(match["shots"])] = each
     for curves in found.values():
-        if plain := by_name.get(curves.base):
-            for curve in filter(None, (curves.true, curves.wrong)):
-                curve[0] = plain
+        if zero_shot := by_name.get(curves.base):
+            for curve in filter(None, (curves.correct, curves.wrong)):
+                curve[0] = zero_shot
     return list(found.values())
 
 
-def add_shots(page: Page, run: RunFolder, digests: Sequence[Digest]) -> None:
-    """A section for each benchmark that was asked after examples: a plot and a table."""
-    for curves in curves_of(digests):
-        page.section(curves.title, SENSE)
-        series = [_dots("true", curves.true), _dots("wrong", curves.wrong)]
+def add_few_shot_sections(page: Page, run: EvalRun, summaries: Sequence[BenchmarkSummary]) -> None:
+    """Add a section with a plot and a table for each benchmark with few-shot variants."""
+    for curves in few_shot_curves(summaries):
+        page.section(curves.title, FEW_SHOT_CAPTION)
+        series = [_dots("correct", curves.correct), _dots("wrong", curves.wrong)]
         page.plot(
             dot_plot(
                 [one for one in series if one.points],
-                title="Score, with 95 % intervals",
-                x_label="examples before the question",
+                title="Score with 95 % intervals",
+                x_label="number of examples",
             )
         )
-        table = shots_table(run, curves)
+        table = few_shot_table(run, curves)
         page.table(table.header, table.rows, table.caption)
 
 
-def shots_table(run: RunFolder, curves: Curves) -> Table:
-    """A row for each number of examples; true against wrong answers question by question."""
-    header = ["examples", "true answers", "95 % interval", "wrong answers", "95 % interval", "true minus wrong", "p"]
-    rows = [
-        [shots, *_pair(curves.true.get(shots)), *(_pair(curves.wrong.get(shots)) if shots else [None, None]), *tested]
-        for shots, tested in _tested(run, curves)
-    ]
+def few_shot_table(run: EvalRun, curves: FewShotCurves) -> Table:
+    """Return a table with a row per number of examples, and the paired test of correct against wrong answers."""
+    header = ["examples", "correct answers", "95 % interval", "wrong answers", "95 % interval", "difference", "p"]
+    rows = []
+    for shots in sorted({*curves.correct, *curves.wrong}):
+        wrong = _cells(curves.wrong.get(shots)) if shots else [None, None]
+        rows.append([shots, *_cells(curves.correct.get(shots)), *wrong, *_test(run, curves, shots)])
     return Table(
         header,
         rows,
-        "True minus wrong: paired by question, in points of a hundred, with its 95 % interval. p: how often chance "
-        "alone gives as large a difference.",
+        "Difference: correct minus wrong answers, paired by question, in percentage points with 95 % interval. p: "
+        "permutation test.",
     )
 
 
-def _tested(run: RunFolder, curves: Curves) -> Iterator[tuple[int, list[Cell]]]:
-    for shots in sorted({*curves.true, *curves.wrong}):
-        found = None
-        if shots and shots in curves.true and shots in curves.wrong:
-            found = _compared(run, curves.wrong[shots], curves.true[shots])
-        if found is None:
-            yield shots, [None, None]
-        else:
-            bounds = f"({write_signed(found.low)} to {write_signed(found.high)})"
-            yield shots, [f"{write_signed(found.difference)} {bounds}", write_chance(found.p)]
-
-
-def _compared(run: RunFolder, first: Digest, second: Digest) -> Comparison | None:
-    try:
-        return compare(*(read_marks(run.folders[each.name] / "marks.jsonl") for each in (first, second)))
-    except DataError:  # one of them is not scored yet, which its own cells say
-        return None
-
-
-def _pair(each: Digest | None) -> list[Cell]:
-    if each is None:
+def _test(run: EvalRun, curves: FewShotCurves, shots: int) -> list[Cell]:
+    if not shots or shots not in curves.correct or shots not in curves.wrong:
         return [None, None]
-    return [write_score(each) if each.score is not None else None, write_interval(each)]
+    pair = curves.wrong[shots], curves.correct[shots]
+    try:
+        found = compare_paired(*(read_question_scores(run.folders[each.name]) for each in pair))
+    except DataError:  # one of them has no score yet; its own cells show it
+        return [None, None]
+    bounds = f"({format_signed(found.low)} to {format_signed(found.high)})"
+    return [f"{format_signed(found.difference)} {bounds}", format_p_value(found.p)]
 
 
-def _dots(answers: str, curve: dict[int, Digest]) -> Dots:
+def _cells(each: BenchmarkSummary | None) -> list[Cell]:
+    return [None, None] if each is None else [_score_cell(each), format_interval(each)]
+
+
+def _dots(answers: str, curve: dict[int, BenchmarkSummary]) -> Dots:
     scored = {shots: each for shots, each in sorted(curve.items()) if each.score is not None}
     return Dots(
         f"examples with {answers} answers",
@@ -294,76 +290,71 @@ def _dots(answers: str, curve: dict[int, Digest]) -> Dots:
     )
 
 
-# --- report_text
-# A report as Markdown and as plain data.
+# Markdown and JSON.
 
 
-def as_markdown(run: RunFolder, digests: Sequence[Digest]) -> str:
-    """Tables, notes and failures; pictures are in the HTML page alone."""
+def as_markdown(run: EvalRun, summaries: Sequence[BenchmarkSummary]) -> str:
+    """Return tables, notes and failures as Markdown; images are only in the HTML page."""
     parts = [f"# Evaluation of {cell(run.short_model)}"]
-    if table := published_rows(run, digests):
-        parts += ["## Beside the published models", markdown_table(table), f"Published: {published_table().source}."]
-        parts += bullets("Before comparing:", before_comparing(digests))
-    if table := other_table(digests):
+    if table := published_rows(run, summaries):
+        parts += ["## Comparison with the published models", markdown_table(table)]
+        parts += [f"Published: {published_table().source}."]
+        parts += bullets("Before comparing:", comparison_caveats(summaries))
+    if table := other_table(summaries):
         parts += ["## Other benchmarks", markdown_table(table)]
-    parts += bullets("Without a score:", without_score(run, digests))
-    for curves in curves_of(digests):
-        parts += [f"## {cell(curves.title)}", SENSE, markdown_table(shots_table(run, curves))]
-    for each in digests:
+    parts += bullets("Without a score:", missing_scores(run, summaries))
+    for curves in few_shot_curves(summaries):
+        parts += [f"## {cell(curves.title)}", FEW_SHOT_CAPTION, markdown_table(few_shot_table(run, curves))]
+    for each in summaries:
         parts += _benchmark(each)
-    if table := speed_table(digests):
+    if table := speed_table(summaries):
         parts += ["## Speed", markdown_table(table)]
-    return "\n\n".join([*parts, "## The run", *bullets("", run_facts(run))]) + "\n"
+    return "\n\n".join([*parts, "## The run", *bullets("", run_rows(run))]) + "\n"
 
 
-def _benchmark(each: Digest) -> list[str]:
+def _benchmark(each: BenchmarkSummary) -> list[str]:
     if each.score is None and not each.failed:
         return []
-    parts = [f"## {cell(each.title)}", cell(write_headline(each))]
-    if each.kinds:
+    parts = [f"## {cell(each.title)}", cell(format_headline(each))]
+    if each.categories:
         rows: list[list[Cell]] = [
-            [kind.name, kind.questions, f"{kind.mean:.1f}", f"{kind.low:.1f} to {kind.high:.1f}"] for kind in each.kinds
+            [one.name, one.questions, f"{one.mean:.1f}", f"{one.low:.1f} to {one.high:.1f}"] for one in each.categories
         ]
-        parts.append(markdown_table(Table(["kind", "questions", "points won (%)", "95 % interval"], rows)))
+        parts.append(markdown_table(Table(["category", "questions", "mean score (%)", "95 % interval"], rows)))
     parts += bullets("Notes:", [("", note) for note in each.notes])
-    parts += bullets(f"{counted(each.failed)} could not be asked, the first of them:", each.failures)
+    parts += bullets(f"{count_questions(each.failed)} failed, the first of them:", each.failures)
     return parts
 
 
-def as_json(run: RunFolder, digests: Sequence[Digest]) -> dict[str, Any]:
-    """Everything the page shows but its pictures; numbers that are not finite are null."""
+def as_json(run: EvalRun, summaries: Sequence[BenchmarkSummary]) -> dict[str, Any]:
+    """Return everything on the page except images as plain data; NaN and infinity become null."""
     table = published_table()
     return plain(
         {
-            "run": run.facts,
+            "run": run.metadata,
             "published": {
                 "source": table.source,
                 "scores": {name: known.scores for name, known in table.benchmarks.items()},
             },
             "not_run": [name for name in table.benchmarks if name not in run.folders],
-            "before_comparing": dict(before_comparing(digests)),
-            "benchmarks": {each.name: _as_json(each) for each in digests},
+            "before_comparing": dict(comparison_caveats(summaries)),
+            "benchmarks": {each.name: _as_json(each) for each in summaries},
         }
     )
 
 
-def _as_json(each: Digest) -> dict[str, Any]:
-    shallow = {name: getattr(each, name) for name in each.__dataclass_fields__}
+def _as_json(each: BenchmarkSummary) -> dict[str, Any]:
     return {
-        **shallow,
+        **{name: getattr(each, name) for name in each.__dataclass_fields__},
         "interval_is_of_score": each.interval_is_of_score,
-        "kinds": [asdict(kind) for kind in each.kinds],
+        "categories": [asdict(category) for category in each.categories],
         "speed": asdict(each.speed) if each.speed else None,
-        "sample": [_shown(one) for one in each.sample],
+        "sample": [{"question": one.question, **asdict(one.score)} for one in each.sample],
     }
 
 
-def _shown(one: Shown) -> dict[str, Any]:
-    return {"question": one.question, **asdict(one.mark)}
-
-
 def plain(value: Any) -> Any:
-    """`value` as JSON can hold it."""
+    """Convert mappings and sequences to JSON types; NaN and infinity become None."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -372,19 +363,19 @@ def plain(value: Any) -> Any:
 
 
 def markdown_table(table: Table) -> str:
-    """A table; cells that are numbers are written as the page writes them."""
+    """Return a table as Markdown; numbers are formatted as on the page."""
     lines = [table.header, ["---"] * len(table.header), *([write_cell(one) for one in row] for row in table.rows)]
     text = "\n".join(f"| {' | '.join(map(cell, line))} |" for line in lines)
     return f"{text}\n\n{table.caption}" if table.caption else text
 
 
 def bullets(title: str, rows: Sequence[tuple[str, str]]) -> list[str]:
-    """A list under a line of its own; nothing for no rows."""
+    """Return a title and a bullet list; an empty list without rows."""
     lines = [f"- {cell(name)}: {cell(text)}" if name else f"- {cell(text)}" for name, text in rows]
     return [part for part in (title, "\n".join(lines)) if part] if lines else []
 
 
 def cell(text: str) -> str:
-    """Text on one line that no Markdown reader takes for markup or for the end of a cell."""
+    """Return text on one line, with Markdown characters escaped."""
     line = " ".join(text.split())
     return re.sub(r"([\\`*_\[\]<>|#])", r"\\\1", line)

@@ -7,21 +7,21 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from vila.core.distributed import ProcessInfo
 from vila.core.errors import ContextOverflowError, DataError
-from vila.core.files import DirectoryLock, remove_partials, sha256_file, without_home, write_json, write_jsonl
+from vila.core.files import DirectoryLock, remove_partials, sha256_file, without_home, write_json
 from vila.core.progress import SILENT, Events, task
 from vila.core.reading import Fields, read_json_object
 from vila.core.types import Image, Message, Text
 from vila.core.vision_spec import ImageMode
 from vila.engine.request import SamplingParams
-from vila.eval.benchmark import Benchmark, Item, Rules, Scored, exact_match
-from vila.eval.predictions import Predictions, answers_of, read_predictions
-from vila.eval.stats import score_interval
+from vila.eval.benchmark import Benchmark, BenchmarkResult, Item, ScoringProtocol, exact_match
+from vila.eval.predictions import Predictions, predicted_answers, read_predictions, write_question_scores
+from vila.eval.significance import score_interval
 
 # --- asking
 # Asking an engine or a server for the answers to a batch of questions: whatever fails costs its own answer alone.
@@ -30,7 +30,7 @@ from vila.eval.stats import score_interval
 _LEAST_NEW_TOKENS = 32
 
 
-class Answers(Protocol):
+class ChatModel(Protocol):
     """Whatever answers conversations: our engine, or a server."""
 
     def generate_batch(
@@ -40,7 +40,7 @@ class Answers(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Tokens:
+class TokenCounts:
     """Tokens of prompts, slots of pictures included, and of answers."""
 
     prompt: int = 0
@@ -53,12 +53,12 @@ class Asking:
     tokens: of all answers so far; None when whatever answers does not count them.
     """
 
-    def __init__(self, engine: Answers, *, exif_orientation: bool | None = None) -> None:
+    def __init__(self, engine: ChatModel, *, exif_orientation: bool | None = None) -> None:
         """exif_orientation: whether images are turned upright; None leaves that to the engine."""
         if exif_orientation is not None and hasattr(engine, "with_vision"):
             engine = engine.with_vision(exif_orientation=exif_orientation)
-        self._engines: dict[ImageMode | None, Answers] = {None: engine}
-        self._of_generations = Tokens()
+        self._engines: dict[ImageMode | None, ChatModel] = {None: engine}
+        self._of_generations = TokenCounts()
 
     def __call__(self, batch: Sequence[Item], sampling: SamplingParams, template: str = "") -> list[str | Exception]:
         """The answers of a batch; an exception for each question that cannot be answered even alone.
@@ -79,12 +79,12 @@ class Asking:
         return [result for item in batch for result in self([item], sampling, template)]
 
     @property
-    def tokens(self) -> Tokens | None:
+    def tokens(self) -> TokenCounts | None:
         """See the class."""
         engine: Any = self._engines[None]
         if hasattr(engine, "complete"):
             return self._of_generations
-        counted = Tokens(getattr(engine, "prompt_tokens", 0), getattr(engine, "reply_tokens", 0))
+        counted = TokenCounts(getattr(engine, "prompt_tokens", 0), getattr(engine, "reply_tokens", 0))
         return counted if counted.new else None
 
     def _texts(self, batch: Sequence[Item], sampling: SamplingParams, template: str) -> list[str]:
@@ -94,12 +94,12 @@ class Asking:
             return [_writable(text) for text in engine.generate_batch(conversations, sampling, template=template)]
         found = engine.complete(conversations, sampling, template=template)
         before = self._of_generations
-        self._of_generations = Tokens(
+        self._of_generations = TokenCounts(
             before.prompt + sum(one.prompt_tokens for one in found), before.new + sum(len(one.ids) for one in found)
         )
         return [_writable(one.text) for one in found]
 
-    def _of_mode(self, mode: ImageMode | None) -> Answers:
+    def _of_mode(self, mode: ImageMode | None) -> ChatModel:
         """The engine for questions whose images are made square that way; a server does it in its own way."""
         if mode not in self._engines:
             engine: Any = self._engines[None]
@@ -122,25 +122,25 @@ _NONE: dict[str, Any] = {"prompt_tokens": 0, "tokens": 0}
 _UNCOUNTED: dict[str, Any] = {"prompt_tokens": None, "tokens": None}
 
 
-def forget_parts(out: Path) -> None:
+def delete_speed_parts(out: Path) -> None:
     """Delete what a session that was killed left: its time is not known."""
     for path in out.glob(_PARTS):
         path.unlink()
 
 
-def note_part(out: Path, rank: int, answered: int, tokens: Tokens | None) -> None:
+def write_speed_part(out: Path, rank: int, answered: int, tokens: TokenCounts | None) -> None:
     """What this process has answered in this session. tokens: None when they were not counted."""
     counted = {"prompt_tokens": tokens.prompt, "tokens": tokens.new} if tokens else _UNCOUNTED
     write_json(out / f"speed-{rank}.json", {"answered": answered, **(counted if answered else _NONE)})
 
 
-def note_speed(out: Path, seconds: float) -> int:
+def merge_speed_parts(out: Path, seconds: float) -> int:
     """Add what all processes answered in this session to the earlier ones; how many questions that were.
 
     Tokens are noted as long as they were counted in every session and process, and else as not known.
     """
     parts = [_counts(path) for path in sorted(out.glob(_PARTS))]
-    forget_parts(out)
+    delete_speed_parts(out)
     answered = sum(part["answered"] for part in parts)
     if answered:
         path = out / "speed.json"
@@ -173,7 +173,7 @@ _PICTURE_CHARACTERS = 2_000
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class BenchmarkRun:
     """What came of one benchmark.
 
     scored:      None when the answers cannot be scored here; `problem` says why.
@@ -182,7 +182,7 @@ class Result:
     """
 
     benchmark: str
-    scored: Scored | None
+    result: BenchmarkResult | None
     predictions: dict[str, str]
     seconds: float
     answered: int
@@ -192,23 +192,23 @@ class Result:
     @property
     def scores(self) -> dict[str, Any]:
         """The figures with the headline, as plain data. Raises DataError when there is none."""
-        if self.scored is None:
+        if self.result is None:
             raise DataError(f"{self.benchmark}: {self.problem}")
-        return {**self.scored.figures, "score": self.scored.score}
+        return {**self.result.metrics, "score": self.result.score}
 
 
-def run(
-    engine: Answers,
+def run_benchmark(
+    engine: ChatModel,
     benchmark: Benchmark,
     out: Path,
     *,
     model: str = "",
     template: str = "",
-    rules: Rules = "upstream",
+    protocol: ScoringProtocol = "upstream",
     process: ProcessInfo = ProcessInfo(),  # noqa: B008 - frozen
     meet: Callable[[], None] = lambda: None,
     events: Events = SILENT,
-) -> Result | None:
+) -> BenchmarkRun | None:
     """Answer what `out` does not answer yet, score everything, write `out/scores.json`.
 
     model: what made the predictions; answers of another model in `out` are refused.
@@ -224,21 +224,22 @@ def run(
         if process.is_main:
             stack.enter_context(DirectoryLock(out).acquire(events=events))
             remove_partials(out)
-            forget_parts(out)
-            _same_run(out, {**run_facts(benchmark, template), "model": model})
+            delete_speed_parts(out)
+            _same_run(out, {**run_metadata(benchmark, template), "model": model})
         meet()
-        asking = Asking(engine, exif_orientation=turns_images(rules))
+        asking = Asking(engine, exif_orientation=applies_exif_orientation(protocol))
         seconds = _ask(asking, benchmark, items, out, template, process, events)
         meet()
         if not process.is_main:
             return None
         done = read_predictions(out, (item.id for item in items))
         done.merge(items)
-        result = _scored(benchmark, items, done, rules)
-        write_json(out / "scores.json", {"benchmark": benchmark.name, "model": model, "rules": rules, **_facts(result)})
-        write_jsonl(out / "marks.jsonl", map(asdict, result[0].marks if result[0] else ()))
-        answered = note_speed(out, seconds)
-    return Result(benchmark.name, result[0], done.texts, seconds, answered, done.errors, result[1])
+        result, problem = _score(benchmark, items, done, protocol)
+        metadata = {"benchmark": benchmark.name, "model": model, "rules": protocol}
+        write_json(out / "scores.json", {**metadata, **_scores_record(result, problem)})
+        write_question_scores(out, result.question_scores if result else ())
+        answered = merge_speed_parts(out, seconds)
+    return BenchmarkRun(benchmark.name, result, done.texts, seconds, answered, done.errors, problem)
 
 
 def _ask(
@@ -266,37 +267,38 @@ def _ask(
             seen += len(batch)
             right += sum(bool(i.truth) and exact_match(done.texts.get(i.id, ""), i.truth) for i in batch)
             events.advanced(name, len(batch), exact=f"{right / seen:.1%}")
-    note_part(out, process.rank, answered, asking.tokens)
+    write_speed_part(out, process.rank, answered, asking.tokens)
     return time.monotonic() - began
 
 
-def turns_images(rules: Rules) -> bool:
+def applies_exif_orientation(protocol: ScoringProtocol) -> bool:
     """Whether images of a benchmark are turned upright as their EXIF says; see docs/images.md.
 
     The original's loaders ignore it; lmms-eval reads images by `datasets`, which applies it.
     """
-    return rules != "upstream"
+    return protocol != "upstream"
 
 
-def _scored(benchmark: Benchmark, items: Sequence[Item], done: Predictions, rules: Rules) -> tuple[Scored | None, str]:
+def _score(
+    benchmark: Benchmark, items: Sequence[Item], done: Predictions, protocol: ScoringProtocol
+) -> tuple[BenchmarkResult | None, str]:
     try:
-        return benchmark.score(answers_of(items, done.texts), rules), ""
+        return benchmark.score(predicted_answers(items, done.texts), protocol), ""
     except DataError as error:
         failed = f" ({len(done.errors)} questions could not be asked)" if done.errors else ""
         return None, without_home(f"not scored here: {error}{failed}")
 
 
-def _facts(result: tuple[Scored | None, str]) -> dict[str, Any]:
-    scored, problem = result
-    if scored is None:
+def _scores_record(result: BenchmarkResult | None, problem: str) -> dict[str, Any]:
+    if result is None:
         return {"score": None, "problem": problem}
-    sure = score_interval(scored)
+    sure = score_interval(result)
     return {
-        "score": scored.score,
-        "unit": scored.unit,
+        "score": result.score,
+        "unit": result.unit,
         "interval": None if sure is None else sure.as_json(),
-        "notes": [without_home(note) for note in scored.notes],
-        **scored.figures,
+        "notes": [without_home(note) for note in result.notes],
+        **result.metrics,
     }
 
 
@@ -360,7 +362,7 @@ def missing_images(items: Sequence[Item]) -> list[str]:
     return [path for path in paths if not Path(path).is_file()]
 
 
-def run_facts(benchmark: Benchmark, template: str) -> dict[str, Any]:
+def run_metadata(benchmark: Benchmark, template: str) -> dict[str, Any]:
     """Return what the predictions in a directory belong to, but for the model."""
     items = benchmark.items()
     digest = hashlib.sha256()
@@ -374,7 +376,7 @@ def run_facts(benchmark: Benchmark, template: str) -> dict[str, Any]:
     }
 
 
-def check_run(out: Path, facts: Mapping[str, Any]) -> None:
+def check_run_folder(out: Path, facts: Mapping[str, Any]) -> None:
     """Raise DataError if `out` holds the predictions of another run.
 
     For the time before the model is loaded: its `model` is compared without the backend that loading chooses.

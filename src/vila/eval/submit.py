@@ -15,16 +15,16 @@ from typing import Any
 from vila.core.errors import DataError
 from vila.core.files import atomic_path
 from vila.core.optional import MissingExtraError, require
-from vila.eval.annotations import naming
+from vila.eval.annotations import format_ids
 from vila.eval.benchmark import BENCHMARKS, Submission
-from vila.eval.predictions import MERGED
+from vila.eval.predictions import PREDICTIONS_FILE
 
 SERVERS = ("vqav2", "vizwiz", "mmbench", "mmbench_cn", "seed")
 """The benchmarks whose answers are sent somewhere."""
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class SubmissionFile:
     """A file to upload: where it lies, where it goes, and what was checked."""
 
     benchmark: str
@@ -35,15 +35,15 @@ class Written:
 
 def submit_run(
     run: Path, out: Path, data: Path, folders: Mapping[str, str], reasons: Mapping[str, str] | None = None
-) -> tuple[list[Written], list[str]]:
+) -> tuple[list[SubmissionFile], list[str]]:
     """Write `out/BENCHMARK/RUN-HASH.EXT` for every benchmark of a run that has a server; and why others have no file.
 
     folders: of the benchmarks below `run`, by name. reasons: why the run left others out.
     """
-    written: list[Written] = []
+    written: list[SubmissionFile] = []
     left_out = [f"{name}: not run" + _because(reasons, name) for name in SERVERS if name not in folders]
     for name, folder in folders.items():
-        predictions = run / folder / MERGED
+        predictions = run / folder / PREDICTIONS_FILE
         if not predictions.is_file():
             begun = any((run / folder).glob("part-*.jsonl"))
             what = "not finished; the same `vila eval` goes on where it was" if begun else f"not run; no {predictions}"
@@ -63,27 +63,29 @@ def _because(reasons: Mapping[str, str] | None, name: str) -> str:
     return f" ({reasons[name]})" if reasons and name in reasons else ""
 
 
-def submit_file(name: str, benchmark: Any, predictions: Path, out: Path, run: str) -> Written:
+def submit_file(name: str, benchmark: Any, predictions: Path, out: Path, run: str) -> SubmissionFile:
     """Write the server's file of one file of answers. Raises DataError for what the server would refuse.
 
     And for lines that cannot be read, unless the original's converter skips them too.
     """
-    from vila.eval.predictions import bad_lines, read_answers
+    from vila.eval.predictions import bad_line_notes, read_answers
 
     answers = read_answers(predictions)
-    bad = bad_lines(answers.bad, skipped=getattr(benchmark, "skips_bad_lines", False))
-    failed = [f"{len(answers.failed)} questions could not be asked: {naming(answers.failed)}"] if answers.failed else []
+    bad = bad_line_notes(answers.bad, skipped=getattr(benchmark, "skips_bad_lines", False))
+    failed = (
+        [f"{len(answers.failed)} questions could not be asked: {format_ids(answers.failed)}"] if answers.failed else []
+    )
     submission: Submission = benchmark.submission(answers.rows)
     content = _encoded(submission)
     # The MMBench server knows files by name and gives the old result for a new file of the same name.
     short = hashlib.sha256(_canonical(submission)).hexdigest()[:8]
-    path = out / name / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', run)}-{short}.{submission.kind}"
+    path = out / name / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', run)}-{short}.{submission.format}"
     with atomic_path(path) as part:
         part.write_bytes(content)
-    for old in path.parent.glob(f"*.{submission.kind}"):
+    for old in path.parent.glob(f"*.{submission.format}"):
         if old != path and old.name.startswith(f"{path.stem[:-9]}-") and len(old.stem) == len(path.stem):
             old.unlink()
-    return Written(name, path, submission.server, (*bad, *failed, *submission.checks))
+    return SubmissionFile(name, path, submission.server, (*bad, *failed, *submission.checks))
 
 
 def _canonical(submission: Submission) -> bytes:
@@ -91,15 +93,15 @@ def _canonical(submission: Submission) -> bytes:
 
 
 def _encoded(submission: Submission) -> bytes:
-    if submission.kind == "json":
+    if submission.format == "json":
         return _canonical(submission)
-    if submission.kind == "jsonl":
+    if submission.format == "jsonl":
         return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in submission.rows).encode()
 
-    return workbook_bytes(submission.rows)
+    return xlsx_bytes(submission.rows)
 
 
-def describe(written: Sequence[Written], left_out: Sequence[str]) -> list[str]:
+def format_submissions(written: Sequence[SubmissionFile], left_out: Sequence[str]) -> list[str]:
     """Lines for the reader: each file, its checks, where it is uploaded, and what was left out."""
     lines = []
     for one in written:
@@ -126,7 +128,7 @@ def cell_text(text: str) -> str:
     return _FORBIDDEN.sub("", text)[:_LONGEST]
 
 
-def workbook_bytes(rows: Sequence[Mapping[str, Any]]) -> bytes:
+def xlsx_bytes(rows: Sequence[Mapping[str, Any]]) -> bytes:
     """An xlsx file: the columns of the first row as header, then all rows; None leaves a cell empty.
 
     Equal rows give equal bytes. Raises MissingExtraError without openpyxl, and DataError naming the row for text that

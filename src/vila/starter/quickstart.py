@@ -35,7 +35,7 @@ from vila.engine.engine import Engine
 from vila.eval.benchmark import Item
 from vila.eval.benchmarks.easy_vqa import EasyVqa
 from vila.eval.predictions import read_texts
-from vila.eval.runner import Result, model_hash, result_dir, run
+from vila.eval.runner import BenchmarkRun, model_hash, result_dir, run_benchmark
 from vila.model.loading import assemble, choose_dtype, load_model
 from vila.prepare.licences import data_licences
 from vila.quant.blocks import fitting_group_sizes
@@ -87,7 +87,7 @@ def compare_answers(
     before = read_texts(answered, [item.id for item in items])
     benchmark.name = "easy_vqa_int4"
     engine = Engine.load(small, backend="torch")
-    result = run(engine, benchmark, out, model=model_hash(small), events=events)
+    result = run_benchmark(engine, benchmark, out, model=model_hash(small), events=events)
     assert result is not None
     right = {item.id: (before[item.id] == item.truth, result.predictions[item.id] == item.truth) for item in items}
     return {
@@ -313,7 +313,9 @@ class Quickstart:
     def _evaluate(self, name: str, benchmark: type[EasyVqa], questions: int) -> dict[str, Any]:
         opened = benchmark(self.easy_vqa, questions)
         where = result_dir(self.out / "eval", name, questions)
-        return _scores(run(self.engine, opened, where, model=model_hash(self.out / "model"), events=self.events))
+        return _scores(
+            run_benchmark(self.engine, opened, where, model=model_hash(self.out / "model"), events=self.events)
+        )
 
     def _swapped(self) -> int:
         return min(self.options.questions or _SWAPPED_QUESTIONS, _SWAPPED_QUESTIONS)
@@ -325,7 +327,9 @@ class Quickstart:
         benchmark.keep({str(group) for group in kept})
         benchmark.name = "easy_vqa_validation"
         where = self.out / "eval" / benchmark.name
-        return _scores(run(self.engine, benchmark, where, model=model_hash(self.out / "model"), events=self.events))
+        return _scores(
+            run_benchmark(self.engine, benchmark, where, model=model_hash(self.out / "model"), events=self.events)
+        )
 
     def _examples(self) -> dict[str, Any]:
         """Three questions about test pictures, and a question after two examples in its prompt."""
@@ -454,7 +458,7 @@ def _three_kinds(items: Sequence[Item]) -> list[Item]:
     """One question of each kind, about three pictures."""
     chosen: dict[str, Item] = {}
     for kind in ("what shape", "what color", "yes/no color"):
-        item = next(item for item in items if item.kind == kind and item.group not in chosen)
+        item = next(item for item in items if item.category == kind and item.group not in chosen)
         chosen[item.group] = item
     return list(chosen.values())
 
@@ -463,13 +467,13 @@ def _few_shot(items: Sequence[Item]) -> tuple[list[Message], Item]:
     """Two answered questions about pictures of their own, and a third of the same kind with another answer."""
     chosen: dict[str, Item] = {}
     for item in items:
-        if item.kind == "what color" and item.truth not in chosen:
+        if item.category == "what color" and item.truth not in chosen:
             chosen[item.truth] = item
     first, second, third = list(chosen.values())[:3]
     return [m for item in (first, second) for m in (*item.messages, Message.of("assistant", item.truth))], third
 
 
-def _scores(result: Result | None) -> dict[str, Any]:
+def _scores(result: BenchmarkRun | None) -> dict[str, Any]:
     assert result  # only processes that share the questions with others have none
     return {**result.scores, "seconds": round(result.seconds, 1)}
 

@@ -64,23 +64,23 @@ def folder(tmp_path):
 
 
 def test_each_row_is_right_or_wrong_as_its_rule_says(folder):
-    scored = Gqa(folder).score(answers(TEXTS))
-    assert {mark.id: bool(mark.value) for mark in scored.marks} == {
+    result = Gqa(folder).score(answers(TEXTS))
+    assert {mark.id: bool(mark.value) for mark in result.question_scores} == {
         key: row[2] for key, row in zip(IDS, ROWS, strict=True)
     }
-    assert scored.score == scored.figures["accuracy"] == pytest.approx(100 * 9 / 24)
-    assert scored.figures["binary"] == pytest.approx(100 * 4 / 9)
-    assert scored.figures["open"] == pytest.approx(100 * 5 / 15)
-    assert scored.figures["by_structural_type"] == {
+    assert result.score == result.metrics["accuracy"] == pytest.approx(100 * 9 / 24)
+    assert result.metrics["binary"] == pytest.approx(100 * 4 / 9)
+    assert result.metrics["open"] == pytest.approx(100 * 5 / 15)
+    assert result.metrics["by_structural_type"] == {
         "query": {"accuracy": pytest.approx(100 * 5 / 15), "questions": 15},
         "verify": {"accuracy": pytest.approx(100 * 4 / 9), "questions": 9},
     }
 
 
 def test_lmms_eval_leaves_out_case_and_punctuation(folder):
-    scored = Gqa(folder).score(answers(TEXTS), "lmms-eval")
-    assert [bool(mark.value) for mark in scored.marks] == [row[3] for row in ROWS]
-    assert scored.score == pytest.approx(100 * 14 / 24)
+    result = Gqa(folder).score(answers(TEXTS), "lmms-eval")
+    assert [bool(mark.value) for mark in result.question_scores] == [row[3] for row in ROWS]
+    assert result.score == pytest.approx(100 * 14 / 24)
 
 
 def test_files_lie_where_vila_or_llava_has_them(folder, tmp_path):
@@ -101,9 +101,9 @@ def test_missing_answers_are_refused_by_name_and_others_are_noted(folder):
     rows = answers(TEXTS)
     with pytest.raises(DataError, match=rf"gqa: 2 questions without an answer \({IDS[0]}, {IDS[1]}\)"):
         Gqa(folder).score(rows[2:])
-    scored = Gqa(folder).score([*rows[::-1], Answer(int(IDS[7]), "yes"), Answer("5", "yes"), Answer("99", "left out")])
-    assert scored.score == pytest.approx(100 * 10 / 24)  # the last answer is right
-    assert [note.split(":")[0] for note in scored.notes[:2]] == [
+    result = Gqa(folder).score([*rows[::-1], Answer(int(IDS[7]), "yes"), Answer("5", "yes"), Answer("99", "left out")])
+    assert result.score == pytest.approx(100 * 10 / 24)  # the last answer is right
+    assert [note.split(":")[0] for note in result.notes[:2]] == [
         "1 questions answered more than once, the last answer counts",
         "2 answers to questions that are not asked, left out",
     ]
@@ -126,12 +126,12 @@ def test_distances_of_distributions_by_hand(tmp_path):
     )
     said = {"1": "yes", "2": "yes", "3": "maybe", "4": "no", "5": "blue", "6": "blue", "7": "y"}
     # g1: (2-3)^2/3 + (1-1)^2/1 = 1/3, 4 questions; g2: (0-2)^2/2 = 2, 2 questions; (4/3 + 4) / 6 / 100.
-    assert Gqa(tmp_path).score(answers(said)).figures["distribution"] == pytest.approx(8 / 900)
+    assert Gqa(tmp_path).score(answers(said)).metrics["distribution"] == pytest.approx(8 / 900)
     alone = {"7": annotation("x")}
     plain(tmp_path / "testdev_balanced_questions.json", alone)
-    scored = Gqa(tmp_path).score(answers({"7": "x"}))
-    assert scored.figures["distribution"] == 0
-    assert "no question belongs to a group: the distance of distributions is 0" in scored.notes
+    result = Gqa(tmp_path).score(answers({"7": "x"}))
+    assert result.metrics["distribution"] == 0
+    assert "no question belongs to a group: the distance of distributions is 0" in result.notes
 
 
 def test_validity_and_plausibility_come_from_the_choices(tmp_path):
@@ -139,14 +139,14 @@ def test_validity_and_plausibility_come_from_the_choices(tmp_path):
     common["types"]["detailed"] = "materialCommon"
     plain(tmp_path / "testdev_balanced_questions.json", {"1": annotation("red"), "2": annotation("red"), "3": common})
     said = answers({"1": "red", "2": "purple", "3": "shape"})
-    scored = Gqa(tmp_path).score(said)
-    assert (scored.figures["validity"], scored.figures["plausibility"]) == (0, 0)
-    assert "no testdev_balanced_choices.json: validity and plausibility are 0" in scored.notes[0]
+    result = Gqa(tmp_path).score(said)
+    assert (result.metrics["validity"], result.metrics["plausibility"]) == (0, 0)
+    assert "no testdev_balanced_choices.json: validity and plausibility are 0" in result.notes[0]
     one = {"valid": ["red", "purple"], "plausible": ["red"]}
     path = plain(tmp_path / "testdev_balanced_choices.json", dict.fromkeys("123", one))
-    scored = Gqa(tmp_path).score(said)
+    result = Gqa(tmp_path).score(said)
     # The third is valid and plausible: color, material or shape for questions on what two things have in common.
-    assert (scored.figures["validity"], scored.figures["plausibility"]) == pytest.approx((100, 100 * 2 / 3))
+    assert (result.metrics["validity"], result.metrics["plausibility"]) == pytest.approx((100, 100 * 2 / 3))
     plain(path, {"1": one, "2": {"valid": []}, "3": one})
     with pytest.raises(DataError, match="choices.json has no 'plausible' answers for question 2"):
         Gqa(tmp_path).score(said)
@@ -175,9 +175,9 @@ def test_the_detailed_type_is_wanted_with_the_choices_alone(tmp_path):
 )
 def test_steps_of_reasoning(tmp_path, steps, count, rule):
     plain(tmp_path / "testdev_balanced_questions.json", {"1": annotation("x", steps=steps, question="a b  c?")})
-    scored = Gqa(tmp_path).score(answers({"1": "x"}))
-    assert scored.figures["by_steps"] == {str(count): {"accuracy": 100, "questions": 1}}, rule
-    assert scored.figures["by_words"] == {"3": {"accuracy": 100, "questions": 1}}
+    result = Gqa(tmp_path).score(answers({"1": "x"}))
+    assert result.metrics["by_steps"] == {str(count): {"accuracy": 100, "questions": 1}}, rule
+    assert result.metrics["by_words"] == {"3": {"accuracy": 100, "questions": 1}}
 
 
 @pytest.mark.parametrize("field", ["answer", "isBalanced", "types", "groups", "semantic", "question"])
@@ -204,8 +204,8 @@ def test_the_whole_prompt(folder):
     assert items[0].messages[0].parts[0].source == folder / "gqa" / "images" / "n0.jpg"
     (folder / "gqa" / "data" / "images").mkdir(parents=True)
     assert Gqa(folder).items()[0].messages[0].parts[0].source == folder / "gqa" / "data" / "images" / "n0.jpg"
-    scored = Gqa(folder, 2).score(answers({IDS[0]: "yes", IDS[2]: "no"}))
-    assert (scored.score, scored.figures["questions"]) == (50, 2)
+    result = Gqa(folder, 2).score(answers({IDS[0]: "yes", IDS[2]: "no"}))
+    assert (result.score, result.metrics["questions"]) == (50, 2)
 
 
 def test_what_is_missing_is_named(tmp_path):

@@ -11,7 +11,7 @@ from vila.core.errors import DataError
 from vila.core.optional import MissingExtraError
 from vila.eval.benchmark import BENCHMARKS, Answer
 from vila.eval.benchmarks.mmbench import MmBench
-from vila.eval.submit import workbook_bytes
+from vila.eval.submit import xlsx_bytes
 
 COLUMNS = [
     "index", "question", "hint", "A", "B", "C", "D",
@@ -89,38 +89,38 @@ def one(tmp_path, *rows, columns=COLUMNS):
     return MmBench(tmp_path)
 
 
-@pytest.mark.parametrize("rules", ["upstream", "lmms-eval"])
-def test_a_question_is_right_when_all_rotations_are(folder, rules):
-    scored = BENCHMARKS["mmbench"](folder, 0).score(answers(), rules)
-    assert scored.score == pytest.approx(100 * 5 / 11)
-    assert scored.figures["circular_by_rules_alone"] == pytest.approx(100 * 4 / 11)
-    assert scored.figures["first_round"] == pytest.approx(100 * 7 / 11)
-    assert [row[-1] for row, mark in zip(ROWS, scored.marks, strict=True) if mark.value != row[3]] == []
-    assert scored.notes[0] == "static matcher: a local stand-in, the server decides"
+@pytest.mark.parametrize("protocol", ["upstream", "lmms-eval"])
+def test_a_question_is_right_when_all_rotations_are(folder, protocol):
+    result = BENCHMARKS["mmbench"](folder, 0).score(answers(), protocol)
+    assert result.score == pytest.approx(100 * 5 / 11)
+    assert result.metrics["circular_by_rules_alone"] == pytest.approx(100 * 4 / 11)
+    assert result.metrics["first_round"] == pytest.approx(100 * 7 / 11)
+    assert [row[-1] for row, mark in zip(ROWS, result.question_scores, strict=True) if mark.value != row[3]] == []
+    assert result.notes[0] == "static matcher: a local stand-in, the server decides"
 
 
 def test_scores_by_category(folder):
-    figures = MmBench(folder).score(answers()).figures
-    assert figures["by_category"] == pytest.approx({"kind 0": 100 * 2 / 6, "kind 1": 100 * 3 / 5})
+    metrics = MmBench(folder).score(answers()).metrics
+    assert metrics["by_category"] == pytest.approx({"kind 0": 100 * 2 / 6, "kind 1": 100 * 3 / 5})
     # Groups hold the 1st, 4th, 7th, 10th; the 2nd, 5th, 8th, 11th; the 3rd, 6th, 9th.
-    assert figures["by_l2_category"] == pytest.approx({"group 0": 100, "group 1": 25, "group 2": 0})
-    assert (figures["questions"], figures["rows"], figures["missing"]) == (11, 27, 1)
+    assert metrics["by_l2_category"] == pytest.approx({"group 0": 100, "group 1": 25, "group 2": 0})
+    assert (metrics["questions"], metrics["rows"], metrics["missing"]) == (11, 27, 1)
 
 
 def test_marks_show_the_first_wrong_rotation(folder):
-    mark = MmBench(folder).score(answers()).marks[2]
+    mark = MmBench(folder).score(answers()).question_scores[2]
     assert (mark.id, mark.answer, mark.truth, mark.rule) == ("14", "A", "B", "1 of 2 rotations right")
 
 
 def test_order_repetition_and_gaps(folder):
     rows = [Answer(0, "D"), *reversed(answers()), Answer(5, "A")]
-    scored = MmBench(folder).score(rows)
-    assert scored.score == pytest.approx(100 * 5 / 11)
-    assert any("wrong; their cells stay empty in the server's file: 1000049" in note for note in scored.notes)
-    assert any("more than once, the last answer counts: 0" in note for note in scored.notes)
-    assert any("not asked, left out: 5" in note for note in scored.notes)
+    result = MmBench(folder).score(rows)
+    assert result.score == pytest.approx(100 * 5 / 11)
+    assert any("wrong; their cells stay empty in the server's file: 1000049" in note for note in result.notes)
+    assert any("more than once, the last answer counts: 0" in note for note in result.notes)
+    assert any("not asked, left out: 5" in note for note in result.notes)
     assert any(
-        note.startswith("mmbench_dev_20230712.tsv holds 27 rows, the published one 4,377") for note in scored.notes
+        note.startswith("mmbench_dev_20230712.tsv holds 27 rows, the published one 4,377") for note in result.notes
     )
 
 
@@ -203,7 +203,7 @@ def test_the_servers_columns_and_order(folder):
     gap = next(row for row in upload.rows if row["index"] == 1_000_049)
     assert gap["prediction"] is None
     assert any("their cells are empty: 1000049" in check for check in upload.checks)
-    assert upload.kind == "xlsx"
+    assert upload.format == "xlsx"
 
 
 def test_the_workbook_opens_with_text_as_text(tmp_path):
@@ -211,7 +211,7 @@ def test_the_workbook_opens_with_text_as_text(tmp_path):
     benchmark = one(tmp_path, {"index": 3, "question": "=1+1?", "B": "N/A"}, {"index": 4})
     upload = benchmark.submission([Answer(3, "=A\x00\n\u00e9"), Answer(4, "")])
     assert any("answers hold what no cell can, which is left out: 3" in check for check in upload.checks)
-    book = openpyxl.load_workbook(io.BytesIO(workbook_bytes(upload.rows)))
+    book = openpyxl.load_workbook(io.BytesIO(xlsx_bytes(upload.rows)))
     assert book.sheetnames == ["Sheet1"]
     rows = list(book["Sheet1"].iter_rows())
     assert [cell.value for cell in rows[0]] == [
@@ -225,7 +225,7 @@ def test_the_workbook_opens_with_text_as_text(tmp_path):
 def test_without_openpyxl_the_command_that_installs_it_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "openpyxl", None)
     with pytest.raises(MissingExtraError) as raised:
-        workbook_bytes([{"a": 1}])
+        xlsx_bytes([{"a": 1}])
     assert (raised.value.packages, raised.value.extra) == (("openpyxl",), "eval")
 
 
@@ -298,8 +298,8 @@ def test_the_published_size_scores_and_converts(tmp_path):
     (tmp_path / "mmbench_dev_20230712.tsv").write_text(table(lines))
     benchmark = MmBench(tmp_path)
     rows = [Answer(row[0], row[7] if row[0] % 2 else "A") for row in lines[1:]]
-    scored = benchmark.score(rows)
-    assert scored.score == pytest.approx(100 * 548 / 1095)  # odd questions, and the last, which has one rotation
-    assert len(scored.notes) == 1
+    result = benchmark.score(rows)
+    assert result.score == pytest.approx(100 * 548 / 1095)  # odd questions, and the last, which has one rotation
+    assert len(result.notes) == 1
     assert len(benchmark.submission(rows).rows) == 4377
     assert len(benchmark.items()) == 4377

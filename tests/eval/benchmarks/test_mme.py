@@ -79,28 +79,28 @@ def answers(rows) -> list[Answer]:
     return [Answer(row["question_id"], row["text"], row.get("prompt", "")) for row in rows]
 
 
-@pytest.mark.parametrize("rules", ["upstream", "lmms-eval"])
-def test_points_by_hand(folder, rows, rules):
-    scored = BENCHMARKS["mme"](folder, 0).score(answers(rows), rules)
-    perception, cognition = SCORES[rules]
-    assert (scored.score, scored.unit) == (pytest.approx(perception), "points")
-    assert scored.figures["perception"] == scored.score
-    assert scored.figures["cognition"] == pytest.approx(cognition)
+@pytest.mark.parametrize("protocol", ["upstream", "lmms-eval"])
+def test_points_by_hand(folder, rows, protocol):
+    result = BENCHMARKS["mme"](folder, 0).score(answers(rows), protocol)
+    perception, cognition = SCORES[protocol]
+    assert (result.score, result.unit) == (pytest.approx(perception), "points")
+    assert result.metrics["perception"] == result.score
+    assert result.metrics["cognition"] == pytest.approx(cognition)
 
 
 def test_a_category_has_its_parts(folder, rows):
-    existence = Mme(folder).score(answers(rows)).figures["by_category"]["existence"]
+    existence = Mme(folder).score(answers(rows)).metrics["by_category"]["existence"]
     expected = {"score": 112.5, "acc": 62.5, "acc_plus": 50, "questions": 24, "images": 12, "other": 8}
     assert existence == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(("place", "rules"), [(2, "upstream"), (3, "lmms-eval")])
-def test_each_pair_is_marked_as_its_rule_says(folder, rows, place, rules):
-    marks = Mme(folder).score(answers(rows), rules).marks
-    right = [marks[n].value + marks[n + 1].value for n in range(0, len(marks), 2)]
+@pytest.mark.parametrize(("place", "protocol"), [(2, "upstream"), (3, "lmms-eval")])
+def test_each_pair_is_marked_as_its_rule_says(folder, rows, place, protocol):
+    question_scores = Mme(folder).score(answers(rows), protocol).question_scores
+    right = [question_scores[n].value + question_scores[n + 1].value for n in range(0, len(question_scores), 2)]
     pairs = [pair for _, _, pairs in FILES for pair in pairs]
     assert [pair[-1] for pair, value in zip(pairs, right, strict=True) if value != pair[place]] == []
-    assert {mark.group for mark in marks[:2]} == {"existence/0000"}
+    assert {mark.group for mark in question_scores[:2]} == {"existence/0000"}
 
 
 def test_readings():
@@ -126,34 +126,37 @@ def test_answers_with_tabs_or_line_breaks_are_noted(folder, rows):
 
 def test_lmms_eval_reads_answers_with_line_breaks_as_they_are(folder, rows):
     rows[1]["text"] = "a\n\nno"  # "a no" would be read as no
-    marks = {rules: Mme(folder).score(answers(rows), rules).marks[1] for rules in ("upstream", "lmms-eval")}
-    assert [marks[rules].value for rules in ("upstream", "lmms-eval")] == [1, 0]
-    assert marks["lmms-eval"].rule == "read as other"
+    question_scores = {
+        protocol: Mme(folder).score(answers(rows), protocol).question_scores[1]
+        for protocol in ("upstream", "lmms-eval")
+    }
+    assert [question_scores[protocol].value for protocol in ("upstream", "lmms-eval")] == [1, 0]
+    assert question_scores["lmms-eval"].rule == "read as other"
 
 
 def test_pairs_belong_to_pictures_wherever_they_stand(folder, rows):
     shuffled = rows[::2] + rows[1::2]
-    scored = Mme(folder).score(answers(shuffled))
-    assert scored.score == pytest.approx(162.5)
+    result = Mme(folder).score(answers(shuffled))
+    assert result.score == pytest.approx(162.5)
     assert any(
-        "do not stand together in existence, code_reasoning: the original, which pairs" in n for n in scored.notes
+        "do not stand together in existence, code_reasoning: the original, which pairs" in n for n in result.notes
     )
     assert not any("do not stand together" in note for note in Mme(folder).score(answers(rows)).notes)
 
 
 def test_pictures_without_answers_are_not_counted_but_said(folder, rows):
-    scored = Mme(folder).score(answers(rows[2:]))
+    result = Mme(folder).score(answers(rows[2:]))
     # Without the first picture: 13 of 22 and 5 of 11; artwork's 50 besides.
-    assert scored.score == pytest.approx(100 * 13 / 22 + 100 * 5 / 11 + 50)
-    assert "1 images without answers, not counted: existence/0000" in scored.notes
+    assert result.score == pytest.approx(100 * 13 / 22 + 100 * 5 / 11 + 50)
+    assert "1 images without answers, not counted: existence/0000" in result.notes
 
 
 def test_lmms_eval_counts_an_image_without_answers_as_wrong(folder, rows):
     empty = [{**row, "text": ""} for row in rows[:2]]
     wanted = Mme(folder).score(answers([*empty, *rows[2:]]), "lmms-eval")
-    scored = Mme(folder).score(answers(rows[2:]), "lmms-eval")
-    assert scored.figures["by_category"] == wanted.figures["by_category"]
-    assert (scored.score, scored.figures["questions"]) == (wanted.score, wanted.figures["questions"])
+    result = Mme(folder).score(answers(rows[2:]), "lmms-eval")
+    assert result.metrics["by_category"] == wanted.metrics["by_category"]
+    assert (result.score, result.metrics["questions"]) == (wanted.score, wanted.metrics["questions"])
 
 
 def test_half_a_pair_is_refused(folder, rows):
@@ -170,28 +173,28 @@ def test_half_a_pair_is_refused(folder, rows):
 
 def test_a_pair_given_twice_counts_twice_or_is_refused(folder, rows):
     again = answers(rows[:2] + rows)
-    scored = Mme(folder).score(again)
-    assert scored.figures["by_category"]["existence"]["score"] == pytest.approx(100 * 17 / 26 + 100 * 7 / 13)
-    assert "1 pictures are answered more than once and count as often: existence/0000" in scored.notes
-    assert len({mark.id for mark in scored.marks}) == len(scored.marks)
+    result = Mme(folder).score(again)
+    assert result.metrics["by_category"]["existence"]["score"] == pytest.approx(100 * 17 / 26 + 100 * 7 / 13)
+    assert "1 pictures are answered more than once and count as often: existence/0000" in result.notes
+    assert len({mark.id for mark in result.question_scores}) == len(result.question_scores)
     with pytest.raises(DataError, match="mme: 1 pictures are answered more than once: existence/0000"):
         Mme(folder).score(again, "lmms-eval")
 
 
 def test_missing_categories_are_reported(folder, rows):
-    scored = Mme(folder).score(answers(rows))
-    assert scored.figures["missing_categories"] == [
+    result = Mme(folder).score(answers(rows))
+    assert result.metrics["missing_categories"] == [
         name for name in (*PERCEPTION, *COGNITION) if name not in ("existence", "artwork", "code_reasoning")
     ]
-    assert any("give no points (the original stops): count, position" in note for note in scored.notes)
+    assert any("give no points (the original stops): count, position" in note for note in result.notes)
 
 
 def test_a_category_of_other_answers_only_is_zero_and_said(folder, rows):
     for row in rows[-4:]:
         row["text"] = "perhaps"
-    scored = Mme(folder).score(answers(rows))
-    assert scored.figures["cognition"] == 0
-    assert "code_reasoning: no answer says yes or no; 0 points, where the original stops" in scored.notes
+    result = Mme(folder).score(answers(rows))
+    assert result.metrics["cognition"] == 0
+    assert "code_reasoning: no answer says yes or no; 0 points, where the original stops" in result.notes
 
 
 @pytest.mark.parametrize(
@@ -256,18 +259,18 @@ def test_whole_prompts_and_items(asking, rows):
     assert whole_prompt(items[0]) == (
         f"{VICUNA}Is this existence 0, 0?\nAnswer the question using a single word or phrase. ASSISTANT:"
     )
-    assert [(item.id, item.truth, item.group, item.kind) for item in items[24:26]] == [
+    assert [(item.id, item.truth, item.group, item.category) for item in items[24:26]] == [
         ("artwork/images/0000.jpg#1", "Yes", "artwork/0000", "artwork"),
         ("artwork/images/0000.jpg#2", "No", "artwork/0000", "artwork"),
     ]
     release = asking / "MME" / "MME_Benchmark_release_version"
     assert items[24].messages[0].parts[0].source == release / "artwork" / "images" / "0000.jpg"
-    assert [mark.id for mark in Mme(asking).score(answers(rows)).marks] == [item.id for item in items]
+    assert [mark.id for mark in Mme(asking).score(answers(rows)).question_scores] == [item.id for item in items]
 
 
 def test_a_limited_benchmark_scores_what_it_asks(asking, rows):
     benchmark = Mme(asking, limit=3)
     assert len(benchmark.items()) == 4  # whole pictures
-    scored = benchmark.score(answers(rows[:4]))
-    assert scored.score == 200
-    assert not any("without answers, not counted" in note for note in scored.notes)
+    result = benchmark.score(answers(rows[:4]))
+    assert result.score == 200
+    assert not any("without answers, not counted" in note for note in result.notes)

@@ -81,15 +81,17 @@ def given() -> list[Answer]:
 
 
 def test_each_row_is_read_as_its_rule_says(folder):
-    scored = Pope(folder).score(given())
+    result = Pope(folder).score(given())
     expected = [said == (label == "yes") for rows in ROWS.values() for _, label, said, _, _ in rows]
-    assert [mark.value for mark in scored.marks] == expected
-    assert [mark.rule == "read as yes" for mark in scored.marks] == [row[2] for rows in ROWS.values() for row in rows]
+    assert [mark.value for mark in result.question_scores] == expected
+    assert [mark.rule == "read as yes" for mark in result.question_scores] == [
+        row[2] for rows in ROWS.values() for row in rows
+    ]
 
 
 def test_the_headline_is_the_mean_of_three_f1(folder):
-    scored = Pope(folder).score(given())
-    adversarial, popular, other = (scored.figures["by_category"][name] for name in ROWS)
+    result = Pope(folder).score(given())
+    adversarial, popular, other = (result.metrics["by_category"][name] for name in ROWS)
     assert adversarial == pytest.approx(
         {
             "tp": 2,
@@ -117,68 +119,68 @@ def test_the_headline_is_the_mean_of_three_f1(folder):
             "yes_ratio": 5 / 8,
         }
     )
-    assert scored.score == pytest.approx(100 * (4 / 9 + 1 / 2 + 2 / 3) / 3)
-    assert (scored.unit, scored.notes) == ("%", ())
-    assert [scored.figures["pooled"][key] for key in ("tp", "fp", "tn", "fn")] == [7, 8, 5, 4]
+    assert result.score == pytest.approx(100 * (4 / 9 + 1 / 2 + 2 / 3) / 3)
+    assert (result.unit, result.notes) == ("%", ())
+    assert [result.metrics["pooled"][key] for key in ("tp", "fp", "tn", "fn")] == [7, 8, 5, 4]
 
 
 def test_lmms_eval_pools_and_reads_whole_answers(folder):
-    scored = Pope(folder).score(given(), "lmms-eval")
-    assert [mark.value for mark in scored.marks] == [row[3] for rows in ROWS.values() for row in rows]
+    result = Pope(folder).score(given(), "lmms-eval")
+    assert [mark.value for mark in result.question_scores] == [row[3] for rows in ROWS.values() for row in rows]
     # yes and true: 5; yes and false: 1; no and true: 2; other answers are no part of them.
-    assert scored.score == pytest.approx(100 * 10 / 13)
-    assert scored.figures["precision"] == pytest.approx(5 / 6)
-    assert scored.figures["recall"] == pytest.approx(5 / 7)
-    assert scored.figures["accuracy"] == pytest.approx(9 / 24)
-    assert scored.figures["yes_ratio"] == pytest.approx(11 / 24)  # of the labels
+    assert result.score == pytest.approx(100 * 10 / 13)
+    assert result.metrics["precision"] == pytest.approx(5 / 6)
+    assert result.metrics["recall"] == pytest.approx(5 / 7)
+    assert result.metrics["accuracy"] == pytest.approx(9 / 24)
+    assert result.metrics["yes_ratio"] == pytest.approx(11 / 24)  # of the labels
 
 
 def test_lmms_eval_counts_a_question_without_an_answer_as_wrong(folder):
     rows = given()
-    scored = Pope(folder).score(rows[1:], "lmms-eval")  # the first is right: yes to yes
-    assert (scored.figures["questions"], scored.figures["missing"]) == (24, 1)
-    assert scored.figures["accuracy"] == pytest.approx(8 / 24)
-    assert scored.figures["recall"] == pytest.approx(4 / 6)  # an answer that is neither yes nor no is no part of it
-    assert (scored.marks[0].value, scored.marks[0].rule) == (0, "no answer")
+    result = Pope(folder).score(rows[1:], "lmms-eval")  # the first is right: yes to yes
+    assert (result.metrics["questions"], result.metrics["missing"]) == (24, 1)
+    assert result.metrics["accuracy"] == pytest.approx(8 / 24)
+    assert result.metrics["recall"] == pytest.approx(4 / 6)  # an answer that is neither yes nor no is no part of it
+    assert (result.question_scores[0].value, result.question_scores[0].rule) == (0, "no answer")
     empty = [Answer(rows[0].question_id, "", rows[0].prompt), *rows[1:]]
-    assert Pope(folder).score(empty, "lmms-eval").score == scored.score
-    assert Pope(folder).score(rows[1:]).figures["questions"] == 23
+    assert Pope(folder).score(empty, "lmms-eval").score == result.score
+    assert Pope(folder).score(rows[1:]).metrics["questions"] == 23
 
 
 def test_shuffled_answers_score_the_same_and_it_is_told(folder):
     rows = given()
     random.Random(0).shuffle(rows)
-    scored = Pope(folder / "pope").score(rows)
-    assert scored.score == Pope(folder).score(given()).score
-    assert len(scored.notes) == 1
-    assert "in another order than the questions: the original, which pairs them with labels by place" in scored.notes[0]
+    result = Pope(folder / "pope").score(rows)
+    assert result.score == Pope(folder).score(given()).score
+    assert len(result.notes) == 1
+    assert "in another order than the questions: the original, which pairs them with labels by place" in result.notes[0]
 
 
 def test_missing_answers_do_not_count_and_are_named(folder):
     rows = [row for row in given() if row.question_id != FIRST["random"] + 7]
-    scored = Pope(folder).score(rows)
-    assert scored.figures["by_category"]["random"]["f1"] == pytest.approx(2 * 0.6 / 1.6)  # precision 3/5, recall 1
-    assert scored.notes[0] == "1 questions without an answer, not counted: 10000008"
-    assert len(scored.notes) == 1  # the last of its file: none after it moved up
+    result = Pope(folder).score(rows)
+    assert result.metrics["by_category"]["random"]["f1"] == pytest.approx(2 * 0.6 / 1.6)  # precision 3/5, recall 1
+    assert result.notes[0] == "1 questions without an answer, not counted: 10000008"
+    assert len(result.notes) == 1  # the last of its file: none after it moved up
     assert len(Pope(folder).score(given()[1:]).notes) == 2
 
 
 def test_a_category_without_answers_is_told(folder):
-    scored = Pope(folder).score(given()[:16])
-    assert scored.score == pytest.approx(100 * (4 / 9 + 1 / 2) / 2)
-    assert "no answers in the category random: it is not part of the mean" in scored.notes
+    result = Pope(folder).score(given()[:16])
+    assert result.score == pytest.approx(100 * (4 / 9 + 1 / 2) / 2)
+    assert "no answers in the category random: it is not part of the mean" in result.notes
 
 
 def test_the_last_of_several_answers_counts(folder):
-    scored = Pope(folder).score([*given(), Answer(8, "Yes")])
-    assert scored.figures["by_category"]["adversarial"]["tp"] == 3
-    assert scored.notes[0] == "1 questions answered more than once, the last answer counts: 8"
+    result = Pope(folder).score([*given(), Answer(8, "Yes")])
+    assert result.metrics["by_category"]["adversarial"]["tp"] == 3
+    assert result.notes[0] == "1 questions answered more than once, the last answer counts: 8"
 
 
 def test_never_yes_gives_nought_and_a_note(folder):
-    scored = Pope(folder).score([Answer(row.question_id, "no") for row in given()])
-    assert scored.score == 0
-    assert scored.notes[0] == "adversarial: no true yes was found, so that F1 is not defined; it counts as 0"
+    result = Pope(folder).score([Answer(row.question_id, "no") for row in given()])
+    assert result.score == 0
+    assert result.notes[0] == "adversarial: no true yes was found, so that F1 is not defined; it counts as 0"
 
 
 def test_answers_of_another_benchmark_are_refused(folder):
@@ -223,15 +225,15 @@ def test_the_whole_prompt_and_pictures_together(folder):
     items = BENCHMARKS["pope"](folder, 0).items()
     assert whole_prompt(items[0]) == f"{VICUNA}Is there a dog in the image?\n{SHORT} ASSISTANT:"
     assert [item.group for item in items] == [picture(0)] * 12 + [picture(4)] * 12
-    assert (items[0].question_id, items[0].kind, items[0].truth) == (1, "adversarial", "yes")
+    assert (items[0].question_id, items[0].category, items[0].truth) == (1, "adversarial", "yes")
     assert items[0].messages[0].parts[0].source == folder / "pope" / "val2014" / picture(0)
 
 
 def test_a_few_pictures_are_scored_alone(folder):
     benchmark = Pope(folder, 5)
     kept = {item.question_id for item in benchmark.items()}
-    scored = benchmark.score([row for row in given() if row.question_id in kept])
-    assert (scored.figures["questions"], scored.notes) == (12, ())
+    result = benchmark.score([row for row in given() if row.question_id in kept])
+    assert (result.metrics["questions"], result.notes) == (12, ())
 
 
 def test_questions_are_asked_without_labels(tmp_path):

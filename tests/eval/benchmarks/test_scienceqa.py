@@ -83,49 +83,49 @@ def answers(rows) -> list[Answer]:
 
 
 def test_the_published_figure_is_vilas_over_questions_with_a_picture(folder, rows):
-    scored = BENCHMARKS["scienceqa"](folder, 0).score(answers(rows))
-    assert scored.score == pytest.approx(100 * 7 / 13)
-    assert scored.figures["image_accuracy"] == scored.score
-    assert scored.figures["accuracy"] == pytest.approx(100 * 10 / 27)
-    assert scored.figures["llava_image_accuracy"] == pytest.approx(100 * 5 / 13)
-    assert scored.figures["llava_accuracy"] == pytest.approx(100 * 7 / 27)
-    assert scored.figures["by_subject"] == pytest.approx({"natural science": 100, "social science": 100 * 5 / 11})
-    assert (scored.figures["questions"], scored.figures["image_questions"]) == (27, 13)
+    result = BENCHMARKS["scienceqa"](folder, 0).score(answers(rows))
+    assert result.score == pytest.approx(100 * 7 / 13)
+    assert result.metrics["image_accuracy"] == result.score
+    assert result.metrics["accuracy"] == pytest.approx(100 * 10 / 27)
+    assert result.metrics["llava_image_accuracy"] == pytest.approx(100 * 5 / 13)
+    assert result.metrics["llava_accuracy"] == pytest.approx(100 * 7 / 27)
+    assert result.metrics["by_subject"] == pytest.approx({"natural science": 100, "social science": 100 * 5 / 11})
+    assert (result.metrics["questions"], result.metrics["image_questions"]) == (27, 13)
 
 
 def test_lmms_eval_reads_otherwise(folder, rows):
-    scored = ScienceQa(folder).score(answers(rows), "lmms-eval")
+    result = ScienceQa(folder).score(answers(rows), "lmms-eval")
     # 13 answered questions with an image, and the one without an answer, which has an image too.
-    assert scored.score == pytest.approx(100 * 7 / 14)
-    assert [mark.id for mark in scored.marks if mark.value] == ["0", "2", "4", "6", "18", "22", "24"]
+    assert result.score == pytest.approx(100 * 7 / 14)
+    assert [mark.id for mark in result.question_scores if mark.value] == ["0", "2", "4", "6", "18", "22", "24"]
 
 
 @pytest.mark.parametrize(("place", "name"), [(3, "upstream"), (5, "lmms-eval")])
 def test_each_row_is_marked_as_its_rule_says(folder, rows, place, name):
     for row in rows:
         row["prompt"] = "<image>\n" + row["prompt"].removeprefix("<image>\n")
-    marks = {mark.id: mark for mark in ScienceQa(folder).score(answers(rows), name).marks}
-    wrong = [row[-1] for n, row in enumerate(ROWS) if marks[str(n)].value != row[place]]
+    question_scores = {mark.id: mark for mark in ScienceQa(folder).score(answers(rows), name).question_scores}
+    wrong = [row[-1] for n, row in enumerate(ROWS) if question_scores[str(n)].value != row[place]]
     assert wrong == []
-    assert marks["15"].rule == "the letter alone, but there is no option E" or name == "lmms-eval"
+    assert question_scores["15"].rule == "the letter alone, but there is no option E" or name == "lmms-eval"
 
 
 def test_a_question_without_an_answer_is_wrong_but_has_no_picture(folder, rows):
-    scored = ScienceQa(folder).score(answers(rows))
+    result = ScienceQa(folder).score(answers(rows))
     assert (
         "1 questions without an answer, wrong, and counted as questions without a picture, as upstream does: missing"
-        in (scored.notes)
+        in (result.notes)
     )
-    assert scored.figures["image_questions"] == 13  # although its problem has one
+    assert result.metrics["image_questions"] == 13  # although its problem has one
 
 
 def test_lmms_eval_counts_image_questions_without_an_answer(folder, rows):
     whole = ScienceQa(folder).score(answers(rows), "lmms-eval")
-    assert whole.figures["image_questions"] == 14
+    assert whole.metrics["image_questions"] == 14
     for given in (rows[1:], [{**rows[0], "text": ""}, *rows[1:]]):  # absent, or empty: the first is right otherwise
-        scored = ScienceQa(folder).score(answers(given), "lmms-eval")
-        assert scored.score == pytest.approx(100 * 6 / 14)
-        assert [mark.value for mark in scored.marks if mark.id in ("0", "missing")] == [0, 0]
+        result = ScienceQa(folder).score(answers(given), "lmms-eval")
+        assert result.score == pytest.approx(100 * 6 / 14)
+        assert [mark.value for mark in result.question_scores if mark.id in ("0", "missing")] == [0, 0]
     # Upstream takes an absent answer for one to a question without an image, an empty one for wrong.
     assert ScienceQa(folder).score(answers(rows[1:])).score == pytest.approx(100 * 6 / 12)
     assert ScienceQa(folder).score(answers([{**rows[0], "text": ""}, *rows[1:]])).score == pytest.approx(100 * 6 / 13)
@@ -134,22 +134,22 @@ def test_lmms_eval_counts_image_questions_without_an_answer(folder, rows):
 def test_order_does_not_matter_and_the_last_answer_counts(folder, rows):
     before = ScienceQa(folder).score(answers(rows)).score
     again = [{**rows[0], "text": "A"}, *reversed(rows)]
-    scored = ScienceQa(folder).score(answers(again))
-    assert scored.score == before
-    assert any("answered more than once, the last answer counts: 0" in note for note in scored.notes)
+    result = ScienceQa(folder).score(answers(again))
+    assert result.score == before
+    assert any("answered more than once, the last answer counts: 0" in note for note in result.notes)
 
 
 def test_answers_to_other_splits_are_left_out_with_a_note(folder, rows):
-    scored = ScienceQa(folder).score(answers([*rows, {"question_id": "training", "text": "A"}]))
-    assert scored.figures["questions"] == 27
-    assert any("answers to questions that are not asked, left out: training" in note for note in scored.notes)
+    result = ScienceQa(folder).score(answers([*rows, {"question_id": "training", "text": "A"}]))
+    assert result.metrics["questions"] == 27
+    assert any("answers to questions that are not asked, left out: training" in note for note in result.notes)
 
 
 def test_numbers_for_ids_are_not_found_as_in_the_original(folder, rows):
     rows[0]["question_id"] = 0
-    scored = ScienceQa(folder).score(answers(rows))
-    assert scored.score == pytest.approx(100 * 6 / 12)
-    assert any("1 rows whose question_id is not of the questions' type, which are text: 0" in n for n in scored.notes)
+    result = ScienceQa(folder).score(answers(rows))
+    assert result.score == pytest.approx(100 * 6 / 12)
+    assert any("1 rows whose question_id is not of the questions' type, which are text: 0" in n for n in result.notes)
     with pytest.raises(DataError, match="scienceqa: all 26 rows whose question_id is not of the questions' type"):
         ScienceQa(folder).score([Answer(n, "A") for n in range(26)])
 
@@ -158,22 +158,22 @@ def test_answers_of_another_benchmark_are_refused_or_noted(folder, rows):
     with pytest.raises(DataError, match=r"scienceqa: none of 1 answers is to one of its questions .theirs: v1"):
         ScienceQa(folder).score([Answer("v1", "A")])
     rows = [{**row, "prompt": "<image>\nWhat colour?"} for row in rows]
-    scored = ScienceQa(folder).score(answers(rows))
-    assert any("the rows repeat other questions than this benchmark's" in note for note in scored.notes)
+    result = ScienceQa(folder).score(answers(rows))
+    assert any("the rows repeat other questions than this benchmark's" in note for note in result.notes)
 
 
 def test_rows_without_a_prompt_take_the_picture_from_the_problems(folder, rows):
     for row in rows:
         del row["prompt"]
-    scored = ScienceQa(folder).score(answers(rows))
-    assert scored.figures["image_questions"] == 13
-    assert any(note.startswith("26 answers repeat no prompt, the first to question 0") for note in scored.notes)
+    result = ScienceQa(folder).score(answers(rows))
+    assert result.metrics["image_questions"] == 13
+    assert any(note.startswith("26 answers repeat no prompt, the first to question 0") for note in result.notes)
 
 
 def test_without_questions_about_pictures_the_figure_is_zero_and_said(folder, rows):
-    scored = ScienceQa(folder).score(answers(rows[1:2]))
-    assert scored.score == 0
-    assert any("not defined, given as 0" in note for note in scored.notes)
+    result = ScienceQa(folder).score(answers(rows[1:2]))
+    assert result.score == 0
+    assert any("not defined, given as 0" in note for note in result.notes)
 
 
 def test_an_original_file_is_read_and_one_cut_short_says_so(folder, rows, tmp_path):
@@ -260,9 +260,9 @@ def test_items_know_truth_picture_and_how_the_original_cuts_it(asking):
 
 
 def test_a_limited_benchmark_scores_what_it_asks(asking, rows):
-    scored = ScienceQa(asking, limit=3).score(answers(rows[:3]))
-    assert scored.figures["questions"] == 3
-    assert scored.score == 100
+    result = ScienceQa(asking, limit=3).score(answers(rows[:3]))
+    assert result.metrics["questions"] == 3
+    assert result.score == 100
 
 
 def test_a_question_that_is_none_is_named(asking):

@@ -68,11 +68,11 @@ def answers(texts=None) -> list[Answer]:
 
 
 def test_scores_by_hand(folder):
-    scored = BENCHMARKS["seed"](folder, 0).score(answers())
-    assert scored.score == pytest.approx(100 * 4 / 24)
-    assert scored.figures["image"] == pytest.approx(100 * 3 / 16)
-    assert scored.figures["video"] == pytest.approx(100 * 1 / 8)
-    assert scored.figures["by_type"] == pytest.approx(
+    result = BENCHMARKS["seed"](folder, 0).score(answers())
+    assert result.score == pytest.approx(100 * 4 / 24)
+    assert result.metrics["image"] == pytest.approx(100 * 3 / 16)
+    assert result.metrics["video"] == pytest.approx(100 * 1 / 8)
+    assert result.metrics["by_type"] == pytest.approx(
         {
             "Scene Understanding": 12.5,
             "Text Understanding": 25.0,
@@ -80,19 +80,19 @@ def test_scores_by_hand(folder):
             "Procedure Understanding": 0.0,
         }
     )
-    assert list(scored.figures["by_type"]) == list(KINDS)
+    assert list(result.metrics["by_type"]) == list(KINDS)
 
 
 def test_lmms_eval_reads_the_first_character(folder):
-    scored = Seed(folder).score(answers(), "lmms-eval")
-    assert scored.score == pytest.approx(100 * 14 / 24)
-    assert scored.figures["image"] == pytest.approx(100 * 10 / 16)
+    result = Seed(folder).score(answers(), "lmms-eval")
+    assert result.score == pytest.approx(100 * 14 / 24)
+    assert result.metrics["image"] == pytest.approx(100 * 10 / 16)
 
 
 @pytest.mark.parametrize(("place", "name"), [(3, "upstream"), (4, "lmms-eval")])
 def test_each_row_is_marked_as_its_rule_says(folder, place, name):
-    marks = Seed(folder).score(answers(), name).marks
-    assert [row[-1] for row, mark in zip(ROWS, marks, strict=True) if mark.value != row[place]] == []
+    question_scores = Seed(folder).score(answers(), name).question_scores
+    assert [row[-1] for row, mark in zip(ROWS, question_scores, strict=True) if mark.value != row[place]] == []
 
 
 def test_a_kind_without_a_right_answer_is_zero_and_said(folder):
@@ -103,19 +103,19 @@ def test_a_kind_without_a_right_answer_is_zero_and_said(folder):
 def test_missing_repeated_and_unknown_rows_are_scored_and_said(folder):
     texts = {n: row[1] for n, row in enumerate(ROWS) if n != 0}
     rows = [Answer(1008, "A"), *reversed(answers(texts)), Answer(5, "A")]
-    scored = Seed(folder).score(rows)
-    assert scored.score == pytest.approx(100 * 3 / 24)  # without the first, which was right; the last 1008 counts
-    assert "1 questions without an answer, wrong, as upstream counts them: 1000" in scored.notes
-    assert any("more than once, the last answer counts: 1008" in note for note in scored.notes)
-    assert any("not asked, left out: 5" in note for note in scored.notes)
+    result = Seed(folder).score(rows)
+    assert result.score == pytest.approx(100 * 3 / 24)  # without the first, which was right; the last 1008 counts
+    assert "1 questions without an answer, wrong, as upstream counts them: 1000" in result.notes
+    assert any("more than once, the last answer counts: 1008" in note for note in result.notes)
+    assert any("not asked, left out: 5" in note for note in result.notes)
 
 
 def test_a_text_for_a_picture_id_is_not_found_as_in_the_original(folder):
     rows = answers()
     rows[0] = Answer("1000", "A")
-    scored = Seed(folder).score(rows)
-    assert scored.score == pytest.approx(100 * 3 / 24)
-    assert any("question_id is not of the questions' type" in note for note in scored.notes)
+    result = Seed(folder).score(rows)
+    assert result.score == pytest.approx(100 * 3 / 24)
+    assert any("question_id is not of the questions' type" in note for note in result.notes)
 
 
 def test_answers_of_another_benchmark_are_refused(folder):
@@ -125,7 +125,7 @@ def test_answers_of_another_benchmark_are_refused(folder):
 
 def test_the_upload_stands_in_the_annotations_order(folder):
     upload = Seed(folder).submission(list(reversed(answers())))
-    assert upload.kind == "jsonl"
+    assert upload.format == "jsonl"
     assert upload.rows[2] == {"question_id": "1002", "prediction": "A."}
     assert upload.rows[-1] == {"question_id": "v23", "prediction": "None"}
     assert upload.checks == ("24 questions in the annotation's order, all answered",)
@@ -161,10 +161,10 @@ def test_an_annotation_of_pictures_only_has_no_clips(folder):
     path = folder / "seed_bench" / "SEED-Bench.json"
     whole = read_json(path)
     plain(path, {**whole, "questions": whole["questions"][:16]})
-    scored = Seed(folder).score(answers({0: "A"}))
-    assert scored.figures["video"] == 0
-    assert "no question is about videos: the accuracy over those is not defined, given as 0" in scored.notes
-    assert any(note.startswith("SEED-Bench.json holds 16 questions, the published one 19,242") for note in scored.notes)
+    result = Seed(folder).score(answers({0: "A"}))
+    assert result.metrics["video"] == 0
+    assert "no question is about videos: the accuracy over those is not defined, given as 0" in result.notes
+    assert any(note.startswith("SEED-Bench.json holds 16 questions, the published one 19,242") for note in result.notes)
 
 
 def test_whole_prompts_and_items(folder):
@@ -180,7 +180,7 @@ def test_whole_prompts_and_items(folder):
     items = Seed(folder).items()
     assert whole_prompt(items[0]) == f"{VICUNA}{text} ASSISTANT:"
     assert items[0].messages[0].parts[0].source == folder / "seed_bench" / "SEED-Bench-image" / "pic0"
-    assert [(item.id, item.question_id, item.truth, item.kind) for item in items] == [
+    assert [(item.id, item.question_id, item.truth, item.category) for item in items] == [
         ("1000", 1000, "A", "Scene Understanding"),
         ("v16", "v16", "B", "Action Recognition"),
     ]
@@ -202,7 +202,7 @@ def test_the_published_size_scores_and_converts(tmp_path):
     kinds = {f"kind {n}": n for n in range(1, 13)}
     plain(tmp_path / "SEED-Bench.json", {"question_type": kinds, "questions": questions})
     rows = [Answer(n if n < pictures else f"v{n}", "A") for n in range(count)]
-    scored = Seed(tmp_path).score(rows)
-    assert scored.score == pytest.approx(100 * 4811 / 19_242)  # every fourth, from 0
-    assert scored.notes == ()
+    result = Seed(tmp_path).score(rows)
+    assert result.score == pytest.approx(100 * 4811 / 19_242)  # every fourth, from 0
+    assert result.notes == ()
     assert len(Seed(tmp_path).submission(rows).rows) == count

@@ -71,10 +71,10 @@ def folder(tmp_path):
 
 
 def test_each_row_gets_what_its_rule_says_whatever_the_form_of_its_prompt(folder):
-    scored = TextVqa(folder).score(given())
-    assert [mark.value for mark in scored.marks] == pytest.approx([row[2] for row in ROWS])
-    assert scored.score == pytest.approx(100 * POINTS / 22)
-    assert (scored.figures["samples"], scored.notes) == (22, ())
+    result = TextVqa(folder).score(given())
+    assert [mark.value for mark in result.question_scores] == pytest.approx([row[2] for row in ROWS])
+    assert result.score == pytest.approx(100 * POINTS / 22)
+    assert (result.metrics["samples"], result.notes) == (22, ())
 
 
 def test_lmms_eval_scores_the_same(folder):
@@ -83,13 +83,13 @@ def test_lmms_eval_scores_the_same(folder):
 
 def test_a_repeated_row_counts_again_and_a_missing_one_not_at_all(folder):
     rows = [*given()[1:], given()[5], given()[5]]
-    scored = TextVqa(folder / "textvqa").score(rows)
-    assert scored.score == pytest.approx(100 * (POINTS - 1) / 23)
-    assert [note.split(":")[0] for note in scored.notes] == [
+    result = TextVqa(folder / "textvqa").score(rows)
+    assert result.score == pytest.approx(100 * (POINTS - 1) / 23)
+    assert [note.split(":")[0] for note in result.notes] == [
         "1 questions without an answer, not counted, as in the original",
         "1 questions answered more than once, each answer counts",
     ]
-    assert len({mark.id for mark in scored.marks}) == 23
+    assert len({mark.id for mark in result.question_scores}) == 23
     with pytest.raises(DataError, match=r"1 have none \(0000000000000000/what does sign 0 say\?\), 1 have several"):
         TextVqa(folder).score(rows, "lmms-eval")
 
@@ -124,7 +124,7 @@ def test_another_prompt_is_refused(folder, text):
 
 
 def test_unknown_questions_are_refused_by_name(folder):
-    with pytest.raises(DataError, match=r"line 9: no question 'who\?' about picture 0+1 in TextVQA_0.5.1_val.json"):
+    with pytest.raises(DataError, match=r"line 9: no question 'who\?' about image 0+1 in TextVQA_0.5.1_val.json"):
         TextVqa(folder).score([*given(), Answer(picture(1), "x", f"Who?\n{SHORT}", "line 9")])
     with pytest.raises(DataError, match="another benchmark or split, or is the annotation file of another release"):
         TextVqa(folder).score([Answer(77, "x", f"{words(1)}\n{SHORT}")])
@@ -155,8 +155,8 @@ def test_the_last_of_two_annotations_of_one_question_counts(tmp_path):
     rows = [annotation(0, {"old": 10}), annotation(0, {"new": 10})]
     plain(tmp_path / "TextVQA_0.5.1_val.json", {"data": rows})
     answers = [Answer(picture(0), "new", prompt(0)), Answer(picture(0), "old", prompt(0))]
-    scored = TextVqa(tmp_path).score(answers)
-    assert (scored.score, scored.notes) == (50, ())
+    result = TextVqa(tmp_path).score(answers)
+    assert (result.score, result.notes) == (50, ())
 
 
 def test_items_are_known_by_picture_and_question(folder):
@@ -174,7 +174,7 @@ def test_items_are_known_by_picture_and_question(folder):
     assert items[0].messages[0].parts[0].source == folder / "textvqa" / "train_images" / f"{picture(0)}.jpg"
     assert [item.group for item in TextVqa(folder, 2).items()] == [picture(0)] * 3
     some = TextVqa(folder, 2).score([Answer(picture(0), "nokia", items[0].prompt)])
-    assert (some.score, some.figures["questions"]) == (100, 1)
+    assert (some.score, some.metrics["questions"]) == (100, 1)
 
 
 def test_missing_files_are_named(tmp_path):

@@ -69,10 +69,10 @@ def asked(tmp_path):
 
 
 def test_each_row_gets_what_its_rule_says(folder):
-    scored = VizWiz(folder).score(answers(TEXTS))
-    assert [mark.value for mark in scored.marks] == pytest.approx([row[2] for row in ROWS])
-    assert scored.score == pytest.approx(100 * POINTS / 22)
-    assert scored.figures == {"questions": 22, "by_answer_type": {"other": scored.score}}
+    result = VizWiz(folder).score(answers(TEXTS))
+    assert [mark.value for mark in result.question_scores] == pytest.approx([row[2] for row in ROWS])
+    assert result.score == pytest.approx(100 * POINTS / 22)
+    assert result.metrics == {"questions": 22, "by_answer_type": {"other": result.score}}
 
 
 def test_numbers_are_the_validation_splits_beside_the_test_split_when_every_row_repeats_its_question(folder, asked):
@@ -87,8 +87,8 @@ def test_numbers_are_the_validation_splits_beside_the_test_split_when_every_row_
 
 
 def test_lmms_eval_normalises_humans_too(folder):
-    scored = VizWiz(folder / "vizwiz").score(answers(TEXTS), "lmms-eval")
-    assert [mark.value for mark in scored.marks] == pytest.approx([row[3] for row in ROWS])
+    result = VizWiz(folder / "vizwiz").score(answers(TEXTS), "lmms-eval")
+    assert [mark.value for mark in result.question_scores] == pytest.approx([row[3] for row in ROWS])
 
 
 @pytest.mark.parametrize(
@@ -126,9 +126,9 @@ def test_missing_answers_are_refused_and_others_noted(folder):
     rows = answers(TEXTS)
     with pytest.raises(DataError, match=r"vizwiz: 1 questions without an answer \(VizWiz_val_00000003.jpg\)"):
         VizWiz(folder).score([*rows[:3], *rows[4:]])
-    scored = VizWiz(folder).score([*rows, Answer(picture(5), "unanswerable"), Answer(picture(50), "x")])
-    assert scored.score == pytest.approx(100 * (POINTS + 1) / 22)
-    assert [note.split(":")[1] for note in scored.notes] == [f" {picture(5)}", f" {picture(50)}"]
+    result = VizWiz(folder).score([*rows, Answer(picture(5), "unanswerable"), Answer(picture(50), "x")])
+    assert result.score == pytest.approx(100 * (POINTS + 1) / 22)
+    assert [note.split(":")[1] for note in result.notes] == [f" {picture(5)}", f" {picture(50)}"]
 
 
 def test_the_upload_has_every_picture_in_order(asked):
@@ -139,7 +139,7 @@ def test_the_upload_has_every_picture_in_order(asked):
         {"image": "VizWiz_test_00000001.jpg", "answer": "unanswerable"},
         {"image": "VizWiz_test_00000002.jpg", "answer": "cat"},
     ]
-    assert (submission.kind, "2185" in submission.server) == ("json", True)
+    assert (submission.format, "2185" in submission.server) == ("json", True)
     assert submission.checks == (
         "3 pictures of the test split, all answered",
         "1 questions answered more than once, the last answer counts: 0",
@@ -160,7 +160,7 @@ def test_the_whole_prompts_of_both_splits(folder, asked):
     assert item.messages[0].parts[0].source == asked / "test" / "VizWiz_test_00000000.jpg"
     item = VizWiz(folder, 1).items()[-1]
     assert whole_prompt(item) == f"{VICUNA}What is 0?\n{SUFFIX} ASSISTANT:"
-    assert (item.id, item.truth, item.kind) == (picture(0), "unanswerable", "other")
+    assert (item.id, item.truth, item.category) == (picture(0), "unanswerable", "other")
     assert VizWiz(folder, 1).score([Answer(item.id, "Unanswerable")]).score == 100
 
 

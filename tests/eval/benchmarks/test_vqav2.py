@@ -76,22 +76,22 @@ def asked(tmp_path):
 
 
 def test_each_row_gets_what_its_rule_says(folder):
-    scored = Vqav2(folder).score(answers(TEXTS))
-    assert {mark.id: mark.value for mark in scored.marks} == pytest.approx(
+    result = Vqav2(folder).score(answers(TEXTS))
+    assert {mark.id: mark.value for mark in result.question_scores} == pytest.approx(
         {str(key): row[2] for key, row in zip(IDS, ROWS, strict=True)}
     )
     # 11 rows give 1, two 0.9, one 0.6, one 0.3, seven 0.
-    assert scored.score == pytest.approx(100 * 13.7 / 22)
-    assert scored.figures["not_normalised"] == pytest.approx(100 * sum(row[3] for row in ROWS) / 22)
-    assert scored.figures["by_answer_type"] == {"other": scored.score}
+    assert result.score == pytest.approx(100 * 13.7 / 22)
+    assert result.metrics["not_normalised"] == pytest.approx(100 * sum(row[3] for row in ROWS) / 22)
+    assert result.metrics["by_answer_type"] == {"other": result.score}
     even = [row[2] for key, row in zip(IDS, ROWS, strict=True) if key % 2 == 0]
-    assert scored.figures["by_question_type"]["is the"] == pytest.approx(100 * sum(even) / 11)
-    assert scored.notes == ()
+    assert result.metrics["by_question_type"]["is the"] == pytest.approx(100 * sum(even) / 11)
+    assert result.notes == ()
 
 
 def test_lmms_eval_normalises_both_sides_always(folder):
-    scored = Vqav2(folder).score(answers(TEXTS), "lmms-eval")
-    assert [mark.value for mark in scored.marks] == pytest.approx([row[4] for row in ROWS])
+    result = Vqav2(folder).score(answers(TEXTS), "lmms-eval")
+    assert [mark.value for mark in result.question_scores] == pytest.approx([row[4] for row in ROWS])
 
 
 def test_the_order_of_rows_and_the_type_of_ids_do_not_matter(folder):
@@ -101,9 +101,9 @@ def test_the_order_of_rows_and_the_type_of_ids_do_not_matter(folder):
 
 def test_what_is_missing_repeated_or_unknown_is_scored_as_the_original_does_and_told(folder):
     rows = [*answers(TEXTS)[1:], Answer(IDS[1], "no"), Answer(7, "yes")]
-    scored = Vqav2(folder).score(rows)
-    assert scored.score == pytest.approx(100 * 11.7 / 22)  # without the first two answers' points
-    assert [note.split(":")[0] for note in scored.notes] == [
+    result = Vqav2(folder).score(rows)
+    assert result.score == pytest.approx(100 * 11.7 / 22)  # without the first two answers' points
+    assert [note.split(":")[0] for note in result.notes] == [
         "1 questions without an answer, scored as an empty answer",
         "1 questions answered more than once, the last answer counts",
         "1 answers to questions that are not asked, left out",
@@ -154,7 +154,7 @@ def test_the_upload_has_every_question_of_test2015_in_order(asked):
         {"question_id": 31, "answer": "cat"},
         {"question_id": 32, "answer": ""},
     ]
-    assert (submission.kind, "830" in submission.server) == ("json", True)
+    assert (submission.format, "830" in submission.server) == ("json", True)
     assert submission.checks == (
         "5 questions of test2015: 3 answered, 2 left empty",
         "3 questions of test-dev2015: 1 without an answer (21), which the server counts as wrong",

@@ -16,7 +16,15 @@ from typing import Any
 from vila.core.errors import DataError
 from vila.core.reading import read_json
 from vila.core.types import Image, Message
-from vila.eval.benchmark import Answer, Item, Mark, Rules, Scored, by_item, exact_match
+from vila.eval.benchmark import (
+    Answer,
+    BenchmarkResult,
+    Item,
+    QuestionScore,
+    ScoringProtocol,
+    answers_by_item,
+    exact_match,
+)
 
 
 class EasyVqa:
@@ -44,23 +52,23 @@ class EasyVqa:
         """Keep only the questions about these pictures."""
         self._items = [item for item in self._items if item.group in groups]
 
-    def score(self, answers: Sequence[Answer], rules: Rules = "upstream") -> Scored:
+    def score(self, answers: Sequence[Answer], protocol: ScoringProtocol = "upstream") -> BenchmarkResult:
         """Accuracy in all and by kind, 0..1 in the figures, with the majority's and the best blind guess beside."""
-        predictions = by_item(self.name, answers, self._items)
-        by_kind: dict[str, list[Item]] = defaultdict(list)
+        predictions = answers_by_item(self.name, answers, self._items)
+        by_category: dict[str, list[Item]] = defaultdict(list)
         for item in self._items:
-            by_kind[item.kind].append(item)
+            by_category[item.category].append(item)
         whole = self._row(self._items, predictions)
-        figures = {
+        metrics = {
             **whole,
-            "by_type": {kind: self._row(items, predictions) for kind, items in sorted(by_kind.items())},
+            "by_type": {category: self._row(items, predictions) for category, items in sorted(by_category.items())},
         }
-        marks = [
-            Mark(item.id, value, item.group, item.kind, predictions[item.id], item.truth)
+        question_scores = [
+            QuestionScore(item.id, value, item.group, item.category, predictions[item.id], item.truth)
             for item in self._items
             for value in [float(exact_match(predictions[item.id], item.truth))]
         ]
-        return Scored(100 * whole["accuracy"], "%", figures, tuple(marks))
+        return BenchmarkResult(100 * whole["accuracy"], "%", metrics, tuple(question_scores))
 
     def _row(self, items: Sequence[Item], predictions: Mapping[str, str]) -> dict[str, float]:
         right = sum(exact_match(predictions[item.id], item.truth) for item in items)

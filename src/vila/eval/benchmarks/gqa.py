@@ -19,17 +19,17 @@ from typing import Any
 from vila.core.errors import DataError
 from vila.core.reading import read_json
 from vila.eval.annotations import (
-    find,
+    build_items,
+    check_all_answered,
+    check_prompts,
+    field_problem,
+    find_file,
+    find_optional,
     image_folder,
-    items_of,
-    join,
-    look,
-    odd_field,
+    match_answers,
     read_questions,
-    refuse_missing,
-    refuse_other_questions,
 )
-from vila.eval.benchmark import Answer, Item, Mark, Rules, Scored
+from vila.eval.benchmark import Answer, BenchmarkResult, Item, QuestionScore, ScoringProtocol
 
 _ASKED = "llava_gqa_testdev_balanced.jsonl"
 _TRUTHS = ("testdev_balanced_questions.json", "data/testdev_balanced_questions.json")
@@ -53,8 +53,8 @@ class Gqa:
 
     def __init__(self, folder: Path, limit: int = 0) -> None:
         self._folder, self._limit = folder, limit
-        if look(folder, self.name, *_TRUTHS) is None:
-            find(folder, self.name, _ASKED)
+        if find_optional(folder, self.name, *_TRUTHS) is None:
+            find_file(folder, self.name, _ASKED)
 
     def items(self) -> Sequence[Item]:
         """The questions, picture by picture; their true answers where those are there."""
@@ -62,17 +62,17 @@ class Gqa:
 
     @cached_property
     def _items(self) -> list[Item]:
-        questions = read_questions(find(self._folder, self.name, _ASKED))
+        questions = read_questions(find_file(self._folder, self.name, _ASKED))
         truths = {}
-        if look(self._folder, self.name, *_TRUTHS):
+        if find_optional(self._folder, self.name, *_TRUTHS):
             truths = {key: row["answer"] for key, row in self._truths.items()}
         pictures = image_folder(self._folder, self.name, "images", "data/images")
-        return items_of(questions, pictures, truths=truths, limit=self._limit)
+        return build_items(questions, pictures, truths=truths, limit=self._limit)
 
     @cached_property
     def _truths(self) -> dict[str, Any]:
         """The balanced questions by id."""
-        path = find(self._folder, self.name, *_TRUTHS, obtain=_GQA)
+        path = find_file(self._folder, self.name, *_TRUTHS, obtain=_GQA)
         rows = read_json(path)
         if not isinstance(rows, dict) or not rows:
             raise DataError(f"{path}: expected questions by id")
@@ -80,7 +80,7 @@ class Gqa:
             _check(path, key, row)
         return {key: row for key, row in rows.items() if row["isBalanced"]}
 
-    def score(self, answers: Sequence[Answer], rules: Rules = "upstream") -> Scored:
+    def score(self, answers: Sequence[Answer], protocol: ScoringProtocol = "upstream") -> BenchmarkResult:
         """Accuracy in percent over the balanced questions.
 
         upstream:  equality after full stops at the end are cut and letters made small; GQA's other figures beside.
@@ -90,17 +90,17 @@ class Gqa:
         truths = self._truths
         if self._limit:
             truths = {item.id: truths[item.id] for item in self._items if item.id in truths}
-        joined = join(self.name, answers, truths)
-        refuse_other_questions(self.name, answers, {key: row["question"] for key, row in truths.items()})
-        refuse_missing(self.name, joined, "GQA is scored over all balanced questions")
-        prepared = _lmms if rules == "lmms-eval" else _converted
+        joined = match_answers(self.name, answers, truths)
+        check_prompts(self.name, answers, {key: row["question"] for key, row in truths.items()})
+        check_all_answered(self.name, joined, "GQA is scored over all balanced questions")
+        prepared = _lmms if protocol == "lmms-eval" else _converted
         predictions = {key: prepared(joined.texts[key]) for key in truths}
         right = {
-            key: predictions[key] == (_lmms(row["answer"]) if rules == "lmms-eval" else row["answer"])
+            key: predictions[key] == (_lmms(row["answer"]) if protocol == "lmms-eval" else row["answer"])
             for key, row in truths.items()
         }
-        marks = tuple(
-            Mark(
+        question_scores = tuple(
+            QuestionScore(
                 key,
                 float(right[key]),
                 str(row.get("imageId", "")),
@@ -111,23 +111,23 @@ class Gqa:
             for key, row in truths.items()
         )
         notes = joined.notes()
-        figures = {"questions": len(truths), "accuracy": _percent(right.values()), **_by_kind(truths, right)}
-        if rules == "upstream":
+        metrics = {"questions": len(truths), "accuracy": _percent(right.values()), **_by_kind(truths, right)}
+        if protocol == "upstream":
             more, said = self._official_figures(truths, predictions)
-            figures, notes = {**figures, **more}, [*notes, *said]
-        return Scored(figures["accuracy"], "%", figures, marks, tuple(notes))
+            metrics, notes = {**metrics, **more}, [*notes, *said]
+        return BenchmarkResult(metrics["accuracy"], "%", metrics, question_scores, tuple(notes))
 
     def _official_figures(
         self, truths: Mapping[str, Any], predictions: Mapping[str, str]
     ) -> tuple[dict[str, float], list[str]]:
         notes = []
-        path = look(self._folder, self.name, *_CHOICES)
+        path = find_optional(self._folder, self.name, *_CHOICES)
         choices: Any = read_json(path) if path else None
         if path is None:
             notes.append(
                 "no testdev_balanced_choices.json: validity and plausibility are 0, as the original prints them"
             )
-        figures = {
+        metrics = {
             name: _percent(
                 bool(choices) and _belongs(predictions[key], choices, key, kind, row) for key, row in truths.items()
             )
@@ -137,7 +137,7 @@ class Gqa:
         grouped = [one for one in grouped if one[0] is not None]
         if not grouped:
             notes.append("no question belongs to a group: the distance of distributions is 0")
-        return {**figures, "distribution": _distribution(grouped)}, notes
+        return {**metrics, "distribution": _distribution(grouped)}, notes
 
 
 def _converted(text: str) -> str:
@@ -205,8 +205,8 @@ def _check(path: Path, key: str, row: Any) -> None:
         complete = isinstance(row["isBalanced"], bool) and isinstance(row["answer"], str)
         complete = complete and isinstance(row["question"], str) and bool(row["types"]["structural"])
         _ = row["types"]["semantic"], row["groups"]["global"], _steps(row)
-        odd = odd_field(row["types"], structural=str, semantic=str, detailed=str)
-        odd = odd or odd_field(row["groups"], **{"global": (str, type(None))})
+        odd = field_problem(row["types"], structural=str, semantic=str, detailed=str)
+        odd = odd or field_problem(row["groups"], **{"global": (str, type(None))})
     except (KeyError, TypeError) as error:
         raise DataError(
             f"{path}: question {key} lacks {error}; is it the file of another release? It comes from {_GQA}"

@@ -18,11 +18,21 @@ from typing import Any
 
 from vila.core.errors import DataError
 from vila.core.types import Image, Message
-from vila.eval.annotation_files import EMPTY, Table, read_table
-from vila.eval.annotations import Joined, as_typed, find, join, look, naming, prompt_note, size_note, together
-from vila.eval.benchmark import Answer, Item, Mark, Rules, Scored, Submission
-from vila.eval.benchmarks.scienceqa import LETTER
-from vila.eval.metrics.multiple_choice import read_by_rules, read_static
+from vila.eval.annotation_files import EMPTY_CELLS, AnnotationTable, read_table
+from vila.eval.annotations import (
+    MatchedAnswers,
+    drop_mistyped_ids,
+    find_file,
+    find_optional,
+    format_ids,
+    group_items,
+    match_answers,
+    prompt_note,
+    size_note,
+)
+from vila.eval.benchmark import Answer, BenchmarkResult, Item, QuestionScore, ScoringProtocol, Submission
+from vila.eval.benchmarks.scienceqa import LETTER_INSTRUCTION
+from vila.eval.metrics.multiple_choice import parse_mmbench_rules, parse_mmbench_static
 from vila.eval.submit import cell_text
 
 _OPTIONS = "ABCD"
@@ -33,7 +43,7 @@ _PREDICTION_AT = 6
 _PUBLISHED_ROWS = 4377
 _MMBENCH = "download.openmmlab.com/mmclassification/datasets/mmbench"
 _SERVER = "MMBench, https://mmbench.opencompass.org.cn/mmbench-submission (it knows files by name: never reuse one)"
-STAND_IN = "static matcher: a local stand-in, the server decides"
+STATIC_MATCHER = "static matcher: a local stand-in, the server decides"
 
 
 class MmBench:
@@ -42,14 +52,14 @@ class MmBench:
     name = "mmbench"
     max_new_tokens = 1024
     file = "mmbench_dev_20230712.tsv"
-    suffix = LETTER
+    suffix = LETTER_INSTRUCTION
 
     def __init__(self, folder: Path, limit: int = 0) -> None:
         self._limit = limit
         self._path = self._find(folder)
 
     def _find(self, folder: Path) -> Path:
-        return find(folder, self.name, self.file, obtain=f"{_MMBENCH}/{self.file}")
+        return find_file(folder, self.name, self.file, obtain=f"{_MMBENCH}/{self.file}")
 
     def items(self) -> Sequence[Item]:
         """A question for each row, rotations of one question together; pictures stay in the table."""
@@ -58,25 +68,25 @@ class MmBench:
     @cached_property
     def _items(self) -> list[Item]:
         self._table.need("index", "question", "hint", *_OPTIONS, "image")
-        return together([self._item(index, row) for index, row in self._rows.items()], self._limit)
+        return group_items([self._item(index, row) for index, row in self._rows.items()], self._limit)
 
     def _item(self, index: int, row: Mapping[str, Any]) -> Item:
-        where = f"{self._path} index {index}"
-        if row["question"] in EMPTY:
-            raise DataError(f"{where}: has no question")
-        if not row["image"] or row["image"] in EMPTY:
-            raise DataError(f"{where}: has no picture; download the file again")
+        location = f"{self._path} index {index}"
+        if row["question"] in EMPTY_CELLS:
+            raise DataError(f"{location}: has no question")
+        if not row["image"] or row["image"] in EMPTY_CELLS:
+            raise DataError(f"{location}: has no picture; download the file again")
         options = asked_options(row)
         letters = list(_OPTIONS[: len(options)])
         hint = "" if _is_none(row["hint"]) else f"{row['hint']}\n"
         body = hint + row["question"] + "".join(f"\n{x}. {text}" for x, text in zip(letters, options, strict=True))
         message = Message.of("user", Image(row["image"]), f"\n{body}\n{self.suffix}")
         facts = {"round_id": 0, "options": options, "option_char": letters}
-        truth, kind = row.get("answer", ""), row.get("category", "")
-        return Item(str(index), (message,), truth, str(index % _TURN), kind, index, body, facts=facts)
+        truth, category = row.get("answer", ""), row.get("category", "")
+        return Item(str(index), (message,), truth, str(index % _TURN), category, index, body, facts=facts)
 
     @cached_property
-    def _table(self) -> Table:
+    def _table(self) -> AnnotationTable:
         table = read_table(self._path, ("image",))
         table.need("index")
         if not table.rows:
@@ -96,7 +106,7 @@ class MmBench:
             out[int(text)] = row
         return out
 
-    def score(self, answers: Sequence[Answer], rules: Rules = "upstream") -> Scored:
+    def score(self, answers: Sequence[Answer], protocol: ScoringProtocol = "upstream") -> BenchmarkResult:
         """Percent of questions all of whose rotations are right, by the static matcher; marks are by question.
 
         Both rules are the same: lmms-eval's key-free matcher, which is what can be run without the server.
@@ -113,26 +123,26 @@ class MmBench:
             turns.get(index % _TURN, []).append(index)
         if astray:
             notes.append(
-                f"{len(astray)} rows are rotations of questions that are not there, left out: {naming(astray)}"
+                f"{len(astray)} rows are rotations of questions that are not there, left out: {format_ids(astray)}"
             )
         if not turns:
             raise DataError(f"{self._path}: holds rotations only, no index below {_TURN:,}")
-        marks = [_mark(base, indexes, rows, joined.texts) for base, indexes in turns.items()]
+        question_scores = [_mark(base, indexes, rows, joined.texts) for base, indexes in turns.items()]
         first = [_right(base, rows, joined.texts) for base in turns]
         strict = [all(_right(i, rows, joined.texts, rules_alone=True) for i in indexes) for indexes in turns.values()]
-        figures: dict[str, Any] = {
-            "matcher": STAND_IN,
-            "circular": _percent([mark.value for mark in marks]),
+        metrics: dict[str, Any] = {
+            "matcher": STATIC_MATCHER,
+            "circular": _percent([scored.value for scored in question_scores]),
             "circular_by_rules_alone": _percent(strict),
             "first_round": _percent(first),
-            "questions": len(marks),
+            "questions": len(question_scores),
             "rows": len(rows),
             "missing": len(joined.missing),
-            "by_category": _by([mark.kind for mark in marks], marks),
+            "by_category": _by([scored.category for scored in question_scores], question_scores),
         }
         if "l2-category" in self._table.columns:
-            figures["by_l2_category"] = _by([rows[base]["l2-category"] for base in turns], marks)
-        return Scored(figures["circular"], "%", figures, tuple(marks), (STAND_IN, *notes))
+            metrics["by_l2_category"] = _by([rows[base]["l2-category"] for base in turns], question_scores)
+        return BenchmarkResult(metrics["circular"], "%", metrics, tuple(question_scores), (STATIC_MATCHER, *notes))
 
     def _scorable(self) -> dict[int, dict[str, Any]]:
         """The rows that are asked. Raises DataError when they do not say what is right."""
@@ -146,13 +156,13 @@ class MmBench:
         if self._limit:
             rows = {int(item.id): rows[int(item.id)] for item in self._items}
         if wrong := [f"{i} ({row['answer']!r})" for i, row in rows.items() if row["answer"] not in tuple(_OPTIONS)]:
-            raise DataError(f"{self._path}: {len(wrong)} rows have no letter for an answer: {naming(wrong)}")
+            raise DataError(f"{self._path}: {len(wrong)} rows have no letter for an answer: {format_ids(wrong)}")
         return rows
 
-    def _joined(self, answers: Sequence[Answer], rows: Mapping[int, Any]) -> tuple[Joined, list[str]]:
-        kept, notes = as_typed(self.name, answers, rows)
+    def _joined(self, answers: Sequence[Answer], rows: Mapping[int, Any]) -> tuple[MatchedAnswers, list[str]]:
+        kept, notes = drop_mistyped_ids(self.name, answers, rows)
         questions = {str(index): str(row.get("question", "")) for index, row in rows.items()}
-        return join(self.name, kept, questions), notes + prompt_note(self.name, kept, questions)
+        return match_answers(self.name, kept, questions), notes + prompt_note(self.name, kept, questions)
 
     def submission(self, answers: Sequence[Answer]) -> Submission:
         """All rows in their order: index, question, A, B, C, D, prediction, answer, split; answers as they are.
@@ -170,7 +180,7 @@ class MmBench:
             *size_note(self._path.name, len(rows), _PUBLISHED_ROWS, "rows"),
         ]
         if changed:
-            checks.append(f"{len(changed)} answers hold what no cell can, which is left out: {naming(changed)}")
+            checks.append(f"{len(changed)} answers hold what no cell can, which is left out: {format_ids(changed)}")
         checks += notes + joined.notes("their cells are empty")
         return Submission(f"{self._path.stem}_upload", "xlsx", rows, _SERVER, tuple(checks))
 
@@ -186,7 +196,7 @@ def asked_options(row: Mapping[str, Any]) -> list[str]:
 
 
 def _is_none(cell: str) -> bool:
-    return cell in EMPTY or cell.lower() in ("nan", "none")
+    return cell in EMPTY_CELLS or cell.lower() in ("nan", "none")
 
 
 def _right(index: int, rows: Mapping[int, Any], texts: Mapping[str, str], rules_alone: bool = False) -> bool:
@@ -194,24 +204,26 @@ def _right(index: int, rows: Mapping[int, Any], texts: Mapping[str, str], rules_
     if text is None:
         return False
     # All options that the table holds, also those after an empty one.
-    options = {letter: rows[index][letter] for letter in _OPTIONS if rows[index][letter] not in EMPTY}
-    read = read_by_rules if rules_alone else read_static
+    options = {letter: rows[index][letter] for letter in _OPTIONS if rows[index][letter] not in EMPTY_CELLS}
+    read = parse_mmbench_rules if rules_alone else parse_mmbench_static
     return read(text, options).letter == rows[index]["answer"]
 
 
-def _mark(base: int, indexes: Sequence[int], rows: Mapping[int, Any], texts: Mapping[str, str]) -> Mark:
+def _mark(base: int, indexes: Sequence[int], rows: Mapping[int, Any], texts: Mapping[str, str]) -> QuestionScore:
     """The mark of a question, with the answer to its first wrong rotation, or to itself."""
     wrong = [index for index in indexes if not _right(index, rows, texts)]
     shown = wrong[0] if wrong else base
     rule = f"{len(indexes) - len(wrong)} of {len(indexes)} rotations right"
-    text, kind = texts.get(str(shown), ""), rows[base].get("category", "")
-    return Mark(str(base), float(not wrong), str(base), kind, text, rows[shown]["answer"], rule, item=str(shown))
+    text, category = texts.get(str(shown), ""), rows[base].get("category", "")
+    return QuestionScore(
+        str(base), float(not wrong), str(base), category, text, rows[shown]["answer"], rule, item=str(shown)
+    )
 
 
-def _by(names: Sequence[str], marks: Sequence[Mark]) -> dict[str, float]:
+def _by(names: Sequence[str], question_scores: Sequence[QuestionScore]) -> dict[str, float]:
     values = defaultdict(list)
-    for name, mark in zip(names, marks, strict=True):
-        values[name].append(mark.value)
+    for name, scored in zip(names, question_scores, strict=True):
+        values[name].append(scored.value)
     return {name: _percent(values[name]) for name in sorted(values)}
 
 
@@ -223,7 +235,7 @@ def _sheet_row(columns: Sequence[str], index: int, row: Mapping[str, Any], text:
         elif column == "prediction":
             cells[column] = None if text is None else cell_text(text)
         else:
-            cells[column] = None if row[column] in EMPTY else cell_text(row[column])
+            cells[column] = None if row[column] in EMPTY_CELLS else cell_text(row[column])
     return cells
 
 
@@ -243,4 +255,4 @@ class MmBenchCn(MmBench):
     suffix = "请直接回答选项字母。"
 
     def _find(self, folder: Path) -> Path:
-        return look(folder, "mmbench", self.file) or super()._find(folder)
+        return find_optional(folder, "mmbench", self.file) or super()._find(folder)

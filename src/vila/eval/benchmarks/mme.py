@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from vila.core.errors import DataError
-from vila.eval.annotations import ask, find, naming, read_questions, size_note, together
-from vila.eval.benchmark import Answer, Headline, Item, Mark, Rules, Scored
+from vila.eval.annotations import find_file, format_ids, group_items, question_messages, read_questions, size_note
+from vila.eval.benchmark import AggregateMetric, Answer, BenchmarkResult, Item, QuestionScore, ScoringProtocol
 from vila.eval.metrics.yes_no import (
     Key,
     Row,
@@ -54,7 +54,7 @@ class Mme:
 
     def __init__(self, folder: Path, limit: int = 0) -> None:
         self._folder, self._limit = folder, limit
-        self._release = find(folder, "MME", _RELEASE, obtain=_MME)
+        self._release = find_file(folder, "MME", _RELEASE, obtain=_MME)
 
     def items(self) -> Sequence[Item]:
         """The questions, picture by picture; ids are the original's with the question's place, from 1, behind `#`."""
@@ -62,19 +62,19 @@ class Mme:
 
     @cached_property
     def _items(self) -> list[Item]:
-        questions = read_questions(find(self._folder, "MME", _ASKED))
+        questions = read_questions(find_file(self._folder, "MME", _ASKED))
         items = []
         for question in questions:
             if not isinstance(question.question_id, str) or "/" not in question.question_id:
-                raise DataError(f"{question.where}: question_id {question.question_id!r} is not CATEGORY/FILE")
+                raise DataError(f"{question.location}: question_id {question.question_id!r} is not CATEGORY/FILE")
             key = key_of(question.question_id, question.text, self._truths)
             name, group = self._mark_id(question.question_id, key), picture_of(key)
-            messages = ask(self._release / question.image, question.text)
+            messages = question_messages(self._release / question.image, question.text)
             truth = self._truths.get(key, "")
             items.append(Item(name, messages, truth, group, key[0], question.question_id, question.text))
         if twice := [name for name, count in Counter(item.id for item in items).items() if count > 1]:
-            raise DataError(f"{_ASKED}: questions that are asked twice: {naming(twice)}")
-        return together(items, self._limit)
+            raise DataError(f"{_ASKED}: questions that are asked twice: {format_ids(twice)}")
+        return group_items(items, self._limit)
 
     @cached_property
     def _truths(self) -> dict[Key, str]:
@@ -101,7 +101,7 @@ class Mme:
     def _mark_id(self, question_id: str, key: Key) -> str:
         return f"{question_id}#{self._places.get(key, key[2])}"
 
-    def score(self, answers: Sequence[Answer], rules: Rules = "upstream") -> Scored:
+    def score(self, answers: Sequence[Answer], protocol: ScoringProtocol = "upstream") -> BenchmarkResult:
         """Return the points of perception; of cognition and each category in the figures. Marks are by question.
 
         upstream:  yes or no within the first four characters, as they are; a pair given twice counts twice, an image
@@ -112,32 +112,34 @@ class Mme:
         Raises DataError naming ids: questions that MME does not have, pictures whose two questions are not answered
         equally often. The original stops there too, or pairs answers about different pictures.
         """
-        rows, notes = self._rows(answers, in_lines=rules == "upstream")
-        pairs = pair_up(self.name, rows, once=rules == "lmms-eval")
-        notes += self._gaps(pairs, "wrong" if rules == "lmms-eval" else "not counted") + misplaced(rows)
+        rows, notes = self._rows(answers, in_lines=protocol == "upstream")
+        pairs = pair_up(self.name, rows, once=protocol == "lmms-eval")
+        notes += self._gaps(pairs, "wrong" if protocol == "lmms-eval" else "not counted") + misplaced(rows)
         absent = [name for name in (*PERCEPTION, *COGNITION) if name not in pairs]
-        if rules == "lmms-eval":
+        if protocol == "lmms-eval":
             self._add_unanswered(pairs)
-        read = read_lmms if rules == "lmms-eval" else read_upstream
-        figures: dict[str, Any] = {"by_category": {}}
-        marks: list[Mark] = []
+        read = read_lmms if protocol == "lmms-eval" else read_upstream
+        metrics: dict[str, Any] = {"by_category": {}}
+        question_scores: list[QuestionScore] = []
         counted = [name for name in PERCEPTION if name in pairs]
         for category, own in pairs.items():
             row, of_category = self._category(category, own, read)
-            figures["by_category"][category] = row
-            marks += of_category
+            metrics["by_category"][category] = row
+            question_scores += of_category
             if row["other"] == row["questions"]:
                 notes.append(f"{category}: no answer says yes or no; 0 points, where the original stops")
         for part, categories in (("perception", PERCEPTION), ("cognition", COGNITION)):
-            figures[part] = sum(figures["by_category"][name]["score"] for name in categories if name in pairs)
+            metrics[part] = sum(metrics["by_category"][name]["score"] for name in categories if name in pairs)
         if absent:
             notes.append(
                 f"categories without an answer, which give no points (the original stops): {', '.join(absent)}"
             )
-        ordered = {key: figures[key] for key in ("perception", "cognition")}
-        ordered.update(questions=len(marks), missing_categories=absent, by_category=figures["by_category"])
-        headline = Headline(_parts(marks, counted), _points, by_kind=True)
-        return Scored(ordered["perception"], "points", ordered, tuple(marks), tuple(notes), headline)
+        ordered = {key: metrics[key] for key in ("perception", "cognition")}
+        ordered.update(questions=len(question_scores), missing_categories=absent, by_category=metrics["by_category"])
+        aggregate = AggregateMetric(_parts(question_scores, counted), _points, stratified=True)
+        return BenchmarkResult(
+            ordered["perception"], "points", ordered, tuple(question_scores), tuple(notes), aggregate
+        )
 
     def _rows(self, answers: Sequence[Answer], *, in_lines: bool) -> tuple[list[Row], list[str]]:
         """Answers with their questions; and notes. in_lines: line breaks and tabs are made spaces."""
@@ -152,14 +154,14 @@ class Mme:
                 unscored.append(str(name))
                 continue
             text = answer.text
-            if in_lines and any(mark in text for mark in "\t\n\r"):
+            if in_lines and any(scored in text for scored in "\t\n\r"):
                 text = " ".join(text.split())
                 broken.append(str(name))
             rows.append(Row(key, str(name), text))
         if unknown:
             raise DataError(
                 f"{self.name}: {len(unknown)} answers are to questions that {self._release} does not have, "
-                f"or repeat no prompt: {naming(unknown)}"
+                f"or repeat no prompt: {format_ids(unknown)}"
             )
         if not rows:
             raise DataError(f"{self.name}: none of {len(answers)} answers is to a question of one of its categories")
@@ -167,15 +169,15 @@ class Mme:
             (broken, "answers with tabs or line breaks, which are made spaces (the original stops)"),
             (unscored, "answers in categories that do not count, left out"),
         ]
-        return rows, [f"{len(ids)} {what}: {naming(ids)}" for ids, what in cases if ids]
+        return rows, [f"{len(ids)} {what}: {format_ids(ids)}" for ids, what in cases if ids]
 
     def _gaps(self, pairs: Pairs, what: str) -> list[str]:
         """Return notes on images without answers, which are `what`, and images with several."""
         notes = [] if self._limit else size_note(f"{self._release.name}", len(self._truths), _PUBLISHED)
         if gone := [group for group in self._unanswered(pairs) if group.split("/")[0] in pairs]:
-            notes.append(f"{len(gone)} images without answers, {what}: {naming(gone)}")
+            notes.append(f"{len(gone)} images without answers, {what}: {format_ids(gone)}")
         if twice := [group for own in pairs.values() for group, turns in own.items() if len(turns) > 1]:
-            notes.append(f"{len(twice)} pictures are answered more than once and count as often: {naming(twice)}")
+            notes.append(f"{len(twice)} pictures are answered more than once and count as often: {format_ids(twice)}")
         return notes
 
     def _unanswered(self, pairs: Pairs) -> list[str]:
@@ -198,9 +200,9 @@ class Mme:
 
     def _category(
         self, category: str, own: Mapping[str, Sequence[tuple[Row, Row]]], read: Any
-    ) -> tuple[dict[str, Any], list[Mark]]:
+    ) -> tuple[dict[str, Any], list[QuestionScore]]:
         """The figures of a category and its marks."""
-        marks: list[Mark] = []
+        question_scores: list[QuestionScore] = []
         both = count = other = 0
         for group, turns in own.items():
             for turn, pair in enumerate(turns):
@@ -210,26 +212,28 @@ class Mme:
                     rights.append(said == truth.lower())
                     other += said == "other"
                     name = self._mark_id(row.question_id, row.key) + (f" ({turn + 1})" if turn else "")
-                    marks.append(Mark(name, float(rights[-1]), group, category, row.text, truth, f"read as {said}"))
+                    question_scores.append(
+                        QuestionScore(name, float(rights[-1]), group, category, row.text, truth, f"read as {said}")
+                    )
                 both += all(rights)
                 count += 1
-        acc, acc_plus = 100 * sum(mark.value for mark in marks) / len(marks), 100 * both / count
-        figures = {"score": acc + acc_plus, "acc": acc, "acc_plus": acc_plus}
-        return {**figures, "questions": len(marks), "images": count, "other": other}, marks
+        acc, acc_plus = 100 * sum(scored.value for scored in question_scores) / len(question_scores), 100 * both / count
+        metrics = {"score": acc + acc_plus, "acc": acc, "acc_plus": acc_plus}
+        return {**metrics, "questions": len(question_scores), "images": count, "other": other}, question_scores
 
 
-def _parts(marks: Sequence[Mark], categories: Sequence[str]) -> tuple[tuple[float, ...], ...]:
+def _parts(question_scores: Sequence[QuestionScore], categories: Sequence[str]) -> tuple[tuple[float, ...], ...]:
     """Of each mark, for each category in turn: questions, right ones, pictures, pictures with both right.
 
     Marks of a picture stand side by side, two by two; the second has what is the picture's.
     """
     places = {category: 4 * place for place, category in enumerate(categories)}
     out = []
-    for number, mark in enumerate(marks):
+    for number, scored in enumerate(question_scores):
         row = [0.0] * (4 * len(places))
-        if mark.kind in places:
-            start, both = places[mark.kind], number % 2
-            row[start : start + 4] = [1, mark.value, both, both * mark.value * marks[number - 1].value]
+        if scored.category in places:
+            start, both = places[scored.category], number % 2
+            row[start : start + 4] = [1, scored.value, both, both * scored.value * question_scores[number - 1].value]
         out.append(tuple(row))
     return tuple(out)
 

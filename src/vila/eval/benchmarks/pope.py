@@ -19,16 +19,16 @@ from vila.core.errors import DataError
 from vila.core.reading import read_jsonl
 from vila.eval.annotations import (
     Question,
-    find,
+    build_items,
+    check_prompts,
+    find_file,
+    find_optional,
+    format_ids,
     image_folder,
-    items_of,
-    join,
-    look,
-    naming,
+    match_answers,
     read_questions,
-    refuse_other_questions,
 )
-from vila.eval.benchmark import Answer, Headline, Item, Mark, Rules, Scored
+from vila.eval.benchmark import AggregateMetric, Answer, BenchmarkResult, Item, QuestionScore, ScoringProtocol
 
 _ASKED = "llava_pope_test.jsonl"
 _COCO = "coco"
@@ -46,7 +46,7 @@ class Pope:
 
     def __init__(self, folder: Path, limit: int = 0) -> None:
         self._folder, self._limit = folder, limit
-        self._path = find(folder, self.name, _ASKED)
+        self._path = find_file(folder, self.name, _ASKED)
 
     def items(self) -> Sequence[Item]:
         """The questions; their labels where those are there."""
@@ -55,8 +55,8 @@ class Pope:
     @cached_property
     def _items(self) -> list[Item]:
         pictures = image_folder(self._folder, self.name, "val2014")
-        truths = self._labels if look(self._folder, self.name, _COCO) else {}
-        return items_of(self._questions, pictures, truths=truths, limit=self._limit)
+        truths = self._labels if find_optional(self._folder, self.name, _COCO) else {}
+        return build_items(self._questions, pictures, truths=truths, limit=self._limit)
 
     @cached_property
     def _questions(self) -> list[Question]:
@@ -70,11 +70,11 @@ class Pope:
             by_category[question.category].append(question)
         labels = {}
         for category, questions in by_category.items():
-            path = find(self._folder, self.name, f"{_COCO}/coco_pope_{category}.json", obtain=_POPE)
+            path = find_file(self._folder, self.name, f"{_COCO}/coco_pope_{category}.json", obtain=_POPE)
             labels.update(_join_labels(path, questions))
         return labels
 
-    def score(self, answers: Sequence[Answer], rules: Rules = "upstream") -> Scored:
+    def score(self, answers: Sequence[Answer], protocol: ScoringProtocol = "upstream") -> BenchmarkResult:
         """Return the mean of the categories' F1 in percent, or lmms-eval's F1 over all questions together.
 
         upstream:  "no" is an answer with the word No, no or not before its first full stop; all else is "yes".
@@ -87,42 +87,44 @@ class Pope:
         if self._limit:
             questions = {item.id: questions[item.id] for item in self._items}
         labels = self._labels
-        joined = join(self.name, answers, questions)
+        joined = match_answers(self.name, answers, questions)
         if joined.unknown:
             raise DataError(
                 f"{self.name}: {len(joined.unknown)} answers are to questions that {self._path.name} does not have: "
-                f"{naming(joined.unknown)}"
+                f"{format_ids(joined.unknown)}"
             )
-        refuse_other_questions(self.name, answers, {key: question.text for key, question in questions.items()})
-        marks = []
+        check_prompts(self.name, answers, {key: question.text for key, question in questions.items()})
+        question_scores = []
         judged: list[tuple[str, Pair]] = []
         pairs: dict[str, list[Pair]] = {category: [] for category in categories}
         for key, question in questions.items():
-            if key not in joined.texts and rules == "upstream":
+            if key not in joined.texts and protocol == "upstream":
                 continue
             text = joined.texts.get(key, "")
             pair = says_yes(text), labels[key] != "no", text.lower().strip()
             pairs[question.category].append(pair)
-            right = _lmms_right(pair) if rules == "lmms-eval" else pair[0] == pair[1]
+            right = _lmms_right(pair) if protocol == "lmms-eval" else pair[0] == pair[1]
             rule = "no answer" if key not in joined.texts else "read as yes" if pair[0] else "read as no"
             judged.append((question.category, pair))
-            marks.append(Mark(key, float(right), question.image, question.category, text, labels[key], rule))
-        notes = joined.notes("not counted" if rules == "upstream" else "wrong") + self._misplaced(answers, questions)
-        figures: dict[str, Any] = {"questions": len(marks), "missing": len(joined.missing)}
-        if rules == "lmms-eval":
-            figures.update(_lmms_figures([pair for rows in pairs.values() for pair in rows]))
-            headline = Headline(tuple(_lmms_counts(pair) for _, pair in judged), _mean_f1)
-            return Scored(100 * figures["f1"], "%", figures, tuple(marks), tuple(notes), headline)
+            question_scores.append(
+                QuestionScore(key, float(right), question.image, question.category, text, labels[key], rule)
+            )
+        notes = joined.notes("not counted" if protocol == "upstream" else "wrong") + self._misplaced(answers, questions)
+        metrics: dict[str, Any] = {"questions": len(question_scores), "missing": len(joined.missing)}
+        if protocol == "lmms-eval":
+            metrics.update(_lmms_figures([pair for rows in pairs.values() for pair in rows]))
+            aggregate = AggregateMetric(tuple(_lmms_counts(pair) for _, pair in judged), _mean_f1)
+            return BenchmarkResult(100 * metrics["f1"], "%", metrics, tuple(question_scores), tuple(notes), aggregate)
         for category in [name for name, rows in pairs.items() if not rows]:
             notes.append(f"no answers in the category {category}: it is not part of the mean")
         answered = {category: rows for category, rows in pairs.items() if rows}
-        figures["by_category"] = {category: _figures(rows) for category, rows in answered.items()}
-        figures["pooled"] = _figures([pair for rows in pairs.values() for pair in rows])
-        for category, row in figures["by_category"].items():
+        metrics["by_category"] = {category: _figures(rows) for category, rows in answered.items()}
+        metrics["pooled"] = _figures([pair for rows in pairs.values() for pair in rows])
+        for category, row in metrics["by_category"].items():
             if not row["tp"]:
                 notes.append(f"{category}: no true yes was found, so that F1 is not defined; it counts as 0")
-        score = 100 * sum(row["f1"] for row in figures["by_category"].values()) / len(answered)
-        return Scored(score, "%", figures, tuple(marks), tuple(notes), _headline(judged))
+        score = 100 * sum(row["f1"] for row in metrics["by_category"].values()) / len(answered)
+        return BenchmarkResult(score, "%", metrics, tuple(question_scores), tuple(notes), _headline(judged))
 
     def _misplaced(self, answers: Sequence[Answer], questions: Mapping[str, Question]) -> list[str]:
         """Whether the original would have given answers the labels of other questions."""
@@ -175,7 +177,7 @@ def _join_labels(path: Path, questions: Sequence[Question]) -> dict[str, str]:
     return labels
 
 
-def _headline(judged: Sequence[tuple[str, Pair]]) -> Headline:
+def _headline(judged: Sequence[tuple[str, Pair]]) -> AggregateMetric:
     """The mean of the F1 of the categories that were answered, from counts of true and false yes and false no."""
     places = {category: 3 * place for place, category in enumerate(dict.fromkeys(name for name, _ in judged))}
     parts = []
@@ -184,7 +186,7 @@ def _headline(judged: Sequence[tuple[str, Pair]]) -> Headline:
         if said or true:
             row[places[category] + (0 if said and true else 1 if said else 2)] = 1.0
         parts.append(tuple(row))
-    return Headline(tuple(parts), _mean_f1)
+    return AggregateMetric(tuple(parts), _mean_f1)
 
 
 def _mean_f1(sums: Sequence[float]) -> float:

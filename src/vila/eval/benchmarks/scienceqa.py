@@ -20,17 +20,26 @@ from typing import Any
 from vila.core.errors import DataError
 from vila.core.reading import read_json
 from vila.core.types import Image, Message
-from vila.eval.annotations import as_typed, find, image_folder, join, odd_field, prompt_note, size_note, together
-from vila.eval.benchmark import Answer, Item, Mark, Rules, Scored
+from vila.eval.annotations import (
+    drop_mistyped_ids,
+    field_problem,
+    find_file,
+    group_items,
+    image_folder,
+    match_answers,
+    prompt_note,
+    size_note,
+)
+from vila.eval.benchmark import Answer, BenchmarkResult, Item, QuestionScore, ScoringProtocol
 from vila.eval.metrics.multiple_choice import (
-    NOTHING,
-    Reading,
-    read_llava_scienceqa,
-    read_lmms_scienceqa,
-    read_vila_scienceqa,
+    NO_CHOICE,
+    ParsedChoice,
+    parse_scienceqa_llava,
+    parse_scienceqa_lmms,
+    parse_scienceqa_vila,
 )
 
-LETTER = "Answer with the option's letter from the given choices directly."
+LETTER_INSTRUCTION = "Answer with the option's letter from the given choices directly."
 """What the original's multiple-choice benchmarks end every question with, on a line of its own."""
 
 _ASKED = "llava_test_CQM-A.json"
@@ -40,7 +49,7 @@ _SCIENCEQA = "github.com/lupantech/ScienceQA, folder data/scienceqa"
 _LETTERS = "ABCDE"
 _PUBLISHED = 4241
 
-Read = Callable[[str], Reading]
+Read = Callable[[str], ParsedChoice]
 
 
 class ScienceQa:
@@ -51,8 +60,8 @@ class ScienceQa:
 
     def __init__(self, folder: Path, limit: int = 0) -> None:
         self._folder, self._limit = folder, limit
-        self._problems_path = find(folder, self.name, _PROBLEMS, obtain=_SCIENCEQA)
-        self._splits_path = find(folder, self.name, _SPLITS, obtain=_SCIENCEQA)
+        self._problems_path = find_file(folder, self.name, _PROBLEMS, obtain=_SCIENCEQA)
+        self._splits_path = find_file(folder, self.name, _SPLITS, obtain=_SCIENCEQA)
 
     def items(self) -> Sequence[Item]:
         """The questions in the order of their file.
@@ -64,7 +73,7 @@ class ScienceQa:
 
     @cached_property
     def _items(self) -> list[Item]:
-        path = find(self._folder, self.name, _ASKED)
+        path = find_file(self._folder, self.name, _ASKED)
         pictures = image_folder(self._folder, self.name, "images/test")
         rows = read_json(path)
         if not isinstance(rows, list):
@@ -77,7 +86,7 @@ class ScienceQa:
                 raise DataError(f"{path} row {number}: question {item.id} is given a second time")
             seen.add(item.id)
             items.append(item)
-        return together(items, self._limit)
+        return group_items(items, self._limit)
 
     @cached_property
     def _problems(self) -> dict[str, Any]:
@@ -91,7 +100,7 @@ class ScienceQa:
             _check(f"{self._problems_path} question {key}", problems.get(key))
         return {key: problems[key] for key in splits["test"]}
 
-    def score(self, answers: Sequence[Answer], rules: Rules = "upstream") -> Scored:
+    def score(self, answers: Sequence[Answer], protocol: ScoringProtocol = "upstream") -> BenchmarkResult:
         """Return the accuracy in percent over the questions with an image; marks are theirs.
 
         upstream:  by VILA's reading, over answered questions; LLaVA's, and all questions, are in the figures.
@@ -101,10 +110,10 @@ class ScienceQa:
         problems = self._problems
         if self._limit:
             problems = {item.id: problems[item.id] for item in self._items if item.id in problems}
-        kept, notes = as_typed(self.name, answers, problems)
-        joined = join(self.name, kept, problems)
+        kept, notes = drop_mistyped_ids(self.name, answers, problems)
+        joined = match_answers(self.name, kept, problems)
         prompts = {str(answer.question_id): answer.prompt for answer in kept}
-        is_lmms = rules == "lmms-eval"
+        is_lmms = protocol == "lmms-eval"
         notes += joined.notes(
             "wrong" if is_lmms else "wrong, and counted as questions without a picture, as upstream does"
         )
@@ -122,68 +131,68 @@ class ScienceQa:
             for key in (problems if is_lmms else joined.texts)
             if "<image>" in prompts.get(key, "") or ((is_lmms or not prompts[key]) and problems[key].get("image"))
         }
-        read: Read = read_lmms_scienceqa if is_lmms else read_vila_scienceqa
-        marks = [_mark(key, problem, joined.texts.get(key), read) for key, problem in problems.items()]
-        shown = [mark for mark in marks if mark.id in with_image]
+        read: Read = parse_scienceqa_lmms if is_lmms else parse_scienceqa_vila
+        question_scores = [_mark(key, problem, joined.texts.get(key), read) for key, problem in problems.items()]
+        shown = [scored for scored in question_scores if scored.id in with_image]
         by_llava = [
-            _mark(key, problem, joined.texts.get(key), read_llava_scienceqa) for key, problem in problems.items()
+            _mark(key, problem, joined.texts.get(key), parse_scienceqa_llava) for key, problem in problems.items()
         ]
         if not shown:
             notes.append(
                 "no answer is to a question with a picture: the accuracy over those is not defined, given as 0"
             )
-        subjects: dict[str, list[Mark]] = defaultdict(list)
-        for mark in shown:
-            subjects[mark.kind].append(mark)
-        figures: dict[str, Any] = {
+        subjects: dict[str, list[QuestionScore]] = defaultdict(list)
+        for scored in shown:
+            subjects[scored.category].append(scored)
+        metrics: dict[str, Any] = {
             "image_accuracy": _percent(shown),
-            "accuracy": _percent(marks),
-            "llava_image_accuracy": _percent([mark for mark in by_llava if mark.id in with_image]),
+            "accuracy": _percent(question_scores),
+            "llava_image_accuracy": _percent([scored for scored in by_llava if scored.id in with_image]),
             "llava_accuracy": _percent(by_llava),
-            "questions": len(marks),
+            "questions": len(question_scores),
             "image_questions": len(shown),
-            "unread": sum(mark.rule in (NOTHING.rule, "no answer") for mark in marks),
-            "by_subject": {kind: _percent(of_kind) for kind, of_kind in sorted(subjects.items())},
+            "unread": sum(scored.rule in (NO_CHOICE.rule, "no answer") for scored in question_scores),
+            "by_subject": {category: _percent(of_kind) for category, of_kind in sorted(subjects.items())},
         }
-        return Scored(figures["image_accuracy"], "%", figures, tuple(shown), tuple(notes))
+        return BenchmarkResult(metrics["image_accuracy"], "%", metrics, tuple(shown), tuple(notes))
 
 
-def _item(where: str, row: Any, pictures: Path, problems: Mapping[str, Any]) -> Item:
+def _item(location: str, row: Any, pictures: Path, problems: Mapping[str, Any]) -> Item:
     try:
         key, text = row["id"], row["conversations"][0]["value"].replace("<image>", "").strip()
     except (AttributeError, LookupError, TypeError) as error:
-        raise DataError(f"{where}: no id or question ({error}); expected id and conversations[0].value") from error
-    if odd := odd_field(row, id=(str, int), image=str):
-        raise DataError(f"{where}: {odd}")
-    asked = f"{text}\n{LETTER}"
+        raise DataError(f"{location}: no id or question ({error}); expected id and conversations[0].value") from error
+    if odd := field_problem(row, id=(str, int), image=str):
+        raise DataError(f"{location}: {odd}")
+    asked = f"{text}\n{LETTER_INSTRUCTION}"
     problem = problems.get(key)
     truth = _LETTERS[problem["answer"]] if problem else ""
-    kind = str(problem.get("subject", "")) if problem else ""
+    category = str(problem.get("subject", "")) if problem else ""
     if "image" not in row:
-        return Item(str(key), (Message.of("user", asked),), truth, str(key), kind, key, asked)
+        return Item(str(key), (Message.of("user", asked),), truth, str(key), category, key, asked)
     message = Message.of("user", Image(pictures / row["image"]), f"\n{asked}")
-    return Item(str(key), (message,), truth, str(key), kind, key, f"<image>\n{asked}", image_mode="square")
+    return Item(str(key), (message,), truth, str(key), category, key, f"<image>\n{asked}", image_mode="square")
 
 
-def _check(where: str, problem: Any) -> None:
+def _check(location: str, problem: Any) -> None:
     if not isinstance(problem, dict):
-        raise DataError(f"{where}: the split names it, but it is not there; is it another release? See {_SCIENCEQA}")
+        raise DataError(f"{location}: the split names it, but it is not there; is it another release? See {_SCIENCEQA}")
     choices, answer = problem.get("choices"), problem.get("answer")
     if not isinstance(choices, list) or not choices:
-        raise DataError(f"{where}: choices is {choices!r}; expected a list of texts")
+        raise DataError(f"{location}: choices is {choices!r}; expected a list of texts")
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(_LETTERS):
-        raise DataError(f"{where}: answer is {answer!r}; expected the number of a choice, from 0")
+        raise DataError(f"{location}: answer is {answer!r}; expected the number of a choice, from 0")
 
 
-def _mark(key: str, problem: Mapping[str, Any], text: str | None, read: Read) -> Mark:
-    letter, rule = NOTHING if text is None else read(text)
+def _mark(key: str, problem: Mapping[str, Any], text: str | None, read: Read) -> QuestionScore:
+    letter, rule = NO_CHOICE if text is None else read(text)
     if text is None:
         rule = "no answer"
     elif letter and letter not in _LETTERS[: len(problem["choices"])]:
         letter, rule = "", f"{rule}, but there is no option {letter}"
     truth = _LETTERS[problem["answer"]]
-    return Mark(key, float(letter == truth), key, str(problem.get("subject", "")), text or "", truth, rule)
+    return QuestionScore(key, float(letter == truth), key, str(problem.get("subject", "")), text or "", truth, rule)
 
 
-def _percent(marks: Sequence[Mark]) -> float:
-    return 100 * sum(mark.value for mark in marks) / len(marks) if marks else 0.0
+def _percent(question_scores: Sequence[QuestionScore]) -> float:
+    return 100 * sum(scored.value for scored in question_scores) / len(question_scores) if question_scores else 0.0

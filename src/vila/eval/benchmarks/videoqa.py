@@ -20,9 +20,9 @@ from vila.core.errors import DataError
 from vila.core.reading import read_json
 from vila.core.types import Message, Video
 from vila.engine.request import SamplingParams
-from vila.eval.annotations import find, look, naming, refuse_other_questions
-from vila.eval.benchmark import Answer, Item, Mark, Rules, Scored
-from vila.eval.judge import Case, Judging, Tally, Verdict, says_yes, score_of, tally
+from vila.eval.annotations import check_prompts, find_file, find_optional, format_ids
+from vila.eval.benchmark import Answer, BenchmarkResult, Item, QuestionScore, ScoringProtocol
+from vila.eval.judge import Judge, JudgeCase, JudgeSummary, Verdict, summarize_verdicts, verdict_is_yes, verdict_score
 from vila.eval.openai_client import ServerError
 
 # --- video_sets
@@ -70,7 +70,7 @@ class VideoRow:
 def questions_file(folder: Path, each: VideoSet, *, alone: bool) -> Path | None:
     """Where the questions of a set lie, if anywhere. alone: `folder` may be the set's own."""
     inside = f"{each.folder}/test_q.json"
-    return look(folder, _HOME, inside, "test_q.json") if alone else look(folder, _HOME, inside)
+    return find_optional(folder, _HOME, inside, "test_q.json") if alone else find_optional(folder, _HOME, inside)
 
 
 def read_rows(path: Path, each: VideoSet, notes: list[str]) -> Iterator[VideoRow]:
@@ -102,27 +102,27 @@ def read_rows(path: Path, each: VideoSet, notes: list[str]) -> Iterator[VideoRow
     if differ:
         notes.append(
             f"{each.name}: {len(differ)} answers name another question than stands in their place, paired by place as "
-            f"in the original: {naming(differ)}"
+            f"in the original: {format_ids(differ)}"
         )
 
 
-def _row(question: Any, answer: Any, each: VideoSet, where: str, answer_where: str) -> VideoRow:
+def _row(question: Any, answer: Any, each: VideoSet, location: str, answer_where: str) -> VideoRow:
     wanted = ("question", "question_id") if each.named_by_id else ("question", "question_id", "video_name")
     for key in wanted:
         if not isinstance(question, dict) or not isinstance(question.get(key), str | int):
-            raise DataError(f"{where}: no {key!r}")
+            raise DataError(f"{location}: no {key!r}")
     if not isinstance(answer, dict) or "answer" not in answer:
         raise DataError(f"{answer_where}: no 'answer'")
     name = question["question_id"]
     video = str(name).rpartition("_")[0] if each.named_by_id else str(question["video_name"])
     if not video:
-        raise DataError(f"{where}: question_id {name!r} names no clip; expected CLIP_NUMBER")
+        raise DataError(f"{location}: question_id {name!r} names no clip; expected CLIP_NUMBER")
     return VideoRow(name, video, str(question["question"]), str(answer["answer"]))
 
 
 def refuse_absent(folder: Path, each: VideoSet) -> None:
     """Raise DataError saying where the questions of a set were looked for and where they are obtained."""
-    find(folder, _HOME, f"{each.folder}/test_q.json", obtain=_OBTAIN)
+    find_file(folder, _HOME, f"{each.folder}/test_q.json", obtain=_OBTAIN)
 
 
 _MAX_NEW_TOKENS = 1024
@@ -155,7 +155,7 @@ class VideoQa:
         self.notes: list[str] = []
 
     sampling: SamplingParams
-    judge: Judging | None
+    judge: Judge | None
 
     def items(self) -> Sequence[Item]:
         """The questions, clip by clip. A clip that is not there has the path of its .mp4."""
@@ -190,7 +190,7 @@ class VideoQa:
         }
         return [clip for clip in clips if not Path(clip).is_file()]
 
-    def score(self, answers: Sequence[Answer], rules: Rules = "upstream") -> Scored:
+    def score(self, answers: Sequence[Answer], protocol: ScoringProtocol = "upstream") -> BenchmarkResult:
         """Percent of answers judged yes, among those judged yes or no; of several sets the mean.
 
         The last of several answers to a question is judged; questions without an answer are left out, as the original
@@ -206,25 +206,29 @@ class VideoQa:
             raise DataError(f"{self.name}: the judge does not answer: {error}") from error
         by_set: dict[str, list[Verdict]] = defaultdict(list)
         for (_, item), verdict in zip(judged, verdicts, strict=True):
-            by_set[item.kind].append(verdict)
-        tallies = {name: tally(found) for name, found in by_set.items()}
+            by_set[item.category].append(verdict)
+        tallies = {name: summarize_verdicts(found) for name, found in by_set.items()}
         score = sum(each.accuracy for each in tallies.values()) / len(tallies)
         average = sum(each.average_score for each in tallies.values()) / len(tallies)
-        figures = {
+        metrics = {
             "accuracy": score,
             "average_score": average,
             "judge": self.judge.model,
             "by_set": {name: _figures(each, len(by_set[name])) for name, each in tallies.items()},
         }
-        marks = tuple(
-            Mark(case.id, float(yes), item.group, item.kind, case.fields["pred"], item.truth, _rule(verdict))
+        question_scores = tuple(
+            QuestionScore(
+                case.id, float(yes), item.group, item.category, case.fields["pred"], item.truth, _rule(verdict)
+            )
             for (case, item), verdict in zip(judged, verdicts, strict=True)
-            for yes in [says_yes(verdict.value)]
+            for yes in [verdict_is_yes(verdict.value)]
             if yes is not None
         )
-        return Scored(score, "%", figures, marks, tuple(self._score_notes(repeated, judged, verdicts, rules)))
+        return BenchmarkResult(
+            score, "%", metrics, question_scores, tuple(self._score_notes(repeated, judged, verdicts, protocol))
+        )
 
-    def _cases(self, answers: Sequence[Answer]) -> tuple[list[tuple[Case, Item]], list[str]]:
+    def _cases(self, answers: Sequence[Answer]) -> tuple[list[tuple[JudgeCase, Item]], list[str]]:
         """A case for each question with an answer; and the questions that have several.
 
         The original keeps predictions and verdicts by id, so that of several answers it judges the last.
@@ -232,7 +236,7 @@ class VideoQa:
         by_id = {item.id: item for item in self._items}
         named = Counter(str(item.question_id) for item in self._items)
         by_question = {str(i.question_id): i for i in self._items if named[str(i.question_id)] == 1}
-        judged: dict[str, tuple[Case, Item]] = {}
+        judged: dict[str, tuple[JudgeCase, Item]] = {}
         repeated: dict[str, None] = {}
         unknown: list[str] = []
         for answer in answers:
@@ -245,43 +249,45 @@ class VideoQa:
             if item.id in judged:
                 repeated[item.id] = None
             fields = {"question": item.messages[0].text, "answer": item.truth, "pred": answer.text}
-            judged[item.id] = Case(item.id, fields), item
+            judged[item.id] = JudgeCase(item.id, fields), item
         if unknown or not judged:
             raise DataError(
                 f"{self.name}: {len(unknown)} of {len(answers)} answers are to questions that are not here "
-                f"({naming(unknown)}); are they another benchmark's, or another set's?"
+                f"({format_ids(unknown)}); are they another benchmark's, or another set's?"
             )
-        refuse_other_questions(self.name, answers, {name: item.messages[0].text for name, item in by_question.items()})
+        check_prompts(self.name, answers, {name: item.messages[0].text for name, item in by_question.items()})
         return list(judged.values()), list(repeated)
 
     def _score_notes(
         self,
         repeated: Sequence[str],
-        judged: Sequence[tuple[Case, Item]],
+        judged: Sequence[tuple[JudgeCase, Item]],
         verdicts: Sequence[Verdict],
-        rules: Rules,
+        protocol: ScoringProtocol,
     ) -> Iterator[str]:
         yield from self.notes
         if self._absent:
             yield f"sets that are not there: {', '.join(self._absent)}; the score is the mean of the others"
         if self.sampling == GREEDY:
             yield "asked greedily; the original draws answers at temperature 0.2, so its figures differ from run to run"
-        if rules == "lmms-eval":
+        if protocol == "lmms-eval":
             yield "lmms-eval asks and judges ActivityNet otherwise and has no other set; scored by the original's rules"
         answered = {item.id for _, item in judged}
-        if empty := sorted({item.kind for item in self._items} - {item.kind for _, item in judged}):
+        if empty := sorted({item.category for item in self._items} - {item.category for _, item in judged}):
             yield f"sets without any answer: {', '.join(empty)}; the score is the mean of the others"
         missing = [item.id for item in self._items if item.id not in answered]
         if missing:
-            yield f"{len(missing)} questions without an answer, left out: {naming(missing)}"
+            yield f"{len(missing)} questions without an answer, left out: {format_ids(missing)}"
         if missing and (clips := self.missing_videos()):
-            yield f"{len(clips)} clips are missing: {naming(clips)}"
+            yield f"{len(clips)} clips are missing: {format_ids(clips)}"
         if repeated:
-            yield f"{len(repeated)} questions answered more than once, the last answer counts: {naming(repeated)}"
-        decided = {item.kind for (_, item), v in zip(judged, verdicts, strict=True) if says_yes(v.value) is not None}
-        if silent := sorted({item.kind for _, item in judged} - decided):
+            yield f"{len(repeated)} questions answered more than once, the last answer counts: {format_ids(repeated)}"
+        decided = {
+            item.category for (_, item), v in zip(judged, verdicts, strict=True) if verdict_is_yes(v.value) is not None
+        }
+        if silent := sorted({item.category for _, item in judged} - decided):
             yield f"no yes or no to any answer of {', '.join(silent)}: 0, where the original divides by zero"
-        counts = tally(verdicts)
+        counts = summarize_verdicts(verdicts)
         cases = [
             ([v.id for v in verdicts if not v.readable], "replies could not be read, left out"),
             (
@@ -290,7 +296,7 @@ class VideoQa:
             ),
             (counts.undecided, "replies with neither yes nor no, counted in the average alone"),
         ]
-        yield from (f"{len(ids)} {what}: {naming(ids)}" for ids, what in cases if ids)
+        yield from (f"{len(ids)} {what}: {format_ids(ids)}" for ids, what in cases if ids)
 
 
 def msvd(folder: Path, limit: int = 0) -> VideoQa:
@@ -325,7 +331,7 @@ def _clip_by_clip(items: Sequence[Item], limit: int) -> list[Item]:
     return sorted((item for item in items if item.group in kept), key=lambda item: order[item.group])
 
 
-def _figures(counts: Tally, asked: int) -> dict[str, Any]:
+def _figures(counts: JudgeSummary, asked: int) -> dict[str, Any]:
     return {
         "accuracy": counts.accuracy,
         "average_score": counts.average_score,
@@ -338,4 +344,4 @@ def _figures(counts: Tally, asked: int) -> dict[str, Any]:
 
 
 def _rule(verdict: Verdict) -> str:
-    return f"judge: {'yes' if says_yes(verdict.value) else 'no'}, score {score_of(verdict.value)}"
+    return f"judge: {'yes' if verdict_is_yes(verdict.value) else 'no'}, score {verdict_score(verdict.value)}"

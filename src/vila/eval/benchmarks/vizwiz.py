@@ -20,20 +20,20 @@ from vila.core.reading import read_json
 from vila.eval.annotations import (
     SHORT_ANSWER,
     Question,
-    find,
+    are_human_answers,
+    build_items,
+    check_all_answered,
+    check_prompts,
+    field_problem,
+    find_file,
+    find_optional,
     image_folder,
-    items_of,
-    join,
-    look,
-    odd_field,
+    match_answers,
+    prompt_matches,
     read_questions,
-    readable_humans,
-    refuse_missing,
-    refuse_other_questions,
-    repeats,
 )
-from vila.eval.benchmark import Answer, Item, Mark, Rules, Scored, Submission
-from vila.eval.metrics.vqa import most_frequent, normalise, normalise_officially, one_line, soft_accuracy
+from vila.eval.benchmark import Answer, BenchmarkResult, Item, QuestionScore, ScoringProtocol, Submission
+from vila.eval.metrics.vqa import most_frequent, normalize_evalai, normalize_official, one_line, soft_accuracy
 
 _ASKED = "llava_test.jsonl"
 _VAL = ("val.json", "Annotations/val.json", "annotations/val.json")
@@ -51,10 +51,10 @@ class VizWiz:
 
     def __init__(self, folder: Path, limit: int = 0) -> None:
         self._folder, self._limit = folder, limit
-        self._asked = look(folder, self.name, _ASKED)
-        self._val = look(folder, self.name, *_VAL)
+        self._asked = find_optional(folder, self.name, _ASKED)
+        self._val = find_optional(folder, self.name, *_VAL)
         if self._asked is None and self._val is None:
-            find(folder, self.name, _ASKED)
+            find_file(folder, self.name, _ASKED)
 
     def items(self) -> Sequence[Item]:
         """The questions, a picture each."""
@@ -64,7 +64,7 @@ class VizWiz:
     def _items(self) -> list[Item]:
         if self._asked:
             pictures = image_folder(self._folder, self.name, "test")
-            return items_of(self._questions, pictures, limit=self._limit)
+            return build_items(self._questions, pictures, limit=self._limit)
         questions = [
             Question(image, image, f"{row['question']}\n{_UNANSWERABLE}\n{SHORT_ANSWER}", row.get("answer_type", ""))
             for image, row in self._truths.items()
@@ -72,11 +72,11 @@ class VizWiz:
         truths = {
             image: most_frequent([human["answer"] for human in row["answers"]]) for image, row in self._truths.items()
         }
-        return items_of(questions, image_folder(self._folder, self.name, "val"), truths=truths, limit=self._limit)
+        return build_items(questions, image_folder(self._folder, self.name, "val"), truths=truths, limit=self._limit)
 
     @cached_property
     def _questions(self) -> list[Question]:
-        return read_questions(find(self._folder, self.name, _ASKED))
+        return read_questions(find_file(self._folder, self.name, _ASKED))
 
     @cached_property
     def _truths(self) -> dict[str, Any]:
@@ -89,7 +89,7 @@ class VizWiz:
             _check(f"{self._val} row {number}", row)
         return {row["image"]: row for row in rows}
 
-    def score(self, answers: Sequence[Answer], rules: Rules = "upstream") -> Scored:
+    def score(self, answers: Sequence[Answer], protocol: ScoringProtocol = "upstream") -> BenchmarkResult:
         """Soft accuracy in percent over the validation split, by type of answer.
 
         upstream:  what the original would upload, as the public VizWiz code scores it: human answers as they are.
@@ -104,34 +104,36 @@ class VizWiz:
         renamed = self._by_picture(answers)
         if not any(answer.question_id in truths for answer in renamed):
             raise DataError(self._server_decides(f"none of {len(answers)} answers is to the validation split"))
-        joined = join(self.name, renamed, truths)
-        refuse_other_questions(self.name, renamed, {image: row["question"] for image, row in truths.items()})
-        refuse_missing(self.name, joined, "all are wanted, as by the original's converter")
-        kinds: dict[str, list[float]] = defaultdict(list)
-        marks = []
+        joined = match_answers(self.name, renamed, truths)
+        check_prompts(self.name, renamed, {image: row["question"] for image, row in truths.items()})
+        check_all_answered(self.name, joined, "all are wanted, as by the original's converter")
+        categories: dict[str, list[float]] = defaultdict(list)
+        question_scores = []
         for image, row in truths.items():
             humans = [human["answer"] for human in row["answers"]]
-            answer = normalise(joined.texts[image])
-            if rules == "lmms-eval":
-                value = soft_accuracy(answer, [normalise(human) for human in humans])
+            answer = normalize_evalai(joined.texts[image])
+            if protocol == "lmms-eval":
+                value = soft_accuracy(answer, [normalize_evalai(human) for human in humans])
             else:
-                value = soft_accuracy(normalise_officially(one_line(answer)), humans)
-            kind = row.get("answer_type", "")
-            kinds[kind].append(value)
-            marks.append(Mark(image, value, image, kind, answer, most_frequent(humans)))
-        figures = {
-            "questions": len(marks),
-            "by_answer_type": {kind: 100 * sum(values) / len(values) for kind, values in sorted(kinds.items())},
+                value = soft_accuracy(normalize_official(one_line(answer)), humans)
+            category = row.get("answer_type", "")
+            categories[category].append(value)
+            question_scores.append(QuestionScore(image, value, image, category, answer, most_frequent(humans)))
+        metrics = {
+            "questions": len(question_scores),
+            "by_answer_type": {
+                category: 100 * sum(values) / len(values) for category, values in sorted(categories.items())
+            },
         }
-        score = 100 * sum(mark.value for mark in marks) / len(marks)
-        return Scored(score, "%", figures, tuple(marks), tuple(joined.notes()))
+        score = 100 * sum(scored.value for scored in question_scores) / len(question_scores)
+        return BenchmarkResult(score, "%", metrics, tuple(question_scores), tuple(joined.notes()))
 
     def submission(self, answers: Sequence[Answer]) -> Submission:
         """Every picture of the test split with its normalised answer. DataError naming questions without one."""
-        joined = join(self.name, answers, {str(question.question_id): None for question in self._questions})
-        refuse_missing(self.name, joined, "the server wants all of them")
+        joined = match_answers(self.name, answers, {str(question.question_id): None for question in self._questions})
+        check_all_answered(self.name, joined, "the server wants all of them")
         rows = [
-            {"image": question.image, "answer": normalise(joined.texts[str(question.question_id)])}
+            {"image": question.image, "answer": normalize_evalai(joined.texts[str(question.question_id)])}
             for question in self._questions
         ]
         checks = (f"{len(rows)} pictures of the test split, all answered", *joined.notes())
@@ -152,7 +154,7 @@ class VizWiz:
         known, numbered = set(self._truths), {_number(image): image for image in self._truths}
         told = [(answer, numbered[key]) for answer in answers if (key := str(answer.question_id)) in numbered]
         validation = not self._asked or (
-            bool(told) and all(repeats(answer, self._truths[image]["question"]) for answer, image in told)
+            bool(told) and all(prompt_matches(answer, self._truths[image]["question"]) for answer, image in told)
         )
         out = []
         for answer in answers:
@@ -160,7 +162,7 @@ class VizWiz:
             image = next((name for name in (key, f"{key}.jpg", Path(key).name) if name in known), pictures.get(key))
             if image not in known and validation:
                 image = numbered.get(key, image)
-            out.append(Answer(image or key, answer.text, answer.prompt, answer.where, answer.id))
+            out.append(Answer(image or key, answer.text, answer.prompt, answer.location, answer.id))
         return out
 
 
@@ -170,11 +172,13 @@ def _number(image: str) -> str:
     return str(int(digits)) if digits.isdecimal() else image
 
 
-def _check(where: str, row: Any) -> None:
+def _check(location: str, row: Any) -> None:
     lacking = [key for key in ("image", "question", "answers") if not isinstance(row, dict) or key not in row]
     if lacking:
-        raise DataError(f"{where}: lacks {', '.join(lacking)}; is it the test split, whose answers are not published?")
-    if odd := odd_field(row, image=str, question=str, answer_type=str):
-        raise DataError(f"{where}: {odd}; it comes from {_VIZWIZ}")
-    if not readable_humans(row["answers"]):
-        raise DataError(f"{where}: {row['image']} has no readable answers: {str(row['answers'])[:80]!r}")
+        raise DataError(
+            f"{location}: lacks {', '.join(lacking)}; is it the test split, whose answers are not published?"
+        )
+    if odd := field_problem(row, image=str, question=str, answer_type=str):
+        raise DataError(f"{location}: {odd}; it comes from {_VIZWIZ}")
+    if not are_human_answers(row["answers"]):
+        raise DataError(f"{location}: {row['image']} has no readable answers: {str(row['answers'])[:80]!r}")

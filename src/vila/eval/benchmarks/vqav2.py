@@ -21,22 +21,22 @@ from vila.core.reading import read_jsonl
 from vila.eval.annotation_files import iter_array
 from vila.eval.annotations import (
     SHORT_ANSWER,
-    Joined,
+    MatchedAnswers,
     Question,
-    find,
+    are_human_answers,
+    build_items,
+    check_all_answered,
+    check_prompts,
+    field_problem,
+    find_file,
+    find_optional,
+    format_ids,
     image_folder,
-    items_of,
-    join,
-    look,
-    naming,
-    odd_field,
+    match_answers,
     read_questions,
-    readable_humans,
-    refuse_missing,
-    refuse_other_questions,
 )
-from vila.eval.benchmark import Answer, Item, Mark, Rules, Scored, Submission
-from vila.eval.metrics.vqa import lmms_accuracy, most_frequent, normalise, official_accuracy
+from vila.eval.benchmark import Answer, BenchmarkResult, Item, QuestionScore, ScoringProtocol, Submission
+from vila.eval.metrics.vqa import lmms_accuracy, most_frequent, normalize_evalai, official_accuracy
 
 _TEST_DEV = "llava_vqav2_mscoco_test-dev2015.jsonl"
 _TEST = "llava_vqav2_mscoco_test2015.jsonl"
@@ -55,10 +55,10 @@ class Vqav2:
 
     def __init__(self, folder: Path, limit: int = 0) -> None:
         self._folder, self._limit = folder, limit
-        self._annotations = look(folder, self.name, _VAL)
-        self._questions = look(folder, self.name, _TEST_DEV, _VAL_QUESTIONS)
-        if not (self._annotations or self._questions or look(folder, self.name, _TEST)):
-            find(folder, self.name, _TEST_DEV)
+        self._annotations = find_optional(folder, self.name, _VAL)
+        self._questions = find_optional(folder, self.name, _TEST_DEV, _VAL_QUESTIONS)
+        if not (self._annotations or self._questions or find_optional(folder, self.name, _TEST)):
+            find_file(folder, self.name, _TEST_DEV)
 
     def items(self) -> Sequence[Item]:
         """The questions, picture by picture."""
@@ -66,14 +66,14 @@ class Vqav2:
 
     @cached_property
     def _items(self) -> list[Item]:
-        path = self._questions or find(self._folder, self.name, _TEST_DEV)
+        path = self._questions or find_file(self._folder, self.name, _TEST_DEV)
         if path.name == _TEST_DEV:
             questions, pictures = read_questions(path), "test2015"
         else:
             questions, pictures = list(_val_questions(path)), "val2014"
-        return items_of(questions, image_folder(self._folder, self.name, pictures), limit=self._limit)
+        return build_items(questions, image_folder(self._folder, self.name, pictures), limit=self._limit)
 
-    def score(self, answers: Sequence[Answer], rules: Rules = "upstream") -> Scored:
+    def score(self, answers: Sequence[Answer], protocol: ScoringProtocol = "upstream") -> BenchmarkResult:
         """Soft accuracy in percent over the validation split, by type of question and of answer.
 
         upstream:  the official score of what the original would upload, normalised answers; without an answer is "".
@@ -85,26 +85,26 @@ class Vqav2:
         known = self._asked()
         if not any(str(answer.question_id) in known for answer in answers):
             raise DataError(self._server_decides(f"none of {len(answers)} answers is to the validation split"))
-        joined = join(self.name, answers, known)
-        if rules == "lmms-eval":
-            refuse_missing(self.name, joined, "lmms-eval scores every question")
+        joined = match_answers(self.name, answers, known)
+        if protocol == "lmms-eval":
+            check_all_answered(self.name, joined, "lmms-eval scores every question")
         if self._questions is not None and self._questions.name == _VAL_QUESTIONS:
-            refuse_other_questions(self.name, answers, {item.id: item.prompt for item in self._items})
-        return self._scored(joined, rules)
+            check_prompts(self.name, answers, {item.id: item.prompt for item in self._items})
+        return self._scored(joined, protocol)
 
     def submission(self, answers: Sequence[Answer]) -> Submission:
         """Every question of test2015 in the order of its file, answers normalised, "" where there is none."""
-        ids = list(_ids(find(self._folder, self.name, _TEST)))
-        joined = join(self.name, answers, dict.fromkeys(map(str, ids)))
-        rows = [{"question_id": key, "answer": normalise(joined.texts.get(str(key), ""))} for key in ids]
+        ids = list(_ids(find_file(self._folder, self.name, _TEST)))
+        joined = match_answers(self.name, answers, dict.fromkeys(map(str, ids)))
+        rows = [{"question_id": key, "answer": normalize_evalai(joined.texts.get(str(key), ""))} for key in ids]
         checks = [f"{len(rows)} questions of test2015: {len(joined.texts)} answered, {len(joined.missing)} left empty"]
-        test_dev = look(self._folder, self.name, _TEST_DEV)
+        test_dev = find_optional(self._folder, self.name, _TEST_DEV)
         if test_dev:
             wanted = [str(key) for key in _ids(test_dev)]
             without = [key for key in wanted if key not in joined.texts]
             checks.append(
                 f"{len(wanted)} questions of test-dev2015: {len(without)} without an answer"
-                + (f" ({naming(without)}), which the server counts as wrong" if without else "")
+                + (f" ({format_ids(without)}), which the server counts as wrong" if without else "")
             )
         return Submission(self.name, "json", rows, _SERVER, (*checks, *joined.notes()))
 
@@ -124,11 +124,11 @@ class Vqav2:
         assert self._annotations is not None
         return iter_array(self._annotations, "annotations")
 
-    def _scored(self, joined: Joined, rules: Rules) -> Scored:
+    def _scored(self, joined: MatchedAnswers, protocol: ScoringProtocol) -> BenchmarkResult:
         assert self._annotations is not None
         without = set(joined.missing)
-        marks, raw = [], []
-        kinds: dict[str, dict[str, list[float]]] = {
+        question_scores, raw = [], []
+        categories: dict[str, dict[str, list[float]]] = {
             "question_type": defaultdict(list),
             "answer_type": defaultdict(list),
         }
@@ -137,29 +137,37 @@ class Vqav2:
             text = joined.texts.get(key, "")
             if key not in joined.texts and key not in without:
                 continue
-            if rules == "lmms-eval":
+            if protocol == "lmms-eval":
                 value, answer = lmms_accuracy(text, row["answers"]), text
             else:
-                answer = normalise(text)
+                answer = normalize_evalai(text)
                 value = official_accuracy(answer, row["answers"])
                 raw.append(official_accuracy(text, row["answers"]))
-            for kind, points in kinds.items():
-                points[row[kind]].append(value)
+            for category, points in categories.items():
+                points[row[category]].append(value)
             truth = most_frequent([human["answer"] for human in row["answers"]])
             rule = "no answer" if key in without else ""
-            marks.append(Mark(key, value, str(row["image_id"]), row["answer_type"], answer, truth, rule))
-        if not marks:
+            question_scores.append(
+                QuestionScore(key, value, str(row["image_id"]), row["answer_type"], answer, truth, rule)
+            )
+        if not question_scores:
             raise DataError(f"{self._annotations}: holds none of the questions that were asked")
-        figures: dict[str, Any] = {
-            "questions": len(marks),
+        metrics: dict[str, Any] = {
+            "questions": len(question_scores),
             "missing": len(joined.missing),
-            "by_question_type": {kind: _percent(points) for kind, points in sorted(kinds["question_type"].items())},
-            "by_answer_type": {kind: _percent(points) for kind, points in sorted(kinds["answer_type"].items())},
+            "by_question_type": {
+                category: _percent(points) for category, points in sorted(categories["question_type"].items())
+            },
+            "by_answer_type": {
+                category: _percent(points) for category, points in sorted(categories["answer_type"].items())
+            },
         }
-        if rules == "upstream":
-            figures["not_normalised"] = _percent(raw)
-        notes = joined.notes("scored as an empty answer" if rules == "upstream" else "")
-        return Scored(_percent([mark.value for mark in marks]), "%", figures, tuple(marks), tuple(notes))
+        if protocol == "upstream":
+            metrics["not_normalised"] = _percent(raw)
+        notes = joined.notes("scored as an empty answer" if protocol == "upstream" else "")
+        return BenchmarkResult(
+            _percent([scored.value for scored in question_scores]), "%", metrics, tuple(question_scores), tuple(notes)
+        )
 
 
 def _percent(points: Sequence[float]) -> float:
@@ -175,12 +183,12 @@ def _ids(path: Path) -> Iterable[str | int]:
 
 def _val_questions(path: Path) -> Iterable[Question]:
     for number, row in enumerate(iter_array(path, "questions"), start=1):
-        where = f"{path} question {number}"
+        location = f"{path} question {number}"
         try:
             image = f"COCO_val2014_{row['image_id']:012d}.jpg"
-            yield Question(row["question_id"], image, f"{row['question']}\n{SHORT_ANSWER}", where=where)
+            yield Question(row["question_id"], image, f"{row['question']}\n{SHORT_ANSWER}", location=location)
         except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{where}: expected question_id, image_id and question ({error!r})") from error
+            raise DataError(f"{location}: expected question_id, image_id and question ({error!r})") from error
 
 
 def _checked(row: Any, path: Path) -> Any:
@@ -189,8 +197,8 @@ def _checked(row: Any, path: Path) -> Any:
     wanted = ("question_id", "image_id", "question_type", "answer_type", "answers")
     if lacking := [key for key in wanted if key not in fields]:
         raise DataError(f"{path}: question {name} has no {', '.join(lacking)}; is it the file of another release?")
-    if odd := odd_field(fields, question_id=(str, int), image_id=(str, int), question_type=str, answer_type=str):
+    if odd := field_problem(fields, question_id=(str, int), image_id=(str, int), question_type=str, answer_type=str):
         raise DataError(f"{path}: question {name}: {odd}; is it the file of another release?")
-    if not readable_humans(humans):
+    if not are_human_answers(humans):
         raise DataError(f"{path}: question {name} has no readable answers: {str(humans)[:80]!r}")
     return row

@@ -11,66 +11,66 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 
-class Reading(NamedTuple):
+class ParsedChoice(NamedTuple):
     """A letter, or "", and the rule that decided."""
 
     letter: str
     rule: str
 
 
-NOTHING = Reading("", "names no option")
+NO_CHOICE = ParsedChoice("", "names no option")
 _SCIENCEQA = "ABCDE"
 _SENTENCE = re.compile("The answer is ([A-Z]).")
 
 
-def read_llava_scienceqa(text: str) -> Reading:
+def parse_scienceqa_llava(text: str) -> ParsedChoice:
     """LLaVA's reading for ScienceQA: `B`, `B. text`, or one `The answer is B.` whose last dot is any character."""
     if _is_letter(text):
-        return Reading(text, "the letter alone")
+        return ParsedChoice(text, "the letter alone")
     if len(text) >= 3 and _is_letter(text[0]) and text[1:3] == ". ":
-        return Reading(text[0], "letter, full stop, space")
+        return ParsedChoice(text[0], "letter, full stop, space")
     return _sentence(text)
 
 
-def read_vila_scienceqa(text: str) -> Reading:
+def parse_scienceqa_vila(text: str) -> ParsedChoice:
     """VILA's reading for ScienceQA: LLaVA's, and the letter also counts when anything or nothing follows its dot."""
     if len(text) >= 2 and _is_letter(text[0]) and text[1] == ".":
-        return Reading(text[0], "letter and full stop")
-    return read_llava_scienceqa(text)
+        return ParsedChoice(text[0], "letter and full stop")
+    return parse_scienceqa_llava(text)
 
 
-def read_lmms_scienceqa(text: str) -> Reading:
+def parse_scienceqa_lmms(text: str) -> ParsedChoice:
     """lmms-eval's reading for ScienceQA: the letter in any case, or a capital before a full stop; ends are stripped."""
     text = text.strip()
     if len(text) == 1:
-        return Reading(text.upper(), "the letter alone, in any case")
+        return ParsedChoice(text.upper(), "the letter alone, in any case")
     if len(text) >= 2 and text[0].isupper() and text[1] == ".":
-        return Reading(text[0], "capital and full stop")
-    return NOTHING
+        return ParsedChoice(text[0], "capital and full stop")
+    return NO_CHOICE
 
 
-def read_first(text: str) -> Reading:
+def parse_first_letter(text: str) -> ParsedChoice:
     """lmms-eval's reading for SEED-Bench: the first character in any case, after white space."""
     first = text.strip()[:1].upper()
-    return Reading(first, "first character, in any case") if first else NOTHING
+    return ParsedChoice(first, "first character, in any case") if first else NO_CHOICE
 
 
-def read_exactly(text: str) -> Reading:
+def parse_exact_letter(text: str) -> ParsedChoice:
     """The original's reading for SEED-Bench: the whole answer, as it is."""
-    return Reading(text, "the whole answer")
+    return ParsedChoice(text, "the whole answer")
 
 
-def read_static(text: str, options: Mapping[str, str]) -> Reading:
+def parse_mmbench_static(text: str, options: Mapping[str, str]) -> ParsedChoice:
     """What stands in for MMBench's server: its rules, and a search for letters where the server would ask ChatGPT.
 
     options: the texts of the options that there are, by letter.
-    As lmms-eval's key-free scoring of MMBench does, step by step: `read_by_rules`, then `_likeliest`.
+    As lmms-eval's key-free scoring of MMBench does, step by step: `parse_mmbench_rules`, then `_likeliest`.
     """
-    found = read_by_rules(text, options)
+    found = parse_mmbench_rules(text, options)
     if found.letter:
         return found
     letter = _likeliest(text, sorted(options) or list("ABCDEFGH"))
-    return Reading(letter, "likeliest place of a letter") if letter else NOTHING
+    return ParsedChoice(letter, "likeliest place of a letter") if letter else NO_CHOICE
 
 
 _AROUND = (
@@ -79,29 +79,29 @@ _AROUND = (
 )  # fmt: skip
 
 
-def read_by_rules(text: str, options: Mapping[str, str]) -> Reading:
+def parse_mmbench_rules(text: str, options: Mapping[str, str]) -> ParsedChoice:
     """MMBench's own rules (Liu et al., ECCV 2024): one letter among the words, or one option's text in the answer."""
     words = text.split()
     alone = [letter for letter in _SCIENCEQA if letter in words]
     # In more than three words an A is taken for the article.
     if len(alone) == 1 and not ("A" in words and len(words) > 3):
-        return Reading(alone[0], "one letter among the words")
+        return ParsedChoice(alone[0], "one letter among the words")
     for before, after in _AROUND:
         marked = [letter for letter in _SCIENCEQA if f"{before}{letter}{after}" in words]
         if len(marked) == 1:
-            return Reading(marked[0], f"one letter as {before}X{after}")
+            return ParsedChoice(marked[0], f"one letter as {before}X{after}")
     lowered = text.lower()
     named = [letter for letter, option in options.items() if option.lower() in lowered]
-    return Reading(named[0], "one option's text in the answer") if len(named) == 1 else NOTHING
+    return ParsedChoice(named[0], "one option's text in the answer") if len(named) == 1 else NO_CHOICE
 
 
 def _is_letter(text: str) -> bool:
     return len(text) == 1 and text in _SCIENCEQA
 
 
-def _sentence(text: str) -> Reading:
+def _sentence(text: str) -> ParsedChoice:
     found = _SENTENCE.findall(text)
-    return Reading(found[0], "'The answer is X' once") if len(found) == 1 else NOTHING
+    return ParsedChoice(found[0], "'The answer is X' once") if len(found) == 1 else NO_CHOICE
 
 
 _PHRASES = (
@@ -116,8 +116,8 @@ _PHRASES = (
 def _likeliest(text: str, letters: Sequence[str]) -> str:
     """The letter in the most telling place, the last of equals; "" where no letter stands anywhere."""
     text = text.strip()
-    for mark in ",.!?;:'\"":
-        text = text.strip(mark)
+    for scored in ",.!?;:'\"":
+        text = text.strip(scored)
     if not text.strip():
         return ""
     text = f" {text} "

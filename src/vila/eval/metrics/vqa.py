@@ -37,20 +37,20 @@ def _words() -> _Words:
 
 
 @lru_cache(maxsize=1 << 17)
-def normalise(text: str) -> str:
+def normalize_evalai(text: str) -> str:
     """The processor of EvalAI and M4C, which TextVQA's scorer and the files for the VQAv2 and VizWiz servers use."""
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     return _plain_words(_without_punctuation(one_line(text), _COMMA_EVALAI))
 
 
 @lru_cache(maxsize=1 << 17)
-def normalise_officially(text: str) -> str:
+def normalize_official(text: str) -> str:
     """The two steps of the official VQA score: punctuation, then numbers, articles and contractions."""
     return _plain_words(_without_punctuation(text, _COMMA_OFFICIAL))
 
 
 @lru_cache(maxsize=1 << 17)
-def normalise_like_lmms(text: str) -> str:
+def normalize_lmms(text: str) -> str:
     """lmms-eval's steps for VQAv2: like the official ones, but for how commas between digits are looked for."""
     return _plain_words(_without_punctuation(one_line(text), _COMMA_EVALAI))
 
@@ -76,15 +76,15 @@ def official_accuracy(prediction: str, answers: Sequence[Mapping[str, Any]]) -> 
     rows = [{**row, "answer": one_line(row["answer"])} for row in answers]
     prediction = one_line(prediction)
     if len({row["answer"] for row in rows}) > 1:
-        rows = [{**row, "answer": normalise_officially(row["answer"])} for row in rows]
-        prediction = normalise_officially(prediction)
+        rows = [{**row, "answer": normalize_official(row["answer"])} for row in rows]
+        prediction = normalize_official(prediction)
     return _leave_one_out(prediction, rows)
 
 
 def lmms_accuracy(prediction: str, answers: Sequence[Mapping[str, Any]]) -> float:
     """lmms-eval's score of one VQAv2 question, 0..1: always normalised."""
-    rows = [{**row, "answer": normalise_like_lmms(row["answer"])} for row in answers]
-    return _leave_one_out(normalise_like_lmms(prediction), rows)
+    rows = [{**row, "answer": normalize_lmms(row["answer"])} for row in answers]
+    return _leave_one_out(normalize_lmms(prediction), rows)
 
 
 def most_frequent(answers: Sequence[str]) -> str:
@@ -105,9 +105,9 @@ def _leave_one_out(prediction: str, rows: Sequence[Mapping[str, Any]]) -> float:
 def _without_punctuation(text: str, comma: re.Pattern[str]) -> str:
     out = text
     number = comma.search(text) is not None
-    for mark in _words().punctuation:
-        if mark in out:
-            out = out.replace(mark, "" if number or f"{mark} " in text or f" {mark}" in text else " ")
+    for scored in _words().punctuation:
+        if scored in out:
+            out = out.replace(scored, "" if number or f"{scored} " in text or f" {scored}" in text else " ")
     return _PERIOD.sub("", out, count=_PERIODS_AT_MOST)
 
 

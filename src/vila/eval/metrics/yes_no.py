@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from vila.core.errors import DataError
 from vila.core.reading import read_text
-from vila.eval.annotations import SHORT_ANSWER, naming
+from vila.eval.annotations import SHORT_ANSWER, format_ids
 
 _YES_NO = "Please answer yes or no."
 
@@ -108,8 +108,8 @@ def pair_up(name: str, rows: Sequence[Row], once: bool) -> dict[str, dict[str, l
         out.setdefault(group.split("/")[0], {})[group] = list(zip(*questions.values(), strict=True))
     if halves:
         raise DataError(
-            f"{name}: {len(halves)} pictures whose two questions are not answered equally often: {naming(halves)}"
+            f"{name}: {len(halves)} pictures whose two questions are not answered equally often: {format_ids(halves)}"
         )
     if repeated:
-        raise DataError(f"{name}: {len(repeated)} pictures are answered more than once: {naming(repeated)}")
+        raise DataError(f"{name}: {len(repeated)} pictures are answered more than once: {format_ids(repeated)}")
     return out
