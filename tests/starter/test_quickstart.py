@@ -134,7 +134,7 @@ def test_a_second_run_does_nothing_again(job, monkeypatch):
     first = job()
     first.run()
     monkeypatch.setattr(quickstart, "build", None)
-    monkeypatch.setattr(quickstart, "run", None)
+    monkeypatch.setattr(quickstart, "run_benchmark", None)
     assert job().run()["accuracy"] == json.loads((first.out / "report.json").read_text())["accuracy"]
 
 
@@ -149,7 +149,7 @@ def test_steps_of_an_earlier_version_are_taken_over(job, parts, monkeypatch):
     facts = json.loads((first.out / "quickstart.json").read_text())
     (first.out / "quickstart.json").write_text(json.dumps({**facts, "llm": parts["llm"], "vision": parts["vision"]}))
     monkeypatch.setattr(quickstart, "build", None)
-    monkeypatch.setattr(quickstart, "run", None)
+    monkeypatch.setattr(quickstart, "run_benchmark", None)
     job().run()
     assert not [path.name for path in steps.iterdir() if " " in path.name]
 
