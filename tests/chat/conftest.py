@@ -1,4 +1,4 @@
-"""The tokenizers that the tests of this floor walk with."""
+"""Tokenizers for the tests of this folder."""
 
 import gzip
 import json
@@ -42,13 +42,13 @@ def stock_llama(llama_files):
 
 @pytest.fixture(scope="session")
 def llama(stock_llama):
-    """The same tokenizer as our walk needs it."""
+    """The same tokenizer as a `SpanTokenizer`."""
     return SpanTokenizer(stock_llama)
 
 
 @pytest.fixture(scope="session")
 def bytewise():
-    """One id a byte, ChatML's special tokens, no BOS."""
+    """One id per byte, special tokens of ChatML, no BOS."""
     from tests import tiny
 
     return SpanTokenizer(tiny.tokenizer())

@@ -1,4 +1,4 @@
-"""Content parts become messages with media unopened, and what cannot is named by message, part and value."""
+"""Parsing of messages with content parts; errors name message, part and value."""
 
 import base64
 from pathlib import Path
@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from PIL import Image as PilImage
 
-from vila.chat.content import messages_of
+from vila.chat.content import parse_messages
 from vila.core.errors import DataError
 from vila.core.types import Image, Message, Text, Video
 
 BYTES = b"\x89PNG encoded"
 BASE64 = base64.b64encode(BYTES).decode()
-PICTURE = PilImage.new("RGB", (2, 3))
+PIL_IMAGE = PilImage.new("RGB", (2, 3))
 
 
 def user(*parts):
@@ -21,21 +21,21 @@ def user(*parts):
 
 
 def only_part(part):
-    ((message),) = messages_of([user(part)])
+    ((message),) = parse_messages([user(part)])
     return message.parts[0]
 
 
 def test_strings_parts_and_message_objects_give_messages():
-    said = Message.of("assistant", "A cat.")
+    answer = Message.of("assistant", "A cat.")
     rows = [
         {"role": "system", "content": "Be brief."},
         user({"type": "image", "path": "a.png"}, {"type": "text", "text": "\nWhat? <image></s>"}, "Well?"),
-        said,
+        answer,
     ]
-    assert messages_of(rows) == (
+    assert parse_messages(rows) == (
         Message.of("system", "Be brief."),
         Message("user", (Image(Path("a.png")), Text("\nWhat? <image></s>"), Text("Well?"))),
-        said,
+        answer,
     )
 
 
@@ -49,7 +49,7 @@ def test_strings_parts_and_message_objects_give_messages():
         ({"type": "image", "base64": BASE64}, Image(BYTES)),
         ({"type": "image", "base64": f"{BASE64[:4]}\n{BASE64[4:]}"}, Image(BYTES)),
         ({"type": "image", "base64": f"data:image/png;base64,{BASE64}"}, Image(f"data:image/png;base64,{BASE64}")),
-        ({"type": "image", "image": PICTURE}, Image(PICTURE)),
+        ({"type": "image", "image": PIL_IMAGE}, Image(PIL_IMAGE)),
         ({"type": "image", "image": BYTES}, Image(BYTES)),
         ({"type": "image", "image": "a.png"}, Image(Path("a.png"))),
         ({"type": "image", "image": "http://x.org/a.png"}, Image("http://x.org/a.png")),
@@ -64,11 +64,11 @@ def test_strings_parts_and_message_objects_give_messages():
         (Image("a.png"), Image("a.png")),
     ],
 )
-def test_every_source_of_a_medium_is_read(part, medium):
+def test_every_source_of_an_image_or_video_is_accepted(part, medium):
     assert only_part(part) == medium
 
 
-def test_arrays_become_pictures():
+def test_arrays_become_images():
     torch = pytest.importorskip("torch")
     array = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
     for value in (array, torch.from_numpy(array)):
@@ -97,13 +97,13 @@ HERE = "messages[0].content[0]"
         ({"type": "image", "image": Video("a.mp4")}, f"{HERE}.image"),
         ({"type": "image", "image": np.zeros((3, 8, 8), dtype=np.float32)}, f"{HERE}.image"),
         ({"type": "image", "image": np.zeros((3, 8, 8), dtype=np.uint8)}, f"{HERE}.image"),
-        ({"type": "video", "video": PICTURE}, f"{HERE}.video"),
+        ({"type": "video", "video": PIL_IMAGE}, f"{HERE}.video"),
         ({"type": "video", "path": "a.mp4", "num_frames": 0}, f"{HERE}.num_frames"),
     ],
 )
-def test_a_part_that_cannot_be_read_is_named(part, field):
+def test_an_invalid_part_is_named(part, field):
     with pytest.raises(DataError) as raised:
-        messages_of([user(part)])
+        parse_messages([user(part)])
     assert raised.value.field == field
 
 
@@ -118,23 +118,23 @@ def test_a_part_that_cannot_be_read_is_named(part, field):
         ([{"role": ["user"], "content": "a"}], "messages[0].role", ["user"]),
     ],
 )
-def test_messages_that_cannot_be_read_are_named_with_their_value(messages, field, value):
+def test_invalid_messages_are_named_with_their_value(messages, field, value):
     with pytest.raises(DataError) as raised:
-        messages_of(messages)
+        parse_messages(messages)
     assert (raised.value.field, raised.value.value) == (field, value)
 
 
 def test_long_values_are_cut_in_errors():
     with pytest.raises(DataError) as caught:
-        messages_of([user({"type": "image", "url": "x" * 20_000})])
+        parse_messages([user({"type": "image", "url": "x" * 20_000})])
     assert len(str(caught.value)) < 400
 
 
-def test_a_reader_of_ones_own_restricts_the_sources_and_file_and_record_are_added():
+def test_a_custom_reader_can_reject_sources_and_errors_get_file_and_record():
     def refuse(part, field):
         raise DataError("no media here", field=field)
 
     with pytest.raises(DataError) as raised:
-        messages_of([user({"type": "image", "path": "a.png"})], file="f.json", record=3, field="turns", read=refuse)
+        parse_messages([user({"type": "image", "path": "a.png"})], file="f.json", record=3, field="turns", read=refuse)
     error = raised.value
     assert (error.file, error.record, error.field) == ("f.json", 3, "turns[0].content[0]")

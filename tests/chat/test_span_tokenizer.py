@@ -1,4 +1,4 @@
-"""The walk over many kinds of tokenizers; for LLaMA's, the sentencepiece library is the judge."""
+"""Tokenization with several kinds of tokenizers; for LLaMA's, the sentencepiece library is the reference."""
 
 import json
 import re
@@ -19,17 +19,19 @@ from vila.core.types import Image
 
 VICUNA = GOLDEN / "tokenizers" / "vicuna_v15_legacy_false"
 SPECIAL = {"<unk>": 0, "<s>": 1, "</s>": 2}
-PICTURE = Image(b"picture")
+IMAGE = Image(b"image")
 
 
-def walk(tokenizer, chunks, kind):
-    spans = [part for chunk in chunks for part in (Span("", "media", media=PICTURE), Span(chunk, kind))][1:]
+def token_ids(tokenizer, chunks, kind):
+    spans = [part for chunk in chunks for part in (Span("", "media", media=IMAGE), Span(chunk, kind))][1:]
     return [-200 if i == tokenizer.image_token_id else i for i in tokenize(spans, tokenizer, lambda m: 1).ids]
 
 
-class Original:
-    """The slow LLaMA tokenizer with legacy=False over the sentencepiece library: BOS, then a text in which only the
-    very first piece has the dummy prefix and special tokens are cut out."""
+class Reference:
+    """The slow LLaMA tokenizer with legacy=False, built on the sentencepiece library.
+
+    It adds BOS, splits at special tokens, and gives only the first piece of a text the dummy prefix.
+    """
 
     def __init__(self, path):
         facts = path.read_bytes()
@@ -47,7 +49,7 @@ class Original:
         return ids
 
     def after_special(self, text):
-        # sentencepiece strips leading space from what it encodes without a prefix, so something stands before it.
+        # sentencepiece strips leading space of a text without prefix, hence the <unk> before it.
         return (
             self.plain.encode("<unk>" + text)[self.unknown :]
             if text.startswith((" ", "\u2581"))
@@ -62,8 +64,8 @@ class Original:
 
 
 @pytest.fixture(scope="module")
-def original():
-    return Original(VICUNA / "tokenizer.model")
+def reference():
+    return Reference(VICUNA / "tokenizer.model")
 
 
 bits = st.sampled_from(
@@ -91,15 +93,15 @@ chunk_texts = st.lists(bits | st.text(max_size=6), max_size=8).map("".join)
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(st.lists(chunk_texts, min_size=1, max_size=4))
 @example(["", " is", "\n", "</s>", "</s> a", " </s>", "\N{GRINNING FACE}"])
-def test_template_text_is_tokenized_chunk_by_chunk_as_by_sentencepiece(vicuna, original, chunks):
-    assert walk(vicuna, chunks, "template") == original.ids(chunks, specials=True)
+def test_template_text_is_tokenized_chunk_by_chunk_as_by_sentencepiece(vicuna, reference, chunks):
+    assert token_ids(vicuna, chunks, "template") == reference.ids(chunks, specials=True)
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(st.lists(chunk_texts, min_size=1, max_size=4))
 @example(["</s>", " <s>", "<unk>x"])
-def test_content_is_tokenized_chunk_by_chunk_and_holds_no_special_token(vicuna, original, chunks):
-    assert walk(vicuna, chunks, "content") == original.ids(chunks, specials=False)
+def test_content_is_tokenized_chunk_by_chunk_and_holds_no_special_token(vicuna, reference, chunks):
+    assert token_ids(vicuna, chunks, "content") == reference.ids(chunks, specials=False)
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -111,7 +113,7 @@ def test_the_offsets_of_a_text_cover_it_in_order(vicuna, text):
 
 
 def vicuna_folder(folder, **changes):
-    """Only tokenizer.model and its config, changed; None takes a key away."""
+    """tokenizer.model and its config with changes; None removes a key."""
     shutil.copy(VICUNA / "tokenizer.model", folder)
     facts = {**json.loads((VICUNA / "tokenizer_config.json").read_text()), **changes}
     facts = {key: value for key, value in facts.items() if value is not None}
@@ -123,44 +125,44 @@ CHUNKS = ["A chat. USER: ", "\nWhat? ASSISTANT: a</s>USER:", " is"]
 
 
 @pytest.mark.parametrize("legacy", [True, False, None])
-def test_the_legacy_flag_changes_nothing(legacy, original, tmp_path):
-    # The original reads every LLaMA tokenizer with legacy=False, whatever its config says.
+def test_the_legacy_flag_changes_nothing(legacy, reference, tmp_path):
+    # Upstream loads every LLaMA tokenizer with legacy=False, whatever its config says.
     tokenizer = SpanTokenizer(AutoTokenizer.from_pretrained(vicuna_folder(tmp_path, legacy=legacy)))
-    assert walk(tokenizer, CHUNKS, "template") == original.ids(CHUNKS, specials=True)
+    assert token_ids(tokenizer, CHUNKS, "template") == reference.ids(CHUNKS, specials=True)
 
 
-def test_bos_comes_only_from_a_tokenizer_that_adds_it(original, tmp_path):
+def test_bos_comes_only_from_a_tokenizer_that_adds_it(reference, tmp_path):
     tokenizer = SpanTokenizer(AutoTokenizer.from_pretrained(vicuna_folder(tmp_path, add_bos_token=False)))
     assert tokenizer.bos_ids == []
-    assert walk(tokenizer, CHUNKS, "template") == original.ids(CHUNKS, specials=True)[1:]
+    assert token_ids(tokenizer, CHUNKS, "template") == reference.ids(CHUNKS, specials=True)[1:]
 
 
-def test_an_end_of_sequence_that_the_tokenizer_adds_is_left_out(original, tmp_path):
+def test_an_eos_that_the_tokenizer_adds_is_dropped(reference, tmp_path):
     tokenizer = SpanTokenizer(AutoTokenizer.from_pretrained(vicuna_folder(tmp_path, add_eos_token=True)))
     assert tokenizer.bos_ids == [1]
-    assert walk(tokenizer, CHUNKS, "template") == original.ids(CHUNKS, specials=True)
+    assert token_ids(tokenizer, CHUNKS, "template") == reference.ids(CHUNKS, specials=True)
 
 
-def test_a_lone_sentencepiece_model_and_a_saved_tokenizer_walk_alike(original, tmp_path):
+def test_a_sentencepiece_model_and_a_saved_tokenizer_give_equal_ids(reference, tmp_path):
     shutil.copy(VICUNA / "tokenizer.model", tmp_path)
     lone = LlamaTokenizer.from_pretrained(tmp_path, legacy=False, add_bos_token=True)
     lone.save_pretrained(tmp_path / "saved")
     saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
     for tokenizer in (lone, saved):
-        assert walk(SpanTokenizer(tokenizer), CHUNKS, "template") == original.ids(CHUNKS, specials=True)
+        assert token_ids(SpanTokenizer(tokenizer), CHUNKS, "template") == reference.ids(CHUNKS, specials=True)
 
 
-def test_a_dummy_prefix_made_by_a_normalizer_stands_only_before_a_chunk(original):
-    # The older form of LLaMA's tokenizer.json: the normalizer prepends, and would do so after every special token.
+def test_a_dummy_prefix_of_a_normalizer_is_added_only_before_a_chunk(reference):
+    # Older form of LLaMA's tokenizer.json: the normalizer prepends, also after every special token.
     backend = Tokenizer.from_str(AutoTokenizer.from_pretrained(VICUNA).backend_tokenizer.to_str())
     backend.pre_tokenizer = None
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
     tokenizer = SpanTokenizer(PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>"))
-    assert walk(tokenizer, CHUNKS, "template") == original.ids(CHUNKS, specials=True)
+    assert token_ids(tokenizer, CHUNKS, "template") == reference.ids(CHUNKS, specials=True)
 
 
 def byte_level(bos):
-    """A byte-level BPE of the Qwen2 or, with a BOS in its post-processor, the Llama-3 kind."""
+    """A byte-level BPE as of Qwen2 or, with a BOS in its post-processor, of Llama 3."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: number for number, token in enumerate(["<|end|>", "<|begin|>", *letters])}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
@@ -180,11 +182,11 @@ def test_byte_level_tokenizers_have_no_prefix_and_one_bos_at_most(bos):
     expected = [*tokenizer.bos_ids]
     for place, chunk in enumerate(chunks):
         expected += ([-200] if place else []) + stock(chunk, add_special_tokens=False)["input_ids"]
-    assert walk(tokenizer, chunks, "template") == expected
+    assert token_ids(tokenizer, chunks, "template") == expected
 
 
-def test_two_bos_when_template_and_tokenizer_each_bring_one():
+def test_two_bos_if_template_and_tokenizer_both_add_one():
     tokenizer = SpanTokenizer(byte_level(bos=True))
-    ids = walk(tokenizer, ["<|begin|>a", "b"], "template")
+    ids = token_ids(tokenizer, ["<|begin|>a", "b"], "template")
     a, b = (tokenizer.encode(letter, False)[0][0] for letter in "ab")
     assert ids == [1, 1, a, -200, b]

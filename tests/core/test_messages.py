@@ -6,7 +6,7 @@ what is wrong, what would be accepted, what to do. Lower case, no full stop, one
 
 import pytest
 
-from vila.chat.content import messages_of
+from vila.chat.content import parse_messages
 from vila.chat.render import render
 from vila.chat.templates import find_template
 from vila.config.load import load_recipe
@@ -130,7 +130,7 @@ def test_a_long_value_is_cut_and_a_rank_is_named():
          "record spans several lines"),
         (lambda: Fields({"size": "big"}, "config.json").integer("size", maximum=9),
          "config.json: size: got 'big', expected an integer from 0 to 9"),
-        (lambda: messages_of([{"role": "user", "content": [{"type": "image"}]}]),
+        (lambda: parse_messages([{"role": "user", "content": [{"type": "image"}]}]),
          "messages[0].content[0]: image part with no source, expected one of path, url, base64, image"),
         (lambda: render((), find_template("vicuna_v1")), "messages: the conversation is empty"),
         (lambda: render((Message.of("user", "a"), Message.of("user", "b")), find_template("vicuna_v1")),

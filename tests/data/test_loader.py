@@ -110,7 +110,7 @@ def test_cutting_drops_a_picture_with_its_exchange_and_never_a_part_of_it(file):
     full = len(tokenise(whole))
     cuts = [shorten_sample(whole, tokenise, room) for room in range(full)]
     assert {len(cut.media) for cut in cuts if cut} == {0, 1}
-    assert all(int(cut.slots.sum()) == 4 * len(cut.media) for cut in cuts if cut)
+    assert all(int(cut.is_placeholder.sum()) == 4 * len(cut.media) for cut in cuts if cut)
 
 
 def test_too_long_samples_are_cut_on_the_way_to_rows_and_counted(tmp_path):

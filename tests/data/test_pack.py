@@ -233,21 +233,21 @@ def test_a_micro_batch_that_does_not_fit_the_share_of_a_rank_is_reduced(world, l
 
 
 def test_a_compact_sample_expands_to_itself_in_a_tenth_of_the_memory():
-    slots = np.repeat([0, 1, 0, 0, 0], [3, 576, 400, 30, 30])
+    is_placeholder = np.repeat([0, 1, 0, 0, 0], [3, 576, 400, 30, 30])
     segments = np.repeat([0, 0, 0, 1, 2], [3, 576, 400, 30, 30])
-    tokens = np.where(slots, 32000, np.arange(1039) * 7 % 32000)
+    tokens = np.where(is_placeholder, 32000, np.arange(1039) * 7 % 32000)
     starts = np.concatenate([np.arange(979), 979 + np.arange(30), 979 + np.arange(30)])
     labels = np.where(np.arange(1039) % 3 == 0, tokens, IGNORE)
     whole = TokenizedSample(
-        "a", tokens, labels, starts, segments, np.where(segments > 0, 0, -1), slots, (Image("a.png"),)
+        "a", tokens, labels, starts, segments, np.where(segments > 0, 0, -1), is_placeholder, (Image("a.png"),)
     )
     small = compact(whole)
     again = small.expanded()
-    for name in ("ids", "labels", "positions", "segments", "parents", "slots"):
+    for name in ("ids", "labels", "positions", "segments", "parents", "is_placeholder"):
         assert np.array_equal(getattr(again, name), getattr(whole, name)), name
         assert getattr(again, name).dtype == np.int64
     assert (again.id, again.media, len(small)) == ("a", whole.media, 1039)
-    assert small.text_ids.nbytes + len(small.slots) + len(small.supervised) < 1039 * 48 / 10
+    assert small.text_ids.nbytes + len(small.is_placeholder) + len(small.supervised) < 1039 * 48 / 10
 
 
 # Batches
@@ -257,7 +257,7 @@ def test_collate_numbers_segments_through_a_row_and_pads_with_minus_one():
     branched = sample(7, 4)
     branched = TokenizedSample(
         "7", branched.ids, branched.labels, branched.positions, np.array([0, 0, 1, 2]), np.array([-1, -1, 0, 0]),
-        branched.slots, (),
+        branched.is_placeholder, (),
     )  # fmt: skip
     batch = collate([[sample(1, 2), branched, sample(2, 1)], [sample(3, 3)]])
     assert batch.segments.tolist() == [[0, 0, 1, 1, 2, 3, 4], [0, 0, 0, -1, -1, -1, -1]]

@@ -57,7 +57,7 @@ def test_separators_and_markers_in_an_answer_are_text_that_is_learnt(template, t
     assert ours.id == answer
     special = [*read.tokenizer.special_ids.values()]
     assert np.isin(ours.ids, special).sum() == np.isin(plain.ids, special).sum()
-    assert not ours.media and not ours.slots.any()
+    assert not ours.media and not ours.is_placeholder.any()
     # The tokenizer has one id a byte.
     assert (ours.labels != IGNORE).sum() - (plain.labels != IGNORE).sum() == len(answer) - 1
 
@@ -86,7 +86,7 @@ def test_a_document_of_no_picture_or_of_forty_arrives_whole(number, template, tm
     content = [part for n in range(number) for part in ({"type": "image", "path": "p.png"}, f"text {n}")]
     read = reader(tmp_path, talk(("user", [*content, "?"]), ("assistant", "Ho")), template=template)
     sample = read(0)
-    assert len(sample.media) == number and sample.slots.sum() == 4 * number
+    assert len(sample.media) == number and sample.is_placeholder.sum() == 4 * number
     assert len(read.pixels(0, compact(sample))) == number
 
 

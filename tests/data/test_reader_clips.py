@@ -87,7 +87,7 @@ def test_ids_labels_and_slots_are_the_processors(name, template, folder):
     assert ours.ids.tolist() == theirs.ids
     assert ours.labels.tolist() == [IGNORE, *theirs.labels[1:]]
     runs = [place for start, slots in theirs.runs for place in range(start, start + slots)]
-    assert np.flatnonzero(ours.slots).tolist() == runs
+    assert np.flatnonzero(ours.is_placeholder).tolist() == runs
     assert len(ours.media) == len(theirs.media)
 
 
@@ -109,7 +109,7 @@ def test_branches_about_a_clip_are_the_processors_conversations(folder):
     ours = reader(0)
     assert [ids.tolist() for ids, _ in split_conversations([ours])] == [tokens.ids for tokens in theirs]
     assert len(ours.media) == 8
-    assert ours.slots.sum() == 8 * 4
+    assert ours.is_placeholder.sum() == 8 * 4
 
 
 def test_branches_that_share_only_the_first_frames_of_a_clip_have_all_their_pixels(folder):

@@ -90,12 +90,12 @@ def test_activitynets_clips_are_called_like_the_id_without_its_last_part(root):
 
 
 def test_the_prompt_is_a_picture_line_for_each_frame_and_the_bare_question(root):
-    from vila.chat.content import expand_clips
+    from vila.chat.content import expand_videos
 
     (item, *_) = msvd(root).items()
     frames = [Image(f"{number}.png") for number in range(8)]
     template = find_template("vicuna_v1")
-    messages = expand_clips(item.messages, template.media_gap, lambda video: frames)
+    messages = expand_videos(item.messages, template.media_gap, lambda video: frames)
     text = "".join(
         "<image>" if s.media else s.text for s in render(messages, template, prompt=True) if s.text != "{bos}"
     )

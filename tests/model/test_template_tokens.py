@@ -5,7 +5,7 @@ import yaml
 
 from tests import tiny
 from tests.train.stand import stand_recipe, write_stand
-from vila.chat.content import messages_of
+from vila.chat.content import parse_messages
 from vila.chat.templates import TEMPLATES
 from vila.chat.tokenize import check_special_tokens
 from vila.config.load import load_recipe
@@ -118,7 +118,7 @@ def test_a_template_that_is_chosen_for_a_request_is_checked():
     conversation = [{"role": "user", "content": "hello"}]
     assert processor.apply_chat_template(conversation, template="chatml", tokenize=True)
     for ask in (
-        lambda: processor.tokens(messages_of(conversation), "vicuna_v1"),
+        lambda: processor.tokens(parse_messages(conversation), "vicuna_v1"),
         lambda: processor.apply_chat_template(conversation, template="vicuna_v1", tokenize=True),
         lambda: Engine(*tiny.vila()).generate(conversation, template="vicuna_v1", max_new_tokens=1),
     ):

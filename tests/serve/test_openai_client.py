@@ -11,7 +11,7 @@ from PIL import Image as PilImage
 from tests import tiny
 from tests.serve import fixtures
 from tests.serve.fixtures import HELLO, data_url, picture_part, text_part
-from vila.chat.content import messages_of
+from vila.chat.content import parse_messages
 from vila.cli.main import main
 from vila.core.types import Image, Message
 from vila.engine.engine import Engine
@@ -107,7 +107,7 @@ def test_a_clip_stands_for_its_frames(ask, engine, tmp_path):
         part = {"type": "video_url", "video_url": {"url": f"{web}/clip.gif", "num_frames": 2}}
         answer = ask(user(part, text_part("what happens?")))
     clip = {"type": "video", "path": str(tmp_path / "clip.gif"), "num_frames": 2}
-    with_frames = messages_of(user(clip, text_part("what happens?")))
+    with_frames = parse_messages(user(clip, text_part("what happens?")))
     assert said(answer) == engine.generate(with_frames, max_new_tokens=8)
     assert answer.usage.prompt_tokens == len(engine.processor.prompt(with_frames).ids)
 

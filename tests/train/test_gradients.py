@@ -75,7 +75,7 @@ def plain_gradients(folder, ids):
     for one in conversations(folder, ids):
         tokens = tokenize_sample(one, template, processor.span_tokenizer, lambda medium: spec.tokens_per_image)
         text = torch.from_numpy(tokens.ids.copy())
-        slots = torch.from_numpy(tokens.slots.copy()).bool()
+        slots = torch.from_numpy(tokens.is_placeholder.copy()).bool()
         embeds = torch.zeros(len(text), model.config.text_config.hidden_size)
         embeds[~slots] = model.get_input_embeddings()(text[~slots])
         if tokens.media:

@@ -133,7 +133,7 @@ def test_changing_a_token_leaves_segments_that_may_not_see_it_bit_identical():
         before = hidden_states(model, batch, media)[0]
         for segment in range(int(batch.segments.max()) + 1):
             place = int((batch.segments[0] == segment).nonzero()[-1])
-            if batch.slots[0, place]:
+            if batch.is_placeholder[0, place]:
                 continue
             ids = batch.ids.clone()
             ids[0, place] = (ids[0, place] + 1) % 50 + 3

@@ -1,1 +1,1 @@
-"""From conversations to token ids: templates as data, one renderer, one tokenizer walk, labels from character spans."""
+"""Conversation templates, rendering, tokenization with labels, and parsing of messages with content parts."""

@@ -1,8 +1,8 @@
-"""Messages written as dictionaries with content parts, the form of Hugging Face chat templates and of OpenAI's API.
+"""Parse messages given as dictionaries with content parts (Hugging Face chat templates, OpenAI API); expand videos.
 
     {"role": "user", "content": [{"type": "image", "path": "a.png"}, {"type": "text", "text": "What is it?"}]}
 
-A text part is text, also where it spells `<image>`. Media are named here and decoded late.
+Text parts are text, also where they spell `<image>`. Media are referenced, not decoded.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from vila.core.errors import DataError
 from vila.core.types import ROLES, Image, Message, Part, Sample, Text, Video
 
 ReadMedia = Callable[[Mapping[str, Any], str], Image | Video]
-"""Makes a medium of a content part; the second argument is the field that the part is, for errors."""
+"""Function from a content part and its field name (for errors) to an image or video."""
+Frames = Callable[[Video], Sequence[Image]]
+"""Function from a video to its frames, in order."""
 
 _URL_STARTS = ("http://", "https://", "data:")
 
 
-def messages_of(
+def parse_messages(
     messages: Sequence[Mapping[str, Any] | Message],
     *,
     file: str | PathLike[str] | None = None,
@@ -32,17 +34,18 @@ def messages_of(
     field: str = "messages",
     read: ReadMedia | None = None,
 ) -> tuple[Message, ...]:
-    """Parse messages from dictionaries with `role` and `content`; `Message` objects pass through.
+    """Parse messages from dictionaries with `role` and `content`; `Message` objects are returned as they are.
 
     `content` is a string or a list of parts:
         {"type": "text", "text": ...}
         {"type": "image", ...} with one of `path`, `url`, `base64`, or `image`, which may be a PIL image, an array
             uint8 [H, W] or [H, W, 3], encoded bytes, a path or a URL
         {"type": "image_url", "image_url": {"url": ...}}
-        {"type": "video", ...} with one of `path`, `url`, `base64`, or `video` (bytes, a path or a URL), and perhaps
+        {"type": "video", ...} with one of `path`, `url`, `base64`, or `video` (bytes, a path or a URL), and optional
             `num_frames`
-    file, record: location of the messages, for errors. field: what they are called there.
-    read: makes the media instead of `read_media`, where not every source is allowed.
+
+    file, record, field: location of the messages, for errors.
+    read:                replaces `read_media`, for callers that accept fewer sources.
     Raises DataError with the field, such as `messages[1].content[0]`, and the value.
     """
     try:
@@ -58,10 +61,10 @@ def messages_of(
         raise
 
 
-def _message(row: Any, field: str, read: ReadMedia | None) -> Message:
-    if not isinstance(row, Mapping):
-        raise DataError(field=field, value=row, expected="an object with 'role' and 'content'")
-    role, content = row.get("role"), row.get("content", "")
+def _message(record: Any, field: str, read: ReadMedia | None) -> Message:
+    if not isinstance(record, Mapping):
+        raise DataError(field=field, value=record, expected="an object with 'role' and 'content'")
+    role, content = record.get("role"), record.get("content", "")
     if role not in ROLES:
         raise DataError(field=f"{field}.role", value=role, expected=f"one of {', '.join(ROLES)}")
     parts = [content] if isinstance(content, str) else content
@@ -86,7 +89,7 @@ def _part(part: Any, field: str, read: ReadMedia | None) -> Part:
 
 
 def read_media(part: Mapping[str, Any], field: str) -> Image | Video:
-    """Read the medium of a part of type image, image_url or video, from any source. Raises DataError."""
+    """Return the image or video of a part of type image, image_url or video. Raises DataError."""
     kind = "video" if part["type"] == "video" else "image"
     known = ("image_url",) if part["type"] == "image_url" else ("path", "url", "base64", kind)
     given = [key for key in known if part.get(key) is not None]
@@ -102,9 +105,9 @@ def read_media(part: Mapping[str, Any], field: str) -> Image | Video:
         return Image(source)
     if kind == "video" and isinstance(source, (Path, str, bytes)):
         return Video(source, _num_frames(part.get("num_frames"), f"{field}.num_frames"))
-    remedy = "a video has a part of type video" if kind == "image" else "give its frames as images"
+    hint = "use a part of type video" if kind == "image" else "give its frames as images"
     expected = "an image" if kind == "image" else "a video"
-    raise DataError(field=f"{field}.{key}", value=source, expected=expected, hint=remedy)
+    raise DataError(field=f"{field}.{key}", value=source, expected=expected, hint=hint)
 
 
 def _source(key: str, value: Any, field: str) -> Any:
@@ -118,8 +121,8 @@ def _source(key: str, value: Any, field: str) -> Any:
         return value if value.startswith("data:") else _decoded(value, field)
     if key in ("image", "video"):
         return _object(value, field)
-    wanted = {"path": "a file name", "base64": "a string"}.get(key, "an http(s) or data URL; a file is named by 'path'")
-    raise DataError(field=field, value=value, expected=wanted)
+    expected = {"path": "a file name", "base64": "a string"}.get(key, "an http(s) or data URL; use 'path' for a file")
+    raise DataError(field=field, value=value, expected=expected)
 
 
 def _decoded(text: str, field: str) -> bytes:
@@ -130,7 +133,7 @@ def _decoded(text: str, field: str) -> bytes:
 
 
 def _object(value: Any, field: str) -> Any:
-    """Return the value of `image` or `video` in a form that `Image` or `Video` holds."""
+    """Return the value of `image` or `video` as a source of `Image` or `Video`."""
     if isinstance(value, str) and value:
         return value if value.startswith(_URL_STARTS) else Path(value)
     if isinstance(value, (Path, bytes, Image, Video)):
@@ -155,51 +158,43 @@ def _object(value: Any, field: str) -> Any:
 def _num_frames(value: Any, field: str) -> int | None:
     if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
         return value
-    raise DataError(field=field, value=value, expected="a positive whole number")
+    raise DataError(field=field, value=value, expected="a positive integer")
 
 
-# --- clips
-# Clips in conversations become their frames, each a picture with the template's gap behind it. Nothing is decoded.
-
-
-Frames = Callable[[Video], Sequence[Image]]
-"""The pictures that stand for a clip, in order."""
-
-
-def expand_clips(messages: Sequence[Message], gap: str, frames: Frames) -> tuple[Message, ...]:
-    """Messages with each clip replaced by its frames, `gap` after each, as the original writes `<image>\\n`."""
+def expand_videos(messages: Sequence[Message], gap: str, frames: Frames) -> tuple[Message, ...]:
+    """Replace each video by its frames, with the text `gap` after each frame as upstream does (`<image>\\n`)."""
     return tuple(
-        replace(message, parts=tuple(_expanded(message.parts, gap, frames))) if _has_clip(message) else message
+        replace(message, parts=tuple(_expand(message.parts, gap, frames)))
+        if any(isinstance(part, Video) for part in message.parts)
+        else message
         for message in messages
     )
 
 
-def expand_sample(sample: Sample, gap: str, frames: Frames) -> Sample:
-    """The sample with each clip replaced by its frames; its conversations are those of `expand_clips`.
+def expand_sample_videos(sample: Sample, gap: str, frames: Frames) -> Sample:
+    """Replace each video of a sample by its frames; see `expand_videos`.
 
-    Branches come back whole, with nothing before them: whether a gap follows the last frame of what they share depends
-    on how each of them goes on.
+    The branches of the result are complete conversations without shared messages: whether a gap follows the last frame
+    of a shared message depends on how each branch continues.
     """
     if not any(isinstance(item, Video) for item in sample.media):
         return sample
-    whole = tuple(expand_clips(messages, gap, frames) for messages in sample.conversations())
-    return replace(sample, messages=(), branches=whole) if sample.branches else replace(sample, messages=whole[0])
+    conversations = tuple(expand_videos(messages, gap, frames) for messages in sample.conversations())
+    if sample.branches:
+        return replace(sample, messages=(), branches=conversations)
+    return replace(sample, messages=conversations[0])
 
 
-def _has_clip(message: Message) -> bool:
-    return any(isinstance(part, Video) for part in message.parts)
-
-
-def _expanded(parts: Sequence[Part], gap: str, frames: Frames) -> Iterator[Part]:
-    for place, part in enumerate(parts):
+def _expand(parts: Sequence[Part], gap: str, frames: Frames) -> Iterator[Part]:
+    for index, part in enumerate(parts):
         if not isinstance(part, Video):
             yield part
             continue
-        after = parts[place + 1] if place + 1 < len(parts) else None
-        pictures = frames(part)
-        for number, picture in enumerate(pictures, start=1):
-            yield picture
-            # The gap after the last frame may be there already: "<video>\nWhat happens?".
-            there = number == len(pictures) and isinstance(after, Text) and after.text.startswith(gap)
-            if gap and not there:
+        following = parts[index + 1] if index + 1 < len(parts) else None
+        images = frames(part)
+        for number, image in enumerate(images, start=1):
+            yield image
+            # The text after the video may start with the gap already: "<video>\nWhat happens?".
+            has_gap = number == len(images) and isinstance(following, Text) and following.text.startswith(gap)
+            if gap and not has_gap:
                 yield Text(gap)

@@ -1,7 +1,7 @@
-"""A template as a Jinja chat template, so that programs which know only those write the same prompts.
+"""Convert a `Template` to a Jinja chat template, as transformers, vLLM and llama.cpp use them.
 
-The convention is Hugging Face's: variables `messages`, `add_generation_prompt`, `bos_token` and `eos_token`; a
-message's content is a string or a list of parts with a `type`.
+The convention is Hugging Face's: variables `messages`, `add_generation_prompt`, `bos_token` and `eos_token`; the
+content of a message is a string or a list of parts with a `type`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from vila.chat.template import Template, split_symbols
 
 _NOTHING = "{{- '' -}}"
 
-_SAID = """\
+_CONTENT_MACRO = """\
 {%- macro said(content, text=true) -%}
 {%- for part in ([content] if content is string else content) -%}
 {%- if part is string -%}
@@ -30,7 +30,7 @@ $media_after
 $document_before
 """
 
-_PAGE = """\
+_ALL_TEXT = """\
 {%- for message in messages -%}
 {{- said(message.content) -}}
 {%- endfor -%}
@@ -82,8 +82,8 @@ $system_after
 {%- endif -%}
 """
 
-# The original tokenizes each piece between pictures on its own, with a space in front that vanishes before a special
-# token. No piece starts with the marker, so it stands in for a token that the tokenizer lacks.
+# Upstream tokenizes each chunk between images on its own, with a leading space that is dropped before a special token.
+# No chunk starts with the marker, so the marker replaces a BOS or EOS that the tokenizer lacks.
 _SPACED = """\
 {%- set text -%}
 $text
@@ -103,51 +103,50 @@ $text
 def chat_template(
     template: Template, *, image_marker: str = "<image>", after_image_space: bool = False, bos: bool = False
 ) -> str:
-    """The Jinja source that writes what `vila.chat.render.render` writes, with `image_marker` for every medium.
+    """Return the Jinja source that renders as `vila.chat.render.render`, with `image_marker` for every image.
 
-    after_image_space: for tokenizers of the LLaMA kind (`legacy=False`) in programs that tokenize the whole text at
-        once. Models were trained on pieces between pictures that were tokenized one by one, each with a space of its
-        own in front; this writes those spaces that the tokenizer leaves out, so that the ids are the same. Text that
-        holds the marker counts as a picture.
-    bos: write the tokenizer's BOS first, for programs that ask the tokenizer to add nothing
-        (`tokenizer.apply_chat_template(tokenize=True)`). Without it the text is for tokenizers that add their own.
+    after_image_space: for LLaMA tokenizers (`legacy=False`) in programs that tokenize the whole text at once. Models
+        were trained on chunks between images that were tokenized separately, each with a leading space; the template
+        then writes those spaces, so that the ids are equal. Text that contains the marker counts as an image.
+    bos: start with the tokenizer's BOS, for programs that add no special tokens when tokenizing
+        (`tokenizer.apply_chat_template(tokenize=True)`).
     """
     strings = {
-        name: _written(getattr(template, name))
+        name: _write(getattr(template, name))
         for name in (
             *("document_before", "system_before", "system_after", "user_before", "user_after", "assistant_before"),
             *("answer_lead", "answer_after", "answer_tail", "document_after", "media_before", "media_after"),
         )
     }
     strings["marker"] = _literal(image_marker)
-    source = _filled(_SAID, strings)
-    source += _filled(_PAGE, strings) if template.supervise == "all" else _dialogue(template, strings)
+    source = _fill(_CONTENT_MACRO, strings)
+    source += _fill(_ALL_TEXT, strings) if template.supervise == "all" else _dialogue(template, strings)
     if after_image_space:
-        # A tokenizer puts a space before the whole text itself, unless BOS or a space stands there.
+        # The tokenizer itself adds a space before the whole text, unless it starts with BOS or a space.
         unless_first = "" if bos else " and (not loop.first or piece.startswith(' '))"
-        source = _filled(_SPACED, {**strings, "text": source, "unless_first": unless_first})
+        source = _fill(_SPACED, {**strings, "text": source, "unless_first": unless_first})
     return ("{{- bos_token -}}\n" if bos else "") + source
 
 
 def _dialogue(template: Template, strings: dict[str, str]) -> str:
     condition = "system" if template.system_in_user else "system is not none"
-    block = _filled(_SYSTEM, {**strings, "condition": condition})
+    block = _fill(_SYSTEM, {**strings, "condition": condition})
     first = template.user_before if template.first_user_before is None else template.first_user_before
-    return _filled(
+    return _fill(
         _DIALOGUE,
         {
             **strings,
             "system": "none" if template.system is None else _literal(template.system),
             "system_first": _NOTHING if template.system_in_user else block,
             "system_in_user": block if template.system_in_user else _NOTHING,
-            "first_user_before": _written(first),
+            "first_user_before": _write(first),
             "user_text": "true" if template.user_text else "false",
         },
     )
 
 
-def _written(text: str) -> str:
-    """A Jinja statement that writes a string of a template."""
+def _write(text: str) -> str:
+    """Return a Jinja statement that writes a string of a template."""
     names = {"{bos}": "bos_token", "{eos}": "eos_token"}
     pieces = [names.get(piece) or _literal(piece) for piece, _ in split_symbols(text)]
     return "{{- " + " ~ ".join(pieces) + " -}}" if pieces else _NOTHING
@@ -157,7 +156,7 @@ def _literal(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _filled(skeleton: str, strings: dict[str, str]) -> str:
-    """The skeleton with its names replaced, one statement a line, without the lines that write nothing."""
+def _fill(skeleton: str, strings: dict[str, str]) -> str:
+    """Substitute the names in a skeleton and remove statements that write nothing."""
     lines = string.Template(skeleton).substitute(strings).split("\n")
     return "".join(f"{line}\n" for line in lines if line and line != _NOTHING)

@@ -1,4 +1,4 @@
-"""The conversation templates, as data. A checkpoint names the one it was trained with."""
+"""Conversation templates by name. The config of a checkpoint names the one that it was trained with."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ from dataclasses import replace
 from vila.chat.template import Template
 from vila.core.errors import UnknownNameError
 
-# --- systems
-# Texts that the published templates open a conversation with, letter for letter: models were trained on them.
-
+# System texts of the published templates. Models were trained on them: keep every character.
 
 VICUNA = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -18,7 +16,7 @@ VICUNA = (
 )
 VICUNA_HUMAN = VICUNA.replace("user", "human")
 
-# The missing space before the last sentence is the original's.
+# Upstream has no space before the last sentence.
 MMTAG = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant is able to understand the visual content that the user provides, "
@@ -32,7 +30,7 @@ LLAVA = (
     "and assist the user with a variety of tasks using natural language."
 )
 
-# Llama-2-chat's own; the two spaces after "safe." are the original's.
+# System text of Llama-2-chat; the two spaces after "safe." are Meta's.
 LLAMA_2 = (
     "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being safe.  "
     "Your answers should not include any harmful, unethical, racist, sexist, toxic, dangerous, or illegal content. "
@@ -44,7 +42,7 @@ LLAMA_2 = (
 MPT = "A conversation between a user and an LLM-based AI assistant. The assistant gives helpful and honest answers."
 HERMES = "Answer the questions."
 
-# The example dialogue that the first Vicuna template shows the model before every conversation.
+# Example dialogue at the start of every conversation of the first Vicuna template.
 V0_QUESTION = "What are the key differences between renewable and non-renewable energy sources?"
 V0_ANSWER = (
     "Renewable energy sources are those that can be replenished naturally in a relatively short amount of time, "
@@ -80,8 +78,8 @@ _VICUNA_V1 = Template(
     stop=("</s>",),
 )
 
-# LLaVA's "SINGLE" style: every turn ends in "###". The original trains it on another text than it asks with; ours is
-# the one it asks with.
+# LLaVA's "SINGLE" style: every turn ends in "###". Upstream's training text differs from its prompts; this is the text
+# of its prompts.
 _LLAVA_V0 = Template(
     "llava_v0",
     system=VICUNA_HUMAN,
@@ -94,7 +92,7 @@ _LLAVA_V0 = Template(
     stop=("###",),
 )
 
-# The original's stop string here is "<s>", which no answer ever holds.
+# Upstream's stop string is "<s>", which no answer contains.
 _LLAMA_2 = Template(
     "llama_2",
     system=LLAMA_2,
@@ -109,7 +107,7 @@ _LLAMA_2 = Template(
     stop=("</s>",),
 )
 
-# ChatML without the line break after the end of a turn.
+# ChatML without a line break after the end of a turn.
 _MPT = Template(
     "mpt",
     system=MPT,
@@ -124,13 +122,13 @@ _MPT = Template(
 
 _TEMPLATES = (
     _VICUNA_V1,
-    # Stage 3 of VILA 1.0 renders VFLAN without the system text; the space that followed it stays.
+    # VFLAN in stage 3 of VILA 1.0: without the system text, with the space after it.
     replace(_VICUNA_V1, name="vicuna_v1_nosys", system=""),
     replace(_VICUNA_V1, name="llava_v1", system=VICUNA_HUMAN),
     replace(_VICUNA_V1, name="v1_mmtag", system=MMTAG, media_before="<Image>", media_after="</Image>"),
     _LLAVA_V0,
     replace(_LLAVA_V0, name="v0_mmtag", system=MMTAG, media_before="<Image>", media_after="</Image>"),
-    # Every conversation follows an example dialogue.
+    # With the example dialogue.
     replace(
         _LLAVA_V0,
         name="v0",
@@ -138,8 +136,8 @@ _TEMPLATES = (
     ),
     _LLAMA_2,
     replace(_LLAMA_2, name="llava_llama_2", system=LLAVA),
-    # A literal <s> on top of the one that the tokenizer adds. The original's stop string is empty, which ends every
-    # answer at once. It has no system text; one that a conversation brings goes where Mistral's own template puts it.
+    # A literal <s> after the BOS that the tokenizer adds. Upstream's stop string is empty, which ends every answer
+    # immediately. There is no default system text; a system message is placed as by Mistral's own template.
     Template(
         "mistral",
         document_before="<s>",
@@ -152,8 +150,8 @@ _TEMPLATES = (
     ),
     _MPT,
     replace(_MPT, name="hermes-2", system=HERMES),
-    # Llama-3-VILA1.5-8b was trained so: turns end in <|end_of_text|>, not <|eot_id|>, and the assistant speaks under
-    # the header "system".
+    # As Llama-3-VILA1.5-8b was trained: turns end in <|end_of_text|>, not <|eot_id|>, and the header of the assistant
+    # is "system".
     Template(
         "llama_3",
         document_before="<|begin_of_text|>",
@@ -166,7 +164,7 @@ _TEMPLATES = (
         answer_after="<|end_of_text|>",
         stop=("<|end_of_text|>",),
     ),
-    # What SmolLM2, Qwen2 and many others speak natively; their tokenizers add no BOS.
+    # Native template of SmolLM2, Qwen2 and many others; their tokenizers add no BOS.
     Template(
         "chatml",
         system_before="<|im_start|>system\n",
@@ -178,11 +176,11 @@ _TEMPLATES = (
         answer_tail="\n",
         stop=("<|im_end|>",),
     ),
-    # Stage 1: the picture and its caption; the question is dropped, the newline is supervised, no end of sequence.
+    # Stage 1: an image and its caption. The question is dropped, the newline is supervised, there is no EOS.
     Template("caption", user_text=False, answer_after="\n", media_gap="", stop=("\n",)),
-    # Stage 2: an interleaved page or a pair; all text and the end of sequence are supervised.
+    # Stage 2: an interleaved page or an image-text pair; all text and EOS are supervised.
     Template("page", supervise="all", document_after="{eos}", media_gap=""),
-    # The starter's compact question and answer: "<image>What shape is in the image? circle{eos}".
+    # Short questions and answers of the starter model: "<image>What shape is in the image? circle{eos}".
     Template("starter_qa", answer_lead=" ", answer_after="{eos}", media_gap=""),
 )
 
@@ -195,11 +193,11 @@ ALIASES: Mapping[str, str] = {
     "v0_plain": "caption",
     "hermes_2": "hermes-2",
 }
-"""Further names of templates, most of them the original's."""
+"""Further names of templates, most of them from upstream."""
 
 
 def find_template(name: str) -> Template:
-    """The template called `name`, or of which `name` is an alias. Raises UnknownNameError with near matches."""
+    """Return the template with this name or alias. Raises UnknownNameError with near matches."""
     known = ALIASES.get(name, name)
     if known not in TEMPLATES:
         raise UnknownNameError("template", name, [*TEMPLATES, *ALIASES])

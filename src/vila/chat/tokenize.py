@@ -1,7 +1,7 @@
-"""One tokenizer walk: segments become ids, labels from character spans, and slots for media.
+"""Tokenization of rendered conversations: token ids, labels from character spans, image placeholders.
 
-The text between two media is one chunk. A tokenizer with a dummy prefix (LLaMA's SentencePiece) puts it at the start
-of every chunk and nowhere else, as the original does by tokenising the chunks one by one.
+The text between two images is one chunk. If the tokenizer has a dummy prefix (LLaMA's SentencePiece), every chunk gets
+one: upstream tokenizes the chunks one by one.
 """
 
 from __future__ import annotations
@@ -26,30 +26,36 @@ IGNORE = -100
 
 Array = np.ndarray[Any, np.dtype[np.int64]]
 CountTokens = Callable[[Image | Video], int]
+"""Number of image placeholders of an image or video."""
 
 
 @dataclass(slots=True)
 class Tokens:
-    """One conversation as ids. `ids` and `labels` have equal length; media[k] fills the slots of runs[k]."""
+    """Tokens of one conversation.
+
+    ids, labels: of equal length; labels are not shifted.
+    media:       images and videos in reading order.
+    runs:        (start, length) of the image placeholders of each of `media`.
+    """
 
     ids: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     media: list[Image | Video] = field(default_factory=list)
     runs: list[tuple[int, int]] = field(default_factory=list)
-    """Start and number of the slots of each medium."""
 
-    def media_before(self, place: int) -> int:
-        """How many media lie wholly before `place`."""
-        return sum(start + slots <= place for start, slots in self.runs)
+    def media_before(self, position: int) -> int:
+        """Return the number of media whose placeholders end at or before token `position`."""
+        return sum(start + length <= position for start, length in self.runs)
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizedSample:
-    """A sample with every medium already expanded. All arrays are int64 [S].
+    """Tokens of a sample with all image placeholders inserted. All arrays are int64 [S].
 
-    segments: number of the part that a token belongs to, from 0; a sample without branches is all 0.
-    parents:  number of the one part that the token's part also sees, -1 for none.
-    slots:    1 where a media vector belongs.
+    positions:      position ids; those of a branch continue after the shared prefix.
+    segments:       segment ids from 0; all 0 without branches. A token attends to its own and its parent segment.
+    parents:        parent segment id of each token's segment, -1 if none.
+    is_placeholder: 1 at image placeholders.
     """
 
     id: str
@@ -58,7 +64,7 @@ class TokenizedSample:
     positions: Array
     segments: Array
     parents: Array
-    slots: Array
+    is_placeholder: Array
     media: tuple[Image | Video, ...]
 
     def __len__(self) -> int:
@@ -66,7 +72,7 @@ class TokenizedSample:
 
 
 class SpanTokenizer:
-    """What the walk needs to know of a tokenizer: plain encoding with offsets, special ids, BOS, dummy prefix."""
+    """Tokenizer of spans: encodes plain text with offsets; special tokens, BOS and dummy prefix are handled here."""
 
     def __init__(self, tokenizer: Any) -> None:
         """tokenizer: a transformers tokenizer backed by the `tokenizers` library."""
@@ -74,7 +80,7 @@ class SpanTokenizer:
         self.dummy_prefix = _strip_dummy_prefix(spec)
         spec["post_processor"] = None
         self._backend = Tokenizer.from_str(json.dumps(spec))
-        # What a speaker writes is text, also when it spells a special token.
+        # Content stays text, also where it spells a special token.
         self._backend.encode_special_tokens = True
         self.bos_ids: list[int] = ids_before_text(tokenizer)
         self.bos_id: int | None = tokenizer.bos_token_id
@@ -87,40 +93,42 @@ class SpanTokenizer:
 
     @cached_property
     def longest_token(self) -> int:
-        """Characters of the longest entry of the vocabulary: a text of N has at least N / longest_token tokens."""
+        """Characters of the longest vocabulary entry; a text of N characters has at least N / longest_token tokens."""
         return max(map(len, self._backend.get_vocab()))
 
     def encode(self, text: str, first: bool) -> tuple[list[int], list[tuple[int, int]]]:
-        """Ids and character offsets of plain text; `first` says that it opens a chunk."""
+        """Return ids and character offsets of plain text. first: whether the text starts a chunk."""
         if not (first and self.dummy_prefix):
             coded = self._backend.encode(text, add_special_tokens=False)
             return coded.ids, coded.offsets
-        # The prefix stands before the text also when that starts with a space (the original's slow tokenizer).
+        # The prefix is added even if the text starts with a space, as by upstream's slow tokenizer.
         coded = self._backend.encode(" " + text, add_special_tokens=False)
         return coded.ids, [(max(a - 1, 0), max(b - 1, 1)) for a, b in coded.offsets]
 
     def lost_after_media(self, ids: Sequence[int]) -> int:
-        """How many tokens each chunk after a medium loses, given the ids before the first medium.
+        """Return how many leading tokens are dropped from each chunk after a medium; `ids` start the conversation.
 
-        The original takes the BOS off those chunks whenever the text opens with one. Where the template wrote it and
-        the tokenizer adds none (llama_3), the chunk's own first token goes instead, and models were trained so.
+        Upstream drops the first token of those chunks, meant to be BOS, whenever the text starts with BOS. If the
+        template writes BOS and the tokenizer adds none (llama_3), the first token of the chunk itself is dropped;
+        published models were trained that way.
         """
         return int(not self.bos_ids and list(ids[:1]) == [self.bos_id])
 
-    def pieces(self, segment: Span) -> list[tuple[str, int | None]]:
-        """A text segment as (text, None) runs and (text, id) special tokens; content holds no special tokens."""
-        text = self.symbols.get(segment.text, segment.text) if segment.kind == "special" else segment.text
-        if segment.kind == "content" or self._specials is None:
+    def pieces(self, span: Span) -> list[tuple[str, int | None]]:
+        """Split a span into (text, None) and (special token, id); content has no special tokens."""
+        text = self.symbols.get(span.text, span.text) if span.kind == "special" else span.text
+        if span.kind == "content" or self._specials is None:
             return [(text, None)]
         return [(piece, self.special_ids.get(piece)) for piece in self._specials.split(text) if piece]
 
 
 def check_special_tokens(template: Template, tokenizer: Any, num_rows: int) -> None:
-    """Refuse a template whose special tokens the tokenizer lacks, or has no embedding for.
+    """Raise TemplateError for special tokens of the template without an id in the tokenizer or without an embedding.
 
-    The tokens would be cut into plain text: a model is then trained on other text than the template's, and its answers
-    do not end. tokenizer: a transformers tokenizer. num_rows: rows of the LLM's token embeddings.
-    Raises TemplateError.
+    They would be tokenized as plain text: the model would be trained on other text, and answers would not end.
+
+    tokenizer: a transformers tokenizer.
+    num_rows:  rows of the token embedding matrix of the LLM.
     """
     ids = {token.content: id_ for id_, token in tokenizer.added_tokens_decoder.items()}
     own = {"{bos}": tokenizer.bos_token, "{eos}": tokenizer.eos_token}
@@ -128,25 +136,25 @@ def check_special_tokens(template: Template, tokenizer: Any, num_rows: int) -> N
     names = {"{bos}": "a BOS token", "{eos}": "an EOS token"}
     if lacking := [names.get(token, token) for token, id_ in found.items() if id_ is None]:
         raise TemplateError(
-            f"the tokenizer lacks {', '.join(lacking)}, which this template writes",
+            f"the tokenizer lacks {', '.join(lacking)}, which the template uses",
             field="template",
             value=template.name,
-            hint="give the template that the LLM was trained with, or another LLM",
+            hint="use the template that the LLM was trained with, or another LLM",
         )
     rows = {own.get(token, token): id_ for token, id_ in found.items() if id_ is not None and id_ >= num_rows}
     if beyond := [f"{token} ({id_})" for token, id_ in rows.items()]:
         raise TemplateError(
-            f"the LLM has {num_rows:,} embeddings, none of them for {', '.join(beyond)}",
+            f"the LLM has {num_rows:,} token embeddings, none for {', '.join(beyond)}",
             field="template",
             value=template.name,
-            hint="the tokenizer is that of another LLM",
+            hint="the tokenizer belongs to another LLM",
         )
 
 
 def ids_before_text(tokenizer: Any) -> list[int]:
-    """Return the ids that the tokenizer puts before a text: BOS, or none. An end of sequence that it adds is left out.
+    """Return the ids that the tokenizer adds before a text: BOS, or none.
 
-    Raises ValueError for a tokenizer whose post-processor drops the text.
+    Raises ValueError if the post-processor of the tokenizer drops the text.
     """
     whole: list[int] = tokenizer("a", add_special_tokens=True)["input_ids"]
     bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
@@ -157,7 +165,7 @@ def ids_before_text(tokenizer: Any) -> list[int]:
 
 
 def _strip_dummy_prefix(spec: dict[str, Any]) -> bool:
-    """Take the dummy prefix out of a serialised tokenizer; True when there was one."""
+    """Remove the dummy prefix from a serialised tokenizer, in place; return whether there was one."""
     found = False
     pre = spec.get("pre_tokenizer") or {}
     for part in [pre, *pre.get("pretokenizers", [])]:
@@ -172,8 +180,8 @@ def _strip_dummy_prefix(spec: dict[str, Any]) -> bool:
     return found
 
 
-def tokenize(segments: Sequence[Span], tokenizer: SpanTokenizer, count: CountTokens) -> Tokens:
-    """Walk the segments once. `count` gives the number of slots that a medium takes."""
+def tokenize(spans: Sequence[Span], tokenizer: SpanTokenizer, count: CountTokens) -> Tokens:
+    """Tokenize a rendered conversation."""
     out = Tokens(list(tokenizer.bos_ids), [IGNORE] * len(tokenizer.bos_ids))
     run: list[tuple[str, bool]] = []
     first, lost = True, 0
@@ -189,29 +197,29 @@ def tokenize(segments: Sequence[Span], tokenizer: SpanTokenizer, count: CountTok
         if not text:
             return
         ids, offsets = tokenizer.encode(text, first)
-        # Supervised characters before each place: a token is supervised when its span holds one.
+        # before[i]: supervised characters among the first i; a token is supervised if its span contains one.
         train = np.repeat([flag for _, flag in run], [len(piece) for piece, _ in run])
         before = [0, *np.cumsum(train).tolist()]
         put(ids, [i if before[b] > before[a] else IGNORE for i, (a, b) in zip(ids, offsets, strict=True)])
         run.clear()
 
-    for segment in segments:
-        if segment.media is not None:
+    for span in spans:
+        if span.media is not None:
             flush()
             lost = tokenizer.lost_after_media(out.ids)
-            slots = count(segment.media)
-            out.runs.append((len(out.ids), slots))
-            out.ids.extend([tokenizer.image_token_id] * slots)
-            out.labels.extend([IGNORE] * slots)
-            out.media.append(segment.media)
+            length = count(span.media)
+            out.runs.append((len(out.ids), length))
+            out.ids.extend([tokenizer.image_token_id] * length)
+            out.labels.extend([IGNORE] * length)
+            out.media.append(span.media)
             first = True
             continue
-        for text, special in tokenizer.pieces(segment):
+        for text, special in tokenizer.pieces(span):
             if special is None:
-                run.append((text, segment.train))
+                run.append((text, span.train))
                 continue
             flush()
-            put([special], [special if segment.train else IGNORE])
+            put([special], [special if span.train else IGNORE])
     flush()
     return out
 
@@ -219,66 +227,67 @@ def tokenize(segments: Sequence[Span], tokenizer: SpanTokenizer, count: CountTok
 def tokenize_prompt(
     messages: Sequence[Message], template: Template, tokenizer: SpanTokenizer, count: CountTokens
 ) -> Tokens:
-    """The prompt that ends where the assistant is to answer."""
+    """Tokenize a prompt, which ends where the assistant's answer begins."""
     return tokenize(render(messages, template, prompt=True), tokenizer, count)
 
 
 def tokenize_sample(
     sample: Sample, template: Template, tokenizer: SpanTokenizer, count: CountTokens
 ) -> TokenizedSample:
-    """Tokenise a training sample. Branches share the longest token prefix that all of them have, so that a row with a
-    shared prefix is its separate conversations token for token.
+    """Tokenize a training sample.
 
-    Raises DataError with the sample if it does not fit the template or supervises nothing.
+    The conversations of its branches are tokenized separately and share their longest common token prefix.
+    Raises DataError with the sample if it does not fit the template or has no supervised token.
     """
-    parts = [tokenize(segments, tokenizer, count) for segments in render_sample(sample, template)]
-    for number, part in enumerate(parts):
-        if all(label == IGNORE for label in part.labels[1:]):
-            field = f"branches[{number}]" if sample.branches else None
+    conversations = [tokenize(spans, tokenizer, count) for spans in render_sample(sample, template)]
+    for index, tokens in enumerate(conversations):
+        if all(label == IGNORE for label in tokens.labels[1:]):
             raise DataError(
-                f"no token is supervised under template {template.name!r}", record=f"sample {sample.id!r}", field=field
+                f"no supervised token (template {template.name!r})",
+                record=f"sample {sample.id!r}",
+                field=f"branches[{index}]" if sample.branches else None,
             )
-    return _join(sample.id, parts, tokenizer.image_token_id)
+    return _join(sample.id, conversations, tokenizer.image_token_id)
 
 
-def _join(sample_id: str, parts: list[Tokens], image_token_id: int) -> TokenizedSample:
-    shared = shared_prefix(parts) if len(parts) > 1 else 0
-    head = parts[0]
-    pieces = [(head.ids[:shared], head.labels[:shared], 0)] if shared else []
-    media = head.media[: head.media_before(shared)]
-    for part in parts:
-        pieces.append((part.ids[shared:], part.labels[shared:], shared))
-        media = [*media, *part.media[part.media_before(shared) :]]
-    lengths = [len(ids) for ids, _, _ in pieces]
-    ids = np.concatenate([np.asarray(piece, dtype=np.int64) for piece, _, _ in pieces])
-    labels = np.concatenate([np.asarray(piece, dtype=np.int64) for _, piece, _ in pieces])
-    positions = np.concatenate([np.arange(start, start + len(piece)) for piece, _, start in pieces])
-    segments = np.repeat(np.arange(len(pieces)), lengths)
-    parents = np.repeat([-1] + [0 if shared else -1] * (len(pieces) - 1), lengths)
-    # The first token of a part has no predecessor in it that could predict it.
+def _join(sample_id: str, conversations: list[Tokens], image_token_id: int) -> TokenizedSample:
+    shared = shared_prefix(conversations) if len(conversations) > 1 else 0
+    first = conversations[0]
+    parts = [(first.ids[:shared], first.labels[:shared], 0)] if shared else []  # (ids, labels, first position)
+    media = first.media[: first.media_before(shared)]
+    for tokens in conversations:
+        parts.append((tokens.ids[shared:], tokens.labels[shared:], shared))
+        media = [*media, *tokens.media[tokens.media_before(shared) :]]
+    lengths = [len(ids) for ids, _, _ in parts]
+    ids = np.concatenate([np.asarray(part, dtype=np.int64) for part, _, _ in parts])
+    labels = np.concatenate([np.asarray(part, dtype=np.int64) for _, part, _ in parts])
+    positions = np.concatenate([np.arange(start, start + len(part)) for part, _, start in parts])
+    segments = np.repeat(np.arange(len(parts)), lengths)
+    parents = np.repeat([-1] + [0 if shared else -1] * (len(parts) - 1), lengths)
+    # The first token of a segment has no predecessor in it that could predict it.
     labels[np.cumsum([0, *lengths[:-1]])] = IGNORE
-    slots = (ids == image_token_id).astype(np.int64)
-    return TokenizedSample(sample_id, ids, labels, positions, segments, parents, slots, tuple(media))
+    is_placeholder = (ids == image_token_id).astype(np.int64)
+    return TokenizedSample(sample_id, ids, labels, positions, segments, parents, is_placeholder, tuple(media))
 
 
-def shared_prefix(parts: Sequence[Tokens]) -> int:
-    """Length of the token prefix that all conversations have in common.
+def shared_prefix(conversations: Sequence[Tokens]) -> int:
+    """Return the length of the common token prefix of all conversations.
 
-    It never ends inside a medium, leaves every conversation at least one token, and is cut back until each of them
-    goes on with an unsupervised token: a supervised one would have to be predicted across the seam.
+    It leaves every conversation at least one token, does not end inside the placeholders of an image, and is followed
+    by an unsupervised token in every conversation: a supervised one would be predicted from another segment.
     """
-    head = parts[0]
-    length = min(len(part.ids) for part in parts) - 1
-    for part in parts[1:]:
+    first = conversations[0]
+    length = min(len(tokens.ids) for tokens in conversations) - 1
+    for other in conversations[1:]:
         length = next(
-            (i for i in range(length) if part.ids[i] != head.ids[i] or part.labels[i] != head.labels[i]), length
+            (i for i in range(length) if other.ids[i] != first.ids[i] or other.labels[i] != first.labels[i]), length
         )
-        for k, (start, _) in enumerate(head.runs):
-            if start < length and part.media[k] != head.media[k]:
+        for k, (start, _) in enumerate(first.runs):
+            if start < length and other.media[k] != first.media[k]:
                 length = start
-    while length and any(part.labels[length] != IGNORE for part in parts):
+    while length and any(tokens.labels[length] != IGNORE for tokens in conversations):
         length -= 1
-    for start, slots in head.runs:
-        if start < length < start + slots:
+    for start, num_placeholders in first.runs:
+        if start < length < start + num_placeholders:
             length = start
     return length

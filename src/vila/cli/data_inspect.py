@@ -42,7 +42,7 @@ def runs_of(sample: TokenizedSample, tokenizer: Any, slots_per_image: int) -> li
     from vila.engine.detokenize import decoder_of
 
     decode = decoder_of(tokenizer, skip_special_tokens=False)
-    slots = sample.slots.cumsum().tolist()
+    slots = sample.is_placeholder.cumsum().tolist()
     keys = [
         (segment, kind, (slots[place] - 1) // slots_per_image if kind == "image" else -1)
         for place, (segment, kind) in enumerate(zip(sample.segments.tolist(), _kinds(sample), strict=True))
@@ -71,7 +71,7 @@ def _kinds(sample: TokenizedSample) -> list[str]:
 
     return [
         "image" if slot else "given" if label == IGNORE else "learnt"
-        for slot, label in zip(sample.slots.tolist(), sample.labels.tolist(), strict=True)
+        for slot, label in zip(sample.is_placeholder.tolist(), sample.labels.tolist(), strict=True)
     ]
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-from vila.chat.content import messages_of, read_media
+from vila.chat.content import parse_messages, read_media
 from vila.cli.options import media_path
 from vila.cli.prompt_input import Question
 from vila.core.errors import DataError, near_names
@@ -109,7 +109,7 @@ def _row(facts: Any, number: int, path: Path, num_frames: int | None) -> Row:
 
 def _conversation(rows: Any, folder: Path, num_frames: int | None) -> tuple[Message, ...]:
     """Build the messages of a file. Raises DataError when the last one asks nothing: no text and no media."""
-    messages = messages_of(rows, read=_reader(folder, num_frames))
+    messages = parse_messages(rows, read=_reader(folder, num_frames))
     if messages and messages[-1].role == "user" and all(_is_blank(part) for part in messages[-1].parts):
         raise DataError("the question is empty", field="messages", hint=f"write it into message {len(messages)}")
     return messages

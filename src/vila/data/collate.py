@@ -19,7 +19,8 @@ from vila.data.workers import SharedPixels
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows of whole samples. All tensors are int64 [B, S] but for `slots`, bool, and `pixels`, float32 [N, 3, H, W].
+    """Rows of whole samples. All tensors are int64 [B, S], except
+    `is_placeholder`, bool, and `pixels`, float32 [N, 3, H, W].
 
     labels:    supervised ids, -100 elsewhere; the label at place t is predicted from place t - 1 of the same segment.
     positions: restart at 0 in every sample, and after a shared prefix go on from its end in every branch.
@@ -34,7 +35,7 @@ class Batch:
     positions: Tensor
     segments: Tensor
     parents: Tensor
-    slots: Tensor
+    is_placeholder: Tensor
     media: tuple[Image | Video, ...]
     pixels: Tensor | None = None
 
@@ -61,7 +62,7 @@ def collate(rows: Sequence[Sequence[TokenizedSample]], pad_id: int = 0, *, pin: 
     pin: put all tensors into page-locked memory, from which a GPU copies while the processor goes on.
     """
     width = max(sum(map(len, row)) for row in rows)
-    fields = {name: np.zeros((len(rows), width), dtype=np.int64) for name in ("ids", "positions", "slots")}
+    fields = {name: np.zeros((len(rows), width), dtype=np.int64) for name in ("ids", "positions", "is_placeholder")}
     fields["ids"] += pad_id
     fields["labels"] = np.full((len(rows), width), IGNORE, dtype=np.int64)
     fields["segments"] = np.full((len(rows), width), -1, dtype=np.int64)
@@ -70,14 +71,14 @@ def collate(rows: Sequence[Sequence[TokenizedSample]], pad_id: int = 0, *, pin: 
         start = numbered = 0
         for sample in row:
             here = slice(start, start + len(sample))
-            for name in ("ids", "labels", "positions", "slots"):
+            for name in ("ids", "labels", "positions", "is_placeholder"):
                 fields[name][number, here] = getattr(sample, name)
             fields["segments"][number, here] = sample.segments + numbered
             fields["parents"][number, here] = np.where(sample.parents >= 0, sample.parents + numbered, -1)
             start += len(sample)
             numbered += int(sample.segments[-1]) + 1
     tensors = {name: torch.from_numpy(array) for name, array in fields.items()}
-    tensors["slots"] = tensors["slots"].bool()
+    tensors["is_placeholder"] = tensors["is_placeholder"].bool()
     media = tuple(item for row in rows for sample in row for item in sample.media)
     pixels = stack_pixels(rows)
     if pixels is not None:

@@ -11,7 +11,7 @@ from math import floor
 from pathlib import Path
 from typing import Any, Literal
 
-from vila.chat.content import expand_sample
+from vila.chat.content import expand_sample_videos
 from vila.chat.templates import find_template
 from vila.chat.tokenize import SpanTokenizer, TokenizedSample, tokenize_sample
 from vila.core.errors import MediaError, VilaError
@@ -311,7 +311,7 @@ class SampleReader:
         """Tokenise a sample of a part under its template; a video is the images of `frames`. No medium is opened."""
         chosen = find_template(sample.template or part.template or self.template)
         try:
-            shown = expand_sample(sample, chosen.media_gap, self.frames)
+            shown = expand_sample_videos(sample, chosen.media_gap, self.frames)
             return tokenize_sample(shown, chosen, self.tokenizer, self.count)
         except VilaError as error:
             _add_sample(error, part, sample)

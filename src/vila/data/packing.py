@@ -108,7 +108,7 @@ class CompactSample:
     length: int
     text_ids: np.ndarray[Any, np.dtype[np.int32]]
     slot_id: int
-    slots: bytes
+    is_placeholder: bytes
     supervised: bytes
     pieces: tuple[tuple[int, int, int, int], ...]
     media: tuple[Image | Video, ...]
@@ -118,9 +118,9 @@ class CompactSample:
 
     def expanded(self) -> TokenizedSample:
         """The sample as it was before `compact`."""
-        slots, supervised = _bools(self.slots, self.length), _bools(self.supervised, self.length)
+        is_placeholder, supervised = _bools(self.is_placeholder, self.length), _bools(self.supervised, self.length)
         ids = np.full(self.length, self.slot_id, dtype=np.int64)
-        ids[~slots] = self.text_ids
+        ids[~is_placeholder] = self.text_ids
         number, lengths, starts, parents = (
             np.array(column, dtype=np.int64) for column in zip(*self.pieces, strict=True)
         )
@@ -132,14 +132,14 @@ class CompactSample:
             positions=np.arange(self.length) + np.repeat(starts - offsets, lengths),
             segments=np.repeat(number, lengths),
             parents=np.repeat(parents, lengths),
-            slots=slots.astype(np.int64),
+            is_placeholder=is_placeholder.astype(np.int64),
             media=self.media,
         )
 
 
 def compact(sample: TokenizedSample) -> CompactSample:
     """The sample in little memory. Every label is the token's own id or is ignored."""
-    slots = sample.slots.astype(bool)
+    is_placeholder = sample.is_placeholder.astype(bool)
     seams = np.flatnonzero(np.diff(sample.segments)) + 1
     firsts = np.concatenate([[0], seams])
     lengths = np.diff(np.concatenate([firsts, [len(sample)]]))
@@ -153,9 +153,9 @@ def compact(sample: TokenizedSample) -> CompactSample:
     return CompactSample(
         id=sample.id,
         length=len(sample),
-        text_ids=sample.ids[~slots].astype(np.int32),
-        slot_id=int(sample.ids[slots][0]) if slots.any() else 0,
-        slots=np.packbits(slots).tobytes(),
+        text_ids=sample.ids[~is_placeholder].astype(np.int32),
+        slot_id=int(sample.ids[is_placeholder][0]) if is_placeholder.any() else 0,
+        is_placeholder=np.packbits(is_placeholder).tobytes(),
         supervised=np.packbits(sample.labels != IGNORE).tobytes(),
         pieces=tuple(pieces),
         media=sample.media,

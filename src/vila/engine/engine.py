@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from vila.chat.content import messages_of
+from vila.chat.content import parse_messages
 from vila.chat.tokenize import IGNORE
 from vila.core.errors import ContextOverflowError, DataError
 from vila.core.progress import SILENT, Events
@@ -236,7 +236,7 @@ class Engine:
         gap = self.processor.find_template(template).media_gap
         rows = [
             self.processor.tokens(
-                self.processor.expand_videos(messages_of(messages), gap, shrink=self.processor.spec),
+                self.processor.expand_videos(parse_messages(messages), gap, shrink=self.processor.spec),
                 template,
                 prompt=False,
             )
@@ -281,7 +281,7 @@ class Engine:
         # Videos are decoded once, however many turns are left out.
         gap = self.processor.find_template(template).media_gap
         tokens, dropped = fit_prompt(
-            self.processor.expand_videos(messages_of(messages), gap, shrink=self.processor.spec),
+            self.processor.expand_videos(parse_messages(messages), gap, shrink=self.processor.spec),
             lambda some: self.processor.prompt(some, template),
             context=self._context,
             answer=sampling.max_new_tokens,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
-from vila.chat.content import expand_clips, messages_of
+from vila.chat.content import expand_videos, parse_messages
 from vila.chat.render import render
 from vila.chat.template import Span, Template
 from vila.chat.templates import find_template
@@ -120,7 +120,7 @@ class VilaProcessor(ProcessorMixin):
 
         shrink, limits, cancelled: see `frames`.
         """
-        return expand_clips(messages, gap, partial(self.frames, shrink=shrink, limits=limits, cancelled=cancelled))
+        return expand_videos(messages, gap, partial(self.frames, shrink=shrink, limits=limits, cancelled=cancelled))
 
     def frames(
         self,
@@ -226,7 +226,7 @@ class VilaProcessor(ProcessorMixin):
         chosen = self.find_template(template)
         rows = []
         for one in [conversation] if single else conversation:
-            messages = messages_of(one)
+            messages = parse_messages(one)
             ends_open = bool(messages) and messages[-1].role == "user"
             if ends_open and add_generation_prompt is False:
                 raise TemplateError(

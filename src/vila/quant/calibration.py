@@ -15,7 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from vila.chat.content import messages_of
+from vila.chat.content import parse_messages
 from vila.core.errors import DataError
 from vila.core.reading import read_jsonl, read_text
 from vila.core.types import Image, Video
@@ -155,7 +155,7 @@ def sample_calibration(
     """
     rows = []
     for number, messages in enumerate(conversations):
-        tokens = processor.tokens(messages_of(messages), template, prompt=False)
+        tokens = processor.tokens(parse_messages(messages), template, prompt=False)
         if not 0 < len(tokens.ids) <= max_tokens:
             raise DataError(
                 f"calibration {name!r} conversation {number}: {len(tokens.ids)} tokens, and a row holds 1 to "

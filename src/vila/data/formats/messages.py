@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vila.chat.content import messages_of
+from vila.chat.content import parse_messages
 from vila.chat.templates import find_template
 from vila.core.errors import UnknownNameError
 from vila.core.progress import SILENT, Events
@@ -169,7 +169,7 @@ def _messages(record: Record, keys: Keys, root: Path, beside: _Beside) -> tuple[
         records = [
             _with_media(record, message, (*keys, number), root, beside) for number, message in enumerate(records)
         ]
-    return messages_of(records, file=record.file, record=record.number, field=key_path(keys))
+    return parse_messages(records, file=record.file, record=record.number, field=key_path(keys))
 
 
 def _with_media(record: Record, message: Any, keys: Keys, root: Path, beside: _Beside) -> Any:
