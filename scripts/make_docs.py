@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from importlib import resources
 from itertools import groupby
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import typer
@@ -202,8 +203,13 @@ def registered(registry: Registry[object]) -> str:
     for name in registry:
         entry = registry[name]
         module = sys.modules[entry.__module__]
-        rows.append((f"`{name}`", (type(entry).__doc__ or "").partition("\n")[0], f"`{_source(module.__name__)}`"))
+        rows.append((f"`{name}`", _summary(entry), f"`{_source(module.__name__)}`"))
     return table(("Name", "What it is", "File"), rows)
+
+
+def _summary(entry: object) -> str:
+    owner = entry if isinstance(entry, (type, FunctionType)) else type(entry)
+    return (owner.__doc__ or "").partition("\n")[0]
 
 
 def _source(module: str) -> str:
