@@ -1,5 +1,8 @@
-"""Fetching from a real server on this machine: limits, redirects, deadlines, connections only to checked addresses."""
+"""`fetch` from a local server: limits, redirects, deadlines, connections only to checked addresses."""
 
+import asyncio
+import errno
+import os
 import socket
 import ssl
 import time
@@ -10,8 +13,8 @@ from threading import Thread
 
 import pytest
 
-from vila.core.errors import CancelledError, MediaError
-from vila.media.http import _tls, fetch
+from vila.core.errors import CancelledError
+from vila.media.http import FetchError, fetch, tls_context
 
 BODY = bytes(range(256)) * 4
 
@@ -37,8 +40,8 @@ BAD_BODIES = {
     "cut": chunked(b"5\r\nabc"),
     "no-end": chunked(b"3\r\nabc\r\n"),
     "endless-extension": chunked(b"3;" + MUCH),
-    "endless-trailers": chunked(b"3\r\nabc\r\n0\r\n" + b"a: b\r\n" * 1000 + b"\r\n"),
-    "much-framing": chunked((b"1;" + b"x" * 4000 + b"\r\na\r\n") * 100 + END),
+    "endless-trailers": chunked(b"3\r\nabc\r\n0\r\n" + b"a: b\r\n" * 30_000 + b"\r\n"),
+    "much-framing": chunked((b"1;" + b"x" * 4000 + b"\r\na\r\n") * 200 + END),
     "other-coding": raw("Transfer-Encoding: gzip, chunked", b"3\r\nabc\r\n" + END),
     "length-minus-5": raw("Content-Length: -5", MUCH[:1000]),
     "length-underscore": raw("Content-Length: 1_0", MUCH[:10]),
@@ -140,8 +143,8 @@ def get(url: str, **options: object) -> bytes:
     return fetch(url, **{"allow_private": True, "timeout_s": 5, **options})
 
 
-class World:
-    """A resolver and a network: names have the addresses of `names`, and every address leads to the local server."""
+class FakeNetwork:
+    """DNS and routing: names resolve to the addresses of `names`, and every connection goes to the local server."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, home: str, names: dict[str, list[list[str]]]) -> None:
         self.port = int(home.rpartition(":")[2])
@@ -162,23 +165,32 @@ class World:
         monkeypatch.setattr(socket.socket, "connect", connect)
 
 
-def test_a_body_arrives_whole(home):
+def test_the_complete_body_is_returned(home):
     assert get(f"{home}/ok") == BODY
     assert get(f"{home}/ok?x=1#part") == BODY
     assert get(f"{home}/chunked") == b"abcde"
     assert get(f"{home}/ok", max_bytes=len(BODY)) == BODY
 
 
-def refused(url: str, **options: object) -> MediaError:
-    with pytest.raises(MediaError) as caught:
+def refused(url: str, **options: object) -> FetchError:
+    with pytest.raises(FetchError) as caught:
         get(url, **options)
     return caught.value
 
 
-@pytest.mark.parametrize("path", ("/missing", "/short", "/gzip", "/garbage", "/circle"))
-def test_a_bad_answer_names_the_url_and_nothing_that_the_server_said(home, path):
+@pytest.mark.parametrize(
+    "path, kind",
+    {
+        "/missing": "http_404",
+        "/short": "connection",
+        "/gzip": "encoding",
+        "/garbage": "connection",
+        "/circle": "redirect",
+    }.items(),
+)
+def test_an_error_names_the_url_and_contains_nothing_that_the_server_sent(home, path, kind):
     error = refused(home + path, max_bytes=2000)
-    assert (error.file, error.field) == (home + path, None)
+    assert (error.kind, error.file, error.field) == (kind, home + path, None)
     assert "SSH" not in str(error) and "gzip;" not in str(error)
 
 
@@ -196,7 +208,7 @@ def test_a_redirect_to_another_scheme_is_refused(home, place):
 
 @pytest.mark.parametrize("name", BAD_BODIES)
 def test_a_body_of_malformed_length_is_refused_within_its_limit(home, name):
-    """`int` takes "-5", "+3", "1_0" and "0x3", and http.client reads a chunk of size -1 to the end of the stream."""
+    """`int` accepts "-5", "+3", "1_0" and "0x3"; chunk extensions and trailers have no limit in the protocol."""
     error = refused(f"{home}/raw/{name}", max_bytes=2000)
     assert (error.file, error.field) == (f"{home}/raw/{name}", None)
 
@@ -215,18 +227,20 @@ def test_fetching_ends_when_it_is_cancelled(home):
 
 
 def test_only_allowed_domains_are_fetched_from(home, monkeypatch):
-    world = World(monkeypatch, home, {name: [["93.184.216.34"]] for name in ("images.example", "a.cdn.example")})
+    network = FakeNetwork(
+        monkeypatch, home, {name: [["93.184.216.34"]] for name in ("images.example", "a.cdn.example")}
+    )
     allowed = ("images.example", "*.cdn.example")
     assert fetch("http://Images.Example./ok", allowed_domains=allowed, timeout_s=5) == BODY
     assert fetch("http://a.cdn.example/ok", allowed_domains=allowed, timeout_s=5) == BODY
     for host in ("other.example", "cdn.example", "notimages.example", "images.example.org", "127.0.0.1"):
         error = refused(f"http://{host}/ok", allowed_domains=allowed)
         assert (error.file, error.field) == (f"http://{host}/ok", "host")
-    assert len(world.connected) == 2
+    assert len(network.connected) == 2
 
 
 def test_a_redirect_leaves_no_allowed_domain(home, monkeypatch):
-    World(monkeypatch, home, {"images.example": [["93.184.216.34"]]})
+    FakeNetwork(monkeypatch, home, {"images.example": [["93.184.216.34"]]})
     error = refused("http://images.example/to/http://other.example/ok", allowed_domains=("images.example",))
     assert (error.file, error.field) == ("http://other.example/ok", "host")
 
@@ -234,54 +248,53 @@ def test_a_redirect_leaves_no_allowed_domain(home, monkeypatch):
 @pytest.mark.parametrize("path", ("/drip", "/slow-header"))
 def test_the_deadline_holds_for_a_server_that_drips(home, path):
     begun = time.monotonic()
-    with pytest.raises(MediaError, match=f"{path}: no complete answer within 0.3 s; try again"):
-        get(home + path, timeout_s=0.3)
+    error = refused(home + path, timeout_s=0.3)
+    assert (error.kind, error.file, error.is_transient) == ("timeout", home + path, True)
     assert time.monotonic() - begun < 1.0
 
 
 def test_the_deadline_holds_for_a_resolver_that_hangs(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(0.5) or [])
-    with pytest.raises(MediaError, match=r"no complete answer within 0.1 s"):
-        get("http://pictures.test/a.png", timeout_s=0.1)
+    assert refused("http://pictures.test/a.png", timeout_s=0.1).kind == "timeout"
 
 
 def test_redirects_are_followed_up_to_their_number(home):
     assert get(f"{home}/hops/4") == BODY
-    with pytest.raises(MediaError, match="/hops/5: more than 5 redirects"):
-        get(f"{home}/hops/5")
+    error = refused(f"{home}/hops/5")
+    assert (error.kind, error.file) == ("redirect", f"{home}/hops/5")
     assert get(f"{home}/hops/1", max_redirects=2) == BODY
-    with pytest.raises(MediaError, match="more than 0 redirects"):
-        get(f"{home}/hops/0", max_redirects=0)
+    assert refused(f"{home}/hops/0", max_redirects=0).kind == "redirect"
     assert get(f"{home}/accents") == BODY
 
 
-def test_a_closed_port_is_named(home):
+def test_a_refused_connection_names_the_url_and_the_reason(home):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/a.png"
-        with pytest.raises(MediaError, match=f"{url}: the connection failed .*refused"):
-            get(url)
+        error = refused(url)
+    assert (error.kind, error.file) == ("connection", url)
+    assert os.strerror(errno.ECONNREFUSED) in error.problem
 
 
 def test_a_redirect_to_a_private_address_is_refused(home, monkeypatch):
-    world = World(monkeypatch, home, {"pictures.example": [["93.184.216.34"]]})
+    network = FakeNetwork(monkeypatch, home, {"pictures.example": [["93.184.216.34"]]})
     error = refused(f"http://pictures.example/to/{home}/ok", allow_private=False)
     assert (error.file, error.field) == (f"{home}/ok", "host")
-    assert world.connected == ["93.184.216.34"]
+    assert network.connected == ["93.184.216.34"]
 
 
 def test_the_connection_goes_to_the_address_that_was_checked(home, monkeypatch):
-    world = World(monkeypatch, home, {"rebinding.example": [["93.184.216.34"], ["127.0.0.1"]]})
+    network = FakeNetwork(monkeypatch, home, {"rebinding.example": [["93.184.216.34"], ["127.0.0.1"]]})
     assert fetch("http://rebinding.example/host", timeout_s=5) == b"rebinding.example"
-    assert world.connected == ["93.184.216.34"]
-    assert len(world.names["rebinding.example"]) == 1
+    assert network.connected == ["93.184.216.34"]
+    assert len(network.names["rebinding.example"]) == 1
 
 
 def test_one_private_address_among_public_ones_is_refused(home, monkeypatch):
-    world = World(monkeypatch, home, {"mixed.example": [["93.184.216.34", "10.0.0.1"]]})
+    network = FakeNetwork(monkeypatch, home, {"mixed.example": [["93.184.216.34", "10.0.0.1"]]})
     error = refused("http://mixed.example/ok", allow_private=False)
     assert (error.file, error.field) == ("http://mixed.example/ok", "host")
-    assert world.connected == []
+    assert network.connected == []
 
 
 def test_a_refusal_does_not_say_whether_an_inner_name_exists(home, monkeypatch):
@@ -305,11 +318,18 @@ def test_an_unknown_host_is_named(monkeypatch):
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    assert refused("http://nowhere.test/a").field == "host"
+    error = refused("http://nowhere.test/a")
+    assert (error.kind, error.field) == ("unknown_host", "host")
 
 
-def test_tls_is_verified_and_never_left(home):
-    assert _tls().verify_mode is ssl.CERT_REQUIRED
-    assert _tls().check_hostname
-    with pytest.raises(MediaError, match="/ok: the connection failed"):
-        get(home.replace("http:", "https:") + "/ok")
+def test_tls_certificates_and_names_are_verified(home):
+    assert tls_context().verify_mode is ssl.CERT_REQUIRED
+    assert tls_context().check_hostname
+    assert refused(home.replace("http:", "https:") + "/ok").kind == "connection"
+
+
+def test_fetch_works_in_a_thread_with_a_running_event_loop(home):
+    async def cell() -> bytes:
+        return get(f"{home}/ok")
+
+    assert asyncio.run(cell()) == BODY

@@ -15,7 +15,7 @@ from vila.prepare.coyo import best_rows, prepare_coyo, select_coyo
 from vila.prepare.download import KEEP_ORIGINAL
 from vila.prepare.shards import read_tar
 
-RULES = DownloadOptions(allow_private=True, host_delay_s=0.0, backoff_s=0.01, per_host=32)
+RULES = DownloadOptions(allow_private=True, host_delay_s=0.0, initial_backoff_s=0.01, max_connections_per_host=32)
 
 
 def write_table(path: Path, home: str, scores: list[float | None], **columns: list) -> Path:

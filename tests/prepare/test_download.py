@@ -16,8 +16,8 @@ from vila.prepare.mmc4 import prepare_mmc4
 from vila.prepare.shards import read_tar
 
 RULES = DownloadOptions(
-    allow_private=True, host_delay_s=0.0, backoff_s=0.01, per_host=32, max_bytes=100_000, read_timeout_s=5.0,
-    total_timeout_s=5.0, attempts=2, concurrency=32,
+    allow_private=True, host_delay_s=0.0, initial_backoff_s=0.01, max_connections_per_host=32,
+    max_bytes=100_000, read_timeout_s=5.0, total_timeout_s=5.0, max_attempts=2, max_connections=32,
 )  # fmt: skip
 
 
@@ -197,5 +197,5 @@ def test_more_units_than_slots_do_not_wait_for_each_other(server, tmp_path):
         write_shard(tmp_path / f"s{n}.jsonl", [document(server.home, *(f"/good/{n * 5 + k}" for k in range(5)))])
         for n in range(12)
     ]
-    index = prepare_mmc4(shards, tmp_path / "out", rules=replace(RULES, concurrency=3))
+    index = prepare_mmc4(shards, tmp_path / "out", rules=replace(RULES, max_connections=3))
     assert index["counts"]["out"] == 12 and "documents without some image" not in index["counts"]["noted"]

@@ -18,7 +18,9 @@ import sys
 from pathlib import Path
 from vila.media.bulk_download import DownloadOptions
 from vila.prepare.mmc4 import prepare_mmc4
-rules = DownloadOptions(concurrency={IN_FLIGHT}, per_host=64, host_delay_s=0.0, backoff_s=0.01, allow_private=True)
+rules = DownloadOptions(
+    max_connections={IN_FLIGHT}, max_connections_per_host=64, host_delay_s=0, initial_backoff_s=0.01, allow_private=True
+)
 source, out = map(Path, sys.argv[1:])
 prepare_mmc4(sorted(source.glob("*.jsonl")), out, rules=rules, per_shard=5)
 """

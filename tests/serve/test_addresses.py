@@ -1,5 +1,6 @@
 """Addresses of pictures: nothing private is fetched, in whatever way it is written."""
 
+import httpcore2
 import pytest
 
 from tests import tiny
@@ -28,11 +29,11 @@ def dialled(monkeypatch):
     """Addresses that a connection was tried to."""
     tried = []
 
-    def connect(self):
-        tried.extend(entry[4][0] for entry in self._addresses)
-        raise ConnectionRefusedError("no test dials out")
+    async def connect(self, host, port, *_):
+        tried.append(host)
+        raise httpcore2.ConnectError("no test connects to the network")
 
-    monkeypatch.setattr(http.PinnedConnection, "connect", connect)
+    monkeypatch.setattr(httpcore2.AnyIOBackend, "connect_tcp", connect)
     return tried
 
 

@@ -105,15 +105,19 @@ def print_table(title: str, counts: dict[str, Any]) -> None:
 
 _PANEL = "Downloading"
 FLAGS: dict[str, tuple[str, int | float | bool | str, str]] = {
-    "concurrency": ("max_connections", 256, "Requests at once, over all hosts."),
-    "per_host": ("max_connections_per_host", 4, "Requests at once to one host; 1 where many workers share a release."),
+    "max_connections": ("max_connections", 256, "Requests at once, over all hosts."),
+    "max_connections_per_host": (
+        "max_connections_per_host",
+        4,
+        "Requests at once to one host; 1 where many workers share a release.",
+    ),
     "host_delay_s": ("host_delay_s", 0.05, "Seconds from one request to a host to the next, at least."),
     "connect_timeout_s": ("connect_timeout_s", 5.0, "Seconds for the name and the connection, and once more for TLS."),
     "read_timeout_s": ("read_timeout_s", 10.0, "Seconds of silence before an attempt fails."),
     "total_timeout_s": ("total_timeout_s", 30.0, "Seconds for one attempt, redirects included."),
-    "attempts": ("max_attempts", 3, "Tries in all for timeouts, broken connections and busy servers."),
-    "backoff_s": ("initial_backoff_s", 1.0, "Seconds before the second try; they double each time."),
-    "max_wait_s": (
+    "max_attempts": ("max_attempts", 3, "Tries in all for timeouts, broken connections and busy servers."),
+    "initial_backoff_s": ("initial_backoff_s", 1.0, "Seconds before the second try; they double each time."),
+    "max_retry_after_s": (
         "max_retry_after_s",
         60.0,
         "Seconds that a server may ask us to wait; beyond that it has failed.",

@@ -1,6 +1,9 @@
-"""The only place that opens a URL: http and https, public addresses, a size limit and one deadline.
+"""HTTP client for URLs that come from data or from requests, with one SSRF check.
 
-Proxies from the environment are not used: the check of the address would then be the proxy's.
+`HTTPClient` resolves a host, refuses it unless all its addresses are public, connects to exactly these addresses, and
+limits redirects, body size and total time. `fetch` is the blocking call for one URL; `vila.media.bulk_download` runs
+many at once. `api_client` is for a server that the user names. Proxies from the environment are ignored: a proxy would
+resolve the host itself, unchecked.
 """
 
 from __future__ import annotations
@@ -8,20 +11,23 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import http.client
 import ipaddress
+import os
 import re
 import socket
 import ssl
 import string
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from http import HTTPStatus
-from typing import TYPE_CHECKING, Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, unquote_to_bytes, urljoin, urlsplit
 
 import httpcore2
@@ -30,119 +36,15 @@ from vila.core.errors import CancelledError, MediaError
 from vila.media.limits import DEFAULT_LIMITS, IsCancelled, never
 
 if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
+    import httpx2
+
+T = TypeVar("T")
 
 
-# --- connection
-# Connections of `vila.media.http`: names resolved once, sockets that keep a deadline, TLS verified.
+# SSRF check: IP addresses and host names that may be fetched from. The ranges are listed here instead of taken from
+# `ipaddress`, whose lists depend on the Python version.
 
-
-Address = tuple[Any, ...]
-"""One entry of `socket.getaddrinfo`."""
-
-
-def resolve(host: str, port: int, until: float) -> list[Address]:
-    """Every address of `host`. Raises OSError when there is none, TimeoutError when the answer is not there in time."""
-    found: list[list[Address] | OSError] = []
-
-    def look_up() -> None:
-        try:
-            found.append(list(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)))
-        except OSError as error:
-            found.append(error)
-
-    # getaddrinfo takes no timeout, so it waits in a thread that may be left behind.
-    thread = threading.Thread(target=look_up, name="vila-resolve", daemon=True)
-    thread.start()
-    thread.join(_left(until))
-    if not found:
-        raise TimeoutError
-    if isinstance(found[0], OSError):
-        raise found[0]
-    return found[0]
-
-
-def _left(until: float) -> float:
-    left = until - time.monotonic()
-    if left <= 0:
-        raise TimeoutError
-    return left
-
-
-class PinnedConnection(http.client.HTTPConnection):
-    """Connects to addresses that were checked, never resolving the name again; TLS still verifies the name."""
-
-    def __init__(self, host: str, port: int, addresses: list[Address], *, secure: bool, until: float) -> None:
-        super().__init__(host, port)
-        if secure:
-            self.default_port = http.client.HTTPS_PORT
-        self._addresses, self._secure, self._until = addresses, secure, until
-
-    def connect(self) -> None:
-        """Try the addresses in their order until one accepts."""
-        failure = OSError("the host has no address")
-        for tried, (family, kind, protocol, _, address) in enumerate(self._addresses):
-            try:
-                plain = _Socket(family, kind, protocol)
-            except OSError as error:  # a family that this machine does not have
-                failure = error
-                continue
-            plain.until = self._until
-            try:
-                # An address that stays silent leaves time for the others.
-                plain.settimeout(_left(self._until) / (len(self._addresses) - tried))
-                plain.connect(address)
-                self.sock = self._secured(plain) if self._secure else plain
-                return
-            except ssl.SSLError:
-                plain.close()
-                raise
-            except OSError as error:
-                plain.close()
-                failure = error
-        raise failure
-
-    def _secured(self, plain: socket.socket) -> ssl.SSLSocket:
-        plain.settimeout(_left(self._until))
-        secured = _tls().wrap_socket(plain, server_hostname=self.host)
-        assert isinstance(secured, _SecureSocket)
-        secured.until = self._until
-        return secured
-
-
-class _Socket(socket.socket):
-    """A socket that never waits past `until`, however slowly bytes drip in."""
-
-    until: float
-
-    def recv_into(self, buffer: WriteableBuffer, nbytes: int = 0, flags: int = 0) -> int:
-        self.settimeout(_left(self.until))
-        return super().recv_into(buffer, nbytes, flags)
-
-
-class _SecureSocket(ssl.SSLSocket):
-    """The same over TLS."""
-
-    until: float
-
-    def recv_into(self, buffer: WriteableBuffer, nbytes: int | None = None, flags: int = 0) -> int:
-        self.settimeout(_left(self.until))
-        return super().recv_into(buffer, nbytes, flags)
-
-
-@lru_cache(maxsize=1)
-def _tls() -> ssl.SSLContext:
-    """Certificates and host names are verified against the system's authorities."""
-    context = ssl.create_default_context()
-    context.sslsocket_class = _SecureSocket
-    return context
-
-
-# --- addresses
-# Which IP addresses and host names may be fetched from. The ranges are listed here, not taken from `ipaddress`.
-
-
-# IANA IPv4 Special-Purpose Address Registry, those that are reachable included: none of them serves images.
+# IANA IPv4 Special-Purpose Address Registry, including the ranges that are globally reachable: none serves images.
 _IPV4 = tuple(
     ipaddress.IPv4Network(network)
     for network in (
@@ -150,7 +52,7 @@ _IPV4 = tuple(
         "10.0.0.0/8",  # private use
         "100.64.0.0/10",  # shared address space (carrier-grade NAT); Alibaba's metadata at 100.100.100.200
         "127.0.0.0/8",  # loopback
-        "168.63.129.16/32",  # not IANA's: the host of a virtual machine at Azure
+        "168.63.129.16/32",  # not in the registry: the host of a virtual machine at Azure
         "169.254.0.0/16",  # link-local; metadata of most clouds at 169.254.169.254
         "172.16.0.0/12",  # private use
         "192.0.0.0/24",  # IETF protocol assignments; Oracle's metadata at 192.0.0.192
@@ -167,14 +69,14 @@ _IPV4 = tuple(
         "240.0.0.0/4",  # reserved; limited broadcast
     )
 )
-# IPv6 is the other way round: IANA has allocated this for global unicast, and everything else is special.
+# For IPv6 the rule is inverted: IANA has allocated this range for global unicast, everything outside is special.
 _IPV6_GLOBAL = ipaddress.IPv6Network("2000::/3")
 _IPV6 = tuple(
     ipaddress.IPv6Network(network)
     for network in (
         "2001::/23",  # IETF protocol assignments: Teredo 2001::/32, benchmarking 2001:2::/48, ORCHID, DRIP, ...
         "2001:db8::/32",  # documentation
-        "2002::/16",  # 6to4: leads on to an IPv4 address, which could be any
+        "2002::/16",  # 6to4: embeds an arbitrary IPv4 address
         "2620:4f:8000::/48",  # AS112
         "3fff::/20",  # documentation
     )
@@ -184,10 +86,10 @@ _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is reachable from the whole Internet and serves no special purpose.
+    """Whether an IP address is globally routable and has no special purpose.
 
-    An IPv4-mapped (`::ffff:0:0/96`) or NAT64 (`64:ff9b::/96`) address is as public as the IPv4 address inside it. What
-    is no address, or has a zone (`fe80::1%eth0`), is not public.
+    An IPv4-mapped (`::ffff:0:0/96`) or NAT64 (`64:ff9b::/96`) address is public if the IPv4 address inside it is. Text
+    that is not an IP address, and an address with a zone (`fe80::1%eth0`), is not public.
     """
     try:
         ip = ipaddress.ip_address(address)
@@ -203,7 +105,7 @@ def is_public(address: str) -> bool:
 
 
 def is_allowed(host: str, domains: Sequence[str]) -> bool:
-    """Whether `host` is one of `domains`; `*.example.org` stands for every host below example.org. None allow all."""
+    """Whether `host` is in `domains`; `*.example.org` matches every subdomain of example.org. Empty: all hosts."""
     if not domains:
         return True
     name = normal_host(host)
@@ -216,84 +118,92 @@ def is_allowed(host: str, domains: Sequence[str]) -> bool:
 
 
 def normal_host(host: str) -> str:
-    """A host name in the one form in which names are compared: small ASCII letters, no dot at the end.
-
-    Raises ValueError for a name that has no such form.
-    """
+    """Return a host name in normal form: lower-case IDNA ASCII without a trailing dot. Raises ValueError."""
     return host.encode("idna").decode("ascii").lower().rstrip(".")
 
 
-_REDIRECTS = (301, 302, 303, 307, 308)
-_CHUNK = 1 << 16
+# URLs
+
 _HOST = re.compile(r"[A-Za-z0-9._:%-]+")
-_BY_PATH = "download the file and give its path"
+_DOWNLOAD = "download the file and give its path"
+_CHECK = f"check the address, or {_DOWNLOAD}"
 
 
-def fetch(
-    url: str,
-    *,
-    max_bytes: int = DEFAULT_LIMITS.image_bytes,
-    timeout_s: float = DEFAULT_LIMITS.image_fetch_s,
-    max_redirects: int = 5,
-    allow_private: bool = False,
-    allowed_domains: Sequence[str] = (),
-    cancelled: IsCancelled = never,
-) -> bytes:
-    """The body of `url`, complete.
+class FetchError(MediaError):
+    """A URL cannot be fetched. The text contains nothing that a name server or a peer sent.
 
-    timeout_s:       for everything together: name lookup, redirects, and the last byte of the body.
-    allow_private:   also fetch from this machine and its network. Without it every address that is not public is
-                     refused, at each redirect too, and the connection goes to the very address that was checked.
-    allowed_domains: hosts to fetch from, at each redirect too; see `is_allowed`. Empty: all.
-    cancelled:       called between reads.
-    Raises MediaError naming the URL (its query left out, for it may hold a key), the reason and what to do, and
-    CancelledError. The text holds nothing that a name server or a peer sent: it may go to whoever gave the URL.
+    kind:          reason to count by: bad_url, host_not_allowed, unknown_host, private_address, timeout, tls,
+                   connection, redirect, http_404 (or another status), too_large, encoding, noai.
+    is_transient:  whether a later attempt may succeed.
+    retry_after_s: pause that the server requested.
     """
-    until = time.monotonic() + timeout_s
-    target = parse_url(url)
-    visited = {url}
-    while True:
-        if not is_allowed(target.host, allowed_domains):
-            hint = "use an allowed host, or a data: URL"
-            raise target.error("is not among the allowed media domains", hint, "host")
-        try:
-            answer = _ask(target, until, max_bytes, allow_private, cancelled)
-        except TimeoutError as error:
-            raise target.error(f"no complete answer within {timeout_s:g} s", f"try again, or {_BY_PATH}") from error
-        except ssl.SSLCertVerificationError as error:
-            problem = f"its certificate is not trusted ({error.verify_message})"
-            raise target.error(problem, f"check the address, or {_BY_PATH}") from error
-        except socket.gaierror as error:
-            raise _unreachable(target, allow_private) from error
-        except http.client.HTTPException as error:
-            raise target.error("the server's answer is not sound HTTP", f"check the address, or {_BY_PATH}") from error
-        except OSError as error:
-            reason = error.strerror or type(error).__name__
-            raise target.error(f"the connection failed ({reason})", f"try again, or {_BY_PATH}") from error
-        if isinstance(answer, bytes):
-            return answer
-        if answer in visited:
-            raise target.error("redirects in a circle", "check the address")
-        if len(visited) > max_redirects:
-            problem, hint = f"more than {max_redirects} redirects", "give the address that they end at"
-            raise MediaError(problem, file=redact_url(url), hint=hint)
-        visited.add(answer)
-        following = parse_url(answer)
-        if target.scheme == "https" and following.scheme == "http":
-            raise target.error(f"redirects from https to http ({following.display})", "give an https address")
-        target = following
+
+    def __init__(
+        self,
+        kind: str,
+        problem: str = "",
+        *,
+        is_transient: bool = False,
+        retry_after_s: float | None = None,
+        **details: Any,
+    ) -> None:
+        super().__init__(problem, **details)
+        self.kind, self.is_transient, self.retry_after_s = kind, is_transient, retry_after_s
 
 
-def _unreachable(target: Target, allow_private: bool) -> MediaError:
-    # One message for both cases, so that a client cannot find out which internal host names exist.
-    if allow_private:
-        return target.error("is unknown", "check the address", "host")
-    hint = f"check the address, {_BY_PATH}, or allow private addresses"
-    return target.error("is unknown, or has an address that is not public", hint, "host")
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A parsed and checked URL. `path` is percent-encoded and includes the query."""
+
+    scheme: str
+    host: str
+    port: int
+    path: str
+    url: str
+
+    def error(
+        self, kind: str, problem: str, hint: str = f"check the address, or {_DOWNLOAD}", **rest: Any
+    ) -> FetchError:
+        """Return an error that names this URL."""
+        return FetchError(kind, problem, file=redact_url(self.url), hint=hint, **rest)
+
+
+def parse_url(url: str) -> Target:
+    """Parse an http or https URL. Raises FetchError (`bad_url`) for other schemes and for URLs with credentials."""
+    file = redact_url(url)
+    try:
+        parts = urlsplit(url)
+        host = normal_host(parts.hostname or "")
+        port = parts.port
+    except ValueError as error:
+        raise FetchError("bad_url", f"not a valid URL ({error})", file=file, hint="check the address") from error
+    if parts.scheme not in ("http", "https"):
+        raise FetchError(
+            "bad_url", file=file, field="scheme", value=parts.scheme, expected="an http or https URL", hint=_DOWNLOAD
+        )
+    if not _HOST.fullmatch(host):
+        raise FetchError("bad_url", "no valid host", file=file, expected="http(s)://host/path")
+    if parts.username is not None or parts.password is not None:
+        raise FetchError("bad_url", "a user name or password in a URL is not supported", file=file, hint=_DOWNLOAD)
+    path = quote((parts.path or "/") + (f"?{parts.query}" if parts.query else ""), safe=string.punctuation)
+    return Target(parts.scheme, host, port or (443 if parts.scheme == "https" else 80), path, url)
+
+
+def redact_url(url: str) -> str:
+    """Return `url` for messages: printable, shortened, without query and credentials, which may be secret."""
+    if url[:5].lower() == "data:":
+        return url if len(url) <= 60 else f"{url[:40]}... ({len(url)} characters)"
+    plain = "".join(char if char.isprintable() else "_" for char in url)
+    scheme, mark, rest = plain.partition("://")
+    authority, slash, path = rest.partition("/")
+    plain = scheme + mark + authority.rpartition("@")[2] + slash + path
+    plain, mark, _ = plain.partition("?")
+    plain += "?..." if mark else ""
+    return plain if len(plain) <= 200 else f"{plain[:180]}... ({len(plain)} characters)"
 
 
 def data_url_bytes(url: str, *, max_bytes: int = DEFAULT_LIMITS.image_bytes) -> bytes:
-    """The content of a `data:` URL, base64 or percent-encoded. Raises MediaError when it is malformed or too large."""
+    """Decode a `data:` URL, base64 or percent-encoded. Raises MediaError if it is malformed or too large."""
     head, comma, payload = url.partition(",")
     if not comma or not head.lower().startswith("data:"):
         raise MediaError("not a data URL", file=redact_url(url), expected="data:image/png;base64,...")
@@ -307,207 +217,48 @@ def data_url_bytes(url: str, *, max_bytes: int = DEFAULT_LIMITS.image_bytes) -> 
                 raise _too_large(redact_url(url), max_bytes)
             content = base64.b64decode(packed + "=" * (-len(packed) % 4), validate=True)
         except (binascii.Error, UnicodeDecodeError) as error:
-            problem = f"its base64 is damaged ({error})"
-            raise MediaError(problem, file=redact_url(url), hint="encode the file again") from error
+            raise MediaError(f"invalid base64 ({error})", file=redact_url(url), hint="encode the file again") from error
     if len(content) > max_bytes:
         raise _too_large(redact_url(url), max_bytes)
     return content
 
 
-def redact_url(url: str) -> str:
-    """`url` as messages name it: without its query and credentials, which may be secret, and not endless."""
-    if url[:5].lower() == "data:":
-        return url if len(url) <= 60 else f"{url[:40]}... ({len(url)} characters)"
-    plain = "".join(char if char.isprintable() else "_" for char in url)
-    scheme, mark, rest = plain.partition("://")
-    authority, slash, path = rest.partition("/")
-    plain = scheme + mark + authority.rpartition("@")[2] + slash + path
-    plain, mark, _ = plain.partition("?")
-    plain += "?..." if mark else ""
-    return plain if len(plain) <= 200 else f"{plain[:180]}... ({len(plain)} characters)"
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """One URL, taken apart and checked; `path` is ready to be sent."""
-
-    scheme: str
-    host: str
-    port: int
-    path: str
-    url: str
-
-    @property
-    def display(self) -> str:
-        """The address as messages name it."""
-        return redact_url(self.url)
-
-    def error(self, problem: str, hint: str, field: str | None = None) -> MediaError:
-        """An error that names this URL."""
-        return MediaError(problem, file=self.display, field=field, hint=hint)
-
-
-def parse_url(url: str) -> Target:
-    """The parts of an http or https address. Raises MediaError for any other, and for one with credentials."""
-    try:
-        parts = urlsplit(url)
-        host = normal_host(parts.hostname or "")
-        port = parts.port
-    except ValueError as error:
-        raise MediaError(f"not a valid URL ({error})", file=redact_url(url), hint="check the address") from error
-    if parts.scheme not in ("http", "https"):
-        expected = "an http or https address"
-        raise MediaError(file=redact_url(url), field="scheme", value=parts.scheme, expected=expected, hint=_BY_PATH)
-    if not _HOST.fullmatch(host):
-        raise MediaError("names no valid host", file=redact_url(url), expected="http(s)://host/path")
-    if parts.username is not None or parts.password is not None:
-        raise MediaError("holds a user name or password, which is not supported", file=redact_url(url), hint=_BY_PATH)
-    path = quote((parts.path or "/") + (f"?{parts.query}" if parts.query else ""), safe=string.punctuation)
-    return Target(parts.scheme, host, port or (443 if parts.scheme == "https" else 80), path, url)
-
-
-def _ask(target: Target, until: float, max_bytes: int, allow_private: bool, cancelled: IsCancelled) -> bytes | str:
-    """One request. Returns the body, or the absolute URL that the server redirects to."""
-    addresses = resolve(target.host, target.port, until)
-    if not allow_private and not all(is_public(address[0]) for *_, address in addresses):
-        raise _unreachable(target, allow_private)
-    connection = PinnedConnection(target.host, target.port, addresses, secure=target.scheme == "https", until=until)
-    try:
-        connection.request(
-            "GET", target.path, headers={"User-Agent": "vila", "Accept-Encoding": "identity", "Connection": "close"}
-        )
-        response = connection.getresponse()
-        if response.status in _REDIRECTS and (location := response.getheader("Location")):
-            # Headers arrive as latin-1; bytes beyond ASCII are sent back as they came, percent-encoded.
-            return urljoin(target.url, quote(location.strip(), safe=string.punctuation, encoding="latin-1"))
-        if response.status != 200:
-            raise target.error(f"the server answered {_status(response)}", f"check the address, or {_BY_PATH}")
-        if (response.getheader("Content-Encoding") or "identity").lower() != "identity":
-            raise target.error("the server sent an encoding that was not asked for", _BY_PATH)
-        body = bytearray()
-        for piece in _pieces(response, max_bytes):
-            if cancelled():
-                raise CancelledError("fetching was cancelled", file=target.display)
-            body += piece
-            if len(body) > max_bytes:
-                raise _too_large(target.display, max_bytes)
-        return bytes(body)
-    except _TooLarge:
-        raise _too_large(target.display, max_bytes) from None
-    finally:
-        connection.close()
-
-
-def _status(response: http.client.HTTPResponse) -> str:
-    # With the standard's phrase, not the server's own.
-    try:
-        return f"{response.status} {HTTPStatus(response.status).phrase}"
-    except ValueError:
-        return str(response.status)
-
-
-class _TooLarge(Exception):
-    """The body announces more bytes than the limit."""
-
-
-_LENGTH = re.compile(r"[0-9]{1,18}")
-_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,16})[ \t]*(;[^\r\n]*)?\r?\n")
-_MAX_LINE = 4096
-_MAX_TRAILERS = 100
-
-
-def _pieces(response: http.client.HTTPResponse, max_bytes: int) -> Iterator[bytes]:
-    """The body in pieces of at most 64 KiB. Raises HTTPException when it does not end as its headers or chunks say.
-
-    `http.client` would take any text that `int` takes for a length, and reads to the end of the stream for a negative
-    one, past every limit.
-    """
-    coding = (response.getheader("Transfer-Encoding") or "").strip().lower()
-    if coding == "chunked":
-        yield from _dechunked(response, max_bytes)
-        return
-    lengths = {length.strip() for length in response.headers.get_all("Content-Length", [])}
-    if coding or len(lengths) > 1 or not all(map(_LENGTH.fullmatch, lengths)):
-        raise http.client.HTTPException("contradictory or malformed length of the body")
-    promised = int(lengths.pop()) if lengths else None
-    if promised is not None and promised > max_bytes:
-        raise _TooLarge
-    received = 0
-    while piece := response.read(_CHUNK):
-        received += len(piece)
-        yield piece
-    if promised is not None and received != promised:
-        raise http.client.IncompleteRead(b"", promised - received)
-
-
-def _dechunked(response: http.client.HTTPResponse, max_bytes: int) -> Iterator[bytes]:
-    """The body of a response in chunked transfer coding (RFC 9112, 7.1); extensions and trailers are dropped."""
-    stream, left, framing = response.fp, max_bytes, max_bytes + (1 << 16)
-
-    def line() -> bytes:
-        nonlocal framing
-        text = stream.readline(_MAX_LINE)
-        framing -= len(text)
-        if not text.endswith(b"\n") or framing < 0:
-            raise http.client.HTTPException("malformed chunk")
-        return text
-
-    while True:
-        match = _CHUNK_SIZE.fullmatch(line())
-        if match is None:
-            raise http.client.HTTPException("malformed chunk size")
-        size = int(match[1], 16)
-        if size > left:
-            raise _TooLarge
-        left -= size
-        if not size:
-            break
-        while size:
-            piece = stream.read(min(size, _CHUNK))
-            if not piece:
-                raise http.client.IncompleteRead(b"", size)
-            size -= len(piece)
-            yield piece
-        if line() not in (b"\r\n", b"\n"):
-            raise http.client.HTTPException("chunk longer than its size")
-    for _ in range(_MAX_TRAILERS):
-        if line() in (b"\r\n", b"\n"):
-            return
-    raise http.client.HTTPException("too many trailers")
-
-
-def _too_large(name: str, max_bytes: int) -> MediaError:
-    expected = f"at most {max_bytes:,} bytes"
-    return MediaError(
-        "too many bytes", file=name, field="max_bytes", expected=expected, hint=f"shrink it, or {_BY_PATH}"
+def _too_large(name: str, max_bytes: int) -> FetchError:
+    return FetchError(
+        "too_large",
+        "too many bytes",
+        file=name,
+        field="max_bytes",
+        expected=f"at most {max_bytes:,} bytes",
+        hint=f"shrink it, or {_DOWNLOAD}",
     )
 
 
-# --- checked_network
-# Connections of `vila.media.bulk_download`: names resolved once, addresses checked, the checked address dialled.
-
+# Connections
 
 _REMEMBER_S = 300.0
-_LOOK_UPS = 32
+_MAX_LOOKUPS = 32
+_FRAMING_BYTES = 1 << 17
 
 
 class PrivateAddressError(Exception):
-    """A host whose address is not public; the text names both."""
+    """A host has an address that is not public."""
 
 
 class CheckedNetwork(httpcore2.AsyncNetworkBackend):
-    """Resolves a host, refuses it when any address is not public, and connects to one of the very addresses checked.
+    """Network backend that resolves a host, refuses it if any address is not public, and connects to one of them.
 
-    TLS still verifies the name. Answers are remembered for five minutes, so a name that changes its address between
-    two requests is checked again.
+    The name is never resolved a second time for the connection, so DNS rebinding has no effect. TLS still verifies the
+    name. Addresses are cached for five minutes.
+    max_bytes: a response that has received more than twice as many, framing included, is ended.
     """
 
-    def __init__(self, *, allow_private: bool) -> None:
+    def __init__(self, *, allow_private: bool, max_bytes: int) -> None:
         self._allow_private = allow_private
-        self._below = httpcore2.AnyIOBackend()
-        self._known: dict[str, tuple[float, asyncio.Future[list[str]]]] = {}
-        # The loop's own executor has few threads, and getaddrinfo holds one for as long as a dead name server takes.
-        self._threads = ThreadPoolExecutor(_LOOK_UPS, thread_name_prefix="vila-resolve")
+        self._max_received = 2 * max_bytes + _FRAMING_BYTES
+        self._backend = httpcore2.AnyIOBackend()
+        self._known: dict[str, tuple[float, asyncio.Task[list[str]]]] = {}
+        self._lookups = asyncio.Semaphore(_MAX_LOOKUPS)
 
     async def connect_tcp(
         self,
@@ -517,56 +268,365 @@ class CheckedNetwork(httpcore2.AsyncNetworkBackend):
         local_address: str | None = None,
         socket_options: Iterable[httpcore2.SOCKET_OPTION] | None = None,
     ) -> httpcore2.AsyncNetworkStream:
-        """Connect within `timeout` seconds, name lookup included. Raises PrivateAddressError, or httpcore2's errors."""
+        """Connect within `timeout` seconds, name lookup included.
+
+        Raises PrivateAddressError, OSError from the lookup, TimeoutError, and httpcore2's errors.
+        """
         until = time.monotonic() + (timeout or 3600)
-        try:
-            addresses = await asyncio.wait_for(asyncio.shield(self._addresses(host)), until - time.monotonic())
-        except TimeoutError as error:
-            raise httpcore2.ConnectTimeout(f"{host}: name lookup") from error
-        for address in addresses:
-            if not (self._allow_private or is_public(address)):
-                raise PrivateAddressError(f"{host} is {address}, which is not a public address")
-        failure: Exception = httpcore2.ConnectError(f"{host} has no address")
+        async with asyncio.timeout(timeout):
+            addresses = await asyncio.shield(self._resolve(host))
+        if not (self._allow_private or all(map(is_public, addresses))):
+            raise PrivateAddressError
+        failure: Exception = httpcore2.ConnectError("the host has no address")
         for tried, address in enumerate(addresses):
+            # An address that does not answer leaves time for the others.
             left = (until - time.monotonic()) / (len(addresses) - tried)
             if left <= 0:
                 break
             try:
-                return await self._below.connect_tcp(address, port, left, local_address, socket_options)
+                stream = await self._backend.connect_tcp(address, port, left, local_address, socket_options)
+                return _LimitedStream(stream, self._max_received)
             except (httpcore2.ConnectError, httpcore2.ConnectTimeout) as error:
                 failure = error
         raise failure
 
-    async def connect_unix_socket(
-        self, path: str, timeout: float | None = None, socket_options: Iterable[httpcore2.SOCKET_OPTION] | None = None
-    ) -> httpcore2.AsyncNetworkStream:
-        """Never: the web is not behind a socket file."""
-        raise PrivateAddressError(f"{path}: a socket file, which is not a public address")
-
     async def sleep(self, seconds: float) -> None:
-        """Wait."""
+        """Sleep."""
         await asyncio.sleep(seconds)
 
-    def close(self) -> None:
-        """Let go of the threads that look names up."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
-
-    def _addresses(self, host: str) -> asyncio.Future[list[str]]:
+    def _resolve(self, host: str) -> asyncio.Task[list[str]]:
         now = time.monotonic()
-        known = self._known.get(host)
-        if known is not None and known[0] > now and not _failed(known[1]):
-            return known[1]
-        if len(self._known) > 50_000:
-            self._known.clear()
-        found = asyncio.get_running_loop().run_in_executor(self._threads, _look_up, host)
-        self._known[host] = (now + _REMEMBER_S, found)
-        return found
+        expires, lookup = self._known.get(host, (0.0, None))
+        if lookup is None or expires <= now or (lookup.done() and (lookup.cancelled() or lookup.exception())):
+            if len(self._known) > 50_000:
+                self._known.clear()
+            lookup = asyncio.create_task(self._look_up(host))
+            lookup.add_done_callback(lambda task: task.cancelled() or task.exception())  # retrieved, so not logged
+            self._known[host] = (now + _REMEMBER_S, lookup)
+        return lookup
+
+    async def _look_up(self, host: str) -> list[str]:
+        loop = asyncio.get_running_loop()
+        found: asyncio.Future[list[str]] = loop.create_future()
+
+        def look_up() -> None:
+            try:
+                entries = socket.getaddrinfo(host.strip("[]"), None, type=socket.SOCK_STREAM)
+                settle, result = found.set_result, list(dict.fromkeys(str(entry[4][0]) for entry in entries))
+            except OSError as error:
+                settle, result = found.set_exception, error  # type: ignore[assignment]
+            with suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(lambda: found.done() or settle(result))
+
+        async with self._lookups:
+            # getaddrinfo has no timeout. A daemon thread, unlike an executor's, does not delay the end of the process.
+            threading.Thread(target=look_up, name="vila-resolve", daemon=True).start()
+            return await found
 
 
-def _failed(future: asyncio.Future[list[str]]) -> bool:
-    return future.done() and (future.cancelled() or future.exception() is not None)
+class _LimitedStream(httpcore2.AsyncNetworkStream):
+    """Network stream that ends after `max_received` bytes of one response: chunk extensions have no limit otherwise."""
+
+    def __init__(self, stream: httpcore2.AsyncNetworkStream, max_received: int) -> None:
+        self._stream, self._max_received, self._received = stream, max_received, 0
+
+    async def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        content = await self._stream.read(max_bytes, timeout)
+        self._received += len(content)
+        if self._received > self._max_received:
+            raise httpcore2.ReadError("too much data for one response")
+        return content
+
+    async def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        self._received = 0
+        await self._stream.write(buffer, timeout)
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+    async def start_tls(
+        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
+    ) -> httpcore2.AsyncNetworkStream:
+        stream = await self._stream.start_tls(ssl_context, server_hostname, timeout)
+        return _LimitedStream(stream, self._max_received)
+
+    def get_extra_info(self, info: str) -> Any:
+        return self._stream.get_extra_info(info)
 
 
-def _look_up(host: str) -> list[str]:
-    found = socket.getaddrinfo(host.strip("[]"), None, type=socket.SOCK_STREAM)
-    return list(dict.fromkeys(str(entry[4][0]) for entry in found))
+@lru_cache(maxsize=1)
+def tls_context() -> ssl.SSLContext:
+    """TLS context that verifies certificates and host names against the system's authorities."""
+    return ssl.create_default_context()
+
+
+# Client
+
+_REDIRECTS = (301, 302, 303, 307, 308)
+_TRANSIENT_STATUSES = (408, 425, 429, 500, 502, 503, 504)
+_NOAI_TAGS = ("noai", "noimageai")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HTTPOptions:
+    """Limits and identity of an `HTTPClient`."""
+
+    max_connections: int = 256
+    """Maximum number of concurrent requests, over all hosts."""
+    connect_timeout_s: float = 5.0
+    """Seconds for name lookup and TCP connection, and again for the TLS handshake."""
+    read_timeout_s: float = 10.0
+    """Seconds without any data before a request fails."""
+    total_timeout_s: float = 30.0
+    """Seconds for one attempt: redirects and the complete body included, waiting for the rate limiter not included."""
+    max_bytes: int = 20 * 2**20
+    """Maximum size of a body in bytes."""
+    max_redirects: int = 5
+    """Maximum number of redirects of one attempt."""
+    allow_private: bool = False
+    """Also connect to addresses that are not public: this machine and its network."""
+    respect_noai: bool = False
+    """Refuse responses whose `X-Robots-Tag` header contains `noai` or `noimageai`."""
+    user_agent: str = "vila"
+    """User-Agent header; name a contact here for large downloads."""
+
+
+class HTTPClient:
+    """GET requests over shared connections. Use as `async with HTTPClient(options) as client`.
+
+    limiter: called with the host of each request, redirects included; returns a context manager that is held meanwhile.
+    """
+
+    def __init__(
+        self, options: HTTPOptions, limiter: Callable[[str], AbstractAsyncContextManager[None]] | None = None
+    ) -> None:
+        self._options = options
+        self._limiter = limiter or (lambda _: nullcontext())
+        self._pool = httpcore2.AsyncConnectionPool(
+            ssl_context=tls_context(),
+            max_connections=options.max_connections,
+            max_keepalive_connections=options.max_connections // 2,
+            keepalive_expiry=5.0,
+            http1=True,
+            http2=False,
+            network_backend=CheckedNetwork(allow_private=options.allow_private, max_bytes=options.max_bytes),
+        )
+
+    async def __aenter__(self) -> HTTPClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._pool.aclose()
+
+    async def get(self, url: str, *, allowed_domains: Sequence[str] = (), cancelled: IsCancelled = never) -> bytes:
+        """Return the complete body of `url`, following redirects.
+
+        allowed_domains: see `is_allowed`; checked at each redirect too, like the address.
+        cancelled:       called after each chunk of the body.
+        Raises FetchError, and CancelledError once `cancelled` returns True.
+        """
+        target, visited, left = parse_url(url), {url}, self._options.total_timeout_s
+        while True:
+            if not is_allowed(target.host, allowed_domains):
+                hint = "use an allowed host, or a data: URL"
+                raise target.error("host_not_allowed", "not one of the allowed media domains", hint, field="host")
+            async with self._limiter(target.host):
+                began = time.monotonic()
+                with self._translated_errors(target):
+                    async with asyncio.timeout(left):
+                        body, location = await self._request(target, cancelled)
+                left -= time.monotonic() - began
+            if location is None:
+                return body
+            if location in visited:
+                raise target.error("redirect", "circular redirect")
+            if len(visited) > self._options.max_redirects:
+                problem = f"more than {self._options.max_redirects} redirects"
+                raise parse_url(url).error("redirect", problem, "give the final address")
+            visited.add(location)
+            following = parse_url(location)
+            if target.scheme == "https" and following.scheme == "http":
+                raise following.error("redirect", "redirect from https to http", "give an https address")
+            target = following
+
+    async def _request(self, target: Target, cancelled: IsCancelled) -> tuple[bytes, str | None]:
+        """Send one request. Returns the body, or the absolute URL that the server redirects to."""
+        options = self._options
+        timeouts = {"connect": options.connect_timeout_s, "read": options.read_timeout_s,
+                    "write": options.read_timeout_s}  # fmt: skip
+        request = self._pool.stream(
+            "GET",
+            httpcore2.URL(scheme=target.scheme, host=target.host, port=target.port, target=target.path),
+            headers={"Host": _host_header(target), "User-Agent": options.user_agent, "Accept-Encoding": "identity"},
+            extensions={"timeout": timeouts},
+        )
+        async with request as response:
+            headers = _joined_headers(response.headers)
+            if response.status in _REDIRECTS and (location := headers.get("location")):
+                # Headers are decoded as latin-1; bytes beyond ASCII are sent back percent-encoded.
+                return b"", urljoin(target.url, quote(location.strip(), safe=string.punctuation, encoding="latin-1"))
+            self._check_head(target, response.status, headers)
+            body = bytearray()
+            async for chunk in response.aiter_stream():
+                if cancelled():
+                    raise CancelledError("fetching was cancelled", file=redact_url(target.url))
+                body += chunk
+                if len(body) > options.max_bytes:
+                    raise _too_large(redact_url(target.url), options.max_bytes)
+            return bytes(body), None
+
+    def _check_head(self, target: Target, status: int, headers: dict[str, str]) -> None:
+        if status != 200:
+            raise target.error(
+                f"http_{status}",
+                f"HTTP status {_status_text(status)}",
+                is_transient=status in _TRANSIENT_STATUSES,
+                retry_after_s=retry_after_s(headers.get("retry-after"), time.time()) if status in (429, 503) else None,
+            )
+        length = headers.get("content-length", "")
+        if length.isdecimal() and int(length) > self._options.max_bytes:
+            raise _too_large(redact_url(target.url), self._options.max_bytes)
+        if headers.get("content-encoding", "identity").lower() != "identity":
+            raise target.error("encoding", "the server sent a content encoding that was not requested", _DOWNLOAD)
+        tags = re.split(r"[:, ]+", headers.get("x-robots-tag", "").lower())
+        if self._options.respect_noai and any(tag in tags for tag in _NOAI_TAGS):
+            raise target.error("noai", "its X-Robots-Tag header forbids use for training")
+
+    @contextmanager
+    def _translated_errors(self, target: Target) -> Iterator[None]:
+        """Raise FetchError for errors of the network and of the protocol."""
+        try:
+            yield
+        except (TimeoutError, httpcore2.TimeoutException) as error:
+            expected = f"a complete response within {self._options.total_timeout_s:g} s"
+            raise target.error(
+                "timeout", "timed out", f"try again, or {_DOWNLOAD}", expected=expected, is_transient=True
+            ) from error
+        except PrivateAddressError as error:
+            raise self._unreachable(target, "private_address") from error
+        except socket.gaierror as error:
+            again = error.errno == socket.EAI_AGAIN
+            raise self._unreachable(target, "unknown_host", is_transient=again) from error
+        except (httpcore2.ProtocolError, httpcore2.UnsupportedProtocol) as error:
+            raise target.error("connection", "the response is not valid HTTP", is_transient=True) from error
+        except (httpcore2.NetworkError, OSError) as error:
+            causes = list(_causes(error))
+            untrusted = next((one for one in causes if isinstance(one, ssl.SSLCertVerificationError)), None)
+            if untrusted:
+                problem = f"its certificate is not trusted ({untrusted.verify_message})"
+                raise target.error("tls", problem) from error
+            # The text of the operating system for the error number: the exception's own text may contain an address.
+            number = next((one.errno for one in causes if isinstance(one, OSError) and one.errno), None)
+            reason = "the peer closed it" if number is None else os.strerror(number)
+            problem, hint = f"the connection failed ({reason})", f"try again, or {_DOWNLOAD}"
+            raise target.error("connection", problem, hint, is_transient=True) from error
+
+    def _unreachable(self, target: Target, kind: str, **rest: Any) -> FetchError:
+        # One message for both cases: a client of a server must not learn which internal host names exist.
+        if self._options.allow_private:
+            return target.error(kind, "unknown host", "check the address", field="host", **rest)
+        hint = f"check the address, {_DOWNLOAD}, or allow private addresses"
+        return target.error(kind, "unknown host, or an address that is not public", hint, field="host", **rest)
+
+
+def fetch(
+    url: str,
+    *,
+    max_bytes: int = DEFAULT_LIMITS.image_bytes,
+    timeout_s: float = DEFAULT_LIMITS.image_fetch_s,
+    max_redirects: int = 5,
+    allow_private: bool = False,
+    allowed_domains: Sequence[str] = (),
+    cancelled: IsCancelled = never,
+) -> bytes:
+    """Return the complete body of `url`; blocks. `timeout_s` limits everything together, name lookup included.
+
+    See `HTTPOptions` and `HTTPClient.get` for the other arguments and for the errors.
+    """
+    options = HTTPOptions(
+        max_connections=1,
+        connect_timeout_s=timeout_s,
+        read_timeout_s=timeout_s,
+        total_timeout_s=timeout_s,
+        max_bytes=max_bytes,
+        max_redirects=max_redirects,
+        allow_private=allow_private,
+    )
+
+    async def get() -> bytes:
+        async with HTTPClient(options) as client:
+            return await client.get(url, allowed_domains=allowed_domains, cancelled=cancelled)
+
+    return _run(get())
+
+
+def api_client(*, max_connections: int, connect_timeout_s: float, read_timeout_s: float) -> httpx2.Client:
+    """Return a blocking client for a server that the user names, which may be private: no address check.
+
+    Redirects are not followed, because they would carry the API key to another host.
+    """
+    import httpx2
+
+    return httpx2.Client(
+        verify=tls_context(),
+        trust_env=False,
+        timeout=httpx2.Timeout(read_timeout_s, connect=connect_timeout_s, pool=None),
+        limits=httpx2.Limits(max_connections=max_connections),
+        headers={"User-Agent": "vila", "Accept-Encoding": "identity"},
+    )
+
+
+def retry_after_s(value: str | None, now: float) -> float | None:
+    """Parse a Retry-After header, seconds or a date (RFC 9110, 10.2.3). None if it is absent or malformed.
+
+    now: Unix time.
+    """
+    if value is None:
+        return None
+    if value.strip().isdigit():
+        return float(value)
+    try:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - now)
+    except ValueError:
+        return None
+
+
+def _run(work: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine to its end, also where the calling thread has a running event loop (a notebook)."""
+    is_running = True
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        is_running = False
+    if not is_running:  # not in the `except` block, whose error would become the context of those raised here
+        return asyncio.run(work)
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(asyncio.run, work).result()
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _joined_headers(listed: Sequence[tuple[bytes, bytes]]) -> dict[str, str]:
+    headers: dict[str, str] = {}
+    for name, value in ((name.decode("latin-1").lower(), value.decode("latin-1")) for name, value in listed):
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    return headers
+
+
+def _host_header(target: Target) -> str:
+    host = f"[{target.host}]" if ":" in target.host else target.host
+    return host if target.port == {"http": 80, "https": 443}[target.scheme] else f"{host}:{target.port}"
+
+
+def _status_text(status: int) -> str:
+    # The standard's phrase, not the server's.
+    try:
+        return f"{status} {HTTPStatus(status).phrase}"
+    except ValueError:
+        return str(status)

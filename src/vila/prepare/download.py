@@ -24,7 +24,7 @@ from vila.core.files import try_lock
 from vila.core.progress import SILENT, Events, task
 from vila.core.reading import Fields, parse_json
 from vila.core.types import Image
-from vila.media.bulk_download import DEFAULT_OPTIONS, BulkDownloader, DownloadOptions, spread_by_host
+from vila.media.bulk_download import DEFAULT_OPTIONS, BulkDownloader, DownloadOptions, interleave_hosts
 from vila.media.image import ORIENTATION, open_image, orientation_of
 from vila.media.limits import DEFAULT_LIMITS
 from vila.prepare.shards import TarSample
@@ -275,8 +275,8 @@ class DownloadJob:
 def download_units(units: Mapping[str, Path], job: DownloadJob, events: Events = SILENT) -> None:
     """Bring every unit that is not finished to its part. Call again after any kind of death: it goes on.
 
-    After a kill, at most the `rules.concurrency` downloads that had not been synced are repeated. What a finished part
-    holds does not depend on how often it was interrupted, as long as the servers answer the same.
+    After a kill, at most the `rules.max_connections` downloads that had not been synced are repeated. What a finished
+    part holds does not depend on how often it was interrupted, as long as the servers answer the same.
     """
     todo = {name: path for name, path in units.items() if not is_finished(job.out, name)}
     if todo:
@@ -289,7 +289,7 @@ def download_units(units: Mapping[str, Path], job: DownloadJob, events: Events =
 
 async def _download(units: Mapping[str, Path], job: DownloadJob, events: Events) -> None:
     queue = iter(units.items())
-    slots = asyncio.Semaphore(job.rules.concurrency)
+    slots = asyncio.Semaphore(job.rules.max_connections)
     with ThreadPoolExecutor(_DECODERS, thread_name_prefix="vila-decode") as decoders:
         async with BulkDownloader(job.rules) as fetcher:
             worker = _Worker(job, fetcher, slots, decoders, events)
@@ -319,7 +319,7 @@ class _Worker:
                 lost = f"the last {spool.dropped_bytes:,} bytes of the journal are damaged"
                 self.events.log(f"{name}: {lost}; their downloads are repeated")
             urls = await asyncio.to_thread(_urls, path, self.job.read_pages)
-            await self._fetch_all([url for url in spread_by_host(urls) if url not in spool], spool)
+            await self._fetch_all([url for url in interleave_hosts(urls) if url not in spool], spool)
             counts = await asyncio.to_thread(_write, name, path, self.job, spool)
         (self.job.out / "parts" / f"{name}.spool").unlink()
         self.events.log(f"{name}: {counts}")
@@ -351,7 +351,7 @@ class _Worker:
             await asyncio.gather(*flying, return_exceptions=True)
 
     async def _fetch(self, url: str) -> tuple[str, DownloadedImage | Failure]:
-        fetched = await self.fetcher.fetch(url)
+        fetched = await self.fetcher.download(url)
         if fetched.content is None:
             return url, Failure(fetched.kind, fetched.reason, fetched.attempts)
         store = partial(encode_image, fetched.content, self.job.resize, self.job.max_pixels)
