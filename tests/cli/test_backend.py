@@ -63,21 +63,20 @@ def test_chat_takes_the_flags(vila, wide):
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("flags", "field"),
     [
-        (("--lm-head-bits", "7", "--backend", "onnx"), "--lm-head-bits 7: 4, 8 or 32"),
-        (("--lm-head-bits", "8"), "--lm-head-bits 8 is an option of --backend onnx"),
-        (("--activation-bits", "4", "--backend", "onnx"), "--activation-bits 4: 8, 16 or 32"),
-        (("--activation-bits", "16", "--backend", "torch"), "--activation-bits 16 is an option of --backend onnx"),
-        (("--prompt-lookup-tokens", "-1"), "prompt_lookup_tokens=-1"),
-        (("--backend", "tensorrt"), "unknown backend 'tensorrt'"),
+        (("--lm-head-bits", "7", "--backend", "onnx"), "--lm-head-bits"),
+        (("--lm-head-bits", "8"), "--lm-head-bits"),
+        (("--activation-bits", "4", "--backend", "onnx"), "--activation-bits"),
+        (("--activation-bits", "16", "--backend", "torch"), "--activation-bits"),
+        (("--prompt-lookup-tokens", "-1"), None),
+        (("--backend", "tensorrt"), "--backend"),
     ],
 )
-def test_impossible_flags_are_refused_before_anything_is_read(vila, flags, message, monkeypatch):
+def test_impossible_flags_are_refused_before_anything_is_read(vila_error, flags, field, monkeypatch):
     monkeypatch.setattr("vila.model.loading.open_checkpoint", None)
-    code, _, err = vila("run", "no-such-model", "-p", "x", *flags)
-    assert code == 2
-    assert message in err
+    error = vila_error("run", "no-such-model", "-p", "x", *flags)
+    assert (error.exit_code, error.field) == (2, field)
 
 
 def test_without_onnxruntime_the_remedy_is_named(vila, tmp_path, monkeypatch):
@@ -88,7 +87,5 @@ def test_without_onnxruntime_the_remedy_is_named(vila, tmp_path, monkeypatch):
     assert "pip install 'vila-vlm[onnx]'" in err
 
 
-def test_eval_refuses_a_backend_that_cannot_be(vila, wide, tmp_path):
-    code, _, err = vila("eval", wide, "--data", tmp_path, "--lm-head-bits", 8)
-    assert code == 2
-    assert "--lm-head-bits 8 is an option of --backend onnx" in err
+def test_eval_refuses_an_impossible_backend(vila_error, wide, tmp_path):
+    assert vila_error("eval", wide, "--data", tmp_path, "--lm-head-bits", 8).field == "--lm-head-bits"

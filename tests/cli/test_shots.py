@@ -40,23 +40,23 @@ def test_folding_stops_at_other_words_and_at_the_end_of_options():
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("words", "problem"),
     [
-        (("image=a.png",), "no text, which is the answer to learn from; write --shot image=a.png text="),
-        (("image=a.png", "text= "), "no text"),
-        (("image=a.png", "txt=a"), "unknown key 'txt' (known: image, question, text)"),
-        (("image=a.png txt=a circle",), "unknown key 'txt'"),
-        (("answer=a",), "unknown key 'answer'"),
-        (("a.png::what?::a",), "'a.png::what?::a' is not of the form key=value"),
-        (("text=a", "text=b"), "text= is given twice"),
-        (("image=", "text=a"), "image= names no file"),
+        (("image=a.png",), "text="),
+        (("image=a.png", "text= "), "text="),
+        (("image=a.png", "txt=a"), "'txt'"),
+        (("image=a.png txt=a circle",), "'txt'"),
+        (("answer=a",), "'answer'"),
+        (("a.png::what?::a",), "'a.png::what?::a'"),
+        (("text=a", "text=b"), "text="),
+        (("image=", "text=a"), "image="),
     ],
 )
-def test_a_bad_shot_is_told_with_the_words_that_were_given(words, message):
-    with pytest.raises(ConfigError) as told:
+def test_errors_of_a_shot_name_the_key_and_the_given_words(words, problem):
+    with pytest.raises(ConfigError) as caught:
         parsed("--shot", *words)
-    assert str(told.value).startswith(f"--shot {' '.join(words)}: ")
-    assert message in str(told.value)
+    assert (caught.value.field, caught.value.value) == ("--shot", " ".join(words))
+    assert problem in caught.value.problem
 
 
 def test_shots_become_turns_before_the_question():
@@ -78,8 +78,9 @@ def test_a_shot_that_repeats_the_prompt_puts_its_picture_at_the_prompts_marker()
     question = Question("look: <image> what?", [B])
     first, _, _ = build_conversation(question, "\n", shots=[Shot("1", A)])
     assert first == Message.of("user", "look: ", A, " what?")
-    with pytest.raises(MediaError, match="--shot 1: 1 <image> marker but 0 images given"):
+    with pytest.raises(MediaError) as caught:
         build_conversation(question, "\n", shots=[Shot("1")])
+    assert caught.value.field == "--shot 1"
 
 
 def test_the_command_shows_the_model_its_shots(vila, model, picture, tmp_path):

@@ -7,7 +7,7 @@ import torch
 
 from tests.engine.fixtures import MODELS, QUESTIONS, ask
 from tests.engine.onnx_fixtures import onnx_engine, torch_engine
-from vila.core.errors import ConfigError
+from vila.core.errors import MISSING, ConfigError
 from vila.core.types import Message
 from vila.engine.engine import Engine
 
@@ -70,18 +70,19 @@ def test_a_checkpoint_loads_with_the_onnx_backend(saved):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "field", "value"),
     [
-        ({"backend": "tensorflow"}, "backend='tensorflow': 'auto', 'torch' or 'onnx'"),
-        ({"backend": "onnx", "device": "cuda"}, "not on 'cuda'"),
-        ({"head_bits": 8}, "head_bits=8 is an option of backend='onnx'"),
-        ({"backend": "torch", "threads": 2}, "threads=2 is an option of backend='onnx'"),
-        ({"backend": "onnx", "head_bits": 7}, "head_bits=7"),
+        ({"backend": "tensorflow"}, "backend", "tensorflow"),
+        ({"backend": "onnx", "device": "cuda"}, "backend", MISSING),
+        ({"head_bits": 8}, "head_bits", 8),
+        ({"backend": "torch", "threads": 2}, "threads", 2),
+        ({"backend": "onnx", "head_bits": 7}, "head_bits", 7),
     ],
 )
-def test_impossible_backends_are_refused(saved, options, message):
-    with pytest.raises(ConfigError, match=message):
+def test_impossible_backends_are_refused(saved, options, field, value):
+    with pytest.raises(ConfigError) as caught:
         Engine.load(saved, **options)
+    assert (caught.value.field, caught.value.value) == (field, value)
 
 
 def test_the_threads_are_those_asked_for_or_those_of_torch(saved):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vila.cli import options
+from vila.cli.options import CheckpointOptions, with_option_groups
 from vila.core.errors import ConfigError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -61,8 +62,8 @@ def decode(
         int, typer.Option(help="Inputs of a group of 4-bit weights; 0: 128, or 64 where 128 does not fit.", min=0)
     ] = 0,
     backend: options.BackendFlag = options.Backend.AUTO,
-    lm_head_bits: options.LMHeadBits = None,
-    activation_bits: options.ActivationBits = None,
+    lm_head_bits: options.LMHeadBits = 0,
+    activation_bits: options.ActivationBits = 0,
     threads: options.Threads = None,
     device: options.DeviceFlag = options.Device.AUTO,
     input_len: Annotated[
@@ -89,7 +90,7 @@ def decode(
     """Measure prompts and steps: vila bench decode --shape tinyllama, or vila bench decode MODEL"""
     import json
 
-    from vila.cli.options import Loading, check_backend_flags, choose_device, take_threads
+    from vila.cli.options import LoadOptions, check_backend_flags, choose_device, set_num_threads
     from vila.cli.progress import Screen
     from vila.core.files import write_json
     from vila.core.system import system_info, version
@@ -99,11 +100,10 @@ def decode(
     if model and (precision or group_size):
         raise ConfigError("--precision and --group-size are of a --shape; a checkpoint has its own")
     where = choose_device(device.value)
-    chosen: dict[str, Any] = {"backend": backend.value, "head_bits": lm_head_bits or 0}
-    chosen["activation_bits"] = activation_bits or 0
-    check_backend_flags(Loading(model, **chosen), where)
+    chosen: dict[str, Any] = {"backend": backend, "head_bits": lm_head_bits, "activation_bits": activation_bits}
+    check_backend_flags(LoadOptions(backend=backend, lm_head_bits=lm_head_bits, activation_bits=activation_bits), where)
     _check_shapes(shape or [], precision or [Precision.INT4], group_size)
-    take_threads(threads or 0)
+    set_num_threads(threads)
     loads = _loads(input_len or [16], batch_size or [1], output_len, num_iters, check_tokens)
     results: list[Result] = []
     with Screen() as screen:
@@ -156,10 +156,10 @@ def _models(
     import torch
 
     if model:
-        from vila.cli.options import Loading, open_model
+        from vila.cli.options import open_model
         from vila.model.loading import build_model, choose_dtype
 
-        checkpoint = open_model(Loading(model))
+        checkpoint = open_model(model)
         yield Path(model).name, build_model(checkpoint, choose_dtype("auto", device), device)
         return
     from vila.bench.model_shapes import SHAPES, random_model
@@ -206,6 +206,7 @@ def _threads() -> int:
 WAYS = ("full", "rtn", "awq", "awq-images", "best")
 
 
+@with_option_groups
 def quality(
     model: options.RequiredModel,
     out: Annotated[
@@ -242,9 +243,7 @@ def quality(
         Path | None, typer.Option(help="easy-VQA folder; without it no questions are asked.", show_default=False)
     ] = None,
     limit: Annotated[int, typer.Option(help="Take about this many questions; 0 takes all.", min=0)] = 1000,
-    template: options.Template = "",
-    model_base: options.ModelBase = "",
-    revision: options.Revision = "",
+    checkpoint_options: CheckpointOptions = options.CHECKPOINT,
 ) -> None:
     """Compare [bold]MODEL[/bold] with its quantized selves, and write tables and plots."""
     from vila.bench.quality import markdown_table, measure_quality, quality_task, write_quality_report
@@ -257,12 +256,12 @@ def quality(
     from vila.quant.blocks import check_layers
     from vila.quant.quantize import default_group_size
 
-    folder = local_folder(model, revision or None)
+    folder = local_folder(model, checkpoint_options.revision or None)
 
     def load() -> tuple[Any, Any]:
-        return load_model(folder, dtype="float32", template=template or None, base=model_base or None)
+        return load_model(folder, dtype="float32", **checkpoint_options.overrides)
 
-    checkpoint = open_checkpoint(folder, template=template or None, base=model_base or None)
+    checkpoint = open_checkpoint(folder, **checkpoint_options.overrides)
     shapes, processor = empty_model(checkpoint), checkpoint.processor
     if easy_vqa is not None:
         EasyVqa(easy_vqa, limit)

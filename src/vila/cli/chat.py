@@ -14,9 +14,18 @@ from types import ModuleType, TracebackType
 from typing import TYPE_CHECKING
 
 from vila.cli import options
-from vila.cli.options import check_clip, check_fit, image_of, read_image, video_of
-from vila.cli.prompt_input import Question, check_text, place_media, with_system
-from vila.cli.run import trimmed
+from vila.cli.options import LoadOptions, SamplingOptions, check_fit, load_engine, open_model, with_option_groups
+from vila.cli.prompt_input import (
+    Question,
+    check_text,
+    check_video_file,
+    image_of,
+    load_image,
+    place_media,
+    video_of,
+    with_system,
+)
+from vila.cli.run import stripped
 from vila.core.errors import ConfigError, ContextOverflowError, VilaError, near_names
 from vila.core.types import Image, Message, Video
 
@@ -29,69 +38,31 @@ if TYPE_CHECKING:
     from vila.model.processor import VilaProcessor
 
 
+CHAT_SAMPLING = SamplingOptions(max_new_tokens=512)
+
+
+@with_option_groups
 def chat(
     model: options.RequiredModel,
     system: options.System = None,
     num_video_frames: options.NumVideoFrames = None,
-    template: options.Template = "",
-    model_base: options.ModelBase = "",
-    revision: options.Revision = "",
-    dtype: options.DtypeFlag = options.Dtype.AUTO,
-    device: options.DeviceFlag = options.Device.AUTO,
-    backend: options.BackendFlag = options.Backend.AUTO,
-    lm_head_bits: options.LMHeadBits = None,
-    activation_bits: options.ActivationBits = None,
-    threads: options.Threads = None,
-    max_new_tokens: options.MaxNewTokens = 512,
-    temperature: options.Temperature = 0.0,
-    top_k: options.TopK = 0,
-    top_p: options.TopP = 1.0,
-    min_p: options.MinP = 0.0,
-    repetition_penalty: options.RepetitionPenalty = 1.0,
-    stop: options.Stop = None,
-    seed: options.Seed = 0,
-    prompt_lookup_tokens: options.PromptLookupTokens = 0,
-    truncate: options.Truncate = False,
+    loading: LoadOptions = options.LOAD,
+    sampling: SamplingOptions = CHAT_SAMPLING,
 ) -> None:
     """Talk to [bold]MODEL[/bold]; /image PATH adds a picture to the next question, /help lists the rest."""
     from rich.console import Console
 
-    from vila.cli.options import Loading, load_engine, open_model
     from vila.core.files import cache_dir
-    from vila.engine.request import SamplingParams
 
-    sampling = SamplingParams(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        stop=tuple(stop or ()),
-        seed=seed,
-        overlong="truncate" if truncate else "error",
-        prompt_lookup_tokens=prompt_lookup_tokens,
-    )
-    loading = Loading(
-        model,
-        template,
-        model_base,
-        revision,
-        dtype.value,
-        device.value,
-        backend.value,
-        lm_head_bits or 0,
-        activation_bits or 0,
-        threads or 0,
-    )
+    params = sampling.params()
     console = Console(highlight=False)
     with console.status(f"loading {model}"):
-        checkpoint = open_model(loading)
+        checkpoint = open_model(model, loading)
         engine = load_engine(checkpoint, loading)
     talk = Talk(checkpoint.processor, system, num_video_frames)
     console.print(f"{model}: /help lists the commands, Ctrl-C stops an answer.", style="dim", markup=False)
     with LineEditor("you> ", cache_dir() / "chat_history", list(COMMANDS)) as editor:
-        Session(console, engine, sampling, talk).run(editor.read)
+        Session(console, engine, params, talk).run(editor.read)
 
 
 # --- talk
@@ -126,14 +97,14 @@ class Talk:
 
     def add_picture(self, name: str) -> str:
         """Read an image for the next question; returns a line that describes it. Raises MediaError."""
-        image, (width, height) = read_image(image_of(name))
+        image, (width, height) = load_image(image_of(name))
         self._images.append(image)
         return self._wait(name, f"{width}x{height}")
 
     def add_clip(self, name: str) -> str:
         """Read a video for the next question; returns a line that describes it. Raises MediaError."""
         video = video_of(name, self.num_frames)
-        check_clip(video)
+        check_video_file(video)
         frames = self.processor.frames(video, shrink=self.processor.spec)
         self._videos.append(video)
         return self._wait(name, f"{len(frames)} frames")
@@ -291,7 +262,7 @@ class Session:
         ends: list[str] = []
         events = self.engine.stream(messages, self.sampling)
         try:
-            for piece in trimmed(events, ends):
+            for piece in stripped(events, ends):
                 answer += piece
                 self.console.print(piece, end="", markup=False, soft_wrap=True)
                 sys.stdout.flush()

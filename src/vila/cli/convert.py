@@ -13,6 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from vila.cli import options
+from vila.cli.options import CheckpointOptions, with_option_groups
 
 
 class Layout(StrEnum):
@@ -38,14 +39,13 @@ READERS = {
 IN_4_BITS = (Layout.AWQ_HF, Layout.TINYCHAT)
 
 
+@with_option_groups
 def convert(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Model: a directory, or a hub id OWNER/NAME.")],
     target: Annotated[Path, typer.Argument(metavar="DST", help="Directory to write.")],
     layout: Annotated[str, typer.Option(metavar="|".join(Layout), help="Layout to write.")],
-    dtype: options.DtypeKept = options.Dtype.AUTO,
-    template: options.Template = "",
-    model_base: options.ModelBase = "",
-    revision: options.Revision = "",
+    dtype: options.StoredDtype = options.Dtype.AUTO,
+    checkpoint_options: CheckpointOptions = options.CHECKPOINT,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model in DST.")] = False,
     dequantize: Annotated[
         bool, typer.Option("--dequantize", help="Turn weights in 4 bits into ordinary ones with the same values.")
@@ -65,10 +65,10 @@ def convert(
     target = target.expanduser()
     check_target(target, "DST", overwrite)
     stop_cleanly()
-    folder = local_folder(source, revision or None)
+    folder = local_folder(source, checkpoint_options.revision or None)
     check_apart(folder, target)
     kind = parse_dtype(dtype.value)
-    checkpoint = open_checkpoint(folder, template=template or None, base=model_base or None)
+    checkpoint = open_checkpoint(folder, **checkpoint_options.overrides)
     shapes, processor = empty_model(checkpoint, int4=not dequantize), checkpoint.processor
     LAYOUTS[chosen.value].check(shapes, processor)
     # Parameters that may be shared or in 4 bits count half a byte: the least that the files take.

@@ -12,7 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from vila.cli import options
-from vila.cli.options import Aloud, Loading, check_backend_flags, take_threads
+from vila.cli.options import Backend, LoadOptions, StderrLog, check_backend_flags, set_num_threads
 
 if TYPE_CHECKING:
     from vila.core.progress import Events
@@ -107,11 +107,11 @@ def evaluate(
     num_fewshot: Annotated[
         str, typer.Option(help="Examples before each question, such as 0,2,4.", metavar="K,...")
     ] = "0",
-    dtype: options.DtypeFlag = options.Dtype.AUTO,
+    dtype: options.ComputeDtype = options.Dtype.AUTO,
     device: Annotated[str, typer.Option(help="cpu or cuda; default: a GPU where there is one.")] = "",
     backend: options.BackendFlag = options.Backend.AUTO,
-    lm_head_bits: options.LMHeadBits = None,
-    activation_bits: options.ActivationBits = None,
+    lm_head_bits: options.LMHeadBits = 0,
+    activation_bits: options.ActivationBits = 0,
     threads: options.Threads = None,
     base_url: Annotated[str, typer.Option(help="URL of an OpenAI-compatible server to ask instead.")] = "",
     served_model: Annotated[
@@ -147,7 +147,7 @@ def evaluate(
     check_writable(root, field="--output")
     check_judge(judge)
     world = open_world("replicate")
-    take_threads(threads or 0)
+    set_num_threads(threads)
     asked = _Asked(
         model,
         base_url,
@@ -155,9 +155,9 @@ def evaluate(
         dtype.value,
         _checked_device(device or str(world.device)),
         template,
-        backend.value,
-        lm_head_bits or 0,
-        activation_bits or 0,
+        backend,
+        lm_head_bits,
+        activation_bits,
     )
     asked.check()
     runs: list[BenchmarkRun] = []
@@ -275,7 +275,7 @@ class _Asked:
     dtype: str
     device: str
     template: str
-    backend: str
+    backend: Backend
     head_bits: int
     activation_bits: int
 
@@ -287,9 +287,7 @@ class _Asked:
             if not self.served:
                 raise ConfigError("--base-url needs --served-model-name: the name that the server knows the model by")
             return
-        loading = Loading(
-            self.model, backend=self.backend, head_bits=self.head_bits, activation_bits=self.activation_bits
-        )
+        loading = LoadOptions(backend=self.backend, lm_head_bits=self.head_bits, activation_bits=self.activation_bits)
         check_backend_flags(loading, self.device.partition(":")[0])
         from vila.model.loading import open_checkpoint
 
@@ -317,7 +315,7 @@ class _Asked:
 
         engine = Engine.load(
             local_folder(self.model), dtype=self.dtype, device=self.device, backend=self.backend,  # type: ignore[arg-type]
-            head_bits=self.head_bits, activation_bits=self.activation_bits, prefix_cache_bytes=0, events=Aloud(),  # type: ignore[arg-type]
+            head_bits=self.head_bits, activation_bits=self.activation_bits, prefix_cache_bytes=0, events=StderrLog(),  # type: ignore[arg-type]
         )  # fmt: skip
         facts = {**facts, "dtype": str(engine.model.dtype).removeprefix("torch."), "device": self.device}
         if engine.backend != "torch":

@@ -8,8 +8,10 @@ from typing import Annotated
 import typer
 
 from vila.cli import options
+from vila.cli.options import CheckpointOptions, with_option_groups
 
 
+@with_option_groups
 def export(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="Model: a directory, or a hub id OWNER/NAME.", show_default=False)
@@ -37,9 +39,7 @@ def export(
         ),
     ] = None,
     tp_size: Annotated[int, typer.Option(help="Processes of tensor parallelism to cut the files for.", min=1)] = 1,
-    template: options.Template = "",
-    model_base: options.ModelBase = "",
-    revision: options.Revision = "",
+    checkpoint_options: CheckpointOptions = options.CHECKPOINT,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an export in --output.")] = False,
     list_formats: Annotated[bool, typer.Option("--list", help="Name the formats, and stop.")] = False,
 ) -> None:
@@ -72,9 +72,8 @@ def export(
     with Screen() as events:
         source = open_source(
             model,
-            template=template or None,
-            base=model_base or None,
-            revision=revision or None,
+            **checkpoint_options.overrides,
+            revision=checkpoint_options.revision or None,
             search=None if load_awq is None else load_awq.expanduser(),
             events=events,
         )

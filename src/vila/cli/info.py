@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vila.cli import options
+from vila.cli.options import CheckpointOptions, with_option_groups
 from vila.model.inspect import ELEMENT_BYTES, MEMORY_NOTE
 
 if TYPE_CHECKING:
@@ -32,12 +33,11 @@ _KEPT = {
 }
 
 
+@with_option_groups
 def info(
     model: options.RequiredModel,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, sizes in bytes.")] = False,
-    template: options.Template = "",
-    model_base: options.ModelBase = "",
-    revision: options.Revision = "",
+    checkpoint_options: CheckpointOptions = options.CHECKPOINT,
 ) -> None:
     """Say what [bold]MODEL[/bold] is, in any layout known here, and the memory it needs; no weights are read."""
     import sys
@@ -45,7 +45,11 @@ def info(
     from vila.model.inspect import inspect_checkpoint
     from vila.model.loading import empty_model, open_checkpoint
 
-    checkpoint = open_checkpoint(model, template=template or None, base=model_base or None, revision=revision or None)
+    checkpoint = open_checkpoint(
+        model,
+        **checkpoint_options.overrides,
+        revision=checkpoint_options.revision or None,
+    )
     # Every fault that stops loading is reported here too.
     empty_model(checkpoint)
     facts = {"model": model, **inspect_checkpoint(checkpoint)}

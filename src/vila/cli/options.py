@@ -1,19 +1,20 @@
-"""Flags that several commands share, each described once; the commands set the defaults."""
+"""Flags shared by several commands, groups of flags, and the steps from flags to a checkpoint and an engine."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass
 from enum import StrEnum
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from vila.core.errors import ConfigError, ContextOverflowError, MediaError, UnknownNameError
-from vila.core.optional import MissingExtraError
+from vila.core.errors import ConfigError, ContextOverflowError, UnknownNameError
 from vila.core.progress import Silent
-from vila.core.types import Image, Message, Part, Video
+from vila.core.types import Message
 
 if TYPE_CHECKING:
     from vila.engine.engine import Engine
@@ -28,7 +29,7 @@ _SAMPLING = "Sampling"
 
 
 class Dtype(StrEnum):
-    """Number types of weights in memory."""
+    """Dtypes of weights in memory."""
 
     AUTO = "auto"
     BFLOAT16 = "bfloat16"
@@ -37,7 +38,7 @@ class Dtype(StrEnum):
 
 
 class Device(StrEnum):
-    """Where a model runs."""
+    """Devices that a model runs on."""
 
     AUTO = "auto"
     CPU = "cpu"
@@ -45,23 +46,20 @@ class Device(StrEnum):
 
 
 class Backend(StrEnum):
-    """What computes the LLM."""
+    """Inference backends of the LLM."""
 
     AUTO = "auto"
     TORCH = "torch"
     ONNX = "onnx"
 
 
-def one_of(kind: type[StrEnum], what: str) -> Callable[[str], Any]:
-    """Return the parser of an option with one of a few names; it raises UnknownNameError for others.
-
-    what: kind of name in the error; the option is `--what`.
-    """
+def one_of(kind: type[StrEnum], name: str) -> Callable[[str], Any]:
+    """Return a parser for the option `--NAME` with the values of an enum; it raises UnknownNameError for others."""
 
     def parse(text: str) -> StrEnum:
         names = [one.value for one in kind]
         if text not in names:
-            raise UnknownNameError(what, text, names, field=f"--{what}")
+            raise UnknownNameError(name, text, names, field=f"--{name}")
         return kind(text)
 
     return parse
@@ -73,12 +71,12 @@ def names_in(kind: type[StrEnum]) -> str:
 
 
 def output_directory(param: typer.CallbackParam, value: Path | None) -> Path | None:
-    """Callback of options that name a directory to write: checked before anything is read, `~` expanded."""
+    """Typer callback: expand `~` and check that a directory can be written, before any work starts."""
     return _checked_output(param, value, is_file=False)
 
 
 def output_file(param: typer.CallbackParam, value: Path | None) -> Path | None:
-    """Callback of options that name a file to write: checked before anything is read, `~` expanded."""
+    """Typer callback: expand `~` and check that a file can be written, before any work starts."""
     return _checked_output(param, value, is_file=True)
 
 
@@ -92,42 +90,48 @@ def _checked_output(param: typer.CallbackParam, value: Path | None, *, is_file: 
     return path
 
 
-_MODEL = "Model: a directory, or a hub id OWNER/NAME."
+# --- flags
+
+_MODEL = "Model directory, or Hugging Face Hub id OWNER/NAME."
 RequiredModel = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL)]
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL, show_default=False)]
 Template = Annotated[
     str,
     typer.Option(
-        help="Conversation template, where it is not the model's own.", show_default=False, rich_help_panel=_LOADING
+        help="Conversation template. Default: the template of the checkpoint.",
+        show_default=False,
+        rich_help_panel=_LOADING,
     ),
 ]
 ModelBase = Annotated[
     str,
     typer.Option(
-        help="The LLM that a LoRA or stage-1 directory belongs to.", show_default=False, rich_help_panel=_LOADING
+        help="Base LLM of a LoRA, projector-only or TinyChat INT4 checkpoint: directory or Hub id.",
+        show_default=False,
+        rich_help_panel=_LOADING,
     ),
 ]
 Revision = Annotated[
     str,
-    typer.Option(help="Branch, tag or commit of a hub repository.", show_default=False, rich_help_panel=_LOADING),
+    typer.Option(help="Branch, tag or commit of the Hub repository.", show_default=False, rich_help_panel=_LOADING),
 ]
-DtypeFlag = Annotated[
+ComputeDtype = Annotated[
     Dtype,
     typer.Option(
         "--dtype",
         parser=one_of(Dtype, "dtype"),
         metavar=names_in(Dtype),
-        help="auto: bfloat16 where the hardware computes it.",
+        help="Dtype of weights and activations. auto: bfloat16 if the device computes it natively.",
         rich_help_panel=_LOADING,
     ),
 ]
-DtypeKept = Annotated[
+StoredDtype = Annotated[
     Dtype,
     typer.Option(
         "--dtype",
         parser=one_of(Dtype, "dtype"),
         metavar=names_in(Dtype),
-        help="auto: as it is in the files.",
+        help="Dtype of the written weights. auto: the dtype of the source checkpoint.",
         rich_help_panel=_LOADING,
     ),
 ]
@@ -137,7 +141,7 @@ DeviceFlag = Annotated[
         "--device",
         parser=one_of(Device, "device"),
         metavar=names_in(Device),
-        help="auto: the GPU if there is one.",
+        help="Device to run on. auto: CUDA if available, else CPU.",
         rich_help_panel=_LOADING,
     ),
 ]
@@ -147,26 +151,25 @@ BackendFlag = Annotated[
         "--backend",
         parser=one_of(Backend, "backend"),
         metavar=names_in(Backend),
-        help="What computes the LLM. auto: onnx for 4-bit models on a CPU, else torch.",
+        help="Inference backend of the LLM. auto: onnx for INT4 models on a CPU, else torch.",
         rich_help_panel=_LOADING,
     ),
 ]
 LMHeadBits = Annotated[
-    int | None,
+    int,
     typer.Option(
-        "--lm-head-bits",
         metavar="4|8|32",
-        help="Bits of the head with --backend onnx; default: 8 for 4-bit models, else 32.",
+        help="Weight bits of the LM head with --backend onnx. Default: 8 for INT4 models, else 32.",
         show_default=False,
         rich_help_panel=_LOADING,
     ),
 ]
 ActivationBits = Annotated[
-    int | None,
+    int,
     typer.Option(
-        "--activation-bits",
         metavar="8|16|32",
-        help="With --backend onnx and 4-bit weights: 8 is int8, 16 two of them, nearly exact; default: 8.",
+        help="Activation bits with --backend onnx and INT4 weights: 8 (int8), 16 (two int8 terms, nearly exact) or 32 "
+        "(float32). Default: 8.",
         show_default=False,
         rich_help_panel=_LOADING,
     ),
@@ -174,152 +177,232 @@ ActivationBits = Annotated[
 Threads = Annotated[
     int | None,
     typer.Option(
-        help="Threads of a CPU; default: as many as PyTorch takes.",
-        min=1,
-        show_default=False,
-        rich_help_panel=_LOADING,
+        help="Number of CPU threads. Default: PyTorch's.", min=1, show_default=False, rich_help_panel=_LOADING
     ),
 ]
 
-System = Annotated[str | None, typer.Option(help="System text in place of the template's own.", show_default=False)]
+System = Annotated[str | None, typer.Option(help="System prompt; replaces the template's default.", show_default=False)]
 NumVideoFrames = Annotated[
     int | None,
-    typer.Option(help="Frames taken from each video; default: what the model says.", min=1, show_default=False),
+    typer.Option(help="Frames sampled from each video. Default: the model's setting.", min=1, show_default=False),
 ]
-
-MaxNewTokens = Annotated[int, typer.Option(help="Most tokens of an answer.", rich_help_panel=_SAMPLING)]
-Temperature = Annotated[
-    float, typer.Option(help="0 takes the likeliest token; higher is more varied.", rich_help_panel=_SAMPLING)
-]
-TopK = Annotated[int, typer.Option(help="Draw from this many likeliest tokens; 0 is off.", rich_help_panel=_SAMPLING)]
-TopP = Annotated[
-    float,
-    typer.Option(help="Draw from the likeliest tokens of this probability together.", rich_help_panel=_SAMPLING),
-]
-MinP = Annotated[
-    float,
-    typer.Option(help="Draw from tokens this fraction as likely as the likeliest.", rich_help_panel=_SAMPLING),
-]
-RepetitionPenalty = Annotated[
-    float, typer.Option(help="Above 1 makes tokens seen before less likely.", rich_help_panel=_SAMPLING)
-]
-Stop = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="TEXT",
-        help="Text that ends an answer. May be given several times.",
-        show_default=False,
-        rich_help_panel=_SAMPLING,
-    ),
-]
-Seed = Annotated[int, typer.Option(help="Seed of the draws above temperature 0.", rich_help_panel=_SAMPLING)]
-PromptLookupTokens = Annotated[
-    int,
-    typer.Option(
-        help="Prompt-lookup decoding: maximum number of draft tokens per step; 0 disables it. "
-        "Does not change the output.",
-        rich_help_panel=_SAMPLING,
-    ),
-]
-Truncate = Annotated[
-    bool,
-    typer.Option("--truncate", help="Drop the oldest turns of a prompt that is too long.", rich_help_panel=_SAMPLING),
-]
-
-
-# --- loading
-# From the loading flags to a checkpoint, and from that to an engine: everything is checked before weights are read.
 
 
 @dataclass(frozen=True, slots=True)
-class Loading:
-    """Which model, and how. Empty strings and zeros stand for flags that were not given."""
+class CheckpointOptions:
+    """Flags that select a checkpoint besides MODEL. Empty strings are flags that were not given."""
 
-    model: str
-    template: str = ""
-    base: str = ""
-    revision: str = ""
-    dtype: str = "auto"
-    device: str = "auto"
-    backend: str = "auto"
-    head_bits: int = 0
-    activation_bits: int = 0
-    threads: int = 0
+    template: Template = ""
+    model_base: ModelBase = ""
+    revision: Revision = ""
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """Return `template` and `base` as arguments of `open_checkpoint`; None for flags that were not given."""
+        return {"template": self.template or None, "base": self.model_base or None}
 
 
-def open_model(loading: Loading) -> Checkpoint:
-    """The checkpoint, no weights read.
+@dataclass(frozen=True, slots=True)
+class LoadOptions(CheckpointOptions):
+    """Flags of commands that run a model. 0 bits are flags that were not given."""
 
-    Raises TemplateError when nothing says which template it has, ConfigError when a GPU is asked for that is not there.
+    dtype: ComputeDtype = Dtype.AUTO
+    device: DeviceFlag = Device.AUTO
+    backend: BackendFlag = Backend.AUTO
+    lm_head_bits: LMHeadBits = 0
+    activation_bits: ActivationBits = 0
+    threads: Threads = None
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingOptions:
+    """Flags of commands that generate text."""
+
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Maximum number of generated tokens per answer.", rich_help_panel=_SAMPLING)
+    ] = 128
+    temperature: Annotated[
+        float, typer.Option(help="SamplingParams temperature; 0 is greedy decoding.", rich_help_panel=_SAMPLING)
+    ] = 0.0
+    top_k: Annotated[
+        int, typer.Option(help="Sample from the K most likely tokens; 0 disables it.", rich_help_panel=_SAMPLING)
+    ] = 0
+    top_p: Annotated[
+        float,
+        typer.Option(
+            help="Nucleus sampling: sample from the most likely tokens with this total probability; 1 disables it.",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = 1.0
+    min_p: Annotated[
+        float,
+        typer.Option(
+            help="Minimum token probability relative to the most likely token; 0 disables it.",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = 0.0
+    repetition_penalty: Annotated[
+        float,
+        typer.Option(
+            help="Penalty for tokens that already occur; 1 disables it, higher values reduce repetition.",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = 1.0
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(metavar="TEXT", help="Stop string. Repeatable.", show_default=False, rich_help_panel=_SAMPLING),
+    ] = None
+    seed: Annotated[int, typer.Option(help="Random seed of sampling.", rich_help_panel=_SAMPLING)] = 0
+    prompt_lookup_tokens: Annotated[
+        int,
+        typer.Option(
+            help="Prompt-lookup decoding: maximum number of draft tokens per step; 0 disables it. "
+            "Does not change the output.",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = 0
+    truncate: Annotated[
+        bool,
+        typer.Option(
+            "--truncate",
+            help="Drop the oldest turns of a prompt that exceeds the context length. Default: an error.",
+            rich_help_panel=_SAMPLING,
+        ),
+    ] = False
+
+    def params(self, logprobs: int = 0) -> SamplingParams:
+        """Return the sampling parameters of the engine. Raises ConfigError for values out of range."""
+        from vila.engine.request import SamplingParams
+
+        return SamplingParams(
+            max_new_tokens=self.max_new_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            stop=tuple(self.stop or ()),
+            logprobs=logprobs,
+            seed=self.seed,
+            overlong="truncate" if self.truncate else "error",
+            prompt_lookup_tokens=self.prompt_lookup_tokens,
+        )
+
+
+CHECKPOINT = CheckpointOptions()
+LOAD = LoadOptions()
+SAMPLING = SamplingOptions()
+
+
+def with_option_groups(command: Callable[..., None]) -> Callable[..., None]:
+    """Expand each parameter of `command` that is a dataclass of flags into one flag per field.
+
+    The flags' defaults are the fields of the parameter's default. Other parameters stay as they are.
+    """
+    signature = inspect.signature(command)
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, Any] = {name: kind for name, kind in hints.items() if is_dataclass(kind)}
+    by_name = inspect.Parameter.KEYWORD_ONLY
+    parameters = []
+    for name, parameter in signature.parameters.items():
+        if name not in groups:
+            parameters.append(parameter.replace(annotation=hints[name], kind=by_name))
+            continue
+        types = get_type_hints(groups[name], include_extras=True)
+        for one in fields(groups[name]):
+            default = getattr(parameter.default, one.name)
+            flag = inspect.Parameter(
+                one.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=types[one.name]
+            )
+            parameters.append(flag)
+
+    @wraps(command)
+    def wrapper(**values: Any) -> None:
+        for name, kind in groups.items():
+            values[name] = kind(**{one.name: values.pop(one.name) for one in fields(kind)})
+        command(**values)
+
+    wrapper.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    wrapper.__annotations__ = {one.name: one.annotation for one in parameters} | {"return": None}
+    return wrapper
+
+
+# --- from flags to an engine
+
+
+def open_model(model: str, options: LoadOptions = LOAD) -> Checkpoint:
+    """Open a checkpoint without reading weights.
+
+    Raises TemplateError if neither the checkpoint nor the flags name a template, ConfigError for a device or backend
+    that is not available.
     """
     from vila.model.loading import open_checkpoint
 
-    check_backend_flags(loading, choose_device(loading.device))
-    checkpoint = open_checkpoint(
-        loading.model,
-        template=loading.template or None,
-        base=loading.base or None,
-        revision=loading.revision or None,
-    )
+    check_backend_flags(options, choose_device(options.device))
+    checkpoint = open_checkpoint(model, revision=options.revision or None, **options.overrides)
     checkpoint.processor.find_template()
     return checkpoint
 
 
-def load_engine(checkpoint: Checkpoint, loading: Loading) -> Engine:
-    """The engine of an open checkpoint, its weights read now. Which backend was chosen is said on standard error."""
+def load_engine(checkpoint: Checkpoint, options: LoadOptions) -> Engine:
+    """Read the weights of an open checkpoint and return its engine. Logs the chosen backend to standard error."""
     from vila.engine.engine import Engine
     from vila.model.loading import build_model, choose_dtype
 
-    device = choose_device(loading.device)
-    take_threads(loading.threads)
-    model = build_model(checkpoint, choose_dtype(loading.dtype, device), device)
-    bits = {"head_bits": loading.head_bits, "activation_bits": loading.activation_bits}
-    return Engine.on_backend(model, checkpoint.processor, loading.backend, **bits, events=Aloud())
+    device = choose_device(options.device)
+    set_num_threads(options.threads)
+    model = build_model(checkpoint, choose_dtype(options.dtype, device), device)
+    bits = {"head_bits": options.lm_head_bits, "activation_bits": options.activation_bits}
+    return Engine.on_backend(model, checkpoint.processor, options.backend, **bits, events=StderrLog())
 
 
-def check_backend_flags(loading: Loading, device: str) -> None:
-    """Raises ConfigError for a backend that is unknown, missing, or cannot run on the device or with these flags."""
+_FLAG_OF_ARGUMENT = {"head_bits": "--lm-head-bits"}
+
+
+def check_backend_flags(options: LoadOptions, device: str) -> None:
+    """Raise ConfigError for a backend that is unknown, missing, or does not support the device or these flags."""
     from vila.engine.backend import check_backend
 
     try:
-        check_backend(loading.backend, loading.head_bits, 0, device, loading.activation_bits)
-    except MissingExtraError:
-        raise
+        check_backend(options.backend, options.lm_head_bits, 0, device, options.activation_bits)
     except ConfigError as error:
-        raise ConfigError(_as_backend_flags(str(error))) from error
+        if error.field:
+            error.field = _FLAG_OF_ARGUMENT.get(error.field, f"--{error.field.replace('_', '-')}")
+        raise
 
 
-def take_threads(count: int) -> None:
-    """Let PyTorch, and with it every backend, use so many threads; 0 leaves them as they are."""
+def set_num_threads(count: int | None) -> None:
+    """Set the number of CPU threads of PyTorch and of the other backends; None leaves it unchanged."""
     import torch
 
     if count:
         torch.set_num_threads(count)
 
 
-class Aloud(Silent):
-    """Says lines on standard error."""
+class StderrLog(Silent):
+    """Events listener that prints log lines to standard error and ignores progress."""
 
     def log(self, text: str) -> None:
-        """A line for the reader."""
+        """Print a line."""
         typer.echo(text, err=True)
 
 
 def choose_device(name: str) -> str:
-    """`auto` is the GPU if there is one. Raises ConfigError when a GPU is asked for that is not there."""
+    """Return `cpu` or `cuda`; `auto` is `cuda` if available. Raises ConfigError for `cuda` without a CUDA device."""
     import torch
 
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: PyTorch finds no CUDA device here; leave it out, or see vila doctor")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise ConfigError("PyTorch finds no CUDA device", field="--device", value=str(name), hint="see vila doctor")
+    return ("cuda" if available else "cpu") if name == "auto" else name
 
 
 def check_fit(
     config: VilaConfig, processor: VilaProcessor, messages: Sequence[Message], sampling: SamplingParams
 ) -> int:
-    """How many of the oldest messages will be left out so that the prompt and its answer fit the context.
+    """Return the number of oldest messages to drop so that prompt and answer fit the context length.
 
-    Raises ContextOverflowError with the numbers, and TemplateError for roles out of order.
+    Raises ContextOverflowError if they do not fit, TemplateError for roles out of order.
     """
     from vila.engine.context import fit_prompt
 
@@ -332,80 +415,7 @@ def check_fit(
             overlong=sampling.overlong,
         )
     except ContextOverflowError as error:
-        raise ContextOverflowError(_as_flags(str(error))) from error
+        drop = "" if sampling.overlong == "truncate" else " drop its oldest turns with --truncate,"
+        error.hint = f"shorten it,{drop} or lower --max-new-tokens"
+        raise
     return dropped
-
-
-def _as_backend_flags(text: str) -> str:
-    flags = {
-        "backend='onnx'": "--backend onnx",
-        "head_bits=": "--lm-head-bits ",
-        "activation_bits=": "--activation-bits ",
-        "device='cpu'": "--device cpu",
-    }
-    for argument, flag in flags.items():
-        text = text.replace(argument, flag)
-    return text
-
-
-def _as_flags(text: str) -> str:
-    """The engine speaks of its arguments; here they are flags."""
-    return text.replace('overlong="truncate"', "--truncate").replace("max_new_tokens", "--max-new-tokens")
-
-
-# --- media
-# Images and videos as the command line names them, checked before a model is loaded.
-
-
-def media_path(name: str) -> Path | str:
-    """A URL as it is, anything else as a path."""
-    return name if "://" in name or name.startswith("data:") else Path(name).expanduser()
-
-
-def image_of(name: str) -> Image:
-    """An image by its path or URL."""
-    return Image(media_path(name))
-
-
-def video_of(name: str, num_frames: int | None) -> Video:
-    """A video by its path or URL."""
-    return Video(media_path(name), num_frames)
-
-
-def open_pictures(messages: Sequence[Message]) -> tuple[Message, ...]:
-    """The messages with every image read: a bad one shows before weights are read, and a URL is fetched once.
-
-    Raises MediaError for an image that cannot be decoded and for a video whose file is missing.
-    """
-    return tuple(replace(message, parts=tuple(map(_opened, message.parts))) for message in messages)
-
-
-def opened(image: Image) -> Image:
-    """The image with its encoded bytes in memory, checked: whether its EXIF turns it is for the model's settings."""
-    return read_image(image)[0]
-
-
-def read_image(image: Image) -> tuple[Image, tuple[int, int]]:
-    """The image with its encoded bytes in memory, and its (width, height). Raises MediaError if decoding fails."""
-    from PIL import Image as PilImage
-
-    from vila.media.image import LoadedMedia, open_image, open_source
-
-    if not isinstance(image.source, PilImage.Image):
-        stream, name = open_source(image.source, "an image")
-        with stream:
-            image = Image(LoadedMedia(name, stream.read()))
-    return image, open_image(image).size
-
-
-def _opened(part: Part) -> Part:
-    if isinstance(part, Video):
-        check_clip(part)
-    return opened(part) if isinstance(part, Image) else part
-
-
-def check_clip(video: Video) -> None:
-    """Raises MediaError when the video is a file that is not there; its content is checked when it is decoded."""
-    if isinstance(video.source, Path) and not video.source.is_file():
-        problem = "a directory, not a video" if video.source.is_dir() else "no such file"
-        raise MediaError(problem, file=video.source, hint="give the path of one file")

@@ -1,35 +1,94 @@
-"""From what was typed to the messages that the engine is asked with."""
+"""Prompt input of `vila run` and `vila chat`: flags, files and standard input to messages for the engine.
+
+`--prompt` with `--image` and `--video`, few-shot examples (`--shot`), a conversation (`--messages`) and a file of
+prompts (`--batch-file`). Media are checked before a model is loaded.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated
+from pathlib import Path
+from typing import IO, Any
 
 import typer
 from typer.core import TyperCommand
 
-from vila.cli.options import image_of, opened
-from vila.core.errors import ConfigError, MediaError, near_names
+from vila.chat.content import parse_messages, read_media
+from vila.core.errors import ConfigError, DataError, MediaError, near_names
+from vila.core.reading import file_errors, read_json, read_jsonl
 from vila.core.types import Image, Message, Part, Text, Video
 
-# --- shots
-# `--shot`: worked examples before the question, written in several words.
+# --- images and videos
 
+
+def media_path(name: str) -> Path | str:
+    """Return a URL as it is, anything else as a path with `~` expanded."""
+    return name if "://" in name or name.startswith("data:") else Path(name).expanduser()
+
+
+def image_of(name: str) -> Image:
+    """Return the image with a path or URL."""
+    return Image(media_path(name))
+
+
+def video_of(name: str, num_frames: int | None) -> Video:
+    """Return the video with a path or URL."""
+    return Video(media_path(name), num_frames)
+
+
+def check_video_file(video: Video) -> None:
+    """Raise MediaError if the video is a path without a file. Its content is checked when it is decoded."""
+    if isinstance(video.source, Path) and not video.source.is_file():
+        problem = "a directory, not a video" if video.source.is_dir() else "no such file"
+        raise MediaError(problem, file=video.source, hint="give the path of one file")
+
+
+def load_image(image: Image) -> tuple[Image, tuple[int, int]]:
+    """Return the image with its encoded bytes in memory, and its (width, height).
+
+    The bytes are decoded once as a check; EXIF rotation follows the model's settings later. Raises MediaError.
+    """
+    from PIL import Image as PilImage
+
+    from vila.media.image import LoadedMedia, open_image, open_source
+
+    if not isinstance(image.source, PilImage.Image):
+        stream, name = open_source(image.source, "an image")
+        with stream:
+            image = Image(LoadedMedia(name, stream.read()))
+    return image, open_image(image).size
+
+
+def load_images(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """Return the messages with every image in memory, so that each URL is fetched once.
+
+    Raises MediaError for an image that cannot be decoded and for a video without a file.
+    """
+    return tuple(replace(message, parts=tuple(map(_loaded, message.parts))) for message in messages)
+
+
+def _loaded(part: Part) -> Part:
+    if isinstance(part, Video):
+        check_video_file(part)
+    return load_image(part)[0] if isinstance(part, Image) else part
+
+
+# --- few-shot examples (--shot)
 
 KEYS = ("image", "question", "text")
-_FORM = 'write --shot image=a.png text="a circle", with question=... where it is another one'
+_FORM = 'write --shot image=a.png text="a circle", with question=... if the example has its own question'
 _WORD = re.compile(r"\w+=")
 _INNER = re.compile(r"\s(\w+)=")
 _BORDER = re.compile(rf"\s+(?=(?:{'|'.join(KEYS)})=)")
-# Stands between the words of a shot after folding; nobody types it.
+# Joins the words of one --shot into one argument; it cannot be typed.
 _SEPARATOR = "\x1f"
 
 
 @dataclass(frozen=True, slots=True)
 class Shot:
-    """An example: `text` is the answer; without a `question` it answers the one that follows the examples."""
+    """A few-shot example. `text` is the answer; without a `question`, the example repeats the final question."""
 
     text: str
     image: Image | None = None
@@ -37,15 +96,15 @@ class Shot:
 
 
 class ShotCommand(TyperCommand):
-    """A command whose `--shot` takes all `key=value` words that follow it."""
+    """Typer command whose `--shot` takes all `KEY=VALUE` words that follow it."""
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
-        """Fold, then parse as ever."""
+        """Fold the words of each `--shot`, then parse."""
         return super().parse_args(ctx, fold_words(args))
 
 
 def fold_words(arguments: Sequence[str]) -> list[str]:
-    """The arguments with each `--shot` and its `key=value` words made one argument; what follows `--` stays."""
+    """Join each `--shot` and its `KEY=VALUE` words into one argument. Arguments after `--` stay unchanged."""
     out: list[str] = []
     waiting = list(reversed(arguments))
     while waiting:
@@ -66,46 +125,47 @@ def fold_words(arguments: Sequence[str]) -> list[str]:
 
 
 def parse_shot(option: str) -> Shot:
-    """A shot from the value of its option. Raises ConfigError for what is missing, doubled or unknown."""
+    """Parse the value of `--shot`. Raises ConfigError for missing, repeated and unknown keys."""
     words = option.split(_SEPARATOR)
-    where = f"--shot {' '.join(words)}"
+    shown = " ".join(words)
     if len(words) == 1:
         words = _BORDER.split(option.strip())
         if words[0].startswith("image=") and (unknown := _INNER.search(words[0])):
-            raise _unknown(where, unknown[1])
-    fields = _fields(where, words)
+            raise _unknown_key(shown, unknown[1])
+    fields: dict[str, str] = {}
+    for word in words:
+        key, _, value = word.partition("=")
+        if not _WORD.match(word):
+            raise _shot_error(f"{word!r} is not of the form KEY=VALUE", shown)
+        if key not in KEYS:
+            raise _unknown_key(shown, key)
+        if key in fields:
+            raise _shot_error(f"{key}= is given twice; give each example its own --shot", shown)
+        fields[key] = value
     if not fields.get("text", "").strip():
-        raise ConfigError(f"{where}: no text, which is the answer to learn from; {_FORM}")
+        raise _shot_error("text= with the answer is missing", shown)
     if "image" in fields and not fields["image"]:
-        raise ConfigError(f"{where}: image= names no file; leave it out for an example without a picture")
+        raise _shot_error("image= is empty; leave it out for an example without an image", shown)
     image = image_of(fields["image"]) if "image" in fields else None
     return Shot(fields["text"], image, fields.get("question"))
 
 
-def with_opened(shots: Sequence[Shot]) -> list[Shot]:
-    """The examples with their pictures decoded. Raises MediaError for one that cannot be."""
-    return [shot if shot.image is None else replace(shot, image=opened(shot.image)) for shot in shots]
+def _shot_error(problem: str, shown: str, hint: str = _FORM) -> ConfigError:
+    return ConfigError(problem, field="--shot", value=shown, hint=hint)
 
 
-def _fields(where: str, words: Sequence[str]) -> Mapping[str, str]:
-    fields: dict[str, str] = {}
-    for word in words:
-        if not _WORD.match(word):
-            raise ConfigError(f"{where}: {word!r} is not of the form key=value; {_FORM}")
-        key, _, value = word.partition("=")
-        if key not in KEYS:
-            raise _unknown(where, key)
-        if key in fields:
-            raise ConfigError(f"{where}: {key}= is given twice; each example has a --shot of its own")
-        fields[key] = value
-    return fields
-
-
-def _unknown(where: str, key: str) -> ConfigError:
+def _unknown_key(shown: str, key: str) -> ConfigError:
     near = near_names(key, KEYS, 1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return ConfigError(f"{where}: unknown key {key!r} (known: {', '.join(KEYS)}){hint}; {_FORM}")
+    suggestion = f"did you mean {near[0]!r}? " if near else ""
+    return _shot_error(f"unknown key {key!r} (known: {', '.join(KEYS)})", shown, f"{suggestion}{_FORM}")
 
+
+def with_images_loaded(shots: Sequence[Shot]) -> list[Shot]:
+    """Return the examples with their images in memory. Raises MediaError for an image that cannot be decoded."""
+    return [shot if shot.image is None else replace(shot, image=load_image(shot.image)[0]) for shot in shots]
+
+
+# --- conversations
 
 _IMAGE, _VIDEO = "<image>", "<video>"
 _MARKERS = re.compile(f"({_IMAGE}|{_VIDEO})")
@@ -113,11 +173,11 @@ _MARKERS = re.compile(f"({_IMAGE}|{_VIDEO})")
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """The last turn of a conversation.
+    """The last user turn of a conversation.
 
-    gap:   written after each image that is put before the text; None takes the template's.
-    where: name of the text in an error.
-    give:  how to give media, for the error for markers without any.
+    gap:   text after each image that is put before the question; None uses the template's `media_gap`.
+    where: name of the text in errors.
+    give:  hint of the error for markers without any media.
     """
 
     text: str
@@ -125,15 +185,15 @@ class Question:
     videos: Sequence[Video] = ()
     gap: str | None = None
     where: str = "--prompt"
-    give: str = "pass --image FILE or --video FILE; text that spells a marker goes into --messages, as a text part"
+    give: str = "pass --image FILE or --video FILE; text that contains a literal marker goes into --messages"
 
 
 def build_conversation(
     question: Question, gap: str, *, shots: Sequence[Shot] = (), system: str | None = None
 ) -> tuple[Message, ...]:
-    """System text, examples, question. `gap` is the template's `media_gap`.
+    """Return the system message, the few-shot examples and the question. `gap` is the template's `media_gap`.
 
-    Raises MediaError when markers in a text and the media for it differ in number.
+    Raises MediaError if the numbers of markers and media differ.
     """
     gap = gap if question.gap is None else question.gap
     messages: list[Message] = []
@@ -152,19 +212,19 @@ def _example(shot: Shot, question: Question, where: str) -> Question:
 
 
 def place_media(question: Question, gap: str) -> tuple[Part, ...]:
-    """Return the parts of a user's turn: media where the text has markers for them, else before the text.
+    """Return the parts of a user turn: media replace their markers in the text, or precede a text without markers.
 
-    Raises MediaError with both counts if markers and media differ in number.
+    Raises MediaError if the numbers of markers and media differ.
     """
     text = question.text
     found = {_IMAGE: text.count(_IMAGE), _VIDEO: text.count(_VIDEO)}
     if not any(found.values()):
-        # The processor writes the gaps of a clip, frame by frame.
+        # The processor inserts the gaps between the frames of a video.
         before = [part for image in question.images for part in (image, Text(gap))]
         return _joined([*before, *question.videos, Text(text)])
     problems = [
-        f"{_count(found[marker], f'{marker} marker')} but {_count(len(given), what)}"
-        for marker, given, what in ((_IMAGE, question.images, "image"), (_VIDEO, question.videos, "video"))
+        f"{_count(found[marker], f'{marker} marker')} but {_count(len(given), name)}"
+        for marker, given, name in ((_IMAGE, question.images, "image"), (_VIDEO, question.videos, "video"))
         if found[marker] != len(given)
     ]
     if problems:
@@ -172,14 +232,14 @@ def place_media(question: Question, gap: str) -> tuple[Part, ...]:
         raise MediaError(
             f"{', and '.join(problems)} given",
             field=question.where,
-            hint="write a marker for each, or none to have them first" if has_media else question.give,
+            hint="write a marker for each, or none to put the media first" if has_media else question.give,
         )
     waiting: dict[str, Iterator[Part]] = {_IMAGE: iter(question.images), _VIDEO: iter(question.videos)}
     return _joined([next(waiting[piece]) if piece in waiting else Text(piece) for piece in _MARKERS.split(text)])
 
 
 def _joined(parts: Sequence[Part]) -> tuple[Part, ...]:
-    """Neighbouring texts made one, empty ones left out."""
+    """Join adjacent text parts and drop empty ones."""
     out: list[Part] = []
     for part in parts:
         if isinstance(part, Text) and out and isinstance(out[-1], Text):
@@ -189,91 +249,169 @@ def _joined(parts: Sequence[Part]) -> tuple[Part, ...]:
     return tuple(part for part in out if not (isinstance(part, Text) and not part.text))
 
 
+def _count(number: int, name: str) -> str:
+    return f"{number} {name}" if number == 1 else f"{number} {name}s"
+
+
 def with_system(messages: Sequence[Message], system: str | None) -> tuple[Message, ...]:
-    """The conversation with `--system` before it. Raises ConfigError when it has a system message of its own."""
+    """Put the `--system` message first. Raises ConfigError if the messages already have a system message."""
     if system is None:
         return tuple(messages)
     if messages and messages[0].role == "system":
-        raise ConfigError("--system was given, but the messages begin with a system message; leave one of them out")
+        raise ConfigError("the messages already begin with a system message", field="--system", hint="leave one out")
     return (Message.of("system", check_text(system, "the system text")), *messages)
 
 
 def check_text(text: str, where: str) -> str:
-    """The text itself. Raises ConfigError for what is no text: bytes that are not UTF-8."""
+    """Return the text. Raises ConfigError if it has bytes that are not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ConfigError(f"{where}: not UTF-8 text (character {error.start + 1} is {text[error.start]!r})") from error
+        problem = f"not UTF-8 text (character {error.start + 1} is {text[error.start]!r})"
+        raise ConfigError(problem, field=where) from error
     return text
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
-
-
-# --- original
-# The flags of the original's `run_llava.py` and `run_vila.py`, and what its `--query` means by its text.
-
-
-_PANEL = "As the original spells it (underscores do as well)"
-
-ModelPath = Annotated[
-    str, typer.Option("--model-path", "--model-name", help="= MODEL", show_default=False, rich_help_panel=_PANEL)
-]
-ConvMode = Annotated[str, typer.Option(help="= --template", show_default=False, rich_help_panel=_PANEL)]
-Query = Annotated[
-    str | None,
-    typer.Option(
-        help="= --prompt; \\n is a line break; without <image>, one and a line break go before it for each picture.",
-        show_default=False,
-        rich_help_panel=_PANEL,
-    ),
-]
-ImageFile = Annotated[
-    str | None, typer.Option(help="Pictures, joined by --sep.", show_default=False, rich_help_panel=_PANEL)
-]
-Sep = Annotated[str, typer.Option(help="What joins --image-file.", rich_help_panel=_PANEL)]
-VideoFile = Annotated[str | None, typer.Option(help="= --video", show_default=False, rich_help_panel=_PANEL)]
-NumBeams = Annotated[int, typer.Option(help="Only 1: beams are not supported.", rich_help_panel=_PANEL)]
-Load4bit = Annotated[bool, typer.Option("--load-4bit", help="Not supported.", rich_help_panel=_PANEL)]
-Load8bit = Annotated[bool, typer.Option("--load-8bit", help="Not supported.", rich_help_panel=_PANEL)]
-
-
-def refuse_unsupported(num_beams: int, load_4bit: bool, load_8bit: bool) -> None:
-    """Raises ConfigError for what the original can do and this cannot: going on would answer something else."""
-    if num_beams != 1:
-        raise ConfigError(
-            f"--num-beams {num_beams}: beam search is not supported, answers grow token by token; leave it out, "
-            "or draw with --temperature"
-        )
-    for name, wanted, bits in (("--load-4bit", load_4bit, 4), ("--load-8bit", load_8bit, 8)):
-        if wanted:
-            raise ConfigError(
-                f"{name}: loading in {bits} bits (bitsandbytes) is not supported; leave it out "
-                "(--dtype bfloat16 takes 16 bits a number)"
-            )
-
-
-def one_of(ours: str, our_value: str, theirs: str, their_value: str) -> str:
-    """The value of a flag that has two names. Raises ConfigError when they were given different ones."""
-    if our_value and their_value and our_value != their_value:
-        raise ConfigError(f"{ours} is {our_value!r} but {theirs} is {their_value!r}; give one of them")
-    return our_value or their_value
-
-
-def split_files(files: str | None, sep: str) -> list[str]:
-    """The names in `--image-file`. Raises ConfigError when one of them is empty."""
-    if files is None:
-        return []
-    if not sep:
-        raise ConfigError("--sep is empty; give the text that joins the names in --image-file")
-    names = [name.strip() for name in files.split(sep)]
-    if not all(names):
-        raise ConfigError(f"--image-file {files!r}: a name between {sep!r} is empty; give names joined by --sep")
-    return names
-
-
 def read_query(text: str, images: Sequence[Image], videos: Sequence[Video]) -> Question:
-    """`--query` as the original understands it: with a line break after each picture, whatever the template."""
+    """Parse `--query` like the original `run_llava.py`: a line break follows each image, whatever the template."""
     plain = text.replace("\\n", "\n").replace("<image-placeholder>", "<image>")
     return Question(plain, images, videos, gap="\n", where="--query")
+
+
+# --- standard input, --messages and --batch-file
+
+_MEDIA_KEYS = frozenset(("image", "images", "video", "videos"))
+_RECORD_KEYS = ("id", "messages", "prompt", "image", "images", "video", "videos")
+_STDIN = "standard input"
+_GIVE = "name media in 'images' and 'videos'; text that contains a literal marker goes into 'messages'"
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRecord:
+    """One line of a batch file: a question, or a conversation in `messages`. record: "line N" of `file`."""
+
+    file: Path
+    record: str
+    id: str | int
+    question: Question | None = None
+    messages: tuple[Message, ...] = ()
+
+
+def read_question(stream: IO[bytes]) -> str:
+    """Read standard input as text and strip it. Raises DataError naming the first byte that is not UTF-8."""
+    with file_errors(_STDIN):
+        content = stream.read()
+    try:
+        return content.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"not UTF-8 text (byte {error.start + 1} is 0x{content[error.start]:02x})",
+            file=_STDIN,
+            hint="convert it, for example with iconv -t utf-8",
+        ) from error
+
+
+def read_messages(path: Path, num_frames: int | None = None) -> tuple[Message, ...]:
+    """Read a conversation from a JSON file: a list of messages, or an object with a list under `messages`.
+
+    Relative media paths start at the file's directory. Raises DataError naming file, message, part and value.
+    """
+    content = read_json(path.expanduser())
+    messages = content.get("messages") if isinstance(content, dict) else content
+    if unread := sorted(_MEDIA_KEYS & content.keys()) if isinstance(content, dict) else []:
+        # Training data has media beside the messages; a conversation has them in its content parts.
+        raise DataError("media beside the messages", file=path, field=unread[0], hint="put them into the messages")
+    if not isinstance(messages, list) or not messages:
+        raise DataError("no messages", file=path, expected="[{...}, ...] or {'messages': [{...}, ...]}")
+    try:
+        return _read_conversation(messages, path.parent, num_frames)
+    except DataError as error:
+        error.within(path)
+        raise
+
+
+def read_prompt_records(path: Path, num_frames: int | None = None) -> list[PromptRecord]:
+    """Read every line of a batch file; empty lines are skipped. Raises DataError naming file, line and field."""
+    records = []
+    for number, content in read_jsonl(path.expanduser()):
+        try:
+            records.append(_prompt_record(content, number, path, num_frames))
+        except DataError as error:
+            error.within(path, f"line {number}")
+            raise
+    if not records:
+        raise DataError("no lines", file=path, expected="one JSON object per line")
+    return records
+
+
+def _prompt_record(content: Any, number: int, path: Path, num_frames: int | None) -> PromptRecord:
+    if not isinstance(content, dict):
+        raise DataError(value=content, expected="an object")
+    for key in content:
+        if key not in _RECORD_KEYS:
+            near = near_names(key, _RECORD_KEYS, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(_RECORD_KEYS)}"
+            raise DataError(f"unknown key {key!r}", field=key, hint=hint)
+    identity = content.get("id", number)
+    if not isinstance(identity, (str, int)) or isinstance(identity, bool):
+        raise DataError(field="id", value=identity, expected="a string or an integer")
+    if ("messages" in content) == ("prompt" in content):
+        raise DataError("expected either 'messages' or 'prompt'")
+    record, folder = f"line {number}", path.parent
+    if "messages" in content:
+        if extra := sorted(content.keys() - {"id", "messages"}):
+            raise DataError(f"{extra[0]!r} goes with 'prompt'", field=extra[0], hint="put media into the messages")
+        messages = _read_conversation(content["messages"], folder, num_frames)
+        return PromptRecord(path, record, identity, messages=messages)
+    prompt = content["prompt"]
+    if not isinstance(prompt, str):
+        raise DataError(field="prompt", value=prompt, expected="a string")
+    images = [Image(below(folder, name)) for name in _names(content, "image", "images")]
+    videos = [Video(below(folder, name), num_frames) for name in _names(content, "video", "videos")]
+    if not (prompt.strip() or images or videos):
+        raise DataError("the question is empty", field="prompt", value=prompt)
+    return PromptRecord(path, record, identity, Question(prompt, images, videos, where="prompt", give=_GIVE))
+
+
+def _read_conversation(messages: Any, folder: Path, num_frames: int | None) -> tuple[Message, ...]:
+    """Build the messages of a file. Raises DataError if the last user message has neither text nor media."""
+    built = parse_messages(messages, read=_media_reader(folder, num_frames))
+    if built and built[-1].role == "user" and all(_is_blank(part) for part in built[-1].parts):
+        raise DataError("the question is empty", field="messages", hint=f"write it into message {len(built)}")
+    return built
+
+
+def _is_blank(part: Part) -> bool:
+    return isinstance(part, Text) and not part.text.strip()
+
+
+def _names(content: Mapping[str, Any], one: str, several: str) -> Iterator[str]:
+    if one in content and several in content:
+        raise DataError(f"both {one!r} and {several!r}", field=one, hint=f"put all into {several!r}")
+    key = several if several in content else one
+    value = content.get(key)
+    names: Sequence[Any] = [] if value is None else value if isinstance(value, list) else [value]
+    for name in names:
+        if not isinstance(name, str) or not name:
+            raise DataError(field=key, value=name, expected="a file name")
+        yield name
+
+
+def below(folder: Path, name: str) -> Path | str:
+    """Return a URL as it is, and a relative path below `folder`."""
+    source = media_path(name)
+    return folder / source if isinstance(source, Path) else source
+
+
+def _media_reader(folder: Path, num_frames: int | None) -> Callable[[Mapping[str, Any], str], Image | Video]:
+    """Return a reader of content parts: relative paths below `folder`, videos with `--num-video-frames` frames."""
+
+    def read(part: Mapping[str, Any], where: str) -> Image | Video:
+        medium = read_media(part, where)
+        if isinstance(medium.source, Path):
+            medium = replace(medium, source=below(folder, str(medium.source)))
+        if isinstance(medium, Video) and medium.num_frames is None:
+            medium = replace(medium, num_frames=num_frames)
+        return medium
+
+    return read

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vila.cli import options
+from vila.cli.options import CheckpointOptions, with_option_groups
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -52,6 +53,7 @@ class Rounding(StrEnum):
     FEEDBACK = "feedback"
 
 
+@with_option_groups
 def quantize(
     model: options.RequiredModel,
     out: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.")],
@@ -140,9 +142,7 @@ def quantize(
         ),
     ] = None,
     device: options.DeviceFlag = options.Device.AUTO,
-    template: options.Template = "",
-    model_base: options.ModelBase = "",
-    revision: options.Revision = "",
+    checkpoint_options: CheckpointOptions = options.CHECKPOINT,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model in --output.")] = False,
 ) -> None:
     """Write [bold]MODEL[/bold] with the LLM's weights in 4 bits; the same command after a kill goes on where it was."""
@@ -172,11 +172,11 @@ def quantize(
     unused = _unused(method, load_awq is not None, scaling, clipping)
     found = None if load_awq is None else read_search(load_awq.expanduser())
     stop_cleanly()
-    folder = local_folder(model, revision or None)
+    folder = local_folder(model, checkpoint_options.revision or None)
     check_apart(folder, target)
     with Screen() as screen:
         # All that can be wrong is found on shapes and files; the weights are read after it.
-        checkpoint = open_checkpoint(folder, template=template or None, base=model_base or None)
+        checkpoint = open_checkpoint(folder, **checkpoint_options.overrides)
         shapes = empty_model(checkpoint)
         size = group_size or default_group_size(shapes, found)
         if group_size is None and size != PUBLISHED_GROUP_SIZE:

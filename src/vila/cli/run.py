@@ -1,4 +1,4 @@
-"""`vila run`: questions about pictures and videos, one or a file of them, and their answers."""
+"""`vila run`: generate the answer to one prompt, or to every prompt of a file, about images and videos."""
 
 from __future__ import annotations
 
@@ -15,34 +15,32 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from vila.cli import options, prompt_input
-from vila.cli.options import (
-    Loading,
-    check_clip,
-    check_fit,
-    image_of,
-    load_engine,
-    open_model,
-    open_pictures,
-    opened,
-    video_of,
-)
+from vila.cli import options
+from vila.cli.options import LoadOptions, SamplingOptions, check_fit, load_engine, open_model, with_option_groups
 from vila.cli.prompt_input import (
+    PromptRecord,
     Question,
     Shot,
     build_conversation,
     check_text,
+    check_video_file,
+    image_of,
+    load_image,
+    load_images,
     parse_shot,
+    read_messages,
+    read_prompt_records,
     read_query,
-    with_opened,
+    read_question,
+    video_of,
+    with_images_loaded,
     with_system,
 )
-from vila.cli.question_files import Row
+from vila.cli.upstream_flags import UpstreamOptions, same_value
 from vila.core.errors import ConfigError, DataError, Interrupted, MediaError, TemplateError, VilaError
 from vila.core.files import check_writable
 from vila.core.progress import task
 from vila.core.types import Image, Message, Video
-from vila.engine.request import SamplingParams
 
 if TYPE_CHECKING:
     from vila.engine.detokenize import Decode
@@ -50,23 +48,113 @@ if TYPE_CHECKING:
     from vila.engine.request import Generation, SamplingParams, TokenEvent, TokenLogprob
     from vila.model.layouts.base import Checkpoint
 
-
-# --- asked
-# What the flags of `vila run` ask: where the question comes from, and what goes with it.
+UPSTREAM = UpstreamOptions()
 
 
-WriteConversation = Callable[[str], Sequence[Message]]
-"""Gives the messages, with the template's `media_gap` after pictures that are put before a question."""
+@with_option_groups
+def run(
+    model: options.Model = "",
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            "--prompt",
+            "-p",
+            help="Question. '-' reads standard input, which is the default if it is a pipe. '' asks about an image "
+            "without text.",
+            show_default=False,
+        ),
+    ] = None,
+    image: Annotated[
+        list[str] | None,
+        typer.Option("--image", "-i", metavar="FILE|URL", help="Image. Repeatable.", show_default=False),
+    ] = None,
+    video: Annotated[
+        list[str] | None, typer.Option(metavar="FILE|URL", help="Video. Repeatable.", show_default=False)
+    ] = None,
+    num_video_frames: options.NumVideoFrames = None,
+    shot: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE...",
+            help='Few-shot example before the question: image=FILE text="ANSWER", and question="..." unless it repeats '
+            "the final question. Repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    system: options.System = None,
+    messages: Annotated[
+        Path | None,
+        typer.Option(help="JSON file with a conversation (OpenAI-style messages).", show_default=False),
+    ] = None,
+    batch_file: Annotated[
+        Path | None,
+        typer.Option(help="JSON Lines file with a prompt or a conversation per line.", show_default=False),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Number of prompts of --batch-file per batch.", min=1)] = 8,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="JSON Lines file for the answers to --batch-file. Default: standard output.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming text.")] = False,
+    loading: LoadOptions = options.LOAD,
+    sampling: SamplingOptions = options.SAMPLING,
+    logprobs: Annotated[
+        int,
+        typer.Option(
+            help="With --json or --batch-file: number of most likely tokens to report per generated token.",
+            rich_help_panel="Sampling",
+        ),
+    ] = 0,
+    upstream: UpstreamOptions = UPSTREAM,
+) -> None:
+    """Answer questions about images and videos: vila run [bold]MODEL[/bold] -i a.png -p "what is in the image?" """
+    upstream.check()
+    model = same_value("MODEL", model, "--model-path", upstream.model_path)
+    template = same_value("--template", loading.template, "--conv-mode", upstream.conv_mode)
+    loading = replace(loading, template=template)
+    if not model:
+        raise ConfigError("missing", field="MODEL", hint="give its directory or Hub id: vila run MODEL --prompt TEXT")
+    params = sampling.params(logprobs)
+    prompts = PromptFlags(
+        prompt=prompt,
+        query=upstream.query,
+        messages=messages,
+        batch_file=batch_file,
+        images=[*(image or ()), *upstream.images()],
+        videos=[*(video or ()), *([upstream.video_file] if upstream.video_file else [])],
+        shots=[parse_shot(example) for example in shot or ()],
+        system=system,
+        num_frames=num_video_frames,
+    )
+    prompts.check()
+    if out is not None and batch_file is None:
+        hint = "leave it out, or redirect standard output to a file"
+        raise ConfigError("requires --batch-file", field="--output", hint=hint)
+    if logprobs and not as_json and batch_file is None:
+        raise ConfigError("requires --json or --batch-file", field="--logprobs")
+
+    try:
+        if batch_file is None:
+            generate_one(prompts, model, loading, params, as_json=as_json)
+        else:
+            generate_file(prompts, batch_file, model, loading, params, batch_size=batch_size, out=out)
+    except KeyboardInterrupt as error:
+        raise Interrupted("stopped" if out is None else f"stopped; {out} was not written") from error
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """The flags that make up a question. images, videos: paths and URLs; None stands for a flag that was not given."""
+class PromptFlags:
+    """Flags that make up a prompt. images, videos: paths and URLs. None is a flag that was not given."""
 
     prompt: str | None = None
     query: str | None = None
     messages: Path | None = None
-    batch: Path | None = None
+    batch_file: Path | None = None
     images: Sequence[str] = ()
     videos: Sequence[str] = ()
     shots: Sequence[Shot] = ()
@@ -74,43 +162,43 @@ class Asked:
     num_frames: int | None = None
 
     def check(self) -> None:
-        """Raises ConfigError when there are two questions, or flags that do not go with where it comes from."""
+        """Raise ConfigError for two prompts, and for flags that do not combine with the source of the prompt."""
         sources = {
             "--prompt": self.prompt,
             "--query": self.query,
             "--messages": self.messages,
-            "--batch-file": self.batch,
+            "--batch-file": self.batch_file,
         }
         given = [name for name, value in sources.items() if value is not None]
         if len(given) > 1:
-            raise ConfigError(f"{' and '.join(given)} were given, and each is the question; give one of them")
-        aside = {"--image": self.images, "--video": self.videos, "--shot": self.shots}
-        if self.batch is not None:
-            del aside["--shot"]
-        for name, value in aside.items():
+            raise ConfigError(f"{' and '.join(given)} are alternatives", field=given[1], hint="give one of them")
+        media = {"--image": self.images, "--video": self.videos, "--shot": self.shots}
+        if self.batch_file is not None:
+            del media["--shot"]
+        for name, value in media.items():
             if value and given in (["--messages"], ["--batch-file"]):
-                raise ConfigError(f"{name} does not go with {given[0]}; write it into the file")
+                raise ConfigError(f"cannot be combined with {given[0]}", field=name, hint="write it into the file")
 
-    def conversation(self) -> WriteConversation:
-        """The one conversation that is asked for, its pictures decoded and its text read from wherever it comes."""
+    def conversation(self) -> Callable[[str], Sequence[Message]]:
+        """Read and check text and media; return a function from the template's `media_gap` to the messages."""
         if self.messages is not None:
-            messages = _messages(self.messages, self.num_frames, self.system)
+            messages = self._read_messages(self.messages)
             return lambda gap: messages
-        clips = [video_of(name, self.num_frames) for name in self.videos]
-        for clip in clips:
-            check_clip(clip)
-        images = [opened(image_of(name)) for name in self.images]
-        shots = with_opened(self.shots)
+        videos = [video_of(name, self.num_frames) for name in self.videos]
+        for video in videos:
+            check_video_file(video)
+        images = [load_image(image_of(name))[0] for name in self.images]
+        shots = with_images_loaded(self.shots)
         if self.query is not None:
-            question = read_query(check_text(self.query, "--query"), images, clips)
+            question = read_query(check_text(self.query, "--query"), images, videos)
         else:
-            question = Question(self._text(), images, clips)
-        # An image without a word is a question only where the empty text was written down: captions, few-shot prompts.
-        if not question.text.strip() and (self._is_piped or not (images or clips)):
+            question = Question(self._text(), images, videos)
+        # An empty prompt must be given explicitly: captioning and few-shot prompts use it.
+        if not question.text.strip() and (self._is_piped or not (images or videos)):
             raise ConfigError(
                 "the question is empty",
                 field="standard input" if self._is_piped else "--prompt" if self.query is None else "--query",
-                hint="give --prompt TEXT, or pipe the question in; --prompt '' asks about an image without a word",
+                hint="give --prompt TEXT, or pipe the question in; --prompt '' asks about an image without text",
             )
         return partial(build_conversation, question, shots=shots, system=self.system)
 
@@ -124,356 +212,215 @@ class Asked:
             return check_text(self.prompt, "--prompt")
         if self.prompt is None and sys.stdin.isatty():
             raise ConfigError("no question", field="--prompt", hint="give --prompt TEXT, or pipe the question in")
-        from vila.cli.question_files import read_question
-
         return read_question(typer.get_binary_stream("stdin"))
 
-
-def _messages(path: Path, num_frames: int | None, system: str | None) -> tuple[Message, ...]:
-    from vila.cli.question_files import read_messages
-
-    messages = with_system(read_messages(path, num_frames), system)
-    try:
-        return open_pictures(messages)
-    except MediaError as error:
-        raise MediaError(f"{path}: {error}") from error
+    def _read_messages(self, path: Path) -> tuple[Message, ...]:
+        messages = with_system(read_messages(path, self.num_frames), self.system)
+        try:
+            return load_images(messages)
+        except MediaError as error:
+            error.within(path)
+            raise
 
 
-def run(
-    model: options.Model = "",
-    prompt: Annotated[
-        str | None,
-        typer.Option(
-            "--prompt",
-            "-p",
-            help="The question; '-', or none with a pipe: standard input. '' asks about an image without a word.",
-            show_default=False,
-        ),
-    ] = None,
-    image: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--image",
-            "-i",
-            metavar="FILE|URL",
-            help="Picture. May be given several times.",
-            show_default=False,
-        ),
-    ] = None,
-    video: Annotated[
-        list[str] | None,
-        typer.Option(metavar="FILE|URL", help="Video. May be given several times.", show_default=False),
-    ] = None,
-    num_video_frames: options.NumVideoFrames = None,
-    shot: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="KEY=VALUE...",
-            help='An example before the question: image=FILE text="ANSWER", and question="..." if it is another one. '
-            "May be given several times.",
-            show_default=False,
-        ),
-    ] = None,
-    system: options.System = None,
-    messages: Annotated[
-        Path | None, typer.Option(help="JSON file with a whole conversation of content parts.", show_default=False)
-    ] = None,
-    batch: Annotated[
-        Path | None,
-        typer.Option("--batch-file", help="JSON lines: a question or a conversation each.", show_default=False),
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows of --batch-file that are answered together.", min=1)] = 8,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", "-o", help="Where the answers to --batch-file go; default: standard output.", show_default=False
-        ),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of streaming text.")] = False,
-    template: options.Template = "",
-    model_base: options.ModelBase = "",
-    revision: options.Revision = "",
-    dtype: options.DtypeFlag = options.Dtype.AUTO,
-    device: options.DeviceFlag = options.Device.AUTO,
-    backend: options.BackendFlag = options.Backend.AUTO,
-    lm_head_bits: options.LMHeadBits = None,
-    activation_bits: options.ActivationBits = None,
-    threads: options.Threads = None,
-    max_new_tokens: options.MaxNewTokens = 128,
-    temperature: options.Temperature = 0.0,
-    top_k: options.TopK = 0,
-    top_p: options.TopP = 1.0,
-    min_p: options.MinP = 0.0,
-    repetition_penalty: options.RepetitionPenalty = 1.0,
-    stop: options.Stop = None,
-    seed: options.Seed = 0,
-    logprobs: Annotated[
-        int,
-        typer.Option(help="With --json: likeliest tokens to report beside each.", rich_help_panel="Sampling"),
-    ] = 0,
-    prompt_lookup_tokens: options.PromptLookupTokens = 0,
-    truncate: options.Truncate = False,
-    model_path: prompt_input.ModelPath = "",
-    conv_mode: prompt_input.ConvMode = "",
-    query: prompt_input.Query = None,
-    image_file: prompt_input.ImageFile = None,
-    sep: prompt_input.Sep = ",",
-    video_file: prompt_input.VideoFile = None,
-    num_beams: prompt_input.NumBeams = 1,
-    load_4bit: prompt_input.Load4bit = False,
-    load_8bit: prompt_input.Load8bit = False,
-) -> None:
-    """Ask [bold]MODEL[/bold] about pictures: vila run runs/starter/model -i a.png -p "what shape is in the image?" """
-    from vila.engine.request import SamplingParams
-
-    prompt_input.refuse_unsupported(num_beams, load_4bit, load_8bit)
-    loading = Loading(
-        model=prompt_input.one_of("MODEL", model, "--model-path", model_path),
-        template=prompt_input.one_of("--template", template, "--conv-mode", conv_mode),
-        base=model_base,
-        revision=revision,
-        dtype=dtype.value,
-        device=device.value,
-        backend=backend.value,
-        head_bits=lm_head_bits or 0,
-        activation_bits=activation_bits or 0,
-        threads=threads or 0,
-    )
-    if not loading.model:
-        raise ConfigError("no model; give its directory or hub id: vila run MODEL --prompt TEXT")
-    sampling = SamplingParams(
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        stop=tuple(stop or ()),
-        logprobs=logprobs,
-        seed=seed,
-        overlong="truncate" if truncate else "error",
-        prompt_lookup_tokens=prompt_lookup_tokens,
-    )
-    asked = Asked(
-        prompt=prompt,
-        query=query,
-        messages=messages,
-        batch=batch,
-        images=[*(image or ()), *prompt_input.split_files(image_file, sep)],
-        videos=[*(video or ()), *([video_file] if video_file else [])],
-        shots=[parse_shot(example) for example in shot or ()],
-        system=system,
-        num_frames=num_video_frames,
-    )
-    asked.check()
-    if out is not None and batch is None:
-        raise ConfigError("--output goes with --batch-file; leave it out, or send standard output to a file")
-    if logprobs and not as_json and batch is None:
-        raise ConfigError("--logprobs goes with --json or --batch-file; add one of them")
-
-    try:
-        if batch is None:
-            answer_one(asked, loading, sampling, as_json=as_json)
-        else:
-            answer_file(asked, batch, loading, sampling, batch_size=batch_size, out=out)
-    except KeyboardInterrupt as error:
-        raise Interrupted("stopped" if out is None else f"stopped; {out} was not written") from error
+# --- output
 
 
-# --- answers
-# Answers on their way out: streamed text, and the facts of one as JSON.
+def stripped(events: Iterable[TokenEvent], finish_reasons: list[str] | None = None) -> Iterator[str]:
+    """Yield a streamed answer without surrounding white space; joined, the pieces equal `Engine.generate`.
 
-
-def trimmed(events: Iterable[TokenEvent], ends: list[str] | None = None) -> Iterator[str]:
-    """The pieces of a streamed answer without white space around the whole: joined they are what `generate` gives.
-
-    ends: takes the reason why the answer ended.
+    finish_reasons: list that receives the finish reason.
     """
-    held, begun = "", False
+    held, has_begun = "", False
     for event in events:
-        if event.finish is not None and ends is not None:
-            ends.append(event.finish)
+        if event.finish is not None and finish_reasons is not None:
+            finish_reasons.append(event.finish)
         text = held + event.text
-        text = text if begun else text.lstrip()
+        text = text if has_begun else text.lstrip()
         piece = text.rstrip()
         held = text[len(piece) :]
         if piece:
-            begun = True
+            has_begun = True
             yield piece
 
 
-def answer_facts(answer: Generation, sampling: SamplingParams, tokenizer: Any) -> dict[str, Any]:
-    """An answer as plain data: text, finish, prompt_tokens, tokens, and what the sampling asked for besides."""
-    facts: dict[str, Any] = {
+def answer_json(answer: Generation, sampling: SamplingParams, tokenizer: Any) -> dict[str, Any]:
+    """Return an answer as plain data: text, finish, prompt_tokens, tokens, and the extras that `sampling` asks for."""
+    content: dict[str, Any] = {
         "text": answer.text,
         "finish": answer.finish,
         "prompt_tokens": answer.prompt_tokens,
         "tokens": len(answer.ids),
     }
     if sampling.overlong == "truncate":
-        facts["dropped_messages"] = answer.dropped_messages
+        content["dropped_messages"] = answer.dropped_messages
     if sampling.prompt_lookup_tokens:
-        facts["draft_tokens"], facts["accepted_tokens"] = answer.draft_tokens, answer.accepted_tokens
+        content["draft_tokens"], content["accepted_tokens"] = answer.draft_tokens, answer.accepted_tokens
     if sampling.logprobs:
         from vila.engine.detokenize import decoder_of
 
         decode = decoder_of(tokenizer, skip_special_tokens=False)
-        facts["logprobs"] = [_logprob(report, decode) for report in answer.logprobs]
-    return facts
+        content["logprobs"] = [_logprob_json(report, decode) for report in answer.logprobs]
+    return content
 
 
-def _logprob(report: TokenLogprob, decode: Decode) -> dict[str, Any]:
-    top = [_token(token, logprob, decode) for token, logprob in report.top]
-    return {**_token(report.id, report.logprob, decode), "top": top}
+def _logprob_json(report: TokenLogprob, decode: Decode) -> dict[str, Any]:
+    def token_json(token: int, logprob: float) -> dict[str, Any]:
+        return {"id": token, "token": decode([token]), "logprob": round(logprob, 6)}
+
+    return {**token_json(report.id, report.logprob), "top": [token_json(*one) for one in report.top]}
 
 
-def _token(token: int, logprob: float, decode: Decode) -> dict[str, Any]:
-    return {"id": token, "token": decode([token]), "logprob": round(logprob, 6)}
+# --- one prompt
 
 
-# --- asking
-# What `vila run` does once its flags are understood: answer one conversation, or a file of them.
-
-
-def answer_one(asked: Asked, loading: Loading, sampling: SamplingParams, *, as_json: bool) -> None:
-    """Stream the answer to standard output, or print its facts as one JSON object."""
-    write = asked.conversation()
-    write("")  # markers and media that do not agree show before anything is loaded
-    checkpoint = open_model(loading)
+def generate_one(
+    flags: PromptFlags, model: str, loading: LoadOptions, sampling: SamplingParams, *, as_json: bool
+) -> None:
+    """Stream the answer to standard output, or print it as one JSON object."""
+    write = flags.conversation()
+    write("")  # raises for markers and media that differ in number, before the model is opened
+    checkpoint = open_model(model, loading)
     processor = checkpoint.processor
     gap = processor.find_template().media_gap
     messages = processor.expand_videos(write(gap), gap, shrink=processor.spec)
     try:
         dropped = check_fit(checkpoint.config, processor, messages, sampling)
     except TemplateError as error:
-        if asked.messages:
-            error.within(asked.messages)
+        if flags.messages:
+            error.within(flags.messages)
         raise
     engine = load_engine(checkpoint, loading)
     if as_json:
         answer = engine.complete([messages], sampling)[0]
-        typer.echo(json.dumps(answer_facts(answer, sampling, processor.tokenizer), ensure_ascii=False))
+        typer.echo(json.dumps(answer_json(answer, sampling, processor.tokenizer), ensure_ascii=False))
         return
     if dropped:
-        typer.echo(f"note: the {dropped} oldest messages are left out, to fit the context", err=True)
+        typer.echo(f"note: the {dropped} oldest messages are dropped to fit the context length", err=True)
     try:
-        for piece in trimmed(engine.stream(messages, sampling)):
+        for piece in stripped(engine.stream(messages, sampling)):
             sys.stdout.write(piece)
             sys.stdout.flush()
     finally:
         sys.stdout.write("\n")
 
 
-def answer_file(
-    asked: Asked, path: Path, loading: Loading, sampling: SamplingParams, *, batch_size: int, out: Path | None
+# --- --batch-file
+
+
+def generate_file(
+    flags: PromptFlags,
+    path: Path,
+    model: str,
+    loading: LoadOptions,
+    sampling: SamplingParams,
+    *,
+    batch_size: int,
+    out: Path | None,
 ) -> None:
-    """Answer every row of a JSON-lines file, one JSON object a line; `out` is written whole or not at all."""
+    """Answer every line of a JSON Lines file, one JSON object per line; `out` is written atomically."""
     from vila.cli.progress import Screen
-    from vila.cli.question_files import read_rows
     from vila.core.files import write_jsonl
 
     if out is not None:
-        _check_target(out, path)
-    shots = with_opened(asked.shots)
-    rows = read_rows(path, asked.num_frames)
-    checkpoint = open_model(loading)
-    rows = prepare_rows(rows, checkpoint, sampling, shots=shots, system=asked.system)
+        _check_output(out, path)
+    shots = with_images_loaded(flags.shots)
+    records = read_prompt_records(path, flags.num_frames)
+    checkpoint = open_model(model, loading)
+    records = prepare_records(records, checkpoint, sampling, shots=shots, system=flags.system)
     engine = load_engine(checkpoint, loading)
-    answers = answer_rows(rows, engine, sampling, batch_size)
-    # A bar and lines of JSON would tear each other on one terminal.
-    quiet = out is None and sys.stdout.isatty()
-    with nullcontext() if quiet else Screen() as screen:
+    answers = generate_records(records, engine, sampling, batch_size)
+    # A progress bar and JSON lines would overwrite each other on one terminal.
+    with nullcontext() if out is None and sys.stdout.isatty() else Screen() as screen:
         if screen is not None:
-            answers = _counted(answers, screen, len(rows))
+            answers = _with_progress(answers, screen, len(records))
         if out is not None:
             write_jsonl(out, answers)
             return
-        for row in answers:
-            sys.stdout.write(json.dumps(row, ensure_ascii=False) + "\n")
+        for answer in answers:
+            sys.stdout.write(json.dumps(answer, ensure_ascii=False) + "\n")
             sys.stdout.flush()
 
 
-def _counted(answers: Iterator[dict[str, Any]], screen: Any, total: int) -> Iterator[dict[str, Any]]:
-    with task(screen, "answers", total, "rows"):
+def _with_progress(answers: Iterator[dict[str, Any]], screen: Any, total: int) -> Iterator[dict[str, Any]]:
+    with task(screen, "answers", total, "prompts"):
         for answer in answers:
             yield answer
             screen.advanced("answers")
 
 
-def _check_target(out: Path, source: Path) -> None:
+def _check_output(out: Path, source: Path) -> None:
     if os.path.isdir(out):  # noqa: PTH112 no error for a name that is too long
-        raise ConfigError(f"--output {out}: a directory; give the name of a file")
+        raise ConfigError("a directory", field="--output", value=str(out), expected="a file name")
     check_writable(out, field="--output", is_file=True)
     if out.exists() and source.exists() and out.samefile(source):
-        raise ConfigError(f"--output {out}: that is the file of --batch-file; give another name")
+        raise ConfigError("the file of --batch-file", field="--output", value=str(out), hint="give another name")
 
 
-# --- batch
-# `vila run --batch-file`: rows of a file, all checked before any work starts, answered batch by batch.
+def prepare_records(
+    records: Sequence[PromptRecord],
+    checkpoint: Checkpoint,
+    sampling: SamplingParams,
+    *,
+    shots: Sequence[Shot],
+    system: str | None,
+) -> list[PromptRecord]:
+    """Return the records with their conversations; check that every image decodes and every prompt fits the context.
 
-
-def prepare_rows(
-    rows: Sequence[Row], checkpoint: Checkpoint, sampling: SamplingParams, *, shots: Sequence[Shot], system: str | None
-) -> list[Row]:
-    """Return the rows with their conversations, after opening each image once.
-
-    Not checked here: the content of URLs and videos. Raises VilaError naming file, line and reason.
+    Content of URLs and videos is not checked here. Raises VilaError naming file, line and reason.
     """
     gap = checkpoint.processor.find_template().media_gap
-    seen: set[str] = set()
+    checked: set[str] = set()
     out = []
-    for row in rows:
+    for record in records:
         try:
-            messages = _conversation(row, gap, shots, system)
-            for message in messages:
-                for part in message.parts:
-                    _check_medium(part, seen)
-            if not any(isinstance(part, Video) for message in messages for part in message.parts):
+            messages = _conversation(record, gap, shots, system)
+            parts = [part for message in messages for part in message.parts]
+            for part in parts:
+                _check_media(part, checked)
+            if not any(isinstance(part, Video) for part in parts):
                 check_fit(checkpoint.config, checkpoint.processor, messages, sampling)
         except VilaError as error:
-            error.within(row.file, row.record)
+            error.within(record.file, record.record)
             raise
-        out.append(replace(row, messages=messages))
+        out.append(replace(record, messages=messages))
     return out
 
 
-def _conversation(row: Row, gap: str, shots: Sequence[Shot], system: str | None) -> tuple[Message, ...]:
-    if row.question is not None:
-        return build_conversation(row.question, gap, shots=shots, system=system)
+def _conversation(record: PromptRecord, gap: str, shots: Sequence[Shot], system: str | None) -> tuple[Message, ...]:
+    if record.question is not None:
+        return build_conversation(record.question, gap, shots=shots, system=system)
     if shots:
-        raise DataError("a row with 'messages' brings its own examples; leave out --shot, or write 'prompt'")
-    return with_system(row.messages, system)
+        raise DataError("--shot applies to 'prompt', not to 'messages'", field="messages", hint="leave out --shot")
+    return with_system(record.messages, system)
 
 
-def _check_medium(part: object, seen: set[str]) -> None:
+def _check_media(part: object, checked: set[str]) -> None:
     from vila.media.image import open_image
 
     if isinstance(part, Video):
-        check_clip(part)
+        check_video_file(part)
     if not isinstance(part, Image) or not isinstance(part.source, (Path, bytes)):
         return
     content = part.source
     key = str(content) if isinstance(content, Path) else hashlib.sha256(content).hexdigest()
-    if key not in seen:
+    if key not in checked:
         open_image(part)
-        seen.add(key)
+        checked.add(key)
 
 
-def answer_rows(
-    rows: Sequence[Row], engine: Engine, sampling: SamplingParams, batch_size: int
+def generate_records(
+    records: Sequence[PromptRecord], engine: Engine, sampling: SamplingParams, batch_size: int
 ) -> Iterator[dict[str, Any]]:
-    """Yield one object per row, in order: its id and the facts of its answer.
-
-    Raises VilaError naming the lines of a batch that failed.
-    """
-    for start in range(0, len(rows), batch_size):
-        batch = rows[start : start + batch_size]
+    """Yield one object per record, in order: its id and its answer. Raises VilaError naming the lines of the batch."""
+    for start in range(0, len(records), batch_size):
+        batch = records[start : start + batch_size]
         try:
-            answers = engine.complete([row.messages for row in batch], sampling)
+            answers = engine.complete([record.messages for record in batch], sampling)
         except VilaError as error:
             last = batch[-1].record.rpartition(" ")[2]
             lines = batch[0].record if len(batch) == 1 else f"{batch[0].record} to {last}"
             error.within(batch[0].file, lines)
             raise
-        for row, answer in zip(batch, answers, strict=True):
-            yield {"id": row.id, **answer_facts(answer, sampling, engine.processor.tokenizer)}
+        for record, answer in zip(batch, answers, strict=True):
+            yield {"id": record.id, **answer_json(answer, sampling, engine.processor.tokenizer)}

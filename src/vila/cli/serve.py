@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vila.cli import options
-from vila.cli.options import Loading
+from vila.cli.options import LoadOptions, with_option_groups
 from vila.core.errors import ConfigError
 from vila.core.optional import require_extra
 
@@ -23,6 +23,7 @@ KEYS_VARIABLE = "VILA_API_KEY"
 _BATCH, _LIMITS, _WEB = "Batching", "Limits of a request", "Access"
 
 
+@with_option_groups
 def serve(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Directories, or hub ids OWNER/NAME.")],
     served_model_name: Annotated[
@@ -35,15 +36,7 @@ def serve(
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; others can reach 0.0.0.0.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 takes a free one.", min=0, max=65535)] = 8000,
-    template: options.Template = "",
-    model_base: options.ModelBase = "",
-    revision: options.Revision = "",
-    dtype: options.DtypeFlag = options.Dtype.AUTO,
-    device: options.DeviceFlag = options.Device.AUTO,
-    backend: options.BackendFlag = options.Backend.AUTO,
-    lm_head_bits: options.LMHeadBits = None,
-    activation_bits: options.ActivationBits = None,
-    threads: options.Threads = None,
+    loading: LoadOptions = options.LOAD,
     max_num_seqs: Annotated[
         int, typer.Option(help="Requests that run at a time, per model.", min=1, rich_help_panel=_BATCH)
     ] = 8,
@@ -143,21 +136,6 @@ def serve(
     from vila.serve.server import ServerConfig
     from vila.serve.server import serve as run
 
-    loadings = [
-        Loading(
-            one,
-            template,
-            model_base,
-            revision,
-            dtype.value,
-            device.value,
-            backend.value,
-            lm_head_bits or 0,
-            activation_bits or 0,
-            threads or 0,
-        )
-        for one in models
-    ]
     limits = Limits(
         body=int(max_body_mb * 1e6),
         images=max_images,
@@ -169,8 +147,8 @@ def serve(
     )
     served = Models(
         [
-            _served(loading, given)
-            for loading, given in zip(loadings, served_model_name or [""] * len(models), strict=True)
+            _served(model, loading, given)
+            for model, given in zip(models, served_model_name or [""] * len(models), strict=True)
         ],
         Batching(max_num_seqs, kv_cache_tokens, max_queue, prefill_chunk_size),
     )
@@ -215,18 +193,18 @@ def _check_domains(domains: Sequence[str]) -> None:
             raise ConfigError(field="--allowed-media-domain", value=domain, expected=expected)
 
 
-def _served(loading: Loading, given: str) -> ServedModel:
+def _served(model: str, loading: LoadOptions, given: str) -> ServedModel:
     from vila.serve.models import ServedModel, default_name
 
-    names = [name for name in given.split(",") if name] or [default_name(loading.model)]
-    return ServedModel(names[0], _loader(loading), (*names[1:], loading.model))
+    names = [name for name in given.split(",") if name] or [default_name(model)]
+    return ServedModel(names[0], _loader(model, loading), (*names[1:], model))
 
 
-def _loader(loading: Loading) -> Callable[[], Engine]:
+def _loader(model: str, loading: LoadOptions) -> Callable[[], Engine]:
     def load() -> Engine:
         from vila.cli.options import load_engine, open_model
 
-        return load_engine(open_model(loading), loading)
+        return load_engine(open_model(model, loading), loading)
 
     return load
 

@@ -29,23 +29,28 @@ def check_backend(backend: str, head_bits: int, threads: int, device: str, activ
     and for its options without it.
     """
     if backend not in BACKENDS:
-        raise ConfigError(f"backend={backend!r}: 'auto', 'torch' or 'onnx'")
+        raise ConfigError(field="backend", value=backend, expected="auto, torch or onnx")
     if head_bits not in (0, 4, 8, 32):
-        raise ConfigError(f"head_bits={head_bits!r}: 4, 8 or 32")
-    if head_bits in (4, 8) and backend != "onnx":
-        raise ConfigError(f"head_bits={head_bits} is an option of backend='onnx'; leave it out, or ask for that")
+        raise ConfigError(field="head_bits", value=head_bits, expected="4, 8 or 32")
     if activation_bits not in (0, *ACTIVATION_BITS):
-        raise ConfigError(f"activation_bits={activation_bits!r}: 8, 16 or 32")
+        raise ConfigError(field="activation_bits", value=activation_bits, expected="8, 16 or 32")
+    if head_bits in (4, 8) and backend != "onnx":
+        raise _onnx_only("head_bits", head_bits)
     if activation_bits and backend == "torch":
-        raise ConfigError(f"activation_bits={activation_bits} is an option of backend='onnx'; torch rounds none")
+        raise _onnx_only("activation_bits", activation_bits)
     if threads and backend == "torch":
-        raise ConfigError(f"threads={threads} is an option of backend='onnx'; torch.set_num_threads is torch's own")
+        raise _onnx_only("threads", threads, "leave it out; torch.set_num_threads sets PyTorch's")
     if backend == "onnx" and device != "cpu":
-        raise ConfigError(f"backend='onnx' runs on the CPU alone, not on {device!r}; ask for device='cpu'")
+        hint = "run on device 'cpu', or choose another backend"
+        raise ConfigError(f"the onnx backend runs on a CPU only, not on {device!r}", field="backend", hint=hint)
     if backend == "onnx":
         from vila.engine.onnx.program import find_runtime
 
         find_runtime()
+
+
+def _onnx_only(field: str, value: int, hint: str = "leave it out, or choose the onnx backend") -> ConfigError:
+    return ConfigError("an option of the onnx backend", field=field, value=value, hint=hint)
 
 
 def choose_program(

@@ -32,10 +32,11 @@ def fit_prompt(
         if len(tokens.ids) + answer <= context:
             return tokens, dropped
     what = "the prompt" if dropped == 0 else "the prompt without its earlier turns"
-    remedy = "shorten it" if overlong == "truncate" else 'shorten it, let overlong="truncate" drop its oldest turns,'
+    drop = "" if overlong == "truncate" else ' let overlong="truncate" drop its oldest turns,'
     raise ContextOverflowError(
         f"{what} has {len(tokens.ids)} tokens and the answer may have {answer}, "
-        f"but the model's context holds {context}; {remedy} or lower max_new_tokens"
+        f"but the model's context holds {context}",
+        hint=f"shorten it,{drop} or lower max_new_tokens",
     )
 
 

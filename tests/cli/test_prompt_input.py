@@ -1,4 +1,4 @@
-"""Where media go in a turn, and what happens when their numbers and the markers' differ."""
+"""Placement of media in a user turn, and the errors for markers and media that differ in number."""
 
 import pytest
 
@@ -18,7 +18,7 @@ def test_media_go_before_a_text_without_markers(gap):
     assert parts == (A, Text(f"{gap}what?"))
 
 
-def test_a_clip_brings_its_own_gaps():
+def test_no_gap_is_added_after_a_video():
     assert place_media(Question("what?", [], [C]), "\n") == (C, Text("what?"))
 
 
@@ -44,15 +44,16 @@ def test_a_gap_of_the_question_wins_over_the_templates():
     ],
 )
 def test_numbers_of_markers_and_media_that_differ_are_refused(question, field, hint):
-    with pytest.raises(MediaError) as told:
+    with pytest.raises(MediaError) as caught:
         place_media(question, "\n")
-    assert told.value.field == field
-    assert told.value.hint.startswith(hint)
+    assert caught.value.field == field
+    assert caught.value.hint.startswith(hint)
 
 
 def test_a_second_system_text_is_refused():
     said = [Message.of("user", "q")]
     assert with_system(said, None) == tuple(said)
     assert with_system(said, "s")[0] == Message.of("system", "s")
-    with pytest.raises(ConfigError, match="--system was given, but the messages begin with a system message"):
+    with pytest.raises(ConfigError) as caught:
         with_system(with_system(said, "s"), "t")
+    assert caught.value.field == "--system"

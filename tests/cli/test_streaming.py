@@ -1,8 +1,8 @@
-"""A streamed answer is the stripped text, whatever its pieces are."""
+"""A streamed answer is the stripped text for any division into pieces."""
 
 import pytest
 
-from vila.cli.run import trimmed
+from vila.cli.run import stripped
 from vila.engine.request import TokenEvent
 
 
@@ -18,7 +18,7 @@ from vila.engine.request import TokenEvent
 def test_pieces_without_the_space_around_them_join_to_the_stripped_text(pieces):
     ends = []
     events = [TokenEvent(piece) for piece in pieces] + [TokenEvent("", "length")]
-    shown = list(trimmed(events, ends))
+    shown = list(stripped(events, ends))
     assert "".join(shown) == "".join(pieces).strip()
     assert all(shown)
     assert ends == ["length"]
@@ -26,5 +26,5 @@ def test_pieces_without_the_space_around_them_join_to_the_stripped_text(pieces):
 
 def test_pieces_come_as_soon_as_they_are_certain():
     pieces = iter(["a ", "b", "c"])
-    shown = trimmed(TokenEvent(piece) for piece in pieces)
+    shown = stripped(TokenEvent(piece) for piece in pieces)
     assert [next(shown), next(pieces)] == ["a", "b"]

@@ -153,21 +153,23 @@ def test_a_row_may_ask_about_an_image_without_a_word(vila, model, picture, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "message"),
+    ("arguments", "code", "where"),
     [
-        (("--batch-file", "{tmp}/none.jsonl"), 1, "none.jsonl: no such file"),
-        (("--batch-file", "{tmp}/empty.jsonl"), 1, "empty.jsonl: holds no lines"),
-        (("--batch-file", "{tmp}/rows.jsonl", "--output", "{tmp}/rows.jsonl"), 2, "that is the file of --batch-file"),
-        (("--batch-file", "{tmp}/rows.jsonl", "--output", "{tmp}"), 2, "a directory; give the name of a file"),
-        (("--batch-file", "{tmp}/rows.jsonl", "-i", "p.png"), 2, "--image does not go with --batch-file"),
-        (("--batch-file", "{tmp}/rows.jsonl", "--shot", "text=a"), 1, "line 3: a row with 'messages' brings its own"),
+        (("--batch-file", "{tmp}/none.jsonl"), 1, "{tmp}/none.jsonl"),
+        (("--batch-file", "{tmp}/empty.jsonl"), 1, "{tmp}/empty.jsonl"),
+        (("--batch-file", "{tmp}/rows.jsonl", "--output", "{tmp}/rows.jsonl"), 2, "--output"),
+        (("--batch-file", "{tmp}/rows.jsonl", "--output", "{tmp}"), 2, "--output"),
+        (("--batch-file", "{tmp}/rows.jsonl", "-i", "p.png"), 2, "--image"),
+        (("--batch-file", "{tmp}/rows.jsonl", "--shot", "text=a"), 1, "{tmp}/rows.jsonl, line 3"),
     ],
 )
-def test_flags_that_do_not_fit_a_batch_are_refused(vila, model, rows, tmp_path, arguments, code, message):
+def test_flags_that_do_not_combine_with_a_batch_file_are_refused(
+    vila_error, model, rows, tmp_path, arguments, code, where
+):
     (tmp_path / "empty.jsonl").write_text("\n")
-    ended, out, err = vila("run", model, *(argument.format(tmp=tmp_path) for argument in arguments))
-    assert message in err
-    assert (ended, out) == (code, "")
+    error = vila_error("run", model, *(argument.format(tmp=tmp_path) for argument in arguments))
+    found = ", ".join(filter(None, (error.file, error.record))) or error.field
+    assert (error.exit_code, found) == (code, where.format(tmp=tmp_path))
     assert len(rows.read_text().split("\n\n")) == len(ROWS)
 
 
