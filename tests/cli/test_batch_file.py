@@ -121,7 +121,7 @@ def test_truncation_is_counted_in_each_row(vila, model, tmp_path):
         ('{"prompt": "x", "video": "none.mp4"}', None),
         ('{"prompt": "<image> <image>", "image": "p.png"}', "prompt"),
         ('{"prompt": "<image> what?"}', "prompt"),
-        ('{"messages": []}', None),
+        ('{"messages": []}', "messages"),
         ('{"messages": [{"role": "user", "content": ""}]}', "messages"),
         ('{"messages": [{"role": "user", "content": [{"type": "text", "text": " "}]}]}', "messages"),
         ('{"messages": [{"role": "assistant", "content": "x"}]}', "messages[0]"),

@@ -250,7 +250,7 @@ FILES = {
         (("{model}", "-p", "x", "--video", "{tmp}/none.mp4"), 1, "{tmp}/none.mp4"),
         (("{model}", "-p", "x", "--video", "{tmp}"), 1, "{tmp}"),
         (("{model}", "-p", "x", "--template", "vicuna"), 2, "{model}"),
-        (("{model}", "-p", "x", "--temperature", "-1", "--top_p", "2"), 2, "top_p"),
+        (("{model}", "-p", "x", "--temperature", "-1", "--top_p", "2"), 2, "sampling"),
         (("{model}", "-p", "x" * 600), 1, "600 tokens"),
         (("{model}", "-p", "\udcff"), 2, "--prompt"),
         (("{model}", "-p", "x", "--system", "\udcff"), 2, "the system text"),
