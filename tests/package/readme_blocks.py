@@ -1,11 +1,11 @@
-"""The fenced code blocks of README.md and docs/, and what their info strings ask for.
+"""Fenced code blocks of README.md and docs/, and the tags in their info strings.
 
-    ```bash run             runs in every test session
-    ```bash run slow        takes minutes: `make test-slow`
-    ```bash run network     fetches something: `make test-slow`
-    ```python run           Python instead of a shell
+    ```bash run             executed in every test session
+    ```bash run slow        takes minutes; executed by `make test-slow`
+    ```bash run network     downloads; executed by `make test-slow`
+    ```python run           executed by Python
 
-Blocks without `run` are for the reader only.
+Blocks without `run` are not executed.
 """
 
 import re
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class Block:
-    """One block: where it stands (page from the repository's root, line of its fence) and what it holds."""
+    """A code block. page: path from the root of the repository; line: line of the opening fence."""
 
     page: str
     line: int
@@ -33,13 +33,13 @@ class Block:
 
 
 def read_blocks(root: Path) -> list[Block]:
-    """Every bash and python block, page by page, in reading order."""
+    """Return the bash and python blocks of all pages, in reading order."""
     pages = [root / "README.md", *sorted((root / "docs").rglob("*.md"))]
     return [block for page in pages for block in parse_blocks(page.read_text("utf-8"), str(page.relative_to(root)))]
 
 
 def parse_blocks(text: str, page: str) -> list[Block]:
-    """The bash and python blocks of one page. A misspelt tag would silently run nothing, so it is an error."""
+    """Return the bash and python blocks of one page. Raises ValueError for unknown tags."""
     blocks = []
     for match in FENCE.finditer(text):
         language, *tags = match["info"].split()

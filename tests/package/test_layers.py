@@ -1,4 +1,4 @@
-"""A package imports only from the floors below it: the contract in pyproject.toml, told in docs/architecture.md."""
+"""A package imports only from layers below it: the import-linter contract in pyproject.toml."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ LINT = (
 )
 
 
-def test_every_import_goes_down() -> None:
-    # In a process of its own: import-linter turns off the loggers of whoever calls it.
+def test_packages_import_only_from_lower_layers() -> None:
+    # In its own process, because import-linter disables all loggers.
     linted = subprocess.run([sys.executable, "-c", LINT], cwd=ROOT, capture_output=True, text=True, check=False)
     assert linted.returncode == 0, linted.stdout + linted.stderr

@@ -1,4 +1,4 @@
-"""A Python that is too old, or absent, is named before anything is made."""
+"""`make` and environment_setup.sh reject a missing or too old Python before they create anything."""
 
 import os
 import subprocess
@@ -13,7 +13,7 @@ ABSENT = "vila needs Python 3.11 or newer, but '{python}' is no Python that runs
 
 @pytest.fixture
 def old_python(tmp_path: Path) -> Path:
-    """Answers the version question as Python 3.9 does, and would betray any further use."""
+    """A fake Python 3.9: answers the version check, and creates a file on any other use."""
     script = tmp_path / "python3.9"
     script.write_text(f'#!/bin/sh\n[ "$1" = -c ] && echo 3.9 && exit 1\ntouch {tmp_path}/used\n')
     script.chmod(0o755)
@@ -21,7 +21,7 @@ def old_python(tmp_path: Path) -> Path:
 
 
 def run(*command: str | Path, **env: str) -> subprocess.CompletedProcess[str]:
-    # A make that runs this test hands its own flags down; they are not for the make under test.
+    # Flags of a surrounding `make` must not reach the one under test.
     inherited = {
         key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS", "VIRTUAL_ENV"))
     }

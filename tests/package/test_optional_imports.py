@@ -1,4 +1,4 @@
-"""Packages that only an extra brings are imported by `vila.core.optional`, or in modules behind such an import."""
+"""Packages of extras are imported by `vila.core.optional`, or in modules that are imported after such a check."""
 
 import ast
 import sys
@@ -12,9 +12,9 @@ from vila.core.optional import EXTRAS
 
 SRC = ROOT / "src"
 MODULE_NAMES = {"huggingface-hub": "huggingface_hub", "pillow": "PIL", "protobuf": "google", "pyyaml": "yaml"}
-BEHIND = ("vila.serve", "vila.bench.serve", "vila.bench.serve")
-"""Modules that import packages of extras at their top; commands import them after `require_extra`."""
-# Triton comes with PyTorch's CUDA builds; lmms-eval itself imports its plugin.
+GUARDED = ("vila.serve", "vila.bench.serve")
+"""Modules with module-level imports of extras; commands import them after `require_extra`."""
+# Triton is part of PyTorch's CUDA builds; lmms-eval imports its plugin.
 OTHERS = {
     "vila.kernels.triton": {"triton"},
     "vila.eval.lmms": {"lmms_eval"},
@@ -28,7 +28,7 @@ def modules():
 
 
 def imports(tree):
-    """Line and name of every module that is imported at run time."""
+    """Line and name of every import outside of `if TYPE_CHECKING`."""
     typing_only = {
         below
         for node in ast.walk(tree)
@@ -44,28 +44,28 @@ def imports(tree):
             yield node.lineno, node.module
 
 
-def test_no_module_imports_what_is_not_declared():
+def test_every_imported_package_is_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     names = {canonicalize_name(Requirement(text).name) for text in project["dependencies"]}
     base = {MODULE_NAMES.get(name, name.replace("-", "_")) for name in names} | set(sys.stdlib_module_names) | {"vila"}
-    faults = []
+    wrong = []
     for module, tree in modules():
         allowed = base | OTHERS.get(module, set())
-        if module.startswith(BEHIND):
+        if module.startswith(GUARDED):
             # Starlette is a dependency of FastAPI, h11 of uvicorn.
             allowed |= {*EXTRAS["serve"], *EXTRAS["demo"], "starlette", "h11"}
-        faults += [f"{module}: {name}" for _, name in imports(tree) if name.partition(".")[0] not in allowed]
-    assert faults == []
+        wrong += [f"{module}: {name}" for _, name in imports(tree) if name.partition(".")[0] not in allowed]
+    assert wrong == []
 
 
-def test_the_server_and_its_load_are_imported_only_behind_require_extra():
-    faults = []
+def test_server_and_load_generator_are_imported_only_after_require_extra():
+    wrong = []
     for module, tree in modules():
         if module.startswith(("vila.serve", "vila.bench")):
             continue
         guards = [n.lineno for n in ast.walk(tree) if isinstance(n, ast.Call) and "require_extra" in ast.dump(n.func)]
         first = min(guards, default=sys.maxsize)
-        faults += [
-            f"{module}:{line}: {name}" for line, name in imports(tree) if name.startswith(BEHIND) and line < first
+        wrong += [
+            f"{module}:{line}: {name}" for line, name in imports(tree) if name.startswith(GUARDED) and line < first
         ]
-    assert faults == []
+    assert wrong == []

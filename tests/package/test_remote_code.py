@@ -1,4 +1,4 @@
-"""Code that a checkpoint brings along is never run, and nobody is asked whether it may be."""
+"""Code inside a checkpoint is never run, and the user is never asked to allow it."""
 
 import ast
 import json
@@ -23,7 +23,7 @@ def loading_calls():
                 yield path.name, node
 
 
-def test_every_call_that_can_import_code_refuses_to():
+def test_every_loading_call_has_trust_remote_code_false():
     calls = list(loading_calls())
     assert calls
     wrong = [
@@ -43,7 +43,7 @@ def edit(file, **changes):
 
 
 def plant(folder, name):
-    """A module that leaves a mark when it is imported, and the `auto_map` that names it."""
+    """Add a module that creates a file when it is imported, and the `auto_map` that names it."""
     mark = folder / "ran"
     (folder / "code.py").write_text(f"open({str(mark)!r}, 'w')\n")
     maps = {
@@ -57,7 +57,7 @@ def plant(folder, name):
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "processor_config.json"])
 @pytest.mark.parametrize("tokenizer_class", [None, "CodeTokenizer"])
-def test_an_auto_map_is_ignored_or_refused_and_nothing_is_asked(tmp_path, monkeypatch, name, tokenizer_class):
+def test_an_auto_map_is_ignored_or_rejected_without_a_prompt(tmp_path, monkeypatch, name, tokenizer_class):
     def asked(*_):
         raise AssertionError("a question was asked")
 
