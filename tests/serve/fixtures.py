@@ -89,7 +89,7 @@ def text_part(text: str) -> dict[str, Any]:
 def on_a_port(app: Any, connections: Connections | None = None, **timings: float):
     """The application behind a real port of this machine, in a thread; limits and `timings` of its connections."""
     connections = Connections() if connections is None else connections
-    protocol = type("Timed", (TimedProtocol,), {"admitted": connections, **timings})
+    protocol = type("Timed", (TimedProtocol,), {"open_connections": connections, **timings})
     config = uvicorn.Config(app, http=protocol, ws="none", lifespan="off", log_level="critical", loop="asyncio")
     server = uvicorn.Server(config)
     with listen("127.0.0.1", 0, connections) as listening:
@@ -112,7 +112,7 @@ class Process:
         self.said: list[str] = []
         assert self.popen.stderr is not None
         first = self.popen.stderr.readline()
-        self.url = first.split()[0] if "will answer" in first else ""
+        self.url = first.split()[0] if "will serve" in first else ""
         self.said.append(first)
         threading.Thread(target=self._listen, daemon=True).start()
 

@@ -22,7 +22,7 @@ def test_trimmed_pieces_are_the_stripped_text_however_it_is_cut(text):
                 pieces.append(text[start:place])
                 start = place
         trim = StreamTrimmer()
-        assert "".join(trim.take(piece) for piece in [*pieces, text[start:]]) == text.strip()
+        assert "".join(trim.push(piece) for piece in [*pieces, text[start:]]) == text.strip()
 
 
 def test_a_token_is_shown_as_it_stands_behind_the_one_before_it():
@@ -30,7 +30,7 @@ def test_a_token_is_shown_as_it_stands_behind_the_one_before_it():
     words = {1: " a", 2: " cat", 3: "\N{REPLACEMENT CHARACTER}"}
     reports = LogprobFormatter(lambda ids: "".join(words[id_] for id_ in ids).removeprefix(" "), top=1)
     steps = [TokenLogprob(id_, -0.5, ((2, -0.5), (1, -1.0))) for id_ in (1, 2, 3)]
-    told = reports.take(steps[:1]) + reports.take(steps[1:])
+    told = reports.push(steps[:1]) + reports.push(steps[1:])
     assert [token["token"] for token in told] == ["a", " cat", "\N{REPLACEMENT CHARACTER}"]
     assert [token["bytes"] for token in told] == [[97], list(b" cat"), None]
     assert [[top["token"] for top in token["top_logprobs"]] for token in told] == [["cat"], [" cat"], [" cat"]]
@@ -50,8 +50,9 @@ def test_several_answers_have_seeds_of_their_own_and_none_given_is_random():
 
 def test_two_models_of_one_name_are_refused():
     same = [ServedModel("a", lambda: None), ServedModel("a", lambda: None)]
-    with pytest.raises(ConfigError, match="two models are called 'a'"):
+    with pytest.raises(ConfigError) as caught:
         Models(same, Batching())
+    assert (caught.value.field, caught.value.value) == ("--served-model-name", "a")
 
 
 def test_a_directory_gives_its_name_or_that_of_the_run(tmp_path):
@@ -66,15 +67,15 @@ def test_many_problems_are_not_all_told():
     error = validation_error(problems)
     assert error.param == "messages[0]"
     assert error.message.count("bad") == 10
-    assert error.message.endswith("and 5 more")
+    assert "5 more" in error.message
 
 
 def test_content_of_another_kind_is_told_both_that_there_are():
     with pytest.raises(ValidationError) as raised:
         ChatRequest(model="m", messages=[{"role": "user", "content": None}])
-    assert (
-        validation_error(raised.value.errors()).message == "messages[0].content: expected a string, or a list of parts"
-    )
+    error = validation_error(raised.value.errors())
+    assert error.param == "messages[0].content"
+    assert "string" in error.message and "list" in error.message
 
 
 def test_names_of_models_can_be_written_in_json(tmp_path):

@@ -74,7 +74,6 @@ def test_a_body_that_does_not_come_is_refused(service):
         connection.sendall(head(1000) + b'{"model": ')
         said = ended(connection)
     assert said.startswith(b"HTTP/1.1 408 ")
-    assert b"not complete within 0.2 s" in said
 
 
 def test_a_client_that_does_not_read_is_cut_and_its_answer_given_up(service):

@@ -84,7 +84,7 @@ def test_a_body_that_pauses_is_given_up(service):
 
 
 def test_idle_connections_make_place_for_one_that_asks(service):
-    limits = Connections(most=20, per_address=20)
+    limits = Connections(limit=20, per_address=20)
     with on_a_port(create_app(service), limits) as port, ExitStack() as stack:
         held = opened(stack, port, 30, b"GET /hea")
         assert asks(port).status_code == 200
@@ -94,7 +94,7 @@ def test_idle_connections_make_place_for_one_that_asks(service):
 
 
 def test_an_address_can_hold_its_own_share_of_connections_alone(service):
-    limits = Connections(most=40, per_address=20)
+    limits = Connections(limit=40, per_address=20)
     with on_a_port(create_app(service), limits) as port, ExitStack() as stack:
         others = opened(stack, port, 2, b"GET /hea", source="127.0.0.2")
         opened(stack, port, 50, head(1000) + b"{", source="127.0.0.3")
@@ -119,7 +119,7 @@ def test_connections_are_counted_until_they_are_closed(service):
 
 
 def test_whose_request_is_answered_keeps_its_connection():
-    limits = Connections(most=2)
+    limits = Connections(limit=2)
     with socket.create_server(("127.0.0.1", 0)) as listening, ExitStack() as stack:
         ends = [stack.enter_context(socket.create_connection(listening.getsockname())) for _ in range(4)]
         one, two, three, four = ends
@@ -187,7 +187,7 @@ def test_a_client_that_fills_the_room_leaves_some_to_others(service):
 
             many = [asyncio.ensure_future(ask("mine", 300)) for _ in range(60)]
             until = time.monotonic() + 20
-            while service.models.models[0].concurrency.held < 24 and time.monotonic() < until:
+            while service.models.models[0].concurrency.active < 24 and time.monotonic() < until:
                 await asyncio.sleep(0.01)
             other = await ask("theirs", 2)
             unanswered = sum(not one.done() or one.result().status_code == 200 for one in many)
@@ -200,7 +200,7 @@ def test_a_client_that_fills_the_room_leaves_some_to_others(service):
     assert other == 200
     assert unanswered >= 24
     assert statuses.count(200) >= 24 and set(statuses) == {200, 429}
-    assert service.models.models[0].concurrency.held == 0
+    assert service.models.models[0].concurrency.active == 0
 
 
 def test_each_client_has_an_equal_share_of_the_room():
@@ -225,9 +225,9 @@ def test_each_client_has_an_equal_share_of_the_room():
         limit.acquire("b")
     assert raised.value.status == 429
     for client in "abc":
-        while limit._held[client]:
+        while limit._active[client]:
             limit.release(client)
-    assert limit.held == 0
+    assert limit.active == 0
 
 
 def test_answers_of_one_request_are_counted_each(service):
@@ -242,7 +242,7 @@ def test_answers_of_one_request_are_counted_each(service):
 
 
 def test_a_client_holds_half_of_the_memory_for_bodies_at_most():
-    reader = BodyReader(most=100, total=400, seconds=5)
+    reader = BodyReader(max_bytes=100, max_total_bytes=400, timeout_s=5)
 
     def piece(count):
         async def receive():
@@ -261,7 +261,7 @@ def test_a_client_holds_half_of_the_memory_for_bodies_at_most():
     assert len(asyncio.run(read("b", 100))) == 100
     reader.release("a", 200)
     reader.release("b", 100)
-    assert reader.held.total() == 0
+    assert reader.buffered.total() == 0
 
 
 def test_memory_of_refused_bodies_is_given_back(service, monkeypatch):
@@ -272,4 +272,4 @@ def test_memory_of_refused_bodies_is_given_back(service, monkeypatch):
     layer = app.middleware_stack
     while not hasattr(layer, "bodies"):
         layer = layer.app
-    assert layer.bodies.held.total() == 0
+    assert layer.bodies.buffered.total() == 0

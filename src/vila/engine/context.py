@@ -32,11 +32,10 @@ def fit_prompt(
         if len(tokens.ids) + answer <= context:
             return tokens, dropped
     what = "the prompt" if dropped == 0 else "the prompt without its earlier turns"
-    drop = "" if overlong == "truncate" else ' let overlong="truncate" drop its oldest turns,'
+    truncate = "" if overlong == "truncate" else ', set overlong="truncate"'
     raise ContextOverflowError(
-        f"{what} has {len(tokens.ids)} tokens and the answer may have {answer}, "
-        f"but the model's context holds {context}",
-        hint=f"shorten it,{drop} or lower max_new_tokens",
+        f"{what} has {len(tokens.ids)} tokens and the answer up to {answer}, but the model's context holds {context}",
+        hint=f"shorten the prompt{truncate} or lower max_new_tokens",
     )
 
 

@@ -1,4 +1,4 @@
-"""The application: its addresses, and its errors in the protocol's form."""
+"""The FastAPI application: routes of the OpenAI chat API, health checks, metrics, and error responses."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ from vila.core.errors import VilaError
 from vila.serve.admission import AllowedHosts
 from vila.serve.chat import Service
 from vila.serve.errors import ApiError, internal_error, to_api_error
-from vila.serve.middleware import RequestMiddleware, respond
+from vila.serve.middleware import RequestMiddleware, error_response
 from vila.serve.schema import INLINE_BYTES, ChatRequest, parse_request
 
-_PROBLEM = {"description": "An error object", "content": {"application/json": {"schema": {"type": "object"}}}}
-_PROBLEMS: dict[int | str, dict[str, Any]] = {
-    status: _PROBLEM for status in (400, 401, 403, 404, 405, 408, 413, 429, 431, 499, 500, 503, 504)
+_ERROR = {"description": "An error object", "content": {"application/json": {"schema": {"type": "object"}}}}
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: _ERROR for status in (400, 401, 403, 404, 405, 408, 413, 429, 431, 499, 500, 503, 504)
 }
-
 _SCHEMAS = "#/components/schemas/{model}"
 _REQUEST_BODY = {
     "requestBody": {
@@ -41,19 +40,19 @@ def create_app(
     origins: Sequence[str] = (),
     hosts: AllowedHosts | None = None,
     root_path: str = "",
-    **timings: float,
+    **timeouts: float,
 ) -> FastAPI:
-    """The application of one server.
+    """Return the application of one server.
 
-    keys:      that open `/v1`; none leaves it open.
-    origins:   web pages that may ask from a browser; `*` for all.
-    hosts:     names under which it answers; None for all.
-    root_path: under which a proxy shows it.
-    timings:   `body_s` and `stall_s` of `RequestMiddleware`.
+    keys:      API keys for `/v1`; empty: no authentication.
+    origins:   origins that CORS allows; `*` allows all.
+    hosts:     allowed host names; None allows all.
+    root_path: path prefix under which a reverse proxy exposes the server.
+    timeouts:  `body_s` and `stall_s` of `RequestMiddleware`.
     """
-    # The pages of documentation would be fetched from elsewhere.
+    # FastAPI's documentation pages load scripts from other hosts.
     app = FastAPI(title="vila", version=__version__, docs_url=None, redoc_url=None)
-    app.add_middleware(RequestMiddleware, service=service, keys=keys, hosts=hosts, root_path=root_path, **timings)
+    app.add_middleware(RequestMiddleware, service=service, keys=keys, hosts=hosts, root_path=root_path, **timeouts)
     if origins:
         app.add_middleware(
             CORSMiddleware,
@@ -62,61 +61,61 @@ def create_app(
             allow_headers=["*"],
             expose_headers=["X-Request-Id", "Retry-After"],
         )
-    app.openapi = partial(_describe, app, app.openapi)  # type: ignore[method-assign]
-    _add_errors(app)
-    _add_chat(app, service)
-    _add_state(app, service)
+    app.openapi = partial(_openapi, app, app.openapi)  # type: ignore[method-assign]
+    _add_error_handlers(app)
+    _add_chat_routes(app, service)
+    _add_status_routes(app, service)
     return app
 
 
-def _describe(app: FastAPI, describe: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The OpenAPI description, with the schema of the request, which the application parses itself."""
+def _openapi(app: FastAPI, build: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return FastAPI's OpenAPI document with the schema of the request body, which `parse_request` validates."""
     if app.openapi_schema is None:
-        described = describe()
+        document = build()
         schema = ChatRequest.model_json_schema(ref_template=_SCHEMAS)
-        parts = {**schema.pop("$defs", {}), ChatRequest.__name__: schema}
-        described.setdefault("components", {}).setdefault("schemas", {}).update(parts)
-        app.openapi_schema = described
+        schemas = {**schema.pop("$defs", {}), ChatRequest.__name__: schema}
+        document.setdefault("components", {}).setdefault("schemas", {}).update(schemas)
+        app.openapi_schema = document
     return app.openapi_schema
 
 
-def _add_chat(app: FastAPI, service: Service) -> None:
+def _add_chat_routes(app: FastAPI, service: Service) -> None:
     models = service.models
 
-    @app.post("/v1/chat/completions", responses=_PROBLEMS, response_model=None, openapi_extra=_REQUEST_BODY)
+    @app.post("/v1/chat/completions", responses=_ERRORS, response_model=None, openapi_extra=_REQUEST_BODY)
     async def complete(request: Request) -> Response:
-        """Answer a conversation."""
+        """Create a chat completion."""
         body = await request.body()
         if len(body) <= INLINE_BYTES:
             return await service.answer(parse_request(body, request.headers), request)
         loop = asyncio.get_running_loop()
-        asked = await loop.run_in_executor(service.threads.parsing, parse_request, body, request.headers)
-        return await service.answer(asked, request)
+        parsed = await loop.run_in_executor(service.threads.parsing, parse_request, body, request.headers)
+        return await service.answer(parsed, request)
 
-    @app.get("/v1/models", responses=_PROBLEMS)
+    @app.get("/v1/models", responses=_ERRORS)
     async def list_models() -> dict[str, Any]:
-        """The models that can be asked."""
+        """List the models."""
         return {"object": "list", "data": [model.card for model in models.models]}
 
-    @app.get("/v1/models/{name:path}", responses=_PROBLEMS)
+    @app.get("/v1/models/{name:path}", responses=_ERRORS)
     async def show_model(name: str) -> dict[str, Any]:
-        """One of them, under any of its names."""
+        """Describe a model by its name or an alias."""
         return models.find(name).card
 
 
-def _add_state(app: FastAPI, service: Service) -> None:
+def _add_status_routes(app: FastAPI, service: Service) -> None:
     models = service.models
 
-    @app.get("/health", responses=_PROBLEMS)
+    @app.get("/health", responses=_ERRORS)
     async def health() -> JSONResponse:
-        """Whether the process can answer: 503 once the thread of a model's engine has ended by an error."""
+        """Liveness check: 503 once the thread of a model's engine has ended by an error."""
         if models.is_alive:
             return JSONResponse({"status": "ok"})
         return JSONResponse({"status": "dead", "models": {model.name: model.state for model in models.models}}, 503)
 
-    @app.get("/ready", responses=_PROBLEMS)
+    @app.get("/ready", responses=_ERRORS)
     async def ready() -> JSONResponse:
-        """Whether every model is loaded and requests are taken."""
+        """Readiness check: 503 until every model is loaded, and during shutdown."""
         states = {model.name: model.state for model in models.models}
         if models.is_ready:
             return JSONResponse({"status": "ready", "models": states})
@@ -125,22 +124,22 @@ def _add_state(app: FastAPI, service: Service) -> None:
 
     @app.get("/metrics", response_class=Response)
     async def metrics() -> Response:
-        """Figures for Prometheus."""
+        """Prometheus metrics."""
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def _add_errors(app: FastAPI) -> None:
+def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
-    async def refuse_address(request: Request, error: HTTPException) -> JSONResponse:
-        words = {
-            404: "no such address; the server has POST /v1/chat/completions, GET /v1/models, /health, /ready, /metrics",
-            405: f"{request.method} is not possible here",
+    async def handle_http(request: Request, error: HTTPException) -> JSONResponse:
+        messages = {
+            404: "not found; routes: POST /v1/chat/completions, GET /v1/models, /health, /ready, /metrics",
+            405: f"method {request.method} is not allowed here",
         }
-        message = words.get(error.status_code, str(error.detail))
-        return respond(ApiError(error.status_code, message, headers=dict(error.headers or {})))
+        message = messages.get(error.status_code, str(error.detail))
+        return error_response(ApiError(error.status_code, message, headers=dict(error.headers or {})))
 
-    async def tell(request: Request, error: Exception) -> JSONResponse:
-        return respond(to_api_error(error) or internal_error(request.state.request_id))
+    async def handle(request: Request, error: Exception) -> JSONResponse:
+        return error_response(to_api_error(error) or internal_error(request.state.request_id))
 
-    app.add_exception_handler(ApiError, tell)
-    app.add_exception_handler(VilaError, tell)
+    app.add_exception_handler(ApiError, handle)
+    app.add_exception_handler(VilaError, handle)

@@ -1,4 +1,4 @@
-"""Connections of the server: how many are open, from whom, and how long one may be kept without a request."""
+"""TCP connections of the server: limits on their number, in total and per address, and on slow clients."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 _log = logging.getLogger("vila.serve")
 
 MAX_CONNECTIONS = 1000
-"""Open connections of a server by default; one address may hold half of them."""
-_SPARE_FILES = 256
-"""Open files that are left to everything but connections."""
+"""Default limit of open connections; one address may hold half of them."""
+_RESERVED_FILES = 256
+"""File descriptors reserved for everything but connections."""
 
-# How far a connection has come; the lowest are closed first when another one wants its place.
+# Stages of a connection. At the limit, connections of the lowest stage are closed first.
 IDLE, READING, ANSWERING = range(3)
 
 
 @dataclass(eq=False)
 class _Open:
-    """An open connection."""
+    """An open connection and its stage."""
 
     connection: socket.socket
     address: str
@@ -38,69 +38,69 @@ class _Open:
 
 
 class Connections:
-    """Counts open connections, in total and per address, and closes idle ones when the room is needed.
+    """Limits the open connections, in total and per address; at a limit, new connections replace idle ones.
 
-    most:        open connections.
-    per_address: of one address (of one /64 network for IPv6); 0 is half of `most`.
+    limit:       connections in total.
+    per_address: connections of one address (IPv6: of one /64 network); 0: half of `limit`.
     """
 
-    def __init__(self, most: int = MAX_CONNECTIONS, per_address: int = 0) -> None:
-        self.most, self.per_address = most, per_address or max(1, most // 2)
+    def __init__(self, limit: int = MAX_CONNECTIONS, per_address: int = 0) -> None:
+        self.limit, self.per_address = limit, per_address or max(1, limit // 2)
         self._open: dict[int, _Open] = {}
         self._of_address: Counter[str] = Counter()
-        self._told = 0.0
+        self._last_warning = 0.0
 
     def __len__(self) -> int:
         return len(self._open)
 
     def admit(self, connection: socket.socket, peer: Any) -> bool:
-        """Count a new connection, closing one that waits for nothing in its favour; False when there is no place.
+        """Count a new connection; at a limit, close another one for it. Returns False if it has to be rejected.
 
-        At the limit of an address one of its own connections goes, at the limit of all one of an address that holds
-        many. Those whose request is being answered stay.
+        At the limit per address, one of the same address is closed; at the total limit, one of the address with the
+        most connections. Connections with a request in progress are never closed.
         """
         address = client_address(peer)
         is_own = self._of_address[address] >= self.per_address
-        if (is_own or len(self._open) >= self.most) and not self._close_one(address if is_own else None):
+        if (is_own or len(self._open) >= self.limit) and not self._close_one(address if is_own else None):
             return False
         self._open[connection.fileno()] = _Open(connection, address)
         self._of_address[address] += 1
         return True
 
     def release(self, number: int) -> None:
-        """Forget a connection by its file descriptor; it is closed."""
+        """Stop counting a closed connection, given by its file descriptor."""
         if one := self._open.pop(number, None):
             self._of_address[one.address] -= 1
             if not self._of_address[one.address]:
                 del self._of_address[one.address]
 
     def set_stage(self, number: int, stage: int) -> None:
-        """Note how far the request on a connection has come: IDLE, READING (its body) or ANSWERING."""
+        """Set the stage of a connection: IDLE, READING (a request body) or ANSWERING."""
         if (one := self._open.get(number)) and one.stage != stage:
             one.stage, one.since = stage, time.monotonic()
 
     def _close_one(self, address: str | None) -> bool:
-        """Close the connection that is missed least, of one address or of all; False if all are being answered."""
-        self._say()
-        waiting = [one for one in self._open.values() if one.stage < ANSWERING and address in (None, one.address)]
-        if not waiting:
+        """Close an idle connection, of `address` or of any; False if all have a request in progress."""
+        self._warn()
+        closable = [one for one in self._open.values() if one.stage < ANSWERING and address in (None, one.address)]
+        if not closable:
             return False
-        victim = min(waiting, key=lambda one: (one.stage, -self._of_address[one.address], one.since))
+        victim = min(closable, key=lambda one: (one.stage, -self._of_address[one.address], one.since))
         self.release(victim.connection.fileno())
-        # The event loop sees the end of the stream and closes the rest, unless the client was faster.
+        # The event loop sees the end of the stream and closes the socket, unless the client already did.
         with suppress(OSError):
             victim.connection.shutdown(socket.SHUT_RDWR)
         return True
 
-    def _say(self) -> None:
+    def _warn(self) -> None:
         now = time.monotonic()
-        if now - self._told > 60:
-            self._told = now
-            _log.warning("connection limit reached (%d are open); idle ones are closed for new ones", len(self))
+        if now - self._last_warning > 60:
+            self._last_warning = now
+            _log.warning("connection limit reached (%d open); closing idle connections for new ones", len(self))
 
 
 def client_address(peer: Any) -> str:
-    """The address of a client, by which it is counted: of an IPv6 address the /64 network, which one host can use."""
+    """Return the address by which a client is counted; for IPv6 its /64 network, which a single host may own."""
     host = str(peer[0]) if isinstance(peer, tuple) and peer else "local"
     try:
         address = ipaddress.ip_address(host.partition("%")[0])
@@ -114,14 +114,14 @@ def client_address(peer: Any) -> str:
 
 
 class Listener(socket.socket):
-    """A listening socket that admits connections by a `Connections`, before TLS or HTTP costs anything."""
+    """A listening socket that applies the limits of a `Connections` before TLS and HTTP are processed."""
 
     connections: Connections
 
     def accept(self) -> tuple[socket.socket, Any]:
-        """Accept the next connection that is admitted. Raises BlockingIOError when none waits."""
+        """Accept the next connection within the limits. Raises BlockingIOError if none is pending."""
         while True:
-            number, peer = self._accept()  # type: ignore[attr-defined]  # socket.accept() makes a plain socket of it
+            number, peer = self._accept()  # type: ignore[attr-defined]  # socket.accept() would create a plain socket
             connection = _Counted(self.family, self.type, self.proto, fileno=number)
             if self.connections.admit(connection, peer):
                 connection.on_close = self.connections.release
@@ -130,12 +130,12 @@ class Listener(socket.socket):
 
 
 class _Counted(socket.socket):
-    """A connection that says when it is closed."""
+    """A connection that calls `on_close` when it is closed."""
 
     on_close: Callable[[int], None] | None = None
 
     def close(self) -> None:
-        """Close it."""
+        """Close the socket."""
         if self.on_close is not None and self.fileno() >= 0:
             self.on_close(self.fileno())
         super().close()
@@ -150,112 +150,115 @@ def listen(host: str, port: int, connections: Connections) -> Listener:
     return listener
 
 
-def connection_limit(most: int) -> int:
-    """At most `most`, as many as this process may have open files for; raises its soft limit where that is allowed."""
+def connection_limit(wanted: int) -> int:
+    """Return `wanted`, or fewer if the process may not open that many files; raises the soft limit if necessary."""
     try:
         import resource
     except ImportError:  # Windows
-        return most
+        return wanted
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = most + _SPARE_FILES
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    files = wanted + _RESERVED_FILES
+    if soft != resource.RLIM_INFINITY and soft < files:
+        soft = files if hard == resource.RLIM_INFINITY else min(files, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return most if soft == resource.RLIM_INFINITY else max(1, min(most, soft - _SPARE_FILES))
+    return wanted if soft == resource.RLIM_INFINITY else max(1, min(wanted, soft - _RESERVED_FILES))
 
 
-class _Reader(h11.Connection):
-    """Parses HTTP, and gives up on bodies that come in needlessly small pieces, each of which costs time to parse."""
+class _Parser(h11.Connection):
+    """HTTP parser that gives up on bodies in many tiny chunks, because each chunk costs time to parse."""
 
-    max_pieces, mean_bytes = 10_000, 256
-    pieces, size, is_too_fine = 0, 0, False
+    max_chunks, min_mean_bytes = 10_000, 256
+    chunks, size, is_too_fine = 0, 0, False
 
     def next_event(self) -> Any:
-        """The next event; NEED_DATA for ever after too many small pieces of one body."""
+        """Return the next event; always NEED_DATA after too many tiny chunks of one body."""
         if self.is_too_fine:
             return h11.NEED_DATA
         event = super().next_event()
         if isinstance(event, h11.Request):
-            self.pieces = self.size = 0
+            self.chunks = self.size = 0
         elif isinstance(event, h11.Data):
-            self.pieces += 1
+            self.chunks += 1
             self.size += len(event.data)
-            if self.pieces > self.max_pieces and self.size < self.pieces * self.mean_bytes:
+            if self.chunks > self.max_chunks and self.size < self.chunks * self.min_mean_bytes:
                 self.is_too_fine = True
                 return h11.NEED_DATA
         return event
 
 
 class TimedProtocol(H11Protocol):
-    """uvicorn's protocol with limits that it lacks.
+    """uvicorn's HTTP protocol with timeouts against slow clients.
 
-    head_s:  seconds from a connection, or from the first byte of a further request on it, to the end of its headers.
-    stall_s: seconds that a client may leave what was sent to it unread.
-    admitted: to which the progress of requests is reported, if any.
+    head_s:      seconds until a request's headers are complete, from the connection or, for further requests, from
+                 their first byte.
+    stall_s:     seconds during which a client may leave the response unread.
+    open_connections: receives the stage of the connection, if set.
     """
 
     head_s = 20.0
     stall_s = 60.0
-    admitted: Connections | None = None
+    open_connections: Connections | None = None
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         limit = self.config.h11_max_incomplete_event_size
-        self.conn = self._reader = _Reader(h11.SERVER, *([] if limit is None else [limit]))
+        self.conn = self._parser = _Parser(h11.SERVER, *([] if limit is None else [limit]))
         self._head: asyncio.TimerHandle | None = None
         self._stall: asyncio.TimerHandle | None = None
         self._number = -1
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """A client is connected: its first request's headers are awaited."""
+        """Start the timeout for the headers of the first request."""
         super().connection_made(transport)
         if own := transport.get_extra_info("socket"):
             self._number = own.fileno()
-        self._head = self.loop.call_later(self.head_s, self._cut)
+        self._head = self.loop.call_later(self.head_s, self._abort)
 
     def data_received(self, data: bytes) -> None:
-        """Parse what came."""
+        """Parse received data and update the timeouts."""
         before = self.cycle
         idle = before is None or before.response_complete
         super().data_received(data)
-        if self._reader.is_too_fine:
-            self._cut()
+        if self._parser.is_too_fine:
+            self._abort()
         elif self.cycle is not before:
             self._stop_head()
         elif idle and self._head is None and not self.transport.is_closing():
-            self._head = self.loop.call_later(self.head_s, self._cut)
-        self._report()
+            self._head = self.loop.call_later(self.head_s, self._abort)
+        self._update_stage()
 
     def on_response_complete(self) -> None:
-        """The response is sent; the connection waits for the next request."""
+        """Mark the connection as idle."""
         super().on_response_complete()
-        self._report()
+        self._update_stage()
 
     def pause_writing(self) -> None:
-        """The client does not read what was sent to it."""
+        """Start the timeout for a client that does not read."""
         super().pause_writing()
         if self._stall is None:
-            self._stall = self.loop.call_later(self.stall_s, self._cut)
+            self._stall = self.loop.call_later(self.stall_s, self._abort)
 
     def resume_writing(self) -> None:
-        """The client reads again."""
+        """Stop the timeout for a client that does not read."""
         super().resume_writing()
         self._stop_stall()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The connection is closed."""
+        """Stop all timeouts."""
         self._stop_head()
         self._stop_stall()
         self._number = -1
         super().connection_lost(exc)
 
-    def _report(self) -> None:
-        if self.admitted is not None:
+    def _update_stage(self) -> None:
+        if self.open_connections is not None:
             cycle = self.cycle
-            waits = cycle is None or cycle.response_complete
-            self.admitted.set_stage(self._number, IDLE if waits else READING if cycle.more_body else ANSWERING)
+            is_idle = cycle is None or cycle.response_complete
+            self.open_connections.set_stage(
+                self._number, IDLE if is_idle else READING if cycle.more_body else ANSWERING
+            )
 
-    def _cut(self) -> None:
+    def _abort(self) -> None:
         self.transport.abort()
 
     def _stop_head(self) -> None:

@@ -1,4 +1,4 @@
-"""Images and videos of a request: read from their addresses under limits, and messages made of them."""
+"""Images and videos of a chat request: fetched or decoded from data URLs under limits, and put into `Message`s."""
 
 from __future__ import annotations
 
@@ -14,8 +14,6 @@ from vila.media.image import LoadedMedia, check_size, encoded_size, open_source
 from vila.media.limits import IsCancelled, MediaLimits, never
 from vila.serve.schema import ChatRequest, ImagePart, TextPart, VideoPart
 
-_STARTS = ("http://", "https://", "data:")
-
 SERVER_MEDIA = MediaLimits(
     image_bytes=20 * 2**20,
     image_pixels=50_000_000,
@@ -28,20 +26,20 @@ SERVER_MEDIA = MediaLimits(
     kept_pixels=2**28,
     decode_s=20.0,
 )
-"""Limits on one image or video of a request. Its frames are shrunk while they are decoded, so few pixels are kept."""
+"""Limits of one image or video in a request. Video frames are resized while they are decoded."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Limits on the cost of a request.
+    """Limits of one request.
 
-    body:      bytes of a request.
-    images:    images and videos of a request.
-    media:     of one image or video, wherever it comes from.
-    fetch_s:   for everything that is fetched for a request together.
-    request_s: from a request to the last token of its answer.
-    allow_private: also fetch from this machine and its network.
-    allowed_domains: hosts to fetch from, see `vila.media.http.is_allowed`; empty: all that are public.
+    body:            bytes of the body.
+    images:          images and videos.
+    media:           limits of each image or video.
+    fetch_s:         seconds for fetching all of its URLs.
+    request_s:       seconds from its arrival to the last token.
+    allow_private:   whether to fetch from private and loopback addresses.
+    allowed_domains: hosts to fetch from, see `vila.media.http.is_allowed`; empty: every public host.
     """
 
     body: int = 32 * 2**20
@@ -53,46 +51,9 @@ class Limits:
     allowed_domains: tuple[str, ...] = ()
 
 
-async def read_messages(
-    request: ChatRequest, limits: Limits, threads: Threads, cancelled: IsCancelled = never
-) -> list[Message]:
-    """The conversation with its media read, all of them at the same time; they are decoded later.
-
-    cancelled: ends fetching, between reads.
-    Raises DataError for too many media, for media outside the user's turns
-    and for addresses of other kinds, MediaError for what cannot be read.
-    """
-    placed = [
-        (part, f"messages[{at}].content[{number}]", message.role)
-        for at, message in enumerate(request.messages)
-        for number, part in enumerate(message.parts)
-        if not isinstance(part, TextPart)
-    ]
-    if len(placed) > limits.images:
-        where = placed[limits.images][1]
-        raise DataError(f"{where}: {len(placed)} images and videos; this server takes {limits.images} in a request")
-    if aside := next((place for _, place, role in placed if role != "user"), ""):
-        raise DataError(f"{aside}: images and videos belong into the turns of the user")
-    if not placed and not any(message.text for message in request.messages):
-        raise DataError("messages: there is neither text nor an image in them")
-    loop, until = asyncio.get_running_loop(), time.monotonic() + limits.fetch_s
-    reading = [
-        loop.run_in_executor(threads.of(part), _read, part, place, limits, until, cancelled)
-        for part, place, _ in placed
-    ]
-    media = iter(await asyncio.gather(*reading))
-    out: list[Message] = []
-    for message in request.messages:
-        role: Role = "system" if message.role == "developer" else message.role
-        parts = tuple(Text(part.text) if isinstance(part, TextPart) else next(media) for part in message.parts)
-        out.append(Message(role, parts))
-    return out
-
-
 class Threads:
-    """Threads in which requests are made ready, by what they may wait for: addresses, videos, or neither.
-
-    Slow addresses and long videos hold up their own kind alone.
+    """Thread pools for request preparation, one per kind of work, so that slow URLs or long videos block only others
+    of their kind.
     """
 
     def __init__(self, fetching: int = 32, working: int = 4, decoding: int = 2) -> None:
@@ -101,59 +62,85 @@ class Threads:
         self.decoding = ThreadPoolExecutor(decoding, thread_name_prefix="vila-video")
         self.parsing = ThreadPoolExecutor(2, thread_name_prefix="vila-parse")
 
-    def of(self, part: ImagePart | VideoPart) -> ThreadPoolExecutor:
-        """Those that read this medium."""
-        return self.working if _is_data(_url(part)) else self.fetching
+    def for_reading(self, part: ImagePart | VideoPart) -> ThreadPoolExecutor:
+        """Return the pool that reads an image or video."""
+        return self.working if part.url[:5].lower() == "data:" else self.fetching
 
-    def preparing(self, messages: list[Message]) -> ThreadPoolExecutor:
-        """Those that decode the media of these messages."""
+    def for_preparing(self, messages: list[Message]) -> ThreadPoolExecutor:
+        """Return the pool that decodes and tokenizes a conversation."""
         has_video = any(isinstance(part, Video) for message in messages for part in message.parts)
         return self.decoding if has_video else self.working
 
     def close(self) -> None:
-        """Let go of the threads without waiting for them."""
+        """Shut the pools down without waiting for running work."""
         for pool in (self.fetching, self.working, self.decoding, self.parsing):
             pool.shutdown(wait=False, cancel_futures=True)
 
 
+async def read_messages(
+    request: ChatRequest, limits: Limits, threads: Threads, cancelled: IsCancelled = never
+) -> list[Message]:
+    """Return the conversation with the encoded bytes of its media, which are read concurrently and decoded later.
+
+    cancelled: checked between reads; stops fetching.
+    Raises DataError for too many media, media outside user turns and unsupported URL schemes, and MediaError for media
+    that cannot be read. `field` of both is the part of `messages`.
+    """
+    media_parts = [
+        (part, f"messages[{index}].content[{number}]", message.role)
+        for index, message in enumerate(request.messages)
+        for number, part in enumerate(message.parts)
+        if not isinstance(part, TextPart)
+    ]
+    if len(media_parts) > limits.images:
+        problem = f"the request has {len(media_parts)} images and videos, the limit is {limits.images}"
+        raise DataError(problem, field=media_parts[limits.images][1])
+    if misplaced := next((field for _, field, role in media_parts if role != "user"), ""):
+        raise DataError("images and videos are supported in user turns only", field=misplaced)
+    if not media_parts and not any(message.text for message in request.messages):
+        raise DataError("holds neither text nor an image", field="messages")
+    loop, deadline = asyncio.get_running_loop(), time.monotonic() + limits.fetch_s
+    reading = [
+        loop.run_in_executor(threads.for_reading(part), _read, part, field, limits, deadline, cancelled)
+        for part, field, _ in media_parts
+    ]
+    media = iter(await asyncio.gather(*reading))
+    messages: list[Message] = []
+    for message in request.messages:
+        role: Role = "system" if message.role == "developer" else message.role
+        parts = tuple(Text(part.text) if isinstance(part, TextPart) else next(media) for part in message.parts)
+        messages.append(Message(role, parts))
+    return messages
+
+
 def _read(
-    part: ImagePart | VideoPart, place: str, limits: Limits, until: float, cancelled: IsCancelled
+    part: ImagePart | VideoPart, field: str, limits: Limits, deadline: float, cancelled: IsCancelled
 ) -> Image | Video:
-    url, is_image = _url(part), isinstance(part, ImagePart)
-    if not url.lower().startswith(_STARTS):
-        raise DataError(
-            f"{place}: {redact_url(url)!r} is not an address; give http(s)://... or data:image/png;base64,..."
-        )
-    left = until - time.monotonic()
-    if left <= 0:
-        raise MediaError(
-            f"{place}: {redact_url(url)}: not read within {limits.fetch_s:g} s; try again, or send a data URL"
-        )
+    is_image, address = isinstance(part, ImagePart), redact_url(part.url)
+    if not part.url.lower().startswith(("http://", "https://", "data:")):
+        expected = "http(s)://... or data:image/png;base64,..."
+        raise DataError("not a supported URL", field=field, value=address, expected=expected)
+    remaining = deadline - time.monotonic()
+    if remaining <= 0:
+        problem = f"{address}: not read within {limits.fetch_s:g} s"
+        raise MediaError(problem, field=field, hint="retry, or send a data URL")
     try:
         stream, name = open_source(
-            url,
+            part.url,
             "an image" if is_image else "a video",
             allow_private=limits.allow_private,
             allowed_domains=limits.allowed_domains,
             max_bytes=limits.media.image_bytes if is_image else limits.media.video_bytes,
-            timeout_s=left,
+            timeout_s=remaining,
             cancelled=cancelled,
         )
     except MediaError as error:
-        raise MediaError(f"{place}: {error}") from error
+        raise MediaError(str(error), field=field) from error
     with stream:
-        received = LoadedMedia(f"{place} ({name})", stream.read())
+        media = LoadedMedia(f"{field} ({name})", stream.read())
     if isinstance(part, VideoPart):
-        return Video(received, part.video_url.num_frames)
-    # A damaged image, which has no size, is refused by its decoder.
-    if size := encoded_size(received.content):
-        check_size(size, received.name, limits.media)
-    return Image(received)
-
-
-def _url(part: ImagePart | VideoPart) -> str:
-    return part.image_url.url if isinstance(part, ImagePart) else part.video_url.url
-
-
-def _is_data(url: str) -> bool:
-    return url[:5].lower() == "data:"
+        return Video(media, part.video_url.num_frames)
+    # Damaged images without a size are rejected by the decoder.
+    if size := encoded_size(media.content):
+        check_size(size, media.name, limits.media)
+    return Image(media)

@@ -1,4 +1,4 @@
-"""The models of a server: their names, whether they are loaded, and the batcher that answers for each."""
+"""The models of a server: names and aliases, loading in the background, and the batcher of each."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _log = logging.getLogger("vila.serve")
 
 @dataclass(frozen=True, slots=True)
 class Batching:
-    """Arguments of the batcher of each model."""
+    """Batcher settings of each model; see `vila.engine.batcher.Batcher`."""
 
     max_num_seqs: int = 8
     kv_tokens: int = 0
@@ -32,13 +32,13 @@ class Batching:
 
     @property
     def capacity(self) -> int:
-        """Requests of a model that run and wait."""
+        """Requests of a model that may run or wait."""
         return self.max_num_seqs + self.max_queue
 
 
 @dataclass
 class ServedModel:
-    """One model under its name and other names that requests may use; `load` reads it, in a thread of its own."""
+    """A model with its name and aliases. `load` builds its engine and is called in a background thread."""
 
     name: str
     load: Callable[[], Engine]
@@ -50,7 +50,7 @@ class ServedModel:
 
     @property
     def card(self) -> dict[str, Any]:
-        """As the protocol lists it."""
+        """The model object of the OpenAI API."""
         return {"id": self.name, "object": "model", "created": self.created, "owned_by": "vila"}
 
     @property
@@ -62,9 +62,9 @@ class ServedModel:
 
 
 class Models:
-    """All models of a server. They are loaded one after the other once `start` was called.
+    """All models of a server. `start` loads them one after the other.
 
-    Raises ConfigError when two have the same name.
+    Raises ConfigError if two models have the same name or a name is not valid UTF-8.
     """
 
     def __init__(self, models: Sequence[ServedModel], batching: Batching) -> None:
@@ -73,11 +73,10 @@ class Models:
         self._by_name: dict[str, ServedModel] = {}
         for model in self.models:
             if not _is_encodable(model.name):
-                raise ConfigError(
-                    "not UTF-8 text, which no answer can name", field="--served-model-name", value=model.name
-                )
+                raise ConfigError("not valid UTF-8", field="--served-model-name", value=model.name)
             if model.name in self._by_name:
-                raise ConfigError(f"two models are called {model.name!r}; give each its --served-model-name")
+                hint = "give each its own name"
+                raise ConfigError("two models have this name", field="--served-model-name", value=model.name, hint=hint)
             self._by_name[model.name] = model
         for model in self.models:
             model.concurrency = ConcurrencyLimit(batching.capacity)
@@ -86,54 +85,54 @@ class Models:
 
     @property
     def names(self) -> list[str]:
-        """The names that are listed; aliases work besides."""
+        """Names of all models, without aliases."""
         return [model.name for model in self.models]
 
     @property
     def is_full(self) -> bool:
-        """Whether no model has room for another request."""
+        """Whether every model rejects further requests."""
         return all(model.concurrency.is_full for model in self.models)
 
     @property
     def is_alive(self) -> bool:
-        """False once the thread of a model's engine has ended by an error."""
+        """False once the engine thread of a model has ended by an error."""
         return all(model.state != "dead" for model in self.models)
 
     @property
     def is_ready(self) -> bool:
-        """Whether every model is loaded and requests are taken."""
+        """Whether every model is loaded and requests are accepted."""
         return not self.draining and all(model.state == "ready" for model in self.models)
 
     def find(self, name: str) -> ServedModel:
-        """The model of a name. Raises ApiError, 404 with the names that there are."""
+        """Return the model with a name or alias. Raises ApiError (404), which lists the names."""
         model = self._by_name.get(name)
         if model is None:
             shown = name if len(name) <= 100 else f"{name[:97]}..."
-            message = f"no model {shown!r} here; this server has {', '.join(map(repr, self.names))}"
+            message = f"unknown model {shown!r}; this server has {', '.join(map(repr, self.names))}"
             raise ApiError(404, message, "model", "model_not_found")
         return model
 
     def batcher(self, model: ServedModel) -> Batcher:
-        """What answers for a model. Raises ApiError, 503, while it is loading or the server is stopping."""
+        """Return the batcher of a model. Raises ApiError (503) while it is loading or the server is shutting down."""
         if self.draining:
-            raise unavailable("the server is stopping and takes no new requests")
+            raise unavailable("the server is shutting down and accepts no new requests")
         if model.batcher is None:
-            raise unavailable(f"the model {model.name!r} is still loading; ask again in a moment")
+            raise unavailable(f"the model {model.name!r} is still loading; retry later")
         return model.batcher
 
     def start(self, failed: Callable[[ServedModel], None]) -> None:
-        """Load all models in the background; `failed` hears of one that cannot be."""
+        """Load all models in a background thread; `failed` is called with a model that cannot be loaded."""
         threading.Thread(target=self._load, args=(failed,), name="vila-load", daemon=True).start()
 
     def drain(self, seconds: float) -> bool:
-        """Take no more requests, and wait for those that run; whether all of them were answered in time."""
+        """Stop accepting requests and wait for the running ones; return whether all ended in time."""
         self.draining = True
         until = time.monotonic() + seconds
         batchers = [model.batcher for model in self.models if model.batcher is not None]
         return all([batcher.drain(max(0.0, until - time.monotonic())) for batcher in batchers])
 
     def close(self) -> None:
-        """End what still runs."""
+        """Stop all batchers; requests that are still running end with an error."""
         self.draining = True
         for model in self.models:
             if model.batcher is not None:
@@ -143,14 +142,14 @@ class Models:
         for model in self.models:
             begun = time.monotonic()
             try:
-                model.batcher = self._ready(model.load())
-            except Exception as error:  # noqa: BLE001 - whatever it is, the server is to say it and end
+                model.batcher = self._start_batcher(model.load())
+            except Exception as error:  # noqa: BLE001 - the server reports any error and exits
                 model.failure = error
                 failed(model)
                 return
-            _log.info("model %s is ready after %.1f s", model.name, time.monotonic() - begun)
+            _log.info("model %s loaded in %.1f s", model.name, time.monotonic() - begun)
 
-    def _ready(self, engine: Engine) -> Batcher:
+    def _start_batcher(self, engine: Engine) -> Batcher:
         from vila.engine.batcher import Batcher
 
         settings = self.batching
@@ -166,13 +165,13 @@ class Models:
 
 
 def default_name(model: str) -> str:
-    """What a model is called by default: a directory by its own name, or by its parent's where that is `model`."""
+    """Return a model's default name: the directory's name (its parent's if that is `model`), or the hub id."""
     path = Path(model)
     if not path.is_dir():
         return model
     path = path.resolve()
     name = path.parent.name if path.name == "model" and path.parent.name else path.name
-    # Bytes of a file name that are not UTF-8 have no place in JSON.
+    # File names may hold bytes that are not UTF-8, which JSON cannot carry.
     return name.encode("utf-8", "replace").decode()
 
 

@@ -1,4 +1,4 @@
-"""What a client may send: the request for a chat completion, strictly typed."""
+"""Request schema of the chat completions API (pydantic, strict), and parsing of request bodies."""
 
 from __future__ import annotations
 
@@ -22,9 +22,12 @@ from vila.core.errors import DataError
 from vila.core.reading import parse_json
 from vila.serve.errors import ApiError, validation_error
 
-# --- unsupported
-# Parameters of the chat protocol that this server does not have: which may be ignored, and which are refused.
-
+MAX_VALUES = 100_000
+"""Values of a body: list elements and object members, at any depth."""
+MAX_DEPTH = 64
+"""Nesting depth of a body."""
+INLINE_BYTES = 16 * 1024
+"""Bodies up to this size are parsed in the event loop, which takes a few milliseconds."""
 
 IGNORED = frozenset(
     {
@@ -39,7 +42,7 @@ IGNORED = frozenset(
         "prompt_cache_retention",
     }
 )
-"""They are for the bookkeeping of whoever serves, or make an answer faster at most."""
+"""Parameters of the OpenAI API that do not change the answer and are ignored."""
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,),
@@ -62,18 +65,17 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "ignore_eos": (False,),
     "add_generation_prompt": (True,),
 }
-"""Values, besides null, with which a parameter says what is done anyway."""
-
+"""Unsupported parameters, with the values (in addition to null) that have no effect and are accepted."""
 
 IGNORED_IN_MESSAGES = frozenset({"name", "reasoning_content", "reasoning"})
-"""No template has a place for them: the speaker's name, and what a model thought before an earlier answer."""
+"""Message fields that no chat template uses: the speaker's name, and the reasoning of an earlier answer."""
 MAX_NAMES = 20
-"""Names that are examined for a message; any more are counted."""
-_LONGEST_NAME = 60
+"""Unknown names that are reported per object; further ones are counted."""
+_MAX_NAME_LENGTH = 60
 
 
-def problems(extra: Mapping[str, Any], known: list[str]) -> Iterator[str]:
-    """What is wrong with the parameters of a request that its schema does not have; `known` are those it has."""
+def _parameter_problems(extra: Mapping[str, Any], known: list[str]) -> Iterator[str]:
+    """Yield the problems of parameters that the schema does not have; `known` are the ones it has."""
     wrong = [
         name
         for name, value in extra.items()
@@ -81,111 +83,123 @@ def problems(extra: Mapping[str, Any], known: list[str]) -> Iterator[str]:
     ]
     for name in wrong[:MAX_NAMES]:
         if name in NEUTRAL:
-            yield f"{name}: is not supported here, and would change the answer; leave it out"
+            yield f"{name}: is not supported and would change the answer; remove it"
             continue
-        near = get_close_matches(name, known, n=1) if len(name) <= _LONGEST_NAME else []
+        near = get_close_matches(name, known, n=1) if len(name) <= _MAX_NAME_LENGTH else []
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        yield f"{_short(name)}: unknown parameter{hint}"
-    yield from _rest(wrong)
+        yield f"{_shortened(name)}: unknown parameter{hint}"
+    yield from _remaining(wrong)
 
 
-def message_problems(extra: Mapping[str, Any]) -> Iterator[str]:
-    """What is wrong with the further fields of a message. Those of an earlier answer, sent back, are empty."""
+def _message_problems(extra: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the problems of further message fields. The empty fields of an earlier answer are accepted."""
     wrong = [
         name
         for name, value in extra.items()
         if not (name in IGNORED_IN_MESSAGES and isinstance(value, str)) and value not in (None, [], "", {})
     ]
     for name in wrong[:MAX_NAMES]:
-        yield f"{_short(name)}: is not supported in a message; leave it out"
-    yield from _rest(wrong)
+        yield f"{_shortened(name)}: is not supported in a message; remove it"
+    yield from _remaining(wrong)
 
 
-def _rest(wrong: list[str]) -> Iterator[str]:
+def _remaining(wrong: list[str]) -> Iterator[str]:
     if len(wrong) > MAX_NAMES:
         yield f"and {len(wrong) - MAX_NAMES:,} more"
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 3]}..."
+def _shortened(name: str) -> str:
+    return name if len(name) <= _MAX_NAME_LENGTH else f"{name[: _MAX_NAME_LENGTH - 3]}..."
 
 
-def _encodable(text: str) -> str:
+def _check_encodable(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError("holds half of a surrogate pair, which is no character") from error
+        raise ValueError("holds half of a surrogate pair, which is not a character") from error
     return text
 
 
-def _as_object(value: Any) -> Any:
-    """Some clients give the address alone where the protocol has an object."""
+def _as_url_object(value: Any) -> Any:
+    """Accept a plain URL in place of the URL object, as some clients send it."""
     return {"url": value} if isinstance(value, str) else value
 
 
-Words = Annotated[str, AfterValidator(_encodable)]
-_StopText = Annotated[Words, Field(min_length=1, max_length=1000)]
+EncodableText = Annotated[str, AfterValidator(_check_encodable)]
+_StopText = Annotated[EncodableText, Field(min_length=1, max_length=1000)]
 
 
 class _Strict(BaseModel):
-    # The numbers of JSON may be NaN and infinite in Python; nothing here has a use for them.
+    # Python's JSON parser accepts NaN and Infinity.
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
 
 
 class TextPart(_Strict):
-    """A run of text. Nothing in it is read as a marker or a special token."""
+    """Text. Image placeholders and special tokens in it have no special meaning."""
 
     type: Literal["text"]
-    text: Words
+    text: EncodableText
 
 
 class ImageUrl(_Strict):
-    """Where a picture is. Its detail is that of the model, whatever is asked for."""
+    """URL of an image. `detail` is accepted and ignored: the model defines the resolution."""
 
-    url: Words
+    url: EncodableText
     detail: Literal["auto", "low", "high", "original"] | None = None
 
 
 class ImagePart(_Strict):
-    """A picture: an http(s) address or a data URL."""
+    """An image: an http(s) or data URL."""
 
     type: Literal["image_url"]
-    image_url: Annotated[ImageUrl, BeforeValidator(_as_object)]
+    image_url: Annotated[ImageUrl, BeforeValidator(_as_url_object)]
+
+    @property
+    def url(self) -> str:
+        """The URL."""
+        return self.image_url.url
 
 
 class VideoUrl(_Strict):
-    """Where a clip is, and how many frames are taken from it; by default as many as the model says."""
+    """URL of a video, and the number of frames to sample; default: the model's."""
 
-    url: Words
+    url: EncodableText
     num_frames: int | None = Field(None, ge=1, le=64)
 
 
 class VideoPart(_Strict):
-    """A clip: an http(s) address or a data URL."""
+    """A video: an http(s) or data URL."""
 
     type: Literal["video_url"]
-    video_url: Annotated[VideoUrl, BeforeValidator(_as_object)]
+    video_url: Annotated[VideoUrl, BeforeValidator(_as_url_object)]
+
+    @property
+    def url(self) -> str:
+        """The URL."""
+        return self.video_url.url
 
 
 Part = TextPart | ImagePart | VideoPart
-# The first wrong element of a list is reported, not each of thousands.
+# fail_fast: only the first invalid element of a list is reported.
 _Parts = Annotated[list[Annotated[Part, Field(discriminator="type")]], Field(max_length=1024, fail_fast=True)]
 
 
-def _branch(content: Any) -> str:
+def _content_tag(content: Any) -> str:
     return "<text>" if isinstance(content, str) else "<parts>"
 
 
-Content = Annotated[Annotated[Words, Tag("<text>")] | Annotated[_Parts, Tag("<parts>")], Discriminator(_branch)]
+Content = Annotated[
+    Annotated[EncodableText, Tag("<text>")] | Annotated[_Parts, Tag("<parts>")], Discriminator(_content_tag)
+]
 Stop = Annotated[
     Annotated[_StopText, Tag("<text>")]
     | Annotated[list[_StopText], Field(max_length=16, fail_fast=True), Tag("<parts>")],
-    Discriminator(_branch),
+    Discriminator(_content_tag),
 ]
 
 
 class ChatMessage(_Strict):
-    """One turn. `developer` is another name of `system`."""
+    """One message. The role `developer` is equivalent to `system`."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -194,37 +208,37 @@ class ChatMessage(_Strict):
 
     @model_validator(mode="before")
     @classmethod
-    def _empty_answer(cls, value: Any) -> Any:
-        # Clients send an earlier answer back as it came, and one without text may come as null.
+    def _accept_null_answer(cls, value: Any) -> Any:
+        # Clients send an earlier answer back unchanged, and an empty one may have null content.
         if isinstance(value, dict) and value.get("role") == "assistant" and value.get("content") is None:
             return {**value, "content": ""}
         return value
 
     @model_validator(mode="after")
     def _check_extra(self) -> ChatMessage:
-        _refuse(list(message_problems(self.model_extra or {})))
+        _raise_problems(list(_message_problems(self.model_extra or {})))
         return self
 
     @property
     def parts(self) -> list[Part]:
-        """The content as parts."""
+        """The content as a list of parts."""
         return [TextPart(type="text", text=self.content)] if isinstance(self.content, str) else self.content
 
     @property
     def text(self) -> str:
-        """Its text, media left out."""
+        """The text of all parts, without media."""
         return "".join(part.text for part in self.parts if isinstance(part, TextPart))
 
 
 class StreamOptions(_Strict):
-    """Of a streamed answer. There is no obfuscation."""
+    """Options of a streamed answer. `include_obfuscation` is ignored."""
 
     include_usage: bool | None = None
     include_obfuscation: bool | None = None
 
 
 class ChatRequest(_Strict):
-    """A request for a chat completion. Further parameters of the protocol are refused where they would matter."""
+    """A chat completion request. Unsupported OpenAI parameters are rejected if they would change the answer."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -234,11 +248,11 @@ class ChatRequest(_Strict):
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(None, ge=1, le=2**31)
     max_completion_tokens: int | None = Field(None, ge=1, le=2**31)
-    temperature: float | None = Field(None, ge=0, le=2, description="By default 0: the likeliest token.")
+    temperature: float | None = Field(None, ge=0, le=2, description="Default 0: greedy decoding.")
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=-1, le=2**31, description="An extension; 0 and -1 are off.")
-    min_p: float | None = Field(None, ge=0, le=1, description="An extension.")
-    repetition_penalty: float | None = Field(None, gt=0, le=100, description="An extension.")
+    top_k: int | None = Field(None, ge=-1, le=2**31, description="Extension; 0 and -1 disable it.")
+    min_p: float | None = Field(None, ge=0, le=1, description="Extension.")
+    repetition_penalty: float | None = Field(None, gt=0, le=100, description="Extension.")
     stop: Stop | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     n: int | None = Field(None, ge=1, le=16)
@@ -246,55 +260,44 @@ class ChatRequest(_Strict):
     top_logprobs: int | None = Field(None, ge=0, le=20)
 
     @model_validator(mode="after")
-    def _check_whole(self) -> ChatRequest:
-        found = list(problems(self.model_extra or {}, list(type(self).model_fields)))
+    def _check_request(self) -> ChatRequest:
+        found = list(_parameter_problems(self.model_extra or {}, list(type(self).model_fields)))
         if self.top_logprobs and not self.logprobs:
-            found.append("top_logprobs: needs logprobs to be true")
+            found.append("top_logprobs: requires logprobs=true")
         if self.stream_options is not None and not self.stream:
-            found.append("stream_options: needs stream to be true")
+            found.append("stream_options: requires stream=true")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            found.append("max_tokens: differs from max_completion_tokens; give one of them")
-        _refuse(found)
+            found.append("max_tokens: differs from max_completion_tokens; send one of them")
+        _raise_problems(found)
         return self
 
     @property
     def limit(self) -> int | None:
-        """Most tokens of the answer, where the client says."""
+        """Maximum number of new tokens, None if the client sets none."""
         return self.max_completion_tokens or self.max_tokens
 
 
-def _refuse(found: list[str]) -> None:
-    if found:
-        raise ValueError("; ".join(found))
-
-
-# --- parse
-# From the bytes of a body to a checked request, in time and memory that grow with its length alone.
-
-
-MAX_VALUES = 100_000
-"""Values of a body: elements of lists and members of objects, at any depth."""
-MAX_DEPTH = 64
-"""Brackets inside each other."""
-INLINE_BYTES = 16 * 1024
-"""Bodies up to this size are parsed in the event loop, within a few milliseconds."""
-
-_BODY = "the body"
+def _raise_problems(problems: list[str]) -> None:
+    if problems:
+        raise ValueError("; ".join(problems))
 
 
 def parse_request(body: bytes, headers: Mapping[str, str]) -> ChatRequest:
-    """Parse and check the body of a request for a chat completion. Raises ApiError, 400, with every problem's place."""
-    _check_type(headers)
+    """Parse and validate a request body. Raises ApiError (400) with the location of every problem.
+
+    Time and memory grow linearly with the length of the body, whatever it holds.
+    """
+    _check_content_type(headers)
     if not body.strip():
         raise ApiError(400, "the body is empty; send a JSON object", code="invalid_value")
     check_shape(body)
     try:
-        value = parse_json(body, file=_BODY, surrogates=True)
+        value = parse_json(body, file="the body", surrogates=True)
     except DataError as error:
         raise ApiError(400, str(error), code="invalid_value") from error
     if not isinstance(value, dict):
-        kind = type(value).__name__
-        raise ApiError(400, f"the body is a JSON {kind}; send an object with model and messages", code="invalid_value")
+        problem = f"the body is a JSON {type(value).__name__}; send an object with model and messages"
+        raise ApiError(400, problem, code="invalid_value")
     try:
         return ChatRequest.model_validate(value)
     except ValidationError as error:
@@ -302,46 +305,48 @@ def parse_request(body: bytes, headers: Mapping[str, str]) -> ChatRequest:
 
 
 def check_shape(body: bytes) -> None:
-    """Count values and depth before anything is built of them. Raises ApiError, 400.
+    """Check the number of values and the depth of a JSON body before it is parsed. Raises ApiError (400).
 
-    Everything here is a search or a copy of the whole body, not a step for each of its characters.
+    Uses only searches and copies of the whole body, no Python loop over its characters.
     """
     outside = _outside_strings(body)
     values = sum(outside.count(mark) for mark in (b",", b"[", b"{"))
     if values > MAX_VALUES:
-        raise _too_many(values)
+        raise _too_many_values(values)
     depth = deepest = 0
     for mark in outside.translate(None, delete=_NO_BRACKETS):
         depth += 1 if mark in b"[{" else -1
         deepest = max(deepest, depth)
     if deepest > MAX_DEPTH:
-        raise ApiError(400, f"the body is nested {deepest} deep; at most {MAX_DEPTH} are read", code="invalid_value")
+        raise ApiError(400, f"the body has {deepest} nested levels; the limit is {MAX_DEPTH}", code="invalid_value")
 
 
 _NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
 def _outside_strings(body: bytes) -> bytes:
-    """The body without its strings, where brackets and commas are only text."""
+    """Return the body without its strings, in which brackets and commas are text."""
     bare = body.replace(rb"\\", b"").replace(rb"\"", b"") if b"\\" in body else body
     quotes = bare.count(b'"')
     if quotes > 4 * MAX_VALUES:
-        raise _too_many(quotes // 4)
+        raise _too_many_values(quotes // 4)
     return b"".join(bare.split(b'"')[::2])
 
 
-def _too_many(count: int) -> ApiError:
-    return ApiError(400, f"the body holds over {count:,} values; at most {MAX_VALUES:,} are read", code="invalid_value")
+def _too_many_values(count: int) -> ApiError:
+    return ApiError(400, f"the body has over {count:,} values; the limit is {MAX_VALUES:,}", code="invalid_value")
 
 
-def _check_type(headers: Mapping[str, str]) -> None:
-    kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-    # A web page of another site can send any type but this without being asked for permission first.
-    if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
-        given = f"not {kind[:60]}" if kind else "which is missing"
-        message = f"send the body with the header 'Content-Type: application/json', {given}"
+def _check_content_type(headers: Mapping[str, str]) -> None:
+    media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+    # Web pages of other origins can send other types without a CORS preflight request.
+    if media_type != "application/json" and not (
+        media_type.startswith("application/") and media_type.endswith("+json")
+    ):
+        got = f"got {media_type[:60]}" if media_type else "it is missing"
+        message = f"send the body with the header 'Content-Type: application/json'; {got}"
         raise ApiError(400, message, code="invalid_content_type")
-    if (coding := headers.get("content-encoding", "identity").lower()) not in ("", "identity"):
-        raise ApiError(
-            400, f"Content-Encoding {coding[:20]!r}: send the body as it is", code="invalid_content_encoding"
-        )
+    encoding = headers.get("content-encoding", "identity").lower()
+    if encoding not in ("", "identity"):
+        message = f"Content-Encoding {encoding[:20]!r} is not supported; send the body unencoded"
+        raise ApiError(400, message, code="invalid_content_encoding")

@@ -1,4 +1,4 @@
-"""The server as a process: its socket, its signals, and its end."""
+"""The server process: listening socket, signals, graceful shutdown; and `vila serve` as a subprocess."""
 
 from __future__ import annotations
 
@@ -30,19 +30,22 @@ from vila.serve.models import ServedModel
 
 _log = logging.getLogger("vila.serve")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_START_S = 900.0
 
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
-    """Where a server listens, and who may use it.
+    """Address and access settings of a server.
 
-    port:      0 takes a free one.
-    root_path: under which a proxy shows it.
-    keys:      that open it; origins: web pages that may ask from a browser.
-    allowed_hosts: names under which it answers besides those of this machine, see `vila.serve.admission.allowed_hosts`.
-    certificate, private_key: files; with them it speaks HTTPS.
-    max_connections, max_per_address: open connections, in total and of one address; 0 is half of the total.
-    drain_s:   seconds that running answers have to finish once the server is stopped.
+    port:            0 selects a free port.
+    root_path:       path prefix under which a reverse proxy exposes the server.
+    keys:            API keys; empty: no authentication.
+    origins:         origins that CORS allows.
+    allowed_hosts:   further host names, see `vila.serve.admission.parse_allowed_hosts`.
+    certificate, private_key: PEM files; with them the server uses HTTPS.
+    max_connections: open connections in total.
+    max_per_address: open connections per address; 0: half of `max_connections`.
+    drain_s:         seconds that running requests have to finish at shutdown.
     """
 
     host: str = "127.0.0.1"
@@ -58,36 +61,36 @@ class ServerConfig:
     drain_s: float = 60.0
 
 
-def serve(service: Service, config: ServerConfig, say: Callable[[str], None]) -> None:
-    """Answer requests until SIGTERM or Ctrl-C; running answers are finished then, and a second signal ends at once.
+def serve(service: Service, config: ServerConfig, log: Callable[[str], None]) -> None:
+    """Run the server until SIGTERM or Ctrl-C, then finish running requests; a second signal exits immediately.
 
-    The port is open before the models are read. Raises ConfigError for an address that cannot be had and for bad
-    certificates, and what a model could not be loaded for.
+    The port is open before the models are loaded. Raises ConfigError if the port or the certificate cannot be used,
+    and the error of a model that cannot be loaded.
     """
     hosts = parse_allowed_hosts(config.host, config.allowed_hosts)
     app = create_app(service, keys=config.keys, origins=config.origins, hosts=hosts, root_path=config.root_path)
     connections = Connections(connection_limit(config.max_connections), config.max_per_address)
-    protocol = type("ServerProtocol", (TimedProtocol,), {"admitted": connections})
+    protocol = type("ServerProtocol", (TimedProtocol,), {"open_connections": connections})
     settings = uvicorn.Config(
         app, http=protocol, ws="none", lifespan="off", access_log=False, log_level="warning", backlog=2048,
         server_header=False, h11_max_incomplete_event_size=32 * 1024, timeout_graceful_shutdown=5,
         ssl_certfile=config.certificate or None, ssl_keyfile=config.private_key or None,
-        loop="asyncio",  # another one would not ask our listener
+        loop="asyncio",  # uvloop would bypass our listener
     )  # fmt: skip
     try:
         settings.load()
     except (OSError, ssl.SSLError) as error:
-        named = f"{config.certificate}, {config.private_key}"
-        raise ConfigError(f"{named}: cannot be used as certificate and key ({error})") from error
-    listening = _listen(config, connections)
+        files = f"{config.certificate}, {config.private_key}"
+        raise ConfigError(f"cannot be used as certificate and key ({error})", file=files) from error
+    listener = _listen(config, connections)
     scheme = "https" if config.certificate else "http"
-    host, port = listening.getsockname()[:2]
+    host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
-    say(f"{scheme}://{shown}:{port}{config.root_path}/v1 will answer for {', '.join(service.models.names)} when loaded")
+    log(f"{scheme}://{shown}:{port}{config.root_path}/v1 will serve {', '.join(service.models.names)} once loaded")
     server = _Server(settings, service, config.drain_s)
     service.models.start(server.fail)
     try:
-        server.run(sockets=[listening])
+        server.run(sockets=[listener])
     finally:
         service.models.close()
         service.threads.close()
@@ -95,11 +98,12 @@ def serve(service: Service, config: ServerConfig, say: Callable[[str], None]) ->
         reason = server.failed.failure
         if isinstance(reason, VilaError):
             raise reason
-        raise VilaError(f"{server.failed.name}: cannot be loaded ({type(reason).__name__}: {reason})") from reason
+        problem = f"cannot be loaded ({type(reason).__name__}: {reason})"
+        raise VilaError(problem, file=server.failed.name) from reason
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, but that it goes on listening while it drains, so that those who come are told."""
+    """uvicorn's server, but it keeps listening during shutdown and rejects new requests with 503."""
 
     def __init__(self, config: uvicorn.Config, service: Service, drain_s: float) -> None:
         super().__init__(config)
@@ -107,13 +111,13 @@ class _Server(uvicorn.Server):
         self.failed: ServedModel | None = None
 
     def fail(self, model: ServedModel) -> None:
-        """End because a model cannot be loaded; called from any thread."""
+        """Exit because a model cannot be loaded. Called from any thread."""
         self.failed = model
         self.should_exit = True
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Handle the signals that end a process; afterwards they are handled as before."""
+        """Handle SIGINT and SIGTERM; restores the previous handlers afterwards."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -130,12 +134,12 @@ class _Server(uvicorn.Server):
             os.kill(os.getpid(), number)
             return
         self.service.models.draining = True
-        _log.info("stopping: running answers are finished first; once more ends at once")
+        _log.info("shutting down after running requests finish; signal again to exit immediately")
         threading.Thread(target=self._drain, name="vila-drain", daemon=True).start()
 
     def _drain(self) -> None:
         if not self.service.models.drain(self.drain_s):
-            _log.warning("some answers were not complete after %g s and end here", self.drain_s)
+            _log.warning("cancelling requests that did not finish within %g s", self.drain_s)
             self.service.models.close()
         self.should_exit = True
 
@@ -144,62 +148,56 @@ def _listen(config: ServerConfig, connections: Connections) -> Listener:
     try:
         return listen(config.host, config.port, connections)
     except (OSError, OverflowError) as error:
-        raise ConfigError(
-            f"{config.host} port {config.port} cannot be opened ({error}); give another by --port"
-        ) from error
-
-
-# --- process
-# A server in a process of its own, for as long as a command needs one.
-
-
-_LOADING = 900.0
+        problem = f"{config.host} port {config.port} cannot be opened ({error})"
+        raise ConfigError(problem, field="--port", value=config.port, hint="choose another port") from error
 
 
 @dataclass(frozen=True)
 class ServerProcess:
-    """A server that was started; it may still be reading its models."""
+    """A running `vila serve` subprocess.
+
+    base: URL of its API, with `/v1`.
+    """
 
     base: str
-    """Its address, with `/v1`."""
     _process: subprocess.Popen[bytes]
     _stderr: IO[bytes]
 
     def check(self) -> None:
-        """Raises VilaError with the server's last words when it has ended."""
+        """Raise VilaError with the end of the server's log if the process has exited."""
         if self._process.poll() is not None:
             self._stderr.seek(0)
-            said = self._stderr.read().decode(errors="replace").strip().splitlines()
-            raise VilaError(f"the server ended: {' '.join(said[-3:]) or self._process.returncode}")
+            lines = self._stderr.read().decode(errors="replace").strip().splitlines()
+            raise VilaError(f"the server exited: {' '.join(lines[-3:]) or self._process.returncode}")
 
-    def await_ready(self, seconds: float = _LOADING) -> None:
-        """Return once its models are read. Raises VilaError when it ends before, or after so long."""
-        limit = time.monotonic() + seconds
+    def await_ready(self, timeout_s: float = _START_S) -> None:
+        """Wait until all models are loaded. Raises VilaError if the process exits or the timeout passes."""
+        deadline = time.monotonic() + timeout_s
         root = self.base.removesuffix("/v1")
-        while time.monotonic() < limit:
+        while time.monotonic() < deadline:
             self.check()
             with suppress(httpx.HTTPError):
                 if httpx.get(f"{root}/ready", timeout=5, trust_env=False).status_code == 200:
                     return
             time.sleep(0.2)
-        raise VilaError(f"the server was not ready after {seconds:.0f} s")
+        raise VilaError(f"the server was not ready after {timeout_s:.0f} s")
 
 
 @contextmanager
 def server_process(models: Sequence[str], options: Sequence[str] = ()) -> Iterator[ServerProcess]:
-    """Start `vila serve` on a free port of this machine; it is stopped on exit.
+    """Start `vila serve` on a free loopback port and stop it on exit.
 
-    options: further words of `vila serve`.
+    options: further arguments of `vila serve`.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "vila", "serve", *models, "--port", str(port), *options]
-    # A file, not a pipe: nobody reads what the server says while it runs.
-    with _sigterm_ends_the_block(), tempfile.TemporaryFile() as said:
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=said, start_new_session=True)
+    # A file, not a pipe, because nothing reads the log while the server runs.
+    with _sigterm_as_exit(), tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=log, start_new_session=True)
         try:
-            yield ServerProcess(f"http://127.0.0.1:{port}/v1", process, said)
+            yield ServerProcess(f"http://127.0.0.1:{port}/v1", process, log)
         finally:
             process.send_signal(signal.SIGTERM)
             try:
@@ -211,16 +209,16 @@ def server_process(models: Sequence[str], options: Sequence[str] = ()) -> Iterat
 
 
 @contextmanager
-def _sigterm_ends_the_block() -> Iterator[None]:
-    """Let SIGTERM run what stands behind: without it the server would outlive whoever started it."""
+def _sigterm_as_exit() -> Iterator[None]:
+    """Turn SIGTERM into SystemExit, so that cleanup runs and the server does not outlive its parent."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def leave(number: int, frame: object) -> None:
+    def exit_(number: int, frame: object) -> None:
         raise SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, leave)
+    before = signal.signal(signal.SIGTERM, exit_)
     try:
         yield
     finally:
