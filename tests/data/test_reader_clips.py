@@ -12,7 +12,7 @@ from PIL import Image as PilImage
 from tests import tiny
 from tests.data.reading import SPEC, reader_of
 from tests.data.shards import write_lines, write_list, write_tar
-from tests.media.test_video import clip
+from tests.media.test_video import video_bytes
 from vila.chat.templates import TEMPLATES
 from vila.chat.tokenize import IGNORE
 from vila.core.errors import MediaError
@@ -52,7 +52,7 @@ def short_gif():
 
 @pytest.fixture
 def folder(tmp_path):
-    (tmp_path / "film.mp4").write_bytes(clip("mp4", "mpeg4", 20))
+    (tmp_path / "film.mp4").write_bytes(video_bytes("mp4", "mpeg4", 20))
     (tmp_path / "short.gif").write_bytes(short_gif())
     (tmp_path / "p.png").write_bytes(tiny.picture(1, (40, 20)).source)
     return tmp_path

@@ -1,4 +1,4 @@
-"""Every kind of source opens as RGB; every kind of bad source is an error that names it."""
+"""Images from every source are decoded to RGB; bad ones raise an error that names them."""
 
 import base64
 import io
@@ -19,7 +19,7 @@ from vila.media.image import open_image, orientation_of
 from vila.media.limits import MediaLimits
 
 
-def picture(width: int = 32, height: int = 24) -> PilImage.Image:
+def random_image(width: int = 32, height: int = 24) -> PilImage.Image:
     return PilImage.fromarray(np.random.default_rng(3).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
@@ -30,8 +30,8 @@ def encoded(image: PilImage.Image, kind: str = "PNG", **options: object) -> byte
 
 
 def png_of_size(width: int, height: int) -> bytes:
-    """A PNG whose header promises a size and whose data does not keep it."""
-    plain = bytearray(encoded(picture()))
+    """A PNG whose header announces a larger size than its data has."""
+    plain = bytearray(encoded(random_image()))
     plain[16:24] = struct.pack(">II", width, height)
     plain[29:33] = struct.pack(">I", zlib.crc32(plain[12:29]))
     return bytes(plain)
@@ -43,12 +43,12 @@ def refused(source: object, **options: object) -> MediaError:
     return caught.value
 
 
-def test_one_picture_is_equal_from_every_source(tmp_path):
-    expected = np.asarray(picture())
-    data = encoded(picture())
+def test_an_image_is_equal_from_every_source(tmp_path):
+    expected = np.asarray(random_image())
+    data = encoded(random_image())
     (tmp_path / "a.png").write_bytes(data)
     text = base64.b64encode(data).decode()
-    sources = (tmp_path / "a.png", str(tmp_path / "a.png"), data, picture(), f"data:image/png;base64,{text}")
+    sources = (tmp_path / "a.png", str(tmp_path / "a.png"), data, random_image(), f"data:image/png;base64,{text}")
     for source in sources:
         opened = open_image(Image(source))
         assert opened.mode == "RGB"
@@ -61,7 +61,9 @@ def test_a_url_is_fetched_and_named_by_its_errors():
         def do_GET(self) -> None:
             self.send_response(200)
             self.end_headers()
-            self.wfile.write(encoded(picture()) if self.path == "/a.png" else b"<!DOCTYPE html><title>Log in</title>")
+            self.wfile.write(
+                encoded(random_image()) if self.path == "/a.png" else b"<!DOCTYPE html><title>Log in</title>"
+            )
 
         def log_message(self, *_: object) -> None:
             pass
@@ -80,8 +82,8 @@ def test_a_url_is_fetched_and_named_by_its_errors():
 
 @pytest.mark.parametrize("kind", ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "ICO"))
 def test_common_formats_open(kind):
-    expected = PilImage.open(io.BytesIO(encoded(picture(), kind))).convert("RGB")
-    np.testing.assert_array_equal(np.asarray(open_image(Image(encoded(picture(), kind)))), np.asarray(expected))
+    expected = PilImage.open(io.BytesIO(encoded(random_image(), kind))).convert("RGB")
+    np.testing.assert_array_equal(np.asarray(open_image(Image(encoded(random_image(), kind)))), np.asarray(expected))
 
 
 @pytest.mark.parametrize(
@@ -99,7 +101,7 @@ def test_common_formats_open(kind):
         b"%!PS-Adobe-3.0 EPSF-3.0\n",
     ),
 )
-def test_a_file_that_is_no_image_is_refused_by_name(tmp_path, content):
+def test_a_file_that_is_not_an_image_is_refused_by_name(tmp_path, content):
     (tmp_path / "cat.jpg").write_bytes(content)
     for source, name in ((tmp_path / "cat.jpg", str(tmp_path / "cat.jpg")), (content, f"<{len(content)} bytes>")):
         error = refused(source)
@@ -109,12 +111,12 @@ def test_a_file_that_is_no_image_is_refused_by_name(tmp_path, content):
 
 @pytest.mark.parametrize("kind", ("JPEG", "PNG", "WEBP", "GIF", "BMP"))
 def test_a_truncated_file_is_refused_by_name(tmp_path, kind):
-    data = encoded(picture(200, 200), kind)
+    data = encoded(random_image(200, 200), kind)
     (tmp_path / "cut").write_bytes(data[: len(data) * 2 // 3])
     assert refused("cut", base=tmp_path).file == str(tmp_path / "cut")
 
 
-def test_paths_that_are_no_files_are_refused(tmp_path):
+def test_paths_that_are_not_files_are_refused(tmp_path):
     assert refused(tmp_path / "no.png").file == str(tmp_path / "no.png")
     assert refused("no.png", base=tmp_path).file == str(tmp_path / "no.png")
     assert refused(tmp_path).file == str(tmp_path)
@@ -132,14 +134,17 @@ def test_images_over_the_limits_are_refused_before_decoding():
     tall = refused(png_of_size(70_000, 1))
     assert (tall.field, tall.value) == ("side", (70_000, 1))
     small = MediaLimits(image_pixels=767)
-    for source, name in ((encoded(picture()), f"<{len(encoded(picture()))} bytes>"), (picture(), "<image 32x24>")):
+    for source, name in (
+        (encoded(random_image()), f"<{len(encoded(random_image()))} bytes>"),
+        (random_image(), "<image 32x24>"),
+    ):
         error = refused(source, limits=small)
         assert (error.file, error.field, error.value) == (name, "image_pixels", (32, 24))
-    assert open_image(Image(picture()), limits=MediaLimits(image_pixels=768)).size == (32, 24)
+    assert open_image(Image(random_image()), limits=MediaLimits(image_pixels=768)).size == (32, 24)
 
 
 def test_alpha_is_dropped():
-    colour = picture()
+    colour = random_image()
     alpha = colour.copy()
     alpha.putalpha(0)
     np.testing.assert_array_equal(np.asarray(open_image(Image(encoded(alpha)))), np.asarray(colour))
@@ -164,32 +169,36 @@ def with_orientation(value: object) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ("PNG", "WEBP", "AVIF", "JPEG", "PIL"))
-def test_images_are_turned_upright_as_their_exif_says_unless_it_is_ignored(kind):
-    plain = encoded(picture(), kind, **({"lossless": True} if kind == "WEBP" else {})) if kind != "PIL" else picture()
+def test_exif_orientation_is_applied_unless_disabled(kind):
+    plain = (
+        encoded(random_image(), kind, **({"lossless": True} if kind == "WEBP" else {}))
+        if kind != "PIL"
+        else random_image()
+    )
     stored = np.asarray(open_image(Image(plain)))
     for value, turn in UPRIGHT.items():
         exif = with_orientation(value)
         if kind == "PIL":
-            source = picture()
+            source = random_image()
             source.info["exif"] = exif
         else:
-            source = encoded(picture(), kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+            source = encoded(random_image(), kind, exif=exif, **lossless)
         upright = open_image(Image(source))
         assert upright.size == (stored.shape[1::-1] if value < 5 else stored.shape[:2])
         if kind != "AVIF":  # whose encoder does not give the same pixels for every orientation
             np.testing.assert_array_equal(np.asarray(upright), turn(stored))
             as_stored = open_image(Image(source), exif_orientation=False)
             np.testing.assert_array_equal(np.asarray(as_stored), stored)
-            np.testing.assert_array_equal(np.asarray(open_image(Image(as_stored))), stored)  # and stays so
-        np.testing.assert_array_equal(np.asarray(open_image(Image(upright))), np.asarray(upright))  # not turned twice
+            np.testing.assert_array_equal(np.asarray(open_image(Image(as_stored))), stored)  # and stays
+        np.testing.assert_array_equal(np.asarray(open_image(Image(upright))), np.asarray(upright))  # not applied twice
 
 
 @pytest.mark.parametrize("compression", (None, "tiff_lzw"))
-def test_a_tiff_is_turned_once(compression):
-    """Pillow turns a TIFF while it decodes it, and so does the original; nothing is left to turn."""
-    stored = np.asarray(picture())
+def test_the_orientation_of_a_tiff_is_applied_once(compression):
+    """Pillow applies it while decoding, in the released code too."""
+    stored = np.asarray(random_image())
     for value, turn in UPRIGHT.items():
-        data = encoded(picture(), "TIFF", compression=compression, tiffinfo={0x0112: value})
+        data = encoded(random_image(), "TIFF", compression=compression, tiffinfo={0x0112: value})
         for applied in (True, False):
             np.testing.assert_array_equal(np.asarray(open_image(Image(data), exif_orientation=applied)), turn(stored))
         assert orientation_of(data) == 1
@@ -198,7 +207,7 @@ def test_a_tiff_is_turned_once(compression):
 def test_an_orientation_in_xmp_is_applied():
     xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
     for kind in ("JPEG", "WEBP"):
-        data = encoded(picture(), kind, xmp=xmp)
+        data = encoded(random_image(), kind, xmp=xmp)
         assert open_image(Image(data)).size == (24, 32)
         assert open_image(Image(data), exif_orientation=False).size == (32, 24)
 
@@ -223,17 +232,17 @@ def test_an_orientation_in_xmp_is_applied():
 )
 def test_broken_exif_is_ignored(exif):
     for kind in ("JPEG", "PNG", "WEBP"):
-        data = encoded(picture(), kind, exif=exif) if exif else encoded(picture(), kind)
+        data = encoded(random_image(), kind, exif=exif) if exif else encoded(random_image(), kind)
         assert open_image(Image(data)).size == (32, 24)
         assert orientation_of(data) == 1
-    colour = picture()
+    colour = random_image()
     colour.info["exif"] = exif
-    np.testing.assert_array_equal(np.asarray(open_image(Image(colour))), np.asarray(picture()))
+    np.testing.assert_array_equal(np.asarray(open_image(Image(colour))), np.asarray(random_image()))
 
 
 @pytest.mark.filterwarnings("error")
 def test_a_palette_with_transparency_opens_without_a_warning():
-    palette = picture().quantize(8)
+    palette = random_image().quantize(8)
     expected = np.asarray(palette.convert("RGB"))
     data = encoded(palette, transparency=bytes(range(8)))
     np.testing.assert_array_equal(np.asarray(open_image(Image(data))), expected)
@@ -278,7 +287,7 @@ def test_all_integer_modes_follow_one_rule(values, expected):
 @pytest.mark.parametrize("channels", (2, 3, 4))
 @pytest.mark.parametrize("values, shift", (([0, 1, 100, 199], 0), ([0, 15, 16, 4095], 4), ([0, 255, 256, 65535], 8)))
 def test_sixteen_bit_colour_follows_the_same_rule(values, shift, channels):
-    """Pillow gives the high bytes of 16-bit colour alone: an image of small values would be black."""
+    """Pillow returns only the high bytes of 16-bit colour: an image of small values would be black."""
     wide = np.stack([np.roll(values, place) for place in range(4)], axis=-1)[None].astype(np.uint16)
     wide = wide[..., :channels]
     if channels in (2, 4):
@@ -291,14 +300,14 @@ def test_sixteen_bit_colour_follows_the_same_rule(values, shift, channels):
         np.testing.assert_array_equal(np.asarray(open_image(Image(source))), colours, err_msg=name)
 
 
-def test_turning_and_scaling_of_sixteen_bit_colour_go_together():
+def test_orientation_and_scaling_of_sixteen_bit_colour_combine():
     wide = np.arange(6, dtype=np.uint16).reshape(1, 2, 3) * 30
     chunk = png_chunk(b"eXIf", with_orientation(6)[6:])
     upright = open_image(Image(png_of_16_bits(wide, chunk)))
     np.testing.assert_array_equal(np.asarray(upright), wide.swapaxes(0, 1))
 
 
-def test_integers_and_floats_are_read_by_their_range():
+def test_integers_and_floats_are_scaled_by_their_range():
     def grey(values: list[float], kind: str) -> list[int]:
         return np.asarray(open_image(Image(PilImage.fromarray(np.array([values], kind)))))[0, :, 0].tolist()
 
@@ -348,7 +357,7 @@ def png_of_16_bits(values: np.ndarray, *chunks: bytes) -> bytes:
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 @pytest.mark.parametrize("values", (np.zeros((2, 2, 3), "<u4"), np.zeros((2, 2, 5), "<u2"), np.zeros((2, 2), "<f8")))
-def test_a_sound_tiff_of_an_unsupported_layout_is_not_called_damaged(values):
+def test_a_valid_tiff_of_an_unsupported_layout_is_not_reported_as_damaged(values):
     channels = values.shape[2] if values.ndim == 3 else 1
     error = refused(tiff(values, sample_format=3 if values.dtype.kind == "f" else 1))
     assert (error.field, error.value) == ("BitsPerSample", (8 * values.itemsize,) * channels)
@@ -358,8 +367,8 @@ def test_a_sound_tiff_of_an_unsupported_layout_is_not_called_damaged(values):
 
 
 def test_cmyk_and_other_colour_spaces_are_converted_as_pillow_does():
-    """Adobe writes CMYK inverted into JPEG files, and Pillow turns it back."""
-    colour = picture()
+    """Adobe stores CMYK inverted in JPEG files; Pillow inverts it back."""
+    colour = random_image()
     for kind in ("JPEG", "TIFF"):
         data = encoded(colour.convert("CMYK"), kind)
         expected = PilImage.open(io.BytesIO(data)).convert("RGB")
@@ -373,8 +382,8 @@ def test_cmyk_and_other_colour_spaces_are_converted_as_pillow_does():
     assert refused(PilImage.new("LAB", (4, 4))).value == "LAB"
 
 
-def test_threads_open_pictures_side_by_side():
-    data = [encoded(picture(40 + i, 30), kind) for i, kind in enumerate(("PNG", "JPEG", "WEBP", "GIF"))]
+def test_threads_open_images_concurrently():
+    data = [encoded(random_image(40 + i, 30), kind) for i, kind in enumerate(("PNG", "JPEG", "WEBP", "GIF"))]
     alone = [np.asarray(open_image(Image(item))) for item in data]
     with ThreadPoolExecutor(8) as pool:
         together = list(pool.map(lambda item: np.asarray(open_image(Image(item))), data * 10))

@@ -1,4 +1,4 @@
-"""What one video may cost: each limit holds before memory is taken, and decoding ends when nobody wants the result."""
+"""Resource limits: each is enforced before memory is allocated, and decoding stops when it is cancelled."""
 
 import io
 import struct
@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image as PilImage
 
-from tests.media.test_image import picture
-from tests.media.test_video import FRAGMENTS, HEIGHT, WIDTH, clip, patched
+from tests.media.test_image import random_image
+from tests.media.test_video import FRAGMENTS, HEIGHT, WIDTH, patched, video_bytes
 from vila.core.errors import CancelledError, MediaError
 from vila.core.types import Image, Video
 from vila.media.container import jpeg_scans
@@ -33,8 +33,8 @@ VIDEOS = {
     "gif": animation,
     "apng": lambda: animation("PNG"),
     "webp": lambda: animation("WEBP"),
-    "h264 mp4": lambda: clip("mp4", "libx264", 10, b_frames=3),
-    "h264 raw, decoded whole": lambda: clip("h264", "libx264", 10, b_frames=3),
+    "h264 mp4": lambda: video_bytes("mp4", "libx264", 10, b_frames=3),
+    "h264 raw, decoded whole": lambda: video_bytes("h264", "libx264", 10, b_frames=3),
 }
 
 
@@ -58,7 +58,7 @@ def refused(data: bytes, taken: int = 4, **limits: float) -> MediaError:
         ({"num_frames": 3}, 4),
     ),
 )
-def test_a_limit_of_size_names_itself_and_the_value(data, limits, value):
+def test_a_size_limit_is_named_with_the_value(data, limits, value):
     error = refused(data, **limits)
     assert [error.field] == list(limits)
     assert error.value == value
@@ -67,11 +67,11 @@ def test_a_limit_of_size_names_itself_and_the_value(data, limits, value):
 @pytest.mark.parametrize(
     "limits", ({"video_frames": 9}, {"decoded_pixels": 2 * PIXELS}, {"kept_pixels": 3 * PIXELS}, {"decode_s": 0.0})
 )
-def test_a_limit_of_what_decoding_costs_names_itself(data, limits):
+def test_a_decoding_limit_is_named(data, limits):
     assert [refused(data, **limits).field] == list(limits)
 
 
-def test_a_video_at_its_limits_is_read(data):
+def test_a_video_exactly_at_the_limits_is_read(data):
     limits = MediaLimits(
         frame_pixels=PIXELS,
         side=WIDTH,
@@ -85,10 +85,10 @@ def test_a_video_at_its_limits_is_read(data):
 
 def test_packets_are_limited():
     for kind in ("mp4", "h264"):
-        assert refused(clip(kind, "libx264", 10), video_packets=9).field == "video_packets"
+        assert refused(video_bytes(kind, "libx264", 10), video_packets=9).field == "video_packets"
 
 
-def test_no_two_whole_frames_are_in_memory_when_frames_are_shrunk(data):
+def test_at_most_one_full_frame_is_in_memory_while_frames_are_resized(data):
     whole: list[weakref.ref[PilImage.Image]] = []
 
     def shrink(frame: PilImage.Image) -> PilImage.Image:
@@ -103,7 +103,7 @@ def test_no_two_whole_frames_are_in_memory_when_frames_are_shrunk(data):
         np.testing.assert_array_equal(np.asarray(small), np.asarray(frame.resize((8, 8))))
 
 
-def test_decoding_ends_when_it_is_cancelled(data):
+def test_decoding_stops_when_it_is_cancelled(data):
     calls = 0
 
     def count() -> bool:
@@ -120,7 +120,7 @@ def test_decoding_ends_when_it_is_cancelled(data):
         assert caught.value.file == f"<{len(data)} bytes>"
 
 
-def test_a_gif_that_grows_is_stopped_before_its_large_frame():
+def test_a_growing_gif_is_refused_before_its_large_frame():
     data = bytearray(animation(frames=2))
     second = data.index(b",", data.index(b",") + 1)
     # The descriptor of the second frame: left, top, width, height.
@@ -139,11 +139,11 @@ def test_a_small_file_of_large_frames_is_refused_at_once():
     assert time.monotonic() - begun < 0.5
 
 
-def test_frames_that_grow_in_mid_stream_are_not_decoded():
+def test_frames_that_grow_in_mid_stream_are_refused():
     large, stream = io.BytesIO(), io.BytesIO()
     PilImage.new("L", (2000, 2000)).save(large, "JPEG")
     small = io.BytesIO()
-    picture(WIDTH, HEIGHT).save(small, "JPEG")
+    random_image(WIDTH, HEIGHT).save(small, "JPEG")
     with av.open(stream, "w", format="avi") as container:
         track = container.add_stream("mjpeg", rate=25)
         track.width, track.height, track.pix_fmt = WIDTH, HEIGHT, "yuvj420p"
@@ -158,22 +158,22 @@ def test_frames_that_grow_in_mid_stream_are_not_decoded():
 
 def announcing(count: int) -> bytes:
     """An MP4 of 2 KB whose sample tables announce `count` samples of one byte each."""
-    data = clip("mp4", "libx264", 3)
+    data = video_bytes("mp4", "libx264", 3)
     data = patched(data, b"stsz", 4, struct.pack(">II", 1, count))
     data = patched(data, b"stsc", 12, struct.pack(">I", count))
     return patched(data, b"stts", 8, struct.pack(">I", count))
 
 
-def test_tables_that_announce_more_packets_than_the_limit_are_refused_before_they_are_built():
+def test_sample_tables_over_the_packet_limit_are_refused_before_ffmpeg_builds_them():
     begun = time.monotonic()
     assert refused(announcing(100_000_000)).field == "video_packets"  # FFmpeg takes 24 bytes for each
-    fragments = clip("mp4", "libx264", container=FRAGMENTS)
+    fragments = video_bytes("mp4", "libx264", container=FRAGMENTS)
     assert refused(patched(fragments, b"trun", 4, struct.pack(">I", 100_000_000))).field == "video_packets"
     assert time.monotonic() - begun < 0.5
     assert len(open_frames(Video(fragments), 4, limits=MediaLimits(video_packets=30))) == 4
 
 
-def test_an_hour_of_uncompressed_sound_announces_no_packets():
+def test_uncompressed_audio_announces_no_packets():
     stream = io.BytesIO()
     with av.open(stream, "w", format="mov") as container:
         track = container.add_stream("libx264", rate=25)
@@ -219,10 +219,10 @@ def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded():
         open_image(Image(with_scans(5000, (5000, 5000))))  # a minute or more of decoding
     assert caught.value.field == "jpeg_scans"
     assert time.monotonic() - begun < 1
-    behind = b"\xff\xda\0\2" * 500  # such as the film of a motion photo
+    behind = b"\xff\xda\0\2" * 500  # such as the video of a motion photo
     assert open_image(Image(with_scans(50, behind=behind))).size == (WIDTH, HEIGHT)
     plain = io.BytesIO()
-    picture(WIDTH, HEIGHT).save(plain, "JPEG")
+    random_image(WIDTH, HEIGHT).save(plain, "JPEG")
     assert jpeg_scans(plain, 10) == 1
     assert open_image(Image(plain.getvalue()), limits=MediaLimits(jpeg_scans=1)).size == (WIDTH, HEIGHT)
 

@@ -1,4 +1,4 @@
-"""Pixels equal transformers' PIL processors and the original's arrays, bit for bit."""
+"""Pixel values are bit-equal to transformers' PIL processors and to the released code."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -45,7 +45,7 @@ def clip_spec(mode: str, size: int = 56) -> VisionSpec:
 
 
 def reference(image: PilImage.Image, spec: VisionSpec) -> np.ndarray:
-    """The original's steps: its own padding or resize, then the processor of the tower."""
+    """The steps of the released code: its padding or resizing, then the processor of the tower."""
     size = spec.image_size
     if spec.image_mode == "resize":
         processor = SiglipImageProcessorPil(
@@ -85,7 +85,7 @@ def test_a_line_of_20000_pixels_equals_the_processors(mode):
 
 
 @pytest.mark.parametrize("mode", ("pad", "square"))
-def test_parts_of_a_canvas_too_large_to_build_equal_the_whole(mode, monkeypatch):
+def test_parts_of_a_canvas_that_is_not_built_equal_the_full_canvas(mode, monkeypatch):
     monkeypatch.setattr(transform, "_MAX_CANVAS", 0)
     for image in (noise(1, 700), noise(3, 401), noise(90, 400), noise(61, 101), noise(150, 700)):
         for side in (14, 56, 101):
@@ -93,7 +93,7 @@ def test_parts_of_a_canvas_too_large_to_build_equal_the_whole(mode, monkeypatch)
             np.testing.assert_array_equal(pixels(image, spec), reference(image, spec))
 
 
-def test_a_padded_strip_needs_no_square_of_400_million_pixels():
+def test_padding_a_strip_does_not_build_a_square_of_400_million_pixels():
     spec = clip_spec("pad", 28)
     border = pixels(PilImage.new("RGB", (1, 1), (122, 116, 104)), spec)[:, :1, :1]
     for size in ((60, 20_000), (20_000, 60)):
@@ -111,14 +111,14 @@ def test_resampled_lines_equal_pillow(size):
     whole = np.asarray(image.resize((40, size), PilImage.Resampling.BICUBIC)).reshape(size, 120)
     np.testing.assert_array_equal(resample_lines(lines, length=100, size=size), whole)
     np.testing.assert_array_equal(resample_lines(lines, length=100, size=size, first=2, count=3), whole[2:5])
-    with pytest.raises(ValueError, match="90 of 100 source positions are given, and no fill"):
+    with pytest.raises(ValueError):
         resample_lines(lines[:90], length=100, size=size)
 
 
 @pytest.mark.parametrize("center_crop", (True, False))
 @pytest.mark.parametrize("mode", IMAGE_MODES)
-def test_an_image_that_was_made_square_stays_as_it_is(mode, center_crop):
-    """So frames of a video may be shrunk while it is decoded."""
+def test_a_resized_square_maps_to_itself(mode, center_crop):
+    """So video frames can be resized while the video is decoded."""
     spec = replace(clip_spec(mode), center_crop=center_crop)
     for size in ((41, 67), (67, 41), (300, 20), (20, 300), (56, 56), (8, 8)):
         whole = square_bytes(noise(*size), spec)
@@ -128,7 +128,7 @@ def test_an_image_that_was_made_square_stays_as_it_is(mode, center_crop):
 @pytest.mark.parametrize(
     "mean, std", ((CLIP_MEAN, CLIP_STD), (HALF, HALF), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 )
-def test_every_byte_is_normalised_as_the_processors_do(mean, std):
+def test_every_byte_is_normalised_like_the_processors(mean, std):
     every_byte = PilImage.fromarray(np.repeat(np.arange(256, dtype=np.uint8).reshape(16, 16, 1), 3, axis=2))
     spec = VisionSpec(16, 1, mean, std, "resize")
     array = pixels(every_byte, spec)
@@ -136,20 +136,20 @@ def test_every_byte_is_normalised_as_the_processors_do(mean, std):
     np.testing.assert_array_equal(array, reference(every_byte, spec))
 
 
-def test_squares_of_a_row_normalise_to_the_pixels_of_each_picture():
+def test_a_batch_normalises_to_the_pixels_of_each_image():
     spec = clip_spec("pad")
-    pictures = [noise(20, 20 + i) for i in range(3)]
-    squares = np.stack([square_bytes(picture, spec) for picture in pictures])
+    images = [noise(20, 20 + i) for i in range(3)]
+    squares = np.stack([square_bytes(image, spec) for image in images])
     assert squares.dtype == np.uint8
-    expected = stack_pixels([pixels(picture, spec) for picture in pictures])
-    room = np.zeros((5, 3, 56, 56), np.float32)
-    assert np.shares_memory(normalise(squares, spec, room[1:4]), room)
-    np.testing.assert_array_equal(room[1:4], expected)
+    expected = stack_pixels([pixels(image, spec) for image in images])
+    buffer = np.zeros((5, 3, 56, 56), np.float32)
+    assert np.shares_memory(normalise(squares, spec, buffer[1:4]), buffer)
+    np.testing.assert_array_equal(buffer[1:4], expected)
     np.testing.assert_array_equal(normalise(squares, spec), expected)
-    assert not room[[0, 4]].any()
+    assert not buffer[[0, 4]].any()
 
 
-def unusual_pictures() -> dict[str, PilImage.Image]:
+def images_of_other_modes() -> dict[str, PilImage.Image]:
     colour = noise(41, 67)
     palette = colour.quantize(16)
     palette.info["transparency"] = bytes(range(16))
@@ -170,17 +170,17 @@ def unusual_pictures() -> dict[str, PilImage.Image]:
 
 
 @pytest.mark.filterwarnings("ignore:Palette images with Transparency")  # from the reference
-@pytest.mark.parametrize("kind", unusual_pictures())
-def test_pictures_of_other_modes_equal_the_original(kind):
-    picture = unusual_pictures()[kind]
+@pytest.mark.parametrize("kind", images_of_other_modes())
+def test_images_of_other_modes_equal_the_released_code(kind):
+    image = images_of_other_modes()[kind]
     for mode in IMAGE_MODES:
-        expected = reference(picture.convert("RGB"), clip_spec(mode))
-        opened = open_image(Image(picture), exif_orientation=False)
+        expected = reference(image.convert("RGB"), clip_spec(mode))
+        opened = open_image(Image(image), exif_orientation=False)
         np.testing.assert_array_equal(pixels(opened, clip_spec(mode)), expected)
 
 
 @pytest.mark.parametrize("key", np.load(GOLDEN / "pixels.npz").files)
-def test_pixels_equal_those_of_the_original_code(key):
+def test_pixels_equal_those_of_the_released_code(key):
     generation, mode, name = key.split("/")
     spec = clip_spec(mode) if generation == "v1" else VisionSpec(70, 9, HALF, HALF, mode)
     array = pixels(open_image(Image(name), base=GOLDEN), spec)
@@ -192,14 +192,15 @@ def test_stacking_keeps_order_and_refuses_mixed_sizes():
     stacked = stack_pixels([a, b])
     assert stacked.shape == (2, 3, 56, 56)
     np.testing.assert_array_equal(stacked[1], b)
-    with pytest.raises(ValueError, match=r"one shape to stack, got \[\(3, 14, 14\), \(3, 56, 56\)\]"):
+    with pytest.raises(ValueError):
         stack_pixels([a, pixels(noise(20, 20), clip_spec("pad", 14))])
-    with pytest.raises(ValueError, match="got none"):
+    with pytest.raises(ValueError):
         stack_pixels([])
 
 
-def test_what_is_not_rgb_or_not_a_mode_is_refused():
-    with pytest.raises(ValueError, match="expected an RGB picture, not 'L'"):
+def test_images_that_are_not_rgb_and_unknown_modes_are_refused():
+    with pytest.raises(ValueError):
         pixels(PilImage.new("L", (4, 4)), clip_spec("pad"))
-    with pytest.raises(UnknownNameError, match="unknown image mode 'pda'; did you mean 'pad'"):
+    with pytest.raises(UnknownNameError) as caught:
         pixels(noise(4, 4), clip_spec("pda"))
+    assert (caught.value.name, caught.value.near) == ("pda", ["pad"])

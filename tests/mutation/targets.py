@@ -140,10 +140,10 @@ def _media() -> Iterator[Target]:
     for kind, codec in (("mp4", "mpeg4"), ("matroska", "mpeg4"), ("avi", "mjpeg")):
 
         def write_video(root: Path, kind: str = kind, codec: str = codec) -> None:
-            from tests.media.test_video import clip
+            from tests.media.test_video import video_bytes
 
             pixels = "yuvj420p" if codec == "mjpeg" else "yuv420p"
-            (root / f"a.{kind}").write_bytes(clip(kind, codec, pixels=pixels))
+            (root / f"a.{kind}").write_bytes(video_bytes(kind, codec, pixels=pixels))
 
         yield Target(f"video {kind}", write_video, lambda root: open_frames(Video(next(root.glob("a.*"))), 4))
 

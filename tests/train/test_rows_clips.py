@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.media.test_video import clip
+from tests.media.test_video import video_bytes
 from tests.train.stand import stand_recipe, write_stand
 from vila.core.files import sha256_tree
 from vila.train.build import build, model_dir
@@ -19,7 +19,7 @@ def stand(tmp_path_factory):
     folder = write_stand(tmp_path_factory.mktemp("stand"), records=9)
     rows = (folder / "data.jsonl").read_text().splitlines()
     for number in range(3):
-        (folder / f"{number}.mp4").write_bytes(clip("mp4", "mpeg4", 6 + number))
+        (folder / f"{number}.mp4").write_bytes(video_bytes("mp4", "mpeg4", 6 + number))
         shown = [{"type": "video", "path": f"{number}.mp4", "num_frames": 3}, {"type": "image", "path": "0.png"}]
         question = {"role": "user", "content": [*shown[: 1 + number % 2], "What?"]}
         rows.append(json.dumps({"id": f"clip{number}", "messages": [question, ANSWER]}))

@@ -24,8 +24,7 @@ from vila.data.mixture import Mixture, MixtureDataset, Permutation, Source
 from vila.data.packing import CompactSample, Pixels
 from vila.media.image import open_image
 from vila.media.limits import DEFAULT_LIMITS
-from vila.media.transform import normalise, shrinker, square_bytes
-from vila.media.transform import transform_Bytes as Bytes
+from vila.media.transform import Bytes, normalise, shrinker, square_bytes
 from vila.media.video import open_frames
 
 # --- view

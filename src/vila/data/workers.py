@@ -30,8 +30,7 @@ from vila.core.vision_spec import VisionSpec
 from vila.data.bad_samples import BadSampleLog
 from vila.data.dataset import SampleReader
 from vila.data.packing import PackedSequence, PackingPolicy, PackingStream, PackingStreamState, Pixels, streams_of_rank
-from vila.media.transform import normalise
-from vila.media.transform import transform_Bytes as Bytes
+from vila.media.transform import Bytes, normalise
 
 # --- shared
 # Rows between processes: what is small goes through a pipe, pictures lie in memory that both processes map.

@@ -1,1 +1,1 @@
-"""Pictures and clips: opening them safely, fetching them from a URL, and turning them into pixels."""
+"""Images and videos: loading within limits, the pixel transform, and HTTP downloads with an SSRF check."""

@@ -1,4 +1,4 @@
-"""Opening an image: from a path, bytes, a URL or PIL, to RGB. All problems are MediaErrors naming the image."""
+"""Load images from paths, bytes, URLs, archives and PIL objects as RGB. Problems raise MediaError naming the image."""
 
 from __future__ import annotations
 
@@ -26,10 +26,6 @@ from vila.media.container import jpeg_scans
 from vila.media.http import data_url_bytes, fetch, redact_url
 from vila.media.limits import DEFAULT_LIMITS, IsCancelled, MediaLimits, Readable, never
 
-# --- source
-# Sources of media as streams: a path, bytes, bytes stored in a larger file, a `data:` URL or one of the web.
-
-
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
@@ -44,13 +40,12 @@ def open_source(
     timeout_s: float = DEFAULT_LIMITS.image_fetch_s,
     cancelled: IsCancelled = never,
 ) -> tuple[IO[bytes], str]:
-    """The encoded bytes as a stream, and the source's name for messages.
+    """Open encoded media. Returns a stream and the source's name for messages.
 
-    what:      what it ought to be, with its article: `an image`.
-    base:      the folder that a relative path starts from.
-    max_bytes, timeout_s: limits of what comes from a URL; a file may be of any size.
+    what:                 expected content for error messages, with its article: `an image`.
+    base:                 directory that relative paths are resolved against.
+    max_bytes, timeout_s: limits for URLs; files may have any size.
     allow_private, allowed_domains, cancelled: see `fetch`.
-    Raises MediaError naming the source and the reason.
     """
     if isinstance(source, bytes):
         return io.BytesIO(source), f"<{len(source)} bytes>"
@@ -74,13 +69,13 @@ def open_source(
 
 @dataclass(frozen=True, slots=True)
 class LoadedMedia:
-    """Encoded media that were read into memory; `name` is for messages."""
+    """Encoded media in memory; `name` is for messages."""
 
     name: str
     content: bytes
 
     def read(self) -> bytes:
-        """The encoded bytes."""
+        """Return the encoded bytes."""
         return self.content
 
 
@@ -91,8 +86,8 @@ def _open_path(path: Path, what: str) -> IO[bytes]:
         if stat.S_ISREG(mode):
             return path.open("rb")
     except FileNotFoundError as error:
-        place = "" if path.is_absolute() else f" below {Path.cwd()}"
-        raise MediaError(f"no such file{place}", file=name, hint="check the path") from error
+        where = "" if path.is_absolute() else f" in {Path.cwd()}"
+        raise MediaError(f"no such file{where}", file=name, hint="check the path") from error
     except (OSError, ValueError) as error:  # ValueError: a null byte
         reason = error.strerror if isinstance(error, OSError) else error
         raise MediaError(f"cannot be opened ({reason})", file=repr(name)) from error
@@ -100,10 +95,10 @@ def _open_path(path: Path, what: str) -> IO[bytes]:
     raise MediaError(f"{kind}, not {what}", file=name, hint="give the path of one file")
 
 
-# Others run a program (EPS), or accept nearly any file (TGA).
+# Other Pillow plugins run a program (EPS) or accept nearly any file (TGA).
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO")
 _READABLE = "JPEG, PNG, WebP, GIF, BMP, TIFF, PPM, JPEG 2000 or AVIF"
-_COPY_AGAIN = "it may be damaged or cut short, copy it again"
+_COPY_AGAIN = "the file may be damaged or truncated: copy it again"
 
 
 def open_image(
@@ -114,18 +109,18 @@ def open_image(
     limits: MediaLimits = DEFAULT_LIMITS,
     exif_orientation: bool = True,
 ) -> PilImage.Image:
-    """The image in RGB, decoded, in memory of its own.
+    """Decode an image to RGB.
 
-    base:             the folder that a relative path starts from.
-    allow_private:    also fetch URLs from this machine and its network.
-    limits:           refuse larger images before decoding them; Pillow's own limit of pixels holds besides.
-    exif_orientation: turn the image upright as its EXIF says; see docs/images.md for who passes which value.
+    base:             directory that relative paths are resolved against.
+    allow_private:    also fetch URLs from private addresses.
+    limits:           larger images are refused before decoding; Pillow's own pixel limit applies too.
+    exif_orientation: apply the EXIF orientation; docs/images.md lists which caller passes which value.
 
-    As in the original, the alpha channel is dropped (not blended), an animation gives its first frame, and CMYK and
-    palettes are converted as Pillow does. Unlike the original: a truncated file is refused, not filled with grey;
-    and values of more than 8 bits are scaled, not clipped to white (see `_to_bytes`). The result has no EXIF.
-    Raises MediaError naming the image, the reason and what to do. Touches no global state, so threads may call it;
-    a process that sets `PIL.ImageFile.LOAD_TRUNCATED_IMAGES` gets truncated files all the same.
+    As in the released code, the alpha channel is dropped (not blended), an animation yields its first frame, and CMYK
+    and palettes are converted by Pillow. Unlike it, a truncated file raises an error instead of being filled with grey,
+    and values of more than 8 bits are scaled instead of clipped (see `_to_bytes`). The result has no EXIF.
+    Thread-safe. `PIL.ImageFile.LOAD_TRUNCATED_IMAGES`, if the process sets it, still admits truncated files.
+    Raises MediaError.
     """
     source = image.source
     if isinstance(source, PilImage.Image):
@@ -143,8 +138,8 @@ def open_image(
         if opened.format in ("JPEG", "MPO"):
             check_scans(stream, name, limits)
         with pillow_errors(name):
-            bright = _bright_colour(opened, stream)
-        return decode_image(bright, name, limits=limits, exif_orientation=exif_orientation)
+            scaled = _scale_16_bit_colour(opened, stream)
+        return decode_image(scaled, name, limits=limits, exif_orientation=exif_orientation)
 
 
 def decode_image(
@@ -155,22 +150,22 @@ def decode_image(
     limits: MediaLimits = DEFAULT_LIMITS,
     exif_orientation: bool = True,
 ) -> PilImage.Image:
-    """An image that Pillow has opened, in RGB: see `open_image`. name, field: for errors."""
+    """Decode an image that Pillow has opened to RGB; see `open_image`. name, field: for errors."""
     check_size(image.size, name, limits)
     with pillow_errors(name, field):
         image.load()
         turn = _TURNS.get(_orientation(image)) if exif_orientation else None
         rgb = _to_rgb(image, name, field)
         for key in _METADATA:
-            rgb.info.pop(key, None)  # or it would be turned again
+            rgb.info.pop(key, None)  # so that the orientation is not applied twice
         return rgb if turn is None else rgb.transpose(turn)
 
 
 def check_size(size: tuple[int, int], name: str, limits: MediaLimits) -> None:
-    """Raise MediaError if an image has no pixels, too many, or too long a side; `size` is (width, height)."""
+    """Raise MediaError if an image has no pixels, too many pixels, or too long a side. size: (width, height)."""
     width, height = size
     if min(size) < 1:
-        raise MediaError("holds no pixels", file=name, value=size)
+        raise MediaError("no pixels", file=name, value=size)
     if width * height > limits.image_pixels or max(size) > limits.side:
         is_many = width * height > limits.image_pixels
         raise MediaError(
@@ -179,21 +174,21 @@ def check_size(size: tuple[int, int], name: str, limits: MediaLimits) -> None:
             field="image_pixels" if is_many else "side",
             value=size,
             expected=f"at most {limits.image_pixels:,} pixels" if is_many else f"at most {limits.side:,} on a side",
-            hint="shrink it first" if is_many else "cut it into parts",
+            hint="resize it" if is_many else "split it",
         )
 
 
 def check_scans(stream: Readable, name: str, limits: MediaLimits) -> None:
-    """Raise MediaError if a JPEG image has too many scans. The stream is where it was afterwards."""
-    place = stream.tell()
+    """Raise MediaError if a JPEG image has too many scans. The stream position is unchanged."""
+    position = stream.tell()
     if jpeg_scans(stream, limits.jpeg_scans) > limits.jpeg_scans:
         expected = f"at most {limits.jpeg_scans}"
         raise MediaError("too many scans", file=name, field="jpeg_scans", expected=expected, hint="encode it again")
-    stream.seek(place)
+    stream.seek(position)
 
 
 def encoded_size(content: bytes) -> tuple[int, int] | None:
-    """(width, height) of an encoded image by its header; None when Pillow does not know it as one."""
+    """Return (width, height) from the header of an encoded image; None if Pillow does not recognize it."""
     try:
         with _open(io.BytesIO(content), "") as opened:
             return opened.size
@@ -202,7 +197,7 @@ def encoded_size(content: bytes) -> tuple[int, int] | None:
 
 
 def orientation_of(content: bytes) -> int:
-    """The EXIF orientation of an encoded image, 1 to 8; 1, upright, for one that Pillow does not know."""
+    """Return the EXIF orientation of an encoded image, 1 to 8; 1 (upright) if Pillow does not recognize it."""
     try:
         with _open(io.BytesIO(content), "") as opened:
             return _orientation(opened)
@@ -213,7 +208,7 @@ def orientation_of(content: bytes) -> int:
 def _open(stream: IO[bytes], name: str) -> ImageFile.ImageFile:
     head = stream.read(64)
     if not head:
-        raise MediaError("not an image (the file is empty)", file=name, hint="download or copy it again")
+        raise MediaError("empty file", file=name, hint="download or copy it again")
     stream.seek(0)
     with pillow_errors(name):
         try:
@@ -230,22 +225,22 @@ def _formats() -> tuple[str, ...]:
 
 @contextmanager
 def pillow_errors(name: str, field: str | None = None) -> Iterator[None]:
-    """Raise MediaError for whatever Pillow raises."""
+    """Convert any exception of Pillow to MediaError."""
     try:
         yield
     except (VilaError, MemoryError):
         raise
     except (PilImage.DecompressionBombError, PilImage.DecompressionBombWarning) as error:
-        problem, hint = str(error).rstrip("."), "shrink it first"
+        problem, hint = str(error).rstrip("."), "resize it"
         raise MediaError(problem, file=name, field="image_pixels", hint=hint) from error
     except Exception as error:
-        # Pillow's decoders raise almost anything on a broken file: OSError, SyntaxError, ValueError, struct.error, ...
+        # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others for broken files.
         reason = str(error) or type(error).__name__
         raise MediaError(f"cannot be decoded ({reason})", file=name, field=field, hint=_COPY_AGAIN) from error
 
 
 ORIENTATION = 0x0112
-"""The EXIF tag."""
+"""EXIF tag of the orientation."""
 _TURNS = {
     2: Transpose.FLIP_LEFT_RIGHT,
     3: Transpose.ROTATE_180,
@@ -255,15 +250,15 @@ _TURNS = {
     7: Transpose.TRANSVERSE,
     8: Transpose.ROTATE_90,
 }
-"""By the value of the EXIF tag Orientation; 1 is upright."""
+"""Transpositions by orientation; 1 is upright."""
 _METADATA = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
-"""Where Pillow keeps what can hold an orientation."""
+"""Keys of `Image.info` that can contain an orientation."""
 
 
 def _orientation(image: PilImage.Image) -> int:
-    """The EXIF orientation, 1 to 8. EXIF that is absent or broken, and values out of range, are 1.
+    """Return the EXIF orientation, 1 to 8. Absent or broken EXIF and values out of range count as 1.
 
-    A TIFF is 1: Pillow itself turns it while it is decoded.
+    For TIFF always 1: Pillow itself applies the orientation while decoding.
     """
     if image.format == "TIFF":
         return 1
@@ -271,7 +266,7 @@ def _orientation(image: PilImage.Image) -> int:
         value = image.getexif().get(ORIENTATION)
     except MemoryError:
         raise
-    except Exception:  # noqa: BLE001 - broken EXIF, see `pillow_errors`; the pixels are sound
+    except Exception:  # noqa: BLE001 - broken EXIF, see `pillow_errors`; the pixels are intact
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
@@ -281,9 +276,9 @@ def _to_rgb(image: PilImage.Image, name: str, field: str | None) -> PilImage.Ima
         image = _eight_bits(image, name, field)
     elif image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
         image = image.copy()
-        del image.info["transparency"]  # Pillow would warn that it is dropped; it is meant to be
+        del image.info["transparency"]  # dropped on purpose; Pillow would warn
     elif image.mode in ("La", "RGBa"):
-        image = image.convert("LA" if image.mode == "La" else "RGBA")  # Pillow has no other way from these
+        image = image.convert("LA" if image.mode == "La" else "RGBA")  # Pillow cannot convert these to RGB directly
     elif image.mode == "LAB":
         raise MediaError("Pillow cannot convert its pixels to RGB", file=name, field="mode", value="LAB",
                          hint="convert it to RGB")  # fmt: skip
@@ -294,11 +289,11 @@ _DEPTHS = (8, 10, 12, 14, 16)
 
 
 def _to_bytes(values: npt.NDArray[np.integer]) -> npt.NDArray[np.uint8]:
-    """Whole numbers from 0 to 65,535 as bytes: the high 8 bits of the smallest depth that holds the largest value.
+    """Scale integers from 0 to 65,535 to bytes: the high 8 bits of the smallest depth that holds the largest value.
 
-    Depths are 8, 10, 12, 14 and 16 bits, those of cameras and scanners. An image of 8 or 12 bits that was saved as one
-    of 16 is neither black nor nearly black so, and one of 16 bits keeps its high byte, as Pillow reads 16-bit colour.
-    The rule looks at the image alone: two images of one series that differ in depth are scaled differently.
+    Depths are 8, 10, 12, 14 and 16 bits, those of cameras and scanners. So an 8 or 12-bit image stored with 16 bits
+    does not turn black, and a true 16-bit image keeps its high byte, as Pillow reads 16-bit colour. The depth is chosen
+    per image: two images of one series may be scaled differently.
     """
     high = int(values.max())
     depth = next(depth for depth in _DEPTHS if high < 1 << depth)
@@ -306,10 +301,10 @@ def _to_bytes(values: npt.NDArray[np.integer]) -> npt.NDArray[np.uint8]:
 
 
 def _eight_bits(image: PilImage.Image, name: str, field: str | None) -> PilImage.Image:
-    """Grey values of more than 8 bits as bytes. Pillow's own conversion clips: all above 255 turns white.
+    """Scale grey values of more than 8 bits to bytes. Pillow's own conversion clips values above 255 to white.
 
-    Integers, signed or not, of 16 or 32 bits are scaled by `_to_bytes`. Floats are 0..1, or 0..255 where any is above
-    1. Raises MediaError for values outside of these ranges, whose meaning nobody knows.
+    Integers of 16 or 32 bits, signed or not, are scaled by `_to_bytes`. Floats are in 0..1, or in 0..255 if any is
+    above 1. Raises MediaError for values outside these ranges.
     """
     values = np.asarray(image)
     low, high = values.min(), values.max()
@@ -332,11 +327,11 @@ _SWAPPED = {"B": "L", "L": "B", "N": "B" if sys.byteorder == "little" else "L"}
 _ALL_DEPTHS_BUT_16 = 1 << _DEPTHS[-2] - 8
 
 
-def _bright_colour(opened: ImageFile.ImageFile, stream: IO[bytes]) -> PilImage.Image:
-    """`opened`, unless it has 16 bits per colour and would be darker than the rule of `_to_bytes` makes it.
+def _scale_16_bit_colour(opened: ImageFile.ImageFile, stream: IO[bytes]) -> PilImage.Image:
+    """Apply the scaling of `_to_bytes` to an image with 16 bits per colour; return any other image unchanged.
 
-    Pillow keeps the high bytes of 16-bit colour. Where these say that the values fit 14 bits, the low bytes are read
-    too, by decoding once more in the other byte order, and the rule is applied to both.
+    Pillow keeps only the high bytes of 16-bit colour. If these show that all values fit in 14 bits, the low bytes are
+    read too, by decoding a second time in the other byte order.
     """
     rawmodes = {_rawmode(tile) for tile in opened.tile}
     rawmode = rawmodes.pop() if len(rawmodes) == 1 else ""
@@ -348,19 +343,19 @@ def _bright_colour(opened: ImageFile.ImageFile, stream: IO[bytes]) -> PilImage.I
         return opened
     stream.seek(0)
     with PilImage.open(stream, formats=[opened.format or ""]) as again:
-        # Both bytes of LA;16 fit the four of RGBA: grey high, grey low, alpha high, alpha low.
+        # The four bytes of an LA;16 pixel read as RGBA: grey high, grey low, alpha high, alpha low.
         other = "RGBA" if rawmode == "LA;16B" else rawmode[:-1] + _SWAPPED[rawmode[-1]]
         again.tile = [_with_rawmode(tile, other) for tile in again.tile]
         again.load()
         low = np.asarray(again)[..., 1:2] if other == "RGBA" else np.asarray(again.convert("RGB"))
-    bright = PilImage.fromarray(_to_bytes(high.astype(np.uint16) << 8 | low))
-    bright.info = opened.info
-    return bright
+    scaled = PilImage.fromarray(_to_bytes(high.astype(np.uint16) << 8 | low))
+    scaled.info = opened.info
+    return scaled
 
 
-# A tile of Pillow is (codec, box, offset, args), a named tuple from Pillow 11 on.
+# A tile of Pillow is (codec, box, offset, args), a named tuple since Pillow 11.
 def _rawmode(tile: Any) -> str:
-    """How the decoder of a tile unpacks pixels: `RGB;16B`, ..."""
+    """Return the raw mode that a tile's decoder unpacks: `RGB;16B`, ..."""
     args = tile[3]
     first = args[0] if isinstance(args, tuple) and args else args
     return first if isinstance(first, str) else ""
@@ -376,20 +371,20 @@ _UNSUPPORTED = ("unknown pixel mode", "unknown data organization")
 
 
 def _not_an_image(stream: IO[bytes], head: bytes, name: str) -> MediaError:
-    """The error for a file that Pillow does not identify, by its first bytes."""
+    """Return the error for a file that Pillow does not identify, by its first bytes."""
     kind = next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), "")
     if kind == "TIFF" and (unsupported := _unsupported_tiff(stream)):
-        problem = "Pillow does not read TIFF files of this pixel layout; the file may be sound"
+        problem = "TIFF pixel layout that Pillow does not support; the file itself may be valid"
         hint = "convert it to RGB with 8 bits per sample"
         return MediaError(problem, file=name, field="BitsPerSample", value=unsupported, hint=hint)
     if kind:
-        problem = f"not an image (starts like {kind}, but its header is damaged or cut short)"
+        problem = f"not an image (starts like {kind}, but its header is damaged or truncated)"
         return MediaError(problem, file=name, hint="download or copy it again")
     if head[4:8] == b"ftyp" and head[8:12] in (b"heic", b"heix", b"mif1", b"msf1", b"hevc"):
-        return MediaError("not an image that Pillow reads (HEIC)", file=name, hint="convert it to JPEG or PNG")
+        return MediaError("HEIC images are not supported", file=name, hint="convert it to JPEG or PNG")
     start = head.lstrip(b"\xef\xbb\xbf \t\r\n")
     if start.lower().startswith((b"<svg", b"<?xml")):
-        problem, hint = f"not an image (starts with {_quoted(start)})", "if it is a drawing, convert it to PNG"
+        problem, hint = f"not an image (starts with {_quoted(start)})", "if it is an SVG drawing, convert it to PNG"
         return MediaError(problem, file=name, hint=hint)
     if known := foreign_content(start):
         return MediaError(f"not an image ({known[0]})", file=name, hint=known[1])
@@ -397,7 +392,7 @@ def _not_an_image(stream: IO[bytes], head: bytes, name: str) -> MediaError:
 
 
 def _unsupported_tiff(stream: IO[bytes]) -> tuple[int, ...] | None:
-    """Bits of each sample of a whole TIFF file whose pixels Pillow has no mode for; None for other files."""
+    """Return the bits per sample of a complete TIFF file whose pixel layout Pillow does not support; else None."""
     stream.seek(0)
     try:
         TiffImagePlugin.TiffImageFile(stream)
@@ -409,12 +404,12 @@ def _unsupported_tiff(stream: IO[bytes]) -> tuple[int, ...] | None:
     directory = TiffImagePlugin.ImageFileDirectory_v2(stream.read(8))
     stream.seek(directory.next)
     directory.load(stream)
-    places = directory.get(TiffImagePlugin.STRIPOFFSETS) or directory.get(TiffImagePlugin.TILEOFFSETS) or ()
+    offsets = directory.get(TiffImagePlugin.STRIPOFFSETS) or directory.get(TiffImagePlugin.TILEOFFSETS) or ()
     sizes = directory.get(TiffImagePlugin.STRIPBYTECOUNTS) or directory.get(TiffImagePlugin.TILEBYTECOUNTS) or ()
-    ends = [place + size for place, size in zip(places, sizes, strict=False)]
-    is_whole = bool(ends) and max(ends) <= stream.seek(0, io.SEEK_END)
+    ends = [offset + size for offset, size in zip(offsets, sizes, strict=False)]
+    is_complete = bool(ends) and max(ends) <= stream.seek(0, io.SEEK_END)
     bits = directory.get(TiffImagePlugin.BITSPERSAMPLE, (1,))
-    return (bits if isinstance(bits, tuple) else (bits,)) if is_whole else None
+    return (bits if isinstance(bits, tuple) else (bits,)) if is_complete else None
 
 
 def _quoted(start: bytes) -> str:

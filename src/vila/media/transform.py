@@ -1,8 +1,9 @@
-"""The one pixel transform: an RGB image becomes the tower's float32 array. Equal to the CLIP and SigLIP processors.
+"""Transform of RGB images to the vision tower's float32 input, bit-equal to the CLIP and SigLIP processors.
 
-The reference is transformers' PIL backend behind the original's `image_aspect_ratio`, with Pillow 13.
-It has two halves, so that a picture can travel between them as bytes, a quarter of the size. Two liberties change no
-byte: what a constant border or a crop makes needless is not computed, and bytes become floats in one division.
+The reference is transformers' PIL backend after the released code's `image_aspect_ratio`, with Pillow 13. The transform
+has two halves, `square_bytes` and `normalise`: between processes and in shared memory, images are uint8, a quarter of
+the size. Two optimizations keep the result bit-equal: pixels that a constant border or a crop makes unnecessary are not
+computed, and bytes are converted to float in one division.
 """
 
 from __future__ import annotations
@@ -15,10 +16,6 @@ from PIL import Image as PilImage
 
 from vila.core.errors import UnknownNameError
 from vila.core.vision_spec import IMAGE_MODES, VisionSpec
-
-# --- resample
-# Pillow's bicubic resampling along one axis, byte for byte, of the needed part of a line too long to build.
-
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -35,11 +32,11 @@ def resample_lines(
     start: int = 0,
     fill: Bytes | None = None,
 ) -> Bytes:
-    """Resample axis 0 from `length` to `size` positions, and return positions `first` to `first + count` of the result.
+    """Resample axis 0 from `length` to `size` positions; return positions `first` to `first + count` of the result.
 
-    lines: uint8 [n, m], m independent lines side by side. They hold positions `start` to `start + n` of the source;
-           every other position of it holds `fill`, uint8 [m].
-    Returns uint8 [count, m]: what `PIL.Image.resize(..., BICUBIC)` makes of the whole source, without building it.
+    lines: uint8 [n, m], m independent lines: positions `start` to `start + n` of the source, whose other positions all
+           have the value `fill`, uint8 [m].
+    Returns uint8 [count, m], bit-equal to `PIL.Image.resize(..., BICUBIC)` of the full source, which is never built.
     """
     held, width = lines.shape
     count = size - first if count is None else count
@@ -51,7 +48,7 @@ def resample_lines(
     block = max(1, _BLOCK // held)
     for left in range(0, width, block):
         part = slice(left, left + block)
-        # Whole numbers below 2**53: float64 adds them without rounding, in any order.
+        # Integers below 2**53: float64 sums them exactly, in any order.
         values = lines[:, part].astype(np.float64)
         constant = background[part].astype(np.float64)
         for row, (begin, weights) in enumerate(plan):
@@ -71,7 +68,7 @@ _SUPPORT = 2.0
 
 
 def _weights(position: int, length: int, size: int) -> tuple[int, npt.NDArray[np.float64]]:
-    """The first source position that `position` of the result reads, and its weights as whole numbers."""
+    """Return the first source position that contributes to `position` of the result, and the integer weights."""
     scale = length / size
     filter_scale = max(scale, 1.0)
     support = _SUPPORT * filter_scale
@@ -87,33 +84,28 @@ def _weights(position: int, length: int, size: int) -> tuple[int, npt.NDArray[np
 
 
 Pixels = npt.NDArray[np.float32]
-transform_Bytes = npt.NDArray[np.uint8]
 
 _BICUBIC = PilImage.Resampling.BICUBIC
-# Pixels of an intermediate picture. Above, the part that is needed is computed without building the whole.
+# Maximum pixels of an intermediate image; above, `resample_lines` computes the needed part only.
 _MAX_CANVAS = 1 << 25
 
 
 def pixels(image: PilImage.Image, spec: VisionSpec) -> Pixels:
-    """The float32 array [3, S, S] that the vision tower reads, S = `spec.image_size`: `square_bytes`, normalised.
-
-    image: RGB; `vila.media.image.open_image` makes one.
-    """
+    """Return the vision tower's input, float32 [3, S, S] with S = `spec.image_size`. image: RGB, see `open_image`."""
     return normalise(square_bytes(image, spec), spec)
 
 
-def square_bytes(image: PilImage.Image, spec: VisionSpec) -> transform_Bytes:
-    """The picture made square at the tower's size, uint8 [3, S, S], S = `spec.image_size`.
+def square_bytes(image: PilImage.Image, spec: VisionSpec) -> Bytes:
+    """Resize an RGB image to a square, uint8 [3, S, S] with S = `spec.image_size`.
 
-    image: RGB.
-    `pad` centres the picture on a square of the mean colour and resizes it, `resize` ignores the aspect, `square`
-    resizes the short edge and crops the centre, or is `resize` for a tower whose processor crops nothing. All are
-    bicubic and antialiased, and round to bytes as Pillow does.
+    `pad` centres the image on a square of the mean colour and resizes it; `resize` ignores the aspect ratio; `square`
+    resizes the short edge and crops the centre, or equals `resize` for a tower whose processor does not crop. All are
+    bicubic, antialiased, and rounded to bytes as in Pillow.
     """
     if image.mode != "RGB":
-        raise ValueError(f"expected an RGB picture, not {image.mode!r}; open it with vila.media.image.open_image")
+        raise ValueError(f"expected an RGB image, got mode {image.mode!r}; use vila.media.image.open_image")
     if spec.image_mode == "pad":
-        # "pad" fills with the tower's mean colour, cut to a byte: (122, 116, 104) for CLIP.
+        # "pad" fills with the tower's mean colour, truncated to a byte: (122, 116, 104) for CLIP.
         background = tuple(int(value * 255) for value in spec.mean)
         square = _pad(image, spec.image_size, background)
     elif spec.image_mode == "resize" or (spec.image_mode == "square" and not spec.center_crop):
@@ -127,25 +119,25 @@ def square_bytes(image: PilImage.Image, spec: VisionSpec) -> transform_Bytes:
 
 
 def shrinker(spec: VisionSpec) -> Callable[[PilImage.Image], PilImage.Image]:
-    """A function that makes an RGB image square at the tower's size.
+    """Return a function that resizes an RGB image to the tower's square.
 
-    `square_bytes` leaves such a square as it is, byte for byte, so frames of a video may be shrunk while it is decoded.
+    `square_bytes` maps such a square to itself, so video frames can be resized while the video is decoded.
     """
     return lambda image: PilImage.fromarray(square_bytes(image, spec).transpose(1, 2, 0))
 
 
-def normalise(squares: transform_Bytes, spec: VisionSpec, out: Pixels | None = None) -> Pixels:
-    """What the tower reads of pictures [..., 3, S, S], uint8: float32 of the same shape, written to `out` if given.
+def normalise(squares: Bytes, spec: VisionSpec, out: Pixels | None = None) -> Pixels:
+    """Normalise uint8 images [..., 3, S, S] to float32 of the same shape, written to `out` if given.
 
-    The arithmetic and its order are those of transformers, but for one step: it multiplies by 1/255 in float64 and
-    rounds to float32, which for every byte is the byte divided by 255 in float32.
+    Operations and their order are those of transformers, except that it multiplies by 1/255 in float64 and rounds to
+    float32; for every byte that equals the float32 division by 255.
     """
     out = np.empty(squares.shape, np.float32) if out is None else out
     mean, std = np.array(spec.mean, np.float32), np.array(spec.std, np.float32)
-    # Plane by plane, as one stays in the processor's cache over the four passes.
-    for place in np.ndindex(squares.shape[:-2]):
-        plane, channel = out[place], place[-1]
-        plane[...] = squares[place]
+    # Plane by plane: one plane stays in the CPU cache over the four passes.
+    for index in np.ndindex(squares.shape[:-2]):
+        plane, channel = out[index], index[-1]
+        plane[...] = squares[index]
         plane /= 255
         plane -= mean[channel]
         plane /= std[channel]
@@ -153,15 +145,15 @@ def normalise(squares: transform_Bytes, spec: VisionSpec, out: Pixels | None = N
 
 
 def stack_pixels(arrays: Sequence[Pixels]) -> Pixels:
-    """One array [N, 3, S, S] from N arrays [3, S, S], in their order. Raises ValueError when sizes differ or N is 0."""
+    """Stack N arrays [3, S, S] to [N, 3, S, S]. Raises ValueError if the sizes differ or N is 0."""
     shapes = sorted({array.shape for array in arrays})
     if len(shapes) != 1:
-        raise ValueError(f"expected pictures of one shape to stack, got {shapes or 'none'}")
+        raise ValueError(f"expected arrays of one shape, got {shapes or 'none'}")
     return np.stack(arrays)
 
 
 def _resize(image: PilImage.Image, width: int, height: int) -> PilImage.Image:
-    """Bicubic and antialiased, one axis after the other, rounding to bytes after each."""
+    """Resize with antialiased bicubic filtering, one axis after the other, rounding to bytes after each."""
     between = (width, image.height) if _width_first(image.size, (width, height)) else (image.width, height)
     if between != image.size:  # otherwise Pillow would copy it
         image = image.resize(between, _BICUBIC)
@@ -169,11 +161,11 @@ def _resize(image: PilImage.Image, width: int, height: int) -> PilImage.Image:
 
 
 def _width_first(old: tuple[int, int], new: tuple[int, int]) -> bool:
-    """The order of the two passes in Pillow 13, which the golden pictures were made with; (width, height) each.
+    """Whether Pillow 13, which made the golden images, resizes the width first; sizes are (width, height).
 
-    Pillow up to 12.1 always resized the width first; its pull request 9549 changed that for heights that shrink most.
-    Rounding between the passes makes the orders differ by a little here and there, so ours is one in every version.
-    A square to a square, thus `pad`, is width first in all of them.
+    Pillow up to 12.1 always did; pull request 9549 changed that for heights that shrink most. Because of the rounding
+    between the passes, the order changes some bytes, so it is fixed here for all Pillow versions. Square to square, as
+    in `pad`, is width first in all of them.
     """
     return old[1] - new[1] <= max(0, 2 * (old[0] - new[0]))
 
@@ -182,7 +174,7 @@ def _pad(image: PilImage.Image, size: int, background: tuple[int, ...]) -> PilIm
     width, height = image.size
     side, left, top = max(width, height), max(0, height - width) // 2, max(0, width - height) // 2
     if width >= height:
-        # A constant row stays constant, so only rows of the picture need the first pass.
+        # A constant row stays constant, so only the rows of the image need the first pass.
         rows = image.resize((size, height), _BICUBIC)
         canvas = PilImage.new("RGB", (size, side), background)
         canvas.paste(rows, (0, top))
@@ -198,11 +190,11 @@ def _pad(image: PilImage.Image, size: int, background: tuple[int, ...]) -> PilIm
 
 
 def _center_crop(image: PilImage.Image, size: int) -> PilImage.Image:
-    """Short edge to `size`, long edge in proportion, rounded down; then the central square, half pixels to the left."""
+    """Resize the short edge to `size`, the long edge in proportion (rounded down), and crop the centre."""
     width, height = image.size
     long_edge = int(size * max(width, height) / min(width, height))
     edge = (long_edge - size) // 2
-    # Each pass treats its lines alone, so what the crop drops need not take part in the second.
+    # A pass processes each line independently, so the lines that the crop drops are left out of the second pass.
     if width >= height:
         return (
             image.resize((long_edge, height), _BICUBIC)

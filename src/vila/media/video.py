@@ -1,6 +1,6 @@
-"""Frames of a video, taken evenly and found by seeking. All problems are MediaErrors naming the video.
+"""Sample frames evenly from a video, by seeking. Problems raise MediaError naming the video.
 
-PyAV decodes; it is imported only when a video is read. What Pillow reads (GIF and the like) is in `animation.py`.
+PyAV decodes videos and is imported only when one is read; Pillow decodes animations (GIF, APNG, animated WebP).
 """
 
 from __future__ import annotations
@@ -31,21 +31,17 @@ if TYPE_CHECKING:
     from av.container import InputContainer
 
 
-# --- animation
-# Animations that Pillow reads: GIF, APNG and animated WebP, one composed frame after the other.
-
-
 _STILLS = ("JPEG", "BMP", "TIFF", "PPM", "JPEG2000")
-# Pillow reads neither HEIC nor, in every build, AVIF; to FFmpeg they are videos of one frame.
+# Pillow does not read HEIC, and AVIF only in some builds; FFmpeg treats them as videos of one frame.
 _STILL_BRANDS = (b"avif", b"heic", b"heix", b"mif1")
 
 
 class Animation:
-    """An opened animation. A GIF or WebP of one image counts as one; a PNG has to be an APNG."""
+    """Animation opened by Pillow. A GIF or WebP of one image counts as an animation; a PNG must be an APNG."""
 
     def __init__(self, image: PilImage.Image, meter: DecodeMeter) -> None:
         self._image, self._meter = image, meter
-        # The image that an APNG shows where animations are not supported need not belong to the animation.
+        # The fallback image of an APNG may not belong to the animation.
         self._hidden = 1 if getattr(image, "default_image", False) else 0
         meter.check_size(*image.size)
         with pillow_errors(meter.name):
@@ -54,7 +50,7 @@ class Animation:
 
     @classmethod
     def open(cls, stream: MeteredStream, meter: DecodeMeter) -> Animation | None:
-        """The animation in `stream`, or None when its format is not one of images. Raises MediaError on still ones."""
+        """Open an animation; None if the format is not an image format. Raises MediaError for still images."""
         head = stream.read(16)
         stream.seek(0)
         if head[4:8] == b"ftyp" and head[8:12] in _STILL_BRANDS:
@@ -70,17 +66,17 @@ class Animation:
         return cls(image, meter)
 
     def read(self, wanted: list[int], keep: Callable[[PilImage.Image], PilImage.Image]) -> dict[int, PilImage.Image]:
-        """The frames `wanted` (ascending) in RGB, alpha dropped as `open_image` does it, and each passed to `keep`.
+        """Decode the frames at `wanted` (ascending) to RGB without alpha, like `open_image`, each mapped by `keep`.
 
-        Each frame builds on the one before, so every frame up to the last wanted one is decoded. The last frame of all
-        is decoded too: it is what a file cut short lacks. Raises MediaError naming the frame.
+        Frames depend on earlier ones, so all frames are decoded, also those after the last wanted one: a truncated file
+        lacks the last frame. Raises MediaError naming the frame.
         """
         frames: dict[int, PilImage.Image] = {}
         for index in range(self.num_frames):
             field = f"frame {index} of {self.num_frames}"
             with pillow_errors(self._meter.name, field):
                 self._image.seek(index + self._hidden)
-                # Frames of a GIF that reach beyond its canvas enlarge it.
+                # GIF frames that extend beyond the canvas enlarge it.
                 self._meter.count_frame(*self._image.size)
                 self._image.load()
             if index in wanted:
@@ -90,14 +86,14 @@ class Animation:
 
 
 def _still(name: str, kind: str) -> MediaError:
-    return MediaError(f"a still image ({kind}), not a video", file=name, hint="give it as an image")
+    return MediaError(f"a still image ({kind}), not a video", file=name, hint="pass it as an image")
 
 
 Shrink = Callable[[PilImage.Image], PilImage.Image]
-"""What is kept of a frame; called as soon as the frame is decoded, so that no two full frames stay in memory."""
+"""Maps a frame to what stays in memory. Called right after decoding, so at most one full-size frame is in memory."""
 
-# Other demuxers open further files or addresses (HLS, concat, SDP), or read any text as a film (tty). Those for audio
-# are there to say that a file holds audio.
+# Other demuxers open further files or URLs (HLS, concat, SDP), or decode any text as a video (tty). The audio demuxers
+# serve the message that a file contains audio only.
 _DEMUXERS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,h264,hevc,m4v,obu,ivf,flv,asf,ogg,nut,mxf,yuv4mpegpipe,rm,dv,wtv"
 _OPTIONS = {"format_whitelist": f"{_DEMUXERS},mp3,wav,flac,aac", "protocol_whitelist": "none"}
 
@@ -112,26 +108,25 @@ def open_frames(
     cancelled: IsCancelled = never,
     shrink: Shrink | None = None,
 ) -> list[PilImage.Image]:
-    """Exactly `num_frames` frames of the video in RGB, in the order of presentation, at `frame_indices`.
+    """Decode `num_frames` frames to RGB, in presentation order, at `frame_indices`.
 
-    num_frames:    1 to `limits.num_frames`; `video.num_frames` is not read here.
-    base:          the folder that a relative path starts from.
-    allow_private: also fetch URLs from this machine and its network.
+    num_frames:    1 to `limits.num_frames`; `video.num_frames` is ignored here.
+    base:          directory that relative paths are resolved against.
+    allow_private: also fetch URLs from private addresses.
     limits:        see `MediaLimits`.
     cancelled:     called between packets, frames and reads.
-    shrink:        makes what is kept of each frame; None keeps the whole frame.
+    shrink:        maps each frame to what is returned, such as a smaller image; None returns the full frame.
 
-    The frames are those that decoding the whole video gives, but only from the key frame before each wanted frame is
-    decoded, so time and memory grow with `num_frames`; all packets are read, to count the frames. Where a video's time
-    stamps do not allow that, all of it is decoded, twice. Frames are counted, not timed: of a video of variable frame
-    rate they are even in number. Frames that no key frame precedes do not count. A frame repeated in a short video is
-    one object several times. Frames are turned upright as the file says; pixels stay as stored, square or not.
-    Raises MediaError naming the video, the reason and the remedy, CancelledError once `cancelled` is true; no frame is
-    made up for one that is missing.
+    The frames equal those of decoding the whole video, but decoding starts at the key frame before each wanted frame,
+    so time and memory grow with `num_frames`. All packets are read to count the frames. If the timestamps do not allow
+    seeking, the whole video is decoded, twice. Frames are spaced evenly by number, not by time (variable frame rate).
+    Frames before the first key frame are not counted. A frame repeated for a short video is the same object. Frames are
+    rotated as the file's display matrix says; the pixel aspect ratio is not applied.
+    Raises MediaError, and CancelledError once `cancelled` returns True; missing frames are never invented.
     """
     if not 1 <= num_frames <= limits.num_frames:
         expected = f"1 to {limits.num_frames}"
-        raise MediaError(file=_name_of(video), field="num_frames", value=num_frames, expected=expected)
+        raise MediaError(file=Image(video.source).name, field="num_frames", value=num_frames, expected=expected)
     stream, name = open_source(
         video.source,
         "a video",
@@ -145,7 +140,7 @@ def open_frames(
         meter = DecodeMeter(name, limits, cancelled)
         metered = MeteredStream(stream, meter)
         if not metered.read(1):
-            raise MediaError("not a video (the file is empty)", file=name, hint=COPY_AGAIN)
+            raise MediaError("empty file", file=name, hint=COPY_AGAIN)
         metered.seek(0)
         keep = _Keep(meter, shrink)
         animation = Animation.open(metered, meter)
@@ -158,7 +153,7 @@ def open_frames(
 
 @dataclass(frozen=True, slots=True)
 class _Keep:
-    """Shrink a frame and count what stays of it in memory."""
+    """Apply `shrink` to a frame and count the pixels that stay in memory."""
 
     meter: DecodeMeter
     shrink: Shrink | None
@@ -169,23 +164,19 @@ class _Keep:
         return kept
 
 
-def _name_of(video: Video) -> str:
-    return Image(video.source).name
-
-
 def frame_indices(total: int, num_frames: int) -> list[int]:
-    """Which of `total` frames to take: floor(linspace(0, last, num_frames)), ascending.
+    """Return the indices of the frames to sample from `total`: floor(linspace(0, last, num_frames)), ascending.
 
-    last is total - 2 when total > num_frames, as in the original, whose sampler never takes the last frame; published
-    models were trained and measured with it. Otherwise it is total - 1: every frame is taken, some of them repeatedly,
-    where the original puts black frames in front.
+    last = total - 2 if total > num_frames: the released sampler never takes the last frame, and published models were
+    trained and evaluated with it. Otherwise last = total - 1: all frames are taken, some repeatedly, where the released
+    code prepends black frames.
     """
     last = total - 2 if total > num_frames else total - 1
     return [int(index) for index in np.floor(np.linspace(0, last, num_frames))]
 
 
 class _Entry(NamedTuple):
-    """What a packet says without being decoded; times in the stream's own unit."""
+    """Metadata of a packet, available without decoding; times in the stream's time base."""
 
     shown_at: int | None
     decoded_at: int | None
@@ -194,7 +185,7 @@ class _Entry(NamedTuple):
 
 
 class _Timeline(NamedTuple):
-    """Times, ascending: when each frame is shown; when each key frame is; and when the latter are decoded."""
+    """Ascending timestamps: of all frames (`shown`), of key frames (`keys`), and decoding times of these (`starts`)."""
 
     shown: list[int]
     keys: list[int]
@@ -202,32 +193,32 @@ class _Timeline(NamedTuple):
 
 
 def _build_timeline(entries: list[_Entry]) -> _Timeline | None:
-    """From packets in the order of decoding; None where times are missing or double, or no frame is a key, or shown."""
-    first = next((place for place, entry in enumerate(entries) if entry.is_key), len(entries))
+    """Build the timeline from packets in decoding order; None without key frames, or if timestamps are not unique."""
+    first = next((number for number, entry in enumerate(entries) if entry.is_key), len(entries))
     usable = {entry.shown_at: entry for entry in entries[first:] if entry.shown_at is not None}
     if not usable or len(usable) < len(entries) - first:
         return None
-    begin = next(iter(usable))  # frames shown before the first key frame lean on frames that are not there
+    begin = next(iter(usable))  # frames shown before the first key frame depend on frames that are absent
     shown = sorted(time for time, entry in usable.items() if entry.is_shown and time >= begin)
     keys = sorted(time for time, entry in usable.items() if entry.is_key)
     starts = [time if (start := usable[time].decoded_at) is None else start for time in keys]
     return _Timeline(shown, keys, starts) if shown else None
 
 
-class _Unreliable(Exception):
-    """The time stamps do not tell which frame is number `index`, or it does not come out of the decoder."""
+class _UnreliableTimestamps(Exception):
+    """The timestamps do not identify frame `args[0]`, or the decoder does not return it."""
 
 
 @dataclass(frozen=True, slots=True)
 class _VideoFile:
-    """A file that PyAV reads, held to the limits of `meter`; `keep` is applied to each frame taken."""
+    """Video file decoded by PyAV within the limits of `meter`; `keep` is applied to each sampled frame."""
 
     stream: MeteredStream
     meter: DecodeMeter
     keep: _Keep
 
     def read(self, num_frames: int) -> list[PilImage.Image]:
-        """The frames at `frame_indices`, by seeking where the time stamps allow it."""
+        """Decode the frames at `frame_indices`, by seeking if the timestamps allow it."""
         suspect, missing = None, missing_bytes(self.stream)
         self.meter.check_packets(announced_packets(self.stream))
         with self._opened() as (container, track):
@@ -237,15 +228,15 @@ class _VideoFile:
                 try:
                     frames = self._seek_frames(container, track, timeline, sorted(set(indices)))
                     return [frames[index] for index in indices]
-                except _Unreliable as error:
+                except _UnreliableTimestamps as error:
                     suspect = int(error.args[0])
         total = sum(1 for _ in self._decode_all(suspect))
         if not total:
-            raise self._error("none of its frames can be decoded; it may be damaged")
+            raise self._error("no frame can be decoded")
         indices = frame_indices(total, num_frames)
         wanted = set(indices)
         every = islice(self._decode_all(suspect), indices[-1] + 1)
-        frames = {index: self.keep(self._picture(frame)) for index, frame in enumerate(every) if index in wanted}
+        frames = {index: self.keep(self._to_image(frame)) for index, frame in enumerate(every) if index in wanted}
         return [frames[index] for index in indices]
 
     def _error(self, problem: str, hint: str = COPY_AGAIN, field: str | None = None) -> MediaError:
@@ -253,7 +244,7 @@ class _VideoFile:
 
     @contextmanager
     def _opened(self) -> Iterator[tuple[InputContainer, VideoStream]]:
-        """The container, at its start, and the first video stream that is no cover image."""
+        """Open the container; yields it and the first video stream that is not a cover image."""
         av = require("av", "video")
         from av.stream import Disposition
 
@@ -276,14 +267,14 @@ class _VideoFile:
                 raise unreadable(self.stream, self.meter.name)
             if track is None:
                 kinds = " and ".join(sorted({stream.type for stream in container.streams} - {"video"}))
-                raise self._error(f"holds no video, only {kinds or 'a cover image'}", "check the file")
+                raise self._error(f"no video stream, only {kinds or 'a cover image'}", "check the file")
             if track.codec_context is None:
-                raise self._error("PyAV cannot decode this kind of video", "convert it to H.264")
+                raise self._error("PyAV has no decoder for this codec", "convert it to H.264")
             self.meter.check_size(track.codec_context.width, track.codec_context.height)
             track.codec_context.options = self._decoder_options()
             try:
                 yield container, track
-            except (av.FFmpegError, IndexError) as error:  # IndexError: PyAV, where damage pretends another stream
+            except (av.FFmpegError, IndexError) as error:  # IndexError: a damaged packet names a stream that is absent
                 reason = getattr(error, "strerror", error)
                 raise self._error(f"cannot be read ({reason})") from error
 
@@ -292,7 +283,7 @@ class _VideoFile:
         return {"max_pixels": str(self.meter.limits.frame_pixels)}
 
     def _timeline(self, container: InputContainer, track: VideoStream, missing: str) -> _Timeline | None:
-        """The video's timeline, from all its packets. Raises MediaError when frames are `missing` at the file's end."""
+        """Read all packets and build the timeline. Raises MediaError if frames are `missing` at the end of the file."""
         entries: list[_Entry] = []
         is_cut = False
         for packet in container.demux(track):
@@ -304,46 +295,44 @@ class _VideoFile:
         self.meter.check_frames(len(entries))
         if is_cut or (missing and not 0 < track.frames <= len(entries)):
             last = f"after frame {len(entries) - 1}" if entries else "before its first frame"
-            raise self._error(f"cut short {last}{missing and f' ({missing})'}")
+            raise self._error(f"truncated {last}{missing and f' ({missing})'}")
         return _build_timeline(entries)
 
     def _seek_frames(
         self, container: InputContainer, track: VideoStream, timeline: _Timeline, wanted: list[int]
     ) -> dict[int, PilImage.Image]:
-        """The frames `wanted` (ascending), each decoded from the last key frame shown at or before it.
+        """Decode the frames at `wanted` (ascending), each from the last key frame shown at or before it.
 
-        Frame by frame, what comes out has to be what the time stamps announced, starting with a true key frame;
-        AVI gives decoding times for time stamps, and some codecs have packets without a frame. Else raises _Unreliable.
+        Every decoded frame must have the announced timestamp, starting with a true key frame; AVI stores decoding times
+        as timestamps, and some codecs have packets without a frame. Raises _UnreliableTimestamps otherwise.
         """
-        pictures: dict[int, PilImage.Image] = {}
+        images: dict[int, PilImage.Image] = {}
         decoder: Iterator[VideoFrame] = iter(())
-        group, place = -1, 0
+        group, position = -1, 0
         for index in wanted:
             key = bisect_right(timeline.keys, timeline.shown[index]) - 1
             if key != group:
-                group, place = key, bisect_left(timeline.shown, timeline.keys[key])
+                group, position = key, bisect_left(timeline.shown, timeline.keys[key])
                 decoder = self._decode_from(container, track, timeline.keys[key], timeline.starts[key])
             for frame in decoder:
                 self.meter.count_frame(frame.width, frame.height)
                 is_false_key = frame.pts == timeline.keys[key] and not frame.key_frame
-                if [frame.pts] != timeline.shown[place : place + 1] or frame.is_corrupt or is_false_key:
-                    raise _Unreliable(index)
-                place += 1
-                if place > index:
-                    pictures[index] = self.keep(self._picture(frame))
+                if [frame.pts] != timeline.shown[position : position + 1] or frame.is_corrupt or is_false_key:
+                    raise _UnreliableTimestamps(index)
+                position += 1
+                if position > index:
+                    images[index] = self.keep(self._to_image(frame))
                     break
             else:
-                raise _Unreliable(index)
-        return pictures
+                raise _UnreliableTimestamps(index)
+        return images
 
     def _decode_from(self, container: InputContainer, track: VideoStream, key: int, start: int) -> Iterator[VideoFrame]:
-        """Frames from the one shown at `key` on, whose packet is decoded at `start`; none where seeking goes wrong."""
+        """Yield frames from the key frame shown at `key` and decoded at `start`; nothing if seeking fails."""
         from av import FFmpegError
 
-        for offset in (
-            start,
-            key,
-        ):  # MPEG-TS, AVI and FLV seek by the one; a MOV that starts without a key by the other
+        # MPEG-TS, AVI and FLV seek by decoding time, a MOV that starts without a key frame by presentation time.
+        for offset in (start, key):
             try:
                 container.seek(offset, stream=track)
             except FFmpegError:
@@ -359,55 +348,55 @@ class _VideoFile:
                 return
 
     def _decode_all(self, suspect: int | None) -> Iterator[VideoFrame]:
-        """Every frame. Raises MediaError on damage, for what follows it is not exact; it names the frame `suspect`."""
+        """Yield every frame. Raises MediaError on damage, naming frame `suspect`: later frames would be inexact."""
         from av import FFmpegError
 
         with self._opened() as (container, track):
             track.codec_context.options = {**self._decoder_options(), "err_detect": "explode"}
             key: Packet[VideoStream] | None = None
-            place = 0
+            num_decoded = 0
             for packet in container.demux(track):
                 self.meter.check()
                 self._check_scans(track, packet)
                 key = packet if key is None and packet.is_keyframe else key
                 try:
                     frames = packet.decode()
-                    reason = "it is damaged" if any(frame.is_corrupt for frame in frames) else None
+                    reason = "damaged" if any(frame.is_corrupt for frame in frames) else None
                 except FFmpegError as error:
                     frames, reason = [], error.strerror
-                if reason and key is not None and not _leads(packet, key, place):
-                    number = place if suspect is None else suspect
+                if reason and key is not None and not _precedes(packet, key, num_decoded):
+                    number = num_decoded if suspect is None else suspect
                     raise self._error(f"cannot be decoded ({reason})", field=f"frame {number}")
                 for frame in frames:
                     self.meter.count_frame(frame.width, frame.height)
-                place += len(frames)
-                self.meter.check_frames(place)
+                num_decoded += len(frames)
+                self.meter.check_frames(num_decoded)
                 yield from frames
 
     def _check_scans(self, track: VideoStream, packet: Packet[VideoStream]) -> None:
-        """Raise MediaError for a frame of Motion JPEG with too many scans: decoding it cannot be interrupted."""
+        """Raise MediaError for a Motion JPEG frame with too many scans, whose decoding could not be interrupted."""
         if track.codec_context.name == "mjpeg" and packet.size:
             check_scans(io.BytesIO(bytes(packet)), self.meter.name, self.meter.limits)
 
-    def _picture(self, frame: VideoFrame) -> PilImage.Image:
-        """One frame in RGB, upright."""
+    def _to_image(self, frame: VideoFrame) -> PilImage.Image:
+        """Convert a frame to RGB and apply the display matrix."""
         from av import FFmpegError
         from av.sidedata.sidedata import SideData
 
         try:
-            picture = PilImage.fromarray(frame.to_ndarray(format="rgb24"))
+            image = PilImage.fromarray(frame.to_ndarray(format="rgb24"))
         except FFmpegError as error:
             problem = f"{frame.format.name} pixels cannot be converted to RGB"
             raise self._error(problem, "convert it to H.264") from error
         matrix = frame.side_data.get("DISPLAYMATRIX")
         if not isinstance(matrix, SideData):
-            return picture
+            return image
         a, b, _, c, d, *_ = np.sign(np.frombuffer(bytes(matrix), np.int32)).tolist()
-        turn = _UPRIGHT.get((a, b, c, d))
-        return picture if turn is None else picture.transpose(turn)
+        turn = _TURNS.get((a, b, c, d))
+        return image if turn is None else image.transpose(turn)
 
 
-_UPRIGHT = {
+_TURNS = {
     (0, 1, -1, 0): Transpose.ROTATE_270,  # clockwise by 90 degrees
     (-1, 0, 0, -1): Transpose.ROTATE_180,
     (0, -1, 1, 0): Transpose.ROTATE_90,
@@ -416,11 +405,11 @@ _UPRIGHT = {
     (0, 1, 1, 0): Transpose.TRANSPOSE,
     (0, -1, -1, 0): Transpose.TRANSVERSE,
 }
-"""By the signs of a, b, c, d in x' = a x + c y, y' = b x + d y, the display matrix of ISO/IEC 14496-12."""
+"""Transpositions by the signs of a, b, c, d in x' = a x + c y, y' = b x + d y (display matrix, ISO/IEC 14496-12)."""
 
 
 def _decode(packet: Packet[VideoStream]) -> list[VideoFrame]:
-    """The frames that the decoder gives out for `packet`; none when it is damaged, and the caller misses them."""
+    """Decode a packet. Returns no frames if it is damaged; the caller notices that they are missing."""
     from av import FFmpegError
 
     try:
@@ -429,8 +418,8 @@ def _decode(packet: Packet[VideoStream]) -> list[VideoFrame]:
         return []
 
 
-def _leads(packet: Packet[VideoStream], key: Packet[VideoStream], place: int) -> bool:
-    """Whether `packet` is shown before the first `key` packet; without time stamps, whether no frame has come out."""
+def _precedes(packet: Packet[VideoStream], key: Packet[VideoStream], num_decoded: int) -> bool:
+    """Whether `packet` is shown before the first key packet; without timestamps, whether no frame is decoded yet."""
     if packet.pts is None or key.pts is None:
-        return place == 0 and not packet.is_keyframe
+        return num_decoded == 0 and not packet.is_keyframe
     return packet.pts < key.pts
