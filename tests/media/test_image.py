@@ -170,11 +170,8 @@ def with_orientation(value: object) -> bytes:
 
 @pytest.mark.parametrize("kind", ("PNG", "WEBP", "AVIF", "JPEG", "PIL"))
 def test_exif_orientation_is_applied_unless_disabled(kind):
-    plain = (
-        encoded(random_image(), kind, **({"lossless": True} if kind == "WEBP" else {}))
-        if kind != "PIL"
-        else random_image()
-    )
+    lossless = {"lossless": True} if kind == "WEBP" else {}
+    plain = random_image() if kind == "PIL" else encoded(random_image(), kind, **lossless)
     stored = np.asarray(open_image(Image(plain)))
     for value, turn in UPRIGHT.items():
         exif = with_orientation(value)
