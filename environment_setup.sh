@@ -2,7 +2,7 @@
 # Install vila in editable form.
 #
 #   ./environment_setup.sh          into the active virtual or conda environment
-#   ./environment_setup.sh DIR      into a virtual environment at DIR, made when absent
+#   ./environment_setup.sh DIR      into a virtual environment at DIR, created if absent
 #
 # PYTHON=python3.12 names the Python; TORCH_INDEX=URL adds a package index for PyTorch (see `make help`).
 set -euo pipefail
@@ -16,7 +16,7 @@ if [[ -z $target && -z ${VIRTUAL_ENV:-} && -z ${CONDA_PREFIX:-} ]]; then
     exit 2
 fi
 if ! version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2]); sys.exit(sys.version_info < (3, 11))'); then
-    echo "vila needs Python 3.11 or newer, but '$python' is ${version:-no Python that runs}." >&2
+    echo "vila needs Python 3.11 or newer, but '$python' is ${version:-not a working Python}." >&2
     echo "Name another: PYTHON=python3.12 $0 $target" >&2
     exit 1
 fi
