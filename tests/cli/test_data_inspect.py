@@ -23,7 +23,7 @@ def test_neighbouring_pictures_are_a_run_each_and_all_on_the_card():
     runs = runs_of(tokens, tiny.tokenizer(), 4)
     assert [run.text for run in runs if run.kind == "image"] == ["<image x 4>"] * 3
     assert sum(run.tokens for run in runs) == len(tokens)
-    assert len(as_card(tokens, runs).pictures) == 3
+    assert len(as_card(tokens, runs).images) == 3
     assert as_terminal_text(runs).plain.count("<image x 4>") == 3
 
 

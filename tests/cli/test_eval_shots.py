@@ -34,10 +34,10 @@ def test_numbers_of_examples_are_asked_in_turn_with_true_and_with_wrong_answers(
     assert [rows[f"easy_vqa_2shot{wrong}"]["shot_answers"] for wrong in ("", "_shuffled")] == ["true", "wrong"]
     assert rows["easy_vqa_1shot"]["shots"] == 1 and rows["easy_vqa_1shot"]["count"] == 4
     markdown = (out / "report.md").read_text()
-    table = markdown[markdown.index("## In context: easy\\_vqa") :]
+    table = markdown[markdown.index("## Few-shot: easy\\_vqa") :]
     lines = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ")]
     assert lines[:5] == ["examples", "---", "0", "1", "2"]
-    assert 'id="in-context-easy-vqa"' in (out / "report.html").read_text()
+    assert 'id="few-shot-easy-vqa"' in (out / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

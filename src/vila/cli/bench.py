@@ -39,13 +39,14 @@ class Precision(StrEnum):
 
 def decode(
     model: Annotated[
-        str, typer.Argument(metavar="[MODEL]", help="A checkpoint; its weights stay as they are.", show_default=False)
+        str,
+        typer.Argument(metavar="[MODEL]", help="Model directory; measured with its own weights.", show_default=False),
     ] = "",
     shape: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help=f"A known size, random weights: {', '.join(SHAPE_NAMES)}. May be given several times.",
+            help=f"Model size with random weights: {', '.join(SHAPE_NAMES)}. Repeatable.",
             show_default=False,
         ),
     ] = None,
@@ -54,12 +55,12 @@ def decode(
         typer.Option(
             parser=options.one_of(Precision, "precision"),
             metavar=options.names_in(Precision),
-            help="Weights of a shape. May be given several times; default: int4.",
+            help="Weight precision of --shape. Repeatable. Default: int4.",
             show_default=False,
         ),
     ] = None,
     group_size: Annotated[
-        int, typer.Option(help="Inputs of a group of 4-bit weights; 0: 128, or 64 where 128 does not fit.", min=0)
+        int, typer.Option(help="Input channels per INT4 scale; 0: 128, or 64 if 128 does not fit.", min=0)
     ] = 0,
     backend: options.BackendFlag = options.Backend.AUTO,
     lm_head_bits: options.LMHeadBits = 0,
@@ -68,26 +69,31 @@ def decode(
     device: options.DeviceFlag = options.Device.AUTO,
     input_len: Annotated[
         list[int] | None,
-        typer.Option(help="Tokens of a prompt. May be given several times; default: 16.", min=1, show_default=False),
+        typer.Option(help="Prompt length in tokens. Repeatable. Default: 16.", min=1, show_default=False),
     ] = None,
     batch_size: Annotated[
         list[int] | None,
-        typer.Option(help="Prompts at a time. May be given several times; default: 1.", min=1, show_default=False),
+        typer.Option(help="Batch size. Repeatable. Default: 1.", min=1, show_default=False),
     ] = None,
-    output_len: Annotated[int, typer.Option(help="New tokens of each answer.", min=2)] = 128,
-    num_iters: Annotated[int, typer.Option(help="Measured runs, after one that warms up.", min=1)] = 5,
+    output_len: Annotated[int, typer.Option(help="Number of generated tokens per answer.", min=2)] = 128,
+    num_iters: Annotated[
+        int, typer.Option(help="Number of measured iterations after one warm-up iteration.", min=1)
+    ] = 5,
     check_tokens: Annotated[
-        int, typer.Option(help="Tokens on which the choice is compared with the reference's; 0 is off.", min=0)
+        int,
+        typer.Option(
+            help="Number of tokens for the top-1 agreement with the reference; 0 skips the comparison.", min=0
+        ),
     ] = 512,
     out: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", help="JSON file of all figures.", show_default=False, callback=options.output_file
+            "--output", "-o", help="JSON file for all results.", show_default=False, callback=options.output_file
         ),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON instead of tables.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Measure prompts and steps: vila bench decode --shape tinyllama, or vila bench decode MODEL"""
+    """Measure prefill and decode throughput of [bold]MODEL[/bold] or of a --shape with random weights."""
     import json
 
     from vila.cli.options import LoadOptions, check_backend_flags, choose_device, set_num_threads
@@ -212,40 +218,49 @@ def quality(
     out: Annotated[
         Path,
         typer.Option(
-            "--output", "-o", help="Directory for quality.json and quality.html.", callback=options.output_directory
+            "--output",
+            "-o",
+            help="Output directory for quality.json and quality.html.",
+            callback=options.output_directory,
         ),
     ],
     group_size: Annotated[
         int | None,
         typer.Option(
-            help="Inputs that share a scale; default: the largest of 128, 64 and 32 that divides the model's widths.",
+            help="Input channels per scale. Default: the largest of 128, 64 and 32 that divides the layer widths.",
             show_default=False,
         ),
     ] = None,
     methods: Annotated[
-        str, typer.Option(help=f"What to compare, of {', '.join(WAYS)}; awq-images needs --image-calib-data.")
+        str,
+        typer.Option(
+            help=f"Comma-separated methods to compare, full first: {', '.join(WAYS)}. awq-images requires "
+            "--image-calib-data."
+        ),
     ] = "full,rtn,awq,best",
     num_calib_sequences: Annotated[
-        int, typer.Option(help="Rows of 512 tokens of text to calibrate awq with.", min=1)
+        int, typer.Option(help="Number of 512-token calibration sequences of awq.", min=1)
     ] = 2,
     num_calib_sequences_best: Annotated[
-        int, typer.Option(help="Rows of 512 tokens of text to calibrate best with.", min=1)
+        int, typer.Option(help="Number of 512-token calibration sequences of best.", min=1)
     ] = 16,
     image_calib_data: Annotated[
         str,
-        typer.Option(metavar="RECIPE", help="Recipe whose mixture awq-images adds to the text.", show_default=False),
+        typer.Option(
+            metavar="RECIPE", help="Recipe with image-text calibration data of awq-images.", show_default=False
+        ),
     ] = "",
-    num_calib_samples: Annotated[int, typer.Option(help="Conversations taken of it.", min=1)] = 32,
+    num_calib_samples: Annotated[int, typer.Option(help="Number of samples of --image-calib-data.", min=1)] = 32,
     num_eval_sequences: Annotated[
-        int, typer.Option(help="Blocks of 512 tokens to measure on; 0 takes all.", min=0)
+        int, typer.Option(help="Number of 512-token evaluation sequences; 0 uses all.", min=0)
     ] = 0,
     easy_vqa: Annotated[
-        Path | None, typer.Option(help="easy-VQA folder; without it no questions are asked.", show_default=False)
+        Path | None, typer.Option(help="easy-VQA directory. Default: no accuracy is measured.", show_default=False)
     ] = None,
-    limit: Annotated[int, typer.Option(help="Take about this many questions; 0 takes all.", min=0)] = 1000,
+    limit: Annotated[int, typer.Option(help="Approximate number of easy-VQA questions; 0 uses all.", min=0)] = 1000,
     checkpoint_options: CheckpointOptions = options.CHECKPOINT,
 ) -> None:
-    """Compare [bold]MODEL[/bold] with its quantized selves, and write tables and plots."""
+    """Compare [bold]MODEL[/bold] with its INT4 versions: NLL, KL divergence, accuracy."""
     from vila.bench.quality import markdown_table, measure_quality, quality_task, write_quality_report
     from vila.cli.progress import Screen
     from vila.core.files import portable_path
@@ -340,38 +355,43 @@ def _ways(
 def serve(
     target: Annotated[
         str,
-        typer.Argument(metavar="MODEL|URL", help="A directory, served for the time of the run; or a server's address."),
+        typer.Argument(
+            metavar="MODEL|URL", help="Model directory, which is served during the run, or URL of a server."
+        ),
     ],
     served_model_name: Annotated[
-        str, typer.Option(help="Name of the model at the server; default: its first.", show_default=False)
+        str, typer.Option(help="Model name at the server. Default: the first model.", show_default=False)
     ] = "",
     max_concurrency: Annotated[
-        str, typer.Option(metavar="N,N", help="Closed loops: so many clients that wait for their answers.")
+        str, typer.Option(metavar="N,N", help="Closed loop: numbers of concurrent requests, comma-separated.")
     ] = "1,4,8",
     request_rate: Annotated[
-        str, typer.Option(metavar="R,R", help="Open loops: so many arrivals a second, Poisson.", show_default=False)
+        str,
+        typer.Option(
+            metavar="R,R",
+            help="Open loop: request rates per second with Poisson arrivals, comma-separated.",
+            show_default=False,
+        ),
     ] = "",
-    num_prompts: Annotated[int, typer.Option(help="Questions of each load.", min=1)] = 32,
-    input_len: Annotated[int, typer.Option(help="Length of a question's text, about.", min=1)] = 64,
-    output_len: Annotated[int, typer.Option(help="Most tokens of an answer.", min=1)] = 128,
-    images_per_prompt: Annotated[int, typer.Option(help="Pictures in each question.", min=0)] = 0,
-    seed: Annotated[int, typer.Option(help="Of questions and arrivals.")] = 0,
+    num_prompts: Annotated[int, typer.Option(help="Number of prompts per load.", min=1)] = 32,
+    input_len: Annotated[int, typer.Option(help="Approximate prompt length in tokens.", min=1)] = 64,
+    output_len: Annotated[int, typer.Option(help="Maximum number of generated tokens per answer.", min=1)] = 128,
+    images_per_prompt: Annotated[int, typer.Option(help="Number of images per prompt.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed of prompts and arrivals.")] = 0,
     out: Annotated[
         Path | None,
         typer.Option(
             "--output",
             "-o",
-            help="Directory for load.json and load.html.",
+            help="Output directory for load.json and load.html.",
             show_default=False,
             callback=options.output_directory,
         ),
     ] = None,
-    key: Annotated[
-        str, typer.Option("--api-key-env", help="Environment variable that holds the key.")
-    ] = "VILA_API_KEY",
+    key: Annotated[str, typer.Option("--api-key-env", help="Environment variable with the API key.")] = "VILA_API_KEY",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
 ) -> None:
-    """Ask many questions at once; print throughput, time to the first token and between tokens."""
+    """Load-test a server: throughput, time to first token (TTFT) and inter-token latency (ITL)."""
     import json
 
     from rich.console import Console
@@ -442,7 +462,9 @@ def _numbers(option: str, text: str, *, whole: bool = False) -> list[float]:
     return found
 
 
-app = typer.Typer(help="Measure speed and quality on this machine.", no_args_is_help=True, rich_markup_mode="rich")
+app = typer.Typer(
+    help="Measure speed and quantization quality on this machine.", no_args_is_help=True, rich_markup_mode="rich"
+)
 app.command()(decode)
 app.command()(quality)
 app.command()(serve)

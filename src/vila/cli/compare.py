@@ -1,4 +1,4 @@
-"""`vila compare`: one run of `vila eval` against another, question by question."""
+"""`vila compare`: paired comparison of two runs of `vila eval`."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from vila.cli import options
 
 
 def compare(
-    first: Annotated[
-        Path, typer.Argument(help="Directory that `vila eval --output` wrote: the run to compare against.")
+    first: Annotated[Path, typer.Argument(help="Output directory of vila eval: the baseline.")],
+    second: Annotated[
+        Path, typer.Argument(help="Output directory of vila eval: the run to compare with the baseline.")
     ],
-    second: Annotated[Path, typer.Argument(help="Another one: the run in question.")],
     out: Annotated[
         Path | None,
         typer.Option(
             "--output",
             "-o",
-            help="Where the page goes; default: compare/ in the second run's folder.",
+            help="Output directory of the report. Default: compare/ in SECOND.",
             show_default=False,
             callback=options.output_directory,
         ),
     ] = None,
     fail_on_regression: Annotated[
         bool,
-        typer.Option("--fail-on-regression", help="End with status 1 when a benchmark is worse with p at most 0.05."),
+        typer.Option("--fail-on-regression", help="Exit with code 1 if a benchmark is worse with p <= 0.05."),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what compare.json holds.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the content of compare.json.")] = False,
 ) -> None:
-    """Test whether [bold]SECOND[/bold] answers better than [bold]FIRST[/bold], on the questions of both."""
+    """Test whether [bold]SECOND[/bold] is better than [bold]FIRST[/bold] on their common questions."""
     import json
 
     from rich.console import Console
@@ -49,7 +49,7 @@ def compare(
     else:
         console = Console(highlight=False)
         console.print(_table(found["benchmarks"]))
-        console.print("Changes are of mean marks, in points of a hundred; better and worse are questions.")
+        console.print("change: mean score in percentage points; better, worse: numbers of questions.")
         for name, why in found["not_compared"].items():
             console.print(f"{name}: not compared: {why}", markup=False)
         console.print(str(paths[0]), markup=False, soft_wrap=True)
@@ -62,14 +62,14 @@ def compare(
 
 
 def _table(rows: dict[str, Any]) -> Any:
-    """A line for each benchmark; differences that chance would hardly give stand out."""
+    """Return a table with one line per benchmark; significant differences are bold."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     from vila.eval.compare import SIGNIFICANCE_LEVEL
     from vila.eval.report_tables import format_p_value, format_signed
 
-    # With lines between the columns it would not fit 80 characters.
+    # Column lines would exceed 80 characters.
     table = Table(title="Second run against the first", title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("benchmark", overflow="fold")
     for name in ("first", "second", "change", "95 %", "p", "better", "worse"):

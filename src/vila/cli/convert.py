@@ -1,4 +1,4 @@
-"""`vila convert`: the same model in another layout, for another program."""
+"""`vila convert`: write a model in another checkpoint layout."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vila.cli.options import CheckpointOptions, with_option_groups
 
 
 class Layout(StrEnum):
-    """Layouts that can be written."""
+    """Layouts that `vila convert` writes."""
 
     NATIVE = "native"
     LLAVA_HF = "llava-hf"
@@ -35,23 +35,23 @@ READERS = {
     Layout.AWQ_HF: "vLLM, SGLang, and transformers with gptqmodel",
     Layout.TINYCHAT: "TinyChat of llm-awq",
 }
-"""The programs that each layout is meant for."""
+"""Programs that read each layout."""
 IN_4_BITS = (Layout.AWQ_HF, Layout.TINYCHAT)
 
 
 @with_option_groups
 def convert(
-    source: Annotated[str, typer.Argument(metavar="SRC", help="Model: a directory, or a hub id OWNER/NAME.")],
-    target: Annotated[Path, typer.Argument(metavar="DST", help="Directory to write.")],
-    layout: Annotated[str, typer.Option(metavar="|".join(Layout), help="Layout to write.")],
+    source: Annotated[str, typer.Argument(metavar="SRC", help="Model directory, or Hugging Face Hub id OWNER/NAME.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="Output directory.")],
+    layout: Annotated[str, typer.Option(metavar="|".join(Layout), help="Checkpoint layout to write.")],
     dtype: options.StoredDtype = options.Dtype.AUTO,
     checkpoint_options: CheckpointOptions = options.CHECKPOINT,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model in DST.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing model in DST.")] = False,
     dequantize: Annotated[
-        bool, typer.Option("--dequantize", help="Turn weights in 4 bits into ordinary ones with the same values.")
+        bool, typer.Option("--dequantize", help="Convert INT4 weights to float weights with the same values.")
     ] = False,
 ) -> None:
-    """Write the model [bold]SRC[/bold] to the directory [bold]DST[/bold] in another layout."""
+    """Convert the model [bold]SRC[/bold] to another checkpoint layout in the directory [bold]DST[/bold]."""
     from vila.cli.info import human_bytes
     from vila.core.errors import ConfigError
     from vila.core.files import write_text

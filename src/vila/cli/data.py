@@ -1,4 +1,4 @@
-"""`vila data ...`: convert training data, check it, show it as the model sees it, and count it."""
+"""`vila data ...`: convert, check, inspect, count and index training data."""
 
 from __future__ import annotations
 
@@ -21,35 +21,45 @@ if TYPE_CHECKING:
     from vila.data.dataset import Entry
 
 
-app = typer.Typer(help="Convert, check, show and count training data.", no_args_is_help=True)
+app = typer.Typer(help="Convert, check, inspect and count training data.", no_args_is_help=True)
 app.add_typer(prepare_app, name="prepare")
 
 _VIEWS = 8
 
-_Data = Annotated[str, typer.Argument(metavar="RECIPE|FILE", help="A recipe, or a data file or directory.")]
-_Format = Annotated[str, typer.Option("--format", help="Format of FILE; default: messages.", show_default=False)]
+_Data = Annotated[
+    str, typer.Argument(metavar="RECIPE|FILE", help="Recipe (name or .yaml), or data file, directory or pattern.")
+]
+_Format = Annotated[str, typer.Option("--format", help="Data format of FILE. Default: messages.", show_default=False)]
 _ImageRoot = Annotated[
     str,
-    typer.Option(help="Directory that relative image paths start from; default: that of FILE.", show_default=False),
+    typer.Option(help="Base directory of relative image paths. Default: the directory of FILE.", show_default=False),
 ]
 _Options = Annotated[
     list[str] | None,
-    typer.Option("--format-option", metavar="NAME=VALUE", help="Option of the format. May be given several times."),
+    typer.Option("--format-option", metavar="NAME=VALUE", help="Option of the data format. Repeatable."),
 ]
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-_Template = Annotated[str, typer.Option(help="Conversation template; default: the recipe's or the model's.")]
-_Model = Annotated[str, typer.Option(help="Model to measure with; default: the recipe's, if it is here.")]
+_Template = Annotated[str, typer.Option(help="Conversation template. Default: of the recipe or model.")]
+_Model = Annotated[
+    str,
+    typer.Option(
+        help="Model whose tokenizer counts tokens. Default: the model of the recipe, if it is a local directory."
+    ),
+]
 
 
 @app.command("from-csv")
 def from_csv(
-    table: Annotated[Path, typer.Argument(help="CSV with the columns image, question, answer, or image, caption.")],
+    table: Annotated[
+        Path, typer.Argument(help="CSV file with the columns image, question, answer, or image, caption.")
+    ],
     image_root: Annotated[Path, typer.Option(help="Directory of the images.")],
     out: Annotated[
-        Path, typer.Option("--output", "-o", help="JSON lines to write, format messages.", callback=output_file)
+        Path,
+        typer.Option("--output", "-o", help="JSON Lines file to write, in the format messages.", callback=output_file),
     ],
 ) -> None:
-    """Turn a table of images, questions and answers into training data, and print the commands that come next."""
+    """Convert a CSV table to training data, and print the commands to check it and train on it."""
     from vila.cli.data_csv import convert_csv
 
     written = convert_csv(table, image_root, out)
@@ -69,22 +79,24 @@ def check(
     form: _Format = "",
     image_root: _ImageRoot = "",
     options: _Options = None,
-    num_samples: Annotated[int, typer.Option(help="Samples of each data set to check; 0: all.", min=0)] = 0,
+    num_samples: Annotated[int, typer.Option(help="Number of samples to check per data set; 0: all.", min=0)] = 0,
     template: _Template = "",
     model: _Model = "",
-    max_shown: Annotated[int, typer.Option(help="Faults and missing files to list; all are counted.", min=0)] = 10,
+    max_shown: Annotated[
+        int, typer.Option(help="Maximum number of errors and missing files to list; all are counted.", min=0)
+    ] = 10,
     save_images: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Also save up to 8 images of each data set as the vision tower sees them, PNG.",
+            help="Save up to 8 preprocessed images per data set as PNG, as the vision tower sees them.",
             show_default=False,
             callback=output_directory,
         ),
     ] = None,
     as_json: _Json = False,
 ) -> None:
-    """Read all samples and images of [bold]RECIPE|FILE[/bold] and list what is wrong; exit status 1 if anything is."""
+    """Read all samples and images of [bold]RECIPE|FILE[/bold] and list errors. Exit code 1 if there are any."""
     from vila.cli.data_check import check_data
     from vila.cli.data_sets import open_data
     from vila.cli.progress import Screen
@@ -110,8 +122,8 @@ def check(
 @app.command()
 def inspect(
     data: _Data,
-    number: Annotated[int, typer.Option("--index", help="Number of the first sample, from 0.", min=0)] = 0,
-    count: Annotated[int, typer.Option(help="Number of samples.", min=1)] = 1,
+    number: Annotated[int, typer.Option("--index", help="Index of the first sample, from 0.", min=0)] = 0,
+    count: Annotated[int, typer.Option(help="Number of samples to show.", min=1)] = 1,
     form: _Format = "",
     image_root: _ImageRoot = "",
     options: _Options = None,
@@ -119,10 +131,10 @@ def inspect(
     model: _Model = "",
     html: Annotated[
         Path | None,
-        typer.Option(help="Also write a page with the images.", show_default=False, callback=output_file),
+        typer.Option(help="Also write an HTML page with the images.", show_default=False, callback=output_file),
     ] = None,
 ) -> None:
-    """Show samples as the model sees them, the supervised text in green and between angle quotes."""
+    """Show samples as the model sees them; supervised text is green and between angle quotes."""
     from rich.console import Console
 
     from vila.cli.data_inspect import as_card, as_terminal_text, runs_of
@@ -160,10 +172,12 @@ def stats(
     image_root: _ImageRoot = "",
     options: _Options = None,
     model: _Model = "",
-    num_samples: Annotated[int, typer.Option(help="Samples of each data set to estimate from; 0: all.", min=0)] = 64,
+    num_samples: Annotated[
+        int, typer.Option(help="Number of samples per data set for the estimate; 0: all.", min=0)
+    ] = 64,
     as_json: _Json = False,
 ) -> None:
-    """Print samples, images, tokens and licence of each data set in one epoch of [bold]RECIPE|FILE[/bold]."""
+    """Print samples, images, tokens and licence of each data set of [bold]RECIPE|FILE[/bold] in one epoch."""
     from vila.cli.data_check import stats_of
     from vila.cli.data_sets import open_data
     from vila.cli.progress import Screen
@@ -179,12 +193,12 @@ def stats(
 
 @app.command()
 def index(
-    path: Annotated[str, typer.Argument(metavar="FILE", help="A data file, a directory of shards, or a pattern.")],
+    path: Annotated[str, typer.Argument(metavar="FILE", help="Data file, directory of shards, or pattern.")],
     form: _Format = "messages",
     image_root: _ImageRoot = "",
     options: _Options = None,
 ) -> None:
-    """Index the records of [bold]FILE[/bold] ahead of its first use, and print the location of the index."""
+    """Build the record index of [bold]FILE[/bold] before its first use, and print its path."""
     from vila.cli.data_sets import parse_options
     from vila.cli.progress import Screen
     from vila.data.dataset import Entry

@@ -1,4 +1,4 @@
-"""`vila data prepare ...`: public releases to shards, by the steps of `vila.prepare`; run again to go on."""
+"""`vila data prepare ...`: convert public data sets to training shards with the steps of `vila.prepare`."""
 
 from __future__ import annotations
 
@@ -23,36 +23,36 @@ if TYPE_CHECKING:
 # What the commands of `vila data prepare` share: their flags, and what they print at the end.
 
 
-_STORED = "Stored pictures"
+_STORED = "Stored images"
 
-Sources = Annotated[list[Path], typer.Argument(help="The published files, all of them on every worker.")]
+Sources = Annotated[list[Path], typer.Argument(help="Published files; every worker needs all of them.")]
 Out = Annotated[
     Path,
-    typer.Option(
-        "--output", "-o", help="Folder of the result; one for each data set.", callback=options.output_directory
-    ),
+    typer.Option("--output", "-o", help="Output directory, one per data set.", callback=options.output_directory),
 ]
-Shard = Annotated[str, typer.Option(metavar="K/N", help="This worker and their number, k from 0.")]
-PerShard = Annotated[int, typer.Option(help="Most samples in one shard.", min=1)]
+Shard = Annotated[str, typer.Option(metavar="K/N", help="Index of this worker (from 0) and number of workers.")]
+PerShard = Annotated[int, typer.Option(help="Maximum number of samples per shard.", min=1)]
 KeepParts = Annotated[
     bool,
     typer.Option(
-        "--keep-intermediate/--delete-intermediate", help="Keep OUT/parts at the end, which takes the disk space twice."
+        "--keep-intermediate/--delete-intermediate",
+        help="Keep intermediate files in OUT/parts; doubles the disk space.",
     ),
 ]
 Decode = Annotated[
-    bool, typer.Option("--decode-images", help="Also decode every picture; about 160 a second and core.")
+    bool,
+    typer.Option("--decode-images", help="Also decode every image as a check; about 160 images per second and core."),
 ]
 ShortSide = Annotated[
     int,
     typer.Option(
-        help="Pixels that a longer short side is shrunk to; 0 stores pictures as they came.",
+        help="Resize images so that their shorter side has at most this many pixels; 0 stores the original bytes.",
         min=0,
         rich_help_panel=_STORED,
     ),
 ]
 Quality = Annotated[
-    int, typer.Option(help="JPEG quality of shrunk pictures, 1 to 100.", min=1, max=100, rich_help_panel=_STORED)
+    int, typer.Option(help="JPEG quality of resized images, 1 to 100.", min=1, max=100, rich_help_panel=_STORED)
 ]
 
 
@@ -105,28 +105,40 @@ def print_table(title: str, counts: dict[str, Any]) -> None:
 
 _PANEL = "Downloading"
 FLAGS: dict[str, tuple[str, int | float | bool | str, str]] = {
-    "max_connections": ("max_connections", 256, "Requests at once, over all hosts."),
+    "max_connections": ("max_connections", 256, "Maximum number of concurrent requests."),
     "max_connections_per_host": (
         "max_connections_per_host",
         4,
-        "Requests at once to one host; 1 where many workers share a release.",
+        "Maximum number of concurrent requests per host; use 1 with many workers.",
     ),
-    "host_delay_s": ("host_delay_s", 0.05, "Seconds from one request to a host to the next, at least."),
-    "connect_timeout_s": ("connect_timeout_s", 5.0, "Seconds for the name and the connection, and once more for TLS."),
-    "read_timeout_s": ("read_timeout_s", 10.0, "Seconds of silence before an attempt fails."),
-    "total_timeout_s": ("total_timeout_s", 30.0, "Seconds for one attempt, redirects included."),
-    "max_attempts": ("max_attempts", 3, "Tries in all for timeouts, broken connections and busy servers."),
-    "initial_backoff_s": ("initial_backoff_s", 1.0, "Seconds before the second try; they double each time."),
+    "host_delay_s": ("host_delay_s", 0.05, "Minimum delay in seconds between requests to one host."),
+    "connect_timeout_s": (
+        "connect_timeout_s",
+        5.0,
+        "Timeout in seconds for DNS and TCP connection, and again for TLS.",
+    ),
+    "read_timeout_s": ("read_timeout_s", 10.0, "Timeout in seconds without received data."),
+    "total_timeout_s": ("total_timeout_s", 30.0, "Timeout in seconds per attempt, redirects included."),
+    "max_attempts": (
+        "max_attempts",
+        3,
+        "Maximum number of attempts after timeouts, broken connections and busy servers.",
+    ),
+    "initial_backoff_s": (
+        "initial_backoff_s",
+        1.0,
+        "Delay in seconds before the second attempt; doubles with each attempt.",
+    ),
     "max_retry_after_s": (
         "max_retry_after_s",
         60.0,
-        "Seconds that a server may ask us to wait; beyond that it has failed.",
+        "Maximum accepted Retry-After in seconds; longer ones are failures.",
     ),
-    "max_bytes": ("max_image_bytes", 20 * 2**20, "Bytes of the largest picture."),
-    "max_redirects": ("max_redirects", 5, "Redirects that one attempt follows."),
-    "allow_private": ("allow_private_urls", False, "Also fetch from this machine and its network."),
-    "respect_noai": ("respect_noai", True, "Leave pictures alone whose X-Robots-Tag says noai or noimageai."),
-    "user_agent": ("user_agent", "vila", "Who we say we are; name a contact for large downloads."),
+    "max_bytes": ("max_image_bytes", 20 * 2**20, "Maximum size of an image in bytes."),
+    "max_redirects": ("max_redirects", 5, "Maximum number of redirects per attempt."),
+    "allow_private": ("allow_private_urls", False, "Allow private and local addresses."),
+    "respect_noai": ("respect_noai", True, "Skip images whose X-Robots-Tag header has noai or noimageai."),
+    "user_agent": ("user_agent", "vila", "User-Agent header; include a contact for large downloads."),
 }
 """Parameter name of the flag, default and help by field of `DownloadOptions`."""
 
@@ -159,9 +171,11 @@ def with_fetch_flags(command: Callable[..., None]) -> Callable[..., None]:
 # `vila data prepare mmc4` and `coyo`: releases that are lists of addresses, whose pictures are downloaded.
 
 
-_Keep = Annotated[float, typer.Option(help="Share of each file's rows to take, the best first; over 0, at most 1.")]
-_Threshold = Annotated[float, typer.Option(help="Least sum of both CLIP similarities, -2 to 2; -2 takes all.")]
-_PerList = Annotated[int, typer.Option(help="Rows of one list, which is one unit of work.", min=1)]
+_Keep = Annotated[
+    float, typer.Option(help="Fraction of the rows of each file to keep, best scores first; above 0, at most 1.")
+]
+_Threshold = Annotated[float, typer.Option(help="Minimum sum of both CLIP similarities, -2 to 2; -2 keeps all.")]
+_PerList = Annotated[int, typer.Option(help="Rows per list; a list is one unit of work.", min=1)]
 
 
 @with_fetch_flags
@@ -171,7 +185,8 @@ def mmc4(
     shard: Shard = "0/1",
     samples_per_shard: PerShard = 1000,
     drop_incomplete: Annotated[
-        bool, typer.Option("--drop-incomplete", help="A document goes with its first bad picture, as in the original.")
+        bool,
+        typer.Option("--drop-incomplete", help="Drop a document at its first missing image, as the original does."),
     ] = False,
     keep_intermediate: KeepParts = True,
     short_side: ShortSide = 336,
@@ -179,7 +194,7 @@ def mmc4(
     *,
     fetch: Mapping[str, Any],
 ) -> None:
-    """Download the pictures of MMC4's documents (.jsonl, .jsonl.gz or .jsonl.zip)."""
+    """Download the images of MMC4 documents (.jsonl, .jsonl.gz or .jsonl.zip)."""
     from vila.cli.progress import Screen
     from vila.media.bulk_download import DownloadOptions
     from vila.prepare.mmc4 import prepare_mmc4
@@ -215,7 +230,7 @@ def coyo(
     *,
     fetch: Mapping[str, Any],
 ) -> None:
-    """Choose the best pairs of COYO's parquet files (to OUT/lists), then download their pictures."""
+    """Select the best pairs of COYO parquet files (lists in OUT/lists) and download their images."""
     from vila.cli.progress import Screen
     from vila.media.bulk_download import DownloadOptions
     from vila.prepare.coyo import prepare_coyo, select_coyo
@@ -268,7 +283,10 @@ def _selected(sources: Sequence[Path], lists: Path) -> tuple[list[Path], Counts]
     return files, Counts.total(counts for _, counts in found)
 
 
-app = typer.Typer(help="Turn public releases into shards; run again to go on after a stop.", no_args_is_help=True)
+app = typer.Typer(
+    help="Convert public data sets to training shards. Every command resumes after an interruption.",
+    no_args_is_help=True,
+)
 app.command()(mmc4)
 app.command()(coyo)
 
@@ -282,11 +300,11 @@ class _Kind(StrEnum):
 @app.command("llava-align")
 def llava_align(
     source: Annotated[Path, typer.Argument(help="The published chat.json.")],
-    images: Annotated[Path, typer.Option(help="Folder of pictures, or images.zip, which is unpacked to OUT/images.")],
+    images: Annotated[Path, typer.Option(help="Directory of images, or images.zip, which is unpacked to OUT/images.")],
     out: Out,
     decode_images: Decode = False,
 ) -> None:
-    """Take the whole records of LLaVA-CC3M-Pretrain-595K."""
+    """Convert LLaVA-CC3M-Pretrain-595K; drops incomplete records."""
     from vila.cli.progress import Screen
     from vila.prepare.llava_align import prepare_llava_align
 
@@ -300,12 +318,12 @@ def sharegpt4v(
     source: Annotated[Path, typer.Argument(help="The published JSON list.")],
     out: Out,
     image_root: Annotated[
-        Path | None, typer.Option(help="Folder that the records' paths start from; none: no picture is checked.")
+        Path | None, typer.Option(help="Base directory of the image paths. Default: images are not checked.")
     ] = None,
-    keep_sam: Annotated[bool, typer.Option("--keep-sam", help="Keep records with SA-1B pictures.")] = False,
+    keep_sam: Annotated[bool, typer.Option("--keep-sam", help="Keep records with SA-1B images.")] = False,
     decode_images: Decode = False,
 ) -> None:
-    """Leave out SA-1B pictures and repetitive answers of ShareGPT4V."""
+    """Convert ShareGPT4V; drops SA-1B images and repetitive answers."""
     from vila.cli.progress import Screen
     from vila.core.errors import ConfigError
     from vila.prepare.sharegpt4v import prepare_sharegpt4v
@@ -321,17 +339,20 @@ def sharegpt4v(
 
 @app.command()
 def m3it(
-    folder: Annotated[Path, typer.Argument(help="The release: each set is a folder of its name, at any depth.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(help="Directory of the release; each data set is a subdirectory with its name, at any depth."),
+    ],
     out: Out,
     sets: Annotated[
         list[str] | None,
-        typer.Option("--dataset", help="Take this set, and others so named; default: the 14 of the recipe."),
+        typer.Option("--dataset", help="Data set to convert. Repeatable. Default: the 14 of the recipe."),
     ] = None,
     shard: Shard = "0/1",
     samples_per_shard: PerShard = 5000,
     keep_intermediate: KeepParts = True,
 ) -> None:
-    """Turn the training files of M3IT's sets into questions with their pictures."""
+    """Convert the training files of M3IT data sets to image-question-answer samples."""
     from vila.cli.progress import Screen
     from vila.prepare.m3it import prepare_m3it
 
@@ -347,12 +368,12 @@ def m3it(
 def flan(
     sources: Sources,
     out: Out,
-    num_rows: Annotated[int, typer.Option(help="Rows to take, of all files together.", min=1)] = 1_000_000,
+    num_rows: Annotated[int, typer.Option(help="Total number of rows to take.", min=1)] = 1_000_000,
     shard: Shard = "0/1",
     samples_per_shard: PerShard = 50_000,
     keep_intermediate: KeepParts = True,
 ) -> None:
-    """Take evenly spaced rows of FLAN's parquet files."""
+    """Convert evenly spaced rows of FLAN parquet files."""
     from vila.cli.progress import Screen
     from vila.prepare.flan import prepare_flan
 
@@ -372,14 +393,14 @@ def flan(
 
 @app.command()
 def pkl(
-    folder: Annotated[Path, typer.Argument(help="Folder of the original's .pkl and .count files, at any depth.")],
-    kind: Annotated[_Kind, typer.Option(help="What they hold: documents, pairs, or questions.")],
+    folder: Annotated[Path, typer.Argument(help="Directory of the original .pkl and .count files, at any depth.")],
+    kind: Annotated[_Kind, typer.Option(help="Content: mmc4 documents, coyo image-text pairs, or vflan questions.")],
     out: Out,
     shard: Shard = "0/1",
     samples_per_shard: PerShard = 1000,
     keep_intermediate: KeepParts = True,
 ) -> None:
-    """Convert the original's pickled shards; nothing in a pickle runs."""
+    """Convert the pickled shards of the original; no pickle code is executed."""
     from vila.cli.progress import Screen
     from vila.prepare.pkl import convert_pickles
 

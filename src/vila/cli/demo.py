@@ -1,4 +1,4 @@
-"""`vila demo`: a page in the browser that talks to one or two models."""
+"""`vila demo`: web demo of one model, or of two side by side."""
 
 from __future__ import annotations
 
@@ -12,25 +12,33 @@ import typer
 
 def demo(
     models: Annotated[
-        list[str] | None, typer.Argument(metavar="[MODEL]...", help="One model, or two to compare side by side.")
+        list[str] | None,
+        typer.Argument(metavar="[MODEL]...", help="Model directory or Hub id; two models are compared side by side."),
     ] = None,
     base_url: Annotated[
-        str, typer.Option(metavar="URL", help="A server that runs already, instead of models.", show_default=False)
+        str,
+        typer.Option(
+            metavar="URL", help="URL of a running OpenAI-compatible server, instead of MODEL.", show_default=False
+        ),
     ] = "",
-    key: Annotated[str, typer.Option("--api-key-env", help="Environment variable with its key.")] = "VILA_API_KEY",
-    host: Annotated[str, typer.Option(help="Address to listen on; others can reach 0.0.0.0.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port of the page; 0 takes a free one.", min=0, max=65535)] = 7860,
+    key: Annotated[
+        str, typer.Option("--api-key-env", help="Environment variable with the API key of --base-url.")
+    ] = "VILA_API_KEY",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 accepts connections from other machines.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port of the page; 0 picks a free port.", min=0, max=65535)] = 7860,
     allowed_host: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="Host name under which the page answers too; *.NAME for all below it. May be given several times.",
+            help="Additional accepted Host header; *.NAME matches all subdomains. Repeatable.",
             show_default=False,
         ),
     ] = None,
-    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page.")] = False,
+    browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page in a browser.")] = False,
 ) -> None:
-    """Serve MODEL and open a page that talks to it: pictures, clips, examples, two models side by side."""
+    """Serve MODEL with a web page for chat about images and videos; two models are shown side by side."""
     import os
 
     from vila.core.errors import ConfigError

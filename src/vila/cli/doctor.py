@@ -1,4 +1,4 @@
-"""`vila doctor`: what this machine has, and what is missing and optional."""
+"""`vila doctor`: print versions, devices and optional dependencies of this installation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import typer
 from vila.core.optional import EXTRAS
 from vila.core.system import cpu_name, version
 
-_NEEDED = (
+_REQUIRED = (
     "torch",
     "transformers",
     "tokenizers",
@@ -35,14 +35,14 @@ _PURPOSES = {
 
 
 def doctor() -> None:
-    """Versions, devices, threads, number types and disk, in a table; exit status 1 when something needed is missing."""
+    """Print versions, devices, dtypes and disk space. Exit code 1 if a required package is missing."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title="vila doctor", title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    missing = [name for name in _NEEDED if version(name) is None]
+    missing = [name for name in _REQUIRED if version(name) is None]
     for name, value in _rows(missing):
         table.add_row(name, value)
     Console(highlight=False).print(table)
@@ -59,7 +59,7 @@ def _rows(missing: list[str]) -> Iterator[tuple[str, str]]:
 
     yield "vila", __version__
     yield "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"
-    for name in _NEEDED:
+    for name in _REQUIRED:
         yield name, version(name) or "[red]missing[/red]"
     if "torch" not in missing:
         yield from _torch_rows()
@@ -80,10 +80,10 @@ def _torch_rows() -> Iterator[tuple[str, str]]:
 
     from vila.model.loading import choose_dtype, has_fast_bfloat16
 
-    yield "processor", f"{cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads used"
+    yield "cpu", f"{cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     yield "cpu capability", torch.backends.cpu.get_cpu_capability()
-    yield "bfloat16 on the cpu", "yes, in hardware" if has_fast_bfloat16() else "emulated; float32 is used instead"
-    yield "default number type", str(choose_dtype("auto")).removeprefix("torch.")
+    yield "bfloat16 on the cpu", "native" if has_fast_bfloat16() else "emulated; float32 is used instead"
+    yield "default dtype", str(choose_dtype("auto")).removeprefix("torch.")
     for index in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(index)
         yield f"cuda:{index}", f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB"

@@ -1,4 +1,4 @@
-"""`vila eval`: benchmarks on a model, or on whatever a server answers with."""
+"""`vila eval`: evaluate a model, or a server, on benchmarks."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 JudgeOption = Annotated[
     str,
     typer.Option(
-        help="Who judges free answers (video QA): the URL of an OpenAI-compatible server, a file of replies, or `none` "
-        "to write the requests to a file.",
+        help="LLM judge of open-ended answers (video QA): URL of an OpenAI-compatible server, a file of replies, or "
+        "`none` to write the requests to a file.",
         metavar="URL|FILE|none",
         show_default=False,
     ),
 ]
-JudgeModelOption = Annotated[str, typer.Option(help="Model that the judge's server is asked for.")]
+JudgeModelOption = Annotated[str, typer.Option(help="Model name at the judge server.")]
 DEFAULT_JUDGE = "gpt-3.5-turbo"
 
 
@@ -82,46 +82,52 @@ _PUBLISHED = {
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Model directory or hub id; with --base-url any name for the run.")] = "",
+    model: Annotated[
+        str, typer.Argument(help="Model directory, or Hub id OWNER/NAME; with --base-url any name for the run.")
+    ] = "",
     benchmarks: Annotated[
-        str, typer.Option(help="Names, separated by commas; `all`: the ten of the table.")
+        str, typer.Option(help="Comma-separated benchmark names; `all`: the ten of the published table.")
     ] = "easy_vqa",
     data: Annotated[
         Path | None,
-        typer.Option(help="playground/data/eval, or a benchmark's own folder; easy_vqa is fetched when not given."),
+        typer.Option(
+            help="Benchmark data: playground/data/eval, or the directory of one benchmark. easy_vqa is downloaded."
+        ),
     ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
             "--output",
             "-o",
-            help="Where predictions, scores and the report go; default: eval/ beside the model.",
+            help="Output directory for predictions, scores and report. Default: eval/ next to MODEL.",
             callback=options.output_directory,
         ),
     ] = None,
-    limit: Annotated[int, typer.Option(help="Take about this many questions; 0 takes all.", min=0)] = 0,
+    limit: Annotated[
+        int, typer.Option(help="Approximate number of questions per benchmark (whole images); 0 uses all.", min=0)
+    ] = 0,
     protocol: Annotated[
-        str, typer.Option(help="Rules of scoring: upstream, or lmms-eval where it differs.")
+        str, typer.Option(help="Scoring protocol: upstream (the original scripts) or lmms-eval.")
     ] = "upstream",
-    template: Annotated[str, typer.Option(help="Conversation template; default: the model's.")] = "",
+    template: Annotated[str, typer.Option(help="Conversation template. Default: the template of the checkpoint.")] = "",
     num_fewshot: Annotated[
-        str, typer.Option(help="Examples before each question, such as 0,2,4.", metavar="K,...")
+        str, typer.Option(help="Comma-separated numbers of few-shot examples, such as 0,2,4.", metavar="K,...")
     ] = "0",
     dtype: options.ComputeDtype = options.Dtype.AUTO,
-    device: Annotated[str, typer.Option(help="cpu or cuda; default: a GPU where there is one.")] = "",
+    device: Annotated[str, typer.Option(help="Device: cpu, cuda or cuda:N. Default: CUDA if available.")] = "",
     backend: options.BackendFlag = options.Backend.AUTO,
     lm_head_bits: options.LMHeadBits = 0,
     activation_bits: options.ActivationBits = 0,
     threads: options.Threads = None,
-    base_url: Annotated[str, typer.Option(help="URL of an OpenAI-compatible server to ask instead.")] = "",
-    served_model: Annotated[
-        str, typer.Option("--served-model-name", help="With --base-url: the model to ask for.")
+    base_url: Annotated[
+        str, typer.Option(help="URL of an OpenAI-compatible server to evaluate instead of a local model.")
     ] = "",
+    served_model: Annotated[str, typer.Option("--served-model-name", help="Model name at --base-url.")] = "",
     judge: JudgeOption = "",
     judge_model: JudgeModelOption = DEFAULT_JUDGE,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON, a line each.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per benchmark.")] = False,
 ) -> None:
-    """Ask benchmarks of [bold]MODEL[/bold] and score the answers; an interrupted evaluation goes on where it was."""
+    """Evaluate [bold]MODEL[/bold] on benchmarks. Resumes after an interruption."""
     import json
 
     from rich.console import Console

@@ -1,4 +1,4 @@
-"""`vila export`: a model in the format of another program, which only that program reads."""
+"""`vila export`: write a model in a format that only another program reads."""
 
 from __future__ import annotations
 
@@ -14,19 +14,23 @@ from vila.cli.options import CheckpointOptions, with_option_groups
 @with_option_groups
 def export(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="Model: a directory, or a hub id OWNER/NAME.", show_default=False)
+        str,
+        typer.Argument(metavar="MODEL", help="Model directory, or Hugging Face Hub id OWNER/NAME.", show_default=False),
     ] = "",
     format_name: Annotated[
-        str, typer.Option("--format", metavar="NAME", help="Format; see --list.", show_default=False)
+        str, typer.Option("--format", metavar="NAME", help="Export format; see --list.", show_default=False)
     ] = "",
-    out: Annotated[Path | None, typer.Option("--output", "-o", help="Directory to write.", show_default=False)] = None,
+    out: Annotated[Path | None, typer.Option("--output", "-o", help="Output directory.", show_default=False)] = None,
     precision: Annotated[
-        str, typer.Option(help="Number format of the weights; default: the first of --list.", show_default=False)
+        str,
+        typer.Option(
+            help="Number format of the weights. Default: the first of the format in --list.", show_default=False
+        ),
     ] = "",
     group_size: Annotated[
         int,
         typer.Option(
-            help="Inputs that share an INT4 scale; 0: an INT4 model's own, or the largest of 128, 64 and 32 that fits.",
+            help="Input channels per INT4 scale; 0: of the INT4 model, or the largest of 128, 64 and 32 that fits.",
             min=0,
         ),
     ] = 0,
@@ -34,18 +38,20 @@ def export(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="AWQ scales and limits to fold into the weights: a search.safetensors, or an awq_cache .pt.",
+            help="AWQ search result to fold into the weights: search.safetensors, or an awq_cache .pt of llm-awq.",
             show_default=False,
         ),
     ] = None,
-    tp_size: Annotated[int, typer.Option(help="Processes of tensor parallelism to cut the files for.", min=1)] = 1,
+    tp_size: Annotated[
+        int, typer.Option(help="Tensor-parallel size: number of ranks that the weights are split for.", min=1)
+    ] = 1,
     checkpoint_options: CheckpointOptions = options.CHECKPOINT,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an export in --output.")] = False,
-    list_formats: Annotated[bool, typer.Option("--list", help="Name the formats, and stop.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing export in --output.")] = False,
+    list_formats: Annotated[bool, typer.Option("--list", help="List the formats and exit.")] = False,
 ) -> None:
-    """Write [bold]MODEL[/bold] in a format that other programs read, with a README on how to run it.
+    """Export [bold]MODEL[/bold] for another program, with a README that shows how to run it there.
 
-    What is also read here goes through [bold]vila convert[/bold].
+    Layouts that vila also reads are written by [bold]vila convert[/bold].
     """
     if list_formats:
         _list()

@@ -1,4 +1,4 @@
-"""`vila info`: what a checkpoint is and the memory it will need, without reading its weights."""
+"""`vila info`: print layout, architecture and memory needs of a checkpoint, without reading its weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vila.model.inspect import ELEMENT_BYTES, MEMORY_NOTE
 if TYPE_CHECKING:
     from rich.table import Table
 
-_NO_TEMPLATE = "not known: give --template"
+_NO_TEMPLATE = "unknown: give --template"
 _SHAPE = {
     "layers": "layers",
     "width": "width",
@@ -39,7 +39,7 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, sizes in bytes.")] = False,
     checkpoint_options: CheckpointOptions = options.CHECKPOINT,
 ) -> None:
-    """Say what [bold]MODEL[/bold] is, in any layout known here, and the memory it needs; no weights are read."""
+    """Print layout, architecture, parameters and memory needs of [bold]MODEL[/bold]; reads no weights."""
     import sys
 
     from vila.model.inspect import inspect_checkpoint
@@ -50,7 +50,7 @@ def info(
         **checkpoint_options.overrides,
         revision=checkpoint_options.revision or None,
     )
-    # Every fault that stops loading is reported here too.
+    # Raises every error of a checkpoint that loading would raise.
     empty_model(checkpoint)
     facts = {"model": model, **inspect_checkpoint(checkpoint)}
     if as_json:
@@ -63,7 +63,7 @@ def info(
 
 
 def _rows(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Every line of the report, parts and memory included."""
+    """Yield name and text of each printed line."""
     yield from _head(facts)
     for name, part in facts["parts"].items():
         yield name, f"{part['type']}: {_shape(part)}; {_amount(part)}"
@@ -89,7 +89,7 @@ def _head(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
         )
     yield "template", facts["template"] or _NO_TEMPLATE
     yield (
-        "picture",
+        "image",
         (
             f"{facts['image_size']} x {facts['image_size']} pixels, mode {facts['image_mode']}, "
             f"{facts['tokens_per_image']} tokens"
@@ -160,7 +160,7 @@ def _files(count: int) -> str:
 
 
 def human_bytes(size: int) -> str:
-    """A size with three digits or so, in binary units."""
+    """Return a size in binary units with three significant digits."""
     value, unit = float(size), "B"
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if value < 1000 or unit == "TiB":

@@ -1,4 +1,7 @@
-"""The `vila` command. Building it and printing help imports no torch; each command imports what it needs."""
+"""The `vila` command line: registers the commands, prints errors and sets exit codes.
+
+Building it and printing help import no torch; each command imports what it needs.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-# Read by transformers when it is imported: its own progress bars would tear ours.
+# Read by transformers on import; its progress bars would break ours.
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -45,11 +48,11 @@ _SHOW_TRACEBACK = "VILA_TRACEBACK"
 _SOFTWARE_ERROR = 70  # EX_SOFTWARE of sysexits.h
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 _RESUMABLE = (("quickstart",), ("train",), ("eval",), ("data", "prepare"), ("quantize",))
-_RESUMED = "interrupted; what was finished is kept, and the same command goes on from there"
+_RESUMED = "interrupted; finished work is kept, and the same command resumes"
 
 app = typer.Typer(
     name="vila",
-    help="Train, evaluate and talk to visual language models, in VILA's three stages.",
+    help="Train, evaluate, quantize and serve visual language models.",
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
@@ -86,60 +89,62 @@ def _print_version(value: bool) -> None:
 def _root(
     version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version."),
 ) -> None:
-    """Options before the command."""
+    """Define the options before the command."""
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """Run the command line, of this process or as given. Every error is printed in one line, with its exit status.
+    """Run the command line and exit. Errors are printed in one line.
 
-    An exception that is none of ours exits with 70 and names a file with the traceback; VILA_TRACEBACK=1 raises it.
+    arguments: words after `vila`; None takes those of the process.
+    Exit codes: `VilaError.exit_code`, 130 for Ctrl-C, 141 for a closed pipe, 1 for failures of files, disk and memory.
+    Any other exception is a bug: exit code 70 and a file with the traceback, or the traceback with VILA_TRACEBACK=1.
     """
     _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
-        # A terminal that cannot show a character shows another one.
+        # Characters outside the terminal's encoding are replaced.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
         app(arguments, prog_name="vila")
     except VilaError as error:
         if not error.is_repeated:
-            _complain(str(error), error="" if isinstance(error, Interrupted) else "error: ")
+            _print_error(str(error), prefix="" if isinstance(error, Interrupted) else "error: ")
         sys.exit(error.exit_code)
     except SystemExit as ended:
-        # The command-line library turns Ctrl-C into this status and says nothing.
+        # Typer turns Ctrl-C into this exit code without a message.
         if ended.code == 130:
             words = sys.argv[1:] if arguments is None else arguments
             resumable = any(tuple(words[: len(one)]) == one for one in _RESUMABLE)
-            _complain(_RESUMED if resumable else "stopped", error="")
+            _print_error(_RESUMED if resumable else "stopped", prefix="")
         raise
     except BrokenPipeError:
-        # The reader of our output went away (`vila ... | head`); the interpreter must not write to it again.
+        # The reader of standard output exited (`vila ... | head`); the interpreter must not write to it again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except Exception as error:
-        # The outermost boundary: whatever gets here would end as a traceback, and a user cannot act on one.
-        text, code = _system_error(error) or _own_fault(error)
+        # Outermost boundary: users get a message instead of a traceback.
+        text, code = _system_error(error) or _bug_report(error)
         if code == _SOFTWARE_ERROR and os.environ.get(_SHOW_TRACEBACK):
             raise
-        _complain(text)
+        _print_error(text)
         sys.exit(code)
     sys.exit(0)
 
 
 def _system_error(error: Exception) -> tuple[str, int] | None:
-    """Return message and exit status where files, disk or memory failed; None for everything else."""
+    """Return message and exit code for failures of files, disk and memory; None for other exceptions."""
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}", 1
     if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
-        return f"a file or standard output cannot be written: {error.strerror}", 1
-    # PyTorch's class is named, not imported: importing it takes seconds.
+        return f"cannot write a file or standard output: {error.strerror}", 1
+    # By name: importing PyTorch takes seconds.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return f"not enough memory{_reason(error)}", 1
     return None
 
 
-def _own_fault(error: Exception) -> tuple[str, int]:
-    found = f"this is a fault of vila {__version__}: {type(error).__name__}{_reason(error)}"
+def _bug_report(error: Exception) -> tuple[str, int]:
+    found = f"this is a bug in vila {__version__}: {type(error).__name__}{_reason(error)}"
     if os.environ.get(_SHOW_TRACEBACK):
         return found, _SOFTWARE_ERROR
     return f"{found}; please report it with {_write_traceback(error)}", _SOFTWARE_ERROR
@@ -151,32 +156,32 @@ def _reason(error: Exception) -> str:
 
 
 def _write_traceback(error: Exception) -> str:
-    """Write the traceback to a temporary file and return its name, or how to see the traceback where that fails."""
+    """Write the traceback to a temporary file. Returns its name, or how to print the traceback if that fails."""
     try:
         with tempfile.NamedTemporaryFile(
             "w", prefix="vila-traceback-", suffix=".txt", delete=False, encoding="utf-8", errors="replace"
         ) as stream:
             traceback.print_exception(error, file=stream)
     except OSError:
-        return f"what the same command prints with {_SHOW_TRACEBACK}=1"
-    return f"{stream.name} (or run it again with {_SHOW_TRACEBACK}=1)"
+        return f"the traceback that {_SHOW_TRACEBACK}=1 prints"
+    return f"{stream.name} (or run the command again with {_SHOW_TRACEBACK}=1)"
 
 
 def _open_closed_streams() -> None:
-    """Open the null device in place of standard streams that the caller closed, as `<&-` does.
+    """Replace closed standard streams (`<&-`) by the null device.
 
-    Python leaves None in their place, and the next file that is opened would take their descriptor.
+    Python sets them to None, and the next opened file would get their descriptor.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115 open to the end
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115 open until exit
 
 
-def _complain(text: str, *, error: str = "error: ") -> None:
+def _print_error(text: str, *, prefix: str = "error: ") -> None:
     from rich.console import Console
     from rich.text import Text
 
-    Console(stderr=True).print(Text(error, style="bold red") + Text(text), soft_wrap=True)
+    Console(stderr=True).print(Text(prefix, style="bold red") + Text(text), soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`vila plan`: what a recipe will take on a machine, without running anything."""
+"""`vila plan`: estimate memory, batch, time and disk space of a recipe on a machine, without running it."""
 
 from __future__ import annotations
 
@@ -21,13 +21,15 @@ _GIB = 2**30
 def plan(
     recipe: Annotated[str, typer.Argument(help="Packaged recipe (vila_7b/3_sft, ...) or a .yaml file.")],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Fields to change: batch.micro=4 stage.lora.rank=64 ...")
+        list[str] | None, typer.Argument(help="Recipe fields to override: batch.micro=4 stage.lora.rank=64 ...")
     ] = None,
-    gpus: Annotated[str, typer.Option(help="The machine: 8xA100-80G, 128xH100, RTX-4090, ...")] = "8xA100-80G",
+    gpus: Annotated[
+        str, typer.Option(help="Number and type of GPUs: 8xA100-80G, 128xH100, RTX-4090, ...")
+    ] = "8xA100-80G",
     mfu: Annotated[
         float | None,
         typer.Option(
-            help="Share of the peak that steps reach, measured or hoped for; default: what the original reached.",
+            help="Model FLOPs utilization, 0.01 to 1. Default: the utilization of the original training.",
             min=0.01,
             max=1.0,
             show_default=False,
@@ -36,21 +38,21 @@ def plan(
     num_samples: Annotated[
         int | None,
         typer.Option(
-            help="Samples of an epoch, where the data sets are not known.",
+            help="Samples per epoch, for data sets without published sizes.",
             min=1,
             show_default=False,
             rich_help_panel=_DATA,
         ),
     ] = None,
     text_tokens: Annotated[
-        float, typer.Option(help="Tokens of text in a sample, on average.", min=1, rich_help_panel=_DATA)
+        float, typer.Option(help="Mean number of text tokens per sample.", min=1, rich_help_panel=_DATA)
     ] = 200.0,
     images_per_sample: Annotated[
-        float, typer.Option(help="Pictures in a sample, on average.", min=0, rich_help_panel=_DATA)
+        float, typer.Option(help="Mean number of images per sample.", min=0, rich_help_panel=_DATA)
     ] = 1.0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, sizes in bytes.")] = False,
 ) -> None:
-    """Say what [bold]RECIPE[/bold] takes on a machine: memory, batch, days and disk; refuse what cannot fit."""
+    """Estimate memory, batch, time and disk space of [bold]RECIPE[/bold]. Exit code 2 if it does not fit."""
     from vila.config.load import load_recipe
     from vila.plan.devices import parse_machine
     from vila.plan.planner import make_plan
@@ -72,7 +74,7 @@ def plan(
 
 
 def as_plain(plan: Plan) -> dict[str, Any]:
-    """The plan as plain data."""
+    """Return the plan as plain data."""
     from dataclasses import asdict
 
     facts = asdict(plan)
@@ -84,13 +86,13 @@ def as_plain(plan: Plan) -> dict[str, Any]:
 
 
 def lines(plan: Plan) -> Iterator[tuple[str, str]]:
-    """The plan for a reader: a name and a value for each line."""
+    """Yield name and text of each printed line."""
     from vila.plan.planner import PUBLISHED_BATCH
 
     batch, machine = plan.batch, plan.machine
     yield "recipe", f"{plan.recipe} on {machine.text}, {machine.device.tflops:g} TFLOPS each"
-    total, learnt = sum(plan.parameters.values()), sum(plan.learning.values())
-    yield "parameters", f"{total:,}, of which {learnt:,} learn"
+    total, trained = sum(plan.parameters.values()), sum(plan.learning.values())
+    yield "parameters", f"{total:,}, {trained:,} trainable"
     yield "", f"{'GiB a GPU':<14}{'weights':>10}{'gradients':>11}{'optimizer':>11}{'activations':>13}"
     for name, part in plan.parts.items():
         cells = (
@@ -99,9 +101,9 @@ def lines(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "", f"{name:<14}{cells}"
     yield "peak", _peak(plan)
     reduced = (
-        "" if batch.micro == batch.asked_micro else f" (batch.micro={batch.asked_micro} is more than a GPU's share)"
+        "" if batch.micro == batch.asked_micro else f" (batch.micro={batch.asked_micro} exceeds the batch of one GPU)"
     )
-    yield "micro-batch", f"{batch.micro} {batch.unit}{reduced}; the largest that fits: {plan.largest_micro or 'none'}"
+    yield "micro-batch", f"{batch.micro} {batch.unit}{reduced}; largest that fits: {plan.largest_micro or 'none'}"
     yield "step", f"{batch.size} {batch.unit} = {machine.gpus} GPUs x {batch.micro} x {batch.accumulation} accumulated"
     about = f"{batch.samples:,.0f} samples and " if batch.samples else ""
     published = f"; published: {PUBLISHED_BATCH[plan.stage]:,} samples" if plan.is_published else ""
@@ -111,7 +113,7 @@ def lines(plan: Plan) -> Iterator[tuple[str, str]]:
     if machine.gpus > 1:
         received = f"a GPU receives {(traffic.inside + traffic.outside) / 1e9:,.1f} GB a step"
         across = f"{traffic.outside / 1e9:,.1f} of it from other nodes"
-        yield "traffic", f"{received}, {across}: about {traffic.total_seconds:,.2f} s, beside the arithmetic"
+        yield "traffic", f"{received}, {across}: about {traffic.total_seconds:,.2f} s, in addition to compute"
     disk = {name: f"{size / 1e9:,.1f} GB" for name, size in plan.disk.items()}
     yield (
         "disk",
@@ -130,7 +132,7 @@ def _peak(plan: Plan) -> str:
         "working": memory.working,
     }
     parts = " + ".join(f"{name} {_gib(size)}" for name, size in named.items() if size >= 0.005 * _GIB)
-    return f"{_gib(memory.total)} of {_gib(plan.usable)} GiB that can be filled: {parts}"
+    return f"{_gib(memory.total)} of {_gib(plan.usable)} GiB usable: {parts}"
 
 
 def _time(plan: Plan) -> Iterator[tuple[str, str]]:
@@ -141,7 +143,7 @@ def _time(plan: Plan) -> Iterator[tuple[str, str]]:
         )
         yield (
             "time",
-            f"not known: nothing is known of {names}; give --num-samples, --text-tokens and --images-per-sample",
+            f"unknown: no published size of {names}; give --num-samples, --text-tokens and --images-per-sample",
         )
         return
     flops = duration.flops
@@ -159,10 +161,10 @@ def _time(plan: Plan) -> Iterator[tuple[str, str]]:
 
 
 def _refusal(plan: Plan) -> str:
-    needed = f"{plan.recipe} needs {_gib(plan.memory.total)} GiB of each GPU, {_gib(plan.usable)} can be filled"
+    needed = f"{plan.recipe} needs {_gib(plan.memory.total)} GiB per GPU, {_gib(plan.usable)} GiB are usable"
     if not plan.remedies:
-        return f"{needed}; no number of these GPUs that the batch can be dealt to would do. Choose a smaller model"
-    return "; what would fit: ".join((needed, " | ".join(plan.remedies)))
+        return f"{needed}; it fits on no number of these GPUs that divides the batch. Choose a smaller model"
+    return "; configurations that fit: ".join((needed, " | ".join(plan.remedies)))
 
 
 def _gib(size: float) -> str:

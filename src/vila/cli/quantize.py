@@ -1,4 +1,4 @@
-"""`vila quantize`: a model in 4 bits, by AWQ."""
+"""`vila quantize`: quantize the LLM of a model to INT4 (AWQ, round-to-nearest, GPTQ rounding)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _CALIBRATION = "Calibration"
 
 
 class Method(StrEnum):
-    """How weights become 4 bits."""
+    """Quantization methods."""
 
     AWQ = "awq"
     RTN = "rtn"
@@ -31,7 +31,7 @@ class Method(StrEnum):
 
 
 class Scaling(StrEnum):
-    """Scales that are tried."""
+    """Candidate scales of the AWQ search."""
 
     ACTIVATION = "activation"
     DUO = "duo"
@@ -39,7 +39,7 @@ class Scaling(StrEnum):
 
 
 class Clipping(StrEnum):
-    """Linears whose weights get limits."""
+    """Linear layers whose weights are clipped."""
 
     PUBLISHED = "published"
     ALL = "all"
@@ -47,7 +47,7 @@ class Clipping(StrEnum):
 
 
 class Rounding(StrEnum):
-    """How codes are chosen."""
+    """Rounding of weights to INT4 codes."""
 
     NEAREST = "nearest"
     FEEDBACK = "feedback"
@@ -56,30 +56,30 @@ class Rounding(StrEnum):
 @with_option_groups
 def quantize(
     model: options.RequiredModel,
-    out: Annotated[Path, typer.Option("--output", "-o", help="Directory to write.")],
+    out: Annotated[Path, typer.Option("--output", "-o", help="Output directory.")],
     calib_data: Annotated[
         list[str] | None,
         typer.Option(
             metavar="FILE",
-            help="Text (.txt, .jsonl) or a recipe (.yaml, or its name), whose mixture shows pictures too; may be given "
-            "several times. Without it: English prose of the package.",
+            help="Calibration data: text (.txt, .jsonl), or a recipe (.yaml or name) for image-text samples. "
+            "Repeatable. Default: packaged English text.",
             show_default=False,
             rich_help_panel=_CALIBRATION,
         ),
     ] = None,
     num_calib_sequences: Annotated[
-        int, typer.Option(help="Rows of 512 tokens taken of a text, at most.", min=1, rich_help_panel=_CALIBRATION)
+        int, typer.Option(help="Maximum number of 512-token sequences per text.", min=1, rich_help_panel=_CALIBRATION)
     ] = 16,
     num_calib_samples: Annotated[
-        int, typer.Option(help="Conversations taken of a recipe.", min=1, rich_help_panel=_CALIBRATION)
+        int, typer.Option(help="Number of samples per recipe.", min=1, rich_help_panel=_CALIBRATION)
     ] = 64,
     image_token_weight: Annotated[
-        float, typer.Option(help="What a token of a picture counts beside one of text.", rich_help_panel=_CALIBRATION)
+        float, typer.Option(help="Weight of an image token relative to a text token.", rich_help_panel=_CALIBRATION)
     ] = 1.0,
     group_size: Annotated[
         int | None,
         typer.Option(
-            help="Inputs that share a scale; default: the largest of 128, 64 and 32 that divides the model's widths.",
+            help="Input channels per scale. Default: the largest of 128, 64 and 32 that divides the layer widths.",
             show_default=False,
         ),
     ] = None,
@@ -88,16 +88,18 @@ def quantize(
         typer.Option(
             parser=options.one_of(Method, "method"),
             metavar=options.names_in(Method),
-            help="awq: as published; rtn: round only; best: AWQ with all that was found to help.",
+            help="awq: published AWQ; rtn: round to nearest; best: AWQ with all options that lower the error.",
         ),
     ] = Method.AWQ,
-    symmetric: Annotated[bool, typer.Option("--symmetric", help="No zero points, as TensorRT-LLM wants it.")] = False,
+    symmetric: Annotated[
+        bool, typer.Option("--symmetric", help="Symmetric quantization without zero points, as for TensorRT-LLM.")
+    ] = False,
     scaling: Annotated[
         Scaling | None,
         typer.Option(
             parser=options.one_of(Scaling, "scaling"),
             metavar=options.names_in(Scaling),
-            help="Scales to try; default: as published.",
+            help="Scale search: activation-based, duo (activation and weight), or both. Default: the method's.",
             show_default=False,
             rich_help_panel=_SEARCH,
         ),
@@ -107,7 +109,7 @@ def quantize(
         typer.Option(
             parser=options.one_of(Clipping, "clipping"),
             metavar=options.names_in(Clipping),
-            help="Linears to limit; default: as published.",
+            help="Linear layers whose weights are clipped. Default: the method's.",
             show_default=False,
             rich_help_panel=_SEARCH,
         ),
@@ -126,7 +128,7 @@ def quantize(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="A search made before: our search.safetensors, or an awq_cache .pt of the original.",
+            help="Apply an AWQ search result: search.safetensors of vila quantize, or an awq_cache .pt of llm-awq.",
             show_default=False,
             rich_help_panel=_SEARCH,
         ),
@@ -135,7 +137,7 @@ def quantize(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Write the search also as the original does: an awq_cache .pt, for its --load_awq.",
+            help="Also write the search result as an awq_cache .pt for --load_awq of llm-awq.",
             show_default=False,
             callback=options.output_file,
             rich_help_panel=_SEARCH,
@@ -143,9 +145,9 @@ def quantize(
     ] = None,
     device: options.DeviceFlag = options.Device.AUTO,
     checkpoint_options: CheckpointOptions = options.CHECKPOINT,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model in --output.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing model in --output.")] = False,
 ) -> None:
-    """Write [bold]MODEL[/bold] with the LLM's weights in 4 bits; the same command after a kill goes on where it was."""
+    """Quantize the LLM of [bold]MODEL[/bold] to INT4. Resumes after an interruption."""
     from rich.console import Console
 
     from vila.cli.convert import README, check_apart, check_target, layout_readme, stop_cleanly

@@ -1,4 +1,4 @@
-"""`vila quickstart`: train a small visual language model from its parts, score it, and show it."""
+"""`vila quickstart`: train a small visual language model in three stages, evaluate it and print the results."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ if TYPE_CHECKING:
 
 def quickstart(
     parts: Annotated[
-        list[str] | None, typer.Argument(help="Other parts: starter.llm=ID_OR_DIR starter.vision=ID_OR_DIR")
+        list[str] | None, typer.Argument(help="Other base models: starter.llm=ID_OR_DIR starter.vision=ID_OR_DIR")
     ] = None,
     out: Annotated[
-        Path, typer.Option("--output", "-o", help="Directory of the run.", callback=options.output_directory)
+        Path, typer.Option("--output", "-o", help="Output directory.", callback=options.output_directory)
     ] = Path("runs/starter"),
     minutes: Annotated[
-        float, typer.Option(help="Training minutes on two cores, about; less is faster and less accurate.")
+        float,
+        typer.Option(help="Approximate training time in minutes on two CPU cores; less time means lower accuracy."),
     ] = 7.0,
-    eval_limit: Annotated[int, typer.Option(help="Size of the test set, about; 0 takes all 9,673 questions.")] = 0,
-    seed: Annotated[int, typer.Option(help="Seed of initialisation and data order.")] = 0,
+    eval_limit: Annotated[int, typer.Option(help="Approximate number of test questions; 0 uses all 9,673.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed of initialization and data order.")] = 0,
 ) -> None:
-    """Train, evaluate and ask a small visual language model, from parts that come with pip. It can be stopped."""
+    """Train and evaluate a small visual language model from open parts. Resumes after an interruption."""
     from rich.console import Console
 
     from vila.cli.progress import Screen
@@ -62,13 +63,13 @@ def _show(console: Console, result: dict[str, Any], out: Path) -> None:
         "all", f"{result['questions']:,}", f"{result['accuracy']:.2%}", f"{result['blind_accuracy']:.2%}", style="bold"
     )
     console.print(table)
-    console.print(f"with the pictures exchanged: {result['swapped_accuracy']:.2%}")
+    console.print(f"accuracy with swapped images: {result['swapped_accuracy']:.2%}")
     for example in result["examples"][:3]:
         console.print(
             f"{example['image']}\n  {example['question']} [bold]{example['answer']}[/bold] (truth: {example['truth']})"
         )
     few = result["few_shot"]
-    console.print("after two examples in the prompt:")
+    console.print("two-shot prompt:")
     for line in few["prompt"].splitlines():
         console.print(f"  {line}", markup=False)
     console.print(f"  [bold]{few['answer']}[/bold] (truth: {few['truth']})")

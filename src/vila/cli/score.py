@@ -1,4 +1,4 @@
-"""`vila score`: a file of answers made by anybody."""
+"""`vila score`: score a file of predictions from any source."""
 
 from __future__ import annotations
 
@@ -15,19 +15,24 @@ if TYPE_CHECKING:
 
 def score(
     benchmark: Annotated[str, typer.Argument(help="Name of the benchmark.")],
-    data: Annotated[Path, typer.Option(help="playground/data/eval, or the benchmark's own folder in it.")],
-    predictions: Annotated[
-        Path, typer.Option(help="Our predictions.jsonl, or the original's answers; a folder of chunks too.")
+    data: Annotated[
+        Path, typer.Option(help="Benchmark data: playground/data/eval, or the benchmark's directory in it.")
     ],
-    protocol: Annotated[str, typer.Option(help="Rules: upstream, or lmms-eval where it differs.")] = "upstream",
+    predictions: Annotated[
+        Path,
+        typer.Option(help="predictions.jsonl of vila eval, answers of the original scripts, or a directory of chunks."),
+    ],
+    protocol: Annotated[
+        str, typer.Option(help="Scoring protocol: upstream (the original scripts) or lmms-eval.")
+    ] = "upstream",
     compare: Annotated[
-        Path | None, typer.Option(help="Another file of answers, to test the difference against.", show_default=False)
+        Path | None, typer.Option(help="Second predictions file for a paired significance test.", show_default=False)
     ] = None,
     judge: JudgeOption = "",
     judge_model: JudgeModelOption = DEFAULT_JUDGE,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Score answers; the headline is the published figure: percent, or points for MME."""
+    """Score predictions with the published metric of a benchmark: percent, points for MME."""
     import json
 
     from vila.cli.eval import check_judge, give_judge, names_of, rules_of

@@ -1,4 +1,4 @@
-"""`vila serve`: models behind OpenAI's chat protocol."""
+"""`vila serve`: OpenAI-compatible chat completions server."""
 
 from __future__ import annotations
 
@@ -20,58 +20,82 @@ if TYPE_CHECKING:
     from vila.serve.models import ServedModel
 
 KEYS_VARIABLE = "VILA_API_KEY"
-_BATCH, _LIMITS, _WEB = "Batching", "Limits of a request", "Access"
+_BATCH, _LIMITS, _WEB = "Batching", "Request limits", "Access"
 
 
 @with_option_groups
 def serve(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Directories, or hub ids OWNER/NAME.")],
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL...", help="Model directories, or Hugging Face Hub ids OWNER/NAME.")
+    ],
     served_model_name: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME,ALIAS",
-            help="What a model is called, in the order of the models; default: its directory's name or its id.",
+            help="Name and aliases of a model in the API; repeat in the order of MODEL. Default: directory name or id.",
             show_default=False,
         ),
     ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; others can reach 0.0.0.0.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.", min=0, max=65535)] = 8000,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 accepts connections from other machines.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 picks a free port.", min=0, max=65535)] = 8000,
     loading: LoadOptions = options.LOAD,
     max_num_seqs: Annotated[
-        int, typer.Option(help="Requests that run at a time, per model.", min=1, rich_help_panel=_BATCH)
+        int,
+        typer.Option(
+            help="Maximum number of requests generated concurrently per model.", min=1, rich_help_panel=_BATCH
+        ),
     ] = 8,
     max_queue: Annotated[
-        int, typer.Option(help="Requests that may wait besides; further ones get 429.", min=1, rich_help_panel=_BATCH)
+        int,
+        typer.Option(
+            help="Maximum number of queued requests; further requests get HTTP 429.", min=1, rich_help_panel=_BATCH
+        ),
     ] = 64,
     kv_cache_tokens: Annotated[
         int,
-        typer.Option(help="Tokens kept in memory; 0: every slot's context, as memory goes.", rich_help_panel=_BATCH),
+        typer.Option(
+            help="Size of the KV cache in tokens; 0: the context length for each request, limited by memory.",
+            rich_help_panel=_BATCH,
+        ),
     ] = 0,
     prefill_chunk_size: Annotated[
-        int, typer.Option(help="Tokens of prompts that a step computes at most.", min=1, rich_help_panel=_BATCH)
+        int,
+        typer.Option(help="Maximum number of prompt tokens per step (chunked prefill).", min=1, rich_help_panel=_BATCH),
     ] = 256,
-    max_images: Annotated[int, typer.Option(help="Images and videos.", min=0, rich_help_panel=_LIMITS)] = 16,
-    max_body_mb: Annotated[float, typer.Option(help="Megabytes.", min=0.001, rich_help_panel=_LIMITS)] = 32.0,
+    max_images: Annotated[
+        int, typer.Option(help="Maximum number of images and videos per request.", min=0, rich_help_panel=_LIMITS)
+    ] = 16,
+    max_body_mb: Annotated[
+        float, typer.Option(help="Maximum size of a request body in MB.", min=0.001, rich_help_panel=_LIMITS)
+    ] = 32.0,
     max_image_megapixels: Annotated[
-        float, typer.Option(help="Megapixels of an image.", min=0.001, rich_help_panel=_LIMITS)
+        float, typer.Option(help="Maximum size of an image in megapixels.", min=0.001, rich_help_panel=_LIMITS)
     ] = (50.0),
     fetch_timeout: Annotated[
-        float, typer.Option(help="Seconds for all of its addresses.", min=0.1, rich_help_panel=_LIMITS)
+        float,
+        typer.Option(
+            help="Timeout in seconds for fetching all media URLs of a request.", min=0.1, rich_help_panel=_LIMITS
+        ),
     ] = 20.0,
     request_timeout: Annotated[
-        float, typer.Option(help="Seconds to the last token.", min=0.1, rich_help_panel=_LIMITS)
+        float,
+        typer.Option(
+            help="Timeout in seconds for a request, from arrival to the last token.", min=0.1, rich_help_panel=_LIMITS
+        ),
     ] = 600.0,
     allow_private_urls: Annotated[
         bool,
         typer.Option(
-            "--allow-private-urls", help="Fetch from this machine and its network too.", rich_help_panel=_LIMITS
+            "--allow-private-urls", help="Allow media URLs with private and local addresses.", rich_help_panel=_LIMITS
         ),
     ] = False,
     allowed_media_domain: Annotated[
         list[str] | None,
         typer.Option(
             metavar="DOMAIN",
-            help="Host to fetch media from, and no other; '*.example.org' for all below example.org. Repeatable.",
+            help="Fetch media only from this host; '*.example.org' matches all subdomains. Repeatable.",
             show_default=False,
             rich_help_panel=_LIMITS,
         ),
@@ -79,53 +103,68 @@ def serve(
     api_key: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"Key that clients must send; better in {KEYS_VARIABLE}, which others cannot see.",
+            help=f"API key that clients must send; visible to other users of the machine, unlike {KEYS_VARIABLE}.",
             show_default=False,
             rich_help_panel=_WEB,
         ),
     ] = None,
     api_key_file: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Keys, one a line.", show_default=False, rich_help_panel=_WEB),
+        typer.Option(metavar="FILE", help="File with one API key per line.", show_default=False, rich_help_panel=_WEB),
     ] = None,
     allowed_host: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="Host name that requests may name; *.NAME for all below it. Default: names of this machine when it "
-            "listens there, else all. May be given several times.",
+            help="Accepted Host header; *.NAME matches all subdomains. Repeatable. Default: local names if --host is "
+            "local, else all.",
             show_default=False,
             rich_help_panel=_WEB,
         ),
     ] = None,
-    max_connections: Annotated[int, typer.Option(help="Open connections.", min=1, rich_help_panel=_WEB)] = 1000,
+    max_connections: Annotated[
+        int, typer.Option(help="Maximum number of open connections.", min=1, rich_help_panel=_WEB)
+    ] = 1000,
     max_connections_per_ip: Annotated[
-        int, typer.Option(help="Of one address; 0 is half of all.", min=0, rich_help_panel=_WEB)
+        int,
+        typer.Option(
+            help="Maximum number of open connections per client address; 0: half of --max-connections.",
+            min=0,
+            rich_help_panel=_WEB,
+        ),
     ] = 0,
     allowed_origin: Annotated[
         list[str] | None,
         typer.Option(
             metavar="ORIGIN",
-            help="Web page that may ask from a browser; '*' for all.",
+            help="Origin that browsers may send requests from (CORS); '*' for all. Repeatable.",
             show_default=False,
             rich_help_panel=_WEB,
         ),
     ] = None,
     root_path: Annotated[
-        str, typer.Option(help="Path under which a proxy shows the server.", show_default=False, rich_help_panel=_WEB)
+        str, typer.Option(help="Path prefix of the server behind a proxy.", show_default=False, rich_help_panel=_WEB)
     ] = "",
     ssl_certfile: Annotated[
-        str, typer.Option(metavar="FILE", help="Certificate, for HTTPS.", show_default=False, rich_help_panel=_WEB)
+        str,
+        typer.Option(
+            metavar="FILE", help="TLS certificate file; enables HTTPS.", show_default=False, rich_help_panel=_WEB
+        ),
     ] = "",
     ssl_keyfile: Annotated[
-        str, typer.Option(metavar="FILE", help="Its private key.", show_default=False, rich_help_panel=_WEB)
+        str,
+        typer.Option(
+            metavar="FILE", help="Private key file of --ssl-certfile.", show_default=False, rich_help_panel=_WEB
+        ),
     ] = "",
     shutdown_timeout: Annotated[
-        float, typer.Option(help="Seconds that running answers have once it is told to stop.", min=0)
+        float, typer.Option(help="Seconds to finish running requests after SIGTERM or Ctrl-C.", min=0)
     ] = 60.0,
-    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Log what is asked; off for a reason.")] = False,
+    log_prompts: Annotated[
+        bool, typer.Option("--log-prompts", help="Log the prompts. Off by default for privacy.")
+    ] = False,
 ) -> None:
-    """Answer [bold]OpenAI's chat protocol[/bold] for one or several models: vila serve runs/starter/model"""
+    """Serve one or several models with an OpenAI-compatible API: vila serve runs/starter/model"""
     _check(models, served_model_name, ssl_certfile, ssl_keyfile)
     _check_domains(allowed_media_domain or ())
     require_extra("serve", "vila serve")

@@ -1,4 +1,4 @@
-"""`vila submit`: the files of a run for the benchmarks' servers."""
+"""`vila submit`: write submission files for benchmarks with an evaluation server."""
 
 from __future__ import annotations
 
@@ -11,22 +11,25 @@ from vila.cli import options
 
 
 def submit(
-    run: Annotated[Path, typer.Argument(help="Directory that `vila eval` wrote.")],
+    run: Annotated[Path, typer.Argument(help="Output directory of vila eval.")],
     out: Annotated[
         Path | None,
         typer.Option(
             "--output",
             "-o",
-            help="Default: playground/data/predictions_upload/NAME.",
+            help="Output directory. Default: playground/data/predictions_upload/NAME.",
             show_default=False,
             callback=options.output_directory,
         ),
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="playground/data/eval; default: what the run was given.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="Benchmark data, such as playground/data/eval. Default: --data of the run.", show_default=False
+        ),
     ] = None,
 ) -> None:
-    """Write what VQAv2's, VizWiz's and MMBench's servers want, checked, and say where to upload it."""
+    """Write and check submission files for the VQAv2, VizWiz and MMBench servers, and print the upload pages."""
     from vila.core.errors import DataError
     from vila.core.files import check_writable
     from vila.eval.report_data import read_run

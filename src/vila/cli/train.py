@@ -1,4 +1,4 @@
-"""`vila train`: one stage from a recipe."""
+"""`vila train`: run one training stage of a recipe, locally, under torchrun, or as a Slurm job."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ def train(
         str, typer.Argument(help="Packaged recipe (starter/3_sft, vila_7b/1_align, ...) or a .yaml file.")
     ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(help="Fields to change: optim.warmup_ratio=0.1 output.dir=runs/x ...")
+        list[str] | None, typer.Argument(help="Recipe fields to override: optim.warmup_ratio=0.1 output.dir=runs/x ...")
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the resolved recipe, or with --slurm the script, and stop.")
+        bool, typer.Option("--dry-run", help="Print the resolved recipe, or with --slurm the batch script, and exit.")
     ] = False,
     slurm: Annotated[
         str,
         typer.Option(
             metavar="nodes=N,...",
-            help="Submit to Slurm instead: nodes, gpus (a node, 8), cpus, partition, account, qos, constraint, "
-            "reservation, time, grace (300 s), port.",
+            help="Submit a Slurm job instead: nodes, gpus (per node, default 8), cpus, partition, account, qos, "
+            "constraint, reservation, time, grace (seconds, default 300), port.",
             show_default=False,
         ),
     ] = "",
@@ -47,12 +47,12 @@ def train(
         list[str] | None,
         typer.Option(
             metavar="FIELD",
-            help="Field or section that may differ from the run that goes on. May be given several times.",
+            help="Recipe field or section that may differ from the resumed run. Repeatable.",
             show_default=False,
         ),
     ] = None,
 ) -> None:
-    """Train the stage that [bold]RECIPE[/bold] describes; run it again after a stop and it goes on."""
+    """Run the training stage of [bold]RECIPE[/bold]. Resumes after an interruption."""
     from vila.config.load import load_recipe, recipe_to_yaml
 
     notes: list[str] = []
@@ -77,7 +77,7 @@ def train(
     from vila.train.resume import check_recipe_unchanged
 
     with Screen() as screen:
-        # All processes of a run come through here; one of them speaks.
+        # Every rank runs this code; rank 0 logs.
         events = screen if current_process().is_main else SILENT
         if is_finished(resolved):
             before = load_recipe(str(resolved.output.dir / "recipe.yaml"))
@@ -89,7 +89,7 @@ def train(
         run = build(resolved, events=events, allow_changes=allowed)
         run.trainer.listeners += listeners_of(resolved, run.processor, events, benchmark)
         events.log(
-            f"{resolved.name}: {run.trainable:,} parameters learn, {run.mixture.epoch_length:,} samples an epoch"
+            f"{resolved.name}: {run.trainable:,} trainable parameters, {run.mixture.epoch_length:,} samples per epoch"
         )
         if run.world.is_main:
             lines, shares = shares_of(run, origins.get("data.max_length", ""))
