@@ -34,7 +34,7 @@ from vila.chat.tokenize import SpanTokenizer
 from vila.core.system import system_info
 from vila.core.vision_spec import VisionSpec
 from vila.data.collate import collate
-from vila.data.dataset import Entry, SampleReader, open_mixture
+from vila.data.dataset import DatasetEntry, SampleReader, open_mixture
 from vila.data.packing import PackingPolicy
 from vila.data.workers import WorkerStreams
 from vila.media.image import open_image
@@ -119,7 +119,7 @@ class Peer(Dataset):
 def reader_of(path: Path) -> SampleReader:
     """Ours on the same file."""
     tokenizer = SpanTokenizer(AutoTokenizer.from_pretrained(TOKENIZER))
-    return SampleReader(open_mixture([Entry("llava_json", str(path))], 0), "vicuna_v1", tokenizer, SPEC)
+    return SampleReader(open_mixture([DatasetEntry("llava_json", str(path))], 0), "vicuna_v1", tokenizer, SPEC)
 
 
 def processor_seconds() -> float:
@@ -169,7 +169,7 @@ def milliseconds(reader: SampleReader, number: int) -> dict[str, float]:
         marks = [time.perf_counter()]
         part, sample = reader.mixture[position]
         marks.append(time.perf_counter())
-        reader.tokenise(part, sample)
+        reader.tokenize(part, sample)
         marks.append(time.perf_counter())
         opened = [open_image(image) for image in sample.media]
         marks.append(time.perf_counter())

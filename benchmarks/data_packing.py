@@ -18,7 +18,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from vila.chat.tokenize import TokenizedSample
+from vila.chat.tokenize import TokenizedSample, TokenSegment
 from vila.core.system import system_info
 from vila.data.packing import PackingPolicy, PackingStreams
 
@@ -71,8 +71,9 @@ def streamed(lengths: list[int], packing: str, look_ahead: int) -> tuple[float, 
 
     def fetch(position: int) -> TokenizedSample:
         length = lengths[position % len(lengths)]
-        zeros = np.zeros(length, dtype=np.int64)
-        return TokenizedSample("", zeros, zeros, np.arange(length), zeros, zeros - 1, zeros, ())
+        return TokenizedSample(
+            "", np.zeros(length, np.int32), np.ones(length, bool), (TokenSegment(length, 0, -1),), -1, ()
+        )
 
     lanes = PackingStreams(
         fetch, LANES, policy=PackingPolicy(max_length=LENGTH, look_ahead=look_ahead, packing=packing)
@@ -80,7 +81,7 @@ def streamed(lengths: list[int], packing: str, look_ahead: int) -> tuple[float, 
     real = shown = rows = 0
     began = time.perf_counter()
     while min(state.next_position for state in lanes.states) < len(lengths):
-        step = [sum(map(len, row.packed)) for row in lanes.step()]
+        step = [sum(map(len, row)) for row in lanes.step()]
         real, rows = real + sum(step), rows + len(step)
         shown += LENGTH * len(step) if packing == "rows" else max(step) * len(step)
     micros = (time.perf_counter() - began) / rows * 1e6

@@ -15,7 +15,7 @@ import time
 
 import numpy as np
 
-from vila.chat.tokenize import TokenizedSample
+from vila.chat.tokenize import TokenizedSample, TokenSegment
 from vila.core.system import system_info
 from vila.core.types import Message, Sample
 from vila.data.mixture import Mixture, MixtureDataset
@@ -43,8 +43,9 @@ def first_step(position: int) -> float:
     def fetch(place: int) -> TokenizedSample:
         _, sample = mixture[place]
         length = 30 + len(sample.messages[-1].text)
-        zeros = np.zeros(length, dtype=np.int64)
-        return TokenizedSample(sample.id, zeros, zeros, np.arange(length), zeros, zeros - 1, zeros, ())
+        return TokenizedSample(
+            sample.id, np.zeros(length, np.int32), np.ones(length, bool), (TokenSegment(length, 0, -1),), -1, ()
+        )
 
     start = position // LANES * LANES
     states = [

@@ -201,7 +201,6 @@ def _batch(case: Case, placeholder: int) -> Batch:
         positions=torch.arange(case.length).expand_as(ids),
         segments=torch.zeros_like(ids),
         parents=torch.full_like(ids, -1),
-        is_placeholder=ids == placeholder,
         media=(),
         pixels=torch.randn(case.images, 3, 112, 112),
     )

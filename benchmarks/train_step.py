@@ -38,7 +38,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from vila.chat.tokenize import IGNORE, TokenizedSample
+from vila.chat.tokenize import TokenizedSample, TokenSegment
 from vila.core.system import system_info
 from vila.core.types import Image
 from vila.data.collate import collate
@@ -86,11 +86,10 @@ class Data:
     def _sample(self, rng: np.random.Generator, number: int, text: int, slots: int) -> TokenizedSample:
         text = min(text, self.row - slots)
         ids = np.concatenate([np.full(slots, IMAGE), rng.integers(1, IMAGE, text)])
-        labels = np.where(np.arange(len(ids)) >= slots + (1 - SUPERVISED) * text, ids, IGNORE)
-        zeros = np.zeros(len(ids), dtype=np.int64)
+        is_supervised = np.arange(len(ids)) >= slots + (1 - SUPERVISED) * text
         media = (Image(str(number)),) if slots else ()
-        slots_at = (ids == IMAGE).astype(np.int64)
-        return TokenizedSample(str(number), ids, labels, np.arange(len(ids)), zeros, zeros - 1, slots_at, media)
+        segments = (TokenSegment(len(ids), 0, -1),)
+        return TokenizedSample(str(number), ids.astype(np.int32), is_supervised, segments, IMAGE, media)
 
     def fetch(self, position: int) -> TokenizedSample:
         """The sample at a position of the endless stream."""

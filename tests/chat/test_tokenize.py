@@ -174,8 +174,8 @@ def branched(*answers):
 
 def test_branches_share_their_prefix_and_restart_positions_after_it(bytewise):
     sample = tokenize_sample(branched(("a", "x"), ("b", "yy")), find_template("starter_qa"), bytewise, lambda m: 3)
-    assert sample.segments.tolist() == [0] * 3 + [1] * 5 + [2] * 6
-    assert sample.parents.tolist() == [-1] * 3 + [0] * 11
+    assert sample.segment_ids.tolist() == [0] * 3 + [1] * 5 + [2] * 6
+    assert sample.parent_ids.tolist() == [-1] * 3 + [0] * 11
     assert sample.positions.tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 3, 4, 5, 6, 7, 8]
     assert sample.is_placeholder.tolist() == [1] * 3 + [0] * 11
     assert sample.media == (IMAGE,)
@@ -187,7 +187,7 @@ def test_a_branched_sample_holds_the_tokens_of_its_separate_conversations(bytewi
     joined = tokenize_sample(sample, template, bytewise, lambda m: 3)
     for number, messages in enumerate(sample.conversations(), start=1):
         alone = tokenize(render(messages, template), bytewise, lambda m: 3)
-        mine = (joined.segments == 0) | (joined.segments == number)
+        mine = (joined.segment_ids == 0) | (joined.segment_ids == number)
         assert joined.ids[mine].tolist() == alone.ids
         assert joined.labels[mine].tolist() == alone.labels
         assert joined.positions[mine].tolist() == list(range(len(alone.ids)))
@@ -196,7 +196,7 @@ def test_a_branched_sample_holds_the_tokens_of_its_separate_conversations(bytewi
 def test_branches_about_different_images_share_no_prefix(bytewise):
     branches = tuple((Message.of("user", p, "?"), Message.of("assistant", "x")) for p in (IMAGE, OTHER))
     sample = tokenize_sample(Sample("s", (), branches), find_template("starter_qa"), bytewise, lambda m: 3)
-    assert set(sample.parents.tolist()) == {-1}
+    assert set(sample.parent_ids.tolist()) == {-1}
     assert sample.media == (IMAGE, OTHER)
 
 

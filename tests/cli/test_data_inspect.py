@@ -6,7 +6,7 @@ import numpy as np
 
 from tests import tiny
 from vila.chat.templates import find_template
-from vila.chat.tokenize import IGNORE, SpanTokenizer, TokenizedSample, tokenize_sample
+from vila.chat.tokenize import SpanTokenizer, TokenizedSample, TokenSegment, tokenize_sample
 from vila.cli.data_inspect import as_card, as_terminal_text, runs_of
 from vila.core.types import Message, Sample
 
@@ -42,9 +42,8 @@ def test_a_character_that_branches_divide_is_whole_in_each():
 
 def test_a_character_cut_where_learning_begins_goes_to_the_next_run_and_a_broken_one_is_shown():
     ids = tiny.tokenizer()("a\u00e9b\u00e9", add_special_tokens=False)["input_ids"][:-1]
-    labels = np.array([IGNORE, IGNORE, *ids[2:]])
-    zeros = np.zeros(len(ids), dtype=np.int64)
-    tokens = TokenizedSample("s", np.array(ids), labels, zeros, zeros, zeros - 1, zeros, ())
+    is_supervised = np.arange(len(ids)) >= 2
+    tokens = TokenizedSample("s", np.array(ids), is_supervised, (TokenSegment(len(ids), 0, -1),), -1, ())
     runs = runs_of(tokens, tiny.tokenizer(), 4)
     assert [(run.kind, run.text) for run in runs] == [("given", "a"), ("learnt", "\u00e9b\ufffd")]
 

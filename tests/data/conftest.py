@@ -1,4 +1,4 @@
-"""Indexes of the data tests do not wait for the disk."""
+"""Fixtures of the data tests."""
 
 import os
 
@@ -7,5 +7,5 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def no_fsync(monkeypatch):
-    """Hundreds of tiny indexes are written here, and no test cuts the power."""
+    """Skip fsync: the tests write hundreds of small indexes."""
     monkeypatch.setattr(os, "fsync", lambda number: None)

@@ -1,4 +1,4 @@
-"""Takes steps from worker lanes and keeps a record of each, going on after the last one kept: killed by a test.
+"""Data loading that a test kills: writes one file per step, and resumes after the last one.
 
 python -m tests.data.consume FILE OUT STEPS
 """
@@ -21,26 +21,26 @@ from vila.data.workers import WorkerStreams
 
 
 def main(file: Path, out: Path, steps: int) -> None:
-    """One file a step: the samples and pixels of its rows, and the state after it."""
-    kept = sorted(out.glob("*.json"))
+    """Write one file per step: samples and pixels of its sequences, and the state after it."""
+    written = sorted(out.glob("*.json"))
     states = None
-    if kept:
-        saved = json.loads(kept[-1].read_text())["states"]
+    if written:
+        saved = json.loads(written[-1].read_text())["states"]
         states = [PackingStreamState(state["next_position"], tuple(state["waiting"])) for state in saved]
     policy = PackingPolicy(max_length=96, look_ahead=6)
-    lanes = WorkerStreams(reader_of(file), 4, policy=policy, workers=2, start_method="fork", states=states)
-    for step in range(len(kept), steps):
+    streams = WorkerStreams(reader_of(file), 4, policy=policy, workers=2, start_method="fork", states=states)
+    for step in range(len(written), steps):
         rows = [
             {
                 "ids": [sample.id for sample in row],
                 "positions": list(row.positions),
                 "pixels": hashlib.sha256(np.ascontiguousarray(np.array(row.pixels)).tobytes()).hexdigest(),
             }
-            for row in lanes.step()
+            for row in streams.step()
         ]
         time.sleep(0.03)  # a step of training
-        write_json(out / f"{step:05d}.json", {"rows": rows, "states": [asdict(state) for state in lanes.states]})
-    lanes.close()
+        write_json(out / f"{step:05d}.json", {"rows": rows, "states": [asdict(state) for state in streams.states]})
+    streams.close()
 
 
 if __name__ == "__main__":

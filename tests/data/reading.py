@@ -1,4 +1,4 @@
-"""A data set of pictures and text on disk, and a reader of it, for tests of loading."""
+"""A small data set of images and text on disk, and a reader of it."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from pathlib import Path
 
 from tests import tiny
 from vila.core.vision_spec import VisionSpec
-from vila.data.dataset import Entry, SampleReader, open_mixture
+from vila.data.dataset import DatasetEntry, SampleReader, open_mixture
 
 SPEC = VisionSpec(28, 4, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), "pad")
 
 
 def write_records(folder: Path, records: int = 24) -> Path:
-    """`data.jsonl` and its pictures, wider than high; every third record is text alone."""
+    """Write `data.jsonl` and its images of 40 x 20 pixels; every third record has no image."""
     rows = []
     for number in range(records):
         answer = {"role": "assistant", "content": "ab" * (number % 5 + 1)}
@@ -27,9 +27,9 @@ def write_records(folder: Path, records: int = 24) -> Path:
     return path
 
 
-def reader_of(*entries: Entry | Path, seed: int = 0) -> SampleReader:
-    """A reader with the tiny tokenizer, one id a byte, and four slots a picture."""
+def reader_of(*entries: DatasetEntry | Path, seed: int = 0) -> SampleReader:
+    """Return a reader with the tiny tokenizer (one id for each byte) and four placeholders for each image."""
     from vila.chat.tokenize import SpanTokenizer
 
-    opened = [entry if isinstance(entry, Entry) else Entry("messages", str(entry)) for entry in entries]
+    opened = [entry if isinstance(entry, DatasetEntry) else DatasetEntry("messages", str(entry)) for entry in entries]
     return SampleReader(open_mixture(opened, seed), "starter_qa", SpanTokenizer(tiny.tokenizer()), SPEC)

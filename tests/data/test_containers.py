@@ -16,7 +16,7 @@ import pytest
 from tests.data.good import GOOD
 from tests.data.shards import PIXELS, refusal, write_lines, write_list, write_parquet, write_tar
 from vila.core.errors import DataError
-from vila.data.dataset import Entry, open_entry
+from vila.data.dataset import DatasetEntry, open_dataset
 from vila.data.readers import json as json_scanner
 from vila.data.readers import tar as tar_scanner
 from vila.data.readers.json import scan_json
@@ -423,7 +423,7 @@ def test_a_file_named_parquet_that_is_none_is_named(content, tmp_path):
 
 
 def entry(form, path, **options):
-    return open_entry(Entry(form, str(path), options=options))
+    return open_dataset(DatasetEntry(form, str(path), options=options))
 
 
 READ_ALIKE = {

@@ -1,4 +1,4 @@
-"""Loading killed at twenty random moments gives the same rows and pixels as loading that was left alone."""
+"""Data loading that is killed at twenty random moments gives the sequences and pixels of uninterrupted loading."""
 
 import json
 import random
@@ -21,7 +21,7 @@ def start(file, out):
 
 
 @pytest.mark.slow
-def test_rows_after_twenty_kills_are_those_of_a_run_left_alone(tmp_path):
+def test_sequences_after_twenty_kills_equal_those_of_an_uninterrupted_run(tmp_path):
     file = write_records(tmp_path, records=200)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert start(file, whole).wait() == 0

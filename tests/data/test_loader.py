@@ -1,4 +1,4 @@
-"""From files to rows with pixels: templates, image modes, cutting, and samples that cannot be read."""
+"""From files to packed sequences with pixels: image modes, cutting, and unreadable samples."""
 
 import json
 from dataclasses import replace
@@ -12,7 +12,7 @@ from vila.core.errors import CheckpointError, DataError, MediaError
 from vila.core.types import Image, Message, Sample
 from vila.data.bad_samples import BadSample, BadSampleLog
 from vila.data.collate import collate
-from vila.data.dataset import Entry, shorten_sample
+from vila.data.dataset import DatasetEntry, shorten_sample
 from vila.data.packing import PackingPolicy, PackingStreams, PackingStreamState
 from vila.media.image import open_image
 from vila.media.transform import pixels
@@ -23,30 +23,27 @@ def file(tmp_path):
     return write_records(tmp_path)
 
 
-def lanes_of(reader, count=2, **changes):
+def open_streams(reader, count=2, **changes):
     policy = PackingPolicy(**{"max_length": 96, "look_ahead": 6, **changes})
     return PackingStreams(reader, count, policy=policy, shorten=reader.shorten, decode=reader.pixels)
 
 
-# Pixels
-
-
-def test_pixels_of_a_batch_are_those_of_its_media_in_order(file):
-    rows = lanes_of(reader_of(file)).step()
-    batch = collate(rows)
+def test_pixels_of_a_batch_are_those_of_its_images_in_order(file):
+    streams = open_streams(reader_of(file)).step()
+    batch = collate(streams)
     assert len(batch.media) > 2
     expected = np.stack([pixels(open_image(image), SPEC) for image in batch.media])
     assert torch.equal(batch.pixels, torch.from_numpy(expected))
 
 
-def test_a_data_set_may_have_an_image_mode_of_its_own(file):
-    reader = reader_of(Entry("messages", str(file)), Entry("messages", str(file), image_mode="resize"))
+def test_the_image_mode_of_a_data_set_overrides_that_of_the_model(file):
+    reader = reader_of(DatasetEntry("messages", str(file)), DatasetEntry("messages", str(file), image_mode="resize"))
     modes = set()
     for position in range(48):
         sample = reader(position)
         if not sample.media:
             continue
-        mode = "resize" if reader.data_set(position) == "data#2" else "pad"
+        mode = "resize" if sample.dataset == "data#2" else "pad"
         expected = pixels(open_image(sample.media[0]), replace(SPEC, image_mode=mode))
         assert np.array_equal(reader.pixels(position, sample)[0], expected)
         modes.add(mode)
@@ -60,10 +57,7 @@ def test_a_batch_of_text_has_no_pixels(tmp_path):
     path = tmp_path / "text.jsonl"
     row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
     path.write_text(json.dumps(row) + "\n")
-    assert collate(lanes_of(reader_of(path)).step()).pixels is None
-
-
-# Cutting
+    assert collate(open_streams(reader_of(path)).step()).pixels is None
 
 
 def turns(number):
@@ -72,112 +66,110 @@ def turns(number):
     )
 
 
-def tokeniser(tmp_path):
+def tokenizer_of(tmp_path):
     reader = reader_of(write_records(tmp_path, 1))
-    return lambda sample: reader.tokenise(reader.mixture.datasets[0], sample)
+    return lambda sample: reader.tokenize(reader.mixture.datasets[0], sample)
 
 
-def test_cutting_keeps_as_many_whole_exchanges_as_fit(tmp_path):
-    tokenise = tokeniser(tmp_path)
+def test_cutting_keeps_as_many_whole_turns_as_fit(tmp_path):
+    tokenize = tokenizer_of(tmp_path)
     whole = Sample("a", turns(9))
     for kept in range(1, 9):
-        expected = tokenise(Sample("a", turns(kept)))
-        for room in (len(expected), len(tokenise(Sample("a", turns(kept + 1)))) - 1):
-            cut = shorten_sample(whole, tokenise, room)
+        expected = tokenize(Sample("a", turns(kept)))
+        for room in (len(expected), len(tokenize(Sample("a", turns(kept + 1)))) - 1):
+            cut = shorten_sample(whole, tokenize, room)
             assert np.array_equal(cut.ids, expected.ids)
-    assert shorten_sample(whole, tokenise, len(tokenise(Sample("a", turns(1)))) - 1) is None
+    assert shorten_sample(whole, tokenize, len(tokenize(Sample("a", turns(1)))) - 1) is None
 
 
-def test_cutting_leaves_out_branches_from_the_end(tmp_path):
-    tokenise = tokeniser(tmp_path)
+def test_cutting_removes_branches_from_the_end(tmp_path):
+    tokenize = tokenizer_of(tmp_path)
     branches = tuple((Message.of("user", f"q{n}"), Message.of("assistant", "yes")) for n in range(5))
     head = (Message.of("user", "some text"),)
-    expected = tokenise(Sample("a", head, branches[:3]))
-    assert np.array_equal(shorten_sample(Sample("a", head, branches), tokenise, len(expected)).ids, expected.ids)
-    assert shorten_sample(Sample("a", head, branches[:1]), tokenise, 5) is None
+    expected = tokenize(Sample("a", head, branches[:3]))
+    assert np.array_equal(shorten_sample(Sample("a", head, branches), tokenize, len(expected)).ids, expected.ids)
+    assert shorten_sample(Sample("a", head, branches[:1]), tokenize, 5) is None
 
 
-def test_cutting_drops_a_picture_with_its_exchange_and_never_a_part_of_it(file):
+def test_cutting_removes_an_image_with_its_turn_and_never_cuts_it(file):
     reader = reader_of(file)
     shown = Image(file.parent / "0.png")
     later = (Message.of("user", shown, "and?"), Message.of("assistant", "no"))
     whole = Sample("a", (*turns(1), *later, *turns(1)))
     part = reader.mixture.datasets[0]
 
-    def tokenise(sample):
-        return reader.tokenise(part, sample)
+    def tokenize(sample):
+        return reader.tokenize(part, sample)
 
-    full = len(tokenise(whole))
-    cuts = [shorten_sample(whole, tokenise, room) for room in range(full)]
+    full = len(tokenize(whole))
+    cuts = [shorten_sample(whole, tokenize, room) for room in range(full)]
     assert {len(cut.media) for cut in cuts if cut} == {0, 1}
     assert all(int(cut.is_placeholder.sum()) == 4 * len(cut.media) for cut in cuts if cut)
 
 
-def test_too_long_samples_are_cut_on_the_way_to_rows_and_counted(tmp_path):
+def test_overlong_samples_are_cut_and_counted(tmp_path):
     path = tmp_path / "long.jsonl"
     turns = [{"role": role, "content": "word " * 4} for _ in range(6) for role in ("user", "assistant")]
     path.write_text("".join(json.dumps({"id": str(n), "messages": turns[: 2 * n + 2]}) + "\n" for n in range(6)))
-    rows = lanes_of(reader_of(path), 1, max_length=150, overlong="truncate")
-    step = [rows.step()[0] for _ in range(6)]
+    streams = open_streams(reader_of(path), 1, max_length=150, overlong="truncate")
+    step = [streams.step()[0] for _ in range(6)]
     assert all(len(sample) <= 150 for row in step for sample in row)
-    assert rows.truncated > 0 == rows.dropped
+    assert streams.truncated > 0 == streams.dropped
     shown = [sample.id.split("/")[-1] for row in step for sample in row]
     assert set(shown) == set("012345")
-
-
-# Faults
 
 
 def damage(file, number):
     (file.parent / f"{number}.png").write_bytes(b"\x89PNG broken")
 
 
-def test_a_picture_that_cannot_be_read_is_an_error_that_names_data_set_sample_and_file(file):
+def test_an_unreadable_image_is_an_error_with_data_set_sample_and_file(file):
     for number in range(24):
         damage(file, number)
-    with pytest.raises(MediaError, match=r"\d+\.png.*not an image") as raised:
-        lanes_of(reader_of(file)).step()
+    with pytest.raises(MediaError) as raised:
+        open_streams(reader_of(file)).step()
+    assert raised.value.file.endswith(".png")
     assert raised.value.record.startswith("data set 'data', sample 'r")
 
 
-def test_faults_within_the_budget_are_skipped_alone_and_listed(file, tmp_path):
+def test_bad_samples_within_the_budget_are_skipped_alone_and_listed(file, tmp_path):
     reader = reader_of(file)
-    whole = lanes_of(reader_of(file))
+    whole = open_streams(reader_of(file))
     before = [[[s.id for s in row] for row in whole.step()] for _ in range(6)]
     damage(file, 4)
     log = BadSampleLog(tmp_path / "run" / "faults.jsonl", 5)
-    lanes = PackingStreams(
+    streams = PackingStreams(
         reader, 2, policy=PackingPolicy(max_length=96, look_ahead=6, max_faults=5), decode=reader.pixels, log=log
     )
-    after = [[[s.id for s in row] for row in lanes.step()] for _ in range(6)]
+    after = [[[s.id for s in row] for row in streams.step()] for _ in range(6)]
     bad = next(name for step in before for row in step for name in row if name.split("/")[-1] == "r4")
     assert after == [[[name for name in row if name != bad] for row in step] for step in before]
-    assert lanes.states == whole.states
+    assert streams.states == whole.states
     lines = [json.loads(line) for line in log.path.read_text().splitlines()]
     assert len(lines) == log.count > 0
-    assert all("4.png" in line["reason"] and "not an image" in line["reason"] for line in lines)
+    assert all("4.png" in line["reason"] for line in lines)
     assert all(reader(line["position"]).id == bad for line in lines)
 
 
-def fault(position, record=None):
+def bad(position, record=None):
     return BadSample(position, f"reason {position}", ("d.jsonl", position if record is None else record))
 
 
-def test_more_faults_than_allowed_stop_the_run_and_name_the_list(tmp_path):
+def test_more_bad_samples_than_allowed_are_an_error_with_the_log(tmp_path):
     log = BadSampleLog(tmp_path / "faults.jsonl", 1)
-    assert log.add([fault(3)]) == 1
+    assert log.add([bad(3)]) == 1
     with pytest.raises(DataError) as raised:
-        log.add([fault(4)])
+        log.add([bad(4)])
     assert (raised.value.file, raised.value.field) == (str(log.path), "data.max_faults")
     assert "reason 4" in raised.value.problem
 
 
-def test_a_sample_counts_once_however_often_it_is_visited(tmp_path):
+def test_a_sample_counts_once_for_any_number_of_visits(tmp_path):
     log = BadSampleLog(tmp_path / "faults.jsonl", 2)
-    # One step has the faults of all ranks; the epochs and repeats come back to records 3 and 4.
-    assert log.add([fault(3), fault(8, record=3)]) == 1
-    assert log.add([fault(13, record=3), fault(4), fault(14, record=4)]) == 1
-    assert log.add([fault(23, record=3), fault(24, record=4)]) == 0
+    # A step has the bad samples of all ranks; epochs and repeats read records 3 and 4 again.
+    assert log.add([bad(3), bad(8, record=3)]) == 1
+    assert log.add([bad(13, record=3), bad(4), bad(14, record=4)]) == 1
+    assert log.add([bad(23, record=3), bad(24, record=4)]) == 0
     assert log.count == 2
     lines = [json.loads(line) for line in log.path.read_text().splitlines()]
     assert [(line["position"], line["file"], line["record"]) for line in lines] == [
@@ -185,14 +177,14 @@ def test_a_sample_counts_once_however_often_it_is_visited(tmp_path):
         (4, "d.jsonl", 4),
     ]
     again = BadSampleLog(log.path, 2)
-    assert again.count == 2 and again.add([fault(33, record=3)]) == 0
+    assert again.count == 2 and again.add([bad(33, record=3)]) == 0
     with pytest.raises(DataError):
-        again.add([fault(35)])
+        again.add([bad(35)])
 
 
-def test_a_resumed_run_forgets_the_faults_that_it_will_meet_again(tmp_path):
+def test_a_resumed_run_drops_the_bad_samples_that_it_will_read_again(tmp_path):
     log = BadSampleLog(tmp_path / "faults.jsonl", 9)
-    log.add([fault(n) for n in range(4)])
+    log.add([bad(n) for n in range(4)])
     log.path.write_text(log.path.read_text() + '{"position": 9, "rea')
     states = [PackingStreamState(4, ()), PackingStreamState(5, (3,))]
     from vila.train.setup import _seen_by
@@ -202,14 +194,14 @@ def test_a_resumed_run_forgets_the_faults_that_it_will_meet_again(tmp_path):
     assert again.count == 3
 
 
-def test_a_list_of_version_one_counts_by_position(tmp_path):
+def test_a_log_of_version_one_counts_by_position(tmp_path):
     path = tmp_path / "faults.jsonl"
     path.write_text('{"position": 3, "reason": "x"}\n{"position": 4, "reason": "x"}\n')
     assert BadSampleLog(path, 9).count == 2
 
 
 @pytest.mark.parametrize("line", ["not json", "[1]", "{}", '{"position": "3"}', '{"position": true}', '"cut \\ud83d"'])
-def test_a_damaged_list_is_named(line, tmp_path):
+def test_a_damaged_log_is_an_error_with_the_line(line, tmp_path):
     path = tmp_path / "faults.jsonl"
     path.write_text(f'{{"position": 3, "reason": "x"}}\n{line}\n')
     with pytest.raises(CheckpointError) as raised:
@@ -219,9 +211,9 @@ def test_a_damaged_list_is_named(line, tmp_path):
 
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("packing", ["rows", "none", "grouped"])
-def test_epochs_and_repeats_come_back_to_a_damaged_sample_and_it_counts_once(file, tmp_path, world, packing):
+def test_a_damaged_sample_counts_once_over_epochs_and_repeats(file, tmp_path, world, packing):
     damage(file, 4)
-    entries = [Entry("messages", str(file), repeat=2), Entry("messages", str(file))]
+    entries = [DatasetEntry("messages", str(file), repeat=2), DatasetEntry("messages", str(file))]
     log = BadSampleLog(tmp_path / "faults.jsonl", 1)
     policy = PackingPolicy(max_length=96, look_ahead=6, max_faults=1, packing=packing)
     reader = reader_of(*entries)
@@ -230,34 +222,34 @@ def test_epochs_and_repeats_come_back_to_a_damaged_sample_and_it_counts_once(fil
         for rank in range(world)
     ]
     visits = 0
-    while visits < 12:  # three of an epoch
-        faults = [one for lanes in ranks for row in lanes.step() for one in row.bad_samples]
-        log.add(faults)
-        visits += len(faults)
+    while visits < 12:  # three per epoch
+        found = [one for streams in ranks for sequence in streams.step() for one in sequence.bad_samples]
+        log.add(found)
+        visits += len(found)
     assert log.count == 1
     assert json.loads(log.path.read_text()) | {"position": 0, "reason": ""} == {
         "position": 0, "file": str(file), "record": 4, "reason": ""
     }  # fmt: skip
 
 
-def test_a_second_damaged_sample_exceeds_a_budget_of_one_inside_a_lane_too(file):
+def test_a_second_damaged_sample_exceeds_a_budget_of_one_inside_a_stream_too(file):
     damage(file, 4)
     damage(file, 7)
     reader = reader_of(file)
     policy = PackingPolicy(max_length=96, look_ahead=6, max_faults=1)
-    lanes = PackingStreams(reader, 1, policy=policy, decode=reader.pixels, location=reader.location)
+    streams = PackingStreams(reader, 1, policy=policy, decode=reader.pixels, location=reader.location)
     with pytest.raises(DataError) as raised:
         for _ in range(24):
-            lanes.step()
+            streams.step()
     assert raised.value.field == "data.max_faults"
 
 
-def test_a_record_that_no_format_can_read_counts_as_a_fault_too(file):
+def test_a_record_that_is_not_json_counts_as_a_bad_sample(file):
     lines = file.read_text().splitlines()
     lines[7] = "x" * len(lines[7])
     file.write_text("\n".join(lines) + "\n")
     fresh = reader_of(file)
-    lanes = PackingStreams(fresh, 1, policy=PackingPolicy(max_length=96, look_ahead=40, max_faults=9))
-    row = lanes.step()[0]
-    assert row.bad_samples
-    assert f"{file}, record 7: not JSON" in row.bad_samples[0].reason
+    streams = PackingStreams(fresh, 1, policy=PackingPolicy(max_length=96, look_ahead=40, max_faults=9))
+    sequence = streams.step()[0]
+    assert sequence.bad_samples
+    assert f"{file}, record 7" in sequence.bad_samples[0].reason

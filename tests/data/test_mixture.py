@@ -1,4 +1,4 @@
-"""Mixtures: exact shares, splits that never overlap, and what a data set may say for itself."""
+"""Mixtures: exact proportions, disjoint splits, settings of a data set, estimated statistics."""
 
 import json
 from collections import Counter
@@ -9,32 +9,29 @@ from hypothesis import strategies as st
 
 from tests.data.test_order import Numbers
 from vila.core.errors import DataError, UnknownNameError
-from vila.data.dataset import Entry, Split, Subset, open_mixture
+from vila.data.dataset import DatasetEntry, Split, Subset, open_mixture
 from vila.data.mixture import Mixture, MixtureDataset
 from vila.data.stats import dataset_stats
 
 
-def shares(mixture, start, stop):
+def counts_by_name(mixture, start, stop):
     return Counter(mixture.datasets[mixture.locate(p)[0]].name for p in range(start, stop))
-
-
-# Shares
 
 
 def test_weights_divide_an_epoch_as_long_as_all_data_sets():
     parts = [MixtureDataset("a", Numbers(900, "a"), weight=1), MixtureDataset("b", Numbers(100, "b"), weight=1)]
     mixture = Mixture(parts, seed=4)
     assert mixture.epoch_length == 1000
-    assert shares(mixture, 0, 1000) == {"a": 500, "b": 500}
+    assert counts_by_name(mixture, 0, 1000) == {"a": 500, "b": 500}
     counts = Counter(mixture[p][1].id for p in range(2000))
-    # 1000 of each in two epochs: every sample of b ten times, of a once or, the first hundred of the next pass, twice.
+    # 1000 of each in two epochs: every sample of b ten times, of a once, and its first hundred of the next pass twice.
     assert {counts[f"b{i}"] for i in range(100)} == {10}
     assert Counter(counts[f"a{i}"] for i in range(900)) == {1: 800, 2: 100}
 
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 50), st.floats(0.01, 10)), min_size=1, max_size=6))
-def test_weighted_counts_add_up_and_are_within_one_of_the_exact_share(sets):
+def test_weighted_counts_add_up_and_are_within_one_of_the_exact_fraction(sets):
     mixture = Mixture([MixtureDataset(str(n), Numbers(size), weight=w) for n, (size, w) in enumerate(sets)], seed=0)
     length, total = sum(size for size, _ in sets), sum(w for _, w in sets)
     assert mixture.epoch_length == sum(mixture.samples_per_epoch) == length
@@ -43,39 +40,37 @@ def test_weighted_counts_add_up_and_are_within_one_of_the_exact_share(sets):
     )
 
 
-def test_a_fraction_of_an_epoch_has_about_the_same_shares():
+def test_part_of_an_epoch_has_about_the_same_proportions():
     mixture = Mixture(
         [MixtureDataset("a", Numbers(6000, "a")), MixtureDataset("b", Numbers(2000, "b"), repeat=2)], seed=9
     )
     for start in range(0, 10_000, 1000):
         # 400 +- 15.5 by chance; five deviations.
-        assert abs(shares(mixture, start, start + 1000)["b"] - 400) < 78
+        assert abs(counts_by_name(mixture, start, start + 1000)["b"] - 400) < 78
 
 
 @pytest.mark.parametrize(
-    ("parts", "message"),
+    ("parts", "names"),
     [
         (
             [MixtureDataset("a", Numbers(3), weight=1), MixtureDataset("b", Numbers(3))],
-            "data sets 'b' have no weight, others have; give all",
+            ["b"],
         ),
         (
             [MixtureDataset("a", Numbers(3), weight=1), MixtureDataset("b", Numbers(0), weight=1)],
-            "data sets 'b' are empty and cannot have",
+            ["b"],
         ),
     ],
 )
-def test_weights_that_cannot_be_kept_are_refused(parts, message):
-    with pytest.raises(DataError, match=message):
+def test_missing_weights_and_weights_of_empty_data_sets_are_errors_with_their_names(parts, names):
+    with pytest.raises(DataError) as caught:
         Mixture(parts, seed=0)
-
-
-# Views
+    assert caught.value.value == names
 
 
 @settings(max_examples=40, deadline=None)
 @given(size=st.integers(0, 4200), fraction=st.floats(0.001, 0.999))
-def test_training_and_validation_share_out_the_data_set(size, fraction):
+def test_training_and_validation_split_partition_the_data_set(size, fraction):
     source = Numbers(size)
     train, val = Split(source, fraction, val=False), Split(source, fraction, val=True)
     left, right = ([view.locate(i) for i in range(len(view))] for view in (train, val))
@@ -84,7 +79,7 @@ def test_training_and_validation_share_out_the_data_set(size, fraction):
     assert abs(sum(i < whole for i in right) - whole * fraction) <= 1
 
 
-def test_samples_that_are_appended_move_no_other_between_the_shares():
+def test_appended_samples_move_no_other_sample_between_the_splits():
     def val(size):
         view = Split(Numbers(size), 0.1, val=True)
         return {view.locate(i) for i in range(len(view))}
@@ -99,13 +94,10 @@ def test_a_subset_is_fixed_and_without_repeats():
     assert chosen != sorted(chosen)
     assert chosen == [Subset(Numbers(1000), 30).locate(i) for i in range(30)]
     assert len(Subset(Numbers(5), 30)) == 5
-    with pytest.raises(IndexError, match="index 30 is outside a subset of 30"):
+    with pytest.raises(IndexError):
         subset[30]
-    with pytest.raises(IndexError, match="index 90 is outside a share of 90"):
+    with pytest.raises(IndexError):
         Split(Numbers(100), 0.1, val=False)[90]
-
-
-# Entries
 
 
 @pytest.fixture
@@ -119,11 +111,11 @@ def file(tmp_path):
     return str(path)
 
 
-def test_entries_take_shares_subsets_and_names(file):
+def test_entries_select_splits_subsets_and_get_unique_names(file):
     mixture = open_mixture(
         [
-            Entry("messages", file, val_fraction=0.25, max_samples=7),
-            Entry("messages", file, val_fraction=0.25, split="val", image_mode="resize", template="caption"),
+            DatasetEntry("messages", file, val_fraction=0.25, max_samples=7),
+            DatasetEntry("messages", file, val_fraction=0.25, split="val", image_mode="resize", template="caption"),
         ],
         seed=0,
     )
@@ -134,37 +126,35 @@ def test_entries_take_shares_subsets_and_names(file):
     assert not first & second
 
 
-def test_an_unknown_template_of_an_entry_is_refused_at_once(file):
-    with pytest.raises(UnknownNameError, match="vicuna"):
-        open_mixture([Entry("messages", file, template="vicunna_v1")], seed=0)
+def test_an_unknown_template_of_an_entry_is_an_error_on_opening(file):
+    with pytest.raises(UnknownNameError) as caught:
+        open_mixture([DatasetEntry("messages", file, template="vicunna_v1")], seed=0)
+    assert "vicuna_v1" in caught.value.near
 
 
-# What is in it
-
-
-def test_a_survey_counts_samples_and_estimates_tokens_and_pictures():
-    from tests.data.test_pack import sample
+def test_statistics_count_samples_and_estimate_tokens_and_images():
+    from tests.data.test_packing import sample
 
     parts = [
         MixtureDataset("long", Numbers(100)),
         MixtureDataset("short", Numbers(50), repeat=2),
         MixtureDataset("none", Numbers(0)),
     ]
-    rows = dataset_stats(
+    found = dataset_stats(
         Mixture(parts, seed=0), lambda part, s: sample(0, 30, images=2) if part.name == "long" else sample(0, 10), 8
     )
-    assert [(row.name, row.samples, row.tokens, row.images) for row in rows] == [
+    assert [(one.name, one.samples, one.tokens, one.images) for one in found] == [
         ("long", 100, 3000, 200),
         ("short", 100, 1000, 0),
         ("none", 0, 0, 0),
     ]
-    assert [row.token_share for row in rows] == [0.75, 0.25, 0.0]
-    assert [row.surveyed for row in rows] == [8, 8, 0]
+    assert [one.token_share for one in found] == [0.75, 0.25, 0.0]
+    assert [one.num_measured for one in found] == [8, 8, 0]
 
 
-def test_a_survey_of_everything_is_exact():
-    from tests.data.test_pack import sample
+def test_statistics_of_all_samples_are_exact():
+    from tests.data.test_packing import sample
 
     mixture = Mixture([MixtureDataset("a", Numbers(20))], seed=0)
-    (row,) = dataset_stats(mixture, lambda part, s: sample(0, int(s.id[1:]) + 1), 100)
-    assert (row.tokens, row.surveyed) == (210, 20)
+    (one,) = dataset_stats(mixture, lambda part, s: sample(0, int(s.id[1:]) + 1), 100)
+    assert (one.tokens, one.num_measured) == (210, 20)

@@ -23,6 +23,7 @@ class Numbers:
         return Sample(f"{self.tag}{index}", (Message.of("user", str(index)),))
 
     unread = MappingProxyType({})
+    files = ()
 
     def location(self, index):
         return self.tag, index
@@ -35,17 +36,17 @@ def test_every_permutation_is_a_bijection(size, seed, epoch):
     assert sorted(order[i] for i in range(size)) == list(range(size))
 
 
-def test_seeds_and_epochs_give_other_orders():
+def test_every_seed_and_epoch_has_its_own_order():
     orders = {tuple(Permutation(50, s, e)[i] for i in range(50)) for s in range(3) for e in range(3)}
     assert len(orders) == 9
 
 
-def test_a_position_far_away_is_found_at_once():
+def test_a_distant_position_costs_no_more_than_a_near_one():
     assert 0 <= Permutation(10**12, 0, 0)[10**11] < 10**12
 
 
-def test_a_position_outside_is_refused():
-    with pytest.raises(IndexError, match=r"position 5 is outside range\(5\)"):
+def test_a_position_outside_the_range_is_an_index_error():
+    with pytest.raises(IndexError):
         Permutation(5, 0, 0)[5]
 
 
@@ -53,7 +54,7 @@ def ids(mixture, start, stop):
     return [mixture[p][1].id for p in range(start, stop)]
 
 
-def test_an_epoch_shows_every_sample_once():
+def test_an_epoch_has_every_sample_once():
     mixture = Mixture([MixtureDataset("a", Numbers(7, "a")), MixtureDataset("b", Numbers(5, "b"))], seed=1)
     assert len(set(ids(mixture, 0, 12))) == 12
     assert sorted(ids(mixture, 0, 12)) == sorted(ids(mixture, 12, 24))
@@ -76,6 +77,6 @@ def test_reading_in_another_order_changes_nothing():
     assert [mixture[p][1].id for p in reversed(range(30))] == forward[::-1]
 
 
-def test_an_empty_mixture_is_refused():
-    with pytest.raises(DataError, match="the mixture of a has no samples"):
+def test_an_empty_mixture_is_an_error():
+    with pytest.raises(DataError):
         Mixture([MixtureDataset("a", Numbers(0))], seed=0)

@@ -1,4 +1,4 @@
-"""What the tower sees of images, and which samples are longer than a row: hand-worked numbers."""
+"""Preview of image resizing and of overlong samples, with numbers worked out by hand."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from tests.data.shards import write_lines
 from vila.core.errors import ConfigError
 from vila.core.types import Image
 from vila.core.vision_spec import VisionSpec
-from vila.data.dataset import Entry
+from vila.data.dataset import DatasetEntry
 from vila.data.formats.base import FORMATS
 from vila.data.preview import ImagePreview, LengthPreview, first_images, preview_images, save_views, views_spec
 from vila.data.stats import dataset_stats, require_images
@@ -24,7 +24,7 @@ def preview(size, mode, *sizes):
     return found
 
 
-def test_a_screen_in_56_pixels_loses_its_text():
+def test_a_screenshot_in_56_pixels_loses_its_text():
     found = preview(56, "pad", (1024, 768), (1024, 768), (1024, 768))
     assert found.mean_size == (1024, 768)
     assert found.reduction == 18.3  # 1024 / 56
@@ -54,7 +54,7 @@ def test_images_that_a_mode_changes_strongly_are_counted(mode, size, reduction, 
     assert len(found.lines()) == 1 + changed
 
 
-def test_small_images_and_none_are_said_without_a_warning():
+def test_small_images_and_no_images_have_no_warning():
     assert preview(100, "pad").lines() == []
     (line,) = preview(100, "pad", (50, 50)).lines()
     assert "readable" not in line
@@ -67,7 +67,7 @@ def test_the_reduction_is_a_median_and_the_memory_does_not_grow_with_the_images(
     assert len(found._reductions) <= 501
 
 
-def test_a_tower_that_crops_nothing_is_a_resize_and_a_data_set_has_its_own_mode():
+def test_a_tower_without_center_crop_resizes_and_a_data_set_has_its_own_mode():
     spec = VisionSpec(28, 4, (0.5,) * 3, (0.5,) * 3, "square", center_crop=False)
     assert ImagePreview.of(spec).image_mode == "resize"
     assert ImagePreview.of(spec, "pad").image_mode == "pad"
@@ -76,7 +76,7 @@ def test_a_tower_that_crops_nothing_is_a_resize_and_a_data_set_has_its_own_mode(
 @pytest.mark.parametrize(
     ("overlong", "kept", "left_out", "lost"), [("error", None, 0, 0), ("drop", 0, 1, 30), ("truncate", 12, 0, 18)]
 )
-def test_samples_longer_than_a_row_are_counted(overlong, kept, left_out, lost):
+def test_overlong_samples_are_counted(overlong, kept, left_out, lost):
     rows = LengthPreview(20, overlong)
     rows.add(20)
     assert rows.lines() == []
@@ -85,7 +85,7 @@ def test_samples_longer_than_a_row_are_counted(overlong, kept, left_out, lost):
     assert len(rows.lines()) == 1
 
 
-def test_images_of_a_few_samples_are_previewed_and_what_cannot_be_read_is_left_out(tmp_path):
+def test_images_of_a_few_samples_are_previewed_without_unreadable_ones(tmp_path):
     file = write_records(tmp_path)  # 16 images of 40 x 20
     (tmp_path / "4.png").write_bytes(b"broken")
     part = reader_of(file).mixture.datasets[0]
@@ -94,35 +94,36 @@ def test_images_of_a_few_samples_are_previewed_and_what_cannot_be_read_is_left_o
     assert len(first_images(part, 3)) == 3 and len(first_images(part, 99)) == 15
 
 
-def test_views_are_the_bytes_that_the_tower_reads(tmp_path):
+def test_saved_views_are_the_bytes_that_the_tower_reads(tmp_path):
     PilImage.effect_noise((90, 30), 80).convert("RGB").save(tmp_path / "a b.png")
     image = Image(tmp_path / "a b.png")
     (path,) = save_views([image], SPEC, tmp_path / "views", start=7)
     assert path.name == "007_a_b.png"
-    seen = np.asarray(PilImage.open(path)).transpose(2, 0, 1)
-    assert np.array_equal(seen, square_bytes(open_image(image), SPEC))
-    part = reader_of(Entry("messages", str(write_lines(tmp_path / "d.jsonl", [{"messages": []}])), image_mode="resize"))
-    assert views_spec(SPEC, part.mixture.datasets[0]).image_mode == "resize"
+    view = np.asarray(PilImage.open(path)).transpose(2, 0, 1)
+    assert np.array_equal(view, square_bytes(open_image(image), SPEC))
+    path = write_lines(tmp_path / "d.jsonl", [{"messages": []}])
+    reader = reader_of(DatasetEntry("messages", str(path), image_mode="resize"))
+    assert views_spec(SPEC, reader.mixture.datasets[0]).image_mode == "resize"
 
 
-def test_a_survey_has_the_lengths_that_it_saw(tmp_path):
+def test_statistics_have_the_lengths_of_the_measured_samples(tmp_path):
     reader = reader_of(write_records(tmp_path))
-    (share,) = dataset_stats(reader.mixture, reader.tokenise, 24)
-    assert len(share.lengths) == 24 == share.surveyed
-    assert sum(share.lengths) == share.tokens
+    (stats,) = dataset_stats(reader.mixture, reader.tokenize, 24)
+    assert len(stats.lengths) == 24 == stats.num_measured
+    assert sum(stats.lengths) == stats.tokens
 
 
-def test_data_without_images_are_refused_where_images_are_needed(tmp_path):
-    said = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
-    text = write_lines(tmp_path / "text.jsonl", [said] * 9)
+def test_data_without_images_are_an_error_if_training_needs_images(tmp_path):
+    turn = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+    text = write_lines(tmp_path / "text.jsonl", [turn] * 9)
     mixture = reader_of(text).mixture
     with pytest.raises(ConfigError) as raised:
         require_images(mixture, "nothing else is trained")
     assert raised.value.field == "data.mixture" and "9 samples" in raised.value.problem
-    shown = {"messages": [{"role": "user", "content": [{"type": "image", "path": "p.png"}]}, said["messages"][1]]}
-    require_images(reader_of(text, write_lines(tmp_path / "one.jsonl", [shown])).mixture, "")
-    clip = {"messages": [{"role": "user", "content": [{"type": "video", "path": "p.mp4"}]}, said["messages"][1]]}
-    require_images(reader_of(write_lines(tmp_path / "clip.jsonl", [clip])).mixture, "")
-    # A record that cannot be read may hold one.
-    require_images(reader_of(write_lines(tmp_path / "bad.jsonl", [said, {}])).mixture, "")
+    with_image = {"messages": [{"role": "user", "content": [{"type": "image", "path": "p.png"}]}, turn["messages"][1]]}
+    require_images(reader_of(text, write_lines(tmp_path / "one.jsonl", [with_image])).mixture, "")
+    video = {"messages": [{"role": "user", "content": [{"type": "video", "path": "p.mp4"}]}, turn["messages"][1]]}
+    require_images(reader_of(write_lines(tmp_path / "video.jsonl", [video])).mixture, "")
+    # An unreadable record may have an image.
+    require_images(reader_of(write_lines(tmp_path / "bad.jsonl", [turn, {}])).mixture, "")
     assert FORMATS["messages"].open(text, tmp_path)[0].media == ()

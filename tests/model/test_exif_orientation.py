@@ -16,8 +16,7 @@ from tests.model.layouts.published import FIXTURES
 from vila.config import Recipe, load_recipe
 from vila.core.types import Image
 from vila.core.vision_spec import VisionSpec
-from vila.data.dataset import Entry
-from vila.data.packing import compact
+from vila.data.dataset import DatasetEntry
 from vila.model.loading import load_model, save_model
 from vila.train.setup import load_initial_model, open_initial_model
 
@@ -62,11 +61,11 @@ def test_training_data_are_turned_as_the_settings_say(tmp_path):
     (tmp_path / "a.png").write_bytes(sideways())
     content = [{"type": "image", "path": "a.png"}, "what?"]
     row = {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "yes"}]}
-    reader = reader_of(Entry("messages", str(write_lines(tmp_path / "data.jsonl", [{"id": "r0", **row}]))))
+    reader = reader_of(DatasetEntry("messages", str(write_lines(tmp_path / "data.jsonl", [{"id": "r0", **row}]))))
     for applied, image in ((True, upright()), (False, stored())):
         reader = replace(reader, spec=replace(SPEC, exif_orientation=applied))
         expected = tiny.vila()[1].pixels([Image(image)])[0]
-        np.testing.assert_array_equal(reader.pixels(0, compact(reader(0)))[0], expected.numpy())
+        np.testing.assert_array_equal(reader.pixels(0, reader(0))[0], expected.numpy())
 
 
 def test_the_setting_is_written_only_where_it_is_not_the_default():

@@ -74,15 +74,15 @@ def plain_gradients(folder, ids):
     total, supervised = 0.0, 0
     for one in conversations(folder, ids):
         tokens = tokenize_sample(one, template, processor.span_tokenizer, lambda medium: spec.tokens_per_image)
-        text = torch.from_numpy(tokens.ids.copy())
-        slots = torch.from_numpy(tokens.is_placeholder.copy()).bool()
+        text = torch.from_numpy(tokens.ids).long()
+        is_placeholder = torch.from_numpy(tokens.is_placeholder)
         embeds = torch.zeros(len(text), model.config.text_config.hidden_size)
-        embeds[~slots] = model.get_input_embeddings()(text[~slots])
+        embeds[~is_placeholder] = model.get_input_embeddings()(text[~is_placeholder])
         if tokens.media:
             pixels = processor.pixels([item for item in tokens.media if isinstance(item, Image)])
-            embeds[slots] = model.projector(model.vision_features(pixels)).flatten(0, 1)
+            embeds[is_placeholder] = model.projector(model.vision_features(pixels)).flatten(0, 1)
         logits = model.language_model(inputs_embeds=embeds[None], use_cache=False).logits[0]
-        labels = torch.from_numpy(tokens.labels.copy())[1:]
+        labels = torch.from_numpy(tokens.labels)[1:]
         total = total + functional.cross_entropy(logits[:-1], labels, reduction="sum")
         supervised += int((labels != -100).sum())
     (total / supervised).backward()

@@ -75,11 +75,11 @@ def test_cached_features_need_no_workers(stand):
 
 
 def test_a_global_batch_that_does_not_fit_the_ranks_is_refused(stand):
-    from vila.data.dataset import Entry, open_mixture
+    from vila.data.dataset import DatasetEntry, open_mixture
     from vila.train.setup import build_rows
 
     recipe = stand_recipe(stand, "ranks", "batch.rows=4")
-    mixture = open_mixture([Entry("messages", str(stand / "data.jsonl"))], 0)
+    mixture = open_mixture([DatasetEntry("messages", str(stand / "data.jsonl"))], 0)
     with pytest.raises(ConfigError) as caught:
         build_rows(recipe, None, mixture, None, world=3)
     assert (caught.value.field, caught.value.value, caught.value.expected) == ("batch", 4, "3 or 6")

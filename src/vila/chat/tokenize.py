@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -48,27 +48,73 @@ class Tokens:
         return sum(start + length <= position for start, length in self.runs)
 
 
+class TokenSegment(NamedTuple):
+    """A run of consecutive tokens of a sample: a shared prefix, or one conversation (behind the prefix).
+
+    length:   number of tokens.
+    position: position id of the first token.
+    parent:   index of the segment that these tokens also attend to, -1 for none.
+    """
+
+    length: int
+    position: int
+    parent: int
+
+
 @dataclass(frozen=True, slots=True)
 class TokenizedSample:
-    """Tokens of a sample with all image placeholders inserted. All arrays are int64 [S].
+    """A tokenized sample, images expanded to placeholders. Compact, since look-ahead buffers hold thousands of them.
 
-    positions:      position ids; those of a branch continue after the shared prefix.
-    segments:       segment ids from 0; all 0 without branches. A token attends to its own and its parent segment.
-    parents:        parent segment id of each token's segment, -1 if none.
-    is_placeholder: 1 at image placeholders.
+    ids:            int32 [S], `image_token_id` at every image placeholder.
+    is_supervised:  bool [S], True for the tokens that are their own labels.
+    segments:       in order of the tokens; a sample without branches has one.
+    media:          references in reading order, never pixels.
+    dataset:        name of the data set of a mixture, "" if there is none.
     """
 
     id: str
-    ids: Array
-    labels: Array
-    positions: Array
-    segments: Array
-    parents: Array
-    is_placeholder: Array
+    ids: np.ndarray[Any, np.dtype[np.int32]]
+    is_supervised: np.ndarray[Any, np.dtype[np.bool_]]
+    segments: tuple[TokenSegment, ...]
+    image_token_id: int
     media: tuple[Image | Video, ...]
+    dataset: str = ""
 
     def __len__(self) -> int:
         return int(self.ids.shape[0])
+
+    @property
+    def labels(self) -> Array:
+        """Ids of the supervised tokens, IGNORE elsewhere, int64 [S]."""
+        return np.where(self.is_supervised, self.ids, np.int64(IGNORE))
+
+    @property
+    def is_placeholder(self) -> np.ndarray[Any, np.dtype[np.bool_]]:
+        """True where an image feature belongs, bool [S]."""
+        is_placeholder: np.ndarray[Any, np.dtype[np.bool_]] = self.ids == self.image_token_id
+        return is_placeholder
+
+    @property
+    def positions(self) -> Array:
+        """Position ids, int64 [S]: they restart in every conversation, and continue behind a shared prefix."""
+        lengths, starts, _ = self._columns()
+        positions: Array = np.arange(len(self)) + np.repeat(starts - (np.cumsum(lengths) - lengths), lengths)
+        return positions
+
+    @property
+    def segment_ids(self) -> Array:
+        """Index of each token's segment, int64 [S]."""
+        lengths, _, _ = self._columns()
+        return np.repeat(np.arange(len(lengths)), lengths)
+
+    @property
+    def parent_ids(self) -> Array:
+        """Index of the segment that each token's segment also attends to, -1 for none, int64 [S]."""
+        lengths, _, parents = self._columns()
+        return np.repeat(parents, lengths)
+
+    def _columns(self) -> Array:
+        return np.array(self.segments, dtype=np.int64).reshape(-1, 3).T
 
 
 class SpanTokenizer:
@@ -250,24 +296,24 @@ def tokenize_sample(
     return _join(sample.id, conversations, tokenizer.image_token_id)
 
 
-def _join(sample_id: str, conversations: list[Tokens], image_token_id: int) -> TokenizedSample:
-    shared = shared_prefix(conversations) if len(conversations) > 1 else 0
-    first = conversations[0]
-    parts = [(first.ids[:shared], first.labels[:shared], 0)] if shared else []  # (ids, labels, first position)
-    media = first.media[: first.media_before(shared)]
-    for tokens in conversations:
-        parts.append((tokens.ids[shared:], tokens.labels[shared:], shared))
-        media = [*media, *tokens.media[tokens.media_before(shared) :]]
-    lengths = [len(ids) for ids, _, _ in parts]
-    ids = np.concatenate([np.asarray(part, dtype=np.int64) for part, _, _ in parts])
-    labels = np.concatenate([np.asarray(part, dtype=np.int64) for _, part, _ in parts])
-    positions = np.concatenate([np.arange(start, start + len(part)) for part, _, start in parts])
-    segments = np.repeat(np.arange(len(parts)), lengths)
-    parents = np.repeat([-1] + [0 if shared else -1] * (len(parts) - 1), lengths)
+def _join(sample_id: str, parts: list[Tokens], image_token_id: int) -> TokenizedSample:
+    shared = shared_prefix(parts) if len(parts) > 1 else 0
+    head = parts[0]
+    pieces = [(head.ids[:shared], head.labels[:shared], 0)] if shared else []
+    media = head.media[: head.media_before(shared)]
+    for part in parts:
+        pieces.append((part.ids[shared:], part.labels[shared:], shared))
+        media = [*media, *part.media[part.media_before(shared) :]]
+    lengths = [len(ids) for ids, _, _ in pieces]
+    ids = np.concatenate([np.asarray(piece, dtype=np.int32) for piece, _, _ in pieces])
+    is_supervised = np.concatenate([np.asarray(piece, dtype=np.int64) for _, piece, _ in pieces]) != IGNORE
     # The first token of a segment has no predecessor in it that could predict it.
-    labels[np.cumsum([0, *lengths[:-1]])] = IGNORE
-    is_placeholder = (ids == image_token_id).astype(np.int64)
-    return TokenizedSample(sample_id, ids, labels, positions, segments, parents, is_placeholder, tuple(media))
+    is_supervised[np.cumsum([0, *lengths[:-1]])] = False
+    segments = tuple(
+        TokenSegment(length, start, 0 if shared and number else -1)
+        for number, (length, (_, _, start)) in enumerate(zip(lengths, pieces, strict=True))
+    )
+    return TokenizedSample(sample_id, ids, is_supervised, segments, image_token_id, tuple(media))
 
 
 def shared_prefix(conversations: Sequence[Tokens]) -> int:

@@ -18,7 +18,7 @@ from vila.core.progress import SILENT, Events
 
 if TYPE_CHECKING:
     from vila.cli.data_check import Findings, Stats
-    from vila.data.dataset import Entry
+    from vila.data.dataset import DatasetEntry
 
 
 app = typer.Typer(help="Convert, check, inspect and count training data.", no_args_is_help=True)
@@ -155,7 +155,7 @@ def inspect(
     page = Page(f"Samples of {data}", f"template {opened.template}")
     cards = []
     for part, at in places:
-        tokens = opened.tokenise(part, part.source[at])
+        tokens = opened.tokenize(part, part.source[at])
         runs = runs_of(tokens, opened.tokenizer, opened.slots_per_image)
         typer.echo(f"{part.name} sample {tokens.id}: {len(tokens):,} tokens")
         Console(highlight=False).print(as_terminal_text(runs), soft_wrap=True)
@@ -201,9 +201,9 @@ def index(
     """Build the record index of [bold]FILE[/bold] before its first use, and print its path."""
     from vila.cli.data_sets import parse_options
     from vila.cli.progress import Screen
-    from vila.data.dataset import Entry
+    from vila.data.dataset import DatasetEntry
 
-    entry = Entry(format=form, path=path, image_root=image_root, options=parse_options(options or ()))
+    entry = DatasetEntry(format=form, path=path, image_root=image_root, options=parse_options(options or ()))
     with Screen() as screen:
         indexed = index_data(entry, screen)
     print_indexed(path, indexed)
@@ -319,12 +319,12 @@ class Indexed:
     found: tuple[Path, ...]
 
 
-def index_data(entry: Entry, events: Events = SILENT) -> Indexed:
+def index_data(entry: DatasetEntry, events: Events = SILENT) -> Indexed:
     """Open a data set, which indexes each of its files that has no index or a stale one."""
-    from vila.data.dataset import open_entry
+    from vila.data.dataset import open_dataset
 
     before = _indexes(entry.path)
-    records = len(open_entry(entry, events))
+    records = len(open_dataset(entry, events))
     after = _indexes(entry.path)
     found = {file for file, state in after.items() if before.get(file) == state}
     return Indexed(records, tuple(sorted(after.keys() - found)), tuple(sorted(found)))

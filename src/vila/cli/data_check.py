@@ -16,7 +16,6 @@ from vila.data.stats import NameSet, histogram, min_median_max
 from vila.prepare.licences import licences_of
 
 if TYPE_CHECKING:
-    from vila.chat.tokenize import TokenizedSample
     from vila.core.types import Sample
     from vila.data.mixture import MixtureDataset
     from vila.data.preview import ImagePreview, LengthPreview
@@ -202,7 +201,7 @@ def _place(item: Image | Video) -> str:
 class Stats:
     """One data set in one epoch.
 
-    exact:      whether tokens and images were counted in all of it, not estimated from `share.surveyed` samples.
+    exact:      whether tokens and images were counted in all of it, not estimated from `share.num_measured` samples.
     has_tokens: whether a tokenizer counted; else `share.tokens` and `share.token_share` mean nothing, and a clip counts
                 as one image, as only a model says how many frames it takes.
     licences:   what is known of where it is from; nothing for data of your own.
@@ -224,7 +223,7 @@ class Stats:
             "tokens": self.share.tokens if self.has_tokens else None,
             "token_share": round(self.share.token_share, 4) if self.has_tokens else None,
             "exact": self.exact,
-            "surveyed": self.share.surveyed,
+            "surveyed": self.share.num_measured,
             "licences": [
                 {"name": one.name, "licence": one.licence, "forbids": one.forbids, "source": one.source}
                 | {"checked": one.checked}
@@ -241,25 +240,15 @@ def stats_of(data: DataSets, sample: int) -> list[Stats]:
     from vila.data.stats import dataset_stats
 
     largest = max(len(part.source) for part in data.mixture.datasets)
-    shares = dataset_stats(data.mixture, data.tokenise if data.reader else _untokenised, sample or largest)
+    shares = dataset_stats(data.mixture, data.tokenize if data.reader else None, sample or largest)
     return [
         Stats(
             share,
             path,
             # A share of a data set is another one in every epoch, so its pictures are not the same number.
-            exact=share.surveyed == len(part.source) and share.samples % (len(part.source) or 1) == 0,
+            exact=share.num_measured == len(part.source) and share.samples % (len(part.source) or 1) == 0,
             has_tokens=data.reader is not None,
             licences=licences_of(path),
         )
         for share, part, path in zip(shares, data.mixture.datasets, data.paths, strict=True)
     ]
-
-
-def _untokenised(part: MixtureDataset, sample: Sample) -> TokenizedSample:
-    """A sample without a token, which still has its media."""
-    import numpy as np
-
-    from vila.chat.tokenize import TokenizedSample
-
-    none = np.zeros(0, dtype=np.int64)
-    return TokenizedSample(sample.id, none, none, none, none, none, none, sample.media)

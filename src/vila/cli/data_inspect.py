@@ -42,12 +42,12 @@ def runs_of(sample: TokenizedSample, tokenizer: Any, slots_per_image: int) -> li
     from vila.engine.detokenize import decoder_of
 
     decode = decoder_of(tokenizer, skip_special_tokens=False)
-    slots = sample.is_placeholder.cumsum().tolist()
+    placeholders = sample.is_placeholder.cumsum().tolist()
     keys = [
-        (segment, kind, (slots[place] - 1) // slots_per_image if kind == "image" else -1)
-        for place, (segment, kind) in enumerate(zip(sample.segments.tolist(), _kinds(sample), strict=True))
+        (segment, kind, (placeholders[place] - 1) // slots_per_image if kind == "image" else -1)
+        for place, (segment, kind) in enumerate(zip(sample.segment_ids.tolist(), _kinds(sample), strict=True))
     ]
-    parent_of = dict(zip(sample.segments.tolist(), sample.parents.tolist(), strict=True))
+    parent_of = {number: segment.parent for number, segment in enumerate(sample.segments)}
     groups = [(key, list(places)) for key, places in groupby(range(len(keys)), key=keys.__getitem__)]
     streams: dict[int, _Stream] = {}
     runs = []
@@ -67,11 +67,11 @@ def runs_of(sample: TokenizedSample, tokenizer: Any, slots_per_image: int) -> li
 
 
 def _kinds(sample: TokenizedSample) -> list[str]:
-    from vila.chat.tokenize import IGNORE
-
     return [
-        "image" if slot else "given" if label == IGNORE else "learnt"
-        for slot, label in zip(sample.is_placeholder.tolist(), sample.labels.tolist(), strict=True)
+        "image" if is_placeholder else "learnt" if is_supervised else "given"
+        for is_placeholder, is_supervised in zip(
+            sample.is_placeholder.tolist(), sample.is_supervised.tolist(), strict=True
+        )
     ]
 
 

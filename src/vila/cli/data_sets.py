@@ -74,7 +74,7 @@ class DataSets:
         """Return the tokens that are left of a sample that is cut to `max_length`, 0 if it cannot be cut."""
         from vila.data.dataset import shorten_sample
 
-        kept = shorten_sample(sample, lambda shorter: self.tokenise(part, shorter), max_length)
+        kept = shorten_sample(sample, lambda shorter: self.tokenize(part, shorter), max_length)
         return 0 if kept is None else len(kept)
 
     def save_views(self, folder: Path, count: int) -> list[Path]:
@@ -102,14 +102,14 @@ class DataSets:
         if self.reader:
             from vila.chat.tokenize import IGNORE
 
-            tokens = self.reader.tokenise(part, sample)
+            tokens = self.reader.tokenize(part, sample)
             return len(tokens), int((tokens.labels != IGNORE).sum())
         return _characters(sample, sample.template or part.template or self.template)
 
     @property
-    def tokenise(self) -> Callable[[MixtureDataset, Sample], TokenizedSample]:
+    def tokenize(self) -> Callable[[MixtureDataset, Sample], TokenizedSample]:
         """Function that tokenises a sample. Raises ConfigError without a model."""
-        return self._reader_or_raise().tokenise
+        return self._reader_or_raise().tokenize
 
     def _reader_or_raise(self) -> SampleReader:
         if self.reader is None:
@@ -134,7 +134,7 @@ def open_data(
     events:  told how files are indexed.
     """
     from vila.config.load import load_recipe, recipe_names
-    from vila.data.dataset import Entry, open_mixture
+    from vila.data.dataset import DatasetEntry, open_mixture
     from vila.train.setup import build_mixture
 
     recipe: Recipe | None = None
@@ -151,7 +151,7 @@ def open_data(
         template = template or recipe.data.template or recipe.model.template
     else:
         chosen = form or "messages"
-        entry = Entry(format=chosen, path=what, image_root=image_root, options=parse_options(options))
+        entry = DatasetEntry(format=chosen, path=what, image_root=image_root, options=parse_options(options))
         mixture = open_mixture([entry], 0, events)
     if model:
         reader, tokenizer = _reader(mixture, template, model, recipe.model.image_mode if recipe else None)

@@ -287,11 +287,11 @@ def calibration_of(
 
 def _of_recipe(name: str, processor: Any, num_calib_samples: int, screen: Any) -> Calibration:
     from vila.config.load import load_recipe
-    from vila.data.dataset import Entry, open_mixture
+    from vila.data.dataset import DatasetEntry, open_mixture
     from vila.quant.calibration import mixture_calibration
 
     recipe = load_recipe(name)
-    mixture = open_mixture([Entry(**entry.model_dump()) for entry in recipe.data.mixture], recipe.seed, screen)
+    mixture = open_mixture([DatasetEntry(**entry.model_dump()) for entry in recipe.data.mixture], recipe.seed, screen)
     return mixture_calibration(mixture, processor, samples=num_calib_samples, name=Path(name).name)
 
 

@@ -181,7 +181,7 @@ def shares_of(run: Run, length_origin: str = "") -> tuple[list[str], dict[str, i
 
     reader = build_reader(run.recipe, run.processor, run.mixture)
     try:
-        shares = dataset_stats(run.mixture, reader.tokenise, _SURVEYED)
+        shares = dataset_stats(run.mixture, reader.tokenize, _SURVEYED)
     except VilaError as error:
         # Whether a fault stops the run is decided by its budget of faults.
         return [f"  shares are not known: {error}"], {}

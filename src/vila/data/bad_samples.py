@@ -1,4 +1,4 @@
-"""Samples that could not be read: each one is listed once, and too many stop the run."""
+"""Log of samples that could not be read, and the budget that stops a run when there are too many."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from vila.core.files import write_text
 from vila.core.reading import read_jsonl
 
 RecordLocation = tuple[str, int]
-"""File of a sample and number of its record there: equal for every visit, in any epoch, repeat or process."""
+"""File of a sample and number of its record: the same in every epoch, repeat and process."""
 
 
 def location_of_position(position: int) -> RecordLocation:
-    """Return a place for samples that are known by their global position alone."""
+    """Return a location for a sample of which only the global position is known."""
     return "", position
 
 
 @dataclass(frozen=True, slots=True)
 class BadSample:
-    """A visit of a sample that could not be read: its global position, the reason, and the sample's place."""
+    """A sample that could not be read: global position of this visit, reason, and location."""
 
     position: int
     reason: str
@@ -31,26 +31,27 @@ class BadSample:
 
 
 class BadSampleLog:
-    """`faults.jsonl` of a run, a line for each different sample, and its budget.
+    """`faults.jsonl` of a run: one line for each different sample, identified by its location.
 
-    A sample that every epoch comes back to is listed and counted once, by its place.
+    A sample that is met again in later epochs is listed and counted once.
     """
 
     def __init__(
         self, path: Path, budget: int, *, seen: Callable[[int], bool] = lambda position: True, write: bool = True
     ) -> None:
-        """Read what an earlier process listed. Raises CheckpointError for a damaged file.
+        """Read the lines of earlier processes of the run. Raises CheckpointError for a damaged file.
 
-        seen: whether the rows up to the checkpoint have used a position; lines of later ones are dropped, since the
-        run comes by there again. write: false counts alone, where another process writes the same file.
+        budget: number of different samples that may be listed.
+        seen:   whether the checkpoint is past a position; other lines are dropped, since the run reads them again.
+        write:  False only counts, for a rank beside the one that writes the file.
         """
         self.path, self.budget, self.write = path, budget, write
         self._locations: set[RecordLocation] = set()
         if path.is_file():
-            rows = [row for row in self._read() if seen(row["position"])]
+            lines = [line for line in self._read() if seen(line["position"])]
             if write:
-                write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
-            self._locations = {_location(row) for row in rows}
+                write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+            self._locations = {_location(line) for line in lines}
 
     @property
     def count(self) -> int:
@@ -58,7 +59,7 @@ class BadSampleLog:
         return len(self._locations)
 
     def add(self, samples: Sequence[BadSample]) -> int:
-        """List the samples of a step that are not listed yet, and return their number.
+        """List the samples that are not listed yet, and return their number.
 
         Raises DataError with the last one if there are more than the budget.
         """
@@ -72,39 +73,41 @@ class BadSampleLog:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="utf-8") as stream:
                 for (file, record), sample in new.items():
-                    row = {"position": sample.position, "file": file, "record": record, "reason": sample.reason}
-                    stream.write(json.dumps(row) + "\n")
+                    line = {"position": sample.position, "file": file, "record": record, "reason": sample.reason}
+                    stream.write(json.dumps(line) + "\n")
         self._locations |= new.keys()
         if self.count > self.budget:
             last = next(reversed(new.values()))
             raise DataError(
-                f"{self.count} samples could not be read, {self.budget} are allowed; the last: {last.reason}",
+                f"too many samples could not be read; the last: {last.reason}",
                 file=self.path,
                 field="data.max_faults",
-                hint="mend them or raise data.max_faults, which counts each sample once",
+                value=self.count,
+                expected=f"at most {self.budget}",
+                hint="repair them or raise data.max_faults, which counts each sample once",
             )
         return len(new)
 
     def _read(self) -> list[dict[str, Any]]:
-        rows = []
-        for number, row in read_jsonl(self.path, CheckpointError, appended=True):
-            position = row.get("position") if isinstance(row, dict) else None
+        lines = []
+        for number, line in read_jsonl(self.path, CheckpointError, appended=True):
+            position = line.get("position") if isinstance(line, dict) else None
             if not isinstance(position, int) or isinstance(position, bool):
                 raise CheckpointError(
                     field="position",
                     file=self.path,
                     record=f"line {number}",
-                    value=position if isinstance(row, dict) else row,
-                    expected="an object with the number of a position",
-                    hint="delete the file to count anew",
+                    value=position if isinstance(line, dict) else line,
+                    expected="an object with a whole number as position",
+                    hint="delete the file to start counting again",
                 )
-            rows.append(row)
-        return rows
+            lines.append(line)
+        return lines
 
 
-def _location(row: dict[str, Any]) -> RecordLocation:
-    """Return the place of a line. Version one wrote positions alone."""
-    file, record = row.get("file"), row.get("record")
+def _location(line: dict[str, Any]) -> RecordLocation:
+    """Return the location of a line. Version one wrote positions only."""
+    file, record = line.get("file"), line.get("record")
     if isinstance(file, str) and isinstance(record, int):
         return file, record
-    return location_of_position(row["position"])
+    return location_of_position(line["position"])

@@ -1,4 +1,4 @@
-"""The batch: packed rows as tensors, and the three readings of who sees whom."""
+"""Collation: packed sequences to padded tensors, with segment ids for block-diagonal attention."""
 
 from __future__ import annotations
 
@@ -14,20 +14,19 @@ from vila.core.types import Image, Video
 from vila.data.packing import PackedSequence
 from vila.data.workers import SharedPixels
 
-# B rows  S tokens of a row  N media items  H,W pixels
+# B sequences  S tokens of a sequence  N images  H,W pixels
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows of whole samples. All tensors are int64 [B, S], except
-    `is_placeholder`, bool, and `pixels`, float32 [N, 3, H, W].
+    """A batch of packed sequences. All tensors are int64 [B, S], except `pixels`, float32 [N, 3, H, W].
 
-    labels:    supervised ids, -100 elsewhere; the label at place t is predicted from place t - 1 of the same segment.
-    positions: restart at 0 in every sample, and after a shared prefix go on from its end in every branch.
-    segments:  numbers the parts of a row; padding is -1.
-    parents:   the one segment that a token's segment also sees, -1 for none.
-    media:     all pictures in reading order, row by row.
-    pixels:    the same pictures decoded; None when there are none, or when they were not decoded with the rows.
+    labels:    ids of supervised tokens, -100 elsewhere; a label is predicted from the token before it.
+    positions: position ids; they restart in every sample, and continue after a shared prefix in every branch.
+    segments:  segment id of each token, numbered through the sequence; -1 at padding.
+    parents:   id of the one other segment that a token's segment attends to, -1 for none.
+    media:     all images in reading order, sequence by sequence.
+    pixels:    the same images decoded; None if there are none, or if images are not decoded by the loader.
     """
 
     ids: Tensor
@@ -35,64 +34,62 @@ class Batch:
     positions: Tensor
     segments: Tensor
     parents: Tensor
-    is_placeholder: Tensor
     media: tuple[Image | Video, ...]
     pixels: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that are not padding."""
+        """Number of tokens without padding."""
         return int((self.segments >= 0).sum())
 
     @property
     def num_supervised(self) -> int:
-        """Labels that count in the loss."""
+        """Number of labels that count in the loss."""
         return int((self.labels != IGNORE).sum())
 
 
 def empty_batch() -> Batch:
-    """One token that is no label and no image, for a process without samples that takes part in a forward pass."""
+    """Return a batch of one unsupervised text token, for a rank without samples that must join a forward pass."""
     zero, none = torch.zeros(1, 1, dtype=torch.int64), torch.full((1, 1), -1, dtype=torch.int64)
-    return Batch(zero, torch.full_like(zero, IGNORE), zero, zero, none, zero.bool(), ())
+    return Batch(zero, torch.full_like(zero, IGNORE), zero, zero, none, ())
 
 
-def collate(rows: Sequence[Sequence[TokenizedSample]], pad_id: int = 0, *, pin: bool = False) -> Batch:
-    """Rows of samples as one batch, padded on the right to the longest row.
+def collate(sequences: Sequence[Sequence[TokenizedSample]], pad_id: int = 0, *, pin: bool = False) -> Batch:
+    """Return the sequences as one batch, padded on the right to the longest one.
 
-    pin: put all tensors into page-locked memory, from which a GPU copies while the processor goes on.
+    pin: allocate the tensors in page-locked memory, from which copies to a GPU are asynchronous.
     """
-    width = max(sum(map(len, row)) for row in rows)
-    fields = {name: np.zeros((len(rows), width), dtype=np.int64) for name in ("ids", "positions", "is_placeholder")}
-    fields["ids"] += pad_id
-    fields["labels"] = np.full((len(rows), width), IGNORE, dtype=np.int64)
-    fields["segments"] = np.full((len(rows), width), -1, dtype=np.int64)
-    fields["parents"] = np.full((len(rows), width), -1, dtype=np.int64)
-    for number, row in enumerate(rows):
-        start = numbered = 0
-        for sample in row:
-            here = slice(start, start + len(sample))
-            for name in ("ids", "labels", "positions", "is_placeholder"):
-                fields[name][number, here] = getattr(sample, name)
-            fields["segments"][number, here] = sample.segments + numbered
-            fields["parents"][number, here] = np.where(sample.parents >= 0, sample.parents + numbered, -1)
+    width = max(sum(map(len, sequence)) for sequence in sequences)
+    fill = {"ids": pad_id, "labels": IGNORE, "positions": 0, "segments": -1, "parents": -1}
+    arrays = {name: np.full((len(sequences), width), value, dtype=np.int64) for name, value in fill.items()}
+    for number, sequence in enumerate(sequences):
+        start = num_segments = 0
+        for sample in sequence:
+            here = number, slice(start, start + len(sample))
+            parents = sample.parent_ids
+            arrays["ids"][here] = sample.ids
+            arrays["labels"][here] = sample.labels
+            arrays["positions"][here] = sample.positions
+            arrays["segments"][here] = sample.segment_ids + num_segments
+            arrays["parents"][here] = np.where(parents >= 0, parents + num_segments, -1)
             start += len(sample)
-            numbered += int(sample.segments[-1]) + 1
-    tensors = {name: torch.from_numpy(array) for name, array in fields.items()}
-    tensors["is_placeholder"] = tensors["is_placeholder"].bool()
-    media = tuple(item for row in rows for sample in row for item in sample.media)
-    pixels = stack_pixels(rows)
+            num_segments += len(sample.segments)
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    pixels = _batch_pixels(sequences)
     if pixels is not None:
         tensors["pixels"] = pixels
     if pin:
         tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+    media = tuple(item for sequence in sequences for sample in sequence for item in sample.media)
     return Batch(**tensors, media=media)
 
 
-def stack_pixels(rows: Sequence[Sequence[TokenizedSample]]) -> Tensor | None:
-    """The decoded pictures of rows, float32 [N, 3, H, W]; None without any. Those of workers are normalised into it."""
-    blocks = [
-        row.pixels for row in rows if isinstance(row, PackedSequence) and row.pixels is not None and len(row.pixels)
-    ]
+def _batch_pixels(sequences: Sequence[Sequence[TokenizedSample]]) -> Tensor | None:
+    """Return the decoded images of the sequences, float32 [N, 3, H, W], None without any.
+
+    Images from workers are normalised directly into the tensor.
+    """
+    blocks = [one.pixels for one in sequences if isinstance(one, PackedSequence) and one.pixels]
     if not blocks:
         return None
     first = blocks[0].squares[0] if isinstance(blocks[0], SharedPixels) else blocks[0][0]
@@ -108,19 +105,20 @@ def stack_pixels(rows: Sequence[Sequence[TokenizedSample]]) -> Tensor | None:
     return torch.from_numpy(out)
 
 
-def split_conversations(row: Sequence[TokenizedSample]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """The conversations of a row one by one as (ids, places in the row): each branch behind its prefix.
+def split_conversations(sequence: Sequence[TokenizedSample]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return ids and indices in the sequence of every conversation, each branch with its prefix.
 
-    The reference for "a row equals its parts".
+    Reference for the test that a packed sequence equals its conversations one by one.
     """
     out = []
     start = 0
-    for sample in row:
-        places = np.arange(start, start + len(sample))
-        parent_of = dict(zip(sample.segments.tolist(), sample.parents.tolist(), strict=True))
-        # A segment that others see is their beginning, not a conversation of its own.
-        for number in sorted(parent_of.keys() - set(parent_of.values())):
-            own = (sample.segments == number) | (sample.segments == parent_of[number])
-            out.append((sample.ids[own], places[own]))
+    for sample in sequence:
+        indices, segment_ids = np.arange(start, start + len(sample)), sample.segment_ids
+        # A segment that others attend to is their prefix, not a conversation of its own.
+        prefixes = {segment.parent for segment in sample.segments}
+        for number, segment in enumerate(sample.segments):
+            if number not in prefixes:
+                own = (segment_ids == number) | (segment_ids == segment.parent)
+                out.append((sample.ids[own], indices[own]))
         start += len(sample)
     return out

@@ -1,8 +1,12 @@
-"""From a mixture to tokenised samples and pixels: open, fetch, render, tokenise, decode. Picklable, for workers."""
+"""Reading of training samples: open data sets, split them, tokenize samples, cut long ones, decode images.
+
+`SampleReader` is picklable, for worker processes.
+"""
 
 from __future__ import annotations
 
 import io
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -21,26 +25,52 @@ from vila.core.vision_spec import ImageMode, VisionSpec
 from vila.data.bad_samples import RecordLocation
 from vila.data.formats.base import FORMATS, RecordSource
 from vila.data.mixture import Mixture, MixtureDataset, Permutation, Source
-from vila.data.packing import CompactSample, Pixels
+from vila.data.packing import Pixels
 from vila.media.image import open_image
 from vila.media.limits import DEFAULT_LIMITS
 from vila.media.transform import Bytes, normalise, shrinker, square_bytes
 from vila.media.video import open_frames
 
-# --- view
-# Views of a source: the training or validation share, and a fixed subset. O(1) access, nothing held in memory.
-
-
 _BLOCK = 1000
 
 
-@dataclass(frozen=True)
-class Split:
-    """The validation share of a source, or the rest of it.
+class _View:
+    """Samples of a source under other indices, in O(1) memory. Subclasses define `__len__` and `locate`."""
 
-    Which share an index belongs to is a function of the index and the fraction alone: in every 1000 consecutive
-    samples a keyed permutation chooses the validation ones. So samples that are appended later move none of the
-    others, and both shares are found without a table.
+    source: Source
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def locate(self, index: int) -> int:
+        """Return the index in the source. Raises IndexError outside the view."""
+        raise NotImplementedError
+
+    @property
+    def files(self) -> list[Path]:
+        """Files of the whole source."""
+        return self.source.files
+
+    @property
+    def unread(self) -> Mapping[str, int]:
+        """Unread media of the whole source."""
+        return self.source.unread
+
+    def __getitem__(self, index: int) -> Sample:
+        """Read sample number `index`."""
+        return self.source[self.locate(index)]
+
+    def location(self, index: int) -> RecordLocation:
+        """Return file and record of sample number `index`."""
+        return self.source.location(self.locate(index))
+
+
+@dataclass(frozen=True)
+class Split(_View):
+    """The validation split of a source (`val`), or its training split.
+
+    In every block of 1000 consecutive samples a keyed permutation chooses the validation samples. The split of an index
+    depends on the index and the fraction alone: samples that are appended later move no other sample.
     """
 
     source: Source
@@ -48,35 +78,18 @@ class Split:
     val: bool
 
     def __len__(self) -> int:
-        block, _ = divmod(len(self.source), _BLOCK)
-        return self._before(block) + len(self._last())
-
-    @property
-    def unread(self) -> Mapping[str, int]:
-        """Return the media that the whole source did not read."""
-        return self.source.unread
-
-    def __getitem__(self, index: int) -> Sample:
-        """Read sample number `index` of the share."""
-        return self.source[self.locate(index)]
-
-    def location(self, index: int) -> RecordLocation:
-        """Return file and record of sample number `index`."""
-        return self.source.location(self.locate(index))
+        return self._before(len(self.source) // _BLOCK) + len(self._last())
 
     def locate(self, index: int) -> int:
-        """Index in the source. Raises IndexError outside the share."""
-        whole = len(self.source) // _BLOCK
+        """Return the index in the source. Raises IndexError outside the split."""
+        blocks = len(self.source) // _BLOCK
         if not 0 <= index < len(self):
-            raise IndexError(f"index {index} is outside a share of {len(self)}")
-        if index >= self._before(whole):
-            return whole * _BLOCK + self._last()[index - self._before(whole)]
-        low, high = 0, whole - 1
-        while low < high:
-            middle = (low + high + 1) // 2
-            low, high = (middle, high) if self._before(middle) <= index else (low, middle - 1)
-        place = index - self._before(low)
-        return low * _BLOCK + _block_order(low)[place if self.val else self._val_in(low) + place]
+            raise IndexError(f"index {index} is outside a split of {len(self)}")
+        if index >= self._before(blocks):
+            return blocks * _BLOCK + self._last()[index - self._before(blocks)]
+        block = bisect_right(range(blocks), index, key=self._before) - 1
+        offset = index - self._before(block)
+        return block * _BLOCK + _block_order(block)[offset if self.val else self._val_in(block) + offset]
 
     def _val_before(self, block: int) -> int:
         return floor(block * _BLOCK * self.val_fraction)
@@ -85,25 +98,24 @@ class Split:
         return self._val_before(block + 1) - self._val_before(block)
 
     def _before(self, block: int) -> int:
-        """Samples of the share in all blocks before `block`."""
+        """Return the number of samples of the split in all blocks before `block`."""
         return self._val_before(block) if self.val else block * _BLOCK - self._val_before(block)
 
     def _last(self) -> list[int]:
-        """Places inside the unfinished last block that belong to the share."""
+        """Return the offsets of the samples of the split inside the incomplete last block."""
         block, size = divmod(len(self.source), _BLOCK)
         order, val = _block_order(block), self._val_in(block)
-        places = range(val) if self.val else range(val, _BLOCK)
-        return sorted(order[place] for place in places if order[place] < size)
+        return sorted(offset for offset in (order[:val] if self.val else order[val:]) if offset < size)
 
 
 @lru_cache(maxsize=64)
 def _block_order(block: int) -> list[int]:
     order = Permutation(_BLOCK, 0, block)
-    return [order[place] for place in range(_BLOCK)]
+    return [order[offset] for offset in range(_BLOCK)]
 
 
-class Subset:
-    """`size` pseudo-random samples of a source, the same ones whatever the seed of the run."""
+class Subset(_View):
+    """`size` pseudo-random samples of a source, the same ones for every seed of a run."""
 
     def __init__(self, source: Source, size: int) -> None:
         self.source, self.size = source, min(size, len(source))
@@ -112,45 +124,28 @@ class Subset:
     def __len__(self) -> int:
         return self.size
 
-    @property
-    def unread(self) -> Mapping[str, int]:
-        """Return the media that the whole source did not read."""
-        return self.source.unread
-
-    def __getitem__(self, index: int) -> Sample:
-        """Read sample number `index` of the subset."""
-        return self.source[self.locate(index)]
-
-    def location(self, index: int) -> RecordLocation:
-        """Return file and record of sample number `index`."""
-        return self.source.location(self.locate(index))
-
     def locate(self, index: int) -> int:
-        """Index in the source. Raises IndexError outside the subset."""
+        """Return the index in the source. Raises IndexError outside the subset."""
         if not 0 <= index < self.size:
             raise IndexError(f"index {index} is outside a subset of {self.size}")
         return self._order[index]
 
 
-# --- shorten
-# Cutting a sample that is too long: whole exchanges from the end, or whole branches. A picture is never cut.
-
-
 def shorten_sample(
-    sample: Sample, tokenise: Callable[[Sample], TokenizedSample], max_length: int
+    sample: Sample, tokenize: Callable[[Sample], TokenizedSample], max_length: int
 ) -> TokenizedSample | None:
-    """The longest beginning of a sample that has at most `max_length` tokens and ends with an answer of the assistant.
+    """Cut a sample to at most `max_length` tokens: whole turns from the end, or whole branches; images are never cut.
 
-    Of a sample with branches, branches are left out from the end; what they share stays whole.
-    Returns None when not even the first exchange, or the first branch, fits, or when there is no answer to end with.
+    Returns the longest beginning that ends with an answer of the assistant. Branches are removed from the end, and the
+    prefix that they share stays whole. Returns None if not even the first answer, or the first branch, fits.
     """
     shorter = _beginnings(sample)
     low, high = 0, len(shorter)
     best: TokenizedSample | None = None
-    # Longer beginnings have more tokens, so bisection tokenises a few of them instead of all.
+    # Longer beginnings have more tokens, so bisection tokenizes a few of them instead of all.
     while low < high:
         middle = (low + high) // 2
-        tokens = tokenise(shorter[middle])
+        tokens = tokenize(shorter[middle])
         if len(tokens) <= max_length:
             best, low = tokens, middle + 1
         else:
@@ -159,20 +154,19 @@ def shorten_sample(
 
 
 def _beginnings(sample: Sample) -> list[Sample]:
-    """Proper beginnings, from the shortest."""
+    """Return the proper beginnings of a sample, the shortest first."""
     if sample.branches:
         return [replace(sample, branches=sample.branches[:count]) for count in range(1, len(sample.branches))]
     ends = [number for number, message in enumerate(sample.messages, start=1) if message.role == "assistant"]
     return [replace(sample, messages=sample.messages[:end]) for end in ends if end < len(sample.messages)]
 
 
-# --- clips
-# Frames of videos as images that are decoded late: their number is known without opening the video.
-
-
 @dataclass(frozen=True, slots=True)
 class VideoFrame:
-    """One of the `count` images that stand for a video, `number` from 0; see `media.video.frame_indices`."""
+    """Frame `number` (from 0) of the `count` frames that are sampled from a video; see `media.video.frame_indices`.
+
+    A reference: the number of frames is known without opening the video.
+    """
 
     source: Path | str | bytes | MediaRef
     number: int
@@ -180,36 +174,39 @@ class VideoFrame:
 
     @property
     def name(self) -> str:
-        """The video and the number of the image, counted from 1."""
-        return f"{_name_of(self.source)} picture {self.number + 1} of {self.count}"
+        """Name of the video and number of the frame, from 1."""
+        return f"{Image(self.source).name} frame {self.number + 1} of {self.count}"
 
     def read(self) -> bytes:
-        """The frame as PNG, which loses nothing. Raises MediaError naming the video.
+        """Return the frame as PNG. Raises MediaError naming the video.
 
-        The frames of the video read last are kept, so reading them one after the other decodes it once. `open_squares`
-        takes the frames themselves and keeps none.
+        The frames of the last video are cached, so reading them in succession decodes it once. `open_squares` does not
+        use this cache.
         """
         stream = io.BytesIO()
-        _kept_frames(Video(self.source), self.count)[self.number].save(stream, "PNG", compress_level=1)
+        _cached_frames(Video(self.source), self.count)[self.number].save(stream, "PNG", compress_level=1)
         return stream.getvalue()
 
 
-def video_frames(video: Video, default: int) -> list[Image]:
-    """The images that stand for a video, unopened; `default` of them unless the video says how many.
+_cached_frames = lru_cache(maxsize=1)(open_frames)
 
-    Raises MediaError naming the video when the number is larger than `MediaLimits.num_frames`, or less than one.
+
+def video_frames(video: Video, default: int) -> list[Image]:
+    """Return references to the sampled frames of a video; `default` of them unless the video has its own number.
+
+    Raises MediaError naming the video if the number is below 1 or above `MediaLimits.num_frames`.
     """
     count, most = default if video.num_frames is None else video.num_frames, DEFAULT_LIMITS.num_frames
     if not 1 <= count <= most:
-        raise MediaError(file=_name_of(video.source), field="num_frames", value=count, expected=f"1 to {most}")
+        raise MediaError(file=Image(video.source).name, field="num_frames", value=count, expected=f"1 to {most}")
     return [Image(VideoFrame(video.source, number, count)) for number in range(count)]
 
 
 def open_squares(images: Iterable[Image], spec: VisionSpec) -> Iterator[Bytes]:
-    """Every image made square at the tower's size, uint8 [3, S, S], in order.
+    """Decode images and make them square at the size of the vision tower, uint8 [3, S, S] each, in order.
 
-    A video is decoded once for the frames of it that stand together, and each frame is made square as soon as it is
-    decoded: whole frames do not pile up. Raises MediaError naming image or video.
+    A video is decoded once for its consecutive frames, and each frame is resized as soon as it is decoded, so whole
+    frames do not accumulate. Raises MediaError naming image or video.
     """
     for video, group in groupby(images, _video_of):
         if video is None:
@@ -226,16 +223,9 @@ def _video_of(image: Image) -> tuple[Video, int] | None:
     return (Video(image.source.source), image.source.count) if isinstance(image.source, VideoFrame) else None
 
 
-_kept_frames = lru_cache(maxsize=1)(open_frames)
-
-
-def _name_of(source: Path | str | bytes | MediaRef) -> str:
-    return Image(source).name
-
-
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """A data set of a mixture as a recipe states it; the fields are those of `data.mixture`."""
+class DatasetEntry:
+    """An entry of `data.mixture` in a recipe, with the same fields."""
 
     format: str
     path: str
@@ -250,34 +240,34 @@ class Entry:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-def open_mixture(entries: Iterable[Entry], seed: int, events: Events = SILENT) -> Mixture:
-    """The mixture of a recipe's entries. A data set is called after its file; a second one of that name gets `#2`.
+def open_mixture(entries: Iterable[DatasetEntry], seed: int, events: Events = SILENT) -> Mixture:
+    """Open the mixture of a recipe. A data set is named after its file; further ones of that name get `#2`, `#3`, ...
 
-    events: told how files are indexed.
+    events: receives the progress of indexing.
     """
-    parts: list[MixtureDataset] = []
+    datasets: list[MixtureDataset] = []
     for entry in entries:
         if entry.template:
             find_template(entry.template)
         name = Path(entry.path).stem
-        same = sum(part.name.split("#")[0] == name for part in parts)
-        parts.append(
+        same = sum(dataset.name.split("#")[0] == name for dataset in datasets)
+        datasets.append(
             MixtureDataset(
                 name=f"{name}#{same + 1}" if same else name,
-                source=open_entry(entry, events),
+                source=open_dataset(entry, events),
                 repeat=entry.repeat,
                 weight=entry.weight,
                 template=entry.template,
                 image_mode=entry.image_mode,
             )
         )
-    return Mixture(parts, seed)
+    return Mixture(datasets, seed)
 
 
-def open_entry(entry: Entry, events: Events = SILENT) -> Source:
-    """Open one data set: first its training or validation share, then `max_samples` of that.
+def open_dataset(entry: DatasetEntry, events: Events = SILENT) -> Source:
+    """Open one data set: its training or validation split, and `max_samples` of that.
 
-    Raises DataError for files that cannot be read or are in another format, ConfigError for wrong options.
+    Raises DataError for files that cannot be read or have another format, ConfigError for wrong options.
     """
     file = Path(entry.path)
     root = Path(entry.image_root) if entry.image_root else (file if file.is_dir() else file.parent)
@@ -291,8 +281,9 @@ def open_entry(entry: Entry, events: Events = SILENT) -> Source:
 
 @dataclass(frozen=True)
 class SampleReader:
-    """Reads the samples of a mixture. A sample's own template wins over its data set's, that over the stage's.
+    """Read, tokenize and decode the samples of a mixture by global position.
 
+    The template of a sample overrides that of its data set, which overrides `template`, that of the stage.
     All methods raise VilaErrors that name file and record, or data set and sample.
     """
 
@@ -302,60 +293,54 @@ class SampleReader:
     spec: VisionSpec
 
     def __call__(self, position: int) -> TokenizedSample:
-        """Tokenise the sample at a global position."""
-        part, sample = self._read(position)
-        return self.tokenise(part, sample)
+        """Read and tokenize the sample at a global position."""
+        return self.tokenize(*self._read(position))
 
-    def tokenise(self, part: MixtureDataset, sample: Sample) -> TokenizedSample:
-        """Tokenise a sample of a part under its template; a video is the images of `frames`. No medium is opened."""
-        chosen = find_template(sample.template or part.template or self.template)
+    def tokenize(self, dataset: MixtureDataset, sample: Sample) -> TokenizedSample:
+        """Tokenize a sample of a data set. Videos become their frames; no image or video is opened."""
+        template = find_template(sample.template or dataset.template or self.template)
         try:
-            shown = expand_sample_videos(sample, chosen.media_gap, self.frames)
-            return tokenize_sample(shown, chosen, self.tokenizer, self.count)
+            expanded = expand_sample_videos(sample, template.media_gap, self.frames)
+            return replace(tokenize_sample(expanded, template, self.tokenizer, self.count), dataset=dataset.name)
         except VilaError as error:
-            _add_sample(error, part, sample)
+            _add_sample(error, dataset, sample)
             raise
 
     def shorten(self, position: int, max_length: int) -> TokenizedSample | None:
-        """Cut the sample at a position to `max_length` tokens at the end of an exchange; None if its first exchange is
-        longer already."""
-        part, sample = self._read(position)
-        return shorten_sample(sample, lambda shorter: self.tokenise(part, shorter), max_length)
+        """Read the sample at a global position and cut it; see `shorten_sample`."""
+        dataset, sample = self._read(position)
+        return shorten_sample(sample, lambda shorter: self.tokenize(dataset, shorter), max_length)
 
-    def pixels(self, position: int, sample: CompactSample) -> list[Pixels]:
-        """Read the images of the sample at `position` as the tower sees them, float32 [3, S, S] each."""
+    def pixels(self, position: int, sample: TokenizedSample) -> list[Pixels]:
+        """Return the preprocessed images of the sample at `position`, float32 [3, S, S] each."""
         return [normalise(square, self.spec) for square in self.squares(position, sample)]
 
-    def squares(self, position: int, sample: CompactSample) -> list[Bytes]:
-        """Read the same before normalising, uint8 [3, S, S] each, made square as the data set says.
+    def squares(self, position: int, sample: TokenizedSample) -> list[Bytes]:
+        """Return the images of the sample at `position` before normalisation, uint8 [3, S, S] each.
 
-        The frames of a video are images; a video is decoded once.
+        They are made square with the image mode of the data set. A video is decoded once.
         """
-        part = self.mixture.datasets[self.mixture.locate(position)[0]]
-        spec = replace(self.spec, image_mode=part.image_mode) if part.image_mode else self.spec
+        dataset = self.mixture.datasets[self.mixture.locate(position)[0]]
+        spec = replace(self.spec, image_mode=dataset.image_mode) if dataset.image_mode else self.spec
         try:
             images = [item for item in sample.media if isinstance(item, Image)]
             return list(open_squares(images, spec))
         except VilaError as error:
-            _add_sample(error, part, sample)
+            _add_sample(error, dataset, sample)
             raise
 
-    def data_set(self, position: int) -> str:
-        """Return the name of the data set that a position belongs to."""
-        return self.mixture.datasets[self.mixture.locate(position)[0]].name
-
     def location(self, position: int) -> RecordLocation:
-        """Return the file and record of the sample at a position; see `FaultLog`."""
+        """Return file and record of the sample at a global position, without reading it."""
         return self.mixture.location(position)
 
     def count(self, media: Image | Video) -> int:
-        """Return the number of image placeholders of an image. Videos have none: they become frames first."""
+        """Return the number of image placeholders of an image. Videos are replaced by `frames` before."""
         if isinstance(media, Video):
-            raise MediaError(f"{media.source!r}: a video becomes frames before it is counted; see `frames`")
+            raise MediaError("a video must be replaced by its frames first", value=media.source)
         return self.spec.tokens_per_image
 
     def frames(self, video: Video) -> list[Image]:
-        """Return the frames of a video, unopened; the model's number of them unless the video has its own."""
+        """Return references to the frames of a video, the model's number of them unless the video has its own."""
         return video_frames(video, self.spec.num_video_frames)
 
     def _read(self, position: int) -> tuple[MixtureDataset, Sample]:
@@ -367,18 +352,17 @@ class SampleReader:
             raise
 
 
-def _add_sample(error: VilaError, part: MixtureDataset, sample: Sample | CompactSample) -> None:
-    """Add data set and sample to an error that names no record of a file."""
+def _add_sample(error: VilaError, dataset: MixtureDataset, sample: Sample | TokenizedSample) -> None:
+    """Add data set and sample to an error that does not name a record of a file."""
     if error.file is None or error.record is None:
-        error.record = f"data set {part.name!r}, sample {sample.id!r}"
+        error.record = f"data set {dataset.name!r}, sample {sample.id!r}"
 
 
 def mixture_images(mixture: Mixture, num_video_frames: int) -> list[Image]:
-    """Return every distinct image of the mixture, in the order of its data sets; a video is its frames, unopened."""
-    seen: dict[Image, None] = {}
-    for part in mixture.datasets:
-        for index in range(len(part.source)):
-            for item in part.source[index].media:
-                for image in video_frames(item, num_video_frames) if isinstance(item, Video) else [item]:
-                    seen.setdefault(image)
-    return list(seen)
+    """Return every distinct image of the mixture in the order of its data sets; videos are replaced by their frames."""
+    images: dict[Image, None] = {}
+    for dataset in mixture.datasets:
+        for index in range(len(dataset.source)):
+            for item in dataset.source[index].media:
+                images |= dict.fromkeys(video_frames(item, num_video_frames) if isinstance(item, Video) else [item])
+    return list(images)

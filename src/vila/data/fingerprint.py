@@ -1,8 +1,8 @@
-"""Stamps of files: size, time and content hash, which tell whether a file is still the one that a run began with.
+"""Fingerprints of files (size, time, content hash) that detect whether the input files of a run have changed.
 
-Files of a set that is not larger than WHOLE_BYTES are hashed whole. Of larger sets (shards of terabytes) each file is
-hashed at 16 evenly spaced pieces of 64 KiB, its first and last bytes among them: 1 MiB a file. A file whose size and
-time are unchanged is not read again, so checking a large data set costs a `stat` for each file.
+Files of a set of at most WHOLE_BYTES are hashed completely. In larger sets each file is hashed at 16 evenly spaced
+samples of 64 KiB, including its first and last bytes. A file whose size and time are unchanged is not read again, so
+checking a large data set costs one `stat` per file.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _THREADS = 8
 
 
 class FileFingerprint(NamedTuple):
-    """State of a file.
+    """Size, modification time and content hash of a file.
 
-    pieces: how many pieces `sha256` is of; 0: the whole file.
+    pieces: number of samples that `sha256` covers; 0 for the whole file.
     """
 
     size: int
@@ -36,7 +36,7 @@ class FileFingerprint(NamedTuple):
 
 
 class FileChange(NamedTuple):
-    """A file that differs; what of it, before and now."""
+    """A changed file, and what differs: before and now."""
 
     name: str
     before: str
@@ -44,20 +44,20 @@ class FileChange(NamedTuple):
 
 
 def fingerprint_files(files: Mapping[str, Path]) -> dict[str, FileFingerprint]:
-    """Return the stamps of files by name. Raises DataError naming one that cannot be read."""
+    """Return the fingerprints of files by name. Raises DataError naming a file that cannot be read."""
     sizes = {name: _state(path)[0] for name, path in files.items()}
     sampled = sum(sizes.values()) > WHOLE_BYTES
     wanted = {name: _PIECES if sampled and size > _PIECES * _PIECE_BYTES else 0 for name, size in sizes.items()}
-    with ThreadPoolExecutor(_THREADS, "stamp") as pool:
-        return dict(zip(files, pool.map(_stamp, files.values(), wanted.values()), strict=True))
+    with ThreadPoolExecutor(_THREADS, "fingerprint") as pool:
+        return dict(zip(files, pool.map(_fingerprint, files.values(), wanted.values()), strict=True))
 
 
 def compare_files(
     before: Mapping[str, FileFingerprint], files: Mapping[str, Path]
 ) -> tuple[list[FileChange], dict[str, FileFingerprint]]:
-    """Compare files with their stamps: the changes, and the stamps of those that are the same, with their time of now.
+    """Compare files with their fingerprints; return the changes, and the current fingerprints of unchanged files.
 
-    A file that was copied or touched has another time and the same content: it is the same.
+    A file that was copied or touched has another time and the same content, so it is unchanged.
     Raises DataError naming a file that cannot be read.
     """
     changes = [FileChange(name, "there", "missing") for name in before if name not in files]
@@ -68,7 +68,7 @@ def compare_files(
         if size != was.size:
             changes.append(FileChange(name, f"{was.size:,} bytes", f"{size:,} bytes"))
             continue
-        now = was if mtime_ns == was.mtime_ns else _stamp(files[name], was.pieces)
+        now = was if mtime_ns == was.mtime_ns else _fingerprint(files[name], was.pieces)
         if now.sha256 != was.sha256:
             changes.append(FileChange(name, f"sha256 {was.sha256[:16]}", f"sha256 {now.sha256[:16]}"))
         else:
@@ -82,7 +82,7 @@ def _state(path: Path) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def _stamp(path: Path, pieces: int) -> FileFingerprint:
+def _fingerprint(path: Path, pieces: int) -> FileFingerprint:
     size, mtime_ns = _state(path)
     digest = hashlib.sha256()
     with file_errors(path, DataError), path.open("rb") as stream:
@@ -93,7 +93,7 @@ def _stamp(path: Path, pieces: int) -> FileFingerprint:
 
 
 def _spans(size: int, pieces: int) -> Iterator[tuple[int, int]]:
-    """Offset and length of what is hashed: all blocks of the file, or evenly spaced pieces from first to last byte."""
+    """Yield offset and length of the parts to hash: all blocks, or evenly spaced samples from first to last byte."""
     if not pieces:
         yield from ((offset, _BLOCK_BYTES) for offset in range(0, size, _BLOCK_BYTES))
         return

@@ -1,4 +1,7 @@
-"""Several data sets as one endless sequence of samples with exact proportions."""
+"""Mixture of data sets: an endless, deterministic sequence of samples with exact proportions.
+
+The order is a pure function of seed, epoch and position (a keyed permutation), so no index array is held in memory.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,13 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
 from typing import Protocol
 
 from vila.core.errors import DataError
 from vila.core.types import Sample
 from vila.core.vision_spec import ImageMode
 from vila.data.bad_samples import RecordLocation
-
-# --- order
-# The order of samples as a pure function of (seed, epoch, position); no index array is ever held.
-
 
 _ROUNDS = 4
 
@@ -34,7 +34,7 @@ def _mix(value: int, key: int) -> int:
 
 
 class Permutation:
-    """A pseudo-random bijection of range(size): a Feistel network over the next power of four, walked until inside."""
+    """A pseudo-random permutation of range(size): a Feistel network over the next power of four, with cycle walking."""
 
     def __init__(self, size: int, seed: int, epoch: int) -> None:
         self.size = size
@@ -43,7 +43,7 @@ class Permutation:
         self._keys = [_round_key(seed, epoch, number) for number in range(_ROUNDS)]
 
     def __getitem__(self, position: int) -> int:
-        """Image of `position`. Raises IndexError outside range(size)."""
+        """Return the index at `position`. Raises IndexError outside range(size)."""
         if not 0 <= position < self.size:
             raise IndexError(f"position {position} is outside range({self.size})")
         value = position
@@ -58,32 +58,33 @@ class Permutation:
 
 
 class Source(Protocol):
-    """Random access to the samples of a data set, no tensors. Picklable, so that workers can have it.
+    """Random access to the samples of one data set. Holds no tensors and is picklable, for worker processes."""
 
-    Sources of files have a property `files`, a list of paths; views of another source have it as `source`.
-    """
+    @property
+    def files(self) -> list[Path]:
+        """Files that samples are read from; empty for a source without files."""
 
     @property
     def unread(self) -> Mapping[str, int]:
-        """Names of keys, columns and members that hold media which no sample has, with the number of records that were
-        read in this process and have them."""
+        """Media that the format does not read: names of keys, columns and members, with the number of records that
+        have them, of those read in this process."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Sample: ...
 
     def location(self, index: int) -> RecordLocation:
-        """Return the file of a sample and the number of its record there, which stay what they are in every epoch."""
+        """Return the file of a sample and the number of its record there; both are the same in every epoch."""
 
 
 @dataclass(frozen=True, slots=True)
 class MixtureDataset:
     """One data set of a mixture.
 
-    repeat:     how often one epoch shows it; a fraction takes another random share in every epoch.
-    weight:     its share of an epoch, relative to the other weights; then `repeat` is 1. See `Mixture`.
-    template:   name of its template, or "" for the stage's.
-    image_mode: how its pictures become square, None for the stage's way.
+    repeat:     passes over the data set in one epoch; a fraction takes a different random subset in every epoch.
+    weight:     fraction of an epoch, relative to the other weights; `repeat` is ignored then. See `Mixture`.
+    template:   name of its chat template, "" for that of the stage.
+    image_mode: how its images are made square, None for the mode of the stage.
     """
 
     name: str
@@ -95,16 +96,15 @@ class MixtureDataset:
 
 
 class Mixture:
-    """The union of its datasets; position p of the global sequence is sample p modulo the epoch, in the epoch's order.
+    """Endless sequence of the samples of several data sets; each epoch has its own order.
 
-    An epoch holds each dataset `repeat` times. With weights it is as long as all datasets together and is divided among
-    them by weight, so a small dataset with a large weight is shown more than once and a large dataset not whole; every
-    pass over a dataset ends before the next begins, through all epochs.
+    An epoch has `repeat` passes over each data set. With weights it is as long as all data sets together and divided by
+    weight, so a small data set with a large weight is repeated and a large one is shown in part. A pass over a data set
+    ends before the next one begins, across epochs too.
     """
 
     def __init__(self, datasets: Sequence[MixtureDataset], seed: int) -> None:
-        """Raises DataError when nothing is left to show, when a data set with a weight is empty, or when only some
-        datasets have weights."""
+        """Raises DataError if no samples remain, if a weighted data set is empty, or if only some have weights."""
         self.datasets = tuple(datasets)
         self.seed = seed
         self.samples_per_epoch = _samples_per_epoch(self.datasets)
@@ -113,30 +113,30 @@ class Mixture:
             raise DataError(f"the mixture of {', '.join(dataset.name for dataset in datasets)} has no samples")
 
     def locate(self, position: int) -> tuple[int, int]:
-        """Number of the dataset and index in its source of global position `position`; a pure function of the seed."""
-        epoch, place = divmod(position, self.epoch_length)
-        place = _order(self.epoch_length, self.seed, epoch)[place]
+        """Return the index of the data set, and the index in its source, of a global position."""
+        epoch, offset = divmod(position, self.epoch_length)
+        offset = _order(self.epoch_length, self.seed, epoch)[offset]
         for number, count in enumerate(self.samples_per_epoch):
-            if place < count:
+            if offset < count:
                 size = len(self.datasets[number].source)
-                # Passes over the dataset go on from where the epoch before stopped; each pass is its own permutation.
-                turn, index = divmod(epoch * count + place, size)
-                return number, _order(size, self.seed + 7919 * (number + 1), turn)[index]
-            place -= count
+                # Passes over a data set continue across epochs; each pass has its own permutation.
+                passes, index = divmod(epoch * count + offset, size)
+                return number, _order(size, self.seed + 7919 * (number + 1), passes)[index]
+            offset -= count
         raise AssertionError("the permutation stays inside the epoch")
 
     def __getitem__(self, position: int) -> tuple[MixtureDataset, Sample]:
-        """MixtureDataset and sample at a global position."""
+        """Read the sample at a global position; return its data set and the sample."""
         number, index = self.locate(position)
         return self.datasets[number], self.datasets[number].source[index]
 
     def location(self, position: int) -> RecordLocation:
-        """Return the file and record of the sample at a global position; it is not read."""
+        """Return the file and record of the sample at a global position, without reading it."""
         number, index = self.locate(position)
         return self.datasets[number].source.location(index)
 
     def describe(self, position: int) -> str:
-        """Return `data set 'pages', sample 16 (position 123)`, for messages; the sample is not read."""
+        """Return `data set 'pages', sample 16 (position 123)` for error messages, without reading the sample."""
         number, index = self.locate(position)
         return f"data set {self.datasets[number].name!r}, sample {index} (position {position})"
 
@@ -148,15 +148,13 @@ def _samples_per_epoch(datasets: Sequence[MixtureDataset]) -> tuple[int, ...]:
     weights = [dataset.weight for dataset in datasets]
     if all(weight is None for weight in weights):
         return tuple(round(len(dataset.source) * dataset.repeat) for dataset in datasets)
-    without = [dataset.name for dataset in datasets if dataset.weight is None]
-    if without:
-        raise DataError(f"data sets {', '.join(map(repr, without))} have no weight, others have; give all or none one")
-    empty = [dataset.name for dataset in datasets if not len(dataset.source)]
-    if empty:
-        raise DataError(f"data sets {', '.join(map(repr, empty))} are empty and cannot have a weight; remove them")
+    if without := [dataset.name for dataset in datasets if dataset.weight is None]:
+        raise DataError("some data sets have no weight", value=without, hint="give a weight to all data sets or none")
+    if empty := [dataset.name for dataset in datasets if not len(dataset.source)]:
+        raise DataError("an empty data set cannot have a weight", value=empty, hint="remove it from the mixture")
     length, total = sum(len(dataset.source) for dataset in datasets), sum(weight or 0 for weight in weights)
     exact = [length * (weight or 0) / total for weight in weights]
-    counts = [int(share) for share in exact]
+    counts = [int(count) for count in exact]
     # The largest remainders are rounded up, so that the counts add up to the epoch.
     for number in sorted(range(len(datasets)), key=lambda n: counts[n] - exact[n])[: length - sum(counts)]:
         counts[number] += 1

@@ -1,184 +1,106 @@
-"""Lanes: rows packed from whole samples, independent of the number of ranks.
+"""Packing of whole samples into sequences of at most `max_length` tokens, in deterministic streams.
 
-Stream g of G packs the samples whose global position is g modulo G, from its own bounded look-ahead buffer. Its whole
-state is the next position and the positions in the buffer, so it resumes anywhere and on any number of ranks.
+A run has G packing streams, G being the number of sequences of a global batch. Stream g packs the samples whose global
+position is g modulo G, chosen from its own look-ahead buffer. Streams are sharded to ranks, so what a stream gives does
+not depend on the number of ranks. The state of a stream is its next position and the positions in its buffer: training
+resumes exactly, also on another number of ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Literal, overload
 
 import numpy as np
 
-from vila.chat.tokenize import IGNORE, TokenizedSample
+from vila.chat.tokenize import TokenizedSample
 from vila.core.errors import ConfigError, DataError, VilaError
-from vila.core.types import Image, Video
 from vila.data.bad_samples import BadSample, BadSampleLog, RecordLocation, location_of_position
-
-# --- fill
-# Which waiting samples fill a row: a subset sum over lengths, by bit sets in Python integers.
-
-
-def fill_sequence(lengths: Sequence[int], room: int) -> list[int]:
-    """Indices of the items whose lengths add up to the most that is at most `room`; each item once.
-
-    Among the sets that fill equally, longer items win, and of equal lengths the earlier item: short ones are kept to
-    fill later rows. Bit s of a set says that the sum s can be reached; one shift and one `or` an item.
-    """
-    order = sorted((i for i, length in enumerate(lengths) if length <= room), key=lambda i: (lengths[i], -i))
-    window = (1 << (room + 1)) - 1
-    reachable = [1]
-    for item in order:
-        last = reachable[-1]
-        reachable.append((last | last << lengths[item]) & window)
-    target = reachable[-1].bit_length() - 1
-    chosen = []
-    for place in range(len(order) - 1, -1, -1):
-        rest = target - lengths[order[place]]
-        if rest >= 0 and reachable[place] >> rest & 1:
-            chosen.append(order[place])
-            target = rest
-    return chosen
-
-
-def fill_longest_first(lengths: Sequence[int], images: Sequence[int], room: int, max_images: int) -> list[int]:
-    """Indices of items taken greedily, longest first, while both their tokens and their images fit."""
-    chosen = []
-    for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if lengths[item] <= room and images[item] <= max_images:
-            chosen.append(item)
-            room -= lengths[item]
-            max_images -= images[item]
-    return chosen
-
-
-# --- deal
-# Sharing the lanes of the global batch among ranks and micro-batches.
-
-
-def streams_of_rank(rank: int, world: int, lanes: int) -> range:
-    """The lanes that `rank` of `world` reads: a contiguous share, so that all ranks in order give all lanes in order.
-
-    Raises ConfigError with the nearest numbers that would do unless `lanes` is a multiple of `world`.
-    """
-    if lanes % world:
-        below, above = lanes // world * world, -(-lanes // world) * world
-        raise ConfigError(
-            f"the global batch is not a multiple of the {world} ranks",
-            field="batch",
-            value=lanes,
-            expected=" or ".join(str(number) for number in (below, above) if number),
-        )
-    share = lanes // world
-    return range(rank * share, (rank + 1) * share)
-
-
-def fit_micro_batch(world: int, lanes: int, micro: int) -> int:
-    """The largest micro-batch up to `micro` that the lanes of a rank are a multiple of. Raises as `streams_of_rank`."""
-    share = len(streams_of_rank(0, world, lanes))
-    return max(number for number in range(1, min(share, micro) + 1) if share % number == 0)
-
-
-def micro_batch_note(world: int, lanes: int, micro: int) -> str:
-    """The line that says so when `fit_micro_batch` is not the one that was asked for; else empty."""
-    fitting = fit_micro_batch(world, lanes, micro)
-    if fitting == micro:
-        return ""
-    return (
-        f"note: batch.micro={micro} is reduced to {fitting}: each of {world} ranks has {lanes // world} of the global "
-        f"batch of {lanes}; results do not depend on it"
-    )
-
-
-# --- compact
-# A tokenised sample in little memory: look-ahead buffers and pipes hold thousands of them.
-
-
-@dataclass(frozen=True, slots=True)
-class CompactSample:
-    """What `expanded` needs to rebuild a TokenizedSample exactly. Media are references, never pixels.
-
-    pieces: for each part its number, length, first position and parent.
-    """
-
-    id: str
-    length: int
-    text_ids: np.ndarray[Any, np.dtype[np.int32]]
-    slot_id: int
-    is_placeholder: bytes
-    supervised: bytes
-    pieces: tuple[tuple[int, int, int, int], ...]
-    media: tuple[Image | Video, ...]
-
-    def __len__(self) -> int:
-        return self.length
-
-    def expanded(self) -> TokenizedSample:
-        """The sample as it was before `compact`."""
-        is_placeholder, supervised = _bools(self.is_placeholder, self.length), _bools(self.supervised, self.length)
-        ids = np.full(self.length, self.slot_id, dtype=np.int64)
-        ids[~is_placeholder] = self.text_ids
-        number, lengths, starts, parents = (
-            np.array(column, dtype=np.int64) for column in zip(*self.pieces, strict=True)
-        )
-        offsets = np.cumsum(lengths) - lengths
-        return TokenizedSample(
-            id=self.id,
-            ids=ids,
-            labels=np.where(supervised, ids, IGNORE),
-            positions=np.arange(self.length) + np.repeat(starts - offsets, lengths),
-            segments=np.repeat(number, lengths),
-            parents=np.repeat(parents, lengths),
-            is_placeholder=is_placeholder.astype(np.int64),
-            media=self.media,
-        )
-
-
-def compact(sample: TokenizedSample) -> CompactSample:
-    """The sample in little memory. Every label is the token's own id or is ignored."""
-    is_placeholder = sample.is_placeholder.astype(bool)
-    seams = np.flatnonzero(np.diff(sample.segments)) + 1
-    firsts = np.concatenate([[0], seams])
-    lengths = np.diff(np.concatenate([firsts, [len(sample)]]))
-    pieces = zip(
-        sample.segments[firsts].tolist(),
-        lengths.tolist(),
-        sample.positions[firsts].tolist(),
-        sample.parents[firsts].tolist(),
-        strict=True,
-    )
-    return CompactSample(
-        id=sample.id,
-        length=len(sample),
-        text_ids=sample.ids[~is_placeholder].astype(np.int32),
-        slot_id=int(sample.ids[is_placeholder][0]) if is_placeholder.any() else 0,
-        is_placeholder=np.packbits(is_placeholder).tobytes(),
-        supervised=np.packbits(sample.labels != IGNORE).tobytes(),
-        pieces=tuple(pieces),
-        media=sample.media,
-    )
-
-
-def _bools(bits: bytes, length: int) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    return np.unpackbits(np.frombuffer(bits, dtype=np.uint8), count=length).astype(bool)
-
 
 Packing = Literal["rows", "none", "grouped"]
 Overlong = Literal["error", "drop", "truncate"]
 Fetch = Callable[[int], TokenizedSample]
 Shorten = Callable[[int, int], TokenizedSample | None]
 Pixels = np.ndarray[Any, np.dtype[np.float32]]
-Decode = Callable[[int, CompactSample], Sequence[Pixels]]
+Decode = Callable[[int, TokenizedSample], Sequence[Pixels]]
 
 _MAX_REFUSED = 10_000
 
 
+def fill_sequence(lengths: Sequence[int], max_length: int) -> list[int]:
+    """Return the indices of the items whose lengths have the largest sum that is at most `max_length`.
+
+    Of equal sums the one with longer items wins, of equal lengths the earlier item: short items fill later sequences
+    better. Subset sum over the bits of Python integers: bit s says that the sum s can be reached.
+    """
+    order = sorted((i for i, length in enumerate(lengths) if length <= max_length), key=lambda i: (lengths[i], -i))
+    window = (1 << (max_length + 1)) - 1
+    reachable = [1]
+    for item in order:
+        last = reachable[-1]
+        reachable.append((last | last << lengths[item]) & window)
+    target = reachable[-1].bit_length() - 1
+    chosen = []
+    for index in range(len(order) - 1, -1, -1):
+        rest = target - lengths[order[index]]
+        if rest >= 0 and reachable[index] >> rest & 1:
+            chosen.append(order[index])
+            target = rest
+    return chosen
+
+
+def fill_longest_first(lengths: Sequence[int], images: Sequence[int], max_length: int, max_images: int) -> list[int]:
+    """Return the indices of items taken greedily, longest first, while their tokens and their images fit."""
+    chosen = []
+    for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if lengths[item] <= max_length and images[item] <= max_images:
+            chosen.append(item)
+            max_length -= lengths[item]
+            max_images -= images[item]
+    return chosen
+
+
+def streams_of_rank(rank: int, world: int, count: int) -> range:
+    """Return the numbers of the streams of `rank`: contiguous, so that the ranks in order have all streams in order.
+
+    Raises ConfigError with the nearest valid numbers unless `count` is a multiple of `world`.
+    """
+    if count % world:
+        below, above = count // world * world, -(-count // world) * world
+        raise ConfigError(
+            f"the global batch is not a multiple of the {world} ranks",
+            field="batch",
+            value=count,
+            expected=" or ".join(str(number) for number in (below, above) if number),
+        )
+    per_rank = count // world
+    return range(rank * per_rank, (rank + 1) * per_rank)
+
+
+def fit_micro_batch(world: int, count: int, micro: int) -> int:
+    """Return the largest micro-batch size up to `micro` that divides the sequences of a rank.
+
+    Raises ConfigError as `streams_of_rank` does.
+    """
+    per_rank = len(streams_of_rank(0, world, count))
+    return max(number for number in range(1, min(per_rank, micro) + 1) if per_rank % number == 0)
+
+
+def micro_batch_note(world: int, count: int, micro: int) -> str:
+    """Return a line for the log if `fit_micro_batch` reduces `micro`, else an empty string."""
+    fitting = fit_micro_batch(world, count, micro)
+    if fitting == micro:
+        return ""
+    return (
+        f"note: batch.micro={micro} is reduced to {fitting}: each of {world} ranks has {count // world} of the global "
+        f"batch of {count}; results do not depend on it"
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class PackingStreamState:
-    """Where a lane stands: the next global position it will fetch, and the positions waiting in its buffer."""
+    """State to resume from: the next global position to read, and the positions of the samples in the buffer."""
 
     next_position: int
     waiting: tuple[int, ...]
@@ -186,16 +108,16 @@ class PackingStreamState:
 
 @dataclass(frozen=True)
 class PackedSequence(Sequence[TokenizedSample]):
-    """The samples of one row, and what became of its lane.
+    """The samples of one sequence, and the state of its stream.
 
     positions:          global position of each sample.
-    state:              of the lane after this row; a checkpoint taken now resumes with the row after it.
-    dropped, truncated: over-long samples left out, and cut, since the row before.
-    bad_samples:        samples that could not be read since the row before.
-    pixels:             float32 [3, H, W] of every picture in reading order; None when pictures are not decoded here.
+    state:              of the stream after this sequence; a run that resumes from it continues with the next one.
+    dropped, truncated: overlong samples that were left out, or cut, since the previous sequence.
+    bad_samples:        samples that could not be read since the previous sequence.
+    pixels:             float32 [3, H, W] of every image in reading order; None if images are not decoded here.
     """
 
-    packed: tuple[CompactSample, ...]
+    samples: tuple[TokenizedSample, ...]
     positions: tuple[int, ...]
     state: PackingStreamState
     dropped: int = 0
@@ -203,13 +125,8 @@ class PackedSequence(Sequence[TokenizedSample]):
     bad_samples: tuple[BadSample, ...] = ()
     pixels: Sequence[Pixels] | None = None
 
-    @cached_property
-    def samples(self) -> tuple[TokenizedSample, ...]:
-        """The samples as arrays."""
-        return tuple(sample.expanded() for sample in self.packed)
-
     def __len__(self) -> int:
-        return len(self.packed)
+        return len(self.samples)
 
     @overload
     def __getitem__(self, index: int) -> TokenizedSample: ...
@@ -220,20 +137,18 @@ class PackedSequence(Sequence[TokenizedSample]):
     def __getitem__(self, index: int | slice) -> TokenizedSample | Sequence[TokenizedSample]:
         return self.samples[index]
 
-    def __iter__(self) -> Iterator[TokenizedSample]:
-        return iter(self.samples)
-
 
 @dataclass(frozen=True, kw_only=True)
 class PackingPolicy:
-    """How rows are made; the same for all lanes.
+    """How samples are packed; the same for all streams.
 
-    look_ahead: samples that a lane chooses from.
-    packing:    `rows` fills rows with whole samples; `none` puts one sample in each row, in order; `grouped` one sample
-                in each row, so chosen that the rows of a step are of similar length.
-    max_images: pictures that a row may hold, 0 for no limit.
-    overlong:   of samples longer than a row: `error`, `drop`, or `truncate` at the end of an exchange; counted.
-    max_faults: different samples that may fail to be read; with 0 the failure itself is raised, at once.
+    max_length: tokens of a sequence.
+    look_ahead: size of the buffer that the samples of a sequence are chosen from.
+    packing:    `rows` packs whole samples into sequences; `none` makes each sample a sequence, in order; `grouped` does
+                too, and chooses samples of similar length for the sequences of a step.
+    max_images: images of a sequence, 0 for no limit.
+    overlong:   for samples longer than `max_length`: `error`, `drop`, or `truncate` after an answer; counted.
+    max_faults: number of different samples that may be unreadable; 0 raises the first error at once.
     """
 
     max_length: int
@@ -245,19 +160,24 @@ class PackingPolicy:
 
 
 @dataclass
-class _Count:
+class _Counts:
+    """Events since the previous sequence."""
+
     dropped: int = 0
     truncated: int = 0
     bad_samples: list[BadSample] = field(default_factory=list)
 
 
 class PackingStream:
-    """Fills rows of at most `max_length` tokens. The oldest waiting sample opens each row, so none waits for ever."""
+    """One deterministic stream of packed sequences.
+
+    The oldest sample in the buffer opens each sequence, so no sample waits for ever.
+    """
 
     def __init__(
         self,
         number: int,
-        lanes: int,
+        count: int,
         fetch: Fetch,
         policy: PackingPolicy,
         *,
@@ -267,53 +187,58 @@ class PackingStream:
         location: Callable[[int], RecordLocation] = location_of_position,
         end: int | None = None,
     ) -> None:
-        """Reads nothing before the first row.
+        """Read nothing before the first sequence.
 
-        end:     global position at which the data end; None: they never do.
-        fetch:   gives the tokenised sample at a global position; `location` the file and record of that sample.
-        shorten: gives it cut to a length, None when that cannot be done; needed for `truncate`.
-        decode:  gives the pixels of a sample's pictures; without it rows carry none.
+        number, count: of this stream, from 0; of all streams.
+        fetch:    returns the tokenised sample at a global position.
+        shorten:  returns that sample cut to a length, None if it cannot be cut; needed for `truncate`.
+        decode:   returns the pixels of a sample's images; without it `PackedSequence.pixels` is None.
+        location: returns the file and record of the sample at a position.
+        end:      global position at which the data end; None for endless data.
         """
-        self.lanes, self.policy = lanes, policy
-        self._fetch, self._shorten, self._decode = fetch, shorten, decode
+        self.count, self.policy = count, policy
+        self._fetch, self._shorten, self._decode, self._location = fetch, shorten, decode, location
         self._next = state.next_position if state else number
         self._resumed = state.waiting if state else ()
-        self._buffer: list[tuple[int, CompactSample]] = []
-        self._since = _Count()
-        self._location, self._bad_locations = location, set[RecordLocation]()
-        self._last_fault = ""
+        self._buffer: list[tuple[int, TokenizedSample]] = []
+        self._since = _Counts()
+        self._bad_locations: set[RecordLocation] = set()
+        self._last_reason = ""
         self._end = end
 
     @property
     def state(self) -> PackingStreamState:
-        """What a lane of the same data needs to go on from here."""
+        """State from which a stream over the same data resumes."""
         return PackingStreamState(self._next, self._resumed or tuple(position for position, _ in self._buffer))
 
-    def row(self) -> PackedSequence:
-        """The next row; an empty one at the end of the data. Raises DataError for a sample that may not be skipped."""
+    def next_sequence(self) -> PackedSequence:
+        """Return the next sequence, an empty one at the end of the data.
+
+        Raises DataError for a sample that is too long or unreadable, as `policy` says.
+        """
         while True:
             chosen = self._choose()
             is_at_end = not chosen
-            pixels = [self._pixels(*item) for item in chosen] if self._decode else None
+            pixels = [self._decode_sample(*item) for item in chosen] if self._decode else None
             if pixels is not None:
-                # A picture that cannot be read takes its sample out of the row; the rest of the row stays as it was.
+                # A sample with an unreadable image is removed; the rest of the sequence stays.
                 chosen = [item for item, found in zip(chosen, pixels, strict=True) if found is not None]
             if not chosen and not is_at_end:
                 self._check_refused(len(self._since.bad_samples))
                 continue
-            count, self._since = self._since, _Count()
+            counts, self._since = self._since, _Counts()
             return PackedSequence(
-                packed=tuple(sample for _, sample in chosen),
+                samples=tuple(sample for _, sample in chosen),
                 positions=tuple(position for position, _ in chosen),
                 state=self.state,
-                dropped=count.dropped,
-                truncated=count.truncated,
-                bad_samples=tuple(count.bad_samples),
+                dropped=counts.dropped,
+                truncated=counts.truncated,
+                bad_samples=tuple(counts.bad_samples),
                 pixels=None if pixels is None else [one for found in pixels if found is not None for one in found],
             )
 
-    def _choose(self) -> list[tuple[int, CompactSample]]:
-        """Take the samples of the next row out of the buffer; none at the end of the data."""
+    def _choose(self) -> list[tuple[int, TokenizedSample]]:
+        """Take the samples of the next sequence out of the buffer; none at the end of the data."""
         policy = self.policy
         self._restore()
         if policy.packing != "grouped" or not self._buffer:
@@ -322,133 +247,140 @@ class PackingStream:
             return []
         if policy.packing == "grouped":
             return [self._take_grouped()]
-        if policy.packing == "none":
-            return [self._buffer.pop(0)]
         first = self._buffer.pop(0)
+        if policy.packing == "none":
+            return [first]
         self._fill(policy.look_ahead)
         lengths = [len(sample) for _, sample in self._buffer]
-        room = policy.max_length - len(first[1])
-        picked = fill_sequence(lengths, room)
+        free = policy.max_length - len(first[1])
+        picked = fill_sequence(lengths, free)
         if policy.max_images:
             images = [len(sample.media) for _, sample in self._buffer]
-            left = policy.max_images - len(first[1].media)
-            if sum(images[i] for i in picked) > left:
-                picked = fill_longest_first(lengths, images, room, left)
+            free_images = policy.max_images - len(first[1].media)
+            if sum(images[i] for i in picked) > free_images:
+                picked = fill_longest_first(lengths, images, free, free_images)
         chosen = [first, *(self._buffer[i] for i in picked)]
-        gone = set(picked)
-        self._buffer = [item for i, item in enumerate(self._buffer) if i not in gone]
+        taken = set(picked)
+        self._buffer = [item for i, item in enumerate(self._buffer) if i not in taken]
         return chosen
 
-    def _take_grouped(self) -> tuple[int, CompactSample]:
-        """One sample of the current window. All lanes have as many left, and take the same rank by length."""
+    def _take_grouped(self) -> tuple[int, TokenizedSample]:
+        """Take one sample of the current window.
+
+        The windows of all streams have the same number of samples left, and each takes the same rank by length.
+        """
         left = len(self._buffer)
         order = sorted(self._buffer, key=lambda item: (len(item[1]), item[0]))
-        # A stride through the ranks that no length is favoured by; any fixed function of `left` would do.
+        # A stride through the ranks that favours no length; any fixed function of `left` would do.
         chosen = order[left * 2654435761 % 2**32 * left >> 32]
         self._buffer.remove(chosen)
         return chosen
 
     def _restore(self) -> None:
-        """Read the samples again that waited when the state was taken."""
+        """Read the samples again that were in the buffer of the state."""
         waiting, self._resumed = self._resumed, ()
         for position in waiting:
             self._read(position)
         if waiting:
-            self._since.truncated = 0  # they were counted when they were first read
+            self._since.truncated = 0  # counted when they were first read
 
     def _fill(self, size: int) -> None:
         refused = 0
         while len(self._buffer) < size and (self._end is None or self._next < self._end):
             position = self._next
-            self._next += self.lanes
+            self._next += self.count
             refused = 0 if self._read(position) else refused + 1
             self._check_refused(refused)
 
     def _read(self, position: int) -> bool:
-        """Put the sample at `position` into the buffer; False when it was refused and counted."""
+        """Read the sample at `position` into the buffer; return False if it was left out and counted."""
         try:
             sample = self._fetch(position)
         except MemoryError:
             raise
         except Exception as error:  # noqa: BLE001 - counted, or raised again
-            self._fault(position, error)
+            self._count_bad(position, error)
             return False
-        if len(sample) > self.policy.max_length or self._shows_too_much(sample):
-            fitting = self._fitted(position, sample)
+        if len(sample) > self.policy.max_length or self._has_too_many_images(sample):
+            fitting = self._cut(position, sample)
             if fitting is None:
                 return False
             sample = fitting
-        self._buffer.append((position, compact(sample)))
+        self._buffer.append((position, sample))
         return True
 
-    def _fitted(self, position: int, sample: TokenizedSample) -> TokenizedSample | None:
+    def _cut(self, position: int, sample: TokenizedSample) -> TokenizedSample | None:
+        """Return the sample cut to fit, None if it is dropped. Raises DataError if `policy.overlong` is `error`."""
         policy = self.policy
         if policy.overlong == "error":
-            raise self._too_long(position, sample)
+            raise self._overlong_error(position, sample)
         shorter = (
             self._shorten(position, policy.max_length) if policy.overlong == "truncate" and self._shorten else None
         )
-        if shorter is None or self._shows_too_much(shorter):
+        if shorter is None or self._has_too_many_images(shorter):
             self._since.dropped += 1
             return None
         self._since.truncated += 1
         return shorter
 
-    def _shows_too_much(self, sample: TokenizedSample) -> bool:
+    def _has_too_many_images(self, sample: TokenizedSample) -> bool:
         return 0 < self.policy.max_images < len(sample.media)
 
-    def _too_long(self, position: int, sample: TokenizedSample) -> DataError:
-        policy = self.policy
-        if self._shows_too_much(sample):
-            found, limit, field = f"{len(sample.media)} images", policy.max_images, "data.max_images"
-        else:
-            found, limit, field = f"{len(sample):,} tokens", policy.max_length, "data.max_length"
+    def _overlong_error(self, position: int, sample: TokenizedSample) -> DataError:
+        images = self._has_too_many_images(sample)
+        name = "data.max_images" if images else "data.max_length"
         file, record = self._location(position)
         return DataError(
-            f"sample {sample.id!r} has {found}, rows hold {limit:,}",
+            f"sample {sample.id!r} has too many {'images' if images else 'tokens'}",
             file=file or None,
             record=record if file else None,
-            field=field,
-            hint=f"raise {field} or set data.overlong=drop",
+            field=name,
+            value=len(sample.media) if images else len(sample),
+            expected=f"at most {self.policy.max_images if images else self.policy.max_length}",
+            hint=f"raise {name} or set data.overlong=drop",
         )
 
-    def _pixels(self, position: int, sample: CompactSample) -> Sequence[Pixels] | None:
+    def _decode_sample(self, position: int, sample: TokenizedSample) -> Sequence[Pixels] | None:
         assert self._decode
         try:
             return self._decode(position, sample)
         except MemoryError:
             raise
         except Exception as error:  # noqa: BLE001 - counted, or raised again
-            self._fault(position, error)
+            self._count_bad(position, error)
             return None
 
-    def _fault(self, position: int, error: Exception) -> None:
-        """Count a sample that cannot be read, or raise `error` again if there may be none or too many."""
+    def _count_bad(self, position: int, error: Exception) -> None:
+        """Count an unreadable sample. Raises `error` itself if none is allowed, DataError if there are too many."""
         if not self.policy.max_faults:
             raise error
         known = isinstance(error, VilaError)
         reason = str(error) if known else f"position {position}: {type(error).__name__}: {error}"
         location = self._location(position)
         self._since.bad_samples.append(BadSample(position, reason, location))
-        self._last_fault = reason
+        self._last_reason = reason
         self._bad_locations.add(location)
         if len(self._bad_locations) > self.policy.max_faults:
             raise DataError(
-                f"more than data.max_faults={self.policy.max_faults} samples could not be read; the last: {error}",
+                f"more samples than allowed could not be read; the last: {error}",
                 field="data.max_faults",
+                value=len(self._bad_locations),
+                expected=f"at most {self.policy.max_faults}",
             )
 
     def _check_refused(self, refused: int) -> None:
+        """Raise DataError if very many samples in succession were left out: no sequence would ever be filled."""
         if refused > _MAX_REFUSED:
-            last = f"; the last that cannot be read: {self._last_fault}" if self._last_fault else ""
+            last = f"; the last unreadable one: {self._last_reason}" if self._last_reason else ""
             raise DataError(
-                f"{_MAX_REFUSED:,} samples in a row are longer than data.max_length={self.policy.max_length} "
-                f"or cannot be read{last}"
+                f"{_MAX_REFUSED:,} samples in succession are longer than {self.policy.max_length} tokens or unreadable"
+                f"{last}",
+                field="data.max_length",
             )
 
 
 class PackingStreams:
-    """The lanes of one rank, read in this process; one step takes one row from each."""
+    """The packing streams of one rank, read in this process. A step takes one sequence from each."""
 
     def __init__(
         self,
@@ -459,44 +391,31 @@ class PackingStreams:
         rank: int = 0,
         world: int = 1,
         states: Sequence[PackingStreamState] | None = None,
-        shorten: Shorten | None = None,
-        decode: Decode | None = None,
         log: BadSampleLog | None = None,
-        location: Callable[[int], RecordLocation] = location_of_position,
-        end: int | None = None,
+        **options: Any,
     ) -> None:
-        """count: streams of all ranks. states: of all streams, by number. Others: see `PackingStream`."""
+        """count: streams of all ranks. states: of all streams, by number. options: as for `PackingStream`."""
         self.numbers = streams_of_rank(rank, world, count)
         self._log = log
         self.dropped = self.truncated = 0
-        self.lanes = [
-            PackingStream(
-                number,
-                count,
-                fetch,
-                policy,
-                shorten=shorten,
-                decode=decode,
-                state=states[number] if states else None,
-                location=location,
-                end=end,
-            )
+        self._streams = [
+            PackingStream(number, count, fetch, policy, state=states[number] if states else None, **options)
             for number in self.numbers
         ]
 
     def step(self) -> list[PackedSequence]:
-        """One row from each lane; empty ones from those whose data have ended."""
-        rows = [lane.row() for lane in self.lanes]
-        self.dropped += sum(row.dropped for row in rows)
-        self.truncated += sum(row.truncated for row in rows)
+        """Return one sequence of each stream; an empty one of a stream whose data have ended."""
+        sequences = [stream.next_sequence() for stream in self._streams]
+        self.dropped += sum(sequence.dropped for sequence in sequences)
+        self.truncated += sum(sequence.truncated for sequence in sequences)
         if self._log:
-            self._log.add([sample for row in rows for sample in row.bad_samples])
-        return rows
+            self._log.add([sample for sequence in sequences for sample in sequence.bad_samples])
+        return sequences
 
     @property
     def states(self) -> list[PackingStreamState]:
-        """The state of every lane of this rank, as of the last step."""
-        return [lane.state for lane in self.lanes]
+        """State of every stream of this rank after the last step."""
+        return [stream.state for stream in self._streams]
 
     def close(self) -> None:
-        """Nothing to let go of; readers with workers have."""
+        """Do nothing; `WorkerStreams` ends its processes here."""

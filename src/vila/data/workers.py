@@ -1,7 +1,8 @@
-"""Processes that read, tokenise and decode ahead of training. Each owns whole lanes, so rows are those of one process.
+"""Worker processes of the data loader: read, tokenize, pack and decode ahead of training.
 
-A worker makes a row of a lane whenever it is asked to, and is asked for a few more than have been used. With every row
-comes the state of its lane; the state to save is that of the rows that were used, whatever has been read ahead.
+Each worker owns whole packing streams, so the sequences are those of a single process. The parent requests a few
+sequences ahead. Each sequence carries the state of its stream; a checkpoint saves the state after the last sequence
+that was used, whatever has been read ahead. Sequences go through a pipe, decoded images through shared memory.
 """
 
 from __future__ import annotations
@@ -32,15 +33,12 @@ from vila.data.dataset import SampleReader
 from vila.data.packing import PackedSequence, PackingPolicy, PackingStream, PackingStreamState, Pixels, streams_of_rank
 from vila.media.transform import Bytes, normalise
 
-# --- shared
-# Rows between processes: what is small goes through a pipe, pictures lie in memory that both processes map.
-
 
 @dataclass(frozen=True, eq=False)
 class SharedPixels(Sequence[Pixels]):
-    """The pictures of a row as a worker wrote them; each is normalised, float32 [3, S, S], when it is asked for.
+    """Images of a sequence in shared memory; indexing returns one normalised, float32 [3, S, S].
 
-    squares: uint8 [N, 3, S, S], in memory that lives as long as an array looks into it.
+    squares: uint8 [N, 3, S, S]; the memory is released with the last array that refers to it.
     """
 
     squares: Bytes
@@ -59,21 +57,22 @@ class SharedPixels(Sequence[Pixels]):
         return normalise(self.squares[index], self.spec)
 
     def write(self, out: Pixels) -> None:
-        """Normalise all pictures into `out`, float32 [N, 3, S, S]."""
+        """Normalise all images into `out`, float32 [N, 3, S, S]."""
         normalise(self.squares, self.spec, out)
 
 
-def send_row(connection: Connection, row: PackedSequence) -> None:
-    """Send a row over a duplex pipe. Its `pixels` are squares of uint8 here: see `SampleReader.squares`."""
-    shape = () if row.pixels is None else (len(row.pixels), *(row.pixels[0].shape if len(row.pixels) else ()))
-    connection.send_bytes(pickle.dumps((replace(row, pixels=None), row.pixels is not None, shape)))
-    if row.pixels is None or not len(row.pixels):
+def send_sequence(connection: Connection, sequence: PackedSequence) -> None:
+    """Send a sequence over a duplex pipe. Its `pixels` are uint8 [3, S, S] here, see `SampleReader.squares`."""
+    pixels = sequence.pixels
+    shape = () if pixels is None else (len(pixels), *(pixels[0].shape if len(pixels) else ()))
+    connection.send_bytes(pickle.dumps((replace(sequence, pixels=None), pixels is not None, shape)))
+    if not pixels:
         return
     file = _anonymous_file()
     try:
-        for picture in row.pixels:
+        for image in pixels:
             # Writing takes half the time of filling a mapping, whose pages are cleared and faulted in first.
-            _write(file, np.ascontiguousarray(picture).data.cast("B"))
+            _write(file, np.ascontiguousarray(image).data.cast("B"))
         with _socket_of(connection) as carrier:
             socket.send_fds(carrier, [b"f"], [file])
     finally:
@@ -85,19 +84,19 @@ def _write(file: int, data: memoryview) -> None:
         data = data[os.write(file, data) :]
 
 
-def receive_row(connection: Connection, spec: VisionSpec) -> PackedSequence:
-    """The next row of a pipe; its pictures are normalised as `spec` says.
+def receive_sequence(connection: Connection, spec: VisionSpec) -> PackedSequence:
+    """Receive the next sequence of a pipe. spec: how its images are normalised.
 
-    Raises EOFError when the other end is gone, whatever it sent instead of a row.
+    Raises EOFError if the worker has ended, or the error that the worker sent.
     """
     received = pickle.loads(connection.recv_bytes())
     if isinstance(received, BaseException):
         raise received
-    row, decoded, shape = received
-    if not decoded:
-        return row
+    sequence, is_decoded, shape = received
+    if not is_decoded:
+        return sequence
     if len(shape) == 1:
-        return replace(row, pixels=())
+        return replace(sequence, pixels=())
     with _socket_of(connection) as carrier:
         mark, files, *_ = socket.recv_fds(carrier, 1, 1)
     if not mark or not files:
@@ -107,7 +106,7 @@ def receive_row(connection: Connection, spec: VisionSpec) -> PackedSequence:
     finally:
         os.close(files[0])
     squares = np.frombuffer(memory, dtype=np.uint8).reshape(shape)
-    return replace(row, pixels=SharedPixels(squares, spec))
+    return replace(sequence, pixels=SharedPixels(squares, spec))
 
 
 def _anonymous_file() -> int:
@@ -126,18 +125,21 @@ START_METHODS = ("forkserver", "spawn", "fork")
 
 @dataclass(frozen=True)
 class StreamJob:
-    """What a worker needs to know: how to read, and from where each of its lanes goes on."""
+    """Work of one worker: how to read, and the state of each of its streams (by number).
+
+    count: streams of all ranks.
+    """
 
     reader: SampleReader
     policy: PackingPolicy
-    streams: int
+    count: int
     decode: bool
-    states: dict[int, PackingStreamState | None]
+    states: dict[int, PackingStreamState]
     end: int | None = None
 
 
 class WorkerStreams:
-    """The lanes of one rank, read by worker processes; the same rows as `LaneSet` gives, step by step."""
+    """The packing streams of one rank, read by worker processes. Gives the same sequences as `PackingStreams`."""
 
     def __init__(
         self,
@@ -155,41 +157,37 @@ class WorkerStreams:
         start_method: str = "forkserver",
         end: int | None = None,
     ) -> None:
-        """Starts no process before the first step.
-
-        prefetch: rows that each worker may read ahead.
-        """
+        """Start no process before the first step. prefetch: sequences that each worker reads ahead."""
         self.numbers = streams_of_rank(rank, world, count)
         self.dropped = self.truncated = 0
-        self._reader, self._policy, self._count, self._decode = reader, policy, count, decode
-        self._states = {number: states[number] if states else PackingStreamState(number, ()) for number in self.numbers}
-        self._owner = {number: place % min(workers, len(self.numbers)) for place, number in enumerate(self.numbers)}
+        self._job = StreamJob(reader, policy, count, decode, {}, end)
+        self._states = {n: states[n] if states else PackingStreamState(n, ()) for n in self.numbers}
+        self._owner = {n: index % min(workers, len(self.numbers)) for index, n in enumerate(self.numbers)}
         self._prefetch, self._log, self._start_method = prefetch, log, start_method
         self._workers: list[_Worker] = []
-        self._end = end
 
     def step(self) -> list[PackedSequence]:
-        """One row from each lane. Raises the error of a worker, or DataError naming the sample that it died of."""
+        """Return one sequence of each stream.
+
+        Raises the error of a worker, or DataError naming the sample that a worker was reading when it was killed.
+        """
         if not self._workers:
             self._start()
-        rows = []
-        for number in self.numbers:
-            row = self._workers[self._owner[number]].row()
-            self._states[number] = row.state
-            rows.append(row)
-        self.dropped += sum(row.dropped for row in rows)
-        self.truncated += sum(row.truncated for row in rows)
+        sequences = [self._workers[self._owner[number]].next_sequence() for number in self.numbers]
+        self._states = {n: sequence.state for n, sequence in zip(self.numbers, sequences, strict=True)}
+        self.dropped += sum(sequence.dropped for sequence in sequences)
+        self.truncated += sum(sequence.truncated for sequence in sequences)
         if self._log:
-            self._log.add([sample for row in rows for sample in row.bad_samples])
-        return rows
+            self._log.add([sample for sequence in sequences for sample in sequence.bad_samples])
+        return sequences
 
     @property
     def states(self) -> list[PackingStreamState]:
-        """The state of every lane of this rank, as of the last step; what was read ahead does not count."""
-        return [self._states[number] for number in self.numbers]
+        """State of every stream of this rank after the last step, without what has been read ahead."""
+        return list(self._states.values())
 
     def close(self) -> None:
-        """End the workers. They hold nothing that a kill could spoil; the next step starts new ones."""
+        """End the workers, which hold no state; the next step starts new ones."""
         atexit.unregister(self.close)
         for worker in self._workers:
             worker.close()
@@ -199,81 +197,83 @@ class WorkerStreams:
         # Starting a worker imports this module and no torch: a fifth of a second.
         context = multiprocessing.get_context(self._start_method)
         atexit.register(self.close)
-        for place in range(max(self._owner.values()) + 1):
-            own = {number: self._states[number] for number in self.numbers if self._owner[number] == place}
-            job = StreamJob(self._reader, self._policy, self._count, self._decode, dict(own), self._end)
+        for index in range(max(self._owner.values()) + 1):
+            own = {number: state for number, state in self._states.items() if self._owner[number] == index}
             earlier = [worker.connection for worker in self._workers]
-            self._workers.append(_Worker(context, place, job, self._prefetch, earlier))
+            self._workers.append(_Worker(context, index, replace(self._job, states=own), self._prefetch, earlier))
 
 
 class _Worker:
-    """The parent's end of one worker."""
+    """Handle of one worker process in its parent."""
 
-    def __init__(self, context: Any, place: int, job: StreamJob, prefetch: int, earlier: Sequence[Connection]) -> None:
-        self._job, self._name = job, f"data worker {place}"
-        self._at = context.RawValue(c_longlong, -1)
+    def __init__(self, context: Any, index: int, job: StreamJob, prefetch: int, earlier: Sequence[Connection]) -> None:
+        self._job, self._name = job, f"data worker {index}"
+        self._position = context.RawValue(c_longlong, -1)
         self.connection, theirs = context.Pipe(duplex=True)
-        # A forked process has copies of these; while it keeps them open, it cannot see that the parent is gone.
+        # A forked worker inherits these; while it keeps them open, it does not notice that the parent has ended.
         inherited = [*earlier, self.connection] if context.get_start_method() == "fork" else []
-        arguments = (theirs, job, self._at, inherited)
-        self._process = context.Process(target=_serve, args=arguments, name=self._name, daemon=True)
+        arguments = (theirs, job, self._position, inherited)
+        self._process = context.Process(target=_run_worker, args=arguments, name=self._name, daemon=True)
         self._process.start()
         theirs.close()
-        self._orders = cycle(job.states)
+        self._requests = cycle(job.states)
         for _ in range(prefetch):
-            self.connection.send(next(self._orders))
+            self.connection.send(next(self._requests))
 
-    def row(self) -> PackedSequence:
-        """The next row; the lanes of the job take turns. Asks for one more."""
+    def next_sequence(self) -> PackedSequence:
+        """Return the next sequence and request one more; the streams of the worker take turns."""
         try:
-            row = receive_row(self.connection, self._job.reader.spec)
+            sequence = receive_sequence(self.connection, self._job.reader.spec)
         except (EOFError, ConnectionError) as error:
-            raise DataError(self._death()) from error
-        with suppress(ConnectionError):  # a worker that died since is noticed when its next row is wanted
-            self.connection.send(next(self._orders))
-        return row
+            raise self._death() from error
+        with suppress(ConnectionError):  # a worker that has ended is reported when its next sequence is needed
+            self.connection.send(next(self._requests))
+        return sequence
 
     def close(self) -> None:
         self.connection.close()
         self._process.kill()
         self._process.join()
 
-    def _death(self) -> str:
+    def _death(self) -> DataError:
         self._process.join(timeout=5)
         code = self._process.exitcode
-        how = f"exit code {code}" if code is None or code >= 0 else f"signal {signal.Signals(-code).name}"
+        reason = f"exit code {code}" if code is None or code >= 0 else f"signal {signal.Signals(-code).name}"
         if code == -signal.SIGKILL:
-            how += "; out of memory?"
-        position = self._at.value
-        where = self._job.reader.mixture.describe(position) if position >= 0 else "its start"
-        return (
-            f"{self._name} ended ({how}) at {where}; run again to go on from the last checkpoint, with fewer "
-            "compute.workers if memory ran out"
+            reason += ", out of memory?"
+        position = self._position.value
+        return DataError(
+            f"{self._name} ended ({reason})",
+            record=self._job.reader.mixture.describe(position) if position >= 0 else "its start",
+            hint="run again to resume from the last checkpoint, with fewer compute.workers if memory ran out",
         )
 
 
-def _serve(connection: Connection, job: StreamJob, at: Any, inherited: Sequence[Connection]) -> None:
-    """A worker's whole life: a lane's number comes in, its next row goes out, until the parent is gone."""
+def _run_worker(connection: Connection, job: StreamJob, current: Any, inherited: Sequence[Connection]) -> None:
+    """Main function of a worker: receive the number of a stream, send its next sequence, until the parent ends.
+
+    current: shared integer, the position that is being read.
+    """
     for other in inherited:
         other.close()
     for number in (signal.SIGINT, signal.SIGTERM):
-        # These reach the whole process group; it is the parent that answers them, after the step.
+        # These reach the whole process group; the parent handles them after the step.
         signal.signal(number, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     reader = job.reader
 
     def fetch(position: int) -> Any:
-        at.value = position
+        current.value = position
         return reader(position)
 
     def decode(position: int, sample: Any) -> Any:
-        at.value = position
+        current.value = position
         return reader.squares(position, sample)
 
     streams = {
         number: PackingStream(
             number,
-            job.streams,
+            job.count,
             fetch,
             job.policy,
             shorten=reader.shorten,
@@ -286,14 +286,11 @@ def _serve(connection: Connection, job: StreamJob, at: Any, inherited: Sequence[
     }
     try:
         while True:
-            send_row(connection, streams[connection.recv()].row())
+            send_sequence(connection, streams[connection.recv()].next_sequence())
     except (EOFError, ConnectionError):
         return
     except Exception as error:  # noqa: BLE001 - raised again in the parent
-        _report(connection, error, reader.mixture.describe(at.value))
-
-
-def _report(connection: Connection, error: Exception, where: str) -> None:
-    if not isinstance(error, VilaError):
-        error = DataError(f"{type(error).__name__}: {error}\n{traceback.format_exc()}", record=where)
-    connection.send_bytes(pickle.dumps(error))
+        if not isinstance(error, VilaError):
+            where = reader.mixture.describe(current.value)
+            error = DataError(f"{type(error).__name__}: {error}\n{traceback.format_exc()}", record=where)
+        connection.send_bytes(pickle.dumps(error))

@@ -47,7 +47,6 @@ from vila.train.resume import (
 from vila.train.setup import (
     build_bad_sample_log,
     build_mixture,
-    build_reader,
     build_rows,
     gather_full_tensors,
     last_position,
@@ -229,7 +228,6 @@ def _build(
         objective=learner.objective,
         optimizer=learner.optimizer,
         lanes=lanes,
-        data_set=build_reader(recipe, processor, mixture).data_set,
         data_sets=[part.name for part in mixture.datasets],
         seen=learner.seen,
         pin=world.device.type == "cuda",

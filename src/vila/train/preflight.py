@@ -15,7 +15,7 @@ from vila.core.errors import ConfigError, DataError, VilaError
 from vila.core.files import check_writable
 from vila.core.optional import require
 from vila.core.progress import SILENT, Events
-from vila.data.dataset import Entry, open_entry
+from vila.data.dataset import DatasetEntry, open_dataset
 from vila.data.formats.base import FORMATS
 from vila.data.mixture import Mixture
 from vila.data.packing import streams_of_rank
@@ -81,7 +81,7 @@ class Preflight:
         parts = []
         for number in (number for number in self._numbers if here[number]):
             with self.collected(f"data.mixture.{number}.path"):
-                parts.append(open_entry(Entry(**self.recipe.data.mixture[number].model_dump()), events))
+                parts.append(open_dataset(DatasetEntry(**self.recipe.data.mixture[number].model_dump()), events))
         if len(parts) == len(here):
             with self.collected("data.mixture"):
                 check_mixture(self.recipe, build_mixture(self.recipe))

@@ -16,7 +16,7 @@ from vila.config.schema import Recipe
 from vila.core.errors import CheckpointError, RunChangedError, VilaError
 from vila.core.progress import SILENT, Events
 from vila.data.fingerprint import FileFingerprint, compare_files, fingerprint_files
-from vila.data.mixture import Mixture, Source
+from vila.data.mixture import Mixture
 from vila.model.hub import cached_folder
 from vila.model.layouts.base import Checkpoint as ModelCheckpoint
 from vila.train.checkpoint import (
@@ -212,7 +212,7 @@ def list_inputs(recipe: Recipe, mixture: Mixture, start: ModelCheckpoint) -> Inp
     A part that is still to be fetched from the hub has no files.
     """
     data = [
-        DataInput(entry.path, len(part.source), _by_name(_files_of(part.source), Path(entry.path)))
+        DataInput(entry.path, len(part.source), _by_name(part.source.files, Path(entry.path)))
         for entry, part in zip(recipe.data.mixture, mixture.datasets, strict=True)
     ]
     models: dict[str, dict[str, Path]] = {}
@@ -310,13 +310,6 @@ def _fields(inputs: Inputs) -> dict[str, dict[str, Path]]:
 
 def _data_field(number: int) -> str:
     return f"data.mixture.{number}.path"
-
-
-def _files_of(source: Source) -> list[Path]:
-    """The data files of a source, or of the one that it is a view of."""
-    while not hasattr(source, "files") and hasattr(source, "source"):
-        source = source.source
-    return list(getattr(source, "files", ()))
 
 
 def _files_in(folder: Path) -> list[Path]:

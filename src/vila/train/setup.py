@@ -18,7 +18,7 @@ from vila.core.types import Image
 from vila.core.vision_spec import VisionSpec
 from vila.data.bad_samples import BadSampleLog
 from vila.data.collate import Batch
-from vila.data.dataset import Entry, SampleReader, mixture_images, open_mixture
+from vila.data.dataset import DatasetEntry, SampleReader, mixture_images, open_mixture
 from vila.data.mixture import Mixture
 from vila.data.packing import PackingPolicy, PackingStreams, PackingStreamState, streams_of_rank
 from vila.data.workers import WorkerStreams
@@ -261,7 +261,7 @@ MAX_WORKERS = 4
 
 def build_mixture(recipe: Recipe, events: Events = SILENT) -> Mixture:
     """The data sets of a recipe, opened; `events` are told how files are indexed."""
-    return open_mixture([Entry(**entry.model_dump()) for entry in recipe.data.mixture], recipe.seed, events)
+    return open_mixture([DatasetEntry(**entry.model_dump()) for entry in recipe.data.mixture], recipe.seed, events)
 
 
 def build_reader(recipe: Recipe, processor: VilaProcessor, mixture: Mixture) -> SampleReader:

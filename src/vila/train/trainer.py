@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from vila.chat.tokenize import IGNORE, TokenizedSample
+from vila.chat.tokenize import TokenizedSample
 from vila.core.errors import Interrupted, Preempted, TrainingError, VilaError
 from vila.core.progress import SILENT, Events, task
 from vila.data.bad_samples import BadSample, BadSampleLog
@@ -65,16 +65,14 @@ class RankStepStats:
     problem: VilaError | None = None
 
 
-def rank_step_stats(
-    rows: Sequence[PackedSequence], batches: Sequence[Batch | None], data_set: Callable[[int], str]
-) -> RankStepStats:
+def rank_step_stats(rows: Sequence[PackedSequence], batches: Sequence[Batch | None]) -> RankStepStats:
     """The share of a process with these rows, collated to these batches; None for a micro-batch of empty rows."""
     by_data_set: dict[str, tuple[int, int]] = {}
     for row in rows:
-        for position, sample in zip(row.positions, row, strict=True):
-            tokens, supervised = by_data_set.get(name := data_set(position), (0, 0))
-            learnt = int((sample.labels != IGNORE).sum())
-            by_data_set[name] = tokens + len(sample), supervised + learnt
+        for sample in row:
+            tokens, supervised = by_data_set.get(sample.dataset, (0, 0))
+            learnt = int(sample.is_supervised.sum())
+            by_data_set[sample.dataset] = tokens + len(sample), supervised + learnt
     return RankStepStats(
         tokens=sum(tokens for tokens, _ in by_data_set.values()),
         places=sum(batch.ids.numel() for batch in batches if batch),
@@ -159,7 +157,6 @@ class Trainer:
     """One stage, ready to run.
 
     objective:    the model's loss; what is dealt to processes, when there are some.
-    data_set:     the name of the data set that a global position belongs to.
     data_sets:    all their names.
     seen:         what the objective is given of a batch's pictures, or of a stand-in when the batch has none.
     micro:        rows of a forward pass.
@@ -177,7 +174,6 @@ class Trainer:
     objective: LossModule
     optimizer: MasterAdamW
     lanes: Rows
-    data_set: Callable[[int], str]
     data_sets: Sequence[str]
     seen: Callable[[Batch], dict[str, Tensor]]
     micro: int
@@ -302,7 +298,7 @@ class Trainer:
             batches = [collate(own, pin=self.pin) if own else None for own in self._micro(rows)]
         except VilaError as error:
             problem = error
-        mine = rank_step_stats(rows, batches, self.data_set)
+        mine = rank_step_stats(rows, batches)
         mine = replace(mine, stop=stop.number if stop else 0, late=late, problem=problem)
         shares = self.world.all_gather_object(mine)
         with self._same_in_all():
@@ -327,8 +323,8 @@ class Trainer:
         out = torch.zeros_like(batch.ids)
         for number, row in enumerate(rows):
             start = 0
-            for position, sample in zip(row.positions, row.packed, strict=True):
-                out[number, start : start + len(sample)] = places[self.data_set(position)]
+            for sample in row:
+                out[number, start : start + len(sample)] = places[sample.dataset]
                 start += len(sample)
         return out
 

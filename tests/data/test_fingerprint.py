@@ -1,4 +1,4 @@
-"""Stamps tell a file that was changed from one that was copied, whole or by samples."""
+"""Fingerprints distinguish a changed file from a copied one, hashed whole or by samples."""
 
 import os
 
@@ -30,11 +30,11 @@ def write_at(path, offset):
 
 def test_an_untouched_file_is_not_read_again(file, monkeypatch):
     before = fingerprint_files({"a": file})
-    monkeypatch.setattr(fingerprint, "_stamp", None)
+    monkeypatch.setattr(fingerprint, "_fingerprint", None)
     assert compare_files(before, {"a": file}) == ([], before)
 
 
-def test_a_copy_with_another_time_is_the_same_and_gets_its_time(file):
+def test_a_copy_with_another_time_is_unchanged_and_its_new_time_is_kept(file):
     before = fingerprint_files({"a": file})
     os.utime(file, ns=(0, 10**18))
     changes, same = compare_files(before, {"a": file})
@@ -43,7 +43,7 @@ def test_a_copy_with_another_time_is_the_same_and_gets_its_time(file):
 
 
 @pytest.mark.parametrize("offset", [0, 3 * 2**20 - 1])
-def test_another_byte_at_either_end_is_a_change(file, offset):
+def test_a_changed_first_or_last_byte_is_a_change(file, offset):
     before = fingerprint_files({"a": file})
     write_at(file, offset)
     (change,), same = compare_files(before, {"a": file})
@@ -52,7 +52,7 @@ def test_another_byte_at_either_end_is_a_change(file, offset):
     assert same == {}
 
 
-def test_small_sets_are_hashed_whole_and_large_ones_by_sixteen_pieces(file):
+def test_small_sets_are_hashed_whole_and_large_ones_by_samples(file):
     whole = fingerprint_files({"a": file})["a"].pieces == 0
     before = fingerprint_files({"a": file})
     write_at(file, 100_000)
@@ -65,7 +65,7 @@ def test_a_small_file_in_a_large_set_is_hashed_whole(tmp_path, monkeypatch):
     assert fingerprint_files({"c": tmp_path / "config.json"})["c"].pieces == 0
 
 
-def test_sizes_and_files_that_come_and_go_are_changes(tmp_path):
+def test_other_sizes_and_added_or_missing_files_are_changes(tmp_path):
     for name in "abc":
         (tmp_path / name).write_text("12")
     before = fingerprint_files({name: tmp_path / name for name in "abc"})
@@ -77,7 +77,7 @@ def test_sizes_and_files_that_come_and_go_are_changes(tmp_path):
     assert list(same) == ["b"]
 
 
-def test_a_file_that_is_gone_is_named(tmp_path):
+def test_a_missing_file_is_an_error_with_its_name(tmp_path):
     with pytest.raises(DataError) as caught:
         fingerprint_files({"a": tmp_path / "a"})
     assert caught.value.file == str(tmp_path / "a")
