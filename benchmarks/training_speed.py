@@ -100,7 +100,7 @@ def _ours(run) -> tuple[int, int]:  # type: ignore[no-untyped-def]
     def counted():  # type: ignore[no-untyped-def]
         rows = real()
         # Every branch is a question; text-only samples count as one.
-        shown.append(sum(max(1, int(sample.segments[-1])) for row in rows for sample in row))
+        shown.append(sum(max(1, len(sample.segments) - 1) for row in rows for sample in row))
         return rows
 
     run.trainer.lanes.step = counted
