@@ -1,9 +1,9 @@
-"""Write the generated parts of the documentation: a page that lists things takes the list from the code.
+"""Update the generated parts of the documentation pages: tables of fields, recipes, formats, options.
 
     python scripts/make_docs.py
 
-A part stands between the comments `<!-- generated: NAME -->` and `<!-- end: NAME -->`; everything else on a page is
-written by hand and stays. `tests/package/test_docs.py` fails when a page is stale. Needs no torch.
+A part is enclosed by the comments `<!-- generated: NAME -->` and `<!-- end: NAME -->`; the rest of a page is written by
+hand and is not changed. `tests/package/test_docs.py` fails if a part is out of date. Needs no torch.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from vila.export.base import EXPORTS, OPTIONS
 ROOT = Path(__file__).resolve().parents[1]
 PART = re.compile(r"<!-- generated: (?P<name>[\w-]+) -->\n(?P<body>.*?)<!-- end: (?P=name) -->", re.DOTALL)
 
-# The conversation of tests/chat/test_render.py, whose golden strings the page on chat shows.
+# Example conversation, as in tests/chat/test_render.py.
 TWO_TURNS = (
     Message.of("user", Image("cat.png"), "\nWhat?"),
     Message.of("assistant", "A cat."),
@@ -47,7 +47,7 @@ TWO_TURNS = (
 
 
 def main() -> int:
-    """Rewrite every page that has generated parts; say which ones changed."""
+    """Update every page with generated parts; print which of them changed."""
     for page in pages():
         text = page.read_text(encoding="utf-8")
         fresh = regenerated(text)
@@ -58,45 +58,45 @@ def main() -> int:
 
 
 def pages() -> list[Path]:
-    """The pages that have generated parts."""
+    """Return the pages with generated parts."""
     return [page for page in sorted((ROOT / "docs").rglob("*.md")) if PART.search(page.read_text(encoding="utf-8"))]
 
 
 def part_names(text: str) -> list[str]:
-    """Names of the generated parts of a page, in reading order."""
+    """Return the names of the generated parts of a page, in reading order."""
     return [match["name"] for match in PART.finditer(text)]
 
 
 def regenerated(text: str) -> str:
-    """The page with its generated parts made anew. Raises ValueError for a part that nothing here makes."""
+    """Return the page with its generated parts updated. Raises ValueError for unknown parts."""
     return PART.sub(_regenerated_part, text)
 
 
 def _regenerated_part(match: re.Match[str]) -> str:
     name = match["name"]
     if name not in PARTS:
-        raise ValueError(f"generated part {name!r} is not known; known are {', '.join(PARTS)}")
+        raise ValueError(f"generated part {name!r} is unknown; known are {', '.join(PARTS)}")
     return f"<!-- generated: {name} -->\n\n{PARTS[name]()}\n\n<!-- end: {name} -->"
 
 
 def recipe_fields() -> str:
-    """Every field of a recipe: what it accepts, its default, its help."""
+    """Table of all recipe fields: accepted values, default, description."""
     shown = {"required": "required", "()": "`[]`"}
     rows = [
         (f"`{path}`", accepts, shown.get(default, f"`{default}`"), text)
         for path, accepts, default, text in describe_fields()
     ]
-    return table(("Field", "Accepts", "Default", "What it is"), rows)
+    return table(("Field", "Accepts", "Default", "Description"), rows)
 
 
 def packaged_recipes() -> str:
-    """Every packaged recipe: its first comment line and the numbers that tell it from others."""
+    """Table of the packaged recipes: first comment line and main settings."""
     folder = Path(str(resources.files("vila.config"))) / "recipes"
     rows = []
     for name in recipe_names():
         about = (folder / f"{name}.yaml").read_text(encoding="utf-8").partition("\n")[0]
         rows.append((f"`{name}`", about.removeprefix("# "), *_recipe_cells(load_recipe(name))))
-    return table(("Recipe", "What it does", "Learns", "Peak rate", "Batch", "Row", "Budget", "Formats"), rows)
+    return table(("Recipe", "Description", "Trains", "Peak lr", "Batch", "Max length", "Budget", "Formats"), rows)
 
 
 def _recipe_cells(recipe: Recipe) -> tuple[str, ...]:
@@ -104,7 +104,7 @@ def _recipe_cells(recipe: Recipe) -> tuple[str, ...]:
     rate = f"{stage.lr:g}"
     if stage.lr_projector not in (None, stage.lr):
         rate += f", projector {stage.lr_projector:g}"
-    unit = "row" if data.packing == "rows" else "sample"
+    unit = "sequence" if data.packing == "rows" else "sample"
     formats = dict.fromkeys(entry.format for entry in data.mixture)
     return (
         ", ".join(stage.tune),
@@ -112,7 +112,7 @@ def _recipe_cells(recipe: Recipe) -> tuple[str, ...]:
         _count(recipe.batch.rows or recipe.batch.samples, unit),
         f"{data.max_length:,}",
         _count(budget.tokens, "token") if budget.tokens else _count(budget.epochs, "epoch"),
-        ", ".join(name if name in FORMATS else f"{name} (planned)" for name in formats),
+        ", ".join(formats),
     )
 
 
@@ -122,7 +122,7 @@ def _count(number: float, unit: str) -> str:
 
 
 def templates() -> str:
-    """Every template: its names, what ends an answer, and the two-turn example written out."""
+    """List of all templates: names, stop strings, and the rendered example."""
     return "\n".join(
         ["```text", *(line for template in TEMPLATES.values() for line in _template_lines(template)), "```"]
     )
@@ -138,7 +138,7 @@ def _template_lines(template: Template) -> list[str]:
 
 
 def _marked(spans: Sequence[Span]) -> str:
-    """The text with a "~" wherever something to learn begins or ends."""
+    """Return the text with a "~" wherever supervision starts or ends."""
     groups = groupby(spans, key=lambda span: span.train)
     texts = [(train, "".join(map(_written, group))) for train, group in groups]
     return "".join(f"~{text}~" if train else text for train, text in texts)
@@ -152,7 +152,7 @@ _EXAMPLE = f"Human: {chat_templates.V0_QUESTION}###Assistant: {chat_templates.V0
 
 
 def cli_reference() -> str:
-    """Every command with its arguments and options, from the command-line definitions."""
+    """Reference of all commands, with arguments and options."""
     lines: list[str] = []
     for path, command in _commands(typer.main.get_command(app), ("vila",)):
         arguments = [part for part in command.params if part.param_type_name == "argument"]
@@ -198,13 +198,13 @@ def _help(part: Any) -> str:
 
 
 def registered(registry: Registry[object]) -> str:
-    """Every name of a registry with the first line of the docstring of its class."""
+    """Table of a registry: names and first lines of docstrings."""
     rows = []
     for name in registry:
         entry = registry[name]
         module = sys.modules[entry.__module__]
         rows.append((f"`{name}`", _summary(entry), f"`{_source(module.__name__)}`"))
-    return table(("Name", "What it is", "File"), rows)
+    return table(("Name", "Description", "File"), rows)
 
 
 def _summary(entry: object) -> str:
@@ -217,20 +217,20 @@ def _source(module: str) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; a bar inside a cell is escaped."""
+    """Return a Markdown table; bars in cells are escaped."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
 
 def export_formats() -> str:
-    """Every export format: what it is, its precisions, the options it takes, how it was checked."""
+    """Table of export formats: precisions, description, options, verification."""
     rows = []
     for name in EXPORTS:
         target = EXPORTS[name]
         options = [f"`--{option.replace('_', '-')}`" for option in OPTIONS if option in target.takes]
         precisions = ", ".join(f"`{precision}`" for precision in target.precisions)
         rows.append((f"`{name}`", precisions, target.summary, ", ".join(options), target.verified))
-    return table(("Format", "Precisions", "What it is", "Options", "Checked"), rows)
+    return table(("Format", "Precisions", "Description", "Options", "Verified"), rows)
 
 
 PARTS: dict[str, Callable[[], str]] = {

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from scripts.make_eval_data import make_eval_data
-from tests.config.small_parts import write_data, write_parts
+from tests.config.tiny_inputs import write_data, write_parts
 from vila.model.loading import load_model
 
 ROOT = Path(__file__).parents[2]

@@ -1,4 +1,4 @@
-"""Recipes as text: what is read, what is refused, and in which words."""
+"""Loading recipes: files, `extends`, overrides, validation, saving and comparing."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from vila.config.field_docs import expected_at
-from vila.config.load import describe_fields, load_recipe, recipe_differences, recipe_names, recipe_to_yaml, save_recipe
-from vila.core.errors import ConfigError, UnknownNameError
+from vila.config.load import describe_fields, load_recipe, recipe_changes, recipe_names, recipe_to_yaml, save_recipe
+from vila.core.errors import MISSING, ConfigError, UnknownNameError, VilaError
 
 BASE = """\
 name: tiny
@@ -44,17 +44,17 @@ def base(tmp_path: Path) -> Path:
     return path
 
 
-def problems_of(path: Path, *overrides: str) -> list[str]:
-    """The lines of the one error that loading raises, without its heading."""
+def problems_of(path: Path, *overrides: str) -> tuple[VilaError, ...]:
+    """The problems in the error that loading raises."""
     with pytest.raises(ConfigError) as caught:
         load_recipe(str(path), overrides)
-    text = str(caught.value)
-    assert "Value error" not in text and "pydantic" not in text
-    heading, *lines = text.split("\n")
-    if not lines:
-        return [text.removeprefix(f"{path}: ")]
-    assert heading == f"{path}: {len(lines)} problems"
-    return [line.removeprefix("  - ") for line in lines]
+    assert "Value error" not in str(caught.value) and "pydantic" not in str(caught.value)
+    return caught.value.problems
+
+
+def problem_of(path: Path, *overrides: str) -> VilaError:
+    (problem,) = problems_of(path, *overrides)
+    return problem
 
 
 def written(path: Path, text: str) -> Path:
@@ -86,10 +86,10 @@ def plain(recipe, field):
     return value
 
 
-# What is read
+# Files and overrides
 
 
-def test_a_file_becomes_a_recipe_and_text_such_as_1e_3_a_number(base: Path) -> None:
+def test_a_file_is_loaded_and_1e_3_is_a_number(base: Path) -> None:
     recipe = load_recipe(str(base))
     assert recipe.stage.lr == 0.001
     assert recipe.stage.tune == ("projector",)
@@ -128,7 +128,7 @@ def test_the_last_of_two_overrides_of_one_field_wins(base: Path) -> None:
     assert load_recipe(str(base), ["seed=1", "seed=2"]).seed == 2
 
 
-def test_an_override_of_one_place_leaves_its_yaml_alias_alone(base: Path) -> None:
+def test_an_override_does_not_change_yaml_aliases_of_the_value(base: Path) -> None:
     text = BASE.replace("    - format: llava_json\n", "    - &pairs\n      format: llava_json\n")
     path = written(base, text.replace("    - format: vflan\n      path: flan\n", "    - *pairs\n"))
     recipe = load_recipe(str(path), ["data.mixture.0.path=other.json"])
@@ -167,102 +167,109 @@ def test_a_saved_recipe_loads_as_an_equal_one(base: Path, name: str) -> None:
     assert [path.name for path in saved.parent.iterdir()] == ["recipe.yaml"]
 
 
-def test_differences_name_path_old_and_new_value(base: Path) -> None:
+def test_changes_name_field_old_and_new_value(base: Path) -> None:
     old = load_recipe(str(base))
     new = load_recipe(str(base), ["stage.lr=0.002", "name=other", "stage.tune=[llm]", "data.mixture.1.path=f"])
-    assert recipe_differences(old, old) == []
-    assert recipe_differences(old, new) == [
-        "name: 'tiny' -> 'other'",
-        "stage.tune: ['projector'] -> ['llm']",
-        "stage.lr: 0.001 -> 0.002",
-        "data.mixture.1.path: 'flan' -> 'f'",
+    assert recipe_changes(old, old) == []
+    assert recipe_changes(old, new) == [
+        ("name", "'tiny'", "'other'"),
+        ("stage.tune", "['projector']", "['llm']"),
+        ("stage.lr", "0.001", "0.002"),
+        ("data.mixture.1.path", "'flan'", "'f'"),
     ]
 
 
-def test_differences_show_list_items_that_only_one_recipe_has(base: Path) -> None:
+def test_changes_have_list_items_that_only_one_recipe_has(base: Path) -> None:
     old, new = load_recipe(str(base)), load_recipe(str(base), ["data.mixture=[{format: llava_json, path: pairs.json}]"])
-    lines = recipe_differences(old, new)
-    assert "data.mixture.1.path: 'flan' -> absent" in lines
-    assert "data.mixture.1.path: absent -> 'flan'" in recipe_differences(new, old)
-    assert all(line.startswith("data.mixture.1.") for line in lines)
+    assert ("data.mixture.1.path", "'flan'", "absent") in recipe_changes(old, new)
+    assert ("data.mixture.1.path", "absent", "'flan'") in recipe_changes(new, old)
+    assert all(field.startswith("data.mixture.1.") for field, *_ in recipe_changes(old, new))
 
 
-# What is refused: names and files
+# Invalid names and files
 
 
-def test_an_unknown_recipe_is_refused_with_near_matches() -> None:
-    with pytest.raises(UnknownNameError, match=r"unknown recipe 'vila_7b/1_aling'; did you mean 'vila_7b/1_align'"):
+def test_an_unknown_recipe_has_near_names() -> None:
+    with pytest.raises(UnknownNameError) as caught:
         load_recipe("vila_7b/1_aling")
+    assert (caught.value.kind, caught.value.name, caught.value.near[0]) == (
+        "recipe",
+        "vila_7b/1_aling",
+        "vila_7b/1_align",
+    )
 
 
-def test_an_unknown_recipe_in_extends_names_the_file_that_asks_for_it(tmp_path: Path) -> None:
+def test_an_unknown_recipe_in_extends_names_the_extending_file(tmp_path: Path) -> None:
     path = written(tmp_path / "mine.yaml", "extends: vila_7b/1_aling\n")
     with pytest.raises(UnknownNameError) as caught:
         load_recipe(str(path))
-    start = f"unknown recipe that {path} extends: 'vila_7b/1_aling'; did you mean 'vila_7b/1_align'"
-    assert str(caught.value).startswith(start)
+    assert str(path) in caught.value.kind and caught.value.near[0] == "vila_7b/1_align"
 
 
-def test_a_missing_file_is_refused_by_name(tmp_path: Path) -> None:
-    path = tmp_path / "none.yaml"
-    assert problems_of(path) == ["cannot be read (No such file or directory)"]
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(str(tmp_path / "none.yaml"))
+    assert caught.value.file == str(tmp_path / "none.yaml")
 
 
-def test_a_packaged_name_with_an_ending_is_told_its_name() -> None:
-    with pytest.raises(ConfigError, match="the packaged recipe is called 'vila_7b/1_align'"):
+def test_a_packaged_name_with_an_ending_has_the_name_as_hint() -> None:
+    with pytest.raises(ConfigError) as caught:
         load_recipe("vila_7b/1_align.yaml")
+    assert "'vila_7b/1_align'" in caught.value.hint
 
 
 @pytest.mark.parametrize(
-    ("text", "place"),
+    ("text", "position"),
     [
-        ("name: x\nstage: [a, b\nseed: 1\n", " line 3 column 5: not YAML (expected ',' or ']', but got ':')"),
-        ("name: x\n\tseed: 1\n", " line 2 column 1: not YAML (found character '\\t' that cannot start any token)"),
-        ("name: x\nseed: \x07\n", " line 2 column 7: not YAML (special characters are not allowed)"),
-        ("a: 1\n---\nb: 2\n", " line 2 column 1: not YAML (but found another document)"),
-        ("a: *b\n", " line 1 column 4: not YAML (found undefined alias 'b')"),
-        ("a: !!python/name:os.system\n", " line 1 column 4: not YAML (could not determine a constructor for the tag "),
-        ("a: 0x_\n", ": not YAML (invalid literal for int() with base 16: '')"),
+        ("name: x\nstage: [a, b\nseed: 1\n", "line 3 column 5"),
+        ("name: x\n\tseed: 1\n", "line 2 column 1"),
+        ("name: x\nseed: \x07\n", "line 2 column 7"),
+        ("a: 1\n---\nb: 2\n", "line 2 column 1"),
+        ("a: *b\n", "line 1 column 4"),
+        ("a: !!python/name:os.system\n", "line 1 column 4"),
+        ("a: 0x_\n", None),
     ],
 )
-def test_broken_yaml_names_file_line_and_column(tmp_path: Path, text: str, place: str) -> None:
+def test_invalid_yaml_names_file_line_and_column(tmp_path: Path, text: str, position: str | None) -> None:
     path = written(tmp_path / "broken.yaml", text)
     with pytest.raises(ConfigError) as caught:
         load_recipe(str(path))
-    assert str(caught.value).startswith(f"{path}{place}")
+    assert (caught.value.file, caught.value.record) == (str(path), position)
 
 
-@pytest.mark.parametrize(("text", "value"), [("", "None"), ("- a\n", "['a']"), ("word\n", "'word'")])
-def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str, value: str) -> None:
+@pytest.mark.parametrize(("text", "value"), [("", None), ("- a\n", ["a"]), ("word\n", "word")])
+def test_a_file_that_is_no_mapping_is_an_error(tmp_path: Path, text: str, value: object) -> None:
     path = written(tmp_path / "odd.yaml", text)
-    assert problems_of(path) == [f"got {value}, expected a mapping of recipe sections"]
+    error = problem_of(path)
+    assert (error.file, error.value) == (str(path), value)
 
 
-def test_text_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
+def test_text_that_is_not_utf_8_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "latin.yaml"
     path.write_bytes(b"name: \xe9\n")
-    assert problems_of(path) == ["not UTF-8 text (byte 6)"]
+    assert problem_of(path).file == str(path)
 
 
-def test_a_circle_of_extends_is_refused(tmp_path: Path) -> None:
+def test_a_circular_extends_is_an_error(tmp_path: Path) -> None:
     first = written(tmp_path / "first.yaml", "extends: second.yaml\n")
     written(tmp_path / "second.yaml", "extends: third.yaml\n")
     written(tmp_path / "third.yaml", "extends: second.yaml\n")
-    with pytest.raises(ConfigError, match=r"extends goes round in a circle: second.yaml -> third.yaml -> second.yaml"):
-        load_recipe(str(first))
+    error = problem_of(first)
+    assert error.field == "extends" and "second.yaml -> third.yaml -> second.yaml" in error.problem
 
 
 def test_extends_must_be_text(base: Path) -> None:
     written(base, BASE + "extends: [a, b]\n")
-    assert problems_of(base) == ["extends: got ['a', 'b'], expected the name of a recipe or a path"]
+    error = problem_of(base)
+    assert (error.field, error.value) == ("extends", ["a", "b"])
 
 
-def test_keys_given_twice_are_refused_with_both_lines(base: Path) -> None:
+def test_repeated_keys_are_errors_with_both_lines(base: Path) -> None:
     written(base, BASE + "seed: 1\nseed: 2\noptim:\n  beta1: 0.8\n  beta1: 0.7\n")
-    assert problems_of(base) == [
-        f"{base} line 23: key 'seed' is given twice, first on line 22",
-        f"{base} line 26: key 'beta1' is given twice, first on line 25",
-    ]
+    seed, beta = problems_of(base)
+    assert (seed.file, seed.record, beta.record) == (str(base), "line 23", "line 26")
+    assert "'seed'" in seed.problem and "line 22" in seed.problem
+    assert "'beta1'" in beta.problem and "line 25" in beta.problem
 
 
 def test_a_merge_key_is_no_duplicate(base: Path) -> None:
@@ -271,72 +278,89 @@ def test_a_merge_key_is_no_duplicate(base: Path) -> None:
     assert [entry.format for entry in load_recipe(str(path)).data.mixture] == ["llava_json", "llava_json"]
 
 
-# What is refused: fields
+# Invalid fields
 
 
 @pytest.mark.parametrize(
-    ("override", "problem"),
+    ("override", "field", "suggestion"),
     [
-        ("optim.warmup_ration=0.1", "optim.warmup_ration: unknown key; did you mean 'warmup_ratio'?"),
-        ("data.mixture.0.image_rot=x", "data.mixture.0.image_rot: unknown key; did you mean 'image_root'?"),
-        ("optim.lr=1e-5", "optim.lr: unknown key; did you mean 'stage.lr'?"),
-        ("optimm.beta1=0.8", "optimm: unknown key; did you mean 'optim'?"),
-        ("batch.1=3", "batch.1: unknown key; known here: rows, samples, micro"),
-        ("stage.lr=fast", "stage.lr: got 'fast', expected a number > 0 and < 1"),
-        ("stage.lr=5", "stage.lr: got 5, expected a number > 0 and < 1"),
-        ("stage.lr_projector=x", "stage.lr_projector: got 'x', expected a number > 0 and < 1 or null"),
-        (
-            "stage.tune=projector",
-            "stage.tune: got 'projector', expected a list of vision, projector or llm, at least one",
-        ),
-        ("stage.tune=[]", "stage.tune: got [], expected a list of vision, projector or llm, at least one"),
-        (
-            "stage.tune=[visoin]",
-            "stage.tune.0: got 'visoin', expected vision, projector or llm; did you mean 'vision'?",
-        ),
-        ("data.packing=row", "data.packing: got 'row', expected rows, grouped or none; did you mean 'rows'?"),
-        ("data.max_length=1.5", "data.max_length: got 1.5, expected an integer > 8"),
-        ("data.max_length=", "data.max_length: got '', expected an integer > 8"),
-        ("data.mixture=[{format: mmc4}]", "data.mixture.0.path: missing; expected text"),
-        ("data.mixture=x", "data.mixture: got 'x', expected a list of mappings, at least one"),
-        ("compute.feature_cache=2", "compute.feature_cache: got 2, expected true or false"),
-        ("optim=3", "optim: got 3, expected a mapping"),
-        ("name=7", "name: got 7, expected text; put it in quotes"),
-        ("output.dir=7", "output.dir: got 7, expected a path; put it in quotes"),
+        ("optim.warmup_ration=0.1", "optim.warmup_ration", "'warmup_ratio'"),
+        ("data.mixture.0.image_rot=x", "data.mixture.0.image_rot", "'image_root'"),
+        ("optim.lr=1e-5", "optim.lr", "'stage.lr'"),
+        ("optimm.beta1=0.8", "optimm", "'optim'"),
+        ("batch.1=3", "batch.1", "rows, samples, micro"),
+        ("extends=vila_7b/1_align", "extends", "name, seed, model, "),
+        ("stage.lrr=1", "stage.lrr", "'lr'"),
     ],
 )
-def test_a_wrong_field_is_refused_in_words(base: Path, override: str, problem: str) -> None:
-    assert problems_of(base, override) == [problem]
+def test_an_unknown_key_has_a_suggestion(base: Path, override: str, field: str, suggestion: str) -> None:
+    error = problem_of(base, override)
+    assert (error.field, error.value) == (field, MISSING)
+    assert suggestion in error.hint
 
 
 @pytest.mark.parametrize(
-    ("overrides", "problem", "fields"),
+    ("override", "field", "value", "expected"),
     [
-        (["budget={epochs: 1, tokens: 5}"], "budget: give exactly one of epochs and tokens", ()),
-        (["budget.epochs=0"], "budget: give exactly one of epochs and tokens", ()),
-        (["model={path: m, llm: l, vision: v}"], "model: give either path, or both llm and vision", ()),
-        (["model.llm="], "model: llm and vision go together; one of them is missing", ("model.llm", "model.vision")),
-        (
-            ["batch.rows=4"],
-            "data.packing is 'none', so batch.samples states the batch and batch.rows must be 0",
-            ("data.packing", "batch.rows"),
-        ),
-        (["stage.lora.rank=4"], "stage: lora puts adapters into the LLM", ("stage.lora.rank", "stage.tune")),
-        (["output.keep_best=true"], "output.keep_best needs evaluations", ()),
+        ("stage.lr=fast", "stage.lr", "fast", "a number > 0 and < 1"),
+        ("stage.lr=5", "stage.lr", 5, "a number > 0 and < 1"),
+        ("stage.lr_projector=x", "stage.lr_projector", "x", "a number > 0 and < 1 or null"),
+        ("stage.tune=projector", "stage.tune", "projector", "a list of vision, projector or llm, at least one"),
+        ("stage.tune=[]", "stage.tune", [], "a list of vision, projector or llm, at least one"),
+        ("stage.tune=[visoin]", "stage.tune.0", "visoin", "vision, projector or llm"),
+        ("data.packing=row", "data.packing", "row", "rows, grouped or none"),
+        ("data.max_length=1.5", "data.max_length", 1.5, "an integer > 8"),
+        ("data.max_length=", "data.max_length", "", "an integer > 8"),
+        ("data.mixture=[{format: mmc4}]", "data.mixture.0.path", MISSING, "text"),
+        ("data.mixture=x", "data.mixture", "x", "a list of mappings, at least one"),
+        ("compute.feature_cache=2", "compute.feature_cache", 2, "true or false"),
+        ("optim=3", "optim", 3, "a mapping"),
+        ("name=7", "name", 7, "text"),
+        ("output.dir=7", "output.dir", 7, "a path"),
     ],
 )
-def test_fields_that_do_not_go_together_are_named_with_where_they_are_from(base, overrides, problem, fields) -> None:
-    (line,) = problems_of(base, *overrides)
-    assert line.startswith(problem)
+def test_an_invalid_value_is_named_with_what_is_expected(base: Path, override, field, value, expected) -> None:
+    error = problem_of(base, override)
+    assert (error.field, error.value, error.expected) == (field, value, expected)
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("stage.tune=[visoin]", "'vision'"),
+        ("data.packing=row", "'rows'"),
+        ("name=7", "quotes"),
+        ("output.dir=7", "quotes"),
+    ],
+)
+def test_misspelt_choices_and_unquoted_text_have_a_hint(base: Path, override: str, hint: str) -> None:
+    assert hint in problem_of(base, override).hint
+
+
+@pytest.mark.parametrize(
+    ("overrides", "section", "fields"),
+    [
+        (["budget={epochs: 1, tokens: 5}"], "budget", ()),
+        (["budget.epochs=0"], "budget", ()),
+        (["model={path: m, llm: l, vision: v}"], "model", ()),
+        (["model.llm="], "model", ("model.llm", "model.vision")),
+        (["batch.rows=4"], None, ("data.packing", "batch.rows")),
+        (["stage.lora.rank=4"], "stage", ("stage.lora.rank", "stage.tune")),
+        (["output.keep_best=true"], None, ()),
+    ],
+)
+def test_conflicting_fields_are_named_with_their_layers(base, overrides, section, fields) -> None:
+    error = problem_of(base, *overrides)
+    assert error.field == section
     for field in fields:
         origin = "the command line" if any(one.startswith(field) for one in overrides) else base
-        assert f"{field} is from {origin}" in line
+        assert f"{field} is from {origin}" in error.problem
 
 
 @pytest.mark.parametrize(
     ("before", "later", "values"),
     [
-        # Adapters in place of parts of the LLM; without the tower, which they leave as it is.
+        # Adapters exclude parts of the LLM and a trainable tower.
         (
             {"stage": {"tune": ["projector", "llm"], "llm_parts": ["self_attn"]}, "model": {"path": "m"}},
             {"stage": {"lora": {"rank": 8}}},
@@ -365,7 +389,7 @@ def test_fields_that_do_not_go_together_are_named_with_where_they_are_from(base,
             {"data": {"packing": "rows"}, "batch": {"rows": 2}},
             {"batch.rows": 2, "batch.samples": 0},
         ),
-        # A tower that trains has no cached features.
+        # A trainable tower excludes cached features.
         (
             {"compute": {"feature_cache": True}, "stage": {"tune": ["projector"]}},
             {"stage": {"tune": ["vision", "projector"]}},
@@ -374,7 +398,7 @@ def test_fields_that_do_not_go_together_are_named_with_where_they_are_from(base,
     ],
 )
 @pytest.mark.parametrize("how", ["file", "overrides"])
-def test_what_is_given_later_excludes_what_is_inherited(base, tmp_path, before, later, values, how) -> None:
+def test_a_later_layer_excludes_inherited_values(base, tmp_path, before, later, values, how) -> None:
     lower = merge(yaml.safe_load(BASE), before)
     if before.get("model", {}).get("path"):
         lower["model"] = {**lower["model"], "llm": "", "vision": ""}
@@ -389,17 +413,17 @@ def test_what_is_given_later_excludes_what_is_inherited(base, tmp_path, before, 
     assert notes
 
 
-def test_adapters_that_are_inherited_do_not_give_way_to_parts(base) -> None:
-    """Without its adapters the recipe would train the whole LLM at the rate of adapters."""
+def test_inherited_adapters_are_not_excluded_by_llm_parts(base) -> None:
+    """Without its adapters the recipe would train the whole LLM with their learning rate."""
     lower = merge(yaml.safe_load(BASE), {"stage": {"tune": ["llm"], "lora": {"rank": 8}}, "model": {"path": "m"}})
     lower["model"] = {**lower["model"], "llm": "", "vision": ""}
     written(base, yaml.safe_dump(lower))
-    (line,) = problems_of(base, "stage.llm_parts=[mlp]")
-    assert f"stage.lora.rank is from {base}" in line
-    assert "stage.llm_parts is from the command line" in line
+    error = problem_of(base, "stage.llm_parts=[mlp]")
+    assert f"stage.lora.rank is from {base}" in error.problem
+    assert "stage.llm_parts is from the command line" in error.problem
 
 
-def test_the_weight_of_an_override_takes_the_place_of_repeat_and_back(base) -> None:
+def test_an_override_of_weight_excludes_repeat_and_vice_versa(base) -> None:
     entry = {"format": "flan", "path": "flan"}
     for given, later, values in (({"repeat": 2}, "weight=3", (1, 3)), ({"weight": 3}, "repeat=2", (2, None))):
         text = yaml.safe_dump(merge(yaml.safe_load(BASE), {"data": {"mixture": [entry | given]}}))
@@ -418,70 +442,52 @@ def test_every_recipe_of_a_whole_model_becomes_one_with_adapters(name) -> None:
     assert load_recipe(name, [*tune, "stage.lora.rank=64"]).stage.lora.rank == 64
 
 
-def test_extends_is_a_key_of_files_and_not_of_overrides(base: Path) -> None:
-    (line,) = problems_of(base, "extends=vila_7b/1_align")
-    assert line.startswith("extends: unknown key; known here: name, seed, model, ")
-
-
-def test_a_long_value_is_cut_in_the_message(base: Path) -> None:
-    (line,) = problems_of(base, f"name=[{'long, ' * 40}]")
-    assert line.startswith("name: got ['long', 'long', ") and line.endswith("..., expected text")
-    assert len(line) < 120
+@pytest.mark.parametrize(
+    "override", ["stage.lr", "=5", "stage..lr=5", "stage.tune=[a", "optim={beta1: 0.1, beta1: 0.2}"]
+)
+def test_a_malformed_override_is_an_error(base: Path, override: str) -> None:
+    error = problem_of(base, override)
+    assert (error.field, error.value) == ("override", override)
 
 
 @pytest.mark.parametrize(
-    ("override", "problem"),
+    ("override", "field"),
     [
-        ("stage.lr", "override 'stage.lr': expected key=value, such as stage.lr=1e-5"),
-        ("=5", "override '=5': expected key=value, such as stage.lr=1e-5"),
-        ("stage..lr=5", "override 'stage..lr=5': expected key=value, such as stage.lr=1e-5"),
-        (
-            "stage.tune=[a",
-            "override 'stage.tune=[a': the value is not YAML (expected ',' or ']', but got '<stream end>')",
-        ),
-        (
-            "optim={beta1: 0.1, beta1: 0.2}",
-            "override 'optim={beta1: 0.1, beta1: 0.2}': line 1: key 'beta1' is given twice",
-        ),
-        ("data.mixture.2.path=x", "override data.mixture.2: data.mixture is a list of 2, expected a number below 2"),
-        ("data.mixture.path=x", "override data.mixture.path: data.mixture is a list of 2, expected a number below 2"),
-        ("name.first=x", "override name.first: name is 'tiny', which holds no keys"),
+        ("data.mixture.2.path=x", "data.mixture.2"),
+        ("data.mixture.path=x", "data.mixture.path"),
+        ("name.first=x", "name.first"),
     ],
 )
-def test_a_malformed_override_is_refused_in_words(base: Path, override: str, problem: str) -> None:
-    (line,) = problems_of(base, override)
-    assert line.startswith(problem)
+def test_an_override_of_a_field_that_cannot_exist_is_an_error(base: Path, override: str, field: str) -> None:
+    assert problem_of(base, override).field == field
 
 
-def test_a_missing_field_says_what_belongs_there(base: Path) -> None:
+def test_a_missing_field_has_what_is_expected(base: Path) -> None:
     written(base, BASE.replace("name: tiny\n", "").replace("  lr: 1e-3\n", "").replace("budget:\n  epochs: 1\n", ""))
-    assert problems_of(base) == [
-        "name: missing; expected text",
-        "stage.lr: missing; expected a number > 0 and < 1",
-        "budget: missing; expected a mapping",
+    assert [(error.field, error.expected) for error in problems_of(base)] == [
+        ("name", "text"),
+        ("stage.lr", "a number > 0 and < 1"),
+        ("budget", "a mapping"),
     ]
 
 
 def test_all_problems_are_reported_at_once(base: Path) -> None:
     written(base, BASE.replace("max_length", "max_lenght") + "seed: 0\nseed: -1\n")
-    assert problems_of(base, "stage.lr=fast", "oops", "optim.warmup_ration=2", "budget.tokens=5") == [
-        f"{base} line 23: key 'seed' is given twice, first on line 22",
-        "override 'oops': expected key=value, such as stage.lr=1e-5",
-        "data.max_lenght: unknown key; did you mean 'max_length'?",
-        "optim.warmup_ration: unknown key; did you mean 'warmup_ratio'?",
-        "seed: got -1, expected an integer >= 0",
-        "stage.lr: got 'fast', expected a number > 0 and < 1",
-        "optim.warmup_ratio: got 2, expected a number >= 0 and < 1",
+    problems = problems_of(base, "stage.lr=fast", "oops", "optim.warmup_ration=2", "budget.tokens=5")
+    assert problems[0].record == "line 23"
+    assert [error.field for error in problems[1:]] == [
+        "override",
+        "data.max_lenght",
+        "optim.warmup_ration",
+        "seed",
+        "stage.lr",
+        "optim.warmup_ratio",
     ]
 
 
-def test_a_misspelt_key_beside_the_right_one_is_still_refused(base: Path) -> None:
-    assert problems_of(base, "stage.lrr=1") == ["stage.lrr: unknown key; did you mean 'lr'?"]
-
-
-def test_a_bare_yes_is_a_key_like_any_other(base: Path) -> None:
+def test_keys_that_yaml_reads_as_other_types_are_text(base: Path) -> None:
     written(base, BASE + "yes: 1\n2: 3\n")
-    assert [line.split("; ")[0] for line in problems_of(base)] == ["yes: unknown key", "2: unknown key"]
+    assert [error.field for error in problems_of(base)] == ["yes", "2"]
 
 
 # The table of fields
@@ -505,13 +511,14 @@ def test_every_field_has_help_on_one_line() -> None:
         assert kind and default and text and "\n" not in text, path
 
 
-def test_every_single_value_refuses_a_list_in_the_words_of_its_description(base: Path) -> None:
+def test_every_field_rejects_a_list_with_its_description(base: Path) -> None:
     for path, kind, *_ in describe_fields():
         assert expected_at([0 if key == "N" else key for key in path.split(".")]) == kind
         if not kind.startswith("a list"):
             place = path.replace(".N.", ".0.")
             first = ["monitor.prompts=[{text: Why}]"] if place.startswith("monitor.prompts") else []
-            assert problems_of(base, *first, f"{place}=[]") == [f"{place}: got [], expected {kind}"]
+            error = problem_of(base, *first, f"{place}=[]")
+            assert (error.field, error.value, error.expected) == (place, [], kind)
 
 
 def test_packaged_names_are_sorted_and_without_ending() -> None:

@@ -1,4 +1,4 @@
-"""Every recipe that ships: it loads, follows from the stage before, and survives YAML."""
+"""Packaged recipes load, start from the output of an earlier stage, and can be saved as YAML."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vila.config import load_recipe, recipe_names
-from vila.config.load import recipe_differences, save_recipe
+from vila.config.load import recipe_changes, save_recipe
 
 STAGES = ("1_align", "2_pretrain", "3_sft")
 LORA = [name for name in recipe_names() if name.endswith("_lora")]
@@ -27,7 +27,7 @@ def test_packaged_recipe_takes_overrides(name: str) -> None:
     assert [entry.path for entry in recipe.data.mixture] == ["/x"]
 
 
-def test_packaged_recipes_have_names_and_outputs_of_their_own() -> None:
+def test_names_and_outputs_of_packaged_recipes_are_unique() -> None:
     recipes = [load_recipe(name) for name in recipe_names()]
     assert len({recipe.name for recipe in recipes}) == len(recipes)
     assert len({recipe.output.dir for recipe in recipes}) == len(recipes)
@@ -57,11 +57,8 @@ def test_packaged_recipe_starts_where_another_one_ends() -> None:
         ("small/3_sft_lora", "small_1_5b/3_sft", set()),
     ],
 )
-def test_a_larger_sibling_differs_in_the_llm_its_template_and_places_only(
-    base: str, other: str, allowed: set[str]
-) -> None:
-    lines = recipe_differences(load_recipe(base), load_recipe(other))
-    changed = {line.split(": ")[0] for line in lines} - {"name", "output.dir"}
+def test_a_larger_sibling_differs_only_in_llm_template_and_paths(base: str, other: str, allowed: set[str]) -> None:
+    changed = {field for field, *_ in recipe_changes(load_recipe(base), load_recipe(other))} - {"name", "output.dir"}
     start = {"model.llm"} if "1_align" in base else {"model.path"}
     assert start <= changed
     assert {path for path in changed - start if not path.startswith("data.mixture.")} <= allowed
@@ -69,24 +66,24 @@ def test_a_larger_sibling_differs_in_the_llm_its_template_and_places_only(
     assert all(path.endswith(".template") for path in templates)
 
 
-def test_readme_reading_of_stage_1_differs_in_rate_and_length_only() -> None:
-    lines = recipe_differences(load_recipe("vila_7b/1_align"), load_recipe("vila_7b/1_align_readme"))
-    assert lines[1:3] == ["stage.lr: 0.001 -> 2e-05", "data.max_length: 2048 -> 4096"]
-    assert {line.split(": ")[0] for line in lines} == {"name", "stage.lr", "data.max_length", "output.dir"}
+def test_the_readme_variant_of_stage_1_differs_only_in_rate_and_length() -> None:
+    changes = recipe_changes(load_recipe("vila_7b/1_align"), load_recipe("vila_7b/1_align_readme"))
+    assert changes[1:3] == [("stage.lr", "0.001", "2e-05"), ("data.max_length", "2048", "4096")]
+    assert {field for field, *_ in changes} == {"name", "stage.lr", "data.max_length", "output.dir"}
 
 
 @pytest.mark.parametrize("name", LORA)
-def test_adapters_have_the_size_that_the_original_gives_them(name: str) -> None:
+def test_adapters_have_the_size_of_upstream(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.stage.lora.model_dump() == {"rank": 64, "alpha": 16, "dropout": 0.05, "targets": (), "bits": 16}
     assert recipe.stage.tune == ("projector", "llm")
     whole = load_recipe(name.removesuffix("_lora"))
-    changed = {line.split(": ")[0] for line in recipe_differences(whole, recipe)}
+    changed = {field for field, *_ in recipe_changes(whole, recipe)}
     assert changed <= {"name", "output.dir", "stage.tune", "stage.lr", "stage.lr_projector", "stage.lora.rank"}
 
 
 @pytest.mark.parametrize(("size", "llm"), [("small", "0.5B"), ("small_1_5b", "1.5B")])
-def test_small_recipes_go_from_captions_to_instructions_without_a_stage_between(size: str, llm: str) -> None:
+def test_small_recipes_have_no_stage_2(size: str, llm: str) -> None:
     align, sft = load_recipe(f"{size}/1_align"), load_recipe(f"{size}/3_sft")
     assert align.model.llm == f"Qwen/Qwen2.5-{llm}-Instruct"
     assert sft.model.path == f"{align.output.dir.as_posix()}/model"

@@ -1,4 +1,4 @@
-"""Every cell of the three published tables of hyper-parameters against the recipes that claim to follow them."""
+"""Packaged recipes have the values of the three published tables of hyperparameters."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PUBLISHED = json.loads(
 )
 TABLES, DATA_SETS = PUBLISHED["tables"], PUBLISHED["data_sets"]
 
-# What the original calls its templates; stage 2 of 1.0 names one that pages and pairs never see.
+# Upstream's names of templates. Stage 2 of 1.0 names one that is not used for pages and pairs.
 TEMPLATES = {"plain": "caption", "v1": "vicuna_v1", "llama_3": "llama_3"}
 FORMATS = {
     "torch": {"llava_json", "llava_json_v15", "video_json"},
@@ -24,7 +24,7 @@ FORMATS = {
     "mmc4": {"mmc4"},
     "vflan": {"vflan"},
 }
-# Pickles that preparation turns into shards of another name.
+# Pickles that are converted to shards with another name.
 PREPARED = {
     "coyo-700m/pkl02-split": "coyo-25m",
     "mmc4-core/pkl-core": "mmc4-core",
@@ -56,7 +56,7 @@ CELLS: dict[str, Reading] = {
     "mm_projector_type": lambda r: first(r).model.projector,
     "mm_vision_select_layer": lambda r: first(r).model.select_layer,
     "mm_vision_select_feature": lambda r: first(r).model.select_feature,
-    # A script that says nothing gets what the tower's own processor does: a centre crop.
+    # Unset in a script: centre crop, as of the tower's own image processor.
     "image_aspect_ratio": lambda r: {"square": None}.get(r.model.image_mode, r.model.image_mode),
     "llm": lambda r: first(r).model.llm,
     "version": lambda r: r.data.template,
@@ -64,19 +64,19 @@ CELLS: dict[str, Reading] = {
         e.template.endswith("_nosys") for e in r.data.mixture if e.format == "vflan"
     ),
 }
-"""What a recipe says where the original has a flag of this name."""
+"""Upstream flag -> value in a recipe."""
 
 WITHOUT_COUNTERPART = {
-    "tf32": "masters and sums are float32, everything else bfloat16",
-    "lr_scheduler_type": "the cosine is the one schedule there is",
-    "logging_steps": "metrics.jsonl has a line for every step",
-    "report_to": "no account is needed; monitor.trackers=[wandb] sends there too",
-    "lazy_preprocess": "read by nothing in the original",
-    "group_by_modality_length": "read by nothing in the original",
+    "tf32": "master weights and reductions are float32, everything else bfloat16",
+    "lr_scheduler_type": "cosine is the only schedule",
+    "logging_steps": "metrics.jsonl has a line per step",
+    "report_to": "see monitor.trackers",
+    "lazy_preprocess": "unused upstream",
+    "group_by_modality_length": "unused upstream",
     "gpus_per_node": "part of global_batch",
     "nodes": "part of global_batch",
     "gradient_accumulation_steps": "follows from global_batch, micro and the number of GPUs",
-    "save_total_limit": "1 in the original; output.keep_last is 2, so that a damaged checkpoint has one before it",
+    "save_total_limit": "1 upstream; output.keep_last is 2, as a fallback for a damaged checkpoint",
     "data_mixture": "see test_a_recipe_reads_the_published_data_sets",
 }
 
@@ -84,7 +84,7 @@ OURS = {"1_mm_align": "1_align", "2_pretrain_mmc4_coyo": "2_pretrain", "2_pretra
 
 
 def first(recipe: Recipe) -> Recipe:
-    """The stage that assembled what `recipe` trains."""
+    """The stage that built the model from an LLM and a tower."""
     while recipe.model.path:
         recipe = load_recipe(recipe.model.path.removeprefix("runs/").removesuffix("/model"))
     return recipe
@@ -109,13 +109,13 @@ def published_stages() -> list[Any]:
 
 
 @pytest.mark.parametrize(("name", "cells"), published_stages())
-def test_every_published_cell_is_what_the_recipe_says(name: str, cells: dict[str, Any]) -> None:
+def test_a_recipe_has_the_published_values(name: str, cells: dict[str, Any]) -> None:
     recipe = load_recipe(name)
     expected = {cell: value for cell, value in cells.items() if cell not in WITHOUT_COUNTERPART}
     if "version" in expected:
         expected["version"] = "page" if recipe.data.template == "page" else TEMPLATES[expected["version"]]
     if "vflan_no_system_prompt" in expected and expected["version"] == "llama_3":
-        # That template has no form without a system text; the recipe says so where it differs.
+        # That template has no variant without a system text, see the recipe.
         del expected["vflan_no_system_prompt"]
     assert {cell: CELLS[cell](recipe) for cell in expected} == expected
 
@@ -136,17 +136,17 @@ def test_a_recipe_reads_the_published_data_sets(name: str, cells: dict[str, Any]
         assert ours[PREPARED.get(path, path)] in FORMATS[kind]
 
 
-def test_clips_are_read_from_the_sets_that_hold_clips() -> None:
-    clips = [entry.path for entry in load_recipe("vila_1_5_3b/3_sft").data.mixture if entry.format == "video_json"]
+def test_videos_are_read_from_the_video_data_sets() -> None:
+    videos = [entry.path for entry in load_recipe("vila_1_5_3b/3_sft").data.mixture if entry.format == "video_json"]
     names = ("shot2story_shotonly", "video_chatgpt", "youcook2", "vatex", "sharegpt_video")
-    assert clips == [f"data/{DATA_SETS[name][1]}" for name in names]
+    assert videos == [f"data/{DATA_SETS[name][1]}" for name in names]
 
 
-def test_stage_2_of_vila_1_0_learns_pages_whatever_its_script_calls_the_template() -> None:
+def test_stage_2_of_vila_1_0_uses_the_page_template() -> None:
     assert {load_recipe(f"vila_{size}/2_pretrain").data.template for size in ("7b", "13b")} == {"page"}
 
 
-def test_data_sets_of_vila_1_5_are_chosen_by_the_original_names() -> None:
+def test_data_sets_of_vila_1_5_have_upstream_names() -> None:
     recipe = load_recipe("vila_1_5_3b/3_sft", ["data.mixture=llava_instruct+vflan*2"])
     assert [(entry.path, entry.repeat) for entry in recipe.data.mixture] == [
         ("data/llava_instruct_150k_zh.jsonl", 1),
@@ -154,7 +154,7 @@ def test_data_sets_of_vila_1_5_are_chosen_by_the_original_names() -> None:
     ]
 
 
-def test_every_column_of_the_tables_is_accounted_for() -> None:
+def test_every_column_of_the_tables_is_checked_or_explained() -> None:
     columns = {column for _, cells in (p.values for p in published_stages()) for column in cells}
     assert columns == CELLS.keys() | WITHOUT_COUNTERPART.keys()
     assert not CELLS.keys() & WITHOUT_COUNTERPART.keys()

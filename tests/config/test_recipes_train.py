@@ -1,11 +1,11 @@
-"""Every packaged recipe trains three steps when nothing but sizes and paths is overridden."""
+"""Every packaged recipe trains three steps on tiny parts, with only sizes and paths overridden."""
 
 import json
 
 import numpy as np
 import pytest
 
-from tests.config.small_parts import write_data, write_parts
+from tests.config.tiny_inputs import write_data, write_parts
 from vila.config import load_recipe, recipe_names
 from vila.model.loading import assemble, save_model
 from vila.train.build import build
@@ -20,7 +20,7 @@ class Enough(Exception):
 
 @pytest.fixture(scope="session")
 def parts(tmp_path_factory):
-    """Tiny parts, and for each tower what stage 1 would leave behind."""
+    """Tiny parts, and an aligned model (output of stage 1) for each tower."""
     folder = write_parts(tmp_path_factory.mktemp("parts"))
     for name in (name for name in recipe_names() if name.endswith("/1_align")):
         facts = load_recipe(name).model
@@ -35,7 +35,7 @@ def parts(tmp_path_factory):
 
 
 def tower_of(name):
-    """The kind of tower that the recipes of a folder use."""
+    """Type of the tower in the recipes of a folder."""
     return {"starter": "dinov2", "vila_7b": "clip", "vila_13b": "clip"}.get(name.split("/")[0], "siglip")
 
 
@@ -45,7 +45,7 @@ def data(tmp_path_factory):
 
 
 def small_recipe(name, parts, data, out):
-    """The recipe `name` with other sizes and paths."""
+    """The recipe `name` with smaller sizes and other paths."""
     recipe = load_recipe(name)
     each = 1 if recipe.batch.rows else max(1, 6 // len(recipe.data.mixture))
     sizes = {} if recipe.batch.rows else {"max_samples": each}
@@ -67,7 +67,7 @@ def small_recipe(name, parts, data, out):
     if recipe.budget.tokens:
         changes.append("budget.tokens=2000")
     if recipe.batch.rows:
-        changes.append("data.max_length=64")  # a few samples a row, so that an epoch has its steps
+        changes.append("data.max_length=64")  # a few samples per sequence, so that an epoch has enough steps
     return load_recipe(name, changes)
 
 

@@ -121,7 +121,7 @@ def test_a_long_value_is_cut_and_a_rank_is_named():
         (lambda: load_recipe("vila_7b/3_sft", ["data.packing=row"]),
          "vila_7b/3_sft: data.packing: got 'row', expected rows, grouped or none; did you mean 'rows'?"),
         (lambda: load_recipe("vila_7b/3_sft", ["stage.lr"]),
-         "vila_7b/3_sft: override 'stage.lr': expected key=value, such as stage.lr=1e-5"),
+         "vila_7b/3_sft: override: got 'stage.lr', expected KEY=VALUE, such as stage.lr=1e-5"),
         (lambda: current_process({"RANK": "1"}),
          "WORLD_SIZE: not set; start the run with torchrun, which sets the variables, or unset them to train in one "
          "process"),

@@ -75,7 +75,7 @@ def test_training_with_such_a_template_is_refused(tmp_path, unbuilt, change):
 
 
 def test_class_tokens_of_a_tower_without_one_are_refused(tmp_path, unbuilt):
-    from tests.config.small_parts import write_parts
+    from tests.config.tiny_inputs import write_parts
 
     parts = write_parts(tmp_path)
     facts = {"llm": str(parts / "llm"), "projector": "mlp2x_gelu", "image_size": 28, "image_mode": "pad"}

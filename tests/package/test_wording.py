@@ -21,7 +21,6 @@ BANNED = {
 EXCLUDED: tuple[str, ...] = (
     "src/vila/bench/",
     "src/vila/cli/",
-    "src/vila/config/",
     "src/vila/data/",
     "src/vila/engine/",
     "src/vila/eval/",
@@ -47,7 +46,6 @@ EXCLUDED: tuple[str, ...] = (
     "docs/own_data.md",
     "docs/quantization.md",
     "docs/quickstart.md",
-    "docs/recipe_fields.md",
     "docs/recipes.md",
     "docs/recipes_published.md",
     "docs/scaling.md",

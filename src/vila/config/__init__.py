@@ -1,4 +1,4 @@
-"""Recipes: a frozen, typed tree that states a whole training run."""
+"""Recipes: frozen, typed settings of a training run, read from YAML."""
 
 from vila.config.load import load_recipe, recipe_names
 from vila.config.schema import Recipe

@@ -1,4 +1,4 @@
-"""What each field of a recipe accepts, in words: one source for the documentation's table and for error messages."""
+"""Describe the fields of a recipe: type, range, default and help, for the documentation and for error messages."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _BOUNDS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 
 def describe_fields(model: type[Config] = Recipe) -> list[tuple[str, str, str, str]]:
-    """Dotted path, type, default and help of every field below `model`, in the schema's order.
+    """Return (dotted name, accepted values, default, help) of every field below `model`, in schema order.
 
-    The items of a list of sections are written `data.mixture.N.path`; an override puts a number from 0 in place of N.
+    Fields of list items are named `data.mixture.N.path`; in an override, N is an index from 0.
     """
     return list(_rows(model, "", None))
 
 
 def expected_at(loc: Sequence[str | int], model: type[Config] = Recipe) -> str:
-    """What the field at `loc`, a path that the schema has, accepts: `a number > 0 and < 1`."""
+    """Return the accepted values of the field at `loc`, such as `a number > 0 and < 1`."""
     annotation: Any = model
     words = "a mapping"
     for key in loc:
@@ -38,7 +38,7 @@ def expected_at(loc: Sequence[str | int], model: type[Config] = Recipe) -> str:
 
 
 def choices_at(loc: Sequence[str | int], model: type[Config] = Recipe) -> list[str]:
-    """Return the names that the field at `loc` chooses from; none if it takes other values."""
+    """Return the literal values of the field at `loc`; none if it has another type."""
     annotation: Any = model
     for key in loc:
         section = _is_section(annotation)
@@ -48,7 +48,7 @@ def choices_at(loc: Sequence[str | int], model: type[Config] = Recipe) -> list[s
 
 
 def known_keys(loc: Sequence[str | int], model: type[Config] = Recipe) -> list[str]:
-    """The keys that the section at `loc` has."""
+    """Return the keys of the section at `loc`."""
     section: Any = model
     for key in loc:
         section = section.model_fields[key].annotation if _is_section(section) else _item(section)
@@ -75,7 +75,7 @@ def _rows(model: type[Config], prefix: str, given: Config | None) -> Iterator[tu
 
 
 def _item(annotation: Any) -> Any:
-    """What a list or a mapping of sections holds."""
+    """Return the item type of a list or mapping."""
     return get_args(annotation)[1 if get_origin(annotation) is dict else 0]
 
 
@@ -95,7 +95,7 @@ def _field_words(field: FieldInfo) -> str:
     ]
     if not bounds:
         return words
-    # "a number > 0 and < 1 or null": the bounds belong to the number.
+    # "a number > 0 and < 1 or null": the bounds come before "or null".
     number, *rest = words.split(" or null")
     return f"{number} {' and '.join(bounds)}" + " or null" * len(rest)
 

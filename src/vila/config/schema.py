@@ -1,4 +1,4 @@
-"""The recipe: every field of a training run, typed, with the text that becomes its help below it."""
+"""Schema of recipes: typed fields of a training run. The docstring below a field is its help and documentation."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from vila.core.vision_spec import ImageMode
 
 Module = Literal["vision", "projector", "llm"]
-Positive = Field(gt=0)
 
 
 class Conflict(ValueError):
-    """Values of several fields do not go together. fields: their names in the section that is checked."""
+    """Values of several fields exclude each other. fields: their names inside the section that is validated."""
 
     def __init__(self, text: str, *fields: str) -> None:
         super().__init__(text)
@@ -22,90 +21,92 @@ class Conflict(ValueError):
 
 
 class Config(BaseModel):
-    """Base of all recipe sections: frozen, unknown keys refused, docstrings below fields become help."""
+    """Base of all recipe sections: frozen; unknown keys are errors; docstrings below fields become help."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class ModelSource(Config):
-    """Where a stage's model comes from: a whole checkpoint (`path`), or an LLM and a vision tower (`llm`, `vision`)."""
+    """Initial model of a stage: a whole checkpoint (`path`), or a new model of an LLM and a vision tower."""
 
     path: str = ""
-    """Directory of a whole model, usually the output of the stage before. Excludes `llm` and `vision`."""
+    """Directory of a whole model, usually the output of the previous stage. Excludes `llm` and `vision`."""
     llm: str = ""
-    """Directory or hub id of the language model and its tokenizer."""
+    """Directory or hub id of the LLM and its tokenizer, for a new model."""
     vision: str = ""
-    """Directory or hub id of the vision tower."""
+    """Directory or hub id of the vision tower, for a new model."""
     projector: str = "mlp2x_gelu"
-    """Projector between tower and LLM: `linear`, `mlpNx_gelu`, or `mlp_downsample`, which makes one token of 2 x 2."""
+    """Projector of a new model: `linear`, `mlpNx_gelu` (N linear layers with GELU between), or `mlp_downsample`, which
+    merges 2 x 2 patches into one token."""
     projector_init: Literal["random", "calibrated"] = "random"
-    """`calibrated` standardises each input channel over the first pictures of the data and scales the output to the
-    LLM's embeddings."""
+    """Initialisation of a new projector. `calibrated`: input channels are standardised with statistics of the first
+    images of the data, and the output is scaled to the LLM's embeddings."""
     select_layer: int = -2
-    """Which of the tower's hidden states to use; 0: embeddings, -1: the last block's output before the final norm."""
+    """Index of the hidden state of the tower to use. 0: embeddings; -1: output of the last block, before the final
+    norm."""
     select_feature: Literal["patch", "cls_patch"] = "patch"
-    """`patch` drops the class token, `cls_patch` keeps every token."""
+    """`patch`: without the class token; `cls_patch`: all tokens."""
     image_size: int = 336
-    """Side of the square picture given to the tower, in pixels."""
+    """Side of the square input image of the tower, in pixels."""
     image_mode: ImageMode | None = None
-    """How an image becomes square: `pad` with the mean colour, `resize` ignoring the aspect, `square` centre crop;
-    null: as the checkpoint at `path` has it, `pad` for a new model."""
+    """How an image is made square. `pad`: pad with the mean colour; `resize`: resize, ignoring the aspect ratio;
+    `square`: centre crop. null: setting of the checkpoint at `path`, `pad` for a new model."""
     exif_orientation: bool | None = None
-    """Turn images upright as their EXIF says; stored with the model and used at inference. The original ignores it.
-    null: as the checkpoint at `path` has it, true for a new model."""
+    """Apply the EXIF orientation of images; stored with the model and used at inference. Upstream ignores EXIF.
+    null: setting of the checkpoint at `path`, true for a new model."""
     template: str = ""
-    """Conversation template stored with the model and used at inference; empty: that of the checkpoint at `path`,
+    """Conversation template, stored with the model and used at inference. Empty: template of the checkpoint at `path`,
     `vicuna_v1` for a new model."""
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelSource:
         if bool(self.path) == bool(self.llm or self.vision):
-            raise Conflict("give either path, or both llm and vision", "path", "llm", "vision")
+            raise Conflict("give either path, or llm and vision", "path", "llm", "vision")
         if not self.path and not (self.llm and self.vision):
-            raise Conflict("llm and vision go together; one of them is missing", "llm", "vision")
+            raise Conflict("llm and vision must be given together", "llm", "vision")
         return self
 
 
 class Lora(Config):
-    """Low-rank adapters in the LLM (arXiv 2106.09685), learnt in its place; the projector learns beside them."""
+    """LoRA adapters of the LLM (arXiv 2106.09685), trained instead of its weights; see `stage.lora`."""
 
     rank: int = Field(default=0, ge=0)
-    """Rank of the adapters, 0 for none; the original trains 64."""
+    """Rank of the adapters; 0: no adapters. Upstream uses 64."""
     alpha: float = Field(default=16.0, gt=0)
-    """The product of an adapter is scaled by alpha / rank."""
+    """The output of an adapter is scaled by `alpha / rank`."""
     dropout: float = Field(default=0.05, ge=0, lt=1)
-    """Share of an adapter's input that is dropped while it learns."""
+    """Dropout probability of the input of an adapter."""
     targets: tuple[str, ...] = ()
-    """Names of the Linears that get one, such as `q_proj`; empty: all of the LLM but its head."""
+    """Names of Linear layers that get an adapter, such as `q_proj`. Empty: all of the LLM except its output head."""
     bits: Literal[4, 8, 16] = 16
-    """Bits of the frozen LLM: 4 (NF4) and 8 need bitsandbytes and a CUDA device (QLoRA, arXiv 2305.14314)."""
+    """Bits per weight of the frozen LLM. 4 (NF4) and 8 need bitsandbytes and CUDA (QLoRA, arXiv 2305.14314)."""
 
 
 class Stage(Config):
-    """Which parts learn, and how fast."""
+    """Trainable modules and learning rates."""
 
     tune: tuple[Module, ...] = Field(min_length=1)
-    """Which of vision, projector, llm receive gradients; the rest are frozen and stay in eval mode."""
+    """Trainable modules. The others are frozen and stay in eval mode."""
     lr: float = Field(gt=0, lt=1)
-    """Peak learning rate of the AdamW groups, after warm-up."""
+    """Peak learning rate, reached after warm-up."""
     lr_projector: float | None = Field(default=None, gt=0, lt=1)
-    """Peak learning rate of the projector where it differs from `lr`."""
+    """Peak learning rate of the projector; null: `lr`."""
     llm_parts: tuple[str, ...] = ()
-    """Parts of a decoder block that a tuned LLM learns, such as `self_attn` or `mlp`; empty: the whole LLM."""
+    """Trainable modules of each decoder block, such as `self_attn`; needs llm in `tune`. Empty: the whole LLM."""
     tune_embeddings: bool = True
-    """Whether a tuned LLM also learns its token embeddings and output head."""
+    """Whether token embeddings and output head are trainable, if `tune` names llm."""
     lora: Lora = Lora()
-    """Adapters that learn instead of the LLM's own weights; needs `llm` in `tune`."""
+    """LoRA adapters, trained instead of the LLM's own weights; needs llm in `tune`."""
 
     @model_validator(mode="after")
     def _adapters(self) -> Stage:
         if self.lora.rank and "llm" not in self.tune:
-            raise Conflict("lora puts adapters into the LLM, but tune does not name llm", "lora.rank", "tune")
+            raise Conflict("lora.rank needs llm in tune", "lora.rank", "tune")
         if self.lora.rank and "vision" in self.tune:
-            raise Conflict("lora leaves the tower as it is; take vision out of tune", "lora.rank", "tune")
+            raise Conflict("lora.rank excludes vision in tune", "lora.rank", "tune")
         if self.lora.rank and self.llm_parts:
             raise Conflict(
-                "give lora.targets or llm_parts, not both; lora.rank=0 trains without adapters",
+                "llm_parts excludes adapters; set lora.targets, or lora.rank=0",
                 "lora.rank",
                 "llm_parts",
             )
@@ -120,65 +121,65 @@ class MixtureEntry(Config):
     path: str
     """File or directory that the format reads."""
     image_root: str = ""
-    """Directory that relative image paths start from; empty: the directory of `path`."""
+    """Base directory of relative image paths. Empty: the directory of `path`."""
     repeat: float = Field(default=1.0, gt=0)
-    """How often one epoch shows the data set; 0.5 takes half of it, 2 shows it twice."""
+    """Passes over the data set per epoch of the mixture; 0.5: half of its samples."""
     weight: float | None = Field(default=None, gt=0)
-    """Share of an epoch's samples relative to the other weights, instead of `repeat`; all data sets have one or none.
-    The epoch is then as long as all data sets together."""
+    """Sampling weight relative to the other data sets, instead of `repeat`. Either all data sets have a weight or none.
+    An epoch then has as many samples as all data sets together."""
     max_samples: int | None = Field(default=None, gt=0)
-    """Take a fixed pseudo-random subset of this size; null: all."""
+    """Size of a fixed pseudo-random subset to use; null: all samples."""
     split: Literal["train", "val"] = "train"
-    """Which share to take where `val_fraction` holds some back."""
+    """Part of the data set to use: `val` is the held-out part, see `val_fraction`."""
     val_fraction: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the data set that is held back as `val`, chosen by the number of the sample alone."""
+    """Fraction of samples held out as `val`; the choice depends only on the index of a sample."""
     template: str = ""
-    """Template of this data set where it differs from the stage's."""
+    """Conversation template of this data set; empty: `data.template`."""
     image_mode: ImageMode | None = None
-    """How pictures of this data set become square where it differs from the stage's."""
+    """How images of this data set are made square, see `model.image_mode`; null: as the model."""
     options: dict[str, Any] = {}
-    """Options of the format; `docs/data.md` lists them."""
+    """Options of the format, see `docs/data.md`."""
 
     @model_validator(mode="after")
     def _one_share(self) -> MixtureEntry:
         if self.weight is not None and self.repeat != 1:
             raise Conflict("give repeat or weight, not both", "repeat", "weight")
         if self.split == "val" and not self.val_fraction:
-            raise Conflict("split is val, but val_fraction is 0: nothing is held back", "split", "val_fraction")
+            raise Conflict("split=val needs a val_fraction > 0", "split", "val_fraction")
         return self
 
 
 class Data(Config):
-    """What the stage is trained on."""
+    """Training data and its packing."""
 
     mixture: tuple[MixtureEntry, ...] = Field(min_length=1)
-    """The data sets; one epoch is their union, each `repeat` times or by `weight`. An entry `{mixture: name}` stands
-    for a list of `data.mixtures`, and so does the text `a+b*2`."""
+    """Data sets of the stage. An epoch has each of them `repeat` times, or samples them by `weight`. An entry
+    `{mixture: NAME}` is replaced by the list of that name in `data.mixtures`; so is text such as `a+b*2`."""
     mixtures: dict[str, tuple[MixtureEntry, ...]] = {}
-    """Lists of data sets by name, for use in `data.mixture`. Put in their places when the recipe is loaded."""
+    """Named lists of data sets for `data.mixture`, which are substituted when the recipe is loaded."""
     template: str = ""
-    """Template of the stage; empty: the model's own."""
+    """Conversation template of the stage; empty: template of the model."""
     max_length: int = Field(gt=8)
-    """Tokens in a packed row, image tokens included."""
+    """Maximum number of tokens of a packed sequence, image tokens included."""
     max_images: int = Field(default=0, ge=0)
-    """Pictures that a row may hold, which bounds the memory of a step; 0: no limit."""
+    """Maximum number of images of a packed sequence, which bounds the memory of a step; 0: no limit."""
     packing: Literal["rows", "grouped", "none"] = "rows"
-    """`rows` fills rows of `max_length` with whole samples that never see each other; `none` pads each sample alone;
-    `grouped` does so too, but chooses samples of similar length for a step."""
+    """`rows`: pack whole samples into sequences of `max_length`; they do not attend to each other. `none`: one padded
+    sample per sequence. `grouped`: as `none`, with samples of similar length in a step."""
     look_ahead: int = Field(default=64, ge=1)
-    """Samples that each lane may choose from when it fills a row."""
+    """Number of samples that packing chooses from when it fills a sequence."""
     overlong: Literal["error", "drop", "truncate"] = "error"
-    """What to do with a sample longer than `max_length`: stop, leave it out, or cut whole exchanges from its end.
-    Drops and cuts are counted."""
+    """Policy for samples longer than `max_length`. `error`: stop; `drop`: skip the sample; `truncate`: remove whole
+    question-answer pairs from its end. Skipped and truncated samples are counted."""
     max_faults: int = Field(default=0, ge=0)
-    """Samples that may be unreadable: they are skipped and listed in `faults.jsonl`; one more stops the run. A sample
-    counts once, however often epochs, repeats or a resumed run come back to it."""
+    """Maximum number of unreadable samples. They are skipped and listed in `faults.jsonl`; one more stops the run. A
+    sample is counted once, also over several epochs and resumed runs."""
 
     @model_validator(mode="after")
     def _weights(self) -> Data:
         weighted = [entry.weight is not None for entry in self.mixture]
         if any(weighted) and not all(weighted):
-            raise ValueError(f"mixture.{weighted.index(False)} has no weight, others have; give all or none one")
+            raise ValueError(f"mixture.{weighted.index(False)} has no weight; give one to all data sets or to none")
         return self
 
 
@@ -186,38 +187,38 @@ class Batch(Config):
     """Size of an optimizer step."""
 
     rows: int = Field(default=0, ge=0)
-    """Global batch in packed rows, summed over ranks and accumulation (`packing: rows`)."""
+    """Global batch size in packed sequences (`packing: rows`): the sum over ranks and gradient accumulation."""
     samples: int = Field(default=0, ge=0)
-    """Global batch in samples, summed over ranks and accumulation (`packing: none` or `grouped`)."""
+    """Global batch size in samples (`packing: none` or `grouped`): the sum over ranks and gradient accumulation."""
     micro: int = Field(default=1, ge=1)
-    """Rows that one forward pass holds on one rank; less where a rank's share of the batch is no multiple of it."""
+    """Micro-batch: sequences per forward pass on one rank. Reduced if the batch of a rank is not a multiple of it."""
 
 
 class Optim(Config):
-    """AdamW and its schedule: linear warm-up, then cosine to zero."""
+    """AdamW and its learning-rate schedule: linear warm-up, then cosine decay to zero."""
 
     warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
-    """Share of the steps spent warming up."""
+    """Fraction of the steps used for warm-up."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """Decoupled weight decay; norms and biases are exempt."""
+    """Decoupled weight decay; not applied to norms and biases."""
     beta1: float = Field(default=0.9, gt=0, lt=1)
-    """Decay of the first moment."""
+    """Decay rate of the first moment."""
     beta2: float = Field(default=0.999, gt=0, lt=1)
-    """Decay of the second moment."""
+    """Decay rate of the second moment."""
     max_grad_norm: float = Field(default=1.0, gt=0)
-    """Gradients are scaled down to this norm."""
+    """Maximum gradient norm over all parameters (gradient clipping)."""
 
 
 class Budget(Config):
-    """How long the stage lasts: passes over the data, or tokens seen. Exactly one is given."""
+    """Length of the stage: epochs or tokens. Exactly one of them is given."""
 
     epochs: float = Field(default=0.0, ge=0)
-    """Passes over the mixture."""
+    """Number of epochs of the mixture."""
     tokens: int = Field(default=0, ge=0)
-    """Tokens seen, image tokens included; rounded up to whole steps."""
+    """Number of training tokens, image tokens included; rounded up to whole steps."""
     max_bad_steps: int = Field(default=0, ge=0)
-    """Steps whose loss or gradient is not finite that may be left out, their samples listed in `bad_steps.jsonl`; one
-    more stops the run."""
+    """Maximum number of steps with a non-finite loss or gradient. They are skipped, with their samples listed in
+    `bad_steps.jsonl`; one more stops the run."""
 
     @model_validator(mode="after")
     def _one_unit(self) -> Budget:
@@ -227,115 +228,116 @@ class Budget(Config):
 
 
 class Compute(Config):
-    """Numerics and memory."""
+    """Precision, memory and parallelism."""
 
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Type of weights and activations in the forward pass; masters are always float32. `auto`: bfloat16 where
-    the processor has it."""
+    """Dtype of weights and activations in the forward pass; master weights are float32. `auto`: bfloat16 if the device
+    supports it."""
     feature_cache: bool = False
-    """Compute each picture's features once and keep them on disk; needs a frozen vision tower."""
+    """Cache the vision features of each image on disk; needs a frozen vision tower."""
     gradient_checkpointing: bool = False
-    """Recompute decoder blocks in the backward pass instead of keeping their activations."""
+    """Recompute the activations of decoder blocks in the backward pass, to save memory."""
     checkpoint_every: int = Field(default=1, ge=1)
-    """With `gradient_checkpointing`: recompute every nth block only, and keep what the others need."""
+    """With `gradient_checkpointing`: recompute only every Nth decoder block."""
     sharding: Literal["full", "hybrid", "replicate"] = "full"
-    """On several ranks: `full` deals weights, gradients and optimizer to all of them (FSDP2), `hybrid` to the ranks of
-    one node, each node holding all, `replicate` gives every rank the whole model and shares gradients alone."""
+    """With several ranks. `full`: shard weights, gradients and optimizer state over all ranks (FSDP2); `hybrid`: shard
+    over the ranks of a node and replicate over nodes (HSDP); `replicate`: whole model on every rank, gradients are
+    all-reduced (DDP)."""
     reshard: bool = True
-    """With sharding: let go of a block's gathered weights after its forward pass and gather them again for the
-    backward pass; false keeps them, for less traffic and more memory."""
+    """With sharding: free the gathered weights of a block after its forward pass. false: keep them for the backward
+    pass, for less communication and more memory."""
     compile: bool = False
     """Compile the decoder blocks with `torch.compile`."""
     timeout_s: float = Field(default=600.0, gt=0)
-    """Seconds that a rank waits for the others before the run ends with an error."""
+    """Timeout of collective operations between ranks, in seconds."""
     workers: int = Field(default=-1, ge=-1)
-    """Processes that read and decode ahead; 0: none. -1: as many as there are processors, at most 4, and none with
+    """Data loader processes per rank; 0: load in the training process. -1: the number of CPUs, at most 4, and 0 with
     `feature_cache`. Batches do not depend on it."""
 
 
 class Output(Config):
-    """Where results go and how often the run can be resumed from."""
+    """Output directory and checkpoints."""
 
     dir: Path
-    """Directory of this run: `model/`, `checkpoint/`, `metrics.jsonl`, `recipe.yaml`."""
+    """Directory of the run: `model/`, `checkpoint/`, `metrics.jsonl`, `recipe.yaml`."""
     checkpoint_every_s: float = Field(default=600.0, gt=0)
-    """Seconds between checkpoints; one is also written when the run is asked to stop."""
+    """Seconds between checkpoints. A checkpoint is also written when the run is interrupted."""
     checkpoint_every_steps: int = Field(default=0, ge=0)
-    """Steps between checkpoints, in addition; 0: by time alone."""
+    """Steps between checkpoints, in addition to `checkpoint_every_s`; 0: only by time."""
     keep_last: int = Field(default=2, ge=1)
-    """Checkpoints that are kept, the newest ones; with 1 there is no other to resume from if it is damaged."""
+    """Number of newest checkpoints to keep. With 1 there is no fallback if that one is damaged."""
     keep_best: bool = False
-    """Also keep the checkpoint after the best evaluation; needs `monitor.eval_every_steps`."""
+    """Also keep the checkpoint with the best evaluation score; needs `monitor.eval_every_steps`."""
     async_save: bool = True
-    """Write checkpoints while training goes on."""
+    """Write checkpoints in the background, during training."""
     layout: str = "native"
-    """Layout of the trained model."""
+    """Checkpoint layout of the trained model, see `docs/checkpoints.md`."""
 
 
 class Prompt(Config):
-    """A question asked again and again while the model learns."""
+    """A question that the model answers during training."""
 
     text: str
     """The question."""
     image: str = ""
-    """Path of the picture that it is about; empty: none."""
+    """Path of the image of the question; empty: none."""
 
 
 class Monitor(Config):
-    """What is looked at while the run goes on. `metrics.jsonl` and `report.html` are always written."""
+    """Logging and evaluation during training. `metrics.jsonl` and `report.html` are always written."""
 
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    """Services that the metrics are also sent to; each is a package of its own."""
+    """Experiment trackers that also receive the metrics; each needs its package."""
     project: str = "vila"
-    """Project that wandb and trackio file the run under."""
+    """Project name for wandb and trackio."""
     prompts: tuple[Prompt, ...] = ()
-    """Questions whose answers go into the report."""
+    """Questions that the model answers during training; the answers are in the report."""
     prompt_every_steps: int = Field(default=0, ge=0)
-    """Steps between answers to `prompts`; 0: at the end alone."""
+    """Steps between answers to `prompts`; 0: only at the end."""
     eval_every_steps: int = Field(default=0, ge=0)
     """Steps between evaluations; 0: none."""
     eval_data: str = ""
-    """Directory that `eval_benchmark` reads."""
+    """Directory of the data of `eval_benchmark`."""
     eval_benchmark: str = "easy_vqa"
-    """Benchmark that an evaluation runs."""
+    """Benchmark to evaluate during training."""
     eval_items: int = Field(default=200, ge=1)
-    """Questions of an evaluation, a fixed choice."""
+    """Number of questions per evaluation, a fixed subset."""
     peak_tflops: float = Field(default=0.0, ge=0)
-    """Peak of one device in 1e12 operations a second, which utilisation (MFU) is measured against; 0: known from the
-    device's name, or not shown."""
+    """Peak throughput of one device in TFLOP/s, for model FLOPs utilisation (MFU). 0: derived from the name of the
+    device; MFU is not shown for unknown devices."""
 
 
 class Recipe(Config):
-    """One training stage, whole: saved resolved beside its results."""
+    """All settings of one training stage; saved with all defaults in the output directory."""
 
     name: str
-    """What this run is called in logs and reports."""
+    """Name of the run in logs and reports."""
     seed: int = Field(default=0, ge=0)
     """Seed of initialisation and data order."""
     model: ModelSource
-    """Where the model comes from."""
+    """Initial model."""
     stage: Stage
-    """Which parts learn, and how fast."""
+    """Trainable modules and learning rates."""
     data: Data
-    """What it is trained on."""
+    """Training data and its packing."""
     batch: Batch
     """Size of an optimizer step."""
     budget: Budget
-    """How long it lasts."""
+    """Length of the stage."""
     optim: Optim = Optim()
-    """AdamW and its schedule."""
+    """AdamW and its learning-rate schedule."""
     compute: Compute = Compute()
-    """Numerics and memory."""
+    """Precision, memory and parallelism."""
     monitor: Monitor = Monitor()
-    """What is looked at meanwhile."""
+    """Logging and evaluation during training."""
     output: Output
-    """Where results go."""
+    """Output directory and checkpoints."""
 
     @property
     def needs_images(self) -> str:
-        """Why the stage cannot train on text alone; empty if it can."""
+        """Reason why the stage needs images in every step; empty if it can train on text alone."""
         if "llm" not in self.stage.tune:
-            return f"stage.tune is {', '.join(self.stage.tune)}, which gets no gradient from text alone"
+            return f"stage.tune is {', '.join(self.stage.tune)}, which gets no gradient from text"
         if self.model.projector_init == "calibrated" and not self.model.path:
             return "model.projector_init=calibrated measures the images of the data"
         return ""
@@ -351,26 +353,26 @@ class Recipe(Config):
         wanted, other = ("rows", "samples") if packing == "rows" else ("samples", "rows")
         if not getattr(self.batch, wanted) or getattr(self.batch, other):
             refuse(
-                f"data.packing is {packing!r}, so batch.{wanted} states the batch and batch.{other} must be 0",
+                f"data.packing={packing} needs batch.{wanted} > 0 and batch.{other}=0",
                 "data.packing",
                 f"batch.{wanted}",
                 f"batch.{other}",
             )
         if self.compute.feature_cache and "vision" in self.stage.tune:
             refuse(
-                "compute.feature_cache needs a frozen tower, but stage.tune names vision",
+                "compute.feature_cache excludes vision in stage.tune",
                 "compute.feature_cache",
                 "stage.tune",
             )
         if self.stage.lora.rank and not self.model.path:
             refuse(
-                "stage.lora adapts a whole model; give model.path, so that the adapter can name its base",
+                "stage.lora needs model.path, the base model of the adapters",
                 "stage.lora.rank",
                 "model.llm",
             )
         if self.output.keep_best and not self.monitor.eval_every_steps:
             refuse(
-                "output.keep_best needs evaluations; set monitor.eval_every_steps",
+                "output.keep_best needs monitor.eval_every_steps > 0",
                 "output.keep_best",
                 "monitor.eval_every_steps",
             )

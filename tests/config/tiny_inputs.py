@@ -1,4 +1,4 @@
-"""What recipes are tried on: a tiny LLM and towers on disk, and tiny data in the formats that recipes name."""
+"""Inputs for training with packaged recipes: a tiny LLM, tiny towers and tiny data in every format."""
 
 import base64
 import copy
@@ -18,7 +18,7 @@ RECORDS = 24
 def write_parts(folder: Path) -> Path:
     """`llm` with its tokenizer, and the towers `clip`, `siglip` and `dinov2` of 28 x 28 pixels."""
     tokenizer = copy.deepcopy(tiny.tokenizer())
-    # What the templates of the packaged recipes write.
+    # Special tokens of all templates.
     written = {token for template in TEMPLATES.values() for token in template.special_tokens if token[0] == "<"}
     tokenizer.add_tokens(sorted(written), special_tokens=True)
     llm = AutoModelForCausalLM.from_config(tiny.text_config("llama", vocab_size=len(tokenizer)))
@@ -30,29 +30,29 @@ def write_parts(folder: Path) -> Path:
 
 
 def write_data(folder: Path) -> dict[str, Path]:
-    """format -> file with RECORDS records; a picture and a clip lie beside them."""
-    picture = tiny.picture(0).source
-    (folder / "p.png").write_bytes(picture)
-    write_clip(folder / "v.mp4")
+    """Write RECORDS records in each format, with an image and a video; return format -> file."""
+    image = tiny.picture(0).source
+    (folder / "p.png").write_bytes(image)
+    write_video(folder / "v.mp4")
     numbers = [str(number) for number in range(RECORDS)]
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
     llava = [{"id": number, "image": "p.png", "conversations": turns} for number in numbers]
-    clips = [
+    videos = [
         {"id": number, "video": "v.mp4", "conversations": [{**turns[0], "value": "<video>\nWhat?"}, turns[1]]}
         for number in numbers
     ]
     page = {"text_list": ["One.", "Two."], "image_info": [
-        {"matched_text_index": 1, "matched_sim": 0.3, "image_base64": base64.b64encode(picture).decode()}]}  # fmt: skip
+        {"matched_text_index": 1, "matched_sim": 0.3, "image_base64": base64.b64encode(image).decode()}]}  # fmt: skip
     question = {"question": "<image>\nWhat?", "answer": "A cat.", "image": ["p.png"]}
     shown = [{"type": "image", "path": "p.png"}, {"type": "text", "text": "What?"}]
     message = {"messages": [{"role": "user", "content": shown}, {"role": "assistant", "content": "A cat."}]}
     pairs = [
-        (f"{number}.{kind}", content) for number in numbers for kind, content in (("png", picture), ("txt", "A cat."))
+        (f"{number}.{kind}", content) for number in numbers for kind, content in (("png", image), ("txt", "A cat."))
     ]
     return {
         "llava_json": write_lines(folder / "llava.jsonl", llava),
         "llava_json_v15": write_lines(folder / "llava15.jsonl", llava),
-        "video_json": write_lines(folder / "clips.jsonl", clips),
+        "video_json": write_lines(folder / "videos.jsonl", videos),
         "mmc4": write_lines(folder / "mmc4.jsonl", [page] * RECORDS),
         "coyo": write_tar(folder / "coyo.tar", pairs),
         "vflan": write_lines(
@@ -62,8 +62,8 @@ def write_data(folder: Path) -> dict[str, Path]:
     }
 
 
-def write_clip(path: Path) -> None:
-    """Ten frames of 32 x 32."""
+def write_video(path: Path) -> None:
+    """Write ten frames of 32 x 32 pixels."""
     with av.open(str(path), "w") as file:
         stream = file.add_stream("mpeg4", rate=5)
         stream.width = stream.height = 32
