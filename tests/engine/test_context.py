@@ -43,12 +43,11 @@ def test_the_system_text_and_the_last_question_stay():
 def test_without_being_asked_nothing_is_left_out():
     with pytest.raises(ContextOverflowError) as caught:
         fit_prompt(TALK, count, context=88, answer=10)
-    assert str(caught.value) == (
-        "the prompt has 79 tokens and the answer may have 10, but the model's context holds 88; "
-        'shorten it, let overlong="truncate" drop its oldest turns, or lower max_new_tokens'
-    )
+    assert all(number in caught.value.problem for number in ("79", "10", "88"))
+    assert 'overlong="truncate"' in caught.value.hint and "max_new_tokens" in caught.value.hint
 
 
 def test_a_last_question_that_does_not_fit_alone_is_refused():
-    with pytest.raises(ContextOverflowError, match="the prompt without its earlier turns has 14 tokens .* holds 20"):
+    with pytest.raises(ContextOverflowError, match="14 tokens .* 20") as caught:
         fit_prompt(TALK, count, context=20, answer=10, overlong="truncate")
+    assert "overlong" not in caught.value.hint

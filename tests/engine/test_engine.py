@@ -129,7 +129,7 @@ def test_scores_are_the_log_probabilities_of_a_full_forward():
 def test_what_does_not_fit_is_refused_before_any_work(engine, monkeypatch):
     monkeypatch.setattr(engine, "model", None, raising=False)
     monkeypatch.setattr(type(engine), "_context", 512)
-    message = "the prompt has 600 tokens and the answer may have 12, .* holds 512; shorten it, .* lower max_new_tokens"
+    message = "600 tokens .* 12, .* 512"
     for refused in (lambda: engine.complete([ask("x" * 600)], NEW), lambda: engine.stream(ask("x" * 600), NEW)):
         with pytest.raises(ContextOverflowError, match=message):
             refused()
