@@ -221,7 +221,7 @@ def test_a_model_without_a_template_is_refused_at_once(vila, tmp_path):
     save_model(*tiny.vila(template=""), tmp_path / "bare")
     code, _, err = vila("chat", tmp_path / "bare", stdin=b"what?\n")
     assert code == 1
-    assert "give one: --template vicuna_v1" in err
+    assert "--template" in err
 
 
 def test_bad_flags_end_before_anything_is_loaded(vila, model):

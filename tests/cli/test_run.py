@@ -325,7 +325,7 @@ def test_a_model_without_a_template_asks_for_one(vila, tmp_path):
     save_model(*tiny.vila(template=""), tmp_path / "bare")
     code, _, err = vila("run", tmp_path / "bare", "-p", "x")
     assert code == 1
-    assert "give one: --template vicuna_v1" in err
+    assert "--template" in err
     assert vila("run", tmp_path / "bare", "-p", "x", "--template", "starter_qa", "--max-new-tokens", 1)[0] == 0
 
 

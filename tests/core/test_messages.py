@@ -33,6 +33,7 @@ from vila.core.errors import (
     TrainingError,
     UnknownNameError,
     VilaError,
+    WeightMismatchError,
 )
 from vila.core.optional import MissingExtraError
 from vila.core.reading import Fields, parse_json
@@ -66,8 +67,8 @@ GOLDEN = [
      "a.jsonl, line 2: messages[0].role: got 'bot', expected user or assistant"),
     (TemplateError("the tokenizer has no token '<|im_end|>'", field="template", value="chatml"),
      "template: the tokenizer has no token '<|im_end|>', got 'chatml'"),
-    (LayoutError("2 unclaimed weights (llm.model.norm.foo, llm.model.norm.bar)", file="model"),
-     "model: 2 unclaimed weights (llm.model.norm.foo, llm.model.norm.bar)"),
+    (WeightMismatchError("model", missing=["lm_head.weight"], unexpected=["norm.foo", "norm.bar"]),
+     "model: 1 weights missing (lm_head.weight); 2 weights unexpected (norm.foo, norm.bar); refusing a partial load"),
     (LayoutError(file="config.json", field="rope_parameters.rope_type", value="su", expected="one of default, linear"),
      "config.json: rope_parameters.rope_type: got 'su', expected one of default, linear"),
     (DownloadError("SHA-256 differs", file="https://example.org/a.bin", hint="run the command again"),

@@ -85,10 +85,12 @@ def test_a_fused_layer_gives_what_its_parts_give(biases):
 
 
 def test_layers_of_other_groups_do_not_fuse():
-    with pytest.raises(LayoutError, match="only 4-bit weights of one kind"):
+    with pytest.raises(LayoutError) as caught:
         fuse([Int4Linear.from_linear(linear(64, 8), 32), Int4Linear.from_linear(linear(64, 8), 64)])
-    with pytest.raises(LayoutError, match=r"splits \(3, 4\) do not add up to 8 outputs"):
+    assert len(caught.value.value) == 2
+    with pytest.raises(LayoutError) as caught:
         Int4Linear(64, 8, group_size=32, splits=(3, 4))
+    assert (caught.value.field, caught.value.value) == ("splits", (3, 4))
 
 
 def test_what_a_backend_prepares_is_not_saved_and_follows_new_weights():
@@ -114,8 +116,9 @@ def test_a_prepared_layer_survives_casts_and_copies():
 
 def test_a_backend_that_cannot_take_the_layer_is_refused():
     layer = Int4Linear.from_linear(linear(96, 8), 48)
-    with pytest.raises(ConfigError, match="int4 backend 'aten': groups of 48; PyTorch's 4-bit product takes 32, 64"):
+    with pytest.raises(ConfigError) as caught:
         layer.use_backend(ATEN, torch.float32)
+    assert caught.value.value == "aten" and "48" in caught.value.problem
     assert layer.backend == "torch"
 
 

@@ -65,28 +65,31 @@ def test_the_even_input_lies_in_the_low_nibble():
 
 
 def test_a_group_that_does_not_fit_is_refused_with_those_that_do():
-    with pytest.raises(
-        LayoutError, match=r"576 inputs cannot be cut into groups of 128; group sizes that fit: 16, 32, 64$"
-    ):
+    with pytest.raises(LayoutError) as caught:
         quantize(torch.zeros(2, 576), 128)
+    assert (caught.value.field, caught.value.value, caught.value.expected) == ("group_size", 128, "16, 32, 64")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e7])
 def test_values_that_are_not_finite_are_refused(value):
     weight = torch.zeros(4, 64)
     weight[2, 5] = value
-    with pytest.raises(LayoutError, match="not finite in torch.float16"):
+    with pytest.raises(LayoutError) as caught:
         quantize(weight, 32)
+    assert "torch.float16" in caught.value.problem
 
 
 def test_parts_that_do_not_belong_together_are_refused(make_weight):
     good = make_weight(8, 64, 32)
-    with pytest.raises(LayoutError, match=r"scales of groups of 64 must be floating \[8, 1\]"):
+    with pytest.raises(LayoutError) as caught:
         Int4Weight(good.codes, good.scales, good.zeros, 64)
-    with pytest.raises(LayoutError, match="zeros of groups of 32 must be uint8"):
+    assert caught.value.field == "scales"
+    with pytest.raises(LayoutError) as caught:
         Int4Weight(good.codes, good.scales, good.zeros.int(), 32)
-    with pytest.raises(LayoutError, match="codes must be uint8"):
+    assert caught.value.field == "zeros"
+    with pytest.raises(LayoutError) as caught:
         Int4Weight(good.codes.int(), good.scales, good.zeros, 32)
+    assert caught.value.field == "codes"
 
 
 def test_joined_weights_have_the_values_of_their_parts_in_order(make_weight):
@@ -94,8 +97,9 @@ def test_joined_weights_have_the_values_of_their_parts_in_order(make_weight):
     joined = concatenate(parts)
     assert torch.equal(dequantize(joined), torch.cat([dequantize(part) for part in parts]))
     assert torch.equal(dequantize(joined.rows(3, 8)), dequantize(parts[1]))
-    with pytest.raises(LayoutError, match="only 4-bit weights of one kind"):
+    with pytest.raises(LayoutError) as caught:
         concatenate([parts[0], make_weight(3, 64, 64)])
+    assert len(caught.value.value) == 2
 
 
 def test_a_weight_of_128_groups_takes_4_1875_bits_a_value(make_weight):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from vila.core.errors import LayoutError, UnknownNameError
+from vila.core.errors import MISSING, LayoutError, UnknownNameError
 from vila.kernels.int4 import Int4Weight, dequantize, pack_nibbles, unpack_nibbles
 from vila.kernels.packings import FORMATS, find_format
 
@@ -102,8 +102,9 @@ def test_tinychat_zeros_may_carry_autoawqs_name(make_weight):
     packed["qzeros"] = packed.pop("scaled_zeros")
     assert torch.equal(form.unpack(packed, 128).zeros, weight.zeros)
     packed["qzeros"] = packed["qzeros"] * 20
-    with pytest.raises(LayoutError, match="another format"):
+    with pytest.raises(LayoutError) as caught:
         form.unpack(packed, 128)
+    assert caught.value.field == "scaled_zeros"
 
 
 @pytest.mark.parametrize(("name", "run"), [("qm_x86", 64), ("qm_arm", 32), ("qm_metal", 8)])
@@ -163,29 +164,33 @@ def test_onnxruntime_multiplies_with_what_is_packed_for_it(group_size, make_weig
 
 
 @pytest.mark.parametrize(
-    ("name", "shape", "message"),
+    ("name", "shape", "value"),
     [
-        ("gemm", (12, 128, 128), "12 is no multiple of 8"),
-        ("gemv", (8, 96, 16), "groups of 32, 64, 128 and more, not 16"),
-        ("tinychat", (8, 96, 32), "96 is no multiple of 64"),
-        ("tinychat", (12, 128, 128), "12 is no multiple of 8"),
-        ("onnx", (8, 96, 48), "MatMulNBits takes groups"),
-        ("qm_x86", (8, 96, 32), "symmetric"),
-        ("compressed", (12, 64, 32), "12 is no multiple of 8"),
+        ("gemm", (12, 128, 128), 12),
+        ("gemv", (8, 96, 16), 16),
+        ("tinychat", (8, 96, 32), 96),
+        ("tinychat", (12, 128, 128), 12),
+        ("onnx", (8, 96, 48), 48),
+        ("qm_x86", (8, 96, 32), MISSING),
+        ("compressed", (12, 64, 32), 12),
     ],
 )
-def test_shapes_that_a_format_cannot_hold_are_refused(name, shape, message, make_weight):
-    with pytest.raises(LayoutError, match=message):
+def test_shapes_that_a_format_cannot_hold_are_refused(name, shape, value, make_weight):
+    with pytest.raises(LayoutError) as caught:
         find_format(name).pack(make_weight(*shape))
+    assert caught.value.field and (caught.value.value is value or caught.value.value == value)
 
 
 def test_symmetric_formats_refuse_runs_groups_and_odd_outputs_that_do_not_fit(make_weight):
-    with pytest.raises(LayoutError, match="96 is no multiple of 64"):
+    with pytest.raises(LayoutError) as caught:
         find_format("qm_x86").pack(make_weight(8, 96, 32, symmetric=True))
-    with pytest.raises(LayoutError, match="groups of 32, not 64"):
+    assert caught.value.value == 96
+    with pytest.raises(LayoutError) as caught:
         find_format("qm_arm").pack(make_weight(8, 128, 64, symmetric=True))
-    with pytest.raises(LayoutError, match="5 is no multiple of 2"):
+    assert (caught.value.field, caught.value.value) == ("group_size", 64)
+    with pytest.raises(LayoutError) as caught:
         find_format("modelopt").pack(make_weight(5, 64, 32, symmetric=True))
+    assert caught.value.value == 5
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -195,17 +200,20 @@ def test_a_wrong_group_size_or_a_missing_tensor_is_named(name, make_weight):
     with pytest.raises(LayoutError):
         form.unpack(packed, 64)
     del packed[form.tensors[0]]
-    with pytest.raises(LayoutError, match=f"lacks {form.tensors[0]}"):
+    with pytest.raises(LayoutError) as caught:
         form.unpack(packed, 128)
+    assert caught.value.field == form.tensors[0]
 
 
 def test_a_scale_that_float16_cannot_hold_is_refused(make_weight):
     good = make_weight(8, 128, 128, dtype=torch.float32)
     weight = Int4Weight(good.codes, good.scales * 1e9, good.zeros, 128)
-    with pytest.raises(LayoutError, match="does not fit float16"):
+    with pytest.raises(LayoutError) as caught:
         find_format("gemm").pack(weight)
+    assert caught.value.field == "scales"
 
 
 def test_an_unknown_packing_is_refused_with_the_known_ones():
-    with pytest.raises(UnknownNameError, match="did you mean 'gemv' or 'gemm'|did you mean 'gemm' or 'gemv'"):
+    with pytest.raises(UnknownNameError) as caught:
         find_format("gemn")
+    assert set(caught.value.near) == {"gemv", "gemm"}

@@ -89,27 +89,33 @@ def test_auto_leaves_a_layer_that_does_not_fit_to_the_reference_and_names_it(mak
     model = model_of(make_weight, 32, 48)
     choice = use_backend(model, dtype=torch.float32)
     assert (model["g32"].backend, model["g48"].backend) == ("aten", "torch")
-    assert choice.describe().splitlines()[1].startswith("int4: g48 by the reference: groups of 48")
+    ((layer, reason),) = choice.fallbacks
+    assert layer == "g48" and "48" in reason
+    assert len(choice.describe().splitlines()) == 2
 
 
 def test_auto_says_which_backend_it_passed_over_and_why(make_weight):
     choice = use_backend(model_of(make_weight, 32), dtype=torch.float64)
     assert choice.name == "torch"
-    assert "int4: not aten: PyTorch's 4-bit product on cpu takes" in choice.describe()
+    assert [name for name, _ in choice.skipped] == ["aten"]
+    assert len(choice.describe().splitlines()) == 2
 
 
 def test_a_backend_that_was_asked_for_is_never_replaced(make_weight):
     model = model_of(make_weight, 32, 48)
-    with pytest.raises(ConfigError, match="int4 backend 'aten': g48: groups of 48"):
+    with pytest.raises(ConfigError) as caught:
         use_backend(model, "aten", dtype=torch.float32)
-    with pytest.raises(ConfigError, match="takes .*, not torch.float64; choose another backend, or 'auto'"):
+    assert "g48" in caught.value.problem and "g32" not in caught.value.problem
+    with pytest.raises(ConfigError) as caught:
         use_backend(model, "aten", dtype=torch.float64)
+    assert caught.value.value == "aten" and "float64" in caught.value.problem
     assert {layer.backend for layer in model.values()} == {"torch"}
 
 
 def test_an_unknown_backend_is_refused_with_the_known_ones(make_weight):
-    with pytest.raises(UnknownNameError, match=r"did you mean 'triton'.*known: aten, auto, torch, triton"):
+    with pytest.raises(UnknownNameError) as caught:
         use_backend(model_of(make_weight, 32), "tritn", dtype=torch.float32)
+    assert caught.value.near == ["triton"]
 
 
 def test_a_model_without_int4_layers_has_no_choice():
@@ -119,5 +125,6 @@ def test_a_model_without_int4_layers_has_no_choice():
 def test_layers_on_several_kinds_of_device_are_refused(make_weight):
     model = model_of(make_weight, 32)
     model["meta"] = Int4Linear(64, 8, group_size=32, device="meta")
-    with pytest.raises(ConfigError, match="int4 layers lie on cpu and meta"):
+    with pytest.raises(ConfigError) as caught:
         use_backend(model, dtype=torch.float32)
+    assert caught.value.value == ["cpu", "meta"]

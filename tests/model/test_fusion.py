@@ -22,8 +22,9 @@ def test_gradients_reach_text_and_media():
 
 
 def test_a_count_that_does_not_agree_names_both_counts():
-    with pytest.raises(ValueError, match="the batch has 1 media slots but the tower produced 4 vectors"):
+    with pytest.raises(ValueError) as caught:
         merge_image_embeddings(torch.zeros(1, 2, 2), torch.zeros(2, 2, 2), torch.tensor([[True, False]]))
+    assert "1 image placeholders" in str(caught.value) and "4 image features" in str(caught.value)
 
 
 def test_the_mask_of_a_shared_prefix_with_two_branches():

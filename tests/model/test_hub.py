@@ -69,26 +69,31 @@ def test_only_the_needed_files_are_fetched_and_only_once(stub, monkeypatch):
 def test_a_revision_is_pinned(stub):
     model, _ = load_model(REPOSITORY, revision="v0")
     assert model.config.vision_config.image_size == 70
-    with pytest.raises(DownloadError, match="owner/tiny: the repository has no revision 'v9'"):
+    with pytest.raises(DownloadError) as caught:
         load_model(REPOSITORY, revision="v9")
+    assert (caught.value.file, caught.value.field, caught.value.value) == ("owner/tiny", "revision", "v9")
 
 
 def test_what_cannot_be_had_is_said(stub, monkeypatch):
-    with pytest.raises(DownloadError, match="owner/other: no such directory, and the hub has no repository"):
+    with pytest.raises(DownloadError) as caught:
         load_model("owner/other")
-    with pytest.raises(LayoutError, match="nowhere: no such directory, and not a hub id of the form owner/name"):
+    assert caught.value.file == "owner/other"
+    with pytest.raises(LayoutError) as caught:
         load_model("nowhere")
+    assert caught.value.file == "nowhere"
     offline(monkeypatch)
-    with pytest.raises(DownloadError, match="HF_HUB_OFFLINE is set while the hub's cache does not hold it"):
+    with pytest.raises(DownloadError) as caught:
         load_model(REPOSITORY)
+    assert caught.value.file == REPOSITORY and "HF_HUB_OFFLINE" in caught.value.problem
 
 
 def test_an_unreachable_hub_is_said_and_a_cached_model_still_loads(stub, monkeypatch):
     local_folder(REPOSITORY)
     point_at(monkeypatch, "http://127.0.0.1:9")
     assert load_model(REPOSITORY)[0].config.vision_config.image_size == 56
-    with pytest.raises(DownloadError, match="the hub cannot be reached"):
+    with pytest.raises(DownloadError) as caught:
         load_model("owner/other")
+    assert caught.value.file == "owner/other"
 
 
 def test_one_storage_form_and_the_index_that_goes_with_it():

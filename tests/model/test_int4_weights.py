@@ -134,12 +134,13 @@ def test_weights_that_do_not_fit_are_all_named_and_nothing_changes():
     }
     with pytest.raises(LayoutError) as caught:
         use_int4(model, wrong)
-    text = str(caught.value)
-    assert "layers.0.mlp.up_proj is [64, 32], its 4-bit weight [32, 32]" in text
-    assert "layers.9.mlp.up_proj is missing, not a Linear" in text
-    assert "layers.0.input_layernorm is a LlamaRMSNorm, not a Linear" in text
-    assert "projector.0 is not in the decoder's blocks (language_model.model.layers....)" in text
+    text = caught.value.problem
+    assert all(part in text for part in ("layers.0.mlp.up_proj", "[64, 32]", "[32, 32]"))
+    assert "layers.9.mlp.up_proj" in text
+    assert "layers.0.input_layernorm" in text and "LlamaRMSNorm" in text
+    assert "projector.0" in text
     assert int4_weights(model) == {}
     use_int4(model, {QUERY: fits})
-    with pytest.raises(LayoutError, match="q_proj is in 4 bits already"):
+    with pytest.raises(LayoutError) as caught:
         use_int4(model, {QUERY: fits})
+    assert QUERY in caught.value.problem

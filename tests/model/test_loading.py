@@ -37,18 +37,16 @@ def test_a_model_loads_in_the_type_that_is_asked_for(saved):
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda path: None, "no such directory"),
-        (lambda path: path.write_text("x"), "a model is a directory, this is a file"),
-        (lambda path: path.mkdir(), r"not a model in a layout known here \(native, llava-hf, .*\); it holds nothing"),
-    ],
+    "make",
+    [lambda path: None, lambda path: path.write_text("x"), lambda path: path.mkdir()],
+    ids=["nothing", "a file", "an empty directory"],
 )
-def test_a_path_that_is_not_a_model_is_named(tmp_path, make, message):
+def test_a_path_that_is_not_a_model_is_named(tmp_path, make):
     path = tmp_path / "thing"
     make(path)
-    with pytest.raises(LayoutError, match=f"{path}: {message}"):
+    with pytest.raises(LayoutError) as caught:
         load_model(path)
+    assert caught.value.file == str(path)
 
 
 @pytest.mark.parametrize(
@@ -96,8 +94,9 @@ def test_a_tied_head_is_one_tensor(copy):
 
 
 def test_an_unknown_type_is_refused(saved):
-    with pytest.raises(ConfigError, match="dtype='int8': it is auto, float32, bfloat16 or float16"):
+    with pytest.raises(ConfigError) as caught:
         load_model(saved, dtype="int8")
+    assert (caught.value.field, caught.value.value) == ("dtype", "int8")
 
 
 def test_a_device_map_spreads_the_model_with_accelerate(saved):
@@ -107,22 +106,23 @@ def test_a_device_map_spreads_the_model_with_accelerate(saved):
     assert torch.equal(model(**inputs).logits, plain(**inputs).logits)
 
 
-def test_missing_and_unclaimed_weights_are_all_listed(copy):
+def test_missing_and_unexpected_weights_are_all_listed(copy):
     weights = load_file(copy / "model.safetensors")
     weights["projector.9.weight"] = weights.pop("projector.0.weight")
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(LayoutError) as caught:
         load_model(copy)
-    assert "1 weights missing (projector.0.weight)" in str(caught.value)
-    assert "1 weights unclaimed (projector.9.weight)" in str(caught.value)
+    assert (caught.value.missing, caught.value.unexpected) == (["projector.0.weight"], ["projector.9.weight"])
 
 
 def test_a_wrong_shape_is_named_with_both_shapes(copy):
     weights = load_file(copy / "model.safetensors")
     weights["projector.0.bias"] = torch.zeros(7)
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(LayoutError, match=r"bias has shape \(7,\) in model.safetensors, the config asks for \(32,\)"):
+    with pytest.raises(LayoutError) as caught:
         load_model(copy)
+    (mismatched,) = caught.value.mismatched
+    assert all(text in mismatched for text in ("projector.0.bias", "model.safetensors", "(7,)", "(32,)"))
 
 
 def test_a_truncated_weight_file_is_named(copy):
@@ -145,14 +145,16 @@ def test_a_tokenizer_of_another_model_is_refused(copy):
 
 def test_markers_and_pictures_that_do_not_agree_are_counted():
     _, processor = tiny.vila()
-    with pytest.raises(MediaError, match="the text has 2 <image> markers but 1 picture was given"):
+    with pytest.raises(MediaError) as caught:
         processor(text="<image> and <image>", images=[tiny.picture(1)])
+    assert (caught.value.field, caught.value.value, caught.value.expected) == ("images", 1, "2")
 
 
 def test_a_model_without_a_template_asks_for_one():
     _, processor = tiny.vila(template="")
-    with pytest.raises(TemplateError, match="give one"):
+    with pytest.raises(TemplateError) as caught:
         processor.find_template()
+    assert caught.value.field == "template" and "--template" in caught.value.hint
 
 
 def test_features_are_computed_once_and_survive_the_process(tmp_path):
@@ -188,5 +190,6 @@ def test_a_damaged_cache_file_is_deleted_and_computed_again(tmp_path):
 
 def test_a_picture_that_is_not_one_stops_before_the_tower_runs(tmp_path):
     _, processor = tiny.vila()
-    with pytest.raises(MediaError, match="not an image"):
+    with pytest.raises(MediaError) as caught:
         processor.pixels([Image(b"<!DOCTYPE html>")])
+    assert caught.value.problem

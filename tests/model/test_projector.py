@@ -115,8 +115,9 @@ def test_the_published_grids_give_the_published_lengths():
 
 def test_patches_that_are_no_square_grid_cannot_be_merged():
     for ask in (lambda: num_projected_tokens("mlp_downsample", 577), lambda: merge_patches(torch.zeros(1, 577, 2))):
-        with pytest.raises(LayoutError, match="577 patches are no square grid.*select_feature 'patch'"):
+        with pytest.raises(LayoutError) as caught:
             ask()
+        assert "577" in caught.value.problem and "select_feature" in caught.value.hint
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -146,5 +147,6 @@ def test_calibration_composes_the_first_layer_with_the_standardisation_of_its_ch
 
 
 def test_an_identity_has_nothing_to_calibrate():
-    with pytest.raises(LayoutError, match="no weights to calibrate; set projector_init to 'random'"):
+    with pytest.raises(LayoutError) as caught:
         calibrate_projector(build_projector("identity", 4, 4), torch.randn(2, 4, 4), rms=0.3)
+    assert "projector_init" in caught.value.hint

@@ -49,8 +49,9 @@ def test_shards_have_an_index(tmp_path):
 
 
 def test_what_is_made_must_be_what_was_announced(tmp_path):
-    with pytest.raises(RuntimeError, match=r"was made where torch.float32 \[2\] was announced"):
+    with pytest.raises(RuntimeError) as caught:
         write_file({"a": LazyTensor((2,), torch.float32, lambda: torch.zeros(3))}, tmp_path / "a")
+    assert "[3]" in str(caught.value) and "[2]" in str(caught.value)
 
 
 def test_half_precision_casts_and_refuses_what_does_not_fit(tmp_path):
@@ -58,10 +59,12 @@ def test_half_precision_casts_and_refuses_what_does_not_fit(tmp_path):
     assert tensors["n"].dtype == torch.int64
     write_file({name: tensors[name] for name in "an"}, tmp_path / "a")
     assert load_file(tmp_path / "a")["a"].dtype == torch.float16
-    with pytest.raises(LayoutError, match="big has values past 65504"):
+    with pytest.raises(LayoutError) as caught:
         write_file(tensors, tmp_path / "b")
+    assert caught.value.field == "big"
 
 
 def test_a_type_that_files_do_not_know_is_named(tmp_path):
-    with pytest.raises(LayoutError, match="z has type torch.complex64"):
+    with pytest.raises(LayoutError) as caught:
         write_file({"z": torch.zeros(2, dtype=torch.complex64)}, tmp_path / "a")
+    assert (caught.value.field, caught.value.value) == ("z", "torch.complex64")

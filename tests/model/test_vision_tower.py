@@ -135,8 +135,9 @@ def test_patches_of_the_published_towers():
 @pytest.mark.parametrize("name", ["clip", "siglip", "internvl"])
 def test_a_tower_takes_pictures_of_its_own_size_only(name):
     config, model = random_tower(name)
-    with pytest.raises(LayoutError, match="pictures of 42 x 42 pixels, but the .* tower takes 28 x 28"):
+    with pytest.raises(LayoutError) as caught:
         select_features(model, config, pictures(size=42), -1, "cls_patch")
+    assert "42 x 42" in caught.value.problem and "28 x 28" in caught.value.problem
 
 
 def test_dinov2_takes_any_size():

@@ -19,8 +19,7 @@ from vila.engine.batch import BatchRun, Group, Run, group_prompts
 from vila.engine.cuda_graph_run import CudaGraphRun
 from vila.engine.cuda_graph_step import CudaGraphSteps
 from vila.engine.vision_cache import Prompt, VisionCache
-from vila.kernels.int4 import BACKEND as REFERENCE
-from vila.kernels.int4 import Int4Linear
+from vila.kernels.int4 import Int4Linear, reference_backend
 from vila.model.int4_weights import int4_weights
 from vila.model.modeling import VilaForConditionalGeneration
 
@@ -104,15 +103,8 @@ def agreement(
 @torch.inference_mode()
 def reference_logits(model: VilaForConditionalGeneration, ids: list[int]) -> Tensor:
     """Logits [S, V] of a text by one forward pass without a cache; 4-bit layers multiply by the reference meanwhile."""
-    layers = [m for m in model.modules() if isinstance(m, Int4Linear) and m.backend != REFERENCE.name]
-    before = [(layer._product, layer._dtype) for layer in layers]
-    for layer in layers:
-        layer.use_backend(REFERENCE, model.dtype)
-    try:
+    with reference_backend(model, model.dtype):
         logits: Tensor = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0].float()
-    finally:
-        for layer, (product, dtype) in zip(layers, before, strict=True):
-            layer.use_backend(product, dtype)
     return logits
 
 

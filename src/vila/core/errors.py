@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from os import PathLike
 from typing import Any, Final, Self
@@ -187,6 +187,26 @@ class TemplateError(VilaError, ValueError):
 
 class LayoutError(VilaError, ValueError):
     """A directory is not a known checkpoint, or its weights do not match its config."""
+
+
+class WeightMismatchError(LayoutError):
+    """The weights of a checkpoint do not match its config.
+
+    missing, unexpected: names of weights. mismatched: one description per weight of another shape or dtype.
+    """
+
+    def __init__(
+        self,
+        folder: str | PathLike[str],
+        *,
+        missing: Sequence[str] = (),
+        unexpected: Sequence[str] = (),
+        mismatched: Sequence[str] = (),
+    ) -> None:
+        self.missing, self.unexpected, self.mismatched = list(missing), list(unexpected), list(mismatched)
+        lists = (("missing", self.missing), ("unexpected", self.unexpected))
+        problems = [f"{len(names)} weights {what} ({', '.join(names)})" for what, names in lists if names]
+        super().__init__("; ".join([*problems, *self.mismatched]), file=folder, hint="refusing a partial load")
 
 
 class DownloadError(VilaError, OSError):

@@ -1,7 +1,7 @@
-"""The product with a 4-bit weight by PyTorch's own kernels, on CPUs and on CUDA GPUs.
+"""INT4 matmul with PyTorch's own kernels, on CPU and CUDA.
 
-They want the codes in an order of their own, so a layer that uses them holds its codes twice, and scales in the type of
-the activations, which costs accuracy in bfloat16.
+The kernels need the codes in their own order, so a layer stores them twice, and scales in the activation dtype, which
+costs accuracy in bfloat16.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from torch import Tensor
 
 from vila.kernels.int4 import BITS, MAX_CODE, Int4Weight, unpack_nibbles
 
-# M rows  I inputs  O outputs  G inputs of a group
+# M activation rows  I inputs  O outputs  G group size
 
 _GROUP_SIZES = (32, 64, 128, 256)
 _TYPES = {
     "cpu": (torch.float32, torch.bfloat16, torch.float16),
     "cuda": (torch.bfloat16,),
 }
-# The kernels take whole tiles of outputs; what is missing is filled with rows of zeros and cut off the result.
+# The kernels need full tiles of outputs; padded rows of zeros are removed from the result.
 _OUTPUT_TILE = 16
 _INNER_TILES = 2
 # The kernels compute (code - 8) * scale + offset.
@@ -27,39 +27,39 @@ _MIDDLE = 8
 
 
 class AtenBackend:
-    """`_weight_int4pack_mm` of PyTorch 2.5 and later; on CUDA in bfloat16 and from compute capability 8.0 only."""
+    """`_weight_int4pack_mm` of PyTorch; on CUDA only in bfloat16 and from compute capability 8.0."""
 
     name = "aten"
 
     def unavailable(self, device: torch.device, dtype: torch.dtype) -> str:
-        """Why these kernels cannot run with such activations there; empty when they can."""
+        """Why the kernels cannot run on a device with an activation dtype; empty if they can."""
         types = _TYPES.get(device.type)
         if types is None:
-            return f"PyTorch has no 4-bit product on {device.type}"
+            return f"PyTorch has no INT4 kernel on {device.type}"
         if dtype not in types:
-            return f"PyTorch's 4-bit product on {device.type} takes {', '.join(map(str, types))}, not {dtype}"
+            return f"PyTorch's INT4 kernel on {device.type} needs {' or '.join(map(str, types))}, not {dtype}"
         if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
-            return "PyTorch's 4-bit product needs compute capability 8.0 or more"
+            return "PyTorch's INT4 kernel needs compute capability 8.0 or higher"
         return ""
 
     def unsupported(self, num_inputs: int, num_outputs: int, group_size: int) -> str:
-        """Why a weight of this shape cannot be used; empty when it can."""
+        """Why the kernels do not support a weight's shape; empty if they do."""
         if group_size not in _GROUP_SIZES:
-            return f"groups of {group_size}; PyTorch's 4-bit product takes {', '.join(map(str, _GROUP_SIZES))}"
+            return f"group size {group_size}; PyTorch's INT4 kernel supports {', '.join(map(str, _GROUP_SIZES))}"
         return ""
 
     def max_rows(self, device: torch.device) -> int | None:
-        """A few on a CPU, where every row reads the weight anew."""
+        """4 on a CPU, where the kernel reads the weight once per row."""
         return 4 if device.type == "cpu" else None
 
     def prepare(self, weight: Int4Weight, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """The codes in the kernels' order, and scales and offsets [I/G, O, 2] in `dtype`."""
-        spare = -weight.num_outputs % _OUTPUT_TILE
-        codes, scales, zeros = (F.pad(part, (0, 0, 0, spare)) for part in (weight.codes, weight.scales, weight.zeros))
+        """Codes in the kernels' order, and scales and offsets [I/G, O, 2] in `dtype`."""
+        padding = -weight.num_outputs % _OUTPUT_TILE
+        codes, scales, zeros = (F.pad(part, (0, 0, 0, padding)) for part in (weight.codes, weight.scales, weight.zeros))
         if codes.device.type == "cpu":
             packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(unpack_nibbles(codes).int(), _INNER_TILES)
         else:
-            # On CUDA the even input of a byte lies in the high nibble.
+            # On CUDA the even input of a byte is in the high nibble.
             swapped = ((codes & MAX_CODE) << BITS) | (codes >> BITS)
             packed = torch.ops.aten._convert_weight_to_int4pack(swapped, _INNER_TILES)
         wide = scales.float()
@@ -67,13 +67,13 @@ class AtenBackend:
         return packed, torch.stack((wide, offsets), dim=-1).transpose(0, 1).to(dtype).contiguous()
 
     def multiply(self, x_MI: Tensor, operands: tuple[Tensor, ...], group_size: int, bias_O: Tensor | None) -> Tensor:
-        """`x @ weight.T + bias` in the type of `x`, [M, O] or wider by the rows that filled a tile."""
+        """`x @ weight.T + bias` in the dtype of `x`, [M, O] or wider if outputs are padded to a full tile."""
         packed, scales_and_offsets = operands
         if x_MI.shape[0] == 0:
             return x_MI.new_empty(0, scales_and_offsets.shape[1])
         ops = torch.ops.aten
-        product = ops._weight_int4pack_mm_for_cpu if x_MI.device.type == "cpu" else ops._weight_int4pack_mm
-        y_MO: Tensor = product(x_MI.contiguous(), packed, group_size, scales_and_offsets)
+        kernel = ops._weight_int4pack_mm_for_cpu if x_MI.device.type == "cpu" else ops._weight_int4pack_mm
+        y_MO: Tensor = kernel(x_MI.contiguous(), packed, group_size, scales_and_offsets)
         if bias_O is None:
             return y_MO
         return y_MO[:, : bias_O.shape[0]] + bias_O.to(y_MO.dtype)

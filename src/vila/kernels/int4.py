@@ -1,8 +1,9 @@
-"""A Linear whose weight is stored in 4 bits, alone or as several that share an input and are multiplied at once."""
+"""INT4 weights: storage and rounding (`Int4Weight`), the layer (`Int4Linear`), backend protocol, reference backend."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -12,31 +13,27 @@ from torch import Tensor, nn
 
 from vila.core.errors import ConfigError, LayoutError
 
-# --- int4_layout
-# The one storage of 4-bit weights: codes, scales and zeros, the published rounding, and the way back.
-
-
-# O outputs  I inputs  G inputs of a group
+# M activation rows  O outputs  I inputs  G group size
 
 BITS = 4
 MAX_CODE = 2**BITS - 1
 SYMMETRIC_ZERO = 8
 SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-# The published code's floor of a group's range, which keeps the scale of a constant group above zero.
+# Lower limit of a group's range in the AWQ code; keeps the scale of a constant group above zero.
 _SMALLEST_RANGE = 1e-5
 
 
 @dataclass(frozen=True)
 class Int4Weight:
-    """A weight [O, I] in 4 bits: value = (code - zero) * scale, with a scale and a zero for G neighbouring inputs.
+    """A 4-bit weight [O, I]: value = (code - zero) * scale, with one scale and zero per group of G neighbouring inputs.
 
-    codes:      uint8 [O, I/2], the codes of two neighbouring inputs a byte, the even input in the low nibble.
+    codes:      uint8 [O, I/2], two neighbouring inputs per byte, the even input in the low nibble.
     scales:     float16, bfloat16 or float32 [O, I/G].
     zeros:      uint8 [O, I/G], 0..15.
     group_size: G.
 
-    Raises LayoutError when shapes or types do not belong together.
+    Raises LayoutError for inconsistent shapes or dtypes.
     """
 
     codes: Tensor
@@ -46,15 +43,13 @@ class Int4Weight:
 
     def __post_init__(self) -> None:
         if self.codes.dim() != 2 or self.codes.dtype != torch.uint8:
-            raise LayoutError(f"4-bit codes must be uint8 [O, I/2], not {self.codes.dtype} {list(self.codes.shape)}")
+            raise _mismatch("codes", self.codes, "uint8 [O, I/2]")
         check_group_size(self.num_inputs, self.group_size)
         groups = [self.num_outputs, self.num_inputs // self.group_size]
         if list(self.scales.shape) != groups or self.scales.dtype not in SCALE_DTYPES:
-            found = f"{self.scales.dtype} {list(self.scales.shape)}"
-            raise LayoutError(f"scales of groups of {self.group_size} must be floating {groups}, not {found}")
+            raise _mismatch("scales", self.scales, f"a floating-point dtype and shape {groups}")
         if list(self.zeros.shape) != groups or self.zeros.dtype != torch.uint8:
-            found = f"{self.zeros.dtype} {list(self.zeros.shape)}"
-            raise LayoutError(f"zeros of groups of {self.group_size} must be uint8 {groups}, not {found}")
+            raise _mismatch("zeros", self.zeros, f"uint8 {groups}")
 
     @property
     def num_outputs(self) -> int:
@@ -68,56 +63,64 @@ class Int4Weight:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of codes, scales and zeros together: what a product with this weight has to read."""
+        """Total size of codes, scales and zeros: the memory traffic of a matmul with this weight."""
         return sum(part.nbytes for part in (self.codes, self.scales, self.zeros))
 
     def rows(self, start: int, end: int) -> Int4Weight:
-        """The outputs `start` to `end`, as views."""
+        """Outputs `start` to `end`, as views."""
         codes, scales, zeros = (part[start:end] for part in (self.codes, self.scales, self.zeros))
         return Int4Weight(codes, scales, zeros, self.group_size)
 
     def to(self, device: torch.device | str) -> Int4Weight:
-        """The same weight on another device."""
+        """Return the weight on another device."""
         codes, scales, zeros = (part.to(device) for part in (self.codes, self.scales, self.zeros))
         return replace(self, codes=codes, scales=scales, zeros=zeros)
 
 
+def _mismatch(name: str, tensor: Tensor, expected: str) -> LayoutError:
+    return LayoutError("", field=name, value=f"{tensor.dtype} {list(tensor.shape)}", expected=expected)
+
+
 def check_group_size(num_inputs: int, group_size: int) -> None:
-    """Raises LayoutError unless whole groups, of whole bytes, fill the inputs; names group sizes that would fit."""
+    """Raise LayoutError unless the group size is even and divides the number of inputs; lists group sizes that do."""
     if group_size >= 2 and group_size % 2 == 0 and num_inputs >= group_size and num_inputs % group_size == 0:
         return
-    fitting = [size for size in (16, 32, 64, 128, 256) if num_inputs >= size and num_inputs % size == 0]
-    remedy = f"; group sizes that fit: {', '.join(map(str, fitting))}" if fitting else ""
-    raise LayoutError(f"{num_inputs} inputs cannot be cut into groups of {group_size}{remedy}")
+    divisors = [size for size in (16, 32, 64, 128, 256) if num_inputs >= size and num_inputs % size == 0]
+    raise LayoutError(
+        f"{num_inputs} inputs cannot be divided into groups of {group_size}",
+        field="group_size",
+        value=group_size,
+        expected=", ".join(map(str, divisors)) or None,
+    )
 
 
 def pack_nibbles(codes_OI: Tensor) -> Tensor:
-    """Codes 0..15 [..., I] to bytes [..., I/2]; the even one of two neighbours takes the low nibble.
+    """Pack codes 0..15 [..., I] into bytes [..., I/2]; the even one of two neighbours takes the low nibble.
 
-    Raises LayoutError when I is odd or the codes are not uint8.
+    Raises LayoutError if I is odd or the codes are not uint8.
     """
     if codes_OI.dtype != torch.uint8 or codes_OI.shape[-1] % 2:
-        raise LayoutError(f"only an even number of uint8 codes packs, not {codes_OI.dtype} {list(codes_OI.shape)}")
+        raise _mismatch("codes", codes_OI, "uint8, an even number per row")
     return codes_OI[..., 0::2] | (codes_OI[..., 1::2] << BITS)
 
 
 def unpack_nibbles(packed: Tensor) -> Tensor:
-    """Bytes [..., I/2] to codes 0..15 [..., I]: the inverse of `pack_nibbles`."""
+    """Unpack bytes [..., I/2] to codes 0..15 [..., I]: the inverse of `pack_nibbles`."""
     return torch.stack((packed & MAX_CODE, packed >> BITS), dim=-1).flatten(-2)
 
 
 def quantize(
     weight_OI: Tensor, group_size: int, *, symmetric: bool = False, dtype: torch.dtype = torch.float16
 ) -> Int4Weight:
-    """Round a weight to 4 bits, each group by its own range.
+    """Round a weight to 4 bits, with the range of each group.
 
-    Asymmetric, the published rounding: scale = max(max - min, 1e-5) / 15, zero = -round(min / scale) and
-    code = round(w / scale) + zero, both cut to 0..15. Symmetric: scale = max |w| / 7, codes -8..7 stored with zero 8.
-    The range need not contain 0: a group that lies wholly above it loses its top.
+    Asymmetric, as in the AWQ code: scale = max(max - min, 1e-5) / 15, zero = -round(min / scale) and
+    code = round(w / scale) + zero, both clamped to 0..15. Symmetric: scale = max |w| / 7, codes -8..7 stored with zero
+    8. A group whose range does not contain 0 is clipped at the far end.
 
-    The arithmetic is in the weight's own type and halves go to the even neighbour, as in the original; scales are
-    rounded to `dtype` first, so that codes and stored scales agree.
-    Raises LayoutError when groups do not fill the inputs, or a scale is not finite in `dtype` (NaN, infinity).
+    Computed in the weight's own dtype with round-half-to-even, as in the released code; scales are rounded to `dtype`
+    first, so that codes and stored scales agree.
+    Raises LayoutError if the group size does not divide the inputs, or a scale is not finite in `dtype`.
     """
     check_group_size(weight_OI.shape[-1], group_size)
     groups = weight_OI.detach().unflatten(-1, (-1, group_size))
@@ -126,35 +129,34 @@ def quantize(
     else:
         low, high = groups.aminmax(dim=-1)
         scales = (high - low).clamp(min=_SMALLEST_RANGE) / MAX_CODE
-    kept = scales.to(dtype)
-    if not bool(kept.isfinite().all()):
-        raise LayoutError(
-            f"a weight {list(weight_OI.shape)} has values that are not finite in {dtype}; repair the model"
-        )
-    scales = kept.to(groups.dtype)
+    stored_scales = scales.to(dtype)
+    if not bool(stored_scales.isfinite().all()):
+        raise LayoutError(f"a weight {list(weight_OI.shape)} has values that are not finite in {dtype}")
+    scales = stored_scales.to(groups.dtype)
     zeros = torch.full_like(scales, SYMMETRIC_ZERO)
     if not symmetric:
         zeros = (low / scales).round_().neg_().clamp_(0, MAX_CODE)
     codes = (groups / scales.unsqueeze(-1)).round_().add_(zeros.unsqueeze(-1)).clamp_(0, MAX_CODE)
-    return Int4Weight(pack_nibbles(codes.flatten(-2).to(torch.uint8)), kept, zeros.to(torch.uint8), group_size)
+    packed = pack_nibbles(codes.flatten(-2).to(torch.uint8))
+    return Int4Weight(packed, stored_scales, zeros.to(torch.uint8), group_size)
 
 
 def dequantize(weight: Int4Weight, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The values [O, I], rounded once to `dtype`."""
+    """Return the values [O, I], rounded once to `dtype`."""
     wide = torch.promote_types(dtype, torch.float32)
     codes = unpack_nibbles(weight.codes).unflatten(-1, (-1, weight.group_size)).to(wide)
     return (codes.sub_(weight.zeros.unsqueeze(-1)).mul_(weight.scales.unsqueeze(-1))).flatten(-2).to(dtype)
 
 
 def concatenate(weights: Sequence[Int4Weight]) -> Int4Weight:
-    """Weights of the same inputs, groups and scale type, one after the other along their outputs.
+    """Concatenate weights along their outputs.
 
-    Raises LayoutError when they differ in one of these.
+    Raises LayoutError unless inputs, group size and scale dtype are equal.
     """
     kinds = {(weight.num_inputs, weight.group_size, weight.scales.dtype) for weight in weights}
     if len(kinds) != 1:
-        found = ", ".join(f"{inputs} inputs in groups of {size} with {kind} scales" for inputs, size, kind in kinds)
-        raise LayoutError(f"only 4-bit weights of one kind can be joined, not {found or 'none'}")
+        found = sorted(f"{inputs} inputs, group size {size}, {dtype} scales" for inputs, size, dtype in kinds)
+        raise LayoutError("4-bit weights differ in inputs, group size or scale dtype", value=found)
     return Int4Weight(
         torch.cat([weight.codes for weight in weights]),
         torch.cat([weight.scales for weight in weights]),
@@ -163,89 +165,82 @@ def concatenate(weights: Sequence[Int4Weight]) -> Int4Weight:
     )
 
 
-# --- int4_torch
-# The product with a 4-bit weight in plain torch: what every other backend is held against, and runs on any device.
-
-
-# M rows  I inputs  O outputs
-
-# Values of a weight that exist at once outside their 4 bits; 2**22 are about 30 MB with what unpacking needs.
 MAX_DEQUANTIZED_VALUES = 2**22
+"""Maximum number of values that the torch backend dequantizes at once: 2**22 need about 30 MB."""
 
 
 class TorchBackend:
-    """Rounds the weight to the type of the activations, a piece of the outputs at a time, and multiplies."""
+    """Reference backend for every device: dequantizes a chunk of outputs at a time and multiplies."""
 
     name = "torch"
 
     def unavailable(self, device: torch.device, dtype: torch.dtype) -> str:
-        """Nothing: it runs everywhere."""
+        """Always available."""
         return ""
 
     def unsupported(self, num_inputs: int, num_outputs: int, group_size: int) -> str:
-        """Nothing: it takes every shape."""
+        """Supports every shape."""
         return ""
 
     def max_rows(self, device: torch.device) -> int | None:
-        """None: this is the reference."""
+        """No limit."""
         return None
 
     def prepare(self, weight: Int4Weight, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Nothing: it reads the storage itself."""
+        """Nothing: uses the stored tensors."""
         return ()
 
     def multiply(self, x_MI: Tensor, operands: tuple[Tensor, ...], group_size: int, bias_O: Tensor | None) -> Tensor:
-        """`x @ dequantize(weight).T + bias` [M, O] in the type of `x`; operands are codes, scales and zeros."""
+        """`x @ dequantize(weight).T + bias` [M, O] in the dtype of `x`; operands are codes, scales and zeros."""
         codes, scales, zeros = operands
         weight = Int4Weight(codes, scales, zeros, group_size)
         step = max(1, MAX_DEQUANTIZED_VALUES // weight.num_inputs)
-        pieces = [
+        chunks = [
             F.linear(x_MI, dequantize(weight.rows(start, start + step), x_MI.dtype))
             for start in range(0, weight.num_outputs, step)
         ]
-        y_MO = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
+        y_MO = chunks[0] if len(chunks) == 1 else torch.cat(chunks, dim=-1)
         return y_MO if bias_O is None else y_MO + bias_O.to(y_MO.dtype)
 
 
 BACKEND = TorchBackend()
 
 
-# M rows  I inputs  O outputs  G inputs of a group
-
 _STORED = ("codes", "scales", "zeros")
 _BITS_TYPE = {2: torch.int16, 4: torch.int32}
 
 
 class Int4Backend(Protocol):
-    """One way to multiply with a 4-bit weight; `backends` names those that exist."""
+    """An implementation of matmul with 4-bit weights; `kernels.select` lists them."""
 
     @property
     def name(self) -> str:
-        """As users write it."""
+        """Name in flags and logs."""
 
     def unavailable(self, device: torch.device, dtype: torch.dtype) -> str:
-        """Why it cannot run on that device with activations of that type; empty when it can."""
+        """Why the backend cannot run on a device with an activation dtype; empty if it can."""
 
     def unsupported(self, num_inputs: int, num_outputs: int, group_size: int) -> str:
-        """Why it cannot take a weight of that shape; empty when it can."""
+        """Why the backend does not support a weight's shape; empty if it does."""
 
     def max_rows(self, device: torch.device) -> int | None:
-        """Above so many rows the reference is faster there; None for never."""
+        """Number of activation rows above which the reference backend is faster; None if it never is."""
 
     def prepare(self, weight: Int4Weight, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """What `multiply` reads, made once; empty when it reads codes, scales and zeros themselves."""
+        """Tensors that `multiply` uses, created once; empty if it uses codes, scales and zeros."""
 
     def multiply(self, x_MI: Tensor, operands: tuple[Tensor, ...], group_size: int, bias_O: Tensor | None) -> Tensor:
-        """`x @ weight.T + bias` [M, O] in the type of `x`; more columns than O are cut off by the caller."""
+        """`x @ weight.T + bias` [M, O] in the dtype of `x`; the caller drops columns beyond O."""
 
 
 class Int4Linear(nn.Module):
-    """`y = x @ dequantize(weight).T + bias` for x [..., I], in the type of x.
+    """`y = x @ dequantize(weight).T + bias` for x [..., I], in the dtype of x.
 
-    The state holds `codes`, `scales` and `zeros` of an Int4Weight, and `bias` [O] where there is one; what a backend
-    prepares for itself is not saved. `splits` are the outputs of the Linears that a fused layer stands for. Casting the
-    module to another floating type leaves the scales as they are: rounding them again would change the weight.
-    Raises LayoutError when groups do not fill the inputs or the splits do not add up to the outputs.
+    The state contains `codes`, `scales` and `zeros` of an Int4Weight and, if there is one, `bias` [O]; tensors
+    prepared by a backend are not saved. `splits` are the output sizes of the Linears that a fused layer replaces.
+    Casting the module
+    to another dtype leaves the scales unchanged: rounding them would change the weight.
+    Raises LayoutError if the group size does not divide the inputs or the splits do not sum to the outputs.
     """
 
     codes: Tensor
@@ -267,7 +262,7 @@ class Int4Linear(nn.Module):
         super().__init__()
         check_group_size(in_features, group_size)
         if splits and sum(splits) != out_features:
-            raise LayoutError(f"splits {tuple(splits)} do not add up to {out_features} outputs")
+            raise LayoutError("", field="splits", value=tuple(splits), expected=f"sizes that sum to {out_features}")
         self.in_features, self.out_features, self.group_size = in_features, out_features, group_size
         self.splits = tuple(splits) or (out_features,)
         groups = in_features // group_size
@@ -275,13 +270,13 @@ class Int4Linear(nn.Module):
         self.register_buffer("scales", torch.zeros(out_features, groups, dtype=scale_dtype, device=device))
         self.register_buffer("zeros", torch.zeros(out_features, groups, dtype=torch.uint8, device=device))
         self.register_buffer("bias", torch.zeros(out_features, dtype=scale_dtype, device=device) if bias else None)
-        self._product: Int4Backend = BACKEND
+        self._backend: Int4Backend = BACKEND
         self._dtype = scale_dtype
         self._operands: tuple[str, ...] = _STORED
 
     @classmethod
     def from_weight(cls, weight: Int4Weight, bias: Tensor | None = None, splits: Sequence[int] = ()) -> Int4Linear:
-        """A layer around an existing weight, whose tensors it shares."""
+        """Create a layer from an existing weight, sharing its tensors."""
         layer = cls(
             weight.num_inputs,
             weight.num_outputs,
@@ -299,11 +294,11 @@ class Int4Linear(nn.Module):
     def from_linear(
         cls, linear: nn.Linear, group_size: int, *, symmetric: bool = False, dtype: torch.dtype = torch.float16
     ) -> Int4Linear:
-        """A Linear rounded to 4 bits as `quantize` does; the bias keeps its type."""
+        """Round a Linear to 4 bits as `quantize` does; the bias keeps its dtype."""
         return cls.from_weight(quantize(linear.weight, group_size, symmetric=symmetric, dtype=dtype), linear.bias)
 
     def to_linear(self, dtype: torch.dtype = torch.float32) -> nn.Linear:
-        """An ordinary Linear with the rounded values."""
+        """Return a Linear with the dequantized weight."""
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         linear.weight = nn.Parameter(dequantize(self.weight, dtype), requires_grad=False)
         if self.bias is not None:
@@ -316,57 +311,58 @@ class Int4Linear(nn.Module):
         return Int4Weight(self.codes, self.scales, self.zeros, self.group_size)
 
     def set_weight(self, weight: Int4Weight) -> None:
-        """Keep the same weight in other tensors, such as a part of a joined one, so that memory has it once."""
+        """Replace the tensors by another copy of the same weight, such as a slice of a fused one, to save memory."""
         self.codes, self.scales, self.zeros = weight.codes, weight.scales, weight.zeros
 
     @property
     def backend(self) -> str:
-        """Name of the product in use; "torch" until `use` says otherwise."""
-        return self._product.name
+        """Name of the backend; "torch" until `use_backend` selects another."""
+        return self._backend.name
 
-    def use_backend(self, product: Int4Backend, dtype: torch.dtype) -> None:
-        """Multiply by `product` from now on, with activations of type `dtype`.
+    def use_backend(self, backend: Int4Backend, dtype: torch.dtype) -> None:
+        """Select the backend, for activations of `dtype`.
 
-        What it prepares follows the module to another device and is made anew when other weights are loaded.
-        Raises ConfigError when it cannot run here, or not with this weight.
+        Tensors that it prepares are created again when the module moves to another device or loads other weights.
+        Raises ConfigError if the backend cannot run here, or does not support this weight.
         """
-        why = product.unavailable(self.codes.device, dtype) or product.unsupported(
+        why = backend.unavailable(self.codes.device, dtype) or backend.unsupported(
             self.in_features, self.out_features, self.group_size
         )
         if why:
-            raise ConfigError(f"int4 backend {product.name!r}: {why}; choose another backend, or 'auto'")
+            raise ConfigError(why, field="int4 backend", value=backend.name, hint="choose another backend, or 'auto'")
         for name in set(self._operands) - set(_STORED):
             delattr(self, name)
-        prepared = product.prepare(self.weight, dtype)
+        prepared = backend.prepare(self.weight, dtype)
         for index, tensor in enumerate(prepared):
             self.register_buffer(f"prepared_{index}", tensor, persistent=False)
         self._operands = tuple(f"prepared_{index}" for index in range(len(prepared))) or _STORED
-        self._product, self._dtype = product, dtype
+        self._backend, self._dtype = backend, dtype
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] to [..., O]."""
         x_MI = x.reshape(-1, self.in_features)
-        most = self._product.max_rows(x.device)
-        product, names = (self._product, self._operands) if most is None or len(x_MI) <= most else (BACKEND, _STORED)
+        max_rows = self._backend.max_rows(x.device)
+        in_range = max_rows is None or len(x_MI) <= max_rows
+        backend, names = (self._backend, self._operands) if in_range else (BACKEND, _STORED)
         operands = tuple(getattr(self, name) for name in names)
-        y_MO = product.multiply(x_MI, operands, self.group_size, self.bias)
+        y_MO = backend.multiply(x_MI, operands, self.group_size, self.bias)
         return y_MO[:, : self.out_features].reshape(*x.shape[:-1], self.out_features)
 
     def split(self, x: Tensor) -> tuple[Tensor, ...]:
-        """`forward`, cut into the outputs of the Linears that were fused (views)."""
+        """`forward`, split into the outputs of the fused Linears (views)."""
         return self.forward(x).split(self.splits, dim=-1)
 
     def extra_repr(self) -> str:
-        """Sizes, groups and backend."""
+        """Sizes, group size and backend."""
         fused = f", splits={self.splits}" if len(self.splits) > 1 else ""
         return f"{self.in_features}, {self.out_features}, group_size={self.group_size}{fused}, backend={self.backend}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int4Linear:
-        kind = self.scales.dtype
-        # Seen as whole numbers, the scales are moved but not cast.
-        self.scales = self.scales.view(_BITS_TYPE[kind.itemsize])
+        dtype = self.scales.dtype
+        # Viewed as integers, the scales are moved but not cast.
+        self.scales = self.scales.view(_BITS_TYPE[dtype.itemsize])
         super()._apply(fn, recurse)
-        self.scales = self.scales.view(kind)
+        self.scales = self.scales.view(dtype)
         self._prepare_again()
         return self
 
@@ -375,29 +371,43 @@ class Int4Linear(nn.Module):
         self._prepare_again()
 
     def _prepare_again(self) -> None:
-        """What a product prepared belongs to one device and one weight; a product that cannot run now is an error."""
-        if self._product is not BACKEND and self.codes.device.type != "meta":
-            self.use_backend(self._product, self._dtype)
+        """Prepare the backend's tensors for the current device and weight; raises if the backend cannot run there."""
+        if self._backend is not BACKEND and self.codes.device.type != "meta":
+            self.use_backend(self._backend, self._dtype)
+
+
+@contextmanager
+def reference_backend(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Use the reference backend for all 4-bit layers of a model within the context."""
+    layers = [layer for layer in model.modules() if isinstance(layer, Int4Linear) and layer._backend is not BACKEND]
+    previous = [(layer._backend, layer._dtype) for layer in layers]
+    try:
+        for layer in layers:
+            layer.use_backend(BACKEND, dtype)
+        yield
+    finally:
+        for layer, (backend, own_dtype) in zip(layers, previous, strict=True):
+            layer.use_backend(backend, own_dtype)
 
 
 def fuse(layers: Sequence[Int4Linear]) -> Int4Linear:
-    """One layer for several that share their input (q, k and v; gate and up); `split` gives their outputs back.
+    """Fuse layers with a common input (q, k and v; gate and up) into one; `split` separates its outputs.
 
-    Where only some have a bias the others get one of zeros. The new layer starts with the reference backend.
-    Raises LayoutError when inputs, groups or scale types differ.
+    If only some have a bias, the others get zeros. The new layer uses the reference backend.
+    Raises LayoutError if inputs, group sizes or scale dtypes differ.
     """
     weight = concatenate([layer.weight for layer in layers])
     biases = [layer.bias for layer in layers]
-    given = [bias for bias in biases if bias is not None]
-    joined = None
-    if given:
-        fills = [given[0].new_zeros(layer.out_features) for layer in layers]
-        joined = torch.cat([fill if bias is None else bias for bias, fill in zip(biases, fills, strict=True)])
-    return Int4Linear.from_weight(weight, joined, [width for layer in layers for width in layer.splits])
+    first = next((bias for bias in biases if bias is not None), None)
+    fused_bias = None
+    if first is not None:
+        pairs = zip(biases, layers, strict=True)
+        fused_bias = torch.cat([first.new_zeros(layer.out_features) if bias is None else bias for bias, layer in pairs])
+    return Int4Linear.from_weight(weight, fused_bias, [width for layer in layers for width in layer.splits])
 
 
 def unfuse(layer: Int4Linear) -> tuple[Int4Linear, ...]:
-    """The layers that `fuse` joined, as views of its tensors; each has a bias if the fused one has."""
+    """Return the layers that `fuse` joined, as views; each has a bias if the fused one has."""
     parts, start = [], 0
     for width in layer.splits:
         bias = None if layer.bias is None else layer.bias[start : start + width]

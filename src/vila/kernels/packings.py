@@ -1,7 +1,7 @@
-"""How other programs pack 4-bit weights, both ways: every packing is a pair of functions on the tensors of one Linear.
+"""INT4 packings of other programs, in both directions: each is a pair of functions on the tensors of one Linear.
 
-A packer takes our storage and gives tensors by the names they have behind the Linear's own in a file; an unpacker takes
-these and the group size that the file claims. Files, names of Linears and configurations belong to the layouts.
+A packer takes an `Int4Weight` and returns tensors by name suffix; an unpacker takes these and the group size.
+Checkpoint layouts add file names, Linear names and configuration.
 """
 
 from __future__ import annotations
@@ -16,18 +16,16 @@ from torch import Tensor
 from vila.core.errors import LayoutError, UnknownNameError
 from vila.kernels.int4 import SYMMETRIC_ZERO, Int4Weight, check_group_size, pack_nibbles, unpack_nibbles
 
-# --- int4_packing
-# What every packing of 4-bit weights needs: its description, and checks of the tensors that it is given.
-
+# N outputs  K inputs  G group size  Z words of zeros per row  (the letters of the published formats)
 
 Packed = dict[str, Tensor]
 CODES_PER_WORD = 8
-"""Codes in a word of 32 bits."""
+"""Codes in a 32-bit word."""
 
 
 @dataclass(frozen=True)
 class Int4Format:
-    """One foreign packing. `tensors` are the names that `pack` gives and `unpack` needs; both raise LayoutError."""
+    """A packing. `tensors` are the names that `pack` returns and `unpack` needs; both raise LayoutError."""
 
     name: str
     tensors: tuple[str, ...]
@@ -36,58 +34,65 @@ class Int4Format:
 
 
 def num_zero_words(num_inputs: int, group_size: int) -> int:
-    """Words of eight groups that a row of zeros takes in gemv and TinyChat files: whole pairs at G=64, fours at G=32.
+    """Words (eight groups each) per row of zeros in gemv and TinyChat files: even for G=64, a multiple of 4 for G=32.
 
-    Raises LayoutError for group sizes that these files do not know.
+    Raises LayoutError for group sizes that these files do not support.
     """
     check_group_size(num_inputs, group_size)
     unit = 1 if group_size >= 128 else {64: 2, 32: 4}.get(group_size, 0)
     if not unit:
-        raise LayoutError(f"gemv and tinychat files have groups of 32, 64, 128 and more, not {group_size}")
+        raise LayoutError(
+            "not supported by gemv and tinychat files",
+            field="group_size",
+            value=group_size,
+            expected="32, 64, 128 or more",
+        )
     return -(-num_inputs // (group_size * CODES_PER_WORD * unit)) * unit
 
 
 def half_scales(scales: Tensor) -> Tensor:
-    """Scales as float16, what most packings store. Raises LayoutError when one does not fit."""
+    """Return scales as float16, which most packings store. Raises LayoutError for values outside its range."""
     half = scales.to(torch.float16)
     if not bool(half.isfinite().all()):
-        raise LayoutError("a scale does not fit float16, which this packing stores; quantize with dtype=torch.float16")
+        raise LayoutError(
+            "outside the range of float16, which this packing stores",
+            field="scales",
+            hint="quantize with dtype=torch.float16",
+        )
     return half
 
 
 def as_words(packed: Tensor, kind: torch.dtype = torch.int32) -> Tensor:
-    """Bytes [..., n] as little-endian words [..., n / size of `kind`]."""
+    """View bytes [..., n] as little-endian words [..., n / size of `kind`]."""
     return packed.contiguous().flatten().view(kind).reshape(*packed.shape[:-1], -1)
 
 
 def as_bytes(words: Tensor) -> Tensor:
-    """The inverse of `as_words`."""
+    """Inverse of `as_words`."""
     return words.contiguous().flatten().view(torch.uint8).reshape(*words.shape[:-1], -1)
 
 
 def widen(rows: Tensor, width: int) -> Tensor:
-    """[N, groups] to [N, width], zeros on the right."""
+    """Zero-pad [N, groups] on the right to [N, width]."""
     return torch.nn.functional.pad(rows, (0, width - rows.shape[1]))
 
 
 def check_divides(what: str, size: int, unit: int) -> None:
-    """Raises LayoutError unless `unit` divides `size`."""
+    """Raise LayoutError unless `unit` divides `size`."""
     if size % unit:
-        raise LayoutError(f"{what}: {size} is no multiple of {unit}")
+        raise LayoutError("", field=what, value=size, expected=f"a multiple of {unit}")
 
 
 def take(tensors: Mapping[str, Tensor], name: str, wanted: Sequence[str]) -> list[Tensor]:
-    """The tensors of one weight, in the wanted order. Raises LayoutError naming those that are missing."""
+    """Return the named tensors of a weight, in order. Raises LayoutError naming missing ones."""
     missing = [key for key in wanted if key not in tensors]
     if missing:
-        raise LayoutError(
-            f"{name} weight lacks {', '.join(missing)} (found: {', '.join(sorted(tensors)) or 'nothing'})"
-        )
+        raise LayoutError(f"missing in a {name} weight", field=", ".join(missing), value=sorted(tensors))
     return [tensors[key] for key in wanted]
 
 
 def expect(name: str, key: str, tensor: Tensor, kind: torch.dtype | None, shape: tuple[int | None, ...]) -> None:
-    """Raises LayoutError for another type or shape; `kind` None is any floating type, None in `shape` any size."""
+    """Raise LayoutError for another dtype or shape; `kind` None is any floating-point dtype, None in `shape` any."""
     fits = tensor.dim() == len(shape) and all(
         want is None or want == size for want, size in zip(shape, tensor.shape, strict=True)
     )
@@ -95,15 +100,14 @@ def expect(name: str, key: str, tensor: Tensor, kind: torch.dtype | None, shape:
         return
     wanted = f"{kind or 'floating'} [{', '.join('any' if size is None else str(size) for size in shape)}]"
     raise LayoutError(
-        f"{name} {key} is {tensor.dtype} {list(tensor.shape)}, expected {wanted}: wrong group size or packing?"
+        f"not a {name} weight of this group size",
+        field=key,
+        value=f"{tensor.dtype} {list(tensor.shape)}",
+        expected=wanted,
     )
 
 
-# --- int4_targets
-# Packings of programs that we only write for: TinyChatEngine, compressed-tensors, ModelOpt; both ways, for checking.
-
-
-# N outputs  K inputs  G inputs of a group  (the letters of the published formats)
+# Packings that are only written, by exports; the unpackers verify them.
 
 _ENGINE = ("weight_int4", "scaling_factor_int4", "offset_int4", "zero_point_int4")
 _ENGINE_BLOCK = 32
@@ -111,16 +115,18 @@ _EIGHTS = -0x77777778  # a word of eight 8s, 0x88888888 as int32
 
 
 def pack_tinychatengine_blocks(weight: Int4Weight, *, run: int) -> Packed:
-    """TinyChatEngine's CPU and Metal orders: byte e of a run holds inputs e and e + run/2; groups are of 32.
+    """TinyChatEngine's CPU and Metal formats: byte e of a run holds inputs e and e + run/2; group size 32.
 
     weight_int4 uint8 [N, K/2], scaling_factor_int4 and offset_int4 (zeros) float32 [N, K/32], zero_point_int4 [1] = 8.
-    Runs are 64 (QM_x86), 32 (QM_ARM) or 8 (QM_METAL). Raises LayoutError for another group size, a zero that is not 8,
-    or a K that runs do not fill.
+    Runs are 64 (QM_x86), 32 (QM_ARM) or 8 (QM_METAL) inputs. Raises LayoutError for another group size, a zero other
+    than 8, or a K that is not a multiple of `run`.
     """
     _check_symmetric("TinyChatEngine", weight)
     check_divides("inputs of TinyChatEngine's runs", weight.num_inputs, run)
     if weight.group_size != _ENGINE_BLOCK:
-        raise LayoutError(f"TinyChatEngine takes groups of {_ENGINE_BLOCK}, not {weight.group_size}")
+        raise LayoutError(
+            "not supported by TinyChatEngine", field="group_size", value=weight.group_size, expected=str(_ENGINE_BLOCK)
+        )
     halves = unpack_nibbles(weight.codes).unflatten(-1, (-1, 2, run // 2))
     return {
         "weight_int4": pack_nibbles(halves.transpose(-1, -2).flatten(-3)),
@@ -145,7 +151,7 @@ def pack_tinychatengine_cuda(weight: Int4Weight) -> Packed:
     """TinyChatEngine's QM_CUDA: weight_int4 int32 [N, K/8] and scaling_factor_int4 float16 [N, 8Z] as in gemv.
 
     offset_int4 float16 [N, K/G] is zero and every word of zero_point_int4 int32 [N, Z] is 0x88888888, padding included.
-    Raises LayoutError for a zero that is not 8 or a group size that gemv files do not have.
+    Raises LayoutError for a zero other than 8 or an unsupported group size.
     """
     _check_symmetric("TinyChatEngine", weight)
     check_divides("inputs of TinyChatEngine's words", weight.num_inputs, CODES_PER_WORD)
@@ -165,15 +171,15 @@ def unpack_tinychatengine_cuda(tensors: Mapping[str, Tensor], group_size: int) -
     num_inputs = packed.shape[1] * CODES_PER_WORD
     words = num_zero_words(num_inputs, group_size)
     expect("TinyChatEngine", "scaling_factor_int4", scales, None, (packed.shape[0], words * CODES_PER_WORD))
-    kept = scales[:, : num_inputs // group_size].contiguous()
-    return Int4Weight(as_bytes(packed), kept, _eights(kept), group_size)
+    scales = scales[:, : num_inputs // group_size].contiguous()
+    return Int4Weight(as_bytes(packed), scales, _eights(scales), group_size)
 
 
 def pack_compressed(weight: Int4Weight) -> Packed:
     """compressed-tensors `pack-quantized`: weight_packed int32 [N, K/8], weight_scale [N, K/G], weight_shape int64 [2].
 
-    All in natural order; weight_zero_point int32 [N/8, K/G] is packed along the outputs, and left out where every zero
-    is 8 (a symmetric weight). Raises LayoutError unless 8 divides K, and N of an asymmetric weight.
+    Natural order; weight_zero_point int32 [N/8, K/G] is packed along the outputs, and omitted if every zero is 8 (a
+    symmetric weight). Raises LayoutError unless 8 divides K and, for an asymmetric weight, N.
     """
     check_divides("inputs of compressed-tensors' words", weight.num_inputs, CODES_PER_WORD)
     packed = {
@@ -188,7 +194,7 @@ def pack_compressed(weight: Int4Weight) -> Packed:
 
 
 def unpack_compressed(tensors: Mapping[str, Tensor], group_size: int) -> Int4Weight:
-    """The inverse of `pack_compressed`. Raises LayoutError when a tensor is missing or of another shape or type."""
+    """Inverse of `pack_compressed`. Raises LayoutError for a missing tensor, wrong shape or dtype."""
     codes, scales = take(tensors, "compressed-tensors", ("weight_packed", "weight_scale"))
     expect("compressed-tensors", "weight_packed", codes, torch.int32, (None, None))
     num_outputs, num_inputs = codes.shape[0], codes.shape[1] * CODES_PER_WORD
@@ -205,7 +211,7 @@ def unpack_compressed(tensors: Mapping[str, Tensor], group_size: int) -> Int4Wei
 def pack_modelopt(weight: Int4Weight) -> Packed:
     """ModelOpt's INT4 for TensorRT-LLM: weight uint8 [N/2, K], weight_scale [N, K/G].
 
-    A byte holds the two's complement codes of outputs 2r (low) and 2r + 1. Raises LayoutError for a zero that is not 8
+    A byte holds the two's complement codes of outputs 2r (low) and 2r + 1. Raises LayoutError for a zero other than 8
     or an odd N.
     """
     _check_symmetric("ModelOpt", weight)
@@ -215,7 +221,7 @@ def pack_modelopt(weight: Int4Weight) -> Packed:
 
 
 def unpack_modelopt(tensors: Mapping[str, Tensor], group_size: int) -> Int4Weight:
-    """The inverse of `pack_modelopt`. Raises LayoutError when a tensor is missing or of another shape or type."""
+    """Inverse of `pack_modelopt`. Raises LayoutError for a missing tensor, wrong shape or dtype."""
     packed, scales = take(tensors, "ModelOpt", ("weight", "weight_scale"))
     expect("ModelOpt", "weight", packed, torch.uint8, (None, None))
     check_group_size(packed.shape[1], group_size)
@@ -227,7 +233,7 @@ def unpack_modelopt(tensors: Mapping[str, Tensor], group_size: int) -> Int4Weigh
 def _check_symmetric(program: str, weight: Int4Weight) -> None:
     if not bool((weight.zeros == SYMMETRIC_ZERO).all()):
         raise LayoutError(
-            f"{program} knows symmetric weights alone, and this one has zeros; quantize with symmetric=True"
+            f"{program} supports symmetric weights only", field="zeros", hint="quantize with symmetric=True"
         )
 
 
@@ -250,9 +256,7 @@ TARGETS = (
 )
 
 
-# N outputs  K inputs  G inputs of a group  (the letters of the published formats)
-
-# AutoAWQ's gemm words: nibble i of a word holds output 8c + GEMM_ORDER[i]; channels valued 0..7 give 0x75316420.
+# AutoAWQ's gemm words: nibble i of a word holds output 8c + GEMM_ORDER[i]; outputs with codes 0..7 give 0x75316420.
 GEMM_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 _GEMM_BACK = (0, 4, 1, 5, 2, 6, 3, 7)
 _TINYCHAT_RUN = 32
@@ -261,7 +265,7 @@ _TINYCHAT_COLUMNS = 64
 
 
 def find_format(name: str) -> Int4Format:
-    """The packing of that name. Raises UnknownNameError naming those that exist."""
+    """Return the packing with a name. Raises UnknownNameError listing all names."""
     for candidate in FORMATS:
         if candidate.name == name:
             return candidate
@@ -282,7 +286,7 @@ def pack_gemm(weight: Int4Weight) -> Packed:
 
 
 def unpack_gemm(tensors: Mapping[str, Tensor], group_size: int) -> Int4Weight:
-    """The inverse of `pack_gemm`. Raises LayoutError when a tensor is missing or of another shape or type."""
+    """Inverse of `pack_gemm`. Raises LayoutError for a missing tensor, wrong shape or dtype."""
     qweight, qzeros, scales = take(tensors, "gemm", ("qweight", "qzeros", "scales"))
     expect("gemm", "qweight", qweight, torch.int32, (None, None))
     num_inputs, num_outputs = qweight.shape[0], qweight.shape[1] * CODES_PER_WORD
@@ -297,8 +301,8 @@ def unpack_gemm(tensors: Mapping[str, Tensor], group_size: int) -> Int4Weight:
 def pack_gemv(weight: Int4Weight) -> Packed:
     """AutoAWQ `gemv`, TinyChat's first format: qweight int32 [N, K/8], qzeros int32 [N, Z], scales float16 [N, 8Z].
 
-    All in natural order; `num_zero_words` is Z, and what lies past the K/G groups is zero.
-    Raises LayoutError when 8 does not divide K or the format has no such group size.
+    Natural order; Z is `num_zero_words`, and entries beyond the K/G groups are zero.
+    Raises LayoutError unless 8 divides K and the group size is supported.
     """
     check_divides("inputs of gemv words", weight.num_inputs, CODES_PER_WORD)
     width = num_zero_words(weight.num_inputs, weight.group_size) * CODES_PER_WORD
@@ -310,7 +314,7 @@ def pack_gemv(weight: Int4Weight) -> Packed:
 
 
 def unpack_gemv(tensors: Mapping[str, Tensor], group_size: int) -> Int4Weight:
-    """The inverse of `pack_gemv`. Raises LayoutError when a tensor is missing or of another shape or type."""
+    """Inverse of `pack_gemv`. Raises LayoutError for a missing tensor, wrong shape or dtype."""
     qweight, qzeros, scales = take(tensors, "gemv", ("qweight", "qzeros", "scales"))
     expect("gemv", "qweight", qweight, torch.int32, (None, None))
     num_outputs, num_inputs = qweight.shape[0], qweight.shape[1] * CODES_PER_WORD
@@ -326,9 +330,9 @@ def unpack_gemv(tensors: Mapping[str, Tensor], group_size: int) -> Int4Weight:
 def pack_tinychat(weight: Int4Weight) -> Packed:
     """TinyChat v2 (AutoAWQ `gemv_fast`): qweight int16 [N/4, K], scales and scaled_zeros float16 [8Z, N].
 
-    scaled_zeros is -(scale * zero) in float16, which costs up to 0.8 % of a step. Within runs of 32 inputs position p
-    holds input 8 (p mod 4) + p div 4; words of four neighbours then run through tiles of 4 outputs x 64 inputs.
-    Raises LayoutError unless 8 divides N, 64 divides K and the format has such a group size.
+    scaled_zeros is -(scale * zero) in float16, which costs up to 0.8 % of a step. Within runs of 32 inputs, position p
+    holds input 8 (p mod 4) + p div 4; words of four neighbours are then ordered by tiles of 4 outputs x 64 inputs.
+    Raises LayoutError unless 8 divides N, 64 divides K and the group size is supported.
     """
     check_divides("outputs of tinychat words", weight.num_outputs, CODES_PER_WORD)
     check_divides("inputs of tinychat words", weight.num_inputs, _TINYCHAT_COLUMNS)
@@ -345,9 +349,9 @@ def pack_tinychat(weight: Int4Weight) -> Packed:
 
 
 def unpack_tinychat(tensors: Mapping[str, Tensor], group_size: int) -> Int4Weight:
-    """The inverse of `pack_tinychat`; `scaled_zeros` may be called `qzeros`, as AutoAWQ does.
+    """Inverse of `pack_tinychat`; `scaled_zeros` may be named `qzeros`, as in AutoAWQ.
 
-    Raises LayoutError when a tensor is missing or of another shape or type, or a zero is none of 0..15.
+    Raises LayoutError for a missing tensor, wrong shape or dtype, or a zero outside 0..15.
     """
     if "scaled_zeros" not in tensors and "qzeros" in tensors:
         tensors = {**tensors, "scaled_zeros": tensors["qzeros"]}
@@ -362,19 +366,21 @@ def unpack_tinychat(tensors: Mapping[str, Tensor], group_size: int) -> Int4Weigh
     runs = tiles.transpose(1, 2).flatten(2).flatten(0, 1)
     codes = runs.unflatten(-1, (-1, _TINYCHAT_RUN // 4, 4)).transpose(-1, -2).flatten(-3)
     groups = num_inputs // group_size
-    kept = scales[:groups].T.contiguous()
-    return Int4Weight(pack_nibbles(codes), kept, _whole_zeros(kept, scaled_zeros[:groups].T), group_size)
+    scales = scales[:groups].T.contiguous()
+    return Int4Weight(pack_nibbles(codes), scales, _whole_zeros(scales, scaled_zeros[:groups].T), group_size)
 
 
 def pack_onnx(weight: Int4Weight) -> Packed:
     """ONNX Runtime's MatMulNBits: B uint8 [N, K/G, G/2], scales [N, K/G], zero_points uint8 [N, ceil(K/G / 2)].
 
-    All in natural order; scales keep their type, and the nibble past an odd number of groups is zero. The operator
-    takes group sizes of 16 and more that are powers of two. Raises LayoutError for other ones.
+    Natural order; scales keep their dtype, and the nibble after an odd number of groups is zero.
+    Raises LayoutError unless the group size is a power of two from 16.
     """
     size = weight.group_size
     if size < 16 or size & (size - 1):
-        raise LayoutError(f"MatMulNBits takes groups of 16, 32, 64, 128, 256 ..., not {size}")
+        raise LayoutError(
+            "not supported by MatMulNBits", field="group_size", value=size, expected="a power of two from 16"
+        )
     groups = weight.num_inputs // size
     return {
         "B": weight.codes.unflatten(-1, (-1, size // 2)).contiguous(),
@@ -384,9 +390,9 @@ def pack_onnx(weight: Int4Weight) -> Packed:
 
 
 def unpack_onnx(tensors: Mapping[str, Tensor], group_size: int) -> Int4Weight:
-    """The inverse of `pack_onnx`; scales and zero points may be flat, as older files have them.
+    """Inverse of `pack_onnx`; scales and zero points may be flat, as in older files.
 
-    Raises LayoutError when a tensor is missing or of another shape or type.
+    Raises LayoutError for a missing tensor, wrong shape or dtype.
     """
     blocks, scales, zero_points = take(tensors, "onnx", ("B", "scales", "zero_points"))
     expect("onnx", "B", blocks, torch.uint8, (None, None, group_size // 2))
@@ -398,22 +404,20 @@ def unpack_onnx(tensors: Mapping[str, Tensor], group_size: int) -> Int4Weight:
 
 
 def _gemm_words(codes: Tensor) -> Tensor:
-    """Codes [..., N] to int32 [..., N/8] in the order of gemm."""
+    """Pack codes [..., N] into int32 [..., N/8] in gemm order."""
     return as_words(pack_nibbles(codes.unflatten(-1, (-1, CODES_PER_WORD))[..., GEMM_ORDER].flatten(-2)))
 
 
 def _gemm_codes(words: Tensor) -> Tensor:
-    """The inverse of `_gemm_words`."""
+    """Inverse of `_gemm_words`."""
     return unpack_nibbles(as_bytes(words)).unflatten(-1, (-1, CODES_PER_WORD))[..., _GEMM_BACK].flatten(-2)
 
 
 def _whole_zeros(scales: Tensor, scaled_zeros: Tensor) -> Tensor:
-    """Zeros 0..15 of -(scale * zero)."""
+    """Recover zeros 0..15 from -(scale * zero)."""
     zeros = (-scaled_zeros.float() / scales.float()).round()
     if not bool(((zeros >= 0) & (zeros <= 15)).all()):
-        raise LayoutError(
-            "tinychat scaled_zeros are not -(scale * zero) with a zero of 0..15: another format or damaged"
-        )
+        raise LayoutError("not -(scale * zero) with a zero of 0..15: another format, or damaged", field="scaled_zeros")
     return zeros.to(torch.uint8)
 
 

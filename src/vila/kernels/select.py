@@ -1,4 +1,4 @@
-"""Which product the 4-bit layers of a model use: chosen once for all of them, and said aloud."""
+"""Selection of the INT4 backend (torch, aten, triton), once for all 4-bit layers of a model, and logged."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ _PREFERRED = {"cuda": ("triton", "aten", "torch"), "cpu": ("aten", "torch")}
 
 @dataclass(frozen=True)
 class BackendChoice:
-    """What was chosen for a model.
+    """The backend selected for a model.
 
-    passed:  backends that "auto" would rather have taken, and why it did not.
-    refused: layers whose shape the chosen backend cannot take, and why; they use the reference instead.
+    skipped:   backends that "auto" tried before, and why they were not selected.
+    fallbacks: layers that use the reference backend because of their shape, and why.
     """
 
     name: str
@@ -42,16 +42,19 @@ class BackendChoice:
     fallbacks: tuple[tuple[str, str], ...] = ()
 
     def describe(self) -> str:
-        """One line for the reader; a line more for what was passed over and for layers that were refused."""
+        """One line for the log, plus one per skipped backend and fallback layer."""
         kind = str(self.dtype).removeprefix("torch.")
         lines = [f"int4: {self.name} on {self.device}, {kind} activations, {self.num_layers} layers"]
         lines += [f"int4: not {name}: {why}" for name, why in self.skipped]
-        lines += [f"int4: {layer} by the reference: {why}" for layer, why in self.fallbacks]
+        lines += [f"int4: {layer} uses the reference: {why}" for layer, why in self.fallbacks]
         return "\n".join(lines)
 
 
 def missing(name: str, device: torch.device | str, dtype: torch.dtype) -> str:
-    """Why backend `name` cannot run there with such activations; empty when it can. Raises UnknownNameError."""
+    """Return why backend `name` cannot run on a device with an activation dtype; empty if it can.
+
+    Raises UnknownNameError.
+    """
     if name not in BACKENDS:
         raise UnknownNameError("int4 backend", name, [AUTO, *BACKENDS])
     if name == "triton" and find_spec("triton") is None:
@@ -62,19 +65,21 @@ def missing(name: str, device: torch.device | str, dtype: torch.dtype) -> str:
 def use_backend(
     model: nn.Module, name: str = AUTO, *, dtype: torch.dtype, events: Events = SILENT
 ) -> BackendChoice | None:
-    """Let every Int4Linear of `model` multiply by one backend, with activations of type `dtype`; None without any.
+    """Select one backend for every Int4Linear of `model`, for activations of `dtype`; None if there are no such layers.
 
-    "auto" takes the first that can run: triton, aten, torch on CUDA; aten, torch on a CPU. There a layer whose
-    shape the backend refuses uses the reference, and the choice names it. The choice is said to `events`.
-    Raises UnknownNameError, or ConfigError when a backend was asked for by name and cannot run, or refuses a layer, or
-    when the layers lie on several kinds of device.
+    "auto" selects the first that can run: triton, aten, torch on CUDA; aten, torch on a CPU. Layers whose shape the
+    selected backend does not support then use the reference backend. The choice is logged to `events`.
+    Raises UnknownNameError; ConfigError if a backend requested by name cannot run or does not support a layer, or if
+    the layers are on several device types.
     """
     layers = {where: layer for where, layer in model.named_modules() if isinstance(layer, Int4Linear)}
     if not layers:
         return None
     kinds = {layer.codes.device.type for layer in layers.values()}
     if len(kinds) > 1:
-        raise ConfigError(f"int4 layers lie on {' and '.join(sorted(kinds))}; move the model to one kind of device")
+        raise ConfigError(
+            "int4 layers on several device types", value=sorted(kinds), hint="move the model to one device"
+        )
     device = next(iter(layers.values())).codes.device
     chosen, passed = _choose(name, device, dtype)
     product = BACKENDS[chosen]
@@ -95,10 +100,10 @@ def use_backend(
 
 
 def _choose(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, tuple[tuple[str, str], ...]]:
-    """The backend's name, and those passed over with the reasons."""
+    """Return the backend's name, and the skipped backends with reasons."""
     if name != AUTO:
         if why := missing(name, device, dtype):
-            raise ConfigError(f"int4 backend {name!r}: {why}; choose another backend, or 'auto'")
+            raise ConfigError(why, field="int4 backend", value=name, hint="choose another backend, or 'auto'")
         return name, ()
     passed: list[tuple[str, str]] = []
     for candidate in _PREFERRED.get(device.type, ("torch",)):

@@ -1,6 +1,6 @@
-"""The product with a 4-bit weight in Triton: a matrix-vector kernel for up to 8 rows and a tiled one above.
+"""INT4 matmul in Triton: a matrix-vector kernel for up to 8 activation rows, a tiled kernel for more.
 
-Both read our storage as it is and unpack in registers. Products of float16 and bfloat16 activations are summed in
+Both read `Int4Weight` as stored and unpack in registers. Products of float16 and bfloat16 activations accumulate in
 float32. With TRITON_INTERPRET=1, set before this module is imported, the kernels run on a CPU, slowly, for tests.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vila.kernels.int4 import Int4Weight
 
-# M rows  I inputs  O outputs  G inputs of a group
+# M activation rows  I inputs  O outputs  G group size
 
 VECTOR_ROWS = 8
 
@@ -27,7 +27,7 @@ def _is_interpreted() -> bool:
 
 @dataclass(frozen=True)
 class VectorTile:
-    """What a program of the matrix-vector kernel does at a time: `outputs` rows by about `inputs` inputs."""
+    """Tile of one program of the matrix-vector kernel: `outputs` rows by about `inputs` inputs."""
 
     outputs: int
     inputs: int = 1024
@@ -35,13 +35,13 @@ class VectorTile:
 
     @classmethod
     def of_rows(cls, num_rows: int) -> VectorTile:
-        """The largest tile of the usual ones that Triton 3.6 compiles for sm_90 without spilling registers."""
+        """The largest tested tile that Triton 3.6 compiles for sm_90 without register spilling."""
         return cls(outputs=8 if num_rows <= 4 else 4)
 
 
 @dataclass(frozen=True)
 class MatrixTile:
-    """What a program of the tiled kernel does at a time; a step along the inputs stays inside a group."""
+    """Tile of one program of the tiled kernel; a step along the inputs stays within a group."""
 
     outputs: int = 64
     inputs: int = 64
@@ -51,7 +51,7 @@ class MatrixTile:
 
 @triton.jit
 def _eight(x):
-    """[A, B, C, 8] to eight tensors [A, B, C], in order; stays in registers when a thread holds all eight."""
+    """Split [A, B, C, 8] into eight tensors [A, B, C], in order; stays in registers if one thread holds all eight."""
     even, odd = tl.split(tl.reshape(x, (x.shape[0], x.shape[1], x.shape[2], 2, 2, 2)))
     x04, x26 = tl.split(even)
     x15, x37 = tl.split(odd)
@@ -64,7 +64,7 @@ def _eight(x):
 
 @triton.jit
 def _code(words, index: tl.constexpr):
-    """Code `index` of each word as float32: set as the low bits of 2**23, which spares the slow integer conversion."""
+    """Code `index` of each word as float32, by bit manipulation of 2**23, which avoids the slow integer conversion."""
     return (((words >> (4 * index)) & 0xF) | 0x4B000000).to(tl.float32, bitcast=True) - 8388608.0
 
 
@@ -95,7 +95,7 @@ def _vector_kernel(
         x_inside = (rows[:, None] < num_rows) & (groups[None, :] < NUM_GROUPS)
         x = tl.load(x_ptr + x_index, mask=x_inside[:, :, None, None], other=0.0).to(tl.float32)
         x0, x1, x2, x3, x4, x5, x6, x7 = _eight(x)
-        # The zero is taken off once per word: sum (code - zero) x = sum code x - zero sum x.
+        # The zero is subtracted once per word: sum (code - zero) x = sum code x - zero sum x.
         sums = ((x0 + x1) + (x2 + x3)) + ((x4 + x5) + (x6 + x7))
         part = _code(words, 0)[None, :, :, :] * x0[:, None, :, :]
         part += _code(words, 1)[None, :, :, :] * x1[:, None, :, :]
@@ -120,7 +120,7 @@ def _matrix_kernel(
     NUM_INPUTS: tl.constexpr, GROUP: tl.constexpr, HAS_BIAS: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
 ):  # fmt: skip
-    # int64 where rows of the activations are counted: 2**31 values are 200,000 rows of 11,008.
+    # int64, as 2**31 activation values are only 200,000 rows of 11,008.
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     outputs = tl.program_id(1) * OUTPUTS + tl.arange(0, OUTPUTS)
     row_inside = rows[:, None] < num_rows
@@ -138,7 +138,7 @@ def _matrix_kernel(
         zero = tl.load(zeros_ptr + group_index, mask=output_inside, other=0).to(tl.int32)
         x = tl.load(x_ptr + rows[:, None] * NUM_INPUTS + inputs[None, :], mask=row_inside, other=0.0)
         weight = ((codes - zero[:, None]).to(tl.float32) * scale[:, None]).to(x.dtype)
-        # Triton 3.6's interpreter would multiply the bits of bfloat16 as whole numbers.
+        # Triton 3.6's interpreter would multiply the bits of bfloat16 as integers.
         if WIDE:
             x, weight = x.to(tl.float32), weight.to(tl.float32)
         total = tl.dot(x, tl.trans(weight), total, input_precision="ieee")
@@ -170,7 +170,7 @@ def multiply_vectors(
 def multiply_matrix(
     x_MI: Tensor, weight: Int4Weight, bias_O: Tensor | None = None, *, tile: MatrixTile | None = None
 ) -> Tensor:
-    """`x @ weight.T + bias` [M, O] for any number of rows, on tensor cores; weights are rounded to the type of x."""
+    """`x @ weight.T + bias` [M, O] for any number of rows, on tensor cores; weights are rounded to the dtype of x."""
     tile = tile or MatrixTile()
     num_rows = x_MI.shape[0]
     y_MO = x_MI.new_empty(num_rows, weight.num_outputs)
@@ -190,7 +190,7 @@ def multiply_matrix(
 def _multiply(
     x_MI: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, bias_O: Tensor | None, group_size: int
 ) -> Tensor:
-    """The kernel that fits the number of rows; an operator of its own, so that torch.compile need not look inside."""
+    """Dispatch by number of rows; a custom operator, so that torch.compile does not trace into it."""
     weight = Int4Weight(codes.contiguous(), scales.contiguous(), zeros.contiguous(), group_size)
     if x_MI.shape[0] == 0:
         return x_MI.new_empty(0, weight.num_outputs)
@@ -206,42 +206,42 @@ def _(x_MI: Tensor, codes: Tensor, scales: Tensor, zeros: Tensor, bias_O: Tensor
 
 
 class TritonBackend:
-    """Our own kernels, on CUDA from compute capability 8.0; under Triton's interpreter on a CPU."""
+    """Our kernels, on CUDA from compute capability 8.0, or on a CPU under Triton's interpreter."""
 
     name = "triton"
 
     def unavailable(self, device: torch.device, dtype: torch.dtype) -> str:
-        """Why the kernels cannot run with such activations there; empty when they can."""
+        """Why the kernels cannot run on a device with an activation dtype; empty if they can."""
         interpreted = _is_interpreted()
         if dtype not in (torch.float16, torch.bfloat16) and not (interpreted and dtype == torch.float32):
-            return f"our Triton kernels take float16 and bfloat16 activations, not {dtype}"
+            return f"the Triton kernels need float16 or bfloat16 activations, not {dtype}"
         if device.type == "cpu" and interpreted:
             return ""
         if device.type != "cuda":
-            return f"our Triton kernels run on CUDA, not on {device.type} (but with TRITON_INTERPRET=1, for tests)"
+            return f"the Triton kernels need CUDA, not {device.type} (TRITON_INTERPRET=1 interprets them, for tests)"
         if torch.cuda.get_device_capability(device) < (8, 0):
-            return "our Triton kernels need compute capability 8.0 or more"
+            return "the Triton kernels need compute capability 8.0 or higher"
         return ""
 
     def unsupported(self, num_inputs: int, num_outputs: int, group_size: int) -> str:
-        """Why a weight of this shape cannot be used; empty when it can."""
+        """Why the kernels do not support a weight's shape; empty if they do."""
         if group_size < 16 or group_size & (group_size - 1):
-            return f"groups of {group_size}; our Triton kernels take powers of two from 16"
+            return f"group size {group_size}; the Triton kernels support powers of two from 16"
         return ""
 
     def max_rows(self, device: torch.device) -> int | None:
-        """None: it has a kernel for many rows."""
+        """No limit: there is a kernel for many rows."""
         return None
 
     def prepare(self, weight: Int4Weight, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Nothing: the kernels read the storage itself."""
+        """Nothing: the kernels use the stored tensors."""
         return ()
 
     def multiply(self, x_MI: Tensor, operands: tuple[Tensor, ...], group_size: int, bias_O: Tensor | None) -> Tensor:
-        """`x @ weight.T + bias` [M, O] in the type of `x`; operands are codes, scales and zeros."""
+        """`x @ weight.T + bias` [M, O] in the dtype of `x`; operands are codes, scales and zeros."""
         codes, scales, zeros = operands
-        product: Tensor = _multiply(x_MI, codes, scales, zeros, bias_O, group_size)
-        return product
+        y_MO: Tensor = _multiply(x_MI, codes, scales, zeros, bias_O, group_size)
+        return y_MO
 
 
 BACKEND = TritonBackend()

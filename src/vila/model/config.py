@@ -1,4 +1,4 @@
-"""The configuration of a VILA model, in transformers' form."""
+"""`VilaConfig`: the configuration of a VILA model as a transformers `PretrainedConfig`."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from transformers import AutoConfig, PretrainedConfig
 
 
 class VilaConfig(PretrainedConfig):
-    """Tower, projector and LLM, and all that prompts and pixels depend on.
+    """Vision tower, projector and LLM, and everything that prompts and pixels depend on.
 
     vision_config, text_config: configs of the two parts, as dicts or config objects.
     projector_type: `linear`, `mlpNx_gelu`, `mlp_downsample` or `identity`.
-    select_layer:   which hidden state of the tower, as transformers counts them (0 = embeddings).
+    select_layer:   hidden state of the tower, in transformers' numbering (0 = embeddings).
     select_feature: `patch` drops the class token, `cls_patch` keeps all tokens.
-    image_token_id: placeholder id, the first one past the tokenizer; its embedding is never looked up.
+    image_token_id: placeholder id, past the vocabulary; its embedding is never looked up.
     vision_spec:    a VisionSpec as a dict.
-    template:       name of the conversation template the model was trained with; empty when nobody knows.
-    s2_scales:      sides that each picture is seen at, ascending; empty for the tower's own alone.
-    s2_max_split:   side of the tiles that larger scales are cut into.
-    vision_source:  hub id that the tower came from, for layouts that name it; empty when it has none.
+    template:       name of the conversation template used in training; empty if unknown.
+    s2_scales:      image sizes of S2 features in pixels, ascending; empty for single-scale features.
+    s2_max_split:   maximum tile size in pixels for the larger scales.
+    vision_source:  hub id of the tower, for layouts that name it; empty if it has none.
     """
 
     model_type = "vila"
@@ -57,12 +57,12 @@ class VilaConfig(PretrainedConfig):
 
     @property
     def vision_width(self) -> int:
-        """Channels of the features that the projector reads."""
+        """Number of input channels of the projector."""
         return int(self.vision_config.hidden_size) * max(1, len(self.s2_scales))
 
     @property
     def context_length(self) -> int:
-        """Tokens that a prompt and its answer may have together: the LLM's positions, stretched if its RoPE is."""
+        """Maximum number of tokens of prompt and answer together, with RoPE scaling applied."""
         rope = getattr(self.text_config, "rope_parameters", None) or {}
         factor = float(rope.get("factor", 1.0)) if rope.get("rope_type") in ("linear", "dynamic") else 1.0
         return int(self.text_config.max_position_embeddings * factor)
@@ -71,9 +71,9 @@ class VilaConfig(PretrainedConfig):
 def _as_config(value: Any, default_type: str) -> PretrainedConfig:
     if isinstance(value, PretrainedConfig):
         return value
-    facts = dict(value or {})
-    return AutoConfig.for_model(facts.pop("model_type", default_type), **facts)
+    values = dict(value or {})
+    return AutoConfig.for_model(values.pop("model_type", default_type), **values)
 
 
-# transformers looks up `model_type` whenever it reads a config.json, the tokenizer's loader included.
+# transformers resolves `model_type` whenever it reads a config.json, also when it loads a tokenizer.
 AutoConfig.register(VilaConfig.model_type, VilaConfig, exist_ok=True)

@@ -1,8 +1,8 @@
-"""Features of a frozen tower, computed once per image and stored on disk.
+"""On-disk cache of the features of a frozen vision tower, so that each image is encoded once.
 
-The folder is named by a hash of everything that the features depend on (tower weights, layer, pixels); inside, chunks
-of safetensors hold them by content hash of the image, with a SHA-256 of the chunk. A chunk is written atomically, so a
-killed run keeps what it has; a damaged chunk is deleted and its images are computed again.
+The directory is named by a hash of everything that the features depend on (tower weights, layer, image transform). It
+contains chunks of safetensors, by content hash of the images, each with a SHA-256 of its tensors. Chunks are written
+atomically, so an interrupted run keeps what is finished; a damaged chunk is deleted and its images are encoded again.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _HASH = "sha256"
 
 
 class FeatureCache:
-    """Features [P, C] of pictures, by content."""
+    """Features [P, C] of images, by content."""
 
     def __init__(
         self, folder: Path, model: VilaForConditionalGeneration, processor: VilaProcessor, events: Events = SILENT
@@ -46,26 +46,26 @@ class FeatureCache:
                 self._read(chunk)
 
     def __call__(self, images: Sequence[Image]) -> Tensor:
-        """Features [N, P, C] of the pictures, in their order; what is missing is computed and kept."""
+        """Features [N, P, C] of the images, in order; missing ones are computed and stored."""
         self.ensure(images)
         return torch.stack([self._features[self._key(image)] for image in images])
 
     def ensure(self, images: Sequence[Image]) -> None:
-        """Compute and keep the features of those pictures that are not here yet."""
+        """Compute and store the features of the images that are not cached yet."""
         missing = {self._key(image): image for image in images if self._key(image) not in self._features}
         if not missing:
             return
         keys = list(missing)
-        with task(self._events, "vision features", len(keys), "pictures"):
+        with task(self._events, "vision features", len(keys), "images"):
             for start in range(0, len(keys), _CHUNK):
                 chunk: dict[str, Tensor] = {}
-                for part in range(start, min(start + _CHUNK, len(keys)), _BATCH):
-                    some = keys[part : min(part + _BATCH, start + _CHUNK)]
-                    pixels = self._processor.pixels([missing[key] for key in some])
+                for first in range(start, min(start + _CHUNK, len(keys)), _BATCH):
+                    batch = keys[first : min(first + _BATCH, start + _CHUNK)]
+                    pixels = self._processor.pixels([missing[key] for key in batch])
                     with torch.inference_mode():
                         features = self._model.vision_features(pixels.to(self._model.device)).cpu()
-                    chunk.update(zip(some, features.clone().unbind(), strict=True))
-                    self._events.advanced("vision features", len(some))
+                    chunk.update(zip(batch, features.clone().unbind(), strict=True))
+                    self._events.advanced("vision features", len(batch))
                 self._write(chunk)
 
     def _key(self, image: Image) -> str:
@@ -84,12 +84,12 @@ class FeatureCache:
         try:
             with file_errors(path), safe_open(path, framework="pt") as chunk:
                 tensors = {key: chunk.get_tensor(key) for key in chunk.keys()}  # noqa: SIM118
-                stated = (chunk.metadata() or {}).get(_HASH)
-            if stated != _hash_of(tensors):
-                raise DataError("its tensors are not those that were written", file=path)
+                expected = (chunk.metadata() or {}).get(_HASH)
+            if expected != _hash_of(tensors):
+                raise DataError("checksum mismatch", file=path)
         except DataError as error:
             path.unlink(missing_ok=True)
-            self._events.log(f"{error}; deleted, its features are computed again")
+            self._events.log(f"{error}; deleted, the features are computed again")
         else:
             self._features.update(tensors)
 
@@ -104,8 +104,8 @@ def _hash_of(tensors: Mapping[str, Tensor]) -> str:
 
 def _fingerprint(model: VilaForConditionalGeneration, processor: VilaProcessor) -> str:
     digest = hashlib.sha256()
-    facts = [processor.vision_spec, model.config.select_layer, model.config.select_feature]
-    digest.update(json.dumps(facts, sort_keys=True).encode())
+    settings = [processor.vision_spec, model.config.select_layer, model.config.select_feature]
+    digest.update(json.dumps(settings, sort_keys=True).encode())
     for name, value in sorted(model.vision_tower.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())

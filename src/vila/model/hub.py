@@ -14,7 +14,7 @@ from vila.core.errors import DownloadError, LayoutError
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FOLDERS = ("", "llm", "vision_tower", "mm_projector")
-_TEXTS = re.compile(
+_TEXT_FILES = re.compile(
     r"(config|generation_config|preprocessor_config|processor_config|video_preprocessor_config|adapter_config|"
     r"quant_config|quantize_config|"
     r"tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template|.*\.index)\.json"
@@ -27,44 +27,43 @@ _TINYCHAT = re.compile(r".*v2\.pt")
 
 
 def local_folder(source: str | Path, revision: str | None = None) -> Path:
-    """The directory of a checkpoint given as a local path or a hub id `owner/name`, fetched if it is not there yet.
+    """Return the directory of a checkpoint given as a local path or a hub id `owner/name`, downloading it if needed.
 
-    The directory of a training run stands for the model that it left.
-    Raises LayoutError when it is neither, DownloadError when the hub does not give it.
+    A training run directory resolves to its final model. Raises LayoutError for a path that does not exist and is not a
+    hub id, DownloadError if the hub does not provide it.
     """
     path = Path(source).expanduser()
     if path.exists():
-        of_a_run = (path / "recipe.yaml").is_file() and (path / "model").is_dir()
-        return path / "model" if of_a_run else path
+        is_run = (path / "recipe.yaml").is_file() and (path / "model").is_dir()
+        return path / "model" if is_run else path
     name = str(source)
     if not _REPOSITORY.fullmatch(name):
-        raise LayoutError(f"{name}: no such directory, and not a hub id of the form owner/name")
+        raise LayoutError("no such directory, and not a hub id", file=name, expected="a directory or owner/name")
     cached = _cached(name, revision)
     if is_offline_mode():
         if cached is None:
-            where = f" at revision {revision}" if revision else ""
-            raise DownloadError(
-                f"{name}: no such directory, and HF_HUB_OFFLINE is set while the hub's cache does not hold it{where}; "
-                "fetch it once online"
-            )
+            at_revision = f" at revision {revision}" if revision else ""
+            problem = f"no such directory, not in the hub cache{at_revision}, and HF_HUB_OFFLINE is set"
+            raise DownloadError(problem, file=name, hint="download it once online")
         return cached
     try:
-        return _fetched(name, revision)
+        return _download(name, revision)
     except RevisionNotFoundError as error:
-        raise DownloadError(f"{name}: the repository has no revision {revision!r}") from error
+        raise DownloadError("no such revision", file=name, field="revision", value=revision) from error
     except RepositoryNotFoundError as error:
         raise DownloadError(
-            f"{name}: no such directory, and the hub has no repository of this name that it would show you; "
-            "check the spelling, or log in if it is private"
+            "no such directory, and no such repository on the hub",
+            file=name,
+            hint="check the spelling; log in if the repository is private",
         ) from error
     except (HTTPError, OSError) as error:
         if cached is not None:
             return cached
-        raise DownloadError(f"{name}: no such directory, and the hub cannot be reached ({error})") from error
+        raise DownloadError(f"no such directory, and the hub cannot be reached ({error})", file=name) from error
 
 
 def cached_folder(source: str) -> Path | None:
-    """The directory of a local path, or of a hub id that was fetched before; None if there is none. No network."""
+    """Return the directory of a local path or of a hub id in the local cache, else None. No network access."""
     path = Path(source).expanduser()
     if path.exists():
         return path
@@ -76,26 +75,26 @@ def _cached(name: str, revision: str | None) -> Path | None:
     return Path(config).parent if isinstance(config, str) else None
 
 
-def _fetched(name: str, revision: str | None) -> Path:
-    # One request that does not repeat itself: without a network this says so at once.
+def _download(name: str, revision: str | None) -> Path:
+    # A single request without retries, so that a missing network is reported at once.
     files = HfApi().model_info(name, revision=revision, timeout=20).siblings or []
     wanted = needed_files([file.rfilename for file in files])
     if not wanted:
-        raise LayoutError(f"{name}: the repository holds no model")
+        raise LayoutError("the repository contains no model", file=name)
     return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
 
 
 def needed_files(names: Sequence[str]) -> list[str]:
-    """Of a repository's files those that loading reads: configs, tokenizer, and one storage form of the weights."""
+    """Select the files of a repository that loading reads: configs, tokenizer, and weights in one format."""
     wanted = []
     for folder in _FOLDERS:
         inside = [name for name in names if _parent(name) == folder]
-        bases = {name: PurePosixPath(name).name for name in inside}
-        forms = (_SAFETENSORS, _BIN, _TINYCHAT)
-        weights = next((form for form in forms if any(map(form.fullmatch, bases.values()))), _SAFETENSORS)
-        for name, base in bases.items():
+        basenames = {name: PurePosixPath(name).name for name in inside}
+        formats = (_SAFETENSORS, _BIN, _TINYCHAT)
+        weights = next((one for one in formats if any(map(one.fullmatch, basenames.values()))), _SAFETENSORS)
+        for name, base in basenames.items():
             index = base.endswith(".index.json")
-            if weights.fullmatch(base) or base in _OTHER_WEIGHTS or (not index and _TEXTS.fullmatch(base)):
+            if weights.fullmatch(base) or base in _OTHER_WEIGHTS or (not index and _TEXT_FILES.fullmatch(base)):
                 wanted.append(name)
     return wanted
 

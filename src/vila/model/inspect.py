@@ -1,4 +1,4 @@
-"""What a checkpoint is, from its configs and the headers of its weight files alone."""
+"""Describe a checkpoint from its configs and weight file headers, without reading weights."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ if TYPE_CHECKING:
     from vila.model.weights import TensorRef
 
 ELEMENT_BYTES = {"bfloat16": 2, "float32": 4}
-"""Number types that memory is told for, and the bytes of a number."""
+"""Dtypes for which memory is estimated, with bytes per element."""
 MEMORY_NOTE = (
-    "Weights are parameters x bytes of a number, but for those in 4 bits; the KV cache is 2 x layers x key-value "
-    "heads x head width x bytes of a number for each token; what is computed on the way comes on top."
+    "Weights: parameters x bytes per element (INT4 weights as stored). KV cache per token: 2 x layers x key-value "
+    "heads x head width x bytes per element. Activations come on top."
 )
-_PARTS = {"vision_tower": "vision tower", "projector": "projector", "language_model": "LLM"}
+_MODULES = {"vision_tower": "vision tower", "projector": "projector", "language_model": "LLM"}
 _TIED = "language_model.lm_head.weight"
 _INT4 = "int4"
 
 
 def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Layout, parts, picture and context facts and needed memory (bytes), as plain data for JSON."""
+    """Layout, modules, image and context settings, and required memory (bytes) of a checkpoint, as JSON-ready data."""
     from vila.core.vision_spec import VisionSpec
     from vila.model.layouts.detect import detect_layout
 
     config = checkpoint.config
     spec = VisionSpec.from_dict(config.vision_spec)
-    weights = [_weight_facts(prefix, checkpoint) for prefix in _PARTS]
-    int4 = _int4_facts(checkpoint)
+    weights = [_weight_summary(prefix, checkpoint) for prefix in _MODULES]
+    int4 = _int4_summary(checkpoint)
     shapes = [tower_shape(config.vision_config), _projector_shape(config), llm_shape(config.text_config)]
     parameters = sum(part["parameters"] for part in weights)
     packed, unpacked = (int4["memory"], parameters - int4["parameters"]) if int4 else (0, parameters)
@@ -42,7 +42,9 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
         "int4": int4,
         "parameters": parameters,
         "bytes": sum(part["bytes"] for part in weights),
-        "parts": {name: {**part, **shape} for name, part, shape in zip(_PARTS.values(), weights, shapes, strict=True)},
+        "parts": {
+            name: {**part, **shape} for name, part, shape in zip(_MODULES.values(), weights, shapes, strict=True)
+        },
         "template": config.template or None,
         "image_mode": spec.image_mode,
         "exif_orientation": spec.exif_orientation,
@@ -62,14 +64,14 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def kv_elements_per_token(llm: Any) -> int:
-    """Numbers that the KV cache holds for one token: a key and a value for each layer and key-value head."""
+    """Elements of the KV cache per token: a key and a value for each layer and key-value head."""
     heads = int(getattr(llm, "num_key_value_heads", None) or llm.num_attention_heads)
     width = int(getattr(llm, "head_dim", None) or llm.hidden_size // llm.num_attention_heads)
     return 2 * int(llm.num_hidden_layers) * heads * width
 
 
 def tower_shape(tower: Any) -> dict[str, Any]:
-    """Type, layers, width, heads, patch and picture size of a vision tower."""
+    """Type, layers, width, heads, patch and image size of a vision tower."""
     return {
         "type": tower.model_type,
         "layers": tower.num_hidden_layers,
@@ -101,23 +103,21 @@ def _projector_shape(config: Any) -> dict[str, Any]:
     }
 
 
-def _weight_facts(prefix: str, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Parameters, bytes and number types of the weights below `prefix`; a tied head is not counted twice."""
+def _weight_summary(prefix: str, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Parameters, bytes and dtypes of the weights below `prefix`; a tied LM head is counted once."""
     skipped = {_TIED} if checkpoint.config.text_config.tie_word_embeddings else set()
-    pieces = [
-        piece for name, piece in checkpoint.tensors.items() if name.startswith(f"{prefix}.") and name not in skipped
-    ]
+    refs = [ref for name, ref in checkpoint.tensors.items() if name.startswith(f"{prefix}.") and name not in skipped]
     packed = [weight for name, weight in checkpoint.int4.items() if name.startswith(f"{prefix}.")]
-    kinds = {_name(piece.dtype) for piece in pieces} | ({_INT4} if packed else set())
+    kinds = {_name(ref.dtype) for ref in refs} | ({_INT4} if packed else set())
     return {
-        "parameters": sum(prod(piece.shape) for piece in pieces) + sum(prod(weight.shape) for weight in packed),
-        "bytes": sum(map(_bytes, pieces)) + sum(weight.bytes for weight in packed),
+        "parameters": sum(prod(ref.shape) for ref in refs) + sum(prod(weight.shape) for weight in packed),
+        "bytes": sum(map(_bytes, refs)) + sum(weight.bytes for weight in packed),
         "dtype": ", ".join(sorted(kinds)),
     }
 
 
-def _int4_facts(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """The weights in 4 bits: packing, group size, Linears, bytes in the files and in memory; None without any."""
+def _int4_summary(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """4-bit weights: packing, group size, Linears, bytes in the files and in memory; None if there are none."""
     weights = list(checkpoint.int4.values())
     if not weights:
         return None
@@ -129,27 +129,27 @@ def _int4_facts(checkpoint: Checkpoint) -> dict[str, Any] | None:
         "linears": len(weights),
         "parameters": parameters,
         "bytes": sum(weight.bytes for weight in weights),
-        # A code is half a byte, the scale of a group two and its zero one.
+        # Half a byte per code; two bytes per scale and one per zero of each group.
         "memory": parameters // 2 + 3 * groups,
     }
 
 
-def _bytes(piece: TensorRef) -> int:
-    # Not what the file holds: a joined query, key and value is three weights of ours.
-    return prod(piece.shape) * piece.dtype.itemsize
+def _bytes(ref: TensorRef) -> int:
+    # Unlike `TensorRef.bytes`, which counts a fused query, key and value three times.
+    return prod(ref.shape) * ref.dtype.itemsize
 
 
 def _main_dtype(checkpoint: Checkpoint) -> str:
     sizes: Counter[str] = Counter()
-    for piece in checkpoint.tensors.values():
-        sizes[_name(piece.dtype)] += prod(piece.shape)
+    for ref in checkpoint.tensors.values():
+        sizes[_name(ref.dtype)] += prod(ref.shape)
     sizes[_INT4] += sum(prod(weight.shape) for weight in checkpoint.int4.values())
     return sizes.most_common(1)[0][0]
 
 
 def _storage(checkpoint: Checkpoint) -> dict[str, Any]:
-    packed = [piece for weight in checkpoint.int4.values() for piece in weight.parts.values()]
-    files = sorted({piece.file.path for piece in [*checkpoint.tensors.values(), *packed]})
+    packed = [ref for weight in checkpoint.int4.values() for ref in weight.parts.values()]
+    files = sorted({ref.file.path for ref in [*checkpoint.tensors.values(), *packed]})
     kinds = sorted({path.suffix.removeprefix(".") for path in files})
     return {"format": ", ".join(kinds), "files": len(files), "bytes": sum(path.stat().st_size for path in files)}
 

@@ -1,7 +1,6 @@
-"""A model whose decoder blocks are stored in 4 bits: made from a model and its rounded weights, asked, and undone.
+"""INT4 weights of a model: replace the Linears of its decoder blocks, and read packed INT4 tensors of a checkpoint.
 
-It is the same class and the same network; only the Linears of the blocks are others. Nothing of them is held in 16 bits
-beside their 4, unless the backend that is chosen (`kernels.backends.use_backend`) prepares something for itself.
+The model keeps its class; only the Linears of the decoder blocks are replaced by `Int4Linear`.
 """
 
 from __future__ import annotations
@@ -19,24 +18,23 @@ from vila.kernels.int4 import SCALE_DTYPES, Int4Linear, Int4Weight, check_group_
 from vila.kernels.packings import find_format, num_zero_words
 from vila.model.weights import ReadTensor, Shape, TensorRef, WeightFile
 
-_SHOWN = 5
+_MAX_LISTED = 5
 
 
 def use_int4(model: nn.Module, weights: Mapping[str, Int4Weight]) -> None:
-    """Let the named Linears of the decoder's blocks multiply by 4-bit weights from now on, in place.
+    """Replace Linears of the decoder blocks by 4-bit layers, in place.
 
-    weights: by the Linears' names in the model, as `quant.quantize_model` gives them; they move to where the Linear is.
-             Their tensors are shared, not copied, when they are there already; where the Linear's own weight was
-             released (the meta device) they stay where they are.
-    Biases stay as they are. The reference product is used until `use_backend` chooses another.
-    Raises LayoutError, before anything is changed, listing names that are no Linear of a block, or of another shape.
+    weights: by name of the Linear; moved to its device. Tensors that are there already are shared, not copied. If the
+             Linear's own weight is on the meta device, the 4-bit weight stays where it is.
+    Biases are kept. The layers use the torch backend until `use_backend` selects another.
+    Raises LayoutError, before any change, listing names that are not Linears of a block, or shapes that differ.
     """
     blocks = _block_prefix(model)
     modules = dict(model.named_modules())
     problems = [why for name, weight in weights.items() if (why := _misfit(name, weight, modules.get(name), blocks))]
     if problems:
-        more = f" (and {len(problems) - _SHOWN} more)" if len(problems) > _SHOWN else ""
-        raise LayoutError(f"4-bit weights do not fit this model: {'; '.join(problems[:_SHOWN])}{more}")
+        more = f" (and {len(problems) - _MAX_LISTED} more)" if len(problems) > _MAX_LISTED else ""
+        raise LayoutError(f"4-bit weights do not match the model: {'; '.join(problems[:_MAX_LISTED])}{more}")
     for name, weight in weights.items():
         linear: nn.Linear = modules[name]
         placed = weight if linear.weight.is_meta else weight.to(linear.weight.device)
@@ -45,41 +43,41 @@ def use_int4(model: nn.Module, weights: Mapping[str, Int4Weight]) -> None:
 
 
 def int4_weights(model: nn.Module) -> dict[str, Int4Weight]:
-    """The 4-bit weights of a model by the names of its Linears, sharing their tensors; {} for full precision."""
+    """Return the 4-bit weights of a model by Linear name, sharing memory; {} for full precision."""
     return {name: layer.weight for name, layer in int4_layers(model)}
 
 
 def int4_layers(model: nn.Module) -> Iterator[tuple[str, Int4Linear]]:
-    """The 4-bit layers of a model with their names, in the model's order."""
+    """Yield the 4-bit layers of a model with their names, in model order."""
     for name, module in model.named_modules():
         if isinstance(module, Int4Linear):
             yield name, module
 
 
 def group_size_of(model: nn.Module) -> int | None:
-    """The group size that all 4-bit layers share; None for full precision. Raises LayoutError when they differ."""
+    """Return the group size of all 4-bit layers; None for full precision. Raises LayoutError if they differ."""
     sizes = {layer.group_size for _, layer in int4_layers(model)}
     if len(sizes) > 1:
         raise LayoutError(
-            f"the model has groups of {' and '.join(map(str, sorted(sizes)))}; quantize it with one group size"
+            "layers with different group sizes", value=sorted(sizes), hint="quantize the model with one group size"
         )
     return sizes.pop() if sizes else None
 
 
 def dequantize_model(model: nn.Module, dtype: torch.dtype | None = None) -> None:
-    """Turn every 4-bit layer into an ordinary Linear with the rounded values, in place; the opposite of `use_int4`.
+    """Replace every 4-bit layer by a Linear with the dequantized weight, in place; the inverse of `use_int4`.
 
-    dtype: of the new weights; None takes that of the embeddings.
+    dtype: of the new weights; None is the dtype of the embeddings.
     """
-    kind = dtype or _embeddings(model).dtype
+    dtype = dtype or _embeddings(model).dtype
     for name, layer in list(int4_layers(model)):
-        model.set_submodule(name, layer.to_linear(kind).train(layer.training))
+        model.set_submodule(name, layer.to_linear(dtype).train(layer.training))
 
 
 def _misfit(name: str, weight: Int4Weight, module: nn.Module | None, blocks: str) -> str:
-    """Why a weight cannot be used there; empty when it can."""
+    """Return why a weight cannot replace a module; empty if it can."""
     if not name.startswith(blocks):
-        return f"{name} is not in the decoder's blocks ({blocks}...)"
+        return f"{name} is not in a decoder block ({blocks}...)"
     if isinstance(module, Int4Linear):
         return f"{name} is in 4 bits already"
     if not isinstance(module, nn.Linear):
@@ -89,7 +87,7 @@ def _misfit(name: str, weight: Int4Weight, module: nn.Module | None, blocks: str
 
 
 def _block_prefix(model: Any) -> str:
-    """`language_model.model.layers.`, or what it is called in this model."""
+    """Name prefix of the decoder blocks, such as `language_model.model.layers.`."""
     layers = model.get_decoder().layers
     return next(f"{name}." for name, module in model.named_modules() if module is layers)
 
@@ -99,18 +97,14 @@ def _embeddings(model: Any) -> torch.Tensor:
     return weight
 
 
-# --- packed
-# 4-bit weights in files: found among the pieces of a checkpoint, checked by shapes and dtypes, unpacked.
+# O outputs  I inputs
 
-
-# O outputs  I inputs  G inputs of a group
-
-Facts = tuple[Shape, torch.dtype | None]
-_RUN_BYTES = 256 << 20
+TensorSpec = tuple[Shape, torch.dtype | None]
+_MAX_MAPPED_BYTES = 256 << 20
 _CODES = "qweight"
-_ENDINGS = ("qweight", "qzeros", "scales", "scaled_zeros")
+_SUFFIXES = ("qweight", "qzeros", "scales", "scaled_zeros")
 _GROUP_SIZES = (128, 64, 32, 16, 256)
-_REFETCH = "fetch the checkpoint again"
+_DOWNLOAD_AGAIN = "download the checkpoint again"
 _PACKINGS = ("gemm", "gemv", "tinychat")
 # AutoAWQ calls what TinyChat calls `scaled_zeros` by the name of its other packings.
 _OTHER_NAME = {"scaled_zeros": "qzeros"}
@@ -118,10 +112,10 @@ _OTHER_NAME = {"scaled_zeros": "qzeros"}
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """A weight [O, I] of ours, stored as the tensors of one of `kernels.int4_formats`.
+    """A weight [O, I] stored as the tensors of one of the packings in `kernels.packings`.
 
-    parts:      the tensors by the endings of their names: qweight, qzeros, scales.
-    packing:    gemm, gemv or tinychat.
+    parts:   tensors by name suffix: qweight, qzeros, scales.
+    packing: gemm, gemv or tinychat.
     """
 
     parts: Mapping[str, TensorRef]
@@ -131,37 +125,37 @@ class PackedWeight:
 
     @property
     def bytes(self) -> int:
-        """Size of its tensors in the file."""
-        return sum(piece.bytes for piece in self.parts.values())
+        """Size of the tensors in the file."""
+        return sum(ref.bytes for ref in self.parts.values())
 
     @property
     def scale_dtype(self) -> torch.dtype:
-        """Type of the scales."""
+        """Dtype of the scales."""
         return self.parts["scales"].dtype
 
 
 def read_packed(packed: Mapping[str, PackedWeight]) -> Iterator[tuple[str, Int4Weight]]:
-    """Each weight in our storage, in order.
+    """Yield each weight as `Int4Weight`, in order.
 
-    Pages of files that were copied from count as memory until they are closed, so they are opened anew now and then.
-    Raises LayoutError naming file and tensor for one that cannot be.
+    Pages that were copied from count as memory until the files are closed, so the files are reopened regularly.
+    Raises LayoutError with file and tensor for invalid values.
     """
     waiting = list(packed)[::-1]
     while waiting:
         copied = 0
         with ExitStack() as stack:
             opened: dict[WeightFile, ReadTensor] = {}
-            while waiting and copied < _RUN_BYTES:
+            while waiting and copied < _MAX_MAPPED_BYTES:
                 name = waiting.pop()
-                for piece in packed[name].parts.values():
-                    if piece.file not in opened:
-                        opened[piece.file] = stack.enter_context(piece.file.open())
+                for ref in packed[name].parts.values():
+                    if ref.file not in opened:
+                        opened[ref.file] = stack.enter_context(ref.file.open())
                 yield name, _unpacked(packed[name], opened)
                 copied += packed[name].bytes
 
 
 def _unpacked(weight: PackedWeight, opened: Mapping[WeightFile, ReadTensor]) -> Int4Weight:
-    tensors = {ending: opened[piece.file](piece.name) for ending, piece in weight.parts.items()}
+    tensors = {ending: opened[ref.file](ref.name) for ending, ref in weight.parts.items()}
     try:
         unpacked = find_format(weight.packing).unpack(tensors, weight.group_size)
     except LayoutError as error:
@@ -169,80 +163,80 @@ def _unpacked(weight: PackedWeight, opened: Mapping[WeightFile, ReadTensor]) -> 
         raise LayoutError(str(error), file=codes.file.path, field=codes.name) from error
     if not bool(unpacked.scales.isfinite().all()):
         scales = weight.parts["scales"]
-        raise LayoutError("holds values that are not finite", file=scales.file.path, field=scales.name, hint=_REFETCH)
+        raise LayoutError("values not finite", file=scales.file.path, field=scales.name, hint=_DOWNLOAD_AGAIN)
     return unpacked
 
 
 def collect_packed_weights(
-    pieces: Mapping[str, TensorRef], packing: str, group_size: int, source: str
+    refs: Mapping[str, TensorRef], packing: str, group_size: int, source: str
 ) -> tuple[dict[str, TensorRef], dict[str, PackedWeight]]:
-    """The pieces that are no part of a 4-bit weight, and those weights by the names of their Linears.
+    """Separate the other tensors from the 4-bit weights; returns both, the latter by Linear name.
 
-    source: file and statement that the packing and the group size are these, for messages.
-    Raises LayoutError naming tensors that are missing, or whose shapes or types are not those of the packing.
+    source: file and declaration of packing and group size, for error messages.
+    Raises LayoutError naming tensors that are missing, or whose shape or dtype does not match the packing.
     """
-    plain, groups = split_packed_tensors(pieces)
+    plain, groups = split_packed_tensors(refs)
     packed = {}
     for name, parts in groups.items():
         check_complete(name, parts)
         shape = _shape(parts[_CODES], packing)
         problem = _packed_misfit(parts, packing, group_size, shape)
         if problem:
-            piece, reason = problem
+            ref, reason = problem
             raise LayoutError(
                 f"{reason}, but {source}",
-                file=piece.file.path,
-                field=piece.name,
-                value=_form(piece),
-                hint=_remedy(parts),
+                file=ref.file.path,
+                field=ref.name,
+                value=_form(ref),
+                hint=_hint(parts),
             )
         packed[name] = PackedWeight(parts, packing, group_size, shape)
     return plain, packed
 
 
 def split_packed_tensors(
-    pieces: Mapping[str, TensorRef],
+    refs: Mapping[str, TensorRef],
 ) -> tuple[dict[str, TensorRef], dict[str, dict[str, TensorRef]]]:
-    """Pieces that are no part of a 4-bit weight, and those that are, by the names of their Linears and the endings."""
-    heads = {name.rpartition(".")[0] for name in pieces if name.rpartition(".")[2] in _ENDINGS}
+    """Separate the other tensors from those of 4-bit weights; returns both, the latter by Linear name and suffix."""
+    linears = {name.rpartition(".")[0] for name in refs if name.rpartition(".")[2] in _SUFFIXES}
     plain: dict[str, TensorRef] = {}
     groups: dict[str, dict[str, TensorRef]] = {}
-    for name, piece in pieces.items():
-        head, _, ending = name.rpartition(".")
-        if head in heads and ending in _ENDINGS:
-            groups.setdefault(head, {})[ending] = piece
+    for name, ref in refs.items():
+        linear, _, suffix = name.rpartition(".")
+        if linear in linears and suffix in _SUFFIXES:
+            groups.setdefault(linear, {})[suffix] = ref
         else:
-            plain[name] = piece
+            plain[name] = ref
     return plain, groups
 
 
 def check_complete(name: str, parts: Mapping[str, TensorRef]) -> None:
-    """Raises LayoutError naming what a 4-bit weight lacks."""
+    """Raise LayoutError naming the missing tensors of a 4-bit weight."""
     zeros = parts.keys() & {"qzeros", "scaled_zeros"}
     missing = [ending for ending in ("qweight", "scales") if ending not in parts] + ([] if zeros else ["qzeros"])
     if missing:
         there = next(iter(parts.values()))
         raise LayoutError(
-            f"is missing, {there.name} is there",
+            f"missing, although {there.name} exists",
             file=there.file.path,
             field=", ".join(f"{name}.{ending}" for ending in missing),
-            expected="qweight, qzeros and scales of each weight in 4 bits, also where all zeros are 8",
-            hint="fetch the checkpoint again, or quantize the 16-bit model with vila quantize",
+            expected="qweight, qzeros and scales of each 4-bit weight, also for symmetric quantization",
+            hint="download the checkpoint again, or quantize the 16-bit model with vila quantize",
         )
 
 
 def matching_packings(parts: Mapping[str, TensorRef]) -> Iterator[tuple[str, int]]:
-    """Packings and group sizes that the tensors of a weight could be, the likeliest first."""
+    """Yield packings and group sizes that match the shapes and dtypes of a weight's tensors, the most common first."""
     for packing in _PACKINGS:
         for size in _GROUP_SIZES:
             if not _packed_misfit(parts, packing, size, _shape(parts[_CODES], packing)):
                 yield packing, size
 
 
-def packed_tensor_specs(packing: str, shape: Shape, group_size: int) -> dict[str, Facts]:
-    """Shape and type of the tensors that a weight [O, I] is stored as; None stands for any floating type.
+def packed_tensor_specs(packing: str, shape: Shape, group_size: int) -> dict[str, TensorSpec]:
+    """Shape and dtype of the tensors of a packed weight [O, I]; dtype None is any floating-point dtype.
 
-    Raises LayoutError for a group size that does not divide I, or that the packing does not know.
+    Raises LayoutError for a group size that does not divide I, or that the packing does not support.
     """
     num_outputs, num_inputs = shape
     check_group_size(num_inputs, group_size)
@@ -268,7 +262,7 @@ def packed_tensor_specs(packing: str, shape: Shape, group_size: int) -> dict[str
 
 
 def _shape(codes: TensorRef, packing: str) -> Shape:
-    """[O, I] of the codes of a packing."""
+    """Return [O, I] of packed codes."""
     if len(codes.shape) != 2:
         return (0, 0)
     first, second = codes.shape
@@ -278,27 +272,27 @@ def _shape(codes: TensorRef, packing: str) -> Shape:
 def _packed_misfit(
     parts: Mapping[str, TensorRef], packing: str, group_size: int, shape: Shape
 ) -> tuple[TensorRef, str] | None:
-    """Return the tensor that does not belong to that packing with such groups, and why; None if all do."""
+    """Return the tensor that does not match a packing and group size, and why; None if all match."""
     try:
         wanted = packed_tensor_specs(packing, shape, group_size)
     except LayoutError as error:
-        return parts[_CODES], str(error)
-    for ending, (size, kind) in wanted.items():
-        piece = parts.get(ending) or parts.get(_OTHER_NAME.get(ending, ending))
-        if piece is None:
-            return parts[_CODES], f"there is no {ending}, which {packing} has"
-        if piece.shape != size or (piece.dtype != kind if kind else piece.dtype not in SCALE_DTYPES):
-            expected = f"{str(kind or 'floating').removeprefix('torch.')} {list(size)}"
-            return piece, f"{packing} with groups of {group_size} has {expected}"
+        return parts[_CODES], error.problem
+    for ending, (size, dtype) in wanted.items():
+        ref = parts.get(ending) or parts.get(_OTHER_NAME.get(ending, ending))
+        if ref is None:
+            return parts[_CODES], f"{packing} needs {ending}"
+        if ref.shape != size or (ref.dtype != dtype if dtype else ref.dtype not in SCALE_DTYPES):
+            expected = f"{str(dtype or 'floating').removeprefix('torch.')} {list(size)}"
+            return ref, f"{packing} with group size {group_size} needs {expected}"
     return None
 
 
-def _form(piece: TensorRef) -> str:
-    return f"{str(piece.dtype).removeprefix('torch.')} {list(piece.shape)}"
+def _form(ref: TensorRef) -> str:
+    return f"{str(ref.dtype).removeprefix('torch.')} {list(ref.shape)}"
 
 
-def _remedy(parts: Mapping[str, TensorRef]) -> str:
+def _hint(parts: Mapping[str, TensorRef]) -> str:
     found = next(matching_packings(parts), None)
     if found is None:
-        return _REFETCH
-    return f"its tensors are {found[0]} with groups of {found[1]}: correct it there"
+        return _DOWNLOAD_AGAIN
+    return f"the tensors are {found[0]} with group size {found[1]}: correct the declaration"

@@ -1,4 +1,4 @@
-"""From directories and hub ids to models: a whole checkpoint, or a new model from an LLM and a vision tower."""
+"""Load models: open a checkpoint, fill a model with its weights, or combine an LLM and a tower into a new model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers.initialization import no_init_weights
 
 from vila.chat.templates import find_template
 from vila.chat.tokenize import check_special_tokens
-from vila.core.errors import ConfigError, LayoutError
+from vila.core.errors import ConfigError, LayoutError, WeightMismatchError
 from vila.core.reading import Fields, file_errors
 from vila.core.vision_spec import ImageMode
 from vila.families import find_family
@@ -32,10 +32,6 @@ from vila.model.processor import VilaProcessor
 from vila.model.projector import build_projector
 from vila.model.weights import TensorRef, find_weight_files, list_tensors, published_names, read_tensors
 
-# --- build
-# From a checkpoint to a model in memory: built without memory, filled weight by weight, every weight accounted for.
-
-
 Device = str | torch.device
 DeviceMap = str | Mapping[str, Any]
 
@@ -49,47 +45,45 @@ def build_model(
     int4: bool = True,
     projector: nn.Module | None = None,
 ) -> VilaForConditionalGeneration:
-    """Load a checkpoint into memory, in eval mode. `dtype=None` keeps the dtype of most of its weights.
+    """Load the weights of a checkpoint into a new model in eval mode. `dtype=None` keeps the dtype of most weights.
 
-    int4:      keep weights that the checkpoint has in 4 bits as they are; False turns them into ordinary ones of
-               `dtype`.
-    projector: a new one, of a checkpoint that holds none.
-    Raises LayoutError listing every weight that is missing, unclaimed or of another shape.
+    int4:      keep 4-bit weights of the checkpoint as they are; False dequantizes them to `dtype`.
+    projector: the projector to use, for a checkpoint without one.
+    Raises WeightMismatchError listing every missing, unexpected or mismatched weight.
     """
     model = empty_model(checkpoint, int4=False, projector=projector)
     expected = dict(model.named_parameters())
-    found = _by_parameter(model, checkpoint)
+    found = _tensors_by_parameter(model, checkpoint)
     dtype = dtype or _main_dtype(checkpoint)
     if int4:
-        _make_room(model, checkpoint.int4)
-    placed = _device_map(model, dtype, device_map) if device_map else {"": torch.device(device)}
-    pieces = {name: piece for name, piece in found.items() if name in expected}
-    targets = {name: (dtype, _place(name, placed)) for name in pieces}
-    for name, tensor in read_tensors(pieces, targets):
-        _set(model, name, tensor)
+        _insert_int4_layers(model, checkpoint.int4)
+    devices = _device_map(model, dtype, device_map) if device_map else {"": torch.device(device)}
+    refs = {name: ref for name, ref in found.items() if name in expected}
+    targets = {name: (dtype, _device_of(name, devices)) for name in refs}
+    for name, tensor in read_tensors(refs, targets):
+        _set_weight(model, name, tensor)
     for name, weight in read_packed(checkpoint.int4):
-        _set_packed(model, name, weight.to(_place(name, placed)), dtype)
+        _set_int4_weight(model, name, weight.to(_device_of(name, devices)), dtype)
     model.tie_weights()
     model.config.dtype = dtype
     if checkpoint.generation:
         model.generation_config = build_generation_config(checkpoint.generation, checkpoint.folder)
     for name, buffer in model.named_buffers():
-        buffer.data = buffer.data.to(_place(name, placed))
+        buffer.data = buffer.data.to(_device_of(name, devices))
     if device_map:
-        model = dispatch_model(model, placed)
+        model = dispatch_model(model, devices)
     return model.eval()
 
 
 def empty_model(
     checkpoint: Checkpoint, *, int4: bool = True, projector: nn.Module | None = None
 ) -> VilaForConditionalGeneration:
-    """Build the model without its weights, which stay on the meta device, for checks that need shapes alone.
+    """Build a model whose weights stay on the meta device, for checks that need only shapes.
 
-    int4, projector: as of `build_model`.
-    Raises LayoutError for a config that transformers cannot build, and listing every weight that is missing, unclaimed
-    or of another shape in the checkpoint.
+    int4, projector: as in `build_model`.
+    Raises LayoutError for a config that transformers cannot build, WeightMismatchError as `build_model`.
     """
-    # Nothing is drawn that a file will overwrite; buffers are computed for real.
+    # Weights are not initialised, because files overwrite them; buffers are computed.
     with (
         file_errors(checkpoint.sources.model.file, LayoutError),
         init_empty_weights(include_buffers=False),
@@ -100,61 +94,56 @@ def empty_model(
         if buffer.is_floating_point() and not bool(buffer.isfinite().all()):
             text = checkpoint.sources.text
             key = next((key for key in ("rope_scaling", "rope_parameters") if text.get(key)), "rope_theta")
-            raise text.refusal(key, f"gives values that are not finite ({name})")
+            raise text.refusal(key, f"{name} would not be finite")
     expected = dict(model.named_parameters())
     if projector is not None:
         expected = {name: weight for name, weight in expected.items() if not name.startswith("projector.")}
         model.projector = projector
-    _account_for(checkpoint, _by_parameter(model, checkpoint), expected)
+    _check_weights(checkpoint, _tensors_by_parameter(model, checkpoint), expected)
     if int4:
-        _make_room(model, checkpoint.int4)
+        _insert_int4_layers(model, checkpoint.int4)
     return model
 
 
-def _by_parameter(model: VilaForConditionalGeneration, checkpoint: Checkpoint) -> dict[str, TensorRef]:
-    """Return the weights of the checkpoint by the names of the model's parameters."""
+def _tensors_by_parameter(model: VilaForConditionalGeneration, checkpoint: Checkpoint) -> dict[str, TensorRef]:
+    """Weights of the checkpoint by parameter name."""
     with checkpoint.sources.model.naming():
-        here = published_names(model)
-    return {here.get(name, name): piece for name, piece in checkpoint.tensors.items()}
+        names = published_names(model)
+    return {names.get(name, name): ref for name, ref in checkpoint.tensors.items()}
 
 
-def _account_for(checkpoint: Checkpoint, found: Mapping[str, TensorRef], expected: Mapping[str, nn.Parameter]) -> None:
-    problems = []
-    # A tied head has one name among the parameters and may have two in the file.
-    also = {"language_model.lm_head.weight"} if checkpoint.config.text_config.tie_word_embeddings else set()
+def _check_weights(
+    checkpoint: Checkpoint, found: Mapping[str, TensorRef], expected: Mapping[str, nn.Parameter]
+) -> None:
+    # A tied LM head is not a parameter of its own, but may be stored.
+    tied = {"language_model.lm_head.weight"} if checkpoint.config.text_config.tie_word_embeddings else set()
     packed = {f"{name}.weight": weight for name, weight in checkpoint.int4.items()}
-    missing = sorted(expected.keys() - found.keys() - packed.keys() - also)
-    surplus = (found.keys() | packed.keys()) - expected.keys() - also
-    unclaimed = sorted([*checkpoint.unexpected, *surplus, *(found.keys() & packed.keys())])
-    for names, what in ((missing, "missing"), (unclaimed, "unclaimed")):
-        if names:
-            problems.append(f"{len(names)} weights {what} ({', '.join(names)})")
+    missing = sorted(expected.keys() - found.keys() - packed.keys() - tied)
+    surplus = (found.keys() | packed.keys()) - expected.keys() - tied
+    unexpected = sorted([*checkpoint.unexpected, *surplus, *(found.keys() & packed.keys())])
+    mismatched = []
     for name, parameter in expected.items():
-        piece = found.get(name)
-        if piece is not None and piece.shape != tuple(parameter.shape):
-            problems.append(
-                f"{piece.name} has shape {piece.shape} in {piece.file.path.name}, "
-                f"the config asks for {tuple(parameter.shape)}"
-            )
-        if piece is not None and not piece.dtype.is_floating_point:
-            problems.append(f"{piece.name} holds {piece.dtype} in {piece.file.path.name}, weights are floating point")
-        if piece is not None and not piece.dtype.is_floating_point:
-            problems.append(f"{piece.name} in {piece.file.path.name} holds {piece.dtype}, a weight has floats")
-        if name in packed and packed[name].shape != tuple(parameter.shape):
+        shape = tuple(parameter.shape)
+        ref = found.get(name)
+        if ref is not None and ref.shape != shape:
+            mismatched.append(f"{ref.name} in {ref.file.path.name} has shape {ref.shape}, the config needs {shape}")
+        if ref is not None and not ref.dtype.is_floating_point:
+            mismatched.append(f"{ref.name} in {ref.file.path.name} has dtype {ref.dtype}, not a floating-point dtype")
+        if name in packed and packed[name].shape != shape:
             codes = packed[name].parts["qweight"]
-            problems.append(
-                f"{codes.name} {codes.shape} holds a weight {packed[name].shape} in {codes.file.path.name}, "
-                f"the config asks for {tuple(parameter.shape)}"
+            mismatched.append(
+                f"{codes.name} {codes.shape} in {codes.file.path.name} is a weight {packed[name].shape}, the config "
+                f"needs {shape}"
             )
-    if problems:
-        raise LayoutError("; ".join(problems), file=checkpoint.folder, hint="refusing a partial load")
+    if missing or unexpected or mismatched:
+        raise WeightMismatchError(checkpoint.folder, missing=missing, unexpected=unexpected, mismatched=mismatched)
 
 
 def _main_dtype(checkpoint: Checkpoint) -> torch.dtype:
     sizes: Counter[torch.dtype] = Counter()
-    for piece in checkpoint.tensors.values():
-        if piece.dtype.is_floating_point:
-            sizes[piece.dtype] += piece.bytes
+    for ref in checkpoint.tensors.values():
+        if ref.dtype.is_floating_point:
+            sizes[ref.dtype] += ref.bytes
     return sizes.most_common(1)[0][0]
 
 
@@ -162,35 +151,36 @@ def _device_map(model: VilaForConditionalGeneration, dtype: torch.dtype, device_
     if not isinstance(device_map, str):
         return dict(device_map)
     if device_map != "auto":
-        raise LayoutError(f"device_map={device_map!r}: it is 'auto' or a mapping of module names to devices")
+        expected = "'auto' or a mapping of module names to devices"
+        raise LayoutError("", field="device_map", value=device_map, expected=expected)
     block = find_family(model.config.text_config.model_type).decoder_block
-    placed = dict(infer_auto_device_map(model, dtype=dtype, no_split_module_classes=[block]))
-    if "disk" in placed.values():
-        raise LayoutError("device_map='auto': the model does not fit the memory of all devices and the CPU together")
-    return placed
+    devices = dict(infer_auto_device_map(model, dtype=dtype, no_split_module_classes=[block]))
+    if "disk" in devices.values():
+        raise LayoutError("the model does not fit into the memory of all devices and the CPU", field="device_map")
+    return devices
 
 
-def _place(name: str, placed: Mapping[str, Any]) -> torch.device:
+def _device_of(name: str, devices: Mapping[str, Any]) -> torch.device:
     parts = name.split(".")
     for length in range(len(parts), -1, -1):
-        where = placed.get(".".join(parts[:length]))
-        if where is not None:
-            return torch.device("cuda", where) if isinstance(where, int) else torch.device(where)
-    raise LayoutError(f"the device map says nothing of {name}")
+        device = devices.get(".".join(parts[:length]))
+        if device is not None:
+            return torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    raise LayoutError("no device for this weight", field="device_map", value=name)
 
 
-def _set(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
+def _set_weight(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     if isinstance(module, Int4Linear):
-        # Its bias is no parameter: it is not trained either.
+        # The bias of an Int4Linear is a buffer.
         setattr(module, leaf, tensor)
     else:
         setattr(module, leaf, nn.Parameter(tensor, requires_grad=tensor.is_floating_point()))
 
 
-def _make_room(model: nn.Module, packed: Mapping[str, PackedWeight]) -> None:
-    """Put empty 4-bit layers where weights are in 4 bits, so that sizes are known before any is read."""
+def _insert_int4_layers(model: nn.Module, packed: Mapping[str, PackedWeight]) -> None:
+    """Insert Int4Linear layers on the meta device, so that sizes are known before weights are read."""
     for name, weight in packed.items():
         linear: nn.Linear = model.get_submodule(name)  # type: ignore[assignment]
         layer = Int4Linear(
@@ -204,20 +194,16 @@ def _make_room(model: nn.Module, packed: Mapping[str, PackedWeight]) -> None:
         model.set_submodule(name, layer)
 
 
-def _set_packed(model: nn.Module, name: str, weight: Int4Weight, dtype: torch.dtype) -> None:
+def _set_int4_weight(model: nn.Module, name: str, weight: Int4Weight, dtype: torch.dtype) -> None:
     module = model.get_submodule(name)
     if isinstance(module, Int4Linear):
         module.codes, module.scales, module.zeros = weight.codes, weight.scales, weight.zeros
     else:
-        _set(model, f"{name}.weight", dequantize(weight, dtype))
-
-
-# --- precision
-# Which number type a forward pass uses on this machine.
+        _set_weight(model, f"{name}.weight", dequantize(weight, dtype))
 
 
 def has_fast_bfloat16(device: torch.device | str = "cpu") -> bool:
-    """Whether bfloat16 products are computed by hardware: AVX512-BF16 or AMX on a CPU, Ampere or newer on CUDA."""
+    """Whether bfloat16 matmuls run in hardware: AVX512-BF16 or AMX on a CPU, Ampere or newer on CUDA."""
     if torch.device(device).type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return any(
@@ -228,7 +214,7 @@ def has_fast_bfloat16(device: torch.device | str = "cpu") -> bool:
 
 
 def choose_dtype(name: str, device: torch.device | str = "cpu") -> torch.dtype:
-    """`auto` is bfloat16 where the hardware computes it, else float32; other names stand for themselves."""
+    """Return the dtype with a name; `auto` is bfloat16 if the hardware supports it natively, else float32."""
     if name == "auto":
         return torch.bfloat16 if has_fast_bfloat16(device) else torch.float32
     return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[name]
@@ -237,13 +223,12 @@ def choose_dtype(name: str, device: torch.device | str = "cpu") -> torch.dtype:
 def open_checkpoint(
     path: str | Path, *, template: str | None = None, base: str | Path | None = None, revision: str | None = None
 ) -> Checkpoint:
-    """Understand a checkpoint without reading its weights.
+    """Read configs, processor and weight locations of a checkpoint, without reading weights.
 
-    path:     a directory in any layout known here, TinyChat's `.pt` file, or a hub id `owner/name`, of which the needed
-              files are fetched.
-    template: conversation template, where the checkpoint does not say which or should use another.
-    base:     directory or hub id of the LLM that a stage-1 or LoRA directory belongs to, or of the 16-bit model that a
-              `.pt` file was made from.
+    path:     a directory in any supported layout, a TinyChat `.pt` file, or a hub id `owner/name`, which is downloaded.
+    template: conversation template to use instead of the checkpoint's.
+    base:     directory or hub id of the base LLM of a stage-1 or LoRA directory, or of the 16-bit model that a `.pt`
+              file was quantized from.
     revision: branch, tag or commit of the hub repository.
     Raises LayoutError, DownloadError or UnknownNameError.
     """
@@ -256,7 +241,7 @@ def open_checkpoint(
 
 
 def check_templates(checkpoint: Checkpoint, *names: str) -> None:
-    """Raise UnknownNameError or TemplateError for templates that do not exist, or that the tokenizer cannot write."""
+    """Raise UnknownNameError for unknown templates, TemplateError for special tokens that the tokenizer lacks."""
     for name in names:
         tokenizer, rows = checkpoint.processor.tokenizer, checkpoint.config.text_config.vocab_size
         with Fields({}, checkpoint.folder).naming():
@@ -274,12 +259,12 @@ def load_model(
     device_map: DeviceMap | None = None,
     int4: bool = True,
 ) -> tuple[VilaForConditionalGeneration, VilaProcessor]:
-    """Model (eval mode) and processor of a checkpoint; see `open_checkpoint` for where it may lie.
+    """Load a model (in eval mode) and its processor; see `open_checkpoint` for the paths.
 
-    dtype:      of the weights in memory; `auto` keeps that of the files, whose pages are then mapped, not copied.
-    device_map: `auto` or a mapping of module names to devices spreads the model with accelerate instead of `device`.
-    int4:       keep weights that the checkpoint has in 4 bits so; False gives an ordinary model with the same values.
-    Raises LayoutError when the path is not a checkpoint or its weights do not match its config.
+    dtype:      dtype of the weights; `auto` keeps the files' dtype and memory-maps them.
+    device_map: `auto` or a mapping of module names to devices: distribute the model with accelerate; replaces `device`.
+    int4:       keep 4-bit weights; False dequantizes them.
+    Raises LayoutError for a path that is not a checkpoint, or weights that do not match the config.
     """
     checkpoint = open_checkpoint(path, template=template, base=base, revision=revision)
     model = build_model(checkpoint, parse_dtype(dtype), device, device_map, int4=int4)
@@ -289,21 +274,21 @@ def load_model(
 def save_model(
     model: VilaForConditionalGeneration, processor: VilaProcessor, folder: str | Path, layout: str = "native"
 ) -> None:
-    """Write a checkpoint directory atomically in the layout called `layout`; an existing one is replaced.
+    """Write a checkpoint directory atomically in the given layout, replacing an existing one.
 
-    Raises LayoutError saying why, when the layout cannot express the model.
+    Raises LayoutError if the layout cannot represent the model.
     """
     LAYOUTS[layout].write(model, processor, Path(folder))
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
-    """Return the dtype with a name; None for `auto`. Raises ConfigError for what is no floating-point dtype."""
+    """Return the dtype with a name; None for `auto`. Raises ConfigError for other names."""
     if dtype == "auto":
         return None
-    kind = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), None)
-    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
-        raise ConfigError(f"dtype={dtype!r}: it is auto, float32, bfloat16 or float16")
-    return kind
+    parsed = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype), None)
+    if not isinstance(parsed, torch.dtype) or not parsed.is_floating_point:
+        raise ConfigError(field="dtype", value=dtype, expected="auto, float32, bfloat16 or float16")
+    return parsed
 
 
 def assemble(
@@ -319,9 +304,9 @@ def assemble(
     seed: int,
     exif_orientation: bool = True,
 ) -> tuple[VilaForConditionalGeneration, VilaProcessor]:
-    """Make a new float32 model from the directories or hub ids of an LLM and a tower; `seed` draws the projector.
+    """Create a new float32 model from an LLM and a tower (directories or hub ids); `seed` initialises the projector.
 
-    Raises LayoutError and TemplateError as `open_components` does.
+    Raises LayoutError and TemplateError as `open_components`.
     """
     checkpoint = open_components(
         llm=llm,
@@ -349,20 +334,20 @@ def open_components(
     template: str,
     exif_orientation: bool = True,
 ) -> Checkpoint:
-    """Open an LLM and a vision tower as one model whose projector is yet to be drawn, without reading weights.
+    """Open an LLM and a vision tower as one checkpoint without projector weights; weights are not read.
 
-    Raises LayoutError for directories that cannot be read, or parts that do not go together, and TemplateError for a
-    template whose special tokens the tokenizer lacks.
+    Raises LayoutError for directories that cannot be read or parts that are incompatible, TemplateError for a template
+    whose special tokens the tokenizer lacks.
     """
     llm_folder, tower_folder = local_folder(llm), local_folder(vision)
-    facts = read_config(llm_folder)
-    llm_config = text_config(facts, facts.text("model_type"))
-    # transformers chooses some tokenizers by the hub id of their model.
+    fields = read_config(llm_folder)
+    llm_config = text_config(fields, fields.text("model_type"))
+    # transformers selects some tokenizer classes by the hub id of the model.
     llm_config._name_or_path = llm
     tokenizer = read_tokenizer(llm_folder, llm_config)
     llm_config._name_or_path = ""
-    found = read_tower(tower_folder)
-    tower = tower_spec(found.config, None, found.source, image_size)
+    own_tower = read_tower(tower_folder)
+    tower = tower_spec(own_tower.config, None, own_tower.source, image_size)
     config, processor = build_config(
         llm=llm_config,
         tower=tower,
@@ -374,27 +359,23 @@ def open_components(
         exif_orientation=exif_orientation,
         template=template,
     )
-    pieces, unclaimed = map_names(list_tensors(find_weight_files(llm_folder)), (("", "language_model."),))
+    refs, unexpected = map_names(list_tensors(find_weight_files(llm_folder)), (("", "language_model."),))
     weights, others = tower_tensors(tower_folder, tower)
-    pieces.update({f"vision_tower.{name}": piece for name, piece in weights.items()})
-    sources = Sources(facts, facts, tower.source)
-    checkpoint = Checkpoint(llm_folder, config, processor, pieces, sources, [*unclaimed, *others])
+    refs.update({f"vision_tower.{name}": ref for name, ref in weights.items()})
+    sources = Sources(fields, fields, tower.source)
+    checkpoint = Checkpoint(llm_folder, config, processor, refs, sources, [*unexpected, *others])
     check_checkpoint_sizes(checkpoint)
     check_templates(checkpoint, template)
     return checkpoint
 
 
 def build_components(checkpoint: Checkpoint, seed: int) -> VilaForConditionalGeneration:
-    """Load what `open_components` opened in float32, and draw the projector."""
+    """Load the checkpoint of `open_components` in float32, and initialise the projector."""
     config = checkpoint.config
-    drawn = _seeded_projector(config.projector_type, config.vision_width, config.text_config.hidden_size, seed)
-    model = build_model(checkpoint, torch.float32, projector=drawn)
-    # The dtype of a checkpoint is the one that it is written in.
-    config.dtype = None
-    return model
-
-
-def _seeded_projector(kind: str, width_in: int, width_out: int, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return build_projector(kind, width_in, width_out)
+        projector = build_projector(config.projector_type, config.vision_width, config.text_config.hidden_size)
+    model = build_model(checkpoint, torch.float32, projector=projector)
+    # Unset, so that saving records the dtype of the trained weights.
+    config.dtype = None
+    return model

@@ -1,4 +1,4 @@
-"""The network: a vision tower and an LLM built by transformers' Auto classes, and our projector between them."""
+"""The network: vision tower and LLM built by transformers' Auto classes, our projector between them, and its masks."""
 
 from __future__ import annotations
 
@@ -13,52 +13,46 @@ from vila.model.config import VilaConfig
 from vila.model.projector import build_projector
 from vila.model.vision_tower import check_tower, multiscale_features, select_features, tower_dtype
 
-# --- fusion
-# Putting media vectors into the sequence, and the one mask that every path uses.
+# B batch  S sequence  Q queries  K keys  D model width  N images  P patches  C tower width  H, W pixels
 
 
-# B batch  S sequence (Q queries, K keys)  D model width  N media items  P patches
+def merge_image_embeddings(embeds_BSD: Tensor, images_NPD: Tensor, is_placeholder_BS: Tensor) -> Tensor:
+    """Replace image-placeholder embeddings with projected image features, in reading order.
 
-
-def merge_image_embeddings(embeds_BSD: Tensor, media_NPD: Tensor, is_placeholder_BS: Tensor) -> Tensor:
-    """Put media vectors into their slots, in reading order.
-
-    embeds_BSD: text embeddings; values at slots are ignored.
-    media_NPD:  projected vectors of all pictures of the batch, row-major over (row, picture, patch).
-    is_placeholder_BS:   bool, True where a media vector belongs.
+    embeds_BSD:        text embeddings; values at placeholders are ignored.
+    images_NPD:        projected features of all images of the batch, row-major over (sample, image, patch).
+    is_placeholder_BS: bool, True at image placeholders.
     Returns a new tensor of the shape and dtype of `embeds_BSD`; gradients reach both inputs.
-    Raises ValueError when the number of slots and vectors differ: going on would shift every later picture.
+    Raises ValueError if the numbers of placeholders and features differ: continuing would shift every later image.
     """
     need = int(is_placeholder_BS.sum())
-    have = media_NPD.shape[0] * media_NPD.shape[1]
+    num_images, num_patches = images_NPD.shape[:2]
+    have = num_images * num_patches
     if need != have:
-        raise ValueError(
-            f"the batch has {need} media slots but the tower produced {have} vectors "
-            f"({media_NPD.shape[0]} pictures of {media_NPD.shape[1]})"
-        )
-    return embeds_BSD.masked_scatter(is_placeholder_BS.unsqueeze(-1), media_NPD.to(embeds_BSD.dtype))
+        raise ValueError(f"{need} image placeholders, but {have} image features ({num_images} images of {num_patches})")
+    return embeds_BSD.masked_scatter(is_placeholder_BS.unsqueeze(-1), images_NPD.to(embeds_BSD.dtype))
 
 
 def segment_mask(segments_BS: Tensor, parents_BS: Tensor) -> Tensor:
-    """Who may look at whom in packed rows: bool [B, 1, S, S], True = may attend.
+    """Attention mask of packed sequences: bool [B, 1, S, S], True where a query may attend to a key.
 
-    A token sees the earlier tokens of its own segment and of its segment's parent, and always itself; padding carries
-    segment -1. Example: segments [0, 0, 1, 1, 2], parents [-1, -1, 0, 0, 0] are a shared prefix of two tokens with
-    two branches; the last token sees places 0, 1 and 4.
+    A token attends to itself and to the earlier tokens of its own segment and of the parent segment; padding has
+    segment id -1. Example: segments [0, 0, 1, 1, 2] with parents [-1, -1, 0, 0, 0] are a shared prefix of two tokens
+    and two branches; the last token attends to positions 0, 1 and 4. Reference implementation of `packed_attention`.
     """
     keys = segments_BS[:, None, :]
-    seen = (segments_BS[:, :, None] == keys) | (parents_BS[:, :, None] == keys)
-    seen &= (keys >= 0) & torch.ones(
+    visible = (segments_BS[:, :, None] == keys) | (parents_BS[:, :, None] == keys)
+    visible &= (keys >= 0) & torch.ones(
         segments_BS.shape[1], segments_BS.shape[1], dtype=torch.bool, device=keys.device
     ).tril()
-    seen |= torch.eye(segments_BS.shape[1], dtype=torch.bool, device=keys.device)
-    return seen[:, None]
+    visible |= torch.eye(segments_BS.shape[1], dtype=torch.bool, device=keys.device)
+    return visible[:, None]
 
 
 def cached_mask(valid_BK: Tensor, num_queries: int) -> Tensor:
-    """Mask of a cached step: bool [B, 1, Q, K]. The last `num_queries` of the K columns are the queries themselves.
+    """Attention mask with a KV cache: bool [B, 1, Q, K]; the last `num_queries` of the K cache columns are the queries.
 
-    valid_BK: bool, False at columns that hold padding. Queries see every valid earlier column and themselves.
+    valid_BK: bool, False at padding. A query attends to itself and to every valid earlier column.
     """
     K = valid_BK.shape[1]
     causal_QK = torch.ones(num_queries, K, dtype=torch.bool, device=valid_BK.device).tril(K - num_queries)
@@ -67,11 +61,8 @@ def cached_mask(valid_BK: Tensor, num_queries: int) -> Tensor:
     return ((valid_BK[:, None, :] & causal_QK) | own_QK)[:, None]
 
 
-# B batch  S sequence  D model width  V vocab  N media items  P patches  C tower width  H, W pixels
-
-
 class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
-    """A visual language model. Sequences arrive with media already expanded to placeholder ids."""
+    """A visual language model. Input sequences contain one placeholder id per image feature."""
 
     config_class = VilaConfig
     base_model_prefix = ""
@@ -99,42 +90,42 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.language_model.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
-        """The LLM's head."""
+        """The LM head."""
         return self.language_model.get_output_embeddings()
 
     def get_decoder(self) -> nn.Module:
-        """The LLM without its head."""
+        """The LLM without its LM head."""
         return self.language_model.get_decoder()
 
     def vision_features(self, pixels_N3HW: Tensor) -> Tensor:
-        """Features of the tower, [N, P, C], without gradient when the tower is frozen."""
+        """Features of the tower, [N, P, C], without gradient if the tower is frozen."""
         tower = self.vision_tower
         with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in tower.parameters())):
             pixels_N3HW = pixels_N3HW.to(tower_dtype(tower))
             if self.config.s2_scales:
                 scales, tile = self.config.s2_scales, self.config.s2_max_split
-                return multiscale_features(self._see, pixels_N3HW, scales, tile)
-            return self._see(pixels_N3HW)
+                return multiscale_features(self._encode, pixels_N3HW, scales, tile)
+            return self._encode(pixels_N3HW)
 
-    def _see(self, pixels_N3HW: Tensor) -> Tensor:
+    def _encode(self, pixels_N3HW: Tensor) -> Tensor:
         config = self.config
         return select_features(
             self.vision_tower, config.vision_config, pixels_N3HW, config.select_layer, config.select_feature
         )
 
     def project(self, features_NPC: Tensor) -> Tensor:
-        """Features in the LLM's embedding space, [N, P', D]."""
+        """Project features [N, P, C] to the LLM's width, [N, P', D]."""
         weight = next(self.projector.parameters(), None)
         return self.projector(features_NPC if weight is None else features_NPC.to(weight.dtype))
 
-    def embed(self, ids_BS: Tensor, media_NPD: Tensor | None) -> Tensor:
-        """Token embeddings [B, S, D] with media vectors in the placeholder slots."""
+    def embed(self, ids_BS: Tensor, images_NPD: Tensor | None) -> Tensor:
+        """Token embeddings [B, S, D] with image features at the placeholders."""
         is_placeholder_BS = ids_BS == self.config.image_token_id
-        # The placeholder lies past the vocabulary and is masked before the look-up.
+        # The placeholder id is outside the vocabulary, so it is replaced before the embedding lookup.
         embeds_BSD = self.get_input_embeddings()(ids_BS.masked_fill(is_placeholder_BS, 0))
-        if media_NPD is None:
-            media_NPD = embeds_BSD.new_zeros(0, 0, embeds_BSD.shape[-1])
-        return merge_image_embeddings(embeds_BSD, media_NPD, is_placeholder_BS)
+        if images_NPD is None:
+            images_NPD = embeds_BSD.new_zeros(0, 0, embeds_BSD.shape[-1])
+        return merge_image_embeddings(embeds_BSD, images_NPD, is_placeholder_BS)
 
     def forward(
         self,
@@ -149,12 +140,11 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits over the expanded sequence.
+        """Logits of the sequence.
 
-        input_ids:      [B, S], placeholder ids where media vectors belong.
-        pixel_values:   [N, 3, H, W] of all pictures in reading order; `features` [N, P, C] are the tower's output for
-                        them, when it is known already.
-        attention_mask: bool or float [B, 1, Q, K] as given, or [B, S] padding mask.
+        input_ids:      [B, S], with placeholder ids for image features.
+        pixel_values:   [N, 3, H, W], all images in reading order; or `features` [N, P, C], the tower's output for them.
+        attention_mask: bool or float [B, 1, Q, K], used as is, or a padding mask [B, S].
         """
         if inputs_embeds is None:
             if input_ids is None:
@@ -173,16 +163,16 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
 
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers. Raises ValueError for a batch padded on the right, which would be answered wrongly."""
+        """Generate as in transformers. Raises ValueError for a right-padded batch, whose answers would be wrong."""
         mask = kwargs.get("attention_mask")
         if mask is not None and mask.dim() == 2 and not mask[:, -1].all():
-            raise ValueError("the batch is padded on the right; give padding_side='left' to the processor to generate")
+            raise ValueError("right-padded batch; call the processor with padding_side='left' for generation")
         return super().generate(inputs, *args, **kwargs)
 
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, is_first_iteration: bool = False, use_cache: bool = True, **kwargs: Any
     ) -> dict[str, Any]:
-        """Pictures are given to the first step only; later steps find them in the cache."""
+        """Pass images in the first step only; later steps use the KV cache."""
         inputs = super().prepare_inputs_for_generation(
             input_ids, is_first_iteration=is_first_iteration, use_cache=use_cache, **kwargs
         )

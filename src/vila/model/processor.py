@@ -1,4 +1,4 @@
-"""Text, images and videos to model inputs, in the Hugging Face convention; the bundle that every other path uses."""
+"""`VilaProcessor`: text, images and videos to model inputs, in the Hugging Face convention."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _MARKERS = re.compile(f"({IMAGE_MARKER}|{VIDEO_MARKER})")
 
 
 class VilaProcessor(ProcessorMixin):
-    """A tokenizer, the vision spec and the conversation template of one model."""
+    """Tokenizer, vision spec and conversation template of a model."""
 
     attributes = ["tokenizer"]
     tokenizer_class = "AutoTokenizer"
@@ -45,7 +45,7 @@ class VilaProcessor(ProcessorMixin):
         image_token_id: int | None = None,
         **kwargs: Any,
     ) -> None:
-        """image_token_id: the placeholder's id; None stands for the first one past the tokenizer."""
+        """image_token_id: placeholder id; None is the first id after the tokenizer's vocabulary."""
         self.vision_spec = vision_spec or {}
         self.template = template
         self.image_token_id = len(tokenizer) if image_token_id is None else image_token_id
@@ -53,13 +53,13 @@ class VilaProcessor(ProcessorMixin):
 
     @cached_property
     def spec(self) -> VisionSpec:
-        """How images become pixels and how many tokens each takes."""
+        """Image preprocessing settings and number of tokens per image."""
         return VisionSpec.from_dict(self.vision_spec)
 
     def with_vision(
         self, *, image_mode: ImageMode | None = None, exif_orientation: bool | None = None
     ) -> VilaProcessor:
-        """This processor with other vision settings; None leaves a setting as it is."""
+        """Return this processor with other vision settings; None keeps a setting."""
         spec = self._spec(image_mode, exif_orientation)
         if spec == self.spec:
             return self
@@ -75,20 +75,21 @@ class VilaProcessor(ProcessorMixin):
 
     @cached_property
     def span_tokenizer(self) -> SpanTokenizer:
-        """The tokenizer as the walk needs it."""
+        """Tokenizer for rendered spans."""
         span = SpanTokenizer(self.tokenizer)
         span.image_token_id = self.image_token_id
         return span
 
     def find_template(self, name: str = "") -> Template:
-        """Return the template called `name`, or the model's own.
+        """Return the template `name`, or the model's own.
 
-        Raises TemplateError when the model names none, or for special tokens that the tokenizer lacks.
+        Raises TemplateError if neither is known, and for special tokens that the tokenizer lacks.
         """
         if not (name or self.template):
             raise TemplateError(
-                "this checkpoint does not say which conversation template it was trained with; "
-                "give one: --template vicuna_v1, or template= in Python (docs/chat.md lists them)"
+                "the checkpoint does not name its conversation template",
+                field="template",
+                hint="set --template, or template= in Python (docs/chat.md lists the templates)",
             )
         chosen = find_template(name or self.template)
         if chosen.name not in self._checked_templates:
@@ -102,9 +103,9 @@ class VilaProcessor(ProcessorMixin):
         return set()
 
     def count(self, media: Image | Video) -> int:
-        """Image placeholders of an image. Videos have none of their own: they become frames first."""
+        """Number of image placeholders of an image. Raises MediaError for a video, which must be expanded first."""
         if isinstance(media, Video):
-            raise MediaError(f"{media.source!r}: a video becomes frames before it is counted; see expand_videos")
+            raise MediaError("a video has no placeholders of its own; call expand_videos first", file=str(media.source))
         return self.spec.tokens_per_image
 
     def expand_videos(
@@ -116,7 +117,7 @@ class VilaProcessor(ProcessorMixin):
         limits: MediaLimits = DEFAULT_LIMITS,
         cancelled: IsCancelled = never,
     ) -> tuple[Message, ...]:
-        """Messages with each video replaced by its frames, `gap` after each, as the original writes `<image>\\n`.
+        """Replace each video by its frames, with `gap` after each frame, as the released code writes `<image>\\n`.
 
         shrink, limits, cancelled: see `frames`.
         """
@@ -130,10 +131,10 @@ class VilaProcessor(ProcessorMixin):
         limits: MediaLimits = DEFAULT_LIMITS,
         cancelled: IsCancelled = never,
     ) -> list[Image]:
-        """The frames that stand for a video, in order.
+        """Decode the sampled frames of a video, in order.
 
-        shrink: make each frame square by these settings while the video is decoded, in a fraction of the memory.
-                `pixels` by the same settings leaves the square as it is; by others it differs from whole frames.
+        shrink: resize each frame by these settings while decoding, which saves memory. `pixels` with the same settings
+                leaves such frames unchanged; with other settings the result differs from that of full-size frames.
         limits, cancelled: see `open_frames`.
         """
         return [
@@ -148,17 +149,20 @@ class VilaProcessor(ProcessorMixin):
         ]
 
     def tokens(self, messages: Sequence[Message], template: str = "", *, prompt: bool = True) -> Tokens:
-        """A conversation as expanded ids; with `prompt` it ends where the assistant is to answer."""
+        """Tokenize a conversation with expanded placeholders; `prompt` appends the start of the assistant's turn."""
         chosen = self.find_template(template)
         messages = self.expand_videos(messages, chosen.media_gap)
         return tokenize(render(messages, chosen, prompt=prompt), self.span_tokenizer, self.count)
 
     def prompt(self, messages: Sequence[Message], template: str = "") -> Tokens:
-        """The expanded prompt of a conversation that ends with the user's turn."""
+        """Tokenize a conversation that ends with a user message as a prompt."""
         return self.tokens(messages, template)
 
     def pixels(self, images: Sequence[Image], image_aspect_ratio: ImageMode | None = None) -> Tensor:
-        """Images as float32 [N, 3, S, S]. image_aspect_ratio: `pad`, `resize` or `square` for this call only."""
+        """Preprocess images to float32 [N, 3, S, S].
+
+        image_aspect_ratio: `pad`, `resize` or `square`, for this call only.
+        """
         spec = self._spec(image_aspect_ratio)
         if not images:
             return torch.zeros(0, 3, spec.image_size, spec.image_size)
@@ -175,28 +179,26 @@ class VilaProcessor(ProcessorMixin):
         padding_side: str = "right",
         **kwargs: Any,
     ) -> BatchFeature:
-        """Raw text with `<image>` and `<video>` markers, and the media for them in reading order.
+        """Convert raw text with `<image>` and `<video>` markers, and media in reading order, to model inputs.
 
-        text:   one string or several; it is used as it is, with no template around it.
-        images: paths, URLs, bytes or PIL pictures. videos: paths, URLs or bytes; or lists of PIL frames.
-        Returns input_ids and attention_mask [B, S] and, where there are pictures, pixel_values [N, 3, H, W].
-        Raises MediaError when the numbers of markers and media differ.
+        text:   one string or several, used as is, without a template.
+        images: paths, URLs, bytes or PIL images. videos: paths, URLs or bytes; or lists of PIL frames.
+        Returns input_ids and attention_mask [B, S] and, if there are images, pixel_values [N, 3, H, W].
+        Raises MediaError if the numbers of markers and media differ.
         """
         texts = [text] if isinstance(text, str) else list(text or [])
         queues: dict[str, list[Any]] = {IMAGE_MARKER: _images(images), VIDEO_MARKER: _videos(videos)}
         for marker, given in queues.items():
             markers = sum(item.count(marker) for item in texts)
             if markers != len(given):
-                what = {IMAGE_MARKER: "picture", VIDEO_MARKER: "video"}[marker]
-                raise MediaError(
-                    f"the text has {_count(markers, f'{marker} marker')} but {_count(len(given), what)} "
-                    f"{'was' if len(given) == 1 else 'were'} given"
-                )
+                field = {IMAGE_MARKER: "images", VIDEO_MARKER: "videos"}[marker]
+                problem = f"number of media differs from the {marker} markers in the text"
+                raise MediaError(problem, field=field, value=len(given), expected=str(markers))
         waiting = {marker: iter(given) for marker, given in queues.items()}
         gap = find_template(self.template).media_gap if self.template else "\n"
         spans = [self._raw(item, waiting, gap, image_aspect_ratio) for item in texts]
-        rows = [tokenize(one, self.span_tokenizer, self.count) for one in spans]
-        return self._inputs(rows, image_aspect_ratio, padding_side, return_tensors)
+        sequences = [tokenize(one, self.span_tokenizer, self.count) for one in spans]
+        return self._inputs(sequences, image_aspect_ratio, padding_side, return_tensors)
 
     def apply_chat_template(
         self,
@@ -212,34 +214,37 @@ class VilaProcessor(ProcessorMixin):
         padding_side: str = "right",
         **kwargs: Any,
     ) -> Any:
-        """Messages of content parts as the model's prompt, in reading order, with nothing put between the parts:
+        """Render messages of content parts as a prompt, in reading order, with nothing inserted between parts:
         `{"type": "image", "path" | "url" | "image" | "base64": ..}`, `{"type": "video", ..}`, `{"type": "text", ..}`.
 
-        A list of conversations gives a batch. Without `tokenize` the text with `<image>` markers is returned, with it
-        the ids, or with `return_dict` all inputs of the model. The prompt ends where the assistant is to answer when
-        the last message is the user's (`add_generation_prompt` may insist).
-        Raises TemplateError for roles out of order or unknown parts, MediaError for unreadable media.
+        A list of conversations is a batch. Returns text with `<image>` markers; with `tokenize`, the ids; with
+        `return_dict`, all model inputs. The prompt ends with the start of the assistant's turn if the last message is
+        the user's, or if `add_generation_prompt` is set.
+        Raises TemplateError for invalid role order or unknown parts, MediaError for unreadable media.
         """
         if chat_template is not None:
-            raise TemplateError("a Jinja chat_template cannot be given here; name one of our templates as template=")
+            raise TemplateError(
+                "Jinja templates are not supported", field="chat_template", hint="set template= to a name"
+            )
         single = not conversation or isinstance(conversation[0], (Mapping, Message))
         chosen = self.find_template(template)
-        rows = []
+        rendered = []
         for one in [conversation] if single else conversation:
             messages = parse_messages(one)
             ends_open = bool(messages) and messages[-1].role == "user"
             if ends_open and add_generation_prompt is False:
-                raise TemplateError(
-                    "add_generation_prompt=False needs the assistant's message last: a prompt always ends open"
-                )
+                problem = "a conversation that ends with a user message always gets a generation prompt"
+                raise TemplateError(problem, field="add_generation_prompt", value=False)
             ends_open = ends_open or bool(add_generation_prompt)
             expanded = self.expand_videos(messages, chosen.media_gap, shrink=self._spec(image_aspect_ratio))
-            rows.append(render(expanded, chosen, prompt=ends_open))
+            rendered.append(render(expanded, chosen, prompt=ends_open))
         if not tokenize:
             symbols = self.span_tokenizer.symbols
-            texts = ["".join(symbols.get(s.text, s.text) if not s.media else IMAGE_MARKER for s in row) for row in rows]
+            texts = [
+                "".join(symbols.get(s.text, s.text) if not s.media else IMAGE_MARKER for s in row) for row in rendered
+            ]
             return texts[0] if single else texts
-        tokens = [_walk(row, self.span_tokenizer, self.count) for row in rows]
+        tokens = [_tokenize(spans, self.span_tokenizer, self.count) for spans in rendered]
         inputs = self._inputs(tokens, image_aspect_ratio, padding_side, return_tensors)
         if return_dict:
             return inputs
@@ -247,23 +252,23 @@ class VilaProcessor(ProcessorMixin):
 
     def _inputs(
         self,
-        rows: Sequence[Tokens],
+        sequences: Sequence[Tokens],
         image_aspect_ratio: ImageMode | None,
         padding_side: str,
         return_tensors: str | None,
     ) -> BatchFeature:
-        width = max((len(row.ids) for row in rows), default=0)
+        width = max((len(tokens.ids) for tokens in sequences), default=0)
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
         ids, mask = [], []
-        for row in rows:
-            gap = width - len(row.ids)
-            left, right = (gap, 0) if padding_side == "left" else (0, gap)
-            ids.append([pad] * left + row.ids + [pad] * right)
-            mask.append([0] * left + [1] * len(row.ids) + [0] * right)
+        for tokens in sequences:
+            missing = width - len(tokens.ids)
+            left, right = (missing, 0) if padding_side == "left" else (0, missing)
+            ids.append([pad] * left + tokens.ids + [pad] * right)
+            mask.append([0] * left + [1] * len(tokens.ids) + [0] * right)
         data: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
-        pictures = [item for row in rows for item in row.media if isinstance(item, Image)]
-        if pictures:
-            data["pixel_values"] = self.pixels(pictures, image_aspect_ratio)
+        images = [item for tokens in sequences for item in tokens.media if isinstance(item, Image)]
+        if images:
+            data["pixel_values"] = self.pixels(images, image_aspect_ratio)
         return BatchFeature(data, tensor_type=return_tensors)
 
     def _raw(
@@ -285,8 +290,8 @@ class VilaProcessor(ProcessorMixin):
         return [span for span in spans if span.text or span.media]
 
 
-# Its own name is taken by an argument that transformers prescribes.
-_walk = tokenize
+# `apply_chat_template` has an argument `tokenize`.
+_tokenize = tokenize
 
 
 def _pixels(images: Sequence[Image], spec: VisionSpec) -> Pixels:
@@ -308,7 +313,3 @@ def _videos(given: Any) -> list[Video | list[Image]]:
     if not isinstance(given, (list, tuple)):
         return [given if isinstance(given, Video) else Video(given)]
     return [_images(item) if isinstance(item, (list, tuple)) else _videos(item)[0] for item in given]
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"

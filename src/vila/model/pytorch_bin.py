@@ -1,7 +1,8 @@
-"""Files of torch.save, read without torch.load: plain values and tensors in place, all sizes checked beforehand.
+"""Reader for files written by torch.save (.bin, .pt), without torch.load: plain values and memory-mapped tensors.
 
-Both forms are read: zip archives (PyTorch 1.6 and later), whose members are stored, and the older sequence of pickles
-that the contents of the storages follow. Memory is not allocated before every tensor is known to lie in the file.
+Both formats are read: zip archives with stored members (PyTorch 1.6 and later), and the older sequence of pickles
+followed by storage contents. Nothing in the pickle is executed, and all sizes are checked against the file before any
+memory is allocated.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ _MAX_PICKLE_BYTES: Final = 32 * 2**20
 _LEGACY_MAGIC: Final = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL: Final = 1001
 _EXPECTED: Final = "tensors and plain values"
-_DAMAGED: Final = "it may be cut short or damaged; copy or download it again"
+_DAMAGED: Final = "it may be truncated or damaged; copy or download it again"
 _ZIP: Final = b"PK\x03\x04"
-_ZIP_END: Final = b"PK\x05\x06"  # of a record of 22 bytes, behind which no comment comes
+_ZIP_END: Final = b"PK\x05\x06"  # start of the last 22 bytes, as the archives have no comment
 _HEAD_BYTES: Final = 512
 _LOCAL_HEADER_BYTES: Final = 30
 _MAX_DIMENSIONS: Final = 16
@@ -44,12 +45,12 @@ STORAGE_TYPES: Final = {
     torch.uint8: torch.ByteStorage,
     torch.bool: torch.BoolStorage,
 }
-"""Types by which such files name the dtypes of their storages."""
+"""Storage classes by which such files name dtypes."""
 
 
 @dataclass(slots=True)
 class _Storage:
-    """Elements in the file: `num_bytes` from `start`, which is unknown (-1) until the file's table is read."""
+    """Storage in the file: `num_bytes` from offset `start`, which is -1 until the file's directory has been read."""
 
     key: str
     dtype: torch.dtype
@@ -59,7 +60,7 @@ class _Storage:
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor in the file. It is built by a pickle and trusted only after `_check`."""
+    """A tensor in the file. Built from the pickle; must not be used before `_check`."""
 
     storage: _Storage
     offset: int
@@ -68,21 +69,21 @@ class StoredTensor:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Dtype of its elements."""
+        """Dtype of the elements."""
         return self.storage.dtype
 
     @property
     def bytes(self) -> int:
-        """Size of its elements."""
+        """Size in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def is_aligned(self) -> bool:
-        """Whether its elements can be used where they lie."""
+        """Whether the tensor can be used in place in the mapped file."""
         return self.storage.start % self.dtype.itemsize == 0
 
     def read(self, mapped: torch.UntypedStorage) -> Tensor:
-        """Return the tensor as a view of the mapped file, or as a copy if it is not aligned there."""
+        """Return the tensor as a view of the mapped file, or as a copy if it is not aligned."""
         part = mapped[self.storage.start : self.storage.start + self.storage.num_bytes]
         if not self.is_aligned:
             part = part.clone()
@@ -91,7 +92,7 @@ class StoredTensor:
 
 @dataclass(frozen=True, slots=True)
 class TorchContent:
-    """The value in a file, with a `StoredTensor` in the place of each tensor."""
+    """Content of a file, with a `StoredTensor` for each tensor."""
 
     path: Path
     value: Any
@@ -103,22 +104,22 @@ class TorchContent:
         return all(tensor.is_aligned for tensor in self.tensors)
 
     def map(self) -> torch.UntypedStorage:
-        """Map the file privately; changes of it stay in memory."""
+        """Map the file privately: changes to tensors are not written to the file."""
         size = self.path.stat().st_size
         with file_errors(self.path, LayoutError, kind="zip"):
             mapped: Any = torch.UntypedStorage.from_file(str(self.path), False, size)
         last = max((tensor.storage.start + tensor.storage.num_bytes for tensor in self.tensors), default=0)
         if last > size:
-            raise LayoutError("was shortened while it was read", file=self.path, hint="copy or download it again")
+            raise LayoutError("truncated while reading", file=self.path, hint="copy or download it again")
         return mapped
 
 
 def read_torch_file(path: Path, part: tuple[int, int] | None = None) -> TorchContent:
-    """Read a file of torch.save; tensors stay in the file until `StoredTensor.read`.
+    """Read a file written by torch.save; tensors stay in the file until `StoredTensor.read`.
 
-    part: first byte and number of bytes, for a file that holds several such files.
-    Raises LayoutError with the file's name for other files, for anything but tensors and plain values (`value` names
-    it, and nothing of it is run), for compressed members, and for tensors that do not lie in the file.
+    part: offset and number of bytes, if the content is embedded in a larger file.
+    Raises LayoutError for other files, for objects other than tensors and plain values (`value` names them; they are
+    not executed), for compressed members, and for tensors that exceed the file.
     """
     with file_errors(path, LayoutError):
         stream = path.open("rb")
@@ -126,7 +127,7 @@ def read_torch_file(path: Path, part: tuple[int, int] | None = None) -> TorchCon
         size = path.stat().st_size
         begin, length = part or (0, size)
         if begin < 0 or length < 0 or begin + length > size:
-            raise LayoutError("a part beyond the end of the file", file=path, value=(begin, length), hint=_DAMAGED)
+            raise LayoutError("the byte range exceeds the file", file=path, value=(begin, length), hint=_DAMAGED)
         view = io.BufferedReader(_Part(stream, begin, length))
         head = view.read(_HEAD_BYTES)
         if known := foreign_content(head, "zip"):
@@ -140,10 +141,10 @@ def read_torch_file(path: Path, part: tuple[int, int] | None = None) -> TorchCon
 
 
 class _Part(io.RawIOBase):
-    """A part of a file as a file."""
+    """A byte range of a file as a file object."""
 
     def __init__(self, stream: BinaryIO, begin: int, length: int) -> None:
-        self._stream, self._begin, self._length, self._place = stream, begin, length, 0
+        self._stream, self._begin, self._length, self._position = stream, begin, length, 0
 
     def readable(self) -> bool:
         return True
@@ -152,23 +153,23 @@ class _Part(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._length}[whence]
-        if place < 0:
-            raise OSError("a place before the beginning")
-        self._place = place
-        return place
+        position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
+        if position < 0:
+            raise OSError("negative position")
+        self._position = position
+        return position
 
     def readinto(self, buffer: Any, /) -> int:
-        wanted = min(len(buffer), max(0, self._length - self._place))
-        self._stream.seek(self._begin + self._place)
+        wanted = min(len(buffer), max(0, self._length - self._position))
+        self._stream.seek(self._begin + self._position)
         content = self._stream.read(wanted)
         buffer[: len(content)] = content
-        self._place += len(content)
+        self._position += len(content)
         return len(content)
 
 
 class _TensorUnpickler(RestrictedUnpickler):
-    """Builds plain values and `StoredTensor`s; storages are looked up by their keys."""
+    """Unpickler that builds plain values and `StoredTensor`s, with storages by key."""
 
     def __init__(self, stream: BinaryIO) -> None:
         super().__init__(stream, {**_NAMES, **{("torch._utils", name): self._rebuild for name in _REBUILD}})
@@ -176,7 +177,7 @@ class _TensorUnpickler(RestrictedUnpickler):
         self.tensors: list[StoredTensor] = []
 
     def persistent_load(self, pid: Any) -> _Storage:
-        """Return the storage of a key; its place in the file is found later."""
+        """Return the storage of a key; its offset is set later."""
         kind, dtype, key, _, num_elements, *view = pid if isinstance(pid, tuple) and len(pid) in (5, 6) else [None] * 5
         if kind != "storage" or not isinstance(dtype, torch.dtype) or any(one is not None for one in view):
             raise ForbiddenPickleError("an object that is not a storage")
@@ -185,21 +186,21 @@ class _TensorUnpickler(RestrictedUnpickler):
         new = _Storage(key, dtype, num_elements * dtype.itemsize)
         known = self.storages.setdefault(key, new)
         if (known.dtype, known.num_bytes) != (new.dtype, new.num_bytes):
-            raise ForbiddenPickleError(f"storage {key!r} in two forms")
+            raise ForbiddenPickleError(f"storage {key!r} with two sizes or dtypes")
         return known
 
     def build(self, instance: Any, state: Any) -> None:
-        """Drop attributes of dictionaries: `_metadata` of a state_dict, which says nothing about tensors."""
+        """Ignore attributes of dictionaries: `_metadata` of a state_dict, which does not concern tensors."""
         if type(instance) is not dict:
             super().build(instance, state)
 
     def _rebuild(self, storage: Any, offset: Any, shape: Any, stride: Any, *others: Any) -> StoredTensor:
-        # Others: requires_grad, hooks, and marks of conjugated or negated views.
+        # others: requires_grad, hooks, and flags of conjugated or negated views.
         sizes = (*shape, *stride, offset) if isinstance(shape, tuple) and isinstance(stride, tuple) else (None,)
         if not isinstance(storage, _Storage) or any(type(size) is not int or size < 0 for size in sizes):
             raise ForbiddenPickleError("a tensor without storage or shape")
         if len(shape) != len(stride) or any(others[1:]):
-            raise ForbiddenPickleError("a tensor with hooks, or a view that is not plain")
+            raise ForbiddenPickleError("a tensor with hooks, or a conjugated or negated view")
         tensor = StoredTensor(storage, offset, shape, stride)
         self.tensors.append(tensor)
         return tensor
@@ -227,10 +228,10 @@ def _read_zip(path: Path, stream: BinaryIO, size: int) -> tuple[Any, _TensorUnpi
         archive = zipfile.ZipFile(stream)
     stream.seek(size - len(_ZIP_END) - 18)
     if stream.read(len(_ZIP_END)) != _ZIP_END:
-        raise LayoutError("bytes behind the end of the archive", file=path, hint=_DAMAGED)
+        raise LayoutError("data after the end of the archive", file=path, hint=_DAMAGED)
     members = {info.filename.partition("/")[2]: info for info in archive.infolist()}
     if "data.pkl" not in members or "constants.pkl" in members or len(members) < len(archive.infolist()):
-        raise LayoutError("is a zip archive, but not of torch.save", file=path, hint="give the file of its state_dict")
+        raise LayoutError("zip archive, but not of torch.save", file=path, hint="pass the file with the state_dict")
     content = _member(path, stream, size, members["data.pkl"])
     if "byteorder" in members and (order := _member(path, stream, size, members["byteorder"])) != b"little":
         raise LayoutError("", file=path, field="byteorder", value=order.decode("latin-1"), expected="little")
@@ -238,7 +239,7 @@ def _read_zip(path: Path, stream: BinaryIO, size: int) -> tuple[Any, _TensorUnpi
     reader = _TensorUnpickler(pickled)
     value = _load(reader, path)
     if pickled.read(1):
-        raise LayoutError("bytes behind the end of data.pkl", file=path, hint=_DAMAGED)
+        raise LayoutError("data after the end of data.pkl", file=path, hint=_DAMAGED)
     for key, storage in reader.storages.items():
         info = members.get(f"data/{key}")
         if info is None:
@@ -264,65 +265,65 @@ def _member(path: Path, stream: BinaryIO, size: int, info: zipfile.ZipInfo) -> b
 
 
 def _begin(path: Path, stream: BinaryIO, size: int, info: zipfile.ZipInfo) -> int:
-    """Return where the bytes of a member begin. Raises LayoutError unless they lie in the file as they are."""
+    """Return the offset of a member's content. Raises LayoutError unless it is stored uncompressed within the file."""
     if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1 or info.compress_size != info.file_size:
         raise LayoutError(
-            "is compressed or encrypted",
+            "compressed or encrypted",
             file=path,
             field=info.filename,
             expected="stored members, as torch.save writes them",
-            hint="unpacked it may fill the memory; load and save it with torch if you trust it",
+            hint="uncompressed it may exceed memory; load and save it with torch if you trust it",
         )
-    place = max(0, info.header_offset)
-    stream.seek(place)
+    offset = max(0, info.header_offset)
+    stream.seek(offset)
     header = stream.read(_LOCAL_HEADER_BYTES)
-    name, extra = (int.from_bytes(header[place : place + 2], "little") for place in (26, 28))
-    begin = place + _LOCAL_HEADER_BYTES + name + extra
+    name, extra = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
+    begin = offset + _LOCAL_HEADER_BYTES + name + extra
     if info.header_offset < 0 or not header.startswith(_ZIP) or begin + info.file_size > size:
-        raise LayoutError("does not lie in the file", file=path, field=info.filename, hint=_DAMAGED)
+        raise LayoutError("exceeds the file", file=path, field=info.filename, hint=_DAMAGED)
     return begin
 
 
 def _read_legacy(path: Path, stream: BinaryIO, size: int) -> tuple[Any, _TensorUnpickler]:
-    """Read the form before PyTorch 1.6: magic number, protocol, machine, value, order of the storages, storages."""
+    """Read the format before PyTorch 1.6: magic number, protocol, system, value, storage keys, storages."""
     stream.seek(0)
     pickled = io.BytesIO(stream.read(_MAX_PICKLE_BYTES))
     magic = _load(_TensorUnpickler(pickled), path) if pickled.getvalue()[:1] == b"\x80" else None
     if magic != _LEGACY_MAGIC:
-        raise LayoutError("is no file of torch.save", file=path, hint="copy or download it again")
-    protocol, machine = (_load(_TensorUnpickler(pickled), path) for _ in range(2))
-    if protocol != _LEGACY_PROTOCOL or not isinstance(machine, dict) or not machine.get("little_endian"):
-        raise LayoutError("is of another version of torch.save, or big-endian", file=path, value=protocol)
+        raise LayoutError("not a torch.save file", file=path, hint="copy or download it again")
+    protocol, system = (_load(_TensorUnpickler(pickled), path) for _ in range(2))
+    if protocol != _LEGACY_PROTOCOL or not isinstance(system, dict) or not system.get("little_endian"):
+        raise LayoutError("unknown version of torch.save, or big-endian", file=path, value=protocol)
     reader = _TensorUnpickler(pickled)
     value = _load(reader, path)
     order = _load(_TensorUnpickler(pickled), path)
     keys = order if isinstance(order, list) and all(isinstance(key, str) for key in order) else []
     if sorted(keys) != sorted(reader.storages):
-        raise LayoutError("the list of its storages does not fit its tensors", file=path, hint=_DAMAGED)
-    place = pickled.tell()
+        raise LayoutError("the storage list does not match the tensors", file=path, hint=_DAMAGED)
+    offset = pickled.tell()
     for key in keys:
         storage = reader.storages[key]
-        stream.seek(place)
+        stream.seek(offset)
         stated = int.from_bytes(stream.read(8), "little") * storage.dtype.itemsize
-        storage.start = place + 8
-        place = storage.start + storage.num_bytes
-        if stated != storage.num_bytes or place > size:
-            raise LayoutError("the storage does not lie in the file", file=path, field=f"storage {key}", hint=_DAMAGED)
-    if place != size:
-        raise LayoutError(f"{size - place} bytes behind the last storage", file=path, hint=_DAMAGED)
+        storage.start = offset + 8
+        offset = storage.start + storage.num_bytes
+        if stated != storage.num_bytes or offset > size:
+            raise LayoutError("the storage exceeds the file", file=path, field=f"storage {key}", hint=_DAMAGED)
+    if offset != size:
+        raise LayoutError(f"{size - offset} bytes after the last storage", file=path, hint=_DAMAGED)
     return value, reader
 
 
 def _check(tensor: StoredTensor, path: Path) -> None:
-    """Raise LayoutError unless every element lies in the storage, and the storage is not smaller than the tensor."""
+    """Raise LayoutError unless every element lies in the storage, and the storage is no smaller than the tensor."""
     held = tensor.storage.num_bytes // tensor.dtype.itemsize
     last = tensor.offset + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride, strict=True))
     count = math.prod(tensor.shape)
-    # Sizes beside a zero, and strides beside a one, ask for nothing, but torch multiplies them.
+    # torch multiplies sizes and strides even where another size is zero, so their products must not overflow.
     products = (math.prod(max(size, 1) for size in sizes) for sizes in (tensor.shape, tensor.stride))
     if len(tensor.shape) > _MAX_DIMENSIONS or max(products) >= 2**62 or (count and (last >= held or count > held)):
         raise LayoutError(
-            "a tensor asks for more elements than the file holds for it",
+            "the tensor has more elements than its storage",
             file=path,
             field=f"data/{tensor.storage.key}",
             value=list(tensor.shape),

@@ -1,4 +1,7 @@
-"""Weights into .safetensors files, one tensor at a time: memory holds no more than the one that is being written."""
+"""Write weights as .safetensors files (with shards and index) or a torch.save file, one tensor at a time.
+
+Peak memory is one tensor; the bytes of the files are those of safetensors' own writer.
+"""
 
 from __future__ import annotations
 
@@ -21,22 +24,23 @@ from vila.core.files import write_json
 from vila.model.pytorch_bin import STORAGE_TYPES
 from vila.model.weights import INDEX_FILES, SAFETENSORS_DTYPES, SINGLE_FILES, Shape
 
-# --- safetensors_file
-# How tensors lie in .safetensors files: in what order, behind which header, and in how many shards.
-
-
 SHARD_BYTES = 5 * 10**9
 _NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
-# The order in which safetensors' own writer puts types, the first last: wide types first, so all tensors are aligned.
+# Reverse of the dtype order of safetensors' own writer: wide dtypes come first in the file, so tensors are aligned.
 _ORDER = ("BOOL", "U8", "I8", "I16", "F16", "BF16", "I32", "F32", "F64", "I64")
 
 TensorSpecs = Mapping[str, tuple[Shape, torch.dtype]]
-"""Shape and type of every tensor, by name."""
+"""Shape and dtype of every tensor, by name."""
 
 
 @dataclass(frozen=True, slots=True)
 class FileLayout:
-    """`head`: the first bytes of a file. `starts`: where each tensor begins, in the order in which they lie there."""
+    """Layout of a .safetensors file.
+
+    header:  first bytes of the file.
+    offsets: file offset of each tensor, in file order.
+    size:    size of the file in bytes.
+    """
 
     header: bytes
     offsets: Mapping[str, int]
@@ -44,10 +48,10 @@ class FileLayout:
 
 
 def plan_file(declared: TensorSpecs, path: Path) -> FileLayout:
-    """Where tensors go in one file. Raises LayoutError for a type of number that such files do not know."""
+    """Compute the layout of one file. Raises LayoutError for a dtype that .safetensors files do not have."""
     for name, (_, dtype) in declared.items():
         if dtype not in _NAMES:
-            raise LayoutError(f"{path}: {name} has type {dtype}; .safetensors files hold {', '.join(_NAMES.values())}")
+            raise LayoutError("", file=path, field=name, value=str(dtype), expected=", ".join(_NAMES.values()))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset, starts = 0, {}
     for name in sorted(declared, key=lambda name: (-_ORDER.index(_NAMES[declared[name][1]]), name)):
@@ -62,7 +66,7 @@ def plan_file(declared: TensorSpecs, path: Path) -> FileLayout:
 
 
 def plan_shards(declared: TensorSpecs, folder: Path, limit: int = SHARD_BYTES) -> dict[str, Sequence[str]]:
-    """Names of the tensors of each file of a folder, at most `limit` bytes in each; the index of shards is written."""
+    """Assign tensors to files of at most `limit` bytes and write the shard index; returns tensor names by file name."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name, (shape, dtype) in declared.items():
@@ -88,7 +92,7 @@ def num_bytes(shape: Shape, dtype: torch.dtype) -> int:
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor that is computed when its turn to be written comes, and forgotten afterwards."""
+    """A tensor that is computed when it is written and freed afterwards."""
 
     shape: Shape
     dtype: torch.dtype
@@ -105,31 +109,31 @@ def write_weights(tensors: Mapping[str, Writable], folder: Path, shard_size: int
 
 
 def write_file(tensors: Mapping[str, Writable], path: Path) -> None:
-    """Write one .safetensors file. Raises LayoutError for a type of number that such files do not know."""
+    """Write one .safetensors file. Raises LayoutError for a dtype that .safetensors files do not have."""
     layout = plan_file(_declared(tensors), path)
     with path.open("wb") as stream:
         stream.write(layout.header)
         for name in layout.offsets:
-            made = materialize(tensors[name])
-            stream.write(made.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-            del made
+            data = materialize(tensors[name])
+            stream.write(data.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            del data
 
 
 def materialize(tensor: Writable) -> Tensor:
-    """The tensor itself, computed now if need be. Raises RuntimeError when it is not what was announced."""
+    """Return the tensor, computing it if needed. Raises RuntimeError if its shape or dtype is not the declared one."""
     if isinstance(tensor, Tensor):
         return tensor.detach()
-    made = tensor.compute().detach()
-    if tuple(made.shape) != tuple(tensor.shape) or made.dtype != tensor.dtype:
-        found, wanted = f"{made.dtype} {list(made.shape)}", f"{tensor.dtype} {list(tensor.shape)}"
-        raise RuntimeError(f"{found} was made where {wanted} was announced")
-    return made
+    computed = tensor.compute().detach()
+    if tuple(computed.shape) != tuple(tensor.shape) or computed.dtype != tensor.dtype:
+        found, declared = f"{computed.dtype} {list(computed.shape)}", f"{tensor.dtype} {list(tensor.shape)}"
+        raise RuntimeError(f"computed {found}, declared {declared}")
+    return computed
 
 
 def as_float16(tensors: Mapping[str, Writable]) -> dict[str, Writable]:
-    """Floating tensors in float16, cast when they are written; the others as they are.
+    """Floating-point tensors as float16, cast when they are written; other tensors unchanged.
 
-    Writing raises LayoutError naming a tensor with values that float16 does not hold.
+    Writing raises LayoutError for a tensor with values outside the range of float16.
     """
     return {name: _half(name, tensor) if tensor.dtype.is_floating_point else tensor for name, tensor in tensors.items()}
 
@@ -138,34 +142,31 @@ def _half(name: str, tensor: Writable) -> Writable:
     if tensor.dtype == torch.float16:
         return tensor
 
-    def make() -> Tensor:
+    def compute() -> Tensor:
         half = materialize(tensor).to(torch.float16)
         if not bool(half.isfinite().all()):
             raise LayoutError(
-                f"{name} has values past 65504, the largest that float16 holds, which this layout stores; "
-                "keep this model in the native layout"
+                "values exceed 65504, the largest float16 number",
+                field=name,
+                hint="save this model in the native layout",
             )
         return half
 
-    return LazyTensor(tuple(tensor.shape), torch.float16, make)
+    return LazyTensor(tuple(tensor.shape), torch.float16, compute)
 
 
 def _declared(tensors: Mapping[str, Writable]) -> TensorSpecs:
     return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
 
 
-# --- torch_written
-# Weights into a file of torch.save, one tensor at a time; torch.save itself wants all of them in memory.
-
-
 _ALIGNMENT = 64
 _HEADER_BYTES = 30
-_PADDING_ID = 0x4246  # the field that torch.save itself pads with
+_PADDING_ID = 0x4246  # zip extra field that torch.save uses for padding
 _EPOCH = (1980, 1, 1, 0, 0, 0)
 
 
 def write_torch_file(tensors: Mapping[str, Writable], path: Path) -> None:
-    """Write the tensors by their names. No storage is shared, and nothing in the file depends on when it is written."""
+    """Write tensors by name as torch.save does, with one storage per tensor and no timestamps."""
     with path.open("wb") as stream, zipfile.ZipFile(stream, "w", zipfile.ZIP_STORED) as archive:
         _add(archive, "data.pkl", _pickled(tensors))
         _add(archive, "byteorder", b"little")
@@ -173,9 +174,9 @@ def write_torch_file(tensors: Mapping[str, Writable], path: Path) -> None:
             info = _member(archive, f"data/{number}")
             info.file_size = num_bytes(tensor.shape, tensor.dtype)
             with archive.open(info, "w") as member:
-                made = materialize(tensor).cpu().contiguous()
-                member.write(made.flatten().view(torch.uint8).numpy().data)
-                del made
+                data = materialize(tensor).cpu().contiguous()
+                member.write(data.flatten().view(torch.uint8).numpy().data)
+                del data
         _add(archive, "version", b"3\n")
 
 
@@ -186,8 +187,8 @@ class _Storage:
 
 
 @dataclass(frozen=True)
-class _Shell:
-    """What is pickled as a tensor."""
+class _PickledTensor:
+    """Pickled in place of a tensor."""
 
     storage: _Storage
 
@@ -208,8 +209,10 @@ class _Pickler(pickle.Pickler):
 
 def _pickled(tensors: Mapping[str, Writable]) -> bytes:
     stream = io.BytesIO()
-    shells = {name: _Shell(_Storage(number, tensor)) for number, (name, tensor) in enumerate(tensors.items())}
-    _Pickler(stream, protocol=2).dump(shells)
+    stand_ins = {
+        name: _PickledTensor(_Storage(number, tensor)) for number, (name, tensor) in enumerate(tensors.items())
+    }
+    _Pickler(stream, protocol=2).dump(stand_ins)
     return stream.getvalue()
 
 
@@ -218,7 +221,7 @@ def _add(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
-    """A member whose content will begin at a multiple of 64 bytes, so that it can be mapped."""
+    """A member whose content starts at a multiple of 64 bytes, so that it can be memory-mapped."""
     info = zipfile.ZipInfo(f"archive/{name}", _EPOCH)
     begin = archive.fp.tell() + _HEADER_BYTES + len(info.filename) + 4  # type: ignore[union-attr]
     padding = -begin % _ALIGNMENT

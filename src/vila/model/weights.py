@@ -1,7 +1,7 @@
-"""Tensors in files: listed without being read, mapped in place where they stay as they are, copied one by one if not.
+"""Weight files: find them, list their tensors without reading them, and load tensors memory-mapped or one by one.
 
-A tensor that keeps its type and stays on the CPU is a view of the mapped file, so loading costs no second copy. When it
-is converted or moved, the mapping is given back as it goes, so memory holds the result and one tensor more.
+A tensor that keeps its dtype and stays on the CPU is a view of the mapped file, so loading makes no copy. When tensors
+are converted or moved, the pages of the file are released as they are read: peak memory is the result plus one tensor.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -43,7 +43,7 @@ SAFETENSORS_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""Types of numbers as .safetensors files name them."""
+"""Dtypes by their names in .safetensors files."""
 
 
 class WeightFile(Protocol):
@@ -51,18 +51,18 @@ class WeightFile(Protocol):
 
     @property
     def path(self) -> Path:
-        """Where it lies."""
+        """Path of the file."""
 
     @property
     def is_mapped(self) -> bool:
-        """Whether its tensors are certain to be views of the file, whose pages may then be given back."""
+        """Whether all tensors are guaranteed to be views of the mapped file, so that its pages can be released."""
 
     @property
     def tensor_specs(self) -> Mapping[str, tuple[Shape, torch.dtype]]:
-        """Shape and type of every tensor, without reading any."""
+        """Shape and dtype of every tensor, without reading it."""
 
     def open(self) -> Any:
-        """A context in which tensors can be had by name; what is mapped stays only as long as somebody holds it."""
+        """Context that yields a function from a name to its tensor; the mapping lives as long as a tensor uses it."""
 
 
 @dataclass(frozen=True)
@@ -70,49 +70,49 @@ class SafetensorsFile:
     """A .safetensors file."""
 
     path: Path
-    # Its reader does not promise views of the file, and opening it anew is cheap.
+    # safetensors does not guarantee views of the file; reopening it is cheap.
     is_mapped = False
 
     @cached_property
     def tensor_specs(self) -> Mapping[str, tuple[Shape, torch.dtype]]:
-        """Shape and dtype of every tensor. Raises LayoutError when the file is cut short or is something else."""
+        """Shape and dtype of every tensor. Raises LayoutError for a truncated or invalid file."""
         out = {}
         with self._open() as file:
             for name in file.keys():  # noqa: SIM118 - not a dict
                 part = file.get_slice(name)
-                kind = part.get_dtype()
-                if kind not in SAFETENSORS_DTYPES:
+                dtype = part.get_dtype()
+                if dtype not in SAFETENSORS_DTYPES:
                     raise LayoutError(
-                        "", file=self.path, field=name, value=kind, expected=", ".join(SAFETENSORS_DTYPES)
+                        "", file=self.path, field=name, value=dtype, expected=", ".join(SAFETENSORS_DTYPES)
                     )
-                out[name] = (tuple(part.get_shape()), SAFETENSORS_DTYPES[kind])
+                out[name] = (tuple(part.get_shape()), SAFETENSORS_DTYPES[dtype])
         return out
 
     @contextmanager
     def open(self) -> Iterator[ReadTensor]:
-        """Tensors as views of the file."""
+        """Context that yields a function from a name to its tensor."""
         with self._open() as file:
             yield file.get_tensor
 
     def _open(self) -> Any:
-        with file_errors(self.path, LayoutError, hint="it may be cut short or damaged; copy or download it again"):
+        with file_errors(self.path, LayoutError, hint="it may be truncated or damaged; copy or download it again"):
             return safe_open(self.path, framework="pt")
 
 
 @dataclass(frozen=True)
 class TorchFile:
-    """A file of torch.save that holds tensors by name and nothing else; nothing in its pickle is run."""
+    """A file written by torch.save that contains a dict of tensors and nothing else; its pickle is never executed."""
 
     path: Path
 
     @property
     def is_mapped(self) -> bool:
-        """Whether its tensors are views of the file. Before PyTorch 1.6 they were not aligned, and are copied."""
+        """Whether all tensors are views of the file; PyTorch before 1.6 did not align them, so they are copied."""
         return self._content.is_mapped
 
     @cached_property
     def tensor_specs(self) -> Mapping[str, tuple[Shape, torch.dtype]]:
-        """Shape and dtype of every tensor. Raises LayoutError as `read_torch_file`, and for other values."""
+        """Shape and dtype of every tensor. Raises LayoutError as `read_torch_file`, and for values of other types."""
         return {name: (tensor.shape, tensor.dtype) for name, tensor in self._content.value.items()}
 
     @contextmanager
@@ -125,37 +125,43 @@ class TorchFile:
     @cached_property
     def _content(self) -> TorchContent:
         content = read_torch_file(self.path)
-        held = content.value
-        if not isinstance(held, dict):
+        values = content.value
+        if not isinstance(values, dict):
             raise LayoutError(
-                "holds no weights",
-                file=self.path,
-                value=type(held).__name__,
-                expected="tensors by their names",
+                "contains no weights", file=self.path, value=type(values).__name__, expected="a dict of tensors"
             )
-        if held and held.keys() <= {"scale", "clip"}:
+        if values and values.keys() <= {"scale", "clip"}:
             raise LayoutError(
-                "holds the result of an AWQ search, not weights",
+                "contains AWQ search results, not weights",
                 file=self.path,
                 hint="give it to vila quantize --load-awq, with the 16-bit model",
             )
-        for name, value in held.items():
+        for name, value in values.items():
             if not isinstance(name, str) or not isinstance(value, StoredTensor):
                 raise LayoutError(
-                    "", file=self.path, field=str(name), value=type(value).__name__, expected="a tensor by its name"
+                    "", file=self.path, field=str(name), value=type(value).__name__, expected="a named tensor"
                 )
         return content
 
 
 @dataclass(frozen=True)
 class TensorRef:
-    """One weight of ours, as it lies in a file. `change` turns the file's tensor into it, without copying if it can."""
+    """A model weight as a tensor in a file.
+
+    transform: maps the file's tensor to the weight, as a view where possible.
+    """
 
     file: WeightFile
     name: str
     shape: Shape
     dtype: torch.dtype
     transform: Transform | None = None
+
+    def then(self, transform: Transform, shape: Shape | None = None) -> TensorRef:
+        """Return a reference with another transform applied last. shape: of the result, if it changes."""
+        first = self.transform
+        combined = transform if first is None else lambda tensor: transform(first(tensor))
+        return replace(self, transform=combined, shape=self.shape if shape is None else shape)
 
     @property
     def bytes(self) -> int:
@@ -164,55 +170,55 @@ class TensorRef:
 
 
 def list_tensors(files: Sequence[WeightFile]) -> dict[str, TensorRef]:
-    """Every tensor of the files under its own name. Raises LayoutError when two files hold the same one."""
+    """Return all tensors of the files by name. Raises LayoutError if two files contain the same name."""
     out: dict[str, TensorRef] = {}
     for file in files:
         for name, (shape, dtype) in file.tensor_specs.items():
             if name in out:
                 raise LayoutError(
-                    f"is also in {out[name].file.path}", file=file.path, field=name, hint="remove one of the two files"
+                    f"also in {out[name].file.path}", file=file.path, field=name, hint="remove one of the two files"
                 )
             out[name] = TensorRef(file, name, shape, dtype)
     return out
 
 
 def read_tensors(
-    pieces: Mapping[str, TensorRef], targets: Mapping[str, tuple[torch.dtype, torch.device]]
+    refs: Mapping[str, TensorRef], targets: Mapping[str, tuple[torch.dtype, torch.device]]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Each piece in its wanted type and place, file by file."""
+    """Yield each tensor in its target dtype and on its target device, file by file."""
     by_file: dict[WeightFile, list[str]] = {}
-    for name, piece in pieces.items():
-        by_file.setdefault(piece.file, []).append(name)
-    budget = max((piece.bytes for piece in pieces.values()), default=0)
+    for name, ref in refs.items():
+        by_file.setdefault(ref.file, []).append(name)
+    budget = max((ref.bytes for ref in refs.values()), default=0)
     for file, names in by_file.items():
         waiting = list(reversed(names))
         while waiting:
-            # Pages of the file that were copied from count as memory until it is closed: open it anew now and then.
+            # Pages that were copied from count as memory until the file is closed, so it is reopened regularly.
             copied = 0
             with file.open() as get:
-                while waiting and (not copied or copied + pieces[waiting[-1]].bytes <= budget):
+                while waiting and (not copied or copied + refs[waiting[-1]].bytes <= budget):
                     name = waiting.pop()
-                    tensor, source = _one(pieces[name], get, *targets[name])
-                    if source is not None and not (file.is_mapped and _give_back(source)):
-                        copied += pieces[name].bytes
+                    tensor, source = _load(refs[name], get, *targets[name])
+                    if source is not None and not (file.is_mapped and _release_pages(source)):
+                        copied += refs[name].bytes
                     del source
                     yield name, tensor
                     del tensor
 
 
-def _one(piece: TensorRef, get: ReadTensor, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """The tensor as it is wanted, and the file's own where that is another one."""
-    source = get(piece.name)
-    changed = source if piece.transform is None else piece.transform(source)
+def _load(ref: TensorRef, get: ReadTensor, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Return the converted tensor, and the file's own tensor if the result does not share its memory."""
+    source = get(ref.name)
+    changed = source if ref.transform is None else ref.transform(source)
     tensor = changed.to(device=device, dtype=dtype if changed.is_floating_point() else changed.dtype)
     same = tensor.untyped_storage().data_ptr() == source.untyped_storage().data_ptr()
     return tensor, None if same else source
 
 
-def _give_back(source: Tensor) -> bool:
-    """Let go of the pages of a mapped file that a tensor was copied from; they would be read again if need be.
+def _release_pages(source: Tensor) -> bool:
+    """Release the pages of a mapped file that a tensor was copied from; the system reads them again if needed.
 
-    False where the system has no such call: opening the file anew does the same.
+    Returns False if the system has no such call; reopening the file has the same effect.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -229,9 +235,10 @@ _NOT_IN_NAMES = frozenset("/\\\0")
 
 
 def published_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The weights by the names under which transformers publishes them, a tied head left out.
+    """Weights of a model under their published names, without a tied LM head.
 
-    Its modules are renamed from version to version (DINOv2's `query` became `q_proj`), what is in files is not.
+    transformers renames modules from version to version (DINOv2's `query` became `q_proj`); names in files stay the
+    same.
     """
     state = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     if getattr(model.config, "tie_word_embeddings", False):
@@ -240,7 +247,7 @@ def published_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def published_names(model: PreTrainedModel) -> dict[str, str]:
-    """Return the published names of a model's weights, and their names in its modules.
+    """Map the published names of a model's weights to its parameter names.
 
     Raises LayoutError for a model whose modules join or split published weights, such as DINOv2 with SwiGLU.
     """
@@ -248,55 +255,59 @@ def published_names(model: PreTrainedModel) -> dict[str, str]:
     names = {id(tensor): name for name, tensor in state.items()}
     published = revert_weight_conversion(model, state)
     if joined := [public for public, tensor in published.items() if id(tensor) not in names]:
-        raise LayoutError(f"modules that join or split weights are not supported ({', '.join(joined[:3])})")
+        raise LayoutError("modules that join or split weights are not supported", value=joined[:3])
     return {public: names[id(tensor)] for public, tensor in published.items()}
 
 
 def find_weight_files(folder: Path) -> list[WeightFile]:
-    """Return the weight files of a directory, safetensors first.
+    """Return the weight files of a directory; safetensors take precedence.
 
-    Raises LayoutError for an index that is damaged, names files outside of the directory or absent ones, for shards
-    without their index, and when there are no weights.
+    Raises LayoutError for an invalid index, an index that names missing files or files outside of the directory, shards
+    without an index, and a directory without weights.
     """
     for index, single in zip(INDEX_FILES, SINGLE_FILES, strict=True):
         if (folder / index).is_file():
-            return [open_weight_file(path) for path in _indexed(folder / index)]
+            return [open_weight_file(path) for path in _listed_shards(folder / index)]
         if (folder / single).is_file():
             return [open_weight_file(folder / single)]
-    _refuse_shards_without_index(folder)
+    _check_shards_have_index(folder)
     loose = sorted(folder.glob("*.safetensors"))
     if len(loose) == 1:
         return [open_weight_file(loose[0])]
-    if pickled := torch_weight_files(folder):
-        return list(map(open_weight_file, pickled))
+    if torch_files := torch_weight_files(folder):
+        return list(map(open_weight_file, torch_files))
     raise LayoutError("no weights", file=folder, expected=f"one of {', '.join([*SINGLE_FILES, *INDEX_FILES])}")
 
 
-def _indexed(index: Path) -> list[Path]:
-    """Return the shards that an index names."""
+def _listed_shards(index: Path) -> list[Path]:
+    """Return the shards that an index lists."""
     named = read_json_object(index, LayoutError).get("weight_map")
     if not isinstance(named, dict) or not named:
         raise LayoutError(
-            "", file=index, field="weight_map", value=named, expected="an object from the names of weights to files"
+            "", file=index, field="weight_map", value=named, expected="a mapping from weight names to file names"
         )
     for weight, file in named.items():
         if not isinstance(file, str) or not file.strip(". ") or len(file) > 255 or set(file) & _NOT_IN_NAMES:
             raise LayoutError(
-                "", file=index, field=f"weight_map.{weight}", value=file, expected="the name of a file beside the index"
+                "",
+                file=index,
+                field=f"weight_map.{weight}",
+                value=file,
+                expected="the name of a file next to the index",
             )
     shards = [index.parent / file for file in sorted(set(named.values()))]
     if missing := [shard.name for shard in shards if not shard.is_file()]:
         raise LayoutError(
-            f"names {len(shards)} shards, of which {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing",
+            f"{len(missing)} of {len(shards)} shards are missing",
             file=index,
             field="weight_map",
             value=missing,
-            hint="fetch the checkpoint again",
+            hint="download the checkpoint again",
         )
     return shards
 
 
-def _refuse_shards_without_index(folder: Path) -> None:
+def _check_shards_have_index(folder: Path) -> None:
     for index, single in zip(INDEX_FILES, SINGLE_FILES, strict=True):
         stem, _, ending = single.partition(".")
         names = sorted(path.name for path in folder.glob(f"{stem}-*-of-*.{ending}"))
@@ -306,14 +317,14 @@ def _refuse_shards_without_index(folder: Path) -> None:
                 f"{len(counted)} of {int(counted[0][1])} shards without their index",
                 file=folder / index,
                 value=names[:3],
-                hint=f"fetch {index} too",
+                hint=f"download {index} too",
             )
 
 
 def torch_weight_files(folder: Path) -> list[Path]:
-    """The files of torch.save that a directory's weights are: one for each tensor, the only one, or the newest form.
+    """Return the .pt weight files of a directory: one per tensor, the only one, or TinyChat's current one (`...v2.pt`).
 
-    TinyChat calls its second form `...v2.pt`. Raises LayoutError when several could be meant; [] for none.
+    Returns [] if there are none. Raises LayoutError if the choice is ambiguous.
     """
     paths = sorted(folder.glob("*.pt"))
     if len(paths) < 2 or any(path.name.endswith(".qweight.pt") for path in paths):
@@ -322,11 +333,13 @@ def torch_weight_files(folder: Path) -> list[Path]:
     if len(second) == 1:
         return second
     raise LayoutError(
-        f"{folder}: {len(paths)} .pt files, and nothing says which holds the weights "
-        f"({', '.join(path.name for path in paths[:5])}); give the path of that file"
+        f"ambiguous: {len(paths)} .pt files",
+        file=folder,
+        value=[path.name for path in paths[:5]],
+        hint="pass the path of the file with the weights",
     )
 
 
 def open_weight_file(path: Path) -> WeightFile:
-    """A file of tensors by its suffix."""
+    """Return the reader for a weight file by its suffix."""
     return SafetensorsFile(path) if path.suffix == ".safetensors" else TorchFile(path)

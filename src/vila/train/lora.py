@@ -76,7 +76,7 @@ def save_adapter(
     held = dict(model.state_dict()) if tensors is None else tensors
     wanted = [*adapter_parameters(model), *(name for name in held if name.partition(".")[0] in parts)]
     chosen = {name: held[name].detach().cpu() for name in wanted}
-    write_adapter(model, processor, chosen, folder, base=base, parts=parts)
+    write_adapter(model, processor, chosen, folder, base=base, whole_modules=parts)
 
 
 def merge_adapters(model: VilaForConditionalGeneration) -> None:

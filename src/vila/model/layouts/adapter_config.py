@@ -1,4 +1,4 @@
-"""adapter_config.json of PEFT: the features of LoRA that are merged exactly, and a refusal by name of all others."""
+"""PEFT's adapter_config.json: LoRA features that are merged exactly; all others are rejected by name."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ HANDLED: Final = (
     *("alpha_pattern", "init_lora_weights", "use_dora", "bias", "lora_bias", "modules_to_save"),
     *("trainable_token_indices", "ensure_weight_tying", "target_parameters"),
 )
-"""Keys whose values decide what is merged."""
+"""Keys that affect the merge."""
 WITHOUT_EFFECT: Final = (
-    # About training, or about which modules have adapters, which the names of the weights say.
+    # About training, or which modules have adapters, which follows from the weight names.
     *("task_type", "auto_mapping", "peft_version", "inference_mode", "target_modules", "exclude_modules"),
     *("lora_dropout", "layers_to_transform", "layers_pattern", "runtime_config"),
     # PEFT itself sets it to false for the Linears that our models are made of.
     "fan_in_fan_out",
-    # They matter with another key only, which is refused by itself.
+    # Only used together with other keys, which are rejected.
     *("megatron_core", "qalora_group_size", "loftq_config", "eva_config", "corda_config", "lora_ga_config"),
     # Options that ms-swift adds for its optimizer.
     *("lora_dtype", "lorap_lr_ratio", "lorap_emb_lr"),
 )
-"""Keys that change nothing about a trained adapter."""
+"""Keys that do not affect a trained adapter."""
 _PATTERN: Final = r"(.*\.)?({})$"
 _MAX_PATTERN: Final = 500
 _QUANTIFIER: Final = re.compile(r"[*+{]|(?<!\()\?")
@@ -46,13 +46,13 @@ _QUANTIFIED_GROUP: Final = re.compile(r"\)[*+?{]")
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What a LoRA adapter says about its weights.
+    """Settings of a LoRA adapter.
 
-    init:            "pissa" or "olora" if PEFT subtracts the initial adapter from the base when it loads, else empty.
-    whole_modules:   PEFT's `modules_to_save`: ends of the names of modules whose weights are stored whole.
-    has_biases:      biases of the base are stored whole.
-    trained_rows:    rows of embeddings that are stored, by the name of their module; None: the names are not given.
-    keeps_tie:       weights that are tied in the base stay tied.
+    init:          "pissa" or "olora" if PEFT subtracts the initial adapter from the base when it loads, else empty.
+    whole_modules: PEFT's `modules_to_save`: name suffixes of modules whose weights are stored completely.
+    has_biases:    biases of the base are stored.
+    trained_rows:  stored rows of embeddings, by module name if given.
+    keeps_tie:     weights that are tied in the base stay tied.
     """
 
     file: Path
@@ -71,22 +71,22 @@ class AdapterConfig:
     revision: str | None
 
     def rank_of(self, module: str) -> int:
-        """Return the rank of the adapter of a module."""
+        """Return the rank of a module's adapter."""
         return _by_pattern(self.rank_pattern, module, self.rank)
 
     def scale_of(self, module: str) -> float:
-        """Return the factor of the product of a module's adapter."""
+        """Return the scale of a module's adapter: alpha / r, or alpha / sqrt(r) with rsLoRA."""
         rank = self.rank_of(module)
         return _by_pattern(self.alpha_pattern, module, self.alpha) / (math.sqrt(rank) if self.use_rslora else rank)
 
     def is_whole(self, weight: str) -> bool:
-        """Whether a weight belongs to a module that is stored whole."""
+        """Whether a weight belongs to a module that is stored completely."""
         parts = weight.split(".")
         modules = [".".join(parts[:length]) for length in range(1, len(parts))]
         return any(module.endswith(tuple(self.whole_modules)) for module in modules)
 
     def rows_of(self, module: str) -> Sequence[int]:
-        """Return the rows of an embedding that are stored; empty if there are none."""
+        """Return the stored rows of an embedding; empty if there are none."""
         if not isinstance(self.trained_rows, Mapping):
             return self.trained_rows
         return next((rows for name, rows in self.trained_rows.items() if module.endswith(name)), ())
@@ -95,15 +95,15 @@ class AdapterConfig:
 def read_adapter_config(folder: Path) -> AdapterConfig:
     """Read adapter_config.json of a LoRA directory.
 
-    Raises LayoutError with file, field and value for another kind of adapter, for a feature that cannot be merged
-    exactly, and for values of wrong types; keys that are not known are refused unless they are false or empty.
+    Raises LayoutError with file, field and value for other adapter types, for features that cannot be merged exactly,
+    and for invalid values. Unknown keys are rejected unless they are false or empty.
     """
     fields = Fields.of_file(folder / CONFIG_FILE, LayoutError)
     if fields.get("peft_type") != "LORA":
         raise fields.refusal("peft_type", expected="LORA", hint=MERGE_WITH_PEFT)
     for key in fields:
         if key not in HANDLED and key not in WITHOUT_EFFECT and fields[key] not in (None, False, 0, "", [], {}):
-            raise fields.refusal(key, "a feature that cannot be merged exactly here", hint=MERGE_WITH_PEFT)
+            raise fields.refusal(key, "not supported: it cannot be merged exactly", hint=MERGE_WITH_PEFT)
     init = _init(fields)
     if init == "pissa" and fields.number("lora_alpha", minimum=-1e9) <= 0:
         raise fields.refusal("lora_alpha", expected="more than 0, with init_lora_weights pissa")
@@ -128,7 +128,7 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
 
 
 def _init(fields: Fields) -> str:
-    """Return the initialisation if it changes the base. Raises LayoutError if that cannot be done again here."""
+    """Return the initialisation if it changes the base. Raises LayoutError if the change cannot be reproduced."""
     key = "init_lora_weights"
     value = fields.get(key, True)
     if value is None or isinstance(value, bool):
@@ -138,14 +138,14 @@ def _init(fields: Fields) -> str:
         return name if name in _CHANGED_BASE else ""
     raise fields.refusal(
         key,
-        "an initialisation that changes the base, and that its config and weights cannot repeat",
+        "an initialisation that changes the base in a way that cannot be reproduced",
         expected=f"true, false, {', '.join((*_UNCHANGED_BASE, *_CHANGED_BASE))}",
         hint=_CONVERT,
     )
 
 
 def _pattern(fields: Fields, key: str, *, whole: bool) -> dict[str, Any]:
-    """Read values by regular expressions for module names; expressions whose search could take for ever are refused."""
+    """Read values by regular expression for module names; expressions with exponential cost are rejected."""
     section = fields.section(key)
     for pattern in section:
         costly = _QUANTIFIED_GROUP.search(pattern) or len(_QUANTIFIER.findall(pattern)) > 3
@@ -154,7 +154,7 @@ def _pattern(fields: Fields, key: str, *, whole: bool) -> dict[str, Any]:
         except (re.error, RecursionError, OverflowError):
             costly = True
         if costly or len(pattern) > _MAX_PATTERN:
-            expected = "names of modules, or expressions with three quantifiers at most and none behind a group"
+            expected = "module names, or expressions with at most three quantifiers and none after a group"
             raise section.refusal(pattern, expected=expected, hint=MERGE_WITH_PEFT)
     if whole:
         return {pattern: section.integer(pattern, minimum=1, maximum=2**20) for pattern in section}
@@ -162,7 +162,7 @@ def _pattern(fields: Fields, key: str, *, whole: bool) -> dict[str, Any]:
 
 
 def _by_pattern(values: Mapping[str, Any], module: str, default: Any) -> Any:
-    # As PEFT's `get_pattern_key`: the first expression that fits the end of the name.
+    # As PEFT's `get_pattern_key`: the first expression that matches the end of the name.
     return next((value for key, value in values.items() if re.match(_PATTERN.format(key), module)), default)
 
 
@@ -179,7 +179,7 @@ def _rows(fields: Fields) -> Sequence[int] | Mapping[str, Sequence[int]]:
     groups = value if isinstance(value, dict) else {"": [] if value is None else value}
     for rows in groups.values():
         if not isinstance(rows, list) or any(type(row) is not int or not 0 <= row < 2**31 for row in rows):
-            raise fields.refusal(key, expected="a list of row numbers, or one for each module")
+            raise fields.refusal(key, expected="a list of row indices, or one per module")
         if len(set(rows)) < len(rows):
-            raise fields.refusal(key, "a row occurs twice")
+            raise fields.refusal(key, "duplicate row")
     return groups if isinstance(value, dict) else groups[""]

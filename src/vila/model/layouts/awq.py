@@ -1,8 +1,8 @@
-"""Models in 4 bits as AutoAWQ stores them, which vLLM, SGLang and transformers with gptqmodel read.
+"""AutoAWQ's layout of 4-bit models, which vLLM, SGLang and transformers with gptqmodel read.
 
-A directory of another layout whose decoder blocks hold `qweight`, `qzeros` and `scales` in the place of `weight`, and
-whose config says so. It is written with the names of `llava-hf` where stock LLaVA can express the model, else with our
-own.
+A directory in another layout whose decoder blocks have `qweight`, `qzeros` and `scales` instead of `weight`, and whose
+config has a `quantization_config`. Written with the names of `llava-hf` if stock LLaVA can represent the model, else
+with native names.
 """
 
 from __future__ import annotations
@@ -27,13 +27,9 @@ from vila.model.layouts.llava_hf import check_writable, write_llava
 from vila.model.layouts.native import write_native
 from vila.model.save_weights import LazyTensor
 
-# --- awq_config
-# What a checkpoint says of its 4-bit weights: `quantization_config` in config.json, or AutoAWQ's quant_config.json.
-
-
 _KEY = "quantization_config"
-_BESIDE = ("quant_config.json", "quantize_config.json")
-# AutoAWQ's own names and those that transformers has made of them.
+_AUTOAWQ_FILES = ("quant_config.json", "quantize_config.json")
+# Key names of transformers and of AutoAWQ.
 _BITS, _GROUP, _VERSION = ("bits", "w_bit"), ("group_size", "q_group_size"), ("version", "format")
 _PACKINGS = {"gemm": "gemm", "gemv": "gemv", "gemv_fast": "tinychat", "llm-awq": "tinychat"}
 _REMEDY = "quantize the 16-bit model with vila quantize"
@@ -41,46 +37,49 @@ _REMEDY = "quantize the 16-bit model with vila quantize"
 
 @dataclass(frozen=True)
 class AwqSettings:
-    """Packing and group size of a checkpoint, and the file that says so."""
+    """Packing and group size of a checkpoint, and the file that declares them."""
 
     packing: str
     group_size: int
     source: Path
 
     def describe(self) -> str:
-        """For messages."""
-        return f"{self.source} says {self.packing} with groups of {self.group_size}"
+        """One phrase for error messages."""
+        return f"{self.source} declares {self.packing} with group size {self.group_size}"
 
 
 def is_quantized(folder: Path) -> bool:
-    """Whether a directory says of itself that its weights, or those in its `llm/`, are quantized in some way."""
+    """Whether the config of a directory, or of its `llm/`, declares any quantization."""
     return _find(folder) is not None
 
 
 def read_awq_settings(folder: Path) -> AwqSettings:
-    """Read what a directory says. Raises LayoutError with file, field and value for all but 4-bit AWQ with zeros."""
-    facts = _find(folder)
-    if facts is None:
-        raise LayoutError("nothing says how its weights are quantized", file=folder)
-    if facts.get("quant_method", "awq") != "awq":
-        raise facts.refusal("quant_method", expected="awq", hint=_REMEDY)
-    bits, size, version = (_first(facts, keys) for keys in (_BITS, _GROUP, _VERSION))
-    if _is_other(facts.get(bits), 4):
-        raise facts.refusal(bits, expected="4", hint=_REMEDY)
-    if facts.get("zero_point", True) is not True:
-        hint = f"weights are read with zeros alone, which may all be 8: correct it if there are .qzeros, else {_REMEDY}"
-        raise facts.refusal("zero_point", expected="true", hint=hint)
-    packing = facts.text(version, "gemm").lower()
+    """Read the quantization settings.
+
+    Raises LayoutError with file, field and value unless they are 4-bit AWQ with zeros.
+    """
+    fields = _find(folder)
+    if fields is None:
+        raise LayoutError("no quantization settings", file=folder)
+    if fields.get("quant_method", "awq") != "awq":
+        raise fields.refusal("quant_method", expected="awq", hint=_REMEDY)
+    bits, size, version = (_first(fields, keys) for keys in (_BITS, _GROUP, _VERSION))
+    if _is_other(fields.get(bits), 4):
+        raise fields.refusal(bits, expected="4", hint=_REMEDY)
+    if fields.get("zero_point", True) is not True:
+        hint = f"only weights with zeros are supported: correct it if there are .qzeros, else {_REMEDY}"
+        raise fields.refusal("zero_point", expected="true", hint=hint)
+    packing = fields.text(version, "gemm").lower()
     if packing not in _PACKINGS:
-        raise facts.refusal(version, expected=", ".join(_PACKINGS), hint=_REMEDY)
-    group = 128 if facts.get(size) is None else facts[size]
+        raise fields.refusal(version, expected=", ".join(_PACKINGS), hint=_REMEDY)
+    group = 128 if fields.get(size) is None else fields[size]
     if not isinstance(group, int) or isinstance(group, bool) or group < 2:
-        raise facts.refusal(size, expected="32, 64 or 128", hint=_REMEDY)
-    return AwqSettings(_PACKINGS[packing], group, facts.file)
+        raise fields.refusal(size, expected="32, 64 or 128", hint=_REMEDY)
+    return AwqSettings(_PACKINGS[packing], group, fields.file)
 
 
 def awq_config(group_size: int, skipped: Sequence[str]) -> dict[str, Any]:
-    """`quantization_config` of gemm weights; `skipped` are patterns of the modules that stay as they are."""
+    """Return the `quantization_config` of gemm weights; `skipped` are patterns of modules in full precision."""
     return {
         "quant_method": "awq",
         "bits": 4,
@@ -92,14 +91,14 @@ def awq_config(group_size: int, skipped: Sequence[str]) -> dict[str, Any]:
 
 
 def _find(folder: Path) -> Fields | None:
-    for where in (folder, folder / "llm"):
-        config = read_config(where)
+    for directory in (folder, folder / "llm"):
+        config = read_config(directory)
         for part in (config, config.section("text_config")):
-            if part.get(_KEY) is not None and (facts := part.section(_KEY)):
-                return facts
-        for name in _BESIDE:
-            if (where / name).is_file():
-                return Fields.of_file(where / name, LayoutError)
+            if part.get(_KEY) is not None and (fields := part.section(_KEY)):
+                return fields
+        for name in _AUTOAWQ_FILES:
+            if (directory / name).is_file():
+                return Fields.of_file(directory / name, LayoutError)
     return None
 
 
@@ -107,9 +106,9 @@ def _is_other(value: object, number: int) -> bool:
     return isinstance(value, bool) or value != number
 
 
-def _first(facts: Fields, keys: Sequence[str]) -> str:
-    """Return the first of several names of a key that has a value; the first name if none has."""
-    return next((key for key in keys if facts.get(key) is not None), keys[0])
+def _first(fields: Fields, keys: Sequence[str]) -> str:
+    """Return the first of several keys that has a value; the first key if none has."""
+    return next((key for key in keys if fields.get(key) is not None), keys[0])
 
 
 _SKIPPED = (
@@ -119,38 +118,38 @@ _SKIPPED = (
     "model.vision_tower",
     "model.multi_modal_projector",
 )
-"""Patterns for both namings of LLaVA: transformers matches from the start of a module's name, vLLM anywhere in it."""
+"""Patterns for both LLaVA namings: transformers matches the start of a module name, vLLM any part of it."""
 _SKIPPED_NATIVE = (*_SKIPPED, "language_model.lm_head", "projector")
-"""Our own names beside those, which programs and tools know."""
+"""Patterns for native names."""
 
 
 class AwqHfLayout:
-    """A directory that `quantization_config` says to be quantized, and is else in a layout of full precision."""
+    """A directory with a `quantization_config` and otherwise a full-precision layout."""
 
     name = "awq-hf"
 
     def matches(self, folder: Path) -> bool:
-        """Whether the directory says that it is quantized, in whatever way, and would be known if it were not."""
+        """Whether the directory declares quantization and matches a full-precision layout."""
         return folder.is_dir() and is_quantized(folder) and detect_full_precision(folder) is not None
 
     def open(self, folder: Path, base: Path | None = None) -> Checkpoint:
-        """Understand the directory. Raises LayoutError where what is said and the tensors do not belong together."""
-        facts = read_awq_settings(folder)
+        """Read the configs. Raises LayoutError if the declaration and the tensors disagree."""
+        settings = read_awq_settings(folder)
         layout = detect_full_precision(folder)
         if layout is None:
-            raise LayoutError(f"{folder}: not a model in a layout known here but for its quantization")
+            raise LayoutError("no known checkpoint layout", file=folder)
         under = layout.open(folder, base)
-        pieces, packed = collect_packed_weights(under.tensors, facts.packing, facts.group_size, facts.describe())
-        return checkpoint_with_int4(under, pieces, packed, folder)
+        refs, packed = collect_packed_weights(under.tensors, settings.packing, settings.group_size, settings.describe())
+        return checkpoint_with_int4(under, refs, packed, folder)
 
     def check(self, model: Any, processor: Any) -> None:
-        """Raise LayoutError for a model in full precision, or with outputs that gemm words cannot hold."""
+        """Raise LayoutError for a full-precision model, or outputs that the gemm packing does not support."""
         require_int4(model, self.name)
         for name, layer in int4_layers(model):
             check_divides(f"outputs of {name}", layer.out_features, 8)
 
     def write(self, model: Any, processor: Any, folder: Path) -> None:
-        """Write the model; all but the 4-bit weights becomes float16, which the readers of this layout compute in.
+        """Write the model; all weights except the 4-bit ones become float16, the dtype that readers of this layout use.
 
         Raises LayoutError as `check`.
         """
@@ -165,34 +164,33 @@ class AwqHfLayout:
 
 
 def require_int4(model: Any, layout: str) -> int:
-    """The group size of a model. Raises LayoutError unless it is in 4 bits, with one group size."""
+    """Return the group size of a 4-bit model. Raises LayoutError for full precision, or several group sizes."""
     size = group_size_of(model)
     if size is None:
         raise LayoutError(
-            f"{layout} holds models in 4 bits, and this one is in full precision; vila quantize makes them"
+            f"{layout} needs a 4-bit model, this one is in full precision", hint="quantize it with vila quantize"
         )
     return size
 
 
 def _storage(model: Any, size: int, skipped: tuple[str, ...]) -> WeightStorage:
-    kept = [
+    full_precision = [
         name.replace("language_model.model.", prefix)
         for name, module in model.named_modules()
         if name.startswith(DECODER_BLOCKS) and isinstance(module, torch.nn.Linear)
         for prefix in ("language_model.model.", "model.language_model.")
     ]
-    return WeightStorage(pack, awq_config(size, (*skipped, *kept)))
+    return WeightStorage(pack, awq_config(size, (*skipped, *full_precision)))
 
 
 def pack(weight: Int4Weight) -> Mapping[str, LazyTensor]:
-    """The tensors of a weight, packed when they are written."""
-    facts = packed_tensor_specs("gemm", (weight.num_outputs, weight.num_inputs), weight.group_size)
-    # Zeros and scales do not depend on codes: they are packed with a group of two inputs each, to save the work.
-    groups = torch.zeros_like(weight.zeros)
-    thin = Int4Weight(groups, weight.scales, weight.zeros, 2)
-    sources = {"qweight": weight, "qzeros": thin, "scales": thin}
+    """Return the tensors of a weight, packed when they are written."""
+    specs = packed_tensor_specs("gemm", (weight.num_outputs, weight.num_inputs), weight.group_size)
+    # Zeros and scales do not depend on the codes, so they are packed with dummy codes of two inputs per group.
+    without_codes = Int4Weight(torch.zeros_like(weight.zeros), weight.scales, weight.zeros, 2)
+    sources = {"qweight": weight, "qzeros": without_codes, "scales": without_codes}
     return {
-        ending: LazyTensor(facts[ending][0], facts[ending][1] or torch.float16, partial(_part, source, ending))
+        ending: LazyTensor(specs[ending][0], specs[ending][1] or torch.float16, partial(_part, source, ending))
         for ending, source in sources.items()
     }
 

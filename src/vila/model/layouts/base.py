@@ -1,4 +1,4 @@
-"""What a checkpoint layout can do, and the table of those that exist."""
+"""`Checkpoint` and the `ModelLayout` protocol, and what layouts share: mapping of weight names, storage of weights."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from vila.model.weights import TensorRef, published_state_dict
 
 @dataclass(frozen=True)
 class Sources:
-    """Objects of config files that the config of a checkpoint was read from, for errors.
+    """JSON objects that a checkpoint's config was read from, for error messages.
 
-    model, text, vision: of the whole model, of its LLM and of its vision tower.
-    names:               keys of `model` by our names of fields, where they differ.
+    model, text, vision: of the whole model, its LLM and its vision tower.
+    names:               keys of `model` by our field names, where they differ.
     """
 
     model: Fields
@@ -36,12 +36,12 @@ class Sources:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose configs are read and whose weights are not.
+    """A checkpoint whose configs have been read and whose weights have not.
 
-    pieces:     location of each weight, by our names.
-    unclaimed:  tensors of its files with unknown names; loading refuses them.
-    generation: content of generation_config.json, for `model.generate`.
-    int4:       weights of Linears that are in 4 bits, by our names of the Linears; they are not among the pieces.
+    tensors:    location of each weight, by our names.
+    unexpected: tensors in its files with unknown names; loading fails on them.
+    generation: content of generation_config.json.
+    int4:       4-bit weights by Linear name; they are not among `tensors`.
     """
 
     folder: Path
@@ -55,112 +55,93 @@ class Checkpoint:
 
 
 class ReadLayout(Protocol):
-    """Recognises a directory and understands it as a checkpoint of ours."""
+    """A directory format that can be detected and opened."""
 
     name: str
 
     def matches(self, folder: Path) -> bool:
-        """Whether the directory is in this layout; looks at names and config only."""
+        """Whether the directory is in this layout, judged by file names and config only."""
 
     def open(self, folder: Path, base: Path | None = None) -> Checkpoint:
-        """Understand the directory without reading tensors. `base` holds the LLM where the directory does not.
+        """Read configs and weight locations. `base` is the directory of the base LLM, for layouts that need one.
 
-        Raises LayoutError naming what is missing, unknown or contradictory.
+        Raises LayoutError for missing, unknown or contradictory values and files.
         """
 
 
 class ModelLayout(ReadLayout, Protocol):
-    """A layout in which models of ours can also be written."""
+    """A layout that can also be written."""
 
     def check(self, model: Any, processor: VilaProcessor) -> None:
-        """Raise LayoutError for what the layout cannot express; the weights may be on the meta device."""
+        """Raise LayoutError if the layout cannot represent the model, whose weights may be on the meta device."""
 
     def write(self, model: Any, processor: VilaProcessor, folder: Path) -> None:
-        """Write atomically, replacing a directory. Raises LayoutError as `check`."""
-
-
-# --- names
-# Foreign names of weights and ours, as pairs of prefixes that work in both directions.
+        """Write a directory atomically, replacing an existing one. Raises LayoutError as `check`."""
 
 
 Prefixes = Sequence[tuple[str, str]]
-"""Pairs (foreign, ours). The first that fits is taken, so longer ones come first."""
+"""Pairs (layout's prefix, our prefix). The first match wins, so longer prefixes come first."""
 
-# Buffers that old versions of transformers saved; every module computes them itself.
-_HARMLESS = ("rotary_emb.inv_freq", "embeddings.position_ids")
+# Buffers that old versions of transformers saved; modules compute them.
+_IGNORED_SUFFIXES = ("rotary_emb.inv_freq", "embeddings.position_ids")
 
 
 def to_native_name(name: str, prefixes: Prefixes) -> str | None:
-    """Our name of a foreign weight, None when no prefix fits."""
-    return next((ours + name[len(theirs) :] for theirs, ours in prefixes if name.startswith(theirs)), None)
+    """Return our name of a layout's weight, None if no prefix matches."""
+    return next((ours + name[len(prefix) :] for prefix, ours in prefixes if name.startswith(prefix)), None)
 
 
 def to_layout_name(name: str, prefixes: Prefixes) -> str:
-    """The foreign name of a weight of ours. Raises LayoutError when the layout has no place for it."""
-    for theirs, ours in sorted(prefixes, key=lambda pair: -len(pair[1])):
+    """Return a layout's name of our weight. Raises LayoutError if the layout has none."""
+    for prefix, ours in sorted(prefixes, key=lambda pair: -len(pair[1])):
         if name.startswith(ours):
-            return theirs + name[len(ours) :]
-    raise LayoutError(f"this layout has no place for the weight {name}")
+            return prefix + name[len(ours) :]
+    raise LayoutError("the layout has no name for this weight", field=name)
 
 
 def map_names(
-    pieces: Mapping[str, TensorRef], prefixes: Prefixes, ignore: Iterable[str] = ()
+    refs: Mapping[str, TensorRef], prefixes: Prefixes, ignore: Iterable[str] = ()
 ) -> tuple[dict[str, TensorRef], list[str]]:
-    """Pieces by our names, and the foreign names that nothing claims. `ignore`: prefixes that are known and not needed.
+    """Return tensors by our names, and the names that no prefix matches. `ignore`: prefixes of tensors to skip.
 
-    Raises LayoutError when two foreign weights map_names one of ours.
+    Raises LayoutError if two tensors map to one name.
     """
     ours: dict[str, TensorRef] = {}
-    unclaimed = []
+    unmatched = []
     skipped = tuple(ignore)
-    for name, piece in pieces.items():
-        if name.endswith(_HARMLESS) or (skipped and name.startswith(skipped)):
+    for name, ref in refs.items():
+        if name.endswith(_IGNORED_SUFFIXES) or (skipped and name.startswith(skipped)):
             continue
         target = to_native_name(name, prefixes)
         if target is None:
-            unclaimed.append(name)
+            unmatched.append(name)
         elif target in ours:
-            raise LayoutError(f"{piece.file.path}: both {ours[target].name} and {name} stand for {target}")
+            raise LayoutError(f"the same weight as {ours[target].name}", file=ref.file.path, field=name)
         else:
-            ours[target] = piece
-    return ours, unclaimed
+            ours[target] = ref
+    return ours, unmatched
 
 
-def keep_rows(piece: TensorRef, rows: int) -> TensorRef:
+def keep_rows(ref: TensorRef, rows: int) -> TensorRef:
     """Return the first `rows` rows of a weight. Raises LayoutError if it has fewer."""
-    if not piece.shape or piece.shape[0] < rows:
-        raise _shape_error(piece, f"at least {rows} rows")
-    return replace(
-        piece, shape=(rows, *piece.shape[1:]), transform=_then(piece.transform, lambda tensor: tensor[:rows])
-    )
+    if not ref.shape or ref.shape[0] < rows:
+        raise _shape_error(ref, f"at least {rows} rows")
+    return ref.then(lambda tensor: tensor[:rows], (rows, *ref.shape[1:]))
 
 
-def split_qkv(piece: TensorRef, number: int) -> TensorRef:
-    """Return query, key or value from a weight that holds all three, one below the other.
+def split_qkv(ref: TensorRef, index: int) -> TensorRef:
+    """Return query (0), key (1) or value (2) of a fused weight [3 * rows, ...].
 
-    Raises LayoutError unless its rows can be divided by three.
+    Raises LayoutError if the number of rows is not a multiple of three.
     """
-    if not piece.shape or piece.shape[0] % 3:
-        raise _shape_error(piece, "rows of query, key and value")
-    rows = piece.shape[0] // 3
-    start = number * rows
-
-    def cut(tensor):
-        return tensor[start : start + rows]
-
-    return replace(piece, shape=(rows, *piece.shape[1:]), transform=_then(piece.transform, cut))
+    if not ref.shape or ref.shape[0] % 3:
+        raise _shape_error(ref, "a multiple of three rows")
+    rows = ref.shape[0] // 3
+    return ref.then(lambda tensor: tensor[index * rows : (index + 1) * rows], (rows, *ref.shape[1:]))
 
 
-def _shape_error(piece: TensorRef, expected: str) -> LayoutError:
-    return LayoutError("", file=piece.file.path, field=piece.name, value=list(piece.shape), expected=expected)
-
-
-def _then(first: Callable | None, second: Callable) -> Callable:
-    return second if first is None else lambda tensor: second(first(tensor))
-
-
-# --- storage
-# How the writers of layouts store weights: as they are, or the decoder's blocks in 4 bits and all else in float16.
+def _shape_error(ref: TensorRef, expected: str) -> LayoutError:
+    return LayoutError("", file=ref.file.path, field=ref.name, value=list(ref.shape), expected=expected)
 
 
 Pack = Callable[[Int4Weight], Mapping[str, Writable]]
@@ -168,11 +149,11 @@ Pack = Callable[[Int4Weight], Mapping[str, Writable]]
 
 @dataclass(frozen=True)
 class WeightStorage:
-    """One way to store a model's weights.
+    """How a layout stores weights: in full precision, or decoder blocks in 4 bits and all other weights in float16.
 
-    pack:  the tensors of one 4-bit Linear by the endings of their names; None stores full precision.
-    facts: `quantization_config` of config.json; empty for none.
-    save:  writes the LLM's weights into a directory.
+    pack:                packed tensors of a 4-bit Linear by name suffix; None stores full precision.
+    quantization_config: entry of config.json; empty for none.
+    save:                writes the LLM's weights into a directory.
     """
 
     pack: Pack | None = None
@@ -180,16 +161,16 @@ class WeightStorage:
     save: Callable[[Mapping[str, Writable], Path], None] = write_weights
 
     def check(self, model: Any) -> None:
-        """Raise LayoutError for a model in 4 bits that is to be stored in full precision."""
+        """Raise LayoutError for a 4-bit model that is to be stored in full precision."""
         layers = dict(int4_layers(model))
         if self.pack is None and layers:
             raise LayoutError(
-                f"{len(layers)} Linears of the model are in 4 bits, which this layout does not hold; use awq-hf or "
-                "tinychat, or turn them into ordinary ones with vila convert --dequantize"
+                f"the layout has no 4-bit weights, but {len(layers)} Linears of the model are in 4 bits",
+                hint="use awq-hf or tinychat, or dequantize the model with vila convert --dequantize",
             )
 
     def state_dict(self, model: Any) -> dict[str, Any]:
-        """Return the weights of a model, or of its LLM, by their published names, as stored but for `stored`.
+        """Return the weights of a model, or of its LLM, by published name, before `cast`.
 
         Raises LayoutError as `check`.
         """
@@ -205,13 +186,13 @@ class WeightStorage:
         return out
 
     def cast(self, tensors: Mapping[str, Writable]) -> dict[str, Writable]:
-        """Tensors in the type that the file has: float16 beside 4-bit ones, which their readers compute in."""
+        """Cast tensors to the dtype of the file: float16 alongside 4-bit weights, else unchanged."""
         return dict(tensors) if self.pack is None else as_float16(tensors)
 
     def config(self, model: Any) -> Any:
-        """The model's config, which says the type of the file; the model's own stays as it is."""
+        """Return a copy of the model's config with the dtype of the file."""
         config = copy.deepcopy(model.config)
-        # A model that was never loaded says nothing of its type.
+        # The dtype of a model that was not loaded from files is unset.
         config.dtype = config.dtype or model.dtype
         if self.pack is not None:
             for part in (config, config.text_config, config.vision_config):
@@ -220,11 +201,7 @@ class WeightStorage:
 
 
 FULL_PRECISION = WeightStorage()
-"""Every weight in its own type."""
-
-
-# --- int4_pieces
-# From a checkpoint that was understood as one of full precision to one whose decoder blocks are in 4 bits.
+"""Every weight in its own dtype."""
 
 
 DECODER_BLOCKS = "language_model.model.layers."
@@ -232,33 +209,31 @@ _KEY = "quantization_config"
 
 
 def checkpoint_with_int4(
-    checkpoint: Checkpoint, pieces: Mapping[str, TensorRef], packed: Mapping[str, PackedWeight], folder: Path
+    checkpoint: Checkpoint, refs: Mapping[str, TensorRef], packed: Mapping[str, PackedWeight], folder: Path
 ) -> Checkpoint:
-    """The checkpoint of `folder`, its weights being `pieces` and `packed`.
+    """Return the checkpoint with the given tensors and 4-bit weights, and without `quantization_config` in its configs.
 
-    Its config no longer says that it is quantized: the tensors say so, and configs are written by layouts.
-    Raises LayoutError when there is no 4-bit weight, or one outside the decoder's blocks.
+    Raises LayoutError if there is no 4-bit weight, or one outside the decoder blocks.
     """
     if not packed:
         raise LayoutError(
-            "no .qweight among its tensors, but it is said to hold weights in 4 bits",
+            f"{_KEY} is set, but there are no .qweight tensors",
             file=folder,
-            hint=f"remove {_KEY} from its config.json if they are in 16 bits, else fetch it again",
+            hint=f"remove {_KEY} from config.json if the weights are in 16 bits, else download the checkpoint again",
         )
     check_int4_names(packed, folder)
-    for config in (checkpoint.config, checkpoint.config.text_config):
-        if hasattr(config, _KEY):
-            delattr(config, _KEY)
-    return replace(checkpoint, folder=folder, tensors=pieces, int4=packed)
+    configs: tuple[Any, ...] = (checkpoint.config, checkpoint.config.text_config)
+    for config in configs:
+        vars(config).pop(_KEY, None)
+    return replace(checkpoint, folder=folder, tensors=refs, int4=packed)
 
 
 def check_int4_names(names: Iterable[str], folder: Path) -> None:
-    """Raises LayoutError for Linears in 4 bits that are not in the decoder's blocks."""
+    """Raise LayoutError for 4-bit Linears outside the decoder blocks."""
     if wrong := sorted(name for name in names if not name.startswith(DECODER_BLOCKS)):
         raise LayoutError(
-            "in 4 bits",
+            "4-bit weights outside the LLM's decoder blocks",
             file=folder,
             field=", ".join(wrong[:5]),
-            expected="4 bits in Linears of the LLM's blocks alone",
             hint="quantize the 16-bit model with vila quantize",
         )

@@ -1,4 +1,4 @@
-"""Config and processor of a model from published parts; the templates that published checkpoints do not name."""
+"""Build `VilaConfig` and `VilaProcessor` from the parts of a model, and check that the parts are compatible."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def build_config(
     vision_source: str = "",
     exif_orientation: bool = True,
 ) -> tuple[VilaConfig, VilaProcessor]:
-    """Make config and processor of a model from its parts. Sizes that follow from others are computed here, once.
+    """Build config and processor of a model from its parts, including all derived sizes.
 
-    Raises LayoutError with the field for parts that do not go together.
+    Raises LayoutError with the field for incompatible parts.
     """
     check_features(tower.config, select_layer, select_feature)
     scales = sorted(s2_scales)
@@ -52,7 +52,7 @@ def build_config(
         num_video_frames=num_video_frames,
         exif_orientation=exif_orientation,
     )
-    # Past both the tokenizer and the LLM's embeddings, so that no answer can hold it.
+    # Outside both the tokenizer's and the LLM's vocabulary, so that the model cannot generate it.
     placeholder = max(len(tokenizer), llm.vocab_size) if image_token_id is None else image_token_id
     config = VilaConfig(
         vision_config=tower.config,
@@ -74,20 +74,20 @@ def build_config(
 def num_image_tokens(
     tower: PretrainedConfig, image_size: int, scales: Sequence[int], projector: str, select_feature: str
 ) -> int:
-    """Return the number of image placeholders of one image. Raises LayoutError for parts that do not go together."""
+    """Return the number of image placeholders per image. Raises LayoutError for incompatible parts."""
     patches = num_patches(tower, scales[0] if scales else image_size)
     return num_projected_tokens(projector, patches + (select_feature == "cls_patch" and has_cls_token(tower)))
 
 
 def check_vision_spec(config: VilaConfig, spec: VisionSpec) -> None:
-    """Compare stored vision settings with the tower and projector of a config. Raises LayoutError with the field."""
+    """Compare a stored vision spec with the tower and projector of a config. Raises LayoutError with the field."""
     tower = config.vision_config
     check_features(tower, config.select_layer, config.select_feature)
     check_image_size(tower, spec.image_size, config.s2_scales, config.s2_max_split)
     tokens = num_image_tokens(tower, spec.image_size, config.s2_scales, config.projector_type, config.select_feature)
     if spec.tokens_per_image != tokens:
         raise LayoutError(
-            "not what tower and projector give",
+            "does not match tower and projector",
             field="tokens_per_image",
             value=spec.tokens_per_image,
             expected=f"{tokens}",

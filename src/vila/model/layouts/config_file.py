@@ -1,7 +1,7 @@
-"""config.json and generation_config.json of a checkpoint: checked value by value before transformers reads them.
+"""config.json and generation_config.json: every value is checked before transformers reads it.
 
-A config describes sizes and arithmetic. Keys by which it could change anything else in transformers (code to import,
-attention implementation, labels, outputs) are left out.
+Only sizes and arithmetic settings are kept. Keys that could change anything else in transformers (code to import,
+attention implementation, labels, outputs) are dropped.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from vila.model.vision_tower import TOWER_TYPES, has_cls_token
 from vila.model.weights import Shape, TensorRef
 
 MAX_LAYERS: Final = 1_000_000
-"""Layers that a config may ask for before they are compared with the weights; configs hold lists of that length."""
+"""Upper limit of layers in a config before comparison with the weights; configs contain lists of that length."""
 MAX_POSITIONS: Final = 2**24
-"""Longest context, in tokens."""
+"""Upper limit of the context length, in tokens."""
 _MAX_ROPE_FACTOR: Final = 10_000.0
 
 _CONFIG, _GENERATION = "config.json", "generation_config.json"
@@ -58,7 +58,7 @@ _FLAGS = (
 )
 _TOKEN_IDS = ("bos_token_id", "pad_token_id")
 
-# Keys of every config class that are no sizes and no arithmetic: they would change outputs, import code, or hang.
+# Keys of every config class that are neither sizes nor arithmetic: they could change outputs, import code, or hang.
 _LEFT_OUT = frozenset(
     (
         "architectures",
@@ -94,7 +94,7 @@ _TEXT_ATTRIBUTES = (
     "max_position_embeddings",
 )
 
-# Rotary position types with the numbers that each needs: key, least and greatest value.
+# Rotary position types with their required numbers: key, minimum and maximum.
 _FACTOR = ("factor", 1.0, _MAX_ROPE_FACTOR)
 _ROPE_NUMBERS: Mapping[str, tuple[tuple[str, float, float], ...]] = {
     "linear": (_FACTOR,),
@@ -106,55 +106,54 @@ _ROPE_OPTIONAL = ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscal
 
 
 def read_config(folder: Path) -> Fields:
-    """Read config.json of a directory; empty if there is none. Raises LayoutError if it is no JSON object."""
+    """Read config.json of a directory; empty if there is none. Raises LayoutError unless it is a JSON object."""
     path = folder / _CONFIG
     return Fields.of_file(path, LayoutError) if path.is_file() else Fields({}, path, error=LayoutError)
 
 
-def text_config(facts: Fields, kind: str) -> PretrainedConfig:
-    """Build transformers' config of an LLM of type `kind` from the keys of an old or new config.
+def text_config(fields: Fields, kind: str) -> PretrainedConfig:
+    """Build transformers' config of an LLM of type `kind` from an old or new config.json.
 
-    Raises LayoutError with file, field and value for what no model can have. Sizes are compared with the weights later,
-    see `layouts.sizes`.
+    Raises LayoutError with file, field and value for invalid values. `check_sizes` compares sizes with the weights.
     """
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise facts.refusal("model_type", f"transformers has no LLM of type {kind!r}")
-    config = _part_config(facts, kind)
-    if lacking := [name for name in _TEXT_ATTRIBUTES if not isinstance(getattr(config, name, None), int)]:
-        raise facts.refusal("model_type", f"an LLM of this type has no {', '.join(lacking)}")
+        raise fields.refusal("model_type", f"transformers has no LLM of type {kind!r}")
+    config = _part_config(fields, kind)
+    if missing := [name for name in _TEXT_ATTRIBUTES if not isinstance(getattr(config, name, None), int)]:
+        raise fields.refusal("model_type", f"LLMs of this type have no {', '.join(missing)}")
     return config
 
 
-def tower_config(facts: Fields, kind: str) -> PretrainedConfig:
-    """Build transformers' config of a vision tower of type `kind`. Raises LayoutError as `text_config` does."""
+def tower_config(fields: Fields, kind: str) -> PretrainedConfig:
+    """Build transformers' config of a vision tower of type `kind`. Raises LayoutError as `text_config`."""
     if kind not in TOWER_TYPES:
-        raise facts.refusal("model_type", f"no vision tower of type {kind!r}", expected=", ".join(TOWER_TYPES))
-    return _part_config(facts, kind)
+        raise fields.refusal("model_type", f"no vision tower of type {kind!r}", expected=", ".join(TOWER_TYPES))
+    return _part_config(fields, kind)
 
 
-def _part_config(facts: Fields, kind: str) -> PretrainedConfig:
-    _check_values(facts)
-    _check_rope(facts)
+def _part_config(fields: Fields, kind: str) -> PretrainedConfig:
+    _check_values(fields)
+    _check_rope(fields)
     config_class = CONFIG_MAPPING[kind]
-    _check_heads(facts, config_class)
+    _check_heads(fields, config_class)
     known = {field.name for field in dataclass_fields(config_class)} | _UNDECLARED | set(config_class.attribute_map)
-    # A null rotary setting is not its default in transformers, which also changes nested objects in place.
+    # transformers does not treat a null rotary setting as its default, and modifies nested objects in place.
     plain = {
-        key: _without_nulls(facts[key]) if key in _ROPE_KEYS else copy.deepcopy(facts[key])
-        for key in facts
-        if key in known and key not in _LEFT_OUT and not (key in _UNDECLARED and facts[key] is None)
+        key: _without_nulls(fields[key]) if key in _ROPE_KEYS else copy.deepcopy(fields[key])
+        for key in fields
+        if key in known and key not in _LEFT_OUT and not (key in _UNDECLARED and fields[key] is None)
     }
-    with file_errors(facts.file, LayoutError):
+    with file_errors(fields.file, LayoutError):
         return config_class(**plain)
 
 
-def _check_heads(facts: Fields, config_class: type[PretrainedConfig]) -> None:
+def _check_heads(fields: Fields, config_class: type[PretrainedConfig]) -> None:
     heads, width = (
-        facts.integer(key, getattr(config_class, key, None), minimum=1)
+        fields.integer(key, getattr(config_class, key, None), minimum=1)
         for key in ("num_attention_heads", "hidden_size")
     )
-    if isinstance(heads, int) and isinstance(width, int) and width % heads and facts.get("head_dim") is None:
-        raise facts.refusal("num_attention_heads", expected=f"a divisor of hidden_size, {width:,}")
+    if isinstance(heads, int) and isinstance(width, int) and width % heads and fields.get("head_dim") is None:
+        raise fields.refusal("num_attention_heads", expected=f"a divisor of hidden_size, {width:,}")
 
 
 def _without_nulls(value: Any) -> Any:
@@ -163,71 +162,71 @@ def _without_nulls(value: Any) -> Any:
     return {key: _without_nulls(item) for key, item in value.items() if item is not None}
 
 
-def _check_values(facts: Fields) -> None:
-    for key in facts.keys() & set(_SIZES):
-        facts.integer(key, minimum=1)
+def _check_values(fields: Fields) -> None:
+    for key in fields.keys() & set(_SIZES):
+        fields.integer(key, minimum=1)
     for key in _OPTIONAL_SIZES:
-        facts.integer(key, None, minimum=1)
-    for key in facts.keys() & {"num_hidden_layers"}:
-        facts.integer(key, minimum=1, maximum=MAX_LAYERS)
-    for key in facts.keys() & {"max_position_embeddings"}:
-        facts.integer(key, minimum=1, maximum=MAX_POSITIONS)
-    facts.integer("num_channels", 3, minimum=3, maximum=3)
+        fields.integer(key, None, minimum=1)
+    for key in fields.keys() & {"num_hidden_layers"}:
+        fields.integer(key, minimum=1, maximum=MAX_LAYERS)
+    for key in fields.keys() & {"max_position_embeddings"}:
+        fields.integer(key, minimum=1, maximum=MAX_POSITIONS)
+    fields.integer("num_channels", 3, minimum=3, maximum=3)
     for key in _COUNTS:
-        facts.integer(key, None)
-    for key in facts.keys() & set(_SIDES):
-        square_side(facts, key)
-    for key in facts.keys() & set(_EPSILONS):
-        facts.number(key, maximum=1.0)
-    for key in facts.keys() & set(_INITIALISERS):
-        facts.number(key)
+        fields.integer(key, None)
+    for key in fields.keys() & set(_SIDES):
+        square_side(fields, key)
+    for key in fields.keys() & set(_EPSILONS):
+        fields.number(key, maximum=1.0)
+    for key in fields.keys() & set(_INITIALISERS):
+        fields.number(key)
     for key in _FRACTIONS:
-        facts.number(key, 0.0, maximum=1.0)
-    for key in facts.keys() & set(_FLAGS):
-        facts.flag(key)
-    for key in facts.keys() & {"hidden_act"}:
-        facts.text(key, choices=sorted(ACT2FN))
+        fields.number(key, 0.0, maximum=1.0)
+    for key in fields.keys() & set(_FLAGS):
+        fields.flag(key)
+    for key in fields.keys() & {"hidden_act"}:
+        fields.text(key, choices=sorted(ACT2FN))
     for key in ("dtype", "torch_dtype"):
-        facts.text(key, None, choices=("float32", "float16", "bfloat16", "float64"))
-    facts.texts("layer_types", None)
+        fields.text(key, None, choices=("float32", "float16", "bfloat16", "float64"))
+    fields.texts("layer_types", None)
     for key in _TOKEN_IDS:
-        facts.integer(key, None, minimum=-1)
-    token_ids(facts, "eos_token_id")
-    _check_padding(facts)
+        fields.integer(key, None, minimum=-1)
+    token_ids(fields, "eos_token_id")
+    _check_padding(fields)
 
 
-def _check_padding(facts: Fields) -> None:
-    # torch refuses a padding row outside the table.
-    padding, rows = facts.integer("pad_token_id", None, minimum=-1), facts.integer("vocab_size", None)
+def _check_padding(fields: Fields) -> None:
+    # torch rejects a padding index outside the embedding table.
+    padding, rows = fields.integer("pad_token_id", None, minimum=-1), fields.integer("vocab_size", None)
     if padding is not None and rows is not None and padding >= rows:
-        raise facts.refusal("pad_token_id", expected=f"an id below vocab_size, {rows:,}")
+        raise fields.refusal("pad_token_id", expected=f"an id below vocab_size, {rows:,}")
 
 
-def square_side(facts: Fields, key: str) -> int:
-    """Read the side of a square in pixels: an integer, or a list of two equal ones."""
-    value = facts.get(key)
+def square_side(fields: Fields, key: str) -> int:
+    """Read the side of a square in pixels: an integer, or a list of two equal integers."""
+    value = fields.get(key)
     side = value[0] if isinstance(value, list) and len(value) == 2 and value[0] == value[1] else value
     if isinstance(side, bool) or not isinstance(side, int) or not 1 <= side <= 2**31 - 1:
-        raise facts.refusal(key, expected="a positive integer, or a list of two equal ones")
+        raise fields.refusal(key, expected="a positive integer, or a list of two equal ones")
     return side
 
 
-def token_ids(facts: Fields, key: str) -> list[int]:
-    """Read an id or a list of ids, which is not empty; none if it is absent."""
-    value = facts.get(key)
+def token_ids(fields: Fields, key: str) -> list[int]:
+    """Read a token id or a non-empty list of ids; [] if it is absent."""
+    value = fields.get(key)
     ids = value if isinstance(value, list) else [] if value is None else [value]
     if value == [] or any(isinstance(id_, bool) or not isinstance(id_, int) or not -1 <= id_ < 2**31 for id_ in ids):
-        raise facts.refusal(key, expected="a token id or a list of them")
+        raise fields.refusal(key, expected="a token id or a list of them")
     return ids
 
 
-def _check_rope(facts: Fields) -> None:
-    """Check the rotary position settings under their old names (`rope_scaling`) and their new one."""
-    facts.number("rope_theta", None, minimum=1.0, maximum=1e12)
-    facts.number("partial_rotary_factor", None, minimum=0.01, maximum=1.0)
+def _check_rope(fields: Fields) -> None:
+    """Check rotary position settings under the old key (`rope_scaling`) and the new one."""
+    fields.number("rope_theta", None, minimum=1.0, maximum=1e12)
+    fields.number("partial_rotary_factor", None, minimum=0.01, maximum=1.0)
     for key in _ROPE_KEYS:
-        section = facts.section(key)
-        # Models with several kinds of attention have an object for each.
+        section = fields.section(key)
+        # Models with several attention types have one object per type.
         nested = bool(section) and all(isinstance(value, dict) for value in section.values())
         for rope in map(section.section, section) if nested else [section]:
             _check_one_rope(rope)
@@ -272,48 +271,44 @@ _GENERATION_FLAGS = ("do_sample", "use_cache", "output_attentions", "output_hidd
 def read_generation_config(folder: Path, ignored: tuple[str, ...] = ()) -> dict[str, Any]:
     """Read generation_config.json of a directory without the keys `ignored`; empty if there is none.
 
-    Sampling values without `do_sample`, as LLaVA-1.5 is published, are left out: greedy decoding does not read them,
-    and transformers writes no file with them. Raises LayoutError for values that `generate` cannot use.
+    Sampling values without `do_sample`, as in the published LLaVA-1.5, are dropped: greedy decoding ignores them, and
+    transformers refuses to save them. Raises LayoutError for values that `generate` does not accept.
     """
     path = folder / _GENERATION
     if not path.is_file():
         return {}
-    facts = Fields.of_file(path, LayoutError).without(*ignored)
+    fields = Fields.of_file(path, LayoutError).without(*ignored)
     for key in ("bos_token_id", "eos_token_id", "pad_token_id", "suppress_tokens", "begin_suppress_tokens"):
-        token_ids(facts, key)
+        token_ids(fields, key)
     for key in _LENGTHS:
-        facts.integer(key, None)
+        fields.integer(key, None)
     for key, (least, greatest) in _SAMPLING.items():
-        facts.number(key, None, minimum=least, maximum=greatest)
-    facts.number("repetition_penalty", None, minimum=1e-6, maximum=1e6)
+        fields.number(key, None, minimum=least, maximum=greatest)
+    fields.number("repetition_penalty", None, minimum=1e-6, maximum=1e6)
     for key in _GENERATION_FLAGS:
-        facts.flag(key, None)
-    unused = () if facts.get("do_sample") else tuple(_SAMPLING)
-    plain = {key: value for key, value in facts.items() if value is not None and key not in unused}
+        fields.flag(key, None)
+    unused = () if fields.get("do_sample") else tuple(_SAMPLING)
+    plain = {key: value for key, value in fields.items() if value is not None and key not in unused}
     build_generation_config(plain, path)
     return plain
 
 
-def build_generation_config(facts: Mapping[str, Any], file: Path) -> GenerationConfig:
-    """Build transformers' generation config. Raises LayoutError with the file's name for what it refuses."""
+def build_generation_config(values: Mapping[str, Any], file: Path) -> GenerationConfig:
+    """Build transformers' generation config. Raises LayoutError with the file for values that it rejects."""
     with file_errors(file, LayoutError):
-        return GenerationConfig.from_dict(copy.deepcopy(dict(facts)))
-
-
-# --- sizes
-# Sizes that a config asks for against the shapes in the weight files, before any module is built.
+        return GenerationConfig.from_dict(copy.deepcopy(dict(values)))
 
 
 _LLM, _TOWER = "language_model.", "vision_tower."
 _LLM_BLOCK = re.compile(r"language_model\.(?:model\.)?layers\.(\d+)\.")
 _TOWER_BLOCK = re.compile(r"vision_tower\.encoder\.layers?\.(\d+)\.")
-# Of a part whose weights are missing; they are listed by name then, which takes its modules.
-_UNSEEN_LAYERS, _UNSEEN_POSITIONS = 1000, 2**20
+# Limits for a part without weights: its modules are built to list the missing weights by name.
+_MAX_UNCHECKED_LAYERS, _MAX_UNCHECKED_POSITIONS = 1000, 2**20
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
-    """A weight in a file: its name there, the file's name, and its shape as the model has it."""
+class StoredShape:
+    """A weight in a file: tensor name, file name, and shape in the model."""
 
     name: str
     file: str
@@ -325,39 +320,39 @@ class Stored:
 
 def check_sizes(
     config: VilaConfig,
-    pieces: Mapping[str, TensorRef],
+    refs: Mapping[str, TensorRef],
     int4: Mapping[str, PackedWeight],
     *,
     text: Fields,
     vision: Fields,
 ) -> None:
-    """Compare a config with the shapes of the weights, by our names of them.
+    """Compare a config with the shapes of the weights, by our names.
 
-    text, vision: objects that the configs of LLM and tower were read from, for errors.
-    Raises LayoutError with field, value, and the size of the weights. A part without weights is not compared unless it
-    is enormous: loading lists what is missing.
+    text, vision: objects that the configs of LLM and tower were read from, for error messages.
+    Raises LayoutError with the field, its value, and the size of the weights. A part without weights is only compared
+    if it would be enormous; loading lists missing weights.
     """
-    stored = {name: Stored(piece.name, piece.file.path.name, piece.shape) for name, piece in pieces.items()}
+    stored = {name: StoredShape(ref.name, ref.file.path.name, ref.shape) for name, ref in refs.items()}
     for name, weight in int4.items():
         codes = weight.parts["qweight"]
-        stored[f"{name}.weight"] = Stored(codes.name, codes.file.path.name, weight.shape)
+        stored[f"{name}.weight"] = StoredShape(codes.name, codes.file.path.name, weight.shape)
     parts = ((text, _text_sizes(config.text_config, stored)), (vision, _tower_sizes(config.vision_config, stored)))
-    for facts, sizes in parts:
+    for fields, sizes in parts:
         for key, asked, found, source in sizes:
             if asked != found:
-                raise _misfit(facts, key, asked, f"{found:,}, as in {source}")
+                raise _size_error(fields, key, asked, f"{found:,}, as in {source}")
 
 
-def _misfit(facts: Fields, key: str, asked: Any, expected: str) -> LayoutError:
-    """Return the error for a size; one that the file does not name is the default of its config class."""
-    absent = facts.get(key) is None and key in _IN_CONFIGS
+def _size_error(fields: Fields, key: str, asked: Any, expected: str) -> LayoutError:
+    """Return the error for a size; a size that the file omits is the default of its config class."""
+    absent = fields.get(key) is None and key in _IN_CONFIGS
     return LayoutError(
-        "not in the file, and its default does not fit the weights" if absent else "does not fit the weights",
-        file=facts.file,
-        field=facts.field(key),
+        "not in the file, and its default does not match the weights" if absent else "does not match the weights",
+        file=fields.file,
+        field=fields.field(key),
         value=asked,
         expected=expected,
-        hint="the config and the weights are of different models: fetch the checkpoint again",
+        hint="config and weights are of different models: download the checkpoint again",
     )
 
 
@@ -374,10 +369,10 @@ _IN_CONFIGS = (
 )
 
 Sizes = Iterator[tuple[str, int, int, object]]
-"""Key of a config, the value asked for, the value found, and the weights that it was found in."""
+"""Config key, its value, the value found in the weights, and where it was found."""
 
 
-def _text_sizes(llm: Any, stored: Mapping[str, Stored]) -> Sizes:
+def _text_sizes(llm: Any, stored: Mapping[str, StoredShape]) -> Sizes:
     blocks = {int(match[1]) for name in stored if (match := _LLM_BLOCK.match(name))}
     yield from _depth(llm.num_hidden_layers, blocks)
     block = f"{_LLM}model.layers.{min(blocks, default=0)}."
@@ -394,21 +389,21 @@ def _text_sizes(llm: Any, stored: Mapping[str, Stored]) -> Sizes:
     ):
         weights = [stored.get(f"{_LLM}model.layers.{block}.self_attn.{name}_proj.weight") for block in sorted(blocks)]
         rows = {weight.shape[0] for weight in weights if weight}
-        # Blocks that differ are damaged, and are listed by loading.
-        if rows != {asked * width} and (len(rows) == 1 or asked * width > _UNSEEN_POSITIONS):
+        # Blocks that differ from each other are damaged; loading lists them.
+        if rows != {asked * width} and (len(rows) == 1 or asked * width > _MAX_UNCHECKED_POSITIONS):
             found = next((weight for weight in weights if weight), None)
             yield field, asked, min(rows, default=0) // max(1, width), found or "the weight files"
 
 
 def _depth(asked: int, blocks: set[int]) -> Sizes:
     last = max(blocks, default=-1) + 1
-    # Missing blocks are listed by name later, unless there are too many to build.
+    # Loading lists missing blocks by name, unless there are too many to build.
     found = last if last < 2 * len(blocks) else len(blocks)
-    if blocks or asked > _UNSEEN_LAYERS:
+    if blocks or asked > _MAX_UNCHECKED_LAYERS:
         yield "num_hidden_layers", asked, found, "the weight files"
 
 
-def _tower_sizes(tower: Any, stored: Mapping[str, Stored]) -> Sizes:
+def _tower_sizes(tower: Any, stored: Mapping[str, StoredShape]) -> Sizes:
     blocks = {int(match[1]) for name in stored if (match := _TOWER_BLOCK.match(name))}
     yield from _depth(tower.num_hidden_layers, blocks)
     names = ("embeddings.patch_embedding.weight", "embeddings.patch_embeddings.projection.weight")
@@ -423,12 +418,12 @@ def _tower_sizes(tower: Any, stored: Mapping[str, Stored]) -> Sizes:
         found = math.isqrt(max(0, table.shape[-2] - has_cls_token(tower)))
         if positions + has_cls_token(tower) != table.shape[-2]:
             yield "image_size", side, found * patch, table
-    elif positions > _UNSEEN_POSITIONS:
+    elif positions > _MAX_UNCHECKED_POSITIONS:
         yield "image_size", side, 0, "the weight files"
     name = next((name for name in stored if _TOWER_BLOCK.match(name) and name.endswith("mlp.fc1.weight")), "")
     if name:
         first = stored[name]
-        if hasattr(tower, "intermediate_size"):
+        if getattr(tower, "intermediate_size", None) is not None:
             yield "intermediate_size", tower.intermediate_size, first.shape[0], first
         else:
             yield "mlp_ratio", tower.mlp_ratio, first.shape[0] // max(1, first.shape[-1]), first

@@ -1,4 +1,4 @@
-"""Registry of the checkpoint layouts, and detection of the layout of a directory."""
+"""Registry of checkpoint layouts, and detection of a directory's layout."""
 
 from __future__ import annotations
 
@@ -22,26 +22,25 @@ LAYOUTS: Registry[ModelLayout] = Registry(
 )
 
 QUANTIZED_LAYOUTS = ("tinychat", "awq-hf")
-"""Layouts of models in 4 bits. A directory may be in the first and have what the second is known by."""
+"""Layouts of 4-bit models, tested in this order: a tinychat directory may also match awq-hf."""
 
 ADAPTER_LAYOUTS: Registry[ReadLayout] = Registry(
     "layout of adapters", {"adapter": "vila.model.layouts.lora_adapter:LAYOUT"}
 )
-"""Layouts of directories that need another one; training writes them, and what is read from them can be converted."""
+"""Layouts of directories that need a base model: they can be read and converted, and training writes them."""
 
 
 TORCH_SUFFIX = ".pt"
-"""Suffix of the one kind of file that is a model's weights by itself; what else belongs to it lies around it."""
+"""Suffix of weight files that can be opened without a directory; config and tokenizer are next to them."""
 
 
 def detect_layout(folder: Path) -> ReadLayout:
-    """The layout of a directory, or of a `.pt` file. Raises LayoutError saying what the path is instead."""
+    """Return the layout of a directory or `.pt` file. Raises LayoutError with the content of an unknown directory."""
     if not folder.exists():
         raise LayoutError("no such directory", file=folder)
     if folder.is_file() and folder.suffix != TORCH_SUFFIX:
-        raise LayoutError("a model is a directory, this is a file", file=folder)
-    # The directory of an adapter also has the config of the whole model, and that of a 4-bit model looks like another
-    # one but for what it holds: they are asked first.
+        raise LayoutError("a file, not a model directory", file=folder)
+    # Adapters and 4-bit models also match the layout of the full-precision model, so they are tested first.
     for name in ADAPTER_LAYOUTS:
         if ADAPTER_LAYOUTS[name].matches(folder):
             return ADAPTER_LAYOUTS[name]
@@ -50,8 +49,9 @@ def detect_layout(folder: Path) -> ReadLayout:
             return LAYOUTS[name]
     found = ", ".join(sorted(path.name for path in folder.iterdir())[:8]) or "nothing"
     raise LayoutError(
-        f"not a model in a layout known here ({', '.join(LAYOUTS)}); it holds {found}",
+        f"no known checkpoint layout; the directory contains {found}",
         file=folder,
+        expected=", ".join(LAYOUTS),
         hint=_model_below(folder),
     )
 
@@ -64,7 +64,7 @@ def _model_below(folder: Path) -> str | None:
 
 
 def open_folder(folder: Path, base: Path | None = None) -> Checkpoint:
-    """Read the configs of a directory in any layout, and compare their sizes with the shapes of its weights.
+    """Detect and open a directory, and compare its config with the shapes of its weights.
 
     Raises LayoutError as the layout does, and for sizes that differ.
     """
@@ -83,7 +83,7 @@ def check_checkpoint_sizes(checkpoint: Checkpoint) -> None:
 
 
 def detect_full_precision(folder: Path) -> ReadLayout | None:
-    """The layout that a directory would have if its weights were in full precision; None when it has none."""
+    """Return the layout that a directory would have with full-precision weights; None if there is none."""
     for name in LAYOUTS:
         if name not in QUANTIZED_LAYOUTS and LAYOUTS[name].matches(folder):
             return LAYOUTS[name]

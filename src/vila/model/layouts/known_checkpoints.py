@@ -1,4 +1,4 @@
-"""Config and processor of a model from published parts; the templates that published checkpoints do not name."""
+"""Conversation templates of published checkpoints, whose files do not name them."""
 
 from __future__ import annotations
 
@@ -20,12 +20,15 @@ _TEMPLATES = {
     "llava-1.5-7b-hf": "vicuna_v1",
     "llava-1.5-13b-hf": "vicuna_v1",
 }
-"""The template that each published checkpoint was trained with. Its directory or hub repository has exactly this name,
-in any case; other names say nothing, because a wrong template still answers, only worse."""
+"""Template by name of the published checkpoint (case-insensitive).
+
+Only exact names of directories and hub repositories match, because a model with a wrong template still answers, but
+worse.
+"""
 
 
 def known_template(folder: Path) -> str:
-    """The template of a published checkpoint by its name, empty for any other."""
+    """Return the template of a published checkpoint by its directory or hub name; empty for other names."""
     # The hub's cache: models--OWNER--NAME/snapshots/COMMIT.
     name = folder.parent.parent.name.rpartition("--")[2] if folder.parent.name == "snapshots" else folder.name
     return _TEMPLATES.get(name.lower(), "")

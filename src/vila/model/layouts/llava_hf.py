@@ -1,9 +1,9 @@
-"""transformers' own LLaVA directory, which stock transformers, vLLM, SGLang and llama.cpp's converter read.
+"""transformers' LLaVA layout, which stock transformers, vLLM, SGLang and llama.cpp's converter read.
 
-Three things make it exact. A `linear` projector becomes two layers with no activation between, the second the identity.
-`<image>` needs an id below the vocabulary's size, so rows are appended to the embeddings and the head where there is
-none; the mean row, which can never be the likeliest. And stock tokenisation leaves out the lone `▁` that the original
-puts at the start of the text after a picture, so the chat template writes a space there.
+Three adaptations make stock code compute the same: a `linear` projector becomes two layers without activation, the
+second an identity. `<image>` needs an id below the vocabulary size, so the mean row is appended to embeddings and LM
+head if there is none; it can never be the most likely token. Stock tokenisation omits the `▁` that the released code
+inserts at the start of text after an image, so the chat template writes a space there.
 """
 
 from __future__ import annotations
@@ -40,10 +40,6 @@ from vila.model.layouts.tokenizer_files import check_placeholder, read_tokenizer
 from vila.model.layouts.tower_files import image_processor_settings, tower_spec
 from vila.model.weights import TensorRef, find_weight_files, list_tensors
 
-# --- llava_hf_files
-# What transformers' LLaVA directory calls its weights, and what its small files hold.
-
-
 IMAGE = "<image>"
 NAME_PREFIXES: Prefixes = (
     ("language_model.", "language_model."),
@@ -52,21 +48,21 @@ NAME_PREFIXES: Prefixes = (
     ("multi_modal_projector.linear_1.", "projector.0."),
     ("multi_modal_projector.linear_2.", "projector.2."),
 )
-"""Their prefixes and ours."""
+"""Weight name prefixes: theirs, ours."""
 VOCABULARY = ("language_model.model.embed_tokens.weight", "language_model.lm_head.weight")
-"""Weights with a row for each token."""
+"""Weights with one row per token."""
 PREFIXED_TOWERS = ("clip_vision_model", "siglip_vision_model")
-"""Towers whose weights lie one module deeper."""
+"""Towers whose weights are nested one module deeper."""
 
 
 def name_prefixes(config: Any) -> Prefixes:
-    """The pairs of NAME_PREFIXES that hold for a model's tower."""
+    """Return the prefixes that apply to a model's tower."""
     plain = config.vision_config.model_type not in PREFIXED_TOWERS
     return tuple(pair for pair in NAME_PREFIXES if not (plain and pair[0] == "vision_tower.vision_model."))
 
 
 def llava_config(config: Any, processor: Any, image_id: int, rows: int) -> dict[str, Any]:
-    """What config.json holds. rows: of the embeddings, which the image's own token may have made more."""
+    """Content of config.json. rows: rows of the embeddings, including the image token's."""
     llm, tower = config.text_config.to_dict(), config.vision_config.to_dict()
     llm["vocab_size"] = rows
     return {
@@ -95,7 +91,7 @@ def llava_config(config: Any, processor: Any, image_id: int, rows: int) -> dict[
 
 
 def write_processor(processor: Any, tokenizer: Any, config: Any, part: Path) -> None:
-    """Write what stock transformers reads pictures and conversations by."""
+    """Write processor and tokenizer files for stock transformers."""
     spec, kind = processor.spec, config.vision_config.model_type
     square = {"height": spec.image_size, "width": spec.image_size}
     image = image_processor_settings(spec)
@@ -108,27 +104,27 @@ def write_processor(processor: Any, tokenizer: Any, config: Any, part: Path) -> 
     else:
         image |= {"image_processor_type": "SiglipImageProcessor", "size": square}
     write_json(part / "preprocessor_config.json", {**image, "processor_class": "LlavaProcessor"}, indent=2)
-    facts = {
+    processor_config = {
         "processor_class": "LlavaProcessor",
         "image_token": IMAGE,
         "num_additional_image_tokens": 0 if kind == "siglip_vision_model" else 1,
         "patch_size": config.vision_config.patch_size,
         "vision_feature_select_strategy": "default" if config.select_feature == "patch" else "full",
     }
-    write_json(part / "processor_config.json", facts, indent=2)
+    write_json(part / "processor_config.json", processor_config, indent=2)
     write_tokenizer(tokenizer, part, config.template, after_image_space=True)
 
 
 def write_generation(model: Any, processor: Any, image_id: int, part: Path) -> None:
-    """Write generation_config.json: that of the model, ended by the template's stop tokens as well."""
+    """Write the model's generation_config.json, with the template's stop tokens as additional end-of-sequence ids."""
     config = copy.deepcopy(model.generation_config)
     special = processor.span_tokenizer.special_ids
     ends = {special[stop] for stop in _stops(processor) if stop in special}
     ends |= {processor.tokenizer.eos_token_id} - {None}
-    facts: Mapping[str, Any] = config.to_diff_dict()
+    settings: Mapping[str, Any] = config.to_diff_dict()
     write_json(
         part / "generation_config.json",
-        {**facts, "eos_token_id": sorted(ends), "suppress_tokens": [image_id]},
+        {**settings, "eos_token_id": sorted(ends), "suppress_tokens": [image_id]},
         indent=2,
     )
 
@@ -137,7 +133,7 @@ def _stops(processor: Any) -> tuple[str, ...]:
     return find_template(processor.template).stop if processor.template else ()
 
 
-# As the modules are called since transformers 4.52.
+# Module names since transformers 4.52.
 _NEW: Prefixes = (
     ("lm_head.", "language_model.lm_head."),
     ("model.language_model.", "language_model.model."),
@@ -166,35 +162,35 @@ class LlavaHfLayout:
         return config.get("model_type") == "llava" and "text_config" in config
 
     def open(self, folder: Path, base: Path | None = None) -> Checkpoint:
-        """Read the configs. Raises LayoutError for what only some LLaVA variants have."""
-        facts = read_config(folder)
-        text, vision = facts.section("text_config"), facts.section("vision_config")
-        # Only values that differ from the defaults of the classes are written in old configs.
+        """Read the configs. Raises LayoutError for unsupported LLaVA variants."""
+        fields = read_config(folder)
+        text, vision = fields.section("text_config"), fields.section("vision_config")
+        # Old configs contain only values that differ from the defaults of the config classes.
         defaults = AutoConfig.for_model("llava")
         llm = text_config(text, text.text("model_type", "llama"))
         tower = (
             tower_config(vision, vision.text("model_type", "clip_vision_model")) if vision else defaults.vision_config
         )
-        layer = _select_layer(facts, defaults)
-        if not facts.flag("multimodal_projector_bias", True):
-            raise facts.refusal("multimodal_projector_bias", "a projector without biases is not supported")
-        pieces, unclaimed = map_names(list_tensors(find_weight_files(folder)), (*NAME_PREFIXES, *_NEW))
-        projector = _projector(facts, pieces)
+        layer = _select_layer(fields, defaults)
+        if not fields.flag("multimodal_projector_bias", True):
+            raise fields.refusal("multimodal_projector_bias", "a projector without biases is not supported")
+        refs, unexpected = map_names(list_tensors(find_weight_files(folder)), (*NAME_PREFIXES, *_NEW))
+        projector = _projector(fields, refs)
         tokenizer = read_tokenizer(folder)
-        ours = facts.section("vila")
-        image_id = facts.integer("image_token_index", defaults.image_token_index, minimum=1)
+        ours = fields.section("vila")
+        image_id = fields.integer("image_token_index", defaults.image_token_index, minimum=1)
         placeholder: int | None = image_id
         if rows := ours.integer("vocab_size", None, minimum=1):
             llm.vocab_size = rows
             placeholder = None
-            pieces.update({name: keep_rows(pieces[name], rows) for name in VOCABULARY if name in pieces})
+            refs.update({name: keep_rows(refs[name], rows) for name in VOCABULARY if name in refs})
             _remove_image_token(tokenizer)
         else:
-            check_placeholder(facts, "image_token_index", image_id, tokenizer)
+            check_placeholder(fields, "image_token_index", image_id, tokenizer)
         images = _image_fields(folder)
-        strategy = facts.text("vision_feature_select_strategy", "default", choices=("default", "full"))
+        strategy = fields.text("vision_feature_select_strategy", "default", choices=("default", "full"))
         mode = "pad" if images.flag("do_pad", False) else "square"
-        with facts.naming(_FIELDS):
+        with fields.naming(_FIELDS):
             config, processor = build_config(
                 llm=llm,
                 tower=tower_spec(tower, images, vision, _image_side(images)),
@@ -209,13 +205,13 @@ class LlavaHfLayout:
                 exif_orientation=ours.flag("exif_orientation", True),
                 vision_source=ours.text("vision_source", ""),
             )
-        # Suppressed was the id of <image>, which our model does not have.
+        # The suppressed id is that of <image>, which our model does not have.
         generation = read_generation_config(folder, ignored=("suppress_tokens",))
-        sources = Sources(facts, text, vision, _FIELDS)
-        return Checkpoint(folder, config, processor, pieces, sources, unclaimed, generation)
+        sources = Sources(fields, text, vision, _FIELDS)
+        return Checkpoint(folder, config, processor, refs, sources, unexpected, generation)
 
     def check(self, model: Any, processor: Any) -> None:
-        """Raise LayoutError as `check_writable`, and for a model in 4 bits."""
+        """Raise LayoutError as `check_writable`, and for a 4-bit model."""
         check_writable(model.config, processor)
         FULL_PRECISION.check(model)
 
@@ -225,7 +221,7 @@ class LlavaHfLayout:
 
 
 def _image_side(images: Fields) -> int | None:
-    """Read the side of the processor's images: a tower may read others than its config's, as DINOv2 does."""
+    """Read the image size of the processor, which may differ from the tower's config (DINOv2)."""
     for key in ("crop_size", "size"):
         if isinstance(images.get(key), dict):
             sides = images.section(key)
@@ -238,7 +234,7 @@ def _image_side(images: Fields) -> int | None:
 
 
 def write_llava(model: Any, processor: Any, folder: Path, storage: WeightStorage) -> None:
-    """Write everything that stock code reads, the weights in `storage`. Raises LayoutError as `check_writable`."""
+    """Write all files for stock code with the given weight storage. Raises LayoutError as `check_writable`."""
     check_writable(model.config, processor)
     config = storage.config(model)
     tokenizer = copy.deepcopy(processor.tokenizer)
@@ -246,48 +242,51 @@ def write_llava(model: Any, processor: Any, folder: Path, storage: WeightStorage
     image_id = tokenizer.convert_tokens_to_ids(IMAGE)
     rows = max(config.text_config.vocab_size, image_id + 1)
     weights = storage.cast(_weights(storage.state_dict(model), config, rows))
-    facts = llava_config(config, processor, image_id, rows)
+    config_json = llava_config(config, processor, image_id, rows)
     if storage.quantization_config:
-        facts["quantization_config"] = dict(storage.quantization_config)
+        config_json["quantization_config"] = dict(storage.quantization_config)
     with atomic_path(folder) as part:
         part.mkdir()
         storage.save(weights, part)
-        write_json(part / "config.json", facts, indent=2)
+        write_json(part / "config.json", config_json, indent=2)
         write_processor(processor, tokenizer, config, part)
         write_generation(model, processor, image_id, part)
 
 
-def _select_layer(facts: Fields, defaults: Any) -> int:
-    if isinstance(facts.get("vision_feature_layer"), list):
-        raise facts.refusal("vision_feature_layer", "features of several layers are not supported")
-    return facts.integer("vision_feature_layer", defaults.vision_feature_layer, minimum=-MAX_LAYERS, maximum=MAX_LAYERS)
+def _select_layer(fields: Fields, defaults: Any) -> int:
+    if isinstance(fields.get("vision_feature_layer"), list):
+        raise fields.refusal("vision_feature_layer", "features of several layers are not supported")
+    return fields.integer(
+        "vision_feature_layer", defaults.vision_feature_layer, minimum=-MAX_LAYERS, maximum=MAX_LAYERS
+    )
 
 
-def _projector(facts: Fields, pieces: dict[str, TensorRef]) -> str:
-    """Return the projector's type. A linear one written by us loses its second layer, which must do nothing."""
-    if facts.text("projector_hidden_act", "gelu", choices=("gelu", "linear")) == "gelu":
+def _projector(fields: Fields, refs: dict[str, TensorRef]) -> str:
+    """Return the projector type. For a linear projector written by us, remove the second layer, an identity."""
+    if fields.text("projector_hidden_act", "gelu", choices=("gelu", "linear")) == "gelu":
         return "mlp2x_gelu"
-    folder = facts.file.parent
-    second = {leaf: pieces.pop(f"projector.2.{leaf}", None) for leaf in ("weight", "bias")}
-    for leaf, piece in second.items():
-        if piece is None:
-            raise LayoutError(f"{folder}: multi_modal_projector.linear_2.{leaf} is missing")
-        with piece.file.open() as get:
-            tensor = get(piece.name)
+    folder = fields.file.parent
+    second = {leaf: refs.pop(f"projector.2.{leaf}", None) for leaf in ("weight", "bias")}
+    for leaf, ref in second.items():
+        if ref is None:
+            raise LayoutError("missing", file=folder, field=f"multi_modal_projector.linear_2.{leaf}")
+        with ref.file.open() as get:
+            tensor = get(ref.name)
             expected = torch.eye(tensor.shape[0]) if leaf == "weight" else torch.zeros(tensor.shape[0])
             if not torch.equal(tensor.float(), expected):
-                raise LayoutError(f"{folder}: two linear projector layers without an activation are not supported")
+                problem = "two linear projector layers without an activation are not supported"
+                raise LayoutError(problem, file=folder, field=f"multi_modal_projector.linear_2.{leaf}")
     for leaf in ("weight", "bias"):
-        pieces[f"projector.{leaf}"] = pieces.pop(f"projector.0.{leaf}")
+        refs[f"projector.{leaf}"] = refs.pop(f"projector.0.{leaf}")
     return "linear"
 
 
 def _image_fields(folder: Path) -> Fields:
     for name, key in (("processor_config.json", "image_processor"), ("preprocessor_config.json", "")):
         if (folder / name).is_file():
-            facts = Fields.of_file(folder / name, LayoutError)
-            if facts := (facts.section(key) if key else facts):
-                return facts
+            fields = Fields.of_file(folder / name, LayoutError)
+            if fields := (fields.section(key) if key else fields):
+                return fields
     return Fields({}, folder / "preprocessor_config.json", error=LayoutError)
 
 
@@ -298,31 +297,30 @@ def _remove_image_token(tokenizer: Any) -> None:
 
 
 def check_writable(config: Any, processor: Any) -> None:
-    """Raises LayoutError for what stock LLaVA cannot express."""
+    """Raise LayoutError for what stock LLaVA does not support."""
     kind = config.vision_config.model_type
     if config.s2_scales or config.projector_type not in ("linear", "mlp2x_gelu"):
-        what = "S2 features" if config.s2_scales else f"the projector {config.projector_type}"
-        raise LayoutError(
-            f"{what} cannot be written as llava-hf: stock LLaVA has two Linear layers behind one tower; "
-            "use vila-v15 or native"
-        )
+        field = "s2_scales" if config.s2_scales else "projector_type"
+        value = getattr(config, field)
+        raise LayoutError("not supported by llava-hf", field=field, value=value, hint="use vila-v15 or native")
     if kind not in _TOWERS:
-        raise LayoutError(f"a {kind} tower cannot be written as llava-hf; towers tried there are {', '.join(_TOWERS)}")
+        expected = ", ".join(_TOWERS)
+        raise LayoutError(
+            "tower not supported by llava-hf", field="vision_config.model_type", value=kind, expected=expected
+        )
     if config.select_layer == -1 and kind != "clip_vision_model":
-        raise LayoutError(
-            f"the last hidden state of {kind} cannot be written as llava-hf: stock transformers may normalise it"
-        )
+        problem = f"not supported by llava-hf for {kind}: stock transformers may normalise the last hidden state"
+        raise LayoutError(problem, field="select_layer", value=-1)
     if processor.spec.image_mode == "resize" and kind == "clip_vision_model":
-        raise LayoutError(
-            "image mode 'resize' of a CLIP tower cannot be written as llava-hf: its processor crops or pads"
-        )
+        problem = "not supported by llava-hf for CLIP, whose processor crops or pads"
+        raise LayoutError(problem, field="image_mode", value="resize")
 
 
 def _weights(state: dict[str, Any], config: Any, rows: int) -> dict[str, Any]:
-    """Weights by LLaVA's classic names, with `rows` rows of embeddings and head."""
+    """Weights by LLaVA's names, with `rows` rows of embeddings and LM head."""
     for name in VOCABULARY:
         if name in state and rows > state[name].shape[0]:
-            # Of the numbers as they are stored, so that a model that is written again gets the same row.
+            # Computed from the stored dtype, so that writing a model again gives the same row.
             mean = state[name].to(config.dtype).float().mean(0, keepdim=True).to(state[name].dtype)
             state[name] = torch.cat([state[name], mean.expand(rows - state[name].shape[0], -1)])
     if config.projector_type == "linear":

@@ -1,6 +1,6 @@
-"""The LLaVA-1.5 layout, as VILA-7B, 13B and 2.7B were published: one directory, the projector among the LLM's weights.
+"""LLaVA-1.5 layout, as VILA-2.7B, 7B and 13B were published: one directory, LLM and projector weights together.
 
-Besides whole checkpoints it covers a stage-1 directory (`mm_projector.bin`) and a LoRA directory (`adapter_model` and
+Also reads a stage-1 directory (`mm_projector.bin`) and a LoRA directory (`adapter_model` and
 `non_lora_trainables.bin`), which both need the directory of their base LLM.
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vila.core.errors import LayoutError
+from vila.core.errors import LayoutError, WeightMismatchError
 from vila.core.files import atomic_path, write_json
 from vila.core.reading import Fields
 from vila.families import FAMILIES, FAMILY_BY_LLAVA_TYPE, find_family
@@ -53,79 +53,82 @@ FIELDS = {
     "select_feature": "mm_vision_select_feature",
     "template": "conversation_template",
 }
-"""Keys of the original's config by our names."""
+"""Keys of the published config by our names."""
 
 
 class LlavaV1Layout:
-    """config.json with `mm_*` keys, weights named as in LLaVA-1.5, the tokenizer."""
+    """config.json with `mm_*` keys, weights named as in LLaVA-1.5, tokenizer files."""
 
     name = "llava-v1"
 
     def matches(self, folder: Path) -> bool:
-        """Whether config.json names a vision tower the way LLaVA-1.5 does."""
+        """Whether config.json names a vision tower as LLaVA-1.5 does."""
         config = read_config(folder)
         return "mm_vision_tower" in config and "llm_cfg" not in config and "text_config" not in config
 
     def open(self, folder: Path, base: Path | None = None) -> Checkpoint:
         """Read the configs. `base` is the LLM of a stage-1 or LoRA directory."""
-        facts = read_config(folder)
-        kind = FAMILY_BY_LLAVA_TYPE[facts.text("model_type", choices=tuple(FAMILY_BY_LLAVA_TYPE))].model_type
-        source = facts.text("mm_vision_tower")
-        own = Fields({k: v for k, v in facts.items() if not k.startswith("mm_")}, facts.file, error=LayoutError)
+        fields = read_config(folder)
+        kind = FAMILY_BY_LLAVA_TYPE[fields.text("model_type", choices=tuple(FAMILY_BY_LLAVA_TYPE))].model_type
+        source = fields.text("mm_vision_tower")
+        own = Fields({k: v for k, v in fields.items() if not k.startswith("mm_")}, fields.file, error=LayoutError)
         llm = text_config(own, kind)
-        pieces, home = _llm_and_projector(folder, base, facts, llm)
-        ours, unclaimed = map_names(pieces, PREFIXES)
-        tower = self._tower(folder, facts, ours)
-        tokenizer = _with_image_tokens(read_tokenizer(home), facts)
-        with facts.naming(FIELDS):
+        refs, home = _llm_and_projector(folder, base, fields, llm)
+        ours, unexpected = map_names(refs, PREFIXES)
+        tower = self._tower(folder, fields, ours)
+        tokenizer = _with_image_tokens(read_tokenizer(home), fields)
+        with fields.naming(FIELDS):
             config, processor = build_config(
                 llm=llm,
                 tower=tower,
                 tokenizer=tokenizer,
-                projector=facts.text("mm_projector_type", "linear"),
-                select_layer=facts.integer("mm_vision_select_layer", -2, minimum=-MAX_LAYERS, maximum=MAX_LAYERS),
-                select_feature=facts.text("mm_vision_select_feature", "patch"),
-                image_mode=read_image_mode(facts),
-                template=facts.text("conversation_template", "") or known_template(folder),
+                projector=fields.text("mm_projector_type", "linear"),
+                select_layer=fields.integer("mm_vision_select_layer", -2, minimum=-MAX_LAYERS, maximum=MAX_LAYERS),
+                select_feature=fields.text("mm_vision_select_feature", "patch"),
+                image_mode=read_image_mode(fields),
+                template=fields.text("conversation_template", "") or known_template(folder),
                 vision_source=source if known_tower(source) else "",
-                exif_orientation=facts.flag("exif_orientation", True),
+                exif_orientation=fields.flag("exif_orientation", True),
             )
-        sources = Sources(facts, own, tower.source, FIELDS)
-        return Checkpoint(folder, config, processor, ours, sources, unclaimed, read_generation_config(home))
+        sources = Sources(fields, own, tower.source, FIELDS)
+        return Checkpoint(folder, config, processor, ours, sources, unexpected, read_generation_config(home))
 
-    def _tower(self, folder: Path, facts: Fields, ours: dict[str, TensorRef]) -> TowerSpec:
-        """Return the tower's facts; its weights are added to `ours` unless the checkpoint holds them itself."""
-        source = facts.text("mm_vision_tower")
+    def _tower(self, folder: Path, fields: Fields, ours: dict[str, TensorRef]) -> TowerSpec:
+        """Return the tower's spec; adds its weights to `ours` unless the checkpoint contains them."""
+        source = fields.text("mm_vision_tower")
         inside = any(name.startswith("vision_tower.") for name in ours)
         if inside and (known := known_tower(source)):
             return known
-        tower_folder = _find_tower(folder, facts)
+        tower_folder = _find_tower(folder, fields)
         tower = read_tower(tower_folder)
         if not inside:
-            found, unclaimed = tower_tensors(tower_folder, tower)
-            if unclaimed:
-                raise LayoutError(f"unclaimed weights {', '.join(unclaimed)}", file=tower_folder)
-            ours.update({f"vision_tower.{name}": piece for name, piece in found.items()})
+            found, unexpected = tower_tensors(tower_folder, tower)
+            if unexpected:
+                raise WeightMismatchError(tower_folder, unexpected=unexpected)
+            ours.update({f"vision_tower.{name}": ref for name, ref in found.items()})
         return tower
 
     def check(self, model: Any, processor: Any) -> None:
-        """Raise LayoutError as `check_writable`, and for a model in 4 bits."""
+        """Raise LayoutError as `check_writable`, and for a 4-bit model."""
         check_writable(model.config)
         FULL_PRECISION.check(model)
 
     def write(self, model: Any, processor: Any, folder: Path) -> None:
-        """Write in this layout. A published tower is named and kept in the file, another one gets a folder beside."""
+        """Write in this layout. A published tower is named in the config; another one gets its own directory."""
         write_llava_v1(model, processor, folder, FULL_PRECISION)
 
 
 def check_writable(config: Any) -> None:
-    """Raise LayoutError for what LLaVA-1.5's code cannot express."""
+    """Raise LayoutError for what LLaVA-1.5's code does not support."""
     if config.projector_type == "mlp_downsample" or config.s2_scales:
-        what = "S2 features" if config.s2_scales else "the projector mlp_downsample"
-        raise LayoutError(f"{what} cannot be written as llava-v1: its code has none; use vila-v15 or native")
+        field, value = ("s2_scales", config.s2_scales) if config.s2_scales else ("projector_type", "mlp_downsample")
+        raise LayoutError("not supported by llava-v1", field=field, value=value, hint="use vila-v15 or native")
     if config.vision_config.model_type != "clip_vision_model":
         raise LayoutError(
-            f"a {config.vision_config.model_type} tower cannot be written as llava-v1: its code builds CLIP only"
+            "tower not supported by llava-v1",
+            field="vision_config.model_type",
+            value=config.vision_config.model_type,
+            expected="clip_vision_model",
         )
     family = FAMILIES.get(config.text_config.model_type)
     if family is None or not family.llava_class:
@@ -133,11 +136,11 @@ def check_writable(config: Any) -> None:
 
 
 def write_llava_v1(model: Any, processor: Any, folder: Path, storage: WeightStorage) -> None:
-    """Write the directory, its weights in `storage`. Raises LayoutError as `check_writable`."""
+    """Write the directory with the given weight storage. Raises LayoutError as `check_writable`."""
     check_writable(model.config)
     config = storage.config(model)
     state = storage.state_dict(model)
-    # LLaVA-1.5's code knows no tied head.
+    # LLaVA-1.5's code does not tie the LM head.
     state["language_model.lm_head.weight"] = model.get_output_embeddings().weight.detach()
     state = storage.cast(state)
     with atomic_path(folder) as part:
@@ -154,40 +157,41 @@ def write_llava_v1(model: Any, processor: Any, folder: Path, storage: WeightStor
         write_tokenizer(processor.tokenizer, part, processor.template)
 
 
-def _llm_and_projector(folder: Path, base: Path | None, facts: Fields, llm: Any) -> tuple[dict[str, TensorRef], Path]:
-    """Return the weights by the original's names, and the folder that holds the tokenizer.
+def _llm_and_projector(folder: Path, base: Path | None, fields: Fields, llm: Any) -> tuple[dict[str, TensorRef], Path]:
+    """Return the weights by published names, and the directory of the tokenizer.
 
-    An adapter that changes embeddings or head alone unties them in `llm`, the LLM's config.
+    An adapter that changes only embeddings or LM head unties them in `llm`, the LLM's config.
     """
     adapter = (folder / "adapter_config.json").is_file()
     projector = folder / "mm_projector.bin"
     if not (adapter or (projector.is_file() and not _has_weights(folder))):
         return list_tensors(find_weight_files(folder)), folder
     if base is None:
-        named = facts.text("_name_or_path", "")
+        named = fields.text("_name_or_path", "")
         hint = f" (the config names {named!r})" if named else ""
-        kind = "a LoRA directory" if adapter else "a stage-1 directory: a projector without its LLM"
-        raise LayoutError(kind, file=folder, hint=f"give the directory of the base LLM as base= or --model-base{hint}")
-    pieces = list_tensors(find_weight_files(base))
+        kind = "a LoRA directory without its base" if adapter else "a stage-1 directory: a projector without its LLM"
+        raise LayoutError(kind, file=folder, hint=f"pass the directory of the base LLM as base= or --model-base{hint}")
+    refs = list_tensors(find_weight_files(base))
     extra = folder / "non_lora_trainables.bin" if adapter else projector
     if extra.is_file():
-        pieces.update(_stripped(list_tensors([open_weight_file(extra)])))
+        refs.update(_stripped(list_tensors([open_weight_file(extra)])))
     if adapter:
-        pieces, tied = read_adapter(folder, pieces, _TIED if llm.tie_word_embeddings else None)
+        refs, tied = read_adapter(folder, refs, _TIED if llm.tie_word_embeddings else None)
         llm.tie_word_embeddings = tied
-    return pieces, folder if _has_tokenizer(folder) else base
+    return refs, folder if _has_tokenizer(folder) else base
 
 
-def _stripped(pieces: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
-    """Return weights beside an adapter by their names in a whole checkpoint, as the original does.
+def _stripped(refs: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
+    """Return the weights next to an adapter by their names in a whole checkpoint, as the released code does.
 
-    `base_model.` is taken off each name, and when one then begins with `model.model.`, one `model.` off every name:
-    `base_model.model.lm_head.weight` is `lm_head.weight` then.
+    `base_model.` is removed from each name; if a name then begins with `model.model.`, one `model.` is removed from
+    every
+    name: `base_model.model.lm_head.weight` becomes `lm_head.weight`.
     """
-    names = {name: name.removeprefix("base_model.") for name in pieces}
+    names = {name: name.removeprefix("base_model.") for name in refs}
     if any(name.startswith("model.model.") for name in names.values()):
         names = {name: short.removeprefix("model.") for name, short in names.items()}
-    return {names[name]: piece for name, piece in pieces.items()}
+    return {names[name]: ref for name, ref in refs.items()}
 
 
 def _has_weights(folder: Path) -> bool:
@@ -198,42 +202,42 @@ def _has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
 
 
-def _find_tower(folder: Path, facts: Fields) -> Path:
+def _find_tower(folder: Path, fields: Fields) -> Path:
     """Find `mm_vision_tower` as a path (absolute, in the checkpoint, beside it, or from here), else as a hub id."""
-    source = facts.text("mm_vision_tower")
+    source = fields.text("mm_vision_tower")
     for place in (folder / source, folder.parent / source, Path(source)):
         if (place / "config.json").is_file():
             return place
     try:
         return local_folder(source)
     except LayoutError as error:
-        raise facts.refusal(
+        raise fields.refusal(
             "mm_vision_tower",
-            f"no directory in the checkpoint, beside it, or below {Path.cwd()}, and no model of the hub ({error})",
+            f"no directory in or next to the checkpoint or below {Path.cwd()}, and not on the hub ({error})",
             hint="put the vision tower there, or change the config",
         ) from error
 
 
-def _with_image_tokens(tokenizer: Any, facts: Fields) -> Any:
-    if facts.flag("mm_use_im_start_end", False):
-        wanted = ["<im_patch>"] if facts.flag("mm_use_im_patch_token", True) else []
+def _with_image_tokens(tokenizer: Any, fields: Fields) -> Any:
+    if fields.flag("mm_use_im_start_end", False):
+        wanted = ["<im_patch>"] if fields.flag("mm_use_im_patch_token", True) else []
         tokenizer.add_tokens([*wanted, "<im_start>", "<im_end>"], special_tokens=True)
     return tokenizer
 
 
 def vila_settings(config: Any, processor: Any) -> dict[str, Any]:
-    """Settings of ours that config.json of a published layout holds beside the original's, where they matter."""
-    facts: dict[str, Any] = {"conversation_template": config.template} if config.template else {}
+    """Our own settings in config.json of a published layout, where they differ from the defaults."""
+    settings: dict[str, Any] = {"conversation_template": config.template} if config.template else {}
     if not processor.spec.exif_orientation:
-        facts["exif_orientation"] = False
-    return facts
+        settings["exif_orientation"] = False
+    return settings
 
 
 def _config(config: Any, processor: Any, source: str) -> dict[str, Any]:
     family = find_family(config.text_config.model_type)
     llm = config.text_config.to_dict()
     rope = llm.pop("rope_parameters", None) or {}
-    facts = {
+    out = {
         **llm,
         "architectures": [family.llava_class],
         "model_type": family.llava_model_types[0],
@@ -252,8 +256,8 @@ def _config(config: Any, processor: Any, source: str) -> dict[str, Any]:
         "tokenizer_model_max_length": config.context_length,
         "tokenizer_padding_side": "right",
     }
-    facts.pop("dtype", None)
-    return {**facts, **vila_settings(config, processor)}
+    out.pop("dtype", None)
+    return {**out, **vila_settings(config, processor)}
 
 
 def _old_rope(rope: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,16 +1,16 @@
-"""LoRA weights as PEFT writes them, merged while the base loads: W + (alpha / r) B A (arXiv 2106.09685).
+"""LoRA adapters in PEFT's format, merged while the base is loaded: W + (alpha / r) B A (arXiv 2106.09685).
 
-Also merged, with the logits of PEFT to 1e-5: rsLoRA (2312.03732), DoRA (2402.09353), PiSSA (2404.02948), OLoRA
-(2406.01775), ranks and alphas by module, biases, embeddings, and modules or rows that are stored whole.
+Also supported, with the logits of PEFT within 1e-5: rsLoRA (2312.03732), DoRA (2402.09353), PiSSA (2404.02948), OLoRA
+(2406.01775), ranks and alphas per module, biases, embeddings, and modules or rows that are stored completely.
 """
 
 from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,7 +33,7 @@ from vila.model.layouts.native import read_native_config, read_processor
 from vila.model.layouts.tokenizer_files import write_tokenizer
 from vila.model.modeling import VilaForConditionalGeneration
 from vila.model.processor import VilaProcessor
-from vila.model.weights import Shape, TensorRef, Transform, list_tensors, open_weight_file, published_names
+from vila.model.weights import Shape, TensorRef, list_tensors, open_weight_file, published_names
 
 # O outputs  I inputs  V vocabulary  D model width  R rank
 
@@ -52,40 +52,42 @@ _PARTS: Final = {
     "token_adapter.trainable_tokens_delta": "rows",
 }
 _MAX_PROBLEMS: Final = 8
-_EMPTY: Final = "DeepSpeed ZeRO-3 leaves weights empty that it did not gather; save the adapter again, gathered"
+_EMPTY: Final = "DeepSpeed ZeRO-3 saves empty weights unless it gathers them; save the adapter again with gathering"
 _WRONG_BASE: Final = "is the base the model that the adapter was trained on?"
 
 
 @dataclass(frozen=True)
 class TiedHead:
-    """Names of the embeddings and of a head that is the same weight."""
+    """Names of the embeddings and of the LM head that is tied to them."""
 
     embeddings: str
     head: str
 
 
 def read_adapter(
-    folder: Path, pieces: Mapping[str, TensorRef], tied: TiedHead | None
+    folder: Path, refs: Mapping[str, TensorRef], tied: TiedHead | None
 ) -> tuple[dict[str, TensorRef], bool]:
-    """Return the base's pieces, changed by the adapter of `folder`, and whether the head is still tied.
+    """Return the base's weights with the adapter merged, and whether the LM head is still tied.
 
-    tied: the embeddings and the head of a base that ties them; an adapter that changes one of them unties them.
-    Raises LayoutError as `read_adapter_config`, and for adapter weights that are damaged or fit nothing.
+    tied: embeddings and LM head of a base that ties them; an adapter that changes one of them unties them.
+    Raises LayoutError as `read_adapter_config`, and for adapter weights that are damaged or match nothing.
     """
     config = read_adapter_config(folder)
     path = _file(folder)
-    modules, wholes = _sorted(path)
-    out = dict(pieces)
+    modules, wholes = _read_parts(path)
+    out = dict(refs)
     problems = _replace_base_layers(out, wholes, modules, config, tied)
     touched = tied is not None and _touches(tied, modules, wholes)
     if tied and touched:
-        _refuse_tied(config, modules, tied)
+        _check_untied(config, modules, tied)
         out[tied.head] = out[tied.embeddings]
-    for name, piece in wholes.items():
-        if name in out and out[name].shape == piece.shape:
-            out[name] = piece
+    for name, ref in wholes.items():
+        if name in out and out[name].shape == ref.shape:
+            out[name] = ref
         else:
-            problems.append(f"{piece.name} {list(piece.shape)} replaces {name}, which the base does not have so")
+            problems.append(
+                f"{ref.name} {list(ref.shape)} replaces {name}, which does not exist in the base or differs"
+            )
     for module, parts in modules.items():
         problems += _merge(out, module, parts, config)
     if problems:
@@ -95,7 +97,7 @@ def read_adapter(
 
 
 def merge_lora(weight: Tensor, down: Tensor, up: Tensor, scale: float) -> Tensor:
-    """`weight` [O, I] + scale x `up` [O, R] x `down` [R, I], summed in float32, in the dtype of `weight`."""
+    """Return `weight` [O, I] + scale x `up` [O, R] x `down` [R, I], computed in float32, in the dtype of `weight`."""
     return (weight.float() + scale * (up.float() @ down.float())).to(weight.dtype)
 
 
@@ -106,32 +108,32 @@ def _file(folder: Path) -> Path:
     raise LayoutError(f"{CONFIG_FILE} without weights", file=folder, expected=" or ".join(_FILES))
 
 
-def _sorted(path: Path) -> tuple[dict[str, dict[str, TensorRef]], dict[str, TensorRef]]:
-    """Return the parts of the adapters by their modules, and the weights that are stored whole by their names.
+def _read_parts(path: Path) -> tuple[dict[str, dict[str, TensorRef]], dict[str, TensorRef]]:
+    """Return the adapter tensors by module and part, and the completely stored weights by name.
 
-    Raises LayoutError for an adapter without weights, for empty weights and those of integers, and for two of one name.
+    Raises LayoutError for an adapter without weights, for empty or integer weights, and for duplicates.
     """
     modules: dict[str, dict[str, TensorRef]] = {}
     wholes: dict[str, TensorRef] = {}
     adapter = list_tensors([open_weight_file(path)])
     if not adapter:
-        raise LayoutError("holds no weights", file=path)
-    for name, piece in sorted(adapter.items()):
-        if 0 in piece.shape or not piece.dtype.is_floating_point:
-            value = f"{str(piece.dtype).removeprefix('torch.')} {list(piece.shape)}"
-            hint = _EMPTY if 0 in piece.shape else None
+        raise LayoutError("contains no weights", file=path)
+    for name, ref in sorted(adapter.items()):
+        if 0 in ref.shape or not ref.dtype.is_floating_point:
+            value = f"{str(ref.dtype).removeprefix('torch.')} {list(ref.shape)}"
+            hint = _EMPTY if 0 in ref.shape else None
             raise LayoutError(
-                "", file=path, field=name, value=value, expected="floating-point weights that are not empty", hint=hint
+                "", file=path, field=name, value=value, expected="non-empty floating-point weights", hint=hint
             )
         plain = _ADAPTER_NAME.sub(r"\1", name.removeprefix(_PREFIX)).replace(".modules_to_save.", ".")
         module, part = next(
             ((plain[: -len(ending) - 1], part) for ending, part in _PARTS.items() if plain.endswith(f".{ending}")),
             (plain, ""),
         )
-        place, key = (modules.setdefault(module, {}), part) if part else (wholes, plain)
-        if key in place:
-            raise LayoutError(f"is there twice, also as {place[key].name}", file=path, field=name)
-        place[key] = piece
+        target, key = (modules.setdefault(module, {}), part) if part else (wholes, plain)
+        if key in target:
+            raise LayoutError(f"duplicate of {target[key].name}", file=path, field=name)
+        target[key] = ref
     return modules, wholes
 
 
@@ -142,12 +144,12 @@ def _replace_base_layers(
     config: AdapterConfig,
     tied: TiedHead | None,
 ) -> list[str]:
-    """Put weights of the base that the adapter stores into `out`, take them from `wholes`, return what is wrong.
+    """Move base weights that the adapter stores from `wholes` to `out`; return the problems found.
 
-    PEFT stores them when it trains biases (`bias`), with adapters of embeddings, and when it was told to.
+    PEFT stores them when it trains biases (`bias`), with adapters of embeddings, and on request.
     """
     problems = []
-    for name, piece in list(wholes.items()):
+    for name, ref in list(wholes.items()):
         plain = name.replace(".base_layer.", ".")
         module, _, leaf = plain.rpartition(".")
         allowed = plain != name or _is_vocabulary(module) or (config.has_biases and leaf == "bias")
@@ -156,13 +158,15 @@ def _replace_base_layers(
         del wholes[name]
         target = tied.embeddings if tied and plain == tied.head else plain
         if not allowed:
-            problems.append(f"{piece.name} is no LoRA weight, and no module of modules_to_save")
-        elif target not in out or out[target].shape != piece.shape:
-            problems.append(f"{piece.name} {list(piece.shape)} replaces {target}, which the base does not have so")
+            problems.append(f"{ref.name} is neither a LoRA weight nor in modules_to_save")
+        elif target not in out or out[target].shape != ref.shape:
+            problems.append(
+                f"{ref.name} {list(ref.shape)} replaces {target}, which does not exist in the base or differs"
+            )
         elif plain == name and leaf == "weight" and module in modules:
-            problems.append(f"{piece.name} is stored whole and has an adapter")
+            problems.append(f"{ref.name} is stored completely and has an adapter")
         else:
-            out[target] = piece
+            out[target] = ref
     return problems
 
 
@@ -171,19 +175,19 @@ def _is_vocabulary(module: str) -> bool:
 
 
 def _touches(tied: TiedHead, modules: Mapping[str, object], wholes: Mapping[str, object]) -> bool:
-    """Whether an adapter changes the embeddings or the head, which PEFT does with each alone."""
+    """Whether an adapter changes the embeddings or the LM head, which PEFT changes independently."""
     both = (tied.embeddings, tied.head)
     return any(name in wholes or name.rpartition(".")[0] in modules for name in both)
 
 
-def _refuse_tied(config: AdapterConfig, modules: Mapping[str, Mapping[str, TensorRef]], tied: TiedHead) -> None:
-    """Raise LayoutError where PEFT changes embeddings and head together, or may do so: it depends on the class."""
+def _check_untied(config: AdapterConfig, modules: Mapping[str, Mapping[str, TensorRef]], tied: TiedHead) -> None:
+    """Raise LayoutError where PEFT changes tied embeddings and LM head together, which depends on the class."""
     key = "ensure_weight_tying" if config.keeps_tie else "trainable_token_indices" if config.trained_rows else ""
     if key:
-        raise LayoutError("the base ties its head to its embeddings", file=config.file, field=key, hint=MERGE_WITH_PEFT)
+        raise LayoutError("LM head and embeddings are tied", file=config.file, field=key, hint=MERGE_WITH_PEFT)
     if config.init and tied.head.rpartition(".")[0] in modules:
         raise LayoutError(
-            "changes the embeddings too, which are also the head that the adapter belongs to",
+            "changes the embeddings, which are tied to the LM head of the adapter",
             file=config.file,
             field="init_lora_weights",
             value=config.init,
@@ -192,14 +196,14 @@ def _refuse_tied(config: AdapterConfig, modules: Mapping[str, Mapping[str, Tenso
 
 
 def _merge(out: dict[str, TensorRef], module: str, parts: dict[str, TensorRef], config: AdapterConfig) -> list[str]:
-    """Merge the adapter of a module into its pieces in `out`; return what is wrong."""
+    """Merge the adapter of a module into its weights in `out`; return the problems found."""
     first = next(iter(parts.values()))
     weight, bias = f"{module}.weight", f"{module}.bias"
     kinds = parts.keys() - {"bias", "magnitude"}
     if kinds not in ({"down", "up"}, {"embedding_down", "embedding_up"}, {"rows"}):
-        return [f"{first.name} is there without what belongs to it"]
+        return [f"{first.name} has no counterpart"]
     if weight not in out:
-        return [f"{first.name} changes {weight}, which the base does not have"]
+        return [f"{first.name} changes {weight}, which does not exist in the base"]
     if "rows" in parts:
         out[weight] = _with_rows(out[weight], parts["rows"], module, config)
         return []
@@ -214,16 +218,16 @@ def _merge(out: dict[str, TensorRef], module: str, parts: dict[str, TensorRef], 
     out[weight] = _with_product(out[weight], parts, module, config)
     if "bias" in parts:
         if bias not in out or out[bias].shape != parts["bias"].shape:
-            return [f"{parts['bias'].name} changes {bias}, which the base does not have so"]
+            return [f"{parts['bias'].name} changes {bias}, which does not exist in the base or differs"]
         out[bias] = _with_bias(out[bias], parts["bias"], config.scale_of(module))
     return []
 
 
 def _check_shapes(base: TensorRef, parts: Mapping[str, TensorRef], module: str, config: AdapterConfig) -> None:
-    """Raise LayoutError unless the shapes of an adapter are those of its base and of its rank."""
+    """Raise LayoutError unless the shapes of an adapter match its base and rank."""
     rank = config.rank_of(module)
     if len(base.shape) != 2:
-        raise _misfit(parts, base, "an adapter of a weight with two dimensions")
+        raise _shape_error(parts, base, "a base weight with two dimensions")
     rows, columns = base.shape
     expected: dict[str, Shape] = {
         "down": (rank, columns),
@@ -233,27 +237,27 @@ def _check_shapes(base: TensorRef, parts: Mapping[str, TensorRef], module: str, 
         "bias": (rows,),
         "magnitude": (columns,) if "embedding_up" in parts else (rows,),
     }
-    for part, piece in parts.items():
-        if piece.shape != expected[part]:
-            raise _misfit({part: piece}, base, f"{list(expected[part])}, for rank {rank} and {list(base.shape)}")
+    for part, ref in parts.items():
+        if ref.shape != expected[part]:
+            raise _shape_error({part: ref}, base, f"{list(expected[part])}, for rank {rank} and {list(base.shape)}")
 
 
-def _misfit(parts: Mapping[str, TensorRef], base: TensorRef, expected: str) -> LayoutError:
-    piece = next(iter(parts.values()))
+def _shape_error(parts: Mapping[str, TensorRef], base: TensorRef, expected: str) -> LayoutError:
+    ref = next(iter(parts.values()))
     return LayoutError(
-        f"does not fit the base weight {base.name}",
-        file=piece.file.path,
-        field=piece.name,
-        value=list(piece.shape),
+        f"does not match the base weight {base.name}",
+        file=ref.file.path,
+        field=ref.name,
+        value=list(ref.shape),
         expected=expected,
-        hint=f"{_WRONG_BASE} Are r and rank_pattern those of its {CONFIG_FILE}?",
+        hint=f"{_WRONG_BASE} are r and rank_pattern correct in {CONFIG_FILE}?",
     )
 
 
 def _with_product(base: TensorRef, parts: Mapping[str, TensorRef], module: str, config: AdapterConfig) -> TensorRef:
     rank, scale = config.rank_of(module), config.scale_of(module)
     is_embedding = "embedding_up" in parts
-    # The adapter file stores the base that its initialisation left, where PEFT saved that.
+    # If the adapter file contains the base weight, PEFT has already subtracted the initial adapter.
     init = "" if is_embedding or base.file is next(iter(parts.values())).file else config.init
 
     def merge(weight: Tensor) -> Tensor:
@@ -267,26 +271,26 @@ def _with_product(base: TensorRef, parts: Mapping[str, TensorRef], module: str, 
                 return merge_lora(rest, down, up, scale)
             return _decomposed(rest, down, up, scale, tensors["magnitude"], dimension=0 if is_embedding else 1)
 
-    return _then(base, merge)
+    return base.then(merge)
 
 
 def _decomposed(weight: Tensor, down: Tensor, up: Tensor, scale: float, magnitude: Tensor, *, dimension: int) -> Tensor:
-    """`merge_lora` with the norm of each output (of each channel of embeddings) set to `magnitude`, as in DoRA."""
+    """DoRA: `merge_lora` with the norm of each output (for embeddings: of each channel) set to `magnitude`."""
     direction = merge_lora(weight.float(), down, up, scale)
     norm = torch.linalg.norm(direction, dim=dimension, keepdim=True)
     return (direction * (magnitude.float().view(norm.shape) / norm)).to(weight.dtype)
 
 
 def _without_init(weight: Tensor, rank: int, scale: float, init: str) -> Tensor:
-    """Return the weight [O, I] that PEFT leaves when it subtracts the initial adapter, scaled, from the base."""
+    """Return the weight [O, I] that remains when PEFT subtracts the scaled initial adapter from the base."""
     wide = weight.float()
     if init == "pissa":
         left, values, right = torch.linalg.svd(wide, full_matrices=False)
-        part = (left[:, :rank] * values[:rank]) @ right[:rank]
+        initial = (left[:, :rank] * values[:rank]) @ right[:rank]
     else:
         left, right = torch.linalg.qr(wide)
-        part = scale * left[:, :rank] @ right[:rank]
-    return (wide - part).to(weight.dtype)
+        initial = scale * left[:, :rank] @ right[:rank]
+    return (wide - initial).to(weight.dtype)
 
 
 def _with_bias(base: TensorRef, bias: TensorRef, scale: float) -> TensorRef:
@@ -294,35 +298,26 @@ def _with_bias(base: TensorRef, bias: TensorRef, scale: float) -> TensorRef:
         with _opened({"bias": bias}) as tensors:
             return (value.float() + scale * tensors["bias"].float()).to(value.dtype)
 
-    return _then(base, add)
+    return base.then(add)
 
 
 def _with_rows(base: TensorRef, rows: TensorRef, module: str, config: AdapterConfig) -> TensorRef:
-    places = config.rows_of(module)
-    if len(base.shape) != 2 or rows.shape != (len(places), base.shape[1]) or max(places) >= base.shape[0]:
-        raise _misfit({"rows": rows}, base, f"rows {list(places)[:8]} of trainable_token_indices")
+    indices = config.rows_of(module)
+    if len(base.shape) != 2 or rows.shape != (len(indices), base.shape[1]) or max(indices) >= base.shape[0]:
+        raise _shape_error({"rows": rows}, base, f"rows {list(indices)[:8]} of trainable_token_indices")
 
-    def put(value: Tensor) -> Tensor:
+    def replace_rows(value: Tensor) -> Tensor:
         with _opened({"rows": rows}) as tensors:
-            return value.index_copy(0, torch.tensor(list(places)), tensors["rows"].to(value.dtype))
+            return value.index_copy(0, torch.tensor(list(indices)), tensors["rows"].to(value.dtype))
 
-    return _then(base, put)
+    return base.then(replace_rows)
 
 
 @contextmanager
 def _opened(parts: Mapping[str, TensorRef]) -> Iterator[dict[str, Tensor]]:
-    """Tensors of one file by the keys of `parts`, without gradients."""
+    """Yield tensors of one file by the keys of `parts`, without gradients."""
     with next(iter(parts.values())).file.open() as get, torch.no_grad():
-        yield {part: get(piece.name) for part, piece in parts.items()}
-
-
-def _then(base: TensorRef, change: Transform) -> TensorRef:
-    first: Callable[[Tensor], Tensor] | None = base.transform
-    return replace(base, transform=change if first is None else lambda tensor: change(first(tensor)))
-
-
-# --- adapter
-# Adapter directories: what PEFT reads, and beside it config, processor and tokenizer of the whole model.
+        yield {part: get(ref.name) for part, ref in parts.items()}
 
 
 _WEIGHTS = "adapter_model.safetensors"
@@ -333,9 +328,9 @@ _SIZES = ("model_type", "num_hidden_layers", "hidden_size", "intermediate_size",
 
 
 class AdapterLayout:
-    """adapter_config.json and adapter_model.safetensors, with or without config, processor and tokenizer.
+    """adapter_config.json and adapter_model.safetensors, with or without config, processor and tokenizer of the model.
 
-    Without them, as PEFT's own `save_pretrained` leaves it, they are the base's.
+    Without them, as PEFT's own `save_pretrained` writes it, the base's are used.
     """
 
     name = "adapter"
@@ -347,68 +342,67 @@ class AdapterLayout:
         return not (folder / "config.json").exists() or read_config(folder).get("model_type") == VilaConfig.model_type
 
     def open(self, folder: Path, base: Path | None = None) -> Checkpoint:
-        """Understand the directory and its base: `base`, or the one that adapter_config.json names.
+        """Open the directory and its base: `base`, or the one named in adapter_config.json.
 
-        Raises LayoutError when the base is not there, or is another model than the adapter was trained on.
+        Raises LayoutError if the base is missing, or is another model than the adapter was trained on.
         """
-        home = base or find_base(folder)
-        _refuse_circle(folder, home)
-        under = open_folder(home)
+        base_folder = base or find_base(folder)
+        _check_no_cycle(folder, base_folder)
+        under = open_folder(base_folder)
         if under.int4:
             raise LayoutError(
-                f"{home}: its weights are in 4 bits, which no adapter can be merged into; give the 16-bit model that "
-                "they were made from as base= or --model-base, and quantize what comes out"
+                "adapters cannot be merged into 4-bit weights",
+                file=base_folder,
+                hint="pass the 16-bit model as base= or --model-base, and quantize the result",
             )
         config, processor, sources = under.config, under.processor, under.sources
         if (folder / "config.json").is_file():
             config, sources = read_native_config(folder)
-            _refuse_another_base(folder, home, config, under.config)
+            _check_base(folder, base_folder, config, under.config)
         if (folder / "processor_config.json").is_file():
             processor = read_processor(folder, config)
         tied = _TIED if under.config.text_config.tie_word_embeddings else None
-        pieces, still_tied = read_adapter(folder, _by_module(under), tied)
+        refs, still_tied = read_adapter(folder, _by_parameter(under), tied)
         if tied and not still_tied:
             config = copy.deepcopy(config)
             config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
-        return Checkpoint(folder, config, processor, pieces, sources, under.unexpected, under.generation)
+        return Checkpoint(folder, config, processor, refs, sources, under.unexpected, under.generation)
 
 
 def find_base(folder: Path) -> Path:
-    """The directory of the base that an adapter names, which may be a path or a hub id.
+    """Return the directory of the base that an adapter names by path or hub id.
 
-    A relative path starts from here, or from any directory above the adapter.
-    Raises LayoutError saying where it was looked for.
+    A relative path is resolved from the working directory and from every parent directory of the adapter.
+    Raises LayoutError if it is not found.
     """
     adapter = read_adapter_config(folder)
     if not adapter.base:
-        raise LayoutError("names no base", file=adapter.file, field=_BASE, hint="give it as base= or --model-base")
-    with file_errors(adapter.file, LayoutError):  # a text that no path can be
+        raise LayoutError("no base model", file=adapter.file, field=_BASE, hint="pass it as base= or --model-base")
+    with file_errors(adapter.file, LayoutError):  # text that is not a valid path
         path = Path(adapter.base).expanduser()
-        for place in (path, *(above / path for above in folder.resolve().parents)):
-            if place.is_dir() and place.resolve() != folder.resolve():
-                return place
+        for candidate in (path, *(parent / path for parent in folder.resolve().parents)):
+            if candidate.is_dir() and candidate.resolve() != folder.resolve():
+                return candidate
     try:
         return local_folder(adapter.base, adapter.revision)
     except (LayoutError, DownloadError) as error:
         raise LayoutError(
-            f"no directory from {Path.cwd()} or from above the adapter, and not to be had from the hub ({error})",
+            f"no directory below {Path.cwd()} or a parent of the adapter, and not available on the hub ({error})",
             file=adapter.file,
             field=_BASE,
             value=adapter.base,
-            hint="give the directory where it is now as base= or --model-base",
+            hint="pass its directory as base= or --model-base",
         ) from error
 
 
-def _refuse_circle(folder: Path, home: Path) -> None:
-    """Raise LayoutError if the base of an adapter, the base of that one, and so on, lead back to an adapter of them."""
+def _check_no_cycle(folder: Path, base: Path) -> None:
+    """Raise LayoutError if a chain of adapters and bases leads back to an adapter of the chain."""
     visited = {folder.resolve()}
-    while LAYOUT.matches(home):
-        if home.resolve() in visited:
-            raise LayoutError(
-                "adapters that are each other's base", file=folder / CONFIG_FILE, field=_BASE, value=str(home)
-            )
-        visited.add(home.resolve())
-        home = find_base(home)
+    while LAYOUT.matches(base):
+        if base.resolve() in visited:
+            raise LayoutError("circular chain of bases", file=folder / CONFIG_FILE, field=_BASE, value=str(base))
+        visited.add(base.resolve())
+        base = find_base(base)
 
 
 def write_adapter(
@@ -418,40 +412,40 @@ def write_adapter(
     folder: Path,
     *,
     base: str,
-    parts: list[str],
+    whole_modules: list[str],
 ) -> None:
-    """Write an adapter directory atomically; an existing one is replaced.
+    """Write an adapter directory atomically, replacing an existing one.
 
-    model:   has adapters that PEFT injected; its config and theirs are written.
-    tensors: adapters and whole parts, by the names of the model's parameters.
-    base:    path or hub id of the model that the adapters belong to, empty where it lies nowhere.
-    parts:   modules whose tensors are whole, PEFT's `modules_to_save`.
+    model:         has adapters injected by PEFT; its config and theirs are written.
+    tensors:       adapter weights and completely stored weights, by parameter name.
+    base:          path or hub id of the base model, empty if it is not stored anywhere.
+    whole_modules: modules that are stored completely, PEFT's `modules_to_save`.
     """
-    facts = copy.copy(model.peft_config["default"])
-    facts.base_model_name_or_path = base or None
-    facts.modules_to_save = parts
-    facts.inference_mode = True
-    # What AutoPeftModel builds the base with.
-    facts.auto_mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
+    peft_config = copy.copy(model.peft_config["default"])
+    peft_config.base_model_name_or_path = base or None
+    peft_config.modules_to_save = whole_modules
+    peft_config.inference_mode = True
+    # AutoPeftModel builds the base from this.
+    peft_config.auto_mapping = {"base_model_class": type(model).__name__, "parent_library": type(model).__module__}
     named = {_ADAPTER_PREFIX + name.replace(".default.", "."): tensor.contiguous() for name, tensor in tensors.items()}
     with atomic_path(folder) as part:
         part.mkdir()
         save_file(named, part / _WEIGHTS, metadata={"format": "pt"})
-        facts.save_pretrained(part)
+        peft_config.save_pretrained(part)
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(part)
         processor.save_pretrained(part)
         write_tokenizer(processor.tokenizer, part, processor.template)
 
 
-def _by_module(base: Checkpoint) -> dict[str, TensorRef]:
-    """The base's pieces by the names of modules and their parameters, which adapters go by."""
+def _by_parameter(base: Checkpoint) -> dict[str, TensorRef]:
+    """Return the base's weights by parameter name, which adapters refer to."""
     with init_empty_weights(include_buffers=False), no_init_weights():
-        here = published_names(VilaForConditionalGeneration(base.config))
-    return {here.get(name, name): piece for name, piece in base.tensors.items()}
+        names = published_names(VilaForConditionalGeneration(base.config))
+    return {names.get(name, name): ref for name, ref in base.tensors.items()}
 
 
-def _refuse_another_base(folder: Path, home: Path, adapted: VilaConfig, base: VilaConfig) -> None:
+def _check_base(folder: Path, base_folder: Path, adapted: VilaConfig, base: VilaConfig) -> None:
     pairs: dict[str, tuple[Any, Any]] = {}
     for part in ("text_config", "vision_config"):
         mine, its = getattr(adapted, part), getattr(base, part)
@@ -460,9 +454,8 @@ def _refuse_another_base(folder: Path, home: Path, adapted: VilaConfig, base: Vi
         pairs[key] = (getattr(adapted, key), getattr(base, key))
     problems = [f"{key} is {its!r}, the adapter's {mine!r}" for key, (mine, its) in pairs.items() if mine != its]
     if problems:
-        raise LayoutError(
-            f"{home}: not the base of {folder}: {'; '.join(problems)}; give the right one as base= or --model-base"
-        )
+        problem = f"not the base of {folder}: {'; '.join(problems)}"
+        raise LayoutError(problem, file=base_folder, hint="pass the right one as base= or --model-base")
 
 
 LAYOUT = AdapterLayout()

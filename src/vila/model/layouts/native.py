@@ -1,4 +1,4 @@
-"""Our own layout: one directory as transformers writes it, with `model_type: vila` in config.json."""
+"""Native layout: one directory as transformers writes it, with `model_type: vila` in config.json."""
 
 from __future__ import annotations
 
@@ -20,34 +20,34 @@ from vila.model.weights import find_weight_files, list_tensors
 
 
 class NativeLayout:
-    """config.json, model*.safetensors under our own names, processor_config.json and the tokenizer's files."""
+    """config.json, model*.safetensors with our weight names, processor_config.json and tokenizer files."""
 
     name = "native"
 
     def matches(self, folder: Path) -> bool:
-        """Whether config.json says `model_type: vila`."""
+        """Whether config.json has `model_type: vila`."""
         return read_config(folder).get("model_type") == VilaConfig.model_type
 
     def open(self, folder: Path, base: Path | None = None) -> Checkpoint:
-        """Read the configs. Raises LayoutError when processor and config are of different models."""
+        """Read the configs. Raises LayoutError if processor and config are of different models."""
         config, sources = read_native_config(folder)
         processor = read_processor(folder, config)
-        pieces = list_tensors(find_weight_files(folder))
-        return Checkpoint(folder, config, processor, pieces, sources, generation=read_generation_config(folder))
+        refs = list_tensors(find_weight_files(folder))
+        return Checkpoint(folder, config, processor, refs, sources, generation=read_generation_config(folder))
 
     def check(self, model: VilaForConditionalGeneration, processor: VilaProcessor) -> None:
-        """Raise LayoutError for a model in 4 bits."""
+        """Raise LayoutError for a 4-bit model."""
         FULL_PRECISION.check(model)
 
     def write(self, model: VilaForConditionalGeneration, processor: VilaProcessor, folder: Path) -> None:
-        """Write model and processor; an existing directory is replaced. Raises LayoutError for a model in 4 bits."""
+        """Write model and processor, replacing an existing directory. Raises LayoutError for a 4-bit model."""
         write_native(model, processor, folder, FULL_PRECISION)
 
 
 def write_native(
     model: VilaForConditionalGeneration, processor: VilaProcessor, folder: Path, storage: WeightStorage
 ) -> None:
-    """Write model and processor, the weights in `storage`."""
+    """Write model and processor with the given weight storage."""
     weights = storage.cast(storage.state_dict(model))
     config = storage.config(model)
     config.architectures = [type(model).__name__]
@@ -64,55 +64,55 @@ def write_native(
 
 
 def read_native_config(folder: Path) -> tuple[VilaConfig, Sources]:
-    """Read config.json of our own layout. Raises LayoutError with file, field and value for what no model can have."""
-    facts = read_config(folder)
-    text, vision = facts.section("text_config"), facts.section("vision_config")
+    """Read config.json. Raises LayoutError with file, field and value for invalid values."""
+    fields = read_config(folder)
+    text, vision = fields.section("text_config"), fields.section("vision_config")
     llm = text_config(text, text.text("model_type", "llama"))
     tower = tower_config(vision, vision.text("model_type", "clip_vision_model"))
-    spec = VisionSpec.from_fields(facts.section("vision_spec"))
+    spec = VisionSpec.from_fields(fields.section("vision_spec"))
     config = VilaConfig(
         vision_config=tower,
         text_config=llm,
-        projector_type=facts.text("projector_type", "mlp2x_gelu"),
-        select_layer=facts.integer("select_layer", -2, minimum=-MAX_LAYERS, maximum=MAX_LAYERS),
-        select_feature=facts.text("select_feature", "patch", choices=SELECT_FEATURES),
-        image_token_id=facts.integer("image_token_id", 32000, minimum=1),
+        projector_type=fields.text("projector_type", "mlp2x_gelu"),
+        select_layer=fields.integer("select_layer", -2, minimum=-MAX_LAYERS, maximum=MAX_LAYERS),
+        select_feature=fields.text("select_feature", "patch", choices=SELECT_FEATURES),
+        image_token_id=fields.integer("image_token_id", 32000, minimum=1),
         vision_spec=spec.to_dict(),
-        template=facts.text("template", ""),
-        s2_scales=_scales(facts),
-        s2_max_split=facts.integer("s2_max_split", 0, maximum=MAX_SIDE),
-        vision_source=facts.text("vision_source", ""),
+        template=fields.text("template", ""),
+        s2_scales=_scales(fields),
+        s2_max_split=fields.integer("s2_max_split", 0, maximum=MAX_SIDE),
+        vision_source=fields.text("vision_source", ""),
         tie_word_embeddings=llm.tie_word_embeddings,
     )
-    with facts.naming():
+    with fields.naming():
         check_vision_spec(config, spec)
-    return config, Sources(facts, text, vision)
+    return config, Sources(fields, text, vision)
 
 
-def _scales(facts: Fields) -> list[int]:
-    scales = facts.get("s2_scales")
+def _scales(fields: Fields) -> list[int]:
+    scales = fields.get("s2_scales")
     scales = [] if scales is None else scales
     if not isinstance(scales, list) or any(type(side) is not int or not 1 <= side <= MAX_SIDE for side in scales):
-        raise facts.refusal("s2_scales", expected=f"a list of integers from 1 to {MAX_SIDE:,}")
+        raise fields.refusal("s2_scales", expected=f"a list of integers from 1 to {MAX_SIDE:,}")
     return scales
 
 
 def read_processor(folder: Path, config: VilaConfig) -> VilaProcessor:
-    """Read the processor of our own layout. Raises LayoutError when it is of another model than the config."""
-    facts = Fields.of_file(folder / "processor_config.json", LayoutError)
-    spec = VisionSpec.from_fields(facts.section("vision_spec"))
+    """Read the processor. Raises LayoutError if it is of another model than the config."""
+    fields = Fields.of_file(folder / "processor_config.json", LayoutError)
+    spec = VisionSpec.from_fields(fields.section("vision_spec"))
     tokenizer = read_tokenizer(folder, config)
-    placeholder = facts.integer("image_token_id", len(tokenizer), minimum=1)
+    placeholder = fields.integer("image_token_id", len(tokenizer), minimum=1)
     if placeholder != config.image_token_id:
-        raise facts.refusal(
+        raise fields.refusal(
             "image_token_id",
-            f"config.json says {config.image_token_id}",
-            hint="one of them is from another model",
+            f"config.json has {config.image_token_id}",
+            hint="the files are of different models",
         )
-    check_placeholder(facts, "image_token_id", placeholder, tokenizer)
-    with facts.section("vision_spec").naming():
+    check_placeholder(fields, "image_token_id", placeholder, tokenizer)
+    with fields.section("vision_spec").naming():
         check_vision_spec(config, spec)
-    return VilaProcessor(tokenizer, spec.to_dict(), facts.text("template", ""), placeholder)
+    return VilaProcessor(tokenizer, spec.to_dict(), fields.text("template", ""), placeholder)
 
 
 LAYOUT = NativeLayout()

@@ -1,7 +1,7 @@
-"""TinyChat's weight files: `.pt` files of tensors in its second INT4 packing, whole LLaVA models or the LLM alone.
+"""TinyChat's weight files: `.pt` files of tensors in its INT4 packing, of a whole LLaVA model or of the LLM alone.
 
-Such a file says nothing of the model. Config, tokenizer and, where the file lacks them, tower and projector come from
-the directory that it lies in, or from that of the 16-bit model. One file may also be cut into one for each tensor.
+The files contain no metadata. Config, tokenizer and, if missing, tower and projector come from the directory around
+them, or from that of the 16-bit model. The weights may also be split into one file per tensor.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ _EMBEDDINGS, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class TinychatLayout:
-    """A `.pt` file, or a directory whose LLM is nothing but such files."""
+    """A `.pt` file, or a directory whose LLM consists of such files only."""
 
     name = "tinychat"
 
     def matches(self, folder: Path) -> bool:
-        """Whether this is a `.pt` file, or a directory of such, or one whose LLM's weights are such."""
+        """Whether this is a `.pt` file, or a directory whose weights, or its LLM's, are such files."""
         if folder.is_file():
             return folder.suffix == TORCH_SUFFIX
         if not any(_is_tinychat(path.name) for part in (folder, folder / _LLM) for path in part.glob("*.pt")):
@@ -52,25 +52,25 @@ class TinychatLayout:
         return not (_has_weights(folder) or _has_weights(folder / _LLM))
 
     def open(self, folder: Path, base: Path | None = None) -> Checkpoint:
-        """Understand the file or directory; `base` is the directory of the 16-bit model.
+        """Open the file or directory; `base` is the directory of the 16-bit model.
 
-        Raises LayoutError when nothing around it says what model it is, or its tensors are in no packing known here.
+        Raises LayoutError if no directory describes the model, or the tensors match no known packing.
         """
-        home = base or _home(folder)
+        home = base or _model_folder(folder)
         layout = detect_full_precision(home)
         if layout is None:
-            raise LayoutError(f"not a 16-bit model, which {folder} needs beside it", file=home)
-        mine, unclaimed = map_names(list_tensors([open_weight_file(path) for path in _files(folder)]), _PREFIXES)
+            raise LayoutError(f"not a 16-bit model, which {folder} needs", file=home)
+        own, unexpected = map_names(list_tensors([open_weight_file(path) for path in _files(folder)]), _PREFIXES)
         under = layout.open(home)
-        # Of the LLM nothing is taken from the 16-bit model: its norms belong to other weights.
-        others = {name: piece for name, piece in under.tensors.items() if not name.startswith("language_model.")}
-        pieces, groups = split_packed_tensors({**others, **mine})
+        # The LLM of the 16-bit model is not used: its norms do not match the 4-bit weights.
+        others = {name: ref for name, ref in under.tensors.items() if not name.startswith("language_model.")}
+        refs, groups = split_packed_tensors({**others, **own})
         packed = {name: _packed(name, parts) for name, parts in groups.items()}
-        checkpoint = checkpoint_with_int4(under, pieces, packed, folder)
-        return replace(checkpoint, unexpected=sorted({*under.unexpected, *unclaimed}))
+        checkpoint = checkpoint_with_int4(under, refs, packed, folder)
+        return replace(checkpoint, unexpected=sorted({*under.unexpected, *unexpected}))
 
     def check(self, model: Any, processor: Any) -> None:
-        """Raise LayoutError for a model in full precision, that neither layout can express, or of odd sizes."""
+        """Raise LayoutError for a full-precision model, one that neither layout supports, or unsupported sizes."""
         require_int4(model, self.name)
         for name, layer in int4_layers(model):
             check_divides(f"outputs of {name} in TinyChat's words", layer.out_features, 8)
@@ -81,15 +81,15 @@ class TinychatLayout:
             vila_v15.check_writable(model.config)
 
     def write(self, model: Any, processor: Any, folder: Path) -> None:
-        """Write config, tokenizer, tower and projector in VILA-1.0's layout or VILA-1.5's, and the weights in a file.
+        """Write config, tokenizer, tower and projector as llava-v1 or vila-v15, and the LLM in one `.pt` file.
 
-        All but the 4-bit weights becomes float16. Raises LayoutError as `check`.
+        All weights except the 4-bit ones become float16. Raises LayoutError as `check`.
         """
         self.check(model, processor)
         size = require_int4(model, self.name)
-        # TinyChat asks for the ending.
+        # TinyChat requires the suffix.
         file = f"{folder.name}-w4-g{size}-awq-v2{TORCH_SUFFIX}"
-        storage = WeightStorage(_pack, save=lambda tensors, where: write_torch_file(_with_head(tensors), where / file))
+        storage = WeightStorage(_pack, save=lambda tensors, out: write_torch_file(_with_head(tensors), out / file))
         try:
             llava_v1.check_writable(model.config)
         except LayoutError:
@@ -99,7 +99,7 @@ class TinychatLayout:
 
 
 def _with_head(tensors: Mapping[str, Writable]) -> Mapping[str, Writable]:
-    """The LLM's tensors with its head, also one that is the embeddings: TinyChat ties nothing and misses no key."""
+    """Add the LM head if it is tied to the embeddings: TinyChat does not tie weights and needs every key."""
     if _EMBEDDINGS not in tensors:
         return tensors
     return {**tensors, _HEAD: tensors.get(_HEAD, tensors[_EMBEDDINGS])}
@@ -119,21 +119,21 @@ def _files(folder: Path) -> list[Path]:
     return torch_weight_files(folder) or torch_weight_files(folder / _LLM)
 
 
-def _home(folder: Path) -> Path:
-    """The nearest directory that says what model this is."""
+def _model_folder(folder: Path) -> Path:
+    """Return the nearest directory that describes the model."""
     places = [folder, folder.parent] if folder.is_dir() else [folder.parent, folder.parent.parent]
     for place in places:
         if detect_full_precision(place) is not None:
             return place
     raise LayoutError(
-        "weights alone, and no directory around them says of which model",
+        "weights without a directory that describes the model",
         file=folder,
-        hint="give that of the 16-bit model as base= or --model-base",
+        hint="pass the directory of the 16-bit model as base= or --model-base",
     )
 
 
 def _packed(name: str, parts: Mapping[str, TensorRef]) -> PackedWeight:
-    """The weight in whatever packing and groups its tensors fit: such files do not say."""
+    """Return the weight with the packing and group size that its tensors match, as such files do not declare them."""
     check_complete(name, parts)
     for packing, size in matching_packings(parts):
         codes = parts["qweight"]
@@ -141,37 +141,37 @@ def _packed(name: str, parts: Mapping[str, TensorRef]) -> PackedWeight:
             return PackedWeight(parts, packing, size, (codes.shape[0] * 4, codes.shape[1]))
         if packing == "gemv":
             return PackedWeight(parts, packing, size, (codes.shape[0], codes.shape[1] * 8))
-    found = ", ".join(f"{ending} {piece.dtype} {list(piece.shape)}" for ending, piece in parts.items())
+    found = ", ".join(f"{ending} {ref.dtype} {list(ref.shape)}" for ending, ref in parts.items())
     raise LayoutError(
         "",
         file=parts["qweight"].file.path,
         field=name,
         value=found.replace("torch.", ""),
-        expected="one of TinyChat's packings, with groups of 32, 64 or 128",
-        hint="make the file again with TinyChat's own tools, or quantize the 16-bit model with vila quantize",
+        expected="one of TinyChat's packings, with group size 32, 64 or 128",
+        hint="create the file again with TinyChat's tools, or quantize the 16-bit model with vila quantize",
     )
 
 
 class _Packing:
-    """A weight that is packed when the first of its tensors is written, and forgotten with the last."""
+    """A weight that is packed when its first tensor is written, and freed with the last."""
 
     def __init__(self, weight: Int4Weight) -> None:
         self._weight = weight
         self._parts: dict[str, Tensor] = {}
 
     def part(self, ending: str) -> Tensor:
-        """One of the packed tensors, once."""
+        """Return one of the packed tensors, once."""
         if not self._parts:
             self._parts = pack_tinychat(self._weight)
         return self._parts.pop(ending)
 
 
 def _pack(weight: Int4Weight) -> dict[str, LazyTensor]:
-    facts = packed_tensor_specs("tinychat", (weight.num_outputs, weight.num_inputs), weight.group_size)
+    specs = packed_tensor_specs("tinychat", (weight.num_outputs, weight.num_inputs), weight.group_size)
     packing = _Packing(weight)
     return {
         ending: LazyTensor(shape, kind or torch.float16, partial(packing.part, ending))
-        for ending, (shape, kind) in facts.items()
+        for ending, (shape, kind) in specs.items()
     }
 
 

@@ -1,6 +1,6 @@
-"""The tokenizer of a checkpoint, read from whatever files its publisher left; damaged files are named.
+"""Read and write the tokenizer files of a checkpoint; errors name the damaged file.
 
-Code that a checkpoint brings along (`auto_map`) is never run.
+Code in a checkpoint (`auto_map`) is never executed.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ _SPECIALS: Final = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_tok
 
 
 def read_tokenizer(folder: Path, config: PretrainedConfig | None = None) -> Any:
-    """Read the tokenizer of a directory; published ones may hold `tokenizer.model` and nothing else.
+    """Load the tokenizer of a directory; published ones may contain only `tokenizer.model`.
 
-    config: of the model, by which transformers chooses the class; None stands for a LLaMA.
-    LLaMA's is read as the original does: BOS unless the config says otherwise, `legacy=False`, padding with `<unk>`.
-    Raises LayoutError with the file that is absent, damaged, or does not fit the others.
+    config: the model's config, by which transformers selects the class; None is a LLaMA.
+    LLaMA's is read as in the released code: BOS unless the config disables it, `legacy=False`, padding with `<unk>`.
+    Raises LayoutError with the file that is missing, damaged, or inconsistent with the others.
     """
-    facts = _read_settings(folder)
+    fields = _read_settings(folder)
     try:
         with file_errors(_main_file(folder), LayoutError):
-            tokenizer = _load(folder, facts, config)
-            _probe(tokenizer, facts)
+            tokenizer = _load(folder, fields, config)
+            _probe(tokenizer, fields)
     except LayoutError:
-        # transformers does not say which file it was at; one that is damaged by itself is named in place of this error.
+        # transformers does not name the file that failed; report a file that cannot be parsed by itself instead.
         _check_files(folder)
         raise
     if config is None and tokenizer.pad_token is None and tokenizer.unk_token is not None:
@@ -47,55 +47,55 @@ def read_tokenizer(folder: Path, config: PretrainedConfig | None = None) -> Any:
     return tokenizer
 
 
-def _load(folder: Path, facts: Fields, config: PretrainedConfig | None) -> Any:
-    plain_llama = facts.text("tokenizer_class", "Llama").startswith("Llama")
+def _load(folder: Path, fields: Fields, config: PretrainedConfig | None) -> Any:
+    plain_llama = fields.text("tokenizer_class", "Llama").startswith("Llama")
     if config is None and plain_llama and (folder / _MODEL).is_file():
         return LlamaTokenizer.from_pretrained(
             folder,
             local_files_only=True,
             trust_remote_code=False,
             legacy=False,
-            add_bos_token=facts.flag("add_bos_token", True),
+            add_bos_token=fields.flag("add_bos_token", True),
         )
-    # Without a config AutoTokenizer would read config.json, and fail at model types that only the original code knows.
-    chosen = AutoConfig.for_model("llama") if config is None else config
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, config=chosen)
+    # Without a config AutoTokenizer reads config.json, and fails on model types that transformers does not know.
+    model_config = AutoConfig.for_model("llama") if config is None else config
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, config=model_config)
 
 
-def _probe(tokenizer: Any, facts: Fields) -> None:
-    """Use what every other path uses of a tokenizer, so that settings of a wrong type fail here."""
+def _probe(tokenizer: Any, fields: Fields) -> None:
+    """Exercise the tokenizer, so that settings of a wrong type fail here."""
     tokenizer.decode(ids_before_text(tokenizer))
     for name in _SPECIALS:
         if getattr(tokenizer, name, None) is not None and getattr(tokenizer, f"{name}_id", None) is None:
-            raise facts.refusal(name, "not in the vocabulary")
+            raise fields.refusal(name, "not in the vocabulary")
 
 
 def _read_settings(folder: Path) -> Fields:
-    """Read tokenizer_config.json with a check of the values that are used here; every other file by its first bytes."""
+    """Read tokenizer_config.json and check the values that are used; check the first bytes of every other file."""
     for name in (*_OBJECTS, *_TEXTS, _MODEL, _FAST):
         path = folder / name
         if path.is_file() and (known := foreign_content(read_head(path))):
             raise LayoutError(known[0], file=path, hint=known[1])
     path = folder / _CONFIG
-    facts = Fields.of_file(path, LayoutError) if path.is_file() else Fields({}, path, error=LayoutError)
-    facts.text("tokenizer_class", None)
-    facts.flag("add_bos_token", None)
-    facts.flag("add_eos_token", None)
-    facts.number("model_max_length", None, minimum=1, maximum=1e31)
-    facts.text("padding_side", None, choices=("left", "right"))
-    facts.section("added_tokens_decoder")
-    _check_specials(facts)
+    fields = Fields.of_file(path, LayoutError) if path.is_file() else Fields({}, path, error=LayoutError)
+    fields.text("tokenizer_class", None)
+    fields.flag("add_bos_token", None)
+    fields.flag("add_eos_token", None)
+    fields.number("model_max_length", None, minimum=1, maximum=1e31)
+    fields.text("padding_side", None, choices=("left", "right"))
+    fields.section("added_tokens_decoder")
+    _check_specials(fields)
     if (folder / _SPECIALS_MAP).is_file():
         _check_specials(Fields.of_file(folder / _SPECIALS_MAP, LayoutError))
-    return facts
+    return fields
 
 
-def _check_specials(facts: Fields) -> None:
+def _check_specials(fields: Fields) -> None:
     for name in _SPECIALS:
-        value = facts.get(name)
+        value = fields.get(name)
         content = value.get("content") if isinstance(value, dict) else value
         if value is not None and not isinstance(content, str):
-            raise facts.refusal(name, expected="text, or an object with `content`")
+            raise fields.refusal(name, expected="text, or an object with `content`")
 
 
 def _main_file(folder: Path) -> Path:
@@ -106,7 +106,7 @@ def _main_file(folder: Path) -> Path:
 
 
 def _check_files(folder: Path) -> None:
-    """Raises LayoutError naming the first file of a tokenizer that is damaged by itself."""
+    """Raise LayoutError naming the first tokenizer file that cannot be parsed by itself."""
     for name in _OBJECTS:
         if (folder / name).is_file():
             read_json_object(folder / name, LayoutError)
@@ -123,18 +123,19 @@ def _check_files(folder: Path) -> None:
             SentencePieceProcessor(model_file=str(folder / _MODEL))
 
 
-def check_placeholder(facts: Fields, key: str, id_: int, tokenizer: Any) -> None:
-    """Refuse an image placeholder that is a token of text, such as BOS. Raises LayoutError."""
+def check_placeholder(fields: Fields, key: str, id_: int, tokenizer: Any) -> None:
+    """Raise LayoutError if the image placeholder id is a special token such as BOS."""
     token = str(tokenizer.convert_ids_to_tokens(id_)) if id_ in tokenizer.all_special_ids else "<image>"
     if "image" not in token.lower() and "img" not in token.lower():
         own = tokenizer.get_vocab().get("<image>", len(tokenizer))
-        raise facts.refusal(key, f"the tokenizer has {token!r} there", expected=f"{own}, or an id past the tokenizer")
+        expected = f"{own}, or an id outside the vocabulary"
+        raise fields.refusal(key, f"{token!r} in the tokenizer", expected=expected)
 
 
 def write_tokenizer(tokenizer: Any, folder: Path, template: str, *, after_image_space: bool = False) -> None:
-    """The tokenizer's files, with the conversation template as a Jinja one.
+    """Write the tokenizer's files, with the conversation template as a Jinja chat template.
 
-    With a SentencePiece model behind it also `tokenizer.model`, which is all that older code reads.
+    `tokenizer.model` is copied if there is one, for code that reads nothing else.
     """
     tokenizer = copy.copy(tokenizer)
     if template:

@@ -1,7 +1,7 @@
-"""Vision towers as published: their folders, their configs under several names, and the preprocessing that goes along.
+"""Directories of vision towers (CLIP, SigLIP, DINOv2, InternViT): config, weights and image preprocessing.
 
-CLIP and SigLIP directories hold the whole model or the vision half; InternViT comes with code of its own, and its
-weights are read into transformers' InternVLVisionModel, which computes the same block.
+CLIP and SigLIP directories contain the whole model or the vision half. InternViT is published with its own code; its
+weights are loaded into transformers' InternVLVisionModel, whose blocks are equivalent.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ STATISTICS: dict[str, tuple[Triple, Triple]] = {
     "dinov2": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "internvl_vision": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
-"""Mean and standard deviation, RGB, that each kind of tower was trained with."""
+"""Mean and standard deviation (RGB) that each tower type was trained with."""
 
 _CLIP_LARGE = {
     "model_type": "clip_vision_model",
@@ -58,9 +58,9 @@ _KNOWN: dict[str, dict[str, Any]] = {
         "image_size": 384,
     },
 }
-"""Configs of the towers that published checkpoints name, so that weights inside a checkpoint need no other file."""
+"""Configs of towers that published checkpoints name, for checkpoints that contain only the tower's weights."""
 
-# transformers 5 saves a CLIP or SigLIP tower without the prefix that publishers' files have.
+# transformers 5 saves CLIP and SigLIP towers without the prefix in published files.
 _PREFIXES = {
     "clip_vision_model": (("vision_model.", ""), ("", "")),
     "siglip_vision_model": (("vision_model.", ""), ("", "")),
@@ -76,15 +76,15 @@ _INTERN_VIT_6B = {
     "hidden_act": "gelu",
 }
 NON_VISION_PREFIXES = ("text_model.", "text_projection.", "visual_projection.", "logit_scale", "logit_bias")
-"""Weights of a whole CLIP or SigLIP directory that are not its tower's."""
+"""Weights of a whole CLIP or SigLIP model that are not the tower's."""
 
 
 @dataclass(frozen=True)
 class TowerSpec:
-    """A tower's config and the preprocessing it was trained with.
+    """Config and image preprocessing of a tower.
 
-    image_size: side of its images, in pixels.
-    source:     the object that the config was read from, for errors.
+    image_size: in pixels.
+    source:     JSON object that the config was read from, for error messages.
     """
 
     config: PretrainedConfig
@@ -96,48 +96,46 @@ class TowerSpec:
 
     @property
     def prefixes(self) -> Prefixes:
-        """Names of its weights in its own directory, and ours without `vision_tower.`."""
+        """Weight name prefixes in the tower's own directory, and ours without `vision_tower.`."""
         return _PREFIXES.get(self.config.model_type, (("", ""),))
 
 
 def known_tower(name: str) -> TowerSpec | None:
-    """Return the facts on a published tower by its hub id."""
+    """Return the spec of a published tower by its hub id, None for others."""
     if name not in _KNOWN:
         return None
-    facts = dict(_KNOWN[name])
+    values = dict(_KNOWN[name])
     source = Fields(_KNOWN[name], name, error=LayoutError)
-    return tower_spec(AutoConfig.for_model(facts.pop("model_type"), **facts), None, source)
+    return tower_spec(AutoConfig.for_model(values.pop("model_type"), **values), None, source)
 
 
 def read_tower(folder: Path) -> TowerSpec:
-    """Read the facts on the tower in a directory. Raises LayoutError if its config is missing or of an unknown kind."""
-    facts = read_config(folder)
-    if not facts:
-        raise LayoutError(
-            "no config.json; a vision tower is a directory as transformers writes it", file=folder / "config.json"
-        )
-    facts = facts.section("vision_config") or facts
-    kind = facts.text("model_type", "")
+    """Read the spec of the tower in a directory. Raises LayoutError for a missing config or an unknown tower type."""
+    fields = read_config(folder)
+    if not fields:
+        raise LayoutError("no config.json", file=folder, expected="a vision tower directory as transformers writes it")
+    fields = fields.section("vision_config") or fields
+    kind = fields.text("model_type", "")
     if kind == _INTERN_VIT:
-        config = _from_intern_vit(facts)
+        config = _from_intern_vit(fields)
     else:
-        config = tower_config(facts, {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}.get(kind, kind))
+        config = tower_config(fields, {"clip": "clip_vision_model", "siglip": "siglip_vision_model"}.get(kind, kind))
     preprocessor = folder / "preprocessor_config.json"
-    return tower_spec(config, Fields.of_file(preprocessor, LayoutError) if preprocessor.is_file() else None, facts)
+    return tower_spec(config, Fields.of_file(preprocessor, LayoutError) if preprocessor.is_file() else None, fields)
 
 
 def tower_spec(
     config: PretrainedConfig, preprocessor: Fields | None, source: Fields, image_size: int | None = None
 ) -> TowerSpec:
-    """Make a tower's facts from its config, and from its preprocessor_config.json where there is one.
+    """Build a tower's spec from its config and, if there is one, its preprocessor_config.json.
 
-    image_size: side of the images where it is not the config's (a tower may interpolate its positions).
+    image_size: if it differs from the config's (a tower may interpolate its position embeddings).
     """
     with source.naming():
         check_tower(config, "cls_patch")
     mean, std = STATISTICS[config.model_type]
     given = Fields({}, source.file, error=LayoutError) if preprocessor is None else preprocessor
-    # InternViT and SigLIP are given squashed images, whatever their processors say.
+    # InternViT and SigLIP were trained on images resized without cropping, whatever their processor config says.
     crops = given.flag("do_center_crop", True) and config.model_type in ("clip_vision_model", "dinov2")
     own = config.image_size
     return TowerSpec(
@@ -150,48 +148,55 @@ def tower_spec(
     )
 
 
-def read_image_mode(facts: Fields) -> ImageMode:
-    """Read `image_aspect_ratio` of a published config; other values than `pad` and `resize` mean the tower's processor.
+def read_image_mode(fields: Fields) -> ImageMode:
+    """Read `image_aspect_ratio` of a published config; other values than `pad` and `resize` mean `square`.
 
-    Raises LayoutError for LLaVA-NeXT's tiles, which would be read wrongly without an error.
+    Raises LayoutError for LLaVA-NeXT's tiles, which would otherwise be silently wrong.
     """
-    aspect = facts.text("image_aspect_ratio", "")
+    aspect = fields.text("image_aspect_ratio", "")
     if aspect.startswith("anyres"):
-        raise facts.refusal(
-            "image_aspect_ratio", "LLaVA-NeXT cuts images into tiles, and its checkpoints are not supported"
+        raise fields.refusal(
+            "image_aspect_ratio", "LLaVA-NeXT checkpoints, which split images into tiles, are not supported"
         )
     return "pad" if aspect == "pad" else "resize" if aspect == "resize" else "square"
 
 
-def _from_intern_vit(facts: Fields) -> PretrainedConfig:
-    facts.text("norm_type", "rms_norm", choices=("rms_norm",))
-    if facts.number("layer_norm_eps", 1e-6, maximum=1.0) != 1e-6:
-        # transformers' norms of queries and keys have no other.
-        raise facts.refusal("layer_norm_eps", expected="1e-6")
-    kept = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
+def _from_intern_vit(fields: Fields) -> PretrainedConfig:
+    fields.text("norm_type", "rms_norm", choices=("rms_norm",))
+    if fields.number("layer_norm_eps", 1e-6, maximum=1.0) != 1e-6:
+        # The query and key norms in transformers have no other value.
+        raise fields.refusal("layer_norm_eps", expected="1e-6")
+    copied = (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "image_size",
+        "patch_size",
+    )
     ours = {
         **_INTERN_VIT_6B,
-        **{key: facts[key] for key in (*kept, "hidden_act") if facts.get(key) is not None},
+        **{key: fields[key] for key in (*copied, "hidden_act") if fields.get(key) is not None},
         "norm_type": "rms_norm",
-        "use_qk_norm": facts.flag("qk_normalization", True),
-        "attention_bias": facts.flag("qkv_bias", False),
+        "use_qk_norm": fields.flag("qk_normalization", True),
+        "attention_bias": fields.flag("qkv_bias", False),
         "layer_norm_eps": 1e-6,
-        "layer_scale_init_value": facts.number("initializer_factor", 0.1),
+        "layer_scale_init_value": fields.number("initializer_factor", 0.1),
         "use_mean_pooling": True,
     }
-    return tower_config(Fields(ours, facts.file, facts.name, LayoutError), "internvl_vision")
+    return tower_config(Fields(ours, fields.file, fields.name, LayoutError), "internvl_vision")
 
 
 def tower_tensors(folder: Path, tower: TowerSpec) -> tuple[dict[str, TensorRef], list[str]]:
-    """Return the weights of the tower in a directory by our names without `vision_tower.`, and the unclaimed names."""
-    pieces = list_tensors(find_weight_files(folder))
+    """Return the tower's weights by our names without `vision_tower.`, and the unexpected names."""
+    refs = list_tensors(find_weight_files(folder))
     if tower.config.model_type == "internvl_vision":
-        return from_intern_vit_tensors(pieces)
-    return map_names(pieces, tower.prefixes, ignore=NON_VISION_PREFIXES)
+        return from_intern_vit_tensors(refs)
+    return map_names(refs, tower.prefixes, ignore=NON_VISION_PREFIXES)
 
 
 def to_intern_vit_config(config: Any) -> dict[str, Any]:
-    """config.json of InternViT for a config that `read_tower` made of one."""
+    """InternViT's config.json; the inverse of `read_tower`."""
     size, patch = config.image_size, config.patch_size
     return {
         "architectures": ["InternVisionModel"],
@@ -231,26 +236,26 @@ _BLOCK = re.compile(r"encoder\.layers?\.(\d+)\.(.*)")
 _QKV = re.compile(r"attn\.qkv\.(weight|bias)")
 
 
-def from_intern_vit_tensors(pieces: Mapping[str, TensorRef]) -> tuple[dict[str, TensorRef], list[str]]:
-    """InternViT's weights by the names of transformers' InternVLVisionModel, and those that nothing claims."""
+def from_intern_vit_tensors(refs: Mapping[str, TensorRef]) -> tuple[dict[str, TensorRef], list[str]]:
+    """Return InternViT's weights by the names of transformers' InternVLVisionModel, and the unexpected names."""
     ours: dict[str, TensorRef] = {}
-    unclaimed = []
-    for name, piece in pieces.items():
+    unexpected = []
+    for name, ref in refs.items():
         block = _BLOCK.fullmatch(name)
         if block and (qkv := _QKV.fullmatch(block[2])):
             for number, part in enumerate("qkv"):
-                ours[f"encoder.layer.{block[1]}.attention.{part}_proj.{qkv[1]}"] = split_qkv(piece, number)
+                ours[f"encoder.layer.{block[1]}.attention.{part}_proj.{qkv[1]}"] = split_qkv(ref, number)
             continue
         found = _translate(block[2] if block else name, _INTERN_BLOCK if block else _INTERN_NAMES)
         if found is None:
-            unclaimed.append(name)
+            unexpected.append(name)
         else:
-            ours[f"encoder.layer.{block[1]}.{found}" if block else found] = piece
-    return ours, unclaimed
+            ours[f"encoder.layer.{block[1]}.{found}" if block else found] = ref
+    return ours, unexpected
 
 
 def to_intern_vit_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The way back: query, key and value are joined again."""
+    """The inverse of `from_intern_vit_tensors`: query, key and value are fused again."""
     out: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         block = _BLOCK.fullmatch(name)
@@ -258,13 +263,13 @@ def to_intern_vit_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if block and rest.startswith(("attention.k_proj.", "attention.v_proj.")):
             continue
         if block and rest.startswith("attention.q_proj."):
-            three = [tensors[name.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"]
-            out[f"encoder.layers.{block[1]}.attn.qkv.{rest.rpartition('.')[2]}"] = torch.cat(three)
+            query_key_value = [tensors[name.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"]
+            out[f"encoder.layers.{block[1]}.attn.qkv.{rest.rpartition('.')[2]}"] = torch.cat(query_key_value)
             continue
         table = [(ours, theirs) for theirs, ours in (_INTERN_BLOCK if block else _INTERN_NAMES)]
         found = _translate(rest, table)
         if found is None:
-            raise LayoutError(f"InternViT has no place for the weight {name}")
+            raise LayoutError("InternViT has no name for this weight", field=name)
         out[f"encoder.layers.{block[1]}.{found}" if block else found] = tensor
     return out
 
@@ -276,38 +281,37 @@ def _translate(name: str, table: Any) -> str | None:
     return None
 
 
-# --- vision_folder
-# Writing a vision tower as a directory of its own, the way its publisher does.
-
-
 _ARCHITECTURES = {"clip_vision_model": "CLIPVisionModel", "siglip_vision_model": "SiglipVisionModel"}
 
 
 def write_tower(model: Any, spec: VisionSpec, folder: Path, storage: WeightStorage = FULL_PRECISION) -> None:
-    """config.json, preprocessor_config.json and weights of the model's tower, into a new directory `folder`.
+    """Write config.json, preprocessor_config.json and weights of the model's tower into a new directory.
 
-    They are safetensors whatever `storage` says, which gives the type of the numbers.
+    Weights are always safetensors; `storage` determines their dtype.
     """
     config = model.config.vision_config
     weights = published_state_dict(model.vision_tower)
     if config.model_type == "internvl_vision":
-        facts, weights = to_intern_vit_config(config), to_intern_vit_tensors(weights)
+        config_json, weights = to_intern_vit_config(config), to_intern_vit_tensors(weights)
     elif config.model_type in _ARCHITECTURES:
-        facts = {**config.to_dict(), "architectures": [_ARCHITECTURES[config.model_type]]}
-        facts.pop("dtype", None)
+        config_json = {**config.to_dict(), "architectures": [_ARCHITECTURES[config.model_type]]}
+        config_json.pop("dtype", None)
         weights = {f"vision_model.{name}": tensor for name, tensor in weights.items()}
     else:
-        raise LayoutError(f"a {config.model_type} tower has no published folder form; use the native layout")
+        hint = "use the native layout"
+        raise LayoutError(
+            "the tower cannot be saved separately", field="model_type", value=config.model_type, hint=hint
+        )
     stored = storage.cast(weights)
     dtype = str(next(iter(stored.values())).dtype).removeprefix("torch.")
     folder.mkdir()
-    write_json(folder / "config.json", {**facts, "torch_dtype": dtype}, indent=2)
+    write_json(folder / "config.json", {**config_json, "torch_dtype": dtype}, indent=2)
     write_json(folder / "preprocessor_config.json", preprocessor_config(config.model_type, spec), indent=2)
     write_weights(stored, folder)
 
 
 def preprocessor_config(kind: str, spec: VisionSpec) -> dict[str, Any]:
-    """What preprocessor_config.json holds for a kind of tower."""
+    """Content of preprocessor_config.json for a tower type."""
     size = spec.image_size
     square = {"height": size, "width": size}
     shared = image_processor_settings(spec)
@@ -323,7 +327,7 @@ def preprocessor_config(kind: str, spec: VisionSpec) -> dict[str, Any]:
 
 
 def image_processor_settings(spec: VisionSpec) -> dict[str, Any]:
-    """What every image processor says of values and resampling."""
+    """Settings that all image processors share."""
     return {
         "do_convert_rgb": True,
         "do_normalize": True,

@@ -1,4 +1,4 @@
-"""The layout of VILA-1.5: three folders, `llm/`, `vision_tower/` and `mm_projector/`, below one config.json."""
+"""VILA-1.5 layout: three directories, `llm/`, `vision_tower/` and `mm_projector/`, below one config.json."""
 
 from __future__ import annotations
 
@@ -29,73 +29,84 @@ _SCALES = re.compile(r"[1-9]\d{0,4}(, *[1-9]\d{0,4})*")
 
 
 class VilaV15Layout:
-    """Three folders; the config's `*_cfg` keys say where they are."""
+    """Three directories; the config's `*_cfg` keys locate them."""
 
     name = "vila-v15"
 
     def matches(self, folder: Path) -> bool:
-        """Whether config.json says that the LLM is a part of its own."""
+        """Whether config.json has a separate LLM config."""
         return "llm_cfg" in read_config(folder)
 
     def open(self, folder: Path, base: Path | None = None) -> Checkpoint:
-        """Read the configs of the three folders."""
-        facts = read_config(folder)
-        llm_folder, tower_folder, projector_folder = (_part(folder, facts, part, key) for part, key in _PARTS.items())
-        _refuse_resolution(facts)
+        """Read the configs of the three directories."""
+        fields = read_config(folder)
+        llm_folder, tower_folder, projector_folder = (_part(folder, fields, part, key) for part, key in _PARTS.items())
+        _check_resolution(fields)
         llm_facts = read_config(llm_folder)
         llm = text_config(llm_facts, llm_facts.text("model_type", "llama"))
         tower = read_tower(tower_folder)
-        pieces, unclaimed = map_names(list_tensors(find_weight_files(llm_folder)), (("", "language_model."),))
-        found, lost = tower_tensors(tower_folder, tower)
-        pieces.update({f"vision_tower.{name}": piece for name, piece in found.items()})
+        refs, unexpected = map_names(list_tensors(find_weight_files(llm_folder)), (("", "language_model."),))
+        found, unexpected_tower = tower_tensors(tower_folder, tower)
+        refs.update({f"vision_tower.{name}": ref for name, ref in found.items()})
         projector_facts = read_config(projector_folder)
         projector = projector_facts.text("mm_projector_type", "linear")
         with projector_facts.naming(FIELDS):
             check_projector(projector)
         if projector != "identity":
-            mine, wild = map_names(list_tensors(find_weight_files(projector_folder)), (("layers.", "projector."),))
-            pieces.update(mine)
-            lost += wild
-        scales, max_split = _scales(facts)
-        with facts.naming(FIELDS):
+            own, unexpected_projector = map_names(
+                list_tensors(find_weight_files(projector_folder)), (("layers.", "projector."),)
+            )
+            refs.update(own)
+            unexpected += unexpected_projector
+        scales, max_split = _scales(fields)
+        with fields.naming(FIELDS):
             config, processor = build_config(
                 llm=llm,
                 tower=tower,
                 tokenizer=read_tokenizer(llm_folder),
                 projector=projector,
-                select_layer=facts.integer("mm_vision_select_layer", -2, minimum=-MAX_LAYERS, maximum=MAX_LAYERS),
-                select_feature=facts.text("mm_vision_select_feature", "patch"),
-                image_mode=read_image_mode(facts),
-                template=facts.text("conversation_template", "") or known_template(folder),
+                select_layer=fields.integer("mm_vision_select_layer", -2, minimum=-MAX_LAYERS, maximum=MAX_LAYERS),
+                select_feature=fields.text("mm_vision_select_feature", "patch"),
+                image_mode=read_image_mode(fields),
+                template=fields.text("conversation_template", "") or known_template(folder),
                 s2_scales=scales,
                 s2_max_split=max_split,
-                num_video_frames=facts.integer("num_video_frames", 8, minimum=1, maximum=MAX_VIDEO_FRAMES),
-                exif_orientation=facts.flag("exif_orientation", True),
+                num_video_frames=fields.integer("num_video_frames", 8, minimum=1, maximum=MAX_VIDEO_FRAMES),
+                exif_orientation=fields.flag("exif_orientation", True),
             )
-        sources = Sources(facts, llm_facts, tower.source, FIELDS)
+        sources = Sources(fields, llm_facts, tower.source, FIELDS)
         return Checkpoint(
-            folder, config, processor, pieces, sources, [*unclaimed, *lost], read_generation_config(llm_folder)
+            folder,
+            config,
+            processor,
+            refs,
+            sources,
+            [*unexpected, *unexpected_tower],
+            read_generation_config(llm_folder),
         )
 
     def check(self, model: Any, processor: Any) -> None:
-        """Raise LayoutError as `check_writable`, and for a model in 4 bits."""
+        """Raise LayoutError as `check_writable`, and for a 4-bit model."""
         check_writable(model.config)
         FULL_PRECISION.check(model)
 
     def write(self, model: Any, processor: Any, folder: Path) -> None:
-        """Write the three folders."""
+        """Write the three directories."""
         write_folders(model, processor, folder, FULL_PRECISION)
 
 
 def check_writable(config: Any) -> None:
-    """Raise LayoutError for a tower that VILA-1.5's code does not build."""
+    """Raise LayoutError for a tower that VILA-1.5's code does not support."""
     kind = config.vision_config.model_type
     if kind not in _TOWERS:
-        raise LayoutError(f"a {kind} tower cannot be written as vila-v15: its code builds CLIP, SigLIP, InternViT")
+        expected = ", ".join(_TOWERS)
+        raise LayoutError(
+            "tower not supported by vila-v15", field="vision_config.model_type", value=kind, expected=expected
+        )
 
 
 def write_folders(model: Any, processor: Any, folder: Path, storage: WeightStorage) -> None:
-    """Write the three folders, the LLM's weights in `storage`. Raises LayoutError as `check_writable`."""
+    """Write the three directories, the LLM's weights with the given storage. Raises LayoutError as `check_writable`."""
     check_writable(model.config)
     config = storage.config(model)
     weights = storage.cast(storage.state_dict(model.language_model))
@@ -109,72 +120,70 @@ def write_folders(model: Any, processor: Any, folder: Path, storage: WeightStora
         write_json(part / "config.json", {**vila_v15_config(config, processor), **configs}, indent=2)
 
 
-def _scales(facts: Fields) -> tuple[list[int], int]:
-    """Read sides of S2 features, `336,672,1008`, and of their tiles, in pixels; ([], 0) for a tower of one scale."""
-    if not facts.flag("s2", False):
+def _scales(fields: Fields) -> tuple[list[int], int]:
+    """Read S2 image sizes such as `336,672,1008` and the maximum tile size, in pixels; ([], 0) without S2."""
+    if not fields.flag("s2", False):
         return [], 0
-    text = facts.text("s2_scales")
+    text = fields.text("s2_scales")
     if not _SCALES.fullmatch(text):
-        raise facts.refusal("s2_scales", expected="sides in pixels, such as 336,672,1008")
-    return list(map(int, text.split(","))), facts.integer("s2_max_split_size", minimum=1, maximum=MAX_SIDE)
+        raise fields.refusal("s2_scales", expected="sides in pixels, such as 336,672,1008")
+    return list(map(int, text.split(","))), fields.integer("s2_max_split_size", minimum=1, maximum=MAX_SIDE)
 
 
-def _part(folder: Path, facts: Fields, part: str, key: str) -> Path:
-    """Find the folder of one part: inside the checkpoint, or where a string in the config points."""
+def _part(folder: Path, fields: Fields, part: str, key: str) -> Path:
+    """Return the directory of one part: inside the checkpoint, or where a string in the config refers to."""
     if (folder / part / "config.json").is_file():
         return folder / part
-    source = facts.get(key) or (facts.get("mm_vision_tower") if part == "vision_tower" else None)
+    source = fields.get(key) or (fields.get("mm_vision_tower") if part == "vision_tower" else None)
     if isinstance(source, str):
         for place in (folder / source, folder.parent / source, Path(source)):
             if (place / "config.json").is_file():
                 return place
         return local_folder(source)
-    raise LayoutError(f"no folder {part}/ with a config.json", file=folder, hint="fetch the checkpoint again")
+    raise LayoutError(f"no directory {part}/ with a config.json", file=folder, hint="download the checkpoint again")
 
 
-def _refuse_resolution(facts: Fields) -> None:
-    if facts.integer("vision_resolution", -1, minimum=-1) != -1:
-        raise facts.refusal(
-            "vision_resolution", "stretched position embeddings, which no published checkpoint has, are not supported"
-        )
+def _check_resolution(fields: Fields) -> None:
+    if fields.integer("vision_resolution", -1, minimum=-1) != -1:
+        raise fields.refusal("vision_resolution", "interpolated position embeddings are not supported")
 
 
 def _write_llm(model: Any, processor: Any, folder: Path, config: Any) -> None:
     folder.mkdir()
-    facts = config.text_config.to_dict()
-    facts.pop("dtype", None)
-    facts["torch_dtype"] = str(config.dtype).removeprefix("torch.")
-    facts["architectures"] = [type(model.language_model).__name__]
-    rope = facts.get("rope_parameters") or {}
-    facts.update(legacy_rope_settings(rope))
-    write_json(folder / "config.json", facts, indent=2)
+    llm_config = config.text_config.to_dict()
+    llm_config.pop("dtype", None)
+    llm_config["torch_dtype"] = str(config.dtype).removeprefix("torch.")
+    llm_config["architectures"] = [type(model.language_model).__name__]
+    rope = llm_config.get("rope_parameters") or {}
+    llm_config.update(legacy_rope_settings(rope))
+    write_json(folder / "config.json", llm_config, indent=2)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
     write_tokenizer(processor.tokenizer, folder, processor.template)
 
 
 def legacy_rope_settings(rope: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys by which transformers 4 knew rotary positions, beside the new one."""
+    """The keys of rotary position settings in transformers 4."""
     kind = rope.get("rope_type", "default")
-    stretched = {"type": kind, **{k: v for k, v in rope.items() if k not in ("rope_type", "rope_theta")}}
-    return {"rope_theta": rope.get("rope_theta", 10000.0), "rope_scaling": None if kind == "default" else stretched}
+    scaling = {"type": kind, **{k: v for k, v in rope.items() if k not in ("rope_type", "rope_theta")}}
+    return {"rope_theta": rope.get("rope_theta", 10000.0), "rope_scaling": None if kind == "default" else scaling}
 
 
 def _write_projector(model: Any, folder: Path, storage: WeightStorage) -> None:
     folder.mkdir()
-    facts = {
+    projector_config = {
         "architectures": ["MultimodalProjector"],
         "mm_projector_type": model.config.projector_type,
         "model_type": "v2l_projector",
     }
-    write_json(folder / "config.json", facts, indent=2)
+    write_json(folder / "config.json", projector_config, indent=2)
     weights = {f"layers.{name}": tensor.detach() for name, tensor in model.projector.state_dict().items()}
     write_weights(storage.cast(weights), folder)
 
 
 def vila_v15_config(config: Any, processor: Any) -> dict[str, Any]:
-    """What the config.json of the whole model holds, without those of its parts."""
-    facts = {
+    """config.json of the whole model, without the configs of its parts."""
+    out = {
         "architectures": ["LlavaLlamaModel"],
         "model_type": "llava_llama",
         "hidden_size": config.text_config.hidden_size,
@@ -192,7 +201,7 @@ def vila_v15_config(config: Any, processor: Any) -> dict[str, Any]:
         "s2_max_split_size": config.s2_max_split,
         "vision_resolution": -1,
     }
-    return {**facts, **vila_settings(config, processor)}
+    return {**out, **vila_settings(config, processor)}
 
 
 LAYOUT = VilaV15Layout()
