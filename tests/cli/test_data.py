@@ -248,7 +248,7 @@ def test_what_from_csv_prints_runs_as_it_is_printed(vila, tmp_path, monkeypatch,
     )
     assert code == 0, err
     check, _, answer = run_printed(vila, out)
-    assert "mine: 4 samples, no faults, 4 distinct images" in check and "the tower sees" in check
+    assert "mine: 4 samples, no faults, 4 distinct images" in check and "vision tower" in check
     assert Path("my data/mine_run/model/model.safetensors").is_file() and answer
 
 
@@ -326,7 +326,7 @@ def test_train_says_what_the_tower_sees_which_samples_are_too_long_and_what_is_n
     code, _, err = vila("train", tmp_path / "recipe.yaml")
     assert code == 0, err
     said = " ".join(err.split())
-    assert "the tower sees 28 x 28" in said
+    assert "resized to 28 x 28" in said
     assert f"of 16 samples are longer than data.max_length=20 tokens (from {tmp_path / 'recipe.yaml'};" in said
     assert "image_path (" in said
 

@@ -1,4 +1,4 @@
-"""Small good data in every format and container, and what its first sample must be."""
+"""Small valid data in every format and file type, and the expected first sample."""
 
 from tests.data.shards import PIXELS, TEXT64, write_lines, write_list, write_parquet, write_tar
 from vila.core.types import Message
@@ -65,7 +65,7 @@ CLIPS = [
 
 
 def with_bytes(rows):
-    """The rows with pictures as parquet holds them."""
+    """The records with images as bytes, for parquet."""
     return [{**row, "images": [image and {"bytes": PIXELS, "path": image} for image in row["images"]]} for row in rows]
 
 
@@ -127,7 +127,7 @@ GOOD = {
     ("cauldron", "parquet"): lambda to: write_parquet(to / "d.parquet", with_bytes(CAULDRON)),
     ("video_json", "jsonl"): lambda to: write_lines(to / "d.jsonl", CLIPS),
 }  # fmt: skip
-"""(format, container) -> writes three samples or more into a folder and gives the path."""
+"""(format, file type) -> function that writes at least three samples into a folder and returns the path."""
 
 RECORDS = {
     "messages": MESSAGES, "llava_json": LLAVA, "llava_json_v15": LLAVA, "flan": FLAN, "interleaved": PAGES,

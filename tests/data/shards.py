@@ -1,4 +1,4 @@
-"""Writers of small data files in every container."""
+"""Writers of small data files of every type."""
 
 import base64
 import io
@@ -11,14 +11,14 @@ import pytest
 
 from vila.core.errors import DataError
 
-# The smallest things that are told apart; nothing here is decoded.
+# Distinct contents; they are never decoded.
 PIXELS = b"\x89PNG-one"
 OTHER_PIXELS = b"\x89PNG-two"
 TEXT64 = base64.b64encode(PIXELS).decode()
 
 
 def refusal(read):
-    """The DataError that a call raises."""
+    """Return the DataError that a call raises."""
     with pytest.raises(DataError) as raised:
         read()
     return raised.value

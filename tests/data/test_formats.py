@@ -41,7 +41,7 @@ def test_access_by_index_in_any_order_equals_going_through(case, tmp_path):
     assert len({sample.id for sample in samples}) == len(samples)
     assert all(sample.messages for sample in samples)
     for number in (-1, len(source)):
-        with pytest.raises(IndexError, match="outside range"):
+        with pytest.raises(IndexError):
             source[number]
 
 
@@ -59,7 +59,7 @@ def _samples(source):
     return list(source)
 
 
-def test_a_source_works_in_a_process_that_knows_nothing(tmp_path):
+def test_a_source_works_in_a_spawned_process(tmp_path):
     source = opened(("coyo", "tar"), tmp_path)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         assert pool.map(list, [source]) == [list(source)]
@@ -77,7 +77,7 @@ def test_sources_work_in_processes_that_fork_while_files_are_open(tmp_path):
 
 
 @CASES
-def test_media_are_named_and_not_opened(case, tmp_path):
+def test_media_are_references_that_are_not_opened(case, tmp_path):
     # None of the files that records name exists.
     for sample in opened(case, tmp_path):
         for item in sample.media:
@@ -114,7 +114,7 @@ def _without_media(sample):
     return type(sample)("", messages)
 
 
-class Told:
+class RecordingEvents:
     def __init__(self):
         self.tasks = []
 
@@ -127,57 +127,55 @@ class Told:
 
 
 @CASES
-def test_indexing_is_told_once(case, tmp_path):
-    path, told = GOOD[case](tmp_path), Told()
+def test_indexing_is_reported_once(case, tmp_path):
+    path, events = GOOD[case](tmp_path), RecordingEvents()
     for _ in range(2):
-        FORMATS[case[0]].open(path, tmp_path, told)
-    assert told.tasks == [(f"index {path.name}", "bytes")]
+        FORMATS[case[0]].open(path, tmp_path, events)
+    assert events.tasks == [(f"index {path.name}", "bytes")]
 
 
 @CASES
-def test_unknown_and_wrong_options_are_named(case, tmp_path):
-    with pytest.raises(ConfigError, match=rf"format '{case[0]}': unknown option 'max_imges'.*\(known: "):
+def test_unknown_options_are_an_error(case, tmp_path):
+    with pytest.raises(ConfigError) as caught:
         opened(case, tmp_path, max_imges=3)
+    assert case[0] in str(caught.value) and "max_imges" in caught.value.problem
 
 
-def test_options_of_another_type_or_choice_are_named(tmp_path):
-    with pytest.raises(ConfigError, match=r"2 problems(?s:.*)'max_images' is '6', expected int(?s:.*)'place' is 'top'"):
+def test_options_of_the_wrong_type_or_choice_are_an_error(tmp_path):
+    with pytest.raises(ConfigError) as caught:
         opened(("mmc4", "jsonl"), tmp_path, max_images="6", place="top")
+    assert all(word in caught.value.problem for word in ("2 problems", "'max_images'", "'6'", "'place'", "'top'"))
 
 
 @CASES
-def test_a_missing_file_is_named(case, tmp_path):
-    name = f"none{GOOD[case](tmp_path).suffix}"
-    with pytest.raises(DataError, match=f"{name}: no such file"):
-        FORMATS[case[0]].open(tmp_path / name, tmp_path)
-    with pytest.raises(DataError, match="no file matches the pattern"):
-        FORMATS[case[0]].open(tmp_path / "none-*.x", tmp_path)
+def test_a_missing_file_is_an_error(case, tmp_path):
+    suffix = GOOD[case](tmp_path).suffix
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="the directory holds no "):
-        FORMATS[case[0]].open(tmp_path / "empty", tmp_path)
+    for name in (f"none{suffix}", "none-*.x", "empty"):
+        error = refusal(lambda name=name: FORMATS[case[0]].open(tmp_path / name, tmp_path))
+        assert error.file == str(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["d.tar.gz", "d.tgz", "d.tar.zst", "d.jsonl.gz", "d.pkl", "d.csv"])
 @pytest.mark.parametrize("kind", FORMATS)
-def test_other_files_are_refused_with_a_reason(kind, name, tmp_path):
+def test_other_file_types_are_an_error_with_a_hint(kind, name, tmp_path):
     (tmp_path / name).write_bytes(b"x")
-    reason = "pickles can run code" if name == "d.pkl" else "not read by" if name == "d.csv" else "compressed"
     error = refusal(lambda: FORMATS[kind].open(tmp_path / name, tmp_path))
-    assert error.file == str(tmp_path / name) and reason in error.problem and error.hint
+    assert error.file == str(tmp_path / name) and error.hint
+    assert ("compressed" in error.problem) == (name.rpartition(".")[2] in ("gz", "tgz", "zst"))
 
 
 @CASES
-def test_a_file_that_changes_while_it_is_read_is_named(case, tmp_path):
+def test_a_file_that_changes_while_it_is_read_is_an_error(case, tmp_path):
     source = opened(case, tmp_path)
     path = GOOD[case](tmp_path)
     path.write_bytes(path.read_bytes() + b" ")
-    parquet._start_anew()  # a decoded column may stay in use
-    with pytest.raises(DataError, match=r"d\.\w+: the file has changed"):
-        source[0]
+    parquet._reset_after_fork()  # a decoded column may stay in use
+    assert refusal(lambda: source[0]).file == str(path)
 
 
 @CASES
-def test_a_file_cut_in_the_middle_is_named(case, tmp_path):
+def test_a_cut_file_is_an_error(case, tmp_path):
     path = GOOD[case](tmp_path)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
     error = refusal(lambda: list(FORMATS[case[0]].open(path, tmp_path)))
@@ -212,7 +210,7 @@ def _damaged(record):
 
 
 @JSON_FORMATS
-def test_whatever_is_wrong_in_a_record_is_a_data_error_that_names_its_row(kind, tmp_path):
+def test_any_wrong_value_in_a_record_is_an_error_with_the_record(kind, tmp_path):
     rows = [row for record in RECORDS[kind] for row in _damaged(record)]
     source = opened_lines(kind, rows, tmp_path)
     refused = 0
@@ -233,7 +231,7 @@ def _renamed(kind, name):
 
 @JSON_FORMATS
 @pytest.mark.parametrize("name", ["../secret.png", "/etc/passwd", "a/../../x.png", "link/x.png"])
-def test_a_file_outside_the_image_root_is_refused(kind, name, tmp_path):
+def test_a_file_outside_the_image_root_is_an_error(kind, name, tmp_path):
     root = tmp_path / "root"
     root.mkdir()
     (root / "link").symlink_to(tmp_path)
@@ -242,7 +240,7 @@ def test_a_file_outside_the_image_root_is_refused(kind, name, tmp_path):
     assert rows or kind == "flan"
     for number in range(len(rows)):
         if kind == "vflan" and name == "/etc/passwd":
-            continue  # not the name of a picture, so base64
+            continue  # not the name of an image, so base64
         error = refusal(lambda number=number: FORMATS[kind].open(path, root)[number])
         assert (error.file, error.record) == (str(path), number)
         assert error.field and "leaves the image root" in error.problem
@@ -256,16 +254,16 @@ def test_an_absolute_path_inside_the_image_root_is_accepted(kind, tmp_path):
 
 
 @JSON_FORMATS
-def test_urls_are_not_read_for_training(kind, tmp_path):
+def test_urls_are_an_error(kind, tmp_path):
     rows = [row for row in _renamed(kind, "http://example.org/p.png") if "http://" in json.dumps(row)]
     for number in range(len(rows)):
         error = refusal(lambda number=number: opened_lines(kind, rows, tmp_path)[number])
         assert error.record == number and error.field
-        assert error.problem == "is a URL" and "local files only" in error.hint
+        assert str(error.value).startswith("http://") and error.hint
 
 
 @JSON_FORMATS
-def test_a_text_of_100_000_characters_with_separators_travels_as_it_is(kind, tmp_path):
+def test_a_text_of_100_000_characters_with_separators_is_unchanged(kind, tmp_path):
     long = ("</s> USER: ### <|im_end|> [INST] \\n \u4e2d " * 3000)[:100_000].rstrip()
     text = json.dumps(RECORDS[kind][0])
     for short in ("A cat.", "A cat.\n", "s0"):
@@ -277,7 +275,7 @@ def test_a_text_of_100_000_characters_with_separators_travels_as_it_is(kind, tmp
     assert any(long in message.text for message in sample.messages)
 
 
-def test_a_key_that_stands_twice_is_named(tmp_path):
+def test_a_repeated_key_is_an_error(tmp_path):
     (tmp_path / "d.jsonl").write_text(
         '{"question": "a", "answer": "b"}\n{"question": "a", "question": "c", "answer": "b"}\n'
     )
@@ -287,7 +285,7 @@ def test_a_key_that_stands_twice_is_named(tmp_path):
     assert (error.record, "'question'" in error.problem) == (1, True)
 
 
-def test_a_directory_gives_its_shards_not_the_lists_beside_them(tmp_path):
+def test_a_directory_has_its_shards_and_not_the_json_files_with_them(tmp_path):
     write_tar(tmp_path / "s-0.tar", [("a.txt", "x")])
     write_lines(tmp_path / "index.json", [{}])
     assert data_files(tmp_path, (".tar", ".parquet", ".jsonl", ".json")) == [tmp_path / "s-0.tar"]
@@ -295,18 +293,18 @@ def test_a_directory_gives_its_shards_not_the_lists_beside_them(tmp_path):
     assert data_files(tmp_path, (".parquet", ".jsonl", ".json")) == [tmp_path / "t-0.jsonl"]
 
 
-def test_a_parquet_source_keeps_few_decoded_columns_and_reads_only_those_it_needs(tmp_path, monkeypatch):
+def test_a_parquet_source_caches_few_columns_and_reads_only_those_it_needs(tmp_path, monkeypatch):
     monkeypatch.setattr(parquet, "CACHE_BYTES", 1)
     rows = [{"image": PIXELS * 100, "text": f"t{n}", "other": "x" * 1000} for n in range(40)]
     source = FORMATS["coyo"].open(write_parquet(tmp_path / "d.parquet", rows, group=4), tmp_path)
-    parquet._start_anew()
+    parquet._reset_after_fork()
     assert [source[n].messages[0].text for n in (39, 0, 17)] == ["t39", "t0", "t17"]
     assert source[5].media[0].source.read() == PIXELS * 100
-    assert {key[3] for key in parquet._STATE._columns} <= {"image", "text"}
-    assert len(parquet._STATE._columns) == 2
+    assert {key[3] for key in parquet._CACHE._columns} <= {"image", "text"}
+    assert len(parquet._CACHE._columns) == 2
 
 
-def test_missing_pyarrow_is_an_error_that_says_what_to_do(tmp_path, monkeypatch):
+def test_missing_pyarrow_is_an_error_with_a_hint(tmp_path, monkeypatch):
     import sys
 
     path = write_parquet(tmp_path / "d.parquet", [{"inputs": "a", "targets": "b"}])
@@ -316,7 +314,7 @@ def test_missing_pyarrow_is_an_error_that_says_what_to_do(tmp_path, monkeypatch)
     assert raised.value.hint == "pip install pyarrow"
 
 
-def test_pictures_of_shards_know_where_they_lie(tmp_path):
+def test_media_references_have_names_with_file_and_record(tmp_path):
     image = opened(("coyo", "tar"), tmp_path)[1].media[0]
     assert image == Image(image.source)
     assert image.name == f"{tmp_path / 'd.tar'} b.jpg"
@@ -327,8 +325,9 @@ def test_pictures_of_shards_know_where_they_lie(tmp_path):
 
 
 def test_an_unknown_format_suggests_a_near_one():
-    with pytest.raises(UnknownNameError, match="unknown dataset format 'message'; did you mean 'messages'"):
+    with pytest.raises(UnknownNameError) as caught:
         FORMATS["message"]
+    assert "messages" in caught.value.near
 
 
 ANSWERED = {"role": "assistant", "content": "A cat."}
@@ -345,7 +344,7 @@ IN_SHARDS = {
 
 
 @pytest.mark.parametrize("kind", IN_SHARDS)
-def test_whatever_is_wrong_in_a_record_of_a_shard_is_a_data_error_that_names_its_key(kind, tmp_path):
+def test_any_wrong_value_in_a_record_of_a_shard_is_an_error_with_the_key(kind, tmp_path):
     rows = [row for record in IN_SHARDS[kind] for row in _damaged(record)]
     members = [one for n, row in enumerate(rows) for one in ((f"k{n}.0.jpg", PIXELS), (f"k{n}.json", json.dumps(row)))]
     path = write_tar(tmp_path / "d.tar", members)
@@ -383,7 +382,7 @@ GOOD_ROWS = {
 @pytest.mark.parametrize(
     "value", [3, 2.5, True, "text", b"\xff\x00", [3], ["x"], [[["x"]]], {"a": 1}, [{"a": None}], dt.date(2026, 1, 1)]
 )
-def test_a_column_of_another_type_is_a_data_error_that_names_the_column(kind, column, value, tmp_path):
+def test_a_column_of_the_wrong_type_is_an_error_with_the_column(kind, column, value, tmp_path):
     row = {**GOOD_ROWS[kind], column: value}
     if column == "conversations":
         del row["messages"]

@@ -1,4 +1,4 @@
-"""LLaVA records: the two ways of reading `<image>`, clips, and every mistake named by row and turn."""
+"""LLaVA formats: `<image>` markers as in VILA 1.0 and 1.5, videos, and errors with record and turn."""
 
 import pytest
 
@@ -30,7 +30,7 @@ def read(kind, record, folder, **options):
         ("<image><image>", "<image>"),
     ],
 )
-def test_version_1_puts_one_marker_in_front(text, expected):
+def test_v1_puts_one_marker_before_the_question(text, expected):
     assert normalise_v1([text]) == [expected]
 
 
@@ -47,16 +47,16 @@ def test_version_1_puts_one_marker_in_front(text, expected):
         ("", "<image>"),
     ],
 )
-def test_version_1_5_keeps_markers_where_they_are(text, expected):
+def test_v15_keeps_markers_in_place(text, expected):
     assert normalise_v15([text]) == [expected]
 
 
-def test_version_1_5_puts_a_missing_marker_before_the_first_question_only():
+def test_v15_puts_a_missing_marker_before_the_first_question_only():
     assert normalise_v15(["a", "b"]) == ["<image>\na", "b"]
     assert normalise_v15(["a", "b <image>"]) == ["a", "b <image>"]
 
 
-def test_version_1_gives_each_turn_with_markers_the_next_picture(tmp_path):
+def test_v1_gives_each_turn_with_markers_the_next_image(tmp_path):
     record = {
         "image": ["p.png", "q.png"],
         "conversations": turns("One <image>", "1", "plain", "2", "<image><image> two", "3"),
@@ -67,7 +67,7 @@ def test_version_1_gives_each_turn_with_markers_the_next_picture(tmp_path):
     assert messages[4] == Message.of("user", Image(tmp_path / "q.png"), "\ntwo")
 
 
-def test_version_1_5_shows_pictures_inside_the_text(tmp_path):
+def test_v15_keeps_images_inside_the_text(tmp_path):
     record = {"image": ["p.png", "q.png"], "conversations": turns("Compare <image> and <image>.", "Same.")}
     first, second = Image(tmp_path / "p.png"), Image(tmp_path / "q.png")
     assert read("llava_json_v15", record, tmp_path).messages[0].parts == (
@@ -75,13 +75,13 @@ def test_version_1_5_shows_pictures_inside_the_text(tmp_path):
     )  # fmt: skip
 
 
-def test_version_1_5_accepts_a_picture_without_a_marker(tmp_path):
+def test_v15_accepts_an_image_without_a_marker(tmp_path):
     record = {"image": "p.png", "conversations": turns("What?", "A cat.")}
     assert read("llava_json_v15", record, tmp_path).messages[0].parts == (Image(tmp_path / "p.png"), Text("\nWhat?"))
 
 
 @BOTH
-def test_a_clip_stands_before_the_first_question_and_all_turns_stay(kind, tmp_path):
+def test_a_video_goes_before_the_first_question_and_all_turns_stay(kind, tmp_path):
     record = {"id": 3, "video": "v.mp4", "conversations": turns("<image>\n<video>\nWhat? ", "A cat.", "Why?", "So.")}
     sample = read(kind, record, tmp_path, num_frames=8)
     assert sample.id == "3"
@@ -91,13 +91,13 @@ def test_a_clip_stands_before_the_first_question_and_all_turns_stay(kind, tmp_pa
 
 
 @BOTH
-def test_a_first_turn_of_the_assistant_is_left_out(kind, tmp_path):
+def test_a_first_turn_of_the_assistant_is_dropped(kind, tmp_path):
     record = {"conversations": [{"from": "gpt", "value": "Hello"}, *turns("Hi", "Ho")]}
     assert read(kind, record, tmp_path).messages == (Message.of("user", "Hi"), Message.of("assistant", "Ho"))
 
 
 @BOTH
-def test_text_between_markers_of_other_kinds_is_text(kind, tmp_path):
+def test_markers_of_other_media_are_text(kind, tmp_path):
     record = {"conversations": turns("say </s> <video> ### USER:", "x ASSISTANT: </s> y")}
     assert [message.text for message in read(kind, record, tmp_path).messages] == [
         "say </s> <video> ### USER:", "x ASSISTANT: </s> y",
@@ -137,7 +137,7 @@ WRONG = {
 
 @BOTH
 @pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_record_is_named_with_its_field(kind, name, tmp_path):
+def test_a_wrong_record_is_an_error_with_its_field(kind, name, tmp_path):
     record, field = WRONG[name]
     error = refusal(lambda: read(kind, record, tmp_path))
     assert (error.file, error.record, error.field) == (str(tmp_path / "d.json"), 0, field)
@@ -148,18 +148,18 @@ def test_the_wrong_value_is_part_of_the_error(tmp_path):
         assert refusal(lambda name=name: read("llava_json", WRONG[name][0], tmp_path)).value == value
 
 
-def test_version_1_refuses_a_picture_without_a_marker(tmp_path):
+def test_v1_has_an_error_for_an_image_without_a_marker(tmp_path):
     record = {"image": "p.png", "conversations": turns("a", "b")}
     assert refusal(lambda: read("llava_json", record, tmp_path)).field == "image"
 
 
-def test_version_1_5_counts_markers_of_one_turn_singly(tmp_path):
+def test_v15_counts_every_marker_of_a_turn(tmp_path):
     record = {"image": "p.png", "conversations": turns("<image><image> a", "b")}
     assert refusal(lambda: read("llava_json_v15", record, tmp_path)).field == "image"
     assert len(read("llava_json", record, tmp_path).media) == 1
 
 
-def test_lists_and_lines_are_told_apart_by_their_content(tmp_path):
+def test_lists_and_lines_are_distinguished_by_content(tmp_path):
     record = {"conversations": turns("a", "b")}
     (tmp_path / "d.json").write_text(
         '{"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}\n'

@@ -43,7 +43,7 @@ def document(images, texts=TEXTS):
         (["see <image> here", "s1"], [(1, A)], (Text("see <image> here"), A, Text("s1"))),
     ],
 )
-def test_pictures_stand_immediately_before_their_sentences(sentences, images, expected):
+def test_images_go_immediately_before_their_sentences(sentences, images, expected):
     assert page_of(sentences, images) == expected
 
 
@@ -57,7 +57,7 @@ def _original(sentences, images):
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_a_page_reads_as_the_original_writes_it(seed):
+def test_a_page_equals_that_of_the_upstream_algorithm(seed):
     import random
 
     chance = random.Random(seed)
@@ -70,14 +70,14 @@ def test_a_page_reads_as_the_original_writes_it(seed):
     assert written == expected
 
 
-def test_the_first_six_pictures_are_kept_in_file_order(tmp_path):
+def test_the_first_six_images_are_kept_in_file_order(tmp_path):
     sample = lines("mmc4", [document([2, 0, 2, 1, 1, 0, 0, 2])], tmp_path)[0]
     assert [str(image.source.name) for image in sample.media] == ["1.jpg", "5.jpg", "3.jpg", "4.jpg", "0.jpg", "2.jpg"]
     assert sample.template == "page"
     assert len(sample.messages) == 1
 
 
-def test_forty_pictures_and_none(tmp_path):
+def test_forty_images_and_none(tmp_path):
     rows = [document([n % 3 for n in range(40)]), {"text_list": TEXTS}, document([])]
     source = lines("mmc4", rows, tmp_path)
     assert [len(sample.media) for sample in source] == [6, 0, 0]
@@ -85,7 +85,7 @@ def test_forty_pictures_and_none(tmp_path):
     assert len(lines("mmc4", rows, tmp_path, max_images=40)[0].media) == 40
 
 
-def test_documents_without_pictures_are_left_out_when_asked(tmp_path):
+def test_without_images_drop_removes_documents_without_images(tmp_path):
     rows = [document([]), {"id": "a", **document([1])}, {"text_list": TEXTS}, {"id": "b", **document([0])}]
     source = lines("mmc4", rows, tmp_path, without_images="drop")
     assert [sample.id for sample in source] == ["a", "b"]
@@ -94,7 +94,7 @@ def test_documents_without_pictures_are_left_out_when_asked(tmp_path):
     assert len(lines("mmc4", weak, tmp_path, without_images="drop", min_similarity=0.3)) == 0
 
 
-def test_pictures_are_chosen_and_placed_by_similarity(tmp_path):
+def test_images_are_selected_and_placed_by_similarity(tmp_path):
     row = document([0, 2])
     row["similarity_matrix"] = [[0.1, 0.3, 0.2], [0.2, 0.1, 0.25]]
     assert names(lines("mmc4", [row], tmp_path, place="similarity")[0]) == ["s0", "0.jpg", "s1", "1.jpg", "s2"]
@@ -103,7 +103,7 @@ def test_pictures_are_chosen_and_placed_by_similarity(tmp_path):
     assert names(lines("mmc4", [row], tmp_path, min_similarity=0.2)[0]) == ["0.jpg", "s0 s1", "1.jpg", "s2"]
 
 
-def test_pictures_inside_records_and_shards_are_read_late(tmp_path):
+def test_images_inside_records_and_shards_are_read_when_needed(tmp_path):
     assert lines("mmc4", [mmc4(image_base64=TEXT64)], tmp_path)[0].media[0].source.read() == PIXELS
     bad = lines("mmc4", [mmc4(image_base64="%%%")], tmp_path)[0].media[0].source
     error = refusal(bad.read)
@@ -125,7 +125,7 @@ def test_pictures_inside_records_and_shards_are_read_late(tmp_path):
         ({"text_list": [""]}, "text_list"),
     ],
 )
-def test_a_wrong_document_is_named(row, field, tmp_path):
+def test_a_wrong_document_is_an_error_with_its_field(row, field, tmp_path):
     source = lines("mmc4", [row], tmp_path)
     if field is None:
         assert source[0].messages[0].text == "  "
@@ -135,22 +135,22 @@ def test_a_wrong_document_is_named(row, field, tmp_path):
 
 
 @pytest.mark.parametrize("matrix", [None, [], 3, {}, [3], [[0.1]], [[0.1, "x", None]], [[True, 0, 0]]])
-def test_similarities_that_are_missing_or_no_numbers_are_named(matrix, tmp_path):
+def test_missing_or_invalid_similarities_are_an_error(matrix, tmp_path):
     row = {**document([0]), "similarity_matrix": matrix}
     error = refusal(lambda: lines("mmc4", [row], tmp_path, place="similarity")[0])
     assert (error.record, error.field) == (0, "similarity_matrix[0]")
 
 
-def test_a_member_that_is_missing_is_named(tmp_path):
+def test_a_missing_member_is_an_error(tmp_path):
     source = shard("mmc4", [("k.1.jpg", PIXELS), ("k.json", mmc4(file="0.jpg"))], tmp_path)
     error = refusal(lambda: source[0])
     assert (error.file, error.record, error.field) == (str(tmp_path / "d.tar"), "key k", "image_info[0].file")
-    assert "'0.jpg'" in error.problem and "1.jpg" in error.problem
+    assert error.value == "0.jpg" and "1.jpg" in error.expected
     source = shard("vflan", [("k.json", {"question": "q", "answer": "a", "image": ["0.jpg"]})], tmp_path)
     assert refusal(lambda: source[0]).field == "image[0]"
 
 
-def test_a_pair_is_a_page_of_picture_and_text(tmp_path):
+def test_a_pair_is_a_page_of_image_and_text(tmp_path):
     sample = shard("coyo", [("k.webp", PIXELS), ("k.json", {"url": "u"}), ("k.txt", "A cat.\n")], tmp_path)[0]
     assert sample.template == "page" and sample.id == "d/k"
     (message,) = sample.messages
@@ -180,7 +180,7 @@ def test_columns_of_pairs_may_have_other_names(tmp_path):
         ([("k.jpg", PIXELS), ("k.txt", "t"), ("k.json", "")], None),
     ],
 )
-def test_a_wrong_pair_is_named(kind, members, field, tmp_path):
+def test_a_wrong_pair_is_an_error_with_its_field(kind, members, field, tmp_path):
     error = refusal(lambda: shard(kind, members, tmp_path)[0])
     assert (error.file, error.record, error.field) == (str(tmp_path / "d.tar"), "key k", field)
 
@@ -194,22 +194,22 @@ def test_a_shard_of_captions_is_question_and_answer_or_a_page(tmp_path):
     assert FORMATS["webdataset"].open(path, tmp_path, template="caption")[0].template == "caption"
     page = FORMATS["webdataset"].open(path, tmp_path, template="page")[0]
     assert (page.messages, page.template) == ((Message.of("user", image, "A cat."),), "page")
-    with pytest.raises(UnknownNameError, match="unknown template 'pge'"):
+    with pytest.raises(UnknownNameError):
         FORMATS["webdataset"].open(path, tmp_path, template="pge")
 
 
-def test_a_shard_of_clips_and_conversations(tmp_path):
+def test_a_shard_of_videos_and_conversations(tmp_path):
     asked = [
         {"type": "text", "text": "Look: "},
         {"type": "image", "file": "1.jpg"},
         {"type": "image", "file": "k.0.jpg"},
     ]
     chat = {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": "Two."}]}
-    members = [("k.0.jpg", b"0"), ("k.1.jpg", b"1"), ("k.json", chat), ("v.mp4", b"clip"), ("v.txt", "It runs.")]
-    pictures, clip = shard("webdataset", members, tmp_path, num_frames=4)
-    assert [image.source.read() for image in pictures.media] == [b"1", b"0"]
-    assert clip.media[0].num_frames == 4 and clip.media[0].source.read() == b"clip"
-    assert clip.messages[1] == Message.of("assistant", "It runs.")
+    members = [("k.0.jpg", b"0"), ("k.1.jpg", b"1"), ("k.json", chat), ("v.mp4", b"video"), ("v.txt", "It runs.")]
+    images, video = shard("webdataset", members, tmp_path, num_frames=4)
+    assert [image.source.read() for image in images.media] == [b"1", b"0"]
+    assert video.media[0].num_frames == 4 and video.media[0].source.read() == b"video"
+    assert video.messages[1] == Message.of("assistant", "It runs.")
 
 
 def test_an_interleaved_page_keeps_its_order(tmp_path):
@@ -230,6 +230,6 @@ def test_an_interleaved_page_keeps_its_order(tmp_path):
         ({"texts": ["a"]}, "images"),
     ],
 )
-def test_a_wrong_page_is_named(row, field, tmp_path):
+def test_a_wrong_page_is_an_error_with_its_field(row, field, tmp_path):
     error = refusal(lambda: lines("interleaved", [row], tmp_path)[0])
     assert (error.file, error.record, error.field) == (str(tmp_path / "d.jsonl"), 0, field)

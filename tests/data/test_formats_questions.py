@@ -1,4 +1,4 @@
-"""Questions and answers: messages, VFLAN and M3IT, FLAN, The Cauldron, clips."""
+"""Formats of questions and answers: messages, VFLAN and M3IT, FLAN, The Cauldron, videos."""
 
 import base64
 
@@ -29,14 +29,14 @@ HERE = {"type": "image"}
 SAY = {"type": "text", "text": "What?"}
 
 
-def test_branches_and_template_travel(tmp_path):
+def test_branches_and_template_are_read(tmp_path):
     row = {**MESSAGES[0], "branches": [[{"role": "user", "content": "q"}]], "template": "page"}
     sample = lines("messages", [row], tmp_path)[0]
     assert sample.branches == ((Message.of("user", "q"),),)
     assert sample.template == "page"
 
 
-def test_parts_without_a_source_take_the_pictures_in_turn(tmp_path):
+def test_parts_without_a_source_take_the_top_level_images_in_order(tmp_path):
     row = {"messages": user(HERE, SAY, HERE), "branches": [user(HERE)], "images": ["p.png", "q.png", "r.png"]}
     sample = lines("messages", [row], tmp_path)[0]
     assert [image.source.name for image in sample.media] == ["p.png", "q.png", "r.png"]
@@ -47,26 +47,26 @@ def test_parts_without_a_source_take_the_pictures_in_turn(tmp_path):
     [[PIXELS, OTHER_PIXELS], [{"bytes": PIXELS, "path": None}, {"bytes": OTHER_PIXELS, "path": "x"}]],
     ids=["bytes", "objects"],
 )
-def test_a_table_holds_pictures_beside_the_messages(images, tmp_path):
+def test_a_table_has_a_column_of_images(images, tmp_path):
     sample = table("messages", [{"messages": user(HERE, SAY, HERE), "images": images}], tmp_path)[0]
     assert [image.source.read() for image in sample.media] == [PIXELS, OTHER_PIXELS]
     assert [type(part) for part in sample.messages[0].parts] == [Image, Text, Image]
 
 
-def test_a_table_may_name_files_or_hold_pictures_in_parts(tmp_path):
+def test_a_table_has_file_names_or_images_in_parts(tmp_path):
     rows = [{"messages": user(HERE, SAY), "images": [{"bytes": None, "path": "p.png"}]}]
     assert table("messages", rows, tmp_path)[0].media == (Image(tmp_path / "p.png"),)
     rows = [{"messages": user({"type": "image", "image": {"bytes": PIXELS, "path": None}}, SAY)}]
     assert table("messages", rows, tmp_path)[0].media[0].source.read() == PIXELS
 
 
-def test_pictures_that_no_part_asks_for_stand_before_the_first_question(tmp_path):
+def test_images_without_parts_go_before_the_first_question(tmp_path):
     rows = [{"messages": [{"role": "system", "content": "s"}, *user(SAY)], "images": ["p.png"]}]
     message = lines("messages", rows, tmp_path)[0].messages[1]
     assert message.parts == (Image(tmp_path / "p.png"), Text("What?"))
 
 
-def test_a_part_may_hold_base64(tmp_path):
+def test_a_part_with_base64_is_read(tmp_path):
     row = {"messages": user({"type": "image", "base64": TEXT64}, SAY)}
     image = lines("messages", [row], tmp_path)[0].media[0]
     assert image.source.read() == PIXELS
@@ -108,18 +108,18 @@ def test_a_part_may_hold_base64(tmp_path):
         ({"conversations": [{"from": "human", "value": "x"}], "system": 3}, "system"),
     ],
 )
-def test_a_wrong_conversation_is_named(row, field, tmp_path):
+def test_a_wrong_conversation_is_an_error_with_its_field(row, field, tmp_path):
     error = refusal(lambda: lines("messages", [row], tmp_path)[0])
     assert (error.file, error.record, error.field) == (str(tmp_path / "d.jsonl"), 0, field)
 
 
-def test_a_line_that_is_not_json_is_named(tmp_path):
+def test_a_line_that_is_not_json_is_an_error(tmp_path):
     (tmp_path / "d.jsonl").write_text('{"messages": []}\n{"messages": [\n')
     error = refusal(lambda: FORMATS["messages"].open(tmp_path / "d.jsonl", tmp_path)[1])
     assert (error.file, error.record) == (str(tmp_path / "d.jsonl"), 1)
 
 
-def test_pictures_of_an_instruction_stand_in_front_and_its_markers_go(tmp_path):
+def test_images_of_an_instruction_go_first_and_its_markers_are_removed(tmp_path):
     row = {"question": "See <image>\nand\n<image> <image>?  \n", "answer": "Yes. \n", "image": ["p.png", TEXT64]}
     sample = lines("vflan", [row], tmp_path)[0]
     first, second = sample.media
@@ -168,23 +168,23 @@ def test_a_visual_dialog_becomes_turns(tmp_path):
         ({"question": "Image Descriptions\nQuestion: a\nAnswer: b", "answer": "a"}, "question"),
     ],
 )
-def test_a_wrong_instruction_is_named(row, field, tmp_path):
+def test_a_wrong_instruction_is_an_error_with_its_field(row, field, tmp_path):
     error = refusal(lambda: lines("vflan", [row], tmp_path)[0])
     assert (error.file, error.record, error.field) == (str(tmp_path / "d.jsonl"), 0, field)
 
 
 @pytest.mark.parametrize("empty", [None, "", []])
-def test_an_empty_field_does_not_hide_the_pictures_of_another_one(empty, tmp_path):
+def test_an_empty_field_does_not_hide_the_images_of_another_name(empty, tmp_path):
     row = {"question": "q", "answer": "a", "image": empty, "images": ["p.png"]}
     assert lines("vflan", [row], tmp_path)[0].media == (Image(tmp_path / "p.png"),)
 
 
-def test_the_limit_of_pictures_may_be_raised(tmp_path):
+def test_max_images_is_an_option(tmp_path):
     row = {"question": "q", "answer": "a", "image": ["p.png"] * 9}
     assert len(lines("vflan", [row], tmp_path, max_images=9)[0].media) == 9
 
 
-def test_text_that_is_cut_inside_base64_is_named(tmp_path):
+def test_text_cut_inside_base64_is_an_error(tmp_path):
     cut = base64.b64encode(PIXELS * 50).decode()[:-3]
     image = lines("vflan", [{"question": "q", "answer": "a", "image": [cut]}], tmp_path)[0].media[0]
     error = refusal(image.source.read)
@@ -199,7 +199,7 @@ def test_an_instruction_of_text_is_stripped_on_the_right(tmp_path):
     assert refusal(lambda: lines("flan", [{"inputs": ["q"], "targets": "a"}], tmp_path)[0]).field == "inputs"
 
 
-def test_pictures_of_the_cauldron_stand_before_the_first_question(tmp_path):
+def test_images_of_the_cauldron_go_before_the_first_question(tmp_path):
     row = {
         "images": [{"bytes": PIXELS}, {"bytes": OTHER_PIXELS}],
         "texts": [{"user": "<image>a", "assistant": "1"}, {"user": "b", "assistant": "2"}],
@@ -211,7 +211,7 @@ def test_pictures_of_the_cauldron_stand_before_the_first_question(tmp_path):
     assert second.source.read() == OTHER_PIXELS
 
 
-def test_clips_by_id_and_by_name(tmp_path):
+def test_videos_by_id_and_by_name(tmp_path):
     rows = [{"video_id": "w", "q": "<video>\nWhat?", "a": "A dog."}, {"video": "v.mp4", "q": "x"}]
     source = lines("video_json", rows, tmp_path, num_frames=8, suffix=".webm")
     assert source[0].messages == (

@@ -1,4 +1,4 @@
-"""Media under keys that a format does not read: an error where the sample would be text alone, else counted."""
+"""Media under keys that a format does not read: an error if the sample has no media, else counted."""
 
 import json
 
@@ -21,7 +21,7 @@ TEXT = {
     "interleaved": {"texts": ["a"], "images": [None]},
     "mmc4": {"text_list": ["a"]},
 }
-"""A record of text alone in every format that has such records."""
+"""A text-only record of every format that has such records."""
 OTHER = {
     "messages": ["image_path", "Image", "pictures", "frames", "img_url", "audios"],
     "llava_json": ["images", "image_path", "Image", "videos", "photo"],
@@ -39,7 +39,7 @@ def lines(kind, rows, folder):
 
 
 @pytest.mark.parametrize(("kind", "key"), [(kind, key) for kind, keys in OTHER.items() for key in keys])
-def test_a_record_of_text_with_media_under_another_key_is_an_error(kind, key, tmp_path):
+def test_a_text_only_record_with_media_under_another_key_is_an_error(kind, key, tmp_path):
     for value in ("0.png", ["0.png"], [{"path": "0.png", "bytes": None}]):
         error = refusal(lambda value=value: lines(kind, [TEXT[kind], {**TEXT[kind], key: value}], tmp_path)[1])
         assert (error.file, error.record, error.field) == (str(tmp_path / "d.jsonl"), 1, key)
@@ -55,7 +55,7 @@ def test_a_record_of_text_with_media_under_another_key_is_an_error(kind, key, tm
         {"source": "https://example.org/page", "path": "docs/readme", "meta": {"pages": 3}, "imagenet_label": "cat"},
     ],
 )
-def test_keys_that_hold_no_media_are_no_error(kind, other, tmp_path):
+def test_keys_without_media_are_not_an_error(kind, other, tmp_path):
     record = {**other, **TEXT[kind]}
     if kind != "interleaved":
         assert lines(kind, [record], tmp_path)[0].media == ()
@@ -71,7 +71,7 @@ def test_media_inside_a_turn_are_an_error_too(kind, key, tmp_path):
 
 
 @pytest.mark.parametrize("kind", TEXT)
-def test_text_alone_stays_text_alone(kind, tmp_path):
+def test_text_only_records_are_valid(kind, tmp_path):
     source = lines(kind, [TEXT[kind]], tmp_path)
     assert source[0].media == () and not source.unread
 
@@ -104,7 +104,7 @@ def test_a_column_that_the_format_does_not_read_is_an_error(kind, row, key, tmp_
     ],
 )
 @pytest.mark.parametrize("member", ["jpg", "0.png", "mp4"])
-def test_a_member_that_no_record_names_is_an_error(kind, record, member, tmp_path):
+def test_a_member_that_no_record_refers_to_is_an_error(kind, record, member, tmp_path):
     path = write_tar(tmp_path / "d.tar", [("k.json", record), (f"k.{member}", PIXELS), ("l.json", record)])
     source = FORMATS[kind].open(path, tmp_path)
     error = refusal(lambda: source[0])
@@ -117,7 +117,7 @@ def test_a_video_under_a_key_of_another_record_type_of_a_shard_is_an_error(tmp_p
     assert refusal(lambda: FORMATS["webdataset"].open(path, tmp_path)[0]).field == "videos"
 
 
-def test_pictures_that_options_leave_out_are_no_error(tmp_path):
+def test_images_that_options_leave_out_are_not_an_error(tmp_path):
     info = [{"matched_text_index": 0, "matched_sim": 0.1, "file": "0.jpg"}]
     document = {"text_list": ["a"], "image_info": info}
     path = write_tar(tmp_path / "d.tar", [("k.0.jpg", PIXELS), ("k.json", document)])
@@ -126,7 +126,7 @@ def test_pictures_that_options_leave_out_are_no_error(tmp_path):
         assert source[0].media == () and not source.unread
 
 
-def test_media_beside_those_that_are_read_are_counted(tmp_path):
+def test_other_media_of_a_record_with_media_are_counted(tmp_path):
     records = [
         {"image": "p.png", "conversations": [{"from": "human", "value": "<image>?"}, TURNS[1]], "images": ["p.png"]},
         {"image": "p.png", "conversations": [{"from": "human", "value": "<image>?"}, TURNS[1]]},
@@ -137,7 +137,7 @@ def test_media_beside_those_that_are_read_are_counted(tmp_path):
     assert Subset(source, 2).unread is Split(source, 0.5, True).unread is source.unread
 
 
-def test_members_and_columns_beside_those_that_are_read_are_counted(tmp_path):
+def test_other_members_and_columns_are_counted(tmp_path):
     path = write_tar(tmp_path / "d.tar", [("k.jpg", PIXELS), ("k.mp4", b"clip"), ("k.txt", "t")])
     source = FORMATS["coyo"].open(path, tmp_path)
     assert source[0].media and source.unread == {"member mp4": 1}
@@ -148,13 +148,13 @@ def test_members_and_columns_beside_those_that_are_read_are_counted(tmp_path):
 
 
 @pytest.mark.parametrize("case", GOOD, ids="-".join)
-def test_good_data_hold_nothing_unread(case, tmp_path):
+def test_valid_data_have_nothing_unread(case, tmp_path):
     source = FORMATS[case[0]].open(GOOD[case](tmp_path), tmp_path)
     assert list(source) and not source.unread
 
 
 @pytest.mark.parametrize("case", GOOD, ids="-".join)
-def test_a_sample_has_a_place_that_stays(case, tmp_path):
+def test_the_location_of_a_sample_is_its_file_and_record(case, tmp_path):
     path = GOOD[case](tmp_path)
     source = FORMATS[case[0]].open(path, tmp_path)
     assert [source.location(n) for n in range(len(source))] == [(str(path), n) for n in range(len(source))]

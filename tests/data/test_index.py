@@ -1,4 +1,4 @@
-"""An index finds every record of a file, notices when the file changes, and names the place where one is damaged."""
+"""An index finds every record of a file, detects a changed file, and reports where a file is damaged."""
 
 import json
 import multiprocessing
@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.data.shards import write_lines, write_list, write_tar
+from tests.data.shards import refusal, write_lines, write_list, write_tar
 from vila.core.errors import DataError
 from vila.data.readers import index
 from vila.data.readers import json as scanner
@@ -22,8 +22,8 @@ from vila.data.readers.json import parse_record, scan_json
 from vila.data.readers.tar import read_members, scan_tar
 
 
-class Told:
-    """Counts what is reported."""
+class CountingEvents:
+    """Count reported tasks and bytes."""
 
     def __init__(self):
         self.builds, self.bytes = 0, 0
@@ -57,13 +57,13 @@ AWKWARD = [
 
 @pytest.mark.parametrize("block", [1, 2, 3, 7, 64, 1 << 20])
 @pytest.mark.parametrize("how", [{}, {"indent": 2}, {"ensure_ascii": False}])
-def test_a_list_is_cut_into_its_records_whatever_the_blocks_are(block, how, tmp_path, monkeypatch):
+def test_a_list_is_split_into_records_for_every_block_size(block, how, tmp_path, monkeypatch):
     monkeypatch.setattr(scanner, "BLOCK", block)
     assert records(write_list(tmp_path / "a.json", AWKWARD, **how)) == AWKWARD
 
 
 @pytest.mark.parametrize("block", [1, 5, 1 << 20])
-def test_lines_are_cut_whatever_the_blocks_are_and_blank_ones_left_out(block, tmp_path, monkeypatch):
+def test_lines_are_split_for_every_block_size_and_blank_lines_are_skipped(block, tmp_path, monkeypatch):
     monkeypatch.setattr(scanner, "BLOCK", block)
     path = tmp_path / "a.jsonl"
     path.write_text("\n  \n".join(map(json.dumps, AWKWARD)) + "\r\n\r\n", encoding="utf-8")
@@ -83,7 +83,7 @@ _VALUES = st.recursive(
 
 @settings(max_examples=60, deadline=None)
 @given(rows=st.lists(st.dictionaries(st.text(max_size=3), _VALUES, max_size=3), max_size=5), block=st.integers(1, 40))
-def test_any_list_is_cut_as_the_parser_reads_it(rows, block, tmp_path_factory):
+def test_any_list_is_split_as_json_loads_parses_it(rows, block, tmp_path_factory):
     path = write_list(tmp_path_factory.mktemp("any") / "a.json", rows)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(scanner, "BLOCK", block)
@@ -91,75 +91,73 @@ def test_any_list_is_cut_as_the_parser_reads_it(rows, block, tmp_path_factory):
 
 
 @pytest.mark.parametrize("text", ["[]", " [ ] \n", "", "\n\n"])
-def test_a_file_without_records_has_none(text, tmp_path):
+def test_a_file_without_records_has_no_spans(text, tmp_path):
     (tmp_path / "a.json").write_text(text)
     assert spans(tmp_path / "a.json") == []
 
 
 @pytest.mark.parametrize("at", range(1, 60, 7))
-def test_a_list_cut_in_the_middle_names_the_byte(at, tmp_path):
+def test_a_cut_list_is_an_error_with_the_byte(at, tmp_path):
     path = write_list(tmp_path / "a.json", AWKWARD)
     path.write_bytes(path.read_bytes()[:at])
-    with pytest.raises(
-        DataError, match=rf"a.json: the JSON list breaks off at byte {at}, after \d whole records; copy"
-    ):
-        spans(path)
+    error = refusal(lambda: spans(path))
+    assert error.file == str(path) and f"byte {at}," in error.problem and error.hint
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "word"),
     [
-        ('[{"a": 1}, 3]', "element 1 is no object"),
+        ('[{"a": 1}, 3]', "element 1"),
         ('[{"a": 1},]', "1 objects but 1 commas"),
         ('[{"a": 1} {"a": 2}]', "2 objects but 0 commas"),
-        ('[{"a": 1}] {"b": 2}', "text follows the JSON list"),
-        ('[{"a": 1}]]', "text follows the JSON list"),
+        ('[{"a": 1}] {"b": 2}', "follows"),
+        ('[{"a": 1}]]', "follows"),
     ],
 )
-def test_a_list_of_other_things_than_objects_is_refused(text, message, tmp_path):
+def test_a_list_that_is_not_of_objects_is_an_error(text, word, tmp_path):
     (tmp_path / "a.json").write_text(text)
-    with pytest.raises(DataError, match=message):
-        spans(tmp_path / "a.json")
+    error = refusal(lambda: spans(tmp_path / "a.json"))
+    assert error.file == str(tmp_path / "a.json") and word in error.problem
 
 
 @pytest.mark.parametrize(
-    ("raw", "message"),
+    "raw",
     [
-        (b'{"a": 1, "b": 2, "a": 3}', "key 'a' occurs twice"),
-        (b'{"x": {"a": 1, "a": 1}}', "key 'a' occurs twice"),
-        (b'{"a": ', "not JSON"),
-        (b'{"a": "\xff"}', "not UTF-8"),
-        (b'{"a": ' + b"1" * 5000 + b"}", "not JSON"),
-        (b"[1]", "expected an object"),
-        (b"[" * 100_000, "nested too deeply"),
-        (b'{"a": "cut \\ud83d"}', "half a surrogate pair"),
+        b'{"a": 1, "b": 2, "a": 3}',
+        b'{"x": {"a": 1, "a": 1}}',
+        b'{"a": ',
+        b'{"a": "\xff"}',
+        b'{"a": ' + b"1" * 5000 + b"}",
+        b"[1]",
+        b"[" * 100_000,
+        b'{"a": "cut \\ud83d"}',
     ],
+    ids=["repeated", "repeated inside", "cut", "not UTF-8", "too many digits", "list", "too deep", "surrogate"],
 )
-def test_a_record_that_is_no_object_is_named(raw, message):
-    with pytest.raises(DataError, match=message) as raised:
-        parse_record(raw, Path("d.jsonl"), 7)
-    assert (raised.value.file, raised.value.record) == ("d.jsonl", 7)
+def test_a_record_that_is_not_a_valid_object_is_an_error(raw):
+    error = refusal(lambda: parse_record(raw, Path("d.jsonl"), 7))
+    assert (error.file, error.record) == ("d.jsonl", 7)
 
 
-def test_an_index_is_built_once_and_again_when_the_file_changes(tmp_path):
-    path, told = write_lines(tmp_path / "a.jsonl", [{"n": n} for n in range(10)]), Told()
-    first = open_index(path, "json", scan_json, told)
-    assert len(first) == 10 and told.builds == 1 and told.bytes == path.stat().st_size
-    assert len(open_index(path, "json", scan_json, told)) == 10 and told.builds == 1
+def test_an_index_is_built_once_and_again_if_the_file_changes(tmp_path):
+    path, events = write_lines(tmp_path / "a.jsonl", [{"n": n} for n in range(10)]), CountingEvents()
+    first = open_index(path, "json", scan_json, events)
+    assert len(first) == 10 and events.builds == 1 and events.bytes == path.stat().st_size
+    assert len(open_index(path, "json", scan_json, events)) == 10 and events.builds == 1
     write_lines(path, [{"n": n} for n in range(100, 112)])
-    again = open_index(path, "json", scan_json, told)
-    assert len(again) == 12 and told.builds == 2
+    again = open_index(path, "json", scan_json, events)
+    assert len(again) == 12 and events.builds == 2
     assert parse_record(read_span(path, *again[11]), path, 11) == {"n": 111}
     assert np.array_equal(again.table(), [again[number] for number in range(12)])
 
 
 def test_a_file_of_the_same_size_but_another_time_is_indexed_again(tmp_path):
-    path, told = write_lines(tmp_path / "a.jsonl", [{"n": 1}, {"n": 22}]), Told()
-    open_index(path, "json", scan_json, told)
+    path, events = write_lines(tmp_path / "a.jsonl", [{"n": 1}, {"n": 22}]), CountingEvents()
+    open_index(path, "json", scan_json, events)
     write_lines(path, [{"n": 11}, {"n": 2}])
     os.utime(path, ns=(1, 1))
-    index = open_index(path, "json", scan_json, told)
-    assert told.builds == 2
+    index = open_index(path, "json", scan_json, events)
+    assert events.builds == 2
     assert parse_record(read_span(path, *index[0]), path, 0) == {"n": 11}
 
 
@@ -174,11 +172,11 @@ def test_a_damaged_index_is_built_again(damage, tmp_path, own_cache):
     assert np.array_equal(open_index(path, "json", scan_json).table(), expected)
 
 
-def test_a_scan_that_fails_leaves_no_index(tmp_path, own_cache):
+def test_a_failed_scan_leaves_no_index(tmp_path, own_cache):
     path = write_list(tmp_path / "a.json", AWKWARD)
     path.write_bytes(path.read_bytes()[:-1])
     for _ in range(2):
-        with pytest.raises(DataError, match="breaks off"):
+        with pytest.raises(DataError):
             open_index(path, "json", scan_json)
     assert list((own_cache / "index").iterdir()) == []
 
@@ -188,51 +186,48 @@ def _opened(path):
     return [index[number] for number in range(len(index))]
 
 
-def test_processes_that_build_at_once_agree(tmp_path):
+def test_concurrent_processes_build_the_same_index(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [{"n": n} for n in range(500)])
     with multiprocessing.get_context("fork").Pool(4) as pool:
         results = pool.map(_opened, [path] * 8, chunksize=1)
     assert all(result == results[0] for result in results) and len(results[0]) == 500
 
 
-def test_a_position_outside_is_an_index_error(tmp_path):
+def test_a_number_outside_the_range_is_an_index_error(tmp_path):
     index = open_index(write_lines(tmp_path / "a.jsonl", [{}]), "json", scan_json)
     for number in (-1, 1):
-        with pytest.raises(IndexError, match=r"outside range\(1\)"):
+        with pytest.raises(IndexError):
             index[number]
 
 
-def test_an_index_travels_as_a_few_bytes(tmp_path):
+def test_an_index_is_small_when_pickled(tmp_path):
     index = open_index(write_lines(tmp_path / "a.jsonl", [{"n": n} for n in range(5000)]), "json", scan_json)
     packed = pickle.dumps(index)
     assert len(packed) < 2000
     assert pickle.loads(packed)[4999] == index[4999]
 
 
-def test_a_file_that_changes_while_it_is_read_is_named(tmp_path):
+def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path):
     path = write_lines(tmp_path / "a.jsonl", [{"n": n} for n in range(3)])
     index = open_index(path, "json", scan_json)
-    read_span(path, *index[0], index.stamp)
+    read_span(path, *index[0], index.version)
     with path.open("a") as stream:
         stream.write('{"n": 3}\n')
-    with pytest.raises(DataError, match=r"a.jsonl: the file has changed since it was opened"):
-        read_span(path, *index[0], index.stamp)
+    assert refusal(lambda: read_span(path, *index[0], index.version)).file == str(path)
 
 
-def test_a_file_that_is_cut_or_removed_is_named(tmp_path):
+def test_a_cut_or_removed_file_is_an_error(tmp_path):
     path = tmp_path / "a.bin"
     path.write_bytes(b"0123456789")
-    with pytest.raises(DataError, match=r"a.bin: ends 5 bytes before"):
-        read_span(path, 5, 10)
+    error = refusal(lambda: read_span(path, 5, 10))
+    assert error.file == str(path) and "5 bytes" in error.problem
     path.unlink()
     index.forget(path)
-    with pytest.raises(DataError, match=r"a.bin: no such file"):
-        read_span(path, 0, 1)
-    with pytest.raises(DataError, match="a directory, expected a file"):
-        file_version(tmp_path)
+    assert refusal(lambda: read_span(path, 0, 1)).file == str(path)
+    assert refusal(lambda: file_version(tmp_path)).file == str(tmp_path)
 
 
-def test_only_a_few_files_are_open_at_once_and_all_are_read(tmp_path):
+def test_at_most_max_open_files_are_open(tmp_path):
     folder = Path("/proc/self/fd")
     if not folder.is_dir():
         pytest.skip("needs /proc")
@@ -244,7 +239,7 @@ def test_only_a_few_files_are_open_at_once_and_all_are_read(tmp_path):
     assert len(list(folder.iterdir())) <= before + MAX_OPEN
 
 
-def test_threads_that_read_more_files_than_stay_open_get_what_they_asked_for(tmp_path):
+def test_threads_read_more_files_than_can_stay_open(tmp_path):
     for number in range(2 * MAX_OPEN):
         (tmp_path / f"{number}").write_bytes(b"%06d" % number * 100)
 
@@ -256,7 +251,7 @@ def test_threads_that_read_more_files_than_stay_open_get_what_they_asked_for(tmp
         assert all(pool.map(read_all, range(16)))
 
 
-def test_a_long_name_of_any_characters_fits_the_header(tmp_path):
+def test_a_long_path_of_any_characters_fits_the_header(tmp_path):
     folder = tmp_path
     for _ in range(6):
         folder = folder / ("\U0001f600" * 60)
@@ -279,7 +274,7 @@ def tar_spans(path):
     return [tuple(map(int, row)) for rows in scan_tar(path, lambda amount: None) for row in rows]
 
 
-def test_a_shard_gives_its_samples_in_order(tmp_path):
+def test_a_shard_has_its_samples_in_order(tmp_path):
     path = write_tar(tmp_path / "s.tar", GOOD)
     stamp = file_version(path)
     samples = [read_members(path, *span, stamp) for span in tar_spans(path)]
@@ -294,12 +289,12 @@ def test_a_shard_gives_its_samples_in_order(tmp_path):
     assert contents == [b"1", b'{"n": 1}', b"2" * 600, b"t", b"u"]
 
 
-def test_files_of_no_sample_are_left_out(tmp_path):
+def test_files_without_a_sample_are_ignored(tmp_path):
     path = write_tar(tmp_path / "s.tar", [("README", "r"), ("x.txt", "1"), (".x.txt", "h"), ("./y.txt", "2")])
     assert [read_members(path, *span, file_version(path))[0] for span in tar_spans(path)] == ["x", "y"]
 
 
-def test_a_shard_cut_at_any_place_is_named(tmp_path):
+def test_a_shard_cut_anywhere_is_an_error(tmp_path):
     path = write_tar(tmp_path / "s.tar", GOOD)
     whole = path.read_bytes()
     last = max(
@@ -309,18 +304,16 @@ def test_a_shard_cut_at_any_place_is_named(tmp_path):
     )
     for end in random.Random(0).sample(range(1, last), 25):
         path.write_bytes(whole[:end])
-        with pytest.raises(DataError, match=r"s.tar: the shard is cut or damaged .*copy or download it again"):
-            tar_spans(path)
+        error = refusal(lambda: tar_spans(path))
+        assert error.file == str(path) and error.hint
     path.write_bytes(whole[: 512 * 2 + 512 * 2 + 100])
-    with pytest.raises(DataError, match=r"after member 'a/x.json'"):
-        tar_spans(path)
+    assert "after member 'a/x.json'" in refusal(lambda: tar_spans(path)).problem
 
 
-def test_a_shard_cut_inside_a_member_names_it(tmp_path):
+def test_a_shard_cut_inside_a_member_is_an_error_with_the_member(tmp_path):
     path = write_tar(tmp_path / "s.tar", GOOD[:3])
     path.write_bytes(path.read_bytes()[: 5 * 512 + 10])
-    with pytest.raises(DataError, match=r"inside member 'a/y.jpg'"):
-        tar_spans(path)
+    assert "inside member 'a/y.jpg'" in refusal(lambda: tar_spans(path)).problem
 
 
 @pytest.mark.parametrize(
@@ -330,8 +323,7 @@ def test_a_shard_cut_inside_a_member_names_it(tmp_path):
         ([("x.jpg", b"1"), ("x.jpg", b"2")], "member 'x.jpg'"),
     ],
 )
-def test_members_that_do_not_make_samples_are_named(members, record, tmp_path):
+def test_members_that_do_not_form_samples_are_an_error(members, record, tmp_path):
     path = write_tar(tmp_path / "s.tar", members)
-    with pytest.raises(DataError) as caught:
-        tar_spans(path)
-    assert (caught.value.file, caught.value.record) == (str(path), record)
+    error = refusal(lambda: tar_spans(path))
+    assert (error.file, error.record) == (str(path), record)

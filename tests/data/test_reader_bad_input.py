@@ -81,9 +81,9 @@ def test_a_text_of_100_000_characters_is_tokenized_completely_and_then_cut_dropp
 @pytest.mark.parametrize("template", ["starter_qa", "page"])
 @pytest.mark.parametrize("number", [0, 40])
 def test_a_document_of_no_image_or_of_forty_is_complete(number, template, tmp_path):
-    picture = io.BytesIO()
-    PilImage.new("RGB", (8, 8), (200, 30, 30)).save(picture, "PNG")
-    (tmp_path / "p.png").write_bytes(picture.getvalue())
+    image = io.BytesIO()
+    PilImage.new("RGB", (8, 8), (200, 30, 30)).save(image, "PNG")
+    (tmp_path / "p.png").write_bytes(image.getvalue())
     content = [part for n in range(number) for part in ({"type": "image", "path": "p.png"}, f"text {n}")]
     read = reader(tmp_path, talk(("user", [*content, "?"]), ("assistant", "Ho")), template=template)
     sample = read(0)

@@ -137,8 +137,8 @@ def test_a_damaged_sample_counts_once_over_epochs_and_workers(file, start, tmp_p
 
 
 def test_an_error_in_a_worker_is_raised_in_the_parent_with_data_set_and_sample(file, start):
-    for picture in file.parent.glob("*.png"):
-        picture.write_bytes(b"broken")
+    for image in file.parent.glob("*.png"):
+        image.write_bytes(b"broken")
     with pytest.raises(MediaError) as raised:
         start(reader_of(file)).step()
     assert raised.value.record.startswith("data set 'data', sample 'r")

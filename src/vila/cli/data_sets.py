@@ -79,12 +79,12 @@ class DataSets:
 
     def save_views(self, folder: Path, count: int) -> list[Path]:
         """Write up to `count` images of each data set as the tower sees them. Raises ConfigError without a model."""
-        from vila.data.preview import first_images, save_views, views_spec
+        from vila.data.preview import dataset_spec, first_images, save_views
 
         spec = self._reader_or_raise().spec
         paths: list[Path] = []
         for part in self.mixture.datasets:
-            paths += save_views(first_images(part, count), views_spec(spec, part), folder, start=len(paths))
+            paths += save_views(first_images(part, count), dataset_spec(spec, part), folder, start=len(paths))
         return paths
 
     def require_images(self) -> None:

@@ -1,1 +1,1 @@
-"""From files to batches: formats, mixtures, a stateless order, lanes that pack rows, and the batch."""
+"""Training data: dataset formats, mixtures, packing streams, loader workers, batches."""

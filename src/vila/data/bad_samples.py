@@ -43,7 +43,7 @@ class BadSampleLog:
 
         budget: number of different samples that may be listed.
         seen:   whether the checkpoint is past a position; other lines are dropped, since the run reads them again.
-        write:  False only counts, for a rank beside the one that writes the file.
+        write:  False only counts, for ranks that do not write the file.
         """
         self.path, self.budget, self.write = path, budget, write
         self._locations: set[RecordLocation] = set()

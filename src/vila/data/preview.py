@@ -1,4 +1,4 @@
-"""What a run sees of its data: how images reach the vision tower, and which samples are too long for a row."""
+"""Preview of data before training: how images are resized for the vision tower, and which samples are too long."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from vila.media.image import open_image
 from vila.media.transform import square_bytes
 
 MIN_TEXT_PX: Final = 8
-"""Height of a line of text, in pixels of the tower, that is taken to be readable: that of the smallest bitmap fonts. A
-rule of thumb for messages."""
+"""Height in pixels, after resizing, below which text counts as unreadable: that of the smallest bitmap fonts. A rule of
+thumb for messages."""
 _MAX_LOSS = 0.25
 _MAX_ASPECT = 1.5
 _MIN_FILLED = 0.5
 _EFFECTS = {
-    "square": "lose more than a quarter of their area to the center crop",
+    "square": "lose more than a quarter of their area in the center crop",
     "resize": "are stretched to more than 1.5 times their aspect ratio",
     "pad": "fill less than half of the padded square",
 }
@@ -38,11 +38,11 @@ _EFFECTS = {
 
 @dataclass
 class ImagePreview:
-    """The images of a data set as a tower of `image_size` pixels sees them, in memory that does not grow.
+    """Effect of resizing the images of a data set to `image_size` pixels. Memory does not grow with their number.
 
-    image_mode: `square` is a center crop here, so a tower whose processor crops nothing has `resize`.
-    changed:    images that the mode changes strongly: more than a quarter is cropped, the aspect ratio is stretched by
-                more than 1.5, or padding fills more than half of the square.
+    image_mode: `square` is a center crop here; a tower without center crop has `resize`.
+    changed:    number of images with a strong change: more than a quarter is cropped, the aspect ratio changes by more
+                than 1.5, or padding fills more than half of the square.
     """
 
     image_size: int
@@ -55,7 +55,7 @@ class ImagePreview:
 
     @staticmethod
     def of(spec: VisionSpec, image_mode: ImageMode | None = None) -> ImagePreview:
-        """Return an empty preview for a model. image_mode: that of the data set, if it has its own."""
+        """Return an empty preview for a model. image_mode: that of the data set, None for that of the model."""
         mode = image_mode or spec.image_mode
         return ImagePreview(spec.image_size, "resize" if mode == "square" and not spec.center_crop else mode)
 
@@ -76,13 +76,13 @@ class ImagePreview:
 
     @property
     def mean_size(self) -> tuple[int, int]:
-        """Width and height in pixels, on average."""
+        """Mean width and height in pixels."""
         count = self.count or 1
         return round(self.width / count), round(self.height / count)
 
     @property
     def reduction(self) -> float:
-        """Median of the factor by which a side shrinks; below 1 images are enlarged."""
+        """Median factor by which a side is reduced; below 1 images are enlarged."""
         half = (self.count + 1) // 2
         for factor in sorted(self._reductions):
             half -= self._reductions[factor]
@@ -92,23 +92,22 @@ class ImagePreview:
 
     @property
     def min_text_px(self) -> int:
-        """Height of the smallest readable text, in pixels of a typical image of the data set."""
+        """Height of the smallest readable text, in pixels of a typical original image."""
         return ceil(MIN_TEXT_PX * self.reduction)
 
     def lines(self) -> list[str]:
-        """Return sentences for the user, none without images."""
+        """Return the preview as sentences, none without images."""
         if not self.count:
             return []
         width, height = self.mean_size
         side = self.image_size
-        seen = f"images are {width} x {height} pixels on average; the tower sees {side} x {side}"
+        text = f"images are {width} x {height} pixels on average, resized to {side} x {side} for the vision tower"
         if self.reduction > 1:
-            rows = max(1, side // MIN_TEXT_PX)
-            seen += (
-                f" (1/{self.reduction:.3g} of the side), so text lower than about {self.min_text_px} pixels is not "
-                f"readable, nor are more than {rows} lines of it"
+            text += (
+                f" (1/{self.reduction:.3g} of the side); text lower than about {self.min_text_px} pixels becomes "
+                f"unreadable, and at most {max(1, side // MIN_TEXT_PX)} lines of text stay readable"
             )
-        lines = [seen]
+        lines = [text]
         if self.changed:
             effect = _EFFECTS[self.image_mode]
             lines.append(f"{self.changed:,} of {self.count:,} images {effect} (image_mode {self.image_mode})")
@@ -129,12 +128,12 @@ class ImagePreview:
 
 @dataclass
 class LengthPreview:
-    """Samples that are longer than a row: how many, and what becomes of them.
+    """Number of samples longer than `data.max_length`, and tokens that are lost by dropping or cutting them.
 
-    overlong:    what the recipe does with them, `data.overlong`.
-    origin:      recipe that `max_length` is from, or "the command line"; empty if it is the default.
-    longer:      samples of more than `max_length` tokens; longest: tokens of the longest sample of all.
-    left_out:    of the longer ones, those that are dropped. lost_tokens: tokens of samples that are dropped or cut.
+    overlong:    `data.overlong` of the recipe.
+    origin:      recipe that sets `max_length`, or "the command line"; empty for the default.
+    longer:      samples of more than `max_length` tokens; longest: tokens of the longest sample.
+    left_out:    dropped samples. lost_tokens: tokens of dropped samples, and those cut off.
     """
 
     max_length: int
@@ -147,7 +146,7 @@ class LengthPreview:
     lost_tokens: int = 0
 
     def add(self, length: int, kept: int | None = None) -> None:
-        """Count a sample of `length` tokens. kept: tokens that are left of a longer one, 0 if it is dropped."""
+        """Count a sample of `length` tokens. kept: tokens that remain of an overlong one, 0 if it is dropped."""
         self.count += 1
         self.longest = max(self.longest, length)
         if length <= self.max_length:
@@ -158,7 +157,7 @@ class LengthPreview:
             self.lost_tokens += length - kept
 
     def lines(self) -> list[str]:
-        """Return sentences for the user, none if every sample fits."""
+        """Return the preview as sentences, none if every sample fits."""
         if not self.longer:
             return []
         text = (
@@ -166,26 +165,26 @@ class LengthPreview:
             f"(from {self.origin or 'the default'}; the longest has {self.longest:,})"
         )
         if self.overlong == "error":
-            return [f"{text}, which stops a run; raise data.max_length, or set data.overlong"]
-        lost = f": {self.left_out:,} left out, {self.lost_tokens:,} tokens lost" if self.lost_tokens else ""
-        fate = {"drop": "left out", "truncate": "cut to whole exchanges, or left out"}[self.overlong]
-        return [f"{text} and are {fate} (data.overlong={self.overlong}){lost}"]
+            return [f"{text}, which is an error in training; raise data.max_length, or set data.overlong"]
+        lost = f": {self.left_out:,} dropped, {self.lost_tokens:,} tokens lost" if self.lost_tokens else ""
+        action = {"drop": "dropped", "truncate": "cut after an answer, or dropped"}[self.overlong]
+        return [f"{text} and are {action} (data.overlong={self.overlong}){lost}"]
 
     def as_json(self) -> dict[str, Any]:
         """Return plain data."""
         return asdict(self)
 
 
-def preview_images(part: MixtureDataset, spec: VisionSpec, sample: int) -> ImagePreview:
-    """Preview the images of at most `sample` samples of a data set, a fixed choice.
+def preview_images(dataset: MixtureDataset, spec: VisionSpec, sample: int) -> ImagePreview:
+    """Preview the images of at most `sample` samples of a data set, always the same ones.
 
-    Videos are left out, and so is what cannot be read.
+    Videos and unreadable images are left out.
     """
-    found = ImagePreview.of(spec, part.image_mode)
-    some = Subset(part.source, sample)
-    for index in range(len(some)):
+    found = ImagePreview.of(spec, dataset.image_mode)
+    subset = Subset(dataset.source, sample)
+    for index in range(len(subset)):
         try:
-            for item in some[index].media:
+            for item in subset[index].media:
                 if isinstance(item, Image):
                     found.add(*open_image(item).size)
         except VilaError:
@@ -194,9 +193,9 @@ def preview_images(part: MixtureDataset, spec: VisionSpec, sample: int) -> Image
 
 
 def save_views(images: Iterable[Image], spec: VisionSpec, folder: Path, start: int = 0) -> list[Path]:
-    """Write images as the tower sees them, PNG files of `spec.image_size` pixels a side; returns their paths.
+    """Write images as PNG files of `spec.image_size` pixels a side, as the vision tower gets them; return their paths.
 
-    start: number of the first file. Raises MediaError for an image that cannot be read.
+    start: number of the first file. Raises MediaError for an unreadable image.
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
@@ -209,15 +208,15 @@ def save_views(images: Iterable[Image], spec: VisionSpec, folder: Path, start: i
     return paths
 
 
-def first_images(part: MixtureDataset, count: int) -> list[Image]:
-    """Return up to `count` different images of a data set that can be opened, from samples that are spread over it."""
+def first_images(dataset: MixtureDataset, count: int) -> list[Image]:
+    """Return up to `count` different readable images of a data set, from samples that are spread over it."""
     found: dict[Image, None] = {}
-    some = Subset(part.source, 4 * count)
-    for index in range(len(some)):
+    subset = Subset(dataset.source, 4 * count)
+    for index in range(len(subset)):
         if len(found) >= count:
             break
         try:
-            item = next((item for item in some[index].media if isinstance(item, Image)), None)
+            item = next((item for item in subset[index].media if isinstance(item, Image)), None)
             if item is not None and item not in found:
                 open_image(item)
                 found[item] = None
@@ -226,12 +225,12 @@ def first_images(part: MixtureDataset, count: int) -> list[Image]:
     return list(found)
 
 
-def views_spec(spec: VisionSpec, part: MixtureDataset) -> VisionSpec:
-    """Return the spec that the images of a data set are transformed with."""
-    return replace(spec, image_mode=part.image_mode) if part.image_mode else spec
+def dataset_spec(spec: VisionSpec, dataset: MixtureDataset) -> VisionSpec:
+    """Return the spec with the image mode of a data set, if it has one."""
+    return replace(spec, image_mode=dataset.image_mode) if dataset.image_mode else spec
 
 
 def _short(name: str) -> str:
-    """Return a name for a file, of the last path component of an image's name."""
+    """Return a file name made of the last path component of an image's name."""
     words: Sequence[str] = re.split(r"[/\\]", name)
     return re.sub(r"[^A-Za-z0-9._-]+", "_", words[-1].rpartition(".")[0] or words[-1])[-60:] or "image"

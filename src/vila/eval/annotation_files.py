@@ -24,7 +24,7 @@ from vila.core.reading import (
     parse_json,
     read_head,
 )
-from vila.data.formats.detect import text_problem
+from vila.data.formats.detect import json_lines_problem
 from vila.data.readers.index import FileVersion, file_version, read_span
 from vila.data.readers.media_refs import decode_base64
 
@@ -69,7 +69,7 @@ def iter_records(path: Path) -> Iterator[tuple[str, Any]]:
         for number, row in enumerate(iter_array(path, surrogates=True), start=1):
             yield f"{path} row {number}", row
         return
-    if fault := text_problem(text, cut=len(head) == _HEAD):
+    if fault := json_lines_problem(text, cut=len(head) == _HEAD):
         raise DataError(fault[0], file=path, hint=fault[1])
     with path.open("rb") as stream:
         for number, line in bounded_lines(stream, path):

@@ -1,4 +1,4 @@
-"""What a dataset format does, and the table of those that exist."""
+"""Dataset formats: protocol, registry, the source of samples that they share, and helpers for reading records."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import glob
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -28,14 +28,14 @@ from vila.data.readers.tar import COMPRESSED
 
 
 class DatasetFormat(Protocol):
-    """Opens files of one kind."""
+    """A dataset format: opens files as a source of samples."""
 
     def open(self, path: Path, image_root: Path, events: Events = SILENT, **options: Any) -> Source:
-        """Random access to samples of a file, a directory of shards or a pattern (`shards/*.tar`).
+        """Open a file, a directory of shards or a pattern (`shards/*.tar`).
 
-        events: told how files are indexed, which is done once for each.
-        options: what the recipe's entry says; one that the format does not know is a ConfigError listing those it does.
-        Raises DataError naming file, record and reason for what cannot become a sample.
+        events: receives the progress of indexing, which each file needs once.
+        options: those of the recipe's entry; an unknown option is a ConfigError that lists the known ones.
+        The source raises DataError with file, record, field and value for a record that is not valid.
         """
 
 
@@ -57,10 +57,6 @@ FORMATS: Registry[DatasetFormat] = Registry(
 )
 
 
-# --- source
-# One source of samples from a file, a directory of shards or a pattern; options and file types are checked.
-
-
 JSON = (".jsonl", ".json")
 ALL = (".tar", ".parquet", *JSON)
 _FILES_CHECKED = 64
@@ -70,8 +66,13 @@ _TABLES = (".csv", ".tsv", ".xlsx")
 Options = TypeVar("Options")
 
 
+@dataclass(frozen=True, slots=True)
+class NoOptions:
+    """Options of a format without options."""
+
+
 class RecordSource:
-    """Samples of one or more files, in the order of their names. Media stay unopened."""
+    """Samples of one or more files, in the order of the file names. Images and videos are not opened."""
 
     def __init__(
         self,
@@ -84,25 +85,26 @@ class RecordSource:
         keep: tuple[str, Callable[[Record], bool]] | None = None,
         media: tuple[str, ...] | Callable[[Record], tuple[str, ...]] = (),
     ) -> None:
-        """convert: makes the sample of a record; raises DataError. Picklable, so that the source is.
+        """Open files; nothing but their indexes is read.
 
-        kinds: ends of file names that are read. columns: those of parquet files that `convert` needs.
-        keep: name of a rule and the rule; records that it refuses are left out. It is called once for every record.
-        media: keys of the record, or columns, that `convert` reads media from; or a function of the record.
-        Raises DataError if there is no such file, or none of these kinds.
+        convert: makes the sample of a record; raises DataError. Must be picklable.
+        kinds:   file extensions of the format. columns: those of parquet files that `convert` needs.
+        keep:    name and predicate; other records are left out. It is evaluated once for every record, then indexed.
+        media:   keys or columns that `convert` reads media from; or a function of the record.
+        Raises DataError if there is no such file, or none with these extensions.
         """
         self._convert, self._media = convert, media
         self.unread: Counter[str] = Counter()
-        self._parts: list[RecordFile] = []
+        self._record_files: list[RecordFile] = []
         for file in data_files(path, kinds):
             records = open_records(file, columns, events)
-            self._parts.append(records if keep is None else _Kept(records, *keep, events))
-        self._ends = list(accumulate(map(len, self._parts)))
+            self._record_files.append(records if keep is None else _FilteredFile(records, *keep, events))
+        self._ends = list(accumulate(map(len, self._record_files)))
 
     @property
     def files(self) -> list[Path]:
-        """The files that samples are read from."""
-        return [part.path for part in self._parts]
+        """Files that samples are read from."""
+        return [file.path for file in self._record_files]
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -110,8 +112,8 @@ class RecordSource:
     def __getitem__(self, index: int) -> Sample:
         """Read sample number `index`. Raises IndexError outside range(len), DataError with file, record and field.
 
-        A record that becomes text alone, while it holds media under a key that the format does not read, is an error.
-        Other media that are not read are counted in `unread`.
+        A text-only sample whose record has media under a key that the format does not read is an error. Other unread
+        media are counted in `unread`.
         """
         records, number = self._locate(index)
         record = records[number]
@@ -120,34 +122,34 @@ class RecordSource:
         return sample
 
     def location(self, index: int) -> RecordLocation:
-        """Return the file of sample number `index` and the number of its record there; nothing is read but indexes."""
+        """Return file and record number of sample number `index`, from the indexes alone."""
         records, number = self._locate(index)
         return records.location(number)
 
     def _locate(self, index: int) -> tuple[RecordFile, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} is outside range({len(self)})")
-        part = bisect_right(self._ends, index)
-        return self._parts[part], index - (self._ends[part - 1] if part else 0)
+        file = bisect_right(self._ends, index)
+        return self._record_files[file], index - (self._ends[file - 1] if file else 0)
 
     def check_format(self, name: str) -> None:
-        """Raise one DataError for a file whose records are in another format than `name`, with what they look like.
+        """Raise DataError for a file whose records have another format than `name`, with the format they seem to have.
 
-        A file is refused if none of some evenly spaced records becomes a sample, and none has the keys of `name`.
+        That is a file of which none of a few evenly spaced records is valid or has the keys of `name`.
         """
-        for records in self._parts[:_FILES_CHECKED]:
+        for records in self._record_files[:_FILES_CHECKED]:
             if len(records) and (guess := self._other_format(records, name)):
                 raise DataError(
                     f"not in the format {name!r}; it looks like {guess.text}", file=records.path, hint=guess.hint
                 )
 
     def _other_format(self, records: RecordFile, name: str) -> Guess | None:
-        """Return what the records of a file look like, or None if the format is right or the records are damaged."""
+        """Return the likely format of a file, None if `name` fits or the records are damaged."""
         if (
             isinstance(records, ParquetRecords)
             and name in guess_record(schema_record(records.path), ".parquet").formats
         ):
-            return None  # decided by the schema, before a row group is decoded
+            return None  # the schema decides, before a row group is decoded
         count = min(len(records), _RECORDS_CHECKED)
         found = None
         for number in range(count):
@@ -167,21 +169,21 @@ class RecordSource:
         return found
 
 
-class _Kept:
-    """The records of a file that a rule keeps."""
+class _FilteredFile:
+    """The records of a file that satisfy a predicate."""
 
-    def __init__(self, records: RecordFile, name: str, rule: Callable[[Record], bool], events: Events) -> None:
+    def __init__(self, records: RecordFile, name: str, predicate: Callable[[Record], bool], events: Events) -> None:
         self.path, self._records = records.path, records
 
         def scan(path: Path, advanced: Callable[[int], None]) -> Iterator[np.ndarray]:
-            share = path.stat().st_size // max(1, len(records))
+            record_bytes = path.stat().st_size // max(1, len(records))
             for number in range(len(records)):
-                advanced(share)
+                advanced(record_bytes)
                 try:
-                    kept = rule(records[number])
+                    is_kept = predicate(records[number])
                 except DataError:
-                    kept = True  # reported when it is read
-                if kept:
+                    is_kept = True  # the error is raised when it is read
+                if is_kept:
                     yield np.array([[number, 0]], dtype=np.uint64)
 
         self._index = open_index(records.path, f"kept {name}", scan, events)
@@ -206,11 +208,11 @@ def _guess_record(record: Record, suffix: str) -> Guess:
 
 
 def data_files(path: Path, kinds: tuple[str, ...]) -> list[Path]:
-    """Return the files that `path` stands for, sorted by name.
+    """Return the data files of a path, sorted by name.
 
-    A directory gives its files of the first of `kinds` that it has any of: the `.tar` shards, not the `.json` beside
-    them. A path with `*`, `?` or `[` that does not exist is a pattern. Hidden files are left out.
-    Raises DataError.
+    Of a directory these are the files with the first extension of `kinds` that it contains: its `.tar` shards, not the
+    `.json` files beside them. A path with `*`, `?` or `[` that does not exist is a pattern. Hidden files are ignored.
+    Raises DataError if there are none.
     """
     if path.is_file():
         return [_readable(path, kinds)]
@@ -221,8 +223,8 @@ def data_files(path: Path, kinds: tuple[str, ...]) -> list[Path]:
                 return chosen
         for file in found:
             _refuse_compressed(file)
-        held = ", ".join(sorted({file.suffix or file.name for file in found})[:8]) or "no files"
-        raise DataError(f"the directory holds no {' or '.join(kinds)} files", file=path, hint=f"it holds {held}")
+        held = sorted({file.suffix or file.name for file in found})[:8]
+        raise DataError("no data files in the directory", file=path, value=held, expected=" or ".join(kinds))
     if any(character in str(path) for character in "*?["):
         matching = [Path(name) for name in sorted(glob.glob(str(path)))]  # noqa: PTH207 the pattern may be absolute
         if matching:
@@ -235,18 +237,18 @@ def _readable(path: Path, kinds: tuple[str, ...]) -> Path:
     _refuse_compressed(path)
     if path.suffix not in kinds:
         raise DataError(
-            "not read by this format", file=path, value=path.suffix, expected=" or ".join(kinds), hint=_remedy(path)
+            "not a file of this format", file=path, value=path.suffix, expected=" or ".join(kinds), hint=_remedy(path)
         )
     return path
 
 
 def _remedy(path: Path) -> str | None:
-    """Return what to do with a file whose extension a format does not read."""
+    """Return the hint for a file whose extension a format does not read."""
     suffix = path.suffix.lower()
     if suffix in _TABLES:
         return "convert a table with: vila data from-csv"
     if suffix in (".ndjson", ".txt") or (suffix in ALL and suffix != path.suffix):
-        return f"rename it to {'.jsonl' if suffix not in ALL else suffix}, if that is what it holds"
+        return f"rename it to {'.jsonl' if suffix not in ALL else suffix} if that is its content"
     if path.suffix not in ALL:
         return None
     try:
@@ -260,18 +262,20 @@ def _remedy(path: Path) -> str | None:
 def _refuse_compressed(path: Path) -> None:
     if path.name.lower().endswith((*COMPRESSED, ".gz", ".zst", ".xz", ".bz2", ".zip")):
         raise DataError(
-            "compressed files allow no random access", file=path, hint="unpack it (images inside hardly shrink)"
+            "compressed files have no random access",
+            file=path,
+            hint="decompress it (it saves little for images)",
         )
     if path.suffix == ".pkl":
         raise DataError(
-            "pickles can run code and are not read",
+            "pickle files can execute code and are not read",
             file=path,
             hint="convert shards of VILA with: vila data prepare pkl",
         )
 
 
 def read_options(kind: type[Options], given: Mapping[str, Any], format_name: str) -> Options:
-    """Options of a format as its dataclass of options. Raises ConfigError naming every option that is not right."""
+    """Return options as the dataclass of a format. Raises ConfigError naming every unknown or wrong option."""
     known = {entry.name: entry for entry in fields(kind)}  # type: ignore[arg-type]
     problems = []
     for name, value in given.items():
@@ -298,58 +302,53 @@ def _fits(value: Any, default: Any) -> bool:
     return isinstance(value, (int, float) if isinstance(default, float) else type(default))
 
 
-# --- turns
-# Conversations as data sets write them: text with markers, turns that must alternate, fields that must be text.
-
-
 IMAGE_MARKER, VIDEO_MARKER = "<image>", "<video>"
 
 
-def text_at(record: Record, keys: Sequence[str], place: Keys = ()) -> str:
-    """Return the text under the first of `keys` that the object at `place` of the record has. Raises DataError."""
-    holder = value_at(record.value, place)
+def text_at(record: Record, keys: Sequence[str], at: Keys = ()) -> str:
+    """Return the text at the first of `keys` that the object at key path `at` has. Raises DataError."""
+    holder = value_at(record.value, at)
     if not isinstance(holder, Mapping):
-        raise record.error(field=key_path(place), value=holder, expected="an object ({...})")
+        raise record.error(field=key_path(at), value=holder, expected="an object ({...})")
     for key in keys:
         if holder.get(key) is not None:
             if isinstance(holder[key], str):
                 return str(holder[key])
-            raise record.error(field=key_path((*place, key)), value=holder[key], expected="text")
-    found = f"the object has {', '.join(map(repr, holder)) or 'no keys'}"
-    raise record.error(f"missing; {found}", field=" or ".join(key_path((*place, key)) for key in keys))
+            raise record.error(field=key_path((*at, key)), value=holder[key], expected="text")
+    raise record.error("missing", field=" or ".join(key_path((*at, key)) for key in keys), hint=_keys_hint(holder))
 
 
 def list_at(record: Record, key: str, items: str) -> list[Any]:
-    """Return the list under a key of the record. Raises DataError for any other type. items: for errors."""
+    """Return the list at a key of the record. Raises DataError for other types. items: description for the error."""
     value = record.value.get(key)
     if isinstance(value, list):
         return value
     if key not in record.value:
-        raise record.error(
-            f"missing; the record has {', '.join(map(repr, record.value)) or 'no keys'}",
-            field=key,
-            expected=f"a list of {items}",
-        )
+        raise record.error("missing", field=key, expected=f"a list of {items}", hint=_keys_hint(record.value))
     raise record.error(field=key, value=value, expected=f"a list of {items}")
 
 
-def answer_at(record: Record, keys: Sequence[str], place: Keys = ()) -> str:
-    """Return the text that `text_at` finds, which must hold more than white space. Raises DataError."""
-    text = text_at(record, keys, place)
+def _keys_hint(found: Mapping[str, Any]) -> str:
+    return f"found the keys {', '.join(map(repr, found))}" if found else "the object is empty"
+
+
+def answer_at(record: Record, keys: Sequence[str], at: Keys = ()) -> str:
+    """Return the text as `text_at` does. Raises DataError if it is empty or white space."""
+    text = text_at(record, keys, at)
     if not text.strip():
-        holder = value_at(record.value, place)
+        holder = value_at(record.value, at)
         key = next(key for key in keys if holder.get(key) is not None)
-        raise record.error("the answer is empty", field=key_path((*place, key)), value=text)
+        raise record.error("the answer is empty", field=key_path((*at, key)), value=text)
     return text
 
 
 def optional_text(record: Record, key: str) -> str:
-    """Return the text under a key of the record, "" if it is absent or null. Raises DataError for any other type."""
+    """Return the text at a key of the record, "" if it is absent or null. Raises DataError for other types."""
     return "" if record.value.get(key) is None else text_at(record, (key,))
 
 
 def id_of(record: Record) -> str:
-    """Return the record's own id, or one made of file and number. Raises DataError if it is neither text nor number."""
+    """Return the `id` of the record, else one made of file and number. Raises DataError if it is not text or number."""
     value = record.value.get("id")
     if value is None or value == "":
         return record.name
@@ -359,7 +358,7 @@ def id_of(record: Record) -> str:
 
 
 def merge_texts(parts: Iterable[Part | str]) -> tuple[Part, ...]:
-    """Join neighbouring texts and leave out empty ones."""
+    """Join adjacent texts and remove empty ones."""
     out: list[Part] = []
     for part in parts:
         part = Text(part) if isinstance(part, str) else part
@@ -371,7 +370,7 @@ def merge_texts(parts: Iterable[Part | str]) -> tuple[Part, ...]:
 
 
 def media_first(media: Iterable[Image | Video], text: str) -> tuple[Part, ...]:
-    """Return each medium and a newline, then the text: how the original asks about images."""
+    """Return each image or video followed by a newline, then the text, as VILA formats questions about images."""
     pieces: list[Part | str] = []
     for item in media:
         pieces += [item, "\n"]
@@ -379,18 +378,17 @@ def media_first(media: Iterable[Image | Video], text: str) -> tuple[Part, ...]:
 
 
 def remove_markers(text: str, *markers: str) -> str:
-    """Remove `markers` from the text, each with the newline behind it, or else the one in front of it."""
+    """Remove markers from a text, each with the newline after it, else with the newline before it."""
     for marker in markers:
         text = text.replace(f"{marker}\n", "").replace(f"\n{marker}", "").replace(marker, "")
     return text
 
 
 def check_turns(messages: Sequence[Message], record: Record, field: str) -> tuple[Message, ...]:
-    """Return the messages if user and assistant alternate, the assistant ends and no answer is empty.
+    """Return the messages if roles alternate, the assistant is last, and no answer is empty; else raise DataError.
 
-    A system message may come first.
-    field: list of the record that the messages were read from; message k is called `field[k]`.
-    Raises DataError with the turn.
+    A system message may be first.
+    field: list of the record that the messages are from, for the error; message k is `field[k]`.
     """
     body = messages[1:] if messages and messages[0].role == "system" else messages
     first = len(messages) - len(body)
@@ -402,5 +400,5 @@ def check_turns(messages: Sequence[Message], record: Record, field: str) -> tupl
         if message.role == "assistant" and not message.text.strip():
             raise record.error("the answer is empty", field=turn, value=message.text)
     if not body or body[-1].role != "assistant":
-        raise record.error("the last turn is not the assistant's", field=field)
+        raise record.error("the last turn must be an answer of the assistant", field=field)
     return tuple(messages)

@@ -1,7 +1,7 @@
-"""Pictures with their texts, as COYO: one page each, the picture and then the text.
+"""Format `coyo`: image-text pairs, each one message of image and text.
 
-Read from tar shards (KEY.jpg and KEY.txt, perhaps KEY.json) or parquet (a column of images and one of texts). A text
-that spells `<image>` is text; the original writes `<IMAGE>` in its place.
+Tar shards have KEY.jpg and KEY.txt, optionally KEY.json; parquet files have a column of images and one of texts.
+`<image>` in a text stays text; upstream VILA replaces it by `<IMAGE>`.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from vila.data.readers.records import Record, image_at, member_image
 
 @dataclass(frozen=True, slots=True)
 class CoyoOptions:
-    """image, text: the columns of parquet files, or the keys of KEY.json; an empty `text` takes `text` or `caption`."""
+    """image, text: columns of parquet files or keys of KEY.json; an empty `text` means `text` or `caption`."""
 
     image: str = "image"
     text: str = ""
 
 
 class CoyoFormat:
-    """Image and text pairs."""
+    """COYO image-text pairs: tar shards of KEY.jpg and KEY.txt, or parquet with `image` and `text` or `caption`."""
 
     def open(self, path: Path, image_root: Path, events: Events = SILENT, **options: object) -> RecordSource:
-        """Give random access to the pairs of a file, or of all shards of a directory. Options: see `CoyoOptions`."""
+        """Open a file or all files of a directory. Options: see `CoyoOptions`."""
         chosen = read_options(CoyoOptions, options, "coyo")
         columns = ("id", chosen.image, *_texts(chosen))
         convert = partial(sample_of, root=image_root, options=chosen)
@@ -37,11 +37,11 @@ class CoyoFormat:
 
 
 def sample_of(record: Record, root: Path, options: CoyoOptions) -> Sample:
-    """Make the pair as one message of the user. Raises DataError with file, record or key, field and value."""
+    """Return the pair as one user message. Raises DataError with file, record or key, field and value."""
     if record.in_shard:
         image = member_image(record)
         if image is None:
-            raise record.error(f"no image among its members ({', '.join(sorted(record.members)) or 'none'})")
+            raise record.error("no image member", value=sorted(record.members))
     else:
         image = image_at(record, (options.image,), root)
     text = record.read_text("txt") if "txt" in record.members else text_at(record, _texts(options))

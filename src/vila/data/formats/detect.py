@@ -1,7 +1,4 @@
-"""What a data file looks like: text that is no JSON lines, and the formats that records are written in.
-
-Used to report a file under the wrong format or extension once, with the format it looks like.
-"""
+"""Detection of the dataset format of records, and of text files that are not JSON lines, for error messages."""
 
 from __future__ import annotations
 
@@ -35,23 +32,23 @@ _READ = {
 
 
 class Guess(NamedTuple):
-    """formats: names of the formats that read such records, the closest one first. text: the same in words."""
+    """Likely format of a file. formats: names of formats that read it, the closest first. text: description."""
 
     formats: tuple[str, ...]
     text: str
 
     @property
     def hint(self) -> str:
-        """Remedy for the user."""
+        """Hint for the error message."""
         if not self.formats:
-            return "docs/formats.md lists the formats; write the records as messages"
-        return f"give --format {self.formats[0]} (in a recipe: format: {self.formats[0]})"
+            return "convert the records to the format messages; docs/formats.md lists all formats"
+        return f"use --format {self.formats[0]} (in a recipe: format: {self.formats[0]})"
 
 
-def text_problem(head: bytes, *, cut: bool) -> Problem | None:
-    """Return problem and hint if a text is no JSON lines, judged by its first lines; None if it may be.
+def json_lines_problem(head: bytes, *, cut: bool) -> Problem | None:
+    """Return problem and hint if the first lines of a text are not JSON lines, None if they may be.
 
-    head: first bytes of the file. cut: the file goes on behind them.
+    head: first bytes of the file. cut: whether the file is longer.
     """
     lines = [line for line in head.split(b"\n") if line.strip()]
     if not lines:
@@ -69,7 +66,7 @@ def text_problem(head: bytes, *, cut: bool) -> Problem | None:
 
 
 def _several_lines(head: bytes, first: bytes, whole: list[bytes]) -> Problem | None:
-    """The fault of an object that goes on in the next line; None for a record per line, be it damaged."""
+    """Return the problem of an object over several lines, None for one record per line, damaged or not."""
     if len(whole) < 2 or (whole[1].lstrip().startswith(b"{") and first != b"{"):
         return None
     try:
@@ -84,7 +81,7 @@ def _several_lines(head: bytes, first: bytes, whole: list[bytes]) -> Problem | N
     name = _list_member(head, lambda key: key not in _LISTS_OF_RECORDS)
     if name:
         return _wrapped(name)
-    return "is a JSON object over several lines", "put it in a list ([...]), or on one line (jq -c . FILE)"
+    return "a JSON object over several lines", "put it in a list ([...]), or on one line (jq -c . FILE)"
 
 
 def _is_unfinished(error: json.JSONDecodeError, text: bytes) -> bool:
@@ -92,11 +89,11 @@ def _is_unfinished(error: json.JSONDecodeError, text: bytes) -> bool:
 
 
 def _wrapped(name: str) -> Problem:
-    return f"is an object whose {name!r} is a list of objects, not a list of records", f"give the list: jq .{name} FILE"
+    return f"an object with the list of records in {name!r}", f"extract the list: jq .{name} FILE"
 
 
 def _list_member(head: bytes, wanted: Any) -> str:
-    """Return the first key of the object at the top for which `wanted` holds and whose value is a list of objects."""
+    """Return the first key of the top-level object that satisfies `wanted` and has a list of objects as value."""
     tokens = _TOKEN.finditer(head.decode("utf-8", "replace"))
     depth, before, key = 0, "", ""
     for token in (match.group() for match in tokens):
@@ -118,23 +115,23 @@ def _other_text(first: bytes, lines: list[bytes]) -> Problem:
     try:
         text = first.decode()
     except UnicodeDecodeError:
-        return "is neither text nor a container that is read here", "check which file it is"
+        return "neither text nor a supported file type", "check the file"
     if text.startswith(("---", "%YAML")) or re.match(r"(- )?[\w-]+:( |$)", text):
-        return "looks like YAML, not JSON", "write the records as JSON lines"
+        return "seems to be YAML, not JSON", "convert the records to JSON lines"
     for name, mark in (("CSV", ","), ("tab-separated text", "\t"), ("CSV", ";")):
         if mark in text and not text.startswith(('"{', "[")) and all(mark.encode() in line for line in lines[:3]):
-            return f"looks like {name}, not JSON", "convert a table with: vila data from-csv"
+            return f"seems to be {name}, not JSON", "convert a table with: vila data from-csv"
     try:
         json.loads(first)
     except (ValueError, RecursionError):
-        return "is text, not JSON", "write one JSON object per line, or a list of them"
-    return "is JSON lines, but not of objects", "write one object ({...}) per line"
+        return "text, not JSON", "write one JSON object per line, or a list of objects"
+    return "JSON lines, but not of objects", "write one object ({...}) per line"
 
 
 def guess_record(record: Mapping[str, Any], suffix: str) -> Guess:
-    """Return the formats that read a record with these keys from a container. Values matter by their type alone.
+    """Return the formats that read records with these keys and types of values from a file type.
 
-    suffix: of the container: .tar, .parquet, .json or .jsonl.
+    suffix: file extension: .tar, .parquet, .json or .jsonl.
     """
     every = tuple(dict.fromkeys(_formats_of(record)))
     names = tuple(name for name in every if suffix in _READ[name])
@@ -190,7 +187,7 @@ _UNREAD = (
 def _unread(record: Mapping[str, Any]) -> str:
     for key, value in record.items():
         if key not in _LISTS_OF_RECORDS and isinstance(value, list) and value and isinstance(value[0], Mapping):
-            return f"an object whose {key!r} is a list of {len(value)} objects, not a record; give the list alone"
+            return f"an object with a list of {len(value)} objects in {key!r}, not a record; use the list alone"
     for keys, name in _UNREAD:
         if keys <= record.keys():
             return f"{name}, which no format reads"
@@ -199,7 +196,7 @@ def _unread(record: Mapping[str, Any]) -> str:
 
 
 def guess_members(extensions: Collection[str]) -> Guess:
-    """Return the formats that read a tar sample whose JSON says nothing, by the extensions of its other members."""
+    """Return the formats that read a tar sample without usable JSON, by the extensions of its other members."""
     if "txt" in extensions and len(extensions) > 1:
         return Guess(("coyo", "webdataset"), "format 'coyo' or 'webdataset'")
     return Guess((), f"samples of members {', '.join(sorted(extensions)[:_KEYS_SHOWN])}, which no format reads")

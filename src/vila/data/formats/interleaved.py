@@ -1,6 +1,7 @@
-"""Pages as OBELICS, OmniCorpus and MINT-1T hold them: parallel lists `texts` and `images`, null where the other stands.
+"""Format `interleaved`: pages of OBELICS, OmniCorpus and MINT-1T, parallel lists `texts` and `images`.
 
-Images are bytes, names of files below the image root, or objects with `bytes` or `path`. Parquet, JSON lines, a list.
+At each index one of the two lists is null. Images are bytes, names of files below the image root, or objects with
+`bytes` or `path`.
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ from vila.data.readers.records import Record, image_at
 
 @dataclass(frozen=True, slots=True)
 class InterleavedOptions:
-    """max_images: keep this number of a page, the first ones; 0: all. joiner: written between neighbouring texts."""
+    """max_images: keep the first images of a page up to this number, 0 for all. joiner: put between adjacent texts."""
 
     max_images: int = 0
     joiner: str = "\n\n"
 
 
 class InterleavedFormat:
-    """Pages of texts and images."""
+    """OBELICS, OmniCorpus, MINT-1T: parallel lists `texts` and `images` of a page; parquet or JSON."""
 
     def open(self, path: Path, image_root: Path, events: Events = SILENT, **options: object) -> RecordSource:
-        """Give random access to the pages of a file or of all files of a directory. See `InterleavedOptions`."""
+        """Open a file or all files of a directory. Options: see `InterleavedOptions`."""
         chosen = read_options(InterleavedOptions, options, "interleaved")
         convert = partial(sample_of, root=image_root, options=chosen)
         return RecordSource(
@@ -42,21 +43,19 @@ class InterleavedFormat:
 
 
 def sample_of(record: Record, root: Path, options: InterleavedOptions) -> Sample:
-    """Make the page as one message of the user. Raises DataError with file, record, field and value."""
+    """Return the page as one user message. Raises DataError with file, record, field and value."""
     texts, images = list_at(record, "texts", "texts and nulls"), list_at(record, "images", "images and nulls")
     if len(texts) != len(images):
-        raise record.error(f"{len(texts)} texts beside {len(images)} images; the lists are parallel", field="images")
+        raise record.error("not as long as 'texts'", field="images", value=len(images), expected=str(len(texts)))
     parts: list[Part] = []
-    shown = 0
+    num_images = 0
     for number, (text, image) in enumerate(zip(texts, images, strict=True)):
-        if (text is None) == (_absent(image)):
+        if (text is None) == _is_null(image):
             found = "neither a text nor an image" if text is None else "a text and an image"
-            raise record.error(
-                f"{found} at this place", field=f"texts[{number}]", expected="one of them, the other null"
-            )
+            raise record.error(found, field=f"texts[{number}]", expected="one of them, the other null")
         if text is None:
-            shown += 1
-            if not options.max_images or shown <= options.max_images:
+            num_images += 1
+            if not options.max_images or num_images <= options.max_images:
                 parts.append(image_at(record, ("images", number), root))
         elif not isinstance(text, str):
             raise record.error(field=f"texts[{number}]", value=text, expected="text or null")
@@ -69,8 +68,8 @@ def sample_of(record: Record, root: Path, options: InterleavedOptions) -> Sample
     return Sample(id_of(record), (Message("user", tuple(parts)),), template="page")
 
 
-def _absent(image: Any) -> bool:
-    # A null among structs may come as a struct of nulls.
+def _is_null(image: Any) -> bool:
+    # Parquet may store a null struct as a struct of nulls.
     return image is None or (isinstance(image, dict) and not any(value is not None for value in image.values()))
 
 

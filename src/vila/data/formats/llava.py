@@ -1,6 +1,6 @@
-"""A record of LLaVA's JSON: `conversations` of `from` human|gpt, with `image` (a name or a list) or `video`.
+"""Formats `llava_json` and `llava_json_v15`: LLaVA records, `conversations` of `from` and `value`, `image` or `video`.
 
-How `<image>` in a turn is read differs between versions of the original, and is an argument.
+The two formats place `<image>` markers as VILA 1.0 and VILA 1.5 do.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ MEDIA_KEYS = ("image", "video")
 _ROLES: dict[str, Role] = {"human": "user", "gpt": "assistant"}
 
 Normalise = Callable[[Sequence[str]], list[str]]
-"""Gives the questions of a record with images, their markers where the model is to see the images."""
+"""Moves the image markers of the questions of a record with images."""
 
 
 def sample_of(record: Record, root: Path, normalise: Normalise, num_frames: int | None = None) -> Sample:
-    """Make the conversation of a record. Raises DataError with file, record, field and value."""
+    """Return the conversation of a record. Raises DataError with file, record, field and value."""
     turns = _turns(record)
     images = images_at(record, "image", root)
     if keys := media_keys(record, "video"):
         if images:
-            raise record.error("the record has 'image' too", field="video", hint="keep one of them")
+            raise record.error("cannot be combined with 'image'", field="video", hint="keep one of them")
         if len(keys) > 1 or keys[0] != ("video",):
             raise record.error(field="video", value=record.value["video"], expected="one video, not a list")
         video = Video(media_source(record, ("video",), root), num_frames)
@@ -51,13 +51,15 @@ def sample_of(record: Record, root: Path, normalise: Normalise, num_frames: int 
     markers = sum(text.count(IMAGE_MARKER) for text in questions)
     if markers != len(images):
         raise record.error(
-            f"{_count(len(images), 'image')} but {_count(markers, IMAGE_MARKER)} in the questions",
+            f"the number of images differs from that of {IMAGE_MARKER} in the questions",
             field="image",
+            value=len(images),
+            expected=str(markers),
             hint="give each image one marker, and name the images in 'image'",
         )
-    rest, shown = iter(questions), iter(images)
+    rest, remaining = iter(questions), iter(images)
     messages = [
-        Message(role, tuple(_parts(next(rest), shown))) if role == "user" else Message.of(role, text)
+        Message(role, tuple(_parts(next(rest), remaining))) if role == "user" else Message.of(role, text)
         for role, text in turns
     ]
     return Sample(id_of(record), check_turns(messages, record, "conversations"))
@@ -76,7 +78,7 @@ def _turns(record: Record) -> list[tuple[Role, str]]:
             raise record.error(field=f"{field}.value", value=text, expected="text")
         if speaker == "gpt" and IMAGE_MARKER in text:
             raise record.error(f"{IMAGE_MARKER} in an answer", field=f"{field}.value", value=text)
-        # As in the original, a first turn that is not the human's is left out.
+        # As upstream, a first turn that is not from the human is dropped.
         if turns or speaker == "human" or number:
             turns.append((_ROLES[speaker], text))
     return turns
@@ -90,7 +92,7 @@ def _parts(text: str, images: Iterator[Part]) -> Iterator[Part]:
 
 
 def _about_video(turns: Sequence[tuple[Role, str]], video: Video) -> list[Message]:
-    """Put the video and a newline before the first question, which loses its markers; other turns stay."""
+    """Put the video and a newline before the first question and remove its markers; other turns are unchanged."""
     messages = []
     for number, (role, text) in enumerate(turns):
         if number == 0:
@@ -101,58 +103,51 @@ def _about_video(turns: Sequence[tuple[Role, str]], video: Video) -> list[Messag
     return messages
 
 
-def _count(number: int, name: str) -> str:
-    return f"{number} {name}{'s' * (number != 1)}"
-
-
-# --- llava_json
-# LLaVA's records (`conversations` of `from` human|gpt, `image` or `video`), placeholders as in VILA 1.0.
-
-
 @dataclass(frozen=True, slots=True)
 class LlavaOptions:
-    """num_frames: frames of each video; 0 leaves the number to the model."""
+    """num_frames: frames of each video, 0 for the number of the model."""
 
     num_frames: int = 0
 
 
 class LlavaFormat:
-    """LLaVA records, placeholders of VILA 1.0."""
+    """LLaVA: `conversations` of `from` and `value`, with `image` or `video`; JSON. Image markers as in VILA 1.0."""
+
+    name = "llava_json"
 
     def open(self, path: Path, image_root: Path, events: Events = SILENT, **options: object) -> RecordSource:
-        """Give random access to the samples of a file or of all files of a directory. Options: see `LlavaOptions`."""
-        chosen = read_options(LlavaOptions, options, "llava_json")
-        convert = partial(sample_of, root=image_root, normalise=normalise_v1, num_frames=chosen.num_frames or None)
+        """Open a file or all files of a directory. Options: see `LlavaOptions`."""
+        chosen = read_options(LlavaOptions, options, self.name)
+        convert = partial(sample_of, root=image_root, normalise=self.normalise, num_frames=chosen.num_frames or None)
         return RecordSource(path, convert, kinds=JSON, events=events, media=MEDIA_KEYS)
+
+    @property
+    def normalise(self) -> Normalise:
+        """Placement of the image markers."""
+        return normalise_v1
+
+
+class LlavaV15Format(LlavaFormat):
+    """LLaVA: `conversations` of `from` and `value`, with `image` or `video`; JSON. Image markers as in VILA 1.5."""
+
+    name = "llava_json_v15"
+
+    @property
+    def normalise(self) -> Normalise:
+        """Placement of the image markers."""
+        return normalise_v15
 
 
 def normalise_v1(questions: Sequence[str]) -> list[str]:
-    """Return the questions with at most one marker each, in front. Those without a marker stay as they are."""
+    """Replace the markers of each question by one in front of it."""
     return [
         f"{IMAGE_MARKER}\n{text.replace(IMAGE_MARKER, '').strip()}".strip() if IMAGE_MARKER in text else text
         for text in questions
     ]
 
 
-FORMAT = LlavaFormat()
-
-
-# --- llava_json_v15
-# LLaVA's records (`conversations` of `from` human|gpt, `image` or `video`), placeholders as in VILA 1.5.
-
-
-class LlavaV15Format:
-    """LLaVA records, placeholders of VILA 1.5."""
-
-    def open(self, path: Path, image_root: Path, events: Events = SILENT, **options: object) -> RecordSource:
-        """Give random access to the samples of a file or of all files of a directory. Options: see `LlavaOptions`."""
-        chosen = read_options(LlavaOptions, options, "llava_json_v15")
-        convert = partial(sample_of, root=image_root, normalise=normalise_v15, num_frames=chosen.num_frames or None)
-        return RecordSource(path, convert, kinds=JSON, events=events, media=MEDIA_KEYS)
-
-
 def normalise_v15(questions: Sequence[str]) -> list[str]:
-    """Put a newline behind every marker and strip the text around it; without any marker, put one in front first."""
+    """Put a newline after every marker and strip the text around it; without any marker, put one before the text."""
     if questions and not any(IMAGE_MARKER in text for text in questions):
         questions = [f"{IMAGE_MARKER}\n{questions[0]}", *questions[1:]]
     return [_spread(text) if IMAGE_MARKER in text else text for text in questions]
@@ -163,4 +158,5 @@ def _spread(text: str) -> str:
     return f"{IMAGE_MARKER}\n".join([*(f"{chunk} " for chunk in before), last]).strip()
 
 
+FORMAT = LlavaFormat()
 V15_FORMAT = LlavaV15Format()

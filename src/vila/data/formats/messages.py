@@ -1,23 +1,21 @@
-"""Conversations of content parts: JSON lines, a JSON list, or parquet with `messages` and `images` columns.
+"""Format `messages`: chat messages with text, image and video parts; also ShareGPT `conversations`.
 
     {"id": "7", "messages": [{"role": "user", "content": [{"type": "image", "path": "7.png"},
      {"type": "text", "text": "What is it?"}]}, {"role": "assistant", "content": "A cat."}]}
     {"id": "8", "images": ["8.png"], "messages": [{"role": "user", "content": "<image>What is it?"}, ...]}
 
-`content` is a string or a list of parts. Media beside the messages, in `images` (or `image`) and `videos` (or
-`video`), are names, bytes, or objects with `bytes` or `path`. Each goes to a placeholder, in reading order: an image or
-video part without a source, as TRL writes it, or `<image>` and `<video>` in a question, as LLaMA-Factory and ms-swift
-do. Without any placeholder they go before the first question; any other difference in number is an error. The text
-around a marker stays as it is. `conversations` of `from` and `value` (ShareGPT) are read in place of `messages`, and
-then `system`. Optional: `branches`, a list of message lists that each continue `messages` and do not see each other;
-`template`, the name of this sample's own template.
+`content` is a string or a list of parts. Top-level media in `images` (or `image`) and `videos` (or `video`) are names,
+bytes, or objects with `bytes` or `path`. They replace placeholders in reading order: image or video parts without a
+source (as in TRL), or `<image>` and `<video>` in a question (as in LLaMA-Factory and ms-swift). Without placeholders
+they go before the first question; any other difference in number is an error. Text around a marker is unchanged.
+`conversations` of `from` and `value` (ShareGPT) replace `messages`, with an optional `system`. Optional: `branches`, a
+list of message lists that each continue `messages` independently; `template`, the chat template of the sample.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,7 @@ from vila.data.formats.base import (
     IMAGE_MARKER,
     JSON,
     VIDEO_MARKER,
+    NoOptions,
     RecordSource,
     id_of,
     list_at,
@@ -49,17 +48,12 @@ _SHAREGPT_ROLES: Mapping[str, Role] = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class MessagesOptions:
-    """No options."""
-
-
 class MessagesFormat:
-    """Content-part conversations."""
+    """Chat `messages` with text, image and video parts, or ShareGPT `conversations`; JSON or parquet."""
 
     def open(self, path: Path, image_root: Path, events: Events = SILENT, **options: object) -> RecordSource:
-        """Give random access to the samples of a file, or of all files of a directory."""
-        read_options(MessagesOptions, options, "messages")
+        """Open a file or all files of a directory."""
+        read_options(NoOptions, options, "messages")
         return RecordSource(
             path,
             partial(sample_of, root=image_root),
@@ -71,19 +65,19 @@ class MessagesFormat:
 
 
 def sample_of(record: Record, root: Path) -> Sample:
-    """Make the conversation of a record. Raises DataError with file, record, field and value."""
-    beside = _Beside(record, root)
-    messages = _conversation(record, root, beside)
-    branches = _branches(record, root, beside)
-    if beside.unplaced and not Sample("", messages, branches).media:
-        messages = _before_first_question(record, messages, branches, beside.all)
+    """Return the conversation of a record. Raises DataError with file, record, field and value."""
+    extra = _TopLevelMedia(record, root)
+    messages = _conversation(record, root, extra)
+    branches = _branches(record, root, extra)
+    if extra.unplaced and not Sample("", messages, branches).media:
+        messages = _before_first_question(record, messages, branches, extra.all)
     else:
-        beside.check()
+        extra.check()
     return Sample(id_of(record), messages, branches, _template(record))
 
 
-class _Beside:
-    """The media beside the messages of a record, given to their placeholders in reading order."""
+class _TopLevelMedia:
+    """The top-level media of a record, which replace placeholders in reading order."""
 
     def __init__(self, record: Record, root: Path) -> None:
         self.record = record
@@ -92,7 +86,7 @@ class _Beside:
             "image": tuple(image_at(record, keys, root) for keys in media_keys(record, self.key["image"])),
             "video": tuple(Video(media_source(record, keys, root)) for keys in media_keys(record, self.key["video"])),
         }
-        self.places = {"image": 0, "video": 0}
+        self.used = {"image": 0, "video": 0}
 
     @property
     def all(self) -> tuple[Image | Video, ...]:
@@ -100,17 +94,17 @@ class _Beside:
 
     @property
     def unplaced(self) -> bool:
-        """Whether there are media and no placeholder at all."""
-        return bool(self.all) and not any(self.places.values())
+        """Whether there are media but no placeholders."""
+        return bool(self.all) and not any(self.used.values())
 
     def take(self, kind: str) -> Part:
-        """Return the medium of the next placeholder; empty text if they are used up, which `check` reports."""
-        self.places[kind] += 1
+        """Return the medium of the next placeholder; empty text if there is none left, which `check` reports."""
+        self.used[kind] += 1
         media = self.media[kind]
-        return media[self.places[kind] - 1] if self.places[kind] <= len(media) else Text("")
+        return media[self.used[kind] - 1] if self.used[kind] <= len(media) else Text("")
 
     def split(self, text: str, kinds: list[str]) -> list[Part]:
-        """Split a text at the markers of these kinds of media and put the media in their places."""
+        """Split a text at the markers of these kinds of media and replace the markers by the media."""
         if not kinds:
             return [Text(text)]
         kind_of = {_MARKERS[kind]: kind for kind in kinds}
@@ -118,38 +112,40 @@ class _Beside:
         return [self.take(kind_of[piece]) if piece in kind_of else Text(piece) for piece in pieces if piece]
 
     def check(self) -> None:
-        """Raise DataError if placeholders and media differ in number."""
+        """Raise DataError if the numbers of placeholders and media differ."""
         for kind, media in self.media.items():
-            if self.places[kind] == len(media):
+            if self.used[kind] == len(media):
                 continue
-            hint = f"give each {kind} one placeholder, or none at all to have them before the first question"
+            hint = f"give each {kind} one placeholder, or none, to put all before the first question"
             if not media:
                 hint = (
-                    f"name the files in {self.key[kind]!r}; text that spells {_MARKERS[kind]} is written as "
+                    f"name the files in {self.key[kind]!r}; write literal text {_MARKERS[kind]} as "
                     '{"type": "text", "text": ...}'
                 )
             raise self.record.error(
-                f"{self.places[kind]} {kind} placeholders ({_MARKERS[kind]}, or a part without a source) "
-                f"for {len(media)} {kind}s",
+                f"the number of {kind}s differs from that of {kind} placeholders "
+                f"({_MARKERS[kind]}, or parts without a source)",
                 field=self.key[kind],
+                value=len(media),
+                expected=str(self.used[kind]),
                 hint=hint,
             )
 
 
-def _conversation(record: Record, root: Path, beside: _Beside) -> tuple[Message, ...]:
+def _conversation(record: Record, root: Path, extra: _TopLevelMedia) -> tuple[Message, ...]:
     if record.value.get("messages") is None and record.value.get("conversations") is not None:
-        return _sharegpt(record, beside)
+        return _sharegpt(record, extra)
     list_at(record, "messages", "messages")
-    return _messages(record, ("messages",), root, beside)
+    return _messages(record, ("messages",), root, extra)
 
 
-def _branches(record: Record, root: Path, beside: _Beside) -> tuple[tuple[Message, ...], ...]:
+def _branches(record: Record, root: Path, extra: _TopLevelMedia) -> tuple[tuple[Message, ...], ...]:
     given = record.value.get("branches")
     if given is None:
         return ()
     if not isinstance(given, list):
         raise record.error(field="branches", value=given, expected="a list of lists of messages")
-    return tuple(_messages(record, ("branches", number), root, beside) for number in range(len(given)))
+    return tuple(_messages(record, ("branches", number), root, extra) for number in range(len(given)))
 
 
 def _template(record: Record) -> str | None:
@@ -163,22 +159,23 @@ def _template(record: Record) -> str | None:
     return name or None
 
 
-def _messages(record: Record, keys: Keys, root: Path, beside: _Beside) -> tuple[Message, ...]:
+def _messages(record: Record, keys: Keys, root: Path, extra: _TopLevelMedia) -> tuple[Message, ...]:
     records = value_at(record.value, keys)
     if isinstance(records, list):
-        records = [
-            _with_media(record, message, (*keys, number), root, beside) for number, message in enumerate(records)
-        ]
+        records = [_with_media(record, message, (*keys, number), root, extra) for number, message in enumerate(records)]
     return parse_messages(records, file=record.file, record=record.number, field=key_path(keys))
 
 
-def _with_media(record: Record, message: Any, keys: Keys, root: Path, beside: _Beside) -> Any:
-    """Return the message with media in place of its image and video parts, and of the markers in its text."""
+def _with_media(record: Record, message: Any, keys: Keys, root: Path, extra: _TopLevelMedia) -> Any:
+    """Return the message with its image and video parts, and the markers in its text, replaced by media."""
     if not isinstance(message, Mapping):
         return message
     content, role = message.get("content"), message.get("role")
     if isinstance(content, str):
-        return {**message, "content": _said(record, content, role, key_path((*keys, "content")), beside, plain=True)}
+        return {
+            **message,
+            "content": _text_parts(record, content, role, key_path((*keys, "content")), extra, plain=True),
+        }
     if not isinstance(content, list):
         return message
     parts: list[Any] = []
@@ -186,27 +183,27 @@ def _with_media(record: Record, message: Any, keys: Keys, root: Path, beside: _B
         here = (*keys, "content", number)
         text = part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else part
         if isinstance(text, str):
-            parts += _said(record, text, role, key_path(here), beside, plain=False)
+            parts += _text_parts(record, text, role, key_path(here), extra, plain=False)
         else:
-            parts.append(_part(record, part, here, root, beside))
+            parts.append(_part(record, part, here, root, extra))
     return {**message, "content": parts}
 
 
-def _said(record: Record, text: str, role: Any, field: str, beside: _Beside, *, plain: bool) -> list[Part]:
-    """Return the parts of a text. plain: it is the whole content, so a marker without media is a mistake.
+def _text_parts(record: Record, text: str, role: Any, field: str, extra: _TopLevelMedia, *, plain: bool) -> list[Part]:
+    """Split a text at its markers. plain: the text is the whole content, so a marker without media is an error.
 
-    `<video>` is also an element of HTML, and is read only where the record has videos.
+    `<video>` is also an HTML element, so it is a marker only if the record has videos.
     """
-    kinds = [kind for kind, media in beside.media.items() if media or (plain and role == "user" and kind == "image")]
+    kinds = [kind for kind, media in extra.media.items() if media or (plain and role == "user" and kind == "image")]
     if role != "user":
         found = [_MARKERS[kind] for kind in kinds if _MARKERS[kind] in text]
         if found:
-            raise record.error(f"{found[0]} outside a question", field=field, value=text)
+            raise record.error(f"{found[0]} is only allowed in a question", field=field, value=text)
         return [Text(text)]
-    return beside.split(text, kinds)
+    return extra.split(text, kinds)
 
 
-def _part(record: Record, part: Any, keys: Keys, root: Path, beside: _Beside) -> Part | Any:
+def _part(record: Record, part: Any, keys: Keys, root: Path, extra: _TopLevelMedia) -> Part | Any:
     kind = part.get("type") if isinstance(part, Mapping) else None
     field = key_path(keys)
     if kind not in ("image", "video"):
@@ -220,18 +217,18 @@ def _part(record: Record, part: Any, keys: Keys, root: Path, beside: _Beside) ->
             "is a URL", field=f"{field}.url", value=part["url"],
             hint="training reads local files only; download it first",
         )  # fmt: skip
-    # Columns of parquet give every part the keys of all.
+    # In parquet every part has the keys of all parts.
     given = [key for key in (*_SOURCES, kind) if part.get(key) is not None]
     if len(given) > 1:
-        raise record.error(f"{kind} part with {' and '.join(given)}", field=field, expected="one of them")
+        raise record.error(f"several sources of one {kind} part", field=field, value=given, expected="one of them")
     if not given:
-        if not beside.media[kind]:
+        if not extra.media[kind]:
             raise record.error(
-                f"{kind} part without a source, and no {kind} beside the messages",
+                f"{kind} part without a source, and no top-level {kind}",
                 field=field,
                 expected=f"one of {', '.join(_SOURCES)}",
             )
-        return beside.take(kind)
+        return extra.take(kind)
     if given == ["base64"] and not isinstance(part["base64"], (str, MediaRef)):
         raise record.error(field=f"{field}.base64", value=part["base64"], expected="base64 text")
     source = media_source(record, (*keys, kind) if given[0] == kind else keys, root)
@@ -243,8 +240,8 @@ def _part(record: Record, part: Any, keys: Keys, root: Path, beside: _Beside) ->
     return Video(source, frames)
 
 
-def _sharegpt(record: Record, beside: _Beside) -> tuple[Message, ...]:
-    """Return the messages of `conversations`, with the text of `system` before them."""
+def _sharegpt(record: Record, extra: _TopLevelMedia) -> tuple[Message, ...]:
+    """Return the messages of `conversations`, preceded by the text of `system`."""
     messages = []
     if system := optional_text(record, "system"):
         messages.append(Message.of("system", system))
@@ -259,8 +256,8 @@ def _sharegpt(record: Record, beside: _Beside) -> tuple[Message, ...]:
             raise record.error(field=f"{field}.value", value=text, expected="text")
         role = _SHAREGPT_ROLES[speaker]
         if role == "system" and messages:
-            raise record.error("a system turn that is not the first", field=field)
-        parts = _said(record, text, role, f"{field}.value", beside, plain=True)
+            raise record.error("a system turn must be the first", field=field)
+        parts = _text_parts(record, text, role, f"{field}.value", extra, plain=True)
         messages.append(Message(role, tuple(parts)))
     return tuple(messages)
 
@@ -274,7 +271,7 @@ def _before_first_question(
             return (*messages[:number], first, *messages[number + 1 :])
     if branches and all(branch and branch[0].role == "user" for branch in branches):
         return (*messages, Message("user", media))
-    raise record.error("media beside the messages, and no turn of the user to show them in", field="messages")
+    raise record.error("top-level media, but no user turn to put them in", field="messages")
 
 
 FORMAT = MessagesFormat()

@@ -1,9 +1,8 @@
-"""MMC4 documents: `text_list`, `image_info` with `matched_text_index`, `similarity_matrix`; one page each.
+"""Format `mmc4`: interleaved documents, `text_list`, `image_info` with `matched_text_index`, `similarity_matrix`.
 
-An image is named by `image_base64`, by `file` ("0.jpg" for member KEY.0.jpg of a tar shard) or by `image_name`. As the
-original builds its pages: the first 6 images in file order, put immediately before their sentences; sentences joined
-with one space, none beside an image. A sentence that spells `<image>` is text; the original writes `<IMAGE>` in its
-place. Read from tar, JSON lines or a list.
+An image is given by `image_base64`, `file` ("0.jpg" for member KEY.0.jpg of a tar shard) or `image_name`. Pages are
+built as upstream: the first 6 images in file order, each immediately before its sentence; sentences are joined with one
+space, without space next to an image. `<image>` in a sentence stays text; upstream replaces it by `<IMAGE>`.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ from vila.data.readers.records import Record, media_source
 
 @dataclass(frozen=True, slots=True)
 class Mmc4Options:
-    """min_similarity: leave out images less similar to their sentence. max_images: keep this number, the first ones.
+    """min_similarity: leave out images that are less similar to their sentence. max_images: keep the first ones.
 
-    place: an image stands at its `matched_text_index`, or at the sentence that is most similar to it.
-    without_images: a document without images is a page of text, or left out.
+    place: put an image at its `matched_text_index`, or at the most similar sentence.
+    without_images: keep a document without images as a page of text, or drop it.
     """
 
     min_similarity: float = 0.0
@@ -36,23 +35,23 @@ class Mmc4Options:
 
 
 class Mmc4Format:
-    """Interleaved documents of MMC4."""
+    """MMC4 documents: `text_list`, `image_info` and `similarity_matrix`; tar or JSON."""
 
     def open(self, path: Path, image_root: Path, events: Events = SILENT, **options: object) -> RecordSource:
-        """Give random access to the pages of a file, or of all shards of a directory. Options: see `Mmc4Options`."""
+        """Open a file or all files of a directory. Options: see `Mmc4Options`."""
         chosen = read_options(Mmc4Options, options, "mmc4")
         keep = None
         if chosen.without_images == "drop":
-            keep = (f"with pictures {chosen}", partial(_has_images, options=chosen))
+            keep = (f"with images {chosen}", partial(_has_images, options=chosen))
         convert = partial(sample_of, root=image_root, options=chosen)
         return RecordSource(path, convert, kinds=(".tar", *JSON), keep=keep, events=events, media=("image_info",))
 
 
 def sample_of(record: Record, root: Path, options: Mmc4Options) -> Sample:
-    """Make the page of a document: one message of the user. Raises DataError with file, record or key, and field."""
+    """Return the page as one user message. Raises DataError with file, record or key, and field."""
     sentences = _sentences(record)
-    placed = _placed(record, len(sentences), options)
-    images = [(sentence, _image(record, number, root)) for number, sentence in placed]
+    kept = _kept_images(record, len(sentences), options)
+    images = [(sentence, _image(record, number, root)) for number, sentence in kept]
     parts = page_of(sentences, images)
     if not any(isinstance(part, Text) for part in parts):
         raise record.error("the document has no text", field="text_list")
@@ -60,17 +59,17 @@ def sample_of(record: Record, root: Path, options: Mmc4Options) -> Sample:
 
 
 def page_of(sentences: Sequence[str], images: Sequence[tuple[int, Image]]) -> tuple[Part, ...]:
-    """Put images before their sentences; images are (number of the sentence, image), in the order of the file.
+    """Put images before their sentences. images: (number of the sentence, image), in the order of the file.
 
-    s0 s1 s2 with a at 2, b at 0, c at 2 gives b, "s0 s1", a, c, "s2".
+    Sentences s0 s1 s2 with image a at 2, b at 0, c at 2 give b, "s0 s1", a, c, "s2".
     """
     pieces: list[Part | str] = []
     for number, sentence in enumerate(sentences):
-        pieces += [" "] * bool(number) + [image for place, image in images if place == number] + [sentence]
+        pieces += [" "] * bool(number) + [image for at, image in images if at == number] + [sentence]
     parts = list(merge_texts(pieces))
     for number, part in enumerate(parts):
         if isinstance(part, Text):
-            # One space on either side of an image is removed; more than one is the document's own.
+            # Remove the one space next to an image; further spaces are from the document.
             text = part.text
             if number + 1 < len(parts):
                 text = text.removesuffix(" ")
@@ -89,17 +88,17 @@ def _sentences(record: Record) -> list[str]:
     return sentences
 
 
-def _placed(record: Record, sentences: int, options: Mmc4Options) -> list[tuple[int, int]]:
-    """Return (number in image_info, sentence) of the images that are shown."""
-    placed: list[tuple[int, int]] = []
+def _kept_images(record: Record, sentences: int, options: Mmc4Options) -> list[tuple[int, int]]:
+    """Return (index in image_info, index of the sentence) of the images to keep."""
+    kept: list[tuple[int, int]] = []
     infos = _infos(record)
     for number, info in enumerate(infos):
-        if len(placed) == options.max_images:
+        if len(kept) == options.max_images:
             break
-        sentence = _sentence_of(record, number, info, sentences, options)
+        sentence = _sentence_index(record, number, info, sentences, options)
         if options.min_similarity <= 0 or _similarity(record, number, info, sentence) >= options.min_similarity:
-            placed.append((number, sentence))
-    return placed
+            kept.append((number, sentence))
+    return kept
 
 
 def _infos(record: Record) -> list[Any]:
@@ -109,7 +108,7 @@ def _infos(record: Record) -> list[Any]:
     return infos or []
 
 
-def _sentence_of(record: Record, number: int, info: Any, sentences: int, options: Mmc4Options) -> int:
+def _sentence_index(record: Record, number: int, info: Any, sentences: int, options: Mmc4Options) -> int:
     if not isinstance(info, Mapping):
         raise record.error(field=f"image_info[{number}]", value=info, expected="an object")
     if options.place == "similarity":
@@ -120,7 +119,7 @@ def _sentence_of(record: Record, number: int, info: Any, sentences: int, options
         raise record.error(
             field=f"image_info[{number}].matched_text_index",
             value=sentence,
-            expected=f"a number below {sentences}, that of the texts",
+            expected=f"an index below {sentences}, the number of texts",
         )
     return sentence
 
@@ -133,13 +132,13 @@ def _similarity(record: Record, number: int, info: Mapping[str, Any], sentence: 
 
 
 def _similarities(record: Record, number: int) -> list[float]:
-    """Return the similarity of an image to every sentence."""
+    """Return the similarities of an image to all sentences."""
     matrix = record.value.get("similarity_matrix")
     similar = matrix[number] if isinstance(matrix, list) and number < len(matrix) else None
     count = len(_sentences(record))
     if not isinstance(similar, list) or len(similar) != count or not similar or not all(map(_is_number, similar)):
         raise record.error(
-            field=f"similarity_matrix[{number}]", value=similar, expected=f"{count} numbers, one for each text"
+            field=f"similarity_matrix[{number}]", value=similar, expected=f"{count} numbers, one per text"
         )
     return similar
 
@@ -165,7 +164,7 @@ def _image(record: Record, number: int, root: Path) -> Image:
 
 
 def _has_images(record: Record, options: Mmc4Options) -> bool:
-    return bool(_placed(record, len(_sentences(record)), options))
+    return bool(_kept_images(record, len(_sentences(record)), options))
 
 
 FORMAT = Mmc4Format()

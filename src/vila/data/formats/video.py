@@ -1,6 +1,6 @@
-"""Clips with conversations: LLaVA records with `video`, or `video_id` with `q` and `a`. A JSON list or JSON lines.
+"""Format `video_json`: videos with conversations, LLaVA records with `video`, or `video_id` with `q` and `a`.
 
-The video and a newline stand before the first question, whose `<image>` and `<video>` markers are removed.
+The video and a newline are put before the first question, whose `<image>` and `<video>` markers are removed.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ MEDIA_KEYS = (*llava.MEDIA_KEYS, "video_id")
 
 @dataclass(frozen=True, slots=True)
 class VideoOptions:
-    """num_frames: frames of each video, 0 leaves the number to the model. suffix: end of the file of a `video_id`."""
+    """num_frames: frames of each video, 0 for the number of the model. suffix: extension of the files of `video_id`."""
 
     num_frames: int = 0
     suffix: str = ".mp4"
 
 
 class VideoJsonFormat:
-    """Conversations about videos."""
+    """Video conversations: LLaVA records with `video`, or `video_id` with `q` and `a`; JSON."""
 
     def open(self, path: Path, image_root: Path, events: Events = SILENT, **options: object) -> RecordSource:
-        """Give random access to the samples of a file, or of all files of a directory. Options: see `VideoOptions`."""
+        """Open a file or all files of a directory. Options: see `VideoOptions`."""
         chosen = read_options(VideoOptions, options, "video_json")
         convert = partial(sample_of, root=image_root, options=chosen)
         return RecordSource(path, convert, kinds=JSON, events=events, media=MEDIA_KEYS)
 
 
 def sample_of(record: Record, root: Path, options: VideoOptions) -> Sample:
-    """Make the conversation of a record. Raises DataError with file, record, field and value."""
+    """Return the conversation of a record. Raises DataError with file, record, field and value."""
     num_frames = options.num_frames or None
     if record.value.get("video") is not None:
         return llava.sample_of(record, root, normalise_v15, num_frames)

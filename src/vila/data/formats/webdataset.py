@@ -1,7 +1,7 @@
-"""WebDataset tar shards: a picture or clip with KEY.txt, or KEY.json with a conversation.
+"""Format `webdataset`: tar shards of an image or video with KEY.txt, or of a conversation in KEY.json.
 
-KEY.json holds `messages`, whose image parts name members ({"type": "image", "file": "0.jpg"} is KEY.0.jpg), or
-`question`, `answer` and `image` as `vflan` reads them, or beside one picture or clip `text` or `caption`.
+KEY.json has `messages`, whose image parts name members ({"type": "image", "file": "0.jpg"} is KEY.0.jpg); or
+`question`, `answer` and `image` as in `vflan`; or `text` or `caption` of one image or video.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from vila.data.readers.records import Record, member_image, member_video
 
 @dataclass(frozen=True, slots=True)
 class WebDatasetOptions:
-    """template: of every sample without its own; "page" makes a pair one page, any other (or none) question and answer.
+    """template: chat template of samples without their own; with "page" a pair becomes one message of image and text,
+    otherwise the text answers the image.
 
-    num_frames: frames of each clip beside a text, a clip in `messages` has its own; 0 leaves the number to the model.
+    num_frames: frames of each video with a text, 0 for the number of the model; `messages` have their own numbers.
     """
 
     template: str = field(default="")
@@ -30,12 +31,12 @@ class WebDatasetOptions:
 
 
 class WebDatasetFormat:
-    """Tar shards of captions and conversations."""
+    """WebDataset tar shards: an image or video with KEY.txt, or KEY.json with a conversation or caption."""
 
     def open(self, path: Path, image_root: Path, events: Events = SILENT, **options: object) -> RecordSource:
-        """Give random access to the samples of a shard, or of all shards of a directory. Options: `WebDatasetOptions`.
+        """Open a shard or all shards of a directory. Options: see `WebDatasetOptions`.
 
-        Raises UnknownNameError for a template that does not exist.
+        Raises UnknownNameError for an unknown template.
         """
         chosen = read_options(WebDatasetOptions, options, "webdataset")
         if chosen.template:
@@ -45,7 +46,7 @@ class WebDatasetFormat:
 
 
 def sample_of(record: Record, root: Path, options: WebDatasetOptions) -> Sample:
-    """Make the sample of a shard. Raises DataError with shard, key, field and value."""
+    """Return the sample of a record. Raises DataError with shard, key, field and value."""
     if "messages" in record.value:
         sample = messages.sample_of(record, root)
     elif "question" in record.value:
@@ -64,8 +65,7 @@ def _media_keys(record: Record) -> tuple[str, ...]:
 def _caption(record: Record, options: WebDatasetOptions) -> Sample:
     medium: Image | Video | None = member_image(record) or member_video(record, options.num_frames or None)
     if medium is None:
-        members = ", ".join(sorted(record.members)) or "none"
-        raise record.error(f"no image or video among its members ({members})")
+        raise record.error("no image or video member", value=sorted(record.members))
     text = record.read_text("txt") if "txt" in record.members else text_at(record, ("text", "caption"))
     if not text.strip():
         raise record.error("the text is empty", field="txt" if "txt" in record.members else "text")

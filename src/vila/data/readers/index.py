@@ -1,9 +1,9 @@
-"""Byte ranges of the records of a data file: a table of spans, built once and stored beside other caches.
+"""Index of a data file: the byte range of every record, built once and cached on disk. Reads of byte ranges.
 
-An index is one file below `cache_dir()/index`: a header of 4096 bytes (JSON, padded with spaces) and a row of two
-little-endian uint64 for each record. The header holds size and time of the data file and a CRC-32 of the rows; an index
-that differs in any of them is built anew. A row is read from the disk when it is needed, not mapped: pages of a mapping
-that were touched count as memory of the process, and an epoch in random order touches all of them.
+An index is a file in `cache_dir()/index`: a header of 4096 bytes (JSON, padded with spaces) and two little-endian
+uint64 for each record. The header has size and time of the data file and a CRC-32 of the entries; if any of them
+differs, the index is built again. Entries are read with `pread`, not mapped: pages of a mapping that were touched count
+as memory of the process, and an epoch in random order touches all of them.
 """
 
 from __future__ import annotations
@@ -26,34 +26,30 @@ from vila.core.files import atomic_path, cache_dir
 from vila.core.progress import SILENT, Events, task
 from vila.core.reading import parse_json
 
-# --- handles
-# Open files of this process, few at a time, and reads that notice when a file is not the one that was indexed.
-
-
 MAX_OPEN = 64
-"""Files that one process keeps open; the one not read for longest is closed first."""
+"""Number of files that a process keeps open; the least recently read is closed first."""
 
 
 class FileVersion(NamedTuple):
-    """What tells one state of a file from another."""
+    """Size and modification time of a file; another version of the file has other values."""
 
     size: int
     mtime_ns: int
 
 
 def file_version(path: Path) -> FileVersion:
-    """Size and time of a file. Raises DataError when it is not there or not a file."""
+    """Return size and time of a file. Raises DataError if it does not exist or is a directory."""
     try:
         found = path.stat()
     except OSError as error:
         raise _unreadable(path, error) from error
     if path.is_dir():
-        raise DataError("a directory, expected a file", file=path)
+        raise DataError("is a directory", file=path, expected="a file")
     return FileVersion(found.st_size, found.st_mtime_ns)
 
 
 class _Handle:
-    """A file descriptor that is closed when nobody reads from it any more."""
+    """A file descriptor that is closed with its last reference."""
 
     def __init__(self, path: Path) -> None:
         self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -86,39 +82,39 @@ class _Handles:
 _HANDLES = _Handles()
 
 
-def _start_anew() -> None:
+def _reset_after_fork() -> None:
     global _HANDLES
     _HANDLES = _Handles()
 
 
-# A lock that another thread held at the moment of the fork would never be released in the child.
-os.register_at_fork(after_in_child=_start_anew)
+# A lock held by another thread at the moment of the fork would never be released in the child.
+os.register_at_fork(after_in_child=_reset_after_fork)
 
 
-def read_span(path: Path, offset: int, size: int, stamp: FileVersion | None = None) -> bytes:
-    """Exactly `size` bytes from `offset`. Threads may call it; no position is shared between them or with children.
+def read_span(path: Path, offset: int, size: int, version: FileVersion | None = None) -> bytes:
+    """Read exactly `size` bytes from `offset`. Thread-safe; shares no file position with threads or child processes.
 
-    stamp: what the file was when `offset` was noted.
-    Raises DataError when the file is not there, is shorter, or is not what it was.
+    version: expected version of the file, None for any.
+    Raises DataError if the file does not exist, is too short or has changed.
     """
     try:
         handle = _HANDLES[path]
         found = os.fstat(handle.number)
-        if stamp is not None and stamp != (found.st_size, found.st_mtime_ns):
-            # The handle may be older than the index; a fresh one decides.
+        if version is not None and version != (found.st_size, found.st_mtime_ns):
+            # The handle may be older than the index: open the file again.
             forget(path)
             handle = _HANDLES[path]
             found = os.fstat(handle.number)
-            if stamp != (found.st_size, found.st_mtime_ns):
+            if version != (found.st_size, found.st_mtime_ns):
                 raise changed_file_error(path)
-        # Sizes that are wrong are refused before memory is taken for them.
+        # Check the size before allocating memory for it.
         missing = offset + size - found.st_size
         content = _read(handle.number, offset, size) if missing <= 0 else b""
     except OSError as error:
         raise _unreadable(path, error) from error
     if len(content) != size:
         raise DataError(
-            f"ends {max(missing, 0) or size - len(content)} bytes before byte {offset + size}",
+            f"the file ends {max(missing, 0) or size - len(content)} bytes too early, before byte {offset + size}",
             file=path,
             hint="copy or download it again",
         )
@@ -130,7 +126,7 @@ def _unreadable(path: Path, error: OSError) -> DataError:
 
 
 def forget(path: Path) -> None:
-    """Open `path` anew at its next reading."""
+    """Close the cached file handle of `path`; the next read opens the file again."""
     _HANDLES.forget(path)
 
 
@@ -142,77 +138,85 @@ def _read(number: int, offset: int, size: int) -> bytes:
 
 
 def changed_file_error(path: Path) -> DataError:
-    """The error for a file that was written to after it was indexed."""
+    """Return the error for a file that was written to after it was opened."""
     return DataError(
-        "the file has changed since it was opened", file=path, hint="let its writer finish, then start again"
+        "the file has changed since it was opened",
+        file=path,
+        hint="wait until its writer has finished, then retry",
     )
 
 
 VERSION = 2
 _HEADER = 4096
 _CHUNK = 1 << 20
-_ROW = struct.Struct("<QQ")
+_ENTRY = struct.Struct("<QQ")
 
 Scan = Callable[[Path, Callable[[int], None]], Iterable[np.ndarray]]
-"""Reads a data file once: yields uint64 [k, 2] in order, and reports the bytes it has gone through."""
+"""Scans a data file once: yields uint64 [k, 2] in order, and reports the number of bytes scanned."""
 
 
 class Index:
-    """Rows of two numbers for each record of a data file. Holds no table in memory; cheap to pickle."""
+    """Two numbers for each record of a data file, usually offset and size. Not held in memory; cheap to pickle."""
 
-    def __init__(self, path: Path, file: Path, stamp: FileVersion, length: int) -> None:
-        """path: the data file. file: the index file. stamp: what the data file was when it was indexed."""
-        self.path, self.file, self.stamp, self._length = path, file, stamp, length
+    def __init__(self, path: Path, file: Path, version: FileVersion, length: int) -> None:
+        """path: data file. file: index file. version: of the data file when it was indexed."""
+        self.path, self.file, self.version, self._length = path, file, version, length
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, number: int) -> tuple[int, int]:
-        """The row of record `number`, from 0. Raises IndexError outside range(len), DataError without its file."""
+        """Read the entry of record `number`. Raises IndexError outside range(len), DataError without the index file."""
         if not 0 <= number < self._length:
             raise IndexError(f"record {number} is outside range({self._length}) of {self.path}")
-        first, second = _ROW.unpack(read_span(self.file, _HEADER + number * _ROW.size, _ROW.size))
+        first, second = _ENTRY.unpack(read_span(self.file, _HEADER + number * _ENTRY.size, _ENTRY.size))
         return first, second
 
     def table(self) -> np.ndarray:
-        """All rows as uint64 [N, 2], in memory."""
-        raw = read_span(self.file, _HEADER, self._length * _ROW.size)
+        """Read all entries, uint64 [N, 2]."""
+        raw = read_span(self.file, _HEADER, self._length * _ENTRY.size)
         return np.frombuffer(raw, dtype="<u8").reshape(-1, 2)
 
 
 def index_folder() -> Path:
-    """Return the folder that indexes are stored in."""
+    """Return the directory of index files."""
     return cache_dir() / "index"
 
 
 def open_index(path: Path, kind: str, scan: Scan, events: Events = SILENT) -> Index:
-    """Open the index of a data file; build it if there is none, or if it is damaged or the file has changed since.
+    """Open the index of a data file; build it if it is missing or damaged, or if the data file has changed.
 
-    kind: what was indexed and how; another kind of the same file is another index.
-    Two processes may build at once: each writes a file of its own, and the last one to finish stays.
-    Raises DataError if the file is absent, cannot be scanned, or changes meanwhile.
+    kind: identifies the scan; each kind of a data file has its own index.
+    Processes may build the same index at once: each writes a temporary file and renames it.
+    Raises DataError if the data file is missing, cannot be scanned, or changes during the scan.
     """
-    stamp = file_version(path)
-    place = os.path.realpath(path)
-    digest = hashlib.sha256(f"{kind}\0{place}".encode(errors="surrogateescape")).hexdigest()[:32]
+    version = file_version(path)
+    real = os.path.realpath(path)
+    digest = hashlib.sha256(f"{kind}\0{real}".encode(errors="surrogateescape")).hexdigest()[:32]
     file = index_folder() / f"{digest}.index"
-    # The path is for readers; cut, so that it fits whatever its characters are.
-    header = {"version": VERSION, "kind": kind, "path": place[-200:], "size": stamp.size, "mtime_ns": stamp.mtime_ns}
+    # The path is for humans; cut to fit the header whatever its characters are.
+    header = {
+        "version": VERSION,
+        "kind": kind,
+        "path": real[-200:],
+        "size": version.size,
+        "mtime_ns": version.mtime_ns,
+    }
     found = read_header(file)
     if found is None or header.items() - found.items() or _checksum(file) != found["crc32"]:
         _build(path, file, header, scan, events)
-        if file_version(path) != stamp:
+        if file_version(path) != version:
             raise changed_file_error(path)
         found = read_header(file)
     if found is None:
         raise DataError(f"the index of {path} was removed while it was opened", file=file, hint="start again")
-    # A handle from before the file was replaced would still give the old rows.
+    # A cached handle of a replaced index file would give the old entries.
     forget(file)
-    return Index(path, file, stamp, found["length"])
+    return Index(path, file, version, found["length"])
 
 
 def read_header(file: Path) -> dict[str, Any] | None:
-    """Return the header of an index file, or None if it is absent, cut or no index."""
+    """Return the header of an index file, None if it is missing, cut or not an index."""
     try:
         with file.open("rb") as stream:
             found = parse_json(stream.read(_HEADER), file=file, surrogates=True)
@@ -221,12 +225,12 @@ def read_header(file: Path) -> dict[str, Any] | None:
         return None
     if not isinstance(found, dict) or not all(type(found.get(key)) is int for key in ("length", "crc32")):
         return None
-    whole = size == _HEADER + found["length"] * _ROW.size
+    whole = size == _HEADER + found["length"] * _ENTRY.size
     return found if whole and all(isinstance(value, str | int) for value in found.values()) else None
 
 
 def _checksum(file: Path) -> int:
-    """CRC-32 of the rows: a flipped bit would cut records at the wrong bytes."""
+    """Return the CRC-32 of the entries: a flipped bit would cut records at the wrong bytes."""
     total = 0
     with file.open("rb") as stream:
         stream.seek(_HEADER)
@@ -240,10 +244,10 @@ def _build(path: Path, file: Path, header: dict[str, Any], scan: Scan, events: E
     length = checksum = 0
     with task(events, name, header["size"], "bytes"), atomic_path(file) as part, part.open("wb") as stream:
         stream.write(b" " * _HEADER)
-        for rows in scan(path, lambda amount: events.advanced(name, amount)):
-            content = np.ascontiguousarray(rows, dtype="<u8").tobytes()
+        for entries in scan(path, lambda amount: events.advanced(name, amount)):
+            content = np.ascontiguousarray(entries, dtype="<u8").tobytes()
             checksum = zlib.crc32(content, checksum)
             stream.write(content)
-            length += len(rows)
+            length += len(entries)
         stream.seek(0)
         stream.write(json.dumps({**header, "length": length, "crc32": checksum}).encode().ljust(_HEADER))

@@ -1,4 +1,4 @@
-"""Byte ranges of the records of JSON lists and JSON lines, found without parsing them, in bounded memory."""
+"""Scan of JSON lists and JSON lines for the byte ranges of their records, without parsing, in bounded memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from vila.core.errors import DataError
 from vila.core.reading import MAX_RECORD_BYTES, file_errors, foreign_content, parse_json, read_head
-from vila.data.formats.detect import text_problem
+from vila.data.formats.detect import json_lines_problem
 
 BLOCK = 1 << 22
 _HEAD = 1 << 16
@@ -18,7 +18,7 @@ _SPACE = b" \t\r\n"
 _BOM = b"\xef\xbb\xbf"
 _AGAIN = "copy or download the file again"
 
-# Codes of the bytes that nesting depends on; all other bytes are 0.
+# Codes of the bytes that determine nesting; all other bytes are 0.
 _QUOTE, _OPEN, _CLOSE, _COMMA = 1, 2, 3, 4
 _CODES = np.zeros(256, dtype=np.uint8)
 for _code, _characters in ((_QUOTE, b'"'), (_OPEN, b"[{"), (_CLOSE, b"]}"), (_COMMA, b",")):
@@ -32,29 +32,29 @@ _IS_GAP[ord(",")] = True
 def scan_json(path: Path, advanced: Callable[[int], None]) -> Iterator[np.ndarray]:
     """Yield offset and size in bytes of every record, uint64 [k, 2] at a time.
 
-    A file that begins with "[" is a list of objects; any other holds one record per line, empty lines left out.
-    Raises DataError, once for the file, if it is no such text (CSV, UTF-16, an object over several lines, ...), if a
-    list is cut or holds something else than objects, if text follows it, or if a record is over MAX_RECORD_BYTES.
+    A file that begins with "[" is a list of objects; any other file has one record per line, and empty lines are
+    skipped. Raises DataError if the file is neither (CSV, UTF-16, an object over several lines, ...), if a list is cut,
+    has elements that are not objects or is followed by text, or if a record is larger than MAX_RECORD_BYTES.
     """
     with file_errors(path):
         head = read_head(path, _HEAD)
     if head and (known := foreign_content(head)):
         raise DataError(known[0], file=path, hint=known[1])
     if b"\0" in head[:4]:
-        raise DataError("holds zero bytes; it may be UTF-16 text, or damaged", file=path, hint="save it as UTF-8")
+        raise DataError("contains zero bytes; it may be UTF-16 text, or damaged", file=path, hint="save it as UTF-8")
     start = len(_BOM) if head.startswith(_BOM) else 0
     first = head[start:].lstrip(_SPACE)[:1]
     if first == b"[":
         yield from _ListScan(path, head.index(b"[")).records(advanced)
     else:
-        if first and (fault := text_problem(head[start:], cut=len(head) == _HEAD)):
-            raise DataError(fault[0], file=path, hint=fault[1])
+        if first and (problem := json_lines_problem(head[start:], cut=len(head) == _HEAD)):
+            raise DataError(problem[0], file=path, hint=problem[1])
         yield from _scan_lines(path, start, advanced)
 
 
 def _scan_lines(path: Path, start: int, advanced: Callable[[int], None]) -> Iterator[np.ndarray]:
-    offset = begin = start  # begin: of the line that is not finished yet; filled: whether it is more than white space
-    filled = False
+    offset = begin = start  # begin: of the current line
+    filled = False  # whether the current line has more than white space
     records = 0
     for block in _blocks(path, start):
         advanced(len(block))
@@ -62,10 +62,10 @@ def _scan_lines(path: Path, start: int, advanced: Callable[[int], None]) -> Iter
         ends = np.flatnonzero(np.frombuffer(block, dtype=np.uint8) == ord("\n")) + 1
         if len(ends):
             last = int(ends[-1])
-            kept = np.logical_or.reduceat(solid[:last], np.concatenate(([0], ends[:-1])))
-            kept[0] |= filled
+            is_record = np.logical_or.reduceat(solid[:last], np.concatenate(([0], ends[:-1])))
+            is_record[0] |= filled
             starts = np.concatenate(([begin], ends[:-1] + offset))
-            spans = np.stack([starts, ends + offset - starts], axis=1)[kept]
+            spans = np.stack([starts, ends + offset - starts], axis=1)[is_record]
             _check_sizes(path, spans, records)
             yield spans.astype(np.uint64)
             records += len(spans)
@@ -93,14 +93,14 @@ def _blocks(path: Path, start: int) -> Iterator[bytes]:
 
 
 class _ListScan:
-    """Scan of one JSON list: bracket depth, quotes and gaps, block by block."""
+    """Scan of one JSON list, block by block: bracket depth, quotes, and gaps between elements."""
 
     def __init__(self, path: Path, start: int) -> None:
-        """start: offset of the bracket that opens the list."""
+        """start: offset of the opening bracket of the list."""
         self.path, self.start = path, start
         self._depth, self._in_string, self._closed = 0, False, False
         self._records = self._commas = 0
-        self._unfinished: int | None = None  # offset of the record that is not closed yet
+        self._unfinished: int | None = None  # offset of the record whose end is still missing
 
     def records(self, advanced: Callable[[int], None]) -> Iterator[np.ndarray]:
         """Yield offset and size of every element."""
@@ -119,7 +119,7 @@ class _ListScan:
                 raise _too_long(self.path, self._records, self._unfinished)
         if not self._closed:
             raise DataError(
-                f"the JSON list breaks off at byte {offset + len(rest)}, after {self._records} whole records",
+                f"the JSON list is cut at byte {offset + len(rest)}, after {self._records} complete records",
                 file=self.path,
                 hint=_AGAIN,
             )
@@ -127,11 +127,11 @@ class _ListScan:
             raise DataError(
                 f"the JSON list has {self._records} objects but {self._commas} commas between them",
                 file=self.path,
-                hint="check it with a JSON tool; a comma is missing, or one is left at the end",
+                hint="check it with a JSON tool: a comma is missing, or the last one must be removed",
             )
 
     def _block(self, plain: bytes, rest: bytes, offset: int) -> np.ndarray:
-        """Return the spans of the elements that end in this block. plain: the block with escapes masked."""
+        """Return offset and size of the elements that end in this block. plain: the block with escapes masked."""
         places, codes, self._in_string = _brackets(plain, self._in_string)
         depths = self._depth + np.cumsum((codes == _OPEN).astype(np.int64) - (codes == _CLOSE))
         self._depth = int(depths[-1]) if len(depths) else self._depth
@@ -162,19 +162,19 @@ class _ListScan:
         self._check_nothing_follows(plain[end + 1 :] + rest, offset + end + 1)
 
     def _check_gaps(self, plain: bytes, starts: np.ndarray, ends: np.ndarray, end: int, offset: int) -> None:
-        """Refuse what is no object: anything but white space and commas outside the elements."""
+        """Raise DataError for an element that is not an object: other bytes than space and commas between objects."""
         opens = [] if self._unfinished is not None else [1 if offset == self.start else 0]
         gap_starts = np.concatenate((np.array(opens, dtype=np.int64), ends))
         gap_ends = np.append(starts, end)[: len(gap_starts)]
         sizes = gap_ends - gap_starts
-        # Positions of all bytes of all gaps: few, as gaps are short.
+        # Positions of all bytes in gaps; gaps are short, so these are few.
         within = np.arange(int(sizes.sum())) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         positions = np.repeat(gap_starts, sizes) + within
         odd = positions[~_IS_GAP[np.frombuffer(plain, dtype=np.uint8)[positions]]]
         if len(odd):
             record = self._records + int(np.searchsorted(ends, odd[0], side="right"))
             raise DataError(
-                f"element {record} is no object (byte {offset + int(odd[0])})",
+                f"element {record} is not an object (byte {offset + int(odd[0])})",
                 file=self.path,
                 value=plain[int(odd[0]) :][:40].decode(errors="replace"),
                 expected="a list of objects ([{...}, {...}])",
@@ -182,9 +182,9 @@ class _ListScan:
 
     def _check_nothing_follows(self, content: bytes, offset: int) -> None:
         if content.strip(_SPACE):
-            place = offset + len(content) - len(content.lstrip(_SPACE))
+            position = offset + len(content) - len(content.lstrip(_SPACE))
             raise DataError(
-                f"text follows the JSON list, from byte {place}",
+                f"text follows the JSON list, from byte {position}",
                 file=self.path,
                 expected="one list",
                 hint="join several lists with: jq -s add FILE",
@@ -199,7 +199,7 @@ def _check_sizes(path: Path, spans: np.ndarray, before: int) -> None:
 
 def _too_long(path: Path, record: int, offset: int) -> DataError:
     return DataError(
-        f"the record at byte {offset} is longer than a record may be",
+        f"the record at byte {offset} is too long",
         file=path,
         record=record,
         expected=f"at most {MAX_RECORD_BYTES:,} bytes",
@@ -208,15 +208,15 @@ def _too_long(path: Path, record: int, offset: int) -> DataError:
 
 
 def _unescaped(block: bytes) -> tuple[bytes, bytes]:
-    """Return the block with escaped characters masked, as long as before, and a backslash at its end that waits."""
-    # Pairs of backslashes first: what is left of a run escapes the quote behind it.
+    """Return the block with escaped characters masked, and a trailing backslash whose character is still missing."""
+    # Pairs of backslashes first: a remaining one escapes the quote after it.
     plain = block.replace(b"\\\\", b"__")
     rest = b"\\" if plain.endswith(b"\\") else b""
     return plain[: len(plain) - len(rest)].replace(b'\\"', b"__"), rest
 
 
 def _brackets(plain: bytes, in_string: bool) -> tuple[np.ndarray, np.ndarray, bool]:
-    """Return positions and codes of brackets and commas outside strings; in_string: whether a string is open."""
+    """Return positions and codes of brackets and commas outside strings, and whether a string is still open."""
     codes = _CODES[np.frombuffer(plain, dtype=np.uint8)]
     places = np.flatnonzero(codes)
     codes = codes[places]
@@ -227,7 +227,7 @@ def _brackets(plain: bytes, in_string: bool) -> tuple[np.ndarray, np.ndarray, bo
 
 
 def parse_record(raw: bytes, file: Path, record: int | str) -> dict[str, Any]:
-    """Parse a record. Raises DataError with file and record for what is not a JSON object, and for a repeated key."""
+    """Parse a record. Raises DataError with file and record if it is not a JSON object or repeats a key."""
     value = parse_json(raw, file=file, record=record, unique_keys=True)
     if not isinstance(value, dict):
         raise DataError(file=file, record=record, value=value, expected="an object ({...})")

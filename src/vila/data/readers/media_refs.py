@@ -1,4 +1,4 @@
-"""Media inside a larger file: where they lie, until somebody decodes them. All are hashable and cheap to pickle."""
+"""References to media inside larger files, decoded when they are needed. All are hashable and cheap to pickle."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from vila.data.readers.index import FileVersion, read_span
 from vila.data.readers.json import parse_record
 
 Keys = tuple[str | int, ...]
-"""The way from a record to a value inside it: ("image_info", 2, "image_base64")."""
+"""Path from a record to a value in it: ("image_info", 2, "image_base64")."""
 
 
 @dataclass(frozen=True, slots=True)
 class FileSlice:
-    """Bytes of a file that stand there as they are: a member of a tar.
+    """A byte range of a file, such as a member of a tar archive.
 
-    offset, size: in bytes. name: file and place, for messages. stamp: what the file was when the place was noted.
+    offset, size: in bytes. name: file and member, for messages. version: expected version of the file.
     """
 
     path: Path
     offset: int
     size: int
     name: str
-    stamp: FileVersion | None = field(default=None, repr=False)
+    version: FileVersion | None = field(default=None, repr=False)
 
     def read(self) -> bytes:
-        """The bytes. Raises DataError when the file is gone, cut or has changed."""
-        return read_span(self.path, self.offset, self.size, self.stamp)
+        """Read the bytes. Raises DataError if the file is missing, cut or has changed."""
+        return read_span(self.path, self.offset, self.size, self.version)
 
 
 @dataclass(frozen=True, slots=True)
 class Base64Field:
     """Base64 text inside a JSON record.
 
-    offset, size: the record in its file, in bytes. keys: path to the text. record: number or key of the record.
+    offset, size: of the record in its file, in bytes. keys: path to the text. record: number or key of the record.
     """
 
     path: Path
@@ -46,21 +46,21 @@ class Base64Field:
     size: int
     keys: Keys
     record: int | str
-    stamp: FileVersion | None = field(default=None, repr=False)
+    version: FileVersion | None = field(default=None, repr=False)
 
     @property
     def name(self) -> str:
-        """File, record and keys."""
+        """File, record and key path."""
         return value_name(self.path, self.record, self.keys)
 
     def read(self) -> bytes:
         """Read and decode. Raises DataError if the file has changed or the text is not base64."""
-        record = parse_record(read_span(self.path, self.offset, self.size, self.stamp), self.path, self.record)
+        record = parse_record(read_span(self.path, self.offset, self.size, self.version), self.path, self.record)
         return decode_base64(value_at(record, self.keys), file=self.path, record=self.record, field=key_path(self.keys))
 
 
 def value_at(value: Any, keys: Keys) -> Any:
-    """What stands at the end of `keys`, or None where the way ends before."""
+    """Return the value at a key path, None if there is none."""
     for key in keys:
         try:
             value = value[key]
@@ -70,18 +70,18 @@ def value_at(value: Any, keys: Keys) -> Any:
 
 
 def key_path(keys: Keys) -> str:
-    """Keys as one writes them: `image_info[2].file`."""
+    """Return a key path as text: `image_info[2].file`."""
     text = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in keys)
     return text.removeprefix(".")
 
 
 def value_name(file: Path, record: int | str, keys: Keys) -> str:
-    """Name of a value for messages: `data.jsonl, record 4, image_info[2].image_base64`."""
+    """Return the name of a value for messages: `data.jsonl, record 4, image_info[2].image_base64`."""
     return f"{file}, {f'record {record}' if isinstance(record, int) else record}, {key_path(keys)}"
 
 
 def decode_base64(text: Any, *, file: Path | None, record: int | str, field: str | None = None) -> bytes:
-    """Decode base64 text, line breaks and a `data:` head allowed. Raises DataError with file, record and field."""
+    """Decode base64 text, with line breaks and a `data:` prefix allowed. Raises DataError with file, record, field."""
     if not isinstance(text, str) or not text:
         raise DataError(file=file, record=record, field=field, value=text, expected="base64 text")
     body = text.partition(",")[2] if text.startswith("data:") else text

@@ -1,4 +1,4 @@
-"""Records of parquet files: a column of a row group is decoded when it is needed, and the last few stay in memory."""
+"""Records of parquet files. Columns of a row group are decoded when needed and cached; footers are checked first."""
 
 from __future__ import annotations
 
@@ -18,16 +18,12 @@ from vila.core.reading import file_errors
 from vila.data.readers.index import FileVersion, changed_file_error, file_version
 from vila.data.readers.media_refs import Keys, decode_base64, key_path, value_name
 
-# --- parquet_footer
-# The footer of a parquet file, checked against the file: positions, sizes and counts.
-
-
 _MAGIC = b"PAR1"
 _MAX_DEPTH = 32
 _CHUNK = 1 << 20
 _HINT: Final = "copy or download it again"
 
-# Numbers of the fields in parquet.thrift.
+# Field numbers in parquet.thrift.
 _NUM_ROWS, _ROW_GROUPS = 3, 4
 _COLUMNS, _GROUP_ROWS = 1, 3
 _METADATA, _FILE_PATH, _INDEXES = 3, 1, ((4, 5), (6, 7))
@@ -41,8 +37,8 @@ _SKIPPED: Mapping[str, frozenset[int]] = {
 def row_group_sizes(path: Path) -> list[int]:
     """Return the number of records of each row group.
 
-    Raises DataError for a file that is cut or damaged, for columns that are not in it, and for parquet files that were
-    joined, of which the footer knows the last one alone.
+    Raises DataError if the file is cut or damaged, if a column lies outside it, or if several parquet files were
+    concatenated (the footer describes the last one only).
     """
     with file_errors(path, kind="parquet", hint=_HINT), path.open("rb") as stream:
         size = stream.seek(0, os.SEEK_END)
@@ -64,18 +60,18 @@ def row_group_sizes(path: Path) -> list[int]:
                 if last is None or not len(_MAGIC) <= last <= footer:
                     raise _damaged(path, f"a column of row group {number} lies outside the file")
                 end = max(end, last)
-        # Bytes that belong to no column may be a writer's own.
+        # Some writers add bytes that belong to no column.
         if end < footer and _holds(stream, footer, _MAGIC * 2):
             raise DataError(
-                "several parquet files were joined; only the last one could be read",
+                "several parquet files were concatenated; only the last one could be read",
                 file=path,
-                hint="give each file by itself",
+                hint="use the original files",
             )
     return counts
 
 
 def _holds(stream: BinaryIO, end: int, wanted: bytes) -> bool:
-    """Whether `wanted` occurs before byte `end`."""
+    """Return whether `wanted` occurs before byte `end`."""
     stream.seek(0)
     tail = b""
     while stream.tell() < end and (chunk := stream.read(min(_CHUNK, end - stream.tell()))):
@@ -86,7 +82,7 @@ def _holds(stream: BinaryIO, end: int, wanted: bytes) -> bool:
 
 
 def _end_of(column: dict[int, Any]) -> int | None:
-    """Return the end of a column's pages and indexes, None for a place that cannot be."""
+    """Return the end of a column's pages and indexes, None if their positions are impossible."""
     facts = column[_METADATA]
     if column.get(_FILE_PATH):
         return None
@@ -106,7 +102,7 @@ def _damaged(path: Path, problem: str) -> DataError:
 
 
 class _Compact:
-    """Reader of Thrift's compact protocol. Raises ValueError or LookupError for what is cut or damaged."""
+    """Reader of Thrift's compact protocol. Raises ValueError or LookupError for damaged input."""
 
     def __init__(self, raw: bytes) -> None:
         self._raw, self._at, self._depth = raw, 0, 0
@@ -117,7 +113,7 @@ class _Compact:
         }  # fmt: skip
 
     def struct(self, name: str = "") -> dict[int, Any]:
-        """Read a struct: values by the number of their field. name: for `_SKIPPED`, those fields are left out."""
+        """Read a struct as values by field number. name: key of `_SKIPPED`, whose fields are left out."""
         self._depth += 1
         if self._depth > _MAX_DEPTH:
             raise ValueError("nested too deeply")
@@ -190,41 +186,40 @@ class _Compact:
 
 
 CACHE_BYTES = 256 << 20
-"""Decoded columns that one process keeps. At least two stay, however large."""
+"""Bytes of decoded columns that a process caches; at least two columns, however large."""
 MAX_FILES = 16
-_AGAIN = "copy or download it again"
 
 
 @dataclass(frozen=True, slots=True)
 class ParquetCell:
     """Bytes, or base64 text, in a parquet file.
 
-    row: counted from 0 over the whole file. place: the way from the column's value to the bytes.
+    row: number of the record, from 0 over the whole file. keys: path from the column's value to the bytes.
     """
 
     path: Path
     row: int
     column: str
-    place: Keys = ()
-    stamp: FileVersion | None = field(default=None, repr=False)
+    keys: Keys = ()
+    version: FileVersion | None = field(default=None, repr=False)
 
     @property
     def name(self) -> str:
-        """File, record, column and place."""
-        return value_name(self.path, self.row, (self.column, *self.place))
+        """File, record, column and key path."""
+        return value_name(self.path, self.row, (self.column, *self.keys))
 
     def read(self) -> bytes:
-        """Read the bytes. Raises DataError if the file has changed or the cell holds nothing."""
-        value = read_cell(self.path, self.row, self.column, self.place, self.stamp)
+        """Read the bytes. Raises DataError if the file has changed or the cell is empty."""
+        value = read_cell(self.path, self.row, self.column, self.keys, self.version)
         if isinstance(value, bytes):
             return value
-        return decode_base64(value, file=self.path, record=self.row, field=key_path((self.column, *self.place)))
+        return decode_base64(value, file=self.path, record=self.row, field=key_path((self.column, *self.keys)))
 
 
 def scan_parquet(path: Path, advanced: Callable[[int], None]) -> Iterator[np.ndarray]:
     """Yield first record and number of records of every row group, uint64 [k, 2].
 
-    Raises DataError for what is not parquet and for what `row_group_sizes` refuses.
+    Raises DataError if the file is not parquet, or as `row_group_sizes` does.
     """
     _open(path)
     counts = row_group_sizes(path)
@@ -233,12 +228,12 @@ def scan_parquet(path: Path, advanced: Callable[[int], None]) -> Iterator[np.nda
 
 
 def column_names(path: Path) -> tuple[str, ...]:
-    """Return the names of the columns of a file. Raises DataError for what is not parquet."""
+    """Return the column names of a file. Raises DataError if it is not parquet."""
     return tuple(_schema(path).names)
 
 
 def schema_record(path: Path) -> dict[str, Any]:
-    """Return a record with the columns of a file and values of their types, from the footer alone."""
+    """Return an example record with an empty value of each column's type, from the footer alone."""
     import pyarrow as pa
 
     def example(kind: Any) -> Any:
@@ -249,35 +244,35 @@ def schema_record(path: Path) -> dict[str, Any]:
         return b"" if pa.types.is_binary(kind) or pa.types.is_large_binary(kind) else ""
 
     schema = _schema(path)
-    with file_errors(path, kind="parquet", hint=_AGAIN):
+    with file_errors(path, kind="parquet", hint=_HINT):
         return {field.name: example(field.type) for field in schema}
 
 
 def _schema(path: Path) -> Any:
     opened = _open(path)
-    with file_errors(path, kind="parquet", hint=_AGAIN):
+    with file_errors(path, kind="parquet", hint=_HINT):
         return opened.schema_arrow
 
 
-def read_row(path: Path, row: int, columns: tuple[str, ...], stamp: FileVersion) -> dict[str, Any]:
-    """Read the values of a record in plain types; bytes stay in the file, as `ParquetCell`. Raises DataError."""
+def read_row(path: Path, row: int, columns: tuple[str, ...], version: FileVersion) -> dict[str, Any]:
+    """Read a record as plain Python values; bytes become `ParquetCell` references. Raises DataError."""
     value = {}
     for column in columns:
-        scalar = _scalar(path, row, column, stamp)
-        with file_errors(path, record=row, kind="parquet", hint=_AGAIN):
-            value[column] = _plain(scalar, ParquetCell(path, row, column, (), stamp))
+        scalar = _scalar(path, row, column, version)
+        with file_errors(path, record=row, kind="parquet", hint=_HINT):
+            value[column] = _plain(scalar, ParquetCell(path, row, column, (), version))
     return value
 
 
-def read_cell(path: Path, row: int, column: str, place: Keys, stamp: FileVersion | None) -> Any:
-    """Read the value at a place of a record. Raises DataError if there is none."""
-    scalar = _scalar(path, row, column, stamp or file_version(path))
-    for key in place:
+def read_cell(path: Path, row: int, column: str, keys: Keys, version: FileVersion | None) -> Any:
+    """Read the value at a key path of a column. Raises DataError if there is none."""
+    scalar = _scalar(path, row, column, version or file_version(path))
+    for key in keys:
         try:
             scalar = scalar[key]
         except (LookupError, TypeError) as error:
-            raise DataError("holds nothing", file=path, record=row, field=key_path((column, *place))) from error
-    with file_errors(path, record=row, kind="parquet", hint=_AGAIN):
+            raise DataError("is empty", file=path, record=row, field=key_path((column, *keys))) from error
+    with file_errors(path, record=row, kind="parquet", hint=_HINT):
         return scalar.as_py()
 
 
@@ -304,17 +299,17 @@ def _bytes_types(pa: Any) -> tuple[Callable[[Any], bool], ...]:
 
 
 def _inside(cell: ParquetCell, key: str | int) -> ParquetCell:
-    return ParquetCell(cell.path, cell.row, cell.column, (*cell.place, key), cell.stamp)
+    return ParquetCell(cell.path, cell.row, cell.column, (*cell.keys, key), cell.version)
 
 
-def _scalar(path: Path, row: int, column: str, stamp: FileVersion) -> Any:
-    starts = _STATE.starts(path, stamp)
+def _scalar(path: Path, row: int, column: str, version: FileVersion) -> Any:
+    starts = _CACHE.starts(path, version)
     group = int(np.searchsorted(starts, row, side="right")) - 1
-    return _STATE.column(path, group, column, stamp)[row - int(starts[group])]
+    return _CACHE.column(path, group, column, version)[row - int(starts[group])]
 
 
-class _State:
-    """Files and columns of one process, the least recently used going first."""
+class _Cache:
+    """Least-recently-used caches of open files and decoded columns."""
 
     def __init__(self) -> None:
         self._files: OrderedDict[tuple[Path, FileVersion], tuple[Any, np.ndarray]] = OrderedDict()
@@ -322,14 +317,14 @@ class _State:
         self._bytes = 0
         self._lock = threading.RLock()
 
-    def starts(self, path: Path, stamp: FileVersion) -> np.ndarray:
-        return self._file(path, stamp)[1]
+    def starts(self, path: Path, version: FileVersion) -> np.ndarray:
+        return self._file(path, version)[1]
 
-    def column(self, path: Path, group: int, column: str, stamp: FileVersion) -> Any:
-        key = (path, stamp, group, column)
+    def column(self, path: Path, group: int, column: str, version: FileVersion) -> Any:
+        key = (path, version, group, column)
         with self._lock:
             if key not in self._columns:
-                values = _read_column(path, self._file(path, stamp)[0], group, column)
+                values = _read_column(path, self._file(path, version)[0], group, column)
                 self._columns[key] = values
                 self._bytes += values.nbytes
                 while self._bytes > CACHE_BYTES and len(self._columns) > 2:
@@ -338,11 +333,11 @@ class _State:
             self._columns.move_to_end(key)
             return self._columns[key]
 
-    def _file(self, path: Path, stamp: FileVersion) -> tuple[Any, np.ndarray]:
+    def _file(self, path: Path, version: FileVersion) -> tuple[Any, np.ndarray]:
         with self._lock:
-            key = (path, stamp)
+            key = (path, version)
             if key not in self._files:
-                if file_version(path) != stamp:
+                if file_version(path) != version:
                     raise changed_file_error(path)
                 opened = _open(path)
                 counts = [opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)]
@@ -358,28 +353,28 @@ def _read_column(path: Path, opened: Any, group: int, column: str) -> Any:
     if names.count(column) != 1:
         problem = f"{names.count(column)} columns have this name" if column in names else "no such column"
         raise DataError(problem, file=path, field=column, expected=f"one of {', '.join(names)}")
-    with file_errors(path, record=f"row group {group}", kind="parquet", hint=_AGAIN):
+    with file_errors(path, record=f"row group {group}", kind="parquet", hint=_HINT):
         values = opened.read_row_group(group, columns=[column], use_threads=False)[column]
         expected = opened.metadata.row_group(group).num_rows
     if len(values) != expected:
         raise DataError(
-            f"row group {group} holds {len(values)} of {expected} values", file=path, field=column, hint=_AGAIN
+            f"row group {group} holds {len(values)} of {expected} values", file=path, field=column, hint=_HINT
         )
     return values
 
 
 def _open(path: Path) -> Any:
     _, pq = require("pyarrow", "parquet"), require("pyarrow.parquet", "parquet")
-    with file_errors(path, kind="parquet", hint=_AGAIN):
+    with file_errors(path, kind="parquet", hint=_HINT):
         return pq.ParquetFile(path)
 
 
-_STATE = _State()
+_CACHE = _Cache()
 
 
-def _start_anew() -> None:
-    global _STATE
-    _STATE = _State()
+def _reset_after_fork() -> None:
+    global _CACHE
+    _CACHE = _Cache()
 
 
-os.register_at_fork(after_in_child=_start_anew)
+os.register_at_fork(after_in_child=_reset_after_fork)

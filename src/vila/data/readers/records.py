@@ -1,4 +1,4 @@
-"""Records of data files by number, whatever holds them: JSON, tar or parquet."""
+"""Records of JSON, tar and parquet files by number, and the media that a record refers to."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from vila.data.readers.tar import read_members, scan_tar
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One record.
+    """One record of a data file.
 
-    value:   its content; empty for a tar sample without JSON.
-    file:    data file that it is in.
+    value:   content; empty for a tar sample without JSON.
+    file:    data file of the record.
     number:  position in the file, from 0; "key KEY" for a tar sample.
-    name:    id of the sample if the record has no id of its own.
-    members: the other files of a tar sample by extension ("0.jpg" for KEY.0.jpg); `in_shard`: it is one.
-    stored:  location of the bytes, or the base64 text, at the end of keys.
+    name:    id of the sample if the record has no `id`.
+    members: other files of a tar sample by extension ("0.jpg" for KEY.0.jpg); `in_shard`: whether it is a tar sample.
+    stored:  returns a reference to the bytes, or the base64 text, at a key path.
     unloaded: columns of a table that are not in `value`; `peek` reads one of them.
     """
 
@@ -53,7 +53,7 @@ class Record:
         expected: str | None = None,
         hint: str | None = None,
     ) -> DataError:
-        """Return the error for this record, with its file and number. The arguments are those of `VilaError`."""
+        """Return an error with file and number of this record. Arguments: see `VilaError`."""
         return DataError(
             problem, file=self.file, record=self.number, field=field, value=value, expected=expected, hint=hint
         )
@@ -71,9 +71,9 @@ class Record:
 
 
 def missing_member(record: Record, extension: str, field: str | None = None) -> DataError:
-    """Return the error for a member that a record names and the shard does not hold."""
+    """Return the error for a member that a record names and the shard does not have."""
     members = ", ".join(sorted(record.members)) or "none"
-    return record.error(f"no member {extension!r} in the shard; the sample has {members}", field=field)
+    return record.error("not a member of the shard", field=field, value=extension, expected=f"one of {members}")
 
 
 class RecordFile(Protocol):
@@ -90,7 +90,7 @@ class RecordFile(Protocol):
 
 
 class _NumberedRecords:
-    """Records that are numbered as they lie in their file."""
+    """Records numbered in the order of their file."""
 
     path: Path
 
@@ -112,13 +112,13 @@ class JsonRecords(_NumberedRecords):
     def __getitem__(self, number: int) -> Record:
         """Read record `number`. Raises DataError with file and record."""
         offset, size = self._index[number]
-        raw = read_span(self.path, offset, size, self._index.stamp)
-        stored = partial(_base64, FileSlice(self.path, offset, size, str(self.path), self._index.stamp), number)
+        raw = read_span(self.path, offset, size, self._index.version)
+        stored = partial(_base64, FileSlice(self.path, offset, size, str(self.path), self._index.version), number)
         return Record(parse_record(raw, self.path, number), self.path, number, f"{self.path.stem}/{number}", stored)
 
 
 class TarRecords(_NumberedRecords):
-    """Samples of a tar shard."""
+    """Samples of a tar shard: members with the same key."""
 
     def __init__(self, path: Path, events: Events = SILENT) -> None:
         self.path = path
@@ -128,22 +128,22 @@ class TarRecords(_NumberedRecords):
         return len(self._index)
 
     def __getitem__(self, number: int) -> Record:
-        """Read sample `number`; `value` is the member `json` if there is one. Raises DataError with shard and key."""
-        stamp = self._index.stamp
-        key, found = read_members(self.path, *self._index[number], stamp)
+        """Read sample `number`; its `value` is the member `json`, if any. Raises DataError with shard and key."""
+        version = self._index.version
+        key, found = read_members(self.path, *self._index[number], version)
         record = f"key {key}"
-        members = {m.extension: FileSlice(self.path, m.offset, m.size, f"{self.path} {m.name}", stamp) for m in found}
+        members = {m.extension: FileSlice(self.path, m.offset, m.size, f"{self.path} {m.name}", version) for m in found}
         text = members.pop("json", None)
         value = {} if text is None else parse_record(text.read(), self.path, record)
-        stored = partial(_base64, text or FileSlice(self.path, 0, 0, str(self.path), stamp), record)
+        stored = partial(_base64, text or FileSlice(self.path, 0, 0, str(self.path), version), record)
         return Record(value, self.path, record, f"{self.path.stem}/{key}", stored, members, in_shard=True)
 
 
 class ParquetRecords(_NumberedRecords):
-    """Records of a parquet file; columns that are not asked for are not read."""
+    """Records of a parquet file; only the requested columns are read."""
 
     def __init__(self, path: Path, columns: tuple[str, ...] = (), events: Events = SILENT) -> None:
-        """columns: those of interest, all when empty; ones that the file lacks are left out."""
+        """columns: names of the columns to read, all if empty; missing ones are ignored."""
         self.path = path
         self._index: Index = open_index(path, "parquet", scan_parquet, events)
         table = self._index.table()
@@ -157,35 +157,31 @@ class ParquetRecords(_NumberedRecords):
 
     def __getitem__(self, number: int) -> Record:
         """Read record `number`; bytes in it are `ParquetCell`s. Raises DataError with file and record."""
-        value = read_row(self.path, number, self._columns, self._index.stamp)
-        stored = partial(_cell, self.path, number, self._index.stamp)
-        name, peek = f"{self.path.stem}/{number}", partial(_column, self.path, number, self._index.stamp)
+        value = read_row(self.path, number, self._columns, self._index.version)
+        stored = partial(_cell, self.path, number, self._index.version)
+        name, peek = f"{self.path.stem}/{number}", partial(_column, self.path, number, self._index.version)
         return Record(value, self.path, number, name, stored, unloaded=self._unloaded, peek=peek)
 
 
 def _base64(text: FileSlice, record: int | str, keys: Keys) -> MediaRef:
-    return Base64Field(text.path, text.offset, text.size, keys, record, text.stamp)
+    return Base64Field(text.path, text.offset, text.size, keys, record, text.version)
 
 
-def _cell(path: Path, record: int, stamp: FileVersion, keys: Keys) -> MediaRef:
-    return ParquetCell(path, record, str(keys[0]), keys[1:], stamp)
+def _cell(path: Path, record: int, version: FileVersion, keys: Keys) -> MediaRef:
+    return ParquetCell(path, record, str(keys[0]), keys[1:], version)
 
 
-def _column(path: Path, record: int, stamp: FileVersion, column: str) -> Any:
-    return read_row(path, record, (column,), stamp)[column]
+def _column(path: Path, record: int, version: FileVersion, column: str) -> Any:
+    return read_row(path, record, (column,), version)[column]
 
 
 def open_records(path: Path, columns: tuple[str, ...] = (), events: Events = SILENT) -> RecordFile:
-    """The records of a file, told by the end of its name. Raises DataError."""
+    """Open the records of a file; its extension decides the type. Raises DataError."""
     if path.suffix == ".tar":
         return TarRecords(path, events)
     if path.suffix == ".parquet":
         return ParquetRecords(path, columns, events)
     return JsonRecords(path, events)
-
-
-# --- media
-# Images and videos that a record names: a file below the image root, a member of its shard, or bytes inside it.
 
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
@@ -209,11 +205,11 @@ def safe_path(record: Record, root: Path, name: object, field: str) -> Path:
 
 
 def media_source(record: Record, keys: Keys, root: Path, *, base64: bool = False) -> Path | MediaRef:
-    """Return the location of the medium at `keys` of a record. Nothing is opened.
+    """Return path or reference of the image or video at key path `keys` of a record, without opening it.
 
     The value is a file name, bytes, or an object with one of `bytes`, `base64`, `file` (a member of the shard), `path`.
-    A name is a member of the record's shard if it has one, else a file below `root`.
-    base64: a text that does not end like the file name of an image is base64.
+    In a tar shard a file name is a member, elsewhere a file below `root`.
+    base64: whether text without the extension of an image file is base64.
     Raises DataError with file, record, field and value.
     """
     value, field = value_at(record.value, keys), key_path(keys)
@@ -252,7 +248,7 @@ def _member(record: Record, name: object, field: str) -> MediaRef:
     if name.lower() in record.members:
         return record.members[name.lower()]
     for stored in record.members.values():
-        # A member is also known by its whole name: "shard.tar folder/KEY.0.jpg".
+        # The complete name of a member is accepted too: "shard.tar folder/KEY.0.jpg".
         whole = stored.name.removeprefix(f"{stored.path} ")
         if name in (whole, whole.rpartition("/")[2]):
             return stored
@@ -260,12 +256,12 @@ def _member(record: Record, name: object, field: str) -> MediaRef:
 
 
 def image_at(record: Record, keys: Keys, root: Path, *, base64: bool = False) -> Image:
-    """Return the image at `keys` of a record, unopened. See `media_source`."""
+    """Return a reference to the image at `keys` of a record; see `media_source`."""
     return Image(media_source(record, keys, root, base64=base64))
 
 
 def media_keys(record: Record, key: str) -> list[Keys]:
-    """Return the keys of the media of a field that holds none (absent, null, empty), one, or a list."""
+    """Return the key paths of the media of a field: none (absent, null, empty), one, or those of a list."""
     value = record.value.get(key)
     if value is None or value == "":
         return []
@@ -273,39 +269,41 @@ def media_keys(record: Record, key: str) -> list[Keys]:
 
 
 def images_at(record: Record, key: str, root: Path, *, base64: bool = False) -> tuple[Image, ...]:
-    """Return the images of a field that holds none (absent, null, empty), one, or a list. Raises DataError."""
+    """Return references to the images of a field; see `media_keys` and `media_source`."""
     return tuple(image_at(record, keys, root, base64=base64) for keys in media_keys(record, key))
 
 
 def only_key(record: Record, names: Sequence[str]) -> str:
-    """Return which of several names of one field the record uses, the first of all if none.
+    """Return which of several alternative names of a field the record uses, the first name if none.
 
-    Raises DataError if it uses more than one and their values differ.
+    Raises DataError if it uses several and their values differ.
     """
     given = [name for name in names if media_keys(record, name)]
     if any(record.value[name] != record.value[given[0]] for name in given[1:]):
-        raise record.error(f"the record has {' and '.join(map(repr, given))}", field=given[1], hint="keep one of them")
+        raise record.error(
+            f"the record has {' and '.join(map(repr, given))} with different values", field=given[1], hint="keep one"
+        )
     return given[0] if given else names[0]
 
 
 def member_image(record: Record) -> Image | None:
-    """Return the only image among the members of a tar sample, None without one. Raises DataError for several."""
+    """Return the only image member of a tar sample, None without one. Raises DataError if there are several."""
     found = members_with(record, IMAGE_EXTENSIONS)
     if len(found) > 1:
-        raise record.error(f"{len(found)} images ({', '.join(found)}) and no JSON that says which one is meant")
+        raise record.error("several images, and no JSON that names one", value=found)
     return Image(record.members[found[0]]) if found else None
 
 
 def member_video(record: Record, num_frames: int | None = None) -> Video | None:
-    """Return the only video among the members of a tar sample, None without one. Raises DataError for several."""
+    """Return the only video member of a tar sample, None without one. Raises DataError if there are several."""
     found = members_with(record, VIDEO_EXTENSIONS)
     if len(found) > 1:
-        raise record.error(f"{len(found)} videos ({', '.join(found)})", expected="one")
+        raise record.error("several videos", value=found, expected="one")
     return Video(record.members[found[0]], num_frames) if found else None
 
 
 def members_with(record: Record, extensions: tuple[str, ...]) -> list[str]:
-    """Return the names of the members of a tar sample with one of the extensions, sorted."""
+    """Return the members of a tar sample with one of the extensions, sorted by name."""
     return sorted(name for name in record.members if name.rpartition(".")[2] in extensions)
 
 
@@ -313,9 +311,7 @@ def _names_a_file(text: str) -> bool:
     return len(text) < 1024 and text.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
 
 
-# --- unread
-# Media of a record under keys that its format does not read, which would be trained on as text alone.
-
+# Detection of media under keys that a format does not read: without it such a record would be trained on as text alone.
 
 _NOUNS = frozenset(
     word + plural
@@ -330,40 +326,40 @@ _BASE64 = re.compile(r"[A-Za-z0-9+/\s]+={0,2}")
 
 
 def unread_media(record: Record, sample: Sample, reads: Collection[str]) -> list[str]:
-    """Return the names of the keys, columns and members of a record that hold media which its sample does not.
+    """Return the keys, columns and members of a record that hold media which are not in its sample.
 
-    reads: keys of the record that the format reads media from.
-    Raises DataError with the first of them if the sample is text alone, and no key in `reads` holds anything either.
+    reads: keys that the format reads media from.
+    Raises DataError with the first of them if the sample has no media and no key in `reads` has a value.
     """
     is_text = not sample.media and not any(_holds(record.value.get(key), strict=False) for key in reads)
-    # The columns that were not loaded cost a column of a row group to look into, so only the first record does for all.
+    # Checking an unloaded column decodes it for a whole row group, so only the first record of a file does it.
     found = [name for name, _ in _top_level(record, reads, peek=is_text or record.number == 0)]
     found += [f"member {name}" for name in _members(record, sample, reads)]
     if is_text:
-        found += [name for name, _ in _in_turns(record.value, reads)]
+        found += [name for name, _ in _nested(record.value, reads)]
     if is_text and found:
         read = ", ".join(map(repr, reads)) or "no media"
         raise record.error(
-            "media under a key that the format does not read, and none under those that it reads",
+            "has media that the format does not read, and none that it reads",
             field=found[0],
             value=record.value.get(found[0]),
-            hint=f"the format reads {read}; rename the key, or remove it if the record is text alone",
+            hint=f"the format reads {read}; rename the key, or remove it if the record has no media",
         )
     return found
 
 
 def _top_level(record: Record, reads: Collection[str], peek: bool) -> Iterator[tuple[str, Any]]:
-    """Yield keys that hold media and are not in `reads`; peek: look into columns that were not loaded, too."""
+    """Yield top-level keys that hold media and are not in `reads`. peek: check unloaded columns too."""
     for key, value in record.value.items():
         if key not in reads and _is_media(key, value):
             yield key, value
     for key in record.unloaded if peek else ():
-        if key not in reads and _kind_of(key) and _is_media(key, value := record.peek(key)):
+        if key not in reads and _key_type(key) and _is_media(key, value := record.peek(key)):
             yield key, value
 
 
-def _in_turns(record: Mapping[str, Any], reads: Collection[str]) -> Iterator[tuple[str, Any]]:
-    """Yield the same of the objects in the record: turns, messages, metadata."""
+def _nested(record: Mapping[str, Any], reads: Collection[str]) -> Iterator[tuple[str, Any]]:
+    """Yield the same for nested objects: turns, messages, metadata."""
     for key, value in record.items():
         if key in reads:
             continue
@@ -376,7 +372,7 @@ def _in_turns(record: Mapping[str, Any], reads: Collection[str]) -> Iterator[tup
 
 
 def _members(record: Record, sample: Sample, reads: Collection[str]) -> Iterator[str]:
-    """Yield the media members of a tar sample that neither its sample nor a key in `reads` names."""
+    """Yield the media members of a tar sample that neither its sample nor a key in `reads` refers to."""
     names = members_with(record, (*IMAGE_EXTENSIONS, *VIDEO_EXTENSIONS))
     if not names:
         return
@@ -397,13 +393,13 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _is_media(key: str, value: Any) -> bool:
-    kind = _kind_of(key)
-    return bool(kind) and _holds(value, strict=kind != "media")
+    key_type = _key_type(key)
+    return bool(key_type) and _holds(value, strict=key_type != "media")
 
 
 @lru_cache(maxsize=4096)
-def _kind_of(key: str) -> str:
-    """Return "media" for a key that is a name of media and nothing else, "file" for one that may name a media file."""
+def _key_type(key: str) -> str:
+    """Return "media" for a key that names media ("image"), "file" for one that may name a media file, else ""."""
     words = [word.lower() for word in _WORD.findall(key)]
     if len(words) == 1 and words[0] in _NOUNS:
         return "media"
@@ -411,7 +407,7 @@ def _kind_of(key: str) -> str:
 
 
 def _holds(value: Any, *, strict: bool) -> bool:
-    """Whether a value holds media; strict: it must look like it, else any text that is not empty counts."""
+    """Return whether a value holds media. strict: text must look like media; else any non-empty text counts."""
     if isinstance(value, MediaRef):
         return True
     if isinstance(value, str):

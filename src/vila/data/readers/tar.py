@@ -1,8 +1,8 @@
-"""Tar shards: a parser of tar headers with limits, and the samples that members make.
+"""Tar shards: a parser of tar headers with limits, and the grouping of members into samples.
 
-Members that share the name up to the first dot of the base name are one sample, as in WebDataset
-(https://github.com/webdataset/webdataset, "The WebDataset Format"). Python's own `tarfile` is not used for reading: it
-stops at the first end mark, loops on negative sizes (CVE-2025-8194) and reads names of any length into memory.
+Members with the same name up to the first dot of the base name are one sample, as in WebDataset
+(https://github.com/webdataset/webdataset, "The WebDataset Format"). `tarfile` of the standard library is not used: it
+stops at the first end-of-archive mark, loops on negative sizes (CVE-2025-8194) and reads names of any length.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _BLOCK = 512
 _ZERO_BLOCK = bytes(_BLOCK)
 _EMPTY_ARCHIVE = 20 * _BLOCK
 MAX_HEADER_BYTES = 1 << 20
-"""Largest pax header or long name."""
+"""Maximum size of a pax header or a long name."""
 _AGAIN = "copy or download it again"
 _WRITE_AGAIN = "write the shard again: tar --dereference --hard-dereference, without --sparse"
 _TEXTS = ("json", "txt")
@@ -40,11 +40,11 @@ _REFUSED = {b"1": "a hard link", b"2": "a symbolic link", b"3": "a device", b"4"
 _PAX_RECORD = re.compile(rb"(\d{1,20}) ([^=]+)=", re.DOTALL)
 
 Read = Callable[[int, int], bytes]
-"""Reads (offset, size) of a file; gives fewer bytes at its end."""
+"""Reads a byte range (offset, size) of a file; returns fewer bytes at its end."""
 
 
 class Member(NamedTuple):
-    """A file inside a tar: the extension behind its key, its whole name, offset and size of its content in bytes."""
+    """Member of a sample: extension after the key, complete name, offset and size of the content in bytes."""
 
     extension: str
     name: str
@@ -53,7 +53,7 @@ class Member(NamedTuple):
 
 
 class TarFileMember(NamedTuple):
-    """A regular file of an archive. begin: offset of its first header; offset, size: of its content, in bytes."""
+    """Regular file of an archive. begin: offset of its first header; offset, size: of its content, in bytes."""
 
     name: str
     begin: int
@@ -69,8 +69,8 @@ class TarFileMember(NamedTuple):
 def scan_tar(path: Path, advanced: Callable[[int], None]) -> Iterator[np.ndarray]:
     """Yield offset of the first header and size in bytes of every sample, uint64 [k, 2] at a time.
 
-    Raises DataError with shard and member for what `tar_members` refuses, a sample whose members do not stand together,
-    a repeated member, and text over MAX_RECORD_BYTES.
+    Raises DataError with shard and member if the members of a sample are not consecutive, if a member is repeated, if a
+    text is larger than MAX_RECORD_BYTES, and as `tar_members` does.
     """
     found: list[tuple[int, int]] = []
     seen: set[str] = set()
@@ -85,10 +85,10 @@ def scan_tar(path: Path, advanced: Callable[[int], None]) -> Iterator[np.ndarray
                 found.append((start, end - start))
             if split[0] in seen:
                 raise DataError(
-                    f"stands apart from the others of sample {split[0]!r}",
+                    f"is separated from the other members of sample {split[0]!r}",
                     file=path,
                     record=f"member {member.name!r}",
-                    hint="write the members of a sample one after the other (tar --sort=name), each key once",
+                    hint="write the members of a sample consecutively (tar --sort=name)",
                 )
             key, start = split[0], member.begin
             seen.add(key)
@@ -111,10 +111,10 @@ def scan_tar(path: Path, advanced: Callable[[int], None]) -> Iterator[np.ndarray
 def _check_member(path: Path, member: TarFileMember, extension: str, names: set[str]) -> None:
     record = f"member {member.name!r}"
     if extension in names:
-        raise DataError("occurs twice", file=path, record=record, hint="keep one of them")
+        raise DataError("is repeated", file=path, record=record, hint="keep one of them")
     if member.size > MAX_RECORD_BYTES and extension.rpartition(".")[2] in _TEXTS:
         raise DataError(
-            "the text is longer than a record may be",
+            "the text is too long",
             file=path,
             record=record,
             value=member.size,
@@ -123,11 +123,11 @@ def _check_member(path: Path, member: TarFileMember, extension: str, names: set[
 
 
 def tar_members(path: Path) -> Iterator[TarFileMember]:
-    """Yield the regular files of an archive in their order, directories left out; reads headers only.
+    """Yield the regular files of an archive in order, without directories; reads headers only.
 
-    Archives that were joined (`cat a.tar b.tar`) are read to the end. Raises DataError with shard and byte or member
-    for an archive that is cut, damaged or of another kind, for bytes behind its end mark, negative sizes, headers over
-    MAX_HEADER_BYTES, and members that are no plain files: links, devices, sparse files.
+    Concatenated archives (`cat a.tar b.tar`) are read to the end. Raises DataError with shard and byte or member if the
+    archive is cut, damaged or another file type, for bytes after its end mark, negative sizes, headers larger than
+    MAX_HEADER_BYTES, and members that are links, devices or sparse files.
     """
     with file_errors(path, kind="tar"):
         stream = path.open("rb", buffering=0)
@@ -149,14 +149,14 @@ def _check_kind(path: Path, read: Read, size: int) -> None:
     if known := foreign_content(head, "tar"):
         raise DataError(known[0], file=path, hint=known[1])
     if head.isascii() and b"\0" not in head:
-        hint = "give it the extension of what it holds (.jsonl, .json)"
+        hint = "rename it to .jsonl or .json"
         raise DataError("is text, not a tar archive", file=path, hint=hint)
     if len(head) == _BLOCK:
-        raise DataError("is not a tar archive, or its first header is damaged", file=path, hint=_AGAIN)
+        raise DataError("not a tar archive, or its first header is damaged", file=path, hint=_AGAIN)
 
 
 class _Header(NamedTuple):
-    """Fields of a header block. size: None if the field holds no number."""
+    """Fields of a header block. size: None if the field is not a number."""
 
     name: bytes
     size: int | None
@@ -164,10 +164,10 @@ class _Header(NamedTuple):
 
     @classmethod
     def parse(cls, block: bytes) -> _Header | None:
-        """None if the checksum differs: the block is no header."""
+        """Parse a block; return None if the checksum differs, so that it is not a header."""
         plain = block[:148] + b" " * 8 + block[156:]
         total = _number(block[148:156])
-        # Some old writers add the bytes as signed ones.
+        # Some old writers sum signed bytes.
         if total != sum(plain) and total != sum(plain) - 256 * sum(byte > 127 for byte in plain):
             return None
         name, prefix = _text(block[:100]), _text(block[345:500])
@@ -177,10 +177,10 @@ class _Header(NamedTuple):
 
 
 class _Headers:
-    """Walk over the headers in a range of a file."""
+    """Iterate over the headers in a range of a file."""
 
     def __init__(self, path: Path, read: Read, begin: int, end: int, *, marked: bool = True) -> None:
-        """begin, end: range in bytes. marked: an end mark is required, as at the end of an archive."""
+        """begin, end: range in bytes. marked: whether an end-of-archive mark is required."""
         self.path, self._read, self._offset, self._end, self._marked = path, read, begin, end, marked
         self._last = "the beginning"
 
@@ -225,7 +225,7 @@ class _Headers:
         return header
 
     def _extension(self, header: _Header, content: int) -> tuple[bytes | None, int | None]:
-        """Return name and size that a long name or a pax header gives to the next member."""
+        """Return the name and size that a long-name or pax header sets for the next member."""
         size = self._size(header.size, "an extended header", content)
         if size > MAX_HEADER_BYTES:
             raise self._cut(f"a header of {size:,} bytes, over the limit of {MAX_HEADER_BYTES:,}")
@@ -239,10 +239,10 @@ class _Headers:
     def _pax(self, raw: bytes) -> tuple[bytes | None, int | None]:
         name: bytes | None = None
         size: int | None = None
-        place = 0
-        while place < len(raw) and raw[place]:
-            found = _PAX_RECORD.match(raw, place)
-            end = place + int(found[1]) if found else 0
+        start = 0
+        while start < len(raw) and raw[start]:
+            found = _PAX_RECORD.match(raw, start)
+            end = start + int(found[1]) if found else 0
             if not found or not found.end() < end <= len(raw) or raw[end - 1 : end] != b"\n":
                 raise self._cut("a damaged pax header")
             key, value = found[2], raw[found.end() : end - 1]
@@ -254,7 +254,7 @@ class _Headers:
                 size = int(value)
             elif key.startswith(b"GNU.sparse."):
                 raise self._refused((name or b"?").decode("utf-8", "backslashreplace"), f"is {_REFUSED[b'S']}")
-            place = end
+            start = end
         return name, size
 
     def _size(self, size: int | None, what: str, content: int) -> int:
@@ -269,23 +269,23 @@ class _Headers:
         return size
 
     def _skip_end_mark(self) -> bool:
-        """Go behind an end mark; True if the archive ends there, False if another one was joined to it."""
-        mark, place = self._offset, self._offset
-        while chunk := self._read(place, 1 << 20):
+        """Skip an end mark; return True if the file ends there, False if another archive follows."""
+        mark = offset = self._offset
+        while chunk := self._read(offset, 1 << 20):
             rest = chunk.lstrip(b"\0")
             if rest:
-                place += len(chunk) - len(rest)
+                offset += len(chunk) - len(rest)
                 break
-            place += len(chunk)
+            offset += len(chunk)
         else:
             return True
-        start = place - (place - mark) % _BLOCK
+        start = offset - (offset - mark) % _BLOCK
         block = self._read(start, _BLOCK)
         if start - mark < 2 * _BLOCK or len(block) < _BLOCK or _Header.parse(block) is None:
             raise DataError(
-                f"{self._end - place:,} bytes behind the end of the archive, from byte {place}",
+                f"{self._end - offset:,} bytes follow the end of the archive, from byte {offset}",
                 file=self.path,
-                hint=f"{_AGAIN}, or cut them off: truncate -s {start}",
+                hint=f"{_AGAIN}, or remove them: truncate -s {start}",
             )
         self._offset = start
         return False
@@ -311,7 +311,7 @@ def _text(field: bytes) -> bytes:
 
 
 def _number(field: bytes) -> int | None:
-    """Return the number in a header field: octal text, or base 256 as GNU and star write large ones."""
+    """Return the number in a header field: octal text, or base 256 (GNU and star, for large numbers)."""
     if field[0] & 0x80:
         value = int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
         return value - (1 << (8 * len(field) - 1)) if field[0] & 0x40 else value
@@ -320,7 +320,7 @@ def _number(field: bytes) -> int | None:
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """Return key and lower-case extension of a member, or None for files that belong to no sample (hidden, no dot)."""
+    """Return key and lower-case extension of a member, None for files without a sample (hidden, no extension)."""
     folder, _, base = name.removeprefix("./").rpartition("/")
     stem, _, extension = base.partition(".")
     if not stem or not extension:
@@ -328,19 +328,19 @@ def split_name(name: str) -> tuple[str, str] | None:
     return (f"{folder}/{stem}" if folder else stem), extension.lower()
 
 
-def read_members(path: Path, offset: int, size: int, stamp: FileVersion) -> tuple[str, list[Member]]:
-    """Return key and members of the sample in a span that `scan_tar` gave; reads headers only. Raises DataError."""
+def read_members(path: Path, offset: int, size: int, version: FileVersion) -> tuple[str, list[Member]]:
+    """Return key and members of the sample in a byte range of `scan_tar`; reads headers only. Raises DataError."""
     key, members = "", []
-    read = partial(_read_stamped, path, stamp, offset + size)
+    read = partial(_read_within, path, version, offset + size)
     for member in _Headers(path, read, offset, offset + size, marked=False).files():
         split = split_name(member.name)
         if split is not None:
             key = split[0]
             members.append(Member(split[1], member.name, member.offset, member.size))
     if not members:
-        raise DataError(f"no members at byte {offset}; the file has changed since it was indexed", file=path)
+        raise DataError(f"no member at byte {offset}; the file has changed since it was indexed", file=path)
     return key, members
 
 
-def _read_stamped(path: Path, stamp: FileVersion, end: int, offset: int, size: int) -> bytes:
-    return read_span(path, offset, max(0, min(size, end - offset)), stamp)
+def _read_within(path: Path, version: FileVersion, end: int, offset: int, size: int) -> bytes:
+    return read_span(path, offset, max(0, min(size, end - offset)), version)
