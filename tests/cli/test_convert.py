@@ -1,4 +1,4 @@
-"""`vila convert`: the same answers from another layout, and nothing overwritten by accident."""
+"""`vila convert`: equal logits in every layout, and no accidental overwrite."""
 
 import json
 import os
@@ -10,9 +10,11 @@ import torch
 from tests import tiny
 from tests.held import killed_writer
 from tests.model.layouts.published import FIXTURES
-from vila.cli.convert import IN_4_BITS, READERS, layout_readme
+from vila.cli.convert import INT4_LAYOUTS, READERS
+from vila.core.errors import ConfigError
 from vila.model.int4_weights import int4_weights, use_int4
 from vila.model.layouts.detect import LAYOUTS, detect_layout
+from vila.model.layouts.readme import layout_readme
 from vila.model.loading import load_model, save_model
 from vila.quant.apply import quantize_model
 
@@ -43,7 +45,7 @@ def test_every_layout_has_its_readers():
     assert {str(layout) for layout in READERS} == set(LAYOUTS)
 
 
-@pytest.mark.parametrize("layout", [layout for layout in READERS if layout not in IN_4_BITS])
+@pytest.mark.parametrize("layout", [layout for layout in READERS if layout not in INT4_LAYOUTS])
 def test_the_model_is_the_same_in_another_layout(vila, published, tmp_path, layout):
     target = tmp_path / "out"
     code, out, err = vila("convert", published, target, "--layout", layout, "--template", "vicuna_v1")
@@ -68,11 +70,11 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("layout", COMMANDS)
-def test_a_readme_says_how_other_programs_run_it(vila, tmp_path, layout):
+def test_the_readme_has_commands_of_other_programs(vila, tmp_path, layout):
     model, processor = tiny.vila(tower="clip", hidden_size=64, intermediate_size=128)
-    if layout in IN_4_BITS:
+    if layout in INT4_LAYOUTS:
         use_int4(model, quantize_model(model, None, 64))
-    save_model(model, processor, tmp_path / "model", "awq-hf" if layout in IN_4_BITS else "native")
+    save_model(model, processor, tmp_path / "model", "awq-hf" if layout in INT4_LAYOUTS else "native")
     code, _, err = vila("convert", tmp_path / "model", tmp_path / "out", "--layout", layout)
     assert code == 0, err
     text = (tmp_path / "out" / "README.md").read_text()
@@ -80,14 +82,16 @@ def test_a_readme_says_how_other_programs_run_it(vila, tmp_path, layout):
     assert text.isascii()
 
 
-def test_a_readme_names_no_program_that_cannot_run_the_model():
+def test_the_readme_leaves_out_programs_that_cannot_run_the_model():
     siglip, clip = tiny.vila(tower="siglip"), tiny.vila(tower="clip")
-    assert "vllm serve" not in layout_readme("awq-hf", *siglip)
-    assert "vila15_demo.py --model-path MODEL_16_BIT --quant-path llm/*-v2.pt" in layout_readme("tinychat", *siglip)
-    assert layout_readme("native", *clip) == ""
+    assert "vllm serve" not in layout_readme("awq-hf", *siglip, "1")
+    assert "vila15_demo.py --model-path MODEL_16_BIT --quant-path llm/*-v2.pt" in layout_readme(
+        "tinychat", *siglip, "1"
+    )
+    assert layout_readme("native", *clip, "1") == ""
 
 
-def test_number_type_and_template_are_written(vila, published, tmp_path):
+def test_dtype_and_template_are_written(vila, published, tmp_path):
     flags = ("--layout", "native", "--dtype", "float16", "--template", "llama_2")
     assert vila("convert", published, tmp_path / "out", *flags)[0] == 0
     facts = json.loads(vila("info", tmp_path / "out", "--json")[1])
@@ -97,41 +101,38 @@ def test_number_type_and_template_are_written(vila, published, tmp_path):
 def test_an_unknown_template_is_noted(vila, published, tmp_path):
     code, _, err = vila("convert", published, tmp_path / "out", "--layout", "native")
     assert code == 0
-    assert "no conversation template is known, so none was written; give --template" in err
+    assert "--template" in err
 
 
-def test_a_model_in_the_way_is_replaced_only_when_asked(vila, published, tmp_path):
+def test_an_existing_model_is_replaced_only_with_overwrite(vila, vila_error, published, tmp_path):
     target = tmp_path / "out"
     save_model(*tiny.vila(), target)
-    code, out, err = vila("convert", published, target, "--layout", "vila-v15")
-    assert (code, out) == (2, "")
-    assert "exists already; give another name, or --overwrite" in err
+    error = vila_error("convert", published, target, "--layout", "vila-v15")
+    assert (type(error), error.file) == (ConfigError, str(target))
     assert detect_layout(target).name == "native"
     assert vila("convert", published, target, "--layout", "vila-v15", "--overwrite")[0] == 0
     assert detect_layout(target).name == "vila-v15"
 
 
-def test_overwrite_never_takes_what_is_no_model(vila, published, tmp_path):
+def test_overwrite_never_replaces_other_directories(vila, vila_error, published, tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.png").write_text("x")
     (tmp_path / "file").write_text("x")
     for name in ("photos", "file"):
-        code, _, err = vila("convert", published, tmp_path / name, "--layout", "native", "--overwrite")
-        assert code == 2
-        assert f"{name}: not a model, so --overwrite does not touch it" in err
+        error = vila_error("convert", published, tmp_path / name, "--layout", "native", "--overwrite")
+        assert (type(error), error.file) == (ConfigError, str(tmp_path / name))
     assert (tmp_path / "photos" / "cat.png").exists()
     (tmp_path / "empty").mkdir()
     assert vila("convert", published, tmp_path / "empty", "--layout", "native", "--overwrite")[0] == 0
 
 
-def test_the_source_is_never_overwritten(vila, tmp_path):
+def test_the_source_is_never_overwritten(vila_error, tmp_path):
     outer = FIXTURES["v15-odd-grid"](tmp_path).folder
     inner = outer / "inner"
     save_model(*tiny.vila(), inner)
     for source, target in ((inner, inner), (inner, outer), (inner, inner / ".." / "inner")):
-        code, _, err = vila("convert", source, target, "--layout", "native", "--overwrite")
-        assert code == 2
-        assert "holds the model that is converted; give another DST" in err
+        error = vila_error("convert", source, target, "--layout", "native", "--overwrite")
+        assert (type(error), error.file) == (ConfigError, str(target))
     assert detect_layout(inner).name == "native"
     assert detect_layout(outer).name == "vila-v15"
 
@@ -145,7 +146,7 @@ def test_the_source_is_never_overwritten(vila, tmp_path):
         (("{model}", "{tmp}/out", "--layout", "llava-v1"), 1, "dinov2"),
     ],
 )
-def test_refusals_pass_through_and_leave_nothing(vila, model, tmp_path, arguments, code, message):
+def test_errors_leave_no_files(vila, model, tmp_path, arguments, code, message):
     ended, out, err = vila("convert", *(a.format(tmp=tmp_path, model=model) for a in arguments))
     assert message in err
     assert (ended, out) == (code, "")
@@ -153,44 +154,43 @@ def test_refusals_pass_through_and_leave_nothing(vila, model, tmp_path, argument
 
 
 @pytest.fixture
-def in_4_bits(tmp_path):
+def int4_model(tmp_path):
     model, processor = tiny.vila(tower="clip", hidden_size=64, intermediate_size=128)
     use_int4(model, quantize_model(model, None, 32))
     save_model(model, processor, tmp_path / "int4", "awq-hf")
     return tmp_path / "int4"
 
 
-def test_a_model_in_4_bits_stays_so_where_it_can(vila, in_4_bits, tmp_path):
-    code, out, err = vila("convert", in_4_bits, tmp_path / "chat", "--layout", "tinychat")
+def test_an_int4_model_stays_int4_in_an_int4_layout(vila, int4_model, tmp_path):
+    code, out, err = vila("convert", int4_model, tmp_path / "chat", "--layout", "tinychat")
     assert code == 0, err
     assert out.splitlines()[0] == f"{tmp_path / 'chat'}: layout tinychat, INT4 in groups of 32, float16"
-    before, after = load_model(in_4_bits)[0], load_model(tmp_path / "chat")[0]
+    before, after = load_model(int4_model)[0], load_model(tmp_path / "chat")[0]
     codes = int4_weights(after)
     assert all(torch.equal(weight.codes, codes[name].codes) for name, weight in int4_weights(before).items())
 
 
-def test_a_model_in_4_bits_becomes_an_ordinary_one_when_asked(vila, in_4_bits, tmp_path):
+def test_dequantize_converts_an_int4_model_to_float_weights(vila, int4_model, tmp_path):
     target = tmp_path / "out"
-    code, out, err = vila("convert", in_4_bits, target, "--layout", "native")
+    code, out, err = vila("convert", int4_model, target, "--layout", "native")
     assert (code, out) == (1, "")
     assert "--dequantize" in err
     assert "vila convert --dequantize" in err
     assert not target.exists()
-    code, out, err = vila("convert", in_4_bits, target, "--layout", "native", "--dequantize", "--dtype", "float32")
+    code, out, err = vila("convert", int4_model, target, "--layout", "native", "--dequantize", "--dtype", "float32")
     assert code == 0, err
     assert out.splitlines()[0] == f"{target}: layout native, float32"
     ids = torch.tensor([[5, 9, 11]])
-    plain, packed = load_model(target)[0], load_model(in_4_bits, dtype="float32")[0]
+    plain, packed = load_model(target)[0], load_model(int4_model, dtype="float32")[0]
     torch.testing.assert_close(plain(input_ids=ids).logits, packed(input_ids=ids).logits, rtol=0, atol=1e-5)
 
 
-def test_layouts_of_4_bits_take_nothing_else(vila, published, in_4_bits, tmp_path):
+def test_int4_layouts_take_int4_models_only(vila, vila_error, published, int4_model, tmp_path):
     code, _, err = vila("convert", published, tmp_path / "out", "--layout", "awq-hf")
     assert code == 1
     assert "awq-hf" in err and "vila quantize" in err
-    code, _, err = vila("convert", in_4_bits, tmp_path / "out", "--layout", "tinychat", "--dequantize")
-    assert code == 2
-    assert "--dequantize: tinychat holds models in 4 bits" in err
+    error = vila_error("convert", int4_model, tmp_path / "out", "--layout", "tinychat", "--dequantize")
+    assert (type(error), error.field) == (ConfigError, "--dequantize")
 
 
 @pytest.mark.parametrize("command", ["convert", "quantize"])
@@ -212,7 +212,7 @@ def test_a_format_of_exports_points_to_vila_export(vila, model, tmp_path, layout
     assert f"vila export {model} --format {layout}" in err
 
 
-def test_a_misspelt_layout_is_answered_with_the_one_that_is_meant(vila, model, tmp_path):
+def test_a_misspelt_layout_gets_a_suggestion(vila, model, tmp_path):
     code, _, err = vila("convert", model, tmp_path / "out", "--layout", "llava_hf")
     assert code == 2
     assert "did you mean 'llava-hf'" in err

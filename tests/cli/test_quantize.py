@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.quant.models import loud
+from vila.core.errors import ConfigError
 from vila.model.layouts.detect import detect_layout
 from vila.model.loading import save_model
 
@@ -136,7 +137,7 @@ def bad_files(folder):
             2,
             "--clipping say how to search, and --load-awq",
         ),
-        (("--overwrite", "--output", "{model}"), 2, "holds the model that is converted"),
+        (("--overwrite", "--output", "{model}"), 2, "contains the source model"),
     ],
 )
 def test_bad_input_is_named_and_leaves_nothing(vila, loud_model, tmp_path, flags, code, message):
@@ -152,12 +153,11 @@ def test_bad_input_is_named_and_leaves_nothing(vila, loud_model, tmp_path, flags
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_what_is_in_the_way_stays_and_a_quantized_model_is_no_source(vila, loud_model, tmp_path):
+def test_an_existing_model_stays_and_a_quantized_model_is_no_source(vila, vila_error, loud_model, tmp_path):
     out = tmp_path / "out"
     assert vila("quantize", loud_model, "--output", out, "--method", "rtn", *FLAGS)[0] == 0
-    code, _, err = vila("quantize", loud_model, "--output", out, "--method", "rtn", *FLAGS)
-    assert code == 2
-    assert "exists already" in err
+    error = vila_error("quantize", loud_model, "--output", out, "--method", "rtn", *FLAGS)
+    assert (type(error), error.file) == (ConfigError, str(out))
     assert vila("quantize", loud_model, "--output", out, "--method", "rtn", *FLAGS, "--overwrite")[0] == 0
     code, _, err = vila("quantize", out, "--output", tmp_path / "again", "--method", "rtn", *FLAGS)
     assert code == 1
@@ -181,11 +181,11 @@ def arm(point):
     elif point == "write":
         quantize.save_search = die
     else:
-        save, left = resume_state.KeptBlocks.save, [point]
+        save, left = resume_state.BlockResumeState.save, [point]
         def counted(self, index, found):
             left[0] -= 1
             save(self, index, found) if left[0] else die()
-        resume_state.KeptBlocks.save = counted
+        resume_state.BlockResumeState.save = counted
 
 words, points = json.loads(sys.argv[1])
 for number, point in enumerate(points):

@@ -19,12 +19,15 @@ from vila.core.progress import SILENT, Events
 if TYPE_CHECKING:
     from vila.cli.data_check import Findings, Stats
     from vila.data.dataset import DatasetEntry
+    from vila.prepare.csv_table import Converted
 
 
 app = typer.Typer(help="Convert, check, inspect and count training data.", no_args_is_help=True)
 app.add_typer(prepare_app, name="prepare")
 
 _VIEWS = 8
+START_MODEL = "runs/starter/model"
+"""Model that `vila quickstart` writes; the commands after `from-csv` train it."""
 
 _Data = Annotated[
     str, typer.Argument(metavar="RECIPE|FILE", help="Recipe (name or .yaml), or data file, directory or pattern.")
@@ -60,17 +63,34 @@ def from_csv(
     ],
 ) -> None:
     """Convert a CSV table to training data, and print the commands to check it and train on it."""
-    from vila.cli.data_csv import convert_csv
+    from vila.prepare.csv_table import convert_csv
 
     written = convert_csv(table, image_root, out)
     typer.echo(f"{out}: {written.samples:,} samples")
     if written.linked:
-        typer.echo(
-            f"the images were linked, or copied, into {written.linked}, to lie below the directory of {out.name}"
-        )
+        typer.echo(f"images outside of the directory of {out.name} were linked or copied to {written.linked}")
     typer.echo("\nnext:")
-    for command in written.next_commands():
+    for command in _next_commands(written):
         typer.echo(f"  {command}")
+
+
+def _next_commands(written: Converted) -> list[str]:
+    """Return shell commands that check the data, train on them, and run the trained model."""
+    import json
+    import shlex
+
+    has_model = Path(START_MODEL).is_dir()
+    run = written.out.parent / f"{written.out.stem}_run"
+    mixture = json.dumps([{"format": "messages", "path": str(written.out)}])
+    fields = [f"model.path={START_MODEL}", f"data.mixture={mixture}", "budget.tokens=0", "budget.epochs=3"]
+    image = ["--image", str(written.first.image)] if written.first.image else []
+    commands = [
+        ["vila", "data", "check", str(written.out), *(["--model", START_MODEL] if has_model else [])],
+        *([] if has_model else [["vila", "quickstart"]]),
+        ["vila", "train", "starter/3_sft", *fields, f"output.dir={run}"],
+        ["vila", "run", str(run / "model"), *image, "--prompt", written.first.question],
+    ]
+    return [shlex.join(command) for command in commands]
 
 
 @app.command()

@@ -150,9 +150,11 @@ def quantize(
     """Quantize the LLM of [bold]MODEL[/bold] to INT4. Resumes after an interruption."""
     from rich.console import Console
 
-    from vila.cli.convert import README, check_apart, check_target, layout_readme, stop_cleanly
+    from vila import __version__
+    from vila.cli.convert import check_apart, check_target, stop_cleanly
     from vila.cli.progress import Screen
     from vila.model.hub import local_folder
+    from vila.model.layouts.readme import README, layout_readme
     from vila.model.loading import build_model, empty_model, open_checkpoint
     from vila.quant.awq_cache import load_search, read_search, write_awq_cache
     from vila.quant.awq_search import check_ids
@@ -199,7 +201,7 @@ def quantize(
         elif calib_data:
             screen.log(f"note: --calib-data is not read, since {unused} needs no calibration")
         network, processor = build_model(checkpoint), checkpoint.processor
-        texts = {README: layout_readme("awq-hf", network, processor)}
+        texts = {README: layout_readme("awq-hf", network, processor, __version__)}
         summary = quantize_checkpoint(
             network, processor, target, request, calibration, found, texts=texts, events=screen
         )
