@@ -33,7 +33,7 @@ from vila.train.fsdp import World, open_world, shard
 from vila.train.loss import LossModule
 from vila.train.optimizer import MasterAdamW
 from vila.train.parameter_groups import group_parameters, select_trainable
-from vila.train.setup import enable_gradient_checkpointing
+from vila.train.train_state import enable_gradient_checkpointing
 
 BOUND = 0.1
 MASKED = False  # the objective attends to packed rows without a mask

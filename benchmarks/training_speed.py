@@ -95,7 +95,7 @@ def main() -> int:
 def _ours(run) -> tuple[int, int]:  # type: ignore[no-untyped-def]
     before = run.trainer.progress
     shown: list[int] = []
-    real = run.trainer.lanes.step
+    real = run.trainer.data.streams.step
 
     def counted():  # type: ignore[no-untyped-def]
         rows = real()
@@ -103,9 +103,9 @@ def _ours(run) -> tuple[int, int]:  # type: ignore[no-untyped-def]
         shown.append(sum(max(1, len(sample.segments) - 1) for row in rows for sample in row))
         return rows
 
-    run.trainer.lanes.step = counted
+    run.trainer.data.streams.step = counted
     run.trainer.step()
-    run.trainer.lanes.step = real
+    run.trainer.data.streams.step = real
     return shown[0], run.trainer.progress.tokens - before.tokens
 
 

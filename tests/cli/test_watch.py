@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.train.finish import on_step
 from tests.train.ranks import run_ranks
 from tests.train.stand import stand_recipe, write_stand
 from vila.cli.train_callbacks import asked, listeners_of
@@ -52,7 +53,7 @@ def watched(stand, out, *overrides):
 
 def train(recipe, *listeners, watch=True):
     run = build(recipe)
-    run.trainer.listeners += [*(listeners_of(recipe, run.processor) if watch else []), *listeners]
+    run.trainer.callbacks += [*(listeners_of(recipe, run.processor) if watch else []), *listeners]
     run.train()
     return run
 
@@ -117,19 +118,19 @@ def test_training_does_not_notice_that_it_is_watched(stand, options):
 
 def test_modes_and_random_numbers_are_as_before(stand):
     trainer = build(stand_recipe(stand, "modes", "compute.gradient_checkpointing=true")).trainer
-    modes = {name: module.training for name, module in trainer.model.named_modules()}
+    modes = {name: module.training for name, module in trainer.state.model.named_modules()}
     assert len(set(modes.values())) == 2
     drawn = {}
     for look in (True, False):
         torch.manual_seed(1), random.seed(1), np.random.seed(1)
         if look:
             with pytest.raises(ZeroDivisionError), asked(trainer):
-                assert not any(module.training for module in trainer.model.modules())
+                assert not any(module.training for module in trainer.state.model.modules())
                 torch.rand(3), random.random(), np.random.rand()
                 1 / 0  # noqa: B018 - also when asking fails
         drawn[look] = (torch.rand(1).item(), random.random(), np.random.rand())
     assert drawn[True] == drawn[False]
-    assert {name: module.training for name, module in trainer.model.named_modules()} == modes
+    assert {name: module.training for name, module in trainer.state.model.named_modules()} == modes
 
 
 def test_a_run_that_goes_on_repeats_no_line(stand, whole):
@@ -140,7 +141,7 @@ def test_a_run_that_goes_on_repeats_no_line(stand, whole):
             os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(Interrupted):
-        train(recipe, stop)
+        train(recipe, on_step(stop))
     folder = recipe.output.dir
     # As a kill after later steps than the checkpoint's leaves them.
     for name, extra in (("answers", {"prompt": "what?", "answer": "x"}), ("evaluations", {"score": 101.0})):
@@ -162,7 +163,7 @@ def test_the_best_is_the_first_of_the_highest_scores_that_are_left(stand):
     lines = [{"step": step, "benchmark": "easy_vqa", "score": score} for step, score in scores.items()]
     (folder / "evaluations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (listener,) = listeners_of(recipe, tiny.vila()[1])
-    listener(SimpleNamespace(is_main=True), {"step": 5})
+    listener.on_step_end(SimpleNamespace(world=SimpleNamespace(is_main=True)), {"step": 5})
     assert read_json(folder / "best.json") == {"step": 3, "benchmark": "easy_vqa", "score": 80.0}
 
 

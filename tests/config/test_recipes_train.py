@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.config.tiny_inputs import write_data, write_parts
+from tests.train.finish import on_step
 from vila.config import load_recipe, recipe_names
 from vila.model.loading import assemble, save_model
 from vila.train.build import build
@@ -78,14 +79,14 @@ def stop_after(steps):
         if facts["step"] == steps:
             raise Enough
 
-    return listen
+    return on_step(listen)
 
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_a_packaged_recipe_trains_three_steps(name, parts, data, tmp_path):
     recipe = small_recipe(name, parts, data, tmp_path / "out")
     with pytest.raises(Enough):
-        build(recipe, listeners=[stop_after(STEPS)]).train()
+        build(recipe, callbacks=[stop_after(STEPS)]).train()
     rows = read_metrics(tmp_path / "out" / "metrics.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all(np.isfinite(row["loss"]) and row["supervised"] > 0 for row in rows)

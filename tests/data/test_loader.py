@@ -187,9 +187,9 @@ def test_a_resumed_run_drops_the_bad_samples_that_it_will_read_again(tmp_path):
     log.add([bad(n) for n in range(4)])
     log.path.write_text(log.path.read_text() + '{"position": 9, "rea')
     states = [PackingStreamState(4, ()), PackingStreamState(5, (3,))]
-    from vila.train.setup import _seen_by
+    from vila.train.data_stream import visited_by
 
-    again = BadSampleLog(log.path, 9, seen=_seen_by(states, 2))
+    again = BadSampleLog(log.path, 9, seen=visited_by(states))
     assert [json.loads(line)["position"] for line in log.path.read_text().splitlines()] == [0, 1, 2]
     assert again.count == 3
 

@@ -18,7 +18,7 @@ from vila.core.types import Image
 from vila.core.vision_spec import VisionSpec
 from vila.data.dataset import DatasetEntry
 from vila.model.loading import load_model, save_model
-from vila.train.setup import load_initial_model, open_initial_model
+from vila.train.train_state import load_initial_model, open_initial_model
 
 SIZE = (40, 20)
 

@@ -13,7 +13,7 @@ from vila.core.errors import LayoutError, TemplateError
 from vila.engine.engine import Engine
 from vila.model import loading
 from vila.model.loading import load_model, open_components, save_model
-from vila.train.setup import load_initial_model, open_initial_model
+from vila.train.train_state import load_initial_model, open_initial_model
 
 LACKING = ["vicuna_v1", "llama_2", "llama_3", "mistral"]
 WRITTEN = ["chatml", "hermes-2", "mpt", "starter_qa", "caption", "page", "llava_v0"]

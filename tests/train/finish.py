@@ -15,7 +15,8 @@ from vila.core.errors import Interrupted
 from vila.train.build import Run, build
 from vila.train.checkpoint_files import MANIFEST, digest_files, write_manifest
 from vila.train.metrics_log import read_metrics
-from vila.train.setup import gather_full_tensors
+from vila.train.train_state import gather_full_tensors
+from vila.train.trainer import TrainerCallback
 
 FACTS = ("step", "tokens_seen", "loss", "loss_by_data_set", "lr", "grad_norm", "supervised", "images")
 
@@ -29,7 +30,7 @@ def finish(folder: Path, out: str, overrides: Sequence[str], change: Callable[[R
     if change:
         change(run)
     run.trainer.run()
-    run.checkpoints.wait()
+    run.trainer.checkpointer.wait()
     weights = gather_full_tensors(run.model, torch.float32, run.world)
     run.world.all_gather_object(None)
     if weights is None:
@@ -51,20 +52,27 @@ def sign(folder: Path) -> None:
     write_manifest(folder, digest_files(folder, [file.name for file in folder.iterdir() if file.name != MANIFEST]))
 
 
-def stop_after(step: int, number: int = signal.SIGINT, rank: int = 0) -> Callable[..., None]:
-    """A listener that sends a signal to its own process after a step."""
+class on_step(TrainerCallback):
+    """A callback that calls a function after every step."""
+
+    def __init__(self, function: Callable[[Any, dict[str, Any]], None]) -> None:
+        self.on_step_end = function  # type: ignore[method-assign, assignment]
+
+
+def stop_after(step: int, number: int = signal.SIGINT, rank: int = 0) -> TrainerCallback:
+    """A callback that sends a signal to its own process after a step."""
 
     def listen(trainer: Any, facts: dict[str, Any]) -> None:
         if facts["step"] == step and trainer.world.process.rank == rank:
             os.kill(os.getpid(), number)
 
-    return listen
+    return on_step(listen)
 
 
-def stopped(folder: Path, out: str, overrides: Sequence[str], step: int, number: int, rank: int = 0) -> tuple[int, str]:
-    """Train until a signal stops the run: the exit code of the command, and what it says."""
+def stopped(folder: Path, out: str, overrides: Sequence[str], step: int, number: int, rank: int = 0) -> tuple[int, Any]:
+    """Train until a signal stops the run; return the exit code of the command and the last step, as the error has it."""
     try:
-        build(stand_recipe(folder, out, *overrides), listeners=[stop_after(step, number, rank)]).train()
+        build(stand_recipe(folder, out, *overrides), callbacks=[stop_after(step, number, rank)]).train()
     except Interrupted as error:
-        return error.exit_code, str(error)
-    return -1, ""
+        return error.exit_code, error.record
+    return -1, None

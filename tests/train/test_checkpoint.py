@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.train.finish import assert_identical, finish, sign, stop_after
+from tests.train.finish import assert_identical, finish, on_step, sign, stop_after
 from tests.train.ranks import run_ranks
 from tests.train.stand import stand_recipe, write_stand
 from vila.core.distributed import ProcessInfo
@@ -39,7 +39,7 @@ def stopped(stand):
     """The directory of a run that was stopped after its first step."""
     recipe = stand_recipe(stand, "stopped", *SAVES)
     with pytest.raises(Interrupted):
-        build(recipe, listeners=[stop_after(1)]).train()
+        build(recipe, callbacks=[stop_after(1)]).train()
     return recipe.output.dir
 
 
@@ -90,14 +90,14 @@ def test_the_best_step_that_a_listener_names_is_kept_in_a_run(stand):
             write_json(recipe.output.dir / "best.json", {"step": facts["step"]})
 
     with pytest.raises(Interrupted):
-        build(recipe, listeners=[judge, stop_after(7)]).train()
+        build(recipe, callbacks=[on_step(judge), stop_after(7)]).train()
     assert names(recipe.output.dir / "checkpoint") == ["step-00000003", "step-00000006", "step-00000007"]
 
 
 def test_by_default_a_damaged_checkpoint_has_one_before_it(stand):
     recipe = stand_recipe(stand, "default", *SAVES)
     with pytest.raises(Interrupted):
-        build(recipe, listeners=[stop_after(7)]).train()
+        build(recipe, callbacks=[stop_after(7)]).train()
     folder = recipe.output.dir / "checkpoint"
     assert names(folder) == ["step-00000006", "step-00000007"]
     cut(folder / "step-00000007" / "state.json")
@@ -123,7 +123,7 @@ def on_a_full_disk(folder, out, rank, how):
             else:
                 checkpoint.write_json = no_room
 
-    run = build(stand_recipe(folder, out, *SAVES), listeners=[fill])
+    run = build(stand_recipe(folder, out, *SAVES), callbacks=[on_step(fill)])
     try:
         run.train()
     except CheckpointError as error:

@@ -83,7 +83,7 @@ def test_a_report_names_the_file_that_is_damaged(tmp_path, name, content):
 def test_a_run_does_not_resume_over_damaged_metrics(stand):
     recipe = stand_recipe(stand, "out")
     with pytest.raises(Interrupted):
-        build(recipe, listeners=[stop_after(2)]).train()
+        build(recipe, callbacks=[stop_after(2)]).train()
     path = recipe.output.dir / "metrics.jsonl"
     path.write_text(path.read_text().replace('"step": 2', '"step": "2"'))
     with pytest.raises(DataError) as caught:

@@ -26,14 +26,14 @@ def stand(tmp_path_factory):
 def positions_of(run):
     """How often each global position was trained on; filled while the run trains."""
     seen = Counter()
-    step = run.trainer.lanes.step
+    step = run.trainer.data.streams.step
 
     def listen():
         rows = step()
         seen.update(position for row in rows for position in row.positions)
         return rows
 
-    run.trainer.lanes.step = listen
+    run.trainer.data.streams.step = listen
     return seen
 
 
@@ -61,7 +61,7 @@ def test_the_rate_falls_to_zero_at_the_end_of_the_last_sample(stand):
     assert len(rows) == 8
     assert sum(row["tokens"] for row in rows) == run.trainer.progress.tokens
     assert rows[-1]["lr"] < 0.05 * max(row["lr"] for row in rows)
-    assert run.trainer.spent(run.trainer.progress) == 1
+    assert run.trainer.schedule.budget_fraction(run.trainer.progress) == 1
 
 
 def test_samples_that_are_dropped_or_unreadable_are_visits_of_the_epoch_and_not_replaced(stand, tmp_path):
@@ -94,7 +94,7 @@ def test_a_run_that_is_stopped_before_its_short_last_step_goes_on_bit_for_bit(st
     through = finish(stand, f"{out}-through", options)
     last = through[0][-1]["step"]
     with pytest.raises(Interrupted):
-        build(stand_recipe(stand, out, *options), listeners=[stop_after(last - 1)]).train()
+        build(stand_recipe(stand, out, *options), callbacks=[stop_after(last - 1)]).train()
     assert_identical(finish(stand, out, options), through)
 
 

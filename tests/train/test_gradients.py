@@ -28,7 +28,7 @@ def gradients_of_a_step(folder, out, overrides):
     """The loss of the first step, the samples that it saw, and its gradient by parameter, before clipping."""
     run = build(stand_recipe(folder, out, *STEP, *overrides))
     seen, kept = [], {}
-    read, update = run.trainer.lanes.step, run.trainer.optimizer.step
+    read, update = run.trainer.data.streams.step, run.trainer.state.optimizer.step
 
     def keep_rows():
         rows = read()
@@ -36,12 +36,12 @@ def gradients_of_a_step(folder, out, overrides):
         return rows
 
     def keep_gradients(factor, norm):
-        names = [name for group in run.trainer.optimizer.groups for name in group.names]
-        gradients = run.trainer.optimizer.gradients()
+        names = [name for group in run.trainer.state.optimizer.groups for name in group.names]
+        gradients = run.trainer.state.optimizer.gradients()
         kept.update({name: full_tensor(value).numpy().copy() for name, value in zip(names, gradients, strict=True)})
         update(factor, norm)
 
-    run.trainer.lanes.step, run.trainer.optimizer.step = keep_rows, keep_gradients
+    run.trainer.data.streams.step, run.trainer.state.optimizer.step = keep_rows, keep_gradients
     facts, shares = run.trainer.step()
     return facts["loss"], [one for share in run.world.all_gather_object(seen) for one in share], kept, len(shares)
 

@@ -25,7 +25,7 @@ def stopped(tmp_path_factory):
     """A stand whose run was stopped after step 2."""
     folder = write_stand(tmp_path_factory.mktemp("stand"))
     with pytest.raises(Interrupted):
-        build(stand_recipe(folder, "out", *STEPS), listeners=[stop_after(2)]).train()
+        build(stand_recipe(folder, "out", *STEPS), callbacks=[stop_after(2)]).train()
     return folder
 
 
@@ -160,7 +160,7 @@ def test_parts_are_stamped_under_their_own_fields(tmp_path):
     parts = ("model.path=", f"model.llm={llm}", f"model.vision={vision}", "model.image_size=56", "data.max_length=512")
     recipe = stand_recipe(folder, "parts", *STEPS, *parts)
     with pytest.raises(Interrupted):
-        build(recipe, listeners=[stop_after(1)]).train()
+        build(recipe, callbacks=[stop_after(1)]).train()
     stamps = read_json(folder / "parts" / "checkpoint" / "step-00000001" / "inputs.json")
     assert set(stamps["model"]) == {"model.llm", "model.vision"}
     assert "tokenizer.json" in stamps["model"]["model.llm"]

@@ -6,6 +6,7 @@ import signal
 import pytest
 import torch
 
+from tests.train.finish import on_step
 from tests.train.ranks import run_ranks
 from tests.train.stand import stand_recipe, write_stand
 from vila.core.errors import Interrupted
@@ -29,7 +30,7 @@ def killed_after(stand, step, out):
         if facts["step"] == step:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    build(stand_recipe(stand, out, *LORA, "output.checkpoint_every_steps=1"), listeners=[die]).train()
+    build(stand_recipe(stand, out, *LORA, "output.checkpoint_every_steps=1"), callbacks=[on_step(die)]).train()
 
 
 def test_adapters_with_dropout_go_on_bit_for_bit_after_a_kill(stand):
@@ -73,7 +74,7 @@ def test_a_stop_leaves_nothing_but_a_checkpoint(stand):
 
     recipe = stand_recipe(stand, "stop", *LORA)
     with pytest.raises(Interrupted):
-        build(recipe, listeners=[stop]).train()
+        build(recipe, callbacks=[on_step(stop)]).train()
     assert not model_dir(recipe).exists()
     tensors = build(recipe).checkpoints.folder / "step-00000002"
     assert tensors.is_dir()

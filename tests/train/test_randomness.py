@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.train.finish import on_step
 from tests.train.ranks import run_ranks
 from tests.train.stand import stand_recipe, write_stand
 from vila.train.build import build
@@ -41,9 +42,9 @@ def test_ranks_and_steps_draw_different_numbers():
 def numbers_in_training(folder, out):
     drawn = []
     run = build(stand_recipe(folder, out, "budget.tokens=400"))
-    run.trainer.listeners.append(lambda trainer, facts: drawn.append(str(draw())))
+    run.trainer.callbacks.append(on_step(lambda trainer, facts: drawn.append(str(draw()))))
     run.trainer.run()
-    run.checkpoints.wait()
+    run.trainer.checkpointer.wait()
     return drawn
 
 

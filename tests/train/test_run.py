@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.train.finish import on_step
 from tests.train.stand import stand_recipe, write_stand
 from vila.core.errors import CheckpointError, DataError, Interrupted, RunChangedError, TrainingError
 from vila.core.files import sha256_tree
@@ -31,7 +32,7 @@ def stop_after(step):
         if facts["step"] == step:
             os.kill(os.getpid(), signal.SIGINT)
 
-    return listen
+    return on_step(listen)
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +58,9 @@ def test_a_stopped_run_goes_on_bit_for_bit(stand, dtype):
     build(through).train()
     stopped = stand_recipe(stand, f"stopped-{dtype}", f"compute.dtype={dtype}")
     for step in (2, 5):
-        with pytest.raises(Interrupted, match=f"stopped after step {step}; run it again to go on"):
-            build(stopped, listeners=[stop_after(step)]).train()
+        with pytest.raises(Interrupted) as caught:
+            build(stopped, callbacks=[stop_after(step)]).train()
+        assert caught.value.record == f"step {step}"
     build(stopped).train()
     assert sha256_tree(model_dir(stopped), "*.safetensors") == sha256_tree(model_dir(through), "*.safetensors")
     ours, theirs = (read_metrics(r.output.dir / "metrics.jsonl") for r in (stopped, through))
@@ -136,7 +138,7 @@ def test_rows_are_full(whole):
 def test_a_changed_recipe_is_refused_with_the_difference(stand):
     recipe = stand_recipe(stand, "changed")
     with pytest.raises(Interrupted):
-        build(recipe, listeners=[stop_after(1)]).train()
+        build(recipe, callbacks=[stop_after(1)]).train()
     with pytest.raises(RunChangedError) as caught:
         build(stand_recipe(stand, "changed", "stage.lr=0.001"))
     assert caught.value.differences == [("stage.lr", "0.005", "0.001")]
@@ -145,7 +147,7 @@ def test_a_changed_recipe_is_refused_with_the_difference(stand):
 def test_a_damaged_checkpoint_is_named_with_the_remedy(stand):
     recipe = stand_recipe(stand, "damaged")
     with pytest.raises(Interrupted):
-        build(recipe, listeners=[stop_after(1)]).train()
+        build(recipe, callbacks=[stop_after(1)]).train()
     file = next((recipe.output.dir / "checkpoint").glob("*/*.distcp"))
     file.write_bytes(file.read_bytes()[:200])
     with pytest.raises(CheckpointError) as caught:
@@ -176,8 +178,10 @@ def test_a_loss_that_is_not_finite_stops_with_the_ids(stand):
     run = build(stand_recipe(stand, "nan"))
     with torch.no_grad():
         run.model.projector[0].weight.fill_(float("nan"))
-    with pytest.raises(TrainingError, match=r"the loss of step 1 is nan; its samples are '(image|text)\d+'"):
+    with pytest.raises(TrainingError) as caught:
         run.train()
+    assert (caught.value.record, caught.value.field) == ("step 1", "loss")
+    assert any(f"'{kind}{number}'" in caught.value.problem for kind in ("image", "text") for number in range(24))
 
 
 def test_a_sample_that_cannot_be_read_names_data_set_file_and_row(stand, tmp_path):
@@ -192,7 +196,7 @@ def test_a_sample_that_cannot_be_read_names_data_set_file_and_row(stand, tmp_pat
 def test_unfinished_lines_of_the_metrics_are_cut_on_resume(stand):
     recipe = stand_recipe(stand, "metrics")
     with pytest.raises(Interrupted):
-        build(recipe, listeners=[stop_after(3)]).train()
+        build(recipe, callbacks=[stop_after(3)]).train()
     path = recipe.output.dir / "metrics.jsonl"
     path.write_text(path.read_text() + '{"step": 4, "loss": 1}\n{"step": 5, "lo')
     build(recipe)

@@ -28,7 +28,7 @@ def test_pairs_are_those_of_the_samples(stand):
         stand_recipe(stand, "pairs", "data.packing=none", "batch.rows=0", "batch.samples=2", "budget.tokens=300")
     )
     seen = []
-    lanes = run.trainer.lanes
+    lanes = run.trainer.data.streams
     step = lanes.step
     lanes.step = lambda: seen.append(step()) or seen[-1]
     run.train()

@@ -67,7 +67,7 @@ def stopped(stand):
     """The directory of a run that was stopped after its third step, with two checkpoints."""
     recipe = stand_recipe(stand, "stopped", *SAVES)
     with pytest.raises(Interrupted):
-        build(recipe, listeners=[stop_after(3)]).train()
+        build(recipe, callbacks=[stop_after(3)]).train()
     return recipe.output.dir
 
 

@@ -134,8 +134,8 @@ def open_data(
     events:  told how files are indexed.
     """
     from vila.config.load import load_recipe, recipe_names
-    from vila.data.dataset import DatasetEntry, open_mixture
-    from vila.train.setup import build_mixture
+    from vila.data.dataset import Entry, open_mixture
+    from vila.train.data_stream import build_mixture
 
     recipe: Recipe | None = None
     origins: dict[str, str] = {}

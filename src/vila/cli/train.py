@@ -87,9 +87,9 @@ def train(
         with _said_once():
             benchmark = check_monitor(resolved, events)
         run = build(resolved, events=events, allow_changes=allowed)
-        run.trainer.listeners += listeners_of(resolved, run.processor, events, benchmark)
+        run.trainer.callbacks += listeners_of(resolved, run.processor, events, benchmark)
         events.log(
-            f"{resolved.name}: {run.trainable:,} trainable parameters, {run.mixture.epoch_length:,} samples per epoch"
+            f"{resolved.name}: {run.num_trainable:,} trainable parameters, {run.mixture.epoch_length:,} samples per epoch"
         )
         if run.world.is_main:
             lines, shares = shares_of(run, origins.get("data.max_length", ""))
@@ -177,7 +177,7 @@ def shares_of(run: Run, length_origin: str = "") -> tuple[list[str], dict[str, i
     """
     from vila.data.preview import LengthPreview
     from vila.data.stats import dataset_stats
-    from vila.train.setup import build_reader
+    from vila.train.data_stream import build_reader
 
     reader = build_reader(run.recipe, run.processor, run.mixture)
     try:

@@ -65,7 +65,7 @@ def listeners_of(
     return [*listeners, *open_trackers(recipe, folder)]
 
 
-class PromptListener:
+class PromptListener(TrainerCallback):
     """Answers the same prompts every few steps and at the end; lines of `answers.jsonl`."""
 
     def __init__(
@@ -76,13 +76,13 @@ class PromptListener:
         self.folder = folder
         self._log = _Log(folder / "answers.jsonl")
 
-    def __call__(self, trainer: Trainer, facts: dict[str, Any]) -> None:
+    def on_step_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
         """Answer when it is time."""
-        self._log.open(trainer, facts["step"] - 1)
-        if self.every and facts["step"] % self.every == 0:
-            self._answer(trainer, facts["step"])
+        self._log.open(trainer, metrics["step"] - 1)
+        if self.every and metrics["step"] % self.every == 0:
+            self._answer(trainer, metrics["step"])
 
-    def finish(self, trainer: Trainer) -> None:
+    def on_train_end(self, trainer: Trainer) -> None:
         """Answer once more, unless the last step just did."""
         self._log.open(trainer, trainer.progress.step)
         if trainer.progress.step not in self._log.steps:
@@ -90,7 +90,7 @@ class PromptListener:
 
     def _answer(self, trainer: Trainer, step: int) -> None:
         with task(self.events, f"prompts after step {step:,}", len(self.prompts), "answers"), asked(trainer):
-            engine = Engine(trainer.model, self.processor)
+            engine = Engine(trainer.state.model, self.processor)
             for prompt in self.prompts:
                 row: dict[str, Any] = {"prompt": prompt.text, "image": portable_path(prompt.image, self.folder)}
                 parts: list[Image | str] = [*([Image(prompt.image)] if prompt.image else []), prompt.text]
@@ -104,7 +104,7 @@ class PromptListener:
                 self.events.advanced(f"prompts after step {step:,}")
 
 
-class EvaluationListener:
+class EvaluationListener(TrainerCallback):
     """Runs a benchmark every few steps and at the end; lines of `evaluations.jsonl`, and the best one in `best.json`.
 
     The predictions of each are below `evaluations/`.
@@ -118,14 +118,14 @@ class EvaluationListener:
         )  # fmt: skip
         self._log = _Log(folder / "evaluations.jsonl")
 
-    def __call__(self, trainer: Trainer, facts: dict[str, Any]) -> None:
+    def on_step_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
         """Evaluate when it is time."""
-        if self._log.open(trainer, facts["step"] - 1):
+        if self._log.open(trainer, metrics["step"] - 1):
             self._note_best(trainer)
-        if facts["step"] % self.every == 0:
-            self._evaluate(trainer, facts["step"])
+        if metrics["step"] % self.every == 0:
+            self._evaluate(trainer, metrics["step"])
 
-    def finish(self, trainer: Trainer) -> None:
+    def on_train_end(self, trainer: Trainer) -> None:
         """Evaluate the finished model, unless the last step just did."""
         self._log.open(trainer, trainer.progress.step)
         if trainer.progress.step not in self._log.steps:
@@ -135,11 +135,11 @@ class EvaluationListener:
         began = time.monotonic()
         with asked(trainer), self._place(trainer, step) as out:
             result = run_benchmark(
-                Engine(trainer.model, self.processor),
+                Engine(trainer.state.model, self.processor),
                 self.benchmark,
                 out,
                 model=f"{trainer.name} after step {step}",
-                events=self.events if trainer.is_main else SILENT,
+                events=self.events if trainer.world.is_main else SILENT,
             )
         assert result  # every process asks everything, as dealt weights need all of them at every token
         self._log.write(trainer, step, _row(result, time.monotonic() - began))
@@ -148,7 +148,7 @@ class EvaluationListener:
     @contextmanager
     def _place(self, trainer: Trainer, step: int) -> Iterator[Path]:
         """Where predictions go: nothing may lie there, or one process would skip what the others ask."""
-        if trainer.is_main:
+        if trainer.world.is_main:
             out = self.folder / "evaluations" / f"step-{step:08d}"
             shutil.rmtree(out, ignore_errors=True)
             yield out
@@ -157,7 +157,7 @@ class EvaluationListener:
                 yield Path(elsewhere)
 
     def _note_best(self, trainer: Trainer) -> None:
-        if not trainer.is_main:
+        if not trainer.world.is_main:
             return
         path = self.folder / "best.json"
         scored = [row for row in self._log.read() if row.get("score") is not None]
@@ -175,11 +175,11 @@ def asked(trainer: Trainer) -> Iterator[None]:
 
     Afterwards each module that was in train mode is in it again, and each generator gives what it would have given.
     """
-    modes = {module: module.training for module in trainer.model.modules()}
+    modes = {module: module.training for module in trainer.state.model.modules()}
     state = random_state()
     try:
-        with trainer.whole_model():
-            trainer.model.eval()
+        with trainer.state.unsharded_model():
+            trainer.state.model.eval()
             yield
     finally:
         _restore(modes)
@@ -208,7 +208,7 @@ class _Log:
         self._is_open = True
         # All processes look at the same file, and must agree on what is there.
         self.steps = {row["step"] for row in read_metrics(self.path) if row["step"] <= step}
-        if trainer.is_main:
+        if trainer.world.is_main:
             self._file = MetricsLog(self.path, step)
         return True
 

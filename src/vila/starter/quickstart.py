@@ -270,7 +270,9 @@ class Quickstart:
             began = time.monotonic()
             training = build(recipe, events=self.events)
             self._note(f"set-up {stage}", time.monotonic() - began)
-            self.events.log(f"{title}: {training.trainable:,} parameters learn from {recipe.budget.tokens:,} tokens")
+            self.events.log(
+                f"{title}: {training.num_trainable:,} parameters learn from {recipe.budget.tokens:,} tokens"
+            )
             training.train()
         self._step(f"caption {stage}", lambda: self._caption(Engine.load(model_dir(recipe)), stage))
 

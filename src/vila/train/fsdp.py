@@ -1,4 +1,4 @@
-"""The processes of a run: what they tell each other, and how a model is dealt to them (FSDP2)."""
+"""Distributed setup: process groups, all-gather of Python objects, gradient all-reduce, FSDP2 sharding."""
 
 from __future__ import annotations
 
@@ -24,18 +24,19 @@ from vila.model.modeling import VilaForConditionalGeneration
 T = TypeVar("T")
 Sharding = Literal["full", "hybrid", "replicate"]
 
-_BUCKET = 2**24
+_BUCKET_NUMEL = 2**24
+"""Maximum number of elements that one all-reduce of many tensors combines."""
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run, seen from one of them.
+    """The processes (ranks) of a run, as known to one of them.
 
-    device:   what this process computes on.
-    sharding: how weights are dealt; without effect in a process that is alone.
-    mesh:     of the devices that weights are dealt to; None when every process holds all of them.
-    control:  the group that Python objects travel through, over the network of the processors.
-    saving:   the same for checkpoints that are written while training goes on.
+    device:   device of this process.
+    sharding: how weights are sharded; no effect with a single process.
+    mesh:     devices that weights are sharded over; None if every rank holds all weights.
+    control:  gloo group for Python objects.
+    saving:   gloo group for the thread that writes checkpoints.
     """
 
     process: ProcessInfo
@@ -47,18 +48,18 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes what is written once."""
+        """Whether this is rank 0, which writes shared files."""
         return self.process.is_main
 
     @property
     def is_single(self) -> bool:
-        """Whether there are no others."""
+        """Whether the run has one process."""
         return self.process.world_size == 1
 
     def all_gather_object(self, value: T, group: Any = None) -> list[T]:
-        """The values of all processes, by rank. Raises TrainingError when one of them is gone.
+        """Return the values of all ranks, in order. Raises TrainingError if a rank is lost.
 
-        group: `saving` in the thread that saves; None is `control`.
+        group: None is `control`; the thread that writes checkpoints uses `saving`.
         """
         if self.is_single:
             return [value]
@@ -68,7 +69,7 @@ class World:
         return values
 
     def run_on_main(self, work: Callable[[], T]) -> T:
-        """Run `work` in the main process; every process returns its result, or raises its VilaError."""
+        """Call `work` on rank 0; every rank returns its result or raises its VilaError."""
         value: T | None = None
         problem: VilaError | None = None
         if self.is_main:
@@ -83,16 +84,16 @@ class World:
         return value  # type: ignore[return-value]
 
     def barrier(self) -> None:
-        """Wait for all processes."""
+        """Wait for all ranks."""
         self.all_gather_object(None)
 
     def all_reduce(self, tensor: Tensor) -> None:
-        """Sum a tensor over all processes, in place."""
+        """Sum a tensor over all ranks, in place."""
         if not self.is_single:
             dist.all_reduce(tensor)
 
     def all_reduce_many(self, tensors: Sequence[Tensor]) -> None:
-        """Sum many tensors over all processes, in place, a few at a time as one."""
+        """Sum many tensors over all ranks, in place, combined into buckets."""
         if self.is_single:
             return
         for bucket in _buckets(tensors):
@@ -104,9 +105,9 @@ class World:
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """The main process runs the body before the others do: what it fetched or wrote is there for them.
+        """Run the body on rank 0 first, so that the other ranks find what it downloaded or wrote.
 
-        A VilaError of the main process is raised in all of them.
+        A VilaError of rank 0 is raised on all ranks.
         """
         if not self.is_main:
             problem = self.all_gather_object(None)[0]
@@ -123,16 +124,18 @@ class World:
         self.all_gather_object(None)
 
     def close(self) -> None:
-        """Part from the others."""
+        """Leave the process groups."""
         if not self.is_single and dist.is_initialized():
             dist.destroy_process_group()
 
 
 def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Neighbours of one type, together no larger than _BUCKET numbers unless one is."""
+    """Group consecutive tensors of one dtype, up to _BUCKET_NUMEL elements or one larger tensor per bucket."""
     bucket: list[Tensor] = []
     for tensor in tensors:
-        if bucket and (tensor.dtype != bucket[0].dtype or sum(t.numel() for t in bucket) + tensor.numel() > _BUCKET):
+        if bucket and (
+            tensor.dtype != bucket[0].dtype or sum(one.numel() for one in [*bucket, tensor]) > _BUCKET_NUMEL
+        ):
             yield bucket
             bucket = []
         bucket.append(tensor)
@@ -142,7 +145,7 @@ def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def raise_on_lost_rank() -> Iterator[None]:
-    """Turn what the network libraries say of a process that is gone into a TrainingError."""
+    """Raise TrainingError for the errors of gloo and NCCL that mean that another rank is lost."""
     try:
         yield
     except VilaError:
@@ -151,17 +154,17 @@ def raise_on_lost_rank() -> Iterator[None]:
         text = str(error)
         if isinstance(error, dist.DistError) or "gloo" in text or "Connection" in text or "NCCL" in text:
             raise TrainingError(
-                "another process of the run ended or cannot be reached; its own output says why. Run again to go on "
-                f"from the last checkpoint ({text.splitlines()[0][:200]})"
+                f"another rank of the run ended or cannot be reached ({text.splitlines()[0][:200]})",
+                hint="its own output has the reason; run again to resume from the last checkpoint",
             ) from error
         raise
 
 
 def open_world(sharding: Sharding = "full", timeout_s: float = 600.0) -> World:
-    """Join the other processes of the run, if there are any.
+    """Join the process groups of the run; without `torchrun` the run has one process.
 
-    timeout_s: how long one waits for the others.
-    Raises ConfigError when there are more processes on a machine than devices, or torchrun's variables are missing.
+    timeout_s: limit on waiting for other ranks.
+    Raises ConfigError if a machine has more processes than GPUs, or if variables of torchrun are missing.
     """
     process = current_process()
     cuda = torch.cuda.is_available()
@@ -177,7 +180,7 @@ def open_world(sharding: Sharding = "full", timeout_s: float = 600.0) -> World:
         return World(process, device, sharding)
     limit = timedelta(seconds=timeout_s)
     if absent := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
-        raise ConfigError(f"{', '.join(absent)} not set; start the run with torchrun, which sets them")
+        raise ConfigError("not set", field=", ".join(absent), hint="start the run with torchrun, which sets them")
     with raise_on_lost_rank():
         if not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=limit)
@@ -201,13 +204,15 @@ def _mesh(process: ProcessInfo, device: str, sharding: Sharding) -> DeviceMesh |
 
 
 def shard(
-    objective: nn.Module, model: VilaForConditionalGeneration, world: World, dtype: torch.dtype, *, reshard: bool
+    loss_module: nn.Module, model: VilaForConditionalGeneration, world: World, dtype: torch.dtype, *, reshard: bool
 ) -> None:
-    """Deal the weights of `objective`, the module whose forward pass is a step, to the processes of `world.mesh`.
+    """Shard the weights of `loss_module` over `world.mesh` with FSDP2.
 
-    Units are the decoder blocks of the family's card, the blocks of the tower, and the projector; the rest stays
-    together. What learns is held in float32, which are the master weights, gathered in `dtype`, and its gradients are
-    summed in float32; frozen weights are held in `dtype`. One unit at a time is on the device whole.
+    Units are the decoder blocks, the tower's blocks, the projector, and one unit for the rest. Trainable weights are
+    stored in float32 (the master weights), gathered in `dtype`, and their gradients are summed in float32; frozen
+    weights are stored in `dtype`.
+
+    reshard: free a unit's gathered weights after its forward pass.
     """
     assert world.mesh is not None
     policy = MixedPrecisionPolicy(param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32)
@@ -215,17 +220,17 @@ def shard(
         if next(unit.parameters(), None) is not None:
             _convert(unit, dtype)
             fully_shard(unit, mesh=world.mesh, mp_policy=policy, reshard_after_forward=reshard)
-    _convert(objective, dtype)
-    fully_shard(objective, mesh=world.mesh, mp_policy=policy, reshard_after_forward=False)
-    for module in objective.modules():
+    _convert(loss_module, dtype)
+    fully_shard(loss_module, mesh=world.mesh, mp_policy=policy, reshard_after_forward=False)
+    for module in loss_module.modules():
         if isinstance(module, FSDPModule):
-            # The loss is divided by the tokens of all processes already: gradients are summed, not averaged.
+            # The loss is already divided by the tokens of all ranks, so gradients are summed, not averaged.
             module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # the only reduction that gloo has
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction
 
 
 def sharding_units(model: VilaForConditionalGeneration) -> list[nn.Module]:
-    """The decoder blocks and the blocks of the tower, the units of sharding, recomputing and compiling."""
+    """Return the transformer blocks of LLM and tower, the units of FSDP2."""
     return [*decoder_blocks(model), *tower_blocks(model)]
 
 
@@ -236,7 +241,7 @@ def decoder_blocks(model: VilaForConditionalGeneration) -> list[nn.Module]:
 
 
 def tower_blocks(model: VilaForConditionalGeneration) -> list[nn.Module]:
-    """The tower's blocks: the items of its lists of modules."""
+    """Return the tower's transformer blocks: the items of its module lists."""
     lists = [module for module in model.vision_tower.modules() if isinstance(module, nn.ModuleList)]
     return [block for blocks in lists if len(blocks) > 1 for block in blocks]
 
@@ -244,11 +249,11 @@ def tower_blocks(model: VilaForConditionalGeneration) -> list[nn.Module]:
 def _convert(module: nn.Module, dtype: torch.dtype) -> None:
     for parameter in module.parameters():
         if not isinstance(parameter, DTensor):
-            # A copy in any case: weights may be pages of a file.
-            kind = torch.float32 if parameter.requires_grad else dtype
-            parameter.data = parameter.data.to(kind, copy=parameter.requires_grad)
+            # Trainable weights are always copied: they may be memory-mapped.
+            target = torch.float32 if parameter.requires_grad else dtype
+            parameter.data = parameter.data.to(target, copy=parameter.requires_grad)
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A dealt tensor put together, on every process; others as they are."""
+    """Return a sharded tensor gathered on every rank; other tensors unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

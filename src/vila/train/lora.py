@@ -1,7 +1,4 @@
-"""Adapters that learn in place of the LLM's weights (LoRA, arXiv 2106.09685), by PEFT; also over 4 or 8 bits.
-
-A model keeps its class and its calls: PEFT only wraps Linears. QLoRA is arXiv 2305.14314.
-"""
+"""LoRA (arXiv 2106.09685) and QLoRA (arXiv 2305.14314) for the LLM, with PEFT: add, save and merge adapters."""
 
 from __future__ import annotations
 
@@ -26,35 +23,36 @@ _DOWN, _UP, _BASE = ".lora_A.default.weight", ".lora_B.default.weight", ".base_l
 
 
 def add_adapters(model: VilaForConditionalGeneration, lora: Lora, seed: int) -> None:
-    """Put float32 adapters into Linears of the LLM, and freeze everything else.
+    """Add float32 adapters to Linears of the LLM, and freeze everything else.
 
-    Their first values are drawn from `seed` alone, on every process alike; at first they change nothing, for B is zero.
-    With `lora.bits` of 4 or 8 the frozen Linears of the LLM are moved to the CUDA device in that many bits.
-    Raises ConfigError for targets that are no Linears of the LLM, and for what is not installed or not there.
+    A is initialised from `seed`, the same on every rank; B is zero, so the output does not change at first.
+    With `lora.bits` of 4 or 8 the frozen Linears of the LLM are quantized and moved to the CUDA device.
+    Raises ConfigError for targets that are not Linears of the LLM and for a missing CUDA device, MissingExtraError for
+    packages that are not installed.
     """
     peft = require("peft", "stage.lora", extra="lora")
     targets = _targets(model, lora.targets)
     if lora.bits < 16:
-        _quantise(model, lora.bits)
-    facts = peft.LoraConfig(
+        _quantize(model, lora.bits)
+    config = peft.LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
-        # A list of names would, in PEFT, also mean the tower's.
+        # With a list of names PEFT would also wrap the tower's Linears.
         target_modules=rf"{_LLM}\.(?:.*\.)?(?:{'|'.join(map(re.escape, targets))})",
     )
-    flag = f"is_loaded_in_{lora.bits}bit"  # by which PEFT chooses its layers
+    flag = f"is_loaded_in_{lora.bits}bit"  # PEFT chooses its layers by this attribute
     setattr(model, flag, True)
     with torch.random.fork_rng(devices=[]):
-        peft.inject_adapter_in_model(facts, model)
+        peft.inject_adapter_in_model(config, model)
     delattr(model, flag)
-    # PEFT's layers start out in train mode, where dropout acts.
+    # PEFT creates its layers in train mode, with dropout.
     model.language_model.train(model.language_model.training)
-    _draw(model, seed)
+    _initialise(model, seed)
 
 
 def adapter_parameters(model: nn.Module) -> list[str]:
-    """Names of the adapters' parameters."""
+    """Return the names of the adapters' parameters."""
     return [name for name, _ in model.named_parameters() if name.endswith((_DOWN, _UP))]
 
 
@@ -65,24 +63,24 @@ def save_adapter(
     base: str,
     tensors: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write a directory that PEFT and `load_model` read: adapters, projector, a tower that learnt, and the processor.
+    """Write a directory that PEFT and `load_model` read: adapters, projector, a trained tower, and the processor.
 
-    base:    path or hub id of the model that the adapters were put into, as the recipe names it.
-    tensors: whole tensors by parameter name, where those of the model are dealt out; others in it are not needed.
+    base:    path or hub id of the base model, as in the recipe.
+    tensors: full tensors by parameter name, for a sharded model; must include the written parameters.
     """
     parts = ["projector"]
     if any(parameter.requires_grad for parameter in model.vision_tower.parameters()):
         parts.append("vision_tower")
-    held = dict(model.state_dict()) if tensors is None else tensors
-    wanted = [*adapter_parameters(model), *(name for name in held if name.partition(".")[0] in parts)]
-    chosen = {name: held[name].detach().cpu() for name in wanted}
+    full = dict(model.state_dict()) if tensors is None else tensors
+    wanted = [*adapter_parameters(model), *(name for name in full if name.partition(".")[0] in parts)]
+    chosen = {name: full[name].detach().cpu() for name in wanted}
     write_adapter(model, processor, chosen, folder, base=base, whole_modules=parts)
 
 
 def merge_adapters(model: VilaForConditionalGeneration) -> None:
-    """Fold the adapters into the weights of the LLM, which must be whole, and take them away; in place.
+    """Merge the adapters into the LLM's weights (not sharded) and remove them, in place.
 
-    Raises ConfigError for an LLM in 4 or 8 bits, which would round them away.
+    Raises ConfigError for an LLM quantized to 4 or 8 bits, where rounding would lose the adapters.
     """
     scale = _scale(model)
     for name, layer in _adapted(model):
@@ -90,8 +88,10 @@ def merge_adapters(model: VilaForConditionalGeneration) -> None:
         assert isinstance(base, nn.Linear)
         if not base.weight.is_floating_point():
             raise ConfigError(
-                f"{name} is held in few bits, which would round its adapter away; save the adapter, and load or "
-                "convert it: it is then merged into the weights of its base"
+                "an adapter cannot be merged into quantized weights",
+                field=name,
+                value=str(base.weight.dtype),
+                hint="save the adapter; loading or converting it merges it into the 16-bit weights of its base",
             )
         down, up = (layer.get_parameter(leaf.removeprefix(".")) for leaf in (_DOWN, _UP))
         with torch.no_grad():
@@ -101,22 +101,25 @@ def merge_adapters(model: VilaForConditionalGeneration) -> None:
 
 
 def merged_tensors(model: VilaForConditionalGeneration, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of the model as it is without adapters, from `tensors`, its whole ones by name with adapters."""
+    """Return the weights with adapters merged, under the names of a model without adapters.
+
+    tensors: full weights of the model with adapters, by name.
+    """
     scale = _scale(model)
     out = {}
     for name, tensor in tensors.items():
         stem, inside, leaf = name.partition(_BASE)
         if name.endswith((_DOWN, _UP)):
             continue
-        changed = inside and leaf == "weight"
-        new = merge_lora(tensor, tensors[stem + _DOWN], tensors[stem + _UP], scale) if changed else tensor
+        is_adapted = inside and leaf == "weight"
+        new = merge_lora(tensor, tensors[stem + _DOWN], tensors[stem + _UP], scale) if is_adapted else tensor
         out[f"{stem}.{leaf}" if inside else name] = new
     return out
 
 
 def _scale(model: VilaForConditionalGeneration) -> float:
-    facts = model.peft_config["default"]
-    return float(facts.lora_alpha) / int(facts.r)
+    config = model.peft_config["default"]
+    return float(config.lora_alpha) / int(config.r)
 
 
 def _adapted(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -125,7 +128,7 @@ def _adapted(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _linears(model: VilaForConditionalGeneration) -> Iterator[tuple[str, nn.Linear]]:
-    """The Linears of the LLM but its head, by their names in the model."""
+    """Yield the Linears of the LLM except the LM head, with their names in the model."""
     head = model.get_output_embeddings()
     for name, module in model.language_model.named_modules(prefix=_LLM):
         if isinstance(module, nn.Linear) and module is not head:
@@ -138,14 +141,16 @@ def _targets(model: VilaForConditionalGeneration, wanted: Sequence[str]) -> list
     unknown = [target for target in wanted if not any(name.endswith(f".{target}") for name in names)]
     if unknown:
         raise ConfigError(
-            f"stage.lora.targets: the LLM has no Linear called {', '.join(map(repr, unknown))}; it has "
-            f"{', '.join(known)}"
+            "the LLM has no Linear of this name",
+            field="stage.lora.targets",
+            value=unknown[0] if len(unknown) == 1 else unknown,
+            expected=", ".join(known),
         )
     return list(wanted) or known
 
 
-def _draw(model: nn.Module, seed: int) -> None:
-    """A as a Linear's weights are drawn, B zero, as in the paper's code; float32."""
+def _initialise(model: nn.Module, seed: int) -> None:
+    """Initialise A like the weight of a Linear and B with zeros, as in the paper's code; float32."""
     generator = torch.Generator().manual_seed(seed)
     for name in adapter_parameters(model):
         parameter = model.get_parameter(name)
@@ -155,24 +160,24 @@ def _draw(model: nn.Module, seed: int) -> None:
         parameter.data = value.to(parameter.device)
 
 
-def _quantise(model: VilaForConditionalGeneration, bits: int) -> None:
+def _quantize(model: VilaForConditionalGeneration, bits: int) -> None:
     package = require("bitsandbytes", f"stage.lora.bits={bits}")
     if not torch.cuda.is_available():
-        raise ConfigError(f"stage.lora.bits={bits} needs a CUDA device, and there is none; set stage.lora.bits=16")
+        raise ConfigError("needs a CUDA device", field="stage.lora.bits", value=bits, hint="set stage.lora.bits=16")
     for name, linear in list(_linears(model)):
-        model.set_submodule(name, _in_bits(package.nn, linear, bits).to("cuda"))
+        model.set_submodule(name, _quantized_linear(package.nn, linear, bits).to("cuda"))
 
 
-def _in_bits(layers: Any, linear: nn.Linear, bits: int) -> Any:
-    """A Linear of bitsandbytes with the same weights, which it rounds when it is moved to its device."""
-    facts: dict[str, Any] = {"bias": linear.bias is not None, "device": "meta"}
+def _quantized_linear(layers: Any, linear: nn.Linear, bits: int) -> Any:
+    """Return a Linear of bitsandbytes with the same weights; moving it to the device quantizes them."""
+    options: dict[str, Any] = {"bias": linear.bias is not None, "device": "meta"}
     if bits == 4:
-        # Without double quantisation: it saves 0.37 bits a weight, and costs a second look-up in every product.
-        kind = {"quant_type": "nf4", "compress_statistics": False}
-        new = layers.Linear4bit(linear.in_features, linear.out_features, **facts, **kind)
-        new.weight = layers.Params4bit(linear.weight.data, requires_grad=False, **kind)
+        # No double quantization: it saves 0.37 bits per weight, but adds a lookup to every matmul.
+        nf4 = {"quant_type": "nf4", "compress_statistics": False}
+        new = layers.Linear4bit(linear.in_features, linear.out_features, **options, **nf4)
+        new.weight = layers.Params4bit(linear.weight.data, requires_grad=False, **nf4)
     else:
-        new = layers.Linear8bitLt(linear.in_features, linear.out_features, **facts, has_fp16_weights=False)
+        new = layers.Linear8bitLt(linear.in_features, linear.out_features, **options, has_fp16_weights=False)
         new.weight = layers.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
     if linear.bias is not None:
         new.bias = linear.bias

@@ -30,6 +30,24 @@ class MetricsLog:
             stream.write(json.dumps(record) + "\n")
 
 
+class BadStepLog:
+    """`bad_steps.jsonl`: steps that were skipped because their loss or gradient was not finite.
+
+    limit: number of such steps that a run may skip.
+    """
+
+    def __init__(self, path: Path, limit: int, step: int, *, write: bool) -> None:
+        """Drop the records after `step`. write: False on ranks other than 0, which write nothing."""
+        self.path, self.limit, self._is_writer = path, limit, write
+        if write and path.is_file():
+            MetricsLog(path, step)
+
+    def write(self, *, step: int, **record: Any) -> None:
+        """Append the record of a skipped step."""
+        if self._is_writer:
+            MetricsLog(self.path, step - 1).write(step=step, **record)
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Read the records of a log; empty if the file does not exist. An incomplete last line is ignored.
 

@@ -22,23 +22,27 @@ from vila.data.packing import streams_of_rank
 from vila.data.stats import require_images
 from vila.model.hub import cached_folder
 from vila.model.layouts.detect import LAYOUTS
-from vila.train.setup import build_mixture, open_initial_model
+from vila.train.data_stream import build_mixture
 from vila.train.trackers import require_trackers
+from vila.train.train_state import open_initial_model
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _NOWHERE = Path(os.devnull) / "nothing"
 
 
 class Preflight:
-    """Collects what is wrong with a recipe.
+    """Collects the problems of a recipe.
 
     problems: errors, in the order of the recipe's fields.
-    absent:   fields whose files are not on this machine, with their paths; they are problems where the run is to start,
-              and notes where a recipe is only looked at.
+    absent:   fields whose files are not on this machine, with their paths: problems when the run starts, notes for
+              `--dry-run`.
     """
 
     def __init__(self, recipe: Recipe, ranks: int = 1) -> None:
-        """Check everything but the model itself, see `check_model`. Nothing is read but names of files."""
+        """Check everything except data and model, see `check_data` and `check_model`. Only directories are read.
+
+        ranks: number of processes of the run.
+        """
         self.recipe = recipe
         self.problems: list[VilaError] = []
         self.absent: dict[str, str] = {}
@@ -55,9 +59,9 @@ class Preflight:
                 check()
 
     def raise_problems(self, is_note: Callable[[str], bool] = lambda field: False) -> list[str]:
-        """Raise all problems as one error; returns notes on the absent files whose field `is_note`.
+        """Raise all problems as one error; return notes on the absent files of fields for which `is_note` is true.
 
-        Raises the problem itself if it is the only one, ConfigError with a line for each if there are several.
+        Raises a single problem itself; several as one ConfigError with a line for each.
         """
         problems = [
             *self.problems,
@@ -71,10 +75,10 @@ class Preflight:
             raise problems[0]
         if problems:
             raise ConfigError.collect(self.recipe.name, map(str, problems))
-        return [f"{field}={path} is not here yet" for field, path in self.absent.items()]
+        return [f"{field}={path} does not exist yet" for field, path in self.absent.items()]
 
     def check_data(self, events: Events = SILENT) -> None:
-        """Open the data sets that are on this machine, which indexes their files, and compare them with the recipe."""
+        """Open and index the data sets that are on this machine, and check them against the recipe."""
         here = [not any(name.startswith(f"data.mixture.{number}.") for name in self.absent) for number in self._numbers]
         if self.problems:
             return
@@ -91,7 +95,7 @@ class Preflight:
         return range(len(self.recipe.data.mixture))
 
     def check_model(self) -> None:
-        """Open the model without its weights if it is on this machine: config, tokenizer, template, tower."""
+        """Open the model if it is on this machine, without weights: config, tokenizer, template, tower."""
         source = self.recipe.model
         names = [source.path] if source.path else [source.llm, source.vision]
         if not self.problems and all(cached_folder(name) for name in names):
@@ -100,7 +104,7 @@ class Preflight:
 
     @contextmanager
     def collected(self, field: str | None = None) -> Iterator[None]:
-        """Inside, an error becomes a problem; it gets the field unless it has one."""
+        """Collect a VilaError of the body as a problem. field: set on errors that have none."""
         try:
             yield
         except VilaError as error:
@@ -122,7 +126,7 @@ class Preflight:
                 find_template(entry.template)
         with self.collected(f"{field}.format"):
             format_ = FORMATS[entry.format]
-            # Every format checks its options before it looks at the path.
+            # Every format checks its options before it opens the path.
             with self.collected(f"{field}.options"), suppress(DataError):
                 format_.open(_NOWHERE, _NOWHERE, **entry.options)
         if not _exists(entry.path):
@@ -145,10 +149,10 @@ def check_mixture(recipe: Recipe, mixture: Mixture) -> None:
     batch = recipe.batch.rows or recipe.batch.samples
     if mixture.epoch_length < batch:
         raise ConfigError(
-            f"the data has {mixture.epoch_length} samples an epoch, fewer than the batch",
+            f"an epoch has {mixture.epoch_length} samples, fewer than the batch",
             field="batch.rows" if recipe.batch.rows else "batch.samples",
             value=batch,
-            hint="make the batch smaller or repeat the data",
+            hint="reduce the batch, or repeat the data",
         )
     if recipe.needs_images:
         require_images(mixture, recipe.needs_images)
@@ -164,7 +168,7 @@ def require_packages(recipe: Recipe) -> None:
 
 
 def _exists(path: str) -> bool:
-    """Whether there is a file or directory, or one that a pattern matches."""
+    """Whether a file or directory exists, or matches a pattern."""
     if Path(path).exists():
         return True
     return any(character in path for character in "*?[") and bool(glob(path))  # noqa: PTH207 the pattern may be absolute

@@ -1,9 +1,10 @@
-"""Going on where a run stopped: what may have changed meanwhile, and what a checkpoint holds."""
+"""Saving and resuming a run: training state in checkpoints, and checks that recipe, data and model are unchanged."""
 
 from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +16,16 @@ from vila.config.load import recipe_changes
 from vila.config.schema import Recipe
 from vila.core.errors import CheckpointError, RunChangedError, VilaError
 from vila.core.progress import SILENT, Events
+from vila.core.reading import Fields
 from vila.data.fingerprint import FileFingerprint, compare_files, fingerprint_files
-from vila.data.mixture import Mixture
+from vila.data.mixture import Mixture, Source
+from vila.data.packing import PackingStreamState
 from vila.model.hub import cached_folder
 from vila.model.layouts.base import Checkpoint as ModelCheckpoint
 from vila.train.checkpoint import (
     Checkpoint,
     CheckpointWriter,
+    Progress,
     flatten_stream_states,
     random_state,
     seed_everything,
@@ -30,7 +34,6 @@ from vila.train.checkpoint import (
 )
 from vila.train.fsdp import World
 from vila.train.optimizer import MasterAdamW
-from vila.train.trainer import Trainer
 
 FREE = (
     "batch.micro",
@@ -52,22 +55,101 @@ FREE = (
     "output.keep_last",
     "output.layout",
 )
-"""Fields that neither the samples nor the mathematics of a step depend on."""
+"""Fields and sections that affect neither the samples nor the mathematics of a step; they may change on resume."""
+
+
+class Checkpointer:
+    """Decides when a run is saved, and writes its training state. Every rank has one."""
+
+    def __init__(self, writer: CheckpointWriter, recipe: Recipe, world: World) -> None:
+        self.writer, self.world = writer, world
+        self._recipe, self._output = recipe, recipe.output
+        # Only a model that was saved after its evaluation can be kept as the best one.
+        self._every_steps = (
+            recipe.monitor.eval_every_steps if self._output.keep_best else self._output.checkpoint_every_steps
+        )
+        self.start_timer()
+
+    def start_timer(self) -> None:
+        """Start the interval until the next checkpoint by time."""
+        self._started = time.monotonic()
+
+    def is_overdue(self) -> bool:
+        """Whether `output.checkpoint_every_s` seconds have passed; ranks may disagree, so rank 0 decides."""
+        return time.monotonic() - self._started >= self._output.checkpoint_every_s
+
+    def is_due(self, step: int) -> bool:
+        """Whether a checkpoint by number of steps is due after `step`."""
+        return bool(self._every_steps) and step % self._every_steps == 0
+
+    def save(self, progress: Progress, optimizer: MasterAdamW, streams: Sequence[PackingStreamState]) -> None:
+        """Write a checkpoint, or start a thread that writes it. Every rank calls it.
+
+        streams: states of this rank's packing streams.
+        """
+        process = self.world.process
+        tensors = optimizer.state_tensors()
+        tensors |= {_generator(process.rank, name): value for name, value in random_state().items()}
+        states = flatten_stream_states(self.world.all_gather_object(streams))
+        recipe: dict[str, Any] = self._recipe.model_dump(mode="json")
+        state = Checkpoint(progress, states, recipe, versions(), process.world_size)
+        self.writer.save(tensors, state, best=self._best_step())
+
+    def wait(self) -> None:
+        """Wait until the checkpoint is on the disk. Raises CheckpointError if it could not be written."""
+        self.writer.wait()
+
+    def check(self) -> None:
+        """Raise CheckpointError if a checkpoint is known to have failed."""
+        self.writer.check()
+
+    def _best_step(self) -> int | None:
+        path = self._output.dir / "best.json"
+        if not (self._output.keep_best and path.is_file()):
+            return None
+        return Fields.of_file(path).integer("step", maximum=2**62)
+
+
+def restore(resumed: Checkpoint | None, optimizer: MasterAdamW, recipe: Recipe, world: World) -> None:
+    """Load the tensors of a checkpoint into the optimizer and the model, and set the random number generators.
+
+    Generators are seeded from seed, step and rank at the start of a run, and when the number of ranks has changed.
+    Raises CheckpointError if the checkpoint is of another model.
+    """
+    rank, step = world.process.rank, resumed.progress.step if resumed else 0
+    if resumed is None or resumed.world != world.process.world_size:
+        seed_everything(recipe.seed, step, rank)
+    if resumed is None:
+        return
+    generators = {}
+    if resumed.world == world.process.world_size:
+        names = resumed.tensor_names
+        generators = {name: value for name, value in random_state().items() if _generator(rank, name) in names}
+    tensors = {_generator(rank, name): value for name, value in generators.items()}
+    resumed.load_tensors(optimizer.state_tensors() | tensors, world)
+    optimizer.copy_masters_to_model()
+    if generators:
+        set_random_state(generators)
+
+
+def _generator(rank: int, name: str) -> str:
+    """Return the tensor name of a generator's state in a checkpoint."""
+    return f"random/{rank}/{name}"
 
 
 def check_recipe_unchanged(before: Recipe, recipe: Recipe, folder: Path, allow: Sequence[str] = ()) -> None:
-    """Raise RunChangedError, naming each difference, when a run in `folder` was begun with another recipe.
+    """Raise RunChangedError with each difference if the run in `folder` was started with another recipe.
 
-    allow: fields, or sections, that may differ besides FREE.
+    allow: fields or sections that may differ, in addition to FREE.
     """
     then, now = _with_former_defaults(before), with_initial_settings(before, recipe)
     check_differences("the recipe", recipe_changes(then, now), folder, (*FREE, *allow))
 
 
 def with_initial_settings(before: Recipe, recipe: Recipe) -> Recipe:
-    """Return the recipe to resume with: fields that it leaves open get their values from a recipe of version one.
+    """Return `recipe` with fields that it leaves open set as in `before`, a recipe of version one.
 
-    before: the recipe of the run so far. If version one did not write it, `recipe` is returned as it is.
+    before: recipe of the run so far. If version one did not write it, `recipe` is returned unchanged.
     """
     then = _with_former_defaults(before).model
     if then is before.model:
@@ -82,9 +164,9 @@ def with_initial_settings(before: Recipe, recipe: Recipe) -> Recipe:
 
 
 def _with_former_defaults(recipe: Recipe) -> Recipe:
-    """A recipe of version one, which has no `model.exif_orientation`, with the value that version one trained with.
+    """Return a recipe of version one, which lacks `model.exif_orientation`, with the value that it trained with.
 
-    Its `model.image_mode` and `model.template` were applied to every model, and it ignored EXIF orientation.
+    Version one applied `model.image_mode` and `model.template` to every model, and ignored EXIF orientation.
     """
     if "exif_orientation" in recipe.model.model_fields_set:
         return recipe
@@ -94,14 +176,18 @@ def _with_former_defaults(recipe: Recipe) -> Recipe:
 def check_differences(
     what: str, differences: Sequence[tuple[str, str, str]], folder: Path, allow: Sequence[str]
 ) -> None:
-    """Raise RunChangedError with the differences (field, before, now) that are in no field or section of `allow`."""
-    refused = [one for one in differences if not _within(one[0], allow)]
+    """Raise RunChangedError with the differences (field, before, now) outside the fields and sections in `allow`."""
+    refused = [
+        difference
+        for difference in differences
+        if not any(difference[0] == section or difference[0].startswith(f"{section}.") for section in allow)
+    ]
     if refused:
         raise RunChangedError(what, refused, folder)
 
 
 def recipe_of(checkpoint: Checkpoint) -> Recipe:
-    """The recipe that a checkpoint was written under. Raises CheckpointError when this version does not know it."""
+    """Return the recipe that a checkpoint was written with. Raises CheckpointError if this version cannot read it."""
     try:
         return Recipe.model_validate(checkpoint.recipe)
     except ValidationError as error:
@@ -112,12 +198,12 @@ def recipe_of(checkpoint: Checkpoint) -> Recipe:
             file=checkpoint.folder / "state.json",
             field=f"recipe.{field}",
             value=first["input"],
-            hint="go on with the version of vila that wrote it, or delete that directory to start over",
+            hint="resume with the version of vila that wrote it, or delete that directory to start over",
         ) from error
 
 
 def check_stream_count(checkpoint: Checkpoint, count: int) -> None:
-    """Raise CheckpointError when the rows of a global batch are not as many as the lanes of the checkpoint."""
+    """Raise CheckpointError if the global batch differs from the number of packing streams of the checkpoint."""
     if len(checkpoint.lanes) != count:
         raise CheckpointError(
             "the global batch cannot change within a run",
@@ -125,69 +211,28 @@ def check_stream_count(checkpoint: Checkpoint, count: int) -> None:
             field="batch",
             value=count,
             expected=str(len(checkpoint.lanes)),
-            hint="choose another output.dir, and model.path to begin from the weights of this run",
+            hint="choose another output.dir, with model.path set to the model of this run",
         )
 
 
-def _within(field: str, sections: Sequence[str]) -> bool:
-    return any(field == section or field.startswith(f"{section}.") for section in sections)
-
-
-def restore(resumed: Checkpoint | None, optimizer: MasterAdamW, recipe: Recipe, world: World) -> None:
-    """Put the tensors of a checkpoint where they belong, and the random number generators where they were.
-
-    Another number of processes draws other numbers: its generators begin anew from seed, step and rank.
-    Raises CheckpointError when it is of another model.
-    """
-    rank, step = world.process.rank, resumed.progress.step if resumed else 0
-    if resumed is None or resumed.world != world.process.world_size:
-        seed_everything(recipe.seed, step, rank)
-    if resumed is None:
-        return
-    generators = {}
-    if resumed.world == world.process.world_size:
-        here = resumed.tensor_names
-        generators = {k: v for k, v in random_state().items() if _generator(rank, k) in here}
-    resumed.load_tensors(optimizer.state_tensors() | {_generator(rank, k): v for k, v in generators.items()}, world)
-    optimizer.copy_masters_to_model()
-    if generators:
-        set_random_state(generators)
-
-
-def save(checkpoints: CheckpointWriter, recipe: Recipe, trainer: Trainer, *, best: int | None) -> None:
-    """Write a checkpoint of a trainer. Every process calls it."""
-    world = trainer.world
-    tensors = trainer.optimizer.state_tensors()
-    tensors |= {_generator(world.process.rank, name): value for name, value in random_state().items()}
-    lanes = flatten_stream_states(world.all_gather_object(trainer.lanes.states))
-    plain: dict[str, Any] = recipe.model_dump(mode="json")
-    state = Checkpoint(trainer.progress, lanes, plain, versions(), world.process.world_size)
-    checkpoints.save(tensors, state, best=best)
-
-
-def _generator(rank: int, name: str) -> str:
-    return f"random/{rank}/{name}"
-
-
 def log_environment_changes(resumed: Checkpoint, world: World, events: Events) -> None:
-    """Tell where the run goes on, and what may change its numbers in the last bits."""
-    changed = [f"{k} {v} -> {versions().get(k)}" for k, v in resumed.versions.items() if versions().get(k) != v]
+    """Log changes of versions, threads and ranks that may change the numbers in the last bits."""
+    now = versions()
+    changed = [f"{name} {was} -> {now.get(name)}" for name, was in resumed.versions.items() if now.get(name) != was]
     if resumed.world != world.process.world_size:
         changed.append(f"ranks {resumed.world} -> {world.process.world_size}")
     if changed:
-        events.log(f"resumed with other versions ({', '.join(changed)}): the numbers may differ in the last bits")
+        events.log(f"resumed in another environment ({', '.join(changed)}): results may differ in the last bits")
 
 
-# --- inputs
-# Stamps of what a run reads, the data sets and the model that it starts from, kept in its checkpoints.
-
+# Fingerprints of the inputs of a run: data sets and initial model.
 
 _MODEL_SUFFIXES = (".json", ".safetensors", ".bin", ".pt", ".model", ".txt", ".jinja")
 
 
 @dataclass(frozen=True, slots=True)
 class DataInput:
-    """One entry of the mixture: its path, its samples after splits and limits, and its files by name."""
+    """One entry of the mixture: its path, its number of samples after splits and limits, and its files by name."""
 
     path: str
     samples: int
@@ -196,24 +241,27 @@ class DataInput:
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """Everything that a run reads.
+    """All inputs of a run.
 
-    models: files by name, of each of `model.path`, `model.llm` and `model.vision` that is given.
+    models: files by name, for each of `model.path`, `model.llm` and `model.vision` that is set.
     """
 
     data: list[DataInput]
     models: dict[str, dict[str, Path]]
 
+    def by_field(self) -> dict[str, dict[str, Path]]:
+        """Return the files of every recipe field."""
+        return {_data_field(number): data.files for number, data in enumerate(self.data)} | self.models
+
 
 def list_inputs(recipe: Recipe, mixture: Mixture, start: ModelCheckpoint) -> Inputs:
-    """List the files of a recipe's data and model; nothing is read.
+    """List the files of a recipe's data and model, without reading them.
 
-    start: what `open_start` returned.
-    A part that is still to be fetched from the hub has no files.
+    start: result of `open_initial_model`. A model that is not downloaded yet has no files.
     """
     data = [
-        DataInput(entry.path, len(part.source), _by_name(part.source.files, Path(entry.path)))
-        for entry, part in zip(recipe.data.mixture, mixture.datasets, strict=True)
+        DataInput(entry.path, len(dataset.source), _by_name(_files_of(dataset.source), Path(entry.path)))
+        for entry, dataset in zip(recipe.data.mixture, mixture.datasets, strict=True)
     ]
     models: dict[str, dict[str, Path]] = {}
     if recipe.model.path:
@@ -227,22 +275,23 @@ def list_inputs(recipe: Recipe, mixture: Mixture, start: ModelCheckpoint) -> Inp
 
 
 class InputFingerprints:
-    """The stamps of a run's inputs as `inputs.json` holds them, computed by a thread; call it to wait for them."""
+    """Content of `inputs.json`: fingerprints of the inputs, computed in a thread. Call it to wait for the result."""
 
     def __init__(self, inputs: Inputs, known: Mapping[str, Mapping[str, FileFingerprint]] | None = None) -> None:
-        """known: stamps that are computed already, from `check_inputs_unchanged`; without them the work begins now."""
+        """Start computing. known: fingerprints by field that `check_inputs_unchanged` has computed already."""
         self._inputs = inputs
-        self._stamps: Mapping[str, Mapping[str, FileFingerprint]] = known or {}
+        self._fingerprints: Mapping[str, Mapping[str, FileFingerprint]] = known or {}
         self._error: VilaError | None = None
-        # A daemon: a run that ends by an error does not wait for it.
-        self._thread = threading.Thread(target=self._compute, name="stamps", daemon=True)
+        # A daemon thread: a run that fails does not wait for it.
+        self._thread = threading.Thread(target=self._compute, name="fingerprints", daemon=True)
         self._thread.start()
 
     def _compute(self) -> None:
+        known = self._fingerprints
         try:
-            self._stamps = {
-                field: self._stamps[field] if field in self._stamps else fingerprint_files(files)
-                for field, files in _fields(self._inputs).items()
+            self._fingerprints = {
+                field: known[field] if field in known else fingerprint_files(files)
+                for field, files in self._inputs.by_field().items()
             }
         except VilaError as error:
             self._error = error
@@ -253,67 +302,74 @@ class InputFingerprints:
         if self._error:
             raise self._error
         data = [
-            {"path": one.path, "samples": one.samples, "files": self._stamps[_data_field(number)]}
+            {"path": one.path, "samples": one.samples, "files": self._fingerprints[_data_field(number)]}
             for number, one in enumerate(self._inputs.data)
         ]
-        return {"data": data, "model": {field: self._stamps[field] for field in self._inputs.models}}
+        return {"data": data, "model": {field: self._fingerprints[field] for field in self._inputs.models}}
 
 
 def check_inputs_unchanged(
     before: Mapping[str, Any], inputs: Inputs, folder: Path, allow: Sequence[str] = (), events: Events = SILENT
 ) -> dict[str, dict[str, FileFingerprint]]:
-    """Compare inputs with the stamps of a checkpoint; returns the stamps of those that are the same, by field.
+    """Compare inputs with the fingerprints of a checkpoint; return the fingerprints of unchanged fields.
 
     before: content of `inputs.json`.
-    allow:  fields, or sections, that may differ, such as `data` or `model.path`; `events` receive a line then.
+    allow:  fields or sections that may differ, such as `data` or `model.path`; `events` receives each difference.
     Raises RunChangedError with each difference: number of samples, files, their sizes and content.
     """
-    samples, stamps = _parsed(before, folder)
+    samples, fingerprints = _parse_inputs(before, folder)
     differences: list[tuple[str, str, str]] = []
-    known: dict[str, dict[str, FileFingerprint]] = {}
-    for number, one in enumerate(inputs.data):
+    unchanged: dict[str, dict[str, FileFingerprint]] = {}
+    for number, data in enumerate(inputs.data):
         field = _data_field(number)
-        if field in samples and samples[field] != one.samples:
-            differences.append((field, f"{samples[field]:,} samples", f"{one.samples:,} samples"))
-    for field, files in _fields(inputs).items():
-        if field not in stamps:
+        if field in samples and samples[field] != data.samples:
+            differences.append((field, f"{samples[field]:,} samples", f"{data.samples:,} samples"))
+    for field, files in inputs.by_field().items():
+        if field not in fingerprints:
             continue
-        changes, same = compare_files(stamps[field], files)
+        changes, same = compare_files(fingerprints[field], files)
         differences += [(field, f"{name}: {was}", now) for name, was, now in changes]
         if not changes:
-            known[field] = same
+            unchanged[field] = same
     check_differences("the data or the model", differences, folder, allow)
     for field, was, now in differences:
-        events.log(f"note: resuming with a change that was allowed: {field}: {was} -> {now}")
-    return known
+        events.log(f"note: resuming with an allowed change: {field}: {was} -> {now}")
+    return unchanged
 
 
-def _parsed(before: Mapping[str, Any], folder: Path) -> tuple[dict[str, int], dict[str, dict[str, FileFingerprint]]]:
+def _parse_inputs(
+    before: Mapping[str, Any], folder: Path
+) -> tuple[dict[str, int], dict[str, dict[str, FileFingerprint]]]:
     try:
         samples = {_data_field(number): int(one["samples"]) for number, one in enumerate(before["data"])}
         files = {_data_field(number): one["files"] for number, one in enumerate(before["data"])} | before["model"]
-        stamps = {field: {name: _stamp(*values) for name, values in named.items()} for field, named in files.items()}
+        return samples, {
+            field: {name: _parse_fingerprint(*values) for name, values in named.items()}
+            for field, named in files.items()
+        }
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
-            f"not the stamps of a run ({type(error).__name__}: {error})", file=folder / "inputs.json"
+            f"not the fingerprints of a run ({type(error).__name__}: {error})", file=folder / "inputs.json"
         ) from error
-    return samples, stamps
 
 
-def _stamp(size: int, mtime_ns: int, pieces: int, sha256: str) -> FileFingerprint:
+def _parse_fingerprint(size: int, mtime_ns: int, pieces: int, sha256: str) -> FileFingerprint:
     return FileFingerprint(int(size), int(mtime_ns), int(pieces), str(sha256))
-
-
-def _fields(inputs: Inputs) -> dict[str, dict[str, Path]]:
-    return {_data_field(number): one.files for number, one in enumerate(inputs.data)} | inputs.models
 
 
 def _data_field(number: int) -> str:
     return f"data.mixture.{number}.path"
 
 
+def _files_of(source: Source) -> list[Path]:
+    """Return the data files of a source, or of the source that it is a view of."""
+    while not hasattr(source, "files") and hasattr(source, "source"):
+        source = source.source
+    return list(getattr(source, "files", ()))
+
+
 def _files_in(folder: Path) -> list[Path]:
-    """Configs, tokenizer and weights of a model's directory, those of its parts (`llm/`, ...) among them."""
+    """Return configs, tokenizer and weights of a model directory, including its subdirectories (`llm/`, ...)."""
     if folder.is_file():
         return [folder]
     found = [*folder.glob("*"), *folder.glob("*/*")]
@@ -321,7 +377,7 @@ def _files_in(folder: Path) -> list[Path]:
 
 
 def _by_name(files: Sequence[Path], base: Path) -> dict[str, Path]:
-    """Files by a name that does not change with the place of `base`, a directory, a file or a pattern."""
+    """Return files by a name relative to `base` (a directory, a file or a pattern), so that `base` may be moved."""
     if not base.is_dir():
         base = Path(os.path.commonpath([path.parent for path in files])) if files else base
     return {(path.relative_to(base) if path.is_relative_to(base) else path).as_posix(): path for path in sorted(files)}

@@ -1,6 +1,7 @@
-"""Sending the metrics of a run to TensorBoard, Weights & Biases or Trackio, each a package that is imported when named.
+"""Experiment trackers: send the metrics of a run to TensorBoard, Weights & Biases or Trackio.
 
-A run that goes on is the same run there: its id lies in `trackers/` in the run's folder, and no step is sent twice.
+A resumed run continues the same run of the tracker: its id is stored in `trackers/` in the run's directory, and no step
+is sent twice. Each package is imported only if the recipe names it.
 """
 
 from __future__ import annotations
@@ -25,22 +26,26 @@ from vila.train.trainer import Trainer, TrainerCallback
 
 
 class Service(Protocol):
-    """One open run of a tracker. rewinds: it takes steps again that an earlier session sent, and forgets those."""
+    """An open run of a tracker.
+
+    rewinds: the service accepts steps again that an earlier session sent, and discards the old values.
+    """
 
     rewinds: bool
 
     def send(self, values: dict[str, float], step: int) -> None:
-        """Values by name, of a step."""
+        """Send the values of a step, by name."""
 
     def close(self) -> None:
-        """Send what waits, and end the run."""
+        """Send buffered values and end the run."""
 
 
 def open_trackers(recipe: Recipe, folder: Path) -> list[TrainerCallback]:
-    """A listener for each of `monitor.trackers`, opened now; none in processes that write no files.
+    """Open `monitor.trackers` and return their callbacks; none on ranks other than 0.
 
-    folder: of the run. Listeners that write `evaluations.jsonl` come before these in the list, so that scores go along.
-    Raises MissingExtraError for absent packages and ConfigError when a tracker cannot be opened.
+    folder: directory of the run. In the trainer's list these follow callbacks that write `evaluations.jsonl`, so that
+    scores are sent with their step.
+    Raises MissingExtraError for absent packages and ConfigError for a tracker that cannot be opened.
     """
     require_trackers(recipe)
     if not current_process().is_main:
@@ -50,49 +55,51 @@ def open_trackers(recipe: Recipe, folder: Path) -> list[TrainerCallback]:
 
 
 def require_trackers(recipe: Recipe) -> None:
-    """Import the packages of `monitor.trackers`. Raises one MissingExtraError that names all absent ones."""
+    """Import the packages of `monitor.trackers`. Raises one MissingExtraError that names all absent packages."""
     require_all({name: _MODULES[name] for name in recipe.monitor.trackers}, "monitor.trackers")
 
 
-class Tracker:
-    """Sends each step to one service, and each evaluation with the step after which it was made."""
+class Tracker(TrainerCallback):
+    """Sends each step to one service, and each evaluation with its step."""
 
     def __init__(self, name: str, recipe: Recipe, folder: Path) -> None:
         self._state = folder / "trackers" / f"{name}.json"
         self._scores = LogReader(folder / "evaluations.jsonl")
-        # Without a checkpoint a run begins anew, there too.
-        goes_on = self._state.is_file() and bool(checkpoint_folders(folder / "checkpoint"))
-        before = Fields.of_file(self._state) if goes_on else Fields({}, self._state)
+        # A run without a checkpoint starts over; so does its run of the tracker.
+        is_resumed = self._state.is_file() and bool(checkpoint_folders(folder / "checkpoint"))
+        before = Fields.of_file(self._state) if is_resumed else Fields({}, self._state)
         self._id = before.text("id", "") or uuid.uuid4().hex[:8]
         self._sent = before.integer("step", 0, maximum=2**62)
         try:
             self._service = _SERVICES[name](recipe, folder, self._id)
         except Exception as error:
             raise ConfigError(
-                f"monitor.trackers: {name} cannot be opened ({type(error).__name__}: {error}); "
-                "take it out of the list, or make it work by itself first"
+                f"cannot be opened ({type(error).__name__}: {error})",
+                field="monitor.trackers",
+                value=name,
+                hint="remove it from the list, or check its own setup",
             ) from error
         if self._service.rewinds:
             self._sent = 0
-        # A run that is stopped ends by an exception; what the service still holds is sent then.
+        # A stopped run ends with an exception; buffered values are sent at exit.
         atexit.register(self.close)
 
-    def __call__(self, trainer: Trainer, facts: dict[str, Any]) -> None:
+    def on_step_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
         """Send a step, unless an earlier session sent it before it was killed."""
-        step = facts["step"]
-        values = {f"train/{name}": value for name, value in flat(facts).items()} | self._new_scores(step)
+        step = metrics["step"]
+        values = {f"train/{name}": value for name, value in flatten_metrics(metrics).items()} | self._new_scores(step)
         if step > self._sent:
             self._send(step, values)
 
-    def finish(self, trainer: Trainer) -> None:
-        """Send the scores of an evaluation at the end, and close."""
+    def on_train_end(self, trainer: Trainer) -> None:
+        """Send the scores of the final evaluation, and close."""
         step = trainer.progress.step
         if (scores := self._new_scores(step)) and step >= self._sent:
             self._send(step, scores)
         self.close()
 
     def close(self) -> None:
-        """End the run in the service; a second call does nothing."""
+        """End the run of the service. Further calls do nothing."""
         service, self._service = self._service, _Closed()
         service.close()
         atexit.unregister(self.close)
@@ -102,35 +109,32 @@ class Tracker:
         self._sent = step
         self._state.parent.mkdir(parents=True, exist_ok=True)
         part = self._state.with_suffix(".part")
-        # Not brought onto the disk at every step, which would take longer than the sending.
+        # No fsync: at every step it would take longer than sending.
         part.write_text(json.dumps({"id": self._id, "step": step}), encoding="utf-8")
         part.replace(self._state)
 
     def _new_scores(self, step: int) -> dict[str, float]:
-        """Scores of this step that were written since the step before."""
+        """Return the scores of this step that were written since the last call."""
         if self._scores.was_cut():
             self._scores = LogReader(self._scores.path)
         rows = [row for row in self._scores if row["step"] == step]
         return {f"eval/{row['benchmark']}": row["score"] for row in rows if row.get("score") is not None}
 
 
-def flat(facts: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers among the facts of a step by name; `loss_by_data_set` becomes `loss/NAME`, those not finite are out.
-
-    `step` is left out: services count steps themselves.
-    """
+def flatten_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Return the finite numbers in a step's metrics by name, without `step`; `loss_by_data_set` becomes `loss/NAME`."""
     out: dict[str, float] = {}
-    for name, value in facts.items():
+    for name, value in metrics.items():
         if isinstance(value, Mapping):
             short = name.removesuffix("_by_data_set")
-            out |= {f"{short}/{key}": number for key, number in flat(value).items()}
+            out |= {f"{short}/{key}": number for key, number in flatten_metrics(value).items()}
         elif name != "step" and isinstance(value, int | float) and math.isfinite(value):
             out[name] = value
     return out
 
 
 class _TensorBoard:
-    """Event files in `tensorboard/`. It forgets itself what an earlier session wrote past the step that comes next."""
+    """Event files in `tensorboard/`. `purge_step` discards what an earlier session wrote after the resumed step."""
 
     rewinds = True
 
@@ -151,7 +155,7 @@ class _TensorBoard:
 
 
 class _Run:
-    """A run of wandb or Trackio, which share their calls."""
+    """A run of wandb or Trackio, which have the same interface."""
 
     rewinds = False
 
@@ -166,15 +170,15 @@ class _Run:
 
 
 class _Closed:
-    """What a tracker holds after its end."""
+    """Service of a closed tracker."""
 
     rewinds = False
 
     def send(self, values: dict[str, float], step: int) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def close(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 def _wandb(recipe: Recipe, folder: Path, run_id: str) -> Service:
@@ -191,7 +195,7 @@ def _wandb(recipe: Recipe, folder: Path, run_id: str) -> Service:
 
 
 def _trackio(recipe: Recipe, folder: Path, run_id: str) -> Service:
-    # Trackio knows runs by their names.
+    # Trackio identifies runs by name.
     name = f"{recipe.name}-{run_id}".replace("/", "-")
     config = recipe.model_dump(mode="json")
     return _Run(import_module("trackio").init(recipe.monitor.project, name=name, config=config, resume="allow"))

@@ -1,4 +1,4 @@
-"""The loop: take rows, sum the loss over micro-batches and processes, update, tell, and save when it is time."""
+"""Training loop: read data, forward and backward per micro-batch, all-reduce, update, log, save, stop on signals."""
 
 from __future__ import annotations
 
@@ -6,99 +6,35 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
-from vila.chat.tokenize import TokenizedSample
 from vila.core.errors import Interrupted, Preempted, TrainingError, VilaError
 from vila.core.progress import SILENT, Events, task
-from vila.data.bad_samples import BadSample, BadSampleLog
-from vila.data.collate import Batch, collate, empty_batch
-from vila.data.packing import PackedSequence, PackingStreamState
-from vila.model.modeling import VilaForConditionalGeneration
+from vila.data.collate import empty_batch
 from vila.train.checkpoint import Progress
+from vila.train.data_stream import DataStream, StepData
 from vila.train.fsdp import World, raise_on_lost_rank
-from vila.train.loss import LossModule
-from vila.train.lr_schedule import lr_multiplier
+from vila.train.lr_schedule import LRSchedule
+from vila.train.metrics_log import BadStepLog
 from vila.train.mfu import MFUMeter
-from vila.train.optimizer import MasterAdamW
-
-# --- share
-# Statistics of one process about its part of a step, which all processes exchange.
-
-
-@dataclass(frozen=True, slots=True)
-class RankStepStats:
-    """Counts over the rows of one process.
-
-    places:      tokens with padding.
-    pairs:       positions of the LLM that see each other, or themselves.
-    filled:      for each micro-batch, whether it holds a sample; at the end of the data some do not.
-    shows:       for each micro-batch, whether it holds an image.
-    by_data_set: tokens and supervised tokens of each data set.
-    stop:        the signal that asked this process to stop, 0 for none.
-    late:        the last checkpoint was long ago; what the main process says counts.
-    problem:     why the rows could not be read, or the last checkpoint not be written.
-    """
-
-    tokens: int = 0
-    places: int = 0
-    pairs: int = 0
-    samples: int = 0
-    supervised: int = 0
-    images: int = 0
-    dropped: int = 0
-    truncated: int = 0
-    filled: tuple[bool, ...] = ()
-    shows: tuple[bool, ...] = ()
-    by_data_set: dict[str, tuple[int, int]] = field(default_factory=dict)
-    faults: tuple[BadSample, ...] = ()
-    stop: int = 0
-    late: bool = False
-    problem: VilaError | None = None
-
-
-def rank_step_stats(rows: Sequence[PackedSequence], batches: Sequence[Batch | None]) -> RankStepStats:
-    """The share of a process with these rows, collated to these batches; None for a micro-batch of empty rows."""
-    by_data_set: dict[str, tuple[int, int]] = {}
-    for row in rows:
-        for sample in row:
-            tokens, supervised = by_data_set.get(sample.dataset, (0, 0))
-            learnt = int(sample.is_supervised.sum())
-            by_data_set[sample.dataset] = tokens + len(sample), supervised + learnt
-    return RankStepStats(
-        tokens=sum(tokens for tokens, _ in by_data_set.values()),
-        places=sum(batch.ids.numel() for batch in batches if batch),
-        pairs=sum(int(sample.positions.sum()) + len(sample) for row in rows for sample in row),
-        samples=sum(map(len, rows)),
-        supervised=sum(supervised for _, supervised in by_data_set.values()),
-        images=sum(len(batch.media) for batch in batches if batch),
-        dropped=sum(row.dropped for row in rows),
-        truncated=sum(row.truncated for row in rows),
-        filled=tuple(batch is not None for batch in batches),
-        shows=tuple(batch is not None and bool(batch.media) for batch in batches),
-        by_data_set=by_data_set,
-        faults=tuple(fault for row in rows for fault in row.bad_samples),
-    )
-
-
-# --- interrupt
-# Turning signals into a request that the loop answers between two steps.
-
+from vila.train.resume import Checkpointer
+from vila.train.step_stats import RankStepStats, count_metrics, loss_by_data_set, rank_step_stats, total_of
+from vila.train.train_state import TrainState
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))
-"""Ctrl-C, what `kill` and batch systems send, and what they send some time before they do (Slurm: `--signal`)."""
+"""Signals that stop a run after the current step: Ctrl-C, `kill` and batch systems, Slurm's `--signal=USR1`."""
+_PROGRESS_UNITS = 10_000
+"""Resolution of the progress bar."""
 
 
 class StopRequest:
-    """number: the signal that asked the process to stop, 0 for none. A second Ctrl-C stops at once."""
+    """number: the signal that asked the process to stop; 0 for none."""
 
     def __init__(self) -> None:
         self.number = 0
@@ -106,18 +42,18 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
-    """Listen to SIGNALS while the body runs. Outside the main thread nothing is installed."""
+    """Record SIGNALS while the body runs; a second Ctrl-C raises KeyboardInterrupt. Main thread only."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
 
-    def ask(number: int, frame: FrameType | None) -> None:
+    def record(number: int, frame: FrameType | None) -> None:
         if request.number and number == signal.SIGINT:
             raise KeyboardInterrupt
         request.number = request.number or number
 
-    before = {number: signal.signal(number, ask) for number in SIGNALS}
+    before = {number: signal.signal(number, record) for number in SIGNALS}
     try:
         yield request
     finally:
@@ -125,316 +61,239 @@ def stop_on_signal() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
-# K data sets
+class TrainerCallback:
+    """Hooks of the training loop, called on every rank. The default hooks do nothing."""
 
+    def on_step_end(self, trainer: Trainer, metrics: dict[str, Any]) -> None:
+        """Called after every optimizer step. metrics: the step's record of `metrics.jsonl`, over all ranks."""
 
-class Rows(Protocol):
-    """What a step takes its rows from: one row of every lane of this process, read here or by workers."""
+    def on_save(self, trainer: Trainer) -> None:
+        """Called when a checkpoint was written, or handed to the thread that writes it."""
 
-    @property
-    def states(self) -> list[PackingStreamState]:
-        """The state of every lane, as of the last step."""
-
-    def step(self) -> list[PackedSequence]:
-        """One row of every lane; empty ones from lanes whose data have ended."""
-
-    def close(self) -> None:
-        """Let go of workers."""
-
-
-class TrainerCallback(Protocol):
-    """Called by every process after every step; evaluation and answers during training are listeners.
-
-    One that has a method `finish(trainer)` is also told of the end.
-    """
-
-    def __call__(self, trainer: Trainer, facts: dict[str, Any]) -> None:
-        """facts: what `metrics.jsonl` holds for the step, over all processes."""
+    def on_train_end(self, trainer: Trainer) -> None:
+        """Called once, when the budget is used up or the data have ended; not after an interruption."""
 
 
 @dataclass
 class Trainer:
-    """One stage, ready to run.
+    """Training loop of one stage.
 
-    objective:    the model's loss; what is dealt to processes, when there are some.
-    data_sets:    all their names.
-    seen:         what the objective is given of a batch's pictures, or of a stand-in when the batch has none.
-    micro:        rows of a forward pass.
-    pin:          put batches into page-locked memory.
-    spent:        share of the budget that a progress has used up, 0..1 and beyond.
-    save:         writes a checkpoint of this trainer; told whether to wait until it is on the disk.
-    save_every_s: seconds between checkpoints; `save_every_steps` adds to it, 0 for none.
-    check_saves:  raises CheckpointError when a checkpoint that was begun could not be written.
-    faults:       the list of samples that could not be read, and its budget.
-    bad_steps:    steps that may be left out because their loss or gradient is not finite; `bad_step` is told of each.
-    mfu_meter:    computes the MFU of a step; None if the peak of the device is not known.
+    state:     model, loss module and optimizer.
+    data:      packed sequences of this rank.
+    bad_steps: log and budget of steps that are skipped because their loss or gradient is not finite.
+    mfu_meter: computes the MFU of a step; None if the peak FLOP/s of the device are not known.
+    progress:  counts over all ranks, from the checkpoint if the run is resumed.
     """
 
-    model: VilaForConditionalGeneration
-    objective: LossModule
-    optimizer: MasterAdamW
-    lanes: Rows
-    data_sets: Sequence[str]
-    seen: Callable[[Batch], dict[str, Tensor]]
-    micro: int
-    warmup_ratio: float
-    spent: Callable[[Progress], float]
-    save: Callable[[Trainer, bool], None]
-    save_every_s: float
-    save_every_steps: int
+    state: TrainState
+    data: DataStream
+    schedule: LRSchedule
+    checkpointer: Checkpointer
+    bad_steps: BadStepLog
     world: World
-    faults: BadSampleLog
-    bad_steps: int = 0
-    bad_step: Callable[[dict[str, Any]], None] = lambda facts: None
-    check_saves: Callable[[], None] = lambda: None
     mfu_meter: MFUMeter | None = None
     progress: Progress = field(default_factory=Progress)
-    listeners: list[TrainerCallback] = field(default_factory=list)
+    callbacks: list[TrainerCallback] = field(default_factory=list)
     events: Events = SILENT
     name: str = "training"
-    pin: bool = False
-
-    @property
-    def is_main(self) -> bool:
-        """Whether this process writes files."""
-        return self.world.is_main
 
     def run(self) -> None:
-        """Step until the budget is spent. Raises Interrupted, checkpoint written, when asked to stop."""
+        """Train until the budget is used up. Raises Interrupted after a signal, when the checkpoint is written."""
         try:
             with raise_on_lost_rank():
                 self._run()
         finally:
-            self.lanes.close()
+            self.data.close()
 
     def _run(self) -> None:
-        saved = time.monotonic()
-        with stop_on_signal() as stop, task(self.events, self.name, 10_000, "%"):
-            self.events.advanced(self.name, self._done())
-            while self.spent(self.progress) < 1:
-                shown, began = self._done(), time.monotonic()
-                facts, shares = self.step(stop, late=began - saved >= self.save_every_s)
-                if not facts:
+        self.checkpointer.start_timer()
+        with stop_on_signal() as stop, task(self.events, self.name, _PROGRESS_UNITS, "%"):
+            self.events.advanced(self.name, self._progress_units())
+            while self.schedule.budget_fraction(self.progress) < 1:
+                units, started = self._progress_units(), time.monotonic()
+                metrics, ranks = self.step(stop, is_save_overdue=self.checkpointer.is_overdue())
+                if not metrics:
                     break
-                seconds = time.monotonic() - began
-                self.progress = replace(self.progress, seconds=self.progress.seconds + seconds)
-                facts |= {"tokens_per_second": facts["tokens"] / seconds, "seconds": self.progress.seconds}
-                facts |= self._usage(facts, seconds)
-                for listener in self.listeners:
-                    listener(self, facts)
-                self.events.advanced(self.name, self._done() - shown, **_shown(facts))
-                asked = stop.number if self.world.is_single else next((share.stop for share in shares if share.stop), 0)
-                due = self.save_every_steps and self.progress.step % self.save_every_steps == 0
-                if asked or due or shares[0].late:
-                    self.save(self, bool(asked))
-                    saved = time.monotonic()
-                if asked:
-                    kind = Interrupted if asked == signal.SIGINT else Preempted
-                    with self._same_in_all():
-                        raise kind(f"{self.name}: stopped after step {self.progress.step}; run it again to go on")
-            for listener in self.listeners:
-                if finish := getattr(listener, "finish", None):
-                    finish(self)
+                self._add_timing(metrics, time.monotonic() - started)
+                for callback in self.callbacks:
+                    callback.on_step_end(self, metrics)
+                self.events.advanced(self.name, self._progress_units() - units, **_displayed(metrics))
+                number = stop.number if self.world.is_single else _first_signal(ranks)
+                if number or self.checkpointer.is_due(self.progress.step) or ranks[0].is_save_overdue:
+                    self._save(wait=bool(number))
+                if number:
+                    error = Interrupted if number == signal.SIGINT else Preempted
+                    with self._repeated_on_other_ranks():
+                        raise error(
+                            "training stopped",
+                            file=self.name,
+                            record=f"step {self.progress.step}",
+                            hint="run the same command again to resume",
+                        )
+            for callback in self.callbacks:
+                callback.on_train_end(self)
 
     def step(
-        self, stop: StopRequest | None = None, *, late: bool = False
+        self, stop: StopRequest | None = None, *, is_save_overdue: bool = False
     ) -> tuple[dict[str, Any], list[RankStepStats]]:
-        """One optimizer step over one row of every lane of all processes.
+        """Run one optimizer step over one packed sequence of every stream of all ranks.
 
-        late: the last checkpoint was long ago.
-        Returns the facts of the step, and the statistics of each process. There are no facts, and there was no update,
-        when the data have ended; the last step before that is made of what is left.
+        Returns the metrics of the step and the statistics of each rank. When the data have ended, the metrics are empty
+        and the weights are not updated; the last step before that has fewer sequences.
         """
-        rows, batches, shares = self._read(stop, late)
-        with self._same_in_all():
-            faults = self.faults.add([fault for share in shares for fault in share.faults])
-        if not any(share.samples for share in shares):
-            self._count(shares)
-            return {}, shares
-        supervised = max(1, sum(share.supervised for share in shares))
-        places = {name: number for number, name in enumerate(self.data_sets)}
-        sums = torch.zeros(1 + len(places), dtype=torch.float64, device=self.world.device)
-        for number, (batch, own) in enumerate(zip(batches, self._micro(rows), strict=True)):
+        data, ranks = self._read(stop, is_save_overdue)
+        with self._repeated_on_other_ranks():
+            num_bad = self.data.bad_samples.add([bad for stats in ranks for bad in stats.bad_samples])
+        if not any(stats.samples for stats in ranks):
+            self._count(ranks)
+            return {}, ranks
+        supervised = max(1, total_of(ranks, "supervised"))
+        loss, *by_data_set = self._forward_backward(data, ranks, supervised)
+        metrics = {
+            "step": self.progress.step + 1,
+            "tokens_seen": self.progress.tokens + total_of(ranks, "tokens"),
+            "loss": loss / supervised,
+            "loss_by_data_set": loss_by_data_set(ranks, self.data.data_sets, by_data_set),
+            "lr": self.state.optimizer.groups[0].lr * self.schedule.multiplier(self.progress),
+            "grad_norm": self.state.optimizer.grad_norm(),
+            **count_metrics(ranks),
+            "faults": num_bad,
+        }
+        self._update(metrics, data, ranks)
+        return metrics, ranks
+
+    def _read(self, stop: StopRequest | None, is_save_overdue: bool) -> tuple[StepData, list[RankStepStats]]:
+        """Read this rank's data and exchange statistics.
+
+        Raises the error of any rank that could not read its data or write its checkpoint, on all ranks.
+        """
+        data = StepData([], [], [])
+        problem: VilaError | None = None
+        try:
+            self.checkpointer.check()
+            data = self.data.next_step()
+        except VilaError as error:
+            problem = error
+        stats = rank_step_stats(data, self.data.reader.data_set)
+        stop_signal = stop.number if stop else 0
+        stats = replace(stats, stop_signal=stop_signal, is_save_overdue=is_save_overdue, problem=problem)
+        ranks = self.world.all_gather_object(stats)
+        with self._repeated_on_other_ranks():
+            if problem:
+                raise problem
+            for rank, other in enumerate(ranks):
+                if other.problem:
+                    other.problem.rank = rank
+                    raise other.problem
+        return data, ranks
+
+    def _forward_backward(self, data: StepData, ranks: Sequence[RankStepStats], supervised: int) -> list[float]:
+        """Accumulate the gradients of all micro-batches and all-reduce them.
+
+        Returns the loss summed over the tokens of all ranks, and the same for each data set.
+        """
+        state, is_sharded = self.state, self.world.mesh is not None
+        num_data_sets = len(self.data.data_sets)
+        sums = torch.zeros(1 + num_data_sets, dtype=torch.float64, device=self.world.device)
+        for index, (batch, sequences) in enumerate(zip(data.batches, data.micro_batches, strict=True)):
             if batch is None:
-                if not (self._dealt and any(share.filled[number] for share in shares)):
+                # With sharded weights every rank takes part in every forward pass, even when its data have ended.
+                if not (is_sharded and any(stats.has_samples[index] for stats in ranks)):
                     continue
-                # Where weights are sharded all processes take part, those whose data have ended too.
                 batch = empty_batch()
-            # The same for processes without images, where the tower's or the projector's weights are sharded.
-            dummy_vision = not batch.media and self._dealt and any(share.shows[number] for share in shares)
-            loss, by_data_set = self.objective(
+            # With a sharded tower or projector, ranks without images run it on a dummy image.
+            dummy_vision = not batch.media and is_sharded and any(stats.has_images[index] for stats in ranks)
+            loss, by_data_set = state.loss_module(
                 batch,
-                **(self.seen(batch) if batch.media or dummy_vision else {}),
+                **(state.vision_inputs(batch) if batch.media or dummy_vision else {}),
                 dummy_vision=dummy_vision,
-                data_set_ids=self._data_set_ids(own, batch, places),
-                num_data_sets=len(places),
+                data_set_ids=self.data.data_set_ids(sequences, batch),
+                num_data_sets=num_data_sets,
             )
-            if loss.requires_grad:  # text teaches nothing to a projector that learns alone
+            if loss.requires_grad:  # False for text when only the projector is trained
                 (loss / supervised).backward()
-                self.optimizer.accumulate()
+                state.optimizer.accumulate()
             sums[0] += loss.detach()
             sums[1:] += by_data_set
         self.world.all_reduce(sums)
-        if not self._dealt:
-            self.world.all_reduce_many(self.optimizer.gradients())
-        loss, *by_name = sums.tolist()
-        facts = self._facts(shares, loss / supervised, by_name) | {"faults": faults}
-        self._update(facts, rows, shares)
-        return facts, shares
+        if not is_sharded:
+            self.world.all_reduce_many(state.optimizer.gradients())
+        values: list[float] = sums.tolist()
+        return values
 
-    def _read(
-        self, stop: StopRequest | None, late: bool
-    ) -> tuple[list[PackedSequence], list[Batch | None], list[RankStepStats]]:
-        """The rows and batches of this process, and what all processes tell of theirs.
-
-        Raises the error of whichever process could not read its rows, or not save: none goes on alone.
-        """
-        rows: list[PackedSequence] = []
-        batches: list[Batch | None] = []
-        problem: VilaError | None = None
-        try:
-            self.check_saves()
-            rows = self.lanes.step()
-            batches = [collate(own, pin=self.pin) if own else None for own in self._micro(rows)]
-        except VilaError as error:
-            problem = error
-        mine = rank_step_stats(rows, batches)
-        mine = replace(mine, stop=stop.number if stop else 0, late=late, problem=problem)
-        shares = self.world.all_gather_object(mine)
-        with self._same_in_all():
-            if problem:
-                raise problem
-            for rank, share in enumerate(shares):
-                if share.problem:
-                    share.problem.rank = rank
-                    raise share.problem
-        return rows, batches, shares
-
-    def _micro(self, rows: Sequence[PackedSequence]) -> list[list[PackedSequence]]:
-        """The rows of each micro-batch, empty ones left out: as many micro-batches in every process and step."""
-        return [[row for row in rows[start : start + self.micro] if row] for start in range(0, len(rows), self.micro)]
-
-    @property
-    def _dealt(self) -> bool:
-        return self.world.mesh is not None
-
-    def _data_set_ids(self, rows: Sequence[PackedSequence], batch: Batch, places: dict[str, int]) -> Tensor:
-        """The number of the data set of every token, [B, S]; 0 at padding."""
-        out = torch.zeros_like(batch.ids)
-        for number, row in enumerate(rows):
-            start = 0
-            for sample in row:
-                out[number, start : start + len(sample)] = places[sample.dataset]
-                start += len(sample)
-        return out
-
-    def _facts(self, shares: Sequence[RankStepStats], loss: float, by_data_set: Sequence[float]) -> dict[str, Any]:
-        factor = lr_multiplier(self.spent(self.progress), self.warmup_ratio)
-        supervised: dict[str, int] = {}
-        tokens: dict[str, int] = {}
-        for share in shares:
-            for name, (seen, learnt) in share.by_data_set.items():
-                tokens[name] = tokens.get(name, 0) + seen
-                supervised[name] = supervised.get(name, 0) + learnt
-        total = sum(share.tokens for share in shares)
-        return {
-            "step": self.progress.step + 1,
-            "tokens_seen": self.progress.tokens + total,
-            "loss": loss,
-            "loss_by_data_set": {
-                name: value / supervised[name]
-                for name, value in zip(self.data_sets, by_data_set, strict=True)
-                if supervised.get(name)
-            },
-            "lr": self.optimizer.groups[0].lr * factor,
-            "grad_norm": self.optimizer.grad_norm(),
-            "tokens": total,
-            "supervised": sum(share.supervised for share in shares),
-            "fill": total / sum(share.places for share in shares),
-            "images": sum(share.images for share in shares),
-            "pairs": sum(share.pairs for share in shares),
-            "tokens_by_data_set": dict(sorted(tokens.items())),
-            "dropped": sum(share.dropped for share in shares),
-            "truncated": sum(share.truncated for share in shares),
-        }
-
-    def _update(self, facts: dict[str, Any], rows: Sequence[PackedSequence], shares: Sequence[RankStepStats]) -> None:
-        """Change the weights, or leave the step out when its loss or gradient is not finite."""
-        bad = not (math.isfinite(facts["loss"]) and math.isfinite(facts["grad_norm"]))
-        if bad:
-            self.optimizer.zero_grad()
-            ids = [one for share in self.world.all_gather_object(_ids(rows)) for one in share]
-            told = {"step": facts["step"], "loss": str(facts["loss"]), "grad_norm": str(facts["grad_norm"]), "ids": ids}
-            self.bad_step(told)
-            if self.progress.bad_steps >= self.bad_steps:
-                what = "loss" if not math.isfinite(facts["loss"]) else "gradient"
-                value = facts["loss"] if what == "loss" else facts["grad_norm"]
-                with self._same_in_all():
-                    raise TrainingError(
-                        f"{self.name}: the {what} of step {facts['step']} is {value}; its samples are {_listed(ids)}. "
-                        f"budget.max_bad_steps={self.bad_steps} such steps may be left out; all are in bad_steps.jsonl"
-                    )
+    def _update(self, metrics: dict[str, Any], data: StepData, ranks: Sequence[RankStepStats]) -> None:
+        """Update the weights, or skip the step if its loss or gradient is not finite."""
+        is_bad = not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"]))
+        if is_bad:
+            self.state.optimizer.zero_grad()
+            own = [sample.id for sequence in data.sequences for sample in sequence]
+            self._log_bad_step(metrics, [name for ids in self.world.all_gather_object(own) for name in ids])
         else:
-            factor = lr_multiplier(self.spent(self.progress), self.warmup_ratio)
-            self.optimizer.step(factor, facts["grad_norm"])
-        self.progress = replace(self.progress, step=facts["step"], bad_steps=self.progress.bad_steps + bad)
-        self._count(shares)
+            self.state.optimizer.step(self.schedule.multiplier(self.progress), metrics["grad_norm"])
+        self.progress = replace(self.progress, step=metrics["step"], bad_steps=self.progress.bad_steps + is_bad)
+        self._count(ranks)
 
-    def _count(self, shares: Sequence[RankStepStats]) -> None:
+    def _log_bad_step(self, metrics: dict[str, Any], ids: list[str]) -> None:
+        """Log a skipped step. Raises TrainingError when `budget.max_bad_steps` is exceeded."""
+        step, limit = metrics["step"], self.bad_steps.limit
+        self.bad_steps.write(step=step, loss=str(metrics["loss"]), grad_norm=str(metrics["grad_norm"]), ids=ids)
+        if self.progress.bad_steps < limit:
+            return
+        name = "loss" if not math.isfinite(metrics["loss"]) else "grad_norm"
+        shown = ", ".join(map(repr, ids[:20])) + (f" and {len(ids) - 20} more" if len(ids) > 20 else "")
+        with self._repeated_on_other_ranks():
+            raise TrainingError(
+                f"the {name} is not finite; the samples of the step are {shown}",
+                file=self.bad_steps.path,
+                record=f"step {step}",
+                field=name,
+                value=metrics[name],
+                hint=f"lower the learning rate, or skip more such steps than budget.max_bad_steps={limit}",
+            )
+
+    def _count(self, ranks: Sequence[RankStepStats]) -> None:
         """Add the samples of a step to the progress."""
-        was = self.progress
-        self.progress = replace(
-            was,
-            tokens=was.tokens + sum(share.tokens for share in shares),
-            samples=was.samples + sum(share.samples for share in shares),
-            supervised=was.supervised + sum(share.supervised for share in shares),
-            dropped=was.dropped + sum(share.dropped for share in shares),
-            truncated=was.truncated + sum(share.truncated for share in shares),
-            unreadable=was.unreadable + sum(len(share.faults) for share in shares),
-        )
+        names = ("tokens", "samples", "supervised", "dropped", "truncated")
+        counts = {name: getattr(self.progress, name) + total_of(ranks, name) for name in names}
+        unreadable = self.progress.unreadable + sum(len(stats.bad_samples) for stats in ranks)
+        self.progress = replace(self.progress, **counts, unreadable=unreadable)
+
+    def _save(self, *, wait: bool) -> None:
+        self.checkpointer.save(self.progress, self.state.optimizer, self.data.states)
+        for callback in self.callbacks:
+            callback.on_save(self)
+        if wait:
+            self.checkpointer.wait()
+        self.checkpointer.start_timer()
+
+    def _add_timing(self, metrics: dict[str, Any], seconds: float) -> None:
+        """Add throughput, training time, memory and MFU to the metrics of a step that took `seconds`."""
+        self.progress = replace(self.progress, seconds=self.progress.seconds + seconds)
+        metrics |= {"tokens_per_second": metrics["tokens"] / seconds, "seconds": self.progress.seconds}
+        if self.world.device.type == "cuda":
+            metrics["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        if self.mfu_meter is not None:
+            metrics["mfu"] = self.mfu_meter.mfu(metrics, seconds)
 
     @contextmanager
-    def _same_in_all(self) -> Iterator[None]:
-        """Inside, every process raises an error of the same cause; the main process prints it."""
+    def _repeated_on_other_ranks(self) -> Iterator[None]:
+        """Mark errors that all ranks raise for the same reason, so that only rank 0 prints them."""
         try:
             yield
         except VilaError as error:
-            error.is_repeated = not self.is_main
+            error.is_repeated = not self.world.is_main
             raise
 
-    def _usage(self, facts: dict[str, Any], seconds: float) -> dict[str, float]:
-        out = {}
-        if self.world.device.type == "cuda":
-            out["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        if self.mfu_meter is not None:
-            out["mfu"] = self.mfu_meter.mfu(facts, seconds)
-        return out
-
-    @contextmanager
-    def whole_model(self) -> Iterator[None]:
-        """Inside, the model answers as it does without other processes; all of them enter, and ask the same."""
-        root = self.objective
-        if isinstance(root, FSDPModule):
-            root.unshard()
-        try:
-            yield
-        finally:
-            if isinstance(root, FSDPModule):
-                root.reshard()
-
-    def _done(self) -> int:
-        return min(10_000, int(10_000 * self.spent(self.progress)))
+    def _progress_units(self) -> int:
+        return min(_PROGRESS_UNITS, int(_PROGRESS_UNITS * self.schedule.budget_fraction(self.progress)))
 
 
-def _shown(facts: dict[str, Any]) -> dict[str, float]:
+def _first_signal(ranks: Sequence[RankStepStats]) -> int:
+    return next((stats.stop_signal for stats in ranks if stats.stop_signal), 0)
+
+
+def _displayed(metrics: dict[str, Any]) -> dict[str, float]:
+    """Return the metrics that the progress bar shows, by label."""
     names = {"step": "step", "loss": "loss", "lr": "lr", "tokens/s": "tokens_per_second", "MFU": "mfu"}
     names["GiB"] = "memory_gib"
-    return {label: facts[name] for label, name in names.items() if name in facts}
-
-
-def _ids(rows: Sequence[Sequence[TokenizedSample]]) -> list[str]:
-    return [sample.id for row in rows for sample in row]
-
-
-def _listed(ids: Sequence[str]) -> str:
-    return ", ".join(map(repr, ids[:20])) + (f" and {len(ids) - 20} more" if len(ids) > 20 else "")
+    return {label: metrics[name] for label, name in names.items() if name in metrics}
