@@ -201,7 +201,7 @@ def test_a_job_that_is_told_to_stop_saves_and_goes_on_when_it_runs_again(vila, s
     wait_for(lambda: not running(slurm), 180)
     said = (slurm / "job.log").read_text()
     assert is_finished(recipe), said
-    assert f"going on after step {stopped}" in said
+    assert f"after step {stopped}" in said
     steps = [row["step"] for row in read_metrics(metrics)]
     assert steps == list(range(1, len(steps) + 1))
 

@@ -70,7 +70,7 @@ def stop_after(step: int, number: int = signal.SIGINT, rank: int = 0) -> Trainer
 
 
 def stopped(folder: Path, out: str, overrides: Sequence[str], step: int, number: int, rank: int = 0) -> tuple[int, Any]:
-    """Train until a signal stops the run; return the exit code of the command and the last step, as the error has it."""
+    """Train until a signal stops the run; return the exit code and the last step of the error."""
     try:
         build(stand_recipe(folder, out, *overrides), callbacks=[stop_after(step, number, rank)]).train()
     except Interrupted as error:

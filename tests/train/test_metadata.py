@@ -192,8 +192,9 @@ def test_other_kinds_of_storage_are_refused(folder, change):
 @pytest.mark.parametrize("change", [{"offset": 10**9}, {"length": 3}, {"offset": -5}, {"length": 10**15}])
 def test_places_that_hold_no_tensor_are_refused(folder, change):
     change_storage(folder, **change)
-    with pytest.raises(CheckpointError, match="step-00000001: cannot resume from it .*delete that directory"):
+    with pytest.raises(CheckpointError) as caught:
         load(folder)
+    assert caught.value.file == str(folder)
 
 
 def change_storage(folder, **changes):
@@ -207,8 +208,9 @@ def test_a_program_in_place_of_tensors_is_not_run(folder, tmp_path, protocol):
     planted = pickle.dumps(Call(os.system, f"touch {tmp_path / 'ran'}"), protocol)
     file = next(folder.glob("*.distcp"))
     file.write_bytes(planted.ljust(file.stat().st_size, b"\0"))
-    with pytest.raises(CheckpointError, match="step-00000001: cannot resume from it .*delete that directory"):
+    with pytest.raises(CheckpointError) as caught:
         load(folder)
+    assert caught.value.file == str(folder)
     assert not (tmp_path / "ran").exists()
 
 
@@ -216,6 +218,7 @@ def test_a_saved_object_in_place_of_tensors_is_not_run(folder, tmp_path):
     file = next(folder.glob("*.distcp"))
     torch.save(Call(os.system, f"touch {tmp_path / 'ran'}"), file)
     change_storage(folder, length=file.stat().st_size)
-    with pytest.raises(CheckpointError, match="step-00000001: cannot resume from it .*delete that directory"):
+    with pytest.raises(CheckpointError) as caught:
         load(folder)
+    assert caught.value.file == str(folder)
     assert not (tmp_path / "ran").exists()

@@ -55,8 +55,9 @@ def test_a_run_goes_on_with_a_larger_fault_budget_after_it_was_exceeded(tmp_path
     stand = write_stand(tmp_path)
     (stand / "4.png").write_bytes(b"broken")
     options = ("budget.tokens=1500", "output.checkpoint_every_steps=1")
-    with pytest.raises(MediaError, match="4.png.*not an image"):
+    with pytest.raises(MediaError) as caught:
         build(stand_recipe(stand, "faults", *options)).train()
+    assert "4.png" in str(caught.value)
     # Three epochs and a stop in the second one: 4.png is one sample.
     options = ("budget.tokens=0", "budget.epochs=3", "output.checkpoint_every_steps=1", "data.max_faults=1")
     recipe = stand_recipe(stand, "faults", *options)

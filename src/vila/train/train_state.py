@@ -22,7 +22,14 @@ from vila.data.dataset import mixture_images
 from vila.data.mixture import Mixture
 from vila.model.feature_cache import FeatureCache
 from vila.model.layouts.base import Checkpoint
-from vila.model.loading import build_model, build_components, check_templates, choose_dtype, open_checkpoint, open_components
+from vila.model.loading import (
+    build_components,
+    build_model,
+    check_templates,
+    choose_dtype,
+    open_checkpoint,
+    open_components,
+)
 from vila.model.modeling import VilaForConditionalGeneration
 from vila.model.processor import VilaProcessor
 from vila.model.projector import calibrate_projector
