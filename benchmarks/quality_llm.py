@@ -9,6 +9,7 @@ with 8,192; rtn-feedback is feedback without AWQ's search.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from vila.bench.quality import Way, markdown_table, measure_quality, quality_task, write_quality_report
 from vila.core.system import system_info
 from vila.quant.calibration import packaged_documents, text_calibration
-from vila.quant.quantize import BEST, Request, with_group
+from vila.quant.quant_config import BEST, QuantConfig
 
 GROUP = 64
 
@@ -30,13 +31,13 @@ def main(folder: Path, out: Path, names: list[str]) -> None:
     def load() -> tuple[Any, Any]:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), None
 
-    few, many = (text_calibration(packaged_documents(), tokenizer, max_rows=rows) for rows in (2, 16))
+    few, many = (text_calibration(packaged_documents(), tokenizer, max_sequences=rows) for rows in (2, 16))
     ways = {
         "full": Way("full"),
-        "rtn": Way("rtn", with_group(Request("rtn"), GROUP)),
-        "awq": Way("awq", with_group(Request(), GROUP), few),
-        "rtn-feedback": Way("rtn-feedback", with_group(Request("rtn", rounding="feedback"), GROUP), many),
-        "best": Way("best", with_group(BEST, GROUP), many),
+        "rtn": Way("rtn", QuantConfig("rtn", group_size=GROUP)),
+        "awq": Way("awq", QuantConfig(group_size=GROUP), few),
+        "rtn-feedback": Way("rtn-feedback", QuantConfig("rtn", rounding="gptq", group_size=GROUP), many),
+        "best": Way("best", replace(BEST, group_size=GROUP), many),
     }
     result = measure_quality(load, [ways[name] for name in names], quality_task(tokenizer), out)
     write_quality_report(result, {"model": str(folder), **system_info()}, out / "quality.html")

@@ -18,8 +18,9 @@ import torch
 from vila.bench.decode import forget_peak, peak_bytes
 from vila.bench.model_shapes import SHAPES, random_model
 from vila.core.system import system_info
-from vila.quant.awq_search import SearchOptions, search_model
+from vila.quant.awq_search import search_model
 from vila.quant.calibration import Calibration, CalibrationSequence
+from vila.quant.quant_config import QuantConfig
 
 
 def main() -> None:
@@ -40,7 +41,7 @@ def main() -> None:
     calibration = Calibration("random", "0" * 64, tuple(CalibrationSequence(tuple(row)) for row in ids))
     forget_peak("cpu")
     before, begin = peak_bytes("cpu"), time.perf_counter()
-    search_model(model, calibration, SearchOptions())
+    search_model(model, calibration, QuantConfig())
     seconds, peak = time.perf_counter() - begin, peak_bytes("cpu")
     print(
         json.dumps(

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,22 +25,22 @@ from vila.cli.main import main
 from vila.core.errors import ConfigError
 from vila.model.loading import save_model
 from vila.quant.calibration import PACKAGED
-from vila.quant.quantize import BEST, Request, with_group
+from vila.quant.quant_config import BEST, QuantConfig
 from vila.starter.data import text_sha256
 
 ROWS = random_rows(3)
 WAYS = [
     Way("full"),
-    Way("rtn", with_group(Request("rtn"), 32)),
-    Way("awq", with_group(Request(), 32), ROWS),
-    Way("best", with_group(BEST, 32), ROWS),
+    Way("rtn", QuantConfig("rtn", group_size=32)),
+    Way("awq", QuantConfig(group_size=32), ROWS),
+    Way("best", replace(BEST, group_size=32), ROWS),
 ]
-TASK = Task(tuple(row.ids for row in random_rows(4, seed=5).rows), "0" * 64)
+TASK = Task(tuple(row.ids for row in random_rows(4, seed=5).sequences), "0" * 64)
 
 
 def test_the_loss_of_a_block_is_the_mean_over_its_predicted_tokens():
     model, _ = loud(layers=1)
-    ids = random_rows(1, 9).rows[0].ids
+    ids = random_rows(1, 9).sequences[0].ids
     logs = torch.log_softmax(model(input_ids=torch.tensor([ids])).logits[0].detach().double(), -1)
     by_hand = -sum(float(logs[place, ids[place + 1]]) for place in range(8)) / 8
     assert block_losses(model, [ids]) == [pytest.approx(by_hand, rel=1e-5)]
@@ -47,7 +48,7 @@ def test_the_loss_of_a_block_is_the_mean_over_its_predicted_tokens():
 
 def test_the_divergence_is_zero_from_itself_and_as_by_hand_from_another():
     model, other = loud(layers=1)[0], loud(layers=1, seed=1)[0]
-    ids = random_rows(1, 9).rows[0].ids
+    ids = random_rows(1, 9).sequences[0].ids
     assert block_divergences(model, model, [ids]) == [0]
     own, whole = (
         torch.softmax(one(input_ids=torch.tensor([ids])).logits[0].detach().double(), -1) for one in (model, other)

@@ -33,4 +33,4 @@ def random_rows(count=2, length=60, seed=0):
 def logits(model, rows):
     """What the model says on the rows, [N, S, V]."""
     with torch.no_grad():
-        return model(input_ids=torch.tensor([row.ids for row in rows.rows])).logits
+        return model(input_ids=torch.tensor([row.ids for row in rows.sequences])).logits

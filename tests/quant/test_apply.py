@@ -11,7 +11,8 @@ from vila.core.errors import ConfigError, LayoutError
 from vila.kernels.int4 import dequantize
 from vila.quant.apply import apply_search, clamp_weight, fake_quantize, fold_scale, quantize_model
 from vila.quant.awq_cache import AwqSearch, ChannelScale, WeightClip
-from vila.quant.awq_search import SearchOptions, search_model
+from vila.quant.awq_search import search_model
+from vila.quant.quant_config import QuantConfig
 
 UP = "language_model.model.layers.0.mlp.up_proj"
 
@@ -72,7 +73,7 @@ def test_rounding_takes_all_linears_of_the_decoder_and_nothing_else(symmetric):
 
 def test_a_search_beats_plain_rounding():
     """On the calibration rows themselves, over all logits."""
-    rows, options = random_rows(4), SearchOptions(group_size=32)
+    rows, options = random_rows(4), QuantConfig(group_size=32)
     model, _ = loud(layers=2)
     exact = logits(model, rows)
     errors = {}
@@ -91,8 +92,9 @@ def test_released_weights_hold_no_memory():
     for name in rounded:
         assert model.get_submodule(name).weight.is_meta
     assert not model.get_output_embeddings().weight.is_meta
-    with pytest.raises(LayoutError, match="q_proj: its weight is not in memory"):
+    with pytest.raises(LayoutError) as caught:
         quantize_model(model, None, 16)
+    assert caught.value.field.endswith("q_proj")
 
 
 def test_an_llm_alone_is_quantized_too():
@@ -105,40 +107,45 @@ def test_an_llm_alone_is_quantized_too():
 def test_a_search_that_does_not_fit_changes_nothing():
     model, _ = loud()
     before = copy.deepcopy(model.state_dict())
-    good = search_model(model, random_rows(), SearchOptions(group_size=16))
+    good = search_model(model, random_rows(), QuantConfig(group_size=16))
     layer = "model.layers.0"
     wrong = {
-        "no norm or Linear": ChannelScale(f"{layer}.norm9", (f"{layer}.mlp.up_proj",), torch.ones(32)),
-        "no Linear of it": ChannelScale(f"{layer}.input_layernorm", (f"{layer}.mlp.out",), torch.ones(32)),
-        "has 32 inputs, its scale 16 channels": ChannelScale(
-            f"{layer}.input_layernorm", (f"{layer}.mlp.up_proj",), torch.ones(16)
+        f"{layer}.norm9": ChannelScale(f"{layer}.norm9", (f"{layer}.mlp.up_proj",), torch.ones(32)),
+        f"{layer}.mlp.out": ChannelScale(f"{layer}.input_layernorm", (f"{layer}.mlp.out",), torch.ones(32)),
+        f"{layer}.mlp.up_proj": ChannelScale(f"{layer}.input_layernorm", (f"{layer}.mlp.up_proj",), torch.ones(16)),
+        f"{layer}.input_layernorm": ChannelScale(
+            f"{layer}.input_layernorm", (f"{layer}.mlp.up_proj",), torch.zeros(32)
         ),
-        "not finite and positive": ChannelScale(f"{layer}.input_layernorm", (f"{layer}.mlp.up_proj",), torch.zeros(32)),
     }
-    for message, scale in wrong.items():
-        with pytest.raises(LayoutError, match=message):
+    for name, scale in wrong.items():
+        with pytest.raises(LayoutError) as caught:
             apply_search(model, AwqSearch((*good.scales, scale), good.clips))
-    with pytest.raises(LayoutError, match="is 64x32, its limits are 32x2"):
+        assert caught.value.field == name
+    with pytest.raises(LayoutError) as caught:
         apply_search(model, AwqSearch(good.scales, (WeightClip(f"{layer}.mlp.up_proj", torch.ones(32, 2)),)))
+    assert caught.value.field == f"{layer}.mlp.up_proj"
+    assert "64x32" in caught.value.problem and "32x2" in caught.value.problem
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_a_search_for_another_rounding_is_refused():
     model, _ = loud()
-    found = search_model(model, random_rows(), SearchOptions(group_size=16))
-    with pytest.raises(ConfigError, match="made with group_size 16, not 32"):
+    found = search_model(model, random_rows(), QuantConfig(group_size=16))
+    with pytest.raises(ConfigError) as caught:
         quantize_model(model, found, 32)
-    with pytest.raises(ConfigError, match="made with symmetric False, not True"):
+    assert (caught.value.field, caught.value.value, caught.value.expected) == ("group_size", 32, "16")
+    with pytest.raises(ConfigError) as caught:
         quantize_model(model, found, 16, True)
+    assert (caught.value.field, caught.value.value, caught.value.expected) == ("symmetric", True, "False")
 
 
 def test_sizes_that_a_group_does_not_divide_are_named_with_those_that_fit():
     model, _ = loud(hidden_size=96, intermediate_size=192, num_attention_heads=4, layers=2)
     with pytest.raises(ConfigError) as caught:
         quantize_model(model, None, 128)
-    said = str(caught.value)
-    assert "group size 128 does not divide 96 inputs of model.layers.0.self_attn.q_proj and 11 more" in said
-    assert "192 inputs of model.layers.0.mlp.down_proj and 1 more; group sizes that fit this model: 32" in said
+    assert (caught.value.field, caught.value.value, caught.value.expected) == ("group_size", 128, "32")
+    for part in ("96", "model.layers.0.self_attn.q_proj", "192", "model.layers.0.mlp.down_proj"):
+        assert part in caught.value.problem
 
 
 def test_damaged_weights_are_named():
@@ -147,10 +154,11 @@ def test_damaged_weights_are_named():
         model.get_decoder().layers[1].mlp.gate_proj.weight[3, 5] = float("nan")
     for work in (
         lambda: quantize_model(model, None, 16),
-        lambda: search_model(model, random_rows(), SearchOptions(16)),
+        lambda: search_model(model, random_rows(), QuantConfig(group_size=16)),
     ):
-        with pytest.raises(LayoutError, match="model.layers.1.mlp.gate_proj: the weight holds NaN or infinity"):
+        with pytest.raises(LayoutError) as caught:
             work()
+        assert caught.value.field == "model.layers.1.mlp.gate_proj"
 
 
 @pytest.mark.parametrize(
@@ -162,15 +170,17 @@ def test_damaged_norms_and_embeddings_are_named_too(name):
     inside = name if name.startswith("language_model") else f"language_model.{name}.weight"
     with torch.no_grad():
         model.get_parameter(inside).view(-1)[3] = float("inf")
-    with pytest.raises(LayoutError, match=f"^{name}: the weight holds NaN or infinity"):
+    with pytest.raises(LayoutError) as caught:
         quantize_model(model, None, 16)
+    assert caught.value.field == name
 
 
 def test_limits_below_zero_are_refused():
     model, _ = loud()
     clip = WeightClip("model.layers.0.mlp.up_proj", torch.full((model.get_submodule(UP).out_features, 2), -0.1))
-    with pytest.raises(LayoutError, match=r"the limits of model.layers.0.mlp.up_proj are not all 0 and more"):
+    with pytest.raises(LayoutError) as caught:
         apply_search(model, AwqSearch((), (clip,)))
+    assert caught.value.field == "model.layers.0.mlp.up_proj"
 
 
 def test_a_quantized_model_is_refused():
@@ -180,12 +190,16 @@ def test_a_quantized_model_is_refused():
         pass
 
     model.get_decoder().layers[0].self_attn.o_proj = Packed()
-    with pytest.raises(LayoutError, match="self_attn.o_proj is a Packed, not a Linear: the model is quantized already"):
+    with pytest.raises(LayoutError) as caught:
         quantize_model(model, None, 16)
+    assert caught.value.field == "model.layers.0.self_attn.o_proj"
+    assert caught.value.value == "Packed"
 
 
 def test_a_family_without_a_card_is_refused_with_those_that_have_one():
     model, _ = loud()
     model.get_decoder().config.model_type = "gemma"
-    with pytest.raises(LayoutError, match=r"(?s)'gemma'.*known: llama, mistral, qwen2.*scale_groups"):
+    with pytest.raises(LayoutError) as caught:
         quantize_model(model, None, 16)
+    assert caught.value.value == "gemma"
+    assert {"llama", "mistral", "qwen2"} <= set(caught.value.expected.split(", "))

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from tests.quant.models import loud, random_rows
-from vila.quant.awq_search import SearchOptions, search_model
+from vila.quant.awq_search import search_model
+from vila.quant.quant_config import QuantConfig
 
 pytestmark = pytest.mark.gpu
 
@@ -13,13 +14,13 @@ pytestmark = pytest.mark.gpu
 def test_a_search_on_a_gpu_is_that_on_the_cpu(moved):
     """Also when only the block that is searched is on the GPU, and the model stays where it is."""
     model, _ = loud(layers=2, num_key_value_heads=4)
-    here = search_model(model, random_rows(), SearchOptions(group_size=16, dtype=torch.float64))
+    here = search_model(model, random_rows(), QuantConfig(group_size=16, dtype=torch.float64))
     device = torch.device("cuda")
     there = search_model(
         model.to(device) if moved else model,
         random_rows(),
-        SearchOptions(group_size=16, dtype=torch.float64, device=device),
+        QuantConfig(group_size=16, dtype=torch.float64, device=device),
     )
     for one, other in zip(here.scales, there.scales, strict=True):
-        assert one.facts["ratio"] == other.facts["ratio"]
-        assert other.facts["losses"] == pytest.approx(one.facts["losses"], rel=1e-4)
+        assert one.metadata["ratio"] == other.metadata["ratio"]
+        assert other.metadata["losses"] == pytest.approx(one.metadata["losses"], rel=1e-4)

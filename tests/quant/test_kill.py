@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 from tests.quant.models import loud, random_rows
-from vila.quant.awq_search import SearchOptions, search_to_file
+from vila.quant.awq_search import search_to_file
+from vila.quant.quant_config import QuantConfig
 
 CODE = """
 import os, signal, sys
@@ -25,7 +26,7 @@ def killed(*args):
 
 awq_search.search_limits = killed
 model, _ = loud(layers=3)
-search_to_file(model, random_rows(), Path(sys.argv[1]), awq_search.SearchOptions(group_size=16))
+search_to_file(model, random_rows(), Path(sys.argv[1]), awq_search.QuantConfig(group_size=16))
 """
 
 
@@ -44,7 +45,7 @@ def test_a_killed_search_goes_on_to_the_same_bytes(tmp_path):
     (broken / "00001.safetensors").write_bytes(first[:100])
     os.utime(broken, (0, 0))
     model, _ = loud(layers=3)
-    options = SearchOptions(group_size=16)
+    options = QuantConfig(group_size=16)
     search_to_file(model, random_rows(), target, options)
     search_to_file(model, random_rows(), tmp_path / "whole.safetensors", options)
     assert target.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()

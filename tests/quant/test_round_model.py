@@ -1,4 +1,4 @@
-"""A whole model rounded block by block: as `quantize_model` gives it, better with feedback, and resumable."""
+"""A whole model rounded block by block: as `quantize_model` gives it, better with GPTQ, and resumable."""
 
 import pytest
 import torch
@@ -8,13 +8,14 @@ from vila.core.errors import CheckpointError, ConfigError, LayoutError
 from vila.kernels.int4 import dequantize
 from vila.model.int4_weights import int4_weights, use_int4
 from vila.quant.apply import quantize_model
-from vila.quant.awq_search import SearchOptions, search_model
+from vila.quant.awq_search import search_model
 from vila.quant.blocks import block_linears, decoder_blocks
-from vila.quant.quantize import RoundOptions, round_model
+from vila.quant.quant_config import QuantConfig
+from vila.quant.quantize import round_model
 
 ROWS = random_rows(4)
-NEAREST = RoundOptions(group_size=16)
-FEEDBACK = RoundOptions(group_size=16, rounding="feedback")
+NEAREST = QuantConfig(group_size=16)
+GPTQ = QuantConfig(group_size=16, rounding="gptq")
 
 
 def same(first, second):
@@ -35,7 +36,7 @@ def damage(model, search, options):
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
 def test_nearest_is_what_quantize_model_gives_and_leaves_a_model_that_fits(family):
-    search = search_model(loud(family, layers=2)[0], ROWS, SearchOptions(group_size=16))
+    search = search_model(loud(family, layers=2)[0], ROWS, QuantConfig(group_size=16))
     model, other = loud(family, layers=2)[0], loud(family, layers=2)[0]
     rounded = round_model(model, search, NEAREST, release=True)
     assert same(rounded.weights, quantize_model(other, search, 16))
@@ -49,7 +50,7 @@ def test_nearest_is_what_quantize_model_gives_and_leaves_a_model_that_fits(famil
 
 def test_a_16_bit_model_is_folded_and_rounded_in_float32():
     model, wide = loud(layers=1)[0].to(torch.bfloat16), loud(layers=1)[0].to(torch.bfloat16).float()
-    search = search_model(wide, ROWS, SearchOptions(group_size=16))
+    search = search_model(wide, ROWS, QuantConfig(group_size=16))
     rounded = round_model(model, search, NEAREST)
     assert same(rounded.weights, round_model(wide, search, NEAREST).weights)
     assert decoder_blocks(model)[0].input_layernorm.weight.dtype == torch.bfloat16
@@ -57,47 +58,52 @@ def test_a_16_bit_model_is_folded_and_rounded_in_float32():
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_feedback_does_less_damage_than_nearest(family, symmetric):
-    searched = SearchOptions(group_size=16, symmetric=symmetric)
+def test_gptq_does_less_damage_than_nearest(family, symmetric):
+    searched = QuantConfig(group_size=16, symmetric=symmetric)
     search = search_model(loud(family, layers=2)[0], ROWS, searched)
     left = [
-        damage(loud(family, layers=2)[0], search, RoundOptions(16, symmetric, rounding))
-        for rounding in ("nearest", "feedback")
+        damage(loud(family, layers=2)[0], search, QuantConfig(group_size=16, symmetric=symmetric, rounding=rounding))
+        for rounding in ("nearest", "gptq")
     ]
     assert left[1] < left[0]
 
 
-def test_feedback_goes_on_from_its_finished_blocks_to_the_same_codes(tmp_path):
-    whole = round_model(loud(layers=3)[0], None, FEEDBACK, ROWS, keep=tmp_path / "whole")
-    again = round_model(loud(layers=3)[0], None, FEEDBACK, ROWS, keep=tmp_path / "whole")
+def test_gptq_resumes_from_its_finished_blocks_to_the_same_codes(tmp_path):
+    whole = round_model(loud(layers=3)[0], None, GPTQ, ROWS, resume_dir=tmp_path / "whole")
+    again = round_model(loud(layers=3)[0], None, GPTQ, ROWS, resume_dir=tmp_path / "whole")
     assert same(whole.weights, again.weights)
     assert whole.errors == again.errors
     (tmp_path / "whole" / "00002.safetensors").unlink()
-    assert same(whole.weights, round_model(loud(layers=3)[0], None, FEEDBACK, ROWS, keep=tmp_path / "whole").weights)
-    with pytest.raises(CheckpointError, match="block 0 was made from another model"):
-        round_model(loud(layers=3, seed=1)[0], None, FEEDBACK, ROWS, keep=tmp_path / "whole")
-    with pytest.raises(CheckpointError, match="block 0"):
-        round_model(loud(layers=3)[0], None, FEEDBACK, random_rows(4, seed=1), keep=tmp_path / "whole")
+    assert same(whole.weights, round_model(loud(layers=3)[0], None, GPTQ, ROWS, resume_dir=tmp_path / "whole").weights)
+    with pytest.raises(CheckpointError) as caught:
+        round_model(loud(layers=3, seed=1)[0], None, GPTQ, ROWS, resume_dir=tmp_path / "whole")
+    assert caught.value.file.endswith("00000.safetensors")
+    with pytest.raises(CheckpointError) as caught:
+        round_model(loud(layers=3)[0], None, GPTQ, random_rows(4, seed=1), resume_dir=tmp_path / "whole")
+    assert caught.value.file.endswith("00000.safetensors")
     (tmp_path / "whole" / "00001.safetensors").write_bytes(b"x")
     with pytest.raises(LayoutError) as caught:
-        round_model(loud(layers=3)[0], None, FEEDBACK, ROWS, keep=tmp_path / "whole")
+        round_model(loud(layers=3)[0], None, GPTQ, ROWS, resume_dir=tmp_path / "whole")
     assert caught.value.file == str(tmp_path / "whole" / "00001.safetensors")
 
 
 def test_what_cannot_be_rounded_is_refused_before_anything_changes():
     model, _ = loud(layers=1)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    search = search_model(model, ROWS, SearchOptions(group_size=16))
-    for options, found, rows, message in (
-        (RoundOptions(24), None, None, "group size 24 does not divide"),
-        (RoundOptions(32), search, None, "the search was made with group_size 16, not 32"),
-        (FEEDBACK, search, None, "rounding with feedback needs calibration"),
+    search = search_model(model, ROWS, QuantConfig(group_size=16))
+    for config, found, rows, field in (
+        (QuantConfig(group_size=24), None, None, "group_size"),
+        (QuantConfig(group_size=32), search, None, "group_size"),
+        (GPTQ, search, None, "calibration"),
     ):
-        with pytest.raises(ConfigError, match=message):
-            round_model(model, found, options, rows)
+        with pytest.raises(ConfigError) as caught:
+            round_model(model, found, config, rows)
+        assert caught.value.field == field
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    with pytest.raises(ConfigError, match="rounding 'up' is neither nearest nor feedback"):
-        RoundOptions(rounding="up")
+    with pytest.raises(ConfigError) as caught:
+        QuantConfig(rounding="up")
+    assert (caught.value.field, caught.value.value, caught.value.expected) == ("rounding", "up", "nearest or gptq")
     use_int4(model, round_model(model, search, NEAREST).weights)
-    with pytest.raises(LayoutError, match="quantized already"):
+    with pytest.raises(LayoutError) as caught:
         round_model(model, None, NEAREST)
+    assert caught.value.expected == "a Linear"

@@ -91,7 +91,7 @@ def test_the_first_of_equal_losses_wins_and_no_number_never_does():
     losses = iter([3.0, float("nan"), 1.0, 1.0])
     chosen = search_scale(tried, lambda scale: next(losses))
     assert chosen.best is tried[2]
-    with pytest.raises(LayoutError, match="search in a wider number type"):
+    with pytest.raises(LayoutError, match="finite"):
         search_scale(tried, lambda scale: float("nan"))
 
 

@@ -76,5 +76,5 @@ def test_a_stop_leaves_nothing_but_a_checkpoint(stand):
     with pytest.raises(Interrupted):
         build(recipe, callbacks=[on_step(stop)]).train()
     assert not model_dir(recipe).exists()
-    tensors = build(recipe).checkpoints.folder / "step-00000002"
+    tensors = build(recipe).trainer.checkpointer.writer.folder / "step-00000002"
     assert tensors.is_dir()

@@ -28,8 +28,10 @@ from vila.eval.benchmarks.easy_vqa import EasyVqa
 from vila.eval.runner import run_benchmark
 from vila.model.int4_weights import dequantize_model, use_int4
 from vila.quant.awq_cache import AwqSearch, load_search, save_search
-from vila.quant.calibration import BLOCK, Calibration
-from vila.quant.quantize import Request, check_request, make_search, round_model
+from vila.quant.blocks import check_weights
+from vila.quant.calibration import SEQUENCE_LENGTH, Calibration
+from vila.quant.quant_config import QuantConfig
+from vila.quant.quantize import check_calibration, check_quantization, make_search, round_blocks
 from vila.report.html import Figure, Page
 from vila.report.plots import Group, bar_plot
 
@@ -40,23 +42,23 @@ TEXT = "starter/text/english_eval.txt"
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """One way of keeping the model. No request is full precision."""
+    """One way of keeping the model. Without a config it is in full precision."""
 
     name: str
-    request: Request | None = None
+    config: QuantConfig | None = None
     calibration: Calibration | None = None
 
     def facts(self) -> dict[str, Any]:
         """What decides its figures."""
-        if self.request is None:
+        if self.config is None:
             return {"name": self.name}
         return {
             "name": self.name,
-            "method": self.request.method,
-            "rounding": self.request.rounding,
-            "search_rows": self.request.search_rows,
-            **self.request.search.facts(),
-            "calibration": None if self.calibration is None else self.calibration.facts(),
+            "method": self.config.method,
+            "rounding": self.config.rounding,
+            "search_rows": self.config.search_sequences,
+            **self.config.search_settings(),
+            "calibration": None if self.calibration is None else self.calibration.metadata(),
         }
 
 
@@ -80,7 +82,12 @@ class Task:
 
 
 def quality_task(
-    tokenizer: Any, *, max_blocks: int = 0, easy_vqa: Path | None = None, questions: int = 0, block: int = BLOCK
+    tokenizer: Any,
+    *,
+    max_blocks: int = 0,
+    easy_vqa: Path | None = None,
+    questions: int = 0,
+    block: int = SEQUENCE_LENGTH,
 ) -> Task:
     """The packaged text in blocks, the tail dropped; 0 takes all of them. Raises DataError when it makes no block."""
     raw = files("vila").joinpath(TEXT).read_bytes()
@@ -127,7 +134,7 @@ def measure_quality(
     load: a fresh model in memory, in float32, and its processor.
     Raises ConfigError when the first way is not full precision, or `out` holds figures of another model or task.
     """
-    if not ways or ways[0].request is not None:
+    if not ways or ways[0].config is not None:
         raise ConfigError("the first way that is measured is full precision: the others are compared with it")
     (out / "ways").mkdir(parents=True, exist_ok=True)
     rows = [_measured(load, way, what, out, events) for way in ways]
@@ -151,14 +158,14 @@ def _measured(load: Callable[[], tuple[Any, Any]], way: Way, what: Task, out: Pa
     began = time.monotonic()
     with task(events, way.name):
         bytes_before = sum(parameter.numel() for parameter in model.parameters()) * 2
-        bytes_after = bytes_before if way.request is None else _quantize(model, processor, way, out, events)
+        bytes_after = bytes_before if way.config is None else _quantize(model, processor, way, out, events)
         seconds = time.monotonic() - began
         row = {
             "asked": asked,
             "seconds": round(seconds, 1),
             "bytes": bytes_after,
             "losses": block_losses(model, what.blocks),
-            "divergences": [] if way.request is None else block_divergences(model, load()[0], what.blocks),
+            "divergences": [] if way.config is None else block_divergences(model, load()[0], what.blocks),
             **_answers(model, processor, way, what, out, events),
         }
     write_json(path, row)
@@ -167,17 +174,18 @@ def _measured(load: Callable[[], tuple[Any, Any]], way: Way, what: Task, out: Pa
 
 def _search(model: Any, processor: Any, way: Way, folder: Path, events: Events) -> AwqSearch | None:
     """The way's search; ways that search with the same settings on the same rows share one."""
-    request, calibration = way.request, way.calibration
-    if request is None or calibration is None:
+    config, calibration = way.config, way.calibration
+    if config is None or calibration is None:
         return None
     looked_at = [
-        [row.ids, [image.key() for image in row.media]] for row in calibration.rows[: request.search_rows or None]
+        [row.ids, [image.key() for image in row.media]]
+        for row in calibration.sequences[: config.search_sequences or None]
     ]
-    asked = json.dumps([request.method, request.search.facts(), looked_at])
+    asked = json.dumps([config.method, config.search_settings(), looked_at])
     path = folder / f"{hashlib.sha256(asked.encode()).hexdigest()[:16]}.safetensors"
     if path.is_file():
         return load_search(path)
-    search = make_search(model, processor, request, calibration, events=events)
+    search = make_search(model, processor, config, calibration, events=events)
     if search is not None:
         save_search(search, path)
     return search
@@ -185,12 +193,14 @@ def _search(model: Any, processor: Any, way: Way, folder: Path, events: Events) 
 
 def _quantize(model: Any, processor: Any, way: Way, out: Path, events: Events) -> int:
     """Round the model in place; the bytes of its weights when all else is kept in 16 bits."""
-    request = way.request
-    assert request is not None
-    check_request(model, request, way.calibration, None)
+    config = way.config
+    assert config is not None
+    check_quantization(model, config)
+    check_calibration(model, config, way.calibration)
+    check_weights(model)
     search = _search(model, processor, way, out / "searches", events)
-    weights = round_model(
-        model, search, request.round_options(), way.calibration, processor=processor, release=True, events=events
+    weights = round_blocks(
+        model, search, config, way.calibration, processor=processor, release=True, events=events
     ).weights
     use_int4(model, weights)
     rest = sum(parameter.numel() for parameter in model.parameters()) * 2

@@ -311,11 +311,13 @@ def _ways(
     samples: int,
     screen: Any,
 ) -> list[Way]:
+    from dataclasses import replace
+
     from vila.bench.quality import Way
     from vila.cli.quantize import calibration_of
     from vila.core.errors import ConfigError, UnknownNameError
     from vila.quant.calibration import join_calibrations
-    from vila.quant.quantize import BEST, Request, with_group
+    from vila.quant.quant_config import BEST, QuantConfig
 
     chosen = [name.strip() for name in names.split(",") if name.strip()]
     for name in chosen:
@@ -327,17 +329,17 @@ def _ways(
     def text(count: int) -> Calibration:
         return calibration_of(["packaged"], processor, count, samples, screen)
 
-    awq = with_group(Request(), group_size)
+    awq = QuantConfig(group_size=group_size)
     out = []
     for name in chosen:
         if name == "full":
             out.append(Way(name))
         elif name == "rtn":
-            out.append(Way(name, with_group(Request("rtn"), group_size)))
+            out.append(Way(name, QuantConfig("rtn", group_size=group_size)))
         elif name == "awq":
             out.append(Way(name, awq, text(rows)))
         elif name == "best":
-            out.append(Way(name, with_group(BEST, group_size), text(best_rows)))
+            out.append(Way(name, replace(BEST, group_size=group_size), text(best_rows)))
         else:
             if not image_calib:
                 raise ConfigError(

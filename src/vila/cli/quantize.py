@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from vila.quant.calibration import Calibration
-    from vila.quant.quantize import Request
+    from vila.quant.quant_config import QuantConfig
 
 
 _SEARCH = "Search"
@@ -50,7 +50,7 @@ class Rounding(StrEnum):
     """Rounding of weights to INT4 codes."""
 
     NEAREST = "nearest"
-    FEEDBACK = "feedback"
+    GPTQ = "gptq"
 
 
 @with_option_groups
@@ -148,6 +148,8 @@ def quantize(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing model in --output.")] = False,
 ) -> None:
     """Quantize the LLM of [bold]MODEL[/bold] to INT4. Resumes after an interruption."""
+    from dataclasses import replace
+
     from rich.console import Console
 
     from vila import __version__
@@ -157,18 +159,18 @@ def quantize(
     from vila.model.layouts.readme import README, layout_readme
     from vila.model.loading import build_model, empty_model, open_checkpoint
     from vila.quant.awq_cache import load_search, read_search, write_awq_cache
-    from vila.quant.awq_search import check_ids
     from vila.quant.quantize import (
         PUBLISHED_GROUP_SIZE,
         SEARCH_FILE,
-        check_plan,
+        check_calibration,
+        check_quantization,
         default_group_size,
-        needed_bytes,
-        quantize_checkpoint,
-        with_group,
+        needs_calibration,
+        quantize_and_save,
+        required_disk_bytes,
     )
 
-    request = _request(method, symmetric, scaling, clipping, rounding, image_token_weight, device.value)
+    config = _config(method, symmetric, scaling, clipping, rounding, image_token_weight, device.value)
     target = out.expanduser()
     check_target(target, "--output", overwrite)
     if dump_awq is not None:
@@ -185,32 +187,30 @@ def quantize(
         size = group_size or default_group_size(shapes, found)
         if group_size is None and size != PUBLISHED_GROUP_SIZE:
             screen.log(f"group size: {size}, the largest of 128, 64 and 32 that divides the widths of this model")
-        request = with_group(request, size, symmetric)
-        check_plan(shapes, request, found)
-        check_target(target, "--output", overwrite, num_bytes=needed_bytes(shapes, size))
+        config = replace(config, group_size=size)
+        check_quantization(shapes, config, found)
+        check_target(target, "--output", overwrite, num_bytes=required_disk_bytes(shapes, size))
         calibration = None
-        if request.rounding == "feedback" or (request.method == "awq" and found is None):
+        if needs_calibration(config, found):
             calibration = calibration_of(
                 calib_data or ["packaged"], checkpoint.processor, num_calib_sequences, num_calib_samples, screen
             )
-            check_ids(shapes, calibration)
+            check_calibration(shapes, config, calibration, found)
             screen.log(
-                f"calibration: {calibration.name}, {len(calibration.rows)} sequences, "
+                f"calibration: {calibration.name}, {len(calibration.sequences)} sequences, "
                 f"{calibration.num_tokens:,} tokens, sha256 {calibration.sha256[:16]}"
             )
         elif calib_data:
             screen.log(f"note: --calib-data is not read, since {unused} needs no calibration")
         network, processor = build_model(checkpoint), checkpoint.processor
         texts = {README: layout_readme("awq-hf", network, processor, __version__)}
-        summary = quantize_checkpoint(
-            network, processor, target, request, calibration, found, texts=texts, events=screen
-        )
+        summary = quantize_and_save(network, processor, target, config, calibration, found, texts=texts, events=screen)
     if dump_awq is not None:
         write_awq_cache(load_search(target / SEARCH_FILE), dump_awq)
     show_summary(Console(highlight=False, soft_wrap=True), target, summary)
 
 
-def _request(
+def _config(
     method: Method,
     symmetric: bool,
     scaling: Scaling | None,
@@ -218,29 +218,24 @@ def _request(
     rounding: Rounding | None,
     image_token_weight: float,
     device: str,
-) -> Request:
+) -> QuantConfig:
     """Return the defaults of the method with the given options in their place; the group size follows the model."""
     from dataclasses import replace
 
     import torch
 
     from vila.cli.options import choose_device
-    from vila.quant.quantize import BEST, Request
+    from vila.quant.quant_config import BEST, QuantConfig
 
-    start = BEST if method is Method.BEST else Request("rtn" if method is Method.RTN else "awq")
-    place = torch.device(choose_device(device))
+    start = BEST if method is Method.BEST else QuantConfig("rtn" if method is Method.RTN else "awq")
     changes: dict[str, Any] = {
         "symmetric": symmetric,
         "image_weight": image_token_weight,
-        "device": place,
+        "device": torch.device(choose_device(device)),
     }
-    changes |= {} if scaling is None else {"scaling": scaling.value}
-    changes |= {} if clipping is None else {"clipping": clipping.value}
-    return replace(
-        start,
-        search=replace(start.search, **changes),
-        rounding=start.rounding if rounding is None else rounding.value,
-    )
+    chosen = {"scaling": scaling, "clipping": clipping, "rounding": rounding}
+    changes |= {name: option.value for name, option in chosen.items() if option is not None}
+    return replace(start, **changes)
 
 
 def _unused(method: Method, is_reused: bool, scaling: Scaling | None, clipping: Clipping | None) -> str:
@@ -278,10 +273,12 @@ def calibration_of(
     for name in names:
         path = Path(name).expanduser()
         if name == "packaged":
-            parts.append(text_calibration(packaged_documents(), processor.tokenizer, max_rows=num_calib_sequences))
+            parts.append(text_calibration(packaged_documents(), processor.tokenizer, max_sequences=num_calib_sequences))
         elif path.suffix in (".txt", ".jsonl"):
             documents = read_documents(path, len(processor.tokenizer))
-            parts.append(text_calibration(documents, processor.tokenizer, name=path.name, max_rows=num_calib_sequences))
+            parts.append(
+                text_calibration(documents, processor.tokenizer, name=path.name, max_sequences=num_calib_sequences)
+            )
         else:
             parts.append(_of_recipe(name, processor, num_calib_samples, screen))
     return parts[0] if len(parts) == 1 else join_calibrations(*parts)

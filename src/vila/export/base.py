@@ -265,7 +265,7 @@ def group_of(source: Source, options: ExportOptions) -> int:
     """
     if source.checkpoint.int4:
         return next(iter(source.checkpoint.int4.values())).group_size
-    made = source.search.facts.get("group_size") if source.search is not None else None
+    made = source.search.settings.get("group_size") if source.search is not None else None
     return options.group_size or made or _fitting_group(source)
 
 
@@ -329,7 +329,7 @@ def _group_reasons(source: Source, options: ExportOptions, linears: list[str], g
 def _search_reasons(source: Source, options: ExportOptions, symmetric: bool) -> list[str]:
     if source.search is None:
         return []
-    facts, group = source.search.facts, group_of(source, options)
+    facts, group = source.search.settings, group_of(source, options)
     out = []
     if facts.get("group_size", group) != group:
         out.append(

@@ -1,6 +1,6 @@
-"""Using what a search found: folding scales into norms and Linears, clamping weights, rounding to INT4.
+"""Apply an AWQ search: fold scales into norms and Linears, clip weights, round to INT4.
 
-A folded model computes what it computed before, up to rounding, and is an ordinary model of its family.
+A folded model gives the same outputs up to floating-point rounding, and is an ordinary model of its family.
 """
 
 from __future__ import annotations
@@ -13,28 +13,30 @@ from torch import Tensor, nn
 from vila.core.errors import ConfigError, LayoutError
 from vila.kernels.int4 import Int4Weight, quantize
 from vila.quant.awq_cache import AwqSearch, ChannelScale, WeightClip
-from vila.quant.blocks import block_linears, block_name, check_model, decoder_blocks, module_prefix
+from vila.quant.blocks import block_linears, block_name, check_layers, check_weights, decoder_blocks, module_prefix
 
-# O output channels  I input channels  G groups of a row
+# O output channels  I input channels  G groups per output channel
+
+_TINY = 1e-5
 
 
 def fold_scale(fold: nn.Module, linears: Sequence[nn.Module], scale_I: Tensor) -> None:
-    """Divide the outputs of `fold`, a norm or a Linear, by the scale and multiply the Linears' columns by it.
+    """Divide the output channels of `fold`, a norm or a Linear, by the scale, and multiply the Linears' inputs by it.
 
-    Of a Linear that makes more outputs than the scale has channels, the last ones are meant, as in the original.
-    New parameters are set: the old ones may be views of a file.
+    If `fold` is a Linear with more outputs than scale channels, the last outputs are scaled, as in the released code.
+    Parameters are replaced, not changed in place: they may be memory-mapped.
     """
-    one = fold.weight
-    divisor = scale_I[:, None] if one.dim() == 2 else scale_I  # type: ignore[operator]
-    _set(fold, "weight", _tail_divided(one, divisor))  # type: ignore[arg-type]
+    weight = fold.weight
+    divisor = scale_I[:, None] if weight.dim() == 2 else scale_I  # type: ignore[operator]
+    _set(fold, "weight", _divide_tail(weight, divisor))  # type: ignore[arg-type]
     if getattr(fold, "bias", None) is not None:
-        _set(fold, "bias", _tail_divided(fold.bias, scale_I))  # type: ignore[arg-type]
+        _set(fold, "bias", _divide_tail(fold.bias, scale_I))  # type: ignore[arg-type]
     for linear in linears:
         _set(linear, "weight", _wide(linear.weight) * _wide(scale_I).to(linear.weight.device))  # type: ignore[arg-type]
 
 
 def clamp_weight(linear: nn.Module, limit_OG: Tensor) -> None:
-    """Clamp each group of a row to plus and minus its limit."""
+    """Clip each group of weights to [-limit, limit]."""
     weight: Tensor = linear.weight  # type: ignore[assignment]
     limit = limit_OG.to(weight)[..., None]
     groups = weight.unflatten(-1, (limit_OG.shape[1], -1))
@@ -43,7 +45,7 @@ def clamp_weight(linear: nn.Module, limit_OG: Tensor) -> None:
 
 @torch.no_grad()
 def apply_search(model: nn.Module, search: AwqSearch) -> None:
-    """Fold all scales into the model and clamp its weights, in place; nothing is rounded to INT4.
+    """Fold all scales into the model and clip its weights, in place. Nothing is rounded to INT4.
 
     Raises as `check_search`, before anything is changed.
     """
@@ -55,9 +57,9 @@ def apply_search(model: nn.Module, search: AwqSearch) -> None:
 
 
 def check_search(model: nn.Module, search: AwqSearch) -> dict[str, nn.Module]:
-    """The modules with weights of the model's blocks, by the names that searches use.
+    """Return the modules with weights in the model's decoder blocks, by the names used in searches.
 
-    Raises LayoutError naming what of the search does not fit the model.
+    Raises LayoutError listing the entries of the search that do not fit the model.
     """
     modules = {
         name: module for index, block in enumerate(decoder_blocks(model)) for name, module in _named(index, block)
@@ -65,8 +67,11 @@ def check_search(model: nn.Module, search: AwqSearch) -> dict[str, nn.Module]:
     problems = [problem for scale in search.scales for problem in _scale_problems(scale, modules)]
     problems += [problem for clip in search.clips for problem in _clip_problems(clip, modules)]
     if problems:
-        more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
-        raise LayoutError(f"the search does not fit this model: {'; '.join(problems[:5])}{more}; make it again for it")
+        field, problem = problems[0]
+        more = f"; and {len(problems) - 1} more problems" if len(problems) > 1 else ""
+        raise LayoutError(
+            f"the AWQ search does not fit this model: {problem}{more}", field=field, hint="run the search on this model"
+        )
     return modules
 
 
@@ -79,29 +84,37 @@ def quantize_model(
     scale_dtype: torch.dtype = torch.float16,
     release: bool = False,
 ) -> dict[str, Int4Weight]:
-    """The Linears of the decoder's blocks in INT4, by their names in the model; the head and all else stay as they are.
+    """Round the Linears of the decoder blocks to INT4 (nearest); return them by their names in the model.
 
-    search:  is applied to the model first, in place; None rounds the weights as they are (round to nearest, RTN).
-    release: let go of each weight once it is rounded (it moves to the meta device), so memory does not hold both.
-    Raises as `check_model` and `apply_search`; ConfigError when the search was made for another kind of rounding.
+    search:  applied to the model first, in place; None: round the weights as they are (RTN).
+    release: free each weight after rounding (move it to the meta device).
+    Raises as `check_layers`, `check_weights` and `apply_search`; ConfigError for a search with another group size or
+    mode.
     """
-    check_model(model, group_size)
+    check_layers(model, group_size)
+    check_weights(model)
     if search is not None:
         check_same_rounding(search, group_size, symmetric)
         apply_search(model, search)
-    return dict(_rounded(model, group_size, symmetric, scale_dtype, release))
+    return dict(_round_linears(model, group_size, symmetric, scale_dtype, release))
 
 
 def check_same_rounding(search: AwqSearch, group_size: int, symmetric: bool) -> None:
-    """Raises ConfigError when the search was made for another group size or mode; foreign searches do not say."""
-    for name, asked in (("group_size", group_size), ("symmetric", symmetric)):
-        made = search.facts.get(name, asked)
-        if made != asked:
-            raise ConfigError(f"the search was made with {name} {made}, not {asked}; ask for {made}, or search again")
+    """Raise ConfigError if the search was made for another group size or mode; files of the AWQ release lack both."""
+    for name, value in (("group_size", group_size), ("symmetric", symmetric)):
+        searched = search.settings.get(name, value)
+        if searched != value:
+            raise ConfigError(
+                "differs from the AWQ search",
+                field=name,
+                value=value,
+                expected=str(searched),
+                hint="use that value, or run the search again",
+            )
 
 
 @torch.no_grad()
-def _rounded(
+def _round_linears(
     model: nn.Module, group_size: int, symmetric: bool, scale_dtype: torch.dtype, release: bool
 ) -> Iterator[tuple[str, Int4Weight]]:
     prefix = module_prefix(model)
@@ -119,34 +132,34 @@ def _named(index: int, block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield f"{block_name(index)}.{name}", module
 
 
-def _scale_problems(scale: ChannelScale, modules: dict[str, nn.Module]) -> Iterator[str]:
+def _scale_problems(scale: ChannelScale, modules: dict[str, nn.Module]) -> Iterator[tuple[str, str]]:
     width = scale.scale_I.numel()
     if scale.fold not in modules:
-        yield f"{scale.fold} is no norm or Linear of it"
+        yield scale.fold, "not a norm or Linear of the model"
     elif modules[scale.fold].weight.shape[0] < width:  # type: ignore[index]
-        yield f"{scale.fold} has fewer outputs than the scale's {width} channels"
+        yield scale.fold, f"has fewer outputs than the {width} channels of its scale"
     for name in scale.linears:
         linear = modules.get(name)
         if not isinstance(linear, nn.Linear):
-            yield f"{name} is no Linear of it"
+            yield name, "not a Linear of the model"
         elif linear.in_features != width:
-            yield f"{name} has {linear.in_features} inputs, its scale {width} channels"
+            yield name, f"has {linear.in_features} inputs, its scale {width} channels"
     if not (torch.isfinite(scale.scale_I).all() and (scale.scale_I > 0).all()):
-        yield f"the scale of {scale.fold} is not finite and positive"
+        yield scale.fold, "its scale is not finite and positive"
 
 
-def _clip_problems(clip: WeightClip, modules: dict[str, nn.Module]) -> Iterator[str]:
+def _clip_problems(clip: WeightClip, modules: dict[str, nn.Module]) -> Iterator[tuple[str, str]]:
     linear = modules.get(clip.linear)
     if not isinstance(linear, nn.Linear):
-        yield f"{clip.linear} is no Linear of it"
+        yield clip.linear, "not a Linear of the model"
     elif clip.limit_OG.shape[0] != linear.out_features or linear.in_features % max(1, clip.limit_OG.shape[1]):
         shape = "x".join(map(str, linear.weight.shape))
-        yield f"{clip.linear} is {shape}, its limits are {'x'.join(map(str, clip.limit_OG.shape))}"
+        yield clip.linear, f"has shape {shape}, its limits {'x'.join(map(str, clip.limit_OG.shape))}"
     elif not (clip.limit_OG >= 0).all():
-        yield f"the limits of {clip.linear} are not all 0 and more"
+        yield clip.linear, "has negative limits"
 
 
-def _tail_divided(values: Tensor, divisor: Tensor) -> Tensor:
+def _divide_tail(values: Tensor, divisor: Tensor) -> Tensor:
     new = _wide(values).clone()
     new[-divisor.shape[0] :] /= _wide(divisor).to(new.device)
     return new
@@ -161,21 +174,12 @@ def _set(module: nn.Module, name: str, value: Tensor) -> None:
     setattr(module, name, nn.Parameter(value.to(old.dtype), requires_grad=old.requires_grad))
 
 
-# --- rounding
-# What INT4 rounding leaves of a weight, as the search tries it thousands of times: nothing is packed or stored.
-
-
-# O output channels  I input channels  G groups of a row
-
-_TINY = 1e-5
-
-
 def fake_quantize(weight_OI: Tensor, group_size: int, symmetric: bool = False) -> Tensor:
-    """A new tensor: the weight after INT4 rounding, in its own number type.
+    """Return the weight after INT4 rounding, in its own dtype, without packing. The search calls it thousands of times.
 
-    Asymmetric: codes 0 to 15 between the least and the greatest value of a group, which need not enclose 0.
-    Symmetric: codes -8 to 7, the greatest magnitude of a group at 7. Rounding is half to even. This is the arithmetic
-    of the storage, `vila.kernels.int4.quantize`, but for the number type of the scales.
+    Asymmetric: codes 0 to 15 between minimum and maximum of a group, which need not contain 0. Symmetric: codes -8 to
+    7, the largest magnitude of a group at 7. Rounding is half to even. Same arithmetic as `vila.kernels.int4.quantize`
+    except for the dtype of the scales.
     """
     groups = weight_OI.unflatten(-1, (-1, group_size))
     if symmetric:

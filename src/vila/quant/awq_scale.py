@@ -1,7 +1,7 @@
-"""The search for the scale of a group of Linears: candidates from activation statistics, judged by the output's error.
+"""AWQ search for channel scales and clip limits of Linears (arXiv 2306.00978): candidates and their output error.
 
-AWQ, arXiv 2306.00978. The paper's search is over s = x^r; the released code tries r = 0, 0.05 .. 0.95, on the mean
-magnitude of each input channel over all calibration tokens, and never r = 1.
+The paper searches over s = x^r. The released code tries r = 0, 0.05 .. 0.95 (not 1) on the mean magnitude of each input
+channel over all calibration tokens.
 """
 
 from __future__ import annotations
@@ -9,27 +9,32 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from vila.core.errors import LayoutError
 from vila.quant.apply import fake_quantize
+from vila.quant.quant_config import Clipping, Scaling
 
-# N rows  S sequence  T tokens (N x S)  I input channels  O output channels
+# N sequences  S sequence length  T tokens (N x S)  I input channels  O output channels
+# G groups per output channel  K channels per group
 
-Scaling = Literal["activation", "duo", "both"]
 Rerun = Callable[[Tensor], Tensor]
-"""The inspected module on some rows of its input, [n, S, I] to [n, S, O]."""
+"""The inspected module on some sequences, [n, S, I] to [n, S, O]."""
 
 GRID = 20
-_LEAST = 1e-4
+_MIN_SCALE = 1e-4
+CLIP_GRID, CLIP_STEPS = 20, 10
+CLIP_TOKENS = 512
+_CLIP_ROWS = 1024
+# The published search does not clip queries and keys: their product is not linear in either.
+_NOT_CLIPPED = ("q_", "k_", "query", "key", "Wqkv")
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A scale to try, and the ratio that it comes from; `duo` says that the weights had a part in it."""
+    """Candidate scale and its ratio r. duo: it also depends on the weights."""
 
     ratio: float
     scale_I: Tensor
@@ -38,14 +43,14 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class ScaleChoice:
-    """The best candidate and the loss of every one, in the order in which they were tried."""
+    """Best candidate, and the losses of all candidates in order."""
 
     best: Candidate
     losses: tuple[float, ...]
 
 
 def mean_magnitude(inputs_NSI: Tensor, weights_NS: Tensor | None = None) -> Tensor:
-    """Mean magnitude of each channel over all tokens, [I]; a token counts as much as its weight says."""
+    """Return the mean magnitude of each channel over all tokens, [I]. weights_NS: weights of the tokens."""
     magnitude_TI = inputs_NSI.abs().flatten(0, 1)
     if weights_NS is None:
         return magnitude_TI.mean(0)
@@ -54,63 +59,60 @@ def mean_magnitude(inputs_NSI: Tensor, weights_NS: Tensor | None = None) -> Tens
 
 
 def weight_magnitude(weights: Sequence[Tensor], group_size: int) -> Tensor:
-    """Mean over all rows of the Linears of |W| relative to the greatest of its group, [I]: near 1 where a channel sets
-    the step of its group."""
+    """Return the mean over output channels of |W| relative to its group's maximum, [I].
+
+    Near 1 for channels that determine the quantization step of their group.
+    """
     rows = torch.cat([weight.abs() for weight in weights]).unflatten(-1, (-1, group_size))
     return (rows / (rows.amax(-1, keepdim=True) + 1e-6)).flatten(-2).mean(0)
 
 
 def candidates(mean_I: Tensor, weight_I: Tensor | None = None, scaling: Scaling = "activation") -> list[Candidate]:
-    """The scales to try; the first is always the identity.
+    """Return the candidate scales; the first is always the identity.
 
     activation: the published grid of 20 ratios.
-    duo:        the identity and 19 ratios 0, 1/18 .. 1 of x^r / w^(1-r); the published form of it has no identity.
-    both:       the published grid, and those 19.
+    duo:        the identity, and x^r / w^(1-r) for 19 ratios 0, 1/18 .. 1; the published form lacks the identity.
+    both:       the published grid and those 19.
     """
     out = [Candidate(step / GRID, _normalised(mean_I.pow(step / GRID))) for step in range(GRID)]
     if scaling == "activation" or weight_I is None:
         return out
     steps = [step / (GRID - 2) for step in range(GRID - 1)]
-    # The small term keeps channels finite whose weights are all near zero.
+    # The small term avoids infinite scales for channels with weights near zero.
     duo = [Candidate(r, _normalised(mean_I.pow(r) / (weight_I.pow(1 - r) + 1e-4)), True) for r in steps]
     return (out[:1] if scaling == "duo" else out) + duo
 
 
 def _normalised(scale_I: Tensor) -> Tensor:
-    scale_I = scale_I.clamp(min=_LEAST)
+    scale_I = scale_I.clamp(min=_MIN_SCALE)
     scale_I = scale_I / (scale_I.max() * scale_I.min()).sqrt()
     return torch.where(torch.isfinite(scale_I), scale_I, torch.ones_like(scale_I))
 
 
-def search_scale(
-    tried: Sequence[Candidate],
-    loss: Callable[[Tensor], float],
-) -> ScaleChoice:
-    """The candidate of least loss; of equal ones the first. `loss` takes a scale [I].
+def search_scale(tried: Sequence[Candidate], loss: Callable[[Tensor], float]) -> ScaleChoice:
+    """Return the candidate with the lowest loss; the first of equal ones. loss: takes a scale [I].
 
-    Raises LayoutError when no loss is a number: the model's activations overflow.
+    Raises LayoutError if no loss is finite: the model's activations overflow.
     """
     losses = tuple(loss(candidate.scale_I) for candidate in tried)
     least = min((value for value in losses if value == value), default=None)
     if least is None or least == float("inf"):
-        raise LayoutError(
-            "no scale gives a finite error: the activations overflow; search in a wider number type (float32)"
-        )
+        raise LayoutError("no scale gives a finite error: the activations overflow", hint="search in float32")
     return ScaleChoice(tried[losses.index(least)], losses)
 
 
 def trial_weight(weight_OI: Tensor, scale_I: Tensor, group_size: int, symmetric: bool) -> Tensor:
-    """The weight that the model would compute with if it were rounded under this scale."""
+    """Return the effective weight of a Linear that is rounded under this scale."""
     return fake_quantize(weight_OI * scale_I, group_size, symmetric).div_(scale_I)
 
 
 def linear_loss(
     linear: nn.Linear, inputs_NSI: Tensor, weights_NS: Tensor | None, group_size: int, symmetric: bool
 ) -> Callable[[Tensor], float]:
-    """The loss of a Linear whose own output is inspected: the mean squared error over tokens and outputs.
+    """Return the loss function for a Linear: mean squared error of its own output over tokens and channels.
 
-    With D the weight's error it is the mean over outputs of D H D', H being the mean of x x' over tokens. Where there
-    are many more tokens than channels H makes it far cheaper, and the sum is the same.
+    With weight error D it equals the mean over outputs of D H D', where H is the mean of x x' over tokens. H is used if
+    it is cheaper, with many more tokens than channels.
     """
     weight_OI = linear.weight.detach()
     rows_TI = _weighted(inputs_NSI.flatten(0, 1), weights_NS)
@@ -137,15 +139,15 @@ def module_loss(
     weights_NS: Tensor | None,
     group_size: int,
     symmetric: bool,
-    rows: int,
+    batch: int,
 ) -> Callable[[Tensor], float]:
-    """The loss of Linears inside an inspected module: the mean squared error of its output over tokens and channels.
+    """Return the loss function for Linears of an inspected module: mean squared error of the module's output.
 
-    rows: calibration rows that the module runs on at once.
+    batch: sequences per forward pass of the module.
     """
-    whole = [rerun(some) for some in inputs_NSI.split(rows)]
-    width, wide = whole[0].shape[-1], torch.promote_types(whole[0].dtype, torch.float32)
-    shares = None if weights_NS is None else (weights_NS / weights_NS.sum()).split(rows)
+    reference = [rerun(some) for some in inputs_NSI.split(batch)]
+    width, wide = reference[0].shape[-1], torch.promote_types(reference[0].dtype, torch.float32)
+    shares = None if weights_NS is None else (weights_NS / weights_NS.sum()).split(batch)
     tokens = inputs_NSI.shape[0] * inputs_NSI.shape[1]
 
     def loss(scale_I: Tensor) -> float:
@@ -153,8 +155,8 @@ def module_loss(
         with replaced_weights(
             linears, [trial_weight(one.weight.detach(), scale_I, group_size, symmetric) for one in linears]
         ):
-            for number, some in enumerate(inputs_NSI.split(rows)):
-                error_NS = (rerun(some).to(wide) - whole[number]).square_().sum(-1)
+            for number, some in enumerate(inputs_NSI.split(batch)):
+                error_NS = (rerun(some).to(wide) - reference[number]).square_().sum(-1)
                 if shares is not None:
                     error_NS = error_NS * shares[number].to(error_NS) * tokens
                 total += float(error_NS.sum(dtype=torch.float64))
@@ -165,7 +167,7 @@ def module_loss(
 
 @contextmanager
 def replaced_weights(linears: Sequence[nn.Linear], weights: Sequence[Tensor]) -> Iterator[None]:
-    """The Linears with other weights, and afterwards their own again: not one bit of those is touched."""
+    """Replace the weights of Linears inside the context; the original tensors are restored."""
     own = [linear.weight for linear in linears]
     try:
         for linear, weight in zip(linears, weights, strict=True):
@@ -177,7 +179,7 @@ def replaced_weights(linears: Sequence[nn.Linear], weights: Sequence[Tensor]) ->
 
 
 def _weighted(inputs_TI: Tensor, weights_NS: Tensor | None) -> Tensor:
-    """Tokens times the root of their share, so that sums of squares over them are means; float32 at least."""
+    """Return tokens times the root of their relative weight, so that sums of squares are means; float32 at least."""
     inputs_TI = inputs_TI.to(torch.promote_types(inputs_TI.dtype, torch.float32))
     if weights_NS is None:
         return inputs_TI * inputs_TI.shape[0] ** -0.5
@@ -185,40 +187,24 @@ def _weighted(inputs_TI: Tensor, weights_NS: Tensor | None) -> Tensor:
     return inputs_TI * share_T.sqrt()[:, None]
 
 
-# --- clip
-# The search for clip limits: a smaller greatest weight of a group makes the steps of all its weights finer.
-
-
-# T tokens  I input channels  O output channels  G groups of a row  K channels of a group
-
-Clipping = Literal["none", "published", "all"]
-
-STEPS = 10
-CLIP_GRID = 20
-TOKENS = 512
-_ROWS = 1024
-# The published search leaves out queries and keys: their product has no linear error.
-_LEFT_OUT = ("q_", "k_", "query", "key", "Wqkv")
-
-
 def is_linear_clipped(linear: str, clipping: Clipping) -> bool:
-    """Whether the Linear of this name, inside its block, gets limits."""
+    """Whether a Linear, by its name in the block, is clipped."""
     if clipping == "published":
-        return not any(part in linear for part in _LEFT_OUT)
+        return not any(part in linear for part in _NOT_CLIPPED)
     return clipping == "all"
 
 
 def sample_tokens(inputs_TI: Tensor, weights_T: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """Every (T // 512)-th token, and their weights; tokens of weight 0 are left out first."""
+    """Return every (T // 512)-th token and its weight, after removing tokens of weight 0."""
     if weights_T is not None:
         counted = weights_T > 0
         inputs_TI, weights_T = inputs_TI[counted], weights_T[counted]
-    step = max(1, inputs_TI.shape[0] // TOKENS)
+    step = max(1, inputs_TI.shape[0] // CLIP_TOKENS)
     return inputs_TI[::step], None if weights_T is None else weights_T[::step]
 
 
 def second_moments(inputs_TI: Tensor, group_size: int, weights_T: Tensor | None = None) -> Tensor:
-    """Mean over tokens of x x' inside each group of channels, [G, K, K], in float32 at least."""
+    """Return the mean over tokens of x x' within each group of channels, [G, K, K]; float32 at least."""
     inputs_TI = inputs_TI.to(torch.promote_types(inputs_TI.dtype, torch.float32))
     share_T = torch.full_like(inputs_TI[:, 0], 1 / inputs_TI.shape[0])
     if weights_T is not None:
@@ -228,27 +214,27 @@ def second_moments(inputs_TI: Tensor, group_size: int, weights_T: Tensor | None 
 
 
 def search_limits(weight_OI: Tensor, moments_GKK: Tensor, symmetric: bool = False) -> Tensor:
-    """The limit of each group that gives the least error of its partial output, [O, G]; of equal ones the greatest.
+    """Return the clip limit of each group with the lowest error of its partial output, [O, G]; the largest of equals.
 
-    The mean over tokens of (x . d)^2, d being the error of a group's weights, is d' M d: as good as the sum over
-    tokens, and a fraction of the work.
+    A smaller maximum gives the group a finer quantization step. With weight error d of a group, the mean over tokens of
+    (x . d)^2 is d' M d, which avoids the sum over tokens.
     """
-    return torch.cat([_limits(rows_OI, moments_GKK, symmetric) for rows_OI in weight_OI.detach().split(_ROWS)])
+    return torch.cat([_limits(rows_OI, moments_GKK, symmetric) for rows_OI in weight_OI.detach().split(_CLIP_ROWS)])
 
 
 def _limits(weight_OI: Tensor, moments_GKK: Tensor, symmetric: bool) -> Tensor:
     size = moments_GKK.shape[-1]
     groups_OGK = weight_OI.unflatten(-1, (-1, size))
-    greatest_OG1 = groups_OGK.abs().amax(-1, keepdim=True)
-    best_OG1 = greatest_OG1.clone()
-    least_OG = torch.full_like(greatest_OG1[..., 0], torch.inf, dtype=moments_GKK.dtype)
-    for step in range(STEPS):
-        limit_OG1 = greatest_OG1 * (1 - step / CLIP_GRID)
+    max_OG1 = groups_OGK.abs().amax(-1, keepdim=True)
+    best_OG1 = max_OG1.clone()
+    lowest_OG = torch.full_like(max_OG1[..., 0], torch.inf, dtype=moments_GKK.dtype)
+    for step in range(CLIP_STEPS):
+        limit_OG1 = max_OG1 * (1 - step / CLIP_GRID)
         clamped_OGK = torch.maximum(torch.minimum(groups_OGK, limit_OG1), -limit_OG1)
         error_OGK = fake_quantize(clamped_OGK.flatten(-2), size, symmetric).view_as(groups_OGK).sub_(groups_OGK)
         error_GOK = error_OGK.to(moments_GKK.dtype).transpose(0, 1)
         loss_OG = ((error_GOK @ moments_GKK) * error_GOK).sum(-1).T
-        better_OG = loss_OG < least_OG
-        least_OG = torch.where(better_OG, loss_OG, least_OG)
+        better_OG = loss_OG < lowest_OG
+        lowest_OG = torch.where(better_OG, loss_OG, lowest_OG)
         best_OG1 = torch.where(better_OG[..., None], limit_OG1, best_OG1)
     return best_OG1[..., 0]

@@ -1,13 +1,12 @@
-"""The AWQ search over a model, block by block: a copy of one block and the rows' activations are in memory.
+"""AWQ search over a model, block by block: channel scales and clip limits from calibration activations.
 
-Memory beside the model: one block in the search's number type and the trial weights of one group, and for each
-calibration token the block's input and output, the inputs of its groups of Linears and the inspected module's output.
+Memory besides the model: one block in the dtype of the search, the trial weights of one scale group, and per token the
+block's input and output, the inputs of its scale groups and the output of the inspected module.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,15 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vila.core.errors import ConfigError, DataError, LayoutError
+from vila.core.errors import DataError, LayoutError
 from vila.core.progress import SILENT, Events, task
 from vila.families import ScaleGroup
 from vila.quant.apply import fold_scale
 from vila.quant.awq_cache import AwqSearch, ChannelScale, WeightClip, join_searches, save_search
 from vila.quant.awq_scale import (
-    Clipping,
     ScaleChoice,
-    Scaling,
     candidates,
     is_linear_clipped,
     linear_loss,
@@ -37,41 +34,49 @@ from vila.quant.awq_scale import (
     second_moments,
     weight_magnitude,
 )
-from vila.quant.blocks import block_name, can_scale, check_model, decoder_blocks, text_decoder
+from vila.quant.blocks import (
+    block_name,
+    can_scale,
+    check_layers,
+    check_weights,
+    decoder_blocks,
+    family_of,
+    text_decoder,
+)
 from vila.quant.calibration import Calibration
+from vila.quant.quant_config import QuantConfig
 from vila.quant.resume_state import BlockResumeState, read_search_block, write_search_block
 
-# --- inputs
-# What a block is searched on: the calibration rows as hidden states, and the rest of what blocks are called with.
+# N sequences  S sequence length  D model width  I input channels  T tokens
 
-
-# N rows  S sequence  D model width  I input channels
+VERSION = 1
+"""Increased when the same settings give another result; resume state of another version is refused."""
 
 BlockArguments = Mapping[str, Any]
+"""Keyword arguments of a decoder block besides the hidden states."""
 
 
 @torch.no_grad()
-def embed_rows(
+def embed_sequences(
     model: nn.Module, calibration: Calibration, processor: Any = None, image_weight: float = 1.0
 ) -> tuple[Tensor, Tensor | None]:
-    """The rows as the decoder's input [N, S, D], and the weight of each token [N, S], None when all count 1.
+    """Return the decoder's input embeddings [N, S, D] and token weights [N, S]; None if all weights are 1.
 
-    Shorter rows are padded on the right, where causal attention keeps it from the rest; padding counts nothing.
-    image_weight: what a token of a picture counts. processor: turns pictures into pixels; needed only with pictures.
-    Raises DataError for ids that the model does not have.
+    Shorter sequences are padded on the right, where causal attention ignores it; padding has weight 0.
+    processor:    turns images into pixels; required only with images.
+    image_weight: weight of an image token.
     """
-    check_ids(model, calibration)
-    width = max(len(row.ids) for row in calibration.rows)
+    width = max(len(sequence.ids) for sequence in calibration.sequences)
     states, weights = [], []
-    for row in calibration.rows:
-        ids_1S = torch.tensor([row.ids], device=_device(model))
-        slots_1S = torch.zeros_like(ids_1S, dtype=torch.bool)
-        if row.media:
-            slots_1S = ids_1S.eq(model.config.image_token_id)  # type: ignore[union-attr, arg-type]
-        state_1SD = _embed(model, ids_1S, row.media, processor)
-        gap = width - len(row.ids)
+    for sequence in calibration.sequences:
+        ids_1S = torch.tensor([sequence.ids], device=_device(model))
+        is_image_1S = torch.zeros_like(ids_1S, dtype=torch.bool)
+        if sequence.media:
+            is_image_1S = ids_1S.eq(model.config.image_token_id)  # type: ignore[union-attr, arg-type]
+        state_1SD = _embed(model, ids_1S, sequence.media, processor)
+        gap = width - len(sequence.ids)
         states.append(nn.functional.pad(state_1SD, (0, 0, 0, gap)))
-        weights.append(nn.functional.pad(torch.where(slots_1S, image_weight, 1.0), (0, gap)))
+        weights.append(nn.functional.pad(torch.where(is_image_1S, image_weight, 1.0), (0, gap)))
     weights_NS = torch.cat(weights)
     return torch.cat(states), None if bool((weights_NS == 1).all()) else weights_NS
 
@@ -89,11 +94,15 @@ def _embed(model: nn.Module, ids_1S: Tensor, media: tuple[Any, ...], processor: 
 def check_ids(model: nn.Module, calibration: Calibration) -> None:
     """Raise DataError for token ids that the model has no embedding for; its weights may be on the meta device."""
     vocab = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    for number, row in enumerate(calibration.rows):
-        placeholder = model.config.image_token_id if row.media else None  # type: ignore[union-attr]
-        if wrong := [one for one in row.ids if not 0 <= one < vocab and one != placeholder]:
+    for number, sequence in enumerate(calibration.sequences):
+        placeholder = model.config.image_token_id if sequence.media else None  # type: ignore[union-attr]
+        if wrong := [one for one in sequence.ids if not 0 <= one < vocab and one != placeholder]:
             raise DataError(
-                f"{calibration.name} row {number}: token id {wrong[0]} is outside the model's {vocab} embeddings",
+                file=calibration.name,
+                record=f"sequence {number}",
+                field="ids",
+                value=wrong[0],
+                expected=f"token ids below {vocab}",
                 hint="calibrate with the model's own tokenizer",
             )
 
@@ -104,19 +113,19 @@ def _device(model: nn.Module) -> torch.device:
 
 
 class _Catcher(nn.Module):
-    """Stands for a block, and keeps what it was called with."""
+    """Replaces a decoder block and records its keyword arguments."""
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-        """The hidden states as they came."""
+        """Return the hidden states unchanged."""
         self.caught = kwargs
         return hidden_states
 
 
 @torch.no_grad()
 def block_arguments(model: nn.Module, length: int, dtype: torch.dtype, device: torch.device) -> list[BlockArguments]:
-    """What the decoder hands to each block beside the hidden states, for rows of `length` tokens without a cache.
+    """Return the arguments that the decoder passes to each block for sequences of `length` tokens, without a cache.
 
-    Positions, their rotations and masks of one row, which stand for all rows.
+    Position ids, rotary embeddings and masks have batch size 1 and broadcast over all sequences.
     """
     decoder = text_decoder(model)
     layers = decoder.layers
@@ -138,14 +147,14 @@ def _moved(value: Any, device: torch.device) -> Any:
 
 @dataclass(slots=True)
 class ModuleCall:
-    """What a module was called with; `rerun` calls it again on other hidden states."""
+    """Arguments of a module's call; `rerun` repeats it with other hidden states."""
 
     module: nn.Module
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] | None = None
 
     def rerun(self, states_NSD: Tensor) -> Tensor:
-        """The module's output, the first one if it has several."""
+        """Return the module's output; the first one if it has several."""
         if self.args:
             out = self.module(states_NSD, *self.args[1:], **(self.kwargs or {}))
         else:
@@ -156,16 +165,16 @@ class ModuleCall:
 
 @contextmanager
 def recorded_calls(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, ModuleCall]]:
-    """While it lasts, the last call of each module is kept under its name."""
+    """Record the last call of each module by name."""
     calls: dict[str, ModuleCall] = {}
 
-    def keep(name: str) -> Any:
+    def record(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             calls[name] = ModuleCall(module, args, kwargs)
 
         return hook
 
-    hooks = [one.register_forward_pre_hook(keep(name), with_kwargs=True) for name, one in modules.items()]
+    hooks = [one.register_forward_pre_hook(record(name), with_kwargs=True) for name, one in modules.items()]
     try:
         yield calls
     finally:
@@ -173,56 +182,9 @@ def recorded_calls(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Modul
             hook.remove()
 
 
-# --- block_search
-# One decoder block: scales of all its groups on the untouched weights, then folding, then clip limits.
-
-
-# N rows  S sequence  D model width  I input channels  T tokens
-
-
-@dataclass(frozen=True, slots=True)
-class SearchOptions:
-    """How to search. The defaults are the published way; everything else is measured against it.
-
-    group_size:   input channels that share a scale of the INT4 weights.
-    symmetric:    no zero points, as TensorRT-LLM wants it.
-    scaling:      `activation` tries scales from activations alone, `duo` from activations and weights with the identity
-                  kept, `both` all of these.
-    clipping:     `published` limits all Linears but queries and keys, `all` those too, `none` leaves it out.
-    image_weight: what a token of a picture counts where a token of text counts 1.
-    dtype:        number type of the search; None is that of the model's weights.
-    device:       where a block is searched; None is where it lies.
-    batch_tokens: tokens that a module runs on at once: more is faster on a GPU and takes more memory.
-    """
-
-    group_size: int = 128
-    symmetric: bool = False
-    scaling: Scaling = "activation"
-    clipping: Clipping = "published"
-    image_weight: float = 1.0
-    dtype: torch.dtype | None = None
-    device: torch.device | None = None
-    batch_tokens: int = 2048
-
-    def __post_init__(self) -> None:
-        problems = []
-        for name, known in (("scaling", ("activation", "duo", "both")), ("clipping", ("none", "published", "all"))):
-            if getattr(self, name) not in known:
-                problems.append(f"{name} {getattr(self, name)!r} is none of {', '.join(known)}")
-        if not (self.image_weight > 0 and math.isfinite(self.image_weight)):
-            problems.append(f"image_weight {self.image_weight} must be above 0 and finite")
-        if problems:
-            raise ConfigError.collect("search", problems)
-
-    def facts(self) -> dict[str, Any]:
-        """What decides the result, for the result's own record."""
-        names = ("group_size", "symmetric", "scaling", "clipping", "image_weight")
-        return {name: getattr(self, name) for name in names}
-
-
 @dataclass(frozen=True, slots=True)
 class SearchedBlock:
-    """What was found, with the block's name before every name, and its full-precision output [N, S, D]."""
+    """Search result of a block, with full names, and its full-precision output [N, S, D]."""
 
     found: AwqSearch
     output_NSD: Tensor
@@ -236,22 +198,23 @@ def search_block(
     states_NSD: Tensor,
     weights_NS: Tensor | None,
     arguments: BlockArguments,
-    options: SearchOptions,
+    config: QuantConfig,
 ) -> SearchedBlock:
-    """AwqSearch one block. `states_NSD` is its input, in the dtype and on the device of the search; it is not changed.
+    """Search one block: the scales of all its groups on the original weights, then folding, then clip limits.
 
-    Raises LayoutError naming the block when its activations are not finite.
+    states_NSD: input of the block, in the dtype and on the device of the search.
+    Raises LayoutError naming the block if its activations are not finite.
     """
     work = working_copy(block, states_NSD)
-    rows = _rows_at_once(states_NSD, options)
-    output, inputs, calls = run_block(work, groups, states_NSD, arguments, rows)
+    batch = config.batch_sequences(states_NSD.shape[1])
+    output, inputs, calls = run_block(work, groups, states_NSD, arguments, batch)
     if not torch.isfinite(output).all():
-        raise LayoutError(f"{name}: its activations are not finite in {states_NSD.dtype}; search in float32")
+        raise LayoutError(f"its activations are not finite in {states_NSD.dtype}", field=name, hint="search in float32")
     scales = []
     chosen = {}
     for group in groups:
         if can_scale(group, work):
-            chosen[group] = _search_group(work, group, inputs[group.linears[0]], weights_NS, calls, options, rows)
+            chosen[group] = _search_group(work, group, inputs[group.linears[0]], weights_NS, calls, config, batch)
     samples = {group: _sample(inputs.pop(group.linears[0]), weights_NS) for group in groups}
     clips = []
     for group, choice in chosen.items():
@@ -259,24 +222,25 @@ def search_block(
         fold_scale(work.get_submodule(group.fold), [work.get_submodule(one) for one in group.linears], scale_I)
         samples[group] = (samples[group][0] / scale_I, samples[group][1])
         linears = tuple(f"{name}.{one}" for one in group.linears)
-        scales.append(ChannelScale(f"{name}.{group.fold}", linears, scale_I.float(), _facts(choice)))
+        scales.append(ChannelScale(f"{name}.{group.fold}", linears, scale_I.float(), _metadata(choice)))
     for group in groups:
         inputs_TI, weights_T = samples.pop(group)
-        if any(is_linear_clipped(linear, options.clipping) for linear in group.linears):
-            moments_GKK = second_moments(inputs_TI, options.group_size, weights_T)
-            for linear in (one for one in group.linears if is_linear_clipped(one, options.clipping)):
-                limit = search_limits(work.get_submodule(linear).weight, moments_GKK, options.symmetric)  # type: ignore[arg-type]
+        if any(is_linear_clipped(linear, config.clipping) for linear in group.linears):
+            moments_GKK = second_moments(inputs_TI, config.group_size, weights_T)
+            for linear in (one for one in group.linears if is_linear_clipped(one, config.clipping)):
+                limit = search_limits(work.get_submodule(linear).weight, moments_GKK, config.symmetric)  # type: ignore[arg-type]
                 clips.append(WeightClip(f"{name}.{linear}", limit.float()))
     return SearchedBlock(AwqSearch(tuple(scales), tuple(clips)), output)
 
 
-def rerun_block(block: nn.Module, states_NSD: Tensor, arguments: BlockArguments, options: SearchOptions) -> Tensor:
-    """The output of a block that was searched before, the same to the last bit."""
-    return run_block(working_copy(block, states_NSD), (), states_NSD, arguments, _rows_at_once(states_NSD, options))[0]
+def rerun_block(block: nn.Module, states_NSD: Tensor, arguments: BlockArguments, config: QuantConfig) -> Tensor:
+    """Return the output of a block that was searched before, the same to the last bit."""
+    batch = config.batch_sequences(states_NSD.shape[1])
+    return run_block(working_copy(block, states_NSD), (), states_NSD, arguments, batch)[0]
 
 
 def working_copy(block: nn.Module, like: Tensor) -> nn.Module:
-    """The block in another number type and place; the copy shares no memory with the model."""
+    """Return a copy of the block with dtype and device of `like`; it shares no memory with the model."""
     with torch.no_grad():
         work = copy.deepcopy(block).to(device=like.device, dtype=like.dtype).eval()
     for parameter in work.parameters():
@@ -286,29 +250,28 @@ def working_copy(block: nn.Module, like: Tensor) -> nn.Module:
 
 @torch.no_grad()
 def run_block(
-    work: nn.Module, groups: Sequence[ScaleGroup], states_NSD: Tensor, arguments: BlockArguments, rows: int
+    work: nn.Module, groups: Sequence[ScaleGroup], states_NSD: Tensor, arguments: BlockArguments, batch: int
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, ModuleCall]]:
-    """The block on all rows, some at a time: its output, the input [N, S, I] of each group's first Linear by name, and
-    how inspected modules were called. Without groups only the output is kept."""
-    watched = {group.linears[0]: work.get_submodule(group.linears[0]) for group in groups}
+    """Run the block on all sequences, `batch` at a time.
+
+    Returns its output, the input [N, S, I] of each group's first Linear by name, and the last call of each inspected
+    module by name.
+    """
+    observed = {group.linears[0]: work.get_submodule(group.linears[0]) for group in groups}
     inspected = {group.inspect: work.get_submodule(group.inspect) for group in groups if group.inspect}
     output = torch.empty_like(states_NSD)
     inputs: dict[str, Tensor] = {}
     start = 0
-    with recorded_calls({**watched, **inspected}) as calls:
-        for some in states_NSD.split(rows):
+    with recorded_calls({**observed, **inspected}) as calls:
+        for some in states_NSD.split(batch):
             here = slice(start, start := start + len(some))
             output[here] = ModuleCall(work, (some,), arguments).rerun(some)
-            for name in watched:
+            for name in observed:
                 piece = calls[name].args[0]
                 if name not in inputs:
                     inputs[name] = piece.new_empty((len(states_NSD), *piece.shape[1:]))
                 inputs[name][here] = piece
     return output, inputs, {name: calls[name] for name in inspected}
-
-
-def _rows_at_once(states_NSD: Tensor, options: SearchOptions) -> int:
-    return max(1, options.batch_tokens // states_NSD.shape[1])
 
 
 def _search_group(
@@ -317,17 +280,17 @@ def _search_group(
     inputs_NSI: Tensor,
     weights_NS: Tensor | None,
     calls: dict[str, ModuleCall],
-    options: SearchOptions,
-    rows: int,
+    config: QuantConfig,
+    batch: int,
 ) -> ScaleChoice:
     linears: list[Any] = [work.get_submodule(name) for name in group.linears]
     relative_I = None
-    if options.scaling != "activation":
-        relative_I = weight_magnitude([linear.weight for linear in linears], options.group_size)
-    tried = candidates(mean_magnitude(inputs_NSI, weights_NS), relative_I, options.scaling)
-    rounding = (options.group_size, options.symmetric)
+    if config.scaling != "activation":
+        relative_I = weight_magnitude([linear.weight for linear in linears], config.group_size)
+    tried = candidates(mean_magnitude(inputs_NSI, weights_NS), relative_I, config.scaling)
+    rounding = (config.group_size, config.symmetric)
     if group.inspect:
-        loss = module_loss(linears, calls[group.inspect].rerun, inputs_NSI, weights_NS, *rounding, rows)
+        loss = module_loss(linears, calls[group.inspect].rerun, inputs_NSI, weights_NS, *rounding, batch)
     else:
         loss = linear_loss(linears[0], inputs_NSI, weights_NS, *rounding)
     return search_scale(tried, loss)
@@ -340,104 +303,107 @@ def _sample(inputs_NSI: Tensor, weights_NS: Tensor | None) -> tuple[Tensor, Tens
     return inputs_TI.clone(), weights_T
 
 
-def _facts(choice: ScaleChoice) -> dict[str, Any]:
+def _metadata(choice: ScaleChoice) -> dict[str, Any]:
     return {"ratio": choice.best.ratio, "duo": choice.best.duo, "losses": list(choice.losses)}
-
-
-VERSION = 1
-"""Raised when the same settings would give another result: kept blocks of another version are refused."""
 
 
 def search_model(
     model: nn.Module,
     calibration: Calibration,
-    options: SearchOptions | None = None,
+    config: QuantConfig | None = None,
     *,
     processor: Any = None,
-    keep: Path | None = None,
+    resume_dir: Path | None = None,
     events: Events = SILENT,
 ) -> AwqSearch:
-    """AwqSearch all decoder blocks of a visual language model, or of an LLM alone; the model is not changed.
+    """Run the AWQ search over all decoder blocks of a visual language model or an LLM, which is not changed.
 
-    processor: of the model; needed when the calibration holds pictures.
-    keep:      a folder for finished blocks. A search that was killed goes on with the same arguments, and ends with
-               the same result to the last bit.
-    Raises as `blocks.check_model`; DataError for a calibration that the model cannot read; CheckpointError when `keep`
-    holds another search.
+    processor:  of the model; required if the calibration has images.
+    resume_dir: directory for the results of finished blocks. After an interruption the same call resumes, with the same
+                result to the last bit.
+    Raises as `check_layers`, `check_weights` and `check_ids`; CheckpointError if `resume_dir` is of another search.
     """
-    return _searched(model, calibration, options or SearchOptions(), processor, keep, events)[0]
+    config = config or QuantConfig()
+    _check(model, calibration, config)
+    return search_blocks(model, calibration, config, processor=processor, resume_dir=resume_dir, events=events)[0]
 
 
 def search_to_file(
     model: nn.Module,
     calibration: Calibration,
     path: Path,
-    options: SearchOptions | None = None,
+    config: QuantConfig | None = None,
     *,
     processor: Any = None,
     events: Events = SILENT,
 ) -> AwqSearch:
-    """As `search_model`, the result written to `path`; finished blocks lie in `path` + `.blocks` until then."""
-    keep = path.with_name(path.name + ".blocks")
-    found, kept = _searched(model, calibration, options or SearchOptions(), processor, keep, events)
-    save_search(found, path)
-    if kept is not None:
-        kept.remove()
-    return found
+    """Run `search_model` and write the result to `path`; the resume state is in `path` + `.blocks` until then."""
+    config = config or QuantConfig()
+    _check(model, calibration, config)
+    resume_dir = path.with_name(path.name + ".blocks")
+    search, state = search_blocks(model, calibration, config, processor=processor, resume_dir=resume_dir, events=events)
+    save_search(search, path)
+    if state is not None:
+        state.remove()
+    return search
+
+
+def _check(model: nn.Module, calibration: Calibration, config: QuantConfig) -> None:
+    check_layers(model, config.group_size)
+    check_weights(model)
+    check_ids(model, calibration)
+    if not calibration.sequences:
+        raise DataError("holds no sequences", file=calibration.name, hint="give it text or conversations")
 
 
 @torch.no_grad()
-def _searched(
+def search_blocks(
     model: nn.Module,
     calibration: Calibration,
-    options: SearchOptions,
-    processor: Any,
-    keep: Path | None,
-    events: Events,
+    config: QuantConfig,
+    *,
+    processor: Any = None,
+    resume_dir: Path | None = None,
+    events: Events = SILENT,
 ) -> tuple[AwqSearch, BlockResumeState[AwqSearch] | None]:
-    family = check_model(model, options.group_size)
-    if not calibration.rows:
-        raise DataError(f"calibration {calibration.name!r} holds no rows; give it text or conversations")
-    blocks = decoder_blocks(model)
-    states_NSD, weights_NS = _first_states(model, calibration, options, processor)
-    arguments = block_arguments(model, states_NSD.shape[1], states_NSD.dtype, states_NSD.device)
-    facts = {
+    """Run `search_model` without its checks; also returns the resume state."""
+    family, blocks = family_of(model), decoder_blocks(model)
+    parameter = next(blocks[0].parameters())
+    dtype, device = config.dtype or parameter.dtype, config.device or parameter.device
+    states_NSD, weights_NS = embed_sequences(model, calibration, processor, config.image_weight)
+    states_NSD = states_NSD.to(device=device, dtype=dtype)
+    weights_NS = None if weights_NS is None else weights_NS.to(device)
+    arguments = block_arguments(model, states_NSD.shape[1], dtype, device)
+    settings = {
         "version": VERSION,
         "family": family.model_type,
-        "dtype": str(states_NSD.dtype).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
         "blocks": len(blocks),
-        "calibration": calibration.facts(),
-        **options.facts(),
+        "calibration": calibration.metadata(),
+        **config.search_settings(),
     }
-    kept = None if keep is None else BlockResumeState(keep, facts, states_NSD, read_search_block, write_search_block)
+    state = None
+    if resume_dir is not None:
+        state = BlockResumeState(resume_dir, settings, states_NSD, read_search_block, write_search_block)
     parts = []
     with task(events, "search", len(blocks), "blocks"):
-        for index, (block, call) in enumerate(zip(blocks, arguments, strict=True)):
-            found = kept.enter(index, block) if kept is not None else None
+        for index, (block, block_args) in enumerate(zip(blocks, arguments, strict=True)):
+            found = state.enter(index, block) if state is not None else None
             if found is None:
                 name = block_name(index)
-                done = search_block(name, block, family.scale_groups, states_NSD, weights_NS, call, options)
-                if kept is not None:
-                    kept.save(index, done.found)
+                done = search_block(name, block, family.scale_groups, states_NSD, weights_NS, block_args, config)
+                if state is not None:
+                    state.save(index, done.found)
             else:
-                done = SearchedBlock(found, rerun_block(block, states_NSD, call, options))
+                done = SearchedBlock(found, rerun_block(block, states_NSD, block_args, config))
             states_NSD = done.output_NSD
             parts.append(done.found)
-            events.advanced("search", 1, **_shown(done.found))
-    return join_searches(parts, facts), kept
+            events.advanced("search", 1, **_displayed(done.found))
+    return join_searches(parts, settings), state
 
 
-def _first_states(
-    model: nn.Module, calibration: Calibration, options: SearchOptions, processor: Any
-) -> tuple[Tensor, Tensor | None]:
-    """The rows in the number type and the place of the search, and the weights of their tokens."""
-    first = next(decoder_blocks(model)[0].parameters())
-    dtype, device = options.dtype or first.dtype, options.device or first.device
-    states_NSD, weights_NS = embed_rows(model, calibration, processor, options.image_weight)
-    return states_NSD.to(device=device, dtype=dtype), None if weights_NS is None else weights_NS.to(device)
-
-
-def _shown(found: AwqSearch) -> dict[str, float | str]:
-    """The error of the block's scaled groups, as a share of what plain rounding leaves."""
-    shares = [min(scale.facts["losses"]) / max(scale.facts["losses"][0], 1e-30) for scale in found.scales]
-    return {"error_left": sum(shares) / len(shares)} if shares else {}
+def _displayed(found: AwqSearch) -> dict[str, float | str]:
+    """Return the block's output error after scaling, relative to that of plain rounding."""
+    losses = [scale.metadata["losses"] for scale in found.scales]
+    relative = [min(one) / max(one[0], 1e-30) for one in losses]
+    return {"error_left": sum(relative) / len(relative)} if relative else {}

@@ -1,7 +1,7 @@
-"""Calibration: the text, or the conversations about pictures, whose activations decide which channels matter.
+"""Calibration data for AWQ and GPTQ: sequences of text, or of conversations about images.
 
-The original takes text also for visual language models: whole documents of at most 512 tokens, one after the other,
-cut into rows of 512.
+The AWQ release calibrates visual language models with text too: documents of at most 512 tokens, concatenated and cut
+into sequences of 512.
 """
 
 from __future__ import annotations
@@ -21,18 +21,21 @@ from vila.core.reading import read_jsonl, read_text
 from vila.core.types import Image, Video
 from vila.data.mixture import Mixture
 
-BLOCK = 512
-DOCUMENTS = 128
+SEQUENCE_LENGTH = 512
+MAX_DOCUMENTS = 128
 PACKAGED = "starter/text/english_calibration.txt"
-"""The packaged text, in `vila`; the LICENSES.md beside it names its sources."""
+"""Packaged calibration text, relative to `vila`; LICENSES.md beside it names its sources."""
+SAMPLES = 64
+_TRIES = 8
+"""Samples of a mixture that are tried for each wanted one."""
 
 Document = str | Sequence[int]
-"""A text, or one that is ids already."""
+"""A text, or its token ids."""
 
 
 @dataclass(frozen=True, slots=True)
 class CalibrationSequence:
-    """One sequence that the model sees. A picture's ids are placeholders; `media` are its pictures in order."""
+    """Token ids with image placeholders, and the images in order."""
 
     ids: tuple[int, ...]
     media: tuple[Image, ...] = ()
@@ -40,47 +43,46 @@ class CalibrationSequence:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Rows, and what they are called. sha256 is of everything that was given: it names the exact calibration."""
+    """Calibration sequences. sha256: hash of all inputs, identifies the exact calibration."""
 
     name: str
     sha256: str
-    rows: tuple[CalibrationSequence, ...]
+    sequences: tuple[CalibrationSequence, ...]
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all rows, those of pictures among them."""
-        return sum(len(row.ids) for row in self.rows)
+        """Number of tokens, including image tokens."""
+        return sum(len(sequence.ids) for sequence in self.sequences)
 
-    def facts(self) -> dict[str, Any]:
-        """What a result says of it."""
-        return {"name": self.name, "sha256": self.sha256, "rows": len(self.rows), "tokens": self.num_tokens}
+    def metadata(self) -> dict[str, Any]:
+        """Return the record of the calibration in search files and summaries."""
+        return {"name": self.name, "sha256": self.sha256, "rows": len(self.sequences), "tokens": self.num_tokens}
 
 
 def packaged_documents() -> list[Document]:
-    """English prose that travels with the package: paragraphs of documentation and of novels, none of them in the
-    texts that quality is measured on."""
+    """Return the packaged English prose by paragraph: documentation and novels, not in the texts of `bench quality`."""
     text = files("vila").joinpath(PACKAGED).read_text(encoding="utf-8")
     return [*text.rstrip("\n").split("\n\n")]
 
 
 def read_documents(path: Path, vocab_size: int | None = None) -> list[Document]:
-    """Read the documents of a file: paragraphs of a .txt, or rows of a .jsonl, `{"text": ..}` or `{"ids": [..]}` each.
+    """Read the documents of a file: paragraphs of a .txt, or records `{"text": ..}` or `{"ids": [..]}` of a .jsonl.
 
-    vocab_size: ids are below it; None checks no upper limit.
-    Raises DataError with file, line and remedy: absent, not UTF-8, empty, another kind of file, or another form of row.
+    vocab_size: upper limit of ids; None: no limit.
+    Raises DataError naming file and line if the file is missing, not UTF-8, empty, or of another format.
     """
     if path.suffix == ".jsonl":
-        found = [_document(path, number, value, vocab_size) for number, value in read_jsonl(path)]
+        found = [_parse_document(path, number, value, vocab_size) for number, value in read_jsonl(path)]
     elif path.suffix == ".txt":
         found = [part for part in read_text(path).split("\n\n") if part.strip()]
     else:
-        raise DataError("not read as calibration text", file=path, value=path.suffix, expected=".txt or .jsonl")
+        raise DataError("unsupported calibration file", file=path, value=path.suffix, expected=".txt or .jsonl")
     if not found:
-        raise DataError("holds no text to calibrate with", file=path, hint=f"give at least {BLOCK} tokens of it")
+        raise DataError("the file has no text", file=path, hint=f"give at least {SEQUENCE_LENGTH} tokens")
     return found
 
 
-def _document(path: Path, number: int, value: Any, vocab_size: int | None) -> Document:
+def _parse_document(path: Path, number: int, value: Any, vocab_size: int | None) -> Document:
     if isinstance(value, dict):
         if isinstance(text := value.get("text"), str):
             return text
@@ -101,46 +103,48 @@ def text_calibration(
     tokenizer: Any,
     *,
     name: str = "packaged",
-    block: int = BLOCK,
-    max_documents: int = DOCUMENTS,
-    max_rows: int | None = None,
+    length: int = SEQUENCE_LENGTH,
+    max_documents: int = MAX_DOCUMENTS,
+    max_sequences: int | None = None,
     seed: int | None = 42,
 ) -> Calibration:
-    """Rows of `block` tokens out of documents, as the original makes them.
+    """Cut documents into sequences of `length` tokens, as the AWQ release does.
 
-    Each document is stripped and encoded with what the tokenizer puts before a text; empty ones and those of more than
-    `block` tokens are left out; the first `max_documents` are joined and cut, and the tail is dropped.
-    seed: shuffles the documents before; None keeps their order. max_rows: takes no more than that many rows.
-    Raises DataError with the numbers when they do not make one row.
+    Each document is stripped and encoded with the tokenizer's leading special tokens. Empty documents and those of more
+    than `length` tokens are skipped. The first `max_documents` are concatenated and cut; the remainder is dropped.
+    seed: shuffles the documents first; None keeps their order.
+    Raises DataError if they do not fill one sequence.
     """
     given: list[Document] = [one.strip() if isinstance(one, str) else list(one) for one in documents]
-    digest = hashlib.sha256(json.dumps([given, block, max_documents, max_rows, seed]).encode())
+    digest = hashlib.sha256(json.dumps([given, length, max_documents, max_sequences, seed]).encode())
     if seed is not None:
         random.Random(seed).shuffle(given)
     stream: list[int] = []
-    kept = overlong = 0
+    used = overlong = 0
     for document in given:
-        ids = _ids(document, tokenizer)
-        overlong += len(ids) > block
-        if 0 < len(ids) <= block:
+        ids = _encode(document, tokenizer)
+        overlong += len(ids) > length
+        if 0 < len(ids) <= length:
             stream += ids
-            kept += 1
-        if kept == max_documents or (max_rows is not None and len(stream) >= max_rows * block):
+            used += 1
+        if used == max_documents or (max_sequences is not None and len(stream) >= max_sequences * length):
             break
-    rows = [CalibrationSequence(tuple(stream[at : at + block])) for at in range(0, len(stream) - block + 1, block)][
-        :max_rows
-    ]
-    if not rows:
-        left_out = f", {overlong} longer than {block} tokens left out" if overlong else ""
+    starts = range(0, len(stream) - length + 1, length)
+    sequences = [CalibrationSequence(tuple(stream[start : start + length])) for start in starts][:max_sequences]
+    if not sequences:
         raise DataError(
-            f"calibration {name!r}: {len(given)} documents give {len(stream)} tokens{left_out}, and a row takes "
-            f"{block}; give more text, in documents of at most {block} tokens"
+            f"{len(given)} documents give too few tokens, {overlong} of them are longer than {length} tokens",
+            file=name,
+            field="tokens",
+            value=len(stream),
+            expected=f"at least {length}",
+            hint=f"give more text, in documents of at most {length} tokens",
         )
-    digest.update(json.dumps([row.ids for row in rows]).encode())
-    return Calibration(name, digest.hexdigest(), tuple(rows))
+    digest.update(json.dumps([sequence.ids for sequence in sequences]).encode())
+    return Calibration(name, digest.hexdigest(), tuple(sequences))
 
 
-def _ids(document: Document, tokenizer: Any) -> list[int]:
+def _encode(document: Document, tokenizer: Any) -> list[int]:
     if not isinstance(document, str):
         return list(document)
     return list(tokenizer(document)["input_ids"]) if document else []
@@ -149,79 +153,85 @@ def _ids(document: Document, tokenizer: Any) -> list[int]:
 def sample_calibration(
     conversations: Iterable[Sequence[Any]], processor: Any, *, name: str, template: str = "", max_tokens: int = 2048
 ) -> Calibration:
-    """One row for each whole conversation, its pictures in their places, as training shows them to the model.
+    """Return one sequence per conversation with its images, rendered as in training.
 
-    max_tokens: longer conversations are refused. Raises DataError naming the conversation; TemplateError, MediaError.
+    Raises DataError for a conversation of more than `max_tokens` tokens; TemplateError, MediaError.
     """
-    rows = []
+    sequences = []
     for number, messages in enumerate(conversations):
         tokens = processor.tokens(parse_messages(messages), template, prompt=False)
         if not 0 < len(tokens.ids) <= max_tokens:
             raise DataError(
-                f"calibration {name!r} conversation {number}: {len(tokens.ids)} tokens, and a row holds 1 to "
-                f"{max_tokens}; leave it out or raise max_tokens"
+                file=name,
+                record=f"conversation {number}",
+                field="tokens",
+                value=len(tokens.ids),
+                expected=f"1 to {max_tokens}",
+                hint="omit it, or increase max_tokens",
             )
-        rows.append(CalibrationSequence(tuple(tokens.ids), tuple(tokens.media)))
-    if not rows:
-        raise DataError(f"calibration {name!r}: no conversations; give at least one")
-    content = [[row.ids, [image.key() for image in row.media]] for row in rows]
-    return Calibration(name, hashlib.sha256(json.dumps(content).encode()).hexdigest(), tuple(rows))
+        sequences.append(CalibrationSequence(tuple(tokens.ids), tuple(tokens.media)))
+    if not sequences:
+        raise DataError("no conversations", file=name, hint="give at least one")
+    return Calibration(name, _digest(sequences), tuple(sequences))
 
 
 def join_calibrations(*parts: Calibration) -> Calibration:
-    """All rows of several calibrations, such as text and pictures, in order."""
+    """Return all sequences of several calibrations, such as text and images, in order."""
     digest = hashlib.sha256(" ".join(part.sha256 for part in parts).encode()).hexdigest()
-    return Calibration("+".join(part.name for part in parts), digest, tuple(row for part in parts for row in part.rows))
-
-
-# --- mixture_calibration
-# Calibration out of a training mixture: conversations about pictures as the model was taught on them.
-
-
-SAMPLES = 64
-_TRIES = 8
+    sequences = tuple(sequence for part in parts for sequence in part.sequences)
+    return Calibration("+".join(part.name for part in parts), digest, sequences)
 
 
 def mixture_calibration(
     mixture: Mixture, processor: Any, *, samples: int = SAMPLES, name: str = "mixture", max_tokens: int = 2048
 ) -> Calibration:
-    """The first `samples` conversations in the mixture's own order, each under its own template, joined to rows.
+    """Return the first `samples` conversations of a training mixture, each with its own template.
 
-    Of a sample with several questions one is taken. Conversations follow one another in a row of about 512 tokens, as
-    documents do in calibration by text: most are far shorter, and padding costs as much as tokens.
-    Samples with clips, and those of more than `max_tokens` tokens, are left out.
-    Raises DataError when too few are left, saying how many were left out.
+    One branch is used of a sample with several questions. Conversations are concatenated into sequences of up to 512
+    tokens, as text documents are: most are far shorter, and padding costs as much as tokens. Samples with videos, and
+    those of more than `max_tokens` tokens, are skipped.
+    Raises DataError if too few samples are left.
     """
-    rows: list[CalibrationSequence] = []
-    tried = long = clips = 0
-    while len(rows) < samples and tried < samples * _TRIES:
-        part, sample = mixture[tried]
+    sequences: list[CalibrationSequence] = []
+    tried = overlong = videos = 0
+    while len(sequences) < samples and tried < samples * _TRIES:
+        dataset, sample = mixture[tried]
         conversations = list(sample.conversations())
         chosen = conversations[tried % len(conversations)]
         tried += 1
         if any(isinstance(one, Video) for one in sample.media):
-            clips += 1
+            videos += 1
             continue
-        template = sample.template or part.template
+        template = sample.template or dataset.template
         if len(processor.tokens(chosen, template, prompt=False).ids) > max_tokens:
-            long += 1
+            overlong += 1
             continue
-        rows += sample_calibration([chosen], processor, name=name, template=template, max_tokens=max_tokens).rows
-    if len(rows) < samples:
+        sequences += sample_calibration(
+            [chosen], processor, name=name, template=template, max_tokens=max_tokens
+        ).sequences
+    if len(sequences) < samples:
         raise DataError(
-            f"calibration {name!r}: {len(rows)} of {samples} samples found in {tried}, {long} longer than {max_tokens} "
-            f"tokens and {clips} with clips left out; give a mixture of shorter samples with pictures"
+            f"too few of {tried} samples fit: {overlong} are longer than {max_tokens} tokens, {videos} have videos",
+            file=name,
+            field="samples",
+            value=len(sequences),
+            expected=str(samples),
+            hint="give a mixture of shorter samples with images",
         )
-    content = [[row.ids, [image.key() for image in row.media]] for row in rows]
-    return Calibration(name, hashlib.sha256(json.dumps(content).encode()).hexdigest(), tuple(_joined(rows)))
+    return Calibration(name, _digest(sequences), tuple(_concatenate(sequences)))
 
 
-def _joined(rows: Iterable[CalibrationSequence]) -> list[CalibrationSequence]:
-    """Neighbouring rows as one, as long as that has at most a block of tokens."""
+def _digest(sequences: Iterable[CalibrationSequence]) -> str:
+    content = [[sequence.ids, [image.key() for image in sequence.media]] for sequence in sequences]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _concatenate(sequences: Iterable[CalibrationSequence]) -> list[CalibrationSequence]:
+    """Join consecutive sequences up to SEQUENCE_LENGTH tokens."""
     out: list[CalibrationSequence] = []
-    for row in rows:
-        if out and len(out[-1].ids) + len(row.ids) <= BLOCK:
-            out[-1] = CalibrationSequence(out[-1].ids + row.ids, out[-1].media + row.media)
+    for sequence in sequences:
+        if out and len(out[-1].ids) + len(sequence.ids) <= SEQUENCE_LENGTH:
+            out[-1] = CalibrationSequence(out[-1].ids + sequence.ids, out[-1].media + sequence.media)
         else:
-            out.append(row)
+            out.append(sequence)
     return out

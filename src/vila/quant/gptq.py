@@ -1,7 +1,7 @@
-"""Rounding column by column, each column's error made up for by those that are not rounded yet.
+"""GPTQ (arXiv 2210.17323) on the scales and zero points of AWQ: only the INT4 codes differ from round to nearest.
 
-GPTQ, arXiv 2210.17323, on the scales and zeros that AWQ and its clip limits give: the storage is the same, only codes
-differ. What is made small is the error of the output on the calibration, in which errors of correlated inputs cancel.
+Input channels are rounded one by one, and each rounding error is compensated in the channels that are not rounded yet.
+This minimises the output error on the calibration, where errors of correlated inputs cancel.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from torch import Tensor
 from vila.core.errors import LayoutError
 from vila.kernels.int4 import MAX_CODE, Int4Weight, pack_nibbles, unpack_nibbles
 
-# O output channels  I input channels  G groups of a row  T tokens
+# O output channels  I input channels  G groups per output channel  T tokens  C columns of a block
 
 DAMPING = 0.01
-"""Share of the mean second moment that is added to each input's: keeps inputs apart that the calibration does not."""
+"""Fraction of the mean second moment that is added to the diagonal, for a well-conditioned Cholesky factor."""
 _COLUMNS = 128
 _ROWS = 64
-# Scales that nothing pins down stay where they were.
+# Ridge penalty that keeps scales near their old values where the calibration does not determine them.
 _RIDGE = 1e-3
 
 
 def second_moment(inputs_TI: Tensor, weights_T: Tensor | None = None) -> Tensor:
-    """Mean over tokens of x x', [I, I] in float32; a token counts as much as its weight says."""
+    """Return the mean over tokens of x x', [I, I] float32. weights_T: weights of the tokens."""
     rows_TI = inputs_TI.float()
     if weights_T is None:
         return rows_TI.T @ rows_TI / len(rows_TI)
@@ -31,56 +31,56 @@ def second_moment(inputs_TI: Tensor, weights_T: Tensor | None = None) -> Tensor:
 
 
 def output_error(weight_OI: Tensor, values_OI: Tensor, moments_II: Tensor) -> float:
-    """Mean over tokens of the squared error of the output, summed over its channels."""
+    """Return the squared output error, summed over channels, mean over tokens."""
     error_OI = (values_OI - weight_OI).to(moments_II.dtype)
     return float(((error_OI @ moments_II) * error_OI).sum(dtype=torch.float64))
 
 
 @torch.no_grad()
 def gptq_round(weight_OI: Tensor, grid: Int4Weight, moments_II: Tensor, damping: float = DAMPING) -> Int4Weight:
-    """The weight on the grid's scales and zeros, its codes chosen with feedback; the grid's own codes are not read.
+    """Return the weight with GPTQ codes on the scales and zero points of `grid`, whose own codes are not read.
 
-    Inputs of large moments go first: what is left of their error has the most columns to go to.
-    Raises LayoutError when the moments are not those of finite activations.
+    Inputs with large second moments are rounded first, when most columns are left to compensate their error.
+    Raises LayoutError for moments of activations that are not finite.
     """
     order_I = torch.argsort(moments_II.diagonal(), descending=True, stable=True)
-    feedback_II = _feedback(moments_II[order_I][:, order_I], damping)
-    left_IO = weight_OI.float().T[order_I].contiguous()
+    compensation_II = _compensation(moments_II[order_I][:, order_I], damping)
+    rest_IO = weight_OI.float().T[order_I].contiguous()
     scales_IO = grid.scales.float().T[order_I // grid.group_size].contiguous()
     zeros_IO = grid.zeros.float().T[order_I // grid.group_size].contiguous()
-    codes_IO = torch.empty_like(left_IO)
-    for start in range(0, len(left_IO), _COLUMNS):
-        end = min(start + _COLUMNS, len(left_IO))
-        errors_CO = torch.empty_like(left_IO[start:end])
-        for place in range(start, end):
-            scale_O, zero_O = scales_IO[place], zeros_IO[place]
-            code_O = (left_IO[place] / scale_O).round_().add_(zero_O).clamp_(0, MAX_CODE)
-            error_O = (left_IO[place] - (code_O - zero_O) * scale_O) / feedback_II[place, place]
-            left_IO[place + 1 : end].addr_(feedback_II[place, place + 1 : end], error_O, alpha=-1)
-            codes_IO[place], errors_CO[place - start] = code_O, error_O
-        left_IO[end:].addmm_(feedback_II[start:end, end:].T, errors_CO, alpha=-1)
+    codes_IO = torch.empty_like(rest_IO)
+    for start in range(0, len(rest_IO), _COLUMNS):
+        end = min(start + _COLUMNS, len(rest_IO))
+        errors_CO = torch.empty_like(rest_IO[start:end])
+        for row in range(start, end):
+            scale_O, zero_O = scales_IO[row], zeros_IO[row]
+            code_O = (rest_IO[row] / scale_O).round_().add_(zero_O).clamp_(0, MAX_CODE)
+            error_O = (rest_IO[row] - (code_O - zero_O) * scale_O) / compensation_II[row, row]
+            rest_IO[row + 1 : end].addr_(compensation_II[row, row + 1 : end], error_O, alpha=-1)
+            codes_IO[row], errors_CO[row - start] = code_O, error_O
+        rest_IO[end:].addmm_(compensation_II[start:end, end:].T, errors_CO, alpha=-1)
     codes_OI = codes_IO[torch.argsort(order_I)].T.to(torch.uint8)
     return Int4Weight(pack_nibbles(codes_OI.contiguous()), grid.scales, grid.zeros, grid.group_size)
 
 
-def _feedback(moments_II: Tensor, damping: float) -> Tensor:
-    """The upper triangle whose rows say how the error of a column goes to the later ones."""
+def _compensation(moments_II: Tensor, damping: float) -> Tensor:
+    """Return the upper Cholesky factor of the inverse moments: row i distributes the error of input i to later ones."""
     wide_II = moments_II.double()
     wide_II.diagonal().add_(damping * wide_II.diagonal().mean().clamp(min=1e-30))
     lower_II, failed = torch.linalg.cholesky_ex(wide_II)
     if int(failed) or not bool(torch.isfinite(lower_II).all()):
         raise LayoutError(
-            "the activations of a block are not finite or all zero; search in float32, or check the model"
+            "the activations of a block are not finite or all zero", hint="search in float32, or check the model"
         )
     return torch.linalg.cholesky(torch.cholesky_inverse(lower_II), upper=True).float()
 
 
 @torch.no_grad()
 def refit_scales(weight_OI: Tensor, rounded: Int4Weight, moments_II: Tensor) -> Int4Weight:
-    """The same codes and zeros under the scales that give each row the least error of its output.
+    """Return the same codes and zero points with the scales that minimise the output error.
 
-    All groups of a row together: a least-squares problem of as many unknowns as there are groups. A scale that would
-    not be positive stays as it was.
+    One least-squares problem per output channel, with a scale per group as unknowns. A scale that would not be positive
+    is not changed.
     """
     size = rounded.group_size
     steps_OGK = unpack_nibbles(rounded.codes).unflatten(-1, (-1, size)).float() - rounded.zeros.float()[..., None]
@@ -90,9 +90,9 @@ def refit_scales(weight_OI: Tensor, rounded: Int4Weight, moments_II: Tensor) -> 
             weight_OI.float().split(_ROWS), steps_OGK.split(_ROWS), rounded.scales.float().split(_ROWS), strict=True
         )
     ]
-    kept = torch.cat(fitted).to(rounded.scales.dtype)
-    usable = kept.isfinite() & (kept > 0)
-    return Int4Weight(rounded.codes, torch.where(usable, kept, rounded.scales), rounded.zeros, size)
+    refitted = torch.cat(fitted).to(rounded.scales.dtype)
+    usable = refitted.isfinite() & (refitted > 0)
+    return Int4Weight(rounded.codes, torch.where(usable, refitted, rounded.scales), rounded.zeros, size)
 
 
 def _refit(weight_OI: Tensor, steps_OGK: Tensor, scales_OG: Tensor, moments_GKI: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Finished blocks of long work on disk, so that what was killed goes on where it was."""
+"""Per-block results on disk; lets an interrupted quantization resume."""
 
 from __future__ import annotations
 
@@ -25,32 +25,34 @@ _Found = TypeVar("_Found")
 
 
 class BlockResumeState(Generic[_Found]):
-    """A folder with a file for each finished block.
+    """Directory with one file per finished block.
 
-    Each file carries a key: a hash of all that its content follows from (settings, calibration, the embedded rows and
-    the weights of the blocks up to it), so nothing is taken over from another run.
+    Each file has a key, a hash of everything its content depends on: settings, calibration, embeddings and the weights
+    of all blocks up to this one. Files of other runs are refused.
     """
 
     def __init__(
         self,
         folder: Path,
-        start: Any,
+        settings: Any,
         embedded: Tensor,
         read: Callable[[Path], tuple[_Found, str]],
         write: Callable[[_Found, str, Path], None],
     ) -> None:
-        """start: plain values that decide the result. embedded: the rows as the first block sees them.
+        """Open the directory.
 
-        read, write: a block's result and its key, from and to a file.
+        settings:    plain values that decide the result.
+        embedded:    input of the first block.
+        read, write: read and write a block's result with its key.
         """
         self.folder = folder
         self._read, self._write = read, write
-        self._key = hashlib.sha256(json.dumps(start, sort_keys=True).encode())
+        self._key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
         self._key.update(_bytes(embedded))
         remove_partials(folder)
 
     def enter(self, index: int, block: nn.Module) -> _Found | None:
-        """Go on to the next block, whose weights become a part of the key: what was found in it before, or None.
+        """Add the weights of the next block to the key; return the block's stored result, or None.
 
         Raises CheckpointError for a file of another run.
         """
@@ -63,17 +65,18 @@ class BlockResumeState(Generic[_Found]):
         found, key = self._read(path)
         if key != self._key.hexdigest():
             raise CheckpointError(
-                f"{self.folder}: block {index} was made from another model, with another calibration or other "
-                "settings; remove the folder to start again, or write the result elsewhere"
+                "the resume state is of another model, calibration or other settings",
+                file=path,
+                hint="delete its directory to start over, or choose another output",
             )
         return found
 
     def save(self, index: int, found: _Found) -> None:
-        """Keep what was found in the block that was entered; the file is whole or absent."""
+        """Store the result of the block that was entered last, atomically."""
         self._write(found, self._key.hexdigest(), self._path(index))
 
     def remove(self) -> None:
-        """Delete the folder: the whole result is written."""
+        """Delete the directory, after the complete result was written."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _path(self, index: int) -> Path:
@@ -81,9 +84,9 @@ class BlockResumeState(Generic[_Found]):
 
 
 def read_search_block(path: Path) -> tuple[AwqSearch, str]:
-    """A block's search and its key."""
+    """Read a block's search and its key."""
     found = load_search(path)
-    return AwqSearch(found.scales, found.clips), str(found.facts.get(_KEY))
+    return AwqSearch(found.scales, found.clips), str(found.settings.get(_KEY))
 
 
 def write_search_block(found: AwqSearch, key: str, path: Path) -> None:
@@ -96,16 +99,12 @@ def _bytes(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
-# --- kept_weights
-# Rounded Linears of a block in a file; lets an interrupted quantization resume.
-
-
 _HEADER = "vila_rounded_block"
 _PARTS = ("codes", "scales", "zeros")
 
 
 def write_int4_block(weights: Mapping[str, Int4Weight], key: str, path: Path) -> None:
-    """Write a block's weights and the key of what they follow from; the file is whole or absent."""
+    """Write a block's INT4 weights with its key, atomically."""
     tensors = {
         f"{name}/{part}": getattr(weight, part).cpu().contiguous()
         for name, weight in weights.items()
@@ -117,8 +116,8 @@ def write_int4_block(weights: Mapping[str, Int4Weight], key: str, path: Path) ->
 
 
 def read_int4_block(path: Path) -> tuple[dict[str, Int4Weight], str]:
-    """Read a block's weights and their key. Raises LayoutError with the file's name for any other file."""
-    hint = "remove it; the block is rounded again"
+    """Read a block's INT4 weights and its key. Raises LayoutError for any other file."""
+    hint = "delete it; the block is rounded again"
     with file_errors(path, LayoutError, hint=hint), safe_open(path, framework="pt") as file:
         header = json.loads((file.metadata() or {})[_HEADER])
         weights = {}

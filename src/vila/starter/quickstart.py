@@ -40,7 +40,8 @@ from vila.model.loading import assemble, choose_dtype, load_model
 from vila.prepare.licences import data_licences
 from vila.quant.blocks import fitting_group_sizes
 from vila.quant.calibration import packaged_documents, text_calibration
-from vila.quant.quantize import Request, quantize_checkpoint, with_group
+from vila.quant.quant_config import QuantConfig
+from vila.quant.quantize import quantize_checkpoint
 from vila.starter import components, easy_vqa
 from vila.starter.components import resolve_component
 from vila.starter.data import english_eval, is_validation, labelled_images, text_sha256, write_stage_data
@@ -69,8 +70,8 @@ def quantize_model(model: Path, target: Path, events: Events) -> bool:
     if not sizes:
         events.log("the model is not quantized: no group size divides the inputs of its Linears")
         return False
-    calibration = text_calibration(packaged_documents(), processor.tokenizer, max_rows=_ROWS)
-    quantize_checkpoint(network, processor, target, with_group(Request(), max(sizes)), calibration, events=events)
+    calibration = text_calibration(packaged_documents(), processor.tokenizer, max_sequences=_ROWS)
+    quantize_checkpoint(network, processor, target, QuantConfig(group_size=max(sizes)), calibration, events=events)
     return True
 
 

@@ -1,4 +1,4 @@
-"""Rounding with feedback: less error of the output than plain rounding, on the same storage."""
+"""Rounding with GPTQ: less error of the output than plain rounding, on the same storage."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def case(request):
     return weight_OI, quantize(weight_OI, GROUP), second_moment(inputs_TI)
 
 
-def test_codes_chosen_with_feedback_leave_less_error_than_the_nearest(case):
+def test_codes_chosen_by_gptq_leave_less_error_than_the_nearest(case):
     weight_OI, grid, moments_II = case
     before = output_error(weight_OI, dequantize(grid), moments_II)
     rounded = gptq_round(weight_OI, grid, moments_II)
@@ -74,5 +74,5 @@ def test_fewer_tokens_than_inputs_are_enough(case):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_activations_that_are_not_finite_are_refused(case, value):
     weight_OI, grid, moments_II = case
-    with pytest.raises(LayoutError, match="not finite or all zero; search in float32"):
+    with pytest.raises(LayoutError, match="not finite"):
         gptq_round(weight_OI, grid, moments_II + value)

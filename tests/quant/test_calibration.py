@@ -24,38 +24,39 @@ def letters(text, tokenizer=None):
 
 
 def test_documents_are_joined_and_cut_and_the_tail_is_dropped():
-    found = text_calibration(["  abc ", "", "de", "fghi"], letters, name="n", block=5, seed=None)
+    found = text_calibration(["  abc ", "", "de", "fghi"], letters, name="n", length=5, seed=None)
     flat = [1, *b"abc", 1, *b"de", 1, *b"fghi"]
-    assert [row.ids for row in found.rows] == [tuple(flat[:5]), tuple(flat[5:10])]
-    assert found.facts() == {"name": "n", "sha256": found.sha256, "rows": 2, "tokens": 10}
+    assert [row.ids for row in found.sequences] == [tuple(flat[:5]), tuple(flat[5:10])]
+    assert found.metadata() == {"name": "n", "sha256": found.sha256, "rows": 2, "tokens": 10}
 
 
 def test_documents_longer_than_a_row_are_left_out_and_so_are_those_past_the_limit():
     given = ["abc", "far too long", "defg", "hij"]
-    found = text_calibration(given, letters, block=4, max_documents=1, seed=None)
-    assert [row.ids for row in found.rows] == [(1, *b"abc")]
-    with pytest.raises(DataError, match="4 documents give 0 tokens, 4 longer than 2 tokens left out"):
-        text_calibration(given, letters, block=2, seed=None)
+    found = text_calibration(given, letters, length=4, max_documents=1, seed=None)
+    assert [row.ids for row in found.sequences] == [(1, *b"abc")]
+    with pytest.raises(DataError) as caught:
+        text_calibration(given, letters, length=2, seed=None)
+    assert (caught.value.field, caught.value.value) == ("tokens", 0)
 
 
 def test_ids_are_taken_as_they_are():
-    found = text_calibration([[5, 6], [7, 8]], letters, block=2, seed=None)
-    assert [row.ids for row in found.rows] == [(5, 6), (7, 8)]
+    found = text_calibration([[5, 6], [7, 8]], letters, length=2, seed=None)
+    assert [row.ids for row in found.sequences] == [(5, 6), (7, 8)]
 
 
 def test_the_seed_decides_the_order_and_the_hash_names_the_calibration():
     given = [f"{number:03d}" for number in range(20)]
-    one, same, other = (text_calibration(given, letters, block=4, seed=seed) for seed in (1, 1, 2))
+    one, same, other = (text_calibration(given, letters, length=4, seed=seed) for seed in (1, 1, 2))
     assert one == same
-    assert one.rows != other.rows and one.sha256 != other.sha256
-    assert len(text_calibration(given, letters, block=4, max_rows=3).rows) == 3
+    assert one.sequences != other.sequences and one.sha256 != other.sha256
+    assert len(text_calibration(given, letters, length=4, max_sequences=3).sequences) == 3
 
 
 def test_the_packaged_text_is_not_the_one_that_quality_is_measured_on():
     packaged = packaged_documents()
     assert "\n\n".join(map(str, packaged)) + "\n" == data.english_calibration()
     assert not set(packaged) & set(data.english_eval().rstrip("\n").split("\n\n"))
-    rows = text_calibration(packaged, tiny.tokenizer()).rows
+    rows = text_calibration(packaged, tiny.tokenizer()).sequences
     assert len(rows) >= 16 and {len(row.ids) for row in rows} == {512}
 
 
@@ -99,8 +100,9 @@ def test_a_missing_file_and_too_little_text_are_named(tmp_path):
     with pytest.raises(DataError) as caught:
         read_documents(tmp_path / "none.txt")
     assert caught.value.file == str(tmp_path / "none.txt")
-    with pytest.raises(DataError, match="calibration 'mine': 1 documents give 4 tokens, and a row takes 512"):
+    with pytest.raises(DataError) as caught:
         text_calibration(["abc"], letters, name="mine")
+    assert (caught.value.file, caught.value.value, caught.value.expected) == ("mine", 4, "at least 512")
 
 
 def test_conversations_about_pictures_are_whole_rows_with_their_slots():
@@ -108,13 +110,14 @@ def test_conversations_about_pictures_are_whole_rows_with_their_slots():
     asked = [Message.of("user", tiny.picture(0), "what?"), Message.of("assistant", "noise")]
     found = sample_calibration([asked, asked], processor, name="vqa")
     ids = processor.tokens(asked, prompt=False).ids
-    assert [row.ids for row in found.rows] == [tuple(ids)] * 2
-    assert found.rows[0].ids.count(processor.image_token_id) == 4
-    assert len(found.rows[0].media) == 1
+    assert [row.ids for row in found.sequences] == [tuple(ids)] * 2
+    assert found.sequences[0].ids.count(processor.image_token_id) == 4
+    assert len(found.sequences[0].media) == 1
     other = [Message.of("user", tiny.picture(1), "what?"), Message.of("assistant", "noise")]
     assert sample_calibration([asked, other], processor, name="vqa").sha256 != found.sha256
-    with pytest.raises(DataError, match="conversation 0: .* tokens, and a row holds 1 to 8"):
+    with pytest.raises(DataError) as caught:
         sample_calibration([asked], processor, name="vqa", max_tokens=8)
+    assert (caught.value.record, caught.value.expected) == ("conversation 0", "1 to 8")
     with pytest.raises(DataError, match="no conversations"):
         sample_calibration([], processor, name="vqa")
 
@@ -122,10 +125,10 @@ def test_conversations_about_pictures_are_whole_rows_with_their_slots():
 def test_text_and_pictures_join():
     _, processor = tiny.vila()
     asked = [Message.of("user", tiny.picture(0), "what?"), Message.of("assistant", "noise")]
-    text = text_calibration(["abc"], letters, name="text", block=4)
+    text = text_calibration(["abc"], letters, name="text", length=4)
     both = join_calibrations(text, sample_calibration([asked], processor, name="vqa"))
     assert both.name == "text+vqa"
-    assert [bool(row.media) for row in both.rows] == [False, True]
+    assert [bool(row.media) for row in both.sequences] == [False, True]
     assert both.sha256 != text.sha256
-    json.dumps(both.facts())
-    assert torch.tensor(both.rows[0].ids).dtype == torch.int64
+    json.dumps(both.metadata())
+    assert torch.tensor(both.sequences[0].ids).dtype == torch.int64
