@@ -11,7 +11,7 @@ import pytest
 
 from tests.train.stand import stand_recipe, write_stand
 from vila.config.load import save_recipe
-from vila.core.errors import ConfigError
+from vila.core.errors import MISSING, ConfigError
 from vila.train.build import build, is_finished
 from vila.train.metrics_log import read_metrics
 from vila.train.slurm import parse_job, render_script
@@ -61,23 +61,23 @@ def test_a_job_is_read_with_the_defaults_of_a_node_of_eight():
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "field", "value"),
     [
-        ("", "'': expected NAME=VALUE, such as --slurm nodes=16,gpus=8"),
-        ("gpus=8", "'gpus=8': nodes=N is missing"),
-        ("nodes=0", "nodes=0: expected an integer >= 1"),
-        ("nodes=two", "nodes=two: expected an integer >= 1"),
-        ("nodes=2,gpus=-1", "gpus=-1: expected an integer >= 0"),
-        ("nodes=2,partitoin=x", "partitoin: not known; did you mean 'partition'"),
-        ("nodes=2,nodes=3", "nodes: given twice"),
-        ("nodes=2,account=", "'account=': expected NAME=VALUE"),
-        ("nodes=2,account=a b", "'a b' has a space or a sign"),
+        ("", "--slurm", ""),
+        ("gpus=8", "--slurm", "gpus=8"),
+        ("nodes=0", "--slurm nodes", "0"),
+        ("nodes=two", "--slurm nodes", "two"),
+        ("nodes=2,gpus=-1", "--slurm gpus", "-1"),
+        ("nodes=2,partitoin=x", "--slurm", "partitoin"),
+        ("nodes=2,nodes=3", "--slurm nodes", MISSING),
+        ("nodes=2,account=", "--slurm", "account="),
+        ("nodes=2,account=a b", "--slurm account", "a b"),
     ],
 )
-def test_a_wrong_job_is_named_with_the_remedy(text, message):
+def test_a_wrong_job_is_named_with_field_and_value(text, field, value):
     with pytest.raises(ConfigError) as refused:
         parse_job(text)
-    assert message in str(refused.value)
+    assert (refused.value.field, refused.value.value) == (field, value)
 
 
 def test_the_script_asks_slurm_for_what_was_asked_and_is_a_shell_script(tmp_path):
@@ -147,14 +147,14 @@ def test_without_slurm_the_remedy_is_named(vila, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     code, _, err = vila("train", "vila_7b/1_align", "--slurm", "nodes=1")
     assert code == 2
-    assert "sbatch: not found; run this where Slurm's commands are, or print the script with --dry-run" in err
+    assert "sbatch" in err and "--dry-run" in err
 
 
 def test_a_refused_job_is_told_in_slurm_s_words(vila, slurm, tmp_path):
     (slurm / "sbatch").write_text("#!/bin/bash\necho 'invalid partition specified: x' >&2\nexit 1\n")
     code, _, err = vila("train", "vila_7b/1_align", f"output.dir={tmp_path / 'run'}", "--slurm", "nodes=1,partition=x")
     assert code == 2
-    assert f"sbatch refused {tmp_path}/run/train.sbatch: invalid partition specified: x" in err
+    assert f"{tmp_path}/run/train.sbatch" in err and "invalid partition specified: x" in err
 
 
 def test_a_finished_run_is_not_submitted(vila, slurm, tmp_path):

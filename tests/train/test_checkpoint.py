@@ -227,7 +227,7 @@ def test_values_out_of_range_are_refused_with_the_field(stopped, tmp_path, chang
     write_json(folder / "state.json", changed(state, change, value))
     sign(folder)
     if field is None:  # a state that may be
-        assert load_checkpoint(tmp_path, WORLD).lanes[1].next_position == 5
+        assert load_checkpoint(tmp_path, WORLD).streams[1].next_position == 5
         return
     with pytest.raises(CheckpointError) as caught:
         load_checkpoint(tmp_path, WORLD)

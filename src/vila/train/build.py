@@ -207,7 +207,7 @@ def _build(
     restore(resumed, state.optimizer, recipe, world)
     if note := micro_batch_note(world.process.world_size, global_batch(recipe), recipe.batch.micro):
         events.log(note)
-    data = build_data_stream(recipe, processor, mixture, resumed.lanes if resumed else None, world)
+    data = build_data_stream(recipe, processor, mixture, resumed.streams if resumed else None, world)
     progress = resumed.progress if resumed else Progress()
     if resumed:
         events.log(f"{recipe.name}: resuming after step {progress.step}")

@@ -1,11 +1,11 @@
-"""Checkpoints: tensors sharded over the processes of the run, everything else in JSON; whole or absent.
+"""Training checkpoints: sharded tensors, everything else in JSON; written atomically.
 
-Tensors are written by `torch.distributed.checkpoint`, each process its own part, and can be read by another number of
-processes. A background thread writes and hashes the files, in a directory that gets its name when all are on the disk.
+Tensors are written with `torch.distributed.checkpoint`, each rank its own shards, and can be loaded by another number of
+ranks. A background thread writes and hashes the files, in a directory that is renamed when all files are on the disk.
 
     step-00000120/  .metadata __0_0.distcp ...  tensors
-                    state.json                  format, progress, lanes, recipe, versions
-                    inputs.json                 stamps of the data and of the base model
+                    state.json                  format, progress, packing streams, recipe, versions
+                    inputs.json                 fingerprints of the data and of the initial model
                     manifest.json               size and SHA-256 of the other files
 
 Version one of vila wrote neither `inputs.json` nor `manifest.json`, and no format into `state.json`.
@@ -41,20 +41,20 @@ from vila.data.packing import PackingStreamState
 from vila.train.checkpoint_files import MANIFEST, FileDigest, TensorReader, check_files, digest_files, write_manifest
 from vila.train.fsdp import World, raise_on_lost_rank
 
-# It says so of every process that is alone.
+# torch warns about every run with a single process.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 FORMAT = 2
-"""Format of a checkpoint with stamps and a manifest, as `state.json` states it; that of version one is 1."""
+"""Format in `state.json` of a checkpoint with fingerprints and a manifest; checkpoints of version one have format 1."""
 _INPUTS = "inputs.json"
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a run is, over all processes. `tokens` and `samples` count what was trained on, padding left out.
+    """Counts of a run over all ranks. `tokens` and `samples` are those that were trained on, without padding.
 
-    bad_steps:          steps that were left out because their loss or gradient was not finite.
-    dropped, truncated: over-long samples that were left out, and cut.
+    bad_steps:          skipped steps, whose loss or gradient was not finite.
+    dropped, truncated: samples longer than `data.max_length`.
     unreadable:         visits of samples that could not be read.
     """
 
@@ -70,22 +70,22 @@ class Progress:
 
     @property
     def visits(self) -> int:
-        """Samples that were visited, trained on or not."""
+        """Sample visits, trained on or not."""
         return self.samples + self.dropped + self.unreadable
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What a run needs besides its tensors to resume.
+    """State of a run besides its tensors.
 
-    lanes:  states of all lanes, by number.
-    world:  number of processes that wrote it.
-    inputs: stamps of the data and of the base model, see `vila.train.resume`; empty in format 1.
-    format: 1 if version one of vila wrote it, else FORMAT.
+    streams: states of all packing streams, in order.
+    world:   number of ranks that wrote it.
+    inputs:  fingerprints of data and initial model, see `vila.train.resume`; empty in format 1.
+    format:  1 if version one of vila wrote it, else FORMAT.
     """
 
     progress: Progress
-    lanes: list[PackingStreamState]
+    streams: list[PackingStreamState]
     recipe: dict[str, Any]
     versions: dict[str, str]
     world: int = 1
@@ -94,13 +94,13 @@ class Checkpoint:
     format: int = FORMAT
 
     def load_tensors(self, into: Mapping[str, Tensor], world: World) -> None:
-        """Fill the tensors of `into`, sharded or whole, from the checkpoint.
+        """Load the tensors of `into`, sharded or full, in place.
 
         Raises CheckpointError naming the first tensor that is missing or has another shape.
         """
         reader = TensorReader(self.folder)
         try:
-            self._refuse_others(reader, into)
+            self._check_shapes(reader, into)
             group = {"no_dist": True} if world.is_single else {"process_group": world.control}
             with raise_on_lost_rank():
                 dcp.load(dict(into), storage_reader=reader, **group)
@@ -109,22 +109,23 @@ class Checkpoint:
         except (OSError, CheckpointException, RuntimeError, ValueError, EOFError) as error:
             raise _unreadable(self.folder, error) from error
 
-    def _refuse_others(self, reader: TensorReader, into: Mapping[str, Tensor]) -> None:
+    def _check_shapes(self, reader: TensorReader, into: Mapping[str, Tensor]) -> None:
         known = reader.read_metadata().state_dict_metadata
         for name, tensor in into.items():
             size = getattr(known.get(name), "size", None)
             if size is None or tuple(size) != tuple(tensor.shape):
-                found = "not in it" if size is None else f"of shape {tuple(size)}, the model's {tuple(tensor.shape)}"
                 raise CheckpointError(
-                    f"{found}; the checkpoint is of another model or stage",
+                    "the checkpoint is of another model or stage",
                     file=self.folder,
                     field=name,
+                    value="missing" if size is None else tuple(size),
+                    expected=f"shape {tuple(tensor.shape)}",
                     hint="choose another output.dir, or delete that directory to start over",
                 )
 
     @property
     def tensor_names(self) -> set[str]:
-        """What `load_tensors` can fill. Raises CheckpointError."""
+        """Names of the tensors in the checkpoint. Raises CheckpointError."""
         try:
             return set(TensorReader(self.folder).read_metadata().state_dict_metadata)
         except OSError as error:
@@ -132,7 +133,7 @@ class Checkpoint:
 
 
 class CheckpointWriter:
-    """The checkpoints of a run: `step-N` directories, of which the newest few are kept, and the best one if asked."""
+    """Writes the checkpoints of a run to `step-N` directories and deletes old ones."""
 
     def __init__(
         self,
@@ -143,9 +144,10 @@ class CheckpointWriter:
         background: bool = False,
         inputs: Callable[[], dict[str, Any]] = dict,
     ) -> None:
-        """background: write while training goes on; `wait` before the process ends.
+        """Create a writer.
 
-        inputs: returns the stamps for `inputs.json`; called by the writing thread of the main process.
+        background: write in a thread; call `wait` before the process ends.
+        inputs:     returns the content of `inputs.json`; called by the writing thread of rank 0.
         """
         self.folder, self.world, self.keep_last, self.background = folder, world, keep_last, background
         self._inputs = inputs
@@ -154,18 +156,19 @@ class CheckpointWriter:
         self._mesh: DeviceMesh | None = None
 
     def save(self, tensors: Mapping[str, Tensor], state: Checkpoint, *, best: int | None = None) -> None:
-        """Write `folder/step-N` atomically, then delete those that are not kept. A kill leaves the previous one whole.
+        """Write `folder/step-N` atomically, then delete old checkpoints. Every rank calls it.
 
-        tensors: those of this process: its shards, and whole ones, which are written once.
-        best:    step that is kept besides the newest ones.
-        Every process calls it. Raises CheckpointError, of this save or of the one before it.
+        A kill leaves the previous checkpoint intact.
+        tensors: shards of this rank, and full tensors, which are written once.
+        best:    step to keep in addition to the newest ones.
+        Raises CheckpointError of this save or of the previous one.
         """
         self.wait()
         target = self.folder / _name(state.progress.step)
         with ExitStack() as stack:
             part = self._open(target, stack)
-            # From here on training may change the tensors.
-            staged = {name: self._copied(tensor) for name, tensor in tensors.items()}
+            # Training may change the tensors once they are copied.
+            staged = {name: self._copy_to_cpu(tensor) for name, tensor in tensors.items()}
             write = partial(self._write, part, staged, state, stack.pop_all(), best)
         if not self.background:
             self._run(target, write)
@@ -175,21 +178,21 @@ class CheckpointWriter:
             self._thread.start()
 
     def wait(self) -> None:
-        """Until the checkpoint that is being written is on the disk. Raises CheckpointError when it could not be."""
+        """Wait until the checkpoint is on the disk. Raises CheckpointError if it could not be written."""
         if self._thread:
             self._thread.join()
             self._thread = None
         self.check()
 
     def check(self) -> None:
-        """Raise CheckpointError when a checkpoint could not be written, as far as is known now."""
+        """Raise CheckpointError if a checkpoint is known to have failed."""
         if self._error:
             error, self._error = self._error, None
             error.is_repeated = not self.world.is_main
             raise error
 
     def _open(self, target: Path, stack: ExitStack) -> Path:
-        """The folder that all processes write into; at the end of `stack` it becomes `target`."""
+        """Create the directory that all ranks write into; it is renamed to `target` when `stack` closes."""
         part, failed = target, ""
         if self.world.is_main:
             try:
@@ -203,12 +206,12 @@ class CheckpointWriter:
         return part
 
     def _write(
-        self, part: Path, tensors: Mapping[str, Tensor], state: Checkpoint, named: ExitStack, best: int | None
+        self, part: Path, tensors: Mapping[str, Tensor], state: Checkpoint, rename: ExitStack, best: int | None
     ) -> None:
-        """Write this process's part. What fails in one process fails in all: none goes on as if it were saved."""
+        """Write this rank's files. A failure on one rank raises on all of them."""
         failed = ""
         try:
-            with named:
+            with rename:
                 group = {"no_dist": True} if self.world.is_single else {"process_group": self.world.saving}
                 dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(part), **group)
                 digests = self._digests(part)
@@ -225,7 +228,7 @@ class CheckpointWriter:
             raise _unwritten(self.folder / part.name, failed)
 
     def _digests(self, part: Path) -> dict[str, FileDigest]:
-        """The digests of the tensor files of all processes; each hashes those that it wrote."""
+        """Return the digests of all tensor files; each rank hashes those that it wrote."""
         own: dict[str, FileDigest] = {}
         failed = ""
         try:
@@ -233,10 +236,10 @@ class CheckpointWriter:
             own = digest_files(part, names)
         except OSError as error:
             failed = _reason(error)
-        shares = self.world.all_gather_object((own, failed), self.world.saving)
-        if failed := next((failed for _, failed in shares if failed), ""):
+        ranks = self.world.all_gather_object((own, failed), self.world.saving)
+        if failed := next((failed for _, failed in ranks if failed), ""):
             raise _unwritten(self.folder / part.name, failed)
-        return {name: digest for own, _ in shares for name, digest in own.items()}
+        return {name: digest for own, _ in ranks for name, digest in own.items()}
 
     def _run(self, target: Path, write: Callable[[], None]) -> None:
         try:
@@ -244,17 +247,17 @@ class CheckpointWriter:
                 write()
         except VilaError as error:
             self._error = error
-        except (Exception, CheckpointException) as error:  # noqa: BLE001 - raised by the thread that trains
+        except (Exception, CheckpointException) as error:  # noqa: BLE001 - raised in the training thread by `check`
             self._error = _unwritten(target, _reason(error))
 
-    def _copied(self, tensor: Tensor) -> Tensor:
+    def _copy_to_cpu(self, tensor: Tensor) -> Tensor:
         if isinstance(tensor, DTensor):
             if self._mesh is None:
                 mesh = tensor.device_mesh
                 self._mesh = mesh if mesh.device_type == "cpu" else init_device_mesh("cpu", tuple(mesh.shape))
             local = tensor.to_local().detach().to("cpu", copy=True)
-            facts = {"run_check": False, "shape": tensor.shape, "stride": tensor.stride()}
-            return DTensor.from_local(local, self._mesh, tensor.placements, **facts)  # type: ignore[arg-type]
+            layout = {"run_check": False, "shape": tensor.shape, "stride": tensor.stride()}
+            return DTensor.from_local(local, self._mesh, tensor.placements, **layout)  # type: ignore[arg-type]
         return tensor.detach().to("cpu", copy=True)
 
     def _prune(self, step: int, best: int | None) -> None:
@@ -269,7 +272,7 @@ def _as_json(state: Checkpoint) -> dict[str, Any]:
     return {
         "format": state.format,
         "progress": asdict(state.progress),
-        "lanes": [[lane.next_position, list(lane.waiting)] for lane in state.lanes],
+        "lanes": [[stream.next_position, list(stream.waiting)] for stream in state.streams],
         "recipe": state.recipe,
         "versions": state.versions,
         "world": state.world,
@@ -277,11 +280,11 @@ def _as_json(state: Checkpoint) -> dict[str, Any]:
 
 
 def load_checkpoint(folder: Path, world: World, events: Events = SILENT) -> Checkpoint | None:
-    """Load the newest sound checkpoint in `folder`; None if there is none at all. Every process calls it.
+    """Load the newest intact checkpoint in `folder`; None if there is no checkpoint. Every rank calls it.
 
-    Damaged ones that are newer get the ending `.damaged`, and `events` receive a line for each, and one for a
+    Newer, damaged checkpoints are renamed to `*.damaged`. `events` receives a line for each of them, and for a
     checkpoint of version one, whose files cannot be verified.
-    Raises CheckpointError naming file and field of the newest one if all are damaged.
+    Raises CheckpointError naming file and field of the newest checkpoint if all are damaged.
     """
     if world.is_main:
         remove_partials(folder)
@@ -293,25 +296,27 @@ def load_checkpoint(folder: Path, world: World, events: Events = SILENT) -> Chec
             damaged.append((candidate, error))
             continue
         for other, error in damaged:
-            events.log(f"note: {error}; resuming from {candidate.name} and keeping {other.name}.damaged")
+            events.log(
+                f"note: {error}; resuming from {candidate.name}, the damaged one is renamed to {other.name}.damaged"
+            )
             if world.is_main:
                 _set_aside(other)
         if checkpoint and checkpoint.format == 1:
             events.log(
-                f"note: {candidate}: written by the first version of vila, without {MANIFEST} and {_INPUTS}; it cannot "
-                "be verified that its files, the data and the model are those of then"
+                f"note: {candidate} was written by version one of vila, without {MANIFEST} and {_INPUTS}: its files, the "
+                "data and the model cannot be verified"
             )
         return checkpoint
     if damaged:
         error = damaged[0][1]
-        error.hint = "no checkpoint is whole; restore one from a copy, or delete the directory of the run to start over"
+        error.hint = "all checkpoints are damaged; restore one from a copy, or delete the run's directory to start over"
         error.is_repeated = not world.is_main
         raise error
     return None
 
 
 def _load(folder: Path, world: World) -> tuple[Checkpoint | None, CheckpointError | None]:
-    """Check and read a checkpoint; the same result in every process."""
+    """Check and read a checkpoint; every rank returns the same."""
     checkpoint: Checkpoint | None = None
     problem: CheckpointError | None = None
     try:
@@ -350,7 +355,7 @@ def _set_aside(damaged: Path) -> None:
 
 
 def _is_version_one(folder: Path) -> bool:
-    """Whether version one wrote a checkpoint. One of another format that lost its manifest is damaged."""
+    """Whether version one wrote a checkpoint. Without a manifest, later formats are damaged."""
     if (folder / MANIFEST).exists() or (folder / _INPUTS).exists():
         return False
     return "format" not in Fields.of_file(folder / "state.json", CheckpointError)
@@ -364,10 +369,10 @@ def read_state(folder: Path) -> Checkpoint:
     state = Fields.of_file(folder / "state.json", CheckpointError)
     is_version_one = _is_version_one(folder)
     if not is_version_one and state.get("format", FORMAT) != FORMAT:
-        raise state.refusal("format", expected=str(FORMAT), hint="go on with the version of vila that wrote it")
+        raise state.refusal("format", expected=str(FORMAT), hint="resume with the version of vila that wrote it")
     return Checkpoint(
         progress=_read_progress(state.section("progress"), step_of(folder), is_version_one=is_version_one),
-        lanes=_read_lanes(state),
+        streams=_read_streams(state),
         recipe=dict(state.section("recipe")),
         versions={name: state.section("versions").text(name) for name in state.section("versions")},
         world=state.integer("world", minimum=1),
@@ -378,10 +383,10 @@ def read_state(folder: Path) -> Checkpoint:
 
 
 def _read_progress(progress: Fields, step: int, *, is_version_one: bool) -> Progress:
-    """Read the counters. Version one did not count visits of unreadable samples."""
+    """Read the counts. Version one did not count unreadable samples."""
     unknown = [name for name in progress if name not in Progress.__dataclass_fields__]
     if unknown:
-        raise progress.refusal(unknown[0], "unknown field", hint="go on with the version of vila that wrote it")
+        raise progress.refusal(unknown[0], "unknown field", hint="resume with the version of vila that wrote it")
     read = Progress(
         step=progress.integer("step", minimum=step, maximum=step),
         seconds=progress.number("seconds", maximum=1e12),
@@ -397,30 +402,30 @@ def _read_progress(progress: Fields, step: int, *, is_version_one: bool) -> Prog
     return read
 
 
-def _read_lanes(state: Fields) -> list[PackingStreamState]:
-    """Read the lanes; positions of lane g of G are g modulo G, and those waiting lie before the next one."""
-    lanes = state.get("lanes")
-    if not isinstance(lanes, list):
+def _read_streams(state: Fields) -> list[PackingStreamState]:
+    """Read the packing streams, key `lanes`. Positions of stream i of n are i modulo n; waiting ones precede the next."""
+    streams = state.get("lanes")
+    if not isinstance(streams, list):
         raise state.refusal("lanes", expected="a list")
     states = []
-    for number, lane in enumerate(lanes):
+    for number, stream in enumerate(streams):
         try:
-            position, waiting = lane
-            places = [position, *waiting]
-            is_sound = (
-                all(type(place) is int and place >= 0 and place % len(lanes) == number for place in places)
-                and all(place < position for place in waiting)
+            position, waiting = stream
+            positions = [position, *waiting]
+            is_valid = (
+                all(type(one) is int and one >= 0 and one % len(streams) == number for one in positions)
+                and all(one < position for one in waiting)
                 and len(set(waiting)) == len(waiting)
             )
         except (TypeError, ValueError):
-            is_sound = False
-        if not is_sound:
+            is_valid = False
+        if not is_valid:
             raise CheckpointError(
-                "not the state of a lane",
+                "not the state of a packing stream",
                 file=state.file,
                 field=f"lanes.{number}",
-                value=lane,
-                expected=f"[next, [waiting, ...]] with distinct positions that are {number} modulo {len(lanes)}",
+                value=stream,
+                expected=f"[next, [waiting, ...]] with distinct positions that are {number} modulo {len(streams)}",
             )
         states.append(PackingStreamState(position, tuple(waiting)))
     return states
@@ -432,7 +437,7 @@ def clear_checkpoints(folder: Path) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Versions that a resumed run is compared with in its log."""
+    """Return versions and settings that a resumed run compares in its log."""
     import transformers
 
     return {
@@ -444,9 +449,9 @@ def versions() -> dict[str, str]:
 
 def _unwritten(target: Path, reason: str) -> CheckpointError:
     return CheckpointError(
-        f"the checkpoint was not written ({reason}); the one before it is whole",
+        f"the checkpoint was not written ({reason}); the previous one is intact",
         file=target,
-        hint="make room, then run again to go on from there",
+        hint="free disk space, then run again to resume from the previous one",
     )
 
 
@@ -459,32 +464,31 @@ def _unreadable(folder: Path, error: BaseException) -> CheckpointError:
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong, in a line; of errors that several processes had, each once."""
+    """Return the reason of an error in one line; distinct reasons of several ranks are joined."""
     if isinstance(error, CheckpointException):
         causes: list[Any] = [cause for cause, _ in error.failures.values()]
         return "; ".join(dict.fromkeys(map(_reason, causes)))
     return str(error).partition("\n")[0] or type(error).__name__
 
 
-def flatten_stream_states(shares: Sequence[Sequence[PackingStreamState]]) -> list[PackingStreamState]:
-    """The lanes of all processes by number, from those of each process by rank."""
-    return [state for share in shares for state in share]
+def flatten_stream_states(ranks: Sequence[Sequence[PackingStreamState]]) -> list[PackingStreamState]:
+    """Return the states of all packing streams in order, from those of each rank."""
+    return [state for states in ranks for state in states]
 
 
-# --- randomness
-# The state of all random number generators as tensors, so that a checkpoint holds it without pickles.
+# Random number generators. Their states are stored as tensors, without pickles.
 
 
 def random_state() -> dict[str, Tensor]:
-    """The states of torch, its CUDA device, Python and NumPy."""
+    """Return the states of torch, its CUDA device, Python and NumPy."""
     version, words, gauss = random.getstate()
     numpy: Any = np.random.get_state()
-    _, key, place, has_gauss, cached = numpy
+    _, key, position, has_gauss, cached = numpy
     out = {
         "torch": torch.get_rng_state(),
         "python": torch.tensor([version, *words], dtype=torch.int64),
         "python_gauss": torch.tensor([0.0 if gauss is None else 1.0, gauss or 0.0], dtype=torch.float64),
-        "numpy": torch.tensor([*key.tolist(), place, has_gauss], dtype=torch.int64),
+        "numpy": torch.tensor([*key.tolist(), position, has_gauss], dtype=torch.int64),
         "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
     }
     if torch.cuda.is_available():
@@ -493,14 +497,14 @@ def random_state() -> dict[str, Tensor]:
 
 
 def set_random_state(state: dict[str, Tensor]) -> None:
-    """Undo `random_state`."""
+    """Restore the result of `random_state`."""
     torch.set_rng_state(state["torch"])
     version, *words = state["python"].tolist()
     given, gauss = state["python_gauss"].tolist()
     random.setstate((version, tuple(words), gauss if given else None))
-    *key, place, has_gauss = state["numpy"].tolist()
+    *key, position, has_gauss = state["numpy"].tolist()
     cached = state["numpy_gauss"].item()
-    np.random.set_state(("MT19937", np.array(key, dtype=np.uint32), place, has_gauss, cached))
+    np.random.set_state(("MT19937", np.array(key, dtype=np.uint32), position, has_gauss, cached))
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
 

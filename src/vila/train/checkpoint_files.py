@@ -1,4 +1,4 @@
-"""Size and SHA-256 of every file of a checkpoint: written last, checked before a run resumes from it."""
+"""Files of a checkpoint: a manifest with size and SHA-256 of each, and a reader that executes no pickled code."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ def write_manifest(folder: Path, files: Mapping[str, FileDigest]) -> None:
 
 
 def check_files(folder: Path, world: World) -> None:
-    """Compare the files of a checkpoint with its manifest, each process a share of them. Every process calls it.
+    """Compare the files of a checkpoint with its manifest; each rank checks some of them. Every rank calls it.
 
-    Files that the manifest does not name are ignored. Every process raises the same CheckpointError, naming the first
-    file that is missing or differs.
+    Files that are not in the manifest are ignored. Every rank raises the same CheckpointError, naming the first file
+    that is missing or differs.
     """
     files: dict[str, FileDigest] = {}
     problem: CheckpointError | None = None
@@ -74,17 +74,17 @@ def check_files(folder: Path, world: World) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, FileDigest]:
-    """Read `manifest.json`. Raises CheckpointError if it is missing or not as `write_manifest` wrote it."""
+    """Read `manifest.json`. Raises CheckpointError if it is missing or not as `write_manifest` writes it."""
     path = folder / MANIFEST
     entries = Fields.of_file(path, CheckpointError).section("files")
     files: dict[str, FileDigest] = {}
     for name in entries:
         entry = entries.section(name)
         if Path(name).name != name:
-            raise entries.refusal(name, "not a name of a file in this directory")
+            raise entries.refusal(name, "not the name of a file in this directory")
         files[name] = {"bytes": entry.integer("bytes", maximum=2**62), "sha256": entry.text("sha256")}
     if path.read_bytes() != _encoded(files).encode():
-        raise CheckpointError("not as it was written", file=path)
+        raise CheckpointError("the manifest was changed", file=path)
     return files
 
 
@@ -98,7 +98,7 @@ def _first_difference(folder: Path, files: Mapping[str, FileDigest]) -> Checkpoi
         for field in ("bytes", "sha256"):
             if found[field] != wanted[field]:
                 return CheckpointError(
-                    "the file is not the one that was written",
+                    "the file was changed",
                     file=folder / name, field=field, value=found[field], expected=str(wanted[field]),
                 )  # fmt: skip
     return None
@@ -108,10 +108,9 @@ def _encoded(files: Mapping[str, FileDigest]) -> str:
     return json.dumps({"files": dict(sorted(files.items()))}, indent=1) + "\n"
 
 
-# --- metadata
-# Checkpoints of `torch.distributed.checkpoint`, read without running anything in them.
+# Reader for checkpoints of `torch.distributed.checkpoint`.
 
-
+_REMEDY = "delete that checkpoint to resume without it"
 _RECORDS = (
     Metadata,
     MetadataIndex,
@@ -135,10 +134,10 @@ _NAMES: dict[tuple[str, str], Any] = {
 
 
 class _IndexUnpickler(RestrictedUnpickler):
-    """Builds the records of an index."""
+    """Builds the record classes of a checkpoint index, and nothing else."""
 
     def build(self, instance: Any, state: Any) -> None:
-        """Fill a record. Anything else, a class for example, is shared by the whole process."""
+        """Set the attributes of a record. Other objects, such as classes, are shared by the process and refused."""
         if type(instance) not in _RECORDS:
             super().build(instance, state)
         elif (fill := getattr(type(instance), "__setstate__", None)) is not None:
@@ -147,7 +146,7 @@ class _IndexUnpickler(RestrictedUnpickler):
             vars(instance).update(state)
 
     def is_key(self, value: Any) -> bool:
-        """Also a place of a tensor, if its own parts are plain."""
+        """Accept a MetadataIndex with plain attributes as a key, too."""
         if type(value) is not MetadataIndex:
             return super().is_key(value)
         kinds = [type(getattr(value, part, None)) for part in ("fqn", "offset", "index")]
@@ -155,12 +154,12 @@ class _IndexUnpickler(RestrictedUnpickler):
 
 
 class TensorReader(FileSystemReader):
-    """Reads tensors, and only those; `torch.load` is not called."""
+    """Reads tensors only; never calls `torch.load`."""
 
     _index: Metadata | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Read the index. Raises CheckpointError for one that asks for code, or lists anything but tensors; OSError."""
+        """Read the index. Raises CheckpointError if it requests code or lists anything but tensors; OSError."""
         if self._index is None:
             file = Path(self.path) / ".metadata"
             reader = _IndexUnpickler(io.BytesIO(file.read_bytes()), _NAMES)
@@ -176,15 +175,21 @@ class TensorReader(FileSystemReader):
         return self._index
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Fill the tensors of the plan. Raises LayoutError for parts of the files that hold anything but a tensor."""
+        """Fill the tensors of the plan. Raises LayoutError for file sections that are not tensors."""
         for item in plan.items:
             source = self._tensor(self.storage_data[item.storage_index])
             for dimension, (start, length) in enumerate(zip(item.storage_offsets, item.lengths, strict=True)):
                 source = source.narrow(dimension, start, length)
             target = planner.resolve_tensor(item).detach()
             if target.shape != source.shape:
-                problem = f"{item.dest_index.fqn} has shape {list(source.shape)}, not {list(target.shape)}"
-                raise CheckpointError(problem, file=Path(self.path), hint=_REMEDY)
+                raise CheckpointError(
+                    "a tensor has another shape",
+                    file=Path(self.path),
+                    field=item.dest_index.fqn,
+                    value=list(source.shape),
+                    expected=str(list(target.shape)),
+                    hint=_REMEDY,
+                )
             target.copy_(source)
             planner.commit_tensor(item, target)
         done: Future[None] = Future()
@@ -198,24 +203,21 @@ class TensorReader(FileSystemReader):
         return content.value.read(content.map())
 
 
-_REMEDY = "delete that checkpoint to go on without it"
-
-
 def _problem(index: Any, folder: Path) -> str:
-    """Return why an index is not one of tensors in files of its own folder; empty when it is."""
+    """Return why an index is not valid: entries must be tensors in files of its own directory. Empty if it is."""
     if type(index) is not Metadata:
         return f"not an index of tensors but a {type(index).__name__}"
     for name, one in index.state_dict_metadata.items():
         if type(name) is not str or type(one) is not TensorStorageMetadata or type(one.size) is not torch.Size:
-            # Anything else would be unpickled without restriction.
-            return f"{name!r} is not a tensor; such entries are not read"
-    for place, info in index.storage_data.items():
-        if type(place) is not MetadataIndex or type(info) is not _StorageInfo or type(info.relative_path) is not str:
-            return f"{place!r} does not lie in a file"
+            # Other entries would be unpickled without restriction.
+            return f"{name!r} is not a tensor"
+    for location, info in index.storage_data.items():
+        if type(location) is not MetadataIndex or type(info) is not _StorageInfo or type(info.relative_path) is not str:
+            return f"{location!r} has no file"
         if type(info.offset) is not int or type(info.length) is not int:
-            return f"{place!r} has no place in its file"
+            return f"{location!r} has no offset and length in its file"
         if info.transform_descriptors:
-            return f"{info.relative_path!r} is compressed; such files are not read"
+            return f"{info.relative_path!r} is compressed, which is not supported"
         if not (folder / info.relative_path).resolve().is_relative_to(folder):
-            return f"{info.relative_path!r} lies outside of the checkpoint; refused"
+            return f"{info.relative_path!r} is outside of the checkpoint"
     return ""

@@ -1,4 +1,4 @@
-"""The model card: a README.md beside the weights that says what they are, what made them, and what was measured."""
+"""Model card: `README.md` beside the weights with base models, training settings, scores, data and licences."""
 
 from __future__ import annotations
 
@@ -19,27 +19,23 @@ from vila.core.files import portable_path, write_text
 from vila.core.reading import file_errors
 from vila.report.numbers import write_number, write_percent, write_seconds
 
-# --- licences
-# Base models of a recipe and their licences: from the table of known models, or from files beside the weights.
-
-
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 _PART_LICENCE = re.compile(r"\(licence: ([^()]+)\)\.\s*\Z")
-"""End of the README that `vila quickstart` writes beside a converted part."""
+"""Licence at the end of the README that `vila quickstart` writes for a downloaded component."""
 CARD_KEY = "vila_base_models"
-"""Field of our own model cards that holds the base models with their licences."""
-_DEEPEST = 10
-"""Stages that a chain of recipes is followed through."""
+"""Front-matter field of our model cards with the base models and their licences."""
+_MAX_STAGES = 10
+"""Maximum number of previous stages whose recipes are read."""
 
 
 @dataclass(frozen=True, slots=True)
 class BaseModel:
-    """A model that weights come from.
+    """A base model of the trained model.
 
-    name:    hub id or directory, as the recipe has it.
-    hub:     hub id where it is known, else empty.
-    licence: in words; "not known" where nothing tells.
-    note:    what else holds, or where it is from.
+    name:    hub id or directory, as in the recipe.
+    hub:     hub id if known, else empty.
+    licence: name of the licence, or "not known".
+    note:    further conditions, or the source of the licence.
     """
 
     name: str
@@ -49,12 +45,12 @@ class BaseModel:
 
 
 def base_models(recipe: Recipe) -> list[BaseModel]:
-    """The language model and the tower, found through the recipes of the stages before; else the model of `path`.
+    """Return the LLM and the tower, traced through the recipes of previous stages; else the model of `model.path`.
 
-    A model of ours that was moved away from its recipe is known by its card.
+    A model without a recipe beside it is traced through its model card.
     """
-    names = _names(recipe.model.model_dump(), _DEEPEST)
-    return [base for name in names for base in _of_card(name) or [_described(name)]]
+    names = _names(recipe.model.model_dump(), _MAX_STAGES)
+    return [base for name in names for base in _from_card(name) or [_from_name(name)]]
 
 
 def _names(source: dict[str, Any], depth: int) -> list[str]:
@@ -70,8 +66,8 @@ def _names(source: dict[str, Any], depth: int) -> list[str]:
     return [source["path"]]
 
 
-def _of_card(name: str) -> list[BaseModel]:
-    """The base models that the card of a model of ours lists; none where there is no such card."""
+def _from_card(name: str) -> list[BaseModel]:
+    """Return the base models in the model card of a directory; empty without one of our cards."""
     folder = Path(name).expanduser()
     for readme in (folder / "README.md", folder / "model" / "README.md"):
         rows = _front_matter(readme).get(CARD_KEY)
@@ -84,13 +80,13 @@ def _front_matter(readme: Path) -> dict[str, Any]:
     return read_front_matter(readme.read_text(encoding="utf-8", errors="replace")) if readme.is_file() else {}
 
 
-def _described(name: str) -> BaseModel:
+def _from_name(name: str) -> BaseModel:
     folder = Path(name)
     if folder.is_dir():
-        found = _beside(folder)
+        found = _licence_in(folder)
         if found:
-            return BaseModel(name, "", found, f"as {folder.name}/README.md says")
-        # A copy has the name of what it is a copy of.
+            return BaseModel(name, "", found, f"from {folder.name}/README.md")
+        # A copy of a hub model has its name.
         name_of = {hub.rpartition("/")[2].lower(): hub for hub in _table()}
         hub = name_of.get(folder.name.lower(), "")
         if hub:
@@ -101,8 +97,8 @@ def _described(name: str) -> BaseModel:
     return BaseModel(name, hub, facts["licence"], facts["note"]) if facts else BaseModel(name, hub, "not known")
 
 
-def _beside(folder: Path) -> str:
-    """The licence in the front matter of a README, as the hub's directories have it, or in that of a converted part."""
+def _licence_in(folder: Path) -> str:
+    """Return the licence in a README: from its front matter, or as `vila quickstart` writes it; else empty."""
     readme = folder / "README.md"
     licence = _front_matter(readme).get("license")
     if isinstance(licence, str) and licence != "other":
@@ -114,15 +110,15 @@ def _beside(folder: Path) -> str:
 
 
 def read_front_matter(text: str) -> dict[str, Any]:
-    """The YAML between the lines `---` at the head of a README; empty where there is none that can be read."""
+    """Return the YAML front matter of a README; empty if it has none, or one that is not valid."""
     parts = text.split("---\n", 2)
     if len(parts) < 3 or parts[0].strip():
         return {}
     try:
-        facts = yaml.safe_load(parts[1])
+        front = yaml.safe_load(parts[1])
     except yaml.YAMLError:
         return {}
-    return facts if isinstance(facts, dict) else {}
+    return front if isinstance(front, dict) else {}
 
 
 @cache
@@ -134,33 +130,32 @@ def _table() -> dict[str, dict[str, str]]:
 
 _HUB_DATA = re.compile(r"https://huggingface\.co/datasets/([\w.-]+/[\w.-]+)/?")
 _LIBRARIES = {"llava-hf": "transformers"}
-"""What loads a layout other than ours."""
+"""Library that loads a layout, where it is not ours."""
 
 
-def save_model_card(folder: Path, recipe: Recipe, facts: Mapping[str, Any]) -> None:
+def save_model_card(folder: Path, recipe: Recipe, metadata: Mapping[str, Any]) -> None:
     """Write `README.md` into a model's directory.
 
-    facts, each of which may be missing, and is then not spoken of:
-        progress:      what `finished.json` has: step, tokens, samples, supervised, seconds, bad_steps.
-        passes:        how often the data were gone through.
-        versions, ranks, dropped, truncated: from there too.
-        scores:        rows of `evaluations.jsonl` that were measured on these weights.
-        data_licences: by path of a data set, rows with name, source, licence and forbids.
-        command:       the command that made the model; else one that makes it again from its recipe.
+    metadata: optional entries:
+        progress:      from `finished.json`: step, tokens, samples, supervised, seconds, bad_steps.
+        passes, versions, ranks, dropped, truncated: from `finished.json`.
+        scores:        records of `evaluations.jsonl` of these weights.
+        data_licences: by path of a data set, records with name, source, licence and forbids.
+        command:       command that trained the model; default: one that trains it again from its recipe.
     """
     run = recipe.output.dir
     bases = [replace(base, name=portable_path(base.name, run)) for base in base_models(recipe)]
-    licences: Mapping[str, Sequence[Mapping[str, str]]] = facts.get("data_licences") or {}
+    licences: Mapping[str, Sequence[Mapping[str, str]]] = metadata.get("data_licences") or {}
     parts = [
         _card_front_matter(recipe, bases, licences),
         f"# {recipe.name}",
         _summary(recipe, bases),
-        "In the directory of this file:\n\n```bash\nvila chat .\n```",
-        _section("Training", _card_table(("", ""), [*_settings(recipe), *_progress(facts)])),
-        _section("Scores", _scores(facts)),
+        "Run in the directory of this file:\n\n```bash\nvila chat .\n```",
+        _section("Training", _card_table(("", ""), [*_settings(recipe), *_progress(metadata)])),
+        _section("Scores", _scores(metadata)),
         _section("Data", _data(recipe, licences, run)),
         _section("Licences", _licences(bases)),
-        _section("To make it again", _again(recipe, facts, run)),
+        _section("Reproduce", _retrain(recipe, metadata, run)),
     ]
     write_text(folder / "README.md", "\n\n".join(filter(None, parts)) + "\n")
 
@@ -170,8 +165,8 @@ def _card_front_matter(
 ) -> str:
     sources = [row.get("source", "") for rows in licences.values() for row in rows]
     found = [match[1] for source in sources if (match := _HUB_DATA.fullmatch(source))]
-    facts: dict[str, Any] = {
-        # What the parts and the data allow together is for the reader to judge; the card lists them.
+    front: dict[str, Any] = {
+        # The combined terms of components and data are for the reader to judge; the card lists them.
         "license": "other",
         "license_name": "those-of-base-models-and-data",
         "base_model": [base.hub for base in bases if base.hub],
@@ -179,17 +174,17 @@ def _card_front_matter(
         "pipeline_tag": "image-text-to-text",
         "library_name": "peft" if recipe.stage.lora.rank else _LIBRARIES.get(recipe.output.layout, "vila"),
         "tags": ["vila", *(["lora"] if recipe.stage.lora.rank else [])],
-        # A stage that starts from this model reads them again, wherever the model is then.
+        # Read by a later stage that starts from this model, wherever it is then.
         CARD_KEY: [asdict(base) for base in bases],
     }
-    kept = {key: value for key, value in facts.items() if value}
-    return f"---\n{yaml.safe_dump(kept, sort_keys=False, allow_unicode=True)}---"
+    present = {key: value for key, value in front.items() if value}
+    return f"---\n{yaml.safe_dump(present, sort_keys=False, allow_unicode=True)}---"
 
 
 def _summary(recipe: Recipe, bases: Sequence[BaseModel]) -> str:
     made = " and ".join(f"`{base.name}`" for base in bases)
     kind = "An adapter for a visual language model" if recipe.stage.lora.rank else "A visual language model"
-    return f"{kind} made from {made}. This stage trained: {_list(recipe.stage.tune)}."
+    return f"{kind} trained from {made}. Trained in this stage: {_list(recipe.stage.tune)}."
 
 
 def _settings(recipe: Recipe) -> list[tuple[str, str]]:
@@ -197,58 +192,58 @@ def _settings(recipe: Recipe) -> list[tuple[str, str]]:
     size = f"{batch.rows:,} packed rows" if batch.rows else f"{batch.samples:,} samples"
     lora = f"rank {stage.lora.rank}, alpha {stage.lora.alpha:g}, dropout {stage.lora.dropout:g}"
     rows = [
-        ("learns", _list(stage.tune) + (f" ({_list(stage.llm_parts)} of the llm)" if stage.llm_parts else "")),
-        ("adapters", f"{lora}, {stage.lora.bits} bits below" if stage.lora.rank else ""),
+        ("trained modules", _list(stage.tune) + (f" ({_list(stage.llm_parts)} of the llm)" if stage.llm_parts else "")),
+        ("LoRA adapters", f"{lora}, {stage.lora.bits}-bit base weights" if stage.lora.rank else ""),
         ("peak learning rate", f"{stage.lr:g}" + (f", projector {stage.lr_projector:g}" if stage.lr_projector else "")),
         ("schedule", f"linear warm-up over {write_percent(optim.warmup_ratio)} of the run, then cosine to zero"),
         ("AdamW", f"betas {optim.beta1:g}, {optim.beta2:g}; weight decay {optim.weight_decay:g}"),
-        ("gradients clipped to", f"{optim.max_grad_norm:g}"),
+        ("gradient clipping", f"{optim.max_grad_norm:g}"),
         ("batch", f"{size}, at most {data.max_length:,} tokens each"),
         ("budget", f"{budget.tokens:,} tokens" if budget.tokens else f"{budget.epochs:g} epochs"),
         ("template", data.template or recipe.model.template),
-        ("number type", f"{recipe.compute.dtype}, float32 masters"),
+        ("dtype", f"{recipe.compute.dtype}, float32 master weights"),
         ("seed", str(recipe.seed)),
     ]
     return [(name, value) for name, value in rows if value]
 
 
-def _progress(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
-    progress: Mapping[str, Any] = facts.get("progress") or {}
+def _progress(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
+    progress: Mapping[str, Any] = metadata.get("progress") or {}
     counts = {"steps": "step", "samples": "samples", "tokens": "tokens", "supervised tokens": "supervised"}
     rows = [(label, f"{progress[name]:,}") for label, name in counts.items() if progress.get(name) is not None]
-    if facts.get("passes") is not None:
-        rows.append(("passes over the data", f"{facts['passes']:.3g}"))
-    ranks = facts.get("ranks", 1)
+    if metadata.get("passes") is not None:
+        rows.append(("passes over the data", f"{metadata['passes']:.3g}"))
+    ranks = metadata.get("ranks", 1)
     if progress.get("seconds"):
         rows.append(("time", f"{write_seconds(progress['seconds'])} on {ranks} process{'es' * (ranks != 1)}"))
-    skipped = {"steps left out": progress.get("bad_steps"), "samples left out as too long": facts.get("dropped")}
-    skipped["samples cut as too long"] = facts.get("truncated")
+    skipped = {"skipped steps": progress.get("bad_steps"), "samples dropped as too long": metadata.get("dropped")}
+    skipped["samples truncated as too long"] = metadata.get("truncated")
     rows += [(label, f"{count:,}") for label, count in skipped.items() if count]
-    versions: Mapping[str, Any] = facts.get("versions") or {}
+    versions: Mapping[str, Any] = metadata.get("versions") or {}
     return [*rows, *((str(name), str(value)) for name, value in versions.items())]
 
 
-def _scores(facts: Mapping[str, Any]) -> str:
+def _scores(metadata: Mapping[str, Any]) -> str:
     rows = [
         (row["benchmark"], f"{write_number(row['score'])} {row.get('unit', '')}".strip(), row.get("items", ""))
-        for row in facts.get("scores") or ()
+        for row in metadata.get("scores") or ()
         if row.get("score") is not None
     ]
     if not rows:
-        return "None were measured in this run. `vila eval` measures them."
+        return "Not evaluated in this run; use `vila eval`."
     return _card_table(("benchmark", "score", "questions"), rows)
 
 
 def _data(recipe: Recipe, licences: Mapping[str, Sequence[Mapping[str, str]]], run: Path) -> str:
     rows = []
     for entry in recipe.data.mixture:
-        share = f"weight {entry.weight:g}" if entry.weight is not None else f"times {entry.repeat:g}"
+        weight = f"weight {entry.weight:g}" if entry.weight is not None else f"times {entry.repeat:g}"
         known = licences.get(entry.path) or ({"name": "", "licence": "not known", "forbids": "ask its owner"},)
         for number, row in enumerate(known):
             path = portable_path(entry.path, run) if Path(entry.path).is_absolute() else entry.path
-            own = (f"`{path}`", share) if not number else ("", "")
+            own = (f"`{path}`", weight) if not number else ("", "")
             rows.append((*own, _linked(row), row.get("licence", ""), row.get("forbids", "")))
-    return _card_table(("path", "share", "data set", "licence", "forbids"), rows)
+    return _card_table(("path", "sampling", "data set", "licence", "forbids"), rows)
 
 
 def _linked(row: Mapping[str, str]) -> str:
@@ -259,20 +254,20 @@ def _linked(row: Mapping[str, str]) -> str:
 def _licences(bases: Sequence[BaseModel]) -> str:
     rows = [(f"`{base.name}`", base.licence, base.note) for base in bases]
     words = (
-        "These weights stay under the licences of the models that they were made from, and under what the data above "
-        "allows. The table repeats what is known to this version of the software; read the licences themselves before "
-        "you pass the model on or use it commercially."
+        "The weights are subject to the licences of their base models and to the terms of the data above. The table "
+        "lists what this version of the software knows; read the licences before you redistribute the model or use it "
+        "commercially."
     )
     return f"{_card_table(('base model', 'licence', 'note'), rows)}\n\n{words}"
 
 
-def _again(recipe: Recipe, facts: Mapping[str, Any], run: Path) -> str:
-    ranks = int(facts.get("ranks") or 1)
+def _retrain(recipe: Recipe, metadata: Mapping[str, Any], run: Path) -> str:
+    ranks = int(metadata.get("ranks") or 1)
     start = f"torchrun --nproc-per-node {ranks} -m vila" if ranks > 1 else "vila"
-    command = facts.get("command") or f"{start} train recipe.yaml output.dir=runs/again"
+    command = metadata.get("command") or f"{start} train recipe.yaml output.dir=runs/reproduced"
     words = (
-        "Save the recipe, which is whole, as `recipe.yaml`. Its paths are those of the machine that trained: relative "
-        "to where the command was run, or, where they were absolute, to the directory of the run."
+        "Save the complete recipe as `recipe.yaml`. Relative paths are relative to the working directory of the "
+        "training command; absolute paths were rewritten relative to the directory of the run."
     )
     fence = "```"
     body = f"<details><summary>recipe.yaml</summary>\n\n{fence}yaml\n{recipe_to_yaml(recipe, run)}{fence}\n\n</details>"

@@ -1,4 +1,4 @@
-"""`report.html` of a run: what it has learnt, how fast, from what, and what went wrong; one file that loads nothing."""
+"""`report.html` of a run: losses, evaluations, answers, throughput, data, skipped steps and samples; self-contained."""
 
 from __future__ import annotations
 

@@ -204,13 +204,13 @@ def recipe_of(checkpoint: Checkpoint) -> Recipe:
 
 def check_stream_count(checkpoint: Checkpoint, count: int) -> None:
     """Raise CheckpointError if the global batch differs from the number of packing streams of the checkpoint."""
-    if len(checkpoint.lanes) != count:
+    if len(checkpoint.streams) != count:
         raise CheckpointError(
             "the global batch cannot change within a run",
             file=checkpoint.folder,
             field="batch",
             value=count,
-            expected=str(len(checkpoint.lanes)),
+            expected=str(len(checkpoint.streams)),
             hint="choose another output.dir, with model.path set to the model of this run",
         )
 

@@ -1,4 +1,4 @@
-"""`vila train --slurm`: the batch script of a run on several machines, and handing it to Slurm."""
+"""`vila train --slurm`: write the batch script of a multi-node run and submit it."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _EXAMPLE = "nodes=16,gpus=8,partition=NAME,account=NAME,time=24:00:00"
 
 @dataclass(frozen=True, slots=True)
 class SlurmJob:
-    """What a job asks of Slurm; texts that are empty are left to the cluster's defaults.
+    """Resources of a Slurm job; empty strings are left to the cluster's defaults.
 
-    gpus:  on each node, a process for each; 0 starts one process a node on the CPU.
-    cpus:  processors of a node; 0 asks for eight a process.
-    time:  as Slurm writes it, such as 24:00:00 or 2-00:00:00.
-    grace: seconds before the end of its time at which the run is told to save and stop.
-    port:  of the first node, where the processes meet; 0 derives one from the number of the job.
+    gpus:  per node, one process each; 0 starts one CPU process per node.
+    cpus:  CPUs per node; 0 requests eight per process.
+    time:  time limit in Slurm's format, such as 24:00:00 or 2-00:00:00.
+    grace: seconds before the time limit at which the run is signalled to save and stop.
+    port:  rendezvous port of the first node; 0 derives one from the job id.
     """
 
     nodes: int
@@ -42,7 +42,7 @@ class SlurmJob:
 
     @property
     def processes(self) -> int:
-        """Processes of a node."""
+        """Processes per node."""
         return max(1, self.gpus)
 
     @property
@@ -52,34 +52,34 @@ class SlurmJob:
 
 
 def parse_job(text: str) -> SlurmJob:
-    """`nodes=16,gpus=8,time=24:00:00` as a job. Raises ConfigError with the field, its value and what would do."""
+    """Parse `nodes=16,gpus=8,time=24:00:00`. Raises ConfigError naming the field and its value."""
     kinds = {field.name: field.type for field in fields(SlurmJob)}
     values: dict[str, str | int] = {}
     for term in text.split(","):
         name, equals, value = (part.strip() for part in term.partition("="))
         if not equals or not value:
-            raise ConfigError(f"--slurm {term.strip()!r}: expected NAME=VALUE, such as --slurm {_EXAMPLE}")
+            raise ConfigError(field="--slurm", value=term.strip(), expected=f"NAME=VALUE, such as {_EXAMPLE}")
         if name not in kinds:
             near = near_names(name, kinds, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(kinds)}"
-            raise ConfigError(f"--slurm {name}: not known; {hint}")
+            hint = f"did you mean {near[0]!r}?" if near else None
+            raise ConfigError(field="--slurm", value=name, expected=", ".join(kinds), hint=hint)
         if name in values:
-            raise ConfigError(f"--slurm {name}: given twice")
-        values[name] = _number(name, value) if kinds[name] == "int" else _plain(name, value)
+            raise ConfigError("given twice", field=f"--slurm {name}")
+        values[name] = _parse_count(name, value) if kinds[name] == "int" else _check_plain(f"--slurm {name}", value)
     if "nodes" not in values:
-        raise ConfigError(f"--slurm {text!r}: nodes=N is missing; for example --slurm {_EXAMPLE}")
+        raise ConfigError("nodes=N is missing", field="--slurm", value=text, expected=f"such as {_EXAMPLE}")
     return SlurmJob(**values)  # type: ignore[arg-type]
 
 
 def render_script(job: SlurmJob, *, name: str, folder: Path, arguments: Sequence[str]) -> str:
-    """The batch script of a job.
+    """Return the batch script of a job.
 
-    name:      of the job.
-    folder:    of the run; its log goes there.
-    arguments: of `vila`, such as ["train", "vila_7b/1_align"]; they run in the present directory, by this Python.
+    name:      name of the job.
+    folder:    directory of the run and of the job's log.
+    arguments: arguments of `vila`, such as ["train", "vila_7b/1_align"]; run in the current directory with this Python.
     """
     return _SCRIPT.substitute(
-        name=_plain("the recipe's name", name.replace("/", "_")),
+        name=_check_plain("name", name.replace("/", "_")),
         options="\n".join(f"#SBATCH --{key}={value}" for key, value in _options(job, folder)),
         grace=job.grace,
         directory=shlex.quote(str(Path.cwd())),
@@ -94,32 +94,33 @@ def render_script(job: SlurmJob, *, name: str, folder: Path, arguments: Sequence
 
 
 def submit(script: str, folder: Path) -> str:
-    """Write the script into the folder of the run, hand it to `sbatch`, and return what that says.
+    """Write the script to the run's directory, submit it with `sbatch`, and return the output.
 
-    Raises ConfigError when there is no sbatch here, or when it refuses the job, with its words.
+    Raises ConfigError if sbatch is not installed or refuses the job.
     """
     if shutil.which("sbatch") is None:
-        raise ConfigError("sbatch: not found; run this where Slurm's commands are, or print the script with --dry-run")
+        raise ConfigError("sbatch is not installed", field="--slurm", hint="use a machine with Slurm, or --dry-run")
     path = folder / "train.sbatch"
     folder.mkdir(parents=True, exist_ok=True)
     write_text(path, script)
     done = subprocess.run(["sbatch", str(path)], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise ConfigError(f"sbatch refused {path}: {done.stderr.strip() or f'exit status {done.returncode}'}")
+        reason = done.stderr.strip() or f"exit status {done.returncode}"
+        raise ConfigError(f"sbatch refused the job ({reason})", file=path)
     return done.stdout.strip()
 
 
-def _number(name: str, value: str) -> int:
-    least = 1 if name in ("nodes", "grace") else 0
-    if not value.isdecimal() or int(value) < least:
-        raise ConfigError(f"--slurm {name}={value}: expected an integer >= {least}")
+def _parse_count(name: str, value: str) -> int:
+    minimum = 1 if name in ("nodes", "grace") else 0
+    if not value.isdecimal() or int(value) < minimum:
+        raise ConfigError(field=f"--slurm {name}", value=value, expected=f"an integer >= {minimum}")
     return int(value)
 
 
-def _plain(name: str, value: str) -> str:
-    # It becomes part of an #SBATCH line, which knows no quoting that all versions of Slurm agree on.
+def _check_plain(field: str, value: str) -> str:
+    # For an #SBATCH line: versions of Slurm differ in how they quote.
     if any(character.isspace() or character in "\"'`$\\;#" for character in value):
-        raise ConfigError(f"{name}: {value!r} has a space or a sign that a batch script cannot hold")
+        raise ConfigError("has a space or special character", field=field, value=value, expected="no quoting needed")
     return value
 
 
@@ -128,17 +129,21 @@ def _cpus(job: SlurmJob) -> int:
 
 
 def _options(job: SlurmJob, folder: Path) -> list[tuple[str, str | int]]:
-    asked: list[tuple[str, str | int]] = [("nodes", job.nodes), ("ntasks-per-node", 1)]
+    options: list[tuple[str, str | int]] = [("nodes", job.nodes), ("ntasks-per-node", 1)]
     if job.gpus:
-        asked.append(("gpus-per-node", job.gpus))
-    asked.append(("cpus-per-task", _cpus(job)))
+        options.append(("gpus-per-node", job.gpus))
+    options.append(("cpus-per-task", _cpus(job)))
     names = ("partition", "account", "qos", "constraint", "reservation", "time")
-    asked += [(name, getattr(job, name)) for name in names if getattr(job, name)]
-    return [*asked, ("output", _plain("output.dir", str(folder.absolute() / "slurm-%j.log"))), ("open-mode", "append")]
+    options += [(name, getattr(job, name)) for name in names if getattr(job, name)]
+    return [
+        *options,
+        ("output", _check_plain("output.dir", str(folder.absolute() / "slurm-%j.log"))),
+        ("open-mode", "append"),
+    ]
 
 
 class _Script(Template):
-    """The shell has the dollar for itself."""
+    """Template with `@`, since the shell uses `$`."""
 
     delimiter = "@"
 
@@ -148,7 +153,7 @@ _SCRIPT = _Script("""\
 #SBATCH --job-name=@name
 @options
 #SBATCH --requeue
-# So long before its time is up, and when it is preempted (SIGTERM), the run is told: it saves and ends.
+# Signalled before the time limit and on preemption (SIGTERM), the run saves a checkpoint and exits.
 #SBATCH --signal=USR1@@@grace
 
 cd @directory || exit 1
@@ -156,31 +161,31 @@ export python=@python
 export head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export port=@port
 export time_is_up=@folder/time-is-up
-# A process that is lost ends the others, instead of letting them wait.
+# When a process is lost, the others exit instead of waiting.
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=1
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
-# What a network needs (NCCL_SOCKET_IFNAME, NCCL_IB_HCA, NCCL_IB_SL, ...) is taken from where the job was submitted.
-# CUDA_DEVICE_MAX_CONNECTIONS stays unset: at 1, as the original has it, weights could not be gathered while computing.
+# Network settings (NCCL_SOCKET_IFNAME, NCCL_IB_HCA, NCCL_IB_SL, ...) come from the environment of the submission.
+# CUDA_DEVICE_MAX_CONNECTIONS stays unset: the value 1 of upstream VILA prevents all-gather during computation.
 
-# What each node runs. Slurm signals this shell alone; it hands the word to the processes that train, which are
-# torchrun's children, until they have stopped, for one that is still starting does not listen yet.
+# Command of each node. Slurm signals only this shell, which forwards the signal to the training processes (torchrun's
+# children) until they exit: a process that is still starting does not handle it yet.
 node='
 (trap "" USR1 TERM; exec "$python" -m torch.distributed.run --nnodes=@nodes --node-rank="$SLURM_NODEID" \\
     --nproc-per-node=@processes --master-addr="$head" --master-port="$port" --signals-to-handle=SIGINT \\
     -m vila.cli.main "$@@") &
-pid=$! told=
-tell() { told=1; while kill -0 "$pid" 2>/dev/null; do pkill -USR1 -P "$pid"; sleep 2; done; }
-trap "touch \\"$time_is_up\\"; tell" USR1
-trap tell TERM
+pid=$! sent=
+forward() { sent=1; while kill -0 "$pid" 2>/dev/null; do pkill -USR1 -P "$pid"; sleep 2; done; }
+trap "touch \\"$time_is_up\\"; forward" USR1
+trap forward TERM
 wait "$pid"; status=$?
-[ -z "$told" ] || { wait "$pid"; status=$?; }
+[ -z "$sent" ] || { wait "$pid"; status=$?; }
 exit "$status"
 '
 rm -f "$time_is_up"
 srun --kill-on-bad-exit=1 --cpus-per-task=@cpus bash -c "$node" vila \\
     @arguments
 status=$?
-# Stopped by the clock: back into the queue, to go on from there. What was preempted Slurm itself puts back.
+# Stopped by the time limit: requeue, to resume. Slurm itself requeues preempted jobs.
 if [ "$status" -eq 0 ] && [ -e "$time_is_up" ] && [ ! -e @folder/finished.json ]; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
