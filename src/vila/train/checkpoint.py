@@ -403,7 +403,7 @@ def _read_progress(progress: Fields, step: int, *, is_version_one: bool) -> Prog
 
 
 def _read_streams(state: Fields) -> list[PackingStreamState]:
-    """Read the packing streams, key `lanes`. Positions of stream i of n are i modulo n; waiting ones precede the next."""
+    """Read the packing streams (key `lanes`). Positions of stream i of n are i modulo n; waiting ones precede next."""
     streams = state.get("lanes")
     if not isinstance(streams, list):
         raise state.refusal("lanes", expected="a list")
