@@ -303,8 +303,8 @@ def load_checkpoint(folder: Path, world: World, events: Events = SILENT) -> Chec
                 _set_aside(other)
         if checkpoint and checkpoint.format == 1:
             events.log(
-                f"note: {candidate} was written by version one of vila, without {MANIFEST} and {_INPUTS}: its files, the "
-                "data and the model cannot be verified"
+                f"note: {candidate} was written by version one of vila, without {MANIFEST} and {_INPUTS}: its files, "
+                "the data and the model cannot be verified"
             )
         return checkpoint
     if damaged:
