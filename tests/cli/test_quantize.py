@@ -118,8 +118,8 @@ def bad_files(folder):
 @pytest.mark.parametrize(
     ("flags", "code", "message"),
     [
-        (("--calib-data", "{tmp}/empty.txt"), 1, "empty.txt: holds no text to calibrate with"),
-        (("--calib-data", "{tmp}/short.txt"), 1, "give 10 tokens, and a row takes 512"),
+        (("--calib-data", "{tmp}/empty.txt"), 1, "empty.txt: "),
+        (("--calib-data", "{tmp}/short.txt"), 1, "short.txt: tokens: "),
         (("--calib-data", "{tmp}/latin.txt"), 1, "latin.txt: not UTF-8 text (byte 3)"),
         (("--calib-data", "{tmp}/ids.jsonl"), 1, "ids.jsonl, line 1: ids: got 99999"),
         (("--calib-data", "{tmp}/none.txt"), 1, "none.txt: no such file"),
@@ -127,10 +127,10 @@ def bad_files(folder):
         (("--load-awq", "{tmp}/other.pt"), 1, "other.pt: "),
         (("--load-awq", "{tmp}/code.pt"), 1, "code.pt: not unpickled"),
         (("--load-awq", "{tmp}/none.pt"), 1, "none.pt: no such file"),
-        (("--group-size", "128"), 2, "group size 128 does not divide 32 inputs"),
+        (("--group-size", "128"), 2, "got 128, expected 32"),
         (("--method", "gptq"), 2, "unknown method 'gptq'"),
-        (("--image-token-weight", "0"), 2, "image_weight 0.0 must be above 0"),
-        (("--image-token-weight", "nan"), 2, "image_weight nan must be above 0"),
+        (("--image-token-weight", "0"), 2, "image_weight: got 0.0"),
+        (("--image-token-weight", "nan"), 2, "image_weight: got nan"),
         (("--method", "rtn", "--scaling", "duo"), 2, "--scaling say how to search, and --method rtn does not search"),
         (
             ("--load-awq", "{tmp}/none.pt", "--clipping", "all"),

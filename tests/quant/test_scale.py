@@ -77,7 +77,7 @@ def test_a_linear_alone_costs_the_same_by_either_way(rows, tokens, weighted):
     inputs = torch.randn(rows, tokens, 32, dtype=torch.float64) * torch.linspace(0.1, 5, 32)
     weights = torch.rand(rows, tokens) if weighted else None
     alone = linear_loss(linear, inputs, weights, 16, False)
-    whole = module_loss([linear], linear, inputs, weights, 16, False, rows=4)
+    whole = module_loss([linear], linear, inputs, weights, 16, False, batch=4)
     for scale in (torch.ones(32, dtype=torch.float64), torch.linspace(0.5, 2, 32, dtype=torch.float64)):
         assert alone(scale) == pytest.approx(whole(scale), rel=1e-7)
     direct = (linear(inputs) - nn.functional.linear(inputs, fake_quantize(linear.weight, 16), linear.bias)).square()

@@ -134,7 +134,7 @@ def open_data(
     events:  told how files are indexed.
     """
     from vila.config.load import load_recipe, recipe_names
-    from vila.data.dataset import Entry, open_mixture
+    from vila.data.dataset import DatasetEntry, open_mixture
     from vila.train.data_stream import build_mixture
 
     recipe: Recipe | None = None

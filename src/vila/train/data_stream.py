@@ -14,7 +14,7 @@ from vila.core.errors import ConfigError
 from vila.core.progress import SILENT, Events
 from vila.data.bad_samples import BadSampleLog
 from vila.data.collate import Batch, collate
-from vila.data.dataset import Entry, SampleReader, open_mixture
+from vila.data.dataset import DatasetEntry, SampleReader, open_mixture
 from vila.data.mixture import Mixture
 from vila.data.packing import (
     PackedSequence,
@@ -50,20 +50,19 @@ class StepData:
 class DataStream:
     """The packing streams of this rank, read step by step.
 
-    reader:       maps a position in the mixture to its data set.
+    data_sets:    names of all data sets of the mixture.
     bad_samples:  log and budget of samples that cannot be read, over all ranks.
     micro_batch:  packed sequences per forward pass.
     pin_memory:   collate into page-locked memory.
     """
 
     streams: PackingStreams | WorkerStreams
-    reader: SampleReader
+    data_sets: list[str]
     bad_samples: BadSampleLog
     micro_batch: int
     pin_memory: bool = False
 
     def __post_init__(self) -> None:
-        self.data_sets = [dataset.name for dataset in self.reader.mixture.datasets]
         self._ids = {name: index for index, name in enumerate(self.data_sets)}
 
     def next_step(self) -> StepData:
@@ -79,8 +78,8 @@ class DataStream:
         ids = torch.zeros_like(batch.ids)
         for row, sequence in enumerate(sequences):
             start = 0
-            for position, sample in zip(sequence.positions, sequence.packed, strict=True):
-                ids[row, start : start + len(sample)] = self._ids[self.reader.data_set(position)]
+            for sample in sequence:
+                ids[row, start : start + len(sample)] = self._ids[sample.dataset]
                 start += len(sample)
         return ids
 
@@ -96,7 +95,7 @@ class DataStream:
 
 def build_mixture(recipe: Recipe, events: Events = SILENT) -> Mixture:
     """Open the data sets of a recipe; `events` receives the progress of indexing."""
-    return open_mixture([Entry(**entry.model_dump()) for entry in recipe.data.mixture], recipe.seed, events)
+    return open_mixture([DatasetEntry(**entry.model_dump()) for entry in recipe.data.mixture], recipe.seed, events)
 
 
 def build_reader(recipe: Recipe, processor: VilaProcessor, mixture: Mixture) -> SampleReader:
@@ -122,7 +121,7 @@ def build_data_stream(
     )
     return DataStream(
         build_streams(recipe, processor, mixture, states, rank=rank, world_size=world_size),
-        build_reader(recipe, processor, mixture),
+        [dataset.name for dataset in mixture.datasets],
         bad_samples,
         fit_micro_batch(world_size, global_batch(recipe), recipe.batch.micro),
         pin_memory=world.device.type == "cuda",

@@ -18,7 +18,7 @@ from vila.core.errors import CheckpointError, RunChangedError, VilaError
 from vila.core.progress import SILENT, Events
 from vila.core.reading import Fields
 from vila.data.fingerprint import FileFingerprint, compare_files, fingerprint_files
-from vila.data.mixture import Mixture, Source
+from vila.data.mixture import Mixture
 from vila.data.packing import PackingStreamState
 from vila.model.hub import cached_folder
 from vila.model.layouts.base import Checkpoint as ModelCheckpoint
@@ -260,7 +260,7 @@ def list_inputs(recipe: Recipe, mixture: Mixture, start: ModelCheckpoint) -> Inp
     start: result of `open_initial_model`. A model that is not downloaded yet has no files.
     """
     data = [
-        DataInput(entry.path, len(dataset.source), _by_name(_files_of(dataset.source), Path(entry.path)))
+        DataInput(entry.path, len(dataset.source), _by_name(dataset.source.files, Path(entry.path)))
         for entry, dataset in zip(recipe.data.mixture, mixture.datasets, strict=True)
     ]
     models: dict[str, dict[str, Path]] = {}
@@ -359,13 +359,6 @@ def _parse_fingerprint(size: int, mtime_ns: int, pieces: int, sha256: str) -> Fi
 
 def _data_field(number: int) -> str:
     return f"data.mixture.{number}.path"
-
-
-def _files_of(source: Source) -> list[Path]:
-    """Return the data files of a source, or of the source that it is a view of."""
-    while not hasattr(source, "files") and hasattr(source, "source"):
-        source = source.source
-    return list(getattr(source, "files", ()))
 
 
 def _files_in(folder: Path) -> list[Path]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from vila.chat.tokenize import IGNORE
 from vila.core.errors import VilaError
 from vila.data.bad_samples import BadSample
 from vila.train.data_stream import StepData
@@ -43,13 +42,13 @@ class RankStepStats:
     problem: VilaError | None = None
 
 
-def rank_step_stats(data: StepData, data_set: Callable[[int], str]) -> RankStepStats:
-    """Count the tokens, samples and images of a rank's step. data_set: maps a position to the name of its data set."""
+def rank_step_stats(data: StepData) -> RankStepStats:
+    """Count the tokens, samples and images of a rank's step."""
     by_data_set: dict[str, tuple[int, int]] = {}
     for sequence in data.sequences:
-        for position, sample in zip(sequence.positions, sequence, strict=True):
-            tokens, supervised = by_data_set.get(name := data_set(position), (0, 0))
-            by_data_set[name] = tokens + len(sample), supervised + int((sample.labels != IGNORE).sum())
+        for sample in sequence:
+            tokens, supervised = by_data_set.get(sample.dataset, (0, 0))
+            by_data_set[sample.dataset] = tokens + len(sample), supervised + int(sample.is_supervised.sum())
     batches = [batch for batch in data.batches if batch]
     return RankStepStats(
         tokens=sum(tokens for tokens, _ in by_data_set.values()),

@@ -174,7 +174,7 @@ class Trainer:
             data = self.data.next_step()
         except VilaError as error:
             problem = error
-        stats = rank_step_stats(data, self.data.reader.data_set)
+        stats = rank_step_stats(data)
         stop_signal = stop.number if stop else 0
         stats = replace(stats, stop_signal=stop_signal, is_save_overdue=is_save_overdue, problem=problem)
         ranks = self.world.all_gather_object(stats)
