@@ -77,7 +77,7 @@ def test_cached_features_need_no_workers(stand):
 
 
 def test_a_global_batch_that_does_not_fit_the_ranks_is_refused(stand):
-    from vila.data.dataset import open_mixture
+    from vila.data.dataset import DatasetEntry, open_mixture
     from vila.train.data_stream import build_streams
 
     recipe = stand_recipe(stand, "ranks", "batch.rows=4")
