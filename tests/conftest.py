@@ -27,10 +27,10 @@ def tracebacks(monkeypatch):
 
 @pytest.fixture(scope="module")
 def training_folder(tmp_path_factory):
-    """A directory with a tiny model and records that train it, see `tests.train.stand`."""
-    from tests.train.stand import write_stand
+    """A directory with a tiny model and records that train it, see `tests.train.tiny_run`."""
+    from tests.train.tiny_run import write_training_files
 
-    return write_stand(tmp_path_factory.mktemp("training"))
+    return write_training_files(tmp_path_factory.mktemp("training"))
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import sys
 import pytest
 from typer.main import get_command
 
-from tests.train.stand import stand_recipe, write_stand
+from tests.train.tiny_run import tiny_recipe, write_training_files
 from vila.cli.main import app, main
 from vila.config.load import save_recipe
 
@@ -50,7 +50,7 @@ def test_without_a_network_quickstart_names_the_part_and_the_remedies(vila, monk
 
 
 def test_train_runs_a_recipe_file_and_says_when_it_is_done(vila, tmp_path):
-    recipe = stand_recipe(write_stand(tmp_path), "out", "budget.tokens=200")
+    recipe = tiny_recipe(write_training_files(tmp_path), "out", "budget.tokens=200")
     save_recipe(recipe, tmp_path / "recipe.yaml")
     code, out, err = vila("train", tmp_path / "recipe.yaml")
     assert code == 0

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from tests.package.readme_blocks import parse_blocks
-from tests.train.stand import stand_recipe, write_stand
+from tests.train.tiny_run import tiny_recipe, write_training_files
 from vila.config.load import save_recipe
 
 PAGE = Path(__file__).parents[2] / "docs" / "own_data.md"
@@ -79,7 +79,7 @@ def test_check_names_every_kind_of_fault_and_counts_past_what_it_shows(vila, tmp
 
 
 def test_a_recipe_and_a_file_show_how_they_are_indexed(vila, tmp_path, monkeypatch):
-    save_recipe(stand_recipe(write_stand(tmp_path)), tmp_path / "recipe.yaml")
+    save_recipe(tiny_recipe(write_training_files(tmp_path)), tmp_path / "recipe.yaml")
     for number, data in enumerate(("recipe.yaml", "data.jsonl")):
         monkeypatch.setenv("VILA_CACHE", str(tmp_path / f"cache{number}"))
         assert "index data.jsonl ..." in vila("data", "stats", tmp_path / data)[2]
@@ -87,7 +87,7 @@ def test_a_recipe_and_a_file_show_how_they_are_indexed(vila, tmp_path, monkeypat
 
 
 def test_check_of_a_recipe_counts_tokens_and_finds_what_rows_cannot_hold(vila, tmp_path):
-    recipe = stand_recipe(write_stand(tmp_path), "out", "data.max_length=24")
+    recipe = tiny_recipe(write_training_files(tmp_path), "out", "data.max_length=24")
     save_recipe(recipe, tmp_path / "recipe.yaml")
     code, out, _ = vila("data", "check", tmp_path / "recipe.yaml")
     assert code == 1
@@ -191,7 +191,7 @@ def test_options_reach_the_format_and_wrong_ones_are_named(vila, tmp_path):
 
 
 def test_inspect_tells_what_is_learnt_and_writes_one_page(vila, tmp_path):
-    recipe = stand_recipe(write_stand(tmp_path))
+    recipe = tiny_recipe(write_training_files(tmp_path))
     save_recipe(recipe, tmp_path / "recipe.yaml")
     code, out, err = vila("data", "inspect", tmp_path / "recipe.yaml", "--index", 1, "--html", tmp_path / "o.html")
     assert code == 0, err
@@ -276,11 +276,11 @@ def test_without_the_starter_its_making_is_one_of_the_next_commands(vila, tmp_pa
 
 
 def test_check_of_a_recipe_says_what_the_tower_sees_and_what_rows_cannot_hold(vila, tmp_path):
-    stand = write_stand(tmp_path)
+    stand = write_training_files(tmp_path)
     for number in range(4):
         Image.new("RGB", (1024, 256)).save(stand / f"{number}.png")
     for overlong in ("drop", "truncate", "error"):
-        recipe = stand_recipe(stand, "out", "data.max_length=12", f"data.overlong={overlong}")
+        recipe = tiny_recipe(stand, "out", "data.max_length=12", f"data.overlong={overlong}")
         save_recipe(recipe, tmp_path / "recipe.yaml")
         (tmp_path / "own.yaml").write_text("extends: recipe.yaml\nseed: 1\n")
         code, out, _ = vila("data", "check", tmp_path / "own.yaml", "--json")
@@ -316,12 +316,12 @@ def test_check_saves_images_as_the_tower_sees_them(vila, tmp_path, model):
 
 
 def test_train_says_what_the_tower_sees_which_samples_are_too_long_and_what_is_not_read(vila, tmp_path):
-    stand = write_stand(tmp_path)
+    stand = write_training_files(tmp_path)
     Image.new("RGB", (560, 280)).save(stand / "0.png")
     lines = (stand / "data.jsonl").read_text().splitlines()
     rows = [{**json.loads(line), "image_path": "0.png"} if "image" in line else json.loads(line) for line in lines]
     (stand / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    recipe = stand_recipe(stand, "out", "data.max_length=20", "data.overlong=drop", "budget.tokens=40")
+    recipe = tiny_recipe(stand, "out", "data.max_length=20", "data.overlong=drop", "budget.tokens=40")
     save_recipe(recipe, tmp_path / "recipe.yaml")
     code, _, err = vila("train", tmp_path / "recipe.yaml")
     assert code == 0, err
@@ -333,10 +333,10 @@ def test_train_says_what_the_tower_sees_which_samples_are_too_long_and_what_is_n
 
 @pytest.mark.parametrize("tune", ["[projector]", "[vision]", "[vision,projector]"])
 def test_a_stage_that_trains_on_images_alone_is_refused_without_any(vila, tmp_path, tune):
-    stand = write_stand(tmp_path)
+    stand = write_training_files(tmp_path)
     said = [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "so"}]
     (stand / "data.jsonl").write_text(f"{json.dumps({'messages': said})}\n" * 30)
-    recipe = stand_recipe(stand, "out", f"stage.tune={tune}", "stage.llm_parts=[]")
+    recipe = tiny_recipe(stand, "out", f"stage.tune={tune}", "stage.llm_parts=[]")
     save_recipe(recipe, tmp_path / "recipe.yaml")
     for command in (("data", "check"), ("train",), ("train", "--dry-run")):
         code, _, err = vila(*command, tmp_path / "recipe.yaml")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.stand import stand_recipe, write_stand
+from tests.train.tiny_run import tiny_recipe, write_training_files
 from vila.config.load import save_recipe
 from vila.prepare.licences import KNOWN, data_licences, licences_of
 
@@ -36,7 +36,7 @@ def test_without_a_model_pictures_are_counted_and_tokens_are_not(vila, tmp_path)
 
 
 def test_with_a_model_tokens_are_counted_and_shares_add_up(vila, tmp_path):
-    recipe = stand_recipe(write_stand(tmp_path))
+    recipe = tiny_recipe(write_training_files(tmp_path))
     entry = recipe.data.mixture[0]
     halves = [entry.model_copy(update={"repeat": repeat}) for repeat in (2.0, 0.5)]
     changed = recipe.model_copy(update={"data": recipe.data.model_copy(update={"mixture": tuple(halves)})})

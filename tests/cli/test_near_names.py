@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.train.stand import stand_recipe, write_stand
+from tests.train.tiny_run import tiny_recipe, write_training_files
 from vila.config.load import save_recipe
 
 
@@ -39,7 +39,7 @@ from vila.config.load import save_recipe
 def test_a_misspelt_name_is_answered_with_the_one_that_is_meant(vila_error, model, tmp_path, monkeypatch, words, meant):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "data.json").write_text("[]")
-    save_recipe(stand_recipe(write_stand(tmp_path), "out", "budget.tokens=200"), tmp_path / "mine.yaml")
+    save_recipe(tiny_recipe(write_training_files(tmp_path), "out", "budget.tokens=200"), tmp_path / "mine.yaml")
     error = vila_error(*(word.format(model=model, tmp=tmp_path) for word in words))
     _, _, suggestion = str(error).partition("did you mean ")
     if meant:

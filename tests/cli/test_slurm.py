@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.stand import stand_recipe, write_stand
+from tests.train.tiny_run import tiny_recipe, write_training_files
 from vila.config.load import save_recipe
 from vila.core.errors import MISSING, ConfigError
 from vila.train.build import build, is_finished
@@ -168,10 +168,10 @@ def test_a_finished_run_is_not_submitted(vila, slurm, tmp_path):
 
 @pytest.mark.slow
 def test_two_nodes_make_one_run_with_the_losses_of_one_process(vila, slurm, tmp_path):
-    stand = write_stand(tmp_path)
-    alone = stand_recipe(stand, "alone", "budget.tokens=600")
+    stand = write_training_files(tmp_path)
+    alone = tiny_recipe(stand, "alone", "budget.tokens=600")
     build(alone).train()
-    together = stand_recipe(stand, "together", "budget.tokens=600")
+    together = tiny_recipe(stand, "together", "budget.tokens=600")
     submitted(vila, slurm, together, tmp_path)
     wait_for(lambda: not running(slurm), 120)
     assert is_finished(together), (slurm / "job.log").read_text()
@@ -185,7 +185,7 @@ def test_two_nodes_make_one_run_with_the_losses_of_one_process(vila, slurm, tmp_
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "requeued"), [(signal.SIGUSR1, True), (signal.SIGTERM, False)])
 def test_a_job_that_is_told_to_stop_saves_and_goes_on_when_it_runs_again(vila, slurm, tmp_path, number, requeued):
-    recipe = stand_recipe(write_stand(tmp_path), "out", "budget.tokens=40_000")
+    recipe = tiny_recipe(write_training_files(tmp_path), "out", "budget.tokens=40_000")
     submitted(vila, slurm, recipe, tmp_path)
     metrics = recipe.output.dir / "metrics.jsonl"
     wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 5, 120)

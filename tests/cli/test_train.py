@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.train.stand import stand_recipe, write_stand
+from tests.train.tiny_run import tiny_recipe, write_training_files
 from vila.config.load import save_recipe
 from vila.train.build import build
 
@@ -10,7 +10,7 @@ from vila.train.build import build
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
-    recipe = stand_recipe(write_stand(folder), "out", "budget.tokens=200")
+    recipe = tiny_recipe(write_training_files(folder), "out", "budget.tokens=200")
     build(recipe).train()
     save_recipe(recipe, folder / "recipe.yaml")
     return folder / "recipe.yaml"

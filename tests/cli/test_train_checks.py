@@ -3,7 +3,7 @@
 import pytest
 
 from tests import tiny
-from tests.train.stand import stand_recipe
+from tests.train.tiny_run import tiny_recipe
 from vila.config.load import load_recipe, save_recipe
 from vila.model.loading import save_model
 
@@ -55,7 +55,7 @@ def test_what_looks_at_the_model_is_checked_before_weights_are_read(
     vila, training_folder, refuse_weights, override, says, dry
 ):
     path = training_folder / "recipe.yaml"
-    save_recipe(stand_recipe(training_folder, "monitor"), path)
+    save_recipe(tiny_recipe(training_folder, "monitor"), path)
     code, _, err = vila("train", path, override, *dry)
     assert code in (1, 2)
     assert says in err
@@ -64,7 +64,7 @@ def test_what_looks_at_the_model_is_checked_before_weights_are_read(
 
 def test_a_dry_run_of_a_sound_recipe_has_nothing_to_say(vila, training_folder):
     path = training_folder / "whole.yaml"
-    save_recipe(stand_recipe(training_folder, "whole"), path)
+    save_recipe(tiny_recipe(training_folder, "whole"), path)
     code, out, err = vila("train", path, "--dry-run")
     assert code == 0
     assert "note" not in err and "error" not in err
@@ -74,7 +74,7 @@ def test_a_dry_run_of_a_sound_recipe_has_nothing_to_say(vila, training_folder):
 def test_a_damaged_config_is_named_by_a_dry_run(vila, training_folder, tmp_path):
     save_model(*tiny.vila(), tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text("{")
-    save_recipe(stand_recipe(training_folder, "damaged", f"model.path={tmp_path / 'model'}"), tmp_path / "r.yaml")
+    save_recipe(tiny_recipe(training_folder, "damaged", f"model.path={tmp_path / 'model'}"), tmp_path / "r.yaml")
     code, _, err = vila("train", tmp_path / "r.yaml", "--dry-run")
     assert code == 1
     assert str(tmp_path / "model" / "config.json") in err

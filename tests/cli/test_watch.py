@@ -14,7 +14,7 @@ import torch
 from tests import tiny
 from tests.train.finish import on_step
 from tests.train.ranks import run_ranks
-from tests.train.stand import stand_recipe, write_stand
+from tests.train.tiny_run import tiny_recipe, write_training_files
 from vila.cli.train_callbacks import asked, listeners_of
 from vila.core.errors import ConfigError, DataError, Interrupted, UnknownNameError
 from vila.core.files import sha256_tree
@@ -26,7 +26,7 @@ from vila.train.metrics_log import read_metrics
 
 @pytest.fixture(scope="module")
 def stand(tmp_path_factory):
-    folder = write_stand(tmp_path_factory.mktemp("stand"))
+    folder = write_training_files(tmp_path_factory.mktemp("stand"))
     images = folder / "easy" / "test" / "images"
     images.mkdir(parents=True)
     questions = []
@@ -38,7 +38,7 @@ def stand(tmp_path_factory):
 
 
 def watched(stand, out, *overrides):
-    return stand_recipe(
+    return tiny_recipe(
         stand,
         out,
         f"monitor.prompts=[{{text: 'what?', image: {stand / '0.png'}}}, {{text: 'who?'}}]",
@@ -117,7 +117,7 @@ def test_training_does_not_notice_that_it_is_watched(stand, options):
 
 
 def test_modes_and_random_numbers_are_as_before(stand):
-    trainer = build(stand_recipe(stand, "modes", "compute.gradient_checkpointing=true")).trainer
+    trainer = build(tiny_recipe(stand, "modes", "compute.gradient_checkpointing=true")).trainer
     modes = {name: module.training for name, module in trainer.state.model.named_modules()}
     assert len(set(modes.values())) == 2
     drawn = {}
@@ -194,7 +194,7 @@ def test_missing_pictures_of_a_benchmark_are_said_before_training(stand, tmp_pat
 
 
 def test_nothing_is_asked_by_default(stand):
-    assert listeners_of(stand_recipe(stand, "plain"), tiny.vila()[1]) == []
+    assert listeners_of(tiny_recipe(stand, "plain"), tiny.vila()[1]) == []
 
 
 def ranks_train(stand, watch):

@@ -12,7 +12,7 @@ from tests.cli.test_compare import written
 from tests.eval.mini import mini_data, mini_run
 from tests.export.models import write_model
 from tests.extras import ROOT, base_distributions, call_command, hide_extras
-from tests.train.stand import stand_recipe, write_stand
+from tests.train.tiny_run import tiny_recipe, write_training_files
 from vila.cli.main import app
 from vila.config.load import save_recipe
 from vila.core.errors import VilaError
@@ -108,8 +108,8 @@ def places(tmp_path_factory):
     from vila.model.loading import save_model
 
     tmp = tmp_path_factory.mktemp("extras")
-    write_stand(tmp)
-    save_recipe(stand_recipe(tmp), tmp / "recipe.yaml")
+    write_training_files(tmp)
+    save_recipe(tiny_recipe(tmp), tmp / "recipe.yaml")
     save_model(*loud(layers=2, num_attention_heads=2, num_key_value_heads=1), tmp / "loud")
     (tmp / "text.txt").write_text(TEXT)
     (tmp / "table.csv").write_text("image,question,answer\n0.png,what?,this\n")

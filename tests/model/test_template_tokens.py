@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from tests import tiny
-from tests.train.stand import stand_recipe, write_stand
+from tests.train.tiny_run import tiny_recipe, write_training_files
 from vila.chat.content import parse_messages
 from vila.chat.templates import TEMPLATES
 from vila.chat.tokenize import check_special_tokens
@@ -68,7 +68,7 @@ def test_loading_with_such_a_template_is_refused(model, unbuilt):
     "change", ["model.template=llama_3", "data.template=llama_3", "data.mixture.0.template=llama_3"]
 )
 def test_training_with_such_a_template_is_refused(tmp_path, unbuilt, change):
-    recipe = stand_recipe(write_stand(tmp_path), tmp_path / "out", "budget.tokens=200", change)
+    recipe = tiny_recipe(write_training_files(tmp_path), tmp_path / "out", "budget.tokens=200", change)
     with pytest.raises(TemplateError) as caught:
         open_initial_model(recipe)
     assert caught.value.value == "llama_3"
@@ -87,7 +87,7 @@ def test_class_tokens_of_a_tower_without_one_are_refused(tmp_path, unbuilt):
 
 
 def test_fine_tuning_keeps_template_and_image_settings_that_the_recipe_does_not_name(tmp_path):
-    folder = write_stand(tmp_path)
+    folder = write_training_files(tmp_path)
     model, processor = load_model(folder / "base")
     spec = {**processor.vision_spec, "image_mode": "resize", "exif_orientation": False}
     model.config.vision_spec = processor.vision_spec = spec

@@ -302,10 +302,10 @@ def _quantization() -> Iterator[Target]:
 
 
 def _training() -> Iterator[Target]:
-    from tests.train.stand import write_stand
+    from tests.train.tiny_run import write_training_files
 
     def write(root: Path) -> None:
-        write_stand(root, records=6)
+        write_training_files(root, records=6)
         _stand_run(root, "output.checkpoint_every_s=0.001", "budget.tokens=400")
 
     def resume(root: Path) -> None:
@@ -321,12 +321,12 @@ def _training() -> Iterator[Target]:
 
 
 def _stand_run(root: Path, *overrides: str) -> None:
-    from tests.train.stand import stand_recipe
+    from tests.train.tiny_run import tiny_recipe
     from vila.train.build import build
 
     # Relative paths, so that a copy of the directory is the same run.
     os.chdir(root)
-    run = build(stand_recipe(Path(), "out", *overrides))
+    run = build(tiny_recipe(Path(), "out", *overrides))
     run.trainer.run()
     run.checkpoints.wait()
 

@@ -25,12 +25,12 @@ def loud(family="llama", *, layers=1, seed=0, **text):
 
 
 def random_rows(count=2, length=60, seed=0):
-    """Calibration of random ids, rows of one length."""
+    """Calibration of random ids, sequences of one length."""
     ids = torch.randint(3, 250, (count, length), generator=torch.Generator().manual_seed(seed))
     return Calibration("random", "0" * 64, tuple(CalibrationSequence(tuple(row)) for row in ids.tolist()))
 
 
 def logits(model, rows):
-    """What the model says on the rows, [N, S, V]."""
+    """Logits of the model, [N, S, V]."""
     with torch.no_grad():
         return model(input_ids=torch.tensor([row.ids for row in rows.sequences])).logits

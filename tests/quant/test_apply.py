@@ -1,4 +1,4 @@
-"""Folding, clamping and rounding a model; what does not fit is refused before anything is changed."""
+"""Folding, clipping and rounding a model; a search that does not fit changes nothing."""
 
 import copy
 
@@ -17,7 +17,7 @@ from vila.quant.quant_config import QuantConfig
 UP = "language_model.model.layers.0.mlp.up_proj"
 
 
-def test_a_norm_gives_up_what_its_linears_take():
+def test_a_norm_is_divided_by_the_scale_of_its_linears():
     norm, linear = nn.LayerNorm(4), nn.Linear(4, 3)
     nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
     inputs = torch.randn(5, 4)
@@ -36,7 +36,7 @@ def test_of_a_longer_linear_the_last_outputs_are_divided():
     torch.testing.assert_close(first(inputs)[:, :2], head)
 
 
-def test_weights_that_are_views_of_a_file_are_replaced_not_written():
+def test_memory_mapped_weights_are_replaced_not_written():
     linear, norm = nn.Linear(4, 4), nn.LayerNorm(4)
     mapped = linear.weight.detach()
     before = mapped.clone()

@@ -1,4 +1,4 @@
-"""Rows of calibration as the original makes them; bad files and texts that are too short are refused by name."""
+"""Calibration sequences as in the AWQ release; bad files and short texts are refused by name."""
 
 import json
 
@@ -30,7 +30,7 @@ def test_documents_are_joined_and_cut_and_the_tail_is_dropped():
     assert found.metadata() == {"name": "n", "sha256": found.sha256, "rows": 2, "tokens": 10}
 
 
-def test_documents_longer_than_a_row_are_left_out_and_so_are_those_past_the_limit():
+def test_documents_longer_than_a_sequence_are_skipped_and_so_are_those_past_the_limit():
     given = ["abc", "far too long", "defg", "hij"]
     found = text_calibration(given, letters, length=4, max_documents=1, seed=None)
     assert [row.ids for row in found.sequences] == [(1, *b"abc")]
@@ -105,7 +105,7 @@ def test_a_missing_file_and_too_little_text_are_named(tmp_path):
     assert (caught.value.file, caught.value.value, caught.value.expected) == ("mine", 4, "at least 512")
 
 
-def test_conversations_about_pictures_are_whole_rows_with_their_slots():
+def test_conversations_about_images_are_whole_sequences_with_their_placeholders():
     _, processor = tiny.vila()
     asked = [Message.of("user", tiny.picture(0), "what?"), Message.of("assistant", "noise")]
     found = sample_calibration([asked, asked], processor, name="vqa")
@@ -122,7 +122,7 @@ def test_conversations_about_pictures_are_whole_rows_with_their_slots():
         sample_calibration([], processor, name="vqa")
 
 
-def test_text_and_pictures_join():
+def test_text_and_images_join():
     _, processor = tiny.vila()
     asked = [Message.of("user", tiny.picture(0), "what?"), Message.of("assistant", "noise")]
     text = text_calibration(["abc"], letters, name="text", length=4)

@@ -1,4 +1,4 @@
-"""The search on a GPU finds what it finds on the CPU."""
+"""The search on a GPU gives the same result as on the CPU."""
 
 import pytest
 import torch

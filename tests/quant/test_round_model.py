@@ -1,4 +1,4 @@
-"""A whole model rounded block by block: as `quantize_model` gives it, better with GPTQ, and resumable."""
+"""Rounding a model block by block: equal to `quantize_model`, better with GPTQ, resumable."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ def same(first, second):
 
 
 def damage(model, search, options):
-    """Mean squared change of the logits, on rows that were not calibrated with."""
+    """Mean squared change of the logits, on rows that are not in the calibration."""
     rows = random_rows(4, seed=9)
     before = logits(model, rows)
     use_int4(model, round_model(model, search, options, ROWS).weights)

@@ -1,4 +1,4 @@
-"""Training to the end, and what two runs are compared by: every loss, and every weight in float32."""
+"""Train to the end, and compare two runs by every loss and every weight in float32."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tests.train.stand import stand_recipe
+from tests.train.tiny_run import tiny_recipe
 from vila.core.errors import Interrupted
 from vila.train.build import Run, build
 from vila.train.checkpoint_files import MANIFEST, digest_files, write_manifest
@@ -22,11 +22,11 @@ FACTS = ("step", "tokens_seen", "loss", "loss_by_data_set", "lr", "grad_norm", "
 
 
 def finish(folder: Path, out: str, overrides: Sequence[str], change: Callable[[Run], None] | None = None) -> Any:
-    """Begin or go on, to the end: facts of all steps, and weights; nothing in ranks other than the first.
+    """Start or resume a run and train to its end; return the metrics of all steps and the weights, None on other ranks.
 
     change: what is done to the run before it trains.
     """
-    run = build(stand_recipe(folder, out, *overrides))
+    run = build(tiny_recipe(folder, out, *overrides))
     if change:
         change(run)
     run.trainer.run()
@@ -40,7 +40,7 @@ def finish(folder: Path, out: str, overrides: Sequence[str], change: Callable[[R
 
 
 def assert_identical(ours: Any, theirs: Any) -> None:
-    """All facts of all steps, and all weights, to the last bit."""
+    """Assert that all metrics and all weights are bit-identical."""
     assert ours[0] == theirs[0]
     assert len(ours[0]) > 5
     assert ours[1].keys() == theirs[1].keys()
@@ -72,7 +72,7 @@ def stop_after(step: int, number: int = signal.SIGINT, rank: int = 0) -> Trainer
 def stopped(folder: Path, out: str, overrides: Sequence[str], step: int, number: int, rank: int = 0) -> tuple[int, Any]:
     """Train until a signal stops the run; return the exit code and the last step of the error."""
     try:
-        build(stand_recipe(folder, out, *overrides), callbacks=[stop_after(step, number, rank)]).train()
+        build(tiny_recipe(folder, out, *overrides), callbacks=[stop_after(step, number, rank)]).train()
     except Interrupted as error:
         return error.exit_code, error.record
     return -1, None

@@ -1,4 +1,4 @@
-"""Checkpoints are whole or absent: what is kept, what a full disk leaves, what of another model or stage is told."""
+"""Checkpoints are written atomically; retention, full disks, and checkpoints of another model or stage."""
 
 import errno
 import json
@@ -14,7 +14,7 @@ import torch
 from tests import tiny
 from tests.train.finish import assert_identical, finish, on_step, sign, stop_after
 from tests.train.ranks import run_ranks
-from tests.train.stand import stand_recipe, write_stand
+from tests.train.tiny_run import tiny_recipe, write_training_files
 from vila.core.distributed import ProcessInfo
 from vila.core.errors import CheckpointError, Interrupted
 from vila.core.files import write_json
@@ -30,21 +30,21 @@ SAVES = ("batch.rows=4", "budget.tokens=3000", "output.checkpoint_every_steps=2"
 
 
 @pytest.fixture(scope="module")
-def stand(tmp_path_factory):
-    return write_stand(tmp_path_factory.mktemp("stand"))
+def training_files(tmp_path_factory):
+    return write_training_files(tmp_path_factory.mktemp("train"))
 
 
 @pytest.fixture(scope="module")
-def stopped(stand):
+def stopped(training_files):
     """The directory of a run that was stopped after its first step."""
-    recipe = stand_recipe(stand, "stopped", *SAVES)
+    recipe = tiny_recipe(training_files, "stopped", *SAVES)
     with pytest.raises(Interrupted):
         build(recipe, callbacks=[stop_after(1)]).train()
     return recipe.output.dir
 
 
 @pytest.fixture
-def begun(stand, stopped, tmp_path):
+def begun(training_files, stopped, tmp_path):
     """A copy of it; the overrides that go on there."""
     shutil.copytree(stopped, tmp_path / "begun")
     return (*SAVES, f"output.dir={tmp_path / 'begun'}")
@@ -81,9 +81,9 @@ def test_training_may_change_tensors_while_they_are_written(tmp_path):
     assert weight.eq(1).all()
 
 
-def test_the_best_step_that_a_listener_names_is_kept_in_a_run(stand):
+def test_the_best_step_that_a_callback_names_is_kept_in_a_run(training_files):
     options = ("output.keep_best=true", "output.keep_last=2", "monitor.eval_every_steps=1")
-    recipe = stand_recipe(stand, "best", *SAVES, *options)
+    recipe = tiny_recipe(training_files, "best", *SAVES, *options)
 
     def judge(trainer, facts):
         if facts["step"] <= 3:
@@ -94,8 +94,8 @@ def test_the_best_step_that_a_listener_names_is_kept_in_a_run(stand):
     assert names(recipe.output.dir / "checkpoint") == ["step-00000003", "step-00000006", "step-00000007"]
 
 
-def test_by_default_a_damaged_checkpoint_has_one_before_it(stand):
-    recipe = stand_recipe(stand, "default", *SAVES)
+def test_by_default_a_damaged_checkpoint_has_one_before_it(training_files):
+    recipe = tiny_recipe(training_files, "default", *SAVES)
     with pytest.raises(Interrupted):
         build(recipe, callbacks=[stop_after(7)]).train()
     folder = recipe.output.dir / "checkpoint"
@@ -123,7 +123,7 @@ def on_a_full_disk(folder, out, rank, how):
             else:
                 checkpoint.write_json = no_room
 
-    run = build(stand_recipe(folder, out, *SAVES), callbacks=[on_step(fill)])
+    run = build(tiny_recipe(folder, out, *SAVES), callbacks=[on_step(fill)])
     try:
         run.train()
     except CheckpointError as error:
@@ -132,17 +132,17 @@ def on_a_full_disk(folder, out, rank, how):
 
 
 @pytest.mark.parametrize(("world", "rank", "how"), [(1, 0, "tensors"), (2, 1, "tensors"), (2, 0, "state")])
-def test_a_full_disk_stops_all_ranks_and_leaves_the_checkpoint_before_it(stand, world, rank, how):
+def test_a_full_disk_stops_all_ranks_and_leaves_the_checkpoint_before_it(training_files, world, rank, how):
     out = f"full-{world}-{rank}-{how}"
-    ended = run_ranks(world, on_a_full_disk, stand, out, rank, how)
-    folder = stand / out / "checkpoint"
+    ended = run_ranks(world, on_a_full_disk, training_files, out, rank, how)
+    folder = training_files / out / "checkpoint"
     for error, step in ended:
         assert isinstance(error, CheckpointError)
         assert error.file == str(folder / "step-00000004")
         assert 4 <= step <= 6
     assert names(folder) == ["step-00000002"]
     if world == 1:
-        assert_identical(finish(stand, out, SAVES), finish(stand, "roomy", SAVES))
+        assert_identical(finish(training_files, out, SAVES), finish(training_files, "roomy", SAVES))
     else:
         assert load_checkpoint(folder, WORLD).progress.step == 2
 
@@ -176,11 +176,11 @@ def cut(file):
         ("manifest.json", lambda file: file.write_text(file.read_text() + "\n"), None),
     ],
 )
-def test_a_damaged_checkpoint_is_refused_with_the_file(stand, tmp_path, begun, file, spoil, field):
+def test_a_damaged_checkpoint_is_refused_with_the_file(training_files, tmp_path, begun, file, spoil, field):
     path = tmp_path / "begun" / "checkpoint" / "step-00000001" / file
     spoil(path)
     with pytest.raises(CheckpointError) as caught:
-        build(stand_recipe(stand, "", *begun))
+        build(tiny_recipe(training_files, "", *begun))
     assert (caught.value.file, caught.value.field) == (str(path), field)
 
 
@@ -235,7 +235,7 @@ def test_values_out_of_range_are_refused_with_the_field(stopped, tmp_path, chang
 
 
 class Heard:
-    """Events whose lines are kept."""
+    """Events that record their lines."""
 
     def __init__(self):
         self.lines = []
@@ -332,21 +332,21 @@ def test_ranks_agree_on_the_checkpoint_that_they_take(two):
     assert run_ranks(2, refused_on_two_ranks, two) == [(file, False), (file, True)]
 
 
-def test_a_directory_that_was_moved_goes_on(stand, begun):
-    assert build(stand_recipe(stand, "", *begun)).trainer.progress.step == 1
+def test_a_directory_that_was_moved_resumes(training_files, begun):
+    assert build(tiny_recipe(training_files, "", *begun)).trainer.progress.step == 1
 
 
-def test_a_checkpoint_of_another_architecture_is_refused_with_the_tensor(stand, begun):
-    save_model(*tiny.vila("llama", hidden_size=16), stand / "narrow")
-    other = stand_recipe(stand, "", *begun, f"model.path={stand / 'narrow'}")
+def test_a_checkpoint_of_another_architecture_is_refused_with_the_tensor(training_files, begun):
+    save_model(*tiny.vila("llama", hidden_size=16), training_files / "narrow")
+    other = tiny_recipe(training_files, "", *begun, f"model.path={training_files / 'narrow'}")
     with pytest.raises(CheckpointError) as caught:
         build(other, allow_changes=("model.path",))
     assert caught.value.field.startswith("master/")
     assert caught.value.file.endswith("step-00000001")
 
 
-def test_a_checkpoint_of_another_stage_is_refused_with_the_tensor(stand, begun):
-    other = stand_recipe(stand, "", *begun, "stage.tune=[vision]", "stage.llm_parts=[]")
+def test_a_checkpoint_of_another_stage_is_refused_with_the_tensor(training_files, begun):
+    other = tiny_recipe(training_files, "", *begun, "stage.tune=[vision]", "stage.llm_parts=[]")
     with pytest.raises(CheckpointError) as caught:
         build(other, allow_changes=("stage",))
     assert caught.value.field.startswith("master/vision_tower.")

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 
 from tests.train.ranks import run_ranks
-from tests.train.stand import stand_recipe, write_stand
+from tests.train.tiny_run import tiny_recipe, write_training_files
 from vila.chat.templates import find_template
 from vila.chat.tokenize import tokenize_sample
 from vila.core.types import Image, Message, Sample, Text
@@ -20,13 +20,13 @@ RECOMPUTED = ("compute.gradient_checkpointing=true", "stage.tune_embeddings=true
 
 
 @pytest.fixture(scope="module")
-def stand(tmp_path_factory):
-    return write_stand(tmp_path_factory.mktemp("stand"))
+def training_files(tmp_path_factory):
+    return write_training_files(tmp_path_factory.mktemp("train"))
 
 
 def gradients_of_a_step(folder, out, overrides):
     """The loss of the first step, the samples that it saw, and its gradient by parameter, before clipping."""
-    run = build(stand_recipe(folder, out, *STEP, *overrides))
+    run = build(tiny_recipe(folder, out, *STEP, *overrides))
     seen, kept = [], {}
     read, update = run.trainer.data.streams.step, run.trainer.state.optimizer.step
 
@@ -90,13 +90,13 @@ def plain_gradients(folder, ids):
 
 
 @pytest.mark.parametrize("sharding", ["full", "replicate"])
-def test_gradients_equal_a_plain_reference(stand, sharding):
-    results = run_ranks(2, gradients_of_a_step, stand, sharding, (*RECOMPUTED, f"compute.sharding={sharding}"))
+def test_gradients_equal_a_plain_reference(training_files, sharding):
+    results = run_ranks(2, gradients_of_a_step, training_files, sharding, (*RECOMPUTED, f"compute.sharding={sharding}"))
     loss, ids, ours, ranks = results[0]
     assert ranks == 2
     assert len(ids) > 4  # several samples a row, two rows a rank
     assert any(one.startswith("text") for one in ids)
-    reference, plain = plain_gradients(stand, ids)
+    reference, plain = plain_gradients(training_files, ids)
     assert loss == pytest.approx(reference, rel=1e-6)
     learnt = {name for name, value in plain.items() if value is not None}
     assert learnt <= ours.keys()

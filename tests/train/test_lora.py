@@ -1,4 +1,4 @@
-"""Adapters learn in place of the LLM, are drawn from a seed, and merge into what they changed."""
+"""LoRA adapters: seeded initialisation, training, merging."""
 
 import sys
 from types import ModuleType
@@ -18,7 +18,7 @@ ALL = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 
 
 def adapted(family="llama", lora=None, **text):
-    """A model whose adapters and projector have learnt something."""
+    """A model whose adapters and projector were trained."""
     model, processor = tiny.vila(family, **text)
     add_adapters(model, lora or Lora(rank=4), seed=3)
     select_trainable(model, ("projector", "llm"), adapters=set(adapter_parameters(model)))
@@ -27,7 +27,7 @@ def adapted(family="llama", lora=None, **text):
 
 
 def learn(model):
-    """Change what learns, as training would."""
+    """Change the trainable weights, as training would."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""The loss: equal to plain cross entropy on all logits, in any number of chunks, and connected to all that learns."""
+"""The chunked loss equals plain cross entropy on all logits and reaches all trainable parameters."""
 
 from dataclasses import replace
 
@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import tiny
-from tests.train.test_packing import ROWS, build, features
+from tests.train.test_packed_loss import ROWS, build, features
 from vila.chat.tokenize import IGNORE
 from vila.data.collate import collate
 from vila.train import loss
@@ -61,7 +61,7 @@ def test_without_tokens_the_loss_is_zero_and_reaches_everything():
     assert [g.shape for g in gradients] == [(0, 16), (37, 16), (37,)] and not any(g.any() for g in gradients)
 
 
-def test_only_what_learns_gets_a_gradient():
+def test_only_trainable_weights_get_a_gradient():
     hidden, weight, _, targets = drawn(7)
     total, _ = linear_cross_entropy(hidden, weight.detach(), None, targets)
     total.backward()
@@ -175,7 +175,7 @@ def learners(model, total):
 
 
 @pytest.mark.parametrize("tune", [["vision", "projector", "llm"], ["projector", "llm"], ["projector"]])
-def test_a_batch_without_pictures_reaches_what_others_reach_and_changes_nothing(tune):
+def test_a_batch_without_images_reaches_what_others_reach_and_changes_nothing(tune):
     model, processor, row = build("llama", ROWS["no, one and three pictures"])
     select_trainable(model, tune)
     objective = LossModule(model)
@@ -193,7 +193,7 @@ def test_a_batch_without_pictures_reaches_what_others_reach_and_changes_nothing(
         assert gradient.any() == name.startswith("language_model") or not gradient.any(), name
 
 
-def test_a_stand_in_that_is_not_finite_counts_for_nothing():
+def test_a_dummy_image_that_is_not_finite_has_no_effect():
     model, _, row = build("llama", ROWS["three texts"])
     objective, batch = LossModule(model), collate([row])
     wild = torch.full((1, 4, 16), torch.inf)

@@ -1,11 +1,11 @@
-"""What is wrong with a recipe is said before weights are read, all of it at once."""
+"""All problems of a recipe are reported at once, before weights are read."""
 
 import json
 
 import pytest
 
 from tests.train.ranks import run_ranks
-from tests.train.stand import stand_recipe
+from tests.train.tiny_run import tiny_recipe
 from vila.core.errors import ConfigError, DataError, LayoutError, UnknownNameError, VilaError
 from vila.train.build import build
 from vila.train.preflight import Preflight
@@ -33,8 +33,8 @@ def mixture(**entry):
     ],
 )
 @pytest.mark.parametrize("how", ["build", "look"])
-def test_each_fault_is_named_before_weights_are_read(training_folder, refuse_weights, override, error, field, how):
-    recipe = stand_recipe(training_folder, "fault", override.replace("PATH", str(training_folder / "data.jsonl")))
+def test_each_problem_is_named_before_weights_are_read(training_folder, refuse_weights, override, error, field, how):
+    recipe = tiny_recipe(training_folder, "fault", override.replace("PATH", str(training_folder / "data.jsonl")))
     with pytest.raises(VilaError) as caught:
         if how == "build":
             build(recipe)
@@ -47,10 +47,10 @@ def test_each_fault_is_named_before_weights_are_read(training_folder, refuse_wei
     assert caught.value.field == field
 
 
-def test_all_faults_are_named_at_once(training_folder, refuse_weights):
+def test_all_problems_are_named_at_once(training_folder, refuse_weights):
     faults = ("data.template=chatmll", "output.layout=llava", mixture(path="absent.jsonl", format="massages"))
     with pytest.raises(ConfigError) as caught:
-        build(stand_recipe(training_folder, "fault", *faults))
+        build(tiny_recipe(training_folder, "fault", *faults))
     lines = str(caught.value).splitlines()
     assert len(lines) == 5
     assert all(any(name in line for line in lines) for name in ("chatmll", "llava", "absent.jsonl", "massages"))
@@ -58,7 +58,7 @@ def test_all_faults_are_named_at_once(training_folder, refuse_weights):
 
 def test_a_file_of_another_kind_is_named_when_a_recipe_is_looked_at(training_folder, tmp_path):
     (tmp_path / "data.csv").write_text("a,b\n")
-    preflight = Preflight(stand_recipe(training_folder, "kind", mixture(path=str(tmp_path / "data.csv"))))
+    preflight = Preflight(tiny_recipe(training_folder, "kind", mixture(path=str(tmp_path / "data.csv"))))
     preflight.check_data()
     with pytest.raises(DataError) as caught:
         preflight.raise_problems()
@@ -67,24 +67,24 @@ def test_a_file_of_another_kind_is_named_when_a_recipe_is_looked_at(training_fol
 
 def test_ranks_that_cannot_share_the_batch_are_named(training_folder):
     with pytest.raises(ConfigError) as caught:
-        Preflight(stand_recipe(training_folder, "ranks"), ranks=3).raise_problems()
+        Preflight(tiny_recipe(training_folder, "ranks"), ranks=3).raise_problems()
     assert (caught.value.field, caught.value.value) == ("batch", 2)
 
 
 def test_a_layout_that_cannot_hold_the_model_is_refused_before_training(training_folder):
     with pytest.raises(LayoutError):
-        build(stand_recipe(training_folder, "layout", "output.layout=tinychat"))
+        build(tiny_recipe(training_folder, "layout", "output.layout=tinychat"))
 
 
 def refused(training_folder):
     try:
-        build(stand_recipe(training_folder, "fault", "output.layout=llava"))
+        build(tiny_recipe(training_folder, "fault", "output.layout=llava"))
     except VilaError as error:
         return error
     return None
 
 
-def test_of_two_ranks_one_prints_the_fault(training_folder):
+def test_of_two_ranks_one_prints_the_problem(training_folder):
     errors = run_ranks(2, refused, training_folder)
     assert [type(error) for error in errors] == [UnknownNameError] * 2
     assert [error.is_repeated for error in errors] == [False, True]

@@ -1,4 +1,4 @@
-"""The report of a run: what is in its files is on the page, in bounded size, whatever the run's length."""
+"""The report of a run shows the content of its files, in bounded size for any length."""
 
 import json
 import math
@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 
 from tests import tiny
-from tests.train.stand import stand_recipe, write_stand
+from tests.train.tiny_run import tiny_recipe, write_training_files
 from vila.config.load import load_recipe, save_recipe
 from vila.core.errors import DataError
 from vila.train import report
@@ -109,12 +109,12 @@ def test_everything_that_a_run_leaves_is_on_the_page(folder):
 
 
 @pytest.mark.parametrize("name", ["answers", "evaluations", "faults", "bad_steps"])
-def test_what_is_not_there_leaves_its_part_out(folder, name):
+def test_a_missing_file_leaves_its_section_out(folder, name):
     (folder / f"{name}.jsonl").unlink()
     write_report(folder)
 
 
-def test_a_folder_without_a_step_has_a_page_that_says_so(tmp_path):
+def test_a_folder_without_a_step_has_a_page(tmp_path):
     assert "No step is done yet." in words(write_report(tmp_path))
 
 
@@ -224,7 +224,7 @@ def test_sampled_rows_hold_the_first_the_newest_and_an_even_choice():
 
 
 def test_a_real_run_has_a_report(tmp_path):
-    recipe = stand_recipe(write_stand(tmp_path), "out", "budget.tokens=600")
+    recipe = tiny_recipe(write_training_files(tmp_path), "out", "budget.tokens=600")
     build(recipe).train()
     text = words(write_report(recipe.output.dir))
     assert "Finished after" in text and "supervised tokens" in text and "torch" in text

@@ -1,4 +1,4 @@
-"""Runs that are killed or asked to stop go on to the same losses and weights, bit for bit."""
+"""Runs that are killed or stopped resume to the same losses and weights, bit for bit."""
 
 import os
 import signal
@@ -12,7 +12,7 @@ from torch import nn
 from tests import preloaded
 from tests.train.finish import assert_identical, finish, sign, stop_after, stopped
 from tests.train.ranks import run_ranks
-from tests.train.stand import stand_recipe, write_stand
+from tests.train.tiny_run import tiny_recipe, write_training_files
 from vila.config.load import save_recipe
 from vila.core.errors import CheckpointError, Interrupted, RunChangedError
 from vila.core.files import write_json
@@ -25,8 +25,8 @@ KILLED = -signal.SIGKILL
 
 
 @pytest.fixture(scope="module")
-def stand(tmp_path_factory):
-    return write_stand(tmp_path_factory.mktemp("stand"))
+def training_files(tmp_path_factory):
+    return write_training_files(tmp_path_factory.mktemp("train"))
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +58,7 @@ def killed(folder, out, point):
     """Train, saving beside it after every second step, and die at `point` of step 5 or of the save of step 4."""
     import vila.train.checkpoint as checkpoint
 
-    run = build(stand_recipe(folder, out, *SAVES))
+    run = build(tiny_recipe(folder, out, *SAVES))
     if point == "in the middle of a step":
         update = run.trainer.state.optimizer.step
 
@@ -102,47 +102,47 @@ POINTS = {
 
 
 @pytest.fixture(scope="module")
-def through(stand):
+def through(training_files):
     """The run that nothing happens to."""
-    return run_ranks(1, finish, stand, "through", SAVES)[0]
+    return run_ranks(1, finish, training_files, "through", SAVES)[0]
 
 
 @pytest.mark.parametrize("point", POINTS)
-def test_a_killed_run_goes_on_bit_for_bit(stand, through, point):
+def test_a_killed_run_resumes_bit_for_bit(training_files, through, point):
     out = point.replace(" ", "-")
-    assert run_ranks(1, killed, stand, out, point) == [KILLED]
-    assert steps_of(stand / out)
-    assert set(steps_of(stand / out)) <= POINTS[point]
-    assert_identical(finish(stand, out, SAVES), through)
-    assert not list((stand / out).rglob("*.partial"))
+    assert run_ranks(1, killed, training_files, out, point) == [KILLED]
+    assert steps_of(training_files / out)
+    assert set(steps_of(training_files / out)) <= POINTS[point]
+    assert_identical(finish(training_files, out, SAVES), through)
+    assert not list((training_files / out).rglob("*.partial"))
 
 
-def test_two_ranks_that_are_killed_and_asked_to_stop_go_on_bit_for_bit(stand):
-    through = run_ranks(2, finish, stand, "two-through", SAVES)[0]
-    assert run_ranks(2, killed, stand, "two", "while tensors are written") == [KILLED, KILLED]
-    assert steps_of(stand / "two") == ["step-00000002"]
+def test_two_ranks_that_are_killed_and_asked_to_stop_resume_bit_for_bit(training_files):
+    through = run_ranks(2, finish, training_files, "two-through", SAVES)[0]
+    assert run_ranks(2, killed, training_files, "two", "while tensors are written") == [KILLED, KILLED]
+    assert steps_of(training_files / "two") == ["step-00000002"]
     # The signal reaches the second rank alone, in or after the step.
-    ours, theirs = run_ranks(2, stopped, stand, "two", SAVES, 5, signal.SIGTERM, 1)
+    ours, theirs = run_ranks(2, stopped, training_files, "two", SAVES, 5, signal.SIGTERM, 1)
     assert ours == theirs
     assert ours[0] == 0
     assert ours[1] in ("step 5", "step 6")
-    assert_identical(run_ranks(2, finish, stand, "two", SAVES)[0], through)
+    assert_identical(run_ranks(2, finish, training_files, "two", SAVES)[0], through)
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGUSR1, 0), (signal.SIGINT, 130)])
-def test_a_run_that_is_asked_to_stop_saves_and_goes_on_bit_for_bit(stand, through, number, code):
+def test_a_run_that_is_asked_to_stop_saves_and_resumes_bit_for_bit(training_files, through, number, code):
     out = f"asked-{number}"
-    told = stopped(stand, out, SAVES, 3, number)
+    told = stopped(training_files, out, SAVES, 3, number)
     assert told == (code, "step 3")
-    assert steps_of(stand / out) == ["step-00000002", "step-00000003"]
-    assert_identical(finish(stand, out, SAVES), through)
+    assert steps_of(training_files / out) == ["step-00000002", "step-00000003"]
+    assert_identical(finish(training_files, out, SAVES), through)
 
 
-def test_the_command_that_a_batch_system_warns_exits_with_0(stand):
-    recipe = stand_recipe(stand, "warned", "budget.tokens=1000000")
-    save_recipe(recipe, stand / "warned.yaml")
-    command = [str(preloaded.program()), "train", str(stand / "warned.yaml")]
-    metrics = stand / "warned" / "metrics.jsonl"
+def test_the_command_that_a_batch_system_warns_exits_with_0(training_files):
+    recipe = tiny_recipe(training_files, "warned", "budget.tokens=1000000")
+    save_recipe(recipe, training_files / "warned.yaml")
+    command = [str(preloaded.program()), "train", str(training_files / "warned.yaml")]
+    metrics = training_files / "warned" / "metrics.jsonl"
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         try:
             while process.poll() is None and not (metrics.is_file() and metrics.stat().st_size):
@@ -154,7 +154,7 @@ def test_the_command_that_a_batch_system_warns_exits_with_0(stand):
     assert process.returncode == 0, said
     step = read_metrics(metrics)[-1]["step"]
     assert f"step {step}: training stopped" in said
-    assert steps_of(stand / "warned") == [f"step-{step:08d}"]
+    assert steps_of(training_files / "warned") == [f"step-{step:08d}"]
 
 
 def drop_out(run):
@@ -167,20 +167,20 @@ def drop_out_and_stop(run):
     run.trainer.callbacks.append(stop_after(4))
 
 
-def test_a_run_with_dropout_goes_on_bit_for_bit(stand, through):
-    dropped = finish(stand, "dropout", SAVES, drop_out)
+def test_a_run_with_dropout_resumes_bit_for_bit(training_files, through):
+    dropped = finish(training_files, "dropout", SAVES, drop_out)
     assert dropped[0] != through[0]
     with pytest.raises(Interrupted):
-        finish(stand, "dropout-stopped", SAVES, drop_out_and_stop)
-    assert_identical(finish(stand, "dropout-stopped", SAVES, drop_out), dropped)
+        finish(training_files, "dropout-stopped", SAVES, drop_out_and_stop)
+    assert_identical(finish(training_files, "dropout-stopped", SAVES, drop_out), dropped)
 
 
 @pytest.fixture(scope="module")
-def begun(stand):
+def begun(training_files):
     """A run that stands at step 2."""
     with pytest.raises(Interrupted):
-        build(stand_recipe(stand, "begun", *SAVES), callbacks=[stop_after(2)]).train()
-    return stand
+        build(tiny_recipe(training_files, "begun", *SAVES), callbacks=[stop_after(2)]).train()
+    return training_files
 
 
 @pytest.mark.parametrize(
@@ -194,12 +194,12 @@ def begun(stand):
         ("stage.lr=1e-3", ("stage",)),
     ],
 )
-def test_changes_that_are_free_or_allowed_by_field_or_section_go_on(begun, change, allow):
-    assert build(stand_recipe(begun, "begun", *SAVES, change), allow_changes=allow).trainer.progress.step == 2
+def test_changes_that_are_free_or_allowed_by_field_or_section_resume(begun, change, allow):
+    assert build(tiny_recipe(begun, "begun", *SAVES, change), allow_changes=allow).trainer.progress.step == 2
 
 
 def test_other_changes_are_refused_with_every_difference(begun):
-    recipe = stand_recipe(begun, "begun", *SAVES, "seed=5", "stage.lr=1e-3", "optim.beta2=0.9")
+    recipe = tiny_recipe(begun, "begun", *SAVES, "seed=5", "stage.lr=1e-3", "optim.beta2=0.9")
     with pytest.raises(RunChangedError) as caught:
         build(recipe, allow_changes=("optim", "stage.lr_projector"))
     assert caught.value.file == str(begun / "begun")
@@ -208,7 +208,7 @@ def test_other_changes_are_refused_with_every_difference(begun):
 
 def test_another_global_batch_is_refused_even_when_allowed(begun):
     with pytest.raises(CheckpointError) as caught:
-        build(stand_recipe(begun, "begun", *SAVES, "batch.rows=6"), allow_changes=("batch.rows",))
+        build(tiny_recipe(begun, "begun", *SAVES, "batch.rows=6"), allow_changes=("batch.rows",))
     assert (caught.value.field, caught.value.value) == ("batch", 6)
 
 
@@ -219,7 +219,7 @@ def test_a_checkpoint_of_another_version_is_refused_with_the_field(begun):
     sign(file.parent)
     try:
         with pytest.raises(CheckpointError) as caught:
-            build(stand_recipe(begun, "begun", *SAVES))
+            build(tiny_recipe(begun, "begun", *SAVES))
         assert (caught.value.file, caught.value.field) == (str(file), "recipe.warp")
     finally:
         write_json(file, state)

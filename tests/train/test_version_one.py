@@ -1,4 +1,4 @@
-"""Checkpoints and recipes that version one of vila wrote: they load, and what cannot be verified is said."""
+"""Checkpoints and recipes of version one load; what cannot be verified is logged."""
 
 import shutil
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from tests.train.finish import assert_identical, finish, sign, stop_after
-from tests.train.stand import stand_recipe, write_stand
+from tests.train.tiny_run import tiny_recipe, write_training_files
 from vila.config.load import load_recipe
 from vila.core.errors import CheckpointError, Interrupted, RunChangedError
 from vila.core.files import write_json
@@ -39,7 +39,7 @@ def make_version_one(folder):
 
 
 class Heard:
-    """Events whose lines are kept."""
+    """Events that record their lines."""
 
     def __init__(self):
         self.lines = []
@@ -58,21 +58,21 @@ class Heard:
 
 
 @pytest.fixture(scope="module")
-def stand(tmp_path_factory):
-    return write_stand(tmp_path_factory.mktemp("stand"))
+def training_files(tmp_path_factory):
+    return write_training_files(tmp_path_factory.mktemp("train"))
 
 
 @pytest.fixture(scope="module")
-def stopped(stand):
+def stopped(training_files):
     """The directory of a run that was stopped after its third step, with two checkpoints."""
-    recipe = stand_recipe(stand, "stopped", *SAVES)
+    recipe = tiny_recipe(training_files, "stopped", *SAVES)
     with pytest.raises(Interrupted):
         build(recipe, callbacks=[stop_after(3)]).train()
     return recipe.output.dir
 
 
 @pytest.fixture
-def begun(stand, stopped, tmp_path):
+def begun(training_files, stopped, tmp_path):
     """A copy of it; the overrides that resume there."""
     shutil.copytree(stopped, tmp_path / "begun")
     return (*SAVES, f"output.dir={tmp_path / 'begun'}")
@@ -83,22 +83,22 @@ def newest(begun, tmp_path):
     return tmp_path / "begun" / "checkpoint" / "step-00000003"
 
 
-def resume(stand, begun, events):
+def resume(training_files, begun, events):
     """Build the run, and release its directory."""
-    run = build(stand_recipe(stand, "", *begun), events=events)
+    run = build(tiny_recipe(training_files, "", *begun), events=events)
     run.lock.release()
     return run
 
 
-def test_a_checkpoint_of_version_one_resumes_bit_for_bit_with_a_note(stand, begun, newest):
+def test_a_checkpoint_of_version_one_resumes_bit_for_bit_with_a_note(training_files, begun, newest):
     make_version_one(newest)
     events = Heard()
-    run = resume(stand, (*begun, "model.image_mode=null", "model.template="), events)
+    run = resume(training_files, (*begun, "model.image_mode=null", "model.template="), events)
     assert (run.trainer.progress.step, run.trainer.progress.unreadable) == (3, 0)
     model = run.recipe.model
     assert (model.image_mode, model.exif_orientation, model.template) == ("pad", False, "starter_qa")
     assert sum(str(newest) in line for line in events.lines) == 1
-    assert_identical(finish(stand, "", begun), finish(stand, "through", SAVES))
+    assert_identical(finish(training_files, "", begun), finish(training_files, "through", SAVES))
     written = max(newest.parent.iterdir())
     assert (written / "manifest.json").is_file()
     assert read_json(written / "state.json")["format"] == FORMAT
@@ -108,45 +108,45 @@ def test_a_checkpoint_of_version_one_resumes_bit_for_bit_with_a_note(stand, begu
     ("section", "field", "value"),
     [("progress", "tokens", -1), ("progress", "samples", "9"), ("progress", "step", 2), ("", "world", 0)],
 )
-def test_counters_of_version_one_are_checked(stand, begun, newest, section, field, value):
+def test_counters_of_version_one_are_checked(training_files, begun, newest, section, field, value):
     shutil.rmtree(newest.with_name("step-00000002"))
     make_version_one(newest)
     state = read_json(newest / "state.json")
     (state[section] if section else state)[field] = value
     write_json(newest / "state.json", state)
     with pytest.raises(CheckpointError) as caught:
-        resume(stand, begun, Heard())
+        resume(training_files, begun, Heard())
     name = f"{section}.{field}" if section else field
     assert (caught.value.file, caught.value.field) == (str(newest / "state.json"), name)
 
 
 @pytest.mark.parametrize("lost", [["manifest.json"], ["manifest.json", "inputs.json"]])
-def test_a_checkpoint_that_lost_its_manifest_is_not_one_of_version_one(stand, begun, newest, lost):
+def test_a_checkpoint_that_lost_its_manifest_is_not_one_of_version_one(training_files, begun, newest, lost):
     for name in lost:
         (newest / name).unlink()
     events = Heard()
-    assert resume(stand, begun, events).trainer.progress.step == 2
+    assert resume(training_files, begun, events).trainer.progress.step == 2
     assert any(str(newest / "manifest.json") in line for line in events.lines)
     assert newest.with_name("step-00000003.damaged").is_dir()
 
 
-def test_a_state_without_its_format_is_not_one_of_version_one_while_stamps_are_there(stand, begun, newest):
+def test_a_state_without_its_format_is_not_one_of_version_one_while_stamps_are_there(training_files, begun, newest):
     shutil.rmtree(newest.with_name("step-00000002"))
     state = read_json(newest / "state.json")
     del state["format"]
     write_json(newest / "state.json", state)
     (newest / "manifest.json").unlink()
     with pytest.raises(CheckpointError) as caught:
-        resume(stand, begun, Heard())
+        resume(training_files, begun, Heard())
     assert caught.value.file == str(newest / "manifest.json")
 
 
-def test_a_later_format_is_refused(stand, begun, newest):
+def test_a_later_format_is_refused(training_files, begun, newest):
     shutil.rmtree(newest.with_name("step-00000002"))
     write_json(newest / "state.json", read_json(newest / "state.json") | {"format": FORMAT + 1})
     sign(newest)
     with pytest.raises(CheckpointError) as caught:
-        resume(stand, begun, Heard())
+        resume(training_files, begun, Heard())
     assert (caught.value.field, caught.value.value) == ("format", FORMAT + 1)
 
 

@@ -1,11 +1,11 @@
-"""A run on clips: workers change nothing, cached features come to the same, and a broken clip is a counted fault."""
+"""Training on videos: workers change nothing, cached features agree, a broken video is a bad sample."""
 
 import json
 
 import pytest
 
 from tests.media.test_video import video_bytes
-from tests.train.stand import stand_recipe, write_stand
+from tests.train.tiny_run import tiny_recipe, write_training_files
 from vila.core.files import sha256_tree
 from vila.train.build import build, model_dir
 from vila.train.metrics_log import read_metrics
@@ -14,9 +14,9 @@ ANSWER = {"role": "assistant", "content": "yes"}
 
 
 @pytest.fixture(scope="module")
-def stand(tmp_path_factory):
-    """The stand with three records about clips; the second shows a picture beside its clip."""
-    folder = write_stand(tmp_path_factory.mktemp("stand"), records=9)
+def training_files(tmp_path_factory):
+    """Training files with three video records; the second has an image, too."""
+    folder = write_training_files(tmp_path_factory.mktemp("train"), records=9)
     rows = (folder / "data.jsonl").read_text().splitlines()
     for number in range(3):
         (folder / f"{number}.mp4").write_bytes(video_bytes("mp4", "mpeg4", 6 + number))
@@ -32,10 +32,10 @@ def losses(recipe):
     return [row["loss"] for row in read_metrics(recipe.output.dir / "metrics.jsonl")]
 
 
-def test_a_run_on_clips_is_the_same_with_workers_and_near_with_cached_features(stand):
+def test_a_run_on_videos_is_the_same_with_workers_and_near_with_cached_features(training_files):
     options = ("budget.tokens=0", "budget.epochs=2")
     alone, helped, cached = (
-        stand_recipe(stand, name, *options, *more)
+        tiny_recipe(training_files, name, *options, *more)
         for name, *more in (("alone",), ("helped", "compute.workers=1"), ("cached", "compute.feature_cache=true"))
     )
     expected = losses(alone)
@@ -44,12 +44,12 @@ def test_a_run_on_clips_is_the_same_with_workers_and_near_with_cached_features(s
     assert losses(cached) == pytest.approx(expected, rel=1e-4)  # measured: 0 in three steps, fp32, torch 2.13
 
 
-def test_a_broken_clip_takes_its_sample_out_of_the_run(stand):
-    broken = stand / "2.mp4"
+def test_a_broken_video_takes_its_sample_out_of_the_run(training_files):
+    broken = training_files / "2.mp4"
     whole = broken.read_bytes()
     broken.write_bytes(whole[: len(whole) // 2])
     try:
-        recipe = stand_recipe(stand, "broken", "budget.tokens=0", "budget.epochs=1", "data.max_faults=2")
+        recipe = tiny_recipe(training_files, "broken", "budget.tokens=0", "budget.epochs=1", "data.max_faults=2")
         build(recipe).train()
     finally:
         broken.write_bytes(whole)

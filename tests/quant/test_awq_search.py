@@ -1,4 +1,4 @@
-"""The search against a brute-force script that knows nothing of it, and what does not change its result."""
+"""The AWQ search equals an independent brute-force script; invariances of its result."""
 
 import copy
 import dataclasses
@@ -51,7 +51,7 @@ def test_a_block_is_searched_as_brute_force_does_it(case, length):
         np.testing.assert_allclose(scale.scale_I.numpy(), scales[fold], rtol=1e-5)
     assert {clip.linear for clip in found.clips} == {f"model.layers.0.{name}" for name in limits}
     # A group cut on both sides has its zero at 7.5 exactly: the last digit of a scale decides where it goes, and
-    # transformers computes norms and rotations in float32. On the very same input all limits are equal: test_clip.py.
+    # transformers computes norms and rotations in float32. On the very same input all limits are equal: test_awq_clip.py.
     same = [
         np.isclose(clip.limit_OG, limits[clip.linear.removeprefix("model.layers.0.")], rtol=1e-5).mean()
         for clip in found.clips
@@ -112,7 +112,7 @@ def test_padding_counts_nothing():
 
 
 def test_token_weights_are_shares_of_the_mean():
-    """Weight 3 on a picture's tokens is as if the model had seen each of them three times."""
+    """Weight 3 on an image's tokens is as if the model had seen each of them three times."""
     model, processor = loud()
     pictured = pictured_rows(model, processor)
     losses = {
@@ -139,7 +139,7 @@ def pictured_rows(model, processor):
     return sample_calibration([told], processor, name="pictures")
 
 
-def test_pictures_pass_through_the_whole_model():
+def test_images_pass_through_the_whole_model():
     model, processor = loud()
     seen = pictured_rows(model, processor)
     options = QuantConfig(group_size=16)
@@ -169,7 +169,7 @@ def test_every_scaling_keeps_the_identity_and_none_is_worse_than_it(scaling, tri
         assert min(losses) <= losses[0]
 
 
-def test_a_search_that_stopped_goes_on_to_the_same_bytes(tmp_path):
+def test_a_search_that_stopped_resumes_to_the_same_bytes(tmp_path):
     model, _ = loud(layers=3)
     options = QuantConfig(group_size=16)
     search_to_file(model, random_rows(), tmp_path / "whole.safetensors", options)
@@ -195,7 +195,7 @@ def test_a_search_that_stopped_goes_on_to_the_same_bytes(tmp_path):
     assert load_search(target).settings["calibration"]["name"] == "random"
 
 
-def test_kept_blocks_of_another_run_are_refused(tmp_path):
+def test_resume_state_of_another_run_are_refused(tmp_path):
     model, _ = loud(layers=2)
     options = QuantConfig(group_size=16)
     search_model(model, random_rows(), options, resume_dir=tmp_path)

@@ -1,4 +1,4 @@
-"""How a step is computed changes neither losses nor weights: recomputed blocks, compiled blocks."""
+"""Gradient checkpointing and compiled blocks change neither losses nor weights."""
 
 import functools
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.train.finish import finish
-from tests.train.stand import stand_recipe, write_stand
+from tests.train.tiny_run import tiny_recipe, write_training_files
 from vila.train.build import build
 from vila.train.fsdp import decoder_blocks, tower_blocks
 
@@ -18,14 +18,14 @@ SHORT = ("budget.tokens=600", "compute.gradient_checkpointing=false")
 
 
 @pytest.fixture(scope="module")
-def stand(tmp_path_factory):
-    return write_stand(tmp_path_factory.mktemp("stand"))
+def training_files(tmp_path_factory):
+    return write_training_files(tmp_path_factory.mktemp("train"))
 
 
 @pytest.fixture(scope="module")
-def plain(stand):
+def plain(training_files):
     """Losses and weights of each stage, nothing recomputed or compiled."""
-    return {stage: finish(stand, f"plain-{stage}", (*SHORT, *changes)) for stage, changes in STAGES.items()}
+    return {stage: finish(training_files, f"plain-{stage}", (*SHORT, *changes)) for stage, changes in STAGES.items()}
 
 
 def assert_same(ours, theirs, rel):
@@ -48,7 +48,7 @@ def count_passes(block, counts, name):
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("every", [1, 2])
-def test_recomputed_blocks_give_the_same_and_frozen_ones_are_recomputed_too(stand, plain, stage, every):
+def test_recomputed_blocks_give_the_same_and_frozen_ones_are_recomputed_too(training_files, plain, stage, every):
     counts = {}
 
     def watch(run):
@@ -57,7 +57,7 @@ def test_recomputed_blocks_give_the_same_and_frozen_ones_are_recomputed_too(stan
                 count_passes(block, counts, f"{kind} {number}")
 
     options = (*SHORT, *STAGES[stage], "compute.gradient_checkpointing=true", f"compute.checkpoint_every={every}")
-    ours = finish(stand, f"recomputed-{stage}-{every}", options, watch)
+    ours = finish(training_files, f"recomputed-{stage}-{every}", options, watch)
     assert_same(ours, plain[stage], 1e-6)
     steps = len(ours[0])
     micro = 2 * steps  # two rows a step, one at a time
@@ -66,14 +66,14 @@ def test_recomputed_blocks_give_the_same_and_frozen_ones_are_recomputed_too(stan
     assert counts["vision 0"] == (2 * shown if stage == "3" else shown)
 
 
-def test_recomputing_keeps_dropout_of_frozen_parts_off(stand):
-    run = build(stand_recipe(stand, "modes", *STAGES["1"], "compute.gradient_checkpointing=true"))
+def test_recomputing_keeps_dropout_of_frozen_parts_off(training_files):
+    run = build(tiny_recipe(training_files, "modes", *STAGES["1"], "compute.gradient_checkpointing=true"))
     for block in decoder_blocks(run.model):
         assert block.training
         assert not any(module.training for module in block.modules() if module is not block)
 
 
-def test_compiled_blocks_give_the_same(stand, plain, monkeypatch):
+def test_compiled_blocks_give_the_same(training_files, plain, monkeypatch):
     graphs = []
 
     def run_as_it_is(graph, inputs):
@@ -82,12 +82,12 @@ def test_compiled_blocks_give_the_same(stand, plain, monkeypatch):
         return graph.forward
 
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=run_as_it_is))
-    ours = finish(stand, "compiled", (*SHORT, *STAGES["3"], "compute.compile=true"))
+    ours = finish(training_files, "compiled", (*SHORT, *STAGES["3"], "compute.compile=true"))
     assert_same(ours, plain["3"], 1e-5)
     assert graphs
 
 
 @pytest.mark.slow
-def test_blocks_that_are_compiled_to_machine_code_give_the_same(stand, plain):
-    ours = finish(stand, "machine-code", (*SHORT, *STAGES["3"], "compute.compile=true"))
+def test_blocks_that_are_compiled_to_machine_code_give_the_same(training_files, plain):
+    ours = finish(training_files, "machine-code", (*SHORT, *STAGES["3"], "compute.compile=true"))
     assert_same(ours, plain["3"], 1e-5)

@@ -1,4 +1,4 @@
-"""The model card: what it says is what was given, and what is not known is said to be unknown."""
+"""The model card contains the given facts, and marks unknown ones as not known."""
 
 import json
 from importlib import resources
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.train.stand import stand_recipe, write_stand
+from tests.train.tiny_run import tiny_recipe, write_training_files
 from vila.cli.train import write_model_card
 from vila.config.load import load_recipe, recipe_names, save_recipe
 from vila.train.build import build
@@ -128,7 +128,7 @@ def test_every_part_of_a_packaged_recipe_has_a_known_licence():
 
 
 def test_the_card_of_a_run_holds_what_the_run_left(tmp_path):
-    recipe = stand_recipe(write_stand(tmp_path), "out", "budget.tokens=300")
+    recipe = tiny_recipe(write_training_files(tmp_path), "out", "budget.tokens=300")
     build(recipe).train()
     rows = [{"step": 1, "benchmark": "old", "score": 1.0}, {"step": 2, "benchmark": "easy_vqa", "score": 50.0}]
     finished = json.loads((recipe.output.dir / "finished.json").read_text())
@@ -189,7 +189,7 @@ def test_no_card_holds_the_home_directory_and_paths_are_relative_to_the_run(home
 
 
 def test_passes_are_those_that_were_made(tmp_path):
-    recipe = stand_recipe(write_stand(tmp_path), "out", "budget.tokens=300")
+    recipe = tiny_recipe(write_training_files(tmp_path), "out", "budget.tokens=300")
     run = build(recipe)
     run.train()
     write_model_card(recipe)

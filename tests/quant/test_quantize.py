@@ -1,4 +1,4 @@
-"""A quantized model in a directory: what lies in it, what is refused, and that nothing half-made is left."""
+"""A quantized model directory: content, errors, and nothing incomplete left."""
 
 import errno
 import json
@@ -56,7 +56,7 @@ def test_a_search_of_before_gives_the_same_model_without_calibration(tmp_path):
     assert first == second
 
 
-def test_the_summary_tells_method_calibration_sizes_and_errors(tmp_path):
+def test_the_summary_has_method_calibration_sizes_and_errors(tmp_path):
     summary = made(tmp_path / "out", replace(BEST, group_size=32))
     assert summary["calibration"] == ROWS.metadata()
     assert (summary["method"], summary["rounding"], summary["group_size"]) == ("awq", "gptq", 32)
@@ -112,7 +112,7 @@ def test_a_quantized_model_and_one_with_nan_are_refused(tmp_path):
     assert caught.value.field == "model.layers.1.mlp.up_proj"
 
 
-def test_a_full_disk_is_told_and_finished_blocks_are_kept(tmp_path, monkeypatch):
+def test_a_full_disk_is_an_error_and_finished_blocks_are_reused(tmp_path, monkeypatch):
     def full(*args, **options):
         raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -1,4 +1,4 @@
-"""A stand for training tests: a tiny saved model, a few records, and a recipe that trains it in a second."""
+"""Files for training tests: a tiny saved model, a few records, and a recipe that trains it in a second."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from vila.config.schema import Recipe
 from vila.model.loading import save_model
 
 
-def write_stand(folder: Path, family: str = "llama", records: int = 24) -> Path:
-    """A model directory and `data.jsonl` with pictures, branches and text-only records."""
+def write_training_files(folder: Path, family: str = "llama", records: int = 24) -> Path:
+    """A model directory and `data.jsonl` with images, branches and text-only records."""
     save_model(*tiny.vila(family), folder / "base")
     rows = []
     for number in range(records):
@@ -33,8 +33,8 @@ def write_stand(folder: Path, family: str = "llama", records: int = 24) -> Path:
     return folder
 
 
-def stand_recipe(folder: Path, out: str = "out", *overrides: str) -> Recipe:
-    """The starter's stage 3 on the stand, about twelve steps of two rows."""
+def tiny_recipe(folder: Path, out: str = "out", *overrides: str) -> Recipe:
+    """Stage 3 of the starter on the tiny files, about twelve steps of two packed sequences."""
     return load_recipe(
         "starter/3_sft",
         [
@@ -57,7 +57,7 @@ def stand_recipe(folder: Path, out: str = "out", *overrides: str) -> Recipe:
 
 
 def jpeg_bytes() -> bytes:
-    """A small JPEG picture."""
+    """A small JPEG image."""
     from PIL import Image
 
     stream = io.BytesIO()

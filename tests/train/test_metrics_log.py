@@ -3,7 +3,7 @@
 import pytest
 
 from tests.train.finish import stop_after
-from tests.train.stand import stand_recipe, write_stand
+from tests.train.tiny_run import tiny_recipe, write_training_files
 from vila.core.errors import DataError, Interrupted
 from vila.train.build import build
 from vila.train.metrics_log import MetricsLog, read_metrics
@@ -11,8 +11,8 @@ from vila.train.report import write_report
 
 
 @pytest.fixture(scope="module")
-def stand(tmp_path_factory):
-    return write_stand(tmp_path_factory.mktemp("stand"))
+def training_files(tmp_path_factory):
+    return write_training_files(tmp_path_factory.mktemp("train"))
 
 
 GOOD = '{"step": 1, "loss": 2.0}\n'
@@ -80,8 +80,8 @@ def test_a_report_names_the_file_that_is_damaged(tmp_path, name, content):
     assert caught.value.file == str(tmp_path / name)
 
 
-def test_a_run_does_not_resume_over_damaged_metrics(stand):
-    recipe = stand_recipe(stand, "out")
+def test_a_run_does_not_resume_over_damaged_metrics(training_files):
+    recipe = tiny_recipe(training_files, "out")
     with pytest.raises(Interrupted):
         build(recipe, callbacks=[stop_after(2)]).train()
     path = recipe.output.dir / "metrics.jsonl"

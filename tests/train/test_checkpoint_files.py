@@ -130,7 +130,7 @@ def test_hostile_arguments_and_garbage_are_refused(folder, planted):
     assert caught.value.file == str(folder / ".metadata")
 
 
-def test_a_place_whose_hash_would_end_the_process_is_refused(folder):
+def test_an_entry_whose_hash_would_end_the_process_is_refused(folder):
     index = dcp.FileSystemReader(folder).read_metadata()
     place, info = next(iter(index.storage_data.items()))
     marker = "deep"
@@ -190,7 +190,7 @@ def test_other_kinds_of_storage_are_refused(folder, change):
 
 
 @pytest.mark.parametrize("change", [{"offset": 10**9}, {"length": 3}, {"offset": -5}, {"length": 10**15}])
-def test_places_that_hold_no_tensor_are_refused(folder, change):
+def test_entries_without_a_tensor_are_refused(folder, change):
     change_storage(folder, **change)
     with pytest.raises(CheckpointError) as caught:
         load(folder)

@@ -1,4 +1,4 @@
-"""Clip limits: the brute-force search on the same input, the tokens that are taken, which Linears are left out."""
+"""Clip limits equal those of a brute-force search; sampled tokens; clipped Linears."""
 
 import numpy as np
 import pytest
@@ -57,7 +57,7 @@ def test_tokens_that_count_nothing_are_not_sampled_and_weights_are_repetitions()
     torch.testing.assert_close(second_moments(sample, 16, kept), second_moments(repeated, 16))
 
 
-def test_queries_and_keys_are_left_out_as_published():
+def test_queries_and_keys_are_not_clipped_as_published():
     names = [f"self_attn.{letter}_proj" for letter in "qkvo"] + [f"mlp.{part}_proj" for part in ("gate", "up", "down")]
     assert [name for name in names if is_linear_clipped(name, "published")] == names[2:]
     assert [name for name in names if is_linear_clipped(name, "all")] == names

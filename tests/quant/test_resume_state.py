@@ -30,7 +30,7 @@ search_to_file(model, random_rows(), Path(sys.argv[1]), awq_search.QuantConfig(g
 """
 
 
-def test_a_killed_search_goes_on_to_the_same_bytes(tmp_path):
+def test_a_killed_search_resumes_to_the_same_bytes(tmp_path):
     target = tmp_path / "search.safetensors"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", CODE, str(target)], env=env, check=False, capture_output=True)

@@ -1,4 +1,4 @@
-"""Search files: ours, and those of the original release; damaged and foreign ones are refused by name."""
+"""Search files, ours and those of the AWQ release; damaged and foreign files are refused by name."""
 
 import json
 import zipfile
@@ -105,7 +105,7 @@ def as_original(found, prefix="model."):
 
 
 @pytest.mark.parametrize("prefix", ["model.", "language_model.model.", "llm.model."])
-def test_search_files_of_the_original_do_what_ours_do(found, prefix, tmp_path):
+def test_search_files_of_the_awq_release_have_the_same_effect(found, prefix, tmp_path):
     path = tmp_path / "llava-w4-g16.pt"
     torch.save(as_original(found, prefix), path)
     read = read_awq_cache(path)
@@ -116,7 +116,7 @@ def test_search_files_of_the_original_do_what_ours_do(found, prefix, tmp_path):
     assert all(torch.equal(value, ours.state_dict()[name]) for name, value in theirs.state_dict().items())
 
 
-def test_a_search_is_written_as_the_original_writes_it(found, tmp_path):
+def test_a_search_is_written_as_the_awq_release_writes_it(found, tmp_path):
     path = tmp_path / "tiny-w4-g16.pt"
     write_awq_cache(found, path)
     held = torch.load(path, weights_only=True)

@@ -1,8 +1,8 @@
-"""MFU of a step, from what the step says of itself."""
+"""MFU of a step equals the value computed from its metrics."""
 
 import pytest
 
-from tests.train.stand import stand_recipe, write_stand
+from tests.train.tiny_run import tiny_recipe, write_training_files
 from vila.plan.flops import Learning, causal_pairs, step_flops
 from vila.plan.model_shape import shape_of
 from vila.train.build import build
@@ -10,12 +10,12 @@ from vila.train.metrics_log import read_metrics
 
 
 @pytest.fixture(scope="module")
-def stand(tmp_path_factory):
-    return write_stand(tmp_path_factory.mktemp("stand"))
+def training_files(tmp_path_factory):
+    return write_training_files(tmp_path_factory.mktemp("train"))
 
 
-def test_the_share_is_that_of_the_facts_of_the_step(stand):
-    run = build(stand_recipe(stand, "mfu", "monitor.peak_tflops=0.5", "budget.tokens=600"))
+def test_the_share_is_that_of_the_facts_of_the_step(training_files):
+    run = build(tiny_recipe(training_files, "mfu", "monitor.peak_tflops=0.5", "budget.tokens=600"))
     run.train()
     shape, learning = shape_of(run.model.config), Learning.of(run.recipe.stage)
     for row in read_metrics(run.folder / "metrics.jsonl"):
@@ -23,9 +23,11 @@ def test_the_share_is_that_of_the_facts_of_the_step(stand):
         assert row["mfu"] == pytest.approx(needed / (row["tokens"] / row["tokens_per_second"] * 0.5e12), rel=1e-6)
 
 
-def test_pairs_are_those_of_the_samples(stand):
+def test_pairs_are_those_of_the_samples(training_files):
     run = build(
-        stand_recipe(stand, "pairs", "data.packing=none", "batch.rows=0", "batch.samples=2", "budget.tokens=300")
+        tiny_recipe(
+            training_files, "pairs", "data.packing=none", "batch.rows=0", "batch.samples=2", "budget.tokens=300"
+        )
     )
     seen = []
     lanes = run.trainer.data.streams
@@ -39,7 +41,7 @@ def test_pairs_are_those_of_the_samples(stand):
     assert first["pairs"] >= causal_pairs(len(row[0]) for row in alone)
 
 
-def test_without_a_known_peak_there_is_no_share(stand):
-    run = build(stand_recipe(stand, "unknown", "budget.tokens=100"))
+def test_without_a_known_peak_there_is_no_share(training_files):
+    run = build(tiny_recipe(training_files, "unknown", "budget.tokens=100"))
     run.train()
     assert all("mfu" not in row for row in read_metrics(run.folder / "metrics.jsonl"))

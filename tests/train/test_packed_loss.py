@@ -1,4 +1,4 @@
-"""A packed row equals its parts: logits, loss and gradients, with pictures and with shared prefixes."""
+"""A packed sequence equals its samples: logits, loss and gradients, with images and shared prefixes."""
 
 import pytest
 import torch
@@ -147,7 +147,7 @@ def collate_with(batch, ids):
     return replace(batch, ids=ids)
 
 
-def test_pictures_of_a_row_go_to_their_own_slots():
+def test_images_of_a_sequence_go_to_their_own_placeholders():
     model, processor, row = build("llama", ROWS["no, one and three pictures"])
     batch = collate([row])
     media = features(model, processor, batch.media)

@@ -8,7 +8,7 @@ import torch
 
 from tests.train.finish import on_step
 from tests.train.ranks import run_ranks
-from tests.train.stand import stand_recipe, write_stand
+from tests.train.tiny_run import tiny_recipe, write_training_files
 from vila.train.build import build
 from vila.train.checkpoint import random_state, seed_everything, set_random_state
 
@@ -41,7 +41,7 @@ def test_ranks_and_steps_draw_different_numbers():
 
 def numbers_in_training(folder, out):
     drawn = []
-    run = build(stand_recipe(folder, out, "budget.tokens=400"))
+    run = build(tiny_recipe(folder, out, "budget.tokens=400"))
     run.trainer.callbacks.append(on_step(lambda trainer, facts: drawn.append(str(draw()))))
     run.trainer.run()
     run.trainer.checkpointer.wait()
@@ -49,7 +49,7 @@ def numbers_in_training(folder, out):
 
 
 def test_ranks_of_a_run_draw_different_numbers(tmp_path):
-    stand = write_stand(tmp_path)
-    ours, theirs = run_ranks(2, numbers_in_training, stand, "drawn")
+    training_files = write_training_files(tmp_path)
+    ours, theirs = run_ranks(2, numbers_in_training, training_files, "drawn")
     assert ours
     assert not set(ours) & set(theirs)

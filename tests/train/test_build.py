@@ -1,4 +1,4 @@
-"""Training: what learns, exact resume, and what is refused."""
+"""Training runs: trainable modules, exact resume, and errors."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.train.finish import on_step
-from tests.train.stand import stand_recipe, write_stand
+from tests.train.tiny_run import tiny_recipe, write_training_files
 from vila.core.errors import CheckpointError, DataError, Interrupted, RunChangedError, TrainingError
 from vila.core.files import sha256_tree
 from vila.train.build import build, is_finished, model_dir
@@ -17,8 +17,8 @@ from vila.train.metrics_log import read_metrics
 
 
 @pytest.fixture(scope="module")
-def stand(tmp_path_factory):
-    return write_stand(tmp_path_factory.mktemp("stand"))
+def training_files(tmp_path_factory):
+    return write_training_files(tmp_path_factory.mktemp("train"))
 
 
 def weights(folder):
@@ -36,8 +36,8 @@ def stop_after(step):
 
 
 @pytest.fixture(scope="module")
-def whole(stand):
-    recipe = stand_recipe(stand, "whole")
+def whole(training_files):
+    recipe = tiny_recipe(training_files, "whole")
     build(recipe).train()
     return recipe
 
@@ -53,10 +53,10 @@ def test_the_loss_falls_and_the_model_is_written(whole):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_stopped_run_goes_on_bit_for_bit(stand, dtype):
-    through = stand_recipe(stand, f"through-{dtype}", f"compute.dtype={dtype}")
+def test_a_stopped_run_resumes_bit_for_bit(training_files, dtype):
+    through = tiny_recipe(training_files, f"through-{dtype}", f"compute.dtype={dtype}")
     build(through).train()
-    stopped = stand_recipe(stand, f"stopped-{dtype}", f"compute.dtype={dtype}")
+    stopped = tiny_recipe(training_files, f"stopped-{dtype}", f"compute.dtype={dtype}")
     for step in (2, 5):
         with pytest.raises(Interrupted) as caught:
             build(stopped, callbacks=[stop_after(step)]).train()
@@ -69,11 +69,11 @@ def test_a_stopped_run_goes_on_bit_for_bit(stand, dtype):
 
 
 @pytest.mark.parametrize("micro", [1, 2, 4])
-def test_the_split_into_micro_batches_does_not_change_the_run(stand, micro):
-    recipe = stand_recipe(stand, f"micro-{micro}", "batch.rows=4", f"batch.micro={micro}")
+def test_the_split_into_micro_batches_does_not_change_the_run(training_files, micro):
+    recipe = tiny_recipe(training_files, f"micro-{micro}", "batch.rows=4", f"batch.micro={micro}")
     build(recipe).train()
     one = read_metrics(recipe.output.dir / "metrics.jsonl")
-    reference = stand_recipe(stand, "micro-ref", "batch.rows=4", "batch.micro=1")
+    reference = tiny_recipe(training_files, "micro-ref", "batch.rows=4", "batch.micro=1")
     if not is_finished(reference):
         build(reference).train()
     for row, other in zip(one, read_metrics(reference.output.dir / "metrics.jsonl"), strict=True):
@@ -89,9 +89,9 @@ def test_the_split_into_micro_batches_does_not_change_the_run(stand, micro):
         ("[vision]", {"vision_tower"}),
     ],
 )
-def test_each_stage_changes_what_it_tunes_and_nothing_else(stand, tune, learns):
-    recipe = stand_recipe(
-        stand,
+def test_each_stage_changes_its_trainable_modules_and_nothing_else(training_files, tune, learns):
+    recipe = tiny_recipe(
+        training_files,
         f"tune-{tune}",
         f"stage.tune={tune}",
         "stage.tune_embeddings=true",
@@ -100,31 +100,33 @@ def test_each_stage_changes_what_it_tunes_and_nothing_else(stand, tune, learns):
     )
     build(recipe).train()
     # The written model is rounded to bfloat16, so the reference is too.
-    before, after = load_file(stand / "base" / "model.safetensors"), weights(recipe.output.dir)
+    before, after = load_file(training_files / "base" / "model.safetensors"), weights(recipe.output.dir)
     changed = {n.split(".")[0] for n in after if not torch.equal(after[n], before[n].to(torch.bfloat16))}
     assert changed == learns
 
 
-def test_frozen_embeddings_stay(stand):
+def test_frozen_embeddings_stay(training_files):
     changes = ("stage.tune=[llm]", "stage.llm_parts=[]", "stage.tune_embeddings=false", "budget.tokens=300")
-    recipe = stand_recipe(stand, "embeddings", *changes)
+    recipe = tiny_recipe(training_files, "embeddings", *changes)
     build(recipe).train()
     name = "language_model.model.embed_tokens.weight"
-    before = load_file(stand / "base" / "model.safetensors")[name]
+    before = load_file(training_files / "base" / "model.safetensors")[name]
     assert torch.equal(weights(recipe.output.dir)[name], before.to(torch.bfloat16))
 
 
-def test_only_the_named_parts_of_the_llm_learn(stand):
-    recipe = stand_recipe(stand, "parts", "stage.tune=[llm]", "stage.llm_parts=[self_attn]", "budget.tokens=300")
+def test_only_the_named_parts_of_the_llm_are_trained(training_files):
+    recipe = tiny_recipe(
+        training_files, "parts", "stage.tune=[llm]", "stage.llm_parts=[self_attn]", "budget.tokens=300"
+    )
     build(recipe).train()
-    before, after = load_file(stand / "base" / "model.safetensors"), weights(recipe.output.dir)
+    before, after = load_file(training_files / "base" / "model.safetensors"), weights(recipe.output.dir)
     changed = {n for n in after if not torch.equal(after[n], before[n].to(torch.bfloat16))}
     assert changed == {n for n in after if ".self_attn." in n}
 
 
-def test_cached_features_give_the_same_training(stand, monkeypatch, tmp_path, whole):
+def test_cached_features_give_the_same_training(training_files, monkeypatch, tmp_path, whole):
     monkeypatch.setenv("VILA_CACHE", str(tmp_path))
-    recipe = stand_recipe(stand, "cached", "compute.feature_cache=true")
+    recipe = tiny_recipe(training_files, "cached", "compute.feature_cache=true")
     build(recipe).train()
     for row, other in zip(*(read_metrics(r.output.dir / "metrics.jsonl") for r in (recipe, whole)), strict=True):
         assert row["loss"] == pytest.approx(other["loss"], rel=1e-5)
@@ -135,17 +137,17 @@ def test_rows_are_full(whole):
     assert min(row["fill"] for row in rows) > 0.8
 
 
-def test_a_changed_recipe_is_refused_with_the_difference(stand):
-    recipe = stand_recipe(stand, "changed")
+def test_a_changed_recipe_is_refused_with_the_difference(training_files):
+    recipe = tiny_recipe(training_files, "changed")
     with pytest.raises(Interrupted):
         build(recipe, callbacks=[stop_after(1)]).train()
     with pytest.raises(RunChangedError) as caught:
-        build(stand_recipe(stand, "changed", "stage.lr=0.001"))
+        build(tiny_recipe(training_files, "changed", "stage.lr=0.001"))
     assert caught.value.differences == [("stage.lr", "0.005", "0.001")]
 
 
-def test_a_damaged_checkpoint_is_named_with_the_remedy(stand):
-    recipe = stand_recipe(stand, "damaged")
+def test_a_damaged_checkpoint_is_named_with_the_remedy(training_files):
+    recipe = tiny_recipe(training_files, "damaged")
     with pytest.raises(Interrupted):
         build(recipe, callbacks=[stop_after(1)]).train()
     file = next((recipe.output.dir / "checkpoint").glob("*/*.distcp"))
@@ -155,10 +157,10 @@ def test_a_damaged_checkpoint_is_named_with_the_remedy(stand):
     assert caught.value.file == str(file)
 
 
-def test_a_kill_during_a_save_leaves_the_checkpoint_before_it(stand, monkeypatch):
+def test_a_kill_during_a_save_leaves_the_checkpoint_before_it(training_files, monkeypatch):
     import vila.train.checkpoint as checkpoint
 
-    recipe = stand_recipe(stand, "killed", "output.checkpoint_every_steps=2", "output.async_save=false")
+    recipe = tiny_recipe(training_files, "killed", "output.checkpoint_every_steps=2", "output.async_save=false")
     real = checkpoint.write_json
 
     def die(path, value):
@@ -174,8 +176,8 @@ def test_a_kill_during_a_save_leaves_the_checkpoint_before_it(stand, monkeypatch
     assert build(recipe).trainer.progress.step == 2
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_ids(stand):
-    run = build(stand_recipe(stand, "nan"))
+def test_a_loss_that_is_not_finite_stops_with_the_ids(training_files):
+    run = build(tiny_recipe(training_files, "nan"))
     with torch.no_grad():
         run.model.projector[0].weight.fill_(float("nan"))
     with pytest.raises(TrainingError) as caught:
@@ -184,17 +186,17 @@ def test_a_loss_that_is_not_finite_stops_with_the_ids(stand):
     assert any(f"'{kind}{number}'" in caught.value.problem for kind in ("image", "text") for number in range(24))
 
 
-def test_a_sample_that_cannot_be_read_names_data_set_file_and_row(stand, tmp_path):
+def test_a_sample_that_cannot_be_read_names_data_set_file_and_row(training_files, tmp_path):
     (tmp_path / "bad.jsonl").write_text(2 * (json.dumps({"messages": [{"role": "user", "content": "?"}]}) + "\n"))
-    recipe = stand_recipe(stand, "bad", f"data.mixture=[{{format: messages, path: {tmp_path / 'bad.jsonl'}}}]")
+    recipe = tiny_recipe(training_files, "bad", f"data.mixture=[{{format: messages, path: {tmp_path / 'bad.jsonl'}}}]")
     with pytest.raises(DataError) as caught:
         build(recipe).train()
     assert caught.value.record in ("data set 'bad', sample 'bad/0'", "data set 'bad', sample 'bad/1'")
     assert (caught.value.field, caught.value.expected) == ("messages[0]", "assistant")
 
 
-def test_unfinished_lines_of_the_metrics_are_cut_on_resume(stand):
-    recipe = stand_recipe(stand, "metrics")
+def test_unfinished_lines_of_the_metrics_are_cut_on_resume(training_files):
+    recipe = tiny_recipe(training_files, "metrics")
     with pytest.raises(Interrupted):
         build(recipe, callbacks=[stop_after(3)]).train()
     path = recipe.output.dir / "metrics.jsonl"
