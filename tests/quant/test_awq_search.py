@@ -51,7 +51,7 @@ def test_a_block_is_searched_as_brute_force_does_it(case, length):
         np.testing.assert_allclose(scale.scale_I.numpy(), scales[fold], rtol=1e-5)
     assert {clip.linear for clip in found.clips} == {f"model.layers.0.{name}" for name in limits}
     # A group cut on both sides has its zero at 7.5 exactly: the last digit of a scale decides where it goes, and
-    # transformers computes norms and rotations in float32. On the very same input all limits are equal: test_awq_clip.py.
+    # transformers computes norms and rotations in float32. On the same input all limits are equal: test_awq_clip.py.
     same = [
         np.isclose(clip.limit_OG, limits[clip.linear.removeprefix("model.layers.0.")], rtol=1e-5).mean()
         for clip in found.clips
