@@ -47,7 +47,7 @@ def test_the_loss_falls_and_the_model_is_written(whole):
     assert rows[-1]["loss"] < 0.95 * rows[0]["loss"]
     assert rows[-1]["tokens_seen"] >= whole.budget.tokens > rows[-2]["tokens_seen"]
     assert is_finished(whole)
-    assert "Under way" not in (whole.output.dir / "report.html").read_text()
+    assert "In progress" not in (whole.output.dir / "report.html").read_text()
     assert not (whole.output.dir / "checkpoint").exists()
     assert {f.name for f in model_dir(whole).iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
 

@@ -84,11 +84,11 @@ def test_everything_that_a_run_leaves_is_on_the_page(folder):
     for part in (
         "vila_7b_3_sft",
         "Finished after 100 steps",
-        "tokens 10,000 200 pictures among them",
-        "tokens a second 50 over 3 min 20 s of training",
+        "tokens 10,000 200 images",
+        "tokens per second 50 over 3 min 20 s of training",
         "pope 60.0 % best of 3, at step 75",
         "pages 7,500 75.0 % 60.0 % 2",
-        "left out as too long 1",
+        "dropped as too long 1",
         "not readable 1",
         "supervised tokens 4,000 (40.0 %)",
         "answer 50",
@@ -115,14 +115,14 @@ def test_a_missing_file_leaves_its_section_out(folder, name):
 
 
 def test_a_folder_without_a_step_has_a_page(tmp_path):
-    assert "No step is done yet." in words(write_report(tmp_path))
+    assert "No step is finished yet." in words(write_report(tmp_path))
 
 
 def test_utilisation_and_memory_are_shown_where_they_are_known(folder):
-    assert "Model FLOPs used" not in words(write_report(folder))
+    assert "MFU" not in words(write_report(folder))
     write_rows(folder / "metrics.jsonl", [step(n, mfu=0.42, memory_gib=3.0) for n in range(1, 4)])
     text = words(write_report(folder))
-    assert "MFU 42.0 %" in text and "Most memory held" in text
+    assert "MFU 42.0 %" in text and "Peak memory" in text
 
 
 def test_a_long_run_is_a_small_page_that_keeps_the_spike(tmp_path):

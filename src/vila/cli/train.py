@@ -89,7 +89,8 @@ def train(
         run = build(resolved, events=events, allow_changes=allowed)
         run.trainer.callbacks += listeners_of(resolved, run.processor, events, benchmark)
         events.log(
-            f"{resolved.name}: {run.num_trainable:,} trainable parameters, {run.mixture.epoch_length:,} samples per epoch"
+            f"{resolved.name}: {run.num_trainable:,} trainable parameters, "
+            f"{run.mixture.epoch_length:,} samples per epoch"
         )
         if run.world.is_main:
             lines, shares = shares_of(run, origins.get("data.max_length", ""))

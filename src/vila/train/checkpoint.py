@@ -1,7 +1,7 @@
 """Training checkpoints: sharded tensors, everything else in JSON; written atomically.
 
 Tensors are written with `torch.distributed.checkpoint`, each rank its own shards, and can be loaded by another number
-of ranks. A background thread writes and hashes the files, in a directory that is renamed when all files are on the disk.
+of ranks. A background thread writes and hashes the files, in a directory that is renamed when all are on the disk.
 
     step-00000120/  .metadata __0_0.distcp ...  tensors
                     state.json                  format, progress, packing streams, recipe, versions

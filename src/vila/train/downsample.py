@@ -1,4 +1,4 @@
-"""A line of any length in bounded memory, for plots of runs with hundreds of thousands of steps."""
+"""Downsampled curves in bounded memory, for plots of runs with hundreds of thousands of steps."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ Point = tuple[float, float]
 
 
 @dataclass(slots=True)
-class _Stretch:
-    """Neighbouring points: where they begin and end, their sum, and the lowest and highest of them."""
+class _Interval:
+    """Consecutive points: first and last x, sum of y, and the lowest and highest point."""
 
     first: float
     last: float
@@ -19,8 +19,8 @@ class _Stretch:
     low: Point
     high: Point
 
-    def join(self, other: _Stretch) -> None:
-        """Take in the stretch that follows."""
+    def join(self, other: _Interval) -> None:
+        """Append the next interval."""
         self.last = other.last
         self.count += other.count
         self.total += other.total
@@ -28,51 +28,51 @@ class _Stretch:
 
 
 class Curve:
-    """Points that come in one by one; past `limit` of them neighbours are put together, two by two.
+    """Curve that is built point by point. Above `limit` intervals, neighbours are merged in pairs.
 
-    No spike is lost: a stretch keeps its lowest and its highest point beside its mean.
+    Spikes are kept: each interval stores its lowest and highest point besides its mean.
     """
 
     def __init__(self, limit: int = 500) -> None:
         self.limit = limit
         self.lost = 0
-        """Points left out because their value is not finite."""
+        """Number of points that were dropped because they are not finite."""
         self._size = 1
-        self._stretches: list[_Stretch] = []
+        self._intervals: list[_Interval] = []
 
     def add(self, x: float, y: float) -> None:
-        """The next point, in the order of x."""
+        """Add a point; x must not decrease."""
         if not math.isfinite(y):
             self.lost += 1
             return
-        new = _Stretch(x, x, 1, y, (x, y), (x, y))
-        if len(self._stretches) >= self.limit and self._stretches[-1].count == self._size:
+        new = _Interval(x, x, 1, y, (x, y), (x, y))
+        if len(self._intervals) >= self.limit and self._intervals[-1].count == self._size:
             self._halve()
-        if self._stretches and self._stretches[-1].count < self._size:
-            self._stretches[-1].join(new)
+        if self._intervals and self._intervals[-1].count < self._size:
+            self._intervals[-1].join(new)
         else:
-            self._stretches.append(new)
+            self._intervals.append(new)
 
     def _halve(self) -> None:
-        pairs = self._stretches
+        pairs = self._intervals
         for left, right in zip(pairs[::2], pairs[1::2], strict=False):
             left.join(right)
-        self._stretches = pairs[::2]
+        self._intervals = pairs[::2]
         self._size *= 2
 
     def __len__(self) -> int:
-        """Points that were added and kept."""
-        return sum(stretch.count for stretch in self._stretches)
+        """Return the number of finite points."""
+        return sum(interval.count for interval in self._intervals)
 
     @property
     def means(self) -> list[Point]:
-        """The mean of each stretch, in its middle."""
-        return [((s.first + s.last) / 2, s.total / s.count) for s in self._stretches]
+        """Mean of each interval, at its middle."""
+        return [((s.first + s.last) / 2, s.total / s.count) for s in self._intervals]
 
     @property
     def extremes(self) -> list[Point]:
-        """The lowest and highest point of each stretch, in the order of x; of a single point, the point."""
-        return [point for s in self._stretches for point in sorted({s.low, s.high})]
+        """Lowest and highest point of each interval in order of x; once if they are the same."""
+        return [point for s in self._intervals for point in sorted({s.low, s.high})]
 
 
 def _height(point: Point) -> float:

@@ -1,4 +1,4 @@
-"""`report.html` of a run: losses, evaluations, answers, throughput, data, skipped steps and samples; self-contained."""
+"""`report.html` of a run, self-contained: losses, evaluations, answers, throughput, data, skipped steps and samples."""
 
 from __future__ import annotations
 
@@ -20,21 +20,17 @@ from vila.train.checkpoint import checkpoint_folders
 from vila.train.downsample import Curve
 from vila.train.report_data import Row, StepCurves, ThinnedRecords, read_answers, read_evaluations, read_first_records
 
-# --- report_samples
-# Parts of a run's report that show single things: evaluations, answers to prompts, and what was skipped.
-
-
 _CARDS_SHOWN = 24
 _LONGEST = 600
-"""Characters of an answer or a reason that are shown."""
+"""Maximum number of characters of a displayed answer or reason."""
 
 
 def add_scores(page: Page, evaluations: Mapping[str, ThinnedRecords]) -> None:
-    """The scores of evaluations over time."""
+    """Add the scores of evaluations over time."""
     drawn = {name: rows.shown for name, rows in evaluations.items()}
     if not drawn:
         return
-    page.section("Evaluation", "A fixed choice of questions, asked again and again while the model learns.")
+    page.section("Evaluation", "Scores on a fixed set of questions during training.")
     series = [Series(name, [(row["step"], _score(row)) for row in rows]) for name, rows in drawn.items()]
     if any(len(rows) > 1 for rows in drawn.values()):
         page.plot(line_plot(series, title="Score", x_label="step"))
@@ -52,24 +48,22 @@ def add_scores(page: Page, evaluations: Mapping[str, ThinnedRecords]) -> None:
 
 
 def add_answers(page: Page, answers: Mapping[tuple[str, str], ThinnedRecords], folder: Path) -> None:
-    """The answers to each prompt, step by step. An image that cannot be read is named in its place.
+    """Add the answers to each prompt by step. An image that cannot be read is replaced by its error.
 
-    folder: of the run, which the paths of images are relative to.
+    folder: directory of the run, which image paths are relative to.
     """
     if not answers:
         return
-    page.section("Answers", "The same questions, answered greedily at several steps.")
+    page.section("Answers", "Fixed prompts, answered greedily during training.")
     shown = list(answers.items())[:_CARDS_SHOWN]
-    page.gallery(
-        [_card(prompt, image, rows.shown[-1], folder) for (prompt, image), rows in shown], "The newest answers."
-    )
+    page.gallery([_card(prompt, image, rows.shown[-1], folder) for (prompt, image), rows in shown], "Newest answers.")
     for (prompt, image), rows in shown:
         if rows.count > 1:
             about = f" ({Path(image).name})" if image else ""
             table = [[f"{row['step']:,}", _answer(row)] for row in rows.shown]
             page.details(_short(prompt, 120) + about).table(["step", "answer"], table)
     if len(answers) > len(shown):
-        page.text(f"{len(answers) - len(shown)} more questions are in answers.jsonl.")
+        page.text(f"{len(answers) - len(shown)} more prompts are in answers.jsonl.")
 
 
 def _card(prompt: str, image: str, row: Row, folder: Path) -> Card:
@@ -88,19 +82,19 @@ def _answer(row: Row) -> str:
 
 
 def add_trouble(page: Page, folder: Path) -> None:
-    """Steps that were left out, and samples that could not be read."""
+    """Add skipped steps, and samples that could not be read."""
     faults, fault_count = read_first_records(folder / "faults.jsonl", "position")
     bad, bad_count = read_first_records(folder / "bad_steps.jsonl")
     if not (fault_count or bad_count):
         return
-    page.section("Trouble", "What was skipped, and why.")
+    page.section("Skipped", "Skipped steps and samples, with reasons.")
     if bad_count:
         steps_of: list[list[Cell]] = [
             [f"{row['step']:,}", str(row.get("loss")), str(row.get("grad_norm")), _ids(row.get("ids", []))]
             for row in bad
         ]
         caption = _of(
-            len(bad), bad_count, "left out, for a loss or gradient that was not finite; weights stayed as they were"
+            len(bad), bad_count, "skipped, because loss or gradient was not finite; the weights were not updated"
         )
         page.table(["step", "loss", "gradient", "samples"], steps_of, caption)
     if fault_count:
@@ -115,7 +109,7 @@ def _score(row: Row) -> float:
 
 
 def write_score(row: Row) -> str | None:
-    """The score of an evaluation with its unit."""
+    """Return the score of an evaluation with its unit."""
     if row.get("score") is None:
         return None
     unit = str(row.get("unit", ""))
@@ -142,23 +136,24 @@ _LINES_DRAWN = 12
 
 
 def write_report(folder: Path) -> Path:
-    """Write `report.html` into a run's folder, from the files that the run has left there so far; returns its path.
+    """Write `report.html` of a run, finished or not, from the files in its directory; return its path.
 
-    Bounded in size and memory: longer runs are thinned, extremes kept. Files that are missing leave their section out.
-    Raises DataError naming file and line where one holds what is no JSON.
+    Size and memory are bounded: curves of long runs are downsampled, keeping extremes. Sections of missing files are
+    omitted.
+    Raises DataError naming file and line of invalid JSON.
     """
     return RunReport(folder).write()
 
 
 class RunReport:
-    """The report of a run that goes on: each `write` reads only the steps that came since the one before."""
+    """Report of a run in progress: each `write` reads only the steps since the last one."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._steps = StepCurves(folder / "metrics.jsonl")
 
     def write(self) -> Path:
-        """As `write_report`."""
+        """Write the report as `write_report` does."""
         self._steps.read()
         path = self.folder / "report.html"
         _page(self.folder, self._steps).save(path)
@@ -177,7 +172,7 @@ def _page(folder: Path, steps: StepCurves) -> Page:
     add_answers(page, read_answers(folder / "answers.jsonl"), folder)
     _optimizer(page, steps)
     _speed(page, steps)
-    _rows(page, steps)
+    _packing(page, steps)
     _data(page, steps, _planned(folder))
     add_trouble(page, folder)
     _origin(page, tree_to_yaml(dict(tree), folder) if recipe else "", _versions(folder, finished))
@@ -185,7 +180,7 @@ def _page(folder: Path, steps: StepCurves) -> Page:
 
 
 def _recipe(file: Path) -> tuple[str, Fields]:
-    """Return the text of a recipe and its values. Raises DataError naming the file if it is damaged."""
+    """Return the text of a recipe and its values. Raises DataError naming the file if it is not valid."""
     with file_errors(file):
         text = file.read_text(encoding="utf-8")
         tree = yaml.safe_load(text)
@@ -196,15 +191,15 @@ def _recipe(file: Path) -> tuple[str, Fields]:
 
 def _subtitle(recipe: Fields, steps: StepCurves, finished: bool) -> str:
     parts = ", ".join(recipe.section("stage").texts("tune", []))
-    learns = f"Learns: {parts}. " if parts else ""
+    learns = f"Trained modules: {parts}. " if parts else ""
     if not steps.last:
-        return f"{learns}No step is done yet."
+        return f"{learns}No step is finished yet."
     count = f"{steps.last['step']:,} step{'s' * (steps.last['step'] != 1)}"
-    return f"{learns}{'Finished after' if finished else 'Under way: this is the state after'} {count}."
+    return f"{learns}{'Finished after' if finished else 'In progress, after'} {count}."
 
 
 def _footer(folder: Path) -> str:
-    return f"Every step is in {folder.name}/metrics.jsonl. This file is complete in itself and loads nothing."
+    return f"All steps are in {folder.name}/metrics.jsonl. This file is self-contained."
 
 
 def _headline(page: Page, steps: StepCurves, evaluations: Mapping[str, ThinnedRecords]) -> None:
@@ -220,13 +215,13 @@ def _headline(page: Page, steps: StepCurves, evaluations: Mapping[str, ThinnedRe
         if rows.best is not None:
             tiles[name] = Figure(write_score(rows.best), f"best of {rows.count}, at step {rows.best['step']:,}")
     seen, seconds = last.get("tokens_seen"), last.get("seconds")
-    tiles["tokens"] = Figure(_rounded(seen), f"{steps.totals['images']:,} pictures among them")
+    tiles["tokens"] = Figure(_rounded(seen), f"{steps.totals['images']:,} images")
     if seen and seconds:
-        tiles["tokens a second"] = Figure(round(seen / seconds), f"over {write_seconds(seconds)} of training")
+        tiles["tokens per second"] = Figure(round(seen / seconds), f"over {write_seconds(seconds)} of training")
     if mfu := steps.curves.get("mfu"):
         means = mfu.means
         tiles["MFU"] = Figure(
-            write_percent(sum(y for _, y in means) / len(means) / 100), "model FLOPs used, on average"
+            write_percent(sum(y for _, y in means) / len(means) / 100), "model FLOPs utilisation, mean"
         )
     page.figures(tiles)
 
@@ -235,7 +230,7 @@ def _losses(page: Page, steps: StepCurves) -> None:
     loss = steps.curves.get("loss")
     if loss is None:
         return
-    page.section("Loss", "Nats per supervised token, over the whole batch of a step. Faint: steps; strong: smoothed.")
+    page.section("Loss", "Nats per supervised token of the global batch. Faint: every step; solid: smoothed.")
     page.plot(_drawing({"loss": loss}, "All data", log_y=True))
     named = sorted(steps.data_sets.items(), key=lambda item: -item[1].seen)
     if len(named) > 1:
@@ -253,27 +248,30 @@ def _optimizer(page: Page, steps: StepCurves) -> None:
     if rate is not None:
         page.plot(line_plot([Series("lr", rate.means)], title="Learning rate", x_label="step"))
     if norm is not None:
-        page.plot(_drawing({"norm": norm}, "Norm of the gradients, before clipping", log_y=True))
+        page.plot(_drawing({"norm": norm}, "Gradient norm before clipping", log_y=True))
 
 
 def _speed(page: Page, steps: StepCurves) -> None:
     speed, mfu, memory = (steps.curves.get(name) for name in ("tokens_per_second", "mfu", "memory_gib"))
     if speed is None:
         return
-    page.section("Speed", "Of all processes together; padding is not counted, and neither are checkpoints.")
-    page.plot(_drawing({"tokens a second": speed}, "Tokens a second"))
+    page.section("Speed", "Of all ranks together, without padding and without time for checkpoints.")
+    page.plot(_drawing({"tokens per second": speed}, "Tokens per second"))
     if mfu is not None:
-        page.plot(_drawing({"MFU": mfu}, "Model FLOPs used, percent of the devices' peak"))
+        page.plot(_drawing({"MFU": mfu}, "Model FLOPs utilisation, percent of the peak"))
     if memory is not None:
-        title = "Most memory held on one device so far, GiB"
+        title = "Peak memory of one device, GiB"
         page.plot(line_plot([Series("memory", memory.means)], title=title, x_label="step"))
 
 
-def _rows(page: Page, steps: StepCurves) -> None:
+def _packing(page: Page, steps: StepCurves) -> None:
     drawn = {name: curve for name, curve in steps.curves.items() if name in ("padding", "supervised")}
     if not drawn:
         return
-    page.section("Rows", "Padding: share of a step's places that hold nothing. Supervised: share of its tokens learnt.")
+    page.section(
+        "Packing",
+        "Padding: fraction of a step's positions without a token. Supervised: fraction of its tokens with a label.",
+    )
     page.plot(_drawing(drawn, "Percent of a step"))
 
 
@@ -282,9 +280,7 @@ def _data(page: Page, steps: StepCurves, planned: Mapping[str, float]) -> None:
     total = sum(seen.values())
     if not total:
         return
-    page.section(
-        "Data", "Where the tokens came from" + (", beside what an epoch holds by estimate." if planned else ".")
-    )
+    page.section("Data", "Tokens by data set" + (", and the estimated fractions of an epoch." if planned else "."))
     rows: list[list[Cell]] = []
     groups = []
     for name, count in sorted(seen.items(), key=lambda item: -item[1]):
@@ -296,16 +292,16 @@ def _data(page: Page, steps: StepCurves, planned: Mapping[str, float]) -> None:
         want = [] if not planned else [_percent(planned.get(name))]
         rows.append([name, count, write_percent(count / total), *want, losses[-1][1] if losses else None])
     if len(groups) > 1:
-        page.plot(bar_plot(groups[:_LINES_DRAWN], title="Share of tokens", write=write_percent, full=1.0))
-    page.table(["data set", "tokens", "share", *(["planned"] if planned else []), "loss, last"], rows)
+        page.plot(bar_plot(groups[:_LINES_DRAWN], title="Fraction of tokens", write=write_percent, full=1.0))
+    page.table(["data set", "tokens", "fraction", *(["planned"] if planned else []), "loss, last"], rows)
     totals = steps.totals
     page.table(
         (),
         [
             ("supervised tokens", f"{totals['supervised']:,} ({write_percent(totals['supervised'] / total)})"),
-            ("pictures", f"{totals['images']:,}"),
-            ("left out as too long", f"{totals['dropped']:,}"),
-            ("cut as too long", f"{totals['truncated']:,}"),
+            ("images", f"{totals['images']:,}"),
+            ("dropped as too long", f"{totals['dropped']:,}"),
+            ("truncated as too long", f"{totals['truncated']:,}"),
             ("not readable", f"{totals['faults']:,}"),
         ],
     )
@@ -314,7 +310,7 @@ def _data(page: Page, steps: StepCurves, planned: Mapping[str, float]) -> None:
 def _origin(page: Page, recipe: str, versions: Mapping[str, Any]) -> None:
     if not (recipe or versions):
         return
-    page.section("Recipe", "Everything that this run was told, defaults included.")
+    page.section("Recipe", "Resolved recipe of this run, with defaults.")
     if recipe:
         page.details("recipe.yaml").code(recipe)
     if versions:
@@ -322,16 +318,16 @@ def _origin(page: Page, recipe: str, versions: Mapping[str, Any]) -> None:
 
 
 def _drawing(curves: Mapping[str, Curve], title: str, *, log_y: bool = False, faint: bool = True) -> Markup:
-    """Curves over steps, smoothed where there are many points. faint: with the steps behind them."""
+    """Plot curves over steps, smoothed if there are many points. faint: also draw the unsmoothed points."""
     points = max(len(curve.means) for curve in curves.values())
-    # Smoothing that spans a good part of a short run would draw what never was.
+    # In short runs, smoothing would hide the actual values.
     smoothing = 0.9 if points > 100 else 0.7 if points > 30 else 0.0
     series = [Series(name, curve.means, curve.extremes if smoothing else ()) for name, curve in curves.items()]
     return line_plot(series, title=title, x_label="step", log_y=log_y, smoothing=smoothing, faint=faint)
 
 
 def _planned(folder: Path) -> dict[str, float]:
-    """Share of an epoch's tokens that each data set was estimated to bring, from `shares.json`; empty without it."""
+    """Return the estimated fraction of an epoch's tokens of each data set, from `shares.json`; empty without it."""
     path = folder / "shares.json"
     fields = Fields.of_file(path) if path.is_file() else Fields({}, path)
     tokens = {name: fields.number(name, maximum=1e18) for name in fields}
@@ -349,13 +345,13 @@ def _versions(folder: Path, finished: Fields) -> Mapping[str, Any]:
         except DataError:
             if path.exists():
                 raise
-            continue  # the thread that writes checkpoints has just deleted this one
+            continue  # the checkpoint thread deleted this one meanwhile
         return {**state.section("versions"), "processes": state.integer("world", 1)}
     return {}
 
 
 def _rounded(count: int | None) -> str | None:
-    """A count that fits a tile: 12,345, 307 M, 3.07 G."""
+    """Return a short form of a count: 12,345, 307 M, 3.07 G."""
     if count is None or count < 10**6:
         return None if count is None else f"{count:,}"
     scale, unit = (10**9, "G") if count >= 10**9 else (10**6, "M")

@@ -1,4 +1,4 @@
-"""The logs of a run, read line by line into bounded memory: the curves and counts of its report."""
+"""Read the logs of a run into bounded memory: curves, counts and thinned records for its report."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Row = dict[str, Any]
 
 @dataclass
 class DataSetCurve:
-    """What one data set brought so far: its loss, and tokens."""
+    """Loss curve and number of tokens of a data set."""
 
     loss: Curve = field(default_factory=Curve)
     seen: int = 0
@@ -28,9 +28,9 @@ class DataSetCurve:
 
 @dataclass
 class ThinnedRecords:
-    """Rows of a list of any length: the first, the newest, and evenly chosen ones between.
+    """Records of a log of any length: the first, the newest, and evenly spaced ones between.
 
-    best: the first of those with the highest `score`.
+    best: first record with the highest `score`.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -40,7 +40,7 @@ class ThinnedRecords:
     _newest: Row | None = None
 
     def add(self, row: Row) -> None:
-        """The next row."""
+        """Add the next record."""
         if self.count % self._every == 0:
             self.rows.append(row)
             if len(self.rows) > _ROWS_KEPT:
@@ -54,13 +54,13 @@ class ThinnedRecords:
 
     @property
     def shown(self) -> list[Row]:
-        """The rows that were kept, the newest one last."""
+        """Return the selected records, the newest one last."""
         newest = [] if self._newest is None or self.rows[-1] is self._newest else [self._newest]
         return [*self.rows, *newest]
 
 
 class StepCurves:
-    """The steps of `metrics.jsonl`; `read` takes in the lines that came since it was last called."""
+    """Curves and totals of `metrics.jsonl`; `read` adds the lines since its last call."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -74,7 +74,7 @@ class StepCurves:
         self.last: Row = {}
 
     def read(self) -> None:
-        """Take in new whole lines. A file that was cut back, as a run that goes on does, is read from its start."""
+        """Add new complete lines. A file that was truncated, as on resume, is read from its start."""
         if self._lines.was_cut():
             self._clear()
         for row in self._lines:
@@ -98,7 +98,7 @@ _PLAIN = ("loss", "lr", "grad_norm", "tokens_per_second", "memory_gib")
 
 
 def _drawn(row: Row) -> dict[str, float]:
-    """The values of a step that are drawn over time; shares in percent."""
+    """Return the plotted values of a step; fractions in percent."""
     out = {name: row[name] for name in _PLAIN if row.get(name) is not None}
     if row.get("mfu") is not None:
         out["mfu"] = 100 * row["mfu"]
@@ -110,41 +110,41 @@ def _drawn(row: Row) -> dict[str, float]:
 
 
 class LogReader:
-    """The whole lines of a log of a run, each once however often it is iterated; a half-written one waits.
+    """Iterates over the complete lines of a log; further iterations yield only new lines.
 
-    Iterating raises DataError naming file and line for one that is not an object with a count at `key`.
+    Raises DataError naming file and line for a record that is not an object with a count at `key`.
     """
 
     def __init__(self, path: Path, key: str = "step") -> None:
         self.path, self.key = path, key
-        self._place = 0
+        self._offset = 0
         self._number = 0
         self._tail = b""
 
     @property
     def record(self) -> str:
-        """Location of the newest line, for messages."""
+        """Location of the last line, for errors."""
         return f"line {self._number}"
 
     def was_cut(self) -> bool:
-        """Whether the file is no longer the one that was read: shorter, or with another end of what was read."""
-        if not self._place:
+        """Whether the part of the file that was read has changed: it is shorter, or its last line differs."""
+        if not self._offset:
             return False
-        if not self.path.is_file() or self.path.stat().st_size < self._place:
+        if not self.path.is_file() or self.path.stat().st_size < self._offset:
             return True
         with self.path.open("rb") as stream:
-            stream.seek(self._place - len(self._tail))
+            stream.seek(self._offset - len(self._tail))
             return stream.read(len(self._tail)) != self._tail
 
     def __iter__(self) -> Iterator[Row]:
         if not self.path.is_file():
             return
         with self.path.open("rb") as stream:
-            stream.seek(self._place)
+            stream.seek(self._offset)
             for line in stream:
                 if not line.endswith(b"\n"):
                     return
-                self._place += len(line)
+                self._offset += len(line)
                 self._number += 1
                 self._tail = line
                 row = parse_json(line, file=self.path, record=self.record)
@@ -153,7 +153,7 @@ class LogReader:
 
 
 def read_answers(path: Path) -> dict[tuple[str, str], ThinnedRecords]:
-    """Answers by prompt and picture, in the order in which they were first asked."""
+    """Read answers by prompt and image, in order of first appearance."""
     out: dict[tuple[str, str], ThinnedRecords] = {}
     for row in (lines := LogReader(path)):
         with file_errors(path, DataError, record=lines.record):
@@ -162,7 +162,7 @@ def read_answers(path: Path) -> dict[tuple[str, str], ThinnedRecords]:
 
 
 def read_evaluations(path: Path) -> dict[str, ThinnedRecords]:
-    """Evaluations by benchmark."""
+    """Read evaluations by benchmark."""
     out: dict[str, ThinnedRecords] = {}
     for row in (lines := LogReader(path)):
         with file_errors(path, DataError, record=lines.record):
@@ -171,7 +171,7 @@ def read_evaluations(path: Path) -> dict[str, ThinnedRecords]:
 
 
 def read_first_records(path: Path, key: str = "step") -> tuple[list[Row], int]:
-    """The first few rows of a file, and how many it has. key: of the count that every row has."""
+    """Return the first records of a log, and their total number. key: field with the count of each record."""
     rows: list[Row] = []
     count = 0
     for count, row in enumerate(LogReader(path, key), start=1):
