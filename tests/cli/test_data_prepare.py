@@ -17,7 +17,7 @@ from tests.prepare.test_pkl import write as write_pickle
 from tests.prepare.test_records_json import record
 from vila.cli.data_prepare import FLAGS
 from vila.media.bulk_download import DownloadOptions
-from vila.prepare import coyo, flan, llava_align, m3it, mmc4, pkl, sharegpt4v
+from vila.prepare import coyo, flan, llava_align, m3it, mmc4, pkl, sharegpt4v, work_units
 from vila.prepare.download import ResizeRule
 from vila.prepare.shards import read_tar
 
@@ -135,7 +135,7 @@ def test_sharegpt4v_leaves_out_sam_unless_it_is_kept(prepare, tmp_path):
     (tmp_path / "1.jpg").write_bytes(jpeg(1))
     code, counts, _, err = prepare("sharegpt4v", tmp_path / "s.json", "--output", tmp_path / "o")
     assert code == 0, err
-    assert counts == {"in": 2, "out": 1, "dropped: an SA-1B picture": 1}
+    assert counts == {"in": 2, "out": 1, "dropped: an SA-1B image": 1}
     assert len(json.loads((tmp_path / "o" / "s.json").read_text())) == 1
     kept = ("sharegpt4v", tmp_path / "s.json", "--keep-sam")
     assert prepare(*kept, "--output", tmp_path / "p")[1] == {"in": 2, "out": 2}
@@ -159,7 +159,7 @@ def test_pickles_become_shards_of_their_kind(prepare, tmp_path):
 def test_ctrl_c_says_that_it_goes_on_and_the_same_command_does(prepare, tmp_path, monkeypatch):
     paths = write_tables(tmp_path / "in", (3, 3, 3))
     command = ("flan", *paths, "--num-rows", 5, "--output")
-    real, parts = flan.write_unit, []
+    real, parts = work_units.write_unit, []
 
     def press(out, unit, *rest):
         if parts:
@@ -167,11 +167,11 @@ def test_ctrl_c_says_that_it_goes_on_and_the_same_command_does(prepare, tmp_path
         parts.append(unit)
         real(out, unit, *rest)
 
-    monkeypatch.setattr(flan, "write_unit", press)
+    monkeypatch.setattr(work_units, "write_unit", press)
     code, _, _, err = prepare(*command, tmp_path / "o")
     assert code == 130
     assert "interrupted" in err
-    monkeypatch.setattr(flan, "write_unit", lambda out, unit, *rest: (parts.append(unit), real(out, unit, *rest)))
+    monkeypatch.setattr(work_units, "write_unit", lambda out, unit, *rest: (parts.append(unit), real(out, unit, *rest)))
     code, counts, _, _ = prepare(*command, tmp_path / "o")
     assert (code, counts["in"], parts) == (0, 5, ["flan-00000", "flan-00001", "flan-00002"])
     prepare(*command, tmp_path / "whole")
@@ -219,9 +219,9 @@ def test_every_option_of_a_step_is_a_flag_with_help_and_its_default(command):
         for name, option in inspect.signature(step).parameters.items():
             if option.default is inspect.Parameter.empty or name in ("events", "shard"):
                 continue
-            if name == "rules":
+            if name == "options":
                 assert {name for name, *_ in FLAGS.values()} <= flags.keys()
             elif name == "resize":
-                assert {one.name: flags[one.name].default for one in fields(ResizeRule)} == option.default.facts
+                assert {one.name: flags[one.name].default for one in fields(ResizeRule)} == option.default.settings
             else:
                 assert flags[FLAG_NAMES.get(name, name)].default == option.default

@@ -1,4 +1,4 @@
-"""A server on this machine that hands out pictures, and misbehaves in every way that servers do."""
+"""Local HTTP server for images that simulates every kind of server failure."""
 
 import io
 import struct
@@ -14,14 +14,14 @@ from PIL import Image
 
 
 def jpeg(number: int, size: tuple[int, int] = (24, 16)) -> bytes:
-    """A small picture of its own colour."""
+    """A small image with a colour that depends on `number`."""
     stream = io.BytesIO()
     Image.new("RGB", size, (number * 37 % 256, number * 91 % 256, number % 256)).save(stream, "JPEG")
     return stream.getvalue()
 
 
 def bomb() -> bytes:
-    """A PNG of a few bytes whose header promises 100,000 x 100,000 pixels."""
+    """A PNG of a few bytes whose header announces 100,000 x 100,000 pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -33,7 +33,7 @@ def bomb() -> bytes:
 
 
 class ImageServer(ThreadingHTTPServer):
-    """Counts requests by path, and how many ran at once."""
+    """Counts requests by path, and the maximum number of concurrent ones."""
 
     daemon_threads = True
     request_queue_size = 512
@@ -63,7 +63,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.server.delay_s:
             time.sleep(self.server.delay_s)
         with self.server.lock:
-            self.server.running -= 1  # before the answer, after which the client may already ask again
+            self.server.running -= 1  # before the response, after which the client may send the next request
         with suppress(OSError):
             self._serve(self.path.strip("/").split("/"), asked)
 
@@ -122,7 +122,7 @@ class Handler(BaseHTTPRequestHandler):
         elif kind == "noai":
             self._send(200, jpeg(1), {"X-Robots-Tag": "noindex, noai"})
         else:
-            self._send(404, b"no such picture")
+            self._send(404, b"not found")
 
     def _send(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
         self._head(status, {"Content-Length": str(len(body)), **(headers or {})})

@@ -1,4 +1,4 @@
-"""COYO: which rows are chosen, in what order, and what becomes of them."""
+"""COYO: selection of rows, their order, and the downloaded pairs."""
 
 import json
 import math
@@ -34,7 +34,7 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_the_best_share_over_the_threshold_is_chosen_best_first():
+def test_the_best_share_above_the_threshold_is_selected_best_first():
     scores = [0.1, 0.9, math.nan, 0.7, 0.8, 0.65, 0.9, 0.2, 0.3, 0.4]
     assert best_rows(scores, 0.2, 0.6) == [1, 6]
     assert best_rows(scores, 0.5, 0.85) == [1, 6]
@@ -44,10 +44,10 @@ def test_the_best_share_over_the_threshold_is_chosen_best_first():
     assert best_rows([0.6, 0.600001], None, 0.6) == [1]
 
 
-def test_selection_sums_both_similarities_and_counts_who_stays_out(tmp_path):
+def test_selection_sums_both_similarities_and_counts_the_other_rows(tmp_path):
     path = write_table(tmp_path / "part-0.parquet", "http://h", [0.7, 0.5, 0.9, None, 0.8, 0.65, 0.1, 0.2, 0.3, 0.4])
-    (chosen,) = select_coyo([path], tmp_path / "out", share=0.2)
-    assert lines(chosen) == [
+    (selected,) = select_coyo([path], tmp_path / "out", share=0.2)
+    assert lines(selected) == [
         {"id": 102, "url": "http://h/good/2", "text": "caption 2", "clip_sim": 0.9},
         {"id": 104, "url": "http://h/good/4", "text": "caption 4", "clip_sim": 0.8},
     ]
@@ -71,8 +71,8 @@ def test_pairs_are_downloaded_and_failures_are_dropped_by_reason(tmp_path):
     with serving() as server:
         columns = {"url": [server.home + path for path in ("/good/4", "/missing", "/good/6", "/html")]}
         path = write_table(tmp_path / "p.parquet", server.home, [0.9, 0.8, 0.7, 0.65], **columns)
-        chosen = select_coyo([path], tmp_path / "lists", share=None)
-        index = prepare_coyo(chosen, tmp_path / "out", rules=RULES, resize=KEEP_ORIGINAL)
+        selected = select_coyo([path], tmp_path / "lists", share=None)
+        index = prepare_coyo(selected, tmp_path / "out", options=RULES, resize=KEEP_ORIGINAL)
     got = {one.key: dict(one.members) for one in read_tar(tmp_path / "out" / "coyo-000000.tar")}
     assert list(got) == ["p-0000-000001", "p-0000-000003"]
     assert got["p-0000-000003"]["jpg"] == jpeg(6) and got["p-0000-000003"]["txt"] == b"caption 2"
@@ -81,14 +81,12 @@ def test_pairs_are_downloaded_and_failures_are_dropped_by_reason(tmp_path):
     assert index["counts"]["dropped"] == {"http_404": 1, "not_an_image": 1}
 
 
-@pytest.mark.parametrize("options, message", [
-    ({"share": None, "threshold": None}, "share and threshold are both none"),
-    ({"share": 1.5}, "share: 1.5; expected a number over 0, at most 1"),
-])  # fmt: skip
-def test_a_selection_that_selects_nothing_or_all_is_refused(tmp_path, options, message):
+@pytest.mark.parametrize("options, field", [({"share": None, "threshold": None}, None), ({"share": 1.5}, "share")])
+def test_invalid_selection_criteria_are_refused(tmp_path, options, field):
     path = write_table(tmp_path / "p.parquet", "http://h", [0.7])
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError) as caught:
         select_coyo([path], tmp_path / "out", **options)
+    assert caught.value.field == field
 
 
 def test_a_table_without_the_scores_is_named(tmp_path):

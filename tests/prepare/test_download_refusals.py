@@ -1,4 +1,4 @@
-"""Every way in which a server fails, seen from a document: the picture is left out, counted by kind and listed."""
+"""Every kind of server failure: the image is left out, counted by kind and listed."""
 
 from contextlib import contextmanager
 from dataclasses import replace
@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from tests.prepare.image_server import Handler, jpeg, serving
-from tests.prepare.test_download import RULES, document, failures, samples, write_shard
+from tests.prepare.test_download import OPTIONS, document, failures, samples, write_shard
 from vila.prepare.download import KEEP_ORIGINAL
 from vila.prepare.mmc4 import prepare_mmc4
 
@@ -42,15 +42,15 @@ def failing():
 
 
 @pytest.mark.parametrize("path", FAILURES)
-def test_a_picture_that_the_server_does_not_give_is_left_out_counted_and_listed(path, tmp_path):
+def test_a_failed_image_is_left_out_counted_and_listed(path, tmp_path):
     kind, attempts = FAILURES[path]
-    rules = replace(RULES, **QUICK) if kind == "timeout" else RULES
+    options = replace(OPTIONS, **QUICK) if kind == "timeout" else OPTIONS
     with failing() as server:
         shard = write_shard(tmp_path / "a.jsonl", [document(server.home, path, "/good/1", "/busy/a", "/shaky/a")])
-        index = prepare_mmc4([shard], tmp_path / "out", rules=rules, resize=KEEP_ORIGINAL)
+        index = prepare_mmc4([shard], tmp_path / "out", options=options, resize=KEEP_ORIGINAL)
         (listed,) = failures(tmp_path / "out")
         assert (listed["url"], listed["kind"], listed["attempts"]) == (server.home + path, kind, attempts)
     ((_, members),) = samples(tmp_path / "out").items()
-    # What failed once with 429 or 500 was asked for again.
+    # Single failures with 429 or 500 were retried.
     assert [members[f"{n}.jpg"] for n in range(3)] == [jpeg(1)] * 3
     assert index["counts"]["noted"] == {"documents without some image": 1, kind: 1}

@@ -1,4 +1,4 @@
-"""kill -9 at random moments of a download, then again until it is done: the result is that of a run left alone."""
+"""A download killed with SIGKILL at random moments and resumed gives the result of an uninterrupted one."""
 
 import json
 import random
@@ -18,11 +18,11 @@ import sys
 from pathlib import Path
 from vila.media.bulk_download import DownloadOptions
 from vila.prepare.mmc4 import prepare_mmc4
-rules = DownloadOptions(
+options = DownloadOptions(
     max_connections={IN_FLIGHT}, max_connections_per_host=64, host_delay_s=0, initial_backoff_s=0.01, allow_private=True
 )
 source, out = map(Path, sys.argv[1:])
-prepare_mmc4(sorted(source.glob("*.jsonl")), out, rules=rules, per_shard=5)
+prepare_mmc4(sorted(source.glob("*.jsonl")), out, options=options, per_shard=5)
 """
 
 
@@ -49,7 +49,7 @@ def finish(process: subprocess.Popen) -> None:
 
 
 def killed(process: subprocess.Popen, server: ImageServer, after_requests: int, wait_s: float) -> bool:
-    """Kill it when the server has seen so many more requests, and a moment later; False when it was done before."""
+    """Kill it `wait_s` after the server got `after_requests` more requests; False if it ended before."""
     until = server.asked.total() + after_requests
     while process.poll() is None and server.asked.total() < until:
         time.sleep(0.001)
@@ -86,10 +86,10 @@ def compare(tmp_path: Path, kills: int, documents: int) -> None:
     assert again == alone
 
 
-def test_a_download_that_is_killed_three_times_ends_as_if_it_had_not(tmp_path):
+def test_a_download_killed_three_times_equals_an_uninterrupted_one(tmp_path):
     compare(tmp_path, kills=3, documents=8)
 
 
 @pytest.mark.slow
-def test_a_download_that_is_killed_twenty_times_ends_as_if_it_had_not(tmp_path):
+def test_a_download_killed_twenty_times_equals_an_uninterrupted_one(tmp_path):
     compare(tmp_path, kills=20, documents=100)

@@ -1,4 +1,4 @@
-"""The licences of the data sets, and the file that is made from them."""
+"""Licences of the data sets, and the generated file."""
 
 from pathlib import Path
 
@@ -8,11 +8,11 @@ from vila.prepare.m3it import SETS
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_file_in_the_repository_is_what_the_data_say():
+def test_the_file_in_the_repository_is_up_to_date():
     assert (ROOT / "data" / "LICENSE").read_text(encoding="utf-8") == licence_text()
 
 
-def test_every_set_that_a_step_prepares_is_listed_once_with_a_source():
+def test_every_prepared_set_is_listed_once_with_a_source():
     names = [entry.name for entry in data_licences()]
     assert len(names) == len(set(names))
     assert all(entry.source.startswith("https://") for entry in data_licences())

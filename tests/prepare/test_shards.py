@@ -1,4 +1,4 @@
-"""Shards, parts and the resize rule: the small laws that the steps stand on."""
+"""Shards, work units, counts and the resize rule."""
 
 import io
 from collections import Counter
@@ -30,44 +30,47 @@ def test_a_shard_reads_back_and_equal_samples_give_equal_bytes(tmp_path):
 
 
 @pytest.mark.parametrize("cut", [100, 700, 1500, 3000])
-def test_a_shard_that_is_cut_short_is_an_error_that_names_it(tmp_path, cut):
+def test_a_truncated_shard_is_refused_by_name(tmp_path, cut):
     write_tar(tmp_path / "a.tar", SAMPLES)
     (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:cut])
     with pytest.raises(DataError) as caught:
         list(read_tar(tmp_path / "a.tar"))
-    assert caught.value.file == str(tmp_path / "a.tar") and "prepare it again" in caught.value.hint
+    assert caught.value.file == str(tmp_path / "a.tar") and caught.value.hint
 
 
-def test_keys_that_a_reader_would_split_are_refused_and_made_safe(tmp_path):
-    with pytest.raises(DataError, match="the key 'a.b'"):
+def test_invalid_keys_are_refused_and_made_safe(tmp_path):
+    with pytest.raises(DataError) as caught:
         write_tar(tmp_path / "a.tar", [TarSample("a.b", (("txt", b""),))])
+    assert (caught.value.field, caught.value.value) == ("key", "a.b")
     assert safe_key("docs shard/1.v3") == "docs_shard_1_v3"
 
 
 @pytest.mark.parametrize("total, size", [(0, 3), (1, 3), (9, 3), (10, 3), (10, 4), (1000, 999)])
-def test_ranges_are_even_whole_and_no_larger_than_asked(total, size):
+def test_ranges_are_even_complete_and_bounded(total, size):
     ranges = even_ranges(total, size)
     assert [row for begin, end in ranges for row in range(begin, end)] == list(range(total))
     sizes = [end - begin for begin, end in ranges]
     assert not sizes or (max(sizes) <= size and max(sizes) - min(sizes) <= 1)
 
 
-def test_workers_get_disjoint_shares_that_are_the_whole():
+def test_workers_get_disjoint_units_that_cover_all():
     names = [str(n) for n in range(11)]
     shares = [units_of_worker(names, (k, 4)) for k in range(4)]
     assert Counter(name for share in shares for name in share) == Counter(names)
-    with pytest.raises(ConfigError, match="shard 4 of 4: expected a number from 0 to 3"):
+    with pytest.raises(ConfigError) as caught:
         units_of_worker(names, (4, 4))
+    assert (caught.value.field, caught.value.value) == ("shard", 4)
 
 
-def test_inputs_that_would_share_a_name_are_refused():
-    with pytest.raises(ConfigError, match="would both become unit 'a'"):
+def test_inputs_with_equal_unit_names_are_refused():
+    with pytest.raises(ConfigError) as caught:
         unit_names([Path("x/a.jsonl"), Path("y/a.jsonl.gz")])
-    with pytest.raises(ConfigError, match="no input files"):
+    assert caught.value.file == "y/a.jsonl.gz"
+    with pytest.raises(ConfigError):
         unit_names([])
 
 
-def test_counts_add_up_and_read_as_a_sentence():
+def test_counts_are_summed_and_printed():
     one, two = Counts(3, 1), Counts(4, 4)
     one.dropped.update({"no image": 2})
     total = Counts.total([Fields(stored.as_json(), "a.json") for stored in (one, two)])
@@ -79,12 +82,12 @@ def test_counts_add_up_and_read_as_a_sentence():
     ((1000, 500), (672, 336)), ((500, 1000), (336, 672)), ((337, 337), (336, 336)), ((336, 5000), (336, 5000)),
     ((10, 20), (10, 20)), ((1001, 777), (433, 336)),
 ])  # fmt: skip
-def test_only_a_short_side_over_the_limit_is_shrunk_to_it(size, shrunk):
+def test_only_a_short_side_above_the_limit_is_resized(size, shrunk):
     assert shrunk_size(size, 336) == shrunk
     assert shrunk_size(size, None) == size
 
 
-def test_a_picture_that_is_small_enough_keeps_its_bytes_and_a_large_one_becomes_jpeg():
+def test_a_small_image_keeps_its_bytes_and_a_large_one_becomes_jpeg():
     for content, extension in ((jpeg(1), "jpg"), (encoded("PNG"), "png"), (encoded("WEBP"), "webp")):
         kept = encode_image(content, ResizeRule())
         assert (kept.content, kept.extension) == (content, extension)
@@ -102,14 +105,14 @@ def noise() -> bytes:
 
 
 @pytest.mark.parametrize("kind, mode", [("GIF", "P"), ("BMP", "RGB"), ("TIFF", "RGB")])
-def test_rare_formats_are_written_in_one_that_readers_know(kind, mode):
+def test_other_formats_become_jpeg_or_png(kind, mode):
     content = encoded(kind, mode=mode)
     assert encode_image(content, ResizeRule()).extension == "jpg"
     lossless = encode_image(content, KEEP_ORIGINAL)
     assert lossless.extension == "png" and Image.open(io.BytesIO(lossless.content)).size == (40, 30)
 
 
-def test_an_image_that_is_encoded_anew_keeps_its_orientation_and_no_other_exif():
+def test_a_re_encoded_image_keeps_only_the_exif_orientation():
     exif, stream = Image.Exif(), io.BytesIO()
     exif[0x0112], exif[0x010E] = 6, "secret place"
     Image.new("RGB", (1000, 500)).save(stream, "JPEG", exif=exif)
@@ -118,20 +121,22 @@ def test_an_image_that_is_encoded_anew_keeps_its_orientation_and_no_other_exif()
     assert encode_image(stream.getvalue(), KEEP_ORIGINAL).content == stream.getvalue()
 
 
-def test_what_is_too_large_or_no_picture_is_refused():
+def test_too_large_images_and_other_content_are_refused():
     with pytest.raises(MediaError) as caught:
         encode_image(encoded("PNG"), KEEP_ORIGINAL, max_pixels=1000)
     assert caught.value.field == "image_pixels"
-    with pytest.raises(MediaError, match="not an image"):
+    with pytest.raises(MediaError):
         encode_image(b"<html>", KEEP_ORIGINAL)
 
 
-@pytest.mark.parametrize("options, message", [({"short_side": 0}, "short_side: 0"), ({"quality": 101}, "quality: 101")])
-def test_rules_that_make_no_sense_are_refused(options, message):
-    with pytest.raises(ConfigError, match=message):
-        ResizeRule(**options)
+@pytest.mark.parametrize("name, value", [("short_side", 0), ("quality", 101)])
+def test_invalid_resize_rules_are_refused(name, value):
+    with pytest.raises(ConfigError) as caught:
+        ResizeRule(**{name: value})
+    assert (caught.value.field, caught.value.value) == (f"resize.{name}", value)
 
 
-def test_inputs_that_are_missing_are_all_named(tmp_path):
-    with pytest.raises(ConfigError, match=r"missing inputs: 2 problems\n  - .*a\.jsonl\n  - .*b\.jsonl"):
+def test_all_missing_inputs_are_named(tmp_path):
+    with pytest.raises(ConfigError) as caught:
         inputs_hash(unit_names([tmp_path / "a.jsonl", tmp_path / "b.jsonl"]))
+    assert all(str(tmp_path / name) in str(caught.value) for name in ("a.jsonl", "b.jsonl"))

@@ -205,7 +205,7 @@ def mmc4(
             sources,
             out,
             drop_incomplete=drop_incomplete,
-            rules=rules,
+            options=rules,
             resize=resize,
             per_shard=samples_per_shard,
             shard=own,
@@ -253,7 +253,7 @@ def coyo(
             index = prepare_coyo(
                 chosen[0],
                 out,
-                rules=rules,
+                options=rules,
                 resize=resize,
                 per_shard=samples_per_shard,
                 shard=own,

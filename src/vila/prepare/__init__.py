@@ -1,1 +1,1 @@
-"""Data preparation: from what was published to shards that the formats of `vila.data` read. Nothing here trains."""
+"""Preparation of public data sets: download, check and convert them to shards (`vila data prepare`)."""

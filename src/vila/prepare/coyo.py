@@ -1,6 +1,6 @@
-"""COYO-700M: pairs of alt-text and image URL with CLIP similarities, of which stage 2 of VILA takes the best.
+"""COYO-700M: pairs of alt-text and image URL with CLIP similarities; stage 2 of VILA uses the most similar ones.
 
-Two steps. `select_coyo` turns each parquet file into lists of chosen rows; `prepare_coyo` downloads those lists.
+Two steps: `select_coyo` writes lists of the selected rows of each parquet file, `prepare_coyo` downloads the lists.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from vila.prepare.shards import TarSample, json_member, safe_key
 from vila.prepare.work_units import Counts, check_settings, inputs_hash, locks_output, unit_names, units_of_worker
 
 ROWS_PER_UNIT = 12_440
-"""Rows of one list, and so of one work unit; the original's parts hold as many."""
+"""Rows of one list, which is one work unit; as in the released code."""
 _SCORES = ("clip_similarity_vitb32", "clip_similarity_vitl14")
 
 
@@ -45,18 +45,18 @@ def select_coyo(
     shard: tuple[int, int] = (0, 1),
     events: Events = SILENT,
 ) -> list[Path]:
-    """Write `OUT/FILE-0000.jsonl` and so on: the chosen rows of each parquet file, best first: id, url, text, clip_sim.
+    """Write `OUT/FILE-0000.jsonl` and so on: the selected rows (id, url, text, clip_sim), best first.
 
-    clip_sim is the sum of both published similarities. Both rules hold where both are given: a row must be over
-    `threshold` and among the best `share` of all rows of its file. The original takes 20 % and stops when 0.6 leaves
-    fewer; ours takes what is left and counts the rest.
-    With `shard` = (k, n) worker k selects from every n-th file. Returns the lists of this worker, also on a second
-    call, which does nothing else. `OUT/FILE.selected.json` holds the counts.
+    clip_sim is the sum of both published similarities. A row is selected if clip_sim exceeds `threshold` and the row is
+    in the best `share` of all rows of its file; None disables a criterion. The released code takes 20 % and fails if
+    0.6 leaves fewer; here the remaining rows are taken and the others counted.
+    Worker `shard` = (k, n) processes every n-th file. Returns the lists of this worker; existing ones are not written
+    again. `OUT/FILE.selected.json` contains the counts.
     """
     if share is None and threshold is None:
-        raise ConfigError("share and threshold are both none; give at least one, or download the files as they are")
+        raise ConfigError("share and threshold are both None", hint="give one, or download the files without selection")
     if share is not None and not 0 < share <= 1:
-        raise ConfigError(f"share: {share}; expected a number over 0, at most 1")
+        raise ConfigError(field="share", value=share, expected="a number over 0, at most 1")
     units = unit_names(sources)
     rule = {"share": share, "threshold": threshold, "rows_per_unit": rows_per_unit}
     check_settings(out, {"step": "coyo selection", **rule, "inputs": inputs_hash(units)})
@@ -73,13 +73,13 @@ def select_coyo(
 
 
 def read_selection(record: Path) -> tuple[list[Path], Fields]:
-    """Read `FILE.selected.json`: the lists that were written, and their counts. Raises DataError if it is damaged."""
-    facts = Fields.of_file(record)
-    return [record.parent / file for file in facts.texts("files")], facts.section("counts")
+    """Read `FILE.selected.json`: the lists that were written, and the counts. Raises DataError if it is damaged."""
+    fields = Fields.of_file(record)
+    return [record.parent / file for file in fields.texts("files")], fields.section("counts")
 
 
 def best_rows(scores: Sequence[float], share: float | None, threshold: float | None) -> list[int]:
-    """Indices of the chosen scores, best first; equal scores in their own order, NaN never chosen.
+    """Return the indices of the selected scores, best first; ties keep their order, NaN is never selected.
 
     >>> best_rows([0.5, 0.9, 0.7, 0.9], share=0.5, threshold=0.6)
     [1, 3]
@@ -94,7 +94,7 @@ def prepare_coyo(
     lists: Sequence[Path],
     out: Path,
     *,
-    rules: DownloadOptions = DEFAULT_OPTIONS,
+    options: DownloadOptions = DEFAULT_OPTIONS,
     resize: ResizeRule = SHORT_SIDE_336,
     per_shard: int = 10_000,
     shard: tuple[int, int] = (0, 1),
@@ -103,14 +103,14 @@ def prepare_coyo(
 ) -> dict[str, Any] | None:
     """Download selected pairs to `OUT/coyo-000000.tar` and so on: `KEY.jpg`, `KEY.txt`, `KEY.json` (id, url, clip_sim).
 
-    lists: those of all workers, the same on every worker; worker `shard` = (k, n) downloads every n-th.
-    Returns the index, or None while other workers are not finished. Call again to go on after a kill.
+    lists: the lists of all workers, the same on every worker; worker `shard` = (k, n) downloads every n-th.
+    Returns the index, or None while other workers are not finished. To resume, call it again.
     """
     units = unit_names(lists)
-    settings = {"step": "coyo", "per_shard": per_shard, **resize.facts, "inputs": inputs_hash(units)}
+    settings = {"step": "coyo", "per_shard": per_shard, **resize.settings, "inputs": inputs_hash(units)}
     check_settings(out, settings)
     if not (out / "index.json").is_file():
-        job = DownloadJob(out, "pairs", coyo_pending, pair_sample, rules, resize)
+        job = DownloadJob(out, "pairs", coyo_pending, pair_sample, options, resize)
         download_units({name: units[name] for name in units_of_worker(units, shard)}, job, events)
     return merge_shards(
         out, "coyo", "pairs", list(units), per_shard=per_shard, shard=shard, keep_parts=keep_parts, events=events
@@ -118,7 +118,7 @@ def prepare_coyo(
 
 
 def coyo_pending(path: Path) -> Iterator[PendingSample | str]:
-    """The pairs of one list: records with `url` and `text`; whatever else they hold travels along."""
+    """Yield the pairs of one list: records with `url` and `text`; other keys are kept."""
     unit = safe_key(path.name.partition(".")[0])
     for row, record in read_rows(path):
         url, text = record.get("url"), record.get("text")
@@ -126,31 +126,31 @@ def coyo_pending(path: Path) -> Iterator[PendingSample | str]:
             yield "no url"
         elif not isinstance(text, str) or not text.strip():
             yield "no text"
-        elif fault := text_problem(record):
-            yield fault
+        elif problem := text_problem(record):
+            yield problem
         else:
             yield PendingSample(f"{unit}-{row:06d}", record, (url,))
 
 
-def pair_sample(page: PendingSample, results: Results, counts: Counts) -> TarSample | str:
-    """One pair: the picture, the caption as plain text, and the record without it."""
-    picture = results[0]
-    if isinstance(picture, Failure):
-        return picture.kind
-    facts = {key: value for key, value in page.record.items() if key != "text"}
-    text = page.record["text"].encode()
-    return TarSample(page.key, ((picture.extension, picture.content), ("txt", text), json_member(facts)))
+def pair_sample(pending: PendingSample, results: Results, counts: Counts) -> TarSample | str:
+    """Build a pair: the image, the caption as plain text, and the rest of the record as JSON."""
+    image = results[0]
+    if isinstance(image, Failure):
+        return image.kind
+    rest = {key: value for key, value in pending.record.items() if key != "text"}
+    text = pending.record["text"].encode()
+    return TarSample(pending.key, ((image.extension, image.content), ("txt", text), json_member(rest)))
 
 
 def _select(
     name: str, path: Path, out: Path, share: float | None, threshold: float | None, rows_per_unit: int
 ) -> dict[str, Any]:
     scores = [_score(path, number, record) for number, record in read_parquet(path, _SCORES)]
-    chosen = best_rows(scores, share, threshold)
-    if not all(math.isfinite(scores[index]) for index in chosen):
-        raise DataError(f"{path}: an infinite similarity; download it again")
-    rank = {row: position for position, row in enumerate(chosen)}
-    found: list[dict[str, Any]] = [{}] * len(chosen)
+    selected = best_rows(scores, share, threshold)
+    if not all(math.isfinite(scores[index]) for index in selected):
+        raise DataError("an infinite similarity", file=path, hint="download it again")
+    rank = {row: position for position, row in enumerate(selected)}
+    found: list[dict[str, Any]] = [{}] * len(selected)
     for number, record in read_parquet(path, ("id", "url", "text")):
         position = rank.get(number - 1)
         if position is not None:
@@ -160,8 +160,8 @@ def _select(
         files.append(f"{name}-{index // rows_per_unit:04d}.jsonl")
         write_jsonl(out / files[-1], found[index : index + rows_per_unit])
     passed = len(best_rows(scores, None, threshold))
-    counts = Counts(len(scores), len(chosen))
-    counts.dropped.update({"below the threshold": len(scores) - passed, "outside the share": passed - len(chosen)})
+    counts = Counts(len(scores), len(selected))
+    counts.dropped.update({"below the threshold": len(scores) - passed, "outside the share": passed - len(selected)})
     return {"files": files, "counts": counts.as_json()}
 
 

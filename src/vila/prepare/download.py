@@ -1,4 +1,8 @@
-"""Pictures by URL: several work units at once, each journaled in a spool and written whole when all is settled."""
+"""Download the images of work units: concurrent, resumable, resized as they arrive.
+
+Each unit has a journal on disk of its finished downloads. When all its URLs have succeeded or failed, its samples are
+written and the journal is deleted.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -30,16 +34,12 @@ from vila.media.limits import DEFAULT_LIMITS
 from vila.prepare.shards import TarSample
 from vila.prepare.work_units import Counts, Kind, is_finished, write_unit
 
-# --- spool
-# The journal of one work unit: finished downloads, appended and synced, so that a kill costs only those in flight.
-
-
 _MAX_HEAD = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class DownloadedImage:
-    """An encoded picture and the suffix that its format has (`jpg`, `png`, ...)."""
+    """An encoded image and its file suffix (`jpg`, `png`, ...)."""
 
     content: bytes
     extension: str
@@ -47,7 +47,7 @@ class DownloadedImage:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why there is no picture: `kind` to count by, `reason` in words, `attempts` that were made."""
+    """A failed download: `kind` to count by (see `FetchError.kind`, and `not_an_image`), reason, number of attempts."""
 
     kind: str
     reason: str
@@ -55,14 +55,17 @@ class Failure:
 
 
 class DownloadJournal:
-    """Results by URL, on disk. Use as a context manager; a second process that opens the same file is refused.
+    """Append-only file of the finished downloads of one unit, by URL.
 
-    dropped_bytes: what was cut off the file when it was opened, from the first frame that was not whole.
+    After a kill, only downloads that were in flight are repeated. Use as a context manager; a second process that opens
+    the same file gets DataError. Format: a JSON line (url, size, sha256, and extension or kind, reason, attempts), then
+    the content.
+    dropped_bytes: bytes removed at the end of the file when it was opened, from the first incomplete entry on.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._places: dict[str, tuple[int, int, str]] = {}
+        self._locations: dict[str, tuple[int, int, str]] = {}  # offset, size, extension
         self._failures: dict[str, Failure] = {}
         self.dropped_bytes = 0
 
@@ -71,7 +74,7 @@ class DownloadJournal:
         self._stream = self._path.open("a+b")
         if try_lock(self._stream) is False:
             self._stream.close()
-            raise DataError("another process works on this unit", file=self._path, hint="give each its own shard")
+            raise DataError("another process works on this unit", file=self._path, hint="give each its own --shard")
         end = self._scan()
         self.dropped_bytes = self._stream.seek(0, os.SEEK_END) - end
         self._stream.truncate(end)
@@ -83,16 +86,16 @@ class DownloadJournal:
         self._stream.close()
 
     def __contains__(self, url: str) -> bool:
-        return url in self._places or url in self._failures
+        return url in self._locations or url in self._failures
 
     def append(self, results: Iterable[tuple[str, DownloadedImage | Failure]]) -> None:
-        """Add results; on return they survive a kill and a loss of power."""
+        """Append results and fsync them."""
         end = self._stream.seek(0, os.SEEK_END)
         for url, result in results:
-            head, content = _framed(url, result)
+            head, content = _entry(url, result)
             self._stream.write(head + content)
             if isinstance(result, DownloadedImage):
-                self._places[url] = (end + len(head), len(content), result.extension)
+                self._locations[url] = (end + len(head), len(content), result.extension)
             else:
                 self._failures[url] = result
             end += len(head) + len(content)
@@ -100,34 +103,34 @@ class DownloadJournal:
         os.fsync(self._stream.fileno())
 
     def read(self, url: str) -> DownloadedImage | Failure:
-        """What came of `url`, which must be known."""
+        """Return the result of `url`, which must be in the journal."""
         if url in self._failures:
             return self._failures[url]
-        offset, size, extension = self._places[url]
+        offset, size, extension = self._locations[url]
         self._stream.seek(offset)
         return DownloadedImage(self._stream.read(size), extension)
 
     def _scan(self) -> int:
-        """Read the frames up to the first one that is not whole; returns its offset."""
-        whole = self._stream.seek(0, os.SEEK_END)
+        """Read the entries up to the first incomplete one. Returns its offset."""
+        file_size = self._stream.seek(0, os.SEEK_END)
         self._stream.seek(0)
         end = 0
         while line := self._stream.readline(_MAX_HEAD):
-            head = _parsed(line, self._path)
-            if head is None or head["size"] > whole - end - len(line):
+            head = _parse_head(line, self._path)
+            if head is None or head["size"] > file_size - end - len(line):
                 return end
             size = head["size"]
             if hashlib.sha256(self._stream.read(size)).hexdigest() != head["sha256"]:
                 return end
             if "extension" in head:
-                self._places[head["url"]] = (end + len(line), size, head["extension"])
+                self._locations[head["url"]] = (end + len(line), size, head["extension"])
             else:
                 self._failures[head["url"]] = Failure(head["kind"], head["reason"], head["attempts"])
             end += len(line) + size
         return end
 
 
-def _framed(url: str, result: DownloadedImage | Failure) -> tuple[bytes, bytes]:
+def _entry(url: str, result: DownloadedImage | Failure) -> tuple[bytes, bytes]:
     content = result.content if isinstance(result, DownloadedImage) else b""
     head: dict[str, Any] = {"url": url, "size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     if isinstance(result, DownloadedImage):
@@ -137,8 +140,8 @@ def _framed(url: str, result: DownloadedImage | Failure) -> tuple[bytes, bytes]:
     return json.dumps(head).encode() + b"\n", content
 
 
-def _parsed(line: bytes, path: Path) -> dict[str, Any] | None:
-    """Return the head of a frame, None if it is cut or damaged."""
+def _parse_head(line: bytes, path: Path) -> dict[str, Any] | None:
+    """Parse the JSON line of an entry; None if it is truncated or damaged."""
     if not line.endswith(b"\n"):
         return None
     try:
@@ -152,12 +155,8 @@ def _parsed(line: bytes, path: Path) -> dict[str, Any] | None:
         return None
 
 
-# --- resize
-# How downloaded pictures are stored: as they came, or shrunk to the short side that the tower needs.
-
-
 MAX_PIXELS = 64_000_000
-"""Larger pictures are refused before they are decoded; with one decoder per core that bounds the memory."""
+"""Maximum pixels of a downloaded image, checked before decoding; with one decoder per core it bounds the memory."""
 
 _EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 _FORMATS = ("JPEG", "PNG", "WEBP")
@@ -165,26 +164,26 @@ _FORMATS = ("JPEG", "PNG", "WEBP")
 
 @dataclass(frozen=True, slots=True)
 class ResizeRule:
-    """Shrink pictures whose short side is over `short_side` pixels to it, bicubic, as JPEG. `None` loses nothing.
+    """Resize images whose short side exceeds `short_side` pixels (bicubic, stored as JPEG); None keeps the full size.
 
-    The original shrinks to 336 and writes JPEG at Pillow's quality of 75, whatever came. Ours writes 90, and a JPEG,
-    PNG or WebP that is small enough keeps its bytes; where nothing may be lost, other formats become PNG. A tower that
-    sees more than 336 pixels needs a larger short side.
+    A JPEG, PNG or WebP image that is not resized keeps its bytes; other formats become JPEG, or PNG if `short_side` is
+    None. The released code always resizes to 336 and writes JPEG with quality 75. A tower with a resolution above 336
+    needs a larger short side.
     """
 
     short_side: int | None = 336
     quality: int = 90
 
     @property
-    def facts(self) -> dict[str, int | None]:
-        """The rule as settings that are stored."""
+    def settings(self) -> dict[str, int | None]:
+        """Return the settings that are stored with the output."""
         return {"short_side": self.short_side, "quality": self.quality}
 
     def __post_init__(self) -> None:
         if self.short_side is not None and self.short_side < 1:
-            raise ConfigError(f"resize.short_side: {self.short_side}; expected a number of pixels, or none")
+            raise ConfigError(field="resize.short_side", value=self.short_side, expected="pixels from 1, or None")
         if not 1 <= self.quality <= 100:
-            raise ConfigError(f"resize.quality: {self.quality}; expected 1 to 100")
+            raise ConfigError(field="resize.quality", value=self.quality, expected="1 to 100")
 
 
 SHORT_SIDE_336 = ResizeRule()
@@ -192,33 +191,31 @@ KEEP_ORIGINAL = ResizeRule(short_side=None)
 
 
 def encode_image(content: bytes, rule: ResizeRule, max_pixels: int = MAX_PIXELS) -> DownloadedImage:
-    """A downloaded image as it will be stored. It is decoded in any case: what does not decode is no image.
+    """Encode a downloaded image for storage. It is always decoded, to check that it is an image.
 
-    Pixels are stored as they came. An image that is encoded anew keeps its EXIF orientation, and no other EXIF, so that
-    training decides whether to turn it. Raises MediaError saying what is wrong with it.
+    The orientation is not applied: a re-encoded image keeps its EXIF orientation, but no other EXIF, and training
+    decides whether to apply it. Raises MediaError.
     """
-    picture = open_image(
-        Image(content), exif_orientation=False, limits=replace(DEFAULT_LIMITS, image_pixels=max_pixels)
-    )
-    size = shrunk_size(picture.size, rule.short_side)
+    image = open_image(Image(content), exif_orientation=False, limits=replace(DEFAULT_LIMITS, image_pixels=max_pixels))
+    size = shrunk_size(image.size, rule.short_side)
     extension = _extension(content)
-    if size == picture.size and extension:
+    if size == image.size and extension:
         return DownloadedImage(content, extension)
-    if size != picture.size:
-        picture = picture.resize(size, PilImage.Resampling.BICUBIC)
+    if size != image.size:
+        image = image.resize(size, PilImage.Resampling.BICUBIC)
     stream, metadata = io.BytesIO(), {}
     if (orientation := orientation_of(content)) != 1:
         metadata["exif"] = PilImage.Exif()
         metadata["exif"][ORIENTATION] = orientation
     if rule.short_side is None:
-        picture.save(stream, "PNG", **metadata)
+        image.save(stream, "PNG", **metadata)
         return DownloadedImage(stream.getvalue(), "png")
-    picture.save(stream, "JPEG", quality=rule.quality, **metadata)
+    image.save(stream, "JPEG", quality=rule.quality, **metadata)
     return DownloadedImage(stream.getvalue(), "jpg")
 
 
 def shrunk_size(size: tuple[int, int], short_side: int | None) -> tuple[int, int]:
-    """(width, height) in pixels after the rule; the aspect is kept to the nearest pixel.
+    """Return (width, height) in pixels after resizing; the aspect ratio is kept to the nearest pixel.
 
     >>> shrunk_size((1000, 500), 336)
     (672, 336)
@@ -232,20 +229,20 @@ def shrunk_size(size: tuple[int, int], short_side: int | None) -> tuple[int, int
 
 def _extension(content: bytes) -> str:
     try:
-        with PilImage.open(io.BytesIO(content), formats=_FORMATS) as picture:
-            return _EXTENSIONS.get(picture.format or "", "")
+        with PilImage.open(io.BytesIO(content), formats=_FORMATS) as image:
+            return _EXTENSIONS.get(image.format or "", "")
     except UnidentifiedImageError:
         return ""
 
 
-_UNITS_AT_ONCE = 16
-_LOOK_AGAIN_S = 0.5
+_CONCURRENT_UNITS = 16
+_POLL_S = 0.5
 _DECODERS = os.cpu_count() or 1
 
 
 @dataclass(frozen=True, slots=True)
 class PendingSample:
-    """One record and the URLs that it needs, in the order of its pictures."""
+    """A record and the URLs of its images, in their order."""
 
     key: str
     record: dict[str, Any]
@@ -254,29 +251,29 @@ class PendingSample:
 
 Results = Sequence[DownloadedImage | Failure]
 ReadRecords = Callable[[Path], Iterator[PendingSample | str]]
-"""Input file -> its pages in order, or the reason why a record is none. Called twice; must say the same both times."""
+"""Input file -> its samples in order, or the reason to drop a record. Called twice; must yield the same both times."""
 Assemble = Callable[[PendingSample, Results, Counts], TarSample | str]
-"""A page and what came of its URLs -> the sample, or the reason to drop it. May add to `counts.noted`."""
+"""A pending sample and the results of its URLs -> the sample, or the reason to drop it. May add to `counts.noted`."""
 
 
 @dataclass(frozen=True, slots=True)
 class DownloadJob:
-    """What the units of one step have in common."""
+    """Parameters that all units of a step share."""
 
     out: Path
     kind: Kind
-    read_pages: ReadRecords
+    read_records: ReadRecords
     assemble: Assemble
-    rules: DownloadOptions = DEFAULT_OPTIONS
+    options: DownloadOptions = DEFAULT_OPTIONS
     resize: ResizeRule = SHORT_SIDE_336
     max_pixels: int = MAX_PIXELS
 
 
 def download_units(units: Mapping[str, Path], job: DownloadJob, events: Events = SILENT) -> None:
-    """Bring every unit that is not finished to its part. Call again after any kind of death: it goes on.
+    """Download all units that are not finished. After an interruption, call it again to resume.
 
-    After a kill, at most the `rules.max_connections` downloads that had not been synced are repeated. What a finished
-    part holds does not depend on how often it was interrupted, as long as the servers answer the same.
+    At most `options.max_connections` downloads, those not yet synced, are repeated after a kill. The content of a
+    finished unit does not depend on interruptions, provided that the servers respond equally.
     """
     todo = {name: path for name, path in units.items() if not is_finished(job.out, name)}
     if todo:
@@ -289,103 +286,104 @@ def download_units(units: Mapping[str, Path], job: DownloadJob, events: Events =
 
 async def _download(units: Mapping[str, Path], job: DownloadJob, events: Events) -> None:
     queue = iter(units.items())
-    slots = asyncio.Semaphore(job.rules.max_connections)
+    slots = asyncio.Semaphore(job.options.max_connections)
     with ThreadPoolExecutor(_DECODERS, thread_name_prefix="vila-decode") as decoders:
-        async with BulkDownloader(job.rules) as fetcher:
-            worker = _Worker(job, fetcher, slots, decoders, events)
+        async with BulkDownloader(job.options) as downloader:
+            worker = _Worker(job, downloader, slots, decoders, events)
 
             async def work() -> None:
                 for name, path in queue:
-                    await worker.settle(name, path)
+                    await worker.run_unit(name, path)
 
             async with asyncio.TaskGroup() as group:
-                for _ in range(min(_UNITS_AT_ONCE, len(units))):
+                for _ in range(min(_CONCURRENT_UNITS, len(units))):
                     group.create_task(work())
 
 
 @dataclass(frozen=True, slots=True)
 class _Worker:
     job: DownloadJob
-    fetcher: BulkDownloader
+    downloader: BulkDownloader
     slots: asyncio.Semaphore
     decoders: ThreadPoolExecutor
     events: Events
 
-    async def settle(self, name: str, path: Path) -> None:
-        """Fetch what the unit still lacks, then write its part."""
-        # Small units wait for their slowest host, so the units beside it keep the line busy.
-        with DownloadJournal(self.job.out / "parts" / f"{name}.spool") as spool:
-            if spool.dropped_bytes:
-                lost = f"the last {spool.dropped_bytes:,} bytes of the journal are damaged"
-                self.events.log(f"{name}: {lost}; their downloads are repeated")
-            urls = await asyncio.to_thread(_urls, path, self.job.read_pages)
-            await self._fetch_all([url for url in interleave_hosts(urls) if url not in spool], spool)
-            counts = await asyncio.to_thread(_write, name, path, self.job, spool)
-        (self.job.out / "parts" / f"{name}.spool").unlink()
+    async def run_unit(self, name: str, path: Path) -> None:
+        """Download the URLs that the unit's journal lacks, then write its samples."""
+        # A unit ends with its slowest host; the concurrent units keep the connections in use meanwhile.
+        journal_path = self.job.out / "parts" / f"{name}.spool"
+        with DownloadJournal(journal_path) as journal:
+            if journal.dropped_bytes:
+                self.events.log(f"{name}: {journal.dropped_bytes:,} damaged bytes removed from the journal; "
+                                "repeating these downloads")  # fmt: skip
+            urls = await asyncio.to_thread(_urls, path, self.job.read_records)
+            await self._download_all([url for url in interleave_hosts(urls) if url not in journal], journal)
+            counts = await asyncio.to_thread(_write, name, path, self.job, journal)
+        journal_path.unlink()
         self.events.log(f"{name}: {counts}")
 
-    async def _fetch_all(self, urls: Sequence[str], spool: DownloadJournal) -> None:
+    async def _download_all(self, urls: Sequence[str], journal: DownloadJournal) -> None:
         waiting = deque(urls)
-        flying: set[asyncio.Task[tuple[str, DownloadedImage | Failure]]] = set()
+        running: set[asyncio.Task[tuple[str, DownloadedImage | Failure]]] = set()
         try:
             while True:
-                # Whoever holds slots never waits for one: all units could wait for each other.
-                while waiting and not (flying and self.slots.locked()):
+                # A unit that holds slots never waits for another one, otherwise units could deadlock.
+                while waiting and not (running and self.slots.locked()):
                     await self.slots.acquire()
-                    flying.add(asyncio.create_task(self._fetch(waiting.popleft())))
-                if not flying:
+                    running.add(asyncio.create_task(self._download(waiting.popleft())))
+                if not running:
                     return
-                timeout = _LOOK_AGAIN_S if waiting else None
-                done, flying = await asyncio.wait(flying, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+                timeout = _POLL_S if waiting else None
+                done, running = await asyncio.wait(running, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
                 if not done:
                     continue
                 results = [one.result() for one in done]
-                # One sync for all that have come meanwhile; their slots are free when they are safe.
-                await asyncio.to_thread(spool.append, results)
+                # One fsync for all finished downloads; their slots are released after it.
+                await asyncio.to_thread(journal.append, results)
                 for _ in results:
                     self.slots.release()
                 self.events.advanced("download", len(results))
         finally:
-            for one in flying:
+            for one in running:
                 one.cancel()
-            await asyncio.gather(*flying, return_exceptions=True)
+            await asyncio.gather(*running, return_exceptions=True)
 
-    async def _fetch(self, url: str) -> tuple[str, DownloadedImage | Failure]:
-        fetched = await self.fetcher.download(url)
-        if fetched.content is None:
-            return url, Failure(fetched.kind, fetched.reason, fetched.attempts)
-        store = partial(encode_image, fetched.content, self.job.resize, self.job.max_pixels)
+    async def _download(self, url: str) -> tuple[str, DownloadedImage | Failure]:
+        result = await self.downloader.download(url)
+        if result.content is None:
+            return url, Failure(result.kind, result.reason, result.attempts)
+        encode = partial(encode_image, result.content, self.job.resize, self.job.max_pixels)
         try:
-            return url, await asyncio.get_running_loop().run_in_executor(self.decoders, store)
+            return url, await asyncio.get_running_loop().run_in_executor(self.decoders, encode)
         except MediaError as error:
-            return url, Failure("not_an_image", str(error), fetched.attempts)
+            return url, Failure("not_an_image", str(error), result.attempts)
 
 
-def _urls(path: Path, read_pages: ReadRecords) -> list[str]:
-    pages = (page for page in read_pages(path) if isinstance(page, PendingSample))
-    return list(dict.fromkeys(url for page in pages for url in page.urls))
+def _urls(path: Path, read_records: ReadRecords) -> list[str]:
+    pending = (one for one in read_records(path) if isinstance(one, PendingSample))
+    return list(dict.fromkeys(url for one in pending for url in one.urls))
 
 
-def _write(name: str, path: Path, job: DownloadJob, spool: DownloadJournal) -> Counts:
+def _write(name: str, path: Path, job: DownloadJob, journal: DownloadJournal) -> Counts:
     counts = Counts()
     failures: list[dict[str, Any]] = []
 
     def samples() -> Iterator[TarSample]:
-        failed: dict[str, None] = {}
-        for row, page in enumerate(job.read_pages(path), start=1):
+        failed: set[str] = set()
+        for row, pending in enumerate(job.read_records(path), start=1):
             counts.read += 1
-            if isinstance(page, str):
-                counts.dropped[page] += 1
-                failures.append({"row": row, "reason": page})
+            if isinstance(pending, str):
+                counts.dropped[pending] += 1
+                failures.append({"row": row, "reason": pending})
                 continue
-            results = [spool.read(url) for url in page.urls]
-            for url, result in zip(page.urls, results, strict=True):
+            results = [journal.read(url) for url in pending.urls]
+            for url, result in zip(pending.urls, results, strict=True):
                 if isinstance(result, Failure):
                     counts.noted[result.kind] += 1
                     if url not in failed:
-                        failed[url] = None
-                        failures.append(_listed(url, result))
-            sample = job.assemble(page, results, counts)
+                        failed.add(url)
+                        failures.append({"url": url, **asdict(result)})
+            sample = job.assemble(pending, results, counts)
             if isinstance(sample, str):
                 counts.dropped[sample] += 1
                 continue
@@ -394,7 +392,3 @@ def _write(name: str, path: Path, job: DownloadJob, spool: DownloadJournal) -> C
 
     write_unit(job.out, name, job.kind, samples(), counts, failures)
     return counts
-
-
-def _listed(url: str, failure: Failure) -> dict[str, Any]:
-    return {"url": url, "kind": failure.kind, "reason": failure.reason, "attempts": failure.attempts}

@@ -1,4 +1,4 @@
-"""What each data set of the recipes allows, as data, and the text of `data/LICENSE` that is made from it."""
+"""Licences of the data sets that the recipes use, read from `licences.yaml`, and the text of `data/LICENSE`."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Generated from src/vila/prepare/licences.yaml; change that file.
 
 @dataclass(frozen=True, slots=True)
 class DataLicence:
-    """One data set: where it is from, what its licence is called, and what that forbids."""
+    """Source and licence of one data set, and what the licence forbids."""
 
     name: str
     used_in: str
@@ -39,21 +39,23 @@ class DataLicence:
     licence: str
     forbids: str
     checked: bool
-    """Whether the wording was read at the source."""
+    """Whether the licence was read on the source's own page."""
 
 
 def data_licences() -> list[DataLicence]:
-    """Every data set of the recipes, in the order of the stages. Raises DataError when an entry is not whole."""
+    """Return the data sets of the recipes, in the order of the stages. Raises DataError for an incomplete entry."""
     listed: list[dict[str, Any]] = yaml.safe_load(files("vila.prepare").joinpath("licences.yaml").read_text("utf-8"))
     known = {field.name for field in fields(DataLicence)}
     for entry in listed:
         if entry.keys() != known:
-            raise DataError(f"licences.yaml: {entry.get('name')!r} has {sorted(entry)}; expected {sorted(known)}")
+            raise DataError(
+                file="licences.yaml", record=str(entry.get("name")), value=sorted(entry), expected=str(sorted(known))
+            )
     return [DataLicence(**entry) for entry in listed]
 
 
 def licence_text() -> str:
-    """The text of `data/LICENSE`."""
+    """Return the text of `data/LICENSE`."""
     return "\n\n".join([_HEAD, *map(_paragraph, data_licences())]) + "\n"
 
 
@@ -72,10 +74,6 @@ def _wrapped(text: str) -> str:
     return textwrap.fill(text, 106, subsequent_indent=" " * 14, break_on_hyphens=False, break_long_words=False)
 
 
-# --- data_licences
-# Which of the known licences a data set is under: by what its preparation wrote beside it, else by its path.
-
-
 KNOWN: dict[str, tuple[str, ...]] = {
     "cc3m": ("LLaVA-CC3M-Pretrain-595K",),
     "mmc4": ("MMC4 and MMC4-core",),
@@ -89,18 +87,17 @@ KNOWN: dict[str, tuple[str, ...]] = {
     "finevision": ("FineVision",),
     "easyvqa": ("easy-VQA",),
 }
-"""Names of licences by a word of the path. VFLAN is what the original calls M3IT and FLAN together."""
+"""Data sets by a word of the path. VFLAN is VILA's name for M3IT and FLAN together."""
 
 
 def licences_of(path: Path) -> tuple[DataLicence, ...]:
-    """The licences of a data file or folder, those of M3IT's sets too; nothing where no word of it is known.
+    """Guess the licences of a data file or directory from its name; empty if no word of it is known.
 
-    The name in `index.json`, which preparation leaves in its folder, counts before words of the path: of its last part,
-    then of the folder around it.
+    The name in the `index.json` that `vila data prepare` writes has priority, then the last part of the path, then the
+    directory that contains it.
     """
-
     names = next((found for text in _names(path) if (found := _known(text))), ())
-    # "M3IT" stands for its sets too, which are listed as "M3IT: gqa" and so on.
+    # "M3IT" includes its sets, which are listed as "M3IT: gqa" and so on.
     return tuple(one for one in data_licences() if one.name.partition(":")[0] in names)
 
 
@@ -111,14 +108,14 @@ def _names(path: Path) -> list[str]:
     for folder in (path, path.parent):
         file = folder / "index.json"
         if file.is_file() and file != path:
-            facts = read_json(file)
-            prepared += [str(facts["name"])] if isinstance(facts, dict) and "name" in facts else []
-    # Folders further up are homes and disks, whose names say nothing of the data.
+            index = read_json(file)
+            prepared += [str(index["name"])] if isinstance(index, dict) and "name" in index else []
+    # Directories further up (home, disk) are not named after the data.
     return [*prepared, path.name, path.parent.name]
 
 
 def _known(text: str) -> tuple[str, ...]:
-    """Licences that a word of the text names: "mmc4-core" and "LLaVA-CC3M-Pretrain-595K.json" do."""
+    """Return the data sets that a word, or two adjacent words, of the text name, as in "mmc4-core"."""
     words = re.findall(r"[a-z0-9]+", text.lower())
     pairs = [first + second for first, second in pairwise(words)]
     return next((KNOWN[word] for word in [*words, *pairs] if word in KNOWN), ())

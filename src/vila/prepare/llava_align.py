@@ -1,4 +1,4 @@
-"""LLaVA-CC3M-Pretrain-595K (arXiv 2304.08485): the captions that stage 1 aligns the projector with."""
+"""LLaVA-CC3M-Pretrain-595K (arXiv 2304.08485): image captions for aligning the projector in stage 1."""
 
 from __future__ import annotations
 
@@ -19,24 +19,25 @@ MAX_TOTAL_BYTES = 64 * 2**30
 def prepare_llava_align(
     source: Path, images: Path, out: Path, *, decode: bool = False, events: Events = SILENT
 ) -> dict[str, Any]:
-    """Write `OUT/LLaVA-CC3M-Pretrain-595K.json` from `chat.json` with every record that is whole.
+    """Write `OUT/LLaVA-CC3M-Pretrain-595K.json` with the complete records of `chat.json`.
 
-    images: the folder of pictures, or the published `images.zip`, which is unpacked to `OUT/images`.
-    decode: also decode every picture, which takes about an hour for 595,375 of them on one core.
-    Returns the index; records that were left out are in `OUT/log/failures.jsonl` with the reason.
+    images: directory of the images, or the published `images.zip`, which is extracted to `OUT/images`.
+    decode: also decode every image: about an hour for all 595,375 on one core.
+    Returns the index; dropped records and reasons are in `OUT/log/failures.jsonl`.
     """
     folder = unpack_images(images, out / "images", events) if images.suffix.lower() == ".zip" else images
     if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder; give the folder of pictures, or images.zip")
+        raise DataError("no such directory", file=folder, hint="give the directory of the images, or images.zip")
     checks = (_has_image, conversation_problem, image_check(folder, decode=decode))
     settings = {"step": "llava_align", "decode": decode, "images": folder.name}
     return rewrite_json(source, out, "LLaVA-CC3M-Pretrain-595K", checks, settings, events)
 
 
 def unpack_images(archive: Path, folder: Path, events: Events = SILENT) -> Path:
-    """Unpack a zip of pictures to `folder`, which appears when it is whole; returns it. No member may leave it.
+    """Extract a zip archive of images to `folder` atomically. Returns `folder`.
 
-    Raises DataError for damage, for members with other places in their names, and for more than the limits above.
+    Raises DataError for damage, for members that point outside the archive, and above MAX_MEMBER_BYTES and
+    MAX_TOTAL_BYTES.
     """
     if folder.is_dir():
         return folder
@@ -56,20 +57,21 @@ def unpack_images(archive: Path, folder: Path, events: Events = SILENT) -> Path:
 
 
 def _check_members(archive: Path, members: list[zipfile.ZipInfo]) -> None:
-    # zipfile never reads more of a member than its entry announces, so checking what is announced is enough.
+    # zipfile never reads more of a member than its entry announces, so the announced sizes are checked.
     total = 0
     files: set[PurePosixPath] = set()
     folders: set[PurePosixPath] = set()
     for member in members:
         path, record = PurePosixPath(member.filename), f"member {member.filename!r}"
         if path.is_absolute() or ".." in path.parts or not path.parts or "\\" in member.filename:
-            raise DataError("points outside of the archive", file=archive, record=record)
+            raise DataError("points outside the archive", file=archive, record=record)
         total += member.file_size
         if member.file_size > MAX_MEMBER_BYTES or total > MAX_TOTAL_BYTES:
             raise DataError(
-                f"brings the archive to {total:,} bytes",
+                "archive too large when extracted",
                 file=archive,
                 record=record,
+                value=total,
                 expected=f"at most {MAX_MEMBER_BYTES:,} bytes per file and {MAX_TOTAL_BYTES:,} in all",
             )
         if path in files or path in folders or not files.isdisjoint(path.parents):

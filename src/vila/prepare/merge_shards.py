@@ -1,4 +1,4 @@
-"""From parts, which are as uneven as what was published, to shards of even size and their `index.json`."""
+"""Merge the files of finished work units, which are as uneven as the inputs, into shards of even size with an index."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def merge_shards(
     keep_parts: bool = True,
     events: Events = SILENT,
 ) -> dict[str, Any] | None:
-    """Write `OUT/NAME-000000.tar` (or `.jsonl`) and so on from the finished parts of all `units`, in their order.
+    """Write the samples of all `units`, in their order, to `OUT/NAME-000000.tar` (or `.jsonl`) and so on.
 
-    Shards that are there already are kept, so a killed run goes on. With `shard` = (k, n) worker k writes every n-th
-    shard; whoever sees all of them written writes `OUT/index.json` and `OUT/log/failures.jsonl`.
-    Returns the index, or None while parts or shards of other workers are missing.
-    keep_parts: False deletes `OUT/parts` at the end, which halves the disk space; the index then says that all is done.
+    Existing shards are kept, so an interrupted run resumes. Worker `shard` = (k, n) writes every n-th shard; the worker
+    that finds all shards written writes `OUT/index.json` and `OUT/log/failures.jsonl`.
+    keep_parts: False deletes `OUT/parts` at the end, which halves the disk usage.
+    Returns the index, or None while units or shards of other workers are missing.
     """
     if (out / "index.json").is_file():
         return read_index(out)
@@ -53,31 +53,31 @@ def merge_shards(
     own = set(units_of_worker(names, shard))
     with task(events, f"{name}: shards", len(ranges), "shards"):
         for file, (begin, end) in zip(names, ranges, strict=True):
-            if file in own and not _record(out, file).is_file():
+            if file in own and not _shard_record(out, file).is_file():
                 _write_shard(out, file, kind, _samples(out, kind, units, sizes, begin, end), end - begin)
             events.advanced(f"{name}: shards")
-    if not all(_record(out, file).is_file() for file in names):
+    if not all(_shard_record(out, file).is_file() for file in names):
         return None
     counts = Counts.total(read_unit_record(out, unit).section("counts") for unit in units)
     events.log(f"{name}: {counts}")
     index = {
         "name": name,
         "kind": kind,
-        "shards": [read_json_object(_record(out, file)) for file in names],
+        "shards": [read_json_object(_shard_record(out, file)) for file in names],
         "counts": counts.as_json(),
     }
     write_jsonl(out / "log" / "failures.jsonl", _failures(out, units))
     write_json(out / "index.json", index)
     if keep_parts:
-        for spool in (out / "parts").glob("*.spool"):  # of workers that died after their part was whole
-            spool.unlink()
+        for journal in (out / "parts").glob("*.spool"):  # of processes killed after their unit was finished
+            journal.unlink()
     else:
         shutil.rmtree(out / "parts")
     return index
 
 
 def read_index(out: Path) -> dict[str, Any]:
-    """Read the `index.json` of a finished folder. Raises DataError if it is damaged."""
+    """Read `index.json` of a finished directory. Raises DataError if it is damaged."""
     path = out / "index.json"
     index = read_json_object(path)
     counts = Counts.total([Fields(index, path).section("counts")])
@@ -89,7 +89,7 @@ def read_index(out: Path) -> dict[str, Any]:
     return {**index, "counts": counts.as_json()}
 
 
-def _record(out: Path, file: str) -> Path:
+def _shard_record(out: Path, file: str) -> Path:
     return out / "parts" / f"{file}.shard.json"
 
 
@@ -102,16 +102,18 @@ def _write_shard(out: Path, file: str, kind: Kind, samples: Iterator[Any], expec
             written = write_tar(part, samples)
         if written != expected:
             raise DataError(
-                f"the parts hold {written} of {expected} samples for it",
+                "the work units contain too few samples for this shard",
                 file=out / file,
-                hint=f"delete {out / 'parts'} and prepare again",
+                value=written,
+                expected=f"{expected} samples",
+                hint=f"delete {out / 'parts'} and run the command again",
             )
-        facts = {"file": file, "samples": written, "bytes": part.stat().st_size, "sha256": sha256_file(part)}
-    write_json(_record(out, file), facts)
+        record = {"file": file, "samples": written, "bytes": part.stat().st_size, "sha256": sha256_file(part)}
+    write_json(_shard_record(out, file), record)
 
 
 def _samples(out: Path, kind: Kind, units: Sequence[str], sizes: Sequence[int], begin: int, end: int) -> Iterator[Any]:
-    """Samples [begin, end) of all parts taken one after another; parts outside are not opened."""
+    """Yield samples [begin, end) of the concatenated units; units outside the range are not opened."""
     first = 0
     for unit, size in zip(units, sizes, strict=True):
         low, high = max(begin - first, 0), min(end - first, size)

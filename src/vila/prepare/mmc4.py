@@ -1,6 +1,6 @@
-"""MMC4 (arXiv 2304.06939): documents of sentences, and images by URL with the sentence that each belongs to.
+"""MMC4 (arXiv 2304.06939): documents of sentences and image URLs, each image matched with a sentence.
 
-Stage 2 of VILA trains on MMC4-core, "fewer faces": about 300 documents in each of its 23,098 `.jsonl.zip` files.
+Stage 2 of VILA uses MMC4-core "fewer faces": about 300 documents in each of 23,098 `.jsonl.zip` files.
 """
 
 from __future__ import annotations
@@ -33,27 +33,27 @@ def prepare_mmc4(
     out: Path,
     *,
     drop_incomplete: bool = False,
-    rules: DownloadOptions = DEFAULT_OPTIONS,
+    options: DownloadOptions = DEFAULT_OPTIONS,
     resize: ResizeRule = SHORT_SIDE_336,
     per_shard: int = 1000,
     shard: tuple[int, int] = (0, 1),
     keep_parts: bool = True,
     events: Events = SILENT,
 ) -> dict[str, Any] | None:
-    """Documents with their images in `OUT/mmc4-000000.tar` and so on: `KEY.json`, `KEY.0.jpg`, `KEY.1.png`, ...
+    """Write documents with their images to `OUT/mmc4-000000.tar` and so on: `KEY.json`, `KEY.0.jpg`, `KEY.1.png`, ...
 
-    sources:         the published files, all of them on every worker; worker `shard` = (k, n) does every n-th.
-    drop_incomplete: as in the original, a document goes when any of its images cannot be had. Ours loses that image
-                     alone (its row of the similarity matrix too), and the document only when no image is left.
-    `KEY.json` is the document as published; each entry of `image_info` gains `file`, the suffix of its member.
-    Returns the index, or None while other workers are not finished. Call again to go on after a kill.
+    sources:         all published files, the same on every worker; worker `shard` = (k, n) processes every n-th.
+    drop_incomplete: True, like the released code, drops a document if any image fails. False drops the failed images
+                     (and their rows of the similarity matrix), and a document only if no image is left.
+    `KEY.json` is the published document; each entry of `image_info` also has `file`, the suffix of its tar member.
+    Returns the index, or None while other workers are not finished. To resume, call it again.
     """
     units = unit_names(sources)
     settings = {"step": "mmc4", "drop_incomplete": drop_incomplete, "per_shard": per_shard}
-    check_settings(out, settings | resize.facts | {"inputs": inputs_hash(units)})
+    check_settings(out, settings | resize.settings | {"inputs": inputs_hash(units)})
     if not (out / "index.json").is_file():
         assemble = partial(mmc4_sample, drop_incomplete=drop_incomplete)
-        job = DownloadJob(out, "mmc4", mmc4_pending, assemble, rules, resize)
+        job = DownloadJob(out, "mmc4", mmc4_pending, assemble, options, resize)
         download_units({name: units[name] for name in units_of_worker(units, shard)}, job, events)
     return merge_shards(
         out, "mmc4", "mmc4", list(units), per_shard=per_shard, shard=shard, keep_parts=keep_parts, events=events
@@ -61,19 +61,18 @@ def prepare_mmc4(
 
 
 def mmc4_pending(path: Path) -> Iterator[PendingSample | str]:
-    """The documents of one published file."""
+    """Yield the documents of one published file."""
     unit = safe_key(path.name.partition(".")[0])
     for row, document in read_rows(path):
-        fault = mmc4_problem(document)
-        if fault:
-            yield fault
+        if problem := mmc4_problem(document):
+            yield problem
         else:
             urls = tuple(info["raw_url"] for info in document["image_info"])
             yield PendingSample(f"{unit}-{row:06d}", document, urls)
 
 
 def mmc4_problem(document: dict[str, Any]) -> str:
-    """Why a record is no MMC4 document, or nothing when it is one. Asks for no URL: images may be there already."""
+    """Return why a record is not an MMC4 document, "" if it is one. Images need a URL or, already present, base64."""
     texts, infos, matrix = (document.get(key) for key in ("text_list", "image_info", "similarity_matrix"))
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         return "text_list is not a list of sentences"
@@ -92,8 +91,8 @@ def mmc4_problem(document: dict[str, Any]) -> str:
     return text_problem(document)
 
 
-def mmc4_sample(page: PendingSample, results: Results, counts: Counts, *, drop_incomplete: bool) -> TarSample | str:
-    """One document with the pictures that could be had, in their order."""
+def mmc4_sample(pending: PendingSample, results: Results, counts: Counts, *, drop_incomplete: bool) -> TarSample | str:
+    """Build a document with the images that were downloaded, in their order."""
     failed = sum(isinstance(result, Failure) for result in results)
     if failed and drop_incomplete:
         return "an image failed"
@@ -105,12 +104,12 @@ def mmc4_sample(page: PendingSample, results: Results, counts: Counts, *, drop_i
     infos: list[dict[str, Any]] = []
     members: list[tuple[str, bytes]] = []
     for number, index in enumerate(kept):
-        picture = results[index]
-        assert not isinstance(picture, Failure)
-        file = f"{number}.{picture.extension}"
-        infos.append(page.record["image_info"][index] | {"file": file})
-        members.append((file, picture.content))
-    document = page.record | {"image_info": infos}
+        image = results[index]
+        assert not isinstance(image, Failure)
+        file = f"{number}.{image.extension}"
+        infos.append(pending.record["image_info"][index] | {"file": file})
+        members.append((file, image.content))
+    document = pending.record | {"image_info": infos}
     if document.get("similarity_matrix") is not None:
         document["similarity_matrix"] = [document["similarity_matrix"][index] for index in kept]
-    return TarSample(page.key, (json_member(document), *members))
+    return TarSample(pending.key, (json_member(document), *members))

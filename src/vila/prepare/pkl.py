@@ -1,15 +1,15 @@
-"""The original's shards (`X.pkl` with `X.count` beside it) as WebDataset shards, read without running anything."""
+"""Convert the pickle shards of the released code (`X.pkl` with `X.count`) to WebDataset shards, executing nothing."""
 
 from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 from vila.core.errors import DataError, MediaError
-from vila.core.progress import SILENT, Events, task
+from vila.core.progress import SILENT, Events
 from vila.core.reading import file_errors
 from vila.core.restricted_pickle import parse_plain_pickle
 from vila.prepare.download import KEEP_ORIGINAL, DownloadedImage, encode_image
@@ -19,28 +19,24 @@ from vila.prepare.records import text_problem
 from vila.prepare.shards import TarSample, json_member
 from vila.prepare.work_units import (
     Counts,
+    RecordDroppedError,
     check_settings,
+    convert_records,
     inputs_hash,
-    is_finished,
     locks_output,
     unit_names,
-    units_of_worker,
-    write_unit,
+    write_units,
 )
-
-# --- unpickle
-# Pickled records of other programs: plain values only, checked for nesting and for size when written out.
-
 
 _MAX_DEPTH = 100
 _MAX_VALUES = 50_000_000
 
 
 def read_plain_pickle(path: Path) -> Any:
-    """Return the value of a pickle of None, bool, int, float, str, bytes, bytearray, list, tuple and dict.
+    """Read a pickle that contains only None, bool, int, float, str, bytes, bytearray, list, tuple and dict.
 
-    The file is read whole. Raises DataError with the file's name, and as `value` the first other thing that it asks
-    for; also for files that are cut short, and for values nested deeper than 100 levels.
+    Raises DataError for any other type (`value` names the first), for truncated files, for values nested deeper than
+    100 levels, and for values that would be too large as JSON.
     """
     with file_errors(path, DataError):
         content = path.read_bytes()
@@ -50,24 +46,24 @@ def read_plain_pickle(path: Path) -> Any:
 
 
 def _check_depth(value: Any, path: Path) -> None:
-    """Refuse values that contain themselves, are nested too deeply for others, or are endless when written out."""
+    """Refuse values that contain themselves, are nested too deeply, or are too large when written as JSON."""
     level = {id(value): (value, 1)}
     visited = 0
     for _ in range(_MAX_DEPTH):
         following: dict[int, tuple[Any, int]] = {}
         for one, times in level.values():
             inner = one.values() if isinstance(one, dict) else one if isinstance(one, (list, tuple)) else ()
-            # A list of twice the same list, and so on, is small here and endless as JSON.
+            # A list that contains the same list twice, and so on, is small in memory and huge as JSON.
             visited += len(inner) * times
             for part in inner:
                 if isinstance(part, (dict, list, tuple)):
                     following[id(part)] = (part, following.get(id(part), (part, 0))[1] + times)
         if visited > _MAX_VALUES:
-            raise DataError(f"over {_MAX_VALUES:,} values when written out; refused", file=path)
+            raise DataError("too many values as JSON", file=path, expected=f"at most {_MAX_VALUES:,}")
         if not following:
             return
         level = following
-    raise DataError(f"nested over {_MAX_DEPTH} levels, or without end; refused", file=path)
+    raise DataError("nested too deeply, or contains itself", file=path, expected=f"at most {_MAX_DEPTH} levels")
 
 
 PickleKind = Literal["mmc4", "coyo", "vflan"]
@@ -84,27 +80,27 @@ def convert_pickles(
     keep_parts: bool = True,
     events: Events = SILENT,
 ) -> dict[str, Any] | None:
-    """Convert every `.pkl` below `source` to `OUT/KIND-000000.tar` and so on; pictures keep their bytes.
+    """Convert every `.pkl` below `source` to `OUT/KIND-000000.tar` and so on; images keep their bytes.
 
-    mmc4:  documents whose `image_info` entries hold `image_base64`.
+    mmc4:  documents whose `image_info` entries have `image_base64`.
     coyo:  {id, url, text or caption, clip_sim, image or rawbytes}.
-    vflan: {question, answer, image}, image one or many in base64, or none; the keys may end with a colon.
-    A `.count` that does not agree with its shard is an error: one of the two is not whole.
+    vflan: {question, answer, image}: no image, one, or a list, in base64; the keys may end with a colon.
+    A `.count` file that differs from the number of records raises DataError: one of the files is incomplete.
     Returns the index, or None while other workers (`shard` = (k, n)) are not finished.
     """
     units = unit_names(sorted(source.rglob("*.pkl")))
     check_settings(out, {"step": f"{kind} pickles", "per_shard": per_shard, "inputs": inputs_hash(units)})
     stored = "pairs" if kind == "coyo" else kind
-    if not (out / "index.json").is_file():
-        own = units_of_worker(units, shard)
-        with task(events, f"{kind}: pickles", len(own), "files"):
-            for unit in own:
-                if not is_finished(out, unit):
-                    counts, failures = Counts(), list[dict[str, Any]]()
-                    samples = _samples(unit, _records(units[unit]), _READERS[kind], counts, failures)
-                    write_unit(out, unit, stored, samples, counts, failures)
-                    events.log(f"{unit}: {counts}")
-                events.advanced(f"{kind}: pickles")
+
+    def samples(unit: str, path: Path, counts: Counts, failures: list[dict[str, Any]]) -> Iterable[TarSample]:
+        def sample(row: int, record: Any) -> TarSample:
+            if not isinstance(record, dict):
+                raise RecordDroppedError("not a record")
+            return _READERS[kind](f"{unit}-{row:06d}", record)
+
+        return convert_records(enumerate(_records(path), start=1), sample, counts, failures)
+
+    write_units(f"{kind}: pickles", units, out, stored, samples, shard=shard, events=events)
     return merge_shards(
         out, kind, stored, list(units), per_shard=per_shard, shard=shard, keep_parts=keep_parts, events=events
     )
@@ -113,52 +109,40 @@ def convert_pickles(
 def _records(path: Path) -> list[Any]:
     records = read_plain_pickle(path)
     if not isinstance(records, list):
-        raise DataError(f"{path}: holds a {type(records).__name__}, expected a list of records")
+        raise DataError(file=path, value=type(records).__name__, expected="a list of records")
     count = path.with_suffix(".count")
     if count.is_file() and (stated := count.read_text(encoding="ascii", errors="replace").strip()) != str(len(records)):
-        raise DataError(f"{path}: {len(records)} records, but {count.name} says {stated[:40]!r}; copy both again")
+        raise DataError(
+            f"number of records differs from {count.name}",
+            file=path,
+            value=len(records),
+            expected=stated[:40],
+            hint="copy both files again",
+        )
     return records
 
 
-def _samples(
-    unit: str, records: list[Any], read: _Reader, counts: Counts, failures: list[dict[str, Any]]
-) -> Iterator[TarSample]:
-    for row, record in enumerate(records, start=1):
-        counts.read += 1
-        try:
-            if not isinstance(record, dict):
-                raise DataError("not a record")
-            sample = read(f"{unit}-{row:06d}", record)
-        except DataError as error:
-            reason, _, detail = str(error).partition(": ")
-            counts.dropped[reason] += 1
-            failures.append({"row": row, "reason": reason, "detail": detail})
-            continue
-        counts.written += 1
-        yield sample
-
-
 def _mmc4(key: str, record: dict[str, Any]) -> TarSample:
-    if fault := mmc4_problem(record):
-        raise DataError(fault)
+    if problem := mmc4_problem(record):
+        raise RecordDroppedError(problem)
     infos, members = [], []
     for number, info in enumerate(record["image_info"]):
-        picture = decode_image_field(info.get("image_base64"))
-        file = f"{number}.{picture.extension}"
+        image = decode_image_field(info.get("image_base64"))
+        file = f"{number}.{image.extension}"
         infos.append({name: value for name, value in info.items() if name != "image_base64"} | {"file": file})
-        members.append((file, picture.content))
+        members.append((file, image.content))
     return TarSample(key, (_json(record | {"image_info": infos}), *members))
 
 
 def _coyo(key: str, record: dict[str, Any]) -> TarSample:
     text = record.get("text", record.get("caption"))
     if not isinstance(text, str) or not text.strip():
-        raise DataError("no text")
-    if fault := text_problem(text):
-        raise DataError(fault)
-    picture = decode_image_field(record.get("image", record.get("rawbytes")))
-    facts = {name: value for name, value in record.items() if name not in ("text", "caption", "image", "rawbytes")}
-    return TarSample(key, ((picture.extension, picture.content), ("txt", text.encode()), _json(facts)))
+        raise RecordDroppedError("no text")
+    if problem := text_problem(text):
+        raise RecordDroppedError(problem)
+    image = decode_image_field(record.get("image", record.get("rawbytes")))
+    rest = {name: value for name, value in record.items() if name not in ("text", "caption", "image", "rawbytes")}
+    return TarSample(key, ((image.extension, image.content), ("txt", text.encode()), _json(rest)))
 
 
 def _vflan(key: str, record: dict[str, Any]) -> TarSample:
@@ -166,48 +150,47 @@ def _vflan(key: str, record: dict[str, Any]) -> TarSample:
 
 
 def question_sample(key: str, question: Any, answer: Any, images: Any) -> TarSample:
-    """A question, its answer and its images (base64, one or many or none) as a sample.
+    """Build a sample from a question, its answer and its images (none, one, or a list, in base64).
 
-    Raises DataError with the reason, and details after a colon.
+    Raises RecordDroppedError.
     """
     if not isinstance(question, str) or not question.strip():
-        raise DataError("no question")
+        raise RecordDroppedError("no question")
     if not isinstance(answer, str) or not answer.strip():
-        raise DataError("no answer")
-    if fault := text_problem([question, answer]):
-        raise DataError(fault)
+        raise RecordDroppedError("no answer")
+    if problem := text_problem([question, answer]):
+        raise RecordDroppedError(problem)
     listed = [images] if isinstance(images, (str, bytes)) else images or []
     if not isinstance(listed, (list, tuple)):
-        raise DataError(f"image is no list: {type(images).__name__}")
-    pictures = [decode_image_field(image) for image in listed]
-    files = [f"{number}.{picture.extension}" for number, picture in enumerate(pictures)]
-    members = [(file, picture.content) for file, picture in zip(files, pictures, strict=True)]
+        raise RecordDroppedError("image is not a list", type(images).__name__)
+    decoded = [decode_image_field(image) for image in listed]
+    files = [f"{number}.{image.extension}" for number, image in enumerate(decoded)]
+    members = [(file, image.content) for file, image in zip(files, decoded, strict=True)]
     return TarSample(key, (json_member({"question": question, "answer": answer, "image": files}), *members))
 
 
 def decode_image_field(value: Any) -> DownloadedImage:
-    """A picture in base64, or as bytes, which must decode. Raises DataError with the reason, details after a colon."""
+    """Decode an image given in base64 or as bytes, and check that it is one. Raises RecordDroppedError."""
     if isinstance(value, str):
         if value.lower().endswith((".jpg", ".jpeg", ".png")):
-            raise DataError(f"a path instead of a picture: {value[:200]}")
+            raise RecordDroppedError("a path instead of an image", value[:200])
         try:
             value = base64.b64decode(value, validate=True)
         except (binascii.Error, ValueError) as error:
-            raise DataError(f"damaged base64: {error}") from error
+            raise RecordDroppedError("damaged base64", str(error)) from error
     if not isinstance(value, (bytes, bytearray)):
-        raise DataError("no image")
+        raise RecordDroppedError("no image")
     try:
         return encode_image(bytes(value), KEEP_ORIGINAL)
     except MediaError as error:
-        raise DataError(f"not an image: {error}") from error
+        raise RecordDroppedError("not an image", str(error)) from error
 
 
 def _json(value: Any) -> tuple[str, bytes]:
     try:
         return json_member(value)
     except (TypeError, ValueError) as error:
-        raise DataError(f"a value that JSON cannot hold: {error}") from error
+        raise RecordDroppedError("a value that JSON cannot represent", str(error)) from error
 
 
-_Reader = Callable[[str, dict[str, Any]], TarSample]
-_READERS: dict[PickleKind, _Reader] = {"mmc4": _mmc4, "coyo": _coyo, "vflan": _vflan}
+_READERS: dict[PickleKind, Callable[[str, dict[str, Any]], TarSample]] = {"mmc4": _mmc4, "coyo": _coyo, "vflan": _vflan}

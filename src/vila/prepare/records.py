@@ -1,4 +1,7 @@
-"""Records of published files: JSON lines (plain, gzip, zip) and parquet. Cut files, damage and bombs are errors."""
+"""Read records of published files: JSON lines (plain, gzip, zip), parquet, and LLaVA's JSON lists.
+
+Truncated and damaged files and decompression bombs raise DataError.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +33,8 @@ from vila.prepare.merge_shards import read_index
 from vila.prepare.work_units import Counts, check_settings, locks_output
 
 MAX_RATIO = 200
-"""Largest expansion of a compressed file. JSON text is packed 3 to 15 times; bombs are packed 1000 times."""
-_FREE_BYTES = 64 * 2**20
+"""Maximum compression ratio. JSON text has ratios of 3 to 15, decompression bombs of 1000."""
+_MIN_LIMIT_BYTES = 64 * 2**20
 _AGAIN = "download it again"
 _END_MARK = b"PK\x05\x06"
 _END_SIZE = 22
@@ -40,8 +43,8 @@ _END_SIZE = 22
 def read_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield row numbers (from 1) and records of `.jsonl`, `.jsonl.gz`, `.jsonl.zip` or `.parquet`.
 
-    columns: of parquet, the only ones to read.
-    A text with half a surrogate pair stays in its record: see `text_problem`. Raises DataError with file and line.
+    columns: columns to read of parquet; None reads all.
+    A text with a lone surrogate stays in its record: see `text_problem`. Raises DataError with file and line.
     """
     name = path.name.lower()
     if name.endswith(".parquet"):
@@ -50,7 +53,7 @@ def read_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[tupl
         yield from _zip_rows(path)
     elif name.endswith(".gz"):
         with file_errors(path, kind="gzip"):
-            limit = _free(path.stat().st_size)
+            limit = _max_unpacked(path.stat().st_size)
             stream = gzip.open(path, "rb")  # noqa: SIM115
         with stream:
             yield from _json_lines(cast(IO[bytes], stream), str(path), limit, kind="gzip")
@@ -62,18 +65,17 @@ def read_rows(path: Path, columns: Sequence[str] | None = None) -> Iterator[tupl
         with path.open("rb") as plain:
             yield from _json_lines(plain, str(path), None)
     else:
-        raise DataError(
-            "not read here", file=path, value=path.suffix, expected=".jsonl, .jsonl.gz, .jsonl.zip or .parquet"
-        )
+        expected = ".jsonl, .jsonl.gz, .jsonl.zip or .parquet"
+        raise DataError("unsupported format", file=path, value=path.suffix, expected=expected)
 
 
 def text_problem(record: Any) -> str:
-    """Return why no file can hold the text of a record, to drop it by; "" if one can."""
+    """Return why the text of a record cannot be written as UTF-8; "" if it can."""
     return "" if lone_surrogate(record) is None else "half a surrogate pair in the text"
 
 
 def read_parquet(path: Path, columns: Sequence[str] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield row numbers (from 1) and records of a parquet file, a batch in memory at a time."""
+    """Yield row numbers (from 1) and records of a parquet file; one batch is in memory at a time."""
     pq = require("pyarrow.parquet", "parquet")
     parquet_rows(path)
     with file_errors(path, kind="parquet", hint=_AGAIN):
@@ -97,13 +99,13 @@ def read_parquet(path: Path, columns: Sequence[str] | None = None) -> Iterator[t
 
 
 def parquet_rows(path: Path) -> int:
-    """Return the number of rows of a parquet file, from its footer, which is checked."""
+    """Return the number of rows from the footer of a parquet file, after checking it."""
     return sum(row_group_sizes(path))
 
 
 @contextmanager
 def open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
-    """Open a zip archive. Raises DataError for damage, and for bytes before or behind it, which zipfile leaves out."""
+    """Open a zip archive. Raises DataError for damage, and for data before or after it, which zipfile would ignore."""
     with file_errors(path, kind="zip", hint=_AGAIN):
         archive = zipfile.ZipFile(path)
         first = min((one.header_offset for one in archive.infolist()), default=0)
@@ -113,10 +115,8 @@ def open_zip(path: Path) -> Iterator[zipfile.ZipFile]:
             stream.seek(max(0, end))
             is_last = stream.read(4) == _END_MARK
         if first or not is_last:
-            place = "before" if first else "behind"
-            raise DataError(
-                f"bytes {place} the zip archive, which are not read", file=path, hint="unpack archives that were joined"
-            )
+            where = "before" if first else "after"
+            raise DataError(f"data {where} the zip archive", file=path, hint="unpack archives that were concatenated")
     with archive:
         yield archive
 
@@ -126,8 +126,8 @@ def _zip_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         names = [one for one in archive.infolist() if one.filename.lower().endswith((".jsonl", ".ndjson"))]
         members = [one for one in names if not one.filename.startswith("__MACOSX/")]
         if not members:
-            raise DataError("holds no .jsonl file", file=path)
-        limit = _free(path.stat().st_size)
+            raise DataError("no .jsonl file in the archive", file=path)
+        limit = _max_unpacked(path.stat().st_size)
         row = 0
         for member in sorted(members, key=lambda one: one.filename):
             with file_errors(path, record=f"member {member.filename!r}", kind="zip", hint=_AGAIN):
@@ -138,8 +138,8 @@ def _zip_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     yield row, record
 
 
-def _free(packed_bytes: int) -> int:
-    return max(_FREE_BYTES, packed_bytes * MAX_RATIO)
+def _max_unpacked(packed_bytes: int) -> int:
+    return max(_MIN_LIMIT_BYTES, packed_bytes * MAX_RATIO)
 
 
 def _json_lines(
@@ -150,7 +150,7 @@ def _json_lines(
         read += len(line)
         if limit is not None and read > limit:
             raise DataError(
-                f"unpacks to over {limit:,} bytes, {MAX_RATIO} times its size", file=name, hint="refused as a bomb"
+                "too large when unpacked (decompression bomb)", file=name, expected=f"at most {limit:,} bytes"
             )
         if line.strip(b" \t\r\n"):
             record = parse_json(line, file=name, record=f"line {number}", surrogates=True)
@@ -159,23 +159,19 @@ def _json_lines(
             yield number, record
 
 
-# --- json_list
-# Conversations in LLaVA's JSON: checked record by record, the good ones written again, the others listed.
-
-
 MARKER = "<image>"
 Check = Callable[[dict[str, Any]], str]
-"""A record -> why it is left out, or nothing. A colon separates the reason to count by from details."""
+"""A record -> "" to keep it, or why it is dropped: the reason to count by, and optionally ": " and details."""
 
 
 @locks_output
 def rewrite_json(
     source: Path, out: Path, name: str, checks: Sequence[Check], settings: dict[str, Any], events: Events = SILENT
 ) -> dict[str, Any]:
-    """Write `OUT/NAME.json` with the records of `source` that pass all checks, unchanged and in their order.
+    """Write `OUT/NAME.json` with the records of the JSON list `source` that pass all checks, unchanged and in order.
 
-    What does not pass is in `OUT/log/failures.jsonl`: row (from 1), id, reason, detail. Pictures stay where they are.
-    Returns the index (`OUT/index.json`); a second call with the same settings returns it at once.
+    Dropped records are listed in `OUT/log/failures.jsonl`: row (from 1), id, reason, detail. Images are not copied.
+    Returns the index (`OUT/index.json`); a further call with the same settings reads it.
     """
     check_settings(out, settings | {"source_bytes": source.stat().st_size})
     if (out / "index.json").is_file():
@@ -188,9 +184,9 @@ def rewrite_json(
     with task(events, name, len(records), "records"):
         for row, record in enumerate(records, start=1):
             counts.read += 1
-            fault = _fault(record, checks)
-            if fault:
-                reason, _, detail = fault.partition(": ")
+            problem = _problem(record, checks)
+            if problem:
+                reason, _, detail = problem.partition(": ")
                 counts.dropped[reason] += 1
                 identity = record.get("id") if isinstance(record, dict) else None
                 identity = None if text_problem(identity) else identity
@@ -201,24 +197,22 @@ def rewrite_json(
             events.advanced(name)
     path = out / f"{name}.json"
     write_json(path, kept, indent=None)
-    facts = {"file": path.name, "samples": len(kept), "bytes": path.stat().st_size, "sha256": sha256_file(path)}
-    index = {"name": name, "kind": "llava_json", "shards": [facts], "counts": counts.as_json()}
+    entry = {"file": path.name, "samples": len(kept), "bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    index = {"name": name, "kind": "llava_json", "shards": [entry], "counts": counts.as_json()}
     write_jsonl(out / "log" / "failures.jsonl", failures)
     write_json(out / "index.json", index)
     events.log(f"{name}: {counts}")
     return index
 
 
-def _fault(record: Any, checks: Sequence[Check]) -> str:
+def _problem(record: Any, checks: Sequence[Check]) -> str:
     if not isinstance(record, dict):
         return "not a record"
-    if fault := text_problem(record):
-        return fault
-    return next((fault for check in checks if (fault := check(record))), "")
+    return next((problem for check in (text_problem, *checks) if (problem := check(record))), "")
 
 
 def conversation_problem(record: dict[str, Any]) -> str:
-    """Whether the turns are whole: human and gpt in turn, no empty answer, as many markers as images."""
+    """Check that human and gpt alternate, no answer is empty, and there are as many `<image>` markers as images."""
     turns = record.get("conversations")
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         return "no conversations"
@@ -238,13 +232,13 @@ def conversation_problem(record: dict[str, Any]) -> str:
 
 
 def image_paths(record: dict[str, Any]) -> list[str]:
-    """The paths under `image`, one or a list or none."""
+    """Return the paths in `image`, which is absent, one path or a list."""
     value = record.get("image") or []
     return [str(one) for one in (value if isinstance(value, list) else [value])]
 
 
 def image_check(folder: Path, *, decode: bool) -> Check:
-    """A check that the images of a record are files below `folder`, and, with `decode`, that they can be read."""
+    """Return a check that the images of a record are files below `folder` that can, if `decode`, be decoded."""
     root = folder.resolve()
 
     def check(record: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""ShareGPT4V (arXiv 2311.12793) as VILA uses it: without the SA-1B pictures, and without answers that repeat."""
+"""ShareGPT4V (arXiv 2311.12793) as VILA uses it: without SA-1B images and without repetitive answers."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def prepare_sharegpt4v(
 ) -> dict[str, Any]:
     """Write `OUT/NAME.json` (NAME as `source`) without SA-1B records, repetitive answers and broken conversations.
 
-    images:   the root that the paths in the records start from; None checks no picture.
-    keep_sam: keep SA-1B records, whose pictures are under a licence of their own.
-    The original says only that such records were removed (100K -> 96K, 1.2M -> 1.17M); what repeats is decided here by
-    `is_repetitive`, so the numbers differ.
-    Returns the index; records that were left out are in `OUT/log/failures.jsonl` with the reason.
+    images:   root directory of the image paths in the records; None skips the check of images.
+    decode:   also decode every image.
+    keep_sam: keep SA-1B records, whose images have a separate licence.
+    The paper states only that such records were removed (100K -> 96K, 1.2M -> 1.17M); `is_repetitive` is our criterion,
+    so the numbers differ. Returns the index; dropped records and reasons are in `OUT/log/failures.jsonl`.
     """
     checks: list[Check] = [] if keep_sam else [_sam]
     checks += [conversation_problem, _repetitive]
@@ -43,7 +43,7 @@ def prepare_sharegpt4v(
 
 
 def is_repetitive(text: str) -> bool:
-    """Whether a text runs in a circle: a sentence of 4 words or more comes 3 times, or 8 words in a row come 4 times.
+    """Whether a sentence of at least 4 words occurs 3 times, or a sequence of 8 words 4 times.
 
     >>> is_repetitive("The sky is blue. " * 3), is_repetitive("The sky is blue. The sea is blue.")
     (True, False)
@@ -58,7 +58,7 @@ def is_repetitive(text: str) -> bool:
 
 def _sam(record: dict[str, Any]) -> str:
     names = [str(record.get("id", "")), *(PurePosixPath(path).name for path in image_paths(record))]
-    return "an SA-1B picture" if any(name.startswith("sa_") for name in names) else ""
+    return "an SA-1B image" if any(name.startswith("sa_") for name in names) else ""
 
 
 def _repetitive(record: dict[str, Any]) -> str:

@@ -1,8 +1,10 @@
-"""Parts: what one work unit gives, in `OUT/parts/`. A part is finished when its record, written last, is there.
+"""Work units of a preparation step: one input file each, converted to one file of samples in `OUT/parts/`.
 
 UNIT.tar or UNIT.jsonl   the samples
-UNIT.failures.jsonl      what could not be had, a line each: {"url" or "row", "reason", ...}
-UNIT.part.json           the record: samples, bytes, sha256, counts
+UNIT.failures.jsonl      failed downloads and dropped records, one per line: {"url" or "row", "reason", ...}
+UNIT.part.json           the unit record (samples, bytes, sha256, counts), written last: the unit is finished
+
+An interrupted step resumes with the units that are not finished. Units are assigned to workers by their position.
 """
 
 from __future__ import annotations
@@ -19,20 +21,21 @@ from typing import Any, Literal, ParamSpec, TypeVar
 
 from vila.core.errors import ConfigError, DataError
 from vila.core.files import DirectoryLock, atomic_path, remove_partials, sha256_file, write_json, write_jsonl
-from vila.core.progress import SILENT
+from vila.core.progress import SILENT, Events, task
 from vila.core.reading import Fields, read_json_object
 from vila.prepare.shards import TarSample, safe_key, write_tar
 
-# --- counts
-# What a step did, in numbers: how many records came in, how many went out, and why the others did not.
+P = ParamSpec("P")
+T = TypeVar("T")
 
-
+Kind = Literal["mmc4", "pairs", "vflan", "text"]
+"""Kind of samples. mmc4: documents; pairs: image and text; vflan: question, answer, images; text: JSON lines."""
 _MAX = 2**63 - 1
 
 
 @dataclass(slots=True)
 class Counts:
-    """`read` = `written` + the sum of `dropped`; `noted` counts what happened to records that were kept."""
+    """Numbers of records: `read` = `written` + sum of `dropped`; `noted` counts events of records that were kept."""
 
     read: int = 0
     written: int = 0
@@ -40,7 +43,7 @@ class Counts:
     noted: Counter[str] = field(default_factory=Counter)
 
     def as_json(self) -> dict[str, Any]:
-        """The form in which counts are stored, reasons in alphabetical order."""
+        """Return the stored form, reasons in alphabetical order."""
         return {
             "in": self.read,
             "out": self.written,
@@ -50,7 +53,7 @@ class Counts:
 
     @staticmethod
     def total(stored: Iterable[Fields]) -> Counts:
-        """Add up stored counts. Raises the error of the fields for what is no number."""
+        """Sum stored counts. Raises the error type of the fields for values that are not integers."""
         counts = Counts()
         for one in stored:
             counts.read += one.integer("in", maximum=_MAX)
@@ -65,18 +68,38 @@ class Counts:
         return f"{self.read:,} in, {self.written:,} out" + (f"; dropped: {reasons}" if reasons else "")
 
 
-P = ParamSpec("P")
-T = TypeVar("T")
+class RecordDroppedError(DataError):
+    """A record is left out. `reason` is the label that it is counted by, `detail` describes this record."""
 
-Kind = Literal["mmc4", "pairs", "vflan", "text"]
-"""`mmc4`: documents; `pairs`: image and text; `vflan`: question, answer, images; `text`: JSON lines without images."""
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason, self.detail = reason, detail
+
+
+def convert_records(
+    records: Iterable[tuple[int, Any]],
+    convert: Callable[[int, Any], T],
+    counts: Counts,
+    failures: list[dict[str, Any]],
+) -> Iterable[T]:
+    """Yield `convert(row, record)` of each record; a RecordDroppedError is counted and appended to `failures`."""
+    for row, record in records:
+        counts.read += 1
+        try:
+            sample = convert(row, record)
+        except RecordDroppedError as error:
+            counts.dropped[error.reason] += 1
+            failures.append({"row": row, "reason": error.reason, "detail": error.detail})
+            continue
+        counts.written += 1
+        yield sample
 
 
 def locks_output(prepare: Callable[P, T]) -> Callable[P, T]:
-    """Decorate a function with the arguments `out`, and perhaps `shard` and `events`: lock `out` while it runs.
+    """Decorate a step with the argument `out` (and optionally `shard`, `events`): lock `out` while it runs.
 
-    Workers k of n share the directory, each k once; a worker alone (0 of 1) has it to itself. What killed writers left
-    in the directory is removed first. The function then raises DirectoryInUseError too.
+    Workers k of n share the directory, one process per k; a single worker (0 of 1) has it exclusively. Partial files of
+    killed processes are removed first. The function additionally raises DirectoryInUseError.
     """
     signature = inspect.signature(prepare)
 
@@ -98,25 +121,25 @@ def locks_output(prepare: Callable[P, T]) -> Callable[P, T]:
 
 
 def suffix_of(kind: Kind) -> str:
-    """The kind of file that samples of `kind` lie in."""
+    """Return the file suffix of samples of `kind`."""
     return ".jsonl" if kind == "text" else ".tar"
 
 
 def unit_names(paths: Sequence[Path]) -> dict[str, Path]:
-    """Input files by the name of their work unit, in alphabetical order. Raises ConfigError when two names collide."""
+    """Map unit names to input files, in alphabetical order. Raises ConfigError for equal names or no files."""
     units: dict[str, Path] = {}
     for path in sorted(paths, key=lambda path: (path.name, str(path))):
         name = safe_key(path.name.partition(".")[0])
         if name in units:
-            raise ConfigError(f"{path} and {units[name]} would both become unit {name!r}; rename one")
+            raise ConfigError(f"same unit name {name!r} as {units[name]}", file=path, hint="rename one of the files")
         units[name] = path
     if not units:
-        raise ConfigError("no input files; name at least one")
+        raise ConfigError("no input files", hint="name at least one")
     return units
 
 
 def inputs_hash(units: Mapping[str, Path]) -> str:
-    """One hash over the names and sizes of the inputs: workers must see the same ones. All must be there."""
+    """Hash the names and sizes of the inputs, to compare them between workers. Raises ConfigError for missing files."""
     missing = [str(path) for path in units.values() if not path.is_file()]
     if missing:
         raise ConfigError.collect("missing inputs", missing)
@@ -125,34 +148,61 @@ def inputs_hash(units: Mapping[str, Path]) -> str:
 
 
 def units_of_worker(names: Iterable[str], shard: tuple[int, int]) -> list[str]:
-    """The units of worker `shard` = (k, n), k from 0: every n-th. The workers' shares are disjoint and whole."""
+    """Return every n-th name, starting at k, for worker `shard` = (k, n). Together the workers cover all names."""
     index, workers = shard
     if not 0 <= index < workers:
-        raise ConfigError(f"shard {index} of {workers}: expected a number from 0 to {workers - 1}")
+        raise ConfigError(field="shard", value=index, expected=f"a number from 0 to {workers - 1}")
     return [name for position, name in enumerate(names) if position % workers == index]
 
 
 def unit_record_path(out: Path, unit: str) -> Path:
-    """Where the record of `unit` lies."""
+    """Return the path of the record of `unit`."""
     return out / "parts" / f"{unit}.part.json"
 
 
 def unit_path(out: Path, unit: str, kind: Kind) -> Path:
-    """Where the samples of `unit` lie."""
+    """Return the path of the samples of `unit`."""
     return out / "parts" / f"{unit}{suffix_of(kind)}"
 
 
 def is_finished(out: Path, unit: str) -> bool:
-    """Whether `unit` needs no more work."""
+    """Whether `unit` is finished."""
     return unit_record_path(out, unit).is_file()
+
+
+Convert = Callable[[str, Path, Counts, list[dict[str, Any]]], Iterable[Any]]
+"""(unit, input file, counts, failures) -> samples; updates `counts` and `failures` while it is consumed."""
+
+
+def write_units(
+    name: str,
+    units: Mapping[str, Path],
+    out: Path,
+    kind: Kind,
+    convert: Convert,
+    *,
+    shard: tuple[int, int] = (0, 1),
+    events: Events = SILENT,
+) -> None:
+    """Convert the units of worker `shard` that are not finished. `name` is the task that `events` shows."""
+    if (out / "index.json").is_file():
+        return
+    own = units_of_worker(units, shard)
+    with task(events, name, len(own), "files"):
+        for unit in own:
+            if not is_finished(out, unit):
+                counts, failures = Counts(), list[dict[str, Any]]()
+                write_unit(out, unit, kind, convert(unit, units[unit], counts, failures), counts, failures)
+                events.log(f"{unit}: {counts}")
+            events.advanced(name)
 
 
 def write_unit(
     out: Path, unit: str, kind: Kind, samples: Iterable[Any], counts: Counts, failures: Iterable[dict[str, Any]] = ()
 ) -> None:
-    """Write one part whole, its record last. `samples` may fill `counts` and what `failures` holds as it is consumed.
+    """Write the files of a unit atomically, its record last.
 
-    samples: `TarSample`s, or plain values for kind `text`.
+    samples: `TarSample`s, or JSON values for kind `text`. Consuming them may update `counts` and `failures`.
     """
     path = unit_path(out, unit, kind)
     with atomic_path(path) as part:
@@ -169,7 +219,7 @@ def write_unit(
 
 
 def read_unit_record(out: Path, unit: str) -> Fields:
-    """Read the record of a finished part. Raises DataError if the unit is not finished."""
+    """Read the record of a finished unit. Raises DataError if it is not finished."""
     path = unit_record_path(out, unit)
     if not path.is_file():
         raise DataError(f"unit {unit!r} is not finished", file=path, hint="run its worker first")
@@ -177,26 +227,26 @@ def read_unit_record(out: Path, unit: str) -> Fields:
 
 
 def check_unit(out: Path, unit: str, kind: Kind) -> int:
-    """Return the number of samples of a finished part. Raises DataError if its file is not the one that was written."""
+    """Return the number of samples of a finished unit. Raises DataError if its file does not match the record."""
     record, path = read_unit_record(out, unit), unit_path(out, unit, kind)
-    samples = record.integer("samples", maximum=2**63 - 1)
-    size = record.integer("bytes", maximum=2**63 - 1)
+    samples = record.integer("samples", maximum=_MAX)
+    size = record.integer("bytes", maximum=_MAX)
     found = path.stat().st_size if path.is_file() else None
     if found != size:
         raise DataError(
-            "the part is not as it was written",
+            "size differs from the unit record",
             file=path,
             value=found,
             expected=f"{size} bytes",
-            hint=f"delete {unit_record_path(out, unit)} and prepare again",
+            hint=f"delete {unit_record_path(out, unit)} and run the command again",
         )
     return samples
 
 
 def check_settings(out: Path, settings: dict[str, Any]) -> None:
-    """Store what `out` is prepared with, or compare it: parts of different settings may not be mixed.
+    """Store the settings of the step in `out`, or compare them with the stored ones.
 
-    Raises ConfigError naming every difference.
+    Units made with different settings must not be mixed. Raises ConfigError listing every difference.
     """
     path = out / "settings.json"
     if not path.is_file():
@@ -206,7 +256,7 @@ def check_settings(out: Path, settings: dict[str, Any]) -> None:
     keys = sorted(before.keys() | settings.keys())
     changed = [f"{key}: {before.get(key)!r} -> {settings.get(key)!r}" for key in keys if _differ(before, settings, key)]
     if changed:
-        raise ConfigError.collect(f"{out}: begun with other settings; keep to them or choose another folder", changed)
+        raise ConfigError.collect(f"{out}: started with other settings; use them, or choose another directory", changed)
 
 
 def _differ(before: dict[str, Any], now: dict[str, Any], key: str) -> bool:
