@@ -8,7 +8,7 @@ import pytest
 from tests.config.tiny_inputs import write_data, write_parts
 from tests.train.finish import on_step
 from vila.config import load_recipe, recipe_names
-from vila.model.loading import assemble, save_model
+from vila.model.loading import build_components, open_components, save_model
 from vila.train.build import build
 from vila.train.metrics_log import read_metrics
 
@@ -26,12 +26,12 @@ def parts(tmp_path_factory):
     for name in (name for name in recipe_names() if name.endswith("/1_align")):
         facts = load_recipe(name).model
         if not (folder / "aligned" / tower_of(name)).exists():
-            made = assemble(
+            checkpoint = open_components(
                 llm=str(folder / "llm"), vision=str(folder / tower_of(name)), projector=facts.projector,
                 select_layer=facts.select_layer, select_feature=facts.select_feature, image_size=28,
-                image_mode=facts.image_mode, template=facts.template, seed=0,
+                image_mode=facts.image_mode, template=facts.template,
             )  # fmt: skip
-            save_model(*made, folder / "aligned" / tower_of(name))
+            save_model(build_components(checkpoint, seed=0), checkpoint.processor, folder / "aligned" / tower_of(name))
     return folder
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vila.kernels.int4 import Int4Linear, dequantize, quantize
-from vila.kernels.select import BACKENDS, missing
+from vila.kernels.select import BACKENDS, unavailable_reason
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -23,7 +23,7 @@ TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 1e-2}
 
 
 def layer_and_rows(name, dtype, shape, rows):
-    if why := missing(name, "cuda", dtype):
+    if why := unavailable_reason(name, "cuda", dtype):
         pytest.skip(why)
     torch.manual_seed(0)
     layer = Int4Linear.from_weight(quantize(torch.randn(*shape, device="cuda") * 0.02, 128))

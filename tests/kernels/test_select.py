@@ -6,7 +6,7 @@ from torch import nn
 
 from vila.core.errors import ConfigError, UnknownNameError
 from vila.kernels.int4 import Int4Linear, dequantize
-from vila.kernels.select import BACKENDS, missing, use_backend
+from vila.kernels.select import BACKENDS, unavailable_reason, use_backend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -37,7 +37,7 @@ def error_of(name, dtype, shape, make_weight):
     x = torch.randn(rows, inputs, generator=generator).to(DEVICE, dtype)
     if has_bias:
         x[:, 3] *= 50
-    if why := missing(name, DEVICE, dtype):
+    if why := unavailable_reason(name, DEVICE, dtype):
         pytest.skip(why)
     layer.use_backend(BACKENDS[name], dtype)
     got = layer(x)
@@ -57,7 +57,7 @@ def test_backends_agree_with_the_exact_product(name, dtype, shape, make_weight):
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_no_rows_give_no_rows(name, make_weight):
-    if why := missing(name, DEVICE, torch.bfloat16):
+    if why := unavailable_reason(name, DEVICE, torch.bfloat16):
         pytest.skip(why)
     layer = Int4Linear.from_weight(make_weight(8, 64, 32)).to(DEVICE)
     layer.use_backend(BACKENDS[name], torch.bfloat16)

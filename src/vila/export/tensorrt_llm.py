@@ -20,7 +20,7 @@ from vila.core.reading import read_json
 from vila.export.base import ExportOptions, Guide
 from vila.export.source import LLM, SafetensorsWriter, Source
 from vila.kernels.packings import pack_modelopt
-from vila.model.layouts import tower_files, vila_v15
+from vila.model.layouts import llava_v1, tower_files, vila_v15
 from vila.model.layouts.tokenizer_files import write_tokenizer
 from vila.model.save_weights import TensorSpecs
 
@@ -176,7 +176,7 @@ def write_folders(source: Source, part: Path, group_size: int | None) -> None:
     config = copy.deepcopy(source.config)
     config.dtype = source.half
     facts = vila_v15.vila_v15_config(config, source.processor)
-    for name, key in vila_v15._PARTS.items():
+    for name, key in vila_v15.PART_FOLDERS.items():
         # The program takes the folder's name from here.
         facts[key] = {**read_json(part / name / "config.json"), "_name_or_path": name}
     # Without this word the program draws a random projector.
@@ -192,7 +192,7 @@ def _write_llm(source: Source, folder: Path, group_size: int | None) -> None:
     llm = source.config.text_config
     facts = llm.to_dict()
     facts.pop("dtype", None)
-    facts |= vila_v15.legacy_rope_settings(facts.get("rope_parameters") or {})
+    facts |= llava_v1.legacy_rope_settings(facts.get("rope_parameters") or {})
     facts |= {"torch_dtype": _name(source.half), "architectures": [source.family.causal_lm]}
     facts["model_max_length"] = source.config.context_length
     if group_size is not None:

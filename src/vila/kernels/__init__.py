@@ -1,1 +1,1 @@
-"""INT4 weights: one storage, the packings of other programs, and the products that read it."""
+"""INT4 weights: storage, rounding, packings of other programs, and matmul backends."""

@@ -404,13 +404,3 @@ def fuse(layers: Sequence[Int4Linear]) -> Int4Linear:
         pairs = zip(biases, layers, strict=True)
         fused_bias = torch.cat([first.new_zeros(layer.out_features) if bias is None else bias for bias, layer in pairs])
     return Int4Linear.from_weight(weight, fused_bias, [width for layer in layers for width in layer.splits])
-
-
-def unfuse(layer: Int4Linear) -> tuple[Int4Linear, ...]:
-    """Return the layers that `fuse` joined, as views; each has a bias if the fused one has."""
-    parts, start = [], 0
-    for width in layer.splits:
-        bias = None if layer.bias is None else layer.bias[start : start + width]
-        parts.append(Int4Linear.from_weight(layer.weight.rows(start, start + width), bias))
-        start += width
-    return tuple(parts)

@@ -50,7 +50,7 @@ class BackendChoice:
         return "\n".join(lines)
 
 
-def missing(name: str, device: torch.device | str, dtype: torch.dtype) -> str:
+def unavailable_reason(name: str, device: torch.device | str, dtype: torch.dtype) -> str:
     """Return why backend `name` cannot run on a device with an activation dtype; empty if it can.
 
     Raises UnknownNameError.
@@ -102,12 +102,12 @@ def use_backend(
 def _choose(name: str, device: torch.device, dtype: torch.dtype) -> tuple[str, tuple[tuple[str, str], ...]]:
     """Return the backend's name, and the skipped backends with reasons."""
     if name != AUTO:
-        if why := missing(name, device, dtype):
+        if why := unavailable_reason(name, device, dtype):
             raise ConfigError(why, field="int4 backend", value=name, hint="choose another backend, or 'auto'")
         return name, ()
     passed: list[tuple[str, str]] = []
     for candidate in _PREFERRED.get(device.type, ("torch",)):
-        why = missing(candidate, device, dtype)
+        why = unavailable_reason(candidate, device, dtype)
         if not why:
             return candidate, tuple(passed)
         passed.append((candidate, why))

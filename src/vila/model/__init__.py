@@ -1,1 +1,1 @@
-"""The network and its checkpoint layouts: a vision tower, a projector, an LLM, and nothing patched."""
+"""The model (vision tower, projector, LLM), its processor, weight files, and checkpoint layouts."""

@@ -62,6 +62,17 @@ def local_folder(source: str | Path, revision: str | None = None) -> Path:
         raise DownloadError(f"no such directory, and the hub cannot be reached ({error})", file=name) from error
 
 
+def find_folder(source: str, checkpoint: Path) -> Path:
+    """Return the directory that a checkpoint refers to: in it, next to it, below the working directory, or on the hub.
+
+    Raises LayoutError or DownloadError as `local_folder`.
+    """
+    for candidate in (checkpoint / source, checkpoint.parent / source, Path(source)):
+        if (candidate / "config.json").is_file():
+            return candidate
+    return local_folder(source)
+
+
 def cached_folder(source: str) -> Path | None:
     """Return the directory of a local path or of a hub id in the local cache, else None. No network access."""
     path = Path(source).expanduser()

@@ -106,7 +106,7 @@ _SUFFIXES = ("qweight", "qzeros", "scales", "scaled_zeros")
 _GROUP_SIZES = (128, 64, 32, 16, 256)
 _DOWNLOAD_AGAIN = "download the checkpoint again"
 _PACKINGS = ("gemm", "gemv", "tinychat")
-# AutoAWQ calls what TinyChat calls `scaled_zeros` by the name of its other packings.
+# AutoAWQ names TinyChat's `scaled_zeros` as in its other packings.
 _OTHER_NAME = {"scaled_zeros": "qzeros"}
 
 

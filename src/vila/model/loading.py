@@ -291,37 +291,6 @@ def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:
     return parsed
 
 
-def assemble(
-    *,
-    llm: str,
-    vision: str,
-    projector: str,
-    select_layer: int,
-    select_feature: str,
-    image_size: int,
-    image_mode: ImageMode,
-    template: str,
-    seed: int,
-    exif_orientation: bool = True,
-) -> tuple[VilaForConditionalGeneration, VilaProcessor]:
-    """Create a new float32 model from an LLM and a tower (directories or hub ids); `seed` initialises the projector.
-
-    Raises LayoutError and TemplateError as `open_components`.
-    """
-    checkpoint = open_components(
-        llm=llm,
-        vision=vision,
-        projector=projector,
-        select_layer=select_layer,
-        select_feature=select_feature,
-        image_size=image_size,
-        image_mode=image_mode,
-        exif_orientation=exif_orientation,
-        template=template,
-    )
-    return build_components(checkpoint, seed), checkpoint.processor
-
-
 def open_components(
     *,
     llm: str,

@@ -36,7 +36,7 @@ from vila.eval.benchmark import Item
 from vila.eval.benchmarks.easy_vqa import EasyVqa
 from vila.eval.predictions import read_texts
 from vila.eval.runner import BenchmarkRun, model_hash, result_dir, run_benchmark
-from vila.model.loading import assemble, choose_dtype, load_model
+from vila.model.loading import build_components, choose_dtype, load_model, open_components
 from vila.prepare.licences import data_licences
 from vila.quant.blocks import fitting_group_sizes
 from vila.quant.calibration import packaged_documents, text_calibration
@@ -309,7 +309,8 @@ class Quickstart:
     def _perplexity_before(self) -> dict[str, float]:
         first = self.recipe(STAGES[0])
         fields = first.model.model_dump(exclude={"path", "projector_init"})
-        model, processor = assemble(**fields, seed=first.seed)
+        checkpoint = open_components(**fields)
+        model, processor = build_components(checkpoint, first.seed), checkpoint.processor
         with task(self.events, "perplexity of the untouched LLM"):
             return self._perplexity(Engine(model.to(choose_dtype("auto")), processor))
 

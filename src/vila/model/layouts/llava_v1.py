@@ -14,7 +14,7 @@ from vila.core.errors import LayoutError, WeightMismatchError
 from vila.core.files import atomic_path, write_json
 from vila.core.reading import Fields
 from vila.families import FAMILIES, FAMILY_BY_LLAVA_TYPE, find_family
-from vila.model.hub import local_folder
+from vila.model.hub import find_folder
 from vila.model.layouts.base import (
     FULL_PRECISION,
     Checkpoint,
@@ -203,13 +203,9 @@ def _has_tokenizer(folder: Path) -> bool:
 
 
 def _find_tower(folder: Path, fields: Fields) -> Path:
-    """Find `mm_vision_tower` as a path (absolute, in the checkpoint, beside it, or from here), else as a hub id."""
     source = fields.text("mm_vision_tower")
-    for place in (folder / source, folder.parent / source, Path(source)):
-        if (place / "config.json").is_file():
-            return place
     try:
-        return local_folder(source)
+        return find_folder(source, folder)
     except LayoutError as error:
         raise fields.refusal(
             "mm_vision_tower",
@@ -241,8 +237,7 @@ def _config(config: Any, processor: Any, source: str) -> dict[str, Any]:
         **llm,
         "architectures": [family.llava_class],
         "model_type": family.llava_model_types[0],
-        "rope_theta": rope.get("rope_theta", 10000.0),
-        "rope_scaling": None if rope.get("rope_type", "default") == "default" else _old_rope(rope),
+        **legacy_rope_settings(rope),
         "torch_dtype": str(config.dtype).removeprefix("torch."),
         "mm_vision_tower": source,
         "mm_projector_type": config.projector_type,
@@ -260,8 +255,11 @@ def _config(config: Any, processor: Any, source: str) -> dict[str, Any]:
     return {**out, **vila_settings(config, processor)}
 
 
-def _old_rope(rope: Mapping[str, Any]) -> dict[str, Any]:
-    return {"type": rope["rope_type"], **{k: v for k, v in rope.items() if k not in ("rope_type", "rope_theta")}}
+def legacy_rope_settings(rope: Mapping[str, Any]) -> dict[str, Any]:
+    """Rotary position settings under the keys of transformers 4."""
+    kind = rope.get("rope_type", "default")
+    scaling = {"type": kind, **{k: v for k, v in rope.items() if k not in ("rope_type", "rope_theta")}}
+    return {"rope_theta": rope.get("rope_theta", 10000.0), "rope_scaling": None if kind == "default" else scaling}
 
 
 LAYOUT = LlavaV1Layout()

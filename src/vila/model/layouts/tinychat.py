@@ -121,10 +121,9 @@ def _files(folder: Path) -> list[Path]:
 
 def _model_folder(folder: Path) -> Path:
     """Return the nearest directory that describes the model."""
-    places = [folder, folder.parent] if folder.is_dir() else [folder.parent, folder.parent.parent]
-    for place in places:
-        if detect_full_precision(place) is not None:
-            return place
+    for parent in (folder, folder.parent) if folder.is_dir() else (folder.parent, folder.parent.parent):
+        if detect_full_precision(parent) is not None:
+            return parent
     raise LayoutError(
         "weights without a directory that describes the model",
         file=folder,

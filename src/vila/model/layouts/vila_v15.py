@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +10,19 @@ from vila.core.errors import LayoutError
 from vila.core.files import atomic_path, write_json
 from vila.core.reading import Fields
 from vila.core.vision_spec import MAX_SIDE, MAX_VIDEO_FRAMES
-from vila.model.hub import local_folder
+from vila.model.hub import find_folder
 from vila.model.layouts.base import FULL_PRECISION, Checkpoint, Sources, WeightStorage, map_names
 from vila.model.layouts.build_config import build_config
 from vila.model.layouts.config_file import MAX_LAYERS, read_config, read_generation_config, text_config
 from vila.model.layouts.known_checkpoints import known_template
-from vila.model.layouts.llava_v1 import FIELDS, vila_settings
+from vila.model.layouts.llava_v1 import FIELDS, legacy_rope_settings, vila_settings
 from vila.model.layouts.tokenizer_files import read_tokenizer, write_tokenizer
 from vila.model.layouts.tower_files import read_image_mode, read_tower, tower_tensors, write_tower
 from vila.model.projector import check_projector
 from vila.model.save_weights import write_weights
 from vila.model.weights import find_weight_files, list_tensors
 
-_PARTS = {"llm": "llm_cfg", "vision_tower": "vision_tower_cfg", "mm_projector": "mm_projector_cfg"}
+PART_FOLDERS = {"llm": "llm_cfg", "vision_tower": "vision_tower_cfg", "mm_projector": "mm_projector_cfg"}
 _TOWERS = ("clip_vision_model", "siglip_vision_model", "internvl_vision")
 _SCALES = re.compile(r"[1-9]\d{0,4}(, *[1-9]\d{0,4})*")
 
@@ -40,7 +39,9 @@ class VilaV15Layout:
     def open(self, folder: Path, base: Path | None = None) -> Checkpoint:
         """Read the configs of the three directories."""
         fields = read_config(folder)
-        llm_folder, tower_folder, projector_folder = (_part(folder, fields, part, key) for part, key in _PARTS.items())
+        llm_folder, tower_folder, projector_folder = (
+            _part(folder, fields, part, key) for part, key in PART_FOLDERS.items()
+        )
         _check_resolution(fields)
         llm_facts = read_config(llm_folder)
         llm = text_config(llm_facts, llm_facts.text("model_type", "llama"))
@@ -116,7 +117,7 @@ def write_folders(model: Any, processor: Any, folder: Path, storage: WeightStora
         _write_llm(model, processor, part / "llm", config)
         storage.save(weights, part / "llm")
         _write_projector(model, part / "mm_projector", storage)
-        configs = {key: dict(read_config(part / name)) for name, key in _PARTS.items()}
+        configs = {key: dict(read_config(part / name)) for name, key in PART_FOLDERS.items()}
         write_json(part / "config.json", {**vila_v15_config(config, processor), **configs}, indent=2)
 
 
@@ -131,15 +132,12 @@ def _scales(fields: Fields) -> tuple[list[int], int]:
 
 
 def _part(folder: Path, fields: Fields, part: str, key: str) -> Path:
-    """Return the directory of one part: inside the checkpoint, or where a string in the config refers to."""
+    """Return the directory of one part: inside the checkpoint, or where the config refers to."""
     if (folder / part / "config.json").is_file():
         return folder / part
     source = fields.get(key) or (fields.get("mm_vision_tower") if part == "vision_tower" else None)
     if isinstance(source, str):
-        for place in (folder / source, folder.parent / source, Path(source)):
-            if (place / "config.json").is_file():
-                return place
-        return local_folder(source)
+        return find_folder(source, folder)
     raise LayoutError(f"no directory {part}/ with a config.json", file=folder, hint="download the checkpoint again")
 
 
@@ -160,13 +158,6 @@ def _write_llm(model: Any, processor: Any, folder: Path, config: Any) -> None:
     if model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
     write_tokenizer(processor.tokenizer, folder, processor.template)
-
-
-def legacy_rope_settings(rope: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of rotary position settings in transformers 4."""
-    kind = rope.get("rope_type", "default")
-    scaling = {"type": kind, **{k: v for k, v in rope.items() if k not in ("rope_type", "rope_theta")}}
-    return {"rope_theta": rope.get("rope_theta", 10000.0), "rope_scaling": None if kind == "default" else scaling}
 
 
 def _write_projector(model: Any, folder: Path, storage: WeightStorage) -> None:
