@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from scripts.make_eval_data import LAYOUTS, make_eval_data
+from tests.eval.fake_models import FakeModel
 from vila.core.errors import MediaError
 from vila.core.files import write_json
 from vila.eval.benchmark import BENCHMARKS, Benchmark, Item
@@ -24,7 +25,7 @@ def truly(number: int, item: Item) -> str:
     return item.truth or "unanswerable"
 
 
-class Answers:
+class Answers(FakeModel):
     """Gives each question of a benchmark what `answer(its place, the item)` says; fails on those in `fails`.
 
     Like any engine it gives equal conversations equal answers: what the last of them gets.
@@ -34,7 +35,7 @@ class Answers:
         self._texts = {item.messages: (answer(n, item), item.id) for n, item in enumerate(benchmark.items())}
         self._fails = fails
 
-    def generate_batch(self, conversations, sampling, *, template=""):
+    def generate(self, conversations, sampling):
         found = [self._texts[tuple(messages)] for messages in conversations]
         for _, name in found:
             if name in self._fails:
@@ -55,7 +56,7 @@ def mini_run(
     for name in names:
         benchmark = BENCHMARKS[name](data, 0)
         opened[benchmark.name] = benchmark
-        run_benchmark(Answers(benchmark, answer, fails), benchmark, out / benchmark.name, model="abc")
+        run_benchmark(Answers(benchmark, answer, fails), benchmark, out / benchmark.name, model_id="abc")
     seen = {"model": "models/tiny", "data": str(data), "rules": "upstream", "template": ""}
     write_json(out / "eval.json", {**seen, "hash": "abc", **facts, "benchmarks": {name: name for name in opened}})
     return opened

@@ -8,13 +8,15 @@ import torch
 from PIL import Image as PilImage
 
 from tests import tiny
+from tests.eval.fake_models import FakeModel
 from tests.model.test_exif_orientation import sideways
 from vila.core.types import Image, Message
 from vila.engine.engine import Engine
 from vila.engine.request import SamplingParams
-from vila.eval.benchmark import BenchmarkResult, Item
+from vila.eval.benchmark import Benchmark, BenchmarkResult, Item
+from vila.eval.openai_client import ChatCompletion
 from vila.eval.runner import (
-    Asking,
+    AnswerGenerator,
     TokenCounts,
     batches,
     delete_speed_parts,
@@ -64,8 +66,8 @@ def test_items_are_asked_in_their_own_mode_and_never_with_others(engine):
     items = [item(0, wide()), item(1, wide(), "square"), item(2, wide(2)), item(3, wide(2), "square")]
     found = list(batches(items))
     assert [{one.image_mode for one in batch} for batch in found] == [{None}, {"square"}]
-    asking = Asking(engine)
-    texts = {one.id: text for batch in found for one, text in zip(batch, asking(batch, SHORT), strict=True)}
+    generator = AnswerGenerator(engine)
+    texts = {one.id: text for batch in found for one, text in zip(batch, generator.generate(batch, SHORT), strict=True)}
     square = engine.with_vision(image_mode="square")
     assert texts == {
         one.id: (square if one.image_mode else engine).generate_batch([one.messages], SHORT)[0] for one in items
@@ -74,38 +76,28 @@ def test_items_are_asked_in_their_own_mode_and_never_with_others(engine):
 
 def test_tokens_are_those_of_the_engine(engine):
     items = [item(n, wide(n)) for n in range(3)]
-    asking = Asking(engine)
-    asking(items, SHORT)
+    generator = AnswerGenerator(engine)
+    generator.generate(items, SHORT)
     answers = engine.complete([one.messages for one in items], SHORT)
-    assert asking.tokens == TokenCounts(sum(a.prompt_tokens for a in answers), sum(len(a.ids) for a in answers))
-    assert asking.tokens.new > 0
+    assert generator.tokens == TokenCounts(sum(a.prompt_tokens for a in answers), sum(len(a.ids) for a in answers))
+    assert generator.tokens.completion > 0
 
 
-class Server:
-    """Counts as a server does; answers with half of a surrogate pair."""
+class Server(FakeModel):
+    """Reports token counts; answers with an unpaired surrogate."""
 
-    prompt_tokens = reply_tokens = 0
-
-    def generate_batch(self, conversations, sampling, *, template=""):
-        self.prompt_tokens, self.reply_tokens = self.prompt_tokens + 10, self.reply_tokens + 2
-        return ["a\ud800" for _ in conversations]
+    def complete(self, conversations, sampling, *, template=""):
+        return [ChatCompletion("a\ud800", prompt_tokens=10, completion_tokens=2) for _ in conversations]
 
 
-class Plain:
-    """Counts nothing."""
-
-    def generate_batch(self, conversations, sampling, *, template=""):
-        return ["a" for _ in conversations]
-
-
-def test_a_server_counts_its_tokens_and_whoever_does_not_count_has_none():
-    for engine, expected in ((Server(), TokenCounts(10, 2)), (Plain(), None)):
-        asking = Asking(engine)
-        asking([item(0, wide(), "square")], SHORT)
-        assert asking.tokens == expected
+def test_token_counts_are_those_of_the_model_or_unknown():
+    for engine, expected in ((Server(), TokenCounts(10, 2)), (FakeModel(), None)):
+        generator = AnswerGenerator(engine)
+        generator.generate([item(0, wide(), "square")], SHORT)
+        assert generator.tokens == expected
 
 
-class One:
+class One(Benchmark):
     """One question."""
 
     name = "one"
@@ -125,8 +117,8 @@ def test_an_answer_that_no_file_can_hold_is_kept_as_far_as_it_can_be(tmp_path):
 
 
 def test_an_answer_with_other_ends_of_lines_in_it_is_one_line(tmp_path):
-    class Odd(Plain):
-        def generate_batch(self, conversations, sampling, *, template=""):
+    class Odd(FakeModel):
+        def generate(self, conversations, sampling):
             return ["a\x1e\x85\u2028b\r\nc" for _ in conversations]
 
     for _ in range(2):
@@ -156,7 +148,7 @@ def test_what_a_killed_session_counted_is_forgotten(tmp_path):
     assert merge_speed_parts(tmp_path, 1.0) == 1
 
 
-class Stored:
+class Stored(Benchmark):
     """A benchmark of one question about an image that is to be turned upright."""
 
     name, max_new_tokens = "stored", 6

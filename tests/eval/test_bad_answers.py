@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+from tests.eval.checks import refused
 from tests.eval.mini import TEN, mini_data, truly
 from vila.cli.score import score_file
 from vila.core.errors import DataError
@@ -59,7 +60,7 @@ def judged(benchmark, path):
     if benchmark.name in SCORED:
         result = score_file(benchmark, path, "upstream")
         return result.score, " ".join(result.notes)
-    sent = benchmark.submission(read_answers(path).rows)
+    sent = benchmark.submission(read_answers(path).answers)
     return sent.rows, " ".join(sent.checks)
 
 
@@ -130,9 +131,9 @@ def test_a_line_that_was_cut_off_is_named(opened, name, tmp_path):
     benchmark, rows = opened(name)
     path = written(tmp_path / "a.jsonl", rows)
     path.write_bytes(path.read_bytes()[:-20])
-    assert [f"a.jsonl line {len(rows)}: not JSON" in line for line in read_answers(path).bad] == [True]
+    assert [f"a.jsonl, line {len(rows)}: " in line for line in read_answers(path).bad] == [True]
     if name in SCORED:
-        with pytest.raises(DataError, match=rf"a\.jsonl line {len(rows)}: not JSON"):
+        with refused(f"a.jsonl, line {len(rows)}: "):
             score_file(benchmark, path, "upstream")
 
 
@@ -140,33 +141,32 @@ def test_a_line_that_was_cut_off_is_named(opened, name, tmp_path):
 def test_answers_to_another_benchmark_are_refused_or_told(opened, name, tmp_path):
     benchmark, _ = opened(name)
     other = "textvqa" if name != "textvqa" else "gqa"
-    with pytest.raises(DataError, match=name):
+    with refused(name):
         judged(benchmark, written(tmp_path / "a.jsonl", opened(other)[1]))
 
 
 @pytest.mark.parametrize(
-    ("line", "message"),
+    ("line", "mention"),
     [
-        (b'{"question_id": "a", "text": "\xff"}', "line 2: not UTF-8"),
-        (b'{"question_id": "a", "text": "\\ud800"}', "line 2: half a surrogate pair"),
-        (b'{"question_id": "\\ud800", "text": "a"}', "line 2: half a surrogate pair"),
-        (b"[" * 100_000, "line 2: not JSON"),
-        (b'{"question_id": ' + b"1" * 5000 + b"}", "line 2: not JSON"),
-        (bytes(100), "line 2: begins with zero bytes"),
-        (b'{"question_id": 1.5, "text": "x"}', "line 2: no question_id"),
-        (b'{"question_id": true, "text": "x"}', "line 2: no question_id"),
-        (b'{"question_id": "a", "text": null}', "line 2: no text"),
-        (b'{"question_id": "a", "text": ["x"]}', r"line 2: no text, but \"\['x'\]\""),
-        (b"[1, 2]", "line 2: not an object"),
+        (b'{"question_id": "a", "text": "\xff"}', "UTF-8"),
+        (b'{"question_id": "a", "text": "\\ud800"}', "surrogate"),
+        (b'{"question_id": "\\ud800", "text": "a"}', "surrogate"),
+        (b"[" * 100_000, "not JSON"),
+        (b'{"question_id": ' + b"1" * 5000 + b"}", "not JSON"),
+        (bytes(100), "zero bytes"),
+        (b'{"question_id": 1.5, "text": "x"}', "question_id"),
+        (b'{"question_id": true, "text": "x"}', "question_id"),
+        (b'{"question_id": "a", "text": null}', "text"),
+        (b'{"question_id": "a", "text": ["x"]}', "['x']"),
+        (b"[1, 2]", "[1, 2]"),
     ],
 )
-def test_a_line_that_is_no_answer_is_named(tmp_path, line, message):
+def test_a_line_that_is_no_answer_is_named(tmp_path, line, mention):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"question_id": "b", "text": "y"}\n' + line + b"\n")
     found = read_answers(path)
-    assert [row.text for row in found.rows] == ["y"]
-    with pytest.raises(AssertionError, match=message):
-        raise AssertionError(found.bad[0])
+    assert [row.text for row in found.answers] == ["y"]
+    assert "a.jsonl, line 2: " in found.bad[0] and mention in found.bad[0]
 
 
 @pytest.mark.parametrize(
@@ -175,8 +175,8 @@ def test_a_line_that_is_no_answer_is_named(tmp_path, line, message):
         (json.dumps([{"question_id": 1, "text": "x"}]).encode("utf-16"), "UTF-16"),
         (json.dumps({"question_id": 1, "text": "x"}, indent=1).encode(), "several lines"),
         (json.dumps({"data": [{"question_id": 1, "text": "x"}]}).encode(), "'data'"),
-        (b'[{"question_id": 1, "text": "x"}]\nmore', "text follows"),
-        (b'[{"question_id": 1, "text": "x"}', "ends early"),
+        (b'[{"question_id": 1, "text": "x"}]\nmore', "text after"),
+        (b'[{"question_id": 1, "text": "x"}', "end of the file"),
         (b"question_id,text\n1,x\n", "CSV"),
         (b"\x1f\x8b\x08", "gzip"),
         (b"version https://git-lfs.github.com/spec/v1\n", "Git LFS"),
@@ -188,7 +188,7 @@ def test_a_file_of_something_else_than_answers_is_one_fault(tmp_path, content, w
     with pytest.raises(DataError) as caught:
         read_answers(path)
     assert caught.value.file == str(path) and word in caught.value.problem
-    with pytest.raises(DataError, match=path.name):
+    with refused(file=path.name):
         read_cases(path, "video_qa")
 
 
@@ -197,7 +197,7 @@ def test_the_mark_that_some_editors_put_in_front_is_no_part_of_an_answer(tmp_pat
         b'\xef\xbb\xbf{"question_id": 1, "text": "x"}\r\n\r\n{"question_id": 2, "text": "y"}'
     )
     found = read_answers(tmp_path / "a.jsonl")
-    assert ([row.text for row in found.rows], found.bad) == (["x", "y"], ())
+    assert ([row.text for row in found.answers], found.bad) == (["x", "y"], ())
 
 
 def test_chunks_are_read_once_and_in_order_beside_their_merged_file(opened, tmp_path):
@@ -205,9 +205,9 @@ def test_chunks_are_read_once_and_in_order_beside_their_merged_file(opened, tmp_
     for number in range(9):
         written(tmp_path / f"12_{number + 2}.jsonl", rows[number : number + 1])
     written(tmp_path / "merge.jsonl", rows)
-    assert [row.question_id for row in read_answers(tmp_path).rows] == [row["question_id"] for row in rows]
+    assert [row.question_id for row in read_answers(tmp_path).answers] == [row["question_id"] for row in rows]
     written(tmp_path / "8_0.jsonl", rows)
-    with pytest.raises(DataError, match=r"chunks of several runs \(8_0.jsonl, 12_2.jsonl"):
+    with refused("8_0.jsonl, 12_2.jsonl"):
         read_answers(tmp_path)
 
 
@@ -215,11 +215,11 @@ def test_a_merged_file_is_read_alone_beside_chunks_of_other_names(opened, tmp_pa
     _, rows = opened("gqa")
     for name in ("chunk_0", "merge"):
         written(tmp_path / f"{name}.jsonl", rows)
-    assert [row.question_id for row in read_answers(tmp_path).rows] == [row["question_id"] for row in rows]
+    assert [row.question_id for row in read_answers(tmp_path).answers] == [row["question_id"] for row in rows]
 
 
 def test_a_folder_of_our_own_gives_its_predictions_and_not_its_marks(opened, tmp_path):
     _, rows = opened("gqa")
     written(tmp_path / "predictions.jsonl", rows)
     written(tmp_path / "question_scores.jsonl", [{"id": row["id"], "value": 1.0, "answer": "z"} for row in rows])
-    assert [row.text for row in read_answers(tmp_path).rows] == [row["text"] for row in rows]
+    assert [row.text for row in read_answers(tmp_path).answers] == [row["text"] for row in rows]

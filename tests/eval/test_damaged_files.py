@@ -38,7 +38,7 @@ def test_a_line_that_json_cannot_read_is_one_bad_line(tmp_path, line):
     path.write_bytes(ROW + line + b"\n")
     # A file that begins with a bracket is a list, so the line is the second.
     found = read_answers(path)
-    assert (len(found.rows), len(found.bad)) == (1, 1)
+    assert (len(found.answers), len(found.bad)) == (1, 1)
     assert f"{path} line 2" in found.bad[0]
 
 
@@ -46,7 +46,7 @@ def test_a_line_that_json_cannot_read_is_one_bad_line(tmp_path, line):
 def test_a_list_of_answers_may_begin_with_a_mark_or_white_space(tmp_path, start):
     path = tmp_path / "answers.json"
     path.write_bytes(start + b"[" + ROW + b"]")
-    assert [answer.question_id for answer in read_answers(path).rows] == [1]
+    assert [answer.question_id for answer in read_answers(path).answers] == [1]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from tests.eval.checks import refused
 from vila.core.errors import DataError
 from vila.eval import annotation_files
 from vila.eval.annotation_files import iter_array
@@ -14,7 +15,7 @@ ROWS = [{"id": 1, "text": 'a "b" ] } \u00e9\u4e2d'}, [1, [2.5]], "x", 12, -3.25e
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 64, 1 << 20])
 @pytest.mark.parametrize("indent", [None, 2])
 def test_values_equal_those_of_json_whatever_the_size_of_pieces(tmp_path, monkeypatch, chunk, indent):
-    monkeypatch.setattr(annotation_files, "_CHUNK", chunk)
+    monkeypatch.setattr(annotation_files, "_CHUNK_CHARS", chunk)
     path = tmp_path / "a.json"
     path.write_text(json.dumps({"n": 12345, "info": {"rows": [0]}, "rows": ROWS, "after": 1}, indent=indent))
     assert list(iter_array(path, "rows")) == ROWS
@@ -25,33 +26,32 @@ def test_values_equal_those_of_json_whatever_the_size_of_pieces(tmp_path, monkey
 
 
 @pytest.mark.parametrize(
-    ("text", "read", "message"),
+    ("text", "read", "mention"),
     [
-        ('{"rows": [1, 2', 2, "not whole JSON near character 14: the file ends early"),
-        ('{"rows": [1, {"a": ', 1, "not whole JSON near character 13"),
+        ('{"rows": [1, 2', 2, "character 14: unexpected end"),
+        ('{"rows": [1, {"a": ', 1, "character 13"),
         ('{"rows": [1 2]}', 1, "expected , or ] but found '2'"),
-        ('{"rows" [1]}', 0, "expected : after a name"),
-        ('{"lines": [1]}', 0, "has no 'rows'"),
-        ('{"rows": 5}', 0, "expected an array under 'rows'"),
+        ('{"rows" [1]}', 0, "expected :"),
+        ('{"lines": [1]}', 0, "rows"),
+        ('{"rows": 5}', 0, "an array under 'rows'"),
         ("", 0, "is empty"),
-        ("  ", 0, "the file ends early"),
+        ("  ", 0, "end of the file"),
     ],
 )
-def test_faults_are_told_after_what_could_be_read(tmp_path, text, read, message):
+def test_faults_are_told_after_what_could_be_read(tmp_path, text, read, mention):
     path = tmp_path / "a.json"
     path.write_text(text)
     rows = []
-    with pytest.raises(DataError, match=message) as raised:
+    with refused(mention, file=path.name):
         for row in iter_array(path, "rows"):
             rows.append(row)
     assert len(rows) == read
-    assert str(path) in str(raised.value)
 
 
 def test_bytes_that_are_no_text_are_refused(tmp_path):
     path = tmp_path / "a.json"
     path.write_bytes(b'["\xff"]')
-    with pytest.raises(DataError, match=r"a.json: not UTF-8 text"):
+    with refused("UTF-8", file="a.json"):
         list(iter_array(path))
 
 
@@ -96,13 +96,13 @@ def test_the_rest_of_the_object_is_read_too(tmp_path, text, word):
 
 def test_a_value_over_the_limit_is_refused_and_damage_is_found_without_reading_on(tmp_path, monkeypatch):
     monkeypatch.setattr(annotation_files, "MAX_RECORD_BYTES", 5000)
-    monkeypatch.setattr(annotation_files, "_CHUNK", 1000)
+    monkeypatch.setattr(annotation_files, "_CHUNK_CHARS", 1000)
     path = tmp_path / "a.json"
     path.write_text('["' + "x" * 100_000 + '"]')
-    with pytest.raises(DataError, match="5,000"):
+    with refused("5,000"):
         list(iter_array(path))
     path.write_text('[{"a": x}, ' + "1, " * 100_000 + "1]")
-    with pytest.raises(DataError, match="near character 1"):
+    with refused("character 1"):
         list(iter_array(path))
     path.write_text('{"long": [' + "1, " * 100_000 + '1], "rows": [7]}')
     assert list(iter_array(path, "rows")) == [7]

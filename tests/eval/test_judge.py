@@ -8,6 +8,7 @@ import time
 import pytest
 
 from tests.eval.chat_server import chat_server, completion
+from tests.eval.checks import refused
 from vila.core.errors import ConfigError, DataError, UnknownNameError
 from vila.eval.judge import (
     JudgeCase,
@@ -26,7 +27,7 @@ from vila.eval.judge import (
 )
 from vila.eval.openai_client import OpenAIClient, RetryPolicy, ServerError, chat_completions_url
 
-QUICK = RetryPolicy(attempts=3, backoff_s=0.01, longest_wait_s=1)
+QUICK = RetryPolicy(attempts=3, backoff_s=0.01, max_wait_s=1)
 
 # The messages of Video-ChatGPT's evaluation, filled in by hand.
 VIDEO_QA = {
@@ -70,7 +71,9 @@ def case(number, pred="x", question="q?"):
 
 def judge(served, tmp_path, **options):
     options = {"rounds": 2, **options}
-    return OpenAIJudge(OpenAIClient(served.url, key="", patience=QUICK, concurrency=4), tmp_path / "cache", **options)
+    return OpenAIJudge(
+        OpenAIClient(served.url, key="", retry_policy=QUICK, concurrency=4), tmp_path / "cache", **options
+    )
 
 
 def test_the_request_is_the_published_one():
@@ -82,7 +85,7 @@ def test_the_request_about_two_questions_is_the_published_one():
     fields = {"question1": "who runs?", "question2": "who is running?", "answer": "a dog", "pred1": "a cat"}
     body = request_body("consistency", JudgeCase("1", {**fields, "pred2": "a dog"}), "m")
     assert body["messages"][1]["content"] == CONSISTENCY_USER
-    with pytest.raises(DataError, match="case 1: no 'pred2', which the judge of consistency is shown"):
+    with refused(record="case 1", field="pred2"):
         request_body("consistency", JudgeCase("1", fields))
 
 
@@ -105,7 +108,7 @@ def test_what_people_wrote_fills_holes_and_makes_none(kind):
 
 def test_the_kinds_are_video_qa_and_the_five_dimensions():
     assert set(judge_prompts()) == {*HASHES, "consistency"}
-    with pytest.raises(UnknownNameError, match="unknown kind of judge 'temporl'; did you mean 'temporal'"):
+    with refused("'temporal'", error=UnknownNameError, name="temporl"):
         request_body("temporl", RIDE)
 
 
@@ -176,7 +179,7 @@ def test_equal_ids_are_counted_each():
 
 def test_a_server_gets_the_published_body_the_key_and_nothing_else(tmp_path):
     with chat_server(lambda body, number: "{'pred': 'yes', 'score': 5}") as served:
-        asked = OpenAIJudge(OpenAIClient(served.url, key="sk-secret", patience=QUICK), tmp_path / "cache")
+        asked = OpenAIJudge(OpenAIClient(served.url, key="sk-secret", retry_policy=QUICK), tmp_path / "cache")
         (verdict,) = asked.verdicts("video_qa", [RIDE])
     assert served.bodies == [VIDEO_QA]
     assert served.paths == ["/v1/chat/completions"]
@@ -237,64 +240,67 @@ def test_a_busy_server_is_asked_again_when_it_says(tmp_path):
 def test_a_pause_that_was_asked_for_is_waited_out():
     waits = []
     with chat_server(lambda body, number: (429, {"Retry-After": "1"}, {}) if number == 0 else "yes") as served:
-        endpoint = OpenAIClient(served.url, key="", patience=QUICK)
+        client = OpenAIClient(served.url, key="", retry_policy=QUICK)
 
         def skip(seconds):
             waits.append(seconds)
-            endpoint._resume_at = 0.0  # as if the time had passed
+            client._resume_at = 0.0  # as if the time had passed
             return False
 
-        endpoint._closed.wait = skip
-        assert endpoint.complete({}).text == "yes"
+        client._closed.wait = skip
+        assert client.complete({}).text == "yes"
     assert waits == [pytest.approx(1, abs=0.5)]
 
 
 @pytest.mark.parametrize(
-    ("given", "message", "asked"),
+    ("given", "words", "status", "attempts"),
     [
-        ((500, {}, b"oops"), r"the server answered 500 \(oops\), 3 times; try later", 3),
-        ((429, {"Retry-After": "600"}, {}), "wants no request for 600 s; try later", 1),
-        ((200, {}, b"<html>"), "reply is no chat completion: '<html>', 3 times", 3),
-        ((200, {}, {"choices": []}), "no chat completion", 3),
-        ((400, {}, {"error": {"message": "too long"}}), r"the server answered 400 \(too long\)$", 1),
-        ((401, {}, {"error": {"message": "bad key sk-1"}}), r"answered 401 \(bad key \*\*\*\)", 1),
-        ((429, {}, {"error": {"message": "pay", "code": "insufficient_quota"}}), r"429 \(pay\)", 1),
-        ((302, {"Location": "http://elsewhere.example/"}, b""), "answered 302", 1),
-        ((200, {}, completion(None, refusal="no thanks")), r"withheld its answer \(no thanks\)", 1),
-        ((200, {}, completion("half", "content_filter")), r"withheld its answer \(content_filter\)", 1),
+        ((500, {}, b"oops"), "oops", 500, 3),
+        ((429, {"Retry-After": "600"}, {}), "600 s", 429, 1),
+        ((200, {}, b"<html>"), "<html>", None, 3),
+        ((200, {}, {"choices": []}), "chat completion", None, 3),
+        ((400, {}, {"error": {"message": "too long"}}), "too long", 400, 1),
+        ((401, {}, {"error": {"message": "bad key sk-1"}}), "bad key ***", 401, 1),
+        ((429, {}, {"error": {"message": "pay", "code": "insufficient_quota"}}), "pay", 429, 1),
+        ((302, {"Location": "http://elsewhere.example/"}, b""), "302", 302, 1),
+        ((200, {}, completion(None, refusal="no thanks")), "no thanks", None, 1),
+        ((200, {}, completion("half", "content_filter")), "content_filter", None, 1),
     ],
 )
-def test_failures_come_in_the_servers_words(given, message, asked):
+def test_errors_have_status_and_message_of_the_server(given, words, status, attempts):
     with chat_server(lambda body, number: given) as served:
-        with pytest.raises(ServerError, match=message):
-            OpenAIClient(served.url, key="sk-1", patience=QUICK).complete({"model": "m"})
-        assert len(served.bodies) == asked
+        with pytest.raises(ServerError) as caught:
+            OpenAIClient(served.url, key="sk-1", retry_policy=QUICK).complete({"model": "m"})
+        assert (caught.value.file, caught.value.status) == (f"{served.url}/chat/completions", status)
+        assert words in caught.value.problem and "sk-1" not in str(caught.value)
+        assert len(served.bodies) == attempts
 
 
 def test_a_refused_key_is_not_tried_for_every_question(tmp_path):
     with chat_server(lambda body, number: (401, {}, {"error": {"message": "wrong key"}})) as served:
-        with pytest.raises(ServerError, match="wrong key"):
+        with pytest.raises(ServerError):
             judge(served, tmp_path).verdicts("video_qa", [case(n, pred=str(n)) for n in range(50)])
         assert len(served.bodies) <= 4  # those that were under way
 
 
 def test_a_server_that_answers_nothing_ends_the_rounds(tmp_path):
     with chat_server(lambda body, number: (503, {}, b"")) as served:
-        with pytest.raises(ServerError, match="answered 503, 3 times"):
+        with pytest.raises(ServerError):
             judge(served, tmp_path, rounds=10).verdicts("video_qa", [RIDE])
         assert len(served.bodies) == 3
 
 
 def test_no_server_is_named():
-    endpoint = OpenAIClient("http://127.0.0.1:9/v1", key="", patience=RetryPolicy(attempts=1))
-    with pytest.raises(ServerError, match="http://127.0.0.1:9/v1/chat/completions: the connection failed"):
-        endpoint.complete({})
+    client = OpenAIClient("http://127.0.0.1:9/v1", key="", retry_policy=RetryPolicy(attempts=1))
+    with pytest.raises(ServerError) as caught:
+        client.complete({})
+    assert (caught.value.file, caught.value.status) == ("http://127.0.0.1:9/v1/chat/completions", None)
 
 
 def test_requests_that_nobody_waits_for_are_not_sent():
     with chat_server(lambda body, number: "x") as served:
-        endpoint = OpenAIClient(served.url, key="", concurrency=1)
-        replies = endpoint.each([lambda: endpoint.complete({})] * 50)
+        client = OpenAIClient(served.url, key="", concurrency=1)
+        replies = client.run_parallel([lambda: client.complete({})] * 50)
         assert next(replies)[1].text == "x"
         replies.close()
         time.sleep(0.1)
@@ -318,14 +324,16 @@ def test_addresses(url, address):
 
 @pytest.mark.parametrize("url", ["localhost:8000", "ftp://host/v1", "http://", "http://me:pw@host/v1", ""])
 def test_what_is_no_address_is_refused(url):
-    with pytest.raises(ConfigError, match="not the address of a server; write http://localhost:8000/v1"):
+    with pytest.raises(ConfigError) as caught:
         chat_completions_url(url)
+    assert caught.value.value == url
 
 
 def test_openai_without_a_key_is_refused_before_anything_is_asked(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    with pytest.raises(ConfigError, match="put it into the environment variable OPENAI_API_KEY"):
+    with pytest.raises(ConfigError) as caught:
         OpenAIClient()
+    assert "OPENAI_API_KEY" in caught.value.hint
 
 
 class Listener:
@@ -354,12 +362,10 @@ def test_the_cost_is_told_before_the_start(tmp_path):
         asked.verdicts("video_qa", [RIDE])
         asked.verdicts("video_qa", [RIDE, case(2)])
     characters = sum(math.ceil(len(m["content"]) / 4) + 4 for m in VIDEO_QA["messages"])
-    assert (estimate.requests, estimate.read_tokens, estimate.written_tokens) == (1, characters, 20)
+    assert (estimate.requests, estimate.input_tokens, estimate.output_tokens) == (1, characters, 20)
     assert estimate.dollars == pytest.approx((characters * 0.5 + 20 * 1.5) / 1e6)
-    assert heard.lines[0].startswith(
-        f"judge gpt-3.5-turbo: 1 requests, about {characters} tokens in and 20 out; about $"
-    )
-    assert heard.lines[1].startswith("judge gpt-3.5-turbo: 1 requests (1 more are answered already), about ")
+    assert heard.lines[0].startswith("judge gpt-3.5-turbo: 1 requests, ") and f" {characters} input" in heard.lines[0]
+    assert heard.lines[1].startswith("judge gpt-3.5-turbo: 1 requests (1 cached), ")
     assert (heard.total, heard.done) == (2, 1 + 2)
 
 
@@ -367,16 +373,14 @@ def test_prices():
     body = {"messages": [{"content": "x" * 4_000_000}]}
     assert estimate_cost([body], "gpt-4o-2024-11-20").dollars == pytest.approx(2.5, rel=1e-3)
     assert estimate_cost([body], "gpt-4o-mini").dollars == pytest.approx(0.15, rel=1e-3)
-    assert estimate_cost([body], "mine").text.endswith("the price of 'mine' is not known")
+    assert estimate_cost([body], "mine").dollars is None
     own = estimate_cost([body], "mine", {"mine": (7.0, 0.0)})
     assert own.dollars == pytest.approx(7, rel=1e-3)
     assert own.text.endswith("about $7.00")
 
 
 def test_without_a_judge_the_requests_are_written(tmp_path):
-    with pytest.raises(
-        DataError, match=r"no judge was asked; its requests are in .*requests.jsonl \(judge gpt-3.5-turbo: 2"
-    ):
+    with refused("gpt-3.5-turbo: 2", file="requests.jsonl"):
         RequestFile(tmp_path / "requests.jsonl").verdicts("video_qa", [RIDE, case(8)])
     rows = [json.loads(line) for line in (tmp_path / "requests.jsonl").read_text().splitlines()]
     assert rows[0] == {"custom_id": "7", "method": "POST", "url": "/v1/chat/completions", "body": VIDEO_QA}
@@ -401,7 +405,7 @@ def test_replies_from_a_batch_service(tmp_path):
 
 def test_replies_on_other_answers_are_no_verdicts(tmp_path):
     (tmp_path / "7.json").write_text('[{"pred": "yes", "score": 5}, {}]')
-    with pytest.raises(DataError, match=r"holds 1 replies and none on these answers \(theirs: 7; ours: 8\)"):
+    with refused("1 replies", ": 7", ": 8"):
         ReplyFile(tmp_path).verdicts("video_qa", [case(8)])
 
 
@@ -412,7 +416,7 @@ def test_what_the_originals_judge_leaves_behind_is_read(tmp_path):
     (tmp_path / "all.json").write_text(json.dumps({"v_1_3": kept, "v_2": kept}))
     assert summarize_verdicts(read_verdicts(tmp_path / "all.json")).average_score == 4
     (tmp_path / "all.json").write_text(json.dumps({"v_1_3": kept, "v_2": {}}))
-    with pytest.raises(DataError, match="verdict v_2: expected .reply, question and answers., got '{}'"):
+    with refused(file="all.json", record="verdict v_2", value={}):
         read_verdicts(tmp_path / "all.json")
 
 
@@ -432,7 +436,7 @@ def test_files_of_predictions_become_cases(tmp_path):
     path.write_text(json.dumps({"video_name": "v", "Q1": "a", "Q2": "b", "A": "c", "pred1": "d", "pred2": "e"}) + "\n")
     (case,) = read_cases(path, "consistency")
     assert dict(case.fields) == {"question1": "a", "question2": "b", "answer": "c", "pred1": "d", "pred2": "e"}
-    with pytest.raises(DataError, match="preds.json line 1: no 'question' or 'Q'"):
+    with refused(file="preds.json", record="line 1", field="question or Q"):
         read_cases(path, "video_qa")
     path.write_text(path.read_text() + '{"video_name": "v", "Q1')
     with pytest.raises(DataError) as caught:

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image as PilImage
 
 from tests import tiny
-from vila.core.errors import ConfigError, DataError
+from tests.eval.checks import refused
+from vila.core.errors import ConfigError
 from vila.core.types import Image, Message, Text, Video
 from vila.engine.engine import Engine
 from vila.engine.request import SamplingParams
@@ -103,9 +104,9 @@ def test_settings_of_tasks(given, wanted, rule):
 
 
 def test_settings_that_cannot_be_kept_are_refused():
-    with pytest.raises(ConfigError, match="num_beams=5: beam search is not done"):
+    with refused(error=ConfigError, field="num_beams", value=5):
         sampling_from_kwargs({"num_beams": 5})
-    with pytest.raises(ConfigError, match="generation_kwargs: length_penalty, typical_p not known here"):
+    with refused("length_penalty, typical_p", error=ConfigError, field="generation_kwargs"):
         sampling_from_kwargs({"typical_p": 1, "length_penalty": 2})
 
 
@@ -114,20 +115,20 @@ def test_what_a_task_shows():
     assert media_from_visual(picture, "t") == Image(picture)
     assert media_from_visual("a.JPG", "t") == Image("a.JPG")
     assert media_from_visual("a.mp4", "t", 4) == Video("a.mp4", 4)
-    with pytest.raises(DataError, match="mme test 3: shows a dict; expected pictures"):
+    with refused("dict", file="mme test 3"):
         media_from_visual({"array": []}, "mme test 3")
 
 
 def test_arguments_are_checked():
-    with pytest.raises(ConfigError, match="vila_native: unknown argument 'pretraned'; pretrained=DIRECTORY is missing"):
+    with refused("'pretraned'", "pretrained=DIRECTORY", error=ConfigError):
         LmmsAdapter(pretraned="x")
 
 
 def test_what_is_not_done_says_so(folder):
     adapter = loaded(folder)
-    with pytest.raises(NotImplementedError, match="output_type is generate_until"):
+    with pytest.raises(NotImplementedError):
         adapter.loglikelihood([])
-    with pytest.raises(NotImplementedError, match="tasks of one round"):
+    with pytest.raises(NotImplementedError):
         adapter.generate_until_multi_round([])
 
 

@@ -6,9 +6,8 @@ import pytest
 
 from scripts.make_eval_data import LAYOUTS
 from tests.eval.mini import TEN, mini_data, truly
-from vila.eval.benchmark import BENCHMARKS
+from vila.eval.benchmark import BENCHMARKS, missing_media
 from vila.eval.predictions import predicted_answers
-from vila.eval.runner import missing_images
 from vila.eval.significance import score_interval
 
 
@@ -52,7 +51,7 @@ def test_published_file_names(data):
 @pytest.mark.parametrize("name", TEN)
 def test_every_benchmark_finds_its_questions_and_pictures(data, name):
     items = BENCHMARKS[name](data, 0).items()
-    assert items and missing_images(items) == []
+    assert items and missing_media(items) == []
 
 
 @pytest.mark.parametrize(

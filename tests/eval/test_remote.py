@@ -1,4 +1,4 @@
-"""Asking a chat server: bodies as they are sent, order, failures, and the runner on top."""
+"""`RemoteEngine`: request bodies, order, failures, and the runner on top."""
 
 import base64
 import io
@@ -10,15 +10,16 @@ from PIL import Image as PilImage
 
 from tests import tiny
 from tests.eval.chat_server import chat_server, completion
+from tests.eval.checks import refused
 from tests.model.test_exif_orientation import sideways
 from vila.core.errors import ConfigError, MediaError
 from vila.core.types import Image, Message, Video
 from vila.engine.request import SamplingParams
-from vila.eval.benchmark import BenchmarkResult, Item, QuestionScore
-from vila.eval.openai_client import RemoteEngine, RetryPolicy, ServerError, data_url, request_body
+from vila.eval.benchmark import Benchmark, BenchmarkResult, Item, QuestionScore
+from vila.eval.openai_client import ChatCompletion, RemoteEngine, RetryPolicy, ServerError, data_url, request_body
 from vila.eval.runner import run_benchmark
 
-QUICK = RetryPolicy(attempts=2, backoff_s=0.01, longest_wait_s=1)
+QUICK = RetryPolicy(attempts=2, backoff_s=0.01, max_wait_s=1)
 GREEDY = SamplingParams(max_new_tokens=16)
 
 
@@ -34,14 +35,18 @@ def decoded(url):
 
 
 def engine(served, **options):
-    return RemoteEngine(served.url, "m", **{"key": "", "patience": QUICK, **options})
+    return RemoteEngine(served.url, "m", **{"key": "", "retry_policy": QUICK, **options})
+
+
+def texts(completions):
+    return [one.text for one in completions]
 
 
 def asked(text):
     return (Message.of("user", text),)
 
 
-def test_the_body_of_a_question_about_two_pictures(tmp_path):
+def test_request_body_with_two_images(tmp_path):
     jpeg, png = encoded("JPEG"), encoded("PNG")
     (tmp_path / "a.jpg").write_bytes(jpeg)
     conversation = [
@@ -51,7 +56,7 @@ def test_the_body_of_a_question_about_two_pictures(tmp_path):
         Message.of("user", "And ", Image(png), "\n\nhere?\n"),
     ]
     with chat_server(lambda body, number: " red\n") as served:
-        assert engine(served).generate_batch([conversation], GREEDY, template="vicuna_v1") == ["red"]
+        assert texts(engine(served).complete([conversation], GREEDY, template="vicuna_v1")) == ["red"]
     assert served.bodies == [
         {
             "model": "m",
@@ -87,7 +92,7 @@ def test_the_body_of_a_question_about_two_pictures(tmp_path):
     assert "authorization" not in served.headers[0]
 
 
-def test_an_image_is_sent_as_stored_where_its_orientation_is_to_be_ignored():
+def test_exif_orientation_false_sends_the_stored_pixels():
     content = sideways()
     assert decoded(data_url(Image(content)))[1] == content
     upright = tiny.picture(1, (40, 20)).source
@@ -99,21 +104,21 @@ def test_an_image_is_sent_as_stored_where_its_orientation_is_to_be_ignored():
 
 
 @pytest.mark.parametrize("kind", ["WEBP", "BMP", "GIF"])
-def test_other_pictures_are_sent_as_png(kind):
+def test_other_formats_are_sent_as_png(kind):
     head, content = decoded(data_url(Image(encoded(kind, lossless=True))))
     assert head == "data:image/png;base64"
     with PilImage.open(io.BytesIO(content)) as picture:
         assert (picture.format, picture.size) == ("PNG", (8, 6))
 
 
-def test_a_picture_in_memory_is_sent_as_png():
+def test_image_in_memory_is_sent_as_png():
     picture = PilImage.new("RGB", (3, 2), (1, 2, 3))
     head, content = decoded(data_url(Image(picture)))
     with PilImage.open(io.BytesIO(content)) as sent:
         assert (head, sent.getpixel((0, 0))) == ("data:image/png;base64", (1, 2, 3))
 
 
-def test_a_clip_is_sent_as_its_frames():
+def test_video_is_sent_as_frames():
     pictures = [PilImage.new("RGB", (8, 8), (40 * n, 0, 0)) for n in range(6)]
     stream = io.BytesIO()
     pictures[0].save(stream, "GIF", save_all=True, append_images=pictures[1:])
@@ -124,9 +129,9 @@ def test_a_clip_is_sent_as_its_frames():
             assert first.size == (8, 8)
 
 
-def test_sampling_is_sent_by_the_names_that_servers_use():
+def test_sampling_parameters_have_the_names_of_vllm():
     sampling = SamplingParams(max_new_tokens=9, temperature=0.2, top_p=0.9, top_k=5, seed=3, stop=("###",))
-    body = request_body(asked("q"), "m", sampling, limit_key="max_completion_tokens")
+    body = request_body(asked("q"), "m", sampling, max_tokens_key="max_completion_tokens")
     assert {name: value for name, value in body.items() if name not in ("model", "messages")} == {
         "temperature": 0.2,
         "max_completion_tokens": 9,
@@ -137,7 +142,7 @@ def test_sampling_is_sent_by_the_names_that_servers_use():
     }
 
 
-def test_answers_come_in_the_order_of_the_questions_and_several_are_under_way_at_once():
+def test_requests_run_in_parallel_and_answers_are_in_order():
     gate = threading.Barrier(4, timeout=10)
 
     def answer(body, number):
@@ -146,13 +151,12 @@ def test_answers_come_in_the_order_of_the_questions_and_several_are_under_way_at
 
     with chat_server(answer) as served:
         remote = engine(served, concurrency=4)
-        texts = remote.generate_batch([asked(f"q{n}") for n in range(8)], GREEDY)
-        assert texts == [f"Q{n}" for n in range(8)]
+        found = remote.complete([asked(f"q{n}") for n in range(8)], GREEDY)
+        assert found == [ChatCompletion(f"Q{n}", "stop", 100, 10) for n in range(8)]
         assert served.most_at_once == 4
-        assert (remote.prompt_tokens, remote.reply_tokens) == (800, 80)
 
 
-def test_one_bad_question_does_not_ask_the_others_twice():
+def test_one_failing_question_does_not_repeat_the_others():
     def answer(body, number):
         text = body["messages"][0]["content"]
         return (400, {}, {"error": {"message": "too long"}}) if text == "q2" else text
@@ -160,46 +164,49 @@ def test_one_bad_question_does_not_ask_the_others_twice():
     questions = [asked(f"q{n}") for n in range(5)]
     with chat_server(answer) as served:
         remote = engine(served)
-        with pytest.raises(ServerError, match=r"400 \(too long\)"):
-            remote.generate_batch(questions, GREEDY)
+        with pytest.raises(ServerError) as caught:
+            remote.complete(questions, GREEDY)
+        assert (caught.value.status, caught.value.final) == (400, False) and "too long" in caught.value.problem
         for number, question in enumerate(questions):
             if number == 2:
-                with pytest.raises(ServerError, match="too long"):
-                    remote.generate_batch([question], GREEDY)
+                with pytest.raises(ServerError):
+                    remote.complete([question], GREEDY)
             else:
-                assert remote.generate_batch([question], GREEDY) == [f"q{number}"]
+                assert texts(remote.complete([question], GREEDY)) == [f"q{number}"]
         assert len(served.bodies) == 5
-        assert remote.generate_batch([questions[0]], GREEDY) == ["q0"]
+        assert texts(remote.complete([questions[0]], GREEDY)) == ["q0"]
         assert len(served.bodies) == 6  # what was kept is used once
 
 
-def test_a_picture_that_cannot_be_read_is_named(tmp_path):
+def test_unreadable_image_is_named(tmp_path):
     with chat_server(lambda body, number: "x") as served:
         remote = engine(served)
-        with pytest.raises(MediaError, match="none.png: no such file"):
-            remote.generate_batch([(Message.of("user", Image(tmp_path / "none.png"), "q"),)], GREEDY)
+        with refused("none.png", error=MediaError):
+            remote.complete([(Message.of("user", Image(tmp_path / "none.png"), "q"),)], GREEDY)
     assert not served.bodies
 
 
-def test_a_wrong_model_is_found_before_anything_long_begins():
+def test_final_error_is_not_repeated():
     with chat_server(lambda body, number: (404, {}, {"error": {"message": "no model m"}})) as served:
         remote = engine(served)
-        with pytest.raises(ServerError, match=r"404 \(no model m\)"):
-            remote.check()
-        with pytest.raises(ServerError, match="no model m"):
-            remote.generate_batch([asked("q")] * 10, GREEDY)
+        for call in (remote.check, lambda: remote.complete([asked("q")] * 10, GREEDY)):
+            with pytest.raises(ServerError) as caught:
+                call()
+            assert (caught.value.file, caught.value.status, caught.value.final) == (
+                f"{served.url}/chat/completions", 404, True,
+            )  # fmt: skip
         assert len(served.bodies) == 1
-    with pytest.raises(ConfigError, match="no model is named"):
+    with pytest.raises(ConfigError):
         RemoteEngine("http://localhost:1/v1", "")
 
 
-def test_busy_servers_are_asked_again():
+def test_busy_server_is_retried():
     with chat_server(lambda body, number: (503, {}, b"") if number == 0 else "fine") as served:
-        assert engine(served).generate_batch([asked("q")], GREEDY) == ["fine"]
+        assert texts(engine(served).complete([asked("q")], GREEDY)) == ["fine"]
         assert len(served.bodies) == 2
 
 
-class Shapes:
+class Shapes(Benchmark):
     name = "shapes"
     max_new_tokens = 4
 
@@ -213,7 +220,7 @@ class Shapes:
         return BenchmarkResult(0, "%", {}, tuple(QuestionScore(a.id, float(a.text == truths[a.id])) for a in answers))
 
 
-def test_the_runner_records_what_a_server_would_not_answer(tmp_path):
+def test_runner_records_withheld_answers(tmp_path):
     def answer(body, number):
         text = body["messages"][0]["content"][1]["text"].rstrip("?")
         return (200, {}, completion("", "content_filter")) if text == "3" else text
@@ -222,6 +229,6 @@ def test_the_runner_records_what_a_server_would_not_answer(tmp_path):
         result = run_benchmark(engine(served), Shapes(), tmp_path)
     assert len(served.bodies) == 6
     assert result.predictions == {f"q{n}": str(n) for n in range(6) if n != 3}
-    assert "withheld its answer (content_filter)" in result.failed["q3"]
+    assert "content_filter" in result.failed["q3"]
     rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
     assert "text" not in rows[3]

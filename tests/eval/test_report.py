@@ -245,7 +245,7 @@ def test_few_shot_curves_start_at_zero_shot(data, tmp_path):
     variants = [plain, *(few_shot(plain, 1, pool, 0, shuffled) for shuffled in (False, True))]
     for wrong, variant in zip((9, 3, 6), variants, strict=True):
         answers = Answers(variant, lambda n, item, wrong=wrong: "x" if n < wrong else item.truth)
-        run_benchmark(answers, variant, tmp_path / variant.name, model="abc")
+        run_benchmark(answers, variant, tmp_path / variant.name, model_id="abc")
     names = {variant.name: variant.name for variant in variants}
     write_json(tmp_path / "eval.json", {"model": "m", "data": str(data), "benchmarks": names})
     html = write_report(tmp_path, {variant.name: variant for variant in variants})[0].read_text()

@@ -53,7 +53,7 @@ def test_the_p_value_is_that_of_the_sign_test():
 def test_only_common_questions_are_compared():
     found = compare_paired(question_scores([0, 0, 0]), question_scores([1, 1]))
     assert found.questions == 2
-    with pytest.raises(DataError, match="no question in common"):
+    with pytest.raises(DataError):
         compare_paired(question_scores([1]), [QuestionScore("other", 1.0)])
 
 

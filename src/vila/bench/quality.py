@@ -213,7 +213,7 @@ def _answers(model: Any, processor: Any, way: Way, what: Task, out: Path, events
         return {}
     benchmark = EasyVqa(what.easy_vqa, what.questions)
     result = run_benchmark(
-        Engine(model, processor), benchmark, out / "answers" / way.name, model=way.name, events=events
+        Engine(model, processor), benchmark, out / "answers" / way.name, model_id=way.name, events=events
     )
     assert result is not None
     assert result.result is not None

@@ -51,12 +51,12 @@ def check_judge(judge: str) -> None:
     read_verdicts(Path(judge).expanduser())
 
 
-def give_judge(benchmark: Any, judge: str, model: str, folder: Path, events: Events) -> None:
+def give_judge(benchmark: Benchmark, judge: str, model: str, folder: Path, events: Events) -> None:
     """Give a benchmark that has free answers its judge; others are left as they are.
 
     folder: where requests are written to, with `none`.
     """
-    if not judge or not hasattr(benchmark, "judge"):
+    if not judge or not benchmark.needs_judge:
         return
     from vila.core.files import cache_dir
     from vila.eval.judge import OpenAIJudge, ReplyFile, RequestFile
@@ -179,8 +179,8 @@ def evaluate(
         for benchmark in opened:
             where = result_dir(root, benchmark.name, limit)
             run = run_benchmark(
-                engine, benchmark, where, model=facts["hash"], template=template, protocol=rules, process=world.process,
-                meet=world.barrier, events=events,
+                engine, benchmark, where, model_id=facts["hash"], template=template, protocol=rules,
+                process=world.process, barrier=world.barrier, events=events,
             )  # fmt: skip
             if run:
                 runs.append(run)
@@ -353,9 +353,8 @@ def _opened(
     """
     from vila.core.errors import DataError
     from vila.core.files import cache_dir, without_home
-    from vila.eval.benchmark import BENCHMARKS
+    from vila.eval.benchmark import BENCHMARKS, missing_media
     from vila.eval.few_shot import few_shot_variants
-    from vila.eval.runner import missing_images
     from vila.starter.easy_vqa import obtain_easy_vqa
 
     found: list[Benchmark] = []
@@ -375,7 +374,7 @@ def _opened(
             events.log(f"{name}: left out: {error}")
             left_out[name] = without_home(str(error))
             continue
-        gone = missing_images(items) + (benchmark.missing_videos() if hasattr(benchmark, "missing_videos") else [])
+        gone = missing_media(items)
         if gone:
             events.log(f"{name}: {len(gone):,} files are missing, the first {gone[0]}; their questions will fail")
         found += few_shot_variants(benchmark, name, folder, shots)

@@ -96,10 +96,10 @@ def score_file(benchmark: Any, path: Path, rules: Any) -> BenchmarkResult:
     from vila.eval.predictions import bad_line_notes, read_answers
 
     answers = read_answers(path)
-    notes = bad_line_notes(answers.bad, skipped=getattr(benchmark, "skips_bad_lines", False))
+    notes = bad_line_notes(answers.bad, skipped=benchmark.skips_bad_lines)
     if answers.failed:
         notes.append(f"{len(answers.failed)} questions could not be asked, the first {answers.failed[0]}")
-    result: BenchmarkResult = benchmark.score(answers.rows, rules)
+    result: BenchmarkResult = benchmark.score(answers.answers, rules)
     return replace(result, notes=(*notes, *result.notes))
 
 

@@ -21,8 +21,8 @@ from vila.core.files import cache_dir, portable_path, write_json
 from vila.core.progress import SILENT, Events, task
 from vila.core.types import Image, Message
 from vila.engine.engine import Engine
-from vila.eval.benchmark import BENCHMARKS, Benchmark
-from vila.eval.runner import BenchmarkRun, missing_images, run_benchmark
+from vila.eval.benchmark import BENCHMARKS, Benchmark, missing_media
+from vila.eval.runner import BenchmarkRun, run_benchmark
 from vila.model.processor import VilaProcessor
 from vila.starter.easy_vqa import obtain_easy_vqa
 from vila.train.checkpoint import random_state, set_random_state
@@ -138,7 +138,7 @@ class EvaluationListener(TrainerCallback):
                 Engine(trainer.state.model, self.processor),
                 self.benchmark,
                 out,
-                model=f"{trainer.name} after step {step}",
+                model_id=f"{trainer.name} after step {step}",
                 events=self.events if trainer.world.is_main else SILENT,
             )
         assert result  # every process asks everything, as dealt weights need all of them at every token
@@ -249,7 +249,7 @@ def _open(name: str, data: str, count: int, events: Events) -> Benchmark:
     if not data and name != "easy_vqa":
         raise ConfigError(f"monitor.eval_data: {name} needs the directory of its data, such as playground/data/eval")
     benchmark = opener(Path(data) if data else obtain_easy_vqa(cache_dir(), events), count)
-    if gone := missing_images(benchmark.items()):
+    if gone := missing_media(benchmark.items()):
         raise ConfigError(
             f"monitor.eval_data: {len(gone):,} pictures of {name} are missing, the first {gone[0]}; evaluations would "
             "say less than they seem to"

@@ -135,6 +135,11 @@ class Generation:
     draft_tokens: int = 0
     accepted_tokens: int = 0
 
+    @property
+    def completion_tokens(self) -> int:
+        """Number of generated tokens."""
+        return len(self.ids)
+
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:

@@ -1,6 +1,6 @@
-"""Streaming readers of JSON: one long array object by object, and files of rows that are a list or JSON lines.
+"""Readers of annotation files: streamed JSON arrays, JSON lines, and tab-separated tables with base64 images.
 
-Annotation files of gigabytes need little memory; every file is read to its last character.
+Files of gigabytes need little memory, and every file is read to its end, so that damage is found.
 """
 
 from __future__ import annotations
@@ -28,22 +28,24 @@ from vila.data.formats.detect import json_lines_problem
 from vila.data.readers.index import FileVersion, file_version, read_span
 from vila.data.readers.media_refs import decode_base64
 
-_CHUNK = 1 << 20
-_HEAD = 1 << 16
+_CHUNK_CHARS = 1 << 20
+_HEAD_BYTES = 1 << 16
 _AFTER_VALUE = ",:]} \t\r\n"
 _SPACE = re.compile(r"[ \t\r\n]*")
-_ESCAPED_HALF = re.compile(r"\\u[dD][89a-fA-F]")
+_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _DECODER = json.JSONDecoder()
-_LONGEST_TOKEN = 16
+_MAX_TOKEN_CHARS = 16
 _BOM = b"\xef\xbb\xbf"
+OTHER_RELEASE = "is it the file of another release?"
+TRUNCATED = "was the file truncated? download it again"
 
 
 def iter_array(path: Path, key: str = "", *, surrogates: bool = False) -> Iterator[Any]:
-    """Yield the values of the array at the top of the file, or of the one under `key` of the object at the top.
+    """Yield the elements of the top-level array, or of the array under `key` of the top-level object.
 
-    surrogates: accept text with half a surrogate pair.
-    Raises DataError with the file if it is not JSON, is cut, has no such array or more than one, if text follows its
-    value, or if a value is over MAX_RECORD_BYTES.
+    surrogates: accept text with unpaired surrogates.
+    Raises DataError with the file if it is not JSON, is truncated, lacks the array or has it twice, has text after its
+    value, or has a value over MAX_RECORD_BYTES.
     """
     with file_errors(path):
         head = read_head(path)
@@ -55,90 +57,91 @@ def iter_array(path: Path, key: str = "", *, surrogates: bool = False) -> Iterat
 
 
 def iter_records(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield location ("FILE row 3" of a list, "FILE line 3" of JSON lines, from 1) and value of every row of a file.
+    """Yield label ("row 3" of a JSON list, "line 3" of JSON lines, from 1) and value of every record.
 
-    A line that is damaged gives a DataError as its value, and the next lines follow. Text with half a surrogate pair
-    is accepted. Raises DataError if the file is absent, is neither a list nor JSON lines, or is a damaged list.
+    A damaged line yields a DataError as its value, and the next lines follow. Unpaired surrogates are accepted.
+    Raises DataError if the file is absent, is neither a list nor JSON lines, or is a damaged list.
     """
     with file_errors(path):
-        head = read_head(path, _HEAD)
+        head = read_head(path, _HEAD_BYTES)
     if head and (known := foreign_content(head)):
         raise DataError(known[0], file=path, hint=known[1])
     text = head.removeprefix(_BOM)
     if text.lstrip().startswith(b"["):
-        for number, row in enumerate(iter_array(path, surrogates=True), start=1):
-            yield f"{path} row {number}", row
+        for number, value in enumerate(iter_array(path, surrogates=True), start=1):
+            yield f"row {number}", value
         return
-    if fault := json_lines_problem(text, cut=len(head) == _HEAD):
-        raise DataError(fault[0], file=path, hint=fault[1])
+    if problem := json_lines_problem(text, cut=len(head) == _HEAD_BYTES):
+        raise DataError(problem[0], file=path, hint=problem[1])
     with path.open("rb") as stream:
         for number, line in bounded_lines(stream, path):
             if line.strip(b" \t\r\n"):
+                record = f"line {number}"
                 try:
-                    value = parse_json(line, file=path, record=f"line {number}", surrogates=True)
+                    value = parse_json(line, file=path, record=record, surrogates=True)
                 except DataError as error:
                     value = error
-                yield f"{path} line {number}", value
+                yield record, value
 
 
 class _Reader:
-    """Walks through a file with one part of it in memory."""
+    """Incremental JSON parser; holds one part of the file in memory."""
 
     def __init__(self, stream: TextIO, path: Path, surrogates: bool) -> None:
         self._stream, self._path, self._surrogates = stream, path, surrogates
-        self._text, self._place, self._before = "", 0, 0
+        self._text, self._position, self._consumed = "", 0, 0
 
     def array(self, key: str) -> Iterator[Any]:
-        """Yield the values of the array, and read the rest of the file."""
+        """Yield the elements of the array, then read the rest of the file."""
         if not key:
             yield from self._values("an array")
         elif self._next() != "{":
-            raise DataError(f"expected an object with {key!r}", file=self._path)
+            raise DataError(file=self._path, expected=f"an object with {key!r}")
         else:
-            self._place += 1
+            self._position += 1
             yield from self._member(key)
         if self._next(last=True):
-            raise self._broken("text follows the value")
+            raise self._error("text after the value")
 
     def _member(self, key: str) -> Iterator[Any]:
-        """Yield the values of one member of an object, over the others."""
+        """Yield the elements of the array at `key` of an object."""
         found = 0
         while self._next() != "}":
             name = self._value()
             if self._next() != ":":
-                raise self._broken("expected : after a name")
-            self._place += 1
+                raise self._error("expected : after a key")
+            self._position += 1
             if name != key:
                 self._skip()
             elif found:
-                raise self._broken(f"{key!r} occurs twice")
+                raise self._error(f"{key!r} occurs twice")
             else:
                 found += 1
                 yield from self._values(f"an array under {key!r}")
             if self._next() == ",":
-                self._place += 1
-        self._place += 1
+                self._position += 1
+        self._position += 1
         if not found:
-            raise DataError(f"has no {key!r}", file=self._path, hint="is it the file of another release?")
+            raise DataError("missing", file=self._path, field=key, hint=OTHER_RELEASE)
 
     def _values(self, what: str) -> Iterator[Any]:
         if self._next() != "[":
-            raise DataError(f"expected {what}", file=self._path)
-        self._place += 1
+            raise DataError(file=self._path, expected=what)
+        self._position += 1
         if self._next() == "]":
-            self._place += 1
+            self._position += 1
             return
         while True:
             yield self._value()
             scored = self._next()
-            self._place += 1
+            self._position += 1
             if scored == "]":
                 return
             if scored != ",":
-                raise self._broken(f"expected , or ] but found {scored!r}")
+                raise self._error(f"expected , or ] but found {scored!r}")
 
     def _skip(self) -> None:
-        """Go behind a value; an array element by element, as it may be longer than memory."""
+        """Skip a value; arrays element by element, as they may be larger than memory."""
         if self._next() == "[":
             for _ in self._values(""):
                 pass
@@ -146,72 +149,70 @@ class _Reader:
             self._value()
 
     def _next(self, *, last: bool = False) -> str:
-        """Return the next character that is not white space, which stays unread; last: "" at the end of the file."""
+        """Return the next character that is not white space without consuming it; last: "" at the end of the file."""
         while True:
-            match = _SPACE.match(self._text, self._place)
-            self._place = match.end() if match else self._place
-            if self._place < len(self._text):
-                return self._text[self._place]
-            if not self._more(_CHUNK):
+            match = _SPACE.match(self._text, self._position)
+            self._position = match.end() if match else self._position
+            if self._position < len(self._text):
+                return self._text[self._position]
+            if not self._more(_CHUNK_CHARS):
                 if last:
                     return ""
-                raise self._broken("the file ends early")
+                raise self._error("unexpected end of the file")
 
     def _value(self) -> Any:
         self._next()
-        size = _CHUNK
+        size = _CHUNK_CHARS
         while True:
             try:
-                value, end = _DECODER.raw_decode(self._text, self._place)
+                value, end = _DECODER.raw_decode(self._text, self._position)
             except json.JSONDecodeError as error:
-                # An error well before the end of what was read is no value that was cut there.
-                is_cut = error.pos + _LONGEST_TOKEN >= len(self._text) or error.msg.startswith("Unterminated")
+                # A truncated value fails near the end of the text that was read.
+                is_cut = error.pos + _MAX_TOKEN_CHARS >= len(self._text) or error.msg.startswith("Unterminated")
                 if not is_cut or not self._more(size):
-                    raise self._broken(error.msg) from error
-            except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
-                raise self._broken(str(error)) from error
+                    raise self._error(error.msg) from error
+            except (RecursionError, ValueError) as error:  # nested too deeply, or too many digits
+                raise self._error(str(error)) from error
             else:
-                # "-3." at the end of what was read is the beginning of a number, and reads as -3.
+                # "-3." at the end of the text that was read parses as -3, but the number may continue.
                 if (end < len(self._text) and self._text[end] in _AFTER_VALUE) or not self._more(size):
                     self._check(value, end)
-                    self._place = end
+                    self._position = end
                     return value
-            if len(self._text) - self._place > MAX_RECORD_BYTES:
-                raise self._broken(f"a value longer than {MAX_RECORD_BYTES:,} characters")
+            if len(self._text) - self._position > MAX_RECORD_BYTES:
+                raise self._error(f"a value of more than {MAX_RECORD_BYTES:,} characters")
             size *= 2
 
     def _check(self, value: Any, end: int) -> None:
-        if not self._surrogates and _ESCAPED_HALF.search(self._text, self._place, end):
+        if not self._surrogates and _ESCAPED_SURROGATE.search(self._text, self._position, end):
             text = lone_surrogate(value)
             if text is not None:
-                raise self._broken(f"half a surrogate pair in the text {text!r}")
+                raise self._error(f"unpaired surrogate in {text!r}")
 
     def _more(self, size: int) -> bool:
         with file_errors(self._path):
             chunk = self._stream.read(size)
         if chunk:
-            self._before += self._place
-            self._text, self._place = self._text[self._place :] + chunk, 0
+            self._consumed += self._position
+            self._text, self._position = self._text[self._position :] + chunk, 0
         return bool(chunk)
 
-    def _broken(self, reason: str) -> DataError:
-        return DataError(f"not whole JSON near character {self._before + self._place}: {reason}", file=self._path)
+    def _error(self, reason: str) -> DataError:
+        return DataError(f"invalid JSON near character {self._consumed + self._position}: {reason}", file=self._path)
 
 
-# --- table
-# Tab-separated tables with pictures in them, as pandas reads them: quoted cells, and words that mean an empty cell.
-
+# Tab-separated tables in the dialect of pandas: quoted cells, and words that mean an empty cell.
 
 EMPTY_CELLS = frozenset({
     "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA",
     "NULL", "NaN", "None", "n/a", "nan", "null",
 })  # fmt: skip
-"""Cells that pandas takes for empty, quoted or not, unless it is told otherwise."""
+"""Cells that pandas reads as missing values by default, quoted or not."""
 
 
 @dataclass(frozen=True, slots=True)
 class TableCell:
-    """Base64 text in a cell. offset, size: of the record in its file, in bytes; column: from 0."""
+    """Reference to base64 data in a cell. offset, size: bytes of the record in its file; column: from 0."""
 
     path: Path
     offset: int
@@ -226,33 +227,34 @@ class TableCell:
         return self.location
 
     def read(self) -> bytes:
-        """Read and decode. Raises DataError if the file has changed or the cell is not base64."""
+        """Read and decode the data. Raises DataError if the file has changed or the cell is not base64."""
         record = read_span(self.path, self.offset, self.size, self.stamp).decode("utf-8-sig")
         return decode_base64(next(_reader(iter([record])))[self.column], file=None, record=self.location)
 
 
 @dataclass(frozen=True)
 class AnnotationTable:
-    """A table in memory. rows: cells by column; those of picture columns are `TableCell`, equal ones for equal text."""
+    """Table in memory. rows: cells by column name; those of image columns are `TableCell`, shared for equal text."""
 
     path: Path
     columns: tuple[str, ...]
     rows: list[dict[str, Any]]
 
-    def need(self, *columns: str) -> None:
+    def require_columns(self, *columns: str) -> None:
         """Raise DataError naming the columns that the table lacks."""
-        if lacking := [column for column in columns if column not in self.columns]:
+        if missing := [column for column in columns if column not in self.columns]:
             raise DataError(
-                f"{self.path}: has no column {', '.join(lacking)} (it has {', '.join(self.columns)}); "
-                "is it another release?"
+                f"no column {', '.join(missing)} (columns: {', '.join(self.columns)})",
+                file=self.path,
+                hint=OTHER_RELEASE,
             )
 
 
-def read_table(path: Path, pictures: tuple[str, ...] = ()) -> AnnotationTable:
-    """Read the whole table. pictures: columns that hold base64 text, which is left in the file.
+def read_table(path: Path, image_columns: tuple[str, ...] = ()) -> AnnotationTable:
+    """Read a table. image_columns: columns with base64 data, which stays in the file.
 
-    Raises DataError with file and line for a row with more or fewer cells than the header, text that is not UTF-8, a
-    quoted cell that does not end, and a column name that occurs twice.
+    Raises DataError with file and line for a row whose number of cells differs from the header, text that is not UTF-8,
+    an unterminated quoted cell, and a repeated column name.
     """
     csv.field_size_limit(MAX_RECORD_BYTES)
     stamp = file_version(path)
@@ -263,10 +265,10 @@ def read_table(path: Path, pictures: tuple[str, ...] = ()) -> AnnotationTable:
     records = _records(path)
     header, *_ = next(records, ([], 0, 0, 0))
     if len(header) < 2:
-        raise DataError(file=path, value=", ".join(header), expected="a table with tabs between its columns")
+        raise DataError(file=path, value=", ".join(header), expected="a tab-separated table")
     if len(set(header)) < len(header):
         twice = next(name for name in header if header.count(name) > 1)
-        raise DataError("occurs twice in the header", file=path, field=twice)
+        raise DataError("repeated column name", file=path, field=twice)
     seen: dict[bytes, TableCell] = {}
     rows = []
     for cells, line, offset, size in records:
@@ -275,10 +277,10 @@ def read_table(path: Path, pictures: tuple[str, ...] = ()) -> AnnotationTable:
                 f"{len(cells)} cells where the header has {len(header)}",
                 file=path,
                 record=f"line {line}",
-                hint="was the file cut? download it again",
+                hint=TRUNCATED,
             )
         row: dict[str, Any] = dict(zip(header, cells, strict=True))
-        for name in pictures:
+        for name in image_columns:
             if row.get(name):
                 cell = TableCell(path, offset, size, header.index(name), f"{path} line {line} {name}", stamp)
                 row[name] = seen.setdefault(hashlib.blake2b(row[name].encode()).digest(), cell)
@@ -287,7 +289,7 @@ def read_table(path: Path, pictures: tuple[str, ...] = ()) -> AnnotationTable:
 
 
 def _records(path: Path) -> Iterator[tuple[list[str], int, int, int]]:
-    """Yield cells, line, offset and size in bytes of each record; blank lines are skipped."""
+    """Yield cells, line number, byte offset and size of each record; blank lines are skipped."""
     position = 0
     ended = False
 
@@ -309,12 +311,12 @@ def _records(path: Path) -> Iterator[tuple[list[str], int, int, int]]:
         if cells is None:
             return
         if ended:
-            # The reader takes the end of the file for the end of a quoted cell, and all rows in it for its text.
+            # csv ends an unterminated quoted cell at the end of the file and takes all rows in between as its text.
             raise DataError(
-                "a quoted cell does not end",
+                "unterminated quoted cell",
                 file=path,
                 record=f"line {line}",
-                hint="was the file cut? download it again",
+                hint=TRUNCATED,
             )
         if cells:
             yield cells, line, offset, position - offset

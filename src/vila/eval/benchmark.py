@@ -1,10 +1,12 @@
-"""What a benchmark is: questions, how answers are scored, and the file that its server wants.
+"""The `Benchmark` interface: questions, scoring of answers, and the submission file of its server.
 
-Scoring knows nothing of models: it reads answers, ours or those of anybody who writes the original's files.
+Scoring is independent of models: it reads answers of `vila eval`, or files in the format of the LLaVA evaluation
+scripts ("the original scripts" in this package).
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,26 +14,27 @@ from typing import Any, Literal, Protocol
 
 from vila.core.errors import DataError
 from vila.core.registry import Registry
-from vila.core.types import Message
+from vila.core.types import Image, Message, Video
 from vila.core.vision_spec import ImageMode
+from vila.engine.request import SamplingParams
 
 ScoringProtocol = Literal["upstream", "lmms-eval"]
-"""Whose rules count: those that the published table was made with, or lmms-eval's where they differ."""
+"""Scoring rules: those of the published table, or those of lmms-eval where they differ."""
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One question: its id, the conversation that asks it, the true answer, and what it is about.
+    """One question: its conversation, the reference answer and the metadata that scoring needs.
 
-    id:          unique in the benchmark, as text.
-    truth:       the answer, or the most frequent of several; "" where only the benchmark's server knows it.
-    group:       items of equal group share a picture and are asked together.
-    kind:        category that scores are also given by.
-    question_id: as the benchmark's files name it; need not be unique. None: `id`.
-    prompt:      what the original's answer files repeat of the question; "" for the text of the last message.
-    template:    conversation template where the benchmark asks for one of its own; "" for the model's.
-    image_mode:  how its pictures become square where the benchmark has a way of its own; None for the model's.
-    facts:       what the original writes into the answer's row besides, such as options.
+    id:          unique within the benchmark.
+    truth:       reference answer, or the most frequent of several; "" if only the benchmark's server has it.
+    group:       items with the same group share an image and go into one batch.
+    category:    question category; scores are also reported per category.
+    question_id: id in the benchmark's files, not necessarily unique; None: `id`.
+    prompt:      question text to write into prediction files; "": the text of the last message.
+    template:    conversation template if the benchmark prescribes one; "": the model's.
+    image_mode:  image preprocessing if the benchmark prescribes one; None: the model's.
+    extra:       additional keys of the prediction record, such as options.
     """
 
     id: str
@@ -43,17 +46,17 @@ class Item:
     prompt: str = ""
     template: str = ""
     image_mode: ImageMode | None = None
-    facts: dict[str, Any] = field(default_factory=dict, compare=False, hash=False)
+    extra: dict[str, Any] = field(default_factory=dict, compare=False, hash=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """One row of a file of answers.
+    """One record of an answer file.
 
-    question_id: as the row has it.
-    prompt:      the question as the row repeats it; some benchmarks read facts from it.
-    where:       file and line, for messages.
-    id:          of our own items where the row names it; "" in the original's files.
+    question_id: as in the record.
+    prompt:      question text in the record; some benchmarks parse it.
+    location:    file and line, for error messages.
+    id:          item id if the record has one; "" in files of the original scripts.
     """
 
     question_id: str | int
@@ -65,9 +68,12 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class QuestionScore:
-    """What one question got: value 0..1 of the points that it can give, and why.
+    """Score of one question.
 
-    item: id of the item that `answer` is to, where several items make one question; "" for `id`.
+    value:    fraction of the points of the question, 0..1.
+    group:    questions with the same group share an image; "": a group of its own.
+    rule:     why the question has this score, e.g. the rule that parsed the answer.
+    item:     id of the item that `answer` belongs to, if several items make one question; "": `id`.
     """
 
     id: str
@@ -82,7 +88,7 @@ class QuestionScore:
 
 @dataclass(frozen=True)
 class AggregateMetric:
-    """How a score that is not the mean mark follows from sums over questions.
+    """How to compute a score that is not the mean question score, for bootstrap intervals.
 
     terms:      K summable numbers per question score, in the order of the scores.
     compute:    the score from the K sums.
@@ -96,14 +102,13 @@ class AggregateMetric:
 
 @dataclass(frozen=True)
 class BenchmarkResult:
-    """The score of a file of answers.
+    """Result of scoring an answer file.
 
-    score:    the headline figure as it is published: percent, or points.
-    unit:     `%` or `points`.
-    figures:  everything else that is reported, as plain data.
-    marks:    question by question, for intervals, comparisons and galleries; their weighted mean is not always `score`.
-    notes:    what was noticed and scored as the rules say: rows that are missing, given twice, or not read.
-    headline: how the score follows from the marks; None when it is their mean in percent.
+    score:           the published metric, in `unit`: `%` or `points`.
+    metrics:         all further metrics, as JSON types.
+    question_scores: one per scored question.
+    notes:           irregularities that the scoring protocol tolerates: missing, repeated or unreadable answers.
+    aggregate:       how the score follows from the questions; None if it is the mean question score in percent.
     """
 
     score: float
@@ -116,7 +121,13 @@ class BenchmarkResult:
 
 @dataclass(frozen=True)
 class Submission:
-    """File for a benchmark server. format: `json`, `jsonl` or `xlsx`; rows: mappings with the columns in order."""
+    """File for a benchmark server.
+
+    format: `json`, `jsonl` or `xlsx`.
+    rows:   mappings with the columns in order.
+    server: where to upload the file.
+    checks: what was verified, for the user.
+    """
 
     name: str
     format: str
@@ -125,33 +136,84 @@ class Submission:
     checks: tuple[str, ...] = ()
 
 
-class Benchmark(Protocol):
-    """Questions and how their answers are scored."""
+_NO_VALUE = object()
+
+
+@dataclass(frozen=True, slots=True)
+class JudgeCase:
+    """One answer for a judge. fields: values of the prompt's placeholders (`question`, `answer`, `pred`, ...)."""
+
+    id: str
+    fields: Mapping[str, str] = field(hash=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Reply of a judge to one case. value: the reply parsed as a Python literal, if `readable`."""
+
+    id: str
+    reply: str
+    value: Any = field(default=_NO_VALUE, hash=False)
+
+    @property
+    def readable(self) -> bool:
+        """Whether the reply is a Python literal."""
+        return self.value is not _NO_VALUE
+
+
+class Judge(Protocol):
+    """Source of verdicts: a chat server, a file of replies, or a file that collects the requests."""
+
+    @property
+    def model(self) -> str:
+        """Name of the judging model."""
+
+    def verdicts(self, kind: str, cases: Sequence[JudgeCase]) -> list[Verdict]:
+        """Return a verdict per case, in order. Raises DataError if there are none (yet)."""
+
+
+class Benchmark(ABC):
+    """Base class of all benchmarks. Constructors follow `OpenBenchmark`.
+
+    name:            registered name; also the name of the result folder.
+    max_new_tokens:  generation limit.
+    sampling:        generation settings; None: greedy with `max_new_tokens`.
+    skips_bad_lines: unreadable lines of answer files are skipped, as in the original scripts, instead of refused.
+    needs_judge:     scored by `judge`, which the caller sets; without it `score` raises DataError.
+    """
 
     name: str
     max_new_tokens: int
+    sampling: SamplingParams | None = None
+    skips_bad_lines: bool = False
+    needs_judge: bool = False
+    judge: Judge | None = None
 
+    @abstractmethod
     def items(self) -> Sequence[Item]:
-        """All questions, in a fixed order; items of one group stand together."""
+        """Return all questions in a fixed order, those of a group adjacent."""
 
+    @abstractmethod
     def score(self, answers: Sequence[Answer], protocol: ScoringProtocol = "upstream") -> BenchmarkResult:
-        """Score answers, in the order of their file. DataError for what the rules cannot score, naming ids."""
-
-
-class Submits(Protocol):
-    """A benchmark whose answers are sent to a server."""
+        """Score answers in the order of their file. Raises DataError with ids if the protocol cannot score them."""
 
     def submission(self, answers: Sequence[Answer]) -> Submission:
-        """The server's file. DataError for what the server would refuse, naming ids."""
+        """Build the file for the benchmark's server; see `vila.eval.submit.SERVERS` for the benchmarks that have one.
+
+        Raises DataError with ids for answers that the server would reject, and for benchmarks without a server.
+        """
+        raise DataError("has no server for submissions", field=self.name)
 
 
 class OpenBenchmark(Protocol):
-    """Opens a benchmark whose data lie in a directory."""
+    """Constructor of a benchmark."""
 
     def __call__(self, folder: Path, limit: int) -> Benchmark:
-        """folder: `playground/data/eval`, or the benchmark's own folder in it. limit: about how many questions; 0: all.
+        """Open the benchmark whose data are in a directory.
 
-        Raises DataError saying which file is missing and where it is obtained.
+        folder: `playground/data/eval`, or the benchmark's own directory in it.
+        limit:  approximate number of questions, whole groups only; 0: all.
+        Raises DataError that names a missing file and where to download it.
         """
 
 
@@ -170,44 +232,32 @@ BENCHMARKS: Registry[OpenBenchmark] = Registry(
         "mmbench_cn": "vila.eval.benchmarks.mmbench:MmBenchCn",
         "seed": "vila.eval.benchmarks.seed:Seed",
         "videoqa": "vila.eval.benchmarks.videoqa:VideoQa",
-        "videoqa_msvd": "vila.eval.benchmarks.videoqa:msvd",
-        "videoqa_msrvtt": "vila.eval.benchmarks.videoqa:msrvtt",
-        "videoqa_tgif": "vila.eval.benchmarks.videoqa:tgif",
-        "videoqa_activitynet": "vila.eval.benchmarks.videoqa:activitynet",
+        "videoqa_msvd": "vila.eval.benchmarks.videoqa:Msvd",
+        "videoqa_msrvtt": "vila.eval.benchmarks.videoqa:Msrvtt",
+        "videoqa_tgif": "vila.eval.benchmarks.videoqa:Tgif",
+        "videoqa_activitynet": "vila.eval.benchmarks.videoqa:ActivityNet",
     },
 )
 
 
-# --- scoring
-# Scoring rules that several benchmarks share.
-
-
 def exact_match(prediction: str, truth: str) -> bool:
-    """Equal after stripping white space at both ends; nothing else is forgiven."""
+    """Whether both texts are equal after stripping white space at both ends."""
     return prediction.strip() == truth.strip()
 
 
-def check_ids(name: str, predictions: Mapping[str, str], wanted: Iterable[str]) -> None:
-    """Every wanted id has one prediction and no other id has one. Raises DataError naming ids."""
-    expected = set(wanted)
-    missing, extra = sorted(expected - set(predictions)), sorted(set(predictions) - expected)
-    problems = [
-        f"{len(ids)} {what} ({', '.join(ids[:5])}{', ...' if len(ids) > 5 else ''})"
-        for ids, what in ((missing, "questions without a prediction"), (extra, "predictions of unknown questions"))
-        if ids
-    ]
-    if problems:
-        raise DataError(f"{name}: {'; '.join(problems)}")
+def percent(values: Iterable[float]) -> float:
+    """Return the mean of fractions in percent; 0 for none."""
+    numbers = list(values)
+    return 100 * sum(numbers) / len(numbers) if numbers else 0.0
 
 
-def answers_by_item(name: str, answers: Sequence[Answer], items: Sequence[Item]) -> dict[str, str]:
-    """Answers by item id, exactly one for each. Raises DataError for ids that are missing, unknown or given twice."""
-    known = {str(item.id if item.question_id is None else item.question_id): item.id for item in items}
-    out: dict[str, str] = {}
-    for answer in answers:
-        key = answer.id or known.get(str(answer.question_id), str(answer.question_id))
-        if key in out:
-            raise DataError(f"{name}: {answer.location or 'answers'}: a second answer to question {key}")
-        out[key] = answer.text
-    check_ids(name, out, (item.id for item in items))
-    return out
+def missing_media(items: Sequence[Item]) -> list[str]:
+    """Return the paths of image and video files that do not exist, each once, in the order of the questions."""
+    paths = {
+        str(part.source): None
+        for item in items
+        for message in item.messages
+        for part in message.parts
+        if isinstance(part, Image | Video) and isinstance(part.source, str | Path) and "://" not in str(part.source)
+    }
+    return [path for path in paths if not Path(path).is_file()]

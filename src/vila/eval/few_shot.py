@@ -1,7 +1,7 @@
-"""Learning in context: questions asked after k worked examples, with their answers or with wrong ones.
+"""Few-shot evaluation: questions after k examples, with correct or with wrong answers.
 
-An example is a turn of the user, picture and question, and the assistant's answer. If shuffled answers score as well as
-true ones, the examples teach the form of an answer and not the task.
+An example is a user turn with image and question, and an assistant turn with the answer. If examples with wrong answers
+score as well as correct ones, the model takes only the answer format from them.
 """
 
 from __future__ import annotations
@@ -19,107 +19,113 @@ from vila.core.types import Image, Message, Video
 from vila.eval.benchmark import Answer, Benchmark, BenchmarkResult, Item, ScoringProtocol
 
 EXAMPLE_POOLS: Mapping[str, Callable[[Path], Sequence[Item]]] = {"easy_vqa": lambda folder: _easy_vqa_pool(folder)}
-"""Where examples for a benchmark come from: never from what is scored."""
+"""Example pools by benchmark; a pool has no question of the scored split."""
 
 
-class FewShotBenchmark:
-    """A benchmark whose questions follow examples. Ids, groups, truths and scores are the benchmark's own."""
+class FewShotBenchmark(Benchmark):
+    """A benchmark with few-shot examples before each question; ids, groups and scoring are those of `inner`."""
 
     def __init__(self, inner: Benchmark, shots: int, pool: Sequence[Item], seed: int, shuffled: bool) -> None:
         self.inner = inner
         self.name = f"{inner.name}_{shots}shot{'_shuffled' if shuffled else ''}"
-        self.max_new_tokens = inner.max_new_tokens
+        self.max_new_tokens, self.sampling = inner.max_new_tokens, inner.sampling
+        self.skips_bad_lines = inner.skips_bad_lines
         self._shots, self._pool, self._seed, self._shuffled = shots, pool, seed, shuffled
 
     def items(self) -> Sequence[Item]:
-        """The benchmark's questions in its order; those about one picture follow the same examples."""
+        """Return the questions in the order of the benchmark; those of a group have the same examples."""
         return self._items
 
     @cached_property
     def _items(self) -> list[Item]:
         items = self.inner.items()
-        pictures: dict[str, list[Item]] = defaultdict(list)
+        by_group: dict[str, list[Item]] = defaultdict(list)
         for item in items:
-            pictures[item.group or item.id].append(item)
-        shots = {group: self._choose(group, asked) for group, asked in pictures.items()}
+            by_group[item.group or item.id].append(item)
+        examples = {group: self._choose(group, own) for group, own in by_group.items()}
         return [
             replace(
                 item,
-                messages=_before(shots[item.group or item.id], item.messages),
+                messages=_prepend(examples[item.group or item.id], item.messages),
                 prompt=item.prompt or item.messages[-1].text,
             )
             for item in items
         ]
 
-    def _choose(self, group: str, asked: Sequence[Item]) -> tuple[Message, ...]:
-        """The examples of one group: other pictures, each once, drawn by the seed and the group's name alone."""
+    def _choose(self, group: str, questions: Sequence[Item]) -> tuple[Message, ...]:
+        """Draw the examples of a group, with other images, each once; depends only on the seed and the group."""
         rng = random.Random(f"{self._seed}/{group}")
-        # Items that ask about the same picture are equal here; one of them is compared.
-        seen = list({_media(item): item for item in asked})
+        # One item per distinct media suffices.
+        used = list({_media(item): item for item in questions})
         chosen: list[tuple[Message, ...]] = []
-        left = list(self._by_picture)
+        left = list(self._by_image)
         while len(chosen) < self._shots:
             if not left:
                 raise DataError(
-                    f"{self.name}: the pool has only {len(chosen)} pictures besides those of {group!r}; "
-                    f"{self._shots} examples are wanted"
+                    f"the pool has only {len(chosen)} other images for group {group!r}",
+                    field=self.name,
+                    expected=f"{self._shots} examples",
                 )
-            place = rng.randrange(len(left))
-            left[place], left[-1] = left[-1], left[place]
-            example = self._pool[rng.choice(self._by_picture[left.pop()])]
+            index = rng.randrange(len(left))
+            left[index], left[-1] = left[-1], left[index]
+            example = self._pool[rng.choice(self._by_image[left.pop()])]
             media = _media(example)
-            if not any(shares_media(media, other) for other in seen):
-                seen.append(media)
+            if not any(shares_media(media, other) for other in used):
+                used.append(media)
                 chosen.append((*example.messages, Message.of("assistant", self._answers[example.id])))
         return tuple(message for example in chosen for message in example)
 
     @cached_property
-    def _by_picture(self) -> dict[str, list[int]]:
-        places: dict[str, list[int]] = defaultdict(list)
-        for place, item in enumerate(self._pool):
+    def _by_image(self) -> dict[str, list[int]]:
+        indexes: dict[str, list[int]] = defaultdict(list)
+        for index, item in enumerate(self._pool):
             if item.truth.strip():
-                places[item.group or item.id].append(place)
-        return dict(places)
+                indexes[item.group or item.id].append(index)
+        return dict(indexes)
 
     @cached_property
     def _answers(self) -> dict[str, str]:
         return wrong_answers(self._pool) if self._shuffled else {item.id: item.truth for item in self._pool}
 
     def score(self, answers: Sequence[Answer], protocol: ScoringProtocol = "upstream") -> BenchmarkResult:
-        """The benchmark's score, with what the questions followed among the figures."""
+        """Score as the benchmark does; the metrics also have the few-shot settings."""
         result = self.inner.score(answers, protocol)
-        facts = {"shots": self._shots, "shot_seed": self._seed, "shot_answers": "wrong" if self._shuffled else "true"}
-        return replace(result, metrics={**result.metrics, **facts})
+        settings = {
+            "shots": self._shots,
+            "shot_seed": self._seed,
+            "shot_answers": "wrong" if self._shuffled else "true",
+        }
+        return replace(result, metrics={**result.metrics, **settings})
 
 
 def few_shot(benchmark: Benchmark, k: int, pool: Sequence[Item], seed: int = 0, shuffled: bool = False) -> Benchmark:
-    """`benchmark` asked after `k` examples out of `pool`, which a seed chooses; with none it is `benchmark` itself.
+    """Return `benchmark` with `k` examples from `pool` before each question; `benchmark` itself for k = 0.
 
-    pool:     questions with answers; a picture that an item asks about is never among its examples.
-    shuffled: the examples have each other's answers (those of the pool, permuted), all of them wrong.
-    Raises ConfigError for a negative k, DataError for a pool without answers or, later, with too few pictures.
+    pool:     questions with answers; the image of a question is never among its examples.
+    shuffled: use wrong answers, permuted within the pool.
+    Raises ConfigError for a negative k, DataError for a pool without answers or (on `items`) with too few images.
     """
     if k < 0:
-        raise ConfigError(f"shots: {k} examples; expected 0 or more")
+        raise ConfigError(field="k", value=k, expected="at least 0")
     if not k:
         return benchmark
     if not any(item.truth.strip() for item in pool):
-        raise DataError(f"{benchmark.name}: no question of the pool has an answer to show")
+        raise DataError("no question of the example pool has an answer", field=benchmark.name)
     return FewShotBenchmark(benchmark, k, pool, seed, shuffled)
 
 
 def few_shot_variants(
     benchmark: Benchmark, name: str, folder: Path, counts: Sequence[int], seed: int = 0
 ) -> list[Benchmark]:
-    """A registered benchmark after each number of examples from its own pool, with true answers and with wrong ones.
+    """Return a registered benchmark with each number of examples, with correct and with wrong answers.
 
-    Raises DataError when examples are wanted of a benchmark that has no pool.
+    Raises DataError if the benchmark has no example pool.
     """
     if not any(counts):
         return [benchmark for _ in counts]
     if name not in EXAMPLE_POOLS:
         raise DataError(
-            f"{name}: has no pool of examples (those that have one: {', '.join(EXAMPLE_POOLS)}); take --num-fewshot 0"
+            f"no few-shot examples (available for: {', '.join(EXAMPLE_POOLS)})", field=name, hint="use --num-fewshot 0"
         )
     pool = EXAMPLE_POOLS[name](folder)
     return [
@@ -130,10 +136,10 @@ def few_shot_variants(
 
 
 def wrong_answers(pool: Sequence[Item]) -> dict[str, str]:
-    """For each question of the pool, by id, the true answer to another one of its kind, which is wrong here.
+    """Return a wrong answer per question id of the pool: the answer to another question of its category.
 
-    The answers of a kind are permuted; where more than half of them are equal, permuting leaves some right, and these
-    get the commonest other answer. Raises DataError for a kind with one answer only.
+    The answers of a category are permuted. If one of them has a majority, some stay correct; these are replaced by the
+    most frequent other answer. Raises DataError for a category with only one answer.
     """
     categories: dict[str, list[Item]] = defaultdict(list)
     for item in pool:
@@ -145,13 +151,16 @@ def wrong_answers(pool: Sequence[Item]) -> dict[str, str]:
 def _permuted(items: Sequence[Item]) -> dict[str, str]:
     counts = Counter(item.truth.strip() for item in items)
     if len(counts) == 1:
-        raise DataError(f"every answer of kind {items[0].category!r} in the pool is {items[0].truth!r}: none is wrong")
-    # In order of their answers, moved on by the largest class, no answer meets its own class unless that is over half.
+        raise DataError(
+            f"all answers of category {items[0].category!r} are equal, so there is no wrong one", value=items[0].truth
+        )
+    # Sorted by answer and shifted by the size of the largest class, every item gets another answer unless one has a
+    # majority.
     ordered = sorted(items, key=lambda item: (item.truth.strip(), item.id))
     step = max(counts.values())
     out: dict[str, str] = {}
-    for place, item in enumerate(ordered):
-        answer = ordered[(place + step) % len(ordered)].truth
+    for index, item in enumerate(ordered):
+        answer = ordered[(index + step) % len(ordered)].truth
         if answer.strip() == item.truth.strip():
             answer = next(other for other, _ in counts.most_common() if other != item.truth.strip())
         out[item.id] = answer
@@ -159,7 +168,7 @@ def _permuted(items: Sequence[Item]) -> dict[str, str]:
 
 
 def shares_media(first: Sequence[Any], second: Sequence[Any]) -> bool:
-    """Whether two questions show a common picture: one source, or files of equal content. Nothing is decoded."""
+    """Whether two questions share an image or video: the same source, or files with equal bytes."""
     return any(_same(one, other) for one in first for other in second)
 
 
@@ -171,7 +180,7 @@ def _same(one: Image | Video, other: Image | Video) -> bool:
     try:
         equal_size = one.source.stat().st_size == other.source.stat().st_size
         return equal_size and one.source.read_bytes() == other.source.read_bytes()
-    except OSError:  # a picture that is not there is the runner's to report
+    except OSError:  # missing files are reported by the runner
         return False
 
 
@@ -179,7 +188,7 @@ def _media(item: Item) -> tuple[Image | Video, ...]:
     return tuple(part for message in item.messages for part in message.parts if isinstance(part, Image | Video))
 
 
-def _before(examples: tuple[Message, ...], messages: tuple[Message, ...]) -> tuple[Message, ...]:
+def _prepend(examples: tuple[Message, ...], messages: tuple[Message, ...]) -> tuple[Message, ...]:
     system = int(messages[0].role == "system")
     return (*messages[:system], *examples, *messages[system:])
 

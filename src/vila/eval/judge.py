@@ -1,6 +1,4 @@
-"""Answers judged by a language model, as Video-ChatGPT's evaluation does it (arXiv 2306.05424): what is asked, how
-replies are read, and what they amount to. Nothing here talks to a server; `judge_run` does.
-"""
+"""LLM-as-a-judge scoring as in Video-ChatGPT (arXiv 2306.05424): prompts, reply parsing, metrics, costs and caching."""
 
 from __future__ import annotations
 
@@ -10,11 +8,11 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, partial
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from vila.core.errors import DataError, UnknownNameError
 from vila.core.files import write_json, write_jsonl
@@ -22,14 +20,14 @@ from vila.core.progress import SILENT, Events, task
 from vila.core.reading import Fields, lone_surrogate, read_json, read_jsonl
 from vila.eval.annotation_files import iter_records
 from vila.eval.annotations import format_ids
+from vila.eval.benchmark import JudgeCase, Verdict
 from vila.eval.openai_client import ChatCompletion, OpenAIClient, ServerError
 
-# --- judge_cost
-# What asking a judge will cost, before it is asked: tokens guessed from characters, prices from a table.
-
+DEFAULT_MODEL = "gpt-3.5-turbo"
+"""Model of the original evaluation; OpenAI changes what this alias refers to."""
 
 Prices = Mapping[str, tuple[float, float]]
-"""US dollars for a million tokens read and for a million written, by model."""
+"""US dollars per million input and output tokens, by model."""
 
 PRICES: Prices = {
     "gpt-3.5-turbo": (0.50, 1.50),
@@ -41,98 +39,73 @@ PRICES: Prices = {
     "gpt-4.1-mini": (0.40, 1.60),
     "gpt-4.1-nano": (0.10, 0.40),
 }
-"""As OpenAI published them in 2025; prices change, so an estimate says that it is one."""
+"""OpenAI's list prices of 2025."""
 
 _BYTES_PER_TOKEN = 4
 _TOKENS_PER_MESSAGE = 4
 _TOKENS_PER_REPLY = 20
-"""`{'pred': 'yes', 'score': 4}` and a little more."""
-_DATED = re.compile(r"-\d{4}(-\d{2}-\d{2})?$")
+"""`{'pred': 'yes', 'score': 4}` and a margin."""
+_DATE_SUFFIX = re.compile(r"-\d{4}(-\d{2}-\d{2})?$")
+_PLACEHOLDER = re.compile(r"\{(question[12]?|answer|pred[12]?)\}")
+_MAX_REPLY_CHARS = 10_000
+_STALE_ROUNDS = 10
+"""Rounds without a further readable reply after which the original evaluation gives up."""
 
 
 @dataclass(frozen=True, slots=True)
 class CostEstimate:
-    """dollars: None where the model's price is not known. kept: requests whose replies are there already."""
+    """Estimated cost of judging. dollars: None if the price is unknown. cached: requests with a cached reply."""
 
     model: str
     requests: int
-    kept: int
-    read_tokens: int
-    written_tokens: int
+    cached: int
+    input_tokens: int
+    output_tokens: int
     dollars: float | None
 
     @property
     def text(self) -> str:
         """One line for the user."""
-        kept = f" ({self.kept:,} more are answered already)" if self.kept else ""
-        cost = (
-            f"the price of {self.model!r} is not known"
-            if self.dollars is None
-            else f"about ${self.dollars:.2f} at the prices of 2025"
-            if self.model in PRICES or _DATED.sub("", self.model) in PRICES
-            else f"about ${self.dollars:.2f}"
-        )
+        cached = f" ({self.cached:,} cached)" if self.cached else ""
+        cost = "price unknown" if self.dollars is None else f"about ${self.dollars:.2f}"
+        if self.dollars is not None and (self.model in PRICES or _DATE_SUFFIX.sub("", self.model) in PRICES):
+            cost += " at prices of 2025"
         return (
-            f"judge {self.model}: {self.requests:,} requests{kept}, about {self.read_tokens:,} tokens in and "
-            f"{self.written_tokens:,} out; {cost}"
+            f"judge {self.model}: {self.requests:,} requests{cached}, about {self.input_tokens:,} input and "
+            f"{self.output_tokens:,} output tokens, {cost}"
         )
 
 
 def estimate_cost(
-    bodies: Sequence[Mapping[str, Any]], model: str, prices: Prices | None = None, kept: int = 0
+    bodies: Sequence[Mapping[str, Any]], model: str, prices: Prices | None = None, cached: int = 0
 ) -> CostEstimate:
-    """prices: of models that the table does not have, or other ones. kept: requests that need not be sent.
+    """Estimate tokens and cost of requests.
 
-    A dated model (`gpt-4o-2024-11-20`) costs what its name without the date does.
+    prices: of further models; they replace those of `PRICES`. A dated model (`gpt-4o-2024-11-20`) has the price of its
+            name without the date.
+    cached: requests that need not be sent.
     """
-    read = sum(
+    input_tokens = sum(
         _TOKENS_PER_MESSAGE + -(-len(message["content"].encode()) // _BYTES_PER_TOKEN)
         for body in bodies
         for message in body["messages"]
     )
-    written = _TOKENS_PER_REPLY * len(bodies)
+    output_tokens = _TOKENS_PER_REPLY * len(bodies)
     table = {**PRICES, **(prices or {})}
-    price = table.get(model) or table.get(_DATED.sub("", model))
-    dollars = None if price is None else (read * price[0] + written * price[1]) / 1e6
-    return CostEstimate(model, len(bodies), kept, read, written, dollars)
-
-
-DEFAULT_MODEL = "gpt-3.5-turbo"
-"""The original's; the name is an alias, so what it stands for changes with time."""
-_HOLE = re.compile(r"\{(question[12]?|answer|pred[12]?)\}")
-_LONGEST_REPLY = 10_000
-_NONE = object()
-
-
-@dataclass(frozen=True, slots=True)
-class JudgeCase:
-    """One answer to be judged. fields: what the prompt's holes are filled with (`question`, `answer`, `pred`, ...)."""
-
-    id: str
-    fields: Mapping[str, str] = field(hash=False)
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What the judge said of one case. value: the reply as a Python value; `readable` tells whether it is one."""
-
-    id: str
-    reply: str
-    value: Any = field(default=_NONE, hash=False)
-
-    @property
-    def readable(self) -> bool:
-        """Whether the reply was a Python literal. The original asks again until it is, and then leaves it out."""
-        return self.value is not _NONE
+    price = table.get(model) or table.get(_DATE_SUFFIX.sub("", model))
+    dollars = None if price is None else (input_tokens * price[0] + output_tokens * price[1]) / 1e6
+    return CostEstimate(model, len(bodies), cached, input_tokens, output_tokens, dollars)
 
 
 @dataclass(frozen=True, slots=True)
 class JudgeSummary:
-    """What verdicts amount to. accuracy: percent of yes among yes and no; average_score: 0..5.
+    """Metrics of verdicts, by the rules of the original evaluation.
 
-    count:     verdicts that were read: the denominator of the average.
-    no_score:  those of them without a whole number as score; they add nothing to the sum and have no yes or no.
-    undecided: those with a score that say neither yes nor no.
+    accuracy:      percent of yes among yes and no.
+    average_score: 0..5, over all readable verdicts.
+    count:         readable verdicts.
+    no_score:      ids of readable verdicts without an integer score; they count as 0 and as neither yes nor no.
+    undecided:     ids of verdicts with a score but neither yes nor no.
     """
 
     accuracy: float
@@ -145,21 +118,12 @@ class JudgeSummary:
 
 
 class NotJudgedError(DataError):
-    """The requests to a judge were written to a file, as was asked for; there are no verdicts yet."""
-
-
-class Judge(Protocol):
-    """Whoever gives verdicts: a server, a file of replies, or nobody yet."""
-
-    model: str
-
-    def verdicts(self, kind: str, cases: Sequence[JudgeCase]) -> list[Verdict]:
-        """A verdict for each case, in their order. DataError when there are none to be had now."""
+    """The requests were written to a file as requested; there are no verdicts yet."""
 
 
 @cache
 def judge_prompts() -> Mapping[str, list[dict[str, str]]]:
-    """The messages of every kind of judge, with holes: `video_qa` and Video-ChatGPT's five dimensions."""
+    """Return the message templates of every kind of judge: `video_qa` and Video-ChatGPT's five dimensions."""
     judges: dict[str, list[dict[str, str]]] = json.loads(
         files("vila.eval").joinpath("judge_prompts.json").read_text(encoding="utf-8")
     )["judges"]
@@ -167,32 +131,32 @@ def judge_prompts() -> Mapping[str, list[dict[str, str]]]:
 
 
 def prompt_fields(kind: str) -> list[str]:
-    """What the messages of a kind of judge are filled with, each once."""
-    return list(dict.fromkeys(_HOLE.findall("".join(message["content"] for message in judge_prompts()[kind]))))
+    """Return the names of the placeholders of a kind of judge."""
+    return list(dict.fromkeys(_PLACEHOLDER.findall("".join(message["content"] for message in judge_prompts()[kind]))))
 
 
 def request_body(kind: str, case: JudgeCase, model: str = DEFAULT_MODEL) -> dict[str, Any]:
-    """The published request: `model` and `messages`, nothing else. Raises DataError naming a field that is missing."""
+    """Build the published request: `model` and `messages` only. Raises DataError if the case lacks a field."""
     if kind not in judge_prompts():
         raise UnknownNameError("kind of judge", kind, judge_prompts())
 
-    def fill(hole: re.Match[str]) -> str:
-        if hole[1] not in case.fields:
-            raise DataError(f"case {case.id}: no {hole[1]!r}, which the judge of {kind} is shown")
-        return case.fields[hole[1]]
+    def fill(placeholder: re.Match[str]) -> str:
+        if placeholder[1] not in case.fields:
+            raise DataError(f"missing; the prompt of {kind} needs it", record=f"case {case.id}", field=placeholder[1])
+        return case.fields[placeholder[1]]
 
-    messages = [{"role": m["role"], "content": _HOLE.sub(fill, m["content"])} for m in judge_prompts()[kind]]
+    messages = [{"role": m["role"], "content": _PLACEHOLDER.sub(fill, m["content"])} for m in judge_prompts()[kind]]
     return {"model": model, "messages": messages}
 
 
 def request_hash(body: Mapping[str, Any]) -> str:
-    """What a reply is kept under: equal for equal model and messages."""
+    """Return the cache key of a request."""
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
 
 
 def parse_reply(id: str, reply: str) -> Verdict:
-    """A reply as a verdict: it must be a Python literal and nothing else, as the prompt asks. Nothing is run."""
-    if len(reply) > _LONGEST_REPLY:
+    """Parse a reply, which must be a Python literal and nothing else. No code is executed."""
+    if len(reply) > _MAX_REPLY_CHARS:
         return Verdict(id, reply)
     try:
         return Verdict(id, reply, ast.literal_eval(reply))
@@ -201,7 +165,7 @@ def parse_reply(id: str, reply: str) -> Verdict:
 
 
 def verdict_score(value: Any) -> int | None:
-    """The score as the original reads it: cut to a whole number (4.8 is 4, '4' is 4); None when it is none."""
+    """Return the score truncated to an integer (4.8 and '4' are 4), as in the original; None if there is none."""
     try:
         return int(value["score"])
     except (LookupError, TypeError, ValueError, OverflowError):
@@ -209,42 +173,49 @@ def verdict_score(value: Any) -> int | None:
 
 
 def verdict_is_yes(value: Any) -> bool | None:
-    """Whether `pred` holds "yes", or else "no", in whatever letters; None for neither, or without a readable score."""
-    said = value.get("pred") if verdict_score(value) is not None and isinstance(value, dict) else None
-    if not isinstance(said, str):
+    """Return True if `pred` contains "yes", False if it contains "no", in any case.
+
+    None: it contains neither, or the verdict has no score.
+    """
+    pred = value.get("pred") if verdict_score(value) is not None and isinstance(value, dict) else None
+    if not isinstance(pred, str):
         return None
-    return True if "yes" in said.lower() else False if "no" in said.lower() else None
+    return True if "yes" in pred.lower() else False if "no" in pred.lower() else None
 
 
 def summarize_verdicts(verdicts: Iterable[Verdict]) -> JudgeSummary:
-    """Figures by the original's rules: verdicts that are not readable are left out of every denominator."""
+    """Compute the metrics; unreadable verdicts are left out of every denominator."""
     read = [verdict for verdict in verdicts if verdict.readable]
     scores = [verdict_score(verdict.value) for verdict in read]
-    said = [verdict_is_yes(verdict.value) for verdict in read]
-    yes, no = said.count(True), said.count(False)
-    undecided = [v.id for v, score, word in zip(read, scores, said, strict=True) if score is not None and word is None]
+    decisions = [verdict_is_yes(verdict.value) for verdict in read]
+    yes, no = decisions.count(True), decisions.count(False)
+    undecided = [
+        verdict.id
+        for verdict, score, decision in zip(read, scores, decisions, strict=True)
+        if score is not None and decision is None
+    ]
     return JudgeSummary(
         accuracy=100 * yes / (yes + no) if yes + no else 0.0,
         average_score=sum(score or 0 for score in scores) / len(read) if read else 0.0,
         yes=yes,
         no=no,
         count=len(read),
-        no_score=tuple(v.id for v, score in zip(read, scores, strict=True) if score is None),
+        no_score=tuple(verdict.id for verdict, score in zip(read, scores, strict=True) if score is None),
         undecided=tuple(undecided),
     )
 
 
 @dataclass(frozen=True)
 class RequestFile:
-    """No judge: the requests go to a file, in the form that batch services take, and scoring says where it is."""
+    """Judge that writes its requests to a file in the format of OpenAI's batch API."""
 
     path: Path
     model: str = DEFAULT_MODEL
     prices: Prices | None = None
 
     def verdicts(self, kind: str, cases: Sequence[JudgeCase]) -> list[Verdict]:
-        """Writes `path`. Raises NotJudgedError, always: there is no verdict yet."""
-        rows: list[dict[str, Any]] = [
+        """Write `path`. Always raises NotJudgedError: there are no verdicts yet."""
+        records: list[dict[str, Any]] = [
             {
                 "custom_id": case.id,
                 "method": "POST",
@@ -253,126 +224,116 @@ class RequestFile:
             }
             for case in cases
         ]
-        write_jsonl(self.path, rows)
-        cost: CostEstimate = estimate_cost([row["body"] for row in rows], self.model, self.prices)
-        raise NotJudgedError(f"no judge was asked; its requests are in {self.path} ({cost.text})")
+        write_jsonl(self.path, records)
+        cost = estimate_cost([record["body"] for record in records], self.model, self.prices)
+        raise NotJudgedError(f"not judged yet: the requests are in this file ({cost.text})", file=self.path)
 
 
 @dataclass(frozen=True)
 class ReplyFile:
-    """Verdicts that lie in a file: a batch service's output, or what the original's judge leaves behind."""
+    """Judge that reads verdicts from the output of a batch API or of the original evaluation."""
 
     path: Path
     model: str = "from file"
 
     def verdicts(self, kind: str, cases: Sequence[JudgeCase]) -> list[Verdict]:
-        """Those of the cases; a case without one is as one whose reply cannot be read.
+        """Return the verdicts of the cases; an unreadable one for a case that the file does not have.
 
-        Raises DataError when no case has one: the file holds the replies on other answers.
+        Raises DataError if the file has none of the cases.
         """
         found = {verdict.id: verdict for verdict in read_verdicts(self.path)}
         if cases and not any(case.id in found for case in cases):
             raise DataError(
-                f"{self.path}: holds {len(found)} replies and none on these answers (theirs: {format_ids(found)}; "
-                f"ours: {format_ids(case.id for case in cases)}); name the replies on this set"
+                f"none of its {len(found)} replies is to one of these answers (ids in the file: {format_ids(found)}; "
+                f"ids of the answers: {format_ids(case.id for case in cases)})",
+                file=self.path,
             )
         return [found.get(case.id, Verdict(case.id, "")) for case in cases]
 
 
 def read_verdicts(path: Path) -> list[Verdict]:
-    """The verdicts in a batch service's output (JSON lines), in the original's folder of `ID.json`, or its merged file.
+    """Read the output of a batch API (JSON lines), or the original evaluation's folder of `ID.json` or merged file.
 
-    Raises DataError naming file and line for what is none of these.
+    Raises DataError naming file and record.
     """
     if path.is_dir():
-        return [_kept(file.stem, read_json(file), file) for file in sorted(path.glob("*.json"))]
+        return [_verdict(file.stem, read_json(file), file) for file in sorted(path.glob("*.json"))]
     if not path.is_file():
-        raise DataError(f"{path}: no such file of replies")
+        raise DataError("no such file", file=path)
     if path.suffix == ".json":
         merged = read_json(path)
         if not isinstance(merged, dict):
-            raise DataError(f"{path}: expected verdicts by id, {{ID: [reply, question and answers]}}")
-        return [_kept(id, row, path) for id, row in merged.items()]
+            raise DataError(file=path, value=merged, expected="verdicts by id, {ID: [reply, question and answers]}")
+        return [_verdict(id, record, path) for id, record in merged.items()]
     verdicts = []
-    for number, row in read_jsonl(path):
+    for number, record in read_jsonl(path):
         try:
-            choice = ((row["response"] or {}).get("body") or {}).get("choices", [{}])[0]
+            choice = ((record["response"] or {}).get("body") or {}).get("choices", [{}])[0]
             reply = (choice.get("message") or {}).get("content")
-            verdicts.append(parse_reply(str(row["custom_id"]), reply if isinstance(reply, str) else ""))
+            verdicts.append(parse_reply(str(record["custom_id"]), reply if isinstance(reply, str) else ""))
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            record = f"line {number}"
-            raise DataError(f"not a line of a batch service's output ({error})", file=path, record=record) from error
+            raise DataError(
+                f"not a line of a batch API's output ({error})", file=path, record=f"line {number}"
+            ) from error
     return verdicts
 
 
-def _kept(id: str, row: Any, path: Path) -> Verdict:
-    if not (isinstance(row, list) and row):
-        raise DataError(f"{path}: verdict {id}: expected [reply, question and answers], got {str(row)[:80]!r}")
-    return Verdict(id, repr(row[0]), row[0])
+def _verdict(id: str, record: Any, path: Path) -> Verdict:
+    if not (isinstance(record, list) and record):
+        raise DataError(file=path, record=f"verdict {id}", value=record, expected="[reply, question and answers]")
+    return Verdict(id, repr(record[0]), record[0])
 
 
-# --- judge_cases
-# Files of predictions about clips, as the original's programs write them, made into cases for a judge.
-
-
-_OTHER = {"question": "Q", "answer": "A", "question1": "Q1", "question2": "Q2"}
-_IDS = ("id", "question_id", "video_name")
+_ALTERNATIVE_KEYS = {"question": "Q", "answer": "A", "question1": "Q1", "question2": "Q2"}
+_ID_KEYS = ("id", "question_id", "video_name")
 
 
 def read_cases(path: Path, kind: str) -> list[JudgeCase]:
-    """The cases of a JSON list or of JSON lines. A second row of one id is a case of its own.
+    """Read the predictions of the original evaluation, a JSON list or JSON lines, as cases for a judge.
 
-    Raises DataError naming file and row for one that cannot be read or lacks what judges of this kind are shown.
+    A further record of an id is a case of its own. Raises DataError naming file and record.
     """
     if kind not in judge_prompts():
         raise UnknownNameError("kind of judge", kind, judge_prompts())
-    seen: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     cases = []
-    for location, row in iter_records(path):
-        if isinstance(row, DataError):
-            row.hint = row.hint or "correct or delete the line"
-            raise row
-        if (half := lone_surrogate(row)) is not None:
-            raise DataError(f"{location}: half a surrogate pair in the text {half!r}; remove it")
-        fields = {name: _field(row, name, location) for name in prompt_fields(kind)}
-        own = next((str(row[key]) for key in _IDS if key in row), None)
+    for location, record in iter_records(path):
+        if isinstance(record, DataError):
+            record.hint = record.hint or "correct or delete the line"
+            raise record
+        if (half := lone_surrogate(record)) is not None:
+            raise DataError("unpaired surrogate", file=path, record=location, value=half)
+        fields = {name: _field(record, name, path, location) for name in prompt_fields(kind)}
+        own = next((str(record[key]) for key in _ID_KEYS if key in record), None)
         if own is None:
-            raise DataError(f"{location}: no id; expected {' or '.join(_IDS)}")
-        seen[own] += 1
-        cases.append(JudgeCase(own if seen[own] == 1 else f"{own} again ({seen[own]})", fields))
+            raise DataError("no id", file=path, record=location, expected=" or ".join(_ID_KEYS))
+        counts[own] += 1
+        cases.append(JudgeCase(own if counts[own] == 1 else f"{own} again ({counts[own]})", fields))
     if not cases:
-        raise DataError(f"{path}: holds no prediction")
+        raise DataError("no predictions", file=path)
     return cases
 
 
-def _field(row: Any, name: str, location: str) -> str:
-    if not isinstance(row, dict):
-        raise DataError(f"{location}: expected a mapping, got {str(row)[:60]!r}")
-    found = row.get(name, row.get(_OTHER.get(name, name)))
+def _field(record: Any, name: str, path: Path, location: str) -> str:
+    if not isinstance(record, dict):
+        raise DataError(file=path, record=location, value=record, expected="an object")
+    found = record.get(name, record.get(_ALTERNATIVE_KEYS.get(name, name)))
     if not isinstance(found, str | int | float):
-        other = f" or {_OTHER[name]!r}" if name in _OTHER else ""
-        raise DataError(f"{location}: no {name!r}{other}")
+        keys = [name, *filter(None, [_ALTERNATIVE_KEYS.get(name)])]
+        raise DataError("missing", file=path, record=location, field=" or ".join(keys))
     return str(found)
-
-
-# --- judge_run
-# Asking a judge: every case until its reply can be read, replies kept on disk, the cost told before the start.
-
-
-_STALE_ROUNDS = 10
-"""The original gives up after so many rounds in which no further reply could be read."""
 
 
 @dataclass
 class OpenAIJudge:
-    """A judge behind a server.
+    """Judge behind a chat server.
 
-    cache:  folder of replies that could be read, by hash of model and messages; what lies there is not asked again.
-    rounds: give up on the rest after this many rounds in a row without a further readable reply.
-    prices: of models that the table does not have, or other ones.
+    cache:  folder of readable replies, by hash of model and messages.
+    rounds: give up on the remaining cases after this many rounds without a further readable reply.
+    prices: of further models; see `estimate_cost`.
     """
 
-    endpoint: OpenAIClient
+    client: OpenAIClient
     cache: Path
     model: str = DEFAULT_MODEL
     rounds: int = _STALE_ROUNDS
@@ -380,20 +341,20 @@ class OpenAIJudge:
     events: Events = SILENT
 
     def estimate(self, kind: str, cases: Sequence[JudgeCase]) -> CostEstimate:
-        """What `verdicts` would ask now, and about what that costs."""
+        """Estimate the cost of the requests that are not cached."""
         bodies = self._bodies(kind, cases)
-        asked = [body for key, body in bodies.items() if not self._path(key).is_file()]
-        return estimate_cost(asked, self.model, self.prices, kept=len(bodies) - len(asked))
+        unsent = [body for key, body in bodies.items() if not self._path(key).is_file()]
+        return estimate_cost(unsent, self.model, self.prices, len(bodies) - len(unsent))
 
     def verdicts(self, kind: str, cases: Sequence[JudgeCase]) -> list[Verdict]:
-        """A verdict for each case; equal requests are sent once. Says the estimate first.
+        """Log the cost estimate and return a verdict per case; equal requests are sent once.
 
-        Replies that could not be read, and failures of the server, are asked again in rounds; what then remains comes
-        as a verdict that is not readable. Raises ServerError when the server refuses, or answers nothing in a round.
+        Unreadable replies and server errors are retried in rounds; what remains is returned as unreadable verdicts.
+        Raises ServerError if the server refuses requests for good, or answers none of a round.
         """
         self.events.log(self.estimate(kind, cases).text)
         bodies = self._bodies(kind, cases)
-        replies = {key: reply for key in bodies if (reply := self._kept(key)) is not None}
+        replies = {key: reply for key in bodies if (reply := self._cached(key)) is not None}
         stale = 0
         name = f"judge {self.model}: {len(cases)} answers"
         with task(self.events, name, len(bodies), "answers"):
@@ -402,31 +363,31 @@ class OpenAIJudge:
                 waiting = {key: body for key, body in bodies.items() if not _readable(replies.get(key))}
                 if not waiting:
                     break
-                came = self._round(waiting, replies, name)
-                stale = 0 if came else stale + 1
-        return [
-            parse_reply(case.id, replies.get(key, "")) for case, key in zip(cases, self._keys(kind, cases), strict=True)
-        ]
+                progress = self._round(waiting, replies, name)
+                stale = 0 if progress else stale + 1
+        keys = [request_hash(request_body(kind, case, self.model)) for case in cases]
+        return [parse_reply(case.id, replies.get(key, "")) for case, key in zip(cases, keys, strict=True)]
 
     def _round(self, waiting: Mapping[str, Mapping[str, Any]], replies: dict[str, str], name: str) -> int:
-        """Ask each of `waiting` once more. Returns how many replies could be read."""
+        """Send each of `waiting` once. Returns the number of readable replies."""
         keys = list(waiting)
-        jobs = [partial(self.endpoint.complete, waiting[key]) for key in keys]
+        jobs = [partial(self.client.complete, waiting[key]) for key in keys]
         readable = answered = 0
         error: Exception | None = None
-        for number, result in self.endpoint.each(jobs):
+        for index, result in self.client.run_parallel(jobs):
             if not isinstance(result, ChatCompletion):
                 if isinstance(result, ServerError) and result.final:
                     raise result
                 error = result
                 continue
             answered += 1
-            replies[keys[number]] = result.text
+            key = keys[index]
+            replies[key] = result.text
             if _readable(result.text):
                 readable += 1
                 self.events.advanced(name, 1)
-                kept = {"model": self.model, "messages": waiting[keys[number]]["messages"], "reply": result.text}
-                write_json(self._path(keys[number]), kept)
+                record = {"model": self.model, "messages": waiting[key]["messages"], "reply": result.text}
+                write_json(self._path(key), record)
         if error is not None and not answered:
             raise error
         return readable
@@ -435,13 +396,10 @@ class OpenAIJudge:
         bodies = [request_body(kind, case, self.model) for case in cases]
         return {request_hash(body): body for body in bodies}
 
-    def _keys(self, kind: str, cases: Sequence[JudgeCase]) -> list[str]:
-        return [request_hash(request_body(kind, case, self.model)) for case in cases]
-
     def _path(self, key: str) -> Path:
         return self.cache / key[:2] / f"{key}.json"
 
-    def _kept(self, key: str) -> str | None:
+    def _cached(self, key: str) -> str | None:
         path = self._path(key)
         return Fields.of_file(path).text("reply") if path.is_file() else None
 

@@ -1,4 +1,4 @@
-"""Our models inside lmms-eval, as its model `vila_native`: found through an entry point, with nothing patched.
+"""lmms-eval model `vila_native`, registered through an entry point.
 
     lmms-eval eval --model vila_native --model_args pretrained=runs/starter/model --tasks pope
 
@@ -21,19 +21,19 @@ from vila.core.types import Image, Message, Part, Text, Video
 from vila.engine.request import SamplingParams
 
 MODEL_ID = "vila_native"
-"""lmms-eval has a model `vila` of its own, which needs the original's code."""
+"""lmms-eval's own model `vila` needs the original code base."""
 _MAX_NEW_TOKENS = 128
-_BATCH = 16
-_MARKER = "<image>"
-_PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-_INERT = ("until", "image_aspect_ratio", "use_cache", "num_beams", "do_sample", "max_length")
+_BATCH_SIZE = 16
+_PLACEHOLDER = "<image>"
+_IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+_IGNORED_SETTINGS = ("until", "image_aspect_ratio", "use_cache", "num_beams", "do_sample", "max_length")
 
 
 class LmmsAdapter:
-    """What lmms-eval asks of a model, as far as it generates text.
+    """Text generation for lmms-eval.
 
-    model_args: pretrained (a model directory), dtype (auto, bfloat16, float32), template, num_frames of clips.
-    Raises ConfigError for other ones.
+    model_args: pretrained (model directory), dtype (auto, bfloat16, float32), template, num_frames of videos.
+    Raises ConfigError for other arguments.
     """
 
     is_simple = True
@@ -59,13 +59,13 @@ class LmmsAdapter:
         process = current_process()
         self._rank, self._world_size = process.rank, process.world_size
         self.device = f"cuda:{process.local_rank}" if device == "cuda" and process.world_size > 1 else device or "cpu"
-        self.batch_size = int(str(batch_size)) if str(batch_size).isdigit() else _BATCH
+        self.batch_size = int(str(batch_size)) if str(batch_size).isdigit() else _BATCH_SIZE
         self._template, self._num_frames = template, int(num_frames) if num_frames else None
         self.engine = Engine.load(Path(pretrained), dtype=dtype, device=self.device)
-        self._gap = self.engine.processor.find_template(template).media_gap
+        self._media_gap = self.engine.processor.find_template(template).media_gap
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        """An answer for each request, in their order. Raises the error of a request with its task and number."""
+        """Return the answers in the order of the requests. Raises the first error."""
         answers: list[str] = []
         for batch, sampling in _batches(requests, self.batch_size):
             conversations = [(self._message(request.args),) for request in batch]
@@ -76,11 +76,11 @@ class LmmsAdapter:
         return answers
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        """Not done: none of the published figures needs it."""
+        """Not supported: no published score needs it."""
         raise NotImplementedError(f"{MODEL_ID} generates answers; choose tasks whose output_type is generate_until")
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
-        """Not done: none of the published figures needs it."""
+        """Not supported: no published score needs it."""
         raise NotImplementedError(f"{MODEL_ID} answers one question at a time; choose tasks of one round")
 
     def _message(self, arguments: Sequence[Any]) -> Message:
@@ -92,11 +92,11 @@ class LmmsAdapter:
             for each in visuals
             if each is not None
         ]
-        return Message("user", message_parts(context, media, self._gap))
+        return Message("user", message_parts(context, media, self._media_gap))
 
 
 def manifest() -> Any:
-    """What the entry point `lmms_eval.models` hands over: where the class is."""
+    """Return the manifest of the entry point `lmms_eval.models`."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
     return ModelManifest(MODEL_ID, simple_class_path=f"{__name__}.VilaNative")
@@ -116,18 +116,20 @@ def _native() -> type:
 
 
 def sampling_from_kwargs(arguments: Mapping[str, Any]) -> SamplingParams:
-    """A task's generation settings; greedy and 128 tokens where it says nothing.
+    """Convert a task's generation settings; defaults: greedy, 128 tokens.
 
-    `until` is left out, as the original has no stop strings, and so is `image_aspect_ratio`, which belongs to the
-    checkpoint. Raises ConfigError for beam search and for settings that are not known.
+    `until` is ignored, as in the original scripts, and so is `image_aspect_ratio`, which the checkpoint defines.
+    Raises ConfigError for beam search and for unknown settings.
     """
     beams = arguments.get("num_beams")
     if beams not in (None, 1):
-        raise ConfigError(f"num_beams={beams!r}: beam search is not done; the published figures are greedy")
-    settings = {name: value for name, value in arguments.items() if name not in _INERT and value is not None}
+        raise ConfigError("beam search is not supported", field="num_beams", value=beams, expected="1")
+    settings = {name: value for name, value in arguments.items() if name not in _IGNORED_SETTINGS and value is not None}
     unknown = settings.keys() - {"max_new_tokens", "temperature", "top_p", "top_k", "max_gen_toks"}
     if unknown:
-        raise ConfigError(f"generation_kwargs: {', '.join(sorted(unknown))} not known here; leave them out of the task")
+        raise ConfigError(
+            f"not supported: {', '.join(sorted(unknown))}", field="generation_kwargs", hint="remove them from the task"
+        )
     limit = int(settings.get("max_new_tokens", settings.get("max_gen_toks", _MAX_NEW_TOKENS)))
     temperature = float(settings.get("temperature", 0))
     if not temperature or arguments.get("do_sample") is False:
@@ -137,28 +139,32 @@ def sampling_from_kwargs(arguments: Mapping[str, Any]) -> SamplingParams:
 
 
 def media_from_visual(visual: Any, location: str, num_frames: int | None = None) -> Image | Video:
-    """A picture or a clip of what a task shows: a PIL picture, or the path of either. Raises DataError for others."""
+    """Convert a PIL image, or the path of an image or video. Raises DataError for other types."""
     if isinstance(visual, PilImage.Image):
         return Image(visual)
     if isinstance(visual, str | Path):
-        if str(visual).lower().endswith(_PICTURES):
+        if str(visual).lower().endswith(_IMAGE_SUFFIXES):
             return Image(visual)
         return Video(visual, num_frames)
-    raise DataError(f"{location}: shows a {type(visual).__name__}; expected pictures or paths of pictures or clips")
+    raise DataError(
+        f"unsupported type {type(visual).__name__}",
+        file=location,
+        expected="a PIL image, or the path of an image or video",
+    )
 
 
 def message_parts(context: str, media: Sequence[Image | Video], gap: str) -> tuple[Part, ...]:
-    """Media where the text has as many markers `<image>`, else before the text, `gap` after each picture."""
-    pieces = re.split(_MARKER, context)
+    """Put media at the `<image>` placeholders if their number matches, else before the text with `gap` after images."""
+    pieces = re.split(_PLACEHOLDER, context)
     if media and len(pieces) == len(media) + 1:
-        woven = [part for text, medium in zip(pieces, media, strict=False) for part in (Text(text), medium)]
-        return tuple(part for part in (*woven, Text(pieces[-1])) if part != Text(""))
-    before = [part for medium in media for part in ((medium, Text(gap)) if isinstance(medium, Image) else (medium,))]
+        interleaved = [part for text, item in zip(pieces, media, strict=False) for part in (Text(text), item)]
+        return tuple(part for part in (*interleaved, Text(pieces[-1])) if part != Text(""))
+    before = [part for item in media for part in ((item, Text(gap)) if isinstance(item, Image) else (item,))]
     return (*before[:-1], Text(gap + context)) if before and before[-1] == Text(gap) else (*before, Text(context))
 
 
 def _batches(requests: Sequence[Any], size: int) -> Iterator[tuple[list[Any], SamplingParams]]:
-    """Neighbours with equal settings, `size` at most."""
+    """Yield runs of up to `size` requests with equal settings."""
     batch: list[Any] = []
     chosen = SamplingParams()
     for request in requests:

@@ -1,6 +1,7 @@
-"""One chat server that speaks OpenAI's API: requests in parallel, pauses when it asks for them, errors in its words.
+"""Client of a chat server with OpenAI's API, and `RemoteEngine`, which evaluates a model behind such a server.
 
-The address is the user's own choice, so it may be on this machine. Redirects are not followed: the key would go along.
+The user chooses the address, so private addresses are allowed. Redirects are not followed: they would forward the
+API key.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import httpcore2
+import tenacity
 from PIL import Image as PilImage
 
 from vila.core.errors import ConfigError, DataError, DownloadError, VilaError
@@ -35,60 +37,67 @@ from vila.media.video import open_frames
 
 OPENAI_URL = "https://api.openai.com/v1"
 API_KEY_VARIABLE = "OPENAI_API_KEY"
-_BUSY = (408, 409, 429, 500, 502, 503, 504, 529)
-_REFUSED = (401, 403, 404)
-"""Answers that every further request would get too: a wrong key, no permission, no such address or model."""
-_OUT_OF_MONEY = "insufficient_quota"
-_MAX_REPLY = 16 * 2**20
+_RETRIED_STATUS = (408, 409, 429, 500, 502, 503, 504, 529)
+_FINAL_STATUS = (401, 403, 404)
+"""Wrong key, no permission, unknown address or model: every further request would fail too."""
+_OUT_OF_QUOTA = "insufficient_quota"
+_MAX_REPLY_BYTES = 16 * 2**20
 
 T = TypeVar("T")
 
 
 class ServerError(DownloadError):
-    """A request was not answered. `final`: no other request would be either."""
+    """A request failed. `file` is the URL.
 
-    def __init__(self, message: str, *, final: bool = False) -> None:
-        super().__init__(message)
-        self.final = final
+    status: HTTP status; None without a reply.
+    final:  every further request would fail too.
+    """
+
+    def __init__(
+        self, problem: str, *, file: str, status: int | None = None, final: bool = False, hint: str | None = None
+    ) -> None:
+        super().__init__(problem, file=file, hint=hint)
+        self.status, self.final = status, final
+
+
+class _RetryableError(Exception):
+    def __init__(self, problem: str, status: int | None = None, retry_after_s: float | None = None) -> None:
+        super().__init__(problem)
+        self.status, self.retry_after_s = status, retry_after_s
 
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How long to wait, and how often to ask again."""
+    """Retries and timeouts of a client."""
 
     attempts: int = 6
-    """Tries in all for servers that are busy or do not answer; other failures are final at once."""
+    """Maximum number of attempts when the server is busy or does not reply; other failures are not retried."""
     backoff_s: float = 1.0
-    """Pause before the second try; it doubles each time, with up to a quarter of chance added."""
-    longest_wait_s: float = 120.0
-    """Longest pause; a server that asks for a longer one with Retry-After has failed."""
-    connect_s: float = 10.0
-    """For a connection."""
-    reply_s: float = 600.0
-    """Longest silence: a server that does not stream is silent until its answer is complete."""
+    """Pause before the second attempt; doubles each time, with up to 25 % of jitter."""
+    max_wait_s: float = 120.0
+    """Longest pause between attempts; a larger Retry-After is an error."""
+    connect_timeout_s: float = 10.0
+    """Timeout of the connection."""
+    read_timeout_s: float = 600.0
+    """Longest time without data; a server that does not stream sends nothing until its answer is complete."""
 
 
 @dataclass(frozen=True, slots=True)
 class ChatCompletion:
-    """What a server answered: the text, why it ended, and the tokens that it counted (0: it did not say)."""
+    """Reply of a server. Token counts are None if the server does not report them."""
 
     text: str
     finish: str = ""
-    prompt_tokens: int = 0
-    reply_tokens: int = 0
-
-
-class _TryAgain(Exception):
-    def __init__(self, reason: str, wait_s: float | None = None) -> None:
-        super().__init__(reason)
-        self.wait_s = wait_s
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
 
 
 class OpenAIClient:
-    """`url`: of the API (`http://localhost:8000/v1`), of the server alone, or of `.../chat/completions` itself.
+    """HTTP client for chat completions with parallel requests and retries.
 
-    key: None takes that of the environment (`OPENAI_API_KEY`); "" sends none. It is never written anywhere.
-    Raises ConfigError for an address that is none, and for OpenAI's own without a key.
+    url: of the API (`http://localhost:8000/v1`), of the server, or of `.../chat/completions`.
+    key: API key; None reads `OPENAI_API_KEY`, "" sends none. It is never written to a file or a message.
+    Raises ConfigError for an invalid address, and for OpenAI's own without a key.
     """
 
     def __init__(
@@ -97,49 +106,43 @@ class OpenAIClient:
         *,
         key: str | None = None,
         concurrency: int = 8,
-        patience: RetryPolicy | None = None,
+        retry_policy: RetryPolicy | None = None,
     ) -> None:
         if concurrency < 1:
-            raise ConfigError(f"concurrency={concurrency}: requests at once, from 1")
+            raise ConfigError(field="concurrency", value=concurrency, expected="at least 1")
         self.url = chat_completions_url(url)
         self.concurrency = concurrency
         self._key = os.environ.get(API_KEY_VARIABLE, "") if key is None else key
         if not self._key and self.url.startswith(OPENAI_URL):
-            raise ConfigError(f"{self.url} needs a key; put it into the environment variable {API_KEY_VARIABLE}")
-        self._patience = patience or RetryPolicy()
+            raise ConfigError(
+                "needs an API key", file=self.url, hint=f"set the environment variable {API_KEY_VARIABLE}"
+            )
+        self._policy = retry_policy or RetryPolicy()
         self._pool = httpcore2.ConnectionPool(ssl_context=ssl.create_default_context(), max_connections=concurrency)
         self._closed = threading.Event()
         self._resume_at = 0.0
-        self._refusal: ServerError | None = None
+        self._final_error: ServerError | None = None
 
     def complete(self, body: Mapping[str, Any]) -> ChatCompletion:
-        """The reply to one request. Raises ServerError with the server's reason, after as many tries as are allowed.
+        """Send one request. Raises ServerError with the server's message after the last attempt.
 
-        Once the key, the address or the model was refused, the same error comes at once.
+        After a final error (key, address or model refused), the same error is raised without a request.
         """
-        content = json.dumps(body).encode()
-        for attempt in range(1, self._patience.attempts + 1):
-            self._wait_for_turn()
-            try:
-                return self._ask(content)
-            except _TryAgain as error:
-                reason = f"{self.url}: {error}"
-                wait = min(self._patience.backoff_s * 2 ** (attempt - 1), self._patience.longest_wait_s)
-                wait = max(wait * (1 + random.random() / 4), error.wait_s or 0)
-                if (error.wait_s or 0) > self._patience.longest_wait_s:
-                    raise ServerError(f"{reason}, and wants no request for {error.wait_s:g} s; try later") from error
-                if attempt == self._patience.attempts:
-                    raise ServerError(f"{reason}, {attempt} times; try later, or fewer at once") from error
-                if error.wait_s is not None:
-                    self._resume_at = max(self._resume_at, time.monotonic() + wait)
-                elif self._closed.wait(wait):
-                    break
-        raise ServerError(f"{self.url}: stopped before it answered")
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(_RetryableError),
+            stop=tenacity.stop_after_attempt(self._policy.attempts),
+            wait=self._wait_s,
+            sleep=self._sleep,
+            before=self._before_attempt,
+            retry_error_callback=self._raise_last,
+        )
+        completion: ChatCompletion = retrying(self._request, json.dumps(body).encode())
+        return completion
 
-    def each(self, jobs: Sequence[Callable[[], T]]) -> Iterator[tuple[int, T | VilaError]]:
-        """Run jobs in parallel; the number of each and its result or error, as they end.
+    def run_parallel(self, jobs: Sequence[Callable[[], T]]) -> Iterator[tuple[int, T | VilaError]]:
+        """Run jobs on `concurrency` threads; yield the index of each and its result or error as they finish.
 
-        When the caller stops half-way, requests that wait are dropped.
+        When the caller stops iterating, jobs that wait are dropped.
         """
         closed = self._closed = threading.Event()
         todo, lock = iter(enumerate(jobs)), threading.Lock()
@@ -148,46 +151,75 @@ class OpenAIClient:
         def work() -> None:
             while not closed.is_set():
                 with lock:
-                    number, job = next(todo, (-1, None))
+                    index, job = next(todo, (-1, None))
                 if job is None:
                     return
                 try:
-                    done.put((number, job()))
-                except Exception as error:  # noqa: BLE001 - handed to the caller, or raised there
-                    done.put((number, error))
+                    done.put((index, job()))
+                except Exception as error:  # noqa: BLE001 - yielded to the caller, or raised there
+                    done.put((index, error))
 
-        # Daemons: an executor's threads would keep Ctrl-C waiting for answers that nobody wants any more.
+        # Daemon threads: Ctrl-C would wait for the requests of an executor's threads.
         for _ in range(min(self.concurrency, len(jobs))):
-            threading.Thread(target=work, name="vila-endpoint", daemon=True).start()
+            threading.Thread(target=work, name="vila-openai", daemon=True).start()
         try:
             for _ in jobs:
-                number, result = done.get()
+                index, result = done.get()
                 if isinstance(result, Exception) and not isinstance(result, VilaError):
                     raise result
-                yield number, result
+                yield index, result
         except BaseException:
             closed.set()
             raise
 
-    def _wait_for_turn(self) -> None:
-        if self._refusal is not None:
-            raise self._refusal
+    def _before_attempt(self, state: tenacity.RetryCallState) -> None:
+        """Wait until the time that a Retry-After of any thread has set."""
+        if self._final_error is not None:
+            raise self._final_error
         while (wait := self._resume_at - time.monotonic()) > 0:
-            if self._closed.wait(wait):
-                raise ServerError(f"{self.url}: stopped before it answered")
+            self._sleep(wait)
 
-    def _ask(self, content: bytes) -> ChatCompletion:
+    def _sleep(self, seconds: float) -> None:
+        if seconds > 0 and self._closed.wait(seconds):
+            raise ServerError("cancelled", file=self.url)
+
+    def _wait_s(self, state: tenacity.RetryCallState) -> float:
+        """Return the pause before the next attempt. After a Retry-After all threads pause in `_before_attempt`."""
+        wait = min(self._policy.backoff_s * 2 ** (state.attempt_number - 1), self._policy.max_wait_s)
+        wait *= 1 + random.random() / 4
+        error = state.outcome.exception() if state.outcome else None
+        if not isinstance(error, _RetryableError) or error.retry_after_s is None:
+            return wait
+        self._resume_at = max(self._resume_at, time.monotonic() + max(wait, error.retry_after_s))
+        return 0.0
+
+    def _raise_last(self, state: tenacity.RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        raise ServerError(
+            f"{error}, {state.attempt_number} times",
+            file=self.url,
+            status=error.status if isinstance(error, _RetryableError) else None,
+            hint="try later, or with fewer parallel requests",
+        ) from error
+
+    def _request(self, content: bytes) -> ChatCompletion:
         status, headers, body = self._exchange(content)
         if status == 200:
-            return self._reply(body)
-        code, words = _reason(body)
-        words = words.replace(self._key, "***") if self._key else words
-        reason = f"the server answered {status}" + (f" ({words})" if words else "")
-        if status in _BUSY and code != _OUT_OF_MONEY:
-            raise _TryAgain(reason, retry_after_s(headers.get("retry-after"), time.time()))
-        error = ServerError(f"{self.url}: {reason}", final=status in _REFUSED or code == _OUT_OF_MONEY)
-        if error.final:
-            self._refusal = error
+            return self._parse(body)
+        code, message = _error_message(body)
+        message = message.replace(self._key, "***") if self._key else message
+        problem = f"the server replied with status {status}" + (f" ({message})" if message else "")
+        if status in _RETRIED_STATUS and code != _OUT_OF_QUOTA:
+            wait_s = retry_after_s(headers.get("retry-after"), time.time())
+            if (wait_s or 0) > self._policy.max_wait_s:
+                raise ServerError(
+                    f"{problem} and Retry-After {wait_s:g} s", file=self.url, status=status, hint="try later"
+                )
+            raise _RetryableError(problem, status, wait_s)
+        final = status in _FINAL_STATUS or code == _OUT_OF_QUOTA
+        error = ServerError(problem, file=self.url, status=status, final=final)
+        if final:
+            self._final_error = error
         raise error
 
     def _exchange(self, content: bytes) -> tuple[int, dict[str, str], bytes]:
@@ -198,55 +230,58 @@ class OpenAIClient:
         ]
         if self._key:
             headers.append(("Authorization", f"Bearer {self._key}"))
-        connect, reply = self._patience.connect_s, self._patience.reply_s
-        timeouts = {"connect": connect, "read": reply, "write": reply, "pool": None}
+        read_s = self._policy.read_timeout_s
+        timeouts = {"connect": self._policy.connect_timeout_s, "read": read_s, "write": read_s, "pool": None}
         try:
             with self._pool.stream(
                 "POST", self.url, headers=headers, content=content, extensions={"timeout": timeouts}
-            ) as answer:
+            ) as response:
                 body = bytearray()
-                for chunk in answer.iter_stream():
+                for chunk in response.iter_stream():
                     body += chunk
-                    if len(body) > _MAX_REPLY:
-                        raise ServerError(f"{self.url}: its reply is larger than {_MAX_REPLY:,} bytes")
-                named = {name.decode("latin-1").lower(): text.decode("latin-1") for name, text in answer.headers}
-                return answer.status, named, bytes(body)
+                    if len(body) > _MAX_REPLY_BYTES:
+                        raise ServerError(f"the reply is larger than {_MAX_REPLY_BYTES:,} bytes", file=self.url)
+                named = {name.decode("latin-1").lower(): text.decode("latin-1") for name, text in response.headers}
+                return response.status, named, bytes(body)
+        except VilaError:
+            raise
         except httpcore2.TimeoutException as error:
-            raise _TryAgain(f"no answer in time ({type(error).__name__})") from error
+            raise _RetryableError(f"no reply in time ({type(error).__name__})") from error
         except (httpcore2.NetworkError, httpcore2.ProtocolError, OSError) as error:
-            if isinstance(error, VilaError):
-                raise
-            raise _TryAgain(f"the connection failed ({str(error) or type(error).__name__})") from error
+            raise _RetryableError(f"the connection failed ({str(error) or type(error).__name__})") from error
 
-    def _reply(self, body: bytes) -> ChatCompletion:
+    def _parse(self, body: bytes) -> ChatCompletion:
         try:
             value = parse_json(body, file=self.url)
             choice = value["choices"][0]
             text, finish = choice["message"].get("content"), str(choice.get("finish_reason") or "")
-            used = value.get("usage") or {}
-            tokens = int(used.get("prompt_tokens") or 0), int(used.get("completion_tokens") or 0)
+            usage = value.get("usage") or {}
+            counts = [None if usage.get(f"{name}_tokens") is None else int(usage[f"{name}_tokens"]) for name in _COUNTS]
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             shown = body[:80].decode("utf-8", errors="replace")
-            raise _TryAgain(f"the server's reply is no chat completion: {shown!r}") from error
+            raise _RetryableError(f"the reply is not a chat completion: {shown!r}") from error
         if finish == "content_filter" or not isinstance(text, str):
-            why = choice["message"].get("refusal") or finish or "it holds no text"
-            raise ServerError(f"{self.url}: the server withheld its answer ({why})")
-        return ChatCompletion(text, finish, *tokens)
+            reason = choice["message"].get("refusal") or finish or "it has no text"
+            raise ServerError(f"the server withheld its answer ({reason})", file=self.url)
+        return ChatCompletion(text, finish, *counts)
+
+
+_COUNTS = ("prompt", "completion")
 
 
 def chat_completions_url(url: str) -> str:
-    """The address that chat requests go to. Raises ConfigError for what is no http(s) address."""
+    """Return the URL of chat completions. Raises ConfigError if `url` is not an http(s) address."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
-        raise ConfigError(f"{url!r}: not the address of a server; write http://localhost:8000/v1 or {OPENAI_URL}")
+        raise ConfigError(field="URL", value=url, expected=f"a server such as http://localhost:8000/v1 or {OPENAI_URL}")
     path = parts.path.rstrip("/")
     if not path.endswith("/chat/completions"):
         path = f"{path or '/v1'}/chat/completions"
     return f"{parts.scheme}://{parts.netloc}{path}"
 
 
-def _reason(body: bytes) -> tuple[str, str]:
-    """The code and the words of a server's error, as far as it gives them."""
+def _error_message(body: bytes) -> tuple[str, str]:
+    """Return code and message of a server's error; empty where it has none."""
     try:
         value = parse_json(body, file=None, surrogates=True)
     except DataError:
@@ -257,21 +292,18 @@ def _reason(body: bytes) -> tuple[str, str]:
     return str(error.get("code") or ""), str(error.get("message") or error.get("detail") or "")[:300]
 
 
-# --- remote
-# Any model behind a chat server that speaks OpenAI's API, asked the same questions as our own engine.
-
-
-_SENT_AS_THEY_ARE = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG\r\n\x1a\n": "image/png"}
+_SENT_UNCHANGED = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG\r\n\x1a\n": "image/png"}
 _DEFAULTS = SamplingParams()
 _NUM_FRAMES = 8
 
 
 class RemoteEngine:
-    """Answers through a server. What the runner needs of an engine, and the tokens that were counted.
+    """Chat model behind a server; implements `vila.eval.runner.ChatModel`.
 
-    url, key, concurrency, patience: as `OpenAIClient` takes them. model: as the server names it.
-    num_frames: pictures that stand for a clip which does not say how many itself.
-    limit_key:  newer models of OpenAI's want `max_completion_tokens`.
+    model:          name of the model on the server.
+    num_frames:     frames to send of a video that does not set its own number.
+    max_tokens_key: `max_completion_tokens` for newer OpenAI models.
+    url, key, concurrency, retry_policy: see `OpenAIClient`.
     """
 
     def __init__(
@@ -282,61 +314,56 @@ class RemoteEngine:
         key: str | None = None,
         concurrency: int = 8,
         num_frames: int = _NUM_FRAMES,
-        limit_key: str = "max_tokens",
-        patience: RetryPolicy | None = None,
+        max_tokens_key: str = "max_tokens",
+        retry_policy: RetryPolicy | None = None,
     ) -> None:
         if not model:
-            raise ConfigError(f"{url}: no model is named; give the name that the server knows it by")
-        self.model, self.num_frames, self.limit_key = model, num_frames, limit_key
+            raise ConfigError("no model name", file=url, hint="give the name that the server uses")
+        self.model, self.num_frames, self.max_tokens_key = model, num_frames, max_tokens_key
         self.exif_orientation = True
-        self.endpoint = OpenAIClient(url, key=key, concurrency=concurrency, patience=patience)
-        self.prompt_tokens = self.reply_tokens = 0
-        self._kept: dict[int, tuple[Sequence[Message], SamplingParams, str | VilaError]] = {}
-        self._counting = threading.Lock()
+        self.client = OpenAIClient(url, key=key, concurrency=concurrency, retry_policy=retry_policy)
+        self._cached: dict[int, tuple[Sequence[Message], SamplingParams, ChatCompletion | VilaError]] = {}
 
     def check(self) -> None:
-        """Ask for one word. Raises ServerError for a wrong key, address or model, before anything long begins."""
-        self._ask((Message.of("user", "Say yes."),), SamplingParams(max_new_tokens=16))
+        """Send a short request. Raises ServerError for a wrong key, address or model."""
+        self._complete((Message.of("user", "Say yes."),), SamplingParams(max_new_tokens=16))
 
     def with_vision(self, *, image_mode: ImageMode | None = None, exif_orientation: bool | None = None) -> RemoteEngine:
-        """This engine, sending images whose EXIF orientation a server cannot see, if that is False.
+        """Return a copy that sends images rotated by their EXIF orientation or, with False, as stored.
 
-        image_mode: has no effect; the server makes images square in its own way.
+        image_mode: ignored; the server preprocesses images itself.
         """
         other = copy.copy(self)
         other.exif_orientation = self.exif_orientation if exif_orientation is None else exif_orientation
         return other
 
-    def generate_batch(
+    def complete(
         self, conversations: Sequence[Sequence[Message]], sampling: SamplingParams | None = None, *, template: str = ""
-    ) -> list[str]:
-        """The answers, stripped at both ends, in the order of the conversations.
+    ) -> list[ChatCompletion]:
+        """Return the completions in the order of the conversations; texts are stripped at both ends.
 
-        template: not sent; the server writes conversations as its model wants them.
-        Raises the first error (ServerError, MediaError) when a conversation cannot be answered. What came of the others
-        is kept: the same conversations asked one by one, as the runner does, are not sent a second time.
+        template: ignored; the server renders conversations itself.
+        Raises the first error (ServerError, MediaError) if a conversation fails. The results of the others are cached:
+        when the caller repeats the conversations one by one, they are not sent again.
         """
         chosen = sampling or _DEFAULTS
-        jobs = [partial(self._ask, conversation, chosen) for conversation in conversations]
-        results: list[str | VilaError] = [""] * len(jobs)
-        for number, result in self.endpoint.each(jobs):
+        jobs = [partial(self._complete, conversation, chosen) for conversation in conversations]
+        results: dict[int, ChatCompletion | VilaError] = {}
+        for index, result in self.client.run_parallel(jobs):
             if isinstance(result, ServerError) and result.final:
                 raise result
-            results[number] = result
-        if len(jobs) > 1 and any(isinstance(result, VilaError) for result in results):
-            self._kept = {
-                id(conversation): (conversation, chosen, result)
-                for conversation, result in zip(conversations, results, strict=True)
-            }
-        for result in results:
-            if isinstance(result, VilaError):
-                raise result
-        return [result for result in results if isinstance(result, str)]
+            results[index] = result
+        errors = [result for _, result in sorted(results.items()) if isinstance(result, VilaError)]
+        if errors:
+            if len(jobs) > 1:
+                self._cached = {id(one): (one, chosen, results[index]) for index, one in enumerate(conversations)}
+            raise errors[0]
+        return [result for _, result in sorted(results.items()) if isinstance(result, ChatCompletion)]
 
-    def _ask(self, conversation: Sequence[Message], sampling: SamplingParams) -> str:
-        # The conversation itself is kept too, so its id belongs to no other.
-        _, asked_with, result = self._kept.pop(id(conversation), (conversation, None, ""))
-        if asked_with == sampling:
+    def _complete(self, conversation: Sequence[Message], sampling: SamplingParams) -> ChatCompletion:
+        # The cache holds the conversation itself, so that its id stays unique.
+        _, cached_sampling, result = self._cached.pop(id(conversation), (conversation, None, None))
+        if cached_sampling == sampling and result is not None:
             if isinstance(result, VilaError):
                 raise result
             return result
@@ -345,14 +372,11 @@ class RemoteEngine:
             self.model,
             sampling,
             num_frames=self.num_frames,
-            limit_key=self.limit_key,
+            max_tokens_key=self.max_tokens_key,
             exif_orientation=self.exif_orientation,
         )
-        reply: ChatCompletion = self.endpoint.complete(body)
-        with self._counting:
-            self.prompt_tokens += reply.prompt_tokens
-            self.reply_tokens += reply.reply_tokens
-        return reply.text.strip()
+        found = self.client.complete(body)
+        return replace(found, text=found.text.strip())
 
 
 def request_body(
@@ -361,15 +385,15 @@ def request_body(
     sampling: SamplingParams = _DEFAULTS,
     *,
     num_frames: int = _NUM_FRAMES,
-    limit_key: str = "max_tokens",
+    max_tokens_key: str = "max_tokens",
     exif_orientation: bool = True,
 ) -> dict[str, Any]:
-    """The request for one conversation. Media are opened here, and only here; raises MediaError naming them.
+    """Build the request of one conversation. Raises MediaError for media that cannot be read.
 
-    An image is a data URL of its own bytes when they are JPEG or PNG, of a PNG otherwise; a video is its frames. The
-    line break that follows an image in a prompt is left out: the server separates images in its own way.
-    exif_orientation: False sends a PNG of the pixels as stored where the EXIF of an image would turn it.
-    top_k, min_p and repetition_penalty go by the names that open servers use, and only when they are set.
+    JPEG and PNG files are sent unchanged as data URLs, other images as PNG, videos as their frames. The line break
+    after an image in a prompt is left out: the server separates images itself.
+    exif_orientation: False sends the pixels as stored, as PNG, if EXIF would rotate the image.
+    top_k, min_p and repetition_penalty have the names of vLLM and are sent only if set.
     """
     body: dict[str, Any] = {
         "model": model,
@@ -378,7 +402,7 @@ def request_body(
             for message in conversation
         ],
         "temperature": sampling.temperature,
-        limit_key: sampling.max_new_tokens,
+        max_tokens_key: sampling.max_new_tokens,
     }
     if sampling.temperature:
         body["seed"] = sampling.seed
@@ -391,22 +415,22 @@ def request_body(
 
 
 def data_url(image: Image, *, exif_orientation: bool = True) -> str:
-    """The image as a data URL. Raises MediaError when it cannot be read."""
+    """Return the image as a data URL. Raises MediaError if it cannot be read."""
     if not isinstance(image.source, PilImage.Image):
         stream, _ = open_source(image.source, "an image")
         with stream:
             content = stream.read()
-        kind = next((kind for magic, kind in _SENT_AS_THEY_ARE.items() if content.startswith(magic)), "")
-        if kind and (exif_orientation or orientation_of(content) == 1):
-            return _url(kind, content)
+        media_type = next((name for magic, name in _SENT_UNCHANGED.items() if content.startswith(magic)), "")
+        if media_type and (exif_orientation or orientation_of(content) == 1):
+            return _url(media_type, content)
         image = Image(content)
     png = io.BytesIO()
     open_image(image, exif_orientation=exif_orientation).save(png, "PNG")
     return _url("image/png", png.getvalue())
 
 
-def _url(kind: str, content: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+def _url(media_type: str, content: bytes) -> str:
+    return f"data:{media_type};base64,{base64.b64encode(content).decode()}"
 
 
 def _content(message: Message, num_frames: int, exif_orientation: bool) -> str | list[dict[str, Any]]:

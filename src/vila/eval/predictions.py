@@ -1,7 +1,7 @@
-"""The predictions of a run: lines appended as answers come, read back after a kill, merged when several wrote.
+"""Prediction files of a run (appended during inference, resumed, merged) and answer files of other programs.
 
-{"id": ..., "question_id": ..., "prompt": ..., "text": ..., "truth": ...}      an answer; the original's keys and ours
-{"id": ..., "error": ...}                                                       a question that could not be asked
+{"id": ..., "question_id": ..., "prompt": ..., "text": ..., "truth": ...}   an answer
+{"id": ..., "error": ...}                                                   a question that failed
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ PREDICTIONS_FILE = "predictions.jsonl"
 QUESTION_SCORES_FILE = "question_scores.jsonl"
 _OLD_QUESTION_SCORES_FILE = "marks.jsonl"
 """Name in run folders of version 0.1, whose records have `kind` in place of `category`."""
-_AGAIN = "delete the file to start over"
+_START_OVER = "delete the file to start over"
 
 
 @dataclass
 class Predictions:
-    """What has been answered so far in a directory. texts: by item id; errors: of items that have no answer."""
+    """Results in a benchmark's folder. texts: answers by item id. errors: of items without an answer."""
 
     folder: Path
     texts: dict[str, str] = field(default_factory=dict)
     errors: dict[str, str] = field(default_factory=dict)
 
     def add(self, rank: int, items: Sequence[Item], results: Sequence[str | Exception]) -> None:
-        """Append results to this process's file and put them on the disk."""
+        """Append results to this process's file and flush it to disk."""
         rows = []
         for item, result in zip(items, results, strict=True):
             if isinstance(result, str):
@@ -55,7 +55,7 @@ class Predictions:
             os.fsync(stream.fileno())
 
     def merge(self, items: Sequence[Item]) -> None:
-        """Write `predictions.jsonl`, a row for each item in their order, and delete the parts."""
+        """Write `predictions.jsonl` with a record per item, in order, and delete the files of the processes."""
         rows = [
             prediction_record(item, self.texts[item.id])
             if item.id in self.texts
@@ -68,19 +68,19 @@ class Predictions:
 
 
 def prediction_record(item: Item, text: str) -> dict[str, Any]:
-    """A line of a predictions file, with the keys that the original's scorers read."""
+    """Return the record of an answer, with the keys that the original scripts read."""
     return {
         "id": item.id,
         "question_id": item.id if item.question_id is None else item.question_id,
         "prompt": item.prompt or item.messages[-1].text,
         "text": text,
         "truth": item.truth,
-        **item.facts,
+        **item.extra,
     }
 
 
 def predicted_answers(items: Iterable[Item], texts: Mapping[str, str]) -> list[Answer]:
-    """The answers of items that have one, in the order of the items, as scoring reads them."""
+    """Return the answers as `Benchmark.score` takes them, in the order of the items."""
     return [
         Answer(
             question_id=item.id if item.question_id is None else item.question_id,
@@ -94,9 +94,9 @@ def predicted_answers(items: Iterable[Item], texts: Mapping[str, str]) -> list[A
 
 
 def read_predictions(folder: Path, known: Iterable[str]) -> Predictions:
-    """What `folder` holds of a run; lines that a kill cut short are dropped from their files.
+    """Read the results in a benchmark's folder and remove lines that an interruption truncated from their files.
 
-    Raises DataError for lines that are no predictions, and for answers to questions that the run does not ask.
+    known: item ids of the run. Raises DataError for invalid lines and for answers to other questions.
     """
     out = Predictions(folder)
     wanted = set(known)
@@ -113,28 +113,28 @@ def read_predictions(folder: Path, known: Iterable[str]) -> Predictions:
         out.errors.pop(name, None)
     if unknown := sorted(out.texts.keys() - wanted):
         raise DataError(
-            f"{folder}: holds answers to {len(unknown)} questions that this run does not ask "
-            f"({', '.join(unknown[:5])}); choose another --output"
+            f"has answers to {len(unknown)} questions that are not part of this run ({', '.join(unknown[:5])})",
+            file=folder,
+            hint="choose another --output",
         )
     return out
 
 
 def read_texts(path: Path, wanted: Iterable[str]) -> dict[str, str]:
-    """Read the texts of a predictions file by id.
+    """Read the answers of a predictions file by item id.
 
-    Raises DataError naming file, line and field of a line that is no prediction, or the first of the `wanted` ids that
-    the file has no answer to.
+    Raises DataError naming file, line and field of an invalid line, or the first of the `wanted` ids without an answer.
     """
     entries = (_entry(row, path, f"line {number}") for number, row in read_jsonl(path, surrogates=True))
     texts = dict(entries)
     for name in wanted:
         if name not in texts:
-            raise DataError("no answer to this question", file=path, field="id", value=name, hint=_AGAIN)
+            raise DataError("no answer to this question", file=path, field="id", value=name, hint=_START_OVER)
     return texts
 
 
 def _entry(row: Any, path: Path, record: str) -> tuple[str, str]:
-    """Return id and text, or id and error, of a line. Raises DataError."""
+    """Return id and text, or id and error, of a record."""
     value = row if isinstance(row, dict) else {}
     content = "error" if "error" in value else "text"
     for key in ("id", content):
@@ -146,13 +146,13 @@ def _entry(row: Any, path: Path, record: str) -> tuple[str, str]:
                 field=key,
                 value=value.get(key),
                 expected="text",
-                hint=_AGAIN,
+                hint=_START_OVER,
             )
     return value["id"], value[content]
 
 
 def _whole_lines(path: Path) -> list[bytes]:
-    """Return the lines that end as lines; what a kill left of another one is cut off the file."""
+    """Return the complete lines; remove a truncated last line from the file."""
     if not path.is_file():
         return []
     content = path.read_bytes()
@@ -193,99 +193,97 @@ def read_question_scores(folder: Path) -> list[QuestionScore]:
     return scores
 
 
-# --- answers
-# Reading files of answers, whoever made them: our predictions, or the original's answer files.
+# Answer files of `vila eval` and of the original scripts.
 
-
-# Rows of video questions have the true answer beside the predicted one.
-_TEXT = ("text", "pred", "prediction", "answer")
-_CHUNK = re.compile(r"(\d+)_(\d+)\.jsonl?").fullmatch
+# Records of video questions have the reference answer under `answer`, so `pred` comes first.
+_TEXT_KEYS = ("text", "pred", "prediction", "answer")
+_CHUNK_NAME = re.compile(r"(\d+)_(\d+)\.jsonl?").fullmatch
 _MERGED_CHUNKS = "merge.jsonl"
-_ID = ("question_id", "questionId", "id", "index", "image")
+_ID_KEYS = ("question_id", "questionId", "id", "index", "image")
 
 
 @dataclass(frozen=True)
 class AnswerFile:
-    """Rows in the order of the file.
+    """Content of an answer file, in its order.
 
-    bad:    lines that could not be read, as `FILE line N: reason`.
-    failed: ids of questions that could not be asked.
+    bad:    reasons of unreadable records, with file and line.
+    failed: ids of questions that failed during inference.
     """
 
-    rows: tuple[Answer, ...]
+    answers: tuple[Answer, ...]
     bad: tuple[str, ...] = ()
     failed: tuple[str, ...] = ()
 
 
 def read_answers(path: Path) -> AnswerFile:
-    """The answers in a JSON-lines file, a JSON list, or a folder: of a run of ours, or of the original's chunk files.
+    """Read a JSON-lines file, a JSON list, or a folder of `vila eval` or of the original scripts' chunk files.
 
-    A row needs an id (`question_id`) and a text (`text`); `prompt` is kept. Raises DataError when nothing is there.
+    A record needs an id (`question_id`) and a text (`text`). Raises DataError if there are no answers.
     """
     files = [path] if path.is_file() else _files_in(path) if path.is_dir() else []
     if not files:
-        raise DataError(f"{path}: {'no answers in this folder' if path.is_dir() else 'no such file of answers'}")
-    rows: list[Answer] = []
+        raise DataError("no answer files in this folder" if path.is_dir() else "no such file", file=path)
+    answers: list[Answer] = []
     bad: list[str] = []
     failed: list[str] = []
     for file in files:
-        for location, row in iter_records(file):
+        for record, row in iter_records(file):
+            location = f"{file}, {record}"
             if isinstance(row, dict) and "error" in row and "text" not in row:
                 failed.append(str(row.get("id", location)))
                 continue
-            answer = _answer(row, location)
-            if isinstance(answer, str):
-                bad.append(answer)
-            else:
-                rows.append(answer)
-    if not rows and not failed:
-        raise DataError(f"{path}: holds no answer" + (f"; {bad[0]}" if bad else ""))
-    return AnswerFile(tuple(rows), tuple(bad), tuple(failed))
+            try:
+                answers.append(_answer(row, location))
+            except DataError as error:
+                bad.append(str(error))
+    if not answers and not failed:
+        raise DataError("has no answers" + (f" ({bad[0]})" if bad else ""), file=path)
+    return AnswerFile(tuple(answers), tuple(bad), tuple(failed))
 
 
 def bad_line_notes(bad: Sequence[str], *, skipped: bool) -> list[str]:
-    """A note on lines that could not be read where the original skips them. Raises DataError where it does not."""
+    """Return a note on unreadable records if the benchmark skips them. Raises DataError if it does not."""
     if not bad:
         return []
     if not skipped:
         more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
-        raise DataError(f"{bad[0]}{more}; correct or delete the line")
-    return [f"{len(bad)} lines could not be read and are left out, as upstream does: {bad[0]}"]
+        raise DataError(f"{bad[0]}{more}", hint="correct or delete the line")
+    return [f"{len(bad)} unreadable lines are ignored, as in the original script: {bad[0]}"]
 
 
 def _files_in(folder: Path) -> list[Path]:
-    """The files of a folder that hold answers, each answer once, in the order of the questions.
+    """Return the files of a folder that have each answer once, in the order of the questions.
 
-    The original leaves `merge.jsonl` beside the chunks `8_0.jsonl` to `8_7.jsonl`; we leave marks beside predictions.
-    Chunks of other names than the original's are in its merged file too.
+    The original scripts write chunks `8_0.jsonl` to `8_7.jsonl` and `merge.jsonl` with the same answers.
     """
     if (folder / PREDICTIONS_FILE).is_file():
         return [folder / PREDICTIONS_FILE, *sorted(folder.glob("part-*.jsonl"))]
-    chunks = {tuple(map(int, found.groups())): file for file in folder.iterdir() if (found := _CHUNK(file.name))}
+    chunks = {tuple(map(int, found.groups())): file for file in folder.iterdir() if (found := _CHUNK_NAME(file.name))}
     if len({count for count, _ in chunks}) > 1:
         names = ", ".join(file.name for _, file in sorted(chunks.items()))
-        raise DataError(f"{folder}: holds chunks of several runs ({names}); give one file, or delete the others")
+        raise DataError(
+            f"has chunks of several runs ({names})", file=folder, hint="give one file, or delete the others"
+        )
     if not chunks and (folder / _MERGED_CHUNKS).is_file():
         return [folder / _MERGED_CHUNKS]
     return [file for _, file in sorted(chunks.items())] or sorted(folder.glob("*.jsonl"))
 
 
-def _answer(row: Any, location: str) -> Answer | str:
+def _answer(row: Any, location: str) -> Answer:
+    """Convert a record. Raises DataError."""
+    if isinstance(row, DataError):
+        raise DataError(row.problem, file=location)
     if not isinstance(row, dict):
-        return f"{location}: {row.problem}" if isinstance(row, DataError) else f"{location}: not an object"
-    name = next((row[key] for key in _ID if key in row), None)
-    text = next((row[key] for key in _TEXT if key in row), None)
+        raise DataError(file=location, value=row, expected="an object")
+    name = next((row[key] for key in _ID_KEYS if key in row), None)
+    text = next((row[key] for key in _TEXT_KEYS if key in row), None)
     if not isinstance(name, str | int) or isinstance(name, bool):
-        return f"{location}: no question_id" + _instead(name)
+        raise DataError(file=location, field="question_id", value=name, expected="text or an integer")
     if not isinstance(text, str):
-        return f"{location}: no text" + _instead(text)
+        raise DataError(file=location, field="text", value=text, expected="text")
     if (half := lone_surrogate([text, name])) is not None:
-        return f"{location}: half a surrogate pair in {half!r}, which no file can hold"
-    # Rows of video questions have the question itself where others have the prompt.
+        raise DataError("unpaired surrogate, which UTF-8 cannot encode", file=location, value=half)
+    # Records of video questions have the question in place of the prompt.
     prompt = row.get("prompt", row.get("question", "") if "pred" in row else "")
-    own = str(row["id"]) if "id" in row and "question_id" in row else ""
-    return Answer(name, text, prompt if isinstance(prompt, str) else "", location, own)
-
-
-def _instead(value: Any) -> str:
-    return "" if value is None else f", but {str(value)[:40]!r}"
+    item_id = str(row["id"]) if "id" in row and "question_id" in row else ""
+    return Answer(name, text, prompt if isinstance(prompt, str) else "", location, item_id)

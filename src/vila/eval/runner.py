@@ -1,4 +1,4 @@
-"""Running benchmarks: batches through an engine, predictions appended as they come, resumed by id, then scored."""
+"""Run benchmarks: batched inference, predictions appended to disk, resume by question id, scoring."""
 
 from __future__ import annotations
 
@@ -16,146 +16,142 @@ from vila.core.errors import ContextOverflowError, DataError
 from vila.core.files import DirectoryLock, remove_partials, sha256_file, without_home, write_json
 from vila.core.progress import SILENT, Events, task
 from vila.core.reading import Fields, read_json_object
-from vila.core.types import Image, Message, Text
+from vila.core.types import Message, Text
 from vila.core.vision_spec import ImageMode
 from vila.engine.request import SamplingParams
 from vila.eval.benchmark import Benchmark, BenchmarkResult, Item, ScoringProtocol, exact_match
 from vila.eval.predictions import Predictions, predicted_answers, read_predictions, write_question_scores
 from vila.eval.significance import score_interval
 
-# --- asking
-# Asking an engine or a server for the answers to a batch of questions: whatever fails costs its own answer alone.
+_MIN_NEW_TOKENS = 32
+"""The generation limit is not halved below this to fit a question into the context."""
 
 
-_LEAST_NEW_TOKENS = 32
+class Completion(Protocol):
+    """Answer of a model with its token counts; None where they are unknown. Prompt tokens include image tokens."""
+
+    @property
+    def text(self) -> str:
+        """The answer."""
+
+    @property
+    def prompt_tokens(self) -> int | None:
+        """Tokens of the prompt."""
+
+    @property
+    def completion_tokens(self) -> int | None:
+        """Generated tokens."""
 
 
 class ChatModel(Protocol):
-    """Whatever answers conversations: our engine, or a server."""
+    """Model under evaluation: `vila.engine.engine.Engine`, or `RemoteEngine` for a server."""
 
-    def generate_batch(
+    def complete(
         self, conversations: Sequence[Sequence[Message]], sampling: SamplingParams, *, template: str = ""
-    ) -> list[str]:
-        """The answers, in the order of the conversations."""
+    ) -> Sequence[Completion]:
+        """Return the completions in the order of the conversations; raise if one of them fails."""
+
+    def with_vision(self, *, image_mode: ImageMode | None = None, exif_orientation: bool | None = None) -> ChatModel:
+        """Return the model with other image preprocessing; None keeps a setting. A server may ignore `image_mode`."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenCounts:
-    """Tokens of prompts, slots of pictures included, and of answers."""
+    """Tokens of prompts, image tokens included, and generated tokens."""
 
     prompt: int = 0
-    new: int = 0
+    completion: int = 0
 
 
-class Asking:
-    """Asks what answers, and counts its tokens.
+class AnswerGenerator:
+    """Generates the answers to batches of items. A failing question costs only its own answer.
 
-    tokens: of all answers so far; None when whatever answers does not count them.
+    tokens: counts of all answers so far; None if the model does not report them.
     """
 
-    def __init__(self, engine: ChatModel, *, exif_orientation: bool | None = None) -> None:
-        """exif_orientation: whether images are turned upright; None leaves that to the engine."""
-        if exif_orientation is not None and hasattr(engine, "with_vision"):
-            engine = engine.with_vision(exif_orientation=exif_orientation)
-        self._engines: dict[ImageMode | None, ChatModel] = {None: engine}
-        self._of_generations = TokenCounts()
+    def __init__(self, model: ChatModel, *, exif_orientation: bool | None = None) -> None:
+        """exif_orientation: whether images are rotated by their EXIF orientation; None keeps the model's setting."""
+        if exif_orientation is not None:
+            model = model.with_vision(exif_orientation=exif_orientation)
+        self._models: dict[ImageMode | None, ChatModel] = {None: model}
+        self.tokens: TokenCounts | None = TokenCounts()
 
-    def __call__(self, batch: Sequence[Item], sampling: SamplingParams, template: str = "") -> list[str | Exception]:
-        """The answers of a batch; an exception for each question that cannot be answered even alone.
+    def generate(self, batch: Sequence[Item], sampling: SamplingParams, template: str = "") -> list[str | Exception]:
+        """Return an answer per item, or the exception of an item that fails even alone.
 
-        batch: of one template and one image mode. template: of items that name none.
+        batch:    items with the same template and image mode.
+        template: of items that set none.
         """
         try:
             return list(self._texts(batch, sampling, batch[0].template or template))
         except ContextOverflowError as error:
-            # The benchmark's room for an answer is far more than answers take; a small context holds less of it.
-            if len(batch) == 1 and sampling.max_new_tokens > _LEAST_NEW_TOKENS:
-                return self(batch, replace(sampling, max_new_tokens=sampling.max_new_tokens // 2), template)
+            # Benchmarks reserve far more tokens for the answer than answers need.
+            if len(batch) == 1 and sampling.max_new_tokens > _MIN_NEW_TOKENS:
+                return self.generate(batch, replace(sampling, max_new_tokens=sampling.max_new_tokens // 2), template)
             if len(batch) == 1:
                 return [error]
-        except Exception as error:  # noqa: BLE001 - recorded with the question that it belongs to
+        except Exception as error:  # noqa: BLE001 - recorded with its question
             if len(batch) == 1:
                 return [error]
-        return [result for item in batch for result in self([item], sampling, template)]
-
-    @property
-    def tokens(self) -> TokenCounts | None:
-        """See the class."""
-        engine: Any = self._engines[None]
-        if hasattr(engine, "complete"):
-            return self._of_generations
-        counted = TokenCounts(getattr(engine, "prompt_tokens", 0), getattr(engine, "reply_tokens", 0))
-        return counted if counted.new else None
+        return [result for item in batch for result in self.generate([item], sampling, template)]
 
     def _texts(self, batch: Sequence[Item], sampling: SamplingParams, template: str) -> list[str]:
-        engine: Any = self._of_mode(batch[0].image_mode)
-        conversations = [item.messages for item in batch]
-        if not hasattr(engine, "complete"):
-            return [_writable(text) for text in engine.generate_batch(conversations, sampling, template=template)]
-        found = engine.complete(conversations, sampling, template=template)
-        before = self._of_generations
-        self._of_generations = TokenCounts(
-            before.prompt + sum(one.prompt_tokens for one in found), before.new + sum(len(one.ids) for one in found)
-        )
-        return [_writable(one.text) for one in found]
-
-    def _of_mode(self, mode: ImageMode | None) -> ChatModel:
-        """The engine for questions whose images are made square that way; a server does it in its own way."""
-        if mode not in self._engines:
-            engine: Any = self._engines[None]
-            self._engines[mode] = engine.with_vision(image_mode=mode) if hasattr(engine, "with_vision") else engine
-        return self._engines[mode]
+        mode = batch[0].image_mode
+        if mode not in self._models:
+            self._models[mode] = self._models[None].with_vision(image_mode=mode)
+        found = self._models[mode].complete([item.messages for item in batch], sampling, template=template)
+        for one in found:
+            if self.tokens is None or one.prompt_tokens is None or one.completion_tokens is None:
+                self.tokens = None
+            else:
+                self.tokens = TokenCounts(
+                    self.tokens.prompt + one.prompt_tokens, self.tokens.completion + one.completion_tokens
+                )
+        # A server may send unpaired surrogates, which UTF-8 files cannot hold.
+        return [one.text.encode("utf-8", "replace").decode("utf-8") for one in found]
 
 
-def _writable(text: str) -> str:
-    """The text without halves of surrogate pairs, which a server may send and no file can hold."""
-    return text.encode("utf-8", "replace").decode("utf-8")
+# Throughput: each process writes speed-RANK.json, rank 0 adds them to speed.json at the end of a session.
 
-
-# --- speed
-# How long a benchmark took and how many tokens that were, over all sessions and processes.
-
-
-_MAX = 2**53
-_PARTS = "speed-*.json"
-_NONE: dict[str, Any] = {"prompt_tokens": 0, "tokens": 0}
-_UNCOUNTED: dict[str, Any] = {"prompt_tokens": None, "tokens": None}
+_MAX_COUNT = 2**53
+_SPEED_PARTS = "speed-*.json"
+_ZERO_TOKENS: dict[str, Any] = {"prompt_tokens": 0, "tokens": 0}
+_UNKNOWN_TOKENS: dict[str, Any] = {"prompt_tokens": None, "tokens": None}
 
 
 def delete_speed_parts(out: Path) -> None:
-    """Delete what a session that was killed left: its time is not known."""
-    for path in out.glob(_PARTS):
+    """Delete the files of an interrupted session, whose time is unknown."""
+    for path in out.glob(_SPEED_PARTS):
         path.unlink()
 
 
 def write_speed_part(out: Path, rank: int, answered: int, tokens: TokenCounts | None) -> None:
-    """What this process has answered in this session. tokens: None when they were not counted."""
-    counted = {"prompt_tokens": tokens.prompt, "tokens": tokens.new} if tokens else _UNCOUNTED
-    write_json(out / f"speed-{rank}.json", {"answered": answered, **(counted if answered else _NONE)})
+    """Record what this process has answered in this session. tokens: None if unknown."""
+    counts = {"prompt_tokens": tokens.prompt, "tokens": tokens.completion} if tokens else _UNKNOWN_TOKENS
+    write_json(out / f"speed-{rank}.json", {"answered": answered, **(counts if answered else _ZERO_TOKENS)})
 
 
 def merge_speed_parts(out: Path, seconds: float) -> int:
-    """Add what all processes answered in this session to the earlier ones; how many questions that were.
+    """Add the counts of all processes to speed.json and return how many questions they answered.
 
-    Tokens are noted as long as they were counted in every session and process, and else as not known.
+    Tokens are null if a session or process did not count them.
     """
-    parts = [_counts(path) for path in sorted(out.glob(_PARTS))]
+    parts = [_read_counts(path) for path in sorted(out.glob(_SPEED_PARTS))]
     delete_speed_parts(out)
     answered = sum(part["answered"] for part in parts)
     if answered:
         path = out / "speed.json"
-        before = _counts(path) if path.is_file() else {"answered": 0, **_NONE}
+        before = _read_counts(path) if path.is_file() else {"answered": 0, **_ZERO_TOKENS}
         earlier = Fields.of_file(path).number("seconds") if path.is_file() else 0.0
-        counted = {name: _sum([before[name], *(part[name] for part in parts)]) for name in _NONE}
-        write_json(path, {"seconds": earlier + seconds, "answered": before["answered"] + answered, **counted})
+        counts = {name: _sum([before[name], *(part[name] for part in parts)]) for name in _ZERO_TOKENS}
+        write_json(path, {"seconds": earlier + seconds, "answered": before["answered"] + answered, **counts})
     return answered
 
 
-def _counts(path: Path) -> dict[str, Any]:
-    """Read the counts of a file; tokens are None where they were not counted. Raises DataError for other values."""
-    facts = Fields.of_file(path)
-    tokens = {name: facts.integer(name, None, maximum=_MAX) for name in _NONE}
-    return {"answered": facts.integer("answered", maximum=_MAX), **tokens}
+def _read_counts(path: Path) -> dict[str, Any]:
+    fields = Fields.of_file(path)
+    tokens = {name: fields.integer(name, None, maximum=_MAX_COUNT) for name in _ZERO_TOKENS}
+    return {"answered": fields.integer("answered", maximum=_MAX_COUNT), **tokens}
 
 
 def _sum(values: list[int | None]) -> int | None:
@@ -163,22 +159,22 @@ def _sum(values: list[int | None]) -> int | None:
 
 
 _DIGEST = "questions_sha256"
-"""Key of `run.json`: a hash of ids, texts and truths of all questions."""
+"""Key of run.json: hash of ids, texts and references of all questions."""
 _BATCH_GROUPS = 16
-"""Pictures that one batch holds, with all their questions."""
-_BATCH_ROWS = 96
+"""Maximum number of images per batch, each with all its questions."""
+_BATCH_ITEMS = 96
 _BATCH_CHARACTERS = 200_000
-_PICTURE_CHARACTERS = 2_000
-"""What a picture counts in the size of a batch."""
+_CHARACTERS_PER_IMAGE = 2_000
+"""Size of an image in the batch size."""
 
 
 @dataclass(frozen=True, slots=True)
 class BenchmarkRun:
-    """What came of one benchmark.
+    """Outcome of a benchmark.
 
-    scored:      None when the answers cannot be scored here; `problem` says why.
-    predictions: answers by item id. failed: why others have none.
-    seconds:     that asking took, of `answered` questions that were new.
+    result:      None if the answers cannot be scored here; `problem` says why.
+    predictions: answers by item id. failed: errors of items without an answer.
+    seconds:     inference time of this session, for `answered` questions.
     """
 
     benchmark: str
@@ -191,33 +187,33 @@ class BenchmarkRun:
 
     @property
     def scores(self) -> dict[str, Any]:
-        """The figures with the headline, as plain data. Raises DataError when there is none."""
+        """Score and metrics as JSON types. Raises DataError if there is no score."""
         if self.result is None:
-            raise DataError(f"{self.benchmark}: {self.problem}")
+            raise DataError(self.problem, field=self.benchmark)
         return {**self.result.metrics, "score": self.result.score}
 
 
 def run_benchmark(
-    engine: ChatModel,
+    model: ChatModel,
     benchmark: Benchmark,
     out: Path,
     *,
-    model: str = "",
+    model_id: str = "",
     template: str = "",
     protocol: ScoringProtocol = "upstream",
     process: ProcessInfo = ProcessInfo(),  # noqa: B008 - frozen
-    meet: Callable[[], None] = lambda: None,
+    barrier: Callable[[], None] = lambda: None,
     events: Events = SILENT,
 ) -> BenchmarkRun | None:
-    """Answer what `out` does not answer yet, score everything, write `out/scores.json`.
+    """Answer the questions that have no answer in `out` yet, score all, write `out/scores.json`.
 
-    model: what made the predictions; answers of another model in `out` are refused.
-    process: rank of this process among those that share the questions; the first one scores, the others return None.
-    meet:  waits for the other processes.
-    A batch is always made of the same questions, so that an interrupted run, or one of several processes, ends with the
-    same answers. A batch that fails is asked question by question; a question that fails is recorded with its error.
-    Raises DataError when `out` holds predictions of another model or benchmark, DirectoryInUseError when another
-    process writes there.
+    model_id: identifies the model; predictions of another one in `out` are refused.
+    process:  rank among the processes that share the questions; rank 0 scores, the others return None.
+    barrier:  waits for the other processes.
+    The same questions always form a batch, so that interrupted and multi-process runs end with the same answers. If a
+    batch fails, its questions are retried one by one; a question that fails is recorded with its error.
+    Raises DataError if `out` has predictions of another model or benchmark, DirectoryInUseError if another process
+    writes there.
     """
     items = benchmark.items()
     with ExitStack() as stack:
@@ -225,25 +221,25 @@ def run_benchmark(
             stack.enter_context(DirectoryLock(out).acquire(events=events))
             remove_partials(out)
             delete_speed_parts(out)
-            _same_run(out, {**run_metadata(benchmark, template), "model": model})
-        meet()
-        asking = Asking(engine, exif_orientation=applies_exif_orientation(protocol))
-        seconds = _ask(asking, benchmark, items, out, template, process, events)
-        meet()
+            _start_run(out, {**run_metadata(benchmark, template), "model": model_id})
+        barrier()
+        generator = AnswerGenerator(model, exif_orientation=applies_exif_orientation(protocol))
+        seconds = _answer_items(generator, benchmark, items, out, template, process, events)
+        barrier()
         if not process.is_main:
             return None
         done = read_predictions(out, (item.id for item in items))
         done.merge(items)
         result, problem = _score(benchmark, items, done, protocol)
-        metadata = {"benchmark": benchmark.name, "model": model, "rules": protocol}
+        metadata = {"benchmark": benchmark.name, "model": model_id, "rules": protocol}
         write_json(out / "scores.json", {**metadata, **_scores_record(result, problem)})
         write_question_scores(out, result.question_scores if result else ())
         answered = merge_speed_parts(out, seconds)
     return BenchmarkRun(benchmark.name, result, done.texts, seconds, answered, done.errors, problem)
 
 
-def _ask(
-    asking: Asking,
+def _answer_items(
+    generator: AnswerGenerator,
     benchmark: Benchmark,
     items: Sequence[Item],
     out: Path,
@@ -251,30 +247,31 @@ def _ask(
     process: ProcessInfo,
     events: Events,
 ) -> float:
-    """Answer this process's share of the questions that have no answer yet; returns the seconds that took."""
+    """Answer this process's part of the questions without an answer; return the seconds."""
     done = read_predictions(out, (item.id for item in items))
-    sampling = getattr(benchmark, "sampling", None) or SamplingParams(max_new_tokens=benchmark.max_new_tokens)
+    sampling = benchmark.sampling or SamplingParams(max_new_tokens=benchmark.max_new_tokens)
     name = f"{benchmark.name}: {len(items)} questions"
-    began = time.monotonic()
-    answered = seen = right = 0
+    started = time.monotonic()
+    answered = visited = correct = 0
     with task(events, name, len(items), "questions"):
-        for number, batch in enumerate(batches(items)):
-            if number % process.world_size == process.rank and any(item.id not in done.texts for item in batch):
-                results = asking(batch, sampling, template)
+        for index, batch in enumerate(batches(items)):
+            if index % process.world_size == process.rank and any(item.id not in done.texts for item in batch):
+                # The whole batch is generated again: the answers must not depend on where a run was interrupted.
+                results = generator.generate(batch, sampling, template)
                 missing = [(i, r) for i, r in zip(batch, results, strict=True) if i.id not in done.texts]
                 done.add(process.rank, [item for item, _ in missing], [result for _, result in missing])
                 answered += len(missing)
-            seen += len(batch)
-            right += sum(bool(i.truth) and exact_match(done.texts.get(i.id, ""), i.truth) for i in batch)
-            events.advanced(name, len(batch), exact=f"{right / seen:.1%}")
-    write_speed_part(out, process.rank, answered, asking.tokens)
-    return time.monotonic() - began
+            visited += len(batch)
+            correct += sum(bool(i.truth) and exact_match(done.texts.get(i.id, ""), i.truth) for i in batch)
+            events.advanced(name, len(batch), exact=f"{correct / visited:.1%}")
+    write_speed_part(out, process.rank, answered, generator.tokens)
+    return time.monotonic() - started
 
 
 def applies_exif_orientation(protocol: ScoringProtocol) -> bool:
-    """Whether images of a benchmark are turned upright as their EXIF says; see docs/images.md.
+    """Whether a protocol rotates images by their EXIF orientation; see docs/images.md.
 
-    The original's loaders ignore it; lmms-eval reads images by `datasets`, which applies it.
+    The original scripts ignore it; lmms-eval reads images through `datasets`, which applies it.
     """
     return protocol != "upstream"
 
@@ -285,30 +282,30 @@ def _score(
     try:
         return benchmark.score(predicted_answers(items, done.texts), protocol), ""
     except DataError as error:
-        failed = f" ({len(done.errors)} questions could not be asked)" if done.errors else ""
+        failed = f" ({len(done.errors)} questions failed)" if done.errors else ""
         return None, without_home(f"not scored here: {error}{failed}")
 
 
 def _scores_record(result: BenchmarkResult | None, problem: str) -> dict[str, Any]:
     if result is None:
         return {"score": None, "problem": problem}
-    sure = score_interval(result)
+    interval = score_interval(result)
     return {
         "score": result.score,
         "unit": result.unit,
-        "interval": None if sure is None else sure.as_json(),
+        "interval": None if interval is None else interval.as_json(),
         "notes": [without_home(note) for note in result.notes],
         **result.metrics,
     }
 
 
-def result_dir(root: Path, name: str, questions: int) -> Path:
-    """Where the predictions of a benchmark, or of about `questions` of its questions, lie below `root`."""
-    return root / (f"{name}-{questions}" if questions else name)
+def result_dir(root: Path, name: str, limit: int) -> Path:
+    """Return the folder of a benchmark below `root`; runs with a question limit have their own."""
+    return root / (f"{name}-{limit}" if limit else name)
 
 
 def model_hash(folder: Path) -> str:
-    """What tells one model directory from another: a hash of its weights and configs; its card may change."""
+    """Return a hash of a model directory: weights and configs, without Markdown files."""
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".md"):
         digest.update(f"{path.relative_to(folder).as_posix()}\0{sha256_file(path)}\n".encode())
@@ -316,21 +313,21 @@ def model_hash(folder: Path) -> str:
 
 
 def batches(items: Sequence[Item]) -> Iterator[list[Item]]:
-    """All items in batches of bounded size, groups whole, groups of like size together, the largest first.
+    """Yield all items in batches of bounded size: whole groups, sorted by decreasing size.
 
-    What a batch holds depends on the items alone. Items of another template or image mode are never in one batch.
+    The batches depend on the items alone. All items of a batch have the same template and image mode.
     """
     groups: dict[tuple[str, str, str], list[Item]] = {}
     for item in items:
-        groups.setdefault((*_way(item), item.group or item.id), []).append(item)
+        groups.setdefault((*_settings(item), item.group or item.id), []).append(item)
     sized = [(_size(group), group) for group in groups.values()]
-    # Python's sort keeps the order of equals: pictures of one size stay in the benchmark's order.
-    sized.sort(key=lambda pair: (*_way(pair[1][0]), -pair[0]))
+    # The sort is stable: images of one size stay in the benchmark's order.
+    sized.sort(key=lambda pair: (*_settings(pair[1][0]), -pair[0]))
     batch: list[Item] = []
     count = size = 0
     for own, group in sized:
-        full = count == _BATCH_GROUPS or len(batch) + len(group) > _BATCH_ROWS or size + own > _BATCH_CHARACTERS
-        if batch and (full or _way(group[0]) != _way(batch[0])):
+        full = count == _BATCH_GROUPS or len(batch) + len(group) > _BATCH_ITEMS or size + own > _BATCH_CHARACTERS
+        if batch and (full or _settings(group[0]) != _settings(batch[0])):
             yield batch
             batch, count, size = [], 0, 0
         batch.extend(group)
@@ -339,31 +336,19 @@ def batches(items: Sequence[Item]) -> Iterator[list[Item]]:
         yield batch
 
 
-def _way(item: Item) -> tuple[str, str]:
-    """How an item is asked; only equals are asked together."""
+def _settings(item: Item) -> tuple[str, str]:
+    """Return template and image mode; only items with equal ones share a batch."""
     return item.template, item.image_mode or ""
 
 
 def _size(group: Sequence[Item]) -> int:
-    """About how much there is to read: the pictures once, and every question."""
-    pictures = sum(not isinstance(part, Text) for message in group[0].messages for part in message.parts)
-    return pictures * _PICTURE_CHARACTERS + sum(len(message.text) for item in group for message in item.messages)
-
-
-def missing_images(items: Sequence[Item]) -> list[str]:
-    """Paths of pictures that are not there, each once, in the order of the questions."""
-    paths = {
-        str(part.source): None
-        for item in items
-        for message in item.messages
-        for part in message.parts
-        if isinstance(part, Image) and isinstance(part.source, str | Path) and "://" not in str(part.source)
-    }
-    return [path for path in paths if not Path(path).is_file()]
+    """Estimate the prompt size in characters: images once, and the text of every question."""
+    media = sum(not isinstance(part, Text) for message in group[0].messages for part in message.parts)
+    return media * _CHARACTERS_PER_IMAGE + sum(len(message.text) for item in group for message in item.messages)
 
 
 def run_metadata(benchmark: Benchmark, template: str) -> dict[str, Any]:
-    """Return what the predictions in a directory belong to, but for the model."""
+    """Return what identifies the predictions in a folder, except the model."""
     items = benchmark.items()
     digest = hashlib.sha256()
     for item in items:
@@ -376,33 +361,35 @@ def run_metadata(benchmark: Benchmark, template: str) -> dict[str, Any]:
     }
 
 
-def check_run_folder(out: Path, facts: Mapping[str, Any]) -> None:
-    """Raise DataError if `out` holds the predictions of another run.
+def check_run_folder(out: Path, metadata: Mapping[str, Any]) -> None:
+    """Raise DataError if `out` has the predictions of another run.
 
-    For the time before the model is loaded: its `model` is compared without the backend that loading chooses.
+    Called before the model is loaded: `model` is compared without the backend that loading chooses.
     """
     path = out / "run.json"
     if path.is_file():
         before = read_json_object(path)
         model = before.get("model")
-        if isinstance(model, str) and model.startswith(f"{facts['model']} "):
-            before = {**before, "model": facts["model"]}
-        _refuse_changes(out, before, facts)
+        if isinstance(model, str) and model.startswith(f"{metadata['model']} "):
+            before = {**before, "model": metadata["model"]}
+        _check_unchanged(path, before, metadata)
 
 
-def _same_run(out: Path, facts: Mapping[str, Any]) -> None:
+def _start_run(out: Path, metadata: Mapping[str, Any]) -> None:
     path = out / "run.json"
     if path.is_file():
-        _refuse_changes(out, read_json_object(path), facts)
+        _check_unchanged(path, read_json_object(path), metadata)
     else:
-        write_json(path, facts)
+        write_json(path, metadata)
 
 
-def _refuse_changes(out: Path, before: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    # Earlier versions kept no digest of the questions.
-    compared = {key: value for key, value in facts.items() if key in before or key != _DIGEST}
+def _check_unchanged(path: Path, before: Mapping[str, Any], metadata: Mapping[str, Any]) -> None:
+    # Earlier versions did not record the hash of the questions.
+    compared = {key: value for key, value in metadata.items() if key in before or key != _DIGEST}
     changed = [
         f"{key}: {before.get(key)!r} -> {value!r}" for key, value in compared.items() if before.get(key) != value
     ]
     if changed:
-        raise DataError(f"{out}: holds the predictions of another run ({'; '.join(changed)}); choose another --output")
+        raise DataError(
+            f"has the predictions of another run ({'; '.join(changed)})", file=path, hint="choose another --output"
+        )

@@ -1,4 +1,4 @@
-"""Files for the benchmarks' servers, in the formats and the folder that the original's copying script uses."""
+"""Submission files for benchmark servers, in the formats and folders of the original scripts."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from vila.core.errors import DataError
 from vila.core.files import atomic_path
 from vila.core.optional import MissingExtraError, require
 from vila.eval.annotations import format_ids
-from vila.eval.benchmark import BENCHMARKS, Submission
-from vila.eval.predictions import PREDICTIONS_FILE
+from vila.eval.benchmark import BENCHMARKS, Benchmark, Submission
+from vila.eval.predictions import PREDICTIONS_FILE, bad_line_notes, read_answers
 
 SERVERS = ("vqav2", "vizwiz", "mmbench", "mmbench_cn", "seed")
-"""The benchmarks whose answers are sent somewhere."""
+"""Benchmarks whose test answers are scored by a server."""
 
 
 @dataclass(frozen=True, slots=True)
 class SubmissionFile:
-    """A file to upload: where it lies, where it goes, and what was checked."""
+    """A written file, the server to upload it to, and what was verified."""
 
     benchmark: str
     path: Path
@@ -36,24 +36,23 @@ class SubmissionFile:
 def submit_run(
     run: Path, out: Path, data: Path, folders: Mapping[str, str], reasons: Mapping[str, str] | None = None
 ) -> tuple[list[SubmissionFile], list[str]]:
-    """Write `out/BENCHMARK/RUN-HASH.EXT` for every benchmark of a run that has a server; and why others have no file.
+    """Write `out/BENCHMARK/RUN-HASH.EXT` for every benchmark with a server; also return why others have no file.
 
-    folders: of the benchmarks below `run`, by name. reasons: why the run left others out.
+    folders: name of the folder of each benchmark below `run`. reasons: why the run left benchmarks out.
     """
     written: list[SubmissionFile] = []
     left_out = [f"{name}: not run" + _because(reasons, name) for name in SERVERS if name not in folders]
     for name, folder in folders.items():
+        if name not in SERVERS:
+            continue
         predictions = run / folder / PREDICTIONS_FILE
         if not predictions.is_file():
             begun = any((run / folder).glob("part-*.jsonl"))
-            what = "not finished; the same `vila eval` goes on where it was" if begun else f"not run; no {predictions}"
-            left_out.append(f"{name}: {what}")
+            reason = "not finished; the same `vila eval` command resumes it" if begun else f"not run; no {predictions}"
+            left_out.append(f"{name}: {reason}")
             continue
         try:
-            benchmark: Any = BENCHMARKS[name](data, 0)
-            if not hasattr(benchmark, "submission"):
-                continue
-            written.append(submit_file(name, benchmark, predictions, out, run.name))
+            written.append(submit_file(name, BENCHMARKS[name](data, 0), predictions, out, run.name))
         except (DataError, MissingExtraError) as error:
             left_out.append(f"{name}: {error}")
     return written, left_out
@@ -63,22 +62,18 @@ def _because(reasons: Mapping[str, str] | None, name: str) -> str:
     return f" ({reasons[name]})" if reasons and name in reasons else ""
 
 
-def submit_file(name: str, benchmark: Any, predictions: Path, out: Path, run: str) -> SubmissionFile:
-    """Write the server's file of one file of answers. Raises DataError for what the server would refuse.
+def submit_file(name: str, benchmark: Benchmark, predictions: Path, out: Path, run: str) -> SubmissionFile:
+    """Write the submission file of an answer file.
 
-    And for lines that cannot be read, unless the original's converter skips them too.
+    Raises DataError for answers that the server would reject, and for unreadable lines unless the benchmark skips them.
     """
-    from vila.eval.predictions import bad_line_notes, read_answers
-
     answers = read_answers(predictions)
-    bad = bad_line_notes(answers.bad, skipped=getattr(benchmark, "skips_bad_lines", False))
-    failed = (
-        [f"{len(answers.failed)} questions could not be asked: {format_ids(answers.failed)}"] if answers.failed else []
-    )
-    submission: Submission = benchmark.submission(answers.rows)
-    content = _encoded(submission)
-    # The MMBench server knows files by name and gives the old result for a new file of the same name.
-    short = hashlib.sha256(_canonical(submission)).hexdigest()[:8]
+    bad = bad_line_notes(answers.bad, skipped=benchmark.skips_bad_lines)
+    failed = [f"{len(answers.failed)} questions failed: {format_ids(answers.failed)}"] if answers.failed else []
+    submission: Submission = benchmark.submission(answers.answers)
+    content = _encode(submission)
+    # The MMBench server caches results by file name, so that other answers need another name.
+    short = hashlib.sha256(_json_bytes(submission)).hexdigest()[:8]
     path = out / name / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', run)}-{short}.{submission.format}"
     with atomic_path(path) as part:
         part.write_bytes(content)
@@ -88,21 +83,26 @@ def submit_file(name: str, benchmark: Any, predictions: Path, out: Path, run: st
     return SubmissionFile(name, path, submission.server, (*bad, *failed, *submission.checks))
 
 
-def _canonical(submission: Submission) -> bytes:
+def _json_bytes(submission: Submission) -> bytes:
     return json.dumps(submission.rows, ensure_ascii=False).encode()
 
 
-def _encoded(submission: Submission) -> bytes:
+def _encode(submission: Submission) -> bytes:
     if submission.format == "json":
-        return _canonical(submission)
+        return _json_bytes(submission)
     if submission.format == "jsonl":
         return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in submission.rows).encode()
 
     return xlsx_bytes(submission.rows)
 
 
+def submit_hint(server: str) -> str:
+    """Return the hint of errors about answers that only a server can score."""
+    return f"write the file with `vila submit` and upload it to {server}"
+
+
 def format_submissions(written: Sequence[SubmissionFile], left_out: Sequence[str]) -> list[str]:
-    """Lines for the reader: each file, its checks, where it is uploaded, and what was left out."""
+    """Return lines for the user: each file, its checks and server, and the benchmarks without a file."""
     lines = []
     for one in written:
         lines.append(f"{one.path}")
@@ -111,34 +111,29 @@ def format_submissions(written: Sequence[SubmissionFile], left_out: Sequence[str
     return [*lines, *(f"left out: {reason}" for reason in left_out)]
 
 
-# --- spreadsheet
-# Spreadsheets for servers: one sheet, a header, text as text.
-
-
 SHEET = "Sheet1"
-_LONGEST = 32_767
-"""Characters that a cell of a spreadsheet can hold."""
+_MAX_CELL_CHARS = 32_767
+"""Limit of an xlsx cell."""
 _FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
-_MADE = re.compile(rb"(<dcterms:(?:created|modified)[^>]*>)[^<]*")
-_NO_TIME = (1980, 1, 1, 0, 0, 0)
+_TIMESTAMP = re.compile(rb"(<dcterms:(?:created|modified)[^>]*>)[^<]*")
+_FIXED_TIME = (1980, 1, 1, 0, 0, 0)
 
 
 def cell_text(text: str) -> str:
-    """Text as a cell can hold it: without control characters, and cut where it is longer than a cell."""
-    return _FORBIDDEN.sub("", text)[:_LONGEST]
+    """Remove control characters and cut the text to the limit of a cell."""
+    return _FORBIDDEN.sub("", text)[:_MAX_CELL_CHARS]
 
 
 def xlsx_bytes(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """An xlsx file: the columns of the first row as header, then all rows; None leaves a cell empty.
+    """Return an xlsx file with the columns of the first row as header; None leaves a cell empty.
 
-    Equal rows give equal bytes. Raises MissingExtraError without openpyxl, and DataError naming the row for text that
-    no cell can hold.
+    Equal rows give equal bytes. Raises MissingExtraError without openpyxl, DataError for text that a cell cannot hold.
     """
     openpyxl = require("openpyxl", "an xlsx file", extra="eval")
     from openpyxl.cell import WriteOnlyCell
 
     if not rows:
-        raise DataError("a spreadsheet without rows; there is nothing to submit")
+        raise DataError("nothing to submit: no rows")
     columns = list(rows[0])
     book = openpyxl.Workbook(write_only=True)
     sheet = book.create_sheet(SHEET)
@@ -147,27 +142,27 @@ def xlsx_bytes(rows: Sequence[Mapping[str, Any]]) -> bytes:
         if not isinstance(value, str):
             return value
         if value != cell_text(value):
-            raise DataError(f"row {number} column {column}: a cell cannot hold {value[:40]!r}; see `cell_text`")
-        made = WriteOnlyCell(sheet, value=value)
-        # A text that opens with "=" would become a formula.
-        made.data_type = "s"
-        return made
+            raise DataError("not representable in a cell; see `cell_text`", record=number, field=column, value=value)
+        created = WriteOnlyCell(sheet, value=value)
+        # Text that starts with "=" would become a formula.
+        created.data_type = "s"
+        return created
 
     sheet.append(columns)
     for number, row in enumerate(rows, start=1):
         sheet.append([cell(row[column], number, column) for column in columns])
     stream = io.BytesIO()
     book.save(stream)
-    return _timeless(stream.getvalue())
+    return _without_timestamps(stream.getvalue())
 
 
-def _timeless(book: bytes) -> bytes:
-    """The file without the time it was made at, which stands in its properties and beside every part."""
+def _without_timestamps(book: bytes) -> bytes:
+    """Replace the creation times in the properties and in the zip entries."""
     out = io.BytesIO()
-    with zipfile.ZipFile(io.BytesIO(book)) as parts, zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as kept:
-        for part in parts.infolist():
-            content = parts.read(part)
+    with zipfile.ZipFile(io.BytesIO(book)) as source, zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as target:
+        for part in source.infolist():
+            content = source.read(part)
             if part.filename == "docProps/core.xml":
-                content = _MADE.sub(rb"\g<1>1980-01-01T00:00:00Z", content)
-            kept.writestr(zipfile.ZipInfo(part.filename, _NO_TIME), content, zipfile.ZIP_DEFLATED)
+                content = _TIMESTAMP.sub(rb"\g<1>1980-01-01T00:00:00Z", content)
+            target.writestr(zipfile.ZipInfo(part.filename, _FIXED_TIME), content, zipfile.ZIP_DEFLATED)
     return out.getvalue()

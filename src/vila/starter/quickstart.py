@@ -88,7 +88,7 @@ def compare_answers(
     before = read_texts(answered, [item.id for item in items])
     benchmark.name = "easy_vqa_int4"
     engine = Engine.load(small, backend="torch")
-    result = run_benchmark(engine, benchmark, out, model=model_hash(small), events=events)
+    result = run_benchmark(engine, benchmark, out, model_id=model_hash(small), events=events)
     assert result is not None
     right = {item.id: (before[item.id] == item.truth, result.predictions[item.id] == item.truth) for item in items}
     return {
@@ -318,7 +318,7 @@ class Quickstart:
         opened = benchmark(self.easy_vqa, questions)
         where = result_dir(self.out / "eval", name, questions)
         return _scores(
-            run_benchmark(self.engine, opened, where, model=model_hash(self.out / "model"), events=self.events)
+            run_benchmark(self.engine, opened, where, model_id=model_hash(self.out / "model"), events=self.events)
         )
 
     def _swapped(self) -> int:
@@ -332,7 +332,7 @@ class Quickstart:
         benchmark.name = "easy_vqa_validation"
         where = self.out / "eval" / benchmark.name
         return _scores(
-            run_benchmark(self.engine, benchmark, where, model=model_hash(self.out / "model"), events=self.events)
+            run_benchmark(self.engine, benchmark, where, model_id=model_hash(self.out / "model"), events=self.events)
         )
 
     def _examples(self) -> dict[str, Any]:

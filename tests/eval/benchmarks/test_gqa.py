@@ -3,7 +3,7 @@
 import pytest
 
 from tests.eval.benchmarks.written import SHORT, VICUNA, answers, jsonl, plain, whole_prompt
-from vila.core.errors import DataError
+from tests.eval.checks import has_note, refused
 from vila.eval.benchmark import BENCHMARKS, Answer
 from vila.eval.benchmarks.gqa import Gqa
 
@@ -99,20 +99,17 @@ def test_the_converted_file_scores_the_same(folder):
 
 def test_missing_answers_are_refused_by_name_and_others_are_noted(folder):
     rows = answers(TEXTS)
-    with pytest.raises(DataError, match=rf"gqa: 2 questions without an answer \({IDS[0]}, {IDS[1]}\)"):
+    with refused("2 questions", IDS[0], IDS[1], field="gqa"):
         Gqa(folder).score(rows[2:])
     result = Gqa(folder).score([*rows[::-1], Answer(int(IDS[7]), "yes"), Answer("5", "yes"), Answer("99", "left out")])
     assert result.score == pytest.approx(100 * 10 / 24)  # the last answer is right
-    assert [note.split(":")[0] for note in result.notes[:2]] == [
-        "1 questions answered more than once, the last answer counts",
-        "2 answers to questions that are not asked, left out",
-    ]
-    with pytest.raises(DataError, match=r"none of 1 answers is to one of its questions \(theirs: 5;"):
+    assert has_note(result.notes, "1 questions") and has_note(result.notes, "2 answers")
+    with refused("5", field="gqa"):
         Gqa(folder).score([Answer("5", "yes")])
 
 
 def test_answers_that_repeat_other_questions_are_refused(folder):
-    with pytest.raises(DataError, match="the rows repeat other questions than this benchmark's"):
+    with refused("Who is she?", field="gqa"):
         Gqa(folder).score(answers(TEXTS, dict.fromkeys(TEXTS, f"Who is she?\n{SHORT}")))
     assert Gqa(folder).score(answers(TEXTS, dict.fromkeys(TEXTS, f"What is it?\n{SHORT}"))).score == pytest.approx(37.5)
 
@@ -131,7 +128,7 @@ def test_distances_of_distributions_by_hand(tmp_path):
     plain(tmp_path / "testdev_balanced_questions.json", alone)
     result = Gqa(tmp_path).score(answers({"7": "x"}))
     assert result.metrics["distribution"] == 0
-    assert "no question belongs to a group: the distance of distributions is 0" in result.notes
+    assert has_note(result.notes, "group", "0")
 
 
 def test_validity_and_plausibility_come_from_the_choices(tmp_path):
@@ -141,14 +138,14 @@ def test_validity_and_plausibility_come_from_the_choices(tmp_path):
     said = answers({"1": "red", "2": "purple", "3": "shape"})
     result = Gqa(tmp_path).score(said)
     assert (result.metrics["validity"], result.metrics["plausibility"]) == (0, 0)
-    assert "no testdev_balanced_choices.json: validity and plausibility are 0" in result.notes[0]
+    assert "testdev_balanced_choices.json" in result.notes[0]
     one = {"valid": ["red", "purple"], "plausible": ["red"]}
     path = plain(tmp_path / "testdev_balanced_choices.json", dict.fromkeys("123", one))
     result = Gqa(tmp_path).score(said)
     # The third is valid and plausible: color, material or shape for questions on what two things have in common.
     assert (result.metrics["validity"], result.metrics["plausibility"]) == pytest.approx((100, 100 * 2 / 3))
     plain(path, {"1": one, "2": {"valid": []}, "3": one})
-    with pytest.raises(DataError, match="choices.json has no 'plausible' answers for question 2"):
+    with refused("plausible", file="testdev_balanced_choices.json", record="question 2"):
         Gqa(tmp_path).score(said)
 
 
@@ -158,7 +155,7 @@ def test_the_detailed_type_is_wanted_with_the_choices_alone(tmp_path):
     plain(tmp_path / "testdev_balanced_questions.json", {"1": row})
     assert Gqa(tmp_path).score(answers({"1": "red"})).score == 100
     plain(tmp_path / "testdev_balanced_choices.json", {"1": {"valid": ["red"], "plausible": ["red"]}})
-    with pytest.raises(DataError, match="questions.json: question 1 lacks types.detailed, which valid answers go by"):
+    with refused(file="testdev_balanced_questions.json", record="question 1", field="types.detailed"):
         Gqa(tmp_path).score(answers({"1": "red"}))
 
 
@@ -185,9 +182,7 @@ def test_annotations_that_lack_something_are_refused(tmp_path, field):
     row = annotation("x")
     del row[field]
     plain(tmp_path / "testdev_balanced_questions.json", {"1": row})
-    with pytest.raises(
-        DataError, match=rf"question 1 lacks '{field}'; is it the file of another release\? .*gqa/download"
-    ):
+    with refused(field, "gqa/download", file="testdev_balanced_questions.json", record="question 1"):
         Gqa(tmp_path).score(answers({"1": "x"}))
 
 
@@ -209,9 +204,9 @@ def test_the_whole_prompt(folder):
 
 
 def test_what_is_missing_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"llava_gqa_testdev_balanced.jsonl is missing; looked for .*eval.zip"):
+    with refused("llava_gqa_testdev_balanced.jsonl", "eval.zip", field="gqa"):
         Gqa(tmp_path)
     jsonl(tmp_path / "llava_gqa_testdev_balanced.jsonl", [{"question_id": "1", "image": "a.jpg", "text": "?"}])
     assert Gqa(tmp_path).items()[0].truth == ""
-    with pytest.raises(DataError, match=r"testdev_balanced_questions.json is missing; looked for .*download.html"):
+    with refused("testdev_balanced_questions.json", "download.html", field="gqa"):
         Gqa(tmp_path).score(answers({"1": "x"}))

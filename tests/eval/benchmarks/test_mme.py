@@ -3,10 +3,10 @@
 import pytest
 
 from tests.eval.benchmarks.written import SHORT, VICUNA, jsonl, whole_prompt
+from tests.eval.checks import has_note, refused
 from vila.core.errors import DataError
 from vila.eval.benchmark import BENCHMARKS, Answer
-from vila.eval.benchmarks.mme import COGNITION, PERCEPTION, Mme
-from vila.eval.metrics.yes_no import read_lmms, read_upstream
+from vila.eval.benchmarks.mme import COGNITION, PERCEPTION, Mme, parse_lmms, parse_upstream
 from vila.eval.predictions import read_answers
 
 # Answers to both questions of a picture, whose truth is Yes and No; how many the original and lmms-eval call right.
@@ -104,24 +104,19 @@ def test_each_pair_is_marked_as_its_rule_says(folder, rows, place, protocol):
 
 
 def test_readings():
-    assert [read_upstream(text) for text in ("Yes.", "none", "", "  no", "   no")] == [
+    assert [parse_upstream(text) for text in ("Yes.", "none", "", "  no", "   no")] == [
         "yes",
         "no",
         "other",
         "no",
         "other",
     ]
-    assert [read_lmms(text) for text in ("Y.", "n", "x", "  no", "n.o")] == ["yes", "no", "other", "no", "no"]
+    assert [parse_lmms(text) for text in ("Y.", "n", "x", "  no", "n.o")] == ["yes", "no", "other", "no", "no"]
 
 
 def test_answers_with_tabs_or_line_breaks_are_noted(folder, rows):
     notes = Mme(folder).score(answers(rows)).notes
-    assert any(
-        note.startswith(
-            "2 answers with tabs or line breaks, which are made spaces (the original stops): existence/0011"
-        )
-        for note in notes
-    )
+    assert has_note(notes, "2 answers", "line breaks", "existence/0011")
 
 
 def test_lmms_eval_reads_answers_with_line_breaks_as_they_are(folder, rows):
@@ -131,24 +126,22 @@ def test_lmms_eval_reads_answers_with_line_breaks_as_they_are(folder, rows):
         for protocol in ("upstream", "lmms-eval")
     }
     assert [question_scores[protocol].value for protocol in ("upstream", "lmms-eval")] == [1, 0]
-    assert question_scores["lmms-eval"].rule == "read as other"
+    assert question_scores["lmms-eval"].rule == "parsed as other"
 
 
 def test_pairs_belong_to_pictures_wherever_they_stand(folder, rows):
     shuffled = rows[::2] + rows[1::2]
     result = Mme(folder).score(answers(shuffled))
     assert result.score == pytest.approx(162.5)
-    assert any(
-        "do not stand together in existence, code_reasoning: the original, which pairs" in n for n in result.notes
-    )
-    assert not any("do not stand together" in note for note in Mme(folder).score(answers(rows)).notes)
+    assert has_note(result.notes, "not adjacent", "existence, code_reasoning")
+    assert not has_note(Mme(folder).score(answers(rows)).notes, "not adjacent")
 
 
 def test_pictures_without_answers_are_not_counted_but_said(folder, rows):
     result = Mme(folder).score(answers(rows[2:]))
     # Without the first picture: 13 of 22 and 5 of 11; artwork's 50 besides.
     assert result.score == pytest.approx(100 * 13 / 22 + 100 * 5 / 11 + 50)
-    assert "1 images without answers, not counted: existence/0000" in result.notes
+    assert has_note(result.notes, "1 images without answers", "existence/0000")
 
 
 def test_lmms_eval_counts_an_image_without_answers_as_wrong(folder, rows):
@@ -160,14 +153,12 @@ def test_lmms_eval_counts_an_image_without_answers_as_wrong(folder, rows):
 
 
 def test_half_a_pair_is_refused(folder, rows):
-    with pytest.raises(
-        DataError, match=r"mme: 1 pictures whose two questions are not answered equally often: existence/0000 "
-    ):
+    with refused("1 images", "existence/0000 ", field="mme"):
         Mme(folder).score(answers(rows[1:]))
     # An even number of rows, which the original would pair wrongly without a word.
-    with pytest.raises(DataError, match=r"existence/0000 \(1\), existence/0001 \(1\)"):
+    with refused("existence/0000 (1), existence/0001 (1)"):
         Mme(folder).score(answers(rows[1:3] + rows[4:]))
-    with pytest.raises(DataError, match=r"existence/0000 \(2\)"):
+    with refused("existence/0000 (2)"):
         Mme(folder).score(answers([rows[0], rows[0], *rows[2:]]))
 
 
@@ -175,9 +166,9 @@ def test_a_pair_given_twice_counts_twice_or_is_refused(folder, rows):
     again = answers(rows[:2] + rows)
     result = Mme(folder).score(again)
     assert result.metrics["by_category"]["existence"]["score"] == pytest.approx(100 * 17 / 26 + 100 * 7 / 13)
-    assert "1 pictures are answered more than once and count as often: existence/0000" in result.notes
+    assert has_note(result.notes, "1 images", "existence/0000")
     assert len({mark.id for mark in result.question_scores}) == len(result.question_scores)
-    with pytest.raises(DataError, match="mme: 1 pictures are answered more than once: existence/0000"):
+    with refused("1 images", "existence/0000", field="mme"):
         Mme(folder).score(again, "lmms-eval")
 
 
@@ -186,7 +177,7 @@ def test_missing_categories_are_reported(folder, rows):
     assert result.metrics["missing_categories"] == [
         name for name in (*PERCEPTION, *COGNITION) if name not in ("existence", "artwork", "code_reasoning")
     ]
-    assert any("give no points (the original stops): count, position" in note for note in result.notes)
+    assert has_note(result.notes, "categories", ": count, position")
 
 
 def test_a_category_of_other_answers_only_is_zero_and_said(folder, rows):
@@ -194,24 +185,24 @@ def test_a_category_of_other_answers_only_is_zero_and_said(folder, rows):
         row["text"] = "perhaps"
     result = Mme(folder).score(answers(rows))
     assert result.metrics["cognition"] == 0
-    assert "code_reasoning: no answer says yes or no; 0 points, where the original stops" in result.notes
+    assert has_note(result.notes, "code_reasoning: ")
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         ({"question_id": "existence/9999.png"}, "existence/9999.png"),
-        ({"question_id": 7}, "7 .'Is this"),
+        ({"question_id": 7}, "7 ('Is this"),
         ({"question_id": "n161313"}, "n161313"),
         ({"prompt": "What colour is it?"}, "'What colour is it"),
-        ({"prompt": ""}, "or repeat no prompt"),
+        ({"prompt": ""}, "no prompt"),
         ({"question_id": "eval_tool/0000.png"}, "eval_tool/0000.png"),
     ],
     ids=["unknown picture", "number", "another benchmark's", "another question", "no prompt", "no category"],
 )
 def test_answers_to_no_question_of_mme_are_named(folder, rows, change, said):
     rows[0].update(change)
-    with pytest.raises(DataError, match=rf"mme: 1 answers are to questions that .* does not have.*{said}"):
+    with refused("1 answers", said, field="mme"):
         Mme(folder).score(answers(rows))
 
 
@@ -224,7 +215,7 @@ def test_both_forms_of_the_prompt_find_their_question(folder, rows):
 
 def test_an_original_file_is_read(folder, rows, tmp_path):
     path = jsonl(tmp_path / "mme.jsonl", rows)
-    assert Mme(folder / "MME").score(read_answers(path).rows).score == pytest.approx(162.5)
+    assert Mme(folder / "MME").score(read_answers(path).answers).score == pytest.approx(162.5)
 
 
 @pytest.mark.parametrize(
@@ -238,9 +229,9 @@ def test_a_line_of_the_release_that_is_no_question_is_named(folder, rows, line):
 
 
 def test_missing_files_are_named_with_their_source(tmp_path, folder):
-    with pytest.raises(DataError, match=r"MME: MME_Benchmark_release_version is missing; .*BradyFU"):
+    with refused("MME_Benchmark_release_version", "BradyFU"):
         Mme(tmp_path / "nowhere")
-    with pytest.raises(DataError, match=r"MME: llava_mme.jsonl is missing; .*eval.zip"):
+    with refused("llava_mme.jsonl", "eval.zip"):
         Mme(folder).items()
 
 
@@ -273,4 +264,4 @@ def test_a_limited_benchmark_scores_what_it_asks(asking, rows):
     assert len(benchmark.items()) == 4  # whole pictures
     result = benchmark.score(answers(rows[:4]))
     assert result.score == 200
-    assert not any("without answers, not counted" in note for note in result.notes)
+    assert not has_note(result.notes, "without answers")

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from tests.eval.benchmarks.written import SHORT, VICUNA, answers, jsonl, whole_prompt
-from vila.core.errors import DataError
+from tests.eval.checks import has_note, refused
 from vila.eval.benchmark import BENCHMARKS, Answer
 from vila.eval.benchmarks.pope import Pope
 
@@ -153,14 +153,14 @@ def test_shuffled_answers_score_the_same_and_it_is_told(folder):
     result = Pope(folder / "pope").score(rows)
     assert result.score == Pope(folder).score(given()).score
     assert len(result.notes) == 1
-    assert "in another order than the questions: the original, which pairs them with labels by place" in result.notes[0]
+    assert "order" in result.notes[0]
 
 
 def test_missing_answers_do_not_count_and_are_named(folder):
     rows = [row for row in given() if row.question_id != FIRST["random"] + 7]
     result = Pope(folder).score(rows)
     assert result.metrics["by_category"]["random"]["f1"] == pytest.approx(2 * 0.6 / 1.6)  # precision 3/5, recall 1
-    assert result.notes[0] == "1 questions without an answer, not counted: 10000008"
+    assert has_note(result.notes[:1], "1 questions", ": 10000008")
     assert len(result.notes) == 1  # the last of its file: none after it moved up
     assert len(Pope(folder).score(given()[1:]).notes) == 2
 
@@ -168,28 +168,26 @@ def test_missing_answers_do_not_count_and_are_named(folder):
 def test_a_category_without_answers_is_told(folder):
     result = Pope(folder).score(given()[:16])
     assert result.score == pytest.approx(100 * (4 / 9 + 1 / 2) / 2)
-    assert "no answers in the category random: it is not part of the mean" in result.notes
+    assert has_note(result.notes, "category random")
 
 
 def test_the_last_of_several_answers_counts(folder):
     result = Pope(folder).score([*given(), Answer(8, "Yes")])
     assert result.metrics["by_category"]["adversarial"]["tp"] == 3
-    assert result.notes[0] == "1 questions answered more than once, the last answer counts: 8"
+    assert has_note(result.notes[:1], "1 questions", ": 8")
 
 
 def test_never_yes_gives_nought_and_a_note(folder):
     result = Pope(folder).score([Answer(row.question_id, "no") for row in given()])
     assert result.score == 0
-    assert result.notes[0] == "adversarial: no true yes was found, so that F1 is not defined; it counts as 0"
+    assert has_note(result.notes[:1], "adversarial: ", "F1")
 
 
 def test_answers_of_another_benchmark_are_refused(folder):
-    with pytest.raises(DataError, match=r"1 answers are to questions that llava_pope_test.jsonl does not have: 9"):
+    with refused("1 answers", "llava_pope_test.jsonl", ": 9", field="pope"):
         Pope(folder).score([*given(), Answer(9, "yes")])
     vizwiz = [Answer(number, "yes", f"What is this?\n{SHORT}", f"v.jsonl line {number}") for number in range(1, 9)]
-    with pytest.raises(
-        DataError, match=r"v.jsonl line 1 with question_id 1 has 'What is this\?.* here it is 'Is there a dog"
-    ):
+    with refused("question_id 1", "'What is this?", "'Is there a dog", file="v.jsonl line 1", field="pope"):
         Pope(folder).score(vizwiz)
 
 
@@ -198,19 +196,19 @@ def test_label_files_of_another_release_are_refused(folder):
     whole = path.read_text()
     more = whole + whole.splitlines()[0] + "\n"
     path.write_text(more)
-    with pytest.raises(DataError, match=r"random.json: 9 labels for the 8 random questions .*another release.*e3e3926"):
+    with refused("9 labels", "8 random questions", "e3e3926", file=path.name):
         Pope(folder).score(given())
     path.write_text(whole.replace("a dog", "a horse"))
-    with pytest.raises(DataError, match="no label for question 10000001, 'Is there a dog in the image"):
+    with refused("'Is there a dog in the image", file=path.name, record="question 10000001"):
         Pope(folder).score(given())
     path.write_text(whole.replace('"label"', '"answer"'))
-    with pytest.raises(DataError, match=r"random.json line 1: lacks label"):
+    with refused(file=path.name, record="line 1", field="label"):
         Pope(folder).score(given())
     path.write_text(whole[:-10])
-    with pytest.raises(DataError, match=r"random.json, line 8: not JSON"):
+    with refused(file=path.name, record="line 8"):
         Pope(folder).score(given())
     path.unlink()
-    with pytest.raises(DataError, match=r"coco_pope_random.json is missing; looked for .*e3e3926"):
+    with refused("coco_pope_random.json", "e3e3926", field="pope"):
         Pope(folder).score(given())
 
 
@@ -239,5 +237,5 @@ def test_a_few_pictures_are_scored_alone(folder):
 def test_questions_are_asked_without_labels(tmp_path):
     jsonl(tmp_path / "llava_pope_test.jsonl", [question("random", 0)])
     assert [item.truth for item in Pope(tmp_path).items()] == [""]
-    with pytest.raises(DataError, match=r"llava_pope_test.jsonl is missing"):
+    with refused("llava_pope_test.jsonl", field="pope"):
         Pope(tmp_path / "pope")

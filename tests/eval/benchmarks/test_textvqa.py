@@ -3,7 +3,7 @@
 import pytest
 
 from tests.eval.benchmarks.written import SHORT, VICUNA, jsonl, plain, whole_prompt
-from vila.core.errors import DataError
+from tests.eval.checks import refused
 from vila.eval.benchmark import BENCHMARKS, Answer
 from vila.eval.benchmarks.textvqa import TextVqa, question_of
 
@@ -85,12 +85,9 @@ def test_a_repeated_row_counts_again_and_a_missing_one_not_at_all(folder):
     rows = [*given()[1:], given()[5], given()[5]]
     result = TextVqa(folder / "textvqa").score(rows)
     assert result.score == pytest.approx(100 * (POINTS - 1) / 23)
-    assert [note.split(":")[0] for note in result.notes] == [
-        "1 questions without an answer, not counted, as in the original",
-        "1 questions answered more than once, each answer counts",
-    ]
+    assert [note.partition(" ")[0] for note in result.notes] == ["1", "1"]
     assert len({mark.id for mark in result.question_scores}) == 23
-    with pytest.raises(DataError, match=r"1 have none \(0000000000000000/what does sign 0 say\?\), 1 have several"):
+    with refused("0000000000000000/what does sign 0 say?", field="textvqa"):
         TextVqa(folder).score(rows, "lmms-eval")
 
 
@@ -119,35 +116,32 @@ def test_the_question_is_read_from_every_form_of_the_prompt(text, question):
     ],
 )
 def test_another_prompt_is_refused(folder, text):
-    with pytest.raises(DataError, match="a.jsonl line 1: no question can be read from the prompt"):
+    with refused(file="a.jsonl line 1", value=text):
         TextVqa(folder).score([Answer(picture(0), "x", text, "a.jsonl line 1")])
 
 
 def test_unknown_questions_are_refused_by_name(folder):
-    with pytest.raises(DataError, match=r"line 9: no question 'who\?' about image 0+1 in TextVQA_0.5.1_val.json"):
+    with refused("'who?'", picture(1), "TextVQA_0.5.1_val.json", file="line 9", field="textvqa"):
         TextVqa(folder).score([*given(), Answer(picture(1), "x", f"Who?\n{SHORT}", "line 9")])
-    with pytest.raises(DataError, match="another benchmark or split, or is the annotation file of another release"):
+    with refused("77", field="textvqa"):
         TextVqa(folder).score([Answer(77, "x", f"{words(1)}\n{SHORT}")])
-    with pytest.raises(DataError, match="no answers were given"):
+    with refused(field="textvqa"):
         TextVqa(folder).score([])
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "record", "field"),
     [
-        (
-            lambda row: row.pop("answers"),
-            r"row 1: lacks answers; is it the file of another release, or of the test split",
-        ),
-        (lambda row: row.update(answers=[]), r"row 1: question 'What does sign 0 say\?' has no readable answers"),
-        (lambda row: row["answers"].pop(), "9 answers to 0000000000000000/what does sign 0 say.*defined for 10"),
+        (lambda row: row.pop("answers"), "row 1", "answers"),
+        (lambda row: row.update(answers=[]), "row 1", "answers"),
+        (lambda row: row["answers"].pop(), "question 0000000000000000/what does sign 0 say?", None),
     ],
 )
-def test_annotations_that_lack_something_are_refused(tmp_path, change, message):
+def test_annotations_that_lack_something_are_refused(tmp_path, change, record, field):
     row = annotation(0, {"x": 10})
     change(row)
     plain(tmp_path / "TextVQA_0.5.1_val.json", {"data": [row]})
-    with pytest.raises(DataError, match=message):
+    with refused(file="TextVQA_0.5.1_val.json", record=record, field=field):
         TextVqa(tmp_path).score(given()[:1])
 
 
@@ -178,10 +172,10 @@ def test_items_are_known_by_picture_and_question(folder):
 
 
 def test_missing_files_are_named(tmp_path):
-    with pytest.raises(DataError, match=r"llava_textvqa_val_v051_ocr.jsonl is missing; looked for .*eval.zip"):
+    with refused("llava_textvqa_val_v051_ocr.jsonl", "eval.zip", field="textvqa"):
         TextVqa(tmp_path)
     jsonl(
         tmp_path / "llava_textvqa_val_v051_ocr.jsonl", [{"question_id": "a", "image": "a.jpg", "text": f"Q\n{SHORT}"}]
     )
-    with pytest.raises(DataError, match=r"TextVQA_0.5.1_val.json is missing; .*dl.fbaipublicfiles.com"):
+    with refused("TextVQA_0.5.1_val.json", "dl.fbaipublicfiles.com", field="textvqa"):
         TextVqa(tmp_path).score([Answer("a", "x", f"Q\n{SHORT}")])

@@ -1,9 +1,9 @@
-"""easy-VQA: one coloured shape in a 64 x 64 picture, 13 answers.
+"""easy-VQA: questions about one coloured shape in a 64 x 64 image, 13 possible answers.
 
-    ["what color is the shape?", "teal", 7]     and     test/images/7.png
+    test/questions.json    [["what color is the shape?", "teal", 7], ...]: question, answer, image id
+    test/images/7.png
 
-Exact match of the whole answer. Reported by kind of question, beside what the majority answer and the best blind
-guess (the most frequent answer to each question's wording, over the test set itself) reach.
+Reported with two baselines: the most frequent answer, and the most frequent answer to each question text.
 """
 
 from __future__ import annotations
@@ -16,45 +16,46 @@ from typing import Any
 from vila.core.errors import DataError
 from vila.core.reading import read_json
 from vila.core.types import Image, Message
+from vila.eval.annotations import format_ids, group_items
 from vila.eval.benchmark import (
     Answer,
+    Benchmark,
     BenchmarkResult,
     Item,
     QuestionScore,
     ScoringProtocol,
-    answers_by_item,
     exact_match,
 )
 
 
-class EasyVqa:
-    """The questions of one split of an easy-VQA folder."""
+class EasyVqa(Benchmark):
+    """easy-VQA: exact-match accuracy of answers about coloured shapes."""
 
     name = "easy_vqa"
     max_new_tokens = 8
 
     def __init__(self, folder: Path, limit: int = 0, split: str = "test") -> None:
-        """limit: take about this many questions, whole pictures at a time; 0 takes all."""
+        """split: `test` or `train`. limit: approximate number of questions, whole images only; 0: all."""
         path = folder / split / "questions.json"
         if not path.is_file():
             raise DataError(
-                f"{path}: missing; expected an easy-VQA folder with {split}/questions.json and {split}/images/"
+                "no such file",
+                file=path,
+                expected=f"an easy-VQA folder with {split}/questions.json and {split}/images/",
             )
-        self._items = _items(path, read_json(path))
-        if limit:
-            self.keep(_first_groups(self._items, limit))
+        self._items = group_items(_items(path, read_json(path)), limit)
 
     def items(self) -> Sequence[Item]:
-        """The questions, picture by picture."""
+        """Return the questions by image."""
         return self._items
 
     def keep(self, groups: Collection[str]) -> None:
-        """Keep only the questions about these pictures."""
+        """Keep only the questions of these groups (images)."""
         self._items = [item for item in self._items if item.group in groups]
 
     def score(self, answers: Sequence[Answer], protocol: ScoringProtocol = "upstream") -> BenchmarkResult:
-        """Accuracy in all and by kind, 0..1 in the figures, with the majority's and the best blind guess beside."""
-        predictions = answers_by_item(self.name, answers, self._items)
+        """Return the accuracy in percent; the metrics have it by category as fractions, with the baselines."""
+        predictions = _answers_by_item(self.name, answers, self._items)
         by_category: dict[str, list[Item]] = defaultdict(list)
         for item in self._items:
             by_category[item.category].append(item)
@@ -71,13 +72,34 @@ class EasyVqa:
         return BenchmarkResult(100 * whole["accuracy"], "%", metrics, tuple(question_scores))
 
     def _row(self, items: Sequence[Item], predictions: Mapping[str, str]) -> dict[str, float]:
-        right = sum(exact_match(predictions[item.id], item.truth) for item in items)
+        correct = sum(exact_match(predictions[item.id], item.truth) for item in items)
         return {
-            "accuracy": right / len(items),
-            "majority": _best_constant(item.truth for item in items) / len(items),
-            "blind": _best_blind(items) / len(items),
+            "accuracy": correct / len(items),
+            "majority": _majority_count(item.truth for item in items) / len(items),
+            "blind": _blind_count(items) / len(items),
             "count": len(items),
         }
+
+
+def _answers_by_item(name: str, answers: Sequence[Answer], items: Sequence[Item]) -> dict[str, str]:
+    """Return the answers by item id. Raises DataError with ids unless every item has exactly one."""
+    known = {str(item.id if item.question_id is None else item.question_id): item.id for item in items}
+    texts: dict[str, str] = {}
+    for answer in answers:
+        key = answer.id or known.get(str(answer.question_id), str(answer.question_id))
+        if key in texts:
+            raise DataError(f"second answer to question {key}", file=answer.location or None, field=name)
+        texts[key] = answer.text
+    expected = {item.id for item in items}
+    missing, unknown = sorted(expected - texts.keys()), sorted(texts.keys() - expected)
+    problems = [
+        f"{len(ids)} {what} ({format_ids(ids)})"
+        for ids, what in ((missing, "questions without an answer"), (unknown, "answers to unknown questions"))
+        if ids
+    ]
+    if problems:
+        raise DataError("; ".join(problems), field=name)
+    return texts
 
 
 def _items(path: Path, rows: Any) -> list[Item]:
@@ -86,20 +108,18 @@ def _items(path: Path, rows: Any) -> list[Item]:
     items = []
     for number, row in enumerate(rows):
         if not (isinstance(row, list) and len(row) == 3 and all(isinstance(text, str) for text in row[:2])):
-            raise DataError(f"{path} row {number + 1}: expected [question, answer, image_id], got {str(row)[:80]!r}")
+            raise DataError(file=path, record=f"row {number + 1}", value=row, expected="[question, answer, image_id]")
         question, answer, image_id = row
         if not question.strip("? "):
             raise DataError("the question is empty", file=path, record=f"row {number + 1}", value=question)
-        picture = path.parent / "images" / f"{image_id}.png"
-        messages = (Message.of("user", Image(picture), question),)
-        items.append(Item(f"{image_id}/{number}", messages, answer, str(image_id), kind_of(question)))
-    # Questions of one picture together, pictures in order of first appearance.
-    order = {group: place for place, group in enumerate(dict.fromkeys(item.group for item in items))}
-    return sorted(items, key=lambda item: order[item.group])
+        image = path.parent / "images" / f"{image_id}.png"
+        messages = (Message.of("user", Image(image), question),)
+        items.append(Item(f"{image_id}/{number}", messages, answer, str(image_id), category_of(question)))
+    return items
 
 
-def kind_of(question: str) -> str:
-    """`what shape`, `what color`, or `yes/no` about shape or colour."""
+def category_of(question: str) -> str:
+    """Return `what shape`, `what color`, `yes/no shape` or `yes/no color`."""
     words = question.lower().rstrip("?").split()
     about = "color" if "color" in words or set(words) & _COLOURS else "shape"
     if words[0] == "what":
@@ -110,20 +130,11 @@ def kind_of(question: str) -> str:
 _COLOURS = {"black", "blue", "brown", "gray", "green", "red", "teal", "yellow"}
 
 
-def _first_groups(items: Sequence[Item], limit: int) -> set[str]:
-    kept: set[str] = set()
-    for count, item in enumerate(items):
-        if count >= limit and item.group not in kept:
-            break
-        kept.add(item.group)
-    return kept
-
-
-def _best_constant(truths: Iterable[str]) -> int:
+def _majority_count(truths: Iterable[str]) -> int:
     return Counter(truths).most_common(1)[0][1]
 
 
-def _best_blind(items: Sequence[Item]) -> int:
+def _blind_count(items: Sequence[Item]) -> int:
     by_question: dict[str, Counter[str]] = defaultdict(Counter)
     for item in items:
         by_question[item.messages[-1].text][item.truth] += 1

@@ -1,42 +1,43 @@
-"""GQA: compositional questions on scene graphs, one true answer each (Hudson and Manning, CVPR 2019).
+"""GQA: compositional questions about images, one reference answer each (Hudson and Manning, CVPR 2019).
 
-    llava_gqa_testdev_balanced.jsonl        what is asked; 12,578 questions about 398 pictures
-    testdev_balanced_questions.json         {"201307251": {"question": ..., "answer": "no", "isBalanced": true, ...}}
-    testdev_balanced_choices.json           {"201307251": {"valid": [...], "plausible": [...]}}; need not be there
+    llava_gqa_testdev_balanced.jsonl    questions: 12,578 about 398 images
+    testdev_balanced_questions.json     {"201307251": {"question": ..., "answer": "no", "isBalanced": true, ...}}
+    testdev_balanced_choices.json       {"201307251": {"valid": [...], "plausible": [...]}}; optional
 
-They lie in `gqa/`, where VILA has them, or in `gqa/data/`, where LLaVA has them.
+The files are in `gqa/`, as in VILA, or in `gqa/data/`, as in LLaVA.
 """
 
 from __future__ import annotations
 
 import string
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from vila.core.errors import DataError
 from vila.core.reading import read_json
+from vila.eval.annotation_files import OTHER_RELEASE
 from vila.eval.annotations import (
     build_items,
     check_all_answered,
+    check_fields,
     check_prompts,
-    field_problem,
     find_file,
     find_optional,
     image_folder,
     match_answers,
     read_questions,
 )
-from vila.eval.benchmark import Answer, BenchmarkResult, Item, QuestionScore, ScoringProtocol
+from vila.eval.benchmark import Answer, Benchmark, BenchmarkResult, Item, QuestionScore, ScoringProtocol, percent
 
-_ASKED = "llava_gqa_testdev_balanced.jsonl"
+_QUESTIONS = "llava_gqa_testdev_balanced.jsonl"
 _TRUTHS = ("testdev_balanced_questions.json", "data/testdev_balanced_questions.json")
 _CHOICES = ("testdev_balanced_choices.json", "data/testdev_balanced_choices.json")
 _GQA = "https://cs.stanford.edu/people/dorarad/gqa/download.html (questions 1.2)"
 _NO_STEPS = ("exist", "query: name", "choose name")
-"""Operations that end a program without being a step of reasoning."""
+"""Final operations of a program, which do not count as reasoning steps."""
 _BY = {
     "by_structural_type": lambda row: row["types"]["structural"],
     "by_semantic_type": lambda row: row["types"]["semantic"],
@@ -45,8 +46,8 @@ _BY = {
 }
 
 
-class Gqa:
-    """The balanced test-dev questions."""
+class Gqa(Benchmark):
+    """GQA balanced test-dev: accuracy of short answers to compositional questions."""
 
     name = "gqa"
     max_new_tokens = 128
@@ -54,15 +55,15 @@ class Gqa:
     def __init__(self, folder: Path, limit: int = 0) -> None:
         self._folder, self._limit = folder, limit
         if find_optional(folder, self.name, *_TRUTHS) is None:
-            find_file(folder, self.name, _ASKED)
+            find_file(folder, self.name, _QUESTIONS)
 
     def items(self) -> Sequence[Item]:
-        """The questions, picture by picture; their true answers where those are there."""
+        """Return the questions by image, with reference answers if their file exists."""
         return self._items
 
     @cached_property
     def _items(self) -> list[Item]:
-        questions = read_questions(find_file(self._folder, self.name, _ASKED))
+        questions = read_questions(find_file(self._folder, self.name, _QUESTIONS))
         truths = {}
         if find_optional(self._folder, self.name, *_TRUTHS):
             truths = {key: row["answer"] for key, row in self._truths.items()}
@@ -71,32 +72,32 @@ class Gqa:
 
     @cached_property
     def _truths(self) -> dict[str, Any]:
-        """The balanced questions by id."""
-        path = find_file(self._folder, self.name, *_TRUTHS, obtain=_GQA)
+        """Annotations of the balanced questions by id."""
+        path = find_file(self._folder, self.name, *_TRUTHS, source=_GQA)
         rows = read_json(path)
         if not isinstance(rows, dict) or not rows:
-            raise DataError(f"{path}: expected questions by id")
+            raise DataError(file=path, value=rows, expected="an object with questions by id")
         for key, row in rows.items():
             _check(path, key, row)
         return {key: row for key, row in rows.items() if row["isBalanced"]}
 
     def score(self, answers: Sequence[Answer], protocol: ScoringProtocol = "upstream") -> BenchmarkResult:
-        """Accuracy in percent over the balanced questions.
+        """Return the accuracy in percent over the balanced questions.
 
-        upstream:  equality after full stops at the end are cut and letters made small; GQA's other figures beside.
-        lmms-eval: equality without ASCII punctuation and case.
-        Raises DataError naming the questions without an answer, as the original does.
+        upstream:  exact match of the lower-case answer without trailing full stops; also GQA's further metrics.
+        lmms-eval: exact match ignoring case and ASCII punctuation.
+        Raises DataError naming the questions without an answer; the original script fails for them.
         """
         truths = self._truths
         if self._limit:
             truths = {item.id: truths[item.id] for item in self._items if item.id in truths}
-        joined = match_answers(self.name, answers, truths)
+        matched = match_answers(self.name, answers, truths)
         check_prompts(self.name, answers, {key: row["question"] for key, row in truths.items()})
-        check_all_answered(self.name, joined, "GQA is scored over all balanced questions")
-        prepared = _lmms if protocol == "lmms-eval" else _converted
-        predictions = {key: prepared(joined.texts[key]) for key in truths}
+        check_all_answered(self.name, matched, "GQA needs an answer to every balanced question")
+        normalize = _normalize_lmms if protocol == "lmms-eval" else _normalize_upstream
+        predictions = {key: normalize(matched.texts[key]) for key in truths}
         right = {
-            key: predictions[key] == (_lmms(row["answer"]) if protocol == "lmms-eval" else row["answer"])
+            key: predictions[key] == (_normalize_lmms(row["answer"]) if protocol == "lmms-eval" else row["answer"])
             for key, row in truths.items()
         }
         question_scores = tuple(
@@ -105,67 +106,60 @@ class Gqa:
                 float(right[key]),
                 str(row.get("imageId", "")),
                 row["types"]["structural"],
-                joined.texts[key],
+                matched.texts[key],
                 row["answer"],
             )
             for key, row in truths.items()
         )
-        notes = joined.notes()
-        metrics = {"questions": len(truths), "accuracy": _percent(right.values()), **_by_kind(truths, right)}
+        notes = matched.notes()
+        metrics = {"questions": len(truths), "accuracy": percent(right.values()), **_by_type(truths, right)}
         if protocol == "upstream":
-            more, said = self._official_figures(truths, predictions)
-            metrics, notes = {**metrics, **more}, [*notes, *said]
+            more, more_notes = self._official_metrics(truths, predictions)
+            metrics, notes = {**metrics, **more}, [*notes, *more_notes]
         return BenchmarkResult(metrics["accuracy"], "%", metrics, question_scores, tuple(notes))
 
-    def _official_figures(
+    def _official_metrics(
         self, truths: Mapping[str, Any], predictions: Mapping[str, str]
     ) -> tuple[dict[str, float], list[str]]:
         notes = []
         path = find_optional(self._folder, self.name, *_CHOICES)
         choices: Any = read_json(path) if path else None
         if path is None:
-            notes.append(
-                "no testdev_balanced_choices.json: validity and plausibility are 0, as the original prints them"
-            )
+            notes.append("no testdev_balanced_choices.json: validity and plausibility are 0, as in the original script")
         metrics = {
-            name: _percent(
-                bool(choices) and _belongs(predictions[key], choices, key, kind, row) for key, row in truths.items()
+            name: percent(
+                bool(choices) and _is_choice(predictions[key], choices, key, kind, row) for key, row in truths.items()
             )
             for name, kind in (("validity", "valid"), ("plausibility", "plausible"))
         }
         grouped = [(row["groups"]["global"], row["answer"], predictions[key]) for key, row in truths.items()]
         grouped = [one for one in grouped if one[0] is not None]
         if not grouped:
-            notes.append("no question belongs to a group: the distance of distributions is 0")
+            notes.append("no question has a group: the distribution distance is 0")
         return {**metrics, "distribution": _distribution(grouped)}, notes
 
 
-def _converted(text: str) -> str:
+def _normalize_upstream(text: str) -> str:
     return text.rstrip(".").lower()
 
 
-def _lmms(text: str) -> str:
+def _normalize_lmms(text: str) -> str:
     return text.strip().lower().translate(str.maketrans("", "", string.punctuation))
 
 
-def _percent(right: Iterable[bool]) -> float:
-    values = list(right)
-    return 100 * sum(values) / len(values) if values else 0.0
-
-
-def _by_kind(truths: Mapping[str, Any], right: Mapping[str, bool]) -> dict[str, Any]:
-    """Accuracy and number of questions for open and yes/no-like questions, types, steps and lengths."""
+def _by_type(truths: Mapping[str, Any], right: Mapping[str, bool]) -> dict[str, Any]:
+    """Return accuracy and number of questions by answer form, question type, reasoning steps and length."""
     query = {key: row["types"]["structural"] == "query" for key, row in truths.items()}
     out: dict[str, Any] = {
-        "binary": _percent(right[key] for key in truths if not query[key]),
-        "open": _percent(right[key] for key in truths if query[key]),
+        "binary": percent(right[key] for key in truths if not query[key]),
+        "open": percent(right[key] for key in truths if query[key]),
     }
-    for name, kind_of in _BY.items():
+    for name, value_of in _BY.items():
         rows: dict[Any, list[bool]] = defaultdict(list)
         for key, row in truths.items():
-            rows[kind_of(row)].append(right[key])
+            rows[value_of(row)].append(right[key])
         out[name] = {
-            str(kind): {"accuracy": _percent(values), "questions": len(values)} for kind, values in sorted(rows.items())
+            str(kind): {"accuracy": percent(values), "questions": len(values)} for kind, values in sorted(rows.items())
         }
     return out
 
@@ -175,18 +169,18 @@ def _steps(row: Mapping[str, Any]) -> int:
     return sum(not any(last in operation for last in _NO_STEPS) for operation in operations)
 
 
-def _belongs(prediction: str, choices: Any, key: str, kind: str, row: Mapping[str, Any]) -> bool:
+def _is_choice(prediction: str, choices: Any, key: str, kind: str, row: Mapping[str, Any]) -> bool:
     try:
         group = choices[key][kind]
     except (KeyError, TypeError) as error:
-        raise DataError(f"gqa: {Path(_CHOICES[0]).name} has no {kind!r} answers for question {key}") from error
+        raise DataError(f"no {kind!r} answers", file=_CHOICES[0], record=f"question {key}") from error
     if "detailed" not in row["types"]:
-        raise DataError(f"gqa: {_TRUTHS[0]}: question {key} lacks types.detailed, which {kind} answers go by")
+        raise DataError("missing", file=_TRUTHS[0], record=f"question {key}", field="types.detailed")
     return prediction in (("color", "material", "shape") if "Common" in row["types"]["detailed"] else group)
 
 
 def _distribution(grouped: Sequence[tuple[str, str, str]]) -> float:
-    """Chi-square distance of predicted from true answers: mean over groups by their size, divided by 100."""
+    """Return the chi-square distance of predicted and reference answers: size-weighted mean over groups / 100."""
     gold: dict[str, Counter[str]] = defaultdict(Counter)
     predicted: dict[str, Counter[str]] = defaultdict(Counter)
     for group, truth, prediction in grouped:
@@ -201,16 +195,16 @@ def _distribution(grouped: Sequence[tuple[str, str, str]]) -> float:
 
 
 def _check(path: Path, key: str, row: Any) -> None:
+    record, hint = f"question {key}", f"{OTHER_RELEASE} Download it from {_GQA}"
     try:
-        complete = isinstance(row["isBalanced"], bool) and isinstance(row["answer"], str)
-        complete = complete and isinstance(row["question"], str) and bool(row["types"]["structural"])
-        _ = row["types"]["semantic"], row["groups"]["global"], _steps(row)
-        odd = field_problem(row["types"], structural=str, semantic=str, detailed=str)
-        odd = odd or field_problem(row["groups"], **{"global": (str, type(None))})
+        missing = [name for name in ("isBalanced", "answer", "question") if name not in row]
+        _ = row["types"]["semantic"], row["types"]["structural"], row["groups"]["global"], _steps(row)
     except (KeyError, TypeError) as error:
-        raise DataError(
-            f"{path}: question {key} lacks {error}; is it the file of another release? It comes from {_GQA}"
-        ) from error
-    if not complete or odd:
-        wrong = odd or "no question, answer or isBalanced that can be read"
-        raise DataError(f"{path}: question {key}: {wrong}; is it the file of another release? It comes from {_GQA}")
+        raise DataError(f"lacks {error}", file=path, record=record, hint=hint) from error
+    if missing:
+        raise DataError("missing", file=path, record=record, field=missing[0], hint=hint)
+    if not isinstance(row["isBalanced"], bool):
+        raise DataError(file=path, record=record, field="isBalanced", value=row["isBalanced"], expected="true or false")
+    check_fields(row, path, record, hint=hint, answer=str, question=str)
+    check_fields(row["types"], path, record, hint=hint, structural=str, semantic=str, detailed=str)
+    check_fields(row["groups"], path, record, hint=hint, **{"global": (str, type(None))})

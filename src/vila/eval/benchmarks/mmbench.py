@@ -1,11 +1,11 @@
-"""MMBench: up to four options, every question asked once for each rotation of them (Liu et al., ECCV 2024).
+"""MMBench: up to four options, each question repeated with rotated options (Liu et al., ECCV 2024).
 
     mmbench_dev_20230712.tsv    index, question, hint, A, B, C, D, answer, category, image (base64), source,
                                 l2-category, comment, split; 4,377 rows
 
-Row index + k * 1,000,000 holds the options of question `index` rotated k times. A question is right when all of its
-rotations are. The server decides, with ChatGPT for answers that name no option plainly; the score given here is that
-of a static matcher that stands in for it.
+Row index + k * 1,000,000 has the options of question `index` rotated k times; a question is correct if all its
+rotations are. The official score comes from a server, which asks ChatGPT about answers that name no option clearly; the
+score here is that of a static matcher.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from vila.core.errors import DataError
 from vila.core.types import Image, Message
-from vila.eval.annotation_files import EMPTY_CELLS, AnnotationTable, read_table
+from vila.eval.annotation_files import EMPTY_CELLS, TRUNCATED, AnnotationTable, read_table
 from vila.eval.annotations import (
     MatchedAnswers,
     drop_mistyped_ids,
@@ -30,24 +30,33 @@ from vila.eval.annotations import (
     prompt_note,
     size_note,
 )
-from vila.eval.benchmark import Answer, BenchmarkResult, Item, QuestionScore, ScoringProtocol, Submission
+from vila.eval.benchmark import (
+    Answer,
+    Benchmark,
+    BenchmarkResult,
+    Item,
+    QuestionScore,
+    ScoringProtocol,
+    Submission,
+    percent,
+)
 from vila.eval.benchmarks.scienceqa import LETTER_INSTRUCTION
 from vila.eval.metrics.multiple_choice import parse_mmbench_rules, parse_mmbench_static
-from vila.eval.submit import cell_text
+from vila.eval.submit import cell_text, submit_hint
 
 _OPTIONS = "ABCD"
-_TURN = 1_000_000
-"""What a rotation adds to a question's index."""
-_LEFT_OUT = ("hint", "category", "source", "image", "comment", "l2-category")
-_PREDICTION_AT = 6
+_ROTATION = 1_000_000
+"""Index offset of a rotation."""
+_DROPPED_COLUMNS = ("hint", "category", "source", "image", "comment", "l2-category")
+_PREDICTION_COLUMN = 6
 _PUBLISHED_ROWS = 4377
 _MMBENCH = "download.openmmlab.com/mmclassification/datasets/mmbench"
 _SERVER = "MMBench, https://mmbench.opencompass.org.cn/mmbench-submission (it knows files by name: never reuse one)"
-STATIC_MATCHER = "static matcher: a local stand-in, the server decides"
+STATIC_MATCHER = "static matcher: a local approximation of the server"
 
 
-class MmBench:
-    """The English development split."""
+class MmBench(Benchmark):
+    """MMBench dev split, English: circular accuracy, approximated locally or from the server."""
 
     name = "mmbench"
     max_new_tokens = 1024
@@ -59,38 +68,38 @@ class MmBench:
         self._path = self._find(folder)
 
     def _find(self, folder: Path) -> Path:
-        return find_file(folder, self.name, self.file, obtain=f"{_MMBENCH}/{self.file}")
+        return find_file(folder, self.name, self.file, source=f"{_MMBENCH}/{self.file}")
 
     def items(self) -> Sequence[Item]:
-        """A question for each row, rotations of one question together; pictures stay in the table."""
+        """Return an item per row, rotations of a question adjacent; images stay in the table."""
         return self._items
 
     @cached_property
     def _items(self) -> list[Item]:
-        self._table.need("index", "question", "hint", *_OPTIONS, "image")
+        self._table.require_columns("index", "question", "hint", *_OPTIONS, "image")
         return group_items([self._item(index, row) for index, row in self._rows.items()], self._limit)
 
     def _item(self, index: int, row: Mapping[str, Any]) -> Item:
-        location = f"{self._path} index {index}"
+        record = f"index {index}"
         if row["question"] in EMPTY_CELLS:
-            raise DataError(f"{location}: has no question")
+            raise DataError("missing", file=self._path, record=record, field="question")
         if not row["image"] or row["image"] in EMPTY_CELLS:
-            raise DataError(f"{location}: has no picture; download the file again")
-        options = asked_options(row)
+            raise DataError("missing", file=self._path, record=record, field="image", hint=TRUNCATED)
+        options = prompt_options(row)
         letters = list(_OPTIONS[: len(options)])
         hint = "" if _is_none(row["hint"]) else f"{row['hint']}\n"
         body = hint + row["question"] + "".join(f"\n{x}. {text}" for x, text in zip(letters, options, strict=True))
         message = Message.of("user", Image(row["image"]), f"\n{body}\n{self.suffix}")
-        facts = {"round_id": 0, "options": options, "option_char": letters}
+        extra = {"round_id": 0, "options": options, "option_char": letters}
         truth, category = row.get("answer", ""), row.get("category", "")
-        return Item(str(index), (message,), truth, str(index % _TURN), category, index, body, facts=facts)
+        return Item(str(index), (message,), truth, str(index % _ROTATION), category, index, body, extra=extra)
 
     @cached_property
     def _table(self) -> AnnotationTable:
         table = read_table(self._path, ("image",))
-        table.need("index")
+        table.require_columns("index")
         if not table.rows:
-            raise DataError(f"{self._path}: holds no rows; download it again")
+            raise DataError("has no rows", file=self._path, hint=TRUNCATED)
         return table
 
     @cached_property
@@ -100,93 +109,95 @@ class MmBench:
         for number, row in enumerate(self._table.rows, start=1):
             text = row["index"].strip()
             if not text.isdecimal():
-                raise DataError(f"{self._path} row {number}: index is {text!r}; expected a number")
+                raise DataError(
+                    file=self._path, record=f"row {number}", field="index", value=text, expected="an integer"
+                )
             if int(text) in out:
-                raise DataError(f"{self._path} row {number}: index {text} is given a second time")
+                raise DataError("repeated", file=self._path, record=f"row {number}", field="index", value=text)
             out[int(text)] = row
         return out
 
     def score(self, answers: Sequence[Answer], protocol: ScoringProtocol = "upstream") -> BenchmarkResult:
-        """Percent of questions all of whose rotations are right, by the static matcher; marks are by question.
+        """Return the percentage of questions whose rotations are all correct, by the static matcher.
 
-        Both rules are the same: lmms-eval's key-free matcher, which is what can be run without the server.
-        The last of several answers counts; a row without one is wrong.
-        Raises DataError for a split whose answers are not published, and when no answer is to one of the rows.
+        Both protocols are the same: lmms-eval's matcher without ChatGPT. The last of several answers counts; a row
+        without an answer is wrong. Raises DataError for a split without published answers, and if no answer is to one
+        of the rows.
         """
         rows = self._scorable()
-        joined, notes = self._joined(answers, rows)
-        notes += joined.notes("wrong; their cells stay empty in the server's file")
+        matched, notes = self._matched(answers, rows)
+        notes += matched.notes("wrong; their cells are empty in the submission file")
         notes += [] if self._limit else size_note(self._path.name, len(rows), _PUBLISHED_ROWS, "rows")
-        turns: dict[int, list[int]] = {index: [] for index in rows if index < _TURN}
-        astray = [str(index) for index in rows if index % _TURN not in turns]
+        rotations: dict[int, list[int]] = {index: [] for index in rows if index < _ROTATION}
+        orphans = [str(index) for index in rows if index % _ROTATION not in rotations]
         for index in rows:
-            turns.get(index % _TURN, []).append(index)
-        if astray:
-            notes.append(
-                f"{len(astray)} rows are rotations of questions that are not there, left out: {format_ids(astray)}"
-            )
-        if not turns:
-            raise DataError(f"{self._path}: holds rotations only, no index below {_TURN:,}")
-        question_scores = [_mark(base, indexes, rows, joined.texts) for base, indexes in turns.items()]
-        first = [_right(base, rows, joined.texts) for base in turns]
-        strict = [all(_right(i, rows, joined.texts, rules_alone=True) for i in indexes) for indexes in turns.values()]
+            rotations.get(index % _ROTATION, []).append(index)
+        if orphans:
+            notes.append(f"{len(orphans)} rows are rotations of missing questions, ignored: {format_ids(orphans)}")
+        if not rotations:
+            raise DataError(f"has only rotations, no index below {_ROTATION:,}", file=self._path)
+        scores = [_score_question(base, indexes, rows, matched.texts) for base, indexes in rotations.items()]
+        first_round = [_is_correct(base, rows, matched.texts) for base in rotations]
+        strict = [
+            all(_is_correct(index, rows, matched.texts, rules_alone=True) for index in indexes)
+            for indexes in rotations.values()
+        ]
         metrics: dict[str, Any] = {
             "matcher": STATIC_MATCHER,
-            "circular": _percent([scored.value for scored in question_scores]),
-            "circular_by_rules_alone": _percent(strict),
-            "first_round": _percent(first),
-            "questions": len(question_scores),
+            "circular": percent(score.value for score in scores),
+            "circular_by_rules_alone": percent(strict),
+            "first_round": percent(first_round),
+            "questions": len(scores),
             "rows": len(rows),
-            "missing": len(joined.missing),
-            "by_category": _by([scored.category for scored in question_scores], question_scores),
+            "missing": len(matched.missing),
+            "by_category": _by([score.category for score in scores], scores),
         }
         if "l2-category" in self._table.columns:
-            metrics["by_l2_category"] = _by([rows[base]["l2-category"] for base in turns], question_scores)
-        return BenchmarkResult(metrics["circular"], "%", metrics, tuple(question_scores), (STATIC_MATCHER, *notes))
+            metrics["by_l2_category"] = _by([rows[base]["l2-category"] for base in rotations], scores)
+        return BenchmarkResult(metrics["circular"], "%", metrics, tuple(scores), (STATIC_MATCHER, *notes))
 
     def _scorable(self) -> dict[int, dict[str, Any]]:
-        """The rows that are asked. Raises DataError when they do not say what is right."""
+        """Return the rows of the run. Raises DataError if the table has no reference answers."""
         if "answer" not in self._table.columns:
-            raise DataError(
-                f"{self.name}: {self._path} has no answers, the server alone knows them: write the file with "
-                f"`vila submit` and upload it to {_SERVER}"
-            )
-        self._table.need(*_OPTIONS)
+            raise DataError("only the server can score this split", file=self._path, hint=submit_hint(_SERVER))
+        self._table.require_columns(*_OPTIONS)
         rows = self._rows
         if self._limit:
             rows = {int(item.id): rows[int(item.id)] for item in self._items}
         if wrong := [f"{i} ({row['answer']!r})" for i, row in rows.items() if row["answer"] not in tuple(_OPTIONS)]:
-            raise DataError(f"{self._path}: {len(wrong)} rows have no letter for an answer: {format_ids(wrong)}")
+            raise DataError(f"{len(wrong)} rows have no letter in column answer: {format_ids(wrong)}", file=self._path)
         return rows
 
-    def _joined(self, answers: Sequence[Answer], rows: Mapping[int, Any]) -> tuple[MatchedAnswers, list[str]]:
+    def _matched(self, answers: Sequence[Answer], rows: Mapping[int, Any]) -> tuple[MatchedAnswers, list[str]]:
         kept, notes = drop_mistyped_ids(self.name, answers, rows)
         questions = {str(index): str(row.get("question", "")) for index, row in rows.items()}
         return match_answers(self.name, kept, questions), notes + prompt_note(self.name, kept, questions)
 
     def submission(self, answers: Sequence[Answer]) -> Submission:
-        """All rows in their order: index, question, A, B, C, D, prediction, answer, split; answers as they are.
+        """Return all rows in their order: index, question, A, B, C, D, prediction, answer, split.
 
-        A row without an answer has an empty cell, as in the original's file; the checks count them.
+        A row without an answer has an empty cell, as in the original script; the checks count them.
         """
-        self._table.need("question", *_OPTIONS, *_LEFT_OUT)
-        joined, notes = self._joined(answers, self._rows)
-        columns: list[str] = [column for column in self._table.columns if column not in _LEFT_OUT]
-        columns.insert(_PREDICTION_AT, "prediction")
-        changed = [key for key, text in joined.texts.items() if cell_text(text) != text]
-        rows = [_sheet_row(columns, index, row, joined.texts.get(str(index))) for index, row in self._rows.items()]
+        self._table.require_columns("question", *_OPTIONS, *_DROPPED_COLUMNS)
+        matched, notes = self._matched(answers, self._rows)
+        columns: list[str] = [column for column in self._table.columns if column not in _DROPPED_COLUMNS]
+        columns.insert(_PREDICTION_COLUMN, "prediction")
+        changed = [key for key, text in matched.texts.items() if cell_text(text) != text]
+        rows = [_sheet_row(columns, index, row, matched.texts.get(str(index))) for index, row in self._rows.items()]
         checks = [
             f"{len(rows):,} rows, columns {', '.join(columns)}",
             *size_note(self._path.name, len(rows), _PUBLISHED_ROWS, "rows"),
         ]
         if changed:
-            checks.append(f"{len(changed)} answers hold what no cell can, which is left out: {format_ids(changed)}")
-        checks += notes + joined.notes("their cells are empty")
+            checks.append(
+                f"{len(changed)} answers have characters that a cell cannot hold, removed: {format_ids(changed)}"
+            )
+        checks += notes + matched.notes("their cells are empty")
         return Submission(f"{self._path.stem}_upload", "xlsx", rows, _SERVER, tuple(checks))
 
 
-def asked_options(row: Mapping[str, Any]) -> list[str]:
-    """The options up to the first empty one, which is where the original's question ends, even if more follow."""
+def prompt_options(row: Mapping[str, Any]) -> list[str]:
+    """Return the options up to the first empty one, as in the original prompt, even if more follow."""
     out: list[str] = []
     for letter in _OPTIONS:
         if _is_none(row[letter]):
@@ -199,32 +210,34 @@ def _is_none(cell: str) -> bool:
     return cell in EMPTY_CELLS or cell.lower() in ("nan", "none")
 
 
-def _right(index: int, rows: Mapping[int, Any], texts: Mapping[str, str], rules_alone: bool = False) -> bool:
+def _is_correct(index: int, rows: Mapping[int, Any], texts: Mapping[str, str], rules_alone: bool = False) -> bool:
     text = texts.get(str(index))
     if text is None:
         return False
-    # All options that the table holds, also those after an empty one.
+    # All options of the table, also those after an empty one.
     options = {letter: rows[index][letter] for letter in _OPTIONS if rows[index][letter] not in EMPTY_CELLS}
     read = parse_mmbench_rules if rules_alone else parse_mmbench_static
     return read(text, options).letter == rows[index]["answer"]
 
 
-def _mark(base: int, indexes: Sequence[int], rows: Mapping[int, Any], texts: Mapping[str, str]) -> QuestionScore:
-    """The mark of a question, with the answer to its first wrong rotation, or to itself."""
-    wrong = [index for index in indexes if not _right(index, rows, texts)]
+def _score_question(
+    base: int, indexes: Sequence[int], rows: Mapping[int, Any], texts: Mapping[str, str]
+) -> QuestionScore:
+    """Score a question; `answer` is that of the first wrong rotation, or of the question itself."""
+    wrong = [index for index in indexes if not _is_correct(index, rows, texts)]
     shown = wrong[0] if wrong else base
-    rule = f"{len(indexes) - len(wrong)} of {len(indexes)} rotations right"
+    rule = f"{len(indexes) - len(wrong)} of {len(indexes)} rotations correct"
     text, category = texts.get(str(shown), ""), rows[base].get("category", "")
     return QuestionScore(
         str(base), float(not wrong), str(base), category, text, rows[shown]["answer"], rule, item=str(shown)
     )
 
 
-def _by(names: Sequence[str], question_scores: Sequence[QuestionScore]) -> dict[str, float]:
+def _by(names: Sequence[str], scores: Sequence[QuestionScore]) -> dict[str, float]:
     values = defaultdict(list)
-    for name, scored in zip(names, question_scores, strict=True):
-        values[name].append(scored.value)
-    return {name: _percent(values[name]) for name in sorted(values)}
+    for name, score in zip(names, scores, strict=True):
+        values[name].append(score.value)
+    return {name: percent(values[name]) for name in sorted(values)}
 
 
 def _sheet_row(columns: Sequence[str], index: int, row: Mapping[str, Any], text: str | None) -> dict[str, Any]:
@@ -239,16 +252,8 @@ def _sheet_row(columns: Sequence[str], index: int, row: Mapping[str, Any], text:
     return cells
 
 
-def _percent(values: Sequence[float]) -> float:
-    return 100 * sum(values) / len(values) if values else 0.0
-
-
-# --- mmbench_cn
-# MMBench-CN: MMBench's questions in Chinese, asked for the letter in Chinese.
-
-
 class MmBenchCn(MmBench):
-    """The Chinese development split."""
+    """MMBench dev split, Chinese: circular accuracy, approximated locally or from the server."""
 
     name = "mmbench_cn"
     file = "mmbench_dev_cn_20231003.tsv"

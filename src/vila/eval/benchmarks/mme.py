@@ -1,35 +1,41 @@
-"""MME: two yes-or-no questions about every picture, in fourteen categories (Fu et al., arXiv 2306.13394).
+"""MME: two yes-or-no questions about every image, in fourteen categories (Fu et al., arXiv 2306.13394).
 
-    llava_mme.jsonl                                     what is asked; question_id OCR/0001.jpg, or
-                                                        artwork/images/0001.jpg where the category has folders
-    MME_Benchmark_release_version/OCR/0001.txt          question, tab, Yes or No; two lines. In five categories
-    .../artwork/questions_answers_YN/0001.txt           texts and pictures have folders of their own
+    llava_mme.jsonl                                     questions; question_id OCR/0001.jpg, or
+                                                        artwork/images/0001.jpg if the category has subfolders
+    MME_Benchmark_release_version/OCR/0001.txt          two lines: question, tab, Yes or No
+    .../artwork/questions_answers_YN/0001.txt           in five categories texts and images have subfolders
 
-A category gives acc + acc+: percent of questions, and of pictures with both questions, that are right. The published
-figure is the sum over the ten categories of perception, 2000 at most.
+The score of a category is acc + acc+: percent of correct questions, and of images with both questions correct. The
+published metric is the sum over the ten perception categories, at most 2,000 points.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vila.core.errors import DataError
-from vila.eval.annotations import find_file, format_ids, group_items, question_messages, read_questions, size_note
-from vila.eval.benchmark import AggregateMetric, Answer, BenchmarkResult, Item, QuestionScore, ScoringProtocol
-from vila.eval.metrics.yes_no import (
-    Key,
-    Row,
-    key_of,
-    misplaced,
-    pair_up,
-    picture_of,
-    read_lmms,
-    read_truths,
-    read_upstream,
+from vila.core.reading import read_text
+from vila.eval.annotations import (
+    SHORT_ANSWER,
+    find_file,
+    format_ids,
+    group_items,
+    question_messages,
+    read_questions,
+    size_note,
+)
+from vila.eval.benchmark import (
+    AggregateMetric,
+    Answer,
+    Benchmark,
+    BenchmarkResult,
+    Item,
+    QuestionScore,
+    ScoringProtocol,
 )
 
 PERCEPTION = (
@@ -37,116 +43,137 @@ PERCEPTION = (
 )  # fmt: skip
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 
-_ASKED = "llava_mme.jsonl"
+_QUESTIONS = "llava_mme.jsonl"
 _RELEASE = "MME_Benchmark_release_version"
 _MME = "github.com/BradyFU/Awesome-Multimodal-Large-Language-Models, branch Evaluation (by application)"
 _PUBLISHED = 2374
 
-Pairs = Mapping[str, Mapping[str, Sequence[tuple[Row, Row]]]]
-"""Answers to the two questions about an image, as often as they were given, by category and image."""
+_YES_NO = "Please answer yes or no."
+
+Key = tuple[str, str, str]
+"""Category, name of the image's text file, question in that file."""
 
 
-class Mme:
-    """Both questions of all pictures."""
+class MatchedAnswer(NamedTuple):
+    """An answer and the question that it is to."""
+
+    key: Key
+    question_id: str
+    text: str
+
+
+Pair = tuple[MatchedAnswer, MatchedAnswer]
+Pairs = Mapping[str, Mapping[str, Sequence[Pair]]]
+"""Pairs of answers about an image, one or several, by category and image."""
+
+
+class Mme(Benchmark):
+    """MME: perception score of yes-or-no answers, at most 2,000 points."""
 
     name = "mme"
     max_new_tokens = 128
 
     def __init__(self, folder: Path, limit: int = 0) -> None:
         self._folder, self._limit = folder, limit
-        self._release = find_file(folder, "MME", _RELEASE, obtain=_MME)
+        self._release = find_file(folder, "MME", _RELEASE, source=_MME)
 
     def items(self) -> Sequence[Item]:
-        """The questions, picture by picture; ids are the original's with the question's place, from 1, behind `#`."""
+        """Return the questions by image. Ids are `QUESTION_ID#N`: N-th question of the image, from 1."""
         return self._items
 
     @cached_property
     def _items(self) -> list[Item]:
-        questions = read_questions(find_file(self._folder, "MME", _ASKED))
         items = []
-        for question in questions:
-            if not isinstance(question.question_id, str) or "/" not in question.question_id:
-                raise DataError(f"{question.location}: question_id {question.question_id!r} is not CATEGORY/FILE")
-            key = key_of(question.question_id, question.text, self._truths)
-            name, group = self._mark_id(question.question_id, key), picture_of(key)
+        for question in read_questions(find_file(self._folder, "MME", _QUESTIONS)):
+            question_id = question.question_id
+            if not isinstance(question_id, str) or "/" not in question_id:
+                raise DataError(
+                    file=question.file,
+                    record=question.record,
+                    field="question_id",
+                    value=question_id,
+                    expected="CATEGORY/FILE",
+                )
+            key = _question_key(question_id, question.text, self._truths)
+            name, group = self._item_id(question_id, key), _image_of(key)
             messages = question_messages(self._release / question.image, question.text)
             truth = self._truths.get(key, "")
-            items.append(Item(name, messages, truth, group, key[0], question.question_id, question.text))
-        if twice := [name for name, count in Counter(item.id for item in items).items() if count > 1]:
-            raise DataError(f"{_ASKED}: questions that are asked twice: {format_ids(twice)}")
+            items.append(Item(name, messages, truth, group, key[0], question_id, question.text))
+        if repeated := [name for name, count in Counter(item.id for item in items).items() if count > 1]:
+            raise DataError(f"repeated questions: {format_ids(repeated)}", file=_QUESTIONS)
         return group_items(items, self._limit)
 
     @cached_property
     def _truths(self) -> dict[Key, str]:
-        """Yes or No by question. Raises DataError naming file and line."""
-        out: dict[Key, str] = {}
+        """Yes or No by question."""
+        truths: dict[Key, str] = {}
         for category in sorted(path for path in self._release.iterdir() if path.is_dir()):
             own = category / "questions_answers_YN"
             for path in sorted((own if (category / "images").is_dir() or own.is_dir() else category).glob("*.txt")):
-                out.update({(category.name, path.name, question): truth for question, truth in read_truths(path)})
-        if not out:
-            raise DataError(f"{self._release}: holds no questions with answers; it comes from {_MME}")
-        return out
+                truths.update({(category.name, path.name, question): truth for question, truth in _read_truths(path)})
+        if not truths:
+            raise DataError("has no questions with answers", file=self._release, hint=f"download it from {_MME}")
+        return truths
 
     @cached_property
-    def _places(self) -> dict[Key, int]:
-        """Where a question stands in its file, from 1."""
+    def _positions(self) -> dict[Key, int]:
+        """Position of each question in its text file, from 1."""
         counts: Counter[str] = Counter()
-        places = {}
+        positions = {}
         for key in self._truths:
-            counts[picture_of(key)] += 1
-            places[key] = counts[picture_of(key)]
-        return places
+            counts[_image_of(key)] += 1
+            positions[key] = counts[_image_of(key)]
+        return positions
 
-    def _mark_id(self, question_id: str, key: Key) -> str:
-        return f"{question_id}#{self._places.get(key, key[2])}"
+    def _item_id(self, question_id: str, key: Key) -> str:
+        return f"{question_id}#{self._positions.get(key, key[2])}"
 
     def score(self, answers: Sequence[Answer], protocol: ScoringProtocol = "upstream") -> BenchmarkResult:
-        """Return the points of perception; of cognition and each category in the figures. Marks are by question.
+        """Return the perception points; the metrics have cognition and each category.
 
-        upstream:  yes or no within the first four characters, as they are; a pair given twice counts twice, an image
-                   without answers does not count.
-        lmms-eval: ends and full stops stripped first, a lone y or n counts; a pair given twice is refused, an image
-                   without answers counts as two empty ones.
-        The two answers about an image belong together wherever they stand. Categories without answers give no points.
-        Raises DataError naming ids: questions that MME does not have, pictures whose two questions are not answered
-        equally often. The original stops there too, or pairs answers about different pictures.
+        upstream:  yes or no within the first four characters. A repeated pair of answers counts again, an image without
+                   answers does not count.
+        lmms-eval: ends and full stops are stripped first, a single y or n counts. A repeated pair is an error, an image
+                   without answers counts as two empty answers.
+        The two answers about an image are matched wherever they are in the file. Categories without answers give no
+        points. Raises DataError naming ids: unknown questions, and images whose two questions do not have equally many
+        answers; the original script fails there or pairs answers about different images.
         """
-        rows, notes = self._rows(answers, in_lines=protocol == "upstream")
-        pairs = pair_up(self.name, rows, once=protocol == "lmms-eval")
-        notes += self._gaps(pairs, "wrong" if protocol == "lmms-eval" else "not counted") + misplaced(rows)
+        is_lmms = protocol == "lmms-eval"
+        matched, notes = self._match(answers, single_line=not is_lmms)
+        pairs = _pair_answers(self.name, matched, once=is_lmms)
+        notes += self._pair_notes(pairs, "wrong" if is_lmms else "not counted") + _order_note(matched)
         absent = [name for name in (*PERCEPTION, *COGNITION) if name not in pairs]
-        if protocol == "lmms-eval":
+        if is_lmms:
             self._add_unanswered(pairs)
-        read = read_lmms if protocol == "lmms-eval" else read_upstream
-        metrics: dict[str, Any] = {"by_category": {}}
-        question_scores: list[QuestionScore] = []
-        counted = [name for name in PERCEPTION if name in pairs]
+        parse = parse_lmms if is_lmms else parse_upstream
+        by_category: dict[str, dict[str, Any]] = {}
+        scores: list[QuestionScore] = []
         for category, own in pairs.items():
-            row, of_category = self._category(category, own, read)
-            metrics["by_category"][category] = row
-            question_scores += of_category
+            row, category_scores = self._score_category(category, own, parse)
+            by_category[category] = row
+            scores += category_scores
             if row["other"] == row["questions"]:
-                notes.append(f"{category}: no answer says yes or no; 0 points, where the original stops")
-        for part, categories in (("perception", PERCEPTION), ("cognition", COGNITION)):
-            metrics[part] = sum(metrics["by_category"][name]["score"] for name in categories if name in pairs)
+                notes.append(f"{category}: no answer is yes or no; 0 points, where the original script fails")
         if absent:
             notes.append(
-                f"categories without an answer, which give no points (the original stops): {', '.join(absent)}"
+                f"categories without answers, which give no points (the original script fails): {', '.join(absent)}"
             )
-        ordered = {key: metrics[key] for key in ("perception", "cognition")}
-        ordered.update(questions=len(question_scores), missing_categories=absent, by_category=metrics["by_category"])
-        aggregate = AggregateMetric(_parts(question_scores, counted), _points, stratified=True)
-        return BenchmarkResult(
-            ordered["perception"], "points", ordered, tuple(question_scores), tuple(notes), aggregate
-        )
+        metrics: dict[str, Any] = {
+            part: sum(by_category[name]["score"] for name in categories if name in pairs)
+            for part, categories in (("perception", PERCEPTION), ("cognition", COGNITION))
+        }
+        metrics.update(questions=len(scores), missing_categories=absent, by_category=by_category)
+        counted = [name for name in PERCEPTION if name in pairs]
+        aggregate = AggregateMetric(_terms(scores, counted), _points, stratified=True)
+        return BenchmarkResult(metrics["perception"], "points", metrics, tuple(scores), tuple(notes), aggregate)
 
-    def _rows(self, answers: Sequence[Answer], *, in_lines: bool) -> tuple[list[Row], list[str]]:
-        """Answers with their questions; and notes. in_lines: line breaks and tabs are made spaces."""
-        rows, unknown, broken, unscored = [], [], [], []
+    def _match(self, answers: Sequence[Answer], *, single_line: bool) -> tuple[list[MatchedAnswer], list[str]]:
+        """Match answers to questions; also return notes. single_line: replace line breaks and tabs by spaces."""
+        matched, unknown, multiline, unscored = [], [], [], []
         for answer in answers:
             name = answer.question_id
-            key = key_of(name, answer.prompt, self._truths) if isinstance(name, str) and answer.prompt else None
+            key = _question_key(name, answer.prompt, self._truths) if isinstance(name, str) and answer.prompt else None
             if key is None or key not in self._truths:
                 unknown.append(f"{name} ({answer.prompt[:60]!r})")
                 continue
@@ -154,91 +181,183 @@ class Mme:
                 unscored.append(str(name))
                 continue
             text = answer.text
-            if in_lines and any(scored in text for scored in "\t\n\r"):
+            if single_line and any(char in text for char in "\t\n\r"):
                 text = " ".join(text.split())
-                broken.append(str(name))
-            rows.append(Row(key, str(name), text))
+                multiline.append(str(name))
+            matched.append(MatchedAnswer(key, str(name), text))
         if unknown:
             raise DataError(
-                f"{self.name}: {len(unknown)} answers are to questions that {self._release} does not have, "
-                f"or repeat no prompt: {format_ids(unknown)}"
+                f"{len(unknown)} answers have no prompt or an unknown one: {format_ids(unknown)}",
+                field=self.name,
             )
-        if not rows:
-            raise DataError(f"{self.name}: none of {len(answers)} answers is to a question of one of its categories")
+        if not matched:
+            raise DataError(f"none of {len(answers)} answers is to a question of a scored category", field=self.name)
         cases = [
-            (broken, "answers with tabs or line breaks, which are made spaces (the original stops)"),
-            (unscored, "answers in categories that do not count, left out"),
+            (multiline, "answers with tabs or line breaks, replaced by spaces (the original script fails)"),
+            (unscored, "answers in categories that are not scored, ignored"),
         ]
-        return rows, [f"{len(ids)} {what}: {format_ids(ids)}" for ids, what in cases if ids]
+        return matched, [f"{len(ids)} {what}: {format_ids(ids)}" for ids, what in cases if ids]
 
-    def _gaps(self, pairs: Pairs, what: str) -> list[str]:
-        """Return notes on images without answers, which are `what`, and images with several."""
+    def _pair_notes(self, pairs: Pairs, unanswered: str) -> list[str]:
+        """Return notes on images without answers, which are `unanswered`, and images with several pairs."""
         notes = [] if self._limit else size_note(f"{self._release.name}", len(self._truths), _PUBLISHED)
-        if gone := [group for group in self._unanswered(pairs) if group.split("/")[0] in pairs]:
-            notes.append(f"{len(gone)} images without answers, {what}: {format_ids(gone)}")
-        if twice := [group for own in pairs.values() for group, turns in own.items() if len(turns) > 1]:
-            notes.append(f"{len(twice)} pictures are answered more than once and count as often: {format_ids(twice)}")
+        if missing := [image for image in self._unanswered(pairs) if image.split("/")[0] in pairs]:
+            notes.append(f"{len(missing)} images without answers, {unanswered}: {format_ids(missing)}")
+        if repeated := [image for own in pairs.values() for image, given in own.items() if len(given) > 1]:
+            notes.append(f"{len(repeated)} images with several pairs of answers, each counts: {format_ids(repeated)}")
         return notes
 
     def _unanswered(self, pairs: Pairs) -> list[str]:
         """Return the images of scored categories without answers."""
-        known = {picture_of(key) for key in self._truths if key[0] in (*PERCEPTION, *COGNITION)}
+        known = {_image_of(key) for key in self._truths if key[0] in (*PERCEPTION, *COGNITION)}
         if self._limit:
             known &= {item.group for item in self._items}
-        return sorted(known - {group for own in pairs.values() for group in own})
+        return sorted(known - {image for own in pairs.values() for image in own})
 
-    def _add_unanswered(self, pairs: dict[str, dict[str, list[tuple[Row, Row]]]]) -> None:
-        """Add two empty answers for each image that has none, as the model's answer would be empty in lmms-eval."""
-        keys: dict[str, list[Key]] = {group: [] for group in self._unanswered(pairs)}
+    def _add_unanswered(self, pairs: dict[str, dict[str, list[Pair]]]) -> None:
+        """Add two empty answers for each image that has none, as lmms-eval scores them."""
+        keys: dict[str, list[Key]] = {image: [] for image in self._unanswered(pairs)}
         for key in self._truths:
-            if picture_of(key) in keys:
-                keys[picture_of(key)].append(key)
-        for group, own in keys.items():
+            if _image_of(key) in keys:
+                keys[_image_of(key)].append(key)
+        for image, own in keys.items():
             if len(own) == 2:
-                first, second = (Row(key, group, "") for key in own)
-                pairs.setdefault(group.split("/")[0], {})[group] = [(first, second)]
+                first, second = (MatchedAnswer(key, image, "") for key in own)
+                pairs.setdefault(image.split("/")[0], {})[image] = [(first, second)]
 
-    def _category(
-        self, category: str, own: Mapping[str, Sequence[tuple[Row, Row]]], read: Any
+    def _score_category(
+        self, category: str, own: Mapping[str, Sequence[Pair]], parse: Callable[[str], str]
     ) -> tuple[dict[str, Any], list[QuestionScore]]:
-        """The figures of a category and its marks."""
-        question_scores: list[QuestionScore] = []
+        """Return the metrics and question scores of a category."""
+        scores: list[QuestionScore] = []
         both = count = other = 0
-        for group, turns in own.items():
-            for turn, pair in enumerate(turns):
-                rights = []
-                for row in pair:
-                    said, truth = read(row.text), self._truths[row.key]
-                    rights.append(said == truth.lower())
-                    other += said == "other"
-                    name = self._mark_id(row.question_id, row.key) + (f" ({turn + 1})" if turn else "")
-                    question_scores.append(
-                        QuestionScore(name, float(rights[-1]), group, category, row.text, truth, f"read as {said}")
+        for image, given in own.items():
+            for repetition, pair in enumerate(given):
+                correct = []
+                for answer in pair:
+                    predicted, truth = parse(answer.text), self._truths[answer.key]
+                    correct.append(predicted == truth.lower())
+                    other += predicted == "other"
+                    name = self._item_id(answer.question_id, answer.key) + (
+                        f" ({repetition + 1})" if repetition else ""
                     )
-                both += all(rights)
+                    rule = f"parsed as {predicted}"
+                    scores.append(QuestionScore(name, float(correct[-1]), image, category, answer.text, truth, rule))
+                both += all(correct)
                 count += 1
-        acc, acc_plus = 100 * sum(scored.value for scored in question_scores) / len(question_scores), 100 * both / count
+        acc, acc_plus = 100 * sum(score.value for score in scores) / len(scores), 100 * both / count
         metrics = {"score": acc + acc_plus, "acc": acc, "acc_plus": acc_plus}
-        return {**metrics, "questions": len(question_scores), "images": count, "other": other}, question_scores
+        return {**metrics, "questions": len(scores), "images": count, "other": other}, scores
 
 
-def _parts(question_scores: Sequence[QuestionScore], categories: Sequence[str]) -> tuple[tuple[float, ...], ...]:
-    """Of each mark, for each category in turn: questions, right ones, pictures, pictures with both right.
+def _terms(scores: Sequence[QuestionScore], categories: Sequence[str]) -> tuple[tuple[float, ...], ...]:
+    """Return per score, for each category in turn: questions, correct ones, images, images with both correct.
 
-    Marks of a picture stand side by side, two by two; the second has what is the picture's.
+    The two scores of an image are adjacent; the second one carries the terms of the image.
     """
-    places = {category: 4 * place for place, category in enumerate(categories)}
-    out = []
-    for number, scored in enumerate(question_scores):
-        row = [0.0] * (4 * len(places))
-        if scored.category in places:
-            start, both = places[scored.category], number % 2
-            row[start : start + 4] = [1, scored.value, both, both * scored.value * question_scores[number - 1].value]
-        out.append(tuple(row))
-    return tuple(out)
+    offsets = {category: 4 * index for index, category in enumerate(categories)}
+    terms = []
+    for index, score in enumerate(scores):
+        row = [0.0] * (4 * len(offsets))
+        if score.category in offsets:
+            start, is_second = offsets[score.category], index % 2
+            row[start : start + 4] = [1, score.value, is_second, is_second * score.value * scores[index - 1].value]
+        terms.append(tuple(row))
+    return tuple(terms)
 
 
 def _points(sums: Sequence[float]) -> float:
-    """The sum of the categories' points, from the sums of `_parts`."""
+    """Return the sum of the points of the categories from the sums of `_terms`."""
     rows = [sums[start : start + 4] for start in range(0, len(sums), 4)]
-    return sum(100 * right / questions + 100 * both / pictures for questions, right, pictures, both in rows)
+    return sum(100 * correct / questions + 100 * both / images for questions, correct, images, both in rows)
+
+
+def _question_key(question_id: str, prompt: str, truths: Mapping[Key, str]) -> Key:
+    """Return the question of an answer, found as in the original converter.
+
+    It removes the short-answer instruction from the prompt, and tries two spaces before the yes-or-no instruction.
+    """
+    category, file = question_id.split("/")[0], question_id.split("/")[-1].split(".")[0] + ".txt"
+    if SHORT_ANSWER in prompt:
+        prompt = prompt.replace(SHORT_ANSWER, "").strip()
+    if _YES_NO not in prompt:
+        one, two = f"{prompt} {_YES_NO}", f"{prompt}  {_YES_NO}"
+        return (category, file, one if (category, file, one) in truths else two)
+    return category, file, prompt
+
+
+def parse_upstream(text: str) -> str:
+    """Return `yes`, `no` or `other`: the word within the first four characters, yes first."""
+    return _yes_no(text.lower()[:4])
+
+
+def parse_lmms(text: str) -> str:
+    """Like `parse_upstream` after stripping ends and full stops; a single y or n also counts."""
+    text = text.lower().strip().replace(".", "")
+    return {"y": "yes", "n": "no"}.get(text) or _yes_no(text[:4])
+
+
+def _yes_no(text: str) -> str:
+    return "yes" if "yes" in text else "no" if "no" in text else "other"
+
+
+def _image_of(key: Key) -> str:
+    """Return the image of a question: `OCR/0001`."""
+    return f"{key[0]}/{key[1].removesuffix('.txt')}"
+
+
+def _read_truths(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield the questions of an image's text file with their Yes or No. Raises DataError with file and line."""
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        cells = line.strip().split("\t")
+        if len(cells) != 2 or cells[1].lower() not in ("yes", "no"):
+            raise DataError(file=path, record=f"line {number}", value=line, expected="a question, a tab and Yes or No")
+        yield cells[0], cells[1]
+
+
+def _order_note(answers: Sequence[MatchedAnswer]) -> list[str]:
+    """Return a note if the original script, which pairs adjacent answers, would pair answers about other images."""
+    by_category: dict[str, list[MatchedAnswer]] = defaultdict(list)
+    for answer in answers:
+        by_category[answer.key[0]].append(answer)
+    wrong = [
+        category
+        for category, own in by_category.items()
+        if any(_image_of(a.key) != _image_of(b.key) for a, b in zip(own[::2], own[1::2], strict=False))
+    ]
+    if not wrong:
+        return []
+    return [
+        f"the two answers about an image are not adjacent in {', '.join(wrong)}: the original script pairs adjacent "
+        "answers and would report another acc+"
+    ]
+
+
+def _pair_answers(name: str, answers: Sequence[MatchedAnswer], once: bool) -> dict[str, dict[str, list[Pair]]]:
+    """Pair the two answers about each image, by category and image.
+
+    once: repeated pairs are an error. Raises DataError naming images with unequal numbers of answers.
+    """
+    by_image: dict[str, dict[str, list[MatchedAnswer]]] = defaultdict(lambda: defaultdict(list))
+    for answer in answers:
+        by_image[_image_of(answer.key)][answer.key[2]].append(answer)
+    pairs: dict[str, dict[str, list[Pair]]] = {}
+    unequal, repeated = [], []
+    for image, questions in by_image.items():
+        counts = [len(given) for given in questions.values()]
+        if len(counts) != 2 or counts[0] != counts[1]:
+            unequal.append(f"{image} ({' and '.join(map(str, counts))})")
+            continue
+        if once and counts[0] > 1:
+            repeated.append(image)
+        pairs.setdefault(image.split("/")[0], {})[image] = list(zip(*questions.values(), strict=True))
+    if unequal:
+        raise DataError(
+            f"{len(unequal)} images whose two questions do not have equally many answers: {format_ids(unequal)}",
+            field=name,
+        )
+    if repeated:
+        raise DataError(f"{len(repeated)} images with several pairs of answers: {format_ids(repeated)}", field=name)
+    return pairs

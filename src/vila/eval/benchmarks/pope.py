@@ -1,10 +1,10 @@
-"""POPE: is there a SOMETHING in the picture? Three ways of choosing what is not there (Li et al., EMNLP 2023).
+"""POPE: yes-or-no questions on object presence, with three ways of choosing absent objects (Li et al., EMNLP 2023).
 
-    llava_pope_test.jsonl                                   what is asked; 8,910 questions with their category
+    llava_pope_test.jsonl                                   8,910 questions with their category
     coco/coco_pope_{random,popular,adversarial}.json        a line per question: image, text, label
 
-The published figure is the mean of the three F1. The original pairs answers and labels by their places in the files,
-which is wrong without a word when an answer is missing or out of order; here they are joined by picture and question.
+The published metric is the mean F1 of the three categories. The original script pairs answers and labels by position,
+which is silently wrong if an answer is missing or out of order; here they are matched by image and question.
 """
 
 from __future__ import annotations
@@ -28,35 +28,44 @@ from vila.eval.annotations import (
     match_answers,
     read_questions,
 )
-from vila.eval.benchmark import AggregateMetric, Answer, BenchmarkResult, Item, QuestionScore, ScoringProtocol
+from vila.eval.benchmark import (
+    AggregateMetric,
+    Answer,
+    Benchmark,
+    BenchmarkResult,
+    Item,
+    QuestionScore,
+    ScoringProtocol,
+)
 
-_ASKED = "llava_pope_test.jsonl"
+_QUESTIONS = "llava_pope_test.jsonl"
 _COCO = "coco"
 _POPE = "github.com/AoiDragon/POPE, output/coco at commit e3e3926; later ones have 3,000 random questions, not 2,910"
+_HINT = f"is it another release? Download it from {_POPE}"
 
-Pair = tuple[bool, bool, str]
-"""Predicted yes, truly yes, and what lmms-eval reads: the answer in small letters."""
+Prediction = tuple[bool, bool, str]
+"""Predicted yes, label yes, and the lower-case answer, which lmms-eval scores."""
 
 
-class Pope:
-    """The questions of all categories, picture by picture."""
+class Pope(Benchmark):
+    """POPE: mean F1 of yes-or-no answers on object presence (random, popular, adversarial)."""
 
     name = "pope"
     max_new_tokens = 128
 
     def __init__(self, folder: Path, limit: int = 0) -> None:
         self._folder, self._limit = folder, limit
-        self._path = find_file(folder, self.name, _ASKED)
+        self._path = find_file(folder, self.name, _QUESTIONS)
 
     def items(self) -> Sequence[Item]:
-        """The questions; their labels where those are there."""
+        """Return the questions by image, with their labels if those files exist."""
         return self._items
 
     @cached_property
     def _items(self) -> list[Item]:
-        pictures = image_folder(self._folder, self.name, "val2014")
+        images = image_folder(self._folder, self.name, "val2014")
         truths = self._labels if find_optional(self._folder, self.name, _COCO) else {}
-        return build_items(self._questions, pictures, truths=truths, limit=self._limit)
+        return build_items(self._questions, images, truths=truths, limit=self._limit)
 
     @cached_property
     def _questions(self) -> list[Question]:
@@ -64,22 +73,23 @@ class Pope:
 
     @cached_property
     def _labels(self) -> dict[str, str]:
-        """Yes or no by question. Raises DataError when the label files are of another release."""
+        """Labels (yes or no) by question id. Raises DataError if the label files are of another release."""
         by_category: dict[str, list[Question]] = defaultdict(list)
         for question in self._questions:
             by_category[question.category].append(question)
         labels = {}
         for category, questions in by_category.items():
-            path = find_file(self._folder, self.name, f"{_COCO}/coco_pope_{category}.json", obtain=_POPE)
-            labels.update(_join_labels(path, questions))
+            path = find_file(self._folder, self.name, f"{_COCO}/coco_pope_{category}.json", source=_POPE)
+            labels.update(_match_labels(path, questions))
         return labels
 
     def score(self, answers: Sequence[Answer], protocol: ScoringProtocol = "upstream") -> BenchmarkResult:
-        """Return the mean of the categories' F1 in percent, or lmms-eval's F1 over all questions together.
+        """Return the mean F1 of the categories in percent, or lmms-eval's F1 over all questions together.
 
-        upstream:  "no" is an answer with the word No, no or not before its first full stop; all else is "yes".
-        lmms-eval: the whole answer is yes or no in any case; all else is wrong, and no part of precision and recall.
-        Questions without an answer do not count in the original; under lmms-eval's rules they are empty answers.
+        upstream:  an answer is "no" if it has the word No, no or not before its first full stop, and "yes" otherwise.
+                   Questions without an answer do not count.
+        lmms-eval: the whole answer must be yes or no, in any case; other answers are wrong and count in neither
+                   precision nor recall. Questions without an answer are wrong.
         Raises DataError for answers to unknown questions.
         """
         categories = {question.category: None for question in self._questions}
@@ -87,116 +97,125 @@ class Pope:
         if self._limit:
             questions = {item.id: questions[item.id] for item in self._items}
         labels = self._labels
-        joined = match_answers(self.name, answers, questions)
-        if joined.unknown:
+        matched = match_answers(self.name, answers, questions)
+        if matched.unknown:
             raise DataError(
-                f"{self.name}: {len(joined.unknown)} answers are to questions that {self._path.name} does not have: "
-                f"{format_ids(joined.unknown)}"
+                f"{len(matched.unknown)} answers are to questions that {self._path.name} does not have: "
+                f"{format_ids(matched.unknown)}",
+                field=self.name,
             )
         check_prompts(self.name, answers, {key: question.text for key, question in questions.items()})
-        question_scores = []
-        judged: list[tuple[str, Pair]] = []
-        pairs: dict[str, list[Pair]] = {category: [] for category in categories}
+        scores = []
+        predictions: list[tuple[str, Prediction]] = []
+        by_category: dict[str, list[Prediction]] = {category: [] for category in categories}
         for key, question in questions.items():
-            if key not in joined.texts and protocol == "upstream":
+            if key not in matched.texts and protocol == "upstream":
                 continue
-            text = joined.texts.get(key, "")
-            pair = says_yes(text), labels[key] != "no", text.lower().strip()
-            pairs[question.category].append(pair)
-            right = _lmms_right(pair) if protocol == "lmms-eval" else pair[0] == pair[1]
-            rule = "no answer" if key not in joined.texts else "read as yes" if pair[0] else "read as no"
-            judged.append((question.category, pair))
-            question_scores.append(
-                QuestionScore(key, float(right), question.image, question.category, text, labels[key], rule)
+            text = matched.texts.get(key, "")
+            prediction = is_yes(text), labels[key] != "no", text.lower().strip()
+            by_category[question.category].append(prediction)
+            is_correct = _is_correct_lmms(prediction) if protocol == "lmms-eval" else prediction[0] == prediction[1]
+            rule = "no answer" if key not in matched.texts else "parsed as yes" if prediction[0] else "parsed as no"
+            predictions.append((question.category, prediction))
+            scores.append(
+                QuestionScore(key, float(is_correct), question.image, question.category, text, labels[key], rule)
             )
-        notes = joined.notes("not counted" if protocol == "upstream" else "wrong") + self._misplaced(answers, questions)
-        metrics: dict[str, Any] = {"questions": len(question_scores), "missing": len(joined.missing)}
+        notes = matched.notes("not counted" if protocol == "upstream" else "wrong") + self._order_note(
+            answers, questions
+        )
+        metrics: dict[str, Any] = {"questions": len(scores), "missing": len(matched.missing)}
         if protocol == "lmms-eval":
-            metrics.update(_lmms_figures([pair for rows in pairs.values() for pair in rows]))
-            aggregate = AggregateMetric(tuple(_lmms_counts(pair) for _, pair in judged), _mean_f1)
-            return BenchmarkResult(100 * metrics["f1"], "%", metrics, tuple(question_scores), tuple(notes), aggregate)
-        for category in [name for name, rows in pairs.items() if not rows]:
-            notes.append(f"no answers in the category {category}: it is not part of the mean")
-        answered = {category: rows for category, rows in pairs.items() if rows}
-        metrics["by_category"] = {category: _figures(rows) for category, rows in answered.items()}
-        metrics["pooled"] = _figures([pair for rows in pairs.values() for pair in rows])
+            metrics.update(_lmms_metrics([one for own in by_category.values() for one in own]))
+            aggregate = AggregateMetric(tuple(_lmms_counts(one) for _, one in predictions), _mean_f1)
+            return BenchmarkResult(100 * metrics["f1"], "%", metrics, tuple(scores), tuple(notes), aggregate)
+        for category in [name for name, own in by_category.items() if not own]:
+            notes.append(f"no answers in category {category}: it is not part of the mean")
+        answered = {category: own for category, own in by_category.items() if own}
+        metrics["by_category"] = {category: _metrics(own) for category, own in answered.items()}
+        metrics["pooled"] = _metrics([one for own in by_category.values() for one in own])
         for category, row in metrics["by_category"].items():
             if not row["tp"]:
-                notes.append(f"{category}: no true yes was found, so that F1 is not defined; it counts as 0")
+                notes.append(f"{category}: no true positives, F1 is undefined and counts as 0")
         score = 100 * sum(row["f1"] for row in metrics["by_category"].values()) / len(answered)
-        return BenchmarkResult(score, "%", metrics, tuple(question_scores), tuple(notes), _headline(judged))
+        return BenchmarkResult(score, "%", metrics, tuple(scores), tuple(notes), _aggregate(predictions))
 
-    def _misplaced(self, answers: Sequence[Answer], questions: Mapping[str, Question]) -> list[str]:
-        """Whether the original would have given answers the labels of other questions."""
+    def _order_note(self, answers: Sequence[Answer], questions: Mapping[str, Question]) -> list[str]:
+        """Return a note if the original script would pair answers with the labels of other questions."""
         wrong = []
         for category in {question.category: None for question in questions.values()}:
-            asked = [key for key, question in questions.items() if question.category == category]
+            expected = [key for key, question in questions.items() if question.category == category]
             given = [str(answer.question_id) for answer in answers]
             given = [key for key in given if questions[key].category == category]
-            if asked[: len(given)] != given:
+            if expected[: len(given)] != given:
                 wrong.append(category)
         if not wrong:
             return []
         return [
-            f"the answers of {', '.join(wrong)} are incomplete or in another order than the questions: the original, "
-            "which pairs them with labels by place, would have given another figure"
+            f"the answers of {', '.join(wrong)} are incomplete or not in the order of the questions: the original "
+            "script pairs answers and labels by position and would report another score"
         ]
 
 
-def says_yes(text: str) -> bool:
-    """Whether the original reads an answer as yes: whatever has no word No, no or not before its first full stop."""
+def is_yes(text: str) -> bool:
+    """Whether the original script parses an answer as yes: no word No, no or not before the first full stop."""
     words = text.split(".")[0].replace(",", "").split(" ")
     return not {"No", "not", "no"} & set(words)
 
 
-def _join_labels(path: Path, questions: Sequence[Question]) -> dict[str, str]:
-    rows: dict[tuple[str, str], list[str]] = defaultdict(list)
+def _match_labels(path: Path, questions: Sequence[Question]) -> dict[str, str]:
+    """Return the labels of a category by question id, matched by image and question text."""
+    labels: dict[tuple[str, str], list[str]] = defaultdict(list)
     count = 0
     for number, row in read_jsonl(path):
-        fields = ("image", "text", "label")
-        lacking = [key for key in fields if not isinstance(row, dict) or not isinstance(row.get(key), str)]
-        if lacking:
-            raise DataError(f"{path} line {number}: lacks {', '.join(lacking)}; it comes from {_POPE}")
-        rows[row["image"], row["text"].strip()].append(row["label"])
+        for field in ("image", "text", "label"):
+            value = row.get(field) if isinstance(row, dict) else None
+            if not isinstance(value, str):
+                raise DataError(
+                    file=path, record=f"line {number}", field=field, value=value, expected="text", hint=_HINT
+                )
+        labels[row["image"], row["text"].strip()].append(row["label"])
         count += 1
     if count != len(questions):
         raise DataError(
-            f"{path}: {count} labels for the {len(questions)} {questions[0].category} questions of {_ASKED}: "
-            f"this is another release; take {_POPE}"
+            f"{count} labels for the {len(questions)} {questions[0].category} questions of {_QUESTIONS}",
+            file=path,
+            hint=_HINT,
         )
-    labels = {}
+    found = {}
     for question in questions:
-        known = rows.get((question.image, question.text.split("\n")[0].strip()))
+        known = labels.get((question.image, question.text.split("\n")[0].strip()))
         if not known:
             raise DataError(
-                f"{path}: no label for question {question.question_id}, {question.text[:80]!r} about {question.image}; "
-                f"is it another release? It comes from {_POPE}"
+                f"no label for {question.text[:80]!r} about {question.image}",
+                file=path,
+                record=f"question {question.question_id}",
+                hint=_HINT,
             )
-        # Questions that stand in the file several times are labelled in order.
-        labels[str(question.question_id)] = known.pop(0)
-    return labels
+        # Repeated questions take their labels in order.
+        found[str(question.question_id)] = known.pop(0)
+    return found
 
 
-def _headline(judged: Sequence[tuple[str, Pair]]) -> AggregateMetric:
-    """The mean of the F1 of the categories that were answered, from counts of true and false yes and false no."""
-    places = {category: 3 * place for place, category in enumerate(dict.fromkeys(name for name, _ in judged))}
-    parts = []
-    for category, (said, true, _) in judged:
-        row = [0.0] * (3 * len(places))
-        if said or true:
-            row[places[category] + (0 if said and true else 1 if said else 2)] = 1.0
-        parts.append(tuple(row))
-    return AggregateMetric(tuple(parts), _mean_f1)
+def _aggregate(predictions: Sequence[tuple[str, Prediction]]) -> AggregateMetric:
+    """Mean F1 of the answered categories from the counts of true positives, false positives and false negatives."""
+    offsets = {category: 3 * index for index, category in enumerate(dict.fromkeys(name for name, _ in predictions))}
+    terms = []
+    for category, (predicted, label, _) in predictions:
+        row = [0.0] * (3 * len(offsets))
+        if predicted or label:
+            row[offsets[category] + (0 if predicted and label else 1 if predicted else 2)] = 1.0
+        terms.append(tuple(row))
+    return AggregateMetric(tuple(terms), _mean_f1)
 
 
 def _mean_f1(sums: Sequence[float]) -> float:
-    """In percent, from tp, fp and fn of one category after the other."""
+    """Return the mean F1 in percent; sums: tp, fp, fn of each category in turn."""
     counts = [sums[start : start + 3] for start in range(0, len(sums), 3)]
     return 100 * sum(_f1(*own)["f1"] for own in counts) / len(counts)
 
 
-def _figures(pairs: Iterable[Pair]) -> dict[str, float]:
-    counts = Counter((said, true) for said, true, _ in pairs)
+def _metrics(predictions: Iterable[Prediction]) -> dict[str, float]:
+    counts = Counter((predicted, label) for predicted, label, _ in predictions)
     tp, fp, tn, fn = (counts[key] for key in ((True, True), (True, False), (False, False), (False, True)))
     total = tp + fp + tn + fn
     return {
@@ -210,23 +229,25 @@ def _figures(pairs: Iterable[Pair]) -> dict[str, float]:
     }
 
 
-def _lmms_right(pair: Pair) -> bool:
-    return pair[2] == ("yes" if pair[1] else "no")
+def _is_correct_lmms(prediction: Prediction) -> bool:
+    return prediction[2] == ("yes" if prediction[1] else "no")
 
 
-def _lmms_counts(pair: Pair) -> tuple[int, int, int]:
-    """Whether an answer is a true yes, a false yes, a false no."""
-    _, true, text = pair
-    return int(text == "yes" and true), int(text == "yes" and not true), int(text == "no" and true)
+def _lmms_counts(prediction: Prediction) -> tuple[int, int, int]:
+    """Return whether an answer is a true positive, a false positive, a false negative."""
+    _, label, text = prediction
+    return int(text == "yes" and label), int(text == "yes" and not label), int(text == "no" and label)
 
 
-def _lmms_figures(pairs: Sequence[Pair]) -> dict[str, float]:
-    tp, fp, fn = (sum(column) for column in zip(*map(_lmms_counts, pairs), strict=True)) if pairs else (0, 0, 0)
+def _lmms_metrics(predictions: Sequence[Prediction]) -> dict[str, float]:
+    tp, fp, fn = (
+        (sum(column) for column in zip(*map(_lmms_counts, predictions), strict=True)) if predictions else (0, 0, 0)
+    )
     return {
-        "accuracy": _ratio(sum(map(_lmms_right, pairs)), len(pairs)),
+        "accuracy": _ratio(sum(map(_is_correct_lmms, predictions)), len(predictions)),
         **_f1(tp, fp, fn),
-        # As there: of the labels, not of the answers.
-        "yes_ratio": _ratio(sum(true for _, true, _ in pairs), len(pairs)),
+        # As in lmms-eval, of the labels, not of the answers.
+        "yes_ratio": _ratio(sum(label for _, label, _ in predictions), len(predictions)),
     }
 
 

@@ -1,10 +1,11 @@
-"""SEED-Bench: four options, twelve kinds of questions about pictures and clips (Li et al., CVPR 2024).
+"""SEED-Bench: multiple-choice questions of twelve types about images and videos (Li et al., CVPR 2024).
 
-    llava-seed-bench.jsonl   what is asked: question_id (a number; text such as "v12" for clips), image, text
+    llava-seed-bench.jsonl   questions: question_id (a number; text such as "v12" for videos), image, text
     SEED-Bench.json          {"question_type": {"Scene Understanding": 1, ...}, "questions": [{"question_id": "101669",
                               "answer": "C", "question_type_id": 1, "data_type": "image", "data_id": ...}, ...]}
 
-A clip is shown as its middle frame. VILA's "SEED" is the accuracy over all 19,242 questions, "SEED-I" over pictures.
+A video is represented by its middle frame. VILA's "SEED" is the accuracy over all 19,242 questions, "SEED-I" that over
+images.
 """
 
 from __future__ import annotations
@@ -21,42 +22,52 @@ from vila.core.reading import read_json
 from vila.eval.annotations import (
     build_items,
     check_all_answered,
+    check_fields,
     drop_mistyped_ids,
-    field_problem,
     find_file,
     match_answers,
     prompt_note,
     read_questions,
     size_note,
 )
-from vila.eval.benchmark import Answer, BenchmarkResult, Item, QuestionScore, ScoringProtocol, Submission
+from vila.eval.benchmark import (
+    Answer,
+    Benchmark,
+    BenchmarkResult,
+    Item,
+    QuestionScore,
+    ScoringProtocol,
+    Submission,
+    percent,
+)
 from vila.eval.metrics.multiple_choice import parse_exact_letter, parse_first_letter
 
-_ASKED = "llava-seed-bench.jsonl"
+_QUESTIONS = "llava-seed-bench.jsonl"
 _TRUTH = "SEED-Bench.json"
 _SEED = "huggingface.co/datasets/AILab-CVC/SEED-Bench"
+_HINT = f"is it the file of another release? Download it from {_SEED}"
 _SERVER = "huggingface.co/spaces/AILab-CVC/SEED-Bench_Leaderboard"
 _FIELDS = ("question_id", "answer", "question_type_id", "data_type")
 _PUBLISHED = 19_242
 
 
-class Seed:
-    """Questions about pictures and about middle frames of clips."""
+class Seed(Benchmark):
+    """SEED-Bench: multiple-choice accuracy on images and video frames."""
 
     name = "seed"
     max_new_tokens = 128
 
     def __init__(self, folder: Path, limit: int = 0) -> None:
         self._folder, self._limit = folder, limit
-        self._path = find_file(folder, "seed_bench", _TRUTH, obtain=_SEED)
+        self._path = find_file(folder, "seed_bench", _TRUTH, source=_SEED)
 
     def items(self) -> Sequence[Item]:
-        """The questions, picture by picture."""
+        """Return the questions by image."""
         return self._items
 
     @cached_property
     def _items(self) -> list[Item]:
-        path = find_file(self._folder, "seed_bench", _ASKED)
+        path = find_file(self._folder, "seed_bench", _QUESTIONS)
         truths = {key: str(row["answer"]) for key, row in self._truths.items()}
         items = build_items(read_questions(path), path.parent, truths=truths, limit=self._limit)
         return [
@@ -70,11 +81,11 @@ class Seed:
     def _annotation(self) -> dict[str, Any]:
         whole = read_json(self._path)
         if not isinstance(whole, dict) or not isinstance(whole.get("question_type"), dict):
-            raise DataError(f"{self._path}: has no question_type; is it another release? It comes from {_SEED}")
-        if odd := field_problem(whole["question_type"], **dict.fromkeys(whole["question_type"], (str, int))):
-            raise DataError(f"{self._path}: question_type: {odd}; it comes from {_SEED}")
+            raise DataError("missing", file=self._path, field="question_type", hint=_HINT)
+        types = whole["question_type"]
+        check_fields(types, self._path, "question_type", hint=_HINT, **dict.fromkeys(types, (str, int)))
         if not isinstance(whole.get("questions"), list) or not whole["questions"]:
-            raise DataError(f"{self._path}: has no questions; it comes from {_SEED}")
+            raise DataError("missing or empty", file=self._path, field="questions", hint=_HINT)
         return whole
 
     @cached_property
@@ -87,65 +98,72 @@ class Seed:
 
     @cached_property
     def _truths(self) -> dict[str, dict[str, Any]]:
-        """The annotation's questions by id, as text."""
+        """Annotations by question id as text."""
         out: dict[str, dict[str, Any]] = {}
         for number, row in enumerate(self._annotation["questions"], start=1):
-            location = f"{self._path} question {number}"
-            lacking = [key for key in _FIELDS if not isinstance(row, dict) or key not in row]
-            if lacking:
-                name = row.get("question_id", "without an id") if isinstance(row, dict) else str(row)[:40]
-                raise DataError(f"{location} ({name}): lacks {', '.join(lacking)}; it comes from {_SEED}")
-            if odd := field_problem(row, question_id=(str, int), question_type_id=(str, int), data_type=str):
-                raise DataError(f"{location}: {odd}; it comes from {_SEED}")
+            record = f"question {number}"
+            for name in _FIELDS:
+                if not isinstance(row, dict) or name not in row:
+                    raise DataError("missing", file=self._path, record=record, field=name, hint=_HINT)
+            check_fields(
+                row,
+                self._path,
+                record,
+                hint=_HINT,
+                question_id=(str, int),
+                question_type_id=(str, int),
+                data_type=str,
+            )
             if row["question_type_id"] not in self._categories:
-                raise DataError(
-                    f"{location} ({row['question_id']}): question_type_id {row['question_type_id']!r} has no name"
-                )
+                type_id = row["question_type_id"]
+                raise DataError("unknown type", file=self._path, record=record, field="question_type_id", value=type_id)
             key = str(_key(row))
             if key in out:
-                raise DataError(f"{location}: question_id {key} is given a second time")
+                raise DataError("repeated", file=self._path, record=record, field="question_id", value=key)
             out[key] = row
         return out
 
     def score(self, answers: Sequence[Answer], protocol: ScoringProtocol = "upstream") -> BenchmarkResult:
-        """Accuracy in percent over all questions; over pictures, clips and each kind in the figures.
+        """Return the accuracy in percent over all questions; the metrics have images, videos and each question type.
 
-        upstream:  the whole answer is the letter, nothing forgiven. lmms-eval: its first character is, in any case.
-        The last of several answers counts; a question without one is wrong.
-        Raises DataError when no answer is to a question of the benchmark.
+        upstream:  the answer is exactly the letter. lmms-eval: its first character is the letter, in any case.
+        The last of several answers counts; a question without an answer is wrong.
+        Raises DataError if no answer is to a question of the benchmark.
         """
         truths = self._truths
         if self._limit:
             truths = {item.id: truths[item.id] for item in self._items if item.id in truths}
         kept, notes = drop_mistyped_ids(self.name, answers, [_key(row) for row in truths.values()])
-        joined = match_answers(self.name, kept, truths)
-        notes += joined.notes("wrong, as upstream counts them")
+        matched = match_answers(self.name, kept, truths)
+        notes += matched.notes("scored as wrong, as in the original script")
         notes += [] if self._limit else size_note(self._path.name, len(truths), _PUBLISHED)
         notes += prompt_note(self.name, kept, {key: str(row.get("question", "")) for key, row in truths.items()})
-        question_scores, media, categories = [], defaultdict(list), defaultdict(list)
+        scores, media, categories = [], defaultdict(list), defaultdict(list)
         for key, row in truths.items():
-            scored = self._mark(key, row, joined.texts.get(key), protocol)
-            question_scores.append(scored)
-            media[row["data_type"]].append(scored)
-            categories[scored.category].append(scored)
+            score = self._score_question(key, row, matched.texts.get(key), protocol)
+            scores.append(score)
+            media[row["data_type"]].append(score)
+            categories[score.category].append(score)
         for medium in ("image", "video"):
             if not media[medium]:
-                notes.append(f"no question is about {medium}s: the accuracy over those is not defined, given as 0")
+                notes.append(f"no questions about {medium}s: their accuracy is undefined and reported as 0")
         ordered = [category for category in self._categories.values() if category in categories]
         for category in ordered:
-            if not any(scored.value for scored in categories[category]):
-                notes.append(f"no answer of the kind {category} is right: 0 %, where the original stops")
+            if not any(score.value for score in categories[category]):
+                notes.append(f"no correct answer to {category}: 0 %, where the original script fails")
         metrics: dict[str, Any] = {
-            "total": _percent(question_scores),
-            "image": _percent(media["image"]),
-            "video": _percent(media["video"]),
-            "questions": len(question_scores),
-            "missing": len(joined.missing),
-            "by_type": {category: _percent(categories[category]) for category in ordered},
+            "total": percent(score.value for score in scores),
+            "image": percent(score.value for score in media["image"]),
+            "video": percent(score.value for score in media["video"]),
+            "questions": len(scores),
+            "missing": len(matched.missing),
+            "by_type": {category: percent(score.value for score in categories[category]) for category in ordered},
         }
-        return BenchmarkResult(metrics["total"], "%", metrics, tuple(question_scores), tuple(notes))
+        return BenchmarkResult(metrics["total"], "%", metrics, tuple(scores), tuple(notes))
 
-    def _mark(self, key: str, row: dict[str, Any], text: str | None, protocol: ScoringProtocol) -> QuestionScore:
+    def _score_question(
+        self, key: str, row: dict[str, Any], text: str | None, protocol: ScoringProtocol
+    ) -> QuestionScore:
         category, truth, group = (
             self._categories[row["question_type_id"]],
             str(row["answer"]),
@@ -160,24 +178,20 @@ class Seed:
         return QuestionScore(key, float(letter == truth), group, category, text, truth, rule)
 
     def submission(self, answers: Sequence[Answer]) -> Submission:
-        """Every question in the annotation's order with its answer as it is. DataError naming those without one."""
+        """Return the answers in the order of the annotations. Raises DataError naming questions without an answer."""
         kept, notes = drop_mistyped_ids(self.name, answers, [_key(row) for row in self._truths.values()])
-        joined = match_answers(self.name, kept, self._truths)
-        check_all_answered(self.name, joined, f"the server wants all of {self._path.name}, and the original stops here")
+        matched = match_answers(self.name, kept, self._truths)
+        check_all_answered(self.name, matched, f"the server requires all questions of {self._path.name}")
         rows = [
-            {"question_id": row["question_id"], "prediction": joined.texts[key]} for key, row in self._truths.items()
+            {"question_id": row["question_id"], "prediction": matched.texts[key]} for key, row in self._truths.items()
         ]
-        checks = (f"{len(rows):,} questions in the annotation's order, all answered", *notes, *joined.notes())
+        checks = (f"{len(rows):,} questions in the order of the annotations, all answered", *notes, *matched.notes())
         return Submission("seed_bench_upload", "jsonl", rows, _SERVER, checks)
 
 
 def _key(row: dict[str, Any]) -> str | int:
-    """The id as the original's question file has it: a number where it is one."""
+    """Return the id as in the question file: an integer if possible."""
     try:
         return int(row["question_id"])
     except (TypeError, ValueError):
         return str(row["question_id"])
-
-
-def _percent(question_scores: Sequence[QuestionScore]) -> float:
-    return 100 * sum(scored.value for scored in question_scores) / len(question_scores) if question_scores else 0.0

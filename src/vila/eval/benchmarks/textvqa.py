@@ -1,9 +1,9 @@
-"""TextVQA: questions on text in pictures, ten human answers each (Singh et al., CVPR 2019), with OCR tokens as a hint.
+"""TextVQA: questions about text in images, ten human answers each, OCR tokens in the prompt (Singh et al., CVPR 2019).
 
-    llava_textvqa_val_v051_ocr.jsonl    what is asked, with OCR tokens; 5,000 rows about 3,166 pictures
+    llava_textvqa_val_v051_ocr.jsonl    questions with OCR tokens: 5,000 about 3,166 images
     TextVQA_0.5.1_val.json              {"data": [{"image_id": ..., "question": ..., "answers": [10 texts], ...}]}
 
-A question_id is a picture's, so a question is known by its picture and its words.
+question_id is the id of an image; image and question text identify a question.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 from vila.core.errors import DataError
 from vila.core.reading import read_json
 from vila.eval.annotations import (
+    check_fields,
     find_file,
     find_optional,
     format_ids,
@@ -26,10 +27,10 @@ from vila.eval.annotations import (
     question_messages,
     read_questions,
 )
-from vila.eval.benchmark import Answer, BenchmarkResult, Item, QuestionScore, ScoringProtocol
+from vila.eval.benchmark import Answer, Benchmark, BenchmarkResult, Item, QuestionScore, ScoringProtocol
 from vila.eval.metrics.vqa import most_frequent, normalize_evalai, soft_accuracy
 
-_ASKED = "llava_textvqa_val_v051_ocr.jsonl"
+_QUESTIONS = "llava_textvqa_val_v051_ocr.jsonl"
 _TRUTHS = "TextVQA_0.5.1_val.json"
 _TEXTVQA = "https://dl.fbaipublicfiles.com/textvqa/data/TextVQA_0.5.1_val.json"
 _OLD_PROMPT = re.compile(r"Question: (.*?) Short answer:", re.DOTALL)
@@ -37,11 +38,11 @@ _HUMANS = 10
 _TIMES = "times asked"
 
 Key = tuple[str, str]
-"""Of a question: its picture, and its words in small letters."""
+"""Identity of a question: image id and lower-case question."""
 
 
-class TextVqa:
-    """The validation questions."""
+class TextVqa(Benchmark):
+    """TextVQA validation split: soft accuracy of answers about text in images."""
 
     name = "textvqa"
     max_new_tokens = 128
@@ -49,106 +50,101 @@ class TextVqa:
     def __init__(self, folder: Path, limit: int = 0) -> None:
         self._folder, self._limit = folder, limit
         if find_optional(folder, self.name, _TRUTHS) is None:
-            find_file(folder, self.name, _ASKED)
+            find_file(folder, self.name, _QUESTIONS)
 
     def items(self) -> Sequence[Item]:
-        """The questions, picture by picture; their most frequent answers where those are there."""
+        """Return the questions by image, with the most frequent human answers if their file exists."""
         return self._items
 
     @cached_property
     def _items(self) -> list[Item]:
-        pictures = image_folder(self._folder, self.name, "train_images")
+        images = image_folder(self._folder, self.name, "train_images")
         truths = self._truths if find_optional(self._folder, self.name, _TRUTHS) else {}
         times: Counter[Key] = Counter()
         items = []
-        for question in read_questions(find_file(self._folder, self.name, _ASKED)):
-            key = str(question.question_id), question_of(question.text, question.location)
+        for question in read_questions(find_file(self._folder, self.name, _QUESTIONS)):
+            key = str(question.question_id), question_of(question.text, question.record)
             times[key] += 1
             truth = most_frequent(truths[key]["answers"]) if key in truths else ""
-            messages = question_messages(pictures / question.image, question.text)
+            messages = question_messages(images / question.image, question.text)
             items.append(Item(_name(key, times[key]), messages, truth, key[0], "", question.question_id, question.text))
         return group_items(items, self._limit)
 
     @cached_property
     def _truths(self) -> dict[Key, Any]:
-        path = find_file(self._folder, self.name, _TRUTHS, obtain=_TEXTVQA)
+        path = find_file(self._folder, self.name, _TRUTHS, source=_TEXTVQA)
         rows = read_json(path)
         data = rows.get("data") if isinstance(rows, dict) else None
         if not isinstance(data, list) or not data:
-            raise DataError(f"{path}: expected an object with a list under 'data'; it comes from {_TEXTVQA}")
+            raise DataError(
+                file=path, field="data", expected="a list of questions", hint=f"download it from {_TEXTVQA}"
+            )
         out: dict[Key, Any] = {}
         for number, row in enumerate(data, start=1):
-            _check(f"{path} row {number}", row)
+            _check(path, f"row {number}", row)
             key = str(row["image_id"]), row["question"].lower()
-            # As in the original, the last of several annotations of one question counts.
+            # As in the original script, the last annotation of a question counts.
             out[key] = {**row, _TIMES: out[key][_TIMES] + 1 if key in out else 1}
         return out
 
     def score(self, answers: Sequence[Answer], protocol: ScoringProtocol = "upstream") -> BenchmarkResult:
-        """Soft accuracy in percent.
+        """Return the soft accuracy in percent.
 
-        upstream:  the mean over the rows given: a repeated row counts again, a question without a row does not count.
-        lmms-eval: the mean over the questions; each has one answer.
-        Raises DataError naming a row whose question cannot be read from its prompt, or is not in the annotations.
+        upstream:  mean over the answers; repeated answers count again, questions without an answer do not count.
+        lmms-eval: mean over the questions, which must have one answer each.
+        Raises DataError naming an answer whose prompt contains no known question.
         """
         truths = self._truths
-        asked: Mapping[Key, Any] = truths
+        expected: Mapping[Key, Any] = truths
         if self._limit:
             keys = [(item.group, question_of(item.prompt, item.id)) for item in self._items]
-            asked = {key: truths[key] for key in keys if key in truths}
-        question_scores: list[QuestionScore] = []
+            expected = {key: truths[key] for key in keys if key in truths}
+        scores: list[QuestionScore] = []
         seen: dict[Key, int] = {}
         for answer in answers:
-            key = self._key(answer, asked)
+            key = self._key(answer, expected)
             seen[key] = seen.get(key, 0) + 1
-            question_scores.append(_mark(key, answer.text, truths[key], seen[key], protocol))
-        if not question_scores:
-            raise DataError(f"{self.name}: no answers were given")
-        missing = ["/".join(key) for key in asked if key not in seen]
+            scores.append(_score_question(key, answer.text, truths[key], seen[key], protocol))
+        if not scores:
+            raise DataError("no answers", field=self.name)
+        missing = ["/".join(key) for key in expected if key not in seen]
         repeated = ["/".join(key) for key, count in seen.items() if count > truths[key].get(_TIMES, 1)]
         if protocol == "lmms-eval" and (missing or repeated):
             raise DataError(
-                f"{self.name}: lmms-eval scores one answer to every question; {len(missing)} have none "
-                f"({format_ids(missing)}), {len(repeated)} have several ({format_ids(repeated)})"
+                f"lmms-eval needs one answer per question; {len(missing)} questions have none ({format_ids(missing)}), "
+                f"{len(repeated)} have several ({format_ids(repeated)})",
+                field=self.name,
             )
-        notes = []
-        if missing:
-            notes.append(
-                f"{len(missing)} questions without an answer, not counted, as in the original: {format_ids(missing)}"
-            )
-        if repeated:
-            notes.append(
-                f"{len(repeated)} questions answered more than once, each answer counts: {format_ids(repeated)}"
-            )
+        cases = [
+            (missing, "questions without an answer, not counted, as in the original script"),
+            (repeated, "questions with several answers, each one counts"),
+        ]
+        notes = tuple(f"{len(ids)} {what}: {format_ids(ids)}" for ids, what in cases if ids)
         metrics = {
-            "samples": len(question_scores),
-            "questions": len(asked),
+            "samples": len(scores),
+            "questions": len(expected),
             "missing": len(missing),
             "repeated": len(repeated),
         }
-        return BenchmarkResult(
-            100 * sum(scored.value for scored in question_scores) / len(question_scores),
-            "%",
-            metrics,
-            tuple(question_scores),
-            tuple(notes),
-        )
+        return BenchmarkResult(100 * sum(one.value for one in scores) / len(scores), "%", metrics, tuple(scores), notes)
 
-    def _key(self, answer: Answer, asked: Mapping[Key, Any]) -> Key:
-        location = answer.location or f"the answer to question_id {answer.question_id}"
-        key = str(answer.question_id), question_of(answer.prompt, f"{self.name}: {location}")
-        if key not in asked:
+    def _key(self, answer: Answer, expected: Mapping[Key, Any]) -> Key:
+        location = answer.location or f"answer to question_id {answer.question_id}"
+        key = str(answer.question_id), question_of(answer.prompt, location)
+        if key not in expected:
             raise DataError(
-                f"{self.name}: {location}: no question {key[1]!r} about image {key[0]} in {_TRUTHS}; are the answers "
-                "to another benchmark or split, or is the annotation file of another release?"
+                f"no question {key[1]!r} about image {key[0]} in {_TRUTHS}",
+                file=location,
+                field=self.name,
+                hint="are the answers to another benchmark or split, or is the annotation file of another release?",
             )
         return key
 
 
 def question_of(prompt: str, location: str) -> str:
-    """The question in small letters, read from any of the prompts that the original has written.
+    """Return the lower-case question of a prompt in any of the formats of the original scripts.
 
-    Raises DataError, naming `where`, for any other prompt; the original stops there.
+    Raises DataError with `location` for any other prompt.
     """
     lines = prompt.split("\n")
     if prompt.startswith("OCR tokens: "):
@@ -160,17 +156,21 @@ def question_of(prompt: str, location: str) -> str:
     elif len(lines) == 2:
         return lines[0].lower()
     raise DataError(
-        f"{location}: no question can be read from the prompt {prompt[:120]!r}; expected 'QUESTION\\nReference OCR "
-        "token: TOKENS\\nSUFFIX', the first two lines exchanged, 'QUESTION\\nSUFFIX', or 'OCR tokens: TOKENS "
-        "Question: QUESTION Short answer:'"
+        "no question in the prompt",
+        file=location,
+        value=prompt,
+        expected="'QUESTION\\nReference OCR token: TOKENS\\nSUFFIX', the first two lines swapped, 'QUESTION\\nSUFFIX', "
+        "or 'OCR tokens: TOKENS Question: QUESTION Short answer:'",
     )
 
 
-def _mark(key: Key, text: str, truth: Any, count: int, protocol: ScoringProtocol) -> QuestionScore:
+def _score_question(key: Key, text: str, truth: Any, count: int, protocol: ScoringProtocol) -> QuestionScore:
     humans = truth["answers"]
     if protocol == "upstream" and len(humans) != _HUMANS:
         raise DataError(
-            f"textvqa: {_TRUTHS}: {len(humans)} answers to {'/'.join(key)}; the score is defined for {_HUMANS}"
+            f"{len(humans)} human answers; the score is defined for {_HUMANS}",
+            file=_TRUTHS,
+            record=f"question {'/'.join(key)}",
         )
     value = soft_accuracy(normalize_evalai(text), [normalize_evalai(human) for human in humans])
     rule = "" if count == 1 else "answered again"
@@ -181,18 +181,11 @@ def _name(key: Key, count: int) -> str:
     return "/".join(key) + (f"#{count}" if count > 1 else "")
 
 
-def _check(location: str, row: Any) -> None:
-    lacking = [field for field in ("image_id", "question", "answers") if not isinstance(row, dict) or field not in row]
-    if lacking:
-        raise DataError(
-            f"{location}: lacks {', '.join(lacking)}; is it the file of another release, or of the test split?"
-        )
-    if (
-        not isinstance(row["question"], str)
-        or not isinstance(row["answers"], list)
-        or not row["answers"]
-        or not all(isinstance(a, str) for a in row["answers"])
-    ):
-        raise DataError(
-            f"{location}: question {row['question']!r} has no readable answers: {str(row['answers'])[:80]!r}"
-        )
+def _check(path: Path, record: str, row: Any) -> None:
+    for field in ("image_id", "question", "answers"):
+        if not isinstance(row, dict) or field not in row:
+            hint = "is it the file of another release, or of the test split?"
+            raise DataError("missing", file=path, record=record, field=field, hint=hint)
+    check_fields(row, path, record, question=str, answers=list)
+    if not row["answers"] or not all(isinstance(answer, str) for answer in row["answers"]):
+        raise DataError(file=path, record=record, field="answers", value=row["answers"], expected="a list of texts")

@@ -1,11 +1,11 @@
-"""VQAv2: short questions about COCO pictures, ten human answers each (Goyal et al., CVPR 2017).
+"""VQAv2: short questions about COCO images, ten human answers each (Goyal et al., CVPR 2017).
 
-    llava_vqav2_mscoco_test-dev2015.jsonl       what is asked; 107,394 questions
-    llava_vqav2_mscoco_test2015.jsonl           what the server wants an answer to; 447,793 questions
-    v2_mscoco_val2014_annotations.json          answers of the validation split, which is scored here
-    v2_OpenEnded_mscoco_val2014_questions.json  its questions, asked when there is no test-dev file
+    llava_vqav2_mscoco_test-dev2015.jsonl       107,394 questions of test-dev
+    llava_vqav2_mscoco_test2015.jsonl           447,793 questions, all of which the server requires
+    v2_mscoco_val2014_annotations.json          annotations of the validation split, which is scored here
+    v2_OpenEnded_mscoco_val2014_questions.json  its questions, used if there is no test-dev file
 
-Only the server knows the answers of the test splits.
+Only the server can score the test splits.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from typing import Any
 
 from vila.core.errors import DataError
 from vila.core.reading import read_jsonl
-from vila.eval.annotation_files import iter_array
+from vila.eval.annotation_files import OTHER_RELEASE, iter_array
 from vila.eval.annotations import (
+    HUMAN_ANSWERS,
     SHORT_ANSWER,
     MatchedAnswers,
     Question,
     are_human_answers,
     build_items,
     check_all_answered,
+    check_fields,
     check_prompts,
-    field_problem,
     find_file,
     find_optional,
     format_ids,
@@ -35,8 +36,18 @@ from vila.eval.annotations import (
     match_answers,
     read_questions,
 )
-from vila.eval.benchmark import Answer, BenchmarkResult, Item, QuestionScore, ScoringProtocol, Submission
+from vila.eval.benchmark import (
+    Answer,
+    Benchmark,
+    BenchmarkResult,
+    Item,
+    QuestionScore,
+    ScoringProtocol,
+    Submission,
+    percent,
+)
 from vila.eval.metrics.vqa import lmms_accuracy, most_frequent, normalize_evalai, official_accuracy
+from vila.eval.submit import submit_hint
 
 _TEST_DEV = "llava_vqav2_mscoco_test-dev2015.jsonl"
 _TEST = "llava_vqav2_mscoco_test2015.jsonl"
@@ -46,12 +57,12 @@ _SERVER = "EvalAI challenge 830, https://eval.ai/web/challenges/challenge-page/8
 _VISUALQA = "https://visualqa.org/download.html"
 
 
-class Vqav2:
-    """Asks test-dev, or the validation split where only that is there; scores the validation split."""
+class Vqav2(Benchmark):
+    """VQAv2: soft accuracy on the validation split; submission of the test splits."""
 
     name = "vqav2"
     max_new_tokens = 128
-    skips_bad_lines = True  # as the original's converter does
+    skips_bad_lines = True
 
     def __init__(self, folder: Path, limit: int = 0) -> None:
         self._folder, self._limit = folder, limit
@@ -61,60 +72,61 @@ class Vqav2:
             find_file(folder, self.name, _TEST_DEV)
 
     def items(self) -> Sequence[Item]:
-        """The questions, picture by picture."""
+        """Return the questions of test-dev, or of the validation split if only that exists, by image."""
         return self._items
 
     @cached_property
     def _items(self) -> list[Item]:
         path = self._questions or find_file(self._folder, self.name, _TEST_DEV)
         if path.name == _TEST_DEV:
-            questions, pictures = read_questions(path), "test2015"
+            questions, images = read_questions(path), "test2015"
         else:
-            questions, pictures = list(_val_questions(path)), "val2014"
-        return build_items(questions, image_folder(self._folder, self.name, pictures), limit=self._limit)
+            questions, images = list(_val_questions(path)), "val2014"
+        return build_items(questions, image_folder(self._folder, self.name, images), limit=self._limit)
 
     def score(self, answers: Sequence[Answer], protocol: ScoringProtocol = "upstream") -> BenchmarkResult:
-        """Soft accuracy in percent over the validation split, by type of question and of answer.
+        """Return the soft accuracy in percent over the validation split; the metrics have question and answer types.
 
-        upstream:  the official score of what the original would upload, normalised answers; without an answer is "".
-        lmms-eval: both sides always normalised, every question answered.
-        Raises DataError when the answers are to the test splits.
+        upstream:  official score of the normalized answers that the original script submits; a missing answer is "".
+        lmms-eval: answers and human answers always normalized; every question must have an answer.
+        Raises DataError if the answers are to the test splits.
         """
         if self._annotations is None:
-            raise DataError(self._server_decides(f"{_VAL} ({_VISUALQA}) is not there"))
-        known = self._asked()
+            raise self._server_error(f"{_VAL} is missing ({_VISUALQA})")
+        known = self._known_ids()
         if not any(str(answer.question_id) in known for answer in answers):
-            raise DataError(self._server_decides(f"none of {len(answers)} answers is to the validation split"))
-        joined = match_answers(self.name, answers, known)
+            raise self._server_error(f"none of {len(answers)} answers is to the validation split")
+        matched = match_answers(self.name, answers, known)
         if protocol == "lmms-eval":
-            check_all_answered(self.name, joined, "lmms-eval scores every question")
+            check_all_answered(self.name, matched, "lmms-eval scores every question")
         if self._questions is not None and self._questions.name == _VAL_QUESTIONS:
             check_prompts(self.name, answers, {item.id: item.prompt for item in self._items})
-        return self._scored(joined, protocol)
+        return self._result(matched, protocol)
 
     def submission(self, answers: Sequence[Answer]) -> Submission:
-        """Every question of test2015 in the order of its file, answers normalised, "" where there is none."""
+        """Return the normalized answers to all questions of test2015 in the order of its file; "" if there is none."""
         ids = list(_ids(find_file(self._folder, self.name, _TEST)))
-        joined = match_answers(self.name, answers, dict.fromkeys(map(str, ids)))
-        rows = [{"question_id": key, "answer": normalize_evalai(joined.texts.get(str(key), ""))} for key in ids]
-        checks = [f"{len(rows)} questions of test2015: {len(joined.texts)} answered, {len(joined.missing)} left empty"]
+        matched = match_answers(self.name, answers, dict.fromkeys(map(str, ids)))
+        rows = [{"question_id": key, "answer": normalize_evalai(matched.texts.get(str(key), ""))} for key in ids]
+        checks = [
+            f"{len(rows)} questions of test2015: {len(matched.texts)} answered, {len(matched.missing)} left empty"
+        ]
         test_dev = find_optional(self._folder, self.name, _TEST_DEV)
         if test_dev:
             wanted = [str(key) for key in _ids(test_dev)]
-            without = [key for key in wanted if key not in joined.texts]
+            unanswered = [key for key in wanted if key not in matched.texts]
             checks.append(
-                f"{len(wanted)} questions of test-dev2015: {len(without)} without an answer"
-                + (f" ({format_ids(without)}), which the server counts as wrong" if without else "")
+                f"{len(wanted)} questions of test-dev2015: {len(unanswered)} without an answer"
+                + (f" ({format_ids(unanswered)}), scored as wrong by the server" if unanswered else "")
             )
-        return Submission(self.name, "json", rows, _SERVER, (*checks, *joined.notes()))
+        return Submission(self.name, "json", rows, _SERVER, (*checks, *matched.notes()))
 
-    def _server_decides(self, why: str) -> str:
-        return (
-            f"{self.name}: {why}; the server alone knows the answers of the test splits: write the file with "
-            f"`vila submit` and upload it to {_SERVER}"
+    def _server_error(self, problem: str) -> DataError:
+        return DataError(
+            f"only the server can score the test splits: {problem}", field=self.name, hint=submit_hint(_SERVER)
         )
 
-    def _asked(self) -> dict[str, None]:
+    def _known_ids(self) -> dict[str, None]:
         if self._limit:
             return dict.fromkeys(item.id for item in self._items)
         assert self._annotations is not None
@@ -124,81 +136,80 @@ class Vqav2:
         assert self._annotations is not None
         return iter_array(self._annotations, "annotations")
 
-    def _scored(self, joined: MatchedAnswers, protocol: ScoringProtocol) -> BenchmarkResult:
+    def _result(self, matched: MatchedAnswers, protocol: ScoringProtocol) -> BenchmarkResult:
         assert self._annotations is not None
-        without = set(joined.missing)
-        question_scores, raw = [], []
-        categories: dict[str, dict[str, list[float]]] = {
+        missing = set(matched.missing)
+        scores, unnormalized = [], []
+        by_type: dict[str, dict[str, list[float]]] = {
             "question_type": defaultdict(list),
             "answer_type": defaultdict(list),
         }
         for row in self._rows():
             key = str(_checked(row, self._annotations)["question_id"])
-            text = joined.texts.get(key, "")
-            if key not in joined.texts and key not in without:
+            text = matched.texts.get(key, "")
+            if key not in matched.texts and key not in missing:
                 continue
             if protocol == "lmms-eval":
                 value, answer = lmms_accuracy(text, row["answers"]), text
             else:
                 answer = normalize_evalai(text)
                 value = official_accuracy(answer, row["answers"])
-                raw.append(official_accuracy(text, row["answers"]))
-            for category, points in categories.items():
-                points[row[category]].append(value)
+                unnormalized.append(official_accuracy(text, row["answers"]))
+            for field, values in by_type.items():
+                values[row[field]].append(value)
             truth = most_frequent([human["answer"] for human in row["answers"]])
-            rule = "no answer" if key in without else ""
-            question_scores.append(
-                QuestionScore(key, value, str(row["image_id"]), row["answer_type"], answer, truth, rule)
-            )
-        if not question_scores:
-            raise DataError(f"{self._annotations}: holds none of the questions that were asked")
+            rule = "no answer" if key in missing else ""
+            scores.append(QuestionScore(key, value, str(row["image_id"]), row["answer_type"], answer, truth, rule))
+        if not scores:
+            raise DataError("has none of the questions of this run", file=self._annotations)
         metrics: dict[str, Any] = {
-            "questions": len(question_scores),
-            "missing": len(joined.missing),
-            "by_question_type": {
-                category: _percent(points) for category, points in sorted(categories["question_type"].items())
-            },
-            "by_answer_type": {
-                category: _percent(points) for category, points in sorted(categories["answer_type"].items())
-            },
+            "questions": len(scores),
+            "missing": len(matched.missing),
+            "by_question_type": {name: percent(own) for name, own in sorted(by_type["question_type"].items())},
+            "by_answer_type": {name: percent(own) for name, own in sorted(by_type["answer_type"].items())},
         }
         if protocol == "upstream":
-            metrics["not_normalised"] = _percent(raw)
-        notes = joined.notes("scored as an empty answer" if protocol == "upstream" else "")
-        return BenchmarkResult(
-            _percent([scored.value for scored in question_scores]), "%", metrics, tuple(question_scores), tuple(notes)
-        )
-
-
-def _percent(points: Sequence[float]) -> float:
-    return 100 * sum(points) / len(points)
+            metrics["not_normalised"] = percent(unnormalized)
+        notes = tuple(matched.notes("scored as an empty answer" if protocol == "upstream" else ""))
+        return BenchmarkResult(percent(score.value for score in scores), "%", metrics, tuple(scores), notes)
 
 
 def _ids(path: Path) -> Iterable[str | int]:
     for number, row in read_jsonl(path):
         if not isinstance(row, dict) or not isinstance(row.get("question_id"), str | int):
-            raise DataError(f"{path} line {number}: no question_id")
+            raise DataError("missing", file=path, record=f"line {number}", field="question_id")
         yield row["question_id"]
 
 
 def _val_questions(path: Path) -> Iterable[Question]:
     for number, row in enumerate(iter_array(path, "questions"), start=1):
-        location = f"{path} question {number}"
+        record = f"question {number}"
         try:
             image = f"COCO_val2014_{row['image_id']:012d}.jpg"
-            yield Question(row["question_id"], image, f"{row['question']}\n{SHORT_ANSWER}", location=location)
+            yield Question(row["question_id"], image, f"{row['question']}\n{SHORT_ANSWER}", "", path, record)
         except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{location}: expected question_id, image_id and question ({error!r})") from error
+            raise DataError(
+                f"invalid ({error!r})", file=path, record=record, expected="question_id, image_id and question"
+            ) from error
 
 
 def _checked(row: Any, path: Path) -> Any:
+    """Return an annotation after checking its fields."""
     fields = row if isinstance(row, dict) else {}
-    name, humans = fields.get("question_id"), fields.get("answers")
-    wanted = ("question_id", "image_id", "question_type", "answer_type", "answers")
-    if lacking := [key for key in wanted if key not in fields]:
-        raise DataError(f"{path}: question {name} has no {', '.join(lacking)}; is it the file of another release?")
-    if odd := field_problem(fields, question_id=(str, int), image_id=(str, int), question_type=str, answer_type=str):
-        raise DataError(f"{path}: question {name}: {odd}; is it the file of another release?")
-    if not are_human_answers(humans):
-        raise DataError(f"{path}: question {name} has no readable answers: {str(humans)[:80]!r}")
+    record = f"question {fields.get('question_id')}"
+    for name in ("question_id", "image_id", "question_type", "answer_type", "answers"):
+        if name not in fields:
+            raise DataError("missing", file=path, record=record, field=name, hint=OTHER_RELEASE)
+    check_fields(
+        fields,
+        path,
+        record,
+        hint=OTHER_RELEASE,
+        question_id=(str, int),
+        image_id=(str, int),
+        question_type=str,
+        answer_type=str,
+    )
+    if not are_human_answers(fields["answers"]):
+        raise DataError(file=path, record=record, field="answers", value=fields["answers"], expected=HUMAN_ANSWERS)
     return row

@@ -1,7 +1,7 @@
-"""Which option an answer to a multiple-choice question names, by each scorer's own reading.
+"""Parsers of multiple-choice answers, one per scorer.
 
-Every reading gives the letter and the rule that found it; the letter is "" when none did, and the answer is wrong then.
-White space and casing are forgiven only where a reading says so.
+A parser returns the letter and the rule that found it. The letter is "" if no rule applies; the answer is wrong then.
+White space and case are only ignored where the docstring says so.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 
 class ParsedChoice(NamedTuple):
-    """A letter, or "", and the rule that decided."""
+    """The letter, or "", and the rule that found it."""
 
     letter: str
     rule: str
@@ -24,7 +24,7 @@ _SENTENCE = re.compile("The answer is ([A-Z]).")
 
 
 def parse_scienceqa_llava(text: str) -> ParsedChoice:
-    """LLaVA's reading for ScienceQA: `B`, `B. text`, or one `The answer is B.` whose last dot is any character."""
+    """Parse like LLaVA for ScienceQA: `B`, `B. text`, or `The answer is B` followed by any character, once."""
     if _is_letter(text):
         return ParsedChoice(text, "the letter alone")
     if len(text) >= 3 and _is_letter(text[0]) and text[1:3] == ". ":
@@ -33,14 +33,14 @@ def parse_scienceqa_llava(text: str) -> ParsedChoice:
 
 
 def parse_scienceqa_vila(text: str) -> ParsedChoice:
-    """VILA's reading for ScienceQA: LLaVA's, and the letter also counts when anything or nothing follows its dot."""
+    """Parse like VILA for ScienceQA: like LLaVA, and also `B.` followed by anything."""
     if len(text) >= 2 and _is_letter(text[0]) and text[1] == ".":
         return ParsedChoice(text[0], "letter and full stop")
     return parse_scienceqa_llava(text)
 
 
 def parse_scienceqa_lmms(text: str) -> ParsedChoice:
-    """lmms-eval's reading for ScienceQA: the letter in any case, or a capital before a full stop; ends are stripped."""
+    """Parse like lmms-eval for ScienceQA: the letter in any case, or a capital and a full stop; ends are stripped."""
     text = text.strip()
     if len(text) == 1:
         return ParsedChoice(text.upper(), "the letter alone, in any case")
@@ -50,27 +50,26 @@ def parse_scienceqa_lmms(text: str) -> ParsedChoice:
 
 
 def parse_first_letter(text: str) -> ParsedChoice:
-    """lmms-eval's reading for SEED-Bench: the first character in any case, after white space."""
+    """Parse like lmms-eval for SEED-Bench: the first character in any case, after white space."""
     first = text.strip()[:1].upper()
     return ParsedChoice(first, "first character, in any case") if first else NO_CHOICE
 
 
 def parse_exact_letter(text: str) -> ParsedChoice:
-    """The original's reading for SEED-Bench: the whole answer, as it is."""
+    """Parse like the original SEED-Bench script: the whole answer, unchanged."""
     return ParsedChoice(text, "the whole answer")
 
 
 def parse_mmbench_static(text: str, options: Mapping[str, str]) -> ParsedChoice:
-    """What stands in for MMBench's server: its rules, and a search for letters where the server would ask ChatGPT.
+    """Approximate MMBench's server: its rules, then a search for letters where the server asks ChatGPT.
 
-    options: the texts of the options that there are, by letter.
-    As lmms-eval's key-free scoring of MMBench does, step by step: `parse_mmbench_rules`, then `_likeliest`.
+    options: texts of the existing options by letter. Source: lmms-eval's MMBench scoring without an API key.
     """
     found = parse_mmbench_rules(text, options)
     if found.letter:
         return found
-    letter = _likeliest(text, sorted(options) or list("ABCDEFGH"))
-    return ParsedChoice(letter, "likeliest place of a letter") if letter else NO_CHOICE
+    letter = _most_likely_letter(text, sorted(options) or list("ABCDEFGH"))
+    return ParsedChoice(letter, "most likely letter") if letter else NO_CHOICE
 
 
 _AROUND = (
@@ -80,10 +79,10 @@ _AROUND = (
 
 
 def parse_mmbench_rules(text: str, options: Mapping[str, str]) -> ParsedChoice:
-    """MMBench's own rules (Liu et al., ECCV 2024): one letter among the words, or one option's text in the answer."""
+    """Parse by MMBench's rules (Liu et al., ECCV 2024): one letter among the words, or the text of one option."""
     words = text.split()
     alone = [letter for letter in _SCIENCEQA if letter in words]
-    # In more than three words an A is taken for the article.
+    # In more than three words, A may be the article.
     if len(alone) == 1 and not ("A" in words and len(words) > 3):
         return ParsedChoice(alone[0], "one letter among the words")
     for before, after in _AROUND:
@@ -113,20 +112,20 @@ _PHRASES = (
 )
 
 
-def _likeliest(text: str, letters: Sequence[str]) -> str:
-    """The letter in the most telling place, the last of equals; "" where no letter stands anywhere."""
+def _most_likely_letter(text: str, letters: Sequence[str]) -> str:
+    """Return the letter at the position with the highest weight, the last of ties; "" if there is no letter."""
     text = text.strip()
     for scored in ",.!?;:'\"":
         text = text.strip(scored)
     if not text.strip():
         return ""
     text = f" {text} "
-    places = list(_places(text, letters)) or [(0, text.rfind(x), x) for x in letters if x in text]
-    return max(places, key=lambda place: place[:2])[2] if places else ""
+    positions = list(_positions(text, letters)) or [(0, text.rfind(x), x) for x in letters if x in text]
+    return max(positions, key=lambda position: position[:2])[2] if positions else ""
 
 
-def _places(text: str, letters: Sequence[str]) -> Iterator[tuple[int, int, str]]:
-    """How telling a place is, where it stands, and its letter."""
+def _positions(text: str, letters: Sequence[str]) -> Iterator[tuple[int, int, str]]:
+    """Yield weight, position and letter of every occurrence that a rule knows."""
     inner, lowered = text.strip(), text.lower()
     for letter in letters:
         for weight, shape in (
@@ -140,8 +139,8 @@ def _places(text: str, letters: Sequence[str]) -> Iterator[tuple[int, int, str]]
                 yield weight, text.rfind(shape), letter
         for phrase in _PHRASES:
             start = lowered.find(phrase)
-            if start >= 0 and (place := text.find(letter, start + len(phrase))) >= 0:
-                yield 7, place, letter
+            if start >= 0 and (position := text.find(letter, start + len(phrase))) >= 0:
+                yield 7, position, letter
         if inner.startswith(letter) and not inner[1:2].isalpha():
             yield 10, 0, letter
         if inner.endswith(letter) and not inner[-2:-1].isalpha():

@@ -1,6 +1,6 @@
-"""How VQA answers are normalised and compared: EvalAI's processor with M4C's first step, and the official VQA score.
+"""VQA answer normalization and accuracy: EvalAI's processor as in M4C, the official VQA v2 score, lmms-eval's variant.
 
-VQA v2 (Goyal et al., CVPR 2017) has ten human answers to a question; an answer that three others gave is right.
+VQA v2 (Goyal et al., CVPR 2017) has ten human answers per question; an answer that three others gave is fully correct.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from functools import cache, lru_cache
 from importlib import resources
 from typing import Any, NamedTuple
 
-# Written as in the public code: the look-behind is mistyped, so this is any period that no digit follows.
+# As in the public code: because of a typo in the look-behind it matches every period that no digit follows.
 _PERIOD = re.compile(r"(?!<=\d)(\.)(?!\d)")
-_PERIODS_AT_MOST = int(re.UNICODE)
-"""The public code passes the flag where the count belongs: 32 periods are removed, later ones stay."""
+_MAX_PERIODS = int(re.UNICODE)
+"""The public code passes this flag as the count: 32 periods are removed, further ones stay."""
 _COMMA_EVALAI = re.compile(r"(?<=\d)(,)+(?=\d)")
 _COMMA_OFFICIAL = re.compile(r"(\d)(,)(\d)")
 
@@ -38,40 +38,40 @@ def _words() -> _Words:
 
 @lru_cache(maxsize=1 << 17)
 def normalize_evalai(text: str) -> str:
-    """The processor of EvalAI and M4C, which TextVQA's scorer and the files for the VQAv2 and VizWiz servers use."""
+    """Normalize like EvalAI's processor in M4C: for TextVQA and the submissions to VQAv2 and VizWiz."""
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     return _plain_words(_without_punctuation(one_line(text), _COMMA_EVALAI))
 
 
 @lru_cache(maxsize=1 << 17)
 def normalize_official(text: str) -> str:
-    """The two steps of the official VQA score: punctuation, then numbers, articles and contractions."""
+    """Normalize like the official VQA score: punctuation, then numbers, articles and contractions."""
     return _plain_words(_without_punctuation(text, _COMMA_OFFICIAL))
 
 
 @lru_cache(maxsize=1 << 17)
 def normalize_lmms(text: str) -> str:
-    """lmms-eval's steps for VQAv2: like the official ones, but for how commas between digits are looked for."""
+    """Normalize like lmms-eval for VQAv2: the official steps, except for commas between digits."""
     return _plain_words(_without_punctuation(one_line(text), _COMMA_EVALAI))
 
 
 def one_line(text: str) -> str:
-    """Line breaks and tabs become spaces; white space at both ends goes."""
+    """Replace line breaks and tabs by spaces and strip both ends."""
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
 def soft_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """Mean over the humans of min(1, how many of the others said `prediction` / 3), 0..1; texts as they are."""
+    """Return the mean over the human answers of min(1, matching other answers / 3), 0..1; no normalization."""
     same = sum(answer == prediction for answer in answers)
     points = [min(1.0, (same - (answer == prediction)) / 3) for answer in answers]
     return sum(points) / len(points)
 
 
 def official_accuracy(prediction: str, answers: Sequence[Mapping[str, Any]]) -> float:
-    """The official VQA score of one question, 0..1.
+    """Return the official VQA score of one question, 0..1.
 
-    answers: the annotation's rows with `answer` and whatever else tells them apart. Where all humans wrote the same,
-    texts are compared as they are; else both sides are normalised.
+    answers: records of the annotation with `answer`. If all human answers are equal, texts are compared without
+    normalization, else both sides are normalized.
     """
     rows = [{**row, "answer": one_line(row["answer"])} for row in answers]
     prediction = one_line(prediction)
@@ -82,18 +82,18 @@ def official_accuracy(prediction: str, answers: Sequence[Mapping[str, Any]]) -> 
 
 
 def lmms_accuracy(prediction: str, answers: Sequence[Mapping[str, Any]]) -> float:
-    """lmms-eval's score of one VQAv2 question, 0..1: always normalised."""
+    """Return lmms-eval's score of one VQAv2 question, 0..1; always normalized."""
     rows = [{**row, "answer": normalize_lmms(row["answer"])} for row in answers]
     return _leave_one_out(normalize_lmms(prediction), rows)
 
 
 def most_frequent(answers: Sequence[str]) -> str:
-    """The answer that most humans gave, the first of several; "" of none."""
+    """Return the most frequent answer, the first one of ties; "" for no answers."""
     return Counter(answers).most_common(1)[0][0] if answers else ""
 
 
 def _leave_one_out(prediction: str, rows: Sequence[Mapping[str, Any]]) -> float:
-    # The public code leaves out every row that equals this one in all fields, not only this one.
+    # The public code leaves out every record that equals this one in all fields, not only this one.
     matching = [row for row in rows if row["answer"] == prediction]
     points = []
     for row in rows:
@@ -108,7 +108,7 @@ def _without_punctuation(text: str, comma: re.Pattern[str]) -> str:
     for scored in _words().punctuation:
         if scored in out:
             out = out.replace(scored, "" if number or f"{scored} " in text or f" {scored}" in text else " ")
-    return _PERIOD.sub("", out, count=_PERIODS_AT_MOST)
+    return _PERIOD.sub("", out, count=_MAX_PERIODS)
 
 
 def _plain_words(text: str) -> str:
