@@ -46,7 +46,7 @@ def test_numbers_of_examples_are_asked_in_turn_with_true_and_with_wrong_answers(
         ("two", 2, "--num-fewshot 'two': expected numbers with commas between"),
         ("0,,2", 2, "--num-fewshot '0,,2': expected numbers"),
         ("-1", 2, "--num-fewshot '-1': expected numbers"),
-        ("3", 1, "the pool has only 2 pictures besides those of"),
+        ("3", 1, "easy_vqa_3shot: "),
     ],
 )
 def test_impossible_numbers_of_examples_are_refused_before_anything_is_asked(

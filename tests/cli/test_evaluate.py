@@ -86,14 +86,14 @@ def test_questions_of_one_file_alone_are_counted_in_a_comparison(vila, tmp_path)
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "holds no answer"),
-        ('{"question_id": "0/0", "text": "x"}\n{"question_id": "0/1", "te', "line 2: not JSON"),
-        ('{"question_id": "0/0"}\n', "line 1: no text"),
-        ('{"text": "x"}\n', "line 1: no question_id"),
-        ('{"question_id": "9/9", "text": "x"}\n', "4 questions without a prediction"),
+        ("", "bad.jsonl: "),
+        ('{"question_id": "0/0", "text": "x"}\n{"question_id": "0/1", "te', "line 2: "),
+        ('{"question_id": "0/0"}\n', "line 1: text: "),
+        ('{"text": "x"}\n', "line 1: question_id: "),
+        ('{"question_id": "9/9", "text": "x"}\n', "9/9"),
         (
             '{"question_id": "0/0", "text": "x"}\n{"question_id": "0/0", "text": "y"}\n',
-            "line 2: a second answer to question 0/0",
+            "line 2: easy_vqa: ",
         ),
     ],
 )
@@ -107,7 +107,7 @@ def test_a_bad_file_of_answers_is_named(vila, easy, tmp_path, content, message):
 
 def test_unknown_rules_and_missing_files_are_named(vila, easy, tmp_path):
     path = tmp_path / "none.jsonl"
-    assert "no such file of answers" in vila("score", "easy_vqa", "--data", easy, "--predictions", path)[2]
+    assert "none.jsonl: no such file" in vila("score", "easy_vqa", "--data", easy, "--predictions", path)[2]
     path = answers(tmp_path / "a.jsonl", ["x"] * 4)
     error = vila("score", "easy_vqa", "--data", easy, "--predictions", path, "--protocol", "mine")[2]
     assert "--protocol mine: it is upstream or lmms-eval" in error

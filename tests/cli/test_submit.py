@@ -28,7 +28,7 @@ def test_a_run_that_was_cut_short_is_told_from_one_that_never_began(vila, run, t
     (run / "mmbench" / "predictions.jsonl").unlink()
     code, text, error = vila("submit", run, "--output", tmp_path / "up")
     assert (code, "nothing to submit" in error) == (1, True)
-    assert "vqav2: not finished; the same `vila eval` goes on where it was" in text
+    assert "left out: vqav2: not finished" in text
     assert "mmbench: not run; no " in text
 
 
@@ -38,9 +38,8 @@ def test_lines_that_cannot_be_read_are_told_or_refused_as_by_the_originals_conve
         path.write_text(path.read_text() + '{"id": "x", "error": "MediaError: no picture"}\n{"question_id": 1, "te')
     code, text, _ = vila("submit", run, "--output", tmp_path / "up")
     assert code == 0
-    assert "1 lines could not be read and are left out, as upstream does: " in text
-    assert "1 questions could not be asked: x" in text
-    assert "left out: mmbench: " in text and "not JSON" in text and "; correct or delete the line" in text
+    assert "1 unreadable lines" in text and "1 questions failed: x" in text
+    assert "left out: mmbench: " in text and "mmbench/predictions.jsonl, line " in text
     assert not (tmp_path / "up" / "mmbench").exists()
 
 

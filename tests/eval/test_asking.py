@@ -103,7 +103,7 @@ class One(Benchmark):
     name = "one"
     max_new_tokens = 4
 
-    def items(self):
+    def load_items(self):
         return [item(0, wide())]
 
     def score(self, answers, protocol="upstream"):
@@ -153,7 +153,7 @@ class Stored(Benchmark):
 
     name, max_new_tokens = "stored", 6
 
-    def items(self):
+    def load_items(self):
         return [Item("q0", (Message.of("user", Image(sideways()), "what?"),), "", "g")]
 
     def score(self, answers, protocol="upstream"):

@@ -39,7 +39,7 @@ def test_a_line_that_json_cannot_read_is_one_bad_line(tmp_path, line):
     # A file that begins with a bracket is a list, so the line is the second.
     found = read_answers(path)
     assert (len(found.answers), len(found.bad)) == (1, 1)
-    assert f"{path} line 2" in found.bad[0]
+    assert f"{path}, line 2" in found.bad[0]
 
 
 @pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf", b"\n "])

@@ -104,7 +104,7 @@ def test_kinds_of_questions():
 def test_a_row_that_is_no_question_is_named(folder, row):
     (folder / "test" / "questions.json").write_text(json.dumps([QUESTIONS[0], row]))
     with refused(file="questions.json", record="row 2", value=row):
-        EasyVqa(folder)
+        EasyVqa(folder).items()
 
 
 def test_a_folder_that_is_no_easy_vqa_is_named(tmp_path):

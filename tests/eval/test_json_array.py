@@ -59,10 +59,10 @@ def test_bytes_that_are_no_text_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("text", "word"),
     [
-        ("[1, 2] 3", "text follows"),
-        ("[1, 2]\n[3]", "text follows"),
-        ("[1, 2]\0", "text follows"),
-        ('["\\ud83d"]', "half a surrogate"),
+        ("[1, 2] 3", "text after"),
+        ("[1, 2]\n[3]", "text after"),
+        ("[1, 2]\0", "text after"),
+        ('["\\ud83d"]', "unpaired surrogate"),
         ("[" + "[" * 100_000, "near"),
         ("[" + "1" * 5000 + "]", "near"),
     ],
@@ -79,10 +79,10 @@ def test_every_value_is_sound_and_nothing_follows_the_last_one(tmp_path, key, te
 @pytest.mark.parametrize(
     ("text", "word"),
     [
-        ('{"rows": [1]', "ends early"),
-        ('{"rows": [1]} more', "text follows"),
+        ('{"rows": [1]', "end of the file"),
+        ('{"rows": [1]} more', "text after"),
         ('{"rows": [1], "rows": [2]}', "twice"),
-        ('{"rows": [1], "b"', "ends early"),
+        ('{"rows": [1], "b"', "end of the file"),
         ('{"b": [1, 2 3], "rows": []}', "expected ,"),
     ],
 )

@@ -102,5 +102,5 @@ def test_seed_is_read_whole_or_by_its_first_character():
 
 def test_a_reading_says_which_rule_found_it():
     assert parse_scienceqa_vila("B.").rule == "letter and full stop"
-    assert parse_mmbench_static("Bat", COLOURS).rule == "likeliest place of a letter"
+    assert parse_mmbench_static("Bat", COLOURS).rule == "most likely letter"
     assert parse_mmbench_static("maybe", COLOURS) == ("", "names no option")

@@ -210,7 +210,7 @@ class Shapes(Benchmark):
     name = "shapes"
     max_new_tokens = 4
 
-    def items(self):
+    def load_items(self):
         return [
             Item(f"q{n}", (Message.of("user", tiny.picture(n), f"\n{n}?"),), str(n), group=str(n)) for n in range(6)
         ]

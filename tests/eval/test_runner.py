@@ -29,7 +29,7 @@ class Numbers(Benchmark):
             for n in range(count)
         ]
 
-    def items(self):
+    def load_items(self):
         return self._items
 
     def score(self, answers, protocol="upstream"):

@@ -32,7 +32,7 @@ class OneQuestion(Benchmark):
     def __init__(self, item):
         self.item = item
 
-    def items(self):
+    def load_items(self):
         return [self.item]
 
     def score(self, answers, protocol="upstream"):

@@ -40,11 +40,6 @@ def read_questions(path: Path) -> list[Question]:
     questions = []
     for number, row in read_jsonl(path):
         record = f"line {number}"
-        if not isinstance(row, dict):
-            raise DataError(file=path, record=record, value=row, expected="an object with question_id, image and text")
-        for field in ("question_id", "image", "text"):
-            if field not in row:
-                raise DataError("missing", file=path, record=record, field=field)
         check_fields(row, path, record, question_id=(str, int), image=str, text=str)
         questions.append(
             Question(row["question_id"], row["image"], row["text"], str(row.get("category", "")), path, record)
@@ -139,24 +134,37 @@ def _candidates(folder: Path, benchmark: str, names: tuple[str, ...]) -> Iterato
         yield folder / name
 
 
-_TYPE_NAMES = {str: "text", int: "an integer", list: "a list", dict: "an object", type(None): "null"}
+class OPTIONAL:
+    """Marks a field in `check_fields` as optional."""
+
+
+_TYPE_NAMES = {
+    str: "text",
+    int: "an integer",
+    bool: "true or false",
+    list: "a list",
+    dict: "an object",
+    type(None): "null",
+}
 
 
 def check_fields(
-    row: Mapping[str, Any],
-    file: Path,
-    record: str,
-    /,
-    *,
-    hint: str | None = None,
-    **types: type | tuple[type, ...],
+    row: Any, file: Path, record: str, /, *, hint: str | None = None, **types: type | tuple[type, ...]
 ) -> None:
-    """Raise DataError for the first of the given fields that is present with a value of another type."""
-    for name, accepted in types.items():
+    """Raise DataError unless `row` is an object that has the given fields with values of their types.
+
+    A field may be absent if `OPTIONAL` is one of its types.
+    """
+    if not isinstance(row, dict):
+        raise DataError(file=file, record=record, value=row, expected=f"an object with {', '.join(types)}", hint=hint)
+    for name, kind in types.items():
+        accepted = kind if isinstance(kind, tuple) else (kind,)
         value = row.get(name, MISSING)
-        if value is not MISSING and (not isinstance(value, accepted) or isinstance(value, bool)):
-            names = accepted if isinstance(accepted, tuple) else (accepted,)
-            expected = " or ".join(_TYPE_NAMES[each] for each in names)
+        if value is MISSING:
+            if OPTIONAL not in accepted:
+                raise DataError("missing", file=file, record=record, field=name, hint=hint)
+        elif not isinstance(value, accepted) or (isinstance(value, bool) and bool not in accepted):
+            expected = " or ".join(_TYPE_NAMES[each] for each in accepted if each in _TYPE_NAMES)
             raise DataError(file=file, record=record, field=name, value=value, expected=expected, hint=hint)
 
 

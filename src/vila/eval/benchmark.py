@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -189,9 +190,17 @@ class Benchmark(ABC):
     needs_judge: bool = False
     judge: Judge | None = None
 
-    @abstractmethod
     def items(self) -> Sequence[Item]:
         """Return all questions in a fixed order, those of a group adjacent."""
+        return self._items
+
+    @cached_property
+    def _items(self) -> list[Item]:
+        return self.load_items()
+
+    @abstractmethod
+    def load_items(self) -> list[Item]:
+        """Read the questions; called once, by `items`."""
 
     @abstractmethod
     def score(self, answers: Sequence[Answer], protocol: ScoringProtocol = "upstream") -> BenchmarkResult:

@@ -32,12 +32,8 @@ class FewShotBenchmark(Benchmark):
         self.skips_bad_lines = inner.skips_bad_lines
         self._shots, self._pool, self._seed, self._shuffled = shots, pool, seed, shuffled
 
-    def items(self) -> Sequence[Item]:
+    def load_items(self) -> list[Item]:
         """Return the questions in the order of the benchmark; those of a group have the same examples."""
-        return self._items
-
-    @cached_property
-    def _items(self) -> list[Item]:
         items = self.inner.items()
         by_group: dict[str, list[Item]] = defaultdict(list)
         for item in items:

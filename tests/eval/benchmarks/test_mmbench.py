@@ -41,7 +41,7 @@ ROWS = [
     (["a", "b", "c", "d"], 3, ["D", "C", "B", "A"], 1, 1, "four options"),
     (["a", "b", "c", "d"], 3, ["E", "C", "B", "A"], 0, 0, "E is never right"),
 ]
-# All rotations right: the 1st, 2nd, 4th, 7th, 10th of 11; by rules alone not the 7th; the first right: 7 of 11.
+# All rotations correct: the 1st, 2nd, 4th, 7th, 10th of 11; by rules alone not the 7th; the first right: 7 of 11.
 
 
 def table(rows) -> str:
@@ -110,7 +110,7 @@ def test_scores_by_category(folder):
 
 def test_marks_show_the_first_wrong_rotation(folder):
     mark = MmBench(folder).score(answers()).question_scores[2]
-    assert (mark.id, mark.answer, mark.truth, mark.rule) == ("14", "A", "B", "1 of 2 rotations right")
+    assert (mark.id, mark.answer, mark.truth, mark.rule) == ("14", "A", "B", "1 of 2 rotations correct")
 
 
 def test_order_repetition_and_gaps(folder):

@@ -264,4 +264,4 @@ def test_a_limited_benchmark_scores_what_it_asks(asking, rows):
     assert len(benchmark.items()) == 4  # whole pictures
     result = benchmark.score(answers(rows[:4]))
     assert result.score == 200
-    assert not has_note(result.notes, "without answers")
+    assert not has_note(result.notes, "images without answers")

@@ -84,7 +84,7 @@ def test_each_row_is_read_as_its_rule_says(folder):
     result = Pope(folder).score(given())
     expected = [said == (label == "yes") for rows in ROWS.values() for _, label, said, _, _ in rows]
     assert [mark.value for mark in result.question_scores] == expected
-    assert [mark.rule == "read as yes" for mark in result.question_scores] == [
+    assert [mark.rule == "parsed as yes" for mark in result.question_scores] == [
         row[2] for rows in ROWS.values() for row in rows
     ]
 

@@ -179,7 +179,7 @@ def test_an_original_file_is_read_and_one_cut_short_says_so(folder, rows, tmp_pa
     path.write_text(path.read_text()[:-9])
     cut = read_answers(path)
     assert len(cut.answers) == 25
-    assert "a.jsonl line 26" in cut.bad[0]
+    assert "a.jsonl, line 26" in cut.bad[0]
 
 
 @pytest.mark.parametrize(

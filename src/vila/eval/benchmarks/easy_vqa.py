@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from vila.core.errors import DataError
 from vila.core.reading import read_json
@@ -38,16 +37,12 @@ class EasyVqa(Benchmark):
         """split: `test` or `train`. limit: approximate number of questions, whole images only; 0: all."""
         path = folder / split / "questions.json"
         if not path.is_file():
-            raise DataError(
-                "no such file",
-                file=path,
-                expected=f"an easy-VQA folder with {split}/questions.json and {split}/images/",
-            )
-        self._items = group_items(_items(path, read_json(path)), limit)
+            raise DataError("no such file", file=path, hint=f"expected questions.json and images/ in {split}/")
+        self._path, self._limit = path, limit
 
-    def items(self) -> Sequence[Item]:
+    def load_items(self) -> list[Item]:
         """Return the questions by image."""
-        return self._items
+        return group_items(_read_items(self._path), self._limit)
 
     def keep(self, groups: Collection[str]) -> None:
         """Keep only the questions of these groups (images)."""
@@ -102,7 +97,8 @@ def _answers_by_item(name: str, answers: Sequence[Answer], items: Sequence[Item]
     return texts
 
 
-def _items(path: Path, rows: Any) -> list[Item]:
+def _read_items(path: Path) -> list[Item]:
+    rows = read_json(path)
     if not isinstance(rows, list) or not rows:
         raise DataError(file=path, value=rows, expected="a list of [question, answer, image_id]")
     items = []

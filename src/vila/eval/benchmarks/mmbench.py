@@ -70,12 +70,8 @@ class MmBench(Benchmark):
     def _find(self, folder: Path) -> Path:
         return find_file(folder, self.name, self.file, source=f"{_MMBENCH}/{self.file}")
 
-    def items(self) -> Sequence[Item]:
+    def load_items(self) -> list[Item]:
         """Return an item per row, rotations of a question adjacent; images stay in the table."""
-        return self._items
-
-    @cached_property
-    def _items(self) -> list[Item]:
         self._table.require_columns("index", "question", "hint", *_OPTIONS, "image")
         return group_items([self._item(index, row) for index, row in self._rows.items()], self._limit)
 

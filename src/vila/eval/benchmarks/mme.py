@@ -77,12 +77,8 @@ class Mme(Benchmark):
         self._folder, self._limit = folder, limit
         self._release = find_file(folder, "MME", _RELEASE, source=_MME)
 
-    def items(self) -> Sequence[Item]:
+    def load_items(self) -> list[Item]:
         """Return the questions by image. Ids are `QUESTION_ID#N`: N-th question of the image, from 1."""
-        return self._items
-
-    @cached_property
-    def _items(self) -> list[Item]:
         items = []
         for question in read_questions(find_file(self._folder, "MME", _QUESTIONS)):
             question_id = question.question_id

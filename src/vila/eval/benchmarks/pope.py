@@ -20,6 +20,7 @@ from vila.core.reading import read_jsonl
 from vila.eval.annotations import (
     Question,
     build_items,
+    check_fields,
     check_prompts,
     find_file,
     find_optional,
@@ -57,12 +58,8 @@ class Pope(Benchmark):
         self._folder, self._limit = folder, limit
         self._path = find_file(folder, self.name, _QUESTIONS)
 
-    def items(self) -> Sequence[Item]:
+    def load_items(self) -> list[Item]:
         """Return the questions by image, with their labels if those files exist."""
-        return self._items
-
-    @cached_property
-    def _items(self) -> list[Item]:
         images = image_folder(self._folder, self.name, "val2014")
         truths = self._labels if find_optional(self._folder, self.name, _COCO) else {}
         return build_items(self._questions, images, truths=truths, limit=self._limit)
@@ -167,12 +164,7 @@ def _match_labels(path: Path, questions: Sequence[Question]) -> dict[str, str]:
     labels: dict[tuple[str, str], list[str]] = defaultdict(list)
     count = 0
     for number, row in read_jsonl(path):
-        for field in ("image", "text", "label"):
-            value = row.get(field) if isinstance(row, dict) else None
-            if not isinstance(value, str):
-                raise DataError(
-                    file=path, record=f"line {number}", field=field, value=value, expected="text", hint=_HINT
-                )
+        check_fields(row, path, f"line {number}", hint=_HINT, image=str, text=str, label=str)
         labels[row["image"], row["text"].strip()].append(row["label"])
         count += 1
     if count != len(questions):

@@ -21,6 +21,7 @@ from vila.core.errors import DataError
 from vila.core.reading import read_json
 from vila.core.types import Image, Message
 from vila.eval.annotations import (
+    OPTIONAL,
     check_fields,
     drop_mistyped_ids,
     find_file,
@@ -64,16 +65,12 @@ class ScienceQa(Benchmark):
         self._problems_path = find_file(folder, self.name, _PROBLEMS, source=_SCIENCEQA)
         self._splits_path = find_file(folder, self.name, _SPLITS, source=_SCIENCEQA)
 
-    def items(self) -> Sequence[Item]:
+    def load_items(self) -> list[Item]:
         """Return the questions in the order of their file.
 
         Images are centre-cropped whatever the model's image mode is: the original script gives them to the image
         processor of the vision tower.
         """
-        return self._items
-
-    @cached_property
-    def _items(self) -> list[Item]:
         path = find_file(self._folder, self.name, _QUESTIONS)
         images = image_folder(self._folder, self.name, "images/test")
         rows = read_json(path)
@@ -168,7 +165,7 @@ def _item(path: Path, record: str, row: Any, images: Path, problems: Mapping[str
         raise DataError(
             f"no id or question ({error})", file=path, record=record, expected="id and conversations[0].value"
         ) from error
-    check_fields(row, path, record, id=(str, int), image=str)
+    check_fields(row, path, record, id=(str, int), image=(str, OPTIONAL))
     prompt = f"{text}\n{LETTER_INSTRUCTION}"
     problem = problems.get(key)
     truth = _LETTERS[problem["answer"]] if problem else ""

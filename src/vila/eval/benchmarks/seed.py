@@ -47,7 +47,6 @@ _TRUTH = "SEED-Bench.json"
 _SEED = "huggingface.co/datasets/AILab-CVC/SEED-Bench"
 _HINT = f"is it the file of another release? Download it from {_SEED}"
 _SERVER = "huggingface.co/spaces/AILab-CVC/SEED-Bench_Leaderboard"
-_FIELDS = ("question_id", "answer", "question_type_id", "data_type")
 _PUBLISHED = 19_242
 
 
@@ -61,12 +60,8 @@ class Seed(Benchmark):
         self._folder, self._limit = folder, limit
         self._path = find_file(folder, "seed_bench", _TRUTH, source=_SEED)
 
-    def items(self) -> Sequence[Item]:
+    def load_items(self) -> list[Item]:
         """Return the questions by image."""
-        return self._items
-
-    @cached_property
-    def _items(self) -> list[Item]:
         path = find_file(self._folder, "seed_bench", _QUESTIONS)
         truths = {key: str(row["answer"]) for key, row in self._truths.items()}
         items = build_items(read_questions(path), path.parent, truths=truths, limit=self._limit)
@@ -102,18 +97,8 @@ class Seed(Benchmark):
         out: dict[str, dict[str, Any]] = {}
         for number, row in enumerate(self._annotation["questions"], start=1):
             record = f"question {number}"
-            for name in _FIELDS:
-                if not isinstance(row, dict) or name not in row:
-                    raise DataError("missing", file=self._path, record=record, field=name, hint=_HINT)
-            check_fields(
-                row,
-                self._path,
-                record,
-                hint=_HINT,
-                question_id=(str, int),
-                question_type_id=(str, int),
-                data_type=str,
-            )
+            kinds: dict[str, Any] = {"question_id": (str, int), "question_type_id": (str, int), "data_type": str}
+            check_fields(row, self._path, record, hint=_HINT, answer=object, **kinds)
             if row["question_type_id"] not in self._categories:
                 type_id = row["question_type_id"]
                 raise DataError("unknown type", file=self._path, record=record, field="question_type_id", value=type_id)

@@ -52,12 +52,8 @@ class TextVqa(Benchmark):
         if find_optional(folder, self.name, _TRUTHS) is None:
             find_file(folder, self.name, _QUESTIONS)
 
-    def items(self) -> Sequence[Item]:
+    def load_items(self) -> list[Item]:
         """Return the questions by image, with the most frequent human answers if their file exists."""
-        return self._items
-
-    @cached_property
-    def _items(self) -> list[Item]:
         images = image_folder(self._folder, self.name, "train_images")
         truths = self._truths if find_optional(self._folder, self.name, _TRUTHS) else {}
         times: Counter[Key] = Counter()
@@ -182,10 +178,7 @@ def _name(key: Key, count: int) -> str:
 
 
 def _check(path: Path, record: str, row: Any) -> None:
-    for field in ("image_id", "question", "answers"):
-        if not isinstance(row, dict) or field not in row:
-            hint = "is it the file of another release, or of the test split?"
-            raise DataError("missing", file=path, record=record, field=field, hint=hint)
-    check_fields(row, path, record, question=str, answers=list)
+    hint = "is it the file of another release, or of the test split?"
+    check_fields(row, path, record, hint=hint, image_id=object, question=str, answers=list)
     if not row["answers"] or not all(isinstance(answer, str) for answer in row["answers"]):
         raise DataError(file=path, record=record, field="answers", value=row["answers"], expected="a list of texts")

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -153,12 +152,8 @@ class VideoQa(Benchmark):
         self._limit = -(-limit // len(self._paths))
         self._notes: list[str] = []
 
-    def items(self) -> Sequence[Item]:
+    def load_items(self) -> list[Item]:
         """Return the questions by video. A video that does not exist has the path of its .mp4."""
-        return self._items
-
-    @cached_property
-    def _items(self) -> list[Item]:
         return [item for name, path in self._paths.items() for item in self._set_items(SETS[name], path)]
 
     def _set_items(self, video_set: VideoSet, path: Path) -> list[Item]:

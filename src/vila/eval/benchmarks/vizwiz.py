@@ -19,6 +19,7 @@ from vila.core.errors import DataError
 from vila.core.reading import read_json
 from vila.eval.annotations import (
     HUMAN_ANSWERS,
+    OPTIONAL,
     SHORT_ANSWER,
     Question,
     are_human_answers,
@@ -68,12 +69,8 @@ class VizWiz(Benchmark):
         if self._test_path is None and self._val_path is None:
             find_file(folder, self.name, _QUESTIONS)
 
-    def items(self) -> Sequence[Item]:
+    def load_items(self) -> list[Item]:
         """Return the test questions, or the validation questions if only those exist; one per image."""
-        return self._items
-
-    @cached_property
-    def _items(self) -> list[Item]:
         if self._test_path:
             images = image_folder(self._folder, self.name, "test")
             return build_items(self._questions, images, limit=self._limit)
@@ -186,9 +183,6 @@ def _number(image: str) -> str:
 
 
 def _check(path: Path, record: str, row: Any) -> None:
-    for field in ("image", "question", "answers"):
-        if not isinstance(row, dict) or field not in row:
-            raise DataError("missing", file=path, record=record, field=field, hint=_HINT)
-    check_fields(row, path, record, hint=_HINT, image=str, question=str, answer_type=str)
+    check_fields(row, path, record, hint=_HINT, image=str, question=str, answers=object, answer_type=(str, OPTIONAL))
     if not are_human_answers(row["answers"]):
         raise DataError(file=path, record=record, field="answers", value=row["answers"], expected=HUMAN_ANSWERS)

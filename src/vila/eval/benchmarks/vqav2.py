@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -71,12 +70,8 @@ class Vqav2(Benchmark):
         if not (self._annotations or self._questions or find_optional(folder, self.name, _TEST)):
             find_file(folder, self.name, _TEST_DEV)
 
-    def items(self) -> Sequence[Item]:
+    def load_items(self) -> list[Item]:
         """Return the questions of test-dev, or of the validation split if only that exists, by image."""
-        return self._items
-
-    @cached_property
-    def _items(self) -> list[Item]:
         path = self._questions or find_file(self._folder, self.name, _TEST_DEV)
         if path.name == _TEST_DEV:
             questions, images = read_questions(path), "test2015"
@@ -195,21 +190,9 @@ def _val_questions(path: Path) -> Iterable[Question]:
 
 def _checked(row: Any, path: Path) -> Any:
     """Return an annotation after checking its fields."""
-    fields = row if isinstance(row, dict) else {}
-    record = f"question {fields.get('question_id')}"
-    for name in ("question_id", "image_id", "question_type", "answer_type", "answers"):
-        if name not in fields:
-            raise DataError("missing", file=path, record=record, field=name, hint=OTHER_RELEASE)
-    check_fields(
-        fields,
-        path,
-        record,
-        hint=OTHER_RELEASE,
-        question_id=(str, int),
-        image_id=(str, int),
-        question_type=str,
-        answer_type=str,
-    )
-    if not are_human_answers(fields["answers"]):
-        raise DataError(file=path, record=record, field="answers", value=fields["answers"], expected=HUMAN_ANSWERS)
+    record = f"question {row.get('question_id') if isinstance(row, dict) else None}"
+    ids: dict[str, Any] = {"question_id": (str, int), "image_id": (str, int)}
+    check_fields(row, path, record, hint=OTHER_RELEASE, question_type=str, answer_type=str, answers=object, **ids)
+    if not are_human_answers(row["answers"]):
+        raise DataError(file=path, record=record, field="answers", value=row["answers"], expected=HUMAN_ANSWERS)
     return row
