@@ -152,13 +152,14 @@ def _evaluation() -> Iterator[Target]:
     from scripts.make_eval_data import LAYOUTS
     from vila.eval.benchmark import BENCHMARKS, ScoringProtocol
     from vila.eval.predictions import predicted_answers, read_answers
+    from vila.eval.submit import SERVERS
 
     def ask_and_score(root: Path, name: str, protocol: ScoringProtocol) -> None:
         benchmark: Any = BENCHMARKS[name](root, 0)
         items = list(benchmark.items())
         answers = predicted_answers(items, {item.id: item.truth or "A" for item in items})
         benchmark.score(answers, protocol)
-        if hasattr(benchmark, "submission") and name != "vizwiz":  # whose server takes the test split alone
+        if name in SERVERS and name != "vizwiz":  # its server takes only the test split
             benchmark.submission(answers)
 
     for name, write in LAYOUTS.items():

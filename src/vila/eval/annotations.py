@@ -163,7 +163,7 @@ def check_fields(
         if value is MISSING:
             if OPTIONAL not in accepted:
                 raise DataError("missing", file=file, record=record, field=name, hint=hint)
-        elif not isinstance(value, accepted) or (isinstance(value, bool) and bool not in accepted):
+        elif not isinstance(value, accepted) or (isinstance(value, bool) and not {bool, object} & set(accepted)):
             expected = " or ".join(_TYPE_NAMES[each] for each in accepted if each in _TYPE_NAMES)
             raise DataError(file=file, record=record, field=name, value=value, expected=expected, hint=hint)
 
