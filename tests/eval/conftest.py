@@ -3,15 +3,15 @@
 import pytest
 
 from tests import tiny
-from tests.eval.evaluating import evaluated, left_behind
+from tests.eval.eval_processes import evaluated, left_behind
 from tests.eval.mini import mini_data
 from vila.model.loading import save_model
 
 
 @pytest.fixture(scope="session")
-def stand(tmp_path_factory):
+def reference_run(tmp_path_factory):
     """A model, miniature data, and what an undisturbed run of one process leaves."""
-    home = tmp_path_factory.mktemp("stand")
+    home = tmp_path_factory.mktemp("reference_run")
     model, data = home / "model", mini_data(home / "data")
     save_model(*tiny.vila(), model)
     assert evaluated(model, data, home / "run") == [0]

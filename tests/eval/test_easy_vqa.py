@@ -90,11 +90,11 @@ def test_a_second_answer_is_named(folder):
         benchmark.score(twice)
 
 
-def test_a_limit_takes_whole_pictures(folder):
+def test_a_limit_takes_whole_images(folder):
     assert [i.group for i in EasyVqa(folder, limit=3).items()] == ["0", "0", "1", "1", "1"]
 
 
-def test_kinds_of_questions():
+def test_categories_of_questions():
     kinds = ["what shape", "yes/no color", "what color", "yes/no color", "yes/no shape", "what shape"]
     assert [category_of(q) for q, _, _ in QUESTIONS] == kinds
     assert category_of("what is the teal shape?") == "what shape"
@@ -164,7 +164,7 @@ def test_a_real_engine_answers_every_question_twice_alike(folder, tmp_path):
     assert set(first) == {i.id for i in EasyVqa(folder).items()}
 
 
-def test_batches_keep_pictures_whole(folder, monkeypatch):
+def test_batches_keep_images_whole(folder, monkeypatch):
     monkeypatch.setattr("vila.eval.runner._BATCH_GROUPS", 2)
     assert [[i.group for i in batch] for batch in batches(EasyVqa(folder).items())] == [
         ["1", "1", "1", "0", "0"],  # the most to read first

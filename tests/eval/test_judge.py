@@ -100,13 +100,13 @@ HASHES = {
 
 
 @pytest.mark.parametrize("kind", HASHES)
-def test_what_people_wrote_fills_holes_and_makes_none(kind):
+def test_placeholders_in_field_values_are_not_filled(kind):
     fields = {"question": "What is he doing?", "answer": "cooking {pred}", "pred": "he cooks {question}"}
     messages = [[m["role"], m["content"]] for m in request_body(kind, JudgeCase("1", fields))["messages"]]
     assert hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:16] == HASHES[kind]
 
 
-def test_the_kinds_are_video_qa_and_the_five_dimensions():
+def test_judge_prompts_are_video_qa_and_the_five_dimensions():
     assert set(judge_prompts()) == {*HASHES, "consistency"}
     with refused("'temporal'", error=UnknownNameError, name="temporl"):
         request_body("temporl", RIDE)
@@ -152,7 +152,7 @@ REPLIES = [
 
 
 @pytest.mark.parametrize(("reply", "readable", "score", "yes", "rule"), REPLIES, ids=[r[-1] for r in REPLIES])
-def test_replies_are_read_as_the_original_reads_them(reply, readable, score, yes, rule):
+def test_replies_are_read_as_upstream_reads_them(reply, readable, score, yes, rule):
     verdict = parse_reply("1", reply)
     assert verdict.readable == readable
     assert (verdict_score(verdict.value), verdict_is_yes(verdict.value)) == (score, yes)
@@ -190,7 +190,7 @@ def test_a_server_gets_the_published_body_the_key_and_nothing_else(tmp_path):
     assert "sk-secret" not in kept[0]
 
 
-def test_what_is_kept_is_not_asked_again(tmp_path):
+def test_cached_replies_are_not_requested_again(tmp_path):
     cases = [case(n, pred=f"p{n}") for n in range(5)]
     with chat_server(lambda body, number: f"{{'pred': 'no', 'score': {number % 5}}}") as served:
         first = judge(served, tmp_path).verdicts("video_qa", cases)
@@ -208,7 +208,7 @@ def test_equal_requests_are_sent_once(tmp_path):
     assert [verdict.id for verdict in verdicts] == ["a", "b", "c"]
 
 
-def test_garbage_is_asked_again_and_then_left_out(tmp_path):
+def test_unreadable_replies_are_retried_then_left_out(tmp_path):
     def answer(body, number):
         if "Predicted Answer: never" in body["messages"][1]["content"]:
             return "I cannot say."
@@ -237,7 +237,7 @@ def test_a_busy_server_is_asked_again_when_it_says(tmp_path):
     assert verdict.value == {"score": 1}
 
 
-def test_a_pause_that_was_asked_for_is_waited_out():
+def test_retry_after_is_respected():
     waits = []
     with chat_server(lambda body, number: (429, {"Retry-After": "1"}, {}) if number == 0 else "yes") as served:
         client = OpenAIClient(served.url, key="", retry_policy=QUICK)
@@ -290,14 +290,14 @@ def test_a_server_that_answers_nothing_ends_the_rounds(tmp_path):
         assert len(served.bodies) == 3
 
 
-def test_no_server_is_named():
+def test_unreachable_server():
     client = OpenAIClient("http://127.0.0.1:9/v1", key="", retry_policy=RetryPolicy(attempts=1))
     with pytest.raises(ServerError) as caught:
         client.complete({})
     assert (caught.value.file, caught.value.status) == ("http://127.0.0.1:9/v1/chat/completions", None)
 
 
-def test_requests_that_nobody_waits_for_are_not_sent():
+def test_dropped_requests_are_not_sent():
     with chat_server(lambda body, number: "x") as served:
         client = OpenAIClient(served.url, key="", concurrency=1)
         replies = client.run_parallel([lambda: client.complete({})] * 50)
@@ -323,7 +323,7 @@ def test_addresses(url, address):
 
 
 @pytest.mark.parametrize("url", ["localhost:8000", "ftp://host/v1", "http://", "http://me:pw@host/v1", ""])
-def test_what_is_no_address_is_refused(url):
+def test_invalid_urls_are_refused(url):
     with pytest.raises(ConfigError) as caught:
         chat_completions_url(url)
     assert caught.value.value == url
@@ -353,7 +353,7 @@ class Listener:
         pass
 
 
-def test_the_cost_is_told_before_the_start(tmp_path):
+def test_the_cost_is_reported_before_the_start(tmp_path):
     heard = Listener()
     with chat_server(lambda body, number: "{'pred': 'yes', 'score': 5}") as served:
         asked = judge(served, tmp_path, events=heard)
@@ -409,7 +409,7 @@ def test_replies_on_other_answers_are_no_verdicts(tmp_path):
         ReplyFile(tmp_path).verdicts("video_qa", [case(8)])
 
 
-def test_what_the_originals_judge_leaves_behind_is_read(tmp_path):
+def test_what_upstreams_judge_leaves_behind_is_parsed(tmp_path):
     kept = [{"pred": "yes", "score": 4.8}, {"q": "q", "a": "a", "pred": "p"}]
     (tmp_path / "v_1_3.json").write_text(json.dumps(kept))
     assert [(v.id, v.value) for v in read_verdicts(tmp_path)] == [("v_1_3", kept[0])]

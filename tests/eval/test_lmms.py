@@ -59,7 +59,7 @@ def test_answers_are_the_engines_in_the_order_of_the_requests(folder):
         )
         for number, each in enumerate(settings)
     ]
-    assert len(set(wanted)) > 1  # the pictures matter
+    assert len(set(wanted)) > 1  # the images matter
     assert adapter.generate_until(requests) == wanted
     assert [row[2] for row in adapter.cache_hook.rows] == wanted
     assert (adapter._rank, adapter._world_size, adapter.device) == (0, 1, "cpu")

@@ -70,6 +70,6 @@ def test_lmms_eval_runs_our_model_and_gets_the_engines_answers(tmp_path):
     (samples,) = (tmp_path / "out").rglob("*samples_local_shapes.jsonl")
     (results,) = (tmp_path / "out").rglob("*_results.json")
     said = {row["doc_id"]: row["filtered_resps"] for row in map(json.loads, samples.read_text().splitlines())}
-    assert len(set(wanted)) > 1  # the pictures matter
+    assert len(set(wanted)) > 1  # the images matter
     assert [said[number] for number in range(5)] == wanted
     assert json.loads(results.read_text())["results"]["local_shapes"]["exact,none"] == pytest.approx(3 / 5)

@@ -80,7 +80,7 @@ def test_published_scores():
 
 def test_table_has_score_interval_and_published_scores(whole):
     _, _, markdown, _ = whole
-    # Nine questions about three pictures, the first one about each is answered "no": two of three right in each.
+    # Nine questions about three images, the first one about each is answered "no": two of three right in each.
     assert row_of(markdown, "GQA") == ["GQA", "66.67", "66.7 to 66.7", "63.1", "63.0", "63.6", "63.6"]
     assert row_of(markdown, "VQAv2")[:4] == ["VQAv2", MISSING, "not scored here", "80.3"]
     assert "VILA-13B INT4, published" in markdown
@@ -136,7 +136,7 @@ def test_failed_questions_are_counted_with_their_errors(whole):
 def test_wrong_answers_are_shown_with_image_question_truth_and_rule(whole):
     _, html, _, text = whole
     sample = json.loads(text)["benchmarks"]["scienceqa"]["sample"]
-    # The first question, whose truth is A; "no" is no letter. The last one has no picture and is not scored.
+    # The first question, whose truth is A; "no" is no letter. The last one has no image and is not scored.
     assert [(one["id"], one["answer"], one["truth"]) for one in sample] == [("1", "no", "A")]
     options = "A. circle\nB. square\nC. triangle"
     assert sample[0]["question"] == f"Context: Look at the picture.\nWhich shape is this?\n{options}"
@@ -151,7 +151,7 @@ def test_wrong_answers_are_shown_with_image_question_truth_and_rule(whole):
 def test_categories_have_means_and_intervals(whole):
     _, html, markdown, text = whole
     categories = {one["name"]: one for one in json.loads(text)["benchmarks"]["gqa"]["categories"]}
-    # The first of three questions about each picture, which asks for the shape, is answered "no".
+    # The first of three questions about each image, which asks for the shape, is answered "no".
     assert (categories["query"]["questions"], categories["query"]["mean"]) == (6, 50.0)
     assert categories["verify"]["mean"] == 100.0
     assert "| query | 6 | 50.0 | 50.0 to 50.0 |" in markdown
@@ -257,7 +257,7 @@ def test_few_shot_curves_start_at_zero_shot(data, tmp_path):
     markdown = (tmp_path / "report.md").read_text()
     markdown = markdown[markdown.index("## Few-shot: GQA") :]
     assert row_of(markdown, "0") == ["0", "0.00", "0.0 to 0.0", *[MISSING] * 4]
-    # Of three pictures with three questions each, two are right after true examples and one after wrong ones.
+    # Of three images with three questions each, two are right after true examples and one after wrong ones.
     assert row_of(markdown, "1")[1:6:2] == ["66.67", "33.33", "+33.33 (0.00 to +100.00)"]
 
 
@@ -368,7 +368,7 @@ def test_answer_format_instructions_are_removed(text, shown):
 
 
 def test_runs_are_compared_by_question(tmp_path):
-    # 20 questions about a picture each: four become right, one becomes wrong, so 3 of 20 more are right.
+    # 20 questions about a image each: four become right, one becomes wrong, so 3 of 20 more are right.
     before = [score_record(n, float(n >= 4)) for n in range(20)]
     after = [score_record(n, float(n != 19), answer="b") for n in range(20)]
     first, second = fake_run(tmp_path / "a", before), fake_run(tmp_path / "b", after)

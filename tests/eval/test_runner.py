@@ -18,7 +18,7 @@ from vila.eval.runner import batches, run_benchmark
 
 
 class Numbers(Benchmark):
-    """Questions that are numbers; right answers double them. Three about each picture."""
+    """Questions that are numbers; right answers double them. Three about each image."""
 
     name = "numbers"
     max_new_tokens = 4
@@ -67,7 +67,7 @@ def rows(out):
     return [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
 
 
-def test_predictions_stand_in_the_order_of_the_questions_with_the_originals_keys(tmp_path):
+def test_predictions_stand_in_the_order_of_the_questions_with_upstreams_keys(tmp_path):
     result = run_benchmark(Doubler(), Numbers(), tmp_path)
     assert result.result.score == 100
     assert [row["id"] for row in rows(tmp_path)] == [f"q{n}" for n in range(40)]
@@ -110,7 +110,7 @@ def test_questions_that_changed_between_a_stop_and_the_next_run_are_refused(tmp_
     assert run_benchmark(Doubler(), Numbers(), tmp_path).result.score == 100  # begun by an earlier version
 
 
-def test_one_bad_picture_costs_one_answer_and_is_asked_again_by_the_next_run(tmp_path):
+def test_one_bad_image_costs_one_answer_and_is_asked_again_by_the_next_run(tmp_path):
     result = run_benchmark(Doubler(fails=[7]), Numbers(), tmp_path)
     assert result.result is None
     assert "1 answers are missing" in result.problem and "1 questions failed" in result.problem
@@ -124,7 +124,7 @@ def test_one_bad_picture_costs_one_answer_and_is_asked_again_by_the_next_run(tmp
     assert set(again.asked) >= {7}
 
 
-def test_an_answer_gets_the_room_that_a_small_context_has(tmp_path):
+def test_generation_limit_is_halved_to_fit_the_context(tmp_path):
     class Small(Doubler):
         def generate(self, conversations, sampling):
             if sampling.max_new_tokens > 100:
@@ -158,7 +158,7 @@ def test_two_processes_give_the_report_of_one(tmp_path):
     assert min(len(engine.asked) for engine in engines) >= 12
 
 
-def test_a_line_cut_short_is_dropped_and_a_strange_one_is_named(tmp_path):
+def test_a_truncated_line_is_dropped_and_an_invalid_one_named(tmp_path):
     run_benchmark(Doubler(), Numbers(4), tmp_path)
     path = tmp_path / "predictions.jsonl"
     path.write_text(path.read_text() + '{"id": "q9", "te')
@@ -168,7 +168,7 @@ def test_a_line_cut_short_is_dropped_and_a_strange_one_is_named(tmp_path):
         run_benchmark(Doubler(), Numbers(4), tmp_path)
 
 
-def test_batches_are_of_like_size_and_keep_pictures_whole():
+def test_batches_are_of_like_size_and_keep_images_whole():
     items = [
         Item(f"{n}/{k}", (Message.of("user", Image(f"{n}.png"), "x" * (10 * n + k)),), "", str(n))
         for n in range(9)
@@ -185,7 +185,7 @@ def test_a_template_of_its_own_is_a_batch_of_its_own():
     assert [{item.template for item in batch} for batch in batches(items)] == [{"a"}, {"b"}]
 
 
-def test_pictures_that_are_not_there_are_listed_once(tmp_path):
+def test_images_that_are_not_there_are_listed_once(tmp_path):
     (tmp_path / "here.png").write_bytes(b"x")
     names = [tmp_path / "here.png", tmp_path / "gone.png", tmp_path / "gone.png"]
     items = [Item(str(n), (Message.of("user", Image(name), "x"),), "", "") for n, name in enumerate(names)]

@@ -69,7 +69,7 @@ def answers(**texts):
     return [Answer(int(name[1:]), text) for name, text in texts.items()]
 
 
-def test_questions_stand_clip_by_clip_with_the_answer_of_their_place(root):
+def test_questions_stand_video_by_video_with_the_answer_of_their_place(root):
     items = Msvd(root).items()
     assert [(i.id, i.question_id, i.truth, i.group) for i in items] == [
         ("10", 10, "ride", "vid1"),
@@ -83,13 +83,13 @@ def test_questions_stand_clip_by_clip_with_the_answer_of_their_place(root):
     assert missing_media(Msvd(root).items()) == [str(folder / "gone.mp4")]
 
 
-def test_activitynets_clips_are_called_like_the_id_without_its_last_part(root):
+def test_activitynets_videos_are_called_like_the_id_without_its_last_part(root):
     folder = root / "GPT_Zero_Shot_QA" / "Activitynet_Zero_Shot_QA"
     sources = {item.messages[0].parts[0].source for item in ActivityNet(root).items()}
     assert sources == {folder / "all_test" / "v_1Q_x.mp4"}  # .mp4 is looked for before .mkv
 
 
-def test_the_prompt_is_a_picture_line_for_each_frame_and_the_bare_question(root):
+def test_the_prompt_is_an_image_line_for_each_frame_and_the_bare_question(root):
     from vila.chat.content import expand_videos
 
     (item, *_) = Msvd(root).items()
@@ -203,7 +203,7 @@ def test_a_sets_own_folder_will_do(root):
         VideoQa(root / "GPT_Zero_Shot_QA" / "MSVD_Zero_Shot_QA")  # it would be taken for all four
 
 
-def test_a_limit_takes_whole_clips_of_every_set(root):
+def test_a_limit_takes_whole_videos_of_every_set(root):
     assert [item.id for item in Msvd(root, 1).items()] == ["10", "12"]
     ids = [item.id for item in VideoQa(root, 2).items()]
     assert ids == ["msvd/10", "msvd/12", "activitynet/v_1Q_x_3", "activitynet/v_1Q_x_4"]

@@ -203,7 +203,7 @@ def test_the_whole_prompt(folder):
     assert (result.score, result.metrics["questions"]) == (50, 2)
 
 
-def test_what_is_missing_is_named(tmp_path):
+def test_missing_files_are_named(tmp_path):
     with refused("llava_gqa_testdev_balanced.jsonl", "eval.zip", field="gqa"):
         Gqa(tmp_path)
     jsonl(tmp_path / "llava_gqa_testdev_balanced.jsonl", [{"question_id": "1", "image": "a.jpg", "text": "?"}])

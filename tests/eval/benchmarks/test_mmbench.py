@@ -108,7 +108,7 @@ def test_scores_by_category(folder):
     assert (metrics["questions"], metrics["rows"], metrics["missing"]) == (11, 27, 1)
 
 
-def test_marks_show_the_first_wrong_rotation(folder):
+def test_scores_show_the_first_wrong_rotation(folder):
     mark = MmBench(folder).score(answers()).question_scores[2]
     assert (mark.id, mark.answer, mark.truth, mark.rule) == ("14", "A", "B", "1 of 2 rotations correct")
 
@@ -163,7 +163,7 @@ def test_whole_prompts_in_chinese(tmp_path, cells):
         )
 
 
-def test_items_say_what_the_originals_rows_say(folder):
+def test_items_say_what_upstreams_rows_say(folder):
     items = MmBench(folder).items()
     assert items[1].question_id == 1_000_000
     assert items[1].prompt == "What is it, 0?\nA. green\nB. blue\nC. red"
@@ -176,7 +176,7 @@ def test_items_say_what_the_originals_rows_say(folder):
     ]
 
 
-def test_pictures_stay_in_the_table_until_they_are_read(folder):
+def test_images_stay_in_the_table_until_they_are_read(folder):
     items = MmBench(folder).items()
     pictures = [item.messages[0].parts[0].source for item in items]
     assert pictures[3].read() == b"picture 1"
@@ -259,7 +259,7 @@ def test_another_release_is_named_by_its_columns(tmp_path):
     assert benchmark.score([Answer(3, "A")]).score == 100
 
 
-def test_a_table_cut_short_is_named(folder):
+def test_a_truncated_table_is_named(folder):
     path = folder / "mmbench" / "mmbench_dev_20230712.tsv"
     whole = path.read_text()
     path.write_text(whole[:-60])

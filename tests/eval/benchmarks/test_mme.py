@@ -1,4 +1,4 @@
-"""MME: points by hand, pairs by picture wherever answers stand, whole prompts, and files that do not fit."""
+"""MME: points by hand, pairs by image wherever answers stand, whole prompts, and files that do not fit."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from vila.eval.benchmark import BENCHMARKS, Answer
 from vila.eval.benchmarks.mme import COGNITION, PERCEPTION, Mme, parse_lmms, parse_upstream
 from vila.eval.predictions import read_answers
 
-# Answers to both questions of a picture, whose truth is Yes and No; how many the original and lmms-eval call right.
+# Answers to both questions of a image, whose truth is Yes and No; how many the original and lmms-eval call right.
 EXISTENCE = [
     ("Yes", "No", 2, 2, "casing does not count"),
     ("yes", "no.", 2, 2, "the word opens the answer"),
@@ -24,7 +24,7 @@ EXISTENCE = [
     (". yes", "n.o", 0, 2, "full stops go for lmms-eval alone"),
     ("ye\ns", "no\tway", 1, 1, "line breaks and tabs become spaces"),
 ]
-# Original: 15 of 24 right, 6 of 12 pictures: 62.5 + 50. lmms-eval: 20 of 24, 8 of 12: 83.33 + 66.67.
+# Original: 15 of 24 right, 6 of 12 images: 62.5 + 50. lmms-eval: 20 of 24, 8 of 12: 83.33 + 66.67.
 ARTWORK = [("Yes", "Yes", 1, 1, "the same to both questions: 50 + 0")]
 CODE = [
     ("yes", "no", 2, 2, "both: with the next 50 + 50"),
@@ -95,7 +95,7 @@ def test_a_category_has_its_parts(folder, rows):
 
 
 @pytest.mark.parametrize(("place", "protocol"), [(2, "upstream"), (3, "lmms-eval")])
-def test_each_pair_is_marked_as_its_rule_says(folder, rows, place, protocol):
+def test_each_pair_is_scored_as_its_rule_says(folder, rows, place, protocol):
     question_scores = Mme(folder).score(answers(rows), protocol).question_scores
     right = [question_scores[n].value + question_scores[n + 1].value for n in range(0, len(question_scores), 2)]
     pairs = [pair for _, _, pairs in FILES for pair in pairs]
@@ -129,7 +129,7 @@ def test_lmms_eval_reads_answers_with_line_breaks_as_they_are(folder, rows):
     assert question_scores["lmms-eval"].rule == "parsed as other"
 
 
-def test_pairs_belong_to_pictures_wherever_they_stand(folder, rows):
+def test_pairs_belong_to_images_wherever_they_stand(folder, rows):
     shuffled = rows[::2] + rows[1::2]
     result = Mme(folder).score(answers(shuffled))
     assert result.score == pytest.approx(162.5)
@@ -137,9 +137,9 @@ def test_pairs_belong_to_pictures_wherever_they_stand(folder, rows):
     assert not has_note(Mme(folder).score(answers(rows)).notes, "not adjacent")
 
 
-def test_pictures_without_answers_are_not_counted_but_said(folder, rows):
+def test_images_without_answers_are_not_counted_but_noted(folder, rows):
     result = Mme(folder).score(answers(rows[2:]))
-    # Without the first picture: 13 of 22 and 5 of 11; artwork's 50 besides.
+    # Without the first image: 13 of 22 and 5 of 11; artwork's 50 besides.
     assert result.score == pytest.approx(100 * 13 / 22 + 100 * 5 / 11 + 50)
     assert has_note(result.notes, "1 images without answers", "existence/0000")
 
@@ -162,7 +162,7 @@ def test_half_a_pair_is_refused(folder, rows):
         Mme(folder).score(answers([rows[0], rows[0], *rows[2:]]))
 
 
-def test_a_pair_given_twice_counts_twice_or_is_refused(folder, rows):
+def test_a_pair_repeated_counts_twice_or_is_refused(folder, rows):
     again = answers(rows[:2] + rows)
     result = Mme(folder).score(again)
     assert result.metrics["by_category"]["existence"]["score"] == pytest.approx(100 * 17 / 26 + 100 * 7 / 13)
@@ -180,7 +180,7 @@ def test_missing_categories_are_reported(folder, rows):
     assert has_note(result.notes, "categories", ": count, position")
 
 
-def test_a_category_of_other_answers_only_is_zero_and_said(folder, rows):
+def test_a_category_of_other_answers_only_is_zero_and_noted(folder, rows):
     for row in rows[-4:]:
         row["text"] = "perhaps"
     result = Mme(folder).score(answers(rows))
@@ -213,7 +213,7 @@ def test_both_forms_of_the_prompt_find_their_question(folder, rows):
     assert Mme(folder).score(answers(rows)).score == pytest.approx(162.5)
 
 
-def test_an_original_file_is_read(folder, rows, tmp_path):
+def test_an_original_file_is_parsed(folder, rows, tmp_path):
     path = jsonl(tmp_path / "mme.jsonl", rows)
     assert Mme(folder / "MME").score(read_answers(path).answers).score == pytest.approx(162.5)
 
@@ -261,7 +261,7 @@ def test_whole_prompts_and_items(asking, rows):
 
 def test_a_limited_benchmark_scores_what_it_asks(asking, rows):
     benchmark = Mme(asking, limit=3)
-    assert len(benchmark.items()) == 4  # whole pictures
+    assert len(benchmark.items()) == 4  # whole images
     result = benchmark.score(answers(rows[:4]))
     assert result.score == 200
     assert not has_note(result.notes, "images without answers")

@@ -80,7 +80,7 @@ def given() -> list[Answer]:
     return answers({FIRST[name] + n: row[0] for name, rows in ROWS.items() for n, row in enumerate(rows)})
 
 
-def test_each_row_is_read_as_its_rule_says(folder):
+def test_each_row_is_parsed_as_its_rule_says(folder):
     result = Pope(folder).score(given())
     expected = [said == (label == "yes") for rows in ROWS.values() for _, label, said, _, _ in rows]
     assert [mark.value for mark in result.question_scores] == expected
@@ -147,7 +147,7 @@ def test_lmms_eval_counts_a_question_without_an_answer_as_wrong(folder):
     assert Pope(folder).score(rows[1:]).metrics["questions"] == 23
 
 
-def test_shuffled_answers_score_the_same_and_it_is_told(folder):
+def test_shuffled_answers_score_the_same_and_it_is_reported(folder):
     rows = given()
     random.Random(0).shuffle(rows)
     result = Pope(folder / "pope").score(rows)
@@ -165,7 +165,7 @@ def test_missing_answers_do_not_count_and_are_named(folder):
     assert len(Pope(folder).score(given()[1:]).notes) == 2
 
 
-def test_a_category_without_answers_is_told(folder):
+def test_a_category_without_answers_is_reported(folder):
     result = Pope(folder).score(given()[:16])
     assert result.score == pytest.approx(100 * (4 / 9 + 1 / 2) / 2)
     assert has_note(result.notes, "category random")
@@ -212,14 +212,14 @@ def test_label_files_of_another_release_are_refused(folder):
         Pope(folder).score(given())
 
 
-def test_a_question_asked_twice_about_a_picture_keeps_its_label(tmp_path):
+def test_a_question_asked_twice_about_an_image_keeps_its_label(tmp_path):
     jsonl(tmp_path / "llava_pope_test.jsonl", [question("random", 0), {**question("random", 0), "question_id": 5}])
     label = {"image": picture(0), "text": "Is there a dog in the image?"}
     jsonl(tmp_path / "coco" / "coco_pope_random.json", [{**label, "label": "yes"}, {**label, "label": "no"}])
     assert [item.truth for item in Pope(tmp_path).items()] == ["yes", "no"]
 
 
-def test_the_whole_prompt_and_pictures_together(folder):
+def test_the_whole_prompt_and_images_together(folder):
     items = BENCHMARKS["pope"](folder, 0).items()
     assert whole_prompt(items[0]) == f"{VICUNA}Is there a dog in the image?\n{SHORT} ASSISTANT:"
     assert [item.group for item in items] == [picture(0)] * 12 + [picture(4)] * 12
@@ -227,7 +227,7 @@ def test_the_whole_prompt_and_pictures_together(folder):
     assert items[0].messages[0].parts[0].source == folder / "pope" / "val2014" / picture(0)
 
 
-def test_a_few_pictures_are_scored_alone(folder):
+def test_a_few_images_are_scored_alone(folder):
     benchmark = Pope(folder, 5)
     kept = {item.question_id for item in benchmark.items()}
     result = benchmark.score([row for row in given() if row.question_id in kept])

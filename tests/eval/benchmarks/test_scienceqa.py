@@ -38,7 +38,7 @@ ROWS = [
     ("B.\nThe answer is C.", 4, "B", 1, 0, 1, "a line break instead of the space"),
     ("The answer is B\n.", 4, "B", 0, 0, 0, "a line break is no character of the pattern"),
 ]
-# Rows with a picture are those of even number (the 1st, 3rd, ...): 13 of them. VILA: the 1st, 3rd, 5th, 15th, 19th,
+# Rows with a image are those of even number (the 1st, 3rd, ...): 13 of them. VILA: the 1st, 3rd, 5th, 15th, 19th,
 # 23rd, 25th. LLaVA: without the 5th and 25th. lmms-eval: the 1st, 3rd, 5th, 7th, 19th, 23rd, 25th.
 # Of the others VILA reads the 4th, 10th and 12th, LLaVA the 10th and 12th. One question more has no answer.
 
@@ -82,7 +82,7 @@ def answers(rows) -> list[Answer]:
     return [Answer(row["question_id"], row["text"], row.get("prompt", "")) for row in rows]
 
 
-def test_the_published_figure_is_vilas_over_questions_with_a_picture(folder, rows):
+def test_the_published_figure_is_vilas_over_questions_with_an_image(folder, rows):
     result = BENCHMARKS["scienceqa"](folder, 0).score(answers(rows))
     assert result.score == pytest.approx(100 * 7 / 13)
     assert result.metrics["image_accuracy"] == result.score
@@ -101,7 +101,7 @@ def test_lmms_eval_reads_otherwise(folder, rows):
 
 
 @pytest.mark.parametrize(("place", "name"), [(3, "upstream"), (5, "lmms-eval")])
-def test_each_row_is_marked_as_its_rule_says(folder, rows, place, name):
+def test_each_row_is_scored_as_its_rule_says(folder, rows, place, name):
     for row in rows:
         row["prompt"] = "<image>\n" + row["prompt"].removeprefix("<image>\n")
     question_scores = {mark.id: mark for mark in ScienceQa(folder).score(answers(rows), name).question_scores}
@@ -110,7 +110,7 @@ def test_each_row_is_marked_as_its_rule_says(folder, rows, place, name):
     assert question_scores["15"].rule == "the letter alone, but option E does not exist" or name == "lmms-eval"
 
 
-def test_a_question_without_an_answer_is_wrong_but_has_no_picture(folder, rows):
+def test_a_question_without_an_answer_is_wrong_but_has_no_image(folder, rows):
     result = ScienceQa(folder).score(answers(rows))
     assert has_note(result.notes, "1 questions without an answer", ": missing")
     assert result.metrics["image_questions"] == 13  # although its problem has one
@@ -142,7 +142,7 @@ def test_answers_to_other_splits_are_left_out_with_a_note(folder, rows):
     assert has_note(result.notes, "unknown", ": training")
 
 
-def test_numbers_for_ids_are_not_found_as_in_the_original(folder, rows):
+def test_numbers_for_ids_are_not_found_as_in_upstream(folder, rows):
     rows[0]["question_id"] = 0
     result = ScienceQa(folder).score(answers(rows))
     assert result.score == pytest.approx(100 * 6 / 12)
@@ -159,7 +159,7 @@ def test_answers_of_another_benchmark_are_refused_or_noted(folder, rows):
     assert has_note(result.notes, "prompts")
 
 
-def test_rows_without_a_prompt_take_the_picture_from_the_problems(folder, rows):
+def test_rows_without_a_prompt_take_the_image_from_the_problems(folder, rows):
     for row in rows:
         del row["prompt"]
     result = ScienceQa(folder).score(answers(rows))
@@ -167,13 +167,13 @@ def test_rows_without_a_prompt_take_the_picture_from_the_problems(folder, rows):
     assert has_note(result.notes, "26 answers", "no prompt", "question: 0")
 
 
-def test_without_questions_about_pictures_the_figure_is_zero_and_said(folder, rows):
+def test_without_questions_about_images_the_figure_is_zero_and_noted(folder, rows):
     result = ScienceQa(folder).score(answers(rows[1:2]))
     assert result.score == 0
     assert has_note(result.notes, "undefined", "0")
 
 
-def test_an_original_file_is_read_and_one_cut_short_says_so(folder, rows, tmp_path):
+def test_upstream_file_and_a_truncated_one(folder, rows, tmp_path):
     path = jsonl(tmp_path / "a.jsonl", rows)
     assert ScienceQa(folder).score(read_answers(path).answers).score == pytest.approx(100 * 7 / 13)
     path.write_text(path.read_text()[:-9])
@@ -235,13 +235,13 @@ def test_whole_prompts(asking):
     assert whole_prompt(items[0]) == f"{VICUNA}{body}\n{suffix} ASSISTANT:"
     text_only = VICUNA.removesuffix("<image>\n")
     assert whole_prompt(items[1]) == f"{text_only}{body.replace('0.', '1.', 1)}\n{suffix} ASSISTANT:"
-    # The picture goes in front wherever the file has it, and white space around it goes.
+    # The image goes in front wherever the file has it, and white space around it goes.
     assert whole_prompt(items[2]) == f"{VICUNA}{body.replace('0.', '2.', 1)}\n{suffix} ASSISTANT:"
     assert items[0].prompt == f"<image>\n{body}\n{suffix}"
     assert items[1].prompt == f"{body.replace('0.', '1.', 1)}\n{suffix}"
 
 
-def test_items_know_truth_picture_and_how_the_original_cuts_it(asking):
+def test_items_have_truth_image_and_image_mode(asking):
     items = ScienceQa(asking / "scienceqa").items()
     assert [item.truth for item in items] == ["B", "B", "B", "B"]
     assert [item.question_id for item in items] == ["0", "1", "2", "3"]

@@ -40,7 +40,7 @@ ROWS = [
 
 
 def name_of(number: int) -> str | int:
-    """Clips have text for an id, pictures a number."""
+    """Videos have text for an id, images a number."""
     return f"v{number}" if ROWS[number][0] >= 10 else 1000 + number
 
 
@@ -90,17 +90,17 @@ def test_lmms_eval_reads_the_first_character(folder):
 
 
 @pytest.mark.parametrize(("place", "name"), [(3, "upstream"), (4, "lmms-eval")])
-def test_each_row_is_marked_as_its_rule_says(folder, place, name):
+def test_each_row_is_scored_as_its_rule_says(folder, place, name):
     question_scores = Seed(folder).score(answers(), name).question_scores
     assert [row[-1] for row, mark in zip(ROWS, question_scores, strict=True) if mark.value != row[place]] == []
 
 
-def test_a_kind_without_a_right_answer_is_zero_and_said(folder):
+def test_a_category_without_a_right_answer_is_zero_and_noted(folder):
     notes = Seed(folder).score(answers()).notes
     assert has_note(notes, "Procedure Understanding", "0 %")
 
 
-def test_missing_repeated_and_unknown_rows_are_scored_and_said(folder):
+def test_missing_repeated_and_unknown_rows_are_scored_and_noted(folder):
     texts = {n: row[1] for n, row in enumerate(ROWS) if n != 0}
     rows = [Answer(1008, "A"), *reversed(answers(texts)), Answer(5, "A")]
     result = Seed(folder).score(rows)
@@ -109,7 +109,7 @@ def test_missing_repeated_and_unknown_rows_are_scored_and_said(folder):
         assert has_note(result.notes, *mentions)
 
 
-def test_a_text_for_a_picture_id_is_not_found_as_in_the_original(folder):
+def test_a_text_for_an_image_id_is_not_found_as_in_upstream(folder):
     rows = answers()
     rows[0] = Answer("1000", "A")
     result = Seed(folder).score(rows)
@@ -156,7 +156,7 @@ def test_other_annotation_files_are_named(folder):
         Seed(folder / "nowhere")
 
 
-def test_an_annotation_of_pictures_only_has_no_clips(folder):
+def test_an_annotation_of_images_only_has_no_videos(folder):
     path = folder / "seed_bench" / "SEED-Bench.json"
     whole = read_json(path)
     plain(path, {**whole, "questions": whole["questions"][:16]})

@@ -70,7 +70,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_each_row_gets_what_its_rule_says_whatever_the_form_of_its_prompt(folder):
+def test_each_row_gets_what_its_rule_says_for_any_prompt_format(folder):
     result = TextVqa(folder).score(given())
     assert [mark.value for mark in result.question_scores] == pytest.approx([row[2] for row in ROWS])
     assert result.score == pytest.approx(100 * POINTS / 22)
@@ -101,7 +101,7 @@ def test_a_repeated_row_counts_again_and_a_missing_one_not_at_all(folder):
         ("OCR tokens: a. Question: What\nis it? Short answer:", "what\nis it?"),
     ],
 )
-def test_the_question_is_read_from_every_form_of_the_prompt(text, question):
+def test_the_question_is_parsed_from_every_form_of_the_prompt(text, question):
     assert question_of(text, "here") == question
 
 
@@ -153,7 +153,7 @@ def test_the_last_of_two_annotations_of_one_question_counts(tmp_path):
     assert (result.score, result.notes) == (50, ())
 
 
-def test_items_are_known_by_picture_and_question(folder):
+def test_items_are_known_by_image_and_question(folder):
     asked = [(0, 0), (1, 1), (0, 2), (0, 0)]
     rows = [
         {"question_id": picture(n), "image": f"{picture(n)}.jpg", "text": f"{words(q)}\nReference OCR token: \n{SHORT}"}

@@ -1,4 +1,4 @@
-"""VizWiz: the validation split by hand, how answers find their picture, and the file for the server."""
+"""VizWiz: the validation split by hand, how answers find their image, and the file for the server."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from vila.eval.benchmark import BENCHMARKS, Answer
 from vila.eval.benchmarks.vizwiz import VizWiz
 
 SUFFIX = f"When the provided information is insufficient, respond with 'Unanswerable'.\n{SHORT}"
-# Answer, ten humans, then the value as the original's upload is scored, and by lmms-eval.
+# Answer, ten humans, then the value as upstream's upload is scored, and by lmms-eval.
 ROWS = [
     ("Unanswerable", {"unanswerable": 10}, 1, 1, "an answer like any other, in small letters"),
     ("unanswerable.", {"unanswerable": 7, "unsuitable": 3}, 1, 1, "a full stop goes"),
@@ -94,12 +94,12 @@ def test_lmms_eval_normalises_humans_too(folder):
 @pytest.mark.parametrize(
     "named", [lambda n: picture(n), lambda n: picture(n)[:-4], lambda n: f"val/{picture(n)}", int, str]
 )
-def test_answers_name_their_picture_or_have_its_number(folder, named):
+def test_answers_name_their_image_or_have_its_number(folder, named):
     rows = [Answer(named(number), row[0], f"What is {number}?\n{SUFFIX}") for number, row in enumerate(ROWS)]
     assert VizWiz(folder).score(rows[::-1]).score == pytest.approx(100 * POINTS / 22)
 
 
-def test_question_files_name_the_picture_of_an_id(folder):
+def test_question_files_name_the_image_of_an_id(folder):
     rows = [{"question_id": 100 + n, "image": picture(n), "text": f"What is {n}?\n{SUFFIX}"} for n in range(len(ROWS))]
     jsonl(folder / "vizwiz" / "llava_test.jsonl", rows)
     given = [Answer(100 + number, row[0]) for number, row in enumerate(ROWS)]
@@ -129,7 +129,7 @@ def test_missing_answers_are_refused_and_others_noted(folder):
     assert [note.split(":")[1] for note in result.notes] == [f" {picture(5)}", f" {picture(50)}"]
 
 
-def test_the_upload_has_every_picture_in_order(asked):
+def test_the_upload_has_every_image_in_order(asked):
     rows = [Answer(2, "The Cat."), Answer(0, "x"), Answer("1", "Unanswerable"), Answer(0, "joe's"), Answer(9, "x")]
     submission = VizWiz(asked).submission(rows)
     assert submission.rows == [
@@ -171,7 +171,7 @@ def test_annotations_that_lack_something_are_refused(tmp_path, rows, record, fie
         VizWiz(tmp_path).score([Answer("a.jpg", "x")])
 
 
-def test_what_is_missing_is_named(tmp_path, folder):
+def test_missing_files_are_named(tmp_path, folder):
     with refused("llava_test.jsonl", "eval.zip", field="vizwiz"):
         VizWiz(tmp_path / "nothing")
     with refused("llava_test.jsonl", field="vizwiz"):

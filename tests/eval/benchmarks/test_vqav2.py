@@ -59,7 +59,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def asked(tmp_path):
-    """Test-dev and test2015 question files, without pictures."""
+    """Test-dev and test2015 question files, without images."""
     folder = tmp_path / "asked" / "vqav2"
     rows = [
         {
@@ -99,7 +99,7 @@ def test_the_order_of_rows_and_the_type_of_ids_do_not_matter(folder):
     assert Vqav2(folder / "vqav2").score(rows).score == pytest.approx(100 * 13.7 / 22)
 
 
-def test_what_is_missing_repeated_or_unknown_is_scored_as_the_original_does_and_told(folder):
+def test_missing_repeated_and_unknown_answers_are_scored_as_upstream_does(folder):
     rows = [*answers(TEXTS)[1:], Answer(IDS[1], "no"), Answer(7, "yes")]
     result = Vqav2(folder).score(rows)
     assert result.score == pytest.approx(100 * 11.7 / 22)  # without the first two answers' points
@@ -134,7 +134,7 @@ def test_the_validation_split_is_asked_where_there_is_no_test_dev(folder):
         Vqav2(folder).score(others)
 
 
-def test_limit_takes_whole_pictures(asked):
+def test_limit_takes_whole_images(asked):
     assert [item.id for item in Vqav2(asked, 1).items()] == ["11", "12"]
 
 
@@ -157,7 +157,7 @@ def test_the_upload_has_every_question_of_test2015_in_order(asked):
         Vqav2(asked).submission([Answer(5, "x")])
 
 
-def test_what_is_missing_is_named_with_where_it_comes_from(tmp_path, asked):
+def test_missing_files_are_named_with_where_it_comes_from(tmp_path, asked):
     with refused("llava_vqav2_mscoco_test-dev2015.jsonl", "eval.zip", field="vqav2"):
         Vqav2(tmp_path)
     (asked / "llava_vqav2_mscoco_test2015.jsonl").unlink()
@@ -191,13 +191,13 @@ def test_annotations_that_lack_something_are_refused(tmp_path, change, record, f
         ('{"annotations": {"question_id": 1}}', "'annotations'"),
     ],
 )
-def test_annotation_files_of_another_shape_or_cut_short_are_refused(tmp_path, text, mention):
+def test_annotation_files_of_another_shape_or_truncated_are_refused(tmp_path, text, mention):
     (tmp_path / "v2_mscoco_val2014_annotations.json").write_text(text)
     with refused(mention, file="v2_mscoco_val2014_annotations.json"):
         Vqav2(tmp_path).score([Answer(1, "yes")])
 
 
-def test_question_files_cut_short_or_without_a_field_are_refused(asked):
+def test_question_files_truncated_or_without_a_field_are_refused(asked):
     path = asked / "llava_vqav2_mscoco_test-dev2015.jsonl"
     whole = path.read_text()
     path.write_text(whole[:-20])

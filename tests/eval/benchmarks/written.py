@@ -41,6 +41,6 @@ def humans(counts: dict[str, int], **fields) -> list[dict]:
 
 
 def whole_prompt(item: Item, template: str = "vicuna_v1") -> str:
-    """What the model reads, with <image> where the picture's vectors stand."""
+    """What the model reads, with <image> where the image's vectors stand."""
     segments = render(item.messages, find_template(template), prompt=True)
     return "".join("<image>" if segment.media else segment.text for segment in segments)

@@ -14,7 +14,7 @@ ROWS = [{"id": 1, "text": 'a "b" ] } \u00e9\u4e2d'}, [1, [2.5]], "x", 12, -3.25e
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 7, 64, 1 << 20])
 @pytest.mark.parametrize("indent", [None, 2])
-def test_values_equal_those_of_json_whatever_the_size_of_pieces(tmp_path, monkeypatch, chunk, indent):
+def test_values_equal_those_of_json_for_any_chunk_size(tmp_path, monkeypatch, chunk, indent):
     monkeypatch.setattr(annotation_files, "_CHUNK_CHARS", chunk)
     path = tmp_path / "a.json"
     path.write_text(json.dumps({"n": 12345, "info": {"rows": [0]}, "rows": ROWS, "after": 1}, indent=indent))
@@ -38,7 +38,7 @@ def test_values_equal_those_of_json_whatever_the_size_of_pieces(tmp_path, monkey
         ("  ", 0, "end of the file"),
     ],
 )
-def test_faults_are_told_after_what_could_be_read(tmp_path, text, read, mention):
+def test_errors_come_after_the_readable_elements(tmp_path, text, read, mention):
     path = tmp_path / "a.json"
     path.write_text(text)
     rows = []
@@ -86,7 +86,7 @@ def test_every_value_is_sound_and_nothing_follows_the_last_one(tmp_path, key, te
         ('{"b": [1, 2 3], "rows": []}', "expected ,"),
     ],
 )
-def test_the_rest_of_the_object_is_read_too(tmp_path, text, word):
+def test_the_rest_of_the_object_is_parsed_too(tmp_path, text, word):
     path = tmp_path / "a.json"
     path.write_text(text)
     with pytest.raises(DataError) as caught:

@@ -41,7 +41,7 @@ SCIENCEQA = [
 
 
 @pytest.mark.parametrize(("text", "vila", "llava", "lmms", "rule"), SCIENCEQA, ids=[row[-1] for row in SCIENCEQA])
-def test_scienceqa_is_read_in_three_ways(text, vila, llava, lmms, rule):
+def test_scienceqa_is_parsed_in_three_ways(text, vila, llava, lmms, rule):
     assert parse_scienceqa_vila(text).letter == vila
     assert parse_scienceqa_llava(text).letter == llava
     assert parse_scienceqa_lmms(text).letter == lmms
@@ -85,7 +85,7 @@ STATIC = [
 
 
 @pytest.mark.parametrize(("text", "protocol", "static", "why"), STATIC, ids=[row[-1] for row in STATIC])
-def test_mmbench_is_read_by_rules_then_by_places(text, protocol, static, why):
+def test_mmbench_is_parsed_by_rules_then_by_places(text, protocol, static, why):
     assert parse_mmbench_rules(text, COLOURS).letter == protocol
     assert parse_mmbench_static(text, COLOURS).letter == static
 
@@ -95,7 +95,7 @@ def test_an_option_that_is_not_there_is_not_searched_for():
     assert parse_mmbench_static("C", {"A": "red", "B": "green"}).letter == "C"  # MMBench's own rules know five letters
 
 
-def test_seed_is_read_whole_or_by_its_first_character():
+def test_seed_is_parsed_whole_or_by_its_first_character():
     assert [parse_exact_letter(text).letter for text in ("A", "a", "A. x")] == ["A", "a", "A. x"]
     assert [parse_first_letter(text).letter for text in ("A", " b", "c. x", "", "\n")] == ["A", "B", "C", "", ""]
 

@@ -37,7 +37,7 @@ class Death:
 
 
 def evaluate(model: Path, data: Path, out: Path, death: Death | None = None, names: str = "all") -> Any:
-    """`vila eval` with batches of two pictures and short answers: 0, or what it complained of."""
+    """`vila eval` with batches of two images and short answers: 0, or what it complained of."""
     from vila.cli.main import main
     from vila.eval import runner
     from vila.eval.benchmark import BENCHMARKS

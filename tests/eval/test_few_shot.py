@@ -1,4 +1,4 @@
-"""Worked examples before questions: which, with which answers, and never the picture that is asked about."""
+"""Worked examples before questions: which, with which answers, and never the image that is asked about."""
 
 import json
 from collections import Counter
@@ -55,7 +55,7 @@ def pool(folder):
 
 
 def examples(item):
-    """(picture, question, answer) of each example, and the question that is asked."""
+    """(image, question, answer) of each example, and the question that is asked."""
     *before, last = item.messages
     shots = [(user.parts[0].source, user.text, said.text) for user, said in zip(before[::2], before[1::2], strict=True)]
     assert [message.role for message in before] == ["user", "assistant"] * len(shots)
@@ -74,7 +74,7 @@ def test_examples_come_before_the_question_with_their_true_answers(folder, pool)
             assert (last, item.truth, item.id, item.group) == (bare.messages[-1], bare.truth, bare.id, bare.group)
 
 
-def test_the_choice_depends_on_seed_and_picture_alone(folder, pool):
+def test_the_choice_depends_on_seed_and_image_alone(folder, pool):
     def chosen(seed=0, limit=0):
         return [item.messages for item in few_shot(EasyVqa(folder, limit), 2, pool, seed).items()]
 
@@ -82,7 +82,7 @@ def test_the_choice_depends_on_seed_and_picture_alone(folder, pool):
     assert chosen(limit=1) == chosen()[:2]
     assert any(chosen(seed) != chosen() for seed in (1, 2))
     first, second, third = chosen()
-    assert first[:4] == second[:4]  # one picture: the engine computes the examples once
+    assert first[:4] == second[:4]  # one image: the engine computes the examples once
     assert first[:4] != third[:4]
 
 
@@ -122,8 +122,8 @@ def test_a_pool_with_one_answer_cannot_be_shuffled():
         wrong_answers(items)
 
 
-def test_an_items_own_picture_is_never_shown_before(folder):
-    # The pool is the very set that is asked; one of its pictures lies there a second time under another name.
+def test_an_items_own_image_is_never_shown_before(folder):
+    # The pool is the very set that is asked; one of its images lies there a second time under another name.
     (folder / "test" / "images" / "2.png").write_bytes((folder / "test" / "images" / "0.png").read_bytes())
     rows = [*TEST, ["what color?", "red", 2]]
     (folder / "test" / "questions.json").write_text(json.dumps(rows))
@@ -135,7 +135,7 @@ def test_an_items_own_picture_is_never_shown_before(folder):
         few_shot(benchmark, 2, benchmark.items()).items()
 
 
-def test_pictures_in_memory_and_missing_ones_are_compared_too(tmp_path):
+def test_images_in_memory_and_missing_ones_are_compared_too(tmp_path):
     same = tiny.picture(1)
     asked = Item("a", (Message.of("user", same, "q"),), "x", "a")
     pool = [

@@ -1,4 +1,4 @@
-"""What the runner asks with: another way of making pictures square, counted tokens, texts that files can hold."""
+"""What the runner asks with: another way of making images square, counted tokens, texts that files can hold."""
 
 import io
 import json
@@ -29,7 +29,7 @@ SHORT = SamplingParams(max_new_tokens=6)
 
 
 def wide(seed=1):
-    """A picture of which a centre crop leaves a third."""
+    """A image of which a centre crop leaves a third."""
     return tiny.picture(seed, (84, 28))
 
 
@@ -42,14 +42,14 @@ def engine():
     return Engine(*tiny.vila())
 
 
-def test_an_engine_of_another_image_mode_sees_the_picture_that_is_left_of_it(engine):
+def test_an_engine_of_another_image_mode_sees_the_image_that_is_left_of_it(engine):
     whole = PilImage.open(io.BytesIO(wide().source)).convert("RGB")
     cropped = Image(whole.crop((28, 0, 56, 28)))
     question = [[Message.of("user", wide(), "what?")]]
     expected = engine.complete([[Message.of("user", cropped, "what?")]], SHORT)[0].ids
     padded = engine.complete(question, SHORT)[0].ids
     assert engine.with_vision(image_mode="square").complete(question, SHORT)[0].ids == expected != padded
-    # What was computed for the crop is not taken for the padded picture.
+    # What was computed for the crop is not taken for the padded image.
     assert engine.complete(question, SHORT)[0].ids == padded
     assert engine.processor.spec.image_mode == "pad"
 
@@ -110,13 +110,13 @@ class One(Benchmark):
         return BenchmarkResult(0.0, "%", {}, ())
 
 
-def test_an_answer_that_no_file_can_hold_is_kept_as_far_as_it_can_be(tmp_path):
+def test_unpaired_surrogates_are_replaced(tmp_path):
     assert run_benchmark(Server(), One(), tmp_path).predictions == {"q0": "a?"}
     assert json.loads((tmp_path / "predictions.jsonl").read_text())["text"] == "a?"
     assert json.loads((tmp_path / "speed.json").read_text()).items() >= {"prompt_tokens": 10, "tokens": 2}.items()
 
 
-def test_an_answer_with_other_ends_of_lines_in_it_is_one_line(tmp_path):
+def test_line_separators_inside_an_answer(tmp_path):
     class Odd(FakeModel):
         def generate(self, conversations, sampling):
             return ["a\x1e\x85\u2028b\r\nc" for _ in conversations]
@@ -141,7 +141,7 @@ def test_speed_is_summed_over_processes_and_sessions_as_long_as_all_count(tmp_pa
     assert row == {"seconds": 7.0, "answered": 7, "prompt_tokens": None, "tokens": None}
 
 
-def test_what_a_killed_session_counted_is_forgotten(tmp_path):
+def test_counts_of_an_interrupted_session_are_dropped(tmp_path):
     write_speed_part(tmp_path, 1, 2, TokenCounts(20, 4))
     delete_speed_parts(tmp_path)
     write_speed_part(tmp_path, 0, 1, TokenCounts(10, 2))
@@ -160,7 +160,7 @@ class Stored(Benchmark):
         return BenchmarkResult(0.0, "%", {}, ())
 
 
-def test_benchmarks_ignore_exif_orientation_as_the_original_does(engine, tmp_path):
+def test_exif_orientation_depends_on_the_protocol(engine, tmp_path):
     expected = {
         applied: engine.with_vision(exif_orientation=applied).complete([Stored().items()[0].messages], SHORT)[0].text
         for applied in (True, False)

@@ -7,20 +7,20 @@ import time
 
 import pytest
 
-from tests.eval.evaluating import QUESTIONS, Death, asked, assert_same, evaluated, left_behind, on_the_disk
+from tests.eval.eval_processes import QUESTIONS, Death, asked, assert_same, evaluated, left_behind, on_the_disk
 
 KILLED = [-signal.SIGKILL]
 MOMENTS = 20
 
 
-def run_again(stand, out, tmp_path):
+def run_again(reference_run, out, tmp_path):
     """Call the same command once more and compare all that it leaves with an undisturbed run."""
-    model, data, whole = stand
+    model, data, whole = reference_run
     assert evaluated(model, data, out) == [0]
     assert_same(left_behind(out, data, tmp_path / "submitted"), whole)
 
 
-def test_an_undisturbed_run_answers_every_question(stand):
+def test_an_undisturbed_run_answers_every_question(reference_run):
     found = stand[2]
     answers = [found[name] for name in found if name.endswith("predictions.jsonl")]
     assert len(answers) == 10
@@ -36,22 +36,22 @@ def test_an_undisturbed_run_answers_every_question(stand):
         pytest.param(Death(benchmarks=6), 6, id="between-benchmarks"),
     ],
 )
-def test_a_run_that_is_killed_goes_on_where_it_was(stand, tmp_path, death, finished):
-    model, data, _ = stand
+def test_a_run_that_is_killed_resumes(reference_run, tmp_path, death, finished):
+    model, data, _ = reference_run
     out = tmp_path / "run"
     assert evaluated(model, data, out, death) == KILLED
     assert len(list(out.glob("*/scores.json"))) == finished
     assert not list(out.glob("report.*"))
     answered, timed = on_the_disk(out), asked(out)
     assert 0 < answered < QUESTIONS
-    run_again(stand, out, tmp_path)
+    run_again(reference_run, out, tmp_path)
     # Nothing that was on the disk was asked again.
     assert asked(out) - timed == QUESTIONS - answered
 
 
 @pytest.mark.slow
-def test_runs_that_are_killed_at_random_moments_end_alike(stand, tmp_path):
-    model, data, _ = stand
+def test_runs_that_are_killed_at_random_moments_end_alike(reference_run, tmp_path):
+    model, data, _ = reference_run
     began = time.monotonic()
     assert evaluated(model, data, tmp_path / "through") == [0]
     whole_s = time.monotonic() - began
@@ -63,6 +63,6 @@ def test_runs_that_are_killed_at_random_moments_end_alike(stand, tmp_path):
             share *= 0.8
             shutil.rmtree(out)
         reached.add(on_the_disk(out) if out.is_dir() else 0)
-        run_again(stand, out, out.parent)
+        run_again(reference_run, out, out.parent)
     # The moments are random and the machine may be busy, so only ask for some variety.
     assert len(reached) >= 3

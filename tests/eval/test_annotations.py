@@ -24,7 +24,7 @@ def test_earlier_places_come_first(home):
     assert find_optional(home.parent, "gqa", "q.json", "data/q.json") == home / "q.json"
 
 
-def test_what_is_missing_is_told_with_every_place_and_its_source(home):
+def test_what_is_missing_is_reported_with_every_place_and_its_source(home):
     assert find_optional(home, "gqa", "p.json") is None
     with pytest.raises(DataError) as raised:
         find_file(home.parent, "gqa", "p.json", "data/p.json", source="https://example.org")
@@ -33,7 +33,7 @@ def test_what_is_missing_is_told_with_every_place_and_its_source(home):
     assert "https://example.org" in raised.value.hint
 
 
-def test_pictures_need_not_be_there(home):
+def test_images_need_not_be_there(home):
     assert image_folder(home.parent, "gqa", "images", "data/images") == home / "data" / "images"
     assert image_folder(home.parent, "gqa", "test2015") == home / "test2015"
     assert image_folder(home, "gqa", "test2015") == home / "test2015"

@@ -2,12 +2,12 @@
 
 import signal
 
-from tests.eval.evaluating import QUESTIONS, Death, asked, assert_same, evaluated, left_behind, on_the_disk
+from tests.eval.eval_processes import QUESTIONS, Death, asked, assert_same, evaluated, left_behind, on_the_disk
 from vila.core.reading import read_json
 
 
-def test_two_processes_leave_what_one_leaves(stand, tmp_path):
-    model, data, whole = stand
+def test_two_processes_leave_what_one_leaves(reference_run, tmp_path):
+    model, data, whole = reference_run
     out = tmp_path / "run"
     assert evaluated(model, data, out, world=2) == [0, 0]
     assert_same(left_behind(out, data, tmp_path / "submitted"), whole)
@@ -15,8 +15,8 @@ def test_two_processes_leave_what_one_leaves(stand, tmp_path):
     assert read_json(out / "gqa" / "speed.json")["tokens"] > 9
 
 
-def test_a_process_that_dies_leaves_no_report_and_one_process_goes_on(stand, tmp_path):
-    model, data, whole = stand
+def test_a_process_that_dies_leaves_no_report_and_one_process_resumes(reference_run, tmp_path):
+    model, data, whole = reference_run
     out = tmp_path / "run"
     told, died = evaluated(model, data, out, Death(groups=2, rank=1), world=2)
     assert died == -signal.SIGKILL
@@ -29,8 +29,8 @@ def test_a_process_that_dies_leaves_no_report_and_one_process_goes_on(stand, tmp
     assert asked(out) - timed == QUESTIONS - answered
 
 
-def test_two_processes_go_on_with_what_one_began(stand, tmp_path):
-    model, data, whole = stand
+def test_two_processes_resume_the_run_of_one(reference_run, tmp_path):
+    model, data, whole = reference_run
     out = tmp_path / "run"
     assert evaluated(model, data, out, Death(groups=9, torn=True)) == [-signal.SIGKILL]
     assert evaluated(model, data, out, world=2) == [0, 0]

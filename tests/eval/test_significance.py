@@ -1,4 +1,4 @@
-"""Intervals and paired tests count pictures, not questions."""
+"""Intervals and paired tests count images, not questions."""
 
 import pytest
 
@@ -19,7 +19,7 @@ def test_an_interval_has_the_width_that_theory_gives():
     assert found.high == pytest.approx(50 + 4.9, abs=0.6)
 
 
-def test_questions_about_one_picture_count_as_one_when_they_agree():
+def test_questions_about_one_image_count_as_one_when_they_agree():
     alike = [value for n in range(100) for value in [n % 2] * 4]
     wide, narrow = (
         mean_interval(question_scores(alike, per_group=4)),
@@ -29,7 +29,7 @@ def test_questions_about_one_picture_count_as_one_when_they_agree():
     assert wide.high - wide.low == pytest.approx(2 * (narrow.high - narrow.low), rel=0.15)
 
 
-def test_no_marks_no_interval():
+def test_no_scores_no_interval():
     assert mean_interval([]) is None
 
 
@@ -38,14 +38,14 @@ def test_equal_runs_do_not_differ():
     assert (same.difference, same.better, same.worse, same.p) == (0, 0, 0, 1)
 
 
-def test_a_difference_on_every_picture_is_no_chance():
+def test_a_difference_on_every_image_is_no_chance():
     found = compare_paired(question_scores([0] * 20), question_scores([1] * 20))
     assert (found.difference, found.better) == (100, 20)
     assert found.p < 0.01
 
 
 def test_the_p_value_is_that_of_the_sign_test():
-    # Six pictures differ, all one way: chance gives that twice in 2^6.
+    # Six images differ, all one way: chance gives that twice in 2^6.
     found = compare_paired(question_scores([0] * 6 + [1] * 50), question_scores([1] * 56))
     assert found.p == pytest.approx(2 / 64, abs=0.012)
 
@@ -75,7 +75,7 @@ def test_an_interval_of_sums_is_that_of_the_mean_where_the_figure_is_the_mean():
     assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.5)
 
 
-def test_an_interval_of_a_sum_over_kinds_has_the_width_that_theory_gives():
+def test_an_interval_of_a_sum_over_categories_has_the_width_that_theory_gives():
     # Two kinds of 100 questions, half of them right: each has a standard error of 5 points, their sum one of 7.07.
     found = [QuestionScore(str(n), float(n % 2), category="ab"[n < 100]) for n in range(200)]
     parts = [(m.value, 0.0) if m.category == "a" else (0.0, m.value) for m in found]

@@ -51,7 +51,7 @@ def written(path, rows):
 
 
 def called(row):
-    """How a message names a row's question: by its id, or by its picture where the two about one share an id."""
+    """How a message names a row's question: by its id, or by its image where the two about one share an id."""
     return str(row["question_id"]).split(".")[0].replace("/images/", "/")
 
 
@@ -127,7 +127,7 @@ def test_odd_answers_win_nothing_and_stop_nothing(opened, name, tmp_path):
 
 
 @pytest.mark.parametrize("name", TEN)
-def test_a_line_that_was_cut_off_is_named(opened, name, tmp_path):
+def test_a_truncated_line_is_named(opened, name, tmp_path):
     benchmark, rows = opened(name)
     path = written(tmp_path / "a.jsonl", rows)
     path.write_bytes(path.read_bytes()[:-20])
@@ -138,7 +138,7 @@ def test_a_line_that_was_cut_off_is_named(opened, name, tmp_path):
 
 
 @pytest.mark.parametrize("name", TEN)
-def test_answers_to_another_benchmark_are_refused_or_told(opened, name, tmp_path):
+def test_answers_to_another_benchmark_are_refused_or_noted(opened, name, tmp_path):
     benchmark, _ = opened(name)
     other = "textvqa" if name != "textvqa" else "gqa"
     with refused(name):
@@ -211,14 +211,14 @@ def test_chunks_are_read_once_and_in_order_beside_their_merged_file(opened, tmp_
         read_answers(tmp_path)
 
 
-def test_a_merged_file_is_read_alone_beside_chunks_of_other_names(opened, tmp_path):
+def test_a_merged_file_is_parsed_alone_beside_chunks_of_other_names(opened, tmp_path):
     _, rows = opened("gqa")
     for name in ("chunk_0", "merge"):
         written(tmp_path / f"{name}.jsonl", rows)
     assert [row.question_id for row in read_answers(tmp_path).answers] == [row["question_id"] for row in rows]
 
 
-def test_a_folder_of_our_own_gives_its_predictions_and_not_its_marks(opened, tmp_path):
+def test_a_folder_of_our_own_gives_its_predictions_and_not_its_scores(opened, tmp_path):
     _, rows = opened("gqa")
     written(tmp_path / "predictions.jsonl", rows)
     written(tmp_path / "question_scores.jsonl", [{"id": row["id"], "value": 1.0, "answer": "z"} for row in rows])

@@ -49,7 +49,7 @@ def test_published_file_names(data):
 
 
 @pytest.mark.parametrize("name", TEN)
-def test_every_benchmark_finds_its_questions_and_pictures(data, name):
+def test_every_benchmark_finds_its_questions_and_images(data, name):
     items = BENCHMARKS[name](data, 0).items()
     assert items and missing_media(items) == []
 
@@ -67,7 +67,7 @@ def test_true_answers_win_all_points(data, name, full):
 
 @pytest.mark.parametrize("protocol", ["upstream", "lmms-eval"])
 @pytest.mark.parametrize("name", [name for name in TEN if name not in ("vqav2", "vizwiz")])
-def test_the_interval_is_of_the_score_whatever_figure_that_is(data, name, protocol):
+def test_the_interval_is_of_the_score_also_for_aggregate_metrics(data, name, protocol):
     benchmark = BENCHMARKS[name](data, 0)
     texts = {item.id: truly(n, item) if n % 4 else "no" for n, item in enumerate(benchmark.items())}
     result = benchmark.score(predicted_answers(benchmark.items(), texts), protocol)
