@@ -21,7 +21,7 @@ def run_again(reference_run, out, tmp_path):
 
 
 def test_an_undisturbed_run_answers_every_question(reference_run):
-    found = stand[2]
+    found = reference_run[2]
     answers = [found[name] for name in found if name.endswith("predictions.jsonl")]
     assert len(answers) == 10
     assert sum(text.count(b"\n") for text in answers) == sum(text.count(b'"text"') for text in answers) == QUESTIONS
