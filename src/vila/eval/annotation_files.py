@@ -133,12 +133,12 @@ class _Reader:
             return
         while True:
             yield self._value()
-            scored = self._next()
+            delimiter = self._next()
             self._position += 1
-            if scored == "]":
+            if delimiter == "]":
                 return
-            if scored != ",":
-                raise self._error(f"expected , or ] but found {scored!r}")
+            if delimiter != ",":
+                raise self._error(f"expected , or ] but found {delimiter!r}")
 
     def _skip(self) -> None:
         """Skip a value; arrays element by element, as they may be larger than memory."""

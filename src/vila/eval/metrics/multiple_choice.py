@@ -115,8 +115,8 @@ _PHRASES = (
 def _most_likely_letter(text: str, letters: Sequence[str]) -> str:
     """Return the letter at the position with the highest weight, the last of ties; "" if there is no letter."""
     text = text.strip()
-    for scored in ",.!?;:'\"":
-        text = text.strip(scored)
+    for char in ",.!?;:'\"":
+        text = text.strip(char)
     if not text.strip():
         return ""
     text = f" {text} "

@@ -105,9 +105,9 @@ def _leave_one_out(prediction: str, rows: Sequence[Mapping[str, Any]]) -> float:
 def _without_punctuation(text: str, comma: re.Pattern[str]) -> str:
     out = text
     number = comma.search(text) is not None
-    for scored in _words().punctuation:
-        if scored in out:
-            out = out.replace(scored, "" if number or f"{scored} " in text or f" {scored}" in text else " ")
+    for char in _words().punctuation:
+        if char in out:
+            out = out.replace(char, "" if number or f"{char} " in text or f" {char}" in text else " ")
     return _PERIOD.sub("", out, count=_MAX_PERIODS)
 
 
