@@ -11,7 +11,7 @@ from vila.model.loading import save_model
 @pytest.fixture(scope="session")
 def reference_run(tmp_path_factory):
     """A model, miniature data, and what an undisturbed run of one process leaves."""
-    home = tmp_path_factory.mktemp("reference_run")
+    home = tmp_path_factory.mktemp("reference")
     model, data = home / "model", mini_data(home / "data")
     save_model(*tiny.vila(), model)
     assert evaluated(model, data, home / "run") == [0]

@@ -77,7 +77,7 @@ def test_questions_of_easy_vqa_that_are_none_are_named(tmp_path, content):
     path.parent.mkdir()
     path.write_bytes(content)
     with pytest.raises(DataError) as caught:
-        EasyVqa(tmp_path)
+        EasyVqa(tmp_path).items()
     assert caught.value.file == str(path)
 
 
