@@ -1,11 +1,11 @@
-"""`vila plan`'s prediction of memory beside what real steps of small models hold, on the CPU.
+"""Compare the memory predicted by `vila plan` with the measured memory of steps of small models, on the CPU.
 
     python benchmarks/plan_memory.py
-    torchrun --nproc-per-node 2 benchmarks/plan_memory.py     # dealt by FSDP2
+    torchrun --nproc-per-node 2 benchmarks/plan_memory.py     # sharded by FSDP2
 
-Measured is the greatest sum of the storages that tensors hold during the second step: seen at every operation
-that PyTorch dispatches, so that it is exact and the same on every machine. Prints the table of benchmarks/plan.md and
-ends with status 1 when a prediction is off by a tenth or more.
+Measured is the peak sum of all tensor storages during the second step, updated at every operation that PyTorch
+dispatches: exact, and equal on every machine. Prints the table of benchmarks/plan.md; exit code 1 if a prediction is
+off by a tenth or more.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from vila.config.schema import Lora
 from vila.data.collate import Batch
 from vila.model.config import VilaConfig
 from vila.model.modeling import VilaForConditionalGeneration
-from vila.plan.flops import Learning
-from vila.plan.memory import Holding, Memory, Micro, peak_memory
+from vila.plan.flops import TrainableParts
+from vila.plan.memory import Memory, MemoryConfig, MicroBatch, peak_memory
 from vila.plan.model_shape import shape_of
 from vila.train.fsdp import World, open_world, shard
 from vila.train.loss import LossModule
@@ -36,17 +36,17 @@ from vila.train.parameter_groups import group_parameters, select_trainable
 from vila.train.train_state import enable_gradient_checkpointing
 
 BOUND = 0.1
-MASKED = False  # the objective attends to packed rows without a mask
+MASKED = False  # the loss module attends to packed sequences without a mask
 TYPES = {2: torch.bfloat16, 4: torch.float32}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One configuration: what learns, how the model is held, the rows of a micro-batch, and changes to the model."""
+    """One configuration: trainable parts, memory settings, sequences of a micro-batch, and changes to the model."""
 
     name: str
-    learning: Learning
-    holding: Holding
+    trainable: TrainableParts
+    memory: MemoryConfig
     rows: int = 2
     length: int = 384
     images: int = 2
@@ -56,8 +56,8 @@ class Case:
     text: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def micro(self) -> Micro:
-        return Micro(self.rows, self.length, self.images, self.rows * self.length // 2)
+    def micro(self) -> MicroBatch:
+        return MicroBatch(self.rows, self.length, self.images, self.rows * self.length // 2)
 
     def config(self) -> VilaConfig:
         facts = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "num_attention_heads": 4}
@@ -77,26 +77,28 @@ class Case:
 
 
 def _cases() -> Iterator[Case]:
-    align, tune = Learning(projector=True), Learning(projector=True, llm=True)
-    everything = Learning(vision=True, projector=True, llm=True)
-    adapters = Learning(projector=True, llm=True, rank=16, dropout=0.05)
-    half, whole = Holding(size=2, masked=MASKED), Holding(size=4, masked=MASKED)
-    again = Holding(size=2, masked=MASKED, recompute=1)
+    align, tune = TrainableParts(projector=True), TrainableParts(projector=True, llm=True)
+    everything = TrainableParts(vision=True, projector=True, llm=True)
+    adapters = TrainableParts(projector=True, llm=True, rank=16, dropout=0.05)
+    half, whole = MemoryConfig(dtype_bytes=2, has_mask=MASKED), MemoryConfig(dtype_bytes=4, has_mask=MASKED)
+    again = MemoryConfig(dtype_bytes=2, has_mask=MASKED, recompute=1)
     yield Case("frozen LLM, bf16", align, half)
     yield Case("frozen LLM, fp32", align, whole)
     yield Case("frozen LLM, bf16, recomputed", align, again)
     yield Case("LLM and projector, bf16", tune, half)
     yield Case("LLM and projector, fp32", tune, whole)
     yield Case("LLM and projector, bf16, recomputed", tune, again, rows=4)
-    yield Case("LLM and projector, every second block recomputed", tune, Holding(2, masked=MASKED, recompute=2), rows=4)
-    yield Case("LLM and projector, accumulated", tune, Holding(2, masked=MASKED, accumulated=True))
+    yield Case(
+        "LLM and projector, every second block recomputed", tune, MemoryConfig(2, has_mask=MASKED, recompute=2), rows=4
+    )
+    yield Case("LLM and projector, accumulated", tune, MemoryConfig(2, has_mask=MASKED, accumulates=True))
     yield Case("adapters, bf16", adapters, half)
     yield Case("adapters, bf16, recomputed", adapters, again, rows=4)
     many = {"images": 40, "projector": "mlp_downsample"}
-    yield Case("everything, many pictures, bf16", everything, half, **many)
-    yield Case("everything, many pictures, bf16, recomputed", everything, again, **many)
+    yield Case("everything, many images, bf16", everything, half, **many)
+    yield Case("everything, many images, bf16, recomputed", everything, again, **many)
     yield Case("everything, SigLIP, fp32", everything, whole, images=10, tower="siglip")
-    yield Case("frozen LLM and tower, many pictures, recomputed", align, again, **many)
+    yield Case("frozen LLM and tower, many images, recomputed", align, again, **many)
     yield Case("LLM and projector, bf16, gathered weights kept", tune, replace(half, reshard=False))
     big = {"vocab_size": 30000, "tie_word_embeddings": True, "num_key_value_heads": 2}
     yield Case("tied head, large vocabulary, bf16", tune, half, family="qwen2", text=big)
@@ -141,18 +143,18 @@ class LiveBytes(TorchDispatchMode):
 
 
 def measure(case: Case, world: World | None = None) -> int:
-    """Greatest number of bytes that tensors held in the second step of a case, dealt to the ranks of `world`."""
+    """Peak bytes of tensors in the second step of a case, sharded over the ranks of `world`."""
     torch.manual_seed(0)
-    learning, dtype = case.learning, TYPES[case.holding.size]
+    trainable, dtype = case.trainable, TYPES[case.memory.dtype_bytes]
     model = VilaForConditionalGeneration(case.config())
-    tune = [name for name in ("vision", "projector", "llm") if getattr(learning, name)]
-    adapters = _add_adapters(model, learning) if learning.rank else None
+    tune = [name for name in ("vision", "projector", "llm") if getattr(trainable, name)]
+    adapters = _add_adapters(model, trainable) if trainable.rank else None
     select_trainable(model, tune, adapters=adapters)
-    if case.holding.recompute:
-        enable_gradient_checkpointing(model, case.holding.recompute)
+    if case.memory.recompute:
+        enable_gradient_checkpointing(model, case.memory.recompute)
     objective = LossModule(model)
     if world is not None:
-        shard(objective, model, world, dtype, reshard=case.holding.reshard)
+        shard(objective, model, world, dtype, reshard=case.memory.reshard)
     groups = group_parameters(model, lr=1e-3, lr_projector=None, weight_decay=0.0)
     held = dtype if world is None else torch.float32
     optimizer = MasterAdamW(groups, beta1=0.9, beta2=0.999, max_grad_norm=1.0, dtype=held)
@@ -164,7 +166,7 @@ def measure(case: Case, world: World | None = None) -> int:
     with live:
         for _ in range(2):
             live.peak = 0
-            for _ in range(1 + case.holding.accumulated):
+            for _ in range(1 + case.memory.accumulates):
                 loss, _ = objective(
                     batch, pixels=batch.pixels, data_set_ids=torch.zeros_like(batch.ids), num_data_sets=1
                 )
@@ -177,13 +179,13 @@ def measure(case: Case, world: World | None = None) -> int:
 
 def predict(case: Case) -> Memory:
     """What the planner says of a case."""
-    return peak_memory(shape_of(case.config()), case.learning, case.holding, case.micro)
+    return peak_memory(shape_of(case.config()), case.trainable, case.memory, case.micro)
 
 
-def _add_adapters(model: VilaForConditionalGeneration, learning: Learning) -> set[str]:
+def _add_adapters(model: VilaForConditionalGeneration, trainable: TrainableParts) -> set[str]:
     from vila.train.lora import adapter_parameters, add_adapters
 
-    add_adapters(model, Lora(rank=learning.rank, dropout=learning.dropout), 0)
+    add_adapters(model, Lora(rank=trainable.rank, dropout=trainable.dropout), 0)
     return set(adapter_parameters(model))
 
 
@@ -206,9 +208,9 @@ def _batch(case: Case, placeholder: int) -> Batch:
     )
 
 
-def dealt(case: Case, ranks: int) -> Case:
-    """The case with its weights dealt to so many ranks."""
-    return replace(case, holding=replace(case.holding, dealt=ranks))
+def sharded(case: Case, ranks: int) -> Case:
+    """The case with its weights sharded over `ranks` ranks."""
+    return replace(case, memory=replace(case.memory, num_shards=ranks))
 
 
 def main() -> int:
@@ -217,7 +219,7 @@ def main() -> int:
     if world.is_main:
         print(f"Dealt to {ranks}\n\n| Configuration | Measured MB | Predicted MB | Error |\n|---|---|---|---|")
     for name, one in CASES.items():
-        case = dealt(one, ranks)
+        case = sharded(one, ranks)
         measured, predicted = measure(case, None if world.is_single else world), predict(case).total
         error = predicted / measured - 1
         worst = max(worst, abs(error))

@@ -1,4 +1,4 @@
-"""The tables of docs/scaling.md: arithmetic and traffic of VILA-7B's stages on 8 to 1,024 GPUs, on paper.
+"""Tables of docs/scaling.md: estimated computation and communication of VILA-7B's stages on 8 to 1,024 GPUs.
 
 PYTHONPATH=. python benchmarks/scaling.py
 """
@@ -12,7 +12,7 @@ import numpy as np
 from benchmarks.data_packing import draw, stage_3
 from vila.config.load import load_recipe
 from vila.plan.devices import NODE, Network, Sharding, parse_machine
-from vila.plan.planner import Point, scaling, usable_bytes
+from vila.plan.planner import ScalingPoint, scaling, usable_bytes
 
 GPUS = (8, 32, 128, 256, 1024)
 SHARES = (1, 4, 16)
@@ -26,12 +26,12 @@ STAGES = {
     ),
 }
 WAYS: tuple[Sharding, ...] = ("full", "hybrid", "replicate")
-HEADER = ("GPUs", "Dealt", "Micro-batches", "Arithmetic s", "Node GB", "Network GB", "Traffic s", "of it hops s")
-HEADER += ("Efficiency", "Waits for", "Peak GiB")
+HEADER = ("GPUs", "Sharding", "Micro-batches", "Compute s", "Intra-node GB", "Inter-node GB", "Traffic s", "Latency s")
+HEADER += ("Efficiency", "Bound by", "Peak GiB")
 
 
 def table(title: str) -> str:
-    """The table of a stage on A100-80G, in Markdown: what fits, and one way where two are the same."""
+    """Return the Markdown table of a stage on A100-80G: configurations that fit; `hybrid` only with several nodes."""
     name, overrides = STAGES[title]
     machine = parse_machine("8xA100-80G")
     points = scaling(load_recipe(name, overrides), machine, GPUS, WAYS)
@@ -44,17 +44,17 @@ def table(title: str) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def _cells(point: Point) -> tuple[str, ...]:
+def _cells(point: ScalingPoint) -> tuple[str, ...]:
     traffic, (least, most) = point.traffic, point.efficiency
     return (
         f"{point.gpus:,}",
         point.sharding,
         f"{point.micro_batches} of {point.rows // point.micro_batches}",
         f"{point.compute_s:.2f}",
-        f"{traffic.inside / 1e9:.1f}",
-        f"{traffic.outside / 1e9:.1f}",
+        f"{traffic.intra_node / 1e9:.1f}",
+        f"{traffic.inter_node / 1e9:.1f}",
         f"{traffic.total_seconds:.2f}",
-        f"{traffic.waiting:.2f}",
+        f"{traffic.latency_s:.2f}",
         f"{least:.0%} to {most:.0%}",
         point.limit,
         f"{point.memory / 2**30:.0f}",
@@ -62,7 +62,7 @@ def _cells(point: Point) -> tuple[str, ...]:
 
 
 def break_even() -> str:
-    """Tokens that a GPU needs in a micro-batch of stage 2 for its arithmetic to last as long as its traffic."""
+    """Return the table of tokens per GPU and micro-batch of stage 2 at which computation equals communication time."""
     machine = parse_machine("8xA100-80G")
     recipe = load_recipe("vila_7b/2_pretrain")
     rows = [("GPUs", *(f"{gpus:,}" for gpus in GPUS)), ("---",) * (len(GPUS) + 1)]
@@ -73,7 +73,7 @@ def break_even() -> str:
 
 
 def evenness() -> str:
-    """How much of a step the ranks work, when each waits for the one with most tokens; lengths of stage 3 are drawn."""
+    """Return the table of load balance: mean over maximum tokens per rank, for sampled lengths of stage 3."""
     lengths = np.array(draw(stage_3, 576, 128 * 200))
     rows = [("Samples a GPU", *(f"{each}" for each in SHARES)), ("---",) * (len(SHARES) + 1)]
     cells = []

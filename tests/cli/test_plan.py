@@ -25,8 +25,8 @@ def test_the_object_for_programs_holds_the_same_numbers(vila):
     facts = json.loads(out)
     assert facts["fits"]
     assert facts["machine"]["text"] == "8xA100-80G"
-    assert facts["learning"]["projector"] == facts["parameters"]["projector"] == 20_979_712
-    assert sum(facts["learning"].values()) == 20_979_712
+    assert facts["trainable"]["projector"] == facts["parameters"]["projector"] == 20_979_712
+    assert sum(facts["trainable"].values()) == 20_979_712
     parts = ("weights", "gradients", "optimizer", "gathered", "activations", "working")
     assert facts["memory"]["total"] == sum(facts["memory"][name] for name in parts)
     assert facts["duration"]["mfu"] == 0.5
@@ -45,11 +45,11 @@ def test_a_recipe_that_does_not_fit_is_an_error_with_configurations_that_fit(vil
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
-        (["vila_7b/3_sft", "--gpus", "8xT4"], "known devices are"),
+        (["vila_7b/3_sft", "--gpus", "8xT4"], "A10, A100"),
         (["vila_7b/3_sft", "--gpus", "24xA100"], "expected 120 or 144"),
         (["vila_7b/4_sft"], "unknown recipe 'vila_7b/4_sft'"),
         (["vila_7b/3_sft", "batch.micron=1"], "micron"),
-        (["vila_7b/3_sft", "model.path=nowhere"], "model.path='nowhere': no such directory"),
+        (["vila_7b/3_sft", "model.path=nowhere"], "nowhere"),
         (["vila_7b/3_sft", "--mfu", "1.5"], "mfu"),
     ],
 )

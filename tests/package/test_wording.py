@@ -28,7 +28,6 @@ EXCLUDED: tuple[str, ...] = (
     "src/vila/kernels/",
     "src/vila/media/",
     "src/vila/model/",
-    "src/vila/plan/",
     "src/vila/prepare/",
     "src/vila/quant/",
     "src/vila/serve/",
@@ -48,7 +47,6 @@ EXCLUDED: tuple[str, ...] = (
     "docs/quickstart.md",
     "docs/recipes.md",
     "docs/recipes_published.md",
-    "docs/scaling.md",
     "docs/video.md",
 )
 

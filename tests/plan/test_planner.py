@@ -1,4 +1,4 @@
-"""What `vila plan` says of memory, batch, time and fit, held against real models and published figures."""
+"""Plans agree with real models (parameters, memory) and with published training hours."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from vila.config.schema import ModelSource, Recipe
 from vila.core.errors import ConfigError
 from vila.model.loading import save_model
 from vila.plan.devices import parse_machine, step_traffic
-from vila.plan.flops import Learning, count_learning
-from vila.plan.memory import Holding, Micro, by_component, peak_memory, resting
+from vila.plan.flops import TrainableParts, count_trainable
+from vila.plan.memory import MemoryConfig, MicroBatch, memory_by_component, peak_memory, static_memory
 from vila.plan.model_shape import config_of, count_parameters, shape_of
 from vila.plan.planner import DEFAULT_MFU, PUBLISHED_BATCH, make_plan, stage_of
-from vila.plan.published_data import DataFacts
+from vila.plan.published_data import DataStats
 from vila.train.parameter_groups import MODULES, select_trainable
 
 ROOT = Path(__file__).parents[2]
-PARAMETERS = {  # as their publishers count them
+PARAMETERS = {  # as published
     "lmsys/vicuna-7b-v1.5": 6_738_415_616,
     "lmsys/vicuna-13b-v1.5": 13_015_864_320,
     "meta-llama/Meta-Llama-3-8B": 8_030_261_248,
@@ -42,12 +42,12 @@ def source(llm: str = "lmsys/vicuna-7b-v1.5", vision: str = "openai/clip-vit-lar
 
 
 @pytest.mark.parametrize("llm", PARAMETERS)
-def test_a_packaged_llm_has_the_parameters_that_its_publisher_counts(llm: str) -> None:
+def test_packaged_llms_have_the_published_number_of_parameters(llm: str) -> None:
     counts = count_parameters(shape_of(config_of(source(llm))))
     assert counts["embeddings"] + counts["blocks"] + counts["head"] == PARAMETERS[llm]
 
 
-def test_packaged_towers_have_the_parameters_that_their_publishers_count() -> None:
+def test_packaged_towers_have_the_published_number_of_parameters() -> None:
     towers = {"openai/clip-vit-large-patch14-336": 303_507_456, "google/siglip-so400m-patch14-384": 428_225_600}
     for vision, count in towers.items():
         config = config_of(source(vision=vision).model_copy(update={"select_feature": "cls_patch"}))
@@ -56,20 +56,22 @@ def test_packaged_towers_have_the_parameters_that_their_publishers_count() -> No
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize(("tower", "tied"), [("clip", True), ("siglip", False), ("dinov2", True)])
-def test_parameters_and_those_that_learn_are_the_models_own(family: str, tower: str, tied: bool) -> None:
+def test_numbers_of_parameters_and_trainable_parameters_are_those_of_the_model(
+    family: str, tower: str, tied: bool
+) -> None:
     model, _ = tiny.vila(family, tower=tower, tie_word_embeddings=tied)
     shape = shape_of(model.config)
     assert sum(count_parameters(shape).values()) == sum(p.numel() for p in model.parameters())
-    for learning in (
-        Learning(vision=True, projector=True, llm=True),
-        Learning(projector=True),
-        Learning(llm=True, embeddings=False),
-        Learning(projector=True, llm=True, parts=("mlp",)),
+    for trainable in (
+        TrainableParts(vision=True, projector=True, llm=True),
+        TrainableParts(projector=True),
+        TrainableParts(llm=True, embeddings=False),
+        TrainableParts(projector=True, llm=True, parts=("mlp",)),
     ):
-        tune = [name for name in MODULES if getattr(learning, name)]
-        select_trainable(model, tune, tune_embeddings=learning.embeddings, llm_parts=learning.parts)
-        learns = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        assert sum(count_learning(shape, learning).values()) == learns
+        tune = [name for name in MODULES if getattr(trainable, name)]
+        select_trainable(model, tune, tune_embeddings=trainable.embeddings, llm_parts=trainable.parts)
+        num_trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert sum(count_trainable(shape, trainable).values()) == num_trainable
 
 
 @pytest.mark.parametrize(
@@ -77,18 +79,18 @@ def test_parameters_and_those_that_learn_are_the_models_own(family: str, tower: 
     [
         "frozen LLM, bf16, recomputed",
         "LLM and projector, accumulated",
-        "everything, many pictures, bf16",
+        "everything, many images, bf16",
     ],
 )
-def test_predicted_memory_is_within_a_tenth_of_what_steps_hold(name: str) -> None:
+def test_predicted_memory_is_within_a_tenth_of_the_measured_peak(name: str) -> None:
     case = plan_memory.CASES[name]
     assert plan_memory.predict(case).total == pytest.approx(plan_memory.measure(case), rel=plan_memory.BOUND)
 
 
-def test_what_is_dealt_out_falls_with_the_number_of_ranks() -> None:
-    shape, learning = shape_of(config_of(source())), Learning(projector=True, llm=True)
-    micro = Micro(1, 64, 1, 64)
-    one, eight = (by_component(shape, learning, Holding(dealt=ranks), micro) for ranks in (2, 16))
+def test_sharded_memory_is_inverse_to_the_number_of_ranks() -> None:
+    shape, trainable = shape_of(config_of(source())), TrainableParts(projector=True, llm=True)
+    micro = MicroBatch(1, 64, 1, 64)
+    one, eight = (memory_by_component(shape, trainable, MemoryConfig(num_shards=ranks), micro) for ranks in (2, 16))
     for name in ("blocks", "tower"):
         assert one[name].weights == 8 * eight[name].weights
         assert one[name].optimizer == 8 * eight[name].optimizer
@@ -96,28 +98,28 @@ def test_what_is_dealt_out_falls_with_the_number_of_ranks() -> None:
         assert one[name].activations == eight[name].activations
 
 
-def test_weights_gradients_and_moments_take_sixteen_bytes_of_what_learns() -> None:
+def test_a_trainable_parameter_takes_sixteen_bytes() -> None:
     shape = shape_of(config_of(source()))
-    learning = Learning(projector=True, llm=True)
-    parts = by_component(shape, learning, Holding(dealt=8), Micro(1, 64, 1, 64))
-    learns = sum(count_learning(shape, learning).values())
-    frozen = sum(count_parameters(shape).values()) - learns
+    trainable = TrainableParts(projector=True, llm=True)
+    parts = memory_by_component(shape, trainable, MemoryConfig(num_shards=8), MicroBatch(1, 64, 1, 64))
+    num_trainable = sum(count_trainable(shape, trainable).values())
+    frozen = sum(count_parameters(shape).values()) - num_trainable
     total = sum(part.weights + part.gradients + part.optimizer for part in parts.values())
-    assert total == pytest.approx((16 * learns + 2 * frozen) / 8)
+    assert total == pytest.approx((16 * num_trainable + 2 * frozen) / 8)
 
 
-def test_four_bit_weights_take_a_quarter_and_their_scales() -> None:
+def test_four_bit_weights_take_half_a_byte_and_their_scales() -> None:
     shape = shape_of(config_of(source()))
-    learning = Learning(llm=True, rank=8)
-    half, four = (resting(shape, learning, Holding(llm_bits=bits))["blocks"].weights for bits in (16, 4))
+    trainable = TrainableParts(llm=True, rank=8)
+    half, four = (static_memory(shape, trainable, MemoryConfig(llm_bits=bits))["blocks"].weights for bits in (16, 4))
     matrices = shape.llm.layers * sum(matrix.weights for matrix in shape.llm.matrices)
     assert half - four == pytest.approx(matrices * (2 - 4.5 / 8))
 
 
-def test_recomputing_more_blocks_keeps_less() -> None:
-    shape, learning = shape_of(config_of(source())), Learning(projector=True)
+def test_recomputing_more_blocks_saves_activations() -> None:
+    shape, trainable = shape_of(config_of(source())), TrainableParts(projector=True)
     needs = [
-        peak_memory(shape, learning, Holding(recompute=every), Micro(2, 2048, 2, 2048)).activations
+        peak_memory(shape, trainable, MemoryConfig(recompute=every), MicroBatch(2, 2048, 2, 2048)).activations
         for every in (1, 2, 4, 0)
     ]
     assert needs == sorted(needs)
@@ -134,7 +136,7 @@ HOURS = [  # (recipe, machine, hours) as VILA's README reports them
 
 
 @pytest.mark.parametrize(("name", "machine", "hours"), HOURS)
-def test_published_hours_come_out_with_one_utilisation_a_stage(name: str, machine: str, hours: float) -> None:
+def test_published_hours_follow_from_one_utilisation_per_stage(name: str, machine: str, hours: float) -> None:
     plan = make_plan(load_recipe(name), parse_machine(machine))
     assert plan.duration is not None
     assert plan.duration.hours == pytest.approx(hours, rel=0.3)
@@ -152,7 +154,7 @@ def test_twice_the_utilisation_is_half_the_time() -> None:
     assert slow.hours == pytest.approx(2 * fast.hours)
 
 
-def test_a_packed_batch_is_full_rows_and_an_unpacked_one_samples() -> None:
+def test_tokens_of_packed_and_unpacked_batches() -> None:
     machine = parse_machine("8xA100")
     packing = ["data.packing=rows", "batch.rows=16", "batch.samples=0", "batch.micro=2"]
     packed = make_plan(load_recipe("vila_7b/1_align", packing), machine).batch
@@ -185,7 +187,7 @@ def applied(remedy: str, recipe: str, overrides: list[str], machine: str) -> tup
         ("vila_13b/3_sft", [], "1xRTX-4090", "stage.lora.bits=4"),
     ],
 )
-def test_what_is_said_to_fit_instead_does(name: str, overrides: list[str], machine: str, expected: str) -> None:
+def test_every_remedy_fits(name: str, overrides: list[str], machine: str, expected: str) -> None:
     plan = make_plan(load_recipe(name, overrides), parse_machine(machine))
     assert not plan.fits
     assert any(expected in remedy for remedy in plan.remedies)
@@ -197,19 +199,19 @@ def test_what_is_said_to_fit_instead_does(name: str, overrides: list[str], machi
 def test_the_largest_micro_batch_fits_and_the_next_one_does_not() -> None:
     machine = parse_machine("8xA100-40G")
     first = make_plan(load_recipe("vila_7b/3_sft", ["batch.micro=1"]), machine)
-    largest = first.largest_micro
+    largest = first.largest_micro_batch
     assert 1 <= largest < 16
     assert make_plan(load_recipe("vila_7b/3_sft", [f"batch.micro={largest}"]), machine).fits
     assert not make_plan(load_recipe("vila_7b/3_sft", [f"batch.micro={2 * largest}"]), machine).fits
 
 
-def test_a_batch_that_does_not_divide_is_refused_with_the_numbers_that_would() -> None:
+def test_a_batch_that_the_devices_do_not_divide_is_an_error() -> None:
     with pytest.raises(ConfigError) as caught:
         make_plan(load_recipe("vila_7b/3_sft"), parse_machine("24xA100"))
     assert (caught.value.field, caught.value.value, caught.value.expected) == ("batch", 128, "120 or 144")
 
 
-def test_a_micro_batch_that_is_more_than_a_gpu_s_share_is_reduced_to_it() -> None:
+def test_a_micro_batch_larger_than_the_batch_of_a_gpu_is_reduced() -> None:
     plan = make_plan(load_recipe("vila_7b/3_sft"), parse_machine("16xA100"))
     assert (plan.batch.micro, plan.batch.asked_micro, plan.batch.accumulation) == (8, 16, 1)
     assert plan.memory == make_plan(load_recipe("vila_7b/3_sft", ["batch.micro=8"]), parse_machine("16xA100")).memory
@@ -227,59 +229,63 @@ def test_a_model_on_disk_is_read_from_its_config(tmp_path: Path) -> None:
     model, processor = tiny.vila("qwen2")
     save_model(model, processor, tmp_path / "model")
     changes = [f"model.path={tmp_path / 'model'}", "compute.feature_cache=false"]
-    data = DataFacts(1000, 1.0, 20.0, 10.0, ())
+    data = DataStats(1000, 1.0, 20.0, 10.0, ())
     plan = make_plan(load_recipe("starter/3_sft", changes), parse_machine("L4"), data=data)
     assert sum(plan.parameters.values()) == sum(p.numel() for p in model.parameters())
     assert plan.duration is not None
 
 
-def test_a_model_that_is_not_there_is_named_with_the_remedy() -> None:
-    with pytest.raises(ConfigError, match=r"model.path='runs/mine/model': no such directory.*model.llm="):
+def test_a_missing_model_is_named() -> None:
+    with pytest.raises(ConfigError) as caught:
         config_of(ModelSource(path="runs/mine/model"))
-    with pytest.raises(ConfigError, match=r"model.llm='mine': no directory.*lmsys/vicuna-7b-v1.5"):
+    assert (caught.value.field, caught.value.value) == ("model.path", "runs/mine/model")
+    assert "model.llm=" in caught.value.hint
+    with pytest.raises(ConfigError) as caught:
         config_of(source(llm="mine"))
+    assert (caught.value.field, caught.value.value) == ("model.llm", "mine")
+    assert "lmsys/vicuna-7b-v1.5" in caught.value.hint
 
 
-def test_unknown_data_leave_the_time_out_and_are_named() -> None:
+def test_without_the_size_of_the_data_there_is_no_duration() -> None:
     changes = ["data.mixture=[{format: messages, path: mine.jsonl}]"]
     plan = make_plan(load_recipe("vila_7b/3_sft", changes), parse_machine("8xA100"))
     assert plan.duration is None
     assert plan.unknown == ("mine.jsonl",)
 
 
-def test_disk_holds_the_kept_checkpoints_and_the_one_being_written() -> None:
+def test_disk_space_counts_the_checkpoint_being_written() -> None:
     recipe = load_recipe("vila_7b/3_sft")
     plan = make_plan(recipe, parse_machine("8xA100"))
-    learns = sum(plan.learning.values())
+    num_trainable = sum(plan.trainable.values())
     assert plan.disk == {
-        "checkpoint": 12 * learns,
-        "checkpoints": 36 * learns,
+        "checkpoint": 12 * num_trainable,
+        "checkpoints": 36 * num_trainable,
         "model": 2 * sum(plan.parameters.values()),
     }
 
 
-def test_stages_are_told_by_what_learns_and_by_data() -> None:
+def test_stages_follow_from_trainable_modules_and_data() -> None:
     kinds = {name: stage_of(load_recipe(name)) for name in ("vila_7b/1_align", "vila_7b/2_pretrain", "vila_7b/3_sft")}
     assert list(kinds.values()) == ["align", "pretrain", "sft"]
 
 
-def test_traffic_follows_from_weights_and_gradients() -> None:
-    facts = {"parameters": 1000, "learnt": 600, "units": 1, "learning_units": 1, "micro_batches": 1}
+def test_traffic_per_sharding() -> None:
+    facts = {"parameters": 1000, "num_trainable": 600, "units": 1, "trainable_units": 1, "micro_batches": 1}
     node, nodes = parse_machine("8xA100"), parse_machine("32xA100")
-    assert step_traffic(parse_machine("A100"), "full", **facts).inside == 0
-    # Gathered twice in bfloat16, and float32 gradients once; a rank has an eighth already.
-    assert step_traffic(node, "full", **facts).inside == pytest.approx((2 * 2 * 1000 + 4 * 600) * 7 / 8)
+    assert step_traffic(parse_machine("A100"), "full", **facts).intra_node == 0
+    # All-gather of bfloat16 weights twice, reduce-scatter of float32 gradients once; a rank has an eighth already.
+    assert step_traffic(node, "full", **facts).intra_node == pytest.approx((2 * 2 * 1000 + 4 * 600) * 7 / 8)
     kept = step_traffic(node, "full", reshard=False, **facts)
-    assert kept.inside == pytest.approx((2 * 1000 + 4 * 600) * 7 / 8)
-    assert step_traffic(node, "full", **facts).outside == 0
+    assert kept.intra_node == pytest.approx((2 * 1000 + 4 * 600) * 7 / 8)
+    assert step_traffic(node, "full", **facts).inter_node == 0
     hybrid = step_traffic(nodes, "hybrid", **facts)
-    assert hybrid.outside == pytest.approx(2 * 4 * 600 / 8 * 3 / 4)
+    assert hybrid.inter_node == pytest.approx(2 * 4 * 600 / 8 * 3 / 4)
     whole = step_traffic(nodes, "replicate", **facts)
-    assert whole.inside + whole.outside == pytest.approx(2 * 4 * 600 * 31 / 32)
-    assert step_traffic(nodes, "hybrid", **facts).waiting < step_traffic(nodes, "full", **facts).waiting
+    assert whole.intra_node + whole.inter_node == pytest.approx(2 * 4 * 600 * 31 / 32)
+    assert step_traffic(nodes, "hybrid", **facts).latency_s < step_traffic(nodes, "full", **facts).latency_s
 
 
-def test_the_scaling_page_shows_what_the_code_counts() -> None:
+def test_the_scaling_page_is_up_to_date() -> None:
     text = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
     for title in scaling_page.STAGES:
         assert scaling_page.table(title) in text, f"{title} is stale; run: PYTHONPATH=. python benchmarks/scaling.py"
@@ -287,10 +293,12 @@ def test_the_scaling_page_shows_what_the_code_counts() -> None:
     assert scaling_page.evenness() in text
 
 
-def test_cached_features_leave_out_the_towers_work() -> None:
-    shape, learning = shape_of(config_of(source())), Learning(projector=True)
-    # A small batch, in which the tower's forward pass is what needs most.
-    micro = Micro(1, 600, 40, 15)
-    seen, cached = (peak_memory(shape, learning, Holding(cached=value), micro) for value in (False, True))
-    assert cached.total < seen.total
-    assert replace(cached, activations=0, working=0) == replace(seen, activations=0, working=0)
+def test_cached_features_need_no_memory_for_the_tower() -> None:
+    shape, trainable = shape_of(config_of(source())), TrainableParts(projector=True)
+    # A small batch, whose peak is the forward pass of the tower.
+    micro = MicroBatch(1, 600, 40, 15)
+    uncached, cached = (
+        peak_memory(shape, trainable, MemoryConfig(has_feature_cache=value), micro) for value in (False, True)
+    )
+    assert cached.total < uncached.total
+    assert replace(cached, activations=0, working=0) == replace(uncached, activations=0, working=0)

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.train.tiny_run import tiny_recipe, write_training_files
-from vila.plan.flops import Learning, causal_pairs, step_flops
+from vila.plan.flops import TrainableParts, causal_pairs, step_flops
 from vila.plan.model_shape import shape_of
 from vila.train.build import build
 from vila.train.metrics_log import read_metrics
@@ -17,9 +17,9 @@ def training_files(tmp_path_factory):
 def test_the_share_is_that_of_the_facts_of_the_step(training_files):
     run = build(tiny_recipe(training_files, "mfu", "monitor.peak_tflops=0.5", "budget.tokens=600"))
     run.train()
-    shape, learning = shape_of(run.model.config), Learning.of(run.recipe.stage)
+    shape, trainable = shape_of(run.model.config), TrainableParts.of(run.recipe.stage)
     for row in read_metrics(run.folder / "metrics.jsonl"):
-        needed = step_flops(shape, learning, **{k: row[k] for k in ("tokens", "pairs", "supervised", "images")}).total
+        needed = step_flops(shape, trainable, **{k: row[k] for k in ("tokens", "pairs", "supervised", "images")}).total
         assert row["mfu"] == pytest.approx(needed / (row["tokens"] / row["tokens_per_second"] * 0.5e12), rel=1e-6)
 
 

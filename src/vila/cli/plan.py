@@ -56,12 +56,12 @@ def plan(
     from vila.config.load import load_recipe
     from vila.plan.devices import parse_machine
     from vila.plan.planner import make_plan
-    from vila.plan.published_data import DataFacts
+    from vila.plan.published_data import DataStats
 
     data = (
         None
         if num_samples is None
-        else DataFacts(num_samples, images_per_sample, text_tokens, text_tokens / 2, ("as given",))
+        else DataStats(num_samples, images_per_sample, text_tokens, text_tokens / 2, ("as given",))
     )
     made = make_plan(load_recipe(recipe, overrides or []), parse_machine(gpus), mfu=mfu, data=data)
     if as_json:
@@ -91,7 +91,7 @@ def lines(plan: Plan) -> Iterator[tuple[str, str]]:
 
     batch, machine = plan.batch, plan.machine
     yield "recipe", f"{plan.recipe} on {machine.text}, {machine.device.tflops:g} TFLOPS each"
-    total, trained = sum(plan.parameters.values()), sum(plan.learning.values())
+    total, trained = sum(plan.parameters.values()), sum(plan.trainable.values())
     yield "parameters", f"{total:,}, {trained:,} trainable"
     yield "", f"{'GiB a GPU':<14}{'weights':>10}{'gradients':>11}{'optimizer':>11}{'activations':>13}"
     for name, part in plan.parts.items():
@@ -103,7 +103,7 @@ def lines(plan: Plan) -> Iterator[tuple[str, str]]:
     reduced = (
         "" if batch.micro == batch.asked_micro else f" (batch.micro={batch.asked_micro} exceeds the batch of one GPU)"
     )
-    yield "micro-batch", f"{batch.micro} {batch.unit}{reduced}; largest that fits: {plan.largest_micro or 'none'}"
+    yield "micro-batch", f"{batch.micro} {batch.unit}{reduced}; largest that fits: {plan.largest_micro_batch or 'none'}"
     yield "step", f"{batch.size} {batch.unit} = {machine.gpus} GPUs x {batch.micro} x {batch.accumulation} accumulated"
     about = f"{batch.samples:,.0f} samples and " if batch.samples else ""
     published = f"; published: {PUBLISHED_BATCH[plan.stage]:,} samples" if plan.is_published else ""
@@ -111,8 +111,8 @@ def lines(plan: Plan) -> Iterator[tuple[str, str]]:
     yield from _time(plan)
     traffic = plan.traffic
     if machine.gpus > 1:
-        received = f"a GPU receives {(traffic.inside + traffic.outside) / 1e9:,.1f} GB a step"
-        across = f"{traffic.outside / 1e9:,.1f} of it from other nodes"
+        received = f"a GPU receives {(traffic.intra_node + traffic.inter_node) / 1e9:,.1f} GB a step"
+        across = f"{traffic.inter_node / 1e9:,.1f} of it from other nodes"
         yield "traffic", f"{received}, {across}: about {traffic.total_seconds:,.2f} s, in addition to compute"
     disk = {name: f"{size / 1e9:,.1f} GB" for name, size in plan.disk.items()}
     yield (

@@ -1,1 +1,1 @@
-"""What a recipe takes on a machine, before it is run: parameters, memory, operations, traffic, time."""
+"""Estimate parameters, memory, FLOPs, communication, time and disk space of a recipe before it is run."""

@@ -1,4 +1,4 @@
-"""What accelerators can do: peak arithmetic, memory and the speed of their links, from their makers' data sheets."""
+"""Accelerators: peak throughput, memory and link speed, from data sheets; communication time of a training step."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Literal
 from vila.core.errors import ConfigError, near_names
 
 NODE = 8
-"""Devices of a node."""
+"""Devices per node."""
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """One kind of accelerator.
+    """An accelerator.
 
-    tflops:    dense bfloat16 products with float32 sums, in 1e12 operations a second.
-    memory_gb: as sold, in GB of which one is 2**30 bytes.
-    link_gb_s: what one device sends to its neighbours in a node, in 1e9 bytes a second and direction.
+    tflops:    dense bfloat16 throughput with float32 accumulation, in TFLOP/s.
+    memory_gb: nominal memory, in units of 2**30 bytes.
+    link_gb_s: bandwidth to the other devices of the node, in 1e9 bytes/s per direction.
     """
 
     name: str
@@ -28,8 +28,8 @@ class Device:
     link_gb_s: float
 
 
-# Most telling words first: "H100 PCIe" before "H100". Rates are the dense ones, half of those printed "with
-# sparsity"; GeForce cards are given with float32 accumulation, which halves their rate once more.
+# Longer names first: "H100 PCIe" before "H100". Throughput is dense, half of that "with sparsity"; for GeForce cards
+# with float32 accumulation, which halves it again.
 _TABLE: tuple[tuple[str, Device], ...] = (
     ("b200", Device("B200", 2250.0, 180, 900.0)),
     ("gh200", Device("GH200", 989.4, 96, 450.0)),
@@ -60,7 +60,7 @@ _TABLE: tuple[tuple[str, Device], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What a run is planned for: `gpus` devices in all, at most `per_node` of them in a node."""
+    """Target of a plan: `gpus` devices in total, up to `per_node` in a node."""
 
     device: Device
     gpus: int
@@ -68,31 +68,31 @@ class Machine:
 
     @property
     def memory(self) -> float:
-        """Bytes of one device."""
+        """Memory of one device in bytes."""
         return self.device.memory_gb * 2.0**30
 
     @property
     def text(self) -> str:
-        """Such as `8xA100-80G`."""
+        """Short form, such as `8xA100-80G`."""
         return f"{self.gpus}x{self.device.name}-{self.device.memory_gb}G"
 
 
 def find_device(name: str) -> Device | None:
-    """The device that a driver calls `name`, such as `NVIDIA A100-SXM4-80GB`; None when it is not known."""
+    """Return the device with the driver name `name`, such as `NVIDIA A100-SXM4-80GB`; None if unknown."""
     words = f" {' '.join(re.findall(r'[a-z]+[0-9]+[a-z]*|[a-z]+|[0-9]+', name.lower()))} "
     return next((device for key, device in _TABLE if f" {key} " in words), None)
 
 
 def peak_tflops(name: str) -> float | None:
-    """Dense bfloat16 peak of the device that a driver calls `name`, in 1e12 operations a second, None if unknown."""
+    """Return the dense bfloat16 peak of the device with this driver name, in TFLOP/s; None if unknown."""
     device = find_device(name)
     return device.tflops if device else None
 
 
 def parse_machine(text: str) -> Machine:
-    """`8xA100-80G`, `128xH100`, `RTX-4090`: a count, a device, and its memory where it comes in several sizes.
+    """Parse `8xA100-80G`, `128xH100` or `RTX-4090`: number, device, and memory if there are several sizes.
 
-    More than eight devices are taken to be nodes of eight. Raises ConfigError naming what is known.
+    More than eight devices are nodes of eight. Raises ConfigError, for unknown devices with all known ones.
     """
     match = re.fullmatch(
         r"(?:(?P<count>\d+)\s*[x*])?\s*(?P<name>[\w .-]*?)(?:[- ](?P<memory>\d+)\s*(?:GiB|GB|G))?", text
@@ -102,63 +102,60 @@ def parse_machine(text: str) -> Machine:
         known = sorted(device.name for _, device in _TABLE)
         near = near_names(match["name"], known) if match else []
         hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise ConfigError(
-            f"--gpus {text!r}: expected something like 8xA100-80G", hint=f"{hint}known devices are {', '.join(known)}"
-        )
+        hint = f"{hint}known devices: {', '.join(known)}"
+        raise ConfigError(field="--gpus", value=text, expected="a number and a device, such as 8xA100-80G", hint=hint)
     gpus = int(match["count"] or 1)
     if gpus < 1:
-        raise ConfigError(f"--gpus {text!r}: at least one device is needed")
+        raise ConfigError(field="--gpus", value=text, expected="at least one device")
     memory = int(match["memory"] or device.memory_gb)
     if memory < 1:
-        raise ConfigError(f"--gpus {text!r}: a device has more than {memory} GB")
+        raise ConfigError(field="--gpus", value=text, expected="at least 1 GB per device")
     if gpus > NODE and gpus % NODE:
-        raise ConfigError(f"--gpus {text!r}: {gpus} devices do not fill nodes of {NODE}")
+        raise ConfigError(field="--gpus", value=text, expected=f"a multiple of {NODE}, the devices of a node")
     return Machine(Device(device.name, device.tflops, memory, device.link_gb_s), gpus, min(gpus, NODE))
 
 
-# --- traffic
-# What the ranks of a run send to each other, how long that takes, and what is left of their speed.
-
+# Communication between ranks
 
 Sharding = Literal["full", "hybrid", "replicate"]
 
 _FLOAT32 = 4
 _HALF = 2
 _BUCKET = 2**24
-"""Numbers of gradients that travel together where nothing is dealt out."""
+"""Gradient elements per all-reduce bucket without sharding."""
 
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """What is assumed of the links.
+    """Assumptions about the links.
 
-    reached:      share of a link's rate that collectives reach.
-    nic_gb_s:     rate of one device to other nodes, in 1e9 bytes a second: one 200 Gbit/s adapter each.
-    hop_s:        seconds that a message takes from one rank to the next, whatever its size.
+    efficiency: fraction of the nominal bandwidth that collectives reach.
+    nic_gb_s:   bandwidth of one device to other nodes, in 1e9 bytes/s: one 200 Gbit/s adapter per device.
+    hop_s:      latency of a message between neighbouring ranks, in seconds.
     """
 
-    reached: float = 0.8
+    efficiency: float = 0.8
     nic_gb_s: float = 25.0
     hop_s: float = 4e-6
 
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """What one rank receives in a step, and the seconds that it takes.
+    """Data that one rank receives in a step, and the time it takes.
 
-    inside, outside: bytes from its own node, and from other nodes (its share of what the node receives).
-    seconds:         of the links; `waiting` is the part of the time that goes to hops and no bytes.
+    intra_node, inter_node: bytes from ranks of the same node, and from other nodes (per rank of the node).
+    transfer_s, latency_s:  seconds for the bytes, and for the hops of the messages.
     """
 
-    inside: float
-    outside: float
-    seconds: float
-    waiting: float
+    intra_node: float
+    inter_node: float
+    transfer_s: float
+    latency_s: float
 
     @property
     def total_seconds(self) -> float:
-        """Links and hops."""
-        return self.seconds + self.waiting
+        """Transfer and latency, in seconds."""
+        return self.transfer_s + self.latency_s
 
 
 def step_traffic(
@@ -166,51 +163,54 @@ def step_traffic(
     sharding: Sharding,
     *,
     parameters: int,
-    learnt: int,
+    num_trainable: int,
     units: int,
-    learning_units: int,
+    trainable_units: int,
     micro_batches: int,
     reshard: bool = True,
     network: Network | None = None,
 ) -> Traffic:
-    """The traffic of one step.
+    """Return the traffic of one step.
 
-    full, hybrid: every micro-batch gathers all weights in bfloat16, twice with `reshard`, and sums float32 gradients
-    of what learns; `hybrid` does so inside a node, and then sums over nodes the share that each rank holds.
-    replicate:    gradients are summed over all ranks once a step.
-    units:        modules that are gathered one by one; `learning_units` of them have gradients to sum.
+    sharding:        `full`: per micro-batch, all-gather of all bfloat16 weights (twice with `reshard`) and
+                     reduce-scatter of the float32 gradients; `hybrid`: the same inside a node, then an all-reduce of
+                     each rank's shard over nodes; `replicate`: one all-reduce of the gradients over all ranks.
+    parameters:      of the model; `num_trainable` of them are trainable.
+    units:           modules that are gathered separately; `trainable_units` of them have gradients.
     """
     network = network or Network()
     gathers = micro_batches * (2 if reshard else 1)
     if sharding == "replicate":
-        return _collective(machine, machine.gpus, 2 * _FLOAT32 * learnt, 2 * math.ceil(learnt / _BUCKET), network)
+        return _collective(
+            machine, machine.gpus, 2 * _FLOAT32 * num_trainable, 2 * math.ceil(num_trainable / _BUCKET), network
+        )
     across = machine.gpus if sharding == "full" else machine.per_node
-    size = gathers * _HALF * parameters + micro_batches * _FLOAT32 * learnt
-    first = _collective(machine, across, size, units * gathers + learning_units * micro_batches, network)
+    size = gathers * _HALF * parameters + micro_batches * _FLOAT32 * num_trainable
+    first = _collective(machine, across, size, units * gathers + trainable_units * micro_batches, network)
     nodes = machine.gpus // machine.per_node
     if sharding == "full" or nodes == 1:
         return first
-    # The ranks of a node sum their own shares with those of other nodes, all at once: together one node's gradients.
-    outside = micro_batches * 2 * _FLOAT32 * learnt / machine.per_node * (nodes - 1) / nodes
-    seconds = outside / (network.nic_gb_s * 1e9 * network.reached)
-    waiting = micro_batches * learning_units * 2 * nodes * network.hop_s
-    return Traffic(first.inside, outside, first.seconds + seconds, first.waiting + waiting)
+    # Every rank all-reduces its own shard over nodes, in parallel: per node, one copy of the gradients.
+    inter_node = micro_batches * 2 * _FLOAT32 * num_trainable / machine.per_node * (nodes - 1) / nodes
+    transfer_s = inter_node / (network.nic_gb_s * 1e9 * network.efficiency)
+    latency_s = micro_batches * trainable_units * 2 * nodes * network.hop_s
+    return Traffic(first.intra_node, inter_node, first.transfer_s + transfer_s, first.latency_s + latency_s)
 
 
 def _collective(machine: Machine, ranks: int, size: float, calls: int, network: Network) -> Traffic:
-    """Rings over `ranks` ranks through which `size` bytes reach each of them, in `calls` collectives."""
+    """Return the traffic of `calls` ring collectives that bring `size` bytes in total to each of `ranks` ranks."""
     if ranks == 1:
         return Traffic(0.0, 0.0, 0.0, 0.0)
     received = size * (ranks - 1) / ranks
     nodes = math.ceil(ranks / machine.per_node)
-    # All ranks of a node need the same bytes from outside: they fetch them once, through all adapters together.
-    outside = size * (nodes - 1) / nodes / machine.per_node
-    rate_in, rate_out = (rate * 1e9 * network.reached for rate in (machine.device.link_gb_s, network.nic_gb_s))
+    # The ranks of a node need the same bytes from other nodes: they are transferred once, over all adapters.
+    inter_node = size * (nodes - 1) / nodes / machine.per_node
+    rate_in, rate_out = (rate * 1e9 * network.efficiency for rate in (machine.device.link_gb_s, network.nic_gb_s))
     return Traffic(
-        received - outside, outside, max(received / rate_in, outside / rate_out), calls * ranks * network.hop_s
+        received - inter_node, inter_node, max(received / rate_in, inter_node / rate_out), calls * ranks * network.hop_s
     )
 
 
 def efficiency(compute_s: float, traffic: Traffic) -> tuple[float, float]:
-    """Share of a lone device's speed, 0..1: when no traffic hides behind arithmetic, and when all does."""
+    """Return the fraction (0..1) of the speed of a single device: without and with full overlap of communication."""
     return compute_s / (compute_s + traffic.total_seconds), compute_s / max(compute_s, traffic.total_seconds)

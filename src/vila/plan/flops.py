@@ -1,10 +1,9 @@
-"""Model FLOPs of a step: the arithmetic that the mathematics asks for, whatever is computed twice to save memory.
+"""Model FLOPs of a training step, and the trainable parts of a model.
 
-A product with a matrix costs 2 operations for every weight and position forward; 2 more in the backward pass where
-something below it learns (the gradient of its input), and 2 more where it learns itself. Attention is counted from the
-pairs of positions that see each other. Norms, activations, softmax and the optimizer are left out: below one per cent.
-Recomputing activations is left out on purpose, so that dividing by the peak gives the MFU, not the HFU, of PaLM
-(arXiv 2204.02311, appendix B).
+A matmul costs 2 FLOPs per weight and token in the forward pass, 2 more in the backward pass if anything before it is
+trainable (gradient of its input), and 2 more if the weight is trainable. Attention is counted per pair of tokens that
+attend to each other. Norms, activations, softmax and the optimizer (below 1 %) are not counted, nor is recomputation of
+activations: FLOPs / time / peak is the MFU of PaLM (arXiv 2204.02311, appendix B), not the HFU.
 """
 
 from __future__ import annotations
@@ -16,16 +15,14 @@ from itertools import groupby
 from vila.config.schema import Stage
 from vila.plan.model_shape import Matrix, ModelShape, Stack, count_parameters
 
-# --- learning
-# Which weights of a model learn, as plain facts, and how many they are.
-
 
 @dataclass(frozen=True, slots=True)
-class Learning:
-    """Which weights learn.
+class TrainableParts:
+    """Trainable parts of a model.
 
-    parts:   names that a learning weight of the LLM has on its path; empty: all of it.
-    rank:    of low-rank adapters, which then learn in place of the LLM; `targets` name their Linears, empty: all.
+    parts:   modules of a decoder block that are trainable; empty: the whole LLM.
+    rank:    rank of LoRA adapters, trained instead of the LLM; 0: none.
+    targets: names of the Linear layers with an adapter; empty: all.
     """
 
     vision: bool = False
@@ -38,9 +35,9 @@ class Learning:
     dropout: float = 0.0
 
     @staticmethod
-    def of(stage: Stage) -> Learning:
-        """What a recipe's stage says."""
-        return Learning(
+    def of(stage: Stage) -> TrainableParts:
+        """Return the trainable parts of a recipe's stage."""
+        return TrainableParts(
             "vision" in stage.tune,
             "projector" in stage.tune,
             "llm" in stage.tune,
@@ -51,43 +48,43 @@ class Learning:
             stage.lora.dropout,
         )
 
-    def matrix(self, name: str) -> bool:
-        """Whether a Linear of a decoder block learns itself."""
+    def is_trained(self, name: str) -> bool:
+        """Whether the weight of a Linear of a decoder block is trainable."""
         return self.llm and not self.rank and (not self.parts or bool(set(name.split(".")) & set(self.parts)))
 
-    def adapter(self, name: str) -> bool:
-        """Whether a Linear of a decoder block has an adapter, which learns."""
+    def has_adapter(self, name: str) -> bool:
+        """Whether a Linear of a decoder block has a LoRA adapter."""
         return self.llm and self.rank > 0 and (not self.targets or name.rpartition(".")[2] in self.targets)
 
     @property
-    def vocabulary(self) -> bool:
-        """Whether embeddings and head learn."""
+    def trains_vocabulary(self) -> bool:
+        """Whether token embeddings and LM head are trainable."""
         return self.llm and not self.rank and self.embeddings and not self.parts
 
     @property
-    def norms(self) -> bool:
-        """Whether the norms of decoder blocks learn."""
+    def trains_norms(self) -> bool:
+        """Whether the norms of decoder blocks are trainable."""
         return self.llm and not self.rank and not self.parts
 
     @property
     def below_llm(self) -> bool:
-        """Whether anything before the first decoder block learns."""
-        return self.vision or self.projector or self.vocabulary
+        """Whether anything before the first decoder block is trainable."""
+        return self.vision or self.projector or self.trains_vocabulary
 
 
-def count_learning(shape: ModelShape, learning: Learning) -> dict[str, int]:
-    """Parameters that learn, by component; adapters count among `blocks`."""
-    blocks = sum(m.weights for m in shape.llm.matrices if learning.matrix(m.name))
-    blocks += sum(learning.rank * (m.inputs + m.outputs) for m in shape.llm.matrices if learning.adapter(m.name))
-    if learning.norms:
+def count_trainable(shape: ModelShape, trainable: TrainableParts) -> dict[str, int]:
+    """Return the number of trainable parameters by component; those of adapters are part of `blocks`."""
+    blocks = sum(m.weights for m in shape.llm.matrices if trainable.is_trained(m.name))
+    blocks += sum(trainable.rank * (m.inputs + m.outputs) for m in shape.llm.matrices if trainable.has_adapter(m.name))
+    if trainable.trains_norms:
         blocks += shape.llm.small
     every = count_parameters(shape)
     return {
-        "tower": every["tower"] * learning.vision,
-        "projector": every["projector"] * learning.projector,
-        "embeddings": every["embeddings"] * learning.vocabulary,
-        "blocks": blocks * shape.llm.layers + shape.final_norm * learning.norms,
-        "head": every["head"] * learning.vocabulary,
+        "tower": every["tower"] * trainable.vision,
+        "projector": every["projector"] * trainable.projector,
+        "embeddings": every["embeddings"] * trainable.trains_vocabulary,
+        "blocks": blocks * shape.llm.layers + shape.final_norm * trainable.trains_norms,
+        "head": every["head"] * trainable.trains_vocabulary,
     }
 
 
@@ -96,7 +93,7 @@ _SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 @dataclass(frozen=True, slots=True)
 class Flops:
-    """Operations of one step by component; `attention` is that of tower and LLM together."""
+    """FLOPs of one step by component; `attention` is the sum of tower and LLM."""
 
     tower: float
     projector: float
@@ -106,77 +103,77 @@ class Flops:
 
     @property
     def total(self) -> float:
-        """All of them."""
+        """Sum of all components."""
         return self.tower + self.projector + self.blocks + self.attention + self.head
 
 
 def causal_pairs(lengths: Iterable[int]) -> int:
-    """Pairs of positions, the later of which sees the earlier or itself, over samples of these lengths."""
+    """Return the number of (query, key) pairs of causal attention over samples of these lengths."""
     return sum(length * (length + 1) // 2 for length in lengths)
 
 
 def step_flops(
-    shape: ModelShape, learning: Learning, *, tokens: float, pairs: float, supervised: float, images: float
+    shape: ModelShape, trainable: TrainableParts, *, tokens: float, pairs: float, supervised: float, images: float
 ) -> Flops:
-    """Model FLOPs of forward and backward pass, summed over all ranks and micro-batches of a step.
+    """Return the model FLOPs of forward and backward pass, summed over all ranks and micro-batches of a step.
 
-    tokens:     real positions of the LLM, image tokens included and padding not.
-    pairs:      `causal_pairs` of the samples' lengths, which do not see each other in a row; with shared prefixes the
-                sum of (position + 1) over real tokens, which is the same where there are none.
-    supervised: positions whose logits are computed; ours are the only ones that have a label.
-    images:     pictures given to the tower; 0 where their features come from a cache.
+    tokens:     tokens of the LLM, image tokens included, padding not included.
+    pairs:      attention pairs: `causal_pairs` of the lengths of the samples; with shared prefixes, the sum of
+                (position + 1) over all tokens.
+    supervised: tokens with a label, the only ones whose logits are computed.
+    images:     images encoded by the tower; 0 if features are cached.
     """
     views = images * shape.views
-    first, after, first_attention = _block(shape.llm, learning, learning.below_llm)
-    rest, _, rest_attention = _block(shape.llm, learning, after)
+    first, after, first_attention = _block(shape.llm, trainable, trainable.below_llm)
+    rest, _, rest_attention = _block(shape.llm, trainable, after)
     layers = shape.llm.layers
-    tower_factor = 3 if learning.vision else 1
+    tower_factor = 3 if trainable.vision else 1
     tower_weights = sum(matrix.weights for matrix in shape.tower.matrices)
     llm_attention = _attention(shape.llm, pairs)
     return Flops(
-        tower=2 * views * shape.patch_positions * shape.patch_weights * (1 + learning.vision)
+        tower=2 * views * shape.patch_positions * shape.patch_weights * (1 + trainable.vision)
         + 2 * views * shape.tower_tokens * tower_weights * shape.tower.used * tower_factor,
-        projector=images * shape.media_tokens * _projector(shape.projector, learning),
+        projector=images * shape.media_tokens * _projector(shape.projector, trainable),
         blocks=tokens * (first + (layers - 1) * rest),
         attention=_attention(shape.tower, views * shape.tower_tokens**2) * shape.tower.used * tower_factor
         + llm_attention * (first_attention + (layers - 1) * rest_attention),
-        head=2 * supervised * shape.embedding * (1 + after + learning.vocabulary),
+        head=2 * supervised * shape.embedding * (1 + after + trainable.trains_vocabulary),
     )
 
 
 def _attention(stack: Stack, pairs: float) -> float:
-    """Forward operations of one block: scores, and their product with the values."""
+    """Return the forward FLOPs of attention in one block: scores and weighted sum of values."""
     return 4 * pairs * stack.heads * stack.head_width
 
 
-def _block(stack: Stack, learning: Learning, below: bool) -> tuple[float, bool, int]:
-    """Operations of one decoder block for each token; whether something learns up to its output; and how many times the
-    attention's forward cost its forward and backward pass take together (1 or 3)."""
-    below = below or learning.norms
+def _block(stack: Stack, trainable: TrainableParts, below: bool) -> tuple[float, bool, int]:
+    """Return the FLOPs of one decoder block per token (without attention), whether its output needs a gradient, and the
+    cost of attention as a multiple of its forward pass (1 or 3). below: whether its input needs a gradient."""
+    below = below or trainable.trains_norms
     total, attention = 0.0, 1
     for _, group in groupby(stack.matrices, key=_input_of):
         matrices = tuple(group)
         for matrix in matrices:
-            total += 2 * matrix.weights * (1 + below + learning.matrix(matrix.name))
-            if learning.adapter(matrix.name):
-                # Two small products: A, whose input needs a gradient if the Linear's does, and B, on top of A.
-                total += 2 * learning.rank * (matrix.inputs * (2 + below) + matrix.outputs * 3)
-        below = below or any(learning.matrix(m.name) or learning.adapter(m.name) for m in matrices)
+            total += 2 * matrix.weights * (1 + below + trainable.is_trained(matrix.name))
+            if trainable.has_adapter(matrix.name):
+                # Matmuls with A, whose input needs a gradient if that of the Linear does, and with B.
+                total += 2 * trainable.rank * (matrix.inputs * (2 + below) + matrix.outputs * 3)
+        below = below or any(trainable.is_trained(m.name) or trainable.has_adapter(m.name) for m in matrices)
         if _input_of(matrices[0]) == _SAME_INPUT[0]:
             attention = 3 if below else 1
     return total, below, attention
 
 
-def _projector(matrices: Sequence[Matrix], learning: Learning) -> float:
-    """Operations for each vector that the projector makes."""
-    below, total = learning.vision, 0.0
+def _projector(matrices: Sequence[Matrix], trainable: TrainableParts) -> float:
+    """Return the FLOPs of the projector per image token."""
+    below, total = trainable.vision, 0.0
     for matrix in matrices:
-        total += 2 * matrix.weights * (1 + below + learning.projector)
-        below = below or learning.projector
+        total += 2 * matrix.weights * (1 + below + trainable.projector)
+        below = below or trainable.projector
     return total
 
 
 def _input_of(matrix: Matrix) -> tuple[str, ...]:
-    """What Linears that read the same input have in common."""
+    """Return a key that is equal for Linear layers with the same input."""
     last = matrix.name.rpartition(".")[2]
     return next((group for group in _SAME_INPUT if last in group), (last,))

@@ -1,4 +1,4 @@
-"""The sizes of a model as plain numbers: what floating-point operations and memory are counted from."""
+"""Sizes of a model as plain numbers, for FLOPs and memory; and the config of a recipe's model, without weights."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from vila.model.projector import num_projected_tokens
 from vila.model.vision_tower import encoder_blocks, num_patches
 
 COMPONENTS = ("tower", "projector", "embeddings", "blocks", "head")
-"""Parts that sizes are told by; `blocks` are the LLM's decoder blocks and its final norm."""
+"""Components of a model; `blocks` are the decoder blocks and the final norm of the LLM."""
 _WITHOUT_CLASS_TOKEN = ("siglip_vision_model",)
 
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """One Linear: `name` inside its block, and its widths."""
+    """Weight of a Linear layer; `name` inside its block."""
 
     name: str
     inputs: int
@@ -42,18 +42,18 @@ class Matrix:
 
     @property
     def weights(self) -> int:
-        """Entries of the matrix."""
+        """Number of elements."""
         return self.inputs * self.outputs
 
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """Equal transformer blocks, one after another.
+    """A stack of equal transformer blocks.
 
-    layers:   how many there are; `used` of them run.
-    matrices: the Linears of one block; `small` counts its other parameters (norms, biases).
-    two_step_activation: whether the MLP's activation keeps a second tensor, as CLIP's `quick_gelu` does.
-    layer_scale:         whether both halves of a block are scaled by a learnt vector.
+    layers:   number of blocks; the first `used` of them are computed.
+    matrices: Linear layers of one block; `small` is the number of its other parameters (norms, biases).
+    two_step_activation: whether the activation of the MLP saves a second tensor, as CLIP's `quick_gelu` does.
+    layer_scale:         whether the outputs of attention and MLP are scaled by a trainable vector.
     """
 
     layers: int
@@ -76,15 +76,17 @@ class Stack:
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
-    """Everything that a plan needs to know of a model.
+    """Sizes of a model.
 
-    pixels:        numbers of one picture.
-    views:         pictures that the tower sees for one of ours: more than one with several scales.
-    tower_tokens:  positions in the tower of one view, the class token included.
-    patches:       vectors of a picture that reach the projector; it makes `media_tokens` of them.
-    patch_weights: entries of the matrix that turns pixels into patches, on `patch_positions` positions.
-    tower_rest:    parameters of the tower before its blocks; `tower_unused` those that no picture passes.
-    projector:     its Linears; `projector_small` its other parameters. `merges`: whether patches are joined first.
+    pixels:        values of the pixel tensor of an image.
+    views:         tower inputs per image: more than one with several scales (S2).
+    tower_tokens:  tokens of one view in the tower, class token included.
+    patches:       vectors per image at the input of the projector; `media_tokens` at its output.
+    patch_weights: weights of the patch embedding, applied at `patch_positions` positions.
+    tower_rest:    parameters of the tower before its blocks; `tower_unused`: those that are not computed.
+    projector:     Linear layers of the projector; `projector_small`: its other parameters.
+    merges:        whether the projector merges patches first.
+    tied:          whether the LM head shares the weights of the token embeddings.
     """
 
     tower: Stack
@@ -107,12 +109,12 @@ class ModelShape:
 
     @property
     def embedding(self) -> int:
-        """Parameters of the token embeddings, and of a head that is not tied to them."""
+        """Parameters of the token embeddings, and of an LM head that is not tied."""
         return self.vocabulary * self.llm.width
 
 
 def shape_of(config: VilaConfig) -> ModelShape:
-    """The sizes of the model of a config, read off the model itself, which is built without memory."""
+    """Return the sizes of the model of a config, which is built on the meta device."""
     with torch.device("meta"):
         model = VilaForConditionalGeneration(config)
     vision, text = config.vision_config, config.text_config
@@ -157,7 +159,7 @@ def shape_of(config: VilaConfig) -> ModelShape:
 
 
 def count_parameters(shape: ModelShape) -> dict[str, int]:
-    """Parameters by component; a head tied to the embeddings counts as none."""
+    """Return the number of parameters by component; 0 for a tied head."""
     return {
         "tower": shape.tower_rest + shape.tower.used * shape.tower.block + shape.tower_unused,
         "projector": sum(matrix.weights for matrix in shape.projector) + shape.projector_small,
@@ -189,7 +191,7 @@ def _stack(blocks: Sequence[nn.Module], used: int, config: object) -> Stack:
 
 
 def _before_blocks(tower: nn.Module) -> int:
-    """Parameters that a picture passes before the first block: embeddings, and CLIP's norm after them."""
+    """Return the number of parameters before the first block: embeddings, and CLIP's norm after them."""
     names = ("embeddings.", "pre_layrnorm.")
     return sum(p.numel() for name, p in tower.named_parameters() if name.startswith(names))
 
@@ -199,7 +201,7 @@ def _count(module: nn.Module) -> int:
 
 
 def _count_tied(llm: nn.Module) -> int:
-    # On the meta device a tied head may be a tensor of its own.
+    # On the meta device a tied head may be a separate tensor.
     return sum(p.numel() for name, p in llm.named_parameters() if not name.startswith("lm_head."))
 
 
@@ -207,15 +209,14 @@ def _first(size: int | Sequence[int]) -> int:
     return size if isinstance(size, int) else size[0]
 
 
-# --- model_source
-# The configs that a recipe's model will have, told without a weight: from disk, or from a table of known models.
+# Configs of a recipe's model: from disk, or from the table of known models
 
 
 def config_of(source: ModelSource) -> VilaConfig:
-    """The config of the model that a stage trains.
+    """Return the config of the model that a stage trains.
 
-    A `path` that is not there yet is looked for among the outputs of the packaged recipes, whose own source then tells.
-    Raises ConfigError naming what could not be found, and the remedy.
+    If `path` does not exist but is the output of a packaged recipe, the model source of that recipe is used.
+    Raises ConfigError if no config is found.
     """
     if source.path:
         folder = Path(source.path).expanduser()
@@ -236,7 +237,7 @@ def config_of(source: ModelSource) -> VilaConfig:
 
 
 def known_models(kind: str) -> list[str]:
-    """Hub ids whose configs are packaged; `kind` is `llm` or `vision`."""
+    """Return the hub ids with packaged configs. kind: `llm` or `vision`."""
     return sorted(_table()[kind])
 
 
@@ -244,14 +245,16 @@ def _source_of_output(path: str) -> ModelSource:
     if source := _packaged_outputs().get(Path(path)):
         return source
     raise ConfigError(
-        f"model.path={path!r}: no such directory, and no packaged recipe writes it; to plan before it is there, say "
-        "what it will be made of: model.path= model.llm=... model.vision=..."
+        "no such directory, and no packaged recipe writes it",
+        field="model.path",
+        value=path,
+        hint="to plan before it exists, give its parts: model.path= model.llm=... model.vision=...",
     )
 
 
 @cache
 def _packaged_outputs() -> dict[Path, ModelSource]:
-    """Where the packaged recipes leave their models, and what those are made from."""
+    """Return the model source of each packaged recipe by its output directory."""
     return {recipe.output.dir / "model": recipe.model for recipe in map(load_recipe, recipe_names())}
 
 
@@ -265,11 +268,11 @@ def _part(kind: str, name: str) -> PretrainedConfig:
     facts = _table()[kind].get(name)
     if facts is None:
         near = near_names(name, known_models(kind), 1)
-        hint = f"did you mean {near[0]!r}? Else " if near else ""
         raise ConfigError(
-            f"model.{kind}={name!r}: no directory with a config.json, and not one of the models whose numbers are "
-            f"packaged ({', '.join(known_models(kind))})",
-            hint=f"{hint}give a directory that holds at least its config.json",
+            "no directory with a config.json, and not a model with a packaged config",
+            field=f"model.{kind}",
+            value=name,
+            hint=f"did you mean {near[0]!r}?" if near else f"known models: {', '.join(known_models(kind))}",
         )
     plain = dict(facts)
     return AutoConfig.for_model(plain.pop("model_type"), **plain)

@@ -1,4 +1,4 @@
-"""How much data a stage sees, before the data is there: numbers of the published sets, with where they are from."""
+"""Sizes of published data sets, with sources: lets a stage be planned before its data is downloaded."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from typing import Any
 from vila.config.schema import MixtureEntry, Recipe
 
 _SMALLEST_SAMPLE = 32
-"""Bytes that a sample of any published set takes at least."""
+"""Lower bound of the bytes per sample of any published data set."""
 
 
 @dataclass(frozen=True, slots=True)
-class DataFacts:
-    """What one epoch of a mixture brings.
+class DataStats:
+    """Size of one epoch of a mixture.
 
-    samples:    in all.
-    images:     pictures of a sample, on average; `text` and `supervised` are its tokens without those of pictures.
-    sources:    where the numbers are from, a line for each data set.
+    samples:          number of samples.
+    images:           mean number of images per sample.
+    text, supervised: mean number of text tokens, and of supervised tokens, per sample; without image tokens.
+    sources:          source of the numbers, one line per data set.
     """
 
     samples: int
@@ -31,15 +32,15 @@ class DataFacts:
     sources: tuple[str, ...]
 
     def tokens(self, media_tokens: int) -> float:
-        """Tokens of a sample when a picture takes `media_tokens`."""
+        """Return the mean tokens per sample with `media_tokens` tokens per image."""
         return self.images * media_tokens + self.text
 
 
-def expected_data(recipe: Recipe) -> tuple[DataFacts | None, list[str]]:
-    """The facts of the recipe's mixture, and the entries that nothing is known of, without which there are no facts.
+def published_stats(recipe: Recipe) -> tuple[DataStats | None, list[str]]:
+    """Return the size of the recipe's mixture and no paths, or None and the paths of unknown data sets.
 
-    A data set is known by the name of its file or directory. One that is here and far too small to be the published
-    set has only the name in common with it.
+    A data set is known by the name of its file or directory. An existing one that is much smaller than the published
+    data set is unknown.
     """
     known = [(entry, _find(entry)) for entry in recipe.data.mixture]
     if unknown := [entry.path for entry, facts in known if facts is None]:
@@ -51,7 +52,7 @@ def expected_data(recipe: Recipe) -> tuple[DataFacts | None, list[str]]:
         return float(sum(samples * facts[key] for samples, facts in rows) / total)
 
     sources = tuple(f"{entry.path}: {facts['source']}" for entry, facts in known if facts)
-    return DataFacts(total, mean("images"), mean("text"), mean("supervised"), sources), []
+    return DataStats(total, mean("images"), mean("text"), mean("supervised"), sources), []
 
 
 def _samples(entry: MixtureEntry, facts: dict[str, Any]) -> int:

@@ -11,7 +11,7 @@ import torch
 from vila.config.schema import Recipe
 from vila.model.config import VilaConfig
 from vila.plan.devices import peak_tflops
-from vila.plan.flops import Learning, step_flops
+from vila.plan.flops import TrainableParts, step_flops
 from vila.plan.model_shape import ModelShape, shape_of
 from vila.train.fsdp import World
 
@@ -25,7 +25,7 @@ class MFUMeter:
     """
 
     shape: ModelShape
-    learning: Learning
+    trainable: TrainableParts
     num_devices: int
     peak_tflops: float
     feature_cache: bool = False
@@ -34,7 +34,7 @@ class MFUMeter:
         """Return the MFU (0..1) of a step from its metrics and its duration."""
         flops = step_flops(
             self.shape,
-            self.learning,
+            self.trainable,
             tokens=metrics["tokens"],
             pairs=metrics["pairs"],
             supervised=metrics["supervised"],
@@ -55,7 +55,7 @@ def build_mfu_meter(recipe: Recipe, config: VilaConfig, world: World) -> MFUMete
         return None
     return MFUMeter(
         shape_of(config),
-        Learning.of(recipe.stage),
+        TrainableParts.of(recipe.stage),
         num_devices=world.process.world_size,
         peak_tflops=peak,
         feature_cache=recipe.compute.feature_cache,
