@@ -10,6 +10,7 @@ from PIL import Image
 from tests.package.readme_blocks import parse_blocks
 from tests.train.tiny_run import tiny_recipe, write_training_files
 from vila.config.load import save_recipe
+from vila.core.errors import ConfigError
 
 PAGE = Path(__file__).parents[2] / "docs" / "own_data.md"
 
@@ -42,7 +43,7 @@ def test_the_page_leads_from_a_table_to_an_answer(vila, mine):
         code, out, err = vila(*command)
         assert code == 0, (command, err)
         told += out + err
-    assert "data: 20 samples, no faults, 20 distinct images" in told
+    assert "data: 20 samples, no errors, 20 distinct images" in told
     assert "tokens: " in told
     assert "data: 20 samples, about" in told
     assert Path("runs/mine/run/model/model.safetensors").is_file()
@@ -66,16 +67,16 @@ def test_check_names_every_kind_of_fault_and_counts_past_what_it_shows(vila, tmp
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
     code, out, _ = vila("data", "check", tmp_path / "d.jsonl", "--max-shown", 3)
     assert code == 1
-    assert "6 samples, 4 with faults" in out
+    assert "6 samples, 4 with errors" in out
     assert "none.png" in out
     assert "bad.png" in out
     assert "answer is empty" in out
-    assert "and 1 more faults" in out
+    assert "and 1 more errors" in out
     assert "1 ids occur more than once: 'fine'" in out
     code, out, _ = vila("data", "check", tmp_path / "d.jsonl", "--json", "--num-samples", 6)
     facts = json.loads(out)["data_sets"][0]
-    assert (code, facts["faults"], facts["duplicate_ids"], facts["histogram"]) == (1, 4, 1, {"256": 2})
-    assert any("d.jsonl, record 5" in fault for fault in facts["first_faults"])
+    assert (code, facts["errors"], facts["duplicate_ids"], facts["histogram"]) == (1, 4, 1, {"256": 2})
+    assert any("d.jsonl, record 5" in fault for fault in facts["first_errors"])
 
 
 def test_a_recipe_and_a_file_show_how_they_are_indexed(vila, tmp_path, monkeypatch):
@@ -86,15 +87,14 @@ def test_a_recipe_and_a_file_show_how_they_are_indexed(vila, tmp_path, monkeypat
         assert "index data.jsonl" not in vila("data", "stats", tmp_path / data)[2]
 
 
-def test_check_of_a_recipe_counts_tokens_and_finds_what_rows_cannot_hold(vila, tmp_path):
+def test_check_of_a_recipe_counts_tokens_and_finds_samples_that_are_too_long(vila, vila_error, tmp_path):
     recipe = tiny_recipe(write_training_files(tmp_path), "out", "data.max_length=24")
     save_recipe(recipe, tmp_path / "recipe.yaml")
     code, out, _ = vila("data", "check", tmp_path / "recipe.yaml")
     assert code == 1
-    assert "tokens, rows hold 24" in out
-    code, _, err = vila("data", "check", tmp_path / "recipe.yaml", "--format", "messages")
-    assert code == 2
-    assert "is a recipe" in err
+    assert "data.max_length" in out
+    error = vila_error("data", "check", tmp_path / "recipe.yaml", "--format", "messages")
+    assert (type(error), error.file) == (ConfigError, str(tmp_path / "recipe.yaml"))
 
 
 def test_from_csv_names_file_and_line_and_writes_nothing(vila, tmp_path, picture):
@@ -132,14 +132,14 @@ def test_check_names_missing_pictures_once_and_faults_with_every_sample(vila, tm
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
     code, out, _ = vila("data", "check", tmp_path / "d.jsonl")
     assert code == 1
-    assert "3 samples, 2 with faults, 3 distinct images" in out
-    assert out.count("fault: sample '1': ") == out.count("fault: sample '2': ") == 1
+    assert "3 samples, 2 with errors, 3 distinct images" in out
+    assert out.count("error: sample '1': ") == out.count("error: sample '2': ") == 1
     listed = out.split("missing files: 2\n")[1].splitlines()[:2]
     assert [Path(line.strip()).name for line in listed] == ["x.png", "y.png"]
     code, out, _ = vila("data", "check", tmp_path / "d.jsonl", "--json", "--max-shown", 1)
     facts = json.loads(out)["data_sets"][0]
     assert (facts["missing_files"], len(facts["first_missing_files"])) == (2, 1)
-    assert (facts["faults"], facts["images"], facts["width"]) == (2, 3, [28, 28, 28])
+    assert (facts["errors"], facts["images"], facts["width"]) == (2, 3, [28, 28, 28])
 
 
 def test_check_opens_clips_and_names_those_that_are_not_there(vila, tmp_path):
@@ -154,7 +154,7 @@ def test_check_opens_clips_and_names_those_that_are_not_there(vila, tmp_path):
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
     code, out, _ = vila("data", "check", tmp_path / "d.jsonl")
     assert code == 1
-    assert "2 with faults, 0 distinct images, 3 distinct clips" in out
+    assert "2 with errors, 0 distinct images, 3 distinct videos" in out
     assert "bad.mp4: " in out
     assert "missing files: 1\n" in out
 
@@ -176,7 +176,7 @@ def test_index_says_where_it_is_kept_and_whether_it_was_there(vila, tmp_path, mo
     assert "1 records; indexes: 1 built, 0 found" in vila("data", "index", shards / "a.jsonl")[1]
 
 
-def test_options_reach_the_format_and_wrong_ones_are_named(vila, tmp_path):
+def test_options_reach_the_format_and_wrong_ones_are_named(vila, vila_error, tmp_path):
     document = {"text_list": ["A."], "image_info": [], "similarity_matrix": []}
     (tmp_path / "d.jsonl").write_text(json.dumps(document) + "\n")
     command = ("data", "index", tmp_path / "d.jsonl", "--format", "mmc4")
@@ -186,8 +186,8 @@ def test_options_reach_the_format_and_wrong_ones_are_named(vila, tmp_path):
     assert (code, "did you mean 'max_images'" in err) == (2, True)
     code, _, err = vila(*command, "--format-option", "max_images")
     assert (code, "expected NAME=VALUE" in err) == (2, True)
-    code, _, err = vila("data", "check", "starter/1_align", "--format-option", "a=1")
-    assert (code, "is a recipe" in err) == (2, True)
+    error = vila_error("data", "check", "starter/1_align", "--format-option", "a=1")
+    assert (type(error), error.file) == (ConfigError, "starter/1_align")
 
 
 def test_inspect_tells_what_is_learnt_and_writes_one_page(vila, tmp_path):
@@ -248,7 +248,7 @@ def test_what_from_csv_prints_runs_as_it_is_printed(vila, tmp_path, monkeypatch,
     )
     assert code == 0, err
     check, _, answer = run_printed(vila, out)
-    assert "mine: 4 samples, no faults, 4 distinct images" in check and "vision tower" in check
+    assert "mine: 4 samples, no errors, 4 distinct images" in check and "vision tower" in check
     assert Path("my data/mine_run/model/model.safetensors").is_file() and answer
 
 
@@ -262,7 +262,7 @@ def test_from_csv_links_images_that_are_not_below_its_output(vila, tmp_path):
     assert str(linked) in text
     assert (linked / "0 a.png").samefile(tmp_path / "photos" / "all" / "0 a.png")
     code, text, _ = vila("data", "check", out)
-    assert (code, "4 samples, no faults, 4 distinct images" in text) == (0, True)
+    assert (code, "4 samples, no errors, 4 distinct images" in text) == (0, True)
 
 
 def test_without_the_starter_its_making_is_one_of_the_next_commands(vila, tmp_path, monkeypatch, picture):

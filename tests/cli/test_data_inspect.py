@@ -7,7 +7,7 @@ import numpy as np
 from tests import tiny
 from vila.chat.templates import find_template
 from vila.chat.tokenize import SpanTokenizer, TokenizedSample, TokenSegment, tokenize_sample
-from vila.cli.data_inspect import as_card, as_terminal_text, runs_of
+from vila.cli.data_inspect import as_card, as_terminal_text, token_runs
 from vila.core.types import Message, Sample
 
 
@@ -20,7 +20,7 @@ def test_neighbouring_pictures_are_a_run_each_and_all_on_the_card():
     pictures = [tiny.picture(number) for number in range(3)]
     sample = Sample("s", (Message.of("user", *pictures, "which?"), Message.of("assistant", "this")))
     tokens = tokenised(sample)
-    runs = runs_of(tokens, tiny.tokenizer(), 4)
+    runs = token_runs(tokens, tiny.tokenizer(), 4)
     assert [run.text for run in runs if run.kind == "image"] == ["<image x 4>"] * 3
     assert sum(run.tokens for run in runs) == len(tokens)
     assert len(as_card(tokens, runs).images) == 3
@@ -31,21 +31,21 @@ def test_a_character_that_branches_divide_is_whole_in_each():
     # U+00E9 and U+00E8 share their first byte, so the prefix that both branches share ends inside the character.
     head = (Message.of("user", tiny.picture(1)),)
     branches = tuple((Message.of("user", f"le {word}?"), Message.of("assistant", "\u00e9")) for word in "\u00e9\u00e8")
-    runs = runs_of(tokenised(Sample("s", head, branches)), tiny.tokenizer(), 4)
+    runs = token_runs(tokenised(Sample("s", head, branches)), tiny.tokenizer(), 4)
     text = as_terminal_text(runs).plain
     assert "\ufffd" not in text
-    assert [run.text[0] for run in runs if run.segment and run.kind == "given" and "?" in run.text] == [
+    assert [run.text[0] for run in runs if run.segment and run.kind == "context" and "?" in run.text] == [
         "\u00e9", "\u00e8",
     ]  # fmt: skip
-    assert sum(run.kind == "learnt" and "\u00e9" in run.text for run in runs) == 2
+    assert sum(run.kind == "supervised" and "\u00e9" in run.text for run in runs) == 2
 
 
 def test_a_character_cut_where_learning_begins_goes_to_the_next_run_and_a_broken_one_is_shown():
     ids = tiny.tokenizer()("a\u00e9b\u00e9", add_special_tokens=False)["input_ids"][:-1]
     is_supervised = np.arange(len(ids)) >= 2
     tokens = TokenizedSample("s", np.array(ids), is_supervised, (TokenSegment(len(ids), 0, -1),), -1, ())
-    runs = runs_of(tokens, tiny.tokenizer(), 4)
-    assert [(run.kind, run.text) for run in runs] == [("given", "a"), ("learnt", "\u00e9b\ufffd")]
+    runs = token_runs(tokens, tiny.tokenizer(), 4)
+    assert [(run.kind, run.text) for run in runs] == [("context", "a"), ("supervised", "\u00e9b\ufffd")]
 
 
 def test_inspect_writes_all_pictures_to_the_page(vila, model, tmp_path):

@@ -28,7 +28,7 @@ def test_without_a_model_pictures_are_counted_and_tokens_are_not(vila, tmp_path)
     (line,) = [line for line in out.splitlines() if "\u2502 d " in line]
     assert [cell.strip() for cell in line.strip("\u2502").split("\u2502")] == ["d", "4", "7", "-", "-"]
     assert "--model" in out
-    assert "d: not a known data set" in out
+    assert "unknown data set" in out
     facts = json.loads(vila("data", "stats", file, "--json", "--num-samples", 2)[1])["data_sets"][0]
     assert (facts["samples"], facts["tokens"], facts["exact"], facts["surveyed"]) == (4, None, False, 2)
     facts = json.loads(vila("data", "stats", file, "--json", "--num-samples", 0)[1])["data_sets"][0]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,12 +14,18 @@ import typer
 
 from vila.cli.data_prepare import app as prepare_app
 from vila.cli.options import output_directory, output_file
+from vila.core.errors import ConfigError
 from vila.core.progress import SILENT, Events
 
 if TYPE_CHECKING:
-    from vila.cli.data_check import Findings, Stats
-    from vila.data.dataset import DatasetEntry
+    from vila.config.schema import Recipe
+    from vila.core.vision_spec import ImageMode
+    from vila.data.check import DataSets, Findings
+    from vila.data.dataset import DatasetEntry, SampleReader
+    from vila.data.mixture import Mixture
+    from vila.data.stats import DatasetStats
     from vila.prepare.csv_table import Converted
+    from vila.prepare.licences import DataLicence
 
 
 app = typer.Typer(help="Convert, check, inspect and count training data.", no_args_is_help=True)
@@ -117,9 +123,8 @@ def check(
     as_json: _Json = False,
 ) -> None:
     """Read all samples and images of [bold]RECIPE|FILE[/bold] and list errors. Exit code 1 if there are any."""
-    from vila.cli.data_check import check_data
-    from vila.cli.data_sets import open_data
     from vila.cli.progress import Screen
+    from vila.data.check import check_data
 
     with Screen() as screen:
         opened = open_data(
@@ -133,9 +138,9 @@ def check(
         for one in found:
             print_findings(one, opened.unit)
         if save_images:
-            typer.echo(f"{save_images}: {len(saved)} images as the tower sees them")
+            typer.echo(f"{save_images}: {len(saved)} preprocessed images")
     opened.require_images()
-    if any(one.fault_count for one in found):
+    if any(one.num_errors for one in found):
         raise typer.Exit(1)
 
 
@@ -157,10 +162,8 @@ def inspect(
     """Show samples as the model sees them; supervised text is green and between angle quotes."""
     from rich.console import Console
 
-    from vila.cli.data_inspect import as_card, as_terminal_text, runs_of
-    from vila.cli.data_sets import open_data
+    from vila.cli.data_inspect import as_card, as_terminal_text, token_runs
     from vila.cli.progress import Screen
-    from vila.core.errors import ConfigError
     from vila.report.html import Page
 
     with Screen() as screen:
@@ -168,15 +171,15 @@ def inspect(
             data, form=form, image_root=image_root, options=options or (), template=template, model=model, events=screen
         )
     every = ((part, at) for part in opened.mixture.datasets for at in range(len(part.source)))
-    places = list(islice(every, number, number + count))
-    if not places:
+    chosen = list(islice(every, number, number + count))
+    if not chosen:
         total = sum(len(part.source) for part in opened.mixture.datasets)
         raise ConfigError(f"{data} has {total:,} samples, counted from 0", field="--index", value=number)
     page = Page(f"Samples of {data}", f"template {opened.template}")
     cards = []
-    for part, at in places:
+    for part, at in chosen:
         tokens = opened.tokenize(part, part.source[at])
-        runs = runs_of(tokens, opened.tokenizer, opened.slots_per_image)
+        runs = token_runs(tokens, opened.tokenizer, opened.tokens_per_image)
         typer.echo(f"{part.name} sample {tokens.id}: {len(tokens):,} tokens")
         Console(highlight=False).print(as_terminal_text(runs), soft_wrap=True)
         if html:
@@ -198,8 +201,6 @@ def stats(
     as_json: _Json = False,
 ) -> None:
     """Print samples, images, tokens and licence of each data set of [bold]RECIPE|FILE[/bold] in one epoch."""
-    from vila.cli.data_check import stats_of
-    from vila.cli.data_sets import open_data
     from vila.cli.progress import Screen
 
     with Screen() as screen:
@@ -219,7 +220,6 @@ def index(
     options: _Options = None,
 ) -> None:
     """Build the record index of [bold]FILE[/bold] before its first use, and print its path."""
-    from vila.cli.data_sets import parse_options
     from vila.cli.progress import Screen
     from vila.data.dataset import DatasetEntry
 
@@ -235,34 +235,175 @@ def _print_json(facts: dict[str, Any]) -> None:
     typer.echo(json.dumps(facts, indent=1))
 
 
-# --- data_shown
-# Output of `vila data` for people: findings of a check, statistics with licences, indexes.
+# --- opening data sets
 
+DEFAULT_TEMPLATE = "vicuna_v1"
+"""Template if neither flags nor recipe nor model name one."""
+
+
+def open_data(
+    data: str,
+    *,
+    form: str = "",
+    image_root: str = "",
+    options: Sequence[str] = (),
+    template: str = "",
+    model: str = "",
+    events: Events = SILENT,
+) -> DataSets:
+    """Open the data sets of a recipe, or of one file, directory or pattern.
+
+    options: `NAME=VALUE` options of the format.
+    model:   "" uses the model of the recipe if it is a local directory.
+    events:  progress of indexing.
+    """
+    from vila.config.load import load_recipe, recipe_names
+    from vila.data.check import DataSets
+    from vila.data.dataset import DatasetEntry, open_mixture
+    from vila.train.data_stream import build_mixture
+
+    recipe: Recipe | None = None
+    origins: dict[str, str] = {}
+    if data.endswith((".yaml", ".yml")) or (data in recipe_names() and not Path(data).exists()):
+        if form or image_root or options:
+            hint = "leave out --format, --image-root and --format-option"
+            raise ConfigError("a recipe names the formats of its data", file=data, hint=hint)
+        recipe = load_recipe(data, origins=origins)
+        mixture = build_mixture(recipe, events)
+        path = recipe.model.path
+        model = model or (path if path and Path(path).is_dir() else "")
+        template = template or recipe.data.template or recipe.model.template
+    else:
+        entry = DatasetEntry(
+            format=form or "messages", path=data, image_root=image_root, options=parse_options(options)
+        )
+        mixture = open_mixture([entry], 0, events)
+    if model:
+        reader, tokenizer = _reader(mixture, template, model, recipe.model.image_mode if recipe else None)
+        template = reader.template
+    else:
+        reader, tokenizer = None, None
+    paths = tuple(Path(entry.path) for entry in recipe.data.mixture) if recipe else (Path(data),)
+    return DataSets(
+        mixture, paths, template or DEFAULT_TEMPLATE, reader, tokenizer, recipe, origins.get("data.max_length", "")
+    )
+
+
+def parse_options(words: Sequence[str]) -> dict[str, Any]:
+    """Parse `--format-option NAME=VALUE`; values are YAML. Raises ConfigError for words that are not NAME=VALUE."""
+    import yaml
+
+    options = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or not name:
+            raise ConfigError(field="--format-option", value=word, expected="NAME=VALUE, such as max_images=4")
+        try:
+            options[name] = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise ConfigError(f"{value[:80]!r} is not YAML ({error})", field="--format-option", value=word) from error
+    return options
+
+
+def _reader(mixture: Mixture, template: str, model: str, image_mode: ImageMode | None) -> tuple[SampleReader, Any]:
+    """Return the sample reader and tokenizer of a model. image_mode: overrides the model's; None keeps it."""
+    from vila.data.dataset import SampleReader
+    from vila.model.loading import open_checkpoint
+
+    processor = open_checkpoint(model, template=template or None).processor
+    chosen = template or processor.find_template().name
+    spec = replace(processor.spec, image_mode=image_mode) if image_mode else processor.spec
+    return SampleReader(mixture, chosen, processor.span_tokenizer, spec), processor.tokenizer
+
+
+# --- statistics
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Statistics of one data set in one epoch.
+
+    exact:      whether all samples were counted; else tokens and images are estimates.
+    has_tokens: whether a tokenizer counted; else `share.tokens` and `share.token_share` are undefined and a video
+                counts as one image.
+    licences:   licences of known public data sets; empty for other data.
+    """
+
+    share: DatasetStats
+    path: Path
+    exact: bool
+    has_tokens: bool
+    licences: tuple[DataLicence, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """Return plain data; None for values that were not counted."""
+        return {
+            "name": self.share.name,
+            "path": str(self.path),
+            "samples": self.share.samples,
+            "images": self.share.images,
+            "tokens": self.share.tokens if self.has_tokens else None,
+            "token_share": round(self.share.token_share, 4) if self.has_tokens else None,
+            "exact": self.exact,
+            "surveyed": self.share.num_measured,
+            "licences": [
+                {"name": one.name, "licence": one.licence, "forbids": one.forbids, "source": one.source}
+                | {"checked": one.checked}
+                for one in self.licences
+            ],
+        }
+
+
+def stats_of(data: DataSets, sample: int) -> list[Stats]:
+    """Return the statistics of each data set, from at most `sample` samples of it (0: all).
+
+    Training logs the same numbers before its first step. No image is opened.
+    """
+    from vila.data.stats import dataset_stats
+    from vila.prepare.licences import licences_of
+
+    largest = max(len(part.source) for part in data.mixture.datasets)
+    shares = dataset_stats(data.mixture, data.tokenize if data.reader else None, sample or largest)
+    return [
+        Stats(
+            share,
+            path,
+            # A fraction of a data set differs between epochs, and so does its number of images.
+            exact=share.num_measured == len(part.source) and share.samples % (len(part.source) or 1) == 0,
+            has_tokens=data.reader is not None,
+            licences=licences_of(path),
+        )
+        for share, part, path in zip(shares, data.mixture.datasets, data.paths, strict=True)
+    ]
+
+
+# --- printed output
 
 _FIRST_IDS = 5
 _FIRST_FILES = 10
 
 
 def print_findings(found: Findings, unit: str) -> None:
-    """Print the findings of a check of one data set."""
+    """Print the check result of one data set."""
+    from vila.data.check import unread_note
     from vila.data.stats import histogram, min_median_max
 
-    faulty = f"{found.fault_count:,} with faults" if found.fault_count else "no faults"
-    clips = f", {found.clips:,} distinct clips" if found.clips else ""
-    typer.echo(f"{found.name}: {found.samples:,} samples, {faulty}, {found.images:,} distinct images{clips}")
-    for fault in found.faults:
-        typer.echo(f"  fault: {fault}")
-    if found.fault_count > len(found.faults):
-        typer.echo(f"  and {found.fault_count - len(found.faults):,} more faults")
-    if found.missing_count:
-        typer.echo(f"  missing files: {found.missing_count:,}")
+    errors = f"{found.num_errors:,} with errors" if found.num_errors else "no errors"
+    videos = f", {found.videos:,} distinct videos" if found.videos else ""
+    typer.echo(f"{found.name}: {found.samples:,} samples, {errors}, {found.images:,} distinct images{videos}")
+    for error in found.errors:
+        typer.echo(f"  error: {error}")
+    if found.num_errors > len(found.errors):
+        typer.echo(f"  and {found.num_errors - len(found.errors):,} more errors")
+    if found.num_missing:
+        typer.echo(f"  missing files: {found.num_missing:,}")
         for name in found.missing:
             typer.echo(f"    {name}")
-        if found.missing_count > len(found.missing):
-            typer.echo(f"    and {found.missing_count - len(found.missing):,} more")
-    if found.duplicate_count:
+        if found.num_missing > len(found.missing):
+            typer.echo(f"    and {found.num_missing - len(found.missing):,} more")
+    if found.num_duplicates:
         some = ", ".join(repr(name) for name in found.duplicates[:_FIRST_IDS])
-        typer.echo(f"  {found.duplicate_count:,} ids occur more than once{': ' if some else ''}{some}")
+        typer.echo(f"  {found.num_duplicates:,} ids occur more than once{': ' if some else ''}{some}")
     if note := unread_note(found.unread):
         typer.echo(f"  note: {note}")
     for side, counts in (("widths", found.widths), ("heights", found.heights)):
@@ -281,16 +422,8 @@ def print_findings(found: Findings, unit: str) -> None:
             typer.echo(f"  {line}")
 
 
-def unread_note(unread: Mapping[str, int]) -> str:
-    """Return a sentence about media that the records hold and the format does not read; empty if there are none."""
-    if not unread:
-        return ""
-    names = ", ".join(f"{name} ({count:,})" for name, count in sorted(unread.items()))
-    return f"records hold media that are not read: {names}; only those under the keys of the format are trained on"
-
-
 def print_stats(stats: Sequence[Stats]) -> None:
-    """Print a table of all data sets, and below it the licence of each."""
+    """Print a table of all data sets and their licences."""
     from rich.console import Console
     from rich.table import Table
 
@@ -302,10 +435,10 @@ def print_stats(stats: Sequence[Stats]) -> None:
         table.add_row(share.name, f"{share.samples:,}", f"{about}{share.images:,}", *tokens)
     Console().print(table)
     if not all(one.has_tokens for one in stats):
-        typer.echo("tokens are counted with --model, which brings the tokenizer")
+        typer.echo("give --model to count tokens")
     for one in stats:
         if not one.licences:
-            typer.echo(f"{one.share.name}: not a known data set; its licence is unknown")
+            typer.echo(f"{one.share.name}: unknown data set and licence")
         for licence in one.licences:
             read = "" if licence.checked else " (not verified at the source)"
             typer.echo(f"{one.share.name}: {licence.name}, {licence.source}")
@@ -314,25 +447,23 @@ def print_stats(stats: Sequence[Stats]) -> None:
 
 
 def print_indexed(path: str, indexed: Indexed) -> None:
-    """Print the number of records and the locations of their indexes."""
+    """Print the number of records and the paths of their indexes."""
     files = [*(("built", file) for file in indexed.built), *(("found", file) for file in indexed.found)]
     typer.echo(f"{path}: {indexed.records:,} records; indexes: {len(indexed.built)} built, {len(indexed.found)} found")
     for state, file in files[:_FIRST_FILES]:
         typer.echo(f"  {state}: {file}")
     if len(files) > _FIRST_FILES:
-        typer.echo(f"  and {len(files) - _FIRST_FILES:,} more beside them")
+        typer.echo(f"  and {len(files) - _FIRST_FILES:,} more")
 
 
-# --- data_index
-# `vila data index`: where the indexes of data files lie, and whether they were there before.
-
+# --- indexes
 
 _NAME_END = 200
 
 
 @dataclass(frozen=True, slots=True)
 class Indexed:
-    """What indexing came to: the number of records, and the index files that were built and that were found."""
+    """Number of records of a data set, and its index files: built now, or found from before."""
 
     records: int
     built: tuple[Path, ...]
@@ -340,7 +471,7 @@ class Indexed:
 
 
 def index_data(entry: DatasetEntry, events: Events = SILENT) -> Indexed:
-    """Open a data set, which indexes each of its files that has no index or a stale one."""
+    """Open a data set, which indexes its files without an index or with a stale one."""
     from vila.data.dataset import open_dataset
 
     before = _indexes(entry.path)
@@ -351,10 +482,10 @@ def index_data(entry: DatasetEntry, events: Events = SILENT) -> Indexed:
 
 
 def _indexes(path: str) -> dict[Path, tuple[int, int]]:
-    """The index files that speak of a file, a folder's files or a pattern's, each with what a new file changes."""
+    """Return the index files of a file, directory or pattern, with inode and modification time."""
     from vila.data.readers.index import index_folder, read_header
 
-    # An index names its file by the end of the path.
+    # An index stores the last characters of the path of its file.
     names = {os.path.realpath(file)[-_NAME_END:] for file in _files(path)}
     return {
         file: (file.stat().st_ino, file.stat().st_mtime_ns)

@@ -201,7 +201,7 @@ def shares_of(run: Run, length_origin: str = "") -> tuple[list[str], dict[str, i
 
 def preview_of(run: Run) -> list[str]:
     """Describe what the tower sees of a few images of each data set, and media that the samples do not have."""
-    from vila.cli.data import unread_note
+    from vila.data.check import unread_note
     from vila.data.preview import preview_images
 
     lines = []
