@@ -71,7 +71,7 @@ def train(
         _look(resolved, origins)
         return
     from vila.cli.progress import Screen
-    from vila.cli.train_callbacks import check_monitor, listeners_of
+    from vila.cli.train_callbacks import build_callbacks, check_monitor
     from vila.core.files import write_json
     from vila.train.build import build, is_finished, model_dir
     from vila.train.resume import check_recipe_unchanged
@@ -87,7 +87,7 @@ def train(
         with _said_once():
             benchmark = check_monitor(resolved, events)
         run = build(resolved, events=events, allow_changes=allowed)
-        run.trainer.callbacks += listeners_of(resolved, run.processor, events, benchmark)
+        run.trainer.callbacks += build_callbacks(resolved, run.processor, events, benchmark)
         events.log(
             f"{resolved.name}: {run.num_trainable:,} trainable parameters, "
             f"{run.mixture.epoch_length:,} samples per epoch"
