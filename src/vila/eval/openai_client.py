@@ -1,7 +1,6 @@
 """Client of a chat server with OpenAI's API, and `RemoteEngine`, which evaluates a model behind such a server.
 
-The user chooses the address, so private addresses are allowed. Redirects are not followed: they would forward the
-API key.
+The user chooses the address, so private addresses are allowed; see `vila.media.http.api_client`.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import json
 import os
 import queue
 import random
-import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,7 +20,7 @@ from functools import partial
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-import httpcore2
+import httpx2
 import tenacity
 from PIL import Image as PilImage
 
@@ -31,7 +29,7 @@ from vila.core.reading import parse_json
 from vila.core.types import Image, Message, Text, Video
 from vila.core.vision_spec import ImageMode
 from vila.engine.request import SamplingParams
-from vila.media.http import retry_after_s
+from vila.media.http import api_client, retry_after_s
 from vila.media.image import open_image, open_source, orientation_of
 from vila.media.video import open_frames
 
@@ -118,7 +116,11 @@ class OpenAIClient:
                 "needs an API key", file=self.url, hint=f"set the environment variable {API_KEY_VARIABLE}"
             )
         self._policy = retry_policy or RetryPolicy()
-        self._pool = httpcore2.ConnectionPool(ssl_context=ssl.create_default_context(), max_connections=concurrency)
+        self._http = api_client(
+            max_connections=concurrency,
+            connect_timeout_s=self._policy.connect_timeout_s,
+            read_timeout_s=self._policy.read_timeout_s,
+        )
         self._closed = threading.Event()
         self._resume_at = 0.0
         self._final_error: ServerError | None = None
@@ -222,33 +224,22 @@ class OpenAIClient:
             self._final_error = error
         raise error
 
-    def _exchange(self, content: bytes) -> tuple[int, dict[str, str], bytes]:
-        headers: list[tuple[bytes | str, bytes | str]] = [
-            ("Content-Type", "application/json"),
-            ("Accept-Encoding", "identity"),
-            ("User-Agent", "vila"),
-        ]
+    def _exchange(self, content: bytes) -> tuple[int, Mapping[str, str], bytes]:
+        headers = {"Content-Type": "application/json"}
         if self._key:
-            headers.append(("Authorization", f"Bearer {self._key}"))
-        read_s = self._policy.read_timeout_s
-        timeouts = {"connect": self._policy.connect_timeout_s, "read": read_s, "write": read_s, "pool": None}
+            headers["Authorization"] = f"Bearer {self._key}"
+        body = bytearray()
         try:
-            with self._pool.stream(
-                "POST", self.url, headers=headers, content=content, extensions={"timeout": timeouts}
-            ) as response:
-                body = bytearray()
-                for chunk in response.iter_stream():
+            with self._http.stream("POST", self.url, headers=headers, content=content) as response:
+                for chunk in response.iter_raw():
                     body += chunk
                     if len(body) > _MAX_REPLY_BYTES:
                         raise ServerError(f"the reply is larger than {_MAX_REPLY_BYTES:,} bytes", file=self.url)
-                named = {name.decode("latin-1").lower(): text.decode("latin-1") for name, text in response.headers}
-                return response.status, named, bytes(body)
-        except VilaError:
-            raise
-        except httpcore2.TimeoutException as error:
+        except httpx2.TimeoutException as error:
             raise _RetryableError(f"no reply in time ({type(error).__name__})") from error
-        except (httpcore2.NetworkError, httpcore2.ProtocolError, OSError) as error:
+        except httpx2.TransportError as error:
             raise _RetryableError(f"the connection failed ({str(error) or type(error).__name__})") from error
+        return response.status_code, response.headers, bytes(body)
 
     def _parse(self, body: bytes) -> ChatCompletion:
         try:
