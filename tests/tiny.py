@@ -1,4 +1,4 @@
-"""Tiny random models and tokenizers for tests: seeded, in memory, a row per LLM family."""
+"""Tiny random models and tokenizers for tests: seeded, in memory, one per LLM family."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ WIDTH = 32
 
 @cache
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One id a byte, after three special tokens; no BOS; `<|im_end|>` ends a sequence."""
+    """Byte-level tokenizer with three special tokens and no BOS; `<|im_end|>` ends a sequence."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: number for number, token in enumerate([*SPECIALS, *letters])}
     backend = Tokenizer(models.BPE(vocab=vocab, merges=[]))
@@ -48,7 +48,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def text_config(family: str, **changes: Any) -> Any:
     """A 2-layer, 32-wide LLM config with grouped key-value heads."""
-    facts = {
+    values = {
         "hidden_size": WIDTH,
         "intermediate_size": 64,
         "num_hidden_layers": 2,
@@ -61,24 +61,24 @@ def text_config(family: str, **changes: Any) -> Any:
         "initializer_range": 0.2,
     }
     if family == "mistral":
-        facts["sliding_window"] = None
-    kind = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}[family]
-    return kind(**{**facts, **changes})
+        values["sliding_window"] = None
+    config_class = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}[family]
+    return config_class(**{**values, **changes})
 
 
 def vision_config(tower: str = "dinov2") -> Any:
     """A 4-layer, 16-wide tower over 28 x 28 pixels: 2 x 2 patches."""
-    facts = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    values = {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
     if tower == "dinov2":
-        return Dinov2Config(**facts, initializer_range=0.2)
-    kind = {"clip": CLIPVisionConfig, "siglip": SiglipVisionConfig}[tower]
-    return kind(**facts, intermediate_size=32)
+        return Dinov2Config(**values, initializer_range=0.2)
+    config_class = {"clip": CLIPVisionConfig, "siglip": SiglipVisionConfig}[tower]
+    return config_class(**values, intermediate_size=32)
 
 
 def vila(
     family: str = "llama", *, tower: str = "dinov2", template: str = "starter_qa", seed: int = 0, **text: Any
 ) -> tuple[VilaForConditionalGeneration, VilaProcessor]:
-    """A random model in float32 and its processor; a picture takes four tokens. `text` changes the LLM's config."""
+    """A random float32 model and its processor; an image takes four tokens. `text` changes the LLM's config."""
     spec = VisionSpec(28, 4, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), "pad")
     config = VilaConfig(
         vision_config=vision_config(tower),
@@ -92,7 +92,7 @@ def vila(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = VilaForConditionalGeneration(config).eval()
-        # The default initialisation is timid: make pictures matter, so that a test can see them.
+        # Larger than the default initialisation, so that images change the logits clearly.
         with torch.no_grad():
             for parameter in model.projector.parameters():
                 parameter.mul_(4)
@@ -100,7 +100,7 @@ def vila(
 
 
 def picture(seed: int, size: tuple[int, int] = (28, 28)) -> Image:
-    """A random picture, as PNG bytes."""
+    """A random image, as PNG bytes."""
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randint(0, 256, (size[1], size[0], 3), generator=generator, dtype=torch.uint8)
     stream = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Weights of every awkward shape, and Triton's interpreter where there is no GPU."""
+"""Weights of unusual shapes, and Triton's interpreter if there is no GPU."""
 
 import os
 

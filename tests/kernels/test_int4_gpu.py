@@ -40,13 +40,13 @@ def error(got, layer, x):
 @pytest.mark.parametrize("rows", [1, 3, 8, 9, 64, 640])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("name", ["triton", "aten"])
-def test_backends_agree_with_the_exact_product_at_real_sizes(name, dtype, rows, shape):
+def test_backends_equal_float64_at_real_sizes(name, dtype, rows, shape):
     layer, x = layer_and_rows(name, dtype, shape, rows)
     assert error(layer(x), layer, x) <= TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("name", ["triton", "aten"])
-def test_a_compiled_layer_gives_the_same_answer(name):
+def test_a_compiled_layer_gives_the_same_output(name):
     layer, x = layer_and_rows(name, torch.bfloat16, (4096, 4096), 1)
     compiled = torch.compile(layer, fullgraph=True)
     assert torch.equal(compiled(x), layer(x))
@@ -54,7 +54,7 @@ def test_a_compiled_layer_gives_the_same_answer(name):
 
 @pytest.mark.parametrize("rows", [1, 16])
 @pytest.mark.parametrize("name", ["triton", "aten"])
-def test_a_graph_replays_the_answer_for_new_input(name, rows):
+def test_a_cuda_graph_replays_with_new_input(name, rows):
     layer, x = layer_and_rows(name, torch.bfloat16, (4096, 4096), rows)
     layer(x)
     torch.cuda.synchronize()

@@ -27,7 +27,7 @@ def test_the_layer_equals_a_linear_with_rounded_weights(bias):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_the_answer_has_the_type_of_the_input(dtype):
+def test_the_output_has_the_dtype_of_the_input(dtype):
     layer = Int4Linear.from_linear(linear(64, 8, bias=True), 32)
     x = torch.randn(5, 64, dtype=dtype)
     want = layer.to_linear(dtype)(x)
@@ -35,7 +35,7 @@ def test_the_answer_has_the_type_of_the_input(dtype):
     assert torch.allclose(layer(x).float(), want.float(), atol=2e-2)
 
 
-def test_outputs_are_multiplied_in_pieces_of_bounded_size(monkeypatch):
+def test_outputs_are_computed_in_chunks_of_bounded_size(monkeypatch):
     layer = Int4Linear.from_linear(linear(64, 50), 32)
     x = torch.randn(3, 64)
     whole, sizes = layer(x), []
@@ -70,7 +70,7 @@ def test_casting_a_model_does_not_round_the_scales_again():
 
 
 @pytest.mark.parametrize("biases", [(False, False, False), (True, False, True)])
-def test_a_fused_layer_gives_what_its_parts_give(biases):
+def test_a_fused_layer_equals_its_parts(biases):
     parts = [
         Int4Linear.from_linear(linear(64, width, bias=bias, seed=width), 32)
         for width, bias in zip((16, 8, 24), biases, strict=True)
@@ -81,7 +81,7 @@ def test_a_fused_layer_gives_what_its_parts_give(biases):
         assert torch.allclose(got, part(x), atol=1e-6)
 
 
-def test_layers_of_other_groups_do_not_fuse():
+def test_layers_with_different_group_sizes_do_not_fuse():
     with pytest.raises(LayoutError) as caught:
         fuse([Int4Linear.from_linear(linear(64, 8), 32), Int4Linear.from_linear(linear(64, 8), 64)])
     assert len(caught.value.value) == 2
@@ -90,7 +90,7 @@ def test_layers_of_other_groups_do_not_fuse():
     assert (caught.value.field, caught.value.value) == ("splits", (3, 4))
 
 
-def test_what_a_backend_prepares_is_not_saved_and_follows_new_weights():
+def test_prepared_tensors_are_not_saved_and_follow_new_weights():
     layer = Int4Linear.from_linear(linear(64, 24, seed=1), 32)
     other = Int4Linear.from_linear(linear(64, 24, seed=2), 32)
     x = torch.randn(2, 64)
@@ -111,7 +111,7 @@ def test_a_prepared_layer_survives_casts_and_copies():
     assert torch.allclose(copied(x), want, atol=2e-3)
 
 
-def test_a_backend_that_cannot_take_the_layer_is_refused():
+def test_a_backend_that_does_not_support_the_layer_is_refused():
     layer = Int4Linear.from_linear(linear(96, 8), 48)
     with pytest.raises(ConfigError) as caught:
         layer.use_backend(ATEN, torch.float32)
@@ -119,7 +119,7 @@ def test_a_backend_that_cannot_take_the_layer_is_refused():
     assert layer.backend == "torch"
 
 
-def test_the_layer_compiles_to_the_same_answer():
+def test_the_compiled_layer_gives_the_same_output():
     layer = Int4Linear.from_linear(linear(64, 24, bias=True), 32)
     x = torch.randn(2, 64)
     compiled = torch.compile(layer, backend="eager", fullgraph=True)

@@ -9,7 +9,7 @@ from vila.kernels.int4 import Int4Weight, concatenate, dequantize, pack_nibbles,
 
 
 def published_rounding(weight, group_size):
-    """The published rounding, one group at a time, in the number type of `weight`: codes and values."""
+    """The published rounding, one group at a time, in the dtype of `weight`: codes and values."""
     kind = weight.dtype.type
     codes, values = np.zeros(weight.shape, np.uint8), np.zeros_like(weight)
     for row in range(weight.shape[0]):
@@ -55,16 +55,16 @@ def test_codes_agree_with_the_scales_that_are_stored():
 
 @given(st.integers(1, 5), st.integers(1, 40), st.integers(0, 2**31))
 @settings(max_examples=50, deadline=None)
-def test_unpack_undoes_pack(rows, pairs, seed):
+def test_unpack_inverts_pack(rows, pairs, seed):
     codes = torch.randint(0, 16, (rows, 2 * pairs), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
     assert torch.equal(unpack_nibbles(pack_nibbles(codes)), codes)
 
 
-def test_the_even_input_lies_in_the_low_nibble():
+def test_the_even_input_is_in_the_low_nibble():
     assert pack_nibbles(torch.tensor([[1, 2, 15, 0]], dtype=torch.uint8)).tolist() == [[0x21, 0x0F]]
 
 
-def test_a_group_that_does_not_fit_is_refused_with_those_that_do():
+def test_an_invalid_group_size_lists_valid_ones():
     with pytest.raises(LayoutError) as caught:
         quantize(torch.zeros(2, 576), 128)
     assert (caught.value.field, caught.value.value, caught.value.expected) == ("group_size", 128, "16, 32, 64")
@@ -79,7 +79,7 @@ def test_values_that_are_not_finite_are_refused(value):
     assert "torch.float16" in caught.value.problem
 
 
-def test_parts_that_do_not_belong_together_are_refused(make_weight):
+def test_inconsistent_tensors_are_refused(make_weight):
     good = make_weight(8, 64, 32)
     with pytest.raises(LayoutError) as caught:
         Int4Weight(good.codes, good.scales, good.zeros, 64)
@@ -92,7 +92,7 @@ def test_parts_that_do_not_belong_together_are_refused(make_weight):
     assert caught.value.field == "codes"
 
 
-def test_joined_weights_have_the_values_of_their_parts_in_order(make_weight):
+def test_concatenated_weights_have_the_values_of_their_parts(make_weight):
     parts = [make_weight(rows, 64, 32, seed=rows) for rows in (3, 5)]
     joined = concatenate(parts)
     assert torch.equal(dequantize(joined), torch.cat([dequantize(part) for part in parts]))

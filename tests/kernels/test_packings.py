@@ -1,4 +1,4 @@
-"""Every packing is read back here by formulas on single values, written apart from the packers."""
+"""Every packing is verified by independent formulas on single values."""
 
 import numpy as np
 import pytest
@@ -19,7 +19,7 @@ def weight_for(name, make_weight, num_outputs, num_inputs, group_size):
 
 
 def coded(codes):
-    """A weight with these codes, in groups of 32."""
+    """A weight with the given codes and group size 32."""
     codes = torch.as_tensor(codes, dtype=torch.uint8)
     groups = (codes.shape[0], codes.shape[1] // 32)
     return Int4Weight(pack_nibbles(codes), torch.ones(groups).half(), torch.full(groups, 8, dtype=torch.uint8), 32)
@@ -32,7 +32,7 @@ def nibble(word, index):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 @pytest.mark.parametrize(("num_outputs", "num_inputs"), [(8, 128), (16, 384), (40, 640)])
-def test_unpack_undoes_pack(name, group_size, num_outputs, num_inputs, make_weight):
+def test_unpack_inverts_pack(name, group_size, num_outputs, num_inputs, make_weight):
     weight = weight_for(name, make_weight, num_outputs, num_inputs, group_size)
     form = find_format(name)
     back = form.unpack(form.pack(weight), weight.group_size)
@@ -175,13 +175,13 @@ def test_onnxruntime_multiplies_with_what_is_packed_for_it(group_size, make_weig
         ("compressed", (12, 64, 32), 12),
     ],
 )
-def test_shapes_that_a_format_cannot_hold_are_refused(name, shape, value, make_weight):
+def test_unsupported_shapes_are_refused(name, shape, value, make_weight):
     with pytest.raises(LayoutError) as caught:
         find_format(name).pack(make_weight(*shape))
     assert caught.value.field and (caught.value.value is value or caught.value.value == value)
 
 
-def test_symmetric_formats_refuse_runs_groups_and_odd_outputs_that_do_not_fit(make_weight):
+def test_symmetric_formats_refuse_unsupported_sizes(make_weight):
     with pytest.raises(LayoutError) as caught:
         find_format("qm_x86").pack(make_weight(8, 96, 32, symmetric=True))
     assert caught.value.value == 96
@@ -205,7 +205,7 @@ def test_a_wrong_group_size_or_a_missing_tensor_is_named(name, make_weight):
     assert caught.value.field == form.tensors[0]
 
 
-def test_a_scale_that_float16_cannot_hold_is_refused(make_weight):
+def test_a_scale_outside_float16_is_refused(make_weight):
     good = make_weight(8, 128, 128, dtype=torch.float32)
     weight = Int4Weight(good.codes, good.scales * 1e9, good.zeros, 128)
     with pytest.raises(LayoutError) as caught:

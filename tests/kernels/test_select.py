@@ -1,4 +1,4 @@
-"""Every backend against the product of the stored values in float64."""
+"""Every backend against the matmul of the dequantized weight in float64, and backend selection."""
 
 import pytest
 import torch
@@ -51,12 +51,12 @@ def error_of(name, dtype, shape, make_weight):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("name", BACKENDS)
-def test_backends_agree_with_the_exact_product(name, dtype, shape, make_weight):
+def test_backends_equal_float64(name, dtype, shape, make_weight):
     assert error_of(name, dtype, shape, make_weight) <= TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("name", BACKENDS)
-def test_no_rows_give_no_rows(name, make_weight):
+def test_empty_input_gives_empty_output(name, make_weight):
     if why := unavailable_reason(name, DEVICE, torch.bfloat16):
         pytest.skip(why)
     layer = Int4Linear.from_weight(make_weight(8, 64, 32)).to(DEVICE)
@@ -64,8 +64,8 @@ def test_no_rows_give_no_rows(name, make_weight):
     assert layer(torch.zeros(0, 64, dtype=torch.bfloat16, device=DEVICE)).shape == (0, 8)
 
 
-class Said:
-    """Keeps what was said."""
+class RecordedEvents:
+    """Records log lines."""
 
     def __init__(self):
         self.lines = []
@@ -78,14 +78,14 @@ def model_of(make_weight, *group_sizes):
     return nn.ModuleDict({f"g{size}": Int4Linear.from_weight(make_weight(8, 96 * size, size)) for size in group_sizes})
 
 
-def test_auto_takes_aten_on_a_cpu_and_says_so(make_weight):
-    model, events = model_of(make_weight, 32, 64), Said()
+def test_auto_selects_aten_on_a_cpu_and_logs_it(make_weight):
+    model, events = model_of(make_weight, 32, 64), RecordedEvents()
     choice = use_backend(model, dtype=torch.float32, events=events)
     assert choice.name == "aten" and {layer.backend for layer in model.values()} == {"aten"}
     assert events.lines == ["int4: aten on cpu, float32 activations, 2 layers"]
 
 
-def test_auto_leaves_a_layer_that_does_not_fit_to_the_reference_and_names_it(make_weight):
+def test_auto_uses_the_reference_for_unsupported_layers(make_weight):
     model = model_of(make_weight, 32, 48)
     choice = use_backend(model, dtype=torch.float32)
     assert (model["g32"].backend, model["g48"].backend) == ("aten", "torch")
@@ -94,14 +94,14 @@ def test_auto_leaves_a_layer_that_does_not_fit_to_the_reference_and_names_it(mak
     assert len(choice.describe().splitlines()) == 2
 
 
-def test_auto_says_which_backend_it_passed_over_and_why(make_weight):
+def test_auto_reports_skipped_backends(make_weight):
     choice = use_backend(model_of(make_weight, 32), dtype=torch.float64)
     assert choice.name == "torch"
     assert [name for name, _ in choice.skipped] == ["aten"]
     assert len(choice.describe().splitlines()) == 2
 
 
-def test_a_backend_that_was_asked_for_is_never_replaced(make_weight):
+def test_a_requested_backend_is_never_replaced(make_weight):
     model = model_of(make_weight, 32, 48)
     with pytest.raises(ConfigError) as caught:
         use_backend(model, "aten", dtype=torch.float32)
@@ -122,7 +122,7 @@ def test_a_model_without_int4_layers_has_no_choice():
     assert use_backend(nn.Linear(4, 4), dtype=torch.float32) is None
 
 
-def test_layers_on_several_kinds_of_device_are_refused(make_weight):
+def test_layers_on_several_device_types_are_refused(make_weight):
     model = model_of(make_weight, 32)
     model["meta"] = Int4Linear(64, 8, group_size=32, device="meta")
     with pytest.raises(ConfigError) as caught:

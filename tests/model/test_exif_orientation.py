@@ -1,4 +1,4 @@
-"""EXIF orientation: applied or ignored as the vision settings say, in every path from an image to pixels."""
+"""EXIF orientation is applied or ignored according to the vision settings, in every path from image to pixels."""
 
 import io
 import json
@@ -24,7 +24,7 @@ SIZE = (40, 20)
 
 
 def sideways(orientation: int = 6) -> bytes:
-    """A PNG that is to be turned clockwise by 90 degrees."""
+    """A PNG with an EXIF rotation of 90 degrees clockwise."""
     exif, stream = PilImage.Exif(), io.BytesIO()
     exif[0x0112] = orientation
     stored().save(stream, "PNG", exif=exif)
@@ -39,7 +39,7 @@ def upright() -> PilImage.Image:
     return stored().transpose(PilImage.Transpose.ROTATE_270)
 
 
-def test_the_processor_turns_images_as_its_settings_say(tmp_path):
+def test_the_processor_applies_the_orientation_setting(tmp_path):
     processor = tiny.vila()[1]
     ignoring = processor.with_vision(exif_orientation=False)
     (tmp_path / "a.png").write_bytes(sideways())
@@ -51,13 +51,13 @@ def test_the_processor_turns_images_as_its_settings_say(tmp_path):
     assert not torch.equal(turned, plain)
 
 
-def test_equal_pixels_of_another_orientation_have_another_key():
+def test_content_keys_differ_by_orientation():
     one, other = PilImage.open(io.BytesIO(sideways(6))), PilImage.open(io.BytesIO(sideways(8)))
     assert Image(one).key() != Image(other).key()
     assert Image(stored()).key() == Image(stored()).key()
 
 
-def test_training_data_are_turned_as_the_settings_say(tmp_path):
+def test_training_data_use_the_orientation_setting(tmp_path):
     (tmp_path / "a.png").write_bytes(sideways())
     content = [{"type": "image", "path": "a.png"}, "what?"]
     row = {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "yes"}]}

@@ -1,4 +1,4 @@
-"""Cases that the original code computed on a CPU, at the tolerances that came with them; see tests/golden."""
+"""Golden cases computed by the released code on a CPU, with their tolerances; see tests/golden."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ def loaded():
 
 @pytest.mark.parametrize(("layout", "name"), CASES)
 @torch.inference_mode()
-def test_every_intermediate_equals_the_originals(loaded, layout, name):
+def test_intermediates_equal_those_of_the_released_code(loaded, layout, name):
     model, processor = loaded[layout]
     case = json.loads((GOLDEN / layout / "cases" / name / "case.json").read_text())
     expected = load_file(GOLDEN / layout / "cases" / name / "tensors.safetensors")

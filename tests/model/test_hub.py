@@ -1,4 +1,4 @@
-"""Hub ids: only what loading reads is fetched, revisions are pinned, a second call needs no network."""
+"""Hub ids: only needed files are downloaded, revisions are pinned, a second call needs no network."""
 
 import pytest
 from huggingface_hub import constants
@@ -22,7 +22,7 @@ def revisions(tmp_path_factory):
 
 
 def point_at(monkeypatch, address):
-    """What HF_ENDPOINT does before huggingface_hub is imported."""
+    """Set the endpoint, as HF_ENDPOINT does before huggingface_hub is imported."""
     template = address + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "ENDPOINT", address)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
@@ -74,7 +74,7 @@ def test_a_revision_is_pinned(stub):
     assert (caught.value.file, caught.value.field, caught.value.value) == ("owner/tiny", "revision", "v9")
 
 
-def test_what_cannot_be_had_is_said(stub, monkeypatch):
+def test_missing_repositories_are_errors(stub, monkeypatch):
     with pytest.raises(DownloadError) as caught:
         load_model("owner/other")
     assert caught.value.file == "owner/other"
@@ -87,7 +87,7 @@ def test_what_cannot_be_had_is_said(stub, monkeypatch):
     assert caught.value.file == REPOSITORY and "HF_HUB_OFFLINE" in caught.value.problem
 
 
-def test_an_unreachable_hub_is_said_and_a_cached_model_still_loads(stub, monkeypatch):
+def test_without_a_hub_a_cached_model_still_loads(stub, monkeypatch):
     local_folder(REPOSITORY)
     point_at(monkeypatch, "http://127.0.0.1:9")
     assert load_model(REPOSITORY)[0].config.vision_config.image_size == 56
@@ -96,7 +96,7 @@ def test_an_unreachable_hub_is_said_and_a_cached_model_still_loads(stub, monkeyp
     assert caught.value.file == "owner/other"
 
 
-def test_one_storage_form_and_the_index_that_goes_with_it():
+def test_one_weight_format_and_its_index_are_downloaded():
     names = ["config.json", "tokenizer.model", "README.md", "flax_model.msgpack", "tf_model.h5", "model.onnx"]
     shards = ["pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin", "pytorch_model.bin.index.json"]
     assert needed_files([*names, *shards]) == ["config.json", "tokenizer.model", *shards]
@@ -106,13 +106,13 @@ def test_one_storage_form_and_the_index_that_goes_with_it():
     assert needed_files(stage_1) == stage_1[:2]
 
 
-def test_tinychats_file_is_fetched_where_it_is_all_there_is():
+def test_a_tinychat_file_is_downloaded_if_there_are_no_other_weights():
     names = ["config.json", "llm/config.json", "llm/x-w4-g128-awq-v2.pt", "llm/optimizer.pt", "quant_config.json"]
     assert sorted(needed_files(names)) == sorted(set(names) - {"llm/optimizer.pt"})
     assert needed_files(["llm/model.safetensors", "llm/x-w4-g128-awq-v2.pt"]) == ["llm/model.safetensors"]
 
 
-def test_the_directory_of_a_run_stands_for_its_model(tmp_path):
+def test_a_run_directory_resolves_to_its_model(tmp_path):
     run = tmp_path / "checkpoints" / "mine"
     FIXTURES["v15-even-grid"](run / "model")
     assert local_folder(run) == run

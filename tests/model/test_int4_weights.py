@@ -1,4 +1,4 @@
-"""A model in 4 bits is the same network: its logits are those of the rounded weights, whatever type and backend."""
+"""The logits of a 4-bit model equal those of the dequantized weights, for every dtype and backend."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def test_every_linear_of_the_blocks_is_replaced_and_nothing_else():
     assert (group_size_of(model), group_size_of(tiny.vila()[0])) == (32, None)
 
 
-def test_memory_is_that_of_four_bits():
+def test_memory_is_four_bits_per_weight():
     model, _, weights = quantized()
     held = sum(p.nbytes for p in model.get_decoder().layers.parameters())
     held += sum(b.nbytes for b in model.get_decoder().layers.buffers())
@@ -112,7 +112,7 @@ def test_generate_and_the_engine_answer_as_with_the_rounded_weights():
     assert answers() == first
 
 
-def test_it_can_be_undone():
+def test_dequantize_model_restores_linears():
     model, processor, _ = quantized("qwen2")
     inputs = inputs_of(processor)
     expected = model(**inputs).logits
@@ -122,7 +122,7 @@ def test_it_can_be_undone():
     torch.testing.assert_close(model(**inputs).logits, expected, rtol=0, atol=1e-5)
 
 
-def test_weights_that_do_not_fit_are_all_named_and_nothing_changes():
+def test_mismatched_weights_are_all_listed_and_nothing_changes():
     model, _ = tiny.vila()
     fits = quantize(torch.randn(32, 32), 32)
     wrong = {

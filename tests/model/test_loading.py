@@ -1,4 +1,4 @@
-"""Loading says what is wrong with a directory, and never loads a part."""
+"""Loading a checkpoint: errors name file and field, and no checkpoint is loaded partially."""
 
 import gc
 import json
@@ -31,7 +31,7 @@ def copy(saved, tmp_path):
     return target
 
 
-def test_a_model_loads_in_the_type_that_is_asked_for(saved):
+def test_a_model_loads_in_the_requested_dtype(saved):
     assert load_model(saved)[0].dtype == torch.float32
     assert load_model(saved, dtype="bfloat16")[0].dtype == torch.bfloat16
 
@@ -93,7 +93,7 @@ def test_a_tied_head_is_one_tensor(copy):
     assert not [name for name, tensor in model.state_dict().items() if tensor.is_meta]
 
 
-def test_an_unknown_type_is_refused(saved):
+def test_an_unknown_dtype_is_refused(saved):
     with pytest.raises(ConfigError) as caught:
         load_model(saved, dtype="int8")
     assert (caught.value.field, caught.value.value) == ("dtype", "int8")
@@ -143,14 +143,14 @@ def test_a_tokenizer_of_another_model_is_refused(copy):
     assert error.value == 259
 
 
-def test_markers_and_pictures_that_do_not_agree_are_counted():
+def test_different_numbers_of_markers_and_images_are_an_error():
     _, processor = tiny.vila()
     with pytest.raises(MediaError) as caught:
         processor(text="<image> and <image>", images=[tiny.picture(1)])
     assert (caught.value.field, caught.value.value, caught.value.expected) == ("images", 1, "2")
 
 
-def test_a_model_without_a_template_asks_for_one():
+def test_a_model_without_a_template_names_the_option():
     _, processor = tiny.vila(template="")
     with pytest.raises(TemplateError) as caught:
         processor.find_template()
@@ -188,7 +188,7 @@ def test_a_damaged_cache_file_is_deleted_and_computed_again(tmp_path):
         assert file.read_bytes() == whole
 
 
-def test_a_picture_that_is_not_one_stops_before_the_tower_runs(tmp_path):
+def test_an_invalid_image_is_an_error_before_the_tower_runs(tmp_path):
     _, processor = tiny.vila()
     with pytest.raises(MediaError) as caught:
         processor.pixels([Image(b"<!DOCTYPE html>")])

@@ -1,4 +1,4 @@
-"""The network: features as the original selects them, the Auto classes, generate."""
+"""The network: masks, merging of image features, selected features, Auto classes, generate."""
 
 import pytest
 import torch
@@ -8,13 +8,14 @@ import vila.hf
 from tests import tiny
 from vila.core.errors import LayoutError
 from vila.core.types import Message
+from vila.model.modeling import cached_mask, merge_image_embeddings, segment_mask
 from vila.model.projector import build_projector, calibrate_projector
 from vila.model.vision_tower import select_features
 
 
 @pytest.mark.parametrize("tower", ["clip", "siglip", "dinov2"])
 @pytest.mark.parametrize("layer", [-2, 1])
-def test_features_are_the_unnormed_hidden_state_that_transformers_counts(tower, layer):
+def test_features_are_the_hidden_state_before_the_norm(tower, layer):
     config = tiny.vision_config(tower)
     model = AutoModel.from_config(config).eval()
     pixels = torch.randn(2, 3, 28, 28)
@@ -41,7 +42,7 @@ def test_a_layer_outside_the_tower_is_refused():
     assert (caught.value.field, caught.value.value) == ("select_layer", -5)
 
 
-def test_projector_kinds_have_the_published_parameter_names():
+def test_projectors_have_the_published_parameter_names():
     assert list(build_projector("linear", 4, 8).state_dict()) == ["weight", "bias"]
     assert list(build_projector("mlp2x_gelu", 4, 8).state_dict()) == ["0.weight", "0.bias", "2.weight", "2.bias"]
     assert list(build_projector("mlp1x_gelu", 4, 8).state_dict()) == ["0.weight", "0.bias"]
@@ -50,7 +51,7 @@ def test_projector_kinds_have_the_published_parameter_names():
     assert (caught.value.field, caught.value.value) == ("projector_type", "mlp2x_relu")
 
 
-def test_a_calibrated_projector_has_the_wanted_scale_whatever_the_features():
+def test_a_calibrated_projector_has_the_target_scale():
     torch.manual_seed(0)
     projector = build_projector("mlp2x_gelu", 8, 16)
     features = torch.randn(32, 4, 8) * torch.logspace(-2, 2, 8) + 5
@@ -70,7 +71,7 @@ def test_generate_equals_the_greedy_loop_over_full_forwards(family):
     assert made.tolist() == ids.tolist()
 
 
-def test_exchanging_two_pictures_changes_the_logits():
+def test_swapping_two_images_changes_the_logits():
     model, processor = tiny.vila()
     one, two = tiny.picture(1), tiny.picture(2)
     ahead = processor(text="<image><image>?", images=[one, two])
@@ -107,3 +108,42 @@ def test_the_processor_keeps_spec_and_template(tmp_path):
     assert again.template == "chatml"
     prompt = (Message.of("user", tiny.picture(0), "hi"),)
     assert again.prompt(prompt).ids == processor.prompt(prompt).ids
+
+
+def test_image_features_replace_placeholders_in_reading_order():
+    embeds = torch.zeros(2, 3, 2)
+    slots = torch.tensor([[False, True, True], [True, False, False]])
+    out = merge_image_embeddings(embeds, torch.arange(1.0, 7.0).view(3, 1, 2), slots)
+    assert out.tolist() == [[[0, 0], [1, 2], [3, 4]], [[5, 6], [0, 0], [0, 0]]]
+
+
+def test_gradients_reach_text_and_media():
+    embeds = torch.zeros(1, 2, 2, requires_grad=True)
+    media = torch.ones(1, 1, 2, requires_grad=True)
+    merge_image_embeddings(embeds, media, torch.tensor([[True, False]])).sum().backward()
+    assert embeds.grad.tolist() == [[[0, 0], [1, 1]]]
+    assert media.grad.tolist() == [[[1, 1]]]
+
+
+def test_different_counts_are_an_error_with_both_counts():
+    with pytest.raises(ValueError) as caught:
+        merge_image_embeddings(torch.zeros(1, 2, 2), torch.zeros(2, 2, 2), torch.tensor([[True, False]]))
+    assert "1 image placeholders" in str(caught.value) and "4 image features" in str(caught.value)
+
+
+def test_the_mask_of_a_shared_prefix_with_two_branches():
+    segments = torch.tensor([[0, 0, 1, 1, 2, -1]])
+    parents = torch.tensor([[-1, -1, 0, 0, 0, -1]])
+    assert segment_mask(segments, parents)[0, 0].int().tolist() == [
+        [1, 0, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0],
+        [1, 1, 0, 0, 1, 0],
+        [0, 0, 0, 0, 0, 1],
+    ]
+
+
+def test_a_cached_step_attends_to_valid_columns_and_itself():
+    valid = torch.tensor([[True, False, True, True], [True, True, True, False]])
+    assert cached_mask(valid, 2)[:, 0].int().tolist() == [[[1, 0, 1, 0], [1, 0, 1, 1]], [[1, 1, 1, 0], [1, 1, 1, 1]]]

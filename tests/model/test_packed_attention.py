@@ -178,7 +178,7 @@ def test_generation_and_saved_config_are_unchanged(family):
     }
 
 
-def test_blocks_that_do_not_heed_the_forest_fail():
+def test_blocks_without_packed_attention_reject_the_layout():
     model, _ = tiny.vila("llama")
     segments, parents, positions = described("equal neighbours")
     facts = {

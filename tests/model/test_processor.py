@@ -1,4 +1,4 @@
-"""The processor in the Hugging Face convention: raw text with markers, content-part messages, clips, image modes."""
+"""The processor in the Hugging Face convention: text with markers, messages, videos, image modes."""
 
 import base64
 import io
@@ -45,7 +45,7 @@ def test_text_alone_gives_no_pixels(loaded):
     assert model(**inputs).logits.shape[1] == 5
 
 
-def test_a_batch_is_padded_on_either_side_and_means_the_same(loaded):
+def test_left_and_right_padding_give_the_same_logits(loaded):
     model, processor = loaded
     texts, images = ["<image>what?", "a longer text <image><image>"], [tiny.picture(n) for n in range(3)]
     right = processor(text=texts, images=images, return_tensors="pt")
@@ -71,14 +71,14 @@ def test_a_batch_is_padded_on_either_side_and_means_the_same(loaded):
         ("<video>", 0, 0, ("videos", 0, "1")),
     ],
 )
-def test_markers_and_media_that_do_not_agree_are_both_counted(loaded, text, images, videos, expected):
+def test_different_numbers_of_markers_and_media_are_an_error(loaded, text, images, videos, expected):
     _, processor = loaded
     with pytest.raises(MediaError) as caught:
         processor(text=text, images=[tiny.picture(n) for n in range(images)], videos=[b""] * videos)
     assert (caught.value.field, caught.value.value, caught.value.expected) == expected
 
 
-def test_a_clip_is_its_frames_each_with_a_newline(loaded):
+def test_a_video_is_its_frames_each_with_a_newline(loaded):
     _, processor = loaded
     clip = Video(gif([(250, 0, 0), (0, 250, 0), (0, 0, 250)]), 2)
     newline = processor.span_tokenizer.encode("\n", False)[0]
@@ -93,7 +93,7 @@ def test_a_clip_is_its_frames_each_with_a_newline(loaded):
     assert torch.equal(as_list["pixel_values"], inputs["pixel_values"])
 
 
-def test_a_clip_in_a_message_is_the_same_prompt(loaded):
+def test_a_video_in_a_message_gives_the_same_prompt(loaded):
     _, processor = loaded
     clip = Video(gif([(250, 0, 0), (0, 250, 0), (0, 0, 250)]), 3)
     for text in ("What?", "\nWhat?"):
@@ -160,7 +160,7 @@ def test_markers_inside_a_messages_text_stay_text(loaded):
     assert inputs["input_ids"][0].count(end) == 1
 
 
-def test_the_prompt_must_end_where_it_is_said_to(loaded):
+def test_a_generation_prompt_cannot_be_disabled_after_a_user_message(loaded):
     _, processor = loaded
     question = [{"role": "user", "content": "hi"}]
     with pytest.raises(TemplateError) as caught:

@@ -1,4 +1,4 @@
-"""Projectors: published names and shapes, the merge of four patches, initialisation from data."""
+"""Projectors: published names and shapes, merging of patches, initialisation from data."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ KINDS = ("linear", "mlp1x_gelu", "mlp2x_gelu", "mlp3x_gelu", "mlp_downsample")
 
 
 def random_projector(kind: str, width_in: int, width_out: int) -> nn.Module:
-    """With norms that are not the identity, as a trained one has."""
+    """A projector with random norms, as after training."""
     torch.manual_seed(len(kind))
     projector = build_projector(kind, width_in, width_out)
     for parameter in projector.parameters():
@@ -50,7 +50,7 @@ def test_mlp_downsample_has_the_published_shapes_and_epsilon():
 @pytest.mark.parametrize(
     "kind", ["mlp2x_relu", "mlp0x_gelu", "mlpx_gelu", "Linear", "mlp_downsample_3x3_fix", "", "mlp1000x_gelu"]
 )
-def test_an_unknown_kind_is_named_with_the_known_ones(kind):
+def test_an_unknown_type_is_refused(kind):
     for ask in (lambda: build_projector(kind, 4, 8), lambda: num_projected_tokens(kind, 9)):
         with pytest.raises(LayoutError) as caught:
             ask()
@@ -65,7 +65,7 @@ def test_identity_gives_back_the_features_and_refuses_to_change_the_width():
     assert (caught.value.field, caught.value.value) == ("projector_type", "identity")
 
 
-def test_the_merge_of_sixteen_numbered_patches_goes_column_by_column():
+def test_merged_patches_are_in_column_major_order():
     numbers = torch.arange(1.0, 17).reshape(1, 16, 1)
     merged = merge_patches(numbers)
     assert merged[0].tolist() == [[1, 2, 5, 6], [9, 10, 13, 14], [3, 4, 7, 8], [11, 12, 15, 16]]
@@ -83,7 +83,7 @@ def test_the_channels_of_a_patch_stay_together():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("patches", [1, 16, 25])
-def test_a_projector_computes_what_a_loop_over_patches_does(kind, patches):
+def test_a_projector_equals_a_loop_over_patches(kind, patches):
     projector = random_projector(kind, 6, 10)
     features = torch.randn(3, patches, 6)
     wanted = project(kind, projector.state_dict(), features)
@@ -93,7 +93,7 @@ def test_a_projector_computes_what_a_loop_over_patches_does(kind, patches):
     torch.testing.assert_close(made, wanted, atol=2e-5, rtol=0)
 
 
-def test_the_layer_norm_sees_the_zeros_of_an_odd_grid():
+def test_the_layer_norm_includes_the_padding_of_an_odd_grid():
     projector = random_projector("mlp_downsample", 6, 10)
     seen = []
     projector[1].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
@@ -101,7 +101,7 @@ def test_the_layer_norm_sees_the_zeros_of_an_odd_grid():
     assert seen[0][0, -1].tolist() == [1.0] * 6 + [0.0] * 18
 
 
-def test_pictures_of_a_batch_are_projected_independently():
+def test_images_of_a_batch_are_projected_independently():
     projector, features = random_projector("mlp_downsample", 6, 10), torch.randn(3, 9, 6)
     one_by_one = torch.cat([projector(features[n : n + 1]) for n in range(3)])
     torch.testing.assert_close(projector(features), one_by_one, atol=1e-5, rtol=0)
@@ -113,7 +113,7 @@ def test_the_published_grids_give_the_published_lengths():
     assert [num_projected_tokens(kind, 577) for kind in ("identity", "linear", "mlp2x_gelu")] == [577] * 3
 
 
-def test_patches_that_are_no_square_grid_cannot_be_merged():
+def test_patches_must_be_a_square_grid_to_be_merged():
     for ask in (lambda: num_projected_tokens("mlp_downsample", 577), lambda: merge_patches(torch.zeros(1, 577, 2))):
         with pytest.raises(LayoutError) as caught:
             ask()
@@ -121,7 +121,7 @@ def test_patches_that_are_no_square_grid_cannot_be_merged():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_calibrated_projector_has_the_wanted_scale_whatever_the_features(kind):
+def test_a_calibrated_projector_has_the_target_scale(kind):
     torch.manual_seed(0)
     projector = build_projector(kind, 8, 16)
     features = torch.randn(32, 9, 8) * torch.logspace(-2, 2, 8) + 5

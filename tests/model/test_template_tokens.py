@@ -19,7 +19,7 @@ LACKING = ["vicuna_v1", "llama_2", "llama_3", "mistral"]
 WRITTEN = ["chatml", "hermes-2", "mpt", "starter_qa", "caption", "page", "llava_v0"]
 
 
-def test_the_special_tokens_of_a_template_are_read_off_its_texts():
+def test_special_tokens_of_a_template():
     assert TEMPLATES["vicuna_v1"].special_tokens == {"</s>"}
     assert TEMPLATES["starter_qa"].special_tokens == {"{eos}"}
     assert TEMPLATES["chatml"].special_tokens == {"<|im_start|>", "<|im_end|>"}

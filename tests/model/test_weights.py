@@ -111,8 +111,8 @@ def archive(path, value, members=(("data/0", b"\0" * 64),), compression=zipfile.
     return path
 
 
-class TestHostileTorchFiles:
-    def test_the_honest_one_is_read(self, tmp_path):
+class TestMaliciousTorchFiles:
+    def test_a_valid_file_is_read(self, tmp_path):
         assert open_weight_file(archive(tmp_path / "x.bin", stored())).tensor_specs == {"w": ((4, 4), torch.float32)}
 
     @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ class TestHostileTorchFiles:
         ],
         ids=lambda value: str(len(value)),
     )
-    def test_sizes_that_the_file_does_not_hold(self, tmp_path, value):
+    def test_tensors_larger_than_the_file(self, tmp_path, value):
         error_of(archive(tmp_path / "x.bin", value))
 
     def test_compressed_members(self, tmp_path):
@@ -148,11 +148,11 @@ class TestHostileTorchFiles:
         [(), (("data/0", b"\0" * 60),), (("data/0", b"\0" * 64), ("byteorder", b"big")),
          (("data/0", b"\0" * 64), ("constants.pkl", b"]."))],
     )  # fmt: skip
-    def test_members_that_do_not_fit(self, tmp_path, members):
+    def test_members_outside_the_file(self, tmp_path, members):
         error_of(archive(tmp_path / "x.bin", stored(), members))
 
     @pytest.mark.parametrize("stated", [8, 4_000_000_000_000_000_000])
-    def test_storages_of_the_old_form_that_lie(self, tmp_path, stated):
+    def test_legacy_storages_with_wrong_sizes(self, tmp_path, stated):
         torch.save({"w": torch.ones(7)}, tmp_path / "x.bin", _use_new_zipfile_serialization=False)
         content = (tmp_path / "x.bin").read_bytes()
         honest = (7).to_bytes(8, "little") + torch.ones(7).numpy().tobytes()
@@ -214,13 +214,13 @@ class TestRows:
         return list_tensors([SafetensorsFile(tmp_path / "x.safetensors")])["w"]
 
     @pytest.mark.parametrize("shape", [(), (7, 2)])
-    def test_thirds_that_are_none(self, tmp_path, shape):
+    def test_rows_that_are_not_a_multiple_of_three(self, tmp_path, shape):
         with pytest.raises(LayoutError) as caught:
             split_qkv(self.piece(tmp_path, torch.zeros(shape)), 0)
         assert (caught.value.field, caught.value.value) == ("w", list(shape))
 
     @pytest.mark.parametrize("shape", [(), (7, 2)])
-    def test_fewer_rows_than_are_needed(self, tmp_path, shape):
+    def test_fewer_rows_than_requested(self, tmp_path, shape):
         with pytest.raises(LayoutError) as caught:
             keep_rows(self.piece(tmp_path, torch.zeros(shape)), 8)
         assert (caught.value.field, caught.value.value) == ("w", list(shape))
@@ -265,7 +265,7 @@ class TestIndexes:
     @pytest.mark.parametrize(
         "name", ["../secret.safetensors", "/etc/passwd", "..", "", ".", "a\\b", "a/b", "a\0", "x" * 300]
     )
-    def test_a_name_that_is_not_a_file_beside_it(self, folder, name):
+    def test_a_name_that_is_not_a_file_next_to_the_index(self, folder, name):
         save_file({"a": torch.ones(1)}, folder.parent / "secret.safetensors")
         self.write(folder, {"a": name})
         error = self.refused(folder)
@@ -303,7 +303,7 @@ class TestIndexes:
         assert list(list_tensors(find_weight_files(tmp_path))) == ["a"]
 
 
-def test_weights_that_are_no_floating_point_are_named(tmp_path):
+def test_integer_weights_are_refused(tmp_path):
     save_model(*tiny.vila(), tmp_path / "model")
     file = tmp_path / "model" / "model.safetensors"
     weights = load_file(file)
@@ -313,7 +313,7 @@ def test_weights_that_are_no_floating_point_are_named(tmp_path):
     assert "projector.0.weight" in caught.value.problem
 
 
-def test_a_whole_value_of_a_file_is_read(tmp_path):
+def test_nested_values_of_a_file_are_read(tmp_path):
     made = io.BytesIO()
     torch.save({"scale": [("a", ("b",), torch.ones(2))], "n": 3}, made)
     (tmp_path / "x.pt").write_bytes(made.getvalue())

@@ -28,7 +28,7 @@ def mutate(file: Path, draw: random.Random) -> str:
 
 
 def flip_bit(raw: bytes, draw: random.Random) -> bytes:
-    """One bit, more often near the start, where headers are."""
+    """Flip one bit, more often near the start, where headers are."""
     if not raw:
         return b"\0"
     at = draw.randrange(min(len(raw), 512)) if draw.random() < 0.5 else draw.randrange(len(raw))
@@ -36,56 +36,56 @@ def flip_bit(raw: bytes, draw: random.Random) -> bytes:
 
 
 def random_bytes(raw: bytes, draw: random.Random) -> bytes:
-    """Up to 16 bytes replaced."""
+    """Replace up to 16 bytes."""
     at = draw.randrange(len(raw) or 1)
     size = draw.randint(1, 16)
     return raw[:at] + draw.randbytes(size) + raw[at + size :]
 
 
 def cut(raw: bytes, draw: random.Random) -> bytes:
-    """The end is missing."""
+    """Remove the end."""
     return raw[: draw.randrange(len(raw) or 1)]
 
 
 def cut_in_front(raw: bytes, draw: random.Random) -> bytes:
-    """The start is missing."""
+    """Remove the start."""
     return raw[draw.randrange(len(raw) or 1) :]
 
 
 def repeat_block(raw: bytes, draw: random.Random) -> bytes:
-    """A block occurs twice."""
+    """Duplicate a block."""
     start = draw.randrange(len(raw) or 1)
     stop = min(len(raw), start + draw.randint(1, 600))
     return raw[:stop] + raw[start:stop] + raw[stop:]
 
 
 def append(raw: bytes, draw: random.Random) -> bytes:
-    """Bytes behind the end."""
+    """Append bytes."""
     return raw + draw.choice([b"\0", b"\n{}", b"x" * 600, raw[:512], draw.randbytes(40)])
 
 
 def zeros(raw: bytes, draw: random.Random) -> bytes:
-    """A block of zeros, as a file system leaves after a crash."""
+    """Zero a block, as a file system may after a crash."""
     at = draw.randrange(len(raw) or 1)
     size = draw.choice([4, 64, 4096])
     return raw[:at] + b"\0" * min(size, len(raw) - at) + raw[at + size :]
 
 
 def all_ones(raw: bytes, draw: random.Random) -> bytes:
-    """Eight bytes of 0xff, aligned: a size or an offset out of range."""
+    """Set eight aligned bytes to 0xff: a size or an offset out of range."""
     at = draw.randrange(len(raw) // 8 + 1) * 8
     return raw[:at] + b"\xff" * 8 + raw[at + 8 :]
 
 
 def other_content(raw: bytes, draw: random.Random) -> bytes:
-    """A file of another kind in its place."""
+    """Replace the file by one of another type."""
     import gzip
 
     return draw.choice([b"", LFS_POINTER, gzip.compress(raw[:4096], mtime=0), b"<!DOCTYPE html><p>404", b"\0" * 64])
 
 
 def other_encoding(raw: bytes, draw: random.Random) -> bytes:
-    """UTF-16 in place of UTF-8, or a byte order mark in front."""
+    """Encode as UTF-16, or prepend a byte order mark."""
     try:
         text = raw.decode()
     except UnicodeDecodeError:
@@ -140,7 +140,7 @@ def _edit(raw: bytes, draw: random.Random, change: Callable[[Any, Any], None]) -
 
 
 def wrong_value(raw: bytes, draw: random.Random) -> bytes | None:
-    """One value of another type or out of range."""
+    """Replace a value by one of another type or out of range."""
 
     def change(container: Any, key: Any) -> None:
         container[key] = draw.choice(WRONG_VALUES)
@@ -149,7 +149,7 @@ def wrong_value(raw: bytes, draw: random.Random) -> bytes | None:
 
 
 def missing_key(raw: bytes, draw: random.Random) -> bytes | None:
-    """One key or list element less."""
+    """Remove a key or list element."""
 
     def change(container: Any, key: Any) -> None:
         del container[key]
@@ -158,13 +158,13 @@ def missing_key(raw: bytes, draw: random.Random) -> bytes | None:
 
 
 def deep_value(raw: bytes, draw: random.Random) -> bytes | None:
-    """One value nested beyond the recursion limit."""
+    """Nest a value beyond the recursion limit."""
     marked = _edit(raw, draw, lambda container, key: container.__setitem__(key, "@deep@"))
     return None if marked is None else marked.replace(b'"@deep@"', b"[" * 100_000 + b"]" * 100_000)
 
 
 def huge_integer(raw: bytes, draw: random.Random) -> bytes | None:
-    """One integer of 5,000 digits."""
+    """Replace a value by an integer of 5,000 digits."""
     marked = _edit(raw, draw, lambda container, key: container.__setitem__(key, "@huge@"))
     return None if marked is None else marked.replace(b'"@huge@"', b"9" * 5000)
 

@@ -1,4 +1,4 @@
-"""Runs mutated inputs in child processes with limits on time and memory, and says what became of each."""
+"""Run mutated inputs in child processes with time and memory limits, and classify the outcomes."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from vila.core.errors import VilaError
 SECONDS = 20
 """CPU seconds that one input may take; a valid one takes less than one."""
 MEMORY = 3 << 30
-"""Bytes of address space that a child may take beside what it starts with."""
+"""Address space, in bytes, that a child may use in addition to its initial size."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one input: `correct`, `refused`, or a fault (`unnamed`, `traceback`, `slow`, `memory`, `died`)."""
+    """Outcome of one input: `correct`, `refused`, or a fault (`unnamed`, `traceback`, `slow`, `memory`, `died`)."""
 
     target: str
     seed: int
@@ -72,7 +72,7 @@ def run_inputs(target: Target, seeds: range, scratch: Path) -> list[Outcome]:
 
 
 def _wait(child: int, log: Path) -> int:
-    """Exit status of the child, which is killed when an input takes too long in code that no signal interrupts."""
+    """Return the exit status of the child; kills it if an input blocks in code that no signal interrupts."""
     started = time.time()
     while True:
         ended, status = os.waitpid(child, os.WNOHANG)

@@ -1,4 +1,4 @@
-"""Files that `vila` reads, and how each is read: written once, then used by the mutation test on changed copies."""
+"""Inputs that `vila` reads, with their readers: valid files that the mutation test changes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MAX_FILE = 4_000_000
 
 @dataclass(frozen=True)
 class Target:
-    """One kind of input.
+    """One type of input.
 
     write: writes a valid input into an empty directory.
     use:   reads the whole input in that directory, as a command does.
@@ -38,7 +38,7 @@ class Target:
 
 
 def targets() -> list[Target]:
-    """All kinds of inputs."""
+    """All types of inputs."""
     return [
         *_data(),
         *_preparation(),
@@ -381,7 +381,7 @@ output: {dir: out}
 
 
 def vila(*arguments: Any) -> str:
-    """Run a command in this process and return its output; a failure raises the error behind its message."""
+    """Run a command in this process and return its output; a failure raises the underlying error."""
     from vila.cli import main as command
 
     failures: list[str] = []

@@ -1,4 +1,4 @@
-"""Every reader on mutated inputs: an error of ours that names the file, or a result, in bounded time and memory.
+"""Every reader on mutated inputs gives a VilaError that names the file, or a result, in bounded time and memory.
 
 `VILA_MUTATIONS` is the number of inputs (2,000 by default), `VILA_MUTATION_SEED` another set of them.
 """

@@ -1,4 +1,4 @@
-"""Third-party checkpoints in 4 bits: full-precision ones of tiny models, their blocks rewritten by the reference."""
+"""Third-party 4-bit checkpoints: tiny full-precision ones with blocks packed by the reference."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Writer = Callable[[np.ndarray, np.ndarray, np.ndarray], dict[str, np.ndarray]]
 
 
 def model_folder(folder: Path, layout: str, family: str = "llama", tower: str = "clip") -> Path:
-    """A full-precision model whose sizes every packing takes."""
+    """A full-precision model with sizes that every packing supports."""
     save_model(*tiny.vila(family, tower=tower, hidden_size=64, intermediate_size=128), folder, layout)
     return folder
 
@@ -35,7 +35,7 @@ def is_block_linear(name: str) -> bool:
 def packed(
     tensors: dict[str, Tensor], write: Writer, group: int = GROUP
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Random 4-bit weights in the place of the blocks' Linears, and the same in full precision."""
+    """Random 4-bit weights for the Linears of the blocks, and the same in full precision."""
     small, large = {}, {}
     for number, (name, tensor) in enumerate(sorted(tensors.items())):
         if not is_block_linear(name):
@@ -50,7 +50,7 @@ def packed(
 
 
 def third_party(root: Path, layout: str, write: Writer, family: str = "llama", group: int = GROUP) -> tuple[Path, Path]:
-    """A model whose LLM is in 4 bits, without a word about it in its config, and its twin in full precision."""
+    """A model with a 4-bit LLM and no declaration in its config, and its twin in full precision."""
     ours = model_folder(root / "int4" / "model", layout, family)
     twin = root / "twin" / "model"
     shutil.copytree(ours, twin)
@@ -62,7 +62,7 @@ def third_party(root: Path, layout: str, write: Writer, family: str = "llama", g
 
 
 def edit(path: Path, **changes: Any) -> None:
-    """Change keys of a JSON file, or make it; None removes a key."""
+    """Change keys of a JSON file, creating it if needed; None removes a key."""
     facts = json.loads(path.read_text()) if path.is_file() else {}
     facts |= changes
     path.write_text(json.dumps({key: value for key, value in facts.items() if value is not None}))
@@ -75,7 +75,7 @@ def awq(version: str = "gemm", **changes: Any) -> dict[str, Any]:
 
 
 def logits(folder: Path, **options: Any) -> Tensor:
-    """Logits of a picture and a question in float32."""
+    """Logits of an image and a question in float32."""
     model, processor = load_model(folder, dtype="float32", **options)
     inputs = processor(text="<image>What?", images=[tiny.picture(0)], return_tensors="pt")
     with torch.inference_mode():

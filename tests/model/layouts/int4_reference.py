@@ -66,7 +66,7 @@ def write_gemv(codes: np.ndarray, zeros: np.ndarray, scales: np.ndarray) -> dict
 
 
 def write_tinychat(codes: np.ndarray, zeros: np.ndarray, scales: np.ndarray) -> dict[str, np.ndarray]:
-    """TinyChat's second form, position by position."""
+    """TinyChat's v2 packing, position by position."""
     rows, columns = codes.shape
     group = columns // zeros.shape[1]
     out = np.zeros((rows // 4, columns), np.uint16)

@@ -53,13 +53,13 @@ class Written:
 
 
 def llm_weights(seed: int = 0) -> dict[str, Tensor]:
-    """A LLaMA by its plain names."""
+    """A LLaMA with its published names."""
     torch.manual_seed(seed)
     return dict(LlamaForCausalLM(LlamaConfig(**LLM)).state_dict())
 
 
 def tower_weights(kind: str, image_size: int) -> dict[str, Tensor]:
-    """A CLIP or SigLIP tower by its published names, `vision_model.*`."""
+    """A CLIP or SigLIP tower with its published names, `vision_model.*`."""
     torch.manual_seed(1)
     if kind == "clip":
         model = CLIPVisionModel(CLIPVisionConfig(**TOWER, image_size=image_size, initializer_factor=5.0))
@@ -125,12 +125,12 @@ def projector_weights(kind: str, width_in: int) -> dict[str, Tensor]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Plain JSON."""
+    """Write a JSON file."""
     path.write_text(json.dumps(value, indent=1))
 
 
 def write_weights(folder: Path, tensors: Mapping[str, Tensor], form: str, dtype: torch.dtype = torch.float32) -> None:
-    """Weights in one of the storage forms: safetensors or bin, whole or in three shards with an index."""
+    """Write weights as safetensors or bin, in one file or in three shards with an index."""
     tensors = {name: tensor.to(dtype).contiguous().clone() for name, tensor in tensors.items()}
     suffix = "safetensors" if form.endswith("safetensors") else "bin"
     stem = "model" if suffix == "safetensors" else "pytorch_model"
@@ -227,7 +227,7 @@ def llava_v1(
     old_buffers: bool = False,
     **changes: Any,
 ) -> Written:
-    """A whole LLaVA-1.5 directory, its CLIP tower beside it or among its own weights."""
+    """A complete LLaVA-1.5 directory, with its CLIP tower next to it or among its weights."""
     folder, tower = root / "checkpoint", root / "tower"
     folder.mkdir(parents=True)
     write_tower(tower, "clip", 56, "bin")
@@ -254,7 +254,7 @@ def base_llm(root: Path) -> Path:
 
 
 def stage_1(root: Path) -> Written:
-    """What stage 1 leaves: config.json and mm_projector.bin; the LLM is elsewhere."""
+    """Output of stage 1: config.json and mm_projector.bin; the LLM is in another directory."""
     folder = root / "checkpoint"
     folder.mkdir(parents=True)
     write_tower(root / "tower", "clip", 56)
@@ -265,7 +265,7 @@ def stage_1(root: Path) -> Written:
 
 
 def lora(root: Path) -> Written:
-    """A LoRA directory: the adapter, what else was trained, and the LLM elsewhere."""
+    """A LoRA directory: adapter and other trained weights; the LLM is in another directory."""
     folder = root / "checkpoint"
     folder.mkdir(parents=True)
     write_tower(root / "tower", "clip", 56)
@@ -296,7 +296,7 @@ def vila_v15(
     form: str = "safetensors",
     dtype: torch.dtype = torch.float32,
 ) -> Written:
-    """The three folders of VILA-1.5."""
+    """The three directories of VILA-1.5."""
     folder = root / "checkpoint"
     folder.mkdir(parents=True)
     tower_config = write_tower(folder / "vision_tower", tower, image_size, form)
@@ -362,4 +362,4 @@ FIXTURES: dict[str, Callable[[Path], Written]] = {
     "v15-linear": lambda root: vila_v15(root, projector="linear"),
     "v15-mlp2x": lambda root: vila_v15(root, projector="mlp2x_gelu"),
 }
-"""Every bullet of what is claimed to load; docs/checkpoints.md lists these names."""
+"""Every supported published checkpoint; docs/checkpoints.md lists these names."""

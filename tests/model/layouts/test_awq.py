@@ -1,4 +1,4 @@
-"""AutoAWQ's layout: written as its readers want it, read from whoever wrote it, refused where it lies."""
+"""AutoAWQ's layout: written for other readers, read from other writers, refused if it is inconsistent."""
 
 import importlib.util
 import json
@@ -39,7 +39,7 @@ def files(folder):
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("naming", NAMINGS)
-def test_an_independent_reader_finds_the_weights_that_the_logits_come_from(tmp_path, family, naming):
+def test_an_independent_reader_gives_the_same_weights(tmp_path, family, naming):
     folder = saved(tmp_path / "model", family, NAMINGS[naming])
     assert json.loads((folder / "config.json").read_text())["model_type"] == naming
     tensors = load_file(folder / "model.safetensors")
@@ -77,7 +77,7 @@ def test_the_words_are_those_of_the_format(tmp_path):
 
 
 @pytest.mark.parametrize("naming", NAMINGS)
-def test_the_config_says_how_and_what_is_left_out(tmp_path, naming):
+def test_the_config_declares_packing_and_skipped_modules(tmp_path, naming):
     folder = saved(tmp_path / "model", "qwen2", NAMINGS[naming])
     facts = json.loads((folder / "config.json").read_text())
     skipped = facts["quantization_config"].pop("modules_to_not_convert")
@@ -96,7 +96,7 @@ def test_the_config_says_how_and_what_is_left_out(tmp_path, naming):
     assert f"{QUERY}.bias" in kinds
 
 
-def test_a_linear_that_was_left_as_it_is_is_skipped_by_name_and_read_back(tmp_path):
+def test_a_linear_in_full_precision_is_listed_and_read_back(tmp_path):
     model, processor = tiny.vila(tower="clip", hidden_size=64, intermediate_size=128)
     weights = quantize_model(model, None, 32)
     del weights[QUERY]
@@ -123,7 +123,7 @@ WRITERS = {"gemm": write_gemm, "gemv": write_gemv, "gemv_fast": write_tinychat}
 
 @pytest.mark.parametrize("layout", ["native", "llava-hf", "llava-v1", "vila-v15"])
 @pytest.mark.parametrize("version", ["gemm", "gemv"])
-def test_checkpoints_of_others_load_in_every_naming(tmp_path, layout, version):
+def test_third_party_checkpoints_load_in_every_naming(tmp_path, layout, version):
     folder, twin = third_party(tmp_path, layout, WRITERS[version])
     where = folder / "llm" if layout == "vila-v15" else folder
     edit(where / "config.json", quantization_config=awq(version))
@@ -133,7 +133,7 @@ def test_checkpoints_of_others_load_in_every_naming(tmp_path, layout, version):
 
 
 @pytest.mark.parametrize("family", ["qwen2", "mistral"])
-def test_other_families_of_others_load(tmp_path, family):
+def test_third_party_checkpoints_of_other_families_load(tmp_path, family):
     folder, twin = third_party(tmp_path, "llava-hf", write_gemm, family)
     edit(folder / "config.json", quantization_config=awq())
     torch.testing.assert_close(logits(folder), logits(twin), rtol=0, atol=1e-5)
@@ -150,7 +150,7 @@ def test_the_fast_packing_of_autoawq_loads(tmp_path):
     torch.testing.assert_close(logits(folder), logits(twin), rtol=0, atol=1e-5)
 
 
-def test_autoawqs_own_file_and_keys_are_understood(tmp_path):
+def test_autoawqs_file_and_keys_are_read(tmp_path):
     folder, twin = third_party(tmp_path, "llava-v1", write_gemm)
     edit(folder / "quant_config.json", w_bit=4, q_group_size=32, zero_point=True, version="GEMM")
     assert detect_layout(folder).name == "awq-hf"
@@ -192,7 +192,7 @@ def test_a_model_in_full_precision_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-class TestALyingConfigIsRefused:
+class TestWrongDeclarations:
     @pytest.mark.parametrize(
         ("changes", "ending", "hint"),
         [
@@ -257,7 +257,7 @@ class TestALyingConfigIsRefused:
         assert caught.value.file == str(tmp_path / "model")
 
 
-class TestDamagedTensorsAreRefused:
+class TestDamagedTensors:
     def change(self, folder, do):
         tensors = load_file(folder / "model.safetensors")
         do(tensors)
@@ -325,7 +325,7 @@ class TestDamagedTensorsAreRefused:
             load_model(folder)
         assert f"{QUERY}.qweight" in caught.value.mismatched[0] and "(32, 64)" in caught.value.mismatched[0]
 
-    def test_one_is_there_in_both_forms(self, tmp_path):
+    def test_one_exists_in_both_forms(self, tmp_path):
         folder = self.change(saved(tmp_path / "model"), lambda t: t.update({f"{QUERY}.weight": torch.zeros(64, 64)}))
         with pytest.raises(WeightMismatchError) as caught:
             load_model(folder)
@@ -350,7 +350,7 @@ class TestDamagedTensorsAreRefused:
         assert caught.value.file == str(file)
 
 
-def test_values_past_half_precision_are_named_and_nothing_is_left(tmp_path):
+def test_values_outside_float16_are_refused_and_nothing_is_written(tmp_path):
     model, processor = quantized()
     with torch.no_grad():
         model.projector[0].bias[0] = 1e6

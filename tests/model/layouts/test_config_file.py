@@ -1,4 +1,4 @@
-"""Small files of a checkpoint with wrong values: one error with file, field and value, before anything is built."""
+"""Config files with wrong values: one error with file, field and value, before any module is built."""
 
 import copy
 import json
@@ -250,7 +250,7 @@ def test_layers_of_a_part_without_weights_are_bounded(checkpoint):
 
 
 @pytest.mark.parametrize("size", [10**9, 10**30])
-def test_more_layers_than_any_list_holds_are_refused_by_their_number(checkpoint, size):
+def test_an_enormous_number_of_layers_is_refused(checkpoint, size):
     written = checkpoint("native siglip qwen2")
     change(written.file(NATIVE_CONFIG), "text_config.num_hidden_layers", size)
     with pytest.raises(LayoutError) as caught:
@@ -279,7 +279,7 @@ SMALL = [
     ("content", "hint"),
     [(POINTER, "git lfs pull"), (b"", "copy"), (b"\xff\xfe{\0}\0", "UTF-8"), (b"<!DOCTYPE html>", "download")],
 )
-def test_other_content_in_a_small_file_is_named_with_the_remedy(checkpoint, name, file, content, hint):
+def test_foreign_content_in_a_config_file_is_named(checkpoint, name, file, content, hint):
     written = checkpoint(name)
     written.file(file).write_bytes(content)
     with pytest.raises(LayoutError) as caught:
@@ -290,7 +290,7 @@ def test_other_content_in_a_small_file_is_named_with_the_remedy(checkpoint, name
 
 @pytest.mark.parametrize("file", [file for name, file in SMALL if name == NATIVE and file.endswith(".json")])
 @pytest.mark.parametrize("content", [b"[]", b"null", b"3", b'{"a":', b"[" * 100_000, b'{"a": "\xff"}'])
-def test_a_small_file_that_is_no_json_object_is_named(checkpoint, file, content):
+def test_a_file_that_is_not_a_json_object_is_named(checkpoint, file, content):
     written = checkpoint(NATIVE)
     written.file(file).write_bytes(content)
     with pytest.raises(LayoutError) as caught:

@@ -1,4 +1,4 @@
-"""transformers' LLaVA directories: read with the same numbers, written so that stock transformers needs no vila."""
+"""transformers' LLaVA layout: equal logits when read, and stock transformers loads what is written."""
 
 import json
 import subprocess
@@ -30,7 +30,7 @@ THIRD = picture(2, (56, 56))
 
 
 def stock(folder, llm="llama", tower="clip", image_token=1150, **changes):
-    """A random LLaVA as transformers itself writes it."""
+    """A random LLaVA written by transformers."""
     torch.manual_seed(0)
     vision = {"clip": CLIPVisionConfig, "siglip": SiglipVisionConfig}[tower](**TOWER, image_size=56)
     text = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}[llm](**LLM)
@@ -69,7 +69,7 @@ def test_a_directory_of_transformers_gives_its_logits(tmp_path, llm, tower):
     ("field", "value"),
     [("vision_feature_layer", [-2, -1]), ("multimodal_projector_bias", False), ("projector_hidden_act", "silu")],
 )
-def test_variants_that_we_do_not_compute_are_refused(tmp_path, field, value):
+def test_unsupported_variants_are_refused(tmp_path, field, value):
     stock(tmp_path / "stock", **{field: value})
     with pytest.raises(LayoutError) as caught:
         load_model(tmp_path / "stock")
@@ -106,7 +106,7 @@ for folder in sys.argv[2:]:
 WRITTEN = ("v1-linear", "v1-mlp2x", "v1-square", "v1-bfloat16", "v15-mlp2x")
 
 
-def test_written_directories_work_where_vila_was_never_imported(tmp_path):
+def test_stock_transformers_loads_written_directories(tmp_path):
     loaded = {}
     for name in WRITTEN:
         loaded[name] = load_model(FIXTURES[name](tmp_path / name).folder, template="vicuna_v1", dtype="float32")
@@ -143,7 +143,7 @@ def test_written_directories_work_where_vila_was_never_imported(tmp_path):
         torch.testing.assert_close(torch.tensor(theirs["pixels"]), inputs["pixel_values"].sum(dim=(1, 2, 3)))
 
 
-def test_back_and_forth_loses_no_bit_and_no_row(tmp_path):
+def test_round_trip_is_lossless(tmp_path):
     model, processor = load_model(llava_v1(tmp_path, "linear").folder, template="vicuna_v1")
     for number in range(2):
         save_model(model, processor, tmp_path / str(number), "llava-hf")
@@ -160,7 +160,7 @@ def test_back_and_forth_loses_no_bit_and_no_row(tmp_path):
         model, processor = again, processor_again
 
 
-def test_the_placeholders_own_row_is_never_the_likeliest(tmp_path):
+def test_the_placeholders_row_is_never_the_most_likely_token(tmp_path):
     model, processor = load_model(llava_v1(tmp_path).folder, template="vicuna_v1")
     save_model(model, processor, tmp_path / "hf", "llava-hf")
     theirs = LlavaForConditionalGeneration.from_pretrained(tmp_path / "hf")
@@ -170,7 +170,7 @@ def test_the_placeholders_own_row_is_never_the_likeliest(tmp_path):
     assert (logits[:, 1200] < logits.max(-1).values).all()
 
 
-def test_the_stock_processor_gives_the_pixels_of_a_wide_picture(tmp_path):
+def test_the_stock_processor_gives_the_same_pixels(tmp_path):
     wide = picture(5, (120, 60))
     for name in ("v1-linear", "v1-square"):
         model, processor = load_model(FIXTURES[name](tmp_path / name).folder, template="vicuna_v1")
@@ -196,7 +196,7 @@ def test_conversation_renders_alike_with_the_stock_chat_template(tmp_path):
     assert list(ids[0] if isinstance(ids[0], list) else ids) == ours.ids
 
 
-def test_pictures_larger_than_the_towers_own_stay_so(tmp_path):
+def test_a_larger_image_size_than_the_towers_is_kept(tmp_path):
     model, small = tiny.vila()
     model.config.select_layer = -2
     spec = replace(small.spec, image_size=56, tokens_per_image=16)

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 
 def written(folder, family="llama", base="base", model=None, processor=None):
-    """`base` and `adapter` below `folder`, and the logits of the model that learnt."""
+    """Write `base` and `adapter` below `folder`; return the logits of the trained model."""
     save_model(*tiny.vila(family), folder / "base")
     learnt, own = adapted(family)
     save_adapter(model or learnt, processor or own, folder / "adapter", base)
@@ -31,7 +31,7 @@ def written(folder, family="llama", base="base", model=None, processor=None):
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory):
-    """One directory for the tests that change nothing in it."""
+    """A directory shared by the tests that do not change it."""
     folder = tmp_path_factory.mktemp("shared")
     return written(folder, base=str(folder / "base"))
 
@@ -89,7 +89,7 @@ def test_peft_alone_finds_the_base(shared):
     torch.testing.assert_close(logits(model, tiny.vila()[1]), expected, rtol=0, atol=1e-6)
 
 
-def test_how_a_stage_shows_pictures_and_turns_is_the_adapters(tmp_path):
+def test_image_mode_and_template_are_the_adapters(tmp_path):
     model, processor = adapted()
     model.config.template = processor.template = "vicuna_v1"
     model.config.vision_spec = processor.vision_spec = {**processor.vision_spec, "image_mode": "resize"}
@@ -134,7 +134,7 @@ def test_an_adapter_on_an_adapter(tmp_path):
     torch.testing.assert_close(logits(loaded, processor), expected, rtol=0, atol=1e-5)
 
 
-def test_a_tower_that_learnt_is_in_it_too(tmp_path):
+def test_a_trained_tower_is_included(tmp_path):
     model, processor = tiny.vila()
     save_model(model, processor, tmp_path / "base")
     add_adapters(model, Lora(rank=2), seed=1)
@@ -148,7 +148,7 @@ def test_a_tower_that_learnt_is_in_it_too(tmp_path):
 
 
 @pytest.mark.parametrize("rank_stabilised", [False, True])
-def test_what_pefts_own_saving_leaves_is_read(tmp_path, rank_stabilised):
+def test_directories_written_by_peft_are_read(tmp_path, rank_stabilised):
     from peft import LoraConfig, get_peft_model
 
     model, processor = tiny.vila()
@@ -162,14 +162,14 @@ def test_what_pefts_own_saving_leaves_is_read(tmp_path, rank_stabilised):
 
 
 class TestWhereTheBaseIs:
-    def test_a_relative_path_starts_here_or_above_the_adapter(self, tmp_path, monkeypatch):
+    def test_a_relative_path_is_resolved_from_here_and_from_parents(self, tmp_path, monkeypatch):
         adapter, _ = written(tmp_path / "runs" / "deep", base="runs/deep/base")
         monkeypatch.chdir(tmp_path / "runs" / "deep")
         load_model(adapter)
         monkeypatch.chdir(tmp_path)
         load_model("runs/deep/adapter")
 
-    def test_a_base_that_is_gone_says_what_to_give(self, tmp_path, monkeypatch):
+    def test_a_missing_base_is_an_error_with_a_hint(self, tmp_path, monkeypatch):
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         adapter, expected = written(tmp_path)
         (tmp_path / "base").rename(tmp_path / "moved")
@@ -179,7 +179,7 @@ class TestWhereTheBaseIs:
         loaded, processor = load_model(adapter, base=tmp_path / "moved")
         torch.testing.assert_close(logits(loaded, processor), expected, rtol=0, atol=1e-5)
 
-    def test_an_adapter_of_a_model_that_lies_nowhere(self, tmp_path):
+    def test_an_adapter_without_a_named_base(self, tmp_path):
         adapter, _ = written(tmp_path, base="")
         with pytest.raises(LayoutError) as caught:
             load_model(adapter)
@@ -203,7 +203,7 @@ class TestWhereTheBaseIs:
         assert caught.value.field == "base_model_name_or_path"
 
     @pytest.mark.parametrize("base", ["\0", "~nobody-here/base", "a/" * 3000, "x" * 300])
-    def test_it_is_no_name_that_a_path_can_have(self, tmp_path, base):
+    def test_it_is_not_a_valid_path(self, tmp_path, base):
         adapter, _ = written(tmp_path)
         edit(adapter, base_model_name_or_path=base)
         with pytest.raises(LayoutError) as caught:
@@ -231,7 +231,7 @@ class TestAnotherModel:
             and "--model-base" in caught.value.hint
         )
 
-    def test_weights_that_fit_nothing_are_listed(self, tmp_path):
+    def test_unmatched_weights_are_listed(self, tmp_path):
         adapter, _ = written(tmp_path)
         tensors = load_file(adapter / "adapter_model.safetensors")
         stem = "base_model.model."
@@ -259,12 +259,12 @@ class TestCommands:
         model, processor = load_model(tmp_path / "merged")
         torch.testing.assert_close(logits(model, processor), expected, rtol=0, atol=1e-5)
 
-    def test_info_says_that_it_is_an_adapter(self, shared, capsys):
+    def test_info_reports_an_adapter(self, shared, capsys):
         facts = json.loads(self.call(capsys, "info", shared[0], "--json"))
         assert (facts["layout"], facts["template"]) == ("adapter", "starter_qa")
         assert facts["parameters"] == sum(p.numel() for p in tiny.vila()[0].parameters())
 
-    def test_run_answers_as_the_merged_model_does(self, shared, tmp_path, capsys):
+    def test_run_equals_the_merged_model(self, shared, tmp_path, capsys):
         save_model(*load_model(shared[0]), tmp_path / "merged")
         flags = ("-p", "what?", "--max-new-tokens", 4, "--dtype", "float32", "--json")
         answers = [
@@ -273,5 +273,5 @@ class TestCommands:
         assert answers[0] == answers[1]
 
 
-def test_an_original_lora_directory_is_none_of_ours(tmp_path):
+def test_an_upstream_lora_directory_has_its_own_layout(tmp_path):
     assert detect_layout(FIXTURES["v1-lora"](tmp_path).folder).name == "llava-v1"

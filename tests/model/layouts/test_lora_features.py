@@ -36,7 +36,7 @@ def bases(tmp_path_factory):
 
 
 def trained(base, folder, **options):
-    """Write what PEFT saves of an adapter that was trained on `base`; return the logits of the model."""
+    """Train an adapter on `base`, save it with PEFT, and return the logits of the model."""
     chosen = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"], **options}
     torch.manual_seed(0)
     model = peft.get_peft_model(load_model(base)[0], peft.LoraConfig(**chosen))
@@ -105,7 +105,7 @@ def test_logits_are_those_of_peft_over_other_bases(bases, tmp_path, base, option
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_a_converted_adapter_is_an_ordinary_one(bases, tmp_path, init):
+def test_a_converted_adapter_is_a_full_checkpoint(bases, tmp_path, init):
     torch.manual_seed(0)
     options = {"r": 4, "lora_alpha": 6, "target_modules": ["q_proj"], "init_lora_weights": init}
     model = peft.get_peft_model(load_model(bases / "tied")[0], peft.LoraConfig(**options))
@@ -123,7 +123,7 @@ def test_a_converted_adapter_is_an_ordinary_one(bases, tmp_path, init):
     torch.testing.assert_close(merged(tmp_path / "adapter", bases / "tied"), expected, rtol=0, atol=1e-5)
 
 
-def test_an_untied_head_stays_so_when_the_model_is_saved(bases, tmp_path):
+def test_an_untied_head_stays_untied_when_saved(bases, tmp_path):
     expected = trained(bases / "tied", tmp_path / "adapter", modules_to_save=["embed_tokens"])
     save_model(*load_model(tmp_path / "adapter", base=bases / "tied"), tmp_path / "merged")
     torch.testing.assert_close(load_model(tmp_path / "merged")[0](input_ids=IDS).logits, expected, rtol=0, atol=1e-5)
@@ -196,7 +196,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n"
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"null", b"{", POINTER, b"\xff"])
-def test_a_config_that_is_no_object_is_named(bases, copy, content):
+def test_a_config_that_is_not_an_object_is_named(bases, copy, content):
     (copy / CONFIG).write_bytes(content)
     assert refused(copy, bases / "tied").file == str(copy / CONFIG)
 

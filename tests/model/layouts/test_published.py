@@ -30,7 +30,7 @@ PICTURES = [picture(0, (40, 30)), picture(1, (25, 60))]
 
 
 def ids_for_reference(inputs, model, processor):
-    """Our expanded ids as the original's, -200 once a picture."""
+    """Our expanded ids in the released code's form: -200 once per image."""
     out, slots = [], 0
     for token in inputs["input_ids"][0].tolist():
         if token != model.config.image_token_id:
@@ -49,7 +49,7 @@ def written(request, tmp_path_factory):
 
 
 def plain_equivalent(name, written: Written, root):
-    """The whole checkpoint that a stage-1 or LoRA directory stands for, merged by hand."""
+    """The complete checkpoint of a stage-1 or LoRA directory, merged by hand."""
     if written.base is None:
         return written.folder
     plain = llava_v1(root / "plain", "mlp2x_gelu").folder
@@ -63,7 +63,7 @@ def plain_equivalent(name, written: Written, root):
     return plain
 
 
-def test_logits_equal_those_of_stock_modules_and_pictures_matter(written):
+def test_logits_equal_those_of_stock_modules_and_depend_on_images(written):
     name, where, root = written
     model, processor = load_model(where.folder, dtype="float32", base=where.base)
     inputs = processor(text=PROMPT, images=PICTURES, return_tensors="pt")
@@ -96,7 +96,7 @@ def test_a_conversion_keeps_every_bit(written, tmp_path):
     assert load_model(where.folder, base=where.base)[1].spec == processor.spec
 
 
-def test_the_type_of_the_files_is_kept_unless_another_is_asked_for(tmp_path):
+def test_the_dtype_of_the_files_is_kept_by_default(tmp_path):
     for dtype in (torch.float16, torch.bfloat16):
         where = llava_v1(tmp_path / str(dtype), dtype=dtype)
         model, _ = load_model(where.folder)
@@ -105,14 +105,14 @@ def test_the_type_of_the_files_is_kept_unless_another_is_asked_for(tmp_path):
         assert {p.dtype for p in load_model(where.folder, dtype="float32")[0].parameters()} == {torch.float32}
 
 
-def test_weights_inside_win_over_the_tower_beside(tmp_path):
+def test_included_tower_weights_take_precedence(tmp_path):
     inside, beside = llava_v1(tmp_path / "a", inside=True), llava_v1(tmp_path / "b")
     name = "vision_tower.embeddings.class_embedding"
     difference = load_model(inside.folder)[0].state_dict()[name] - load_model(beside.folder)[0].state_dict()[name]
     torch.testing.assert_close(difference, torch.full_like(difference, 0.05), rtol=0, atol=1e-6)
 
 
-def test_a_published_tower_inside_needs_no_other_file(tmp_path):
+def test_an_included_published_tower_needs_no_other_file(tmp_path):
     # Its config comes from a table: CLIP-L/336 itself is too large for a test, so the table is asked alone.
     from vila.model.layouts.tower_files import known_tower
 
@@ -123,8 +123,8 @@ def test_a_published_tower_inside_needs_no_other_file(tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["native", "llava-v1", "llava-hf", "vila-v15"])
-def test_sampling_values_without_sampling_are_left_out(tmp_path, layout):
-    """LLaVA-1.5 and Vicuna are published so, and transformers writes no such file."""
+def test_sampling_values_without_sampling_are_dropped(tmp_path, layout):
+    """LLaVA-1.5 and Vicuna are published this way, and transformers refuses to write such a file."""
     where = llava_v1(tmp_path)
     published = {"temperature": 0.9, "top_p": 0.6, "max_length": 4096, "pad_token_id": 0}
     (where.folder / "generation_config.json").write_text(json.dumps(published))
@@ -201,7 +201,7 @@ class TestRefusals:
             load_model(where.folder)
         assert caught.value.file == str(file)
 
-    def test_text_in_the_place_of_weights_is_named(self, tmp_path):
+    def test_a_text_file_instead_of_weights_is_named(self, tmp_path):
         where = llava_v1(tmp_path, form="bin")
         file = next(where.folder.glob("*.bin"))
         file.write_text("hello")
@@ -216,7 +216,7 @@ class TestRefusals:
         assert caught.value.file == str(where.folder) and "--model-base" in caught.value.hint
 
     def lora_with(self, tmp_path, vocabulary, more):
-        """A LoRA directory whose non_lora_trainables hold more than the projector."""
+        """A LoRA directory with more weights than the projector in non_lora_trainables."""
         where = lora(tmp_path)
         file = where.folder / "non_lora_trainables.bin"
         torch.save(torch.load(file, weights_only=True) | more, file)
@@ -235,7 +235,7 @@ class TestRefusals:
         assert torch.equal(model.get_output_embeddings().weight, head)
         assert torch.equal(model.get_input_embeddings().weight, rows)
 
-    def test_an_adapter_of_another_base_lists_what_does_not_fit(self, tmp_path):
+    def test_an_adapter_of_another_base_lists_unmatched_weights(self, tmp_path):
         where = lora(tmp_path)
         file = where.folder / "adapter_model.bin"
         adapter = torch.load(file, weights_only=True)
@@ -244,7 +244,7 @@ class TestRefusals:
             load_model(where.folder, base=where.base)
         assert caught.value.file == str(file) and "model.layers.9.mlp.down_proj.weight" in caught.value.problem
 
-    def test_a_tower_that_is_nowhere_says_where_it_was_looked_for(self, tmp_path, monkeypatch):
+    def test_a_missing_tower_is_an_error(self, tmp_path, monkeypatch):
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         where = llava_v1(tmp_path)
         shutil.rmtree(tmp_path / "tower")
@@ -256,7 +256,7 @@ class TestRefusals:
             "tower",
         )
 
-    def test_a_stretched_tower(self, tmp_path):
+    def test_interpolated_position_embeddings_are_refused(self, tmp_path):
         where = FIXTURES["v15-odd-grid"](tmp_path)
         self.edit(where.folder, vision_resolution=98)
         with pytest.raises(LayoutError) as caught:
@@ -275,9 +275,7 @@ class TestRefusals:
             ("v15-mlp2x", "llava-v1", ("vision_config.model_type", "siglip_vision_model")),
         ],
     )
-    def test_what_a_layout_cannot_express_is_refused_and_nothing_is_written(
-        self, tmp_path, name, layout, field_and_value
-    ):
+    def test_unsupported_models_are_refused_and_nothing_is_written(self, tmp_path, name, layout, field_and_value):
         where = FIXTURES[name](tmp_path)
         with pytest.raises(LayoutError) as caught:
             save_model(*load_model(where.folder), tmp_path / "out", layout)

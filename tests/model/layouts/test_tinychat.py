@@ -1,4 +1,4 @@
-"""TinyChat's files: both forms, alone or in a directory, whole or in pieces; the same values come back."""
+"""TinyChat's files: both packings, alone or in a directory, in one file or several; values round-trip."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ QUERY = "language_model.model.layers.0.self_attn.q_proj"
 
 
 def by_hand(root, layout, write=write_tinychat, family="llama", name=NAME):
-    """A 16-bit model, a file of 4-bit weights beside it, and the twin of these in full precision."""
+    """A 16-bit model, a file of 4-bit weights next to it, and their full-precision twin."""
     base = model_folder(root / "base" / "model", layout, family)
     twin = root / "twin" / "model"
     shutil.copytree(base, twin)
@@ -36,7 +36,7 @@ def by_hand(root, layout, write=write_tinychat, family="llama", name=NAME):
 
 @pytest.mark.parametrize("layout", ["llava-v1", "vila-v15"])
 @pytest.mark.parametrize("write", [write_tinychat, write_gemv])
-def test_a_file_beside_the_16_bit_model_loads(tmp_path, layout, write):
+def test_a_file_next_to_the_16_bit_model_loads(tmp_path, layout, write):
     base, file, twin = by_hand(tmp_path, layout, write)
     assert detect_layout(file).name == "tinychat"
     torch.testing.assert_close(logits(file, base=base), logits(twin), rtol=0, atol=1e-5)
@@ -99,7 +99,7 @@ def test_what_is_written_is_read_back(tmp_path, tower, inner, family):
     assert all(torch.equal(state[name], tensor) for name, tensor in plain.items() if not name.endswith("inv_freq"))
 
 
-def test_the_file_holds_what_the_format_says(tmp_path):
+def test_the_file_has_the_published_format(tmp_path):
     model, processor = quantized("qwen2")
     save_model(model, processor, tmp_path / "model", "tinychat")
     held = torch.load(tmp_path / "model" / "model-w4-g32-awq-v2.pt", weights_only=True)
@@ -115,8 +115,8 @@ def test_the_file_holds_what_the_format_says(tmp_path):
 
 
 @pytest.mark.parametrize("tower", ["clip", "siglip"])
-def test_a_head_that_is_the_embeddings_is_in_the_file_too(tmp_path, tower):
-    """TinyChat ties nothing, and loads the LLM's file with every key of its model."""
+def test_a_tied_head_is_in_the_file(tmp_path, tower):
+    """TinyChat does not tie weights, and needs every key of the LLM in the file."""
     model, processor = quantized("llama", tower)
     assert model.config.text_config.tie_word_embeddings
     save_model(model, processor, tmp_path / "model", "tinychat")
@@ -136,7 +136,7 @@ def test_saving_again_gives_the_same_bytes(tmp_path, tower):
     assert files(folders[1]) == files(folders[2])
 
 
-def test_between_the_layouts_of_4_bits_not_a_bit_is_lost(tmp_path):
+def test_conversion_between_4_bit_layouts_is_lossless(tmp_path):
     folder, _ = third_party(tmp_path, "llava-v1", write_gemm)
     edit(folder / "quant_config.json", w_bit=4, q_group_size=32, zero_point=True, version="GEMM")
     save_model(*load_model(folder), tmp_path / "a", "tinychat")
@@ -147,7 +147,7 @@ def test_between_the_layouts_of_4_bits_not_a_bit_is_lost(tmp_path):
     assert torch.equal(logits(tmp_path / "a"), logits(tmp_path / "b"))
 
 
-class TestWhatIsRefused:
+class TestRefusals:
     def test_a_file_without_its_model(self, tmp_path):
         _, file, _ = by_hand(tmp_path, "llava-v1")
         with pytest.raises(LayoutError) as caught:
@@ -173,7 +173,7 @@ class TestWhatIsRefused:
         assert (caught.value.file, caught.value.field, caught.value.value) == (str(tmp_path / "x-v2.pt"), field, value)
 
     @pytest.mark.parametrize("content", [b"", b"hello", b"not a file of torch", b"PK\x03\x04 cut"])
-    def test_no_file_of_torch(self, tmp_path, content):
+    def test_not_a_torch_file(self, tmp_path, content):
         base = model_folder(tmp_path / "base", "llava-v1")
         (tmp_path / "x-v2.pt").write_bytes(content)
         with pytest.raises(LayoutError) as caught:
@@ -197,7 +197,7 @@ class TestWhatIsRefused:
         assert (error.file, error.field, error.value) == (str(other / "config.json"), "hidden_size", 128)
         assert error.expected.startswith("64,")
 
-    def test_an_llm_that_is_not_whole(self, tmp_path):
+    def test_an_incomplete_llm(self, tmp_path):
         base, file, _ = by_hand(tmp_path, "llava-v1")
         held = torch.load(file, weights_only=True)
         del held["model.norm.weight"], held["model.layers.1.mlp.up_proj.scales"]
@@ -231,7 +231,7 @@ class TestWhatIsRefused:
         ],
         ids=["5x5", "scalar", "flat", "no rows", "a row less", "int8", "nan"],
     )
-    def test_a_packing_that_nobody_knows(self, tmp_path, ending, damage):
+    def test_an_unknown_packing(self, tmp_path, ending, damage):
         base, file, _ = by_hand(tmp_path, "llava-v1")
         held = torch.load(file, weights_only=True)
         name = f"model.layers.0.mlp.up_proj.{ending}"
@@ -256,14 +256,14 @@ class TestWhatIsRefused:
             save_model(*tiny.vila(tower="clip"), tmp_path / "out", "tinychat")
         assert "tinychat" in caught.value.problem and caught.value.hint
 
-    def test_sizes_that_the_packing_does_not_know(self, tmp_path):
+    def test_sizes_that_the_packing_does_not_support(self, tmp_path):
         model, processor = quantized("llama", "clip", intermediate_size=96)
         with pytest.raises(LayoutError) as caught:
             save_model(model, processor, tmp_path / "out", "tinychat")
         assert "0.mlp.down_proj" in caught.value.field and caught.value.value == 96
         assert list(tmp_path.iterdir()) == []
 
-    def test_a_tower_that_neither_layout_has(self, tmp_path):
+    def test_a_tower_that_neither_layout_supports(self, tmp_path):
         with pytest.raises(LayoutError) as caught:
             save_model(*quantized("llama", "dinov2"), tmp_path / "out", "tinychat")
         assert (caught.value.field, caught.value.value) == ("vision_config.model_type", "dinov2")
