@@ -83,7 +83,7 @@ class VilaProcessor(ProcessorMixin):
     def find_template(self, name: str = "") -> Template:
         """Return the template `name`, or the model's own.
 
-        Raises TemplateError if neither is known, and for special tokens that the tokenizer lacks.
+        Raises TemplateError if the model has none, and for special tokens that the tokenizer lacks.
         """
         if not (name or self.template):
             raise TemplateError(
@@ -105,7 +105,9 @@ class VilaProcessor(ProcessorMixin):
     def count(self, media: Image | Video) -> int:
         """Number of image placeholders of an image. Raises MediaError for a video, which must be expanded first."""
         if isinstance(media, Video):
-            raise MediaError("a video has no placeholders of its own; call expand_videos first", file=str(media.source))
+            raise MediaError(
+                "a video has no placeholders of its own", value=media.source, hint="call expand_videos first"
+            )
         return self.spec.tokens_per_image
 
     def expand_videos(

@@ -217,7 +217,7 @@ def checkpoint_with_int4(
     """
     if not packed:
         raise LayoutError(
-            f"{_KEY} is set, but there are no .qweight tensors",
+            "no .qweight tensors in a 4-bit checkpoint",
             file=folder,
             hint=f"remove {_KEY} from config.json if the weights are in 16 bits, else download the checkpoint again",
         )

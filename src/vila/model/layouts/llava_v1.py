@@ -132,7 +132,9 @@ def check_writable(config: Any) -> None:
         )
     family = FAMILIES.get(config.text_config.model_type)
     if family is None or not family.llava_class:
-        raise LayoutError(f"an LLM of type {config.text_config.model_type!r} cannot be written as llava-v1")
+        raise LayoutError(
+            "LLM not supported by llava-v1", field="text_config.model_type", value=config.text_config.model_type
+        )
 
 
 def write_llava_v1(model: Any, processor: Any, folder: Path, storage: WeightStorage) -> None:
@@ -185,8 +187,7 @@ def _stripped(refs: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
     """Return the weights next to an adapter by their names in a whole checkpoint, as the released code does.
 
     `base_model.` is removed from each name; if a name then begins with `model.model.`, one `model.` is removed from
-    every
-    name: `base_model.model.lm_head.weight` becomes `lm_head.weight`.
+    every name: `base_model.model.lm_head.weight` becomes `lm_head.weight`.
     """
     names = {name: name.removeprefix("base_model.") for name in refs}
     if any(name.startswith("model.model.") for name in names.values()):

@@ -43,15 +43,15 @@ class VilaV15Layout:
             _part(folder, fields, part, key) for part, key in PART_FOLDERS.items()
         )
         _check_resolution(fields)
-        llm_facts = read_config(llm_folder)
-        llm = text_config(llm_facts, llm_facts.text("model_type", "llama"))
+        llm_fields = read_config(llm_folder)
+        llm = text_config(llm_fields, llm_fields.text("model_type", "llama"))
         tower = read_tower(tower_folder)
         refs, unexpected = map_names(list_tensors(find_weight_files(llm_folder)), (("", "language_model."),))
         found, unexpected_tower = tower_tensors(tower_folder, tower)
         refs.update({f"vision_tower.{name}": ref for name, ref in found.items()})
-        projector_facts = read_config(projector_folder)
-        projector = projector_facts.text("mm_projector_type", "linear")
-        with projector_facts.naming(FIELDS):
+        projector_fields = read_config(projector_folder)
+        projector = projector_fields.text("mm_projector_type", "linear")
+        with projector_fields.naming(FIELDS):
             check_projector(projector)
         if projector != "identity":
             own, unexpected_projector = map_names(
@@ -75,7 +75,7 @@ class VilaV15Layout:
                 num_video_frames=fields.integer("num_video_frames", 8, minimum=1, maximum=MAX_VIDEO_FRAMES),
                 exif_orientation=fields.flag("exif_orientation", True),
             )
-        sources = Sources(fields, llm_facts, tower.source, FIELDS)
+        sources = Sources(fields, llm_fields, tower.source, FIELDS)
         return Checkpoint(
             folder,
             config,
