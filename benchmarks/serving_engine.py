@@ -129,14 +129,14 @@ def prefill_delay(engine: Engine, batcher: Batcher, draw: random.Random, rounds:
 
     `chunk` is the longest of the four when that prompt is read alone.
     """
-    chunk, take, took = batcher._turn.chunk, batcher._turn.take, [0.0]
+    chunk, take, took = batcher._scheduler.chunk, batcher._scheduler.step, [0.0]
 
     def timed() -> None:
         begin = time.perf_counter()
         take()
         took.append(time.perf_counter() - begin)
 
-    batcher._turn.take = timed  # type: ignore[method-assign]
+    batcher._scheduler.step = timed  # type: ignore[method-assign]
     steps, waits, chunks = [], [], []
     for _ in range(rounds):
         forget(engine, batcher)
@@ -166,7 +166,7 @@ def prefill_delay(engine: Engine, batcher: Batcher, draw: random.Random, rounds:
 def forget(engine: Engine, batcher: Batcher) -> None:
     """Nothing that an earlier contestant computed helps the next one."""
     engine._features._features.clear()
-    batcher._slots.forget_all()
+    batcher._rows.forget_all()
 
 
 def parse() -> argparse.Namespace:

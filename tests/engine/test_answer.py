@@ -19,7 +19,7 @@ def feed(tokenizer, ids, stops=(), stop_ids=frozenset()):
     seen = []
     for token in ids:
         going = answer.take(token)
-        seen.append(answer.certain_text)
+        seen.append(answer.final_text)
         if not going:
             break
     return seen, answer
@@ -82,7 +82,7 @@ def test_log_probabilities_are_kept_for_kept_tokens_alone():
 @pytest.mark.parametrize("name", TOKENIZERS)
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
-def test_certain_text_only_grows_and_ends_as_the_answer(name, data):
+def test_final_text_only_grows_and_ends_as_the_answer(name, data):
     tokenizer = TOKENIZERS[name]()
     stops = data.draw(st.lists(st.text("ab\n\ufffd \u00e9", min_size=1, max_size=3), max_size=2))
     ids = data.draw(st.lists(st.integers(0, 258), max_size=25))

@@ -45,7 +45,7 @@ def by_hand(batcher, steps=1):
     with torch.inference_mode():
         for _ in range(steps):
             batcher._admit()
-            batcher._turn.take()
+            batcher._scheduler.step()
 
 
 def same(found, wanted):
@@ -249,6 +249,6 @@ def test_of_the_waiting_requests_those_of_the_owner_with_the_fewest_running_come
     many = [batcher.submit(ask(f"many {number}"), NEW, owner="a") for number in range(6)]
     one = batcher.submit(ask("one"), NEW, owner="b")
     by_hand(batcher)
-    assert [request.owner for request in batcher._turn.running] == ["a", "b"]
+    assert [request.owner for request in batcher._scheduler.running] == ["a", "b"]
     by_hand(batcher, 200)
     assert all(ticket.done for ticket in (*many, one))

@@ -190,14 +190,14 @@ def test_an_owner_that_fails_to_listen_ends_its_own_request_alone(engine, batche
 
 
 def test_a_choice_that_fails_ends_its_own_request_alone(engine, batcher, monkeypatch, caplog):
-    choose = batcher._turn._choose
+    choose = batcher._scheduler._choose
 
     def broken(request, likeliest, logits):
         if request.sampling.seed == 13:
             raise ValueError("no such token")
         return choose(request, likeliest, logits)
 
-    monkeypatch.setattr(batcher._turn, "_choose", broken)
+    monkeypatch.setattr(batcher._scheduler, "_choose", broken)
     ticket = batcher.submit(ask("x"), SamplingParams(seed=13))
     assert is_well(engine, batcher)
     with pytest.raises(ValueError, match="no such token"):
@@ -226,8 +226,8 @@ def test_a_pass_that_fails_for_one_request_ends_that_request_alone(monkeypatch, 
         culprit = ask("culprit" * 3)
 
         def broken(steps, pieces, ends):
-            run = batcher._turn.running
-            if any(len(r.keys) == 21 and r.own_slot.row in {p.row for p, _ in (*steps, *pieces)} for r in run):
+            run = batcher._scheduler.running
+            if any(len(r.keys) == 21 and r.own_row.row in {p.row for p, _ in (*steps, *pieces)} for r in run):
                 raise kind("out of memory")
             return forward(steps, pieces, ends)
 
@@ -266,7 +266,7 @@ def test_an_image_that_the_tower_fails_on_ends_its_own_request_alone(monkeypatch
                 raise torch.OutOfMemoryError("out of memory at this image")
             see(pictures, pixels)
 
-        monkeypatch.setattr(batcher._run, "see", broken)
+        monkeypatch.setattr(batcher._run, "encode", broken)
         questions_of(engine, batcher, ask("bad", 9, 1), torch.OutOfMemoryError)
 
 
@@ -274,10 +274,10 @@ def test_an_image_that_the_tower_fails_on_ends_its_own_request_alone(monkeypatch
 def test_an_image_tensor_of_a_wrong_shape_ends_its_own_request_alone(monkeypatch, pixels):
     engine = endless()
     with Batcher(engine, max_num_seqs=4) as batcher:
-        proper = batcher._turn._pixels
+        proper = batcher._scheduler._pixels
         bad = tiny.picture(9).key()
         monkeypatch.setattr(
-            batcher._turn, "_pixels", lambda picture, r: pixels if picture.key == bad else proper(picture, r)
+            batcher._scheduler, "_pixels", lambda picture, r: pixels if picture.key == bad else proper(picture, r)
         )
         questions_of(engine, batcher, ask("bad", 1, 9), Exception)
 
@@ -286,14 +286,14 @@ def test_an_image_that_was_forgotten_and_cannot_be_read_again_ends_its_own_reque
     engine = endless()
     with Batcher(engine, max_num_seqs=4) as batcher:
         bad = tiny.picture(9).key()
-        proper = batcher._turn._pixels
+        proper = batcher._scheduler._pixels
 
         def gone(picture, request):
             if picture.key == bad:
                 raise MediaError("the file is gone")
             return proper(picture, request)
 
-        monkeypatch.setattr(batcher._turn, "_pixels", gone)
+        monkeypatch.setattr(batcher._scheduler, "_pixels", gone)
         questions_of(engine, batcher, ask("bad", 9), MediaError)
 
 
@@ -349,14 +349,14 @@ def test_an_error_of_the_device_ends_the_thread(engine, monkeypatch):
 
 
 def test_a_row_that_cannot_be_given_ends_the_request_that_wanted_it(engine, batcher, monkeypatch):
-    place = batcher._slots.place
+    place = batcher._rows.allocate
 
     def broken(keys, columns):
         if len(keys) == 7:
             raise RuntimeError("no memory for another division")
         return place(keys, columns)
 
-    monkeypatch.setattr(batcher._slots, "place", broken)
+    monkeypatch.setattr(batcher._rows, "allocate", broken)
     bad = batcher.submit(ask("culprit"), NEW)
     with pytest.raises(RuntimeError):
         bad.generation(30)

@@ -127,10 +127,10 @@ def test_soak(requests):
     ended = len(found) - sum(kind == "huge" for kind, _, _ in found)
     assert stats.finished + stats.cancelled + stats.failed == ended
     assert (stats.running, stats.waiting, stats.kv_tokens_used) == (0, 0, 0)
-    assert stats.kv_tokens_kept <= 400
+    assert stats.kv_tokens_cached <= 400
     assert all(memory.isfinite().all() for memory in batcher._run.pool._memory)
     assert sizes[-1] < 1.05 * sizes[1]
-    gone = weakref.ref(batcher._turn)
+    gone = weakref.ref(batcher._scheduler)
     # What was raised holds on to those that raised it.
     del batcher, threads, thread, found, outcome
     gc.collect()

@@ -58,77 +58,77 @@ def test_keys_tell_pictures_apart_and_know_equal_ones():
 
 def test_what_a_finished_request_left_is_shared_by_the_next_that_begins_alike():
     slots = make()
-    first = slots.place(numbers(40), 50)
+    first = slots.allocate(numbers(40), 50)
     fill(slots, first, numbers(40))
     slots.release(first)
-    second = slots.place([*range(30), 7], 50)
+    second = slots.allocate([*range(30), 7], 50)
     assert second.content == numbers(30)
     assert second.row != first.row
     assert is_right(slots, second) and is_right(slots, first)
-    assert (slots.tokens_owned, slots.tokens_kept) == (30, 40)
+    assert (slots.tokens_owned, slots.tokens_cached) == (30, 40)
 
 
 def test_one_token_of_a_prompt_is_always_computed():
     slots = make()
-    first = slots.place(numbers(40), 50)
+    first = slots.allocate(numbers(40), 50)
     fill(slots, first, numbers(40))
     slots.release(first)
-    assert len(slots.place(numbers(40), 50).content) == 39
+    assert len(slots.allocate(numbers(40), 50).content) == 39
 
 
 def test_a_conversation_goes_on_in_its_own_row():
     slots = make()
-    first = slots.place(numbers(20), 50)
+    first = slots.allocate(numbers(20), 50)
     fill(slots, first, numbers(30))
     slots.release(first)
-    again = slots.place(numbers(40), 50)
+    again = slots.allocate(numbers(40), 50)
     assert (again.row, len(again.content)) == (first.row, 30)
 
 
 def test_a_running_neighbour_shares_what_it_has_and_is_waited_for_when_it_is_about_to_have_more():
     slots = make()
-    first = slots.place(numbers(40), 50)
-    assert slots.place([*range(39), 7], 50) is None
+    first = slots.allocate(numbers(40), 50)
+    assert slots.allocate([*range(39), 7], 50) is None
     fill(slots, first, numbers(24))
-    assert slots.place([*range(39), 7], 50).content == numbers(24)
-    assert slots.place([99, *range(39)], 50).content == []
+    assert slots.allocate([*range(39), 7], 50).content == numbers(24)
+    assert slots.allocate([99, *range(39)], 50).content == []
 
 
 def test_rows_used_longest_ago_are_given_away_first():
     slots = make(most=2)
     for begin in (100, 200):
-        slot = slots.place(numbers(begin, begin + 40), 50)
+        slot = slots.allocate(numbers(begin, begin + 40), 50)
         fill(slots, slot, numbers(begin, begin + 40))
         slots.release(slot)
-    touched = slots.place(numbers(100, 140), 50)
+    touched = slots.allocate(numbers(100, 140), 50)
     slots.release(touched)
-    slots.place(numbers(300, 340), 50)
-    assert slots.place(numbers(200, 240), 50).content == []
+    slots.allocate(numbers(300, 340), 50)
+    assert slots.allocate(numbers(200, 240), 50).content == []
 
 
 def test_a_long_request_gets_longer_rows_and_the_running_ones_move_with_what_they_hold():
     slots = make(tokens=256, most=8)
     assert (slots.pool.rows, slots.pool.columns) == (8, 32)
-    short = [slots.place(numbers(begin, begin + 20), 32) for begin in (100, 200)]
+    short = [slots.allocate(numbers(begin, begin + 20), 32) for begin in (100, 200)]
     for slot, begin in zip(short, (100, 200), strict=True):
         fill(slots, slot, numbers(begin, begin + 20))
-    long = slots.place(numbers(60), 80)
+    long = slots.allocate(numbers(60), 80)
     assert slots.pool.columns >= 80
     fill(slots, long, numbers(60))
     assert all(is_right(slots, slot) for slot in (*short, long))
     assert len({slot.row for slot in (*short, long)}) == 3
-    assert slots.place(numbers(400, 420), 32) is None
+    assert slots.allocate(numbers(400, 420), 32) is None
     slots.release(long)
-    assert slots.place(numbers(400, 420), 32) is not None
+    assert slots.allocate(numbers(400, 420), 32) is not None
 
 
 def test_after_a_long_request_there_are_as_many_rows_again():
     slots = make(tokens=256, most=8)
-    long = slots.place(numbers(200), 250)
+    long = slots.allocate(numbers(200), 250)
     assert slots.pool.rows == 1
     fill(slots, long, numbers(200))
     slots.release(long)
-    placed = [slots.place([begin, *range(20)], 32) for begin in range(1000, 1008)]
+    placed = [slots.allocate([begin, *range(20)], 32) for begin in range(1000, 1008)]
     assert None not in placed
     assert len({slot.row for slot in placed}) == 8
 
@@ -141,12 +141,12 @@ def test_a_request_fits_or_it_never_will():
 
 def test_what_is_not_to_be_trusted_is_not_shared_and_does_not_stay_in_memory():
     slots = make()
-    first = slots.place(numbers(40), 50)
+    first = slots.allocate(numbers(40), 50)
     fill(slots, first, numbers(40))
     slots.pool.values[1][first.row, 0, 3] = torch.nan
     slots.forget(first)
     assert all(tensor.isfinite().all() for tensor in slots.pool.values)
-    assert slots.place(numbers(40), 50).content == []
+    assert slots.allocate(numbers(40), 50).content == []
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -161,14 +161,14 @@ def test_whatever_comes_and_goes_every_row_holds_what_it_says(seed):
         begin = draw.choice([0, 0, 100, 200])
         keys = [*range(begin, begin + draw.randrange(1, 60)), draw.randrange(1000)]
         columns = len(keys) + draw.randrange(1, 20)
-        if slots.fits_ever(columns) and (slot := slots.place(keys, columns)) is not None:
+        if slots.fits_ever(columns) and (slot := slots.allocate(keys, columns)) is not None:
             assert slot.content == keys[: len(slot.content)]
             assert len(slot.content) < len(keys)
             assert slots.pool.columns >= columns
             fill(slots, slot, keys)
             running.append(slot)
-        assert all(is_right(slots, slot) for slot in slots.slots)
-        rows = [slot.row for slot in slots.slots]
+        assert all(is_right(slots, slot) for slot in slots.rows)
+        rows = [slot.row for slot in slots.rows]
         assert rows == list(range(slots.pool.rows))
-        assert {id(slot) for slot in running} == {id(slot) for slot in slots.slots if slot.reserved}
+        assert {id(slot) for slot in running} == {id(slot) for slot in slots.rows if slot.reserved}
         assert slots.pool.rows * slots.pool.columns <= slots.pool.tokens

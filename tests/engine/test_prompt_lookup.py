@@ -97,9 +97,9 @@ def test_a_draft_is_what_followed_last_time():
     lookup = PromptLookup([1, 2, 3, 4, 9, 1, 2, 3, 5, 6, 7, 8, 1, 2, 3], 3)
     assert lookup.draft(10) == [5, 6, 7]
     assert lookup.draft(2) == [5, 6]
-    lookup.take(4)
+    lookup.append(4)
     assert lookup.draft(1) == [9]
-    lookup.take(11)
+    lookup.append(11)
     assert lookup.draft(3) == []
 
 

@@ -62,5 +62,5 @@ def test_a_prompt_knows_its_pictures_by_content():
     one, other = tiny.picture(1), tiny.picture(2)
     tokens = Tokens(ids=[1, 9, 9, 2], labels=[], media=[one, other, one], runs=[(1, 1), (2, 1)])
     prompt = build_prompt(tokens)
-    assert prompt.pictures[0] == prompt.pictures[2] != prompt.pictures[1]
+    assert prompt.images[0] == prompt.images[2] != prompt.images[1]
     assert prompt.runs == ((1, 1), (2, 1))

@@ -157,7 +157,7 @@ def peak_bytes(device: str) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What is asked of a model: `batch` prompts of `context` tokens, slots of pictures included, and `tokens` new ones.
+    """What is asked of a model: `batch` prompts of `context` tokens, slots of images included, and `tokens` new ones.
 
     runs:   measured ones, after one that warms up.
     check:  tokens on which the backend's likeliest tokens are compared with the reference's; 0 compares none.
@@ -260,7 +260,7 @@ def subject_of(
 
         rounded = f", activations {program.activation_bits} bit" if precision == "int4" else ""
         name = f"onnx, head {program.head_bits} bit{rounded}, {program.threads} threads"
-        unseen = VisionCache(_no_pictures)
+        unseen = VisionCache(_no_images)
         new_run: Callable[[int], Run] = lambda capacity: OnnxBatchRun(model, unseen, program, capacity)  # noqa: E731
         kind = precision if precision == "int4" else "float32"
         return Subject(title, kind, name, device, new_run, model, program.weight_bytes, 4 * keys)
@@ -269,7 +269,7 @@ def subject_of(
     fast_decoder = choose_fast_decoder(model)
 
     def torch_run(capacity: int) -> Run:
-        run = BatchRun(model, _no_pictures, capacity, fast_decoder)
+        run = BatchRun(model, _no_images, capacity, fast_decoder)
         return run if steps is None else CudaGraphRun(run, steps)
 
     products = {layer.backend for layer in model.modules() if isinstance(layer, Int4Linear)}
@@ -356,8 +356,8 @@ def _prompts(model: VilaForConditionalGeneration, load: Load) -> Iterator[Prompt
         yield Prompt(torch.randint(0, vocab, (load.context,), generator=generator).tolist())
 
 
-def _no_pictures(pictures: Sequence[Any]) -> torch.Tensor:
-    raise AssertionError("prompts of a benchmark have no pictures")
+def _no_images(images: Sequence[Any]) -> torch.Tensor:
+    raise AssertionError("prompts of a benchmark have no images")
 
 
 # --- decode_table

@@ -1,4 +1,4 @@
-"""One growing answer: its tokens, the text that is certain, and what ends it."""
+"""An answer in progress: its tokens, its final text and its stop conditions."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from vila.engine.request import FinishReason, Generation, TokenLogprob
 
 @dataclass
 class Answer:
-    """Tokens are taken one by one until a stop token or a stop string ends the answer.
+    """Collects tokens until a stop token or a stop string ends the answer.
 
     stop_ids:   tokens that end the answer and are not part of it.
-    stop_texts: strings that end it wherever they appear, also across token borders.
-    tried, accepted: tokens that were tried ahead, and how many of them it took.
+    stop_texts: strings that end it, also across token boundaries.
+    draft_tokens, accepted_tokens: statistics of prompt lookup.
     """
 
     detokenizer: Detokenizer
@@ -26,14 +26,14 @@ class Answer:
     draft_tokens: int = 0
     accepted_tokens: int = 0
     _cut: int | None = None
-    _read: int = 0
+    _num_detokenized: int = 0
 
     def __post_init__(self) -> None:
         self._stream = TextStream(self.detokenizer)
         self._longest_stop = max(map(len, self.stop_texts), default=0)
 
     def take(self, token: int, logprob: TokenLogprob | None = None) -> bool:
-        """Add a token; False when the answer has ended."""
+        """Add a token; return False if the answer has ended."""
         if token in self.stop_ids:
             self.finish = "stop"
             return False
@@ -41,40 +41,40 @@ class Answer:
         if logprob is not None:
             self.logprobs.append(logprob)
         if self.stop_texts:
-            self._look_for_stops()
+            self._find_stop_strings()
         return self.finish is None
 
-    def _look_for_stops(self) -> None:
-        # What was settled before has been searched; a stop string may still have begun there.
+    def _find_stop_strings(self) -> None:
+        # Settled text was searched before, but a stop string may begin near its end.
         start = max(0, len(self._stream.settled) - self._longest_stop + 1)
-        self._read_on()
+        self._detokenize()
         text = self._stream.settled[start:] + self._stream.unsettled
         places = [place for stop in self.stop_texts if (place := text.find(stop)) >= 0]
         if places:
             self._cut, self.finish = start + min(places), "stop"
 
-    def _read_on(self) -> None:
-        for token in self.ids[self._read :]:
+    def _detokenize(self) -> None:
+        for token in self.ids[self._num_detokenized :]:
             self._stream.take(token)
-        self._read = len(self.ids)
+        self._num_detokenized = len(self.ids)
 
     @property
     def text(self) -> str:
-        """The whole text so far, an ending stop string left out."""
+        """The whole text so far, without a final stop string."""
         return self.detokenizer.decode(self.ids)[: self._cut]
 
     @property
-    def certain_text(self) -> str:
-        """The text that no later token can change: without half a character or what may begin a stop string."""
+    def final_text(self) -> str:
+        """Text that later tokens cannot change: without partial characters and possible beginnings of stop strings."""
         if self.finish is not None:
             return self.text
-        self._read_on()
+        self._detokenize()
         text = self._stream.settled
         held = max((_overlap(text, stop) for stop in self.stop_texts), default=0)
         return text[: len(text) - held]
 
     def generation(self, prompt_tokens: int, dropped_messages: int = 0) -> Generation:
-        """The finished answer; one that nothing ended was cut at its greatest length."""
+        """Return the finished answer; without a stop condition its finish reason is `length`."""
         return Generation(
             self.text.strip(),
             tuple(self.ids),
@@ -88,5 +88,5 @@ class Answer:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
+    """Return the length of the longest suffix of `text` that is a prefix of `stop`."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,4 +1,4 @@
-"""Which backend computes an engine's LLM: torch or onnxruntime, chosen once and said aloud."""
+"""Selection of the backend that runs the LLM, torch or onnxruntime; the choice is logged."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ BACKENDS = ("auto", "torch", "onnx")
 
 
 def check_backend(backend: str, head_bits: int, threads: int, device: str, activation_bits: int = 0) -> None:
-    """Refuse what cannot be, before any weight is read. Bits of 0 leave the choice to the backend.
+    """Check backend options before any weight is read. 0 bits leave the choice to the backend.
 
-    Raises ConfigError for an unknown backend, for onnxruntime that is missing or asked to run elsewhere than on a CPU,
-    and for its options without it.
+    Raises ConfigError for an unknown backend, a missing onnxruntime, onnxruntime on another device than a CPU, and
+    options of onnxruntime with another backend.
     """
     if backend not in BACKENDS:
         raise ConfigError(field="backend", value=backend, expected="auto, torch or onnx")
@@ -62,15 +62,16 @@ def choose_program(
     threads: int = 0,
     events: Events = SILENT,
 ) -> OnnxProgram | None:
-    """What computes the LLM of a model; None leaves it to torch, whose 4-bit product is chosen here too.
+    """Return the onnxruntime program of a model's LLM, or None for torch, whose INT4 kernel is selected here too.
 
-    backend:         `auto` takes onnxruntime for a 4-bit model on a CPU where it is installed, else torch.
-    head_bits:       of the onnx backend; 0 is 8 for a 4-bit model, else 32.
-    activation_bits: of the onnx backend, see OnnxProgram; 0 is 8.
-    threads:         of the onnx backend; 0 for as many as torch uses.
+    backend:         `auto` selects onnxruntime for a 4-bit model on a CPU if it is installed, else torch.
+    head_bits:       onnx; 0: 8 for a 4-bit model, else 32.
+    activation_bits: onnx, see OnnxProgram; 0: 8.
+    threads:         onnx; 0: as many as torch.
+    events:          logs the choice.
 
-    The choice is said to `events` when there was one to make. Raises ConfigError as `check_backend` does, when
-    onnxruntime was asked for and cannot compute this model, and for bits of activations that torch would not heed.
+    Raises ConfigError as `check_backend` does, if onnxruntime was requested and does not support the model, and for
+    `activation_bits` with torch.
     """
     device = model.device.type
     check_backend(backend, head_bits, threads, device, activation_bits)
@@ -87,8 +88,8 @@ def choose_program(
                 raise
             why = str(error)
         else:
-            kind = f"4-bit weights, activations of {program.activation_bits} bits" if four_bit else "float32"
-            events.log(f"backend: onnx on cpu, {program.threads} threads, {kind}, head of {bits} bits")
+            weights = f"4-bit weights, {program.activation_bits}-bit activations" if four_bit else "float32"
+            events.log(f"backend: onnx on cpu, {program.threads} threads, {weights}, {bits}-bit head")
             return program
     if activation_bits:
         raise ConfigError(
@@ -105,26 +106,26 @@ def choose_program(
 
 
 def choose_cuda_graph(model: VilaForConditionalGeneration, events: Events = SILENT) -> bool:
-    """Whether torch's steps are captured: on one CUDA device, with rotary angles that do not depend on the length."""
+    """Whether decode steps use CUDA graphs: on one CUDA device, with rotary angles independent of the length."""
     if model.device.type != "cuda":
         return False
     why = ""
     rope = (getattr(model.config.text_config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope not in FIXED_ROPE:
-        why = f"rope_type={rope!r} asks the host how long the sequence is"
+        why = f"rope_type={rope!r} depends on the sequence length"
     if len({parameter.device for parameter in model.parameters()}) > 1:
-        why = "the model lies on several devices"
-    events.log(f"decoding: steps are {'not captured: ' + why if why else 'captured as graphs'}")
+        why = "the model is on several devices"
+    events.log(f"decoding: {'without CUDA graphs: ' + why if why else 'CUDA graphs'}")
     return not why
 
 
 def choose_fast_decoder(model: VilaForConditionalGeneration) -> FastDecoder | None:
-    """What takes torch's steps in place of the model's own decoder: on a CPU, for blocks that are known."""
+    """Return the fast decoder for decode steps on a CPU; None if it does not support the model."""
     return None if unsupported_reason(model) else FastDecoder(model)
 
 
 def _why_not_onnx(four_bit: bool, device: str) -> str:
-    """Why `auto` leaves a model to torch; empty when it does not."""
+    """Return why `auto` does not select onnxruntime; empty if it does."""
     if not four_bit:
         return "the weights are not 4-bit"
     if device != "cpu":

@@ -28,24 +28,24 @@ _CHUNK = 2048
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Prompts that begin with the same `shared` tokens (and the same pictures); `members` index the batch."""
+    """Prompts that begin with the same `shared` tokens (and the same images); `members` index the batch."""
 
     shared: int
     members: tuple[int, ...]
 
 
 def group_prompts(prompts: Sequence[Prompt]) -> list[Group]:
-    """Prompts with equal pictures share the prefix up to their last picture, and further as far as the ids agree."""
-    by_pictures: dict[tuple[object, ...], list[int]] = {}
+    """Prompts with equal images share the prefix up to their last image, and further as far as the ids agree."""
+    by_images: dict[tuple[object, ...], list[int]] = {}
     for index, prompt in enumerate(prompts):
-        key = (prompt.pictures, prompt.runs) if prompt.pictures else (index,)
-        by_pictures.setdefault(key, []).append(index)
+        key = (prompt.images, prompt.runs) if prompt.images else (index,)
+        by_images.setdefault(key, []).append(index)
     groups = []
-    for members in by_pictures.values():
+    for members in by_images.values():
         rows = [prompts[index] for index in members]
         shared = _common_length(rows) if len(rows) > 1 else 0
-        after_pictures = max((start + slots for start, slots in rows[0].runs), default=0)
-        if shared < after_pictures or shared == 0:
+        after_images = max((start + slots for start, slots in rows[0].runs), default=0)
+        if shared < after_images or shared == 0:
             groups += [Group(0, (index,)) for index in members]
         else:
             groups.append(Group(shared, tuple(members)))
@@ -70,28 +70,28 @@ class Run(Protocol):
 
     @property
     def order(self) -> list[int]:
-        """Index of the prompt that stands in each row."""
+        """Index of the prompt in each batch row."""
 
     def prefill(self, prompts: Sequence[Prompt], groups: Sequence[Group]) -> Tensor:
-        """Logits [B, V] after each prompt, rows in `order`."""
+        """Return logits [B, V] after each prompt, rows in `order`."""
 
     def step(self, ids_B: Tensor) -> Tensor:
-        """Logits [B, V] after one more token in each row."""
+        """Append one token to each row; return logits [B, V]."""
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with these rows only."""
+        """Keep only these rows."""
 
     def verify(self, ids: Sequence[int]) -> Tensor:
-        """Logits [N, V] after each of N more tokens in the only row."""
+        """Append N tokens to the single row; return logits [N, V] after each."""
 
     def rewind(self, count: int) -> None:
-        """Take back the last `count` tokens of the only row."""
+        """Remove the last `count` tokens of the single row."""
 
     def close(self, fed: Sequence[int]) -> None:
         """The run is over; `fed` is what its only row has seen after the prompt."""
 
     def logits_at(self, prompts: Sequence[Prompt], places: Sequence[Sequence[int]]) -> Iterator[Tensor]:
-        """Logits [N, V] after the wanted places of each of whole prompts."""
+        """Yield logits [N, V] at the given positions of each prompt."""
 
 
 class _OneToken:
@@ -112,7 +112,7 @@ class _OneToken:
         mask = self._masks[window]
         if mask is None and window is not None:
             keys, values = keys[:, :, -window:], values[:, :, -window:]
-        # Heads that share keys stand where a prompt's tokens would: no key is read or copied twice.
+        # Query heads of a KV head take the sequence dimension, so that no key is read or copied twice.
         query_BGgE = query_HBE.transpose(0, 1).unflatten(1, (keys.shape[1], -1))
         return F.scaled_dot_product_attention(query_BGgE, keys, values, attn_mask=mask, scale=scale).flatten(1, 2)
 
@@ -127,13 +127,13 @@ class BatchRun:
     fast_decoder: FastDecoder | None = None
     """Takes the steps, where there is one; prompts are left to the model's own decoder."""
     prefix_cache: PrefixCache | None = None
-    """Where a run of one row finds the beginning of its prompt, and leaves what it computed."""
+    """Read and filled by runs of a single row."""
     order: list[int] = field(default_factory=list)
-    """Index of the prompt that stands in each row."""
+    """Index of the prompt in each batch row."""
     _alone: Prompt | None = None
 
     def prefill(self, prompts: Sequence[Prompt], groups: Sequence[Group]) -> Tensor:
-        """Logits [B, V] after each prompt, rows in `order`."""
+        """Return logits [B, V] after each prompt, rows in `order`."""
         self.order = [index for group in groups for index in group.members]
         if len(prompts) == 1 and self.prefix_cache is not None:
             return self._prefill_alone(prompts[0], self.prefix_cache)
@@ -142,28 +142,26 @@ class BatchRun:
             heads = [prompts[group.members[0]] for group in groups]
             self._append(
                 [head.ids[: group.shared] for head, group in zip(heads, groups, strict=True)],
-                [p for head, group in zip(heads, groups, strict=True) if group.shared for p in head.pictures],
+                [p for head, group in zip(heads, groups, strict=True) if group.shared for p in head.images],
             )
             self._select(row_index([len(group.members) for group in groups]))
         shared = [group.shared for group in groups for _ in group.members]
         rows = [prompts[index] for index in self.order]
         tails = [row.ids[start:] for row, start in zip(rows, shared, strict=True)]
-        unseen = [p for row, start in zip(rows, shared, strict=True) if not start for p in row.pictures]
+        unseen = [p for row, start in zip(rows, shared, strict=True) if not start for p in row.images]
         states_BSD = self._append(tails, unseen)
         last_B = torch.tensor([len(tail) - 1 for tail in tails], device=states_BSD.device)
         return self._logits(states_BSD[torch.arange(len(tails), device=states_BSD.device), last_B])
 
     def logits_at(self, prompts: Sequence[Prompt], places: Sequence[Sequence[int]]) -> Iterator[Tensor]:
-        """Logits [N, V] after the wanted places of each of whole prompts."""
+        """Yield logits [N, V] at the given positions of each prompt."""
         self._begin(len(prompts))
-        states_BSD = self._append(
-            [prompt.ids for prompt in prompts], [p for prompt in prompts for p in prompt.pictures]
-        )
+        states_BSD = self._append([prompt.ids for prompt in prompts], [p for prompt in prompts for p in prompt.images])
         for states_SD, wanted in zip(states_BSD, places, strict=True):
             yield self._logits(states_SD[torch.tensor(wanted, dtype=torch.long, device=states_SD.device)])
 
     def step(self, ids_B: Tensor) -> Tensor:
-        """Logits [B, V] after one more token in each row."""
+        """Append one token to each row; return logits [B, V]."""
         positions_B1 = self.columns.append([1] * len(ids_B))
         embeds_B1D = self.model.get_input_embeddings()(ids_B[:, None])
         if self.fast_decoder is None:
@@ -172,16 +170,16 @@ class BatchRun:
         return self.fast_decoder.logits(self.fast_decoder.states(embeds_B1D[:, 0], positions_B1[:, 0], attention))
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with these rows only."""
+        """Keep only these rows."""
         self._select(rows)
         self.order = [self.order[row] for row in rows.tolist()]
 
     def verify(self, ids: Sequence[int]) -> Tensor:
-        """Logits [N, V] after each of N more tokens in the only row."""
+        """Append N tokens to the single row; return logits [N, V] after each."""
         return self._logits(self._append([ids], [])[0])
 
     def rewind(self, count: int) -> None:
-        """Take back the last `count` tokens of the only row."""
+        """Remove the last `count` tokens of the single row."""
         if count:
             self.columns.drop(count)
             self.cache.reset(self.columns.filled)
@@ -192,7 +190,7 @@ class BatchRun:
         return self._alone is not None
 
     def close(self, fed: Sequence[int]) -> None:
-        """Leave the cache of a row that was alone to conversations that begin alike."""
+        """End the run; the cache of a single row goes to the prefix cache."""
         if self._alone is not None and self.prefix_cache is not None:
             self.prefix_cache.put([*content_keys(self._alone), *fed], self.cache)
 
@@ -201,7 +199,7 @@ class BatchRun:
         self._begin(1, known)
         if length:
             self.columns.append([length])
-        unseen = [p for (start, _), p in zip(prompt.runs, prompt.pictures, strict=True) if start >= length]
+        unseen = [p for (start, _), p in zip(prompt.runs, prompt.images, strict=True) if start >= length]
         logits_BV = self._logits(self._append([prompt.ids[length:]], unseen)[:, -1])
         self._alone = prompt
         return logits_BV
@@ -216,12 +214,12 @@ class BatchRun:
         self.cache.expand(rows)
         self.columns.select(rows)
 
-    def _append(self, rows: Sequence[Sequence[int]], pictures: Sequence[HashedImage]) -> Tensor:
+    def _append(self, rows: Sequence[Sequence[int]], images: Sequence[HashedImage]) -> Tensor:
         """Append tokens to each row; last hidden states [B, S, D] of this phase."""
         counts = [len(row) for row in rows]
         width = max(counts)
         ids_BS = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=self.model.device)
-        media_NPD = self.model.project(self.encode(pictures)) if pictures else None
+        media_NPD = self.model.project(self.encode(images)) if images else None
         embeds_BSD = self.model.embed(ids_BS, media_NPD)
         states = []
         for start in range(0, width, _CHUNK):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-# B rows  H key-value heads  K columns  E head width
+# B rows  H KV heads  K columns  E head width
 
 
 class BatchKVLayer(CacheLayerMixin):
@@ -84,7 +84,7 @@ class BatchKVCache(Cache):
         super().__init__(layers=[BatchKVLayer(capacity) for _ in range(num_layers)])
 
     def expand(self, rows: Tensor) -> None:
-        """Duplicate, drop or reorder rows: several questions go on from one picture's prefix."""
+        """Duplicate, drop or reorder rows: several questions go on from one image's prefix."""
         for layer in self.layers:
             if layer.is_initialized:
                 layer.expand(rows)

@@ -1,4 +1,4 @@
-"""Continuous batching: requests join and leave a running batch at every step."""
+"""Continuous batching: requests join and leave the running batch at every step."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class BatcherStats:
-    """Where a batcher stands, and what it has done since it was made.
+    """Current state of a batcher, and counters since its creation.
 
-    kv_tokens_used:       tokens of running requests in memory; kv_tokens_kept are those left by finished ones.
-    prompt_tokens:        of all requests that were begun; cached_prompt_tokens of them were not computed again.
-    finished:             requests that got their answer; the others were cancelled (or ran out of time), or failed.
+    kv_tokens_used:   KV cache tokens of running requests; kv_tokens_cached: of finished ones, kept as prefix cache.
+    prompt_tokens:    prompt tokens of all started requests; cached_prompt_tokens of them came from the prefix cache.
+    finished:         answered requests; others were cancelled (including timeouts) or failed.
     """
 
     running: int
     waiting: int
     kv_tokens_used: int
-    kv_tokens_kept: int
+    kv_tokens_cached: int
     kv_tokens_total: int
     prompt_tokens: int
     new_tokens: int
@@ -45,9 +45,9 @@ class BatcherStats:
 
 
 class Batcher:
-    """Answers requests of many threads with one engine, all of them together in one batch.
+    """Answers the requests of many threads in one running batch of an engine.
 
-    An answer does not depend on its neighbours: it is that of `Engine.complete` for the conversation alone.
+    An answer does not depend on the other requests: it equals that of `Engine.complete` for the conversation alone.
     """
 
     def __init__(
@@ -61,21 +61,21 @@ class Batcher:
     ) -> None:
         """max_num_seqs: requests in the running batch; max_queue: requests that may wait.
 
-        kv_tokens:     tokens whose keys and values are kept in memory; 0 is the context of every slot, as far as the
-                       memory goes: 2 GiB on a CPU, half of what is free on CUDA.
-        prefill_chunk: tokens of prompts that a step computes at most, which bounds how long running answers wait.
-        Raises ConfigError for impossible numbers, and for a model whose attention cannot be batched so.
+        kv_tokens:     capacity of the KV cache in tokens; 0: the context length times max_num_seqs, limited to 2 GiB on
+                       a CPU and to half of the free memory on CUDA.
+        prefill_chunk: maximum prompt tokens per step, which bounds the delay of running answers.
+        Raises ConfigError for invalid values, and for a model whose attention does not support continuous batching.
         """
         given = {"max_num_seqs": max_num_seqs, "max_queue": max_queue, "prefill_chunk": prefill_chunk}
-        problems = [f"{name}={value!r}: a whole number from 1" for name, value in given.items() if value < 1]
+        problems = [f"{name}={value!r}: expected an integer from 1" for name, value in given.items() if value < 1]
         if kv_tokens < 0 or 0 < kv_tokens < 16:
-            problems.append(f"kv_tokens={kv_tokens!r}: at least 16, or 0 for what the memory allows")
+            problems.append(f"kv_tokens={kv_tokens!r}: expected at least 16, or 0 for the default")
         if problems:
             raise ConfigError.collect("batcher", problems)
         self.engine, self.max_queue = engine, max_queue
         self._run = engine._model_runner(max_num_seqs, kv_tokens)
-        self._slots = KVRows(self._run.pool, max_num_seqs)
-        self._turn = Scheduler(self._run, self._slots, prefill_chunk, engine.processor.pixels)
+        self._rows = KVRows(self._run.pool, max_num_seqs)
+        self._scheduler = Scheduler(self._run, self._rows, prefill_chunk, engine.processor.pixels)
         self._waiting: deque[Request] = deque()
         self._changed = threading.Condition()
         self._accepting, self._closed = True, False
@@ -84,13 +84,13 @@ class Batcher:
         self._failure: BaseException | None = None
 
     def start(self) -> None:
-        """Begin to work, in a thread of its own."""
+        """Start the worker thread."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="vila-batcher", daemon=True)
             self._thread.start()
 
     def close(self) -> None:
-        """Stop after the step that is running; requests that are not answered end with ClosedError."""
+        """Stop after the current step; unfinished requests end with ClosedError."""
         with self._changed:
             self._accepting, self._closed = False, True
             self._changed.notify_all()
@@ -100,14 +100,14 @@ class Batcher:
             self._thread.join()
 
     def drain(self, timeout: float) -> bool:
-        """Take no new requests and finish those that are here; False when some are left after `timeout` seconds."""
+        """Reject new requests and finish the others; return False if some are unfinished after `timeout` seconds."""
         with self._changed:
             self._accepting = False
-            return self._changed.wait_for(lambda: not (self._waiting or self._turn.running or self._busy), timeout)
+            return self._changed.wait_for(lambda: not (self._waiting or self._scheduler.running or self._busy), timeout)
 
     @property
     def is_alive(self) -> bool:
-        """False once the worker thread has ended by an error: nothing is answered any more until a restart."""
+        """False once the worker thread has ended by an error; the process has to be restarted then."""
         return self._failure is None
 
     def __enter__(self) -> Batcher:
@@ -127,53 +127,54 @@ class Batcher:
         on_event: OnEvent = lambda event: None,
         owner: str = "",
     ) -> RequestHandle:
-        """Queue a conversation. Its prompt and images are made ready in the caller's thread.
+        """Queue a conversation. Its prompt and images are prepared in the caller's thread.
 
-        timeout:  seconds from now within which the answer must be complete; it ends with DeadlineError otherwise.
-        on_event: is called from the worker's thread for every piece of text, and once at the end: with an event that
-                  has `finish`, or with what ended the request. It should return at once.
-        owner:    whoever asks. Of the waiting requests those of the owner with the fewest running ones come first.
-        Raises what `Engine.complete` raises, MediaError for a picture that cannot be read, ContextOverflowError for
-        what exceeds the memory of the batcher, QueueFullError when too many wait, ClosedError when it is closed.
+        timeout:  seconds until the request ends with DeadlineError.
+        on_event: called from the worker thread for every piece of text, and at the end with an event that has `finish`
+                  or with the error. It must not block.
+        owner:    client name for fair scheduling: the owner with the fewest running requests is served first.
+        Raises what `Engine.complete` raises, MediaError for an unreadable image, ContextOverflowError for a request
+        larger than the KV cache, QueueFullError, and ClosedError if the batcher is closed.
         """
         self._check_open()
         chosen = sampling or SamplingParams()
         job = self.engine._job(messages, chosen, template)
-        unknown = self.engine._features.missing(job.prompt.pictures)
+        unknown = self.engine._features.missing(job.prompt.images)
         request = Request(
-            ticket=RequestHandle(len(job.prompt.ids), job.answer, job.dropped, on_event),
+            handle=RequestHandle(len(job.prompt.ids), job.answer, job.dropped, on_event),
             prompt=job.prompt,
             keys=content_keys(job.prompt),
             sampling=chosen,
             answer=job.answer,
-            pixels={picture.key: self.engine.processor.pixels([picture.image])[0] for picture in unknown},
+            pixels={image.key: self.engine.processor.pixels([image.image])[0] for image in unknown},
             deadline=math.inf if timeout is None else time.monotonic() + timeout,
             owner=owner,
         )
-        if not self._slots.fits_ever(request.columns):
+        if not self._rows.fits_ever(request.columns):
             raise ContextOverflowError(
-                f"the prompt has {len(request.keys)} tokens and the answer may have {chosen.max_new_tokens}, but the "
-                f"memory for all requests holds {self._run.pool.tokens}; shorten them, or raise kv_tokens"
+                f"the prompt has {len(request.keys)} tokens and the answer up to {chosen.max_new_tokens}, but the KV "
+                f"cache holds {self._run.pool.tokens}",
+                hint="shorten them, or raise kv_tokens",
             )
-        request.ticket.on_cancel = self._poke
+        request.handle.on_cancel = self._notify
         with self._changed:
             self._check_open()
             if len(self._waiting) >= self.max_queue:
-                wait = min(60.0, max(1.0, self._turn.seconds * len(self._waiting) / self._slots.most))
-                raise QueueFullError(f"{len(self._waiting)} requests wait already; ask again in {wait:.0f} s", wait)
+                wait = min(60.0, max(1.0, self._scheduler.seconds * len(self._waiting) / self._rows.max_rows))
+                raise QueueFullError(f"{len(self._waiting)} requests are queued; retry in {wait:.0f} s", wait)
             self._waiting.append(request)
             self._changed.notify_all()
-        return request.ticket
+        return request.handle
 
     def stats(self) -> BatcherStats:
-        """Where the batcher stands now."""
+        """Return the current statistics."""
         with self._changed:
-            counts = self._turn.counts
+            counts = self._scheduler.counts
             return BatcherStats(
-                running=len(self._turn.running),
+                running=len(self._scheduler.running),
                 waiting=len(self._waiting),
-                kv_tokens_used=self._slots.tokens_owned,
-                kv_tokens_kept=self._slots.tokens_kept,
+                kv_tokens_used=self._rows.tokens_owned,
+                kv_tokens_cached=self._rows.tokens_cached,
                 kv_tokens_total=self._run.pool.tokens,
                 **vars(counts),
             )
@@ -182,9 +183,9 @@ class Batcher:
         if self._failure is not None:
             raise _dead(self._failure)
         if not self._accepting:
-            raise ClosedError("the batcher takes no new requests: it is closed, or finishing those that it has")
+            raise ClosedError("the batcher accepts no new requests: it is closed or draining")
 
-    def _poke(self) -> None:
+    def _notify(self) -> None:
         with self._changed:
             self._changed.notify_all()
 
@@ -202,49 +203,49 @@ class Batcher:
     def _loop(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._waiting or self._turn.running)
+                self._changed.wait_for(lambda: self._closed or self._waiting or self._scheduler.running)
                 if self._closed:
                     return
                 self._busy = True
             try:
                 self._admit()
-                self._turn.take()
+                self._scheduler.step()
             except torch.AcceleratorError:
                 raise
-            except Exception as error:  # noqa: BLE001 - the worker outlives whatever a step dies of; its owners hear of it
-                _log.exception("a step failed; the requests that were running end")
-                self._turn.fail(error)
+            except Exception as error:  # noqa: BLE001 - the worker survives any error of a step; the requests end with it
+                _log.exception("a step failed; all running requests end")
+                self._scheduler.fail(error)
             with self._changed:
                 self._busy = False
                 self._changed.notify_all()
 
     def _admit(self) -> None:
-        """Admit requests as long as there is room, and end those that are cancelled or late."""
+        """Admit queued requests while KV rows are free, and end those that are cancelled or timed out."""
         now = time.monotonic()
         with self._changed:
-            unwanted = [(request, error) for request in self._waiting if (error := request.verdict(now))]
+            unwanted = [(request, error) for request in self._waiting if (error := request.ending_error(now))]
             for request, _ in unwanted:
                 self._waiting.remove(request)
         for request, error in unwanted:
-            self._turn.end(request, error)
+            self._scheduler.end(request, error)
         while chosen := self._next():
             try:
-                slot = self._slots.place(chosen.keys, chosen.columns)
+                row = self._rows.allocate(chosen.keys, chosen.columns)
             except Exception as failure:
                 with self._changed:
                     self._waiting.remove(chosen)
-                self._turn.end(chosen, failure)
+                self._scheduler.end(chosen, failure)
                 raise
-            if slot is None:
+            if row is None:
                 return
             with self._changed:
                 self._waiting.remove(chosen)
-                self._turn.join(chosen, slot)
+                self._scheduler.add(chosen, row)
 
     def _next(self) -> Request | None:
         """The waiting request to admit next: the first one of the owner with the fewest running requests."""
         with self._changed:
-            running = Counter(request.owner for request in self._turn.running)
+            running = Counter(request.owner for request in self._scheduler.running)
             return min(self._waiting, key=lambda request: running[request.owner], default=None)
 
     def _end_all(self) -> None:
@@ -252,10 +253,10 @@ class Batcher:
             waiting = list(self._waiting)
             self._waiting.clear()
         closed = ClosedError("the batcher was closed before the answer was complete")
-        for request in (*waiting, *self._turn.running):
-            self._turn.end(request, closed if self._failure is None else _dead(self._failure))
-        self._poke()
+        for request in (*waiting, *self._scheduler.running):
+            self._scheduler.end(request, closed if self._failure is None else _dead(self._failure))
+        self._notify()
 
 
 def _dead(cause: BaseException) -> EngineDeadError:
-    return EngineDeadError(f"the engine's thread ended by {type(cause).__name__}; restart the program")
+    return EngineDeadError(f"the engine's thread ended by {type(cause).__name__}", hint="restart the process")

@@ -1,4 +1,4 @@
-"""Making a prompt fit the model's context, or saying that it does not, before any work."""
+"""Checks a prompt against the context length, or drops its oldest turns."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def fit_prompt(
     answer: int,
     overlong: Literal["error", "truncate"] = "error",
 ) -> tuple[Tokens, int]:
-    """The prompt of a conversation, and how many of its messages were left out to make room.
+    """Return the tokens of a prompt that fits the context, and the number of dropped messages.
 
-    context:  tokens that the model can hold.
-    answer:   tokens that the answer may have.
-    overlong: `truncate` leaves out the oldest exchanges (a user's turn and what answers it) until the rest fits; the
-              system text and the last question always stay, and no turn is cut.
-    Raises ContextOverflowError with the numbers when the prompt, or what may not be left out of it, does not fit.
+    context:  context length of the model in tokens.
+    answer:   maximum number of new tokens.
+    overlong: `truncate` drops the oldest exchanges (a user turn and its answer) until the rest fits. The system
+              message and the last question are never dropped, and turns are never cut.
+    Raises ContextOverflowError if the prompt does not fit.
     """
     cuts = droppable(messages) if overlong == "truncate" else [0]
     for dropped in cuts:
@@ -40,18 +40,18 @@ def fit_prompt(
 
 
 def droppable(messages: Sequence[Message]) -> list[int]:
-    """How many messages may go, from none to all before the last question: every number ends with a whole exchange."""
-    start = _system(messages)
+    """Return the numbers of leading messages that can be dropped: 0 and every end of an exchange."""
+    start = _num_system(messages)
     questions = [place - start for place, message in enumerate(messages) if message.role == "user"]
     return sorted({0, *(place for place in questions if place > 0)})
 
 
 def without_oldest(messages: Sequence[Message], count: int) -> Sequence[Message]:
-    """The conversation without the `count` messages that follow its system text."""
-    start = _system(messages)
+    """Return the conversation without the `count` messages after its system messages."""
+    start = _num_system(messages)
     return [*messages[:start], *messages[start + count :]] if count else messages
 
 
-def _system(messages: Sequence[Message]) -> int:
-    """The number of system messages at the beginning."""
+def _num_system(messages: Sequence[Message]) -> int:
+    """Return the number of leading system messages."""
     return next((place for place, message in enumerate(messages) if message.role != "system"), len(messages))

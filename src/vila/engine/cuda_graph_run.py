@@ -29,11 +29,11 @@ class CudaGraphRun:
 
     @property
     def order(self) -> list[int]:
-        """Index of the prompt that stands in each row."""
+        """Index of the prompt in each batch row."""
         return self.prompts.order
 
     def prefill(self, prompts: Sequence[Prompt], groups: Sequence[Group]) -> Tensor:
-        """Logits [B, V] after each prompt, rows in `order`."""
+        """Return logits [B, V] after each prompt, rows in `order`."""
         return self.prompts.prefill(prompts, groups)
 
     def step(self, ids_B: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ class CudaGraphRun:
         return logits_BV if len(self._rows) == step.rows else logits_BV[self._rows]
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with these rows only."""
+        """Keep only these rows."""
         step = self._step
         if step is None:
             return self.prompts.keep(rows)
@@ -57,12 +57,12 @@ class CudaGraphRun:
         return None
 
     def verify(self, ids: Sequence[int]) -> Tensor:
-        """Logits [N, V] after each of N more tokens in the only row."""
+        """Append N tokens to the single row; return logits [N, V] after each."""
         self._leave()
         return self.prompts.verify(ids)
 
     def rewind(self, count: int) -> None:
-        """Take back the last `count` tokens of the only row."""
+        """Remove the last `count` tokens of the single row."""
         self._leave()
         self.prompts.rewind(count)
 
@@ -78,7 +78,7 @@ class CudaGraphRun:
                 self._step = None
 
     def logits_at(self, prompts: Sequence[Prompt], places: Sequence[Sequence[int]]) -> Iterator[Tensor]:
-        """Logits [N, V] after the wanted places of each of whole prompts."""
+        """Yield logits [N, V] at the given positions of each prompt."""
         return self.prompts.logits_at(prompts, places)
 
     def _enter(self) -> CudaGraphStep:

@@ -18,7 +18,7 @@ from vila.engine.ragged_attention import use_ragged_attention
 from vila.families import attention_windows
 from vila.model.modeling import VilaForConditionalGeneration
 
-# B rows  H query heads  G key-value heads  E head width  C columns  K columns that a step reads  V vocab
+# B rows  H query heads  G KV heads  E head width  C columns  K columns that a step reads  V vocab
 
 _BUCKET = 256
 """A step reads this many columns, or twice, three times as many: whatever is filled, rounded up."""
@@ -37,7 +37,7 @@ class CudaGraphStep:
         self.model, self.rows, self.columns = model, rows, columns
         device, layers = like.device, int(model.config.text_config.num_hidden_layers)
         shape = (rows, like.shape[1], columns, like.shape[3])
-        # What a mask hides is still multiplied, by zero, so it must be finite.
+        # Masked values are still multiplied by zero, so they must be finite.
         self.keys = [like.new_zeros(shape) for _ in range(layers)]
         self.values = [like.new_zeros(shape) for _ in range(layers)]
         self.places_BC = torch.full((rows, columns), PADDING, dtype=torch.long, device=device)
@@ -50,7 +50,7 @@ class CudaGraphStep:
         self.captures = 0
         self._windows = set(attention_windows(model.config.text_config))
         self._logits_BV: Tensor | None = None
-        # A mask of four dimensions is handed on untouched, so none is made; attention does not look at it.
+        # transformers passes a 4D mask on unchanged and builds none; ragged attention ignores it.
         self._no_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
         self._graphs: dict[int, Any] = {}
 
@@ -138,7 +138,7 @@ class _Attention:
         keys, values = self.step.keys[layer], self.step.values[layer]
         keys.index_copy_(2, self.step.column_1, key_GBE.transpose(0, 1)[:, :, None])
         values.index_copy_(2, self.step.column_1, value_GBE.transpose(0, 1)[:, :, None])
-        # Heads that share keys stand where a prompt's tokens would: no key is read or copied twice.
+        # Query heads of a KV head take the sequence dimension, so that no key is read or copied twice.
         query_BGgE = query_HBE.transpose(0, 1).unflatten(1, (keys.shape[1], -1))
         out = F.scaled_dot_product_attention(
             query_BGgE,

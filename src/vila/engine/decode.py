@@ -45,7 +45,7 @@ class TokenSampler:
         return ids_B, [None] * len(ids_B)
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Go on with these rows only."""
+        """Keep only these rows."""
         self._generators = [self._generators[row] for row in rows] if self._generators else []
         if self._seen_BV is not None:
             self._seen_BV = self._seen_BV[list(rows)]
@@ -56,7 +56,7 @@ class TokenSampler:
 
 
 def text_of(prompt: Prompt) -> list[int]:
-    """The ids of a prompt; -1 where a picture stands."""
+    """The ids of a prompt; -1 where a image stands."""
     ids = list(prompt.ids)
     for start, count in prompt.runs:
         ids[start : start + count] = [_NO_TOKEN] * count
@@ -129,7 +129,7 @@ def _try_ahead(run: Run, prompt: Prompt, answer: Answer, sampling: SamplingParam
             ids_1, reports = sampler.choose(logits_NV[place : place + 1])
             token = int(ids_1)
             going = answer.take(token, reports[0])
-            lookup.take(token)
+            lookup.append(token)
             right = place < len(draft) and draft[place] == token
             answer.accepted_tokens += right
             if not going or len(answer.ids) == sampling.max_new_tokens:

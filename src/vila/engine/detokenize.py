@@ -1,6 +1,6 @@
-"""Token ids to text: byte tokens as SentencePiece decodes them, and text that grows token by token.
+"""Detokenization: byte tokens as SentencePiece decodes them, and incremental decoding of a growing token list.
 
-The text of a growing list of tokens is decoded a few tokens at a time, and is still that of the whole list.
+Incremental decoding decodes a few tokens at a time and gives the same text as decoding the whole list.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-_HALF_CHARACTER = "\N{REPLACEMENT CHARACTER}"
+_PARTIAL_CHARACTER = "\N{REPLACEMENT CHARACTER}"
 _MAX_CHARACTER_BYTES = 4
 _BYTE_TOKENS = {f"<0x{byte:02X}>": byte for byte in range(256)}
 
@@ -20,9 +20,9 @@ Decode = Callable[[Sequence[int]], str]
 class Detokenizer:
     """Ids to text for one tokenizer.
 
-    decode: ids to text, special tokens left out.
-    closes: whether text that ends with this token, and in no replacement character, is final. Tokens that `decode`
-            leaves out are not, because a run of byte tokens goes on behind them.
+    decode: ids to text, without special tokens.
+    closes: whether text that ends with this token (and not in a replacement character) is final. Tokens that `decode`
+            skips are not, because a run of byte tokens may continue after them.
     """
 
     decode: Decode
@@ -39,11 +39,11 @@ def detokenizer_of(tokenizer: Any) -> Detokenizer:
 def decoder_of(tokenizer: Any, *, skip_special_tokens: bool = True) -> Decode:
     """Return the function from ids to text of a transformers tokenizer; ids past the vocabulary are left out.
 
-    A run of byte tokens (`<0xE2>`) that is not valid UTF-8 keeps its valid characters and has one replacement character
-    for each other byte, as SentencePiece decodes it; the `tokenizers` library replaces every byte of such a run.
+    In a run of byte tokens (`<0xE2>`) that is not valid UTF-8, valid characters are kept and every other byte becomes a
+    replacement character, as in SentencePiece; the `tokenizers` library replaces every byte of such a run.
     """
     backend = tokenizer.backend_tokenizer
-    # A decoder without byte fallback takes such tokens for text.
+    # Decoders without byte fallback treat such tokens as text.
     joins_bytes = backend.decoder is not None and backend.decoder.decode(["<0x61>"]) == "a"
     special = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
     skipped = special if skip_special_tokens else frozenset()
@@ -54,7 +54,7 @@ def decoder_of(tokenizer: Any, *, skip_special_tokens: bool = True) -> Decode:
             split = list(_split_runs([token for token in tokens if token is not None]))
             if "" in split:
                 return str(backend.decoder.decode(split))
-        # Cleaning up would take away spaces before punctuation that the model wrote.
+        # Clean-up would remove spaces before punctuation that the model generated.
         text = tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
         return str(text)
 
@@ -62,7 +62,7 @@ def decoder_of(tokenizer: Any, *, skip_special_tokens: bool = True) -> Decode:
 
 
 def _split_runs(tokens: Sequence[str]) -> Iterator[str]:
-    """Yield the tokens, with "" around each byte that is part of no character: the decoder ends a run there."""
+    """Yield the tokens, with "" around each byte outside a character, at which the decoder ends a run."""
     start = 0
     while start < len(tokens):
         end = start
@@ -79,7 +79,7 @@ def _split_runs(tokens: Sequence[str]) -> Iterator[str]:
 
 
 def _characters(run: bytes) -> Iterator[tuple[int, int, bool]]:
-    """Yield start, end and validity of each UTF-8 character, or of each single byte that begins none."""
+    """Yield start, end and validity of each UTF-8 character, or of each byte that starts none."""
     start = 0
     while start < len(run):
         size = next((n for n in range(1, _MAX_CHARACTER_BYTES + 1) if _is_utf8(run[start : start + n])), 0)
@@ -97,11 +97,11 @@ def _is_utf8(raw: bytes) -> bool:
 
 @dataclass
 class TextStream:
-    """Text that grows token by token: `settled` is final, `unsettled` may still change with the next token.
+    """Incrementally decoded text: `settled` is final, `unsettled` may change with the next token.
 
-    `settled + unsettled` is at every moment the text of all tokens so far. Only the tokens since the last settled one
-    are decoded again, together with that one: a decoder treats the first token of a text apart (LLaMA's loses its
-    space), and so the settled one takes that place.
+    `settled + unsettled` is always the text of all tokens so far. Only the tokens from the last settled one on are
+    decoded again; that one is included because decoders treat the first token of a text differently (LLaMA's drops
+    its leading space).
     """
 
     detokenizer: Detokenizer
@@ -115,7 +115,7 @@ class TextStream:
         self._window.append(token)
         text = self.detokenizer.decode(self._window)
         self.unsettled = text[len(self._known) :]
-        if self.detokenizer.closes(token) and not text.endswith(_HALF_CHARACTER):
+        if self.detokenizer.closes(token) and not text.endswith(_PARTIAL_CHARACTER):
             self.settled += self.unsettled
             self.unsettled = ""
             self._window = [token]

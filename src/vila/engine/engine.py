@@ -1,4 +1,4 @@
-"""The engine: conversations in, text or log-probabilities out."""
+"""The `Engine`: generates, streams and scores text for conversations."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from vila.engine.onnx.weights import ActivationBits, HeadBits
 
 Conversation = Sequence[Message | Mapping[str, Any]]
-"""Messages of ours, or of the Hugging Face form: role and content, a string or a list of parts."""
+"""`Message`s, or dicts in the Hugging Face format: role and content, a string or a list of parts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,20 +99,21 @@ class Engine:
         events: Events = SILENT,
         **loading: Any,
     ) -> Engine:
-        """The engine of a checkpoint. dtype: `auto` is bfloat16 where the hardware computes it.
+        """Load a checkpoint and return its engine.
 
-        backend:    `onnx` computes the LLM by onnxruntime, on a CPU alone: float32 where weights are not 4-bit.
-                    `auto` takes it for 4-bit models, where it is installed.
-        head_bits:  of the onnx backend; 8 and 4 round the head, which is faster and less exact. 0 is 8 for a 4-bit
-                    model, else 32.
-        activation_bits: of the onnx backend with 4-bit weights: 8 rounds to int8, 16 to two of them, 32 to float32;
-                    0 is 8.
-        threads:    of the onnx backend; 0 for as many as torch uses.
+        dtype:           `auto` is bfloat16 if the hardware supports it.
+        backend:         `onnx` runs the LLM with onnxruntime (CPU only), in float32 unless the weights are 4-bit.
+                         `auto` uses it for 4-bit models if it is installed.
+        head_bits:       onnx: bits of the LM head's weights; 8 and 4 are faster and less exact. 0: 8 for a 4-bit model,
+                         else 32.
+        activation_bits: onnx with 4-bit weights: 8 rounds activations to int8, 16 to two int8 values, 32 keeps float32.
+                         0: 8.
+        threads:         onnx: number of threads; 0: as many as torch.
         prefix_cache_bytes: see the constructor.
-        events:     is told which backend was chosen.
-        loading:    further arguments of `load_model`.
+        events:          logs the chosen backend.
+        loading:         further arguments of `load_model`.
 
-        Raises ConfigError when onnxruntime is missing, or cannot compute this model or run on this device.
+        Raises ConfigError if onnxruntime is missing, or does not support the model or the device.
         """
         check_backend(backend, head_bits, threads, str(device), activation_bits)
         kind = choose_dtype(dtype, device) if dtype == "auto" else dtype
@@ -132,9 +133,9 @@ class Engine:
         events: Events = SILENT,
         **options: Any,
     ) -> Engine:
-        """The engine of a model that is there already, computed by the fastest that a backend has for it.
+        """Return the engine of a loaded model with the fastest implementation of a backend.
 
-        options: of `choose_program`, which says what is refused.
+        options: of `choose_program`, which documents the errors.
         """
         program = choose_program(model, backend, **options, events=events)
         cuda_graph = program is None and choose_cuda_graph(model, events)
@@ -150,18 +151,18 @@ class Engine:
 
     @property
     def backend(self) -> str:
-        """What computes the LLM: `torch`, or `onnx` with the bits of its head, and of activations where not int8."""
+        """`torch`, or `onnx` with the bits of the LM head, and of activations unless they are int8."""
         if self._program is None:
             return "torch"
         activations = self._program.activation_bits
-        rounded = "" if activations == 8 else f", activations of {activations} bits"
-        return f"onnx, head of {self._program.head_bits} bits{rounded}"
+        rounded = "" if activations == 8 else f", {activations}-bit activations"
+        return f"onnx, {self._program.head_bits}-bit head{rounded}"
 
     def with_vision(self, *, image_mode: ImageMode | None = None, exif_orientation: bool | None = None) -> Engine:
-        """An engine on the same weights with other vision settings; see `VilaProcessor.with_vision`.
+        """Return an engine on the same weights with other vision settings; see `VilaProcessor.with_vision`.
 
-        It shares no features and prefixes with this one, but the program and the buffers of its steps: use one of the
-        two at a time.
+        It has its own vision and prefix cache, but shares the buffers of decode steps: use only one of the two at a
+        time.
         """
         processor = self.processor.with_vision(image_mode=image_mode, exif_orientation=exif_orientation)
         if processor is self.processor:
@@ -175,7 +176,7 @@ class Engine:
     def generate(
         self, messages: Conversation, sampling: SamplingParams | None = None, *, template: str = "", **options: Any
     ) -> str:
-        """The answer to a conversation. It may hold any turns that the template can express, see `chat.render`."""
+        """Return the answer to a conversation, with any turns that the template supports, see `chat.render`."""
         return self.complete([messages], sampling, template=template, **options)[0].text
 
     def generate_batch(
@@ -186,7 +187,7 @@ class Engine:
         template: str = "",
         **options: Any,
     ) -> list[str]:
-        """The answers to conversations that end with the user's turn, run as one batch."""
+        """Return the answers to conversations that end with a user turn, computed as one batch."""
         return [answer.text for answer in self.complete(conversations, sampling, template=template, **options)]
 
     def complete(
@@ -197,9 +198,9 @@ class Engine:
         template: str = "",
         **options: Any,
     ) -> list[Generation]:
-        """Answers with their tokens and how they ended, run as one batch.
+        """Return the answers with their tokens and finish reasons, computed as one batch.
 
-        Conversations about the same pictures share the computation of their common prefix.
+        The common prefix of conversations about the same images is computed once.
         """
         chosen = choose_sampling(sampling, options)
         jobs = [self._job(messages, chosen, template) for messages in conversations]
@@ -211,9 +212,9 @@ class Engine:
     def stream(
         self, messages: Conversation, sampling: SamplingParams | None = None, *, template: str = "", **options: Any
     ) -> Iterator[TokenEvent]:
-        """The answer piece by piece; the pieces joined and stripped are the text that `generate` gives.
+        """Yield the answer in pieces, which joined and stripped are the result of `generate`.
 
-        A character whose bytes are not complete yet, and what may become a stop string, wait for the next token.
+        Partial characters and possible beginnings of stop strings are held back until the next token.
         """
         chosen = choose_sampling(sampling, options)
         return self._events(self._job(messages, chosen, template), chosen)
@@ -222,7 +223,7 @@ class Engine:
         answer = job.answer
         shown = 0
         for _ in self._decode([job], sampling):
-            text = answer.certain_text
+            text = answer.final_text
             if answer.finish is None and len(text) > shown:
                 yield TokenEvent(text[shown:])
                 shown = len(text)
@@ -230,7 +231,7 @@ class Engine:
 
     @torch.inference_mode()
     def score(self, conversations: Sequence[Conversation], *, template: str = "") -> list[list[float]]:
-        """Log-probabilities of the supervised tokens (answers and their ends) of whole conversations, one list each."""
+        """Return the log-probabilities of the supervised tokens (answers and their end tokens) of each conversation."""
         if not conversations:
             return []
         gap = self.processor.find_template(template).media_gap
@@ -245,7 +246,8 @@ class Engine:
         longest = max(len(row.ids) for row in rows)
         if longest > self._context:
             raise ContextOverflowError(
-                f"a conversation to score has {longest} tokens, but the model's context holds {self._context}"
+                f"a conversation to score has {longest} tokens, but the model's context holds {self._context}",
+                hint="shorten it",
             )
         places = [[place for place, label in enumerate(row.labels) if place and label != IGNORE] for row in rows]
         before = [[place - 1 for place in wanted] for wanted in places]
@@ -268,7 +270,7 @@ class Engine:
         return OnnxBatchRun(self.model, self._features, self._program, capacity, self.prefix_cache)
 
     def _model_runner(self, rows: int, tokens: int) -> ModelRunner:
-        """What a batch runs on that requests join and leave; tokens: of its memory, 0 for the default."""
+        """Return the model runner for continuous batching; tokens: KV cache capacity, 0: the default."""
         dtype = kv_dtype(self.model) if self._program is None else torch.float32
         tokens = tokens or default_tokens(self.model, rows, dtype)
         if self._program is None:
@@ -278,7 +280,7 @@ class Engine:
         return OnnxRunner(self.model, self._features, tokens, self._program)
 
     def _job(self, messages: Conversation, sampling: SamplingParams, template: str) -> _Job:
-        # Videos are decoded once, however many turns are left out.
+        # Videos are decoded once, however many turns are dropped.
         gap = self.processor.find_template(template).media_gap
         tokens, dropped = fit_prompt(
             self.processor.expand_videos(parse_messages(messages), gap, shrink=self.processor.spec),
@@ -288,7 +290,7 @@ class Engine:
             overlong=sampling.overlong,
         )
         if not tokens.ids:
-            raise DataError("the prompt has no token: neither text nor a picture, and a template without a beginning")
+            raise DataError("the prompt has no tokens: no text, no image, and a template without a prefix")
         return _Job(build_prompt(tokens), self._answer(template, sampling.stop), dropped)
 
     def _answer(self, template: str, stop: Sequence[str] = ()) -> Answer:
@@ -302,12 +304,12 @@ class Engine:
         return self.model.config.context_length
 
     def _encode(self, images: Sequence[Image]) -> Tensor:
-        """Tower features [N, P, C]."""
+        """Return tower features [N, P, C]."""
         return self.model.vision_features(self.processor.pixels(images).to(self.model.device))
 
 
 def _stop_ids(model: VilaForConditionalGeneration, processor: VilaProcessor) -> frozenset[int]:
-    """The tokenizer's end of sequence, and the family's stop tokens that the tokenizer holds as special ones."""
+    """Return the ids of the EOS token and of the family's stop tokens that are special tokens of the tokenizer."""
     span = processor.span_tokenizer
     ids = {span.eos_id} if span.eos_id is not None else set()
     family = find_family(model.config.text_config.model_type)

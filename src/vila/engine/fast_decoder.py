@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from vila.families import attention_windows, unsupported_blocks
 from vila.model.modeling import VilaForConditionalGeneration
 
-# T tokens  H query heads  G key-value heads  E head width  D model width  V vocab
+# T tokens  H query heads  G KV heads  E head width  D model width  V vocab
 
 
 class Attention(Protocol):

@@ -1,4 +1,4 @@
-"""Key-value memory of a stated size, in rows of equal length: one for each request on its way."""
+"""KV cache pool of a fixed size, divided into rows of equal length, one per running request."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-# R rows  C columns of a row  H key-value heads  E head width  T tokens of a pass
+# R rows  C columns of a row  H KV heads  E head width  T tokens of a pass
 
 _ALIGNED = 16
-"""Columns come in multiples of this, which kernels for attention like."""
+"""Rows are multiples of this many columns, as attention kernels prefer."""
 
 
 class KVCachePool:
-    """The keys and values of all layers: `keys[layer]` and `values[layer]` are [R, H, C, E]; `buffers` has
-    both, [2, R, H, C, E].
+    """Keys and values of all layers: `keys[layer]` and `values[layer]` are [R, H, C, E], `buffers[layer]` holds both
+    as [2, R, H, C, E].
 
-    The memory is allocated once, for `tokens` tokens, and divided among rows anew when `divide` says so. All of it is
-    finite at all times, because what a mask hides is still multiplied, by zero: `clear` rows with other numbers.
+    The memory is allocated once, for `tokens` tokens; `divide` changes the number of rows. All values must be finite,
+    because masked values are still multiplied by zero: `clear` rows that may not be.
     """
 
     def __init__(
@@ -28,26 +28,25 @@ class KVCachePool:
         self.tokens, self.heads, self.width = tokens, heads, width
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
-        # Zeros come from the system untouched, so a CPU pays for what is used.
-        # One piece a layer: a system may refuse all of it at once where it gives it bit by bit.
+        # Zeros are allocated lazily on a CPU. One buffer per layer, because a system may refuse a single large one.
         self._memory = [torch.zeros(2, tokens * heads * width, dtype=dtype, device=device) for _ in range(layers)]
         self.divide(1)
 
     @property
     def columns(self) -> int:
-        """Tokens that a row holds."""
+        """Capacity of a row in tokens."""
         return self.columns_of(self.rows)
 
     def columns_of(self, rows: int) -> int:
-        """Tokens that each of so many rows would hold."""
+        """Return the capacity of a row if the pool had this many rows."""
         return self.tokens // rows // _ALIGNED * _ALIGNED
 
     def rows_for(self, columns: int) -> int:
-        """How many rows of at least `columns` there can be; 0 when not even one."""
+        """Return the maximum number of rows of at least `columns` tokens; may be 0."""
         return self.tokens // aligned(columns)
 
     def divide(self, rows: int, moved: Mapping[int, tuple[int, int]] | None = None) -> None:
-        """Make `rows` rows. moved: for rows that go on, the old row's number to the new one's and its length."""
+        """Divide the pool into `rows` rows. moved: rows to keep, from old index to new index and length."""
         moved = moved or {}
         old = list(zip(self.keys, self.values, strict=True)) if moved else []
         self.rows = rows
@@ -56,18 +55,18 @@ class KVCachePool:
         self.keys, self.values = [both[0] for both in self.buffers], [both[1] for both in self.buffers]
         for (old_keys, old_values), keys, values in zip(old, self.keys, self.values, strict=False):
             for before, after in ((old_keys, keys), (old_values, values)):
-                # The new rows overlap the old ones: everything is read before anything is written.
+                # New and old rows overlap: read everything before writing.
                 kept = [(new, before[row, :, :length].clone()) for row, (new, length) in moved.items()]
                 for new, part in kept:
                     after[new, :, : part.shape[1]] = part
 
     def copy(self, source: int, target: int, length: int) -> None:
-        """Put the first `length` tokens of a row into another one."""
+        """Copy the first `length` tokens of a row to another row."""
         for buffers in (*self.keys, *self.values):
             buffers[target, :, :length] = buffers[source, :, :length]
 
     def clear(self, rows: Sequence[int] | None = None) -> None:
-        """Make rows zero, all memory without a list of them."""
+        """Set rows to zero; None: the whole pool."""
         if rows is None:
             for memory in self._memory:
                 memory.zero_()
@@ -77,17 +76,17 @@ class KVCachePool:
                 buffers[row].zero_()
 
     def write(self, layer: int, row: int, start: int, key_HTE: Tensor, value_HTE: Tensor) -> None:
-        """Put the keys and values of tokens in a line into a row, from column `start`."""
+        """Write the keys and values of consecutive tokens to a row, from column `start`."""
         end = start + key_HTE.shape[1]
         self.keys[layer][row, :, start:end] = key_HTE
         self.values[layer][row, :, start:end] = value_HTE
 
     def scatter(self, layer: int, rows_T: Tensor, columns_T: Tensor, key_HTE: Tensor, value_HTE: Tensor) -> None:
-        """Put the keys and values of tokens into a row and a column each."""
+        """Write the keys and values of tokens, each to its row and column."""
         self.keys[layer][rows_T, :, columns_T] = key_HTE.transpose(0, 1)
         self.values[layer][rows_T, :, columns_T] = value_HTE.transpose(0, 1)
 
 
 def aligned(columns: int) -> int:
-    """`columns`, rounded up to what rows are made of."""
+    """Round a number of columns up to the alignment of rows."""
     return -(-columns // _ALIGNED) * _ALIGNED

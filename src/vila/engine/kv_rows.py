@@ -1,4 +1,4 @@
-"""Which request stands in which row of the pool, and what earlier requests left there for those that begin alike."""
+"""Allocation of KV cache rows to requests, with prefix caching: rows of finished requests serve later prompts."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from dataclasses import dataclass, field
 from vila.engine.kv_cache import KVCachePool
 from vila.engine.vision_cache import Prompt
 
-_WORTH = 16
-"""Tokens in common below which nothing is copied or waited for."""
+_MIN_SHARED = 16
+"""Shortest common prefix in tokens that is reused."""
 
 
 def content_keys(prompt: Prompt) -> list[int]:
-    """What stands at each place of a prompt: equal numbers where the text or the picture is equal."""
+    """Return a key per prompt position: the token id, or a negative hash at the placeholders of an image."""
     keys = list(prompt.ids)
-    for (start, count), picture in zip(prompt.runs, prompt.pictures, strict=True):
-        keys[start : start + count] = [-1 - int(picture.key, 16)] * count
+    for (start, count), image in zip(prompt.runs, prompt.images, strict=True):
+        keys[start : start + count] = [-1 - int(image.key, 16)] * count
     return keys
 
 
 def common_length(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many places two sequences have in common from their beginning."""
+    """Return the length of the common prefix of two sequences."""
     low, high = 0, min(len(one), len(other))
     while low < high:
         middle = (low + high + 1) // 2
@@ -34,11 +34,12 @@ def common_length(one: Sequence[int], other: Sequence[int]) -> int:
 
 @dataclass(eq=False)
 class KVRow:
-    """A row of the pool.
+    """A row of the KV cache pool.
 
-    content:  what stands in its columns so far; whoever owns the row adds what is computed.
-    expected: the whole prompt of the owner.
-    reserved: columns that the owner may need, 0 when nobody owns the row.
+    content:  content keys of the filled columns; the owner appends what it computes.
+    expected: content keys of the owner's prompt during prefill.
+    reserved: columns that the owner may need; 0 if the row has no owner.
+    used:     time of the last use, for LRU eviction.
     """
 
     row: int
@@ -49,94 +50,94 @@ class KVRow:
 
 
 class KVRows:
-    """Gives rows to requests. A row without an owner keeps its content until the room is wanted, oldest first."""
+    """Allocates rows. A row without an owner keeps its content until it is evicted, least recently used first."""
 
-    def __init__(self, pool: KVCachePool, most: int) -> None:
-        """most: rows that may have an owner at a time."""
-        self.pool, self.most = pool, most
+    def __init__(self, pool: KVCachePool, max_rows: int) -> None:
+        """max_rows: maximum number of rows with an owner."""
+        self.pool, self.max_rows = pool, max_rows
         self._clock = 0
-        pool.divide(max(1, min(most, pool.rows_for(1))))
-        self.slots = [KVRow(row) for row in range(pool.rows)]
+        pool.divide(max(1, min(max_rows, pool.rows_for(1))))
+        self.rows = [KVRow(row) for row in range(pool.rows)]
 
     @property
     def tokens_owned(self) -> int:
         """Tokens in the rows of running requests."""
-        return sum(len(slot.content) for slot in self.slots if slot.reserved)
+        return sum(len(row.content) for row in self.rows if row.reserved)
 
     @property
-    def tokens_kept(self) -> int:
-        """Tokens of finished requests that still lie in their rows."""
-        return sum(len(slot.content) for slot in self.slots if not slot.reserved)
+    def tokens_cached(self) -> int:
+        """Tokens of finished requests that are still in their rows."""
+        return sum(len(row.content) for row in self.rows if not row.reserved)
 
     def fits_ever(self, columns: int) -> bool:
-        """Whether a request of so many tokens has room when it is alone."""
+        """Whether a request of this many tokens fits when no other is running."""
         return self.pool.rows_for(columns) > 0
 
-    def place(self, keys: Sequence[int], columns: int) -> KVRow | None:
-        """A row for a request of `columns` tokens that begins with `keys`; None when it has to wait.
+    def allocate(self, keys: Sequence[int], columns: int) -> KVRow | None:
+        """Return a row for a request of `columns` tokens whose prompt has these content keys; None if it has to wait.
 
-        The row's content is what need not be computed: what the prompt has in common with any row, but for its last
-        token, whose logits are wanted. A request also waits for a neighbour that is about to compute what both
-        begin with.
+        The row's content is the longest prefix that any row has in common with the prompt, without the prompt's last
+        token, whose logits are needed. A request also waits for another one that is about to compute a longer common
+        prefix.
         """
-        owned = [slot.reserved for slot in self.slots if slot.reserved]
-        rows = min(self.most, self.pool.rows_for(max(columns, *owned, 1)))
+        owned = [row.reserved for row in self.rows if row.reserved]
+        rows = min(self.max_rows, self.pool.rows_for(max(columns, *owned, 1)))
         if len(owned) >= rows:
             return None
         begun = keys[: len(keys) - 1]
-        source = max(self.slots, key=lambda slot: common_length(slot.content, begun))
+        source = max(self.rows, key=lambda row: common_length(row.content, begun))
         shared = common_length(source.content, begun)
-        coming = max((common_length(slot.expected, begun) for slot in self.slots if slot.reserved), default=0)
-        if coming >= shared + _WORTH:
+        coming = max((common_length(row.expected, begun) for row in self.rows if row.reserved), default=0)
+        if coming >= shared + _MIN_SHARED:
             return None
-        if columns > self.pool.columns or len(owned) == len(self.slots):
+        if columns > self.pool.columns or len(owned) == len(self.rows):
             self._divide(rows, source)
             shared = min(shared, len(source.content))
-        shared = shared if shared >= _WORTH else 0
+        shared = shared if shared >= _MIN_SHARED else 0
         target = self._choose(source, shared)
         if shared and target is not source:
             self.pool.copy(source.row, target.row, shared)
             source.used = self._tick()
-        slot = KVRow(target.row, list(keys[:shared]), keys, columns, self._tick())
-        self.slots[slot.row] = slot
-        return slot
+        row = KVRow(target.row, list(keys[:shared]), keys, columns, self._tick())
+        self.rows[row.row] = row
+        return row
 
-    def release(self, slot: KVRow) -> None:
-        """The owner is done; what is in the row stays for others."""
-        slot.reserved, slot.expected, slot.used = 0, (), self._tick()
+    def release(self, row: KVRow) -> None:
+        """Give up a row; its content stays available as prefix cache."""
+        row.reserved, row.expected, row.used = 0, (), self._tick()
 
-    def forget(self, slot: KVRow) -> None:
-        """The owner is done, and what is in the row is not to be trusted."""
-        self.slots[slot.row] = KVRow(slot.row)
-        self.pool.clear([slot.row])
+    def forget(self, row: KVRow) -> None:
+        """Give up a row and clear its content."""
+        self.rows[row.row] = KVRow(row.row)
+        self.pool.clear([row.row])
 
     def forget_all(self) -> None:
-        """Begin anew."""
-        self.slots = [KVRow(row) for row in range(len(self.slots))]
+        """Clear all rows."""
+        self.rows = [KVRow(row) for row in range(len(self.rows))]
         self.pool.clear()
 
     def _choose(self, source: KVRow, shared: int) -> KVRow:
-        free = [slot for slot in self.slots if not slot.reserved]
+        free = [row for row in self.rows if not row.reserved]
         if shared and shared == len(source.content) and not source.reserved:
             return source
-        empty = [slot for slot in free if not slot.content]
-        others = [slot for slot in free if slot is not source or not shared]
-        return (empty or [min(others or free, key=lambda slot: slot.used)])[0]
+        empty = [row for row in free if not row.content]
+        others = [row for row in free if row is not source or not shared]
+        return (empty or [min(others or free, key=lambda row: row.used)])[0]
 
     def _divide(self, rows: int, source: KVRow) -> None:
-        """Cut the pool into `rows` rows. What does not fit is lost: first what was used longest ago."""
+        """Divide the pool into `rows` rows. Content that does not fit is evicted, least recently used first."""
         columns = self.pool.columns_of(rows)
-        held = [slot for slot in self.slots if slot.content or slot.reserved]
-        held.sort(key=lambda slot: (not slot.reserved, slot is not source, -slot.used))
-        for slot in held[rows:]:
-            slot.content.clear()
+        held = [row for row in self.rows if row.content or row.reserved]
+        held.sort(key=lambda row: (not row.reserved, row is not source, -row.used))
+        for row in held[rows:]:
+            row.content.clear()
         going = held[:rows]
-        for slot in going:
-            del slot.content[columns:]
-        self.pool.divide(rows, {slot.row: (new, len(slot.content)) for new, slot in enumerate(going)})
-        for new, slot in enumerate(going):
-            slot.row = new
-        self.slots = [*going, *(KVRow(row) for row in range(len(going), rows))]
+        for row in going:
+            del row.content[columns:]
+        self.pool.divide(rows, {row.row: (new, len(row.content)) for new, row in enumerate(going)})
+        for new, row in enumerate(going):
+            row.row = new
+        self.rows = [*going, *(KVRow(row) for row in range(len(going), rows))]
 
     def _tick(self) -> int:
         self._clock += 1

@@ -54,7 +54,7 @@ class PrefixCache:
     def take(self, prompt: Prompt) -> tuple[Any, int]:
         """The sequence with the longest beginning in common with a prompt, cut to that; None and 0 when there is none.
 
-        One token at least is left to compute, and a picture is shared whole or not at all.
+        One token at least is left to compute, and a image is shared whole or not at all.
         """
         keys = content_keys(prompt)
         with self._lock:
@@ -88,5 +88,5 @@ class PrefixCache:
 
 
 def _whole(length: int, prompt: Prompt) -> int:
-    """`length`, or the start of the picture in the midst of which it ends."""
+    """`length`, or the start of the image in the midst of which it ends."""
     return min([length, *(start for start, count in prompt.runs if start < length < start + count)])

@@ -1,57 +1,57 @@
-"""Drafts of the next tokens, looked up in the text so far (inference with reference, arXiv 2304.04487)."""
+"""Prompt-lookup decoding: draft tokens copied from the text so far (inference with reference, arXiv 2304.04487)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-_LONGEST, _SHORTEST = 3, 2
-"""Tokens that must agree: the last three where they stood before, else the last two."""
-_FIRST = 4
-"""Tokens of a draft before anything is known of how well they do."""
+_MAX_NGRAM, _MIN_NGRAM = 3, 2
+"""The last three tokens are looked up in the text so far, then the last two."""
+_INITIAL_DRAFT = 4
+"""Draft tokens of the first step; later steps adapt to how many were accepted."""
 
 
 class PromptLookup:
-    """A growing text that knows what followed each few tokens of it last time."""
+    """Index of the n-grams of a growing text, with the position that followed each most recently."""
 
-    def __init__(self, ids: Sequence[int], most: int) -> None:
-        """ids: the prompt; negative ones are no tokens and are never part of a draft. most: tokens of a draft."""
-        self.most = most
+    def __init__(self, ids: Sequence[int], max_draft: int) -> None:
+        """ids: the prompt; negative ids are image placeholders and never drafted. max_draft: draft tokens per step."""
+        self.max_draft = max_draft
         self._ids: list[int] = []
-        self._after: dict[tuple[int, ...], int] = {}
-        self._width = min(_FIRST, most)
+        self._next_position: dict[tuple[int, ...], int] = {}
+        self._draft_length = min(_INITIAL_DRAFT, max_draft)
         for token in ids:
-            self.take(token)
+            self.append(token)
 
-    def take(self, token: int) -> None:
-        """One more token of the text."""
-        # The last tokens are known by what follows them, so they are entered when something does.
-        place = len(self._ids)
-        for size in range(_SHORTEST, _LONGEST + 1):
-            if place >= size:
-                self._after[tuple(self._ids[place - size :])] = place
+    def append(self, token: int) -> None:
+        """Add a token of the text."""
+        # An n-gram is indexed when the token after it is known.
+        position = len(self._ids)
+        for size in range(_MIN_NGRAM, _MAX_NGRAM + 1):
+            if position >= size:
+                self._next_position[tuple(self._ids[position - size :])] = position
         self._ids.append(token)
 
     def draft(self, limit: int) -> list[int]:
-        """Tokens that may come next, at most `limit`; [] when the last ones have not stood there before."""
-        count = min(self._width, limit)
-        for size in range(_LONGEST, _SHORTEST - 1, -1):
-            start = self._after.get(tuple(self._ids[-size:])) if len(self._ids) >= size else None
+        """Return up to `limit` draft tokens; [] if the last tokens have not occurred before."""
+        count = min(self._draft_length, limit)
+        for size in range(_MAX_NGRAM, _MIN_NGRAM - 1, -1):
+            start = self._next_position.get(tuple(self._ids[-size:])) if len(self._ids) >= size else None
             if start is not None:
-                return self._from(start, count)
+                return self._copy(start, count)
         return []
 
-    def update(self, tried: int, accepted: int) -> None:
-        """How a draft did: good ones make the next longer, bad ones shorter."""
-        if tried:
-            self._width = min(self.most, 2 * self._width if accepted == tried else accepted + 1)
+    def update(self, drafted: int, accepted: int) -> None:
+        """Adapt the draft length: double it after a fully accepted draft, else shorten it to accepted + 1."""
+        if drafted:
+            self._draft_length = min(self.max_draft, 2 * self._draft_length if accepted == drafted else accepted + 1)
 
-    def _from(self, start: int, count: int) -> list[int]:
+    def _copy(self, start: int, count: int) -> list[int]:
         period = len(self._ids) - start
         found: list[int] = []
         while len(found) < count:
-            # Past the end of the text the draft repeats itself, as a text of that period would.
-            place = len(found)
-            token = self._ids[start + place] if place < period else found[place - period]
+            # Past the end of the text the draft continues periodically.
+            index = len(found)
+            token = self._ids[start + index] if index < period else found[index - period]
             if token < 0:
                 break
             found.append(token)

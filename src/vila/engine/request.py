@@ -1,4 +1,4 @@
-"""What is asked of the engine, and what it answers."""
+"""Sampling parameters of a request, and the types of answers."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are chosen and what ends an answer. Raises ConfigError listing every field that is impossible.
+    """How tokens are sampled and what ends an answer. Raises ConfigError that lists every invalid field.
 
-    The transforms of the logits are those of transformers, applied in its order: repetition penalty, temperature,
-    top_k, top_p, min_p. The last three need a temperature above 0 to matter.
+    The logits processors equal those of transformers, in its order: repetition penalty, temperature, top_k, top_p,
+    min_p. The last three have an effect only with a temperature above 0.
     """
 
     max_new_tokens: int = 128
-    """Most tokens that an answer may have."""
+    """Maximum number of new tokens."""
     temperature: float = 0.0
-    """0 takes the likeliest token; above, logits are divided by it and tokens are drawn."""
+    """0: greedy decoding. Above 0: logits are divided by it and tokens are sampled."""
     top_k: int = 0
-    """Draw from this many of the likeliest tokens; 0 is off."""
+    """Sample from the k most likely tokens; 0 disables it."""
     top_p: float = 1.0
-    """Draw from the likeliest tokens that together have this probability (arXiv 1904.09751); 1 is off."""
+    """Nucleus sampling: the most likely tokens with this total probability (arXiv 1904.09751); 1 disables it."""
     min_p: float = 0.0
-    """Draw from tokens at least this fraction as likely as the likeliest (arXiv 2407.01082); 0 is off."""
+    """Sample from tokens with at least this fraction of the maximum probability (arXiv 2407.01082); 0 disables it."""
     repetition_penalty: float = 1.0
-    """Above 1 makes tokens of the prompt's text and of the answer so far less likely (arXiv 1909.05858); 1 is off."""
+    """Values above 1 penalize tokens of the prompt's text and the answer so far (arXiv 1909.05858); 1 disables it."""
     stop: tuple[str, ...] = ()
-    """Strings that end an answer and are not part of it, besides those of the template; one string or several."""
+    """Strings that end an answer and are not part of it, in addition to those of the template; one or several."""
     logprobs: int = 0
-    """How many of the likeliest tokens to report beside each chosen one, with log-probabilities; 0 reports none."""
+    """Number of most likely alternatives to report with log-probabilities for each token; 0 reports none."""
     seed: int = 0
-    """Of the random draws. A conversation's draws depend on the seed and its place in the batch alone."""
+    """Seed of the sampling. Random numbers depend only on the seed and the index of the conversation in the batch."""
     overlong: Literal["error", "truncate"] = "error"
-    """What to do with a prompt that leaves no room for the answer: refuse it, or drop its oldest exchanges."""
+    """For a prompt too long for the context: raise an error, or drop its oldest exchanges."""
     prompt_lookup_tokens: int = 0
-    """Most tokens that a step tries ahead, taken from what followed the last few where they stood before; 0 is off.
-    It changes the speed of an answer that is made alone, and nothing else."""
+    """Prompt-lookup decoding: maximum number of draft tokens per step; 0 disables it. Used for single conversations;
+    does not change the output."""
 
     def __post_init__(self) -> None:
         given: Any = self.stop
@@ -52,35 +52,35 @@ class SamplingParams:
 
     def _problems(self) -> Iterator[str]:
         if not (_is_int(self.max_new_tokens) and self.max_new_tokens >= 1):
-            yield f"max_new_tokens={self.max_new_tokens!r}: a whole number from 1"
+            yield f"max_new_tokens={self.max_new_tokens!r}: expected an integer from 1"
         if not (_is_real(self.temperature) and (self.temperature == 0 or self.temperature >= 1e-6)):
-            yield f"temperature={self.temperature!r}: 0 (greedy), or a number from 0.000001"
+            yield f"temperature={self.temperature!r}: expected 0 (greedy) or a number from 0.000001"
         if not (_is_int(self.top_k) and self.top_k >= 0):
-            yield f"top_k={self.top_k!r}: a whole number from 1, or 0 for off"
+            yield f"top_k={self.top_k!r}: expected an integer from 1, or 0 to disable it"
         if not (_is_real(self.top_p) and 0 < self.top_p <= 1):
-            yield f"top_p={self.top_p!r}: above 0 and at most 1 (off)"
+            yield f"top_p={self.top_p!r}: expected a number above 0 and at most 1 (disabled)"
         if not (_is_real(self.min_p) and 0 <= self.min_p <= 1):
-            yield f"min_p={self.min_p!r}: between 0 (off) and 1"
+            yield f"min_p={self.min_p!r}: expected a number from 0 (disabled) to 1"
         if not (_is_real(self.repetition_penalty) and self.repetition_penalty > 0):
-            yield f"repetition_penalty={self.repetition_penalty!r}: above 0; 1 is off"
+            yield f"repetition_penalty={self.repetition_penalty!r}: expected a number above 0; 1 disables it"
         if any(not isinstance(stop, str) or not stop for stop in self.stop):
-            yield f"stop={self.stop!r}: strings that are not empty"
+            yield f"stop={self.stop!r}: expected non-empty strings"
         if not (_is_int(self.logprobs) and self.logprobs >= 0):
-            yield f"logprobs={self.logprobs!r}: a whole number from 1, or 0 for none"
+            yield f"logprobs={self.logprobs!r}: expected an integer from 1, or 0 for none"
         if not (_is_int(self.seed) and 0 <= self.seed < 2**63):
-            yield f"seed={self.seed!r}: a whole number from 0 to 2**63 - 1"
+            yield f"seed={self.seed!r}: expected an integer from 0 to 2**63 - 1"
         if not (_is_int(self.prompt_lookup_tokens) and self.prompt_lookup_tokens >= 0):
-            yield f"prompt_lookup_tokens={self.prompt_lookup_tokens!r}: a whole number from 1, or 0 for off"
+            yield f"prompt_lookup_tokens={self.prompt_lookup_tokens!r}: expected an integer from 1, or 0 to disable it"
         if self.overlong not in ("error", "truncate"):
-            yield f"overlong={self.overlong!r}: 'error' or 'truncate'"
+            yield f"overlong={self.overlong!r}: expected 'error' or 'truncate'"
 
 
 def choose_sampling(sampling: SamplingParams | None, options: Mapping[str, Any]) -> SamplingParams:
-    """`sampling`, or one made of `options`. Raises ConfigError for both at once and for names that are no fields."""
+    """Return `sampling`, or SamplingParams from `options`. Raises ConfigError for both and for unknown names."""
     if sampling is not None and options:
         raise ConfigError(
-            f"both sampling and {', '.join(options)} were given; put everything into one SamplingParams, "
-            f"or give the options alone"
+            f"both sampling and {', '.join(options)} were given",
+            hint="pass one SamplingParams, or only keyword options",
         )
     known = [field.name for field in fields(SamplingParams)]
     unknown = [name for name in options if name not in known]
@@ -91,7 +91,7 @@ def choose_sampling(sampling: SamplingParams | None, options: Mapping[str, Any])
 
 def _unknown(name: str, known: list[str]) -> str:
     near = near_names(name, known, 1)
-    return f"no option {name!r}" + (f"; did you mean {near[0]!r}?" if near else f" (known: {', '.join(known)})")
+    return f"unknown option {name!r}" + (f"; did you mean {near[0]!r}?" if near else f" (known: {', '.join(known)})")
 
 
 def _is_int(value: object) -> bool:
@@ -104,9 +104,9 @@ def _is_real(value: object) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A chosen token with its log-probability, and the likeliest tokens with theirs, likeliest first.
+    """A token with its log-probability, and the most likely tokens with theirs in descending order.
 
-    They are of the model's own distribution: before penalty, temperature and the cuts of the sampling.
+    Log-probabilities are those of the model, before penalties, temperature and truncation.
     """
 
     id: int
@@ -116,14 +116,15 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """An answer. `text` is stripped at both ends.
+    """An answer.
 
-    ids:              the new tokens, an ending stop token left out.
-    finish:           `stop` when the model ended the answer, `length` when max_new_tokens did.
-    prompt_tokens:    tokens of the prompt, slots of pictures included.
-    logprobs:         one for each of `ids` when `SamplingParams.logprobs` asked for them, else none.
-    dropped_messages: how many of the oldest messages `overlong="truncate"` left out.
-    tried, accepted:  tokens that `lookup` tried ahead, and how many of them were the model's own.
+    text:             stripped of whitespace at both ends.
+    ids:              the new tokens without the final stop token.
+    finish:           `stop`: a stop token or string; `length`: max_new_tokens.
+    prompt_tokens:    tokens of the prompt, including image placeholders.
+    logprobs:         one entry per token if `SamplingParams.logprobs` is set, else empty.
+    dropped_messages: number of oldest messages that `overlong="truncate"` dropped.
+    draft_tokens, accepted_tokens: tokens drafted by prompt lookup, and how many of them were accepted.
     """
 
     text: str
@@ -143,7 +144,7 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
-    """A piece of a streamed answer: text that became certain, and the reason on the last event."""
+    """An event of a streamed answer: text that is final, and the finish reason on the last event."""
 
     text: str
     finish: FinishReason | None = None

@@ -1,4 +1,4 @@
-"""A request on its way through the batcher: what its owner holds, and what the worker knows about it."""
+"""A request of the batcher: the handle for its owner, and the state for the worker thread."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ OnEvent = Callable[[TokenEvent | BaseException], None]
 
 
 def _nothing() -> None:
-    """What there is to do when a request is cancelled that nobody works on."""
+    """Default of `on_cancel`."""
 
 
 class RequestHandle:
-    """What the owner of a request holds: to cancel it, and to read the whole answer at its end."""
+    """Handle of a submitted request: cancels it and reads its answer."""
 
     def __init__(self, prompt_tokens: int, answer: Answer, dropped: int, on_event: OnEvent) -> None:
         self.prompt_tokens = prompt_tokens
         self.cached_tokens = 0
-        """Tokens of the prompt that an earlier request had computed; known once the answer begins."""
+        """Prompt tokens found in the prefix cache; set when the request is admitted."""
         self.cancelled = False
         self._answer, self._dropped, self._on_event = answer, dropped, on_event
         self._events: SimpleQueue[TokenEvent | BaseException] = SimpleQueue()
@@ -39,22 +39,22 @@ class RequestHandle:
         self.on_cancel: Callable[[], None] = _nothing
 
     def cancel(self) -> None:
-        """Give the request up: it ends with CancelledError at the next step, unless it has ended already."""
+        """Cancel the request: it ends with CancelledError at the next step, unless it has already ended."""
         self.cancelled = True
         self.on_cancel()
 
     @property
     def done(self) -> bool:
-        """Whether the request has ended, one way or the other."""
+        """Whether the request has ended."""
         return self._ended.is_set()
 
     @property
     def logprobs(self) -> list[TokenLogprob]:
-        """Those of the tokens so far, when the sampling asked for them."""
+        """Log-probabilities of the tokens so far, if requested."""
         return list(self._answer.logprobs)
 
     def generation(self, timeout: float | None = None) -> Generation:
-        """The whole answer; waits for its end. Raises what ended the request, and TimeoutError after `timeout`."""
+        """Wait for the answer and return it. Raises the request's error, or TimeoutError after `timeout` seconds."""
         if not self._ended.wait(timeout):
             raise TimeoutError(f"the answer is not complete after {timeout} s")
         if self._error is not None:
@@ -62,7 +62,7 @@ class RequestHandle:
         return self._answer.generation(self.prompt_tokens, self._dropped)
 
     def events(self) -> Iterator[TokenEvent]:
-        """The pieces of the answer, as they come. Raises what ended the request."""
+        """Yield the pieces of the answer. Raises the request's error."""
         while True:
             event = self._events.get()
             if isinstance(event, BaseException):
@@ -71,8 +71,8 @@ class RequestHandle:
             if event.finish:
                 return
 
-    def tell(self, event: TokenEvent | BaseException) -> None:
-        """Hand an event to the owner; the last one ends the request."""
+    def put(self, event: TokenEvent | BaseException) -> None:
+        """Pass an event to the owner; the last one ends the request."""
         if isinstance(event, BaseException):
             self._error = event
         self._events.put(event)
@@ -84,15 +84,19 @@ class RequestHandle:
 
 @dataclass(eq=False)
 class Request:
-    """A request as the worker sees it.
+    """State of a request in the worker thread.
 
-    keys:   what stands at each place of the prompt, comparable between requests.
-    pixels: of images that no earlier request brought, by their key.
-    owner:  whoever asks, for a fair order.
-    done:   tokens of the prompt and the answer that stand in the row's columns.
+    keys:   content key of each prompt position, comparable between requests; see `content_keys`.
+    pixels: preprocessed images that were not in the vision cache at submission, by key.
+    owner:  client name for fair scheduling.
+    kv_row: the KV row while the request is running.
+    done:   tokens of the prompt and the answer whose keys and values are in the KV row.
+    token:  last sampled token, -1 during prefill.
+    taken:  number of sampled tokens.
+    shown:  characters of the answer sent to the owner.
     """
 
-    ticket: RequestHandle
+    handle: RequestHandle
     prompt: Prompt
     keys: list[int]
     sampling: SamplingParams
@@ -101,7 +105,7 @@ class Request:
     deadline: float
     owner: str = ""
     begun: float = field(default_factory=time.monotonic)
-    slot: KVRow | None = None
+    kv_row: KVRow | None = None
     embeds_SD: Tensor | None = None
     embedded_from: int = 0
     done: int = 0
@@ -112,37 +116,39 @@ class Request:
 
     @property
     def columns(self) -> int:
-        """Columns that the prompt and its longest answer take; an answer's last token is not read again."""
+        """Tokens that the KV row must hold: the prompt and the longest answer without its last token."""
         return len(self.keys) + self.sampling.max_new_tokens - 1
 
     @property
-    def growing(self) -> bool:
-        """Whether the prompt is computed, so that each step gives a token."""
+    def is_decoding(self) -> bool:
+        """Whether prefill is complete, so that each step samples a token."""
         return self.token >= 0
 
     @property
-    def own_slot(self) -> KVRow:
-        """The row of a running request."""
-        assert self.slot is not None
-        return self.slot
+    def own_row(self) -> KVRow:
+        """The KV row of a running request."""
+        assert self.kv_row is not None
+        return self.kv_row
 
-    def verdict(self, now: float) -> VilaError | None:
-        """Why the request is to end before its time, if it is."""
-        if self.ticket.cancelled:
+    def ending_error(self, now: float) -> VilaError | None:
+        """Return the error of a cancelled or timed-out request, None for others."""
+        if self.handle.cancelled:
             return CancelledError("the request was cancelled")
         if now >= self.deadline:
-            return DeadlineError(f"no complete answer within {self.deadline - self.begun:.3g} s; {self.taken} tokens")
+            return DeadlineError(
+                f"the answer was not complete within {self.deadline - self.begun:.3g} s ({self.taken} tokens)"
+            )
         return None
 
     def take(self, token: int, logprob: TokenLogprob | None) -> TokenEvent | None:
-        """Add a token to the answer; the event that the owner is to see, with `finish` when it was the last one."""
+        """Add a token to the answer; return the event for the owner, with `finish` for the last token."""
         answer = self.answer
         going = answer.take(token, logprob)
         self.token = token
         self.taken += 1
         if not going or self.taken >= self.sampling.max_new_tokens:
             return TokenEvent(answer.text[self.shown :], answer.finish or "length")
-        text = answer.certain_text
+        text = answer.final_text
         if len(text) <= self.shown:
             return None
         event = TokenEvent(text[self.shown :])

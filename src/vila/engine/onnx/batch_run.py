@@ -33,7 +33,7 @@ class OnnxBatchRun:
         prefix_cache: PrefixCache | None = None,
     ) -> None:
         """capacity: tokens that a row may come to have.
-        prefixes: where a run of one row finds the beginning of its prompt, and leaves what it computed.
+        prefix_cache: read and filled by runs of a single row.
         """
         self.model, self.features, self.program = model, features, program
         self.capacity, self.prefix_cache = capacity, prefix_cache
@@ -43,7 +43,7 @@ class OnnxBatchRun:
         self._rows: _Rows | None = None
 
     def prefill(self, prompts: Sequence[Prompt], groups: Sequence[Group]) -> Tensor:
-        """Logits [B, V] after each prompt, rows in `order`."""
+        """Return logits [B, V] after each prompt, rows in `order`."""
         self.order = [index for group in groups for index in group.members]
         if len(prompts) == 1:
             return self._prefill_alone(prompts[0])
@@ -54,47 +54,47 @@ class OnnxBatchRun:
             first = len(logits)
             if group.shared:
                 head = prompts[group.members[0]]
-                rows.read(first, self._embed(head.ids[: group.shared], head.pictures)[0])
+                rows.read(first, self._embed(head.ids[: group.shared], head.images)[0])
                 for row in range(first + 1, first + len(group.members)):
                     rows.copy(first, row)
             for row, index in enumerate(group.members, first):
-                pictures = () if group.shared else prompts[index].pictures
-                logits.append(rows.read(row, self._embed(prompts[index].ids[group.shared :], pictures)[0]))
+                images = () if group.shared else prompts[index].images
+                logits.append(rows.read(row, self._embed(prompts[index].ids[group.shared :], images)[0]))
         return torch.cat(logits)
 
     def step(self, ids_B: Tensor) -> Tensor:
-        """Logits [B, V] after one more token in each row."""
+        """Append one token to each row; return logits [B, V]."""
         if self._rows is not None:
             return self._rows.step(ids_B.tolist())
         # A copy wakes torch's threads while onnxruntime's still turn: it costs a third of a small model's step.
         return self._single.step(int(ids_B))[None]
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with these rows only."""
+        """Keep only these rows."""
         kept = rows.tolist()
         self.order = [self.order[row] for row in kept]
         if self._rows is not None:
             self._rows.keep(kept)
 
     def verify(self, ids: Sequence[int]) -> Tensor:
-        """Logits [N, V] after each of N more tokens in the only row."""
+        """Append N tokens to the single row; return logits [N, V] after each."""
         if len(ids) == 1:
             return self._single.step(ids[0])[None]
         return self._single.logits_at(self._embed(ids, ()), range(len(ids)))
 
     def rewind(self, count: int) -> None:
-        """Take back the last `count` tokens of the only row."""
+        """Remove the last `count` tokens of the single row."""
         self._single.reset(self._single.length - count)
 
     def close(self, fed: Sequence[int]) -> None:
-        """Leave the cache of a row that was alone to conversations that begin alike."""
+        """End the run; the cache of a single row goes to the prefix cache."""
         if self._prompt is not None and self.prefix_cache is not None:
             self.prefix_cache.put([*content_keys(self._prompt), *fed], self._single)
 
     def logits_at(self, prompts: Sequence[Prompt], places: Sequence[Sequence[int]]) -> Iterator[Tensor]:
-        """Logits [N, V] after the wanted places of each of whole prompts."""
+        """Yield logits [N, V] at the given positions of each prompt."""
         for prompt, wanted in zip(prompts, places, strict=True):
-            yield OnnxSequence(self.program).logits_at(self._embed(prompt.ids, prompt.pictures), wanted)
+            yield OnnxSequence(self.program).logits_at(self._embed(prompt.ids, prompt.images), wanted)
 
     @property
     def _single(self) -> OnnxSequence:
@@ -104,13 +104,13 @@ class OnnxBatchRun:
     def _prefill_alone(self, prompt: Prompt) -> Tensor:
         known, length = self.prefix_cache.take(prompt) if self.prefix_cache is not None else (None, 0)
         self._alone = known or OnnxSequence(self.program)
-        unseen = [p for (start, _), p in zip(prompt.runs, prompt.pictures, strict=True) if start >= length]
+        unseen = [p for (start, _), p in zip(prompt.runs, prompt.images, strict=True) if start >= length]
         logits_V = self._single.prefill(self._embed(prompt.ids[length:], unseen))
         self._prompt = prompt
         return logits_V[None]
 
-    def _embed(self, ids: Sequence[int], pictures: Sequence[HashedImage]) -> Tensor:
-        media_NPD = self.model.project(self.features(pictures)) if pictures else None
+    def _embed(self, ids: Sequence[int], images: Sequence[HashedImage]) -> Tensor:
+        media_NPD = self.model.project(self.features(images)) if images else None
         return self.model.embed(torch.tensor([list(ids)]), media_NPD)
 
 

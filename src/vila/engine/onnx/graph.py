@@ -22,7 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from vila.engine.onnx.weights import ActivationBits, Block, DecoderWeights, Matrix
 
-# B rows  S tokens of a step  D model width  H key-value heads  C capacity  E head width  N wanted places  V vocab
+# B rows  S tokens of a step  D model width  H KV heads  C capacity  E head width  N wanted places  V vocab
 
 _OPSET, _IR_VERSION = 21, 10
 _FUSED = "com.microsoft"

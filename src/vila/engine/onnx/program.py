@@ -17,7 +17,7 @@ from vila.engine.onnx.weights import ACTIVATION_BITS, ActivationBits, HeadBits, 
 from vila.kernels.int4 import Int4Weight
 from vila.model.modeling import VilaForConditionalGeneration
 
-# B rows  S tokens  D model width  V vocab  N wanted places  H key-value heads  C columns  E head width
+# B rows  S tokens  D model width  V vocab  N wanted places  H KV heads  C columns  E head width
 
 CHUNK = 512
 """Tokens of a prompt that are computed at a time; attention takes memory of this times the filled columns a head."""
