@@ -15,7 +15,7 @@ from dataclasses import replace
 
 import torch
 
-from vila.bench.decode import forget_peak, peak_bytes
+from vila.bench.decode import peak_bytes, reset_peak_memory
 from vila.bench.model_shapes import SHAPES, random_model
 from vila.core.system import system_info
 from vila.quant.awq_search import search_model
@@ -39,7 +39,7 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, shape.vocab, (options.rows, 512), generator=generator).tolist()
     calibration = Calibration("random", "0" * 64, tuple(CalibrationSequence(tuple(row)) for row in ids))
-    forget_peak("cpu")
+    reset_peak_memory("cpu")
     before, begin = peak_bytes("cpu"), time.perf_counter()
     search_model(model, calibration, QuantConfig())
     seconds, peak = time.perf_counter() - begin, peak_bytes("cpu")

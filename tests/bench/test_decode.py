@@ -52,7 +52,7 @@ def test_random_weights_are_the_same_every_time_and_in_the_type_asked_for():
 
 
 def test_groups_that_do_not_fit_are_refused():
-    with pytest.raises(ConfigError, match="SmolLM2-135M: groups of 128 do not fill 576 and 1536 inputs"):
+    with pytest.raises(ConfigError, match="SmolLM2-135M.* 576 and 1536"):
         random_model(SHAPES["smollm"], torch.float32, group_size=128)
 
 
@@ -68,15 +68,15 @@ def test_a_step_reads_blocks_norm_and_head_once():
     ("options", "group_size", "precision", "backend"),
     [
         ({}, 0, "float32", "torch"),
-        ({"cuda_graph": True}, 0, "float32", "torch, captured"),
+        ({"cuda_graph": True}, 0, "float32", "torch, CUDA graphs"),
         ({"backend": "torch"}, 64, "int4", "torch, "),
-        ({"backend": "onnx"}, 0, "float32", "onnx, head 32 bit"),
-        ({}, 64, "int4", "onnx, head 8 bit, activations 8 bit"),
+        ({"backend": "onnx"}, 0, "float32", "onnx, 32-bit head"),
+        ({}, 64, "int4", "onnx, 8-bit head, 8-bit activations"),
         (
             {"head_bits": 32, "backend": "onnx", "activation_bits": 16},
             64,
             "int4",
-            "onnx, head 32 bit, activations 16 bit",
+            "onnx, 32-bit head, 16-bit activations",
         ),
     ],
 )
@@ -87,7 +87,7 @@ def test_every_backend_is_measured_and_compared(options, group_size, precision, 
     assert subject.backend.startswith(backend)
     found = measure(subject, SHORT)
     assert found.load == SHORT
-    assert found.decode.least <= found.decode.median <= found.decode.greatest
+    assert found.decode.minimum <= found.decode.median <= found.decode.maximum
     assert found.step_bytes > subject.step_bytes
     assert found.of_limit == pytest.approx(found.step_bytes / (found.step_ms / 1e3) / 1e9)
     assert found.agreement.tokens == 24
@@ -122,7 +122,7 @@ def test_agreement_is_counted_where_the_lead_is_clear_and_everywhere():
 
 
 def test_impossible_loads_are_refused_all_at_once():
-    with pytest.raises(ConfigError, match=r"(?s)context=0: from 1.*tokens=1: from 2"):
+    with pytest.raises(ConfigError, match=r"(?s)context=0.*tokens=1"):
         Load(context=0, tokens=1)
 
 
@@ -157,5 +157,5 @@ def test_the_table_of_devices_holds_what_was_published_and_leaves_empty_what_was
 
 def test_every_line_of_the_results_has_all_cells():
     lines = result_table([result("VILA-7B", "int4", 7.25)]).splitlines()
-    assert lines[0] == "This machine reads 10.0 GB/s."
+    assert lines[0] == "Memory bandwidth: 10.0 GB/s."
     assert len({line.count("|") for line in lines[2:]}) == 1

@@ -126,7 +126,7 @@ def test_arrivals_wait_for_nobody(known):
 
 def test_arrivals_above_the_bound_wait_and_their_clock_runs(known):
     state, server = known
-    timings = asyncio.run(open_loop(server, ask(count=6), 1000.0, most_open=1))
+    timings = asyncio.run(open_loop(server, ask(count=6), 1000.0, max_open=1))
     assert state.most_open == 1
     waits = sorted(timing.end - timing.start for timing in timings)
     assert waits[-1] > 4 * WORDS * PAUSE
@@ -149,7 +149,7 @@ def test_what_fails_is_counted_and_nothing_is_raised(known):
     timings += asyncio.run(closed_loop(Server("http://127.0.0.1:9/v1", "known"), ask(), 1))
     found = dict(problems(timings))
     assert found["400: no such thing"] == 2
-    assert found["200: the stream broke off before [DONE]"] == 1
+    assert found["200: the stream ended before [DONE]"] == 1
     assert any(words.startswith("no connection") for words in found)
     summary = summarise("4 clients", timings)
     assert (summary.asked, summary.answered) == (5, 1)
@@ -190,12 +190,13 @@ def test_a_measurement_writes_its_table_and_report(known, tmp_path):
     assert all(len(row) == len(header) for row in rows)
     paths = save(done, {"model": "known"}, tmp_path)
     assert json.loads(paths[0].read_text())["loads"][0]["first_token"].keys() == {"p50", "p95", "p99"}
-    assert "new tokens a second" in paths[1].read_text()
+    assert "new tokens per second" in paths[1].read_text()
 
 
 def test_a_place_without_a_server_is_named():
-    with pytest.raises(ConfigError, match="127.0.0.1:9"):
+    with pytest.raises(ConfigError) as caught:
         served_model("http://127.0.0.1:9/v1")
+    assert caught.value.file == "http://127.0.0.1:9/v1/models"
 
 
 def test_no_two_questions_begin_alike_and_a_seed_repeats_them():

@@ -31,7 +31,7 @@ def test_both_backends_give_one_answer_and_say_who_they_are(vila, wide, picture)
     assert said == "backend: torch on cpu, float32"
     by_onnx, said = answer(vila, wide, "-i", picture, "-p", "what?", "--backend", "onnx", "--lm-head-bits", 32)
     assert said.startswith("backend: onnx on cpu, ")
-    assert "float32, head of 32 bits" in said
+    assert "float32, 32-bit head" in said
     assert by_onnx == by_torch
     assert answer(vila, wide, "-i", picture, "-p", "what?") == (by_torch, "")
 

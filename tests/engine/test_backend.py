@@ -46,7 +46,7 @@ def test_a_four_bit_model_on_a_cpu_decodes_by_onnxruntime_with_a_head_of_8_bits(
     heard = Heard()
     model = four_bit()
     program = choose_program(model, threads=1, events=heard)
-    assert heard.lines == ["backend: onnx on cpu, 1 threads, 4-bit weights, activations of 8 bits, head of 8 bits"]
+    assert heard.lines == ["backend: onnx on cpu, 1 threads, 4-bit weights, 8-bit activations, 8-bit head"]
     assert program.weight_bytes < choose_program(model, "onnx", head_bits=32, threads=1).weight_bytes
 
 
@@ -76,13 +76,13 @@ def test_a_four_bit_model_that_onnxruntime_cannot_compute_goes_to_torch_and_the_
     model, _ = tiny.vila(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
     use_int4(model, quantize_model(model, None, 16))
     assert choose_program(model, events=heard) is None
-    assert heard.lines[0].startswith("backend: torch; not onnx:") and "heads 8 wide" in heard.lines[0]
-    with pytest.raises(ConfigError, match="heads 8 wide"):
+    assert heard.lines[0].startswith("backend: torch; not onnx:") and "head width 8" in heard.lines[0]
+    with pytest.raises(ConfigError, match="head width 8"):
         choose_program(model, "onnx")
 
 
 def test_bits_of_activations_are_not_left_out_in_silence():
-    with pytest.raises(ConfigError, match=r"activation_bits=16 .* torch computes .* weights are not 4-bit"):
+    with pytest.raises(ConfigError, match="activation_bits.*weights are not 4-bit"):
         choose_program(torch_engine().model, activation_bits=16)
-    with pytest.raises(ConfigError, match="torch rounds none"):
+    with pytest.raises(ConfigError, match="activation_bits"):
         check_backend("torch", 0, 0, "cpu", 16)

@@ -133,7 +133,7 @@ def test_what_does_not_fit_is_refused_before_any_work(engine, monkeypatch):
     for refused in (lambda: engine.complete([ask("x" * 600)], NEW), lambda: engine.stream(ask("x" * 600), NEW)):
         with pytest.raises(ContextOverflowError, match=message):
             refused()
-    with pytest.raises(ContextOverflowError, match="a conversation to score has 602 tokens, .* holds 512"):
+    with pytest.raises(ContextOverflowError, match="602 tokens.* 512"):
         engine.score([[*ask("x" * 599), Message.of("assistant", "y")]])
 
 
@@ -147,22 +147,22 @@ def test_truncation_answers_what_is_left_and_says_what_is_not(engine):
 
 def test_settings_are_one_sampling_or_options_not_both(engine):
     for refused in (engine.generate, engine.stream):
-        with pytest.raises(ConfigError, match="both sampling and temperature"):
+        with pytest.raises(ConfigError, match="sampling and temperature"):
             refused(ask("x"), NEW, temperature=1.0)
-    with pytest.raises(ConfigError, match="no option 'max_tokens'"):
+    with pytest.raises(ConfigError, match="'max_tokens'"):
         engine.generate(ask("x"), max_tokens=3)
 
 
 def test_attention_that_the_masks_do_not_describe_is_refused():
     model, processor = tiny.vila()
     model.set_attn_implementation("eager")
-    with pytest.raises(ConfigError, match="attention 'eager': masks are made for 'sdpa'"):
+    with pytest.raises(ConfigError, match="'eager'.*'sdpa'"):
         Engine(model, processor)
 
 
 def test_a_prompt_without_a_token_is_refused(engine):
     """With the template that adds nothing; a batcher's neighbours would all end with it."""
-    with pytest.raises(DataError, match="no token"):
+    with pytest.raises(DataError, match="no tokens"):
         engine.generate([Message.of("user", "")], template="page", max_new_tokens=2)
 
 

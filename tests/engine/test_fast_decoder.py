@@ -8,7 +8,7 @@ import torch
 from tests.engine.fixtures import MODELS, QUESTIONS, endless
 from vila.engine.backend import choose_fast_decoder
 from vila.engine.engine import Engine
-from vila.engine.fast_decoder import _OWN, FastDecoder, unsupported_reason
+from vila.engine.fast_decoder import _NATIVE, FastDecoder, unsupported_reason
 from vila.kernels.int4 import Int4Linear, quantize
 
 DRAWN = {"max_new_tokens": 12, "temperature": 1.5, "top_k": 50, "top_p": 0.95, "repetition_penalty": 1.3}
@@ -94,12 +94,12 @@ def test_the_library_for_matrices_is_on_again_whoever_leaves_last():
     inside, leave = threading.Barrier(2), threading.Barrier(2)
 
     def other():
-        with _OWN:
+        with _NATIVE:
             inside.wait()
             leave.wait()
 
     thread = threading.Thread(target=other)
-    with _OWN:
+    with _NATIVE:
         thread.start()
         inside.wait()
     assert not torch.backends.mkldnn.enabled
@@ -117,7 +117,7 @@ def test_models_that_it_cannot_compute_are_left_alone():
     rounded = endless().model
     mlp = rounded.get_decoder().layers[0].mlp
     mlp.up_proj = Int4Linear.from_weight(quantize(mlp.up_proj.weight.detach(), 16))
-    assert unsupported_reason(rounded) == "products by Int4Linear"
+    assert unsupported_reason(rounded) == "linear layers of type Int4Linear"
     assert choose_fast_decoder(rounded) is None
     with pytest.raises(ValueError, match="Int4Linear"):
         FastDecoder(rounded)

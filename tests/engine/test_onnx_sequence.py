@@ -144,7 +144,7 @@ def test_going_back_forgets_what_came_after(engine):
     decoder.reset(30)
     found = torch.stack([decoder.step(int(token)) for token in IDS[0, 30:]])
     assert (found - full(engine)[30:]).abs().max() < EXACT
-    with pytest.raises(ConfigError, match=f"go back to {SIZE + 1} of {SIZE}"):
+    with pytest.raises(ConfigError, match=f"{SIZE + 1} of {SIZE}"):
         decoder.reset(SIZE + 1)
 
 
@@ -170,10 +170,10 @@ def test_a_step_reads_the_weights_at_their_bits():
 def test_a_full_cache_refuses_more():
     engine = torch_engine()
     decoder = OnnxSequence.of(engine.model, threads=1, capacity=40)
-    with pytest.raises(ContextOverflowError, match="0 and 48 more tokens does not fit a cache of 40"):
+    with pytest.raises(ContextOverflowError, match="0 and 48 .*40"):
         decoder.prefill(embeds(engine))
     decoder.prefill(embeds(engine)[:, :40])
-    with pytest.raises(ContextOverflowError, match="40 and 1 more tokens"):
+    with pytest.raises(ContextOverflowError, match="40 and 1"):
         decoder.step(1)
 
 
@@ -188,7 +188,7 @@ def test_without_onnxruntime_the_error_says_what_to_install(monkeypatch):
     ("changes", "message"),
     [
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
-        ({"hidden_size": 32}, "heads 8 wide"),
+        ({"hidden_size": 32}, "head width 8"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "rope_type='dynamic'"),
     ],
 )
@@ -221,7 +221,7 @@ def test_weights_that_do_not_fit_are_named_all_at_once():
     engine = torch_engine()
     name = "language_model.model.layers.0.mlp.down_proj"
     wrong = {"nobody": quantize(torch.ones(64, 64), 32), name: quantize(torch.ones(64, 32), 32)}
-    with pytest.raises(ConfigError, match=r"(?s)'nobody'.*64 x 32, the Linear 64 x 64"):
+    with pytest.raises(ConfigError, match=r"(?s)'nobody'.*64 x 32.*64 x 64"):
         OnnxSequence.of(engine.model, wrong)
 
 

@@ -55,9 +55,9 @@ def test_stop_is_one_string_or_several(given, kept):
 def test_options_make_a_sampling_and_a_typo_is_named():
     assert choose_sampling(None, {"top_k": 3}) == SamplingParams(top_k=3)
     assert choose_sampling(SamplingParams(top_k=3), {}) == SamplingParams(top_k=3)
-    with pytest.raises(ConfigError, match="no option 'max_new_token'; did you mean 'max_new_tokens'"):
+    with pytest.raises(ConfigError, match="'max_new_token'.*'max_new_tokens'"):
         choose_sampling(None, {"max_new_token": 3})
-    with pytest.raises(ConfigError, match=r"no option 'zzz' \(known: max_new_tokens, temperature, "):
+    with pytest.raises(ConfigError, match="'zzz'.* max_new_tokens, temperature, "):
         choose_sampling(None, {"zzz": 3})
-    with pytest.raises(ConfigError, match="both sampling and top_k, seed were given"):
+    with pytest.raises(ConfigError, match="top_k, seed"):
         choose_sampling(SamplingParams(), {"top_k": 3, "seed": 1})

@@ -1,4 +1,4 @@
-"""Tokens a second of one model: prompts and steps, by backend, number type, context and batch."""
+"""`vila bench decode`: prefill and decode speed of a model by backend, dtype, context length and batch size."""
 
 from __future__ import annotations
 
@@ -27,26 +27,23 @@ if TYPE_CHECKING:
     from vila.engine.onnx.weights import ActivationBits
 
 
-# --- agreement
-# How often a fast backend would choose the reference's token, both given the same text.
-
-
-# S tokens  V vocab
+# B rows  S tokens  V vocab
 
 _CLEAR = 4.0
-"""A token is clear when its lead over the second is this many times the error of a logit."""
+"""A top-1 token is clear if its logit leads the second by this many times the error of a logit."""
+_STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """Likeliest tokens of a backend and of the reference after each of `tokens` given tokens.
+    """Top-1 agreement of a backend with the reference over `tokens` positions of a given text.
 
-    same:     share of places where they are equal.
-    clear:    share of places where the reference's lead over its second token is above the backend's noise: random
-              weights give nearly flat logits, whose order is noise in any arithmetic.
-    same_clear: share of those where they are equal; 1 when there are none.
-    error:    root mean square of the difference of the logits, over their spread.
-    nll_change: mean change of the given text's negative log-likelihood, in nats a token.
+    same:       fraction of positions with the same top-1 token.
+    clear:      fraction of positions where the reference's lead over its second token exceeds the backend's error.
+                Random weights give nearly flat logits, whose order is noise in any arithmetic.
+    same_clear: fraction of the clear positions with the same top-1 token; 1 if there are none.
+    error:      RMS difference of the logits, relative to their standard deviation.
+    nll_change: mean change of the text's negative log-likelihood, in nats per token.
     """
 
     tokens: int
@@ -58,7 +55,7 @@ class Agreement:
 
 
 def compare(fast_SV: Tensor, exact_SV: Tensor, following_S: Tensor) -> Agreement:
-    """Logits of a backend and of the reference at the same places, and the tokens that follow there in the text."""
+    """Compare logits of a backend and of the reference at the same positions; following_S: the next tokens."""
     difference = fast_SV - exact_SV
     noise = (difference - difference.mean(-1, keepdim=True)).pow(2).mean().sqrt()
     top = exact_SV.topk(2, dim=-1)
@@ -81,9 +78,9 @@ def compare(fast_SV: Tensor, exact_SV: Tensor, following_S: Tensor) -> Agreement
 def agreement(
     model: VilaForConditionalGeneration, new_run: Callable[[int], Run], tokens: int, text: list[int] | None = None
 ) -> Agreement:
-    """Compare steps of a backend with one pass of the reference: torch, in the model's number type.
+    """Compare decode steps of a backend with one forward pass of the reference: torch, in the model's dtype.
 
-    text: token ids, at least tokens + 1 of them; None draws them.
+    text: token ids, at least tokens + 1; None: random ones.
     """
     given = (
         text
@@ -102,48 +99,41 @@ def agreement(
 
 @torch.inference_mode()
 def reference_logits(model: VilaForConditionalGeneration, ids: list[int]) -> Tensor:
-    """Logits [S, V] of a text by one forward pass without a cache; 4-bit layers multiply by the reference meanwhile."""
+    """Return logits [S, V] of one forward pass without a cache, with the reference kernel in INT4 layers."""
     with reference_backend(model, model.dtype):
         logits: Tensor = model(input_ids=torch.tensor([ids], device=model.device), use_cache=False).logits[0].float()
     return logits
 
 
-# --- memory
-# How fast this machine reads its memory, and how much of it the process took.
-
-
-_STATUS, _MEMORY_CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-
-
 def read_bandwidth(device: str, num_bytes: int = 2**30) -> float:
-    """Bytes a second of adding up a buffer much larger than the caches, the best of five."""
+    """Return the memory bandwidth in bytes per second: best of five sums of a buffer larger than the caches."""
     buffer = torch.ones(num_bytes // 4, device=device)
     seconds = []
     for _ in range(5):
-        wait(device)
+        synchronize(device)
         begin = time.perf_counter()
         buffer.sum()
-        wait(device)
+        synchronize(device)
         seconds.append(time.perf_counter() - begin)
     return buffer.nbytes / min(seconds)
 
 
-def wait(device: str) -> None:
-    """Until the device has done what it was asked; a CPU always has."""
+def synchronize(device: str) -> None:
+    """Wait until the device has finished; no-op on a CPU."""
     if device != "cpu":
         torch.cuda.synchronize()
 
 
-def forget_peak(device: str) -> None:
-    """Begin to look for the peak anew, where the system can."""
+def reset_peak_memory(device: str) -> None:
+    """Reset the peak memory counter, if the system supports it."""
     if device != "cpu":
         torch.cuda.reset_peak_memory_stats()
-    elif _MEMORY_CLEAR.exists():
-        _MEMORY_CLEAR.write_text("5", encoding="ascii")
+    elif _CLEAR_REFS.exists():
+        _CLEAR_REFS.write_text("5", encoding="ascii")
 
 
 def peak_bytes(device: str) -> int | None:
-    """Most memory since `forget_peak`: of the device, or all that the process had of the machine's. None: unknown."""
+    """Return the peak memory since `reset_peak_memory`, of the GPU or of the process; None if unknown."""
     if device != "cpu":
         return torch.cuda.max_memory_allocated()
     if not _STATUS.exists():
@@ -152,15 +142,12 @@ def peak_bytes(device: str) -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
 
 
-# B rows  V vocab
-
-
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What is asked of a model: `batch` prompts of `context` tokens, slots of images included, and `tokens` new ones.
+    """A workload: `batch` prompts of `context` tokens, and `tokens` new tokens each.
 
-    runs:   measured ones, after one that warms up.
-    check:  tokens on which the backend's likeliest tokens are compared with the reference's; 0 compares none.
+    runs:   measured runs, after one warm-up run.
+    check:  number of positions at which top-1 tokens are compared with the reference; 0 disables it.
     """
 
     context: int = 16
@@ -170,9 +157,11 @@ class Load:
     check: int = 512
 
     def __post_init__(self) -> None:
-        least = {"context": 1, "batch": 1, "tokens": 2, "runs": 1, "check": 0}
+        minimum = {"context": 1, "batch": 1, "tokens": 2, "runs": 1, "check": 0}
         problems = [
-            f"{name}={getattr(self, name)}: from {low}" for name, low in least.items() if getattr(self, name) < low
+            f"{name}={getattr(self, name)}: expected at least {low}"
+            for name, low in minimum.items()
+            if getattr(self, name) < low
         ]
         if problems:
             raise ConfigError.collect("bench decode", problems)
@@ -180,7 +169,7 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A model with its backend. A step reads `step_bytes` of weights, and `token_bytes` of each token before."""
+    """A model with its backend. A decode step reads `step_bytes` of weights and `token_bytes` per cached token."""
 
     title: str
     precision: str
@@ -194,28 +183,28 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """The median of all runs, with the least and the greatest."""
+    """Median, minimum and maximum over all runs."""
 
     median: float
-    least: float
-    greatest: float
+    minimum: float
+    maximum: float
 
     @staticmethod
     def of(values: Sequence[float]) -> Spread:
-        """Of at least one value."""
+        """Summarise at least one value."""
         return Spread(statistics.median(values), min(values), max(values))
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What was measured of a subject under a load. Rates are tokens a second over the whole batch.
+    """Measurements of a subject under a load. Rates are tokens per second over the whole batch.
 
     decode, prefill:  of all tokens after the first, and of the prompts.
-    first_token_s:    seconds until every answer has its first token.
-    step_ms:          of a step, choosing included.
-    bandwidth:        bytes a second that this machine reads, measured before every run.
-    of_limit:         bytes that a step must read over its time, as a share of the bandwidth.
-    peak_bytes:       of the device's memory, or of the process on a CPU; None when unknown.
+    first_token_s:    time until every answer has its first token.
+    step_ms:          time of a decode step, including sampling.
+    bandwidth:        memory bandwidth in bytes per second, measured before every run.
+    of_limit:         bytes that a step must read per second, as a fraction of the bandwidth.
+    peak_bytes:       peak memory of the GPU, or of the process on a CPU; None if unknown.
     """
 
     title: str
@@ -234,7 +223,7 @@ class Result:
     agreement: Agreement | None
 
     def facts(self) -> dict[str, Any]:
-        """As plain data."""
+        """Return plain data."""
         return asdict(self)
 
 
@@ -248,7 +237,7 @@ def subject_of(
     cuda_graph: bool | None = None,
     events: Events = SILENT,
 ) -> Subject:
-    """A model with the backend that the engine would take. cuda_graph: None is what the engine would do."""
+    """Return a model with the backend that the engine selects. cuda_graph: None: the engine's choice."""
     device = model.device.type
     program = choose_program(model, backend, head_bits=head_bits, activation_bits=activation_bits, events=events)
     precision = "int4" if int4_weights(model) else str(model.dtype).removeprefix("torch.")
@@ -258,8 +247,8 @@ def subject_of(
     if program is not None:
         from vila.engine.onnx.batch_run import OnnxBatchRun
 
-        rounded = f", activations {program.activation_bits} bit" if precision == "int4" else ""
-        name = f"onnx, head {program.head_bits} bit{rounded}, {program.threads} threads"
+        rounded = f", {program.activation_bits}-bit activations" if precision == "int4" else ""
+        name = f"onnx, {program.head_bits}-bit head{rounded}, {program.threads} threads"
         unseen = VisionCache(_no_images)
         new_run: Callable[[int], Run] = lambda capacity: OnnxBatchRun(model, unseen, program, capacity)  # noqa: E731
         kind = precision if precision == "int4" else "float32"
@@ -273,12 +262,12 @@ def subject_of(
         return run if steps is None else CudaGraphRun(run, steps)
 
     products = {layer.backend for layer in model.modules() if isinstance(layer, Int4Linear)}
-    name = "torch" + "".join(f", {product}" for product in sorted(products)) + (", captured" if fixed else "")
+    name = "torch" + "".join(f", {product}" for product in sorted(products)) + (", CUDA graphs" if fixed else "")
     return Subject(title, precision, name, device, torch_run, model, step_bytes(model), keys * model.dtype.itemsize)
 
 
 def step_bytes(model: VilaForConditionalGeneration) -> int:
-    """Bytes of weights that a step reads, as they are stored: blocks, last norm and head."""
+    """Return the stored bytes of the weights that a decode step reads: blocks, final norm and LM head."""
     modules = [*model.get_decoder().layers.modules(), model.get_decoder().norm, model.get_output_embeddings()]  # type: ignore[union-attr]
     stored = [
         value
@@ -291,7 +280,7 @@ def step_bytes(model: VilaForConditionalGeneration) -> int:
 
 @torch.inference_mode()
 def measure(subject: Subject, load: Load, events: Events = SILENT) -> Result:
-    """Run a load as often as it asks for."""
+    """Measure a subject under a load."""
     same = agreement(subject.model, subject.new_run, load.check) if load.check else None
     prompts = list(_prompts(subject.model, load))
     first, rates, prefills, steps, bandwidths = [], [], [], [], []
@@ -299,7 +288,7 @@ def measure(subject: Subject, load: Load, events: Events = SILENT) -> Result:
     with task(events, f"{subject.title} {subject.precision}", load.runs + 1, "runs"):
         for number in range(load.runs + 1):
             bandwidth = read_bandwidth(subject.device)
-            forget_peak(subject.device)
+            reset_peak_memory(subject.device)
             seconds, times = _run(subject, prompts, load)
             peaks.append(peak_bytes(subject.device))
             events.advanced(f"{subject.title} {subject.precision}")
@@ -310,7 +299,7 @@ def measure(subject: Subject, load: Load, events: Events = SILENT) -> Result:
                 rates.append(load.batch * len(times) / sum(times))
                 steps += times
     step = statistics.median(steps)
-    # The cache is half full on average.
+    # On average the cache holds half of the new tokens.
     read = subject.step_bytes + load.batch * subject.token_bytes * (load.context + load.tokens / 2)
     bandwidth = statistics.median(bandwidths)
     return Result(
@@ -332,8 +321,8 @@ def measure(subject: Subject, load: Load, events: Events = SILENT) -> Result:
 
 
 def _run(subject: Subject, prompts: Sequence[Prompt], load: Load) -> tuple[float, list[float]]:
-    """Seconds to the first tokens, and of every step after them."""
-    wait(subject.device)
+    """Return the time to the first tokens and the times of all steps after it, in seconds."""
+    synchronize(subject.device)
     begin = time.perf_counter()
     run = subject.new_run(load.context + load.tokens)
     ids_B = run.prefill(prompts, group_prompts(prompts)).argmax(-1)
@@ -360,25 +349,21 @@ def _no_images(images: Sequence[Any]) -> torch.Tensor:
     raise AssertionError("prompts of a benchmark have no images")
 
 
-# --- decode_table
-# What decoding was measured to be, as markdown: all results, and the table of tokens a second by device.
-
-
 _ROWS = (("VILA-7B", "fp16"), ("VILA-7B", "int4"), ("VILA-13B", "fp16"), ("VILA-13B", "int4"))
-# Tokens a second at batch 1, of the original's INT4 engine (README of llm-awq, early 2024).
+# Tokens per second at batch size 1 of the original INT4 engine (README of llm-awq, early 2024).
 _PUBLISHED: Mapping[str, tuple[str, ...]] = {
     "A100": ("81.6", "155.3", "48.5", "102.1"),
     "RTX 4090": ("58.5", "168.1", "out of memory", "99.0"),
     "Orin": ("11.5", "35.6", "6.1", "17.5"),
 }
-_HEADS = (
+_HEADER = (
     "model",
     "weights",
     "backend",
     "context",
     "batch",
     "tokens/s",
-    "least-greatest",
+    "min-max",
     "step, ms",
     "prompt tokens/s",
     "first token, ms",
@@ -390,19 +375,19 @@ _HEADS = (
 
 
 def result_table(results: Sequence[Result]) -> str:
-    """Every result in a line, under the bandwidth that the limit is of."""
-    lines = [_line(_HEADS), _line(["---"] * len(_HEADS)), *(_line(_cells(result)) for result in results)]
-    seen = " to ".join(
+    """Return all results as a markdown table, with the measured memory bandwidth above it."""
+    lines = [_line(_HEADER), _line(["---"] * len(_HEADER)), *(_line(_cells(result)) for result in results)]
+    bandwidths = " to ".join(
         f"{speed / 1e9:.1f}" for speed in sorted({min(r.bandwidth for r in results), max(r.bandwidth for r in results)})
     )
-    return f"This machine reads {seen} GB/s.\n\n" + "\n".join(lines)
+    return f"Memory bandwidth: {bandwidths} GB/s.\n\n" + "\n".join(lines)
 
 
 def device_table(results: Sequence[Result], machine: str) -> str:
-    """Tokens a second at batch 1 by model and device: published ones of other devices, and this machine's own.
+    """Return a markdown table of tokens per second at batch size 1: published values, and those of this machine.
 
-    A 16-bit model on a CPU counts as fp16 in whichever 16-bit type it was. What was not measured is left empty; of
-    several results of one model the one with the least context counts.
+    16-bit models of both dtypes count as fp16. Cells without a measurement are empty; of several results of a model
+    the one with the shortest context is shown.
     """
     columns = {f"{name} (published)": values for name, values in _PUBLISHED.items()}
     columns[f"{machine} (measured)"] = tuple(_measured(results, title, kind) for title, kind in _ROWS)
@@ -427,7 +412,7 @@ def _cells(result: Result) -> list[str]:
         str(result.load.context),
         str(result.load.batch),
         f"{result.decode.median:.1f}",
-        f"{result.decode.least:.1f}-{result.decode.greatest:.1f}",
+        f"{result.decode.minimum:.1f}-{result.decode.maximum:.1f}",
         f"{result.step_ms:.2f}",
         f"{result.prefill.median:.0f}",
         f"{1e3 * result.first_token_s.median:.0f}",

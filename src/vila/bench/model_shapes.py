@@ -1,4 +1,4 @@
-"""Models with the sizes of known ones and random weights: as fast as those, and nothing to download."""
+"""Models with random weights and the sizes of known models, for speed measurements without a download."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from vila.model.modeling import VilaForConditionalGeneration
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Sizes of an LLM of the Llama kind. `tied`: the head is the embeddings."""
+    """Sizes of a Llama model. `tied`: the LM head shares the embeddings."""
 
     title: str
     width: int
@@ -40,11 +40,11 @@ SHAPES: Mapping[str, Shape] = {
     "smollm": Shape("SmolLM2-135M", 576, 1536, 30, 9, 3, 49152, tied=True),
     "tiny": Shape("tiny", 128, 256, 2, 2, 1, 512, tied=True),
 }
-"""What can be measured without a checkpoint; `tiny` is for trying the commands out."""
+"""Known sizes; `tiny` is for tests."""
 
 
 def text_config(shape: Shape, context: int) -> LlamaConfig:
-    """The LLM's config, for so many positions."""
+    """Return the LLM's config for a context length."""
     return LlamaConfig(
         hidden_size=shape.width,
         intermediate_size=shape.mlp,
@@ -58,19 +58,18 @@ def text_config(shape: Shape, context: int) -> LlamaConfig:
 
 
 def check_groups(shape: Shape, group_size: int) -> None:
-    """Raise ConfigError if groups do not fill the shape's Linears; a group size of 0 is that of no groups."""
+    """Raise ConfigError if the group size does not divide the input sizes; 0: no groups."""
     if group_size and (shape.width % group_size or shape.mlp % group_size):
-        raise ConfigError(
-            f"{shape.title}: groups of {group_size} do not fill {shape.width} and {shape.mlp} inputs; use 64 or 32"
-        )
+        problem = f"{shape.title} has layers of {shape.width} and {shape.mlp} inputs, which it does not divide"
+        raise ConfigError(problem, field="group_size", value=group_size, hint="use 64 or 32")
 
 
 def random_model(
     shape: Shape, dtype: torch.dtype, device: str = "cpu", *, group_size: int = 0, context: int = 4096
 ) -> VilaForConditionalGeneration:
-    """A model of a shape, its weights drawn where they stay. The vision tower is a token one.
+    """Return a model with random weights, created on `device`, and a minimal vision tower.
 
-    group_size: of 4-bit weights in the LLM's blocks; 0 leaves them in `dtype`.
+    group_size: group size of INT4 weights in the decoder blocks; 0: weights in `dtype`.
     Raises ConfigError as `check_groups`.
     """
     check_groups(shape, group_size)
@@ -101,16 +100,16 @@ def random_model(
 
 
 def random_int4(num_outputs: int, num_inputs: int, group_size: int, generator: torch.Generator) -> Int4Weight:
-    """Uniform codes, with such scales that a product keeps the variance of its input."""
-    groups, where = num_inputs // group_size, generator.device
-    codes = torch.randint(0, 256, (num_outputs, num_inputs // 2), dtype=torch.uint8, generator=generator, device=where)
+    """Return uniform codes with scales that preserve the variance of the input."""
+    groups, device = num_inputs // group_size, generator.device
+    codes = torch.randint(0, 256, (num_outputs, num_inputs // 2), dtype=torch.uint8, generator=generator, device=device)
     # Codes from -8 to 7 have a standard deviation of 4.6.
-    scales = torch.full((num_outputs, groups), num_inputs**-0.5 / 4.6, dtype=torch.float16, device=where)
-    return Int4Weight(codes, scales, torch.full((num_outputs, groups), 8, dtype=torch.uint8, device=where), group_size)
+    scales = torch.full((num_outputs, groups), num_inputs**-0.5 / 4.6, dtype=torch.float16, device=device)
+    return Int4Weight(codes, scales, torch.full((num_outputs, groups), 8, dtype=torch.uint8, device=device), group_size)
 
 
 def _skeleton(shape: Shape, context: int) -> VilaForConditionalGeneration:
-    """Embeddings, head and last norm; no blocks."""
+    """Return the model without decoder blocks."""
     text = text_config(shape, context)
     text.num_hidden_layers = 0
     vision = CLIPVisionConfig(

@@ -1,4 +1,7 @@
-"""`vila bench serve`: how many answers a server gives, and how long each waits, at several loads."""
+"""`vila bench serve`: throughput and latency of an OpenAI-compatible server at several loads.
+
+A closed loop keeps a fixed number of requests in flight; an open loop sends them as a Poisson process.
+"""
 
 from __future__ import annotations
 
@@ -26,16 +29,14 @@ from vila.quant.calibration import packaged_documents
 from vila.report.html import Cell, Page
 from vila.report.plots import Series, line_plot
 
-# --- load
-# Load on a server of the chat protocol: clients that wait for their answers, or arrivals that wait for nobody.
-
-
-_MOST_WAIT = 30.0
+PERCENTILES = (50, 95, 99)
+_MAX_RETRY_S = 30.0
+_TOKENS_PER_WORD = 1.35
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One request: messages of the chat protocol, and most tokens of its answer."""
+    """A request: its messages in the OpenAI format, and max_tokens."""
 
     messages: Sequence[dict[str, Any]]
     max_tokens: int
@@ -43,12 +44,13 @@ class Question:
 
 @dataclass(slots=True)
 class Timing:
-    """How one request went. Times are seconds of one clock.
+    """Timing of one request, in seconds of a common clock.
 
-    start:   when it was due: in an open loop that may be before it could be sent.
-    first:   when the first piece of text came; 0 for none. `gaps` are the times between the pieces.
-    tokens:  of the answer, by the server's count; `prompt` of the question.
-    status:  of HTTP; 0 when the connection failed. `retries` counts refusals with 429 before.
+    start:   scheduled time; in an open loop the request may be sent later.
+    first:   arrival of the first piece of text, 0 if there was none. `gaps` are the times between pieces.
+    tokens:  completion tokens reported by the server; `prompt`: prompt tokens.
+    status:  HTTP status, 0 if the connection failed. `retries` counts earlier responses with 429.
+    problem: error text, empty for a complete answer.
     """
 
     start: float
@@ -63,13 +65,13 @@ class Timing:
 
     @property
     def answered(self) -> bool:
-        """Whether the whole answer came."""
+        """Whether the answer was complete."""
         return self.status == 200 and not self.problem
 
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """Where the questions go: base with `/v1`, the model's name there, and a key or none."""
+    """A server: its base URL with `/v1`, the model's name, and the API key if any."""
 
     base: str
     model: str
@@ -83,7 +85,7 @@ Advance = Callable[[Timing], None]
 async def closed_loop(
     server: Server, questions: Sequence[Question], clients: int, advance: Advance = lambda timing: None
 ) -> list[Timing]:
-    """Every client asks, waits for the answer, and asks the next; one refused with 429 waits as told and asks again."""
+    """Send each client's next request after its previous answer; retry after 429 as the Retry-After header says."""
     waiting = iter(questions)
     done: list[Timing] = []
 
@@ -91,7 +93,7 @@ async def closed_loop(
 
         async def client() -> None:
             for question in waiting:
-                timing = await ask(http, server, question, patient=True)
+                timing = await ask(http, server, question, retry=True)
                 done.append(timing)
                 advance(timing)
 
@@ -105,16 +107,16 @@ async def open_loop(
     rate: float,
     seed: int = 0,
     advance: Advance = lambda timing: None,
-    most_open: int = 1000,
+    max_open: int = 1000,
 ) -> list[Timing]:
-    """Questions arrive as a Poisson process of `rate` a second, whether earlier ones are answered or not.
+    """Send requests as a Poisson process of `rate` per second, independent of the answers.
 
-    Above `most_open` unanswered ones, arrivals wait; their clock runs from when they were due. A 429 is an end.
+    With `max_open` requests in flight further ones wait, timed from their scheduled start. A 429 counts as a failure.
     """
     draw = random.Random(seed)
     done: list[Timing] = []
-    gate = asyncio.Semaphore(most_open)
-    async with _client(server, most_open) as http, asyncio.TaskGroup() as group:
+    gate = asyncio.Semaphore(max_open)
+    async with _client(server, max_open) as http, asyncio.TaskGroup() as group:
 
         async def one(question: Question, due: float) -> None:
             try:
@@ -134,9 +136,9 @@ async def open_loop(
 
 
 async def ask(
-    http: httpx.AsyncClient, server: Server, question: Question, *, due: float = 0.0, patient: bool = False
+    http: httpx.AsyncClient, server: Server, question: Question, *, due: float = 0.0, retry: bool = False
 ) -> Timing:
-    """One streamed answer. A failure is part of the result, never an exception."""
+    """Stream one answer. Failures are recorded in the result and never raised."""
     timing = Timing(due or time.perf_counter())
     body = {
         "model": server.model,
@@ -147,23 +149,23 @@ async def ask(
         "stream_options": {"include_usage": True},
     }
     while True:
-        again = 0.0
+        retry_after = 0.0
         try:
             async with http.stream("POST", "/chat/completions", json=body) as answer:
                 timing.status = answer.status_code
                 if answer.status_code == 200:
                     await _follow(answer, timing)
                 else:
-                    timing.problem = _words(await answer.aread())
-                    again = _retry_after(answer)
+                    timing.problem = _error_message(await answer.aread())
+                    retry_after = _retry_after(answer)
         except httpx.HTTPError as error:
             timing.problem = f"{type(error).__name__}: {error}"
-        if not (patient and timing.status == 429 and again):
+        if not (retry and timing.status == 429 and retry_after):
             timing.end = time.perf_counter()
             return timing
         timing.retries += 1
         timing.problem = ""
-        await asyncio.sleep(min(again, _MOST_WAIT))
+        await asyncio.sleep(min(retry_after, _MAX_RETRY_S))
 
 
 async def _follow(answer: httpx.Response, timing: Timing) -> None:
@@ -174,16 +176,16 @@ async def _follow(answer: httpx.Response, timing: Timing) -> None:
             ended = True
             continue
         try:
-            told = parse_json(event, file=None, surrogates=True)
-            if "error" in told:
-                fault = told["error"]
-                timing.problem = str(fault.get("message", fault) if isinstance(fault, dict) else fault)
+            data = parse_json(event, file=None, surrogates=True)
+            if "error" in data:
+                error = data["error"]
+                timing.problem = str(error.get("message", error) if isinstance(error, dict) else error)
                 continue
-            if usage := told.get("usage"):
+            if usage := data.get("usage"):
                 timing.tokens, timing.prompt = int(usage["completion_tokens"]), int(usage["prompt_tokens"])
-            is_text = bool(told["choices"] and told["choices"][0]["delta"].get("content"))
+            is_text = bool(data["choices"] and data["choices"][0]["delta"].get("content"))
         except (DataError, LookupError, TypeError, ValueError, AttributeError) as error:
-            timing.problem = f"an event that is no chat completion ({error}): {event[:80]!r}"
+            timing.problem = f"invalid event ({error}): {event[:80]!r}"
             return
         if is_text:
             if last:
@@ -191,7 +193,7 @@ async def _follow(answer: httpx.Response, timing: Timing) -> None:
             timing.first = timing.first or now
             last = now
     if not ended and not timing.problem:
-        timing.problem = "the stream broke off before [DONE]"
+        timing.problem = "the stream ended before [DONE]"
 
 
 async def _events(answer: httpx.Response) -> AsyncIterator[str]:
@@ -217,7 +219,7 @@ def _retry_after(answer: httpx.Response) -> float:
         return 1.0
 
 
-def _words(body: bytes) -> str:
+def _error_message(body: bytes) -> str:
     try:
         return str(parse_json(body, file=None, surrogates=True)["error"]["message"])
     except (DataError, LookupError, TypeError):
@@ -225,37 +227,30 @@ def _words(body: bytes) -> str:
 
 
 def problems(timings: Sequence[Timing]) -> Iterator[tuple[str, int]]:
-    """What went wrong, and how often; the commonest first."""
+    """Yield each kind of failure with its count, the most frequent first."""
     counts: dict[str, int] = {}
     for timing in timings:
         if not timing.answered:
-            words = f"{timing.status or 'no connection'}: {timing.problem}"
-            counts[words] = counts.get(words, 0) + 1
+            text = f"{timing.status or 'no connection'}: {timing.problem}"
+            counts[text] = counts.get(text, 0) + 1
     yield from sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
-
-
-# --- load_questions
-# Questions for a load run: stretches of packaged English, with drawn pictures; no two begin alike.
-
-
-_TOKENS_A_WORD = 1.35
 
 
 def questions(
     count: int, *, prompt_tokens: int, max_tokens: int, images: int = 0, image_size: int = 224, seed: int = 0
 ) -> list[Question]:
-    """`count` questions of about `prompt_tokens` tokens of text (the server counts them) and `images` pictures each.
+    """Return `count` questions of about `prompt_tokens` tokens of English text and `images` images each.
 
-    A stretch begins at a random word, so that a cache of prefixes does not answer for the model.
-    Raises ConfigError for lengths that are none.
+    Each text starts at a random word, so that prefix caching has no effect. Raises ConfigError for invalid numbers.
     """
     if prompt_tokens < 1 or max_tokens < 1 or images < 0 or count < 1:
         raise ConfigError(
-            f"{count} questions of {prompt_tokens} tokens, {images} images, {max_tokens} new: from 1 (images 0)"
+            f"{count} questions of {prompt_tokens} tokens, {images} images, {max_tokens} new tokens",
+            expected="positive numbers (images: from 0)",
         )
     draw = random.Random(seed)
     words = " ".join(document for document in packaged_documents() if isinstance(document, str)).split()
-    length = max(1, round(prompt_tokens / _TOKENS_A_WORD))
+    length = max(1, round(prompt_tokens / _TOKENS_PER_WORD))
     out = []
     for _ in range(count):
         start = draw.randrange(len(words))
@@ -268,13 +263,13 @@ def _content(text: str, images: int, size: int, draw: random.Random) -> Any:
     if not images:
         return text
     parts: list[dict[str, Any]] = [
-        {"type": "image_url", "image_url": {"url": _picture(size, draw)}} for _ in range(images)
+        {"type": "image_url", "image_url": {"url": _image_url(size, draw)}} for _ in range(images)
     ]
     return [*parts, {"type": "text", "text": text}]
 
 
-def _picture(size: int, draw: random.Random) -> str:
-    """Sixteen coloured squares, as a PNG in a `data:` URL."""
+def _image_url(size: int, draw: random.Random) -> str:
+    """Return a random PNG of 4 x 4 coloured squares as a data URL."""
     small = Image.new("RGB", (4, 4))
     for x in range(4):
         for y in range(4):
@@ -284,24 +279,17 @@ def _picture(size: int, draw: random.Random) -> str:
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-# --- load_summary
-# What a load run says: throughput, and percentiles of the waits.
-
-
-PERCENTS = (50, 95, 99)
-
-
 @dataclass(frozen=True, slots=True)
 class LoadSummary:
-    """One line of the table. Times are seconds; percentiles are of answered requests, by `PERCENTS`.
+    """Results of one load. Times are seconds; percentiles (`PERCENTILES`) are over answered requests.
 
-    load:          what was asked for: `8 clients`, `2.5 a second`.
-    seconds:       from the first question to the last answer.
-    new_tokens:    of answers a second, over all requests; `requests` a second likewise.
-    first_token:   from the question to the first piece of its answer.
-    between:       between one piece and the next of one answer.
-    whole:         from the question to the answer's end.
-    lengths:       fewest, mean and most tokens of an answer: a model may end before its limit.
+    load:          `8 clients` (closed loop) or `2.5 a second` (open loop).
+    seconds:       from the first request to the last answer.
+    requests, new_tokens, prompt_tokens: per second, over all requests.
+    first_token:   time to first token.
+    between:       time between the pieces of an answer.
+    whole:         time from the request to the end of its answer.
+    lengths:       minimum, mean and maximum tokens per answer; a model may stop before max_tokens.
     """
 
     load: str
@@ -320,15 +308,15 @@ class LoadSummary:
     problems: tuple[tuple[str, int], ...]
 
     def as_json(self) -> dict[str, Any]:
-        """Plain data, percentiles by name."""
+        """Return plain data, with percentiles by name."""
         out = asdict(self)
         for name in ("first_token", "between", "whole"):
-            out[name] = {f"p{percent}": value for percent, value in zip(PERCENTS, getattr(self, name), strict=True)}
+            out[name] = {f"p{percent}": value for percent, value in zip(PERCENTILES, getattr(self, name), strict=True)}
         return out
 
 
 def summarise(load: str, timings: Sequence[Timing]) -> LoadSummary:
-    """The summary of one run; percentiles are NaN when nothing was answered."""
+    """Summarise one load; percentiles are NaN if no request was answered."""
     good = [timing for timing in timings if timing.answered]
     seconds = max((t.end for t in timings), default=0.0) - min((t.start for t in timings), default=0.0)
     tokens = [timing.tokens for timing in good]
@@ -352,21 +340,21 @@ def summarise(load: str, timings: Sequence[Timing]) -> LoadSummary:
 
 
 def percentiles(values: Sequence[float]) -> tuple[float, ...]:
-    """The smallest values that so many percent are not above (nearest rank); NaN of nothing."""
+    """Return the `PERCENTILES` of the values (nearest rank), NaN if there are none."""
     ordered = sorted(values)
     if not ordered:
-        return tuple(math.nan for _ in PERCENTS)
-    return tuple(ordered[max(0, math.ceil(percent / 100 * len(ordered)) - 1)] for percent in PERCENTS)
+        return tuple(math.nan for _ in PERCENTILES)
+    return tuple(ordered[max(0, math.ceil(percent / 100 * len(ordered)) - 1)] for percent in PERCENTILES)
 
 
 def served_model(base: str, key: str = "") -> str:
-    """The first model that a server has. Raises ConfigError when none answers there."""
+    """Return the name of a server's first model. Raises ConfigError if it cannot be read."""
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
         answer = httpx.get(f"{base}/models", headers=headers, timeout=30, trust_env=False)
         return str(answer.json()["data"][0]["id"])
     except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise ConfigError(f"{base}/models does not answer as a server of the chat protocol does: {error}") from error
+        raise ConfigError(f"not an OpenAI-compatible server ({error})", file=f"{base}/models") from error
 
 
 def measure(
@@ -379,9 +367,9 @@ def measure(
     warm_up: int = 2,
     events: Events = SILENT,
 ) -> list[LoadSummary]:
-    """Every load in turn, all with the same questions: closed loops of so many clients, open loops at such rates.
+    """Run every load with the same questions: closed loops by number of clients, then open loops by rate.
 
-    warm_up: questions asked one after another before any clock runs.
+    warm_up: number of requests before the measurement.
     """
     asyncio.run(closed_loop(server, questions[:warm_up], 1))
     out = []
@@ -404,11 +392,11 @@ def measure(
 
 
 def table(summaries: Sequence[LoadSummary]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: throughput, and waits in milliseconds as p50 / p95 / p99."""
-    waits = " / ".join(f"p{percent}" for percent in PERCENTS)
+    """Return the header and rows of the result table; latencies in milliseconds as p50 / p95 / p99."""
+    percents = " / ".join(f"p{percent}" for percent in PERCENTILES)
     header = [
-        "load", "answered", "requests/s", "new tokens/s", f"first token, ms ({waits})", f"between, ms ({waits})",
-        f"whole, ms ({waits})", "tokens an answer",
+        "load", "answered", "requests/s", "new tokens/s", f"TTFT, ms ({percents})", f"inter-token, ms ({percents})",
+        f"latency, ms ({percents})", "tokens per answer",
     ]  # fmt: skip
     rows = [
         [
@@ -429,7 +417,7 @@ def _milliseconds(values: Sequence[float]) -> str:
 
 
 def save(summaries: Sequence[LoadSummary], facts: dict[str, Any], folder: Path) -> list[Path]:
-    """Write load.json and load.html."""
+    """Write load.json and load.html; return their paths."""
     facts = {**system_info(), **facts}
     paths = [folder / "load.json", folder / "load.html"]
     folder.mkdir(parents=True, exist_ok=True)
@@ -441,27 +429,27 @@ def save(summaries: Sequence[LoadSummary], facts: dict[str, Any], folder: Path) 
 def _page(summaries: Sequence[LoadSummary], facts: dict[str, Any]) -> Page:
     page = Page("Serving under load", subtitle=str(facts["model"]), footer=f"{facts['date']}, {facts['cpu']}")
     header, rows = table(summaries)
-    page.table(header, rows, "Every load asked the same questions")
+    page.table(header, rows, "All loads use the same questions")
     closed = [(int(s.load.split()[0]), s) for s in summaries if "client" in s.load]
     if len(closed) > 1:
-        page.section("Clients that wait for their answers")
+        page.section("Closed loops")
         page.plot(
             line_plot(
-                [Series("new tokens a second", [(float(n), s.new_tokens) for n, s in closed])],
-                title="Throughput", x_label="clients", y_label="new tokens a second",
+                [Series("new tokens per second", [(float(n), s.new_tokens) for n, s in closed])],
+                title="Throughput", x_label="clients", y_label="new tokens per second",
             )
         )  # fmt: skip
         page.plot(
             line_plot(
                 [
                     Series(f"p{percent}", [(float(n), s.first_token[place]) for n, s in closed])
-                    for place, percent in enumerate(PERCENTS)
+                    for place, percent in enumerate(PERCENTILES)
                 ],
-                title="Time to the first token", x_label="clients", y_label="seconds",
+                title="Time to first token", x_label="clients", y_label="seconds",
             )
         )  # fmt: skip
-    trouble: list[list[Cell]] = [[s.load, words, count] for s in summaries for words, count in s.problems]
-    if trouble:
-        page.section("What went wrong").table(["load", "what", "times"], trouble)
-    page.section("How it was measured").table(["", ""], [[name, str(value)] for name, value in facts.items()])
+    failures: list[list[Cell]] = [[s.load, text, count] for s in summaries for text, count in s.problems]
+    if failures:
+        page.section("Failures").table(["load", "error", "count"], failures)
+    page.section("Settings").table(["", ""], [[name, str(value)] for name, value in facts.items()])
     return page

@@ -1,4 +1,4 @@
-"""Running a batch of prompts: shared prefixes once, then all remainders together, then single steps."""
+"""Forward passes of an offline batch: shared prefixes once, then all remainders together, then decode steps."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from vila.engine.prefix_cache import PrefixCache
 from vila.engine.vision_cache import HashedImage, Prompt
 from vila.model.modeling import VilaForConditionalGeneration
 
-# B rows  S tokens of a phase  D model width  V vocab
+# B batch rows  S tokens of a phase  D model width  V vocab
 
 Encode = Callable[[Sequence[HashedImage]], Tensor]
 
 _CHUNK = 2048
-"""Tokens of a row that go through the LLM at a time, which bounds the memory of a long prompt."""
+"""Prefill chunk in tokens per row, which bounds the memory of a long prompt."""
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Prompts that begin with the same `shared` tokens (and the same images); `members` index the batch."""
+    """Prompts with a common prefix of `shared` tokens (and the same images); `members` index the batch."""
 
     shared: int
     members: tuple[int, ...]
 
 
 def group_prompts(prompts: Sequence[Prompt]) -> list[Group]:
-    """Prompts with equal images share the prefix up to their last image, and further as far as the ids agree."""
+    """Group prompts with the same images, which share the prefix up to their last image and as far as the ids agree."""
     by_images: dict[tuple[object, ...], list[int]] = {}
     for index, prompt in enumerate(prompts):
         key = (prompt.images, prompt.runs) if prompt.images else (index,)
@@ -44,7 +44,7 @@ def group_prompts(prompts: Sequence[Prompt]) -> list[Group]:
     for members in by_images.values():
         rows = [prompts[index] for index in members]
         shared = _common_length(rows) if len(rows) > 1 else 0
-        after_images = max((start + slots for start, slots in rows[0].runs), default=0)
+        after_images = max((start + count for start, count in rows[0].runs), default=0)
         if shared < after_images or shared == 0:
             groups += [Group(0, (index,)) for index in members]
         else:
@@ -60,13 +60,13 @@ def _common_length(rows: Sequence[Prompt]) -> int:
 
 
 def columns_needed(prompts: Sequence[Prompt], groups: Sequence[Group]) -> int:
-    """CachePositions that the prompts take: the longest shared prefix and the longest remainder."""
+    """Return the KV cache columns that the prompts need: the longest shared prefix and the longest remainder."""
     tails = max(len(prompts[index].ids) - group.shared for group in groups for index in group.members)
     return max(group.shared for group in groups) + tails
 
 
 class Run(Protocol):
-    """A batch on its way through the LLM, by one backend. Its numbers are float32, whatever it computes in."""
+    """Forward passes of one batch by a backend. Logits are float32 whatever the compute dtype."""
 
     @property
     def order(self) -> list[int]:
@@ -88,17 +88,17 @@ class Run(Protocol):
         """Remove the last `count` tokens of the single row."""
 
     def close(self, fed: Sequence[int]) -> None:
-        """The run is over; `fed` is what its only row has seen after the prompt."""
+        """End the run; `fed` are the tokens appended to a single row after its prompt."""
 
     def logits_at(self, prompts: Sequence[Prompt], places: Sequence[Sequence[int]]) -> Iterator[Tensor]:
         """Yield logits [N, V] at the given positions of each prompt."""
 
 
-class _OneToken:
-    """A token for each row of a cache, over its filled columns."""
+class _DecodeAttention:
+    """Attention of one new token per row over the filled columns of a cache."""
 
-    def __init__(self, cache: BatchKVCache, columns: CachePositions) -> None:
-        self.cache, self.columns = cache, columns
+    def __init__(self, cache: BatchKVCache, positions: CachePositions) -> None:
+        self.cache, self.positions = cache, positions
         self._masks: dict[int | None, Tensor | None] = {}
 
     def attend(
@@ -108,7 +108,7 @@ class _OneToken:
         new = (one.transpose(0, 1)[:, :, None] for one in (key_GBE, value_GBE))
         keys, values = self.cache.layers[layer].update(*new)
         if window not in self._masks:
-            self._masks[window] = self.columns.mask(1, window)
+            self._masks[window] = self.positions.mask(1, window)
         mask = self._masks[window]
         if mask is None and window is not None:
             keys, values = keys[:, :, -window:], values[:, :, -window:]
@@ -119,30 +119,30 @@ class _OneToken:
 
 @dataclass
 class BatchRun:
-    """The state of a batch on its way: the cache, what stands in its columns, and whose row is whose."""
+    """Runs a batch with torch: the KV cache, its positions, and the prompt of each row."""
 
     model: VilaForConditionalGeneration
     encode: Encode
     capacity: int
     fast_decoder: FastDecoder | None = None
-    """Takes the steps, where there is one; prompts are left to the model's own decoder."""
+    """Runs the decode steps, if given; prefill uses the model's decoder."""
     prefix_cache: PrefixCache | None = None
     """Read and filled by runs of a single row."""
     order: list[int] = field(default_factory=list)
     """Index of the prompt in each batch row."""
-    _alone: Prompt | None = None
+    _single_prompt: Prompt | None = None
 
     def prefill(self, prompts: Sequence[Prompt], groups: Sequence[Group]) -> Tensor:
         """Return logits [B, V] after each prompt, rows in `order`."""
         self.order = [index for group in groups for index in group.members]
         if len(prompts) == 1 and self.prefix_cache is not None:
-            return self._prefill_alone(prompts[0], self.prefix_cache)
+            return self._prefill_single(prompts[0], self.prefix_cache)
         self._begin(len(groups))
         if any(group.shared for group in groups):
-            heads = [prompts[group.members[0]] for group in groups]
+            prefixes = [prompts[group.members[0]] for group in groups]
             self._append(
-                [head.ids[: group.shared] for head, group in zip(heads, groups, strict=True)],
-                [p for head, group in zip(heads, groups, strict=True) if group.shared for p in head.images],
+                [prefix.ids[: group.shared] for prefix, group in zip(prefixes, groups, strict=True)],
+                [p for prefix, group in zip(prefixes, groups, strict=True) if group.shared for p in prefix.images],
             )
             self._select(row_index([len(group.members) for group in groups]))
         shared = [group.shared for group in groups for _ in group.members]
@@ -162,11 +162,11 @@ class BatchRun:
 
     def step(self, ids_B: Tensor) -> Tensor:
         """Append one token to each row; return logits [B, V]."""
-        positions_B1 = self.columns.append([1] * len(ids_B))
+        positions_B1 = self.positions.append([1] * len(ids_B))
         embeds_B1D = self.model.get_input_embeddings()(ids_B[:, None])
         if self.fast_decoder is None:
             return self._logits(self._decoder(embeds_B1D, positions_B1)[:, -1])
-        attention = _OneToken(self.cache, self.columns)
+        attention = _DecodeAttention(self.cache, self.positions)
         return self.fast_decoder.logits(self.fast_decoder.states(embeds_B1D[:, 0], positions_B1[:, 0], attention))
 
     def keep(self, rows: Tensor) -> None:
@@ -181,41 +181,41 @@ class BatchRun:
     def rewind(self, count: int) -> None:
         """Remove the last `count` tokens of the single row."""
         if count:
-            self.columns.drop(count)
-            self.cache.reset(self.columns.filled)
+            self.positions.drop(count)
+            self.cache.reset(self.positions.filled)
 
     @property
-    def is_kept(self) -> bool:
-        """Whether what was computed stays for later runs."""
-        return self._alone is not None
+    def is_cached(self) -> bool:
+        """Whether the KV cache goes to the prefix cache at the end."""
+        return self._single_prompt is not None
 
     def close(self, fed: Sequence[int]) -> None:
         """End the run; the cache of a single row goes to the prefix cache."""
-        if self._alone is not None and self.prefix_cache is not None:
-            self.prefix_cache.put([*content_keys(self._alone), *fed], self.cache)
+        if self._single_prompt is not None and self.prefix_cache is not None:
+            self.prefix_cache.put([*content_keys(self._single_prompt), *fed], self.cache)
 
-    def _prefill_alone(self, prompt: Prompt, prefix_cache: PrefixCache) -> Tensor:
+    def _prefill_single(self, prompt: Prompt, prefix_cache: PrefixCache) -> Tensor:
         known, length = prefix_cache.take(prompt)
         self._begin(1, known)
         if length:
-            self.columns.append([length])
+            self.positions.append([length])
         unseen = [p for (start, _), p in zip(prompt.runs, prompt.images, strict=True) if start >= length]
         logits_BV = self._logits(self._append([prompt.ids[length:]], unseen)[:, -1])
-        self._alone = prompt
+        self._single_prompt = prompt
         return logits_BV
 
     def _begin(self, rows: int, cache: BatchKVCache | None = None) -> None:
         self.cache = cache or new_cache(self.model.config.text_config, self.capacity)
         self.cache.reserve(self.capacity)
-        self.columns = CachePositions(rows, self.capacity, self.model.device)
+        self.positions = CachePositions(rows, self.capacity, self.model.device)
 
     def _select(self, rows: Tensor) -> None:
         rows = rows.to(self.model.device)
         self.cache.expand(rows)
-        self.columns.select(rows)
+        self.positions.select(rows)
 
     def _append(self, rows: Sequence[Sequence[int]], images: Sequence[HashedImage]) -> Tensor:
-        """Append tokens to each row; last hidden states [B, S, D] of this phase."""
+        """Append tokens to each row; return the last hidden states [B, S, D] of this phase."""
         counts = [len(row) for row in rows]
         width = max(counts)
         ids_BS = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=self.model.device)
@@ -224,14 +224,14 @@ class BatchRun:
         states = []
         for start in range(0, width, _CHUNK):
             chunk = embeds_BSD[:, start : start + _CHUNK]
-            positions_BS = self.columns.append([min(max(count - start, 0), chunk.shape[1]) for count in counts])
+            positions_BS = self.positions.append([min(max(count - start, 0), chunk.shape[1]) for count in counts])
             states.append(self._decoder(chunk, positions_BS))
         return states[0] if len(states) == 1 else torch.cat(states, 1)
 
     def _decoder(self, embeds_BSD: Tensor, positions_BS: Tensor) -> Tensor:
         states: Tensor = self.model.get_decoder()(
             inputs_embeds=embeds_BSD,
-            attention_mask=self.columns.masks(embeds_BSD.shape[1], self.model.config.text_config),
+            attention_mask=self.positions.masks(embeds_BSD.shape[1], self.model.config.text_config),
             position_ids=positions_BS,
             past_key_values=self.cache,
             use_cache=True,

@@ -1,4 +1,4 @@
-"""A batch of prompts whose steps run at fixed addresses: prefilled as any other, then moved to a captured step."""
+"""Runs a batch whose decode steps use static buffers, on CUDA as a CUDA graph, after an ordinary prefill."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from vila.engine.vision_cache import Prompt
 
 
 class CudaGraphRun:
-    """The state of a batch on its way; its rows move to the step when the first token is fed.
+    """Runs a batch; its rows are copied to the static buffers at the first decode step.
 
-    Rows that have ended stay where they are until half of them have, and then the others move to a smaller step.
+    Finished rows stay in the buffers until half of the rows have finished; the others then move to smaller buffers.
     """
 
     def __init__(self, prompts: BatchRun, steps: CudaGraphSteps) -> None:
-        """prompts: computes the prompts, and steps that are more than one token long."""
+        """prompts: runs the prefill and steps of several tokens."""
         self.prompts, self.steps = prompts, steps
         self._step: CudaGraphStep | None = None
         self._rows = torch.zeros(0, dtype=torch.long)
-        """Rows of the step in which prompts stand that have not ended."""
+        """Rows of the static buffers that hold unfinished answers."""
 
     @property
     def order(self) -> list[int]:
@@ -37,7 +37,7 @@ class CudaGraphRun:
         return self.prompts.prefill(prompts, groups)
 
     def step(self, ids_B: Tensor) -> Tensor:
-        """Logits [B, V] after one more token in each row; the next step overwrites them."""
+        """Append one token to each row; return logits [B, V], which the next step overwrites."""
         step = self._step or self._enter()
         logits_BV = step.run(ids_B, self._rows)
         return logits_BV if len(self._rows) == step.rows else logits_BV[self._rows]
@@ -67,9 +67,9 @@ class CudaGraphRun:
         self.prompts.rewind(count)
 
     def close(self, fed: Sequence[int]) -> None:
-        """The run is over: its step goes back, and what a row alone has computed stays for others."""
+        """End the run: return the static buffers; the cache of a single row goes to the prefix cache."""
         try:
-            if self.prompts.is_kept:
+            if self.prompts.is_cached:
                 self._leave()
             self.prompts.close(fed)
         finally:
@@ -82,11 +82,11 @@ class CudaGraphRun:
         return self.prompts.logits_at(prompts, places)
 
     def _enter(self) -> CudaGraphStep:
-        columns, cache = self.prompts.columns, self.prompts.cache
+        positions, cache = self.prompts.positions, self.prompts.cache
         keys = [layer.keys[:, :, : layer.filled] for layer in cache.layers]
         values = [layer.values[:, :, : layer.filled] for layer in cache.layers]
-        places_BC = columns.places_BC[:, : columns.filled]
-        return self._move(keys, values, places_BC, columns.lengths_B, self.prompts.capacity)
+        places_BC = positions.places_BC[:, : positions.filled]
+        return self._move(keys, values, places_BC, positions.lengths_B, self.prompts.capacity)
 
     def _move(
         self, keys: Sequence[Tensor], values: Sequence[Tensor], places_BC: Tensor, lengths_B: Tensor, capacity: int
@@ -98,15 +98,15 @@ class CudaGraphRun:
         return self._step
 
     def _leave(self) -> None:
-        """Give the only row its tokens back."""
-        step, columns = self._step, self.prompts.columns
+        """Copy the tokens of the single row back to the ordinary cache."""
+        step, positions = self._step, self.prompts.positions
         if step is None:
             return
-        start, end = columns.filled, step.filled
+        start, end = positions.filled, step.filled
         for index, layer in enumerate(self.prompts.cache.layers):
             layer.keys[:, :, start:end] = step.keys[index][:1, :, start:end]
             layer.values[:, :, start:end] = step.values[index][:1, :, start:end]
             layer.filled = end
-        columns.append([end - start])
+        positions.append([end - start])
         self.steps.give(step)
         self._step = None

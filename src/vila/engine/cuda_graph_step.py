@@ -1,6 +1,7 @@
-"""A decoding step at fixed addresses: nothing in it asks the host, so a GPU can replay it as one captured graph.
+"""Decode step on static buffers without host synchronisation, replayed as a CUDA graph.
 
-On a CPU the same code runs uncaptured. Rows and columns are rounded up, so that few graphs serve all runs.
+On a CPU the same code runs without a graph. Batch sizes and lengths are rounded up to buckets, so that few graphs
+serve all runs.
 """
 
 from __future__ import annotations
@@ -21,19 +22,19 @@ from vila.model.modeling import VilaForConditionalGeneration
 # B rows  H query heads  G KV heads  E head width  C columns  K columns that a step reads  V vocab
 
 _BUCKET = 256
-"""A step reads this many columns, or twice, three times as many: whatever is filled, rounded up."""
+"""The number of columns that a step reads is rounded up to a multiple of this."""
 _WARM_UPS = 2
-"""Steps before a capture, in which kernels are chosen and memory is found."""
+"""Steps before a capture, which select kernels and allocate memory."""
 
 
 class CudaGraphStep:
-    """Buffers for `rows` sequences of `columns` tokens, and the step that grows each by one token.
+    """Buffers for `rows` sequences of `columns` tokens, and the step that appends a token to each.
 
-    Rows that nobody uses are computed and thrown away. Logits are overwritten by the next step.
+    Unused rows are computed and discarded. Each step overwrites the logits of the last one.
     """
 
     def __init__(self, model: VilaForConditionalGeneration, like: Tensor, rows: int, columns: int) -> None:
-        """like: keys of one layer, [.., G, .., E], for their shape, type and device."""
+        """like: keys of one layer, [.., G, .., E], for their shape, dtype and device."""
         self.model, self.rows, self.columns = model, rows, columns
         device, layers = like.device, int(model.config.text_config.num_hidden_layers)
         shape = (rows, like.shape[1], columns, like.shape[3])
@@ -46,7 +47,7 @@ class CudaGraphStep:
         self.ids_B = torch.zeros(rows, dtype=torch.long, device=device)
         self.filled = 0
         self.steps = 0
-        """Steps taken so far, by all runs."""
+        """Steps of all runs so far."""
         self.captures = 0
         self._windows = set(attention_windows(model.config.text_config))
         self._logits_BV: Tensor | None = None
@@ -55,7 +56,7 @@ class CudaGraphStep:
         self._graphs: dict[int, Any] = {}
 
     def load(self, keys: Sequence[Tensor], values: Sequence[Tensor], places_BC: Tensor, lengths_B: Tensor) -> None:
-        """Begin with rows that were computed elsewhere: filled columns only, at most `rows` and `columns` of them."""
+        """Load prefilled rows: filled columns only, at most `rows` and `columns` of them."""
         count, self.filled = places_BC.shape
         for new, old in zip((*self.keys, *self.values), (*keys, *values), strict=True):
             new[:count, :, : self.filled] = old
@@ -66,7 +67,7 @@ class CudaGraphStep:
         self.column_1.fill_(self.filled)
 
     def run(self, ids_B: Tensor, rows: Tensor) -> Tensor:
-        """Append a token to each of some rows; logits [B, V], float32, of all rows."""
+        """Append a token to some rows; return float32 logits [B, V] of all rows."""
         self.ids_B.index_copy_(0, rows, ids_B)
         reads = min(round_up(self.filled + 1, _BUCKET), self.columns)
         if self.ids_B.is_cuda:
@@ -81,10 +82,10 @@ class CudaGraphStep:
         return self._logits_BV
 
     def _forward(self, reads: int) -> None:
-        """The step itself: every tensor that outlives it is written in place."""
+        """The captured step: every tensor that outlives it is written in place."""
         self.places_BC.index_copy_(1, self.column_1, self.lengths_B[:, None])
         embeds_BD = self.model.get_input_embeddings()(self.ids_B)
-        masks = {window: self._seen(reads, window, embeds_BD.dtype) for window in self._windows}
+        masks = {window: self._mask(reads, window, embeds_BD.dtype) for window in self._windows}
         states: Tensor = self.model.get_decoder()(
             inputs_embeds=embeds_BD[None],
             attention_mask=self._no_mask,
@@ -99,8 +100,8 @@ class CudaGraphStep:
         self.lengths_B.add_(1)
         self.column_1.add_(1)
 
-    def _seen(self, reads: int, window: int | None, dtype: torch.dtype) -> Tensor:
-        """What to add to scores, [B, 1, 1, K]: 0 for real tokens in the window, -inf for others."""
+    def _mask(self, reads: int, window: int | None, dtype: torch.dtype) -> Tensor:
+        """Return the additive mask [B, 1, 1, K]: 0 for real tokens in the window, -inf for others."""
         places_BK = self.places_BC[:, :reads]
         hidden_BK = places_BK == PADDING
         if window is not None:
@@ -108,7 +109,7 @@ class CudaGraphStep:
         return torch.zeros_like(places_BK, dtype=dtype).masked_fill_(hidden_BK, -torch.inf)[:, None, None]
 
     def _capture(self, reads: int) -> Any:
-        # The steps before a capture count tokens as real ones do; what they wrote is written again.
+        # Warm-up steps advance the lengths, which are reset; the columns they write are written again.
         before = self.lengths_B.clone(), self.column_1.clone()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -126,7 +127,7 @@ class CudaGraphStep:
 
 
 class _Attention:
-    """What the blocks of the decoder attend by: one query a row, over the columns that the step reads."""
+    """Attention of one query per row over the columns that the step reads."""
 
     def __init__(self, step: CudaGraphStep, reads: int, masks: dict[int | None, Tensor]) -> None:
         self.step, self.reads, self.masks = step, reads, masks
@@ -151,17 +152,17 @@ class _Attention:
 
 
 class CudaGraphSteps:
-    """The steps of a model that no run uses just now, for the next one; a run has its step alone."""
+    """Pool of a model's unused static buffers; a run has exclusive use of one."""
 
     def __init__(self, model: VilaForConditionalGeneration, kept: int = 4) -> None:
-        """kept: steps that may wait for a run; those used longest ago are dropped."""
+        """kept: maximum number of unused buffers; the least recently used are dropped."""
         use_ragged_attention(model.get_decoder())
         self.model, self.kept = model, kept
         self._free: list[CudaGraphStep] = []
         self._lock = threading.Lock()
 
     def take(self, like: Tensor, rows: int, columns: int) -> CudaGraphStep:
-        """A step for at least so many rows and columns; one that is too short for them is dropped first."""
+        """Return a step for at least this many rows and columns; shorter ones of this batch size are dropped."""
         rows, columns = row_count(rows), round_up(columns, _BUCKET)
         with self._lock:
             same = [step for step in self._free if step.rows == rows]
@@ -172,17 +173,17 @@ class CudaGraphSteps:
         return CudaGraphStep(self.model, like, rows, columns)
 
     def give(self, step: CudaGraphStep) -> None:
-        """A run is over."""
+        """Return a step to the pool."""
         with self._lock:
             self._free.append(step)
             del self._free[: -self.kept]
 
 
 def row_count(rows: int) -> int:
-    """1, 2, 4, 8 ...: the number of rows that is computed for so many."""
+    """Round a number of rows up to a power of two."""
     return 1 << (rows - 1).bit_length()
 
 
 def round_up(count: int, unit: int) -> int:
-    """The next multiple of a unit."""
+    """Round up to a multiple of `unit`."""
     return -(-count // unit) * unit

@@ -1,4 +1,4 @@
-"""The one loop that generates: a token in every answer at each turn, until all have ended."""
+"""Decode loop of a batch: samples a token per answer and step, or verifies draft tokens of a single answer."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from vila.engine.request import SamplingParams, TokenLogprob
 from vila.engine.sampling import draw, report_logprobs, row_generator, shape_logits
 from vila.engine.vision_cache import Prompt
 
-# B rows  N places  V vocab
+# B batch rows  N positions  V vocab
 
 _NO_TOKEN = -1
 
 
 class TokenSampler:
-    """Chooses the next token of every row: its random numbers, and the tokens that a penalty looks back on."""
+    """Samples the next token of every row; holds the random generators and the tokens for the repetition penalty."""
 
     def __init__(
         self, sampling: SamplingParams, prompts: Sequence[Prompt], order: Sequence[int], logits_BV: Tensor
     ) -> None:
-        """order: index in the batch of the prompt in each row; logits_BV: any logits of these rows, for their shape."""
+        """order: index in the batch of the prompt in each row; logits_BV: logits, used for their shape."""
         self.sampling = sampling
         self._generators = [row_generator(sampling.seed, index) for index in order] if sampling.temperature else []
         self._seen_BV: Tensor | None = None
@@ -34,8 +34,8 @@ class TokenSampler:
             for row, index in zip(self._seen_BV, order, strict=True):
                 row[[token for token in text_of(prompts[index]) if token != _NO_TOKEN]] = True
 
-    def choose(self, logits_BV: Tensor) -> tuple[Tensor, Sequence[TokenLogprob | None]]:
-        """Token ids [B], and what is to be reported of each."""
+    def sample(self, logits_BV: Tensor) -> tuple[Tensor, Sequence[TokenLogprob | None]]:
+        """Return token ids [B] and the log-probability reports, None where not requested."""
         shaped_BV = shape_logits(logits_BV, self._seen_BV, self.sampling)
         ids_B = draw(shaped_BV, self._uniform(logits_BV.device)) if self._generators else shaped_BV.argmax(-1)
         if self._seen_BV is not None:
@@ -56,7 +56,7 @@ class TokenSampler:
 
 
 def text_of(prompt: Prompt) -> list[int]:
-    """The ids of a prompt; -1 where a image stands."""
+    """Return the ids of a prompt, with -1 at image placeholders."""
     ids = list(prompt.ids)
     for start, count in prompt.runs:
         ids[start : start + count] = [_NO_TOKEN] * count
@@ -70,24 +70,24 @@ def decode(
     answers: Sequence[Answer],
     sampling: SamplingParams,
 ) -> Iterator[None]:
-    """Grow the answers, at every turn by a token each, until all have ended; a turn of a lookup may give several.
+    """Generate the answers; yields after every step, which adds one token per answer, or several with prompt lookup.
 
-    new_run: makes the run of this batch, for so many columns.
+    new_run: creates the run of this batch for a number of columns.
     """
     groups = group_prompts(prompts)
     run = new_run(columns_needed(prompts, groups) + sampling.max_new_tokens)
-    # What the only row of a run has seen after its prompt.
+    # Tokens appended to a single row after its prompt.
     fed: list[int] = []
     try:
         if sampling.prompt_lookup_tokens and len(prompts) == 1:
-            yield from _try_ahead(run, prompts[0], answers[0], sampling, fed)
+            yield from _decode_with_lookup(run, prompts[0], answers[0], sampling, fed)
         else:
-            yield from _step(run, prompts, groups, answers, sampling, fed)
+            yield from _decode(run, prompts, groups, answers, sampling, fed)
     finally:
         run.close(fed)
 
 
-def _step(
+def _decode(
     run: Run,
     prompts: Sequence[Prompt],
     groups: Sequence[Group],
@@ -95,11 +95,11 @@ def _step(
     sampling: SamplingParams,
     fed: list[int],
 ) -> Iterator[None]:
-    """A token in each answer at every turn; rows leave when their answer has ended."""
+    """Add one token per answer and step; rows of finished answers are dropped."""
     logits_BV = run.prefill(prompts, groups)
     sampler = TokenSampler(sampling, prompts, run.order, logits_BV)
     for count in range(sampling.max_new_tokens):
-        ids_B, reports = sampler.choose(logits_BV)
+        ids_B, reports = sampler.sample(logits_BV)
         ids = ids_B.tolist()
         tokens = zip(run.order, ids, reports, strict=True)
         going = [row for row, (index, token, report) in enumerate(tokens) if answers[index].take(token, report)]
@@ -115,10 +115,12 @@ def _step(
         fed.append(ids[0])
 
 
-def _try_ahead(run: Run, prompt: Prompt, answer: Answer, sampling: SamplingParams, fed: list[int]) -> Iterator[None]:
-    """One answer, several tokens of which are computed at once where the text so far suggests them.
+def _decode_with_lookup(
+    run: Run, prompt: Prompt, answer: Answer, sampling: SamplingParams, fed: list[int]
+) -> Iterator[None]:
+    """Decode one answer with prompt lookup: each step verifies a draft of several tokens.
 
-    Every token is chosen from the model's own logits, one after the other, so the answer is the one of single steps.
+    Every token is sampled from the model's own logits in order, so the answer equals that of single steps.
     """
     logits_NV = run.prefill([prompt], [Group(0, (0,))])
     sampler = TokenSampler(sampling, [prompt], run.order, logits_NV)
@@ -126,22 +128,22 @@ def _try_ahead(run: Run, prompt: Prompt, answer: Answer, sampling: SamplingParam
     draft: list[int] = []
     while True:
         for place in range(len(draft) + 1):
-            ids_1, reports = sampler.choose(logits_NV[place : place + 1])
+            ids_1, reports = sampler.sample(logits_NV[place : place + 1])
             token = int(ids_1)
-            going = answer.take(token, reports[0])
+            is_open = answer.take(token, reports[0])
             lookup.append(token)
-            right = place < len(draft) and draft[place] == token
-            answer.accepted_tokens += right
-            if not going or len(answer.ids) == sampling.max_new_tokens:
+            is_match = place < len(draft) and draft[place] == token
+            answer.accepted_tokens += is_match
+            if not is_open or len(answer.ids) == sampling.max_new_tokens:
                 yield
                 return
-            if not right:
+            if not is_match:
                 break
         run.rewind(len(draft) - place)
         fed += draft[:place]
         lookup.update(len(draft), place)
         yield
-        # The last token of an answer needs no logits after it.
+        # No logits are needed after the last token.
         draft = lookup.draft(sampling.max_new_tokens - len(answer.ids) - 1)
         answer.draft_tokens += len(draft)
         logits_NV = run.verify([token, *draft])

@@ -1,4 +1,4 @@
-"""What earlier conversations left behind: keys and values of their tokens, for those that begin alike."""
+"""Prefix cache of single conversations: reuses the KV cache of earlier ones with a common prefix."""
 
 from __future__ import annotations
 
@@ -13,80 +13,80 @@ from vila.engine.vision_cache import Prompt
 DEFAULT_BYTES = 2**30
 
 
-class Sequential(Protocol):
-    """The cache of one sequence, in whatever a backend keeps it."""
+class SequenceCache(Protocol):
+    """KV cache of one sequence, in the format of a backend."""
 
     @property
     def nbytes(self) -> int:
-        """Memory that it takes."""
+        """Size in bytes."""
 
     def reset(self, length: int = 0) -> None:
-        """Go back to the first `length` tokens."""
+        """Keep only the first `length` tokens."""
 
     def reserve(self, capacity: int) -> None:
-        """Make room for so many tokens in all."""
+        """Grow to a capacity of this many tokens."""
 
     def fork(self, length: int | None = None) -> Any:
-        """A second sequence with the same tokens, or the first `length` of them."""
+        """Return a copy of the sequence, or of its first `length` tokens."""
 
 
 @dataclass(frozen=True, eq=False)
-class _Kept:
+class _Entry:
     keys: Sequence[int]
     sequence: Any
 
 
 class PrefixCache:
-    """The sequences of the conversations that ended last, within a budget of bytes; the oldest go first.
+    """The KV caches of the last conversations within a memory budget; the oldest are evicted first.
 
-    A sequence that is taken is gone until it is put back, so conversations in several threads do not meet in one. They
-    are right as long as the model's weights are those that computed them.
+    A sequence that is taken is removed until it is put back, so threads never share one. The cache is valid only for
+    unchanged weights of the model.
     """
 
     def __init__(self, budget: int = DEFAULT_BYTES) -> None:
-        """budget: bytes of keys and values; 0 keeps none."""
+        """budget: bytes of keys and values; 0 disables the cache."""
         self.budget = budget
         self.reused_tokens = 0
-        """Tokens that did not have to be computed, over all conversations."""
-        self._kept: list[_Kept] = []
+        """Prompt tokens found in the cache, over all conversations."""
+        self._entries: list[_Entry] = []
         self._lock = threading.Lock()
 
     def take(self, prompt: Prompt) -> tuple[Any, int]:
-        """The sequence with the longest beginning in common with a prompt, cut to that; None and 0 when there is none.
+        """Return the sequence with the longest common prefix, cut to that, and its length; (None, 0) without a match.
 
-        One token at least is left to compute, and a image is shared whole or not at all.
+        At least one prompt token is left to compute, and an image is reused whole or not at all.
         """
         keys = content_keys(prompt)
         with self._lock:
-            lengths = [_whole(common_length(kept.keys, keys[:-1]), prompt) for kept in self._kept]
+            lengths = [_at_image_boundary(common_length(entry.keys, keys[:-1]), prompt) for entry in self._entries]
             length = max(lengths, default=0)
             if not length:
                 return None, 0
-            best = self._kept[lengths.index(length)]
-            # What another conversation has only its opening in common with stays whole for its own next turn.
+            best = self._entries[lengths.index(length)]
+            # A sequence of which only a small part matches is kept for its own conversation.
             if 2 * length < len(best.keys):
                 sequence = best.sequence.fork(length)
             else:
-                self._kept.remove(best)
+                self._entries.remove(best)
                 sequence = best.sequence
             self.reused_tokens += length
         sequence.reset(length)
         return sequence, length
 
-    def put(self, keys: Sequence[int], sequence: Sequential) -> None:
-        """Keep a sequence of these tokens; one that is larger than the budget alone is not kept."""
+    def put(self, keys: Sequence[int], sequence: SequenceCache) -> None:
+        """Add a sequence with these content keys; one larger than the budget is not added."""
         sequence.reset(len(keys))
         with self._lock:
-            self._kept.append(_Kept(keys, sequence))
-            while sum(kept.sequence.nbytes for kept in self._kept) > self.budget:
-                self._kept.pop(0)
+            self._entries.append(_Entry(keys, sequence))
+            while sum(entry.sequence.nbytes for entry in self._entries) > self.budget:
+                self._entries.pop(0)
 
     def clear(self) -> None:
-        """Keep nothing of what was; needed after the weights have changed."""
+        """Remove all entries; required after a change of the weights."""
         with self._lock:
-            self._kept.clear()
+            self._entries.clear()
 
 
-def _whole(length: int, prompt: Prompt) -> int:
-    """`length`, or the start of the image in the midst of which it ends."""
+def _at_image_boundary(length: int, prompt: Prompt) -> int:
+    """Return `length`, or the start of the image inside which it ends."""
     return min([length, *(start for start, count in prompt.runs if start < length < start + count)])

@@ -235,7 +235,7 @@ class Scheduler:
                 self.end(request, NumericsError(problem, hint="check the weights and the dtype"))
                 continue
             try:
-                event = request.take(*self._choose(request, token, logits_NV[index : index + 1]))
+                event = request.take(*self._sample_token(request, token, logits_NV[index : index + 1]))
             except Exception as error:  # noqa: BLE001 - an error caused by one request must not end the others
                 _log.exception("a request failed")
                 self.end(request, error)
@@ -246,13 +246,13 @@ class Scheduler:
             elif event is not None:
                 self._send(request, event)
 
-    def _choose(self, request: Request, greedy: int, logits_1V: Tensor) -> tuple[int, TokenLogprob | None]:
+    def _sample_token(self, request: Request, greedy: int, logits_1V: Tensor) -> tuple[int, TokenLogprob | None]:
         sampling = request.sampling
         if sampling.temperature == 0 and sampling.repetition_penalty == 1 and not sampling.logprobs:
             return greedy, None
         if request.sampler is None:
             request.sampler = TokenSampler(sampling, [request.prompt], [0], logits_1V)
-        ids_1, reports = request.sampler.choose(logits_1V)
+        ids_1, reports = request.sampler.sample(logits_1V)
         return int(ids_1), reports[0]
 
     def _send(self, request: Request, event: TokenEvent | BaseException) -> None:

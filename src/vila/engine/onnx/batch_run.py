@@ -18,11 +18,11 @@ from vila.engine.ragged_attention import TokenRange
 from vila.engine.vision_cache import HashedImage, Prompt, VisionCache
 from vila.model.modeling import VilaForConditionalGeneration
 
-# B rows  S tokens  D model width  V vocab  N wanted places
+# B rows  S tokens  D model width  V vocab  N positions with logits
 
 
 class OnnxBatchRun:
-    """The state of a batch on its way. A prompt alone has a sequence of its own, which others may go on from."""
+    """Runs a batch with onnxruntime. A single prompt uses an OnnxSequence, which may come from the prefix cache."""
 
     def __init__(
         self,
@@ -32,7 +32,7 @@ class OnnxBatchRun:
         capacity: int,
         prefix_cache: PrefixCache | None = None,
     ) -> None:
-        """capacity: tokens that a row may come to have.
+        """capacity:     maximum tokens of a row.
         prefix_cache: read and filled by runs of a single row.
         """
         self.model, self.features, self.program = model, features, program
@@ -54,19 +54,19 @@ class OnnxBatchRun:
             first = len(logits)
             if group.shared:
                 head = prompts[group.members[0]]
-                rows.read(first, self._embed(head.ids[: group.shared], head.images)[0])
+                rows.prefill(first, self._embed(head.ids[: group.shared], head.images)[0])
                 for row in range(first + 1, first + len(group.members)):
                     rows.copy(first, row)
             for row, index in enumerate(group.members, first):
                 images = () if group.shared else prompts[index].images
-                logits.append(rows.read(row, self._embed(prompts[index].ids[group.shared :], images)[0]))
+                logits.append(rows.prefill(row, self._embed(prompts[index].ids[group.shared :], images)[0]))
         return torch.cat(logits)
 
     def step(self, ids_B: Tensor) -> Tensor:
         """Append one token to each row; return logits [B, V]."""
         if self._rows is not None:
             return self._rows.step(ids_B.tolist())
-        # A copy wakes torch's threads while onnxruntime's still turn: it costs a third of a small model's step.
+        # A tensor copy would wake torch's threads while onnxruntime's spin: a third of a small model's step.
         return self._single.step(int(ids_B))[None]
 
     def keep(self, rows: Tensor) -> None:
@@ -115,30 +115,30 @@ class OnnxBatchRun:
 
 
 class _Rows:
-    """Rows of a pool of their own, the first ones; those that go on close ranks when others have ended."""
+    """Rows of a private KV cache pool; when rows finish, the others move to the front."""
 
     def __init__(self, run: OnnxRunner, count: int) -> None:
         self.run = run
         run.pool.divide(count)
         self.rows = list(range(count))
-        """Of the pool, for each row of the batch."""
+        """Pool row of each batch row."""
         self.lengths = [0] * count
-        """Tokens in each row of the pool."""
+        """Tokens in each pool row."""
 
-    def read(self, row: int, embeds_SD: Tensor) -> Tensor:
-        """Append a piece of a prompt; logits [1, V] after it."""
+    def prefill(self, row: int, embeds_SD: Tensor) -> Tensor:
+        """Append prompt tokens; return logits [1, V] after them."""
         start, count = self.lengths[row], len(embeds_SD)
         self.lengths[row] += count
         return self.run.forward([], [(TokenRange(row, start, count), embeds_SD)], [0])
 
     def copy(self, source: int, target: int) -> None:
-        """Make a row of the pool begin as another one."""
+        """Copy a pool row to another one."""
         self.run.pool.copy(source, target, self.lengths[source])
         self.lengths[target] = self.lengths[source]
 
     def step(self, ids: Sequence[int]) -> Tensor:
-        """Append a token to each row of the batch; logits [B, V]."""
-        # In the order of the pool, and back.
+        """Append a token to each batch row; return logits [B, V]."""
+        # The runner needs the order of pool rows; the result is put back into batch order.
         by_row = sorted(zip(self.rows, ids, range(len(ids)), strict=True))
         logits_BV = self.run.forward([(TokenRange(row, self.lengths[row], 1), id_) for row, id_, _ in by_row], [], [])
         for row in self.rows:
@@ -147,7 +147,7 @@ class _Rows:
         return logits_BV if places == sorted(places) else logits_BV[torch.tensor(places).argsort()]
 
     def keep(self, kept: Sequence[int]) -> None:
-        """Go on with these rows of the batch."""
+        """Keep only these batch rows."""
         self.rows = [self.rows[place] for place in kept]
         free = sorted(set(range(len(kept))) - set(self.rows))
         for place, row in enumerate(self.rows):

@@ -1,13 +1,13 @@
-"""The step of a decoder as one ONNX graph of fused operators, without its weights: they are handed over by name.
+"""ONNX graph of a decoder step with fused operators; weights are passed separately, by name.
 
-Of onnxruntime's own operators it uses MatMulNBits, GroupQueryAttention (with rotary embedding and a cache that it
-writes in place), SkipSimplifiedLayerNormalization (RMSNorm after adding) and QuickGelu (SiLU, with alpha 1).
+onnxruntime's contrib operators: MatMulNBits, GroupQueryAttention (with rotary embedding and in-place KV cache),
+SkipSimplifiedLayerNormalization (residual addition and RMSNorm) and QuickGelu (SiLU with alpha 1).
 
     embeds [B,S,D]  past_key_i, past_value_i [B,H,C,E]  last_key [B]  length [1]  places [N]  ->  logits [B,N,V]
 
-`last_key` is the index of each row's last filled column, `length` the number of those of the longest row, both after
-this step; `places` are those of the S tokens whose logits are wanted. Several rows go one token at a time: S is 1 then.
-The present caches are outputs, to be bound to the same buffers as the past ones.
+`last_key` is the index of each row's last filled column and `length` the length of the longest row, both after this
+step; `places` are indices of the S tokens whose logits are computed. With several rows S is 1. The present caches are
+outputs that must be bound to the same buffers as the past ones.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from onnx import TensorProto, helper, numpy_helper
 
 from vila.engine.onnx.weights import ActivationBits, Block, DecoderWeights, Matrix
 
-# B rows  S tokens of a step  D model width  H KV heads  C capacity  E head width  N wanted places  V vocab
+# B rows  S tokens of a step  D model width  H KV heads  C capacity  E head width  N positions with logits  V vocab
 
 _OPSET, _IR_VERSION = 21, 10
 _FUSED = "com.microsoft"
-# What MatMulNBits multiplies in: 4 rounds activations to int8 in blocks of the weight's groups, 1 keeps float32.
+# accuracy_level of MatMulNBits: 4 rounds activations to int8 per weight group, 1 keeps float32.
 _INT8, _FLOAT32 = 4, 1
 
 
 @dataclass
 class _Graph:
-    """Nodes so far, and the arrays that they name."""
+    """Nodes and arrays of a graph under construction."""
 
     activation_bits: ActivationBits
     nodes: list[Any] = field(default_factory=list)
     arrays: dict[str, NDArray[Any]] = field(default_factory=dict)
     constants: dict[str, NDArray[Any]] = field(default_factory=dict)
-    """Small ones that shapes depend on, which travel inside the graph."""
+    """Small arrays stored in the graph, such as shapes."""
 
     def array(self, name: str, values: NDArray[Any]) -> str:
         self.arrays[name] = values
@@ -49,10 +49,10 @@ class _Graph:
         return name
 
     def add(self, kind: str, inputs: list[str], outputs: list[str], domain: str = _FUSED, **attributes: Any) -> None:
-        # An operator has one name in the graph, that of its first output.
+        # A node is named after its first output.
         self.nodes.append(helper.make_node(kind, inputs, outputs, name=outputs[0], domain=domain, **attributes))
 
-    def product(self, x: str, matrix: Matrix, name: str) -> str:
+    def matmul(self, x: str, matrix: Matrix, name: str) -> str:
         """`x @ matrix.T + bias`, named `name`."""
         bias = [] if matrix.bias_O is None else [self.array(f"{name}.bias", matrix.bias_O)]
         values = self.array(f"{name}.values", matrix.values)
@@ -62,17 +62,17 @@ class _Graph:
                 self.add("Add", [f"{name}.product", *bias], [name], domain="")
             return name
         if self.activation_bits == 16:
-            # The bias would be added to both halves.
+            # The bias must not be added to both halves.
             parts = self.halves(x, matrix.group_size, name)
-            both = self._few_bits(parts, matrix, f"{name}.both", [values], [])
+            both = self._quantized_matmul(parts, matrix, f"{name}.both", [values], [])
             self.add("Split", [both], [f"{name}.high", f"{name}.low"], domain="", axis=1, num_outputs=2)
             self.add("Add", [f"{name}.high", f"{name}.low"], [f"{name}.product" if bias else name], domain="")
             if bias:
                 self.add("Add", [f"{name}.product", *bias], [name], domain="")
             return name
-        return self._few_bits(x, matrix, name, [values], bias)
+        return self._quantized_matmul(x, matrix, name, [values], bias)
 
-    def _few_bits(self, x: str, matrix: Matrix, name: str, values: list[str], bias: list[str]) -> str:
+    def _quantized_matmul(self, x: str, matrix: Matrix, name: str, values: list[str], bias: list[str]) -> str:
         assert matrix.scales is not None and matrix.zeros is not None
         scales, zeros = self.array(f"{name}.scales", matrix.scales), self.array(f"{name}.zeros", matrix.zeros)
         self.add(
@@ -88,7 +88,7 @@ class _Graph:
         return name
 
     def halves(self, x: str, group_size: int, name: str) -> str:
-        """[B,2S,I] for x [B,S,I]: what int8 holds of it exactly, group by group, then what is left."""
+        """Split x [B,S,I] into [B,2S,I]: its int8 rounding per group, then the remainder."""
 
         def step(kind: str, inputs: list[str], what: str, **attributes: Any) -> str:
             self.add(kind, inputs, [f"{name}.{what}"], domain="", **attributes)
@@ -113,7 +113,7 @@ class _Graph:
 
 
 def cache_names(num_layers: int) -> list[tuple[str, str]]:
-    """Input and output of every cache, keys and values of a layer in turn."""
+    """Return input and output names of every cache, keys and values of each layer in turn."""
     kinds = ("key", "value")
     return [(f"past_{kind}_{layer}", f"present_{kind}_{layer}") for layer in range(num_layers) for kind in kinds]
 
@@ -121,10 +121,9 @@ def cache_names(num_layers: int) -> list[tuple[str, str]]:
 def decoder_graph(
     weights: DecoderWeights, *, activation_bits: ActivationBits
 ) -> tuple[onnx.ModelProto, dict[str, NDArray[Any]]]:
-    """The graph, and the arrays of its initializers, which it holds by name and shape only.
+    """Return the graph, and the arrays of its initializers, which it holds by name and shape only.
 
-    activation_bits: what matrices of few bits are multiplied by: activations rounded to int8, which is what makes them
-                     fast (8), two such numbers for each, the second for what the first has left (16), or float32 (32).
+    activation_bits: activations of quantized matmuls: int8 (8), int8 plus the int8 remainder (16), or float32 (32).
     """
     graph = _Graph(activation_bits)
     graph.array("cos", weights.cos)
@@ -144,14 +143,14 @@ def decoder_graph(
         following = "norm" if last else f"block_{index + 1}.attention_norm"
         normed, states = graph.add_and_norm(states, change, gamma, following, weights.eps)
     graph.add("Gather", [normed, "places"], ["wanted"], domain="", axis=1)
-    graph.product("wanted", weights.head, "logits")
+    graph.matmul("wanted", weights.head, "logits")
     return _model(graph, weights), graph.arrays
 
 
 def _attention(graph: _Graph, normed: str, weights: DecoderWeights, index: int) -> str:
     block, name = weights.blocks[index], f"block_{index}"
-    # Joined, queries, keys and values are one input of the operator and the two others stay empty.
-    qkv = [graph.product(normed, part, f"{name}.qkv_{i}") for i, part in enumerate(block.qkv)]
+    # A fused QKV projection is one input; the key and value inputs stay empty.
+    qkv = [graph.matmul(normed, part, f"{name}.qkv_{i}") for i, part in enumerate(block.qkv)]
     (past_key, present_key), (past_value, present_value) = cache_names(index + 1)[-2:]
     graph.add(
         "GroupQueryAttention",
@@ -163,17 +162,17 @@ def _attention(graph: _Graph, normed: str, weights: DecoderWeights, index: int) 
         do_rotary=1,
         local_window_size=-1 if block.window is None else block.window,
     )
-    return graph.product(f"{name}.attended", block.out, f"{name}.out")
+    return graph.matmul(f"{name}.attended", block.out, f"{name}.out")
 
 
 def _mlp(graph: _Graph, normed: str, block: Block, name: str) -> str:
-    parts = [graph.product(normed, part, f"{name}.gate_up_{i}") for i, part in enumerate(block.gate_up)]
+    parts = [graph.matmul(normed, part, f"{name}.gate_up_{i}") for i, part in enumerate(block.gate_up)]
     if len(parts) == 1:
         graph.add("Split", parts, [f"{name}.gate", f"{name}.up"], domain="", axis=-1, num_outputs=2)
         parts = [f"{name}.gate", f"{name}.up"]
     graph.add("QuickGelu", [parts[0]], [f"{name}.silu"], alpha=1.0)
     graph.add("Mul", [f"{name}.silu", parts[1]], [f"{name}.gated"], domain="")
-    return graph.product(f"{name}.gated", block.down, f"{name}.down")
+    return graph.matmul(f"{name}.gated", block.down, f"{name}.down")
 
 
 def _model(graph: _Graph, weights: DecoderWeights) -> onnx.ModelProto:
@@ -199,7 +198,7 @@ def _model(graph: _Graph, weights: DecoderWeights) -> onnx.ModelProto:
 
 
 def _described(name: str, values: NDArray[Any]) -> TensorProto:
-    """An initializer without its data: a graph with data could not be larger than 2 GB."""
+    """Return an initializer without its data, because a graph with data is limited to 2 GB."""
     kind = helper.np_dtype_to_tensor_dtype(values.dtype)
     tensor = TensorProto(name=name, dims=values.shape, data_type=kind, data_location=TensorProto.EXTERNAL)
     for key, value in (("location", "memory"), ("offset", "0"), ("length", str(values.nbytes))):

@@ -1,4 +1,4 @@
-"""The passes of a running batch by onnxruntime: growing answers in one run, each piece of a prompt in its own."""
+"""Model runner of onnxruntime: decode steps together, each prefill chunk in a run of its own."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from vila.engine.ragged_attention import TokenRange
 from vila.engine.vision_cache import VisionCache
 from vila.model.modeling import VilaForConditionalGeneration
 
-# B rows of a run  S tokens of a piece  D model width  V vocab  N wanted places
+# B rows of a run  S tokens of a chunk  D model width  V vocab  N positions with logits
 
 _BINDINGS = 32
-"""Groups of neighbouring rows that stay bound; binding all caches takes about as long as a small model's step."""
+"""Row ranges whose bindings are kept; binding all caches takes about as long as a step of a small model."""
 
 
 class OnnxRunner(ModelRunner):
-    """Rows of the pool that stand side by side are one run, over their own columns each; those between them rest."""
+    """Runs a range of adjacent KV rows at once; rows of the range that do not decode are computed and restored."""
 
     def __init__(
         self, model: VilaForConditionalGeneration, features: VisionCache, tokens: int, program: OnnxProgram
@@ -35,7 +35,7 @@ class OnnxRunner(ModelRunner):
         pieces: Sequence[tuple[TokenRange, Tensor]],
         ends: Sequence[int],
     ) -> Tensor:
-        """Logits [N, V], float32; `steps` are a run together, and every piece of a prompt is one of its own."""
+        """Run the passes; see `ModelRunner.forward`."""
         logits = [self._grow(steps)] if steps else []
         for number, (place, embeds_SD) in enumerate(pieces):
             wanted = [place.count - 1] if number in ends else []

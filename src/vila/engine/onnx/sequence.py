@@ -1,4 +1,4 @@
-"""One sequence by onnxruntime on a CPU: a prompt, then token by token, on a static cache that is written in place."""
+"""A single sequence on onnxruntime: prefill and decode steps on a static KV cache."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from vila.engine.onnx.program import Binding, OnnxProgram, append
 from vila.kernels.int4 import Int4Weight
 from vila.model.modeling import VilaForConditionalGeneration
 
-# S tokens  D model width  V vocab  N wanted places
+# S tokens  D model width  V vocab  N positions with logits
 
 
 class OnnxSequence:
-    """One sequence on its way through a program. Memory of the cache is taken as it fills."""
+    """One sequence of a program with its KV cache, whose memory is committed as it fills."""
 
     def __init__(self, program: OnnxProgram) -> None:
         self.program = program
@@ -34,60 +34,60 @@ class OnnxSequence:
     def of(
         model: VilaForConditionalGeneration, weights: Mapping[str, Int4Weight] | None = None, **options: Any
     ) -> OnnxSequence:
-        """An empty sequence of a program of its own; arguments and errors are those of OnnxProgram."""
+        """Return an empty sequence with its own program; arguments and errors are those of OnnxProgram."""
         return OnnxSequence(OnnxProgram(model, weights, **options))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the cache that are filled, which is what it takes of the memory."""
+        """Bytes of the filled part of the cache."""
         return sum(cache.nbytes for cache in self._caches) // self.program.capacity * self.length
 
     def reserve(self, capacity: int) -> None:
-        """Room for so many tokens; there is always all of it. Raises ContextOverflowError."""
-        self._check_room(max(0, capacity - self.length))
+        """Check the capacity, which is fixed. Raises ContextOverflowError."""
+        self._check_capacity(max(0, capacity - self.length))
 
     def prefill(self, embeds_1SD: Tensor) -> Tensor:
-        """Append S tokens, given by their embeddings; logits [V] after the last one.
+        """Append S tokens, given by their embeddings; return logits [V] after the last one.
 
-        Raises ContextOverflowError when they do not fit.
+        Raises ContextOverflowError if they do not fit.
         """
         return self.logits_at(embeds_1SD, [embeds_1SD.shape[1] - 1])[0]
 
     def logits_at(self, embeds_1SD: Tensor, places: Sequence[int]) -> Tensor:
-        """Append S tokens; logits [N, V] after those at `places`, which rise and count from the first of the S."""
-        self._check_room(embeds_1SD.shape[1])
+        """Append S tokens; return logits [N, V] at `places`, ascending indices into the S tokens."""
+        self._check_capacity(embeds_1SD.shape[1])
         try:
             logits_NV = torch.cat(list(append(self._binding, embeds_1SD, places, self.length)))
         finally:
-            self._binding.take(*self._step)
+            self._binding.bind(*self._step)
         self.length += embeds_1SD.shape[1]
         return logits_NV
 
     def step(self, token: int) -> Tensor:
-        """Append one token; logits [V] after it. Raises ContextOverflowError when the cache is full."""
-        self._check_room(1)
+        """Append one token; return logits [V]. Raises ContextOverflowError if the cache is full."""
+        self._check_capacity(1)
         self._embeds_D.copy_(self.program.embeddings_VD[token])
         self._binding.run(self.length + 1)
         self.length += 1
         return torch.from_numpy(self._binding.logits_BNV[0, 0].copy())
 
     def reset(self, length: int = 0) -> None:
-        """Go back to the first `length` tokens, which need not be computed again."""
+        """Keep only the first `length` tokens."""
         if not 0 <= length <= self.length:
-            raise ConfigError(f"onnx backend: cannot go back to {length} of {self.length} tokens")
+            raise ConfigError(f"onnx backend: cannot reset to {length} of {self.length} tokens")
         self.length = length
 
     def fork(self, length: int | None = None) -> OnnxSequence:
-        """A second sequence that begins with the same tokens, or the first `length` of them; they are copied."""
+        """Return a copy of the sequence, or of its first `length` tokens."""
         other = OnnxSequence(self.program)
         other.length = self.length if length is None else length
         for new, old in zip(other._caches, self._caches, strict=True):
             new[:, :, : other.length] = old[:, :, : other.length]
         return other
 
-    def _check_room(self, count: int) -> None:
+    def _check_capacity(self, count: int) -> None:
         if self.length + count > self.program.capacity:
             raise ContextOverflowError(
-                f"a sequence of {self.length} and {count} more tokens does not fit a cache of {self.program.capacity}; "
-                "shorten it, or ask for a greater capacity"
+                f"a sequence of {self.length} and {count} more tokens does not fit a cache of {self.program.capacity}",
+                hint="shorten it, or use a larger capacity",
             )

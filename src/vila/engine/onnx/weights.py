@@ -1,7 +1,4 @@
-"""A decoder's weights as arrays for the graph of its step: dense, or in blocks of 8 or 4 bits.
-
-The facts that the graph needs beside them are read here too, and what it cannot compute is refused.
-"""
+"""Weights of a decoder as arrays for the ONNX graph, dense or in groups of 8 or 4 bits; rejects unsupported models."""
 
 from __future__ import annotations
 
@@ -27,13 +24,13 @@ HEAD_BITS = (4, 8, 32)
 ActivationBits = Literal[8, 16, 32]
 ACTIVATION_BITS = (8, 16, 32)
 _GROUP_SIZES = (128, 64, 32, 16)
-# Rotary embeddings whose angles do not depend on how long the sequence is.
+# Rotary embeddings whose angles do not depend on the sequence length.
 FIXED_ROPE = ("default", "linear", "llama3", "yarn")
 
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
-    """A product's weight. `bits` 32: `values` float32 [O, I]. 8 or 4: value = (code - zero) * scale, where
+    """Weight of a matmul. `bits` 32: `values` float32 [O, I]. 8 or 4: value = (code - zero) * scale, where
 
     values: uint8 [O, I/G, G * bits/8]; of two codes in a byte the even input has the low nibble.
     scales: float32 [O, I/G].
@@ -52,9 +49,9 @@ class Matrix:
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """One decoder block. `qkv` and `gate_up` are one joined matrix, or several that cannot be joined.
+    """One decoder block. `qkv` and `gate_up` are one fused matrix, or several that cannot be fused.
 
-    window: how many tokens a token sees, itself among them; None for all.
+    window: sliding window in tokens, the token itself included; None: full attention.
     """
 
     attention_norm_D: NDArray[np.float32]
@@ -68,7 +65,7 @@ class Block:
 
 @dataclass(frozen=True, eq=False)
 class DecoderWeights:
-    """All that the step of a decoder needs. `cos` and `sin` [C, E/2] are the rotary tables."""
+    """Weights and sizes of a decoder. `cos` and `sin` [C, E/2] are the rotary tables."""
 
     blocks: tuple[Block, ...]
     norm_D: NDArray[np.float32]
@@ -86,10 +83,10 @@ class DecoderWeights:
 def decoder_weights(
     model: VilaForConditionalGeneration, weights: Mapping[str, Int4Weight], *, head_bits: HeadBits, capacity: int
 ) -> DecoderWeights:
-    """The weights of a model's LLM; `weights` replace those of Linears, named as in the model.
+    """Return the weights of a model's LLM; `weights` replace those of Linears, by name.
 
-    Raises ConfigError, naming everything, for a model whose step the graph cannot compute, for names or shapes that
-    the model does not have and for other head_bits than 4, 8 and 32.
+    Raises ConfigError with all problems for an unsupported model, unknown names or shapes in `weights`, and head_bits
+    other than 4, 8 and 32.
     """
     config, decoder = model.config.text_config, _decoder(model)
     names = {module: name for name, module in model.named_modules()}
@@ -98,12 +95,12 @@ def decoder_weights(
     }
     given: dict[nn.Module, Int4Weight] = {module: weights[name] for name, module in linears.items() if name in weights}
     problems = [*_problems(config, decoder.layers), *_misfits(weights, linears)]
-    # Linears that are replaced may have let go of their values.
+    # Replaced Linears may have released their values.
     kept = [module for module in decoder.modules() if module not in given]
     if any(value.device.type != "cpu" for module in kept for value in module.parameters(recurse=False)):
         problems.append("the model is not on a CPU; load it with device='cpu', or use the torch backend")
     if head_bits not in HEAD_BITS:
-        problems.append(f"head_bits={head_bits!r}: 4, 8 or 32")
+        problems.append(f"head_bits={head_bits!r}: expected 4, 8 or 32")
     if problems:
         raise ConfigError.collect("onnx backend", problems)
     half = _head_width(config) // 2
@@ -146,7 +143,7 @@ def _block(block: Any, given: Mapping[nn.Module, Int4Weight], window: int | None
 
 
 def round_to_bytes(weight_OI: Tensor, group_size: int) -> Matrix:
-    """A weight in 8 bits, each group by its own range, which is widened to contain 0; halves go to the even code."""
+    """Quantize a weight to 8 bits with a range per group that includes 0; ties round to even."""
     groups = weight_OI.float().unflatten(-1, (-1, group_size))
     low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
     scales = ((high - low) / 255).clamp(min=torch.finfo(torch.float32).tiny)
@@ -158,7 +155,7 @@ def round_to_bytes(weight_OI: Tensor, group_size: int) -> Matrix:
 
 
 def matrix_of(weight: Int4Weight, bias_O: Tensor | None = None) -> Matrix:
-    """A 4-bit weight in the graph's arrays; the codes are shared, not copied."""
+    """Return a 4-bit weight as arrays of the graph; the codes are shared, not copied."""
     codes = weight.codes.unflatten(-1, (-1, weight.group_size // 2)).contiguous()
     zeros = pack_nibbles(F.pad(weight.zeros, (0, weight.zeros.shape[1] % 2)))
     bias = None if bias_O is None else _floats(bias_O)
@@ -176,20 +173,20 @@ def _head(head: nn.Module, bits: HeadBits) -> Matrix:
         return _dense(weight, None)
     fitting = [size for size in _GROUP_SIZES if weight.shape[1] % size == 0]
     if not fitting:
-        raise ConfigError(f"onnx backend: a head of {weight.shape[1]} inputs has no groups of 16; use head_bits=32")
+        raise ConfigError(f"onnx backend: a head with {weight.shape[1]} inputs has no groups of 16; use head_bits=32")
     if bits == 8:
         return round_to_bytes(weight, fitting[0])
-    # Fine groups: the head is what 4 bits hurt most, and a small part of what a step reads.
+    # Small groups: the LM head suffers most from 4 bits, and is a small part of the weights.
     return matrix_of(quantize(weight.float(), min(fitting[0], 32), dtype=torch.float32))
 
 
 def _joined(parts: Sequence[Any], given: Mapping[nn.Module, Int4Weight]) -> tuple[Matrix, ...]:
-    """One matrix for Linears that share their input, or one each where their weights are of different kinds."""
-    stored = [given.get(part, part.weight) for part in parts]
-    ints = [weight for weight in stored if isinstance(weight, Int4Weight)]
-    kinds = {(weight.group_size, weight.scales.dtype) for weight in ints}
-    if len(kinds) > 1 or 0 < len(ints) < len(parts):
-        return tuple(_matrix(weight, part.bias) for weight, part in zip(stored, parts, strict=True))
+    """Return one fused matrix for Linears with the same input, or one each if their formats differ."""
+    weights = [given.get(part, part.weight) for part in parts]
+    ints = [weight for weight in weights if isinstance(weight, Int4Weight)]
+    formats = {(weight.group_size, weight.scales.dtype) for weight in ints}
+    if len(formats) > 1 or 0 < len(ints) < len(parts):
+        return tuple(_matrix(weight, part.bias) for weight, part in zip(weights, parts, strict=True))
     bias = _joined_bias(parts)
     if ints:
         whole = concatenate(ints) if len(ints) > 1 else ints[0]
@@ -199,7 +196,7 @@ def _joined(parts: Sequence[Any], given: Mapping[nn.Module, Int4Weight]) -> tupl
                 part.set_weight(whole.rows(start, start + weight.num_outputs))
             start += weight.num_outputs
         return (_matrix(whole, bias),)
-    return (_matrix(torch.cat(stored) if len(stored) > 1 else stored[0], bias),)
+    return (_matrix(torch.cat(weights) if len(weights) > 1 else weights[0], bias),)
 
 
 def _matrix(weight: Int4Weight | Tensor, bias_O: Tensor | None) -> Matrix:
@@ -228,15 +225,15 @@ def _problems(config: Any, layers: Any) -> Iterator[str]:
     if rope not in FIXED_ROPE:
         yield f"rope_type={rope!r}: only {', '.join(FIXED_ROPE)}; use the torch backend"
     if (width := _head_width(config)) % 16:
-        yield f"heads {width} wide: the attention operator takes multiples of 16; use the torch backend"
+        yield f"head width {width}: the attention operator requires multiples of 16; use the torch backend"
 
 
 def _misfits(weights: Mapping[str, Int4Weight], linears: Mapping[str, Any]) -> Iterator[str]:
     for name, weight in weights.items():
         if name not in linears:
-            yield f"weights[{name!r}]: no Linear of the decoder's blocks"
+            yield f"weights[{name!r}]: not a Linear of the decoder's blocks"
         elif (weight.num_outputs, weight.num_inputs) != (linears[name].out_features, linears[name].in_features):
             shape = (linears[name].out_features, linears[name].in_features)
             yield f"weights[{name!r}] is {weight.num_outputs} x {weight.num_inputs}, the Linear {shape[0]} x {shape[1]}"
         elif weight.group_size not in _GROUP_SIZES:
-            yield f"weights[{name!r}] has groups of {weight.group_size}; MatMulNBits takes {_GROUP_SIZES}"
+            yield f"weights[{name!r}] has group size {weight.group_size}; MatMulNBits supports {_GROUP_SIZES}"
