@@ -92,7 +92,7 @@ def test_every_backend_is_measured_and_compared(options, group_size, precision, 
     assert found.of_limit == pytest.approx(found.step_bytes / (found.step_ms / 1e3) / 1e9)
     assert found.agreement.tokens == 24
     assert found.agreement.same_clear == 1
-    rounds = backend.endswith("activations 8 bit")
+    rounds = backend.endswith("8-bit activations")
     assert (found.agreement.error > 1e-3) == rounds
     json.dumps(found.facts())
 

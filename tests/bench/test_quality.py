@@ -1,4 +1,4 @@
-"""What 4 bits cost: figures by hand, ways that are kept, and a report that loads nothing."""
+"""`vila bench quality`: metrics against hand-computed values, resumed results, and the report."""
 
 import json
 import math
@@ -111,7 +111,7 @@ def test_figures_of_another_task_are_not_taken_over(tmp_path):
 
 @pytest.mark.parametrize("ways", [[], WAYS[1:]])
 def test_nothing_is_compared_without_full_precision(tmp_path, ways):
-    with pytest.raises(ConfigError, match="the first way that is measured is full precision"):
+    with pytest.raises(ConfigError, match="first variant"):
         measure_quality(lambda: loud(layers=1), ways, TASK, tmp_path)
 
 

@@ -79,12 +79,12 @@ def ask(page, text, files=()):
 
 
 def paced(page, side="one"):
-    page.wait_for_function(f"document.querySelector('#pace-{side}').innerText.includes('tokens/s')", timeout=60_000)
+    page.wait_for_function(f"document.querySelector('#speed-{side}').innerText.includes('tokens/s')", timeout=60_000)
 
 
 def shorten(page):
     page.get_by_text("Settings", exact=True).click()
-    page.get_by_label("number input for Most new tokens").fill("40")
+    page.get_by_label("number input for Maximum new tokens").fill("40")
     page.keyboard.press("Tab")
 
 
@@ -93,13 +93,13 @@ def test_two_pictures_are_answered_by_both_models_piece_by_piece(page, pictures)
     ask(page, "what are they?", [pictures / "1.png", pictures / "2.png"])
     lengths = set()
     until = time.monotonic() + 60
-    while "tokens/s" not in page.inner_text("#pace-one") and time.monotonic() < until:
+    while "tokens/s" not in page.inner_text("#speed-one") and time.monotonic() < until:
         lengths.add(len(page.inner_text("#one")))
         page.wait_for_timeout(20)
     assert len(lengths) > 3  # it grew
     paced(page, "two")
     assert page.locator("#one .message img").count() == 2
-    assert "40 tokens" in page.inner_text("#pace-one")
+    assert "40 tokens" in page.inner_text("#speed-one")
     # The two models have the same weights.
     answers = [page.locator(f"#{side} .bot.message").last.inner_text() for side in ("one", "two")]
     assert answers[0] and answers[0] == answers[1]
@@ -117,7 +117,7 @@ def test_an_upload_that_is_no_picture_is_refused_in_the_servers_words_and_the_ch
 
 def test_examples_and_the_gallery_fill_the_question(page):
     shorten(page)
-    page.get_by_text("Examples to learn from").click()
+    page.get_by_text("Few-shot examples").click()
     page.get_by_role("button", name="Colour", exact=True).or_(page.get_by_role("button", name="Counting")).click()
     page.wait_for_function("document.querySelector('#shot-answer-0 textarea').value.length > 0", timeout=30_000)
     page.locator("#gallery .thumbnail-item").first.click()

@@ -10,7 +10,7 @@ from PIL import Image
 
 from vila.core.errors import MediaError
 from vila.serve.demo.client import (
-    MOST_BYTES,
+    MAX_BYTES,
     FewShotExample,
     Settings,
     StreamState,
@@ -21,12 +21,12 @@ from vila.serve.demo.client import (
 from vila.serve.demo.gallery import SCENES, SHAPES, gallery_for, save_images, worked_examples
 from vila.serve.demo.ui import (
     NONE,
-    add_picture,
+    add_image,
     cells_of,
     last_question,
     run_side_by_side,
     shots_of,
-    take_back,
+    undo_question,
     with_answer,
 )
 
@@ -54,16 +54,16 @@ def test_a_file_travels_as_its_own_bytes(picture):
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("a.pdf", b"%PDF", "neither a picture nor a clip"),
+        ("a.pdf", b"%PDF", "not a supported"),
         ("a.png", b"", "is empty"),
-        ("a.png", bytes(MOST_BYTES + 1), "upload at most 20 MiB"),
+        ("a.png", bytes(MAX_BYTES + 1), "at most 20 MiB"),
     ],
 )
 def test_an_upload_that_cannot_be_sent_is_refused_by_its_name(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(MediaError, match=words) as caught:
         data_url(tmp_path / name)
-    assert name in str(caught.value)
+    assert caught.value.file == name
 
 
 def test_pictures_and_clips_stand_before_the_text_in_their_order(picture, tmp_path):
@@ -130,8 +130,8 @@ def test_the_builder_and_its_examples_are_the_same(picture):
 
 
 def test_only_what_was_chosen_is_sent():
-    assert Settings().request() == {"max_tokens": 256, "temperature": 0.0}
-    assert Settings(5, 0.7, 0.9, 3).request() == {"max_tokens": 5, "temperature": 0.7, "top_p": 0.9, "seed": 3}
+    assert Settings().parameters() == {"max_tokens": 256, "temperature": 0.0}
+    assert Settings(5, 0.7, 0.9, 3).parameters() == {"max_tokens": 5, "temperature": 0.7, "top_p": 0.9, "seed": 3}
 
 
 def test_a_refusal_is_shown_and_never_becomes_part_of_the_conversation():
@@ -142,8 +142,8 @@ def test_a_refusal_is_shown_and_never_becomes_part_of_the_conversation():
 
 def test_the_pace_counts_the_tokens_after_the_first():
     told = StreamState("x", tokens=11, first=0.5, last=2.5, done=True)
-    assert told.pace() == "first token 0.50 s · 5.0 tokens/s · 11 tokens"
-    assert StreamState().pace() == ""
+    assert told.speed() == "first token 0.50 s · 5.0 tokens/s · 11 tokens"
+    assert StreamState().speed() == ""
 
 
 def test_two_answers_grow_beside_each_other_and_one_that_fails_ends_alone():
@@ -168,17 +168,17 @@ def test_two_answers_grow_beside_each_other_and_one_that_fails_ends_alone():
 def test_asking_again_takes_the_question_with_its_pictures_out_of_both_chats(picture):
     one = [said("first?"), said("1", "assistant"), file_of(picture), said("second?"), said("2", "assistant")]
     two = [file_of(picture), said("second?"), said("zwei", "assistant")]
-    question, one, two = take_back(one, two)
+    question, one, two = undo_question(one, two)
     assert question == {"text": "second?", "files": [picture]}
     assert [turn["content"] for turn in one] == ["first?", "1"]
     assert two == []
     assert last_question([]) == 0
-    assert take_back([], [])[0] == {"text": "", "files": []}
+    assert undo_question([], [])[0] == {"text": "", "files": []}
 
 
 def test_a_picture_of_the_camera_joins_the_question(picture):
-    assert add_picture({"text": "what?", "files": ["b.png"]}, picture)["files"] == ["b.png", picture]
-    assert add_picture(None, None) == {"text": "", "files": []}
+    assert add_image({"text": "what?", "files": ["b.png"]}, picture)["files"] == ["b.png", picture]
+    assert add_image(None, None) == {"text": "", "files": []}
 
 
 def test_the_gallery_is_chosen_by_what_the_model_learnt(tmp_path):
@@ -195,7 +195,7 @@ def test_the_gallery_is_chosen_by_what_the_model_learnt(tmp_path):
 def test_every_set_of_examples_has_pictures_that_are_there(tmp_path):
     for words in ("starter", "VILA-7B"):
         for shots in worked_examples(words, tmp_path / words).values():
-            assert all(Path(shot.picture).is_file() and shot.answer for shot in shots)
+            assert all(Path(shot.image).is_file() and shot.answer for shot in shots)
 
 
 def test_no_second_model_is_no_name_of_a_model():

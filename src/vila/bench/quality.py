@@ -1,7 +1,7 @@
-"""What 4 bits cost: perplexity and answers of a model in full precision and quantized in several ways.
+"""`vila bench quality`: perplexity and accuracy of a model in full precision and after several quantizations.
 
-Each way starts from the same weights. Figures are of the rounded values, computed in float32. The text is never one
-that was calibrated with. A way that is measured is kept, so an interrupted run goes on with the next.
+Every method starts from the same weights and is evaluated with its rounded values in float32. The evaluation text is
+disjoint from the calibration text. Results are saved per method, so an interrupted run resumes with the next one.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ from vila.report.plots import Group, bar_plot
 
 _MEASURED = frozenset({"seconds", "bytes", "losses", "divergences"})
 TEXT = "starter/text/english_eval.txt"
-"""The packaged text, in `vila`, that perplexity is of; it shares no run of 8 words with the calibration text."""
+"""Evaluation text in the package `vila`; it has no 8-gram in common with the calibration text."""
 
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """One way of keeping the model. Without a config it is in full precision."""
+    """One variant of the model. Without a config it is in full precision."""
 
     name: str
     config: QuantConfig | None = None
     calibration: Calibration | None = None
 
     def facts(self) -> dict[str, Any]:
-        """What decides its figures."""
+        """Return the settings that determine its results."""
         if self.config is None:
             return {"name": self.name}
         return {
@@ -64,7 +64,7 @@ class Way:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """What is measured: blocks of text [N, S] of token ids, and easy-VQA questions where a folder of them is given."""
+    """The evaluation: blocks of text [N, S] of token ids, and easy-VQA questions if a folder is given."""
 
     blocks: tuple[tuple[int, ...], ...]
     text_sha256: str
@@ -72,7 +72,7 @@ class Task:
     questions: int = 0
 
     def facts(self) -> dict[str, Any]:
-        """What decides the figures."""
+        """Return the settings that determine the results."""
         return {
             "text_sha256": self.text_sha256,
             "blocks": len(self.blocks),
@@ -89,18 +89,18 @@ def quality_task(
     questions: int = 0,
     block: int = SEQUENCE_LENGTH,
 ) -> Task:
-    """The packaged text in blocks, the tail dropped; 0 takes all of them. Raises DataError when it makes no block."""
+    """Return the packaged text in blocks without the rest; max_blocks 0: all. Raises DataError if there is no block."""
     raw = files("vila").joinpath(TEXT).read_bytes()
     ids = tokenizer(raw.decode("utf-8"))["input_ids"]
     cut = tuple(tuple(ids[at : at + block]) for at in range(0, len(ids) - block + 1, block))
     if not cut:
-        raise DataError(f"{TEXT}: {len(ids)} tokens are no block of {block}; ask for shorter blocks")
+        raise DataError(f"{len(ids)} tokens do not fill a block of {block}", file=TEXT, hint="use shorter blocks")
     return Task(cut[: max_blocks or None], hashlib.sha256(raw).hexdigest(), easy_vqa, questions)
 
 
 @torch.no_grad()
 def block_losses(model: Any, blocks: Sequence[Sequence[int]]) -> list[float]:
-    """Mean negative log-likelihood per token of each block, by the model or LLM, in nats."""
+    """Return the mean negative log-likelihood per token of each block, in nats."""
     out = []
     for block in blocks:
         ids_S = torch.tensor(block, device=model.get_input_embeddings().weight.device)
@@ -110,32 +110,32 @@ def block_losses(model: Any, blocks: Sequence[Sequence[int]]) -> list[float]:
 
 
 @torch.no_grad()
-def block_divergences(model: Any, whole: Any, blocks: Sequence[Sequence[int]]) -> list[float]:
-    """Mean over each block's tokens of the Kullback-Leibler divergence of the model from the whole one, in nats.
+def block_divergences(model: Any, full: Any, blocks: Sequence[Sequence[int]]) -> list[float]:
+    """Return the mean KL divergence per token of the model from the full-precision one for each block, in nats.
 
-    The loss alone can mislead: rounding a trained model back to what it was before may well please the text.
+    The loss alone can mislead: rounding may undo fine-tuning and thereby improve the loss on general text.
     """
     out = []
     for block in blocks:
         ids_1S = torch.tensor([block], device=model.get_input_embeddings().weight.device)
         own_SV = torch.log_softmax(model(input_ids=ids_1S).logits[0].float(), -1)
-        whole_SV = torch.log_softmax(whole(input_ids=ids_1S).logits[0].float(), -1)
-        # Ids that are masked in both are infinitely unlikely in both.
-        apart_SV = torch.where(whole_SV.isfinite(), whole_SV.exp() * (whole_SV - own_SV), 0)
-        out.append(float(apart_SV.sum(-1).mean()))
+        full_SV = torch.log_softmax(full(input_ids=ids_1S).logits[0].float(), -1)
+        # Ids masked in both models have log-probability -inf in both.
+        divergence_SV = torch.where(full_SV.isfinite(), full_SV.exp() * (full_SV - own_SV), 0)
+        out.append(float(divergence_SV.sum(-1).mean()))
     return out
 
 
 def measure_quality(
     load: Callable[[], tuple[Any, Any]], ways: Sequence[Way], what: Task, out: Path, *, events: Events = SILENT
 ) -> dict[str, Any]:
-    """Measure every way, writing one file each below `out/ways`, and compare them with the first, full precision.
+    """Measure every variant, save each below `out/ways`, and compare them with the first, full precision.
 
-    load: a fresh model in memory, in float32, and its processor.
-    Raises ConfigError when the first way is not full precision, or `out` holds figures of another model or task.
+    load: returns a new float32 model and its processor.
+    Raises ConfigError if the first variant is not full precision, or `out` holds results of other settings.
     """
     if not ways or ways[0].config is not None:
-        raise ConfigError("the first way that is measured is full precision: the others are compared with it")
+        raise ConfigError("the first variant must be full precision, with which the others are compared")
     (out / "ways").mkdir(parents=True, exist_ok=True)
     rows = [_measured(load, way, what, out, events) for way in ways]
     result = {"task": what.facts(), "ways": compare(rows)}
@@ -173,15 +173,15 @@ def _measured(load: Callable[[], tuple[Any, Any]], way: Way, what: Task, out: Pa
 
 
 def _search(model: Any, processor: Any, way: Way, folder: Path, events: Events) -> AwqSearch | None:
-    """The way's search; ways that search with the same settings on the same rows share one."""
+    """Return the AWQ search of a variant; variants with the same settings and calibration data share it."""
     config, calibration = way.config, way.calibration
     if config is None or calibration is None:
         return None
-    looked_at = [
+    sequences = [
         [row.ids, [image.key() for image in row.media]]
         for row in calibration.sequences[: config.search_sequences or None]
     ]
-    asked = json.dumps([config.method, config.search_settings(), looked_at])
+    asked = json.dumps([config.method, config.search_settings(), sequences])
     path = folder / f"{hashlib.sha256(asked.encode()).hexdigest()[:16]}.safetensors"
     if path.is_file():
         return load_search(path)
@@ -192,7 +192,7 @@ def _search(model: Any, processor: Any, way: Way, folder: Path, events: Events) 
 
 
 def _quantize(model: Any, processor: Any, way: Way, out: Path, events: Events) -> int:
-    """Round the model in place; the bytes of its weights when all else is kept in 16 bits."""
+    """Quantize the model in place; return the bytes of its weights with all others in 16 bits."""
     config = way.config
     assert config is not None
     check_quantization(model, config)
@@ -222,10 +222,10 @@ def _answers(model: Any, processor: Any, way: Way, what: Task, out: Path, events
 
 
 def compare(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Each row beside the first: differences of the loss with their standard error over blocks, and of the accuracy.
+    """Compare each result with the first: differences of the loss with standard error over blocks, and of accuracy.
 
-    `removed` and `divergence_removed` are the shares of plain rounding's damage, by the loss and by the divergence,
-    that a way does not do, where a way called `rtn` is there.
+    If there is a result named `rtn`, `removed` and `divergence_removed` are the fractions of its damage, in loss and
+    divergence, that a variant avoids.
     """
     whole = rows[0]["losses"]
     damage = {row["asked"]["name"]: fmean(row["losses"]) - fmean(whole) for row in rows}
@@ -258,18 +258,14 @@ def compare(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return out
 
 
-# --- quality_report
-# What a quality measurement shows: one table, plots of what each way costs, and how it was measured.
-
-
 _HEADER = (
-    "way", "perplexity", "NLL above full", "s.e.", "NLL removed", "KL from full", "KL removed", "accuracy", "MiB",
+    "method", "perplexity", "NLL above full", "s.e.", "NLL removed", "KL from full", "KL removed", "accuracy", "MiB",
     "seconds",
 )  # fmt: skip
 
 
 def quality_rows(ways: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """The table's cells, a row for each way; what was not measured is empty."""
+    """Return the table's cells, one row per variant; missing values are empty."""
     return [
         [
             str(way["name"]),
@@ -288,43 +284,43 @@ def quality_rows(ways: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def markdown_table(ways: Sequence[Mapping[str, Any]]) -> str:
-    """The same table as markdown."""
+    """Return the table as markdown."""
     lines = ["| " + " | ".join(_HEADER) + " |", "|" + "|".join(["---"] + ["---:"] * (len(_HEADER) - 1)) + "|"]
     return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in quality_rows(ways))]) + "\n"
 
 
 def write_quality_report(result: Mapping[str, Any], facts: Mapping[str, Any], path: Path) -> None:
-    """One HTML file that loads nothing. facts: of the machine and the model, shown at the end."""
+    """Write a self-contained HTML report. facts: machine and model, shown at the end."""
     ways = result["ways"]
     quantized = ways[1:]
-    page = Page("What 4 bits cost", str(facts.get("model", "")))
+    page = Page("Cost of INT4 quantization", str(facts.get("model", "")))
     if quantized:
         best = min(quantized, key=lambda way: way["divergence"])
         page.figures(
             {
-                f"divergence from full precision, {best['name']}": Figure(f"{best['divergence']:.4f}", "nats a token"),
-                "NLL above full precision": Figure(f"{best['difference']:+.4f}", "of the same"),
+                f"KL divergence, {best['name']}": Figure(f"{best['divergence']:.4f}", "nats per token"),
+                "NLL above full precision": Figure(f"{best['difference']:+.4f}", f"nats per token, {best['name']}"),
             }
         )
-    page.section("Every way")
+    page.section("Results")
     page.table(_HEADER, quality_rows(ways))
-    page.section("Damage to the language model")
+    page.section("Language modelling")
     page.plot(
-        bar_plot([_damage(way) for way in quantized], title="NLL above full precision, nats a token"),
-        "lines are one standard error each way, over blocks of text, each compared with itself",
+        bar_plot([_damage(way) for way in quantized], title="NLL above full precision, nats per token"),
+        "lines are +- one standard error of the paired differences over blocks of text",
     )
     page.plot(
         bar_plot(
             [Group(way["name"], {"divergence": way["divergence"]}) for way in quantized],
-            title="Divergence from full precision, nats a token",
+            title="KL divergence from full precision, nats per token",
         ),
-        "the loss alone can fall where rounding undoes what training changed; this cannot",
+        "unlike the loss, the divergence cannot improve by undoing fine-tuning",
     )
     if "accuracy" in ways[0]:
-        page.section("Answers about pictures")
+        page.section("Answers about images")
         groups = [Group(way["name"], {"accuracy": way["accuracy"]}) for way in ways]
         page.plot(bar_plot(groups, title="easy-VQA, exact match", write=lambda value: f"{value:.2%}", full=1.0))
-        header = ("way", "accuracy", "points lost", "answers lost", "answers won")
+        header = ("method", "accuracy", "points lost", "answers lost", "answers gained")
         page.table(
             header,
             [
@@ -332,9 +328,9 @@ def write_quality_report(result: Mapping[str, Any], facts: Mapping[str, Any], pa
                 for w in ways
             ],
         )
-    page.section("How it was measured")
+    page.section("Settings")
     page.table(("", ""), [[key, str(value)] for key, value in {**result["task"], **facts}.items()])
-    page.table(("way", "settings"), [[way["name"], _settings(way)] for way in ways])
+    page.table(("method", "settings"), [[way["name"], _settings(way)] for way in ways])
     page.save(path)
 
 

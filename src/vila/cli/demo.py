@@ -73,6 +73,6 @@ def demo(
             port=port,
             browser=browser,
             check=check,
-            say=typer.echo,
+            log=typer.echo,
             allowed_hosts=allowed_host or (),
         )

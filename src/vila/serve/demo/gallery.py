@@ -1,7 +1,6 @@
-"""Pictures that a visitor can try: drawn here, so that nobody's licence is needed, and chosen by what a model can do.
+"""Example images of the demo, drawn with Pillow and thus under this project's licence (Apache-2.0).
 
-A model that was trained on easy-VQA knows shapes and their colours; other models get a chart, a sign, dice and a clock.
-All drawings are part of this project, Apache-2.0.
+Models trained on easy-VQA get coloured shapes; other models a chart, a sign, dice and a clock.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ Draw = Callable[[], Image.Image]
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """A picture and a question that goes with it."""
+    """An example image with a question about it."""
 
     name: str
     question: str
@@ -30,41 +29,41 @@ class Example:
 
 
 def gallery_for(words: str) -> list[Example]:
-    """What to show for models whose names and cards are `words`."""
+    """Return the examples for models whose names and model cards are `words`."""
     return SHAPES if any(name in words.lower() for name in _EASY) else SCENES
 
 
-def save_images(exhibits: Sequence[Example], folder: Path) -> list[tuple[str, str]]:
-    """Draw the pictures into a directory; pairs of path and question."""
+def save_images(examples: Sequence[Example], folder: Path) -> list[tuple[str, str]]:
+    """Draw the images into a directory; return pairs of path and question."""
     folder.mkdir(parents=True, exist_ok=True)
     out = []
-    for exhibit in exhibits:
-        path = folder / f"{exhibit.name}.png"
+    for example in examples:
+        path = folder / f"{example.name}.png"
         if not path.exists():
             with atomic_path(path) as part:
-                exhibit.draw().save(part, "PNG")
-        out.append((str(path), exhibit.question))
+                example.draw().save(part, "PNG")
+        out.append((str(path), example.question))
     return out
 
 
 def worked_examples(words: str, folder: Path) -> dict[str, list[FewShotExample]]:
-    """Named sets of examples for the builder, with drawn pictures: in-context learning, as VILA's demos show it."""
+    """Return named sets of few-shot examples with drawn images (in-context learning, as in VILA's demo)."""
     folder.mkdir(parents=True, exist_ok=True)
 
-    def kept(name: str, draw: Draw) -> str:
+    def draw_image(name: str, draw: Draw) -> str:
         return save_images([Example(name, "", draw)], folder)[0][0]
 
     if gallery_for(words) is SHAPES:
-        red = kept("shot_red_circle", lambda: shape("circle", "red", 0.5, 0.45))
-        blue = kept("shot_blue_triangle", lambda: shape("triangle", "blue", 0.45, 0.55))
+        red = draw_image("shot_red_circle", lambda: shape("circle", "red", 0.5, 0.45))
+        blue = draw_image("shot_blue_triangle", lambda: shape("triangle", "blue", 0.45, 0.55))
         return {
             "Colour": [FewShotExample(red, "red"), FewShotExample(blue, "blue")],
             "Shape": [FewShotExample(red, "circle"), FewShotExample(blue, "triangle")],
         }
-    two = kept("shot_two", lambda: dice(2))
-    five = kept("shot_five", lambda: dice(5))
-    stop = kept("shot_stop", lambda: sign("STOP", "#b3261e"))
-    open_ = kept("shot_open", lambda: sign("OPEN", "#1b6e3c"))
+    two = draw_image("shot_two", lambda: dice(2))
+    five = draw_image("shot_five", lambda: dice(5))
+    stop = draw_image("shot_stop", lambda: sign("STOP", "#b3261e"))
+    open_ = draw_image("shot_open", lambda: sign("OPEN", "#1b6e3c"))
     return {
         "Counting": [FewShotExample(two, "2 dots"), FewShotExample(five, "5 dots")],
         "Reading": [FewShotExample(stop, "STOP"), FewShotExample(open_, "OPEN")],
@@ -80,10 +79,10 @@ COLOURS = {"red": "#dc1e1e", "blue": "#1e32d2", "green": "#14911e", "yellow": "#
 
 
 def shape(kind: str, colour: str, x: float, y: float, size: int = 64) -> Image.Image:
-    """A circle, rectangle or triangle on a light ground, as easy-VQA has them; x and y are the centre's share."""
-    scale = 4  # drawn large and made small: smooth edges
-    picture = Image.new("RGB", (size * scale, size * scale), "#dfeae4")
-    pen = ImageDraw.Draw(picture)
+    """Draw a circle, rectangle or triangle as in easy-VQA; x and y: its centre, as fractions of the size."""
+    scale = 4  # supersampling for smooth edges
+    image = Image.new("RGB", (size * scale, size * scale), "#dfeae4")
+    pen = ImageDraw.Draw(image)
     radius, centre = size * scale * 0.24, (x * size * scale, y * size * scale)
     left, top, right, bottom = centre[0] - radius, centre[1] - radius, centre[0] + radius, centre[1] + radius
     if kind == "circle":
@@ -92,50 +91,50 @@ def shape(kind: str, colour: str, x: float, y: float, size: int = 64) -> Image.I
         pen.rectangle((left, centre[1] - radius * 0.7, right, centre[1] + radius * 0.7), COLOURS[colour])
     else:
         pen.polygon([(centre[0], top), (left, bottom), (right, bottom)], COLOURS[colour])
-    return picture.resize((size, size), Image.Resampling.LANCZOS)
+    return image.resize((size, size), Image.Resampling.LANCZOS)
 
 
 def chart() -> Image.Image:
-    """Bars of rainfall by month."""
-    picture = Image.new("RGB", (480, 360), "white")
-    pen = ImageDraw.Draw(picture)
+    """Draw a bar chart of monthly rainfall."""
+    image = Image.new("RGB", (480, 360), "white")
+    pen = ImageDraw.Draw(image)
     pen.text((24, 16), "Rain, mm", "black", ImageFont.load_default(24))
-    for place, (month, height) in enumerate({"Jan": 80, "Feb": 55, "Mar": 120, "Apr": 95, "May": 40}.items()):
-        left = 48 + place * 84
+    for index, (month, height) in enumerate({"Jan": 80, "Feb": 55, "Mar": 120, "Apr": 95, "May": 40}.items()):
+        left = 48 + index * 84
         pen.rectangle((left, 310 - height * 2, left + 52, 310), "#2f6fb0")
         pen.text((left + 6, 318), month, "black", ImageFont.load_default(20))
         pen.text((left + 10, 284 - height * 2), str(height), "black", ImageFont.load_default(18))
     pen.line((36, 310, 462, 310), "black", 2)
-    return picture
+    return image
 
 
 def sign(words: str, colour: str) -> Image.Image:
-    """White words on a board."""
-    picture = Image.new("RGB", (480, 300), "#c9d6df")
-    pen = ImageDraw.Draw(picture)
+    """Draw a sign with white text."""
+    image = Image.new("RGB", (480, 300), "#c9d6df")
+    pen = ImageDraw.Draw(image)
     pen.rounded_rectangle((40, 60, 440, 220), 24, colour, "white", 6)
     pen.rectangle((228, 220, 252, 300), "#6b6b6b")
     pen.text((240, 140), words, "white", ImageFont.load_default(72), anchor="mm")
-    return picture
+    return image
 
 
 def dice(dots: int) -> Image.Image:
-    """A die's face with 1 to 6 dots."""
-    places = {1: "e", 2: "ai", 3: "aei", 4: "acgi", 5: "acegi", 6: "acdfgi"}[dots]
-    picture = Image.new("RGB", (300, 300), "#3f7a5b")
-    pen = ImageDraw.Draw(picture)
+    """Draw the face of a die with 1 to 6 dots."""
+    cells = {1: "e", 2: "ai", 3: "aei", 4: "acgi", 5: "acegi", 6: "acdfgi"}[dots]
+    image = Image.new("RGB", (300, 300), "#3f7a5b")
+    pen = ImageDraw.Draw(image)
     pen.rounded_rectangle((50, 50, 250, 250), 28, "#fbfbf5")
-    for letter in places:
+    for letter in cells:
         row, column = divmod(ord(letter) - ord("a"), 3)
         x, y = 95 + column * 55, 95 + row * 55
         pen.ellipse((x - 17, y - 17, x + 17, y + 17), "#1d1d1d")
-    return picture
+    return image
 
 
 def clock(hour: int, minute: int) -> Image.Image:
-    """A clock with two hands."""
-    picture = Image.new("RGB", (320, 320), "#efe7da")
-    pen = ImageDraw.Draw(picture)
+    """Draw an analogue clock."""
+    image = Image.new("RGB", (320, 320), "#efe7da")
+    pen = ImageDraw.Draw(image)
     pen.ellipse((30, 30, 290, 290), "white", "#333333", 6)
     for number in range(1, 13):
         angle = math.pi * number / 6
@@ -146,10 +145,10 @@ def clock(hour: int, minute: int) -> Image.Image:
             ImageFont.load_default(24),
             anchor="mm",
         )
-    for share, length, width in (((hour % 12 + minute / 60) / 12, 60, 9), (minute / 60, 90, 5)):
-        angle = 2 * math.pi * share
+    for fraction, length, width in (((hour % 12 + minute / 60) / 12, 60, 9), (minute / 60, 90, 5)):
+        angle = 2 * math.pi * fraction
         pen.line((160, 160, 160 + length * math.sin(angle), 160 - length * math.cos(angle)), "#222222", width)
-    return picture
+    return image
 
 
 SHAPES = [
@@ -165,5 +164,5 @@ SCENES = [
     Example("sign", "What does the sign say?", lambda: sign("SALE", "#7a2d8c")),
     Example("die", "How many dots are on the die?", lambda: dice(6)),
     Example("clock", "What time is it?", lambda: clock(10, 10)),
-    Example("disc", "Describe the picture in one sentence.", lambda: shape("circle", "red", 0.5, 0.5, 240)),
+    Example("disc", "Describe the image in one sentence.", lambda: shape("circle", "red", 0.5, 0.5, 240)),
 ]
