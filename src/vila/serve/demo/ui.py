@@ -299,10 +299,11 @@ def build(page: Page) -> Any:
 
         def refresh(name: str | None, other: str) -> tuple[Any, ...]:
             words, served = page.status()
-            known = name if name in served else (served[0] if served else None)
+            if name not in served:  # the server was not up yet when the page was built
+                name, other = (served[0] if served else None), (served[1] if len(served) > 1 else NONE)
             return (
                 words,
-                gr.Dropdown(choices=served, value=known),
+                gr.Dropdown(choices=served, value=name),
                 gr.Dropdown(choices=[NONE, *served], value=other if other in served else NONE),
             )
 
