@@ -1,1 +1,1 @@
-"""INT4 by AWQ (arXiv 2306.00978): calibration, the search for scales and clip limits, folding, quantization."""
+"""INT4 quantization of the LLM: AWQ search (arXiv 2306.00978), GPTQ, round to nearest, calibration."""

@@ -147,7 +147,7 @@ def module_loss(
     """
     reference = [rerun(some) for some in inputs_NSI.split(batch)]
     width, wide = reference[0].shape[-1], torch.promote_types(reference[0].dtype, torch.float32)
-    shares = None if weights_NS is None else (weights_NS / weights_NS.sum()).split(batch)
+    relative = None if weights_NS is None else (weights_NS / weights_NS.sum()).split(batch)
     tokens = inputs_NSI.shape[0] * inputs_NSI.shape[1]
 
     def loss(scale_I: Tensor) -> float:
@@ -157,8 +157,8 @@ def module_loss(
         ):
             for number, some in enumerate(inputs_NSI.split(batch)):
                 error_NS = (rerun(some).to(wide) - reference[number]).square_().sum(-1)
-                if shares is not None:
-                    error_NS = error_NS * shares[number].to(error_NS) * tokens
+                if relative is not None:
+                    error_NS = error_NS * relative[number].to(error_NS) * tokens
                 total += float(error_NS.sum(dtype=torch.float64))
         return total / (tokens * width)
 

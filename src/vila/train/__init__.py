@@ -1,1 +1,1 @@
-"""The training loop: one readable step, stages as data, exact resume."""
+"""Training: trainer, data stream, FSDP2, loss, optimizer, LoRA, checkpoints, metrics, trackers, model card."""

@@ -181,14 +181,14 @@ class LossModule(nn.Module):
         Without supervised tokens the sum is zero, and its graph reaches the same parameters as with some.
         """
         hidden_BSD = self.hidden_states(batch, pixels=pixels, features=features, dummy_vision=dummy_vision)
-        rows, places = (batch.labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
-        before = (rows * hidden_BSD.shape[1] + places).to(hidden_BSD.device, non_blocking=True)
-        targets_T = batch.labels[rows, places + 1].to(hidden_BSD.device, non_blocking=True)
+        rows, columns = (batch.labels[:, 1:] != IGNORE).nonzero(as_tuple=True)
+        before = (rows * hidden_BSD.shape[1] + columns).to(hidden_BSD.device, non_blocking=True)
+        targets_T = batch.labels[rows, columns + 1].to(hidden_BSD.device, non_blocking=True)
         hidden_TD = hidden_BSD.flatten(0, 1).index_select(0, before)
         total, losses_T = head_loss(self.model.get_output_embeddings(), hidden_TD, targets_T)
         if data_set_ids is None:
             return total, None
-        owners_T = data_set_ids[rows, places + 1].to(losses_T.device, non_blocking=True)
+        owners_T = data_set_ids[rows, columns + 1].to(losses_T.device, non_blocking=True)
         return total, losses_T.new_zeros(num_data_sets).index_add_(0, owners_T, losses_T)
 
     def hidden_states(

@@ -92,9 +92,9 @@ def _from_name(name: str) -> BaseModel:
         if hub:
             return BaseModel(name, hub, _table()[hub]["licence"], _table()[hub]["note"])
         return BaseModel(name, "", "not known", "see its LICENSE file" if (folder / "LICENSE").is_file() else "")
-    facts = _table().get(name)
+    entry = _table().get(name)
     hub = name if _HUB_ID.fullmatch(name) else ""
-    return BaseModel(name, hub, facts["licence"], facts["note"]) if facts else BaseModel(name, hub, "not known")
+    return BaseModel(name, hub, entry["licence"], entry["note"]) if entry else BaseModel(name, hub, "not known")
 
 
 def _licence_in(folder: Path) -> str:

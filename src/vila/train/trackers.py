@@ -117,8 +117,8 @@ class Tracker(TrainerCallback):
         """Return the scores of this step that were written since the last call."""
         if self._scores.was_cut():
             self._scores = LogReader(self._scores.path)
-        rows = [row for row in self._scores if row["step"] == step]
-        return {f"eval/{row['benchmark']}": row["score"] for row in rows if row.get("score") is not None}
+        records = [record for record in self._scores if record["step"] == step]
+        return {f"eval/{one['benchmark']}": one["score"] for one in records if one.get("score") is not None}
 
 
 def flatten_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
