@@ -10,7 +10,7 @@ from tests.train.finish import on_step
 from tests.train.ranks import run_ranks
 from tests.train.tiny_run import tiny_recipe, write_training_files
 from vila.train.build import build
-from vila.train.checkpoint import random_state, seed_everything, set_random_state
+from vila.train.random_state import random_state, seed_everything, set_random_state
 
 
 @pytest.mark.parametrize("spare", [False, True])

@@ -22,18 +22,10 @@ from vila.data.mixture import Mixture
 from vila.data.packing import PackingStreamState
 from vila.model.hub import cached_folder
 from vila.model.layouts.base import Checkpoint as ModelCheckpoint
-from vila.train.checkpoint import (
-    Checkpoint,
-    CheckpointWriter,
-    Progress,
-    flatten_stream_states,
-    random_state,
-    seed_everything,
-    set_random_state,
-    versions,
-)
+from vila.train.checkpoint import Checkpoint, CheckpointWriter, Progress, flatten_stream_states, versions
 from vila.train.fsdp import World
 from vila.train.optimizer import MasterAdamW
+from vila.train.random_state import random_state, seed_everything, set_random_state
 
 FREE = (
     "batch.micro",
