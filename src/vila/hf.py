@@ -1,4 +1,4 @@
-"""Importing this registers our classes with transformers' Auto classes, so that stock code loads native checkpoints."""
+"""Importing this module registers our classes with transformers' Auto classes, which then load native checkpoints."""
 
 from __future__ import annotations
 

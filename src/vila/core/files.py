@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: atomic writes, hashes, JSON lines."""
+"""Atomic writes of files and directories, directory locks, checks for writability, portable paths, hashes."""
 
 from __future__ import annotations
 
@@ -21,10 +21,6 @@ from weakref import WeakValueDictionary
 from vila.core.errors import ConfigError, DirectoryInUseError, VilaError
 from vila.core.progress import SILENT, Events
 
-# --- locks
-# OS locks (flock) on directories that a command writes and resumes; standard library only.
-
-
 try:
     import fcntl
 except ImportError:  # Windows has no fcntl
@@ -38,10 +34,10 @@ _held: WeakValueDictionary[str, DirectoryLock] = WeakValueDictionary()
 
 
 class DirectoryLock:
-    """A lock on a directory, held from `acquire` to `release` or to the end of the process.
+    """OS lock (flock) on a directory, held from `acquire` to `release` or to the end of the process.
 
-    Two locks with different names on one directory do not exclude each other. Within one process a second exclusive
-    lock that does not wait takes over the first: in a notebook, a run that is built again replaces the one before.
+    Locks with different names on one directory do not exclude each other. Within one process, a second exclusive lock
+    that does not wait replaces the first: in a notebook, a run that is built again replaces the previous one.
     """
 
     def __init__(self, folder: Path, name: str = LOCK_FILE) -> None:
@@ -51,11 +47,11 @@ class DirectoryLock:
         self._made_folder = False
 
     def acquire(self, *, wait: bool = False, shared: bool = False, events: Events = SILENT) -> DirectoryLock:
-        """Make the directory and lock it.
+        """Create the directory and lock it.
 
-        wait:   wait for the owner instead of refusing; without effect where there are no locks.
-        shared: let other shared locks in, and keep exclusive ones out.
-        events: receive a line when the file system has no locks.
+        wait:   wait for the owner instead of raising; no effect on file systems without locks.
+        shared: allow other shared locks, but no exclusive ones.
+        events: receives a line if the file system has no locks.
         Raises DirectoryInUseError with the owner's host and pid, and OSError if the directory cannot be written.
         """
         key = str(self.path.absolute())
@@ -67,7 +63,7 @@ class DirectoryLock:
             stream = self.path.open("a+", encoding="utf-8")
             try:
                 self._lock(stream, wait, shared, events)
-                # The owner before may have deleted the file between our `open` and our lock.
+                # The previous owner may have deleted the file between our `open` and our lock.
                 if is_same_file(stream, self.path):
                     self._stream = stream
             finally:
@@ -87,14 +83,14 @@ class DirectoryLock:
                 granted = False
             else:
                 events.log(
-                    f"note: the file system of {self.folder} has no locks, so a second process that writes there is "
-                    "not noticed; make sure that only one does"
+                    f"note: the file system of {self.folder} has no locks, so a second writer is not detected; make "
+                    "sure that only one process writes there"
                 )
         if granted is False:
             raise DirectoryInUseError(self.folder, owner.get("host"), owner.get("pid"), owner.get("since"))
 
     def release(self) -> None:
-        """Delete the lock file, and the directory if `acquire` made it and it is empty; a second call does nothing."""
+        """Delete the lock file, and the directory if `acquire` created it and it is empty. Idempotent."""
         stream, self._stream = self._stream, None
         if stream is None:
             return
@@ -119,7 +115,7 @@ class DirectoryLock:
 
 
 def try_lock(stream: IO[Any], *, wait: bool = False, shared: bool = False) -> bool | None:
-    """Lock an open file: True if it is ours now, False if another process has it, None if there are no locks here."""
+    """Lock an open file; return True if locked, False if another process has the lock, None if there are no locks."""
     if fcntl is None:
         return None
     try:
@@ -134,7 +130,7 @@ def try_lock(stream: IO[Any], *, wait: bool = False, shared: bool = False) -> bo
 
 
 def write_owner(stream: IO[str], **facts: str) -> None:
-    """Write host and pid of this process into a lock file, with `facts`."""
+    """Write host, pid and time of this process, and `facts`, into a lock file."""
     owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": datetime.now(UTC).isoformat(timespec="seconds")}
     stream.seek(0)
     stream.truncate()
@@ -143,7 +139,7 @@ def write_owner(stream: IO[str], **facts: str) -> None:
 
 
 def read_owner(stream: IO[str]) -> dict[str, Any]:
-    """Read what `write_owner` wrote; empty if it is not there or not whole."""
+    """Return what `write_owner` wrote; empty if it is missing or incomplete."""
     stream.seek(0)
     try:
         owner = json.loads(stream.read())
@@ -153,7 +149,7 @@ def read_owner(stream: IO[str]) -> dict[str, Any]:
 
 
 def runs_here(owner: dict[str, Any]) -> bool:
-    """Whether the process that a lock file names runs on this machine."""
+    """Whether the owner in a lock file is a running process of this machine."""
     pid = owner.get("pid")
     if owner.get("host") != socket.gethostname() or not isinstance(pid, int) or pid <= 0:
         return False
@@ -167,7 +163,7 @@ def runs_here(owner: dict[str, Any]) -> bool:
 
 
 def is_same_file(stream: IO[Any], path: Path) -> bool:
-    """Whether an open file is still the one at `path`."""
+    """Whether an open file is still the file at `path`."""
     try:
         return os.path.samestat(os.fstat(stream.fileno()), path.stat())
     except FileNotFoundError:
@@ -182,18 +178,18 @@ _BLOCK = 4096
 
 @contextmanager
 def atomic_path(target: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `target` that becomes `target` if the body succeeds, and is deleted if it fails.
+    """Yield a temporary path that is renamed to `target` if the body succeeds, and deleted if it raises.
 
-    The body writes a file, or makes a directory, at the path it is given. A directory replaces an existing one.
-    Files and directory entries are fsynced, so after the call `target` survives a loss of power. What a killed writer
-    of the same target left is removed first. Raises VilaError naming the target when the disk is full, and for a target
-    that is neither file nor directory, such as /dev/null.
+    The body writes a file, or creates a directory, at that path; a directory replaces an existing one. Files and
+    directory entries are fsynced, so `target` survives a power failure. Remains of a killed writer of the same target
+    are removed first. Raises VilaError with the target if the disk is full, or if the target is neither file nor
+    directory, such as /dev/null.
     """
     if target.exists() and not (target.is_file() or target.is_dir()):
         raise VilaError("is not a regular file; nothing was written", file=target)
     make_directory(target.parent)
     with _holder(target) as holder:
-        # The holder has two names of its own.
+        # The names of the holder's own entries are taken.
         part = holder / (f"new-{target.name}" if target.name in (_WRITER, _REPLACED) else target.name)
         try:
             yield part
@@ -214,7 +210,7 @@ def atomic_path(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def _holder(target: Path) -> Iterator[Path]:
-    """Make the directory that holds what is being written; its lock tells others that the writer is alive."""
+    """Create the directory for the temporary path; its lock shows that the writer is alive."""
     holder, lock = _locked_holder(target)
     try:
         with lock:
@@ -225,13 +221,13 @@ def _holder(target: Path) -> Iterator[Path]:
                     shutil.rmtree(entry, ignore_errors=True) if entry.is_dir() else entry.unlink(missing_ok=True)
                 (holder / _WRITER).unlink(missing_ok=True)
     finally:
-        # An open file on NFS keeps its directory, hence after the lock was closed.
+        # On NFS a directory with an open file cannot be removed, hence after the lock is closed.
         with suppress(OSError):
             holder.rmdir()
 
 
 def _locked_holder(target: Path) -> tuple[Path, IO[str]]:
-    """Make the holder of a target and its lock file, locked and with this process as the owner."""
+    """Create the holder of a target, and its lock file with this process as the owner."""
     while True:
         holder = target.with_name(f".{target.name}.partial")
         if holder.exists():
@@ -243,7 +239,7 @@ def _locked_holder(target: Path) -> tuple[Path, IO[str]]:
         try:
             lock = (holder / _WRITER).open("x+", encoding="utf-8")
         except (FileNotFoundError, FileExistsError):
-            # Another process took the empty directory for an abandoned one: it deleted it, or made its own there.
+            # Another process considered the empty directory abandoned, and deleted or replaced it.
             continue
         try_lock(lock, wait=True)
         if is_same_file(lock, holder / _WRITER):
@@ -253,10 +249,11 @@ def _locked_holder(target: Path) -> tuple[Path, IO[str]]:
 
 
 def remove_partials(folder: Path, name: str = "") -> None:
-    """Delete what killed writers left in `folder` (`.NAME.partial`, `.NAME.*.partial`); live writers are left alone.
+    """Delete remains of killed writers in `folder` (`.NAME.partial`, `.NAME.*.partial`); live writers are not touched.
 
-    A directory that was being replaced when its writer died is put back first.
-    name: of one target; empty: all.
+    A directory whose replacement was interrupted is restored first.
+
+    name: name of one target; empty: all.
     """
     start = f".{name}." if name else "."
     if folder.is_dir():
@@ -266,23 +263,23 @@ def remove_partials(folder: Path, name: str = "") -> None:
 
 
 def _remove_if_abandoned(holder: Path) -> None:
-    """Delete the holder of a killed writer; leave it if its writer may be alive.
+    """Delete the holder of a killed writer, but not if the writer may be alive.
 
-    A writer that has not locked its holder yet notices that it is gone, and makes another.
+    A writer whose holder is deleted before it was locked creates another one.
     """
     with suppress(OSError):
-        holder.rmdir()  # an empty one: its writer was killed before it began, or when all was done
+        holder.rmdir()  # empty: its writer was killed before it started or after it finished
     try:
         lock = (holder / _WRITER).open("r+", encoding="utf-8")
     except OSError:
-        if _is_old(holder):  # of an earlier version, which had no locks
+        if _is_old(holder):  # written by an earlier version, without a lock
             _put_back_and_delete(holder, holder.name[1:].rsplit(".", 2)[0])
         return
     with lock:
         granted, owner = try_lock(lock), read_owner(lock)
         if granted is None:
             granted = owner.get("host") == socket.gethostname() and not runs_here(owner)
-        # A file that is gone was released by its writer meanwhile.
+        # If the lock file is gone, its writer has finished meanwhile.
         if granted and is_same_file(lock, holder / _WRITER):
             _put_back_and_delete(holder, str(owner.get("target", "")))
 
@@ -306,12 +303,12 @@ def _is_old(holder: Path) -> bool:
 
 
 def _disk_is_full(error: Exception) -> bool:
-    # Libraries written in other languages report it in words only.
+    # Some libraries report it only in their message.
     return getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error)
 
 
 def make_directory(folder: Path) -> None:
-    """Make a directory and its parents, and fsync the directories that hold the new entries."""
+    """Create a directory and its parents, and fsync the directories with new entries."""
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     for path in missing:
@@ -321,18 +318,19 @@ def make_directory(folder: Path) -> None:
 def check_writable(
     path: Path, *, field: str | None = None, is_file: bool = False, is_replaced: bool = False, num_bytes: int = 0
 ) -> None:
-    """Raise ConfigError unless a file or directory can be written at `path`; leaves nothing behind.
+    """Raise ConfigError unless a file or directory can be written at `path`; creates nothing.
 
-    For the start of a command: what it writes in the end must not fail after hours of work.
-    field:       name of the option or recipe field that names the path.
-    is_file:     a file is written atomically, where there may be one; otherwise a directory.
-    is_replaced: a directory that exists is replaced as a whole; otherwise files are written into it.
-    num_bytes:   least space that is needed.
+    Called at the start of a command, so that writing its result does not fail after hours of work.
+
+    field:       name of the option or recipe field with the path.
+    is_file:     whether a file is written; otherwise a directory.
+    is_replaced: whether an existing directory is replaced; otherwise files are written into it.
+    num_bytes:   required disk space.
     """
     try:
         existing = next(one for one in (path, *path.absolute().parents) if one.exists())
         if is_file and existing == path and not path.is_file():
-            # atomic_path would replace a device by a file.
+            # atomic_path would replace a device with a file.
             code = errno.EISDIR if path.is_dir() else errno.EINVAL
             raise OSError(code, "is a directory" if path.is_dir() else "is not a regular file")
         if existing == path and (is_file or (is_replaced and path.is_dir())):
@@ -342,11 +340,11 @@ def check_writable(
         free = shutil.disk_usage(existing).free
         if free < num_bytes:
             raise OSError(
-                errno.ENOSPC, f"{existing} has {free // 2**20:,} MiB free, {num_bytes // 2**20:,} MiB are needed"
+                errno.ENOSPC, f"{existing} has {free // 2**20:,} MiB free, {num_bytes // 2**20:,} MiB are required"
             )
         _probe(existing, path)
     except (OSError, ValueError) as error:
-        # ValueError: a zero byte in the path.
+        # ValueError: the path contains a zero byte.
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(
             f"cannot be written ({reason})",
@@ -357,7 +355,7 @@ def check_writable(
 
 
 def _probe(existing: Path, path: Path) -> None:
-    """Write a block in a directory below `existing`, with the longest name that writing `path` takes."""
+    """Write a block into a temporary directory in `existing`, with the longest name that writing `path` needs."""
     missing = [one.name for one in (path, *path.absolute().parents) if not one.exists()]
     name = max([path.absolute().name, *missing], key=lambda one: len(os.fsencode(one)))
     probe = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".partial", dir=existing))
@@ -371,7 +369,7 @@ def _probe(existing: Path, path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Fsync a file, or a directory with all that is in it."""
+    """Fsync a file, or a directory with its content."""
     below = sorted(path.rglob("*"), reverse=True) if path.is_dir() else []
     for entry in [*below, path]:
         if entry.is_dir():
@@ -382,12 +380,12 @@ def _sync(path: Path) -> None:
 
 
 def _sync_entries(folder: Path) -> None:
-    """Fsync the entries of a directory, where the system has that."""
+    """Fsync the entries of a directory, if the system supports it."""
     if not hasattr(os, "O_DIRECTORY"):
         return
     try:
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except PermissionError:  # it may be written, but not read
+    except PermissionError:  # writable, but not readable
         return
     try:
         os.fsync(handle)
@@ -409,7 +407,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any, indent: int | None = 1) -> None:
-    """Write JSON atomically, keys in their own order."""
+    """Write JSON atomically, with keys in the given order."""
     write_text(path, json.dumps(value, ensure_ascii=False, indent=indent) + "\n")
 
 
@@ -421,40 +419,40 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
 
 
 def portable_path(path: str | Path, base: Path) -> str:
-    """Return how a file in the directory `base` names `path`: relative to `base`, so that both can move together.
+    """Return `path` relative to the directory `base` of the file that names it, so that both can be moved together.
 
-    A path elsewhere begins with `~` if it is below the home directory, and is absolute otherwise. What does not exist,
-    such as a hub id, and an empty text stay as they are. The opposite is `resolve_path`.
+    A path outside of that tree starts with `~` if it is below the home directory, and is absolute otherwise. Paths that
+    do not exist, such as hub ids, and empty text are returned unchanged. Inverse: `resolve_path`.
     """
     if not str(path) or not os.path.lexists(expanded := Path(path).expanduser()):
         return str(path)
-    # Links are kept as they are, so no `resolve`.
+    # `absolute`, not `resolve`: links are kept.
     whole, start, home = (Path(os.path.normpath(one.absolute())) for one in (expanded, base, Path.home()))
     common = Path(os.path.commonpath([whole, start])) if whole.anchor == start.anchor else Path(whole.anchor)
-    # A relative path that climbs to the root or above the home directory would spell out the way down again.
+    # A relative path over the root or above the home directory would contain the absolute one.
     if common != Path(whole.anchor) and common not in home.parents:
         return Path(os.path.relpath(whole, start)).as_posix()
     return f"~/{whole.relative_to(home).as_posix()}" if whole.is_relative_to(home) else whole.as_posix()
 
 
 def without_home(text: str) -> str:
-    """Return a message for a report: paths below the home directory begin with `~`."""
+    """Return a message with `~` in place of the home directory."""
     return text.replace(f"{Path.home()}{os.sep}", f"~{os.sep}")
 
 
 def resolve_path(text: str, base: Path) -> Path:
-    """Return the path that `portable_path` wrote into a file of the directory `base`."""
+    """Return the path that `portable_path` wrote into a file in the directory `base`."""
     path = Path(text).expanduser()
     return path if path.is_absolute() else base / path
 
 
 def cache_dir() -> Path:
-    """Where parts and features are kept between runs: `$VILA_CACHE`, or `~/.cache/vila`."""
+    """Return the cache directory for downloads, indexes and features: `$VILA_CACHE`, or `~/.cache/vila`."""
     return Path(os.environ.get("VILA_CACHE") or "~/.cache/vila").expanduser()
 
 
 def sha256_file(path: Path) -> str:
-    """The hexadecimal SHA-256 of a file's content."""
+    """Return the hexadecimal SHA-256 of a file."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while block := stream.read(1 << 20):
@@ -463,7 +461,7 @@ def sha256_file(path: Path) -> str:
 
 
 def sha256_tree(folder: Path, pattern: str = "*") -> str:
-    """One hash over names and contents of the files below `folder` that match `pattern`, in name order."""
+    """Return a SHA-256 over names and contents of the files below `folder` that match `pattern`."""
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.rglob(pattern) if p.is_file()):
         digest.update(f"{path.relative_to(folder).as_posix()}\0{sha256_file(path)}\n".encode())

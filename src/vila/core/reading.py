@@ -1,4 +1,4 @@
-"""Reading files that `vila` did not write: library exceptions become one error with the file's name; strict JSON."""
+"""Read untrusted files: strict JSON, checked fields, and errors with file names for library exceptions."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from typing import IO, Any, Final
 from vila.core.errors import MISSING, DataError, VilaError
 
 MAX_RECORD_BYTES: Final = 256 * 2**20
-"""Longest record (line of JSON lines, element of a JSON list, JSON member of a tar) that is read."""
+"""Maximum size of a record: a line of JSON lines, an element of a JSON list, a JSON member of a tar."""
 
 _MAX_REASON = 200
 _HALF_ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")
 
-# Content that often lies in the place of other content: kind, first bytes, problem and hint.
+# Content that is often found instead of the expected one: (kind, first bytes, problem, hint).
 _SIGNATURES = (
     ("lfs", b"version https://git-lfs", "is a Git LFS pointer, not the file", "run `git lfs pull`"),
     ("gzip", b"\x1f\x8b", "is gzip", "unpack it with gunzip"),
@@ -38,10 +38,10 @@ _TAR_MAGIC = slice(257, 262)
 
 
 def foreign_content(head: bytes, kind: str = "") -> tuple[str, str] | None:
-    """Return (problem, hint) if the first bytes of a file are those of a Git LFS pointer, an archive, a web page, ...
+    """Return (problem, hint) if a file is a Git LFS pointer, an archive, a web page, ...; None if not.
 
-    head: the first bytes of the file; 64 suffice, 512 also find tar.
-    kind: expected content, one of "zip", "gzip", "parquet", "tar"; it is not foreign. None: no known signature.
+    head: first bytes of the file; at least 64, or 512 to detect tar.
+    kind: expected content: "zip", "gzip", "parquet" or "tar"; empty for text.
     """
     if not head:
         return "is empty", "copy or download it again"
@@ -70,11 +70,10 @@ def file_errors(
     hint: str | None = None,
     kind: str = "",
 ) -> Iterator[None]:
-    """Raise `error` with the file's name in place of whatever a library raises while it reads `file`.
+    """Convert any exception that a library raises while it reads `file` to `error`, with the original as the cause.
 
-    Wrap the call into the library and nothing else, so that faults of our own code keep their traceback. A file whose
-    first bytes show another kind of content than `kind` (see `foreign_content`) is named as such. VilaError passes
-    through. The original exception is the cause.
+    Wrap only the call of the library, so that bugs of our own code keep their traceback. The error names unexpected
+    content, see `foreign_content`. A VilaError is not converted.
     """
     try:
         yield
@@ -114,18 +113,18 @@ def parse_json(
     unique_keys: bool = False,
     surrogates: bool = False,
 ) -> Any:
-    """Parse JSON text and raise `error` with file and record for everything that is not sound JSON.
+    """Parse JSON. Raises `error` with file and record for invalid JSON.
 
-    unique_keys: refuse an object that holds one key twice.
-    surrogates:  accept strings with half a surrogate pair (text cut inside an emoji), which no tokenizer takes.
-    Also refused: text that is not UTF-8 (a byte order mark is skipped), nesting beyond Python's recursion limit,
-    integers of more than 4,300 digits.
+    unique_keys: reject objects with repeated keys.
+    surrogates:  accept strings with unpaired surrogates (text cut inside an emoji), which tokenizers reject.
+    Also rejected: text that is not UTF-8 (a byte order mark is skipped), nesting beyond Python's recursion limit, and
+    integers with more than 4,300 digits.
     """
 
     def refuse(problem: str, hint: str | None = None, cause: Exception | None = None) -> VilaError:
-        fault = error(problem, file=file, record=record, hint=hint)
-        fault.__cause__ = cause
-        return fault
+        found = error(problem, file=file, record=record, hint=hint)
+        found.__cause__ = cause
+        return found
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         value = dict(pairs)
@@ -133,7 +132,7 @@ def parse_json(
             visited: set[str] = set()
             for key, _ in pairs:
                 if key in visited:
-                    raise refuse(f"key {key!r} occurs twice in one object", "keep one of them")
+                    raise refuse(f"key {key!r} occurs twice in one object", "remove one of them")
                 visited.add(key)
         return value
 
@@ -141,7 +140,7 @@ def parse_json(
         if raw and (known := foreign_content(raw[:64])):
             raise refuse(*known)
         if b"\0" in raw[:64]:
-            raise refuse("holds zero bytes; it may be UTF-16 text, or a damaged file", "save it as UTF-8")
+            raise refuse("contains zero bytes: UTF-16 text, or a damaged file", "save it as UTF-8")
         try:
             raw = raw.decode("utf-8-sig")
         except UnicodeDecodeError as cause:
@@ -154,22 +153,22 @@ def parse_json(
         hint = "it ends inside a value: the file was cut, or a record spans several lines" if unfinished else None
         raise refuse(f"not JSON ({cause.msg} at {line})", hint, cause) from cause
     except RecursionError as cause:
-        raise refuse("not JSON that can be read (nested too deeply)", cause=cause) from cause
+        raise refuse("not supported JSON (nested too deeply)", cause=cause) from cause
     except VilaError:
         raise
     except ValueError as cause:  # an integer of more than 4,300 digits
-        raise refuse(f"not JSON that can be read ({cause})", cause=cause) from cause
+        raise refuse(f"not supported JSON ({cause})", cause=cause) from cause
     if not surrogates and _HALF_ESCAPED.search(raw) and (text := lone_surrogate(value)) is not None:
         raise refuse(
-            f"half a surrogate pair in the text {text!r}", "the text was cut inside a character; remove the rest"
+            f"unpaired surrogate in the text {text!r}", "the text was cut inside a character; remove the rest of it"
         )
     return value
 
 
 def lone_surrogate(value: Any) -> str | None:
-    """Return the first string of a JSON value (keys included) with half a surrogate pair, or None.
+    """Return the first string of a JSON value (keys included) with an unpaired surrogate, or None.
 
-    The string is cut to 40 characters around it. No file can hold such text, and no tokenizer takes it.
+    The string is cut to 40 characters around it. Such text cannot be encoded as UTF-8 or tokenized.
     """
     stack = [value]
     while stack:
@@ -177,8 +176,8 @@ def lone_surrogate(value: Any) -> str | None:
         if isinstance(item, str):
             try:
                 item.encode()
-            except UnicodeEncodeError as fault:
-                return item[max(0, fault.start - 20) : fault.start + 20]
+            except UnicodeEncodeError as error:
+                return item[max(0, error.start - 20) : error.start + 20]
         elif isinstance(item, dict):
             stack += item.keys()
             stack += item.values()
@@ -188,7 +187,7 @@ def lone_surrogate(value: Any) -> str | None:
 
 
 def read_text(path: Path, error: type[VilaError] = DataError) -> str:
-    """Read UTF-8 text, without its byte order mark. Raises `error` with the file's name for anything else."""
+    """Read UTF-8 text without its byte order mark. Raises `error` with the file's name."""
     with file_errors(path, error):
         raw = path.read_bytes()
         if raw and (known := foreign_content(raw[:512])):
@@ -197,14 +196,14 @@ def read_text(path: Path, error: type[VilaError] = DataError) -> str:
 
 
 def read_json(path: Path, error: type[VilaError] = DataError, *, surrogates: bool = False) -> Any:
-    """Read a JSON file. Raises `error` with the file's name if it is absent or `parse_json` refuses it."""
+    """Read a JSON file. Raises `error` with the file's name if it is missing or invalid, see `parse_json`."""
     with file_errors(path, error):
         raw = path.read_bytes()
     return parse_json(raw, file=path, error=error, surrogates=surrogates)
 
 
 def read_json_object(path: Path, error: type[VilaError] = DataError) -> dict[str, Any]:
-    """Read a JSON file that holds one object. Raises `error` as `read_json` does, and for any other type."""
+    """Read a JSON file that contains an object. Raises `error` as `read_json`, and for any other type."""
     value = read_json(path, error)
     if not isinstance(value, dict):
         raise error("not a JSON object", file=path, value=value, expected="an object ({...})")
@@ -214,9 +213,9 @@ def read_json_object(path: Path, error: type[VilaError] = DataError) -> dict[str
 def read_jsonl(
     path: Path, error: type[VilaError] = DataError, *, appended: bool = False, surrogates: bool = False
 ) -> Iterator[tuple[int, Any]]:
-    """Yield line numbers (from 1) and values; empty lines are skipped. Raises `error` with file and line.
+    """Yield (line number from 1, value) of JSON lines; empty lines are skipped. Raises `error` with file and line.
 
-    appended: the file is a log of ours; a last line without its newline was cut by a kill and is left out.
+    appended: whether the file is a log of ours; an incomplete last line (after a kill) is then skipped.
     """
     with file_errors(path, error):
         stream = path.open("rb")
@@ -232,9 +231,9 @@ def read_jsonl(
 def bounded_lines(
     stream: IO[bytes], file: str | PathLike[str], error: type[VilaError] = DataError, **reading: Any
 ) -> Iterator[tuple[int, bytes]]:
-    """Yield line numbers (from 1) and lines. Raises `error` for a line over `MAX_RECORD_BYTES`.
+    """Yield (line number from 1, line). Raises `error` for lines longer than `MAX_RECORD_BYTES`.
 
-    reading: `kind` and `hint` for the errors of the stream itself, see `file_errors`.
+    reading: arguments `kind` and `hint` of `file_errors`.
     """
     number = 0
     while True:
@@ -244,7 +243,7 @@ def bounded_lines(
             line = stream.readline(MAX_RECORD_BYTES + 1)
         if len(line) > MAX_RECORD_BYTES:
             raise error(
-                "the line is longer than a record may be",
+                "the line is too long",
                 file=file,
                 record=record,
                 expected=f"at most {MAX_RECORD_BYTES:,} bytes",
@@ -255,20 +254,15 @@ def bounded_lines(
         yield number, line
 
 
-# --- fields
-# Values of JSON objects, read with a check of their type and range.
-
-
 class Fields(Mapping[str, Any]):
-    """The JSON object of a file, or an object inside it, whose values are read with a check of type and range.
+    """A JSON object of a file, whose accessors check type and range of its values.
 
-    file:  the file that holds it.
+    file:  the file.
     name:  dotted name of the object inside the file; empty for the whole file.
-    error: type of the errors; they carry file, dotted field, value and the accepted values.
+    error: class of the errors, which have file, dotted field, value and the accepted values.
 
-    As a mapping it holds the values unchecked. The accessors treat null as absent: they return `default` then, and
-    raise `error` where there is no default. NaN and infinity are out of every range, and a bool is no number.
-    The return types do not mention a default of None.
+    As a mapping, it has the unchecked values. For missing values and null, accessors return `default`, or raise `error`
+    if there is none. NaN and infinity are out of range; bools are not numbers. Return types ignore a default of None.
     """
 
     def __init__(
@@ -281,7 +275,7 @@ class Fields(Mapping[str, Any]):
 
     @staticmethod
     def of_file(path: Path, error: type[VilaError] = DataError) -> Fields:
-        """Read a JSON file that holds one object. Raises `error` as `read_json_object` does."""
+        """Read a JSON file that contains an object. Raises `error` as `read_json_object`."""
         return Fields(read_json_object(path, error), path, error=error)
 
     def __getitem__(self, key: str) -> Any:
@@ -300,7 +294,7 @@ class Fields(Mapping[str, Any]):
     def refusal(
         self, key: str, problem: str = "", *, expected: str | None = None, hint: str | None = None
     ) -> VilaError:
-        """Return the error for the value of `key`, or for its absence."""
+        """Return the error for the value of `key`, or for a missing key."""
         value = self._values.get(key, MISSING)
         return self._error(
             problem or ("missing" if value is MISSING else ""),
@@ -331,7 +325,7 @@ class Fields(Mapping[str, Any]):
     def numbers(
         self, key: str, default: Any = MISSING, *, length: int, minimum: float = 0.0, maximum: float = 1e9
     ) -> tuple[float, ...]:
-        """Return a list of `length` numbers from `minimum` to `maximum`, as a tuple."""
+        """Return a tuple of `length` numbers from `minimum` to `maximum`."""
         value = self._checked(
             key,
             default,
@@ -346,7 +340,7 @@ class Fields(Mapping[str, Any]):
         return value
 
     def text(self, key: str, default: Any = MISSING, *, choices: Sequence[str] = ()) -> str:
-        """Return text; one of `choices` if there are any."""
+        """Return text, one of `choices` if given."""
         value: str = self._checked(
             key,
             default,
@@ -366,27 +360,27 @@ class Fields(Mapping[str, Any]):
         return value
 
     def section(self, key: str) -> Fields:
-        """Return the object at `key`; an empty one if it is absent or null."""
+        """Return the object at `key`; an empty one if it is missing or null."""
         value = self._checked(key, {}, lambda value: isinstance(value, dict), "an object ({...})")
         return Fields(value, self.file, self.field(key), self._error)
 
     @contextmanager
     def naming(self, names: Mapping[str, str] | None = None) -> Iterator[None]:
-        """Add the file to errors raised inside that name none.
+        """Context manager: add file and dotted field to errors without a file.
 
         names: keys of this object by the field names of those errors, where they differ.
         """
         try:
             yield
-        except VilaError as fault:
-            if fault.file is None:
-                fault.file = str(self.file)
-                if fault.field:
-                    fault.field = self.field((names or {}).get(fault.field, fault.field))
+        except VilaError as error:
+            if error.file is None:
+                error.file = str(self.file)
+                if error.field:
+                    error.field = self.field((names or {}).get(error.field, error.field))
             raise
 
     def without(self, *keys: str) -> Fields:
-        """Return these fields without some keys."""
+        """Return a copy without `keys`."""
         values = {key: value for key, value in self._values.items() if key not in keys}
         return Fields(values, self.file, self.name, self._error)
 

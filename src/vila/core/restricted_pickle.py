@@ -1,6 +1,7 @@
-"""Restricted unpickling: only instructions that build plain values, and only calls of the listed names.
+"""Restricted unpickling: plain values, and calls of listed names only.
 
-A pickle is a program. Nothing here imports or calls what a file asks for, and memory stays in proportion to the file.
+A pickle is a program. No name in a file is imported or called unless it is listed, and memory is bounded by a multiple
+of the file size.
 """
 
 from __future__ import annotations
@@ -20,30 +21,30 @@ _REFUSED: Final = (
 )
 _COUNTED: Final = ("EMPTY_LIST", "EMPTY_DICT", "LIST", "MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT", "REDUCE", "NEWOBJ")
 MAX_OBJECTS: Final = 10_000_000
-"""Containers, calls and memo entries in one pickle; one byte makes such an object, which takes 50 to 150."""
+"""Maximum number of containers, calls and memo entries; each needs one byte in the file and 50 to 150 in memory."""
 _MAX_NESTED_MARKS: Final = 10_000
 _PLAIN_KEYS: Final = (str, int, float, bool, bytes, type(None))
-_HINT: Final = "nothing of it was run; get the file from a source that you trust"
+_HINT: Final = "no code of it was run; get the file from a source that you trust"
 
 
 class ForbiddenPickleError(pickle.UnpicklingError):
-    """A pickle asks for more than its reader allows. `request` names the instruction, class or function."""
+    """A pickle contains something that its reader does not allow. request: the instruction, class or function."""
 
     def __init__(self, request: str) -> None:
         super().__init__(f"asks for {request}")
         self.request = request
 
 
-# The unpickler written in Python: only there can instructions be replaced. Its memo is a dictionary, so an index of
-# 4 billion takes no memory, unlike that of the one in C.
+# The unpickler in Python, because that in C does not allow to replace instructions. Its memo is a dictionary, so an
+# index of 4 billion takes no memory, unlike in C.
 _Unpickler: Any = pickle._Unpickler
 
 
 class RestrictedUnpickler(_Unpickler):  # type: ignore[misc] # typed without what it is made of
-    """Builds None, bool, int, float, str, bytes, bytearray, list, tuple and dict; the rest is refused.
+    """Unpickler for None, bool, int, float, str, bytes, bytearray, list, tuple and dict; raises for everything else.
 
-    names: what GLOBAL may name, by module and name, and the object that stands for it. Subclasses may override
-           `persistent_load`, `build` and `is_key`.
+    names: (module, name) -> object, for the names that the file may use (GLOBAL).
+    Subclasses may override `persistent_load`, `build` and `is_key`.
     """
 
     dispatch: ClassVar = dict(_Unpickler.dispatch)
@@ -60,15 +61,15 @@ class RestrictedUnpickler(_Unpickler):  # type: ignore[misc] # typed without wha
         return self._names[module, name]
 
     def persistent_load(self, pid: Any) -> Any:
-        """Refuse references to objects outside of the pickle."""
+        """Reject references to objects outside of the pickle."""
         raise ForbiddenPickleError("a persistent object")
 
     def build(self, instance: Any, state: Any) -> None:
-        """Refuse to set attributes of `instance`."""
+        """Reject setting attributes of `instance`."""
         raise ForbiddenPickleError(f"attributes of {_name_of(instance)}")
 
     def is_key(self, value: Any) -> bool:
-        """Whether a dictionary may have this key. The hash of a deeply nested tuple ends the process."""
+        """Whether a dictionary may have this key. Hashing a deeply nested tuple would crash the process."""
         return type(value) in _PLAIN_KEYS
 
     def _count(self) -> None:
@@ -108,7 +109,7 @@ class RestrictedUnpickler(_Unpickler):  # type: ignore[misc] # typed without wha
             target[key] = value
 
     def _load_bytearray(self) -> None:
-        # The inherited one allocates the announced size before it reads.
+        # The inherited method allocates the given size before it reads.
         size = int.from_bytes(self.read(8), "little")
         content = self.read(size)
         if len(content) < size:
@@ -146,7 +147,7 @@ for _name in _COUNTED:
 
 
 def _name_of(value: Any) -> str:
-    """Name of a class, else of the value's class. The value's own representation may be endless."""
+    """Return the name of a class, or of the class of a value, whose repr may be huge."""
     kind = value if isinstance(value, type) else type(value)
     return f"{kind.__module__}.{kind.__qualname__}"
 
@@ -160,9 +161,9 @@ def load_restricted(
     hint: str | None = None,
     kind: str = "",
 ) -> Any:
-    """Return the value that `reader` builds. Raises `error` with the file's name for anything else in it.
+    """Return the value of a pickle. Raises `error` with the file's name if it contains anything else.
 
-    expected: the values that the reader allows, for the error; its `value` is the name that the pickle asks for.
+    expected: the allowed values, for the error, whose `value` is the rejected name.
     kind:     expected content of the file, see `foreign_content`.
     """
     with file_errors(file, error, hint=hint or "it is damaged or cut short; copy or download it again", kind=kind):
@@ -179,9 +180,9 @@ def load_restricted(
 
 
 def parse_plain_pickle(content: bytes, *, file: str | PathLike[str], error: type[VilaError]) -> Any:
-    """Return the plain value of a whole pickle. Raises `error` as `load_restricted`, and for bytes behind its end."""
+    """Return the plain value of a pickle. Raises `error` as `load_restricted`, and for bytes after its end."""
     stream = io.BytesIO(content)
     value = load_restricted(RestrictedUnpickler(stream), file=file, error=error)
     if surplus := len(content) - stream.tell():
-        raise error(f"{surplus} bytes behind the end of the pickle", file=file, hint="copy or download it again")
+        raise error(f"{surplus} bytes after the end of the pickle", file=file, hint="copy or download it again")
     return value
