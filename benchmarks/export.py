@@ -26,7 +26,7 @@ from transformers import CLIPVisionConfig, LlamaConfig
 from tests.export.gguf_stand import llama_tokenizer
 from vila.core.system import system_info
 from vila.core.vision_spec import VisionSpec
-from vila.export.base import EXPORTS, ExportOptions, settled, write_export
+from vila.export.base import EXPORTS, ExportOptions, resolve_options, write_export
 from vila.export.source import SafetensorsWriter, open_source
 from vila.model.config import VilaConfig
 from vila.model.modeling import VilaForConditionalGeneration
@@ -132,12 +132,12 @@ def measured(model: Path, name: str, precision: str, folder: Path) -> dict[str, 
     warm = folder / "warm"
     if not warm.exists():
         write_model(warm, "tiny")
-    group = 64 if "group_size" in EXPORTS[name].takes else 0
-    options = settled(EXPORTS[name], ExportOptions(precision, group_size=group))
+    group = 64 if "group_size" in EXPORTS[name].options else 0
+    options = resolve_options(EXPORTS[name], ExportOptions(precision, group_size=group))
     write_export(open_source(warm), name, folder / "warm-out", options)
     shutil.rmtree(folder / "warm-out")
     source = open_source(model)
-    largest = max(piece.bytes for piece in source.pieces.values())
+    largest = max(piece.bytes for piece in source.tensors.values())
     before, begin, out = reset_peak(), time.perf_counter(), folder / "out"
     write_export(source, name, out, options)
     seconds = time.perf_counter() - begin

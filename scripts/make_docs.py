@@ -227,9 +227,9 @@ def export_formats() -> str:
     rows = []
     for name in EXPORTS:
         target = EXPORTS[name]
-        options = [f"`--{option.replace('_', '-')}`" for option in OPTIONS if option in target.takes]
+        options = [f"`--{option.replace('_', '-')}`" for option in OPTIONS if option in target.options]
         precisions = ", ".join(f"`{precision}`" for precision in target.precisions)
-        rows.append((f"`{name}`", precisions, target.summary, ", ".join(options), target.verified))
+        rows.append((f"`{name}`", precisions, target.summary, ", ".join(options), target.verification))
     return table(("Format", "Precisions", "Description", "Options", "Verified"), rows)
 
 

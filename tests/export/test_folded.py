@@ -16,7 +16,7 @@ IDS = torch.tensor([[5, 9, 77, 30, 120, 6]])
 
 
 @pytest.mark.parametrize("projector", ["linear", "mlp2x_gelu"])
-def test_without_a_search_it_is_what_the_layout_writes_bit_by_bit(tmp_path, projector):
+def test_without_a_search_it_equals_the_layout_llava_hf_bit_by_bit(tmp_path, projector):
     model, processor = write_model(tmp_path / "m")
     if projector == "linear":
         model.config.projector_type = "linear"
@@ -36,7 +36,7 @@ def test_without_a_search_it_is_what_the_layout_writes_bit_by_bit(tmp_path, proj
         assert (tmp_path / "out" / path.name).read_text() == path.read_text(), path.name
 
 
-def test_stock_transformers_gives_the_logits_of_the_model_it_was_folded_from(tmp_path):
+def test_transformers_gives_the_logits_of_the_original_model(tmp_path):
     model, _ = write_model(tmp_path / "m", num_key_value_heads=4)
     scales = AwqSearch(random_search(model).scales, ())
     from vila.quant.awq_cache import save_search
@@ -52,7 +52,7 @@ def test_stock_transformers_gives_the_logits_of_the_model_it_was_folded_from(tmp
     assert not torch.equal(weight, model.language_model.model.layers[0].mlp.down_proj.weight)
 
 
-def test_scales_and_limits_are_in_the_weights_bit_by_bit(tmp_path):
+def test_scales_and_limits_are_applied_bit_by_bit(tmp_path):
     model, _ = write_model(tmp_path / "m", dtype=torch.bfloat16)
     search = write_search(tmp_path, model)
     write_export(open_source(tmp_path / "m", search=search), "safetensors", tmp_path / "out")
@@ -62,7 +62,7 @@ def test_scales_and_limits_are_in_the_weights_bit_by_bit(tmp_path):
         assert (found[f"language_model.model.layers.{name}"] == tensor.float().numpy()).all(), name
 
 
-def test_another_number_type_only_when_asked(tmp_path):
+def test_precision_converts_the_dtype(tmp_path):
     write_model(tmp_path / "m")
     write_export(open_source(tmp_path / "m"), "safetensors", tmp_path / "out", ExportOptions("float16"))
     assert {str(tensor.dtype) for tensor in read_folder(tmp_path / "out").values()} == {"float16"}

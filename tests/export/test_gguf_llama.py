@@ -39,7 +39,7 @@ def greedy(model, ids, count, **inputs):
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
-def test_a_tiny_model_says_the_same_tokens(tmp_path, family):
+def test_a_tiny_model_generates_the_same_tokens(tmp_path, family):
     """Random models of all families: rotation, grouped heads, biases."""
     model, processor = tiny.vila(family, seed=3)
     rows = [torch.randint(3, 250, (40,), generator=torch.Generator().manual_seed(n)).tolist() for n in range(3)]
@@ -47,7 +47,7 @@ def test_a_tiny_model_says_the_same_tokens(tmp_path, family):
     assert out["greedy"] == [greedy(model.language_model, ids, 16) for ids in rows]
 
 
-def test_llamas_tokenizer_cuts_as_ours(tmp_path):
+def test_llama_cpp_tokenizes_as_the_model(tmp_path):
     processor = tiny.vila()[1]
     processor.tokenizer = llama_tokenizer()
     processor.image_token_id = len(llama_tokenizer())
@@ -80,7 +80,7 @@ def exported(starter, folder, precision):
     return folder / precision / f"model-{precision}.gguf"
 
 
-def test_the_starter_in_half_says_the_engines_tokens(starter, starter_in_torch, tmp_path):
+def test_the_starter_model_in_f16_generates_the_same_tokens(starter, starter_in_torch, tmp_path):
     model, processor = starter_in_torch
     rows = [processor.tokenizer(text)["input_ids"] for text in TEXTS]
     asked = [segment.text for segment in render([Message.of("user", TEXTS[0])], processor.find_template(), prompt=True)]
@@ -91,7 +91,7 @@ def test_the_starter_in_half_says_the_engines_tokens(starter, starter_in_torch, 
 
 
 @pytest.mark.parametrize(("precision", "least"), [("f16", 0.995), ("q8_0", 0.95), ("q4_1", 0.7)])
-def test_the_starters_likeliest_tokens_agree(starter, starter_in_torch, tmp_path, precision, least):
+def test_the_most_likely_tokens_of_the_starter_model_agree(starter, starter_in_torch, tmp_path, precision, least):
     """2,000 tokens of held-out English; llama-cpp-python 0.3.36, two trainings: F16 1.0, Q8_0 0.963 and 0.954."""
     model, processor = starter_in_torch
     ids = processor.tokenizer(english_eval())["input_ids"]
@@ -123,7 +123,7 @@ def cosine(a, b):
 @pytest.mark.parametrize(
     ("projector", "select_layer"), [("mlp2x_gelu", -2), ("mlp2x_gelu", -1), ("linear", -2), ("mlp2x_gelu", 1)]
 )
-def test_a_siglip_model_sees_what_we_see(tmp_path, projector, select_layer):
+def test_image_embeddings_of_a_siglip_model_agree(tmp_path, projector, select_layer):
     """0.3.36: cosines above 0.99996, the rest is half precision. The layer and the GELU are as in our model."""
     ours, theirs, we_say, they_say = look(tmp_path, "siglip", projector, select_layer)
     assert ours.shape == theirs.shape
@@ -131,7 +131,7 @@ def test_a_siglip_model_sees_what_we_see(tmp_path, projector, select_layer):
     assert we_say == they_say
 
 
-def test_a_clip_model_runs_with_llama_cpps_known_defect(tmp_path):
+def test_a_clip_model_runs_with_the_known_defect_of_llama_cpp(tmp_path):
     """It counts positions as if CLIP's class token came first, and appends it: 0.3.36 gives a mean cosine of 0.59.
 
     Its vectors are then those of the next patch, at its neighbour's position: 0.97 with ours, moved by one. When this

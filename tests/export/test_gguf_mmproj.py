@@ -6,7 +6,7 @@ import torch
 
 from tests.export.gguf_stand import MEAN, STD, export, seeing
 from tests.export.readers.gguf_file import F16, F32, read_gguf
-from vila.export.gguf_mmproj import mmproj_refusals
+from vila.export.gguf_mmproj import mmproj_problems
 from vila.model.weights import published_state_dict
 
 BLOCK = {
@@ -41,7 +41,7 @@ def theirs(name):
 
 @pytest.mark.parametrize("tower", ["clip", "siglip"])
 @pytest.mark.parametrize(("select_layer", "blocks"), [(-2, 3), (-1, 4), (2, 2)])
-def test_the_file_holds_the_blocks_that_run_and_the_projector(tmp_path, tower, select_layer, blocks):
+def test_the_file_has_the_used_blocks_and_the_projector(tmp_path, tower, select_layer, blocks):
     model, processor = seeing(tower, select_layer=select_layer)
     file = read_gguf(export(tmp_path, model, processor, "gguf") / "mmproj-f16.gguf")
     state = published_state_dict(model)
@@ -59,7 +59,7 @@ def test_the_file_holds_the_blocks_that_run_and_the_projector(tmp_path, tower, s
     assert file.metadata["clip.vision.feature_layer"] == [blocks]
 
 
-def test_metadata_are_the_towers_facts(tmp_path):
+def test_metadata_equal_the_config_of_the_tower(tmp_path):
     facts = read_gguf(export(tmp_path, *seeing("clip"), "gguf") / "mmproj-f16.gguf").metadata
     wanted = {
         "general.architecture": "clip",
@@ -81,7 +81,7 @@ def test_metadata_are_the_towers_facts(tmp_path):
     assert facts["clip.vision.image_std"] == pytest.approx(STD)
 
 
-def test_siglip_says_that_its_gelu_is_the_tanh_one(tmp_path):
+def test_siglip_metadata_select_the_tanh_gelu(tmp_path):
     facts = read_gguf(export(tmp_path, *seeing("siglip"), "gguf") / "mmproj-f16.gguf").metadata
     assert facts["clip.use_gelu"] is True
     assert facts["clip.vision.attention.layer_norm_epsilon"] == pytest.approx(1e-6)
@@ -89,7 +89,7 @@ def test_siglip_says_that_its_gelu_is_the_tanh_one(tmp_path):
 
 @pytest.mark.parametrize("projector", ["linear", "mlp1x_gelu", "identity"])
 @pytest.mark.parametrize("approximate", ["none", "tanh"])
-def test_a_projector_of_one_layer_survives_the_gelu_between_two(tmp_path, projector, approximate):
+def test_a_linear_projector_is_exact_in_spite_of_the_gelu(tmp_path, projector, approximate):
     if projector == "identity":
         model, processor = seeing("siglip", "linear")
         model.config.projector_type, model.config.vision_config.hidden_size = "identity", 32
@@ -111,22 +111,22 @@ def test_a_projector_of_one_layer_survives_the_gelu_between_two(tmp_path, projec
 @pytest.mark.parametrize(
     ("tower", "change", "reason"),
     [
-        ("clip", {"select_feature": "cls_patch"}, "'patch' can be written"),
-        ("clip", {"projector_type": "mlp3x_gelu"}, "projector 'mlp3x_gelu' has no graph"),
-        ("siglip", {"projector_type": "mlp_downsample"}, "mlp2x_gelu, linear, mlp1x_gelu, identity can be written"),
+        ("clip", {"select_feature": "cls_patch"}, "'patch'"),
+        ("clip", {"projector_type": "mlp3x_gelu"}, "'mlp3x_gelu'"),
+        ("siglip", {"projector_type": "mlp_downsample"}, "mlp2x_gelu, linear, mlp1x_gelu, identity"),
         ("siglip", {"s2_scales": [56, 112]}, "S2 features"),
     ],
 )
-def test_what_has_no_graph_is_refused(tower, change, reason):
+def test_unsupported_towers_and_projectors_have_a_reason(tower, change, reason):
     config = seeing(tower)[0].config
-    assert mmproj_refusals(config) == []
+    assert mmproj_problems(config) == []
     for key, value in change.items():
         setattr(config, key, value)
-    (only,) = mmproj_refusals(config)
+    (only,) = mmproj_problems(config)
     assert reason in only
 
 
-def test_the_readme_names_the_defects_that_touch_this_model(tmp_path):
+def test_the_readme_has_the_defects_that_concern_the_model(tmp_path):
     clip = (export(tmp_path / "a", *seeing("clip", "linear"), "gguf") / "README.md").read_text()
     siglip = (export(tmp_path / "b", *seeing("siglip"), "gguf") / "README.md").read_text()
     assert "issue 25814" in clip and "issue 25814" not in siglip

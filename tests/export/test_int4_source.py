@@ -1,4 +1,4 @@
-"""A model that is in INT4 already keeps its own codes where the format can hold them, and is refused elsewhere."""
+"""INT4 models keep their codes in formats that can store them; other formats have an error."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def write_int4(folder, group=64, symmetric=False, **text):
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_compressed_tensors_takes_the_codes_over(tmp_path, symmetric):
+def test_compressed_tensors_copies_the_codes(tmp_path, symmetric):
     values = write_int4(tmp_path, symmetric=symmetric)
     options = ExportOptions("int4-symmetric" if symmetric else "int4")
     write_export(open_source(tmp_path / "m"), "compressed-tensors", tmp_path / "out", options)
@@ -34,7 +34,7 @@ def test_compressed_tensors_takes_the_codes_over(tmp_path, symmetric):
     assert all((found[f"language_model.{name}"] == value.numpy()).all() for name, value in values.items())
 
 
-def test_tensorrt_llm_takes_symmetric_codes_over(tmp_path):
+def test_tensorrt_llm_copies_symmetric_codes(tmp_path):
     values = write_int4(tmp_path, symmetric=True, **WIDE)
     source = open_source(tmp_path / "m")
     write_export(source, "tensorrt-llm", tmp_path / "out")
@@ -51,31 +51,33 @@ def test_in_16_bits_the_values_of_the_codes_are_written(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "message"),
+    ("name", "options", "words"),
     [
-        ("tensorrt-llm", ExportOptions(), "zero points, which symmetric codes cannot hold; export the model that was"),
-        ("compressed-tensors", ExportOptions(group_size=32), "groups of 64, not 32; leave --group-size out"),
-        ("safetensors", ExportOptions(), "14 Linears of its decoder have no weight in full precision"),
+        ("tensorrt-llm", ExportOptions(), ["zero points", "--symmetric"]),
+        ("compressed-tensors", ExportOptions(group_size=32), ["64", "32", "--group-size"]),
+        ("safetensors", ExportOptions(), ["14 decoder Linears", "--load-awq"]),
     ],
 )
-def test_what_cannot_take_them_says_so(tmp_path, name, options, message):
+def test_unsupported_int4_models_are_an_error_with_the_reason(tmp_path, name, options, words):
     write_int4(tmp_path)
-    with pytest.raises(LayoutError, match=message):
+    with pytest.raises(LayoutError) as caught:
         write_export(open_source(tmp_path / "m"), name, tmp_path / "out", options)
+    assert caught.value.file == str(tmp_path / "m") and all(word in caught.value.problem for word in words)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_search_comes_too_late(tmp_path):
+def test_a_search_for_an_int4_model_is_an_error(tmp_path):
     write_int4(tmp_path)
     model, _ = write_model(tmp_path / "again")
-    with pytest.raises(LayoutError, match="rounded to INT4 already and take no scales"):
+    with pytest.raises(LayoutError) as caught:
         open_source(tmp_path / "m", search=write_search(tmp_path, model))
+    assert (caught.value.file, caught.value.field) == (str(tmp_path / "m"), "--load-awq")
 
 
-def test_runs_of_rows_of_a_packed_weight_make_up_its_values(tmp_path):
+def test_chunks_of_a_packed_weight_make_up_its_values(tmp_path):
     values = write_int4(tmp_path, **WIDE)
     source = open_source(tmp_path / "m")
     for name, value in values.items():
-        runs = list(source.rows(f"language_model.{name}", torch.float32, run_bytes=1))
+        runs = list(source.rows(f"language_model.{name}", torch.float32, chunk_bytes=1))
         assert max(map(len, runs)) == 64
         assert torch.equal(torch.cat(runs), value)

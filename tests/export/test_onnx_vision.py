@@ -33,7 +33,7 @@ def assert_same(model, folder, side):
 
 
 @pytest.mark.parametrize("tower", ["clip", "siglip", "dinov2"])
-def test_the_graph_gives_the_models_vectors_for_any_batch(tmp_path, tower):
+def test_the_graph_gives_the_embeddings_of_the_model_for_any_batch(tmp_path, tower):
     model, processor = tiny.vila(tower=tower)
     assert_same(model, export(tmp_path, model, processor, "onnx", "f32"), 28)
 
@@ -46,7 +46,7 @@ def test_every_projector_has_a_graph(tmp_path, tower, projector):
     assert_same(model, export(tmp_path, model, processor, "onnx", "f32"), 56)
 
 
-def test_positions_of_another_size_are_settled_beforehand(tmp_path):
+def test_positions_of_another_size_are_interpolated_before_export(tmp_path):
     """DINOv2 with positions for 56 pixels, asked for 28: runtimes interpolate in their own ways."""
     config = tiny.vila()[0].config
     config.vision_config.image_size = 56
@@ -55,7 +55,7 @@ def test_positions_of_another_size_are_settled_beforehand(tmp_path):
     assert_same(model, export(tmp_path, model, tiny.vila()[1], "onnx", "f32"), 28)
 
 
-def test_the_graph_says_its_opset_and_holds_no_unused_block(tmp_path):
+def test_the_graph_has_its_opset_and_no_unused_block(tmp_path):
     model, processor = seeing("clip", select_layer=-3)
     out = export(tmp_path, model, processor, "onnx", "f32")
     graph = onnx.load(out / "vision.onnx")

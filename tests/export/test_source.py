@@ -1,4 +1,4 @@
-"""Weights read in runs of rows, with a search applied on the way, are those of the model in memory."""
+"""Weights read in chunks, with an AWQ search applied, equal those of the model in memory."""
 
 from dataclasses import replace
 
@@ -7,7 +7,7 @@ import torch
 
 from tests.export.models import random_search, write_model, write_search
 from vila.core.errors import LayoutError
-from vila.export.source import Source, open_source
+from vila.export.source import ExportSource, open_source
 from vila.model.loading import load_model, open_checkpoint
 from vila.model.weights import published_state_dict
 from vila.quant.apply import apply_search
@@ -15,13 +15,13 @@ from vila.quant.awq_cache import AwqSearch, ChannelScale, save_search
 
 
 def all_weights(source, **options):
-    return {name: torch.cat(list(source.rows(name, **options))) for name in source.pieces}
+    return {name: torch.cat(list(source.rows(name, **options))) for name in source.tensors}
 
 
-@pytest.mark.parametrize("run_bytes", [1, 1 << 24])
-def test_runs_of_rows_make_up_every_weight(tmp_path, run_bytes):
+@pytest.mark.parametrize("chunk_bytes", [1, 1 << 24])
+def test_chunks_make_up_every_weight(tmp_path, chunk_bytes):
     model, _ = write_model(tmp_path / "m")
-    found = all_weights(open_source(tmp_path / "m"), run_bytes=run_bytes)
+    found = all_weights(open_source(tmp_path / "m"), chunk_bytes=chunk_bytes)
     expected = published_state_dict(model)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
@@ -29,11 +29,11 @@ def test_runs_of_rows_make_up_every_weight(tmp_path, run_bytes):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
-def test_a_search_applied_row_by_row_is_that_of_the_model_in_memory_bit_by_bit(tmp_path, family, dtype):
+def test_a_search_applied_in_chunks_equals_that_of_the_model_in_memory_bit_by_bit(tmp_path, family, dtype):
     heads = {"num_key_value_heads": 4} if family == "llama" else {}
     model, _ = write_model(tmp_path / "m", family, dtype=dtype, **heads)
     search = write_search(tmp_path, model)
-    found = all_weights(open_source(tmp_path / "m", search=search), run_bytes=1)
+    found = all_weights(open_source(tmp_path / "m", search=search), chunk_bytes=1)
     plain = published_state_dict(model)
     apply_search(model, random_search(model))
     expected = published_state_dict(model)
@@ -42,7 +42,7 @@ def test_a_search_applied_row_by_row_is_that_of_the_model_in_memory_bit_by_bit(t
     assert {"input_layernorm", "q_proj", "up_proj", "down_proj"} <= changed
 
 
-def test_of_a_longer_weight_the_last_rows_are_divided_in_every_run():
+def test_the_last_rows_of_a_longer_weight_are_divided_in_every_chunk():
     from vila.export.source import Fold
 
     fold, weight = Fold("outputs", torch.tensor([2.0, 4.0, 8.0])), torch.ones(5, 2)
@@ -50,17 +50,18 @@ def test_of_a_longer_weight_the_last_rows_are_divided_in_every_run():
     assert torch.cat(parts)[:, 0].tolist() == [1, 1, 0.5, 0.25, 0.125]
 
 
-def test_a_search_of_another_model_is_refused_with_what_does_not_fit(tmp_path):
+def test_a_search_of_another_model_is_an_error(tmp_path):
     model, _ = write_model(tmp_path / "m")
     search = write_search(tmp_path, write_model(tmp_path / "other", hidden_size=96)[0])
-    with pytest.raises(LayoutError, match="scale's 96 channels.*make it again for it"):
+    with pytest.raises(LayoutError) as caught:
         open_source(tmp_path / "m", search=search)
+    assert "96 channels" in caught.value.problem and caught.value.hint
     bad = AwqSearch((ChannelScale("model.layers.0.input_layernorm", (), torch.full((64,), float("nan"))),), ())
-    with pytest.raises(LayoutError, match="not finite and positive"):
-        all_weights(Source(open_checkpoint(tmp_path / "m"), bad))
+    with pytest.raises(LayoutError):
+        all_weights(ExportSource(open_checkpoint(tmp_path / "m"), bad))
 
 
-def test_a_value_that_float16_cannot_hold_is_named_not_written_as_infinity(tmp_path):
+def test_a_value_that_is_not_finite_in_float16_is_an_error(tmp_path):
     model, processor = write_model(tmp_path / "m")
     with torch.no_grad():
         model.language_model.model.norm.weight[3] = 1e5
@@ -68,8 +69,9 @@ def test_a_value_that_float16_cannot_hold_is_named_not_written_as_infinity(tmp_p
 
     save_model(model, processor, tmp_path / "m")
     source = open_source(tmp_path / "m")
-    with pytest.raises(LayoutError, match=r"language_model.model.norm.weight: a value is not finite in float16"):
+    with pytest.raises(LayoutError) as caught:
         source.read("language_model.model.norm.weight", torch.float16)
+    assert caught.value.field == "language_model.model.norm.weight"
 
 
 def test_other_layouts_are_read_too(tmp_path):
@@ -82,10 +84,11 @@ def test_other_layouts_are_read_too(tmp_path):
     assert all(torch.equal(found[name], tensor) for name, tensor in published_state_dict(again).items())
 
 
-def test_a_search_with_limits_below_zero_is_refused(tmp_path):
+def test_a_search_with_negative_limits_is_an_error(tmp_path):
     model, _ = write_model(tmp_path / "m")
     found = random_search(model)
     first = found.clips[0]
     save_search(replace(found, clips=(replace(first, limit_OG=-first.limit_OG),)), tmp_path / "search.safetensors")
-    with pytest.raises(LayoutError, match=f"the limits of {first.linear} are not all 0 and more"):
+    with pytest.raises(LayoutError) as caught:
         open_source(tmp_path / "m", search=tmp_path / "search.safetensors")
+    assert first.linear in caught.value.problem

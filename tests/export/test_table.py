@@ -1,4 +1,4 @@
-"""The page on exports says which published models each format can hold, and that is what the formats themselves say."""
+"""The table of supported models in docs/export.md agrees with the export formats."""
 
 from pathlib import Path
 
@@ -9,8 +9,8 @@ from transformers import CLIPVisionConfig, Dinov2Config, LlamaConfig, SiglipVisi
 from tests import tiny
 from tests.export.gguf_stand import llama_tokenizer
 from vila.core.vision_spec import VisionSpec
-from vila.export.base import EXPORTS, ExportOptions, settled
-from vila.export.source import Source
+from vila.export.base import EXPORTS, ExportOptions, resolve_options
+from vila.export.source import ExportSource
 from vila.model.config import VilaConfig
 from vila.model.layouts.base import Checkpoint
 from vila.model.modeling import VilaForConditionalGeneration
@@ -45,7 +45,7 @@ _SMOL = LlamaConfig(
     tie_word_embeddings=True,
 )
 _DINO = Dinov2Config(hidden_size=384, num_attention_heads=6, image_size=224, patch_size=14)
-# Tower, LLM, projector, hidden state, tokens kept, tokens of a picture.
+# Tower, LLM, projector, select_layer, select_feature, tokens per image.
 MODELS = {
     "VILA-1.0": (_CLIP, _VICUNA, "linear", -2, "patch", 576),
     "LLaVA-1.5": (_CLIP, _VICUNA, "mlp2x_gelu", -2, "patch", 576),
@@ -55,7 +55,7 @@ MODELS = {
 
 
 def source_of(tower, llm, projector, layer, feature, tokens):
-    """A model of real widths, of which no weight exists: refusals look at none."""
+    """Return a model of real sizes without weights, which `problems` does not read."""
     spec = VisionSpec(tower.image_size, tokens, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), "square").to_dict()
     config = VilaConfig(
         vision_config=tower,
@@ -69,23 +69,23 @@ def source_of(tower, llm, projector, layer, feature, tokens):
     )
     with torch.device("meta"):
         model = VilaForConditionalGeneration(config)
-    pieces = {
+    tensors = {
         name: TensorRef(None, name, tuple(one.shape), torch.float16)
         for name, one in published_state_dict(model).items()
     }
-    # The real one takes a while to look at, and only one format of this model asks for it.
+    # The LLaMA tokenizer is slow, and only one format of this model needs it.
     tokenizer = llama_tokenizer() if tower is _CLIP and projector == "mlp2x_gelu" else tiny.tokenizer()
     processor = VilaProcessor(tokenizer, vision_spec=spec, template="vicuna_v1")
-    return Source(Checkpoint(Path("model"), config, processor, pieces))
+    return ExportSource(Checkpoint(Path("model"), config, processor, tensors))
 
 
 def cell(name, source):
-    """The precisions in which the format holds the model, with the first group size that fits; or a dash."""
+    """Return the supported precisions, with the first group size that fits: yes, no, or a list."""
     target, out = EXPORTS[name], []
     for precision in target.precisions:
-        groups = (128, 64, 32, 0) if "group_size" in target.takes else (0,)
+        groups = (128, 64, 32, 0) if "group_size" in target.options else (0,)
         for group in groups:
-            if not target.refusals(source, settled(target, ExportOptions(precision, group_size=group))):
+            if not target.problems(source, resolve_options(target, ExportOptions(precision, group_size=group))):
                 out.append(precision)
                 break
     if len(out) == len(target.precisions):
@@ -99,6 +99,6 @@ def sources():
 
 
 @pytest.mark.parametrize("name", list(EXPORTS))
-def test_the_page_says_which_models_a_format_holds(name, sources):
+def test_the_page_lists_the_supported_models_of_every_format(name, sources):
     row = f"| `{name}` | {' | '.join(cell(name, source) for source in sources.values())} |"
     assert row in PAGE.read_text(encoding="utf-8").splitlines(), f"docs/export.md wants the row:\n{row}"

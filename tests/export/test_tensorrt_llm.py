@@ -1,4 +1,6 @@
-"""TensorRT-LLM's two checkpoints, against readers made from their description. The program itself is not run."""
+"""TensorRT-LLM exports, compared with readers written from the format descriptions; TensorRT-LLM is not run."""
+
+import re
 
 import pytest
 import torch
@@ -30,7 +32,7 @@ def check(found, wanted):
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_llm_of_the_three_folders_is_our_rounding_bit_by_bit(tmp_path, family, dtype):
+def test_the_llm_of_the_three_folders_is_quantized_bit_by_bit(tmp_path, family, dtype):
     model, processor = write_model(tmp_path / "m", family, dtype=dtype, tie_word_embeddings=False)
     search = write_search(tmp_path, model, 64, symmetric=True)
     write_export(open_source(tmp_path / "m", search=search), "tensorrt-llm", tmp_path / "out")
@@ -81,7 +83,7 @@ def test_the_three_folders_in_16_bits_are_read_back_by_our_own_layout(tmp_path):
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("precision", ["int4", "float16"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_joined_ranks_are_our_rounding_bit_by_bit(tmp_path, precision, ranks, tied):
+def test_joined_ranks_are_quantized_bit_by_bit(tmp_path, precision, ranks, tied):
     model, _ = write_model(tmp_path / "m", tie_word_embeddings=tied, **WIDE)
     search = write_search(tmp_path, model, 64, symmetric=True)
     options = ExportOptions(precision, tp_size=ranks)
@@ -90,7 +92,7 @@ def test_joined_ranks_are_our_rounding_bit_by_bit(tmp_path, precision, ranks, ti
     check(read_ranks(tmp_path / "out"), expected(model, 64 if precision == "int4" else None))
 
 
-def test_a_rank_holds_its_own_heads_and_its_share_of_the_padded_vocabulary(tmp_path):
+def test_a_rank_has_its_own_heads_and_part_of_the_padded_vocabulary(tmp_path):
     model, _ = write_model(tmp_path / "m", vocab_size=261, **WIDE)
     write_export(
         open_source(tmp_path / "m"), "tensorrt-llm-legacy", tmp_path / "out", ExportOptions("float16", tp_size=2)
@@ -105,54 +107,55 @@ def test_a_rank_holds_its_own_heads_and_its_share_of_the_padded_vocabulary(tmp_p
     assert (second["lm_head.weight"][-2] == model.language_model.lm_head.weight[260].detach().half().numpy()).all()
 
 
-def test_the_engine_commands_hold_the_tokens_of_a_picture_and_the_ranks(tmp_path):
+def test_the_engine_commands_have_the_tokens_per_image_and_the_ranks(tmp_path):
     write_model(tmp_path / "m", **WIDE)
     options = ExportOptions("float16", tp_size=2)
     write_export(open_source(tmp_path / "m"), "tensorrt-llm-legacy", tmp_path / "vila-out", options)
     text = (tmp_path / "vila-out" / "README.md").read_text()
-    for piece in (
+    for command in (
         "trtllm-build --checkpoint_dir vila-out",
         "--max_multimodal_len 4 --workers 2",
         "build_multimodal_engine.py --model_type vila",
         "mpirun -n 2 python examples/multimodal/run.py",
         "--use_fused_mlp=enable",
     ):
-        assert piece in text
+        assert command in text
 
 
 @pytest.mark.parametrize(
-    ("target", "options", "text", "message"),
+    ("target", "options", "text", "value"),
     [
-        ("tensorrt-llm", ExportOptions(group_size=32), {}, "groups of 32 are not among 64, 128; --group-size 64 would"),
+        ("tensorrt-llm", ExportOptions(group_size=32), {}, "group size 32.*--group-size 64"),
         (
             "tensorrt-llm-legacy",
             ExportOptions("float16", tp_size=3),
             WIDE,
-            "3 ranks do not divide .*--tp-size 1 or 2 would",
+            "3 ranks .*--tp-size 1 or 2",
         ),
-        ("tensorrt-llm-legacy", ExportOptions(group_size=128, tp_size=2), WIDE, "2 ranks .*--tp-size 1 would"),
-        ("tensorrt-llm", ExportOptions("16-bit", group_size=64), {}, "--group-size is for --precision int4"),
-        ("tensorrt-llm-legacy", ExportOptions("float16", group_size=64), {}, "--group-size is for --precision int4"),
-        ("tensorrt-llm-legacy", ExportOptions(group_size=64), {}, "--precision float16 has no such rule"),
+        ("tensorrt-llm-legacy", ExportOptions(group_size=128, tp_size=2), WIDE, "2 ranks .*--tp-size 1"),
+        ("tensorrt-llm", ExportOptions("16-bit", group_size=64), {}, "--group-size .*--precision int4"),
+        ("tensorrt-llm-legacy", ExportOptions("float16", group_size=64), {}, "--group-size .*--precision int4"),
+        ("tensorrt-llm-legacy", ExportOptions(group_size=64), {}, "--precision float16"),
         (
             "tensorrt-llm-legacy",
             ExportOptions("float16"),
             {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
-            "rotary positions of type dynamic",
+            "rope_type 'dynamic'",
         ),
-        ("tensorrt-llm-legacy", ExportOptions("float16"), {"attention_bias": True}, "no place for 8 weights"),
+        ("tensorrt-llm-legacy", ExportOptions("float16"), {"attention_bias": True}, "8 weights"),
     ],
 )
-def test_what_cannot_be_expressed_is_refused_with_what_would_work(tmp_path, target, options, text, message):
+def test_unsupported_options_and_models_are_an_error_with_what_is_supported(tmp_path, target, options, text, value):
     write_model(tmp_path / "m", **text)
-    with pytest.raises(LayoutError, match=message):
+    with pytest.raises(LayoutError) as caught:
         write_export(open_source(tmp_path / "m"), target, tmp_path / "out", options)
+    assert re.search(value, caught.value.problem)
     assert not (tmp_path / "out").exists()
 
 
-def test_towers_and_families_that_it_does_not_know_are_refused(tmp_path):
+def test_unsupported_towers_and_families_are_an_error(tmp_path):
     write_model(tmp_path / "d", tower="dinov2")
-    with pytest.raises(LayoutError, match="its VILA has CLIP and SigLIP"):
+    with pytest.raises(LayoutError, match="dinov2"):
         write_export(open_source(tmp_path / "d"), "tensorrt-llm", tmp_path / "out", ExportOptions("16-bit"))
     write_model(tmp_path / "q", "qwen2")
     with pytest.raises(LayoutError, match="'qwen2'"):

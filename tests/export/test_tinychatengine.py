@@ -1,4 +1,4 @@
-"""TinyChatEngine's directory read back by an independent reader, and what the engine has not compiled in."""
+"""TinyChatEngine exports read by an independent reader, and unsupported models."""
 
 import math
 
@@ -13,7 +13,7 @@ from tests.export.readers.tinychatengine_folder import q4_0_step, read_floats, r
 from vila.core.errors import LayoutError
 from vila.export.base import ExportOptions, write_export
 from vila.export.source import open_source
-from vila.export.tinychatengine import TARGET, llm_refusals, round_engine, vision_refusals
+from vila.export.tinychatengine import TARGET, llm_problems, quantize_for_engine, vision_problems
 from vila.model.config import VilaConfig
 from vila.model.loading import save_model
 from vila.model.weights import published_state_dict
@@ -76,7 +76,7 @@ def test_every_float_is_in_its_file(model, written):
     assert len(names) == 3 + 2 * (len(LINEARS) + 2 + 3)
 
 
-def test_the_rotation_is_that_of_the_model(model, written):
+def test_the_rotary_tables_equal_those_of_the_model(model, written):
     layer = written["fp32"] / "models" / "VILA_7B" / "decoder" / "layer1" / "self_attn" / "rotary_emb"
     decoder = model[0].language_model.model
     wanted = decoder.rotary_emb(torch.zeros(1), torch.arange(POSITIONS)[None])
@@ -87,7 +87,7 @@ def test_the_rotation_is_that_of_the_model(model, written):
 
 
 @pytest.mark.parametrize("precision", ["qm_x86", "qm_arm"])
-def test_linears_on_a_cpu_hold_the_engines_rounding_bit_by_bit(model, written, precision):
+def test_cpu_linears_are_quantized_bit_by_bit(model, written, precision):
     state = published_state_dict(model[0])
     root = written[precision] / "INT4" / "models" / "VILA_7B"
     for index in range(2):
@@ -101,7 +101,7 @@ def test_linears_on_a_cpu_hold_the_engines_rounding_bit_by_bit(model, written, p
     assert (root / "decoder" / "embed_tokens" / "weight.bin").stat().st_size == head.size * 4
 
 
-def test_linears_on_cuda_have_half_scales_and_half_tables(model, written):
+def test_cuda_linears_have_float16_scales_and_tables(model, written):
     state = published_state_dict(model[0])
     root = written["qm_cuda"] / "INT4" / "models" / "VILA_7B"
     for name in LINEARS:
@@ -142,23 +142,23 @@ def test_the_vision_part_is_always_float32(model, written, precision):
     assert read_floats(root / "image_processor" / "image_mean.bin", 3) == pytest.approx(model[1].spec.mean)
 
 
-def test_the_vocabulary_holds_bytes_as_they_are_printed(written):
+def test_the_vocabulary_has_printed_bytes(written):
     words = read_vocabulary(written["fp32"] / "models" / "llama_vocab.bin", 259)
     assert [word for word, _ in words[:3]] == [" \u2047 ".encode(), b"", b""]
     assert [word for word, _ in words[3:]] == [bytes([number]) for number in range(256)]
 
 
-def test_the_engines_rounding_reaches_its_ends():
+def test_the_quantization_uses_the_whole_range():
     """A group's greatest magnitude is code 0 exactly; its opposite would be 16 and is cut to 15."""
     row = torch.zeros(1, 32)
     row[0, 3], row[0, 7] = -4.0, 4.0
-    weight = round_engine(row, 32)
+    weight = quantize_for_engine(row, 32)
     assert weight.scales.tolist() == [[0.5]]
     from vila.kernels.int4 import dequantize
 
     values = dequantize(weight)[0]
     assert values[3] == -4.0 and values[7] == 3.5 and values[0] == 0
-    assert (dequantize(round_engine(torch.zeros(1, 32), 32)) == 0).all()
+    assert (dequantize(quantize_for_engine(torch.zeros(1, 32), 32)) == 0).all()
 
 
 @pytest.fixture
@@ -169,39 +169,40 @@ def vila_7b():
     return VilaConfig(vision_config=tower, text_config=llm, projector_type="mlp2x_gelu", select_layer=-2)
 
 
-def test_vila_7b_is_what_the_engine_runs(vila_7b):
-    assert llm_refusals(vila_7b.text_config) == vision_refusals(vila_7b) == []
+def test_vila_7b_is_supported(vila_7b):
+    assert llm_problems(vila_7b.text_config) == vision_problems(vila_7b) == []
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"projector_type": "linear"}, "the projector 'linear' is not compiled in"),
-        ({"projector_type": "mlp_downsample"}, "the projector 'mlp_downsample' is not compiled in"),
+        ({"projector_type": "linear"}, "'linear'"),
+        ({"projector_type": "mlp_downsample"}, "'mlp_downsample'"),
         ({"select_layer": -3}, "23 blocks"),
-        ({"select_feature": "cls_patch"}, "drops the class token"),
+        ({"select_feature": "cls_patch"}, "select_feature"),
         ({"s2_scales": [336, 672]}, "S2 features"),
     ],
 )
-def test_what_is_not_compiled_in_is_refused(vila_7b, change, reason):
+def test_unsupported_vision_parts_have_a_reason(vila_7b, change, reason):
     for key, value in change.items():
         setattr(vila_7b, key, value)
-    (only,) = vision_refusals(vila_7b)
+    (only,) = vision_problems(vila_7b)
     assert reason in only
 
 
-def test_the_projector_of_13b_is_refused(vila_7b):
+def test_the_sizes_of_13b_are_not_supported(vila_7b):
     llm = vila_7b.text_config
     llm.hidden_size, llm.intermediate_size, llm.num_hidden_layers = 5120, 13824, 40
     llm.num_attention_heads = llm.num_key_value_heads = 40
-    assert any("13B's 5120" in reason for reason in vision_refusals(vila_7b))
-    assert "the LLM's hidden_size 5120 is compiled in as 4096" in llm_refusals(llm)
-    assert len(llm_refusals(llm)) == 5
-    assert llm_refusals(tiny.text_config("qwen2"))[0].startswith("an LLM of type 'qwen2'")
+    assert any("5120" in reason for reason in vision_problems(vila_7b))
+    assert any("hidden_size 5120" in reason and "4096" in reason for reason in llm_problems(llm))
+    assert len(llm_problems(llm)) == 5
+    assert "'qwen2'" in llm_problems(tiny.text_config("qwen2"))[0]
 
 
-def test_a_tiny_model_is_refused_before_anything_is_written(tmp_path):
+def test_an_unsupported_model_is_an_error_before_anything_is_written(tmp_path):
     save_model(*tiny.vila(), tmp_path / "model")
-    with pytest.raises(LayoutError, match=r"(?s)reasons.*hidden_size 32 is compiled in as 4096.*no SentencePiece"):
+    with pytest.raises(LayoutError) as caught:
         write_export(open_source(tmp_path / "model"), "tinychatengine", tmp_path / "out")
+    assert "hidden_size 32" in caught.value.problem and "SentencePiece" in caught.value.problem
     assert not (tmp_path / "out").exists()

@@ -61,19 +61,19 @@ def export(
     missing = [name for name, value in (("MODEL", model), ("--format", format_name), ("--output", out)) if not value]
     if missing or out is None:
         raise ConfigError(f"vila export: {', '.join(missing)} missing; --list names the formats")
-    from vila.export.base import EXPORTS, ExportOptions, settled
+    from vila.export.base import EXPORTS, ExportOptions, resolve_options
 
-    asked = settled(EXPORTS[format_name], ExportOptions(precision, group_size, tp_size))
+    asked = resolve_options(EXPORTS[format_name], ExportOptions(precision, group_size, tp_size))
 
     from vila.cli.convert import stop_cleanly
     from vila.cli.info import human_bytes
     from vila.cli.progress import Screen
-    from vila.export.base import DEFAULT_GROUP, check_out, group_of, write_export
+    from vila.export.base import DEFAULT_GROUP, check_output, choose_group_size, write_export
     from vila.export.source import open_source
 
     target = out.expanduser()
     # Before the model, which may come from the hub.
-    check_out(target, Path(model), overwrite)
+    check_output(target, Path(model), overwrite)
     stop_cleanly()
     with Screen() as events:
         source = open_source(
@@ -83,12 +83,12 @@ def export(
             search=None if load_awq is None else load_awq.expanduser(),
             events=events,
         )
-        rounds = asked.precision.startswith("int4") and "group_size" in EXPORTS[format_name].takes
+        rounds = asked.precision.startswith("int4") and "group_size" in EXPORTS[format_name].options
         if (
             rounds
             and not source.checkpoint.int4
             and not group_size
-            and (size := group_of(source, asked)) != DEFAULT_GROUP
+            and (size := choose_group_size(source, asked)) != DEFAULT_GROUP
         ):
             events.log(f"group size: {size}, the largest of 128, 64 and 32 that divides the widths of this model")
         write_export(source, format_name, target, asked, overwrite=overwrite)

@@ -1,1 +1,1 @@
-"""Targets that are written and never read back: files for other runtimes."""
+"""Export formats: model files for other runtimes, written and never read back."""

@@ -1,6 +1,6 @@
-"""What an export target is, what can be asked of it, and the table of those that exist. Importing this needs no torch.
+"""Export targets: protocol, registry, checks, README.md of an export, and `write_export`.
 
-A target is written and never read back; what we also read is a layout (`vila.model.layouts`).
+An export is written for another runtime and never read back; formats that are also read are `vila.model.layouts`.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from vila.core.errors import ConfigError, LayoutError, UnknownNameError
 from vila.core.files import atomic_path, check_writable, remove_partials, write_json
 from vila.core.progress import task
 from vila.core.registry import Registry
-from vila.export.source import Source
+from vila.export.source import ExportSource
 
 OPTIONS = ("load_awq", "group_size", "tp_size")
-"""Options that a target may take, by the names of their fields; every target takes a precision."""
+"""Options of targets besides the precision; each target supports some of them."""
 
 
 @dataclass(frozen=True, slots=True)
 class ExportOptions:
-    """What the user asks for.
+    """Options of an export.
 
-    precision:  one of the target's `precisions`; empty for its first.
+    precision:  one of the target's `precisions`, "" for the first.
     group_size: inputs that share a scale; 0 for the group size of an INT4 model, or 128.
-    tp_size:    processes of tensor parallelism that the files are cut for.
+    tp_size:    number of tensor-parallel ranks that the files are sharded for.
     """
 
     precision: str = ""
@@ -37,13 +37,13 @@ class ExportOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class Guide:
-    """What the README.md of an export says.
+class Readme:
+    """Content of the README.md of an export.
 
-    commands: pairs of a heading and shell lines, in the order in which they are run; `{out}` stands for the directory.
-    versions: programs and versions that the files are made for, each with whether it was run.
-    defects:  known faults of the target, and what was done about them.
-    notes:    what the reader has to know besides.
+    commands: (heading, shell lines) in order; `{out}` is replaced by the name of the directory.
+    versions: supported programs and versions, and whether each was run.
+    defects:  known defects of the target program, and workarounds in the files.
+    notes:    further notes.
     """
 
     commands: Sequence[tuple[str, str]]
@@ -53,30 +53,30 @@ class Guide:
 
 
 class ExportTarget(Protocol):
-    """A format of another program. Its module imports no torch at its top: `vila export --list` answers at once.
+    """A format for another program.
 
-    summary:    what is written and which program reads it, in a line.
-    precisions: names of the number formats that it can hold, the default first, each with a line of help.
-    takes:      those of OPTIONS that mean something to it.
-    verified:   how its files were checked, and what was not run.
-    holds_llm:  whether the LLM's weights are written.
+    summary:      what is written and which program reads it, in one line.
+    precisions:   supported precisions with a line of help each, the default first.
+    options:      supported ones of OPTIONS.
+    verification: how the files were checked, and what was not run.
+    has_llm:      whether the weights of the LLM are written.
     """
 
     name: str
     summary: str
     precisions: Mapping[str, str]
-    takes: frozenset[str]
-    verified: str
-    holds_llm: bool
+    options: frozenset[str]
+    verification: str
+    has_llm: bool
 
-    def refusals(self, source: Source, options: ExportOptions) -> list[str]:
-        """Every reason why this model cannot be written so, each naming what would work; looks at no weight."""
+    def problems(self, source: ExportSource, options: ExportOptions) -> list[str]:
+        """Return every reason why this model is not supported, with what is; reads no weights."""
 
-    def write(self, source: Source, part: Path, options: ExportOptions) -> None:
-        """Write the files into the empty directory `part`, tensor by tensor. Errors leave nothing behind."""
+    def write(self, source: ExportSource, part: Path, options: ExportOptions) -> None:
+        """Write the files into the empty directory `part`, tensor by tensor."""
 
-    def guide(self, source: Source, options: ExportOptions) -> Guide:
-        """What README.md says."""
+    def readme(self, source: ExportSource, options: ExportOptions) -> Readme:
+        """Return the content of README.md."""
 
 
 EXPORTS: Registry[ExportTarget] = Registry(
@@ -94,48 +94,45 @@ EXPORTS: Registry[ExportTarget] = Registry(
 )
 
 
-def settled(target: ExportTarget, options: ExportOptions) -> ExportOptions:
-    """The options with the target's default precision. Raises UnknownNameError for a precision it does not have."""
+def resolve_options(target: ExportTarget, options: ExportOptions) -> ExportOptions:
+    """Return the options with the default precision of the target. Raises UnknownNameError for an unknown precision."""
     precision = options.precision or next(iter(target.precisions))
     if precision not in target.precisions:
         raise UnknownNameError(f"precision of {target.name}", precision, target.precisions)
     return replace(options, precision=precision)
 
 
-def check_source(target: ExportTarget, source: Source, options: ExportOptions) -> None:
-    """Raises LayoutError with every reason why the target cannot hold this model."""
-    reasons = [*_untaken(target, source, options), *target.refusals(source, options)]
-    if not reasons:
+def check_source(target: ExportTarget, source: ExportSource, options: ExportOptions) -> None:
+    """Raise LayoutError with every reason why the target does not support this model."""
+    problems = [*_unused_options(target, source, options), *target.problems(source, options)]
+    if not problems:
         return
-    where = f"{source.folder}: cannot be exported as {target.name} ({options.precision})"
-    if len(reasons) == 1:
-        raise LayoutError(f"{where}: {reasons[0]}")
-    raise LayoutError("\n".join([f"{where}, for {len(reasons)} reasons", *(f"  - {one}" for one in reasons)]))
+    where = f"cannot be exported as {target.name} ({options.precision})"
+    if len(problems) == 1:
+        raise LayoutError(f"{where}: {problems[0]}", file=source.folder)
+    lines = [f"{where}, for {len(problems)} reasons", *(f"  - {one}" for one in problems)]
+    raise LayoutError("\n".join(lines), file=source.folder)
 
 
-def _untaken(target: ExportTarget, source: Source, options: ExportOptions) -> Iterator[str]:
-    asked = {
+def _unused_options(target: ExportTarget, source: ExportSource, options: ExportOptions) -> Iterator[str]:
+    given = {
         "load_awq": source.search is not None,
         "group_size": options.group_size != 0,
         "tp_size": options.tp_size != 1,
     }
     for name in OPTIONS:
-        if asked[name] and name not in target.takes:
-            others = [other for other in EXPORTS if name in EXPORTS[other].takes]
-            yield f"--{name.replace('_', '-')} means nothing here; it is for {', '.join(others)}"
+        if given[name] and name not in target.options:
+            others = [other for other in EXPORTS if name in EXPORTS[other].options]
+            yield f"--{name.replace('_', '-')} is only supported by {', '.join(others)}"
 
 
-# --- readme
-# The README.md of an export: what it is, how to run it, what is known to work and what is known to be wrong.
-
-
-def render_readme(target: ExportTarget, source: Source, options: ExportOptions, out: str) -> str:
-    """The text. `out` is the directory's name, which commands use."""
+def render_readme(target: ExportTarget, source: ExportSource, options: ExportOptions, out: str) -> str:
+    """Return the text of README.md. out: name of the directory, used in the commands."""
     return "\n".join(_lines(target, source, options, out)) + "\n"
 
 
-def _lines(target: ExportTarget, source: Source, options: ExportOptions, out: str) -> Iterator[str]:
-    guide = target.guide(source, options)
+def _lines(target: ExportTarget, source: ExportSource, options: ExportOptions, out: str) -> Iterator[str]:
+    readme = target.readme(source, options)
     config = source.config
     yield f"# {out}"
     yield ""
@@ -147,19 +144,19 @@ def _lines(target: ExportTarget, source: Source, options: ExportOptions, out: st
         f"{config.text_config.hidden_size}, a {config.vision_config.model_type} tower and the projector "
         f"{config.projector_type}"
     )
-    yield f"- Conversation template: {f'`{config.template}`' if config.template else 'not known'}"
+    yield f"- Chat template: {f'`{config.template}`' if config.template else 'unknown'}"
     if source.search is not None:
-        yield "- AWQ scales and limits are folded into the weights."
+        yield "- AWQ scales and clipping limits are folded into the weights."
     yield f"- Written by vila {__version__}: `vila export MODEL --format {target.name}`"
     yield from _section("How to run it", ())
-    yield "In the directory that holds this one:"
-    for heading, lines in guide.commands:
+    yield "Run these commands in the parent directory:"
+    for heading, lines in readme.commands:
         yield from ("", f"{heading}:", "", "```sh", *lines.replace("{out}", out).splitlines(), "```")
-    yield from _section("Versions", (*guide.versions, f"How this format was checked: {target.verified}."))
-    if guide.defects:
-        yield from _section("Known defects", guide.defects)
-    if guide.notes:
-        yield from _section("Notes", guide.notes)
+    yield from _section("Versions", (*readme.versions, f"Verification of this format: {target.verification}."))
+    if readme.defects:
+        yield from _section("Known defects", readme.defects)
+    if readme.notes:
+        yield from _section("Notes", readme.notes)
 
 
 def _section(title: str, items: Sequence[str]) -> Iterator[str]:
@@ -167,27 +164,23 @@ def _section(title: str, items: Sequence[str]) -> Iterator[str]:
     yield from (f"- {item}" for item in items)
 
 
-# --- write
-# Writing an export: all is checked first, the directory appears whole or not at all, README.md says how to run it.
-
-
-FACTS = "vila_export.json"
-"""Says that a directory is an export, of what, and how it was asked for; `--overwrite` replaces only those."""
+METADATA_FILE = "vila_export.json"
+"""Metadata of an export: format and options. `--overwrite` replaces only directories with this file."""
 
 
 def write_export(
-    source: Source, format_name: str, out: Path, options: ExportOptions | None = None, *, overwrite: bool = False
+    source: ExportSource, format_name: str, out: Path, options: ExportOptions | None = None, *, overwrite: bool = False
 ) -> None:
-    """Write `source` in a format to the directory `out`.
+    """Write `source` in a format to the directory `out`, which is complete or absent.
 
-    Raises LayoutError with every reason why the format cannot hold the model, ConfigError when `out` may not be
-    replaced, UnknownNameError for a format or precision that does not exist: all of them before anything is written.
+    Raises LayoutError with every reason why the format does not support the model, ConfigError if `out` must not be
+    replaced, UnknownNameError for an unknown format or precision; all of them before anything is written.
     """
     target = EXPORTS[format_name]
-    options = settled(target, options or ExportOptions())
-    check_out(out, source.folder, overwrite, num_bytes=source.least_llm_bytes if target.holds_llm else 0)
+    options = resolve_options(target, options or ExportOptions())
+    check_output(out, source.folder, overwrite, num_bytes=source.min_llm_bytes if target.has_llm else 0)
     check_source(target, source, options)
-    facts = {
+    metadata = {
         "format": target.name,
         "precision": options.precision,
         "group_size": options.group_size,
@@ -200,166 +193,170 @@ def write_export(
         target.write(source, part, options)
         text = render_readme(target, source, options, out.name)
         (part / "README.md").write_text(text, encoding="utf-8")
-        write_json(part / FACTS, facts)
+        write_json(part / METADATA_FILE, metadata)
 
 
-def check_out(out: Path, source: Path, overwrite: bool, *, num_bytes: int = 0) -> None:
-    """Raise ConfigError unless `out` can be written: absent, empty, or an export to overwrite, apart from the model.
+def check_output(out: Path, source: Path, overwrite: bool, *, num_bytes: int = 0) -> None:
+    """Raise ConfigError unless `out` is absent, empty, or an export to overwrite, and does not contain the model.
 
-    num_bytes: least space that is needed.
+    Removes first what an interrupted export to `out` left, and restores a directory that it was replacing.
 
-    What a killed writer of `out` left is removed first, and a directory that it was replacing is put back.
+    num_bytes: disk space that is needed at least.
     """
     if not os.path.lexists(out):
         check_writable(out, field="--output", is_replaced=True, num_bytes=num_bytes)
     remove_partials(out.parent, out.name)
     here, there = source.resolve(), out.resolve()
     if here == there or there in here.parents:
-        raise ConfigError(f"{out}: holds the model that is exported; give another directory")
+        raise ConfigError(
+            "contains the model that is exported", file=out, field="--output", hint="use another directory"
+        )
     if not out.exists():
         return
     if not out.is_dir():
-        raise ConfigError(f"{out}: is a file; an export is a directory, give another name")
+        raise ConfigError("is a file", file=out, field="--output", expected="a directory")
     check_writable(out, field="--output", is_replaced=True, num_bytes=num_bytes)
     if not any(out.iterdir()):
         return
     if not overwrite:
-        raise ConfigError(f"{out}: is not empty; give another directory, or --overwrite to replace an export")
-    if not (out / FACTS).is_file():
         raise ConfigError(
-            f"{out}: not an export, so --overwrite does not touch it; remove it yourself, or give another directory"
+            "is not empty",
+            file=out,
+            field="--output",
+            hint="use another directory, or --overwrite to replace an export",
+        )
+    if not (out / METADATA_FILE).is_file():
+        raise ConfigError(
+            "is not an export, so --overwrite does not replace it",
+            file=out,
+            field="--output",
+            hint="remove it, or use another directory",
         )
 
 
-# --- full_precision
-# Formats that round weights themselves need those of the model before any rounding.
-
-
-def int4_source_refusals(source: Source) -> list[str]:
-    """Why a model in INT4 cannot be written: empty when every Linear of its decoder has a weight of its own."""
+def full_precision_problems(source: ExportSource) -> list[str]:
+    """Return why a model lacks full-precision weights of decoder Linears, for formats that quantize themselves."""
     try:
         linears = source.block_linears()
     except UnknownNameError:
         return []
-    missing = [name for name in linears if f"{name}.weight" not in source.pieces]
+    missing = [name for name in linears if f"{name}.weight" not in source.tensors]
     if not missing:
         return []
     return [
-        f"{len(missing)} Linears of its decoder have no weight in full precision ({', '.join(missing[:3])}): this "
-        "format rounds by itself; export the model that was quantized, with --load-awq for what AWQ found"
+        f"{len(missing)} decoder Linears have no full-precision weight ({', '.join(missing[:3])}) and this format "
+        "quantizes by itself; export the original model, with --load-awq to apply the AWQ search"
     ]
-
-
-# --- int4_choice
-# What INT4 files can be made of a model: the group size, and every reason against it, before a weight is read.
 
 
 GROUP_SIZES = (32, 64, 128)
 DEFAULT_GROUP = 128
 
 
-def group_of(source: Source, options: ExportOptions) -> int:
-    """Return the group size: that of an INT4 model, else the option's, else that of the search, else what fits.
+def choose_group_size(source: ExportSource, options: ExportOptions) -> int:
+    """Return the group size: of an INT4 model, else of the options, else of the AWQ search, else the largest that fits.
 
-    What fits is the largest of 128, 64 and 32 that divides the inputs of all Linears of the decoder; 128 if none does.
+    The largest of 128, 64 and 32 that divides the inputs of all decoder Linears; 128 if none does.
     """
     if source.checkpoint.int4:
         return next(iter(source.checkpoint.int4.values())).group_size
-    made = source.search.settings.get("group_size") if source.search is not None else None
-    return options.group_size or made or _fitting_group(source)
+    searched = source.search.settings.get("group_size") if source.search is not None else None
+    return options.group_size or searched or _fitting_group(source)
 
 
-def _fitting_group(source: Source) -> int:
+def _fitting_group(source: ExportSource) -> int:
     try:
         linears = source.block_linears()
     except UnknownNameError:
         return DEFAULT_GROUP
-    widths = {source.shape(f"{name}.weight")[1] for name in linears if f"{name}.weight" in source.pieces}
+    widths = {source.shape(f"{name}.weight")[1] for name in linears if f"{name}.weight" in source.tensors}
     fitting = [size for size in GROUP_SIZES if not any(width % size for width in widths)]
     return max(fitting, default=DEFAULT_GROUP)
 
 
-def no_group_refusals(options: ExportOptions) -> list[str]:
-    """Why a precision without groups of weights takes no group size."""
-    return ["--group-size is for --precision int4; leave one of them out"] if options.group_size else []
+def group_size_problems(options: ExportOptions) -> list[str]:
+    """Return why a precision without groups does not support a group size."""
+    return ["--group-size requires --precision int4"] if options.group_size else []
 
 
-def int4_refusals(
-    source: Source,
+def int4_problems(
+    source: ExportSource,
     options: ExportOptions,
     *,
     symmetric: bool,
     outputs: int,
     groups: tuple[int, ...] = GROUP_SIZES,
 ) -> list[str]:
-    """Why the Linears of the decoder's blocks cannot be rounded to INT4.
+    """Return why the decoder Linears cannot be quantized to INT4.
 
-    outputs: what the packing needs the outputs of every Linear to be a multiple of.
-    groups:  group sizes that the target's programs know.
+    outputs: required divisor of the outputs of every Linear, for packing.
+    groups:  group sizes that the target program supports.
     """
     try:
         linears = source.block_linears()
     except UnknownNameError as error:
-        return [f"{error}; its entry in vila/families.py would name the Linears that INT4 is for"]
+        return [f"{error}; families.py lists the Linears that are quantized"]
     names = set(source.names)
     missing = [name for name in linears if f"{name}.weight" not in names]
     if missing:
-        return [f"{len(missing)} Linears of its decoder have no weight ({', '.join(missing[:3])})"]
+        return [f"{len(missing)} decoder Linears have no weight ({', '.join(missing[:3])})"]
     return [
-        *_group_reasons(source, options, linears, groups),
-        *_search_reasons(source, options, symmetric),
-        *_packed_reasons(source, options, symmetric),
-        *_odd(source, linears, outputs),
+        *_group_problems(source, options, linears, groups),
+        *_search_problems(source, options, symmetric),
+        *_packed_problems(source, options, symmetric),
+        *_output_problems(source, linears, outputs),
     ]
 
 
-def _group_reasons(source: Source, options: ExportOptions, linears: list[str], groups: tuple[int, ...]) -> list[str]:
-    group = group_of(source, options)
+def _group_problems(
+    source: ExportSource, options: ExportOptions, linears: list[str], groups: tuple[int, ...]
+) -> list[str]:
+    group = choose_group_size(source, options)
     widths = {source.shape(f"{name}.weight")[1] for name in linears}
     wrong = sorted(width for width in widths if width % group)
     if group in groups and not wrong:
         return []
     fitting = [str(size) for size in groups if not any(width % size for width in widths)]
-    remedy = f"--group-size {' or '.join(fitting)} would" if fitting else "no group size of this format does"
+    remedy = f"use --group-size {' or '.join(fitting)}" if fitting else "no group size of this format does"
     if not wrong:
-        return [f"groups of {group} are not among {', '.join(map(str, groups))}; {remedy} work"]
-    return [f"groups of {group} do not divide {', '.join(map(str, wrong))} inputs; {remedy}"]
+        return [f"group size {group} is not one of {', '.join(map(str, groups))}; {remedy}"]
+    return [f"group size {group} does not divide {', '.join(map(str, wrong))} inputs; {remedy}"]
 
 
-def _search_reasons(source: Source, options: ExportOptions, symmetric: bool) -> list[str]:
+def _search_problems(source: ExportSource, options: ExportOptions, symmetric: bool) -> list[str]:
     if source.search is None:
         return []
-    facts, group = source.search.settings, group_of(source, options)
+    facts, group = source.search.settings, choose_group_size(source, options)
     out = []
     if facts.get("group_size", group) != group:
         out.append(
-            f"the search was made for groups of {facts['group_size']}, not {group}; search again, or ask for those"
+            f"the AWQ search is for group size {facts['group_size']}, not {group}; use that size, or search again"
         )
     if facts.get("symmetric", symmetric) != symmetric:
-        made, wanted = ("symmetric", "asymmetric") if facts["symmetric"] else ("asymmetric", "symmetric")
-        out.append(f"the search was made for {made} weights and these are {wanted}; search again for {wanted} ones")
+        found, required = ("symmetric", "asymmetric") if facts["symmetric"] else ("asymmetric", "symmetric")
+        out.append(f"the AWQ search is for {found} quantization, this format is {required}; search again")
     return out
 
 
-def _packed_reasons(source: Source, options: ExportOptions, symmetric: bool) -> list[str]:
-    """Why the codes of a model that lies in 4 bits cannot be taken over."""
+def _packed_problems(source: ExportSource, options: ExportOptions, symmetric: bool) -> list[str]:
+    """Return why the codes of an INT4 model cannot be copied."""
     held = source.checkpoint.int4
     if not held:
         return []
     out, sizes = [], sorted({one.group_size for one in held.values()})
     if len(sizes) > 1:
-        out.append(f"its INT4 weights have groups of {' and '.join(map(str, sizes))}; the format knows one size")
+        out.append(f"the INT4 weights have group sizes {' and '.join(map(str, sizes))}; the format supports one size")
     if options.group_size not in (0, *sizes):
-        out.append(f"its INT4 weights have groups of {sizes[0]}, not {options.group_size}; leave --group-size out")
+        out.append(f"the INT4 weights have group size {sizes[0]}, not {options.group_size}; omit --group-size")
     if symmetric and source.has_zeros:
         out.append(
-            "its INT4 weights have zero points, which symmetric codes cannot hold; export the model that was "
-            "quantized, whose weights are then rounded anew, or one that was quantized with --symmetric"
+            "the INT4 weights have zero points, which this symmetric format cannot store; export the original model, "
+            "which is then quantized again, or one that was quantized with --symmetric"
         )
     return out
 
 
-def _odd(source: Source, linears: list[str], outputs: int) -> list[str]:
+def _output_problems(source: ExportSource, linears: list[str], outputs: int) -> list[str]:
     counts = {source.shape(f"{name}.weight")[0] for name in linears}
     wrong = sorted(count for count in counts if count % outputs)
     if not wrong:

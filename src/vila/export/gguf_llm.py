@@ -1,4 +1,4 @@
-"""The language model in llama.cpp's words: names, metadata, and the order of rows that its rotation expects."""
+"""LLM and tokenizer of a GGUF file: tensor names, metadata, row order for llama.cpp's rotary embedding, vocabulary."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from torch import Tensor
 from vila.chat.jinja import chat_template
 from vila.chat.templates import find_template
 from vila.core.errors import LayoutError
-from vila.export.gguf import GgufTensor, Kind, fitting, int4_runs
-from vila.export.source import LLM, RUN_BYTES
+from vila.export.gguf import GgufTensor, TensorType, choose_type, int4_chunks
+from vila.export.source import CHUNK_BYTES, LLM
 from vila.families import FAMILIES, find_family
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-    from vila.export.source import Source
+    from vila.export.source import ExportSource
     from vila.model.processor import VilaProcessor
 
 
-KINDS = {"f16": Kind.F16, "q8_0": Kind.Q8_0, "q4_0": Kind.Q4_0, "q4_1": Kind.Q4_1}
+TYPES = {"f16": TensorType.F16, "q8_0": TensorType.Q8_0, "q4_0": TensorType.Q4_0, "q4_1": TensorType.Q4_1}
 _FILE_TYPES = {"f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7}
 _ROPES = ("default", "linear", "llama3")
 _OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
@@ -44,31 +44,31 @@ _INSIDE = {
 }
 
 
-def llm_refusals(config: Any) -> list[str]:
-    """Why llama.cpp could not compute this LLM; `config` is its transformers config."""
+def llm_problems(config: Any) -> list[str]:
+    """Return why llama.cpp does not support this LLM. config: its transformers config."""
     reasons = []
     supported = [family.model_type for family in FAMILIES.values() if family.gguf]
     if config.model_type not in supported:
-        reasons.append(f"an LLM of type {config.model_type!r} cannot be written; {', '.join(supported)} can")
+        reasons.append(f"LLM type {config.model_type!r} is not supported; supported: {', '.join(supported)}")
     rope = _rope(config).get("rope_type", "default")
     if rope not in _ROPES:
-        reasons.append(f"rope_type {rope!r} cannot be written; {', '.join(_ROPES)} can")
+        reasons.append(f"rope_type {rope!r} is not supported; supported: {', '.join(_ROPES)}")
     if getattr(config, "use_sliding_window", False):
-        reasons.append("its layers of sliding window attention cannot be written; use_sliding_window=false can")
+        reasons.append("sliding window attention is not supported (use_sliding_window=true)")
     if config.hidden_act != "silu":
-        reasons.append(f"hidden_act {config.hidden_act!r} cannot be said in the file; llama.cpp computes 'silu'")
+        reasons.append(f"hidden_act {config.hidden_act!r} is not supported; llama.cpp computes 'silu'")
     return reasons
 
 
 def context_length(config: Any) -> int:
-    """Positions that llama.cpp may use: within Mistral's first sliding window, of which it knows nothing."""
+    """Return the context length; for Mistral at most the sliding window, which llama.cpp does not implement."""
     window = getattr(config, "sliding_window", None)
     longest = int(config.max_position_embeddings)
     return min(longest, window) if config.model_type == "mistral" and window else longest
 
 
-def describe_llm(writer: GGUFWriter, config: Any, precision: str) -> None:
-    """Add the LLM's metadata."""
+def add_llm_metadata(writer: GGUFWriter, config: Any, precision: str) -> None:
+    """Add the metadata of the LLM."""
     writer.add_type("model")
     writer.add_file_type(_FILE_TYPES[precision])
     writer.add_vocab_size(config.vocab_size)
@@ -91,43 +91,43 @@ def describe_llm(writer: GGUFWriter, config: Any, precision: str) -> None:
         writer.add_rope_scaling_factor(rope["factor"])
 
 
-def llm_tensors(source: Source, precision: str) -> list[GgufTensor]:
-    """The LLM's tensors, in the order of its blocks.
+def llm_tensors(source: ExportSource, precision: str) -> list[GgufTensor]:
+    """Return the tensors of the LLM in the order of its blocks.
 
-    Vectors are float32. In 4 bits the embeddings and the head keep 8: they are what rounding hurts most, and llama.cpp
-    itself keeps more for them. A matrix whose rows are no whole blocks of 32 stays F16.
+    Vectors are float32. With 4-bit precisions embeddings and LM head have 8 bits, since quantization affects them most;
+    llama-quantize does the same. A matrix whose rows are not whole blocks of 32 is F16.
     """
     config = source.config.text_config
     packed = {f"{name}.weight": weight for name, weight in source.checkpoint.int4.items()}
     tensors = []
-    for name in sorted([*source.pieces, *packed], key=_order):
+    for name in sorted([*source.tensors, *packed], key=_order):
         if not name.startswith(LLM) or (name == f"{LLM}lm_head.weight" and source.is_tied):
             continue
-        place, leaf = name.removeprefix(LLM).rsplit(".", 1)
-        kind = Kind.Q8_0 if place in _OUTSIDE and KINDS[precision] in (Kind.Q4_0, Kind.Q4_1) else KINDS[precision]
+        module, leaf = name.removeprefix(LLM).rsplit(".", 1)
+        wanted = TensorType.Q8_0 if module in _OUTSIDE and precision in ("q4_0", "q4_1") else TYPES[precision]
         shape = packed[name].shape if name in packed else source.shape(name)
-        kind = fitting(kind, shape)
-        rows = partial(int4_runs, source, f"{LLM}{place}", kind) if name in packed else partial(_rows, source, name)
-        runs = partial(_in_order, rows, _alternating(place, config))
-        tensors.append(GgufTensor(f"{_renamed(place)}.{leaf}", shape, kind, runs))
+        type_ = choose_type(wanted, shape)
+        rows = partial(int4_chunks, source, f"{LLM}{module}", type_) if name in packed else partial(_rows, source, name)
+        chunks = partial(_reorder, rows, _head_rows(module, config))
+        tensors.append(GgufTensor(f"{_gguf_name(module)}.{leaf}", shape, type_, chunks))
     if _rope(config).get("rope_type") == "llama3":
-        factors = llama3_factors(_rope(config), _head_width(config))
-        tensors.append(GgufTensor("rope_freqs.weight", tuple(factors.shape), Kind.F32, lambda: iter([factors])))
+        factors = llama3_rope_factors(_rope(config), _head_width(config))
+        tensors.append(GgufTensor("rope_freqs.weight", tuple(factors.shape), TensorType.F32, lambda: iter([factors])))
     return tensors
 
 
-def halves_alternating(rows: Tensor, width: int) -> Tensor:
-    """Rows of q or k [heads * width, ...] in llama.cpp's order, in which the two rotary halves of a head alternate.
+def interleave_rotary_halves(rows: Tensor, width: int) -> Tensor:
+    """Interleave the two rotary halves of each head of q or k [heads * width, ...], as llama.cpp expects.
 
     A head of four rows [a0 a1 b0 b1] becomes [a0 b0 a1 b1].
     """
     return rows.unflatten(0, (-1, 2, width // 2)).transpose(1, 2).flatten(0, 2)
 
 
-def llama3_factors(rope: Any, width: int) -> Tensor:
-    """What each rotary frequency of Llama 3.1 is divided by, float32 [width / 2]: 1, a ramp, `factor`.
+def llama3_rope_factors(rope: Any, width: int) -> Tensor:
+    """Return the divisor of each rotary frequency of Llama 3.1, float32 [width / 2]: 1, a ramp, `factor`.
 
-    As transformers' `llama3` scaling: short waves stay, those longer than the original context are stretched.
+    As the `llama3` scaling of transformers: only wavelengths longer than the original context are scaled fully.
     """
     theta, factor = rope.get("rope_theta", 10000.0), rope["factor"]
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
@@ -137,35 +137,35 @@ def llama3_factors(rope: Any, width: int) -> Tensor:
     return (1 / ((1 - ramp) / factor + ramp)).float()
 
 
-def _rows(source: Source, name: str) -> Iterator[Tensor]:
-    # Rounding to blocks takes several float32 copies of a run.
-    return source.rows(name, torch.float32, RUN_BYTES // 4)
+def _rows(source: ExportSource, name: str) -> Iterator[Tensor]:
+    # Quantization to blocks makes several float32 copies of a chunk.
+    return source.rows(name, torch.float32, CHUNK_BYTES // 4)
 
 
-def _in_order(rows_of: Callable[[], Iterator[Tensor]], width: int) -> Iterator[Tensor]:
-    """The rows as they are, or with `width` those of each head in llama.cpp's order."""
+def _reorder(rows_of: Callable[[], Iterator[Tensor]], width: int) -> Iterator[Tensor]:
+    """Yield the rows, with the rotary halves interleaved in every head of `width` rows; 0 keeps their order."""
     if not width:
         yield from rows_of()
         return
     rest: Tensor | None = None
-    for run in rows_of():
-        rows = run if rest is None else torch.cat([rest, run])
+    for chunk in rows_of():
+        rows = chunk if rest is None else torch.cat([rest, chunk])
         whole = len(rows) // width * width
         if whole:
-            yield halves_alternating(rows[:whole], width)
+            yield interleave_rotary_halves(rows[:whole], width)
         rest = rows[whole:].clone()
 
 
-def _alternating(place: str, config: Any) -> int:
-    """Rows of a head whose order changes, 0 where none does: llama.cpp rotates neighbours in `llama` alone."""
-    rotated = place.endswith(("self_attn.q_proj", "self_attn.k_proj"))
+def _head_rows(module: str, config: Any) -> int:
+    """Return the rows of a head that must be interleaved, else 0: llama.cpp rotates adjacent rows in `llama` only."""
+    rotated = module.endswith(("self_attn.q_proj", "self_attn.k_proj"))
     return _head_width(config) if rotated and find_family(config.model_type).gguf == "llama" else 0
 
 
-def _renamed(place: str) -> str:
-    if place in _OUTSIDE:
-        return _OUTSIDE[place]
-    _, _, index, inside = place.split(".", 3)
+def _gguf_name(module: str) -> str:
+    if module in _OUTSIDE:
+        return _OUTSIDE[module]
+    _, _, index, inside = module.split(".", 3)
     return f"blk.{index}.{_INSIDE[inside]}"
 
 
@@ -186,36 +186,32 @@ def _head_width(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-# --- gguf_tokenizer
-# A tokenizer in llama.cpp's words: the pieces with their kinds, scores or merges, special ids, the chat template.
-
-
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
-"""llama.cpp's kinds of pieces."""
+"""llama.cpp's token types."""
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _SPLITS = {_WORDS + r"\p{N}" + _REST: "qwen2", _WORDS + r"\p{N}{1,3}" + _REST: "llama-bpe"}
-"""How Qwen2 and Llama 3 cut a text into words, and what llama.cpp calls it."""
-KNOWN = "SentencePiece BPE (LLaMA), and byte-level BPE cut as in gpt-2, smollm, qwen2 or llama-bpe"
+"""Pre-tokenizer patterns of Qwen2 and Llama 3, and their names in llama.cpp."""
+SUPPORTED = "SentencePiece BPE (LLaMA), byte-level BPE with the pre-tokenizer of gpt-2, smollm, qwen2 or llama-bpe"
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What the file says of a tokenizer.
+    """Tokenizer metadata of a GGUF file.
 
     model:   `llama` for SentencePiece, `gpt2` for byte-level BPE.
-    pre:     llama.cpp's name of the rule that cuts a text into words; `default` for SentencePiece.
-    tokens:  one for each row of the embeddings, with its kind.
-    scores:  of SentencePiece: the greater, the earlier a piece is put together. Empty for BPE.
-    merges:  of BPE, two pieces with a space between them. Empty for SentencePiece.
-    special: ids of `bos`, `eos`, `eot`, `unk`, `pad`, as far as there are any.
+    pre:     llama.cpp's name of the pre-tokenizer; `default` for SentencePiece.
+    tokens:  one for each row of the embeddings; types: their token types.
+    scores:  of SentencePiece; tokens with higher scores are merged first. Empty for BPE.
+    merges:  of BPE, two tokens separated by a space. Empty for SentencePiece.
+    special: ids of `bos`, `eos`, `eot`, `unk`, `pad`, if they exist.
     """
 
     model: str
     pre: str
     tokens: Sequence[str]
-    kinds: Sequence[int]
+    types: Sequence[int]
     scores: Sequence[float]
     merges: Sequence[str]
     special: Mapping[str, int]
@@ -224,28 +220,28 @@ class Vocabulary:
     chat_template: str
 
 
-def tokenizer_refusals(tokenizer: Any) -> list[str]:
-    """Why llama.cpp would cut a text into other tokens than this tokenizer does."""
-    return _reasons(_spec(tokenizer))
+def tokenizer_problems(tokenizer: Any) -> list[str]:
+    """Return why llama.cpp would tokenize text differently."""
+    return _spec_problems(_spec(tokenizer))
 
 
-def _reasons(spec: Mapping[str, Any]) -> list[str]:
+def _spec_problems(spec: Mapping[str, Any]) -> list[str]:
     if spec["model"]["type"] != "BPE":
-        return [f"a {spec['model']['type']} tokenizer cannot be written; {KNOWN} can"]
-    if not _is_sentencepiece(spec) and _cut(spec) is None:
-        return [f"llama.cpp has no name for how this tokenizer cuts a text into words; {KNOWN} can be written"]
+        return [f"a {spec['model']['type']} tokenizer is not supported; supported: {SUPPORTED}"]
+    if not _is_sentencepiece(spec) and _pre_tokenizer(spec) is None:
+        return [f"the pre-tokenizer is not supported by llama.cpp; supported: {SUPPORTED}"]
     return []
 
 
-def vocabulary_of(processor: VilaProcessor, rows: int) -> Vocabulary:
-    """The vocabulary of a model whose embeddings have `rows` rows; rows without a token get an unused one.
+def build_vocabulary(processor: VilaProcessor, rows: int) -> Vocabulary:
+    """Return the vocabulary of a model with `rows` embeddings; rows without a token get an unused token.
 
-    Raises LayoutError as `tokenizer_refusals`.
+    Raises LayoutError for an unsupported tokenizer.
     """
     tokenizer = processor.tokenizer
     spec = _spec(tokenizer)
-    if reasons := _reasons(spec):
-        raise LayoutError(f"tokenizer: {'; '.join(reasons)}")
+    if problems := _spec_problems(spec):
+        raise LayoutError("; ".join(problems), field="tokenizer")
     pieces = {number: token for token, number in tokenizer.get_vocab().items() if number < rows}
     tokens = [pieces.get(number, f"[PAD{number}]") for number in range(rows)]
     is_sentencepiece = _is_sentencepiece(spec)
@@ -253,9 +249,9 @@ def vocabulary_of(processor: VilaProcessor, rows: int) -> Vocabulary:
     template = find_template(processor.template) if processor.template else None
     return Vocabulary(
         model="llama" if is_sentencepiece else "gpt2",
-        pre="default" if is_sentencepiece else str(_cut(spec)),
+        pre="default" if is_sentencepiece else str(_pre_tokenizer(spec)),
         tokens=tokens,
-        kinds=[_kind(number, pieces, tokenizer, is_sentencepiece) for number in range(rows)],
+        types=[_token_type(number, pieces, tokenizer, is_sentencepiece) for number in range(rows)],
         scores=_scores(tokens, merges) if is_sentencepiece else (),
         merges=() if is_sentencepiece else [" ".join(pair) for pair in merges] or [_NO_MERGE],
         special=_special_ids(tokenizer, template.stop if template else (), rows),
@@ -265,18 +261,18 @@ def vocabulary_of(processor: VilaProcessor, rows: int) -> Vocabulary:
     )
 
 
-# llama.cpp refuses a file without merges. "!!" is no token of a vocabulary that has none, so it falls apart again.
+# llama.cpp rejects a file without merges. This one has no effect: "!!" is not in a vocabulary without merges.
 _NO_MERGE = "! !"
 
 
-def describe_tokenizer(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
-    """Add the tokenizer's metadata."""
+def add_tokenizer_metadata(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
+    """Add the metadata of the tokenizer."""
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list(vocabulary.tokens)
     if vocabulary.scores:
         writer.add_token_scores(vocabulary.scores)
-    writer.add_token_types(vocabulary.kinds)
+    writer.add_token_types(vocabulary.types)
     if vocabulary.merges:
         writer.add_token_merges(vocabulary.merges)
     for name, number in vocabulary.special.items():
@@ -297,26 +293,26 @@ def _is_sentencepiece(spec: Mapping[str, Any]) -> bool:
     return bool(spec["model"].get("byte_fallback"))
 
 
-def _cut(spec: Mapping[str, Any]) -> str | None:
-    """llama.cpp's name for how a byte-level BPE tokenizer cuts a text, None when it has none."""
+def _pre_tokenizer(spec: Mapping[str, Any]) -> str | None:
+    """Return llama.cpp's name of the pre-tokenizer of a byte-level BPE tokenizer, None if it has none."""
     if spec.get("normalizer") not in (None, {"type": "NFC"}):
         return None
     before = spec.get("pre_tokenizer") or {}
     steps = before["pretokenizers"] if before.get("type") == "Sequence" else [before]
     if not steps or steps[-1].get("type") != "ByteLevel" or steps[-1].get("add_prefix_space"):
         return None
-    cuts_words = steps[-1].get("use_regex", True)
+    uses_regex = steps[-1].get("use_regex", True)
     match steps[:-1]:
         case []:
-            return "gpt-2" if cuts_words else None
+            return "gpt-2" if uses_regex else None
         case [{"type": "Digits", "individual_digits": True}]:
-            return "smollm" if cuts_words else None
+            return "smollm" if uses_regex else None
         case [{"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"}]:
-            return None if cuts_words else _SPLITS.get(pattern)
+            return None if uses_regex else _SPLITS.get(pattern)
     return None
 
 
-def _kind(number: int, pieces: Mapping[int, str], tokenizer: Any, is_sentencepiece: bool) -> int:
+def _token_type(number: int, pieces: Mapping[int, str], tokenizer: Any, is_sentencepiece: bool) -> int:
     if number not in pieces:
         return UNUSED
     if is_sentencepiece and number == tokenizer.unk_token_id:
@@ -327,7 +323,7 @@ def _kind(number: int, pieces: Mapping[int, str], tokenizer: Any, is_sentencepie
 
 
 def _scores(tokens: Sequence[str], merges: Sequence[tuple[str, ...]]) -> list[float]:
-    """SentencePiece puts the piece of the highest score together first: the earliest merge that makes a piece."""
+    """Return scores that reproduce the order of merges: SentencePiece merges the token with the highest score first."""
     first: dict[str, int] = {}
     for rank, pair in enumerate(merges):
         first.setdefault("".join(pair), rank)

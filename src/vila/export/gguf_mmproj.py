@@ -1,7 +1,7 @@
-"""The tower and projector as llama.cpp's second file, `mmproj`: a CLIP or SigLIP encoder and a two-layer perceptron.
+"""The `mmproj` file of llama.cpp: a CLIP or SigLIP tower and a two-layer projector.
 
-llama.cpp runs `block_count - 1` blocks unless the file names the layer that it wants, and puts a GELU after the first
-projector matrix whether or not there is a second one. The file is written so that neither matters.
+Workarounds: llama.cpp runs `block_count - 1` blocks unless the file names the feature layer, and applies a GELU after
+the first projector matrix even if there is no second one.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vila.export.gguf import GgufTensor, Kind, fitting
+from vila.export.gguf import GgufTensor, TensorType, choose_type
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
-    from vila.export.source import Source
+    from vila.export.source import ExportSource
     from vila.model.config import VilaConfig
 
 TOWERS = {"clip_vision_model": "patch", "siglip_vision_model": "cls_patch"}
-"""Towers that the graph of llama.cpp computes, and what it gives to the projector: everything but a class token."""
+"""Supported towers and their `select_feature`: llama.cpp passes all tokens but a class token to the projector."""
 _GELU = {"quick_gelu": False, "gelu_pytorch_tanh": True, "gelu": True}
 _TWO_LAYERS, _ONE_LAYER = ("mlp2x_gelu",), ("linear", "mlp1x_gelu", "identity")
 _OUTSIDE = {
@@ -45,35 +45,35 @@ _INSIDE = {
 }
 
 
-def mmproj_refusals(config: VilaConfig) -> list[str]:
-    """Why llama.cpp could not compute this model's tower and projector."""
+def mmproj_problems(config: VilaConfig) -> list[str]:
+    """Return why llama.cpp does not support tower and projector of a model."""
     tower = config.vision_config
     if tower.model_type not in TOWERS:
-        return [f"a {tower.model_type} tower has no graph there; {' and '.join(TOWERS)} have one"]
+        return [f"vision tower {tower.model_type} is not supported; supported: {', '.join(TOWERS)}"]
     reasons = []
     if config.select_feature != TOWERS[tower.model_type]:
         reasons.append(
-            f"select_feature {config.select_feature!r} with a {tower.model_type}: llama.cpp gives the projector "
-            f"the patches alone; {TOWERS[tower.model_type]!r} can be written"
+            f"select_feature {config.select_feature!r} of a {tower.model_type} is not supported; supported: "
+            f"{TOWERS[tower.model_type]!r}"
         )
     if tower.hidden_act not in _GELU:
-        reasons.append(f"the tower's hidden_act {tower.hidden_act!r} cannot be said; {', '.join(_GELU)} can")
+        reasons.append(f"hidden_act {tower.hidden_act!r} of the tower is not supported; supported: {', '.join(_GELU)}")
     if config.s2_scales:
-        reasons.append("S2 features cannot be computed there; a model without s2_scales can")
+        reasons.append("S2 features (s2_scales) are not supported")
     if config.projector_type not in (*_TWO_LAYERS, *_ONE_LAYER):
         known = ", ".join((*_TWO_LAYERS, *_ONE_LAYER))
-        reasons.append(f"projector {config.projector_type!r} has no graph there; {known} can be written")
+        reasons.append(f"projector {config.projector_type!r} is not supported; supported: {known}")
     return reasons
 
 
-def blocks_used(config: VilaConfig) -> int:
-    """Blocks of the tower that run: the output of the last of them is what the projector reads."""
+def num_used_blocks(config: VilaConfig) -> int:
+    """Return the number of tower blocks up to the feature layer of the projector."""
     depth = int(config.vision_config.num_hidden_layers)
     return config.select_layer if config.select_layer >= 0 else depth + 1 + config.select_layer
 
 
-def describe_mmproj(writer: GGUFWriter, config: VilaConfig) -> None:
-    """Add the metadata of the tower."""
+def add_mmproj_metadata(writer: GGUFWriter, config: VilaConfig) -> None:
+    """Add the metadata of tower and projector."""
     tower, spec = config.vision_config, config.vision_spec
     writer.add_type("mmproj")
     writer.add_file_type(1)
@@ -88,42 +88,41 @@ def describe_mmproj(writer: GGUFWriter, config: VilaConfig) -> None:
     writer.add_vision_projection_dim(getattr(tower, "projection_dim", tower.hidden_size))
     writer.add_vision_head_count(tower.num_attention_heads)
     writer.add_vision_attention_layernorm_eps(tower.layer_norm_eps)
-    writer.add_vision_block_count(blocks_used(config))
-    writer.add_array("clip.vision.feature_layer", [blocks_used(config)])
+    writer.add_vision_block_count(num_used_blocks(config))
+    writer.add_array("clip.vision.feature_layer", [num_used_blocks(config)])
     writer.add_vision_image_mean([float(value) for value in spec["mean"]])
     writer.add_vision_image_std([float(value) for value in spec["std"]])
     writer.add_vision_use_gelu(_GELU[tower.hidden_act])
 
 
-def mmproj_tensors(source: Source) -> list[GgufTensor]:
-    """The blocks that run, and the projector; matrices and the patch kernel are F16, all else float32."""
-    blocks = blocks_used(source.config)
+def mmproj_tensors(source: ExportSource) -> list[GgufTensor]:
+    """Return the used blocks and the projector; matrices and the patch convolution are F16, all else float32."""
+    blocks = num_used_blocks(source.config)
     tensors = []
-    for name in source.pieces:
-        if name.startswith("vision_tower.") and (renamed := _renamed(name.removeprefix("vision_tower."), blocks)):
-            # Positions are added to float32, and a table of them is no product.
-            kind = Kind.F32 if renamed == "v.position_embd.weight" else fitting(Kind.F16, source.shape(name))
-            tensors.append(
-                GgufTensor(renamed, source.shape(name), kind, partial(source.rows, name, torch.float32, 1 << 22))
-            )
+    for name in source.tensors:
+        if name.startswith("vision_tower.") and (renamed := _gguf_name(name.removeprefix("vision_tower."), blocks)):
+            # Position embeddings are added in float32, not multiplied.
+            shape, is_table = source.shape(name), renamed == "v.position_embd.weight"
+            type_ = TensorType.F32 if is_table else choose_type(TensorType.F16, shape)
+            tensors.append(GgufTensor(renamed, shape, type_, partial(source.rows, name, torch.float32, 1 << 22)))
     return [*tensors, *_projector(source)]
 
 
-def _projector(source: Source) -> list[GgufTensor]:
-    """`mm.0` and `mm.2`, with a GELU between them."""
+def _projector(source: ExportSource) -> list[GgufTensor]:
+    """Return the projector as `mm.0` and `mm.2`, with a GELU between them."""
     if source.config.projector_type in _TWO_LAYERS:
-        names = [name for name in source.pieces if name.startswith("projector.")]
+        names = [name for name in source.tensors if name.startswith("projector.")]
         held = {f"mm.{name.removeprefix('projector.')}": source.read(name, torch.float32) for name in names}
     else:
         held = _exact_linear(*_only_linear(source))
     return [
-        GgufTensor(name, tuple(value.shape), fitting(Kind.F16, value.shape), partial(_once, value))
+        GgufTensor(name, tuple(value.shape), choose_type(TensorType.F16, value.shape), partial(_once, value))
         for name, value in held.items()
     ]
 
 
 def _exact_linear(weight: Tensor, bias: Tensor) -> dict[str, Tensor]:
-    """A Linear as two with a GELU between them: gelu(x) - gelu(-x) = x, for each of its approximations."""
+    """Return a Linear as two Linears with a GELU between them: gelu(x) - gelu(-x) = x, also for GELU approximations."""
     one = torch.eye(len(weight))
     return {
         "mm.0.weight": torch.cat([weight, -weight]),
@@ -133,8 +132,8 @@ def _exact_linear(weight: Tensor, bias: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _only_linear(source: Source) -> tuple[Tensor, Tensor]:
-    names = sorted(name for name in source.pieces if name.startswith("projector."))
+def _only_linear(source: ExportSource) -> tuple[Tensor, Tensor]:
+    names = sorted(name for name in source.tensors if name.startswith("projector."))
     if not names:
         width = source.config.vision_width
         return torch.eye(width), torch.zeros(width)
@@ -146,20 +145,20 @@ def _once(value: Tensor) -> Iterator[Tensor]:
     yield value
 
 
-def _renamed(name: str, blocks: int) -> str:
-    """llama.cpp's name of a tower's weight, empty for those that it does not need."""
+def _gguf_name(name: str, blocks: int) -> str:
+    """Return llama.cpp's name of a tower weight, "" for an unused weight."""
     if not name.startswith("encoder.layers."):
         return _OUTSIDE.get(name, "")
-    index, place = name.removeprefix("encoder.layers.").split(".", 1)
-    inside, leaf = place.rsplit(".", 1)
+    index, rest = name.removeprefix("encoder.layers.").split(".", 1)
+    inside, leaf = rest.rsplit(".", 1)
     return f"v.blk.{index}.{_INSIDE[inside]}.{leaf}" if int(index) < blocks else ""
 
 
 def preprocessing_notes(config: VilaConfig) -> list[str]:
-    """Where llama.cpp's pixels are not the model's."""
+    """Return notes on differences between llama.cpp's image preprocessing and the model's."""
     modes: dict[Any, str] = {
-        "pad": "pads pictures to a square with its own colour, that of CLIP's mean",
-        "resize": "pads pictures to a square, where the model was trained on squashed ones",
-        "square": "pads pictures to a square, where the model was trained on what its tower's processor cuts",
+        "pad": "pads images to a square with the mean colour of CLIP",
+        "resize": "pads images to a square; the model was trained on images resized to a square",
+        "square": "pads images to a square; the model was trained on center crops",
     }
-    return [f"llama.cpp {modes[config.vision_spec['image_mode']]}, and resizes by its own arithmetic."]
+    return [f"llama.cpp {modes[config.vision_spec['image_mode']]}. Its resizing differs from Pillow's."]

@@ -1,4 +1,4 @@
-"""The tower and projector as one ONNX graph, for runtimes of their own: pixels in, vectors of the LLM's space out."""
+"""Export `onnx`: vision tower and projector as one ONNX graph, from pixels to embeddings for the LLM."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vila.export.base import ExportOptions, Guide
+from vila.export.base import ExportOptions, Readme
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from vila.export.source import Source
+    from vila.export.source import ExportSource
 
 OPSET = 17
-"""Version of ONNX's operators that the graph uses; onnxruntime knows it since 1.12, TensorRT since 8.6."""
-GRAPH, FACTS = "vision.onnx", "vision.json"
+"""Version of the ONNX operators of the graph; supported since onnxruntime 1.12 and TensorRT 8.6."""
+GRAPH, PREPROCESSING = "vision.onnx", "vision.json"
 _PARTS = ("vision_tower.", "projector.")
 
 
@@ -26,27 +26,27 @@ class OnnxVisionTarget:
     """`vision.onnx`: `pixels` float32 [N, 3, S, S] to `vectors` float32 [N, P, D], N free."""
 
     name: str = "onnx"
-    summary: str = "The vision tower and projector as one ONNX graph, for onnxruntime, TensorRT and others"
+    summary: str = "Vision tower and projector as one ONNX graph, for onnxruntime, TensorRT and others"
     precisions: Mapping[str, str] = field(default_factory=lambda: {"f32": "float32 throughout"})
-    takes: frozenset[str] = frozenset()
-    holds_llm: bool = False
-    verified: str = "run by onnxruntime with batches of several sizes, within 1e-4 of the model's own vectors"
+    options: frozenset[str] = frozenset()
+    has_llm: bool = False
+    verification: str = "run in onnxruntime with several batch sizes; outputs within 1e-4 of the model"
 
-    def refusals(self, source: Source, options: ExportOptions) -> list[str]:
-        """Nothing: every tower and projector is made of operators that ONNX has."""
+    def problems(self, source: ExportSource, options: ExportOptions) -> list[str]:
+        """None: ONNX has the operators of every tower and projector."""
         return []
 
-    def write(self, source: Source, part: Path, options: ExportOptions) -> None:
-        """Write vision.onnx, and vision.json with what pixels must be; a graph over 2 GB has its weights beside it."""
+    def write(self, source: ExportSource, part: Path, options: ExportOptions) -> None:
+        """Write vision.onnx, and vision.json with the preprocessing; weights over 2 GB go into a separate file."""
         from vila.core.files import write_json
 
         side = source.processor.spec.image_size
         export_graph(vision_module(source), side, part / GRAPH)
         facts = {"opset": OPSET, "input": "pixels", "output": "vectors", **source.processor.spec.to_dict()}
-        write_json(part / FACTS, facts)
+        write_json(part / PREPROCESSING, facts)
 
-    def guide(self, source: Source, options: ExportOptions) -> Guide:
-        """How to run the graph."""
+    def readme(self, source: ExportSource, options: ExportOptions) -> Readme:
+        """Commands for onnxruntime and TensorRT."""
         spec = source.processor.spec
         size = f"3x{spec.image_size}x{spec.image_size}"
         run = (
@@ -60,18 +60,18 @@ class OnnxVisionTarget:
         )
         notes = [
             f"`pixels` are RGB, float32, (value / 255 - mean) / std with the mean {list(spec.mean)} and std "
-            f"{list(spec.std)}; {FACTS} has them, and `{spec.image_mode}` is how a picture becomes square.",
-            f"`vectors` are {spec.tokens_per_image} for a picture, to be put in the place of its tokens.",
+            f"{list(spec.std)}; {PREPROCESSING} has these values. Images are made square by `{spec.image_mode}`.",
+            f"`vectors` has {spec.tokens_per_image} embeddings for each image, which replace its placeholder tokens.",
         ]
-        return Guide(
-            [("Run it", run), ("Build a TensorRT engine of it", engine)],
-            [f"ONNX operators version {OPSET}", "onnxruntime 1.32: run", "TensorRT 8.6 and later: not run"],
+        return Readme(
+            [("Run it", run), ("Build a TensorRT engine", engine)],
+            [f"ONNX operator set {OPSET}", "onnxruntime 1.32: tested", "TensorRT 8.6 and later: not tested"],
             notes=notes,
         )
 
 
-def vision_module(source: Source) -> nn.Module:
-    """Tower and projector in float32 and eval mode, from pixels to vectors; the LLM's weights are never read."""
+def vision_module(source: ExportSource) -> nn.Module:
+    """Return tower and projector in float32 and eval mode; the weights of the LLM are not read."""
     import torch
     from accelerate import init_empty_weights
     from torch import nn
@@ -83,12 +83,12 @@ def vision_module(source: Source) -> nn.Module:
     with init_empty_weights(include_buffers=False), no_init_weights():
         model = VilaForConditionalGeneration(source.config)
     here = published_names(model)
-    for name in source.pieces:
+    for name in source.tensors:
         if name.startswith(_PARTS):
             path, _, leaf = here.get(name, name).rpartition(".")
             weight = nn.Parameter(source.read(name, torch.float32), requires_grad=False)
             setattr(model.get_submodule(path), leaf, weight)
-    _settle_positions(model.vision_tower, source.processor.spec.image_size)
+    _interpolate_positions(model.vision_tower, source.processor.spec.image_size)
 
     class Vision(nn.Module):
         def __init__(self) -> None:
@@ -102,8 +102,8 @@ def vision_module(source: Source) -> nn.Module:
     return Vision().eval()
 
 
-def _settle_positions(tower: Any, side: int) -> None:
-    """Interpolate the positions of a tower of any size once, so that the graph need not: runtimes differ in that."""
+def _interpolate_positions(tower: Any, side: int) -> None:
+    """Interpolate the position embeddings of DINOv2 once, before export: runtimes interpolate differently."""
     import torch
 
     if tower.config.model_type != "dinov2" or tower.config.image_size == side:
@@ -111,17 +111,17 @@ def _settle_positions(tower: Any, side: int) -> None:
     embeddings = tower.embeddings
     patches = (side // tower.config.patch_size) ** 2
     tokens = embeddings.position_embeddings.new_zeros(1, patches + 1, tower.config.hidden_size)
-    settled = embeddings.interpolate_pos_encoding(tokens, side, side)
-    embeddings.position_embeddings = torch.nn.Parameter(settled, requires_grad=False)
+    interpolated = embeddings.interpolate_pos_encoding(tokens, side, side)
+    embeddings.position_embeddings = torch.nn.Parameter(interpolated, requires_grad=False)
 
 
 def export_graph(module: nn.Module, side: int, path: Path) -> None:
-    """Trace `module` for pictures of `side` pixels and any number of them, and check the graph."""
+    """Trace `module` for batches of images of `side` pixels, and check the graph."""
     import onnx
     import torch
 
     with warnings.catch_warnings(), torch.no_grad():
-        # Shapes are constants here but for the batch, which is what the tracer warns of.
+        # All shapes but the batch are constants, which the tracer warns about.
         warnings.simplefilter("ignore")
         torch.onnx.export(
             module,

@@ -1,6 +1,7 @@
-"""A directory for TensorRT-LLM 1.x's PyTorch backend: VILA's three folders, the LLM in ModelOpt's INT4 or in 16 bits.
+"""Export `tensorrt-llm`: VILA-1.5's three folders for the PyTorch backend of TensorRT-LLM 1.x.
 
-Its loader for VILA reads `llm/`, `vision_tower/` and `mm_projector/`; stock LLaVA directories it does not know.
+Its VILA loader reads `llm/`, `vision_tower/` and `mm_projector/`, not transformers' LLaVA directories. The LLM is in
+ModelOpt's INT4 or in 16 bits.
 """
 
 from __future__ import annotations
@@ -17,19 +18,25 @@ from transformers import GenerationConfig
 from vila import __version__
 from vila.core.files import write_json
 from vila.core.reading import read_json
-from vila.export.base import ExportOptions, Guide
-from vila.export.source import LLM, SafetensorsWriter, Source
+from vila.export.base import (
+    ExportOptions,
+    Readme,
+    choose_group_size,
+    group_size_problems,
+    int4_problems,
+)
+from vila.export.source import LLM, ExportSource, SafetensorsWriter
 from vila.kernels.packings import pack_modelopt
 from vila.model.layouts import llava_v1, tower_files, vila_v15
 from vila.model.layouts.tokenizer_files import write_tokenizer
 from vila.model.save_weights import TensorSpecs
 
 GROUPS = (64, 128)
-"""Group sizes of its INT4 products."""
+"""Group sizes of its INT4 kernels."""
 TOWERS = ("clip_vision_model", "siglip_vision_model")
 _PRECISIONS = {
-    "int4": "symmetric 4-bit weights in groups (W4A16_AWQ), 16 bits elsewhere",
-    "16-bit": "bfloat16 of a bfloat16 model, float16 of any other",
+    "int4": "symmetric 4-bit weights with group scales (W4A16_AWQ), 16 bits elsewhere",
+    "16-bit": "bfloat16 for a bfloat16 model, else float16",
 }
 
 
@@ -37,58 +44,54 @@ class TensorRtLlmTarget:
     """config.json, hf_quant_config.json and three folders."""
 
     name = "tensorrt-llm"
-    summary = "VILA's three folders for TensorRT-LLM 1.x, INT4 as ModelOpt writes it"
+    summary = "VILA's three folders for TensorRT-LLM 1.x, INT4 in the format of ModelOpt"
     precisions = _PRECISIONS
-    takes = frozenset({"load_awq", "group_size"})
-    holds_llm = True
-    verified = "bit by bit with an independent reader; TensorRT-LLM was not run"
+    options = frozenset({"load_awq", "group_size"})
+    has_llm = True
+    verification = "bit-exact in an independent reader; not tested in TensorRT-LLM"
 
-    def refusals(self, source: Source, options: ExportOptions) -> list[str]:
-        """Towers and projectors that its VILA does not have, and groups that do not fit."""
-        from vila.export.base import int4_refusals, no_group_refusals
+    def problems(self, source: ExportSource, options: ExportOptions) -> list[str]:
+        """Towers and projectors that its VILA does not support, and group sizes that do not fit."""
 
         config, out = source.config, []
         if config.vision_config.model_type not in TOWERS:
             out.append(
-                f"a {config.vision_config.model_type} tower: its VILA has CLIP and SigLIP; "
-                "--format tensorrt-llm-legacy takes the LLM alone"
+                f"vision tower {config.vision_config.model_type} is not supported; supported: CLIP and SigLIP "
+                "(for the LLM alone: --format tensorrt-llm-legacy)"
             )
         if not re.fullmatch(r"linear|mlp_downsample|mlp\d+x_gelu", config.projector_type):
             out.append(
-                f"the projector {config.projector_type}: its VILA has linear, mlp_downsample and mlpNx_gelu; "
-                "--format tensorrt-llm-legacy takes the LLM alone"
+                f"projector {config.projector_type} is not supported; supported: linear, mlp_downsample and mlpNx_gelu "
+                "(for the LLM alone: --format tensorrt-llm-legacy)"
             )
         if options.precision == "int4":
-            out += int4_refusals(source, options, symmetric=True, outputs=2, groups=GROUPS)
+            out += int4_problems(source, options, symmetric=True, outputs=2, groups=GROUPS)
         else:
-            out += no_group_refusals(options)
+            out += group_size_problems(options)
         return out
 
-    def write(self, source: Source, part: Path, options: ExportOptions) -> None:
-        """The three folders, weight by weight."""
-        from vila.export.base import group_of
+    def write(self, source: ExportSource, part: Path, options: ExportOptions) -> None:
+        """Write the three folders, weight by weight."""
+        write_folders(source, part, choose_group_size(source, options) if options.precision == "int4" else None)
 
-        write_folders(source, part, group_of(source, options) if options.precision == "int4" else None)
-
-    def guide(self, source: Source, options: ExportOptions) -> Guide:
-        """How it is served, and what that program does otherwise than VILA."""
-        return Guide(
+    def readme(self, source: ExportSource, options: ExportOptions) -> Readme:
+        """Commands for TensorRT-LLM, and where it differs from VILA."""
+        return Readme(
             commands=(
-                ("Serve it", "trtllm-serve {out} --backend pytorch"),
+                ("Serve the model", "trtllm-serve {out} --backend pytorch"),
                 ("Serve the LLM alone", "trtllm-serve {out}/llm --backend pytorch"),
             ),
-            versions=("TensorRT-LLM 1.x, PyTorch backend: made for it, not run",),
+            versions=("TensorRT-LLM 1.x, PyTorch backend: not tested",),
             defects=(
-                "TensorRT-LLM chooses the conversation template by the directory's name (`vila1.5-3b` and the like, "
-                "in any case); under other names it uses the tokenizer's chat template, which is the model's own here.",
-                "It puts a line feed after every picture, which VILA-1.0 and models trained without one never saw.",
-                "Its INT4 loader asks for a `pre_quant_scale` on o_proj and down_proj; all scales are folded, so these "
-                "are ones.",
+                "TensorRT-LLM selects the chat template by the directory name (`vila1.5-3b` and similar names). With "
+                "other names it uses the chat template of the tokenizer, which is the correct one here.",
+                "It inserts a newline after every image; VILA-1.0 and some other models were trained without it.",
+                "Its INT4 loader requires a `pre_quant_scale` for o_proj and down_proj; all scales are folded into the "
+                "weights, so these are ones.",
             ),
             notes=(
-                "Weights are rounded to symmetric INT4 in a pass of their own: an asymmetric AWQ result cannot be "
-                "stored in this form.",
-                "Group sizes are 64 or 128.",
+                "Weights are quantized to symmetric INT4; this format cannot store an asymmetric AWQ result.",
+                "Supported group sizes: 64 and 128.",
             )
             if options.precision == "int4"
             else (),
@@ -98,19 +101,17 @@ class TensorRtLlmTarget:
 TARGET = TensorRtLlmTarget()
 
 
-# --- modelopt
-# INT4 as NVIDIA's ModelOpt writes it into a Hugging Face directory: the tensors of a Linear, and the two configs.
-
+# INT4 in the format of NVIDIA ModelOpt: the tensors of a Linear, and the two configs.
 
 # N outputs  K inputs  G inputs of a group
 
 QUANT_CONFIG = "hf_quant_config.json"
 _PRODUCER = {"name": "modelopt", "version": f"vila {__version__}"}
-"""Loaders know the form of the files by this name."""
+"""Loaders recognise the format by this name."""
 
 
 def quant_config(group_size: int, ignore: Sequence[str]) -> dict[str, Any]:
-    """hf_quant_config.json."""
+    """Return the content of hf_quant_config.json."""
     quantization = {
         "quant_algo": "W4A16_AWQ",
         "kv_cache_quant_algo": None,
@@ -122,8 +123,8 @@ def quant_config(group_size: int, ignore: Sequence[str]) -> dict[str, Any]:
     return {"producer": _PRODUCER, "quantization": quantization}
 
 
-def hub_quantization(group_size: int, ignore: Sequence[str]) -> dict[str, Any]:
-    """`quantization_config` of config.json."""
+def quantization_config(group_size: int, ignore: Sequence[str]) -> dict[str, Any]:
+    """Return `quantization_config` of config.json."""
     return {
         "quant_method": "modelopt",
         "quant_algo": "W4A16_AWQ",
@@ -136,9 +137,9 @@ def hub_quantization(group_size: int, ignore: Sequence[str]) -> dict[str, Any]:
 def declare_linear(
     stem: str, shape: tuple[int, ...], group_size: int, dtype: torch.dtype, with_scale: bool
 ) -> TensorSpecs:
-    """Shapes and types of a Linear's tensors.
+    """Return shapes and dtypes of the tensors of a Linear.
 
-    weight uint8 [N/2, K], weight_scale [N, K/G] and, `with_scale`, pre_quant_scale [K] for the activation.
+    weight uint8 [N/2, K], weight_scale [N, K/G] and, if `with_scale`, pre_quant_scale [K] of the activation.
     """
     outputs, inputs = shape
     out = {
@@ -149,54 +150,50 @@ def declare_linear(
 
 
 def write_linear(
-    writer: SafetensorsWriter, stem: str, source: Source, name: str, group_size: int, with_scale: bool
+    writer: SafetensorsWriter, stem: str, source: ExportSource, name: str, group_size: int, with_scale: bool
 ) -> None:
-    """Round the weight `name` and write it. Its AWQ scale is folded already, so that of the activation is 1."""
-    for weight in source.int4_rows(name, group_size, symmetric=True, scale_dtype=source.half):
+    """Quantize and write the weight `name`. Its AWQ scale is folded already, so the activation scale is 1."""
+    for weight in source.int4_rows(name, group_size, symmetric=True, scale_dtype=source.half_dtype):
         packed = pack_modelopt(weight)
         writer.append(f"{stem}.weight", packed["weight"])
         writer.append(f"{stem}.weight_scale", packed["weight_scale"])
     if with_scale:
-        writer.append(f"{stem}.pre_quant_scale", torch.ones(source.shape(name)[1], dtype=source.half))
-
-
-# --- vila_folders
-# VILA-1.5's three folders as a stream, the LLM in ModelOpt's INT4 if asked.
+        writer.append(f"{stem}.pre_quant_scale", torch.ones(source.shape(name)[1], dtype=source.half_dtype))
 
 
 _UNFUSED = ("o_proj", "down_proj")
 IGNORE = ("lm_head", "*vision_tower*", "*mm_projector*")
 
 
-def write_folders(source: Source, part: Path, group_size: int | None) -> None:
-    """config.json, llm/, vision_tower/ and mm_projector/; group_size None keeps 16 bits throughout."""
+def write_folders(source: ExportSource, part: Path, group_size: int | None) -> None:
+    """Write config.json, llm/, vision_tower/ and mm_projector/. group_size: None for 16 bits."""
     _write_llm(source, part / "llm", group_size)
     _write_tower(source, part / "vision_tower")
     _write_projector(source, part / "mm_projector")
     config = copy.deepcopy(source.config)
-    config.dtype = source.half
+    config.dtype = source.half_dtype
     facts = vila_v15.vila_v15_config(config, source.processor)
     for name, key in vila_v15.PART_FOLDERS.items():
-        # The program takes the folder's name from here.
+        # TensorRT-LLM takes the folder's name from this key.
         facts[key] = {**read_json(part / name / "config.json"), "_name_or_path": name}
-    # Without this word the program draws a random projector.
+    # Without this key TensorRT-LLM initialises the projector randomly.
     facts["resume_path"] = "."
     if group_size is not None:
-        facts["quantization_config"] = hub_quantization(group_size, IGNORE)
+        facts["quantization_config"] = quantization_config(group_size, IGNORE)
         write_json(part / QUANT_CONFIG, quant_config(group_size, IGNORE), indent=2)
     write_json(part / "config.json", facts, indent=2)
 
 
-def _write_llm(source: Source, folder: Path, group_size: int | None) -> None:
+def _write_llm(source: ExportSource, folder: Path, group_size: int | None) -> None:
     folder.mkdir()
     llm = source.config.text_config
     facts = llm.to_dict()
     facts.pop("dtype", None)
     facts |= llava_v1.legacy_rope_settings(facts.get("rope_parameters") or {})
-    facts |= {"torch_dtype": _name(source.half), "architectures": [source.family.causal_lm]}
+    facts |= {"torch_dtype": _name(source.half_dtype), "architectures": [source.family.causal_lm]}
     facts["model_max_length"] = source.config.context_length
     if group_size is not None:
-        facts["quantization_config"] = hub_quantization(group_size, IGNORE)
+        facts["quantization_config"] = quantization_config(group_size, IGNORE)
         write_json(folder / QUANT_CONFIG, quant_config(group_size, IGNORE), indent=2)
     write_json(folder / "config.json", facts, indent=2)
     GenerationConfig.from_dict(dict(source.checkpoint.generation)).save_pretrained(folder)
@@ -204,41 +201,41 @@ def _write_llm(source: Source, folder: Path, group_size: int | None) -> None:
     _write_llm_weights(source, folder, group_size)
 
 
-def _write_llm_weights(source: Source, folder: Path, group_size: int | None) -> None:
+def _write_llm_weights(source: ExportSource, folder: Path, group_size: int | None) -> None:
     linears = set() if group_size is None else {f"{name}.weight" for name in source.block_linears()}
     names = [name for name in source.names if name.startswith(LLM) and not _is_tied_head(source, name)]
     declared: dict[str, Any] = {}
     for name in names:
-        theirs = name.removeprefix(LLM)
+        target = name.removeprefix(LLM)
         if name in linears and group_size is not None:
-            stem = theirs.removesuffix(".weight")
-            declared |= declare_linear(stem, source.shape(name), group_size, source.half, _needs_scale(stem))
+            stem = target.removesuffix(".weight")
+            declared |= declare_linear(stem, source.shape(name), group_size, source.half_dtype, _needs_scale(stem))
         else:
-            declared[theirs] = (source.shape(name), source.half)
+            declared[target] = (source.shape(name), source.half_dtype)
     with SafetensorsWriter(folder, declared) as writer:
         for name in names:
-            theirs = name.removeprefix(LLM)
+            target = name.removeprefix(LLM)
             if name in linears and group_size is not None:
-                stem = theirs.removesuffix(".weight")
+                stem = target.removesuffix(".weight")
                 write_linear(writer, stem, source, name, group_size, _needs_scale(stem))
             else:
-                _copy(writer, source, {name: theirs})
+                _copy(writer, source, {name: target})
 
 
 def _needs_scale(stem: str) -> bool:
     return stem.endswith(_UNFUSED)
 
 
-def _is_tied_head(source: Source, name: str) -> bool:
+def _is_tied_head(source: ExportSource, name: str) -> bool:
     return source.is_tied and name == f"{LLM}lm_head.weight"
 
 
-def _write_tower(source: Source, folder: Path) -> None:
+def _write_tower(source: ExportSource, folder: Path) -> None:
     folder.mkdir()
     config = source.config.vision_config
-    facts = {**config.to_dict(), "architectures": [tower_files._ARCHITECTURES[config.model_type]]}
+    facts = {**config.to_dict(), "architectures": [tower_files.ARCHITECTURES[config.model_type]]}
     facts.pop("dtype", None)
-    write_json(folder / "config.json", {**facts, "torch_dtype": _name(source.half)}, indent=2)
+    write_json(folder / "config.json", {**facts, "torch_dtype": _name(source.half_dtype)}, indent=2)
     preprocessor = tower_files.preprocessor_config(config.model_type, source.processor.spec)
     write_json(folder / "preprocessor_config.json", preprocessor, indent=2)
     names = dict(_renamed(source, "vision_tower.", "vision_model."))
@@ -246,7 +243,7 @@ def _write_tower(source: Source, folder: Path) -> None:
         _copy(writer, source, names)
 
 
-def _write_projector(source: Source, folder: Path) -> None:
+def _write_projector(source: ExportSource, folder: Path) -> None:
     folder.mkdir()
     facts = {
         "architectures": ["MultimodalProjector"],
@@ -260,20 +257,20 @@ def _write_projector(source: Source, folder: Path) -> None:
         _copy(writer, source, names)
 
 
-def _renamed(source: Source, ours: str, theirs: str) -> Iterator[tuple[str, str]]:
-    for name in source.pieces:
-        if name.startswith(ours):
-            yield name, theirs + name.removeprefix(ours)
+def _renamed(source: ExportSource, prefix: str, target_prefix: str) -> Iterator[tuple[str, str]]:
+    for name in source.tensors:
+        if name.startswith(prefix):
+            yield name, target_prefix + name.removeprefix(prefix)
 
 
-def _plain(source: Source, names: dict[str, str]) -> TensorSpecs:
-    return {theirs: (source.shape(name), source.half) for name, theirs in names.items()}
+def _plain(source: ExportSource, names: dict[str, str]) -> TensorSpecs:
+    return {target: (source.shape(name), source.half_dtype) for name, target in names.items()}
 
 
-def _copy(writer: SafetensorsWriter, source: Source, names: dict[str, str]) -> None:
-    for name, theirs in names.items():
-        for rows in source.rows(name, source.half):
-            writer.append(theirs, rows)
+def _copy(writer: SafetensorsWriter, source: ExportSource, names: dict[str, str]) -> None:
+    for name, target in names.items():
+        for rows in source.rows(name, source.half_dtype):
+            writer.append(target, rows)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -1,4 +1,4 @@
-"""The LLM as a checkpoint of TensorRT-LLM's `trtllm-build`, a file for each process of tensor parallelism."""
+"""Export `tensorrt-llm-legacy`: the LLM as a checkpoint for `trtllm-build`, one file per tensor-parallel rank."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch import Tensor
 
 from vila import __version__
 from vila.core.files import write_json
-from vila.export.base import ExportOptions, Guide, group_of
-from vila.export.source import LLM, SafetensorsWriter, Source
+from vila.export.base import ExportOptions, Readme, choose_group_size, group_size_problems, int4_problems
+from vila.export.source import LLM, ExportSource, SafetensorsWriter
 from vila.families import FAMILIES
 from vila.kernels.int4 import Int4Weight
 from vila.kernels.packings import pack_modelopt
 
 GROUPS = (64, 128)
 _PRECISIONS = {
-    "int4": "symmetric 4-bit weights in groups (W4A16_AWQ), float16 elsewhere",
-    "float16": "float16 throughout",
+    "int4": "symmetric 4-bit weights with group scales (W4A16_AWQ), float16 elsewhere",
+    "float16": "float16",
 }
 
 
@@ -30,33 +30,31 @@ class TensorRtLlmLegacyTarget:
     """config.json and rank0.safetensors, rank1.safetensors ..."""
 
     name = "tensorrt-llm-legacy"
-    summary = "The LLM for TensorRT-LLM's trtllm-build, as VILA's own demo used it, a file per rank"
+    summary = "The LLM for TensorRT-LLM's trtllm-build, as in VILA's demo, one file per rank"
     precisions = _PRECISIONS
-    takes = frozenset({"load_awq", "group_size", "tp_size"})
-    holds_llm = True
-    verified = "bit by bit with an independent reader that joins the ranks; TensorRT-LLM was not run"
+    options = frozenset({"load_awq", "group_size", "tp_size"})
+    has_llm = True
+    verification = "bit-exact in an independent reader that joins the ranks; not tested in TensorRT-LLM"
 
-    def refusals(self, source: Source, options: ExportOptions) -> list[str]:
-        """Families, positions and sizes that the checkpoint cannot express, with those that would."""
-        from vila.export.base import int4_refusals, no_group_refusals
+    def problems(self, source: ExportSource, options: ExportOptions) -> list[str]:
+        """LLM families, position types and sizes that the checkpoint format does not support."""
 
         out = list(_family_reasons(source))
         if options.precision != "int4":
-            out += no_group_refusals(options)
+            out += group_size_problems(options)
         elif not out:
-            out += int4_refusals(source, options, symmetric=True, outputs=2, groups=GROUPS)
-        return out or rank_refusals(source, options)
+            out += int4_problems(source, options, symmetric=True, outputs=2, groups=GROUPS)
+        return out or rank_problems(source, options)
 
-    def write(self, source: Source, part: Path, options: ExportOptions) -> None:
-        """config.json, then every weight once, cut for all ranks."""
-        from vila.export.base import group_of
-
-        group_size = group_of(source, options) if options.precision == "int4" else None
-        write_config(source, part, source.family.tensorrt_llm_legacy, group_size, options.tp_size)
+    def write(self, source: ExportSource, part: Path, options: ExportOptions) -> None:
+        """Write config.json, then every weight, sharded for all ranks."""
+        group_size = choose_group_size(source, options) if options.precision == "int4" else None
+        config = checkpoint_config(source, group_size, options.tp_size)
+        write_json(part / "config.json", config, indent=2)
         write_ranks(source, part, group_size, options.tp_size)
 
-    def guide(self, source: Source, options: ExportOptions) -> Guide:
-        """The engines that have to be built, and how the multimodal example runs them."""
+    def readme(self, source: ExportSource, options: ExportOptions) -> Readme:
+        """Commands that build the engines and run the multimodal example."""
         tokens, ranks = source.processor.spec.tokens_per_image, options.tp_size
         mpi = "" if ranks == 1 else f"mpirun -n {ranks} "
         build = (
@@ -65,7 +63,7 @@ class TensorRtLlmLegacyTarget:
             f"    --max_multimodal_len {tokens}{'' if ranks == 1 else f' --workers {ranks}'}"
         )
         vision = (
-            '# MODEL-vila: `vila convert MODEL MODEL-vila --layout vila-v15`; its name has to contain "vila".\n'
+            '# MODEL-vila: `vila convert MODEL MODEL-vila --layout vila-v15`; its name must contain "vila".\n'
             "python examples/multimodal/build_multimodal_engine.py --model_type vila \\\n"
             "    --model_path MODEL-vila --vila_path VILA --output_dir engines/vision"
         )
@@ -74,62 +72,52 @@ class TensorRtLlmLegacyTarget:
             "    --visual_engine_dir engines/vision --llm_engine_dir engines/llm \\\n"
             '    --image_path a.jpg,b.jpg --input_text "<image>\\n<image>\\n What differs?"'
         )
-        return Guide(
+        return Readme(
             commands=(
                 ("Build the engine of the LLM", build),
-                ("Build the engine of the tower and the projector (VILA is a checkout of the original code)", vision),
-                ("Ask it", ask),
+                ("Build the engine of tower and projector (VILA is a checkout of the original code)", vision),
+                ("Run a prompt", ask),
             ),
-            versions=("TensorRT-LLM 0.9 to 0.2x with trtllm-build: made for it, not run",),
+            versions=("TensorRT-LLM 0.9 to 0.2x with trtllm-build: not tested",),
             defects=(
                 "INT4 engines cannot be built with `--use_fused_mlp=enable`.",
-                'The multimodal example knows VILA by its directory\'s name, which has to contain "vila" or "VILA".',
+                'The multimodal example recognises VILA by the directory name, which must contain "vila" or "VILA".',
             ),
             notes=(
-                f"--max_multimodal_len is the batch times {tokens} tokens a picture; raise it for several pictures.",
-                "Tower and projector are not in these files.",
+                f"--max_multimodal_len is the batch size times {tokens} tokens per image; raise it for several images.",
+                "These files do not contain tower and projector.",
             ),
         )
 
 
-def _family_reasons(source: Source) -> list[str]:
+def _family_reasons(source: ExportSource) -> list[str]:
     llm, out = source.config.text_config, []
     supported = [family.model_type for family in FAMILIES.values() if family.tensorrt_llm_legacy]
     if llm.model_type not in supported:
         names = ", ".join(supported)
-        out.append(f"an LLM of type {llm.model_type!r} cannot be written; {names} can; --format tensorrt-llm takes it")
+        out.append(f"LLM type {llm.model_type!r} is not supported; supported: {names} (or --format tensorrt-llm)")
     rope = getattr(llm, "rope_parameters", None) or {}
     if rope.get("rope_type", "default") not in ("default", "linear"):
         out.append(
-            f"rotary positions of type {rope['rope_type']}: written are default and linear; --format tensorrt-llm "
-            "takes others"
+            f"rope_type {rope['rope_type']!r} is not supported; supported: default, linear (or --format tensorrt-llm)"
         )
     window = getattr(llm, "sliding_window", None)
     if window and window < llm.max_position_embeddings:
-        out.append(f"a sliding window of {window} tokens, which the checkpoint has no word for; --format tensorrt-llm")
+        out.append(f"a sliding window of {window} tokens is not supported (use --format tensorrt-llm)")
     return out
 
 
 TARGET = TensorRtLlmLegacyTarget()
 
 
-# --- legacy_config
-# config.json of a `trtllm-build` checkpoint.
-
-
-def write_config(source: Source, part: Path, architecture: str, group_size: int | None, ranks: int) -> None:
-    """Write it. group_size: of INT4 weights, None for float16."""
-    write_json(part / "config.json", checkpoint_config(source, architecture, group_size, ranks), indent=2)
-
-
-def checkpoint_config(source: Source, architecture: str, group_size: int | None, ranks: int) -> dict[str, Any]:
-    """What the builder has to know of the LLM."""
+def checkpoint_config(source: ExportSource, group_size: int | None, ranks: int) -> dict[str, Any]:
+    """Return config.json of a `trtllm-build` checkpoint. group_size: of INT4 weights, None for float16."""
     llm = source.config.text_config
     rope = getattr(llm, "rope_parameters", None) or {}
     scaled = rope.get("rope_type", "default") == "linear"
     return {
         "producer": {"name": "vila", "version": __version__},
-        "architecture": architecture,
+        "architecture": source.family.tensorrt_llm_legacy,
         "dtype": "float16",
         "logits_dtype": "float32",
         "num_hidden_layers": llm.num_hidden_layers,
@@ -145,7 +133,7 @@ def checkpoint_config(source: Source, architecture: str, group_size: int | None,
         "position_embedding_type": "rope_gpt_neox",
         "rotary_base": float(rope.get("rope_theta", 10000.0)),
         "rotary_scaling": {"type": "linear", "factor": float(rope["factor"])} if scaled else None,
-        # A tied head is written a second time, so that ranks may cut it.
+        # A tied LM head is written again, so that it can be sharded.
         "share_embedding_table": False,
         "use_parallel_embedding": True,
         "embedding_sharding_dim": 0,
@@ -154,8 +142,8 @@ def checkpoint_config(source: Source, architecture: str, group_size: int | None,
     }
 
 
-def head_size(source: Source) -> int:
-    """Channels of an attention head."""
+def head_size(source: ExportSource) -> int:
+    """Return the width of an attention head."""
     llm = source.config.text_config
     return int(getattr(llm, "head_dim", None) or llm.hidden_size // llm.num_attention_heads)
 
@@ -173,51 +161,47 @@ def _quantization(group_size: int | None) -> dict[str, Any]:
     }
 
 
-# --- legacy_ranks
-# The weights of a `trtllm-build` checkpoint: each is read once and cut for all ranks.
-
-
 # N outputs  K inputs  G inputs of a group  R ranks
 
 _TILE = 64
-"""Rows and columns of its INT4 kernel's tiles, or the group size where that is greater."""
+"""Tile size of its INT4 kernel, unless the group size is larger."""
 _HALF = torch.float16
 _EMBEDDINGS, _HEAD, _NORM = (f"{LLM}{name}.weight" for name in ("model.embed_tokens", "lm_head", "model.norm"))
 
 
 @dataclass(frozen=True)
 class _Linear:
-    """A Linear of the checkpoint, ours one below the other. `by_rows`: ranks cut its outputs, not its inputs."""
+    """A Linear of the checkpoint: concatenated source Linears. by_rows: ranks shard the outputs, else the inputs."""
 
     stem: str
-    ours: tuple[str, ...]
+    source_names: tuple[str, ...]
     by_rows: bool
 
 
-def rank_refusals(source: Source, options: ExportOptions) -> list[str]:
-    """Weights that the checkpoint has no place for, and a number of ranks that does not divide the model."""
-    known = {name for index in _blocks(source) for one in _linears(index) for name in one.ours}
+def rank_problems(source: ExportSource, options: ExportOptions) -> list[str]:
+    """Return unsupported weights, or that the number of ranks does not divide the model."""
+    known = {name for index in _blocks(source) for one in _linears(index) for name in one.source_names}
     known |= {name for index in _blocks(source) for name in _norms(index).values()}
-    lost = sorted(
+    unknown = sorted(
         name
         for name in source.names
         if name.startswith(LLM)
         and name.removesuffix(".weight") not in known
         and name not in (_EMBEDDINGS, _HEAD, _NORM)
     )
-    if lost:
+    if unknown:
         return [
-            f"no place for {len(lost)} weights of the LLM ({', '.join(lost[:3])}); --format tensorrt-llm takes them"
+            f"{len(unknown)} weights of the LLM are not supported ({', '.join(unknown[:3])}); use --format tensorrt-llm"
         ]
     if _divides(source, options, options.tp_size):
         return []
     working = [str(ranks) for ranks in range(1, 65) if _divides(source, options, ranks)]
-    remedy = f"--tp-size {' or '.join(working)} would" if working else "--precision float16 has no such rule"
-    return [f"{options.tp_size} ranks do not divide its heads or the tiles of its Linears; {remedy}"]
+    remedy = f"use --tp-size {' or '.join(working)}" if working else "use --precision float16"
+    return [f"{options.tp_size} ranks do not divide the heads or the INT4 tiles of the Linears; {remedy}"]
 
 
-def write_ranks(source: Source, part: Path, group_size: int | None, ranks: int) -> None:
-    """rank0.safetensors and so on. group_size None writes float16."""
+def write_ranks(source: ExportSource, part: Path, group_size: int | None, ranks: int) -> None:
+    """Write rank0.safetensors and so on. group_size: None for float16."""
     declared = _declared(source, group_size, ranks)
     with ExitStack() as stack:
         files = [
@@ -226,48 +210,48 @@ def write_ranks(source: Source, part: Path, group_size: int | None, ranks: int) 
         ]
         _write_vocabulary(source, files, "transformer.vocab_embedding.weight", _EMBEDDINGS)
         for index in _blocks(source):
-            for theirs, ours in _norms(index).items():
-                _write_same(files, f"{theirs}.weight", source.read(f"{ours}.weight", _HALF))
+            for target, name in _norms(index).items():
+                _write_same(files, f"{target}.weight", source.read(f"{name}.weight", _HALF))
             for one in _linears(index):
                 _write_linear(source, files, one, group_size)
         _write_same(files, "transformer.ln_f.weight", source.read(_NORM, _HALF))
         _write_vocabulary(source, files, "lm_head.weight", _EMBEDDINGS if source.is_tied else _HEAD)
 
 
-def _blocks(source: Source) -> range:
+def _blocks(source: ExportSource) -> range:
     return range(source.config.text_config.num_hidden_layers)
 
 
 def _norms(index: int) -> dict[str, str]:
-    ours, theirs = f"{LLM}model.layers.{index}", f"transformer.layers.{index}"
+    source_prefix, target_prefix = f"{LLM}model.layers.{index}", f"transformer.layers.{index}"
     return {
-        f"{theirs}.input_layernorm": f"{ours}.input_layernorm",
-        f"{theirs}.post_layernorm": f"{ours}.post_attention_layernorm",
+        f"{target_prefix}.input_layernorm": f"{source_prefix}.input_layernorm",
+        f"{target_prefix}.post_layernorm": f"{source_prefix}.post_attention_layernorm",
     }
 
 
 def _linears(index: int) -> list[_Linear]:
-    ours, theirs = f"{LLM}model.layers.{index}", f"transformer.layers.{index}"
-    heads = tuple(f"{ours}.self_attn.{part}_proj" for part in "qkv")
+    source_prefix, target_prefix = f"{LLM}model.layers.{index}", f"transformer.layers.{index}"
+    heads = tuple(f"{source_prefix}.self_attn.{part}_proj" for part in "qkv")
     return [
-        _Linear(f"{theirs}.attention.qkv", heads, True),
-        _Linear(f"{theirs}.attention.dense", (f"{ours}.self_attn.o_proj",), False),
-        # Its names are not ours: fc is the gate, and gate is up.
-        _Linear(f"{theirs}.mlp.fc", (f"{ours}.mlp.gate_proj",), True),
-        _Linear(f"{theirs}.mlp.gate", (f"{ours}.mlp.up_proj",), True),
-        _Linear(f"{theirs}.mlp.proj", (f"{ours}.mlp.down_proj",), False),
+        _Linear(f"{target_prefix}.attention.qkv", heads, True),
+        _Linear(f"{target_prefix}.attention.dense", (f"{source_prefix}.self_attn.o_proj",), False),
+        # TensorRT-LLM names the gate projection fc, and the up projection gate.
+        _Linear(f"{target_prefix}.mlp.fc", (f"{source_prefix}.mlp.gate_proj",), True),
+        _Linear(f"{target_prefix}.mlp.gate", (f"{source_prefix}.mlp.up_proj",), True),
+        _Linear(f"{target_prefix}.mlp.proj", (f"{source_prefix}.mlp.down_proj",), False),
     ]
 
 
-def _divides(source: Source, options: ExportOptions, ranks: int) -> bool:
+def _divides(source: ExportSource, options: ExportOptions, ranks: int) -> bool:
     llm = source.config.text_config
     if llm.num_attention_heads % ranks or llm.num_key_value_heads % ranks or llm.intermediate_size % ranks:
         return False
     if options.precision != "int4":
         return True
-    tile = max(_TILE, group_of(source, options))
+    tile = max(_TILE, choose_group_size(source, options))
     for one in (linear for index in _blocks(source) for linear in _linears(index)):
-        for name in one.ours:
+        for name in one.source_names:
             outputs, inputs = source.shape(f"{name}.weight")
             cut, whole = (outputs, inputs) if one.by_rows else (inputs, outputs)
             if cut % (tile * ranks) or whole % tile:
@@ -275,7 +259,9 @@ def _divides(source: Source, options: ExportOptions, ranks: int) -> bool:
     return True
 
 
-def _declared(source: Source, group_size: int | None, ranks: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+def _declared(
+    source: ExportSource, group_size: int | None, ranks: int
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     width = source.config.text_config.hidden_size
     rows = _padded(source.config.text_config.vocab_size, ranks) // ranks
     out: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
@@ -284,10 +270,10 @@ def _declared(source: Source, group_size: int | None, ranks: int) -> dict[str, t
         "lm_head.weight": ((rows, width), _HALF),
     }
     for index in _blocks(source):
-        out |= {f"{theirs}.weight": ((width,), _HALF) for theirs in _norms(index)}
+        out |= {f"{target}.weight": ((width,), _HALF) for target in _norms(index)}
         for one in _linears(index):
-            outputs = sum(source.shape(f"{name}.weight")[0] for name in one.ours)
-            inputs = source.shape(f"{one.ours[0]}.weight")[1]
+            outputs = sum(source.shape(f"{name}.weight")[0] for name in one.source_names)
+            inputs = source.shape(f"{one.source_names[0]}.weight")[1]
             shape = (outputs // ranks, inputs) if one.by_rows else (outputs, inputs // ranks)
             out |= _linear_entries(one.stem, shape, group_size)
     return out
@@ -311,71 +297,73 @@ def _write_same(files: Sequence[SafetensorsWriter], name: str, tensor: Tensor) -
         file.append(name, tensor)
 
 
-def _write_vocabulary(source: Source, files: Sequence[SafetensorsWriter], theirs: str, ours: str) -> None:
-    """Rows go to the ranks in turn; zeros fill up the last one."""
-    count = source.shape(ours)[0]
+def _write_vocabulary(source: ExportSource, files: Sequence[SafetensorsWriter], target: str, name: str) -> None:
+    """Write rows to the ranks in order; the last rank is padded with zeros."""
+    count = source.shape(name)[0]
     each = _padded(count, len(files)) // len(files)
-    for part, rank in _by_rank(source.rows(ours, _HALF), each):
-        files[rank].append(theirs, part)
+    for part, rank in _by_rank(source.rows(name, _HALF), each):
+        files[rank].append(target, part)
     if missing := each * len(files) - count:
-        # Only the last rank lacks rows: fewer are missing than there are ranks, and a rank holds that many.
-        files[-1].append(theirs, torch.zeros(missing, source.shape(ours)[1], dtype=_HALF))
+        # Only the last rank lacks rows: fewer than the number of ranks are missing.
+        files[-1].append(target, torch.zeros(missing, source.shape(name)[1], dtype=_HALF))
 
 
 def _padded(count: int, ranks: int) -> int:
     return -(-count // ranks) * ranks
 
 
-def _by_rank(runs: Iterator[Tensor], each: int) -> Iterator[tuple[Tensor, int]]:
-    """Runs of rows cut where a rank has its `each` rows, with the rank's number."""
+def _by_rank(chunks: Iterator[Tensor], each: int) -> Iterator[tuple[Tensor, int]]:
+    """Split chunks of rows so that every rank gets `each` rows; yield each part with its rank."""
     row = 0
-    for run in runs:
-        while len(run):
+    for chunk in chunks:
+        while len(chunk):
             rank, filled = divmod(row, each)
-            part, run = run[: each - filled], run[each - filled :]
+            part, chunk = chunk[: each - filled], chunk[each - filled :]
             row += len(part)
             yield part, rank
 
 
-def _write_linear(source: Source, files: Sequence[SafetensorsWriter], one: _Linear, group_size: int | None) -> None:
-    for name in one.ours:
+def _write_linear(
+    source: ExportSource, files: Sequence[SafetensorsWriter], one: _Linear, group_size: int | None
+) -> None:
+    for name in one.source_names:
         weight = f"{name}.weight"
         if group_size is None:
             for rank, part in _cut(source.rows(weight, _HALF), source.shape(weight), one.by_rows, len(files)):
                 files[rank].append(f"{one.stem}.weight", part)
             continue
-        runs = source.int4_rows(weight, group_size, symmetric=True, scale_dtype=_HALF)
-        for rank, part4 in _cut_int4(runs, source.shape(weight), one.by_rows, len(files)):
+        chunks = source.int4_rows(weight, group_size, symmetric=True, scale_dtype=_HALF)
+        for rank, part4 in _cut_int4(chunks, source.shape(weight), one.by_rows, len(files)):
             packed = pack_modelopt(part4)
             files[rank].append(f"{one.stem}.weight", packed["weight"].view(torch.int8))
             files[rank].append(f"{one.stem}.weights_scaling_factor", packed["weight_scale"])
     if group_size is not None:
-        # All AWQ scales are folded into the weights and norms before them.
-        inputs = source.shape(f"{one.ours[0]}.weight")[1] // (1 if one.by_rows else len(files))
+        # All AWQ scales are folded into weights and norms.
+        inputs = source.shape(f"{one.source_names[0]}.weight")[1] // (1 if one.by_rows else len(files))
         _write_same(files, f"{one.stem}.prequant_scaling_factor", torch.ones(inputs, dtype=_HALF))
 
 
-def _cut(runs: Iterator[Tensor], shape: tuple[int, ...], by_rows: bool, ranks: int) -> Iterator[tuple[int, Tensor]]:
+def _cut(chunks: Iterator[Tensor], shape: tuple[int, ...], by_rows: bool, ranks: int) -> Iterator[tuple[int, Tensor]]:
     if by_rows:
-        yield from ((rank, part) for part, rank in _by_rank(runs, shape[0] // ranks))
+        yield from ((rank, part) for part, rank in _by_rank(chunks, shape[0] // ranks))
         return
-    for run in runs:
-        yield from enumerate(run.chunk(ranks, 1))
+    for chunk in chunks:
+        yield from enumerate(chunk.chunk(ranks, 1))
 
 
 def _cut_int4(
-    runs: Iterator[Int4Weight], shape: tuple[int, ...], by_rows: bool, ranks: int
+    chunks: Iterator[Int4Weight], shape: tuple[int, ...], by_rows: bool, ranks: int
 ) -> Iterator[tuple[int, Int4Weight]]:
     each, row = shape[0] // ranks, 0
-    for run in runs:
+    for chunk in chunks:
         if not by_rows:
-            yield from enumerate(_columns(run, ranks))
+            yield from enumerate(_columns(chunk, ranks))
             continue
         start = 0
-        while start < run.num_outputs:
+        while start < chunk.num_outputs:
             rank, filled = divmod(row, each)
-            end = min(run.num_outputs, start + each - filled)
-            yield rank, run.rows(start, end)
+            end = min(chunk.num_outputs, start + each - filled)
+            yield rank, chunk.rows(start, end)
             row += end - start
             start = end
 

@@ -281,7 +281,7 @@ def _translate(name: str, table: Any) -> str | None:
     return None
 
 
-_ARCHITECTURES = {"clip_vision_model": "CLIPVisionModel", "siglip_vision_model": "SiglipVisionModel"}
+ARCHITECTURES = {"clip_vision_model": "CLIPVisionModel", "siglip_vision_model": "SiglipVisionModel"}
 
 
 def write_tower(model: Any, spec: VisionSpec, folder: Path, storage: WeightStorage = FULL_PRECISION) -> None:
@@ -293,8 +293,8 @@ def write_tower(model: Any, spec: VisionSpec, folder: Path, storage: WeightStora
     weights = published_state_dict(model.vision_tower)
     if config.model_type == "internvl_vision":
         config_json, weights = to_intern_vit_config(config), to_intern_vit_tensors(weights)
-    elif config.model_type in _ARCHITECTURES:
-        config_json = {**config.to_dict(), "architectures": [_ARCHITECTURES[config.model_type]]}
+    elif config.model_type in ARCHITECTURES:
+        config_json = {**config.to_dict(), "architectures": [ARCHITECTURES[config.model_type]]}
         config_json.pop("dtype", None)
         weights = {f"vision_model.{name}": tensor for name, tensor in weights.items()}
     else:
