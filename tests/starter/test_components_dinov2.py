@@ -125,18 +125,19 @@ def add_unknown(constants: Graph, products: Graph) -> None:
 
 
 @pytest.mark.parametrize(
-    ("harm", "message"),
+    ("harm", "named"),
     [
-        (leave_over, r"tiny\.onnx: 1 weights unclaimed \(onnx::Add_9\); refusing a partial load"),
-        (lose_grid, r"expected the class position and the position grid, got tables of \[\(1, 1, 64\)\]"),
-        (lose_norm, r"missing_keys: layernorm\.bias"),
-        (add_unknown, r"unexpected_keys: register_tokens"),
+        (leave_over, "onnx::Add_9"),
+        (lose_grid, "(1, 1, 64)"),
+        (lose_norm, "missing_keys: layernorm.bias"),
+        (add_unknown, "unexpected_keys: register_tokens"),
     ],
 )
-def test_graph_that_does_not_fit_is_refused(
-    model: Dinov2Model, tmp_path: Path, harm: Callable[[Graph, Graph], None], message: str
+def test_a_graph_with_unused_or_missing_weights_is_refused(
+    model: Dinov2Model, tmp_path: Path, harm: Callable[[Graph, Graph], None], named: str
 ) -> None:
     constants, products = graph_of(model)
     harm(constants, products)
-    with pytest.raises(LayoutError, match=message):
+    with pytest.raises(LayoutError) as caught:
         convert_dinov2(write_onnx(tmp_path / "tiny.onnx", constants, products), tmp_path)
+    assert named in str(caught.value)

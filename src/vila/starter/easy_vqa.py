@@ -1,4 +1,4 @@
-"""easy-VQA as an ordinary folder, and what its questions say. Its readers need neither torch nor network."""
+"""easy-VQA: extraction from its wheel, reading, and parsing of its questions. Needs no torch."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KINDS: tuple[str, ...] = (
     "yes/no shape, negated",
     "yes/no color, negated",
 )
-"""Every value of `question_kind`, in the order in which reports list them."""
+"""All values of `question_kind`, in the order of reports."""
 
 WHEEL = Wheel(
     name="easy-vqa",
@@ -35,17 +35,17 @@ WHEEL = Wheel(
     sha256="fcb51b309b78c7b00f97b64cdbcbcf5c105f94da1b39c0796cee5a787c4f650f",
     licence="MIT",
 )
-ABOUT = """easy-VQA: 64x64 pictures of one coloured shape, and questions about them (Victor Zhou).
+ABOUT = """easy-VQA: 64x64 images of one coloured shape, and questions about them (Victor Zhou).
 
-`train/` and `test/` hold `images/<image_id>.png` and `questions.json`, a list of [question, answer, image_id].
-`answers.txt` lists the 13 answers. Nothing is changed from the package."""
+`train/` and `test/` contain `images/<image_id>.png` and `questions.json`, a list of [question, answer, image_id].
+`answers.txt` lists the 13 answers. The files are unchanged from the package."""
 
 _MEMBER = re.compile(r"easy_vqa/data/((?:train|test)/(?:images/\d+\.png|questions\.json)|answers\.txt)")
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One question, its answer, and the picture it is about (`<split>/images/<image_id>.png`)."""
+    """A question about the image `<split>/images/<image_id>.png`, and its answer."""
 
     text: str
     answer: str
@@ -58,7 +58,7 @@ def obtain_easy_vqa(cache: Path, events: Events = SILENT) -> Path:
 
 
 def unpack_easy_vqa(wheel: Path, folder: Path) -> None:
-    """Copy pictures, questions and answers of the easy-vqa wheel into `folder`."""
+    """Extract the images, questions and answers of the easy-vqa wheel to `folder`."""
     with zipfile.ZipFile(wheel) as archive:
         for member in archive.namelist():
             if match := _MEMBER.fullmatch(member):
@@ -69,24 +69,24 @@ def unpack_easy_vqa(wheel: Path, folder: Path) -> None:
 
 
 def read_questions(folder: Path, split: Split) -> list[Question]:
-    """The questions of one split, in the order of the file.
+    """Read the questions of one split, in the order of the file.
 
-    Raises DataError naming file and row (from 0) where that is not [question, answer, image_id], or has no picture.
+    Raises DataError naming the file and the record (from 0) if it is malformed or its image is missing.
     """
     path = folder / split / "questions.json"
     if not path.is_file():
-        raise DataError(f"{path}: missing; {folder} is not an easy-VQA folder")
-    rows = read_json(path)
-    if not isinstance(rows, list):
-        raise DataError(f"{path}: expected a list of [question, answer, image_id], got {type(rows).__name__}")
-    pictures = {file.name for file in (path.parent / "images").glob("*.png")}
+        raise DataError("no such file", file=path, hint="give the directory of easy-VQA")
+    records = read_json(path)
+    if not isinstance(records, list):
+        raise DataError(file=path, value=type(records).__name__, expected="a list of [question, answer, image_id]")
+    images = {file.name for file in (path.parent / "images").glob("*.png")}
     questions = []
-    for number, row in enumerate(rows):
-        if not _is_question(row):
-            raise DataError(f"{path} row {number}: expected [question, answer, image_id], got {str(row)[:80]!r}")
-        if f"{row[2]}.png" not in pictures:
-            raise DataError(f"{path} row {number}: images/{row[2]}.png is missing")
-        questions.append(Question(*row))
+    for number, record in enumerate(records):
+        if not _is_question(record):
+            raise DataError(file=path, record=number, value=record, expected="[question, answer, image_id]")
+        if f"{record[2]}.png" not in images:
+            raise DataError("image is missing", file=path, record=number, value=f"images/{record[2]}.png")
+        questions.append(Question(*record))
     return questions
 
 
@@ -99,7 +99,7 @@ def _is_question(row: Any) -> bool:
 
 
 def group_by_image(questions: Iterable[Question]) -> dict[int, list[Question]]:
-    """Questions by picture, both in order of first appearance."""
+    """Group questions by image; both keep their order of first appearance."""
     groups: dict[int, list[Question]] = {}
     for question in questions:
         groups.setdefault(question.image_id, []).append(question)
@@ -108,7 +108,7 @@ def group_by_image(questions: Iterable[Question]) -> dict[int, list[Question]]:
 
 @dataclass(frozen=True, slots=True)
 class _Form:
-    """What a question asks for, and the shape and colour that it mentions."""
+    """Parsed question: the attribute asked for, and the shape and colour that it mentions."""
 
     asks: Literal["shape", "color", "presence"]
     shape: str | None
@@ -128,11 +128,11 @@ def _parse_question(text: str) -> _Form:
             return _Form("shape", None, colour, negated=False)
         if words[0] in ("is", "does") and (shape or colour):
             return _Form("presence", shape, colour, negated="not" in words or "no" in words)
-    raise DataError(f"{text!r}: not a question of easy-VQA (what shape, what color, or the presence of one of them)")
+    raise DataError("not a question of easy-VQA", value=text, expected="what shape, what color, or yes/no about one")
 
 
 def question_kind(text: str) -> str:
-    """One of `KINDS`: what a question asks about, and whether it is negated. DataError when it is of no such kind."""
+    """Return the kind of a question, one of `KINDS`. Raises DataError if it has none of them."""
     form = _parse_question(text)
     if form.asks != "presence":
         return f"what {form.asks}"
@@ -140,9 +140,9 @@ def question_kind(text: str) -> str:
 
 
 def answer_to(text: str, shape: str, colour: str) -> str | None:
-    """The answer to a question about a picture of one `shape` in one `colour`; None where it presumes another one.
+    """Return the answer for an image of a `shape` in a `colour`; None if the question presumes another one.
 
-    "what color is the circle?" has no answer about a triangle.
+    "what color is the circle?" has no answer for a triangle.
     """
     form = _parse_question(text)
     if form.asks == "presence":
@@ -153,53 +153,50 @@ def answer_to(text: str, shape: str, colour: str) -> str | None:
     return shape if form.asks == "shape" else colour
 
 
-def is_about_what_is_there(text: str, shape: str, colour: str) -> bool:
-    """Whether a yes/no question mentions a shape or colour that the picture has."""
+def mentions_present(text: str, shape: str, colour: str) -> bool:
+    """Whether a yes/no question mentions a shape or colour that the image has."""
     form = _parse_question(text)
     return (form.shape or shape, form.colour or colour) == (shape, colour)
 
 
-def image_truth(questions: Iterable[Question]) -> tuple[str | None, str | None]:
-    """Shape and colour of the one object, as far as the questions about its picture tell; None where they do not.
+def image_labels(questions: Iterable[Question]) -> tuple[str | None, str | None]:
+    """Infer shape and colour of an image from its questions and answers; None if they do not determine it.
 
-    A `what` question tells by its answer and by what it mentions, a yes/no question by presence ("is there not a
-    circle?" - "no" means a circle). Where all values but one are told to be absent, the last one is the truth.
-    Raises DataError naming the picture when two questions contradict each other.
+    A `what` question determines a label by its answer and its words, a yes/no question by presence ("is there not a
+    circle?" - "no" means a circle). If all values but one are excluded, the remaining one is the label.
+    Raises DataError naming the image if questions contradict each other.
     """
     shapes, colours = set(SHAPES), set(COLOURS)
     for question in questions:
         form = _parse_question(question.text)
         if form.asks == "presence":
             if question.answer not in ("yes", "no"):
-                raise DataError(f"{_quote(question)} is not answered by yes or no")
+                raise _invalid(question, "answer is not yes or no")
             mentioned = {word for word in (form.shape, form.colour) if word}
             present = (question.answer == "yes") != form.negated
-            told_shapes = _told(SHAPES, mentioned, present)
-            told_colours = _told(COLOURS, mentioned, present)
         else:
+            present = True
             known = SHAPES if form.asks == "shape" else COLOURS
             if question.answer not in known:
-                raise DataError(f"{_quote(question)} is not answered by one of {', '.join(known)}")
+                raise _invalid(question, f"answer is not one of {', '.join(known)}")
             mentioned = {word for word in (question.answer, form.shape, form.colour) if word}
-            told_shapes = _told(SHAPES, mentioned, present=True)
-            told_colours = _told(COLOURS, mentioned, present=True)
-        shapes &= told_shapes
-        colours &= told_colours
+        shapes &= _possible(SHAPES, mentioned, present)
+        colours &= _possible(COLOURS, mentioned, present)
         if not shapes or not colours:
-            raise DataError(f"{_quote(question)} contradicts its other questions")
+            raise _invalid(question, "contradicts the other questions of the image")
     return _only(shapes), _only(colours)
 
 
-def _quote(question: Question) -> str:
-    return f"image {question.image_id}: {question.text!r} - {question.answer!r}"
+def _invalid(question: Question, problem: str) -> DataError:
+    return DataError(problem, record=f"image {question.image_id}", value=f"{question.text} - {question.answer}")
 
 
-def _told(values: tuple[str, ...], mentioned: set[str], present: bool) -> set[str]:
-    """The values that stay possible when the mentioned ones among them are present, or absent."""
-    here = mentioned & set(values)
-    if not here:
+def _possible(values: tuple[str, ...], mentioned: set[str], present: bool) -> set[str]:
+    """Return the values that remain possible if the mentioned ones are present, or absent."""
+    known = mentioned & set(values)
+    if not known:
         return set(values)
-    return here if present else set(values) - here
+    return known if present else set(values) - known
 
 
 def _only(values: set[str]) -> str | None:

@@ -1,4 +1,4 @@
-"""Small measurements of a starter model: does it look at the picture, does it still know its language."""
+"""Diagnostics of a starter model: use of the image (captions, swapped images) and perplexity of plain text."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ _WINDOW = 1800
 """Characters of a perplexity window: about 400 tokens of English."""
 
 
-def caption_nll(engine: Engine, truths: Sequence[ShapeImage], images: Path) -> dict[str, float]:
-    """Mean negative log-likelihood per caption token: with the right picture, and with one of another truth."""
+def caption_nll(engine: Engine, captioned: Sequence[ShapeImage], images: Path) -> dict[str, float]:
+    """Return the mean negative log-likelihood per caption token, with the own image and with a different one."""
     return {
-        "right": _nll(engine, [(truth, truth.image_id) for truth in truths], images),
-        "swapped": _nll(engine, [(truth, _other(truths, place)) for place, truth in enumerate(truths)], images),
+        "right": _nll(engine, [(image, image.image_id) for image in captioned], images),
+        "swapped": _nll(engine, [(image, _other(captioned, number)) for number, image in enumerate(captioned)], images),
     }
 
 
-def _other(truths: Sequence[ShapeImage], place: int) -> int:
-    """The next picture that differs in shape and colour."""
-    own = truths[place]
-    for step in range(1, len(truths)):
-        other = truths[(place + step) % len(truths)]
+def _other(captioned: Sequence[ShapeImage], number: int) -> int:
+    """Return the next image that differs in shape and colour."""
+    own = captioned[number]
+    for step in range(1, len(captioned)):
+        other = captioned[(number + step) % len(captioned)]
         if other.shape != own.shape and other.colour != own.colour:
             return other.image_id
-    raise ValueError("all pictures show the same shape or colour")
+    raise ValueError("all images have the same shape or colour")
 
 
 def _nll(engine: Engine, pairs: Sequence[tuple[ShapeImage, int]], images: Path) -> float:
     scores: list[float] = []
     for start in range(0, len(pairs), _BATCH):
         conversations = [
-            [Message.of("user", Image(images / f"{image_id}.png")), Message.of("assistant", caption(truth))]
-            for truth, image_id in pairs[start : start + _BATCH]
+            [Message.of("user", Image(images / f"{image_id}.png")), Message.of("assistant", caption(captioned))]
+            for captioned, image_id in pairs[start : start + _BATCH]
         ]
         for logprobs in engine.score(conversations, template="caption"):
             scores += logprobs
@@ -51,10 +51,10 @@ def _nll(engine: Engine, pairs: Sequence[tuple[ShapeImage, int]], images: Path) 
 
 
 def perplexity(engine: Engine, text: str, tokens: int) -> dict[str, float]:
-    """Perplexity of plain text in windows, over at least `tokens` tokens when the text has them."""
+    """Return the perplexity of plain text, computed in windows until at least `tokens` tokens are scored."""
     scores: list[float] = []
     for window in _windows(text):
-        # The `page` template supervises all of a text; the end of sequence that it adds is not part of ours.
+        # The `page` template supervises the full text and an end-of-sequence token, which is left out here.
         scores += engine.score([[Message.of("user", window)]], template="page")[0][:-1]
         if len(scores) >= tokens:
             break
@@ -72,18 +72,18 @@ def _windows(text: str) -> list[str]:
 
 
 class SwappedEasyVqa(EasyVqa):
-    """easy-VQA whose pictures are exchanged: every group of questions is asked about the next group's picture."""
+    """easy-VQA with swapped images: each group of questions is asked about the image of the next group."""
 
     name = "easy_vqa_swapped"
 
     def __init__(self, folder: Path, limit: int = 0, split: str = "test") -> None:
         super().__init__(folder, limit, split)
         groups = list(dict.fromkeys(item.group for item in self._items))
-        pictures = {item.group: item.messages[0].parts[0] for item in self._items}
-        nxt = {group: pictures[groups[(place + 1) % len(groups)]] for place, group in enumerate(groups)}
-        self._items = [_with_picture(item, nxt[item.group]) for item in self._items]
+        images = {item.group: item.messages[0].parts[0] for item in self._items}
+        swapped = {group: images[groups[(number + 1) % len(groups)]] for number, group in enumerate(groups)}
+        self._items = [_with_image(item, swapped[item.group]) for item in self._items]
 
 
-def _with_picture(item: Item, picture: Any) -> Item:
+def _with_image(item: Item, image: Any) -> Item:
     first = item.messages[0]
-    return replace(item, messages=(replace(first, parts=(picture, *first.parts[1:])), *item.messages[1:]))
+    return replace(item, messages=(replace(first, parts=(image, *first.parts[1:])), *item.messages[1:]))

@@ -1,6 +1,6 @@
-"""The main job: parts, three stages, evaluation, examples and a report, from one call that can be stopped anywhere.
+"""`vila quickstart`: components, three training stages, quantization, evaluation, examples and a report, resumable.
 
-Every step leaves one JSON file below `steps/` when it is done; a second call takes those and goes on with the rest.
+Each finished step writes one JSON file to `steps/`; a further call reads these files and runs the remaining steps.
 """
 
 from __future__ import annotations
@@ -51,24 +51,20 @@ from vila.train.build import build, is_finished, model_dir
 from vila.train.metrics_log import read_metrics
 from vila.train.model_card import save_model_card
 
-# --- quantize_model
-# The starter model in 4 bits: quantized in about a minute, and asked again what the whole model was asked.
-
-
 QUESTIONS = 300
-"""Test questions that both models answer, about."""
+"""Approximate number of test questions for comparing the model with its INT4 version."""
 _ROWS = 1
-"""Rows of 512 tokens to calibrate with: `vila quantize` takes 16, and minutes for them."""
+"""Calibration sequences of 512 tokens, for a minute of quantization; `vila quantize` uses 16 by default."""
 
 
 def quantize_model(model: Path, target: Path, events: Events) -> bool:
-    """Quantize a model to `target`, which is left alone when it is there. False when no group size fits it."""
+    """Quantize a model to INT4 at `target`, unless it exists. Returns False if no group size fits the model."""
     if target.is_dir():
         return True
     network, processor = load_model(model)
     sizes = fitting_group_sizes(network)
     if not sizes:
-        events.log("the model is not quantized: no group size divides the inputs of its Linears")
+        events.log("skipping quantization: no group size divides the input sizes of the linear layers")
         return False
     calibration = text_calibration(packaged_documents(), processor.tokenizer, max_sequences=_ROWS)
     quantize_checkpoint(network, processor, target, QuantConfig(group_size=max(sizes)), calibration, events=events)
@@ -78,10 +74,12 @@ def quantize_model(model: Path, target: Path, events: Events) -> bool:
 def compare_answers(
     whole: Path, small: Path, easy_vqa: Path, answered: Path, out: Path, questions: int, events: Events
 ) -> dict[str, Any]:
-    """Sizes of both models, and the share of the same test questions that each answers right.
+    """Compare size and accuracy of a model and its INT4 version on the same test questions.
 
-    answered: the whole model's predictions, of at least these questions. out: where the small model's are kept.
-    Raises DataError naming the line of `answered` that is no prediction, or the question that it lacks.
+    whole, small: directories of the model and of its INT4 version.
+    answered:     predictions of the model, for at least these questions.
+    out:          directory for the predictions of the INT4 version.
+    Raises DataError if a line of `answered` is malformed or a question is missing.
     """
     benchmark = EasyVqa(easy_vqa, min(questions or QUESTIONS, QUESTIONS))
     items = benchmark.items()
@@ -118,20 +116,20 @@ def _example(item: Any, before: Mapping[str, str], after: Mapping[str, str]) -> 
 STAGES = ("1_align", "2_pretrain", "3_sft")
 TITLES = ("Align: captions", "Pretrain: interleaved pages", "Instruct: questions")
 FULL_MINUTES = 7.0
-"""Training minutes on two cores that the recipes' token budgets are meant for."""
+"""Training minutes on two cores that correspond to the recipes' token budgets."""
 PERPLEXITY_TOKENS = 4096
-_VALIDATION_PICTURES = 100
+_VALIDATION_IMAGES = 100
 _SWAPPED_QUESTIONS = 2000
 
 
 @dataclass(frozen=True)
 class QuickstartOptions:
-    """What the user can choose.
+    """Options of a run.
 
-    minutes:   training minutes on two cores; scales the token budgets of the recipes, so the result does not depend on
-               the speed of the machine.
-    questions: size of the test set, about; 0 takes all.
-    llm, vision: `wheel` for the parts from PyPI, else a directory or a hub id.
+    minutes:     training minutes on two cores; scales the token budgets of the recipes, so that results do not depend
+                 on the speed of the machine.
+    questions:   approximate number of test questions; 0 uses all.
+    llm, vision: `wheel` for the component from PyPI, else a directory or a hub id.
     """
 
     out: Path = Path("runs/starter")
@@ -143,19 +141,21 @@ class QuickstartOptions:
 
     def __post_init__(self) -> None:
         if not 0 < self.minutes <= 1000:
-            raise ConfigError(f"--minutes {self.minutes}: expected more than 0 and at most 1000")
+            raise ConfigError(field="--minutes", value=self.minutes, expected="more than 0, at most 1000")
         if self.questions < 0:
-            raise ConfigError(f"--eval-limit {self.questions}: expected 0 (all) or more")
+            raise ConfigError(field="--eval-limit", value=self.questions, expected="0 (all) or more")
 
-    def facts(self) -> dict[str, Any]:
-        """Return what must be equal for a run to go on; directories are named relative to the run."""
-        facts = {name: getattr(self, name) for name in ("minutes", "questions", "seed", "llm", "vision")}
-        parts = {name: portable_path(facts[name], self.out) for name in ("llm", "vision") if facts[name] != "wheel"}
-        return facts | parts
+    def settings(self) -> dict[str, Any]:
+        """Return the settings that must be equal to resume a run; directories are relative to the run's."""
+        settings = {name: getattr(self, name) for name in ("minutes", "questions", "seed", "llm", "vision")}
+        paths = {
+            name: portable_path(settings[name], self.out) for name in ("llm", "vision") if settings[name] != "wheel"
+        }
+        return settings | paths
 
 
 class Quickstart:
-    """One run in one directory."""
+    """A quickstart run in one output directory."""
 
     def __init__(self, options: QuickstartOptions, events: Events = SILENT) -> None:
         self.options, self.events = options, events
@@ -163,9 +163,9 @@ class Quickstart:
         self.cache = cache_dir()
 
     def run(self) -> dict[str, Any]:
-        """Do what is not done yet; returns what the report shows.
+        """Run the steps that are not finished. Returns the contents of the report.
 
-        Raises ConfigError when `out` holds another run, DirectoryInUseError when another process works on it.
+        Raises ConfigError if `out` has a run with other settings, DirectoryInUseError if another process uses it.
         """
         with DirectoryLock(self.out).acquire(events=self.events):
             return self._run()
@@ -191,28 +191,29 @@ class Quickstart:
     def _claim(self) -> None:
         for folder in (self.out, *(self.out / name for name in ("steps", "data", *STAGES)), *self.out.glob("eval/*")):
             remove_partials(folder)
-        # Earlier versions wrote the names of steps with spaces.
+        # Earlier versions had spaces in these file names.
         for path in (self.out / "steps").glob("* *.json"):
             path.rename(self._step_file(path.stem))
         path = self.out / "quickstart.json"
-        facts = self.options.facts()
+        settings = self.options.settings()
         if path.is_file():
             before = read_json_object(path)
-            # Earlier versions wrote directories as they were typed.
+            # Earlier versions stored directories as given on the command line.
             changed = [
                 f"{key}: {before.get(key)!r} -> {value!r}"
-                for key, value in facts.items()
+                for key, value in settings.items()
                 if before.get(key) not in (value, getattr(self.options, key))
             ]
             if changed:
                 raise ConfigError(
-                    f"{self.out}: holds a run with other settings ({'; '.join(changed)}); "
-                    f"give --output another directory, or delete this one"
+                    f"contains a run with other settings ({'; '.join(changed)})",
+                    file=self.out,
+                    hint="choose another --output directory, or delete this one",
                 )
-        write_json(path, facts)
+        write_json(path, settings)
 
     def _step(self, name: str, work: Callable[[], Any]) -> Any:
-        """Return the result of `work`, from the file of an earlier run if there is one."""
+        """Return the result of a step, from its file if it exists, else by calling `work`."""
         path = self._step_file(name)
         if path.is_file():
             return _read_step(path)["result"]
@@ -222,11 +223,11 @@ class Quickstart:
         return result
 
     def _step_file(self, name: str) -> Path:
-        """Return the file of a step, whose name has no spaces."""
+        """Return the path of a step's file."""
         return self.out / "steps" / f"{name.replace(' ', '-')}.json"
 
     def _note(self, name: str, seconds: float) -> None:
-        """Add to the time of a step that has no result of its own."""
+        """Add to the time of a step without a result."""
         path = self._step_file(name)
         before = _read_step(path, result=False)["seconds"] if path.is_file() else 0.0
         write_json(path, {"name": name, "seconds": round(before + seconds, 2)})
@@ -243,12 +244,12 @@ class Quickstart:
         link = self.out / "data" / "images"
         link.parent.mkdir(parents=True, exist_ok=True)
         link.unlink(missing_ok=True)
-        # The recipes name pictures below this link, so that `vila train starter/3_sft` finds them too.
+        # The recipes name images below this link, so that `vila train starter/3_sft` works too.
         link.symlink_to(self.images.resolve(), target_is_directory=True)
         return write_stage_data(self.easy_vqa, self.out / "data", self.options.seed)
 
     def recipe(self, stage: str) -> Recipe:
-        """The resolved recipe of a stage: packaged, with this run's paths, seed and budget."""
+        """Load the packaged recipe of a stage, with the paths, seed and token budget of this run."""
         plain = load_recipe(f"starter/{stage}")
         overrides = [
             f"seed={self.options.seed}",
@@ -258,9 +259,9 @@ class Quickstart:
         for number, entry in enumerate(plain.data.mixture):
             overrides.append(f"data.mixture.{number}.path={self.out / 'data' / Path(entry.path).name}")
             overrides.append(f"data.mixture.{number}.image_root={self.out / 'data' / 'images'}")
-        place = STAGES.index(stage)
-        if place:
-            overrides.append(f"model.path={self.out / STAGES[place - 1] / 'model'}")
+        index = STAGES.index(stage)
+        if index:
+            overrides.append(f"model.path={self.out / STAGES[index - 1] / 'model'}")
         else:
             overrides += [f"model.llm={self.llm}", f"model.vision={self.vision}"]
         return load_recipe(f"starter/{stage}", overrides)
@@ -278,13 +279,13 @@ class Quickstart:
         self._step(f"caption {stage}", lambda: self._caption(Engine.load(model_dir(recipe)), stage))
 
     def _caption(self, engine: Engine, stage: str) -> dict[str, float]:
-        truths = labelled_images(easy_vqa.group_by_image(easy_vqa.read_questions(self.easy_vqa, "train")))
-        held_out = [truth for truth in truths if is_validation(truth.image_id)][:_VALIDATION_PICTURES]
+        images = labelled_images(easy_vqa.group_by_image(easy_vqa.read_questions(self.easy_vqa, "train")))
+        held_out = [image for image in images if is_validation(image.image_id)][:_VALIDATION_IMAGES]
         with task(self.events, f"caption check after {stage}"):
             return caption_nll(engine, held_out, self.images)
 
     def _publish(self) -> None:
-        """The last stage's model as `out/model`."""
+        """Link or copy the last stage's model to `out/model`, with a model card."""
         target = self.out / "model"
         if not target.is_dir():
             with atomic_path(target) as part:
@@ -292,7 +293,7 @@ class Quickstart:
                 save_model_card(part, self.recipe(STAGES[-1]), self._card_facts())
 
     def _card_facts(self) -> dict[str, Any]:
-        """What the card of the model says besides its recipe."""
+        """Return the contents of the model card in addition to the recipe."""
         licences = [asdict(one) for one in data_licences() if one.name == "easy-VQA"]
         drawn = [entry.path for entry in self.recipe(STAGES[-1]).data.mixture if entry.image_root]
         finished = read_json_object(self.out / STAGES[-1] / "finished.json")
@@ -300,7 +301,7 @@ class Quickstart:
 
     @cached_property
     def engine(self) -> Engine:
-        """The engine of the finished model, loaded when something is still to be measured."""
+        """Engine of the trained model, loaded on first use."""
         return Engine.load(self.out / "model")
 
     def _perplexity(self, engine: Engine) -> dict[str, float]:
@@ -325,9 +326,9 @@ class Quickstart:
         return min(self.options.questions or _SWAPPED_QUESTIONS, _SWAPPED_QUESTIONS)
 
     def _validation(self) -> dict[str, Any]:
-        """Accuracy on held-out training pictures: what the recipe was chosen by."""
+        """Measure the accuracy on held-out training images."""
         benchmark = EasyVqa(self.easy_vqa, 0, "train")
-        kept = sorted({int(i.group) for i in benchmark.items() if is_validation(int(i.group))})[:_VALIDATION_PICTURES]
+        kept = sorted({int(i.group) for i in benchmark.items() if is_validation(int(i.group))})[:_VALIDATION_IMAGES]
         benchmark.keep({str(group) for group in kept})
         benchmark.name = "easy_vqa_validation"
         where = self.out / "eval" / benchmark.name
@@ -336,7 +337,7 @@ class Quickstart:
         )
 
     def _examples(self) -> dict[str, Any]:
-        """Three questions about test pictures, and a question after two examples in its prompt."""
+        """Answer three questions about test images, and one few-shot prompt with two examples."""
         items = EasyVqa(self.easy_vqa, 0, "test").items()
         asked = _three_kinds(items)
         answers = self.engine.generate_batch([i.messages for i in asked], max_new_tokens=8)
@@ -360,7 +361,7 @@ class Quickstart:
         }
 
     def _shrink(self) -> dict[str, Any] | None:
-        """The model in 4 bits, beside the whole one; None when it cannot be quantized."""
+        """Quantize the model to INT4 and compare both; None if it cannot be quantized."""
         self.__dict__.pop("engine", None)
         whole, small = self.out / "model", self.out / "model-int4"
         if not quantize_model(whole, small, self.events):
@@ -431,7 +432,7 @@ class Quickstart:
         }
 
     def _gallery(self) -> list[dict[str, Any]]:
-        """Test questions with their answers: the first wrong ones, then right ones of other pictures."""
+        """Return test questions with answers: up to 6 wrong ones, then right ones about other images, 12 in total."""
         where = result_dir(self.out / "eval", "easy_vqa", self.options.questions)
         items = EasyVqa(self.easy_vqa, self.options.questions, "test").items()
         predictions = read_texts(where / "predictions.jsonl", [item.id for item in items])
@@ -447,19 +448,17 @@ class Quickstart:
 
 
 def _read_step(path: Path, *, result: bool = True) -> dict[str, Any]:
-    """Read the file of a finished step. Raises DataError naming the file and the field that it lacks."""
+    """Read the file of a finished step. Raises DataError naming the missing field."""
     step = read_json_object(path)
     seconds = step.get("seconds")
     if not isinstance(seconds, int | float) or (result and "result" not in step):
         field = "result" if isinstance(seconds, int | float) else "seconds"
-        raise DataError(
-            "not the file of a finished step", file=path, field=field, hint="delete it to do the step again"
-        )
+        raise DataError("missing in the file of a step", file=path, field=field, hint="delete it to run the step again")
     return step
 
 
 def _three_kinds(items: Sequence[Item]) -> list[Item]:
-    """One question of each kind, about three pictures."""
+    """Select one question of each kind, about three images."""
     chosen: dict[str, Item] = {}
     for kind in ("what shape", "what color", "yes/no color"):
         item = next(item for item in items if item.category == kind and item.group not in chosen)
@@ -468,7 +467,7 @@ def _three_kinds(items: Sequence[Item]) -> list[Item]:
 
 
 def _few_shot(items: Sequence[Item]) -> tuple[list[Message], Item]:
-    """Two answered questions about pictures of their own, and a third of the same kind with another answer."""
+    """Select two answered questions about different images, and a third one of the same kind with another answer."""
     chosen: dict[str, Item] = {}
     for item in items:
         if item.category == "what color" and item.truth not in chosen:
@@ -478,7 +477,7 @@ def _few_shot(items: Sequence[Item]) -> tuple[list[Message], Item]:
 
 
 def _scores(result: BenchmarkRun | None) -> dict[str, Any]:
-    assert result  # only processes that share the questions with others have none
+    assert result  # None only in distributed evaluation
     return {**result.scores, "seconds": round(result.seconds, 1)}
 
 

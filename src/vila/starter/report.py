@@ -1,4 +1,4 @@
-"""The starter's report: what was trained, how well it sees, what it cost, and what to do next."""
+"""Report of the quickstart: training, accuracy, use of the image, perplexity, INT4, time, and next commands."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
+
+from PIL import Image as PilImage
 
 from vila.core.files import resolve_path, write_json
 from vila.report.html import Card, Figure, Page
@@ -17,19 +19,19 @@ Result = Mapping[str, Any]
 
 
 def write_report(result: dict[str, Any], folder: Path) -> None:
-    """Write `report.html` and `report.json` into `folder`, each whole or not at all.
+    """Write `report.html` and `report.json` to `folder`, atomically.
 
-    result: what `quickstart` measured. Accuracies are fractions, times seconds, losses nats per token. A key that is
-    absent or None leaves its section out. Images are named relative to `folder`, as `portable_path` does. The JSON file
-    holds the same, without the bytes of images; a number that is not finite becomes null there.
-    Raises MediaError naming an example's image that cannot be read.
+    result: return value of `Quickstart.run`. Accuracies are fractions, times seconds, losses nats per token. Sections
+            of absent keys are omitted. Image paths are relative to `folder`. The JSON file has the same content without
+            image data; numbers that are not finite become null.
+    Raises MediaError if an image cannot be read.
     """
     render_report(with_images(result, folder)).save(folder / "report.html")
     write_json(folder / "report.json", plain(result))
 
 
 def with_images(result: Result, folder: Path) -> dict[str, Any]:
-    """Return the result with the paths of its images as they are opened from the working directory."""
+    """Return the result with image paths resolved against `folder`."""
 
     def located(value: Any, key: str = "") -> Any:
         if isinstance(value, Mapping):
@@ -43,8 +45,8 @@ def with_images(result: Result, folder: Path) -> dict[str, Any]:
 
 
 def render_report(result: Result) -> Page:
-    """The page, section by section."""
-    page = Page("A visual language model, trained from its parts", _subtitle(result), _footer(result))
+    """Build the page."""
+    page = Page("A visual language model, trained from open components", _subtitle(result), _footer(result))
     _headline(page, result)
     _accuracy(page, result)
     _examples(page, result)
@@ -59,11 +61,11 @@ def render_report(result: Result) -> Page:
 
 
 def plain(value: Any) -> Any:
-    """`value` as JSON can hold it: paths as text, pictures left out, null for numbers that are not finite."""
+    """Convert `value` to JSON types: paths become text, images are dropped, numbers that are not finite become null."""
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items() if not _is_picture(item)}
+        return {str(key): plain(item) for key, item in value.items() if not _is_image(item)}
     if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value if not _is_picture(item)]
+        return [plain(item) for item in value if not _is_image(item)]
     if isinstance(value, PurePath):
         return value.as_posix()
     if isinstance(value, float):
@@ -71,8 +73,8 @@ def plain(value: Any) -> Any:
     return value
 
 
-def _is_picture(value: Any) -> bool:
-    return isinstance(value, bytes) or hasattr(value, "getbands")
+def _is_image(value: Any) -> bool:
+    return isinstance(value, (bytes, PilImage.Image))
 
 
 def _subtitle(result: Result) -> str:
@@ -83,12 +85,12 @@ def _subtitle(result: Result) -> str:
         f"with {cores} core{'s' * (cores != 1)}" if cores else "",
         f"on {machine['date']}" if machine.get("date") else "",
     ]
-    return " ".join(["Trained and tested", *filter(None, parts)]) + "." if any(parts) else ""
+    return " ".join(["Trained and evaluated", *filter(None, parts)]) + "." if any(parts) else ""
 
 
 def _footer(result: Result) -> str:
     seed = f" Seed {result['seed']}." if result.get("seed") is not None else ""
-    return f"This file is complete in itself and loads nothing. Its numbers are in report.json.{seed}"
+    return f"This file is self-contained. Its numbers are also in report.json.{seed}"
 
 
 def _headline(page: Page, result: Result) -> None:
@@ -100,22 +102,21 @@ def _headline(page: Page, result: Result) -> None:
             notes.append(f"validation {write_percent(result['validation_accuracy'])}")
         tiles["test accuracy"] = Figure(write_percent(accuracy), ", ".join(filter(None, notes)))
     if blind is not None:
-        tiles["best blind guess"] = Figure(write_percent(blind), "each question's commonest answer")
+        tiles["best blind baseline"] = Figure(write_percent(blind), "most frequent answer of each question")
     if swapped is not None:
-        tiles["with swapped pictures"] = Figure(write_percent(swapped), "the same questions about another picture")
+        tiles["with swapped images"] = Figure(write_percent(swapped), "the same questions about another image")
     if seconds := result.get("seconds"):
-        tiles["from parts to this page"] = Figure(write_seconds(_total(seconds)), "reading, training, testing")
+        tiles["total time"] = Figure(write_seconds(_total(seconds)), "data, training, evaluation")
     if tiles:
         page.figures(tiles)
     if accuracy is not None and blind is not None:
         gap = 100 * (accuracy - blind)
         sentence = (
-            f"Answers that ignore the picture are right at most {write_percent(blind)} of the time; "
-            f"the model is {abs(gap):.1f} points {'above' if gap >= 0 else 'below'} that."
+            f"Without the image, an accuracy of at most {write_percent(blind)} is possible; "
+            f"the model is {abs(gap):.1f} points {'above' if gap >= 0 else 'below'} it."
         )
         if swapped is not None:
-            falls = "falls to" if swapped < accuracy else "reaches"
-            sentence += f" Shown the wrong picture it {falls} {write_percent(swapped)}."
+            sentence += f" With the wrong image its accuracy is {write_percent(swapped)}."
         page.text(sentence)
 
 
@@ -127,15 +128,15 @@ def _accuracy(page: Page, result: Result) -> None:
     rows = {"all questions": {short: result.get(key) for short, key in total.items()}}
     rows |= {f"{kind} ({row['count']:,})" if row.get("count") else kind: dict(row) for kind, row in kinds.items()}
     groups = [
-        Group(name, {"model": row.get("accuracy"), "blind guess": row.get("blind"), "majority": row.get("majority")})
+        Group(name, {"model": row.get("accuracy"), "blind": row.get("blind"), "majority": row.get("majority")})
         for name, row in rows.items()
     ]
     page.section(
         "Accuracy",
-        "By type of question, beside two guessers that never see a picture: one knows the commonest answer to each "
-        "question, the other the commonest answer to the type.",
+        "By type of question, with two baselines that ignore the image: the most frequent answer of each question "
+        "(blind) and of each type (majority).",
     )
-    page.plot(bar_plot(groups, title="Answers that are exactly right", write=write_percent, full=1.0))
+    page.plot(bar_plot(groups, title="Exact-match accuracy", write=write_percent, full=1.0))
 
 
 def _examples(page: Page, result: Result) -> None:
@@ -152,7 +153,8 @@ def _examples(page: Page, result: Result) -> None:
     ]
     right = sum(card.good is True for card in cards)
     page.section(
-        "Answers", f"Test pictures that took no part in training. Of these {len(cards)} answers {right} are right."
+        "Answers",
+        f"Test images, not used in training. {right} of these {len(cards)} answers are right.",
     )
     page.gallery(cards)
 
@@ -161,12 +163,10 @@ def _few_shot(page: Page, result: Result) -> None:
     shot = result.get("few_shot")
     if not shot:
         return
-    page.section(
-        "In-context prompt", "Examples inside the prompt, and a last picture that the model is to treat alike."
-    )
+    page.section("Few-shot prompt", "Examples with answers in the prompt, then a question about the last image.")
     images = shot.get("images") or []
     if images:
-        page.gallery([Card(image, [("picture", f"{i} of {len(images)}")]) for i, image in enumerate(images, start=1)])
+        page.gallery([Card(image, [("image", f"{i} of {len(images)}")]) for i, image in enumerate(images, start=1)])
     page.code(shot["prompt"], "Prompt")
     page.table((), [(name, shot[name]) for name in ("answer", "truth") if shot.get(name) is not None])
 
@@ -175,22 +175,22 @@ def _losses(page: Page, result: Result) -> None:
     stages = result.get("stages") or []
     if not stages:
         return
-    page.section("Training", "Stage by stage, each from the weights of the one before.")
+    page.section("Training", "Each stage starts from the weights of the previous one.")
     series: list[Series] = []
     end = 0.0
     for stage in stages:
         points = [(float(tokens), _number(loss)) for tokens, loss in stage.get("loss") or []]
-        # Counts that begin anew with each stage are laid end to end.
+        # Token counts that restart with each stage are concatenated.
         shift = end if points and points[0][0] < end else 0.0
         series.append(Series(_title(stage), [(x + shift, y) for x, y in points]))
         end = max([end, *(x for x, _ in series[-1].points)])
     if any(s.points for s in series):
         plot = line_plot(
-            series, title="Training loss", x_label="tokens seen", y_label="nats per token", log_y=True, smoothing=0.9
+            series, title="Training loss", x_label="tokens", y_label="nats per token", log_y=True, smoothing=0.9
         )
         page.plot(
             plot,
-            "Faint: every step; strong: a moving average. Stages learn different texts, so levels do not compare.",
+            "Faint: every step; strong: moving average. Losses of different stages are not comparable.",
         )
     speed = result.get("tokens_per_second") or {}
     rows = [
@@ -212,28 +212,28 @@ def _captions(page: Page, result: Result) -> None:
     if not measured:
         return
     page.section(
-        "Does it look?",
-        "Captions of held-back pictures, scored behind their own picture and behind another one. "
-        "The wider apart, the more the text depends on the picture.",
+        "Use of the image",
+        "Captions of held-out images, scored with their own image and with another one. "
+        "The larger the difference, the more the text depends on the image.",
     )
     groups = [
-        Group(f"after {_title(stage)}", {"own picture": nll.get("right"), "another picture": nll.get("swapped")})
+        Group(f"after {_title(stage)}", {"own image": nll.get("right"), "another image": nll.get("swapped")})
         for stage, nll in measured
     ]
     plot = bar_plot(groups, title="Negative log-likelihood of captions, nats per token", write=lambda v: f"{v:.2f}")
-    page.plot(plot, "Lower is better with the own picture.")
+    page.plot(plot, "With the own image, lower is better.")
 
 
 def _perplexity(page: Page, result: Result) -> None:
     perplexity = result.get("perplexity")
     if not perplexity:
         return
-    page.section("Language", "What training on pictures cost the language model of its text.")
+    page.section("Language", "Perplexity of plain text before and after training on images.")
     rise = f"{perplexity['rise_percent']:+.1f}".replace("-", "\N{MINUS SIGN}")
     before, after = f"{perplexity['before']:.2f}", f"{perplexity['after']:.2f}"
     page.figures({"perplexity before": before, "perplexity after": after, "rise": f"{rise}\N{NO-BREAK SPACE}%"})
-    facts = {"tokens of plain text": perplexity.get("tokens"), "SHA-256 of the text": perplexity.get("text_sha256")}
-    page.table((), [(name, value) for name, value in facts.items() if value is not None])
+    details = {"tokens of plain text": perplexity.get("tokens"), "SHA-256 of the text": perplexity.get("text_sha256")}
+    page.table((), [(name, value) for name, value in details.items() if value is not None])
 
 
 def _cost(page: Page, result: Result) -> None:
@@ -244,7 +244,7 @@ def _cost(page: Page, result: Result) -> None:
     page.section("Time and machine")
     if seconds:
         steps = [Group(step, {"time": value}) for step, value in seconds.items() if step != "total"]
-        page.plot(bar_plot(steps, title=f"Where {write_seconds(_total(seconds))} went", write=write_seconds))
+        page.plot(bar_plot(steps, title=f"Time by step ({write_seconds(_total(seconds))})", write=write_seconds))
     named = {stage["name"]: _title(stage) for stage in result.get("stages") or []}
     rest = {named.get(name, name): value for name, value in speed.items() if not named or name not in named}
     if rest:
@@ -260,11 +260,11 @@ def _int4(page: Page, result: Result) -> None:
     if not small:
         return
     before, after = small["bytes_before"] / 2**20, small["bytes_after"] / 2**20
-    page.section("The same model in 4 bits")
+    page.section("INT4 quantization")
     page.figures(
         {
             "size": Figure(f"{after:.0f} MiB", f"{before:.0f} MiB before"),
-            "right answers": Figure(
+            "accuracy": Figure(
                 write_percent(small["accuracy_after"]),
                 f"{write_percent(small['accuracy_before'])} before, on the same {small['questions']:,} questions",
             ),
@@ -283,7 +283,7 @@ def _next_steps(page: Page, result: Result) -> None:
     commands = result.get("commands") or ()
     if not commands:
         return
-    page.section("What to do next")
+    page.section("Next steps")
     pairs: Sequence[tuple[str, str]] = (
         list(commands.items()) if isinstance(commands, Mapping) else [("", command) for command in commands]
     )
