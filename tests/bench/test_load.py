@@ -1,4 +1,4 @@
-"""The load generator against a server whose answers, refusals and pace are known."""
+"""Load generator against a mock server with known answers, errors and timing."""
 
 import asyncio
 import json
@@ -104,7 +104,7 @@ def ask(text="hello", count=1):
     return [Question([{"role": "user", "content": text}], 8)] * count
 
 
-def test_clients_ask_one_after_another_and_never_more_at_once(known):
+def test_closed_loop_keeps_the_concurrency(known):
     state, server = known
     timings = asyncio.run(closed_loop(server, ask(count=9), 3))
     assert state.most_open == 3
@@ -117,14 +117,14 @@ def test_clients_ask_one_after_another_and_never_more_at_once(known):
         assert sum(timing.gaps) == pytest.approx(timing.end - timing.first, abs=PAUSE)
 
 
-def test_arrivals_wait_for_nobody(known):
+def test_open_loop_does_not_wait_for_answers(known):
     state, server = known
     timings = asyncio.run(open_loop(server, ask(count=10), 200.0, seed=3))
     assert len(timings) == 10 and all(timing.answered for timing in timings)
     assert state.most_open > 4  # ten arrive in about 50 ms, an answer takes 100
 
 
-def test_arrivals_above_the_bound_wait_and_their_clock_runs(known):
+def test_open_loop_limits_requests_in_flight(known):
     state, server = known
     timings = asyncio.run(open_loop(server, ask(count=6), 1000.0, max_open=1))
     assert state.most_open == 1
@@ -132,7 +132,7 @@ def test_arrivals_above_the_bound_wait_and_their_clock_runs(known):
     assert waits[-1] > 4 * WORDS * PAUSE
 
 
-def test_a_refused_client_waits_as_told_and_asks_again(known):
+def test_closed_loop_retries_after_429(known):
     state, server = known
     state.refuse = 2
     (timing,) = asyncio.run(closed_loop(server, ask(), 1))
@@ -143,7 +143,7 @@ def test_a_refused_client_waits_as_told_and_asks_again(known):
     assert (timing.status, timing.answered, timing.problem) == (429, False, "queue full")
 
 
-def test_what_fails_is_counted_and_nothing_is_raised(known):
+def test_failures_are_counted(known):
     _, server = known
     timings = asyncio.run(closed_loop(server, [*ask("fail", 2), *ask("break"), *ask()], 2))
     timings += asyncio.run(closed_loop(Server("http://127.0.0.1:9/v1", "known"), ask(), 1))
@@ -155,7 +155,7 @@ def test_what_fails_is_counted_and_nothing_is_raised(known):
     assert (summary.asked, summary.answered) == (5, 1)
 
 
-def test_events_that_are_no_chat_completions_are_problems(known):
+def test_invalid_events_are_failures(known):
     _, server = known
     questions = [question for number in range(len(ODD)) for question in ask(f"odd{number}")]
     timings = asyncio.run(closed_loop(server, questions, 4))
@@ -193,13 +193,13 @@ def test_a_measurement_writes_its_table_and_report(known, tmp_path):
     assert "new tokens per second" in paths[1].read_text()
 
 
-def test_a_place_without_a_server_is_named():
+def test_a_missing_server_is_named():
     with pytest.raises(ConfigError) as caught:
         served_model("http://127.0.0.1:9/v1")
     assert caught.value.file == "http://127.0.0.1:9/v1/models"
 
 
-def test_no_two_questions_begin_alike_and_a_seed_repeats_them():
+def test_questions_have_distinct_prefixes_and_depend_on_the_seed():
     asked = questions(20, prompt_tokens=64, max_tokens=8, seed=1)
     texts = [question.messages[0]["content"] for question in asked]
     assert len({" ".join(text.split()[:8]) for text in texts}) == 20

@@ -1,4 +1,4 @@
-"""One server for all tests that need a real process, and one application for those that do not."""
+"""One server process and one in-process application, shared by the tests."""
 
 import pytest
 

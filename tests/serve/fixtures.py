@@ -1,4 +1,4 @@
-"""A tiny model that answers in letters and never ends, its server in this process and in one of its own."""
+"""A tiny model without a stop token, and its server in this process or in a subprocess."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keys, key files, host names and headers: who is let in."""
+"""API keys, allowed hosts, origins and header limits."""
 
 import httpx
 import pytest
@@ -17,7 +17,7 @@ from vila.serve.app import create_app
     ["localhost", "LOCALHOST:8000", "127.0.0.1", "127.0.0.1:80", "127.3.2.1", "[::1]", "[::1]:8000", "a.localhost",
      "localhost."],
 )  # fmt: skip
-def test_a_server_of_this_machine_answers_to_its_names(service, host):
+def test_a_local_server_accepts_loopback_host_names(service, host):
     app = create_app(service, hosts=parse_allowed_hosts("127.0.0.1", ()))
     assert send(app, "GET", "/v1/models", headers={"Host": host}).status_code == 200
 
@@ -29,13 +29,13 @@ def test_a_server_of_this_machine_answers_to_its_names(service, host):
      "\u00e9.example"],
 )  # fmt: skip
 @pytest.mark.parametrize("path", ["/v1/models", "/health", "/metrics", "/openapi.json"])
-def test_it_answers_to_no_other_name(service, host, path):
+def test_a_local_server_rejects_other_host_names(service, host, path):
     app = create_app(service, hosts=parse_allowed_hosts("localhost", ()))
     error = refusal(send(app, "GET", path, headers={"Host": host.encode("latin-1")}), 403)
     assert error["code"] == "host_not_allowed"
 
 
-def test_a_request_to_another_name_is_refused_before_its_body_is_read(service):
+def test_the_host_is_checked_before_the_body_is_read(service):
     app = create_app(service, hosts=parse_allowed_hosts("::1", ()))
     assert refusal(send(app, json=body(), headers={"Host": "evil.example"}), 403)
     with on_a_port(app) as port, connect(port) as connection:
@@ -43,7 +43,7 @@ def test_a_request_to_another_name_is_refused_before_its_body_is_read(service):
         assert ended(connection).startswith(b"HTTP/1.1 200")
 
 
-def test_further_names_are_allowed_by_name():
+def test_allowed_hosts_and_wildcards_are_accepted():
     hosts = parse_allowed_hosts("127.0.0.1", ["vila.example", "*.Lab.example"])
     for host in ("vila.example", "VILA.example.", "a.lab.example", "a.b.lab.example", "localhost"):
         assert hosts.accepts(host)
@@ -51,27 +51,27 @@ def test_further_names_are_allowed_by_name():
         assert not hosts.accepts(host)
 
 
-def test_a_server_that_others_can_reach_answers_to_every_name_unless_some_are_given():
+def test_a_public_server_accepts_every_host_unless_some_are_given():
     assert parse_allowed_hosts("0.0.0.0", ()) is None
     assert parse_allowed_hosts("192.168.1.5", ()) is None
     assert isinstance(parse_allowed_hosts("0.0.0.0", ["a.example"]), AllowedHosts)
 
 
 @pytest.mark.parametrize("name", ["", "*", "*.", "http://a.example", "a.example:80", "a b", "a@b", "a/b", "*.*.a"])
-def test_what_is_no_host_name_is_refused(name):
+def test_invalid_host_names_are_rejected(name):
     with pytest.raises(ConfigError) as raised:
         parse_allowed_hosts("127.0.0.1", [name])
     assert (raised.value.field, raised.value.value) == ("--allowed-host", name)
 
 
-def test_hosts_of_headers():
+def test_host_names_of_headers():
     assert host_name("a.example:80") == "a.example"
     assert host_name("[::1]:80") == "::1"
     assert host_name("[::1") == ""
     assert is_loopback("127.0.0.1") and not is_loopback("128.0.0.1") and not is_loopback("")
 
 
-def test_keys_of_a_file_the_command_line_and_the_environment_are_all_good(service, tmp_path):
+def test_keys_come_from_file_command_line_and_environment(service, tmp_path):
     file = tmp_path / "keys"
     file.write_text("\ufeff# keys of the lab\nalpha\n\n  beta  \r\nalpha\n")
     keys = read_api_keys(["gamma"], file, "delta")
@@ -88,7 +88,7 @@ def test_keys_of_a_file_the_command_line_and_the_environment_are_all_good(servic
     [(b"", None), (b"# nothing\n\n", None), (b"good\nwith space\n", "line 2"), ("k\u00e9y\n".encode(), "line 1"),
      (b"good\n\x01bad", "line 2"), (b"\xff\xfe\x00", None)],
 )  # fmt: skip
-def test_a_file_without_good_keys_is_named_and_no_key_is_shown(tmp_path, content, record):
+def test_errors_name_the_key_file_and_never_show_a_key(tmp_path, content, record):
     file = tmp_path / "keys"
     file.write_bytes(content)
     with pytest.raises(ConfigError) as raised:
@@ -97,24 +97,24 @@ def test_a_file_without_good_keys_is_named_and_no_key_is_shown(tmp_path, content
     assert not any(word in str(raised.value).replace(str(file), "") for word in ("good", "with space", "bad"))
 
 
-def test_a_key_file_that_is_not_there_is_named(tmp_path):
+def test_a_missing_key_file_is_named(tmp_path):
     with pytest.raises(ConfigError) as raised:
         read_api_keys((), tmp_path / "none")
     assert raised.value.file == str(tmp_path / "none")
 
 
 @pytest.mark.parametrize("key", ["", " ", "a b", "k\u00e9y", "a\n"])
-def test_a_key_that_no_header_can_carry_is_refused_and_an_empty_one_opens_nothing(key):
+def test_invalid_and_empty_keys_are_rejected(key):
     with pytest.raises(ConfigError) as raised:
         read_api_keys([key], None)
     assert raised.value.field == "--api-key"
 
 
-def test_without_any_key_the_server_is_open():
+def test_without_keys_there_is_no_authentication():
     assert read_api_keys((), None, "") == ()
 
 
-def test_a_client_is_counted_by_its_key_or_else_its_address(service, monkeypatch):
+def test_clients_are_identified_by_key_or_address(service, monkeypatch):
     seen = []
     room = service.models.models[0].concurrency
     monkeypatch.setattr(room, "acquire", lambda client, count: seen.append((client, count)))
@@ -129,11 +129,11 @@ def test_a_client_is_counted_by_its_key_or_else_its_address(service, monkeypatch
 @pytest.mark.parametrize(
     "headers", [{f"X-{number}": "a" for number in range(101)}, {"X-Long": "a" * 8192}, {"X" * 8192: "a"}]
 )
-def test_too_many_and_too_long_headers_are_refused(service, headers):
+def test_too_many_and_too_long_headers_are_rejected(service, headers):
     assert refusal(send(create_app(service), "GET", "/health", headers=headers), 431)["code"] == "headers_too_large"
 
 
-def test_headers_beyond_all_measure_end_the_connection(service):
+def test_excessive_headers_close_the_connection(service):
     with on_a_port(create_app(service)) as port, connect(port) as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n" + b"a: b\r\n" * 20_000)
         assert ended(connection)[:12] in (b"HTTP/1.1 400", b"HTTP/1.1 431", b"")
@@ -148,13 +148,13 @@ async def hello(scope, receive, send):
     [(None, 200), ("http://127.0.0.1:7860", 200), ("http://localhost:7860", 403), ("http://127.0.0.1:7861", 403),
      ("https://evil.example", 403), ("null", 403), ("", 403), ("https://vila.example", 200)],
 )  # fmt: skip
-def test_only_pages_of_its_own_may_use_the_demo(origin, status):
+def test_the_demo_rejects_other_origins(origin, status):
     page = SameOrigin(hello, parse_allowed_hosts("127.0.0.1", ["vila.example"]))
     headers = {"Host": "127.0.0.1:7860", **({} if origin is None else {"Origin": origin})}
     assert send(page, path="/gradio_api/queue/join", json={}, headers=headers).status_code == status
 
 
-def test_the_demo_answers_to_names_of_this_machine_alone():
+def test_the_demo_accepts_loopback_host_names_only():
     page = SameOrigin(hello, parse_allowed_hosts("127.0.0.1", ()))
     assert send(page, "GET", "/", headers={"Host": "evil.example"}).status_code == 403
     assert send(page, "GET", "/", headers={"Host": "localhost:7860"}).status_code == 200
@@ -164,7 +164,7 @@ def test_the_demo_answers_to_names_of_this_machine_alone():
         assert send(open_to_all, "GET", "/", headers=headers).status_code == status
 
 
-def test_the_page_of_gradio_is_guarded(tmp_path):
+def test_the_gradio_app_has_the_middleware(tmp_path):
     pytest.importorskip("gradio", reason="needs pip install 'vila-vlm[demo]'")
     from vila.serve.demo.client import ApiClient
     from vila.serve.demo.ui import launch

@@ -1,4 +1,4 @@
-"""Addresses of pictures: nothing private is fetched, in whatever way it is written."""
+"""SSRF protection of image URLs: private addresses are never fetched."""
 
 import httpcore2
 import pytest
@@ -38,7 +38,7 @@ def dialled(monkeypatch):
 
 
 @pytest.mark.parametrize("host", PRIVATE)
-def test_a_private_address_is_refused_and_not_dialled(app, dialled, host):
+def test_private_addresses_are_rejected_without_a_connection(app, dialled, host):
     answer = asked(app, f"http://{host}/a.png")
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "messages[0].content[0]"
@@ -50,7 +50,7 @@ def test_the_check_would_notice_a_connection(app, dialled):
     assert dialled == ["93.184.215.14"]
 
 
-def test_a_name_is_looked_up_once_and_every_address_of_it_must_be_public(app, dialled, monkeypatch):
+def test_a_host_is_resolved_once_and_all_its_addresses_must_be_public(app, dialled, monkeypatch):
     import socket
 
     answers = [["93.184.215.14"], ["127.0.0.1"], ["93.184.215.14", "10.0.0.1"]]
@@ -74,7 +74,7 @@ def test_a_name_is_looked_up_once_and_every_address_of_it_must_be_public(app, di
 @pytest.mark.parametrize(
     "target", ["http://127.0.0.2/a.png", "http://[::1]/a.png", "file:///etc/passwd", "ftp://a.b/c"]
 )
-def test_a_public_address_that_leads_to_a_private_one_is_refused(app, monkeypatch, target):
+def test_redirects_to_private_addresses_are_rejected(app, monkeypatch, target):
     is_public = http.is_public
     monkeypatch.setattr(http, "is_public", lambda address: address == "127.0.0.1" or is_public(address))
     with pages({"/a.png": target}) as web:

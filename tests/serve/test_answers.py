@@ -1,4 +1,4 @@
-"""Pieces of answers: white space around them, tokens as text, sampling_params of several answers."""
+"""Response formatting, seeds of several answers, model names and validation errors."""
 
 import itertools
 
@@ -14,7 +14,7 @@ from vila.serve.schema import ChatRequest
 
 
 @pytest.mark.parametrize("text", ["  a cat \n sat  ", "", "   ", "a", "a b", "\n\nx\n\ny\n"])
-def test_trimmed_pieces_are_the_stripped_text_however_it_is_cut(text):
+def test_trimmed_pieces_join_to_the_stripped_text(text):
     for cuts in itertools.product([0, 1], repeat=min(len(text), 12)):
         pieces, start = [], 0
         for place, cut in enumerate(cuts, start=1):
@@ -25,7 +25,7 @@ def test_trimmed_pieces_are_the_stripped_text_however_it_is_cut(text):
         assert "".join(trim.push(piece) for piece in [*pieces, text[start:]]) == text.strip()
 
 
-def test_a_token_is_shown_as_it_stands_behind_the_one_before_it():
+def test_token_text_depends_on_the_previous_token():
     # As a sentencepiece tokenizer does, the decoder takes the space off the first token of a text.
     words = {1: " a", 2: " cat", 3: "\N{REPLACEMENT CHARACTER}"}
     reports = LogprobFormatter(lambda ids: "".join(words[id_] for id_ in ids).removeprefix(" "), top=1)
@@ -40,7 +40,7 @@ def request(**changes):
     return ChatRequest(model="m", messages=[{"role": "user", "content": "x"}], **changes)
 
 
-def test_several_answers_have_seeds_of_their_own_and_none_given_is_random():
+def test_choices_have_distinct_seeds_and_the_default_is_random():
     first = [sampling.seed for sampling in sampling_params(request(n=3, seed=5), 9)]
     assert first[0] == 5
     assert len({*first, *(sampling.seed for sampling in sampling_params(request(n=3, seed=6), 9))}) == 6
@@ -48,21 +48,21 @@ def test_several_answers_have_seeds_of_their_own_and_none_given_is_random():
     assert sampling_params(request(), 9) != sampling_params(request(), 9)
 
 
-def test_two_models_of_one_name_are_refused():
+def test_duplicate_model_names_are_rejected():
     same = [ServedModel("a", lambda: None), ServedModel("a", lambda: None)]
     with pytest.raises(ConfigError) as caught:
         Models(same, Batching())
     assert (caught.value.field, caught.value.value) == ("--served-model-name", "a")
 
 
-def test_a_directory_gives_its_name_or_that_of_the_run(tmp_path):
+def test_default_name_is_that_of_the_directory_or_run(tmp_path):
     (tmp_path / "starter" / "model").mkdir(parents=True)
     assert default_name(str(tmp_path / "starter")) == "starter"
     assert default_name(str(tmp_path / "starter" / "model")) == "starter"
     assert default_name("owner/name") == "owner/name"
 
 
-def test_many_problems_are_not_all_told():
+def test_validation_errors_are_truncated():
     problems = [{"type": "x", "loc": ("messages", number), "msg": "bad"} for number in range(15)]
     error = validation_error(problems)
     assert error.param == "messages[0]"
@@ -70,7 +70,7 @@ def test_many_problems_are_not_all_told():
     assert "5 more" in error.message
 
 
-def test_content_of_another_kind_is_told_both_that_there_are():
+def test_invalid_content_lists_both_accepted_types():
     with pytest.raises(ValidationError) as raised:
         ChatRequest(model="m", messages=[{"role": "user", "content": None}])
     error = validation_error(raised.value.errors())
@@ -78,7 +78,7 @@ def test_content_of_another_kind_is_told_both_that_there_are():
     assert "string" in error.message and "list" in error.message
 
 
-def test_names_of_models_can_be_written_in_json(tmp_path):
+def test_model_names_are_valid_utf8(tmp_path):
     folder = tmp_path / "m\udcff"
     folder.mkdir()
     assert default_name(str(folder)) == "m?"

@@ -52,12 +52,12 @@ def refusal(answer, status=400):
      b'{"seed": ' + b"9" * 5000 + b"}"],
     ids=["cut", "empty", "null", "list", "number", "string", "utf-16", "not utf-8", "deep", "half number", "long int"],
 )  # fmt: skip
-def test_what_is_no_json_object_is_refused(app, content):
+def test_bodies_that_are_not_json_objects_are_rejected(app, content):
     assert refusal(send(app, content=content, headers=JSON))["type"] == "invalid_request_error"
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x"])
-def test_json_of_another_type_is_refused_so_that_no_web_page_can_send_it(app, kind):
+def test_other_content_types_are_rejected_against_csrf(app, kind):
     refusal(send(app, content=b'{"model": "tiny"}', headers={"Content-Type": kind}))
 
 
@@ -180,7 +180,7 @@ def test_unknown_routes_get_error_objects(app):
     assert refusal(send(app, "GET", "/v1/models/..%2f..%2fetc%2fpasswd"), 404)["code"] == "model_not_found"
 
 
-def test_text_that_looks_like_a_marker_is_text(app):
+def test_special_tokens_in_text_are_plain_text(app):
     plain = ask(app).json()["usage"]["prompt_tokens"]
     for marker in ("</s>", "<image>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<video>", "{bos}"):
         for content in (f"hello{marker}", [text_part(f"hello{marker}")], [text_part("hello"), text_part(marker)]):
@@ -189,7 +189,7 @@ def test_text_that_looks_like_a_marker_is_text(app):
             assert answer.json()["usage"]["prompt_tokens"] == plain + len(marker)
 
 
-def test_no_traceback_of_a_fault_of_ours_reaches_the_client(app, service, monkeypatch, caplog):
+def test_internal_errors_show_no_traceback(app, service, monkeypatch, caplog):
     def fail(*arguments, **options):
         raise RuntimeError("secret inside")
 
@@ -200,7 +200,7 @@ def test_no_traceback_of_a_fault_of_ours_reaches_the_client(app, service, monkey
     assert "secret inside" in caplog.text
 
 
-def test_a_fault_in_mid_stream_ends_the_stream_with_an_error(app, service, monkeypatch):
+def test_an_internal_error_while_streaming_ends_the_stream(app, service, monkeypatch):
     batcher = service.models.models[0].batcher
     real = batcher.submit
 
@@ -218,7 +218,7 @@ def test_a_fault_in_mid_stream_ends_the_stream_with_an_error(app, service, monke
     assert "[DONE]" not in answer.text
 
 
-def test_keys_open_the_protocol_and_nothing_else_needs_one(service):
+def test_only_v1_requires_a_key(service):
     app = create_app(service, keys=["one", "two"])
     for headers in ({}, {"Authorization": "Bearer no"}, {"Authorization": "one"}, {"Authorization": "Basic one"}):
         error = refusal(send(app, json=body(), headers=headers), 401)
@@ -230,7 +230,7 @@ def test_keys_open_the_protocol_and_nothing_else_needs_one(service):
         assert send(app, "GET", path).status_code == 200
 
 
-def test_pages_of_named_origins_may_ask_and_see_errors_too(service):
+def test_cors_allows_given_origins_also_on_errors(service):
     app = create_app(service, keys=["one"], origins=["https://a.example"])
     asks = {"Origin": "https://a.example", "Access-Control-Request-Method": "POST"}
     assert send(app, "OPTIONS", headers=asks).headers["access-control-allow-origin"] == "https://a.example"
@@ -240,7 +240,7 @@ def test_pages_of_named_origins_may_ask_and_see_errors_too(service):
     assert "access-control-allow-origin" not in send(create_app(service), json=body(), headers=asks).headers
 
 
-def test_a_proxy_may_show_the_server_under_a_path(service):
+def test_root_path_of_a_proxy(service):
     app = create_app(service, keys=["k"], root_path="/vila")
     assert send(app, json=body()).status_code == 401
     assert send(app, path="/vila/v1/chat/completions", json=body()).status_code == 401
@@ -248,7 +248,7 @@ def test_a_proxy_may_show_the_server_under_a_path(service):
         assert send(app, "GET", path, headers={"Authorization": "Bearer k"}).status_code == 200
 
 
-def test_a_body_that_is_too_large_is_refused_by_its_announcement_and_while_it_is_read(service, monkeypatch):
+def test_large_bodies_are_rejected_by_header_and_while_reading(service, monkeypatch):
     monkeypatch.setattr(service, "limits", Limits(body=100_000))
     app = create_app(service)
     large = httpx.Request("POST", "http://x", json=body(messages=[{"role": "user", "content": "x" * 150_000}])).content
@@ -269,7 +269,7 @@ def test_a_request_that_takes_too_long_ends_with_504(service, monkeypatch):
     assert ask(app, max_tokens=1500, stream=True).text.count('"code":"timeout"') == 1
 
 
-def test_while_a_model_is_loading_or_the_server_is_stopping_requests_are_told_when_to_come_again(service, monkeypatch):
+def test_loading_and_shutdown_return_503_with_retry_after(service, monkeypatch):
     app, models = create_app(service), service.models
     with monkeypatch.context() as patch:
         patch.setattr(models.models[0], "batcher", None)
@@ -287,7 +287,7 @@ def test_while_a_model_is_loading_or_the_server_is_stopping_requests_are_told_wh
     assert ask(app, model="other-name").json()["model"] == "tiny"
 
 
-def test_prompts_are_logged_only_when_that_is_asked_for(service, monkeypatch, caplog):
+def test_prompts_are_logged_only_with_log_prompts(service, monkeypatch, caplog):
     caplog.set_level(logging.INFO, logger="vila.serve")
     turns = [{"role": "user", "content": "the secret\nword"}]
     ask(create_app(service), messages=turns)
@@ -297,7 +297,7 @@ def test_prompts_are_logged_only_when_that_is_asked_for(service, monkeypatch, ca
     assert r"the secret\nword" in caplog.text
 
 
-def test_health_fails_once_the_thread_of_an_engine_is_dead():
+def test_health_fails_after_the_engine_thread_died():
     service = fixtures.ready()
     app = create_app(service)
     assert send(app, "GET", "/health").json() == {"status": "ok"}
@@ -342,7 +342,7 @@ def test_histories_that_every_template_can_express_are_answered(app, messages):
 
 
 @pytest.mark.parametrize("messages", MARKED.values(), ids=list(MARKED))
-def test_histories_that_need_marks_are_answered_where_the_template_has_them(service, monkeypatch, messages):
+def test_histories_that_need_role_markers_require_a_template_with_them(service, monkeypatch, messages):
     assert refusal(ask(create_app(service), messages=messages))["param"].startswith("messages[")
     monkeypatch.setattr(service.models.models[0].batcher.engine.processor, "template", "chatml")
     answer = ask(create_app(service), messages=messages)

@@ -1,4 +1,4 @@
-"""Connections as they are between machines: half-open, slow to write, slow to read, and two hundred at once."""
+"""Slow, half-open and many connections."""
 
 import asyncio
 import json
@@ -42,14 +42,14 @@ def head(length, *more):
 
 
 @pytest.mark.parametrize("begun", [b"", b"POST /v1/chat/comp", b"GET /health HTTP/1.1\r\nHost: x\r\nX-A: "])
-def test_a_connection_that_does_not_ask_is_cut(app, begun):
+def test_idle_connections_time_out(app, begun):
     with on_a_port(app, head_s=0.2) as port, connect(port) as connection:
         connection.sendall(begun)
         assert ended(connection) == b""
         assert httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
 
 
-def test_headers_that_drip_do_not_begin_the_clock_again(app):
+def test_slow_headers_do_not_extend_the_timeout(app):
     with on_a_port(app, head_s=0.3) as port, connect(port) as connection:
         until = time.monotonic() + CUT_S
         with pytest.raises(OSError, match="reset|pipe"):
@@ -58,7 +58,7 @@ def test_headers_that_drip_do_not_begin_the_clock_again(app):
                 time.sleep(0.05)
 
 
-def test_a_second_request_that_is_begun_and_not_finished_is_cut_too(app):
+def test_the_header_timeout_applies_to_further_requests(app):
     with on_a_port(app, head_s=0.2) as port, connect(port) as connection:
         connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
         said = b""
@@ -68,7 +68,7 @@ def test_a_second_request_that_is_begun_and_not_finished_is_cut_too(app):
         assert ended(connection) == b""
 
 
-def test_a_body_that_does_not_come_is_refused(service):
+def test_a_missing_body_times_out_with_408(service):
     app = create_app(service, body_s=0.2)
     with on_a_port(app) as port, connect(port) as connection:
         connection.sendall(head(1000) + b'{"model": ')
@@ -76,7 +76,7 @@ def test_a_body_that_does_not_come_is_refused(service):
     assert said.startswith(b"HTTP/1.1 408 ")
 
 
-def test_a_client_that_does_not_read_is_cut_and_its_answer_given_up(service):
+def test_a_client_that_does_not_read_is_disconnected(service):
     cancelled = service.models.models[0].batcher.stats().cancelled
     with on_a_port(create_app(service), stall_s=0.2) as port:
         connection = socket.socket()
@@ -93,7 +93,7 @@ def test_a_client_that_does_not_read_is_cut_and_its_answer_given_up(service):
 
 
 @pytest.mark.parametrize("announced", [True, False], ids=["announced", "in chunks"])
-def test_fifty_megabytes_are_refused_and_the_sender_sees_why(service, announced):
+def test_a_client_that_sends_too_much_receives_the_error(service, announced):
     piece = b" " * 500_000
 
     def pieces():
@@ -125,7 +125,7 @@ def test_large_bodies_at_once_do_not_fill_the_memory(service, monkeypatch):
             connection.close()
 
 
-def test_two_hundred_at_once_are_answered_or_told_to_come_again():
+def test_200_concurrent_requests_get_an_answer_or_429():
     service = fixtures.ready(max_num_seqs=4, max_queue=20)
 
     async def burst(port):
@@ -147,7 +147,7 @@ def test_two_hundred_at_once_are_answered_or_told_to_come_again():
     service.models.close()
 
 
-def test_a_client_that_leaves_while_it_waits_is_given_up(service):
+def test_requests_of_disconnected_clients_are_cancelled(service):
     cancelled = service.models.models[0].batcher.stats().cancelled
     asked = json.dumps(body(max_tokens=1900)).encode()
     with on_a_port(create_app(service)) as port:
@@ -162,7 +162,7 @@ def test_a_client_that_leaves_while_it_waits_is_given_up(service):
     assert service.models.models[0].batcher.stats().cancelled == cancelled + 1
 
 
-def test_a_slow_address_does_not_keep_others_waiting(service, monkeypatch):
+def test_slow_urls_do_not_block_other_requests(service, monkeypatch):
     held = threading.Event()
     opened = media.open_source
 

@@ -88,7 +88,7 @@ def shorten(page):
     page.keyboard.press("Tab")
 
 
-def test_two_pictures_are_answered_by_both_models_piece_by_piece(page, pictures):
+def test_two_images_are_answered_by_both_models_in_a_stream(page, pictures):
     shorten(page)
     ask(page, "what are they?", [pictures / "1.png", pictures / "2.png"])
     lengths = set()
@@ -105,7 +105,7 @@ def test_two_pictures_are_answered_by_both_models_piece_by_piece(page, pictures)
     assert answers[0] and answers[0] == answers[1]
 
 
-def test_an_upload_that_is_no_picture_is_refused_in_the_servers_words_and_the_chat_goes_on(page, pictures):
+def test_an_invalid_upload_shows_the_servers_error(page, pictures):
     shorten(page)
     ask(page, "what is it?", [pictures / "page.png"])
     page.wait_for_function("document.querySelector('#one').innerText.includes('not an image')", timeout=60_000)

@@ -1,4 +1,4 @@
-"""What the demo sends, and what stands in its chats: no browser, no server."""
+"""Messages and chats of the demo, without a browser or server."""
 
 import base64
 import json
@@ -45,7 +45,7 @@ def file_of(path):
     return {"role": "user", "content": [{"type": "file", "file": {"path": path}}]}
 
 
-def test_a_file_travels_as_its_own_bytes(picture):
+def test_files_are_sent_unchanged(picture):
     url = data_url(picture)
     assert url.startswith("data:image/png;base64,")
     assert base64.b64decode(url.partition(",")[2]) == Path(picture).read_bytes()
@@ -59,27 +59,27 @@ def test_a_file_travels_as_its_own_bytes(picture):
         ("a.png", bytes(MAX_BYTES + 1), "at most 20 MiB"),
     ],
 )
-def test_an_upload_that_cannot_be_sent_is_refused_by_its_name(tmp_path, name, content, words):
+def test_invalid_uploads_are_rejected_by_name(tmp_path, name, content, words):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(MediaError, match=words) as caught:
         data_url(tmp_path / name)
     assert caught.value.file == name
 
 
-def test_pictures_and_clips_stand_before_the_text_in_their_order(picture, tmp_path):
+def test_images_and_videos_precede_the_text(picture, tmp_path):
     clip = tmp_path / "b.mp4"
     clip.write_bytes(b"clip")
     kinds = [part["type"] for part in user_message("what?", [picture, clip, picture])["content"]]
     assert kinds == ["image_url", "video_url", "image_url", "text"]
 
 
-def test_turns_of_one_question_are_one_message(picture):
+def test_consecutive_user_turns_are_merged(picture):
     messages = conversation([file_of(picture), file_of(picture), said("two of what?")])
     assert [message["role"] for message in messages] == ["user"]
     assert [part["type"] for part in messages[0]["content"]] == ["image_url", "image_url", "text"]
 
 
-def test_earlier_turns_keep_their_pictures_and_notices_are_not_sent(picture):
+def test_earlier_turns_keep_images_and_notices_are_not_sent(picture):
     notice = {"role": "assistant", "content": "too large", "metadata": {"title": "The server refused"}}
     chat = [file_of(picture), said("one?"), said("a dot", "assistant"), said("two?"), notice, said("and now?")]
     messages = conversation(chat, system="Be brief.")
@@ -89,7 +89,7 @@ def test_earlier_turns_keep_their_pictures_and_notices_are_not_sent(picture):
     assert messages[3]["content"] == [{"type": "text", "text": "and now?"}]
 
 
-def test_an_empty_answer_is_said_and_its_question_is_not_sent_again(picture):
+def test_an_empty_answer_is_shown_and_its_question_dropped(picture):
     chat = with_answer([file_of(picture), said("a?")], StreamState(done=True, tokens=0))
     assert chat[-1]["metadata"]["title"]
     assert with_answer([said("a?")], StreamState()) == [said("a?")]
@@ -97,7 +97,7 @@ def test_an_empty_answer_is_said_and_its_question_is_not_sent_again(picture):
     assert messages == [{"role": "user", "content": [{"type": "text", "text": "b?"}]}]
 
 
-def test_half_a_surrogate_pair_is_replaced_everywhere(picture):
+def test_unpaired_surrogates_are_replaced(picture):
     half = "a\ud83d"
     messages = conversation(
         [said(half), said(half, "assistant"), said(half)], [FewShotExample("", half, half)], system=half
@@ -112,7 +112,7 @@ def test_a_notice_without_metadata_of_the_page_is_an_answer():
     assert conversation([said("a?"), plain, said("b?")])[1] == {"role": "assistant", "content": "yes"}
 
 
-def test_examples_are_earlier_turns_and_answer_the_question_unless_they_have_their_own(picture):
+def test_few_shot_examples_are_earlier_turns(picture):
     shots = [FewShotExample(picture, "red"), FewShotExample("", "no", "is it round?")]
     messages = conversation([said("what color?")], shots)
     assert [message["role"] for message in messages] == ["user", "assistant", "user", "assistant", "user"]
@@ -121,7 +121,7 @@ def test_examples_are_earlier_turns_and_answer_the_question_unless_they_have_the
     assert messages[3]["content"] == "no"
 
 
-def test_the_builder_and_its_examples_are_the_same(picture):
+def test_builder_fields_round_trip(picture):
     shots = [FewShotExample(picture, "red"), FewShotExample("", "no", "round?")]
     cells = cells_of(shots, 4)
     assert len(cells) == 12
@@ -129,24 +129,24 @@ def test_the_builder_and_its_examples_are_the_same(picture):
     assert shots_of([picture, "  ", "a question without an answer"]) == []
 
 
-def test_only_what_was_chosen_is_sent():
+def test_only_effective_settings_are_sent():
     assert Settings().parameters() == {"max_tokens": 256, "temperature": 0.0}
     assert Settings(5, 0.7, 0.9, 3).parameters() == {"max_tokens": 5, "temperature": 0.7, "top_p": 0.9, "seed": 3}
 
 
-def test_a_refusal_is_shown_and_never_becomes_part_of_the_conversation():
+def test_errors_are_shown_and_never_sent():
     shown = with_answer([said("a?")], StreamState("half", problem="queue full", done=True))
     assert [turn["content"] for turn in shown] == ["a?", "half", "queue full"]
     assert [message["role"] for message in conversation([*shown, said("b?")])] == ["user", "assistant", "user"]
 
 
-def test_the_pace_counts_the_tokens_after_the_first():
+def test_speed_counts_the_tokens_after_the_first():
     told = StreamState("x", tokens=11, first=0.5, last=2.5, done=True)
     assert told.speed() == "first token 0.50 s · 5.0 tokens/s · 11 tokens"
     assert StreamState().speed() == ""
 
 
-def test_two_answers_grow_beside_each_other_and_one_that_fails_ends_alone():
+def test_two_answers_are_streamed_concurrently_and_fail_independently():
     meet = threading.Barrier(2, timeout=10)
 
     def growing(text):
@@ -165,7 +165,7 @@ def test_two_answers_grow_beside_each_other_and_one_that_fails_ends_alone():
     assert last["two"].problem == "gone"
 
 
-def test_asking_again_takes_the_question_with_its_pictures_out_of_both_chats(picture):
+def test_undo_returns_the_question_with_its_images(picture):
     one = [said("first?"), said("1", "assistant"), file_of(picture), said("second?"), said("2", "assistant")]
     two = [file_of(picture), said("second?"), said("zwei", "assistant")]
     question, one, two = undo_question(one, two)
@@ -176,12 +176,12 @@ def test_asking_again_takes_the_question_with_its_pictures_out_of_both_chats(pic
     assert undo_question([], [])[0] == {"text": "", "files": []}
 
 
-def test_a_picture_of_the_camera_joins_the_question(picture):
+def test_a_camera_image_is_added_to_the_question(picture):
     assert add_image({"text": "what?", "files": ["b.png"]}, picture)["files"] == ["b.png", picture]
     assert add_image(None, None) == {"text": "", "files": []}
 
 
-def test_the_gallery_is_chosen_by_what_the_model_learnt(tmp_path):
+def test_the_gallery_depends_on_the_training_data(tmp_path):
     assert gallery_for("runs/starter/model") is SHAPES
     assert gallery_for("my-model\ndatasets:\n- easy_vqa") is SHAPES
     assert gallery_for("VILA-7B") is SCENES
@@ -192,11 +192,11 @@ def test_the_gallery_is_chosen_by_what_the_model_learnt(tmp_path):
             assert question.endswith(("?", "."))
 
 
-def test_every_set_of_examples_has_pictures_that_are_there(tmp_path):
+def test_the_images_of_all_examples_exist(tmp_path):
     for words in ("starter", "VILA-7B"):
         for shots in worked_examples(words, tmp_path / words).values():
             assert all(Path(shot.image).is_file() and shot.answer for shot in shots)
 
 
-def test_no_second_model_is_no_name_of_a_model():
+def test_the_none_choice_is_not_a_model_name():
     assert " " in NONE  # names of models have no spaces on a command line's default

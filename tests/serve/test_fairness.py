@@ -1,4 +1,4 @@
-"""Who holds connections, limit and memory without asking anything must not lock out those who ask."""
+"""Limits on connections, concurrency and memory are fair between clients."""
 
 import asyncio
 import json
@@ -61,7 +61,7 @@ def opened(stack, port, count, said, source=None):
     ],
     ids=["silent", "health", "chunked", "options", "unknown", "models", "no key", "wrong key", "another key"],
 )
-def test_sockets_that_never_send_their_body_lock_nobody_out(service, said):
+def test_unfinished_bodies_do_not_block_other_clients(service, said):
     with on_a_port(create_app(service, keys=KEYS)) as port, ExitStack() as stack:
         opened(stack, port, SOCKETS, said)
         assert asks(port).status_code == 200
@@ -69,21 +69,21 @@ def test_sockets_that_never_send_their_body_lock_nobody_out(service, said):
 
 @pytest.mark.parametrize("path", ["/health", "/ready", "/metrics", "/openapi.json", "/v1/models", "/v1/nothing"])
 @pytest.mark.parametrize("method", ["GET", "OPTIONS"])
-def test_bodies_where_none_belong_are_refused_unread(service, method, path):
+def test_unexpected_bodies_are_rejected_unread(service, method, path):
     with on_a_port(create_app(service)) as port, connect(port) as connection:
         connection.sendall(f"{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n".encode())
         assert connection.recv(100).startswith(b"HTTP/1.1 400 ")
     assert fixtures.send(create_app(service), method, path, headers={"Content-Length": "0"}).status_code != 400
 
 
-def test_a_body_that_pauses_is_given_up(service):
+def test_a_stalled_body_times_out(service):
     app = create_app(service, stall_s=0.2)
     with on_a_port(app) as port, connect(port) as connection:
         connection.sendall(head(1000) + b"{")
         assert ended(connection).startswith(b"HTTP/1.1 408 ")
 
 
-def test_idle_connections_make_place_for_one_that_asks(service):
+def test_idle_connections_are_closed_for_new_ones(service):
     limits = Connections(limit=20, per_address=20)
     with on_a_port(create_app(service), limits) as port, ExitStack() as stack:
         held = opened(stack, port, 30, b"GET /hea")
@@ -93,7 +93,7 @@ def test_idle_connections_make_place_for_one_that_asks(service):
         assert held[0].recv(10) == b""
 
 
-def test_an_address_can_hold_its_own_share_of_connections_alone(service):
+def test_connections_are_limited_per_address(service):
     limits = Connections(limit=40, per_address=20)
     with on_a_port(create_app(service), limits) as port, ExitStack() as stack:
         others = opened(stack, port, 2, b"GET /hea", source="127.0.0.2")
@@ -118,7 +118,7 @@ def test_connections_are_counted_until_they_are_closed(service):
         assert len(limits) == 0
 
 
-def test_whose_request_is_answered_keeps_its_connection():
+def test_connections_with_a_running_request_are_kept():
     limits = Connections(limit=2)
     with socket.create_server(("127.0.0.1", 0)) as listening, ExitStack() as stack:
         ends = [stack.enter_context(socket.create_connection(listening.getsockname())) for _ in range(4)]
@@ -133,7 +133,7 @@ def test_whose_request_is_answered_keeps_its_connection():
         assert limits.admit(four, ("10.0.0.4", 1))
 
 
-def test_addresses_by_which_clients_are_counted():
+def test_client_addresses():
     assert client_address(("10.1.2.3", 5)) == "10.1.2.3"
     assert client_address(("::ffff:10.1.2.3", 5, 0, 0)) == "10.1.2.3"
     assert client_address(("2001:db8:1:2:3::4", 5, 0, 0)) == client_address(("2001:db8:1:2::9", 7, 0, 0))
@@ -142,7 +142,7 @@ def test_addresses_by_which_clients_are_counted():
     assert client_address(None) == client_address(["unix"]) == "local"
 
 
-def test_there_are_not_more_connections_than_files():
+def test_the_connection_limit_respects_the_file_limit():
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
@@ -154,7 +154,7 @@ def test_there_are_not_more_connections_than_files():
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def test_a_body_in_needlessly_small_pieces_is_cut_off(service):
+def test_bodies_in_tiny_chunks_are_disconnected(service):
     asked = json.dumps(body(user="x" * 40_000)).encode()
     pieces = b"".join(b"1\r\n%c\r\n" % byte for byte in asked)
     start = head(0).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
@@ -174,8 +174,8 @@ def test_a_body_in_needlessly_small_pieces_is_cut_off(service):
             assert other.recv(20).startswith(b"HTTP/1.1 200")
 
 
-def test_a_client_that_fills_the_room_leaves_some_to_others(service):
-    """One key asks for more than there is limit; the other is answered at once, and from then on has a share."""
+def test_one_client_cannot_lock_others_out(service):
+    """One key sends more requests than the limit; another one is answered at once, and then has a share."""
 
     async def both(port):
         limits = httpx.Limits(max_connections=None)
@@ -203,7 +203,7 @@ def test_a_client_that_fills_the_room_leaves_some_to_others(service):
     assert service.models.models[0].concurrency.active == 0
 
 
-def test_each_client_has_an_equal_share_of_the_room():
+def test_active_clients_have_equal_shares():
     limit = ConcurrencyLimit(16)
     for _ in range(16):
         limit.acquire("a")
@@ -230,7 +230,7 @@ def test_each_client_has_an_equal_share_of_the_room():
     assert limit.active == 0
 
 
-def test_answers_of_one_request_are_counted_each(service):
+def test_a_request_with_n_answers_counts_n(service):
     app = create_app(service)
     limit = service.models.models[0].concurrency
     limit.acquire("x", 20)
@@ -241,7 +241,7 @@ def test_answers_of_one_request_are_counted_each(service):
         limit.release("x", 20)
 
 
-def test_a_client_holds_half_of_the_memory_for_bodies_at_most():
+def test_a_client_may_use_half_of_the_body_memory():
     reader = BodyReader(max_bytes=100, max_total_bytes=400, timeout_s=5)
 
     def piece(count):
@@ -264,7 +264,7 @@ def test_a_client_holds_half_of_the_memory_for_bodies_at_most():
     assert reader.buffered.total() == 0
 
 
-def test_memory_of_refused_bodies_is_given_back(service, monkeypatch):
+def test_memory_of_rejected_bodies_is_released(service, monkeypatch):
     monkeypatch.setattr(service, "limits", Limits(body=1000))
     app = create_app(service)
     for content in (b"x" * 2000, b"{", json.dumps(body()).encode()):

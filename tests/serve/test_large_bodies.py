@@ -1,4 +1,4 @@
-"""Bodies that are legal in size and cost much in everything else: counted, bounded, and off the event loop."""
+"""Bodies that are expensive to parse are limited and parsed outside the event loop."""
 
 import asyncio
 import json
@@ -34,7 +34,7 @@ WIDE = MAX_VALUES + 1
     ],
     ids=["deep", "lists", "objects", "nested", "members", "strings", "escapes", "quotes", "numbers"],
 )
-def test_too_many_values_are_refused_before_anything_is_built_of_them(service, monkeypatch, content):
+def test_too_many_values_are_rejected_before_parsing(service, monkeypatch, content):
     monkeypatch.setattr(schema, "parse_json", None)
     error = refusal(send(create_app(service), content=content, headers=JSON))
     assert (error["code"], error["param"]) == ("invalid_value", None)
@@ -48,7 +48,7 @@ def test_the_depth_is_bounded_and_text_is_not_counted():
     check_shape(json.dumps({"messages": [{"role": "user", "content": text}]}).encode())
 
 
-def test_of_many_unknown_names_some_are_examined(app, monkeypatch):
+def test_the_number_of_reported_names_is_limited(app, monkeypatch):
     looked = []
     monkeypatch.setattr(schema, "get_close_matches", lambda name, *rest, **more: looked.append(name) or [])
     names = {f"name_{number}": 1 for number in range(50_000)}
@@ -58,7 +58,7 @@ def test_of_many_unknown_names_some_are_examined(app, monkeypatch):
     assert len(error["message"]) < 5_000
 
 
-def test_a_long_unknown_name_is_neither_compared_nor_repeated(app, monkeypatch):
+def test_long_unknown_names_are_shortened(app, monkeypatch):
     monkeypatch.setattr(schema, "get_close_matches", None)
     error = refusal(send(app, content=json.dumps(body(**{"x" * 2_000_000: 1})), headers=JSON))
     assert len(error["message"]) < 500
@@ -74,7 +74,7 @@ def test_a_long_unknown_name_is_neither_compared_nor_repeated(app, monkeypatch):
     ],
     ids=["messages", "parts", "parts of messages", "names of messages"],
 )
-def test_of_many_wrong_elements_some_tens_are_reported(monkeypatch, messages):
+def test_the_number_of_reported_elements_is_limited(monkeypatch, messages):
     counted = []
     refuse = schema.validation_error
     monkeypatch.setattr(schema, "validation_error", lambda problems: counted.append(len(problems)) or refuse(problems))
@@ -87,7 +87,7 @@ def test_of_many_wrong_elements_some_tens_are_reported(monkeypatch, messages):
 JSON_LOWER = {"content-type": "application/json"}
 
 
-def test_while_a_large_body_is_checked_others_are_answered(service, monkeypatch):
+def test_parsing_a_large_body_does_not_block_others(service, monkeypatch):
     held, begun = threading.Event(), threading.Event()
     proper = schema.parse_request
 
@@ -117,7 +117,7 @@ def test_while_a_large_body_is_checked_others_are_answered(service, monkeypatch)
         assert asyncio.run(both(port)) == ([200, 200], True, 200)
 
 
-def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenized(app, service, monkeypatch):
+def test_overlong_text_is_rejected_before_tokenization(app, service, monkeypatch):
     tokenizer = service.models.models[0].batcher.engine.processor.span_tokenizer
     longest = tokenizer.longest_token
     monkeypatch.setattr(SpanTokenizer, "encode", None)
@@ -140,7 +140,7 @@ def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenized(app, service, 
         (b"{}", {**JSON, "Content-Encoding": "gzip"}, "invalid_content_encoding"),
     ],
 )
-def test_what_is_no_json_object_is_refused_by_its_kind(app, content, headers, code):
+def test_other_json_types_are_named(app, content, headers, code):
     assert refusal(send(app, content=content, headers=headers))["code"] == code
 
 

@@ -85,7 +85,7 @@ def test_the_asynchronous_client_asks_several_at_once(server, ask):
     assert set(answers) == {said(ask())} == {streamed}
 
 
-def test_pictures_come_as_data_urls_and_from_addresses_in_reading_order(ask, engine):
+def test_images_from_data_urls_and_http_in_order(ask, engine):
     first, second = tiny.picture(1), tiny.picture(2)
     wanted = [Message.of("user", first, "and", second, "differ how?")]
     with fixtures.pages({"/b.png": second.source}) as web:
@@ -100,7 +100,7 @@ def test_pictures_come_as_data_urls_and_from_addresses_in_reading_order(ask, eng
     assert other != engine.generate(wanted, max_new_tokens=8)
 
 
-def test_a_clip_stands_for_its_frames(ask, engine, tmp_path):
+def test_a_video_equals_its_frames(ask, engine, tmp_path):
     frames = [PilImage.new("RGB", (28, 28), (40 * number, 80, 90)) for number in range(4)]
     frames[0].save(tmp_path / "clip.gif", save_all=True, append_images=frames[1:], duration=100)
     with fixtures.pages({"/clip.gif": (tmp_path / "clip.gif").read_bytes()}) as web:
@@ -220,7 +220,7 @@ def test_errors_are_the_clients_own_classes_and_name_the_parameter(ask, client):
     assert said(ask(frequency_penalty=0, user="u", response_format={"type": "text"}, tools=[]))
 
 
-def test_leaving_in_mid_stream_frees_the_place(ask, server):
+def test_disconnecting_while_streaming_frees_the_slot(ask, server):
     before = _metric(server, "vila_cancelled_total")
     stream = ask(max_tokens=1500, stream=True)
     next(iter(stream))
@@ -244,7 +244,7 @@ def test_metrics_count_requests_tokens_and_times(ask, server):
     assert httpx.get(f"{server.root}/health").json() == {"status": "ok"}
 
 
-def test_an_answers_id_is_in_the_log_and_what_was_asked_is_not(server):
+def test_the_log_has_the_request_id_and_no_prompt(server):
     given = {"X-Request-Id": "mine-77"}
     secret = [{"role": "user", "content": "the secret word"}]
     answer = httpx.post(f"{server.url}/chat/completions", json=fixtures.body(messages=secret), headers=given)

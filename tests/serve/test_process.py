@@ -1,4 +1,4 @@
-"""The server as a process: what it says, how it ends, what it cannot do."""
+"""The server process: log output, shutdown, and start errors."""
 
 import json
 import signal

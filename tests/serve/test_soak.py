@@ -1,4 +1,4 @@
-"""Mixed requests, bad ones and given-up ones among them: all good ones answered, no place lost, memory flat."""
+"""Soak test with valid, invalid and cancelled requests: no leaks of slots or memory."""
 
 import asyncio
 import os

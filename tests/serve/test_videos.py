@@ -1,4 +1,4 @@
-"""Videos of requests: limits, threads of their own, and no decoding for a client that has left."""
+"""Videos in requests: limits, separate threads, and cancellation."""
 
 import base64
 import io
@@ -39,7 +39,7 @@ def part(content: bytes, **more: int) -> dict:
 
 
 @pytest.mark.parametrize("side", [4097, 32_767])
-def test_a_small_video_of_large_frames_is_refused_by_its_place(app, side):
+def test_videos_with_large_frames_are_rejected_with_their_location(app, side):
     small = gif(2, 1)
     content = small[:6] + struct.pack("<2H", side, side) + small[10:]
     answer = ask(app, messages=user(part(content)))
@@ -52,7 +52,7 @@ def test_limits_of_a_server_are_within_those_of_files():
         assert getattr(SERVER_MEDIA, name) <= getattr(media_limits.DEFAULT_LIMITS, name), name
 
 
-def test_frames_take_little_memory_and_give_the_answer_of_whole_ones(service, app, monkeypatch):
+def test_frames_are_resized_while_decoding_without_changing_the_answer(service, app, monkeypatch):
     kept = []
     keep = media_limits.DecodeMeter.keep_frame
     monkeypatch.setattr(
@@ -77,7 +77,7 @@ def test_frames_take_little_memory_and_give_the_answer_of_whole_ones(service, ap
     assert answer.json()["usage"]["prompt_tokens"] == expected.json()["usage"]["prompt_tokens"]
 
 
-def test_nothing_is_decoded_for_clients_that_have_left_and_others_do_not_wait(service, monkeypatch):
+def test_decoding_stops_for_disconnected_clients(service, monkeypatch):
     decoded = []
     count = media_limits.DecodeMeter.count_frame
 

@@ -128,7 +128,7 @@ class ApiClient:
         if isinstance(error, openai.APITimeoutError):
             return f"{self.base} timed out; try again, or request fewer tokens"
         if isinstance(error, openai.APIConnectionError):
-            return f"no server answers at {self.base}; start one with vila serve, or correct --base-url"
+            return f"no server at {self.base}; start one with vila serve, or correct --base-url"
         if isinstance(error, openai.APIStatusError):
             body = error.body if isinstance(error.body, dict) else {}
             message = str(body.get("message") or error.message)
