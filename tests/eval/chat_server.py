@@ -1,4 +1,4 @@
-"""A stand-in for a chat server: keeps what it was sent, and answers what it is told to."""
+"""Test chat server: records requests and replies with what a test specifies."""
 
 from __future__ import annotations
 

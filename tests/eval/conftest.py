@@ -1,4 +1,4 @@
-"""What tests of killed and shared runs start from, made once."""
+"""Fixtures of the tests of interrupted and multi-process runs."""
 
 import pytest
 
@@ -10,7 +10,7 @@ from vila.model.loading import save_model
 
 @pytest.fixture(scope="session")
 def reference_run(tmp_path_factory):
-    """A model, miniature data, and what an undisturbed run of one process leaves."""
+    """Model, miniature data, and the output of an uninterrupted single-process run."""
     home = tmp_path_factory.mktemp("reference")
     model, data = home / "model", mini_data(home / "data")
     save_model(*tiny.vila(), model)

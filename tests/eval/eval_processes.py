@@ -1,4 +1,4 @@
-"""`vila eval` on the ten miniature benchmarks in processes of their own, which may be killed, and what it leaves."""
+"""Run `vila eval` on the ten miniature benchmarks in separate processes, which may be killed, and read its output."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Death:
 
 
 def evaluate(model: Path, data: Path, out: Path, death: Death | None = None, names: str = "all") -> Any:
-    """`vila eval` with batches of two images and short answers: 0, or what it complained of."""
+    """Run `vila eval` with batches of two images and short answers; return 0 or its error output."""
     from vila.cli.main import main
     from vila.eval import runner
     from vila.eval.benchmark import BENCHMARKS
@@ -57,7 +57,7 @@ def evaluate(model: Path, data: Path, out: Path, death: Death | None = None, nam
 
 
 def evaluated(model: Path, data: Path, out: Path, death: Death | None = None, world: int = 1, **options: Any) -> Any:
-    """What became of each of `world` processes: 0, what `vila eval` complained of in it, or -9 when it was killed."""
+    """Return the outcome of each of `world` processes: 0, the error output, or -9 if it was killed."""
     names = options.pop("names", "all")
     return run_ranks(world, evaluate, model, data, out, death, names, **options)
 

@@ -1,4 +1,4 @@
-"""Runs over a miniature `playground/data/eval`, answered by whatever a test wants answered."""
+"""Runs over a miniature `playground/data/eval` with a fake model."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +26,7 @@ def truly(number: int, item: Item) -> str:
 
 
 class Answers(FakeModel):
-    """Gives each question of a benchmark what `answer(its place, the item)` says; fails on those in `fails`.
+    """Answers each question of a benchmark with `answer(index, item)`; fails on those in `fails`.
 
     Like any engine it gives equal conversations equal answers: what the last of them gets.
     """
@@ -51,7 +51,7 @@ def mini_run(
     fails: set[str] = frozenset(),
     **facts,
 ) -> dict[str, Benchmark]:
-    """A run as `vila eval` leaves it, without its report; the benchmarks it asked, by name."""
+    """Write a run folder as `vila eval` does, without report; return its benchmarks by name."""
     opened = {}
     for name in names:
         benchmark = BENCHMARKS[name](data, 0)

@@ -1,4 +1,4 @@
-"""Our scores beside lmms-eval's own functions, run on the same answers; needs lmms-eval (docs/judge.md says how)."""
+"""Our scores against lmms-eval's own functions on the same answers; needs lmms-eval (see docs/judge.md)."""
 
 import importlib
 import json

@@ -1,4 +1,4 @@
-"""Long arrays read piece by piece: the same values as json gives, wherever a piece ends."""
+"""Streamed JSON arrays: same values as json, independent of the chunk size."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Where a benchmark's files are looked for."""
+"""Search paths of benchmark files."""
 
 import pytest
 
@@ -24,7 +24,7 @@ def test_earlier_places_come_first(home):
     assert find_optional(home.parent, "gqa", "q.json", "data/q.json") == home / "q.json"
 
 
-def test_what_is_missing_is_reported_with_every_place_and_its_source(home):
+def test_missing_file_is_reported_with_all_paths_and_its_source(home):
     assert find_optional(home, "gqa", "p.json") is None
     with pytest.raises(DataError) as raised:
         find_file(home.parent, "gqa", "p.json", "data/p.json", source="https://example.org")

@@ -1,4 +1,4 @@
-"""What can be wrong with a file of answers, for all ten benchmarks: scored as the rules say, or refused by name."""
+"""Irregular answer files of all ten benchmarks: scored by the protocol, or refused with the id."""
 
 import json
 import random
@@ -56,7 +56,7 @@ def called(row):
 
 
 def judged(benchmark, path):
-    """Score and notes of a file; where a server scores, what would be sent to it and what was checked."""
+    """Score and notes of a file; for server benchmarks the submitted rows and checks."""
     if benchmark.name in SCORED:
         result = score_file(benchmark, path, "upstream")
         return result.score, " ".join(result.notes)
@@ -84,7 +84,7 @@ def test_a_missing_answer_is_named(opened, name, tmp_path):
         said = str(told.value)
     else:
         said = judged(benchmark, path)[1]
-    if name == "vqav2":  # the server's list is longer than what is asked, so there they are counted
+    if name == "vqav2":  # the server's list is longer than the questions of the run
         assert "4 left empty" in said and "1 without an answer (1001)" in said
     else:
         assert called(gone) in said
@@ -161,7 +161,7 @@ def test_answers_to_another_benchmark_are_refused_or_noted(opened, name, tmp_pat
         (b"[1, 2]", "[1, 2]"),
     ],
 )
-def test_a_line_that_is_no_answer_is_named(tmp_path, line, mention):
+def test_invalid_line_is_named(tmp_path, line, mention):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"question_id": "b", "text": "y"}\n' + line + b"\n")
     found = read_answers(path)
@@ -192,7 +192,7 @@ def test_a_file_of_something_else_than_answers_is_one_fault(tmp_path, content, w
         read_cases(path, "video_qa")
 
 
-def test_the_mark_that_some_editors_put_in_front_is_no_part_of_an_answer(tmp_path):
+def test_byte_order_mark_is_skipped(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(
         b'\xef\xbb\xbf{"question_id": 1, "text": "x"}\r\n\r\n{"question_id": 2, "text": "y"}'
     )

@@ -1,4 +1,4 @@
-"""What the runner asks with: another way of making images square, counted tokens, texts that files can hold."""
+"""Answer generation: image modes, token counts, texts that UTF-8 files can hold."""
 
 import io
 import json

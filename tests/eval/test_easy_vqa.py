@@ -101,18 +101,18 @@ def test_categories_of_questions():
 
 
 @pytest.mark.parametrize("row", [["only two", "fields"], "text", [1, "a", 0]])
-def test_a_row_that_is_no_question_is_named(folder, row):
+def test_invalid_question_is_named(folder, row):
     (folder / "test" / "questions.json").write_text(json.dumps([QUESTIONS[0], row]))
     with refused(file="questions.json", record="row 2", value=row):
         EasyVqa(folder).items()
 
 
-def test_a_folder_that_is_no_easy_vqa_is_named(tmp_path):
+def test_missing_questions_file(tmp_path):
     with refused(file="questions.json"):
         EasyVqa(tmp_path)
 
 
-def test_an_interrupted_run_asks_only_what_is_left(folder, tmp_path, monkeypatch):
+def test_interrupted_run_resumes(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("vila.eval.runner._BATCH_GROUPS", 1)
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):

@@ -1,4 +1,4 @@
-"""Worked examples before questions: which, with which answers, and never the image that is asked about."""
+"""Few-shot examples: their choice, their answers, and no example with the image of the question."""
 
 import json
 from collections import Counter
@@ -123,7 +123,7 @@ def test_a_pool_with_one_answer_cannot_be_shuffled():
 
 
 def test_an_items_own_image_is_never_shown_before(folder):
-    # The pool is the very set that is asked; one of its images lies there a second time under another name.
+    # The pool is the scored set; one of its images exists a second time under another name.
     (folder / "test" / "images" / "2.png").write_bytes((folder / "test" / "images" / "0.png").read_bytes())
     rows = [*TEST, ["what color?", "red", 2]]
     (folder / "test" / "questions.json").write_text(json.dumps(rows))

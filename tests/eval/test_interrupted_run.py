@@ -1,4 +1,4 @@
-"""`vila eval` on all ten benchmarks, killed and called again: it ends as if nothing had happened, byte for byte."""
+"""`vila eval` on all ten benchmarks, killed and resumed: output is byte-identical to an uninterrupted run."""
 
 import random
 import shutil
@@ -45,7 +45,7 @@ def test_a_run_that_is_killed_resumes(reference_run, tmp_path, death, finished):
     answered, timed = on_the_disk(out), asked(out)
     assert 0 < answered < QUESTIONS
     run_again(reference_run, out, tmp_path)
-    # Nothing that was on the disk was asked again.
+    # Answers on disk were not generated again.
     assert asked(out) - timed == QUESTIONS - answered
 
 

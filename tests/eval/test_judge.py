@@ -1,4 +1,4 @@
-"""The judge of video answers: published requests, strict reading of replies, denominators, and a stand-in server."""
+"""Judge: published requests, reply parsing, metrics, cache, retries."""
 
 import hashlib
 import json
@@ -177,7 +177,7 @@ def test_equal_ids_are_counted_each():
     assert summarize_verdicts([parse_reply("1", "{'pred': 'yes', 'score': 5}")] * 3).yes == 3
 
 
-def test_a_server_gets_the_published_body_the_key_and_nothing_else(tmp_path):
+def test_request_has_the_published_body_and_the_key(tmp_path):
     with chat_server(lambda body, number: "{'pred': 'yes', 'score': 5}") as served:
         asked = OpenAIJudge(OpenAIClient(served.url, key="sk-secret", retry_policy=QUICK), tmp_path / "cache")
         (verdict,) = asked.verdicts("video_qa", [RIDE])
@@ -409,7 +409,7 @@ def test_replies_on_other_answers_are_no_verdicts(tmp_path):
         ReplyFile(tmp_path).verdicts("video_qa", [case(8)])
 
 
-def test_what_upstreams_judge_leaves_behind_is_parsed(tmp_path):
+def test_verdict_files_of_upstream_are_parsed(tmp_path):
     kept = [{"pred": "yes", "score": 4.8}, {"q": "q", "a": "a", "pred": "p"}]
     (tmp_path / "v_1_3.json").write_text(json.dumps(kept))
     assert [(v.id, v.value) for v in read_verdicts(tmp_path)] == [("v_1_3", kept[0])]

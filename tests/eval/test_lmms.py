@@ -1,4 +1,4 @@
-"""The adapter for lmms-eval, without lmms-eval: its requests, settings and prompts."""
+"""lmms-eval adapter, without lmms-eval: requests, settings and prompts."""
 
 import subprocess
 import sys
@@ -103,14 +103,14 @@ def test_settings_of_tasks(given, wanted, rule):
     assert sampling_from_kwargs(given) == wanted
 
 
-def test_settings_that_cannot_be_kept_are_refused():
+def test_unsupported_settings_are_refused():
     with refused(error=ConfigError, field="num_beams", value=5):
         sampling_from_kwargs({"num_beams": 5})
     with refused("length_penalty, typical_p", error=ConfigError, field="generation_kwargs"):
         sampling_from_kwargs({"typical_p": 1, "length_penalty": 2})
 
 
-def test_what_a_task_shows():
+def test_media_from_visual():
     picture = PilImage.new("RGB", (2, 2))
     assert media_from_visual(picture, "t") == Image(picture)
     assert media_from_visual("a.JPG", "t") == Image("a.JPG")
@@ -124,7 +124,7 @@ def test_arguments_are_checked():
         LmmsAdapter(pretraned="x")
 
 
-def test_what_is_not_done_says_so(folder):
+def test_unsupported_request_types(folder):
     adapter = loaded(folder)
     with pytest.raises(NotImplementedError):
         adapter.loglikelihood([])

@@ -1,4 +1,4 @@
-"""lmms-eval itself, run on a local task with a tiny model of ours; needs lmms-eval (docs/judge.md says how)."""
+"""lmms-eval on a local task with a tiny model; needs lmms-eval (see docs/judge.md)."""
 
 import json
 import os
@@ -42,7 +42,7 @@ def results(doc, results):
 """
 
 
-def test_lmms_eval_runs_our_model_and_gets_the_engines_answers(tmp_path):
+def test_lmms_eval_answers_equal_the_engines(tmp_path):
     save_model(*tiny.vila(template="chatml", seed=1), tmp_path / "model")
     engine = Engine.load(tmp_path / "model", dtype="float32")
     rows, wanted = [], []

@@ -1,4 +1,4 @@
-"""The miniature data set: all ten published layouts, which the benchmarks read as they would read the real ones."""
+"""The miniature data sets: all ten published layouts are readable."""
 
 import hashlib
 

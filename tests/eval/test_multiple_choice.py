@@ -1,4 +1,4 @@
-"""Readings of multiple-choice answers: every rule by an answer that it decides."""
+"""Parsers of multiple-choice answers: an example for every rule."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""`vila eval` in two processes: the files of one, nothing half done when one dies, and either number goes on."""
+"""`vila eval` in two processes: same output as one process, also after a process died."""
 
 import signal
 
@@ -6,7 +6,7 @@ from tests.eval.eval_processes import QUESTIONS, Death, asked, assert_same, eval
 from vila.core.reading import read_json
 
 
-def test_two_processes_leave_what_one_leaves(reference_run, tmp_path):
+def test_two_processes_write_the_files_of_one(reference_run, tmp_path):
     model, data, whole = reference_run
     out = tmp_path / "run"
     assert evaluated(model, data, out, world=2) == [0, 0]
@@ -15,7 +15,7 @@ def test_two_processes_leave_what_one_leaves(reference_run, tmp_path):
     assert read_json(out / "gqa" / "speed.json")["tokens"] > 9
 
 
-def test_a_process_that_dies_leaves_no_report_and_one_process_resumes(reference_run, tmp_path):
+def test_no_report_after_a_process_died_and_one_process_resumes(reference_run, tmp_path):
     model, data, whole = reference_run
     out = tmp_path / "run"
     told, died = evaluated(model, data, out, Death(groups=2, rank=1), world=2)

@@ -175,7 +175,7 @@ def test_one_failing_question_does_not_repeat_the_others():
                 assert texts(remote.complete([question], GREEDY)) == [f"q{number}"]
         assert len(served.bodies) == 5
         assert texts(remote.complete([questions[0]], GREEDY)) == ["q0"]
-        assert len(served.bodies) == 6  # what was kept is used once
+        assert len(served.bodies) == 6  # a cached result is used once
 
 
 def test_unreadable_image_is_named(tmp_path):

@@ -1,4 +1,4 @@
-"""The runner: resumed, shared among processes, and never taken down by one question."""
+"""Benchmark runner: resume, several processes, failing questions."""
 
 import json
 import threading
@@ -43,7 +43,7 @@ class Numbers(Benchmark):
 
 
 class Doubler(FakeModel):
-    """Doubles; dies or fails when asked about some numbers."""
+    """Doubles numbers; raises for some of them."""
 
     def __init__(self, fails=(), dies_after=None):
         self.fails, self.dies_after, self.asked = set(fails), dies_after, []
@@ -67,7 +67,7 @@ def rows(out):
     return [json.loads(line) for line in (out / "predictions.jsonl").read_text().splitlines()]
 
 
-def test_predictions_stand_in_the_order_of_the_questions_with_upstreams_keys(tmp_path):
+def test_predictions_are_in_question_order_with_upstream_keys(tmp_path):
     result = run_benchmark(Doubler(), Numbers(), tmp_path)
     assert result.result.score == 100
     assert [row["id"] for row in rows(tmp_path)] == [f"q{n}" for n in range(40)]
@@ -76,7 +76,7 @@ def test_predictions_stand_in_the_order_of_the_questions_with_upstreams_keys(tmp
     assert not list(tmp_path.glob("part-*"))
 
 
-def test_a_killed_run_asks_only_what_is_left(tmp_path):
+def test_interrupted_run_generates_only_missing_answers(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run_benchmark(Doubler(dies_after=12), Numbers(), tmp_path)
     rest = Doubler()
@@ -192,7 +192,7 @@ def test_images_that_are_not_there_are_listed_once(tmp_path):
     assert missing_media(items) == [str(tmp_path / "gone.png")]
 
 
-def test_answers_carry_what_scorers_read(tmp_path):
+def test_answer_fields(tmp_path):
     seen = []
 
     class Asks(Numbers):

@@ -1,4 +1,4 @@
-"""Intervals and paired tests count images, not questions."""
+"""Confidence intervals and paired tests, resampled by image."""
 
 import pytest
 
@@ -38,7 +38,7 @@ def test_equal_runs_do_not_differ():
     assert (same.difference, same.better, same.worse, same.p) == (0, 0, 0, 1)
 
 
-def test_a_difference_on_every_image_is_no_chance():
+def test_difference_on_every_image_is_significant():
     found = compare_paired(question_scores([0] * 20), question_scores([1] * 20))
     assert (found.difference, found.better) == (100, 20)
     assert found.p < 0.01

@@ -1,4 +1,4 @@
-"""Video QA: the published layout, prompts, pairing by place, and figures from verdicts by hand."""
+"""Video QA: data layout, prompts, pairing of answers, metrics of verdicts."""
 
 import json
 
@@ -69,7 +69,7 @@ def answers(**texts):
     return [Answer(int(name[1:]), text) for name, text in texts.items()]
 
 
-def test_questions_stand_video_by_video_with_the_answer_of_their_place(root):
+def test_questions_are_grouped_by_video_and_paired_by_position(root):
     items = Msvd(root).items()
     assert [(i.id, i.question_id, i.truth, i.group) for i in items] == [
         ("10", 10, "ride", "vid1"),
@@ -154,7 +154,7 @@ def test_figures_by_hand(root, replies, score, average, yes, no, judged, rule):
     assert has_note(result.notes, "no verdict of msvd") == (not yes + no)
 
 
-def test_what_is_left_out_is_named(root):
+def test_exclusions_are_noted(root):
     benchmark = Msvd(root)
     benchmark.judge = Says({"10": "?", "11": "{'pred': 'no'}"})
     notes = benchmark.score([Answer(10, "x"), Answer("11", "y")]).notes
@@ -168,7 +168,7 @@ def test_what_is_left_out_is_named(root):
         assert has_note(notes, *mentions)
 
 
-def test_the_last_of_several_answers_is_judged_as_verdicts_are_kept_by_id(root):
+def test_last_of_several_answers_is_judged(root):
     benchmark = Msvd(root)
     benchmark.judge = Says({"10": YES, "11": NO})
     result = benchmark.score([Answer(11, "early"), Answer(10, "x"), Answer("11", "late")])
@@ -233,7 +233,7 @@ def test_a_real_judge_end_to_end(root, tmp_path):
     assert {mark.id: (mark.value, mark.rule) for mark in result.question_scores}["11"] == (0, "judge: no, score 1")
 
 
-def test_a_judge_that_does_not_answer_leaves_the_answers_unscored(root, tmp_path):
+def test_failing_judge_raises_data_error(root, tmp_path):
     benchmark = Msvd(root)
     with chat_server(lambda body, number: (403, {}, b"go away")) as served:
         benchmark.judge = OpenAIJudge(OpenAIClient(served.url, key="", retry_policy=RetryPolicy(attempts=1)), tmp_path)

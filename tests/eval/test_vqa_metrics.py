@@ -1,4 +1,4 @@
-"""The VQA normalisers and soft accuracy, case by case, worked out by hand from the public code's rules."""
+"""VQA normalization and soft accuracy; expected values worked out from the public code."""
 
 import pytest
 
@@ -90,7 +90,7 @@ def test_unanimous_answers_are_compared_as_they_are():
     assert lmms_accuracy("Yes", same) == 1
 
 
-def test_rows_that_nothing_tells_apart_leave_each_other_out():
+def test_equal_annotation_records_exclude_each_other():
     # The public code leaves out every row equal to this one: 3 of 10 then see no other yes.
     rows = [{"answer": "yes"}] * 3 + [{"answer": "no"}] * 7
     assert official_accuracy("yes", rows) == pytest.approx(7 / 10)

@@ -1,4 +1,4 @@
-"""GQA: exact answers by hand, its other figures, and both places of its files."""
+"""GQA: accuracy and further metrics worked out by hand, both locations of its files."""
 
 import pytest
 
@@ -77,7 +77,7 @@ def test_each_row_is_right_or_wrong_as_its_rule_says(folder):
     }
 
 
-def test_lmms_eval_leaves_out_case_and_punctuation(folder):
+def test_lmms_eval_ignores_case_and_punctuation(folder):
     result = Gqa(folder).score(answers(TEXTS), "lmms-eval")
     assert [bool(mark.value) for mark in result.question_scores] == [row[3] for row in ROWS]
     assert result.score == pytest.approx(100 * 14 / 24)

@@ -1,4 +1,4 @@
-"""MMBench: circular scores by hand, options that end early, the server's spreadsheet, and tables that do not fit."""
+"""MMBench: circular accuracy worked out by hand, empty options, submission file, damaged tables."""
 
 import base64
 import io
@@ -163,7 +163,7 @@ def test_whole_prompts_in_chinese(tmp_path, cells):
         )
 
 
-def test_items_say_what_upstreams_rows_say(folder):
+def test_item_fields_equal_upstream_records(folder):
     items = MmBench(folder).items()
     assert items[1].question_id == 1_000_000
     assert items[1].prompt == "What is it, 0?\nA. green\nB. blue\nC. red"
@@ -275,7 +275,7 @@ def test_a_truncated_table_is_named(folder):
     assert (caught.value.file, caught.value.record) == (str(path), "line 4")
 
 
-def test_what_is_no_table_is_named(tmp_path):
+def test_invalid_tables_are_named(tmp_path):
     path = tmp_path / "mmbench_dev_20230712.tsv"
     path.write_text("index,question\n1,What?\n")
     with refused(file=path.name, expected="a tab-separated table"):

@@ -1,4 +1,4 @@
-"""MME: points by hand, pairs by image wherever answers stand, whole prompts, and files that do not fit."""
+"""MME: points worked out by hand, pairing by image, prompts, damaged files."""
 
 import pytest
 
@@ -95,7 +95,7 @@ def test_a_category_has_its_parts(folder, rows):
 
 
 @pytest.mark.parametrize(("place", "protocol"), [(2, "upstream"), (3, "lmms-eval")])
-def test_each_pair_is_scored_as_its_rule_says(folder, rows, place, protocol):
+def test_score_of_each_pair(folder, rows, place, protocol):
     question_scores = Mme(folder).score(answers(rows), protocol).question_scores
     right = [question_scores[n].value + question_scores[n + 1].value for n in range(0, len(question_scores), 2)]
     pairs = [pair for _, _, pairs in FILES for pair in pairs]
@@ -129,7 +129,7 @@ def test_lmms_eval_reads_answers_with_line_breaks_as_they_are(folder, rows):
     assert question_scores["lmms-eval"].rule == "parsed as other"
 
 
-def test_pairs_belong_to_images_wherever_they_stand(folder, rows):
+def test_pairing_is_independent_of_order(folder, rows):
     shuffled = rows[::2] + rows[1::2]
     result = Mme(folder).score(answers(shuffled))
     assert result.score == pytest.approx(162.5)
@@ -221,7 +221,7 @@ def test_an_original_file_is_parsed(folder, rows, tmp_path):
 @pytest.mark.parametrize(
     "line", ["Is it?  Please answer yes or no.", "Is it?\tMaybe", "a\tb\tYes"], ids=["one", "maybe", "three"]
 )
-def test_a_line_of_the_release_that_is_no_question_is_named(folder, rows, line):
+def test_invalid_line_of_a_text_file_is_named(folder, rows, line):
     (folder / "MME" / "MME_Benchmark_release_version" / "existence" / "0003.txt").write_text(f"ok\tYes\n{line}\n")
     with pytest.raises(DataError) as caught:
         Mme(folder).score(answers(rows))
@@ -259,7 +259,7 @@ def test_whole_prompts_and_items(asking, rows):
     assert [mark.id for mark in Mme(asking).score(answers(rows)).question_scores] == [item.id for item in items]
 
 
-def test_a_limited_benchmark_scores_what_it_asks(asking, rows):
+def test_limited_benchmark_scores_only_its_questions(asking, rows):
     benchmark = Mme(asking, limit=3)
     assert len(benchmark.items()) == 4  # whole images
     result = benchmark.score(answers(rows[:4]))

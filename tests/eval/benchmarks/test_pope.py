@@ -1,4 +1,4 @@
-"""POPE: figures by hand, answers joined by question, and label files of another release."""
+"""POPE: metrics worked out by hand, matching by question, label files of other releases."""
 
 import random
 
@@ -80,7 +80,7 @@ def given() -> list[Answer]:
     return answers({FIRST[name] + n: row[0] for name, rows in ROWS.items() for n, row in enumerate(rows)})
 
 
-def test_each_row_is_parsed_as_its_rule_says(folder):
+def test_parsing_of_each_example(folder):
     result = Pope(folder).score(given())
     expected = [said == (label == "yes") for rows in ROWS.values() for _, label, said, _, _ in rows]
     assert [mark.value for mark in result.question_scores] == expected

@@ -1,4 +1,4 @@
-"""ScienceQA: both figures by hand under three readings, whole prompts, and files that do not fit."""
+"""ScienceQA: accuracies worked out by hand for three parsers, prompts, damaged files."""
 
 import pytest
 
@@ -101,7 +101,7 @@ def test_lmms_eval_reads_otherwise(folder, rows):
 
 
 @pytest.mark.parametrize(("place", "name"), [(3, "upstream"), (5, "lmms-eval")])
-def test_each_row_is_scored_as_its_rule_says(folder, rows, place, name):
+def test_score_of_each_example(folder, rows, place, name):
     for row in rows:
         row["prompt"] = "<image>\n" + row["prompt"].removeprefix("<image>\n")
     question_scores = {mark.id: mark for mark in ScienceQa(folder).score(answers(rows), name).question_scores}
@@ -250,7 +250,7 @@ def test_items_have_truth_image_and_image_mode(asking):
     assert len(ScienceQa(asking, limit=2).items()) == 2
 
 
-def test_a_limited_benchmark_scores_what_it_asks(asking, rows):
+def test_limited_benchmark_scores_only_its_questions(asking, rows):
     result = ScienceQa(asking, limit=3).score(answers(rows[:3]))
     assert result.metrics["questions"] == 3
     assert result.score == 100

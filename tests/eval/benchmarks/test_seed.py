@@ -1,4 +1,4 @@
-"""SEED-Bench: exact letters by hand, by kind and medium, the upload, and files that do not fit."""
+"""SEED-Bench: accuracy worked out by hand, by type and medium, submission file, damaged files."""
 
 import pytest
 
@@ -90,7 +90,7 @@ def test_lmms_eval_reads_the_first_character(folder):
 
 
 @pytest.mark.parametrize(("place", "name"), [(3, "upstream"), (4, "lmms-eval")])
-def test_each_row_is_scored_as_its_rule_says(folder, place, name):
+def test_score_of_each_example(folder, place, name):
     question_scores = Seed(folder).score(answers(), name).question_scores
     assert [row[-1] for row, mark in zip(ROWS, question_scores, strict=True) if mark.value != row[place]] == []
 
@@ -122,7 +122,7 @@ def test_answers_of_another_benchmark_are_refused(folder):
         Seed(folder).score([Answer("OCR/1.jpg", "yes")])
 
 
-def test_the_upload_stands_in_the_annotations_order(folder):
+def test_submission_is_in_annotation_order(folder):
     upload = Seed(folder).submission(list(reversed(answers())))
     assert upload.format == "jsonl"
     assert upload.rows[2] == {"question_id": "1002", "prediction": "A."}

@@ -1,4 +1,4 @@
-"""TextVQA: soft accuracy by hand over all forms of the prompt, and rows that are missing or repeated."""
+"""TextVQA: soft accuracy worked out by hand for all prompt formats, missing and repeated answers."""
 
 import pytest
 
@@ -70,7 +70,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_each_row_gets_what_its_rule_says_for_any_prompt_format(folder):
+def test_score_of_each_example_for_any_prompt_format(folder):
     result = TextVqa(folder).score(given())
     assert [mark.value for mark in result.question_scores] == pytest.approx([row[2] for row in ROWS])
     assert result.score == pytest.approx(100 * POINTS / 22)

@@ -1,4 +1,4 @@
-"""VizWiz: the validation split by hand, how answers find their image, and the file for the server."""
+"""VizWiz: soft accuracy worked out by hand, ids of answers, submission file."""
 
 import pytest
 
@@ -68,7 +68,7 @@ def asked(tmp_path):
     return jsonl(tmp_path / "asked" / "llava_test.jsonl", rows).parent
 
 
-def test_each_row_gets_what_its_rule_says(folder):
+def test_score_of_each_example(folder):
     result = VizWiz(folder).score(answers(TEXTS))
     assert [mark.value for mark in result.question_scores] == pytest.approx([row[2] for row in ROWS])
     assert result.score == pytest.approx(100 * POINTS / 22)

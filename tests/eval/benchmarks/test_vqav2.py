@@ -1,4 +1,4 @@
-"""VQAv2: the validation split by hand, the file for the server, and the published sizes."""
+"""VQAv2: soft accuracy worked out by hand, submission file, published sizes."""
 
 import pytest
 
@@ -75,7 +75,7 @@ def asked(tmp_path):
     return folder
 
 
-def test_each_row_gets_what_its_rule_says(folder):
+def test_score_of_each_example(folder):
     result = Vqav2(folder).score(answers(TEXTS))
     assert {mark.id: mark.value for mark in result.question_scores} == pytest.approx(
         {str(key): row[2] for key, row in zip(IDS, ROWS, strict=True)}
@@ -122,7 +122,7 @@ def test_the_whole_prompt(asked):
     assert items[0].messages[0].parts[0].source == asked / "test2015" / "COCO_test2015_000000000001.jpg"
 
 
-def test_the_validation_split_is_asked_where_there_is_no_test_dev(folder):
+def test_validation_questions_without_test_dev(folder):
     home = folder / "vqav2"
     rows = [{"question_id": key, "image_id": key // 1000, "question": "Is it?"} for key in IDS]
     plain(home / "v2_OpenEnded_mscoco_val2014_questions.json", {"info": {}, "questions": rows})

@@ -1,4 +1,4 @@
-"""Benchmark files, answers and whole prompts, as tests write them."""
+"""Write benchmark files, answers and prompts for tests."""
 
 import json
 from pathlib import Path
@@ -41,6 +41,6 @@ def humans(counts: dict[str, int], **fields) -> list[dict]:
 
 
 def whole_prompt(item: Item, template: str = "vicuna_v1") -> str:
-    """What the model reads, with <image> where the image's vectors stand."""
+    """Return the rendered prompt with <image> placeholders."""
     segments = render(item.messages, find_template(template), prompt=True)
     return "".join("<image>" if segment.media else segment.text for segment in segments)
