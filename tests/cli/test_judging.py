@@ -30,12 +30,12 @@ def test_without_a_judge_the_requests_are_written_and_that_is_no_error(vila, cli
     code, text, _ = vila(*call)
     path = data / "videoqa_msvd-requests.jsonl"
     assert code == 0
-    assert f"no judge was asked; its requests are in {path}" in text
+    assert str(path) in text
     assert [json.loads(line)["custom_id"] for line in path.read_text().splitlines()] == ["0", "1", "2", "3"]
     code, text, _ = vila(*call, "--json")
     row = json.loads(text)
     assert (code, row["benchmark"], row["score"]) == (0, "videoqa_msvd", None)
-    assert "its requests are in" in row["problem"]
+    assert str(path) in row["problem"]
 
 
 def test_verdicts_that_the_originals_judge_left_are_scored(vila, clips):
