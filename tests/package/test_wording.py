@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 BANNED = {
     r"\bpictures?\b": "image",
-    r"\b(?:a|the|each|every|of|one|whole|this) clips?\b|\bclips\b": "video",
+    r"\b(?-i:(?:a|the|each|every|of|one|whole|this) clips?)\b": "video",
     r"\bnumber types?\b": "dtype",
     r"\bso many\b": "up to N, the number of",
     r"\blearnt\b": "trained, trainable",
@@ -17,35 +17,9 @@ BANNED = {
     r"\bwho sees whom\b": "attention mask",
     r"\bas it were\b": "(leave out)",
 }
+ALLOWED = {"src/vila/data/readers/records.py": "picture"}  # a key in the data of users
 # Not rewritten yet: remove an entry when its files have no hits.
-EXCLUDED: tuple[str, ...] = (
-    "src/vila/bench/",
-    "src/vila/cli/",
-    "src/vila/data/",
-    "src/vila/engine/",
-    "src/vila/export/",
-    "src/vila/kernels/",
-    "src/vila/media/",
-    "src/vila/model/",
-    "src/vila/prepare/",
-    "src/vila/quant/",
-    "src/vila/serve/",
-    "src/vila/starter/",
-    "src/vila/train/",
-    "docs/chat.md",
-    "docs/checkpoints.md",
-    "docs/cli.md",
-    "docs/commands.md",
-    "docs/decode_speed.md",
-    "docs/export.md",
-    "docs/images.md",
-    "docs/own_data.md",
-    "docs/quantization.md",
-    "docs/quickstart.md",
-    "docs/recipes.md",
-    "docs/recipes_published.md",
-    "docs/video.md",
-)
+EXCLUDED: tuple[str, ...] = ("src/vila/export/", "src/vila/quant/", "src/vila/starter/", "docs/export.md")
 
 
 def hits() -> list[str]:
@@ -57,7 +31,8 @@ def hits() -> list[str]:
             continue
         for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
             for pattern, instead in BANNED.items():
-                if match := re.search(pattern, line, re.IGNORECASE):
+                match = re.search(pattern, line, re.IGNORECASE)
+                if match and match[0] != ALLOWED.get(name):
                     found.append(f"{name}:{number}: {match[0]!r}; say {instead!r}")
     return found
 

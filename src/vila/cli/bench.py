@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 # --- bench_decode
-# `vila bench decode`: tokens a second of a checkpoint or of a known shape, by backend and number type.
+# `vila bench decode`: tokens a second of a checkpoint or of a known shape, by backend and dtype.
 
 
 SHAPE_NAMES = ("vila-7b", "vila-13b", "tinyllama", "smollm", "tiny")
@@ -343,10 +343,10 @@ def _ways(
         else:
             if not image_calib:
                 raise ConfigError(
-                    "awq-images needs --image-calib-data RECIPE, whose mixture holds conversations on pictures"
+                    "awq-images needs --image-calib-data RECIPE, whose mixture holds conversations about images"
                 )
-            pictures = calibration_of([image_calib], processor, rows, samples, screen)
-            out.append(Way(name, awq, join_calibrations(text(rows), pictures)))
+            with_images = calibration_of([image_calib], processor, rows, samples, screen)
+            out.append(Way(name, awq, join_calibrations(text(rows), with_images)))
     return out
 
 

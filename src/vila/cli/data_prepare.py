@@ -168,7 +168,7 @@ def with_fetch_flags(command: Callable[..., None]) -> Callable[..., None]:
 
 
 # --- data_prepare_web
-# `vila data prepare mmc4` and `coyo`: releases that are lists of addresses, whose pictures are downloaded.
+# `vila data prepare mmc4` and `coyo`: releases of image URLs, which are downloaded.
 
 
 _Keep = Annotated[
@@ -329,7 +329,7 @@ def sharegpt4v(
     from vila.prepare.sharegpt4v import prepare_sharegpt4v
 
     if decode_images and image_root is None:
-        raise ConfigError("--decode-images needs --image-root, the folder of the pictures")
+        raise ConfigError("--decode-images needs --image-root, the folder of the images")
     with Screen() as screen:
         index = prepare_sharegpt4v(
             source, out, images=image_root, keep_sam=keep_sam, decode=decode_images, events=screen

@@ -19,7 +19,7 @@ Data sets and their licences
 ============================
 
 This project holds no data set. Its recipes name those below, and its preparation steps fetch them from where they are
-published. Each stays under its own licence, and so does what you derive from it, models included. What a picture's
+published. Each stays under its own licence, and so does what you derive from it, models included. What an image's
 owner allows is not settled by the licence of the collection that names its address.
 
 This is no legal advice. "read" says that the wording was read on the source's own page when this file was written;
