@@ -18,14 +18,14 @@ _HEAD = """\
 Data sets and their licences
 ============================
 
-This project holds no data set. Its recipes name those below, and its preparation steps fetch them from where they are
-published. Each stays under its own licence, and so does what you derive from it, models included. What an image's
-owner allows is not settled by the licence of the collection that names its address.
+This project contains no data sets. Its recipes use those below, and `vila data prepare` downloads them from their
+publishers. Each data set keeps its own licence, which also applies to what you derive from it, models included. The
+licence of a collection of image URLs does not cover the images, which belong to their owners.
 
-This is no legal advice. "read" says that the wording was read on the source's own page when this file was written;
-"not read" that it is hearsay: ask the source before you rely on it.
+This is not legal advice. "read" means that the licence was read on the source's own page when this file was written,
+"not read" that it was not: ask the source before you rely on it.
 
-Generated from src/vila/prepare/licences.yaml; change that file.
+Generated from src/vila/prepare/licences.yaml; edit that file.
 """
 
 
