@@ -41,7 +41,7 @@ def test_unpack_inverts_pack(name, group_size, num_outputs, num_inputs, make_wei
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_packed_tensors_are_contiguous_and_named_as_the_format_says(name, make_weight):
+def test_packed_tensors_are_contiguous_and_have_the_published_names(name, make_weight):
     form = find_format(name)
     packed = form.pack(weight_for(name, make_weight, 16, 256, 64))
     assert set(form.tensors) <= set(packed)

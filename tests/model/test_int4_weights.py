@@ -71,7 +71,7 @@ def test_biases_are_kept():
 
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
-    # Worst of the three families: 0.0075 and 0.10 (in full precision 0.014 and 0.13), beside logits of about 2.
+    # Worst of the three families: 0.0075 and 0.10 (in full precision 0.014 and 0.13), with logits of about 2.
     [(torch.float16, 0.02), (torch.bfloat16, 0.2)],
 )
 def test_activations_may_be_of_any_type(dtype, tolerance):

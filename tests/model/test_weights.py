@@ -272,7 +272,7 @@ class TestIndexes:
         assert (error.file, error.field, error.value) == (str(folder / self.INDEX), "weight_map.a", name)
 
     def test_a_link_to_another_disk(self, folder):
-        # The index may name files beside it only; that a file beside it is a link is its owner's choice.
+        # The index may only name files in its own directory; such a file may be a link.
         (folder / "model-00001-of-00002.safetensors").rename(folder.parent / "elsewhere")
         (folder / "model-00001-of-00002.safetensors").symlink_to("../elsewhere")
         assert sorted(list_tensors(find_weight_files(folder))) == ["a", "b"]

@@ -74,7 +74,7 @@ def _checkpoints() -> Iterator[Target]:
     from vila.quant.apply import quantize_model
 
     def load(root: Path) -> None:
-        # A base directory lies beside the checkpoint that needs one.
+        # The base directory is next to the checkpoint that needs it.
         base = root / "base"
         load_model(root / "checkpoint", base=base if base.exists() else None)
 

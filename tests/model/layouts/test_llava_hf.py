@@ -182,7 +182,7 @@ def test_the_stock_processor_gives_the_same_pixels(tmp_path):
         torch.testing.assert_close(got, processor.pixels([wide]), rtol=0, atol=1e-6)
 
 
-def test_conversation_renders_alike_with_the_stock_chat_template(tmp_path):
+def test_the_stock_chat_template_renders_the_same_conversation(tmp_path):
     model, processor = load_model(llava_v1(tmp_path).folder, template="vicuna_v1")
     save_model(model, processor, tmp_path / "hf", "llava-hf")
     theirs = AutoProcessor.from_pretrained(tmp_path / "hf")

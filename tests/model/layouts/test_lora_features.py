@@ -254,7 +254,7 @@ class TestDamagedWeights:
         assert ("ZeRO-3" in (error.hint or "")) == (not tensor.numel())
 
     @pytest.mark.parametrize("rank", [2, 8])
-    def test_of_another_rank_than_the_config_says(self, bases, copy, rank):
+    def test_of_another_rank_than_the_config(self, bases, copy, rank):
         edit(copy, r=rank)
         assert refused(copy, bases / "tied").file == str(copy / WEIGHTS)
 

@@ -138,9 +138,11 @@ class AwqHfLayout:
         layout = detect_full_precision(folder)
         if layout is None:
             raise LayoutError("no known checkpoint layout", file=folder)
-        under = layout.open(folder, base)
-        refs, packed = collect_packed_weights(under.tensors, settings.packing, settings.group_size, settings.describe())
-        return checkpoint_with_int4(under, refs, packed, folder)
+        full_precision = layout.open(folder, base)
+        refs, packed = collect_packed_weights(
+            full_precision.tensors, settings.packing, settings.group_size, settings.describe()
+        )
+        return checkpoint_with_int4(full_precision, refs, packed, folder)
 
     def check(self, model: Any, processor: Any) -> None:
         """Raise LayoutError for a full-precision model, or outputs that the gemm packing does not support."""

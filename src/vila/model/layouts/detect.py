@@ -25,7 +25,7 @@ QUANTIZED_LAYOUTS = ("tinychat", "awq-hf")
 """Layouts of 4-bit models, tested in this order: a tinychat directory may also match awq-hf."""
 
 ADAPTER_LAYOUTS: Registry[ReadLayout] = Registry(
-    "layout of adapters", {"adapter": "vila.model.layouts.lora_adapter:LAYOUT"}
+    "adapter layout", {"adapter": "vila.model.layouts.lora_adapter:LAYOUT"}
 )
 """Layouts of directories that need a base model: they can be read and converted, and training writes them."""
 

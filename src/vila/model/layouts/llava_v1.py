@@ -73,10 +73,10 @@ class LlavaV1Layout:
         source = fields.text("mm_vision_tower")
         own = Fields({k: v for k, v in fields.items() if not k.startswith("mm_")}, fields.file, error=LayoutError)
         llm = text_config(own, kind)
-        refs, home = _llm_and_projector(folder, base, fields, llm)
+        refs, tokenizer_folder = _llm_and_projector(folder, base, fields, llm)
         ours, unexpected = map_names(refs, PREFIXES)
         tower = self._tower(folder, fields, ours)
-        tokenizer = _with_image_tokens(read_tokenizer(home), fields)
+        tokenizer = _with_image_tokens(read_tokenizer(tokenizer_folder), fields)
         with fields.naming(FIELDS):
             config, processor = build_config(
                 llm=llm,
@@ -91,7 +91,9 @@ class LlavaV1Layout:
                 exif_orientation=fields.flag("exif_orientation", True),
             )
         sources = Sources(fields, own, tower.source, FIELDS)
-        return Checkpoint(folder, config, processor, ours, sources, unexpected, read_generation_config(home))
+        return Checkpoint(
+            folder, config, processor, ours, sources, unexpected, read_generation_config(tokenizer_folder)
+        )
 
     def _tower(self, folder: Path, fields: Fields, ours: dict[str, TensorRef]) -> TowerSpec:
         """Return the tower's spec; adds its weights to `ours` unless the checkpoint contains them."""

@@ -348,25 +348,27 @@ class AdapterLayout:
         """
         base_folder = base or find_base(folder)
         _check_no_cycle(folder, base_folder)
-        under = open_folder(base_folder)
-        if under.int4:
+        base_checkpoint = open_folder(base_folder)
+        if base_checkpoint.int4:
             raise LayoutError(
                 "adapters cannot be merged into 4-bit weights",
                 file=base_folder,
                 hint="pass the 16-bit model as base= or --model-base, and quantize the result",
             )
-        config, processor, sources = under.config, under.processor, under.sources
+        config, processor, sources = base_checkpoint.config, base_checkpoint.processor, base_checkpoint.sources
         if (folder / "config.json").is_file():
             config, sources = read_native_config(folder)
-            _check_base(folder, base_folder, config, under.config)
+            _check_base(folder, base_folder, config, base_checkpoint.config)
         if (folder / "processor_config.json").is_file():
             processor = read_processor(folder, config)
-        tied = _TIED if under.config.text_config.tie_word_embeddings else None
-        refs, still_tied = read_adapter(folder, _by_parameter(under), tied)
+        tied = _TIED if base_checkpoint.config.text_config.tie_word_embeddings else None
+        refs, still_tied = read_adapter(folder, _by_parameter(base_checkpoint), tied)
         if tied and not still_tied:
             config = copy.deepcopy(config)
             config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
-        return Checkpoint(folder, config, processor, refs, sources, under.unexpected, under.generation)
+        return Checkpoint(
+            folder, config, processor, refs, sources, base_checkpoint.unexpected, base_checkpoint.generation
+        )
 
 
 def find_base(folder: Path) -> Path:

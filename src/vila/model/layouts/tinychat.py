@@ -56,18 +56,18 @@ class TinychatLayout:
 
         Raises LayoutError if no directory describes the model, or the tensors match no known packing.
         """
-        home = base or _model_folder(folder)
-        layout = detect_full_precision(home)
+        model_folder = base or _model_folder(folder)
+        layout = detect_full_precision(model_folder)
         if layout is None:
-            raise LayoutError(f"not a 16-bit model, which {folder} needs", file=home)
+            raise LayoutError(f"not a 16-bit model, which {folder} needs", file=model_folder)
         own, unexpected = map_names(list_tensors([open_weight_file(path) for path in _files(folder)]), _PREFIXES)
-        under = layout.open(home)
+        base_checkpoint = layout.open(model_folder)
         # The LLM of the 16-bit model is not used: its norms do not match the 4-bit weights.
-        others = {name: ref for name, ref in under.tensors.items() if not name.startswith("language_model.")}
+        others = {name: ref for name, ref in base_checkpoint.tensors.items() if not name.startswith("language_model.")}
         refs, groups = split_packed_tensors({**others, **own})
         packed = {name: _packed(name, parts) for name, parts in groups.items()}
-        checkpoint = checkpoint_with_int4(under, refs, packed, folder)
-        return replace(checkpoint, unexpected=sorted({*under.unexpected, *unexpected}))
+        checkpoint = checkpoint_with_int4(base_checkpoint, refs, packed, folder)
+        return replace(checkpoint, unexpected=sorted({*base_checkpoint.unexpected, *unexpected}))
 
     def check(self, model: Any, processor: Any) -> None:
         """Raise LayoutError for a full-precision model, one that neither layout supports, or unsupported sizes."""
