@@ -1,4 +1,4 @@
-"""An environment without extras: imports of every package that is no dependency of the base installation fail."""
+"""Simulate an installation without extras: imports of packages outside of the base dependencies fail."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model hub on this machine: enough of its HTTP interface for huggingface_hub, and a list of what was asked for."""
+"""Local stub of the Hugging Face Hub: the HTTP endpoints that huggingface_hub uses, and a log of requests."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""`vila` commands in processes of their own without the seconds that importing torch takes.
+"""Run `vila` commands in separate processes without importing torch each time.
 
 A server process imports torch, transformers and vila once and forks a child for every command. `program()` is an
-executable that stands for `vila`: it hands its arguments, directory, environment and standard streams to the server,
-passes signals on, and ends with the command's exit status. Not for tests about start-up, or about variables that are
+executable like `vila`: it passes its arguments, directory, environment and standard streams to the server, forwards
+signals, and exits with the exit code of the command. Not for tests of start-up time, or of variables that are
 read when a library is imported.
 """
 
@@ -44,7 +44,7 @@ sys.exit(status)
 
 @cache
 def program() -> Path:
-    """Path of an executable called `vila`; its server starts with the first call and ends with this process."""
+    """Return the path of an executable `vila`; its server is started by the first call and ends with this process."""
     folder = Path(tempfile.mkdtemp(prefix="vila-preloaded-"))
     address = folder / "socket"
     listening = socket.socket(socket.AF_UNIX)

@@ -1,4 +1,4 @@
-"""What a published checkpoint (one folder, or VILA-1.5's three) computes, by stock modules and loops, without vila.
+"""Reference outputs of published checkpoints (LLaVA-1.5 and VILA-1.5 layouts), by transformers modules, without vila.
 
 Run as `python tests/reference.py CHECKPOINT --ids ids.json --pixels pixels.safetensors --out out.safetensors`.
 """
@@ -83,7 +83,11 @@ def project(kind, w, x):
 
 @torch.no_grad()
 def reference(checkpoint: Path, ids: list[int], pixels: torch.Tensor, root: Path | None = None):
-    """Of one row with -200 for each picture of `pixels` [N, 3, H, W]; a relative tower path starts at `root`."""
+    """Return vision features, projected features, embeddings and logits of one sequence.
+
+    ids:    token ids, -200 for each image of `pixels` [N, 3, H, W].
+    root:   base directory of a relative tower path.
+    """
     config, llm = read(checkpoint)
     if llm:
         facts, vision = read((root or checkpoint.parent) / config["mm_vision_tower"])

@@ -57,7 +57,7 @@ def text_config(family: str, **changes: Any) -> Any:
         "vocab_size": len(tokenizer()),
         "max_position_embeddings": 512,
         "tie_word_embeddings": True,
-        # Wide enough that random weights give clearly different logits for different inputs.
+        # Large enough that different inputs give clearly different logits.
         "initializer_range": 0.2,
     }
     if family == "mistral":

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.held import killed_writer
 from tests.model.layouts.published import FIXTURES
+from tests.other_process import killed_writer
 from vila.cli.convert import INT4_LAYOUTS, READERS
 from vila.core.errors import ConfigError
 from vila.model.int4_weights import int4_weights, use_int4

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.held import killed_writer
+from tests.other_process import killed_writer
 from vila.core import files
 from vila.core.errors import ConfigError, VilaError
 from vila.core.files import (

@@ -8,7 +8,7 @@ import pytest
 
 from tests.eval.checks import refused
 from tests.eval.fake_models import FakeModel
-from tests.held import HOST, PID, held
+from tests.other_process import HOST, PID, locked_elsewhere
 from vila.core.distributed import ProcessInfo
 from vila.core.errors import ContextOverflowError, DataError, DirectoryInUseError, MediaError
 from vila.core.types import Image, Message
@@ -88,7 +88,7 @@ def test_interrupted_run_generates_only_missing_answers(tmp_path):
 
 
 def test_a_directory_that_another_process_fills_is_refused_with_host_and_pid(tmp_path):
-    with held(tmp_path / "out"), pytest.raises(DirectoryInUseError) as caught:
+    with locked_elsewhere(tmp_path / "out"), pytest.raises(DirectoryInUseError) as caught:
         run_benchmark(Doubler(), Numbers(), tmp_path / "out")
     assert (caught.value.file, caught.value.host, caught.value.pid) == (str(tmp_path / "out"), HOST, PID)
     assert run_benchmark(Doubler(), Numbers(), tmp_path / "out").result.score == 100

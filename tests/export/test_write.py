@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.export.models import write_model
-from tests.held import killed_writer
+from tests.other_process import killed_writer
 from vila.core.errors import ConfigError, LayoutError, UnknownNameError, VilaError
 from vila.core.reading import read_json
 from vila.export.base import EXPORTS, METADATA_FILE, OPTIONS, ExportOptions, write_export

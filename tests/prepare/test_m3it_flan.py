@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from tests.held import HOST, PID, held, killed_writer
+from tests.other_process import HOST, PID, killed_writer, locked_elsewhere
 from tests.prepare.image_server import jpeg
 from vila.core.errors import ConfigError, DirectoryInUseError, UnknownNameError
 from vila.prepare.flan import first_index, prepare_flan, spaced_row
@@ -67,7 +67,7 @@ def test_a_missing_instruction_is_drawn_deterministically_from_the_list_of_its_s
 )
 def test_a_directory_is_locked_by_one_process_or_by_each_worker_once(tmp_path, lock, shard, refused):
     file = write_lines(tmp_path / "gqa" / "train.jsonl", [row()])
-    with held(tmp_path / "out", lock):
+    with locked_elsewhere(tmp_path / "out", lock):
         if refused:
             with pytest.raises(DirectoryInUseError) as caught:
                 prepare_m3it({"gqa": [file]}, tmp_path / "out", shard=shard)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.held import HOST, PID, held
+from tests.other_process import HOST, PID, locked_elsewhere
 from tests.quant.models import logits, loud, random_rows
 from vila.core.errors import ConfigError, DirectoryInUseError, LayoutError, VilaError
 from vila.model.int4_weights import dequantize_model, int4_weights
@@ -129,6 +129,6 @@ def test_a_full_disk_is_an_error_and_finished_blocks_are_reused(tmp_path, monkey
 
 
 def test_a_directory_that_another_process_quantizes_into_is_refused_with_host_and_pid(tmp_path):
-    with held(work_folder(tmp_path / "out")), pytest.raises(DirectoryInUseError) as caught:
+    with locked_elsewhere(work_folder(tmp_path / "out")), pytest.raises(DirectoryInUseError) as caught:
         made(tmp_path / "out", QuantConfig("rtn", group_size=32))
     assert (caught.value.host, caught.value.pid) == (HOST, PID)

@@ -8,7 +8,7 @@ import pytest
 
 import vila.starter.quickstart as quickstart
 from tests.extras import call_command, hide_extras
-from tests.held import HOST, PID, held
+from tests.other_process import HOST, PID, locked_elsewhere
 from tests.starter.tiny_run import write_easy_vqa, write_llm, write_vision
 from vila.config.load import load_recipe
 from vila.core.errors import ConfigError, DataError, DirectoryInUseError
@@ -198,7 +198,7 @@ def test_budgets_scale_with_the_minutes(job):
 
 
 def test_a_directory_in_use_is_refused_with_host_and_pid(job, tmp_path):
-    with held(tmp_path / "run"), pytest.raises(DirectoryInUseError) as caught:
+    with locked_elsewhere(tmp_path / "run"), pytest.raises(DirectoryInUseError) as caught:
         job().run()
     assert (caught.value.file, caught.value.host, caught.value.pid) == (str(tmp_path / "run"), HOST, PID)
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from tests.held import HOST, PID, held
+from tests.other_process import HOST, PID, locked_elsewhere
 from tests.train.finish import on_step, stop_after
 from tests.train.ranks import run_ranks
 from tests.train.tiny_run import tiny_recipe, write_training_files
@@ -148,7 +148,7 @@ def test_a_file_in_place_of_the_directory_is_named(training_files):
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_directory_that_another_run_trains_into_is_refused_with_host_and_pid(training_files, world):
-    with held(training_files / "busy"):
+    with locked_elsewhere(training_files / "busy"):
         args = (training_files, "busy")
         errors = [refused_when_built(*args)] if world == 1 else run_ranks(world, refused_when_built, *args)
     for error in errors:

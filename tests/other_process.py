@@ -1,4 +1,4 @@
-"""What other processes do to a directory: hold its lock, or be killed while they write it."""
+"""Effects of other processes on a directory: a lock that is held, and remains of a killed writer."""
 
 import fcntl
 import json
@@ -11,8 +11,8 @@ HOST, PID = "node7", 4321
 
 
 @contextmanager
-def held(folder, name=".lock"):
-    """Inside, `folder` is locked by process 4321 of node7."""
+def locked_elsewhere(folder, name=".lock"):
+    """Context manager: `folder` is locked by process 4321 of host node7."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / name).open("w") as stream:
         fcntl.flock(stream, fcntl.LOCK_EX)
@@ -22,7 +22,7 @@ def held(folder, name=".lock"):
 
 
 def killed_writer(target: Path, *, replaced: bool = False) -> Path:
-    """Leave what a writer leaves that is killed by SIGKILL; returns its temporary directory."""
+    """Kill a writer of `target` with SIGKILL; return the temporary directory that it leaves."""
     code = (
         "import os, sys; from pathlib import Path; from vila.core.files import atomic_path\n"
         "target = Path(sys.argv[1])\n"
