@@ -69,7 +69,7 @@ def test_coyo_is_chosen_and_downloaded_by_two_workers(prepare, server, tmp_path)
     flags = ("--output", tmp_path / "o", "--keep-fraction", 0.5, "--rows-per-list", 1, *FETCH)
     code, counts, out, err = prepare("coyo", *paths, "--shard", "0/2", *flags)
     assert (code, counts) == (0, {}), err
-    assert "run the same command again when the others are" in out
+    assert "this worker is done" in out
     assert "worker is done" in prepare("coyo", *paths, "--shard", "1/2", *flags)[2]
     # Each worker downloads, and then each writes its shards; whoever comes last writes the index.
     for worker in ("0/2", "1/2", "0/2"):
@@ -111,9 +111,9 @@ def test_flan_rows_are_taken_and_a_bad_worker_is_named(prepare, tmp_path):
     assert counts == {"in": 9, "out": 8, "dropped: no question or no answer": 1}
     assert "8 samples in 2 files" in out
     assert len((tmp_path / "o" / "flan-000000.jsonl").read_text().splitlines()) == 4
-    assert f"left out: {tmp_path / 'o' / 'log' / 'failures.jsonl'}" in out
+    assert str(tmp_path / "o" / "log" / "failures.jsonl") in out
     code, _, _, err = prepare("flan", *paths, "--output", tmp_path / "p", "--shard", "2/2")
-    assert (code, "--shard '2/2'" in err) == (2, True)
+    assert (code, "--shard" in err) == (2, True)
 
 
 def test_llava_align_unpacks_and_keeps_whole_records(prepare, tmp_path):
@@ -142,7 +142,7 @@ def test_sharegpt4v_leaves_out_sam_unless_it_is_kept(prepare, tmp_path):
     checked = prepare(*kept, "--output", tmp_path / "q", "--image-root", tmp_path, "--decode-images")[1]
     assert checked == {"in": 2, "out": 1, "dropped: an image is missing": 1}
     code, _, _, err = prepare(*kept, "--output", tmp_path / "r", "--decode-images")
-    assert (code, "--decode-images needs --image-root" in err) == (2, True)
+    assert (code, "--image-root" in err) == (2, True)
 
 
 def test_pickles_become_shards_of_their_kind(prepare, tmp_path):

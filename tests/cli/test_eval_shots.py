@@ -43,9 +43,9 @@ def test_numbers_of_examples_are_asked_in_turn_with_true_and_with_wrong_answers(
 @pytest.mark.parametrize(
     ("shots", "status", "message"),
     [
-        ("two", 2, "--num-fewshot 'two': expected numbers with commas between"),
-        ("0,,2", 2, "--num-fewshot '0,,2': expected numbers"),
-        ("-1", 2, "--num-fewshot '-1': expected numbers"),
+        ("two", 2, "--num-fewshot"),
+        ("0,,2", 2, "--num-fewshot"),
+        ("-1", 2, "--num-fewshot"),
         ("3", 1, "easy_vqa_3shot: "),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from vila.cli import progress
-from vila.cli.progress import Pace, Screen, write_count, write_facts
+from vila.cli.progress import Screen, Throughput, write_count, write_facts
 from vila.core.errors import Interrupted
 from vila.core.progress import task
 
@@ -72,7 +72,7 @@ def test_a_log_has_lines_with_facts_and_the_time_left(monkeypatch):
     out = io.StringIO()
     screen = Screen(Console(width=80, file=out))
     screen.started("training", 100, "%")
-    screen._logs["training"].pace.clock = clock
+    screen._logs["training"].throughput.clock = clock
     for _ in range(5):
         screen.advanced("training", 1, step=3, loss=2.5)
         clock.now += 10
@@ -102,32 +102,32 @@ def test_the_last_line_of_a_log_says_how_the_work_ended(error, outcome):
 
 def test_the_time_left_is_that_of_the_rate_of_late():
     clock = Clock()
-    pace = Pace(1000, clock)
-    assert pace.left() is None
-    pace.add(500)  # an earlier session
-    assert pace.left() is None
+    throughput = Throughput(1000, clock)
+    assert throughput.left() is None
+    throughput.add(500)  # an earlier session
+    assert throughput.left() is None
     for seconds in [10] * 20 + [2] * 200:
         clock.now += seconds
-        pace.add(1)
+        throughput.add(1)
     # Worst of this: 2.12 s a unit after 200 of 2 s.
-    assert pace.left() == pytest.approx((1000 - pace.done) * 2, rel=0.1)
+    assert throughput.left() == pytest.approx((1000 - throughput.done) * 2, rel=0.1)
 
 
 def test_the_time_left_falls_between_reports():
     clock = Clock()
-    pace = Pace(100, clock)
+    throughput = Throughput(100, clock)
     for _ in range(11):
-        pace.add(1)
+        throughput.add(1)
         clock.now += 60
-    assert pace.left() == pytest.approx(89 * 60 - 60)
+    assert throughput.left() == pytest.approx(89 * 60 - 60)
     clock.now += 10_000
-    assert pace.left() == 0
+    assert throughput.left() == 0
 
 
 def test_without_a_total_no_time_is_told():
     clock = Clock()
-    pace = Pace(None, clock)
+    throughput = Throughput(None, clock)
     for _ in range(3):
-        pace.add(1)
+        throughput.add(1)
         clock.now += 5
-    assert pace.left() is None
+    assert throughput.left() is None

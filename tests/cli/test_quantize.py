@@ -42,10 +42,10 @@ def test_the_model_is_written_and_answers(vila, loud_model, text, picture, tmp_p
     code, shown, err = vila("quantize", loud_model, "--output", out, "--calib-data", text, "--method", method, *FLAGS)
     assert code == 0, err
     assert detect_layout(out).name == "awq-hf"
-    assert "21 Linears of 3 blocks in INT4, groups of 32" in shown
-    assert "peak memory of this run" in shown
+    assert "21 linear layers of 3 blocks in INT4, group size 32" in shown
+    assert "peak memory" in shown
     assert ("sha256" in shown) == (method != "rtn")
-    assert ("--calib-data is not read, since --method rtn needs no calibration" in err) == (method == "rtn")
+    assert ("--calib-data is ignored" in err) == (method == "rtn")
     assert (out / "search.safetensors").is_file() == (method != "rtn")
     assert "vila run ." in (out / "README.md").read_text()
     assert {path.name for path in tmp_path.iterdir()} == {"out", "text.txt", "p.png"}
@@ -63,7 +63,7 @@ def test_the_packaged_text_is_the_default_and_a_search_is_used_again(vila, loud_
     assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
 
 
-def test_the_search_is_dumped_as_the_original_does_and_used_again(vila, loud_model, text, tmp_path):
+def test_the_search_is_dumped_as_the_original_does_and_used_again(vila, vila_error, loud_model, text, tmp_path):
     out, cache = tmp_path / "out", tmp_path / "awq_cache" / "loud-w4-g32.pt"
     flags = (*FLAGS, "--calib-data", text)
     assert vila("quantize", loud_model, "--output", out, *flags, "--dump-awq", cache)[0] == 0
@@ -74,15 +74,14 @@ def test_the_search_is_dumped_as_the_original_does_and_used_again(vila, loud_mod
     )
     assert code == 0, err
     refused = [
-        ((cache, "--method", "rtn"), "method rtn makes no search"),
-        ((tmp_path / "x.safetensors",), "end in .pt"),
-        ((cache,), "exists already"),
-        ((tmp_path / "other" / "x.pt",), "lies in --output"),
+        (cache, "--method", "rtn"),
+        (tmp_path / "x.safetensors",),
+        (cache,),
+        (tmp_path / "other" / "x.pt",),
     ]
-    for given, message in refused:
-        code, _, err = vila("quantize", loud_model, "--output", tmp_path / "other", *flags, "--dump-awq", *given)
-        assert code == 2
-        assert message in err
+    for given in refused:
+        error = vila_error("quantize", loud_model, "--output", tmp_path / "other", *flags, "--dump-awq", *given)
+        assert (type(error), error.field) == (ConfigError, "--dump-awq")
     assert not (tmp_path / "other").exists()
 
 
@@ -131,11 +130,11 @@ def bad_files(folder):
         (("--method", "gptq"), 2, "unknown method 'gptq'"),
         (("--image-token-weight", "0"), 2, "image_weight: got 0.0"),
         (("--image-token-weight", "nan"), 2, "image_weight: got nan"),
-        (("--method", "rtn", "--scaling", "duo"), 2, "--scaling say how to search, and --method rtn does not search"),
+        (("--method", "rtn", "--scaling", "duo"), 2, "--scaling"),
         (
             ("--load-awq", "{tmp}/none.pt", "--clipping", "all"),
             2,
-            "--clipping say how to search, and --load-awq",
+            "--clipping",
         ),
         (("--overwrite", "--output", "{model}"), 2, "contains the source model"),
     ],

@@ -1,4 +1,4 @@
-"""`vila bench`: measurements that users run on their own machine."""
+"""`vila bench`: measure decode speed, quantization quality and server throughput."""
 
 from __future__ import annotations
 
@@ -20,16 +20,15 @@ if TYPE_CHECKING:
     from vila.quant.calibration import Calibration
 
 
-# --- bench_decode
-# `vila bench decode`: tokens a second of a checkpoint or of a known shape, by backend and dtype.
+# --- vila bench decode
 
 
 SHAPE_NAMES = ("vila-7b", "vila-13b", "tinyllama", "smollm", "tiny")
-"""Shapes that are measured with random weights; written here because help loads no torch."""
+"""Model sizes with random weights. Listed here because `--help` must not import torch."""
 
 
 class Precision(StrEnum):
-    """What the weights of the LLM's blocks are."""
+    """Weight precision of the decoder blocks."""
 
     INT4 = "int4"
     BFLOAT16 = "bfloat16"
@@ -102,9 +101,9 @@ def decode(
     from vila.core.system import system_info, version
 
     if bool(model) == bool(shape):
-        raise ConfigError("what to measure? Give a MODEL, or one or several --shape, and not both")
+        raise ConfigError("give MODEL or --shape, not both", field="MODEL")
     if model and (precision or group_size):
-        raise ConfigError("--precision and --group-size are of a --shape; a checkpoint has its own")
+        raise ConfigError("require --shape; a checkpoint has its own", field="--precision and --group-size")
     where = choose_device(device.value)
     chosen: dict[str, Any] = {"backend": backend, "head_bits": lm_head_bits, "activation_bits": activation_bits}
     check_backend_flags(LoadOptions(backend=backend, lm_head_bits=lm_head_bits, activation_bits=activation_bits), where)
@@ -136,7 +135,7 @@ def decode(
 
 
 def _check_shapes(shapes: list[str], precisions: list[Precision], group_size: int) -> None:
-    """Raise UnknownNameError for a shape that is not known, ConfigError for groups that do not fill one."""
+    """Raise UnknownNameError for an unknown shape, ConfigError for a group size that does not divide its widths."""
     for name in shapes:
         if name not in SHAPE_NAMES:
             raise UnknownNameError("shape", name, SHAPE_NAMES, field="--shape")
@@ -150,7 +149,7 @@ def _check_shapes(shapes: list[str], precisions: list[Precision], group_size: in
 def _loads(contexts: list[int], batches: list[int], tokens: int, runs: int, check: int) -> list[Load]:
     from vila.bench.decode import Load
 
-    # The text that is compared is the same under every load, so it is compared once.
+    # The comparison with the reference is the same for every load, so only the first load runs it.
     pairs = [(context, batch) for context in contexts for batch in batches]
     return [Load(context, batch, tokens, runs, 0 if number else check) for number, (context, batch) in enumerate(pairs)]
 
@@ -158,7 +157,7 @@ def _loads(contexts: list[int], batches: list[int], tokens: int, runs: int, chec
 def _models(
     model: str, shapes: list[str], precisions: list[Precision], group_size: int, device: str, loads: list[Load]
 ) -> Any:
-    """Titles and models, one in memory at a time."""
+    """Yield titles and models; one model is in memory at a time."""
     import torch
 
     if model:
@@ -173,10 +172,10 @@ def _models(
     context = max(512, *(load.context + load.tokens for load in loads), *(load.check + 1 for load in loads))
     for name in shapes:
         for kind in precisions:
-            four_bit = kind is Precision.INT4
-            size = (group_size or (64 if SHAPES[name].width % 128 else 128)) if four_bit else 0
-            # Beside 4-bit weights stand embeddings and a head in what the device computes in.
-            dtype = ("float32" if device == "cpu" else "float16") if four_bit else kind.value
+            is_int4 = kind is Precision.INT4
+            size = (group_size or (64 if SHAPES[name].width % 128 else 128)) if is_int4 else 0
+            # Embeddings and LM head of an INT4 model have the compute dtype of the device.
+            dtype = ("float32" if device == "cpu" else "float16") if is_int4 else kind.value
             yield (
                 SHAPES[name].title,
                 random_model(SHAPES[name], getattr(torch, dtype), device, group_size=size, context=context),
@@ -205,8 +204,7 @@ def _threads() -> int:
     return torch.get_num_threads()
 
 
-# --- bench_quality
-# `vila bench quality`: what 4 bits cost, in full precision, rounded, and by AWQ in several ways.
+# --- vila bench quality
 
 
 WAYS = ("full", "rtn", "awq", "awq-images", "best")
@@ -314,7 +312,7 @@ def _ways(
     from dataclasses import replace
 
     from vila.bench.quality import Way
-    from vila.cli.quantize import calibration_of
+    from vila.cli.quantize import load_calibration
     from vila.core.errors import ConfigError, UnknownNameError
     from vila.quant.calibration import join_calibrations
     from vila.quant.quant_config import BEST, QuantConfig
@@ -322,12 +320,12 @@ def _ways(
     chosen = [name.strip() for name in names.split(",") if name.strip()]
     for name in chosen:
         if name not in WAYS:
-            raise UnknownNameError("way of quantizing", name, WAYS)
+            raise UnknownNameError("method", name, WAYS, field="--methods")
     if chosen[:1] != ["full"]:
-        raise ConfigError(f"--methods {names}: the first one is full, which the others are compared with")
+        raise ConfigError(field="--methods", value=names, expected="full first; the others are compared with it")
 
     def text(count: int) -> Calibration:
-        return calibration_of(["packaged"], processor, count, samples, screen)
+        return load_calibration(["packaged"], processor, count, samples, screen)
 
     awq = QuantConfig(group_size=group_size)
     out = []
@@ -342,16 +340,14 @@ def _ways(
             out.append(Way(name, replace(BEST, group_size=group_size), text(best_rows)))
         else:
             if not image_calib:
-                raise ConfigError(
-                    "awq-images needs --image-calib-data RECIPE, whose mixture holds conversations about images"
-                )
-            with_images = calibration_of([image_calib], processor, rows, samples, screen)
-            out.append(Way(name, awq, join_calibrations(text(rows), with_images)))
+                hint = "give a recipe with image-text samples"
+                raise ConfigError("required by awq-images", field="--image-calib-data", hint=hint)
+            images = load_calibration([image_calib], processor, rows, samples, screen)
+            out.append(Way(name, awq, join_calibrations(text(rows), images)))
     return out
 
 
-# --- bench_serve
-# `vila bench serve`: load on a server, its own or anybody's.
+# --- vila bench serve
 
 
 def serve(
@@ -436,7 +432,7 @@ def serve(
         typer.echo(json.dumps({"facts": facts, "loads": [one.as_json() for one in done]}))
     else:
         header, rows = table(done)
-        shown = Table(title=f"{name}: {num_prompts} questions a load", title_justify="left")
+        shown = Table(title=f"{name}: {num_prompts} prompts per load", title_justify="left")
         for column in header:
             shown.add_column(column, justify="left" if column == "load" else "right")
         for row in rows:
@@ -449,7 +445,7 @@ def serve(
         for path in paths:
             console.print(str(path), markup=False)
     if not any(one.answered for one in done):
-        raise VilaError("no question was answered")
+        raise VilaError("no prompt was answered")
 
 
 def _numbers(option: str, text: str, *, whole: bool = False) -> list[float]:
@@ -460,7 +456,7 @@ def _numbers(option: str, text: str, *, whole: bool = False) -> list[float]:
     except ValueError:
         found = [0]
     if any(number <= 0 for number in found):
-        raise ConfigError(f"{option} {text}: numbers above 0, with commas between them")
+        raise ConfigError(field=option, value=text, expected="comma-separated numbers above 0")
     return found
 
 

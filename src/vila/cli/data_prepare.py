@@ -19,9 +19,7 @@ if TYPE_CHECKING:
     from vila.prepare.work_units import Counts
 
 
-# --- data_prepare_flags
-# What the commands of `vila data prepare` share: their flags, and what they print at the end.
-
+# --- shared flags and output
 
 _STORED = "Stored images"
 
@@ -57,36 +55,36 @@ Quality = Annotated[
 
 
 def parse_shard(text: str) -> tuple[int, int]:
-    """`2/8` as (2, 8). Raises ConfigError."""
+    """Parse `2/8` as (2, 8). Raises ConfigError."""
     from vila.core.errors import ConfigError
 
     index, _, workers = text.partition("/")
     if not (index.isdecimal() and workers.isdecimal() and int(index) < int(workers)):
-        raise ConfigError(f"--shard {text!r}: expected k/n with k from 0 to n - 1, such as 0/4")
+        raise ConfigError(field="--shard", value=text, expected="K/N with K from 0 to N - 1, such as 0/4")
     return int(index), int(workers)
 
 
 def resize_rule(short_side: int, quality: int) -> ResizeRule:
-    """The rule that two flags ask for."""
+    """Return the resize rule of `--short-side` and `--quality`."""
     from vila.prepare.download import ResizeRule
 
     return ResizeRule(short_side or None, quality)
 
 
 def print_counts(index: dict[str, Any] | None, out: Path) -> None:
-    """A table of what came in, what went out and why the rest did not; without an index, what to wait for."""
+    """Print the numbers of input, output and dropped records; without an index, that other workers must finish."""
     if index is None:
-        typer.echo(f"{out}: this worker is done; run the same command again when the others are")
+        typer.echo(f"{out}: this worker is done; run the same command again when all workers are done")
         return
     print_table("records", index["counts"])
     shards = index["shards"]
     typer.echo(f"{out}: {sum(one['samples'] for one in shards):,} samples in {len(shards):,} files")
     if index["counts"]["dropped"] or index["counts"]["noted"]:
-        typer.echo(f"what was left out: {out / 'log' / 'failures.jsonl'}")
+        typer.echo(f"dropped records: {out / 'log' / 'failures.jsonl'}")
 
 
 def print_table(title: str, counts: dict[str, Any]) -> None:
-    """Stored counts as a table."""
+    """Print stored counts as a table."""
     from rich.console import Console
     from rich.table import Table
 
@@ -99,9 +97,8 @@ def print_table(title: str, counts: dict[str, Any]) -> None:
     Console().print(table)
 
 
-# --- data_fetch_flags
-# The rules of fetching as flags: one for each field of `DownloadOptions`, told here because help loads no network code.
-
+# --- download flags
+# One flag per field of `DownloadOptions`; listed here because `--help` must not import network code.
 
 _PANEL = "Downloading"
 FLAGS: dict[str, tuple[str, int | float | bool | str, str]] = {
@@ -167,9 +164,7 @@ def with_fetch_flags(command: Callable[..., None]) -> Callable[..., None]:
     return wrapper
 
 
-# --- data_prepare_web
-# `vila data prepare mmc4` and `coyo`: releases of image URLs, which are downloaded.
-
+# --- data sets with image URLs
 
 _Keep = Annotated[
     float, typer.Option(help="Fraction of the rows of each file to keep, best scores first; above 0, at most 1.")
@@ -266,7 +261,7 @@ def coyo(
 
 
 def _selected(sources: Sequence[Path], lists: Path) -> tuple[list[Path], Counts] | None:
-    """The lists of all workers and what their selection left out; None while some have not selected."""
+    """Return the lists of all workers and the dropped counts; None while selections are missing."""
     from vila.core.errors import DataError
     from vila.prepare.coyo import read_selection
     from vila.prepare.work_units import Counts, unit_names
@@ -329,7 +324,7 @@ def sharegpt4v(
     from vila.prepare.sharegpt4v import prepare_sharegpt4v
 
     if decode_images and image_root is None:
-        raise ConfigError("--decode-images needs --image-root, the folder of the images")
+        raise ConfigError("requires --image-root", field="--decode-images")
     with Screen() as screen:
         index = prepare_sharegpt4v(
             source, out, images=image_root, keep_sam=keep_sam, decode=decode_images, events=screen
@@ -412,9 +407,7 @@ def pkl(
     print_counts(index, out)
 
 
-# --- data_m3it
-# Where the sets of M3IT lie in a copy of the release: FOLDER/.../SET/train*.jsonl, or parquet.
-
+# --- M3IT files
 
 _ENDS = (".jsonl", ".jsonl.gz", ".jsonl.zip", ".parquet")
 

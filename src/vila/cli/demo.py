@@ -45,9 +45,9 @@ def demo(
     from vila.core.optional import require_extra
 
     if bool(models) == bool(base_url):
-        raise ConfigError("vila demo takes models, or --base-url with the address of a server; one of the two")
+        raise ConfigError("give MODEL or --base-url, not both", field="MODEL")
     if models and len(models) > 2:
-        raise ConfigError(f"{len(models)} models: the page shows one, or two side by side")
+        raise ConfigError(field="MODEL", value=len(models), expected="one or two models")
     # Gradio reads this when it is imported.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     require_extra("demo", "vila demo")
@@ -56,7 +56,7 @@ def demo(
     from vila.serve.demo.ui import card_words, run_page
     from vila.serve.server import server_process
 
-    parse_allowed_hosts(host, allowed_host or ())  # refuses bad names before a server is started
+    parse_allowed_hosts(host, allowed_host or ())  # raises before a server is started
     with ExitStack() as stack:
         check = None
         if models:

@@ -15,13 +15,8 @@ from vila.cli import options
 from vila.cli.options import Backend, LoadOptions, StderrLog, check_backend_flags, set_num_threads
 
 if TYPE_CHECKING:
-    from vila.core.progress import Events
     from vila.eval.benchmark import Benchmark
     from vila.eval.runner import BenchmarkRun, ChatModel
-
-
-# --- judging
-# The judge that `vila eval` and `vila score` take their verdicts from.
 
 
 JudgeOption = Annotated[
@@ -35,50 +30,6 @@ JudgeOption = Annotated[
 ]
 JudgeModelOption = Annotated[str, typer.Option(help="Model name at the judge server.")]
 DEFAULT_JUDGE = "gpt-3.5-turbo"
-
-
-def check_judge(judge: str) -> None:
-    """Check the form of a URL, or that a file of replies can be read, before work begins. Raises VilaError."""
-    if not judge or judge == "none":
-        return
-    if "://" in judge:
-        from vila.eval.openai_client import OpenAIClient
-
-        OpenAIClient(judge)
-        return
-    from vila.eval.judge import read_verdicts
-
-    read_verdicts(Path(judge).expanduser())
-
-
-def give_judge(benchmark: Benchmark, judge: str, model: str, folder: Path, events: Events) -> None:
-    """Give a benchmark that has free answers its judge; others are left as they are.
-
-    folder: where requests are written to, with `none`.
-    """
-    if not judge or not benchmark.needs_judge:
-        return
-    from vila.core.files import cache_dir
-    from vila.eval.judge import OpenAIJudge, ReplyFile, RequestFile
-    from vila.eval.openai_client import OpenAIClient
-
-    if judge == "none":
-        benchmark.judge = RequestFile(folder / f"{benchmark.name}-requests.jsonl", model)
-    elif "://" in judge:
-        benchmark.judge = OpenAIJudge(OpenAIClient(judge), cache_dir() / "judge", model, events=events)
-    else:
-        benchmark.judge = ReplyFile(Path(judge).expanduser())
-
-
-TEN = ("vqav2", "gqa", "vizwiz", "scienceqa", "textvqa", "pope", "mme", "mmbench", "mmbench_cn", "seed")
-"""The benchmarks of the published table, in its order."""
-
-
-_PUBLISHED = {
-    "sqa": "scienceqa", "sqa_i": "scienceqa", "vqa_v2": "vqav2", "vqa_t": "textvqa", "mmb": "mmbench",
-    "mmb_cn": "mmbench_cn", "seed_bench": "seed",
-}  # fmt: skip
-"""What the published table, folders and scripts call benchmarks besides: in small letters, dashes as underscores."""
 
 
 def evaluate(
@@ -137,24 +88,26 @@ def evaluate(
     from vila.core.errors import ConfigError
     from vila.core.files import DirectoryLock, check_writable, portable_path, remove_partials
     from vila.core.progress import SILENT
+    from vila.eval.benchmark import parse_benchmark_names
+    from vila.eval.judge import attach_judge, check_judge
     from vila.eval.report import write_report
     from vila.eval.runner import check_run_folder, result_dir, run_benchmark, run_metadata
     from vila.train.fsdp import open_world
 
-    # All that can be wrong is found before weights are read: options, output, data, predictions of another run.
-    rules = rules_of(protocol)
-    names = names_of(benchmarks)
+    # Options, output, data and earlier predictions are checked before weights are read.
+    rules = parse_protocol(protocol)
+    names = parse_benchmark_names(benchmarks)
     counts = _counts(num_fewshot)
     if template:
         find_template(template)
     if not model and not base_url:
-        raise ConfigError("no model; name a directory or a hub id, or a server with --base-url")
+        raise ConfigError("missing", field="MODEL", hint="give a directory or Hub id, or a server with --base-url")
     root = out or (Path(model).expanduser().parent / "eval" if Path(model).is_dir() else Path("runs/eval"))
     check_writable(root, field="--output")
     check_judge(judge)
     world = open_world("replicate")
     set_num_threads(threads)
-    asked = _Asked(
+    source = _ModelSource(
         model,
         base_url,
         served_model,
@@ -165,17 +118,17 @@ def evaluate(
         lm_head_bits,
         activation_bits,
     )
-    asked.check()
+    source.check()
     runs: list[BenchmarkRun] = []
     with Screen() as screen:
         events = screen if world.is_main else SILENT
         opened, left_out = _opened(names, data, limit, counts, events)
-        facts = asked.facts()
+        facts = source.identity()
         for benchmark in opened:
             where = result_dir(root, benchmark.name, limit)
             check_run_folder(where, {**run_metadata(benchmark, template), "model": facts["hash"]})
-            give_judge(benchmark, judge, judge_model, where, events)
-        engine, facts = asked.load(facts)
+            attach_judge(benchmark, judge, judge_model, where, events)
+        engine, facts = source.load(facts)
         for benchmark in opened:
             where = result_dir(root, benchmark.name, limit)
             run = run_benchmark(
@@ -195,7 +148,7 @@ def evaluate(
             folders = {run.benchmark: result_dir(root, run.benchmark, limit).name for run in runs}
             # Other commands may add benchmarks to the same directory at this moment.
             with DirectoryLock(root).acquire(wait=True):
-                _note_run(root, {**seen, **facts, "benchmarks": folders, "left_out": left_out})
+                _write_run_metadata(root, {**seen, **facts, "benchmarks": folders, "left_out": left_out})
                 for path in write_report(root, {benchmark.name: benchmark for benchmark in opened}):
                     events.log(str(path))
     world.close()
@@ -209,35 +162,13 @@ def evaluate(
         raise typer.Exit(1)
 
 
-def rules_of(protocol: str) -> Any:
-    """The rules that `--protocol` names. Raises ConfigError for others."""
+def parse_protocol(protocol: str) -> Any:
+    """Return the scoring protocol with a name. Raises ConfigError for other names."""
     from vila.core.errors import ConfigError
 
     if protocol not in ("upstream", "lmms-eval"):
-        raise ConfigError(f"--protocol {protocol}: it is upstream or lmms-eval")
+        raise ConfigError(field="--protocol", value=protocol, expected="upstream or lmms-eval")
     return protocol
-
-
-def names_of(text: str) -> list[str]:
-    """Benchmarks by name, or by what they are published as, in any case. Raises UnknownNameError for others."""
-    from vila.core.errors import ConfigError
-    from vila.eval.benchmark import BENCHMARKS
-
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    names = [one for name in names for one in (TEN if name == "all" else (_own_name(name),))]
-    for name in names:
-        BENCHMARKS[name]
-    if not names:
-        raise ConfigError(field="--benchmarks", value=text, expected="names of benchmarks with commas between them")
-    return list(dict.fromkeys(names))
-
-
-def _own_name(name: str) -> str:
-    from vila.eval.benchmark import BENCHMARKS
-
-    plain = name.lower().replace("-", "_")
-    own = _PUBLISHED.get(plain, plain)
-    return own if own in BENCHMARKS else name
 
 
 def _counts(text: str) -> list[int]:
@@ -245,12 +176,12 @@ def _counts(text: str) -> list[int]:
 
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() for part in parts):
-        raise ConfigError(f"--num-fewshot {text!r}: expected numbers with commas between, such as 0,2,4")
+        raise ConfigError(field="--num-fewshot", value=text, expected="comma-separated numbers, such as 0,2,4")
     return list(dict.fromkeys(map(int, parts)))
 
 
 def _checked_device(name: str) -> str:
-    """Return the name of a device. Raises ConfigError for one that PyTorch does not know or that is not there."""
+    """Return the name of a device. Raises ConfigError for unknown and missing devices."""
     import torch
 
     from vila.core.errors import ConfigError
@@ -272,8 +203,8 @@ def _checked_device(name: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
-    """The model that answers, here or behind a server, as the options name it; nothing is loaded yet."""
+class _ModelSource:
+    """Flags of the evaluated model: a local model, or a server (`api` and the model name `served`)."""
 
     model: str
     api: str
@@ -286,12 +217,12 @@ class _Asked:
     activation_bits: int
 
     def check(self) -> None:
-        """Check names, template and backend; a model from the hub is fetched. Raises VilaError."""
+        """Check names, template and backend; downloads a model from the Hub. Raises VilaError."""
         from vila.core.errors import ConfigError
 
         if self.api:
             if not self.served:
-                raise ConfigError("--base-url needs --served-model-name: the name that the server knows the model by")
+                raise ConfigError("requires --served-model-name", field="--base-url")
             return
         loading = LoadOptions(backend=self.backend, lm_head_bits=self.head_bits, activation_bits=self.activation_bits)
         check_backend_flags(loading, self.device.partition(":")[0])
@@ -299,8 +230,8 @@ class _Asked:
 
         open_checkpoint(self.model, template=self.template or None).processor.find_template()
 
-    def facts(self) -> dict[str, Any]:
-        """Return what identifies the model; `hash` is of its files, or the server's address and name for it."""
+    def identity(self) -> dict[str, Any]:
+        """Return the identity of the model; `hash`: of its files, or URL and model name of the server."""
         if self.api:
             return {"hash": f"{self.api} {self.served}", "api": self.api, "served": self.served}
         from vila.eval.runner import model_hash
@@ -309,7 +240,7 @@ class _Asked:
         return {"hash": model_hash(local_folder(self.model))}
 
     def load(self, facts: dict[str, Any]) -> tuple[ChatModel, dict[str, Any]]:
-        """Read the weights, or try the server. Returns the facts with those that are known only then."""
+        """Read the weights, or check the server. Returns the model and its completed identity."""
         if self.api:
             from vila.eval.openai_client import RemoteEngine
 
@@ -325,13 +256,13 @@ class _Asked:
         )  # fmt: skip
         facts = {**facts, "dtype": str(engine.model.dtype).removeprefix("torch."), "device": self.device}
         if engine.backend != "torch":
-            # Its arithmetic is different, and so are some answers: they do not continue those of torch.
+            # Other backends round differently, so their predictions do not continue those of torch.
             facts |= {"hash": f"{facts['hash']} {engine.backend}", "backend": engine.backend}
         return engine, facts
 
 
-def _note_run(root: Path, facts: dict[str, Any]) -> None:
-    """Write `eval.json`, with the benchmarks that earlier commands ran on the same model."""
+def _write_run_metadata(root: Path, facts: dict[str, Any]) -> None:
+    """Write `eval.json`; keeps the benchmarks of earlier commands on the same model."""
     from vila.core.files import write_json
     from vila.core.reading import Fields
 
@@ -347,9 +278,9 @@ def _note_run(root: Path, facts: dict[str, Any]) -> None:
 def _opened(
     names: list[str], data: Path | None, questions: int, shots: list[int], events: Any
 ) -> tuple[list[Benchmark], dict[str, str]]:
-    """The benchmarks whose data are there, and of the others what is missing.
+    """Return the benchmarks with data, and the error of each other one.
 
-    Raises DataError when there is none, or when the only one asked for is missing.
+    Raises DataError if no benchmark has data.
     """
     from vila.core.errors import DataError
     from vila.core.files import cache_dir, without_home
@@ -364,22 +295,22 @@ def _opened(
             folder = data
             if folder is None or (name == "easy_vqa" and len(names) > 1 and not _has_easy_vqa(folder)):
                 if name != "easy_vqa":
-                    raise DataError(f"{name}: no data; give --data playground/data/eval")
+                    raise DataError("no data", field=name, hint="give --data playground/data/eval")
                 folder = obtain_easy_vqa(cache_dir(), events)
             benchmark = BENCHMARKS[name](folder, questions)
             items = benchmark.items()
         except DataError as error:
             if len(names) == 1:
                 raise
-            events.log(f"{name}: left out: {error}")
+            events.log(f"{name}: skipped: {error}")
             left_out[name] = without_home(str(error))
             continue
         gone = missing_media(items)
         if gone:
-            events.log(f"{name}: {len(gone):,} files are missing, the first {gone[0]}; their questions will fail")
+            events.log(f"{name}: {len(gone):,} files are missing, first {gone[0]}; their questions will fail")
         found += few_shot_variants(benchmark, name, folder, shots)
     if not found:
-        raise DataError("none of the benchmarks has its data there; `docs/evaluation.md` says where they come from")
+        raise DataError("no benchmark has data", file=data, hint="docs/evaluation.md describes the downloads")
     return found, left_out
 
 
@@ -387,12 +318,11 @@ def _has_easy_vqa(folder: Path) -> bool:
     return (folder / "test" / "questions.json").is_file()
 
 
-# --- score_tables
-# The table of scores that `vila eval` prints.
+# --- tables
 
 
 def score_table(run: BenchmarkRun) -> Table:
-    """Accuracy in all and by kind, beside the majority and the best blind guess."""
+    """Return a table of accuracy by question type, with majority and blind baselines."""
     table = Table(title=f"{run.benchmark}: accuracy", title_justify="left")
     for name in ("questions", "count", "accuracy", "majority answer", "best blind guess"):
         table.add_column(name, justify="left" if name == "questions" else "right")
@@ -404,7 +334,7 @@ def score_table(run: BenchmarkRun) -> Table:
 
 
 def result_table(runs: Sequence[BenchmarkRun]) -> RenderableType:
-    """One benchmark by kind of question where it can be, several a line each."""
+    """Return a table with one line per benchmark, or per question type for one benchmark with blind baselines."""
     from vila.eval.significance import score_interval
 
     if len(runs) == 1 and runs[0].result and "blind" in runs[0].result.metrics:
@@ -420,7 +350,7 @@ def result_table(runs: Sequence[BenchmarkRun]) -> RenderableType:
             reasons.append(f"{one.benchmark}: {one.problem}")
             continue
         sure = score_interval(one.result)
-        # A figure that is neither the mean mark nor says how it follows from the marks has no interval of its own.
+        # The interval applies only if the score is the mean of the question scores.
         own = sure is not None and abs(sure.mean - one.result.score) < 0.01
         bounds = f"{sure.low:,.1f} to {sure.high:,.1f}" if sure and own else ""
         score = f"{one.result.score:,.2f} {one.result.unit}"

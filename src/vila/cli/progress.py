@@ -1,4 +1,4 @@
-"""Progress events drawn with rich: a bar a task on a terminal, plain lines in a log."""
+"""Progress rendering with rich: a bar per task on a terminal, plain lines in a log file."""
 
 from __future__ import annotations
 
@@ -23,33 +23,29 @@ from rich.text import Text
 from vila.core.progress import Outcome
 from vila.report.numbers import write_seconds
 
-# --- pace
-# How fast a task goes and how long it will still take, from a rate that forgets slowly.
+_DECAY = 0.95
+"""Weight of earlier rate measurements when a new one is added (exponential moving average)."""
+_MIN_S = 1.0
+_MIN_FRACTION = 0.01
+"""Minimum duration of a rate measurement, in seconds and as a fraction of the elapsed time."""
 
 
-_KEPT = 0.95
-"""What an earlier measurement counts when a new one comes in."""
-_SHORTEST_S = 1.0
-_SHORTEST_SHARE = 0.01
-"""A measurement takes at least this long, and this share of the time so far: the rate is that of the last fifth."""
+class Throughput:
+    """Moving-average throughput and remaining time of a task with `total` units.
 
-
-class Pace:
-    """Counts what is done of `total`. The first amount tells no rate: it may be what an earlier session did.
-
-    clock: seconds.
+    The first amount does not count for the rate: it may be the progress of an earlier run. clock: seconds.
     """
 
     def __init__(self, total: int | None, clock: Callable[[], float] = time.monotonic) -> None:
         self.total, self.clock = total, clock
         self.done = 0
-        self._seconds = self._units = 0.0  # of all measurements, older ones counting less
+        self._seconds = self._units = 0.0  # exponentially weighted sums
         self._began: float | None = None
         self._since = 0.0
         self._waiting = 0
 
     def add(self, amount: int) -> None:
-        """More is done."""
+        """Add finished units."""
         self.done += amount
         now = self.clock()
         if self._began is None:
@@ -57,13 +53,13 @@ class Pace:
             return
         self._waiting += amount
         seconds = now - self._since
-        if self._waiting and seconds >= max(_SHORTEST_S, _SHORTEST_SHARE * (now - self._began)):
-            self._seconds = _KEPT * self._seconds + seconds
-            self._units = _KEPT * self._units + self._waiting
+        if self._waiting and seconds >= max(_MIN_S, _MIN_FRACTION * (now - self._began)):
+            self._seconds = _DECAY * self._seconds + seconds
+            self._units = _DECAY * self._units + self._waiting
             self._since, self._waiting = now, 0
 
     def left(self) -> float | None:
-        """Seconds until the end; None when the total is not known, or the rate is not known yet."""
+        """Return the estimated seconds to the end; None while total or rate is unknown."""
         if self.total is None or not self._units:
             return None
         rest = self.total - self.done + self._waiting
@@ -72,13 +68,13 @@ class Pace:
 
 _LOG_EVERY_S = 15.0
 _LOG_LATER_S = 60.0
-"""Seconds between lines of a log, in the first ten minutes of a task and after them."""
+"""Seconds between log lines of a task: in its first ten minutes, and later."""
 _BEHIND = ("tokens/s", "GiB")
-"""Facts that are written as a number and its unit."""
+"""Metrics that are written as a number with a unit."""
 
 
 class Screen:
-    """An `Events` listener, used as a context manager."""
+    """`Events` listener that renders to the terminal or log; a context manager."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True, highlight=False)
@@ -107,33 +103,35 @@ class Screen:
             self._bars.stop()
 
     def started(self, task: str, total: int | None = None, unit: str = "") -> None:
-        """A new bar, or a line in a log."""
+        """Add a bar, or print a log line."""
         if self._live:
-            self._tasks[task] = self._bars.add_task(task, total=total, unit=unit, facts="", pace=Pace(total))
+            self._tasks[task] = self._bars.add_task(
+                task, total=total, unit=unit, facts="", throughput=Throughput(total)
+            )
         else:
             self._logs[task] = _Log(total, unit)
             self.console.print(f"{task} ...", markup=False)
 
     def advanced(self, task: str, amount: int = 1, **facts: float | str) -> None:
-        """Move the bar; in a log, a line every few seconds."""
+        """Advance the bar, or print a log line every few seconds."""
         text = write_facts(facts)
         if self._live:
             number = self._tasks[task]
-            self._bars.tasks[self._bars.task_ids.index(number)].fields["pace"].add(amount)
+            self._bars.tasks[self._bars.task_ids.index(number)].fields["throughput"].add(amount)
             self._bars.update(number, advance=amount, **({"facts": text} if text else {}))  # type: ignore[arg-type]
             return
         log = self._logs[task]
-        log.pace.add(amount)
+        log.throughput.add(amount)
         if log.is_due():
-            words = [f"{task}: {write_count(log.pace.done, log.total, log.unit)}", text, log.left()]
+            words = [f"{task}: {write_count(log.throughput.done, log.total, log.unit)}", text, log.left()]
             self.console.print("  ".join(filter(None, words)), markup=False, soft_wrap=True)
 
     def log(self, text: str) -> None:
-        """A line above the bars."""
+        """Print a line above the bars."""
         self.console.print(text, markup=False, soft_wrap=True)
 
     def finished(self, task: str, outcome: Outcome = "done") -> None:
-        """Stop the bar where it is; one inside other work, which may come again and again, goes away."""
+        """Stop the bar; remove it if it belongs to another running task."""
         if self._live:
             number = self._tasks.pop(task)
             self._bars.stop_task(number)
@@ -147,7 +145,7 @@ class Screen:
 
 
 def write_facts(facts: dict[str, float | str]) -> str:
-    """`step 1,200  loss 2.314  lr 1.87e-5  8,120 tokens/s  MFU 41.2 %`: figures as a line shows them."""
+    """`step 1,200  loss 2.314  lr 1.87e-5  8,120 tokens/s  MFU 41.2 %`: metrics as one line."""
     return "  ".join(_fact(name, value) for name, value in facts.items())
 
 
@@ -169,14 +167,14 @@ def _number(value: float) -> str:
 
 
 def write_count(done: int, total: int | None, unit: str) -> str:
-    """`45 %`, `1,200/9,673 questions`, or `1,200 files` where the total is not known."""
+    """`45 %`, `1,200/9,673 questions`, or `1,200 files` if the total is unknown."""
     if unit == "%" and total:
         return f"{100 * done / total:.{0 if total <= 100 else 1}f} %"
     return f"{done:,}{f'/{total:,}' if total is not None else ''} {unit}".rstrip()
 
 
 class _Bars(Progress):
-    """Bars, and below each one its facts in a line of their own: both fit 80 columns."""
+    """Bars with their metrics on a separate line below, within 80 columns."""
 
     def get_renderables(self) -> Iterable[RenderableType]:
         waiting: list[Task] = []
@@ -191,7 +189,7 @@ class _Bars(Progress):
 
 
 class _Count(ProgressColumn):
-    """How much is done."""
+    """Column with the number of finished units."""
 
     def render(self, task: Task) -> Text:
         total = None if task.total is None else int(task.total)
@@ -199,25 +197,25 @@ class _Count(ProgressColumn):
 
 
 class _Left(ProgressColumn):
-    """How long it will still take."""
+    """Column with the remaining time."""
 
     max_refresh = 0.5
 
     def render(self, task: Task) -> Text:
-        seconds = None if task.finished else task.fields["pace"].left()
+        seconds = None if task.finished else task.fields["throughput"].left()
         return Text("" if seconds is None else f"{write_seconds(seconds)} left", style="progress.remaining")
 
 
 class _Log:
-    """What a log line needs to know of a task."""
+    """State of a task in a log."""
 
     def __init__(self, total: int | None, unit: str) -> None:
         self.total, self.unit = total, unit
-        self.pace = Pace(total)
+        self.throughput = Throughput(total)
         self.began = self.shown = time.monotonic()
 
     def is_due(self) -> bool:
-        """Whether it is time for a line; if so, the time until the next one begins."""
+        """Return whether a line is due, and start the next interval if so."""
         now = time.monotonic()
         due = now - self.shown >= (_LOG_EVERY_S if now - self.began < 600 else _LOG_LATER_S)
         if due:
@@ -225,5 +223,5 @@ class _Log:
         return due
 
     def left(self) -> str:
-        seconds = self.pace.left()
+        seconds = self.throughput.left()
         return "" if seconds is None else f"{write_seconds(seconds)} left"

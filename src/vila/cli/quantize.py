@@ -181,18 +181,18 @@ def quantize(
     folder = local_folder(model, checkpoint_options.revision or None)
     check_apart(folder, target)
     with Screen() as screen:
-        # All that can be wrong is found on shapes and files; the weights are read after it.
+        # Shapes and files are checked before weights are read.
         checkpoint = open_checkpoint(folder, **checkpoint_options.overrides)
         shapes = empty_model(checkpoint)
         size = group_size or default_group_size(shapes, found)
         if group_size is None and size != PUBLISHED_GROUP_SIZE:
-            screen.log(f"group size: {size}, the largest of 128, 64 and 32 that divides the widths of this model")
+            screen.log(f"group size: {size}, the largest of 128, 64 and 32 that divides the layer widths")
         config = replace(config, group_size=size)
         check_quantization(shapes, config, found)
         check_target(target, "--output", overwrite, num_bytes=required_disk_bytes(shapes, size))
         calibration = None
         if needs_calibration(config, found):
-            calibration = calibration_of(
+            calibration = load_calibration(
                 calib_data or ["packaged"], checkpoint.processor, num_calib_sequences, num_calib_samples, screen
             )
             check_calibration(shapes, config, calibration, found)
@@ -201,7 +201,7 @@ def quantize(
                 f"{calibration.num_tokens:,} tokens, sha256 {calibration.sha256[:16]}"
             )
         elif calib_data:
-            screen.log(f"note: --calib-data is not read, since {unused} needs no calibration")
+            screen.log(f"note: --calib-data is ignored: {unused} needs no calibration")
         network, processor = build_model(checkpoint), checkpoint.processor
         texts = {README: layout_readme("awq-hf", network, processor, __version__)}
         summary = quantize_and_save(network, processor, target, config, calibration, found, texts=texts, events=screen)
@@ -219,7 +219,7 @@ def _config(
     image_token_weight: float,
     device: str,
 ) -> QuantConfig:
-    """Return the defaults of the method with the given options in their place; the group size follows the model."""
+    """Return the config of the method with the given options; the group size is set later."""
     from dataclasses import replace
 
     import torch
@@ -239,34 +239,35 @@ def _config(
 
 
 def _unused(method: Method, is_reused: bool, scaling: Scaling | None, clipping: Clipping | None) -> str:
-    """What makes a search needless, empty where one is made. Raises ConfigError for options of a search that is not."""
+    """Return the flag that replaces the search, or "". Raises ConfigError for search flags without effect."""
     from vila.core.errors import ConfigError
 
     why = "--method rtn" if method is Method.RTN else "--load-awq" if is_reused else ""
     given = [name for name, value in (("--scaling", scaling), ("--clipping", clipping)) if value is not None]
     if why and given:
-        raise ConfigError(f"{' and '.join(given)} say how to search, and {why} does not search; leave one of them out")
+        raise ConfigError(f"no effect with {why}, which does not search", field=given[0], hint="leave one of them out")
     return why
 
 
 def _check_dump(path: Path, target: Path, method: Method, overwrite: bool) -> None:
-    """Raise ConfigError for an awq_cache file that could not be written at the end."""
+    """Raise ConfigError if the awq_cache file of `--dump-awq` cannot be written at the end."""
     from vila.core.errors import ConfigError
 
     if method is Method.RTN:
-        raise ConfigError("--dump-awq: method rtn makes no search; leave it out, or use --method awq")
+        raise ConfigError("--method rtn has no search result", field="--dump-awq", hint="use --method awq")
     if path.suffix != ".pt":
-        raise ConfigError(f"--dump-awq {path}: the original's search files end in .pt; give such a name")
+        raise ConfigError(field="--dump-awq", value=str(path), expected="a name that ends in .pt")
     if target.resolve() in path.resolve().parents:
-        raise ConfigError(f"--dump-awq {path}: lies in --output, which holds the model alone; give a place beside it")
+        raise ConfigError("inside --output", field="--dump-awq", value=str(path), hint="give a path outside of it")
     if path.is_file() and not overwrite:
-        raise ConfigError(f"--dump-awq {path}: exists already; give another name, or --overwrite to replace it")
+        hint = "give another name, or --overwrite to replace it"
+        raise ConfigError("already exists", field="--dump-awq", value=str(path), hint=hint)
 
 
-def calibration_of(
+def load_calibration(
     names: list[str], processor: Any, num_calib_sequences: int, num_calib_samples: int, screen: Any
 ) -> Calibration:
-    """What `--calib-data` names, joined: the packaged text, files of text, and recipes."""
+    """Load and join the calibration data of `--calib-data`: `packaged`, text files and recipes."""
     from vila.quant.calibration import join_calibrations, packaged_documents, read_documents, text_calibration
 
     parts = []
@@ -280,11 +281,11 @@ def calibration_of(
                 text_calibration(documents, processor.tokenizer, name=path.name, max_sequences=num_calib_sequences)
             )
         else:
-            parts.append(_of_recipe(name, processor, num_calib_samples, screen))
+            parts.append(_recipe_calibration(name, processor, num_calib_samples, screen))
     return parts[0] if len(parts) == 1 else join_calibrations(*parts)
 
 
-def _of_recipe(name: str, processor: Any, num_calib_samples: int, screen: Any) -> Calibration:
+def _recipe_calibration(name: str, processor: Any, num_calib_samples: int, screen: Any) -> Calibration:
     from vila.config.load import load_recipe
     from vila.data.dataset import DatasetEntry, open_mixture
     from vila.quant.calibration import mixture_calibration
@@ -294,36 +295,35 @@ def _of_recipe(name: str, processor: Any, num_calib_samples: int, screen: Any) -
     return mixture_calibration(mixture, processor, samples=num_calib_samples, name=Path(name).name)
 
 
-# --- quantize_summary
-# What `vila quantize` says at its end: the errors of each block, sizes, calibration, memory.
+# --- summary
 
 
 def show_summary(console: Console, target: Path, summary: dict[str, Any]) -> None:
-    """Print what `quantize_checkpoint` gave for the directory `target`."""
+    """Print block errors, sizes, calibration data and peak memory of a quantization."""
     from rich.table import Table
 
     from vila.cli.info import human_bytes
 
-    table = Table(title="errors per block", title_justify="left")
-    for column in ("block", "weights off", "error left by scales"):
+    table = Table(title="quantization error per block", title_justify="left")
+    for column in ("block", "weight error", "output error with AWQ"):
         table.add_column(column, justify="right")
     for index, block in enumerate(summary["blocks"]):
         left = block.get("error_left")
-        table.add_row(str(index), f"{block['weights_off']:.2%}", "" if left is None else f"{left:.0%} of rounding's")
+        table.add_row(str(index), f"{block['weights_off']:.2%}", "" if left is None else f"{left:.0%} of RTN")
     console.print(table)
     shrunk = summary["bytes_before"] / max(1, summary["bytes_after"])
     console.print(
-        f"{target}: {summary['linears']} Linears of {len(summary['blocks'])} blocks in INT4, groups of "
-        f"{summary['group_size']}, {summary['method']}; {human_bytes(summary['bytes_before'])} in memory before, "
-        f"{human_bytes(summary['bytes_after'])} in files now ({shrunk:.2f} times smaller)",
+        f"{target}: {summary['linears']} linear layers of {len(summary['blocks'])} blocks in INT4, group size "
+        f"{summary['group_size']}, {summary['method']}; {human_bytes(summary['bytes_before'])} in memory, "
+        f"{human_bytes(summary['bytes_after'])} in files ({shrunk:.2f} times smaller)",
         markup=False,
     )
     if (calibration := summary["calibration"]) is not None:
         console.print(
-            f"calibrated with {calibration['name']}, {calibration['tokens']:,} tokens, sha256 {calibration['sha256']}",
+            f"calibration: {calibration['name']}, {calibration['tokens']:,} tokens, sha256 {calibration['sha256']}",
             markup=False,
         )
-    console.print(f"peak memory of this run: {_peak()}")
+    console.print(f"peak memory: {_peak()}")
 
 
 def _peak() -> str:

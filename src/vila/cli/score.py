@@ -35,22 +35,22 @@ def score(
     """Score predictions with the published metric of a benchmark: percent, points for MME."""
     import json
 
-    from vila.cli.eval import check_judge, give_judge, names_of, rules_of
+    from vila.cli.eval import parse_protocol
     from vila.cli.progress import Screen
     from vila.core.errors import ConfigError
-    from vila.eval.benchmark import BENCHMARKS
-    from vila.eval.judge import NotJudgedError
+    from vila.eval.benchmark import BENCHMARKS, parse_benchmark_names
+    from vila.eval.judge import NotJudgedError, attach_judge, check_judge
     from vila.eval.significance import compare_paired as compared
     from vila.eval.significance import score_interval
 
     check_judge(judge)
-    names = names_of(benchmark)
+    names = parse_benchmark_names(benchmark)
     if len(names) != 1:
-        raise ConfigError(f"{benchmark}: name one benchmark, whose answers the file holds")
+        raise ConfigError(field="BENCHMARK", value=benchmark, expected="one benchmark")
     opened = BENCHMARKS[names[0]](data, 0)
-    rules = rules_of(protocol)
+    rules = parse_protocol(protocol)
     with Screen() as screen:
-        give_judge(opened, judge, judge_model, predictions.parent, screen)
+        attach_judge(opened, judge, judge_model, predictions.parent, screen)
         try:
             result = score_file(opened, predictions, rules)
             other = score_file(opened, compare, rules) if compare else None
@@ -72,11 +72,11 @@ def score(
         facts["compared"] = {"score": other.score, **compared(other.question_scores, result.question_scores).as_json()}
         alone = len(other.question_scores) + len(result.question_scores) - 2 * facts["compared"]["questions"]
         if alone:
-            facts["notes"].append(f"{alone} questions were scored in one of the files only and are not compared")
+            facts["notes"].append(f"{alone} questions are in one of the files only and are not compared")
     if as_json:
         typer.echo(json.dumps(facts, ensure_ascii=False))
         return
-    typer.echo(f"{names[0]}: {result.score:.2f} {result.unit}  ({rules} rules)")
+    typer.echo(f"{names[0]}: {result.score:.2f} {result.unit}  ({rules} protocol)")
     for name, value in _lines(result.metrics):
         typer.echo(f"  {name}: {value}")
     for note in facts["notes"]:
@@ -90,7 +90,7 @@ def score(
 
 
 def score_file(benchmark: Any, path: Path, rules: Any) -> BenchmarkResult:
-    """The score of a file. Raises DataError for lines that cannot be read, unless the rules leave them out."""
+    """Score a predictions file. Raises DataError for invalid lines, unless the benchmark skips them."""
     from dataclasses import replace
 
     from vila.eval.predictions import bad_line_notes, read_answers
@@ -98,7 +98,7 @@ def score_file(benchmark: Any, path: Path, rules: Any) -> BenchmarkResult:
     answers = read_answers(path)
     notes = bad_line_notes(answers.bad, skipped=benchmark.skips_bad_lines)
     if answers.failed:
-        notes.append(f"{len(answers.failed)} questions could not be asked, the first {answers.failed[0]}")
+        notes.append(f"{len(answers.failed)} questions have no answer because of errors, first {answers.failed[0]}")
     result: BenchmarkResult = benchmark.score(answers.answers, rules)
     return replace(result, notes=(*notes, *result.notes))
 

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from vila.core.errors import DataError
+from vila.core.errors import ConfigError, DataError
 from vila.core.registry import Registry
 from vila.core.types import Image, Message, Video
 from vila.core.vision_spec import ImageMode
@@ -270,3 +270,45 @@ def missing_media(items: Sequence[Item]) -> list[str]:
         if isinstance(part, Image | Video) and isinstance(part.source, str | Path) and "://" not in str(part.source)
     }
     return [path for path in paths if not Path(path).is_file()]
+
+
+PUBLISHED_BENCHMARKS = (
+    "vqav2",
+    "gqa",
+    "vizwiz",
+    "scienceqa",
+    "textvqa",
+    "pope",
+    "mme",
+    "mmbench",
+    "mmbench_cn",
+    "seed",
+)
+"""Benchmarks of the published results table, in its order."""
+
+
+_ALIASES = {
+    "sqa": "scienceqa", "sqa_i": "scienceqa", "vqa_v2": "vqav2", "vqa_t": "textvqa", "mmb": "mmbench",
+    "mmb_cn": "mmbench_cn", "seed_bench": "seed",
+}  # fmt: skip
+"""Names in the published table, directories and scripts: lower case, dashes as underscores."""
+
+
+def parse_benchmark_names(text: str) -> list[str]:
+    """Parse comma-separated names or published names of benchmarks, in any case; `all` is PUBLISHED_BENCHMARKS.
+
+    Raises UnknownNameError for other names.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    names = [one for name in names for one in (PUBLISHED_BENCHMARKS if name == "all" else (_canonical_name(name),))]
+    for name in names:
+        BENCHMARKS[name]
+    if not names:
+        raise ConfigError(field="--benchmarks", value=text, expected="comma-separated benchmark names")
+    return list(dict.fromkeys(names))
+
+
+def _canonical_name(name: str) -> str:
+    plain = name.lower().replace("-", "_")
+    own = _ALIASES.get(plain, plain)
+    return own if own in BENCHMARKS else name

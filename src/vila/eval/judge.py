@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from vila.core.errors import DataError, UnknownNameError
-from vila.core.files import write_json, write_jsonl
+from vila.core.files import cache_dir, write_json, write_jsonl
 from vila.core.progress import SILENT, Events, task
 from vila.core.reading import Fields, lone_surrogate, read_json, read_jsonl
 from vila.eval.annotation_files import iter_records
 from vila.eval.annotations import format_ids
-from vila.eval.benchmark import JudgeCase, Verdict
+from vila.eval.benchmark import Benchmark, JudgeCase, Verdict
 from vila.eval.openai_client import ChatCompletion, OpenAIClient, ServerError
 
 DEFAULT_MODEL = "gpt-3.5-turbo"
@@ -406,3 +406,28 @@ class OpenAIJudge:
 
 def _readable(reply: str | None) -> bool:
     return reply is not None and parse_reply("", reply).readable
+
+
+def check_judge(judge: str) -> None:
+    """Check the URL or the file of replies of `--judge` before work starts. Raises VilaError."""
+    if not judge or judge == "none":
+        return
+    if "://" in judge:
+        OpenAIClient(judge)
+        return
+    read_verdicts(Path(judge).expanduser())
+
+
+def attach_judge(benchmark: Benchmark, judge: str, model: str, folder: Path, events: Events) -> None:
+    """Set the judge of a benchmark with open-ended answers; other benchmarks do not change.
+
+    judge:  URL of an OpenAI-compatible server, a file of replies, or `none` to write the requests into `folder`.
+    """
+    if not judge or not benchmark.needs_judge:
+        return
+    if judge == "none":
+        benchmark.judge = RequestFile(folder / f"{benchmark.name}-requests.jsonl", model)
+    elif "://" in judge:
+        benchmark.judge = OpenAIJudge(OpenAIClient(judge), cache_dir() / "judge", model, events=events)
+    else:
+        benchmark.judge = ReplyFile(Path(judge).expanduser())
