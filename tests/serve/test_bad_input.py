@@ -303,7 +303,7 @@ def test_health_fails_after_the_engine_thread_died():
     assert send(app, "GET", "/health").json() == {"status": "ok"}
     batcher = service.models.models[0].batcher
     kill(batcher._thread)
-    batcher._poke()
+    batcher._notify()
     batcher._thread.join(20)
     for path in ("/health", "/ready"):
         answer = send(app, "GET", path)
