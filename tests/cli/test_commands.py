@@ -19,9 +19,9 @@ from vila.config.load import save_recipe
         (("train", "starter/1_align", "optim.warmup_ration=1", "stage.lr=x"), 2, "did you mean 'warmup_ratio'?"),
         (("train", "starter/1_align", "optim.warmup_ration=1", "stage.lr=x"), 2, "stage.lr"),
         (("eval", "{model}", "--benchmarks", "easyvqa"), 2, "unknown benchmark 'easyvqa'; did you mean 'easy_vqa'"),
-        (("eval", "{model}", "--data", "{tmp}"), 1, "expected an easy-VQA folder"),
+        (("eval", "{model}", "--data", "{tmp}"), 1, "questions.json"),
         (("quickstart", "starter.lm=x"), 2, "'starter.lm=x': expected starter.llm=ID_OR_DIR"),
-        (("quickstart", "--minutes", "0"), 2, "--minutes 0"),
+        (("quickstart", "--minutes", "0"), 2, "--minutes"),
         (("nonsense",), 2, "No such command 'nonsense'"),
     ],
 )
