@@ -31,8 +31,7 @@ from vila.plan.memory import Memory, MemoryConfig, MicroBatch, peak_memory
 from vila.plan.model_shape import shape_of
 from vila.train.fsdp import World, open_world, shard
 from vila.train.loss import LossModule
-from vila.train.optimizer import MasterAdamW
-from vila.train.parameter_groups import group_parameters, select_trainable
+from vila.train.optimizer import MasterAdamW, group_parameters, select_trainable
 from vila.train.train_state import enable_gradient_checkpointing
 
 BOUND = 0.1

@@ -46,8 +46,7 @@ from vila.data.packing import PackingPolicy, PackingStreams
 from vila.model.config import VilaConfig
 from vila.model.modeling import VilaForConditionalGeneration
 from vila.train.loss import LossModule
-from vila.train.optimizer import MasterAdamW
-from vila.train.parameter_groups import group_parameters, select_trainable
+from vila.train.optimizer import MasterAdamW, group_parameters, select_trainable
 
 VOCAB, PICTURE, PATCH, IMAGE = 49152, 224, 16, 49151
 TEXT = {

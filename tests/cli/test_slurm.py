@@ -13,7 +13,7 @@ from tests.train.tiny_run import tiny_recipe, write_training_files
 from vila.config.load import save_recipe
 from vila.core.errors import MISSING, ConfigError
 from vila.train.build import build, is_finished
-from vila.train.metrics_log import read_metrics
+from vila.train.metrics import read_metrics
 from vila.train.slurm import parse_job, render_script
 
 # As Slurm starts a batch script, the tasks of a step, and says which machines a job has; all of them this one.

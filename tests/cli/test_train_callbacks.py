@@ -22,7 +22,7 @@ from vila.core.reading import read_json
 from vila.engine.engine import Engine
 from vila.eval.training_callbacks import inference_mode
 from vila.train.build import build, model_dir
-from vila.train.metrics_log import read_metrics
+from vila.train.metrics import read_metrics
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from tests.train.finish import on_step
 from vila.config import load_recipe, recipe_names
 from vila.model.loading import build_components, open_components, save_model
 from vila.train.build import build
-from vila.train.metrics_log import read_metrics
+from vila.train.metrics import read_metrics
 
 STEPS = 3
 

@@ -10,7 +10,6 @@ from vila.chat.content import parse_messages
 from vila.chat.render import render
 from vila.chat.templates import find_template
 from vila.config.load import load_recipe
-from vila.core.distributed import current_process
 from vila.core.errors import (
     CancelledError,
     CheckpointError,
@@ -37,6 +36,7 @@ from vila.core.errors import (
 )
 from vila.core.optional import MissingExtraError
 from vila.core.reading import Fields, parse_json
+from vila.core.system import current_process
 from vila.core.types import Message
 
 GOLDEN = [

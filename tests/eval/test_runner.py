@@ -9,8 +9,8 @@ import pytest
 from tests.eval.checks import refused
 from tests.eval.fake_models import FakeModel
 from tests.other_process import HOST, PID, locked_elsewhere
-from vila.core.distributed import ProcessInfo
 from vila.core.errors import ContextOverflowError, DataError, DirectoryInUseError, MediaError
+from vila.core.system import ProcessInfo
 from vila.core.types import Image, Message
 from vila.eval.benchmark import Answer, Benchmark, BenchmarkResult, Item, QuestionScore, missing_media
 from vila.eval.predictions import read_predictions

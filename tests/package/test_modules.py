@@ -26,6 +26,7 @@ SAME_IDEA = {
     "records": "records of a data file: reading and writing them",
     "decode": "decoding, and its measurement",
     "runner": "runs a benchmark, or the ONNX graph",
+    "metrics": "metrics of a run, and of the server",
 }
 """Names of several modules outside of `cli`, and what these modules have in common. `cli` has one module per command,
 named like the module that does the work."""

@@ -15,7 +15,7 @@ from vila.model.modeling import segment_mask
 from vila.plan.devices import find_device, parse_machine, peak_tflops
 from vila.plan.flops import TrainableParts, causal_pairs, step_flops
 from vila.plan.model_shape import shape_of
-from vila.train.parameter_groups import select_trainable
+from vila.train.optimizer import select_trainable
 
 ROWS, LENGTH = 2, 24
 

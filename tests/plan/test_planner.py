@@ -21,7 +21,7 @@ from vila.plan.memory import MemoryConfig, MicroBatch, memory_by_component, peak
 from vila.plan.model_shape import config_of, count_parameters, shape_of
 from vila.plan.planner import DEFAULT_MFU, PUBLISHED_BATCH, make_plan, stage_of
 from vila.plan.published_data import DataStats
-from vila.train.parameter_groups import MODULES, select_trainable
+from vila.train.optimizer import MODULES, select_trainable
 
 ROOT = Path(__file__).parents[2]
 PARAMETERS = {  # as published

@@ -14,7 +14,7 @@ from tests.train.tiny_run import tiny_recipe
 from vila.core.errors import Interrupted
 from vila.train.build import Run, build
 from vila.train.checkpoint_files import MANIFEST, digest_files, write_manifest
-from vila.train.metrics_log import read_metrics
+from vila.train.metrics import read_metrics
 from vila.train.train_state import gather_full_tensors
 from vila.train.trainer import TrainerCallback
 

@@ -12,7 +12,7 @@ from tests.train.ranks import run_ranks
 from tests.train.tiny_run import tiny_recipe, write_training_files
 from vila.core.errors import ConfigError, DirectoryInUseError, Interrupted, TrainingError, VilaError
 from vila.train.build import build
-from vila.train.metrics_log import read_metrics
+from vila.train.metrics import read_metrics
 
 BUDGET = ("batch.rows=4", "budget.tokens=3000", "budget.max_bad_steps=2")
 

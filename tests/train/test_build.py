@@ -13,7 +13,7 @@ from tests.train.tiny_run import tiny_recipe, write_training_files
 from vila.core.errors import CheckpointError, DataError, Interrupted, RunChangedError, TrainingError
 from vila.core.files import sha256_tree
 from vila.train.build import build, is_finished, model_dir
-from vila.train.metrics_log import read_metrics
+from vila.train.metrics import read_metrics
 
 
 @pytest.fixture(scope="module")

@@ -15,11 +15,11 @@ from tests import tiny
 from tests.train.finish import assert_identical, finish, on_step, sign, stop_after
 from tests.train.ranks import run_ranks
 from tests.train.tiny_run import tiny_recipe, write_training_files
-from vila.core.distributed import ProcessInfo
 from vila.core.errors import CheckpointError, Interrupted
 from vila.core.files import write_json
 from vila.core.progress import SILENT
 from vila.core.reading import read_json
+from vila.core.system import ProcessInfo
 from vila.model.loading import save_model
 from vila.train.build import build
 from vila.train.checkpoint import Checkpoint, CheckpointWriter, Progress, load_checkpoint

@@ -9,8 +9,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from tests.train.finish import sign
-from vila.core.distributed import ProcessInfo
 from vila.core.errors import CheckpointError
+from vila.core.system import ProcessInfo
 from vila.train.checkpoint import Checkpoint, CheckpointWriter, Progress, load_checkpoint
 from vila.train.fsdp import World
 

@@ -10,7 +10,7 @@ from vila.core.errors import ConfigError, Interrupted, MediaError
 from vila.core.files import sha256_tree
 from vila.train.build import build, model_dir
 from vila.train.data_stream import worker_count
-from vila.train.metrics_log import read_metrics
+from vila.train.metrics import read_metrics
 
 
 @pytest.fixture(scope="module")

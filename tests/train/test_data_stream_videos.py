@@ -8,7 +8,7 @@ from tests.media.test_video import video_bytes
 from tests.train.tiny_run import tiny_recipe, write_training_files
 from vila.core.files import sha256_tree
 from vila.train.build import build, model_dir
-from vila.train.metrics_log import read_metrics
+from vila.train.metrics import read_metrics
 
 ANSWER = {"role": "assistant", "content": "yes"}
 

@@ -11,7 +11,7 @@ from tests.train.tiny_run import tiny_recipe, write_training_files
 from vila.core.errors import Interrupted, TrainingError
 from vila.core.reading import read_json
 from vila.train.build import build
-from vila.train.metrics_log import read_metrics
+from vila.train.metrics import read_metrics
 
 RECORDS = 30
 UNPACKED = ("data.packing=none", "batch.rows=0", "batch.samples=4", "budget.tokens=0")

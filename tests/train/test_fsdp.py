@@ -10,12 +10,12 @@ from torch.distributed.tensor import DTensor
 from tests.train.finish import on_step
 from tests.train.ranks import run_ranks
 from tests.train.tiny_run import tiny_recipe, write_training_files
-from vila.core.distributed import ProcessInfo
 from vila.core.errors import ConfigError, Interrupted, TrainingError, VilaError
 from vila.core.reading import read_json
+from vila.core.system import ProcessInfo
 from vila.train.build import build, model_dir
 from vila.train.fsdp import _mesh, open_world
-from vila.train.metrics_log import read_metrics
+from vila.train.metrics import read_metrics
 from vila.train.train_state import gather_full_tensors
 
 ROWS = ("batch.rows=4", "budget.tokens=1600")

@@ -12,7 +12,7 @@ from vila.core.errors import ConfigError
 from vila.core.optional import MissingExtraError
 from vila.model.loading import load_model, save_model
 from vila.train.lora import adapter_parameters, add_adapters, merge_adapters, merged_tensors, save_adapter
-from vila.train.parameter_groups import select_trainable
+from vila.train.optimizer import select_trainable
 
 ALL = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 

@@ -13,7 +13,7 @@ from vila.core.errors import Interrupted
 from vila.core.files import sha256_tree
 from vila.model.loading import load_model
 from vila.train.build import build, model_dir
-from vila.train.metrics_log import read_metrics
+from vila.train.metrics import read_metrics
 
 LORA = ("stage.lora.rank=4", "stage.lora.dropout=0.1", "stage.llm_parts=[]", "batch.rows=4", "budget.tokens=3000")
 

@@ -14,7 +14,7 @@ from vila.chat.tokenize import IGNORE
 from vila.data.collate import collate
 from vila.train import loss
 from vila.train.loss import LossModule, head_loss, linear_cross_entropy
-from vila.train.parameter_groups import select_trainable
+from vila.train.optimizer import select_trainable
 
 
 def drawn(tokens, width=16, vocab=37, dtype=torch.float32, bias=False):

@@ -6,7 +6,7 @@ from tests.train.tiny_run import tiny_recipe, write_training_files
 from vila.plan.flops import TrainableParts, causal_pairs, step_flops
 from vila.plan.model_shape import shape_of
 from vila.train.build import build
-from vila.train.metrics_log import read_metrics
+from vila.train.metrics import read_metrics
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,8 @@ from vila.config.load import load_recipe, save_recipe
 from vila.core.errors import DataError
 from vila.train import report
 from vila.train.build import build
-from vila.train.downsample import Curve
 from vila.train.report import RunReport, write_report
-from vila.train.report_data import StepCurves, ThinnedRecords
+from vila.train.report_data import Curve, StepCurves, ThinnedRecords
 
 
 def step(number, **facts):

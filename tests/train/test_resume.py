@@ -18,7 +18,7 @@ from vila.core.errors import CheckpointError, Interrupted, RunChangedError
 from vila.core.files import write_json
 from vila.core.reading import read_json
 from vila.train.build import build
-from vila.train.metrics_log import read_metrics
+from vila.train.metrics import read_metrics
 
 SAVES = ("batch.rows=4", "budget.tokens=3000", "output.checkpoint_every_steps=2")
 KILLED = -signal.SIGKILL

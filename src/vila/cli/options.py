@@ -222,7 +222,7 @@ class SamplingOptions:
         int, typer.Option(help="Maximum number of generated tokens per answer.", rich_help_panel=_SAMPLING)
     ] = 128
     temperature: Annotated[
-        float, typer.Option(help="SamplingParams temperature; 0 is greedy decoding.", rich_help_panel=_SAMPLING)
+        float, typer.Option(help="Sampling temperature; 0 is greedy decoding.", rich_help_panel=_SAMPLING)
     ] = 0.0
     top_k: Annotated[
         int, typer.Option(help="Sample from the K most likely tokens; 0 disables it.", rich_help_panel=_SAMPLING)

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from vila.core.distributed import current_process
 from vila.core.errors import VilaError
 from vila.core.progress import SILENT
+from vila.core.system import current_process
 
 if TYPE_CHECKING:
     from vila.config.schema import Recipe
@@ -223,7 +223,7 @@ def write_model_card(recipe: Recipe, command: str = "") -> Path:
     """
     from vila.core.reading import Fields
     from vila.prepare.licences import licences_of
-    from vila.train.metrics_log import read_metrics
+    from vila.train.metrics import read_metrics
     from vila.train.model_card import save_model_card
 
     folder = recipe.output.dir

@@ -15,8 +15,8 @@ from typing import Any
 
 from PIL import Image as PilImage
 
-from vila.core.distributed import current_process
 from vila.core.errors import ConfigError, DataError
+from vila.core.system import current_process
 from vila.core.types import Image, Message, Part, Text, Video
 from vila.engine.request import SamplingParams
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from vila.core.distributed import ProcessInfo
 from vila.core.errors import ContextOverflowError, DataError
 from vila.core.files import DirectoryLock, remove_partials, sha256_file, without_home, write_json
 from vila.core.progress import SILENT, Events, task
 from vila.core.reading import Fields, read_json_object
+from vila.core.system import ProcessInfo
 from vila.core.types import Message, Text
 from vila.core.vision_spec import ImageMode
 from vila.engine.request import SamplingParams

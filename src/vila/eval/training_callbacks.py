@@ -22,7 +22,7 @@ from vila.engine.engine import Engine
 from vila.eval.benchmark import Benchmark
 from vila.eval.runner import BenchmarkRun, run_benchmark
 from vila.model.processor import VilaProcessor
-from vila.train.metrics_log import MetricsLog, read_metrics
+from vila.train.metrics import MetricsLog, read_metrics
 from vila.train.random_state import random_state, set_random_state
 from vila.train.trainer import Trainer, TrainerCallback
 

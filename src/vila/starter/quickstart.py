@@ -48,7 +48,7 @@ from vila.starter.data import english_eval, is_validation, labelled_images, text
 from vila.starter.probes import SwappedEasyVqa, caption_nll, perplexity
 from vila.starter.report import with_images, write_report
 from vila.train.build import build, is_finished, model_dir
-from vila.train.metrics_log import read_metrics
+from vila.train.metrics import read_metrics
 from vila.train.model_card import save_model_card
 
 QUESTIONS = 300

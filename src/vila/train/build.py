@@ -27,10 +27,8 @@ from vila.train.callbacks import MetricsCallback, ReportCallback
 from vila.train.checkpoint import Checkpoint, CheckpointWriter, Progress, clear_checkpoints, load_checkpoint, versions
 from vila.train.data_stream import build_data_stream, build_mixture, end_position, global_batch
 from vila.train.fsdp import World, open_world
-from vila.train.lr_schedule import LRSchedule
-from vila.train.metrics_log import BadStepLog
-from vila.train.mfu import build_mfu_meter
-from vila.train.parameter_groups import count_parameters
+from vila.train.metrics import BadStepLog, build_mfu_meter
+from vila.train.optimizer import LRSchedule, count_parameters
 from vila.train.preflight import Preflight, check_mixture, require_packages
 from vila.train.report import write_report
 from vila.train.resume import (

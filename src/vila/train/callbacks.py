@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from vila.core.progress import Events
-from vila.train.metrics_log import MetricsLog
+from vila.train.metrics import MetricsLog
 from vila.train.report import RunReport
 from vila.train.trainer import Trainer, TrainerCallback
 

@@ -16,8 +16,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from vila.core.distributed import ProcessInfo, current_process
 from vila.core.errors import ConfigError, TrainingError, VilaError
+from vila.core.system import ProcessInfo, current_process
 from vila.families import find_family
 from vila.model.modeling import VilaForConditionalGeneration
 

@@ -17,8 +17,15 @@ from vila.report.html import Card, Cell, Figure, Page, embed
 from vila.report.numbers import write_number, write_percent, write_seconds
 from vila.report.plots import Group, Series, bar_plot, line_plot
 from vila.train.checkpoint import checkpoint_folders
-from vila.train.downsample import Curve
-from vila.train.report_data import Row, StepCurves, ThinnedRecords, read_answers, read_evaluations, read_first_records
+from vila.train.report_data import (
+    Curve,
+    Row,
+    StepCurves,
+    ThinnedRecords,
+    read_answers,
+    read_evaluations,
+    read_first_records,
+)
 
 _CARDS_SHOWN = 24
 _LONGEST = 600

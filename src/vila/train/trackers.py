@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from vila.config.schema import Recipe
-from vila.core.distributed import current_process
 from vila.core.errors import ConfigError
 from vila.core.optional import require_all
 from vila.core.reading import Fields
+from vila.core.system import current_process
 from vila.train.checkpoint import checkpoint_folders
 from vila.train.report_data import LogReader
 from vila.train.trainer import Trainer, TrainerCallback

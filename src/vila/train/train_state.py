@@ -35,8 +35,7 @@ from vila.model.processor import VilaProcessor
 from vila.model.projector import calibrate_projector
 from vila.train.fsdp import World, decoder_blocks, full_tensor, shard, tower_blocks
 from vila.train.loss import LossModule
-from vila.train.optimizer import MasterAdamW
-from vila.train.parameter_groups import ParameterGroup, group_parameters, select_trainable
+from vila.train.optimizer import MasterAdamW, ParameterGroup, group_parameters, select_trainable
 
 NEW_TEMPLATE = "vicuna_v1"
 """Template of a new model if the recipe names none."""

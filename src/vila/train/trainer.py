@@ -20,11 +20,17 @@ from vila.data.collate import empty_batch
 from vila.train.checkpoint import Progress
 from vila.train.data_stream import DataStream, StepData
 from vila.train.fsdp import World, raise_on_lost_rank
-from vila.train.lr_schedule import LRSchedule
-from vila.train.metrics_log import BadStepLog
-from vila.train.mfu import MFUMeter
+from vila.train.metrics import (
+    BadStepLog,
+    MFUMeter,
+    RankStepStats,
+    count_metrics,
+    loss_by_data_set,
+    rank_step_stats,
+    total_of,
+)
+from vila.train.optimizer import LRSchedule
 from vila.train.resume import Checkpointer
-from vila.train.step_stats import RankStepStats, count_metrics, loss_by_data_set, rank_step_stats, total_of
 from vila.train.train_state import TrainState
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else []))

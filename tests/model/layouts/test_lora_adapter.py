@@ -16,7 +16,7 @@ from vila.core.errors import LayoutError
 from vila.model.layouts.detect import detect_layout
 from vila.model.loading import load_model, save_model
 from vila.train.lora import adapter_parameters, add_adapters, save_adapter
-from vila.train.parameter_groups import select_trainable
+from vila.train.optimizer import select_trainable
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 

@@ -6,7 +6,7 @@ from tests.train.finish import stop_after
 from tests.train.tiny_run import tiny_recipe, write_training_files
 from vila.core.errors import DataError, Interrupted
 from vila.train.build import build
-from vila.train.metrics_log import MetricsLog, read_metrics
+from vila.train.metrics import MetricsLog, read_metrics
 from vila.train.report import write_report
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from vila.core.distributed import ProcessInfo, current_process
 from vila.core.errors import ConfigError
+from vila.core.system import ProcessInfo, current_process
 
 
 def test_without_variables_the_process_is_the_only_one():
