@@ -178,7 +178,7 @@ def _commands(command: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, 
 def _usage_name(part: Any) -> str:
     name = part.metavar or getattr(part, "display_name_raw", None) or part.name
     name = name.upper() if name == part.name else name
-    return f"{name}{'...' if part.nargs == -1 else ''}"
+    return f"{name}{'...' if part.nargs == -1 and not name.endswith('...') else ''}"
 
 
 def _option_names(option: Any) -> str:

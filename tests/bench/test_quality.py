@@ -105,7 +105,7 @@ def test_every_way_is_measured_once_and_shown(tmp_path):
 def test_figures_of_another_task_are_not_taken_over(tmp_path):
     measure_quality(lambda: loud(layers=1), WAYS[:1], TASK, tmp_path)
     other = Task(TASK.blocks[:2], TASK.text_sha256)
-    with pytest.raises(ConfigError, match=r"full.json: asked: measured with other settings"):
+    with pytest.raises(ConfigError, match=r"full.json: asked: measured with different settings"):
         measure_quality(lambda: loud(layers=1), WAYS[:1], other, tmp_path)
 
 

@@ -150,7 +150,7 @@ def _measured(load: Callable[[], tuple[Any, Any]], way: Way, what: Task, out: Pa
         row = read_json_object(path, ConfigError)
         hint = "give another directory, or delete this file"
         if row.get("asked") != asked:
-            raise ConfigError("measured with other settings", file=path, field="asked", hint=hint)
+            raise ConfigError("measured with different settings", file=path, field="asked", hint=hint)
         if absent := sorted(_MEASURED - row.keys()):
             raise ConfigError("missing", file=path, field=absent[0], hint=hint)
         return row

@@ -232,8 +232,8 @@ def quality(
     methods: Annotated[
         str,
         typer.Option(
-            help=f"Comma-separated methods to compare, full first: {', '.join(WAYS)}. awq-images requires "
-            "--image-calib-data."
+            help=f"Comma-separated methods to compare, first full (not quantized): {', '.join(WAYS)}. "
+            "awq-images requires --image-calib-data."
         ),
     ] = "full,rtn,awq,best",
     num_calib_sequences: Annotated[

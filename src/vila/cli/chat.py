@@ -356,7 +356,7 @@ def _history(path: Path) -> History:
     from prompt_toolkit.history import FileHistory
 
     class CacheHistory(FileHistory):
-        """Ignores a cache directory that cannot be read or written: the conversation goes on without it."""
+        """History file; errors of reading and writing it are ignored."""
 
         def load_history_strings(self) -> list[str]:
             with contextlib.suppress(OSError):

@@ -48,7 +48,7 @@ _Options = Annotated[
     typer.Option("--format-option", metavar="NAME=VALUE", help="Option of the data format. Repeatable."),
 ]
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-_Template = Annotated[str, typer.Option(help="Conversation template. Default: of the recipe or model.")]
+_Template = Annotated[str, typer.Option(help="Conversation template. Default: that of the recipe or model.")]
 _Model = Annotated[
     str,
     typer.Option(
@@ -159,7 +159,7 @@ def inspect(
         typer.Option(help="Also write an HTML page with the images.", show_default=False, callback=output_file),
     ] = None,
 ) -> None:
-    """Show samples as the model sees them; supervised text is green and between angle quotes."""
+    """Show samples as the model sees them; trained text is green and in angle quotes."""
     from rich.console import Console
 
     from vila.cli.data_inspect import as_card, as_terminal_text, token_runs

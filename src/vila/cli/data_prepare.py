@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _STORED = "Stored images"
 
-Sources = Annotated[list[Path], typer.Argument(help="Published files; every worker needs all of them.")]
+Sources = Annotated[list[Path], typer.Argument(help="Published files; pass all of them to every worker.")]
 Out = Annotated[
     Path,
     typer.Option("--output", "-o", help="Output directory, one per data set.", callback=options.output_directory),
@@ -273,7 +273,8 @@ def _selected(sources: Sequence[Path], lists: Path) -> tuple[list[Path], Counts]
     files = [file for own, _ in found for file in own]
     if not files:
         raise DataError(
-            f"{lists}: no row of {len(records)} files is good enough; lower --min-clip-score in another folder"
+            f"{lists}: no row of {len(records)} files reaches --min-clip-score; use a lower one and "
+            "another output directory"
         )
     return files, Counts.total(counts for _, counts in found)
 
@@ -341,7 +342,7 @@ def m3it(
     out: Out,
     sets: Annotated[
         list[str] | None,
-        typer.Option("--dataset", help="Data set to convert. Repeatable. Default: the 14 of the recipe."),
+        typer.Option("--dataset", help="Data set to convert. Repeatable. Default: the 14 data sets of the recipe."),
     ] = None,
     shard: Shard = "0/1",
     samples_per_shard: PerShard = 5000,
@@ -425,7 +426,7 @@ def training_files(folder: Path, chosen: Sequence[str]) -> dict[str, list[Path]]
         if name not in known:
             raise UnknownNameError("M3IT set", name, known)
     if not folder.is_dir():
-        raise ConfigError(f"{folder}: no such folder; name the one that holds M3IT")
+        raise ConfigError(f"{folder}: no such directory; give the one that contains M3IT")
     found = {name: _files(folder, name) for name in (chosen or known)}
     missing = [name for name, files in found.items() if not files]
     if missing:

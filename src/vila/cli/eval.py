@@ -37,7 +37,7 @@ def evaluate(
         str, typer.Argument(help="Model directory, or Hub id OWNER/NAME; with --base-url any name for the run.")
     ] = "",
     benchmarks: Annotated[
-        str, typer.Option(help="Comma-separated benchmark names; `all`: the ten of the published table.")
+        str, typer.Option(help="Comma-separated benchmark names; `all`: the ten that VILA publishes.")
     ] = "easy_vqa",
     data: Annotated[
         Path | None,
@@ -55,7 +55,8 @@ def evaluate(
         ),
     ] = None,
     limit: Annotated[
-        int, typer.Option(help="Approximate number of questions per benchmark (whole images); 0 uses all.", min=0)
+        int,
+        typer.Option(help="Approximate number of questions per benchmark; 0: all. Selected images keep all questions.", min=0),
     ] = 0,
     protocol: Annotated[
         str, typer.Option(help="Scoring protocol: upstream (the original scripts) or lmms-eval.")
@@ -295,7 +296,7 @@ def _opened(
             folder = data
             if folder is None or (name == "easy_vqa" and len(names) > 1 and not _has_easy_vqa(folder)):
                 if name != "easy_vqa":
-                    raise DataError("no data", field=name, hint="give --data playground/data/eval")
+                    raise DataError("requires benchmark data", field=name, hint="give --data playground/data/eval")
                 folder = obtain_easy_vqa(cache_dir(), events)
             benchmark = BENCHMARKS[name](folder, questions)
             items = benchmark.items()

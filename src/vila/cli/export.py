@@ -24,13 +24,13 @@ def export(
     precision: Annotated[
         str,
         typer.Option(
-            help="Number format of the weights. Default: the first of the format in --list.", show_default=False
+            help="Weight precision. Default: the first one that --list shows for the format.", show_default=False
         ),
     ] = "",
     group_size: Annotated[
         int,
         typer.Option(
-            help="Input channels per INT4 scale; 0: of the INT4 model, or the largest of 128, 64 and 32 that fits.",
+            help="Input channels per INT4 scale; 0: that of the INT4 model, or the largest fitting of 128, 64, 32.",
             min=0,
         ),
     ] = 0,

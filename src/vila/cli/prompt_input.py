@@ -319,8 +319,8 @@ def read_messages(path: Path, num_frames: int | None = None) -> tuple[Message, .
     content = read_json(path.expanduser())
     messages = content.get("messages") if isinstance(content, dict) else content
     if unread := sorted(_MEDIA_KEYS & content.keys()) if isinstance(content, dict) else []:
-        # Training data has media beside the messages; a conversation has them in its content parts.
-        raise DataError("media beside the messages", file=path, field=unread[0], hint="put them into the messages")
+        # Training data lists media next to the messages; a conversation has them in its content parts.
+        raise DataError("media outside of the messages", file=path, field=unread[0], hint="move them into the content")
     if not isinstance(messages, list) or not messages:
         raise DataError("no messages", file=path, expected="[{...}, ...] or {'messages': [{...}, ...]}")
     try:

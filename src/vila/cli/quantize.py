@@ -119,7 +119,7 @@ def quantize(
         typer.Option(
             parser=options.one_of(Rounding, "rounding"),
             metavar=options.names_in(Rounding),
-            help="How to choose codes; default: nearest.",
+            help="Rounding of weights to INT4: nearest or gptq. Default: nearest.",
             show_default=False,
             rich_help_panel=_SEARCH,
         ),

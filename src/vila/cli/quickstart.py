@@ -27,7 +27,10 @@ def quickstart(
     eval_limit: Annotated[int, typer.Option(help="Approximate number of test questions; 0 uses all 9,673.")] = 0,
     seed: Annotated[int, typer.Option(help="Random seed of initialization and data order.")] = 0,
 ) -> None:
-    """Train and evaluate a small visual language model from open parts. Resumes after an interruption."""
+    """Train and evaluate a small visual language model, starting from an open LLM and vision tower.
+
+    Resumes after an interruption.
+    """
     from rich.console import Console
 
     from vila.cli.progress import Screen

@@ -76,8 +76,8 @@ def run(
         list[str] | None,
         typer.Option(
             metavar="KEY=VALUE...",
-            help='Few-shot example before the question: image=FILE text="ANSWER", and question="..." unless it repeats '
-            "the final question. Repeatable.",
+            help='Few-shot example before the question: image=FILE text="ANSWER", and question="..." (default: the '
+            "final question). Repeatable.",
             show_default=False,
         ),
     ] = None,

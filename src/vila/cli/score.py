@@ -20,7 +20,9 @@ def score(
     ],
     predictions: Annotated[
         Path,
-        typer.Option(help="predictions.jsonl of vila eval, answers of the original scripts, or a directory of chunks."),
+        typer.Option(
+            help="predictions.jsonl of vila eval, an answer file of the original scripts, or a directory of its chunks."
+        ),
     ],
     protocol: Annotated[
         str, typer.Option(help="Scoring protocol: upstream (the original scripts) or lmms-eval.")

@@ -43,9 +43,7 @@ def serve(
     loading: LoadOptions = options.LOAD,
     max_num_seqs: Annotated[
         int,
-        typer.Option(
-            help="Maximum number of requests generated concurrently per model.", min=1, rich_help_panel=_BATCH
-        ),
+        typer.Option(help="Maximum number of concurrently running requests per model.", min=1, rich_help_panel=_BATCH),
     ] = 8,
     max_queue: Annotated[
         int,
@@ -56,7 +54,7 @@ def serve(
     kv_cache_tokens: Annotated[
         int,
         typer.Option(
-            help="Size of the KV cache in tokens; 0: the context length for each request, limited by memory.",
+            help="Size of the KV cache in tokens; 0: --max-num-seqs times the context length, limited by memory.",
             rich_help_panel=_BATCH,
         ),
     ] = 0,
@@ -212,7 +210,7 @@ def _check(models: list[str], names: list[str] | None, certificate: str, key: st
     if names and len(names) != len(models):
         raise ConfigError(f"{len(names)} --served-model-name for {len(models)} models; give one for each, or none")
     if bool(certificate) != bool(key):
-        raise ConfigError("--ssl-certfile and --ssl-keyfile go together; give both, or none")
+        raise ConfigError("--ssl-certfile and --ssl-keyfile must be given together")
     for model in models:
         looks_local = model.startswith((".", "/", "~")) or model.count("/") != 1
         if looks_local and not Path(model).exists():

@@ -158,7 +158,7 @@ def _batch(recipe: Recipe, arguments: list[str], slurm: str, dry_run: bool) -> s
     from vila.train.slurm import parse_job, render_script, submit
 
     job = parse_job(slurm)
-    # The job runs elsewhere: what is not on this machine may be there.
+    # The job runs on another machine, which may have files that are missing here.
     _note(Preflight(recipe, job.world).raise_problems(lambda field: True))
     if note := micro_batch_note(job.world, recipe.batch.rows or recipe.batch.samples, recipe.batch.micro):
         typer.echo(note, err=True)
@@ -213,7 +213,7 @@ def preview_of(run: Run) -> list[str]:
 
 
 # --- model_card
-# The card of a run's model, from what the run left in its folder and what is known of its data.
+# Model card of a run, from the files in its directory and the known facts about its data.
 
 
 def write_model_card(recipe: Recipe, command: str = "") -> Path:

@@ -17,13 +17,18 @@ class UpstreamOptions:
     """Flags of the original scripts. None and empty strings are flags that were not given."""
 
     model_path: Annotated[
-        str, typer.Option("--model-path", "--model-name", help="= MODEL", show_default=False, rich_help_panel=_PANEL)
+        str,
+        typer.Option(
+            "--model-path", "--model-name", help="Alias of MODEL.", show_default=False, rich_help_panel=_PANEL
+        ),
     ] = ""
-    conv_mode: Annotated[str, typer.Option(help="= --template", show_default=False, rich_help_panel=_PANEL)] = ""
+    conv_mode: Annotated[str, typer.Option(help="Alias of --template.", show_default=False, rich_help_panel=_PANEL)] = (
+        ""
+    )
     query: Annotated[
         str | None,
         typer.Option(
-            help="= --prompt, with \\n for a line break. Without <image> markers, images precede the text.",
+            help="Like --prompt, with \\n for a line break. Without <image> markers, images precede the text.",
             show_default=False,
             rich_help_panel=_PANEL,
         ),
@@ -33,7 +38,9 @@ class UpstreamOptions:
         typer.Option(help="Image paths or URLs, separated by --sep.", show_default=False, rich_help_panel=_PANEL),
     ] = None
     sep: Annotated[str, typer.Option(help="Separator of --image-file.", rich_help_panel=_PANEL)] = ","
-    video_file: Annotated[str | None, typer.Option(help="= --video", show_default=False, rich_help_panel=_PANEL)] = None
+    video_file: Annotated[
+        str | None, typer.Option(help="Alias of --video.", show_default=False, rich_help_panel=_PANEL)
+    ] = None
     num_beams: Annotated[
         int, typer.Option(help="Only 1 is supported; there is no beam search.", rich_help_panel=_PANEL)
     ] = 1

@@ -279,7 +279,7 @@ class QueueFullError(VilaError):
 
 
 class ClosedError(VilaError, RuntimeError):
-    """The request scheduler is closed: new requests are refused, running ones end."""
+    """The request scheduler is closed: new requests are rejected, running ones end."""
 
 
 class EngineDeadError(ClosedError):

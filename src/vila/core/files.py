@@ -149,7 +149,7 @@ def read_owner(stream: IO[str]) -> dict[str, Any]:
 
 
 def runs_here(owner: dict[str, Any]) -> bool:
-    """Whether the owner in a lock file is a running process of this machine."""
+    """Return whether the owner in a lock file is a running process of this machine."""
     pid = owner.get("pid")
     if owner.get("host") != socket.gethostname() or not isinstance(pid, int) or pid <= 0:
         return False
@@ -163,7 +163,7 @@ def runs_here(owner: dict[str, Any]) -> bool:
 
 
 def is_same_file(stream: IO[Any], path: Path) -> bool:
-    """Whether an open file is still the file at `path`."""
+    """Return whether an open file is still the file at `path`."""
     try:
         return os.path.samestat(os.fstat(stream.fileno()), path.stat())
     except FileNotFoundError:

@@ -40,7 +40,7 @@ class ForbiddenPickleError(pickle.UnpicklingError):
 _Unpickler: Any = pickle._Unpickler
 
 
-class RestrictedUnpickler(_Unpickler):  # type: ignore[misc] # typed without what it is made of
+class RestrictedUnpickler(_Unpickler):  # type: ignore[misc] # typed without its bases
     """Unpickler for None, bool, int, float, str, bytes, bytearray, list, tuple and dict; raises for everything else.
 
     names: (module, name) -> object, for the names that the file may use (GLOBAL).
@@ -69,7 +69,7 @@ class RestrictedUnpickler(_Unpickler):  # type: ignore[misc] # typed without wha
         raise ForbiddenPickleError(f"attributes of {_name_of(instance)}")
 
     def is_key(self, value: Any) -> bool:
-        """Whether a dictionary may have this key. Hashing a deeply nested tuple would crash the process."""
+        """Return whether a dictionary may have this key. Hashing a deeply nested tuple would crash the process."""
         return type(value) in _PLAIN_KEYS
 
     def _count(self) -> None:

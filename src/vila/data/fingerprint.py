@@ -26,7 +26,7 @@ _THREADS = 8
 class FileFingerprint(NamedTuple):
     """Size, modification time and content hash of a file.
 
-    pieces: number of samples that `sha256` covers; 0 for the whole file.
+    pieces: number of sampled blocks that `sha256` covers; 0: the whole file.
     """
 
     size: int

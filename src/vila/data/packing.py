@@ -1,7 +1,7 @@
 """Packing of whole samples into sequences of at most `max_length` tokens, in deterministic streams.
 
 A run has G packing streams, G being the number of sequences of a global batch. Stream g packs the samples whose global
-position is g modulo G, chosen from its own look-ahead buffer. Streams are sharded to ranks, so what a stream gives does
+position is g modulo G, chosen from its own look-ahead buffer. Streams are sharded to ranks, so its sequences do
 not depend on the number of ranks. The state of a stream is its next position and the positions in its buffer: training
 resumes exactly, also on another number of ranks.
 """
@@ -362,7 +362,7 @@ class PackingStream:
         self._bad_locations.add(location)
         if len(self._bad_locations) > self.policy.max_faults:
             raise DataError(
-                f"more samples than allowed could not be read; the last: {error}",
+                f"too many unreadable samples; last error: {error}",
                 field="data.max_faults",
                 value=len(self._bad_locations),
                 expected=f"at most {self.policy.max_faults}",

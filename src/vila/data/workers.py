@@ -2,7 +2,7 @@
 
 Each worker owns whole packing streams, so the sequences are those of a single process. The parent requests a few
 sequences ahead. Each sequence carries the state of its stream; a checkpoint saves the state after the last sequence
-that was used, whatever has been read ahead. Sequences go through a pipe, decoded images through shared memory.
+that was used, not after the sequences read ahead. Sequences go through a pipe, decoded images through shared memory.
 """
 
 from __future__ import annotations

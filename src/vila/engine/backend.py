@@ -106,7 +106,7 @@ def choose_program(
 
 
 def choose_cuda_graph(model: VilaForConditionalGeneration, events: Events = SILENT) -> bool:
-    """Whether decode steps use CUDA graphs: on one CUDA device, with rotary angles independent of the length."""
+    """Return whether decode steps use CUDA graphs: on one CUDA device, with rotary angles independent of the length."""
     if model.device.type != "cuda":
         return False
     why = ""

@@ -173,7 +173,7 @@ class CudaGraphSteps:
         return CudaGraphStep(self.model, like, rows, columns)
 
     def give(self, step: CudaGraphStep) -> None:
-        """Return a step to the pool."""
+        """Put a step back into the pool."""
         with self._lock:
             self._free.append(step)
             del self._free[: -self.kept]

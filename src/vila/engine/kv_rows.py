@@ -70,7 +70,7 @@ class KVRows:
         return sum(len(row.content) for row in self.rows if not row.reserved)
 
     def fits_ever(self, columns: int) -> bool:
-        """Whether a request of this many tokens fits when no other is running."""
+        """Return whether a request of this many tokens fits when no other is running."""
         return self.pool.rows_for(columns) > 0
 
     def allocate(self, keys: Sequence[int], columns: int) -> KVRow | None:

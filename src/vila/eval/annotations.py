@@ -85,7 +85,7 @@ def build_items(
 
 
 def group_items(items: Sequence[Item], limit: int = 0) -> list[Item]:
-    """Make the items of each group adjacent, groups in order of first appearance; whole groups up to about `limit`."""
+    """Make the items of each group adjacent, groups in order of first appearance. Groups are not split by `limit`."""
     groups: dict[str, list[Item]] = {}
     for item in items:
         groups.setdefault(item.group, []).append(item)
@@ -172,7 +172,7 @@ HUMAN_ANSWERS = 'a list such as [{"answer": "net"}, ...]'
 
 
 def are_human_answers(value: Any) -> bool:
-    """Whether a value has the form `[{"answer": "net"}, ...]`."""
+    """Return whether a value has the form `[{"answer": "net"}, ...]`."""
     return (
         isinstance(value, list)
         and bool(value)
@@ -257,7 +257,7 @@ def check_prompts(benchmark: str, answers: Sequence[Answer], texts: Mapping[str,
 
 
 def prompt_matches(answer: Answer, text: str) -> bool:
-    """Whether the prompt of an answer contains the first line of `text`, ignoring case."""
+    """Return whether the prompt of an answer contains the first line of `text`, ignoring case."""
     return bool(answer.prompt) and text.strip().split("\n")[0].strip().lower() in answer.prompt.lower()
 
 

@@ -167,7 +167,7 @@ class Judge(Protocol):
 
     @property
     def model(self) -> str:
-        """Name of the judging model."""
+        """Name of the judge model."""
 
     def verdicts(self, kind: str, cases: Sequence[JudgeCase]) -> list[Verdict]:
         """Return a verdict per case, in order. Raises DataError if there are none (yet)."""
@@ -179,7 +179,7 @@ class Benchmark(ABC):
     name:            registered name; also the name of the result folder.
     max_new_tokens:  generation limit.
     sampling:        generation settings; None: greedy with `max_new_tokens`.
-    skips_bad_lines: unreadable lines of answer files are skipped, as in the original scripts, instead of refused.
+    skips_bad_lines: unreadable lines of answer files are skipped, as in the original scripts, instead of rejected.
     needs_judge:     scored by `judge`, which the caller sets; without it `score` raises DataError.
     """
 
@@ -250,7 +250,7 @@ BENCHMARKS: Registry[OpenBenchmark] = Registry(
 
 
 def exact_match(prediction: str, truth: str) -> bool:
-    """Whether both texts are equal after stripping white space at both ends."""
+    """Return whether both texts are equal after stripping white space at both ends."""
     return prediction.strip() == truth.strip()
 
 

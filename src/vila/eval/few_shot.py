@@ -164,7 +164,7 @@ def _permuted(items: Sequence[Item]) -> dict[str, str]:
 
 
 def shares_media(first: Sequence[Any], second: Sequence[Any]) -> bool:
-    """Whether two questions share an image or video: the same source, or files with equal bytes."""
+    """Return whether two questions share an image or video: the same source, or files with equal bytes."""
     return any(_same(one, other) for one in first for other in second)
 
 

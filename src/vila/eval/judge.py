@@ -350,7 +350,7 @@ class OpenAIJudge:
         """Log the cost estimate and return a verdict per case; equal requests are sent once.
 
         Unreadable replies and server errors are retried in rounds; what remains is returned as unreadable verdicts.
-        Raises ServerError if the server refuses requests for good, or answers none of a round.
+        Raises ServerError if the server permanently rejects requests, or answers none of a round.
         """
         self.events.log(self.estimate(kind, cases).text)
         bodies = self._bodies(kind, cases)

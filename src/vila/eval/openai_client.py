@@ -128,7 +128,7 @@ class OpenAIClient:
     def complete(self, body: Mapping[str, Any]) -> ChatCompletion:
         """Send one request. Raises ServerError with the server's message after the last attempt.
 
-        After a final error (key, address or model refused), the same error is raised without a request.
+        After a final error (key, address or model rejected), the same error is raised without a request.
         """
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(_RetryableError),

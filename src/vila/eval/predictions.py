@@ -204,7 +204,7 @@ _ID_KEYS = ("question_id", "questionId", "id", "index", "image")
 
 @dataclass(frozen=True)
 class AnswerFile:
-    """Content of an answer file, in its order.
+    """Records of an answer file, in file order.
 
     bad:    reasons of unreadable records, with file and line.
     failed: ids of questions that failed during inference.

@@ -40,7 +40,7 @@ class Completion(Protocol):
 
     @property
     def completion_tokens(self) -> int | None:
-        """Generated tokens."""
+        """Number of generated tokens."""
 
 
 class ChatModel(Protocol):
@@ -207,7 +207,7 @@ def run_benchmark(
 ) -> BenchmarkRun | None:
     """Answer the questions that have no answer in `out` yet, score all, write `out/scores.json`.
 
-    model_id: identifies the model; predictions of another one in `out` are refused.
+    model_id: identifies the model; predictions of another one in `out` are rejected.
     process:  rank among the processes that share the questions; rank 0 scores, the others return None.
     barrier:  waits for the other processes.
     The same questions always form a batch, so that interrupted and multi-process runs end with the same answers. If a
@@ -269,7 +269,7 @@ def _answer_items(
 
 
 def applies_exif_orientation(protocol: ScoringProtocol) -> bool:
-    """Whether a protocol rotates images by their EXIF orientation; see docs/images.md.
+    """Return whether a protocol rotates images by their EXIF orientation; see docs/images.md.
 
     The original scripts ignore it; lmms-eval reads images through `datasets`, which applies it.
     """

@@ -70,7 +70,7 @@ class ExportTarget(Protocol):
     has_llm: bool
 
     def problems(self, source: ExportSource, options: ExportOptions) -> list[str]:
-        """Return every reason why this model is not supported, with what is; reads no weights."""
+        """Return every reason why this model is not supported, and the supported values; reads no weights."""
 
     def write(self, source: ExportSource, part: Path, options: ExportOptions) -> None:
         """Write the files into the empty directory `part`, tensor by tensor."""
@@ -199,7 +199,7 @@ def write_export(
 def check_output(out: Path, source: Path, overwrite: bool, *, num_bytes: int = 0) -> None:
     """Raise ConfigError unless `out` is absent, empty, or an export to overwrite, and does not contain the model.
 
-    Removes first what an interrupted export to `out` left, and restores a directory that it was replacing.
+    First removes partial files of an interrupted export to `out`, and restores a directory that it was replacing.
 
     num_bytes: disk space that is needed at least.
     """

@@ -23,7 +23,7 @@ _PARTS = ("vision_tower.", "projector.")
 
 @dataclass(frozen=True)
 class OnnxVisionTarget:
-    """`vision.onnx`: `pixels` float32 [N, 3, S, S] to `vectors` float32 [N, P, D], N free."""
+    """`vision.onnx`: input `pixels` float32 [N, 3, S, S], output `vectors` float32 [N, P, D]; N is dynamic."""
 
     name: str = "onnx"
     summary: str = "Vision tower and projector as one ONNX graph, for onnxruntime, TensorRT and others"

@@ -371,15 +371,16 @@ def unpack_tinychat(tensors: Mapping[str, Tensor], group_size: int) -> Int4Weigh
 
 
 def pack_onnx(weight: Int4Weight) -> Packed:
-    """ONNX Runtime's MatMulNBits: B uint8 [N, K/G, G/2], scales [N, K/G], zero_points uint8 [N, ceil(K/G / 2)].
+    """Pack for ONNX Runtime's MatMulNBits.
 
-    Natural order; scales keep their dtype, and the nibble after an odd number of groups is zero.
-    Raises LayoutError unless the group size is a power of two from 16.
+    Returns B uint8 [N, K/G, G/2], scales [N, K/G] and zero_points uint8 [N, ceil(K/G / 2)].
+    Codes are in channel order. Scales keep their dtype. An odd number of groups is padded with a zero nibble.
+    Raises LayoutError unless the group size is a power of two and at least 16.
     """
     size = weight.group_size
     if size < 16 or size & (size - 1):
         raise LayoutError(
-            "not supported by MatMulNBits", field="group_size", value=size, expected="a power of two from 16"
+            "not supported by MatMulNBits", field="group_size", value=size, expected="a power of two, at least 16"
         )
     groups = weight.num_inputs // size
     return {

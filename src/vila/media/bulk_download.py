@@ -33,7 +33,7 @@ class DownloadOptions(HTTPOptions):
     max_retry_after_s: float = 60.0
     """Longest pause. A server that asks for a longer one (Retry-After) is not asked again."""
     respect_noai: bool = True
-    """Refuse responses whose `X-Robots-Tag` header contains `noai` or `noimageai`."""
+    """Reject responses whose `X-Robots-Tag` header contains `noai` or `noimageai`."""
 
 
 DEFAULT_OPTIONS = DownloadOptions()

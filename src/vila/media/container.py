@@ -124,7 +124,7 @@ def _box_offsets(content: bytes, kind: bytes) -> Iterator[int]:
 
 
 def _is_raw_audio(content: bytes, offset: int) -> bool:
-    """Whether the sample table at `offset` belongs to uncompressed audio, which FFmpeg indexes by chunk.
+    """Return whether the sample table at `offset` belongs to uncompressed audio, which FFmpeg indexes by chunk.
 
     An hour of it has 170 million samples. FFmpeg's condition: an audio track with one time entry of duration 1.
     """

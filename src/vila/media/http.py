@@ -1,6 +1,6 @@
 """HTTP client for URLs that come from data or from requests, with one SSRF check.
 
-`HTTPClient` resolves a host, refuses it unless all its addresses are public, connects to exactly these addresses, and
+`HTTPClient` resolves a host, rejects it unless all its addresses are public, connects to exactly these addresses, and
 limits redirects, body size and total time. `fetch` is the blocking call for one URL; `vila.media.bulk_download` runs
 many at once. `api_client` is for a server that the user names. Proxies from the environment are ignored: a proxy would
 resolve the host itself, unchecked.
@@ -86,7 +86,7 @@ _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 
 def is_public(address: str) -> bool:
-    """Whether an IP address is globally routable and has no special purpose.
+    """Return whether an IP address is globally routable and has no special purpose.
 
     An IPv4-mapped (`::ffff:0:0/96`) or NAT64 (`64:ff9b::/96`) address is public if the IPv4 address inside it is. Text
     that is not an IP address, and an address with a zone (`fe80::1%eth0`), is not public.
@@ -105,7 +105,7 @@ def is_public(address: str) -> bool:
 
 
 def is_allowed(host: str, domains: Sequence[str]) -> bool:
-    """Whether `host` is in `domains`; `*.example.org` matches every subdomain of example.org. Empty: all hosts."""
+    """Return whether `host` is in `domains`; `*.example.org` matches all subdomains of example.org, "" all hosts."""
     if not domains:
         return True
     name = normal_host(host)
@@ -246,7 +246,7 @@ class PrivateAddressError(Exception):
 
 
 class CheckedNetwork(httpcore2.AsyncNetworkBackend):
-    """Network backend that resolves a host, refuses it if any address is not public, and connects to one of them.
+    """Network backend that resolves a host, rejects it if any address is not public, and connects to one of them.
 
     The name is never resolved a second time for the connection, so DNS rebinding has no effect. TLS still verifies the
     name. Addresses are cached for five minutes.
@@ -386,7 +386,7 @@ class HTTPOptions:
     allow_private: bool = False
     """Also connect to addresses that are not public: this machine and its network."""
     respect_noai: bool = False
-    """Refuse responses whose `X-Robots-Tag` header contains `noai` or `noimageai`."""
+    """Reject responses whose `X-Robots-Tag` header contains `noai` or `noimageai`."""
     user_agent: str = "vila"
     """User-Agent header; name a contact here for large downloads."""
 

@@ -113,7 +113,7 @@ def open_image(
 
     base:             directory that relative paths are resolved against.
     allow_private:    also fetch URLs from private addresses.
-    limits:           larger images are refused before decoding; Pillow's own pixel limit applies too.
+    limits:           larger images are rejected before decoding; Pillow's own pixel limit applies too.
     exif_orientation: apply the EXIF orientation; docs/images.md lists which caller passes which value.
 
     As in the released code, the alpha channel is dropped (not blended), an animation yields its first frame, and CMYK

@@ -161,7 +161,7 @@ def _resize(image: PilImage.Image, width: int, height: int) -> PilImage.Image:
 
 
 def _width_first(old: tuple[int, int], new: tuple[int, int]) -> bool:
-    """Whether Pillow 13, which made the golden images, resizes the width first; sizes are (width, height).
+    """Return whether Pillow 13, which made the golden images, resizes the width first; sizes are (width, height).
 
     Pillow up to 12.1 always did; pull request 9549 changed that for heights that shrink most. Because of the rounding
     between the passes, the order changes some bytes, so it is fixed here for all Pillow versions. Square to square, as

@@ -279,7 +279,7 @@ class _VideoFile:
                 raise self._error(f"cannot be read ({reason})") from error
 
     def _decoder_options(self) -> dict[str, str]:
-        # FFmpeg refuses larger frames before it allocates them, also when the size changes in mid-stream.
+        # FFmpeg rejects larger frames before it allocates them, also when the size changes in mid-stream.
         return {"max_pixels": str(self.meter.limits.frame_pixels)}
 
     def _timeline(self, container: InputContainer, track: VideoStream, missing: str) -> _Timeline | None:
@@ -419,7 +419,7 @@ def _decode(packet: Packet[VideoStream]) -> list[VideoFrame]:
 
 
 def _precedes(packet: Packet[VideoStream], key: Packet[VideoStream], num_decoded: int) -> bool:
-    """Whether `packet` is shown before the first key packet; without timestamps, whether no frame is decoded yet."""
+    """Return whether `packet` precedes the first key packet; without timestamps, whether no frame is decoded yet."""
     if packet.pts is None or key.pts is None:
         return num_decoded == 0 and not packet.is_keyframe
     return packet.pts < key.pts

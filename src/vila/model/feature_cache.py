@@ -2,7 +2,7 @@
 
 The directory is named by a hash of everything that the features depend on (tower weights, layer, image transform). It
 contains chunks of safetensors, by content hash of the images, each with a SHA-256 of its tensors. Chunks are written
-atomically, so an interrupted run keeps what is finished; a damaged chunk is deleted and its images are encoded again.
+atomically, so an interrupted run keeps finished chunks; a damaged chunk is deleted and its images are encoded again.
 """
 
 from __future__ import annotations

@@ -156,7 +156,7 @@ def _device_map(model: VilaForConditionalGeneration, dtype: torch.dtype, device_
     block = find_family(model.config.text_config.model_type).decoder_block
     devices = dict(infer_auto_device_map(model, dtype=dtype, no_split_module_classes=[block]))
     if "disk" in devices.values():
-        raise LayoutError("the model does not fit into the memory of all devices and the CPU", field="device_map")
+        raise LayoutError("the model does not fit in the memory of all GPUs and the CPU", field="device_map")
     return devices
 
 
@@ -203,7 +203,7 @@ def _set_int4_weight(model: nn.Module, name: str, weight: Int4Weight, dtype: tor
 
 
 def has_fast_bfloat16(device: torch.device | str = "cpu") -> bool:
-    """Whether bfloat16 matmuls run in hardware: AVX512-BF16 or AMX on a CPU, Ampere or newer on CUDA."""
+    """Return whether bfloat16 matmuls run in hardware: AVX512-BF16 or AMX on a CPU, Ampere or newer on CUDA."""
     if torch.device(device).type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return any(

@@ -29,7 +29,8 @@ def merge_image_embeddings(embeds_BSD: Tensor, images_NPD: Tensor, is_placeholde
     num_images, num_patches = images_NPD.shape[:2]
     have = num_images * num_patches
     if need != have:
-        raise ValueError(f"{need} image placeholders, but {have} image features ({num_images} images of {num_patches})")
+        features = f"{have} image features ({num_images} images x {num_patches} tokens)"
+        raise ValueError(f"{need} image placeholders, but {features}")
     return embeds_BSD.masked_scatter(is_placeholder_BS.unsqueeze(-1), images_NPD.to(embeds_BSD.dtype))
 
 

@@ -155,7 +155,7 @@ class _Part(io.RawIOBase):
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
         position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
         if position < 0:
-            raise OSError("negative position")
+            raise OSError("negative seek position")
         self._position = position
         return position
 
@@ -315,7 +315,7 @@ def _read_legacy(path: Path, stream: BinaryIO, size: int) -> tuple[Any, _TensorU
 
 
 def _check(tensor: StoredTensor, path: Path) -> None:
-    """Raise LayoutError unless every element lies in the storage, and the storage is no smaller than the tensor."""
+    """Raise LayoutError unless every element of the tensor is inside its storage."""
     held = tensor.storage.num_bytes // tensor.dtype.itemsize
     last = tensor.offset + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride, strict=True))
     count = math.prod(tensor.shape)

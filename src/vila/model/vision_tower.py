@@ -97,7 +97,7 @@ def check_image_size(config: PretrainedConfig, image_size: int, scales: Sequence
 
 
 def has_cls_token(config: PretrainedConfig) -> bool:
-    """Whether the first feature of the tower is a class token."""
+    """Return whether the first feature of the tower is a class token."""
     return config.model_type not in _WITHOUT_CLS
 
 

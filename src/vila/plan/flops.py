@@ -49,11 +49,11 @@ class TrainableParts:
         )
 
     def is_trained(self, name: str) -> bool:
-        """Whether the weight of a Linear of a decoder block is trainable."""
+        """Return whether the weight of a Linear of a decoder block is trainable."""
         return self.llm and not self.rank and (not self.parts or bool(set(name.split(".")) & set(self.parts)))
 
     def has_adapter(self, name: str) -> bool:
-        """Whether a Linear of a decoder block has a LoRA adapter."""
+        """Return whether a Linear of a decoder block has a LoRA adapter."""
         return self.llm and self.rank > 0 and (not self.targets or name.rpartition(".")[2] in self.targets)
 
     @property

@@ -47,7 +47,7 @@ def prepare_m3it(
 
     sources: files by name of the set (in `SETS`): JSON lines or parquet with `instruction`, `inputs`, `outputs` and
              `image_base64_str` (one or a list). For records without `instruction`, one is drawn from the list in
-             `instructions.json` beside the file; the draw depends on set and row only.
+             `instructions.json` next to the file; the choice depends on set and row only.
     As in the released code, the question is `instruction` + `inputs` without a separator, and the answer is `outputs`.
     Worker `shard` = (k, n) converts every n-th file. Returns the index, or None while other workers are not finished.
     """

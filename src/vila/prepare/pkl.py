@@ -46,7 +46,7 @@ def read_plain_pickle(path: Path) -> Any:
 
 
 def _check_depth(value: Any, path: Path) -> None:
-    """Refuse values that contain themselves, are nested too deeply, or are too large when written as JSON."""
+    """Reject values that contain themselves, are nested too deeply, or are too large when written as JSON."""
     level = {id(value): (value, 1)}
     visited = 0
     for _ in range(_MAX_DEPTH):

@@ -52,7 +52,7 @@ def write_tar(path: Path, samples: Iterable[TarSample]) -> int:
 
 
 def read_tar(path: Path) -> Iterator[TarSample]:
-    """Yield samples in order. Raises DataError for files that `tar_members` refuses."""
+    """Yield samples in order. Raises DataError for files that `tar_members` rejects."""
     key = ""
     members: list[tuple[str, bytes]] = []
     try:

@@ -43,7 +43,7 @@ def prepare_sharegpt4v(
 
 
 def is_repetitive(text: str) -> bool:
-    """Whether a sentence of at least 4 words occurs 3 times, or a sequence of 8 words 4 times.
+    """Return whether a sentence of at least 4 words occurs 3 times, or a sequence of 8 words 4 times.
 
     >>> is_repetitive("The sky is blue. " * 3), is_repetitive("The sky is blue. The sea is blue.")
     (True, False)

@@ -131,7 +131,7 @@ def unit_names(paths: Sequence[Path]) -> dict[str, Path]:
     for path in sorted(paths, key=lambda path: (path.name, str(path))):
         name = safe_key(path.name.partition(".")[0])
         if name in units:
-            raise ConfigError(f"same unit name {name!r} as {units[name]}", file=path, hint="rename one of the files")
+            raise ConfigError(f"same name up to the first dot as {units[name]}", file=path, hint="rename one")
         units[name] = path
     if not units:
         raise ConfigError("no input files", hint="name at least one")
@@ -166,7 +166,7 @@ def unit_path(out: Path, unit: str, kind: Kind) -> Path:
 
 
 def is_finished(out: Path, unit: str) -> bool:
-    """Whether `unit` is finished."""
+    """Return whether `unit` is finished."""
     return unit_record_path(out, unit).is_file()
 
 
@@ -256,7 +256,8 @@ def check_settings(out: Path, settings: dict[str, Any]) -> None:
     keys = sorted(before.keys() | settings.keys())
     changed = [f"{key}: {before.get(key)!r} -> {settings.get(key)!r}" for key in keys if _differ(before, settings, key)]
     if changed:
-        raise ConfigError.collect(f"{out}: started with other settings; use them, or choose another directory", changed)
+        title = f"{out}: created with different settings; use the same settings or another output directory"
+        raise ConfigError.collect(title, changed)
 
 
 def _differ(before: dict[str, Any], now: dict[str, Any], key: str) -> bool:

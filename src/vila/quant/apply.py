@@ -47,7 +47,7 @@ def clamp_weight(linear: nn.Module, limit_OG: Tensor) -> None:
 def apply_search(model: nn.Module, search: AwqSearch) -> None:
     """Fold all scales into the model and clip its weights, in place. Nothing is rounded to INT4.
 
-    Raises as `check_search`, before anything is changed.
+    Raises the errors of `check_search`, before anything is changed.
     """
     modules = check_search(model, search)
     for scale in search.scales:
@@ -88,8 +88,8 @@ def quantize_model(
 
     search:  applied to the model first, in place; None: round the weights as they are (RTN).
     release: free each weight after rounding (move it to the meta device).
-    Raises as `check_layers`, `check_weights` and `apply_search`; ConfigError for a search with another group size or
-    mode.
+    Raises the errors of `check_layers`, `check_weights` and `apply_search`; ConfigError for a search
+    with another group size or mode.
     """
     check_layers(model, group_size)
     check_weights(model)

@@ -214,7 +214,7 @@ def _clip(linear: Any, limit_OG1: Tensor) -> WeightClip:
 
 
 def _wide(values: Tensor) -> Tensor:
-    # Integer tensors are refused later, with their dtype.
+    # Integer tensors are rejected later, with their dtype.
     return values.float() if values.is_floating_point() else values
 
 

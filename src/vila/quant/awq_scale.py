@@ -188,7 +188,7 @@ def _weighted(inputs_TI: Tensor, weights_NS: Tensor | None) -> Tensor:
 
 
 def is_linear_clipped(linear: str, clipping: Clipping) -> bool:
-    """Whether a Linear, by its name in the block, is clipped."""
+    """Return whether a Linear, by its name in the block, is clipped."""
     if clipping == "published":
         return not any(part in linear for part in _NOT_CLIPPED)
     return clipping == "all"

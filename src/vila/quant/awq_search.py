@@ -50,7 +50,7 @@ from vila.quant.resume_state import BlockResumeState, read_search_block, write_s
 # N sequences  S sequence length  D model width  I input channels  T tokens
 
 VERSION = 1
-"""Increased when the same settings give another result; resume state of another version is refused."""
+"""Increased when the same settings give another result; resume state of another version is rejected."""
 
 BlockArguments = Mapping[str, Any]
 """Keyword arguments of a decoder block besides the hidden states."""
@@ -321,7 +321,8 @@ def search_model(
     processor:  of the model; required if the calibration has images.
     resume_dir: directory for the results of finished blocks. After an interruption the same call resumes, with the same
                 result to the last bit.
-    Raises as `check_layers`, `check_weights` and `check_ids`; CheckpointError if `resume_dir` is of another search.
+    Raises the errors of `check_layers`, `check_weights` and `check_ids`; CheckpointError if `resume_dir` belongs to
+    another search.
     """
     config = config or QuantConfig()
     _check(model, calibration, config)
@@ -353,7 +354,7 @@ def _check(model: nn.Module, calibration: Calibration, config: QuantConfig) -> N
     check_weights(model)
     check_ids(model, calibration)
     if not calibration.sequences:
-        raise DataError("holds no sequences", file=calibration.name, hint="give it text or conversations")
+        raise DataError("contains no calibration sequences", file=calibration.name, hint="add text or conversations")
 
 
 @torch.no_grad()

@@ -58,7 +58,7 @@ def block_linears(block: nn.Module) -> dict[str, nn.Linear]:
 
 
 def can_scale(group: ScaleGroup, block: nn.Module) -> bool:
-    """Whether the group's scale can be folded: always into a norm; into a Linear if its outputs are the group's inputs.
+    """Return whether the scale can be folded: always into a norm; into a Linear if its outputs are the group's inputs.
 
     With grouped-query attention an output of v_proj feeds several inputs of o_proj, which is then not scaled.
     """
@@ -99,7 +99,7 @@ def check_layers(model: nn.Module, group_size: int) -> None:
 
 
 def fitting_group_sizes(model: nn.Module) -> list[int]:
-    """Return the usual group sizes that divide the inputs of every Linear, ascending. Raises as `check_layers`."""
+    """Return the usual group sizes that divide the inputs of every Linear, ascending. Raises like `check_layers`."""
     return _dividing({linear.in_features for _, linear in _scaled_linears(model)})
 
 

@@ -24,7 +24,7 @@ from vila.data.mixture import Mixture
 SEQUENCE_LENGTH = 512
 MAX_DOCUMENTS = 128
 PACKAGED = "starter/text/english_calibration.txt"
-"""Packaged calibration text, relative to `vila`; LICENSES.md beside it names its sources."""
+"""Packaged calibration text, relative to `vila`; LICENSES.md in the same directory names its sources."""
 SAMPLES = 64
 _TRIES = 8
 """Samples of a mixture that are tried for each wanted one."""

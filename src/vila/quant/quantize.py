@@ -1,6 +1,6 @@
 """Quantize a model to INT4, block by block, and write it; interrupted runs resume and give the same bytes.
 
-Results of finished blocks are stored in a hidden directory beside the output until that is complete.
+Results of finished blocks are stored in a hidden directory next to the output until it is complete.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from vila.quant.resume_state import BlockResumeState, read_int4_block, write_int
 # N sequences  S sequence length  D model width  T tokens  O output channels  I input channels  G groups
 
 VERSION = 1
-"""Increased when the same settings give other codes; resume state of another version is refused."""
+"""Increased when the same settings give other codes; resume state of another version is rejected."""
 LAYOUT = "awq-hf"
 PUBLISHED_GROUP_SIZE = QuantConfig().group_size
 SEARCH_FILE = "search.safetensors"
@@ -61,8 +61,8 @@ SUMMARY_FILE = "quantization.json"
 def check_quantization(model: nn.Module, config: QuantConfig, search: AwqSearch | None = None) -> None:
     """Check a configuration, and an existing search, against the shapes of a model, which may be on the meta device.
 
-    Raises as `check_layers` and `check_search`; ConfigError for a search with another group size or mode, and for a
-    search that the method does not use.
+    Raises the errors of `check_layers` and `check_search`; ConfigError for a search with another group size or
+    mode, and for a search that the method does not use.
     """
     check_layers(model, config.group_size)
     if search is not None:
@@ -85,7 +85,7 @@ def check_calibration(
 
 
 def needs_calibration(config: QuantConfig, search: AwqSearch | None = None) -> bool:
-    """Whether quantizing needs calibration. search: an existing search, instead of making one."""
+    """Return whether quantizing needs calibration. search: an existing search, instead of making one."""
     return config.rounding == "gptq" or (config.method == "awq" and search is None)
 
 
@@ -117,7 +117,7 @@ def quantize_checkpoint(
 ) -> dict[str, Any]:
     """Check everything, then `quantize_and_save`.
 
-    Raises as `check_quantization`, `check_calibration` and `quantize_and_save`.
+    Raises the errors of `check_quantization`, `check_calibration` and `quantize_and_save`.
     """
     check_quantization(model, config, search)
     check_calibration(model, config, calibration, search)
@@ -138,11 +138,11 @@ def quantize_and_save(
 ) -> dict[str, Any]:
     """Quantize a checked model in place, write it to `out` with the search and a summary, and return the summary.
 
-    search: an existing search, instead of making one.
-    texts:  content of further files by name.
-    After an interruption the same call resumes from the last finished block.
-    Raises as `check_weights`; CheckpointError if the resume state is of another run, and DirectoryInUseError if another
-    process writes `out`.
+    search: AWQ search result to apply; None: search with `calibration`, if there is one.
+    texts:  additional text files to write: content by file name.
+    After an interruption, the same call resumes after the last finished block.
+    Raises the errors of `check_weights`; CheckpointError if the resume state belongs to another run, and
+    DirectoryInUseError if another process writes `out`.
     """
     check_weights(model)
     before = sum(parameter.nbytes for parameter in model.parameters())
@@ -201,7 +201,7 @@ def make_search(
         return None
     device = config.device or next(model.parameters()).device
     dtype = config.dtype or (torch.float32 if device.type == "cpu" else None)
-    # Name and hash stay those of the whole calibration; the number of sequences is recorded beside them.
+    # Name and hash stay those of the whole calibration; the number of sequences is recorded separately.
     used = replace(calibration, sequences=calibration.sequences[: config.search_sequences or None])
     config = replace(config, dtype=dtype)
     return search_blocks(model, used, config, processor=processor, resume_dir=resume_dir, events=events)[0]

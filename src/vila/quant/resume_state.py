@@ -28,7 +28,7 @@ class BlockResumeState(Generic[_Found]):
     """Directory with one file per finished block.
 
     Each file has a key, a hash of everything its content depends on: settings, calibration, embeddings and the weights
-    of all blocks up to this one. Files of other runs are refused.
+    of all blocks up to this one. Files of other runs are rejected.
     """
 
     def __init__(

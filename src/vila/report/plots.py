@@ -65,7 +65,7 @@ class Dots:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The bars of one category by name; None and values that are not finite are shown as missing.
+    """One category of a bar plot: values by the name of the bar. None and non-finite values are shown as missing.
 
     intervals: low and high end of the interval of a bar, by the bar's name.
     """

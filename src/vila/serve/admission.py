@@ -32,11 +32,11 @@ class AllowedHosts:
         self.names = tuple(name.lower().rstrip(".") for name in names)
 
     def accepts(self, host: str) -> bool:
-        """Whether a host (without port) is allowed."""
+        """Return whether a host (without port) is allowed."""
         return is_loopback(host.lower().rstrip(".")) or self.is_named(host)
 
     def is_named(self, host: str) -> bool:
-        """Whether a host is in `names`."""
+        """Return whether a host is in `names`."""
         host = host.lower().rstrip(".")
         return any(host == name or (name.startswith("*.") and host.endswith(name[1:])) for name in self.names)
 
@@ -104,7 +104,7 @@ def host_name(value: str) -> str:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether a host is localhost, a subdomain of it, in 127.0.0.0/8, or ::1."""
+    """Return whether a host is localhost, a subdomain of it, in 127.0.0.0/8, or ::1."""
     host = host.lower().strip("[]")
     if host == "localhost" or host.endswith(".localhost"):
         return True
@@ -120,7 +120,7 @@ def read_api_keys(given: Iterable[str], file: Path | None, variable: str = "") -
     given:    keys of the command line.
     file:     file with one key per line; blank lines and lines that start with # are skipped.
     variable: value of the environment variable VILA_API_KEY, empty if it is not set.
-    Raises ConfigError for a file that is unreadable or holds no key, and for keys that an HTTP header cannot carry.
+    Raises ConfigError for a file that is unreadable or contains no key, and for keys that an HTTP header cannot carry.
     Error messages never show a key.
     """
     keys = [(key, {"field": "--api-key"}) for key in given]
@@ -131,7 +131,7 @@ def read_api_keys(given: Iterable[str], file: Path | None, variable: str = "") -
             lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
         found = [(line, number) for number, line in enumerate(lines, start=1) if line and not line.startswith("#")]
         if not found:
-            raise ConfigError("holds no key", file=file, expected="one key per line")
+            raise ConfigError("contains no key", file=file, expected="one key per line")
         keys += [(key, {"file": str(file), "record": f"line {number}"}) for key, number in found]
     for key, location in keys:
         if not key or not key.isascii() or not key.isprintable() or " " in key:

@@ -119,7 +119,7 @@ class GenerationRequest:
         return self._batcher.engine.processor.tokenizer
 
     def is_cancelled(self) -> bool:
-        """Whether the request was cancelled."""
+        """Return whether the request was cancelled."""
         return self._cancelled
 
     def cancel(self) -> None:

@@ -61,7 +61,7 @@ def internal_error(request_id: str) -> ApiError:
 
 
 def to_api_error(error: BaseException) -> ApiError | None:
-    """Return the response for an error; None for an unexpected one, of which the client learns no details."""
+    """Return the response for an error; None for an unexpected error, which is not shown to clients."""
     match error:
         case ApiError():
             return error

@@ -98,7 +98,7 @@ async def read_messages(
     if misplaced := next((field for _, field, role in media_parts if role != "user"), ""):
         raise DataError("images and videos are supported in user turns only", field=misplaced)
     if not media_parts and not any(message.text for message in request.messages):
-        raise DataError("holds neither text nor an image", field="messages")
+        raise DataError("contains neither text nor an image", field="messages")
     loop, deadline = asyncio.get_running_loop(), time.monotonic() + limits.fetch_s
     reading = [
         loop.run_in_executor(threads.for_reading(part), _read, part, field, limits, deadline, cancelled)

@@ -147,7 +147,7 @@ def content_length(scope: Scope) -> int:
 
 
 def has_body(scope: Scope) -> bool:
-    """Whether the headers announce a body, of known length or chunked."""
+    """Return whether the headers announce a body, of known length or chunked."""
     return content_length(scope) > 0 or any(name == b"transfer-encoding" for name, _ in scope["headers"])
 
 

@@ -116,7 +116,7 @@ def _check_encodable(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError("holds half of a surrogate pair, which is not a character") from error
+        raise ValueError("contains half of a surrogate pair, which is not a character") from error
     return text
 
 

@@ -81,7 +81,7 @@ def serve(service: Service, config: ServerConfig, log: Callable[[str], None]) ->
         settings.load()
     except (OSError, ssl.SSLError) as error:
         files = f"{config.certificate}, {config.private_key}"
-        raise ConfigError(f"cannot be used as certificate and key ({error})", file=files) from error
+        raise ConfigError(f"not a valid TLS certificate and private key ({error})", file=files) from error
     listener = _listen(config, connections)
     scheme = "https" if config.certificate else "http"
     host, port = listener.getsockname()[:2]

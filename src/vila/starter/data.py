@@ -77,7 +77,7 @@ class ShapeImage:
 
 
 def is_validation(image_id: int) -> bool:
-    """Whether a training image is held out."""
+    """Return whether a training image is held out."""
     return image_id % VALIDATION_EVERY == VALIDATION_EVERY - 1
 
 

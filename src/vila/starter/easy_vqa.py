@@ -154,7 +154,7 @@ def answer_to(text: str, shape: str, colour: str) -> str | None:
 
 
 def mentions_present(text: str, shape: str, colour: str) -> bool:
-    """Whether a yes/no question mentions a shape or colour that the image has."""
+    """Return whether a yes/no question mentions a shape or colour that the image has."""
     form = _parse_question(text)
     return (form.shape or shape, form.colour or colour) == (shape, colour)
 

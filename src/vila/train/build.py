@@ -144,7 +144,7 @@ def model_dir(recipe: Recipe) -> Path:
 
 
 def is_finished(recipe: Recipe) -> bool:
-    """Whether the run has been trained to its end."""
+    """Return whether the run has been trained to its end."""
     return (recipe.output.dir / "finished.json").is_file()
 
 

@@ -353,7 +353,7 @@ def _set_aside(damaged: Path) -> None:
 
 
 def _is_version_one(folder: Path) -> bool:
-    """Whether version one wrote a checkpoint. Without a manifest, later formats are damaged."""
+    """Return whether version one wrote a checkpoint. Without a manifest, later formats are damaged."""
     if (folder / MANIFEST).exists() or (folder / _INPUTS).exists():
         return False
     return "format" not in Fields.of_file(folder / "state.json", CheckpointError)

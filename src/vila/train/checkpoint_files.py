@@ -84,7 +84,7 @@ def read_manifest(folder: Path) -> dict[str, FileDigest]:
             raise entries.refusal(name, "not the name of a file in this directory")
         files[name] = {"bytes": entry.integer("bytes", maximum=2**62), "sha256": entry.text("sha256")}
     if path.read_bytes() != _encoded(files).encode():
-        raise CheckpointError("the manifest was changed", file=path)
+        raise CheckpointError("the manifest was modified after it was written", file=path)
     return files
 
 
@@ -137,7 +137,7 @@ class _IndexUnpickler(RestrictedUnpickler):
     """Builds the record classes of a checkpoint index, and nothing else."""
 
     def build(self, instance: Any, state: Any) -> None:
-        """Set the attributes of a record. Other objects, such as classes, are shared by the process and refused."""
+        """Set the attributes of a record. Other objects, such as classes, are shared by the process and rejected."""
         if type(instance) not in _RECORDS:
             super().build(instance, state)
         elif (fill := getattr(type(instance), "__setstate__", None)) is not None:

@@ -1,4 +1,4 @@
-"""Model card: `README.md` beside the weights with base models, training settings, scores, data and licences."""
+"""Model card: `README.md` next to the weights with base models, training settings, scores, data and licences."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class BaseModel:
 def base_models(recipe: Recipe) -> list[BaseModel]:
     """Return the LLM and the tower, traced through the recipes of previous stages; else the model of `model.path`.
 
-    A model without a recipe beside it is traced through its model card.
+    A model without a recipe in its directory is traced through its model card.
     """
     names = _names(recipe.model.model_dump(), _MAX_STAGES)
     return [base for name in names for base in _from_card(name) or [_from_name(name)]]

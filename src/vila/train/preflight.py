@@ -168,7 +168,7 @@ def require_packages(recipe: Recipe) -> None:
 
 
 def _exists(path: str) -> bool:
-    """Whether a file or directory exists, or matches a pattern."""
+    """Return whether a file or directory exists, or matches a pattern."""
     if Path(path).exists():
         return True
     return any(character in path for character in "*?[") and bool(glob(path))  # noqa: PTH207 the pattern may be absolute

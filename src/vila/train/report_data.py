@@ -204,7 +204,7 @@ class LogReader:
         return f"line {self._number}"
 
     def was_cut(self) -> bool:
-        """Whether the part of the file that was read has changed: it is shorter, or its last line differs."""
+        """Return whether the part of the file that was read has changed: it is shorter, or its last line differs."""
         if not self._offset:
             return False
         if not self.path.is_file() or self.path.stat().st_size < self._offset:

@@ -67,11 +67,11 @@ class Checkpointer:
         self._started = time.monotonic()
 
     def is_overdue(self) -> bool:
-        """Whether `output.checkpoint_every_s` seconds have passed; ranks may disagree, so rank 0 decides."""
+        """Return whether `output.checkpoint_every_s` seconds have passed; ranks may disagree, so rank 0 decides."""
         return time.monotonic() - self._started >= self._output.checkpoint_every_s
 
     def is_due(self, step: int) -> bool:
-        """Whether a checkpoint by number of steps is due after `step`."""
+        """Return whether a checkpoint by number of steps is due after `step`."""
         return bool(self._every_steps) and step % self._every_steps == 0
 
     def save(self, progress: Progress, optimizer: MasterAdamW, streams: Sequence[PackingStreamState]) -> None:

@@ -96,7 +96,7 @@ def render_script(job: SlurmJob, *, name: str, folder: Path, arguments: Sequence
 def submit(script: str, folder: Path) -> str:
     """Write the script to the run's directory, submit it with `sbatch`, and return the output.
 
-    Raises ConfigError if sbatch is not installed or refuses the job.
+    Raises ConfigError if sbatch is not installed or rejects the job.
     """
     if shutil.which("sbatch") is None:
         raise ConfigError("sbatch is not installed", field="--slurm", hint="use a machine with Slurm, or --dry-run")
@@ -106,7 +106,7 @@ def submit(script: str, folder: Path) -> str:
     done = subprocess.run(["sbatch", str(path)], capture_output=True, text=True, check=False)
     if done.returncode:
         reason = done.stderr.strip() or f"exit status {done.returncode}"
-        raise ConfigError(f"sbatch refused the job ({reason})", file=path)
+        raise ConfigError(f"sbatch rejected the job ({reason})", file=path)
     return done.stdout.strip()
 
 

@@ -272,7 +272,7 @@ def gather_full_tensors(
 def model_with_tensors(
     model: VilaForConditionalGeneration, tensors: Mapping[str, Tensor]
 ) -> VilaForConditionalGeneration:
-    """Return a model with the config of `model` and `tensors` as its weights, not copied."""
+    """Return a new model with the config of `model` and the weights `tensors`, which are shared, not copied."""
     with torch.device("meta"):
         copy = VilaForConditionalGeneration(model.config)
     copy.load_state_dict(tensors, assign=True)

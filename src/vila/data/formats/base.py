@@ -211,7 +211,7 @@ def data_files(path: Path, kinds: tuple[str, ...]) -> list[Path]:
     """Return the data files of a path, sorted by name.
 
     Of a directory these are the files with the first extension of `kinds` that it contains: its `.tar` shards, not the
-    `.json` files beside them. A path with `*`, `?` or `[` that does not exist is a pattern. Hidden files are ignored.
+    `.json` files next to them. A path with `*`, `?` or `[` that does not exist is a pattern. Hidden files are ignored.
     Raises DataError if there are none.
     """
     if path.is_file():

@@ -59,9 +59,9 @@ def sample_of(record: Record, root: Path, options: Mmc4Options) -> Sample:
 
 
 def page_of(sentences: Sequence[str], images: Sequence[tuple[int, Image]]) -> tuple[Part, ...]:
-    """Put images before their sentences. images: (number of the sentence, image), in the order of the file.
+    """Return the sentences with each image before its sentence. images: (sentence index, image), in file order.
 
-    Sentences s0 s1 s2 with image a at 2, b at 0, c at 2 give b, "s0 s1", a, c, "s2".
+    Example: sentences s0, s1, s2 and images (2, a), (0, b), (2, c) return b, "s0 s1", a, c, "s2".
     """
     pieces: list[Part | str] = []
     for number, sentence in enumerate(sentences):

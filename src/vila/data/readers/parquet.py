@@ -37,7 +37,7 @@ _SKIPPED: Mapping[str, frozenset[int]] = {
 def row_group_sizes(path: Path) -> list[int]:
     """Return the number of records of each row group.
 
-    Raises DataError if the file is cut or damaged, if a column lies outside it, or if several parquet files were
+    Raises DataError if the file is cut or damaged, if a column is outside of it, or if several parquet files were
     concatenated (the footer describes the last one only).
     """
     with file_errors(path, kind="parquet", hint=_HINT), path.open("rb") as stream:
@@ -58,7 +58,7 @@ def row_group_sizes(path: Path) -> list[int]:
             for column in group[_COLUMNS]:
                 last = _end_of(column)
                 if last is None or not len(_MAGIC) <= last <= footer:
-                    raise _damaged(path, f"a column of row group {number} lies outside the file")
+                    raise _damaged(path, f"a column of row group {number} is outside of the file")
                 end = max(end, last)
         # Some writers add bytes that belong to no column.
         if end < footer and _holds(stream, footer, _MAGIC * 2):
@@ -358,7 +358,7 @@ def _read_column(path: Path, opened: Any, group: int, column: str) -> Any:
         expected = opened.metadata.row_group(group).num_rows
     if len(values) != expected:
         raise DataError(
-            f"row group {group} holds {len(values)} of {expected} values", file=path, field=column, hint=_HINT
+            f"row group {group} contains {len(values)} of {expected} values", file=path, field=column, hint=_HINT
         )
     return values
 

@@ -34,7 +34,7 @@ class EasyVqa(Benchmark):
     max_new_tokens = 8
 
     def __init__(self, folder: Path, limit: int = 0, split: str = "test") -> None:
-        """split: `test` or `train`. limit: approximate number of questions, whole images only; 0: all."""
+        """split: `test` or `train`. limit: approximate number of questions (images keep all of theirs); 0: all."""
         path = folder / split / "questions.json"
         if not path.is_file():
             raise DataError("no such file", file=path, hint=f"expected questions.json and images/ in {split}/")

@@ -154,7 +154,7 @@ class Pope(Benchmark):
 
 
 def is_yes(text: str) -> bool:
-    """Whether the original script parses an answer as yes: no word No, no or not before the first full stop."""
+    """Return whether the original script parses an answer as yes: no word No, no or not before the first full stop."""
     words = text.split(".")[0].replace(",", "").split(" ")
     return not {"No", "not", "no"} & set(words)
 

@@ -128,7 +128,7 @@ def _video_question(question: Any, answer: str, video_set: VideoSet, path: Path,
 
 
 class VideoQa(Benchmark):
-    """Zero-shot video QA: accuracy by an LLM judge, mean over the sets whose data are there.
+    """Zero-shot video QA: accuracy by an LLM judge, mean over the data sets that are present.
 
     `sampling` is greedy, so that runs are reproducible; set it to `ORIGINAL` to sample like the original script.
     """

@@ -156,7 +156,7 @@ class Vqav2(Benchmark):
             rule = "no answer" if key in missing else ""
             scores.append(QuestionScore(key, value, str(row["image_id"]), row["answer_type"], answer, truth, rule))
         if not scores:
-            raise DataError("has none of the questions of this run", file=self._annotations)
+            raise DataError("contains none of the evaluated questions", file=self._annotations)
         metrics: dict[str, Any] = {
             "questions": len(scores),
             "missing": len(matched.missing),

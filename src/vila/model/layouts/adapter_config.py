@@ -80,7 +80,7 @@ class AdapterConfig:
         return _by_pattern(self.alpha_pattern, module, self.alpha) / (math.sqrt(rank) if self.use_rslora else rank)
 
     def is_whole(self, weight: str) -> bool:
-        """Whether a weight belongs to a module that is stored completely."""
+        """Return whether a weight belongs to a module that is stored completely."""
         parts = weight.split(".")
         modules = [".".join(parts[:length]) for length in range(1, len(parts))]
         return any(module.endswith(tuple(self.whole_modules)) for module in modules)

@@ -49,7 +49,7 @@ class AwqSettings:
 
 
 def is_quantized(folder: Path) -> bool:
-    """Whether the config of a directory, or of its `llm/`, declares any quantization."""
+    """Return whether the config of a directory, or of its `llm/`, declares any quantization."""
     return _find(folder) is not None
 
 
@@ -129,7 +129,7 @@ class AwqHfLayout:
     name = "awq-hf"
 
     def matches(self, folder: Path) -> bool:
-        """Whether the directory declares quantization and matches a full-precision layout."""
+        """Return whether the directory declares quantization and matches a full-precision layout."""
         return folder.is_dir() and is_quantized(folder) and detect_full_precision(folder) is not None
 
     def open(self, folder: Path, base: Path | None = None) -> Checkpoint:
@@ -145,7 +145,7 @@ class AwqHfLayout:
         return checkpoint_with_int4(full_precision, refs, packed, folder)
 
     def check(self, model: Any, processor: Any) -> None:
-        """Raise LayoutError for a full-precision model, or outputs that the gemm packing does not support."""
+        """Raise LayoutError unless the model is INT4 and its output channels are multiples of 8 (gemm packing)."""
         require_int4(model, self.name)
         for name, layer in int4_layers(model):
             check_divides(f"outputs of {name}", layer.out_features, 8)

@@ -60,7 +60,7 @@ class ReadLayout(Protocol):
     name: str
 
     def matches(self, folder: Path) -> bool:
-        """Whether the directory is in this layout, judged by file names and config only."""
+        """Return whether the directory has this layout; reads only file names and configs."""
 
     def open(self, folder: Path, base: Path | None = None) -> Checkpoint:
         """Read configs and weight locations. `base` is the directory of the base LLM, for layouts that need one.
@@ -96,7 +96,7 @@ def to_layout_name(name: str, prefixes: Prefixes) -> str:
     for prefix, ours in sorted(prefixes, key=lambda pair: -len(pair[1])):
         if name.startswith(ours):
             return prefix + name[len(ours) :]
-    raise LayoutError("the layout has no name for this weight", field=name)
+    raise LayoutError("this layout cannot store the weight", field=name)
 
 
 def map_names(

@@ -157,7 +157,7 @@ class LlavaHfLayout:
     name = "llava-hf"
 
     def matches(self, folder: Path) -> bool:
-        """Whether config.json is transformers' LlavaConfig."""
+        """Return whether config.json is a transformers LlavaConfig."""
         config = read_config(folder)
         return config.get("model_type") == "llava" and "text_config" in config
 

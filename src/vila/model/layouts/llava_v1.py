@@ -62,7 +62,7 @@ class LlavaV1Layout:
     name = "llava-v1"
 
     def matches(self, folder: Path) -> bool:
-        """Whether config.json names a vision tower as LLaVA-1.5 does."""
+        """Return whether config.json has LLaVA-1.5's `mm_vision_tower`."""
         config = read_config(folder)
         return "mm_vision_tower" in config and "llm_cfg" not in config and "text_config" not in config
 

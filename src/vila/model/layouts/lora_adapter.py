@@ -175,7 +175,7 @@ def _is_vocabulary(module: str) -> bool:
 
 
 def _touches(tied: TiedHead, modules: Mapping[str, object], wholes: Mapping[str, object]) -> bool:
-    """Whether an adapter changes the embeddings or the LM head, which PEFT changes independently."""
+    """Return whether an adapter changes the embeddings or the LM head, which PEFT changes independently."""
     both = (tied.embeddings, tied.head)
     return any(name in wholes or name.rpartition(".")[0] in modules for name in both)
 
@@ -336,15 +336,15 @@ class AdapterLayout:
     name = "adapter"
 
     def matches(self, folder: Path) -> bool:
-        """Whether there is an adapter and no config.json of another layout."""
+        """Return whether there is an adapter and no config.json of another layout."""
         if not (folder / CONFIG_FILE).is_file():
             return False
         return not (folder / "config.json").exists() or read_config(folder).get("model_type") == VilaConfig.model_type
 
     def open(self, folder: Path, base: Path | None = None) -> Checkpoint:
-        """Open the directory and its base: `base`, or the one named in adapter_config.json.
+        """Open an adapter directory and its base model: `base`, or the one that adapter_config.json names.
 
-        Raises LayoutError if the base is missing, or is another model than the adapter was trained on.
+        Raises LayoutError if the base model is missing, or is not the model that the adapter was trained on.
         """
         base_folder = base or find_base(folder)
         _check_no_cycle(folder, base_folder)

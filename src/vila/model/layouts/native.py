@@ -25,7 +25,7 @@ class NativeLayout:
     name = "native"
 
     def matches(self, folder: Path) -> bool:
-        """Whether config.json has `model_type: vila`."""
+        """Return whether config.json has `model_type: vila`."""
         return read_config(folder).get("model_type") == VilaConfig.model_type
 
     def open(self, folder: Path, base: Path | None = None) -> Checkpoint:

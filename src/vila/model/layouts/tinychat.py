@@ -44,7 +44,7 @@ class TinychatLayout:
     name = "tinychat"
 
     def matches(self, folder: Path) -> bool:
-        """Whether this is a `.pt` file, or a directory whose weights, or its LLM's, are such files."""
+        """Return whether this is a `.pt` file, or a directory whose weights, or its LLM's, are such files."""
         if folder.is_file():
             return folder.suffix == TORCH_SUFFIX
         if not any(_is_tinychat(path.name) for part in (folder, folder / _LLM) for path in part.glob("*.pt")):

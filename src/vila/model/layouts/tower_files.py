@@ -269,7 +269,7 @@ def to_intern_vit_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         table = [(ours, theirs) for theirs, ours in (_INTERN_BLOCK if block else _INTERN_NAMES)]
         found = _translate(rest, table)
         if found is None:
-            raise LayoutError("InternViT has no name for this weight", field=name)
+            raise LayoutError("not a weight of the InternViT layout", field=name)
         out[f"encoder.layers.{block[1]}.{found}" if block else found] = tensor
     return out
 

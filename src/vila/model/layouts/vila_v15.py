@@ -33,7 +33,7 @@ class VilaV15Layout:
     name = "vila-v15"
 
     def matches(self, folder: Path) -> bool:
-        """Whether config.json has a separate LLM config."""
+        """Return whether config.json has a separate LLM config."""
         return "llm_cfg" in read_config(folder)
 
     def open(self, folder: Path, base: Path | None = None) -> Checkpoint:
@@ -102,7 +102,7 @@ def check_writable(config: Any) -> None:
     if kind not in _TOWERS:
         expected = ", ".join(_TOWERS)
         raise LayoutError(
-            "tower not supported by vila-v15", field="vision_config.model_type", value=kind, expected=expected
+            "vision tower not supported by vila-v15", field="vision_config.model_type", value=kind, expected=expected
         )
 
 
