@@ -56,7 +56,9 @@ def evaluate(
     ] = None,
     limit: Annotated[
         int,
-        typer.Option(help="Approximate number of questions per benchmark; 0: all. Selected images keep all questions.", min=0),
+        typer.Option(
+            help="Approximate number of questions per benchmark; 0: all. Selected images keep all questions.", min=0
+        ),
     ] = 0,
     protocol: Annotated[
         str, typer.Option(help="Scoring protocol: upstream (the original scripts) or lmms-eval.")
