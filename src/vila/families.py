@@ -113,7 +113,7 @@ def find_family(model_type: str) -> Family:
 
 
 def unsupported_blocks(text_config: Any, layers: Any) -> Iterator[str]:
-    """Yield what the fast decoder and the ONNX graph cannot compute in the decoder blocks `layers`.
+    """Yield features of the decoder blocks `layers` that the fast decoder and the ONNX graph do not support.
 
     text_config: transformers config of the LLM.
     """

@@ -102,7 +102,7 @@ def _num_leading_system(messages: Sequence[Message]) -> int:
 def _check_system(message: Message, index: int) -> None:
     if any(not isinstance(part, Text) for part in message.parts):
         hint = "put the image into the user's turn"
-        raise TemplateError("a system message holds text only", field=f"messages[{index}]", hint=hint)
+        raise TemplateError("a system message must contain text only", field=f"messages[{index}]", hint=hint)
 
 
 def _spans(messages: Sequence[Message], template: Template, prompt: bool) -> Iterator[Span]:

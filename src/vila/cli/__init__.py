@@ -1,1 +1,1 @@
-"""The `vila` command: one small file a command, and the renderer of progress events."""
+"""The `vila` command: one module per command, and rendering of progress events."""

@@ -141,7 +141,7 @@ FLAGS: dict[str, tuple[str, int | float | bool | str, str]] = {
 
 
 def with_fetch_flags(command: Callable[..., None]) -> Callable[..., None]:
-    """`command` with the flags; it gets them as keyword `fetch`, a mapping of fields of `DownloadOptions`."""
+    """Add download flags to `command`, which gets them as keyword `fetch`, a mapping of fields of `DownloadOptions`."""
     own = inspect.signature(command, eval_str=True)
     flags = [
         inspect.Parameter(
@@ -414,7 +414,7 @@ _ENDS = (".jsonl", ".jsonl.gz", ".jsonl.zip", ".parquet")
 
 
 def training_files(folder: Path, chosen: Sequence[str]) -> dict[str, list[Path]]:
-    """The training files of each set by its name; all sets of the recipe where none is chosen.
+    """Return the training files by data set; all data sets of the recipe if `chosen` is empty.
 
     Files are those whose names begin with `train`; where a set has several kinds, the first of .jsonl, .jsonl.gz,
     .jsonl.zip, .parquet. Raises ConfigError naming every set without one.

@@ -360,7 +360,9 @@ def _prompt_record(content: Any, number: int, path: Path, num_frames: int | None
     record, folder = f"line {number}", path.parent
     if "messages" in content:
         if extra := sorted(content.keys() - {"id", "messages"}):
-            raise DataError(f"{extra[0]!r} goes with 'prompt'", field=extra[0], hint="put media into the messages")
+            raise DataError(
+                f"{extra[0]!r} is only supported with 'prompt'", field=extra[0], hint="put media into the messages"
+            )
         messages = _read_conversation(content["messages"], folder, num_frames)
         return PromptRecord(path, record, identity, messages=messages)
     prompt = content["prompt"]

@@ -107,8 +107,10 @@ def train(
 
 @contextmanager
 def _said_once() -> Iterator[None]:
-    """Inside, the processes of a run raise the same errors, so rank 0 alone prints them; but not those of the disk,
-    which may be of one machine alone."""
+    """Mark errors of the body that all ranks raise, so that only rank 0 prints them.
+
+    I/O errors may occur on one machine only, so every rank prints them.
+    """
     process = current_process()
     try:
         yield
@@ -118,7 +120,7 @@ def _said_once() -> Iterator[None]:
 
 
 def _note(notes: Sequence[str]) -> None:
-    """Print notes on standard error, three and the number of the others; rank 0 alone does."""
+    """Print the first three notes and the number of the others to standard error, on rank 0 only."""
     if current_process().is_main:
         for note in notes[:_NOTED]:
             typer.echo(f"note: {note}", err=True)
@@ -127,10 +129,9 @@ def _note(notes: Sequence[str]) -> None:
 
 
 def _look(recipe: Recipe, origins: Mapping[str, str]) -> None:
-    """Check a recipe as far as can be seen without training.
+    """Run all checks of a recipe that need no training.
 
-    Files that a packaged recipe names, and the model of an earlier stage, may not be here yet, which is a note; data
-    that the user names are errors.
+    Missing files of a packaged recipe, and a missing model, are notes; other missing data are errors.
     """
     from vila.cli.progress import Screen
     from vila.cli.train_callbacks import check_monitor
@@ -152,7 +153,7 @@ def _look(recipe: Recipe, origins: Mapping[str, str]) -> None:
 
 
 def _batch(recipe: Recipe, arguments: list[str], slurm: str, dry_run: bool) -> str:
-    """The batch script, or what Slurm says to it. Raises ConfigError when the processes cannot share the batch."""
+    """Return the batch script, or the output of sbatch. Raises ConfigError if the ranks cannot share the batch."""
     from vila.data.packing import micro_batch_note
     from vila.train.preflight import Preflight
     from vila.train.slurm import parse_job, render_script, submit
@@ -172,7 +173,7 @@ def _batch(recipe: Recipe, arguments: list[str], slurm: str, dry_run: bool) -> s
 
 
 def shares_of(run: Run, length_origin: str = "") -> tuple[list[str], dict[str, int]]:
-    """Estimate the share of each data set in an epoch from a few of its samples: a line each, and tokens by name.
+    """Estimate the share of each data set in an epoch from a few samples; return log lines, and tokens by data set.
 
     length_origin: recipe that `data.max_length` is from; empty if it is the default.
     """
@@ -200,7 +201,7 @@ def shares_of(run: Run, length_origin: str = "") -> tuple[list[str], dict[str, i
 
 
 def preview_of(run: Run) -> list[str]:
-    """Describe what the tower sees of a few images of each data set, and media that the samples do not have."""
+    """Describe a few images of each data set as the tower sees them, and media that the format does not read."""
     from vila.data.check import unread_note
     from vila.data.preview import preview_images
 

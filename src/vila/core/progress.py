@@ -31,7 +31,7 @@ class Events(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Silent:
-    """`Events` that ignores everything; the default below the command line."""
+    """`Events` that ignores everything; the default of the Python API."""
 
     def started(self, task: str, total: int | None = None, unit: str = "") -> None:
         """Do nothing."""

@@ -79,7 +79,7 @@ class BadSampleLog:
         if self.count > self.budget:
             last = next(reversed(new.values()))
             raise DataError(
-                f"too many samples could not be read; the last: {last.reason}",
+                f"too many unreadable samples; last error: {last.reason}",
                 file=self.path,
                 field="data.max_faults",
                 value=self.count,

@@ -1,1 +1,1 @@
-"""The only way anything generates or scores text: `generate`, `stream`, `generate_batch`, `complete`, `score`."""
+"""Text generation and scoring: `generate`, `stream`, `generate_batch`, `complete`, `score`."""

@@ -34,7 +34,7 @@ def fit_prompt(
     what = "the prompt" if dropped == 0 else "the prompt without its earlier turns"
     truncate = "" if overlong == "truncate" else ', set overlong="truncate"'
     raise ContextOverflowError(
-        f"{what} has {len(tokens.ids)} tokens and the answer up to {answer}, but the model's context holds {context}",
+        f"{what} has {len(tokens.ids)} tokens and the answer up to {answer}, but the context length is {context}",
         hint=f"shorten the prompt{truncate} or lower max_new_tokens",
     )
 

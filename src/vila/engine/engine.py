@@ -246,7 +246,7 @@ class Engine:
         longest = max(len(row.ids) for row in rows)
         if longest > self._context:
             raise ContextOverflowError(
-                f"a conversation to score has {longest} tokens, but the model's context holds {self._context}",
+                f"a conversation to score has {longest} tokens, but the context length is {self._context}",
                 hint="shorten it",
             )
         places = [[place for place, label in enumerate(row.labels) if place and label != IGNORE] for row in rows]

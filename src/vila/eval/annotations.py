@@ -220,7 +220,7 @@ def match_answers(benchmark: str, answers: Sequence[Answer], known: Collection[s
         texts[key] = answer.text
     if not texts:
         ids = f" (ids of the answers: {format_ids(unknown)}; of the questions: {format_ids(known)})" if unknown else ""
-        raise DataError(f"none of {len(answers)} answers is to one of its questions{ids}", field=benchmark)
+        raise DataError(f"none of {len(answers)} answers belongs to one of its questions{ids}", field=benchmark)
     return MatchedAnswers(texts, tuple(key for key in known if key not in texts), tuple(repeated), tuple(unknown))
 
 

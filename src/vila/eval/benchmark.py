@@ -127,7 +127,7 @@ class Submission:
     format: `json`, `jsonl` or `xlsx`.
     rows:   mappings with the columns in order.
     server: where to upload the file.
-    checks: what was verified, for the user.
+    checks: description of the performed checks.
     """
 
     name: str

@@ -244,7 +244,8 @@ class ReplyFile:
         found = {verdict.id: verdict for verdict in read_verdicts(self.path)}
         if cases and not any(case.id in found for case in cases):
             raise DataError(
-                f"none of its {len(found)} replies is to one of these answers (ids in the file: {format_ids(found)}; "
+                f"none of its {len(found)} replies belongs to one of these answers "
+                f"(ids in the file: {format_ids(found)}; "
                 f"ids of the answers: {format_ids(case.id for case in cases)})",
                 file=self.path,
             )

@@ -81,7 +81,7 @@ class LmmsAdapter:
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
         """Not supported: no published score needs it."""
-        raise NotImplementedError(f"{MODEL_ID} answers one question at a time; choose tasks of one round")
+        raise NotImplementedError(f"{MODEL_ID} answers one question at a time; choose single-round tasks")
 
     def _message(self, arguments: Sequence[Any]) -> Message:
         context, _, doc_to_visual, number, task, split = arguments

@@ -167,7 +167,7 @@ class EvalRun:
 
     @property
     def short_model(self) -> str:
-        """Last two components of the model's directory (`model` alone says little), or the hub id."""
+        """Last two components of the model's directory (`model` alone is ambiguous), or the hub id."""
         path = resolve_path(self.model, self.path)
         parts = path.resolve().parts if path.exists() else Path(self.model).parts
         return "/".join(parts[-2:]).lstrip("/") or self.model

@@ -348,7 +348,7 @@ def _size(group: Sequence[Item]) -> int:
 
 
 def run_metadata(benchmark: Benchmark, template: str) -> dict[str, Any]:
-    """Return what identifies the predictions in a folder, except the model."""
+    """Return the settings that identify the predictions in a folder, except the model."""
     items = benchmark.items()
     digest = hashlib.sha256()
     for item in items:

@@ -25,7 +25,7 @@ SERVERS = ("vqav2", "vizwiz", "mmbench", "mmbench_cn", "seed")
 
 @dataclass(frozen=True, slots=True)
 class SubmissionFile:
-    """A written file, the server to upload it to, and what was verified."""
+    """A written file, the server to upload it to, and the performed checks."""
 
     benchmark: str
     path: Path

@@ -75,7 +75,7 @@ class TensorRtLlmTarget:
         write_folders(source, part, choose_group_size(source, options) if options.precision == "int4" else None)
 
     def readme(self, source: ExportSource, options: ExportOptions) -> Readme:
-        """Commands for TensorRT-LLM, and where it differs from VILA."""
+        """Return the commands for TensorRT-LLM, and its differences from VILA."""
         return Readme(
             commands=(
                 ("Serve the model", "trtllm-serve {out} --backend pytorch"),

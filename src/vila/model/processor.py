@@ -106,7 +106,7 @@ class VilaProcessor(ProcessorMixin):
         """Number of image placeholders of an image. Raises MediaError for a video, which must be expanded first."""
         if isinstance(media, Video):
             raise MediaError(
-                "a video has no placeholders of its own", value=media.source, hint="call expand_videos first"
+                "a video must be replaced by its frames first", value=media.source, hint="call expand_videos first"
             )
         return self.spec.tokens_per_image
 

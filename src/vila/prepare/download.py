@@ -74,7 +74,9 @@ class DownloadJournal:
         self._stream = self._path.open("a+b")
         if try_lock(self._stream) is False:
             self._stream.close()
-            raise DataError("another process works on this unit", file=self._path, hint="give each its own --shard")
+            raise DataError(
+                "another process is working on the same files", file=self._path, hint="give each its own --shard"
+            )
         end = self._scan()
         self.dropped_bytes = self._stream.seek(0, os.SEEK_END) - end
         self._stream.truncate(end)

@@ -304,7 +304,7 @@ def _as_variable(colour: str) -> str:
 
 @contextmanager
 def _matplotlib(font: float) -> Iterator[None]:
-    """Set matplotlib up for small SVGs whose text stays text; notes about fonts of its own are dropped."""
+    """Configure matplotlib for small SVGs with text as text elements; its font warnings are suppressed."""
     import matplotlib
 
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)

@@ -165,7 +165,7 @@ class GenerationRequest:
         if frames * spec.tokens_per_image >= self._context:
             raise ContextOverflowError(
                 f"{frames} images and video frames take {frames * spec.tokens_per_image} tokens, but the model's "
-                f"context holds {self._context}; send fewer images, or videos with a smaller num_frames"
+                f"context length is {self._context}; send fewer images, or videos with a smaller num_frames"
             )
 
     def _check_text(self, messages: Sequence[Message]) -> None:
@@ -175,7 +175,7 @@ class GenerationRequest:
         if min_tokens >= self._context:
             raise ContextOverflowError(
                 f"the text has {length:,} characters, thus at least {min_tokens:,} tokens, but the model's context "
-                f"holds {self._context:,}"
+                f"length is {self._context:,}"
             )
 
     def _on_event(self, choice: int, event: TokenEvent | BaseException) -> None:

@@ -213,7 +213,7 @@ def _write_metadata(recipe: ComponentSpec, wheel: Path, folder: Path) -> None:
 
 
 def _damage(folder: Path, wheel: Wheel) -> str:
-    """Return what is wrong with a component, or "". Only files with a changed modification time are hashed."""
+    """Return the problem of a damaged component, or "". Only files with a changed modification time are hashed."""
     try:
         stamp = read_json(folder / "part.json")
         if (stamp["wheel_sha256"], stamp["revision"]) != (wheel.sha256, REVISION):
@@ -474,7 +474,7 @@ def read_weights(gguf_file: Path) -> dict[str, ndarray]:
 
 def _refuse_unclaimed(file: Path, names: list[str]) -> None:
     if names:
-        raise LayoutError(f"{len(names)} weights unclaimed", file=file, value=", ".join(names[:5]))
+        raise LayoutError(f"{len(names)} unused weights", file=file, value=", ".join(names[:5]))
 
 
 def unpermute_rotary(rows: ndarray, heads: int) -> ndarray:

@@ -191,7 +191,7 @@ def worker_count(recipe: Recipe) -> int:
 
 
 def visited_by(states: Sequence[PackingStreamState] | None) -> Callable[[int], bool]:
-    """Return a function that tells whether the streams in `states` (all of the run) have visited a position."""
+    """Return a function that returns whether the streams in `states` (all of the run) have visited a position."""
 
     def is_visited(position: int) -> bool:
         if states is None:

@@ -1,1 +1,1 @@
-"""The LLM by onnxruntime, on a CPU."""
+"""Inference of the LLM with onnxruntime, on CPUs."""

@@ -1,4 +1,4 @@
-"""Model runner of onnxruntime: decode steps together, each prefill chunk in a run of its own."""
+"""Model runner of onnxruntime: decode steps together, each prefill chunk in a separate run."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class OnnxRunner(ModelRunner):
         return torch.from_numpy(binding.logits_BNV)[rows, 0]
 
     def _bound(self, first: int, count: int) -> Binding:
-        """Neighbouring rows, one token each, as often as they go on together."""
+        """Return the cached binding of `count` adjacent rows from `first`, for one token each."""
         key = (self.pool.rows, first, count)
         if key not in self._bindings:
             if len(self._bindings) >= _BINDINGS:

@@ -88,6 +88,6 @@ class OnnxSequence:
     def _check_capacity(self, count: int) -> None:
         if self.length + count > self.program.capacity:
             raise ContextOverflowError(
-                f"a sequence of {self.length} and {count} more tokens does not fit a cache of {self.program.capacity}",
+                f"{self.length} + {count} tokens exceed the KV cache capacity of {self.program.capacity}",
                 hint="shorten it, or use a larger capacity",
             )

@@ -173,7 +173,9 @@ def _head(head: nn.Module, bits: HeadBits) -> Matrix:
         return _dense(weight, None)
     fitting = [size for size in _GROUP_SIZES if weight.shape[1] % size == 0]
     if not fitting:
-        raise ConfigError(f"onnx backend: a head with {weight.shape[1]} inputs has no groups of 16; use head_bits=32")
+        raise ConfigError(
+            f"onnx backend: the {weight.shape[1]} inputs of the LM head are not a multiple of 16; use head_bits=32"
+        )
     if bits == 8:
         return round_to_bytes(weight, fitting[0])
     # Small groups: the LM head suffers most from 4 bits, and is a small part of the weights.

@@ -55,7 +55,7 @@ Key = tuple[str, str, str]
 
 
 class MatchedAnswer(NamedTuple):
-    """An answer and the question that it is to."""
+    """An answer matched to its question."""
 
     key: Key
     question_id: str
@@ -132,7 +132,7 @@ class Mme(Benchmark):
         lmms-eval: ends and full stops are stripped first, a single y or n counts. A repeated pair is an error, an image
                    without answers counts as two empty answers.
         The two answers about an image are matched wherever they are in the file. Categories without answers give no
-        points. Raises DataError naming ids: unknown questions, and images whose two questions do not have equally many
+        points. Raises DataError naming ids: unknown questions, and images whose two questions have different numbers of
         answers; the original script fails there or pairs answers about different images.
         """
         is_lmms = protocol == "lmms-eval"
@@ -187,7 +187,9 @@ class Mme(Benchmark):
                 field=self.name,
             )
         if not matched:
-            raise DataError(f"none of {len(answers)} answers is to a question of a scored category", field=self.name)
+            raise DataError(
+                f"none of {len(answers)} answers belongs to a question of a scored category", field=self.name
+            )
         cases = [
             (multiline, "answers with tabs or line breaks, replaced by spaces (the original script fails)"),
             (unscored, "answers in categories that are not scored, ignored"),
@@ -351,7 +353,7 @@ def _pair_answers(name: str, answers: Sequence[MatchedAnswer], once: bool) -> di
         pairs.setdefault(image.split("/")[0], {})[image] = list(zip(*questions.values(), strict=True))
     if unequal:
         raise DataError(
-            f"{len(unequal)} images whose two questions do not have equally many answers: {format_ids(unequal)}",
+            f"{len(unequal)} images whose two questions have different numbers of answers: {format_ids(unequal)}",
             field=name,
         )
     if repeated:

@@ -97,7 +97,7 @@ class Pope(Benchmark):
         matched = match_answers(self.name, answers, questions)
         if matched.unknown:
             raise DataError(
-                f"{len(matched.unknown)} answers are to questions that {self._path.name} does not have: "
+                f"{len(matched.unknown)} answers have a question_id that {self._path.name} does not have: "
                 f"{format_ids(matched.unknown)}",
                 field=self.name,
             )

@@ -230,7 +230,7 @@ class VideoQa(Benchmark):
             judged[item.id] = JudgeCase(item.id, fields), item
         if unknown or not judged:
             raise DataError(
-                f"{len(unknown)} of {len(answers)} answers are to unknown questions ({format_ids(unknown)})",
+                f"{len(unknown)} of {len(answers)} answers have an unknown question_id ({format_ids(unknown)})",
                 field=self.name,
                 hint="are they to another benchmark or set?",
             )

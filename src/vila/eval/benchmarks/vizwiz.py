@@ -112,7 +112,7 @@ class VizWiz(Benchmark):
             truths = {item.group: truths[item.group] for item in self._items if item.group in truths}
         renamed = self._with_image_ids(answers)
         if not any(answer.question_id in truths for answer in renamed):
-            raise self._server_error(f"none of {len(answers)} answers is to the validation split")
+            raise self._server_error(f"none of {len(answers)} answers belongs to the validation split")
         matched = match_answers(self.name, renamed, truths)
         check_prompts(self.name, renamed, {image: row["question"] for image, row in truths.items()})
         check_all_answered(self.name, matched, "the original script needs all of them")

@@ -90,7 +90,7 @@ class Vqav2(Benchmark):
             raise self._server_error(f"{_VAL} is missing ({_VISUALQA})")
         known = self._known_ids()
         if not any(str(answer.question_id) in known for answer in answers):
-            raise self._server_error(f"none of {len(answers)} answers is to the validation split")
+            raise self._server_error(f"none of {len(answers)} answers belongs to the validation split")
         matched = match_answers(self.name, answers, known)
         if protocol == "lmms-eval":
             check_all_answered(self.name, matched, "lmms-eval scores every question")

@@ -297,7 +297,7 @@ def _remove_image_token(tokenizer: Any) -> None:
 
 
 def check_writable(config: Any, processor: Any) -> None:
-    """Raise LayoutError for what stock LLaVA does not support."""
+    """Raise LayoutError for a config that transformers' LLaVA does not support."""
     kind = config.vision_config.model_type
     if config.s2_scales or config.projector_type not in ("linear", "mlp2x_gelu"):
         field = "s2_scales" if config.s2_scales else "projector_type"
@@ -306,7 +306,7 @@ def check_writable(config: Any, processor: Any) -> None:
     if kind not in _TOWERS:
         expected = ", ".join(_TOWERS)
         raise LayoutError(
-            "tower not supported by llava-hf", field="vision_config.model_type", value=kind, expected=expected
+            "vision tower not supported by llava-hf", field="vision_config.model_type", value=kind, expected=expected
         )
     if config.select_layer == -1 and kind != "clip_vision_model":
         problem = f"not supported by llava-hf for {kind}: stock transformers may normalise the last hidden state"

@@ -121,13 +121,13 @@ class LlavaV1Layout:
 
 
 def check_writable(config: Any) -> None:
-    """Raise LayoutError for what LLaVA-1.5's code does not support."""
+    """Raise LayoutError for a config that LLaVA-1.5's code does not support."""
     if config.projector_type == "mlp_downsample" or config.s2_scales:
         field, value = ("s2_scales", config.s2_scales) if config.s2_scales else ("projector_type", "mlp_downsample")
         raise LayoutError("not supported by llava-v1", field=field, value=value, hint="use vila-v15 or native")
     if config.vision_config.model_type != "clip_vision_model":
         raise LayoutError(
-            "tower not supported by llava-v1",
+            "vision tower not supported by llava-v1",
             field="vision_config.model_type",
             value=config.vision_config.model_type,
             expected="clip_vision_model",
