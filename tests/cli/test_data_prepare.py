@@ -18,7 +18,7 @@ from tests.prepare.test_records_json import record
 from vila.cli.data_prepare import FLAGS
 from vila.media.bulk_download import DownloadOptions
 from vila.prepare import coyo, flan, llava_align, m3it, mmc4, pkl, sharegpt4v, work_units
-from vila.prepare.download import ResizeRule
+from vila.prepare.resumable_download import ResizeRule
 from vila.prepare.shards import read_tar
 
 FETCH = ("--allow-private-urls", "--host-delay-s", 0, "--max-attempts", 1)

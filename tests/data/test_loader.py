@@ -187,7 +187,7 @@ def test_a_resumed_run_drops_the_bad_samples_that_it_will_read_again(tmp_path):
     log.add([bad(n) for n in range(4)])
     log.path.write_text(log.path.read_text() + '{"position": 9, "rea')
     states = [PackingStreamState(4, ()), PackingStreamState(5, (3,))]
-    from vila.train.data_stream import visited_by
+    from vila.train.build_data import visited_by
 
     again = BadSampleLog(log.path, 9, seen=visited_by(states))
     assert [json.loads(line)["position"] for line in log.path.read_text().splitlines()] == [0, 1, 2]

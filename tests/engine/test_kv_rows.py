@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests import tiny
-from vila.engine.kv_cache import KVCachePool
+from vila.engine.kv_cache_pool import KVCachePool
 from vila.engine.kv_rows import KVRows, common_length, content_keys
 from vila.engine.vision_cache import HashedImage, Prompt
 

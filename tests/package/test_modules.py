@@ -26,6 +26,7 @@ SAME_IDEA = {
     "records": "records of a data file: reading and writing them",
     "decode": "decoding, and its measurement",
     "runner": "runs a benchmark, or the ONNX graph",
+    "messages": "messages of content parts: a data format, and the bodies of requests",
     "metrics": "metrics of a run, and of the server",
 }
 """Names of several modules outside of `cli`, and what these modules have in common. `cli` has one module per command,

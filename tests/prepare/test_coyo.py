@@ -12,7 +12,7 @@ from tests.prepare.image_server import jpeg, serving
 from vila.core.errors import ConfigError, DataError
 from vila.media.bulk_download import DownloadOptions
 from vila.prepare.coyo import best_rows, prepare_coyo, select_coyo
-from vila.prepare.download import KEEP_ORIGINAL
+from vila.prepare.resumable_download import KEEP_ORIGINAL
 from vila.prepare.shards import read_tar
 
 RULES = DownloadOptions(allow_private=True, host_delay_s=0.0, initial_backoff_s=0.01, max_connections_per_host=32)

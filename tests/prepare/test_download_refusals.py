@@ -7,8 +7,8 @@ import pytest
 
 from tests.prepare.image_server import Handler, jpeg, serving
 from tests.prepare.test_download import OPTIONS, document, failures, samples, write_shard
-from vila.prepare.download import KEEP_ORIGINAL
 from vila.prepare.mmc4 import prepare_mmc4
+from vila.prepare.resumable_download import KEEP_ORIGINAL
 
 QUICK = {"read_timeout_s": 0.3, "total_timeout_s": 0.4}
 FAILURES = {

@@ -10,7 +10,7 @@ from PIL import Image
 from tests.prepare.image_server import jpeg
 from vila.core.errors import ConfigError, DataError, MediaError
 from vila.core.reading import Fields
-from vila.prepare.download import KEEP_ORIGINAL, ResizeRule, encode_image, shrunk_size
+from vila.prepare.resumable_download import KEEP_ORIGINAL, ResizeRule, encode_image, shrunk_size
 from vila.prepare.shards import TarSample, even_ranges, read_tar, safe_key, write_tar
 from vila.prepare.work_units import Counts, inputs_hash, unit_names, units_of_worker
 

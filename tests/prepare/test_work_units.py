@@ -7,8 +7,8 @@ import pytest
 
 from vila.core.errors import ConfigError, DataError
 from vila.prepare.coyo import read_selection
-from vila.prepare.download import DownloadedImage, DownloadJournal, Failure
 from vila.prepare.merge_shards import merge_shards, read_index
+from vila.prepare.resumable_download import DownloadedImage, DownloadJournal, Failure
 from vila.prepare.work_units import Counts, check_settings, unit_path, unit_record_path, write_unit
 
 ODD = ["[" * 5000, "[]", "{", "\0" * 100, '"x"', "1" * 5000, "\ud83d".encode(errors="surrogatepass")]

@@ -114,7 +114,7 @@ def test_both_renderings_have_legible_text_and_page_colours() -> None:
     for svg in (wide, narrow):
         texts = [element.get("style") for element in svg.iter(f"{SVG}text")]
         assert texts
-        assert all(float(re.search(r"font: (?:\w+ )?([\d.]+)px", text)[1]) >= 12 for text in texts)
+        assert all(float(re.search(r"font(?:-size)?: (?:\w+ )?([\d.]+)px", text)[1]) >= 12 for text in texts)
         assert all("fill: var(--" in text for text in texts)
 
 

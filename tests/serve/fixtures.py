@@ -21,7 +21,7 @@ from tests import preloaded, tiny
 from vila.engine.engine import Engine
 from vila.serve.chat import Service
 from vila.serve.connections import Connections, TimedProtocol, listen
-from vila.serve.media import Limits
+from vila.serve.messages import Limits
 from vila.serve.models import Batching, Models, ServedModel
 
 HELLO = [{"role": "user", "content": "hello"}]

@@ -85,7 +85,7 @@ def test_redirects_to_private_addresses_are_rejected(app, monkeypatch, target):
 
 def test_an_allowed_private_address_is_fetched(service, monkeypatch):
     from vila.serve.app import create_app
-    from vila.serve.media import Limits
+    from vila.serve.messages import Limits
 
     monkeypatch.setattr(service, "limits", Limits(allow_private=True, media=MediaLimits(image_bytes=10_000)))
     with pages({"/a.png": tiny.picture(1).source, "/big.png": bytes(20_000)}) as web:
@@ -99,7 +99,7 @@ def test_an_allowed_private_address_is_fetched(service, monkeypatch):
 
 def test_only_allowed_domains_are_fetched_from(service, dialled, monkeypatch):
     from vila.serve.app import create_app
-    from vila.serve.media import Limits
+    from vila.serve.messages import Limits
 
     monkeypatch.setattr(service, "limits", Limits(allowed_domains=("93.184.215.14",)))
     app = create_app(service)

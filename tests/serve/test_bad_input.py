@@ -15,7 +15,7 @@ from tests.engine.test_batcher_failures import kill
 from tests.serve import fixtures
 from tests.serve.fixtures import HELLO, ask, body, data_url, picture_part, send, text_part
 from vila.serve.app import create_app
-from vila.serve.media import Limits
+from vila.serve.messages import Limits
 
 JSON = {"Content-Type": "application/json"}
 

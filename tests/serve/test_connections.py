@@ -11,9 +11,9 @@ import pytest
 
 from tests.serve import fixtures
 from tests.serve.fixtures import body, on_a_port
-from vila.serve import media
+from vila.serve import messages
 from vila.serve.app import create_app
-from vila.serve.media import Limits
+from vila.serve.messages import Limits
 
 CUT_S = 5.0
 """How long a test waits for what should come at once."""
@@ -164,14 +164,14 @@ def test_requests_of_disconnected_clients_are_cancelled(service):
 
 def test_slow_urls_do_not_block_other_requests(service, monkeypatch):
     held = threading.Event()
-    opened = media.open_source
+    opened = messages.open_source
 
     def slow(url, *arguments, **options):
         if url.startswith("http"):
             held.wait(CUT_S)
         return opened(url, *arguments, **options)
 
-    monkeypatch.setattr(media, "open_source", slow)
+    monkeypatch.setattr(messages, "open_source", slow)
     fetched = body(messages=[{"role": "user", "content": [fixtures.picture_part("http://127.0.0.1/a.png")]}])
     inline = body(messages=[{"role": "user", "content": [fixtures.picture_part(fixtures.data_url())]}])
 

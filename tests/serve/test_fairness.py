@@ -16,7 +16,7 @@ from vila.serve.admission import ConcurrencyLimit
 from vila.serve.app import create_app
 from vila.serve.connections import ANSWERING, READING, Connections, client_address, connection_limit
 from vila.serve.errors import ApiError
-from vila.serve.media import Limits
+from vila.serve.messages import Limits
 from vila.serve.middleware import BodyReader
 
 KEYS = ["mine", "theirs"]

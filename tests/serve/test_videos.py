@@ -13,7 +13,7 @@ from PIL import Image as PilImage
 from tests.serve.fixtures import ask, body, on_a_port
 from vila.media import limits as media_limits
 from vila.serve.app import create_app
-from vila.serve.media import SERVER_MEDIA
+from vila.serve.messages import SERVER_MEDIA
 
 
 def user(*parts: dict) -> list:

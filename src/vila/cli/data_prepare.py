@@ -15,7 +15,7 @@ from vila.cli import options
 from vila.core.errors import ConfigError, UnknownNameError
 
 if TYPE_CHECKING:
-    from vila.prepare.download import ResizeRule
+    from vila.prepare.resumable_download import ResizeRule
     from vila.prepare.work_units import Counts
 
 
@@ -66,7 +66,7 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 def resize_rule(short_side: int, quality: int) -> ResizeRule:
     """Return the resize rule of `--short-side` and `--quality`."""
-    from vila.prepare.download import ResizeRule
+    from vila.prepare.resumable_download import ResizeRule
 
     return ResizeRule(short_side or None, quality)
 

@@ -168,7 +168,7 @@ def serve(
     require_extra("serve", "vila serve")
     from vila.serve.admission import read_api_keys
     from vila.serve.chat import Service
-    from vila.serve.media import SERVER_MEDIA, Limits
+    from vila.serve.messages import SERVER_MEDIA, Limits
     from vila.serve.models import Batching, Models
     from vila.serve.server import ServerConfig
     from vila.serve.server import serve as run

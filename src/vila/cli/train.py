@@ -179,7 +179,7 @@ def shares_of(run: Run, length_origin: str = "") -> tuple[list[str], dict[str, i
     """
     from vila.data.preview import LengthPreview
     from vila.data.stats import dataset_stats
-    from vila.train.data_stream import build_reader
+    from vila.train.build_data import build_reader
 
     reader = build_reader(run.recipe, run.processor, run.mixture)
     try:

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vila.engine.attention_mask import CachePositions
-from vila.engine.batch_kv_cache import BatchKVCache, new_cache, row_index
 from vila.engine.fast_decoder import FastDecoder
 from vila.engine.kv_rows import content_keys
+from vila.engine.offline_kv_cache import BatchKVCache, new_cache, row_index
 from vila.engine.prefix_cache import PrefixCache
 from vila.engine.vision_cache import HashedImage, Prompt
 from vila.model.modeling import VilaForConditionalGeneration

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from vila.engine.kv_cache import KVCachePool
+from vila.engine.kv_cache_pool import KVCachePool
 from vila.engine.vision_cache import Prompt
 
 _MIN_SHARED = 16

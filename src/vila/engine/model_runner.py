@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vila.core.errors import ConfigError
 from vila.engine.fast_decoder import FastDecoder
-from vila.engine.kv_cache import KVCachePool
+from vila.engine.kv_cache_pool import KVCachePool
 from vila.engine.ragged_attention import ForwardBatch, TokenRange, use_ragged_attention
 from vila.engine.vision_cache import HashedImage, Prompt, VisionCache
 from vila.model.modeling import VilaForConditionalGeneration

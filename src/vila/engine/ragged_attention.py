@@ -19,7 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from vila.core.errors import ConfigError
-from vila.engine.kv_cache import KVCachePool, aligned
+from vila.engine.kv_cache_pool import KVCachePool, aligned
 
 # T tokens of a pass  B decode steps  R rows of the pool  H query heads  G KV heads  E head width  K columns
 

@@ -15,7 +15,9 @@ from vila.core.files import write_json, write_jsonl
 from vila.core.progress import SILENT, Events, task
 from vila.core.reading import Fields
 from vila.media.bulk_download import DEFAULT_OPTIONS, DownloadOptions
-from vila.prepare.download import (
+from vila.prepare.merge_shards import merge_shards
+from vila.prepare.records import read_parquet, read_rows, text_problem
+from vila.prepare.resumable_download import (
     SHORT_SIDE_336,
     DownloadJob,
     Failure,
@@ -24,8 +26,6 @@ from vila.prepare.download import (
     Results,
     download_units,
 )
-from vila.prepare.merge_shards import merge_shards
-from vila.prepare.records import read_parquet, read_rows, text_problem
 from vila.prepare.shards import TarSample, json_member, safe_key
 from vila.prepare.work_units import Counts, check_settings, inputs_hash, locks_output, unit_names, units_of_worker
 

@@ -12,7 +12,9 @@ from typing import Any
 
 from vila.core.progress import SILENT, Events
 from vila.media.bulk_download import DEFAULT_OPTIONS, DownloadOptions
-from vila.prepare.download import (
+from vila.prepare.merge_shards import merge_shards
+from vila.prepare.records import read_rows, text_problem
+from vila.prepare.resumable_download import (
     SHORT_SIDE_336,
     DownloadJob,
     Failure,
@@ -21,8 +23,6 @@ from vila.prepare.download import (
     Results,
     download_units,
 )
-from vila.prepare.merge_shards import merge_shards
-from vila.prepare.records import read_rows, text_problem
 from vila.prepare.shards import TarSample, json_member, safe_key
 from vila.prepare.work_units import Counts, check_settings, inputs_hash, locks_output, unit_names, units_of_worker
 

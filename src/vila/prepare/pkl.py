@@ -12,10 +12,10 @@ from vila.core.errors import DataError, MediaError
 from vila.core.progress import SILENT, Events
 from vila.core.reading import file_errors
 from vila.core.restricted_pickle import parse_plain_pickle
-from vila.prepare.download import KEEP_ORIGINAL, DownloadedImage, encode_image
 from vila.prepare.merge_shards import merge_shards
 from vila.prepare.mmc4 import mmc4_problem
 from vila.prepare.records import text_problem
+from vila.prepare.resumable_download import KEEP_ORIGINAL, DownloadedImage, encode_image
 from vila.prepare.shards import TarSample, json_member
 from vila.prepare.work_units import (
     Counts,

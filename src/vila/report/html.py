@@ -223,7 +223,7 @@ def printable(text: str) -> str:
 
 def render_template(name: str, **values: Any) -> Markup:
     """Return a template of this package filled with `values`, which are escaped unless they are Markup."""
-    return Markup(_environment().get_template(name).render(**values))
+    return Markup(printable(_environment().get_template(name).render(**values)))
 
 
 @cache

@@ -23,7 +23,7 @@ from vila.engine.detokenize import decoder_of
 from vila.engine.request import SamplingParams, TokenEvent, TokenLogprob
 from vila.media.limits import DEFAULT_LIMITS, MediaLimits
 from vila.serve.errors import internal_error, to_api_error
-from vila.serve.media import Limits, Threads, read_messages
+from vila.serve.messages import Limits, Threads, read_messages
 from vila.serve.metrics import Metrics
 from vila.serve.models import Models, ServedModel
 from vila.serve.schema import ChatRequest

@@ -23,9 +23,9 @@ from vila.model.layouts.detect import LAYOUTS
 from vila.model.loading import save_model
 from vila.model.modeling import VilaForConditionalGeneration
 from vila.model.processor import VilaProcessor
+from vila.train.build_data import build_data_stream, build_mixture, end_position, global_batch
 from vila.train.callbacks import MetricsCallback, ReportCallback
 from vila.train.checkpoint import Checkpoint, CheckpointWriter, Progress, clear_checkpoints, load_checkpoint, versions
-from vila.train.data_stream import build_data_stream, build_mixture, end_position, global_batch
 from vila.train.fsdp import World, open_world
 from vila.train.metrics import BadStepLog, build_mfu_meter
 from vila.train.optimizer import LRSchedule, count_parameters

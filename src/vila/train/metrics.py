@@ -19,7 +19,7 @@ from vila.model.config import VilaConfig
 from vila.plan.devices import peak_tflops
 from vila.plan.flops import TrainableParts, step_flops
 from vila.plan.model_shape import ModelShape, shape_of
-from vila.train.data_stream import StepData
+from vila.train.build_data import StepData
 from vila.train.fsdp import World
 
 _HINT = "delete the line, or delete the file to resume without it"

@@ -22,7 +22,7 @@ from vila.data.packing import streams_of_rank
 from vila.data.stats import require_images
 from vila.model.hub import cached_folder
 from vila.model.layouts.detect import LAYOUTS
-from vila.train.data_stream import build_mixture
+from vila.train.build_data import build_mixture
 from vila.train.trackers import require_trackers
 from vila.train.train_state import open_initial_model
 

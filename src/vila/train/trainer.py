@@ -17,8 +17,8 @@ import torch
 from vila.core.errors import Interrupted, Preempted, TrainingError, VilaError
 from vila.core.progress import SILENT, Events, task
 from vila.data.collate import empty_batch
+from vila.train.build_data import DataStream, StepData
 from vila.train.checkpoint import Progress
-from vila.train.data_stream import DataStream, StepData
 from vila.train.fsdp import World, raise_on_lost_rank
 from vila.train.metrics import (
     BadStepLog,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vila.engine.batch import Group
-from vila.engine.kv_cache import aligned
+from vila.engine.kv_cache_pool import aligned
 from vila.engine.kv_rows import content_keys
 from vila.engine.onnx.program import OnnxProgram
 from vila.engine.onnx.runner import OnnxRunner

@@ -9,7 +9,7 @@ from tests.train.tiny_run import tiny_recipe, write_training_files
 from vila.core.errors import ConfigError, Interrupted, MediaError
 from vila.core.files import sha256_tree
 from vila.train.build import build, model_dir
-from vila.train.data_stream import worker_count
+from vila.train.build_data import worker_count
 from vila.train.metrics import read_metrics
 
 
@@ -78,7 +78,7 @@ def test_cached_features_need_no_workers(training_files):
 
 def test_a_global_batch_that_does_not_fit_the_ranks_is_refused(training_files):
     from vila.data.dataset import DatasetEntry, open_mixture
-    from vila.train.data_stream import build_streams
+    from vila.train.build_data import build_streams
 
     recipe = tiny_recipe(training_files, "ranks", "batch.rows=4")
     mixture = open_mixture([DatasetEntry("messages", str(training_files / "data.jsonl"))], 0)

@@ -11,8 +11,8 @@ from tests.prepare.image_server import jpeg, serving
 from vila.core.errors import ConfigError, DataError
 from vila.core.files import sha256_file
 from vila.media.bulk_download import DownloadOptions
-from vila.prepare.download import KEEP_ORIGINAL, DownloadedImage, DownloadJournal, ResizeRule
 from vila.prepare.mmc4 import prepare_mmc4
+from vila.prepare.resumable_download import KEEP_ORIGINAL, DownloadedImage, DownloadJournal, ResizeRule
 from vila.prepare.shards import read_tar
 
 OPTIONS = DownloadOptions(
@@ -194,7 +194,7 @@ def test_two_processes_on_one_unit_are_refused(tmp_path):
 
 def test_append_syncs_the_journal(tmp_path, monkeypatch):
     synced = []
-    monkeypatch.setattr("vila.prepare.download.os.fsync", lambda file: synced.append(os.fstat(file).st_size))
+    monkeypatch.setattr("vila.prepare.resumable_download.os.fsync", lambda file: synced.append(os.fstat(file).st_size))
     with DownloadJournal(tmp_path / "s") as journal:
         journal.append([(f"u{n}", DownloadedImage(b"x" * 99, "jpg")) for n in range(3)])
         assert synced == [(tmp_path / "s").stat().st_size]
