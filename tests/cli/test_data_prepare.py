@@ -11,7 +11,7 @@ from PIL import Image
 
 from tests.prepare.image_server import jpeg, serving
 from tests.prepare.test_coyo import write_table
-from tests.prepare.test_download import document, write_shard
+from tests.prepare.test_resumable_download import document, write_shard
 from tests.prepare.test_m3it_flan import row, write_lines, write_tables
 from tests.prepare.test_pkl import write as write_pickle
 from tests.prepare.test_records_json import record

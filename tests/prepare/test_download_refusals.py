@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from tests.prepare.image_server import Handler, jpeg, serving
-from tests.prepare.test_download import OPTIONS, document, failures, samples, write_shard
+from tests.prepare.test_resumable_download import OPTIONS, document, failures, samples, write_shard
 from vila.prepare.mmc4 import prepare_mmc4
 from vila.prepare.resumable_download import KEEP_ORIGINAL
 
