@@ -11,10 +11,10 @@ from PIL import Image
 
 from tests.prepare.image_server import jpeg, serving
 from tests.prepare.test_coyo import write_table
-from tests.prepare.test_resumable_download import document, write_shard
 from tests.prepare.test_m3it_flan import row, write_lines, write_tables
 from tests.prepare.test_pkl import write as write_pickle
 from tests.prepare.test_records_json import record
+from tests.prepare.test_resumable_download import document, write_shard
 from vila.cli.data_prepare import FLAGS
 from vila.media.bulk_download import DownloadOptions
 from vila.prepare import coyo, flan, llava_align, m3it, mmc4, pkl, sharegpt4v, work_units
