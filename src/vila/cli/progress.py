@@ -145,7 +145,7 @@ class Screen:
 
 
 def write_facts(facts: dict[str, float | str]) -> str:
-    """`step 1,200  loss 2.314  lr 1.87e-5  8,120 tokens/s  MFU 41.2 %`: metrics as one line."""
+    """Return metrics as one line: `step 1,200  loss 2.314  lr 1.87e-5  8,120 tokens/s  MFU 41.2 %`."""
     return "  ".join(_fact(name, value) for name, value in facts.items())
 
 
@@ -167,7 +167,7 @@ def _number(value: float) -> str:
 
 
 def write_count(done: int, total: int | None, unit: str) -> str:
-    """`45 %`, `1,200/9,673 questions`, or `1,200 files` if the total is unknown."""
+    """Return `45 %`, `1,200/9,673 questions`, or `1,200 files` if the total is unknown."""
     if unit == "%" and total:
         return f"{100 * done / total:.{0 if total <= 100 else 1}f} %"
     return f"{done:,}{f'/{total:,}' if total is not None else ''} {unit}".rstrip()

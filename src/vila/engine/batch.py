@@ -104,7 +104,7 @@ class _DecodeAttention:
     def attend(
         self, layer: int, query_HBE: Tensor, key_GBE: Tensor, value_GBE: Tensor, scale: float | None, window: int | None
     ) -> Tensor:
-        """[B, H, E]."""
+        """Return the attention [B, H, E]."""
         new = (one.transpose(0, 1)[:, :, None] for one in (key_GBE, value_GBE))
         keys, values = self.cache.layers[layer].update(*new)
         if window not in self._masks:

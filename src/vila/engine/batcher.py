@@ -243,7 +243,7 @@ class Batcher:
                 self._scheduler.add(chosen, row)
 
     def _next(self) -> Request | None:
-        """The waiting request to admit next: the first one of the owner with the fewest running requests."""
+        """Return the waiting request to admit next: the first one of the owner with the fewest running requests."""
         with self._changed:
             running = Counter(request.owner for request in self._scheduler.running)
             return min(self._waiting, key=lambda request: running[request.owner], default=None)

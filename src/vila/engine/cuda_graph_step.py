@@ -135,7 +135,7 @@ class _Attention:
     def attend(
         self, layer: int, query_HBE: Tensor, key_GBE: Tensor, value_GBE: Tensor, scale: float | None, window: int | None
     ) -> Tensor:
-        """[B, H, E]."""
+        """Return the attention [B, H, E]."""
         keys, values = self.step.keys[layer], self.step.values[layer]
         keys.index_copy_(2, self.step.column_1, key_GBE.transpose(0, 1)[:, :, None])
         values.index_copy_(2, self.step.column_1, value_GBE.transpose(0, 1)[:, :, None])

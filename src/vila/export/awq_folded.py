@@ -30,7 +30,7 @@ class FoldedTarget:
     verification = "bit-exact in an independent reader; logits compared in transformers on a CPU"
 
     def problems(self, source: ExportSource, options: ExportOptions) -> list[str]:
-        """Models that transformers' LLaVA does not support."""
+        """Return the reasons why transformers' LLaVA does not support the model."""
         from vila.export.llava_folder import llava_problems
 
         return [*full_precision_problems(source), *llava_problems(source)]
@@ -51,7 +51,7 @@ class FoldedTarget:
         write_llava_files(source, part, dtype or source.dtype, {})
 
     def readme(self, source: ExportSource, options: ExportOptions) -> Readme:
-        """Commands for transformers and vLLM."""
+        """Return the commands for transformers and vLLM."""
         notes = [
             "The directory is an ordinary LLaVA model. Its outputs equal those of the original model up to the "
             "rounding of folded weights to their dtype."

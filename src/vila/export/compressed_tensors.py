@@ -45,7 +45,7 @@ class CompressedTensorsTarget:
     )
 
     def problems(self, source: ExportSource, options: ExportOptions) -> list[str]:
-        """Models that transformers' LLaVA does not support, and group sizes that do not fit."""
+        """Return the reasons why transformers' LLaVA does not support the model or the group size."""
         symmetric = is_symmetric(options)
         return [
             *llava_problems(source),
@@ -60,7 +60,7 @@ class CompressedTensorsTarget:
         write_llava_files(source, part, source.half_dtype, config)
 
     def readme(self, source: ExportSource, options: ExportOptions) -> Readme:
-        """Commands for vLLM and transformers, which must dequantize asymmetric files."""
+        """Return the commands for vLLM and transformers, which must dequantize asymmetric files."""
         symmetric = is_symmetric(options)
         config = "" if symmetric else ", quantization_config=CompressedTensorsConfig(dequantize=True)"
         names = "AutoModelForImageTextToText" + ("" if symmetric else ", CompressedTensorsConfig")

@@ -51,7 +51,7 @@ class GgufTarget:
         return PRECISIONS
 
     def problems(self, source: ExportSource, options: ExportOptions) -> list[str]:
-        """LLMs, tokenizers, towers and projectors that llama.cpp does not support."""
+        """Return the reasons why llama.cpp does not support LLM, tokenizer, tower or projector."""
         from vila.export.gguf_llm import llm_problems, tokenizer_problems
         from vila.export.gguf_mmproj import mmproj_problems
 
@@ -87,7 +87,7 @@ class GgufTarget:
             )
 
     def readme(self, source: ExportSource, options: ExportOptions) -> Readme:
-        """Commands for llama.cpp."""
+        """Return the commands for llama.cpp."""
         model = f"{{out}}/{MODEL.format(precision=options.precision)}"
         mmproj = f" --mmproj {{out}}/{MMPROJ}" if self.has_vision else ""
         ask = (

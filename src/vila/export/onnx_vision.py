@@ -33,7 +33,7 @@ class OnnxVisionTarget:
     verification: str = "run in onnxruntime with several batch sizes; outputs within 1e-4 of the model"
 
     def problems(self, source: ExportSource, options: ExportOptions) -> list[str]:
-        """None: ONNX has the operators of every tower and projector."""
+        """Return an empty list: ONNX has the operators of every tower and projector."""
         return []
 
     def write(self, source: ExportSource, part: Path, options: ExportOptions) -> None:
@@ -46,7 +46,7 @@ class OnnxVisionTarget:
         write_json(part / PREPROCESSING, facts)
 
     def readme(self, source: ExportSource, options: ExportOptions) -> Readme:
-        """Commands for onnxruntime and TensorRT."""
+        """Return the commands for onnxruntime and TensorRT."""
         spec = source.processor.spec
         size = f"3x{spec.image_size}x{spec.image_size}"
         run = (

@@ -51,7 +51,7 @@ class TensorRtLlmTarget:
     verification = "bit-exact in an independent reader; not tested in TensorRT-LLM"
 
     def problems(self, source: ExportSource, options: ExportOptions) -> list[str]:
-        """Towers and projectors that its VILA does not support, and group sizes that do not fit."""
+        """Return the reasons why TensorRT-LLM's VILA does not support tower, projector or group size."""
 
         config, out = source.config, []
         if config.vision_config.model_type not in TOWERS:

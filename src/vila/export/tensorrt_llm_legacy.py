@@ -37,7 +37,7 @@ class TensorRtLlmLegacyTarget:
     verification = "bit-exact in an independent reader that joins the ranks; not tested in TensorRT-LLM"
 
     def problems(self, source: ExportSource, options: ExportOptions) -> list[str]:
-        """LLM families, position types and sizes that the checkpoint format does not support."""
+        """Return the reasons why the format does not support the LLM's family, position type or sizes."""
 
         out = list(_family_reasons(source))
         if options.precision != "int4":
@@ -54,7 +54,7 @@ class TensorRtLlmLegacyTarget:
         write_ranks(source, part, group_size, options.tp_size)
 
     def readme(self, source: ExportSource, options: ExportOptions) -> Readme:
-        """Commands that build the engines and run the multimodal example."""
+        """Return the commands that build the engines and run the multimodal example."""
         tokens, ranks = source.processor.spec.tokens_per_image, options.tp_size
         mpi = "" if ranks == 1 else f"mpirun -n {ranks} "
         build = (

@@ -62,7 +62,7 @@ class TinyChatEngineTarget:
     verification: str = "bit-exact in an independent reader; not tested in TinyChatEngine"
 
     def problems(self, source: ExportSource, options: ExportOptions) -> list[str]:
-        """Models with other sizes or modules than those compiled in."""
+        """Return the reasons why TinyChatEngine does not support the model, whose sizes and modules it compiles in."""
         reasons = [*llm_problems(source.config.text_config), *full_precision_problems(source)]
         reasons += vision_problems(source.config)
         if not source.processor.span_tokenizer.dummy_prefix:
@@ -77,7 +77,7 @@ class TinyChatEngineTarget:
         write_vocabulary(source, part / "models" / "llama_vocab.bin")
 
     def readme(self, source: ExportSource, options: ExportOptions) -> Readme:
-        """Commands for TinyChatEngine."""
+        """Return the commands for TinyChatEngine."""
         kind = "FP32" if options.precision == "fp32" else "INT4"
         commands = [
             ("Copy it into TinyChatEngine", "cp -r {out}/. TinyChatEngine/llm/"),

@@ -32,7 +32,7 @@ class AtenBackend:
     name = "aten"
 
     def unavailable(self, device: torch.device, dtype: torch.dtype) -> str:
-        """Why the kernels cannot run on a device with an activation dtype; empty if they can."""
+        """Return why the kernels cannot run on a device with an activation dtype; empty if they can."""
         types = _TYPES.get(device.type)
         if types is None:
             return f"PyTorch has no INT4 kernel on {device.type}"
@@ -43,17 +43,17 @@ class AtenBackend:
         return ""
 
     def unsupported(self, num_inputs: int, num_outputs: int, group_size: int) -> str:
-        """Why the kernels do not support a weight's shape; empty if they do."""
+        """Return why the kernels do not support a weight's shape; empty if they do."""
         if group_size not in _GROUP_SIZES:
             return f"group size {group_size}; PyTorch's INT4 kernel supports {', '.join(map(str, _GROUP_SIZES))}"
         return ""
 
     def max_rows(self, device: torch.device) -> int | None:
-        """4 on a CPU, where the kernel reads the weight once per row."""
+        """Return 4 on a CPU, where the kernel reads the weight once per row."""
         return 4 if device.type == "cpu" else None
 
     def prepare(self, weight: Int4Weight, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Codes in the kernels' order, and scales and offsets [I/G, O, 2] in `dtype`."""
+        """Return the codes in the kernels' order, and scales and offsets [I/G, O, 2] in `dtype`."""
         padding = -weight.num_outputs % _OUTPUT_TILE
         codes, scales, zeros = (F.pad(part, (0, 0, 0, padding)) for part in (weight.codes, weight.scales, weight.zeros))
         if codes.device.type == "cpu":
@@ -67,7 +67,7 @@ class AtenBackend:
         return packed, torch.stack((wide, offsets), dim=-1).transpose(0, 1).to(dtype).contiguous()
 
     def multiply(self, x_MI: Tensor, operands: tuple[Tensor, ...], group_size: int, bias_O: Tensor | None) -> Tensor:
-        """`x @ weight.T + bias` in the dtype of `x`, [M, O] or wider if outputs are padded to a full tile."""
+        """Return `x @ weight.T + bias` in the dtype of `x`, [M, O] or wider if outputs are padded to a full tile."""
         packed, scales_and_offsets = operands
         if x_MI.shape[0] == 0:
             return x_MI.new_empty(0, scales_and_offsets.shape[1])

@@ -67,7 +67,7 @@ class Int4Weight:
         return sum(part.nbytes for part in (self.codes, self.scales, self.zeros))
 
     def rows(self, start: int, end: int) -> Int4Weight:
-        """Outputs `start` to `end`, as views."""
+        """Return the outputs `start` to `end`, as views."""
         codes, scales, zeros = (part[start:end] for part in (self.codes, self.scales, self.zeros))
         return Int4Weight(codes, scales, zeros, self.group_size)
 
@@ -175,23 +175,23 @@ class TorchBackend:
     name = "torch"
 
     def unavailable(self, device: torch.device, dtype: torch.dtype) -> str:
-        """Always available."""
+        """Return an empty string: it is always available."""
         return ""
 
     def unsupported(self, num_inputs: int, num_outputs: int, group_size: int) -> str:
-        """Supports every shape."""
+        """Return an empty string: every shape is supported."""
         return ""
 
     def max_rows(self, device: torch.device) -> int | None:
-        """No limit."""
+        """Return None: there is no limit."""
         return None
 
     def prepare(self, weight: Int4Weight, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Nothing: uses the stored tensors."""
+        """Return no tensors: `multiply` uses the stored ones."""
         return ()
 
     def multiply(self, x_MI: Tensor, operands: tuple[Tensor, ...], group_size: int, bias_O: Tensor | None) -> Tensor:
-        """`x @ dequantize(weight).T + bias` [M, O] in the dtype of `x`; operands are codes, scales and zeros."""
+        """Return `x @ dequantize(weight).T + bias` [M, O] in the dtype of `x`; operands are codes, scales and zeros."""
         codes, scales, zeros = operands
         weight = Int4Weight(codes, scales, zeros, group_size)
         step = max(1, MAX_DEQUANTIZED_VALUES // weight.num_inputs)
@@ -218,19 +218,19 @@ class Int4Backend(Protocol):
         """Name in flags and logs."""
 
     def unavailable(self, device: torch.device, dtype: torch.dtype) -> str:
-        """Why the backend cannot run on a device with an activation dtype; empty if it can."""
+        """Return why the backend cannot run on a device with an activation dtype; empty if it can."""
 
     def unsupported(self, num_inputs: int, num_outputs: int, group_size: int) -> str:
-        """Why the backend does not support a weight's shape; empty if it does."""
+        """Return why the backend does not support a weight's shape; empty if it does."""
 
     def max_rows(self, device: torch.device) -> int | None:
-        """Number of activation rows above which the reference backend is faster; None if it never is."""
+        """Return the number of activation rows above which the reference backend is faster; None if it never is."""
 
     def prepare(self, weight: Int4Weight, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Tensors that `multiply` uses, created once; empty if it uses codes, scales and zeros."""
+        """Return the tensors that `multiply` uses, created once; empty if it uses codes, scales and zeros."""
 
     def multiply(self, x_MI: Tensor, operands: tuple[Tensor, ...], group_size: int, bias_O: Tensor | None) -> Tensor:
-        """`x @ weight.T + bias` [M, O] in the dtype of `x`; the caller drops columns beyond O."""
+        """Return `x @ weight.T + bias` [M, O] in the dtype of `x`; the caller drops columns beyond O."""
 
 
 class Int4Linear(nn.Module):

@@ -115,7 +115,7 @@ _EIGHTS = -0x77777778  # a word of eight 8s, 0x88888888 as int32
 
 
 def pack_tinychatengine_blocks(weight: Int4Weight, *, run: int) -> Packed:
-    """TinyChatEngine's CPU and Metal formats: byte e of a run holds inputs e and e + run/2; group size 32.
+    """Pack for TinyChatEngine's CPU and Metal formats: byte e of a run holds inputs e and e + run/2; group size 32.
 
     weight_int4 uint8 [N, K/2], scaling_factor_int4 and offset_int4 (zeros) float32 [N, K/32], zero_point_int4 [1] = 8.
     Runs are 64 (QM_x86), 32 (QM_ARM) or 8 (QM_METAL) inputs. Raises LayoutError for another group size, a zero other
@@ -148,7 +148,7 @@ def unpack_tinychatengine_blocks(tensors: Mapping[str, Tensor], group_size: int,
 
 
 def pack_tinychatengine_cuda(weight: Int4Weight) -> Packed:
-    """TinyChatEngine's QM_CUDA: weight_int4 int32 [N, K/8] and scaling_factor_int4 float16 [N, 8Z] as in gemv.
+    """Pack for TinyChatEngine's QM_CUDA: weight_int4 int32 [N, K/8] and scaling_factor_int4 float16 [N, 8Z] as in gemv.
 
     offset_int4 float16 [N, K/G] is zero and every word of zero_point_int4 int32 [N, Z] is 0x88888888, padding included.
     Raises LayoutError for a zero other than 8 or an unsupported group size.
@@ -176,7 +176,7 @@ def unpack_tinychatengine_cuda(tensors: Mapping[str, Tensor], group_size: int) -
 
 
 def pack_compressed(weight: Int4Weight) -> Packed:
-    """compressed-tensors `pack-quantized`: weight_packed int32 [N, K/8], weight_scale [N, K/G], weight_shape int64 [2].
+    """Pack for compressed-tensors: weight_packed int32 [N, K/8], weight_scale [N, K/G], weight_shape int64 [2].
 
     Natural order; weight_zero_point int32 [N/8, K/G] is packed along the outputs, and omitted if every zero is 8 (a
     symmetric weight). Raises LayoutError unless 8 divides K and, for an asymmetric weight, N.
@@ -209,7 +209,7 @@ def unpack_compressed(tensors: Mapping[str, Tensor], group_size: int) -> Int4Wei
 
 
 def pack_modelopt(weight: Int4Weight) -> Packed:
-    """ModelOpt's INT4 for TensorRT-LLM: weight uint8 [N/2, K], weight_scale [N, K/G].
+    """Pack for ModelOpt's INT4 for TensorRT-LLM: weight uint8 [N/2, K], weight_scale [N, K/G].
 
     A byte holds the two's complement codes of outputs 2r (low) and 2r + 1. Raises LayoutError for a zero other than 8
     or an odd N.
@@ -273,7 +273,7 @@ def find_format(name: str) -> Int4Format:
 
 
 def pack_gemm(weight: Int4Weight) -> Packed:
-    """AutoAWQ `gemm`: qweight int32 [K, N/8], qzeros int32 [K/G, N/8], scales float16 [K/G, N].
+    """Pack for AutoAWQ `gemm`: qweight int32 [K, N/8], qzeros int32 [K/G, N/8], scales float16 [K/G, N].
 
     Words hold eight outputs in GEMM_ORDER. Raises LayoutError unless 8 divides N.
     """
@@ -299,7 +299,7 @@ def unpack_gemm(tensors: Mapping[str, Tensor], group_size: int) -> Int4Weight:
 
 
 def pack_gemv(weight: Int4Weight) -> Packed:
-    """AutoAWQ `gemv`, TinyChat's first format: qweight int32 [N, K/8], qzeros int32 [N, Z], scales float16 [N, 8Z].
+    """Pack for AutoAWQ `gemv` (TinyChat v1): qweight int32 [N, K/8], qzeros int32 [N, Z], scales float16 [N, 8Z].
 
     Natural order; Z is `num_zero_words`, and entries beyond the K/G groups are zero.
     Raises LayoutError unless 8 divides K and the group size is supported.
@@ -328,7 +328,7 @@ def unpack_gemv(tensors: Mapping[str, Tensor], group_size: int) -> Int4Weight:
 
 
 def pack_tinychat(weight: Int4Weight) -> Packed:
-    """TinyChat v2 (AutoAWQ `gemv_fast`): qweight int16 [N/4, K], scales and scaled_zeros float16 [8Z, N].
+    """Pack for TinyChat v2 (AutoAWQ `gemv_fast`): qweight int16 [N/4, K], scales and scaled_zeros float16 [8Z, N].
 
     scaled_zeros is -(scale * zero) in float16, which costs up to 0.8 % of a step. Within runs of 32 inputs, position p
     holds input 8 (p mod 4) + p div 4; words of four neighbours are then ordered by tiles of 4 outputs x 64 inputs.

@@ -42,7 +42,7 @@ class BackendChoice:
     fallbacks: tuple[tuple[str, str], ...] = ()
 
     def describe(self) -> str:
-        """One line for the log, plus one per skipped backend and fallback layer."""
+        """Return one line for the log, plus one per skipped backend and fallback layer."""
         kind = str(self.dtype).removeprefix("torch.")
         lines = [f"int4: {self.name} on {self.device}, {kind} activations, {self.num_layers} layers"]
         lines += [f"int4: not {name}: {why}" for name, why in self.skipped]

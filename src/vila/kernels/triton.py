@@ -35,7 +35,7 @@ class VectorTile:
 
     @classmethod
     def of_rows(cls, num_rows: int) -> VectorTile:
-        """The largest tested tile that Triton 3.6 compiles for sm_90 without register spilling."""
+        """Return the largest tested tile that Triton 3.6 compiles for sm_90 without register spilling."""
         return cls(outputs=8 if num_rows <= 4 else 4)
 
 
@@ -151,7 +151,7 @@ def _matrix_kernel(
 def multiply_vectors(
     x_MI: Tensor, weight: Int4Weight, bias_O: Tensor | None = None, *, tile: VectorTile | None = None
 ) -> Tensor:
-    """`x @ weight.T + bias` [M, O] for at most VECTOR_ROWS rows: every byte of the weight is read once."""
+    """Return `x @ weight.T + bias` [M, O] for at most VECTOR_ROWS rows: every byte of the weight is read once."""
     num_rows, num_groups = x_MI.shape[0], weight.num_inputs // weight.group_size
     tile = tile or VectorTile.of_rows(num_rows)
     y_MO = x_MI.new_empty(num_rows, weight.num_outputs)
@@ -170,7 +170,7 @@ def multiply_vectors(
 def multiply_matrix(
     x_MI: Tensor, weight: Int4Weight, bias_O: Tensor | None = None, *, tile: MatrixTile | None = None
 ) -> Tensor:
-    """`x @ weight.T + bias` [M, O] for any number of rows, on tensor cores; weights are rounded to the dtype of x."""
+    """Return `x @ weight.T + bias` [M, O] for any number of rows, on tensor cores; weights are cast to x's dtype."""
     tile = tile or MatrixTile()
     num_rows = x_MI.shape[0]
     y_MO = x_MI.new_empty(num_rows, weight.num_outputs)
@@ -211,7 +211,7 @@ class TritonBackend:
     name = "triton"
 
     def unavailable(self, device: torch.device, dtype: torch.dtype) -> str:
-        """Why the kernels cannot run on a device with an activation dtype; empty if they can."""
+        """Return why the kernels cannot run on a device with an activation dtype; empty if they can."""
         interpreted = _is_interpreted()
         if dtype not in (torch.float16, torch.bfloat16) and not (interpreted and dtype == torch.float32):
             return f"the Triton kernels need float16 or bfloat16 activations, not {dtype}"
@@ -224,21 +224,21 @@ class TritonBackend:
         return ""
 
     def unsupported(self, num_inputs: int, num_outputs: int, group_size: int) -> str:
-        """Why the kernels do not support a weight's shape; empty if they do."""
+        """Return why the kernels do not support a weight's shape; empty if they do."""
         if group_size < 16 or group_size & (group_size - 1):
             return f"group size {group_size}; the Triton kernels support powers of two from 16"
         return ""
 
     def max_rows(self, device: torch.device) -> int | None:
-        """No limit: there is a kernel for many rows."""
+        """Return None: there is a kernel for many rows."""
         return None
 
     def prepare(self, weight: Int4Weight, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Nothing: the kernels use the stored tensors."""
+        """Return no tensors: the kernels use the stored ones."""
         return ()
 
     def multiply(self, x_MI: Tensor, operands: tuple[Tensor, ...], group_size: int, bias_O: Tensor | None) -> Tensor:
-        """`x @ weight.T + bias` [M, O] in the dtype of `x`; operands are codes, scales and zeros."""
+        """Return `x @ weight.T + bias` [M, O] in the dtype of `x`; operands are codes, scales and zeros."""
         codes, scales, zeros = operands
         y_MO: Tensor = _multiply(x_MI, codes, scales, zeros, bias_O, group_size)
         return y_MO

@@ -356,7 +356,7 @@ class _LimitedStream(httpcore2.AsyncNetworkStream):
 
 @lru_cache(maxsize=1)
 def tls_context() -> ssl.SSLContext:
-    """TLS context that verifies certificates and host names against the system's authorities."""
+    """Return a TLS context that verifies certificates and host names against the system's authorities."""
     return ssl.create_default_context()
 
 

@@ -46,7 +46,7 @@ class FeatureCache:
                 self._read(chunk)
 
     def __call__(self, images: Sequence[Image]) -> Tensor:
-        """Features [N, P, C] of the images, in order; missing ones are computed and stored."""
+        """Return the features [N, P, C] of the images, in order; missing ones are computed and stored."""
         self.ensure(images)
         return torch.stack([self._features[self._key(image)] for image in images])
 

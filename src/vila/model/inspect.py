@@ -22,7 +22,7 @@ _INT4 = "int4"
 
 
 def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Layout, modules, image and context settings, and required memory (bytes) of a checkpoint, as JSON-ready data."""
+    """Return layout, modules, image and context settings, and required memory (bytes) as JSON-ready data."""
     from vila.core.vision_spec import VisionSpec
     from vila.model.layouts.detect import detect_layout
 
@@ -64,14 +64,14 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def kv_elements_per_token(llm: Any) -> int:
-    """Elements of the KV cache per token: a key and a value for each layer and key-value head."""
+    """Return the elements of the KV cache per token: a key and a value for each layer and key-value head."""
     heads = int(getattr(llm, "num_key_value_heads", None) or llm.num_attention_heads)
     width = int(getattr(llm, "head_dim", None) or llm.hidden_size // llm.num_attention_heads)
     return 2 * int(llm.num_hidden_layers) * heads * width
 
 
 def tower_shape(tower: Any) -> dict[str, Any]:
-    """Type, layers, width, heads, patch and image size of a vision tower."""
+    """Return type, layers, width, heads, patch and image size of a vision tower."""
     return {
         "type": tower.model_type,
         "layers": tower.num_hidden_layers,
@@ -83,7 +83,7 @@ def tower_shape(tower: Any) -> dict[str, Any]:
 
 
 def llm_shape(llm: Any) -> dict[str, Any]:
-    """Type, layers, width, heads, key-value heads, MLP width and vocabulary of an LLM."""
+    """Return type, layers, width, heads, key-value heads, MLP width and vocabulary of an LLM."""
     return {
         "type": llm.model_type,
         "layers": llm.num_hidden_layers,
@@ -104,7 +104,7 @@ def _projector_shape(config: Any) -> dict[str, Any]:
 
 
 def _weight_summary(prefix: str, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Parameters, bytes and dtypes of the weights below `prefix`; a tied LM head is counted once."""
+    """Return parameters, bytes and dtypes of the weights below `prefix`; a tied LM head is counted once."""
     skipped = {_TIED} if checkpoint.config.text_config.tie_word_embeddings else set()
     refs = [ref for name, ref in checkpoint.tensors.items() if name.startswith(f"{prefix}.") and name not in skipped]
     packed = [weight for name, weight in checkpoint.int4.items() if name.startswith(f"{prefix}.")]
@@ -117,7 +117,7 @@ def _weight_summary(prefix: str, checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _int4_summary(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """4-bit weights: packing, group size, Linears, bytes in the files and in memory; None if there are none."""
+    """Return packing, group size, Linears, and bytes in files and memory of INT4 weights; None if there are none."""
     weights = list(checkpoint.int4.values())
     if not weights:
         return None

@@ -87,7 +87,7 @@ def _misfit(name: str, weight: Int4Weight, module: nn.Module | None, blocks: str
 
 
 def _block_prefix(model: Any) -> str:
-    """Name prefix of the decoder blocks, such as `language_model.model.layers.`."""
+    """Return the name prefix of the decoder blocks, such as `language_model.model.layers.`."""
     layers = model.get_decoder().layers
     return next(f"{name}." for name, module in model.named_modules() if module is layers)
 
@@ -234,7 +234,7 @@ def matching_packings(parts: Mapping[str, TensorRef]) -> Iterator[tuple[str, int
 
 
 def packed_tensor_specs(packing: str, shape: Shape, group_size: int) -> dict[str, TensorSpec]:
-    """Shape and dtype of the tensors of a packed weight [O, I]; dtype None is any floating-point dtype.
+    """Return shape and dtype of the tensors of a packed weight [O, I]; dtype None is any floating-point dtype.
 
     Raises LayoutError for a group size that does not divide I, or that the packing does not support.
     """

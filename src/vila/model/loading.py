@@ -106,7 +106,7 @@ def empty_model(
 
 
 def _tensors_by_parameter(model: VilaForConditionalGeneration, checkpoint: Checkpoint) -> dict[str, TensorRef]:
-    """Weights of the checkpoint by parameter name."""
+    """Return the weights of the checkpoint by parameter name."""
     with checkpoint.sources.model.naming():
         names = published_names(model)
     return {names.get(name, name): ref for name, ref in checkpoint.tensors.items()}

@@ -35,7 +35,7 @@ def merge_image_embeddings(embeds_BSD: Tensor, images_NPD: Tensor, is_placeholde
 
 
 def segment_mask(segments_BS: Tensor, parents_BS: Tensor) -> Tensor:
-    """Attention mask of packed sequences: bool [B, 1, S, S], True where a query may attend to a key.
+    """Return the attention mask of packed sequences: bool [B, 1, S, S], True where a query may attend to a key.
 
     A token attends to itself and to the earlier tokens of its own segment and of the parent segment; padding has
     segment id -1. Example: segments [0, 0, 1, 1, 2] with parents [-1, -1, 0, 0, 0] are a shared prefix of two tokens
@@ -51,7 +51,7 @@ def segment_mask(segments_BS: Tensor, parents_BS: Tensor) -> Tensor:
 
 
 def cached_mask(valid_BK: Tensor, num_queries: int) -> Tensor:
-    """Attention mask with a KV cache: bool [B, 1, Q, K]; the last `num_queries` of the K cache columns are the queries.
+    """Return the attention mask with a KV cache, bool [B, 1, Q, K]; the last `num_queries` columns are the queries.
 
     valid_BK: bool, False at padding. A query attends to itself and to every valid earlier column.
     """
@@ -83,7 +83,7 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
-        """The LLM's token embeddings."""
+        """Return the LLM's token embeddings."""
         return self.language_model.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
@@ -91,15 +91,15 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.language_model.set_input_embeddings(value)
 
     def get_output_embeddings(self) -> nn.Module:
-        """The LM head."""
+        """Return the LM head."""
         return self.language_model.get_output_embeddings()
 
     def get_decoder(self) -> nn.Module:
-        """The LLM without its LM head."""
+        """Return the LLM without its LM head."""
         return self.language_model.get_decoder()
 
     def vision_features(self, pixels_N3HW: Tensor) -> Tensor:
-        """Features of the tower, [N, P, C], without gradient if the tower is frozen."""
+        """Return the features of the tower, [N, P, C], without gradient if the tower is frozen."""
         tower = self.vision_tower
         with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in tower.parameters())):
             pixels_N3HW = pixels_N3HW.to(tower_dtype(tower))
@@ -120,7 +120,7 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return self.projector(features_NPC if weight is None else features_NPC.to(weight.dtype))
 
     def embed(self, ids_BS: Tensor, images_NPD: Tensor | None) -> Tensor:
-        """Token embeddings [B, S, D] with image features at the placeholders."""
+        """Return token embeddings [B, S, D] with image features at the placeholders."""
         is_placeholder_BS = ids_BS == self.config.image_token_id
         # The placeholder id is outside the vocabulary, so it is replaced before the embedding lookup.
         embeds_BSD = self.get_input_embeddings()(ids_BS.masked_fill(is_placeholder_BS, 0))
@@ -141,7 +141,7 @@ class VilaForConditionalGeneration(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits of the sequence.
+        """Return the logits of the sequence.
 
         input_ids:      [B, S], with placeholder ids for image features.
         pixel_values:   [N, 3, H, W], all images in reading order; or `features` [N, P, C], the tower's output for them.

@@ -92,20 +92,20 @@ class AttentionLayout:
         return None if window is None or window >= self._cached("longest", self._longest_sample) else window
 
     def branch_mask(self, index: int, window: int | None, like: Tensor) -> Tensor:
-        """Additive mask [Q, K] of a block of branches: keys are the prefix, then the branches."""
+        """Return the additive mask [Q, K] of a block of branches: keys are the prefix, then the branches."""
         block = self.blocks[index]
         prefix_length = sum(self.blocks[block.prefix].lengths)
         visible = partial(_visible_in_branches, prefix_length, block.lengths, window)
         return self._cached((index, window, like.dtype, like.device), lambda: _additive(visible(), like))
 
     def window_mask(self, num_queries: int, num_keys: int, window: int, like: Tensor) -> Tensor:
-        """Additive mask [Q, K] for the last `num_queries` of `num_keys` consecutive tokens."""
+        """Return the additive mask [Q, K] for the last `num_queries` of `num_keys` consecutive tokens."""
         visible = partial(_visible, torch.arange(num_keys - num_queries, num_keys), torch.arange(num_keys), window)
         key = ("window", num_queries, num_keys, window, like.dtype, like.device)
         return self._cached(key, lambda: _additive(visible(), like))
 
     def varlen(self, device: torch.device) -> VarlenMetadata:
-        """Kernel arguments on a device."""
+        """Return the kernel arguments on a device."""
         return self._cached(("varlen", device), lambda: _varlen_metadata(self.segments, device))
 
     def _longest_sample(self) -> int:
@@ -359,7 +359,7 @@ def attend_varlen(
 
 
 def varlen_kernel() -> Callable[..., Tensor] | None:
-    """PyTorch's variable-length attention with windows and grouped heads; None if this version lacks it."""
+    """Return PyTorch's variable-length attention with windows and grouped heads; None if this version lacks it."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:

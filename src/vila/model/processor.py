@@ -103,7 +103,7 @@ class VilaProcessor(ProcessorMixin):
         return set()
 
     def count(self, media: Image | Video) -> int:
-        """Number of image placeholders of an image. Raises MediaError for a video, which must be expanded first."""
+        """Return the number of placeholders of an image. Raises MediaError for videos, which must be expanded first."""
         if isinstance(media, Video):
             raise MediaError(
                 "a video must be replaced by its frames first", value=media.source, hint="call expand_videos first"

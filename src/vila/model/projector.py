@@ -55,7 +55,7 @@ def build_projector(projector_type: str, width_in: int, width_out: int) -> nn.Mo
 
 
 def num_projected_tokens(projector_type: str, num_patches: int) -> int:
-    """Number of projected features of an image with `num_patches` patches: 729 become 196 with `mlp_downsample`.
+    """Return the number of projected features of an image with `num_patches`: 729 become 196 with `mlp_downsample`.
 
     Raises LayoutError for an unknown type, and if merging needs a square grid of patches and there is none.
     """

@@ -86,7 +86,7 @@ def plan_shards(declared: TensorSpecs, folder: Path, limit: int = SHARD_BYTES) -
 
 
 def num_bytes(shape: Shape, dtype: torch.dtype) -> int:
-    """Size of a tensor in a file."""
+    """Return the size of a tensor in a file."""
     return torch.Size(shape).numel() * dtype.itemsize
 
 
@@ -131,7 +131,7 @@ def materialize(tensor: Writable) -> Tensor:
 
 
 def as_float16(tensors: Mapping[str, Writable]) -> dict[str, Writable]:
-    """Floating-point tensors as float16, cast when they are written; other tensors unchanged.
+    """Return floating-point tensors as float16, cast when they are written; other tensors unchanged.
 
     Writing raises LayoutError for a tensor with values outside the range of float16.
     """

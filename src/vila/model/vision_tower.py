@@ -116,7 +116,7 @@ def encoder_blocks(tower: nn.Module, depth: int) -> nn.ModuleList:
 def select_features(
     tower: nn.Module, config: Any, pixels_N3HW: Tensor, select_layer: int, select_feature: str
 ) -> Tensor:
-    """Hidden state `select_layer` of the tower, [N, P, C], before any final norm.
+    """Return hidden state `select_layer` of the tower, [N, P, C], before any final norm.
 
     Hidden states are numbered as in transformers: 0 is the embeddings, k the output of block k, -1 the last block's
     output. Blocks after the selected one do not run. Raises LayoutError for a layer that is not the output of a block,
@@ -169,7 +169,7 @@ Encode = Callable[[Tensor], Tensor]
 
 
 def multiscale_features(encode: Encode, pixels_N3HW: Tensor, scales: Sequence[int], max_split: int) -> Tensor:
-    """S2 features [N, P, C * len(scales)], channels ordered by ascending scale; P is that of the smallest scale.
+    """Return S2 features [N, P, C * len(scales)], channels ordered by ascending scale; P is that of the smallest scale.
 
     For each scale, images are resized to it, split into the fewest equal square tiles of at most `max_split` pixels,
     and encoded tile by tile; the joined feature map is averaged down to that of the smallest scale. As in the released

@@ -62,7 +62,10 @@ class WeightFile(Protocol):
         """Shape and dtype of every tensor, without reading it."""
 
     def open(self) -> Any:
-        """Context that yields a function from a name to its tensor; the mapping lives as long as a tensor uses it."""
+        """Return a context manager that yields a function from a name to its tensor.
+
+        The file stays mapped as long as a tensor uses it.
+        """
 
 
 @dataclass(frozen=True)
@@ -90,7 +93,7 @@ class SafetensorsFile:
 
     @contextmanager
     def open(self) -> Iterator[ReadTensor]:
-        """Context that yields a function from a name to its tensor."""
+        """Return a context manager that yields a function from a name to its tensor."""
         with self._open() as file:
             yield file.get_tensor
 
@@ -117,7 +120,7 @@ class TorchFile:
 
     @contextmanager
     def open(self) -> Iterator[ReadTensor]:
-        """Context that yields a function from a name to its tensor."""
+        """Return a context manager that yields a function from a name to its tensor."""
         content = self._content
         mapping = content.map()
         yield lambda name: content.value[name].read(mapping)
@@ -235,7 +238,7 @@ _NOT_IN_NAMES = frozenset("/\\\0")
 
 
 def published_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Weights of a model under their published names, without a tied LM head.
+    """Return the weights of a model under their published names, without a tied LM head.
 
     transformers renames modules from version to version (DINOv2's `query` became `q_proj`); names in files stay the
     same.

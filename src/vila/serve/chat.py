@@ -241,7 +241,7 @@ class CompletionFormat:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def completion(self, choices: Sequence[Mapping[str, Any]], usage: Mapping[str, Any]) -> dict[str, Any]:
-        """A response that is not streamed."""
+        """Return a response that is not streamed."""
         return self._object("chat.completion", choices=choices, usage=usage)
 
     def chunk(
@@ -252,12 +252,12 @@ class CompletionFormat:
         finish: str | None = None,
         logprobs: list[dict[str, Any]] | None = None,
     ) -> dict[str, Any]:
-        """A chunk of one answer."""
+        """Return a chunk of one answer."""
         part = {"index": choice, "delta": delta, "logprobs": _logprobs(logprobs), "finish_reason": finish}
         return self._object("chat.completion.chunk", choices=[part])
 
     def usage_chunk(self, usage: Mapping[str, Any]) -> dict[str, Any]:
-        """The last chunk, with the usage."""
+        """Return the last chunk, with the usage."""
         return self._object("chat.completion.chunk", choices=[], usage=usage)
 
     def _object(self, name: str, **fields: Any) -> dict[str, Any]:

@@ -46,17 +46,17 @@ class ApiError(Exception):
 
 
 def unavailable(message: str, retry_after_s: float = 5) -> ApiError:
-    """503: a model is loading, or the server is shutting down."""
+    """Return the 503 error: a model is loading, or the server is shutting down."""
     return ApiError(503, message, code="unavailable", headers=_retry_after(retry_after_s))
 
 
 def too_many_requests(message: str, retry_after_s: float) -> ApiError:
-    """429: a queue or memory limit is reached."""
+    """Return the 429 error: a queue or memory limit is reached."""
     return ApiError(429, message, code="queue_full", headers=_retry_after(retry_after_s))
 
 
 def internal_error(request_id: str) -> ApiError:
-    """500, without details of the failure."""
+    """Return the 500 error, without details of the failure."""
     return ApiError(500, f"internal server error; see the server's log for request {request_id}", code="internal")
 
 
@@ -121,7 +121,7 @@ def _json_path(location: Iterable[str | int]) -> str:
 
 
 def _message_field(error: VilaError) -> str | None:
-    """The part of `messages` that an error is about. Decoders report it as the file, followed by its address."""
+    """Return the part of `messages` that an error is about. Decoders report it as the file, followed by its address."""
     names = (name.partition(" ")[0] for name in (error.field, error.file) if name)
     return next((name for name in names if name.startswith("messages")), None)
 

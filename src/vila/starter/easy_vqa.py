@@ -53,7 +53,7 @@ class Question:
 
 
 def obtain_easy_vqa(cache: Path, events: Events = SILENT) -> Path:
-    """`<cache>/parts/easy-vqa`, an ordinary folder (`ABOUT`) made once; errors as `components.obtain_component`."""
+    """Return `<cache>/parts/easy-vqa`, extracted from the wheel on first use; errors as `obtain_component`."""
     return obtain_component(ComponentSpec("easy-vqa", WHEEL, ABOUT, unpack_easy_vqa), cache, events)
 
 

@@ -235,7 +235,7 @@ def sharding_units(model: VilaForConditionalGeneration) -> list[nn.Module]:
 
 
 def decoder_blocks(model: VilaForConditionalGeneration) -> list[nn.Module]:
-    """The LLM's blocks, as its family's card names them."""
+    """Return the decoder blocks of the LLM, located by its `Family`."""
     name = find_family(model.config.text_config.model_type).decoder_block
     return [module for module in model.language_model.modules() if type(module).__name__ == name]
 

@@ -189,7 +189,7 @@ def _match_labels(path: Path, questions: Sequence[Question]) -> dict[str, str]:
 
 
 def _aggregate(predictions: Sequence[tuple[str, Prediction]]) -> AggregateMetric:
-    """Mean F1 of the answered categories from the counts of true positives, false positives and false negatives."""
+    """Return the mean F1 of the answered categories from counts of true positives, false positives and negatives."""
     offsets = {category: 3 * index for index, category in enumerate(dict.fromkeys(name for name, _ in predictions))}
     terms = []
     for category, (predicted, label, _) in predictions:

@@ -44,7 +44,7 @@ class AwqSettings:
     source: Path
 
     def describe(self) -> str:
-        """One phrase for error messages."""
+        """Return a phrase for error messages."""
         return f"{self.source} declares {self.packing} with group size {self.group_size}"
 
 

@@ -62,7 +62,7 @@ def name_prefixes(config: Any) -> Prefixes:
 
 
 def llava_config(config: Any, processor: Any, image_id: int, rows: int) -> dict[str, Any]:
-    """Content of config.json. rows: rows of the embeddings, including the image token's."""
+    """Return the content of config.json. rows: rows of the embeddings, including the image token's."""
     llm, tower = config.text_config.to_dict(), config.vision_config.to_dict()
     llm["vocab_size"] = rows
     return {
@@ -317,7 +317,7 @@ def check_writable(config: Any, processor: Any) -> None:
 
 
 def _weights(state: dict[str, Any], config: Any, rows: int) -> dict[str, Any]:
-    """Weights by LLaVA's names, with `rows` rows of embeddings and LM head."""
+    """Return the weights by LLaVA's names, with `rows` rows of embeddings and LM head."""
     for name in VOCABULARY:
         if name in state and rows > state[name].shape[0]:
             # Computed from the stored dtype, so that writing a model again gives the same row.

@@ -225,7 +225,7 @@ def _with_image_tokens(tokenizer: Any, fields: Fields) -> Any:
 
 
 def vila_settings(config: Any, processor: Any) -> dict[str, Any]:
-    """Our own settings in config.json of a published layout, where they differ from the defaults."""
+    """Return our own settings in config.json of a published layout, where they differ from the defaults."""
     settings: dict[str, Any] = {"conversation_template": config.template} if config.template else {}
     if not processor.spec.exif_orientation:
         settings["exif_orientation"] = False
@@ -259,7 +259,7 @@ def _config(config: Any, processor: Any, source: str) -> dict[str, Any]:
 
 
 def legacy_rope_settings(rope: Mapping[str, Any]) -> dict[str, Any]:
-    """Rotary position settings under the keys of transformers 4."""
+    """Return rotary position settings under the keys of transformers 4."""
     kind = rope.get("rope_type", "default")
     scaling = {"type": kind, **{k: v for k, v in rope.items() if k not in ("rope_type", "rope_theta")}}
     return {"rope_theta": rope.get("rope_theta", 10000.0), "rope_scaling": None if kind == "default" else scaling}

@@ -196,7 +196,7 @@ def tower_tensors(folder: Path, tower: TowerSpec) -> tuple[dict[str, TensorRef],
 
 
 def to_intern_vit_config(config: Any) -> dict[str, Any]:
-    """InternViT's config.json; the inverse of `read_tower`."""
+    """Return InternViT's config.json; the inverse of `read_tower`."""
     size, patch = config.image_size, config.patch_size
     return {
         "architectures": ["InternVisionModel"],
@@ -311,7 +311,7 @@ def write_tower(model: Any, spec: VisionSpec, folder: Path, storage: WeightStora
 
 
 def preprocessor_config(kind: str, spec: VisionSpec) -> dict[str, Any]:
-    """Content of preprocessor_config.json for a tower type."""
+    """Return the content of preprocessor_config.json for a tower type."""
     size = spec.image_size
     square = {"height": size, "width": size}
     shared = image_processor_settings(spec)
@@ -327,7 +327,7 @@ def preprocessor_config(kind: str, spec: VisionSpec) -> dict[str, Any]:
 
 
 def image_processor_settings(spec: VisionSpec) -> dict[str, Any]:
-    """Settings that all image processors share."""
+    """Return the settings that all image processors share."""
     return {
         "do_convert_rgb": True,
         "do_normalize": True,

@@ -173,7 +173,7 @@ def _write_projector(model: Any, folder: Path, storage: WeightStorage) -> None:
 
 
 def vila_v15_config(config: Any, processor: Any) -> dict[str, Any]:
-    """config.json of the whole model, without the configs of its parts."""
+    """Return config.json of the whole model, without the configs of its parts."""
     out = {
         "architectures": ["LlavaLlamaModel"],
         "model_type": "llava_llama",
