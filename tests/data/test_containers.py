@@ -363,7 +363,7 @@ def test_columns_outside_the_file_are_an_error(tmp_path):
     whole = path.read_bytes()
     path.write_bytes(whole[:4] + whole[300:])
     error = refusal(lambda: open_records(path))
-    assert error.file == str(path) and "outside the file" in error.problem
+    assert error.file == str(path) and "outside of the file" in error.problem
 
 
 def test_parquet_with_page_indexes_is_read(tmp_path):
