@@ -38,7 +38,7 @@ def local_folder(source: str | Path, revision: str | None = None) -> Path:
         return path / "model" if is_run else path
     name = str(source)
     if not _REPOSITORY.fullmatch(name):
-        raise LayoutError("neither an existing directory nor a hub id", file=name, expected="a directory or owner/name")
+        raise LayoutError("no such directory, and not a hub id", file=name, expected="a directory or owner/name")
     cached = _cached(name, revision)
     if is_offline_mode():
         if cached is None:
