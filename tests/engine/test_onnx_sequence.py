@@ -170,10 +170,10 @@ def test_a_step_reads_the_weights_at_their_bits():
 def test_a_full_cache_refuses_more():
     engine = torch_engine()
     decoder = OnnxSequence.of(engine.model, threads=1, capacity=40)
-    with pytest.raises(ContextOverflowError, match="0 and 48 .*40"):
+    with pytest.raises(ContextOverflowError, match=r"\b48\b.*\b40\b"):
         decoder.prefill(embeds(engine))
     decoder.prefill(embeds(engine)[:, :40])
-    with pytest.raises(ContextOverflowError, match="40 and 1"):
+    with pytest.raises(ContextOverflowError, match=r"\b40\b.*\b1\b.*\b40\b"):
         decoder.step(1)
 
 
