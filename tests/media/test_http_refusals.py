@@ -8,7 +8,8 @@ import socket
 import pytest
 
 from vila.core.errors import MISSING, MediaError
-from vila.media.http import data_url_bytes, fetch, is_public, redact_url
+from vila.media.http import data_url_bytes, fetch, redact_url
+from vila.media.ssrf import is_public
 
 BODY = bytes(range(256)) * 4
 

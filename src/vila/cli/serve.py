@@ -218,7 +218,7 @@ def _check(models: list[str], names: list[str] | None, certificate: str, key: st
 
 
 def _check_domains(domains: Sequence[str]) -> None:
-    from vila.media.http import normal_host
+    from vila.media.ssrf import normal_host
 
     for domain in domains:
         try:

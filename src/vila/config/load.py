@@ -119,7 +119,7 @@ def recipe_to_yaml(recipe: Recipe, base: Path | None = None) -> str:
 
 
 def tree_to_yaml(tree: Any, base: Path | None = None) -> str:
-    """As `recipe_to_yaml`, for the plain data of a recipe."""
+    """Return the YAML text of the plain data of a recipe, in the form of `recipe_to_yaml`."""
     if base is not None:
         tree = _portable(tree, [field.split(".") for field in _PATH_FIELDS], base)
     return str(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True, default_flow_style=False, width=1000))

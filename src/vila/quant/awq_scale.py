@@ -214,7 +214,7 @@ def second_moments(inputs_TI: Tensor, group_size: int, weights_T: Tensor | None 
 
 
 def search_limits(weight_OI: Tensor, moments_GKK: Tensor, symmetric: bool = False) -> Tensor:
-    """Return the clip limit of each group with the lowest error of its partial output, [O, G]; the largest of equals.
+    """Return the clipping limit [O, G] of each group with the lowest output error; of equal errors, the largest limit.
 
     A smaller maximum gives the group a finer quantization step. With weight error d of a group, the mean over tokens of
     (x . d)^2 is d' M d, which avoids the sum over tokens.

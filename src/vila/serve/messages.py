@@ -39,7 +39,7 @@ class Limits:
     fetch_s:         seconds for fetching all of its URLs.
     request_s:       seconds from its arrival to the last token.
     allow_private:   whether to fetch from private and loopback addresses.
-    allowed_domains: hosts to fetch from, see `vila.media.http.is_allowed`; empty: every public host.
+    allowed_domains: hosts to fetch from, see `vila.media.ssrf.is_allowed`; empty: every public host.
     """
 
     body: int = 32 * 2**20
