@@ -13,8 +13,8 @@ from tests.export.readers.gguf_file import F16, F32, Q4_0, Q4_1, Q8_0, read_gguf
 from vila.core.errors import LayoutError
 from vila.export import gguf_llm
 from vila.export.base import write_export
-from vila.export.gguf import encode
 from vila.export.gguf_llm import interleave_rotary_halves, llama3_rope_factors, llm_problems
+from vila.export.gguf_tensors import encode
 from vila.export.source import open_source
 from vila.model.loading import save_model
 from vila.quant.apply import apply_search

@@ -9,7 +9,7 @@ from tests.export.gguf_stand import ask_llama
 from tests.export.readers.gguf_file import F16, Q4_1, Q8_0, read_gguf, rotary_rows
 from vila.core.errors import LayoutError
 from vila.export.base import ExportOptions, write_export
-from vila.export.gguf import q4_1_blocks
+from vila.export.gguf_tensors import q4_1_blocks
 from vila.export.source import open_source
 from vila.kernels.int4 import dequantize, quantize
 from vila.model.int4_weights import dequantize_model, use_int4

@@ -34,9 +34,13 @@ named like the module that does the work."""
 
 
 def imported_modules(path: Path) -> set[str]:
-    """Modules of `vila` that a module imports when it is imported itself."""
+    """Modules of `vila` that a module imports at run time, inside functions too."""
     found = set()
-    for node in ast.parse(path.read_text("utf-8")).body:
+    tree = ast.parse(path.read_text("utf-8"))
+    tree.body = [
+        node for node in tree.body if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
+    ]
+    for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module:
             for alias in node.names:
                 name = f"{node.module}.{alias.name}"

@@ -16,7 +16,7 @@ from torch import Tensor
 from vila.chat.jinja import chat_template
 from vila.chat.templates import find_template
 from vila.core.errors import LayoutError
-from vila.export.gguf import GgufTensor, TensorType, choose_type, int4_chunks
+from vila.export.gguf_tensors import GgufTensor, TensorType, choose_type, int4_chunks
 from vila.export.source import CHUNK_BYTES, LLM
 from vila.families import FAMILIES, find_family
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vila.export.gguf import GgufTensor, TensorType, choose_type
+from vila.export.gguf_tensors import GgufTensor, TensorType, choose_type
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
