@@ -273,7 +273,9 @@ def _svg(
         axes.xaxis.set_major_formatter(formatter)
         draw(axes, width)
         if axes.get_yscale() == "log":
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
+            low, high = axes.get_ylim()
+            subs = (1, 2, 5) if high < 500 * low else (1,)
+            axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=8))
             axes.yaxis.set_minor_locator(NullLocator())
         else:
             axes.yaxis.set_major_locator(MaxNLocator(5))
