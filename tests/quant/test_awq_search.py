@@ -12,8 +12,8 @@ from tests.quant import brute_force
 from tests.quant.models import logits, loud, random_rows
 from vila.core.errors import CheckpointError, ConfigError, DataError, LayoutError
 from vila.quant.apply import apply_search
-from vila.quant.awq_cache import load_search
-from vila.quant.awq_search import search_model, search_to_file
+from vila.quant.awq_cache import load_search, save_search
+from vila.quant.awq_search import search_model
 from vila.quant.calibration import Calibration, CalibrationSequence
 from vila.quant.quant_config import QuantConfig
 
@@ -172,7 +172,8 @@ def test_every_scaling_keeps_the_identity_and_none_is_worse_than_it(scaling, tri
 def test_a_search_that_stopped_resumes_to_the_same_bytes(tmp_path):
     model, _ = loud(layers=3)
     options = QuantConfig(group_size=16)
-    search_to_file(model, random_rows(), tmp_path / "whole.safetensors", options)
+    whole = search_model(model, random_rows(), options)
+    save_search(whole, tmp_path / "whole.safetensors")
 
     class Stopping:
         def advanced(self, task, amount=1, **facts):
@@ -180,18 +181,16 @@ def test_a_search_that_stopped_resumes_to_the_same_bytes(tmp_path):
 
         started = said = finished = lambda self, *args, **kwargs: None
 
-    target = tmp_path / "again.safetensors"
+    target, kept = tmp_path / "again.safetensors", tmp_path / "blocks"
     with pytest.raises(KeyboardInterrupt):
-        search_to_file(model, random_rows(), target, options, events=Stopping())
-    kept = tmp_path / "again.safetensors.blocks"
+        search_model(model, random_rows(), options, resume_dir=kept, events=Stopping())
     (first,) = kept.iterdir()
     written = first.stat().st_mtime_ns
     with pytest.raises(KeyboardInterrupt):
-        search_to_file(model, random_rows(), target, options, events=Stopping())
+        search_model(model, random_rows(), options, resume_dir=kept, events=Stopping())
     assert first.stat().st_mtime_ns == written
-    search_to_file(model, random_rows(), target, options)
+    save_search(search_model(model, random_rows(), options, resume_dir=kept), target)
     assert target.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
-    assert not kept.exists()
     assert load_search(target).settings["calibration"]["name"] == "random"
 
 

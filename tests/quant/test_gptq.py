@@ -5,9 +5,15 @@ import torch
 
 from vila.core.errors import LayoutError
 from vila.kernels.int4 import dequantize, quantize, unpack_nibbles
-from vila.quant.gptq import gptq_round, output_error, refit_scales, second_moment
+from vila.quant.gptq import gptq_round, refit_scales, second_moment
 
 GROUP = 16
+
+
+def output_error(weight_OI, values_OI, moments_II):
+    """Squared output error, summed over channels, mean over tokens."""
+    error_OI = values_OI - weight_OI
+    return float(((error_OI @ moments_II) * error_OI).sum(dtype=torch.float64))
 
 
 @pytest.fixture(params=range(3))

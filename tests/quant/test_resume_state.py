@@ -6,7 +6,8 @@ import subprocess
 import sys
 
 from tests.quant.models import loud, random_rows
-from vila.quant.awq_search import search_to_file
+from vila.quant.awq_cache import save_search
+from vila.quant.awq_search import search_model
 from vila.quant.quant_config import QuantConfig
 
 CODE = """
@@ -14,7 +15,7 @@ import os, signal, sys
 from pathlib import Path
 from tests.quant.models import loud, random_rows
 from vila.quant import awq_search
-from vila.quant.awq_search import search_to_file
+from vila.quant.awq_search import search_model
 
 limits, calls = awq_search.search_limits, []
 
@@ -26,18 +27,16 @@ def killed(*args):
 
 awq_search.search_limits = killed
 model, _ = loud(layers=3)
-search_to_file(model, random_rows(), Path(sys.argv[1]), awq_search.QuantConfig(group_size=16))
+search_model(model, random_rows(), awq_search.QuantConfig(group_size=16), resume_dir=Path(sys.argv[1]))
 """
 
 
 def test_a_killed_search_resumes_to_the_same_bytes(tmp_path):
-    target = tmp_path / "search.safetensors"
+    kept = tmp_path / "blocks"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", CODE, str(target)], env=env, check=False, capture_output=True)
+    done = subprocess.run([sys.executable, "-c", CODE, str(kept)], env=env, check=False, capture_output=True)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-500:]
-    kept = tmp_path / "search.safetensors.blocks"
     assert [path.name for path in kept.iterdir()] == ["00000.safetensors"]
-    assert not target.exists()
     first = (kept / "00000.safetensors").read_bytes()
     # Half a file that its writer was killed over is no finished block.
     broken = kept / ".00001.safetensors.x.partial"
@@ -46,6 +45,6 @@ def test_a_killed_search_resumes_to_the_same_bytes(tmp_path):
     os.utime(broken, (0, 0))
     model, _ = loud(layers=3)
     options = QuantConfig(group_size=16)
-    search_to_file(model, random_rows(), target, options)
-    search_to_file(model, random_rows(), tmp_path / "whole.safetensors", options)
-    assert target.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+    save_search(search_model(model, random_rows(), options, resume_dir=kept), tmp_path / "resumed.safetensors")
+    save_search(search_model(model, random_rows(), options), tmp_path / "whole.safetensors")
+    assert (tmp_path / "resumed.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()

@@ -35,12 +35,11 @@ def fold_scale(fold: nn.Module, linears: Sequence[nn.Module], scale_I: Tensor) -
         _set(linear, "weight", _wide(linear.weight) * _wide(scale_I).to(linear.weight.device))  # type: ignore[arg-type]
 
 
-def clamp_weight(linear: nn.Module, limit_OG: Tensor) -> None:
-    """Clip each group of weights to [-limit, limit]."""
-    weight: Tensor = linear.weight  # type: ignore[assignment]
-    limit = limit_OG.to(weight)[..., None]
-    groups = weight.unflatten(-1, (limit_OG.shape[1], -1))
-    _set(linear, "weight", torch.maximum(torch.minimum(groups, limit), -limit).flatten(-2))
+def clip_weight(weight_OI: Tensor, limit_OG: Tensor) -> Tensor:
+    """Return the weight with each group clipped to [-limit, limit]."""
+    limit_OG1 = limit_OG.to(weight_OI)[..., None]
+    groups_OGK = weight_OI.unflatten(-1, (limit_OG.shape[1], -1))
+    return torch.maximum(torch.minimum(groups_OGK, limit_OG1), -limit_OG1).flatten(-2)
 
 
 @torch.no_grad()
@@ -53,7 +52,8 @@ def apply_search(model: nn.Module, search: AwqSearch) -> None:
     for scale in search.scales:
         fold_scale(modules[scale.fold], [modules[name] for name in scale.linears], scale.scale_I)
     for clip in search.clips:
-        clamp_weight(modules[clip.linear], clip.limit_OG)
+        linear = modules[clip.linear]
+        _set(linear, "weight", clip_weight(linear.weight, clip.limit_OG))  # type: ignore[arg-type]
 
 
 def check_search(model: nn.Module, search: AwqSearch) -> dict[str, nn.Module]:
@@ -62,7 +62,10 @@ def check_search(model: nn.Module, search: AwqSearch) -> dict[str, nn.Module]:
     Raises LayoutError listing the entries of the search that do not fit the model.
     """
     modules = {
-        name: module for index, block in enumerate(decoder_blocks(model)) for name, module in _named(index, block)
+        f"{block_name(index)}.{name}": module
+        for index, block in enumerate(decoder_blocks(model))
+        for name, module in block.named_modules()
+        if isinstance(getattr(module, "weight", None), Tensor)
     }
     problems = [problem for scale in search.scales for problem in _scale_problems(scale, modules)]
     problems += [problem for clip in search.clips for problem in _clip_problems(clip, modules)]
@@ -75,13 +78,13 @@ def check_search(model: nn.Module, search: AwqSearch) -> dict[str, nn.Module]:
     return modules
 
 
+@torch.no_grad()
 def quantize_model(
     model: nn.Module,
     search: AwqSearch | None,
     group_size: int,
     symmetric: bool = False,
     *,
-    scale_dtype: torch.dtype = torch.float16,
     release: bool = False,
 ) -> dict[str, Int4Weight]:
     """Round the Linears of the decoder blocks to INT4 (nearest); return them by their names in the model.
@@ -96,7 +99,15 @@ def quantize_model(
     if search is not None:
         check_same_rounding(search, group_size, symmetric)
         apply_search(model, search)
-    return dict(_round_linears(model, group_size, symmetric, scale_dtype, release))
+    rounded = {}
+    prefix = module_prefix(model)
+    for index, block in enumerate(decoder_blocks(model)):
+        for name, linear in block_linears(block).items():
+            weight_OI = _wide(linear.weight)
+            rounded[f"{prefix}{block_name(index)}.{name}"] = quantize(weight_OI, group_size, symmetric=symmetric)
+            if release:
+                linear.weight = nn.Parameter(linear.weight.detach().to("meta"), requires_grad=False)
+    return rounded
 
 
 def check_same_rounding(search: AwqSearch, group_size: int, symmetric: bool) -> None:
@@ -111,25 +122,6 @@ def check_same_rounding(search: AwqSearch, group_size: int, symmetric: bool) -> 
                 expected=str(searched),
                 hint="use that value, or run the search again",
             )
-
-
-@torch.no_grad()
-def _round_linears(
-    model: nn.Module, group_size: int, symmetric: bool, scale_dtype: torch.dtype, release: bool
-) -> Iterator[tuple[str, Int4Weight]]:
-    prefix = module_prefix(model)
-    for index, block in enumerate(decoder_blocks(model)):
-        for name, linear in block_linears(block).items():
-            rounded = quantize(_wide(linear.weight), group_size, symmetric=symmetric, dtype=scale_dtype)
-            yield f"{prefix}{block_name(index)}.{name}", rounded
-            if release:
-                linear.weight = nn.Parameter(linear.weight.detach().to("meta"), requires_grad=False)
-
-
-def _named(index: int, block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in block.named_modules():
-        if isinstance(getattr(module, "weight", None), Tensor):
-            yield f"{block_name(index)}.{name}", module
 
 
 def _scale_problems(scale: ChannelScale, modules: dict[str, nn.Module]) -> Iterator[tuple[str, str]]:

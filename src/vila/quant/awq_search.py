@@ -20,7 +20,7 @@ from vila.core.errors import DataError, LayoutError
 from vila.core.progress import SILENT, Events, task
 from vila.families import ScaleGroup
 from vila.quant.apply import fold_scale
-from vila.quant.awq_cache import AwqSearch, ChannelScale, WeightClip, join_searches, save_search
+from vila.quant.awq_cache import AwqSearch, ChannelScale, WeightClip, join_searches
 from vila.quant.awq_scale import (
     ScaleChoice,
     candidates,
@@ -182,14 +182,6 @@ def recorded_calls(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Modul
             hook.remove()
 
 
-@dataclass(frozen=True, slots=True)
-class SearchedBlock:
-    """Search result of a block, with full names, and its full-precision output [N, S, D]."""
-
-    found: AwqSearch
-    output_NSD: Tensor
-
-
 @torch.no_grad()
 def search_block(
     name: str,
@@ -199,10 +191,11 @@ def search_block(
     weights_NS: Tensor | None,
     arguments: BlockArguments,
     config: QuantConfig,
-) -> SearchedBlock:
+) -> tuple[AwqSearch, Tensor]:
     """Search one block: the scales of all its groups on the original weights, then folding, then clip limits.
 
     states_NSD: input of the block, in the dtype and on the device of the search.
+    Returns the result, with full names, and the full-precision output of the block [N, S, D].
     Raises LayoutError naming the block if its activations are not finite.
     """
     work = working_copy(block, states_NSD)
@@ -222,7 +215,8 @@ def search_block(
         fold_scale(work.get_submodule(group.fold), [work.get_submodule(one) for one in group.linears], scale_I)
         samples[group] = (samples[group][0] / scale_I, samples[group][1])
         linears = tuple(f"{name}.{one}" for one in group.linears)
-        scales.append(ChannelScale(f"{name}.{group.fold}", linears, scale_I.float(), _metadata(choice)))
+        metadata = {"ratio": choice.best.ratio, "duo": choice.best.duo, "losses": list(choice.losses)}
+        scales.append(ChannelScale(f"{name}.{group.fold}", linears, scale_I.float(), metadata))
     for group in groups:
         inputs_TI, weights_T = samples.pop(group)
         if any(is_linear_clipped(linear, config.clipping) for linear in group.linears):
@@ -230,13 +224,7 @@ def search_block(
             for linear in (one for one in group.linears if is_linear_clipped(one, config.clipping)):
                 limit = search_limits(work.get_submodule(linear).weight, moments_GKK, config.symmetric)  # type: ignore[arg-type]
                 clips.append(WeightClip(f"{name}.{linear}", limit.float()))
-    return SearchedBlock(AwqSearch(tuple(scales), tuple(clips)), output)
-
-
-def rerun_block(block: nn.Module, states_NSD: Tensor, arguments: BlockArguments, config: QuantConfig) -> Tensor:
-    """Return the output of a block that was searched before, the same to the last bit."""
-    batch = config.batch_sequences(states_NSD.shape[1])
-    return run_block(working_copy(block, states_NSD), (), states_NSD, arguments, batch)[0]
+    return AwqSearch(tuple(scales), tuple(clips)), output
 
 
 def working_copy(block: nn.Module, like: Tensor) -> nn.Module:
@@ -303,14 +291,11 @@ def _sample(inputs_NSI: Tensor, weights_NS: Tensor | None) -> tuple[Tensor, Tens
     return inputs_TI.clone(), weights_T
 
 
-def _metadata(choice: ScaleChoice) -> dict[str, Any]:
-    return {"ratio": choice.best.ratio, "duo": choice.best.duo, "losses": list(choice.losses)}
-
-
+@torch.no_grad()
 def search_model(
     model: nn.Module,
     calibration: Calibration,
-    config: QuantConfig | None = None,
+    config: QuantConfig,
     *,
     processor: Any = None,
     resume_dir: Path | None = None,
@@ -324,50 +309,11 @@ def search_model(
     Raises the errors of `check_layers`, `check_weights` and `check_ids`; CheckpointError if `resume_dir` belongs to
     another search.
     """
-    config = config or QuantConfig()
-    _check(model, calibration, config)
-    return search_blocks(model, calibration, config, processor=processor, resume_dir=resume_dir, events=events)[0]
-
-
-def search_to_file(
-    model: nn.Module,
-    calibration: Calibration,
-    path: Path,
-    config: QuantConfig | None = None,
-    *,
-    processor: Any = None,
-    events: Events = SILENT,
-) -> AwqSearch:
-    """Run `search_model` and write the result to `path`; the resume state is in `path` + `.blocks` until then."""
-    config = config or QuantConfig()
-    _check(model, calibration, config)
-    resume_dir = path.with_name(path.name + ".blocks")
-    search, state = search_blocks(model, calibration, config, processor=processor, resume_dir=resume_dir, events=events)
-    save_search(search, path)
-    if state is not None:
-        state.remove()
-    return search
-
-
-def _check(model: nn.Module, calibration: Calibration, config: QuantConfig) -> None:
     check_layers(model, config.group_size)
     check_weights(model)
     check_ids(model, calibration)
     if not calibration.sequences:
         raise DataError("contains no calibration sequences", file=calibration.name, hint="add text or conversations")
-
-
-@torch.no_grad()
-def search_blocks(
-    model: nn.Module,
-    calibration: Calibration,
-    config: QuantConfig,
-    *,
-    processor: Any = None,
-    resume_dir: Path | None = None,
-    events: Events = SILENT,
-) -> tuple[AwqSearch, BlockResumeState[AwqSearch] | None]:
-    """Run `search_model` without its checks; also returns the resume state."""
     family, blocks = family_of(model), decoder_blocks(model)
     parameter = next(blocks[0].parameters())
     dtype, device = config.dtype or parameter.dtype, config.device or parameter.device
@@ -383,24 +329,23 @@ def search_blocks(
         "calibration": calibration.metadata(),
         **config.search_settings(),
     }
-    state = None
-    if resume_dir is not None:
-        state = BlockResumeState(resume_dir, settings, states_NSD, read_search_block, write_search_block)
+    state = BlockResumeState(resume_dir, settings, states_NSD, read_search_block, write_search_block)
     parts = []
     with task(events, "search", len(blocks), "blocks"):
         for index, (block, block_args) in enumerate(zip(blocks, arguments, strict=True)):
-            found = state.enter(index, block) if state is not None else None
+            found = state.enter(index, block)
             if found is None:
-                name = block_name(index)
-                done = search_block(name, block, family.scale_groups, states_NSD, weights_NS, block_args, config)
-                if state is not None:
-                    state.save(index, done.found)
+                found, states_NSD = search_block(
+                    block_name(index), block, family.scale_groups, states_NSD, weights_NS, block_args, config
+                )
+                state.save(index, found)
             else:
-                done = SearchedBlock(found, rerun_block(block, states_NSD, block_args, config))
-            states_NSD = done.output_NSD
-            parts.append(done.found)
-            events.advanced("search", 1, **_displayed(done.found))
-    return join_searches(parts, settings), state
+                # The block was searched before: its output is the same to the last bit.
+                work, batch = working_copy(block, states_NSD), config.batch_sequences(states_NSD.shape[1])
+                states_NSD = run_block(work, (), states_NSD, block_args, batch)[0]
+            parts.append(found)
+            events.advanced("search", 1, **_displayed(found))
+    return join_searches(parts, settings)
 
 
 def _displayed(found: AwqSearch) -> dict[str, float | str]:

@@ -30,12 +30,6 @@ def second_moment(inputs_TI: Tensor, weights_T: Tensor | None = None) -> Tensor:
     return (rows_TI * (weights_T / weights_T.sum())[:, None]).T @ rows_TI
 
 
-def output_error(weight_OI: Tensor, values_OI: Tensor, moments_II: Tensor) -> float:
-    """Return the squared output error, summed over channels, mean over tokens."""
-    error_OI = (values_OI - weight_OI).to(moments_II.dtype)
-    return float(((error_OI @ moments_II) * error_OI).sum(dtype=torch.float64))
-
-
 @torch.no_grad()
 def gptq_round(weight_OI: Tensor, grid: Int4Weight, moments_II: Tensor, damping: float = DAMPING) -> Int4Weight:
     """Return the weight with GPTQ codes on the scales and zero points of `grid`, whose own codes are not read.

@@ -22,7 +22,7 @@ from vila.families import ScaleGroup
 from vila.kernels.int4 import Int4Weight, dequantize, quantize
 from vila.model.int4_weights import use_int4
 from vila.model.loading import save_model
-from vila.quant.apply import check_same_rounding, check_search, clamp_weight, fold_scale
+from vila.quant.apply import check_same_rounding, check_search, clip_weight, fold_scale
 from vila.quant.awq_cache import AwqSearch, save_search
 from vila.quant.awq_search import (
     BlockArguments,
@@ -30,7 +30,7 @@ from vila.quant.awq_search import (
     check_ids,
     embed_sequences,
     run_block,
-    search_blocks,
+    search_model,
     working_copy,
 )
 from vila.quant.blocks import (
@@ -113,37 +113,21 @@ def quantize_checkpoint(
     config: QuantConfig,
     calibration: Calibration | None = None,
     search: AwqSearch | None = None,
-    **options: Any,
-) -> dict[str, Any]:
-    """Check everything, then `quantize_and_save`.
-
-    Raises the errors of `check_quantization`, `check_calibration` and `quantize_and_save`.
-    """
-    check_quantization(model, config, search)
-    check_calibration(model, config, calibration, search)
-    return quantize_and_save(model, processor, out, config, calibration, search, **options)
-
-
-def quantize_and_save(
-    model: Any,
-    processor: Any,
-    out: Path,
-    config: QuantConfig,
-    calibration: Calibration | None = None,
-    search: AwqSearch | None = None,
     *,
     layout: str = LAYOUT,
     texts: Mapping[str, str] | None = None,
     events: Events = SILENT,
 ) -> dict[str, Any]:
-    """Quantize a checked model in place, write it to `out` with the search and a summary, and return the summary.
+    """Quantize a model in place, write it to `out` with the search and a summary, and return the summary.
 
     search: AWQ search result to apply; None: search with `calibration`, if there is one.
     texts:  additional text files to write: content by file name.
     After an interruption, the same call resumes after the last finished block.
-    Raises the errors of `check_weights`; CheckpointError if the resume state belongs to another run, and
-    DirectoryInUseError if another process writes `out`.
+    Raises, before anything is written, the errors of `check_quantization`, `check_calibration` and `check_weights`;
+    CheckpointError if the resume state belongs to another run, and DirectoryInUseError if another process writes `out`.
     """
+    check_quantization(model, config, search)
+    check_calibration(model, config, calibration, search)
     check_weights(model)
     before = sum(parameter.nbytes for parameter in model.parameters())
     work = work_folder(out)
@@ -204,7 +188,7 @@ def make_search(
     # Name and hash stay those of the whole calibration; the number of sequences is recorded separately.
     used = replace(calibration, sequences=calibration.sequences[: config.search_sequences or None])
     config = replace(config, dtype=dtype)
-    return search_blocks(model, used, config, processor=processor, resume_dir=resume_dir, events=events)[0]
+    return search_model(model, used, config, processor=processor, resume_dir=resume_dir, events=events)
 
 
 def _block_errors(search: AwqSearch | None, rounded: RoundedModel) -> list[dict[str, float]]:
@@ -230,28 +214,6 @@ class RoundedModel:
 
     weights: dict[str, Int4Weight]
     errors: tuple[float, ...]
-
-
-def round_model(
-    model: nn.Module,
-    search: AwqSearch | None,
-    config: QuantConfig,
-    calibration: Calibration | None = None,
-    *,
-    processor: Any = None,
-    resume_dir: Path | None = None,
-    release: bool = False,
-    events: Events = SILENT,
-) -> RoundedModel:
-    """Check as `quantize_checkpoint` does, then `round_blocks`. Without a search the weights are rounded unscaled."""
-    used = config if search is not None else replace(config, method="rtn")
-    check_quantization(model, used, search)
-    check_calibration(model, used, calibration, search)
-    check_weights(model)
-    return round_blocks(
-        model, search, config, calibration,
-        processor=processor, resume_dir=resume_dir, release=release, events=events,
-    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -326,24 +288,19 @@ class _GptqRounder:
             "search": _digest(search),
             **config.rounding_settings(),
         }
-        self.resume_state = None
-        if resume_dir is not None:
-            self.resume_state = BlockResumeState(
-                resume_dir, settings, self.states_NSD, read_int4_block, write_int4_block
-            )
+        self.resume_state = BlockResumeState(resume_dir, settings, self.states_NSD, read_int4_block, write_int4_block)
 
     def round_block(
         self, index: int, block: nn.Module, work: nn.Module, limits: Mapping[str, Tensor]
     ) -> dict[str, Int4Weight]:
         """Return the rounded Linears of a block, from the resume state if it has them; `work` then uses them."""
-        rounded = self.resume_state.enter(index, block) if self.resume_state is not None else None
+        rounded = self.resume_state.enter(index, block)
         arguments = self.arguments[index]
         if rounded is None:
             rounded = {}
             for group in self.groups:
                 rounded |= self._round_group(work, group, arguments, limits)
-            if self.resume_state is not None:
-                self.resume_state.save(index, rounded)
+            self.resume_state.save(index, rounded)
         else:
             for name, weight in rounded.items():
                 _replace_weight(work, name, weight)
@@ -383,12 +340,8 @@ def _fold_scales(work: nn.Module, name: str, search: AwqSearch | None) -> dict[s
 
 def _round_nearest(weight_OI: Tensor, limit_OG: Tensor | None, config: QuantConfig) -> Int4Weight:
     """Clip a weight to its limits and round it to nearest."""
-    if limit_OG is not None:
-        linear = nn.Linear(weight_OI.shape[1], weight_OI.shape[0], bias=False, device="meta")
-        linear.weight = nn.Parameter(weight_OI, requires_grad=False)
-        clamp_weight(linear, limit_OG)
-        weight_OI = linear.weight
-    return quantize(weight_OI, config.group_size, symmetric=config.symmetric)
+    clipped_OI = weight_OI if limit_OG is None else clip_weight(weight_OI, limit_OG)
+    return quantize(clipped_OI, config.group_size, symmetric=config.symmetric)
 
 
 def _replace_weight(work: nn.Module, name: str, weight: Int4Weight) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -25,7 +24,7 @@ _Found = TypeVar("_Found")
 
 
 class BlockResumeState(Generic[_Found]):
-    """Directory with one file per finished block.
+    """Directory with one file per finished block; without a directory, nothing is stored.
 
     Each file has a key, a hash of everything its content depends on: settings, calibration, embeddings and the weights
     of all blocks up to this one. Files of other runs are rejected.
@@ -33,7 +32,7 @@ class BlockResumeState(Generic[_Found]):
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path | None,
         settings: Any,
         embedded: Tensor,
         read: Callable[[Path], tuple[_Found, str]],
@@ -48,18 +47,21 @@ class BlockResumeState(Generic[_Found]):
         self.folder = folder
         self._read, self._write = read, write
         self._key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-        self._key.update(_bytes(embedded))
-        remove_partials(folder)
+        if folder is not None:
+            self._key.update(_bytes(embedded))
+            remove_partials(folder)
 
     def enter(self, index: int, block: nn.Module) -> _Found | None:
         """Add the weights of the next block to the key; return the block's stored result, or None.
 
         Raises CheckpointError for a file of another run.
         """
+        if self.folder is None:
+            return None
         for name, tensor in block.state_dict().items():
             self._key.update(name.encode())
             self._key.update(_bytes(tensor))
-        path = self._path(index)
+        path = self.folder / _file(index)
         if not path.is_file():
             return None
         found, key = self._read(path)
@@ -73,14 +75,12 @@ class BlockResumeState(Generic[_Found]):
 
     def save(self, index: int, found: _Found) -> None:
         """Store the result of the block that was entered last, atomically."""
-        self._write(found, self._key.hexdigest(), self._path(index))
+        if self.folder is not None:
+            self._write(found, self._key.hexdigest(), self.folder / _file(index))
 
-    def remove(self) -> None:
-        """Delete the directory, after the complete result was written."""
-        shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _path(self, index: int) -> Path:
-        return self.folder / f"{index:05d}.safetensors"
+def _file(index: int) -> str:
+    return f"{index:05d}.safetensors"
 
 
 def read_search_block(path: Path) -> tuple[AwqSearch, str]:
