@@ -204,7 +204,9 @@ def quantize(
             screen.log(f"note: --calib-data is ignored: {unused} needs no calibration")
         network, processor = build_model(checkpoint), checkpoint.processor
         texts = {README: layout_readme("awq-hf", network, processor, __version__)}
-        summary = quantize_checkpoint(network, processor, target, config, calibration, found, texts=texts, events=screen)
+        summary = quantize_checkpoint(
+            network, processor, target, config, calibration, found, texts=texts, events=screen
+        )
     if dump_awq is not None:
         write_awq_cache(load_search(target / SEARCH_FILE), dump_awq)
     show_summary(Console(highlight=False, soft_wrap=True), target, summary)
