@@ -198,18 +198,14 @@ def _help(part: Any) -> str:
 
 
 def registered(registry: Registry[object]) -> str:
-    """Table of a registry: names and first lines of docstrings."""
-    rows = []
-    for name in registry:
-        entry = registry[name]
-        module = sys.modules[entry.__module__]
-        rows.append((f"`{name}`", _summary(entry), f"`{_source(module.__name__)}`"))
+    """Table of a registry: names, summaries or first lines of docstrings, and modules."""
+    rows = [(f"`{name}`", _summary(registry[name]), f"`{_source(registry.module(name))}`") for name in registry]
     return table(("Name", "Description", "File"), rows)
 
 
 def _summary(entry: object) -> str:
     owner = entry if isinstance(entry, (type, FunctionType)) else type(entry)
-    return (owner.__doc__ or "").partition("\n")[0]
+    return getattr(entry, "summary", None) or (owner.__doc__ or "").partition("\n")[0]
 
 
 def _source(module: str) -> str:

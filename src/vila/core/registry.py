@@ -22,8 +22,11 @@ class Registry(Generic[T]):
         """Import and return the object registered as `name`. Raises UnknownNameError with near matches."""
         if name not in self._entries:
             raise UnknownNameError(self.kind, name, self._entries)
-        module, _, attribute = self._entries[name].partition(":")
-        return cast(T, getattr(import_module(module), attribute))
+        return cast(T, getattr(import_module(self.module(name)), self._entries[name].partition(":")[2]))
+
+    def module(self, name: str) -> str:
+        """Return the name of the module with a registered object."""
+        return self._entries[name].partition(":")[0]
 
     def __contains__(self, name: object) -> bool:
         return name in self._entries

@@ -7,6 +7,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -16,9 +17,9 @@ import numpy as np
 from vila.core.errors import ConfigError, DataError, VilaError, near_names
 from vila.core.progress import SILENT, Events
 from vila.core.registry import Registry
-from vila.core.types import Image, Message, Part, Sample, Text, Video
+from vila.core.types import Image, Message, Part, Role, Sample, Text, Video
 from vila.data.bad_samples import RecordLocation
-from vila.data.formats.detect import Guess, guess_members, guess_record
+from vila.data.formats.detect import EXTENSIONS, Guess, guess_members, guess_record
 from vila.data.mixture import Source
 from vila.data.readers.index import open_index
 from vila.data.readers.media_refs import Keys, key_path, value_at
@@ -57,18 +58,55 @@ FORMATS: Registry[DatasetFormat] = Registry(
 )
 
 
-JSON = (".jsonl", ".json")
-ALL = (".tar", ".parquet", *JSON)
+ALL = (".tar", ".parquet", ".jsonl", ".json")
 _FILES_CHECKED = 64
 _RECORDS_CHECKED = 8
 _TABLES = (".csv", ".tsv", ".xlsx")
 
 Options = TypeVar("Options")
+Keep = tuple[str, Callable[[Record], bool]]
 
 
 @dataclass(frozen=True, slots=True)
 class NoOptions:
     """Options of a format without options."""
+
+
+@dataclass(frozen=True)
+class RecordFormat:
+    """A `DatasetFormat` that makes a sample of each record of its files, whose extensions are in `EXTENSIONS`.
+
+    name, summary: key in `FORMATS`, and a line for the documentation.
+    convert:       function (record, root, options) that makes the sample of a record; raises DataError. Picklable.
+    options:       dataclass of the options.
+    columns:       columns of parquet files that `convert` needs; empty for all. Or a function of the options.
+    media:         keys or columns that `convert` reads media from; or a function (record, options), picklable.
+    keep:          name and predicate of the records that are not left out, None to keep all; a function of the options.
+    check:         checks the options; raises VilaError.
+    """
+
+    name: str
+    summary: str
+    convert: Callable[..., Sample]
+    options: type[Any] = NoOptions
+    columns: tuple[str, ...] | Callable[[Any], tuple[str, ...]] = ()
+    media: tuple[str, ...] | Callable[..., tuple[str, ...]] = ()
+    keep: Callable[[Any], Keep | None] = lambda options: None
+    check: Callable[[Any], None] = lambda options: None
+
+    def open(self, path: Path, image_root: Path, events: Events = SILENT, **options: Any) -> RecordSource:
+        """Open a file, all files of a directory or of a pattern. Raises ConfigError for wrong options."""
+        chosen = read_options(self.options, options, self.name)
+        self.check(chosen)
+        return RecordSource(
+            path,
+            partial(self.convert, root=image_root, options=chosen),
+            kinds=EXTENSIONS[self.name],
+            columns=self.columns(chosen) if callable(self.columns) else self.columns,
+            events=events,
+            keep=self.keep(chosen),
+            media=partial(self.media, options=chosen) if callable(self.media) else self.media,
+        )
 
 
 class RecordSource:
@@ -82,7 +120,7 @@ class RecordSource:
         kinds: tuple[str, ...] = ALL,
         columns: tuple[str, ...] = (),
         events: Events = SILENT,
-        keep: tuple[str, Callable[[Record], bool]] | None = None,
+        keep: Keep | None = None,
         media: tuple[str, ...] | Callable[[Record], tuple[str, ...]] = (),
     ) -> None:
         """Open files; nothing but their indexes is read.
@@ -375,6 +413,46 @@ def media_first(media: Iterable[Image | Video], text: str) -> tuple[Part, ...]:
     for item in media:
         pieces += [item, "\n"]
     return merge_texts([*pieces, text])
+
+
+def question_answers(turns: Iterable[tuple[str, str]], media: Sequence[Image | Video]) -> tuple[Message, ...]:
+    """Return the messages of (question, answer) turns, with the media before the first question, see `media_first`."""
+    messages: list[Message] = []
+    for question, answer in turns:
+        messages.append(Message("user", media_first(() if messages else media, question)))
+        messages.append(Message.of("assistant", answer))
+    return tuple(messages)
+
+
+def page_sample(record: Record, parts: tuple[Part, ...]) -> Sample:
+    """Return a page of text and images, or an image and its caption: one message, whose whole text is supervised."""
+    return Sample(id_of(record), (Message("user", parts),), template="page")
+
+
+def caption_of(record: Record, keys: Sequence[str]) -> str:
+    """Return the member `txt`, else the text at the first of `keys`. Raises DataError if it is empty."""
+    has_member = "txt" in record.members
+    text = record.read_text("txt") if has_member else text_at(record, keys)
+    if not text.strip():
+        raise record.error("the text is empty", field="txt" if has_member else keys[0])
+    return text
+
+
+def conversation_turns(record: Record, roles: Mapping[str, Role], expected: str) -> Iterator[tuple[str, Role, str]]:
+    """Yield field, role and text of each turn in `conversations` of `from` and `value`. Raises DataError.
+
+    roles: by speaker. expected: description of the speakers, for the error.
+    """
+    for number, turn in enumerate(list_at(record, "conversations", "turns")):
+        field = f"conversations[{number}]"
+        if not isinstance(turn, Mapping):
+            raise record.error(field=field, value=turn, expected="an object with 'from' and 'value'")
+        speaker, text = turn.get("from"), turn.get("value")
+        if not isinstance(speaker, str) or speaker not in roles:
+            raise record.error(field=f"{field}.from", value=speaker, expected=expected)
+        if not isinstance(text, str):
+            raise record.error(field=f"{field}.value", value=text, expected="text")
+        yield field, roles[speaker], text
 
 
 def remove_markers(text: str, *markers: str) -> str:

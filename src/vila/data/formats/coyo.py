@@ -7,12 +7,10 @@ Tar shards have KEY.jpg and KEY.txt, optionally KEY.json; parquet files have a c
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-from vila.core.progress import SILENT, Events
-from vila.core.types import Message, Sample, Text
-from vila.data.formats.base import RecordSource, id_of, read_options, text_at
+from vila.core.types import Sample, Text
+from vila.data.formats.base import RecordFormat, caption_of, page_sample
 from vila.data.readers.records import Record, image_at, member_image
 
 
@@ -23,35 +21,29 @@ class CoyoOptions:
     image: str = "image"
     text: str = ""
 
-
-class CoyoFormat:
-    """COYO image-text pairs: tar shards of KEY.jpg and KEY.txt, or parquet with `image` and `text` or `caption`."""
-
-    def open(self, path: Path, image_root: Path, events: Events = SILENT, **options: object) -> RecordSource:
-        """Open a file or all files of a directory. Options: see `CoyoOptions`."""
-        chosen = read_options(CoyoOptions, options, "coyo")
-        columns = ("id", chosen.image, *_texts(chosen))
-        convert = partial(sample_of, root=image_root, options=chosen)
-        media = (chosen.image,)
-        return RecordSource(path, convert, kinds=(".tar", ".parquet"), columns=columns, events=events, media=media)
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Columns or keys of the text; the first that a record has is used."""
+        return (self.text,) if self.text else ("text", "caption")
 
 
 def sample_of(record: Record, root: Path, options: CoyoOptions) -> Sample:
     """Return the pair as one user message. Raises DataError with file, record or key, field and value."""
-    if record.in_shard:
-        image = member_image(record)
-        if image is None:
-            raise record.error("no image member", value=sorted(record.members))
-    else:
-        image = image_at(record, (options.image,), root)
-    text = record.read_text("txt") if "txt" in record.members else text_at(record, _texts(options))
-    if not text.strip():
-        raise record.error("the text is empty", field="txt" if "txt" in record.members else _texts(options)[0])
-    return Sample(id_of(record), (Message("user", (image, Text(text))),), template="page")
+    image = member_image(record) if record.in_shard else image_at(record, (options.image,), root)
+    if image is None:
+        raise record.error("no image member", value=sorted(record.members))
+    return page_sample(record, (image, Text(caption_of(record, options.texts))))
 
 
-def _texts(options: CoyoOptions) -> tuple[str, ...]:
-    return (options.text,) if options.text else ("text", "caption")
+def _media_keys(record: Record, options: CoyoOptions) -> tuple[str, ...]:
+    return (options.image,)
 
 
-FORMAT = CoyoFormat()
+FORMAT = RecordFormat(
+    "coyo",
+    "COYO image-text pairs: tar shards of KEY.jpg and KEY.txt, or parquet with `image` and `text` or `caption`.",
+    sample_of,
+    CoyoOptions,
+    columns=lambda options: ("id", options.image, *options.texts),
+    media=_media_keys,
+)

@@ -22,13 +22,14 @@ _WRAPPERS = frozenset({
 _KEYS_SHOWN = 8
 
 
-_JSON = (".json", ".jsonl")
-_READ = {
+_JSON = (".jsonl", ".json")
+EXTENSIONS = {
     "messages": (".parquet", *_JSON), "llava_json": _JSON, "llava_json_v15": _JSON, "mmc4": (".tar", *_JSON),
     "coyo": (".tar", ".parquet"), "webdataset": (".tar",), "vflan": (".tar", ".parquet", *_JSON),
     "flan": (".parquet", *_JSON), "interleaved": (".parquet", *_JSON), "cauldron": (".parquet", *_JSON),
     "video_json": _JSON,
 }  # fmt: skip
+"""Extensions of the files that each format reads. Of a directory, it reads the files with the first one that occurs."""
 
 
 class Guess(NamedTuple):
@@ -134,11 +135,11 @@ def guess_record(record: Mapping[str, Any], suffix: str) -> Guess:
     suffix: file extension: .tar, .parquet, .json or .jsonl.
     """
     every = tuple(dict.fromkeys(_formats_of(record)))
-    names = tuple(name for name in every if suffix in _READ[name])
+    names = tuple(name for name in every if suffix in EXTENSIONS[name])
     if names:
         return Guess(names, f"format {' or '.join(map(repr, names[:2]))}")
     if every:
-        return Guess((), f"format {every[0]!r}, which reads {' or '.join(_READ[every[0]])}, not {suffix}")
+        return Guess((), f"format {every[0]!r}, which reads {' or '.join(EXTENSIONS[every[0]])}, not {suffix}")
     return Guess((), _unread(record))
 
 

@@ -7,13 +7,11 @@ At each index one of the two lists is null. Images are bytes, names of files bel
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from vila.core.progress import SILENT, Events
-from vila.core.types import Message, Part, Sample, Text
-from vila.data.formats.base import JSON, RecordSource, id_of, list_at, read_options
+from vila.core.types import Part, Sample, Text
+from vila.data.formats.base import RecordFormat, list_at, page_sample
 from vila.data.readers.records import Record, image_at
 
 
@@ -23,23 +21,6 @@ class InterleavedOptions:
 
     max_images: int = 0
     joiner: str = "\n\n"
-
-
-class InterleavedFormat:
-    """OBELICS, OmniCorpus, MINT-1T: parallel lists `texts` and `images` of a page; parquet or JSON."""
-
-    def open(self, path: Path, image_root: Path, events: Events = SILENT, **options: object) -> RecordSource:
-        """Open a file or all files of a directory. Options: see `InterleavedOptions`."""
-        chosen = read_options(InterleavedOptions, options, "interleaved")
-        convert = partial(sample_of, root=image_root, options=chosen)
-        return RecordSource(
-            path,
-            convert,
-            kinds=(".parquet", *JSON),
-            columns=("id", "texts", "images"),
-            events=events,
-            media=("images",),
-        )
 
 
 def sample_of(record: Record, root: Path, options: InterleavedOptions) -> Sample:
@@ -65,7 +46,7 @@ def sample_of(record: Record, root: Path, options: InterleavedOptions) -> Sample
             parts.append(Text(text))
     if not any(isinstance(part, Text) for part in parts):
         raise record.error("the page has no text", field="texts")
-    return Sample(id_of(record), (Message("user", tuple(parts)),), template="page")
+    return page_sample(record, tuple(parts))
 
 
 def _is_null(image: Any) -> bool:
@@ -73,4 +54,11 @@ def _is_null(image: Any) -> bool:
     return image is None or (isinstance(image, dict) and not any(value is not None for value in image.values()))
 
 
-FORMAT = InterleavedFormat()
+FORMAT = RecordFormat(
+    "interleaved",
+    "OBELICS, OmniCorpus, MINT-1T: parallel lists `texts` and `images` of a page; parquet or JSON.",
+    sample_of,
+    InterleavedOptions,
+    columns=("id", "texts", "images"),
+    media=("images",),
+)

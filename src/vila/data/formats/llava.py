@@ -5,24 +5,21 @@ The two formats place `<image>` markers as VILA 1.0 and VILA 1.5 do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from vila.core.progress import SILENT, Events
 from vila.core.types import Message, Part, Role, Sample, Video
 from vila.data.formats.base import (
     IMAGE_MARKER,
-    JSON,
     VIDEO_MARKER,
-    RecordSource,
+    RecordFormat,
     check_turns,
+    conversation_turns,
     id_of,
-    list_at,
     media_first,
     merge_texts,
-    read_options,
     remove_markers,
 )
 from vila.data.readers.records import Record, images_at, media_keys, media_source
@@ -34,7 +31,14 @@ Normalise = Callable[[Sequence[str]], list[str]]
 """Moves the image markers of the questions of a record with images."""
 
 
-def sample_of(record: Record, root: Path, normalise: Normalise, num_frames: int | None = None) -> Sample:
+@dataclass(frozen=True, slots=True)
+class LlavaOptions:
+    """num_frames: frames of each video, 0 for the number of the model."""
+
+    num_frames: int = 0
+
+
+def sample_of(record: Record, root: Path, options: LlavaOptions, normalise: Normalise) -> Sample:
     """Return the conversation of a record. Raises DataError with file, record, field and value."""
     turns = _turns(record)
     images = images_at(record, "image", root)
@@ -43,7 +47,7 @@ def sample_of(record: Record, root: Path, normalise: Normalise, num_frames: int 
             raise record.error("cannot be combined with 'image'", field="video", hint="keep one of them")
         if len(keys) > 1 or keys[0] != ("video",):
             raise record.error(field="video", value=record.value["video"], expected="one video, not a list")
-        video = Video(media_source(record, ("video",), root), num_frames)
+        video = Video(media_source(record, ("video",), root), options.num_frames or None)
         return Sample(id_of(record), check_turns(_about_video(turns, video), record, "conversations"))
     questions = [text for role, text in turns if role == "user"]
     if images:
@@ -67,20 +71,12 @@ def sample_of(record: Record, root: Path, normalise: Normalise, num_frames: int 
 
 def _turns(record: Record) -> list[tuple[Role, str]]:
     turns: list[tuple[Role, str]] = []
-    for number, turn in enumerate(list_at(record, "conversations", "turns")):
-        field = f"conversations[{number}]"
-        if not isinstance(turn, Mapping):
-            raise record.error(field=field, value=turn, expected="an object with 'from' and 'value'")
-        speaker, text = turn.get("from"), turn.get("value")
-        if not isinstance(speaker, str) or speaker not in _ROLES:
-            raise record.error(field=f"{field}.from", value=speaker, expected="human or gpt")
-        if not isinstance(text, str):
-            raise record.error(field=f"{field}.value", value=text, expected="text")
-        if speaker == "gpt" and IMAGE_MARKER in text:
+    for number, (field, role, text) in enumerate(conversation_turns(record, _ROLES, "human or gpt")):
+        if role == "assistant" and IMAGE_MARKER in text:
             raise record.error(f"{IMAGE_MARKER} in an answer", field=f"{field}.value", value=text)
         # As upstream, a first turn that is not from the human is dropped.
-        if turns or speaker == "human" or number:
-            turns.append((_ROLES[speaker], text))
+        if role == "user" or number:
+            turns.append((role, text))
     return turns
 
 
@@ -103,41 +99,6 @@ def _about_video(turns: Sequence[tuple[Role, str]], video: Video) -> list[Messag
     return messages
 
 
-@dataclass(frozen=True, slots=True)
-class LlavaOptions:
-    """num_frames: frames of each video, 0 for the number of the model."""
-
-    num_frames: int = 0
-
-
-class LlavaFormat:
-    """LLaVA: `conversations` of `from` and `value`, with `image` or `video`; JSON. Image markers as in VILA 1.0."""
-
-    name = "llava_json"
-
-    def open(self, path: Path, image_root: Path, events: Events = SILENT, **options: object) -> RecordSource:
-        """Open a file or all files of a directory. Options: see `LlavaOptions`."""
-        chosen = read_options(LlavaOptions, options, self.name)
-        convert = partial(sample_of, root=image_root, normalise=self.normalise, num_frames=chosen.num_frames or None)
-        return RecordSource(path, convert, kinds=JSON, events=events, media=MEDIA_KEYS)
-
-    @property
-    def normalise(self) -> Normalise:
-        """Placement of the image markers."""
-        return normalise_v1
-
-
-class LlavaV15Format(LlavaFormat):
-    """LLaVA: `conversations` of `from` and `value`, with `image` or `video`; JSON. Image markers as in VILA 1.5."""
-
-    name = "llava_json_v15"
-
-    @property
-    def normalise(self) -> Normalise:
-        """Placement of the image markers."""
-        return normalise_v15
-
-
 def normalise_v1(questions: Sequence[str]) -> list[str]:
     """Replace the markers of each question by one in front of it."""
     return [
@@ -158,5 +119,7 @@ def _spread(text: str) -> str:
     return f"{IMAGE_MARKER}\n".join([*(f"{chunk} " for chunk in before), last]).strip()
 
 
-FORMAT = LlavaFormat()
-V15_FORMAT = LlavaV15Format()
+sample_v1, sample_v15 = partial(sample_of, normalise=normalise_v1), partial(sample_of, normalise=normalise_v15)
+_SUMMARY = "LLaVA: `conversations` of `from` and `value`, with `image` or `video`; JSON. Image markers as in VILA"
+FORMAT = RecordFormat("llava_json", f"{_SUMMARY} 1.0.", sample_v1, LlavaOptions, media=MEDIA_KEYS)
+V15_FORMAT = RecordFormat("llava_json_v15", f"{_SUMMARY} 1.5.", sample_v15, LlavaOptions, media=MEDIA_KEYS)

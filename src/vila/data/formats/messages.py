@@ -16,31 +16,27 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vila.chat.content import parse_messages
 from vila.chat.templates import find_template
 from vila.core.errors import UnknownNameError
-from vila.core.progress import SILENT, Events
 from vila.core.types import Image, MediaRef, Message, Part, Role, Sample, Text, Video
 from vila.data.formats.base import (
     IMAGE_MARKER,
-    JSON,
     VIDEO_MARKER,
     NoOptions,
-    RecordSource,
+    RecordFormat,
+    conversation_turns,
     id_of,
     list_at,
     optional_text,
-    read_options,
 )
 from vila.data.readers.media_refs import Keys, key_path, value_at
 from vila.data.readers.records import Record, image_at, media_keys, media_source, only_key
 
 MEDIA_KEYS = ("images", "image", "videos", "video")
-_COLUMNS = ("id", "messages", "conversations", "system", *MEDIA_KEYS, "branches", "template")
 _SOURCES = ("path", "file", "base64", "bytes")
 _MARKERS = {"image": IMAGE_MARKER, "video": VIDEO_MARKER}
 _SHAREGPT_ROLES: Mapping[str, Role] = {
@@ -48,23 +44,7 @@ _SHAREGPT_ROLES: Mapping[str, Role] = {
 }  # fmt: skip
 
 
-class MessagesFormat:
-    """Chat `messages` with text, image and video parts, or ShareGPT `conversations`; JSON or parquet."""
-
-    def open(self, path: Path, image_root: Path, events: Events = SILENT, **options: object) -> RecordSource:
-        """Open a file or all files of a directory."""
-        read_options(NoOptions, options, "messages")
-        return RecordSource(
-            path,
-            partial(sample_of, root=image_root),
-            kinds=(".parquet", *JSON),
-            columns=_COLUMNS,
-            events=events,
-            media=MEDIA_KEYS,
-        )
-
-
-def sample_of(record: Record, root: Path) -> Sample:
+def sample_of(record: Record, root: Path, options: NoOptions) -> Sample:
     """Return the conversation of a record. Raises DataError with file, record, field and value."""
     extra = _TopLevelMedia(record, root)
     messages = _conversation(record, root, extra)
@@ -245,16 +225,8 @@ def _sharegpt(record: Record, extra: _TopLevelMedia) -> tuple[Message, ...]:
     messages = []
     if system := optional_text(record, "system"):
         messages.append(Message.of("system", system))
-    for number, turn in enumerate(list_at(record, "conversations", "turns")):
-        field = f"conversations[{number}]"
-        if not isinstance(turn, Mapping):
-            raise record.error(field=field, value=turn, expected="an object with 'from' and 'value'")
-        speaker, text = turn.get("from"), turn.get("value")
-        if not isinstance(speaker, str) or speaker not in _SHAREGPT_ROLES:
-            raise record.error(field=f"{field}.from", value=speaker, expected=f"one of {', '.join(_SHAREGPT_ROLES)}")
-        if not isinstance(text, str):
-            raise record.error(field=f"{field}.value", value=text, expected="text")
-        role = _SHAREGPT_ROLES[speaker]
+    speakers = f"one of {', '.join(_SHAREGPT_ROLES)}"
+    for field, role, text in conversation_turns(record, _SHAREGPT_ROLES, speakers):
         if role == "system" and messages:
             raise record.error("a system turn must be the first", field=field)
         parts = _text_parts(record, text, role, f"{field}.value", extra, plain=True)
@@ -274,4 +246,10 @@ def _before_first_question(
     raise record.error("top-level media, but no user turn to put them in", field="messages")
 
 
-FORMAT = MessagesFormat()
+FORMAT = RecordFormat(
+    "messages",
+    "Chat `messages` with text, image and video parts, or ShareGPT `conversations`; JSON or parquet.",
+    sample_of,
+    columns=("id", "messages", "conversations", "system", *MEDIA_KEYS, "branches", "template"),
+    media=MEDIA_KEYS,
+)

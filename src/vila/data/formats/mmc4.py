@@ -13,9 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from vila.core.progress import SILENT, Events
-from vila.core.types import Image, Message, Part, Sample, Text
-from vila.data.formats.base import JSON, RecordSource, id_of, list_at, merge_texts, read_options
+from vila.core.types import Image, Part, Sample, Text
+from vila.data.formats.base import Keep, RecordFormat, list_at, merge_texts, page_sample
 from vila.data.readers.media_refs import Keys
 from vila.data.readers.records import Record, media_source
 
@@ -34,19 +33,6 @@ class Mmc4Options:
     without_images: str = field(default="keep", metadata={"choices": ("keep", "drop")})
 
 
-class Mmc4Format:
-    """MMC4 documents: `text_list`, `image_info` and `similarity_matrix`; tar or JSON."""
-
-    def open(self, path: Path, image_root: Path, events: Events = SILENT, **options: object) -> RecordSource:
-        """Open a file or all files of a directory. Options: see `Mmc4Options`."""
-        chosen = read_options(Mmc4Options, options, "mmc4")
-        keep = None
-        if chosen.without_images == "drop":
-            keep = (f"with images {chosen}", partial(_has_images, options=chosen))
-        convert = partial(sample_of, root=image_root, options=chosen)
-        return RecordSource(path, convert, kinds=(".tar", *JSON), keep=keep, events=events, media=("image_info",))
-
-
 def sample_of(record: Record, root: Path, options: Mmc4Options) -> Sample:
     """Return the page as one user message. Raises DataError with file, record or key, and field."""
     sentences = _sentences(record)
@@ -55,7 +41,7 @@ def sample_of(record: Record, root: Path, options: Mmc4Options) -> Sample:
     parts = page_of(sentences, images)
     if not any(isinstance(part, Text) for part in parts):
         raise record.error("the document has no text", field="text_list")
-    return Sample(id_of(record), (Message("user", parts),), template="page")
+    return page_sample(record, parts)
 
 
 def page_of(sentences: Sequence[str], images: Sequence[tuple[int, Image]]) -> tuple[Part, ...]:
@@ -167,4 +153,17 @@ def _has_images(record: Record, options: Mmc4Options) -> bool:
     return bool(_kept_images(record, len(_sentences(record)), options))
 
 
-FORMAT = Mmc4Format()
+def _keep(options: Mmc4Options) -> Keep | None:
+    if options.without_images == "keep":
+        return None
+    return f"with images {options}", partial(_has_images, options=options)
+
+
+FORMAT = RecordFormat(
+    "mmc4",
+    "MMC4 documents: `text_list`, `image_info` and `similarity_matrix`; tar or JSON.",
+    sample_of,
+    Mmc4Options,
+    media=("image_info",),
+    keep=_keep,
+)
