@@ -72,7 +72,7 @@ def test_pairs_are_downloaded_and_failures_are_dropped_by_reason(tmp_path):
         columns = {"url": [server.home + path for path in ("/good/4", "/missing", "/good/6", "/html")]}
         path = write_table(tmp_path / "p.parquet", server.home, [0.9, 0.8, 0.7, 0.65], **columns)
         selected = select_coyo([path], tmp_path / "lists", share=None)
-        index = prepare_coyo(selected, tmp_path / "out", options=RULES, resize=KEEP_ORIGINAL)
+        index = prepare_coyo(selected, tmp_path / "out", download=RULES, resize=KEEP_ORIGINAL)
     got = {one.key: dict(one.members) for one in read_tar(tmp_path / "out" / "coyo-000000.tar")}
     assert list(got) == ["p-0000-000001", "p-0000-000003"]
     assert got["p-0000-000003"]["jpg"] == jpeg(6) and got["p-0000-000003"]["txt"] == b"caption 2"

@@ -47,7 +47,7 @@ def test_a_failed_image_is_left_out_counted_and_listed(path, tmp_path):
     options = replace(OPTIONS, **QUICK) if kind == "timeout" else OPTIONS
     with failing() as server:
         shard = write_shard(tmp_path / "a.jsonl", [document(server.home, path, "/good/1", "/busy/a", "/shaky/a")])
-        index = prepare_mmc4([shard], tmp_path / "out", options=options, resize=KEEP_ORIGINAL)
+        index = prepare_mmc4([shard], tmp_path / "out", download=options, resize=KEEP_ORIGINAL)
         (listed,) = failures(tmp_path / "out")
         assert (listed["url"], listed["kind"], listed["attempts"]) == (server.home + path, kind, attempts)
     ((_, members),) = samples(tmp_path / "out").items()

@@ -22,7 +22,7 @@ options = DownloadOptions(
     max_connections={IN_FLIGHT}, max_connections_per_host=64, host_delay_s=0, initial_backoff_s=0.01, allow_private=True
 )
 source, out = map(Path, sys.argv[1:])
-prepare_mmc4(sorted(source.glob("*.jsonl")), out, options=options, per_shard=5)
+prepare_mmc4(sorted(source.glob("*.jsonl")), out, download=options, per_shard=5)
 """
 
 

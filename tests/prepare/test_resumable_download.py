@@ -51,7 +51,7 @@ def failures(out: Path) -> list[dict]:
 def test_a_document_loses_failed_images_with_their_similarities(server, tmp_path):
     paths = ["/missing", "/good/1", "/html", "/good/2", "/bomb", "/half", "/empty", "/slow/2", "/loop/0"]
     shard = write_shard(tmp_path / "a.jsonl", [document(server.home, *paths)])
-    index = prepare_mmc4([shard], tmp_path / "out", options=replace(OPTIONS, read_timeout_s=0.5), resize=KEEP_ORIGINAL)
+    index = prepare_mmc4([shard], tmp_path / "out", download=replace(OPTIONS, read_timeout_s=0.5), resize=KEEP_ORIGINAL)
 
     ((key, members),) = samples(tmp_path / "out").items()
     kept = json.loads(members["json"])
@@ -83,8 +83,8 @@ def test_drop_incomplete_drops_a_document_with_one_failed_image(server, tmp_path
         document(home),
     ]
     shard = write_shard(tmp_path / "a.jsonl", documents)
-    strict = prepare_mmc4([shard], tmp_path / "strict", drop_incomplete=True, options=OPTIONS)
-    ours = prepare_mmc4([shard], tmp_path / "ours", options=OPTIONS)
+    strict = prepare_mmc4([shard], tmp_path / "strict", drop_incomplete=True, download=OPTIONS)
+    ours = prepare_mmc4([shard], tmp_path / "ours", download=OPTIONS)
     assert list(samples(tmp_path / "strict")) == ["a-000002"]
     assert strict["counts"]["dropped"] == {"an image failed": 2, "no image": 1}
     assert list(samples(tmp_path / "ours")) == ["a-000001", "a-000002"]
@@ -98,7 +98,7 @@ def test_dropped_records_are_counted_by_reason_and_listed_by_row(server, tmp_pat
     del no_url["image_info"][0]["raw_url"]
     short = document(server.home, "/good/1", similarity_matrix=[])
     documents = [{"text_list": "x"}, {"text_list": []}, bad_index, no_url, short, document(server.home, "/good/1")]
-    index = prepare_mmc4([write_shard(tmp_path / "a.jsonl", documents)], tmp_path / "out", options=OPTIONS)
+    index = prepare_mmc4([write_shard(tmp_path / "a.jsonl", documents)], tmp_path / "out", download=OPTIONS)
     assert index["counts"]["in"] == 6 and index["counts"]["out"] == 1
     assert index["counts"]["dropped"] == {
         "text_list is not a list of sentences": 1, "image_info is not a list of objects": 1,
@@ -114,7 +114,7 @@ def test_uneven_inputs_become_even_shards_without_loss(server, tmp_path):
         write_shard(tmp_path / f"s{n}.jsonl", [document(server.home, f"/good/{next(numbers)}") for _ in range(size)])
         for n, size in enumerate((7, 1, 3))
     ]
-    index = prepare_mmc4(shards, tmp_path / "out", options=OPTIONS, resize=KEEP_ORIGINAL, per_shard=4)
+    index = prepare_mmc4(shards, tmp_path / "out", download=OPTIONS, resize=KEEP_ORIGINAL, per_shard=4)
     assert [one["samples"] for one in index["shards"]] == [3, 4, 4]
     assert [one["file"] for one in index["shards"]] == [f"mmc4-00000{n}.tar" for n in range(3)]
     for one in index["shards"]:
@@ -125,7 +125,7 @@ def test_uneven_inputs_become_even_shards_without_loss(server, tmp_path):
 
 def test_workers_share_the_units_and_the_last_one_writes_the_index(server, tmp_path):
     shards = [write_shard(tmp_path / f"s{n}.jsonl", [document(server.home, f"/good/{n}")] * 2) for n in range(3)]
-    options = {"options": OPTIONS, "per_shard": 2}
+    options = {"download": OPTIONS, "per_shard": 2}
     assert prepare_mmc4(shards, tmp_path / "two", shard=(0, 2), **options) is None
     assert prepare_mmc4(shards, tmp_path / "two", shard=(1, 2), **options) is None
     assert not (tmp_path / "two" / "index.json").exists()  # the shards of worker 0 wait for all parts
@@ -136,8 +136,8 @@ def test_workers_share_the_units_and_the_last_one_writes_the_index(server, tmp_p
 
 def test_a_second_call_requests_and_changes_nothing(server, tmp_path):
     shard = write_shard(tmp_path / "a.jsonl", [document(server.home, "/good/77", "/missing-77")])
-    first = prepare_mmc4([shard], tmp_path / "out", options=OPTIONS, keep_parts=False)
-    again = prepare_mmc4([shard], tmp_path / "out", options=OPTIONS, keep_parts=False)
+    first = prepare_mmc4([shard], tmp_path / "out", download=OPTIONS, keep_parts=False)
+    again = prepare_mmc4([shard], tmp_path / "out", download=OPTIONS, keep_parts=False)
     assert first == again
     assert server.asked["/good/77"] == server.asked["/missing-77"] == 1
     assert not (tmp_path / "out" / "parts").exists()
@@ -145,19 +145,19 @@ def test_a_second_call_requests_and_changes_nothing(server, tmp_path):
 
 def test_a_url_in_two_documents_is_downloaded_once(server, tmp_path):
     shard = write_shard(tmp_path / "a.jsonl", [document(server.home, "/good/88", "/good/88")] * 2)
-    index = prepare_mmc4([shard], tmp_path / "out", options=OPTIONS)
+    index = prepare_mmc4([shard], tmp_path / "out", download=OPTIONS)
     assert index["counts"]["out"] == 2 and server.asked["/good/88"] == 1
 
 
 def test_other_settings_or_inputs_are_refused_for_the_same_output(server, tmp_path):
     shard = write_shard(tmp_path / "a.jsonl", [document(server.home, "/good/1")])
-    prepare_mmc4([shard], tmp_path / "out", options=OPTIONS)
+    prepare_mmc4([shard], tmp_path / "out", download=OPTIONS)
     with pytest.raises(ConfigError) as caught:
-        prepare_mmc4([shard], tmp_path / "out", options=OPTIONS, resize=ResizeRule(512))
+        prepare_mmc4([shard], tmp_path / "out", download=OPTIONS, resize=ResizeRule(512))
     assert "short_side: 336 -> 512" in str(caught.value)
     write_shard(shard, [document(server.home, "/good/1", "/good/2")])
     with pytest.raises(ConfigError) as caught:
-        prepare_mmc4([shard], tmp_path / "out", options=OPTIONS)
+        prepare_mmc4([shard], tmp_path / "out", download=OPTIONS)
     assert "inputs: " in str(caught.value)
 
 
@@ -167,7 +167,7 @@ def test_large_images_are_resized(server, tmp_path):
     from PIL import Image
 
     shard = write_shard(tmp_path / "a.jsonl", [document(server.home, "/large/1")])
-    prepare_mmc4([shard], tmp_path / "out", options=OPTIONS)
+    prepare_mmc4([shard], tmp_path / "out", download=OPTIONS)
     ((_, members),) = samples(tmp_path / "out").items()
     assert Image.open(BytesIO(members["0.jpg"])).size == (672, 336)
 
@@ -205,5 +205,5 @@ def test_more_units_than_connections_do_not_deadlock(server, tmp_path):
         write_shard(tmp_path / f"s{n}.jsonl", [document(server.home, *(f"/good/{n * 5 + k}" for k in range(5)))])
         for n in range(12)
     ]
-    index = prepare_mmc4(shards, tmp_path / "out", options=replace(OPTIONS, max_connections=3))
+    index = prepare_mmc4(shards, tmp_path / "out", download=replace(OPTIONS, max_connections=3))
     assert index["counts"]["out"] == 12 and "documents without some image" not in index["counts"]["noted"]

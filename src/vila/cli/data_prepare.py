@@ -200,7 +200,7 @@ def mmc4(
             sources,
             out,
             drop_incomplete=drop_incomplete,
-            options=rules,
+            download=rules,
             resize=resize,
             per_shard=samples_per_shard,
             shard=own,
@@ -248,7 +248,7 @@ def coyo(
             index = prepare_coyo(
                 chosen[0],
                 out,
-                options=rules,
+                download=rules,
                 resize=resize,
                 per_shard=samples_per_shard,
                 shard=own,

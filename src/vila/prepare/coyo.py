@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from vila.core.errors import ConfigError, DataError
 from vila.core.files import write_json, write_jsonl
 from vila.core.progress import SILENT, Events, task
 from vila.core.reading import Fields
 from vila.media.bulk_download import DEFAULT_OPTIONS, DownloadOptions
-from vila.prepare.merge_shards import merge_shards
+from vila.prepare.merge_shards import StepOptions, prepare_shards
 from vila.prepare.records import read_parquet, read_rows, text_problem
 from vila.prepare.resumable_download import (
     SHORT_SIDE_336,
@@ -27,14 +28,13 @@ from vila.prepare.resumable_download import (
     download_units,
 )
 from vila.prepare.shards import TarSample, json_member, safe_key
-from vila.prepare.work_units import Counts, check_settings, inputs_hash, locks_output, unit_names, units_of_worker
+from vila.prepare.work_units import Counts, check_settings, inputs_hash, locked_output, unit_names, units_of_worker
 
 ROWS_PER_UNIT = 12_440
 """Rows of one list, which is one work unit; as in the released code."""
 _SCORES = ("clip_similarity_vitb32", "clip_similarity_vitl14")
 
 
-@locks_output
 def select_coyo(
     sources: Sequence[Path],
     out: Path,
@@ -59,10 +59,10 @@ def select_coyo(
         raise ConfigError(field="share", value=share, expected="a number over 0, at most 1")
     units = unit_names(sources)
     rule = {"share": share, "threshold": threshold, "rows_per_unit": rows_per_unit}
-    check_settings(out, {"step": "coyo selection", **rule, "inputs": inputs_hash(units)})
     lists: list[Path] = []
     own = units_of_worker(units, shard)
-    with task(events, "coyo: selection", len(own), "files"):
+    with locked_output(out, shard, events), task(events, "coyo: selection", len(own), "files"):
+        check_settings(out, {"step": "coyo selection", **rule, "inputs": inputs_hash(units)})
         for name in own:
             record = out / f"{name}.selected.json"
             if not record.is_file():
@@ -89,32 +89,23 @@ def best_rows(scores: Sequence[float], share: float | None, threshold: float | N
     return enough if share is None else enough[: int(len(scores) * share + 1e-9)]
 
 
-@locks_output
 def prepare_coyo(
     lists: Sequence[Path],
     out: Path,
     *,
-    options: DownloadOptions = DEFAULT_OPTIONS,
+    download: DownloadOptions = DEFAULT_OPTIONS,
     resize: ResizeRule = SHORT_SIDE_336,
     per_shard: int = 10_000,
-    shard: tuple[int, int] = (0, 1),
-    keep_parts: bool = True,
-    events: Events = SILENT,
+    **options: Unpack[StepOptions],
 ) -> dict[str, Any] | None:
     """Download selected pairs to `OUT/coyo-000000.tar` and so on: `KEY.jpg`, `KEY.txt`, `KEY.json` (id, url, clip_sim).
 
     lists: the lists of all workers, the same on every worker; worker `shard` = (k, n) downloads every n-th.
     Returns the index, or None while other workers are not finished. To resume, call it again.
     """
-    units = unit_names(lists)
-    settings = {"step": "coyo", "per_shard": per_shard, **resize.settings, "inputs": inputs_hash(units)}
-    check_settings(out, settings)
-    if not (out / "index.json").is_file():
-        job = DownloadJob(out, "pairs", coyo_pending, pair_sample, options, resize)
-        download_units({name: units[name] for name in units_of_worker(units, shard)}, job, events)
-    return merge_shards(
-        out, "coyo", "pairs", list(units), per_shard=per_shard, shard=shard, keep_parts=keep_parts, events=events
-    )
+    convert = partial(download_units, DownloadJob(out, "pairs", coyo_pending, pair_sample, download, resize))
+    settings = {"step": "coyo", "per_shard": per_shard, **resize.settings}
+    return prepare_shards(out, "coyo", "pairs", unit_names(lists), settings, convert, per_shard=per_shard, **options)
 
 
 def coyo_pending(path: Path) -> Iterator[PendingSample | str]:

@@ -3,37 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from vila.core.errors import ConfigError
-from vila.core.progress import SILENT, Events
-from vila.prepare.merge_shards import merge_shards
+from vila.core.progress import Events
+from vila.prepare.merge_shards import StepOptions, prepare_shards
 from vila.prepare.records import parquet_rows, read_parquet
-from vila.prepare.work_units import (
-    Counts,
-    RecordDroppedError,
-    check_settings,
-    convert_records,
-    inputs_hash,
-    locks_output,
-    write_units,
-)
+from vila.prepare.work_units import Counts, RecordDroppedError, convert_records, write_units
 
 ROWS = 1_000_000
 """Number of rows that the released code takes, of about 378 million."""
 
 
-@locks_output
 def prepare_flan(
     sources: Sequence[Path],
     out: Path,
     *,
     rows: int = ROWS,
     per_shard: int = 50_000,
-    shard: tuple[int, int] = (0, 1),
-    keep_parts: bool = True,
-    events: Events = SILENT,
+    **options: Unpack[StepOptions],
 ) -> dict[str, Any] | None:
     """Write `OUT/flan-000000.jsonl` and so on: {"id": "text_flan_00000000", "question", "answer"}.
 
@@ -45,21 +35,21 @@ def prepare_flan(
     """
     paths = sorted(sources)
     units = {f"flan-{index:05d}": path for index, path in enumerate(paths)}
-    check_settings(out, {"step": "flan", "rows": rows, "per_shard": per_shard, "inputs": inputs_hash(units)})
-    if not (out / "index.json").is_file():
+
+    def convert(own: dict[str, Path], events: Events) -> None:
         sizes = [parquet_rows(path) for path in paths]
         total = sum(sizes)
         if not 0 < rows <= total:
             raise ConfigError(field="rows", value=rows, expected=f"1 to {total:,}, the rows of {len(paths)} files")
-        starts = {unit: sum(sizes[:index]) for index, unit in enumerate(units)}
+        starts = dict(zip(units, accumulate(sizes, initial=0), strict=False))
 
         def samples(unit: str, path: Path, counts: Counts, failures: list[dict[str, Any]]) -> Iterable[Any]:
             return convert_records(_spaced_records(path, starts[unit], total, rows), _sample, counts, failures)
 
-        write_units("flan", units, out, "text", samples, shard=shard, events=events)
-    return merge_shards(
-        out, "flan", "text", list(units), per_shard=per_shard, shard=shard, keep_parts=keep_parts, events=events
-    )
+        write_units("flan", own, out, "text", samples, events)
+
+    settings = {"step": "flan", "rows": rows, "per_shard": per_shard}
+    return prepare_shards(out, "flan", "text", units, settings, convert, per_shard=per_shard, **options)
 
 
 def spaced_row(index: int, total: int, rows: int) -> int:

@@ -5,24 +5,16 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from vila.core.errors import DataError, UnknownNameError
-from vila.core.progress import SILENT, Events
+from vila.core.progress import Events
 from vila.core.reading import read_json
-from vila.prepare.merge_shards import merge_shards
+from vila.prepare.merge_shards import StepOptions, prepare_shards
 from vila.prepare.pkl import question_sample
 from vila.prepare.records import read_rows
 from vila.prepare.shards import TarSample, safe_key
-from vila.prepare.work_units import (
-    Counts,
-    RecordDroppedError,
-    check_settings,
-    convert_records,
-    inputs_hash,
-    locks_output,
-    write_units,
-)
+from vila.prepare.work_units import Counts, RecordDroppedError, convert_records, write_units
 
 SETS: dict[str, tuple[str, ...]] = {
     "captioning": ("image-paragraph-captioning", "textcap"),
@@ -33,15 +25,8 @@ SETS: dict[str, tuple[str, ...]] = {
 """Names of the sets that VILA uses, by task."""
 
 
-@locks_output
 def prepare_m3it(
-    sources: Mapping[str, Sequence[Path]],
-    out: Path,
-    *,
-    per_shard: int = 5000,
-    shard: tuple[int, int] = (0, 1),
-    keep_parts: bool = True,
-    events: Events = SILENT,
+    sources: Mapping[str, Sequence[Path]], out: Path, *, per_shard: int = 5000, **options: Unpack[StepOptions]
 ) -> dict[str, Any] | None:
     """Write `OUT/m3it-000000.tar` and so on: `KEY.json` {question, answer, image: ["0.jpg", ...]} and its images.
 
@@ -57,11 +42,12 @@ def prepare_m3it(
         if name not in known:
             raise UnknownNameError("M3IT set", name, known)
         units |= {f"{safe_key(name)}-{index:04d}": path for index, path in enumerate(sorted(paths))}
-    check_settings(out, {"step": "m3it", "per_shard": per_shard, "inputs": inputs_hash(units)})
-    write_units("m3it", units, out, "vflan", _samples, shard=shard, events=events)
-    return merge_shards(
-        out, "m3it", "vflan", list(units), per_shard=per_shard, shard=shard, keep_parts=keep_parts, events=events
-    )
+
+    def convert(own: dict[str, Path], events: Events) -> None:
+        write_units("m3it", own, out, "vflan", _samples, events)
+
+    settings = {"step": "m3it", "per_shard": per_shard}
+    return prepare_shards(out, "m3it", "vflan", units, settings, convert, per_shard=per_shard, **options)
 
 
 def _samples(unit: str, path: Path, counts: Counts, failures: list[dict[str, Any]]) -> Iterable[TarSample]:

@@ -1,12 +1,12 @@
-"""Merge the files of finished work units, which are as uneven as the inputs, into shards of even size with an index."""
+"""A preparation step: convert the work units, then merge their files, as uneven as the inputs, into even shards."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from vila.core.errors import DataError
 from vila.core.files import atomic_path, sha256_file, write_json, write_jsonl
@@ -16,13 +16,53 @@ from vila.prepare.shards import even_ranges, read_tar, write_tar
 from vila.prepare.work_units import (
     Counts,
     Kind,
+    check_settings,
     check_unit,
+    inputs_hash,
     is_finished,
+    locked_output,
     read_unit_record,
     suffix_of,
     unit_path,
     units_of_worker,
 )
+
+
+class StepOptions(TypedDict, total=False):
+    """Options that all steps have."""
+
+    shard: tuple[int, int]
+    """Worker (k, n), of n workers that share the output directory; default (0, 1)."""
+    keep_parts: bool
+    """Default True; False deletes `OUT/parts` at the end, which halves the disk usage."""
+    events: Events
+    """Receives progress and log lines."""
+
+
+def prepare_shards(
+    out: Path,
+    name: str,
+    kind: Kind,
+    units: Mapping[str, Path],
+    settings: dict[str, Any],
+    convert: Callable[[dict[str, Path], Events], None],
+    *,
+    per_shard: int,
+    **options: Unpack[StepOptions],
+) -> dict[str, Any] | None:
+    """Lock `out`, check the settings, convert this worker's units, and merge all units into shards.
+
+    units:    input file by unit, the same on every worker.
+    settings: must equal those of earlier calls for `out`; the names and sizes of the inputs are added.
+    convert:  writes the given units, those of this worker.
+    Returns the index, or None while other workers are not finished. Raises ConfigError, DirectoryInUseError.
+    """
+    shard, events = options.get("shard", (0, 1)), options.get("events", SILENT)
+    with locked_output(out, shard, events):
+        check_settings(out, settings | {"inputs": inputs_hash(units)})
+        if not (out / "index.json").is_file():
+            convert({unit: units[unit] for unit in units_of_worker(units, shard)}, events)
+        return merge_shards(out, name, kind, list(units), per_shard=per_shard, **options)
 
 
 def merge_shards(

@@ -8,11 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
-from vila.core.progress import SILENT, Events
 from vila.media.bulk_download import DEFAULT_OPTIONS, DownloadOptions
-from vila.prepare.merge_shards import merge_shards
+from vila.prepare.merge_shards import StepOptions, prepare_shards
 from vila.prepare.records import read_rows, text_problem
 from vila.prepare.resumable_download import (
     SHORT_SIDE_336,
@@ -24,21 +23,18 @@ from vila.prepare.resumable_download import (
     download_units,
 )
 from vila.prepare.shards import TarSample, json_member, safe_key
-from vila.prepare.work_units import Counts, check_settings, inputs_hash, locks_output, unit_names, units_of_worker
+from vila.prepare.work_units import Counts, unit_names
 
 
-@locks_output
 def prepare_mmc4(
     sources: Sequence[Path],
     out: Path,
     *,
     drop_incomplete: bool = False,
-    options: DownloadOptions = DEFAULT_OPTIONS,
+    download: DownloadOptions = DEFAULT_OPTIONS,
     resize: ResizeRule = SHORT_SIDE_336,
     per_shard: int = 1000,
-    shard: tuple[int, int] = (0, 1),
-    keep_parts: bool = True,
-    events: Events = SILENT,
+    **options: Unpack[StepOptions],
 ) -> dict[str, Any] | None:
     """Write documents with their images to `OUT/mmc4-000000.tar` and so on: `KEY.json`, `KEY.0.jpg`, `KEY.1.png`, ...
 
@@ -48,16 +44,10 @@ def prepare_mmc4(
     `KEY.json` is the published document; each entry of `image_info` also has `file`, the suffix of its tar member.
     Returns the index, or None while other workers are not finished. To resume, call it again.
     """
-    units = unit_names(sources)
-    settings = {"step": "mmc4", "drop_incomplete": drop_incomplete, "per_shard": per_shard}
-    check_settings(out, settings | resize.settings | {"inputs": inputs_hash(units)})
-    if not (out / "index.json").is_file():
-        assemble = partial(mmc4_sample, drop_incomplete=drop_incomplete)
-        job = DownloadJob(out, "mmc4", mmc4_pending, assemble, options, resize)
-        download_units({name: units[name] for name in units_of_worker(units, shard)}, job, events)
-    return merge_shards(
-        out, "mmc4", "mmc4", list(units), per_shard=per_shard, shard=shard, keep_parts=keep_parts, events=events
-    )
+    assemble = partial(mmc4_sample, drop_incomplete=drop_incomplete)
+    convert = partial(download_units, DownloadJob(out, "mmc4", mmc4_pending, assemble, download, resize))
+    settings = {"step": "mmc4", "drop_incomplete": drop_incomplete, "per_shard": per_shard, **resize.settings}
+    return prepare_shards(out, "mmc4", "mmc4", unit_names(sources), settings, convert, per_shard=per_shard, **options)
 
 
 def mmc4_pending(path: Path) -> Iterator[PendingSample | str]:

@@ -6,27 +6,18 @@ import base64
 import binascii
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 from vila.core.errors import DataError, MediaError
-from vila.core.progress import SILENT, Events
+from vila.core.progress import Events
 from vila.core.reading import file_errors
 from vila.core.restricted_pickle import parse_plain_pickle
-from vila.prepare.merge_shards import merge_shards
+from vila.prepare.merge_shards import StepOptions, prepare_shards
 from vila.prepare.mmc4 import mmc4_problem
 from vila.prepare.records import text_problem
 from vila.prepare.resumable_download import KEEP_ORIGINAL, DownloadedImage, encode_image
 from vila.prepare.shards import TarSample, json_member
-from vila.prepare.work_units import (
-    Counts,
-    RecordDroppedError,
-    check_settings,
-    convert_records,
-    inputs_hash,
-    locks_output,
-    unit_names,
-    write_units,
-)
+from vila.prepare.work_units import Counts, Kind, RecordDroppedError, convert_records, unit_names, write_units
 
 _MAX_DEPTH = 100
 _MAX_VALUES = 50_000_000
@@ -69,16 +60,8 @@ def _check_depth(value: Any, path: Path) -> None:
 PickleKind = Literal["mmc4", "coyo", "vflan"]
 
 
-@locks_output
 def convert_pickles(
-    source: Path,
-    out: Path,
-    kind: PickleKind,
-    *,
-    per_shard: int = 1000,
-    shard: tuple[int, int] = (0, 1),
-    keep_parts: bool = True,
-    events: Events = SILENT,
+    source: Path, out: Path, kind: PickleKind, *, per_shard: int = 1000, **options: Unpack[StepOptions]
 ) -> dict[str, Any] | None:
     """Convert every `.pkl` below `source` to `OUT/KIND-000000.tar` and so on; images keep their bytes.
 
@@ -89,8 +72,7 @@ def convert_pickles(
     Returns the index, or None while other workers (`shard` = (k, n)) are not finished.
     """
     units = unit_names(sorted(source.rglob("*.pkl")))
-    check_settings(out, {"step": f"{kind} pickles", "per_shard": per_shard, "inputs": inputs_hash(units)})
-    stored = "pairs" if kind == "coyo" else kind
+    stored: Kind = "pairs" if kind == "coyo" else kind
 
     def samples(unit: str, path: Path, counts: Counts, failures: list[dict[str, Any]]) -> Iterable[TarSample]:
         def sample(row: int, record: Any) -> TarSample:
@@ -100,10 +82,11 @@ def convert_pickles(
 
         return convert_records(enumerate(_records(path), start=1), sample, counts, failures)
 
-    write_units(f"{kind}: pickles", units, out, stored, samples, shard=shard, events=events)
-    return merge_shards(
-        out, kind, stored, list(units), per_shard=per_shard, shard=shard, keep_parts=keep_parts, events=events
-    )
+    def convert(own: dict[str, Path], events: Events) -> None:
+        write_units(f"{kind}: pickles", own, out, stored, samples, events)
+
+    settings = {"step": f"{kind} pickles", "per_shard": per_shard}
+    return prepare_shards(out, kind, stored, units, settings, convert, per_shard=per_shard, **options)
 
 
 def _records(path: Path) -> list[Any]:

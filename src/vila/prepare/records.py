@@ -30,7 +30,7 @@ from vila.data.formats.detect import guess_record
 from vila.data.readers.parquet import row_group_sizes
 from vila.media.image import open_image
 from vila.prepare.merge_shards import read_index
-from vila.prepare.work_units import Counts, check_settings, locks_output
+from vila.prepare.work_units import Counts, check_settings, locked_output
 
 MAX_RATIO = 200
 """Maximum compression ratio. JSON text has ratios of 3 to 15, decompression bombs of 1000."""
@@ -164,7 +164,6 @@ Check = Callable[[dict[str, Any]], str]
 """A record -> "" to keep it, or why it is dropped: the reason to count by, and optionally ": " and details."""
 
 
-@locks_output
 def rewrite_json(
     source: Path, out: Path, name: str, checks: Sequence[Check], settings: dict[str, Any], events: Events = SILENT
 ) -> dict[str, Any]:
@@ -173,36 +172,43 @@ def rewrite_json(
     Dropped records are listed in `OUT/log/failures.jsonl`: row (from 1), id, reason, detail. Images are not copied.
     Returns the index (`OUT/index.json`); a further call with the same settings reads it.
     """
-    check_settings(out, settings | {"source_bytes": source.stat().st_size})
-    if (out / "index.json").is_file():
-        return read_index(out)
+    with locked_output(out, events=events):
+        check_settings(out, settings | {"source_bytes": source.stat().st_size})
+        if (out / "index.json").is_file():
+            return read_index(out)
+        counts, failures = Counts(), list[dict[str, Any]]()
+        kept = _kept_records(source, name, checks, counts, failures, events)
+        path = out / f"{name}.json"
+        write_json(path, kept, indent=None)
+        entry = {"file": path.name, "samples": len(kept), "bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        index = {"name": name, "kind": "llava_json", "shards": [entry], "counts": counts.as_json()}
+        write_jsonl(out / "log" / "failures.jsonl", failures)
+        write_json(out / "index.json", index)
+        events.log(f"{name}: {counts}")
+        return index
+
+
+def _kept_records(
+    source: Path, name: str, checks: Sequence[Check], counts: Counts, failures: list[dict[str, Any]], events: Events
+) -> list[Any]:
     records = read_json(source, surrogates=True)
     if not isinstance(records, list):
         hint = f"it looks like {guess_record(records, '.json').text}" if isinstance(records, dict) else None
         raise DataError("not a list of records", file=source, hint=hint)
-    counts, kept, failures = Counts(), list[Any](), list[dict[str, Any]]()
+    kept = []
     with task(events, name, len(records), "records"):
         for row, record in enumerate(records, start=1):
-            counts.read += 1
-            problem = _problem(record, checks)
-            if problem:
+            if problem := _problem(record, checks):
                 reason, _, detail = problem.partition(": ")
                 counts.dropped[reason] += 1
                 identity = record.get("id") if isinstance(record, dict) else None
                 identity = None if text_problem(identity) else identity
                 failures.append({"row": row, "id": identity, "reason": reason, "detail": detail})
             else:
-                counts.written += 1
                 kept.append(record)
             events.advanced(name)
-    path = out / f"{name}.json"
-    write_json(path, kept, indent=None)
-    entry = {"file": path.name, "samples": len(kept), "bytes": path.stat().st_size, "sha256": sha256_file(path)}
-    index = {"name": name, "kind": "llava_json", "shards": [entry], "counts": counts.as_json()}
-    write_jsonl(out / "log" / "failures.jsonl", failures)
-    write_json(out / "index.json", index)
-    events.log(f"{name}: {counts}")
-    return index
+    counts.read, counts.written = len(records), len(kept)
+    return kept
 
 
 def _problem(record: Any, checks: Sequence[Check]) -> str:

@@ -271,7 +271,7 @@ class DownloadJob:
     max_pixels: int = MAX_PIXELS
 
 
-def download_units(units: Mapping[str, Path], job: DownloadJob, events: Events = SILENT) -> None:
+def download_units(job: DownloadJob, units: Mapping[str, Path], events: Events = SILENT) -> None:
     """Download all units that are not finished. After an interruption, call it again to resume.
 
     At most `options.max_connections` downloads, those not yet synced, are repeated after a kill. The content of a

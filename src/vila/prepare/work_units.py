@@ -9,23 +9,20 @@ An interrupted step resumes with the units that are not finished. Units are assi
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import inspect
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, Literal, TypeVar
 
-from vila.core.errors import ConfigError, DataError
+from vila.core.errors import MISSING, ConfigError, DataError
 from vila.core.files import DirectoryLock, atomic_path, remove_partials, sha256_file, write_json, write_jsonl
 from vila.core.progress import SILENT, Events, task
 from vila.core.reading import Fields, read_json_object
-from vila.prepare.shards import TarSample, safe_key, write_tar
+from vila.prepare.shards import safe_key, write_tar
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 Kind = Literal["mmc4", "pairs", "vflan", "text"]
@@ -95,29 +92,21 @@ def convert_records(
         yield sample
 
 
-def locks_output(prepare: Callable[P, T]) -> Callable[P, T]:
-    """Decorate a step with the argument `out` (and optionally `shard`, `events`): lock `out` while it runs.
+@contextmanager
+def locked_output(out: Path, shard: tuple[int, int] = (0, 1), events: Events = SILENT) -> Iterator[None]:
+    """Lock the output directory of a step. Raises DirectoryInUseError.
 
-    Workers k of n share the directory, one process per k; a single worker (0 of 1) has it exclusively. Partial files of
-    killed processes are removed first. The function additionally raises DirectoryInUseError.
+    Workers `shard` = (k, n) share the directory, one process per k; a single worker (0 of 1) has it exclusively.
+    Partial files of killed processes are removed first.
     """
-    signature = inspect.signature(prepare)
-
-    @functools.wraps(prepare)
-    def locked(*args: P.args, **kwargs: P.kwargs) -> T:
-        given = signature.bind(*args, **kwargs)
-        given.apply_defaults()
-        out, events = given.arguments["out"], given.arguments.get("events", SILENT)
-        worker, workers = given.arguments.get("shard", (0, 1))
-        with ExitStack() as stack:
-            stack.enter_context(DirectoryLock(out).acquire(shared=workers > 1, events=events))
-            if workers > 1:
-                stack.enter_context(DirectoryLock(out, f".lock-{worker}-of-{workers}").acquire(events=events))
-            for folder in (out, out / "parts", out / "log"):
-                remove_partials(folder)
-            return prepare(*args, **kwargs)
-
-    return locked
+    worker, workers = shard
+    with ExitStack() as stack:
+        stack.enter_context(DirectoryLock(out).acquire(shared=workers > 1, events=events))
+        if workers > 1:
+            stack.enter_context(DirectoryLock(out, f".lock-{worker}-of-{workers}").acquire(events=events))
+        for folder in (out, out / "parts", out / "log"):
+            remove_partials(folder)
+        yield
 
 
 def suffix_of(kind: Kind) -> str:
@@ -175,24 +164,14 @@ Convert = Callable[[str, Path, Counts, list[dict[str, Any]]], Iterable[Any]]
 
 
 def write_units(
-    name: str,
-    units: Mapping[str, Path],
-    out: Path,
-    kind: Kind,
-    convert: Convert,
-    *,
-    shard: tuple[int, int] = (0, 1),
-    events: Events = SILENT,
+    name: str, units: Mapping[str, Path], out: Path, kind: Kind, convert: Convert, events: Events = SILENT
 ) -> None:
-    """Convert the units of worker `shard` that are not finished. `name` is the task that `events` shows."""
-    if (out / "index.json").is_file():
-        return
-    own = units_of_worker(units, shard)
-    with task(events, name, len(own), "files"):
-        for unit in own:
+    """Convert the units that are not finished. `name` is the task that `events` shows."""
+    with task(events, name, len(units), "files"):
+        for unit, path in units.items():
             if not is_finished(out, unit):
                 counts, failures = Counts(), list[dict[str, Any]]()
-                write_unit(out, unit, kind, convert(unit, units[unit], counts, failures), counts, failures)
+                write_unit(out, unit, kind, convert(unit, path, counts, failures), counts, failures)
                 events.log(f"{unit}: {counts}")
             events.advanced(name)
 
@@ -209,7 +188,7 @@ def write_unit(
         if kind == "text":
             write_jsonl(part, samples)
         else:
-            write_tar(part, _tar_samples(samples))
+            write_tar(part, samples)
         size, digest = part.stat().st_size, sha256_file(part)
     write_jsonl(path.with_name(f"{unit}.failures.jsonl"), failures)
     write_json(
@@ -254,17 +233,11 @@ def check_settings(out: Path, settings: dict[str, Any]) -> None:
         return
     before = read_json_object(path, ConfigError)
     keys = sorted(before.keys() | settings.keys())
-    changed = [f"{key}: {before.get(key)!r} -> {settings.get(key)!r}" for key in keys if _differ(before, settings, key)]
+    changed = [
+        f"{key}: {before.get(key)!r} -> {settings.get(key)!r}"
+        for key in keys
+        if before.get(key, MISSING) != settings.get(key, MISSING)
+    ]
     if changed:
         title = f"{out}: created with different settings; use the same settings or another output directory"
         raise ConfigError.collect(title, changed)
-
-
-def _differ(before: dict[str, Any], now: dict[str, Any], key: str) -> bool:
-    return key not in before or key not in now or before[key] != now[key]
-
-
-def _tar_samples(samples: Iterable[Any]) -> Iterable[TarSample]:
-    for sample in samples:
-        assert isinstance(sample, TarSample)
-        yield sample
