@@ -273,8 +273,10 @@ def _selected(sources: Sequence[Path], lists: Path) -> tuple[list[Path], Counts]
     files = [file for own, _ in found for file in own]
     if not files:
         raise DataError(
-            f"{lists}: no row of {len(records)} files reaches --min-clip-score; use a lower one and "
-            "another output directory"
+            f"no row of {len(records)} files reaches it",
+            file=lists,
+            field="--min-clip-score",
+            hint="use a lower one and another output directory",
         )
     return files, Counts.total(counts for _, counts in found)
 
@@ -426,13 +428,15 @@ def training_files(folder: Path, chosen: Sequence[str]) -> dict[str, list[Path]]
         if name not in known:
             raise UnknownNameError("M3IT set", name, known)
     if not folder.is_dir():
-        raise ConfigError(f"{folder}: no such directory; give the one that contains M3IT")
+        raise ConfigError("no such directory", file=folder, hint="give the one that contains M3IT")
     found = {name: _files(folder, name) for name in (chosen or known)}
     missing = [name for name, files in found.items() if not files]
     if missing:
         raise ConfigError(
-            f"{folder}: no {'/'.join(missing[:1])}/train*{_ENDS[0]} or {_ENDS[-1]} below it; {len(missing)} of "
-            f"{len(found)} sets are missing: {', '.join(missing)}. Name those that you have with --dataset"
+            f"{len(missing)} of {len(found)} sets are missing ({', '.join(missing)})",
+            file=folder,
+            expected=f"{missing[0]}/train*{_ENDS[0]} or {_ENDS[-1]} below it",
+            hint="name those that you have with --dataset",
         )
     return found
 

@@ -60,7 +60,7 @@ def export(
 
     missing = [name for name, value in (("MODEL", model), ("--format", format_name), ("--output", out)) if not value]
     if missing or out is None:
-        raise ConfigError(f"vila export: {', '.join(missing)} missing; --list names the formats")
+        raise ConfigError("missing", field=", ".join(missing), hint="vila export --list names the formats")
     from vila.export.base import EXPORTS, ExportOptions, resolve_options
 
     asked = resolve_options(EXPORTS[format_name], ExportOptions(precision, group_size, tp_size))

@@ -70,7 +70,7 @@ def plan(
         for name, value in lines(made):
             typer.echo(f"{name:<16}{value}")
     if not made.fits:
-        raise ConfigError(_refusal(made))
+        raise _does_not_fit(made)
 
 
 def as_plain(plan: Plan) -> dict[str, Any]:
@@ -160,11 +160,12 @@ def _time(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "data", source
 
 
-def _refusal(plan: Plan) -> str:
-    needed = f"{plan.recipe} needs {_gib(plan.memory.total)} GiB per GPU, {_gib(plan.usable)} GiB are usable"
-    if not plan.remedies:
-        return f"{needed}; it fits on no number of these GPUs that divides the batch. Choose a smaller model"
-    return "; configurations that fit: ".join((needed, " | ".join(plan.remedies)))
+def _does_not_fit(plan: Plan) -> ConfigError:
+    hint = "it fits on no number of these GPUs that divides the batch; choose a smaller model"
+    if plan.remedies:
+        hint = f"configurations that fit: {' | '.join(plan.remedies)}"
+    problem = f"{plan.recipe} needs {_gib(plan.memory.total)} GiB per GPU, {_gib(plan.usable)} GiB are usable"
+    return ConfigError(problem, field="--gpus", value=plan.machine.text, hint=hint)
 
 
 def _gib(size: float) -> str:

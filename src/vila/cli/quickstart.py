@@ -49,7 +49,8 @@ def _parts(overrides: list[str]) -> dict[str, Any]:
     for item in overrides:
         key, _, value = item.partition("=")
         if key not in ("starter.llm", "starter.vision") or not value:
-            raise ConfigError(f"{item!r}: expected starter.llm=ID_OR_DIR or starter.vision=ID_OR_DIR")
+            expected = "starter.llm=ID_OR_DIR or starter.vision=ID_OR_DIR"
+            raise ConfigError(field="PARTS", value=item, expected=expected)
         found[key.removeprefix("starter.")] = value
     return found
 

@@ -144,7 +144,7 @@ def run(
         else:
             generate_file(prompts, batch_file, model, loading, params, batch_size=batch_size, out=out)
     except KeyboardInterrupt as error:
-        raise Interrupted("stopped" if out is None else f"stopped; {out} was not written") from error
+        raise Interrupted("stopped" if out is None else "stopped; not written", file=out) from error
 
 
 @dataclass(frozen=True, slots=True)

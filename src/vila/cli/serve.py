@@ -208,13 +208,15 @@ def serve(
 
 def _check(models: list[str], names: list[str] | None, certificate: str, key: str) -> None:
     if names and len(names) != len(models):
-        raise ConfigError(f"{len(names)} --served-model-name for {len(models)} models; give one for each, or none")
+        problem, hint = f"given {len(names)} times for {len(models)} models", "give one for each model, or none"
+        raise ConfigError(problem, field="--served-model-name", hint=hint)
     if bool(certificate) != bool(key):
-        raise ConfigError("--ssl-certfile and --ssl-keyfile must be given together")
+        given, missing = ("--ssl-certfile", "--ssl-keyfile") if certificate else ("--ssl-keyfile", "--ssl-certfile")
+        raise ConfigError(f"requires {missing}", field=given)
     for model in models:
         looks_local = model.startswith((".", "/", "~")) or model.count("/") != 1
         if looks_local and not Path(model).exists():
-            raise ConfigError(f"{model}: no such directory, and no hub id OWNER/NAME; check the path")
+            raise ConfigError("no such directory, and no hub id OWNER/NAME", file=model, hint="check the path")
 
 
 def _check_domains(domains: Sequence[str]) -> None:

@@ -45,4 +45,4 @@ def submit(
     for line in format_submissions(written, left_out):
         typer.echo(line)
     if not written:
-        raise DataError(f"{run}: nothing to submit")
+        raise DataError("nothing to submit", file=run)

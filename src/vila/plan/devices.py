@@ -101,7 +101,7 @@ def parse_machine(text: str) -> Machine:
     if match is None or device is None:
         known = sorted(device.name for _, device in _TABLE)
         near = near_names(match["name"], known) if match else []
-        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
         hint = f"{hint}known devices: {', '.join(known)}"
         raise ConfigError(field="--gpus", value=text, expected="a number and a device, such as 8xA100-80G", hint=hint)
     gpus = int(match["count"] or 1)

@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from vila.core.errors import ConfigError, DataError, VilaError, near_names
+from vila.core.errors import ConfigError, DataError, UnknownNameError, VilaError, near_names
 from vila.core.progress import SILENT, Events
 from vila.core.registry import Registry
 from vila.core.types import Image, Message, Part, Role, Sample, Text, Video
@@ -315,20 +315,19 @@ def _refuse_compressed(path: Path) -> None:
 def read_options(kind: type[Options], given: Mapping[str, Any], format_name: str) -> Options:
     """Return options as the dataclass of a format. Raises ConfigError naming every unknown or wrong option."""
     known = {entry.name: entry for entry in fields(kind)}  # type: ignore[arg-type]
-    problems = []
+    problems: list[VilaError] = []
     for name, value in given.items():
         if name not in known:
-            near = near_names(name, known, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            problems.append(f"unknown option {name!r}{hint} (known: {', '.join(known) or 'none'})")
+            problems.append(UnknownNameError("option", name, known, field="options"))
             continue
         choices = known[name].metadata.get("choices")
+        field = f"options.{name}"
         if choices and value not in choices:
             near = near_names(str(value), map(str, choices), 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            problems.append(f"option {name!r} is {value!r}, not one of {', '.join(map(repr, choices))}{hint}")
+            hint = f"did you mean {near[0]!r}?" if near else None
+            problems.append(ConfigError(field=field, value=value, expected=", ".join(map(repr, choices)), hint=hint))
         elif not choices and not _fits(value, known[name].default):
-            problems.append(f"option {name!r} is {value!r}, expected {type(known[name].default).__name__}")
+            problems.append(ConfigError(field=field, value=value, expected=type(known[name].default).__name__))
     if problems:
         raise ConfigError.collect(f"format {format_name!r}", problems)
     return kind(**given)
