@@ -1,12 +1,11 @@
 """`--backend`, `--lm-head-bits`, `--threads` and `--prompt-lookup-tokens` of the commands that answer."""
 
 import json
-import sys
 
 import pytest
 import torch
 
-from tests import tiny
+from tests.cli.printed import counts, words
 from tests.engine.onnx_fixtures import torch_engine
 from vila.model.loading import save_model
 
@@ -28,10 +27,9 @@ def answer(vila, *arguments):
 
 def test_both_backends_give_one_answer_and_say_who_they_are(vila, wide, picture):
     by_torch, said = answer(vila, wide, "-i", picture, "-p", "what?", "--backend", "torch")
-    assert said == "backend: torch on cpu, float32"
+    assert words(said) >= {"torch", "cpu", "float32"}
     by_onnx, said = answer(vila, wide, "-i", picture, "-p", "what?", "--backend", "onnx", "--lm-head-bits", 32)
-    assert said.startswith("backend: onnx on cpu, ")
-    assert "float32, 32-bit head" in said
+    assert words(said) >= {"onnx", "cpu", "float32", "32-bit"}
     assert by_onnx == by_torch
     assert answer(vila, wide, "-i", picture, "-p", "what?") == (by_torch, "")
 
@@ -40,7 +38,7 @@ def test_threads_are_those_of_every_backend(vila, wide):
     before = torch.get_num_threads()
     try:
         _, said = answer(vila, wide, "-p", "what?", "--backend", "onnx", "--threads", 1)
-        assert ", 1 threads, " in said
+        assert counts(said)["threads"] == 1
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
@@ -58,8 +56,8 @@ def test_chat_takes_the_flags(vila, wide):
         "chat", wide, "--backend", "onnx", "--prompt-lookup-tokens", 3, "--max-new-tokens", 4, stdin=b"hello\n"
     )
     assert code == 0
-    assert "backend: onnx" in err
-    assert "vila>" in out
+    assert "onnx" in words(err)
+    assert out.count("vila> ") == 1
 
 
 @pytest.mark.parametrize(
@@ -77,14 +75,6 @@ def test_impossible_flags_are_refused_before_anything_is_read(vila_error, flags,
     monkeypatch.setattr("vila.model.loading.open_checkpoint", None)
     error = vila_error("run", "no-such-model", "-p", "x", *flags)
     assert (error.exit_code, error.field) == (2, field)
-
-
-def test_without_onnxruntime_the_remedy_is_named(vila, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    save_model(*tiny.vila(), tmp_path / "model")
-    code, _, err = vila("run", tmp_path / "model", "-p", "x", "--backend", "onnx")
-    assert code != 0
-    assert "pip install 'vila-vlm[onnx]'" in err
 
 
 def test_eval_refuses_an_impossible_backend(vila_error, wide, tmp_path):

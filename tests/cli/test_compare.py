@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from vila.core.errors import DataError
 from vila.core.files import write_json, write_jsonl
 
 
@@ -53,10 +54,10 @@ def test_a_run_that_is_worse_is_a_failure_when_that_is_asked_for(vila, runs):
     assert vila("compare", base, nearly, "--fail-on-regression")[0] == 0
 
 
-def test_what_is_no_run_is_named(vila, runs, tmp_path):
-    code, _, error = vila("compare", runs[0], tmp_path / "none")
-    assert code == 1
-    assert "none: no eval.json; give the directory that `vila eval --output` wrote" in error
-    code, _, error = vila("compare", runs[0], written(tmp_path / "other", [], count=0), "--output", tmp_path / "out")
-    assert code == 1 and "nothing to compare with" in error
+def test_a_directory_that_is_no_run_is_named(vila_error, runs, tmp_path):
+    error = vila_error("compare", runs[0], tmp_path / "none")
+    assert (type(error), error.file) == (DataError, str(tmp_path / "none"))
+    other = written(tmp_path / "other", [], count=0)
+    error = vila_error("compare", runs[0], other, "--output", tmp_path / "out")
+    assert (type(error), error.file) == (DataError, str(other))
     assert not (tmp_path / "out").exists()
