@@ -301,8 +301,8 @@ def test_a_parquet_source_caches_few_columns_and_reads_only_those_it_needs(tmp_p
     parquet._reset_after_fork()
     assert [source[n].messages[0].text for n in (39, 0, 17)] == ["t39", "t0", "t17"]
     assert source[5].media[0].source.read() == PIXELS * 100
-    assert {key[3] for key in parquet._CACHE._columns} <= {"image", "text"}
-    assert len(parquet._CACHE._columns) == 2
+    assert {key[3] for key in parquet._DECODED._columns} <= {"image", "text"}
+    assert len(parquet._DECODED._columns) == 2
 
 
 def test_missing_pyarrow_is_an_error_with_a_hint(tmp_path, monkeypatch):

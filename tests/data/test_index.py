@@ -222,7 +222,7 @@ def test_a_cut_or_removed_file_is_an_error(tmp_path):
     error = refusal(lambda: read_span(path, 5, 10))
     assert error.file == str(path) and "5 bytes" in error.problem
     path.unlink()
-    index.forget(path)
+    index._handle.cache_clear()
     assert refusal(lambda: read_span(path, 0, 1)).file == str(path)
     assert refusal(lambda: file_version(tmp_path)).file == str(tmp_path)
 

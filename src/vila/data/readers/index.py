@@ -12,10 +12,9 @@ import hashlib
 import json
 import os
 import struct
-import threading
 import zlib
-from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,36 +58,7 @@ class _Handle:
             os.close(self.number)
 
 
-class _Handles:
-    def __init__(self) -> None:
-        self._open: OrderedDict[Path, _Handle] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def __getitem__(self, path: Path) -> _Handle:
-        with self._lock:
-            handle = self._open.get(path)
-            if handle is None:
-                handle = self._open[path] = _Handle(path)
-                while len(self._open) > MAX_OPEN:
-                    self._open.popitem(last=False)
-            self._open.move_to_end(path)
-            return handle
-
-    def forget(self, path: Path) -> None:
-        with self._lock:
-            self._open.pop(path, None)
-
-
-_HANDLES = _Handles()
-
-
-def _reset_after_fork() -> None:
-    global _HANDLES
-    _HANDLES = _Handles()
-
-
-# A lock held by another thread at the moment of the fork would never be released in the child.
-os.register_at_fork(after_in_child=_reset_after_fork)
+_handle = lru_cache(maxsize=MAX_OPEN)(_Handle)
 
 
 def read_span(path: Path, offset: int, size: int, version: FileVersion | None = None) -> bytes:
@@ -98,12 +68,12 @@ def read_span(path: Path, offset: int, size: int, version: FileVersion | None = 
     Raises DataError if the file does not exist, is too short or has changed.
     """
     try:
-        handle = _HANDLES[path]
+        handle = _handle(path)
         found = os.fstat(handle.number)
         if version is not None and version != (found.st_size, found.st_mtime_ns):
             # The handle may be older than the index: open the file again.
-            forget(path)
-            handle = _HANDLES[path]
+            _handle.cache_clear()
+            handle = _handle(path)
             found = os.fstat(handle.number)
             if version != (found.st_size, found.st_mtime_ns):
                 raise changed_file_error(path)
@@ -125,11 +95,6 @@ def _unreadable(path: Path, error: OSError) -> DataError:
     return DataError(error.strerror or str(error) if path.exists() else "no such file", file=path)
 
 
-def forget(path: Path) -> None:
-    """Close the cached file handle of `path`; the next read opens the file again."""
-    _HANDLES.forget(path)
-
-
 def _read(number: int, offset: int, size: int) -> bytes:
     content = os.pread(number, size, offset)
     while len(content) < size and (more := os.pread(number, size - len(content), offset + len(content))):
@@ -139,11 +104,8 @@ def _read(number: int, offset: int, size: int) -> bytes:
 
 def changed_file_error(path: Path) -> DataError:
     """Return the error for a file that was written to after it was opened."""
-    return DataError(
-        "the file has changed since it was opened",
-        file=path,
-        hint="wait until its writer has finished, then retry",
-    )
+    hint = "wait until its writer has finished, then retry"
+    return DataError("the file has changed since it was opened", file=path, hint=hint)
 
 
 VERSION = 2
@@ -195,13 +157,7 @@ def open_index(path: Path, kind: str, scan: Scan, events: Events = SILENT) -> In
     digest = hashlib.sha256(f"{kind}\0{real}".encode(errors="surrogateescape")).hexdigest()[:32]
     file = index_folder() / f"{digest}.index"
     # The path is for humans; cut to fit the header whatever its characters are.
-    header = {
-        "version": VERSION,
-        "kind": kind,
-        "path": real[-200:],
-        "size": version.size,
-        "mtime_ns": version.mtime_ns,
-    }
+    header = {"version": VERSION, "kind": kind, "path": real[-200:], **version._asdict()}
     found = read_header(file)
     if found is None or header.items() - found.items() or _checksum(file) != found["crc32"]:
         _build(path, file, header, scan, events)
@@ -211,7 +167,7 @@ def open_index(path: Path, kind: str, scan: Scan, events: Events = SILENT) -> In
     if found is None:
         raise DataError(f"the index of {path} was removed while it was opened", file=file, hint="start again")
     # A cached handle of a replaced index file would give the old entries.
-    forget(file)
+    _handle.cache_clear()
     return Index(path, file, version, found["length"])
 
 

@@ -7,8 +7,10 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, Final
 
 import numpy as np
 
@@ -20,7 +22,6 @@ from vila.data.readers.media_refs import Keys, decode_base64, key_path, value_na
 
 _MAGIC = b"PAR1"
 _MAX_DEPTH = 32
-_CHUNK = 1 << 20
 _HINT: Final = "copy or download it again"
 
 # Field numbers in parquet.thrift.
@@ -37,6 +38,7 @@ _SKIPPED: Mapping[str, frozenset[int]] = {
 def row_group_sizes(path: Path) -> list[int]:
     """Return the number of records of each row group.
 
+    The footer is parsed here, because pyarrow aborts the process on some damaged footers.
     Raises DataError if the file is cut or damaged, if a column is outside of it, or if several parquet files were
     concatenated (the footer describes the last one only).
     """
@@ -60,25 +62,14 @@ def row_group_sizes(path: Path) -> list[int]:
                 if last is None or not len(_MAGIC) <= last <= footer:
                     raise _damaged(path, f"a column of row group {number} is outside of the file")
                 end = max(end, last)
-        # Some writers add bytes that belong to no column.
-        if end < footer and _holds(stream, footer, _MAGIC * 2):
-            raise DataError(
-                "several parquet files were concatenated; only the last one could be read",
-                file=path,
-                hint="use the original files",
-            )
+        # Bytes that belong to no column are those of the writer, or of files before the last one, whose columns have
+        # offsets from its own start.
+        if end < footer:
+            with mmap(stream.fileno(), 0, access=ACCESS_READ) as content:
+                if content.find(_MAGIC * 2, 0, footer - end + len(_MAGIC)) >= 0:
+                    problem = "several parquet files were concatenated; only the last one could be read"
+                    raise DataError(problem, file=path, hint="use the original files")
     return counts
-
-
-def _holds(stream: BinaryIO, end: int, wanted: bytes) -> bool:
-    """Return whether `wanted` occurs before byte `end`."""
-    stream.seek(0)
-    tail = b""
-    while stream.tell() < end and (chunk := stream.read(min(_CHUNK, end - stream.tell()))):
-        if wanted in tail + chunk:
-            return True
-        tail = chunk[-len(wanted) + 1 :]
-    return False
 
 
 def _end_of(column: dict[int, Any]) -> int | None:
@@ -187,7 +178,6 @@ class _Compact:
 
 CACHE_BYTES = 256 << 20
 """Bytes of decoded columns that a process caches; at least two columns, however large."""
-MAX_FILES = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,28 +293,34 @@ def _inside(cell: ParquetCell, key: str | int) -> ParquetCell:
 
 
 def _scalar(path: Path, row: int, column: str, version: FileVersion) -> Any:
-    starts = _CACHE.starts(path, version)
+    starts = _opened(path, version)[1]
     group = int(np.searchsorted(starts, row, side="right")) - 1
-    return _CACHE.column(path, group, column, version)[row - int(starts[group])]
+    return _DECODED.read(path, version, group, column)[row - int(starts[group])]
 
 
-class _Cache:
-    """Least-recently-used caches of open files and decoded columns."""
+@lru_cache(maxsize=16)
+def _opened(path: Path, version: FileVersion) -> tuple[Any, np.ndarray]:
+    """Return an open file and the first record of each row group."""
+    if file_version(path) != version:
+        raise changed_file_error(path)
+    opened = _open(path)
+    counts = [opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)]
+    return opened, np.cumsum([0, *counts[:-1]])
+
+
+class _Columns:
+    """Cache of decoded columns; the least recently used are dropped."""
 
     def __init__(self) -> None:
-        self._files: OrderedDict[tuple[Path, FileVersion], tuple[Any, np.ndarray]] = OrderedDict()
         self._columns: OrderedDict[tuple[Path, FileVersion, int, str], Any] = OrderedDict()
         self._bytes = 0
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
 
-    def starts(self, path: Path, version: FileVersion) -> np.ndarray:
-        return self._file(path, version)[1]
-
-    def column(self, path: Path, group: int, column: str, version: FileVersion) -> Any:
+    def read(self, path: Path, version: FileVersion, group: int, column: str) -> Any:
         key = (path, version, group, column)
         with self._lock:
             if key not in self._columns:
-                values = _read_column(path, self._file(path, version)[0], group, column)
+                values = _read_column(path, _opened(path, version)[0], group, column)
                 self._columns[key] = values
                 self._bytes += values.nbytes
                 while self._bytes > CACHE_BYTES and len(self._columns) > 2:
@@ -332,20 +328,6 @@ class _Cache:
                     self._bytes -= gone.nbytes
             self._columns.move_to_end(key)
             return self._columns[key]
-
-    def _file(self, path: Path, version: FileVersion) -> tuple[Any, np.ndarray]:
-        with self._lock:
-            key = (path, version)
-            if key not in self._files:
-                if file_version(path) != version:
-                    raise changed_file_error(path)
-                opened = _open(path)
-                counts = [opened.metadata.row_group(group).num_rows for group in range(opened.num_row_groups)]
-                self._files[key] = opened, np.cumsum([0, *counts[:-1]])
-                while len(self._files) > MAX_FILES:
-                    self._files.popitem(last=False)
-            self._files.move_to_end(key)
-            return self._files[key]
 
 
 def _read_column(path: Path, opened: Any, group: int, column: str) -> Any:
@@ -369,12 +351,14 @@ def _open(path: Path) -> Any:
         return pq.ParquetFile(path)
 
 
-_CACHE = _Cache()
+_DECODED = _Columns()
 
 
 def _reset_after_fork() -> None:
-    global _CACHE
-    _CACHE = _Cache()
+    """Open files again: locks that another thread held at the moment of the fork are never released in the child."""
+    global _DECODED
+    _opened.cache_clear()
+    _DECODED = _Columns()
 
 
 os.register_at_fork(after_in_child=_reset_after_fork)
