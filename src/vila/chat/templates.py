@@ -129,11 +129,7 @@ _TEMPLATES = (
     _LLAVA_V0,
     replace(_LLAVA_V0, name="v0_mmtag", system=MMTAG, media_before="<Image>", media_after="</Image>"),
     # With the example dialogue.
-    replace(
-        _LLAVA_V0,
-        name="v0",
-        system_after=f"###Human: {V0_QUESTION}###Assistant: {V0_ANSWER}###",
-    ),
+    replace(_LLAVA_V0, name="v0", system_after=f"###Human: {V0_QUESTION}###Assistant: {V0_ANSWER}###"),
     _LLAMA_2,
     replace(_LLAMA_2, name="llava_llama_2", system=LLAVA),
     # A literal <s> after the BOS that the tokenizer adds. Upstream's stop string is empty, which ends every answer

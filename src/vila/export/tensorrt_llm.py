@@ -18,13 +18,7 @@ from transformers import GenerationConfig
 from vila import __version__
 from vila.core.files import write_json
 from vila.core.reading import read_json
-from vila.export.base import (
-    ExportOptions,
-    Readme,
-    choose_group_size,
-    group_size_problems,
-    int4_problems,
-)
+from vila.export.base import ExportOptions, Readme, choose_group_size, group_size_problems, int4_problems
 from vila.export.source import LLM, ExportSource, SafetensorsWriter
 from vila.kernels.packings import pack_modelopt
 from vila.model.layouts import llava_v1, tower_files, vila_v15

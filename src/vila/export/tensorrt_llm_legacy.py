@@ -20,10 +20,7 @@ from vila.kernels.int4 import Int4Weight
 from vila.kernels.packings import pack_modelopt
 
 GROUPS = (64, 128)
-_PRECISIONS = {
-    "int4": "symmetric 4-bit weights with group scales (W4A16_AWQ), float16 elsewhere",
-    "float16": "float16",
-}
+_PRECISIONS = {"int4": "symmetric 4-bit weights with group scales (W4A16_AWQ), float16 elsewhere", "float16": "float16"}
 
 
 class TensorRtLlmLegacyTarget:

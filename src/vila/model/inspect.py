@@ -96,11 +96,7 @@ def llm_shape(llm: Any) -> dict[str, Any]:
 
 
 def _projector_shape(config: Any) -> dict[str, Any]:
-    return {
-        "type": config.projector_type,
-        "width_in": config.vision_width,
-        "width_out": config.text_config.hidden_size,
-    }
+    return {"type": config.projector_type, "width_in": config.vision_width, "width_out": config.text_config.hidden_size}
 
 
 def _weight_summary(prefix: str, checkpoint: Checkpoint) -> dict[str, Any]:

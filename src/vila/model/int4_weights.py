@@ -184,19 +184,13 @@ def collect_packed_weights(
         if problem:
             ref, reason = problem
             raise LayoutError(
-                f"{reason}, but {source}",
-                file=ref.file.path,
-                field=ref.name,
-                value=_form(ref),
-                hint=_hint(parts),
+                f"{reason}, but {source}", file=ref.file.path, field=ref.name, value=_form(ref), hint=_hint(parts)
             )
         packed[name] = PackedWeight(parts, packing, group_size, shape)
     return plain, packed
 
 
-def split_packed_tensors(
-    refs: Mapping[str, TensorRef],
-) -> tuple[dict[str, TensorRef], dict[str, dict[str, TensorRef]]]:
+def split_packed_tensors(refs: Mapping[str, TensorRef]) -> tuple[dict[str, TensorRef], dict[str, dict[str, TensorRef]]]:
     """Separate the other tensors from those of 4-bit weights; returns both, the latter by Linear name and suffix."""
     linears = {name.rpartition(".")[0] for name in refs if name.rpartition(".")[2] in _SUFFIXES}
     plain: dict[str, TensorRef] = {}

@@ -300,9 +300,7 @@ def _remedy(path: Path) -> str | None:
 def _refuse_compressed(path: Path) -> None:
     if path.name.lower().endswith((*COMPRESSED, ".gz", ".zst", ".xz", ".bz2", ".zip")):
         raise DataError(
-            "compressed files have no random access",
-            file=path,
-            hint="decompress it (it saves little for images)",
+            "compressed files have no random access", file=path, hint="decompress it (it saves little for images)"
         )
     if path.suffix == ".pkl":
         raise DataError(

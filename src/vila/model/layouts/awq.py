@@ -111,13 +111,7 @@ def _first(fields: Fields, keys: Sequence[str]) -> str:
     return next((key for key in keys if fields.get(key) is not None), keys[0])
 
 
-_SKIPPED = (
-    "lm_head",
-    "vision_tower",
-    "multi_modal_projector",
-    "model.vision_tower",
-    "model.multi_modal_projector",
-)
+_SKIPPED = ("lm_head", "vision_tower", "multi_modal_projector", "model.vision_tower", "model.multi_modal_projector")
 """Patterns for both LLaVA namings: transformers matches the start of a module name, vLLM any part of it."""
 _SKIPPED_NATIVE = (*_SKIPPED, "language_model.lm_head", "projector")
 """Patterns for native names."""

@@ -319,12 +319,7 @@ class StoredShape:
 
 
 def check_sizes(
-    config: VilaConfig,
-    refs: Mapping[str, TensorRef],
-    int4: Mapping[str, PackedWeight],
-    *,
-    text: Fields,
-    vision: Fields,
+    config: VilaConfig, refs: Mapping[str, TensorRef], int4: Mapping[str, PackedWeight], *, text: Fields, vision: Fields
 ) -> None:
     """Compare a config with the shapes of the weights, by our names.
 

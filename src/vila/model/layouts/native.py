@@ -105,9 +105,7 @@ def read_processor(folder: Path, config: VilaConfig) -> VilaProcessor:
     placeholder = fields.integer("image_token_id", len(tokenizer), minimum=1)
     if placeholder != config.image_token_id:
         raise fields.refusal(
-            "image_token_id",
-            f"config.json has {config.image_token_id}",
-            hint="the files are of different models",
+            "image_token_id", f"config.json has {config.image_token_id}", hint="the files are of different models"
         )
     check_placeholder(fields, "image_token_id", placeholder, tokenizer)
     with fields.section("vision_spec").naming():

@@ -40,11 +40,7 @@ _AWQ = _Guide(
         ("Serve with vLLM", "vllm serve ."),
         ("Load with transformers (requires gptqmodel and accelerate)", _LOAD.format("AutoModelForImageTextToText")),
     ),
-    (
-        "vila: tested",
-        "transformers 5.23 with gptqmodel: tested where it is installed",
-        "vLLM, SGLang: not tested",
-    ),
+    ("vila: tested", "transformers 5.23 with gptqmodel: tested where it is installed", "vLLM, SGLang: not tested"),
     ("transformers runs this packing on CPU, CUDA and ROCm; the gemv and TinyChat packings on CUDA and ROCm only.",),
 )
 _OWN_NAMES = _Guide(
@@ -69,8 +65,7 @@ def _guide(layout: str, model: Any, processor: Any) -> _Guide | None:
             llava_v1.check_writable(model.config)
         except LayoutError:
             return _tinychat(
-                "vila15_demo.py",
-                "VILA-1.5 directories, the LLM in `llm/` in TinyChat's INT4 packing (v2).",
+                "vila15_demo.py", "VILA-1.5 directories, the LLM in `llm/` in TinyChat's INT4 packing (v2)."
             )
         return _tinychat("vila10_demo.py", "A VILA-1.0 model in TinyChat's INT4 packing (v2), in one file.")
     if layout == "awq-hf":
