@@ -15,15 +15,13 @@ from fastapi import FastAPI, Request  # noqa: E402
 from fastapi.responses import JSONResponse, StreamingResponse  # noqa: E402
 
 from vila.bench.serve import (  # noqa: E402
-    Question,
     Server,
     Timing,
     closed_loop,
+    make_requests,
     measure,
     open_loop,
     percentiles,
-    problems,
-    questions,
     save,
     served_model,
     summarise,
@@ -43,17 +41,18 @@ class Known:
 
     def __init__(self):
         self.app = FastAPI()
-        self.open = self.most_open = self.asked = 0
+        self.open = self.most_open = 0
+        self.ports = set()
         self.refuse = 0
         self.app.post("/v1/chat/completions")(self.answer)
         self.app.get("/v1/models")(lambda: {"data": [{"id": "known"}]})
 
     async def answer(self, request: Request):
-        self.asked += 1
+        self.ports.add(request.client.port)
         body = await request.json()
         if self.refuse > 0:
             self.refuse -= 1
-            return JSONResponse({"error": {"message": "queue full"}}, 429, {"Retry-After": "0.05"})
+            return JSONResponse({"error": {"message": "queue full"}}, 429, {"Retry-After": "0"})
         text = body["messages"][-1]["content"]
         if text == "fail":
             return JSONResponse({"error": {"message": "no such thing"}}, 400)
@@ -96,18 +95,19 @@ def running():
 
 @pytest.fixture
 def known(running):
-    running[0].most_open = running[0].asked = running[0].refuse = 0
+    running[0].most_open = running[0].refuse = 0
+    running[0].ports.clear()
     return running
 
 
 def ask(text="hello", count=1):
-    return [Question([{"role": "user", "content": text}], 8)] * count
+    return [{"messages": [{"role": "user", "content": text}], "max_tokens": 8}] * count
 
 
 def test_closed_loop_keeps_the_concurrency(known):
     state, server = known
     timings = asyncio.run(closed_loop(server, ask(count=9), 3))
-    assert state.most_open == 3
+    assert state.most_open == len(state.ports) == 3
     assert len(timings) == 9 and all(timing.answered for timing in timings)
     assert {timing.tokens for timing in timings} == {WORDS}
     assert {len(timing.gaps) for timing in timings} == {WORDS - 1}
@@ -126,7 +126,7 @@ def test_open_loop_does_not_wait_for_answers(known):
 
 def test_open_loop_limits_requests_in_flight(known):
     state, server = known
-    timings = asyncio.run(open_loop(server, ask(count=6), 1000.0, max_open=1))
+    timings = asyncio.run(open_loop(server, ask(count=6), 1000.0, max_connections=1))
     assert state.most_open == 1
     waits = sorted(timing.end - timing.start for timing in timings)
     assert waits[-1] > 4 * WORDS * PAUSE
@@ -147,25 +147,25 @@ def test_failures_are_counted(known):
     _, server = known
     timings = asyncio.run(closed_loop(server, [*ask("fail", 2), *ask("break"), *ask()], 2))
     timings += asyncio.run(closed_loop(Server("http://127.0.0.1:9/v1", "known"), ask(), 1))
-    found = dict(problems(timings))
+    summary = summarise("4 clients", timings)
+    found = dict(summary.problems)
     assert found["400: no such thing"] == 2
     assert found["200: the stream ended before [DONE]"] == 1
     assert any(words.startswith("no connection") for words in found)
-    summary = summarise("4 clients", timings)
     assert (summary.asked, summary.answered) == (5, 1)
 
 
 def test_invalid_events_are_failures(known):
     _, server = known
-    questions = [question for number in range(len(ODD)) for question in ask(f"odd{number}")]
-    timings = asyncio.run(closed_loop(server, questions, 4))
+    requests = [request for number in range(len(ODD)) for request in ask(f"odd{number}")]
+    timings = asyncio.run(closed_loop(server, requests, 4))
     assert all(timing.problem and not timing.answered for timing in timings)
 
 
 def test_percentiles_are_of_the_nearest_rank():
-    assert percentiles([float(n) for n in range(1, 101)]) == (50.0, 95.0, 99.0)
-    assert percentiles([7.0]) == (7.0, 7.0, 7.0)
-    assert all(math.isnan(value) for value in percentiles([]))
+    assert percentiles([float(n) for n in range(1, 101)]) == {"p50": 50.0, "p95": 95.0, "p99": 99.0}
+    assert percentiles([7.0, 1.0]) == {"p50": 1.0, "p95": 7.0, "p99": 7.0}
+    assert all(math.isnan(value) for value in percentiles([]).values())
 
 
 def test_throughput_is_over_the_whole_run():
@@ -199,13 +199,12 @@ def test_a_missing_server_is_named():
     assert caught.value.file == "http://127.0.0.1:9/v1/models"
 
 
-def test_questions_have_distinct_prefixes_and_depend_on_the_seed():
-    asked = questions(20, prompt_tokens=64, max_tokens=8, seed=1)
-    texts = [question.messages[0]["content"] for question in asked]
+def test_requests_have_distinct_prefixes_and_depend_on_the_seed():
+    requests = make_requests(20, prompt_tokens=64, max_tokens=8, seed=1)
+    texts = [request["messages"][0]["content"] for request in requests]
     assert len({" ".join(text.split()[:8]) for text in texts}) == 20
-    assert asked == questions(20, prompt_tokens=64, max_tokens=8, seed=1)
-    with_pictures = questions(2, prompt_tokens=8, max_tokens=8, images=2, seed=1)
-    kinds = [part["type"] for part in with_pictures[0].messages[0]["content"]]
+    assert requests == make_requests(20, prompt_tokens=64, max_tokens=8, seed=1)
+    assert requests != make_requests(20, prompt_tokens=64, max_tokens=8, seed=2)
+    with_images = make_requests(2, prompt_tokens=8, max_tokens=8, images=2, seed=1)
+    kinds = [part["type"] for part in with_images[0]["messages"][0]["content"]]
     assert kinds == ["image_url", "image_url", "text"]
-    with pytest.raises(ConfigError):
-        questions(0, prompt_tokens=8, max_tokens=8)

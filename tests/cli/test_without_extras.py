@@ -75,7 +75,7 @@ COMMANDS = {
         (("--shape", "tiny", "--backend", "onnx", *SHORT), "onnx"),
     ],
     "bench quality": [(("{tmp}/none", "--output", "{tmp}/quality"), REFUSES)],
-    "bench serve": [(("http://127.0.0.1:9",), "serve"), (("{model}",), "serve")],
+    "bench serve": [(("http://127.0.0.1:9",), REFUSES), (("{model}",), "serve")],
     "data from-csv": [(("{tmp}/table.csv", "--image-root", "{tmp}", "--output", "{tmp}/table.jsonl"), RUNS)],
     "data check": [(DATA, RUNS)],
     "data inspect": [

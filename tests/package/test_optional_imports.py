@@ -12,7 +12,7 @@ from vila.core.optional import EXTRAS
 
 SRC = ROOT / "src"
 MODULE_NAMES = {"huggingface-hub": "huggingface_hub", "pillow": "PIL", "protobuf": "google", "pyyaml": "yaml"}
-GUARDED = ("vila.serve", "vila.bench.serve")
+GUARDED = ("vila.serve",)
 """Modules with module-level imports of extras; commands import them after `require_extra`."""
 # Triton is part of PyTorch's CUDA builds; lmms-eval imports its plugin.
 OTHERS = {
@@ -58,10 +58,10 @@ def test_every_imported_package_is_declared():
     assert wrong == []
 
 
-def test_server_and_load_generator_are_imported_only_after_require_extra():
+def test_the_server_is_imported_only_after_require_extra():
     wrong = []
     for module, tree in modules():
-        if module.startswith(("vila.serve", "vila.bench")):
+        if module.startswith("vila.serve"):
             continue
         guards = [n.lineno for n in ast.walk(tree) if isinstance(n, ast.Call) and "require_extra" in ast.dump(n.func)]
         first = min(guards, default=sys.maxsize)

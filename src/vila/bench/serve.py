@@ -12,12 +12,15 @@ import math
 import random
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
+import numpy as np
 from PIL import Image
 
 from vila.core.errors import ConfigError, DataError
@@ -25,21 +28,19 @@ from vila.core.files import write_json
 from vila.core.progress import SILENT, Events, task
 from vila.core.reading import parse_json
 from vila.core.system import system_info
+from vila.media.http import retry_after_s
 from vila.quant.calibration import packaged_documents
 from vila.report.html import Cell, Page
 from vila.report.plots import Series, line_plot
 
+Request = dict[str, Any]
+"""Body of a chat completion request: messages and max_tokens; `ask` adds the rest."""
+
 PERCENTILES = (50, 95, 99)
-_MAX_RETRY_S = 30.0
+_TIMEOUT_S = 600.0
+_MIN_RETRY_S, _MAX_RETRY_S = 0.05, 30.0
 _TOKENS_PER_WORD = 1.35
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """A request: its messages in the OpenAI format, and max_tokens."""
-
-    messages: Sequence[dict[str, Any]]
-    max_tokens: int
+_IMAGE_SIZE = 224
 
 
 @dataclass(slots=True)
@@ -76,147 +77,123 @@ class Server:
     base: str
     model: str
     key: str = ""
-    timeout: float = 600.0
+
+    def connect(self, max_connections: int) -> httpx2.AsyncClient:
+        """Return an HTTP client; requests beyond `max_connections` wait for a connection."""
+        return httpx2.AsyncClient(
+            base_url=self.base,
+            headers=_authorization(self.key),
+            timeout=httpx2.Timeout(_TIMEOUT_S, pool=None),
+            limits=httpx2.Limits(max_connections=max_connections, max_keepalive_connections=max_connections),
+            trust_env=False,
+        )
 
 
-Advance = Callable[[Timing], None]
+def _authorization(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+def served_model(base: str, key: str = "") -> str:
+    """Return the name of a server's first model. Raises ConfigError if it cannot be read."""
+    try:
+        answer = httpx2.get(f"{base}/models", headers=_authorization(key), timeout=30, trust_env=False)
+        return str(answer.json()["data"][0]["id"])
+    except (httpx2.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise ConfigError(f"not an OpenAI-compatible server ({error})", file=f"{base}/models") from error
 
 
 async def closed_loop(
-    server: Server, questions: Sequence[Question], clients: int, advance: Advance = lambda timing: None
+    server: Server, requests: Sequence[Request], clients: int, advance: Callable[[], None] = lambda: None
 ) -> list[Timing]:
-    """Send each client's next request after its previous answer; retry after 429 as the Retry-After header says."""
-    waiting = iter(questions)
-    done: list[Timing] = []
+    """Keep `clients` requests in flight; retry after 429 as the Retry-After header says.
 
-    async with _client(server, clients) as http:
+    advance: called after every answer.
+    """
+    in_flight = asyncio.Semaphore(clients)
 
-        async def client() -> None:
-            for question in waiting:
-                timing = await ask(http, server, question, retry=True)
-                done.append(timing)
-                advance(timing)
+    async def ask_in_turn(request: Request) -> Timing:
+        async with in_flight:
+            timing = await ask(http, server.model, request, retry=True)
+        advance()
+        return timing
 
-        await asyncio.gather(*(client() for _ in range(min(clients, len(questions)))))
-    return done
+    async with server.connect(clients) as http:
+        return await asyncio.gather(*map(ask_in_turn, requests))
 
 
 async def open_loop(
     server: Server,
-    questions: Sequence[Question],
+    requests: Sequence[Request],
     rate: float,
     seed: int = 0,
-    advance: Advance = lambda timing: None,
-    max_open: int = 1000,
+    advance: Callable[[], None] = lambda: None,
+    max_connections: int = 1000,
 ) -> list[Timing]:
     """Send requests as a Poisson process of `rate` per second, independent of the answers.
 
-    With `max_open` requests in flight further ones wait, timed from their scheduled start. A 429 counts as a failure.
+    With `max_connections` requests in flight further ones wait, timed from their scheduled start. A 429 counts as a
+    failure.
     """
     draw = random.Random(seed)
-    done: list[Timing] = []
-    gate = asyncio.Semaphore(max_open)
-    async with _client(server, max_open) as http, asyncio.TaskGroup() as group:
-
-        async def one(question: Question, due: float) -> None:
-            try:
-                timing = await ask(http, server, question, due=due)
-            finally:
-                gate.release()
-            done.append(timing)
-            advance(timing)
-
-        due = time.perf_counter()
-        for question in questions:
+    async with server.connect(max_connections) as http, asyncio.TaskGroup() as group:
+        tasks, due = [], time.perf_counter()
+        for request in requests:
             due += draw.expovariate(rate)
             await asyncio.sleep(max(0.0, due - time.perf_counter()))
-            await gate.acquire()
-            group.create_task(one(question, due))
-    return done
+            tasks.append(group.create_task(ask(http, server.model, request, due=due)))
+            tasks[-1].add_done_callback(lambda _: advance())
+    return [done.result() for done in tasks]
 
 
 async def ask(
-    http: httpx.AsyncClient, server: Server, question: Question, *, due: float = 0.0, retry: bool = False
+    http: httpx2.AsyncClient, model: str, request: Request, *, due: float = 0.0, retry: bool = False
 ) -> Timing:
     """Stream one answer. Failures are recorded in the result and never raised."""
     timing = Timing(due or time.perf_counter())
-    body = {
-        "model": server.model,
-        "messages": list(question.messages),
-        "max_tokens": question.max_tokens,
-        "temperature": 0,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
+    options = {"model": model, "temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
     while True:
-        retry_after = 0.0
+        timing.status, timing.problem, wait_s = 0, "", None
         try:
-            async with http.stream("POST", "/chat/completions", json=body) as answer:
-                timing.status = answer.status_code
-                if answer.status_code == 200:
-                    await _follow(answer, timing)
+            async with http.sse("/chat/completions", method="POST", json=request | options) as events:
+                timing.status = events.response.status_code
+                if timing.status == 200:
+                    await _read_answer(events, timing)
                 else:
-                    timing.problem = _error_message(await answer.aread())
-                    retry_after = _retry_after(answer)
-        except httpx.HTTPError as error:
+                    timing.problem = _error_message(await events.response.aread())
+                    wait_s = retry_after_s(events.response.headers.get("retry-after"), time.time())
+        except httpx2.HTTPError as error:
             timing.problem = f"{type(error).__name__}: {error}"
-        if not (retry and timing.status == 429 and retry_after):
+        if not retry or timing.status != 429:
             timing.end = time.perf_counter()
             return timing
         timing.retries += 1
-        timing.problem = ""
-        await asyncio.sleep(min(retry_after, _MAX_RETRY_S))
+        await asyncio.sleep(min(max(_MIN_RETRY_S, 1.0 if wait_s is None else wait_s), _MAX_RETRY_S))
 
 
-async def _follow(answer: httpx.Response, timing: Timing) -> None:
+async def _read_answer(events: httpx2.EventSource, timing: Timing) -> None:
     last, ended = 0.0, False
-    async for event in _events(answer):
+    async for event in events:  # to the end of the response, so that its connection is used again
         now = time.perf_counter()
-        if event == "[DONE]":
+        if event.data == "[DONE]":
             ended = True
             continue
         try:
-            data = parse_json(event, file=None, surrogates=True)
+            data = parse_json(event.data, file=None, surrogates=True)
             if "error" in data:
-                error = data["error"]
-                timing.problem = str(error.get("message", error) if isinstance(error, dict) else error)
+                timing.problem = _error_message(event.data.encode())
                 continue
             if usage := data.get("usage"):
                 timing.tokens, timing.prompt = int(usage["completion_tokens"]), int(usage["prompt_tokens"])
             is_text = bool(data["choices"] and data["choices"][0]["delta"].get("content"))
         except (DataError, LookupError, TypeError, ValueError, AttributeError) as error:
-            timing.problem = f"invalid event ({error}): {event[:80]!r}"
+            timing.problem = f"invalid event ({error}): {event.data[:80]!r}"
             return
         if is_text:
             if last:
                 timing.gaps.append(now - last)
-            timing.first = timing.first or now
-            last = now
+            timing.first, last = timing.first or now, now
     if not ended and not timing.problem:
         timing.problem = "the stream ended before [DONE]"
-
-
-async def _events(answer: httpx.Response) -> AsyncIterator[str]:
-    async for line in answer.aiter_lines():
-        if line.startswith("data: "):
-            yield line.removeprefix("data: ")
-
-
-def _client(server: Server, connections: int) -> httpx.AsyncClient:
-    return httpx.AsyncClient(
-        base_url=server.base,
-        headers={"Authorization": f"Bearer {server.key}"} if server.key else {},
-        timeout=server.timeout,
-        limits=httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
-        trust_env=False,
-    )
-
-
-def _retry_after(answer: httpx.Response) -> float:
-    try:
-        return max(0.05, float(answer.headers.get("retry-after", "1")))
-    except ValueError:
-        return 1.0
 
 
 def _error_message(body: bytes) -> str:
@@ -226,62 +203,36 @@ def _error_message(body: bytes) -> str:
         return body[:200].decode(errors="replace")
 
 
-def problems(timings: Sequence[Timing]) -> Iterator[tuple[str, int]]:
-    """Yield each kind of failure with its count, the most frequent first."""
-    counts: dict[str, int] = {}
-    for timing in timings:
-        if not timing.answered:
-            text = f"{timing.status or 'no connection'}: {timing.problem}"
-            counts[text] = counts.get(text, 0) + 1
-    yield from sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
+def make_requests(count: int, *, prompt_tokens: int, max_tokens: int, images: int = 0, seed: int = 0) -> list[Request]:
+    """Return `count` requests of about `prompt_tokens` tokens of English text and `images` images each.
 
-
-def questions(
-    count: int, *, prompt_tokens: int, max_tokens: int, images: int = 0, image_size: int = 224, seed: int = 0
-) -> list[Question]:
-    """Return `count` questions of about `prompt_tokens` tokens of English text and `images` images each.
-
-    Each text starts at a random word, so that prefix caching has no effect. Raises ConfigError for invalid numbers.
+    Each text starts at a random word, so that prefix caching has no effect.
     """
-    if prompt_tokens < 1 or max_tokens < 1 or images < 0 or count < 1:
-        raise ConfigError(
-            f"{count} questions of {prompt_tokens} tokens, {images} images, {max_tokens} new tokens",
-            expected="positive numbers (images: from 0)",
-        )
     draw = random.Random(seed)
-    words = " ".join(document for document in packaged_documents() if isinstance(document, str)).split()
-    length = max(1, round(prompt_tokens / _TOKENS_PER_WORD))
+    words = " ".join(map(str, packaged_documents())).split()
+    num_words = max(1, round(prompt_tokens / _TOKENS_PER_WORD))
     out = []
     for _ in range(count):
         start = draw.randrange(len(words))
-        text = " ".join((words[start:] + words * (1 + length // len(words)))[:length])
-        out.append(Question([{"role": "user", "content": _content(text, images, image_size, draw)}], max_tokens))
+        content: Any = " ".join(islice(cycle(words), start, start + num_words))
+        if images:
+            parts = [{"type": "image_url", "image_url": {"url": _image_url(draw)}} for _ in range(images)]
+            content = [*parts, {"type": "text", "text": content}]
+        out.append({"messages": [{"role": "user", "content": content}], "max_tokens": max_tokens})
     return out
 
 
-def _content(text: str, images: int, size: int, draw: random.Random) -> Any:
-    if not images:
-        return text
-    parts: list[dict[str, Any]] = [
-        {"type": "image_url", "image_url": {"url": _image_url(size, draw)}} for _ in range(images)
-    ]
-    return [*parts, {"type": "text", "text": text}]
-
-
-def _image_url(size: int, draw: random.Random) -> str:
+def _image_url(draw: random.Random) -> str:
     """Return a random PNG of 4 x 4 coloured squares as a data URL."""
-    small = Image.new("RGB", (4, 4))
-    for x in range(4):
-        for y in range(4):
-            small.putpixel((x, y), (draw.randrange(256), draw.randrange(256), draw.randrange(256)))
+    squares = Image.frombytes("RGB", (4, 4), draw.randbytes(48))
     buffer = io.BytesIO()
-    small.resize((size, size), Image.Resampling.NEAREST).save(buffer, "PNG")
+    squares.resize((_IMAGE_SIZE, _IMAGE_SIZE), Image.Resampling.NEAREST).save(buffer, "PNG")
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 @dataclass(frozen=True, slots=True)
 class LoadSummary:
-    """Results of one load. Times are seconds; percentiles (`PERCENTILES`) are over answered requests.
+    """Results of one load. Times are seconds; percentiles are over answered requests, by name (`p50`).
 
     load:          `8 clients` (closed loop) or `2.5 a second` (open loop).
     seconds:       from the first request to the last answer.
@@ -290,6 +241,7 @@ class LoadSummary:
     between:       time between the pieces of an answer.
     whole:         time from the request to the end of its answer.
     lengths:       minimum, mean and maximum tokens per answer; a model may stop before max_tokens.
+    problems:      each kind of failure with its count, the most frequent first.
     """
 
     load: str
@@ -301,26 +253,19 @@ class LoadSummary:
     requests: float
     new_tokens: float
     prompt_tokens: float
-    first_token: tuple[float, ...]
-    between: tuple[float, ...]
-    whole: tuple[float, ...]
+    first_token: dict[str, float]
+    between: dict[str, float]
+    whole: dict[str, float]
     lengths: tuple[int, float, int]
-    problems: tuple[tuple[str, int], ...]
-
-    def as_json(self) -> dict[str, Any]:
-        """Return plain data, with percentiles by name."""
-        out = asdict(self)
-        for name in ("first_token", "between", "whole"):
-            out[name] = {f"p{percent}": value for percent, value in zip(PERCENTILES, getattr(self, name), strict=True)}
-        return out
+    problems: list[tuple[str, int]]
 
 
 def summarise(load: str, timings: Sequence[Timing]) -> LoadSummary:
     """Summarise one load; percentiles are NaN if no request was answered."""
     good = [timing for timing in timings if timing.answered]
-    seconds = max((t.end for t in timings), default=0.0) - min((t.start for t in timings), default=0.0)
-    tokens = [timing.tokens for timing in good]
-    rate = 1 / seconds if seconds > 0 else math.nan
+    bad = Counter(f"{t.status or 'no connection'}: {t.problem}" for t in timings if not t.answered)
+    seconds = max(t.end for t in timings) - min(t.start for t in timings)
+    tokens = [timing.tokens for timing in good] or [0]
     return LoadSummary(
         load=load,
         asked=len(timings),
@@ -328,65 +273,43 @@ def summarise(load: str, timings: Sequence[Timing]) -> LoadSummary:
         statuses=dict(Counter(str(timing.status or "no connection") for timing in timings)),
         retries=sum(timing.retries for timing in timings),
         seconds=seconds,
-        requests=len(good) * rate,
-        new_tokens=sum(tokens) * rate,
-        prompt_tokens=sum(timing.prompt for timing in good) * rate,
+        requests=len(good) / seconds,
+        new_tokens=sum(tokens) / seconds,
+        prompt_tokens=sum(timing.prompt for timing in good) / seconds,
         first_token=percentiles([timing.first - timing.start for timing in good if timing.first]),
         between=percentiles([gap for timing in good for gap in timing.gaps]),
         whole=percentiles([timing.end - timing.start for timing in good]),
-        lengths=(min(tokens, default=0), sum(tokens) / len(tokens) if tokens else 0.0, max(tokens, default=0)),
-        problems=tuple(problems(timings)),
+        lengths=(min(tokens), sum(tokens) / len(tokens), max(tokens)),
+        problems=bad.most_common(),
     )
 
 
-def percentiles(values: Sequence[float]) -> tuple[float, ...]:
-    """Return the `PERCENTILES` of the values (nearest rank), NaN if there are none."""
-    ordered = sorted(values)
-    if not ordered:
-        return tuple(math.nan for _ in PERCENTILES)
-    return tuple(ordered[max(0, math.ceil(percent / 100 * len(ordered)) - 1)] for percent in PERCENTILES)
-
-
-def served_model(base: str, key: str = "") -> str:
-    """Return the name of a server's first model. Raises ConfigError if it cannot be read."""
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    try:
-        answer = httpx.get(f"{base}/models", headers=headers, timeout=30, trust_env=False)
-        return str(answer.json()["data"][0]["id"])
-    except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise ConfigError(f"not an OpenAI-compatible server ({error})", file=f"{base}/models") from error
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    """Return the `PERCENTILES` of the values by name (nearest rank), NaN if there are none."""
+    found = np.percentile(values or [math.nan], PERCENTILES, method="inverted_cdf").tolist()
+    return {f"p{percent}": value for percent, value in zip(PERCENTILES, found, strict=True)}
 
 
 def measure(
     server: Server,
-    questions: Sequence[Question],
+    requests: Sequence[Request],
     *,
     clients: Sequence[int] = (),
     rates: Sequence[float] = (),
     seed: int = 0,
-    warm_up: int = 2,
     events: Events = SILENT,
 ) -> list[LoadSummary]:
-    """Run every load with the same questions: closed loops by number of clients, then open loops by rate.
+    """Run every load with the same requests: closed loops by number of clients, then open loops by rate.
 
-    warm_up: number of requests before the measurement.
+    Two requests precede the measurement, to warm up the server.
     """
-    asyncio.run(closed_loop(server, questions[:warm_up], 1))
+    asyncio.run(closed_loop(server, requests[:2], 1))
+    loads: list[tuple[str, Any]] = [(f"{n} client{'s' * (n != 1)}", partial(closed_loop, clients=n)) for n in clients]
+    loads += [(f"{rate:g} a second", partial(open_loop, rate=rate, seed=seed)) for rate in rates]
     out = []
-    for load, run in [
-        *((f"{n} client{'s' * (n != 1)}", ("closed", n)) for n in clients),
-        *((f"{rate:g} a second", ("open", rate)) for rate in rates),
-    ]:
-
-        def advance(timing: Timing, load: str = load) -> None:
-            events.advanced(load)
-
-        kind, value = run
-        with task(events, load, len(questions), "answers"):
-            if kind == "closed":
-                timings = asyncio.run(closed_loop(server, questions, int(value), advance))
-            else:
-                timings = asyncio.run(open_loop(server, questions, float(value), seed, advance))
+    for load, run in loads:
+        with task(events, load, len(requests), "answers"):
+            timings = asyncio.run(run(server, requests, advance=partial(events.advanced, load)))
         out.append(summarise(load, timings))
     return out
 
@@ -404,7 +327,10 @@ def table(summaries: Sequence[LoadSummary]) -> tuple[list[str], list[list[str]]]
             f"{s.answered} of {s.asked}",
             f"{s.requests:.2f}",
             f"{s.new_tokens:.1f}",
-            *(_milliseconds(getattr(s, name)) for name in ("first_token", "between", "whole")),
+            *(
+                " / ".join(f"{value * 1000:.0f}" for value in times.values())
+                for times in (s.first_token, s.between, s.whole)
+            ),
             f"{s.lengths[1]:.0f} ({s.lengths[0]}-{s.lengths[2]})",
         ]
         for s in summaries
@@ -412,42 +338,27 @@ def table(summaries: Sequence[LoadSummary]) -> tuple[list[str], list[list[str]]]
     return header, rows
 
 
-def _milliseconds(values: Sequence[float]) -> str:
-    return " / ".join(f"{value * 1000:.0f}" for value in values)
-
-
 def save(summaries: Sequence[LoadSummary], facts: dict[str, Any], folder: Path) -> list[Path]:
     """Write load.json and load.html; return their paths."""
     facts = {**system_info(), **facts}
     paths = [folder / "load.json", folder / "load.html"]
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(paths[0], {"facts": facts, "loads": [one.as_json() for one in summaries]})
+    write_json(paths[0], {"facts": facts, "loads": [asdict(summary) for summary in summaries]})
     _page(summaries, facts).save(paths[1])
     return paths
 
 
 def _page(summaries: Sequence[LoadSummary], facts: dict[str, Any]) -> Page:
     page = Page("Serving under load", subtitle=str(facts["model"]), footer=f"{facts['date']}, {facts['cpu']}")
-    header, rows = table(summaries)
-    page.table(header, rows, "All loads use the same questions")
-    closed = [(int(s.load.split()[0]), s) for s in summaries if "client" in s.load]
+    page.table(*table(summaries), "All loads use the same requests")
+    closed = [(float(s.load.split()[0]), s) for s in summaries if "client" in s.load]
     if len(closed) > 1:
+        rate = "new tokens per second"
+        throughput = [Series(rate, [(n, s.new_tokens) for n, s in closed])]
+        ttft = [Series(name, [(n, s.first_token[name]) for n, s in closed]) for name in closed[0][1].first_token]
         page.section("Closed loops")
-        page.plot(
-            line_plot(
-                [Series("new tokens per second", [(float(n), s.new_tokens) for n, s in closed])],
-                title="Throughput", x_label="clients", y_label="new tokens per second",
-            )
-        )  # fmt: skip
-        page.plot(
-            line_plot(
-                [
-                    Series(f"p{percent}", [(float(n), s.first_token[place]) for n, s in closed])
-                    for place, percent in enumerate(PERCENTILES)
-                ],
-                title="Time to first token", x_label="clients", y_label="seconds",
-            )
-        )  # fmt: skip
+        page.plot(line_plot(throughput, title="Throughput", x_label="clients", y_label=rate))
+        page.plot(line_plot(ttft, title="Time to first token", x_label="clients", y_label="seconds"))
     failures: list[list[Cell]] = [[s.load, text, count] for s in summaries for text, count in s.problems]
     if failures:
         page.section("Failures").table(["load", "error", "count"], failures)

@@ -391,33 +391,36 @@ def serve(
 ) -> None:
     """Load-test a server: throughput, time to first token (TTFT) and inter-token latency (ITL)."""
     import json
+    from dataclasses import asdict
 
     from rich.console import Console
     from rich.table import Table
 
-    from vila.core.optional import require_extra
-
-    require_extra("serve", "vila bench serve")
-    from vila.bench.serve import Server, measure, questions, save, served_model, table
+    from vila.bench.serve import Server, make_requests, measure, save, served_model, table
     from vila.cli.progress import Screen
     from vila.core.errors import VilaError
     from vila.core.files import portable_path
-    from vila.serve.server import server_process
+    from vila.core.optional import require_extra
 
     clients = [int(number) for number in _numbers("--max-concurrency", max_concurrency, whole=True)]
     rates = _numbers("--request-rate", request_rate)
-    asked = questions(num_prompts, prompt_tokens=input_len, max_tokens=output_len, images=images_per_prompt, seed=seed)
+    requests = make_requests(
+        num_prompts, prompt_tokens=input_len, max_tokens=output_len, images=images_per_prompt, seed=seed
+    )
     secret = os.environ.get(key, "")
     web = target.startswith(("http://", "https://"))
     base = target.rstrip("/") if target.rstrip("/").endswith("/v1") else f"{target.rstrip('/')}/v1"
     with ExitStack() as stack:
         if not web:
+            require_extra("serve", "vila bench serve MODEL")
+            from vila.serve.server import server_process
+
             started = stack.enter_context(server_process([target]))
             started.await_ready()
             base = started.base
         name = served_model_name or served_model(base, secret)
         screen = stack.enter_context(Screen())
-        done = measure(Server(base, name, secret), asked, clients=clients, rates=rates, seed=seed, events=screen)
+        done = measure(Server(base, name, secret), requests, clients=clients, rates=rates, seed=seed, events=screen)
     facts = {
         "model": name,
         "requests": num_prompts,
@@ -429,7 +432,7 @@ def serve(
     }
     paths = save(done, facts, out) if out else []
     if as_json:
-        typer.echo(json.dumps({"facts": facts, "loads": [one.as_json() for one in done]}))
+        typer.echo(json.dumps({"facts": facts, "loads": [asdict(one) for one in done]}))
     else:
         header, rows = table(done)
         shown = Table(title=f"{name}: {num_prompts} prompts per load", title_justify="left")
