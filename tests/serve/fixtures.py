@@ -13,7 +13,7 @@ import time
 from contextlib import contextmanager
 from typing import Any
 
-import httpx
+import httpx2
 import torch
 import uvicorn
 
@@ -54,17 +54,17 @@ def body(**changes: Any) -> dict[str, Any]:
     return {"model": "tiny", "messages": HELLO, "max_tokens": 4, **changes}
 
 
-def ask(app: Any, **changes: Any) -> httpx.Response:
+def ask(app: Any, **changes: Any) -> httpx2.Response:
     """The response of an application in this process to a request."""
     return send(app, json=body(**changes))
 
 
-def send(app: Any, method: str = "POST", path: str = "/v1/chat/completions", **what: Any) -> httpx.Response:
+def send(app: Any, method: str = "POST", path: str = "/v1/chat/completions", **what: Any) -> httpx2.Response:
     """The response to anything."""
 
-    async def once() -> httpx.Response:
-        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+    async def once() -> httpx2.Response:
+        transport = httpx2.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx2.AsyncClient(transport=transport, base_url="http://test") as client:
             return await client.request(method, path, **what)
 
     return asyncio.run(once())
@@ -127,7 +127,7 @@ class Process:
     def await_ready(self, **options: Any) -> None:
         """Until its models are loaded."""
         for _ in range(600):
-            if httpx.get(f"{self.root}/ready", **options).status_code == 200:
+            if httpx2.get(f"{self.root}/ready", **options).status_code == 200:
                 return
             assert self.popen.poll() is None, self.said
             time.sleep(0.1)

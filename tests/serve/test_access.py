@@ -1,6 +1,6 @@
 """API keys, allowed hosts, origins and header limits."""
 
-import httpx
+import httpx2
 import pytest
 from starlette.responses import PlainTextResponse
 
@@ -171,8 +171,8 @@ def test_the_gradio_app_has_the_middleware(tmp_path):
 
     blocks, url = launch(ApiClient("http://127.0.0.1:9"), "starter", tmp_path, host="127.0.0.1", port=0)
     try:
-        assert httpx.get(url).status_code == 200
-        assert httpx.get(url, headers={"Host": "evil.example"}).status_code == 403
-        assert httpx.get(url, headers={"Origin": "https://evil.example"}).status_code == 403
+        assert httpx2.get(url).status_code == 200
+        assert httpx2.get(url, headers={"Host": "evil.example"}).status_code == 403
+        assert httpx2.get(url, headers={"Origin": "https://evil.example"}).status_code == 403
     finally:
         blocks.close(verbose=False)

@@ -7,7 +7,7 @@ import logging
 import struct
 import zlib
 
-import httpx
+import httpx2
 import pytest
 from PIL import Image as PilImage
 
@@ -251,7 +251,7 @@ def test_root_path_of_a_proxy(service):
 def test_large_bodies_are_rejected_by_header_and_while_reading(service, monkeypatch):
     monkeypatch.setattr(service, "limits", Limits(body=100_000))
     app = create_app(service)
-    large = httpx.Request("POST", "http://x", json=body(messages=[{"role": "user", "content": "x" * 150_000}])).content
+    large = httpx2.Request("POST", "http://x", json=body(messages=[{"role": "user", "content": "x" * 150_000}])).content
     assert refusal(send(app, content=large, headers=JSON), 413)["code"] == "body_too_large"
 
     async def pieces():

@@ -6,7 +6,7 @@ import socket
 import threading
 import time
 
-import httpx
+import httpx2
 import pytest
 
 from tests.serve import fixtures
@@ -46,7 +46,7 @@ def test_idle_connections_time_out(app, begun):
     with on_a_port(app, head_s=0.2) as port, connect(port) as connection:
         connection.sendall(begun)
         assert ended(connection) == b""
-        assert httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
+        assert httpx2.get(f"http://127.0.0.1:{port}/health").status_code == 200
 
 
 def test_slow_headers_do_not_extend_the_timeout(app):
@@ -103,10 +103,10 @@ def test_a_client_that_sends_too_much_receives_the_error(service, announced):
     headers = {"Content-Type": "application/json", **({"Content-Length": "50000000"} if announced else {})}
     app = create_app(service)
     with on_a_port(app) as port:
-        answer = httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", content=pieces(), headers=headers)
+        answer = httpx2.post(f"http://127.0.0.1:{port}/v1/chat/completions", content=pieces(), headers=headers)
         assert answer.status_code == 413
         assert answer.json()["error"]["code"] == "body_too_large"
-        assert httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=body()).status_code == 200
+        assert httpx2.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=body()).status_code == 200
 
 
 def test_large_bodies_at_once_do_not_fill_the_memory(service, monkeypatch):
@@ -116,7 +116,7 @@ def test_large_bodies_at_once_do_not_fill_the_memory(service, monkeypatch):
         for connection in waiting:
             connection.sendall(head(9_900) + b" " * 9_800)
         for _ in range(100):
-            refused = httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=body(user="x" * 5000))
+            refused = httpx2.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=body(user="x" * 5000))
             if refused.status_code == 429:
                 break
         assert refused.status_code == 429
@@ -129,8 +129,8 @@ def test_200_concurrent_requests_get_an_answer_or_429():
     service = fixtures.ready(max_num_seqs=4, max_queue=20)
 
     async def burst(port):
-        limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", limits=limits, timeout=60) as client:
+        limits = httpx2.Limits(max_connections=None)
+        async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", limits=limits, timeout=60) as client:
             asked = [client.post("/v1/chat/completions", json=body(max_tokens=24)) for _ in range(200)]
             return await asyncio.gather(*asked)
 
@@ -141,7 +141,7 @@ def test_200_concurrent_requests_get_an_answer_or_429():
         assert len(good) >= 20
         assert len(set(good)) == 1
         assert all(answer.headers["retry-after"] for answer in answers if answer.status_code == 429)
-        assert httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=body()).status_code == 200
+        assert httpx2.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=body()).status_code == 200
     stats = service.models.models[0].batcher.stats()
     assert (stats.running, stats.waiting) == (0, 0)
     service.models.close()
@@ -176,7 +176,7 @@ def test_slow_urls_do_not_block_other_requests(service, monkeypatch):
     inline = body(messages=[{"role": "user", "content": [fixtures.picture_part(fixtures.data_url())]}])
 
     async def both(port):
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+        async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
             waiting = [asyncio.ensure_future(client.post("/v1/chat/completions", json=fetched)) for _ in range(8)]
             await asyncio.sleep(0.05)
             answer = await client.post("/v1/chat/completions", json=inline)

@@ -6,7 +6,7 @@ import socket
 import time
 from contextlib import ExitStack
 
-import httpx
+import httpx2
 import pytest
 
 from tests.serve import fixtures
@@ -33,7 +33,9 @@ def service():
 
 def asks(port, key="mine", **changes):
     headers = {"Authorization": f"Bearer {key}"}
-    return httpx.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=body(**changes), headers=headers, timeout=30)
+    return httpx2.post(
+        f"http://127.0.0.1:{port}/v1/chat/completions", json=body(**changes), headers=headers, timeout=30
+    )
 
 
 def opened(stack, port, count, said, source=None):
@@ -178,8 +180,8 @@ def test_one_client_cannot_lock_others_out(service):
     """One key sends more requests than the limit; another one is answered at once, and then has a share."""
 
     async def both(port):
-        limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", limits=limits, timeout=60) as client:
+        limits = httpx2.Limits(max_connections=None)
+        async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", limits=limits, timeout=60) as client:
 
             async def ask(key, tokens):
                 headers = {"Authorization": f"Bearer {key}"}

@@ -4,7 +4,7 @@ import asyncio
 import json
 import threading
 
-import httpx
+import httpx2
 import pytest
 
 from tests.serve.fixtures import ask, body, on_a_port, send
@@ -100,7 +100,7 @@ def test_parsing_a_large_body_does_not_block_others(service, monkeypatch):
     monkeypatch.setattr(app_module, "parse_request", slow)
 
     async def both(port):
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
+        async with httpx2.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=30) as client:
             large = body(user="x" * 2 * schema.INLINE_BYTES)
             waiting = asyncio.ensure_future(client.post("/v1/chat/completions", json=large))
             while not begun.is_set():

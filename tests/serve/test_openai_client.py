@@ -3,7 +3,7 @@
 import asyncio
 import time
 
-import httpx
+import httpx2
 import openai
 import pytest
 from PIL import Image as PilImage
@@ -68,7 +68,7 @@ def test_pieces_of_a_stream_are_the_answer_and_its_usage(ask):
 
 
 def test_a_stream_ends_with_the_protocols_last_line(server):
-    answer = httpx.post(f"{server.url}/chat/completions", json=fixtures.body(stream=True))
+    answer = httpx2.post(f"{server.url}/chat/completions", json=fixtures.body(stream=True))
     assert answer.headers["content-type"].startswith("text/event-stream")
     assert answer.text.endswith("data: [DONE]\n\n")
 
@@ -241,15 +241,15 @@ def test_metrics_count_requests_tokens_and_times(ask, server):
     assert _metric(server, "vila_requests_total", 'path="/v1/chat/completions",status="200"') > 0
     for name in ("time_to_first_token", "time_per_token", "request"):
         assert _metric(server, f"vila_{name}_seconds_count") > 0
-    assert httpx.get(f"{server.root}/health").json() == {"status": "ok"}
+    assert httpx2.get(f"{server.root}/health").json() == {"status": "ok"}
 
 
 def test_the_log_has_the_request_id_and_no_prompt(server):
     given = {"X-Request-Id": "mine-77"}
     secret = [{"role": "user", "content": "the secret word"}]
-    answer = httpx.post(f"{server.url}/chat/completions", json=fixtures.body(messages=secret), headers=given)
+    answer = httpx2.post(f"{server.url}/chat/completions", json=fixtures.body(messages=secret), headers=given)
     assert answer.headers["x-request-id"] == "mine-77"
-    other = httpx.get(f"{server.url}/models", headers={"X-Request-Id": "bad id\t!"})
+    other = httpx2.get(f"{server.url}/models", headers={"X-Request-Id": "bad id\t!"})
     assert len(other.headers["x-request-id"]) == 16
     for _ in range(50):
         if any("mine-77" in line for line in server.said):
@@ -272,6 +272,6 @@ def test_the_same_words_over_http_on_the_command_line_and_in_python(ask, engine,
 
 
 def _metric(server, name, labels=""):
-    text = httpx.get(f"{server.root}/metrics").text
+    text = httpx2.get(f"{server.root}/metrics").text
     rows = [line for line in text.splitlines() if line.startswith(f"{name}{{") and labels in line]
     return sum(float(row.rsplit(" ", 1)[1]) for row in rows)

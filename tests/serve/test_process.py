@@ -9,7 +9,7 @@ import threading
 import time
 from contextlib import suppress
 
-import httpx
+import httpx2
 import pytest
 
 from tests.serve.fixtures import Process, body
@@ -49,21 +49,21 @@ def test_sigterm_in_mid_stream_lets_the_answer_end_and_refuses_new_ones(model_fo
     with Process(model_folder, model_folder, *options, VILA_API_KEY="k") as server:
         assert server.url.startswith("https://127.0.0.1:")
         assert server.url.endswith("/x/v1")
-        assert httpx.get(f"{server.root}/health", **trust).status_code == 200
-        assert httpx.post(f"{server.url}/chat/completions", json=body(model="b"), **trust).status_code == 503
+        assert httpx2.get(f"{server.root}/health", **trust).status_code == 200
+        assert httpx2.post(f"{server.url}/chat/completions", json=body(model="b"), **trust).status_code == 503
         server.await_ready(**trust)
-        assert httpx.get(f"{server.url}/models", verify=trust["verify"]).status_code == 401
-        listed = httpx.get(f"{server.url}/models", **trust).json()["data"]
+        assert httpx2.get(f"{server.url}/models", verify=trust["verify"]).status_code == 401
+        listed = httpx2.get(f"{server.url}/models", **trust).json()["data"]
         assert [model["id"] for model in listed] == ["a", "b"]
         asked = body(model="first", max_tokens=1000, stream=True)
-        with httpx.stream("POST", f"{server.url}/chat/completions", json=asked, timeout=60, **trust) as stream:
+        with httpx2.stream("POST", f"{server.url}/chat/completions", json=asked, timeout=60, **trust) as stream:
             lines = stream.iter_lines()
             next(lines)
             server.popen.send_signal(signal.SIGTERM)
-            refused = httpx.post(f"{server.url}/chat/completions", json=body(model="b"), **trust)
+            refused = httpx2.post(f"{server.url}/chat/completions", json=body(model="b"), **trust)
             assert (refused.status_code, refused.json()["error"]["code"]) == (503, "unavailable")
             assert refused.headers["retry-after"]
-            assert httpx.get(f"{server.root}/ready", **trust).json()["status"] == "stopping"
+            assert httpx2.get(f"{server.root}/ready", **trust).json()["status"] == "stopping"
             events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
         assert events[-1]["choices"][0]["finish_reason"] == "length"
         assert server.popen.wait(20) == 0
@@ -75,16 +75,16 @@ def test_a_second_signal_ends_it_at_once(model_folder):
     with Process(model_folder, "--shutdown-timeout", "60") as server:
         server.await_ready()
         threading.Thread(target=_ask_for_long, args=(server.url,), daemon=True).start()
-        _until(lambda: 'vila_running{model="tiny"} 8' in httpx.get(f"{server.root}/metrics").text)
+        _until(lambda: 'vila_running{model="tiny"} 8' in httpx2.get(f"{server.root}/metrics").text)
         server.popen.send_signal(signal.SIGTERM)
-        _until(lambda: httpx.get(f"{server.root}/ready").json()["status"] == "stopping")
+        _until(lambda: httpx2.get(f"{server.root}/ready").json()["status"] == "stopping")
         server.popen.send_signal(signal.SIGTERM)
         assert server.popen.wait(20) == -signal.SIGTERM
 
 
 def _ask_for_long(url):
-    with suppress(httpx.HTTPError):
-        httpx.post(f"{url}/chat/completions", json=body(max_tokens=1900, n=8), timeout=60)
+    with suppress(httpx2.HTTPError):
+        httpx2.post(f"{url}/chat/completions", json=body(max_tokens=1900, n=8), timeout=60)
 
 
 def _until(what):

@@ -6,7 +6,7 @@ import random
 import re
 from pathlib import Path
 
-import httpx
+import httpx2
 import pytest
 
 from tests.serve import fixtures
@@ -39,7 +39,7 @@ def _soak(server, count, too_long=5000):
     found = asyncio.run(_all(server.url, order[count // 4 :], too_long))
     wanted = {"no json": 400, "no picture": 400, "no model": 404, "too long": 400, "left": None, "cut": None}
     assert [(kind, status) for kind, status in found if status != wanted.get(kind, 200)] == []
-    metrics = httpx.get(f"{server.root}/metrics").text
+    metrics = httpx2.get(f"{server.root}/metrics").text
     for name in ("running", "waiting", "kv_tokens_used"):
         assert f'vila_{name}{{model="tiny"}} 0.0' in metrics
     assert 'status="500"' not in metrics
@@ -50,7 +50,7 @@ def _soak(server, count, too_long=5000):
 async def _all(url, order, too_long):
     """The kind of each request and its status, None where the client left; eight are open at a time."""
     room = asyncio.Semaphore(8)
-    async with httpx.AsyncClient(base_url=url, timeout=120) as client:
+    async with httpx2.AsyncClient(base_url=url, timeout=120) as client:
 
         async def one(number, kind):
             async with room:

@@ -9,7 +9,7 @@ from typing import Any, Final
 from vila.core.errors import ConfigError
 
 EXTRAS: Final[Mapping[str, tuple[str, ...]]] = {
-    "serve": ("fastapi", "httpx", "prometheus_client", "uvicorn"),
+    "serve": ("fastapi", "prometheus_client", "uvicorn"),
     "demo": ("fastapi", "gradio", "httpx", "openai", "prometheus_client", "uvicorn"),
     "lora": ("peft",),
     "eval": ("openpyxl",),

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import IO
 
-import httpx
+import httpx2
 import uvicorn
 
 from vila.core.errors import ConfigError, VilaError
@@ -176,8 +176,8 @@ class ServerProcess:
         root = self.base.removesuffix("/v1")
         while time.monotonic() < deadline:
             self.check()
-            with suppress(httpx.HTTPError):
-                if httpx.get(f"{root}/ready", timeout=5, trust_env=False).status_code == 200:
+            with suppress(httpx2.HTTPError):
+                if httpx2.get(f"{root}/ready", timeout=5, trust_env=False).status_code == 200:
                     return
             time.sleep(0.2)
         raise VilaError(f"the server was not ready after {timeout_s:.0f} s")
