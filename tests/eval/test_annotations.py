@@ -3,7 +3,12 @@
 import pytest
 
 from vila.core.errors import DataError
-from vila.eval.annotations import find_file, find_optional, image_folder
+from vila.eval.annotations import AnnotatedBenchmark
+
+
+class Gqa(AnnotatedBenchmark):
+    name = "gqa"
+    load_items = score = None
 
 
 @pytest.fixture
@@ -16,24 +21,24 @@ def home(tmp_path):
 
 def test_a_file_is_found_from_both_folders_and_in_every_place(home):
     for folder in (home.parent, home, home / "data"):
-        assert find_file(folder, "gqa", "q.json", "data/q.json") == home / "data" / "q.json"
+        assert Gqa(folder).find_file("q.json", "data/q.json") == home / "data" / "q.json"
 
 
 def test_earlier_places_come_first(home):
     (home / "q.json").write_text("{}")
-    assert find_optional(home.parent, "gqa", "q.json", "data/q.json") == home / "q.json"
+    assert Gqa(home.parent).find_optional("q.json", "data/q.json") == home / "q.json"
 
 
 def test_missing_file_is_reported_with_all_paths_and_its_source(home):
-    assert find_optional(home, "gqa", "p.json") is None
+    assert Gqa(home).find_optional("p.json") is None
     with pytest.raises(DataError) as raised:
-        find_file(home.parent, "gqa", "p.json", "data/p.json", source="https://example.org")
+        Gqa(home.parent).find_file("p.json", "data/p.json", source="https://example.org")
     places = [home / "p.json", home.parent / "p.json", home / "data" / "p.json", home.parent / "data" / "p.json"]
     assert raised.value.field == "gqa" and ", ".join(map(str, places)) in raised.value.problem
     assert "https://example.org" in raised.value.hint
 
 
 def test_images_need_not_be_there(home):
-    assert image_folder(home.parent, "gqa", "images", "data/images") == home / "data" / "images"
-    assert image_folder(home.parent, "gqa", "test2015") == home / "test2015"
-    assert image_folder(home, "gqa", "test2015") == home / "test2015"
+    assert Gqa(home.parent).image_folder("images", "data/images") == home / "data" / "images"
+    assert Gqa(home.parent).image_folder("test2015") == home / "test2015"
+    assert Gqa(home).image_folder("test2015") == home / "test2015"

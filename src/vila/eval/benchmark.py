@@ -7,6 +7,7 @@ scripts ("the original scripts" in this package).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -258,6 +259,14 @@ def percent(values: Iterable[float]) -> float:
     """Return the mean of fractions in percent; 0 for none."""
     numbers = list(values)
     return 100 * sum(numbers) / len(numbers) if numbers else 0.0
+
+
+def percent_by(values: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """Return the mean in percent of the values of each key, by key in alphabetical order."""
+    by_key: dict[str, list[float]] = defaultdict(list)
+    for key, value in values:
+        by_key[key].append(value)
+    return {key: percent(by_key[key]) for key in sorted(by_key)}
 
 
 def missing_media(items: Sequence[Item]) -> list[str]:

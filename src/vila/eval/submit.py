@@ -96,11 +96,6 @@ def _encode(submission: Submission) -> bytes:
     return xlsx_bytes(submission.rows)
 
 
-def submit_hint(server: str) -> str:
-    """Return the hint of errors about answers that only a server can score."""
-    return f"write the file with `vila submit` and upload it to {server}"
-
-
 def format_submissions(written: Sequence[SubmissionFile], left_out: Sequence[str]) -> list[str]:
     """Return lines for the user: each file, its checks and server, and the benchmarks without a file."""
     lines = []

@@ -19,19 +19,8 @@ from typing import Any
 from vila.core.errors import DataError
 from vila.core.reading import read_json
 from vila.eval.annotation_files import OTHER_RELEASE
-from vila.eval.annotations import (
-    OPTIONAL,
-    build_items,
-    check_all_answered,
-    check_fields,
-    check_prompts,
-    find_file,
-    find_optional,
-    image_folder,
-    match_answers,
-    read_questions,
-)
-from vila.eval.benchmark import Answer, Benchmark, BenchmarkResult, Item, QuestionScore, ScoringProtocol, percent
+from vila.eval.annotations import OPTIONAL, AnnotatedBenchmark, build_items, check_fields, read_questions
+from vila.eval.benchmark import Answer, BenchmarkResult, Item, QuestionScore, ScoringProtocol, percent
 
 _QUESTIONS = "llava_gqa_testdev_balanced.jsonl"
 _TRUTHS = ("testdev_balanced_questions.json", "data/testdev_balanced_questions.json")
@@ -47,30 +36,30 @@ _BY = {
 }
 
 
-class Gqa(Benchmark):
+class Gqa(AnnotatedBenchmark):
     """GQA balanced test-dev: accuracy of short answers to compositional questions."""
 
     name = "gqa"
     max_new_tokens = 128
 
     def __init__(self, folder: Path, limit: int = 0) -> None:
-        self._folder, self._limit = folder, limit
-        if find_optional(folder, self.name, *_TRUTHS) is None:
-            find_file(folder, self.name, _QUESTIONS)
+        super().__init__(folder, limit)
+        if self.find_optional(*_TRUTHS) is None:
+            self.find_file(_QUESTIONS)
 
     def load_items(self) -> list[Item]:
         """Return the questions by image, with reference answers if their file exists."""
-        questions = read_questions(find_file(self._folder, self.name, _QUESTIONS))
+        questions = read_questions(self.find_file(_QUESTIONS))
         truths = {}
-        if find_optional(self._folder, self.name, *_TRUTHS):
+        if self.find_optional(*_TRUTHS):
             truths = {key: row["answer"] for key, row in self._truths.items()}
-        images = image_folder(self._folder, self.name, "images", "data/images")
+        images = self.image_folder("images", "data/images")
         return build_items(questions, images, truths=truths, limit=self._limit)
 
     @cached_property
     def _truths(self) -> dict[str, Any]:
         """Annotations of the balanced questions by id."""
-        path = find_file(self._folder, self.name, *_TRUTHS, source=_GQA)
+        path = self.find_file(*_TRUTHS, source=_GQA)
         rows = read_json(path)
         if not isinstance(rows, dict) or not rows:
             raise DataError(file=path, value=rows, expected="an object with questions by id")
@@ -85,12 +74,10 @@ class Gqa(Benchmark):
         lmms-eval: exact match ignoring case and ASCII punctuation.
         Raises DataError naming the questions without an answer; the original script fails for them.
         """
-        truths = self._truths
-        if self._limit:
-            truths = {item.id: truths[item.id] for item in self._items if item.id in truths}
-        matched = match_answers(self.name, answers, truths)
-        check_prompts(self.name, answers, {key: row["question"] for key, row in truths.items()})
-        check_all_answered(self.name, matched, "GQA needs an answer to every balanced question")
+        truths = self.within_limit(self._truths)
+        matched = self.match(answers, truths)
+        self.check_prompts(answers, {key: row["question"] for key, row in truths.items()})
+        self.check_all_answered(matched, "GQA needs an answer to every balanced question")
         normalize = _normalize_lmms if protocol == "lmms-eval" else _normalize_upstream
         predictions = {key: normalize(matched.texts[key]) for key in truths}
         right = {
@@ -119,7 +106,7 @@ class Gqa(Benchmark):
         self, truths: Mapping[str, Any], predictions: Mapping[str, str]
     ) -> tuple[dict[str, float], list[str]]:
         notes = []
-        path = find_optional(self._folder, self.name, *_CHOICES)
+        path = self.find_optional(*_CHOICES)
         choices: Any = read_json(path) if path else None
         if path is None:
             notes.append("no testdev_balanced_choices.json: validity and plausibility are 0, as in the original script")

@@ -10,7 +10,6 @@ score here is that of a static matcher.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,30 +18,20 @@ from typing import Any
 from vila.core.errors import DataError
 from vila.core.types import Image, Message
 from vila.eval.annotation_files import EMPTY_CELLS, TRUNCATED, AnnotationTable, read_table
-from vila.eval.annotations import (
-    MatchedAnswers,
-    drop_mistyped_ids,
-    find_file,
-    find_optional,
-    format_ids,
-    group_items,
-    match_answers,
-    prompt_note,
-    size_note,
-)
+from vila.eval.annotations import AnnotatedBenchmark, MatchedAnswers, count_notes, format_ids, group_items, submit_hint
 from vila.eval.benchmark import (
     Answer,
-    Benchmark,
     BenchmarkResult,
     Item,
     QuestionScore,
     ScoringProtocol,
     Submission,
     percent,
+    percent_by,
 )
 from vila.eval.benchmarks.scienceqa import LETTER_INSTRUCTION
 from vila.eval.metrics.multiple_choice import parse_mmbench_rules, parse_mmbench_static
-from vila.eval.submit import cell_text, submit_hint
+from vila.eval.submit import cell_text
 
 _OPTIONS = "ABCD"
 _ROTATION = 1_000_000
@@ -55,20 +44,18 @@ _SERVER = "MMBench, https://mmbench.opencompass.org.cn/mmbench-submission (it kn
 STATIC_MATCHER = "static matcher: a local approximation of the server"
 
 
-class MmBench(Benchmark):
+class MmBench(AnnotatedBenchmark):
     """MMBench dev split, English: circular accuracy, approximated locally or from the server."""
 
     name = "mmbench"
     max_new_tokens = 1024
     file = "mmbench_dev_20230712.tsv"
     suffix = LETTER_INSTRUCTION
+    server = _SERVER
 
     def __init__(self, folder: Path, limit: int = 0) -> None:
-        self._limit = limit
-        self._path = self._find(folder)
-
-    def _find(self, folder: Path) -> Path:
-        return find_file(folder, self.name, self.file, source=f"{_MMBENCH}/{self.file}")
+        super().__init__(folder, limit)
+        self._path = self.find_file(self.file, source=f"{_MMBENCH}/{self.file}")
 
     def load_items(self) -> list[Item]:
         """Return an item per row, rotations of a question adjacent; images stay in the table."""
@@ -123,13 +110,12 @@ class MmBench(Benchmark):
         rows = self._scorable()
         matched, notes = self._matched(answers, rows)
         notes += matched.notes("wrong; their cells are empty in the submission file")
-        notes += [] if self._limit else size_note(self._path.name, len(rows), _PUBLISHED_ROWS, "rows")
+        notes += self.size_note(self._path.name, len(rows), _PUBLISHED_ROWS, "rows")
         rotations: dict[int, list[int]] = {index: [] for index in rows if index < _ROTATION}
         orphans = [str(index) for index in rows if index % _ROTATION not in rotations]
         for index in rows:
             rotations.get(index % _ROTATION, []).append(index)
-        if orphans:
-            notes.append(f"{len(orphans)} rows are rotations of missing questions, ignored: {format_ids(orphans)}")
+        notes += count_notes((orphans, "rows are rotations of missing questions, ignored"))
         if not rotations:
             raise DataError(f"has only rotations, no index below {_ROTATION:,}", file=self._path)
         scores = [_score_question(base, indexes, rows, matched.texts) for base, indexes in rotations.items()]
@@ -146,10 +132,11 @@ class MmBench(Benchmark):
             "questions": len(scores),
             "rows": len(rows),
             "missing": len(matched.missing),
-            "by_category": _by([score.category for score in scores], scores),
+            "by_category": percent_by((score.category, score.value) for score in scores),
         }
         if "l2-category" in self._table.columns:
-            metrics["by_l2_category"] = _by([rows[base]["l2-category"] for base in rotations], scores)
+            names = [rows[base]["l2-category"] for base in rotations]
+            metrics["by_l2_category"] = percent_by(zip(names, (score.value for score in scores), strict=True))
         return BenchmarkResult(metrics["circular"], "%", metrics, tuple(scores), (STATIC_MATCHER, *notes))
 
     def _scorable(self) -> dict[int, dict[str, Any]]:
@@ -165,9 +152,9 @@ class MmBench(Benchmark):
         return rows
 
     def _matched(self, answers: Sequence[Answer], rows: Mapping[int, Any]) -> tuple[MatchedAnswers, list[str]]:
-        kept, notes = drop_mistyped_ids(self.name, answers, rows)
+        kept, notes = self.drop_mistyped_ids(answers, rows)
         questions = {str(index): str(row.get("question", "")) for index, row in rows.items()}
-        return match_answers(self.name, kept, questions), notes + prompt_note(self.name, kept, questions)
+        return self.match(kept, questions), notes + self.prompt_note(kept, questions)
 
     def submission(self, answers: Sequence[Answer]) -> Submission:
         """Return all rows in their order: index, question, A, B, C, D, prediction, answer, split.
@@ -182,12 +169,9 @@ class MmBench(Benchmark):
         rows = [_sheet_row(columns, index, row, matched.texts.get(str(index))) for index, row in self._rows.items()]
         checks = [
             f"{len(rows):,} rows, columns {', '.join(columns)}",
-            *size_note(self._path.name, len(rows), _PUBLISHED_ROWS, "rows"),
+            *self.size_note(self._path.name, len(rows), _PUBLISHED_ROWS, "rows"),
         ]
-        if changed:
-            checks.append(
-                f"{len(changed)} answers have characters that a cell cannot hold, removed: {format_ids(changed)}"
-            )
+        checks += count_notes((changed, "answers have characters that a cell cannot hold, removed"))
         checks += notes + matched.notes("their cells are empty")
         return Submission(f"{self._path.stem}_upload", "xlsx", rows, _SERVER, tuple(checks))
 
@@ -229,13 +213,6 @@ def _score_question(
     )
 
 
-def _by(names: Sequence[str], scores: Sequence[QuestionScore]) -> dict[str, float]:
-    values = defaultdict(list)
-    for name, score in zip(names, scores, strict=True):
-        values[name].append(score.value)
-    return {name: percent(values[name]) for name in sorted(values)}
-
-
 def _sheet_row(columns: Sequence[str], index: int, row: Mapping[str, Any], text: str | None) -> dict[str, Any]:
     cells: dict[str, Any] = {}
     for column in columns:
@@ -252,8 +229,6 @@ class MmBenchCn(MmBench):
     """MMBench dev split, Chinese: circular accuracy, approximated locally or from the server."""
 
     name = "mmbench_cn"
+    directories = ("mmbench", "mmbench_cn")
     file = "mmbench_dev_cn_20231003.tsv"
     suffix = "请直接回答选项字母。"
-
-    def _find(self, folder: Path) -> Path:
-        return find_optional(folder, "mmbench", self.file) or super()._find(folder)

@@ -21,22 +21,14 @@ from vila.core.errors import DataError
 from vila.core.reading import read_text
 from vila.eval.annotations import (
     SHORT_ANSWER,
-    find_file,
+    AnnotatedBenchmark,
+    count_notes,
     format_ids,
     group_items,
     question_messages,
     read_questions,
-    size_note,
 )
-from vila.eval.benchmark import (
-    AggregateMetric,
-    Answer,
-    Benchmark,
-    BenchmarkResult,
-    Item,
-    QuestionScore,
-    ScoringProtocol,
-)
+from vila.eval.benchmark import AggregateMetric, Answer, BenchmarkResult, Item, QuestionScore, ScoringProtocol
 
 PERCEPTION = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
@@ -67,20 +59,21 @@ Pairs = Mapping[str, Mapping[str, Sequence[Pair]]]
 """Pairs of answers about an image, one or several, by category and image."""
 
 
-class Mme(Benchmark):
+class Mme(AnnotatedBenchmark):
     """MME: perception score of yes-or-no answers, at most 2,000 points."""
 
     name = "mme"
     max_new_tokens = 128
+    directories = ("MME",)
 
     def __init__(self, folder: Path, limit: int = 0) -> None:
-        self._folder, self._limit = folder, limit
-        self._release = find_file(folder, "MME", _RELEASE, source=_MME)
+        super().__init__(folder, limit)
+        self._release = self.find_file(_RELEASE, source=_MME)
 
     def load_items(self) -> list[Item]:
         """Return the questions by image. Ids are `QUESTION_ID#N`: N-th question of the image, from 1."""
         items = []
-        for question in read_questions(find_file(self._folder, "MME", _QUESTIONS)):
+        for question in read_questions(self.find_file(_QUESTIONS)):
             question_id = question.question_id
             if not isinstance(question_id, str) or "/" not in question_id:
                 raise DataError(
@@ -190,20 +183,19 @@ class Mme(Benchmark):
             raise DataError(
                 f"none of {len(answers)} answers belongs to a question of a scored category", field=self.name
             )
-        cases = [
+        return matched, count_notes(
             (multiline, "answers with tabs or line breaks, replaced by spaces (the original script fails)"),
             (unscored, "answers in categories that are not scored, ignored"),
-        ]
-        return matched, [f"{len(ids)} {what}: {format_ids(ids)}" for ids, what in cases if ids]
+        )
 
     def _pair_notes(self, pairs: Pairs, unanswered: str) -> list[str]:
         """Return notes on images without answers, which are `unanswered`, and images with several pairs."""
-        notes = [] if self._limit else size_note(f"{self._release.name}", len(self._truths), _PUBLISHED)
-        if missing := [image for image in self._unanswered(pairs) if image.split("/")[0] in pairs]:
-            notes.append(f"{len(missing)} images without answers, {unanswered}: {format_ids(missing)}")
-        if repeated := [image for own in pairs.values() for image, given in own.items() if len(given) > 1]:
-            notes.append(f"{len(repeated)} images with several pairs of answers, each counts: {format_ids(repeated)}")
-        return notes
+        missing = [image for image in self._unanswered(pairs) if image.split("/")[0] in pairs]
+        repeated = [image for own in pairs.values() for image, given in own.items() if len(given) > 1]
+        return self.size_note(self._release.name, len(self._truths), _PUBLISHED) + count_notes(
+            (missing, f"images without answers, {unanswered}"),
+            (repeated, "images with several pairs of answers, each counts"),
+        )
 
     def _unanswered(self, pairs: Pairs) -> list[str]:
         """Return the images of scored categories without answers."""

@@ -17,27 +17,8 @@ from typing import Any
 
 from vila.core.errors import DataError
 from vila.core.reading import read_jsonl
-from vila.eval.annotations import (
-    Question,
-    build_items,
-    check_fields,
-    check_prompts,
-    find_file,
-    find_optional,
-    format_ids,
-    image_folder,
-    match_answers,
-    read_questions,
-)
-from vila.eval.benchmark import (
-    AggregateMetric,
-    Answer,
-    Benchmark,
-    BenchmarkResult,
-    Item,
-    QuestionScore,
-    ScoringProtocol,
-)
+from vila.eval.annotations import AnnotatedBenchmark, Question, build_items, check_fields, format_ids, read_questions
+from vila.eval.benchmark import AggregateMetric, Answer, BenchmarkResult, Item, QuestionScore, ScoringProtocol
 
 _QUESTIONS = "llava_pope_test.jsonl"
 _COCO = "coco"
@@ -48,21 +29,20 @@ Prediction = tuple[bool, bool, str]
 """Predicted yes, label yes, and the lower-case answer, which lmms-eval scores."""
 
 
-class Pope(Benchmark):
+class Pope(AnnotatedBenchmark):
     """POPE: mean F1 of yes-or-no answers on object presence (random, popular, adversarial)."""
 
     name = "pope"
     max_new_tokens = 128
 
     def __init__(self, folder: Path, limit: int = 0) -> None:
-        self._folder, self._limit = folder, limit
-        self._path = find_file(folder, self.name, _QUESTIONS)
+        super().__init__(folder, limit)
+        self._path = self.find_file(_QUESTIONS)
 
     def load_items(self) -> list[Item]:
         """Return the questions by image, with their labels if those files exist."""
-        images = image_folder(self._folder, self.name, "val2014")
-        truths = self._labels if find_optional(self._folder, self.name, _COCO) else {}
-        return build_items(self._questions, images, truths=truths, limit=self._limit)
+        truths = self._labels if self.find_optional(_COCO) else {}
+        return build_items(self._questions, self.image_folder("val2014"), truths=truths, limit=self._limit)
 
     @cached_property
     def _questions(self) -> list[Question]:
@@ -76,7 +56,7 @@ class Pope(Benchmark):
             by_category[question.category].append(question)
         labels = {}
         for category, questions in by_category.items():
-            path = find_file(self._folder, self.name, f"{_COCO}/coco_pope_{category}.json", source=_POPE)
+            path = self.find_file(f"{_COCO}/coco_pope_{category}.json", source=_POPE)
             labels.update(_match_labels(path, questions))
         return labels
 
@@ -90,18 +70,16 @@ class Pope(Benchmark):
         Raises DataError for answers to unknown questions.
         """
         categories = {question.category: None for question in self._questions}
-        questions = {str(question.question_id): question for question in self._questions}
-        if self._limit:
-            questions = {item.id: questions[item.id] for item in self._items}
+        questions = self.within_limit({str(question.question_id): question for question in self._questions})
         labels = self._labels
-        matched = match_answers(self.name, answers, questions)
+        matched = self.match(answers, questions)
         if matched.unknown:
             raise DataError(
                 f"{len(matched.unknown)} answers have a question_id that {self._path.name} does not have: "
                 f"{format_ids(matched.unknown)}",
                 field=self.name,
             )
-        check_prompts(self.name, answers, {key: question.text for key, question in questions.items()})
+        self.check_prompts(answers, {key: question.text for key, question in questions.items()})
         scores = []
         predictions: list[tuple[str, Prediction]] = []
         by_category: dict[str, list[Prediction]] = {category: [] for category in categories}

@@ -11,7 +11,6 @@ its data set: there an unanswered image question is wrong.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -20,18 +19,8 @@ from typing import Any
 from vila.core.errors import DataError
 from vila.core.reading import read_json
 from vila.core.types import Image, Message
-from vila.eval.annotations import (
-    OPTIONAL,
-    check_fields,
-    drop_mistyped_ids,
-    find_file,
-    group_items,
-    image_folder,
-    match_answers,
-    prompt_note,
-    size_note,
-)
-from vila.eval.benchmark import Answer, Benchmark, BenchmarkResult, Item, QuestionScore, ScoringProtocol, percent
+from vila.eval.annotations import OPTIONAL, AnnotatedBenchmark, check_fields, group_items
+from vila.eval.benchmark import Answer, BenchmarkResult, Item, QuestionScore, ScoringProtocol, percent, percent_by
 from vila.eval.metrics.multiple_choice import (
     NO_CHOICE,
     ParsedChoice,
@@ -54,16 +43,16 @@ _PUBLISHED = 4241
 Parser = Callable[[str], ParsedChoice]
 
 
-class ScienceQa(Benchmark):
+class ScienceQa(AnnotatedBenchmark):
     """ScienceQA test split: multiple-choice accuracy on questions with an image (SQA-I)."""
 
     name = "scienceqa"
     max_new_tokens = 1024
 
     def __init__(self, folder: Path, limit: int = 0) -> None:
-        self._folder, self._limit = folder, limit
-        self._problems_path = find_file(folder, self.name, _PROBLEMS, source=_SCIENCEQA)
-        self._splits_path = find_file(folder, self.name, _SPLITS, source=_SCIENCEQA)
+        super().__init__(folder, limit)
+        self._problems_path = self.find_file(_PROBLEMS, source=_SCIENCEQA)
+        self._splits_path = self.find_file(_SPLITS, source=_SCIENCEQA)
 
     def load_items(self) -> list[Item]:
         """Return the questions in the order of their file.
@@ -71,8 +60,7 @@ class ScienceQa(Benchmark):
         Images are centre-cropped whatever the model's image mode is: the original script gives them to the image
         processor of the vision tower.
         """
-        path = find_file(self._folder, self.name, _QUESTIONS)
-        images = image_folder(self._folder, self.name, "images/test")
+        path, images = self.find_file(_QUESTIONS), self.image_folder("images/test")
         rows = read_json(path)
         if not isinstance(rows, list):
             raise DataError(file=path, value=rows, expected="a list of questions")
@@ -107,20 +95,16 @@ class ScienceQa(Benchmark):
         lmms-eval: with its own parser, over all image questions of the split; without an answer they are wrong.
         The last of several answers counts. Raises DataError if no answer is to a question of the split.
         """
-        problems = self._problems
-        if self._limit:
-            problems = {item.id: problems[item.id] for item in self._items if item.id in problems}
-        kept, notes = drop_mistyped_ids(self.name, answers, problems)
-        matched = match_answers(self.name, kept, problems)
+        problems = self.within_limit(self._problems)
+        kept, notes = self.drop_mistyped_ids(answers, problems)
+        matched = self.match(kept, problems)
         prompts = {str(answer.question_id): answer.prompt for answer in kept}
         is_lmms = protocol == "lmms-eval"
         notes += matched.notes(
             "wrong" if is_lmms else "wrong, and counted as questions without an image, as in the original script"
         )
-        notes += [] if self._limit else size_note(self._splits_path.name, len(problems), _PUBLISHED)
-        notes += prompt_note(
-            self.name, kept, {key: str(problem.get("question", "")) for key, problem in problems.items()}
-        )
+        notes += self.size_note(self._splits_path.name, len(problems), _PUBLISHED)
+        notes += self.prompt_note(kept, {key: str(row.get("question", "")) for key, row in problems.items()})
         if bare := [key for key in matched.texts if not prompts[key]]:
             notes.append(
                 f"{len(bare)} answers have no prompt (first question: {bare[0]}); whether they have an image is taken "
@@ -140,9 +124,6 @@ class ScienceQa(Benchmark):
         ]
         if not shown:
             notes.append("no answers to questions with an image: their accuracy is undefined and reported as 0")
-        subjects: dict[str, list[QuestionScore]] = defaultdict(list)
-        for score in shown:
-            subjects[score.category].append(score)
         metrics: dict[str, Any] = {
             "image_accuracy": percent(score.value for score in shown),
             "accuracy": percent(score.value for score in scores),
@@ -151,9 +132,7 @@ class ScienceQa(Benchmark):
             "questions": len(scores),
             "image_questions": len(shown),
             "unread": sum(score.rule in (NO_CHOICE.rule, "no answer") for score in scores),
-            "by_subject": {
-                category: percent(score.value for score in own) for category, own in sorted(subjects.items())
-            },
+            "by_subject": percent_by((score.category, score.value) for score in shown),
         }
         return BenchmarkResult(metrics["image_accuracy"], "%", metrics, tuple(shown), tuple(notes))
 

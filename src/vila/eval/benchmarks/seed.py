@@ -19,20 +19,9 @@ from typing import Any
 
 from vila.core.errors import DataError
 from vila.core.reading import read_json
-from vila.eval.annotations import (
-    build_items,
-    check_all_answered,
-    check_fields,
-    drop_mistyped_ids,
-    find_file,
-    match_answers,
-    prompt_note,
-    read_questions,
-    size_note,
-)
+from vila.eval.annotations import AnnotatedBenchmark, build_items, check_fields, read_questions
 from vila.eval.benchmark import (
     Answer,
-    Benchmark,
     BenchmarkResult,
     Item,
     QuestionScore,
@@ -50,19 +39,20 @@ _SERVER = "huggingface.co/spaces/AILab-CVC/SEED-Bench_Leaderboard"
 _PUBLISHED = 19_242
 
 
-class Seed(Benchmark):
+class Seed(AnnotatedBenchmark):
     """SEED-Bench: multiple-choice accuracy on images and video frames."""
 
     name = "seed"
     max_new_tokens = 128
+    directories = ("seed_bench",)
 
     def __init__(self, folder: Path, limit: int = 0) -> None:
-        self._folder, self._limit = folder, limit
-        self._path = find_file(folder, "seed_bench", _TRUTH, source=_SEED)
+        super().__init__(folder, limit)
+        self._path = self.find_file(_TRUTH, source=_SEED)
 
     def load_items(self) -> list[Item]:
         """Return the questions by image."""
-        path = find_file(self._folder, "seed_bench", _QUESTIONS)
+        path = self.find_file(_QUESTIONS)
         truths = {key: str(row["answer"]) for key, row in self._truths.items()}
         items = build_items(read_questions(path), path.parent, truths=truths, limit=self._limit)
         return [
@@ -115,14 +105,12 @@ class Seed(Benchmark):
         The last of several answers counts; a question without an answer is wrong.
         Raises DataError if no answer is to a question of the benchmark.
         """
-        truths = self._truths
-        if self._limit:
-            truths = {item.id: truths[item.id] for item in self._items if item.id in truths}
-        kept, notes = drop_mistyped_ids(self.name, answers, [_key(row) for row in truths.values()])
-        matched = match_answers(self.name, kept, truths)
+        truths = self.within_limit(self._truths)
+        kept, notes = self.drop_mistyped_ids(answers, [_key(row) for row in truths.values()])
+        matched = self.match(kept, truths)
         notes += matched.notes("scored as wrong, as in the original script")
-        notes += [] if self._limit else size_note(self._path.name, len(truths), _PUBLISHED)
-        notes += prompt_note(self.name, kept, {key: str(row.get("question", "")) for key, row in truths.items()})
+        notes += self.size_note(self._path.name, len(truths), _PUBLISHED)
+        notes += self.prompt_note(kept, {key: str(row.get("question", "")) for key, row in truths.items()})
         scores, media, categories = [], defaultdict(list), defaultdict(list)
         for key, row in truths.items():
             score = self._score_question(key, row, matched.texts.get(key), protocol)
@@ -164,9 +152,9 @@ class Seed(Benchmark):
 
     def submission(self, answers: Sequence[Answer]) -> Submission:
         """Return the answers in the order of the annotations. Raises DataError naming questions without an answer."""
-        kept, notes = drop_mistyped_ids(self.name, answers, [_key(row) for row in self._truths.values()])
-        matched = match_answers(self.name, kept, self._truths)
-        check_all_answered(self.name, matched, f"the server requires all questions of {self._path.name}")
+        kept, notes = self.drop_mistyped_ids(answers, [_key(row) for row in self._truths.values()])
+        matched = self.match(kept, self._truths)
+        self.check_all_answered(matched, f"the server requires all questions of {self._path.name}")
         rows = [
             {"question_id": row["question_id"], "prediction": matched.texts[key]} for key, row in self._truths.items()
         ]

@@ -18,16 +18,15 @@ from typing import Any
 from vila.core.errors import DataError
 from vila.core.reading import read_json
 from vila.eval.annotations import (
+    AnnotatedBenchmark,
     check_fields,
-    find_file,
-    find_optional,
+    count_notes,
     format_ids,
     group_items,
-    image_folder,
     question_messages,
     read_questions,
 )
-from vila.eval.benchmark import Answer, Benchmark, BenchmarkResult, Item, QuestionScore, ScoringProtocol
+from vila.eval.benchmark import Answer, BenchmarkResult, Item, QuestionScore, ScoringProtocol, percent
 from vila.eval.metrics.vqa import most_frequent, normalize_evalai, soft_accuracy
 
 _QUESTIONS = "llava_textvqa_val_v051_ocr.jsonl"
@@ -41,24 +40,24 @@ Key = tuple[str, str]
 """Identity of a question: image id and lower-case question."""
 
 
-class TextVqa(Benchmark):
+class TextVqa(AnnotatedBenchmark):
     """TextVQA validation split: soft accuracy of answers about text in images."""
 
     name = "textvqa"
     max_new_tokens = 128
 
     def __init__(self, folder: Path, limit: int = 0) -> None:
-        self._folder, self._limit = folder, limit
-        if find_optional(folder, self.name, _TRUTHS) is None:
-            find_file(folder, self.name, _QUESTIONS)
+        super().__init__(folder, limit)
+        if self.find_optional(_TRUTHS) is None:
+            self.find_file(_QUESTIONS)
 
     def load_items(self) -> list[Item]:
         """Return the questions by image, with the most frequent human answers if their file exists."""
-        images = image_folder(self._folder, self.name, "train_images")
-        truths = self._truths if find_optional(self._folder, self.name, _TRUTHS) else {}
+        images = self.image_folder("train_images")
+        truths = self._truths if self.find_optional(_TRUTHS) else {}
         times: Counter[Key] = Counter()
         items = []
-        for question in read_questions(find_file(self._folder, self.name, _QUESTIONS)):
+        for question in read_questions(self.find_file(_QUESTIONS)):
             key = str(question.question_id), question_of(question.text, question.record)
             times[key] += 1
             truth = most_frequent(truths[key]["answers"]) if key in truths else ""
@@ -68,7 +67,7 @@ class TextVqa(Benchmark):
 
     @cached_property
     def _truths(self) -> dict[Key, Any]:
-        path = find_file(self._folder, self.name, _TRUTHS, source=_TEXTVQA)
+        path = self.find_file(_TRUTHS, source=_TEXTVQA)
         rows = read_json(path)
         data = rows.get("data") if isinstance(rows, dict) else None
         if not isinstance(data, list) or not data:
@@ -111,18 +110,17 @@ class TextVqa(Benchmark):
                 f"{len(repeated)} have several ({format_ids(repeated)})",
                 field=self.name,
             )
-        cases = [
+        notes = count_notes(
             (missing, "questions without an answer, not counted, as in the original script"),
             (repeated, "questions with several answers, each one counts"),
-        ]
-        notes = tuple(f"{len(ids)} {what}: {format_ids(ids)}" for ids, what in cases if ids)
+        )
         metrics = {
             "samples": len(scores),
             "questions": len(expected),
             "missing": len(missing),
             "repeated": len(repeated),
         }
-        return BenchmarkResult(100 * sum(one.value for one in scores) / len(scores), "%", metrics, tuple(scores), notes)
+        return BenchmarkResult(percent(one.value for one in scores), "%", metrics, tuple(scores), tuple(notes))
 
     def _key(self, answer: Answer, expected: Mapping[Key, Any]) -> Key:
         location = answer.location or f"answer to question_id {answer.question_id}"

@@ -19,10 +19,9 @@ from vila.core.errors import DataError
 from vila.core.reading import read_json
 from vila.core.types import Message, Video
 from vila.engine.request import SamplingParams
-from vila.eval.annotations import check_prompts, find_file, find_optional, format_ids, group_items
+from vila.eval.annotations import AnnotatedBenchmark, count_notes, format_ids, group_items
 from vila.eval.benchmark import (
     Answer,
-    Benchmark,
     BenchmarkResult,
     Item,
     JudgeCase,
@@ -127,7 +126,7 @@ def _video_question(question: Any, answer: str, video_set: VideoSet, path: Path,
     return VideoQuestion(name, video, str(question["question"]), answer)
 
 
-class VideoQa(Benchmark):
+class VideoQa(AnnotatedBenchmark):
     """Zero-shot video QA: accuracy by an LLM judge, mean over the data sets that are present.
 
     `sampling` is greedy, so that runs are reproducible; set it to `ORIGINAL` to sample like the original script.
@@ -137,17 +136,19 @@ class VideoQa(Benchmark):
     max_new_tokens = _MAX_NEW_TOKENS
     sampling = GREEDY
     needs_judge = True
+    directories = (_FOLDER,)
     sets: Sequence[str] = tuple(SETS)
 
     def __init__(self, folder: Path, limit: int = 0) -> None:
+        super().__init__(folder, limit)
         is_single = len(self.sets) == 1
         self._paths: dict[str, Path] = {}
         for name in self.sets:
             names = (f"{SETS[name].folder}/test_q.json", *(["test_q.json"] if is_single else []))
-            if path := find_optional(folder, _FOLDER, *names):
+            if path := self.find_optional(*names):
                 self._paths[name] = path
         if not self._paths:
-            find_file(folder, _FOLDER, f"{SETS[self.sets[0]].folder}/test_q.json", source=_SOURCE)
+            self.find_file(f"{SETS[self.sets[0]].folder}/test_q.json", source=_SOURCE)
         self._is_prefixed = not is_single
         self._limit = -(-limit // len(self._paths))
         self._notes: list[str] = []
@@ -234,7 +235,7 @@ class VideoQa(Benchmark):
                 field=self.name,
                 hint="are they to another benchmark or set?",
             )
-        check_prompts(self.name, answers, {name: item.messages[0].text for name, item in by_question.items()})
+        self.check_prompts(answers, {name: item.messages[0].text for name, item in by_question.items()})
         return list(judged.values()), list(repeated)
 
     def _score_notes(
@@ -256,12 +257,11 @@ class VideoQa(Benchmark):
         if empty := sorted({item.category for item in self._items} - with_answers):
             yield f"sets without answers: {', '.join(empty)}; the score is the mean of the others"
         missing = [item.id for item in self._items if item.id not in answered]
-        if missing:
-            yield f"{len(missing)} questions without an answer, left out: {format_ids(missing)}"
-        if missing and (videos := missing_media(self._items)):
-            yield f"{len(videos)} videos are missing: {format_ids(videos)}"
-        if repeated:
-            yield f"{len(repeated)} questions with several answers, the last one counts: {format_ids(repeated)}"
+        yield from count_notes(
+            (missing, "questions without an answer, left out"),
+            (missing_media(self._items) if missing else (), "videos are missing"),
+            (repeated, "questions with several answers, the last one counts"),
+        )
         decided = {
             item.category
             for (_, item), verdict in zip(judged, verdicts, strict=True)
@@ -270,12 +270,11 @@ class VideoQa(Benchmark):
         if undecided := sorted(with_answers - decided):
             yield f"no verdict of {', '.join(undecided)} is yes or no: 0, where the original script divides by zero"
         summary = summarize_verdicts(verdicts)
-        cases = [
+        yield from count_notes(
             ([verdict.id for verdict in verdicts if not verdict.readable], "unreadable replies, left out"),
             (summary.no_score, "replies without an integer score: 0 in the average, neither yes nor no"),
             (summary.undecided, "replies with neither yes nor no, counted only in the average"),
-        ]
-        yield from (f"{len(ids)} {what}: {format_ids(ids)}" for ids, what in cases if ids)
+        )
 
 
 class Msvd(VideoQa):

@@ -9,7 +9,6 @@ number as id. "unanswerable" is an answer like any other.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,34 +17,27 @@ from typing import Any
 from vila.core.errors import DataError
 from vila.core.reading import read_json
 from vila.eval.annotations import (
-    HUMAN_ANSWERS,
     OPTIONAL,
     SHORT_ANSWER,
+    AnnotatedBenchmark,
     Question,
-    are_human_answers,
     build_items,
-    check_all_answered,
     check_fields,
-    check_prompts,
-    find_file,
-    find_optional,
-    image_folder,
-    match_answers,
+    check_human_answers,
     prompt_matches,
     read_questions,
 )
 from vila.eval.benchmark import (
     Answer,
-    Benchmark,
     BenchmarkResult,
     Item,
     QuestionScore,
     ScoringProtocol,
     Submission,
     percent,
+    percent_by,
 )
 from vila.eval.metrics.vqa import most_frequent, normalize_evalai, normalize_official, one_line, soft_accuracy
-from vila.eval.submit import submit_hint
 
 _QUESTIONS = "llava_test.jsonl"
 _VAL = ("val.json", "Annotations/val.json", "annotations/val.json")
@@ -55,25 +47,24 @@ _HINT = f"is it the test split, whose answers are not published? Download the va
 _UNANSWERABLE = "When the provided information is insufficient, respond with 'Unanswerable'."
 
 
-class VizWiz(Benchmark):
+class VizWiz(AnnotatedBenchmark):
     """VizWiz: soft accuracy on the validation split; submission of the test split."""
 
     name = "vizwiz"
     max_new_tokens = 128
     skips_bad_lines = True
+    server = _SERVER
 
     def __init__(self, folder: Path, limit: int = 0) -> None:
-        self._folder, self._limit = folder, limit
-        self._test_path = find_optional(folder, self.name, _QUESTIONS)
-        self._val_path = find_optional(folder, self.name, *_VAL)
+        super().__init__(folder, limit)
+        self._test_path, self._val_path = self.find_optional(_QUESTIONS), self.find_optional(*_VAL)
         if self._test_path is None and self._val_path is None:
-            find_file(folder, self.name, _QUESTIONS)
+            self.find_file(_QUESTIONS)
 
     def load_items(self) -> list[Item]:
         """Return the test questions, or the validation questions if only those exist; one per image."""
         if self._test_path:
-            images = image_folder(self._folder, self.name, "test")
-            return build_items(self._questions, images, limit=self._limit)
+            return build_items(self._questions, self.image_folder("test"), limit=self._limit)
         questions = [
             Question(image, image, f"{row['question']}\n{_UNANSWERABLE}\n{SHORT_ANSWER}", row.get("answer_type", ""))
             for image, row in self._truths.items()
@@ -81,11 +72,11 @@ class VizWiz(Benchmark):
         truths = {
             image: most_frequent([human["answer"] for human in row["answers"]]) for image, row in self._truths.items()
         }
-        return build_items(questions, image_folder(self._folder, self.name, "val"), truths=truths, limit=self._limit)
+        return build_items(questions, self.image_folder("val"), truths=truths, limit=self._limit)
 
     @cached_property
     def _questions(self) -> list[Question]:
-        return read_questions(find_file(self._folder, self.name, _QUESTIONS))
+        return read_questions(self.find_file(_QUESTIONS))
 
     @cached_property
     def _truths(self) -> dict[str, Any]:
@@ -106,17 +97,14 @@ class VizWiz(Benchmark):
         Raises DataError if the answers are to the test split, or a question has none.
         """
         if self._val_path is None:
-            raise self._server_error(f"{_VAL[0]} is missing ({_VIZWIZ})")
-        truths = self._truths
-        if self._limit:
-            truths = {item.group: truths[item.group] for item in self._items if item.group in truths}
+            raise self.server_only("the test split", f"{_VAL[0]} is missing ({_VIZWIZ})")
+        truths = self.within_limit(self._truths)
         renamed = self._with_image_ids(answers)
         if not any(answer.question_id in truths for answer in renamed):
-            raise self._server_error(f"none of {len(answers)} answers belongs to the validation split")
-        matched = match_answers(self.name, renamed, truths)
-        check_prompts(self.name, renamed, {image: row["question"] for image, row in truths.items()})
-        check_all_answered(self.name, matched, "the original script needs all of them")
-        by_type: dict[str, list[float]] = defaultdict(list)
+            raise self.server_only("the test split", f"none of {len(answers)} answers belongs to the validation split")
+        matched = self.match(renamed, truths)
+        self.check_prompts(renamed, {image: row["question"] for image, row in truths.items()})
+        self.check_all_answered(matched, "the original script needs all of them")
         scores = []
         for image, row in truths.items():
             humans = [human["answer"] for human in row["answers"]]
@@ -126,30 +114,22 @@ class VizWiz(Benchmark):
             else:
                 value = soft_accuracy(normalize_official(one_line(answer)), humans)
             category = row.get("answer_type", "")
-            by_type[category].append(value)
             scores.append(QuestionScore(image, value, image, category, answer, most_frequent(humans)))
-        metrics = {
-            "questions": len(scores),
-            "by_answer_type": {name: percent(values) for name, values in sorted(by_type.items())},
-        }
+        by_type = percent_by((score.category, score.value) for score in scores)
+        metrics = {"questions": len(scores), "by_answer_type": by_type}
         score = percent(score.value for score in scores)
         return BenchmarkResult(score, "%", metrics, tuple(scores), tuple(matched.notes()))
 
     def submission(self, answers: Sequence[Answer]) -> Submission:
         """Return the normalized answer of every test image. Raises DataError naming questions without an answer."""
-        matched = match_answers(self.name, answers, {str(question.question_id): None for question in self._questions})
-        check_all_answered(self.name, matched, "the server requires all of them")
+        matched = self.match(answers, {str(question.question_id): None for question in self._questions})
+        self.check_all_answered(matched, "the server requires all of them")
         rows = [
             {"image": question.image, "answer": normalize_evalai(matched.texts[str(question.question_id)])}
             for question in self._questions
         ]
         checks = (f"{len(rows)} images of the test split, all answered", *matched.notes())
         return Submission(self.name, "json", rows, _SERVER, checks)
-
-    def _server_error(self, problem: str) -> DataError:
-        return DataError(
-            f"only the server can score the test split: {problem}", field=self.name, hint=submit_hint(_SERVER)
-        )
 
     def _with_image_ids(self, answers: Sequence[Answer]) -> list[Answer]:
         """Replace question ids by image names where they are known.
@@ -184,5 +164,4 @@ def _number(image: str) -> str:
 
 def _check(path: Path, record: str, row: Any) -> None:
     check_fields(row, path, record, hint=_HINT, image=str, question=str, answers=object, answer_type=(str, OPTIONAL))
-    if not are_human_answers(row["answers"]):
-        raise DataError(file=path, record=record, field="answers", value=row["answers"], expected=HUMAN_ANSWERS)
+    check_human_answers(row, path, record)

@@ -10,7 +10,6 @@ Only the server can score the test splits.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,34 +18,27 @@ from vila.core.errors import DataError
 from vila.core.reading import read_jsonl
 from vila.eval.annotation_files import OTHER_RELEASE, iter_array
 from vila.eval.annotations import (
-    HUMAN_ANSWERS,
     SHORT_ANSWER,
+    AnnotatedBenchmark,
     MatchedAnswers,
     Question,
-    are_human_answers,
     build_items,
-    check_all_answered,
     check_fields,
-    check_prompts,
-    find_file,
-    find_optional,
+    check_human_answers,
     format_ids,
-    image_folder,
-    match_answers,
     read_questions,
 )
 from vila.eval.benchmark import (
     Answer,
-    Benchmark,
     BenchmarkResult,
     Item,
     QuestionScore,
     ScoringProtocol,
     Submission,
     percent,
+    percent_by,
 )
 from vila.eval.metrics.vqa import lmms_accuracy, most_frequent, normalize_evalai, official_accuracy
-from vila.eval.submit import submit_hint
 
 _TEST_DEV = "llava_vqav2_mscoco_test-dev2015.jsonl"
 _TEST = "llava_vqav2_mscoco_test2015.jsonl"
@@ -56,28 +48,29 @@ _SERVER = "EvalAI challenge 830, https://eval.ai/web/challenges/challenge-page/8
 _VISUALQA = "https://visualqa.org/download.html"
 
 
-class Vqav2(Benchmark):
+class Vqav2(AnnotatedBenchmark):
     """VQAv2: soft accuracy on the validation split; submission of the test splits."""
 
     name = "vqav2"
     max_new_tokens = 128
     skips_bad_lines = True
+    server = _SERVER
 
     def __init__(self, folder: Path, limit: int = 0) -> None:
-        self._folder, self._limit = folder, limit
-        self._annotations = find_optional(folder, self.name, _VAL)
-        self._questions = find_optional(folder, self.name, _TEST_DEV, _VAL_QUESTIONS)
-        if not (self._annotations or self._questions or find_optional(folder, self.name, _TEST)):
-            find_file(folder, self.name, _TEST_DEV)
+        super().__init__(folder, limit)
+        self._annotations = self.find_optional(_VAL)
+        self._questions = self.find_optional(_TEST_DEV, _VAL_QUESTIONS)
+        if not (self._annotations or self._questions or self.find_optional(_TEST)):
+            self.find_file(_TEST_DEV)
 
     def load_items(self) -> list[Item]:
         """Return the questions of test-dev, or of the validation split if only that exists, by image."""
-        path = self._questions or find_file(self._folder, self.name, _TEST_DEV)
+        path = self._questions or self.find_file(_TEST_DEV)
         if path.name == _TEST_DEV:
             questions, images = read_questions(path), "test2015"
         else:
             questions, images = list(_val_questions(path)), "val2014"
-        return build_items(questions, image_folder(self._folder, self.name, images), limit=self._limit)
+        return build_items(questions, self.image_folder(images), limit=self._limit)
 
     def score(self, answers: Sequence[Answer], protocol: ScoringProtocol = "upstream") -> BenchmarkResult:
         """Return the soft accuracy in percent over the validation split; the metrics have question and answer types.
@@ -87,27 +80,26 @@ class Vqav2(Benchmark):
         Raises DataError if the answers are to the test splits.
         """
         if self._annotations is None:
-            raise self._server_error(f"{_VAL} is missing ({_VISUALQA})")
+            raise self.server_only("the test splits", f"{_VAL} is missing ({_VISUALQA})")
         known = self._known_ids()
         if not any(str(answer.question_id) in known for answer in answers):
-            raise self._server_error(f"none of {len(answers)} answers belongs to the validation split")
-        matched = match_answers(self.name, answers, known)
+            raise self.server_only("the test splits", f"none of {len(answers)} answers belongs to the validation split")
+        matched = self.match(answers, known)
         if protocol == "lmms-eval":
-            check_all_answered(self.name, matched, "lmms-eval scores every question")
+            self.check_all_answered(matched, "lmms-eval scores every question")
         if self._questions is not None and self._questions.name == _VAL_QUESTIONS:
-            check_prompts(self.name, answers, {item.id: item.prompt for item in self._items})
+            self.check_prompts(answers, {item.id: item.prompt for item in self._items})
         return self._result(matched, protocol)
 
     def submission(self, answers: Sequence[Answer]) -> Submission:
         """Return the normalized answers to all questions of test2015 in the order of its file; "" if there is none."""
-        ids = list(_ids(find_file(self._folder, self.name, _TEST)))
-        matched = match_answers(self.name, answers, dict.fromkeys(map(str, ids)))
+        ids = list(_ids(self.find_file(_TEST)))
+        matched = self.match(answers, dict.fromkeys(map(str, ids)))
         rows = [{"question_id": key, "answer": normalize_evalai(matched.texts.get(str(key), ""))} for key in ids]
         checks = [
             f"{len(rows)} questions of test2015: {len(matched.texts)} answered, {len(matched.missing)} left empty"
         ]
-        test_dev = find_optional(self._folder, self.name, _TEST_DEV)
-        if test_dev:
+        if test_dev := self.find_optional(_TEST_DEV):
             wanted = [str(key) for key in _ids(test_dev)]
             unanswered = [key for key in wanted if key not in matched.texts]
             checks.append(
@@ -115,11 +107,6 @@ class Vqav2(Benchmark):
                 + (f" ({format_ids(unanswered)}), scored as wrong by the server" if unanswered else "")
             )
         return Submission(self.name, "json", rows, _SERVER, (*checks, *matched.notes()))
-
-    def _server_error(self, problem: str) -> DataError:
-        return DataError(
-            f"only the server can score the test splits: {problem}", field=self.name, hint=submit_hint(_SERVER)
-        )
 
     def _known_ids(self) -> dict[str, None]:
         if self._limit:
@@ -135,10 +122,7 @@ class Vqav2(Benchmark):
         assert self._annotations is not None
         missing = set(matched.missing)
         scores, unnormalized = [], []
-        by_type: dict[str, dict[str, list[float]]] = {
-            "question_type": defaultdict(list),
-            "answer_type": defaultdict(list),
-        }
+        question_types = []
         for row in self._rows():
             key = str(_checked(row, self._annotations)["question_id"])
             text = matched.texts.get(key, "")
@@ -150,8 +134,7 @@ class Vqav2(Benchmark):
                 answer = normalize_evalai(text)
                 value = official_accuracy(answer, row["answers"])
                 unnormalized.append(official_accuracy(text, row["answers"]))
-            for field, values in by_type.items():
-                values[row[field]].append(value)
+            question_types.append((row["question_type"], value))
             truth = most_frequent([human["answer"] for human in row["answers"]])
             rule = "no answer" if key in missing else ""
             scores.append(QuestionScore(key, value, str(row["image_id"]), row["answer_type"], answer, truth, rule))
@@ -160,8 +143,8 @@ class Vqav2(Benchmark):
         metrics: dict[str, Any] = {
             "questions": len(scores),
             "missing": len(matched.missing),
-            "by_question_type": {name: percent(own) for name, own in sorted(by_type["question_type"].items())},
-            "by_answer_type": {name: percent(own) for name, own in sorted(by_type["answer_type"].items())},
+            "by_question_type": percent_by(question_types),
+            "by_answer_type": percent_by((score.category, score.value) for score in scores),
         }
         if protocol == "upstream":
             metrics["not_normalised"] = percent(unnormalized)
@@ -193,6 +176,5 @@ def _checked(row: Any, path: Path) -> Any:
     record = f"question {row.get('question_id') if isinstance(row, dict) else None}"
     ids: dict[str, Any] = {"question_id": (str, int), "image_id": (str, int)}
     check_fields(row, path, record, hint=OTHER_RELEASE, question_type=str, answer_type=str, answers=object, **ids)
-    if not are_human_answers(row["answers"]):
-        raise DataError(file=path, record=record, field="answers", value=row["answers"], expected=HUMAN_ANSWERS)
+    check_human_answers(row, path, record)
     return row
